@@ -1,0 +1,88 @@
+# make demo | test | e2e | lint | bench | bench-gate | build | clean
+#
+# Everything lives in .venv. Each step leaves a stamp there, so a second run only redoes what changed.
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+STAMPS := $(VENV)/.stamps
+CRATE := kohakuriver-tunnel
+PYTEST_ARGS ?=
+
+CRATE_SOURCES := $(shell find $(CRATE)/src $(CRATE)/.cargo $(CRATE)/Cargo.toml $(CRATE)/Cargo.lock -type f 2>/dev/null)
+
+.DEFAULT_GOAL := help
+.PHONY: help demo test test-asyncio test-rust e2e lint bench bench-gate build clean install
+
+help: ## this list
+	@sed -n 's/^\([a-z][a-z-]*\):.*## /  make \1\t/p' $(MAKEFILE_LIST) | expand -t 20
+
+demo: install ## a small cluster on this machine, a task with a web page, and a forward to it; until Ctrl-C
+	$(BIN)/kohakuriver demo
+
+test: install $(STAMPS)/test ## the whole suite but the browser tests (those: make e2e)
+	scripts/system-packages test
+	scripts/with-engine $(BIN)/python -m pytest tests --ignore=tests/e2e $(PYTEST_ARGS)
+
+test-asyncio: install $(STAMPS)/test ## the same suite on the standard library's event loop
+	scripts/system-packages test
+	KOHAKURIVER_LOOP=asyncio scripts/with-engine $(BIN)/python -m pytest tests --ignore=tests/e2e $(PYTEST_ARGS)
+
+test-rust: ## the tunnel client's own tests
+	cd $(CRATE) && cargo test --locked
+
+e2e: install $(STAMPS)/test $(STAMPS)/e2e ## JupyterLab and TensorBoard through a forward, in a real browser
+	scripts/system-packages test e2e
+	scripts/with-engine $(BIN)/python -m pytest tests/e2e $(PYTEST_ARGS)
+
+lint: install $(STAMPS)/test $(STAMPS)/lint ## ruff, mypy, stubs against the extension, rustfmt, clippy
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/python -m mypy.stubtest kohakuriver._frame
+	cd $(CRATE) && cargo fmt --check && cargo clippy --locked --all-targets -- -D warnings
+
+bench: install $(STAMPS)/test ## micro benchmarks, then the whole chain beside its baselines: table, JSON, plot
+	scripts/system-packages bench
+	mkdir -p bench/results
+	$(BIN)/python -m pytest bench --benchmark-json=bench/results/micro.json $(PYTEST_ARGS)
+	$(BIN)/python bench/chain.py --kohakuriver $(BIN)/kohakuriver --output bench/results
+
+bench-gate: install $(STAMPS)/test ## the ratios of bench/gates.toml, as CI checks them
+	scripts/system-packages bench
+	$(BIN)/python bench/chain.py --kohakuriver $(BIN)/kohakuriver --gate bench/gates.toml
+
+build: $(STAMPS)/build ## sdist and wheel in dist/
+	rm -rf dist
+	$(BIN)/python -m build
+
+clean: ## everything that these commands made
+	rm -rf $(VENV) build dist *.egg-info bench/results .pytest_cache .mypy_cache .ruff_cache .hypothesis .benchmarks
+	rm -rf kohakuriver/bin kohakuriver/*.c kohakuriver/*.so $(CRATE)/target
+	find kohakuriver tests bench -name __pycache__ -type d -prune -exec rm -rf {} +
+
+install: $(STAMPS)/package $(STAMPS)/extension $(STAMPS)/client
+
+$(STAMPS)/venv:
+	PYTHON=$(PYTHON) scripts/system-packages build
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install -q --disable-pip-version-check --upgrade pip 'setuptools>=77' 'cython>=3.1'
+	mkdir -p $(STAMPS)
+	touch $@
+
+# The compiled parts have stamps of their own: installing again would not be needed for a changed source file.
+$(STAMPS)/package: $(STAMPS)/venv pyproject.toml setup.py
+	KOHAKURIVER_SKIP_CARGO=1 $(BIN)/python -m pip install -q --disable-pip-version-check --no-build-isolation -e .
+	touch $@
+
+$(STAMPS)/extension: $(STAMPS)/venv setup.py $(wildcard kohakuriver/*.pyx kohakuriver/*.pxd)
+	$(BIN)/python setup.py -q build_ext --inplace
+	touch $@
+
+$(STAMPS)/client: $(STAMPS)/venv setup.py $(CRATE_SOURCES)
+	$(BIN)/python setup.py -q build_tunnel_client --inplace
+	touch $@
+
+$(STAMPS)/test $(STAMPS)/e2e $(STAMPS)/lint $(STAMPS)/build: $(STAMPS)/package
+	KOHAKURIVER_SKIP_CARGO=1 $(BIN)/python -m pip install -q --disable-pip-version-check --no-build-isolation -e '.[$(@F)]'
+	touch $@
