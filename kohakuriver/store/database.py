@@ -1,0 +1,243 @@
+"""The database behind a host: opened once, asked from the event loop, answered in a thread.
+
+Rows come back detached and complete: reading one never touches the database, changing one changes nothing there.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import time
+from collections.abc import Callable, Iterable, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any, TypeVar
+
+from sqlalchemy import Engine, create_engine, event, func, select
+from sqlalchemy.engine import make_url
+from sqlalchemy.exc import ArgumentError, DBAPIError, IntegrityError, NoSuchModuleError
+from sqlalchemy.orm import Session, sessionmaker
+
+from kohakuriver.errors import KohakuRiverError, NotFoundError, UsageError
+from kohakuriver.store.models import Base, Meta, Node, Task, Token
+
+__all__ = ["SCHEMA_VERSION", "Store", "sqlite_url"]
+
+SCHEMA_VERSION = "1"
+
+_POSTGRESQL_THREADS = 4
+
+T = TypeVar("T")
+
+
+def sqlite_url(path: Path) -> str:
+    """The database URL of a SQLite file."""
+    return f"sqlite:///{path}"
+
+
+class Store:
+    """Nodes, tasks and tokens. Every method may raise KohakuRiverError when the database fails."""
+
+    def __init__(self, engine: Engine) -> None:
+        self._engine = engine
+        self._sessions = sessionmaker(engine, expire_on_commit=False)
+        # SQLite has one writer at a time: one thread queues what would otherwise wait for locks.
+        threads = 1 if engine.dialect.name == "sqlite" else _POSTGRESQL_THREADS
+        self._threads = ThreadPoolExecutor(threads, thread_name_prefix="store")
+
+    @classmethod
+    async def open(cls, url: str) -> Store:
+        """The store at a database URL, its tables made when they are not there.
+
+        Raises UsageError when the URL makes no sense or names a database that this installation has no driver for.
+        """
+        try:
+            engine = create_engine(make_url(url), pool_pre_ping=not url.startswith("sqlite"))
+        except (ArgumentError, NoSuchModuleError) as error:
+            raise UsageError(f"The database {_without_password(url)!r} can't be used: {error}.") from error
+        except ModuleNotFoundError as error:
+            raise UsageError(f"The database needs the Python package {error.name!r}; install it first.") from error
+        if engine.dialect.name == "sqlite":
+            event.listen(engine, "connect", _prepare_sqlite)
+        store = cls(engine)
+        try:
+            await store._run_in_thread(store._create_tables)
+        except BaseException:
+            await store.close()
+            raise
+        return store
+
+    async def close(self) -> None:
+        """Let go of every connection to the database."""
+        await asyncio.get_running_loop().run_in_executor(None, self._threads.shutdown)
+        self._engine.dispose()
+
+    def _create_tables(self) -> None:
+        Base.metadata.create_all(self._engine)
+        with self._sessions.begin() as session:
+            found = session.get(Meta, "schema")
+            if found is None:
+                session.add(Meta(key="schema", value=SCHEMA_VERSION))
+            elif found.value != SCHEMA_VERSION:
+                raise UsageError(
+                    f"The database has tables of version {found.value}, and this kohakuriver needs version "
+                    f"{SCHEMA_VERSION}; use the kohakuriver that made it, or another database."
+                )
+
+    async def _run_in_thread(self, work: Callable[[], T]) -> T:
+        try:
+            return await asyncio.get_running_loop().run_in_executor(self._threads, work)
+        except IntegrityError:
+            raise  # a clash with a constraint: the caller knows which, and what to say
+        except DBAPIError as error:
+            raise KohakuRiverError(f"The database failed: {error.orig}.", code="database") from error
+
+    async def run(self, work: Callable[[Session], T]) -> T:
+        """What `work` returns, called with a session in one transaction, in a thread."""
+
+        def transaction() -> T:
+            with self._sessions.begin() as session:
+                return work(session)
+
+        return await self._run_in_thread(transaction)
+
+    # Tokens
+
+    async def put_token(self, secret: str, *, kind: str, name: str) -> None:
+        """Make `secret` a valid token of `kind` ("user" or "node") that belongs to `name`."""
+        row = Token(digest=_digest(secret), kind=kind, name=name, created_at=time.time())
+        await self.run(lambda session: session.merge(row))
+
+    async def token(self, secret: str) -> Token | None:
+        """Whose token `secret` is, or None."""
+        return await self.run(lambda session: session.get(Token, _digest(secret)))
+
+    # Nodes
+
+    async def nodes(self) -> list[Node]:
+        """All nodes, by name."""
+        return await self.run(lambda session: list(session.scalars(select(Node).order_by(Node.name))))
+
+    async def node(self, name: str) -> Node | None:
+        """The node of that name, or None."""
+        return await self.run(lambda session: session.get(Node, name))
+
+    async def put_node(self, name: str, values: Mapping[str, Any], ticket_key: bytes) -> Node:
+        """Make or renew a node; one that is there keeps the ticket key that it has."""
+
+        def work(session: Session) -> Node:
+            node = session.get(Node, name)
+            if node is None:
+                node = Node(name=name, ticket_key=ticket_key)
+                session.add(node)
+            for key, value in values.items():
+                setattr(node, key, value)
+            return node
+
+        return await self.run(work)
+
+    async def active_tasks_by_node(self) -> dict[str, int]:
+        """How many tasks each node is starting or running; a node with none is not in it."""
+        query = (
+            select(Task.node, func.count())
+            .where(Task.removed.is_(False), Task.status.in_(("starting", "running")))
+            .group_by(Task.node)
+        )
+        return await self.run(lambda session: {row[0]: row[1] for row in session.execute(query)})
+
+    # Tasks
+
+    async def add_task(self, task: Task) -> None:
+        """Keep a new task. Raises KohakuRiverError "name_taken" (409) when another one has its name."""
+
+        def work(session: Session) -> None:
+            session.add(task)
+            session.flush()
+
+        try:
+            await self.run(work)
+        except IntegrityError as error:
+            raise KohakuRiverError(
+                f"There is a task named {task.name!r} already; choose another name or remove that task first.",
+                code="name_taken",
+                status=409,
+            ) from error
+
+    async def tasks(self) -> list[Task]:
+        """All tasks that were not removed, oldest first."""
+        query = select(Task).where(Task.removed.is_(False)).order_by(Task.created_at, Task.task_id)
+        return await self.run(lambda session: list(session.scalars(query)))
+
+    async def task(self, reference: str) -> Task:
+        """The task with that id or name. Raises NotFoundError."""
+        task = await self.run(lambda session: find_task(session, reference))
+        if task is None:
+            raise no_such_task(reference)
+        return task
+
+    async def task_and_node(self, reference: str) -> tuple[Task, Node]:
+        """The task with that id or name, and its node. Raises NotFoundError."""
+
+        def work(session: Session) -> tuple[Task, Node] | None:
+            task = find_task(session, reference)
+            return None if task is None else (task, session.get_one(Node, task.node))
+
+        found = await self.run(work)
+        if found is None:
+            raise no_such_task(reference)
+        return found
+
+    async def change_task(self, task_id: int, values: Mapping[str, Any]) -> Task | None:
+        """Set columns of a task; None when it is gone. A `revision` older than the row's leaves the row as it is."""
+
+        def work(session: Session) -> Task | None:
+            task = session.get(Task, task_id)
+            if task is not None and values.get("revision", task.revision) >= task.revision:
+                task.change(dict(values), time.time())
+            return task
+
+        return await self.run(work)
+
+    async def remove_task(self, task_id: int) -> None:
+        """Hide a task and free its name, until `forget_tasks`."""
+        await self.change_task(task_id, {"removed": True, "name": None})
+
+    async def forget_tasks(self, task_ids: Iterable[int]) -> None:
+        """Delete the rows."""
+
+        def work(session: Session) -> None:
+            for task_id in task_ids:
+                if task := session.get(Task, task_id):
+                    session.delete(task)
+
+        await self.run(work)
+
+
+def find_task(session: Session, reference: str) -> Task | None:
+    """The task that a user means by an id or a name."""
+    by_id = reference.isascii() and reference.isdigit() and len(reference) < 19
+    condition = Task.task_id == int(reference) if by_id else Task.name == reference
+    return session.scalars(select(Task).where(condition, Task.removed.is_(False))).one_or_none()
+
+
+def no_such_task(reference: str) -> NotFoundError:
+    """The error for a task that is not there."""
+    return NotFoundError(f"There is no task {reference!r}; `kohakuriver vps list` shows the tasks that there are.")
+
+
+def _prepare_sqlite(connection: Any, _record: object) -> None:
+    cursor = connection.cursor()
+    for pragma in ("journal_mode=WAL", "synchronous=NORMAL", "busy_timeout=5000", "foreign_keys=ON"):
+        cursor.execute(f"PRAGMA {pragma}")
+    cursor.close()
+
+
+def _digest(secret: str) -> str:
+    return hashlib.sha256(secret.encode()).hexdigest()
+
+
+def _without_password(url: str) -> str:
+    try:
+        return make_url(url).render_as_string(hide_password=True)
+    except ArgumentError:
+        return url

@@ -1,0 +1,93 @@
+"""The tables: nodes, tasks, tokens.
+
+Times are seconds since the epoch in a float column: SQLite has no type for them, and this way every database says the
+same.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from sqlalchemy import JSON, BigInteger, Boolean, Float, ForeignKey, LargeBinary, String, Text
+from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column
+
+__all__ = ["Base", "Meta", "Node", "Task", "Token"]
+
+
+class Base(DeclarativeBase):
+    """What all tables share."""
+
+
+class Meta(Base):
+    """Facts about the database itself, e.g. the version of its tables."""
+
+    __tablename__ = "meta"
+
+    key: Mapped[str] = mapped_column(String(64), primary_key=True)
+    value: Mapped[str] = mapped_column(Text)
+
+
+class Node(Base):
+    """A machine with a runner.
+
+    `instance` tells two runners apart that were given the same name; `ticket_key` signs what the host shows this node.
+    """
+
+    __tablename__ = "nodes"
+
+    name: Mapped[str] = mapped_column(String(63), primary_key=True)
+    url: Mapped[str] = mapped_column(Text)
+    instance: Mapped[str] = mapped_column(String(64), default="")
+    version: Mapped[str] = mapped_column(String(64), default="")
+    backends: Mapped[list[str]] = mapped_column(JSON, default=list)
+    ticket_key: Mapped[bytes] = mapped_column(LargeBinary)
+    last_seen: Mapped[float] = mapped_column(Float)
+    left: Mapped[bool] = mapped_column(Boolean, default=False)
+    traffic: Mapped[dict[str, int]] = mapped_column(JSON, default=dict)
+
+
+class Task(Base):
+    """What a user named. `container` is its id on the tunnel, `engine_name` what the engine of its backend calls it.
+
+    `revision` grows with every change that the runner reports, so that a late report never undoes a newer one. A task
+    with `removed` set is gone for users; the row stays until the node has heard of it.
+    """
+
+    __tablename__ = "tasks"
+
+    task_id: Mapped[int] = mapped_column(BigInteger, primary_key=True, autoincrement=False)
+    name: Mapped[str | None] = mapped_column(String(63), unique=True)
+    node: Mapped[str] = mapped_column(ForeignKey("nodes.name"), index=True)
+    backend: Mapped[str] = mapped_column(String(16))
+    container: Mapped[str] = mapped_column(String(128), unique=True)
+    engine_name: Mapped[str | None] = mapped_column(Text)
+    image: Mapped[str | None] = mapped_column(Text)
+    address: Mapped[str | None] = mapped_column(Text)
+    owner: Mapped[str] = mapped_column(String(63))
+    status: Mapped[str] = mapped_column(String(16))
+    message: Mapped[str | None] = mapped_column(Text)
+    tunnel: Mapped[bool] = mapped_column(Boolean, default=False)
+    revision: Mapped[int] = mapped_column(BigInteger, default=0)
+    removed: Mapped[bool] = mapped_column(Boolean, default=False)
+    created_at: Mapped[float] = mapped_column(Float)
+    changed_at: Mapped[float] = mapped_column(Float)
+
+    def change(self, values: dict[str, Any], now: float) -> bool:
+        """Take over the values that differ; whether there was one. `now` is in seconds since the epoch."""
+        different = {name: value for name, value in values.items() if getattr(self, name) != value}
+        for name, value in different.items():
+            setattr(self, name, value)
+        if different:
+            self.changed_at = now
+        return bool(different)
+
+
+class Token(Base):
+    """A credential, kept as its SHA-256 alone. `kind` is "user" or "node", `name` whose it is."""
+
+    __tablename__ = "tokens"
+
+    digest: Mapped[str] = mapped_column(String(64), primary_key=True)
+    kind: Mapped[str] = mapped_column(String(16))
+    name: Mapped[str] = mapped_column(String(63))
+    created_at: Mapped[float] = mapped_column(Float)
