@@ -116,5 +116,5 @@ extension = Extension(
 
 setup(
     cmdclass={"build": Build, "build_tunnel_client": BuildTunnelClient},
-    ext_modules=cythonize([extension], language_level=3),
+    ext_modules=cythonize([extension], language_level=3),  # type: ignore[no-untyped-call]
 )
