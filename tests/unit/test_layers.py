@@ -1,0 +1,154 @@
+"""The layers of docs/architecture.md, enforced: a module imports only what its layer may know."""
+
+from __future__ import annotations
+
+import ast
+import re
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+PACKAGE = Path(__file__).resolve().parents[2] / "kohakuriver"
+
+BASE = {"errors", "config", "loops"}
+PROTOCOL = BASE | {"_frame", "tunnel"}
+
+# What each layer may import of our own, beside itself. `__init__` stands for the package's own names.
+ALLOWED: dict[str, set[str]] = {
+    "_frame": set(),
+    "errors": set(),
+    "config": {"errors"},
+    "loops": {"errors"},
+    "tunnel": PROTOCOL | {"__init__"},
+    "store": PROTOCOL,
+    "web": PROTOCOL | {"__init__"},
+    "host": PROTOCOL | {"store", "web", "__init__"},
+    "runner": PROTOCOL | {"store", "web", "__init__"},
+    "ssh_proxy": PROTOCOL | {"store", "__init__"},
+    "api": BASE | {"__init__"},
+    "forwarding": PROTOCOL | {"api", "__init__"},
+    "cli": PROTOCOL | {"api", "forwarding", "__init__"},
+    "__init__": {"errors", "forwarding"},
+    "__main__": {"cli"},
+}
+
+# `cli` starts the programs, so the functions of its commands, and only they, may import these two modules.
+STARTED_BY_CLI = {"kohakuriver.host.serve", "kohakuriver.runner.serve"}
+
+# Packages that only the named layers may import: what keeps the command line light and the protocol free of policy.
+ONLY_IN = {
+    "aiodocker": {"runner"},
+    "fastapi": {"web", "host", "runner"},
+    "sqlalchemy": {"store", "host", "runner"},
+    "starlette": {"web", "host", "runner"},
+    "typer": {"cli"},
+    "rich": {"cli"},
+    "uvicorn": {"web", "host", "runner", "tunnel"},
+    "httpx": {"api", "web", "host", "runner", "cli", "forwarding"},
+    "pydantic_settings": {"config"},
+    "websockets": {"tunnel"},
+}
+
+FORBIDDEN_IN_FRAME = {"asyncio", "socket", "selectors", "ssl", "select"}
+
+
+def layer_of(module: str) -> str:
+    parts = module.split(".")
+    return parts[1] if len(parts) > 1 else "__init__"
+
+
+def module_name(path: Path) -> str:
+    parts = list(path.relative_to(PACKAGE.parent).with_suffix("").parts)
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+
+
+def is_module(name: str) -> bool:
+    path = PACKAGE.parent.joinpath(*name.split("."))
+    return path.is_dir() or any(path.with_suffix(suffix).exists() for suffix in (".py", ".pyx"))
+
+
+def python_imports(source: str) -> Iterator[tuple[str, bool, int]]:
+    """(dotted module, whether inside a function, line) of every import, under TYPE_CHECKING too."""
+    pending: list[tuple[ast.AST, bool]] = [(ast.parse(source), False)]
+    while pending:
+        node, lazy = pending.pop()
+        if isinstance(node, ast.Import):
+            for alias in node.names:
+                yield alias.name, lazy, node.lineno
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"line {node.lineno}: relative imports hide which layer is meant"
+            assert node.module is not None
+            for alias in node.names:
+                inner = f"{node.module}.{alias.name}"
+                yield (inner if is_module(inner) else node.module), lazy, node.lineno
+        lazy = lazy or isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)
+        pending.extend((child, lazy) for child in ast.iter_child_nodes(node))
+
+
+def cython_imports(source: str) -> Iterator[tuple[str, bool, int]]:
+    for number, line in enumerate(source.splitlines(), 1):
+        match = re.match(r"\s*(?:from\s+([\w.]+)\s+c?import|c?import\s+([\w.]+))", line)
+        if match:
+            yield match[1] or match[2], False, number
+
+
+def violations(module: str, source: str, *, cython: bool = False) -> list[str]:
+    layer, found = layer_of(module), []
+    for name, lazy, line in (cython_imports if cython else python_imports)(source):
+        top = name.split(".")[0]
+        if top == "kohakuriver":
+            target = layer_of(name)
+            started = layer == "cli" and lazy and name in STARTED_BY_CLI
+            if target not in ALLOWED[layer] | {layer} and not started:
+                found.append(f"{module}:{line} imports {name}")
+        elif (top in ONLY_IN and layer not in ONLY_IN[top]) or (layer == "_frame" and top in FORBIDDEN_IN_FRAME):
+            found.append(f"{module}:{line} imports {name}")
+    return found
+
+
+def sources() -> list[Path]:
+    return sorted([*PACKAGE.rglob("*.py"), *PACKAGE.rglob("*.pyx")])
+
+
+def test_every_module_belongs_to_a_layer() -> None:
+    assert {layer_of(module_name(path)) for path in sources()} <= set(ALLOWED)
+
+
+def test_every_module_imports_only_what_its_layer_may_know() -> None:
+    found = [
+        line
+        for path in sources()
+        for line in violations(module_name(path), path.read_text(), cython=path.suffix == ".pyx")
+    ]
+    assert found == []
+
+
+def test_only_the_protocol_module_packs_and_unpacks_headers() -> None:
+    header = re.compile(r"\b(?:un)?pack_header\b")
+    users = {module_name(path) for path in sources() if header.search(path.read_text())}
+    assert users <= {"kohakuriver._frame", "kohakuriver.tunnel.protocol"}
+
+
+@pytest.mark.parametrize(
+    ("module", "source"),
+    [
+        ("kohakuriver.host.app", "from kohakuriver.runner import app"),
+        ("kohakuriver.runner.app", "import kohakuriver.cli.main"),
+        ("kohakuriver.tunnel.link", "from kohakuriver.store.models import Task"),
+        ("kohakuriver.tunnel.link", "def f():\n    import fastapi"),
+        ("kohakuriver.errors", "from kohakuriver import config"),
+        ("kohakuriver.cli.main", "import kohakuriver.host.serve"),
+        ("kohakuriver.cli.main", "def f():\n    from kohakuriver.host import app"),
+        ("kohakuriver.cli.main", "if TYPE_CHECKING:\n    import sqlalchemy"),
+    ],
+)
+def test_an_import_upwards_or_sideways_is_found(module: str, source: str) -> None:
+    assert len(violations(module, source)) == 1
+
+
+def test_a_command_may_start_the_host_and_the_runner() -> None:
+    source = (
+        "def host():\n    from kohakuriver.host.serve import run\n\ndef runner():\n    import kohakuriver.runner.serve"
+    )
+    assert violations("kohakuriver.cli.main", source) == []
