@@ -1,0 +1,159 @@
+"""What the HTTP API takes and gives, as pydantic models. Source: docs/protocol.md; docs/guide for people."""
+
+from __future__ import annotations
+
+import ipaddress
+from datetime import datetime, timezone
+from typing import Annotated, Literal
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+
+__all__ = [
+    "AdoptRequest",
+    "Backend",
+    "CreateRequest",
+    "Heartbeat",
+    "HeartbeatAnswer",
+    "NodeView",
+    "Registration",
+    "RegistrationAnswer",
+    "Status",
+    "TaskReport",
+    "TaskView",
+    "iso_time",
+]
+
+Backend = Literal["docker", "process", "address"]
+Status = Literal["starting", "running", "stopped", "failed", "lost"]
+
+
+def _check_name(value: object) -> object:
+    if isinstance(value, str) and value.isdigit():
+        raise ValueError("a name may not be all digits, because a number means a task's id")
+    return value
+
+
+Name = Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9._-]{0,62}\Z"), BeforeValidator(_check_name)]
+NodeName = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,62}\Z")]
+EnvName = Annotated[str, Field(pattern=r"^[^=\0]+\Z")]
+NoNul = Annotated[str, Field(pattern=r"^[^\0]*\Z")]
+Mount = Annotated[str, Field(pattern=r"^[^:\0]+:/[^:\0]*(:ro)?\Z")]
+
+
+class _Request(BaseModel):
+    model_config = ConfigDict(extra="forbid")
+
+
+class CreateRequest(_Request):
+    """A new task. Without a node the least loaded one that fits; without a backend docker if an image is named."""
+
+    name: Name | None = None
+    node: NodeName | None = None
+    backend: Literal["docker", "process"] | None = None
+    image: Annotated[str, Field(min_length=1)] | None = None
+    command: list[NoNul] = []
+    env: dict[EnvName, NoNul] = {}
+    mounts: list[Mount] = []
+    ssh: bool = False
+
+
+class AdoptRequest(_Request):
+    """A task made of what already runs: a container (name or id) or an IP address that the node reaches."""
+
+    container: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*\Z")] | None = None
+    address: str | None = None
+    node: NodeName | None = None
+    name: Name | None = None
+
+    @model_validator(mode="after")
+    def _one_of_two(self) -> AdoptRequest:
+        if (self.container is None) == (self.address is None):
+            raise ValueError("name either a container or an address")
+        if self.address is not None:
+            try:
+                self.address = str(ipaddress.ip_address(self.address))
+            except ValueError:
+                raise ValueError(f"{self.address!r} is no IP address") from None
+        return self
+
+
+class Registration(_Request):
+    """A runner says that it is there. `instance` stays the same over its restarts and tells it from a namesake."""
+
+    name: NodeName
+    url: Annotated[str, Field(pattern=r"^https?://[^\s/?#@]+\Z")]
+    backends: list[Backend]
+    version: str = ""
+    instance: str = ""
+
+
+class RegistrationAnswer(BaseModel):
+    """`ticket_key` is base64; `heartbeat_seconds` how often the host wants to hear from the node."""
+
+    heartbeat_seconds: float
+    ticket_key: str
+
+
+class TaskReport(BaseModel):
+    """What a runner says about a task; `revision` grows with every change."""
+
+    model_config = ConfigDict(extra="ignore")
+
+    task_id: int
+    status: Status
+    tunnel: bool = False
+    message: str | None = None
+    revision: int = 0
+    engine_name: str | None = None
+    image: str | None = None
+
+
+class Heartbeat(BaseModel):
+    """All tasks of a node and what passed through it so far; `leaving` when the runner is about to end."""
+
+    model_config = ConfigDict(extra="ignore")
+
+    tasks: list[TaskReport] = []
+    traffic: dict[str, int] = {}
+    leaving: bool = False
+
+
+class HeartbeatAnswer(BaseModel):
+    """`remove`: ids of tasks that were removed while the node was away, and that it should now end."""
+
+    remove: list[int] = []
+
+
+class NodeView(BaseModel):
+    """A node as users see it."""
+
+    name: str
+    url: str
+    status: Literal["online", "offline"]
+    last_seen: str
+    backends: list[str]
+    tasks: int
+    traffic: dict[str, int]
+    version: str
+
+
+class TaskView(BaseModel):
+    """A task as users see it."""
+
+    task_id: int
+    name: str
+    node: str
+    backend: Backend
+    status: Status
+    tunnel: bool
+    image: str | None
+    address: str | None
+    container: str
+    created_at: str
+    message: str | None
+    owner: str
+
+
+def iso_time(seconds: float) -> str:
+    """Seconds since the epoch as ISO 8601 in UTC."""
+    return datetime.fromtimestamp(seconds, timezone.utc).isoformat(timespec="seconds")

@@ -1,0 +1,103 @@
+"""The host as a program: state, sockets, serving, and the end."""
+
+from __future__ import annotations
+
+import socket
+from dataclasses import dataclass
+from pathlib import Path
+
+import structlog
+
+from kohakuriver import loops
+from kohakuriver.errors import UsageError
+from kohakuriver.host.app import Services, create_app
+from kohakuriver.host.credentials import Credentials
+from kohakuriver.host.forwards import Forwards
+from kohakuriver.host.nodes import Nodes
+from kohakuriver.host.runner_client import RunnerClient
+from kohakuriver.host.tasks import Changes, Tasks
+from kohakuriver.host.tunnel_proxy import TunnelProxy
+from kohakuriver.store import Store, sqlite_url
+from kohakuriver.tunnel.server import serve_ws
+from kohakuriver.web import Server, bind, configure_logging, print_ready, socket_url, stop_at_end_of_stdin
+
+__all__ = ["HostOptions", "main", "serve"]
+
+log = structlog.get_logger("kohakuriver.host")
+
+
+@dataclass(frozen=True)
+class HostOptions:
+    """How a host runs. `port` 0 is any free one; `database` None is a SQLite file in `state_dir`.
+
+    With `exit_with_stdin` it ends when its stdin does, as a child of `up` should.
+    """
+
+    state_dir: Path
+    bind: str = "0.0.0.0"
+    port: int = 8000
+    database: str | None = None
+    allow_anonymous: bool = False
+    heartbeat_seconds: float = 5.0
+    tls_cert: Path | None = None
+    tls_key: Path | None = None
+    json: bool = False
+    log_level: str = "info"
+    exit_with_stdin: bool = False
+
+
+def serve(options: HostOptions) -> int:
+    """Run a host until SIGTERM or SIGINT; the exit code. Raises KohakuRiverError when it can't start."""
+    if (options.tls_cert is None) != (options.tls_key is None):
+        raise UsageError("--tls-cert and --tls-key go together.")
+    configure_logging(options.log_level)
+    return loops.run(main(options))
+
+
+async def main(options: HostOptions) -> int:
+    """What `serve` runs on an event loop."""
+    options.state_dir.mkdir(parents=True, exist_ok=True, mode=0o700)
+    sock = bind(options.bind, options.port)
+    try:
+        store = await Store.open(options.database or sqlite_url(options.state_dir / "host.db"))
+    except BaseException:
+        sock.close()
+        raise
+    runners = RunnerClient()
+    try:
+        credentials = Credentials(store, allow_anonymous=options.allow_anonymous)
+        for path in await credentials.load_or_make(options.state_dir):
+            log.info("made a token", file=str(path))
+        if options.allow_anonymous:
+            log.warning("ANONYMOUS ACCESS IS ON: anybody who reaches this port can open forwards to every task")
+        await _serve(options, sock, store, runners, credentials)
+    finally:
+        sock.close()
+        await runners.close()
+        await store.close()
+    return 0
+
+
+async def _serve(
+    options: HostOptions, sock: socket.socket, store: Store, runners: RunnerClient, credentials: Credentials
+) -> None:
+    changes = Changes()
+    nodes = Nodes(store, heartbeat_seconds=options.heartbeat_seconds, on_change=changes.notify)
+    tasks = Tasks(store, nodes, runners, changes)
+    proxy = TunnelProxy(authorize=Forwards(credentials, store, nodes, tasks).authorize)
+    url = socket_url(sock, "https" if options.tls_cert else "http")
+
+    async def ready() -> None:
+        if options.exit_with_stdin:
+            stop_at_end_of_stdin(server)
+        print_ready(options.json, f"The host is ready at {url}", url=url)
+
+    server = Server(
+        create_app(Services(credentials, nodes, tasks)),
+        ws=serve_ws(proxy.routes()),
+        on_ready=ready,
+        on_stop=proxy.close,
+        tls_cert=options.tls_cert,
+        tls_key=options.tls_key,
+    )
+    await server.serve([sock])
