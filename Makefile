@@ -46,11 +46,11 @@ bench: install $(STAMPS)/test ## micro benchmarks, then the whole chain beside i
 	scripts/system-packages bench
 	mkdir -p bench/results
 	$(BIN)/python -m pytest bench --benchmark-json=bench/results/micro.json $(PYTEST_ARGS)
-	$(BIN)/python bench/chain.py --kohakuriver $(BIN)/kohakuriver --output bench/results
+	$(BIN)/python -m bench.chain --kohakuriver $(BIN)/kohakuriver --output bench/results
 
 bench-gate: install $(STAMPS)/test ## the ratios of bench/gates.toml, as CI checks them
 	scripts/system-packages bench
-	$(BIN)/python bench/chain.py --kohakuriver $(BIN)/kohakuriver --gate bench/gates.toml
+	$(BIN)/python -m bench.chain --kohakuriver $(BIN)/kohakuriver --gate bench/gates.toml
 
 build: $(STAMPS)/build ## sdist and wheel in dist/
 	rm -rf dist

@@ -1,0 +1,1 @@
+"""Benchmarks: micro (test_*.py, pytest-benchmark) and the whole chain (chain.py)."""

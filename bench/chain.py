@@ -1,0 +1,215 @@
+"""Measure the whole forward chain beside its baselines, in one run and in turns.
+
+    python -m bench.chain --kohakuriver .venv/bin/kohakuriver                        everything: table, JSON and plot
+    python -m bench.chain --kohakuriver .venv/bin/kohakuriver --gate bench/gates.toml   the ratios that CI enforces
+
+Every figure is a median; a ratio is the median of the ratios of runs that stood side by side, so that a machine that
+is busy for a while slows both. Needs Linux, iperf3 and socat; ssh and sshd where that baseline is wanted.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import shutil
+import statistics
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from bench.contenders import Contender, KohakuRiver, Relay4, Services, Ssh, WebSockets4
+from bench.measures import MEASURES, RUNS, run_once
+from bench.plot import ratio_plot
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib
+
+OURS = KohakuRiver.name
+
+
+@dataclass(frozen=True)
+class Gate:
+    """A bound of one ratio, ours to `baseline`."""
+
+    measure: str
+    baseline: str
+    at_least: float | None = None
+    at_most: float | None = None
+
+    def holds(self, ratio: float) -> bool:
+        return (self.at_least is None or ratio >= self.at_least) and (self.at_most is None or ratio <= self.at_most)
+
+    def __str__(self) -> str:
+        return f"≥ {self.at_least}" if self.at_least is not None else f"≤ {self.at_most}"
+
+
+@dataclass
+class Results:
+    """Samples by measure and contender; samples of one index stood side by side."""
+
+    samples: dict[str, dict[str, list[float]]] = field(default_factory=dict)
+
+    def add(self, contender: str, values: dict[str, float]) -> None:
+        for measure, value in values.items():
+            self.samples.setdefault(measure, {}).setdefault(contender, []).append(value)
+
+    def median(self, measure: str, contender: str) -> float:
+        return statistics.median(self.samples[measure][contender])
+
+    def ratio(self, measure: str, baseline: str) -> float:
+        pairs = zip(self.samples[measure][OURS], self.samples[measure][baseline], strict=True)
+        return statistics.median(ours / base for ours, base in pairs)
+
+    def baselines(self, measure: str) -> list[str]:
+        return [name for name in self.samples[measure] if name != OURS]
+
+
+@contextmanager
+def started(contenders: Sequence[Contender]) -> Iterator[None]:
+    with ExitStack() as stack:
+        services = Services()
+        stack.callback(services.close)
+        services.start(services)
+        for contender in contenders:
+            stack.callback(contender.close)
+            contender.start(services)
+        yield
+
+
+def measure_in_turns(results: Results, run: str, contenders: Sequence[Contender], rounds: int, seconds: float) -> None:
+    for number in range(rounds):
+        # Who goes first changes, so that nobody always runs on the machine that another one warmed up.
+        shift = number % len(contenders)
+        for contender in [*contenders[shift:], *contenders[:shift]]:
+            results.add(contender.name, run_once(run, contender, seconds))
+
+
+def table(results: Results, titles: dict[str, str]) -> str:
+    lines = []
+    for measure, by_contender in results.samples.items():
+        unit = MEASURES[measure].unit
+        lines.append(f"{measure:<11} {titles[OURS]:<26} {results.median(measure, OURS):>10.2f} {unit}")
+        lines += [
+            f"{'':<11} {titles[name]:<26} {results.median(measure, name):>10.2f} {unit:<7}"
+            f" ratio {results.ratio(measure, name):.2f}"
+            for name in by_contender
+            if name != OURS
+        ]
+    return "\n".join(lines)
+
+
+def as_json(results: Results, titles: dict[str, str]) -> dict[str, object]:
+    return {
+        "machine": {
+            "cpus": os.cpu_count(),
+            "system": f"{platform.system()} {platform.release()} {platform.machine()}",
+            "python": platform.python_version(),
+            "loop": os.environ.get("KOHAKURIVER_LOOP", "uvloop"),
+        },
+        "contenders": titles,
+        "measures": {
+            measure: {
+                "unit": MEASURES[measure].unit,
+                "higher_is_better": MEASURES[measure].higher_is_better,
+                "samples": by_contender,
+                "median": {name: results.median(measure, name) for name in by_contender},
+                "ratio": {name: results.ratio(measure, name) for name in results.baselines(measure)},
+            }
+            for measure, by_contender in results.samples.items()
+        },
+    }
+
+
+def read_gates(path: Path) -> tuple[list[Gate], dict[str, float]]:
+    """The gates and the settings (`rounds`, `seconds`) of a gates.toml."""
+    document = tomllib.loads(path.read_text())
+    return [Gate(**gate) for gate in document["gate"]], document["settings"]
+
+
+def check_gates(
+    gates: Sequence[Gate], results: Results, contenders: Sequence[Contender], settings: dict[str, float]
+) -> bool:
+    """Measure what the gates name. One that fails is measured again twice as long: all samples together decide."""
+    rounds, seconds = int(settings["rounds"]), settings["seconds"]
+    wanted = {gate.measure for gate in gates}
+    for run, measures in RUNS.items():
+        if not wanted.intersection(measures):
+            continue
+        measure_in_turns(results, run, contenders, rounds, seconds)
+        if not all(
+            gate.holds(results.ratio(gate.measure, gate.baseline)) for gate in gates if gate.measure in measures
+        ):
+            print(f"{run}: below its gate or close to it; measuring again", flush=True)
+            measure_in_turns(results, run, contenders, 2 * rounds, seconds)
+    good = True
+    for gate in gates:
+        ratio = results.ratio(gate.measure, gate.baseline)
+        holds = gate.holds(ratio)
+        good &= holds
+        print(f"{'ok    ' if holds else 'FAILED'} {gate.measure:<11} {ratio:.2f} of {gate.baseline} (gate {gate})")
+    return good
+
+
+def parse_arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--kohakuriver", type=Path, required=True, help="the program to measure")
+    parser.add_argument("--gate", type=Path, metavar="FILE", help="check the ratios of FILE; exit 1 when one fails")
+    parser.add_argument("--output", type=Path, metavar="DIR", help="write chain.json and chain.svg into DIR")
+    parser.add_argument("--only", default="", metavar="RUN,…", help=f"of {', '.join(RUNS)}")
+    parser.add_argument("--rounds", type=int, default=5, help="turns of each contender (default 5)")
+    parser.add_argument("--seconds", type=float, default=3, help="length of one bulk run (default 3)")
+    parser.add_argument("--baselines", default="relay4,websockets4,ssh", metavar="NAME,…")
+    return parser.parse_args()
+
+
+def make_contenders(executable: Path, baselines: set[str]) -> list[Contender]:
+    for program in ("iperf3", "socat"):
+        if shutil.which(program) is None:
+            raise SystemExit(f"{program} is missing: scripts/system-packages bench")
+    contenders: list[Contender] = [KohakuRiver(executable)]
+    if "relay4" in baselines:
+        contenders.append(Relay4())
+    if "websockets4" in baselines:
+        contenders.append(WebSockets4())
+    if "ssh" in baselines:
+        if Ssh.is_here():
+            contenders.append(Ssh())
+        else:
+            print("no ssh baseline: ssh or sshd is missing", file=sys.stderr)
+    return contenders
+
+
+def main() -> int:
+    arguments = parse_arguments()
+    start, results = time.monotonic(), Results()
+    if arguments.gate:
+        gates, settings = read_gates(arguments.gate)
+        contenders = make_contenders(arguments.kohakuriver, {gate.baseline for gate in gates})
+        with started(contenders):
+            good = check_gates(gates, results, contenders, settings)
+    else:
+        good = True
+        contenders = make_contenders(arguments.kohakuriver, set(arguments.baselines.split(",")))
+        runs = [run for run in RUNS if not arguments.only or run in arguments.only.split(",")]
+        with started(contenders):
+            for run in runs:
+                measure_in_turns(results, run, contenders, arguments.rounds, arguments.seconds)
+    titles = {contender.name: contender.title for contender in contenders}
+    print(table(results, titles))
+    print(f"{time.monotonic() - start:.0f} s")
+    if arguments.output:
+        arguments.output.mkdir(parents=True, exist_ok=True)
+        (arguments.output / "chain.json").write_text(json.dumps(as_json(results, titles), indent=1) + "\n")
+        (arguments.output / "chain.svg").write_text(ratio_plot(results, titles))
+    return 0 if good else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

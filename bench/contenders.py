@@ -1,0 +1,232 @@
+"""What chain.py measures: KohakuRiver's own chain, and the baselines beside it, all as real processes on loopback."""
+
+from __future__ import annotations
+
+import contextlib
+import getpass
+import json
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import IO, Any
+
+ROOT = Path(__file__).resolve().parents[1]
+TICKS = os.sysconf("SC_CLK_TCK")
+
+
+def free_port() -> int:
+    """A port that nothing listens on now: for programs that can't say which one they chose."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port: int = probe.getsockname()[1]
+        return port
+
+
+def wait_for_port(port: int, process: subprocess.Popen[Any], seconds: float = 15) -> None:
+    """Return once something accepts on 127.0.0.1:`port`; RuntimeError when `process` ends or `seconds` pass."""
+    end = time.monotonic() + seconds
+    while time.monotonic() < end:
+        with contextlib.suppress(OSError):
+            socket.create_connection(("127.0.0.1", port), 1).close()
+            return
+        if process.poll() is not None:
+            raise RuntimeError(f"{process.args!r} ended with {process.returncode}")
+        time.sleep(0.02)
+    raise RuntimeError(f"nothing listens on 127.0.0.1:{port} after {seconds} s")
+
+
+def process_tree(pid: int) -> list[int]:
+    tree = [pid]
+    with contextlib.suppress(OSError):
+        for thread in Path(f"/proc/{pid}/task").iterdir():
+            for child in (thread / "children").read_text().split():
+                tree += process_tree(int(child))
+    return tree
+
+
+def cpu_seconds(pid: int) -> float:
+    """User and system time of `pid`'s tree, the children that it has reaped included."""
+    total = 0
+    for member in process_tree(pid):
+        with contextlib.suppress(OSError):
+            fields = Path(f"/proc/{member}/stat").read_text().rsplit(")", 1)[1].split()
+            total += sum(map(int, fields[11:15]))
+    return total / TICKS
+
+
+class Contender:
+    """A chain of processes between local ports and the services. `iperf` and `echo` are its entries' ports."""
+
+    name: str
+    title: str
+
+    def __init__(self) -> None:
+        self.processes: list[subprocess.Popen[str]] = []
+        self.directory = tempfile.TemporaryDirectory(prefix="kohakuriver-bench-")
+        self.iperf = 0
+        self.echo = 0
+
+    def start(self, services: Services) -> None:
+        raise NotImplementedError
+
+    def spawn(self, *argv: str, env: dict[str, str] | None = None, piped: bool = False) -> subprocess.Popen[str]:
+        log: IO[str] = (Path(self.directory.name) / "log").open("a")
+        with log:
+            process = subprocess.Popen(
+                argv, cwd=ROOT, env=env, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE if piped else log, stderr=log,
+                text=True,
+            )  # fmt: skip
+        self.processes.append(process)
+        return process
+
+    def log(self) -> str:
+        return (Path(self.directory.name) / "log").read_text(errors="replace")[-2000:]
+
+    def cpu_seconds(self) -> float:
+        return sum(cpu_seconds(process.pid) for process in self.processes)
+
+    def close(self) -> None:
+        for process in reversed(self.processes):
+            process.send_signal(signal.SIGTERM)
+            try:
+                process.wait(15)
+            except subprocess.TimeoutExpired:
+                process.kill()
+                process.wait()
+            if process.stdout:
+                process.stdout.close()
+        self.directory.cleanup()
+
+
+class Services(Contender):
+    """What every contender leads to: an iperf3 server and an echo service."""
+
+    name = title = "services"
+
+    def start(self, services: Services) -> None:
+        self.iperf = free_port()
+        wait_for_port(self.iperf, self.spawn("iperf3", "-s", "-p", str(self.iperf)))
+        self.echo = port_of(self.spawn(sys.executable, "-m", "bench.echo", piped=True))
+
+
+def port_of(process: subprocess.Popen[str]) -> int:
+    assert process.stdout is not None
+    line = process.stdout.readline()
+    if not line:
+        raise RuntimeError(f"{process.args!r} ended with {process.wait()}")
+    return int(line)
+
+
+class KohakuRiver(Contender):
+    """`kohakuriver up`, one process task, and one forward of both ports."""
+
+    name, title = "kohakuriver", "KohakuRiver"
+
+    def __init__(self, executable: Path) -> None:
+        super().__init__()
+        self.executable = str(executable.absolute())
+        self.env = dict(os.environ, KOHAKURIVER_CONFIG_DIR=self.directory.name)
+        for name in ("KOHAKURIVER_HOST", "KOHAKURIVER_TOKEN"):
+            self.env.pop(name, None)
+
+    def start(self, services: Services) -> None:
+        ports = ("--host-port", "0", "--runner-port", "0", "--ssh-port", "0")
+        up = self.kohakuriver("up", "--json", *ports, "--state-dir", f"{self.directory.name}/state")
+        self.event(up, "ready")
+        created = subprocess.run(
+            [self.executable, "vps", "create", "--json", "--name", "bench", "--backend", "process"],
+            env=self.env, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=60, check=False,
+        )  # fmt: skip
+        if created.returncode:
+            raise RuntimeError(f"`vps create` ended with {created.returncode}: {created.stderr[-1000:]}")
+        forward = self.kohakuriver("forward", "bench", f"0:{services.iperf}", f"0:{services.echo}", "--json")
+        entries: dict[int, int] = {}
+        while len(entries) < 2:
+            listening = self.event(forward, "listening")
+            entries[listening["remote_port"]] = listening["local_port"]
+        self.iperf, self.echo = entries[services.iperf], entries[services.echo]
+
+    def kohakuriver(self, *args: str) -> subprocess.Popen[str]:
+        return self.spawn(self.executable, *args, env=self.env, piped=True)
+
+    def event(self, process: subprocess.Popen[str], name: str) -> dict[str, Any]:
+        assert process.stdout is not None
+        for line in process.stdout:
+            event: dict[str, Any] = json.loads(line)
+            if event.get("event") == name:
+                return event
+        raise RuntimeError(f"{process.args!r} ended with {process.wait()} before {name!r}:\n{self.log()}")
+
+
+class Relay4(Contender):
+    """Four plain TCP relays in a row: the practical limit of four hops."""
+
+    name, title = "relay4", "4 × socat (plain TCP)"
+
+    def start(self, services: Services) -> None:
+        self.iperf, self.echo = self.chain(services.iperf), self.chain(services.echo)
+
+    def chain(self, target: int) -> int:
+        for _ in range(4):
+            port = free_port()
+            listen = f"TCP-LISTEN:{port},bind=127.0.0.1,fork,reuseaddr,nodelay,backlog=512"
+            wait_for_port(port, self.spawn("socat", "-b", "262144", listen, f"TCP:127.0.0.1:{target},nodelay"))
+            target = port
+        return target
+
+
+class WebSockets4(Contender):
+    """The same four hops written plainly on the `websockets` API."""
+
+    name, title = "websockets4", "4 hops on websockets' API"
+
+    def start(self, services: Services) -> None:
+        self.iperf, self.echo = self.chain(services.iperf), self.chain(services.echo)
+
+    def chain(self, target: int) -> int:
+        for role in ("ws-to-tcp", "ws-to-ws", "ws-to-ws", "tcp-to-ws"):
+            target = port_of(
+                self.spawn(sys.executable, "-m", "bench.plain_websockets", role, str(target), piped=True)
+            )  # fmt: skip
+        return target
+
+
+class Ssh(Contender):
+    """One `ssh -L` to an sshd of our own: one encrypted hop."""
+
+    name, title = "ssh", "ssh -L (one hop)"
+
+    def start(self, services: Services) -> None:
+        directory, sshd = Path(self.directory.name), shutil.which("sshd", path=f"{os.environ['PATH']}:/usr/sbin")
+        assert sshd is not None
+        for key in ("host", "user"):
+            subprocess.run(["ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-f", directory / key], check=True)
+        if os.geteuid() == 0:
+            Path("/run/sshd").mkdir(exist_ok=True)  # sshd's own start script makes it
+        port = free_port()
+        config = directory / "sshd_config"
+        config.write_text(
+            f"Port {port}\nListenAddress 127.0.0.1\nHostKey {directory}/host\nAuthorizedKeysFile {directory}/user.pub\n"
+            "StrictModes no\nUsePAM no\nPidFile none\nPermitRootLogin prohibit-password\nMaxStartups 100\n"
+        )
+        wait_for_port(port, self.spawn(sshd, "-D", "-e", "-f", str(config)))
+        self.iperf, self.echo = free_port(), free_port()
+        forwards = (f"{self.iperf}:127.0.0.1:{services.iperf}", f"{self.echo}:127.0.0.1:{services.echo}")
+        options = ("ExitOnForwardFailure=yes", "StrictHostKeyChecking=no", "UserKnownHostsFile=/dev/null")
+        client = self.spawn(
+            "ssh", "-N", "-F", "none", "-i", f"{directory}/user", "-p", str(port), f"{getpass.getuser()}@127.0.0.1",
+            *(part for forward in forwards for part in ("-L", f"127.0.0.1:{forward}")),
+            *(part for option in options for part in ("-o", option)),
+        )  # fmt: skip
+        wait_for_port(self.echo, client)
+
+    @staticmethod
+    def is_here() -> bool:
+        path = f"{os.environ['PATH']}:/usr/sbin"
+        return all(shutil.which(program, path=path) for program in ("ssh", "sshd", "ssh-keygen"))

@@ -1,0 +1,64 @@
+"""The picture of a chain run: one panel for each measure, one bar for each contender. SVG, written by hand."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+from xml.sax.saxutils import escape
+
+from bench.measures import MEASURES
+
+if TYPE_CHECKING:
+    from bench.chain import Results
+
+COLUMNS = 3
+PANEL_WIDTH, BAR_WIDTH, BAR_HEIGHT, HEADING = 260, 165, 18, 34
+COLOURS = ("#c2410c", "#475569", "#94a3b8", "#0e7490")
+
+STYLE = """
+text { font: 12px system-ui, sans-serif; fill: #1e293b }
+.heading { font-weight: 600 } .note { fill: #64748b; font-size: 11px }
+@media (prefers-color-scheme: dark) { text { fill: #e2e8f0 } .note { fill: #94a3b8 } }
+"""
+
+
+def text(x: float, y: float, content: str, css: str = "") -> str:
+    return f'<text x="{x:.0f}" y="{y:.0f}"{f" class={css!r}" if css else ""}>{escape(content)}</text>'
+
+
+def bar(x: float, y: float, width: float, colour: str) -> str:
+    return (
+        f'<rect x="{x:.0f}" y="{y:.0f}" width="{max(width, 1):.1f}" height="{BAR_HEIGHT - 4}" rx="2" fill="{colour}"/>'
+    )
+
+
+def number(value: float) -> str:
+    return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
+
+
+def panel(x: float, y: float, measure: str, values: dict[str, float], colours: dict[str, str]) -> list[str]:
+    meaning = MEASURES[measure]
+    better = "more is better" if meaning.higher_is_better else "less is better"
+    parts = [text(x, y + 12, measure, "heading"), text(x, y + 27, f"{meaning.unit}, {better}", "note")]
+    longest = max(values.values())
+    for index, (name, value) in enumerate(values.items()):
+        top, width = y + HEADING + index * BAR_HEIGHT, BAR_WIDTH * value / longest
+        parts += [bar(x, top, width, colours[name]), text(x + width + 6, top + 11, number(value))]
+    return parts
+
+
+def ratio_plot(results: Results, titles: dict[str, str]) -> str:
+    """The medians of `results` as an SVG document; `titles` names the contenders in the order of their bars."""
+    colours = dict(zip(titles, COLOURS, strict=False))
+    height = HEADING + len(titles) * BAR_HEIGHT + 22
+    rows = -(-len(results.samples) // COLUMNS)
+    parts, x = [], 16.0
+    for name, title in titles.items():
+        parts += [bar(x, 16, 14, colours[name]), text(x + 20, 27, title)]
+        x += 40 + 7 * len(title)
+    for index, measure in enumerate(results.samples):
+        values = {name: results.median(measure, name) for name in titles}
+        left, top = 16 + index % COLUMNS * PANEL_WIDTH, 52 + index // COLUMNS * height
+        parts += panel(left, top, measure, values, colours)
+    size = f'width="{COLUMNS * PANEL_WIDTH + 16}" height="{52 + rows * height}"'
+    body = "\n".join(parts)
+    return f'<svg xmlns="http://www.w3.org/2000/svg" {size}>\n<style>{STYLE}</style>\n{body}\n</svg>\n'
