@@ -1,0 +1,97 @@
+//! The main thread: signals, children, and the exit code. The tunnel runs beside it.
+
+use std::ffi::OsString;
+use std::io;
+use std::os::unix::process::CommandExt;
+use std::process::{self, Command};
+
+use crate::sys::{self, Change, SignalSet};
+
+const NOT_EXECUTABLE: i32 = 126;
+const NOT_FOUND: i32 = 127;
+
+/// Signals that the command gets as well as we.
+const FORWARDED: [libc::c_int; 7] = [
+    libc::SIGTERM,
+    libc::SIGINT,
+    libc::SIGHUP,
+    libc::SIGQUIT,
+    libc::SIGUSR1,
+    libc::SIGUSR2,
+    libc::SIGWINCH,
+];
+const ENDING: [libc::c_int; 3] = [libc::SIGTERM, libc::SIGINT, libc::SIGQUIT];
+
+/// Signals that are waited for rather than suffered. To be made before any other thread, so that
+/// none of them takes one.
+pub fn block_signals() -> io::Result<SignalSet> {
+    SignalSet::block(FORWARDED.iter().copied().chain([libc::SIGCHLD]))
+}
+
+/// Starts `command`, with the limit of open files that we were given ourselves; its process id.
+/// An error is the exit code that a shell would give, and a sentence.
+pub fn start(command: &[OsString], files: libc::rlimit) -> Result<libc::pid_t, (i32, String)> {
+    let mut process = Command::new(&command[0]);
+    process.args(&command[1..]);
+    // SAFETY: only calls system calls, which are safe between fork and exec.
+    unsafe {
+        process.pre_exec(move || sys::set_file_limit(&files).and_then(|()| sys::die_with_parent()))
+    };
+    match process.spawn() {
+        // It is reaped by `supervise` along with every orphan, not through `Child`.
+        Ok(child) => Ok(child.id() as libc::pid_t),
+        Err(error) => {
+            let code = if error.kind() == io::ErrorKind::NotFound {
+                NOT_FOUND
+            } else {
+                NOT_EXECUTABLE
+            };
+            Err((
+                code,
+                format!("can't start {}: {error}", command[0].to_string_lossy()),
+            ))
+        }
+    }
+}
+
+/// Serves signals and reaps children until `command` ends, or, without one, until told to stop.
+/// The exit code.
+pub fn supervise(signals: &SignalSet, command: Option<libc::pid_t>) -> i32 {
+    loop {
+        let signal = signals.wait();
+        match command {
+            _ if signal.number == libc::SIGCHLD => {
+                if let Some(code) = reap(command) {
+                    return code;
+                }
+            }
+            // What the terminal sends, it sends to the command too.
+            Some(pid) if !signal.from_kernel => sys::send_signal(pid, signal.number),
+            None if ENDING.contains(&signal.number) => return 0,
+            _ => {}
+        }
+    }
+}
+
+/// Collects all children that have ended; the exit code if `command` is among them.
+fn reap(command: Option<libc::pid_t>) -> Option<i32> {
+    let mut code = None;
+    while let Some((pid, change)) = sys::reap_one() {
+        if Some(pid) == command {
+            code = Some(match change {
+                Change::Exited(code) => code,
+                Change::Killed(signal) => 128 + signal,
+            });
+        }
+    }
+    code
+}
+
+/// Makes this process the one that orphans below it come to, as process 1 is anyway.
+pub fn adopt_orphans() -> io::Result<()> {
+    if process::id() == 1 {
+        Ok(())
+    } else {
+        sys::become_subreaper()
+    }
+}

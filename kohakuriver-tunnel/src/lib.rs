@@ -1,0 +1,23 @@
+//! The tunnel client: the endpoint inside a task's container.
+//!
+//! One WebSocket to the runner (a *link*) carries many *streams*; each is a TCP connection or a UDP
+//! peer to a service in the container. `docs/protocol.md` is the authority for every byte.
+//!
+//! Everything runs on one thread around one `epoll`: bytes go from the link's receive buffer
+//! straight into a service's socket, and from a service's socket through one shared frame buffer
+//! straight into the link.
+
+pub mod args;
+pub mod flow;
+pub mod frame;
+pub mod handshake;
+pub mod init;
+pub mod link;
+pub mod log;
+pub mod protocol;
+pub mod queue;
+pub mod session;
+pub mod sys;
+pub mod tcp;
+pub mod tunnel;
+pub mod udp;

@@ -1,0 +1,154 @@
+//! The sending side of a link: one WebSocket's socket, what is on its way out, and in which order.
+
+use std::io::{self, IoSlice, Read, Write};
+
+use mio::net::TcpStream;
+
+use crate::frame::{ClientHeader, MaskKeys, mask, opcode};
+use crate::protocol::{HEADER, Header, MAX_SENT};
+
+/// Room in front of a payload for both headers; keeps the tunnel header 8-byte aligned for the mask.
+const HEADROOM: usize = 32;
+/// The most payload that one frame carries.
+pub const MAX_PAYLOAD: usize = MAX_SENT - HEADROOM;
+
+/// One frame with payload at a time, built where it was read, plus small messages that overtake the
+/// next one.
+pub struct Link {
+    sock: TcpStream,
+    /// Set by an edge of readiness, cleared by a short write.
+    pub writable: bool,
+    frame: Vec<u8>,
+    frame_at: usize,
+    frame_end: usize,
+    /// The frame's first byte is out, so nothing may come before its last.
+    frame_begun: bool,
+    urgent: Vec<u8>,
+    urgent_at: usize,
+    keys: MaskKeys,
+}
+
+impl Link {
+    /// A link on a connected, non-blocking socket whose handshake is done.
+    pub fn new(sock: TcpStream) -> Self {
+        Self {
+            sock,
+            writable: true,
+            frame: vec![0; HEADROOM + MAX_PAYLOAD],
+            frame_at: 0,
+            frame_end: 0,
+            frame_begun: false,
+            urgent: Vec::new(),
+            urgent_at: 0,
+            keys: MaskKeys::default(),
+        }
+    }
+
+    /// The socket, to be registered.
+    pub fn socket(&mut self) -> &mut TcpStream {
+        &mut self.sock
+    }
+
+    /// Reads once from the socket.
+    pub fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
+        self.sock.read(buffer)
+    }
+
+    /// Whether a frame with payload can be sent now. Only then may a source be read.
+    pub fn is_idle(&self) -> bool {
+        self.writable && self.frame_at == self.frame_end
+    }
+
+    /// Where a source puts the payload of the next frame; at most [`MAX_PAYLOAD`] bytes.
+    pub fn payload(&mut self) -> &mut [u8] {
+        debug_assert!(self.is_idle());
+        &mut self.frame[HEADROOM..]
+    }
+
+    /// Sends the first `length` bytes of [`Link::payload`] under `header`. What the socket doesn't
+    /// take stays, and the link is not idle until it is gone.
+    pub fn send_payload(&mut self, header: Header, length: usize) -> io::Result<()> {
+        let key = self.keys.next_key();
+        let head = ClientHeader::new(opcode::BINARY, HEADER + length, key);
+        let body_at = HEADROOM - HEADER;
+        self.frame_end = HEADROOM + length;
+        self.frame_at = body_at - head.as_slice().len();
+        self.frame_begun = false;
+        self.frame[body_at..HEADROOM].copy_from_slice(&header.pack());
+        self.frame[self.frame_at..body_at].copy_from_slice(head.as_slice());
+        mask(&mut self.frame[body_at..self.frame_end], key);
+        self.flush()
+    }
+
+    /// Queues a small message. It goes out ahead of the next frame with payload.
+    pub fn control(&mut self, header: Header, payload: &[u8]) {
+        self.enqueue(opcode::BINARY, &[&header.pack(), payload]);
+    }
+
+    /// Queues a WebSocket control frame, `payload` at most 125 bytes.
+    pub fn websocket(&mut self, opcode: u8, payload: &[u8]) {
+        self.enqueue(opcode, &[payload]);
+    }
+
+    /// How many bytes of small messages wait.
+    pub fn backlog(&self) -> usize {
+        self.urgent.len() - self.urgent_at
+    }
+
+    /// Writes what waits, until there is none or the socket takes no more.
+    pub fn flush(&mut self) -> io::Result<()> {
+        while self.writable {
+            let urgent = IoSlice::new(&self.urgent[self.urgent_at..]);
+            let frame = IoSlice::new(&self.frame[self.frame_at..self.frame_end]);
+            let waiting = urgent.len() + frame.len();
+            if waiting == 0 {
+                break;
+            }
+            let order = if self.frame_begun {
+                [frame, urgent]
+            } else {
+                [urgent, frame]
+            };
+            match self.sock.write_vectored(&order) {
+                Ok(written) => {
+                    self.writable = written == waiting;
+                    self.advance(written);
+                }
+                Err(error) if error.kind() == io::ErrorKind::WouldBlock => self.writable = false,
+                Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
+                Err(error) => return Err(error),
+            }
+        }
+        Ok(())
+    }
+
+    fn enqueue(&mut self, opcode: u8, parts: &[&[u8]]) {
+        let length = parts.iter().map(|part| part.len()).sum();
+        let key = self.keys.next_key();
+        self.urgent
+            .extend_from_slice(ClientHeader::new(opcode, length, key).as_slice());
+        let body_at = self.urgent.len();
+        for part in parts {
+            self.urgent.extend_from_slice(part);
+        }
+        mask(&mut self.urgent[body_at..], key);
+    }
+
+    fn advance(&mut self, written: usize) {
+        let frame_left = self.frame_end - self.frame_at;
+        let urgent_left = self.urgent.len() - self.urgent_at;
+        let of_frame = if self.frame_begun {
+            written.min(frame_left)
+        } else {
+            written.saturating_sub(urgent_left)
+        };
+        self.frame_at += of_frame;
+        self.urgent_at += written - of_frame;
+        self.frame_begun = self.frame_at < self.frame_end && (self.frame_begun || of_frame > 0);
+        if self.urgent_at == self.urgent.len() {
+            self.urgent.clear();
+            self.urgent.shrink_to(64 << 10);
+            self.urgent_at = 0;
+        }
+    }
+}

@@ -1,0 +1,78 @@
+//! `tunnel-client`: see `--help`.
+
+use std::env;
+use std::io;
+use std::process::ExitCode;
+use std::sync::mpsc;
+use std::thread;
+use std::time::Duration;
+
+use kohakuriver_tunnel::args::{self, Options, Request};
+use kohakuriver_tunnel::tunnel::{self, Outcome};
+use kohakuriver_tunnel::{init, log, session, sys};
+use mio::{Poll, Waker};
+
+const USAGE: u8 = 2;
+/// How long an orderly goodbye to the runner may take.
+const GOODBYE: Duration = Duration::from_millis(500);
+
+fn main() -> ExitCode {
+    let variable = |name: &str| env::var(name).ok().filter(|value| !value.is_empty());
+    match args::parse(env::args_os(), variable) {
+        Ok(Request::Print(text)) => {
+            print!("{text}");
+            ExitCode::SUCCESS
+        }
+        Ok(Request::Work(options)) => work(options).unwrap_or_else(|error| {
+            log!(Error, "can't start: {error}");
+            ExitCode::FAILURE
+        }),
+        Err(sentence) => {
+            log!(Error, "{sentence}");
+            ExitCode::from(USAGE)
+        }
+    }
+}
+
+/// The tunnel on a thread of its own, so that nothing that happens to it ends the command.
+fn work(options: Options) -> io::Result<ExitCode> {
+    log::set_level(options.log_level);
+    let signals = init::block_signals()?;
+    let files = sys::raise_file_limit()?;
+    init::adopt_orphans()?;
+    let command = match options.run.as_deref() {
+        None | Some([]) => None,
+        Some(command) => match init::start(command, files) {
+            Ok(pid) => Some(pid),
+            Err((code, sentence)) => {
+                log!(Error, "{sentence}");
+                return Ok(ExitCode::from(code as u8));
+            }
+        },
+    };
+    let poll = Poll::new()?;
+    let waker = Waker::new(poll.registry(), session::STOP)?;
+    let (ended, end) = mpsc::channel::<()>();
+    thread::Builder::new()
+        .name("tunnel".into())
+        .spawn(move || {
+            let _ended = ended;
+            carry(&options, poll);
+        })?;
+    let code = init::supervise(&signals, command);
+    waker.wake()?;
+    let _ = end.recv_timeout(GOODBYE);
+    Ok(ExitCode::from(code as u8))
+}
+
+fn carry(options: &Options, poll: Poll) {
+    let outcome = tunnel::run(options, poll);
+    match outcome {
+        Outcome::Stopped => {}
+        Outcome::Replaced => log!(Info, "another tunnel client took over this container"),
+        Outcome::GaveUp => log!(Error, "no tunnel to the runner, and no attempts are left"),
+    }
+    if options.run.is_none() && outcome != Outcome::Stopped {
+        std::process::exit(i32::from(outcome == Outcome::GaveUp));
+    }
+}

@@ -1,0 +1,760 @@
+//! One link's life: the event loop, the streams, and what each message does.
+
+use std::cmp::Reverse;
+use std::collections::{BinaryHeap, HashMap, VecDeque};
+use std::io::{self, IoSlice};
+use std::time::{Duration, Instant};
+
+use mio::event::Event;
+use mio::net::TcpStream;
+use mio::{Events, Interest, Poll, Token};
+
+use crate::flow::Budget;
+use crate::frame::{self, ControlPayload, Walker, opcode};
+use crate::link::{Link, MAX_PAYLOAD};
+use crate::log;
+use crate::protocol::{self, HEADER, Header, MAX_SENT, TCP, UDP, Violation, close, kind};
+use crate::tcp::Tcp;
+use crate::udp::Udp;
+
+const LINK: Token = Token(0);
+/// Wakes the loop so that it ends in order.
+pub const STOP: Token = Token(1);
+const FIRST_STREAM: usize = 2;
+
+const RECEIVE_BUFFER: usize = 1 << 20;
+/// Frames are cut to this while several streams move bytes, so that none waits long for another.
+const SHARED_CHUNK: usize = 256 << 10;
+const SHARED_FOR: Duration = Duration::from_secs(1);
+/// What the sources may send before the link is read again.
+const PUMP_BYTES: usize = 1 << 20;
+const PUMP_TURNS: usize = 64;
+/// A peer that makes us answer faster than it reads our answers loses its PONGs, then the link.
+const PONG_BACKLOG: usize = 1 << 20;
+const MAX_BACKLOG: usize = 16 << 20;
+const MAX_SLICES: usize = 16;
+
+const PING_AFTER: Duration = Duration::from_secs(15);
+const LOST_AFTER: Duration = Duration::from_secs(20);
+
+/// How a session ended.
+#[derive(Debug)]
+pub enum End {
+    /// Another tunnel client took this one's place.
+    Replaced,
+    /// The process is about to end.
+    Stopped,
+    /// Anything else, as a clause for the log.
+    Lost(String),
+}
+
+impl From<Violation> for End {
+    fn from(violation: Violation) -> Self {
+        Self::Lost(format!(
+            "the runner broke the protocol: {}",
+            violation.reason
+        ))
+    }
+}
+
+impl From<io::Error> for End {
+    fn from(error: io::Error) -> Self {
+        Self::Lost(format!("the connection failed: {error}"))
+    }
+}
+
+/// Whether a stream goes on.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+#[must_use]
+pub enum Fate {
+    /// It does.
+    Live,
+    /// It does not: its socket is to be closed and its id forgotten.
+    Over,
+}
+
+/// A place in the table of streams, as of one use of it.
+#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Debug)]
+pub struct Key {
+    slot: u32,
+    generation: u32,
+}
+
+impl From<Key> for Token {
+    fn from(key: Key) -> Self {
+        Token(key.slot as usize + FIRST_STREAM)
+    }
+}
+
+/// What happened on one link, for the log.
+#[derive(Default, Debug)]
+#[allow(missing_docs)]
+pub struct Counters {
+    pub bytes_to_container: u64,
+    pub bytes_to_user: u64,
+    pub streams: u64,
+    pub unknown_messages: u64,
+    pub ignored: u64,
+    pub udp_dropped: u64,
+    pub udp_refused: u64,
+}
+
+/// What streams share.
+pub struct Context {
+    /// The way out.
+    pub link: Link,
+    /// What windows are taken from.
+    pub budget: Budget,
+    /// The time as of this turn of the loop.
+    pub now: Instant,
+    /// Counted for the log.
+    pub counters: Counters,
+    /// How many v1 streams hold up the reading of the link.
+    pub holding: usize,
+    ready: VecDeque<Key>,
+    /// Which slots' streams are in `ready`.
+    scheduled: Vec<bool>,
+    timers: BinaryHeap<Reverse<(Instant, Key)>>,
+    last_source: Key,
+    shared_until: Instant,
+}
+
+impl Context {
+    /// Queues a message without bulk.
+    pub fn send(&mut self, header: Header, payload: &[u8]) {
+        self.link.control(header, payload);
+    }
+
+    /// Queues an ERROR that begins with the symbolic code of `error`.
+    pub fn refuse(&mut self, header: Header, port: u16, error: &io::Error) {
+        let text = error_text(error, port);
+        log!(Debug, "stream {}: {text}", header.id);
+        self.link.control(header, text.as_bytes());
+    }
+
+    /// Puts a source in the queue for the link.
+    pub fn schedule(&mut self, key: Key) {
+        let slot = key.slot as usize;
+        if self.scheduled.len() <= slot {
+            self.scheduled.resize(slot + 1, false);
+        }
+        if !std::mem::replace(&mut self.scheduled[slot], true) {
+            self.ready.push_back(key);
+        }
+    }
+
+    /// Wakes a stream at `deadline`.
+    pub fn set_timer(&mut self, deadline: Instant, key: Key) {
+        self.timers.push(Reverse((deadline, key)));
+    }
+
+    /// How much a source may send in one frame.
+    pub fn chunk(&mut self, key: Key) -> usize {
+        if key != self.last_source {
+            self.last_source = key;
+            self.shared_until = self.now + SHARED_FOR;
+        }
+        if self.now < self.shared_until {
+            SHARED_CHUNK
+        } else {
+            MAX_PAYLOAD
+        }
+    }
+}
+
+enum Stream {
+    Tcp(Tcp),
+    Udp(Udp),
+}
+
+#[derive(Default)]
+struct Slot {
+    generation: u32,
+    stream: Option<Stream>,
+}
+
+/// The message that is being received.
+#[derive(Default)]
+struct Incoming {
+    head: [u8; HEADER],
+    have: usize,
+    /// The payload of a message that came in several pieces and can't be passed on so.
+    body: Vec<u8>,
+}
+
+/// Pieces of one TCP stream that lie in the receive buffer, to be written with one call.
+struct Run<'a> {
+    id: u32,
+    slices: [IoSlice<'a>; MAX_SLICES],
+    used: usize,
+}
+
+/// One link and its streams.
+pub struct Session<'p> {
+    poll: &'p mut Poll,
+    context: Context,
+    v2: bool,
+    readable: bool,
+    read_closed: bool,
+    receive: Vec<u8>,
+    walker: Walker,
+    incoming: Incoming,
+    slots: Vec<Slot>,
+    free: Vec<u32>,
+    /// Slots to reuse after this turn: events for what they held may still be in the batch.
+    freed: Vec<u32>,
+    ids: HashMap<u32, Key>,
+    last_received: Instant,
+    pinged: Option<Instant>,
+}
+
+/// Serves one link until it ends. `early` is what followed the handshake.
+pub fn run(poll: &mut Poll, sock: TcpStream, early: &[u8], v2: bool) -> End {
+    let mut session = Session::new(poll, sock, v2);
+    let end = session.serve(early).unwrap_err();
+    session.abandon();
+    log!(Debug, "{:?}", session.context.counters);
+    end
+}
+
+impl<'p> Session<'p> {
+    fn new(poll: &'p mut Poll, sock: TcpStream, v2: bool) -> Self {
+        let now = Instant::now();
+        let context = Context {
+            link: Link::new(sock),
+            budget: Budget::default(),
+            now,
+            counters: Counters::default(),
+            holding: 0,
+            ready: VecDeque::new(),
+            scheduled: Vec::new(),
+            timers: BinaryHeap::new(),
+            last_source: Key {
+                slot: 0,
+                generation: 0,
+            },
+            shared_until: now,
+        };
+        Self {
+            poll,
+            context,
+            v2,
+            readable: true,
+            read_closed: false,
+            receive: vec![0; RECEIVE_BUFFER],
+            walker: Walker::default(),
+            incoming: Incoming::default(),
+            slots: Vec::new(),
+            free: Vec::new(),
+            freed: Vec::new(),
+            ids: HashMap::new(),
+            last_received: now,
+            pinged: None,
+        }
+    }
+
+    /// The event loop. It only ever returns why the session ended.
+    fn serve(&mut self, early: &[u8]) -> Result<(), End> {
+        let interest = Interest::READABLE | Interest::WRITABLE;
+        self.poll
+            .registry()
+            .register(self.context.link.socket(), LINK, interest)?;
+        self.process(early)?;
+        let mut events = Events::with_capacity(256);
+        loop {
+            match self.poll.poll(&mut events, Some(self.patience())) {
+                Err(error) if error.kind() != io::ErrorKind::Interrupted => {
+                    return Err(error.into());
+                }
+                _ => self.context.now = Instant::now(),
+            }
+            for event in &events {
+                match event.token() {
+                    LINK => self.link_event(event),
+                    STOP => return Err(self.stop()),
+                    Token(token) => self.stream_event(token - FIRST_STREAM, event),
+                }
+            }
+            self.read_link()?;
+            self.pump()?;
+            self.fire_timers();
+            self.keep_alive()?;
+            self.context.link.flush()?;
+            self.free.append(&mut self.freed);
+        }
+    }
+
+    /// How long the loop may wait for events.
+    fn patience(&self) -> Duration {
+        let context = &self.context;
+        if (self.readable && context.holding == 0)
+            || (!context.ready.is_empty() && context.link.is_idle())
+        {
+            return Duration::ZERO;
+        }
+        let keepalive = match self.pinged {
+            Some(pinged) => pinged + LOST_AFTER,
+            None => self.last_received + PING_AFTER,
+        };
+        let next = match context.timers.peek() {
+            Some(Reverse((timer, _))) => keepalive.min(*timer),
+            None => keepalive,
+        };
+        next.saturating_duration_since(Instant::now()) + Duration::from_millis(1)
+    }
+
+    fn link_event(&mut self, event: &Event) {
+        self.context.link.writable |= event.is_writable();
+        self.read_closed |= event.is_read_closed() || event.is_error();
+        self.readable |= event.is_readable() || self.read_closed;
+    }
+
+    fn stream_event(&mut self, slot: usize, event: &Event) {
+        let registry = self.poll.registry();
+        let fate = match self
+            .slots
+            .get_mut(slot)
+            .and_then(|slot| slot.stream.as_mut())
+        {
+            Some(Stream::Tcp(tcp)) => tcp.on_event(event, &mut self.context, registry),
+            Some(Stream::Udp(udp)) => {
+                udp.on_event(&mut self.context);
+                Fate::Live
+            }
+            None => Fate::Live,
+        };
+        self.settle(slot, fate);
+    }
+
+    // ---- from the link -------------------------------------------------------------------------
+
+    /// Reads once. More is read in the loop's next turn, after the sources have had theirs.
+    fn read_link(&mut self) -> Result<(), End> {
+        if !self.readable || self.context.holding > 0 {
+            return Ok(());
+        }
+        let mut buffer = std::mem::take(&mut self.receive);
+        let result = match self.context.link.read(&mut buffer) {
+            Ok(0) => Err(End::Lost("the runner ended the connection".into())),
+            Ok(length) => {
+                self.readable = length == buffer.len() || self.read_closed;
+                self.last_received = self.context.now;
+                self.pinged = None;
+                self.process(&buffer[..length])
+            }
+            Err(error) if error.kind() == io::ErrorKind::WouldBlock => {
+                self.readable = false;
+                Ok(())
+            }
+            Err(error) if error.kind() == io::ErrorKind::Interrupted => Ok(()),
+            Err(error) => Err(error.into()),
+        };
+        self.receive = buffer;
+        result
+    }
+
+    fn process(&mut self, input: &[u8]) -> Result<(), End> {
+        let mut run = Run {
+            id: 0,
+            slices: [IoSlice::new(&[]); MAX_SLICES],
+            used: 0,
+        };
+        let walked = self.walk(input, &mut run);
+        let delivered = self
+            .deliver(&mut run)
+            .map_err(|violation| self.violated(violation));
+        if self.context.link.backlog() > MAX_BACKLOG {
+            return Err(End::Lost("the runner doesn't read its answers".into()));
+        }
+        walked.and(delivered)
+    }
+
+    fn walk<'a>(&mut self, mut input: &'a [u8], run: &mut Run<'a>) -> Result<(), End> {
+        loop {
+            match self.walker.next(&mut input) {
+                Ok(None) => return Ok(()),
+                Ok(Some(frame::Event::Piece { bytes, last })) => {
+                    if let Err(violation) = self.piece(bytes, last, run) {
+                        return Err(self.violated(violation));
+                    }
+                }
+                Ok(Some(frame::Event::Control { opcode, payload })) => {
+                    self.websocket(opcode, &payload)?
+                }
+                Err(violation) => return Err(self.violated(violation)),
+            }
+        }
+    }
+
+    fn violated(&mut self, violation: Violation) -> End {
+        self.close(violation.code, violation.reason);
+        violation.into()
+    }
+
+    /// Says goodbye as far as the socket takes it.
+    fn close(&mut self, code: u16, reason: &str) {
+        let payload = [&code.to_be_bytes(), reason.as_bytes()].concat();
+        self.context.link.websocket(opcode::CLOSE, &payload);
+        let _ = self.context.link.flush();
+    }
+
+    fn websocket(&mut self, opcode: u8, payload: &ControlPayload) -> Result<(), End> {
+        let payload = payload.as_slice();
+        match opcode {
+            opcode::PING if self.context.link.backlog() < PONG_BACKLOG => {
+                self.context.link.websocket(opcode::PONG, payload);
+            }
+            opcode::CLOSE => {
+                let code = payload
+                    .first_chunk()
+                    .map_or(close::NORMAL, |code| u16::from_be_bytes(*code));
+                self.close(code, "");
+                if code == close::REPLACED {
+                    return Err(End::Replaced);
+                }
+                let reason = String::from_utf8_lossy(payload.get(2..).unwrap_or_default());
+                return Err(End::Lost(format!(
+                    "the runner closed the tunnel ({code} {reason:?})"
+                )));
+            }
+            _ => {}
+        }
+        Ok(())
+    }
+
+    /// A piece of a message: TCP bytes are passed on as they are, all else once it is whole.
+    fn piece<'a>(
+        &mut self,
+        mut bytes: &'a [u8],
+        last: bool,
+        run: &mut Run<'a>,
+    ) -> Result<(), Violation> {
+        if self.incoming.have < HEADER {
+            let (head, rest) = bytes.split_at(bytes.len().min(HEADER - self.incoming.have));
+            self.incoming.head[self.incoming.have..][..head.len()].copy_from_slice(head);
+            self.incoming.have += head.len();
+            bytes = rest;
+            if self.incoming.have < HEADER {
+                let short = Violation::protocol("a message is shorter than its header");
+                return if last { Err(short) } else { Ok(()) };
+            }
+        }
+        let header = Header::unpack(self.incoming.head);
+        if last {
+            self.incoming.have = 0;
+        }
+        if header.kind == kind::DATA && header.proto == TCP {
+            return self.gather(header.id, bytes, run);
+        }
+        self.deliver(run)?;
+        if last && self.incoming.body.is_empty() {
+            return self.message(header, bytes);
+        }
+        // Longer than any message that is answered with its own payload: the rest isn't looked at.
+        let room = MAX_SENT - self.incoming.body.len();
+        self.incoming
+            .body
+            .extend_from_slice(&bytes[..bytes.len().min(room)]);
+        if last {
+            let body = std::mem::take(&mut self.incoming.body);
+            return self.message(header, &body);
+        }
+        Ok(())
+    }
+
+    fn gather<'a>(&mut self, id: u32, bytes: &'a [u8], run: &mut Run<'a>) -> Result<(), Violation> {
+        if id != run.id || run.used == MAX_SLICES {
+            self.deliver(run)?;
+        }
+        if !bytes.is_empty() {
+            run.id = id;
+            run.slices[run.used] = IoSlice::new(bytes);
+            run.used += 1;
+        }
+        Ok(())
+    }
+
+    fn deliver(&mut self, run: &mut Run<'_>) -> Result<(), Violation> {
+        let used = std::mem::take(&mut run.used);
+        if used == 0 {
+            return Ok(());
+        }
+        let Some(&key) = self.ids.get(&run.id) else {
+            self.context.counters.ignored += 1;
+            return Ok(());
+        };
+        let slot = key.slot as usize;
+        if let Some(Stream::Tcp(tcp)) = &mut self.slots[slot].stream {
+            let fate = tcp.on_data(&run.slices[..used], &mut self.context)?;
+            self.settle(slot, fate);
+        }
+        Ok(())
+    }
+
+    /// Any message but a TCP stream's DATA.
+    fn message(&mut self, header: Header, payload: &[u8]) -> Result<(), Violation> {
+        match header.kind {
+            kind::CONNECT => self.connect(header, payload),
+            kind::PING => self.pong(header, payload),
+            kind::WINDOW if self.v2 => return self.window(header, payload),
+            kind::EOF if self.v2 => self.with_tcp(header.id, Tcp::on_eof),
+            kind::PONG => self.with_tcp(header.id, |tcp, context| {
+                tcp.on_pong(context);
+                Fate::Live
+            }),
+            kind::DATA => self.datagram(header, payload),
+            kind::CLOSE => self.closed(header.id, Tcp::on_close),
+            kind::ERROR => self.closed(header.id, |tcp, _| tcp.abort()),
+            _ => self.context.counters.unknown_messages += 1,
+        }
+        Ok(())
+    }
+
+    fn connect(&mut self, header: Header, payload: &[u8]) {
+        if header.id == 0 || self.ids.contains_key(&header.id) {
+            self.context.counters.ignored += 1;
+            return;
+        }
+        let key = self.vacancy();
+        let registry = self.poll.registry();
+        let limit = if self.v2 {
+            protocol::limit(payload)
+        } else {
+            None
+        };
+        let opened = match header.proto {
+            TCP => Tcp::open(key, header, limit, &mut self.context, registry).map(Stream::Tcp),
+            UDP => Udp::open(key, header, &mut self.context, registry).map(Stream::Udp),
+            _ => Err(io::Error::from_raw_os_error(libc::EPROTONOSUPPORT)),
+        };
+        match opened {
+            Ok(stream) => {
+                self.context.counters.streams += 1;
+                self.slots[key.slot as usize].stream = Some(stream);
+                self.ids.insert(header.id, key);
+            }
+            Err(error) => {
+                self.free.push(key.slot);
+                let answer = Header::new(kind::ERROR, header.proto, header.id);
+                self.context.refuse(answer, header.port, &error);
+            }
+        }
+    }
+
+    fn pong(&mut self, header: Header, payload: &[u8]) {
+        if payload.len() <= MAX_SENT - HEADER && self.context.link.backlog() < PONG_BACKLOG {
+            self.context.send(
+                Header {
+                    kind: kind::PONG,
+                    ..header
+                },
+                payload,
+            );
+        } else {
+            self.context.counters.ignored += 1;
+        }
+    }
+
+    fn window(&mut self, header: Header, payload: &[u8]) -> Result<(), Violation> {
+        match protocol::limit(payload) {
+            Some(limit) if header.id != 0 => {
+                self.with_tcp(header.id, |tcp, context| {
+                    tcp.on_window(limit, context);
+                    Fate::Live
+                });
+                Ok(())
+            }
+            _ => Err(Violation::protocol("a WINDOW without a stream or a limit")),
+        }
+    }
+
+    fn datagram(&mut self, header: Header, payload: &[u8]) {
+        let stream = self
+            .ids
+            .get(&header.id)
+            .and_then(|key| self.slots[key.slot as usize].stream.as_mut());
+        match stream {
+            Some(Stream::Udp(udp)) => udp.on_datagram(payload, &mut self.context),
+            _ => self.context.counters.ignored += 1,
+        }
+    }
+
+    /// CLOSE or ERROR: the id is free at once.
+    fn closed(&mut self, id: u32, end: impl FnOnce(&mut Tcp, &mut Context) -> Fate) {
+        let Some(key) = self.ids.remove(&id) else {
+            self.context.counters.ignored += 1;
+            return;
+        };
+        let slot = key.slot as usize;
+        let fate = match &mut self.slots[slot].stream {
+            Some(Stream::Tcp(tcp)) => end(tcp, &mut self.context),
+            _ => Fate::Over,
+        };
+        self.settle(slot, fate);
+    }
+
+    fn with_tcp(&mut self, id: u32, act: impl FnOnce(&mut Tcp, &mut Context) -> Fate) {
+        if let Some(&key) = self.ids.get(&id)
+            && let Some(Stream::Tcp(tcp)) = &mut self.slots[key.slot as usize].stream
+        {
+            let fate = act(tcp, &mut self.context);
+            self.settle(key.slot as usize, fate);
+        } else {
+            self.context.counters.ignored += 1;
+        }
+    }
+
+    // ---- to the link ---------------------------------------------------------------------------
+
+    /// Gives the sources their turns, one frame each, while the link takes them.
+    fn pump(&mut self) -> Result<(), End> {
+        let start = self.context.counters.bytes_to_user;
+        for _ in 0..PUMP_TURNS {
+            if !self.context.link.is_idle()
+                || self.context.counters.bytes_to_user - start >= PUMP_BYTES as u64
+            {
+                break;
+            }
+            let Some(key) = self.context.ready.pop_front() else {
+                break;
+            };
+            let slot = key.slot as usize;
+            if self.slots[slot].generation != key.generation {
+                continue;
+            }
+            self.context.scheduled[slot] = false;
+            let (fate, more) = match &mut self.slots[slot].stream {
+                Some(Stream::Tcp(tcp)) => tcp.pump(&mut self.context)?,
+                Some(Stream::Udp(udp)) => (Fate::Live, udp.pump(&mut self.context)?),
+                None => (Fate::Live, false),
+            };
+            if more {
+                self.context.schedule(key);
+            }
+            self.settle(slot, fate);
+        }
+        Ok(())
+    }
+
+    // ---- time ----------------------------------------------------------------------------------
+
+    fn fire_timers(&mut self) {
+        while let Some(Reverse((at, key))) = self.context.timers.peek().copied() {
+            if at > self.context.now {
+                break;
+            }
+            self.context.timers.pop();
+            let slot = key.slot as usize;
+            if self.slots[slot].generation != key.generation {
+                continue;
+            }
+            let fate = match &mut self.slots[slot].stream {
+                Some(Stream::Tcp(tcp)) => tcp.on_timer(&mut self.context),
+                Some(Stream::Udp(udp)) => udp.on_timer(&mut self.context),
+                None => Fate::Live,
+            };
+            self.settle(slot, fate);
+        }
+    }
+
+    fn keep_alive(&mut self) -> Result<(), End> {
+        let now = self.context.now;
+        // While a v1 stream holds up the reading, silence is our own doing.
+        if self.context.holding > 0 {
+            self.last_received = now;
+            self.pinged = None;
+        }
+        match self.pinged {
+            Some(pinged) if now >= pinged + LOST_AFTER => {
+                Err(End::Lost("the runner doesn't answer".into()))
+            }
+            None if now >= self.last_received + PING_AFTER => {
+                self.pinged = Some(now);
+                self.context.link.websocket(opcode::PING, &[]);
+                Ok(())
+            }
+            _ => Ok(()),
+        }
+    }
+
+    // ---- the table of streams ------------------------------------------------------------------
+
+    fn vacancy(&mut self) -> Key {
+        let slot = self.free.pop().unwrap_or_else(|| {
+            self.slots.push(Slot::default());
+            (self.slots.len() - 1) as u32
+        });
+        Key {
+            slot,
+            generation: self.slots[slot as usize].generation,
+        }
+    }
+
+    /// Closes a stream that is over.
+    fn settle(&mut self, slot: usize, fate: Fate) {
+        if fate == Fate::Live {
+            return;
+        }
+        let Some(stream) = self.slots[slot].stream.take() else {
+            return;
+        };
+        let id = match stream {
+            Stream::Tcp(mut tcp) => {
+                tcp.release(&mut self.context);
+                tcp.id()
+            }
+            Stream::Udp(udp) => Some(udp.id()),
+        };
+        if let Some(id) = id
+            && self
+                .ids
+                .get(&id)
+                .is_some_and(|key| key.slot as usize == slot)
+        {
+            self.ids.remove(&id);
+        }
+        if let Some(scheduled) = self.context.scheduled.get_mut(slot) {
+            *scheduled = false;
+        }
+        self.slots[slot].generation = self.slots[slot].generation.wrapping_add(1);
+        self.freed.push(slot as u32);
+    }
+
+    /// The link is gone: nobody's connection is left hanging.
+    fn abandon(&mut self) {
+        for slot in &mut self.slots {
+            if let Some(Stream::Tcp(tcp)) = &mut slot.stream {
+                let _ = tcp.abort();
+            }
+            slot.stream = None;
+        }
+    }
+
+    fn stop(&mut self) -> End {
+        self.close(close::GOING_AWAY, "the tunnel client ends");
+        End::Stopped
+    }
+}
+
+/// An ERROR's text: a symbolic code, then a sentence for a person.
+fn error_text(error: &io::Error, port: u16) -> String {
+    let (code, text) = match error.raw_os_error() {
+        Some(libc::ECONNREFUSED) => {
+            return format!("ECONNREFUSED: nothing listens on port {port} in the container");
+        }
+        Some(libc::ETIMEDOUT) => {
+            return format!("ETIMEDOUT: port {port} in the container didn't answer");
+        }
+        Some(libc::ECONNRESET) => ("ECONNRESET", "the service reset the connection"),
+        Some(libc::EPIPE) => ("EPIPE", "the service closed the connection"),
+        Some(libc::EMFILE) => ("EMFILE", "the tunnel client has too many open files"),
+        Some(libc::ENFILE) => ("ENFILE", "the node has too many open files"),
+        Some(libc::EHOSTUNREACH) => ("EHOSTUNREACH", "the container has no route to itself"),
+        Some(libc::ENETUNREACH) => ("ENETUNREACH", "the container has no loopback network"),
+        Some(libc::EADDRNOTAVAIL) => ("EADDRNOTAVAIL", "the container has no free local port"),
+        Some(libc::EPROTONOSUPPORT) => ("EPROTONOSUPPORT", "only TCP and UDP are carried"),
+        Some(libc::ENOBUFS | libc::ENOMEM) => ("ENOBUFS", "the node is out of memory"),
+        _ => return format!("EIO: {error}"),
+    };
+    format!("{code}: {text}")
+}

@@ -1,0 +1,153 @@
+//! The few system calls that the standard library and mio don't offer.
+
+use std::io;
+use std::mem;
+use std::os::fd::{AsRawFd, RawFd};
+
+fn check(result: libc::c_int) -> io::Result<()> {
+    if result == -1 {
+        Err(io::Error::last_os_error())
+    } else {
+        Ok(())
+    }
+}
+
+fn set_option<T>(fd: RawFd, level: libc::c_int, name: libc::c_int, value: &T) -> io::Result<()> {
+    let length = mem::size_of::<T>() as libc::socklen_t;
+    // SAFETY: `value` is valid for `length` bytes, and the kernel only reads it.
+    check(unsafe { libc::setsockopt(fd, level, name, (&raw const *value).cast(), length) })
+}
+
+/// Makes the coming `close` of a TCP socket a reset, so that its peer knows that bytes were lost.
+pub fn reset_on_close(socket: &impl AsRawFd) {
+    let abort = libc::linger {
+        l_onoff: 1,
+        l_linger: 0,
+    };
+    // It fails only for a socket that is gone already, which is what is asked for.
+    let _ = set_option(
+        socket.as_raw_fd(),
+        libc::SOL_SOCKET,
+        libc::SO_LINGER,
+        &abort,
+    );
+}
+
+/// Keeps at most about `bytes` unsent in the kernel, so that a small message overtakes bulk early.
+pub fn limit_unsent(socket: &impl AsRawFd, bytes: u32) -> io::Result<()> {
+    set_option(
+        socket.as_raw_fd(),
+        libc::IPPROTO_TCP,
+        libc::TCP_NOTSENT_LOWAT,
+        &bytes,
+    )
+}
+
+/// Raises the soft limit of open files to the hard one; the limit as it was.
+pub fn raise_file_limit() -> io::Result<libc::rlimit> {
+    let mut limit = libc::rlimit {
+        rlim_cur: 0,
+        rlim_max: 0,
+    };
+    // SAFETY: the kernel writes one `rlimit` to a valid place.
+    check(unsafe { libc::getrlimit(libc::RLIMIT_NOFILE, &mut limit) })?;
+    set_file_limit(&libc::rlimit {
+        rlim_cur: limit.rlim_max,
+        ..limit
+    })?;
+    Ok(limit)
+}
+
+/// Sets the limit of open files. Safe to call between `fork` and `exec`.
+pub fn set_file_limit(limit: &libc::rlimit) -> io::Result<()> {
+    // SAFETY: the kernel reads one `rlimit` from a valid place.
+    check(unsafe { libc::setrlimit(libc::RLIMIT_NOFILE, limit) })
+}
+
+/// Makes orphaned descendants children of this process.
+pub fn become_subreaper() -> io::Result<()> {
+    // SAFETY: takes no pointers.
+    check(unsafe { libc::prctl(libc::PR_SET_CHILD_SUBREAPER, 1) })
+}
+
+/// Kills this process when the thread that started it ends. Safe between `fork` and `exec`.
+pub fn die_with_parent() -> io::Result<()> {
+    // SAFETY: takes no pointers.
+    check(unsafe { libc::prctl(libc::PR_SET_PDEATHSIG, libc::SIGKILL) })
+}
+
+/// Sends a signal to a child that has not been reaped.
+pub fn send_signal(pid: libc::pid_t, signal: libc::c_int) {
+    // SAFETY: takes no pointers. It can only fail for a child that has ended already.
+    unsafe { libc::kill(pid, signal) };
+}
+
+/// How a child ended.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Change {
+    /// With this code.
+    Exited(i32),
+    /// By this signal.
+    Killed(i32),
+}
+
+/// Collects one child that has ended, if there is one.
+pub fn reap_one() -> Option<(libc::pid_t, Change)> {
+    let mut status = 0;
+    // SAFETY: the kernel writes one int to a valid place.
+    let pid = unsafe { libc::waitpid(-1, &mut status, libc::WNOHANG) };
+    let change = if libc::WIFSIGNALED(status) {
+        Change::Killed(libc::WTERMSIG(status))
+    } else {
+        Change::Exited(libc::WEXITSTATUS(status))
+    };
+    (pid > 0).then_some((pid, change))
+}
+
+/// Signals that are blocked and waited for.
+pub struct SignalSet(libc::sigset_t);
+
+/// A signal that came.
+pub struct Signal {
+    /// Which.
+    pub number: libc::c_int,
+    /// Sent by the kernel (a terminal, a child's end), not by a process.
+    pub from_kernel: bool,
+}
+
+impl SignalSet {
+    /// Blocks these signals in this thread and in those that it starts.
+    pub fn block(signals: impl IntoIterator<Item = libc::c_int>) -> io::Result<Self> {
+        // SAFETY: a signal set is plain data; `sigemptyset` makes it valid.
+        let mut set = unsafe { mem::zeroed() };
+        // SAFETY: `set` is a valid place for all these calls.
+        unsafe {
+            libc::sigemptyset(&mut set);
+            for signal in signals {
+                libc::sigaddset(&mut set, signal);
+            }
+            check(libc::sigprocmask(
+                libc::SIG_BLOCK,
+                &set,
+                std::ptr::null_mut(),
+            ))?;
+        }
+        Ok(Self(set))
+    }
+
+    /// Waits for one of them.
+    pub fn wait(&self) -> Signal {
+        loop {
+            // SAFETY: `siginfo_t` is plain data.
+            let mut info: libc::siginfo_t = unsafe { mem::zeroed() };
+            // SAFETY: both are valid for the call.
+            let number = unsafe { libc::sigwaitinfo(&self.0, &mut info) };
+            if number > 0 {
+                return Signal {
+                    number,
+                    from_kernel: info.si_code > 0,
+                };
+            }
+        }
+    }
+}

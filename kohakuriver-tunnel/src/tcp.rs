@@ -1,0 +1,435 @@
+//! A TCP stream: one connection to a service in the container, and the state of both directions.
+
+use std::io::{self, IoSlice, Read, Write};
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, Shutdown, SocketAddr};
+use std::time::{Duration, Instant};
+
+use mio::event::Event;
+use mio::net::TcpStream;
+use mio::{Interest, Registry, Token};
+
+use crate::flow::Inbound;
+use crate::protocol::{Header, TCP, Violation, kind};
+use crate::queue::Queue;
+use crate::session::{Context, Fate, Key};
+use crate::sys;
+
+const DIAL_TIMEOUT: Duration = Duration::from_secs(10);
+/// How long a v1 stream whose service has ended its side waits for the user's side (§3 rule 4).
+const LINGER: Duration = Duration::from_secs(2);
+/// How long the last bytes of a closed stream wait for a service that doesn't read.
+const DRAIN_TIMEOUT: Duration = Duration::from_secs(60);
+/// A v1 stream that holds more than this stops the reading of the whole link (§3 rule 6).
+const V1_HOLD: usize = 1 << 20;
+
+/// Which direction "in" and "out" are: *in* is towards the service, *out* is towards the user.
+pub struct Tcp {
+    key: Key,
+    id: u32,
+    port: u16,
+    sock: TcpStream,
+    dial: Dial,
+    queue: Queue,
+    /// Windows, or none under v1 rules.
+    inbound: Option<Inbound>,
+    sent: u64,
+    limit: u64,
+    readable: bool,
+    writable: bool,
+    /// The service's end-of-file or reset is behind what can be read, so read on after a short read.
+    read_closed: bool,
+    eof_in: bool,
+    in_done: bool,
+    out_done: bool,
+    /// CLOSE has come: the id is no longer ours, only queued bytes are still delivered.
+    detached: bool,
+    /// Writing failed; what the service sent before is still read, then this is reported.
+    failed: Option<io::Error>,
+    /// Holds the link's reading up (v1).
+    holding: bool,
+    deadline: Option<Instant>,
+}
+
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Dial {
+    Ipv4,
+    Ipv6,
+    Done,
+}
+
+impl Tcp {
+    /// Starts to connect to `port`. `limit` is the opener's first limit, `None` under v1 rules.
+    pub fn open(
+        key: Key,
+        header: Header,
+        limit: Option<u64>,
+        context: &mut Context,
+        registry: &Registry,
+    ) -> io::Result<Self> {
+        let (dial, sock) = match connect(Ipv4Addr::LOCALHOST.into(), header.port, key, registry) {
+            Ok(sock) => (Dial::Ipv4, sock),
+            Err(error) if error.kind() == io::ErrorKind::ConnectionRefused => (
+                Dial::Ipv6,
+                connect(Ipv6Addr::LOCALHOST.into(), header.port, key, registry)?,
+            ),
+            Err(error) => return Err(error),
+        };
+        let mut stream = Self {
+            key,
+            id: header.id,
+            port: header.port,
+            sock,
+            dial,
+            queue: Queue::default(),
+            inbound: limit.map(|_| Inbound::new(&mut context.budget)),
+            sent: 0,
+            limit: limit.unwrap_or(u64::MAX),
+            readable: false,
+            writable: false,
+            read_closed: false,
+            eof_in: false,
+            in_done: false,
+            out_done: false,
+            detached: false,
+            failed: None,
+            holding: false,
+            deadline: None,
+        };
+        stream.arm(context, DIAL_TIMEOUT);
+        Ok(stream)
+    }
+
+    /// The stream's id, if it still has one.
+    pub fn id(&self) -> Option<u32> {
+        (!self.detached).then_some(self.id)
+    }
+
+    /// Readiness of the service's socket.
+    pub fn on_event(&mut self, event: &Event, context: &mut Context, registry: &Registry) -> Fate {
+        if self.dial != Dial::Done {
+            match self.finish_dial(registry) {
+                Ok(false) => return Fate::Live,
+                Ok(true) => self.connected(context),
+                Err(error) => return self.dial_failed(&error, context),
+            }
+        }
+        self.writable |= event.is_writable();
+        self.read_closed |= event.is_read_closed() || event.is_error();
+        if event.is_readable() || self.read_closed {
+            self.readable = true;
+            context.schedule(self.key);
+        }
+        self.drain(context)
+    }
+
+    /// DATA from the user's side, in pieces.
+    pub fn on_data(
+        &mut self,
+        pieces: &[IoSlice<'_>],
+        context: &mut Context,
+    ) -> Result<Fate, Violation> {
+        let length = pieces.iter().map(|piece| piece.len()).sum();
+        if self.eof_in {
+            context.counters.ignored += 1;
+            return Ok(Fate::Live);
+        }
+        self.received(length, context)?;
+        if self.failed.is_some() {
+            self.consumed(length, context);
+            return Ok(Fate::Live);
+        }
+        let mut written = 0;
+        if self.writable && self.queue.is_empty() {
+            match self.sock.write_vectored(pieces) {
+                Ok(n) => written = n,
+                Err(error) if error.kind() == io::ErrorKind::WouldBlock => {}
+                Err(error) => return Ok(self.write_failed(error, length, context)),
+            }
+            self.writable = written == length;
+        }
+        self.enqueue(pieces, written);
+        self.consumed(written, context);
+        self.hold(context);
+        Ok(Fate::Live)
+    }
+
+    /// WINDOW, or the limit in the peer's CONNECT.
+    pub fn on_window(&mut self, limit: u64, context: &mut Context) {
+        self.limit = self.limit.max(limit);
+        if self.readable {
+            context.schedule(self.key);
+        }
+    }
+
+    /// PONG of the stream's own probe.
+    pub fn on_pong(&mut self, context: &mut Context) {
+        if let Some(inbound) = &mut self.inbound
+            && let Some(limit) = inbound.probe_ended(context.now, &mut context.budget)
+        {
+            context.send(
+                Header::new(kind::WINDOW, TCP, self.id),
+                &limit.to_be_bytes(),
+            );
+        }
+    }
+
+    /// EOF: the user's side sends no more.
+    pub fn on_eof(&mut self, context: &mut Context) -> Fate {
+        // v1 has no such message.
+        if self.inbound.is_none() {
+            context.counters.ignored += 1;
+            return Fate::Live;
+        }
+        self.eof_in = true;
+        self.drain(context)
+    }
+
+    /// CLOSE: queued bytes are still delivered; the id is free at once.
+    pub fn on_close(&mut self, context: &mut Context) -> Fate {
+        if self.inbound.is_none() {
+            context.send(Header::new(kind::CLOSE, TCP, self.id), &[]);
+        }
+        self.detached = true;
+        self.eof_in = true;
+        if self.dial == Dial::Done {
+            self.arm(context, DRAIN_TIMEOUT);
+        }
+        self.drain(context)
+    }
+
+    /// ERROR, or the link is gone: the service's connection is reset.
+    pub fn abort(&mut self) -> Fate {
+        sys::reset_on_close(&self.sock);
+        Fate::Over
+    }
+
+    /// One turn as a source: reads once, sends at most one frame. True if there may be more.
+    pub fn pump(&mut self, context: &mut Context) -> io::Result<(Fate, bool)> {
+        let room = self.limit.saturating_sub(self.sent);
+        if !self.readable || self.dial != Dial::Done || self.out_done || self.detached || room == 0
+        {
+            return Ok((Fate::Live, false));
+        }
+        let most = context
+            .chunk(self.key)
+            .min(usize::try_from(room).unwrap_or(usize::MAX));
+        let length = match self.sock.read(&mut context.link.payload()[..most]) {
+            Ok(0) => return Ok((self.service_ended(context), false)),
+            Ok(length) => length,
+            Err(error) if error.kind() == io::ErrorKind::WouldBlock => {
+                self.readable = false;
+                return Ok((Fate::Live, false));
+            }
+            Err(error) if error.kind() == io::ErrorKind::Interrupted => {
+                return Ok((Fate::Live, true));
+            }
+            Err(error) => return Ok((self.broken(&error, context), false)),
+        };
+        self.sent += length as u64;
+        context.counters.bytes_to_user += length as u64;
+        self.readable = length == most || self.read_closed;
+        context
+            .link
+            .send_payload(Header::new(kind::DATA, TCP, self.id), length)?;
+        Ok((Fate::Live, self.readable))
+    }
+
+    /// A timer of this stream has fired, perhaps early.
+    pub fn on_timer(&mut self, context: &mut Context) -> Fate {
+        let Some(deadline) = self.deadline else {
+            return Fate::Live;
+        };
+        if deadline > context.now {
+            context.set_timer(deadline, self.key);
+            return Fate::Live;
+        }
+        self.deadline = None;
+        if self.detached {
+            return self.abort();
+        }
+        if self.dial != Dial::Done {
+            return self.dial_failed(&io::Error::from_raw_os_error(libc::ETIMEDOUT), context);
+        }
+        context.send(Header::new(kind::CLOSE, TCP, self.id), &[]);
+        Fate::Over
+    }
+
+    /// Gives back what the stream held of shared things.
+    pub fn release(&mut self, context: &mut Context) {
+        if let Some(inbound) = &mut self.inbound {
+            inbound.release(&mut context.budget);
+        }
+        self.let_go(context);
+    }
+
+    fn finish_dial(&mut self, registry: &Registry) -> io::Result<bool> {
+        let result = match self.sock.take_error() {
+            Ok(Some(error)) | Err(error) => Err(error),
+            Ok(None) => self.sock.peer_addr().map(|_| ()),
+        };
+        match result {
+            Ok(()) => {
+                self.dial = Dial::Done;
+                self.sock.set_nodelay(true)?;
+                Ok(true)
+            }
+            Err(error) if error.kind() == io::ErrorKind::NotConnected => Ok(false),
+            Err(error)
+                if error.kind() == io::ErrorKind::ConnectionRefused && self.dial == Dial::Ipv4 =>
+            {
+                // Where there is no IPv6, the first answer tells more.
+                self.sock = connect(Ipv6Addr::LOCALHOST.into(), self.port, self.key, registry)
+                    .map_err(|_| error)?;
+                self.dial = Dial::Ipv6;
+                Ok(false)
+            }
+            Err(error) => Err(error),
+        }
+    }
+
+    fn connected(&mut self, context: &mut Context) {
+        self.deadline = None;
+        if self.detached {
+            return self.arm(context, DRAIN_TIMEOUT);
+        }
+        let connected = Header::new(kind::CONNECTED, TCP, self.id);
+        match &self.inbound {
+            Some(inbound) => context.send(connected, &inbound.granted().to_be_bytes()),
+            None => context.send(connected, &[]),
+        }
+    }
+
+    fn dial_failed(&mut self, error: &io::Error, context: &mut Context) -> Fate {
+        if !self.detached {
+            context.refuse(Header::new(kind::ERROR, TCP, self.id), self.port, error);
+        }
+        Fate::Over
+    }
+
+    /// Writes what is queued and ends the direction when that was all.
+    fn drain(&mut self, context: &mut Context) -> Fate {
+        if self.dial != Dial::Done {
+            return Fate::Live;
+        }
+        if self.writable && !self.queue.is_empty() {
+            match self.queue.write_to(&mut self.sock) {
+                Ok(written) => {
+                    self.writable = self.queue.is_empty();
+                    self.consumed(written, context);
+                    if self.detached {
+                        self.deadline = Some(context.now + DRAIN_TIMEOUT);
+                    }
+                }
+                Err(error) => return self.write_failed(error, self.queue.len(), context),
+            }
+        }
+        if self.queue.is_empty() && self.eof_in && !self.in_done {
+            self.in_done = true;
+            // A socket that is broken will say so when it is read.
+            let _ = self.sock.shutdown(Shutdown::Write);
+        }
+        let over = self.in_done && (self.out_done || self.detached);
+        if over { Fate::Over } else { Fate::Live }
+    }
+
+    /// The service reads no more. What it wrote before that is still the user's.
+    fn write_failed(&mut self, error: io::Error, lost: usize, context: &mut Context) -> Fate {
+        self.queue.clear();
+        if self.detached {
+            return Fate::Over;
+        }
+        self.failed = Some(error);
+        if self.out_done {
+            return self.service_ended(context);
+        }
+        self.consumed(lost, context);
+        (self.readable, self.read_closed) = (true, true);
+        context.schedule(self.key);
+        Fate::Live
+    }
+
+    /// The service's end-of-file, or the end of what could be read after a failed write.
+    fn service_ended(&mut self, context: &mut Context) -> Fate {
+        if let Some(error) = self.failed.take() {
+            return self.broken(&error, context);
+        }
+        self.out_done = true;
+        self.readable = false;
+        if self.inbound.is_some() {
+            context.send(Header::new(kind::EOF, TCP, self.id), &[]);
+        } else {
+            self.arm(context, LINGER);
+        }
+        if self.in_done { Fate::Over } else { Fate::Live }
+    }
+
+    fn broken(&mut self, error: &io::Error, context: &mut Context) -> Fate {
+        let error = self.failed.as_ref().unwrap_or(error);
+        context.refuse(Header::new(kind::ERROR, TCP, self.id), self.port, error);
+        self.abort()
+    }
+
+    fn received(&mut self, length: usize, context: &mut Context) -> Result<(), Violation> {
+        context.counters.bytes_to_container += length as u64;
+        if let Some(inbound) = &mut self.inbound {
+            inbound.receive(length)?;
+            if inbound.wants_probe(context.now) {
+                context.send(Header::new(kind::PING, TCP, self.id), &[]);
+            }
+        } else if self.out_done {
+            self.deadline = Some(context.now + LINGER);
+        }
+        Ok(())
+    }
+
+    fn consumed(&mut self, length: usize, context: &mut Context) {
+        if self.holding && self.queue.len() <= V1_HOLD / 2 {
+            self.let_go(context);
+        }
+        if let Some(inbound) = &mut self.inbound
+            && let Some(limit) = inbound.consume(length)
+            && !self.eof_in
+        {
+            context.send(
+                Header::new(kind::WINDOW, TCP, self.id),
+                &limit.to_be_bytes(),
+            );
+        }
+    }
+
+    fn enqueue(&mut self, pieces: &[IoSlice<'_>], mut written: usize) {
+        for piece in pieces {
+            let skip = written.min(piece.len());
+            written -= skip;
+            if skip < piece.len() {
+                self.queue.push(&piece[skip..]);
+            }
+        }
+    }
+
+    fn hold(&mut self, context: &mut Context) {
+        if self.inbound.is_none() && !self.holding && self.queue.len() > V1_HOLD {
+            self.holding = true;
+            context.holding += 1;
+        }
+    }
+
+    fn let_go(&mut self, context: &mut Context) {
+        if std::mem::take(&mut self.holding) {
+            context.holding -= 1;
+        }
+    }
+
+    fn arm(&mut self, context: &mut Context, after: Duration) {
+        let deadline = context.now + after;
+        self.deadline = Some(deadline);
+        context.set_timer(deadline, self.key);
+    }
+}
+
+fn connect(ip: IpAddr, port: u16, key: Key, registry: &Registry) -> io::Result<TcpStream> {
+    let mut sock = TcpStream::connect(SocketAddr::new(ip, port))?;
+    let interest = Interest::READABLE | Interest::WRITABLE;
+    registry.register(&mut sock, Token::from(key), interest)?;
+    Ok(sock)
+}

@@ -1,0 +1,108 @@
+//! A UDP stream: one local source address of the user, one connected socket here.
+
+use std::io;
+use std::net::Ipv4Addr;
+use std::time::{Duration, Instant};
+
+use mio::net::UdpSocket;
+use mio::{Interest, Registry, Token};
+
+use crate::protocol::{Header, UDP, kind};
+use crate::session::{Context, Fate, Key};
+
+/// A stream with no datagram in either direction for this long is closed (§3 rule 12).
+const IDLE: Duration = Duration::from_secs(60);
+
+/// While the link is blocked the socket isn't read: the kernel's bounded queue is the stream's.
+pub struct Udp {
+    key: Key,
+    id: u32,
+    sock: UdpSocket,
+    readable: bool,
+    deadline: Instant,
+}
+
+impl Udp {
+    /// Opens the stream; there is nothing to wait for.
+    pub fn open(
+        key: Key,
+        header: Header,
+        context: &mut Context,
+        registry: &Registry,
+    ) -> io::Result<Self> {
+        let mut sock = UdpSocket::bind((Ipv4Addr::LOCALHOST, 0).into())?;
+        sock.connect((Ipv4Addr::LOCALHOST, header.port).into())?;
+        registry.register(&mut sock, Token::from(key), Interest::READABLE)?;
+        context.send(Header::new(kind::CONNECTED, UDP, header.id), &[]);
+        let deadline = context.now + IDLE;
+        context.set_timer(deadline, key);
+        Ok(Self {
+            key,
+            id: header.id,
+            sock,
+            readable: false,
+            deadline,
+        })
+    }
+
+    /// The stream's id.
+    pub fn id(&self) -> u32 {
+        self.id
+    }
+
+    /// The socket has a datagram, or an error.
+    pub fn on_event(&mut self, context: &mut Context) {
+        self.readable = true;
+        context.schedule(self.key);
+    }
+
+    /// One datagram from the user's side.
+    pub fn on_datagram(&mut self, datagram: &[u8], context: &mut Context) {
+        self.deadline = context.now + IDLE;
+        context.counters.bytes_to_container += datagram.len() as u64;
+        // A refusal of an earlier datagram is reported in place of sending this one.
+        let sent = match self.sock.send(datagram) {
+            Err(error) if error.kind() == io::ErrorKind::ConnectionRefused => {
+                context.counters.udp_refused += 1;
+                self.sock.send(datagram)
+            }
+            result => result,
+        };
+        if sent.is_err() {
+            context.counters.udp_dropped += 1;
+        }
+    }
+
+    /// One turn as a source: at most one datagram. True if there may be more.
+    pub fn pump(&mut self, context: &mut Context) -> io::Result<bool> {
+        if !self.readable {
+            return Ok(false);
+        }
+        match self.sock.recv(context.link.payload()) {
+            Ok(length) => {
+                self.deadline = context.now + IDLE;
+                context.counters.bytes_to_user += length as u64;
+                context
+                    .link
+                    .send_payload(Header::new(kind::DATA, UDP, self.id), length)?;
+            }
+            Err(error) if error.kind() == io::ErrorKind::WouldBlock => self.readable = false,
+            // Nothing listens there (yet): UDP goes on.
+            Err(error) if error.kind() == io::ErrorKind::ConnectionRefused => {
+                context.counters.udp_refused += 1;
+            }
+            Err(_) => self.readable = false,
+        }
+        Ok(self.readable)
+    }
+
+    /// Closes the stream if it has been idle for long enough.
+    pub fn on_timer(&mut self, context: &mut Context) -> Fate {
+        if self.deadline > context.now {
+            context.set_timer(self.deadline, self.key);
+            return Fate::Live;
+        }
+        context.send(Header::new(kind::CLOSE, UDP, self.id), &[]);
+        Fate::Over
+    }
+}
