@@ -172,9 +172,9 @@ cdef uint8_t* open_buffer(object buf, Py_ssize_t start, Py_ssize_t stop, Py_buff
 
 # ---- header, mask, frames to send --------------------------------------------------------------------------------------
 
-def pack_header(uint8_t type, uint8_t proto, uint32_t client_id, uint16_t port):
+def pack_header(uint8_t kind, uint8_t proto, uint32_t client_id, uint16_t port):
     """Return the 8 bytes of a tunnel header (docs/protocol.md §1); OverflowError if a field does not fit."""
-    cdef Header head = Header(type, proto, client_id, port)
+    cdef Header head = Header(kind, proto, client_id, port)
     cdef bytes out = PyBytes_FromStringAndSize(NULL, C_HEADER_SIZE)
     store_header(<uint8_t*>PyBytes_AS_STRING(out), &head)
     return out
@@ -234,7 +234,7 @@ cdef int check_sendable(Py_ssize_t size, long long key) except -1:
     return 0
 
 
-def frame_in_place(buf, Py_ssize_t start, Py_ssize_t stop, uint8_t type, uint8_t proto, uint32_t client_id,
+def frame_in_place(buf, Py_ssize_t start, Py_ssize_t stop, uint8_t kind, uint8_t proto, uint32_t client_id,
                    uint16_t port, long long key=-1):
     """Make the payload at buf[start:stop] a whole binary frame, by writing both headers right before it.
 
@@ -242,7 +242,7 @@ def frame_in_place(buf, Py_ssize_t start, Py_ssize_t stop, uint8_t type, uint8_t
     fewer than HEADROOM bytes before the payload, the range does not lie in buf, or the message is over MAX_SEND.
     """
     cdef Py_buffer view
-    cdef Header head = Header(type, proto, client_id, port)
+    cdef Header head = Header(kind, proto, client_id, port)
     cdef uint8_t* b = open_buffer(buf, start, stop, &view)
     try:
         if start < C_HEADROOM:
@@ -274,9 +274,9 @@ cdef bytes new_frame(int opcode, const Header* head, payload, long long key):
         PyBuffer_Release(&view)
 
 
-def build_frame(uint8_t type, uint8_t proto, uint32_t client_id, uint16_t port, payload=b"", long long key=-1):
+def build_frame(uint8_t kind, uint8_t proto, uint32_t client_id, uint16_t port, payload=b"", long long key=-1):
     """Return a whole binary frame with one tunnel message; masked if key >= 0. ValueError if over MAX_SEND."""
-    cdef Header head = Header(type, proto, client_id, port)
+    cdef Header head = Header(kind, proto, client_id, port)
     return new_frame(OP_BINARY, &head, payload, key)
 
 
@@ -762,7 +762,7 @@ cdef class RelayWalker(FrameWalker):
         try:
             if start < C_HEADROOM:
                 raise ValueError(f"{start} bytes before what was read, {C_HEADROOM} are needed")
-            while len(runs) < MAX_RUNS:
+            while len(runs) < MAX_RUNS - 1:      # and the open one
                 got = self.find(b, pos, <size_t>stop, &f)
                 pos = f.resume
                 if got != GOT:
@@ -822,6 +822,7 @@ cdef class SpliceWalker(FrameWalker):
     """
 
     cdef readonly uint64_t bytes_passed, messages
+    cdef readonly Py_ssize_t boundary   # where in the last splice() range a passed frame last ended; -1: nowhere
 
     @property
     def at_boundary(self):
@@ -841,6 +842,7 @@ cdef class SpliceWalker(FrameWalker):
         cdef uint64_t size
         cdef int got
         cdef size_t pos = <size_t>start
+        self.boundary = -1
         self.check_alive()
         cdef uint8_t* b = open_buffer(buf, start, stop, &view)
         try:
@@ -853,6 +855,7 @@ cdef class SpliceWalker(FrameWalker):
                     if self.in_frame:
                         break
                     self.messages += 0 if self.in_message else 1
+                    self.boundary = <Py_ssize_t>pos
                 got = self.read_ws_header(b + pos, <size_t>stop - pos, &h)
                 if got == GOT and h.opcode == OP_TEXT and not (h.fin and h.length <= C_WHOLE):
                     got = self.refuse(1009, f"a text message is not in one frame of at most {C_WHOLE} bytes")

@@ -1,0 +1,3 @@
+"""The same promises, asked of every implementation of the wire."""
+
+from __future__ import annotations
