@@ -68,11 +68,19 @@ pub struct Walker {
     in_message: bool,
     /// Bytes of the current message in all frames so far announced.
     message: u64,
+    longest: u64,
     control: ControlPayload,
 }
 
 impl Default for Walker {
     fn default() -> Self {
+        Self::new(MAX_RECEIVED)
+    }
+}
+
+impl Walker {
+    /// A walker that takes messages of up to `longest` bytes.
+    pub fn new(longest: u64) -> Self {
         Self {
             head: [0; 10],
             have: 0,
@@ -82,12 +90,11 @@ impl Default for Walker {
             fin: false,
             in_message: false,
             message: 0,
+            longest,
             control: ControlPayload::EMPTY,
         }
     }
-}
 
-impl Walker {
     /// Takes bytes off the front of `input` up to the next event; `None` once all are taken.
     pub fn next<'a>(&mut self, input: &mut &'a [u8]) -> Result<Option<Event<'a>>, Violation> {
         loop {
@@ -148,32 +155,23 @@ impl Walker {
         if second & 0x80 != 0 {
             return Err(Violation::protocol("a frame from the server is masked"));
         }
-        let length = match second {
-            126 => u64::from(u16::from_be_bytes([rest[0], rest[1]])),
-            127 => u64::from_be_bytes(rest),
-            short => u64::from(short),
+        let (length, shortest) = match second {
+            126 => (u64::from(u16::from_be_bytes([rest[0], rest[1]])), 126),
+            127 => (u64::from_be_bytes(rest), 1 << 16),
+            short => (u64::from(short), 0),
         };
+        if length < shortest {
+            return Err(Violation::protocol("a length is longer than it need be"));
+        }
         if length >> 63 != 0 {
             return Err(Violation::protocol("a frame claims 2^63 bytes or more"));
         }
         if opcode >= opcode::CLOSE {
-            self.check_control(opcode, fin, length)?;
+            check_control(opcode, fin, length)?;
         } else {
             self.check_data(opcode, length)?;
         }
         (self.opcode, self.fin, self.left, self.in_payload) = (opcode, fin, length, true);
-        Ok(())
-    }
-
-    fn check_control(&self, opcode: u8, fin: bool, length: u64) -> Result<(), Violation> {
-        if opcode > opcode::PONG {
-            return Err(Violation::protocol("unknown opcode"));
-        }
-        if !fin || length > MAX_CONTROL as u64 {
-            return Err(Violation::protocol(
-                "a control frame is too long or fragmented",
-            ));
-        }
         Ok(())
     }
 
@@ -196,14 +194,25 @@ impl Walker {
             _ => return Err(Violation::protocol("unknown opcode")),
         }
         self.message = self.message.saturating_add(length);
-        if self.message > MAX_RECEIVED {
+        if self.message > self.longest {
             return Err(Violation {
                 code: close::TOO_BIG,
-                reason: "a message is longer than 16 MiB",
+                reason: "a message is too long",
             });
         }
         Ok(())
     }
+}
+
+fn check_control(opcode: u8, fin: bool, length: u64) -> Result<(), Violation> {
+    let reason = match (opcode, length) {
+        (0xb.., _) => "unknown opcode",
+        _ if !fin => "a control frame is fragmented",
+        (_, 126..) => "a control frame is too long",
+        (opcode::CLOSE, 1) => "half a close code",
+        _ => return Ok(()),
+    };
+    Err(Violation::protocol(reason))
 }
 
 fn take<'a>(input: &mut &'a [u8], most: usize) -> &'a [u8] {

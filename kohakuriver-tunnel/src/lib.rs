@@ -8,12 +8,14 @@
 //! straight into the link.
 
 pub mod args;
+pub mod context;
 pub mod flow;
 pub mod frame;
 pub mod handshake;
 pub mod init;
 pub mod link;
 pub mod log;
+pub mod message;
 pub mod protocol;
 pub mod queue;
 pub mod session;

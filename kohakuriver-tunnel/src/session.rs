@@ -1,7 +1,6 @@
 //! One link's life: the event loop, the streams, and what each message does.
 
-use std::cmp::Reverse;
-use std::collections::{BinaryHeap, HashMap, VecDeque};
+use std::collections::HashMap;
 use std::io::{self, IoSlice};
 use std::time::{Duration, Instant};
 
@@ -9,10 +8,11 @@ use mio::event::Event;
 use mio::net::TcpStream;
 use mio::{Events, Interest, Poll, Token};
 
-use crate::flow::Budget;
-use crate::frame::{self, ControlPayload, Walker, opcode};
-use crate::link::{Link, MAX_PAYLOAD};
+use crate::context::{Context, FIRST_STREAM, Fate, Key};
+use crate::frame::{ControlPayload, opcode};
+use crate::link::Link;
 use crate::log;
+use crate::message::{Item, Reader};
 use crate::protocol::{self, HEADER, Header, MAX_SENT, TCP, UDP, Violation, close, kind};
 use crate::tcp::Tcp;
 use crate::udp::Udp;
@@ -20,12 +20,8 @@ use crate::udp::Udp;
 const LINK: Token = Token(0);
 /// Wakes the loop so that it ends in order.
 pub const STOP: Token = Token(1);
-const FIRST_STREAM: usize = 2;
 
 const RECEIVE_BUFFER: usize = 1 << 20;
-/// Frames are cut to this while several streams move bytes, so that none waits long for another.
-const SHARED_CHUNK: usize = 256 << 10;
-const SHARED_FOR: Duration = Duration::from_secs(1);
 /// What the sources may send before the link is read again.
 const PUMP_BYTES: usize = 1 << 20;
 const PUMP_TURNS: usize = 64;
@@ -63,105 +59,6 @@ impl From<io::Error> for End {
     }
 }
 
-/// Whether a stream goes on.
-#[derive(Clone, Copy, PartialEq, Eq, Debug)]
-#[must_use]
-pub enum Fate {
-    /// It does.
-    Live,
-    /// It does not: its socket is to be closed and its id forgotten.
-    Over,
-}
-
-/// A place in the table of streams, as of one use of it.
-#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Debug)]
-pub struct Key {
-    slot: u32,
-    generation: u32,
-}
-
-impl From<Key> for Token {
-    fn from(key: Key) -> Self {
-        Token(key.slot as usize + FIRST_STREAM)
-    }
-}
-
-/// What happened on one link, for the log.
-#[derive(Default, Debug)]
-#[allow(missing_docs)]
-pub struct Counters {
-    pub bytes_to_container: u64,
-    pub bytes_to_user: u64,
-    pub streams: u64,
-    pub unknown_messages: u64,
-    pub ignored: u64,
-    pub udp_dropped: u64,
-    pub udp_refused: u64,
-}
-
-/// What streams share.
-pub struct Context {
-    /// The way out.
-    pub link: Link,
-    /// What windows are taken from.
-    pub budget: Budget,
-    /// The time as of this turn of the loop.
-    pub now: Instant,
-    /// Counted for the log.
-    pub counters: Counters,
-    /// How many v1 streams hold up the reading of the link.
-    pub holding: usize,
-    ready: VecDeque<Key>,
-    /// Which slots' streams are in `ready`.
-    scheduled: Vec<bool>,
-    timers: BinaryHeap<Reverse<(Instant, Key)>>,
-    last_source: Key,
-    shared_until: Instant,
-}
-
-impl Context {
-    /// Queues a message without bulk.
-    pub fn send(&mut self, header: Header, payload: &[u8]) {
-        self.link.control(header, payload);
-    }
-
-    /// Queues an ERROR that begins with the symbolic code of `error`.
-    pub fn refuse(&mut self, header: Header, port: u16, error: &io::Error) {
-        let text = error_text(error, port);
-        log!(Debug, "stream {}: {text}", header.id);
-        self.link.control(header, text.as_bytes());
-    }
-
-    /// Puts a source in the queue for the link.
-    pub fn schedule(&mut self, key: Key) {
-        let slot = key.slot as usize;
-        if self.scheduled.len() <= slot {
-            self.scheduled.resize(slot + 1, false);
-        }
-        if !std::mem::replace(&mut self.scheduled[slot], true) {
-            self.ready.push_back(key);
-        }
-    }
-
-    /// Wakes a stream at `deadline`.
-    pub fn set_timer(&mut self, deadline: Instant, key: Key) {
-        self.timers.push(Reverse((deadline, key)));
-    }
-
-    /// How much a source may send in one frame.
-    pub fn chunk(&mut self, key: Key) -> usize {
-        if key != self.last_source {
-            self.last_source = key;
-            self.shared_until = self.now + SHARED_FOR;
-        }
-        if self.now < self.shared_until {
-            SHARED_CHUNK
-        } else {
-            MAX_PAYLOAD
-        }
-    }
-}
-
 enum Stream {
     Tcp(Tcp),
     Udp(Udp),
@@ -171,15 +68,6 @@ enum Stream {
 struct Slot {
     generation: u32,
     stream: Option<Stream>,
-}
-
-/// The message that is being received.
-#[derive(Default)]
-struct Incoming {
-    head: [u8; HEADER],
-    have: usize,
-    /// The payload of a message that came in several pieces and can't be passed on so.
-    body: Vec<u8>,
 }
 
 /// Pieces of one TCP stream that lie in the receive buffer, to be written with one call.
@@ -197,8 +85,7 @@ pub struct Session<'p> {
     readable: bool,
     read_closed: bool,
     receive: Vec<u8>,
-    walker: Walker,
-    incoming: Incoming,
+    reader: Reader,
     slots: Vec<Slot>,
     free: Vec<u32>,
     /// Slots to reuse after this turn: events for what they held may still be in the batch.
@@ -220,30 +107,14 @@ pub fn run(poll: &mut Poll, sock: TcpStream, early: &[u8], v2: bool) -> End {
 impl<'p> Session<'p> {
     fn new(poll: &'p mut Poll, sock: TcpStream, v2: bool) -> Self {
         let now = Instant::now();
-        let context = Context {
-            link: Link::new(sock),
-            budget: Budget::default(),
-            now,
-            counters: Counters::default(),
-            holding: 0,
-            ready: VecDeque::new(),
-            scheduled: Vec::new(),
-            timers: BinaryHeap::new(),
-            last_source: Key {
-                slot: 0,
-                generation: 0,
-            },
-            shared_until: now,
-        };
         Self {
             poll,
-            context,
+            context: Context::new(Link::new(sock), now),
             v2,
             readable: true,
             read_closed: false,
             receive: vec![0; RECEIVE_BUFFER],
-            walker: Walker::default(),
-            incoming: Incoming::default(),
+            reader: Reader::default(),
             slots: Vec::new(),
             free: Vec::new(),
             freed: Vec::new(),
@@ -288,7 +159,7 @@ impl<'p> Session<'p> {
     fn patience(&self) -> Duration {
         let context = &self.context;
         if (self.readable && context.holding == 0)
-            || (!context.ready.is_empty() && context.link.is_idle())
+            || (context.has_sources() && context.link.is_idle())
         {
             return Duration::ZERO;
         }
@@ -296,10 +167,9 @@ impl<'p> Session<'p> {
             Some(pinged) => pinged + LOST_AFTER,
             None => self.last_received + PING_AFTER,
         };
-        let next = match context.timers.peek() {
-            Some(Reverse((timer, _))) => keepalive.min(*timer),
-            None => keepalive,
-        };
+        let next = context
+            .next_timer()
+            .map_or(keepalive, |timer| timer.min(keepalive));
         next.saturating_duration_since(Instant::now()) + Duration::from_millis(1)
     }
 
@@ -371,18 +241,19 @@ impl<'p> Session<'p> {
 
     fn walk<'a>(&mut self, mut input: &'a [u8], run: &mut Run<'a>) -> Result<(), End> {
         loop {
-            match self.walker.next(&mut input) {
+            let handled = match self.reader.next(&mut input) {
                 Ok(None) => return Ok(()),
-                Ok(Some(frame::Event::Piece { bytes, last })) => {
-                    if let Err(violation) = self.piece(bytes, last, run) {
-                        return Err(self.violated(violation));
-                    }
+                Ok(Some(Item::Bytes { id, bytes })) => self.gather(id, bytes, run),
+                Ok(Some(Item::Message { header, payload })) => self
+                    .deliver(run)
+                    .and_then(|()| self.message(header, &payload)),
+                Ok(Some(Item::Control { opcode, payload })) => {
+                    self.websocket(opcode, &payload)?;
+                    Ok(())
                 }
-                Ok(Some(frame::Event::Control { opcode, payload })) => {
-                    self.websocket(opcode, &payload)?
-                }
-                Err(violation) => return Err(self.violated(violation)),
-            }
+                Err(violation) => Err(violation),
+            };
+            handled.map_err(|violation| self.violated(violation))?;
         }
     }
 
@@ -422,55 +293,13 @@ impl<'p> Session<'p> {
         Ok(())
     }
 
-    /// A piece of a message: TCP bytes are passed on as they are, all else once it is whole.
-    fn piece<'a>(
-        &mut self,
-        mut bytes: &'a [u8],
-        last: bool,
-        run: &mut Run<'a>,
-    ) -> Result<(), Violation> {
-        if self.incoming.have < HEADER {
-            let (head, rest) = bytes.split_at(bytes.len().min(HEADER - self.incoming.have));
-            self.incoming.head[self.incoming.have..][..head.len()].copy_from_slice(head);
-            self.incoming.have += head.len();
-            bytes = rest;
-            if self.incoming.have < HEADER {
-                let short = Violation::protocol("a message is shorter than its header");
-                return if last { Err(short) } else { Ok(()) };
-            }
-        }
-        let header = Header::unpack(self.incoming.head);
-        if last {
-            self.incoming.have = 0;
-        }
-        if header.kind == kind::DATA && header.proto == TCP {
-            return self.gather(header.id, bytes, run);
-        }
-        self.deliver(run)?;
-        if last && self.incoming.body.is_empty() {
-            return self.message(header, bytes);
-        }
-        // Longer than any message that is answered with its own payload: the rest isn't looked at.
-        let room = MAX_SENT - self.incoming.body.len();
-        self.incoming
-            .body
-            .extend_from_slice(&bytes[..bytes.len().min(room)]);
-        if last {
-            let body = std::mem::take(&mut self.incoming.body);
-            return self.message(header, &body);
-        }
-        Ok(())
-    }
-
     fn gather<'a>(&mut self, id: u32, bytes: &'a [u8], run: &mut Run<'a>) -> Result<(), Violation> {
         if id != run.id || run.used == MAX_SLICES {
             self.deliver(run)?;
         }
-        if !bytes.is_empty() {
-            run.id = id;
-            run.slices[run.used] = IoSlice::new(bytes);
-            run.used += 1;
-        }
+        run.id = id;
+        run.slices[run.used] = IoSlice::new(bytes);
+        run.used += 1;
         Ok(())
     }
 
@@ -615,14 +444,10 @@ impl<'p> Session<'p> {
             {
                 break;
             }
-            let Some(key) = self.context.ready.pop_front() else {
+            let Some(key) = self.context.next_source() else {
                 break;
             };
             let slot = key.slot as usize;
-            if self.slots[slot].generation != key.generation {
-                continue;
-            }
-            self.context.scheduled[slot] = false;
             let (fate, more) = match &mut self.slots[slot].stream {
                 Some(Stream::Tcp(tcp)) => tcp.pump(&mut self.context)?,
                 Some(Stream::Udp(udp)) => (Fate::Live, udp.pump(&mut self.context)?),
@@ -639,11 +464,7 @@ impl<'p> Session<'p> {
     // ---- time ----------------------------------------------------------------------------------
 
     fn fire_timers(&mut self) {
-        while let Some(Reverse((at, key))) = self.context.timers.peek().copied() {
-            if at > self.context.now {
-                break;
-            }
-            self.context.timers.pop();
+        while let Some(key) = self.context.due_timer() {
             let slot = key.slot as usize;
             if self.slots[slot].generation != key.generation {
                 continue;
@@ -713,10 +534,8 @@ impl<'p> Session<'p> {
         {
             self.ids.remove(&id);
         }
-        if let Some(scheduled) = self.context.scheduled.get_mut(slot) {
-            *scheduled = false;
-        }
         self.slots[slot].generation = self.slots[slot].generation.wrapping_add(1);
+        self.context.unschedule(slot);
         self.freed.push(slot as u32);
     }
 
@@ -734,27 +553,4 @@ impl<'p> Session<'p> {
         self.close(close::GOING_AWAY, "the tunnel client ends");
         End::Stopped
     }
-}
-
-/// An ERROR's text: a symbolic code, then a sentence for a person.
-fn error_text(error: &io::Error, port: u16) -> String {
-    let (code, text) = match error.raw_os_error() {
-        Some(libc::ECONNREFUSED) => {
-            return format!("ECONNREFUSED: nothing listens on port {port} in the container");
-        }
-        Some(libc::ETIMEDOUT) => {
-            return format!("ETIMEDOUT: port {port} in the container didn't answer");
-        }
-        Some(libc::ECONNRESET) => ("ECONNRESET", "the service reset the connection"),
-        Some(libc::EPIPE) => ("EPIPE", "the service closed the connection"),
-        Some(libc::EMFILE) => ("EMFILE", "the tunnel client has too many open files"),
-        Some(libc::ENFILE) => ("ENFILE", "the node has too many open files"),
-        Some(libc::EHOSTUNREACH) => ("EHOSTUNREACH", "the container has no route to itself"),
-        Some(libc::ENETUNREACH) => ("ENETUNREACH", "the container has no loopback network"),
-        Some(libc::EADDRNOTAVAIL) => ("EADDRNOTAVAIL", "the container has no free local port"),
-        Some(libc::EPROTONOSUPPORT) => ("EPROTONOSUPPORT", "only TCP and UDP are carried"),
-        Some(libc::ENOBUFS | libc::ENOMEM) => ("ENOBUFS", "the node is out of memory"),
-        _ => return format!("EIO: {error}"),
-    };
-    format!("{code}: {text}")
 }

@@ -8,10 +8,10 @@ use mio::event::Event;
 use mio::net::TcpStream;
 use mio::{Interest, Registry, Token};
 
+use crate::context::{Context, Fate, Key};
 use crate::flow::Inbound;
 use crate::protocol::{Header, TCP, Violation, kind};
 use crate::queue::Queue;
-use crate::session::{Context, Fate, Key};
 use crate::sys;
 
 const DIAL_TIMEOUT: Duration = Duration::from_secs(10);

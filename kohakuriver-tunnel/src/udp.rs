@@ -7,8 +7,8 @@ use std::time::{Duration, Instant};
 use mio::net::UdpSocket;
 use mio::{Interest, Registry, Token};
 
+use crate::context::{Context, Fate, Key};
 use crate::protocol::{Header, UDP, kind};
-use crate::session::{Context, Fate, Key};
 
 /// A stream with no datagram in either direction for this long is closed (§3 rule 12).
 const IDLE: Duration = Duration::from_secs(60);

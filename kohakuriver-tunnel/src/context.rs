@@ -1,0 +1,202 @@
+//! What the streams of one link share, and what they tell the event loop.
+
+use std::cmp::Reverse;
+use std::collections::{BinaryHeap, VecDeque};
+use std::io;
+use std::time::{Duration, Instant};
+
+use mio::Token;
+
+use crate::flow::Budget;
+use crate::link::{Link, MAX_PAYLOAD};
+use crate::log;
+use crate::protocol::Header;
+
+/// Tokens below this are not streams'.
+pub const FIRST_STREAM: usize = 2;
+/// Frames are cut to this while several streams move bytes, so that none waits long for another.
+const SHARED_CHUNK: usize = 256 << 10;
+const SHARED_FOR: Duration = Duration::from_secs(1);
+
+/// Whether a stream goes on.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+#[must_use]
+pub enum Fate {
+    /// It does.
+    Live,
+    /// It does not: its socket is to be closed and its id forgotten.
+    Over,
+}
+
+/// A place in the table of streams, as of one use of it.
+#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Debug)]
+pub struct Key {
+    /// Index in the table.
+    pub slot: u32,
+    /// Which of the streams that had this slot.
+    pub generation: u32,
+}
+
+impl From<Key> for Token {
+    fn from(key: Key) -> Self {
+        Token(key.slot as usize + FIRST_STREAM)
+    }
+}
+
+/// What happened on one link, for the log.
+#[derive(Default, Debug)]
+#[allow(missing_docs)]
+pub struct Counters {
+    pub bytes_to_container: u64,
+    pub bytes_to_user: u64,
+    pub streams: u64,
+    pub unknown_messages: u64,
+    pub ignored: u64,
+    pub udp_dropped: u64,
+    pub udp_refused: u64,
+}
+
+/// What streams share.
+pub struct Context {
+    /// The way out.
+    pub link: Link,
+    /// What windows are taken from.
+    pub budget: Budget,
+    /// The time as of this turn of the loop.
+    pub now: Instant,
+    /// Counted for the log.
+    pub counters: Counters,
+    /// How many v1 streams hold up the reading of the link.
+    pub holding: usize,
+    ready: VecDeque<Key>,
+    /// By slot: which stream of it is in `ready`.
+    scheduled: Vec<Option<u32>>,
+    timers: BinaryHeap<Reverse<(Instant, Key)>>,
+    last_source: Key,
+    shared_until: Instant,
+}
+
+impl Context {
+    /// What the streams of a new link share.
+    pub fn new(link: Link, now: Instant) -> Self {
+        Self {
+            link,
+            budget: Budget::default(),
+            now,
+            counters: Counters::default(),
+            holding: 0,
+            ready: VecDeque::new(),
+            scheduled: Vec::new(),
+            timers: BinaryHeap::new(),
+            last_source: Key {
+                slot: 0,
+                generation: 0,
+            },
+            shared_until: now,
+        }
+    }
+
+    /// Queues a message without bulk.
+    pub fn send(&mut self, header: Header, payload: &[u8]) {
+        self.link.control(header, payload);
+    }
+
+    /// Queues an ERROR that begins with the symbolic code of `error`.
+    pub fn refuse(&mut self, header: Header, port: u16, error: &io::Error) {
+        let text = error_text(error, port);
+        log!(Debug, "stream {}: {text}", header.id);
+        self.link.control(header, text.as_bytes());
+    }
+
+    /// Puts a source in the queue for the link.
+    pub fn schedule(&mut self, key: Key) {
+        let slot = key.slot as usize;
+        if self.scheduled.len() <= slot {
+            self.scheduled.resize(slot + 1, None);
+        }
+        if self.scheduled[slot].replace(key.generation) != Some(key.generation) {
+            self.ready.push_back(key);
+        }
+    }
+
+    /// Forgets that the stream of `slot` is in the queue.
+    pub fn unschedule(&mut self, slot: usize) {
+        if let Some(scheduled) = self.scheduled.get_mut(slot) {
+            *scheduled = None;
+        }
+    }
+
+    /// Whether a source waits for the link.
+    pub fn has_sources(&self) -> bool {
+        !self.ready.is_empty()
+    }
+
+    /// The source whose turn it is.
+    pub fn next_source(&mut self) -> Option<Key> {
+        loop {
+            let key = self.ready.pop_front()?;
+            let scheduled = &mut self.scheduled[key.slot as usize];
+            // A stream that ended is still in the queue, but no longer scheduled.
+            if *scheduled == Some(key.generation) {
+                *scheduled = None;
+                return Some(key);
+            }
+        }
+    }
+
+    /// Wakes a stream at `deadline`.
+    pub fn set_timer(&mut self, deadline: Instant, key: Key) {
+        self.timers.push(Reverse((deadline, key)));
+    }
+
+    /// When the next timer is due.
+    pub fn next_timer(&self) -> Option<Instant> {
+        self.timers.peek().map(|Reverse((at, _))| *at)
+    }
+
+    /// Takes a timer that is due.
+    pub fn due_timer(&mut self) -> Option<Key> {
+        let due = self.next_timer().is_some_and(|at| at <= self.now);
+        if due {
+            self.timers.pop().map(|Reverse((_, key))| key)
+        } else {
+            None
+        }
+    }
+
+    /// How much a source may send in one frame.
+    pub fn chunk(&mut self, key: Key) -> usize {
+        if key != self.last_source {
+            self.last_source = key;
+            self.shared_until = self.now + SHARED_FOR;
+        }
+        if self.now < self.shared_until {
+            SHARED_CHUNK
+        } else {
+            MAX_PAYLOAD
+        }
+    }
+}
+
+/// An ERROR's text: a symbolic code, then a sentence for a person.
+fn error_text(error: &io::Error, port: u16) -> String {
+    let (code, text) = match error.raw_os_error() {
+        Some(libc::ECONNREFUSED) => {
+            return format!("ECONNREFUSED: nothing listens on port {port} in the container");
+        }
+        Some(libc::ETIMEDOUT) => {
+            return format!("ETIMEDOUT: port {port} in the container didn't answer");
+        }
+        Some(libc::ECONNRESET) => ("ECONNRESET", "the service reset the connection"),
+        Some(libc::EPIPE) => ("EPIPE", "the service closed the connection"),
+        Some(libc::EMFILE) => ("EMFILE", "the tunnel client has too many open files"),
+        Some(libc::ENFILE) => ("ENFILE", "the node has too many open files"),
+        Some(libc::EHOSTUNREACH) => ("EHOSTUNREACH", "the container has no route to itself"),
+        Some(libc::ENETUNREACH) => ("ENETUNREACH", "the container has no loopback network"),
+        Some(libc::EADDRNOTAVAIL) => ("EADDRNOTAVAIL", "the container has no free local port"),
+        Some(libc::EPROTONOSUPPORT) => ("EPROTONOSUPPORT", "only TCP and UDP are carried"),
+        Some(libc::ENOBUFS | libc::ENOMEM) => ("ENOBUFS", "the node is out of memory"),
+        _ => return format!("EIO: {error}"),
+    };
+    format!("{code}: {text}")
+}
