@@ -1,0 +1,249 @@
+"""The client's side of the opening handshake, up to the ``CONNECTED`` of a forward session (docs/protocol.md §2–§5).
+
+Built on the ``websockets`` library's sans-I/O ``ClientProtocol``: it makes the request and judges the answer; the
+frames that follow are the link's.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import ssl as tls
+from collections.abc import Callable, Sequence
+from typing import cast
+from urllib.parse import urlsplit
+
+from websockets.client import ClientProtocol
+from websockets.exceptions import InvalidHandshake, InvalidURI
+from websockets.http11 import Response
+from websockets.typing import Subprotocol
+from websockets.uri import parse_uri
+
+from kohakuriver._frame import FIRST, LAST, WS_TEXT, FrameViolation, FrameWalker
+from kohakuriver.errors import (
+    HostUnreachableError,
+    KohakuRiverError,
+    NotAllowedError,
+    NotFoundError,
+    UnavailableError,
+    UsageError,
+    from_status,
+)
+from kohakuriver.tunnel.link import Link, LinkHandler
+from kohakuriver.tunnel.protocol import TUNNEL_V2
+
+MAX_HEAD = 64 * 1024
+MAX_GREETING = 4096
+
+
+class _Opening(asyncio.Protocol):
+    """A TCP connection on which the opening handshake runs."""
+
+    def __init__(self, protocol: ClientProtocol, headers: dict[str, str]) -> None:
+        self.protocol = protocol
+        self.headers = headers
+        self.answered: asyncio.Future[Response] = asyncio.get_running_loop().create_future()
+        self.transport: asyncio.Transport = cast(asyncio.Transport, None)
+        self.rest = b""
+        self._head: bytes | None = b""
+        self._done = False
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        self.transport = cast(asyncio.Transport, transport)
+        request = self.protocol.connect()
+        for name, value in self.headers.items():
+            request.headers[name] = value
+        self.protocol.send_request(request)
+        for data in self.protocol.data_to_send():
+            self.transport.write(data)
+
+    def data_received(self, data: bytes) -> None:
+        if self._done:
+            self.rest += data
+        elif self._head is None:
+            self._feed(data)
+        else:
+            self._head += data
+            end = self._head.find(b"\r\n\r\n")
+            if end >= 0:
+                self._take_head(self._head, end + 4)
+            elif len(self._head) > MAX_HEAD:
+                self._fail("its answer to the handshake has no end")
+
+    def _take_head(self, data: bytes, end: int) -> None:
+        self._head = None
+        if data.split(b" ", 2)[1:2] == [b"101"]:  # frames may follow at once: only the head is the library's
+            self.rest, data = data[end:], data[:end]
+            self.transport.pause_reading()
+        self._feed(data)
+
+    def _feed(self, data: bytes) -> None:
+        self.protocol.receive_data(data)
+        self._check()
+
+    def _check(self) -> None:
+        for event in self.protocol.events_received():
+            if isinstance(event, Response):
+                self._done = True
+                if not self.answered.done():
+                    self.answered.set_result(event)
+        if not self._done and self.protocol.handshake_exc is not None:
+            self._fail(str(self.protocol.handshake_exc))
+
+    def eof_received(self) -> None:
+        if not self._done:
+            self.protocol.receive_eof()
+            self._check()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self._fail(str(exc) if exc else "it closed the connection")
+
+    def _fail(self, reason: str) -> None:
+        self._done = True
+        if not self.answered.done():
+            self.answered.set_exception(HostUnreachableError(reason))
+        self.transport.abort()
+
+
+async def open_link(
+    url: str,
+    walker: FrameWalker,
+    handler: LinkHandler,
+    *,
+    token: str | None = None,
+    subprotocols: Sequence[str] = (TUNNEL_V2,),
+    ssl: tls.SSLContext | None = None,
+    timeout: float = 10.0,
+) -> Link:
+    """Dial ``url`` (ws:// or wss://) and go through the opening handshake; the link has started when this returns.
+
+    ``timeout`` is in seconds, for all of it. Raises HostUnreachableError where nobody answers, else the error that
+    the peer's HTTP status stands for (docs/protocol.md §4).
+    """
+    where = "{0.scheme}://{0.netloc}".format(urlsplit(url))
+    try:
+        return await asyncio.wait_for(_open(url, walker, handler, token, subprotocols, ssl), timeout)
+    except asyncio.TimeoutError as exc:
+        message = f"{where} did not answer within {timeout:g} s"
+        raise HostUnreachableError(message, code="timed_out", status=504) from exc
+    except HostUnreachableError as exc:
+        raise HostUnreachableError(f"{where} can't be reached: {exc}", code=exc.code, status=exc.status) from exc
+
+
+async def _open(
+    url: str,
+    walker: FrameWalker,
+    handler: LinkHandler,
+    token: str | None,
+    subprotocols: Sequence[str],
+    ssl: tls.SSLContext | None,
+) -> Link:
+    try:
+        uri = parse_uri(url)
+    except InvalidURI as exc:
+        raise UsageError(f"{url} is not a WebSocket address") from exc
+    protocol = ClientProtocol(uri, subprotocols=[Subprotocol(s) for s in subprotocols] or None)
+    headers = {"User-Agent": "kohakuriver"}
+    if token:
+        headers["Authorization"] = f"Bearer {token}"
+    context = (ssl or tls.create_default_context()) if uri.secure else None
+    loop = asyncio.get_running_loop()
+    try:
+        _, opening = await loop.create_connection(lambda: _Opening(protocol, headers), uri.host, uri.port, ssl=context)
+    except OSError as exc:
+        raise HostUnreachableError(exc.strerror or str(exc)) from exc
+    try:
+        response = await opening.answered
+        _judge(protocol, response)
+    except BaseException:
+        opening.transport.abort()
+        raise
+    link = Link(handler, walker, masks=True, version=2 if protocol.subprotocol == TUNNEL_V2 else 1)
+    link.start(opening.transport, opening.rest)
+    opening.transport.resume_reading()
+    return link
+
+
+def _judge(protocol: ClientProtocol, response: Response) -> None:
+    """Raise what a refused handshake means."""
+    if protocol.handshake_exc is None:
+        return
+    if response.status_code != 101:
+        raise from_status(response.status_code, bytes(response.body or b""))
+    if isinstance(protocol.handshake_exc, InvalidHandshake):
+        raise HostUnreachableError(f"its WebSocket handshake is wrong: {protocol.handshake_exc}")
+    raise protocol.handshake_exc
+
+
+class _Greeting:
+    """Holds a fresh session link until its first message: the text ``CONNECTED``, or ``Error: …``."""
+
+    def __init__(self) -> None:
+        self.text: asyncio.Future[str] = asyncio.get_running_loop().create_future()
+        self._parts = b""
+
+    def link_received(self, link: Link, start: int, stop: int) -> int:
+        if self.text.done():
+            return start
+        messages, consumed = link.walker.walk(link.buffer.data, start, stop, 1)
+        for kind, _, _, _, begin, end, flags in messages:
+            if kind != WS_TEXT:
+                if kind < WS_TEXT:
+                    raise FrameViolation(1002, "a session begins with the text CONNECTED")
+                link.control(messages[0])
+                continue
+            self._parts = (b"" if flags & FIRST else self._parts) + bytes(link.buffer.view[begin:end])
+            if len(self._parts) > MAX_GREETING:
+                raise FrameViolation(1009, "the session's first message is too long")
+            if flags & LAST:
+                link.walker.allow_text = False
+                link.pause_reading(self)
+                self.text.set_result(self._parts.decode("utf-8", "replace"))
+        return consumed if self.text.done() or not messages else self.link_received(link, consumed, stop)
+
+    def link_drained(self, link: Link) -> None:
+        pass
+
+    def link_closed(self, link: Link, code: int, reason: str) -> None:
+        if not self.text.done():
+            self.text.set_exception(HostUnreachableError(reason or f"the session was closed with code {code}"))
+
+
+async def open_session(
+    url: str,
+    *,
+    token: str | None = None,
+    subprotocols: Sequence[str] = (TUNNEL_V2,),
+    ssl: tls.SSLContext | None = None,
+    timeout: float = 10.0,
+    make_walker: Callable[..., FrameWalker] = FrameWalker,
+) -> Link:
+    """Open a forward session and wait for its ``CONNECTED``.
+
+    The link that is returned reads nothing until ``hand_over`` gives it its handler. Raises
+    KohakuRiverError: from the HTTP status (v2), or from the ``Error: …`` text (v1).
+    """
+    greeting = _Greeting()
+    walker = make_walker(masked=False, allow_text=True)
+    link = await open_link(url, walker, greeting, token=token, subprotocols=subprotocols, ssl=ssl, timeout=timeout)
+    try:
+        text = await asyncio.wait_for(greeting.text, timeout)
+        if text != "CONNECTED":
+            raise greeting_error(text)
+    except asyncio.TimeoutError as exc:
+        link.abort()
+        raise HostUnreachableError(f"no CONNECTED within {timeout:g} s", code="timed_out", status=504) from exc
+    except BaseException:
+        link.close(1000)
+        raise
+    return link
+
+
+def greeting_error(text: str) -> KohakuRiverError:
+    """The error that a v1 session's first message stands for."""
+    reason = text.removeprefix("Error:").strip() or "the session was refused"
+    lower = reason.lower()
+    if "no such" in lower or "not found" in lower:
+        return NotFoundError(reason)
+    if "not allowed" in lower or "credential" in lower:
+        return NotAllowedError(reason)
+    return UnavailableError(reason)

@@ -1,0 +1,182 @@
+"""One stream, without I/O: its states as a table, its windows, and the budget that windows are paid from.
+
+docs/protocol.md §2–§3. Nothing here touches a socket or a clock that is not handed in, so every rule can be
+tested by itself.
+"""
+
+from __future__ import annotations
+
+import enum
+
+EARLY_DATA = 64 * 1024
+FIRST_WINDOW = 256 * 1024
+MAX_WINDOW = 16 * 1024 * 1024
+MIN_WINDOW = 4 * 1024
+SESSION_BUDGET = 64 * 1024 * 1024
+# A window grows only while that pays: this much more throughput than the best seen with a smaller one.
+WORTHWHILE = 1.1
+
+
+class State(enum.Enum):
+    """Where a stream is. "Local" is this endpoint's side, "remote" the other end of the stream."""
+
+    OPENING = "opening"  # CONNECT is on its way, or we are dialling
+    OPENING_LOCAL_ENDED = "opening, local ended"
+    OPENING_REMOTE_ENDED = "opening, remote ended"
+    OPEN = "open"
+    LOCAL_ENDED = "local ended"  # we sent EOF
+    REMOTE_ENDED = "remote ended"  # the peer sent EOF
+    OVER = "over"
+
+
+class Event(enum.Enum):
+    """What can happen to a stream."""
+
+    ESTABLISHED = "established"  # CONNECTED came, or our dial succeeded
+    LOCAL_EOF = "local eof"
+    REMOTE_EOF = "remote eof"
+    END = "end"  # CLOSE or ERROR, sent or received
+
+
+_S, _E = State, Event
+TRANSITIONS: dict[tuple[State, Event], State] = {
+    (_S.OPENING, _E.ESTABLISHED): _S.OPEN,
+    (_S.OPENING, _E.LOCAL_EOF): _S.OPENING_LOCAL_ENDED,
+    (_S.OPENING, _E.REMOTE_EOF): _S.OPENING_REMOTE_ENDED,
+    (_S.OPENING_LOCAL_ENDED, _E.ESTABLISHED): _S.LOCAL_ENDED,
+    (_S.OPENING_REMOTE_ENDED, _E.ESTABLISHED): _S.REMOTE_ENDED,
+    (_S.OPEN, _E.LOCAL_EOF): _S.LOCAL_ENDED,
+    (_S.OPEN, _E.REMOTE_EOF): _S.REMOTE_ENDED,
+    (_S.LOCAL_ENDED, _E.REMOTE_EOF): _S.OVER,
+    (_S.REMOTE_ENDED, _E.LOCAL_EOF): _S.OVER,
+    **{(state, _E.END): _S.OVER for state in _S if state is not _S.OVER},
+}
+
+# States in which nothing more comes from one side.
+LOCAL_DONE = frozenset({State.OPENING_LOCAL_ENDED, State.LOCAL_ENDED, State.OVER})
+REMOTE_DONE = frozenset({State.OPENING_REMOTE_ENDED, State.REMOTE_ENDED, State.OVER})
+
+
+def next_state(state: State, event: Event) -> State | None:
+    """The state that ``event`` leads to; None where it can't happen (the peer's mistake: it is ignored)."""
+    return TRANSITIONS.get((state, event))
+
+
+class Budget:
+    """The bytes of window that all streams of one endpoint share.
+
+    Args:
+        total: bytes for all streams together.
+        first, cap: bytes a new stream starts with, and the most that one may get.
+    """
+
+    def __init__(self, total: int = SESSION_BUDGET, first: int = FIRST_WINDOW, cap: int = MAX_WINDOW) -> None:
+        self.left = total
+        self.first = first
+        self.cap = cap
+
+    def open(self) -> int:
+        """The window (bytes) of a new stream: smaller when most is spent, never below the minimum."""
+        window = min(self.first, max(min(MIN_WINDOW, self.first), self.left))
+        self.left -= window
+        return window
+
+    def grow(self, window: int) -> int:
+        """Twice the window, as far as cap and budget allow; the new size in bytes."""
+        extra = max(0, min(window, self.cap - window, self.left))
+        self.left -= extra
+        return window + extra
+
+    def close(self, window: int) -> None:
+        """A stream has ended: its window goes back."""
+        self.left += window
+
+
+class SendWindow:
+    """What we may still send on a v2 stream. ``limit`` None: v1, no limit."""
+
+    __slots__ = ("limit", "sent")
+
+    def __init__(self, limit: int | None) -> None:
+        self.limit = limit
+        self.sent = 0
+
+    @property
+    def room(self) -> int:
+        """Bytes that may be sent now."""
+        return (1 << 62) if self.limit is None else self.limit - self.sent
+
+    def raise_to(self, limit: int) -> bool:
+        """Take a WINDOW's absolute limit; True if it gave room where there was none. A lower one is ignored."""
+        if self.limit is None or limit <= self.limit:
+            return False
+        was_shut = self.sent >= self.limit
+        self.limit = limit
+        return was_shut
+
+
+class ReceiveWindow:
+    """What the peer may send us on a v2 stream, and how that limit grows.
+
+    Credit is given on consumption (``consume``) and told to the peer a quarter of the window at a time. The
+    size follows the bandwidth-delay product: the bytes that arrive between a PING and its PONG.
+    """
+
+    __slots__ = ("_best", "_budget", "_ping_at", "_ping_from", "_pinged", "consumed", "granted", "received", "size")
+
+    def __init__(self, budget: Budget) -> None:
+        self._budget = budget
+        self.size = budget.open()
+        self.received = 0
+        self.consumed = 0
+        self.granted = self.size
+        self._best = 0.0
+        self._pinged = False
+        self._ping_from = 0
+        self._ping_at = 0.0
+
+    def receive(self, size: int) -> bool:
+        """Count ``size`` bytes that arrived; False if the peer went over what it was given."""
+        self.received += size
+        return self.received <= max(self.granted, EARLY_DATA)
+
+    def consume(self, size: int) -> int | None:
+        """Count ``size`` bytes that the local socket took; the new limit if it is time to send one."""
+        self.consumed += size
+        return self._grant()
+
+    def _grant(self) -> int | None:
+        limit = self.consumed + self.size
+        if limit - self.granted < max(1, self.size // 4):
+            return None
+        self.granted = limit
+        return limit
+
+    def wants_ping(self, now: float) -> bool:
+        """Whether a PING is due (seconds on any steady clock); the caller sends it then."""
+        if self._pinged or self.size >= self._budget.cap or self.received - self._ping_from < self.size // 4:
+            return False
+        self._pinged = True
+        self._ping_from = self.received
+        self._ping_at = now
+        return True
+
+    def pong(self, now: float) -> int | None:
+        """The PING came back: perhaps grow. The new limit if there is one to send."""
+        if not self._pinged:
+            return None
+        self._pinged = False
+        sample = self.received - self._ping_from
+        self._ping_from = self.received
+        rate = sample / max(now - self._ping_at, 1e-6)
+        pays = rate > WORTHWHILE * self._best
+        self._best = max(self._best, rate)
+        if not pays or sample * 3 < self.size * 2:
+            return None
+        self.size = self._budget.grow(self.size)
+        return self._grant()
+
+    def close(self) -> None:
+        """Give the window back to the budget."""
+        self._budget.close(self.size)
+        self.size = 0
