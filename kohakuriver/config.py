@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import ssl
 import sys
 import tempfile
 from dataclasses import asdict, dataclass
@@ -37,6 +38,7 @@ __all__ = [
     "load_settings",
     "read_cluster",
     "remove_cluster",
+    "tls_context",
     "write_cluster",
     "write_private",
 ]
@@ -69,6 +71,11 @@ def host_url(text: str) -> str:
     if not valid or parts.query or parts.fragment or parts.username or any(c.isspace() for c in bare):
         raise UsageError(f"The host must be a URL like http://name:8000 or a host name, not {text!r}.")
     return bare
+
+
+def tls_context(url: str) -> ssl.SSLContext | None:
+    """How the host at `url` is checked, by the system's certificate authorities; None where that is plain HTTP."""
+    return ssl.create_default_context() if url.startswith("https:") else None
 
 
 def _with_default_port(address: str) -> str:
@@ -125,10 +132,10 @@ def write_private(path: Path, text: str) -> None:
     try:
         with os.fdopen(handle, "w", encoding="utf-8") as file:
             file.write(text)
-        os.replace(temporary, path)
+        Path(temporary).replace(path)
     except BaseException:
         with contextlib.suppress(OSError):
-            os.unlink(temporary)
+            Path(temporary).unlink()
         raise
 
 

@@ -1,0 +1,248 @@
+"""The host's HTTP API, as a typed asynchronous client.
+
+Every failure is one of the exceptions in `kohakuriver.errors`: an error answer by its status and body, a host that
+can't be reached as HostUnreachableError.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import MISSING, asdict, dataclass, field, fields
+from types import TracebackType
+from typing import Any, TypeVar
+from urllib.parse import quote
+
+import httpx
+
+from kohakuriver import __version__
+from kohakuriver.config import Settings, tls_context
+from kohakuriver.errors import (
+    HostUnreachableError,
+    KohakuRiverError,
+    UnavailableError,
+    from_status,
+)
+
+__all__ = ["HostClient", "Node", "Task", "Traffic"]
+
+CONNECT_TIMEOUT = 10.0
+ANSWER_TIMEOUT = 60.0
+# The longest that the host is asked to hold one `wait` request.
+LONGEST_WAIT = 30.0
+
+Record = TypeVar("Record")
+
+
+@dataclass(frozen=True)
+class Task:
+    """What the user names: an id and a unique name. `created_at` is ISO 8601; `container` its name on the tunnel."""
+
+    task_id: int
+    name: str
+    node: str
+    backend: str
+    status: str
+    tunnel: bool
+    container: str
+    created_at: str
+    owner: str = ""
+    image: str | None = None
+    address: str | None = None
+    message: str | None = None
+
+    def to_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+@dataclass(frozen=True)
+class Traffic:
+    """What went through a node since its runner started, in bytes, and the sessions and streams open now."""
+
+    bytes_to_container: int = 0
+    bytes_to_user: int = 0
+    sessions: int = 0
+    streams: int = 0
+
+
+@dataclass(frozen=True)
+class Node:
+    """A machine with a runner. `last_seen` is ISO 8601, or None when it never was; `tasks` how many it has."""
+
+    name: str
+    url: str
+    status: str
+    last_seen: str | None = None
+    backends: Sequence[str] = ()
+    tasks: int = 0
+    version: str = ""
+    traffic: Traffic = field(default_factory=Traffic)
+
+    def to_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+def _record(cls: type[Record], answer: Any) -> Record:
+    """`answer` as a `cls`; fields that a newer host adds are left out, ones that it lacks are an error."""
+    if not isinstance(answer, dict):
+        raise KohakuRiverError("The host's answer makes no sense to this version of kohakuriver.")
+    known = {f.name: answer[f.name] for f in fields(cls) if f.name in answer}  # type: ignore[arg-type]
+    missing = [
+        f.name
+        for f in fields(cls)  # type: ignore[arg-type]
+        if f.name not in known and f.default is MISSING and f.default_factory is MISSING
+    ]
+    if missing:
+        raise KohakuRiverError(f"The host's answer lacks {missing[0]!r}: its version and this one don't fit.")
+    return cls(**known)
+
+
+def _task(answer: Any) -> Task:
+    return _record(Task, answer)
+
+
+def _node(answer: Any) -> Node:
+    if isinstance(answer, dict) and "traffic" in answer:
+        answer = {**answer, "traffic": _record(Traffic, answer["traffic"] or {})}
+    return _record(Node, answer)
+
+
+class HostClient:
+    """`async with HostClient(settings) as host: await host.tasks()`"""
+
+    def __init__(self, settings: Settings, *, transport: httpx.AsyncBaseTransport | None = None) -> None:
+        headers = {"User-Agent": f"kohakuriver/{__version__}"}
+        if settings.token:
+            headers["Authorization"] = f"Bearer {settings.token}"
+        self._url = settings.host
+        self._http = httpx.AsyncClient(
+            base_url=settings.host,
+            headers=headers,
+            timeout=httpx.Timeout(ANSWER_TIMEOUT, connect=CONNECT_TIMEOUT),
+            transport=transport,
+            # As for the WebSockets: the system's certificate authorities, and no HTTP proxy from the environment.
+            verify=tls_context(settings.host) or True,
+            trust_env=False,
+        )
+
+    async def __aenter__(self) -> HostClient:
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        await self._http.aclose()
+
+    async def health(self) -> dict[str, Any]:
+        """`{"status": "ok", "version": …}`; asks for no credential."""
+        answer = await self._call("GET", "/health")
+        return answer if isinstance(answer, dict) else {}
+
+    async def nodes(self) -> list[Node]:
+        return [_node(item) for item in _list(await self._call("GET", "/api/nodes"))]
+
+    async def tasks(self) -> list[Task]:
+        return [_task(item) for item in _list(await self._call("GET", "/api/tasks"))]
+
+    async def task(self, task: str) -> Task:
+        """The task with this numeric id or unique name. Raises NotFoundError when there is none."""
+        return _task(await self._call("GET", _path(task)))
+
+    async def create(
+        self,
+        *,
+        name: str | None = None,
+        node: str | None = None,
+        backend: str | None = None,
+        image: str | None = None,
+        command: Sequence[str] = (),
+        env: Mapping[str, str] | None = None,
+        mounts: Sequence[str] = (),
+    ) -> Task:
+        """Start a task; its status may still be `starting` in the answer. `mounts` are `SRC:DST` or `SRC:DST:ro`."""
+        wanted: dict[str, Any] = {"name": name, "node": node, "backend": backend, "image": image}
+        body = {key: value for key, value in wanted.items() if value is not None}
+        body.update(command=list(command), env=dict(env or {}), mounts=list(mounts))
+        return _task(await self._call("POST", "/api/tasks", body=body))
+
+    async def adopt(
+        self,
+        *,
+        container: str | None = None,
+        address: str | None = None,
+        node: str | None = None,
+        name: str | None = None,
+    ) -> Task:
+        """Make a task of a container that runs, or of an address that the node's runner reaches."""
+        wanted = {"container": container, "address": address, "node": node, "name": name}
+        body = {key: value for key, value in wanted.items() if value is not None}
+        return _task(await self._call("POST", "/api/tasks/adopt", body=body))
+
+    async def stop(self, task: str) -> Task:
+        return _task(await self._call("POST", _path(task, "stop")))
+
+    async def restart(self, task: str) -> Task:
+        return _task(await self._call("POST", _path(task, "restart")))
+
+    async def remove(self, task: str) -> Task:
+        """End the task and forget it; the answer is the task as it was."""
+        return _task(await self._call("DELETE", _path(task)))
+
+    async def wait(self, task: str, *, timeout: float) -> Task:
+        """The task, once its tunnel is connected.
+
+        Raises UnavailableError when it fails, or when that takes longer than `timeout` seconds.
+        """
+        deadline = time.monotonic() + timeout
+        while True:
+            left = min(max(deadline - time.monotonic(), 0.0), LONGEST_WAIT)
+            try:
+                return _task(await self._call("GET", _path(task, "wait"), params={"timeout": left}, hold=left))
+            except HostUnreachableError as error:
+                if error.status != 504:
+                    raise
+                if time.monotonic() >= deadline:
+                    raise UnavailableError(error.message, code=error.code, status=504) from error
+
+    async def _call(
+        self,
+        method: str,
+        path: str,
+        *,
+        body: dict[str, Any] | None = None,
+        params: dict[str, Any] | None = None,
+        hold: float = 0.0,
+    ) -> Any:
+        """The JSON of one answer. `hold` is how long, in seconds, the host was asked to take."""
+        timeout = httpx.Timeout(ANSWER_TIMEOUT + hold, connect=CONNECT_TIMEOUT)
+        try:
+            answer = await self._http.request(method, path, json=body, params=params, timeout=timeout)
+        except httpx.TimeoutException as error:
+            raise HostUnreachableError(f"The host at {self._url} did not answer in time.") from error
+        except httpx.TransportError as error:
+            raise HostUnreachableError(f"The host at {self._url} can't be reached: {_reason(error)}.") from error
+        if not answer.is_success:
+            raise from_status(answer.status_code, answer.content)
+        try:
+            return answer.json()
+        except ValueError as error:
+            raise KohakuRiverError(f"What answers at {self._url} is not a KohakuRiver host.") from error
+
+
+def _path(task: str, action: str | None = None) -> str:
+    path = f"/api/tasks/{quote(task, safe='')}"
+    return f"{path}/{action}" if action else path
+
+
+def _list(answer: Any) -> list[Any]:
+    if not isinstance(answer, list):
+        raise KohakuRiverError("The host's answer makes no sense to this version of kohakuriver.")
+    return answer
+
+
+def _reason(error: BaseException) -> str:
+    """The innermost reason of a transport error, without the wrapping of the libraries between."""
+    while error.__cause__ is not None or error.__context__ is not None:
+        error = error.__cause__ or error.__context__ or error
+    reason = getattr(error, "strerror", None) or str(error) or type(error).__name__
+    return str(reason).strip().rstrip(".")

@@ -1,0 +1,79 @@
+"""The `kohakuriver` program: its commands, and what becomes of an error.
+
+Starting must stay fast: nothing here, nor in the command modules, imports a heavy library before a command runs.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+from collections.abc import Sequence
+from typing import Annotated, NoReturn
+
+import typer
+
+from kohakuriver import __version__
+from kohakuriver.cli import cluster, demo, forward, node, output, vps
+from kohakuriver.errors import KohakuRiverError
+
+__all__ = ["app", "main"]
+
+# The base class of what the parser raises for a wrong command line. It has had other names and places in other
+# versions of Typer; this class of theirs, and its place below that one, have stayed.
+_CommandLineError: type[Exception] = typer.BadParameter.__mro__[2]
+
+app = typer.Typer(
+    name="kohakuriver",
+    help="Reach any port of any task on the cluster from your own machine.",
+    epilog="Example: kohakuriver forward my-task 8888",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        print(f"kohakuriver {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version and exit.")
+    ] = False,
+) -> None:
+    """Reach any port of any task on the cluster from your own machine."""
+
+
+forward.register(app)
+app.add_typer(vps.app, name="vps")
+app.add_typer(node.app, name="node")
+cluster.register(app)
+demo.register(app)
+
+
+def main(arguments: Sequence[str] | None = None) -> NoReturn:
+    """Run one command and exit with its code (docs/cli.md "Exit codes")."""
+    sys.exit(_run(arguments))
+
+
+def _run(arguments: Sequence[str] | None) -> int:
+    try:
+        code = app(args=arguments, prog_name="kohakuriver", standalone_mode=False)
+        sys.stdout.flush()
+    except KohakuRiverError as error:
+        output.error(error.message)
+        return error.exit_code
+    except _CommandLineError as error:
+        output.error(str(getattr(error, "format_message", error.__str__)()))
+        return int(getattr(error, "exit_code", 1))
+    except KeyboardInterrupt:
+        return 128 + signal.SIGINT
+    except BrokenPipeError:
+        # Whoever read our output is gone, like `| head`: nothing is left to say, not even at exit.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+    return code if isinstance(code, int) else 0

@@ -1,0 +1,43 @@
+"""`kohakuriver node …`: the machines of the cluster."""
+
+from __future__ import annotations
+
+import typer
+
+from kohakuriver.cli import output
+from kohakuriver.cli.options import HostOption, JsonOption, TokenOption, ask
+
+__all__ = ["app"]
+
+app = typer.Typer(help="The machines that run tasks.", epilog="Example: kohakuriver node list", no_args_is_help=True)
+
+
+@app.callback()
+def _group() -> None:
+    """The machines that run tasks."""
+
+
+@app.command("list", epilog="Example: kohakuriver node list --json")
+def list_nodes(json: JsonOption = False, host: HostOption = None, token: TokenOption = None) -> None:
+    """List the nodes: state, last seen, tasks, traffic."""
+    nodes = ask(host, token, lambda client: client.nodes())
+    if json:
+        output.json_line({"nodes": [node.to_json() for node in nodes]})
+        return
+    output.table(
+        ["Name", "Status", "Last seen", "Backends", "Tasks", "Sessions", "Streams", "To tasks", "From tasks"],
+        [
+            [
+                node.name,
+                node.status,
+                output.age(node.last_seen),
+                ",".join(node.backends) or "-",
+                str(node.tasks),
+                str(node.traffic.sessions),
+                str(node.traffic.streams),
+                output.size(node.traffic.bytes_to_container),
+                output.size(node.traffic.bytes_to_user),
+            ]
+            for node in nodes
+        ],
+    )

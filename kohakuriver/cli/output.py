@@ -1,0 +1,106 @@
+"""What people and programs read: plain lines, tables on a terminal, JSON on request.
+
+Results go to stdout; messages go to stderr. Rich is imported only where a terminal is there to show it.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from collections.abc import Sequence
+from datetime import datetime, timezone
+from typing import IO, Any
+
+__all__ = ["age", "error", "fields", "is_terminal", "json_line", "line", "note", "size", "table"]
+
+_GREEN = ("running", "online", "connected")
+_RED = ("failed", "lost", "offline")
+
+
+def is_terminal(stream: IO[str]) -> bool:
+    """Whether a person looks at `stream` through a terminal that can show more than plain lines."""
+    return stream.isatty()
+
+
+def json_line(value: dict[str, Any]) -> None:
+    """One JSON object on one line of stdout, at once."""
+    print(json.dumps(value), flush=True)
+
+
+def line(text: str) -> None:
+    """One line of result on stdout, at once."""
+    print(text, flush=True)
+
+
+def note(text: str) -> None:
+    """One line for a person, on stderr."""
+    print(text, file=sys.stderr, flush=True)
+
+
+def error(text: str) -> None:
+    """Why the command fails, as one sentence on stderr."""
+    sentence = " ".join(text.split()) or "It failed for a reason that nobody named."
+    prefix = "\033[1;31mError:\033[0m" if is_terminal(sys.stderr) else "Error:"
+    note(f"{prefix} {sentence}")
+
+
+def table(headings: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+    """Rows under headings: a Rich table on a terminal, aligned plain columns elsewhere."""
+    if is_terminal(sys.stdout):
+        _rich_table(headings, rows)
+        return
+    lines = [[heading.upper() for heading in headings], *rows]
+    widths = [max(len(cells[column]) for cells in lines) for column in range(len(headings))]
+    for cells in lines:
+        line("  ".join(cell.ljust(width) for cell, width in zip(cells, widths, strict=True)).rstrip())
+
+
+def _rich_table(headings: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+    from rich.box import SIMPLE_HEAD
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
+
+    grid = Table(*headings, box=SIMPLE_HEAD, pad_edge=False)
+    for row in rows:
+        grid.add_row(*(Text(cell, style=_style(cell)) for cell in row))
+    Console().print(grid)
+
+
+def _style(cell: str) -> str:
+    return "green" if cell in _GREEN else "red" if cell in _RED else ""
+
+
+def fields(pairs: Sequence[tuple[str, str]]) -> None:
+    """`name: value` lines, aligned; pairs without a value are left out."""
+    shown = [(name, value) for name, value in pairs if value]
+    width = max((len(name) for name, _ in shown), default=0)
+    for name, value in shown:
+        line(f"{name + ':':<{width + 1}} {value}")
+
+
+def size(count: float) -> str:
+    """A number of bytes for people: `1.4 MB`."""
+    for unit in ("B", "kB", "MB", "GB"):
+        if count < 1000:
+            return f"{count:.0f} {unit}" if unit == "B" or count >= 100 else f"{count:.1f} {unit}"
+        count /= 1000
+    return f"{count:.1f} TB"
+
+
+def age(moment: str | None, *, now: float | None = None) -> str:
+    """How long ago an ISO 8601 moment was, for people: `3 min`. One without a time zone is UTC."""
+    if not moment:
+        return "never"
+    try:
+        parsed = datetime.fromisoformat(moment.replace("Z", "+00:00"))
+    except ValueError:
+        return moment
+    if parsed.tzinfo is None:
+        parsed = parsed.replace(tzinfo=timezone.utc)
+    seconds = max((time.time() if now is None else now) - parsed.timestamp(), 0)
+    for unit, length in (("d", 86400), ("h", 3600), ("min", 60)):
+        if seconds >= length:
+            return f"{int(seconds // length)} {unit}"
+    return f"{int(seconds)} s"

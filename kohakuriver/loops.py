@@ -1,0 +1,70 @@
+"""Which event loop runs: uvloop where it can be had, stock asyncio anywhere else.
+
+`KOHAKURIVER_LOOP=asyncio` forces the stock loop, `KOHAKURIVER_LOOP=uvloop` makes its absence an error.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+from collections.abc import Coroutine
+from typing import Any, TypeVar
+
+from kohakuriver.errors import UsageError
+
+__all__ = ["loop_name", "new_event_loop", "run"]
+
+T = TypeVar("T")
+
+
+def loop_name() -> str:
+    """`"uvloop"` or `"asyncio"`: the loop in force. Raises UsageError for a loop that isn't known or isn't there."""
+    wanted = os.environ.get("KOHAKURIVER_LOOP", "")
+    if wanted not in ("", "asyncio", "uvloop"):
+        raise UsageError(f"KOHAKURIVER_LOOP must be asyncio or uvloop, not {wanted!r}.")
+    if wanted == "asyncio":
+        return "asyncio"
+    try:
+        import uvloop  # noqa: F401
+    except ImportError as error:
+        if wanted == "uvloop":
+            raise UsageError("KOHAKURIVER_LOOP is uvloop, but uvloop is not installed.") from error
+        return "asyncio"
+    return "uvloop"
+
+
+def new_event_loop() -> asyncio.AbstractEventLoop:
+    """A new loop of the kind that is in force."""
+    if loop_name() == "uvloop":
+        import uvloop
+
+        return uvloop.new_event_loop()
+    return asyncio.new_event_loop()
+
+
+def run(main: Coroutine[Any, Any, T]) -> T:
+    """Run `main` to its end on a new loop, then end whatever it left running. What it raises is raised."""
+    try:
+        loop = new_event_loop()
+    except BaseException:
+        main.close()
+        raise
+    try:
+        asyncio.set_event_loop(loop)
+        return loop.run_until_complete(main)
+    finally:
+        try:
+            _cancel_all(loop)
+            loop.run_until_complete(loop.shutdown_asyncgens())
+            loop.run_until_complete(loop.shutdown_default_executor())
+        finally:
+            asyncio.set_event_loop(None)
+            loop.close()
+
+
+def _cancel_all(loop: asyncio.AbstractEventLoop) -> None:
+    left = asyncio.all_tasks(loop)
+    for task in left:
+        task.cancel()
+    if left:
+        loop.run_until_complete(asyncio.gather(*left, return_exceptions=True))
