@@ -1,0 +1,126 @@
+"""Fuzz target for the walkers: one input is options, read sizes and a peer's bytes.
+
+`python -m tests.fuzz.frame --seconds 60` mutates the corpus for that long and writes what fails beside it.
+
+The invariant: the extension answers exactly as its plain twin does, the only error is FrameViolation with a documented
+code, and relayed bytes go to no target but the one that their message was routed to.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import random
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from kohakuriver import _frame
+from tests.conformance.feeding import HEADROOM, cut
+from tests.reference import frame as twin
+
+CORPUS = Path(__file__).parent / "corpus"
+CODES = {1002, 1003, 1009}
+LONGEST = 4096
+
+
+def reads_of(data: bytes) -> tuple[dict[str, Any], list[bytes]]:
+    """Byte 0: options. Byte 1: how many bytes behind it are the sizes of the first reads."""
+    options = {
+        "masked": bool(data[0] & 1),
+        "allow_text": bool(data[0] & 2),
+        "max_message": 200 if data[0] & 4 else twin.MAX_MESSAGE,
+    }
+    sizes = data[2 : 2 + data[1] % 16]
+    return options, list(cut(data[2 + len(sizes) :], sizes))
+
+
+def answers(frame: Any, method: str, options: dict[str, Any], reads: list[bytes]) -> Iterator[Any]:
+    """Everything that one walker shows while it is fed the reads."""
+    walker = {"walk": frame.FrameWalker, "relay": frame.RelayWalker, "splice": frame.SpliceWalker}[method](**options)
+    table = frame.RoutingTable()
+    for client_id in range(0, 8, 2):
+        table.add(client_id, client_id % 4, 100 + client_id)
+    kept = b""
+    for number, read in enumerate(reads):
+        buf = bytearray(HEADROOM) + kept + read
+        start, stop = HEADROOM, len(buf)
+        while True:
+            args = (table,) if method == "relay" else ()
+            try:
+                *found, consumed = getattr(walker, method)(buf, start, stop, *args)
+            except frame.FrameViolation as violation:
+                yield violation.code, str(violation)
+                return
+            assert start <= consumed <= stop
+            if method == "relay":
+                found[0] = [(target, bytes(buf[a:b])) for target, a, b in found[0]]
+            yield found, consumed, bytes(buf[consumed:])
+            if consumed == start:
+                break
+            start = consumed
+        kept = bytes(buf[start:])
+        # An owner of an id goes while its message may be half way.
+        table.remove(number * 2 % 8)
+        table.add(number * 2 % 8, number % 4, number)
+
+
+def check(data: bytes) -> None:
+    """Raise AssertionError, or whatever else went wrong, if this input breaks the invariant."""
+    if len(data) < 2:
+        return
+    options, reads = reads_of(data)
+    for method in ("walk", "relay", "splice"):
+        ours = list(answers(_frame, method, options, reads))
+        theirs = list(answers(twin, method, options, reads))
+        assert ours == theirs, method
+        assert not ours or len(ours[-1]) == 3 or ours[-1][0] in CODES, method
+
+
+def mutate(data: bytes, others: list[bytes], rng: random.Random) -> bytes:
+    out = bytearray(data)
+    for _ in range(rng.randint(1, 6)):
+        at = rng.randrange(len(out) + 1)
+        size = rng.choice((1, 1, 2, 4, 8, 30))
+        other = rng.choice(others)
+        donor = rng.randrange(len(other) + 1)
+        out[at : at + size * rng.randint(0, 1)] = rng.choice(
+            (
+                b"",
+                rng.randbytes(size),
+                bytes([rng.choice((0, 1, 2, 3, 8, 0x7D, 0x7E, 0x7F, 0x80, 0x82, 0x89, 0xFD, 0xFE, 0xFF))]),
+                other[donor : donor + size * 4],
+            )
+        )
+    return bytes(out[:LONGEST])
+
+
+def corpus() -> list[bytes]:
+    return [path.read_bytes() for path in sorted(CORPUS.iterdir())]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--seconds", type=float, default=60)
+    parser.add_argument("--seed", type=int, default=None)
+    options = parser.parse_args()
+    rng = random.Random(options.seed)
+    inputs = corpus()
+    until = time.monotonic() + options.seconds
+    runs = 0
+    while time.monotonic() < until:
+        data = mutate(rng.choice(inputs), inputs, rng)
+        try:
+            check(data)
+        except BaseException:
+            path = CORPUS / f"failed-{hashlib.sha256(data).hexdigest()[:16]}"
+            path.write_bytes(data)
+            print(f"kept {path}")
+            raise
+        runs += 1
+    print(f"{runs} inputs, none failed")
+
+
+if __name__ == "__main__":
+    main()
