@@ -118,7 +118,7 @@ class Upgrade(asyncio.Protocol):
         self._uvicorn = (config, state, app)
         self._state = state
         self._other: WebSocketsSansIOProtocol | None = None
-        self._handshake = ServerProtocol(select_subprotocol=self._select, max_size=None)
+        self._handshake = ServerProtocol(select_subprotocol=lambda _, offered: self._select(offered), max_size=None)
         self._request: Request | None = None
         self._transport: asyncio.Transport = cast(asyncio.Transport, None)
         self._early = b""
@@ -186,7 +186,7 @@ class Upgrade(asyncio.Protocol):
             if not self._answered:
                 self.reject(500, {"error": "failed", "message": "this WebSocket could not be opened; see the log"})
 
-    def _select(self, protocol: ServerProtocol, offered: Sequence[Subprotocol]) -> Subprotocol | None:
+    def _select(self, offered: Sequence[Subprotocol]) -> Subprotocol | None:
         return Subprotocol(TUNNEL_V2) if self._version == 2 and TUNNEL_V2 in offered else None
 
     def accept(self, walker: FrameWalker, handler: LinkHandler, version: int) -> Link:
