@@ -35,7 +35,11 @@ pub fn start(command: &[OsString], files: libc::rlimit) -> Result<libc::pid_t, (
     process.args(&command[1..]);
     // SAFETY: only calls system calls, which are safe between fork and exec.
     unsafe {
-        process.pre_exec(move || sys::set_file_limit(&files).and_then(|()| sys::die_with_parent()))
+        process.pre_exec(move || {
+            sys::set_file_limit(&files)?;
+            sys::die_with_parent()?;
+            sys::unblock_signals()
+        })
     };
     match process.spawn() {
         // It is reaped by `supervise` along with every orphan, not through `Child`.

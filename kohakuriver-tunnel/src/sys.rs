@@ -115,6 +115,21 @@ pub struct Signal {
     pub from_kernel: bool,
 }
 
+/// Lets every signal through again: what a command expects to start with.
+pub fn unblock_signals() -> io::Result<()> {
+    // SAFETY: a signal set is plain data; `sigemptyset` makes it valid.
+    let mut none = unsafe { mem::zeroed() };
+    // SAFETY: `none` is a valid place for both calls.
+    unsafe {
+        libc::sigemptyset(&mut none);
+        check(libc::sigprocmask(
+            libc::SIG_SETMASK,
+            &none,
+            std::ptr::null_mut(),
+        ))
+    }
+}
+
 impl SignalSet {
     /// Blocks these signals in this thread and in those that it starts.
     pub fn block(signals: impl IntoIterator<Item = libc::c_int>) -> io::Result<Self> {
