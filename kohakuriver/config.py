@@ -60,9 +60,8 @@ def host_url(text: str) -> str:
 
     Raises UsageError when it can't be one.
     """
-    bare = text.strip().rstrip("/")
-    if "://" not in bare:
-        bare = "http://" + _with_default_port(bare)
+    bare = text.strip()
+    bare = (bare if "://" in bare else "http://" + _with_default_port(bare.rstrip("/"))).rstrip("/")
     try:
         parts = urlsplit(bare)
         valid = parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0

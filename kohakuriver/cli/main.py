@@ -76,4 +76,7 @@ def _run(arguments: Sequence[str] | None) -> int:
         # Whoever read our output is gone, like `| head`: nothing is left to say, not even at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
+    except OSError as error:
+        output.error(f"{error.filename}: {error.strerror}." if error.filename else f"{error}.")
+        return 1
     return code if isinstance(code, int) else 0

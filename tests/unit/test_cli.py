@@ -1,0 +1,175 @@
+"""The command line: its parsing, its exit codes, and how light it starts."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from typer.main import get_command
+
+from kohakuriver.cli.main import app, main
+
+HEAVY = ["aiodocker", "fastapi", "httpx", "pydantic", "rich", "sqlalchemy", "uvicorn", "uvloop", "websockets"]
+COMMANDS = [
+    *(["up"], ["host"], ["runner"], ["demo"], ["forward"], ["node", "list"]),
+    *(["vps", name] for name in ("create", "list", "status", "stop", "restart", "rm", "adopt")),
+]
+
+
+@pytest.fixture(autouse=True)
+def directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    for name in ("KOHAKURIVER_HOST", "KOHAKURIVER_TOKEN"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("KOHAKURIVER_CONFIG_DIR", str(tmp_path))
+    return tmp_path
+
+
+def outcome(*arguments: str) -> int:
+    """The exit code of one command."""
+    with pytest.raises(SystemExit) as ended:
+        main(arguments)
+    code = ended.value.code
+    assert isinstance(code, int)
+    return code
+
+
+def test_starting_imports_nothing_heavy() -> None:
+    code = f"import sys, kohakuriver.cli.main; print([m for m in {HEAVY} if m in sys.modules])"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
+
+
+@pytest.mark.parametrize("command", COMMANDS, ids=" ".join)
+def test_every_command_has_help_with_an_example(command: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    assert outcome(*command, "--help") == 0
+    shown = capsys.readouterr().out
+    assert "Example" in shown
+    assert f"kohakuriver {' '.join(command)}" in shown
+
+
+def test_no_command_is_offered_that_is_not_listed_here() -> None:
+    offered = []
+    for name, command in get_command(app).commands.items():  # type: ignore[attr-defined]
+        offered += [[name, inner] for inner in getattr(command, "commands", {})] or [[name]]
+    assert sorted(offered) == sorted(COMMANDS)
+
+
+def test_the_version_is_printed(capsys: pytest.CaptureFixture[str]) -> None:
+    assert outcome("--version") == 0
+    assert capsys.readouterr().out.startswith("kohakuriver ")
+
+
+def test_python_dash_m_is_the_same_program() -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "kohakuriver", "forward", "t", "99999"], capture_output=True, text=True
+    )
+    assert done.returncode == 2
+    assert done.stderr.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["forward", "t", "99999"], "Port 99999 is out of range"),
+        (["forward", "t", "0"], "Port 0 is out of range"),
+        (["forward", "t", "65536"], "Port 65536 is out of range"),
+        (["forward", "t", "1:99999"], "Port 99999 is out of range"),
+        (["forward", "t", "99999:1"], "Port 99999 is out of range"),
+        (["forward", "t", "http"], "'http' is not a port"),
+        (["forward", "t", "1:2:3"], "not a port"),
+        (["forward", "t", "80/sctp"], "tcp or udp"),
+        (["forward", "t", "80", "--proto", "sctp"], "sctp"),
+        (["forward", "t", "80", "--local-port", "99999"], "local port must be between 0"),
+        (["forward", "t", "80", "81", "--local-port", "9"], "--local-port goes with one remote port"),
+        (["forward", "t", "9:80", "--local-port", "9"], "leave --local-port out"),
+        (["forward", "t", "80", "80"], "more than once"),
+        (["forward", "t", "9:80", "9:81"], "more than once"),
+        (["forward", "t", "80", "--"], "command must follow"),
+        (["forward", "t", "80", "--json", "--", "true"], "stdout is the command's"),
+        (["forward", "t"], "REMOTE_PORT"),
+        (["forward"], "TASK"),
+        (["forward", "t", "80", "--colour"], "--colour"),
+        (["vps", "create", "--env", "A"], "--env takes NAME=VALUE"),
+        (["vps", "create", "--mount", "data:/data"], "absolute paths"),
+        (["vps", "create", "--mount", "/a:/b:rx"], "SRC:DST"),
+        (["vps", "create", "--backend", "vm"], "vm"),
+        (["vps", "adopt"], "either a CONTAINER or --address"),
+        (["vps", "adopt", "c", "--address", "10.0.0.1", "--node", "n"], "either a CONTAINER or --address"),
+        (["vps", "adopt", "--address", "10.0.0.1"], "--node"),
+        (["vps", "list", "--host", "ftp://x"], "host must be a URL"),
+        (["up", "--host-port", "99999"], "--host-port"),
+        (["rivers"], "rivers"),
+    ],
+)
+def test_a_wrong_command_line_ends_with_2_and_one_sentence(
+    arguments: list[str], said: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert outcome(*arguments) == 2
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    assert said in captured.err
+    assert captured.err.startswith("Error: ")
+    assert captured.err.count("\n") == 1
+
+
+def test_a_host_that_is_not_there_ends_with_7(capsys: pytest.CaptureFixture[str], unused_port: int) -> None:
+    assert outcome("vps", "list", "--host", f"http://127.0.0.1:{unused_port}") == 7
+    assert f"127.0.0.1:{unused_port}" in capsys.readouterr().err
+
+
+def test_a_host_that_is_not_there_ends_a_forward_with_7(capsys: pytest.CaptureFixture[str], unused_port: int) -> None:
+    assert outcome("forward", "t", "0:80", "--host", f"http://127.0.0.1:{unused_port}") == 7
+    assert "Forwarding" not in capsys.readouterr().out
+
+
+def test_a_taken_local_address_ends_with_6_before_the_host_is_asked(
+    capsys: pytest.CaptureFixture[str], unused_port: int, taken_port: int
+) -> None:
+    code = outcome("forward", "t", f"{taken_port}:80", "--host", f"http://127.0.0.1:{unused_port}")
+    assert code == 6
+    assert f"127.0.0.1:{taken_port} is already in use" in capsys.readouterr().err
+
+
+def test_an_address_of_another_machine_can_not_be_listened_on(unused_port: int) -> None:
+    # 192.0.2.0/24 is for documentation: no machine has it.
+    host = f"http://127.0.0.1:{unused_port}"
+    assert outcome("forward", "t", "0:80", "--local-host", "192.0.2.1", "--host", host) == 6
+
+
+def test_a_forward_open_to_other_machines_is_warned_about_in_one_line(
+    capsys: pytest.CaptureFixture[str], unused_port: int
+) -> None:
+    outcome("forward", "t", "0:80", "--local-host", "0.0.0.0", "--host", f"http://127.0.0.1:{unused_port}")
+    warnings = [line for line in capsys.readouterr().err.splitlines() if line.startswith("Warning")]
+    assert len(warnings) == 1
+    assert "0.0.0.0" in warnings[0]
+
+
+def test_a_reader_that_goes_away_is_no_crash(tmp_path: Path) -> None:
+    reader, writer = os.pipe()
+    os.close(reader)
+    done = subprocess.run([sys.executable, "-m", "kohakuriver", "--version"], stdout=writer, stderr=subprocess.PIPE)
+    os.close(writer)
+    assert done.stderr == b""
+
+
+@pytest.mark.parametrize("shell", ["bash", "zsh", "fish"])
+def test_completion_scripts_are_printed(shell: str) -> None:
+    environment = {**os.environ, "_KOHAKURIVER_COMPLETE": f"source_{shell}"}
+    done = subprocess.run([sys.executable, "-m", "kohakuriver"], env=environment, capture_output=True, text=True)
+    assert done.returncode == 0
+    assert "kohakuriver" in done.stdout
+
+
+def test_completion_offers_commands() -> None:
+    environment = {
+        **os.environ,
+        "_KOHAKURIVER_COMPLETE": "complete_bash",
+        "COMP_WORDS": "kohakuriver for",
+        "COMP_CWORD": "1",
+    }
+    done = subprocess.run([sys.executable, "-m", "kohakuriver"], env=environment, capture_output=True, text=True)
+    assert done.stdout.split() == ["forward"]

@@ -1,0 +1,122 @@
+"""Settings: flag, environment, file, the cluster of `up`, default."""
+
+from __future__ import annotations
+
+import os
+import stat
+from pathlib import Path
+
+import pytest
+
+from kohakuriver import config
+from kohakuriver.errors import UsageError
+
+
+@pytest.fixture(autouse=True)
+def directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    for name in ("HOST", "TOKEN", "SSH_PROXY"):
+        monkeypatch.delenv(f"KOHAKURIVER_{name}", raising=False)
+    monkeypatch.setenv("KOHAKURIVER_CONFIG_DIR", str(tmp_path))
+    return tmp_path
+
+
+def test_with_nothing_set_the_host_is_this_machine() -> None:
+    settings = config.load_settings()
+    assert (settings.host, settings.token, settings.ssh_proxy) == ("http://127.0.0.1:8000", None, "127.0.0.1:8002")
+
+
+def test_a_flag_beats_the_environment_which_beats_the_file_which_beats_the_cluster(
+    directory: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config.write_cluster(config.Cluster("http://127.0.0.1:1", "of-cluster"))
+    assert config.load_settings().host == "http://127.0.0.1:1"
+    (directory / "config.toml").write_text('host = "from-file"\n')
+    assert config.load_settings().host == "http://from-file:8000"
+    monkeypatch.setenv("KOHAKURIVER_HOST", "from-env")
+    assert config.load_settings().host == "http://from-env:8000"
+    assert config.load_settings(host="from-flag").host == "http://from-flag:8000"
+
+
+def test_an_empty_variable_counts_as_not_set(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("KOHAKURIVER_TOKEN", "")
+    monkeypatch.setenv("KOHAKURIVER_HOST", "")
+    assert config.load_settings().token is None
+    assert config.load_settings().host == "http://127.0.0.1:8000"
+
+
+def test_the_token_of_the_local_cluster_goes_to_no_other_host() -> None:
+    config.write_cluster(config.Cluster("http://127.0.0.1:1", "secret"))
+    assert config.load_settings().token == "secret"
+    assert config.load_settings(host="http://127.0.0.1:1/").token == "secret"
+    assert config.load_settings(host="elsewhere").token is None
+
+
+def test_a_token_is_not_shown_when_settings_are_printed() -> None:
+    assert "secret" not in repr(config.load_settings(token="secret"))
+
+
+@pytest.mark.parametrize(
+    ("text", "url"),
+    [
+        ("name", "http://name:8000"),
+        ("name:9000", "http://name:9000"),
+        ("10.0.0.1", "http://10.0.0.1:8000"),
+        ("::1", "http://[::1]:8000"),
+        ("[::1]:9000", "http://[::1]:9000"),
+        ("http://name", "http://name"),
+        ("https://name/river/", "https://name/river"),
+    ],
+)
+def test_a_host_may_be_a_url_or_a_bare_name(text: str, url: str) -> None:
+    assert config.host_url(text) == url
+
+
+@pytest.mark.parametrize(
+    "text", ["", "ftp://name", "http://", "name:99999", "a b", "http://name?x=1", "http://u:p@name"]
+)
+def test_what_is_no_host_is_refused_with_its_text(text: str) -> None:
+    with pytest.raises(UsageError, match="host must be"):
+        config.host_url(text)
+
+
+def test_a_misspelt_setting_is_named(directory: Path) -> None:
+    (directory / "config.toml").write_text('tokn = "x"\n')
+    with pytest.raises(UsageError, match="tokn"):
+        config.load_settings()
+
+
+def test_a_broken_file_is_named(directory: Path) -> None:
+    (directory / "config.toml").write_text("host = \n")
+    with pytest.raises(UsageError, match=r"config\.toml"):
+        config.load_settings()
+
+
+@pytest.mark.skipif(os.name != "posix", reason="POSIX file modes")
+def test_the_cluster_file_is_for_its_owner_alone(directory: Path) -> None:
+    config.write_cluster(config.Cluster("http://127.0.0.1:1", "secret"))
+    assert stat.S_IMODE((directory / "cluster.json").stat().st_mode) == 0o600
+
+
+@pytest.mark.parametrize("content", ["", "[]", "{}", "null", '{"host_url": 1'])
+def test_a_damaged_cluster_file_counts_as_none(directory: Path, content: str) -> None:
+    (directory / "cluster.json").write_text(content)
+    assert config.read_cluster() is None
+    assert config.load_settings().host == "http://127.0.0.1:8000"
+
+
+def test_up_removes_its_own_cluster_and_nobody_elses() -> None:
+    first, second = config.Cluster("http://a", "1", pid=1), config.Cluster("http://b", "2", pid=2)
+    config.write_cluster(first)
+    config.write_cluster(second)
+    config.remove_cluster(first)
+    assert config.read_cluster() == second
+    config.remove_cluster(second)
+    assert config.read_cluster() is None
+
+
+def test_a_failed_write_leaves_no_half_file_behind(directory: Path) -> None:
+    config.write_private(directory / "file", "before")
+    with pytest.raises(UnicodeEncodeError):
+        config.write_private(directory / "file", "\ud800")
+    assert (directory / "file").read_text() == "before"
+    assert [path.name for path in directory.iterdir()] == ["file"]
