@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import ipaddress
+import re
 from datetime import datetime, timezone
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
 
 __all__ = [
     "AdoptRequest",
@@ -27,17 +28,31 @@ Backend = Literal["docker", "process", "address"]
 Status = Literal["starting", "running", "stopped", "failed", "lost"]
 
 
-def _check_name(value: object) -> object:
-    if isinstance(value, str) and value.isdigit():
-        raise ValueError("a name may not be all digits, because a number means a task's id")
-    return value
+def _matching(pattern: str, otherwise: str) -> AfterValidator:
+    """Take only strings that match as a whole; `otherwise` says what is wanted."""
+    compiled = re.compile(pattern)
+
+    def check(value: str) -> str:
+        if not compiled.fullmatch(value):
+            raise ValueError(f"{value!r} won't do: {otherwise}")
+        return value
+
+    return AfterValidator(check)
 
 
-Name = Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9._-]{0,62}\Z"), BeforeValidator(_check_name)]
-NodeName = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,62}\Z")]
-EnvName = Annotated[str, Field(pattern=r"^[^=\0]+\Z")]
-NoNul = Annotated[str, Field(pattern=r"^[^\0]*\Z")]
-Mount = Annotated[str, Field(pattern=r"^[^:\0]+:/[^:\0]*(:ro)?\Z")]
+Name = Annotated[
+    str,
+    _matching(r"[a-z0-9][a-z0-9._-]{0,62}", "it must be 1 to 63 of a-z, 0-9, dot, dash and underscore"),
+    _matching(r".*[^0-9].*", "a number means a task's id, so a name needs something else in it too"),
+]
+NodeName = Annotated[
+    str, _matching(r"[A-Za-z0-9][A-Za-z0-9._-]{0,62}", "it must be 1 to 63 letters, digits, dots, dashes, underscores")
+]
+ContainerName = Annotated[str, _matching(r"[A-Za-z0-9][A-Za-z0-9._-]*", "give the container's name or id")]
+EnvName = Annotated[str, _matching(r"[^=\0]+", "a variable's name has no = in it")]
+NoNul = Annotated[str, _matching(r"(?s)[^\0]*", "it has a NUL byte in it")]
+Mount = Annotated[str, _matching(r"[^:\0]+:/[^:\0]*(:ro)?", "write SOURCE:/TARGET or SOURCE:/TARGET:ro")]
+Url = Annotated[str, _matching(r"https?://[^\s/?#@]+", "it must be like http://name:port")]
 
 
 class _Request(BaseModel):
@@ -60,7 +75,7 @@ class CreateRequest(_Request):
 class AdoptRequest(_Request):
     """A task made of what already runs: a container (name or id) or an IP address that the node reaches."""
 
-    container: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*\Z")] | None = None
+    container: ContainerName | None = None
     address: str | None = None
     node: NodeName | None = None
     name: Name | None = None
@@ -81,7 +96,7 @@ class Registration(_Request):
     """A runner says that it is there. `instance` stays the same over its restarts and tells it from a namesake."""
 
     name: NodeName
-    url: Annotated[str, Field(pattern=r"^https?://[^\s/?#@]+\Z")]
+    url: Url
     backends: list[Backend]
     version: str = ""
     instance: str = ""

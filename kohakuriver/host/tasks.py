@@ -274,7 +274,7 @@ def _check_create(request: CreateRequest) -> None:
 
 def not_running(view: TaskView) -> UnavailableError:
     """The error for a task that can't be reached because it does not run; says what became of it."""
-    what = "is still starting" if view.status == "starting" else f"is {view.status}"
+    what = {"starting": "is still starting", "failed": "has failed"}.get(view.status, f"is {view.status}")
     why = f": {view.message}" if view.message else ""
     advice = "" if view.status == "starting" else f"; `kohakuriver vps restart {view.name}` starts it again"
     code = "node_offline" if view.status == "lost" and why.endswith("is offline") else "task_not_running"

@@ -1,0 +1,3 @@
+"""The ways of running a task."""
+
+from __future__ import annotations

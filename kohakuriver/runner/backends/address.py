@@ -1,0 +1,50 @@
+"""The address backend: a virtual machine, or any host that the runner reaches. The runner dials it itself."""
+
+from __future__ import annotations
+
+from kohakuriver.errors import UnavailableError
+from kohakuriver.runner.backends.base import Backend, Reporter
+from kohakuriver.runner.state import TaskRecord
+
+__all__ = ["AddressBackend"]
+
+
+class AddressBackend(Backend):
+    """Nothing to start and nothing to end: a task is an IP address."""
+
+    name = "address"
+
+    def __init__(self, report: Reporter) -> None:
+        self._report = report
+
+    async def open(self, tasks: list[TaskRecord]) -> list[TaskRecord]:
+        for task in tasks:
+            self._report(task.container, "running")
+        return []
+
+    async def start(self, task: TaskRecord) -> None:
+        await self.adopt(task)
+
+    async def adopt(self, task: TaskRecord) -> TaskRecord:
+        self._report(task.container, "running")
+        return task
+
+    async def stop(self, task: TaskRecord) -> None:
+        raise _not_ours(task)
+
+    async def start_again(self, task: TaskRecord) -> None:
+        raise _not_ours(task)
+
+    async def remove(self, task: TaskRecord) -> None:
+        pass
+
+    async def close(self, tasks: list[TaskRecord], *, stop_tasks: bool) -> None:
+        pass
+
+
+def _not_ours(task: TaskRecord) -> UnavailableError:
+    return UnavailableError(
+        f"Task {task.name} is the address {task.address}, and kohakuriver can't stop or restart what runs there; "
+        f"`kohakuriver vps rm {task.name}` ends the task alone.",
+        code="not_supported",
+    )

@@ -1,0 +1,147 @@
+"""Telling the host that this node is there and how its tasks are, again and again."""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+import contextlib
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass
+from typing import Any
+
+import httpx
+import structlog
+
+from kohakuriver import __version__
+from kohakuriver.errors import HostUnreachableError, KohakuRiverError, NotFoundError, UnauthenticatedError, from_status
+from kohakuriver.tunnel import ticket
+from kohakuriver.tunnel.ticket import Scope, Ticket
+
+__all__ = ["NodeIdentity", "Registration"]
+
+log = structlog.get_logger("kohakuriver.runner")
+
+_ANSWER_SECONDS = 10.0
+_LEAVE_SECONDS = 2.0
+_RETRY_SECONDS = 1.0
+
+
+@dataclass(frozen=True)
+class NodeIdentity:
+    """Who this node says it is. `url` is how the host reaches it, `instance` tells it from a namesake."""
+
+    name: str
+    url: str
+    instance: str
+    host_url: str
+    token: str
+
+
+class Registration:
+    """Registers with the host, sends heartbeats, and registers again whenever the host does not know the node.
+
+    `heartbeat` gives what to tell, `backends` what is offered; `remove` ends a task that the host says is removed.
+    """
+
+    def __init__(
+        self,
+        identity: NodeIdentity,
+        *,
+        heartbeat: Callable[[], dict[str, Any]],
+        backends: Callable[[], list[str]],
+        remove: Callable[[int], Awaitable[None]],
+    ) -> None:
+        self._identity = identity
+        self._heartbeat = heartbeat
+        self._backends = backends
+        self._remove = remove
+        self._changed = asyncio.Event()
+        self._ticket_key: bytes | None = None
+        self._trouble = ""
+        self._http = httpx.AsyncClient(
+            base_url=identity.host_url,
+            headers={"Authorization": f"Bearer {identity.token}"},
+            timeout=_ANSWER_SECONDS,
+            trust_env=False,
+        )
+
+    def changed(self) -> None:
+        """Have the next heartbeat sent now."""
+        self._changed.set()
+
+    def check_ticket(self, credential: str | None, scope: Scope) -> Ticket:
+        """What a ticket of the host says. Raises UnauthenticatedError or NotAllowedError."""
+        if credential is None:
+            raise UnauthenticatedError("This needs a ticket from the host; ask the host instead of the runner.")
+        if self._ticket_key is None:
+            raise UnauthenticatedError("This node is not registered with its host yet.")
+        return ticket.check(self._ticket_key, credential, node=self._identity.name, scope=scope)
+
+    async def run(self) -> None:
+        """Keep the host informed, until cancelled."""
+        while True:
+            trouble = await self._stay_registered()
+            if trouble != self._trouble:
+                log.warning("the host does not take this node in", reason=trouble)
+            self._trouble = trouble
+            await asyncio.sleep(_RETRY_SECONDS)
+
+    async def _stay_registered(self) -> str:
+        """Register and send heartbeats until something is in the way; what that is."""
+        offered = self._backends()
+        try:
+            while True:
+                seconds = await self._register(offered)
+                log.info("registered with the host", host=self._identity.host_url, node=self._identity.name)
+                self._trouble = ""
+                with contextlib.suppress(NotFoundError):  # the host has forgotten this node: tell it again
+                    offered = await self._beat(seconds, offered)
+        except KohakuRiverError as error:
+            return error.message
+
+    async def _register(self, offered: list[str]) -> float:
+        answer = await self._post(
+            "/api/nodes/register",
+            {
+                "name": self._identity.name,
+                "url": self._identity.url,
+                "instance": self._identity.instance,
+                "backends": offered,
+                "version": __version__,
+            },
+        )
+        self._ticket_key = base64.b64decode(answer["ticket_key"])
+        return float(answer["heartbeat_seconds"])
+
+    async def _beat(self, seconds: float, offered: list[str]) -> list[str]:
+        """Send heartbeats until this node offers other backends than `offered`; those."""
+        while (now := self._backends()) == offered:
+            self._changed.clear()
+            answer = await self._post(self._heartbeat_path, self._heartbeat())
+            for task_id in answer.get("remove", ()):
+                await self._remove(task_id)
+            with contextlib.suppress(asyncio.TimeoutError):
+                await asyncio.wait_for(self._changed.wait(), seconds)
+        return now
+
+    @property
+    def _heartbeat_path(self) -> str:
+        return f"/api/nodes/{self._identity.name}/heartbeat"
+
+    async def _post(self, path: str, body: dict[str, Any]) -> dict[str, Any]:
+        try:
+            answer = await self._http.post(path, json=body)
+            if answer.status_code >= 400:
+                raise from_status(answer.status_code, answer.content)
+            content: dict[str, Any] = answer.json()
+        except (httpx.HTTPError, ValueError) as error:
+            raise HostUnreachableError(f"The host at {self._identity.host_url} does not answer.") from error
+        return content
+
+    async def close(self) -> None:
+        """Tell the host that this node leaves; it would find out by itself a little later."""
+        if self._ticket_key is not None:
+            with contextlib.suppress(KohakuRiverError, asyncio.TimeoutError):
+                last = {**self._heartbeat(), "leaving": True}
+                await asyncio.wait_for(self._post(self._heartbeat_path, last), _LEAVE_SECONDS)
+        await self._http.aclose()

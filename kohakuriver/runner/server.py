@@ -1,0 +1,249 @@
+"""The runner as a program: state, sockets, backends, serving, and the end."""
+
+from __future__ import annotations
+
+import asyncio
+import re
+import socket
+from collections.abc import Sequence
+from dataclasses import dataclass
+from ipaddress import ip_address
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit
+
+import structlog
+
+from kohakuriver import loops
+from kohakuriver.errors import KohakuRiverError, LocalAddressError, UsageError
+from kohakuriver.runner.app import Services, create_app
+from kohakuriver.runner.backends.address import AddressBackend
+from kohakuriver.runner.backends.base import Backend
+from kohakuriver.runner.backends.docker import DockerBackend
+from kohakuriver.runner.backends.process import ProcessBackend
+from kohakuriver.runner.registration import NodeIdentity, Registration
+from kohakuriver.runner.state import State
+from kohakuriver.runner.tasks import TaskManager
+from kohakuriver.runner.tunnel_helper import TunnelHelper
+from kohakuriver.runner.tunnel_server import TunnelServer
+from kohakuriver.tunnel.server import serve_ws
+from kohakuriver.web import Server, bind, cancel_all, configure_logging, print_ready, socket_url, stop_at_end_of_stdin
+
+__all__ = ["RunnerOptions", "main", "serve"]
+
+log = structlog.get_logger("kohakuriver.runner")
+
+_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,62}")
+_TRAFFIC = ("bytes_to_container", "bytes_to_user", "sessions", "streams")
+
+
+@dataclass(frozen=True)
+class RunnerOptions:
+    """How a runner runs. `port` 0 is the one it had last, or any free one; `name` None is the machine's name.
+
+    `backends` are those it may use beside address; docker is offered while its engine answers. The node's token is
+    given or read from a file. `advertise_url` is how the host reaches this runner, by default found out. With
+    `exit_with_stdin` it ends when its stdin does, as a child of `up` should.
+    """
+
+    state_dir: Path
+    host_url: str
+    node_token: str | None = None
+    node_token_file: Path | None = None
+    bind: str = "0.0.0.0"
+    port: int = 8001
+    advertise_url: str | None = None
+    name: str | None = None
+    backends: Sequence[str] = ("docker",)
+    allow_anonymous: bool = False
+    stop_tasks_on_exit: bool = False
+    json: bool = False
+    log_level: str = "info"
+    exit_with_stdin: bool = False
+
+
+def serve(options: RunnerOptions) -> int:
+    """Run a runner until SIGTERM or SIGINT; the exit code. Raises KohakuRiverError when it can't start."""
+    configure_logging(options.log_level)
+    return loops.run(main(options))
+
+
+async def main(options: RunnerOptions) -> int:
+    """What `serve` runs on an event loop."""
+    state = State(options.state_dir)
+    sock = _bind(options, state)
+    try:
+        identity = _identity(options, state, sock)
+        await Runner(options, state, sock, identity).run()
+    finally:
+        sock.close()
+    return 0
+
+
+class Runner:
+    """The parts of one runner, and how they hear of one another."""
+
+    def __init__(self, options: RunnerOptions, state: State, sock: socket.socket, identity: NodeIdentity) -> None:
+        self._options = options
+        self._sock = sock
+        self._identity = identity
+        self._registration = Registration(
+            identity, heartbeat=self._heartbeat, backends=lambda: self._tasks.offered, remove=self._remove
+        )
+        self._tasks = TaskManager(state, self._registration.changed)
+        self._tunnels = TunnelServer(
+            allow_anonymous=options.allow_anonymous,
+            check_tunnel_token=self._tasks.check_tunnel_token,
+            check_ticket=lambda credential: self._registration.check_ticket(credential, "forward"),
+            address_of=self._tasks.address_of,
+            on_tunnel_change=self._tasks.tunnel_changed,
+        )
+        self._tasks.drop = self._tunnels.drop
+        self._server = Server(
+            create_app(Services(self._tasks, self._registration)),
+            ws=serve_ws(self._tunnels.routes()),
+            on_ready=self._ready,
+            on_stop=self._stop,
+        )
+        self._listening = Listening(self._server, sock)
+        self._backends = self._make_backends(options.backends, state)
+        self._background: list[asyncio.Task[None]] = []
+
+    def _make_backends(self, names: Sequence[str], state: State) -> dict[str, Backend]:
+        helper = TunnelHelper(state)
+        report = self._tasks.report
+        made: dict[str, Backend] = {"address": AddressBackend(report)}
+        for name in names:
+            if name == "docker":
+                made[name] = DockerBackend(
+                    node=self._identity.name,
+                    instance=state.instance,
+                    helper=helper,
+                    report=report,
+                    listen_at=self._listening.url_at,
+                    on_availability=self._registration.changed,
+                )
+            elif name == "process":
+                made[name] = ProcessBackend(state, helper, report, self._listening.local_url)
+            elif name != "address":
+                raise UsageError(f"There is no backend {name!r}; there are docker, process and address.")
+        return made
+
+    async def run(self) -> None:
+        """Serve until the end."""
+        await self._server.serve([self._sock])
+
+    async def _ready(self) -> None:
+        if self._options.allow_anonymous:
+            log.warning("ANONYMOUS ACCESS IS ON: tunnel clients without a token may speak for every container")
+        await self._tasks.open(self._backends)
+        self._background.append(asyncio.get_running_loop().create_task(self._registration.run()))
+        if self._options.exit_with_stdin:
+            stop_at_end_of_stdin(self._server)
+        url = self._identity.url
+        sentence = f"The runner of node {self._identity.name} is ready at {url}"
+        print_ready(self._options.json, sentence, url=url, name=self._identity.name)
+
+    async def _stop(self) -> None:
+        await self._tasks.close(stop_tasks=self._options.stop_tasks_on_exit)
+        await self._tunnels.close()
+        await cancel_all(self._background)
+        await self._registration.close()
+
+    def _heartbeat(self) -> dict[str, Any]:
+        snapshot = self._tunnels.snapshot()
+        return {"tasks": self._tasks.reports(), "traffic": {name: snapshot[name] for name in _TRAFFIC}}
+
+    async def _remove(self, task_id: int) -> None:
+        for task in self._tasks.all():
+            if task.task_id == task_id:
+                try:
+                    await self._tasks.remove(task.container)
+                except KohakuRiverError as error:
+                    log.warning("a removed task could not be ended", task=task_id, reason=error.message)
+
+
+class Listening:
+    """Where tunnel clients reach the runner, with a listener on one more address where one is needed."""
+
+    def __init__(self, server: Server, sock: socket.socket) -> None:
+        self._server = server
+        self._host, self._port = sock.getsockname()[:2]
+        self._local = socket_url(sock)
+        self._more: dict[str, socket.socket] = {}
+
+    def local_url(self) -> str:
+        """How processes on this node reach the runner."""
+        return self._local
+
+    async def url_at(self, address: str) -> str:
+        """How a container reaches the runner at `address`, an IP address of this node. Raises LocalAddressError.
+
+        A runner on loopback listens there too from now on, on its own port if that is free.
+        """
+        if not ip_address(self._host).is_loopback or ip_address(address).is_loopback:
+            own = self._host if not ip_address(self._host).is_unspecified else address
+            return _url(own, self._port)
+        if address not in self._more:
+            try:
+                sock = bind(address, self._port)
+            except LocalAddressError:
+                sock = bind(address, 0)
+            await self._server.add_listener(sock)
+            self._more[address] = sock
+        return _url(address, self._more[address].getsockname()[1])
+
+
+def _url(address: str, port: int) -> str:
+    return f"http://[{address}]:{port}" if ":" in address else f"http://{address}:{port}"
+
+
+def _bind(options: RunnerOptions, state: State) -> socket.socket:
+    sock = None
+    if options.port == 0 and state.last_port:
+        try:
+            sock = bind(options.bind, state.last_port)
+        except LocalAddressError:
+            log.info("the port of last time is taken; using another", port=state.last_port)
+    sock = sock or bind(options.bind, options.port)
+    state.last_port = sock.getsockname()[1]
+    return sock
+
+
+def _identity(options: RunnerOptions, state: State, sock: socket.socket) -> NodeIdentity:
+    name = options.name or socket.gethostname()
+    if not _NAME.fullmatch(name):
+        raise UsageError(f"{name!r} can't be a node's name; give one of letters, digits, dots and dashes with --name.")
+    return NodeIdentity(
+        name=name,
+        url=(options.advertise_url or _reachable_url(sock, options.host_url)).rstrip("/"),
+        instance=state.instance,
+        host_url=options.host_url.rstrip("/"),
+        token=_node_token(options),
+    )
+
+
+def _node_token(options: RunnerOptions) -> str:
+    if options.node_token:
+        return options.node_token
+    if options.node_token_file is None:
+        raise UsageError("A runner needs its host's node token: --node-token or --node-token-file.")
+    try:
+        return options.node_token_file.read_text("utf-8").strip()
+    except OSError as error:
+        raise UsageError(f"The node token can't be read from {options.node_token_file}: {error.strerror}.") from error
+
+
+def _reachable_url(sock: socket.socket, host_url: str) -> str:
+    """How the host most likely reaches this runner: the bound address, or the one that a route to the host takes."""
+    address, port = sock.getsockname()[:2]
+    if not ip_address(address).is_unspecified:
+        return _url(address, port)
+    parts = urlsplit(host_url)
+    try:
+        family, _, _, _, target = socket.getaddrinfo(parts.hostname, parts.port or 80, type=socket.SOCK_DGRAM)[0]
+        with socket.socket(family, socket.SOCK_DGRAM) as probe:
+            probe.connect(target)  # sends nothing: it only picks a route
+            return _url(probe.getsockname()[0], port)
+    except OSError:
+        return socket_url(sock)

@@ -1,0 +1,127 @@
+"""What a runner keeps over its restarts: its identity, its secret, its port, and its tasks."""
+
+from __future__ import annotations
+
+import hashlib
+import hmac
+import json
+import secrets
+import time
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+from kohakuriver.config import write_private
+
+__all__ = ["State", "TaskRecord", "next_revision"]
+
+_last_revision = 0
+
+
+def next_revision() -> int:
+    """A number greater than every one before, also over restarts: nanoseconds since the epoch, pushed on if need be."""
+    global _last_revision
+    _last_revision = max(_last_revision + 1, time.time_ns())
+    return _last_revision
+
+
+@dataclass
+class TaskRecord:
+    """A task on this node.
+
+    `container` is its id on the tunnel. `engine_name` is what Docker calls an adopted container, `engine_id` Docker's
+    own id. `tunnel_url` is where the tunnel client that began with the task dials; the `exec_*` are about one that was
+    put into a running container. `stopped` means that the task was stopped on purpose.
+    """
+
+    task_id: int
+    container: str
+    backend: str
+    name: str = ""
+    image: str | None = None
+    command: list[str] = field(default_factory=list)
+    env: dict[str, str] = field(default_factory=dict)
+    mounts: list[str] = field(default_factory=list)
+    address: str | None = None
+    adopted: bool = False
+    engine_name: str | None = None
+    engine_id: str | None = None
+    exec_id: str | None = None
+    exec_url: str | None = None
+    exec_start: str | None = None
+    stopped: bool = False
+    tunnel_url: str | None = None
+    status: str = "starting"
+    message: str | None = None
+    tunnel: bool = False
+    revision: int = field(default_factory=next_revision)
+
+    @property
+    def active(self) -> bool:
+        """Whether the task runs or is about to."""
+        return self.status in ("starting", "running")
+
+    def report(self) -> dict[str, Any]:
+        """What the host hears of it."""
+        names = ("task_id", "container", "status", "message", "tunnel", "revision", "engine_name", "image")
+        return {name: getattr(self, name) for name in names}
+
+
+class State:
+    """The runner's state directory; everything in it is for the runner's user alone."""
+
+    def __init__(self, directory: Path) -> None:
+        self.directory = directory
+        directory.mkdir(parents=True, exist_ok=True, mode=0o700)
+        directory.chmod(0o700)
+        self._secret = bytes.fromhex(self._keep("secret", secrets.token_hex(32)))
+        self.instance = self._keep("instance", secrets.token_hex(16))
+
+    def _keep(self, name: str, fresh: str) -> str:
+        path = self.directory / name
+        if not path.exists():
+            write_private(path, fresh + "\n")
+        return path.read_text("utf-8").strip()
+
+    def tunnel_token(self, container: str) -> str:
+        """The container's own token: what its tunnel client shows, good for that id alone."""
+        return hmac.new(self._secret, container.encode(), hashlib.sha256).hexdigest()
+
+    def check_tunnel_token(self, container: str, token: str) -> bool:
+        """Whether `token` is the container's own."""
+        return hmac.compare_digest(self.tunnel_token(container).encode(), token.encode())
+
+    @property
+    def last_port(self) -> int:
+        """The port that the runner had when it ran last, 0 if it never did.
+
+        Containers that outlive the runner keep dialling it, so "any free port" means this one first.
+        """
+        try:
+            return int((self.directory / "port").read_text("utf-8"))
+        except (OSError, ValueError):
+            return 0
+
+    @last_port.setter
+    def last_port(self, port: int) -> None:
+        write_private(self.directory / "port", f"{port}\n")
+
+    def load_tasks(self) -> list[TaskRecord]:
+        """The tasks as they were saved last."""
+        try:
+            saved = json.loads((self.directory / "tasks.json").read_text("utf-8"))
+        except FileNotFoundError:
+            return []
+        known = {f.name for f in fields(TaskRecord)}
+        return [TaskRecord(**{name: value for name, value in task.items() if name in known}) for task in saved]
+
+    def save_tasks(self, tasks: Iterable[TaskRecord]) -> None:
+        """Write all tasks down in one step."""
+        write_private(self.directory / "tasks.json", json.dumps([asdict(task) for task in tasks], indent=1))
+
+    def task_dir(self, container: str) -> Path:
+        """The directory of one task, made if need be."""
+        path = self.directory / "tasks" / container
+        path.mkdir(parents=True, exist_ok=True, mode=0o700)
+        return path
