@@ -8,6 +8,10 @@ const FIRST_WINDOW: u64 = 256 << 10;
 const LEAST_WINDOW: u64 = 4 << 10;
 const MAX_WINDOW: u64 = 16 << 20;
 const BUDGET: u64 = 64 << 20;
+/// A wider window has to have brought this much for the next step.
+const GAIN: f64 = 1.1;
+/// One lucky measurement doesn't hold a window down for good.
+const DECAY: f64 = 0.99;
 
 /// What all streams' windows may come to together, in bytes.
 pub struct Budget {
@@ -101,12 +105,15 @@ impl Inbound {
         let (began, before) = self.probe.outstanding.take()?;
         self.probe.ended_at = self.received;
         let sample = self.received - before;
-        let rate = sample as f64 / now.duration_since(began).as_secs_f64().max(1e-6);
-        let faster = rate > 1.1 * self.probe.best_rate;
-        self.probe.best_rate = self.probe.best_rate.max(rate);
-        if !faster || sample < self.window / 3 * 2 {
+        if sample < self.window / 3 * 2 {
             return None;
         }
+        let rate = sample as f64 / now.duration_since(began).as_secs_f64().max(1e-6);
+        if rate <= GAIN * self.probe.best_rate {
+            self.probe.best_rate *= DECAY;
+            return None;
+        }
+        self.probe.best_rate = rate;
         let growth = budget.take(self.window.min(MAX_WINDOW - self.window));
         self.budgeted += growth;
         self.window += growth;

@@ -2,6 +2,7 @@
 
 use std::collections::HashMap;
 use std::io::{self, IoSlice};
+use std::net::Shutdown;
 use std::time::{Duration, Instant};
 
 use mio::event::Event;
@@ -30,6 +31,8 @@ const PONG_BACKLOG: usize = 1 << 20;
 const MAX_BACKLOG: usize = 16 << 20;
 const MAX_SLICES: usize = 16;
 
+/// How long the runner has to take a close frame that tells it of its mistake.
+const LINGER: Duration = Duration::from_secs(1);
 const PING_AFTER: Duration = Duration::from_secs(15);
 const LOST_AFTER: Duration = Duration::from_secs(20);
 
@@ -259,7 +262,27 @@ impl<'p> Session<'p> {
 
     fn violated(&mut self, violation: Violation) -> End {
         self.close(violation.code, violation.reason);
+        let _ = self.linger();
         violation.into()
+    }
+
+    /// Takes what the runner still sends: unread bytes would make our end a reset, and a reset
+    /// overtakes the close frame.
+    fn linger(&mut self) -> io::Result<()> {
+        let deadline = Instant::now() + LINGER;
+        let mut events = Events::with_capacity(64);
+        let mut buffer = vec![0; 64 << 10];
+        self.context.link.socket().shutdown(Shutdown::Write)?;
+        while let Some(left) = deadline.checked_duration_since(Instant::now()) {
+            match self.context.link.read(&mut buffer) {
+                Ok(0) => break,
+                Err(error) if error.kind() == io::ErrorKind::WouldBlock => {
+                    self.poll.poll(&mut events, Some(left))?;
+                }
+                result => drop(result?),
+            }
+        }
+        Ok(())
     }
 
     /// Says goodbye as far as the socket takes it.

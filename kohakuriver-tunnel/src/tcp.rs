@@ -149,6 +149,7 @@ impl Tcp {
         }
         self.enqueue(pieces, written);
         self.consumed(written, context);
+        self.probe(context);
         self.hold(context);
         Ok(Fate::Live)
     }
@@ -373,9 +374,6 @@ impl Tcp {
         context.counters.bytes_to_container += length as u64;
         if let Some(inbound) = &mut self.inbound {
             inbound.receive(length)?;
-            if inbound.wants_probe(context.now) {
-                context.send(Header::new(kind::PING, TCP, self.id), &[]);
-            }
         } else if self.out_done {
             self.deadline = Some(context.now + LINGER);
         }
@@ -394,6 +392,16 @@ impl Tcp {
                 Header::new(kind::WINDOW, TCP, self.id),
                 &limit.to_be_bytes(),
             );
+        }
+    }
+
+    /// After the WINDOW for the same bytes: what comes before the PONG is then a whole window, if
+    /// it is the window that holds the user's side back.
+    fn probe(&mut self, context: &mut Context) {
+        if let Some(inbound) = &mut self.inbound
+            && inbound.wants_probe(context.now)
+        {
+            context.send(Header::new(kind::PING, TCP, self.id), &[]);
         }
     }
 

@@ -1,0 +1,192 @@
+//! `tunnel-client run`: an init for the command, whatever the tunnel does.
+
+mod support;
+
+use std::io::{BufRead, BufReader, Read, Write};
+use std::os::unix::process::ExitStatusExt;
+use std::process::{Command, Stdio};
+
+use support::*;
+
+/// `run -- sh -c SCRIPT`, with no runner to be found.
+fn run(script: &str) -> Command {
+    let mut command = client_command(&format!("http://127.0.0.1:{}", free_port()));
+    command
+        .args(["run", "--", "sh", "-c", script])
+        .stdin(Stdio::piped())
+        .stdout(Stdio::piped());
+    command
+}
+
+#[test]
+fn the_exit_code_is_the_commands() {
+    for code in [0, 7, 255] {
+        assert_eq!(
+            Client::spawn(run(&format!("exit {code}"))).wait().code(),
+            Some(code)
+        );
+    }
+}
+
+#[test]
+fn a_command_that_a_signal_kills_gives_128_and_the_signal() {
+    assert_eq!(Client::spawn(run("kill -9 $$")).wait().code(), Some(137));
+}
+
+#[test]
+fn a_command_that_cannot_be_started_is_said_in_a_sentence() {
+    for (program, code) in [
+        ("/no/such/program", 127),
+        ("/etc/hostname", 126),
+        ("/", 126),
+    ] {
+        let mut command = client_command("http://127.0.0.1:1");
+        command.args(["run", "--", program]);
+        let mut client = Client::spawn(command);
+        assert_eq!(client.wait().code(), Some(code), "{program}");
+        client.line_with(&format!("can't start {program}"));
+    }
+}
+
+#[test]
+fn signals_reach_the_command() {
+    let signals = [
+        ("TERM", libc::SIGTERM),
+        ("INT", libc::SIGINT),
+        ("HUP", libc::SIGHUP),
+        ("USR1", libc::SIGUSR1),
+        ("WINCH", libc::SIGWINCH),
+    ];
+    for (name, signal) in signals {
+        let script =
+            format!("trap 'exit 42' {name}; echo ready; while :; do read -r line || sleep 1; done");
+        let mut client = Client::spawn(run(&script));
+        let mut lines = BufReader::new(client.child.stdout.take().unwrap()).lines();
+        assert_eq!(lines.next().unwrap().unwrap(), "ready");
+        client.signal(signal);
+        // A shell may serve its trap only when `read` returns.
+        let _ = client.child.stdin.take().unwrap().write_all(b"\n");
+        assert_eq!(client.wait().code(), Some(42), "{name}");
+    }
+}
+
+#[test]
+fn an_orphan_is_reaped() {
+    // The orphan's parent is gone before it ends; its zombie would still be in /proc.
+    let script = "pid=$( (sh -c 'read -r go < /dev/fd/3' 3<&0 >/dev/null & echo $!) ); echo $pid; \
+                  read -r line; while [ -e /proc/$pid ]; do :; done; echo reaped";
+    let mut client = Client::spawn(run(script));
+    let mut stdin = client.child.stdin.take().unwrap();
+    let mut lines = BufReader::new(client.child.stdout.take().unwrap()).lines();
+    let pid: i32 = lines.next().unwrap().unwrap().parse().unwrap();
+    assert!(pid > 1);
+    stdin.write_all(b"\n\n").unwrap();
+    drop(stdin);
+    assert_eq!(lines.next().unwrap().unwrap(), "reaped");
+    assert_eq!(client.wait().code(), Some(0));
+}
+
+#[test]
+fn the_command_has_the_limit_of_open_files_that_we_were_given() {
+    let mut limited = Command::new("sh");
+    let inner = run("ulimit -n");
+    limited
+        .env_clear()
+        .args(["-c", "ulimit -S -n 123; exec \"$@\"", "sh"]);
+    limited
+        .arg(inner.get_program())
+        .args(inner.get_args())
+        .stdout(Stdio::piped());
+    let mut client = Client::spawn(limited);
+    let mut output = String::new();
+    client
+        .child
+        .stdout
+        .take()
+        .unwrap()
+        .read_to_string(&mut output)
+        .unwrap();
+    assert_eq!(output.trim(), "123");
+}
+
+#[test]
+fn the_command_does_not_outlive_us() {
+    let mut client = Client::spawn(run("echo ready; read -r line; exec sleep 1000"));
+    let mut output = BufReader::new(client.child.stdout.take().unwrap());
+    let mut line = String::new();
+    output.read_line(&mut line).unwrap();
+    client.child.kill().unwrap();
+    assert_eq!(client.wait().signal(), Some(libc::SIGKILL));
+    // The command held the other end of its standard output.
+    assert_eq!(output.read_line(&mut line).unwrap(), 0);
+}
+
+#[test]
+fn the_command_lives_on_when_the_tunnel_gives_up_or_is_replaced() {
+    let runner = Runner::new();
+    let mut command = client_command(&runner.url());
+    command
+        .args([
+            "--max-reconnect",
+            "1",
+            "run",
+            "--",
+            "sh",
+            "-c",
+            "read -r line; exit 5",
+        ])
+        .stdin(Stdio::piped());
+    let mut client = Client::spawn(command);
+    runner.accept().write(&frame(8, &4000u16.to_be_bytes()));
+    client.line_with("no attempts are left");
+    assert!(client.child.try_wait().unwrap().is_none());
+    drop(client.child.stdin.take());
+    assert_eq!(client.wait().code(), Some(5));
+}
+
+#[test]
+fn the_tunnel_serves_beside_the_command() {
+    let runner = Runner::new();
+    let mut command = client_command(&runner.url());
+    command
+        .args(["run", "--", "sh", "-c", "read -r line; exit 3"])
+        .stdin(Stdio::piped());
+    let mut client = Client::spawn(command);
+    let mut wire = runner.accept();
+    wire.open(1, echo(), u64::MAX);
+    wire.data(1, b"beside");
+    assert_eq!(wire.bytes(1, 6), b"beside");
+    drop(client.child.stdin.take());
+    assert_eq!(wire.close_code(), 1001);
+    assert_eq!(client.wait().code(), Some(3));
+}
+
+#[test]
+fn without_a_command_it_stays_until_it_is_told_to_stop() {
+    for signal in [libc::SIGTERM, libc::SIGINT] {
+        let runner = Runner::new();
+        let mut client = Client::with(&runner, &["run"]);
+        let _wire = runner.accept();
+        client.line_with("is up");
+        client.signal(signal);
+        assert_eq!(client.wait().code(), Some(0));
+    }
+}
+
+#[test]
+fn as_process_1_of_a_namespace_it_passes_on_the_exit_code() {
+    let inner = run("sleep 0 & [ $PPID = 1 ] && exit 9");
+    let mut command = Command::new("unshare");
+    command.args(["--user", "--map-root-user", "--pid", "--fork"]);
+    command.arg(inner.get_program()).args(inner.get_args());
+    assert_eq!(Client::spawn(command).wait().code(), Some(9));
+}
+
+#[test]
+fn a_bad_command_line_exits_with_2_and_a_sentence() {
+    let mut command = client_command("https://runner");
+    command.arg("run");
+    let mut client = Client::spawn(command);
+    assert_eq!(client.wait().code(), Some(2));
+    client.line_with("without TLS");
+}

@@ -1,0 +1,467 @@
+//! A runner in the test's own process, and services behind the tunnel client. Real sockets, ports
+//! that the system chooses, and a time limit on every wait, so that a broken promise fails.
+
+#![allow(dead_code, missing_docs)]
+
+use std::collections::HashMap;
+use std::ffi::OsStr;
+use std::io::{BufRead, BufReader, Read, Write};
+use std::net::{TcpListener, TcpStream};
+use std::process::{Child, Command, ExitStatus, Stdio};
+use std::sync::mpsc::{self, Receiver};
+use std::thread;
+use std::time::{Duration, Instant};
+
+use base64::Engine;
+use kohakuriver_tunnel::frame::mask;
+use kohakuriver_tunnel::protocol::{HEADER, Header, SUBPROTOCOL_V2, TCP, UDP, kind};
+
+pub const PATIENCE: Duration = Duration::from_secs(30);
+
+/// Where a tunnel client dials in.
+pub struct Runner {
+    listener: TcpListener,
+}
+
+/// One message, as received.
+#[derive(Debug, PartialEq, Eq, Clone)]
+pub struct Message {
+    pub kind: u8,
+    pub proto: u8,
+    pub id: u32,
+    pub payload: Vec<u8>,
+}
+
+/// A tunnel as its runner sees it.
+pub struct Wire {
+    reader: BufReader<TcpStream>,
+    pub head: Vec<String>,
+    /// By stream: up to where the tunnel client takes bytes.
+    pub limits: HashMap<u32, u64>,
+}
+
+impl Runner {
+    pub fn new() -> Self {
+        Self {
+            listener: TcpListener::bind("127.0.0.1:0").unwrap(),
+        }
+    }
+
+    pub fn url(&self) -> String {
+        format!("http://{}", self.listener.local_addr().unwrap())
+    }
+
+    /// Takes the next dial and grants version 2.
+    pub fn accept(&self) -> Wire {
+        self.accept_as(true)
+    }
+
+    /// Takes the next dial and knows no subprotocol.
+    pub fn accept_v1(&self) -> Wire {
+        self.accept_as(false)
+    }
+
+    fn accept_as(&self, v2: bool) -> Wire {
+        let mut wire = self.accept_request();
+        let mut answer = wire.switching();
+        if v2 {
+            answer += &format!("Sec-WebSocket-Protocol: {SUBPROTOCOL_V2}\r\n");
+        }
+        wire.write(format!("{answer}\r\n").as_bytes());
+        wire
+    }
+
+    /// Takes the next dial and reads its request; the test answers.
+    pub fn accept_request(&self) -> Wire {
+        let (sock, _) = self.listener.accept().unwrap();
+        sock.set_nodelay(true).unwrap();
+        sock.set_read_timeout(Some(PATIENCE)).unwrap();
+        sock.set_write_timeout(Some(PATIENCE)).unwrap();
+        let mut reader = BufReader::with_capacity(1 << 20, sock);
+        let mut head = Vec::new();
+        loop {
+            let mut line = String::new();
+            reader.read_line(&mut line).unwrap();
+            match line.trim_end() {
+                "" => break,
+                line => head.push(line.to_owned()),
+            }
+        }
+        Wire {
+            reader,
+            head,
+            limits: HashMap::new(),
+        }
+    }
+}
+
+impl Wire {
+    pub fn header(&self, name: &str) -> Option<&str> {
+        self.head
+            .iter()
+            .filter_map(|line| line.split_once(": "))
+            .find(|(key, _)| *key == name)
+            .map(|(_, value)| value)
+    }
+
+    /// The answer's head without its last line.
+    pub fn switching(&self) -> String {
+        let mut sha1 = sha1_smol::Sha1::new();
+        sha1.update(self.header("Sec-WebSocket-Key").unwrap().as_bytes());
+        sha1.update(b"258EAFA5-E914-47DA-95CA-C5AB0DC85B11");
+        let accept = base64::engine::general_purpose::STANDARD.encode(sha1.digest().bytes());
+        format!(
+            "HTTP/1.1 101 Switching Protocols\r\nUpgrade: websocket\r\nConnection: Upgrade\r\nSec-WebSocket-Accept: {accept}\r\n"
+        )
+    }
+
+    pub fn socket(&self) -> &TcpStream {
+        self.reader.get_ref()
+    }
+
+    pub fn write(&mut self, bytes: &[u8]) {
+        self.reader.get_mut().write_all(bytes).unwrap();
+    }
+
+    pub fn send(&mut self, header: Header, payload: &[u8]) {
+        self.write(&message(header, payload));
+    }
+
+    pub fn connect(&mut self, id: u32, port: u16, limit: u64) {
+        self.send(
+            Header {
+                kind: kind::CONNECT,
+                proto: TCP,
+                id,
+                port,
+            },
+            &limit.to_be_bytes(),
+        );
+    }
+
+    pub fn connect_v1(&mut self, id: u32, port: u16) {
+        self.send(
+            Header {
+                kind: kind::CONNECT,
+                proto: TCP,
+                id,
+                port,
+            },
+            &[],
+        );
+    }
+
+    pub fn connect_udp(&mut self, id: u32, port: u16) {
+        self.send(
+            Header {
+                kind: kind::CONNECT,
+                proto: UDP,
+                id,
+                port,
+            },
+            &[],
+        );
+        assert_eq!(
+            self.message(),
+            Message {
+                kind: kind::CONNECTED,
+                proto: UDP,
+                id,
+                payload: vec![]
+            }
+        );
+    }
+
+    /// Opens a stream and waits until it is.
+    pub fn open(&mut self, id: u32, port: u16, limit: u64) {
+        self.connect(id, port, limit);
+        let connected = self.message();
+        assert_eq!(
+            (connected.kind, connected.id),
+            (kind::CONNECTED, id),
+            "{}",
+            connected.text()
+        );
+        self.limits.insert(id, connected.limit());
+    }
+
+    pub fn data(&mut self, id: u32, payload: &[u8]) {
+        self.send(Header::new(kind::DATA, TCP, id), payload);
+    }
+
+    pub fn datagram(&mut self, id: u32, payload: &[u8]) {
+        self.send(Header::new(kind::DATA, UDP, id), payload);
+    }
+
+    pub fn window(&mut self, id: u32, limit: u64) {
+        self.send(Header::new(kind::WINDOW, TCP, id), &limit.to_be_bytes());
+    }
+
+    pub fn signal(&mut self, kind: u8, id: u32) {
+        self.send(Header::new(kind, TCP, id), &[]);
+    }
+
+    /// The next frame: opcode and payload. `None` at the end of the connection.
+    pub fn frame(&mut self) -> Option<(u8, Vec<u8>)> {
+        let mut start = [0; 2];
+        if self.reader.read_exact(&mut start).is_err() {
+            return None;
+        }
+        assert_eq!(start[0] & 0xf0, 0x80, "not fragmented, no reserved bits");
+        assert_eq!(start[1] & 0x80, 0x80, "a client masks");
+        let length = match start[1] & 0x7f {
+            126 => u64::from(u16::from_be_bytes(self.exactly())),
+            127 => u64::from_be_bytes(self.exactly()),
+            short => u64::from(short),
+        };
+        assert!(length <= 1 << 20, "at most 1 MiB");
+        let key: [u8; 4] = self.exactly();
+        let mut payload = vec![0; length as usize];
+        self.reader.read_exact(&mut payload).unwrap();
+        mask(&mut payload, key);
+        Some((start[0] & 0x0f, payload))
+    }
+
+    fn exactly<const N: usize>(&mut self) -> [u8; N] {
+        let mut bytes = [0; N];
+        self.reader.read_exact(&mut bytes).unwrap();
+        bytes
+    }
+
+    /// The next message, of any kind.
+    pub fn any(&mut self) -> Message {
+        let (opcode, payload) = self.frame().expect("the tunnel is up");
+        assert_eq!(opcode, 2, "{payload:?}");
+        let header = Header::unpack(payload[..HEADER].try_into().unwrap());
+        Message {
+            kind: header.kind,
+            proto: header.proto,
+            id: header.id,
+            payload: payload[HEADER..].to_vec(),
+        }
+    }
+
+    /// The next message that is not part of flow control, which is served here.
+    pub fn message(&mut self) -> Message {
+        loop {
+            let message = self.any();
+            match message.kind {
+                kind::WINDOW => {
+                    let limit = message.limit();
+                    let before = self.limits.insert(message.id, limit).unwrap_or(0);
+                    assert!(limit >= before, "a limit never shrinks");
+                }
+                kind::PING => self.send(Header::new(kind::PONG, TCP, message.id), &message.payload),
+                _ => return message,
+            }
+        }
+    }
+
+    pub fn expect(&mut self, kind: u8, id: u32) -> Message {
+        let message = self.message();
+        assert_eq!((message.kind, message.id), (kind, id), "{}", message.text());
+        message
+    }
+
+    /// The bytes of one stream, which alone is talking, until there are `length`.
+    pub fn bytes(&mut self, id: u32, length: usize) -> Vec<u8> {
+        let mut bytes = Vec::new();
+        while bytes.len() < length {
+            bytes.extend(self.expect(kind::DATA, id).payload);
+        }
+        bytes
+    }
+
+    /// The WebSocket close code that the tunnel ends with.
+    pub fn close_code(&mut self) -> u16 {
+        loop {
+            let (opcode, payload) = self.frame().expect("a close frame first");
+            if opcode == 8 {
+                return u16::from_be_bytes(payload[..2].try_into().unwrap());
+            }
+        }
+    }
+}
+
+impl Message {
+    pub fn limit(&self) -> u64 {
+        u64::from_be_bytes(self.payload[..].try_into().expect("8 bytes"))
+    }
+
+    pub fn text(&self) -> String {
+        String::from_utf8_lossy(&self.payload).into_owned()
+    }
+}
+
+/// A server's frame around one message.
+pub fn message(header: Header, payload: &[u8]) -> Vec<u8> {
+    frame(2, &[&header.pack()[..], payload].concat())
+}
+
+pub fn frame(opcode: u8, payload: &[u8]) -> Vec<u8> {
+    let mut frame = vec![0x80 | opcode];
+    match payload.len() {
+        short @ 0..=125 => frame.push(short as u8),
+        medium @ 126..=0xffff => {
+            frame.push(126);
+            frame.extend((medium as u16).to_be_bytes());
+        }
+        long => {
+            frame.push(127);
+            frame.extend((long as u64).to_be_bytes());
+        }
+    }
+    frame.extend(payload);
+    frame
+}
+
+/// The real binary. It is killed at the end of the test.
+pub struct Client {
+    pub child: Child,
+    pub errors: Receiver<String>,
+}
+
+impl Client {
+    pub fn start(runner: &Runner) -> Self {
+        Self::with(runner, &[] as &[&str])
+    }
+
+    pub fn with<S: AsRef<OsStr>>(runner: &Runner, args: &[S]) -> Self {
+        let mut command = client_command(&runner.url());
+        command.args(args);
+        Self::spawn(command)
+    }
+
+    pub fn spawn(mut command: Command) -> Self {
+        let mut child = command.stderr(Stdio::piped()).spawn().unwrap();
+        let lines = BufReader::new(child.stderr.take().unwrap()).lines();
+        let (send, errors) = mpsc::channel();
+        thread::spawn(move || {
+            for line in lines.map_while(Result::ok) {
+                let _ = send.send(line);
+            }
+        });
+        Self { child, errors }
+    }
+
+    /// Waits for a line on standard error with `word` in it.
+    pub fn line_with(&self, word: &str) -> String {
+        let deadline = Instant::now() + PATIENCE;
+        loop {
+            let line = self
+                .errors
+                .recv_timeout(deadline - Instant::now())
+                .expect(word);
+            if line.contains(word) {
+                return line;
+            }
+        }
+    }
+
+    pub fn signal(&self, signal: libc::c_int) {
+        // SAFETY: takes no pointers; the child has not been reaped.
+        assert_eq!(
+            unsafe { libc::kill(self.child.id() as libc::pid_t, signal) },
+            0
+        );
+    }
+
+    pub fn wait(&mut self) -> ExitStatus {
+        self.child.wait().unwrap()
+    }
+
+    pub fn resident_kib(&self) -> u64 {
+        let status = std::fs::read_to_string(format!("/proc/{}/status", self.child.id())).unwrap();
+        let line = status
+            .lines()
+            .find(|line| line.starts_with("VmRSS:"))
+            .unwrap();
+        line.split_whitespace().nth(1).unwrap().parse().unwrap()
+    }
+}
+
+impl Drop for Client {
+    fn drop(&mut self) {
+        let _ = self.child.kill();
+        let _ = self.child.wait();
+    }
+}
+
+pub fn client_command(url: &str) -> Command {
+    let mut command = Command::new(env!("CARGO_BIN_EXE_tunnel-client"));
+    command
+        .env_clear()
+        .env("PATH", std::env::var_os("PATH").unwrap_or_default());
+    command.args([
+        "--runner-url",
+        url,
+        "--container-id",
+        "vm-1",
+        "--log-level",
+        "debug",
+    ]);
+    command
+}
+
+/// A service that hands each connection to `serve`, on a thread of its own; its port.
+pub fn service(serve: impl Fn(TcpStream) + Send + Sync + Copy + 'static) -> u16 {
+    service_at("127.0.0.1:0", serve)
+}
+
+pub fn service_at(address: &str, serve: impl Fn(TcpStream) + Send + Sync + Copy + 'static) -> u16 {
+    let listener = TcpListener::bind(address).unwrap();
+    let port = listener.local_addr().unwrap().port();
+    thread::spawn(move || {
+        for sock in listener.incoming().map_while(Result::ok) {
+            thread::spawn(move || serve(sock));
+        }
+    });
+    port
+}
+
+/// A service whose connections the test holds in its own hands.
+pub fn listener() -> (TcpListener, u16) {
+    let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+    let port = listener.local_addr().unwrap().port();
+    (listener, port)
+}
+
+pub fn take(listener: &TcpListener) -> TcpStream {
+    let (sock, _) = listener.accept().unwrap();
+    sock.set_read_timeout(Some(PATIENCE)).unwrap();
+    sock
+}
+
+pub fn echo() -> u16 {
+    service(|mut sock| {
+        let mut buffer = vec![0; 256 << 10];
+        while let Ok(length @ 1..) = sock.read(&mut buffer) {
+            if sock.write_all(&buffer[..length]).is_err() {
+                break;
+            }
+        }
+    })
+}
+
+/// A port where nothing listens, for now.
+pub fn free_port() -> u16 {
+    listener().1
+}
+
+/// A folder of this test's own; the test removes it.
+pub fn tempdir(name: &str) -> std::path::PathBuf {
+    let path = std::env::temp_dir().join(format!("tunnel-client-{name}-{}", std::process::id()));
+    std::fs::create_dir_all(&path).unwrap();
+    path
+}
+
+/// Bytes that show where they belong.
+pub fn pattern(length: usize) -> Vec<u8> {
+    pattern_at(0, length)
+}
+
+pub fn pattern_at(start: usize, length: usize) -> Vec<u8> {
+    (start as u32..(start + length) as u32)
+        .map(|n| (n.wrapping_mul(2_654_435_761) >> 24) as u8)
+        .collect()
+}
