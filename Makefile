@@ -52,7 +52,7 @@ bench-gate: install $(STAMPS)/test ## the ratios of bench/gates.toml, as CI chec
 	scripts/system-packages bench
 	$(BIN)/python -m bench.chain --kohakuriver $(BIN)/kohakuriver --gate bench/gates.toml
 
-build: $(STAMPS)/build ## sdist and wheel in dist/
+build: install $(STAMPS)/build ## sdist and wheel in dist/
 	rm -rf dist
 	$(BIN)/python -m build
 

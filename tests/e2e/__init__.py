@@ -1,0 +1,1 @@
+"""Real applications behind a real forward, used in a real browser."""

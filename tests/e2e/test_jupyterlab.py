@@ -1,0 +1,81 @@
+"""JupyterLab in a browser behind a forward: pages, kernel WebSockets and all."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.e2e.conftest import Cluster, free_port, require, until
+
+pytestmark = [pytest.mark.e2e, pytest.mark.timeout(300)]
+
+SOURCE = "import os\nprint('computed', sum(range(1001)), os.environ['WHERE'])\n"
+
+
+def notebook(source: str) -> str:
+    cell: dict[str, Any] = {
+        "cell_type": "code",
+        "id": "only",
+        "metadata": {},
+        "source": source,
+        "outputs": [],
+        "execution_count": None,
+    }
+    kernel = {"name": "python3", "display_name": "Python 3", "language": "python"}
+    return json.dumps({"cells": [cell], "metadata": {"kernelspec": kernel}, "nbformat": 4, "nbformat_minor": 5})
+
+
+@pytest.fixture
+def jupyter(cluster: Cluster, tmp_path: Path) -> str:
+    """The URL of a JupyterLab in a task, through a forward; its folder has one notebook."""
+    require(importlib.util.find_spec("jupyterlab"), "jupyterlab")
+    folder = tmp_path / "notebooks"
+    folder.mkdir()
+    (folder / "sum.ipynb").write_text(notebook(SOURCE))
+    port = free_port()
+    own = {
+        name: str(tmp_path / name.lower()) for name in ("JUPYTER_CONFIG_DIR", "JUPYTER_DATA_DIR", "JUPYTER_RUNTIME_DIR")
+    }
+    settings = {
+        "ServerApp.ip": "127.0.0.1",
+        "ServerApp.port": port,
+        "ServerApp.port_retries": 0,
+        "ServerApp.open_browser": False,
+        "ServerApp.root_dir": str(folder),
+        "IdentityProvider.token": "secret",
+        "LabApp.news_url": "None",
+    }
+    environment = ("env", "WHERE=in the task", *(f"{name}={value}" for name, value in own.items()))
+    flags = (f"--{name}={value}" for name, value in settings.items())
+    cluster.create("jupyter", *environment, sys.executable, "-m", "jupyterlab", "--allow-root", *flags)
+    return f"http://127.0.0.1:{cluster.forward('jupyter', port)}"
+
+
+def test_a_notebook_cell_runs_in_the_kernel_of_a_forwarded_jupyterlab(jupyter: str, browser: Any) -> None:
+    from selenium.common.exceptions import WebDriverException
+    from selenium.webdriver.common.by import By
+    from selenium.webdriver.common.keys import Keys
+
+    def element(css: str) -> Any:
+        return next(iter(browser.find_elements(By.CSS_SELECTOR, css)), None)
+
+    def opened() -> bool:
+        try:
+            browser.get(f"{jupyter}/lab/tree/sum.ipynb?token=secret")
+        except WebDriverException:  # a connection to a port on which nothing listens yet is reset
+            return False
+        return "Jupyter" in browser.title
+
+    until(opened, "JupyterLab's page opens")
+    cell: Any = until(lambda: element(".jp-Notebook .jp-CodeCell .cm-content"), "the notebook is open")
+    until(lambda: element(".jp-Notebook-ExecutionIndicator[data-status='idle']"), "the kernel is idle")
+    cell.click()
+    cell.send_keys(Keys.SHIFT, Keys.ENTER)
+
+    output = until(lambda: element(".jp-OutputArea-output"), "the cell has an output")
+    until(lambda: "computed 500500 in the task" in output.text, "the output is the kernel's")
