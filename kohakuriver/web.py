@@ -147,20 +147,7 @@ class Server(uvicorn.Server):
         tls_cert: Path | None = None,
         tls_key: Path | None = None,
     ) -> None:
-        config = uvicorn.Config(
-            app,
-            ws=ws,
-            http="httptools",
-            lifespan="off",
-            log_config=None,
-            access_log=False,
-            backlog=BACKLOG,
-            server_header=False,
-            timeout_graceful_shutdown=DRAIN_SECONDS,
-            ssl_certfile=tls_cert,
-            ssl_keyfile=tls_key,
-        )
-        super().__init__(config)
+        super().__init__(_config(app, ws, ssl_certfile=tls_cert, ssl_keyfile=tls_key))
         self._on_ready = on_ready
         self._on_stop = on_stop
 
@@ -191,17 +178,35 @@ class Server(uvicorn.Server):
         await self._on_stop()
         await super().shutdown(sockets)
 
-    async def add_listener(self, sock: socket.socket) -> None:
-        """Serve on one more bound socket, until the end. Raises OSError."""
-        loop = asyncio.get_running_loop()
-        self.servers.append(await loop.create_server(self._new_protocol, sock=sock, backlog=BACKLOG))
+    async def add_listener(self, sock: socket.socket, app: FastAPI, ws: type[asyncio.Protocol]) -> None:
+        """Serve another application on one more bound socket, until the end. Raises OSError."""
+        config = _config(app, ws)
+        config.load()
 
-    def _new_protocol(self) -> asyncio.Protocol:
-        make: Any = self.config.http_protocol_class
-        protocol: asyncio.Protocol = make(
-            config=self.config, server_state=self.server_state, app_state=self.lifespan.state
-        )
-        return protocol
+        def new_protocol() -> asyncio.Protocol:
+            make: Any = config.http_protocol_class
+            protocol: asyncio.Protocol = make(
+                config=config, server_state=self.server_state, app_state=self.lifespan.state
+            )
+            return protocol
+
+        loop = asyncio.get_running_loop()
+        self.servers.append(await loop.create_server(new_protocol, sock=sock, backlog=BACKLOG))
+
+
+def _config(app: FastAPI, ws: type[asyncio.Protocol], **more: Any) -> uvicorn.Config:
+    return uvicorn.Config(
+        app,
+        ws=ws,
+        http="httptools",
+        lifespan="off",
+        log_config=None,
+        access_log=False,
+        backlog=BACKLOG,
+        server_header=False,
+        timeout_graceful_shutdown=DRAIN_SECONDS,
+        **more,
+    )
 
 
 def stop_at_end_of_stdin(server: Server) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import re
 import socket
-from collections.abc import Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
 from ipaddress import ip_address
 from pathlib import Path
@@ -14,7 +14,7 @@ from urllib.parse import urlsplit
 
 import structlog
 
-from kohakuriver import loops
+from kohakuriver import __version__, loops
 from kohakuriver.errors import KohakuRiverError, LocalAddressError, UsageError
 from kohakuriver.runner.app import Services, create_app
 from kohakuriver.runner.backends.address import AddressBackend
@@ -27,7 +27,16 @@ from kohakuriver.runner.tasks import TaskManager
 from kohakuriver.runner.tunnel_helper import TunnelHelper
 from kohakuriver.runner.tunnel_server import TunnelServer
 from kohakuriver.tunnel.server import serve_ws
-from kohakuriver.web import Server, bind, cancel_all, configure_logging, print_ready, socket_url, stop_at_end_of_stdin
+from kohakuriver.web import (
+    Server,
+    bind,
+    cancel_all,
+    configure_logging,
+    new_app,
+    print_ready,
+    socket_url,
+    stop_at_end_of_stdin,
+)
 
 __all__ = ["RunnerOptions", "main", "serve"]
 
@@ -105,7 +114,7 @@ class Runner:
             on_ready=self._ready,
             on_stop=self._stop,
         )
-        self._listening = Listening(self._server, sock)
+        self._listening = Listening(sock, self._listen_for_containers)
         self._backends = self._make_backends(options.backends, state)
         self._background: list[asyncio.Task[None]] = []
 
@@ -132,6 +141,11 @@ class Runner:
     async def run(self) -> None:
         """Serve until the end."""
         await self._server.serve([self._sock])
+
+    async def _listen_for_containers(self, sock: socket.socket) -> None:
+        """Serve tunnel clients, and nothing else, on one more socket: containers have no business with the rest."""
+        routes = [route for route in self._tunnels.routes() if route.match("/ws/tunnel/any")]
+        await self._server.add_listener(sock, new_app("runner", __version__), serve_ws(routes))
 
     async def _ready(self) -> None:
         if self._options.allow_anonymous:
@@ -166,8 +180,8 @@ class Runner:
 class Listening:
     """Where tunnel clients reach the runner, with a listener on one more address where one is needed."""
 
-    def __init__(self, server: Server, sock: socket.socket) -> None:
-        self._server = server
+    def __init__(self, sock: socket.socket, listen: Callable[[socket.socket], Awaitable[None]]) -> None:
+        self._listen = listen
         self._host, self._port = sock.getsockname()[:2]
         self._local = socket_url(sock)
         self._more: dict[str, socket.socket] = {}
@@ -189,7 +203,7 @@ class Listening:
                 sock = bind(address, self._port)
             except LocalAddressError:
                 sock = bind(address, 0)
-            await self._server.add_listener(sock)
+            await self._listen(sock)
             self._more[address] = sock
         return _url(address, self._more[address].getsockname()[1])
 
