@@ -15,6 +15,7 @@ use std::time::{Duration, Instant};
 use base64::Engine;
 use kohakuriver_tunnel::frame::mask;
 use kohakuriver_tunnel::protocol::{HEADER, Header, SUBPROTOCOL_V2, TCP, UDP, kind};
+use kohakuriver_tunnel::sys;
 
 pub const PATIENCE: Duration = Duration::from_secs(30);
 
@@ -359,11 +360,7 @@ impl Client {
     }
 
     pub fn signal(&self, signal: libc::c_int) {
-        // SAFETY: takes no pointers; the child has not been reaped.
-        assert_eq!(
-            unsafe { libc::kill(self.child.id() as libc::pid_t, signal) },
-            0
-        );
+        sys::send_signal(self.child.id() as libc::pid_t, signal);
     }
 
     pub fn wait(&mut self) -> ExitStatus {
