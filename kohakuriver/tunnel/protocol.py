@@ -36,22 +36,16 @@ __all__ = [
     "CLOSE",
     "CONNECT",
     "CONNECTED",
-    "CONTROL_PAYLOAD",
     "DATA",
-    "EARLY_DATA",
     "EOF",
     "ERROR",
     "FIRST",
     "HEADER_SIZE",
     "HEADROOM",
-    "HEALTHY_ANSWER",
-    "IDLE_BEFORE_PING",
     "LAST",
-    "LINGER",
     "MAX_MESSAGE",
     "MAX_SEND",
     "MAX_SEND_PAYLOAD",
-    "OPEN_TIMEOUT",
     "OP_CLOSE",
     "OP_PING",
     "OP_PONG",
@@ -62,10 +56,7 @@ __all__ = [
     "PROTO_UDP",
     "SESSION_ID",
     "TERMINAL_V2",
-    "TEXT_CONNECTED",
-    "TEXT_ERROR_PREFIX",
     "TUNNEL_V2",
-    "UDP_IDLE",
     "WHOLE",
     "WINDOW",
     "WS_CLOSE",
@@ -145,22 +136,7 @@ SESSION_ID: Final = 0
 """The ClientID that means the session itself."""
 
 MAX_SEND_PAYLOAD: Final = MAX_SEND - HEADER_SIZE
-EARLY_DATA: Final = 64 * 1024
-"""Bytes that a v2 opener may send before CONNECTED (docs/protocol.md §3 rule 2)."""
-
-CONTROL_PAYLOAD: Final = 125
-"""Bytes that a WebSocket control frame may carry (RFC 6455 section 5.5)."""
-
-# Seconds, from docs/protocol.md §3 rules 4, 11 and 12, and §4.
-LINGER: Final = 2.0
-IDLE_BEFORE_PING: Final = 15.0
-HEALTHY_ANSWER: Final = 20.0
-UDP_IDLE: Final = 60.0
-OPEN_TIMEOUT: Final = 10.0
-
-TEXT_CONNECTED: Final = "CONNECTED"
-TEXT_ERROR_PREFIX: Final = "Error: "
-
+_CONTROL_PAYLOAD: Final = 125  # what a WebSocket control frame may carry (RFC 6455 section 5.5)
 _LIMIT_SIZE: Final = 8
 _ERROR_CODE: Final = re.compile(r"(E[A-Z0-9]+): ")
 
@@ -228,17 +204,17 @@ def pong(payload: bytes = b"", key: int = -1, client_id: int = SESSION_ID) -> by
 
 
 def ws_text(text: str, key: int = -1) -> bytes:
-    """Return a text frame, such as TEXT_CONNECTED."""
+    """Return a text frame, such as "CONNECTED"."""
     return build_ws(OP_TEXT, text.encode("utf-8", "replace"), key)
 
 
 def ws_ping(payload: bytes = b"", key: int = -1) -> bytes:
-    """Return a WebSocket ping of at most CONTROL_PAYLOAD bytes, else ValueError."""
+    """Return a WebSocket ping of at most 125 bytes, else ValueError."""
     return build_ws(OP_PING, payload, key)
 
 
 def ws_pong(payload: bytes = b"", key: int = -1) -> bytes:
-    """Return a WebSocket pong of at most CONTROL_PAYLOAD bytes, else ValueError."""
+    """Return a WebSocket pong of at most 125 bytes, else ValueError."""
     return build_ws(OP_PONG, payload, key)
 
 
@@ -246,7 +222,7 @@ def ws_close(code: int, reason: str = "", key: int = -1) -> bytes:
     """Return a close frame; the reason is cut, between characters, to what fits. NO_CODE sends an empty one."""
     if code == CloseCode.NO_CODE:
         return build_ws(OP_CLOSE, b"", key)
-    text = reason.encode("utf-8", "replace")[: CONTROL_PAYLOAD - 2].decode("utf-8", "ignore")
+    text = reason.encode("utf-8", "replace")[: _CONTROL_PAYLOAD - 2].decode("utf-8", "ignore")
     return build_ws(OP_CLOSE, code.to_bytes(2, "big") + text.encode(), key)
 
 

@@ -131,6 +131,6 @@ def test_a_close_reason_that_is_not_utf8_owes_1007() -> None:
 
 
 def test_text_and_pings_are_whole_frames() -> None:
-    assert protocol.ws_text(protocol.TEXT_CONNECTED) == b"\x81\x09CONNECTED"
+    assert protocol.ws_text("CONNECTED") == b"\x81\x09CONNECTED"
     assert protocol.ws_ping(b"x", 0x01020304) == b"\x89\x81\x01\x02\x03\x04" + bytes([ord("x") ^ 1])
     assert protocol.ws_pong(b"x") == b"\x8a\x01x"
