@@ -16,6 +16,7 @@ import sys
 import threading
 from collections.abc import Awaitable, Callable, Iterator, Sequence
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
 import structlog
@@ -150,10 +151,25 @@ class Server(uvicorn.Server):
         super().__init__(_config(app, ws, ssl_certfile=tls_cert, ssl_keyfile=tls_key))
         self._on_ready = on_ready
         self._on_stop = on_stop
+        self._end = asyncio.Event()
+        self._loop = asyncio.get_running_loop()
 
     def stop(self) -> None:
-        """Begin the end, as SIGTERM does."""
+        """Begin the end, as SIGTERM does. May be called from a signal handler or another thread."""
         self.should_exit = True
+        self._loop.call_soon_threadsafe(self._end.set)
+
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        super().handle_exit(sig, frame)
+        self.stop()
+
+    async def main_loop(self) -> None:
+        """Wait for the end; uvicorn would look for it ten times a second."""
+        seconds = 0
+        while not await self.on_tick(10 * seconds):
+            seconds += 1
+            with contextlib.suppress(asyncio.TimeoutError):
+                await asyncio.wait_for(self._end.wait(), 1)
 
     @contextlib.contextmanager
     def capture_signals(self) -> Iterator[None]:
@@ -211,14 +227,13 @@ def _config(app: FastAPI, ws: type[asyncio.Protocol], **more: Any) -> uvicorn.Co
 
 def stop_at_end_of_stdin(server: Server) -> None:
     """Stop `server` when stdin ends: how a child notices that whoever started it was killed."""
-    loop = asyncio.get_running_loop()
 
     def wait() -> None:
         with contextlib.suppress(OSError):
             while os.read(0, 4096):
                 pass
-        with contextlib.suppress(RuntimeError):
-            loop.call_soon_threadsafe(server.stop)
+        with contextlib.suppress(RuntimeError):  # the loop has ended before stdin did
+            server.stop()
 
     threading.Thread(target=wait, name="stdin", daemon=True).start()
 

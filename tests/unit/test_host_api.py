@@ -1,0 +1,467 @@
+"""The host's HTTP API over real sockets, with nodes that do as the test says."""
+
+from __future__ import annotations
+
+import asyncio
+import stat
+from collections.abc import Callable, Coroutine
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.control import HEARTBEAT_SECONDS, FakeRunner, a_host
+
+Run = Callable[[Coroutine[Any, Any, None]], None]
+
+TASK_FIELDS = {
+    *(
+        "task_id",
+        "name",
+        "node",
+        "backend",
+        "status",
+        "tunnel",
+        "image",
+        "address",
+        "container",
+        "created_at",
+        "message",
+    ),
+    "owner",
+}
+
+
+def test_a_new_task_is_started_on_a_node_and_told_of_in_full(run: Run, tmp_path: Path) -> None:
+    async def check() -> None:
+        async with a_host(tmp_path) as host:
+            runner = await host.runner()
+            task = await host.create(name="web", command=["serve", "-p", "80"], env={"A": "b=c"})
+            assert set(task) == TASK_FIELDS
+            assert (task["name"], task["node"], task["backend"], task["status"]) == ("web", "n1", "process", "running")
+            assert task["owner"] == "admin"
+            assert task["container"] == f"kohakuriver-task-{task['task_id']}"
+            assert len(str(task["task_id"])) == 10
+            method, path, body = runner.asked[0]
+            assert (method, path) == ("POST", "/api/tasks")
+            assert (body["command"], body["env"]) == (["serve", "-p", "80"], {"A": "b=c"})
+            by_id = await host.user.get(f"/api/tasks/{task['task_id']}")
+            assert by_id.json() == (await host.user.get("/api/tasks/web")).json() == task
+            assert (await host.user.get("/api/tasks")).json() == [task]
+
+    run(check())
+
+
+def test_a_task_without_a_name_gets_one(run: Run, tmp_path: Path) -> None:
+    async def check() -> None:
+        async with a_host(tmp_path) as host:
+            await host.runner()
+            task = await host.create()
+            assert task["name"] == f"vps-{task['task_id']}"
+
+    run(check())
+
+
+def test_an_image_means_a_container(run: Run, tmp_path: Path) -> None:
+    async def check() -> None:
+        async with a_host(tmp_path) as host:
+            await host.runner()
+            task = await host.create(image="busybox")
+            assert (task["backend"], task["container"]) == ("docker", f"kohakuriver-vps-{task['task_id']}")
+
+    run(check())
+
+
+def test_a_new_task_goes_to_the_least_loaded_node_that_fits(run: Run, tmp_path: Path) -> None:
+    async def check() -> None:
+        async with a_host(tmp_path) as host:
+            await host.runner("a", backends=("docker",))
+            await host.runner("b")
+            await host.runner("c")
+            assert [(await host.create())["node"] for _ in range(4)] == ["b", "c", "b", "c"]
+            assert (await host.create(node="b"))["node"] == "b"
+
+    run(check())
+
+
+REFUSED: list[tuple[dict[str, Any], int, str, str]] = [
+    ({"node": "nowhere"}, 404, "not_found", "node list"),
+    ({"node": "n1", "backend": "docker", "image": "x"}, 409, "backend_not_offered", "Docker engine"),
+    ({"image": "x"}, 409, "backend_not_offered", "No node that is online offers"),
+    ({"backend": "docker"}, 400, "bad_request", "--image"),
+    ({"backend": "process", "image": "x"}, 400, "bad_request", "--image"),
+    ({"mounts": ["/a:/b"]}, 400, "bad_request", "--mount"),
+    ({"image": "x", "mounts": ["a"]}, 400, "bad_request", "SOURCE:/TARGET"),
+    ({"name": "123"}, 400, "bad_request", "a number means a task's id"),
+    ({"name": "Über"}, 400, "bad_request", "a-z"),
+    ({"name": "a" * 64}, 400, "bad_request", "63"),
+    ({"name": "web\n"}, 400, "bad_request", "a-z"),
+    ({"command": ["a\0b"]}, 400, "bad_request", "NUL"),
+    ({"env": {"A=B": "x"}}, 400, "bad_request", "variable"),
+    ({"ssh": True}, 400, "not_supported", "--ssh"),
+    ({"comand": []}, 400, "bad_request", "comand"),
+]
+
+
+@pytest.mark.parametrize(("body", "status", "code", "words"), REFUSED)
+def test_a_task_that_can_not_be_is_refused_in_a_sentence(
+    run: Run, tmp_path: Path, body: dict[str, Any], status: int, code: str, words: str
+) -> None:
+    async def check() -> None:
+        async with a_host(tmp_path) as host:
+            await host.runner(backends=("process",))
+            answer = await host.user.post("/api/tasks", json=body)
+            got = answer.json()
+            assert (answer.status_code, set(got), got["error"]) == (status, {"error", "message"}, code)
+            assert words in got["message"]
+            assert got["message"].endswith(".")
+            assert (await host.user.get("/api/tasks")).json() == []
+
+    run(check())
+
+
+def test_without_any_node_the_user_is_told_to_start_one(run: Run, tmp_path: Path) -> None:
+    async def check() -> None:
+        async with a_host(tmp_path) as host:
+            answer = await host.user.post("/api/tasks", json={})
+            assert answer.status_code == 409
+            assert answer.json()["error"] == "no_node"
+            assert "kohakuriver runner" in answer.json()["message"]
+
+    run(check())
+
+
+def test_a_name_that_is_taken_is_refused_and_free_again_after_the_removal(run: Run, tmp_path: Path) -> None:
+    async def check() -> None:
+        async with a_host(tmp_path) as host:
+            runner = await host.runner()
+            await host.create(name="web")
+            answer = await host.user.post("/api/tasks", json={"name": "web"})
+            assert (answer.status_code, answer.json()["error"]) == (409, "name_taken")
+            assert len(runner.tasks) == 1
+            assert (await host.user.delete("/api/tasks/web")).json()["status"] == "running"
+            await host.create(name="web")
+
+    run(check())
+
+
+def test_what_the_node_can_not_start_leaves_nothing_and_its_sentence_reaches_the_user(run: Run, tmp_path: Path) -> None:
+    async def check() -> None:
+        async with a_host(tmp_path) as host:
+            runner = await host.runner()
+            said = {"error": "image_not_found", "message": "The image 'x' is not on node n1; pull it there."}
+            runner.answers["/api/tasks"] = (404, said)
+            answer = await host.user.post("/api/tasks", json={"image": "x", "name": "web"})
+            assert (answer.status_code, answer.json()) == (404, said)
+            assert (await host.user.get("/api/tasks")).json() == []
+            runner.answers.clear()
+            await host.create(name="web")
+
+    run(check())
+
+
+def test_a_node_that_can_not_be_reached_is_named(run: Run, tmp_path: Path, unused_port: int) -> None:
+    async def check() -> None:
+        async with a_host(tmp_path) as host:
+            gone = FakeRunner(host, "n1")
+            gone.url = f"http://127.0.0.1:{unused_port}"
+            await gone.register()
+            answer = await host.user.post("/api/tasks", json={"name": "web"})
+            assert (answer.status_code, answer.json()["error"]) == (502, "runner_unreachable")
+            assert gone.url in answer.json()["message"]
+            assert (await host.user.get("/api/tasks")).json() == []
+
+    run(check())
+
+
+def test_stop_restart_and_remove_are_passed_to_the_node(run: Run, tmp_path: Path) -> None:
+    async def check() -> None:
+        async with a_host(tmp_path) as host:
+            runner = await host.runner()
+            container = (await host.create(name="web"))["container"]
+            assert (await host.user.post("/api/tasks/web/stop")).json()["status"] == "stopped"
+            assert (await host.user.post("/api/tasks/web/stop")).json()["status"] == "stopped"
+            assert (await host.user.post("/api/tasks/web/restart")).json()["status"] == "running"
+            assert (await host.user.delete("/api/tasks/web")).status_code == 200
+            assert (await host.user.delete("/api/tasks/web")).status_code == 404
+            stop, restart = f"/api/tasks/{container}/stop", f"/api/tasks/{container}/restart"
+            assert [path for _, path, _ in runner.asked[1:]] == [stop, stop, restart, f"/api/tasks/{container}"]
+
+    run(check())
+
+
+def test_a_task_that_its_node_has_forgotten_can_still_be_removed(run: Run, tmp_path: Path) -> None:
+    async def check() -> None:
+        async with a_host(tmp_path) as host:
+            runner = await host.runner()
+            container = (await host.create(name="web"))["container"]
+            runner.answers[f"/api/tasks/{container}"] = (404, {"error": "not_found", "message": "No such task."})
+            assert (await host.user.delete("/api/tasks/web")).status_code == 200
+            assert (await host.user.get("/api/tasks")).json() == []
+
+    run(check())
+
+
+def test_a_node_is_offline_after_three_missed_heartbeats_and_its_tasks_are_lost_until_it_is_back(
+    run: Run, tmp_path: Path
+) -> None:
+    async def check() -> None:
+        async with a_host(tmp_path) as host:
+            runner = await host.runner()
+            await host.create(name="web")
+            host.clock.now += 3 * HEARTBEAT_SECONDS
+            assert (await host.user.get("/api/nodes")).json()[0]["status"] == "online"
+            host.clock.now += 0.1
+            node = (await host.user.get("/api/nodes")).json()[0]
+            assert (node["name"], node["status"], node["backends"]) == ("n1", "offline", ["process", "docker"])
+            task = (await host.user.get("/api/tasks/web")).json()
+            assert (task["status"], task["tunnel"], task["message"]) == ("lost", False, "node n1 is offline")
+            for answer in (
+                await host.user.post("/api/tasks/web/stop"),
+                await host.user.post("/api/tasks/web/restart"),
+                await host.user.get("/api/tasks/web/wait"),
+                await host.user.post("/api/tasks", json={"node": "n1"}),
+            ):
+                assert (answer.status_code, answer.json()["error"]) == (409, "node_offline")
+            await runner.beat()
+            assert (await host.user.get("/api/nodes")).json()[0]["status"] == "online"
+            assert (await host.user.get("/api/tasks/web")).json()["status"] == "running"
+
+    run(check())
+
+
+def test_a_node_that_says_it_leaves_is_offline_at_once(run: Run, tmp_path: Path) -> None:
+    async def check() -> None:
+        async with a_host(tmp_path) as host:
+            runner = await host.runner()
+            await runner.beat(leaving=True)
+            assert (await host.user.get("/api/nodes")).json()[0]["status"] == "offline"
+
+    run(check())
+
+
+def test_a_task_removed_while_its_node_is_away_is_ended_when_the_node_is_back(run: Run, tmp_path: Path) -> None:
+    async def check() -> None:
+        async with a_host(tmp_path) as host:
+            runner = await host.runner()
+            task = await host.create(name="web")
+            host.clock.now += 100
+            assert (await host.user.delete("/api/tasks/web")).status_code == 200
+            assert (await host.user.get("/api/tasks")).json() == []
+            assert (await runner.beat()).json() == {"remove": [task["task_id"]]}
+            await host.create(name="web")
+            runner.tasks.pop(task["container"])
+            assert (await runner.beat()).json() == {"remove": []}
+            assert (await runner.beat()).json() == {"remove": []}
+
+    run(check())
+
+
+def test_a_task_that_its_node_no_longer_lists_is_lost(run: Run, tmp_path: Path) -> None:
+    async def check() -> None:
+        async with a_host(tmp_path) as host:
+            runner = await host.runner()
+            task = await host.create(name="web")
+            del runner.tasks[task["container"]]
+            await runner.beat()  # may have been written before the task was made
+            assert (await host.user.get("/api/tasks/web")).json()["status"] == "running"
+            host.clock.now += 2 * HEARTBEAT_SECONDS + 1
+            await runner.beat()
+            assert (await host.user.get("/api/tasks/web")).json()["status"] == "lost"
+
+    run(check())
+
+
+def test_a_heartbeat_from_an_unknown_node_is_told_to_register(run: Run, tmp_path: Path) -> None:
+    async def check() -> None:
+        async with a_host(tmp_path) as host:
+            assert (await FakeRunner(host, "stranger").beat()).status_code == 404
+
+    run(check())
+
+
+def test_a_second_runner_can_not_take_the_name_of_one_that_is_online(run: Run, tmp_path: Path) -> None:
+    async def check() -> None:
+        async with a_host(tmp_path) as host:
+            runner = await host.runner()
+            assert (await runner.register(instance="other")).status_code == 409
+            host.clock.now += 100
+            assert (await runner.register(instance="other")).status_code == 200
+
+    run(check())
+
+
+def test_waiting_ends_as_soon_as_the_tunnel_is_connected(run: Run, tmp_path: Path) -> None:
+    async def check() -> None:
+        async with a_host(tmp_path) as host:
+            runner = await host.runner()
+            task = await host.create(name="web")
+            waiting = asyncio.ensure_future(host.user.get("/api/tasks/web/wait?timeout=30"))
+            other = asyncio.ensure_future(host.user.get(f"/api/tasks/{task['task_id']}/wait?timeout=30"))
+            runner.change(task["container"], tunnel=True)
+            await runner.beat()
+            for answer in await asyncio.gather(waiting, other):
+                assert (answer.status_code, answer.json()["tunnel"]) == (200, True)
+
+    run(check())
+
+
+def test_waiting_for_a_task_that_fails_gives_the_reason(run: Run, tmp_path: Path) -> None:
+    async def check() -> None:
+        async with a_host(tmp_path) as host:
+            runner = await host.runner()
+            task = await host.create(name="web")
+            waiting = asyncio.ensure_future(host.user.get("/api/tasks/web/wait?timeout=30"))
+            runner.change(task["container"], status="failed", message="it ended with exit code 127")
+            await runner.beat()
+            answer = await waiting
+            assert (answer.status_code, answer.json()["error"]) == (409, "task_not_running")
+            assert "exit code 127" in answer.json()["message"]
+
+    run(check())
+
+
+def test_waiting_in_vain_ends_in_time(run: Run, tmp_path: Path) -> None:
+    async def check() -> None:
+        async with a_host(tmp_path) as host:
+            await host.runner()
+            await host.create(name="web")
+            answer = await host.user.get("/api/tasks/web/wait?timeout=0.05")
+            assert (answer.status_code, answer.json()["error"]) == (504, "tunnel_not_connected")
+
+    run(check())
+
+
+def test_an_address_is_adopted_by_the_node_that_is_named(run: Run, tmp_path: Path) -> None:
+    async def check() -> None:
+        async with a_host(tmp_path) as host:
+            runner = await host.runner("a", backends=("address",))
+            await host.runner("b", backends=("address",))
+            answer = await host.user.post("/api/tasks/adopt", json={"address": "192.0.2.9"})
+            assert (answer.status_code, answer.json()["error"]) == (400, "bad_request")
+            assert "--node" in answer.json()["message"]
+            answer = await host.user.post("/api/tasks/adopt", json={"address": "192.0.2.9", "node": "a", "name": "vm"})
+            task = answer.json()
+            assert (answer.status_code, task["address"], task["backend"]) == (201, "192.0.2.9", "address")
+            assert task["container"] == f"vm-{task['task_id']}"
+            assert runner.asked[0][1] == "/api/tasks/adopt"
+            assert runner.asked[0][2]["address"] == "192.0.2.9"
+
+    run(check())
+
+
+@pytest.mark.parametrize(
+    "body",
+    [{}, {"address": "not-an-ip"}, {"address": "1.2.3.4", "container": "c"}, {"container": "../x"}, {"container": ""}],
+)
+def test_an_adoption_that_makes_no_sense_is_refused(run: Run, tmp_path: Path, body: dict[str, str]) -> None:
+    async def check() -> None:
+        async with a_host(tmp_path) as host:
+            await host.runner()
+            answer = await host.user.post("/api/tasks/adopt", json=body)
+            assert (answer.status_code, answer.json()["error"]) == (400, "bad_request")
+
+    run(check())
+
+
+def test_a_container_is_adopted_by_the_node_that_has_it(run: Run, tmp_path: Path) -> None:
+    async def check() -> None:
+        async with a_host(tmp_path) as host:
+            without, has = await host.runner("a"), await host.runner("b")
+            none = {"error": "not_found", "message": "Node a has no container 'c'."}
+            without.answers["/api/tasks/adopt"] = (404, none)
+            task = (await host.user.post("/api/tasks/adopt", json={"container": "c", "name": "web"})).json()
+            assert (task["node"], task["name"]) == ("b", "web")
+            assert has.asked[0][2]["engine_name"] == "c"
+            has.answers["/api/tasks/adopt"] = (404, none)
+            answer = await host.user.post("/api/tasks/adopt", json={"container": "c"})
+            assert answer.status_code == 404
+            assert len((await host.user.get("/api/tasks")).json()) == 1
+
+    run(check())
+
+
+def test_adopting_a_container_again_gives_the_task_that_it_is(run: Run, tmp_path: Path) -> None:
+    async def check() -> None:
+        async with a_host(tmp_path) as host:
+            runner = await host.runner()
+            first = (await host.user.post("/api/tasks/adopt", json={"container": "c", "name": "web"})).json()
+            runner.answers["/api/tasks/adopt"] = (201, runner.tasks[first["container"]])
+            again = (await host.user.post("/api/tasks/adopt", json={"container": "c"})).json()
+            assert (again["task_id"], again["name"]) == (first["task_id"], "web")
+            assert len((await host.user.get("/api/tasks")).json()) == 1
+
+    run(check())
+
+
+USER_ROUTES = [
+    ("GET", "/api/nodes"),
+    ("GET", "/api/tasks"),
+    ("POST", "/api/tasks"),
+    ("POST", "/api/tasks/adopt"),
+    ("GET", "/api/tasks/web"),
+    ("GET", "/api/tasks/web/wait"),
+    ("POST", "/api/tasks/web/stop"),
+    ("POST", "/api/tasks/web/restart"),
+    ("DELETE", "/api/tasks/web"),
+]
+NODE_ROUTES = [("POST", "/api/nodes/register"), ("POST", "/api/nodes/n1/heartbeat")]
+
+
+@pytest.mark.parametrize("allow_anonymous", [False, True])
+def test_nothing_but_the_health_check_answers_without_the_right_token(
+    run: Run, tmp_path: Path, allow_anonymous: bool
+) -> None:
+    async def check() -> None:
+        async with a_host(tmp_path, allow_anonymous=allow_anonymous) as host:
+            await host.runner()
+            await host.create(name="web")
+            stranger = host.client("not-a-token")
+            for routes, wrong in ((USER_ROUTES, host.node), (NODE_ROUTES, host.user)):
+                for method, path in routes:
+                    for client in (host.nobody, stranger, wrong):
+                        answer = await client.request(method, path, json={} if method == "POST" else None)
+                        assert (answer.status_code, answer.json()["error"]) == (401, "not_authenticated"), path
+            assert (await host.nobody.get("/health")).json()["status"] == "ok"
+            odd = await host.nobody.get("/api/tasks", headers={"Authorization": "Basic YTpi"})
+            assert odd.status_code == 401
+            assert [task["name"] for task in (await host.user.get("/api/tasks")).json()] == ["web"]
+
+    run(check())
+
+
+@pytest.mark.parametrize(
+    ("method", "path", "status"),
+    [("GET", "/nothing", 404), ("PUT", "/api/tasks", 405), ("GET", "/api/tasks/web/wait?timeout=soon", 400)],
+)
+def test_every_error_has_a_code_and_a_sentence(run: Run, tmp_path: Path, method: str, path: str, status: int) -> None:
+    async def check() -> None:
+        async with a_host(tmp_path) as host:
+            answer = await host.user.request(method, path)
+            assert answer.status_code == status
+            assert set(answer.json()) == {"error", "message"}
+
+    run(check())
+
+
+def test_a_body_that_is_no_json_is_refused_in_a_sentence(run: Run, tmp_path: Path) -> None:
+    async def check() -> None:
+        async with a_host(tmp_path) as host:
+            answer = await host.user.post("/api/tasks", content=b"{", headers={"Content-Type": "application/json"})
+            assert (answer.status_code, answer.json()["error"]) == (400, "bad_request")
+
+    run(check())
+
+
+def test_the_tokens_are_for_their_owner_alone_and_stay_good_with_a_new_database(run: Run, tmp_path: Path) -> None:
+    async def check() -> None:
+        async with a_host(tmp_path) as host:
+            token = host.admin_token
+        for name in ("admin-token", "node-token"):
+            assert stat.S_IMODE((tmp_path / name).stat().st_mode) == 0o600
+        for file in tmp_path.glob("host.db*"):
+            file.unlink()
+        async with a_host(tmp_path) as host:
+            assert (await host.client(token).get("/api/tasks")).status_code == 200
+
+    run(check())

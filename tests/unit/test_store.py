@@ -1,0 +1,198 @@
+from __future__ import annotations
+
+import asyncio
+import sqlite3
+import threading
+from collections.abc import AsyncIterator, Callable, Coroutine
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from kohakuriver.errors import KohakuRiverError, NotFoundError, UsageError
+from kohakuriver.store import Store, Task, sqlite_url
+
+Run = Callable[[Coroutine[Any, Any, None]], None]
+
+
+def a_task(task_id: int, name: str | None, **changes: Any) -> Task:
+    values: dict[str, Any] = {
+        "task_id": task_id,
+        "name": name,
+        "node": "n1",
+        "backend": "process",
+        "container": f"kohakuriver-task-{task_id}",
+        "owner": "ann",
+        "status": "running",
+        "created_at": float(task_id),
+        "changed_at": 0.0,
+    }
+    return Task(**(values | changes))
+
+
+@asynccontextmanager
+async def a_store(directory: Path) -> AsyncIterator[Store]:
+    store = await Store.open(sqlite_url(directory / "host.db"))
+    try:
+        yield store
+    finally:
+        await store.close()
+
+
+async def add_node(store: Store, name: str = "n1", key: bytes = b"key") -> None:
+    await store.put_node(name, {"url": "http://n:1", "last_seen": 1.0}, key)
+
+
+def test_a_task_is_found_by_its_number_and_by_its_name(run: Run, tmp_path: Path) -> None:
+    async def check() -> None:
+        async with a_store(tmp_path) as store:
+            await add_node(store)
+            await store.add_task(a_task(1234567890, "web"))
+            assert (await store.task("1234567890")).name == "web"
+            assert (await store.task("web")).task_id == 1234567890
+
+    run(check())
+
+
+@pytest.mark.parametrize("reference", ["nobody", "17", "9" * 40, "", "١٢"])
+def test_a_task_that_is_not_there_is_said_to_be_not_there(run: Run, tmp_path: Path, reference: str) -> None:
+    async def check() -> None:
+        async with a_store(tmp_path) as store:
+            with pytest.raises(NotFoundError, match="vps list"):
+                await store.task(reference)
+
+    run(check())
+
+
+def test_a_name_is_given_once_until_its_task_is_removed(run: Run, tmp_path: Path) -> None:
+    async def check() -> None:
+        async with a_store(tmp_path) as store:
+            await add_node(store)
+            await store.add_task(a_task(1, "web"))
+            with pytest.raises(KohakuRiverError, match="'web'") as caught:
+                await store.add_task(a_task(2, "web"))
+            assert (caught.value.status, caught.value.code) == (409, "name_taken")
+            await store.remove_task(1)
+            await store.add_task(a_task(3, "web"))
+            assert [task.task_id for task in await store.tasks()] == [3]
+
+    run(check())
+
+
+def test_tasks_and_nodes_outlive_the_host(run: Run, tmp_path: Path) -> None:
+    async def check() -> None:
+        async with a_store(tmp_path) as store:
+            await add_node(store)
+            await store.add_task(a_task(1, "web"))
+        async with a_store(tmp_path) as store:
+            task, node = await store.task_and_node("web")
+            assert (task.container, node.ticket_key) == ("kohakuriver-task-1", b"key")
+
+    run(check())
+
+
+def test_a_node_that_registers_again_keeps_its_ticket_key(run: Run, tmp_path: Path) -> None:
+    async def check() -> None:
+        async with a_store(tmp_path) as store:
+            await add_node(store, key=b"first")
+            again = await store.put_node("n1", {"url": "http://elsewhere:2", "last_seen": 2.0}, b"second")
+            assert (again.url, again.ticket_key) == ("http://elsewhere:2", b"first")
+
+    run(check())
+
+
+def test_an_older_report_never_undoes_a_newer_one(run: Run, tmp_path: Path) -> None:
+    async def check() -> None:
+        async with a_store(tmp_path) as store:
+            await add_node(store)
+            await store.add_task(a_task(1, "web"))
+            await store.change_task(1, {"status": "stopped", "revision": 5})
+            late = await store.change_task(1, {"status": "running", "revision": 4})
+            assert late is not None
+            assert (late.status, late.revision) == ("stopped", 5)
+            newer = await store.change_task(1, {"status": "running", "revision": 6})
+            assert newer is not None
+            assert newer.status == "running"
+
+    run(check())
+
+
+def test_a_token_is_kept_as_its_digest_alone(run: Run, tmp_path: Path) -> None:
+    async def check() -> None:
+        async with a_store(tmp_path) as store:
+            await store.put_token("very-secret", kind="user", name="ann")
+            found = await store.token("very-secret")
+            assert found is not None
+            assert (found.kind, found.name) == ("user", "ann")
+            assert await store.token("very-secre") is None
+        assert all(b"very-secret" not in file.read_bytes() for file in tmp_path.iterdir())
+
+    run(check())
+
+
+def test_the_load_of_a_node_is_what_it_starts_or_runs(run: Run, tmp_path: Path) -> None:
+    async def check() -> None:
+        async with a_store(tmp_path) as store:
+            await add_node(store)
+            await add_node(store, "n2")
+            for number, status in enumerate(("running", "starting", "stopped", "failed", "lost")):
+                await store.add_task(a_task(number + 1, f"t{number}", status=status))
+            await store.remove_task(1)
+            assert await store.active_tasks_by_node() == {"n1": 1}
+
+    run(check())
+
+
+def test_database_work_leaves_the_event_loop_free(run: Run, tmp_path: Path) -> None:
+    async def check() -> None:
+        async with a_store(tmp_path) as store:
+            loop_went_on = threading.Event()
+            slow = asyncio.ensure_future(store.run(lambda _session: loop_went_on.wait(30)))
+            asyncio.get_running_loop().call_later(0.01, loop_went_on.set)
+            assert await slow
+
+    run(check())
+
+
+def test_the_file_is_in_wal_mode_so_that_readers_never_wait_for_a_writer(run: Run, tmp_path: Path) -> None:
+    async def check() -> None:
+        async with a_store(tmp_path):
+            connection = sqlite3.connect(tmp_path / "host.db")
+            assert connection.execute("PRAGMA journal_mode").fetchone() == ("wal",)
+            connection.close()
+
+    run(check())
+
+
+def test_tables_of_another_version_are_refused_rather_than_misread(run: Run, tmp_path: Path) -> None:
+    async def check() -> None:
+        async with a_store(tmp_path):
+            pass
+        connection = sqlite3.connect(tmp_path / "host.db")
+        connection.execute("UPDATE meta SET value = '99' WHERE key = 'schema'")
+        connection.commit()
+        connection.close()
+        with pytest.raises(UsageError, match="version 99"):
+            await Store.open(sqlite_url(tmp_path / "host.db"))
+
+    run(check())
+
+
+@pytest.mark.parametrize("url", ["nonsense", "nosuchdatabase://ann:hunter2@db/kr"])
+def test_a_database_that_can_not_be_used_is_refused_without_showing_its_password(run: Run, url: str) -> None:
+    async def check() -> None:
+        with pytest.raises(UsageError) as caught:
+            await Store.open(url)
+        assert "hunter2" not in caught.value.message
+
+    run(check())
+
+
+def test_a_file_that_is_no_database_fails_in_a_sentence(run: Run, tmp_path: Path) -> None:
+    async def check() -> None:
+        (tmp_path / "host.db").write_text("this is a letter to my aunt, and longer than a page header\n" * 40)
+        with pytest.raises(KohakuRiverError, match="not a database"):
+            await Store.open(sqlite_url(tmp_path / "host.db"))
+
+    run(check())
