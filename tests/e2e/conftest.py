@@ -138,4 +138,5 @@ def browser(tmp_path: Path) -> Iterator[Any]:
     chrome = webdriver.Chrome(options=options, service=service)
     chrome.set_page_load_timeout(START_SECONDS)
     yield chrome
+    chrome.save_screenshot(str(tmp_path / "page.png"))  # what was there when a test failed
     chrome.quit()

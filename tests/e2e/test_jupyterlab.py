@@ -48,7 +48,6 @@ def jupyter(cluster: Cluster, tmp_path: Path) -> str:
         "ServerApp.open_browser": False,
         "ServerApp.root_dir": str(folder),
         "IdentityProvider.token": "secret",
-        "LabApp.news_url": "None",
     }
     environment = ("env", "WHERE=in the task", *(f"{name}={value}" for name, value in own.items()))
     flags = (f"--{name}={value}" for name, value in settings.items())
@@ -58,6 +57,7 @@ def jupyter(cluster: Cluster, tmp_path: Path) -> str:
 
 def test_a_notebook_cell_runs_in_the_kernel_of_a_forwarded_jupyterlab(jupyter: str, browser: Any) -> None:
     from selenium.common.exceptions import WebDriverException
+    from selenium.webdriver import ActionChains
     from selenium.webdriver.common.by import By
     from selenium.webdriver.common.keys import Keys
 
@@ -71,11 +71,15 @@ def test_a_notebook_cell_runs_in_the_kernel_of_a_forwarded_jupyterlab(jupyter: s
             return False
         return "Jupyter" in browser.title
 
+    def visible_cell() -> Any:
+        cell = element(".jp-Notebook .jp-CodeCell .cm-content")
+        return cell if cell and cell.is_displayed() else None
+
     until(opened, "JupyterLab's page opens")
-    cell: Any = until(lambda: element(".jp-Notebook .jp-CodeCell .cm-content"), "the notebook is open")
-    until(lambda: element(".jp-Notebook-ExecutionIndicator[data-status='idle']"), "the kernel is idle")
+    until(lambda: "| Idle" in (bar.text if (bar := element("#jp-main-statusbar")) else ""), "the kernel is idle")
+    cell = until(visible_cell, "the notebook is open")
     cell.click()
-    cell.send_keys(Keys.SHIFT, Keys.ENTER)
+    ActionChains(browser).key_down(Keys.SHIFT).send_keys(Keys.ENTER).key_up(Keys.SHIFT).perform()
 
     output = until(lambda: element(".jp-OutputArea-output"), "the cell has an output")
     until(lambda: "computed 500500 in the task" in output.text, "the output is the kernel's")
