@@ -109,9 +109,9 @@ class _Demo:
         port = _free_port()
         command = [sys.executable, "-m", SERVICE, "--port", str(port), "--task", TASK_NAME]
         async with HostClient(settings) as host:
-            task = await host.create(name=TASK_NAME, backend="process", command=command)
+            await host.create(name=TASK_NAME, backend="process", command=command)
             try:
-                await host.wait(TASK_NAME, timeout=TASK_TIMEOUT)
+                task = await host.wait(TASK_NAME, timeout=TASK_TIMEOUT)
                 self._say(f"Task {task.task_id} ({task.name}) runs; its tunnel is connected.", "task", **task.to_json())
                 yield port
             finally:

@@ -1,0 +1,287 @@
+"""`kohakuriver forward`, with real programs at both ends."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import signal
+import socket
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.cluster import Cluster, Service, broken, connect, echoes
+
+
+@pytest.fixture(scope="module")
+def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
+    cluster = Cluster(tmp_path_factory.mktemp("cluster"))
+    yield cluster
+    cluster.close()
+
+
+@pytest.fixture(scope="module")
+def service(cluster: Cluster) -> Service:
+    return cluster.service()
+
+
+@pytest.fixture
+def dead_port() -> Iterator[int]:
+    """A port that nothing listens on, nor can while the test runs."""
+    with socket.socket() as sock:
+        sock.bind(("127.0.0.1", 0))
+        yield sock.getsockname()[1]
+
+
+def test_the_port_works_as_soon_as_the_line_is_printed(cluster: Cluster, service: Service) -> None:
+    forward = cluster.start("forward", service.task, f"0:{service.port}")
+    line = forward.line("Forwarding")
+    local, arrow, remote, proto = line.removeprefix("Forwarding ").split(" ")
+    assert (arrow, remote, proto) == ("->", f"{service.task}:{service.port}", "(tcp)")
+    with connect(int(local.rpartition(":")[2])) as connection:
+        assert echoes(connection)
+    assert forward.stop() == 0
+
+
+def test_bytes_arrive_unchanged(cluster: Cluster, service: Service) -> None:
+    forward = cluster.start("forward", service.task, f"0:{service.port}", "--json")
+    data = os.urandom(1 << 20)
+    with connect(forward.listening()) as connection:
+        for _ in range(16):
+            assert echoes(connection, data)
+    assert forward.stop() == 0
+
+
+def test_several_ports_share_one_forward(cluster: Cluster, service: Service) -> None:
+    other = cluster.service()
+    forward = cluster.start("forward", service.task, f"0:{service.port}", f"0:{other.port}", "--json")
+    listening = [forward.event("listening") for _ in range(2)]
+    assert [event["remote_port"] for event in listening] == [service.port, other.port]
+    assert len({event["local_port"] for event in listening}) == 2
+    for event in listening:
+        with connect(event["local_port"]) as connection:
+            assert echoes(connection)
+    assert forward.stop() == 0
+
+
+def test_udp_datagrams_come_back_whole(cluster: Cluster, service: Service) -> None:
+    forward = cluster.start("forward", service.task, f"0:{service.port}/udp", "--json")
+    event = forward.event("listening")
+    assert event["proto"] == "udp"
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as sock:
+        sock.settimeout(30)
+        sock.connect(("127.0.0.1", event["local_port"]))
+        for data in (b"one", os.urandom(8000)):
+            sock.send(data)
+            assert sock.recv(65536) == data
+    assert forward.stop() == 0
+
+
+def test_options_may_stand_before_between_and_after_the_arguments(cluster: Cluster, service: Service) -> None:
+    port = str(service.port)
+    for arguments in (
+        ["--json", "--local-port", "0", service.task, port],
+        [service.task, "--local-port=0", port, "--json"],
+        [service.task, port, "--json", "--local-host", "127.0.0.1", "--local-port", "0", "--proto", "tcp"],
+    ):
+        forward = cluster.start("forward", *arguments)
+        with connect(forward.listening()) as connection:
+            assert echoes(connection)
+        assert forward.stop() == 0
+
+
+def test_a_task_may_be_named_by_its_id(cluster: Cluster, service: Service) -> None:
+    task_id = json.loads(cluster.succeed("vps", "status", service.task, "--json"))["task_id"]
+    forward = cluster.start("forward", str(task_id), f"0:{service.port}", "--json")
+    with connect(forward.listening()) as connection:
+        assert echoes(connection)
+    assert forward.stop() == 0
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_being_stopped_is_no_failure_and_ends_open_connections(
+    cluster: Cluster, service: Service, number: signal.Signals
+) -> None:
+    forward = cluster.start("forward", service.task, f"0:{service.port}", "--json")
+    with connect(forward.listening()) as connection:
+        assert echoes(connection)
+        forward.process.send_signal(number)
+        broken(connection)
+    assert forward.ended() == 0
+    closing = [json.loads(line)["event"] for line in forward.rest()]
+    assert closing[-2:] == ["stats", "closed"]
+
+
+def test_a_dead_port_is_reset_at_once_and_one_line_says_why(cluster: Cluster, service: Service, dead_port: int) -> None:
+    forward = cluster.start("forward", service.task, f"0:{dead_port}")
+    local = int(forward.line("Forwarding").split(" ")[1].rpartition(":")[2])
+    for _ in range(3):
+        with connect(local) as connection:
+            assert broken(connection)
+    assert "ECONNREFUSED" in forward.line(str(dead_port), err=True)
+    assert forward.stop() == 0
+    assert forward.rest(err=True) == []
+
+
+def test_a_dead_port_harms_no_other_port(cluster: Cluster, service: Service, dead_port: int) -> None:
+    forward = cluster.start("forward", service.task, f"0:{service.port}", f"0:{dead_port}", "--json")
+    good, dead = forward.listening(), forward.listening()
+    with connect(good) as before:
+        assert echoes(before)
+        with connect(dead) as refused:
+            assert broken(refused)
+        assert forward.event("stream_error")["remote_port"] == dead_port
+        assert echoes(before)
+        with connect(good) as after:
+            assert echoes(after)
+    assert forward.stop() == 0
+
+
+def test_two_forwards_of_one_task_are_independent(cluster: Cluster, service: Service) -> None:
+    first, second = (cluster.start("forward", service.task, f"0:{service.port}", "--json") for _ in range(2))
+    with connect(first.listening()) as of_first, connect(second.listening()) as of_second:
+        assert echoes(of_first, b"first")
+        assert echoes(of_second, b"second")
+        assert first.stop() == 0
+        broken(of_first)
+        assert echoes(of_second, b"still here")
+    assert second.stop() == 0
+
+
+def test_500_simultaneous_connections_all_work(cluster: Cluster, service: Service) -> None:
+    forward = cluster.start("forward", service.task, f"0:{service.port}", "--json")
+    port = forward.listening()
+    with contextlib.ExitStack() as stack:
+        connections = [stack.enter_context(socket.socket()) for _ in range(500)]
+        for connection in connections:
+            connection.setblocking(False)
+            connection.connect_ex(("127.0.0.1", port))
+        for number, connection in enumerate(connections):
+            connection.settimeout(30)
+            assert echoes(connection, b"%d" % number)
+    assert forward.stop() == 0
+
+
+def test_a_forward_survives_a_restart_of_its_task(cluster: Cluster) -> None:
+    service = cluster.service()
+    forward = cluster.start("forward", service.task, f"0:{service.port}", "--json")
+    port = forward.listening()
+    with connect(port) as connection:
+        assert echoes(connection)
+        restart = cluster.start("vps", "restart", service.task)
+        broken(connection)
+    service.wait_started()
+    assert restart.ended() == 0
+    with connect(port) as connection:
+        assert echoes(connection)
+    assert forward.stop() == 0
+
+
+def test_a_killed_tunnel_client_ends_its_streams_at_once_and_the_same_forward_works_again(cluster: Cluster) -> None:
+    service = cluster.service()
+    forward = cluster.start("forward", service.task, f"0:{service.port}", "--json")
+    port = forward.listening()
+    with connect(port) as connection:
+        assert echoes(connection)
+        os.kill(service.tunnel_client, signal.SIGKILL)
+        connection.settimeout(1.0)
+        broken(connection)
+    restart = cluster.start("vps", "restart", service.task)
+    service.wait_started()
+    assert restart.ended() == 0
+    with connect(port) as connection:
+        assert echoes(connection)
+    assert forward.stop() == 0
+
+
+def test_a_forward_ends_with_3_when_its_task_is_gone_for_good(cluster: Cluster) -> None:
+    service = cluster.service()
+    forward = cluster.start("forward", service.task, f"0:{service.port}", "--json")
+    forward.listening()
+    cluster.succeed("vps", "rm", service.task)
+    closed = forward.event("closed")
+    assert service.task in closed["reason"]
+    assert forward.ended() == 3
+
+
+def test_no_such_task_is_3(cluster: Cluster) -> None:
+    done = cluster.run("forward", "nobody", "0:80")
+    assert (done.returncode, done.stdout) == (3, "")
+    assert "nobody" in done.stderr
+    assert done.stderr.count("\n") == 1
+
+
+def test_a_stopped_task_is_4(cluster: Cluster) -> None:
+    service = cluster.service()
+    cluster.succeed("vps", "stop", service.task)
+    done = cluster.run("forward", service.task, f"0:{service.port}")
+    assert (done.returncode, done.stdout) == (4, "")
+    assert "stopped" in done.stderr
+
+
+@pytest.mark.parametrize("command", [["forward", "any", "0:80"], ["vps", "list"]])
+def test_a_wrong_token_is_5(cluster: Cluster, command: list[str]) -> None:
+    done = cluster.run(*command, KOHAKURIVER_TOKEN="wrong")
+    assert (done.returncode, done.stdout) == (5, "")
+    assert "token" in done.stderr
+
+
+def test_a_taken_local_port_is_6_and_names_it(cluster: Cluster, service: Service) -> None:
+    done = cluster.run("forward", service.task, str(service.port))
+    assert (done.returncode, done.stdout) == (6, "")
+    assert f"127.0.0.1:{service.port} is already in use" in done.stderr
+
+
+def test_a_command_gets_the_ports_and_ends_the_forward_with_its_code(cluster: Cluster, service: Service) -> None:
+    code = (
+        "import os, socket, sys\n"
+        f"s = socket.create_connection(('127.0.0.1', int(os.environ['KOHAKURIVER_PORT_{service.port}'])))\n"
+        "s.sendall(b'through'); print(s.recv(100).decode()); sys.exit(42)"
+    )
+    done = cluster.run("forward", service.task, f"0:{service.port}", "--", sys.executable, "-c", code)
+    assert (done.returncode, done.stdout) == (42, "through\n")
+    assert "Forwarding" in done.stderr
+
+
+def test_a_command_may_have_options_that_look_like_ours(cluster: Cluster, service: Service) -> None:
+    code = "import sys; print(sys.argv[1:])"
+    command = [sys.executable, "-c", code, "--json", "--", "--help"]
+    done = cluster.run("forward", service.task, f"0:{service.port}", "--", *command)
+    assert (done.returncode, done.stdout) == (0, "['--json', '--', '--help']\n")
+
+
+def test_a_command_gets_the_signals(cluster: Cluster, service: Service) -> None:
+    code = "import signal, sys\nsignal.signal(signal.SIGTERM, lambda *a: sys.exit(7))\nprint('up', flush=True)\nsignal.pause()"
+    forward = cluster.start("forward", service.task, f"0:{service.port}", "--", sys.executable, "-c", code)
+    forward.line("up")
+    assert forward.stop(signal.SIGTERM) == 7
+
+
+def test_a_command_that_a_signal_ends_gives_the_code_that_shells_give(cluster: Cluster, service: Service) -> None:
+    code = "import os, signal; os.kill(os.getpid(), signal.SIGKILL)"
+    done = cluster.run("forward", service.task, f"0:{service.port}", "--", sys.executable, "-c", code)
+    assert done.returncode == 128 + signal.SIGKILL
+
+
+def test_a_command_that_is_not_there_is_127(cluster: Cluster, service: Service) -> None:
+    done = cluster.run("forward", service.task, f"0:{service.port}", "--", "/no/such/program")
+    assert done.returncode == 127
+    assert "/no/such/program" in done.stderr
+
+
+def test_a_command_is_not_run_when_the_forward_can_not_be_opened(cluster: Cluster, tmp_path: Path) -> None:
+    done = cluster.run("forward", "nobody", "0:80", "--", "touch", str(tmp_path / "ran"))
+    assert done.returncode == 3
+    assert not (tmp_path / "ran").exists()
+
+
+def test_it_listens_where_it_is_told_to(cluster: Cluster, service: Service) -> None:
+    forward = cluster.start("forward", service.task, f"0:{service.port}", "--local-host", "0.0.0.0")
+    assert "0.0.0.0" in forward.line("Warning", err=True)
+    port = int(forward.line("Forwarding 0.0.0.0:").split(" ")[1].rpartition(":")[2])
+    with connect(port) as connection:
+        assert echoes(connection)
+    assert forward.stop() == 0

@@ -1,0 +1,157 @@
+"""`kohakuriver.forward` and `forward_sync`, as a script and a notebook use them."""
+
+from __future__ import annotations
+
+import asyncio
+import socket
+import threading
+from collections.abc import Callable, Coroutine, Iterator
+from typing import Any
+
+import pytest
+
+import kohakuriver
+from tests.cluster import Cluster, Service, connect, echoes
+
+Run = Callable[[Coroutine[Any, Any, Any]], Any]
+
+
+@pytest.fixture(scope="module")
+def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
+    cluster = Cluster(tmp_path_factory.mktemp("cluster"))
+    yield cluster
+    cluster.close()
+
+
+@pytest.fixture(scope="module")
+def service(cluster: Cluster) -> Service:
+    return cluster.service()
+
+
+@pytest.fixture(autouse=True)
+def settings(cluster: Cluster, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("KOHAKURIVER_HOST", raising=False)
+    monkeypatch.delenv("KOHAKURIVER_TOKEN", raising=False)
+    monkeypatch.setenv("KOHAKURIVER_CONFIG_DIR", str(cluster.directory))
+
+
+async def echo_through(port: int) -> bytes:
+    reader, writer = await asyncio.open_connection("127.0.0.1", port)
+    writer.write(b"hello")
+    answer = await reader.readexactly(5)
+    writer.close()
+    await writer.wait_closed()
+    return answer
+
+
+def test_a_forward_is_open_inside_its_block(run: Run, service: Service) -> None:
+    async def main() -> None:
+        async with kohakuriver.forward(service.task, service.port) as fwd:
+            assert fwd.url("http") == f"http://127.0.0.1:{fwd.local_port}"
+            assert await echo_through(fwd.local_port) == b"hello"
+            assert fwd.stats().opened == 1
+            port = fwd.local_port
+        with pytest.raises(ConnectionRefusedError):
+            await echo_through(port)
+
+    run(main())
+
+
+def test_several_ports_are_told_apart_by_their_remote_port(run: Run, cluster: Cluster, service: Service) -> None:
+    other = cluster.service()
+
+    async def main() -> None:
+        async with kohakuriver.forward(service.task, [service.port, f"0:{other.port}"]) as fwd:
+            assert set(fwd.local_ports) == {service.port, other.port}
+            assert await echo_through(fwd.local_ports[other.port]) == b"hello"
+            assert fwd.url("ws", other.port) == f"ws://127.0.0.1:{fwd.local_ports[other.port]}"
+            with pytest.raises(kohakuriver.UsageError):
+                fwd.url("http", 1)
+
+    run(main())
+
+
+def test_the_sync_twin_needs_no_loop(service: Service) -> None:
+    threads = threading.active_count()
+    with kohakuriver.forward_sync(service.task, service.port) as fwd:
+        with connect(fwd.local_port) as connection:
+            assert echoes(connection)
+        assert fwd.stats().opened == 1
+    assert threading.active_count() == threads
+
+
+def test_the_sync_twin_works_where_a_loop_runs_already_as_in_a_notebook(run: Run, service: Service) -> None:
+    async def cell() -> None:
+        with kohakuriver.forward_sync(service.task, service.port) as fwd:
+            assert await echo_through(fwd.local_port) == b"hello"
+
+    run(cell())
+
+
+def test_two_forwards_in_one_program_are_independent(run: Run, service: Service) -> None:
+    async def main() -> None:
+        async with kohakuriver.forward(service.task, service.port) as kept:
+            async with kohakuriver.forward(service.task, service.port) as ended:
+                assert await echo_through(ended.local_port) == b"hello"
+            assert await echo_through(kept.local_port) == b"hello"
+
+    run(main())
+
+
+def test_each_failure_has_its_exception(run: Run, cluster: Cluster, service: Service) -> None:
+    cluster.succeed("vps", "create", "--name", "stopped", "--backend", "process")
+    cluster.succeed("vps", "stop", "stopped")
+    with socket.socket() as nobody, socket.create_server(("127.0.0.1", 0)) as taken:
+        nobody.bind(("127.0.0.1", 0))
+        host = f"http://127.0.0.1:{nobody.getsockname()[1]}"
+        cases: list[tuple[type[kohakuriver.KohakuRiverError], Callable[[], kohakuriver.Forward]]] = [
+            (kohakuriver.NotFoundError, lambda: kohakuriver.forward("nobody", 80)),
+            (kohakuriver.UnavailableError, lambda: kohakuriver.forward("stopped", 80)),
+            (kohakuriver.UnauthenticatedError, lambda: kohakuriver.forward(service.task, 80, token="wrong")),
+            (kohakuriver.HostUnreachableError, lambda: kohakuriver.forward(service.task, 80, host=host)),
+            (
+                kohakuriver.LocalAddressError,
+                lambda: kohakuriver.forward(service.task, 80, local_port=taken.getsockname()[1]),
+            ),
+        ]
+        for cls, make in cases:
+
+            async def enter(make: Callable[[], kohakuriver.Forward] = make) -> None:
+                async with make():
+                    raise AssertionError("it opened")
+
+            with pytest.raises(cls) as caught:
+                run(enter())
+            assert type(caught.value) is cls
+
+
+def test_a_sync_forward_that_fails_leaves_no_thread(service: Service) -> None:
+    threads = threading.active_count()
+    with pytest.raises(kohakuriver.NotFoundError):
+        with kohakuriver.forward_sync("nobody", 80):
+            raise AssertionError("it opened")
+    assert threading.active_count() == threads
+
+
+def test_a_forward_says_when_its_task_is_gone(run: Run, cluster: Cluster) -> None:
+    service = cluster.service()
+
+    async def main() -> None:
+        async with kohakuriver.forward(service.task, service.port) as fwd:
+            removing = cluster.start("vps", "rm", service.task)
+            with pytest.raises(kohakuriver.NotFoundError):
+                await asyncio.wait_for(fwd.wait(), 30)
+            removing.ended()
+
+    run(main())
+
+
+def test_events_are_told(run: Run, service: Service) -> None:
+    events: list[str] = []
+
+    async def main() -> None:
+        async with kohakuriver.forward(service.task, service.port, on_event=lambda event: events.append(event.event)):
+            pass
+
+    run(main())
+    assert events == ["connected", "listening", "stats", "closed"]

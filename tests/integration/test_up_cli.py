@@ -1,0 +1,205 @@
+"""`kohakuriver up`, `vps`, `node` and `demo`, as real programs."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import socket
+from collections.abc import Iterator
+from pathlib import Path
+
+import psutil
+import pytest
+
+from tests.cluster import TIMEOUT, Apart, Cluster, Program, broken, connect, echoes
+
+
+@pytest.fixture(scope="module")
+def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
+    cluster = Cluster(tmp_path_factory.mktemp("cluster"))
+    yield cluster
+    cluster.close()
+
+
+@pytest.fixture
+def own_cluster(tmp_path: Path) -> Iterator[Cluster]:
+    cluster = Cluster(tmp_path)
+    yield cluster
+    cluster.close()
+
+
+def programs_of(cluster: Cluster) -> list[psutil.Process]:
+    """Everything that runs below `up`."""
+    return psutil.Process(cluster.up.process.pid).children(recursive=True)
+
+
+def gone(processes: list[psutil.Process]) -> bool:
+    return psutil.wait_procs(processes, timeout=TIMEOUT)[1] == []
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_up_stops_cleanly_with_everything_it_started(own_cluster: Cluster, number: signal.Signals) -> None:
+    own_cluster.service()
+    processes = programs_of(own_cluster)
+    assert len(processes) >= 4
+    assert own_cluster.up.stop(number) == 0
+    assert own_cluster.up.rest(err=True) == []
+    assert gone(processes)
+    assert not (own_cluster.directory / "cluster.json").exists()
+
+
+def test_a_killed_up_leaves_no_process_behind(own_cluster: Cluster) -> None:
+    own_cluster.service()
+    processes = programs_of(own_cluster)
+    own_cluster.up.stop(signal.SIGKILL)
+    assert gone(processes)
+
+
+@pytest.mark.parametrize("role", ["host", "runner"])
+def test_up_says_which_of_its_programs_died_and_ends_with_1(own_cluster: Cluster, role: str) -> None:
+    (child,) = [process for process in programs_of(own_cluster) if process.cmdline()[3:4] == [role]]
+    child.kill()
+    assert own_cluster.up.ended() == 1
+    assert any(f"The {role} has ended" in line for line in own_cluster.up.rest(err=True))
+
+
+def test_the_other_commands_find_the_cluster_with_nothing_set(cluster: Cluster) -> None:
+    (node,) = json.loads(cluster.succeed("node", "list", "--json"))["nodes"]
+    assert node["status"] == "online"
+    assert node["url"] == cluster.ready["runner_url"]
+
+
+def test_a_second_up_on_the_same_state_is_refused(cluster: Cluster) -> None:
+    done = cluster.run("up", "--host-port=0", "--runner-port=0")
+    assert done.returncode == 1
+    assert "--state-dir" in done.stderr
+
+
+def test_up_on_a_taken_port_is_6(cluster: Cluster, tmp_path: Path) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        done = cluster.run("up", f"--host-port={port}", "--runner-port=0", f"--state-dir={tmp_path}")
+    assert done.returncode == 6
+    assert str(port) in done.stderr
+
+
+def test_a_task_goes_through_its_life(cluster: Cluster) -> None:
+    created = json.loads(
+        cluster.succeed("vps", "create", "--json", "--name", "life", "--backend", "process", "--", "sleep", "1000")
+    )
+    assert created["name"] == "life"
+    assert created["status"] == "running"
+    assert created["tunnel"] is True
+    assert json.loads(cluster.succeed("vps", "status", str(created["task_id"]), "--json")) == created
+    assert created in json.loads(cluster.succeed("vps", "list", "--json"))["tasks"]
+    assert json.loads(cluster.succeed("vps", "stop", "life", "--json"))["status"] == "stopped"
+    assert json.loads(cluster.succeed("vps", "restart", "life", "--json"))["tunnel"] is True
+    cluster.succeed("vps", "rm", "life")
+    assert cluster.run("vps", "status", "life").returncode == 3
+
+
+def test_create_prints_the_id_alone_for_scripts(cluster: Cluster) -> None:
+    printed = cluster.succeed("vps", "create", "--backend", "process", "--name", "idle").strip()
+    assert printed.isdigit()
+    assert f"id:        {printed}" in cluster.succeed("vps", "status", "idle")
+    assert "idle" in cluster.succeed("vps", "list")
+
+
+def test_a_task_gets_its_environment(cluster: Cluster, tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "said")
+    say = f'echo "$GREETING" > {tmp_path / "said"}; exec sleep 1000'
+    cluster.succeed("vps", "create", "--backend=process", "--env", "GREETING=a=b c", "--", "sh", "-c", say)
+    assert (tmp_path / "said").read_text() == "a=b c\n"
+
+
+def test_a_command_that_can_not_run_fails_the_task_with_a_reason(cluster: Cluster) -> None:
+    done = cluster.run("vps", "create", "--backend=process", "--name=broken", "--", "/no/such/program")
+    assert done.returncode == 4
+    assert "Error: " in done.stderr
+    assert json.loads(cluster.succeed("vps", "status", "broken", "--json"))["status"] == "failed"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code"),
+    [
+        (["vps", "status", "nobody"], 3),
+        (["vps", "rm", "nobody"], 3),
+        (["vps", "create", "--node", "nowhere"], 3),
+        (["vps", "create", "--name", "Not A Name"], 2),
+        (["vps", "adopt", "--address", "not-an-ip", "--node", "n"], 2),
+    ],
+)
+def test_what_the_host_refuses_ends_with_the_fitting_code(cluster: Cluster, arguments: list[str], code: int) -> None:
+    done = cluster.run(*arguments)
+    assert (done.returncode, done.stdout) == (code, "")
+    assert done.stderr.startswith("Error: ")
+
+
+def test_a_machine_that_the_runner_reaches_can_be_adopted(cluster: Cluster) -> None:
+    service = cluster.service()
+    (node,) = json.loads(cluster.succeed("node", "list", "--json"))["nodes"]
+    cluster.succeed("vps", "adopt", "--address", "127.0.0.1", "--node", node["name"], "--name", "machine")
+    forward = cluster.start("forward", "machine", f"0:{service.port}", "--json")
+    with connect(forward.listening()) as connection:
+        assert echoes(connection)
+    assert forward.stop() == 0
+
+
+def test_json_output_is_one_object_on_stdout(cluster: Cluster) -> None:
+    for arguments in (["vps", "list"], ["node", "list"]):
+        out = cluster.succeed(*arguments, "--json")
+        assert isinstance(json.loads(out), dict)
+        assert out.count("\n") == 1
+
+
+def test_the_demo_checks_real_bytes_and_ends_with_0(tmp_path: Path) -> None:
+    environment = {**os.environ, "TMPDIR": str(tmp_path)}
+    demo = Program("demo", "--once", "--size", "8", "--json", environment=environment)
+    down, up = demo.event("transfer"), demo.event("transfer")
+    assert [down["direction"], up["direction"]] == ["down", "up"]
+    assert down["intact"]
+    assert up["intact"]
+    assert down["bytes"] == up["bytes"] == 8 << 20
+    assert demo.event("open")["url"].startswith("http://127.0.0.1:")
+    assert demo.ended() == 0
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_the_demo_stays_until_it_is_stopped_and_leaves_nothing_behind(tmp_path: Path) -> None:
+    demo = Program("demo", "--size", "1", "--json", environment={**os.environ, "TMPDIR": str(tmp_path)})
+    url = demo.event("open")["url"]
+    with connect(int(url.rstrip("/").rpartition(":")[2])) as connection:
+        connection.sendall(b"GET / HTTP/1.0\r\nHost: here\r\n\r\n")
+        assert b"200 OK" in connection.recv(4096)
+    processes = psutil.Process(demo.process.pid).children(recursive=True)
+    assert demo.stop(signal.SIGINT) == 0
+    assert gone(processes)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_forward_comes_back_after_the_host_was_killed_and_started_again(tmp_path: Path) -> None:
+    cluster = Apart(tmp_path)
+    try:
+        service = cluster.service()
+        forward = cluster.start("forward", service.task, f"0:{service.port}", "--json")
+        port = forward.listening()
+        with connect(port) as connection:
+            assert echoes(connection)
+            cluster.host.stop(signal.SIGKILL)
+            broken(connection)
+        forward.event("reconnecting")
+        cluster.start_host()
+        forward.event("resumed")
+        with connect(port) as connection:
+            assert echoes(connection)
+        assert forward.stop() == 0
+    finally:
+        cluster.close()
+
+
+def test_two_clusters_side_by_side_do_not_meet(cluster: Cluster, own_cluster: Cluster) -> None:
+    own = json.loads(own_cluster.succeed("vps", "create", "--json", "--name", "twin", "--backend", "process"))
+    assert cluster.run("vps", "status", str(own["task_id"])).returncode == 3
+    done = cluster.run("vps", "list", KOHAKURIVER_HOST=own_cluster.ready["host_url"])
+    assert done.returncode == 5
