@@ -2,6 +2,7 @@
 
 use std::cmp::Reverse;
 use std::collections::{BinaryHeap, VecDeque};
+use std::fmt;
 use std::io;
 use std::time::{Duration, Instant};
 
@@ -44,7 +45,7 @@ impl From<Key> for Token {
 }
 
 /// What happened on one link, for the log.
-#[derive(Default, Debug)]
+#[derive(Default)]
 #[allow(missing_docs)]
 pub struct Counters {
     pub bytes_to_container: u64,
@@ -54,6 +55,23 @@ pub struct Counters {
     pub ignored: u64,
     pub udp_dropped: u64,
     pub udp_refused: u64,
+}
+
+impl fmt::Display for Counters {
+    fn fmt(&self, out: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(
+            out,
+            "{} streams, {} bytes to the container, {} bytes to users, {} unknown and {} idle \
+             messages, {} datagrams dropped, {} refused",
+            self.streams,
+            self.bytes_to_container,
+            self.bytes_to_user,
+            self.unknown_messages,
+            self.ignored,
+            self.udp_dropped,
+            self.udp_refused
+        )
+    }
 }
 
 /// What streams share.

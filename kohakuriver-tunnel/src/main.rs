@@ -2,6 +2,7 @@
 
 use std::env;
 use std::io;
+use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::process::ExitCode;
 use std::sync::mpsc;
 use std::thread;
@@ -15,6 +16,7 @@ use mio::{Poll, Waker};
 const USAGE: u8 = 2;
 /// How long an orderly goodbye to the runner may take.
 const GOODBYE: Duration = Duration::from_millis(500);
+const AFTER_PANIC: Duration = Duration::from_secs(1);
 
 fn main() -> ExitCode {
     let variable = |name: &str| env::var(name).ok().filter(|value| !value.is_empty());
@@ -65,8 +67,15 @@ fn work(options: Options) -> io::Result<ExitCode> {
     Ok(ExitCode::from(code as u8))
 }
 
-fn carry(options: &Options, poll: Poll) {
-    let outcome = tunnel::run(options, poll);
+/// Keeps the tunnel up, also past a mistake of our own: the command beside it knows nothing of it.
+fn carry(options: &Options, mut poll: Poll) {
+    let outcome = loop {
+        match catch_unwind(AssertUnwindSafe(|| tunnel::run(options, &mut poll))) {
+            Ok(outcome) => break outcome,
+            Err(_) => log!(Error, "the tunnel failed, and starts again"),
+        }
+        thread::sleep(AFTER_PANIC);
+    };
     match outcome {
         Outcome::Stopped => {}
         Outcome::Replaced => log!(Info, "another tunnel client took over this container"),

@@ -33,6 +33,8 @@ const MAX_SLICES: usize = 16;
 
 /// How long the runner has to take a close frame that tells it of its mistake.
 const LINGER: Duration = Duration::from_secs(1);
+/// How long the last bytes of services that ended may take.
+const GRACE: Duration = Duration::from_millis(300);
 const PING_AFTER: Duration = Duration::from_secs(15);
 const LOST_AFTER: Duration = Duration::from_secs(20);
 
@@ -96,6 +98,8 @@ pub struct Session<'p> {
     ids: HashMap<u32, Key>,
     last_received: Instant,
     pinged: Option<Instant>,
+    /// Asked to end, by this time at the latest.
+    stopping: Option<Instant>,
 }
 
 /// Serves one link until it ends. `early` is what followed the handshake.
@@ -103,7 +107,7 @@ pub fn run(poll: &mut Poll, sock: TcpStream, early: &[u8], v2: bool) -> End {
     let mut session = Session::new(poll, sock, v2);
     let end = session.serve(early).unwrap_err();
     session.abandon();
-    log!(Debug, "{:?}", session.context.counters);
+    log!(Debug, "{}", session.context.counters);
     end
 }
 
@@ -124,6 +128,7 @@ impl<'p> Session<'p> {
             ids: HashMap::new(),
             last_received: now,
             pinged: None,
+            stopping: None,
         }
     }
 
@@ -145,7 +150,7 @@ impl<'p> Session<'p> {
             for event in &events {
                 match event.token() {
                     LINK => self.link_event(event),
-                    STOP => return Err(self.stop()),
+                    STOP => self.stopping = Some(self.context.now + GRACE),
                     Token(token) => self.stream_event(token - FIRST_STREAM, event),
                 }
             }
@@ -155,13 +160,17 @@ impl<'p> Session<'p> {
             self.keep_alive()?;
             self.context.link.flush()?;
             self.free.append(&mut self.freed);
+            self.stop(events.is_empty())?;
         }
     }
 
     /// How long the loop may wait for events.
     fn patience(&self) -> Duration {
         let context = &self.context;
-        if (self.readable && context.holding == 0)
+        // What services wrote before they ended is in our sockets already.
+        let stopping = self.stopping.is_some() && context.link.is_idle();
+        if stopping
+            || (self.readable && context.holding == 0)
             || (context.has_sources() && context.link.is_idle())
         {
             return Duration::ZERO;
@@ -572,8 +581,16 @@ impl<'p> Session<'p> {
         }
     }
 
-    fn stop(&mut self) -> End {
-        self.close(close::GOING_AWAY, "the tunnel client ends");
-        End::Stopped
+    /// Ends the session once it was asked to end, and what services said last is on its way.
+    fn stop(&mut self, quiet: bool) -> Result<(), End> {
+        let link = &self.context.link;
+        let done = quiet && link.is_idle() && link.backlog() == 0 && !self.context.has_sources();
+        match self.stopping {
+            Some(deadline) if done || self.context.now >= deadline => {
+                self.close(close::GOING_AWAY, "the tunnel client ends");
+                Err(End::Stopped)
+            }
+            _ => Ok(()),
+        }
     }
 }

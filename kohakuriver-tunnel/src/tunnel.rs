@@ -33,12 +33,12 @@ pub enum Outcome {
 }
 
 /// Keeps the tunnel up until there is a reason not to. [`session::STOP`] on `poll` ends it.
-pub fn run(options: &Options, mut poll: Poll) -> Outcome {
+pub fn run(options: &Options, poll: &mut Poll) -> Outcome {
     let mut failures = 0;
     loop {
         let began = Instant::now();
         let mut pause = None;
-        match attempt(options, &mut poll) {
+        match attempt(options, poll) {
             Ok(End::Stopped) => return Outcome::Stopped,
             Ok(End::Replaced) if options.run.is_none() => return Outcome::Replaced,
             Ok(End::Replaced) => {
@@ -60,7 +60,7 @@ pub fn run(options: &Options, mut poll: Poll) -> Outcome {
             return Outcome::GaveUp;
         }
         let most = pause.unwrap_or_else(|| ceiling(failures, options.reconnect_delay));
-        if !sleep(&mut poll, jitter(most)) {
+        if !sleep(poll, jitter(most)) {
             return Outcome::Stopped;
         }
     }

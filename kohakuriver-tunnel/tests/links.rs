@@ -212,3 +212,61 @@ fn too_many_open_files_refuse_a_stream_and_harm_no_other() {
     wire.send(Header::new(kind::CLOSE, TCP, open[0]), &[]);
     wire.open(99, port, WIDE);
 }
+
+/// Numbers that look random and are the same each time.
+struct Dice(u64);
+
+impl Dice {
+    fn roll(&mut self, sides: u64) -> u64 {
+        self.0 = self
+            .0
+            .wrapping_mul(6_364_136_223_846_793_005)
+            .wrapping_add(1_442_695_040_888_963_407);
+        (self.0 >> 33) % sides
+    }
+}
+
+#[test]
+fn no_order_of_messages_harms_the_tunnel_client() {
+    let runner = Runner::new();
+    let ports = [echo(), free_port(), 0];
+    let client = Client::start(&runner);
+    for seed in 0..20 {
+        let mut dice = Dice(seed);
+        let wire = runner.accept();
+        let mut sock = wire.socket().try_clone().unwrap();
+        let reading = std::thread::spawn(move || {
+            let mut wire = wire;
+            while wire.frame().is_some() {}
+        });
+        for _ in 0..2000 {
+            // WINDOW for stream 0 is a violation, which other tests see to.
+            let header = Header {
+                kind: 1 + dice.roll(10) as u8,
+                proto: dice.roll(8).saturating_sub(5) as u8,
+                id: 1 + dice.roll(6) as u32,
+                port: ports[dice.roll(3) as usize],
+            };
+            let limit = [0, 1, 70_000, WIDE][dice.roll(4) as usize];
+            let payload = match header.kind {
+                kind::CONNECT if dice.roll(2) == 0 => vec![],
+                kind::DATA => pattern(dice.roll(3000) as usize),
+                _ => limit.to_be_bytes().to_vec(),
+            };
+            if sock.write_all(&message(header, &payload)).is_err() {
+                break;
+            }
+        }
+        let _ = sock.shutdown(std::net::Shutdown::Both);
+        reading.join().unwrap();
+    }
+    let mut wire = runner.accept();
+    wire.open(1, ports[0], WIDE);
+    wire.data(1, b"well");
+    assert_eq!(wire.bytes(1, 4), b"well");
+    let said: Vec<_> = client.errors.try_iter().collect();
+    assert!(
+        !said.iter().any(|line| line.contains("panicked")),
+        "{said:?}"
+    );
+}

@@ -6,6 +6,7 @@ use std::io::{BufRead, BufReader, Read, Write};
 use std::os::unix::process::ExitStatusExt;
 use std::process::{Command, Stdio};
 
+use kohakuriver_tunnel::protocol::kind;
 use support::*;
 
 /// `run -- sh -c SCRIPT`, with no runner to be found.
@@ -156,6 +157,37 @@ fn the_tunnel_serves_beside_the_command() {
     drop(client.child.stdin.take());
     assert_eq!(wire.close_code(), 1001);
     assert_eq!(client.wait().code(), Some(3));
+}
+
+#[test]
+fn the_last_words_of_a_command_reach_the_user() {
+    let runner = Runner::new();
+    let port = free_port();
+    // Takes one connection, writes a lot, and ends at once.
+    let script = format!(
+        "import socket\ns = socket.create_server(('127.0.0.1', {port}))\nprint('ready', flush=True)\n\
+         c, _ = s.accept()\nc.sendall(b'w' * 1000000)"
+    );
+    let mut command = client_command(&runner.url());
+    command
+        .args(["run", "--", "python3", "-c", &script])
+        .stdout(Stdio::piped());
+    let mut client = Client::spawn(command);
+    let mut wire = runner.accept();
+    let mut lines = BufReader::new(client.child.stdout.take().unwrap()).lines();
+    assert_eq!(lines.next().unwrap().unwrap(), "ready");
+    wire.open(1, port, u64::MAX);
+    assert_eq!(wire.bytes(1, 1_000_000).len(), 1_000_000);
+    wire.expect(kind::EOF, 1);
+    assert_eq!(client.wait().code(), Some(0));
+}
+
+#[test]
+fn a_broken_pipe_ends_the_command_as_it_would_without_us() {
+    assert_eq!(
+        Client::spawn(run("kill -PIPE $$; exit 1")).wait().code(),
+        Some(128 + libc::SIGPIPE)
+    );
 }
 
 #[test]

@@ -324,7 +324,7 @@ pub struct Client {
 
 impl Client {
     pub fn start(runner: &Runner) -> Self {
-        Self::with(runner, &[] as &[&str])
+        Self::with(runner, &["--reconnect-delay", "0.02"])
     }
 
     pub fn with<S: AsRef<OsStr>>(runner: &Runner, args: &[S]) -> Self {
