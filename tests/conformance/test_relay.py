@@ -318,3 +318,25 @@ def test_an_event_comes_after_the_runs_before_it_and_before_what_is_behind_it(fr
     table.remove(1)
     assert walker.relay(buf, consumed, stop, table) == ([], None, stop)
     assert walker.unrouted == 1
+
+
+def test_a_last_fragment_of_no_bytes_makes_no_frame_and_an_empty_message_does(frame: Any) -> None:
+    table = table_of(frame, {1: ("anna", 70)})
+    head = twin.pack_header(3, 0, 1, 0)
+    fragments = b"\x02\x09" + head + b"x" + b"\x80\x00"
+    buf, start, stop = loaded(fragments)
+    walker = frame.RelayWalker(masked=False)
+    runs, _, consumed = walker.relay(buf, start, stop, table)
+    assert ([bytes(buf[a:b]) for _, a, b in runs], consumed) == ([twin.build_frame(3, 0, 70, 0, b"x")], stop)
+    buf, start, stop = loaded(b"\x82\x08" + head)
+    runs, _, consumed = walker.relay(buf, start, stop, table)
+    assert ([bytes(buf[a:b]) for _, a, b in runs], consumed) == ([twin.build_frame(3, 0, 70, 0)], stop)
+
+
+@pytest.mark.parametrize(("size", "runs"), [((16 << 10) - 12, 1), ((16 << 10) - 11, 2)])
+def test_frames_of_up_to_16_kib_are_moved_together(frame: Any, size: int, runs: int) -> None:
+    buf, start, stop = loaded(data(1, b"first"), data(1, bytes(size), 0))
+    found, _, consumed = frame.RelayWalker(masked=True).relay(buf, start, stop, table_of(frame, {1: ("anna", 70)}))
+    assert (len(found), consumed) == (runs, stop)
+    out = b"".join(bytes(buf[a:b]) for _, a, b in found)
+    assert out == twin.build_frame(3, 0, 70, 0, b"first") + twin.build_frame(3, 0, 70, 0, bytes(size))
