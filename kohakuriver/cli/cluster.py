@@ -96,7 +96,8 @@ async def _run_up(cluster: LocalCluster, json: bool) -> int:
     stopped: asyncio.Future[signal.Signals] = asyncio.get_running_loop().create_future()
     with caught(lambda number: None if stopped.done() else stopped.set_result(number)):
         starting = asyncio.ensure_future(cluster.start())
-        await _first_of(starting, stopped)
+        with output.working("Starting the host and the runner"):
+            await _first_of(starting, stopped)
         if not starting.done():
             starting.cancel()
             await asyncio.gather(starting, return_exceptions=True)

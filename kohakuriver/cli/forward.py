@@ -52,8 +52,8 @@ def register(app: typer.Typer) -> None:
     """Add the command to `app`."""
     app.command(
         cls=_WithCommand,
-        epilog="Examples: kohakuriver forward my-task 8888 · kohakuriver forward my-task 9999:8888 5060/udp · "
-        "kohakuriver forward my-task 0:5432 -- sh -c 'psql -p $KOHAKURIVER_PORT_5432'",
+        epilog="Examples:\n\nkohakuriver forward my-task 8888\n\nkohakuriver forward my-task 9999:8888 5060/udp\n\n"
+        "kohakuriver forward my-task 0:5432 -- sh -c 'psql -h 127.0.0.1 -p $KOHAKURIVER_PORT_5432'",
     )(forward)
 
 
@@ -97,7 +97,7 @@ def forward(
         from kohakuriver.cli.forward_view import view_for
 
         with view_for(task, json=json, beside_command=command is not None) as view:
-            forwarder = Forwarder(task, wanted, settings=settings, local_host=local_host, on_event=view.show)
+            forwarder = Forwarder(task, wanted, settings=settings, local_host=local_host, on_event=view.tell)
             return await _Running(forwarder, view, command).run()
 
     return run(main())
@@ -140,7 +140,6 @@ class _Running:
     async def run(self) -> int:
         """The exit code: the command's, or 0 when stopped. Raises KohakuRiverError when the forward can't go on."""
         reason = "stopped"
-        ticking = asyncio.ensure_future(self._tick())
         try:
             with caught(self._signalled):
                 return await self._opened_and_ended()
@@ -148,16 +147,19 @@ class _Running:
             reason = error.message
             raise
         finally:
-            ticking.cancel()
             await self._forwarder.close(reason)
 
     async def _opened_and_ended(self) -> int:
         if not await self._until_stopped(self._forwarder.start()):
             return 0
-        if self._command is None:
+        ticking = asyncio.ensure_future(self._tick())
+        try:
+            if self._command is not None:
+                return await self._run_command(self._command)
             await self._until_stopped(self._forwarder.wait())
             return 0
-        return await self._run_command(self._command)
+        finally:
+            ticking.cancel()
 
     async def _until_stopped(self, doing: Any) -> bool:
         """Whether `doing` came to its end before Ctrl-C or SIGTERM. What it raises is raised."""

@@ -34,6 +34,13 @@ class View:
     ) -> None:
         pass
 
+    def tell(self, event: Event) -> None:
+        """`show`, where it does no harm when nobody reads stdout any more: the forward goes on."""
+        try:
+            self.show(event)
+        except BrokenPipeError:
+            output.discard_stdout()
+
     def show(self, event: Event) -> None:
         raise NotImplementedError
 
@@ -53,7 +60,7 @@ class JsonView(View):
     def tick(self, stats: Stats) -> None:
         if stats != self._last:
             self._last = stats
-            self.show(stats)
+            self.tell(stats)
 
 
 class PlainView(View):

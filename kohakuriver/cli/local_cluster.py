@@ -185,6 +185,8 @@ class LocalCluster:
 
 def _lock(state_dir: Path) -> IO[str]:
     """An open file that marks `state_dir` as in use, until it is closed or this process is gone."""
+    if sys.platform == "win32":
+        raise KohakuRiverError("A cluster can't run on Windows; use one elsewhere with KOHAKURIVER_HOST.")
     import fcntl
 
     file = (state_dir / "up.lock").open("w", encoding="utf-8")

@@ -5,7 +5,6 @@ Starting must stay fast: nothing here, nor in the command modules, imports a hea
 
 from __future__ import annotations
 
-import os
 import signal
 import sys
 from collections.abc import Sequence
@@ -73,8 +72,7 @@ def _run(arguments: Sequence[str] | None) -> int:
     except KeyboardInterrupt:
         return 128 + signal.SIGINT
     except BrokenPipeError:
-        # Whoever read our output is gone, like `| head`: nothing is left to say, not even at exit.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        output.discard_stdout()
         return 1
     except OSError as error:
         output.error(f"{error.filename}: {error.strerror}." if error.filename else f"{error}.")

@@ -5,14 +5,28 @@ Results go to stdout; messages go to stderr. Rich is imported only where a termi
 
 from __future__ import annotations
 
+import contextlib
 import json
+import os
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from datetime import datetime, timezone
 from typing import IO, Any
 
-__all__ = ["age", "error", "fields", "is_terminal", "json_line", "line", "note", "size", "table"]
+__all__ = [
+    "age",
+    "discard_stdout",
+    "error",
+    "fields",
+    "is_terminal",
+    "json_line",
+    "line",
+    "note",
+    "size",
+    "table",
+    "working",
+]
 
 _GREEN = ("running", "online", "connected")
 _RED = ("failed", "lost", "offline")
@@ -43,6 +57,23 @@ def error(text: str) -> None:
     sentence = " ".join(text.split()) or "It failed for a reason that nobody named."
     prefix = "\033[1;31mError:\033[0m" if is_terminal(sys.stderr) else "Error:"
     note(f"{prefix} {sentence}")
+
+
+def discard_stdout() -> None:
+    """Throw away what is still to come on stdout: whoever read it is gone, as after `| head`."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+@contextlib.contextmanager
+def working(text: str) -> Iterator[None]:
+    """Show on a terminal that something takes its time; elsewhere nothing."""
+    if not is_terminal(sys.stderr):
+        yield
+        return
+    from rich.console import Console
+
+    with Console(stderr=True).status(text, spinner="line"):
+        yield
 
 
 def table(headings: Sequence[str], rows: Sequence[Sequence[str]]) -> None:

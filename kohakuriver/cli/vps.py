@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from enum import Enum
 from typing import TYPE_CHECKING, Annotated
 
@@ -129,9 +128,8 @@ def adopt(
 async def _settled(client: HostClient, task: Task, *, wait: bool, timeout: float) -> Task:
     if not wait:
         return task
-    if output.is_terminal(sys.stderr):
-        output.note(f"Task {task.task_id} ({task.name}) on {task.node}: waiting for its tunnel ...")
-    return await client.wait(str(task.task_id), timeout=timeout)
+    with output.working(f"Task {task.task_id} ({task.name}) on {task.node}: waiting for its tunnel"):
+        return await client.wait(str(task.task_id), timeout=timeout)
 
 
 def _print_id(task: Task, json: bool) -> None:

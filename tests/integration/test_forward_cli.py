@@ -3,17 +3,22 @@
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import json
 import os
+import re
 import signal
 import socket
+import struct
+import subprocess
 import sys
+import termios
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
-from tests.cluster import Cluster, Service, broken, connect, echoes
+from tests.programs import PROGRAM, TIMEOUT, Cluster, Service, broken, connect, echoes
 
 
 @pytest.fixture(scope="module")
@@ -254,7 +259,10 @@ def test_a_command_may_have_options_that_look_like_ours(cluster: Cluster, servic
 
 
 def test_a_command_gets_the_signals(cluster: Cluster, service: Service) -> None:
-    code = "import signal, sys\nsignal.signal(signal.SIGTERM, lambda *a: sys.exit(7))\nprint('up', flush=True)\nsignal.pause()"
+    code = (
+        "import signal, sys; signal.signal(signal.SIGTERM, lambda *a: sys.exit(7))\n"
+        "print('up', flush=True); signal.pause()"
+    )
     forward = cluster.start("forward", service.task, f"0:{service.port}", "--", sys.executable, "-c", code)
     forward.line("up")
     assert forward.stop(signal.SIGTERM) == 7
@@ -276,6 +284,79 @@ def test_a_command_is_not_run_when_the_forward_can_not_be_opened(cluster: Cluste
     done = cluster.run("forward", "nobody", "0:80", "--", "touch", str(tmp_path / "ran"))
     assert done.returncode == 3
     assert not (tmp_path / "ran").exists()
+
+
+class Terminal:
+    """A command on a terminal of its own."""
+
+    def __init__(self, cluster: Cluster, *arguments: str) -> None:
+        self._master, slave = os.openpty()
+        fcntl.ioctl(slave, termios.TIOCSWINSZ, struct.pack("HHHH", 24, 200, 0, 0))
+        self.process = subprocess.Popen(
+            [*PROGRAM, *arguments],
+            env={**cluster.environment, "TERM": "xterm"},
+            stdin=slave,
+            stdout=slave,
+            stderr=slave,
+            start_new_session=True,
+            preexec_fn=lambda: fcntl.ioctl(0, termios.TIOCSCTTY),
+        )
+        os.close(slave)
+        self._seen = b""
+
+    def until(self, pattern: bytes) -> re.Match[bytes]:
+        while not (found := re.search(pattern, self._seen)):
+            more = os.read(self._master, 65536)
+            assert more
+            self._seen += more
+        return found
+
+    def press(self, keys: bytes) -> None:
+        os.write(self._master, keys)
+
+    def ended(self) -> int:
+        with contextlib.suppress(OSError):  # EIO: nobody has the other side open any more
+            while os.read(self._master, 65536):
+                pass
+        os.close(self._master)
+        return self.process.wait(TIMEOUT)
+
+
+def test_a_terminal_shows_a_live_line_below_the_forwarding_line(cluster: Cluster, service: Service) -> None:
+    terminal = Terminal(cluster, "forward", service.task, f"0:{service.port}")
+    port = int(terminal.until(rb"Forwarding 127\.0\.0\.1:(\d+) -> ")[1])
+    with connect(port) as connection:
+        assert echoes(connection)
+        terminal.until(rb"1 open, 1 so far")
+    terminal.press(b"\x03")
+    assert terminal.ended() == 0
+
+
+def test_ctrl_c_on_a_terminal_is_the_commands_to_answer(cluster: Cluster, service: Service) -> None:
+    code = "import signal, sys; signal.signal(signal.SIGINT, lambda *a: sys.exit(5)); print('up'); signal.pause()"
+    terminal = Terminal(cluster, "forward", service.task, f"0:{service.port}", "--", sys.executable, "-u", "-c", code)
+    terminal.until(rb"up\r\n")
+    terminal.press(b"\x03")
+    assert terminal.ended() == 5
+
+
+def test_a_reader_of_its_output_that_goes_away_does_not_end_a_forward(
+    cluster: Cluster, service: Service, dead_port: int
+) -> None:
+    forward = subprocess.Popen(
+        [*PROGRAM, "forward", service.task, f"0:{service.port}", f"0:{dead_port}", "--json"],
+        env=cluster.environment,
+        stdout=subprocess.PIPE,
+    )
+    assert forward.stdout is not None
+    _connected, good, dead = (json.loads(forward.stdout.readline()) for _ in range(3))
+    forward.stdout.close()
+    with connect(dead["local_port"]) as connection:
+        assert broken(connection)  # an event that nobody can be told of
+    with connect(good["local_port"]) as connection:
+        assert echoes(connection)
+    forward.terminate()
+    assert forward.wait(TIMEOUT) == 0
 
 
 def test_it_listens_where_it_is_told_to(cluster: Cluster, service: Service) -> None:

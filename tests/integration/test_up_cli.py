@@ -12,7 +12,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from tests.cluster import TIMEOUT, Apart, Cluster, Program, broken, connect, echoes
+from tests.programs import TIMEOUT, Apart, Cluster, Program, broken, connect, echoes
 
 
 @pytest.fixture(scope="module")
@@ -144,6 +144,12 @@ def test_a_machine_that_the_runner_reaches_can_be_adopted(cluster: Cluster) -> N
     with connect(forward.listening()) as connection:
         assert echoes(connection)
     assert forward.stop() == 0
+
+
+def test_completion_offers_the_names_of_tasks(cluster: Cluster) -> None:
+    cluster.succeed("vps", "create", "--backend", "process", "--name", "complete-me")
+    words = {"_KOHAKURIVER_COMPLETE": "complete_bash", "COMP_WORDS": "kohakuriver forward compl", "COMP_CWORD": "2"}
+    assert cluster.run(**words).stdout.split() == ["complete-me"]
 
 
 def test_json_output_is_one_object_on_stdout(cluster: Cluster) -> None:

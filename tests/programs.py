@@ -1,0 +1,235 @@
+"""Real programs, driven from outside: `kohakuriver up`, its commands, and tasks whose services tests talk to."""
+
+from __future__ import annotations
+
+import json
+import os
+import queue
+import signal
+import socket
+import subprocess
+import sys
+import threading
+from pathlib import Path
+from typing import IO, Any
+
+TIMEOUT = 30.0
+PROGRAM = [sys.executable, "-m", "kohakuriver"]
+
+# Echoes TCP on one port and UDP on the same, tells where through a FIFO, and keeps the port over a restart.
+SERVICE = """
+import os, pathlib, socket, sys, threading
+directory = pathlib.Path(sys.argv[1])
+kept = directory / "port"
+listener = socket.create_server(("127.0.0.1", int(kept.read_text()) if kept.exists() else 0), backlog=1024)
+port = listener.getsockname()[1]
+kept.write_text(str(port))
+datagrams = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
+datagrams.bind(("127.0.0.1", port))
+
+def echo_datagrams():
+    while True:
+        data, address = datagrams.recvfrom(65536)
+        datagrams.sendto(data, address)
+
+def echo(connection):
+    with connection:
+        try:
+            while data := connection.recv(65536):
+                connection.sendall(data)
+        except OSError:
+            pass
+
+threading.Thread(target=echo_datagrams, daemon=True).start()
+with open(directory / "started", "w") as fifo:
+    fifo.write(f"{port} {os.getppid()}\\n")
+while True:
+    threading.Thread(target=echo, args=(listener.accept()[0],), daemon=True).start()
+"""
+
+
+class Program:
+    """One running `kohakuriver` command, whose output can be waited for line by line."""
+
+    def __init__(self, *arguments: str, environment: dict[str, str]) -> None:
+        self.process = subprocess.Popen(
+            [*PROGRAM, *arguments], env=environment, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE, text=True,
+        )  # fmt: skip
+        self.out: queue.Queue[str | None] = queue.Queue()
+        self.err: queue.Queue[str | None] = queue.Queue()
+        assert self.process.stdout is not None
+        assert self.process.stderr is not None
+        self._readers = [
+            threading.Thread(target=_read, args=(self.process.stdout, self.out)),
+            threading.Thread(target=_read, args=(self.process.stderr, self.err)),
+        ]
+        for reader in self._readers:
+            reader.start()
+
+    def line(self, containing: str, *, err: bool = False) -> str:
+        """The next line of stdout (or stderr) that contains a text."""
+        while True:
+            line = (self.err if err else self.out).get(timeout=TIMEOUT)
+            if line is None:
+                raise AssertionError(f"it ended ({self.process.wait()}) before it said {containing!r}")
+            if containing in line:
+                return line
+
+    def event(self, name: str) -> dict[str, Any]:
+        """The next event of this name; every line until there must be one JSON object."""
+        while True:
+            event: dict[str, Any] = json.loads(self.line(""))
+            if event["event"] == name:
+                return event
+
+    def listening(self) -> int:
+        """The local port of the next `listening` event."""
+        port: int = self.event("listening")["local_port"]
+        return port
+
+    def rest(self, *, err: bool = False) -> list[str]:
+        """All lines that are left, to the end of the program's output."""
+        lines = []
+        while (line := (self.err if err else self.out).get(timeout=TIMEOUT)) is not None:
+            lines.append(line)
+        return lines
+
+    def ended(self) -> int:
+        """Wait for its end; the exit code."""
+        code = self.process.wait(TIMEOUT)
+        for reader in self._readers:
+            reader.join()
+        for stream in (self.process.stdout, self.process.stderr):
+            assert stream is not None
+            stream.close()
+        return code
+
+    def stop(self, number: signal.Signals = signal.SIGTERM) -> int:
+        """Send a signal and wait for the end; the exit code."""
+        if self.process.poll() is None:
+            self.process.send_signal(number)
+        return self.ended()
+
+
+def _read(stream: IO[str], into: queue.Queue[str | None]) -> None:
+    for line in stream:
+        into.put(line.rstrip("\n"))
+    into.put(None)
+
+
+class Service:
+    """A task that echoes on `port`. `tunnel_client` is the process id of the tunnel client that started it."""
+
+    def __init__(self, task: str, directory: Path) -> None:
+        self.task = task
+        self._directory = directory
+        self.port = 0
+        self.tunnel_client = 0
+
+    def wait_started(self) -> None:
+        """Wait until the service has been started once more since the last time."""
+        with (self._directory / "started").open() as fifo:
+            self.port, self.tunnel_client = map(int, fifo.readline().split())
+
+
+class Commands:
+    """The commands of one user, with settings in a directory of their own, and whatever a test starts."""
+
+    def __init__(self, directory: Path) -> None:
+        self.directory = directory
+        kept = ("KOHAKURIVER_LOOP", "KOHAKURIVER_TUNNEL_CLIENT")
+        inherited = {k: v for k, v in os.environ.items() if not k.startswith("KOHAKURIVER_") or k in kept}
+        self.environment = {**inherited, "KOHAKURIVER_CONFIG_DIR": str(directory)}
+        self._programs: list[Program] = []
+        self._services = 0
+
+    def start(self, *arguments: str, **environment: str) -> Program:
+        """Start a command; it is ended with the others, if not before."""
+        program = Program(*arguments, environment={**self.environment, **environment})
+        self._programs.append(program)
+        return program
+
+    def run(self, *arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
+        """Run a command to its end."""
+        return subprocess.run(
+            [*PROGRAM, *arguments], env={**self.environment, **environment}, stdin=subprocess.DEVNULL,
+            capture_output=True, text=True, timeout=TIMEOUT,
+        )  # fmt: skip
+
+    def succeed(self, *arguments: str) -> str:
+        """Run a command that must succeed; its stdout."""
+        done = self.run(*arguments)
+        assert done.returncode == 0, done.stderr
+        return done.stdout
+
+    def service(self) -> Service:
+        """A new task that echoes, started."""
+        self._services += 1
+        directory = self.directory / f"service{self._services}"
+        directory.mkdir()
+        os.mkfifo(directory / "started")
+        command = [sys.executable, "-c", SERVICE, str(directory)]
+        created = self.succeed("vps", "create", "--json", "--backend", "process", "--", *command)
+        service = Service(json.loads(created)["name"], directory)
+        service.wait_started()
+        return service
+
+    def close(self) -> None:
+        """End everything; what was started first goes last."""
+        for program in reversed(self._programs):
+            program.stop()
+
+
+class Cluster(Commands):
+    """A host and a runner by `kohakuriver up`."""
+
+    def __init__(self, directory: Path, *options: str) -> None:
+        super().__init__(directory)
+        self.up = self.start("up", "--json", "--host-port=0", "--runner-port=0", "--ssh-port=0", *options)
+        self.ready = self.up.event("ready")
+
+
+class Apart(Commands):
+    """A host and a runner started one by one, so that one of them can be killed and started again."""
+
+    def __init__(self, directory: Path) -> None:
+        super().__init__(directory)
+        self._host_port = 0
+        self.start_host()
+        self.environment["KOHAKURIVER_TOKEN"] = (directory / "host" / "admin-token").read_text().strip()
+        node_token = f"--node-token-file={directory / 'host' / 'node-token'}"
+        options = [f"--host-url={self.url}", node_token, "--backend=process"]
+        self.runner = self.start("runner", "--json", "--bind=127.0.0.1", "--port=0", *options)
+        self.runner.event("ready")
+
+    def start_host(self) -> None:
+        """Start the host; the second time on the port that it had."""
+        self.host = self.start("host", "--json", "--bind=127.0.0.1", f"--port={self._host_port}")
+        self.url: str = self.host.event("ready")["url"]
+        self._host_port = int(self.url.rpartition(":")[2])
+        self.environment["KOHAKURIVER_HOST"] = self.url
+
+
+def connect(port: int) -> socket.socket:
+    """A connection to a local port that fails rather than hangs."""
+    return socket.create_connection(("127.0.0.1", port), timeout=TIMEOUT)
+
+
+def echoes(connection: socket.socket, data: bytes = b"hello") -> bool:
+    """Whether what is sent comes back."""
+    connection.sendall(data)
+    got = b""
+    while len(got) < len(data) and (more := connection.recv(65536)):
+        got += more
+    return got == data
+
+
+def broken(connection: socket.socket) -> bool:
+    """Wait for the end of a connection; whether it ended by a reset, not in good order."""
+    try:
+        while connection.recv(65536):
+            pass
+    except ConnectionError:
+        return True
+    return False
