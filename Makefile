@@ -8,6 +8,7 @@ BIN := $(VENV)/bin
 STAMPS := $(VENV)/.stamps
 CRATE := kohakuriver-tunnel
 PYTEST_ARGS ?=
+PIP_INSTALL := PYTHONWARNINGS=ignore $(BIN)/python -m pip install -q --disable-pip-version-check
 
 CRATE_SOURCES := $(shell find $(CRATE)/src $(CRATE)/.cargo $(CRATE)/Cargo.toml $(CRATE)/Cargo.lock -type f 2>/dev/null)
 
@@ -20,39 +21,39 @@ help: ## this list
 demo: install ## a small cluster on this machine, a task with a web page, and a forward to it; until Ctrl-C
 	$(BIN)/kohakuriver demo
 
-test: install $(STAMPS)/test ## the whole suite but the browser tests (those: make e2e)
+test: install ## the whole suite but the browser tests (those: make e2e)
 	scripts/system-packages test
 	scripts/with-engine $(BIN)/python -m pytest tests --ignore=tests/e2e $(PYTEST_ARGS)
 
-test-asyncio: install $(STAMPS)/test ## the same suite on the standard library's event loop
+test-asyncio: install ## the same suite on the standard library's event loop
 	scripts/system-packages test
 	KOHAKURIVER_LOOP=asyncio scripts/with-engine $(BIN)/python -m pytest tests --ignore=tests/e2e $(PYTEST_ARGS)
 
 test-rust: ## the tunnel client's own tests
 	cd $(CRATE) && cargo test --locked
 
-e2e: install $(STAMPS)/test $(STAMPS)/e2e ## JupyterLab and TensorBoard through a forward, in a real browser
+e2e: install $(STAMPS)/e2e ## JupyterLab and TensorBoard through a forward, in a real browser
 	scripts/system-packages test e2e
 	scripts/with-engine $(BIN)/python -m pytest tests/e2e $(PYTEST_ARGS)
 
-lint: install $(STAMPS)/test $(STAMPS)/lint ## ruff, mypy, stubs against the extension, rustfmt, clippy
+lint: install ## ruff, mypy, stubs against the extension, rustfmt, clippy
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/python -m mypy.stubtest kohakuriver._frame
 	cd $(CRATE) && cargo fmt --check && cargo clippy --locked --all-targets -- -D warnings
 
-bench: install $(STAMPS)/test ## micro benchmarks, then the whole chain beside its baselines: table, JSON, plot
+bench: install ## micro benchmarks, then the whole chain beside its baselines: table, JSON, plot
 	scripts/system-packages bench
 	mkdir -p bench/results
 	$(BIN)/python -m pytest bench --benchmark-json=bench/results/micro.json $(PYTEST_ARGS)
 	$(BIN)/python -m bench.chain --kohakuriver $(BIN)/kohakuriver --output bench/results
 
-bench-gate: install $(STAMPS)/test ## the ratios of bench/gates.toml, as CI checks them
+bench-gate: install ## the ratios of bench/gates.toml, as CI checks them
 	scripts/system-packages bench
 	$(BIN)/python -m bench.chain --kohakuriver $(BIN)/kohakuriver --gate bench/gates.toml
 
-build: install $(STAMPS)/build ## sdist and wheel in dist/
+build: install ## sdist and wheel in dist/
 	rm -rf dist
 	$(BIN)/python -m build
 
@@ -66,16 +67,16 @@ install: $(STAMPS)/package $(STAMPS)/extension $(STAMPS)/client
 $(STAMPS)/venv:
 	PYTHON=$(PYTHON) scripts/system-packages build
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install -q --disable-pip-version-check --upgrade pip 'setuptools>=77' 'cython>=3.1'
+	$(PIP_INSTALL) --upgrade pip 'setuptools>=77' 'cython>=3.1'
 	mkdir -p $(STAMPS)
 	touch $@
 
-# The compiled parts have stamps of their own: installing again would not be needed for a changed source file.
+# The compiled parts have stamps of their own: a changed source file needs no new installation.
 $(STAMPS)/package: $(STAMPS)/venv pyproject.toml setup.py
-	KOHAKURIVER_SKIP_CARGO=1 $(BIN)/python -m pip install -q --disable-pip-version-check --no-build-isolation -e .
+	KOHAKURIVER_SKIP_CARGO=1 $(PIP_INSTALL) --no-build-isolation -e '.[dev]'
 	touch $@
 
-$(STAMPS)/extension: $(STAMPS)/venv setup.py $(wildcard kohakuriver/*.pyx kohakuriver/*.pxd)
+$(STAMPS)/extension: $(STAMPS)/package setup.py $(wildcard kohakuriver/*.pyx kohakuriver/*.pxd)
 	$(BIN)/python setup.py -q build_ext --inplace
 	touch $@
 
@@ -83,6 +84,6 @@ $(STAMPS)/client: $(STAMPS)/venv setup.py $(CRATE_SOURCES)
 	$(BIN)/python setup.py -q build_tunnel_client --inplace
 	touch $@
 
-$(STAMPS)/test $(STAMPS)/e2e $(STAMPS)/lint $(STAMPS)/build: $(STAMPS)/package
-	KOHAKURIVER_SKIP_CARGO=1 $(BIN)/python -m pip install -q --disable-pip-version-check --no-build-isolation -e '.[$(@F)]'
+$(STAMPS)/e2e: $(STAMPS)/package
+	KOHAKURIVER_SKIP_CARGO=1 $(PIP_INSTALL) --no-build-isolation -e '.[e2e]'
 	touch $@

@@ -146,7 +146,7 @@ def check_gates(
         if not all(
             gate.holds(results.ratio(gate.measure, gate.baseline)) for gate in gates if gate.measure in measures
         ):
-            print(f"{run}: below its gate or close to it; measuring again", flush=True)
+            print(f"{run}: misses its gate; measuring again", flush=True)
             measure_in_turns(results, run, contenders, 2 * rounds, seconds)
     good = True
     for gate in gates:
