@@ -7,6 +7,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMPS := $(VENV)/.stamps
 CRATE := kohakuriver-tunnel
+TESTS ?= tests --ignore=tests/e2e
 PYTEST_ARGS ?=
 PIP_INSTALL := PYTHONWARNINGS=ignore $(BIN)/python -m pip install -q --disable-pip-version-check
 
@@ -23,11 +24,11 @@ demo: install ## a small cluster on this machine, a task with a web page, and a 
 
 test: install ## the whole suite but the browser tests (those: make e2e)
 	scripts/system-packages test
-	scripts/with-engine $(BIN)/python -m pytest tests --ignore=tests/e2e $(PYTEST_ARGS)
+	scripts/with-engine $(BIN)/python -m pytest $(TESTS) $(PYTEST_ARGS)
 
 test-asyncio: install ## the same suite on the standard library's event loop
 	scripts/system-packages test
-	KOHAKURIVER_LOOP=asyncio scripts/with-engine $(BIN)/python -m pytest tests --ignore=tests/e2e $(PYTEST_ARGS)
+	KOHAKURIVER_LOOP=asyncio scripts/with-engine $(BIN)/python -m pytest $(TESTS) $(PYTEST_ARGS)
 
 test-rust: ## the tunnel client's own tests
 	cd $(CRATE) && cargo test --locked
