@@ -28,6 +28,7 @@ from kohakuriver.tunnel.protocol import (
     PING,
     PONG,
     WINDOW,
+    CloseCode,
     Message,
 )
 from kohakuriver.tunnel.server import TunnelRoute, UpgradeRequest, greet
@@ -38,7 +39,7 @@ MAX_CONTROL = 1 << 20
 V1_BACKLOG = 1 << 20
 # A v2 session's windows are at most 64 MiB, so more than this waiting means that the container ignores them.
 V2_BACKLOG = 96 << 20
-REPLACED, RENEGOTIATE = 4000, 1012
+RENEGOTIATE = 1012
 
 log = structlog.get_logger("kohakuriver.tunnel")
 A = TypeVar("A", bound="Side")
@@ -193,7 +194,7 @@ class Tunnel(Side):
         pass  # the sessions that wait are the link's waiters
 
     def link_closed(self, link: Link, code: int, reason: str) -> None:
-        self.server.tunnel_closed(self, reason or f"closed with code {code}")
+        self.server.tunnel_closed(self, reason or "its tunnel client is gone")
 
 
 class Session(Side):
@@ -372,7 +373,7 @@ class TunnelServer:
         self.tunnels[tunnel.container] = tunnel
         if old is not None:
             self._end_streams(old, "it was replaced by a newer one")
-            old.link.close(REPLACED, "replaced by a newer tunnel of this container")
+            old.link.close(CloseCode.REPLACED, "replaced by a newer tunnel of this container")
         for session in [s for s in self.sessions if s.container == tunnel.container and s.version > tunnel.version]:
             session.link.close(RENEGOTIATE, "the container's new tunnel client speaks an older version")
         log.info("tunnel connected", container=tunnel.container, version=tunnel.version, peer=tunnel.link.label)

@@ -10,7 +10,6 @@ from __future__ import annotations
 import asyncio
 import os
 import socket
-import struct
 import sys
 import threading
 from collections import deque
@@ -29,7 +28,7 @@ from kohakuriver._frame import (
     MaskKeys,
     build_ws,
 )
-from kohakuriver.tunnel.protocol import OP_CLOSE, OP_PING, OP_PONG, Message
+from kohakuriver.tunnel.protocol import OP_CLOSE, Message, parse_ws_close, ws_close, ws_ping, ws_pong
 
 RECEIVE_SIZE = 1 << 20
 IDLE_PING = 15.0
@@ -231,8 +230,7 @@ class Link(asyncio.BufferedProtocol):
         if self.mid_frame:  # a close frame can't stand inside another frame
             self._finish()
         else:
-            payload = struct.pack(">H", code) + reason.encode()[:120]
-            self._enqueue(build_ws(OP_CLOSE, payload, self._key()))
+            self._enqueue(ws_close(code, reason, self._key()))
         self._reset_timer(CLOSE_WAIT, self.abort)
 
     def _finish(self) -> None:
@@ -301,22 +299,21 @@ class Link(asyncio.BufferedProtocol):
         """Answer a WebSocket control frame that the walker handed out as a message."""
         kind, start, stop = message[0], message[4], message[5]
         if kind == WS_PING:
-            self.post(build_ws(OP_PONG, bytes(self.buffer.view[start:stop]), self._key()))
+            self.post(ws_pong(self.buffer.view[start:stop], self._key()))
         elif kind == WS_CLOSE:
             self._peer_closes(bytes(self.buffer.view[start:stop]))
         elif kind == WS_TEXT:
             raise FrameViolation(1003, "text where a binary message is due")
 
     def _peer_closes(self, payload: bytes) -> None:
+        code, reason = parse_ws_close(payload)
         if not self.closing:
-            if len(payload) >= 2:
-                self.close_code = int.from_bytes(payload[:2], "big")
-                self.close_reason = payload[2:].decode("utf-8", "replace")
-            else:
-                self.close_code = 1005
+            self.close_code, self.close_reason = code, reason
             self.closing = True
             if not self.mid_frame:
-                self._enqueue(build_ws(OP_CLOSE, payload[:2], self._key()))
+                # NO_CODE may not be on the wire: the answer to an empty close frame is an empty one.
+                answer = build_ws(OP_CLOSE, b"", self._key()) if not payload else ws_close(code, "", self._key())
+                self._enqueue(answer)
         self._reset_timer(CLOSE_WAIT, self.abort)
         self._finish()
 
@@ -449,7 +446,7 @@ class Link(asyncio.BufferedProtocol):
         self._ping_sent = None
         if idle >= IDLE_PING:
             self._ping_sent = now
-            self.post(build_ws(OP_PING, b"", self._key()))
+            self.post(ws_ping(key=self._key()))
             self._reset_timer(PONG_WAIT, self._keepalive)
         else:
             self._reset_timer(IDLE_PING - idle, self._keepalive)

@@ -15,6 +15,8 @@ MIN_WINDOW = 4 * 1024
 SESSION_BUDGET = 64 * 1024 * 1024
 # A window grows only while that pays: this much more throughput than the best seen with a smaller one.
 WORTHWHILE = 1.1
+# While it does not, PINGs get rarer, to one in this many bytes: each one costs every hop two small frames.
+RAREST_PING = 64 * 1024 * 1024
 
 
 class State(enum.Enum):
@@ -122,7 +124,18 @@ class ReceiveWindow:
     size follows the bandwidth-delay product: the bytes that arrive between a PING and its PONG.
     """
 
-    __slots__ = ("_best", "_budget", "_ping_at", "_ping_from", "_pinged", "consumed", "granted", "received", "size")
+    __slots__ = (
+        "_best",
+        "_budget",
+        "_pause",
+        "_ping_at",
+        "_ping_from",
+        "_pinged",
+        "consumed",
+        "granted",
+        "received",
+        "size",
+    )
 
     def __init__(self, budget: Budget) -> None:
         self._budget = budget
@@ -131,6 +144,7 @@ class ReceiveWindow:
         self.consumed = 0
         self.granted = self.size
         self._best = 0.0
+        self._pause = self.size // 4  # bytes between the end of one PING and the next
         self._pinged = False
         self._ping_from = 0
         self._ping_at = 0.0
@@ -154,7 +168,7 @@ class ReceiveWindow:
 
     def wants_ping(self, now: float) -> bool:
         """Whether a PING is due (seconds on any steady clock); the caller sends it then."""
-        if self._pinged or self.size >= self._budget.cap or self.received - self._ping_from < self.size // 4:
+        if self._pinged or self.size >= self._budget.cap or self.received - self._ping_from < self._pause:
             return False
         self._pinged = True
         self._ping_from = self.received
@@ -172,8 +186,10 @@ class ReceiveWindow:
         pays = rate > WORTHWHILE * self._best
         self._best = max(self._best, rate)
         if not pays or sample * 3 < self.size * 2:
+            self._pause = min(2 * self._pause, RAREST_PING)
             return None
         self.size = self._budget.grow(self.size)
+        self._pause = self.size // 4
         return self._grant()
 
     def close(self) -> None:
