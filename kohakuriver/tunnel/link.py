@@ -299,7 +299,7 @@ class Link(asyncio.BufferedProtocol):
         """Answer a WebSocket control frame that the walker handed out as a message."""
         kind, start, stop = message[0], message[4], message[5]
         if kind == WS_PING:
-            self.post(ws_pong(self.buffer.view[start:stop], self._key()))
+            self.post(ws_pong(bytes(self.buffer.view[start:stop]), self._key()))
         elif kind == WS_CLOSE:
             self._peer_closes(bytes(self.buffer.view[start:stop]))
         elif kind == WS_TEXT:
