@@ -1,235 +1,181 @@
-"""Real programs, driven from outside: `kohakuriver up`, its commands, and tasks whose services tests talk to."""
+"""A host and runners as the programs that they are, each in a process of its own."""
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
-import queue
 import signal
 import socket
 import subprocess
 import sys
-import threading
+import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import IO, Any
+from typing import Any, TypeVar
 
-TIMEOUT = 30.0
-PROGRAM = [sys.executable, "-m", "kohakuriver"]
+import httpx
 
-# Echoes TCP on one port and UDP on the same, tells where through a FIFO, and keeps the port over a restart.
-SERVICE = """
-import os, pathlib, socket, sys, threading
-directory = pathlib.Path(sys.argv[1])
-kept = directory / "port"
-listener = socket.create_server(("127.0.0.1", int(kept.read_text()) if kept.exists() else 0), backlog=1024)
-port = listener.getsockname()[1]
-kept.write_text(str(port))
-datagrams = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
-datagrams.bind(("127.0.0.1", port))
+import kohakuriver
+from kohakuriver.forwarding import ForwardSync
+from tests.chain import binary
 
-def echo_datagrams():
+T = TypeVar("T")
+
+PATIENCE = 20.0
+"""Seconds after which what was waited for is taken not to happen."""
+
+
+def eventually(look: Callable[[], T | None], *, within: float = PATIENCE) -> T:
+    """What `look` returns, once that is not None or False."""
+    deadline = time.monotonic() + within
     while True:
-        data, address = datagrams.recvfrom(65536)
-        datagrams.sendto(data, address)
-
-def echo(connection):
-    with connection:
-        try:
-            while data := connection.recv(65536):
-                connection.sendall(data)
-        except OSError:
-            pass
-
-threading.Thread(target=echo_datagrams, daemon=True).start()
-with open(directory / "started", "w") as fifo:
-    fifo.write(f"{port} {os.getppid()}\\n")
-while True:
-    threading.Thread(target=echo, args=(listener.accept()[0],), daemon=True).start()
-"""
+        seen = look()
+        if seen is not None and seen is not False:
+            return seen
+        assert time.monotonic() < deadline, "it did not happen"
+        time.sleep(0.01)
 
 
 class Program:
-    """One running `kohakuriver` command, whose output can be waited for line by line."""
+    """`kohakuriver host` or `kohakuriver runner`, ready."""
 
-    def __init__(self, *arguments: str, environment: dict[str, str]) -> None:
-        self.process = subprocess.Popen(
-            [*PROGRAM, *arguments], env=environment, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE, text=True,
-        )  # fmt: skip
-        self.out: queue.Queue[str | None] = queue.Queue()
-        self.err: queue.Queue[str | None] = queue.Queue()
+    def __init__(self, log: Path, *arguments: str, env: dict[str, str] | None = None) -> None:
+        self.log = log
+        with log.open("ab") as errors:
+            self.process = subprocess.Popen(
+                [sys.executable, "-m", "kohakuriver", *arguments, "--json"],
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.PIPE,
+                stderr=errors,
+                env={**os.environ, "KOHAKURIVER_TUNNEL_CLIENT": str(binary()), **(env or {})},
+                text=True,
+            )
         assert self.process.stdout is not None
-        assert self.process.stderr is not None
-        self._readers = [
-            threading.Thread(target=_read, args=(self.process.stdout, self.out)),
-            threading.Thread(target=_read, args=(self.process.stderr, self.err)),
-        ]
-        for reader in self._readers:
-            reader.start()
+        line = self.process.stdout.readline()
+        assert line, f"{arguments[0]} did not start: {log.read_text()}"
+        self.ready: dict[str, Any] = json.loads(line)
 
-    def line(self, containing: str, *, err: bool = False) -> str:
-        """The next line of stdout (or stderr) that contains a text."""
-        while True:
-            line = (self.err if err else self.out).get(timeout=TIMEOUT)
-            if line is None:
-                raise AssertionError(f"it ended ({self.process.wait()}) before it said {containing!r}")
-            if containing in line:
-                return line
+    @property
+    def pid(self) -> int:
+        return self.process.pid
 
-    def event(self, name: str) -> dict[str, Any]:
-        """The next event of this name; every line until there must be one JSON object."""
-        while True:
-            event: dict[str, Any] = json.loads(self.line(""))
-            if event["event"] == name:
-                return event
-
-    def listening(self) -> int:
-        """The local port of the next `listening` event."""
-        port: int = self.event("listening")["local_port"]
-        return port
-
-    def rest(self, *, err: bool = False) -> list[str]:
-        """All lines that are left, to the end of the program's output."""
-        lines = []
-        while (line := (self.err if err else self.out).get(timeout=TIMEOUT)) is not None:
-            lines.append(line)
-        return lines
-
-    def ended(self) -> int:
-        """Wait for its end; the exit code."""
-        code = self.process.wait(TIMEOUT)
-        for reader in self._readers:
-            reader.join()
-        for stream in (self.process.stdout, self.process.stderr):
-            assert stream is not None
-            stream.close()
-        return code
-
-    def stop(self, number: signal.Signals = signal.SIGTERM) -> int:
-        """Send a signal and wait for the end; the exit code."""
-        if self.process.poll() is None:
-            self.process.send_signal(number)
-        return self.ended()
+    def end(self, number: signal.Signals = signal.SIGTERM) -> int:
+        """Send a signal, and wait for the end; the exit code."""
+        self.process.send_signal(number)
+        with self.process:
+            return self.process.wait(PATIENCE)
 
 
-def _read(stream: IO[str], into: queue.Queue[str | None]) -> None:
-    for line in stream:
-        into.put(line.rstrip("\n"))
-    into.put(None)
-
-
-class Service:
-    """A task that echoes on `port`. `tunnel_client` is the process id of the tunnel client that started it."""
-
-    def __init__(self, task: str, directory: Path) -> None:
-        self.task = task
-        self._directory = directory
-        self.port = 0
-        self.tunnel_client = 0
-
-    def wait_started(self) -> None:
-        """Wait until the service has been started once more since the last time."""
-        with (self._directory / "started").open() as fifo:
-            self.port, self.tunnel_client = map(int, fifo.readline().split())
-
-
-class Commands:
-    """The commands of one user, with settings in a directory of their own, and whatever a test starts."""
+class Cluster:
+    """One host and its runners, with state in `directory`. Names of nodes are the names of runners here."""
 
     def __init__(self, directory: Path) -> None:
         self.directory = directory
-        kept = ("KOHAKURIVER_LOOP", "KOHAKURIVER_TUNNEL_CLIENT")
-        inherited = {k: v for k, v in os.environ.items() if not k.startswith("KOHAKURIVER_") or k in kept}
-        self.environment = {**inherited, "KOHAKURIVER_CONFIG_DIR": str(directory)}
-        self._programs: list[Program] = []
-        self._services = 0
+        self.host_state = directory / "host"
+        self.runners: dict[str, Program] = {}
+        self.host = self.start_host()
+        self.url: str = self.host.ready["url"]
+        self.token = (self.host_state / "admin-token").read_text().strip()
+        headers = {"Authorization": f"Bearer {self.token}"}
+        self.http = httpx.Client(base_url=self.url, headers=headers, timeout=60, trust_env=False, verify=False)
 
-    def start(self, *arguments: str, **environment: str) -> Program:
-        """Start a command; it is ended with the others, if not before."""
-        program = Program(*arguments, environment={**self.environment, **environment})
-        self._programs.append(program)
-        return program
+    def start_host(self, port: int = 0) -> Program:
+        self.host = Program(
+            self.directory / "host.log",
+            *("host", "--state-dir", str(self.host_state), "--bind", "127.0.0.1", "--port", str(port)),
+        )
+        return self.host
 
-    def run(self, *arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
-        """Run a command to its end."""
-        return subprocess.run(
-            [*PROGRAM, *arguments], env={**self.environment, **environment}, stdin=subprocess.DEVNULL,
-            capture_output=True, text=True, timeout=TIMEOUT,
-        )  # fmt: skip
+    def restart_host(self, number: signal.Signals = signal.SIGTERM) -> None:
+        """End the host and start it again on the same port."""
+        self.host.end(number)
+        self.start_host(int(self.url.rpartition(":")[2]))
 
-    def succeed(self, *arguments: str) -> str:
-        """Run a command that must succeed; its stdout."""
-        done = self.run(*arguments)
-        assert done.returncode == 0, done.stderr
-        return done.stdout
+    def start_runner(self, name: str, *arguments: str, env: dict[str, str] | None = None) -> Program:
+        """Start a runner; back when its node is online."""
+        runner = self.start_program(name, *arguments, env=env)
+        eventually(
+            lambda: (node := self.node(name)) and node["status"] == "online" and node["url"] == runner.ready["url"]
+        )
+        return runner
 
-    def service(self) -> Service:
-        """A new task that echoes, started."""
-        self._services += 1
-        directory = self.directory / f"service{self._services}"
-        directory.mkdir()
-        os.mkfifo(directory / "started")
-        command = [sys.executable, "-c", SERVICE, str(directory)]
-        created = self.succeed("vps", "create", "--json", "--backend", "process", "--", *command)
-        service = Service(json.loads(created)["name"], directory)
-        service.wait_started()
-        return service
+    def start_program(self, name: str, *arguments: str, env: dict[str, str] | None = None) -> Program:
+        """Start a runner; back when it serves, whatever the host thinks of it."""
+        runner = self.runners[name] = Program(
+            self.directory / f"{name}.log",
+            *("runner", "--name", name, "--host-url", self.url, "--bind", "127.0.0.1", "--port", "0"),
+            *("--state-dir", str(self.state_of(name)), "--node-token-file", str(self.host_state / "node-token")),
+            *arguments,
+            env=env,
+        )
+        return runner
+
+    def state_of(self, name: str) -> Path:
+        return self.directory / f"runner-{name}"
+
+    def log_of(self, task: dict[str, Any]) -> str:
+        """What a process task has printed."""
+        path = self.state_of(task["node"]) / "tasks" / task["container"] / "log"
+        return path.read_text() if path.exists() else ""
+
+    def call(self, method: str, path: str, body: dict[str, Any] | None = None) -> tuple[int, Any]:
+        """Status and JSON of an answer of the host."""
+        answer = self.http.request(method, path, json=body)
+        return answer.status_code, answer.json()
+
+    def node(self, name: str) -> dict[str, Any] | None:
+        nodes: list[dict[str, Any]] = self.call("GET", "/api/nodes")[1]
+        return next((node for node in nodes if node["name"] == name), None)
+
+    def task(self, reference: str | int) -> dict[str, Any]:
+        status, task = self.call("GET", f"/api/tasks/{reference}")
+        assert status == 200, task
+        return dict(task)
+
+    def create(self, *command: str, **more: Any) -> dict[str, Any]:
+        """A new task."""
+        status, task = self.call("POST", "/api/tasks", {"command": list(command), **more})
+        assert status == 201, task
+        return dict(task)
+
+    def connected(self, reference: str | int) -> dict[str, Any]:
+        """The task, once its tunnel is connected."""
+        status, task = self.call("GET", f"/api/tasks/{reference}/wait?timeout={PATIENCE}")
+        assert status == 200, task
+        return dict(task)
+
+    def ended(self, reference: str | int) -> dict[str, Any]:
+        """The task, once it runs no more."""
+        return eventually(
+            lambda: task if (task := self.task(reference))["status"] not in ("starting", "running") else None
+        )
+
+    def forward(self, reference: str | int, port: int) -> ForwardSync:
+        """A forward to a port of the task, for `with`."""
+        return kohakuriver.forward_sync(str(reference), port, host=self.url, token=self.token)
 
     def close(self) -> None:
-        """End everything; what was started first goes last."""
-        for program in reversed(self._programs):
-            program.stop()
+        self.http.close()
+        for program in [*self.runners.values(), self.host]:
+            if program.process.poll() is None:
+                program.end()
+            with program.process:
+                pass
 
 
-class Cluster(Commands):
-    """A host and a runner by `kohakuriver up`."""
-
-    def __init__(self, directory: Path, *options: str) -> None:
-        super().__init__(directory)
-        self.up = self.start("up", "--json", "--host-port=0", "--runner-port=0", "--ssh-port=0", *options)
-        self.ready = self.up.event("ready")
-
-
-class Apart(Commands):
-    """A host and a runner started one by one, so that one of them can be killed and started again."""
-
-    def __init__(self, directory: Path) -> None:
-        super().__init__(directory)
-        self._host_port = 0
-        self.start_host()
-        self.environment["KOHAKURIVER_TOKEN"] = (directory / "host" / "admin-token").read_text().strip()
-        node_token = f"--node-token-file={directory / 'host' / 'node-token'}"
-        options = [f"--host-url={self.url}", node_token, "--backend=process"]
-        self.runner = self.start("runner", "--json", "--bind=127.0.0.1", "--port=0", *options)
-        self.runner.event("ready")
-
-    def start_host(self) -> None:
-        """Start the host; the second time on the port that it had."""
-        self.host = self.start("host", "--json", "--bind=127.0.0.1", f"--port={self._host_port}")
-        self.url: str = self.host.event("ready")["url"]
-        self._host_port = int(self.url.rpartition(":")[2])
-        self.environment["KOHAKURIVER_HOST"] = self.url
-
-
-def connect(port: int) -> socket.socket:
-    """A connection to a local port that fails rather than hangs."""
-    return socket.create_connection(("127.0.0.1", port), timeout=TIMEOUT)
-
-
-def echoes(connection: socket.socket, data: bytes = b"hello") -> bool:
-    """Whether what is sent comes back."""
-    connection.sendall(data)
-    got = b""
-    while len(got) < len(data) and (more := connection.recv(65536)):
-        got += more
-    return got == data
-
-
-def broken(connection: socket.socket) -> bool:
-    """Wait for the end of a connection; whether it ended by a reset, not in good order."""
+@contextlib.contextmanager
+def a_cluster(directory: Path) -> Iterator[Cluster]:
+    cluster = Cluster(directory)
     try:
-        while connection.recv(65536):
-            pass
-    except ConnectionError:
-        return True
-    return False
+        yield cluster
+    finally:
+        cluster.close()
+
+
+def ask(port: int, question: bytes) -> bytes:
+    """What an echoing service behind a local port answers."""
+    with socket.create_connection(("127.0.0.1", port), timeout=PATIENCE) as sock:
+        sock.sendall(question)
+        sock.shutdown(socket.SHUT_WR)
+        return b"".join(iter(lambda: sock.recv(65536), b""))

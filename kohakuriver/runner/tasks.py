@@ -55,7 +55,7 @@ class TaskManager:
         self._backends = backends
         self._tasks = {task.container: task for task in self._state.load_tasks()}
         for task in self._tasks.values():
-            task.tunnel = False
+            task.tunnel = task.tunnel and task.address is not None
         for name, backend in backends.items():
             for found in await backend.open([task for task in self._tasks.values() if task.backend == name]):
                 self._tasks[found.container] = found

@@ -39,7 +39,7 @@ def members(session: int, run: str) -> list[int]:
 
 def _session_of(process: Path) -> int:
     state, _parent, _group, session = (process / "stat").read_bytes().rpartition(b")")[2].split()[:4]
-    return 0 if state == b"Z" else int(session)
+    return -1 if state == b"Z" else int(session)
 
 
 def _environment_of(process: Path) -> bytes:

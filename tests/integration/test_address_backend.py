@@ -1,0 +1,86 @@
+"""Tasks that are addresses: the runner dials them itself, with no tunnel client anywhere."""
+
+from __future__ import annotations
+
+import contextlib
+import socket
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+import kohakuriver
+from tests.cluster import Cluster, a_cluster, ask
+from tests.integration.services import echo, port_in
+
+ELSEWHERE = "127.0.0.5"
+"""Stands for a virtual machine: an address that only the runner has to reach."""
+
+
+@pytest.fixture(scope="module")
+def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
+    with a_cluster(tmp_path_factory.mktemp("address")) as cluster:
+        cluster.start_runner("n1", "--backend", "process")
+        yield cluster
+
+
+@pytest.fixture
+def service() -> Iterator[int]:
+    """The port of an echo service that listens on ELSEWHERE alone."""
+    with subprocess.Popen(echo(ELSEWHERE), stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        port = port_in(process.stdout.readline())
+        assert port is not None
+        yield port
+        process.kill()
+
+
+def adopt(cluster: Cluster, name: str, address: str = ELSEWHERE) -> None:
+    status, task = cluster.call("POST", "/api/tasks/adopt", {"address": address, "node": "n1", "name": name})
+    assert status == 201, task
+    assert (task["status"], task["tunnel"], task["address"]) == ("running", True, address)
+
+
+def test_a_forward_reaches_a_service_at_the_address(cluster: Cluster, service: int) -> None:
+    adopt(cluster, "vm")
+    assert cluster.connected("vm")["container"].startswith("vm-")
+    with cluster.forward("vm", service) as forward:
+        assert ask(forward.local_port, b"hello") == b"hello"
+
+
+def test_a_dead_port_at_the_address_ends_the_connection(cluster: Cluster) -> None:
+    adopt(cluster, "vm-dead")
+    with socket.socket() as unheard:
+        unheard.bind((ELSEWHERE, 0))
+        with cluster.forward("vm-dead", unheard.getsockname()[1]) as forward:
+            with socket.create_connection(("127.0.0.1", forward.local_port), 20) as sock:
+                with contextlib.suppress(ConnectionResetError):
+                    assert sock.recv(1) == b""
+
+
+@pytest.mark.parametrize("action", ["stop", "restart"])
+def test_stop_and_restart_say_what_can_be_done_instead(cluster: Cluster, action: str) -> None:
+    adopt(cluster, f"vm-{action}")
+    status, answer = cluster.call("POST", f"/api/tasks/vm-{action}/{action}")
+    assert (status, answer["error"]) == (409, "not_supported")
+    assert f"vps rm vm-{action}" in answer["message"]
+    assert cluster.task(f"vm-{action}")["status"] == "running"
+
+
+def test_a_removed_address_can_no_longer_be_reached(cluster: Cluster, service: int) -> None:
+    adopt(cluster, "vm-gone")
+    assert cluster.call("DELETE", "/api/tasks/vm-gone")[0] == 200
+    with pytest.raises(kohakuriver.NotFoundError), cluster.forward("vm-gone", service):
+        pass
+
+
+def test_an_address_is_known_again_after_a_restart_of_the_runner(tmp_path: Path, service: int) -> None:
+    with a_cluster(tmp_path) as cluster:
+        cluster.start_runner("n1", "--backend", "process")
+        adopt(cluster, "vm")
+        cluster.runners["n1"].end()
+        cluster.start_runner("n1", "--backend", "process")
+        cluster.connected("vm")
+        with cluster.forward("vm", service) as forward:
+            assert ask(forward.local_port, b"hello") == b"hello"
