@@ -3,7 +3,7 @@
 # Everything lives in .venv. Each step leaves a stamp there, so a second run only redoes what changed.
 
 PYTHON ?= python3
-VENV := .venv
+VENV ?= .venv
 BIN := $(VENV)/bin
 STAMPS := $(VENV)/.stamps
 CRATE := kohakuriver-tunnel
@@ -59,7 +59,7 @@ build: install ## sdist and wheel in dist/
 	$(BIN)/python -m build
 
 clean: ## everything that these commands made
-	rm -rf $(VENV) build dist *.egg-info bench/results .pytest_cache .mypy_cache .ruff_cache .hypothesis .benchmarks
+	rm -rf .venv* build dist *.egg-info bench/results .pytest_cache .mypy_cache .ruff_cache .hypothesis .benchmarks
 	rm -rf kohakuriver/bin kohakuriver/*.c kohakuriver/*.so $(CRATE)/target
 	find kohakuriver tests bench -name __pycache__ -type d -prune -exec rm -rf {} +
 
