@@ -31,6 +31,7 @@ SERVICE = "kohakuriver.cli.demo_service"
 TASK_NAME = "demo"
 TASK_TIMEOUT = 60.0
 SERVICE_TIMEOUT = 30.0
+SERVICE_POLL = 0.05
 MIB = 1 << 20
 
 
@@ -185,9 +186,10 @@ async def _until_served(forward: Forward) -> None:
             if await reader.read(1):
                 return
         except OSError:
-            await asyncio.sleep(0.05)
+            pass  # reset: nothing listens there yet
         finally:
             writer.close()
+        await asyncio.sleep(SERVICE_POLL)
 
 
 def _free_port() -> int:

@@ -22,7 +22,7 @@ from collections.abc import Callable
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from urllib.parse import parse_qs, urlsplit
 
-__all__ = ["check", "main", "receive"]
+__all__ = ["Handler", "check", "main", "receive"]
 
 BLOCK = 4 << 20
 MAX_SIZE = 1 << 31
@@ -97,7 +97,9 @@ def receive(read_into: Callable[[memoryview], int | None], size: int) -> tuple[b
     return data, time.perf_counter() - begin
 
 
-class _Handler(BaseHTTPRequestHandler):
+class Handler(BaseHTTPRequestHandler):
+    """Answers as the module says. `block` is what its bytes are made of, `task` what the page calls itself."""
+
     protocol_version = "HTTP/1.1"
     task = ""
     block = b""
@@ -197,10 +199,10 @@ def main() -> None:
     arguments = parser.parse_args()
     if arguments.check:
         sys.exit(0 if check(arguments.check, arguments.size) else 1)
-    _Handler.task = arguments.task
-    _Handler.block = os.urandom(BLOCK)
+    Handler.task = arguments.task
+    Handler.block = os.urandom(BLOCK)
     signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(0))
-    with ThreadingHTTPServer(("127.0.0.1", arguments.port), _Handler) as server:
+    with ThreadingHTTPServer(("127.0.0.1", arguments.port), Handler) as server:
         server.serve_forever()
 
 
