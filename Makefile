@@ -73,7 +73,7 @@ $(STAMPS)/venv:
 	touch $@
 
 # The compiled parts have stamps of their own: a changed source file needs no new installation.
-$(STAMPS)/package: $(STAMPS)/venv pyproject.toml setup.py
+$(STAMPS)/package: $(STAMPS)/venv pyproject.toml setup.py Makefile
 	KOHAKURIVER_SKIP_CARGO=1 $(PIP_INSTALL) --no-build-isolation -e '.[dev]'
 	touch $@
 
