@@ -128,6 +128,8 @@ def browser(tmp_path: Path) -> Iterator[Any]:
     chromium, driver = shutil.which("chromium"), shutil.which("chromedriver")
     require(chromium and driver, "chromium with its driver")
     require(importlib.util.find_spec("selenium"), "selenium")
+    assert chromium
+    assert driver
     from selenium import webdriver
 
     options = webdriver.ChromeOptions()
