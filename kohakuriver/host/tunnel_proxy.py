@@ -69,8 +69,7 @@ class Splice:
             border = self.walker.boundary
             if border >= start:
                 target.send(view[start:border])
-                target.mid_frame = False
-                target.flush_urgent()
+                target.frame_border()
                 start = border
         if start < end:
             target.send(view[start:end])
@@ -160,7 +159,11 @@ class TunnelProxy:
 
     def _splice(self, session: ProxySession, request: UpgradeRequest, runner: Link) -> None:
         session.container_side.link = runner
-        user = request.accept(session.user.walker, session.user, version=runner.version)
+        try:
+            user = request.accept(session.user.walker, session.user, version=runner.version)
+        except KohakuRiverError:  # the user has hung up
+            runner.close()
+            raise
         session.user.link = user
         self.sessions[session] = None
         greet(user, "CONNECTED")

@@ -10,11 +10,10 @@ from __future__ import annotations
 import re
 from collections.abc import Callable
 from typing import Any, TypeVar, cast
-from urllib.parse import unquote
 
 import structlog
 
-from kohakuriver._frame import WS_TEXT, FrameWalker, RelayWalker, RoutingTable, build_frame
+from kohakuriver._frame import WHOLE, WS_TEXT, FrameWalker, RelayWalker, RoutingTable, build_frame
 from kohakuriver.errors import NotAllowedError, UnauthenticatedError, UnavailableError, UsageError
 from kohakuriver.tunnel.endpoint import ContainerEndpoint
 from kohakuriver.tunnel.link import Assembler, Link
@@ -106,10 +105,20 @@ class Side:
             self.half_close(proto, client_id)
         elif kind in (PING, PONG):
             self._ping(kind, proto, client_id, payload)
-        elif kind in (DATA, WINDOW, CONNECTED):  # larger than a WINDOW or a datagram can be
-            self.unroutable += 1
+        elif kind in (DATA, WINDOW, CONNECTED):
+            self._route(kind, proto, client_id, payload)
         else:
             self.unknown_messages += 1
+
+    def _route(self, kind: int, proto: int, client_id: int, payload: bytes) -> None:
+        """Pass on what the walker would have, had it not come in fragments; nothing longer can be meant."""
+        route = self.table.get(client_id)
+        if route is None or len(payload) > WHOLE:
+            self.unroutable += 1
+            return
+        target, other_id = cast("tuple[Side, int]", route)
+        target.send(kind, proto, other_id, 0, payload)
+        self.passed_to(target)
 
     def _ping(self, kind: int, proto: int, client_id: int, payload: bytes) -> None:
         """A PING on a stream's id goes to the stream's other end; any other is ours to answer."""
@@ -372,6 +381,7 @@ class TunnelServer:
         old = self.tunnels.get(tunnel.container)
         self.tunnels[tunnel.container] = tunnel
         if old is not None:
+            self._closed_to_user += old.walker.bytes_routed
             self._end_streams(old, "it was replaced by a newer one")
             old.link.close(CloseCode.REPLACED, "replaced by a newer tunnel of this container")
         for session in [s for s in self.sessions if s.container == tunnel.container and s.version > tunnel.version]:
@@ -392,11 +402,19 @@ class TunnelServer:
         for session in [s for s in self.sessions if s.container == tunnel.container]:
             for _, user_id in tunnel.table.remove_target(session):
                 session.lost(user_id, reason)
+            session.link.resume_reading(session)  # it may have waited for the tunnel that went
 
     def session_closed(self, session: Session) -> None:
         """A user's link has gone."""
         if self.sessions.pop(session, self) is None:
             self._closed_to_container += session.walker.bytes_routed
+
+    def direct_closed(self, session: DirectSession) -> None:
+        """The link of a session that this runner serves by itself has gone."""
+        if self.direct.pop(session, self) is None:
+            stats = session.endpoint.stats()
+            self._closed_to_container += stats.bytes_received
+            self._closed_to_user += stats.bytes_sent
 
     def require_ticket(self, request: UpgradeRequest, container: str, port: int) -> Ticket | None:
         """The request's ticket if it is good for this container and port; None for an anonymous v1 host."""
@@ -427,7 +445,7 @@ class DirectSession:
 
     def link_closed(self, link: Link, code: int, reason: str) -> None:
         self.endpoint.link_closed(link, code, reason)
-        self.server.direct.pop(self, None)
+        self.server.direct_closed(self)
 
 
 class _TunnelPath:
@@ -444,7 +462,7 @@ class _TunnelPath:
     async def open(self, request: UpgradeRequest) -> None:
         found = self._path.match(request.path)
         assert found is not None
-        container = unquote(found[1])
+        container = found[1]
         if request.token is None and not self.server.allow_anonymous:
             raise UnauthenticatedError("a tunnel client must show its container's token")
         if request.token is not None and not self.server.check_tunnel_token(container, request.token):
@@ -469,7 +487,7 @@ class _ForwardPath:
     async def open(self, request: UpgradeRequest) -> None:
         found = self._path.match(request.path)
         assert found is not None
-        container, port = unquote(found[1]), int(found[2])
+        container, port = found[1], int(found[2])
         if not 1 <= port <= 65535:
             raise UsageError(f"{port} is not a port: give one between 1 and 65535")
         ticket = self.server.require_ticket(request, container, port)

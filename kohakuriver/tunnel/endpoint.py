@@ -21,7 +21,7 @@ from typing import Any, TypeAlias, cast
 from kohakuriver._frame import HEADROOM, WS_TEXT, FrameViolation, FrameWalker, build_frame, frame_in_place
 from kohakuriver.errors import LocalAddressError
 from kohakuriver.tunnel import stream as rules
-from kohakuriver.tunnel.link import Assembler, DirectSocket, Link, receive_buffer, tune_socket
+from kohakuriver.tunnel.link import Assembler, DirectSocket, Link, receive_buffer, soon, tune_socket
 from kohakuriver.tunnel.protocol import (
     CLOSE,
     CONNECT,
@@ -40,9 +40,9 @@ from kohakuriver.tunnel.stream import Event, State
 
 BULK_READ = (1 << 20) - HEADROOM
 SHARED_READ = 256 * 1024  # with several busy streams no one of them takes more than this at a time
+BLOCKED_READ = 4 * 1024  # a stream that learns only by reading that the link is blocked adds this to what waits
 WRITE_PIECE = 256 * 1024
 MAX_CONTROL = 1 << 20
-MAX_DATAGRAM = 65_507
 LISTEN_BACKLOG = 4096
 
 
@@ -100,8 +100,9 @@ class TcpStream(asyncio.BufferedProtocol):
     """One TCP stream and its local socket."""
 
     __slots__ = (
-        "_blocked", "_direct", "_early", "_finishing", "_in_transport", "_linger", "_queue", "_reading", "_transport",
-        "_wrote_eof", "endpoint", "held", "id", "last_data", "port", "receiving", "sending", "state",
+        "_blocked", "_direct", "_early", "_ended", "_finishing", "_fresh", "_in_transport", "_linger", "_queue",
+        "_reading", "_transport", "_wrote_eof", "endpoint", "held", "id", "last_data", "port", "receiving",
+        "sending", "state",
     )  # fmt: skip
 
     def __init__(self, endpoint: Endpoint, port: int) -> None:
@@ -119,6 +120,8 @@ class TcpStream(asyncio.BufferedProtocol):
         self._in_transport = 0
         self._blocked = False
         self._reading = True
+        self._fresh = True  # connection_made has only just been called
+        self._ended = False  # the local socket has read end-of-file
         self._finishing = False
         self._wrote_eof = False
         self._early = b""
@@ -132,14 +135,28 @@ class TcpStream(asyncio.BufferedProtocol):
         tune_socket(self._transport)
         self._direct = DirectSocket(self._transport)
         self.endpoint.socket_ready(self)
+        soon(self._settle)
+
+    def _settle(self) -> None:
+        """uvloop undoes a pause in connection_made, so the first one is made here."""
+        self._fresh = False
+        self.update_reading()
 
     def get_buffer(self, sizehint: int) -> memoryview:
-        size = min(self.endpoint.read_size, max(1, self.sending.room))
+        link = self.endpoint.link
+        if self.id == 0:
+            size = max(1, rules.EARLY_DATA - len(self._early))
+        else:
+            size = min(self.endpoint.read_size, max(1, self.sending.room))
+            if link is not None and link.blocked:
+                size = min(size, BLOCKED_READ)
         return receive_buffer().view[HEADROOM : HEADROOM + size]
 
     def buffer_updated(self, nbytes: int) -> None:
         link = self.endpoint.link
-        if self.id == 0 or link is None:  # not opened yet: uvloop may read once before a pause takes effect
+        if self.state is State.OVER:  # its id may be another stream's by now; what is queued is still delivered
+            return
+        if self.id == 0 or link is None or self._early or self.sending.room < nbytes:  # it can't be sent yet
             self._early += bytes(receive_buffer().view[HEADROOM : HEADROOM + nbytes])
             self.update_reading()
             return
@@ -160,16 +177,18 @@ class TcpStream(asyncio.BufferedProtocol):
             self.last_data = time.monotonic()
 
     def eof_received(self) -> bool:
-        if self.id == 0:
-            self.endpoint.forget_waiting(self)
-            return False
-        self._reading = False
+        self._ended = True
+        if self.id != 0 and not self._early:
+            self._end_sending()
+        return True
+
+    def _end_sending(self) -> None:
+        """The local socket has read end-of-file, and all that it had sent is on its way."""
         if self.receiving is not None:
             self._local_eof()
-        else:
+        elif self.state is not State.OVER and self._linger is None:
             self.last_data = time.monotonic()
             self._linger = asyncio.get_running_loop().call_later(self.endpoint.config.v1_linger, self._linger_over)
-        return True
 
     def _local_eof(self) -> None:
         following = rules.next_state(self.state, Event.LOCAL_EOF)
@@ -199,7 +218,10 @@ class TcpStream(asyncio.BufferedProtocol):
     def update_reading(self) -> None:
         """Read the local socket only while what is read can be sent."""
         transport = self._transport
-        if transport is None or transport.is_closing() or self.state in rules.LOCAL_DONE:
+        if transport is None or transport.is_closing() or self._fresh or self.state in rules.LOCAL_DONE:
+            return
+        self.send_early()
+        if self._ended:
             return
         link = self.endpoint.link
         if self.id == 0 or link is None:
@@ -305,7 +327,10 @@ class TcpStream(asyncio.BufferedProtocol):
     def _write_eof(self) -> None:
         if self._transport is not None and not self._wrote_eof and not self._transport.is_closing():
             self._wrote_eof = True
-            self._transport.write_eof()
+            try:
+                self._transport.write_eof()
+            except OSError as exc:  # ENOTCONN: it was reset, and nobody has read that yet
+                self._local_error(exc)
 
     # -- messages about this stream ---------------------------------------------------------------------------
 
@@ -355,6 +380,7 @@ class TcpStream(asyncio.BufferedProtocol):
         self._over()
         transport = self._transport
         if transport is None:
+            self._drop_queue()
             return
         sock = transport.get_extra_info("socket")
         if sock is not None and not transport.is_closing():
@@ -376,7 +402,7 @@ class TcpStream(asyncio.BufferedProtocol):
             self._linger.cancel()
             self._linger = None
         if self._transport is not None and not self._queue and not self._blocked:
-            self._transport.close()
+            soon(self._transport.close)
 
     def connection_lost(self, exc: Exception | None) -> None:
         self._direct.fd = -1
@@ -387,23 +413,55 @@ class TcpStream(asyncio.BufferedProtocol):
             self.endpoint.forget_waiting(self)
         elif self.state is not State.OVER:
             if exc is not None:
-                text = error_text(exc, "the socket at the other end failed")
-                self.endpoint.send_message(ERROR, self.id, text.encode())
+                self._local_error(exc)
             else:
                 self.endpoint.send_message(CLOSE, self.id)
-            self._over()
+                self._over()
+        self._transport = None
+        self._drop_queue()
+
+    def _local_error(self, exc: Exception) -> None:
+        if self.state is not State.OVER:
+            text = error_text(exc, "the socket at the other end failed")
+            self.endpoint.send_message(ERROR, self.id, text.encode())
+            self.reset()
+
+    def _drop_queue(self) -> None:
+        """Nothing more is delivered: what was held no longer holds anybody up."""
         self._queue = None
         self.held = 0
-        self._transport = None
         if self.receiving is None:
             self.endpoint.check_hold(self)
+        else:
+            self.receiving.close()
 
     def send_early(self) -> None:
-        """Send what was read before the stream could be opened."""
-        early, self._early = self._early, b""
-        if early:
-            self._account_sent(len(early))
+        """Send what was read before the stream was open, as far as its window goes, and the end-of-file behind it."""
+        if self.id == 0 or self.endpoint.link is None:
+            return
+        size = min(len(self._early), max(0, self.sending.room))
+        if size:
+            early, self._early = self._early[:size], self._early[size:]
+            self._account_sent(size)
             self.endpoint.send_message(DATA, self.id, early)
+        if self._ended and not self._early:
+            self._end_sending()
+
+
+def send_datagram(send: Callable[[], int]) -> bool:
+    """Send one datagram now; False if it does not fit or the socket takes none.
+
+    asyncio's own sendto leaves empty datagrams out, and queues others without a limit.
+    """
+    for _ in range(2):  # the first try may only report what an ICMP message said of an earlier datagram
+        try:
+            send()
+        except ConnectionRefusedError:
+            continue
+        except OSError:
+            return False
+        return True
+    return False
 
 
 class UdpStream:
@@ -432,7 +490,7 @@ class UdpStream:
     def from_link(self, data: bytes) -> None:
         """A datagram from the other end."""
         self.last = time.monotonic()
-        if len(data) > MAX_DATAGRAM or not self.send_local(data):
+        if not self.send_local(data):
             self.endpoint.udp_dropped += 1
         else:
             self.endpoint.bytes_received += len(data)
@@ -490,7 +548,7 @@ class Endpoint:
                 continue
             stream = self.streams.get(client_id)
             views = [view[start:stop]]
-            while i < count and messages[i][0] == DATA and messages[i][2] == client_id:
+            while i < count and messages[i][:3] == (DATA, PROTO_TCP, client_id):
                 views.append(view[messages[i][4] : messages[i][5]])
                 i += 1
             if isinstance(stream, TcpStream) and stream.state not in rules.REMOTE_DONE:
@@ -522,7 +580,7 @@ class Endpoint:
         elif kind == PONG:
             stream.pong()
         elif kind == CONNECTED:
-            stream.established(self._accepted_limit(stream, payload))
+            self.connected(stream, payload)
         elif kind == EOF:
             stream.remote_eof()
         elif kind == CLOSE:
@@ -534,15 +592,6 @@ class Endpoint:
             stream.reset()
         else:
             self.unknown_messages += 1
-
-    def _accepted_limit(self, stream: TcpStream, payload: bytes) -> int | None:
-        if len(payload) == 8:
-            return int.from_bytes(payload, "big")
-        if stream.receiving is not None:  # the acceptor runs the stream under v1 rules
-            stream.receiving.close()
-            stream.receiving = None
-        stream.sending.limit = None
-        return None
 
     def _udp_message(self, stream: UdpStream, kind: int, payload: bytes) -> None:
         if kind == DATA:
@@ -564,6 +613,9 @@ class Endpoint:
     def detach(self, reason: str) -> None:
         """The link is gone: every stream on it ends at once."""
         self.link = None
+        if self._sweeper is not None:
+            self._sweeper.cancel()
+            self._sweeper = None
         for stream in list(self.streams.values()):
             if isinstance(stream, TcpStream):
                 stream.reset()
@@ -614,8 +666,8 @@ class Endpoint:
         if self._busy is stream:
             self._busy = None
             self.read_size = BULK_READ
-        if isinstance(stream, TcpStream) and stream.receiving is not None:
-            stream.receiving.close()
+        if isinstance(stream, TcpStream) and stream.receiving is not None and not stream.held:
+            stream.receiving.close()  # else once it has delivered, so that what it holds stays paid for
 
     def add(self, stream: AnyStream) -> None:
         """Enter a stream under its id."""
@@ -636,12 +688,16 @@ class Endpoint:
                 else:
                     alive = True
         loop = asyncio.get_running_loop()
-        self._sweeper = loop.call_later(self.config.udp_idle / 4, self._sweep) if alive or oldest == 0 else None
+        self._sweeper = loop.call_later(self.config.udp_idle / 4, self._sweep) if alive else None
 
     # -- what the two sides do differently --------------------------------------------------------------------
 
     def accept(self, client_id: int, proto: int, port: int, payload: bytes) -> None:
         """A CONNECT came."""
+        self.unknown_messages += 1
+
+    def connected(self, stream: TcpStream, payload: bytes) -> None:
+        """A CONNECTED came."""
         self.unknown_messages += 1
 
     def socket_ready(self, stream: TcpStream) -> None:
@@ -697,7 +753,6 @@ class UserEndpoint(Endpoint):
             return
         loop = asyncio.get_running_loop()
         self._waiting[stream] = loop.call_later(self.config.reattach_wait, self._waited_too_long, stream)
-        loop.call_soon(stream.update_reading)
 
     def _waited_too_long(self, stream: TcpStream) -> None:
         self._waiting.pop(stream, None)
@@ -718,9 +773,18 @@ class UserEndpoint(Endpoint):
             stream.sending.limit = rules.EARLY_DATA
             payload = stream.receiving.granted.to_bytes(8, "big")
         self._connect(stream, PROTO_TCP, payload)
-        stream.send_early()
-        if link.blocked or not stream._reading:
-            asyncio.get_running_loop().call_soon(stream.update_reading)
+        stream.update_reading()
+
+    def connected(self, stream: TcpStream, payload: bytes) -> None:
+        if rules.next_state(stream.state, Event.ESTABLISHED) is None:
+            return
+        limit = int.from_bytes(payload, "big") if len(payload) == 8 else None
+        if limit is None:  # the acceptor runs the stream under v1 rules
+            if stream.receiving is not None:
+                stream.receiving.close()
+                stream.receiving = None
+            stream.sending.limit = None
+        stream.established(limit)
 
     def _connect(self, stream: AnyStream, proto: int, payload: bytes) -> None:
         link = self.link
@@ -756,7 +820,7 @@ class UserEndpoint(Endpoint):
         loop = asyncio.get_running_loop()
         sock = _bind(host, port, socket.SOCK_DGRAM)
         address = sock.getsockname()
-        transport, _ = await loop.create_datagram_endpoint(lambda: UdpListener(self, remote_port), sock=sock)
+        transport, _ = await loop.create_datagram_endpoint(lambda: UdpListener(self, remote_port, sock), sock=sock)
         listening = ListeningSocket(host, address[1], remote_port, "udp", transport.close)
         self._listening.append(listening)
         return listening
@@ -781,7 +845,7 @@ class UserEndpoint(Endpoint):
             proto = PROTO_TCP if isinstance(open_stream, TcpStream) else PROTO_UDP
             self.send_message(CLOSE, open_stream.id, proto=proto)
         gone: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-        link.on_lost = lambda: gone.set_result(None)
+        link.on_lost = lambda: None if gone.done() else gone.set_result(None)
         link.close(1000, "the forward has ended")
         await gone
 
@@ -810,9 +874,10 @@ def _bind(host: str, port: int, kind: socket.SocketKind) -> socket.socket:
 class UdpListener(asyncio.DatagramProtocol):
     """A local UDP port: every source address is a stream; the one idle longest goes when there are too many."""
 
-    def __init__(self, endpoint: UserEndpoint, remote_port: int) -> None:
+    def __init__(self, endpoint: UserEndpoint, remote_port: int, sock: socket.socket) -> None:
         self.endpoint = endpoint
         self.remote_port = remote_port
+        self._sock = sock
         self._peers: OrderedDict[object, UdpStream] = OrderedDict()
         self._transport: asyncio.DatagramTransport = cast(asyncio.DatagramTransport, None)
 
@@ -846,10 +911,7 @@ class UdpListener(asyncio.DatagramProtocol):
         self._peers.pop(addr, None)
 
     def _reply(self, data: bytes, addr: tuple[str | int, ...]) -> bool:
-        if self._transport.is_closing():
-            return False
-        self._transport.sendto(data, addr)
-        return True
+        return not self._transport.is_closing() and send_datagram(lambda: self._sock.sendto(data, addr))
 
     def error_received(self, exc: Exception) -> None:
         pass  # an ICMP answer to one source address says nothing about the others
@@ -942,8 +1004,11 @@ class ContainerEndpoint(Endpoint):
         return None
 
     def socket_ready(self, stream: TcpStream) -> None:
-        if stream.state is State.OVER:  # the user gave up while we dialled
-            stream.reset()
+        if stream.state is State.OVER:  # the user ended it while we dialled: CLOSE delivers, anything else resets
+            if stream._finishing:
+                stream._pump()
+            else:
+                stream.reset()
             return
         limit = stream.receiving.granted.to_bytes(8, "big") if stream.receiving is not None else b""
         self.send_message(CONNECTED, stream.id, limit)
@@ -960,8 +1025,8 @@ class ContainerEndpoint(Endpoint):
         stream.send_local = hold
         loop = asyncio.get_running_loop()
         try:
-            remote = (self.hosts[0], stream.port)
-            transport, _ = await loop.create_datagram_endpoint(lambda: UdpSocket(stream), remote_addr=remote)
+            sock = _connected_datagram_socket(self.hosts[0], stream.port)
+            transport, _ = await loop.create_datagram_endpoint(lambda: UdpSocket(stream, sock), sock=sock)
         except OSError as exc:
             text = error_text(exc, f"port {stream.port} {self.where} can't be reached")
             self.send_message(ERROR, stream.id, text.encode(), PROTO_UDP)
@@ -972,7 +1037,7 @@ class ContainerEndpoint(Endpoint):
             return
         self.send_message(CONNECTED, stream.id, proto=PROTO_UDP)
         for data in early:
-            transport.sendto(data)
+            stream.from_link(data)
 
     async def close(self) -> None:
         """End every stream and dial; the link is left to its owner."""
@@ -982,11 +1047,24 @@ class ContainerEndpoint(Endpoint):
             stream.reset() if isinstance(stream, TcpStream) else stream.over()
 
 
+def _connected_datagram_socket(host: str, port: int) -> socket.socket:
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    sock = socket.socket(family, socket.SOCK_DGRAM)
+    try:
+        sock.setblocking(False)
+        sock.connect((host, port))
+    except OSError:
+        sock.close()
+        raise
+    return sock
+
+
 class UdpSocket(asyncio.DatagramProtocol):
     """The connected socket of a UDP stream on the container side."""
 
-    def __init__(self, stream: UdpStream) -> None:
+    def __init__(self, stream: UdpStream, sock: socket.socket) -> None:
         self.stream = stream
+        self._sock = sock
         self._transport: asyncio.DatagramTransport = cast(asyncio.DatagramTransport, None)
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
@@ -995,10 +1073,7 @@ class UdpSocket(asyncio.DatagramProtocol):
         self.stream.shut = transport.close
 
     def _send(self, data: bytes) -> bool:
-        if self._transport.is_closing():
-            return False
-        self._transport.sendto(data)
-        return True
+        return not self._transport.is_closing() and send_datagram(lambda: self._sock.send(data))
 
     def datagram_received(self, data: bytes, addr: object) -> None:
         self.stream.from_local(data)

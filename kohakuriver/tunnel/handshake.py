@@ -38,7 +38,8 @@ MAX_GREETING = 4096
 class _Opening(asyncio.Protocol):
     """A TCP connection on which the opening handshake runs."""
 
-    def __init__(self, protocol: ClientProtocol, headers: dict[str, str]) -> None:
+    def __init__(self, url: str, protocol: ClientProtocol, headers: dict[str, str]) -> None:
+        self.url = url
         self.protocol = protocol
         self.headers = headers
         self.answered: asyncio.Future[Response] = asyncio.get_running_loop().create_future()
@@ -100,7 +101,7 @@ class _Opening(asyncio.Protocol):
     def _fail(self, reason: str) -> None:
         self._done = True
         if not self.answered.done():
-            self.answered.set_exception(HostUnreachableError(reason))
+            self.answered.set_exception(_unreachable(self.url, reason))
         self.transport.abort()
 
 
@@ -119,14 +120,19 @@ async def open_link(
     ``timeout`` is in seconds, for all of it. Raises HostUnreachableError where nobody answers, else the error that
     the peer's HTTP status stands for (docs/protocol.md §4).
     """
-    where = "{0.scheme}://{0.netloc}".format(urlsplit(url))
     try:
         return await asyncio.wait_for(_open(url, walker, handler, token, subprotocols, ssl), timeout)
     except asyncio.TimeoutError as exc:
-        message = f"{where} did not answer within {timeout:g} s"
+        message = f"{_where(url)} did not answer within {timeout:g} s"
         raise HostUnreachableError(message, code="timed_out", status=504) from exc
-    except HostUnreachableError as exc:
-        raise HostUnreachableError(f"{where} can't be reached: {exc}", code=exc.code, status=exc.status) from exc
+
+
+def _where(url: str) -> str:
+    return "{0.scheme}://{0.netloc}".format(urlsplit(url))
+
+
+def _unreachable(url: str, reason: str) -> HostUnreachableError:
+    return HostUnreachableError(f"{_where(url)} can't be reached: {reason}")
 
 
 async def _open(
@@ -139,7 +145,7 @@ async def _open(
 ) -> Link:
     try:
         uri = parse_uri(url)
-    except InvalidURI as exc:
+    except (InvalidURI, ValueError) as exc:
         raise UsageError(f"{url} is not a WebSocket address") from exc
     protocol = ClientProtocol(uri, subprotocols=[Subprotocol(s) for s in subprotocols] or None)
     headers = {"User-Agent": "kohakuriver"}
@@ -148,12 +154,14 @@ async def _open(
     context = (ssl or tls.create_default_context()) if uri.secure else None
     loop = asyncio.get_running_loop()
     try:
-        _, opening = await loop.create_connection(lambda: _Opening(protocol, headers), uri.host, uri.port, ssl=context)
+        _, opening = await loop.create_connection(
+            lambda: _Opening(url, protocol, headers), uri.host, uri.port, ssl=context
+        )
     except OSError as exc:
-        raise HostUnreachableError(exc.strerror or str(exc)) from exc
+        raise _unreachable(url, exc.strerror or str(exc)) from exc
     try:
         response = await opening.answered
-        _judge(protocol, response)
+        _judge(url, protocol, response)
     except BaseException:
         opening.transport.abort()
         raise
@@ -163,14 +171,14 @@ async def _open(
     return link
 
 
-def _judge(protocol: ClientProtocol, response: Response) -> None:
+def _judge(url: str, protocol: ClientProtocol, response: Response) -> None:
     """Raise what a refused handshake means."""
     if protocol.handshake_exc is None:
         return
     if response.status_code != 101:
         raise from_status(response.status_code, bytes(response.body or b""))
     if isinstance(protocol.handshake_exc, InvalidHandshake):
-        raise HostUnreachableError(f"its WebSocket handshake is wrong: {protocol.handshake_exc}")
+        raise _unreachable(url, f"its WebSocket handshake is wrong: {protocol.handshake_exc}")
     raise protocol.handshake_exc
 
 
@@ -224,9 +232,11 @@ async def open_session(
     """
     greeting = _Greeting()
     walker = make_walker(masked=False, allow_text=True)
+    loop = asyncio.get_running_loop()
+    deadline = loop.time() + timeout
     link = await open_link(url, walker, greeting, token=token, subprotocols=subprotocols, ssl=ssl, timeout=timeout)
     try:
-        text = await asyncio.wait_for(greeting.text, timeout)
+        text = await asyncio.wait_for(greeting.text, max(0.0, deadline - loop.time()))
         if text != "CONNECTED":
             raise greeting_error(text)
     except asyncio.TimeoutError as exc:
@@ -246,4 +256,4 @@ def greeting_error(text: str) -> KohakuRiverError:
         return NotFoundError(reason)
     if "not allowed" in lower or "credential" in lower:
         return NotAllowedError(reason)
-    return UnavailableError(reason)
+    return UnavailableError(reason, code="tunnel_not_connected" if "not connected" in lower else None)

@@ -36,6 +36,9 @@ PONG_WAIT = 20.0
 CLOSE_WAIT = 3.0
 # How many bytes the kernel may hold that it has not yet put on the wire; more only adds delay for small messages.
 NOTSENT_LOWAT = 256 * 1024
+# A peer that makes us answer and never reads is dropped when this much waits for it: more than any window gives out.
+MAX_QUEUED = 128 << 20
+MAX_URGENT = 8 << 20
 
 if sys.platform == "win32":  # sockets are no file descriptors there: everything goes through the transport
     _write = None
@@ -96,6 +99,14 @@ class Pausable(Protocol):
     def link_writable(self) -> None: ...
 
 
+def soon(call: Callable[[], None]) -> None:
+    """Call it once the callback that runs now has returned.
+
+    A transport may be closed from its own ``resume_writing`` only like this: asyncio's closes once more after it.
+    """
+    asyncio.get_running_loop().call_soon(call)
+
+
 class DirectSocket:
     """``write(2)`` on a transport's socket, beside the transport; (0 bytes) where that can't be done."""
 
@@ -142,11 +153,17 @@ def tune_socket(transport: asyncio.Transport) -> None:
 class Link(asyncio.BufferedProtocol):
     """One WebSocket after its opening handshake.
 
+    ``idle_ping`` and ``pong_wait`` are seconds: after so long without a byte from the peer it is pinged, and so long
+    after that, without a byte from it and without a byte that it took, it is dropped.
+
     Args:
         handler: who consumes what comes.
         walker: the receiving side's frame walker (it knows whether frames must be masked).
         masks: True on the side that dialled: our frames are masked (RFC 6455 §5.3).
     """
+
+    idle_ping = IDLE_PING
+    pong_wait = PONG_WAIT
 
     def __init__(self, handler: LinkHandler, walker: FrameWalker, *, masks: bool, version: int = 2) -> None:
         self.handler = handler
@@ -170,12 +187,15 @@ class Link(asyncio.BufferedProtocol):
         self._stash = b""
         self._queue: deque[bytes] = deque()
         self._urgent: deque[bytes] = deque()
+        self._urgent_size = 0
         self._waiters: dict[Pausable, None] = {}
         self._pauses: set[object] = set()
         self._timer: asyncio.TimerHandle | None = None
         self._last_received = self._loop.time()
         self._ping_sent: float | None = None
+        self._written_at_ping = 0
         self._finishing = False
+        self._failed = False
         self._transport: asyncio.Transport = cast(asyncio.Transport, None)
         self._direct: DirectSocket = cast(DirectSocket, None)
 
@@ -184,12 +204,15 @@ class Link(asyncio.BufferedProtocol):
     def start(self, transport: asyncio.Transport, early: bytes = b"") -> None:
         """Take a transport over from the opening handshake; ``early`` is what followed the handshake's head."""
         self._transport = transport
-        transport.set_write_buffer_limits(high=0)
+        # TLS transports pause at the mark itself, plain ones above it: a mark of 0 would pause those for ever.
+        transport.set_write_buffer_limits(high=0 if transport.get_extra_info("sslcontext") is None else 1)
         tune_socket(transport)
         self._direct = DirectSocket(transport)
         transport.set_protocol(self)
         self._last_received = self._loop.time()
-        self._timer = self._loop.call_later(IDLE_PING, self._keepalive)
+        self._timer = self._loop.call_later(self.idle_ping, self._keepalive)
+        if transport.is_closing():  # it went during the handshake, and told the protocol that it had then
+            self._loop.call_soon(self.connection_lost, None)
         if early:
             self._stash = early
             self._loop.call_soon(self._consume_stash)
@@ -197,6 +220,8 @@ class Link(asyncio.BufferedProtocol):
     def hand_over(self, handler: LinkHandler) -> None:
         """Give a link that was held back since its greeting to the handler that it is meant for."""
         self.handler = handler
+        if self.closed:  # the handler before this one was told
+            self._loop.call_soon(handler.link_closed, self, self.close_code, self.close_reason)
         if self._stash:
             self._loop.call_soon(self._consume_stash)
         for why in list(self._pauses):
@@ -206,18 +231,17 @@ class Link(asyncio.BufferedProtocol):
         if self.closed:
             return
         self.closed = self.closing = True
+        self.blocked = False
         self._direct.fd = -1
         if self._timer is not None:
             self._timer.cancel()
         self._queue.clear()
         self._urgent.clear()
-        self.queued = 0
+        self.queued = self._urgent_size = 0
         if exc is not None and not self.close_reason:
             self.close_reason = str(exc)
-        waiters, self._waiters = self._waiters, {}
         self.handler.link_closed(self, self.close_code, self.close_reason)
-        for waiter in waiters:
-            waiter.link_writable()
+        self._wake()
         if self.on_lost is not None:
             self.on_lost()
 
@@ -230,14 +254,14 @@ class Link(asyncio.BufferedProtocol):
         if self.mid_frame:  # a close frame can't stand inside another frame
             self._finish()
         else:
-            self._enqueue(ws_close(code, reason, self._key()))
+            self._send(ws_close(code, reason, self._key()))
         self._reset_timer(CLOSE_WAIT, self.abort)
 
     def _finish(self) -> None:
         """Close the TCP connection as soon as all that is queued has been written."""
         self._finishing = True
         if not self.blocked:
-            self._transport.close()
+            soon(self._transport.close)
 
     def abort(self) -> None:
         """End the TCP connection at once."""
@@ -267,6 +291,8 @@ class Link(asyncio.BufferedProtocol):
     def buffer_updated(self, nbytes: int) -> None:
         self.bytes_received += nbytes
         self._last_received = self._loop.time()
+        if self._failed:
+            return
         self._consume(HEADROOM + len(self._stash) + nbytes)
 
     def eof_received(self) -> bool:
@@ -281,19 +307,33 @@ class Link(asyncio.BufferedProtocol):
         try:
             consumed = self.handler.link_received(self, HEADROOM, stop)
         except FrameViolation as violation:
-            self._stash = b""
             self.fail(violation.code, str(violation))
             return
         self._stash = bytes(self.buffer.view[consumed:stop]) if consumed < stop else b""
 
     def fail(self, code: int, reason: str) -> None:
-        """The peer broke the protocol: say so, and read no more (RFC 6455 §7.1.7)."""
+        """The peer broke the protocol: say so, and heed nothing more of it (RFC 6455 §7.1.7).
+
+        What still comes is read and thrown away: closing over unread bytes would reset the connection, and the reason
+        might not arrive.
+        """
         if self.closing:
             self.abort()
             return
+        self._failed = True
+        self._stash = b""
         self.close(code, reason)
-        self.pause_reading(self)
-        self._finish()
+        if not self._finishing:
+            self._write_eof()
+
+    def _write_eof(self) -> None:
+        """Nothing comes after the close frame: the peer need not wait for more before it closes."""
+        if self.blocked or not self._transport.can_write_eof():
+            return
+        try:
+            self._transport.write_eof()
+        except OSError:
+            pass  # it is gone already
 
     def control(self, message: Message) -> None:
         """Answer a WebSocket control frame that the walker handed out as a message."""
@@ -313,7 +353,7 @@ class Link(asyncio.BufferedProtocol):
             if not self.mid_frame:
                 # NO_CODE may not be on the wire: the answer to an empty close frame is an empty one.
                 answer = build_ws(OP_CLOSE, b"", self._key()) if not payload else ws_close(code, "", self._key())
-                self._enqueue(answer)
+                self._send(answer)
         self._reset_timer(CLOSE_WAIT, self.abort)
         self._finish()
 
@@ -362,19 +402,38 @@ class Link(asyncio.BufferedProtocol):
         """Send a small frame ahead of all queued bulk, at the next frame border."""
         if self.closing:
             return
-        if self.blocked or self.mid_frame:
-            self._urgent.append(frame)
-        else:
+        if not self.blocked and not self.mid_frame:
             self._send(frame)
+            return
+        self._urgent.append(frame)
+        self._urgent_size += len(frame)
+        if self._urgent_size > MAX_URGENT:
+            self._overrun()
 
     def wait_drained(self, source: Pausable) -> None:
         """``source.link_writable()`` will be called once, when the link has drained (or is gone)."""
         self._waiters[source] = None
+        if self.closed:
+            self._loop.call_soon(self._wake)
 
-    def flush_urgent(self) -> None:
-        """A relay that passes partial frames has just passed a frame border."""
-        while self._urgent and not self.blocked:
-            self._send(self._urgent.popleft())
+    def _wake(self) -> None:
+        waiters, self._waiters = self._waiters, {}
+        for waiter in waiters:
+            waiter.link_writable()
+
+    def frame_border(self) -> None:
+        """A relay that passes partial frames has just passed a border: what is urgent goes right behind it.
+
+        Also into the queue, where that is where the border lies: a link that is always busy has no better moment.
+        """
+        self.mid_frame = False
+        while self._urgent:
+            self._send(self._next_urgent())
+
+    def _next_urgent(self) -> bytes:
+        frame = self._urgent.popleft()
+        self._urgent_size -= len(frame)
+        return frame
 
     @property
     def urgent(self) -> bool:
@@ -385,6 +444,8 @@ class Link(asyncio.BufferedProtocol):
         if self.blocked:
             self._queue.append(bytes(data))
             self.queued += len(data)
+            if self.queued > MAX_QUEUED:
+                self._overrun()
             return
         size = len(data)
         sent = self._direct.write(data)
@@ -393,20 +454,17 @@ class Link(asyncio.BufferedProtocol):
             # With a high-water mark of 0 the transport calls pause_writing() here if it can't finish at once.
             self._transport.write(bytes(data if sent == 0 else memoryview(data)[sent:]))
 
-    def _enqueue(self, frame: bytes) -> None:
-        if self.blocked:
-            self._queue.append(frame)
-            self.queued += len(frame)
-        else:
-            self._send(frame)
+    def _overrun(self) -> None:
+        self.close_reason = self.close_reason or "the peer does not read what it asked for"
+        self.abort()
 
     def pause_writing(self) -> None:
         self.blocked = True
 
     def resume_writing(self) -> None:
         self.blocked = False
-        if not self.mid_frame:
-            self.flush_urgent()
+        while self._urgent and not self.blocked and not self.mid_frame:
+            self._send(self._next_urgent())
         while self._queue and not self.blocked:
             data = self._queue.popleft()
             self.queued -= len(data)
@@ -414,10 +472,10 @@ class Link(asyncio.BufferedProtocol):
         if self.blocked:
             return
         if self._finishing:
-            self._transport.close()
-        waiters, self._waiters = self._waiters, {}
-        for waiter in waiters:
-            waiter.link_writable()
+            soon(self._transport.close)
+        elif self._failed:
+            soon(self._write_eof)
+        self._wake()
         self.handler.link_drained(self)
 
     def _key(self) -> int:
@@ -431,25 +489,40 @@ class Link(asyncio.BufferedProtocol):
         self._timer = self._loop.call_later(delay, call)
 
     def _keepalive(self) -> None:
+        """Ping an idle peer; drop one that neither answered since nor took a byte of what waits for it."""
         now = self._loop.time()
         idle = now - self._last_received
-        if self._pauses:  # we don't read just now, so silence says nothing about the peer
+        if self._pauses:  # silence says nothing about the peer while we don't read: only show that we are alive
             self._ping_sent = None
-            idle = 0.0
-        if self._ping_sent is not None and self._last_received <= self._ping_sent:
-            if now - self._ping_sent >= PONG_WAIT:
-                self.close_reason = f"no answer to a ping for {PONG_WAIT:.0f} s"
+            self._ping()
+            self._reset_timer(self.idle_ping, self._keepalive)
+        elif self._ping_sent is not None and self._last_received <= self._ping_sent:
+            if self._written() > self._written_at_ping:  # slow, yet alive; our ping may not even have left
+                self._begin_wait(now)
+            elif now - self._ping_sent >= self.pong_wait:
+                self.close_reason = f"no answer to a ping for {self.pong_wait:g} s"
                 self.abort()
-                return
-            self._reset_timer(self._ping_sent + PONG_WAIT - now, self._keepalive)
-            return
-        self._ping_sent = None
-        if idle >= IDLE_PING:
-            self._ping_sent = now
-            self.post(ws_ping(key=self._key()))
-            self._reset_timer(PONG_WAIT, self._keepalive)
+            else:
+                self._reset_timer(self._ping_sent + self.pong_wait - now, self._keepalive)
+        elif idle >= self.idle_ping:
+            self._ping()
+            self._begin_wait(now)
         else:
-            self._reset_timer(IDLE_PING - idle, self._keepalive)
+            self._ping_sent = None
+            self._reset_timer(self.idle_ping - idle, self._keepalive)
+
+    def _ping(self) -> None:
+        if not self._urgent:  # what waits there says as much
+            self.post(ws_ping(key=self._key()))
+
+    def _begin_wait(self, now: float) -> None:
+        self._ping_sent = now
+        self._written_at_ping = self._written()
+        self._reset_timer(self.pong_wait, self._keepalive)
+
+    def _written(self) -> int:
+        """Bytes that the kernel has taken so far."""
+        return self.bytes_sent - self._transport.get_write_buffer_size()
 
 
 class Assembler:

@@ -14,7 +14,7 @@ import logging
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol, cast
-from urllib.parse import parse_qsl, unquote, urlsplit
+from urllib.parse import parse_qsl, unquote
 
 from uvicorn.config import Config
 from uvicorn.protocols.websockets.websockets_sansio_impl import WebSocketsSansIOProtocol
@@ -25,9 +25,9 @@ from websockets.server import ServerProtocol
 from websockets.typing import Subprotocol
 
 from kohakuriver._frame import FrameWalker, build_ws
-from kohakuriver.errors import KohakuRiverError, NotAllowedError
+from kohakuriver.errors import HostUnreachableError, KohakuRiverError, NotAllowedError, UsageError
 from kohakuriver.tunnel.link import Link, LinkHandler
-from kohakuriver.tunnel.protocol import OP_TEXT, TUNNEL_V2
+from kohakuriver.tunnel.protocol import OP_TEXT, TUNNEL_V2, CloseCode
 
 MAX_EARLY = 64 * 1024
 
@@ -57,17 +57,19 @@ class UpgradeRequest:
         """Answer with an HTTP error and close."""
         self._upgrade.reject(status, {"error": code, "message": message})
 
-    def fail(self, error: KohakuRiverError, *, close_code: int = 1008) -> None:
+    def fail(self, error: KohakuRiverError) -> None:
         """Refuse a session in the peer's version: an HTTP status, or on v1 the text ``Error: …`` and a close.
 
-        Missing or wrong credentials are HTTP statuses in either version.
+        Missing or wrong credentials are HTTP statuses in either version. The close code is 1008 for what the user can
+        see to, 1011 for what is out of reach just now: no tunnel, no runner, time-out (docs/protocol.md §4).
         """
         if self.offers_v2 or isinstance(error, NotAllowedError):
             self.reject(error.status, error.code, str(error))
             return
         link = self.accept(FrameWalker(masked=True), Ignore(), version=1)
         greet(link, f"Error: {error}")
-        link.close(close_code, str(error))
+        out_of_reach = error.status >= 500 or error.code == "tunnel_not_connected"
+        link.close(CloseCode.INTERNAL_ERROR if out_of_reach else CloseCode.POLICY, str(error))
 
     @property
     def gone(self) -> bool:
@@ -120,6 +122,7 @@ class Upgrade(asyncio.Protocol):
         self._other: WebSocketsSansIOProtocol | None = None
         self._handshake = ServerProtocol(select_subprotocol=lambda _, offered: self._select(offered), max_size=None)
         self._request: Request | None = None
+        self._description: UpgradeRequest | None = None
         self._transport: asyncio.Transport = cast(asyncio.Transport, None)
         self._early = b""
         self._task: asyncio.Task[None] | None = None
@@ -142,22 +145,50 @@ class Upgrade(asyncio.Protocol):
 
     def _begin(self, data: bytes) -> None:
         target = data.split(b" ", 2)[1].decode("latin-1")
-        parts = urlsplit(target)
-        path = unquote(parts.path)
+        path, _, query = target.partition("?")
+        path = unquote(path)
         route = next((route for route in self._routes if route.match(path)), None)
         if route is None:
             self._hand_to_uvicorn(data)
             return
         self._state.connections.add(self)  # type: ignore[arg-type]  # any object with shutdown() will do
+        self._task = asyncio.get_running_loop().create_task(self._open(route, path, query, data))
+
+    async def _open(self, route: TunnelRoute, path: str, query: str, data: bytes) -> None:
+        try:
+            request = self._read_request(path, query, data)
+            await route.open(request)
+        except KohakuRiverError as error:
+            self._refuse(error)
+        except Exception:
+            logger.exception("the opening of %s failed", path)
+            if not self._answered:
+                self.reject(500, {"error": "failed", "message": "this WebSocket could not be opened; see the log"})
+
+    def _refuse(self, error: KohakuRiverError) -> None:
+        if self._answered:
+            return
+        if self._description is None:
+            self.reject(error.status, error.to_json())
+        else:
+            self._description.fail(error)
+
+    def _read_request(self, path: str, query: str, data: bytes) -> UpgradeRequest:
+        """Check the handshake as a whole (RFC 6455 §4.2.1) before anybody acts on it. Raises UsageError."""
         self._handshake.receive_data(data)
         events = self._handshake.events_received()
         if not events or not isinstance(events[0], Request):
-            self._task = asyncio.get_running_loop().create_task(_nothing())
-            self.reject(400, {"error": "bad_request", "message": "this is not a WebSocket handshake"})
-            return
+            raise UsageError("this is not a WebSocket handshake")
         self._request = events[0]
-        request = self._describe(path, dict(parse_qsl(parts.query)), self._request.headers)
-        self._task = asyncio.get_running_loop().create_task(self._open(route, request))
+        try:
+            response = self._handshake.accept(self._request)
+            if response.status_code != 101:
+                raise UsageError(bytes(response.body or b"").decode("utf-8", "replace").strip())
+            description = self._describe(path, dict(parse_qsl(query)), self._request.headers)
+        except (LookupError, ValueError) as exc:  # a header twice that may be there once, and the like
+            raise UsageError(f"this is not a WebSocket handshake: {exc}") from exc
+        self._description = description
+        return description
 
     def _hand_to_uvicorn(self, data: bytes) -> None:
         self._other = WebSocketsSansIOProtocol(*self._uvicorn)
@@ -175,23 +206,14 @@ class Upgrade(asyncio.Protocol):
         offers_v2 = TUNNEL_V2 in {item.strip() for item in offered.split(",")}
         return UpgradeRequest(path, query, token, peer, offers_v2, headers, self)
 
-    async def _open(self, route: TunnelRoute, request: UpgradeRequest) -> None:
-        try:
-            await route.open(request)
-        except KohakuRiverError as error:
-            if not self._answered:
-                request.fail(error, close_code=1008 if error.status < 500 else 1011)
-        except Exception:
-            logger.exception("the opening of %s failed", request.path)
-            if not self._answered:
-                self.reject(500, {"error": "failed", "message": "this WebSocket could not be opened; see the log"})
-
     def _select(self, offered: Sequence[Subprotocol]) -> Subprotocol | None:
         return Subprotocol(TUNNEL_V2) if self._version == 2 and TUNNEL_V2 in offered else None
 
     def accept(self, walker: FrameWalker, handler: LinkHandler, version: int) -> Link:
-        """Answer 101. Where the request is not a valid handshake, the answer says so and the link is dead."""
+        """Answer 101. Raises HostUnreachableError if the peer has hung up: nobody would hear of that link again."""
         assert self._request is not None
+        if self.gone:
+            raise HostUnreachableError("the peer hung up during the handshake")
         self._answered = True
         self._version = version
         link = Link(handler, walker, masks=False, version=version)
@@ -203,14 +225,14 @@ class Upgrade(asyncio.Protocol):
         link.on_lost = lambda: connections.discard(link)
         self._transport.writelines(self._handshake.data_to_send())
         link.start(self._transport, self._early)
-        if response.status_code != 101:
-            link.abort()
         return link
 
     def reject(self, status: int, body: dict[str, str]) -> None:
         """Answer with an HTTP error."""
         self._answered = True
         self._state.connections.discard(self)
+        if self.gone:
+            return
         content = json.dumps(body).encode()
         headers = Headers([("Content-Type", "application/json"), ("Content-Length", str(len(content)))])
         headers["Connection"] = "close"
@@ -236,10 +258,6 @@ class Upgrade(asyncio.Protocol):
             self._other.connection_lost(exc)
         elif self._task is not None and not self._answered:
             self._task.cancel()
-
-
-async def _nothing() -> None:
-    pass
 
 
 def serve_ws(routes: Sequence[TunnelRoute]) -> type[asyncio.Protocol]:
