@@ -93,11 +93,10 @@ class Cluster:
         self.start_host(int(self.url.rpartition(":")[2]))
 
     def start_runner(self, name: str, *arguments: str, env: dict[str, str] | None = None) -> Program:
-        """Start a runner; back when its node is online."""
+        """Start a runner; back when the host has taken it in."""
+        before = _registrations(self.directory / f"{name}.log")
         runner = self.start_program(name, *arguments, env=env)
-        eventually(
-            lambda: (node := self.node(name)) and node["status"] == "online" and node["url"] == runner.ready["url"]
-        )
+        eventually(lambda: _registrations(runner.log) > before)
         return runner
 
     def start_program(self, name: str, *arguments: str, env: dict[str, str] | None = None) -> Program:
@@ -162,6 +161,10 @@ class Cluster:
                 program.end()
             with program.process:
                 pass
+
+
+def _registrations(log: Path) -> int:
+    return log.read_text().count("registered with the host") if log.exists() else 0
 
 
 @contextlib.contextmanager

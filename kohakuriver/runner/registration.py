@@ -13,7 +13,15 @@ import httpx
 import structlog
 
 from kohakuriver import __version__
-from kohakuriver.errors import HostUnreachableError, KohakuRiverError, NotFoundError, UnauthenticatedError, from_status
+from kohakuriver.errors import (
+    HostUnreachableError,
+    KohakuRiverError,
+    NotFoundError,
+    UnauthenticatedError,
+    UnavailableError,
+    from_status,
+)
+from kohakuriver.runner.state import State
 from kohakuriver.tunnel import ticket
 from kohakuriver.tunnel.ticket import Scope, Ticket
 
@@ -46,17 +54,20 @@ class Registration:
     def __init__(
         self,
         identity: NodeIdentity,
+        state: State,
         *,
         heartbeat: Callable[[], dict[str, Any]],
         backends: Callable[[], list[str]],
         remove: Callable[[int], Awaitable[None]],
     ) -> None:
         self._identity = identity
+        self._state = state
         self._heartbeat = heartbeat
         self._backends = backends
         self._remove = remove
         self._changed = asyncio.Event()
-        self._ticket_key: bytes | None = None
+        self._ticket_key = state.ticket_key
+        self._registered = False
         self._trouble = ""
         self._http = httpx.AsyncClient(
             base_url=identity.host_url,
@@ -70,11 +81,11 @@ class Registration:
         self._changed.set()
 
     def check_ticket(self, credential: str | None, scope: Scope) -> Ticket:
-        """What a ticket of the host says. Raises UnauthenticatedError or NotAllowedError."""
+        """What a ticket of the host says. Raises UnauthenticatedError, NotAllowedError or UnavailableError."""
         if credential is None:
             raise UnauthenticatedError("This needs a ticket from the host; ask the host instead of the runner.")
         if self._ticket_key is None:
-            raise UnauthenticatedError("This node is not registered with its host yet.")
+            raise UnavailableError("This node is not registered with its host yet; try again.", code="node_offline")
         return ticket.check(self._ticket_key, credential, node=self._identity.name, scope=scope)
 
     async def run(self) -> None:
@@ -110,7 +121,10 @@ class Registration:
                 "version": __version__,
             },
         )
-        self._ticket_key = base64.b64decode(answer["ticket_key"])
+        key = base64.b64decode(answer["ticket_key"])
+        if key != self._ticket_key:
+            self._ticket_key = self._state.ticket_key = key
+        self._registered = True
         return float(answer["heartbeat_seconds"])
 
     async def _beat(self, seconds: float, offered: list[str]) -> list[str]:
@@ -140,7 +154,7 @@ class Registration:
 
     async def close(self) -> None:
         """Tell the host that this node leaves; it would find out by itself a little later."""
-        if self._ticket_key is not None:
+        if self._registered:
             with contextlib.suppress(KohakuRiverError, asyncio.TimeoutError):
                 last = {**self._heartbeat(), "leaving": True}
                 await asyncio.wait_for(self._post(self._heartbeat_path, last), _LEAVE_SECONDS)

@@ -97,7 +97,7 @@ class Runner:
         self._sock = sock
         self._identity = identity
         self._registration = Registration(
-            identity, heartbeat=self._heartbeat, backends=lambda: self._tasks.offered, remove=self._remove
+            identity, state, heartbeat=self._heartbeat, backends=lambda: self._tasks.offered, remove=self._remove
         )
         self._tasks = TaskManager(state, self._registration.changed)
         self._tunnels = TunnelServer(

@@ -107,6 +107,21 @@ class State:
     def last_port(self, port: int) -> None:
         write_private(self.directory / "port", f"{port}\n")
 
+    @property
+    def ticket_key(self) -> bytes | None:
+        """What the host's tickets are signed with, as of the last registration.
+
+        Kept, so that sessions can be opened at once after a restart.
+        """
+        try:
+            return bytes.fromhex((self.directory / "ticket-key").read_text("utf-8"))
+        except (OSError, ValueError):
+            return None
+
+    @ticket_key.setter
+    def ticket_key(self, key: bytes) -> None:
+        write_private(self.directory / "ticket-key", key.hex() + "\n")
+
     def load_tasks(self) -> list[TaskRecord]:
         """The tasks as they were saved last."""
         try:

@@ -57,11 +57,14 @@ class TaskManager:
         for task in self._tasks.values():
             task.tunnel = task.tunnel and task.address is not None
         for name, backend in backends.items():
-            for found in await backend.open([task for task in self._tasks.values() if task.backend == name]):
-                self._tasks[found.container] = found
+            await backend.open([task for task in self._tasks.values() if task.backend == name], self._found)
         for task in self._tasks.values():
             if task.backend not in backends and task.active:
                 self.report(task.container, "lost", f"the runner was started without the backend {task.backend}")
+        self._changed()
+
+    def _found(self, task: TaskRecord) -> None:
+        self._tasks[task.container] = task
         self._changed()
 
     async def close(self, *, stop_tasks: bool) -> None:

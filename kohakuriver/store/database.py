@@ -13,7 +13,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, TypeVar
 
-from sqlalchemy import Engine, create_engine, event, func, select
+from sqlalchemy import Engine, create_engine, event, func, select, update
 from sqlalchemy.engine import make_url
 from sqlalchemy.exc import ArgumentError, DBAPIError, IntegrityError, NoSuchModuleError
 from sqlalchemy.orm import Session, sessionmaker
@@ -123,7 +123,10 @@ class Store:
         return await self.run(lambda session: session.get(Node, name))
 
     async def put_node(self, name: str, values: Mapping[str, Any], ticket_key: bytes) -> Node:
-        """Make or renew a node; one that is there keeps the ticket key that it has."""
+        """Make or renew a node; one that is there keeps the ticket key that it has.
+
+        Its tasks' tunnels count as gone until it says otherwise. A task at an address has none that could go.
+        """
 
         def work(session: Session) -> Node:
             node = session.get(Node, name)
@@ -132,6 +135,7 @@ class Store:
                 session.add(node)
             for key, value in values.items():
                 setattr(node, key, value)
+            session.execute(update(Task).where(Task.node == name, Task.address.is_(None)).values(tunnel=False))
             return node
 
         return await self.run(work)

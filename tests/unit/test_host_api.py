@@ -306,6 +306,21 @@ def test_waiting_ends_as_soon_as_the_tunnel_is_connected(run: Run, tmp_path: Pat
     run(check())
 
 
+def test_a_tunnel_counts_as_gone_when_its_runner_was_started_again(run: Run, tmp_path: Path) -> None:
+    async def check() -> None:
+        async with a_host(tmp_path) as host:
+            runner = await host.runner()
+            task = await host.create(name="web")
+            runner.change(task["container"], tunnel=True)
+            await runner.beat()
+            await runner.register()
+            assert (await host.user.get("/api/tasks/web/wait?timeout=0")).status_code == 504
+            await runner.beat()
+            assert (await host.user.get("/api/tasks/web/wait?timeout=0")).status_code == 200
+
+    run(check())
+
+
 def test_waiting_for_a_task_that_fails_gives_the_reason(run: Run, tmp_path: Path) -> None:
     async def check() -> None:
         async with a_host(tmp_path) as host:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 from kohakuriver.errors import UnavailableError
 from kohakuriver.runner.backends.base import Backend, Reporter
 from kohakuriver.runner.state import TaskRecord
@@ -17,10 +19,9 @@ class AddressBackend(Backend):
     def __init__(self, report: Reporter) -> None:
         self._report = report
 
-    async def open(self, tasks: list[TaskRecord]) -> list[TaskRecord]:
+    async def open(self, tasks: list[TaskRecord], found: Callable[[TaskRecord], None]) -> None:
         for task in tasks:
             self._report(task.container, "running")
-        return []
 
     async def start(self, task: TaskRecord) -> None:
         await self.adopt(task)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from typing import Protocol
 
 from kohakuriver.runner.state import TaskRecord
@@ -32,10 +33,10 @@ class Backend(ABC):
         return True
 
     @abstractmethod
-    async def open(self, tasks: list[TaskRecord]) -> list[TaskRecord]:
+    async def open(self, tasks: list[TaskRecord], found: Callable[[TaskRecord], None]) -> None:
         """Begin. `tasks` are this backend's from before the restart: their state is reported anew.
 
-        The answer is tasks that were found but are not among them.
+        `found` is called, now or later, with a task that runs and is not among them.
         """
 
     @abstractmethod

@@ -24,7 +24,7 @@ from aiodocker.exceptions import DockerError
 
 from kohakuriver.errors import KohakuRiverError, LocalAddressError, NotFoundError, UnavailableError, UsageError
 from kohakuriver.runner.backends.base import Backend, Reporter
-from kohakuriver.runner.backends.process import describe_exit, spoke_last
+from kohakuriver.runner.backends.process import describe_exit, last_words
 from kohakuriver.runner.state import TaskRecord
 from kohakuriver.runner.tunnel_helper import TunnelHelper
 from kohakuriver.web import cancel_all
@@ -81,7 +81,8 @@ class DockerBackend(Backend):
         self._missed: set[str] = set()
         self._looks: set[asyncio.Task[None]] = set()
         self._watcher: asyncio.Task[None] | None = None
-        self._first_look: asyncio.Future[list[TaskRecord]] | None = None
+        self._first_look = asyncio.Event()
+        self._found: Callable[[TaskRecord], None] = lambda _task: None
 
     @property
     def available(self) -> bool:
@@ -89,11 +90,11 @@ class DockerBackend(Backend):
 
     # Life of the runner
 
-    async def open(self, tasks: list[TaskRecord]) -> list[TaskRecord]:
+    async def open(self, tasks: list[TaskRecord], found: Callable[[TaskRecord], None]) -> None:
         self._tasks = {task.container: task for task in tasks}
-        self._first_look = asyncio.get_running_loop().create_future()
+        self._found = found
         self._watcher = asyncio.get_running_loop().create_task(self._watch())
-        return await self._first_look
+        await self._first_look.wait()
 
     async def close(self, tasks: list[TaskRecord], *, stop_tasks: bool) -> None:
         await cancel_all([*self._looks, *([self._watcher] if self._watcher else [])])
@@ -123,7 +124,7 @@ class DockerBackend(Backend):
             if self._client is not None:
                 log.warning("the Docker engine went away")
             await self._disconnect()
-            self._looked([])
+            self._first_look.set()
             await asyncio.sleep(_RETRY_SECONDS)
 
     async def _follow(self) -> None:
@@ -142,7 +143,8 @@ class DockerBackend(Backend):
         subscriber = events.subscribe(create_task=False)
         running = asyncio.get_running_loop().create_task(events.run(since=since, filters=filters))
         try:
-            self._looked(await self._look_around())
+            await self._look_around()
+            self._first_look.set()
             while (event := await subscriber.get()) is not None:
                 await self._event(event)
             await running
@@ -150,30 +152,23 @@ class DockerBackend(Backend):
             running.cancel()
             await asyncio.wait({running})
 
-    def _looked(self, found: list[TaskRecord]) -> None:
-        if self._first_look is not None and not self._first_look.done():
-            self._first_look.set_result(found)
-
     async def _disconnect(self) -> None:
         client, self._client = self._client, None
         if client is not None:
             await client.close()
             self._on_availability()
 
-    async def _look_around(self) -> list[TaskRecord]:
-        """Report every task's state; containers with our labels that no task is known for."""
+    async def _look_around(self) -> None:
+        """Report every task's state, also of those that only our labels on their containers tell of."""
         filters = json.dumps({"label": [f"{_LABEL_RUNNER}={self._instance}"]})
-        found = []
         for container in await self._docker.containers.list(all=True, filters=filters):
             show = await container.show()
             labels = show["Config"]["Labels"]
             if labels[_LABEL_CONTAINER] not in self._tasks:
-                found.append(_from_labels(labels, show))
-        for task in found:
-            self._tasks[task.container] = task
+                task = self._tasks[labels[_LABEL_CONTAINER]] = _from_labels(labels, show)
+                self._found(task)
         for task in list(self._tasks.values()):
             await self._refresh(task)
-        return found
 
     async def _event(self, event: dict[str, Any]) -> None:
         engine_id = event.get("id") or event.get("Actor", {}).get("ID")
@@ -219,11 +214,9 @@ class DockerBackend(Backend):
         if state.get("Error"):
             return "failed", str(state["Error"])
         status, message = describe_exit(state["ExitCode"])
-        if spoke_last(state["ExitCode"]):
-            with contextlib.suppress(DockerError):
-                container = self._docker.containers.container(task.engine_id or task.container)
-                lines = await container.log(stdout=True, stderr=True, tail=1)
-                message = f"{message}: {lines[-1].strip()[:300]}" if lines else message
+        with contextlib.suppress(DockerError):
+            container = self._docker.containers.container(task.engine_id or task.container)
+            message += last_words(state["ExitCode"], await container.log(stdout=True, stderr=True, tail=20))
         return status, message
 
     # Tasks

@@ -25,7 +25,7 @@ from kohakuriver.runner.backends.base import Backend, Reporter
 from kohakuriver.runner.state import State, TaskRecord
 from kohakuriver.runner.tunnel_helper import TunnelHelper
 
-__all__ = ["ProcessBackend", "describe_exit", "spoke_last"]
+__all__ = ["ProcessBackend", "describe_exit", "last_words"]
 
 log = structlog.get_logger("kohakuriver.runner")
 
@@ -35,6 +35,7 @@ STOP_SECONDS = 10.0
 DRAIN_STOP_SECONDS = 3.0
 
 _LONGEST_LOG_LINE = 300
+_CLIENT_CHATTER = ("tunnel-client: debug:", "tunnel-client: info:", "tunnel-client: warn:")
 
 
 @dataclass
@@ -59,11 +60,10 @@ class ProcessBackend(Backend):
         self._running: dict[str, _Running] = {}
         self._guard: subprocess.Popen[str] | None = None
 
-    async def open(self, tasks: list[TaskRecord]) -> list[TaskRecord]:
+    async def open(self, tasks: list[TaskRecord], found: Callable[[TaskRecord], None]) -> None:
         for task in tasks:
             if task.active:
                 self._report(task.container, "stopped", "it ended with the runner, which was started again since")
-        return []
 
     def log_file(self, container: str) -> Path:
         """Where a task's stdout and stderr go."""
@@ -106,9 +106,7 @@ class ProcessBackend(Backend):
             self._report(task.container, "stopped")
             return
         status, message = describe_exit(code)
-        if spoke_last(code) and (line := _last_line(self.log_file(task.container))):
-            message = f"{message}: {line}"
-        self._report(task.container, status, message)
+        self._report(task.container, status, message + last_words(code, _tail(self.log_file(task.container))))
 
     async def _end_session(self, running: _Running) -> None:
         await asyncio.get_running_loop().run_in_executor(None, guard.end, running.process.pid, running.run)
@@ -196,15 +194,20 @@ def describe_exit(code: int) -> tuple[str, str]:
         return "failed", f"it ended with exit code {code}"
 
 
-def spoke_last(code: int) -> bool:
-    """Whether a task with this exit code failed by its own decision, so that its last words may say why."""
-    return 0 < code <= 128
+def last_words(code: int, output: list[str]) -> str:
+    """Why a task with this exit code and these last lines of output failed, as far as it said so itself.
+
+    A task that was ended by a signal said nothing about it, and what the tunnel client tells is not the task's.
+    """
+    if not 0 < code <= 128:
+        return ""
+    spoken = [line.strip() for line in output if line.strip() and not line.startswith(_CLIENT_CHATTER)]
+    return f": {spoken[-1][:_LONGEST_LOG_LINE]}" if spoken else ""
 
 
-def _last_line(path: Path) -> str:
-    """The last line of a log that has something in it."""
+def _tail(path: Path) -> list[str]:
+    """The last lines of a log."""
     with contextlib.suppress(OSError), path.open("rb") as file:
         file.seek(max(0, path.stat().st_size - 4096))
-        lines = file.read().decode("utf-8", "replace").split("\n")
-        return next((line.strip()[:_LONGEST_LOG_LINE] for line in reversed(lines) if line.strip()), "")
-    return ""
+        return file.read().decode("utf-8", "replace").split("\n")
+    return []

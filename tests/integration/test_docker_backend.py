@@ -1,0 +1,375 @@
+"""Tasks in real containers: real engine, real host and runner, the static tunnel client inside."""
+
+from __future__ import annotations
+
+import signal
+import socket
+import subprocess
+import time
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.cluster import PATIENCE, Cluster, a_cluster, ask, eventually
+from tests.integration import docker_images
+from tests.integration.docker_images import docker
+
+pytestmark = pytest.mark.docker
+
+# A port inside a container is nobody else's.
+PORT = 7
+ECHO = ("/bin/busybox", "nc", "-ll", "-p", str(PORT), "-e", "/bin/busybox", "cat")
+STAY = ("/bin/busybox", "sleep", "100000")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _engine() -> None:
+    docker_images.require_engine()
+
+
+@pytest.fixture(scope="module")
+def busybox() -> str:
+    return docker_images.busybox_image()
+
+
+@pytest.fixture(scope="module")
+def shared(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
+    """One cluster for the tests that leave host and runner as they are."""
+    with with_docker(tmp_path_factory.mktemp("docker")) as cluster:
+        yield cluster
+
+
+@pytest.fixture
+def cluster(tmp_path: Path) -> Iterator[Cluster]:
+    """A cluster for one test."""
+    with with_docker(tmp_path) as cluster:
+        yield cluster
+
+
+@contextmanager
+def with_docker(directory: Path) -> Iterator[Cluster]:
+    with a_cluster(directory) as cluster, ExitStack() as stack:
+        stack.callback(remove_all, cluster)
+        cluster.start_runner("n1", "--backend", "docker")
+        yield cluster
+
+
+def remove_all(cluster: Cluster) -> None:
+    """Remove what a test left, also where its runner is gone."""
+    for task in cluster.call("GET", "/api/tasks")[1]:
+        cluster.call("DELETE", f"/api/tasks/{task['task_id']}")
+        subprocess.run(["docker", "rm", "-f", task["container"]], capture_output=True, check=False)
+
+
+@contextmanager
+def plain_container(image: str, *command: str, options: tuple[str, ...] = ()) -> Iterator[str]:
+    """A container that `docker run` started; its id."""
+    container = docker("run", "-d", *options, image, *command)
+    try:
+        yield container
+    finally:
+        docker("rm", "-f", container)
+
+
+def echoes(cluster: Cluster, reference: str, question: bytes = b"hello") -> bool:
+    """Whether the echo service in a task answers through a forward."""
+    with cluster.forward(reference, PORT) as forward:
+        # The tunnel may be up before the service listens.
+        return eventually(lambda: _asked(forward.local_port, question)) == question
+
+
+def _asked(port: int, question: bytes) -> bytes | None:
+    try:
+        return ask(port, question) or None
+    except ConnectionError:
+        return None
+
+
+def adopt(cluster: Cluster, container: str, name: str) -> dict[str, Any]:
+    status, task = cluster.call("POST", "/api/tasks/adopt", {"container": container, "name": name})
+    assert status == 201, task
+    return dict(task)
+
+
+def container_state(container: str) -> str:
+    return docker("inspect", "-f", "{{.State.Status}}", container)
+
+
+def test_a_forward_reaches_a_service_in_a_container(shared: Cluster, busybox: str) -> None:
+    task = shared.create(*ECHO, image=busybox, name="web")
+    assert (task["backend"], task["container"]) == ("docker", f"kohakuriver-vps-{task['task_id']}")
+    shared.connected("web")
+    assert echoes(shared, "web")
+    labels = docker("inspect", "-f", '{{index .Config.Labels "kohakuriver.task"}}', task["container"])
+    assert labels == str(task["task_id"])
+
+
+def test_an_image_with_one_static_binary_and_no_shell_is_enough(shared: Cluster) -> None:
+    image = docker_images.single_binary_image()
+    shared.create("/only", "run", image=image, name="single")
+    assert shared.connected("single")["status"] == "running"
+
+
+def test_a_container_whose_user_is_not_root_is_enough(shared: Cluster) -> None:
+    image = docker_images.unprivileged_image()
+    shared.create(*STAY, image=image, name="nobody")
+    assert shared.connected("nobody")["status"] == "running"
+
+
+def test_a_task_without_a_command_stays_up_in_its_container(shared: Cluster, busybox: str) -> None:
+    shared.create(image=busybox, name="idle")
+    assert shared.connected("idle")["status"] == "running"
+
+
+def test_environment_and_mounts_reach_the_container(shared: Cluster, busybox: str, tmp_path: Path) -> None:
+    (tmp_path / "ours").write_text("from the node")
+    script = (
+        'echo "$GREETING" > /data/theirs; cat /fixed/ours >> /data/theirs; echo no > /fixed/ours; echo $? > /data/ro'
+    )
+    more = {"env": {"GREETING": "hello there"}, "mounts": [f"{tmp_path}:/data", f"{tmp_path}:/fixed:ro"]}
+    shared.create("/bin/sh", "-c", script, image=busybox, name="mounted", **more)
+    assert shared.ended("mounted")["status"] == "stopped"
+    assert (tmp_path / "theirs").read_text() == "hello there\nfrom the node"
+    assert (tmp_path / "ro").read_text() != "0\n"
+    assert (tmp_path / "ours").read_text() == "from the node"
+
+
+@pytest.mark.parametrize(
+    ("mount", "words"),
+    [("/no/such/place/anywhere:/data", "/no/such/place/anywhere"), ("some/where:/data", "whole path")],
+)
+def test_a_mount_that_can_not_be_is_refused_and_leaves_nothing(
+    shared: Cluster, busybox: str, mount: str, words: str
+) -> None:
+    body = {"image": busybox, "name": "unmounted", "mounts": [mount]}
+    status, answer = shared.call("POST", "/api/tasks", body)
+    assert status in (400, 409)
+    assert words in answer["message"]
+    assert shared.call("GET", "/api/tasks/unmounted")[0] == 404
+
+
+def test_an_image_that_is_not_there_is_named(shared: Cluster) -> None:
+    with socket.socket() as no_registry:
+        no_registry.bind(("127.0.0.1", 0))
+        image = f"127.0.0.1:{no_registry.getsockname()[1]}/nowhere"
+        status, answer = shared.call("POST", "/api/tasks", {"image": image, "name": "none"})
+    assert (status, answer["error"]) == (404, "image_not_found")
+    assert image in answer["message"]
+    assert shared.call("GET", "/api/tasks/none")[0] == 404
+
+
+def test_a_container_that_exits_leaves_its_exit_code_and_its_last_words(shared: Cluster, busybox: str) -> None:
+    shared.create("/bin/sh", "-c", "echo no more cheese >&2; exit 3", image=busybox, name="shop")
+    task = shared.ended("shop")
+    assert task["status"] == "failed"
+    assert "exit code 3" in task["message"]
+    assert "no more cheese" in task["message"]
+
+
+def test_a_command_that_is_not_in_the_image_is_named(shared: Cluster, busybox: str) -> None:
+    shared.create("/bin/nothing-here", image=busybox, name="typo")
+    assert "/bin/nothing-here" in shared.ended("typo")["message"]
+
+
+def test_stop_restart_and_remove_do_that_to_the_container(shared: Cluster, busybox: str) -> None:
+    task = shared.create(*ECHO, image=busybox, name="cycle")
+    shared.connected("cycle")
+    for _ in range(2):
+        status, stopped = shared.call("POST", "/api/tasks/cycle/stop")
+        assert (status, stopped["status"], stopped["tunnel"], stopped["message"]) == (200, "stopped", False, None)
+        assert container_state(task["container"]) == "exited"
+    for _ in range(2):
+        status, running = shared.call("POST", "/api/tasks/cycle/restart")
+        assert (status, running["status"]) == (200, "running")
+        shared.connected("cycle")
+        assert echoes(shared, "cycle")
+    assert shared.call("DELETE", "/api/tasks/cycle")[0] == 200
+    assert docker("ps", "-aq", "--filter", f"name={task['container']}") == ""
+
+
+def test_a_killed_container_ends_the_users_connection_within_a_second_and_is_back_after_a_restart(
+    shared: Cluster, busybox: str
+) -> None:
+    task = shared.create(*ECHO, image=busybox, name="victim")
+    shared.connected("victim")
+    assert echoes(shared, "victim")
+    with shared.forward("victim", PORT) as forward, open_stream(forward.local_port) as sock:
+        docker("kill", task["container"])
+        killed = time.monotonic()
+        try:
+            assert sock.recv(1) == b""
+        except ConnectionError:
+            pass
+        assert time.monotonic() - killed < 1
+        ended = shared.ended("victim")
+        assert time.monotonic() - killed < 5
+        assert (ended["status"], ended["tunnel"]) == ("failed", False)
+        assert "SIGKILL" in ended["message"]
+        assert shared.call("POST", "/api/tasks/victim/restart")[0] == 200
+        shared.connected("victim")
+        assert eventually(lambda: _asked(forward.local_port, b"back")) == b"back"
+
+
+@contextmanager
+def open_stream(port: int) -> Iterator[socket.socket]:
+    """A connection to the echo service that has been seen to work."""
+    with socket.create_connection(("127.0.0.1", port), timeout=PATIENCE) as sock:
+        sock.sendall(b"x")
+        assert sock.recv(1) == b"x"
+        yield sock
+
+
+def test_a_container_removed_behind_our_back_is_lost_and_made_anew_by_a_restart(shared: Cluster, busybox: str) -> None:
+    task = shared.create(*ECHO, image=busybox, name="vanished")
+    shared.connected("vanished")
+    docker("rm", "-f", task["container"])
+    eventually(lambda: shared.task("vanished")["status"] == "lost")
+    assert shared.call("POST", "/api/tasks/vanished/restart")[0] == 200
+    shared.connected("vanished")
+    assert echoes(shared, "vanished")
+
+
+def test_a_running_container_is_adopted_without_a_restart(shared: Cluster, busybox: str) -> None:
+    with plain_container(busybox, *ECHO) as container:
+        started = docker("inspect", "-f", "{{.State.StartedAt}}", container)
+        task = adopt(shared, container[:12], "adopted")
+        assert task["container"] == f"kohakuriver-vps-{task['task_id']}"
+        shared.connected("adopted")
+        assert echoes(shared, "adopted")
+        assert docker("inspect", "-f", "{{.State.StartedAt}}", container) == started
+        again = adopt(shared, container, "another-name")
+        assert (again["task_id"], again["name"]) == (task["task_id"], "adopted")
+        assert shared.call("DELETE", "/api/tasks/adopted")[0] == 200
+        assert container_state(container) == "running"
+        eventually(lambda: "tunnel-client" not in docker("top", container))
+
+
+def test_a_container_of_one_binary_is_adopted(shared: Cluster) -> None:
+    elsewhere = ("-e", "RUNNER_URL=http://127.0.0.1:1", "-e", "CONTAINER_ID=none")
+    with plain_container(docker_images.single_binary_image(), "/only", "run", options=elsewhere) as container:
+        adopt(shared, container, "adopted-single")
+        shared.connected("adopted-single")
+
+
+def test_an_adopted_container_that_is_restarted_gets_its_tunnel_back(shared: Cluster, busybox: str) -> None:
+    with plain_container(busybox, *ECHO, options=("--stop-signal", "KILL")) as container:
+        adopt(shared, container, "readopted")
+        shared.connected("readopted")
+        docker("restart", "-t", "0", container)
+        eventually(lambda: "tunnel-client" in docker("top", container))
+        shared.connected("readopted")
+        assert echoes(shared, "readopted")
+        assert shared.call("POST", "/api/tasks/readopted/restart")[0] == 200
+        shared.connected("readopted")
+        assert echoes(shared, "readopted")
+
+
+def test_an_adopted_container_on_a_network_of_its_own_is_reached(shared: Cluster, busybox: str) -> None:
+    network = docker("network", "create", f"{docker_images.PREFIX}-net")
+    try:
+        with plain_container(busybox, *ECHO, options=("--network", network)) as container:
+            adopt(shared, container, "networked")
+            shared.connected("networked")
+            assert echoes(shared, "networked")
+    finally:
+        docker("network", "rm", network)
+
+
+def test_what_can_not_be_adopted_is_refused_with_the_reason(shared: Cluster, busybox: str) -> None:
+    def refused(container: str) -> tuple[int, str]:
+        status, answer = shared.call("POST", "/api/tasks/adopt", {"container": container})
+        return status, answer["message"]
+
+    status, message = refused("no-such-container")
+    assert status == 404
+    assert "no-such-container" in message
+    with plain_container(busybox, *STAY, options=("--network", "none")) as container:
+        status, message = refused(container)
+        assert (status, "docker network connect" in message) == (409, True)
+        docker("pause", container)
+        assert "docker unpause" in refused(container)[1]
+        docker("unpause", container)
+        docker("kill", container)
+        assert "docker start" in refused(container)[1]
+    with plain_container(busybox, *STAY, options=("--read-only",)) as container:
+        status, message = refused(container)
+        assert (status, "read-only" in message) == (409, True)
+    assert all(task["status"] != "starting" for task in shared.call("GET", "/api/tasks")[1])
+
+
+def test_containers_outlive_a_killed_runner_and_are_reached_through_the_next_one(
+    cluster: Cluster, busybox: str
+) -> None:
+    task = cluster.create(*ECHO, image=busybox, name="web")
+    cluster.connected("web")
+    with plain_container(busybox, *ECHO) as container:
+        adopt(cluster, container, "adopted")
+        cluster.connected("adopted")
+        cluster.runners["n1"].end(signal.SIGKILL)
+        assert container_state(task["container"]) == "running"
+        cluster.start_runner("n1", "--backend", "docker")
+        for name in ("web", "adopted"):
+            cluster.connected(name)
+            assert echoes(cluster, name)
+        assert docker("top", container).count("--container-id") == 1
+
+
+def test_containers_are_found_again_by_their_labels_when_the_runners_list_is_lost(
+    cluster: Cluster, busybox: str
+) -> None:
+    task = cluster.create(*ECHO, image=busybox, name="web")
+    cluster.connected("web")
+    cluster.runners["n1"].end()
+    (cluster.state_of("n1") / "tasks.json").unlink()
+    cluster.start_runner("n1", "--backend", "docker")
+    assert cluster.connected("web")["task_id"] == task["task_id"]
+    assert echoes(cluster, "web")
+
+
+def test_what_happens_while_the_runner_is_away_is_known_when_it_is_back(cluster: Cluster, busybox: str) -> None:
+    exits = cluster.create("/bin/sh", "-c", "sleep 100000", image=busybox, name="exits")
+    stays = cluster.create(*STAY, image=busybox, name="stays")
+    cluster.runners["n1"].end()
+    docker("kill", exits["container"])
+    cluster.start_runner("n1", "--backend", "docker")
+    assert "SIGKILL" in cluster.ended("exits")["message"]
+    assert cluster.connected("stays")["container"] == stays["container"]
+
+
+def test_a_runner_that_listens_elsewhere_now_still_reaches_its_containers(cluster: Cluster, busybox: str) -> None:
+    cluster.create(*ECHO, image=busybox, name="web")
+    cluster.connected("web")
+    cluster.runners["n1"].end()
+    (cluster.state_of("n1") / "port").unlink()
+    cluster.start_runner("n1", "--backend", "docker")
+    cluster.connected("web")
+    assert echoes(cluster, "web")
+
+
+def test_a_runner_told_to_do_so_ends_its_containers_and_only_those_it_made(tmp_path: Path, busybox: str) -> None:
+    with with_docker(tmp_path) as cluster:
+        cluster.runners["n1"].end()
+        cluster.start_runner("n1", "--backend", "docker", "--stop-tasks-on-exit")
+        task = cluster.create(*ECHO, image=busybox, name="web")
+        with plain_container(busybox, *STAY) as container:
+            adopt(cluster, container, "adopted")
+            assert cluster.runners["n1"].end() == 0
+            assert container_state(task["container"]) == "exited"
+            assert container_state(container) == "running"
+        assert cluster.task("web")["status"] == "stopped"
+
+
+def test_containers_reach_nothing_of_a_runner_on_loopback_but_their_tunnel(shared: Cluster, busybox: str) -> None:
+    task = shared.create(*STAY, image=busybox, name="curious")
+    shared.connected("curious")
+    url = docker("exec", task["container"], "/bin/sh", "-c", "echo $KOHAKURIVER_TUNNEL_URL")
+
+    def status_of(path: str) -> str:
+        ask_for = f"/bin/busybox wget -S -O - {url}{path} 2>&1 | /bin/busybox head -3"
+        return docker("exec", task["container"], "/bin/sh", "-c", ask_for)
+
+    assert "404" in status_of("/api/tasks")
+    assert "404" in status_of("/health")
