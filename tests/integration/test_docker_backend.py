@@ -373,3 +373,17 @@ def test_containers_reach_nothing_of_a_runner_on_loopback_but_their_tunnel(share
 
     assert "404" in status_of("/api/tasks")
     assert "404" in status_of("/health")
+
+
+def test_docker_is_offered_from_when_the_engine_answers(tmp_path: Path, busybox: str) -> None:
+    socket_path = tmp_path / "docker.sock"
+    with a_cluster(tmp_path) as cluster, ExitStack() as stack:
+        stack.callback(remove_all, cluster)
+        cluster.start_runner("n1", "--backend", "docker", env={"DOCKER_HOST": f"unix://{socket_path}"})
+        status, answer = cluster.call("POST", "/api/tasks", {"image": busybox, "name": "early"})
+        assert (status, answer["error"]) == (409, "backend_not_offered")
+        assert "Docker engine" in answer["message"]
+        socket_path.symlink_to("/var/run/docker.sock")
+        eventually(lambda: "docker" in (cluster.node("n1") or {})["backends"])
+        cluster.create(*STAY, image=busybox, name="late")
+        cluster.connected("late")

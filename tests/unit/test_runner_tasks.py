@@ -1,0 +1,291 @@
+"""The runner's tasks, with a backend that does as the test says."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Coroutine
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from kohakuriver.errors import KohakuRiverError, NotFoundError, UnavailableError
+from kohakuriver.runner import tasks
+from kohakuriver.runner.backends.base import Backend
+from kohakuriver.runner.state import State, TaskRecord
+from kohakuriver.runner.tasks import TaskManager
+
+Run = Callable[[Coroutine[Any, Any, None]], None]
+
+
+class Obedient(Backend):
+    """Starts whatever it is told to, unless `failure` is set; `gate` holds it up."""
+
+    name = "process"
+
+    def __init__(self, manager: TaskManager) -> None:
+        self.manager = manager
+        self.failure: Exception | None = None
+        self.gate = asyncio.Event()
+        self.gate.set()
+        self.did: list[str] = []
+        self.running: set[str] = set()
+
+    async def open(self, tasks: list[TaskRecord], found: Callable[[TaskRecord], None]) -> None:
+        self.did.append(f"open {len(tasks)}")
+
+    async def start(self, task: TaskRecord) -> None:
+        await self.gate.wait()
+        if self.failure is not None:
+            raise self.failure
+        self.did.append("start")
+        self.running.add(task.container)
+        self.manager.report(task.container, "running")
+
+    async def adopt(self, task: TaskRecord) -> TaskRecord:
+        await self.start(task)
+        return task
+
+    async def stop(self, task: TaskRecord) -> None:
+        self.did.append("stop")
+        self.running.discard(task.container)
+
+    async def start_again(self, task: TaskRecord) -> None:
+        assert task.container not in self.running, "started twice"
+        await self.start(task)
+
+    async def remove(self, task: TaskRecord) -> None:
+        self.did.append("remove")
+        self.running.discard(task.container)
+
+    async def close(self, tasks: list[TaskRecord], *, stop_tasks: bool) -> None:
+        self.did.append("close")
+
+
+class Bench:
+    """A manager with its backend, and what others would hear of it."""
+
+    def __init__(self, directory: Path) -> None:
+        self._change = asyncio.Event()
+        self.dropped: list[tuple[str, str, bool]] = []
+        self.state = State(directory)
+        self.manager = TaskManager(self.state, self._changed)
+        self.manager.drop = self._drop
+        self.backend = Obedient(self.manager)
+
+    def _changed(self) -> None:
+        self._change.set()
+
+    async def until(self, seen: Callable[[], bool]) -> None:
+        """Wait for changes, until one makes `seen` true."""
+        while not seen():
+            self._change.clear()
+            await self._change.wait()
+
+    def _drop(self, container: str, reason: str, *, gone: bool = False) -> None:
+        self.dropped.append((container, reason, gone))
+
+    async def open(self) -> TaskManager:
+        await self.manager.open({"process": self.backend})
+        return self.manager
+
+
+def a_task(number: int = 1, **more: Any) -> TaskRecord:
+    return TaskRecord(task_id=number, container=f"c{number}", backend="process", name=f"web{number}", **more)
+
+
+def test_the_same_start_asked_for_twice_is_one_start(run: Run, tmp_path: Path) -> None:
+    async def check() -> None:
+        bench = Bench(tmp_path)
+        manager = await bench.open()
+        first = await manager.create(a_task())
+        assert await manager.create(a_task()) is first
+        assert bench.backend.did == ["open 0", "start"]
+
+    run(check())
+
+
+def test_a_start_that_fails_leaves_nothing(run: Run, tmp_path: Path) -> None:
+    async def check() -> None:
+        bench = Bench(tmp_path)
+        manager = await bench.open()
+        bench.backend.failure = NotFoundError("No such image.")
+        with pytest.raises(NotFoundError, match="No such image"):
+            await manager.create(a_task())
+        assert manager.all() == []
+
+    run(check())
+
+
+def test_an_unexpected_failure_of_a_start_is_a_sentence_too(run: Run, tmp_path: Path) -> None:
+    async def check() -> None:
+        bench = Bench(tmp_path)
+        manager = await bench.open()
+        bench.backend.failure = ZeroDivisionError()
+        with pytest.raises(KohakuRiverError, match="log says why"):
+            await manager.create(a_task())
+        assert manager.all() == []
+
+    run(check())
+
+
+def test_a_start_that_takes_long_goes_on_in_the_background(
+    run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tasks, "START_SECONDS", 0.01)
+
+    async def check() -> None:
+        bench = Bench(tmp_path)
+        manager = await bench.open()
+        bench.backend.gate.clear()
+        task = await manager.create(a_task())
+        assert task.status == "starting"
+        bench.backend.gate.set()
+        await bench.until(lambda: task.status != "starting")
+        assert task.status == "running"
+
+    run(check())
+
+
+def test_a_long_start_that_fails_in_the_end_says_why(run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tasks, "START_SECONDS", 0.01)
+
+    async def check() -> None:
+        bench = Bench(tmp_path)
+        manager = await bench.open()
+        bench.backend.gate.clear()
+        task = await manager.create(a_task())
+        bench.backend.failure = KohakuRiverError("The pull broke.")
+        bench.backend.gate.set()
+        await bench.until(lambda: task.status != "starting")
+        assert (task.status, task.message) == ("failed", "The pull broke")
+
+    run(check())
+
+
+def test_a_task_that_is_still_starting_can_be_removed(
+    run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tasks, "START_SECONDS", 0.01)
+
+    async def check() -> None:
+        bench = Bench(tmp_path)
+        manager = await bench.open()
+        bench.backend.gate.clear()
+        await manager.create(a_task())
+        await manager.remove("c1")
+        assert manager.all() == []
+        assert "start" not in bench.backend.did
+
+    run(check())
+
+
+def test_streams_end_with_the_reason_as_soon_as_a_task_does(run: Run, tmp_path: Path) -> None:
+    async def check() -> None:
+        bench = Bench(tmp_path)
+        manager = await bench.open()
+        task = await manager.create(a_task())
+        manager.tunnel_changed("c1", True)
+        manager.report("c1", "failed", "it ended with exit code 3")
+        assert bench.dropped == [("c1", "task web1 failed: it ended with exit code 3", False)]
+        assert not task.tunnel
+        manager.report("c1", "failed", "it ended with exit code 3")
+        assert len(bench.dropped) == 1
+        await manager.remove("c1")
+        assert bench.dropped[-1] == ("c1", "task web1 was removed", True)
+
+    run(check())
+
+
+def test_the_old_tunnel_never_passes_for_the_new_one_after_a_restart(run: Run, tmp_path: Path) -> None:
+    async def check() -> None:
+        bench = Bench(tmp_path)
+        manager = await bench.open()
+        task = await manager.create(a_task())
+        manager.tunnel_changed("c1", True)
+        bench.manager.drop = lambda container, reason, gone=False: manager.tunnel_changed(container, False)
+        await manager.restart("c1")
+        assert bench.backend.did == ["open 0", "start", "stop", "start"]
+        assert (task.status, task.tunnel) == ("running", False)
+
+    run(check())
+
+
+def test_every_change_has_a_greater_revision_also_after_a_restart(run: Run, tmp_path: Path) -> None:
+    async def check() -> None:
+        bench = Bench(tmp_path)
+        manager = await bench.open()
+        task = await manager.create(a_task())
+        seen = [task.revision]
+        manager.tunnel_changed("c1", True)
+        seen.append(task.revision)
+        await manager.stop("c1")
+        seen.append(task.revision)
+        await manager.close(stop_tasks=False)
+        again = Bench(tmp_path)
+        manager = await again.open()
+        manager.report("c1", "running")
+        seen.append(manager.get("c1").revision)
+        assert seen == sorted(set(seen))
+
+    run(check())
+
+
+def test_tasks_are_known_after_a_restart_and_their_tunnels_are_not(run: Run, tmp_path: Path) -> None:
+    async def check() -> None:
+        bench = Bench(tmp_path)
+        manager = await bench.open()
+        await manager.create(a_task(command=["serve"], env={"A": "b"}))
+        manager.tunnel_changed("c1", True)
+        await manager.close(stop_tasks=False)
+        again = Bench(tmp_path)
+        manager = await again.open()
+        task = manager.get("c1")
+        assert (task.command, task.env, task.status, task.tunnel) == (["serve"], {"A": "b"}, "running", False)
+        assert again.backend.did == ["open 1"]
+
+    run(check())
+
+
+def test_a_runner_that_is_ending_takes_no_new_task(run: Run, tmp_path: Path) -> None:
+    async def check() -> None:
+        manager = await Bench(tmp_path).open()
+        await manager.close(stop_tasks=False)
+        with pytest.raises(UnavailableError) as caught:
+            await manager.create(a_task())
+        assert caught.value.code == "node_offline"
+
+    run(check())
+
+
+def test_a_tunnel_token_is_good_for_its_own_container_and_while_there_is_such_a_task(run: Run, tmp_path: Path) -> None:
+    async def check() -> None:
+        bench = Bench(tmp_path)
+        manager = await bench.open()
+        await manager.create(a_task(1))
+        await manager.create(a_task(2))
+        token = bench.state.tunnel_token("c1")
+        assert manager.check_tunnel_token("c1", token)
+        assert not manager.check_tunnel_token("c2", token)
+        assert not manager.check_tunnel_token("c1", "")
+        assert not manager.check_tunnel_token("c1", "ü")
+        await manager.remove("c1")
+        assert not manager.check_tunnel_token("c1", token)
+        assert State(tmp_path).tunnel_token("c2") == bench.state.tunnel_token("c2")
+        assert State(tmp_path / "other").tunnel_token("c2") != bench.state.tunnel_token("c2")
+
+    run(check())
+
+
+def test_the_state_directory_is_for_its_owner_alone(run: Run, tmp_path: Path) -> None:
+    async def check() -> None:
+        bench = Bench(tmp_path / "state")
+        manager = await bench.open()
+        await manager.create(a_task(env={"PASSWORD": "secret"}))
+        await manager.close(stop_tasks=False)
+        bench.state.ticket_key = b"key"
+        assert (tmp_path / "state").stat().st_mode & 0o077 == 0
+        for name in ("secret", "tasks.json", "ticket-key"):
+            assert (tmp_path / "state" / name).stat().st_mode & 0o077 == 0
+
+    run(check())
