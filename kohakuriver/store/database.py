@@ -90,7 +90,8 @@ class Store:
         except IntegrityError:
             raise  # a clash with a constraint: the caller knows which, and what to say
         except DBAPIError as error:
-            raise KohakuRiverError(f"The database failed: {error.orig}.", code="database") from error
+            reason = " ".join(str(error.orig).split()).rstrip(".?")
+            raise KohakuRiverError(f"The database failed: {reason}.", code="database") from error
 
     async def run(self, work: Callable[[Session], T]) -> T:
         """What `work` returns, called with a session in one transaction, in a thread."""
