@@ -2,6 +2,7 @@
 //! of what a client sends.
 
 use crate::protocol::{MAX_RECEIVED, Violation, close};
+use crate::sys;
 
 /// The opcodes of RFC 6455 §5.2.
 #[allow(missing_docs)]
@@ -283,7 +284,7 @@ impl MaskKeys {
     /// A key that nobody can predict.
     pub fn next_key(&mut self) -> [u8; 4] {
         if self.used == self.pool.len() {
-            getrandom::fill(&mut self.pool).expect("the system has a random source");
+            sys::random(&mut self.pool);
             self.used = 0;
         }
         let key = [0, 1, 2, 3].map(|i| self.pool[self.used + i]);

@@ -9,6 +9,7 @@ use base64::Engine;
 use base64::engine::general_purpose::STANDARD as BASE64;
 
 use crate::protocol::SUBPROTOCOL_V2;
+use crate::sys;
 
 const TIMEOUT: Duration = Duration::from_secs(10);
 const MAX_HEAD: usize = 64 << 10;
@@ -139,7 +140,7 @@ pub fn open(url: &RunnerUrl, container: &str, token: Option<&str>) -> Result<Ope
     sock.set_nodelay(true)?;
     sock.set_write_timeout(Some(TIMEOUT))?;
     let mut nonce = [0; 16];
-    getrandom::fill(&mut nonce).map_err(|error| wrong(error.to_string()))?;
+    sys::random(&mut nonce);
     let key = BASE64.encode(nonce);
     sock.write_all(request(url, container, token, &key).as_bytes())?;
     let (head, early) = read_head(&mut sock, deadline)?;

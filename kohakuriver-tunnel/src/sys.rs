@@ -166,3 +166,22 @@ impl SignalSet {
         }
     }
 }
+
+/// Fills `bytes` with what nobody can predict. Asks the kernel itself: an image may have no `/dev`.
+pub fn random(mut bytes: &mut [u8]) {
+    while !bytes.is_empty() {
+        // SAFETY: the kernel writes at most `bytes.len()` bytes to a valid place.
+        let got = unsafe { libc::getrandom(bytes.as_mut_ptr().cast(), bytes.len(), 0) };
+        match usize::try_from(got) {
+            Ok(got) => bytes = &mut bytes[got..],
+            Err(_) => {
+                let error = io::Error::last_os_error();
+                // Only a kernel older than 3.17 has no such call.
+                assert!(
+                    error.kind() == io::ErrorKind::Interrupted,
+                    "getrandom: {error}"
+                );
+            }
+        }
+    }
+}

@@ -109,7 +109,7 @@ fn ceiling(failures: u32, most: Duration) -> Duration {
 /// A random part of `most`, so that the clients of a restarted runner don't come all at once.
 fn jitter(most: Duration) -> Duration {
     let mut random = [0; 4];
-    getrandom::fill(&mut random).expect("the system has a random source");
+    sys::random(&mut random);
     most.mul_f64(f64::from(u32::from_ne_bytes(random)) / f64::from(u32::MAX))
 }
 

@@ -212,6 +212,28 @@ fn as_process_1_of_a_namespace_it_passes_on_the_exit_code() {
 }
 
 #[test]
+fn an_image_may_hold_nothing_but_the_tunnel_client() {
+    let (runner, root) = (Runner::new(), tempdir("empty-root"));
+    let inner = client_command(&runner.url());
+    std::fs::copy(inner.get_program(), root.join("tunnel-client")).unwrap();
+    let mut command = Command::new("unshare");
+    command
+        .args(["--user", "--map-root-user", "--root"])
+        .arg(&root)
+        .arg("/tunnel-client");
+    command.args(inner.get_args());
+    let client = Client::spawn(command);
+    drop(runner.accept_request());
+    client.line_with("no tunnel");
+    let mut wire = runner.accept();
+    wire.open(1, echo(), u64::MAX);
+    wire.data(1, b"bare");
+    assert_eq!(wire.bytes(1, 4), b"bare");
+    drop(client);
+    std::fs::remove_dir_all(root).unwrap();
+}
+
+#[test]
 fn a_bad_command_line_exits_with_2_and_a_sentence() {
     let mut command = client_command("https://runner");
     command.arg("run");
