@@ -1,0 +1,150 @@
+"""UDP streams and their local sockets (docs/protocol.md §3 rule 12)."""
+
+from __future__ import annotations
+
+import asyncio
+import socket
+import time
+from collections import OrderedDict
+from collections.abc import Callable
+from typing import TYPE_CHECKING, cast
+
+from kohakuriver.tunnel.protocol import CLOSE, DATA, PROTO_UDP
+
+if TYPE_CHECKING:
+    from kohakuriver.tunnel.endpoint import Endpoint, UserEndpoint
+
+
+def send_datagram(send: Callable[[], int]) -> bool:
+    """Send one datagram now; False if it does not fit or the socket takes none.
+
+    asyncio's own sendto leaves empty datagrams out, and queues others without a limit.
+    """
+    for _ in range(2):  # the first try may only report what an ICMP message said of an earlier datagram
+        try:
+            send()
+        except ConnectionRefusedError:
+            continue
+        except OSError:
+            return False
+        return True
+    return False
+
+
+class UdpStream:
+    """One UDP stream: on the user side a source address, on the container side a connected socket."""
+
+    __slots__ = ("endpoint", "id", "last", "port", "send_local", "shut")
+
+    def __init__(self, endpoint: Endpoint, port: int) -> None:
+        self.endpoint = endpoint
+        self.port = port
+        self.id = 0
+        self.last = time.monotonic()
+        self.send_local: Callable[[bytes], bool] = lambda data: False
+        self.shut: Callable[[], None] = lambda: None
+
+    def from_local(self, data: bytes) -> None:
+        """A datagram for the other end."""
+        self.last = time.monotonic()
+        link = self.endpoint.link
+        if link is None or link.queued > self.endpoint.config.udp_queue:
+            self.endpoint.udp_dropped += 1
+            return
+        self.endpoint.bytes_sent += len(data)
+        self.endpoint.send_message(DATA, self.id, data, PROTO_UDP)
+
+    def from_link(self, data: bytes) -> None:
+        """A datagram from the other end."""
+        self.last = time.monotonic()
+        if not self.send_local(data):
+            self.endpoint.udp_dropped += 1
+        else:
+            self.endpoint.bytes_received += len(data)
+
+    def over(self) -> None:
+        """CLOSE or ERROR came, or the link went."""
+        self.endpoint.stream_over(self)
+        self.shut()
+
+
+class UdpListener(asyncio.DatagramProtocol):
+    """A local UDP port: every source address is a stream; the one idle longest goes when there are too many."""
+
+    def __init__(self, endpoint: UserEndpoint, remote_port: int, sock: socket.socket) -> None:
+        self.endpoint = endpoint
+        self.remote_port = remote_port
+        self._sock = sock
+        self._peers: OrderedDict[object, UdpStream] = OrderedDict()
+        self._transport: asyncio.DatagramTransport = cast(asyncio.DatagramTransport, None)
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        self._transport = cast(asyncio.DatagramTransport, transport)
+
+    def datagram_received(self, data: bytes, addr: tuple[str | int, ...]) -> None:
+        stream = self._peers.get(addr)
+        if stream is None:
+            stream = self._new_peer(addr)
+            if stream is None:
+                self.endpoint.udp_dropped += 1
+                return
+        self._peers.move_to_end(addr)
+        stream.from_local(data)
+
+    def _new_peer(self, addr: tuple[str | int, ...]) -> UdpStream | None:
+        if len(self._peers) >= self.endpoint.config.udp_peers:
+            oldest = next(iter(self._peers.values()))
+            self.endpoint.send_message(CLOSE, oldest.id, proto=PROTO_UDP)
+            oldest.over()
+        stream = UdpStream(self.endpoint, self.remote_port)
+        stream.send_local = lambda data: self._reply(data, addr)
+        stream.shut = lambda: self._forget(addr)
+        if not self.endpoint.open_udp(stream):
+            return None
+        self._peers[addr] = stream
+        return stream
+
+    def _forget(self, addr: object) -> None:
+        self._peers.pop(addr, None)
+
+    def _reply(self, data: bytes, addr: tuple[str | int, ...]) -> bool:
+        return not self._transport.is_closing() and send_datagram(lambda: self._sock.sendto(data, addr))
+
+    def error_received(self, exc: Exception) -> None:
+        pass  # an ICMP answer to one source address says nothing about the others
+
+
+class UdpSocket(asyncio.DatagramProtocol):
+    """The connected socket of a UDP stream on the container side."""
+
+    def __init__(self, stream: UdpStream, sock: socket.socket) -> None:
+        self.stream = stream
+        self._sock = sock
+        self._transport: asyncio.DatagramTransport = cast(asyncio.DatagramTransport, None)
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        self._transport = cast(asyncio.DatagramTransport, transport)
+        self.stream.send_local = self._send
+        self.stream.shut = transport.close
+
+    def _send(self, data: bytes) -> bool:
+        return not self._transport.is_closing() and send_datagram(lambda: self._sock.send(data))
+
+    def datagram_received(self, data: bytes, addr: object) -> None:
+        self.stream.from_local(data)
+
+    def error_received(self, exc: Exception) -> None:
+        self.stream.endpoint.udp_dropped += 1  # nothing listens just now: the service may come back
+
+
+def connected_datagram_socket(host: str, port: int) -> socket.socket:
+    """A non-blocking UDP socket that talks to ``host:port`` only. Raises OSError."""
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    sock = socket.socket(family, socket.SOCK_DGRAM)
+    try:
+        sock.setblocking(False)
+        sock.connect((host, port))
+    except OSError:
+        sock.close()
+        raise
+    return sock
