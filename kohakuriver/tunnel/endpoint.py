@@ -41,6 +41,7 @@ from kohakuriver.tunnel.udp import UdpListener, UdpSocket, UdpStream, connected_
 
 BULK_READ = (1 << 20) - HEADROOM
 SHARED_READ = 256 * 1024  # with several busy streams no one of them takes more than this at a time
+ALONE = 16  # reads in a row of one stream after which it counts as the only busy one
 MAX_CONTROL = 1 << 20
 LISTEN_BACKLOG = 4096
 
@@ -100,6 +101,7 @@ class Endpoint:
         self.opened = self.bytes_sent = self.bytes_received = 0
         self.udp_dropped = self.stalls = self.unknown_messages = 0
         self._busy: TcpStream | None = None
+        self._in_a_row = 0
         self._assembler = Assembler(MAX_CONTROL)
         self._sweeper: asyncio.TimerHandle | None = None
 
@@ -228,10 +230,14 @@ class Endpoint:
             link.post(build_frame(WINDOW, PROTO_TCP, client_id, 0, limit.to_bytes(8, "big"), key))
 
     def mark_busy(self, stream: TcpStream) -> None:
-        """Note which stream sends; as soon as two take turns, each gets less at a time."""
+        """Note which stream sends; while two or more take turns, each gets less at a time."""
         if self._busy is not stream:
-            self.read_size = SHARED_READ if self._busy is not None and len(self.streams) > 1 else BULK_READ
-            self._busy = stream
+            self._busy, self._in_a_row = stream, 0
+            self.read_size = SHARED_READ if len(self.streams) > 1 else BULK_READ
+        else:
+            self._in_a_row += 1
+            if self._in_a_row == ALONE:
+                self.read_size = BULK_READ
 
     def check_hold(self, stream: TcpStream) -> None:
         """v1: stop reading the link while one stream holds too much (§3 rule 6)."""
