@@ -1,0 +1,83 @@
+"""What host and runner have in common as HTTP programs."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Coroutine
+from typing import Any
+
+import httpx
+import pytest
+
+from kohakuriver.errors import LocalAddressError
+from kohakuriver.tunnel.server import serve_ws
+from kohakuriver.web import Server, bind, new_app, socket_url
+from tests.control import serving
+
+Run = Callable[[Coroutine[Any, Any, None]], None]
+
+
+def test_a_port_that_is_taken_is_named(taken_port: int) -> None:
+    with pytest.raises(LocalAddressError, match=str(taken_port)):
+        bind("127.0.0.1", taken_port)
+
+
+@pytest.mark.parametrize("host", ["192.0.2.77", "no such name", "256.1.1.1"])
+def test_an_address_that_is_not_ours_is_named(host: str) -> None:
+    with pytest.raises(LocalAddressError, match=host):
+        bind(host, 0)
+
+
+def test_a_socket_on_every_address_is_reached_through_loopback() -> None:
+    with bind("0.0.0.0", 0) as sock:
+        assert socket_url(sock) == f"http://127.0.0.1:{sock.getsockname()[1]}"
+
+
+def test_an_ipv6_address_stands_in_brackets() -> None:
+    with bind("::1", 0) as sock:
+        assert socket_url(sock, "https") == f"https://[::1]:{sock.getsockname()[1]}"
+
+
+def test_a_crash_answers_with_a_sentence_and_no_traceback(run: Run) -> None:
+    async def check() -> None:
+        app = new_app("host", "1")
+
+        @app.get("/crash")
+        async def crash() -> None:
+            raise ZeroDivisionError("secret detail")
+
+        async with serving(app) as url, httpx.AsyncClient(trust_env=False, verify=False) as client:
+            answer = await client.get(f"{url}/crash")
+            assert answer.status_code == 500
+            assert set(answer.json()) == {"error", "message"}
+            assert "secret" not in answer.text
+
+    run(check())
+
+
+def test_one_more_listener_serves_its_own_application_until_the_end(run: Run) -> None:
+    async def check() -> None:
+        ready, ended = asyncio.Event(), asyncio.Event()
+
+        async def is_ready() -> None:
+            ready.set()
+
+        async def is_ended() -> None:
+            ended.set()
+
+        first, second = bind("127.0.0.1", 0), bind("127.0.0.1", 0)
+        server = Server(new_app("one", "1"), ws=serve_ws([]), on_ready=is_ready, on_stop=is_ended)
+        running = asyncio.ensure_future(server.serve([first]))
+        await ready.wait()
+        url = socket_url(second)
+        await server.add_listener(second, new_app("other", "1"), serve_ws([]))
+        async with httpx.AsyncClient(trust_env=False, verify=False) as client:
+            assert (await client.get(f"{socket_url(first)}/openapi.json")).json()["info"]["title"] == "one"
+            assert (await client.get(f"{url}/openapi.json")).json()["info"]["title"] == "other"
+        server.stop()
+        await running
+        assert ended.is_set()
+        with pytest.raises(OSError, match="refused"):
+            await asyncio.open_connection(*url.removeprefix("http://").split(":"))
+
+    run(check())
