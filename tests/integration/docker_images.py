@@ -34,8 +34,8 @@ def require_engine() -> None:
 
 def make_image(name: str, files: dict[str, bytes], *changes: str) -> str:
     """An image of these executables and nothing else; one that is there already is used again."""
-    content = hashlib.sha256(repr((sorted(files.items()), changes)).encode()).hexdigest()[:12]
-    image = f"{PREFIX}-{name}:{content}"
+    digest = hashlib.sha256(repr((sorted(files.items()), changes)).encode()).hexdigest()[:12]
+    image = f"{PREFIX}-{name}:{digest}"
     if not subprocess.run(["docker", "image", "inspect", image], capture_output=True, check=False).returncode:
         return image
     out = io.BytesIO()
