@@ -7,7 +7,7 @@ import re
 from datetime import datetime, timezone
 from typing import Annotated, Literal
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, TypeAdapter, ValidationError, model_validator
 
 __all__ = [
     "AdoptRequest",
@@ -21,6 +21,8 @@ __all__ = [
     "Status",
     "TaskReport",
     "TaskView",
+    "is_engine_id",
+    "is_task_name",
     "iso_time",
 ]
 
@@ -53,6 +55,23 @@ EnvName = Annotated[str, _matching(r"[^=\0]+", "a variable's name has no = in it
 NoNul = Annotated[str, _matching(r"(?s)[^\0]*", "it has a NUL byte in it")]
 Mount = Annotated[str, _matching(r"[^:\0]+:/[^:\0]*(:ro)?", "write SOURCE:/TARGET or SOURCE:/TARGET:ro")]
 Url = Annotated[str, _matching(r"https?://[^\s/?#@]+", "it must be like http://name:port")]
+
+
+_task_name: TypeAdapter[str] = TypeAdapter(Name)
+
+
+def is_task_name(text: str) -> bool:
+    """Whether a task may be called this."""
+    try:
+        _task_name.validate_python(text)
+    except ValidationError:
+        return False
+    return True
+
+
+def is_engine_id(text: str) -> bool:
+    """Whether this is a container's id, or a part of one, as the engine prints it."""
+    return re.fullmatch(r"[0-9a-f]{12,64}", text) is not None
 
 
 class _Request(BaseModel):

@@ -15,7 +15,15 @@ import structlog
 from kohakuriver.errors import HostUnreachableError, KohakuRiverError, NotFoundError, UnavailableError, UsageError
 from kohakuriver.host.nodes import Nodes
 from kohakuriver.host.runner_client import RunnerClient
-from kohakuriver.host.schemas import AdoptRequest, CreateRequest, TaskReport, TaskView, iso_time
+from kohakuriver.host.schemas import (
+    AdoptRequest,
+    CreateRequest,
+    TaskReport,
+    TaskView,
+    is_engine_id,
+    is_task_name,
+    iso_time,
+)
 from kohakuriver.store import Node, Store, Task
 
 __all__ = ["Changes", "Tasks", "container_name", "not_running"]
@@ -128,14 +136,25 @@ class Tasks:
             task = await self._add(request.name, node, "address", owner, address=request.address)
             return await self._begin(task, node, "/api/tasks/adopt", {"address": request.address})
         nodes = await self._nodes.fitting(("docker",), request.node)
+        name = request.name or await self._name_of(request.container or "")
         for node in nodes:
-            task = await self._add(request.name, node, "docker", owner)
+            task = await self._add(name, node, "docker", owner)
             try:
                 return await self._begin(task, node, "/api/tasks/adopt", {"engine_name": request.container})
             except NotFoundError:
                 if node is nodes[-1]:
                     raise
         raise AssertionError("fitting() gives at least one node")
+
+    async def _name_of(self, container: str) -> str | None:
+        """A container's own name as that of its task, where it is free and would do for one."""
+        if is_engine_id(container) or not is_task_name(container):
+            return None
+        try:
+            await self._store.task_and_node(container)
+        except NotFoundError:
+            return container
+        return None
 
     async def _node_for_address(self, name: str | None) -> Node:
         nodes = await self._nodes.fitting(("address",), name)

@@ -396,6 +396,22 @@ def test_a_container_is_adopted_by_the_node_that_has_it(run: Run, tmp_path: Path
     run(check())
 
 
+@pytest.mark.parametrize(
+    ("container", "name"), [("my-db", "my-db"), ("Caps", None), ("0123456789ab", None), ("12345", None), ("web", None)]
+)
+def test_an_adopted_container_keeps_its_own_name_where_that_will_do(
+    run: Run, tmp_path: Path, container: str, name: str | None
+) -> None:
+    async def check() -> None:
+        async with a_host(tmp_path) as host:
+            await host.runner()
+            await host.user.post("/api/tasks/adopt", json={"container": "other", "name": "web"})
+            task = (await host.user.post("/api/tasks/adopt", json={"container": container})).json()
+            assert task["name"] == (name or f"vps-{task['task_id']}")
+
+    run(check())
+
+
 def test_adopting_a_container_again_gives_the_task_that_it_is(run: Run, tmp_path: Path) -> None:
     async def check() -> None:
         async with a_host(tmp_path) as host:
