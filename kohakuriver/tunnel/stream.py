@@ -122,15 +122,21 @@ class ReceiveWindow:
 
     Credit is given on consumption (``consume``) and told to the peer a quarter of the window at a time. The
     size follows the bandwidth-delay product: the bytes that arrive between a PING and its PONG.
+
+    Over a long link a whole window arrives as one burst a round trip, and PONGs come ahead of bulk: right before a
+    burst. So the read that makes a PING due counts as well, and PINGs become due a quarter of a window into a burst:
+    one sent at its end would see nothing arrive until its PONG.
     """
 
     __slots__ = (
         "_best",
         "_budget",
+        "_newest",
         "_pause",
         "_ping_at",
         "_ping_from",
         "_pinged",
+        "_skipped",
         "consumed",
         "granted",
         "received",
@@ -145,6 +151,8 @@ class ReceiveWindow:
         self.granted = self.size
         self._best = 0.0
         self._pause = self.size // 4  # bytes between the end of one PING and the next
+        self._skipped = 0  # bytes of that for which no PING is worth its while
+        self._newest = 0  # size of the last read
         self._pinged = False
         self._ping_from = 0
         self._ping_at = 0.0
@@ -152,6 +160,7 @@ class ReceiveWindow:
     def receive(self, size: int) -> bool:
         """Count ``size`` bytes that arrived; False if the peer went over what it was given."""
         self.received += size
+        self._newest = size
         return self.received <= max(self.granted, EARLY_DATA)
 
     def consume(self, size: int) -> int | None:
@@ -171,7 +180,7 @@ class ReceiveWindow:
         if self._pinged or self.size >= self._budget.cap or self.received - self._ping_from < self._pause:
             return False
         self._pinged = True
-        self._ping_from = self.received
+        self._ping_from = self.received - self._newest
         self._ping_at = now
         return True
 
@@ -186,10 +195,13 @@ class ReceiveWindow:
         pays = rate > WORTHWHILE * self._best
         self._best = max(self._best, rate)
         if not pays or sample * 3 < self.size * 2:
-            self._pause = min(2 * self._pause, RAREST_PING)
+            self._skipped = min(max(2 * self._skipped, self.size), RAREST_PING)
+            self._pause = self._skipped + self.size // 4
             return None
+        in_flight = self.size
         self.size = self._budget.grow(self.size)
-        self._pause = self.size // 4
+        self._skipped = 0
+        self._pause = in_flight + self.size // 4  # what comes first was sent for the smaller window
         return self._grant()
 
     def close(self) -> None:
