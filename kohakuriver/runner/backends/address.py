@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from kohakuriver.errors import UnavailableError
-from kohakuriver.runner.backends.base import Backend, Reporter
+from kohakuriver.runner.backends.base import Backend, ExecRequest, ExecSession, Reporter
 from kohakuriver.runner.state import TaskRecord
 
 __all__ = ["AddressBackend"]
@@ -38,6 +38,13 @@ class AddressBackend(Backend):
 
     async def remove(self, task: TaskRecord) -> None:
         pass
+
+    async def exec(self, task: TaskRecord, request: ExecRequest) -> ExecSession:
+        raise UnavailableError(
+            f"Task {task.name} is the address {task.address}, and kohakuriver runs nothing there; "
+            f"if it has an SSH server, use `kohakuriver vps connect {task.name}`.",
+            code="not_supported",
+        )
 
     async def close(self, tasks: list[TaskRecord], *, stop_tasks: bool) -> None:
         pass

@@ -3,18 +3,70 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
-from typing import Protocol
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Final, Protocol
 
 from kohakuriver.runner.state import TaskRecord
 
-__all__ = ["Backend", "Reporter"]
+__all__ = ["STDERR", "STDOUT", "Backend", "ExecRequest", "ExecSession", "Reporter"]
+
+STDOUT: Final = 1
+STDERR: Final = 2
 
 
 class Reporter(Protocol):
     """What a backend calls with a task's state; `message` is for a person, without a full stop."""
 
     def __call__(self, container: str, status: str, message: str | None = None) -> None: ...
+
+
+@dataclass(frozen=True)
+class ExecRequest:
+    """What to run inside a task that runs already.
+
+    `command` is a program and its arguments, searched for in the task's PATH; empty means the best shell that is
+    there. With `tty` it gets a terminal of `rows` x `cols` characters, otherwise three pipes. `env` is added to the
+    task's own environment.
+    """
+
+    command: Sequence[str] = ()
+    tty: bool = False
+    rows: int = 24
+    cols: int = 80
+    env: Mapping[str, str] = field(default_factory=dict)
+
+
+class ExecSession(ABC):
+    """A command that runs inside a task.
+
+    One reader, one writer; `close` may be called at any time, also while they wait. What is not read holds the
+    command up, and a command that does not read holds `write` up: nothing is buffered without a bound.
+    """
+
+    @abstractmethod
+    async def read(self) -> tuple[int, bytes] | None:
+        """The next piece of output as (STDOUT or STDERR, bytes), None at the end. A terminal has STDOUT alone."""
+
+    @abstractmethod
+    async def write(self, data: bytes) -> None:
+        """Give the command input; returns once it is taken. Thrown away when the command has closed its stdin."""
+
+    @abstractmethod
+    async def write_eof(self) -> None:
+        """No more input. On a terminal this is the character that means it (Ctrl-D at the start of a line)."""
+
+    @abstractmethod
+    async def resize(self, rows: int, cols: int) -> None:
+        """Change the terminal's size, in characters. Nothing without a terminal, or after the end."""
+
+    @abstractmethod
+    async def wait(self) -> int:
+        """The exit code, 128 + N after signal N; to be called once `read` has returned None."""
+
+    @abstractmethod
+    async def close(self) -> None:
+        """Hang up (SIGHUP, as a closed terminal does) if the command still runs, and free what the session holds."""
 
 
 class Backend(ABC):
@@ -58,6 +110,14 @@ class Backend(ABC):
     @abstractmethod
     async def remove(self, task: TaskRecord) -> None:
         """Stop it and remove what it left. What was adopted goes on, without its tunnel."""
+
+    @abstractmethod
+    async def exec(self, task: TaskRecord, request: ExecRequest) -> ExecSession:
+        """Run a command inside a task that runs; the caller closes the session.
+
+        Raises UnavailableError "no_shell" where a shell was asked for and there is none. A command that can't be
+        run is no error here: like a shell would, the session says so on stderr and ends with 127 (not found) or 126.
+        """
 
     @abstractmethod
     async def close(self, tasks: list[TaskRecord], *, stop_tasks: bool) -> None:
