@@ -29,6 +29,7 @@ from kohakuriver.errors import (
     from_status,
 )
 from kohakuriver.tunnel.link import Link, LinkHandler
+from kohakuriver.tunnel.messages import MAX_MESSAGE, MessageLink
 from kohakuriver.tunnel.protocol import TUNNEL_V2
 
 MAX_HEAD = 64 * 1024
@@ -69,6 +70,11 @@ class _Opening(asyncio.Protocol):
                 self._take_head(self._head, end + 4)
             elif len(self._head) > MAX_HEAD:
                 self._fail("its answer to the handshake has no end")
+
+    def hand_over(self, link: Link | MessageLink) -> None:
+        """Give the connection to `link`, with what came right behind the handshake."""
+        link.start(self.transport, self.rest)
+        self.transport.resume_reading()
 
     def _take_head(self, data: bytes, end: int) -> None:
         self._head = None
@@ -120,11 +126,25 @@ async def open_link(
     ``timeout`` is in seconds, for all of it. Raises HostUnreachableError where nobody answers, else the error that
     the peer's HTTP status stands for (docs/protocol.md §4).
     """
-    try:
-        return await asyncio.wait_for(_open(url, walker, handler, token, subprotocols, ssl), timeout)
-    except asyncio.TimeoutError as exc:
-        message = f"{_where(url)} did not answer within {timeout:g} s"
-        raise HostUnreachableError(message, code="timed_out", status=504) from exc
+    opening = await _dial(url, token, subprotocols, ssl, timeout)
+    link = Link(handler, walker, masks=True, version=2 if opening.protocol.subprotocol == TUNNEL_V2 else 1)
+    opening.hand_over(link)
+    return link
+
+
+async def open_messages(
+    url: str,
+    *,
+    token: str | None = None,
+    subprotocols: Sequence[str] = (),
+    ssl: tls.SSLContext | None = None,
+    timeout: float = 10.0,
+) -> MessageLink:
+    """Like `open_link`, for a WebSocket of whole messages."""
+    opening = await _dial(url, token, subprotocols, ssl, timeout)
+    link = MessageLink(opening.protocol, subprotocol=opening.protocol.subprotocol)
+    opening.hand_over(link)
+    return link
 
 
 def _where(url: str) -> str:
@@ -135,19 +155,24 @@ def _unreachable(url: str, reason: str) -> HostUnreachableError:
     return HostUnreachableError(f"{_where(url)} can't be reached: {reason}")
 
 
-async def _open(
-    url: str,
-    walker: FrameWalker,
-    handler: LinkHandler,
-    token: str | None,
-    subprotocols: Sequence[str],
-    ssl: tls.SSLContext | None,
-) -> Link:
+async def _dial(
+    url: str, token: str | None, subprotocols: Sequence[str], ssl: tls.SSLContext | None, timeout: float
+) -> _Opening:
+    try:
+        return await asyncio.wait_for(_open(url, token, subprotocols, ssl), timeout)
+    except asyncio.TimeoutError as exc:
+        message = f"{_where(url)} did not answer within {timeout:g} s"
+        raise HostUnreachableError(message, code="timed_out", status=504) from exc
+
+
+async def _open(url: str, token: str | None, subprotocols: Sequence[str], ssl: tls.SSLContext | None) -> _Opening:
+    """An opening that was answered with 101, reading paused."""
     try:
         uri = parse_uri(url)
     except (InvalidURI, ValueError) as exc:
         raise UsageError(f"{url} is not a WebSocket address") from exc
-    protocol = ClientProtocol(uri, subprotocols=[Subprotocol(s) for s in subprotocols] or None)
+    offered = [Subprotocol(s) for s in subprotocols] or None
+    protocol = ClientProtocol(uri, subprotocols=offered, max_size=MAX_MESSAGE)
     headers = {"User-Agent": "kohakuriver"}
     if token:
         headers["Authorization"] = f"Bearer {token}"
@@ -165,10 +190,7 @@ async def _open(
     except BaseException:
         opening.transport.abort()
         raise
-    link = Link(handler, walker, masks=True, version=2 if protocol.subprotocol == TUNNEL_V2 else 1)
-    link.start(opening.transport, opening.rest)
-    opening.transport.resume_reading()
-    return link
+    return opening
 
 
 def _judge(url: str, protocol: ClientProtocol, response: Response) -> None:

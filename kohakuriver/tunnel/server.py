@@ -27,6 +27,7 @@ from websockets.typing import Subprotocol
 from kohakuriver._frame import FrameWalker, build_ws
 from kohakuriver.errors import HostUnreachableError, KohakuRiverError, NotAllowedError, UsageError
 from kohakuriver.tunnel.link import Link, LinkHandler
+from kohakuriver.tunnel.messages import MAX_MESSAGE, MessageLink
 from kohakuriver.tunnel.protocol import OP_TEXT, TUNNEL_V2, CloseCode
 
 MAX_EARLY = 64 * 1024
@@ -45,13 +46,22 @@ class UpgradeRequest:
     query: dict[str, str]
     token: str | None
     peer: str
-    offers_v2: bool
+    subprotocols: frozenset[str]
     headers: Headers
     _upgrade: Upgrade = field(repr=False)
+
+    @property
+    def offers_v2(self) -> bool:
+        """Whether the peer speaks v2 of the tunnel protocol."""
+        return TUNNEL_V2 in self.subprotocols
 
     def accept(self, walker: FrameWalker, handler: LinkHandler, *, version: int = 2) -> Link:
         """Answer 101 with the subprotocol of ``version`` (1: none); the link has started when this returns."""
         return self._upgrade.accept(walker, handler, version if self.offers_v2 else 1)
+
+    def accept_messages(self, subprotocol: str | None = None) -> MessageLink:
+        """Answer 101 with `subprotocol` where the peer offers it; the WebSocket has started when this returns."""
+        return self._upgrade.accept_messages(subprotocol if subprotocol in self.subprotocols else None)
 
     def reject(self, status: int, code: str, message: str) -> None:
         """Answer with an HTTP error and close."""
@@ -120,14 +130,16 @@ class Upgrade(asyncio.Protocol):
         self._uvicorn = (config, state, app)
         self._state = state
         self._other: WebSocketsSansIOProtocol | None = None
-        self._handshake = ServerProtocol(select_subprotocol=lambda _, offered: self._select(offered), max_size=None)
+        self._handshake = ServerProtocol(
+            select_subprotocol=lambda _, offered: self._select(offered), max_size=MAX_MESSAGE
+        )
         self._request: Request | None = None
         self._description: UpgradeRequest | None = None
         self._transport: asyncio.Transport = cast(asyncio.Transport, None)
         self._early = b""
         self._task: asyncio.Task[None] | None = None
         self._answered = False
-        self._version = 1
+        self._subprotocol: str | None = None
         self.gone = False
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
@@ -203,29 +215,41 @@ class Upgrade(asyncio.Protocol):
         offered = ",".join(headers.get_all("Sec-WebSocket-Protocol"))
         name = self._transport.get_extra_info("peername")
         peer = f"{name[0]}:{name[1]}" if isinstance(name, tuple) else "?"
-        offers_v2 = TUNNEL_V2 in {item.strip() for item in offered.split(",")}
-        return UpgradeRequest(path, query, token, peer, offers_v2, headers, self)
+        subprotocols = frozenset(item.strip() for item in offered.split(","))
+        return UpgradeRequest(path, query, token, peer, subprotocols, headers, self)
 
     def _select(self, offered: Sequence[Subprotocol]) -> Subprotocol | None:
-        return Subprotocol(TUNNEL_V2) if self._version == 2 and TUNNEL_V2 in offered else None
+        return next((each for each in offered if each == self._subprotocol), None)
 
     def accept(self, walker: FrameWalker, handler: LinkHandler, version: int) -> Link:
         """Answer 101. Raises HostUnreachableError if the peer has hung up: nobody would hear of that link again."""
+        self._answer(TUNNEL_V2 if version == 2 else None)
+        link = Link(handler, walker, masks=False, version=version)
+        self._hand_over(link)
+        return link
+
+    def accept_messages(self, subprotocol: str | None) -> MessageLink:
+        """Answer 101. Raises HostUnreachableError if the peer has hung up."""
+        self._answer(subprotocol)
+        link = MessageLink(self._handshake, subprotocol=subprotocol)
+        self._hand_over(link)
+        return link
+
+    def _answer(self, subprotocol: str | None) -> None:
         assert self._request is not None
         if self.gone:
             raise HostUnreachableError("the peer hung up during the handshake")
         self._answered = True
-        self._version = version
-        link = Link(handler, walker, masks=False, version=version)
-        response = self._handshake.accept(self._request)
-        self._handshake.send_response(response)
+        self._subprotocol = subprotocol
+        self._handshake.send_response(self._handshake.accept(self._request))
+        self._transport.writelines(self._handshake.data_to_send())
+
+    def _hand_over(self, link: Link | MessageLink) -> None:
         connections = self._state.connections
         connections.discard(self)
         connections.add(link)  # type: ignore[arg-type]
         link.on_lost = lambda: connections.discard(link)
-        self._transport.writelines(self._handshake.data_to_send())
         link.start(self._transport, self._early)
-        return link
 
     def reject(self, status: int, body: dict[str, str]) -> None:
         """Answer with an HTTP error."""

@@ -23,7 +23,8 @@ import structlog
 from aiodocker.exceptions import DockerError
 
 from kohakuriver.errors import KohakuRiverError, LocalAddressError, NotFoundError, UnavailableError, UsageError
-from kohakuriver.runner.backends.base import Backend, Reporter
+from kohakuriver.runner.backends import docker_exec
+from kohakuriver.runner.backends.base import Backend, ExecRequest, ExecSession, Reporter
 from kohakuriver.runner.backends.process import describe_exit, last_words
 from kohakuriver.runner.state import TaskRecord
 from kohakuriver.runner.tunnel_helper import TunnelHelper
@@ -344,6 +345,10 @@ class DockerBackend(Backend):
                         raise
         self._tasks.pop(task.container, None)
         self._helper.forget(task.container)
+
+    async def exec(self, task: TaskRecord, request: ExecRequest) -> ExecSession:
+        with _sentences("run a command in the container"):
+            return await docker_exec.start(self._docker, task.engine_id or task.container, request)
 
     # The tunnel client inside
 

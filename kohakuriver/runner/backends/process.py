@@ -21,7 +21,7 @@ import structlog
 
 from kohakuriver.errors import KohakuRiverError, UnavailableError
 from kohakuriver.runner.backends import guard
-from kohakuriver.runner.backends.base import Backend, Reporter
+from kohakuriver.runner.backends.base import Backend, ExecRequest, ExecSession, Reporter
 from kohakuriver.runner.state import State, TaskRecord
 from kohakuriver.runner.tunnel_helper import TunnelHelper
 
@@ -69,14 +69,15 @@ class ProcessBackend(Backend):
         """Where a task's stdout and stderr go."""
         return self._state.task_dir(container) / "log"
 
+    def _work_dir(self, container: str) -> Path:
+        return self._state.task_dir(container) / "work"
+
     async def start(self, task: TaskRecord) -> None:
         task.stopped = False
         task.tunnel_url = self._tunnel_url()
         token_file = self._helper.token_file(task.container)
-        work = self._state.task_dir(task.container) / "work"
+        work = self._work_dir(task.container)
         work.mkdir(exist_ok=True)
-        # The runner's own settings (its node token, …) are none of the task's business.
-        inherited = {name: value for name, value in os.environ.items() if not name.startswith("KOHAKURIVER_")}
         tunnel = self._helper.environment(task.container, task.tunnel_url, str(token_file))
         command = self._helper.process_command(task.command)
         run = secrets.token_hex(8)
@@ -88,7 +89,7 @@ class ProcessBackend(Backend):
                     stdout=output,
                     stderr=output,
                     cwd=work,
-                    env={**inherited, **task.env, **tunnel, guard.MARK: run},
+                    env={**_environment(task, run), **tunnel},
                     start_new_session=True,
                 )
             except OSError as error:
@@ -139,6 +140,15 @@ class ProcessBackend(Backend):
         directory = self._state.task_dir(task.container)
         await asyncio.get_running_loop().run_in_executor(None, lambda: shutil.rmtree(directory, ignore_errors=True))
 
+    async def exec(self, task: TaskRecord, request: ExecRequest) -> ExecSession:
+        from kohakuriver.runner.backends import process_exec  # its modules are not there on every system
+
+        running = self._running.get(task.container)
+        if running is None:
+            raise UnavailableError(f"Task {task.name} is not running; start it again.", code="task_not_running")
+        # With the task's mark in its environment, the command ends when the task is stopped.
+        return await process_exec.start(request, _environment(task, running.run), self._work_dir(task.container))
+
     async def close(self, tasks: list[TaskRecord], *, stop_tasks: bool) -> None:
         await asyncio.gather(*(self._stop_at_end(task) for task in tasks if task.active))
         if self._guard is not None:
@@ -167,6 +177,12 @@ class ProcessBackend(Backend):
         for running in self._running.values():
             _write(started, "+", running)
         return started
+
+
+def _environment(task: TaskRecord, run: str) -> dict[str, str]:
+    """What processes of the task see: the runner's own settings (its node token, …) are none of their business."""
+    inherited = {name: value for name, value in os.environ.items() if not name.startswith("KOHAKURIVER_")}
+    return {**inherited, **task.env, guard.MARK: run}
 
 
 def _write(to: subprocess.Popen[str], sign: str, running: _Running) -> bool:

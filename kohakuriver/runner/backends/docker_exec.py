@@ -1,0 +1,221 @@
+"""A command that runs inside a container: an exec of the engine, its streams, and its end."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import secrets
+import signal
+from pathlib import Path
+from typing import Any
+
+import aiodocker
+import aiohttp
+from aiodocker.exceptions import DockerError
+
+from kohakuriver.errors import UnavailableError
+from kohakuriver.runner.backends.base import STDERR, STDOUT, ExecRequest, ExecSession
+
+__all__ = ["DockerExec", "find_shell", "start"]
+
+CTRL_D = b"\x04"
+MARK = "KOHAKURIVER_EXEC"
+"""Every process of an exec has this in its environment: one value for each."""
+
+NOT_FOUND, NOT_EXECUTABLE = 127, 126
+_RUNTIME_ERROR = b"OCI runtime exec failed:"
+_DEFAULT_PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
+_LOOK_AGAIN_SECONDS = 0.02
+_END_SECONDS = 5.0
+
+# Run by the `sh` that there is: gives way to the best shell there is.
+_BEST_SHELL = """\
+for shell in "$SHELL" bash ash; do
+    case $shell in "" | */nologin | */false) continue ;; esac
+    path=$(command -v "$shell") && exec "$path"
+done
+exec "$0"
+"""
+# Run in the container where the runner may not signal its processes itself.
+_HANG_UP = 'for d in /proc/[0-9]*; do grep -q "$1" "$d/environ" 2>/dev/null && kill -HUP "${d#/proc/}"; done'
+
+
+class DockerExec(ExecSession):
+    """`mark` is in the environment of the exec's processes; `command` is what was asked for."""
+
+    def __init__(
+        self, docker: aiodocker.Docker, container: str, exec_id: str, stream: Any, request: ExecRequest, mark: str
+    ) -> None:
+        self._docker = docker
+        self._container = container
+        self._exec: Any = docker.containers.exec(exec_id)
+        self._stream = stream
+        self._request = request
+        self._mark = mark
+        self._first = True
+        self._ended = False
+        self._eof = False
+        self._code: int | None = None
+
+    async def read(self) -> tuple[int, bytes] | None:
+        if self._ended:
+            return None
+        with _lost_engine_is_the_end():
+            while (message := await self._stream.read_out()) is not None:
+                stream, data = (STDERR if message.stream == STDERR else STDOUT), bytes(message.data)
+                if self._first and data.startswith(_RUNTIME_ERROR) and await self._never_ran():
+                    self._ended = True
+                    return (STDOUT if self._request.tty else STDERR), self._why(data)
+                self._first = False
+                if data:
+                    return stream, data
+        self._ended = True
+        return None
+
+    async def _never_ran(self) -> bool:
+        """Whether what came is the engine's word and not a program's, which may print the same."""
+        show = await self._ended_show()
+        return show is not None and not show.get("Pid") and show["ExitCode"] in (NOT_FOUND, NOT_EXECUTABLE)
+
+    def _why(self, data: bytes) -> bytes:
+        text = data.decode("utf-8", "replace").lower()
+        program = self._request.command[0] if self._request.command else "the shell"
+        if "not found" in text or "no such file" in text:
+            self._code = NOT_FOUND
+            return (
+                f"{program}: command not found\r\n".encode()
+                if self._request.tty
+                else f"{program}: command not found\n".encode()
+            )
+        self._code = NOT_EXECUTABLE
+        return data
+
+    async def write(self, data: bytes) -> None:
+        if self._ended or self._eof:
+            return
+        with contextlib.suppress(OSError, RuntimeError, AssertionError, aiohttp.ClientError):
+            await self._stream.write_in(data)
+
+    async def write_eof(self) -> None:
+        if self._request.tty:
+            await self.write(CTRL_D)
+            return
+        self._eof = True
+        connection = self._stream._resp.connection if self._stream._resp is not None else None
+        transport = connection.transport if connection is not None else None
+        if transport is not None and not transport.is_closing() and transport.can_write_eof():
+            transport.write_eof()
+
+    async def resize(self, rows: int, cols: int) -> None:
+        if self._request.tty and not self._ended:
+            with contextlib.suppress(DockerError, aiohttp.ClientError, OSError):  # it may just have ended
+                await self._exec.resize(h=rows, w=cols)
+
+    async def wait(self) -> int:
+        if self._code is None:
+            show = await self._ended_show()
+            code = None if show is None else show["ExitCode"]
+            self._code = 128 + signal.SIGKILL if code is None else int(code)
+        return self._code
+
+    async def _ended_show(self) -> dict[str, Any] | None:
+        """What the engine says once the command has ended; None where it does not know it any more."""
+        for _ in range(int(_END_SECONDS / _LOOK_AGAIN_SECONDS)):
+            try:
+                show: dict[str, Any] = await self._exec.inspect()
+            except (DockerError, aiohttp.ClientError, OSError):  # the container, or the engine, has gone
+                return None
+            if not show["Running"]:
+                return show
+            await asyncio.sleep(_LOOK_AGAIN_SECONDS)  # its output ends a moment before it does
+        return None
+
+    async def close(self) -> None:
+        try:
+            await self._stream.close()
+        except (AssertionError, OSError):
+            pass  # the engine has gone
+        if not self._ended and self._code is None:
+            with contextlib.suppress(DockerError, aiohttp.ClientError, OSError):
+                await self._hang_up()
+        self._ended = True
+
+    async def _hang_up(self) -> None:
+        """SIGHUP to the command: the engine leaves it running when its streams are closed."""
+        show = await self._exec.inspect()
+        if not show["Running"]:
+            return
+        pid = int(show.get("Pid") or 0)
+        try:
+            if pid and self._mark.encode() in Path(f"/proc/{pid}/environ").read_bytes():
+                _signal(pid)
+                return
+        except OSError:
+            pass  # the runner is not root, or sees other processes than the engine does
+        container: Any = self._docker.containers.container(self._container)
+        asked = await container.exec(["/bin/sh", "-c", _HANG_UP, "sh", self._mark], stdout=False, stderr=False)
+        await asked.start(detach=True)
+
+
+def _signal(pid: int) -> None:
+    """SIGHUP to a command and, where it leads one, its process group."""
+    if os.getpgid(pid) == pid:
+        os.killpg(pid, signal.SIGHUP)
+    else:
+        os.kill(pid, signal.SIGHUP)
+
+
+@contextlib.contextmanager
+def _lost_engine_is_the_end() -> Any:
+    with contextlib.suppress(aiohttp.ClientError, OSError):
+        yield
+
+
+async def start(docker: aiodocker.Docker, container: str, request: ExecRequest) -> DockerExec:
+    """Start a command in a container that runs. Raises UnavailableError "no_shell", and the engine's own errors."""
+    show = await docker.containers.container(container).show()
+    image_env = dict(text.partition("=")[::2] for text in show["Config"]["Env"] or ())
+    command = list(request.command) or await find_shell(docker, container, image_env)
+    mark = secrets.token_hex(8)
+    env = {**request.env, MARK: mark}
+    if request.tty and not (image_env.keys() | env.keys()) & {"LANG", "LC_ALL", "LC_CTYPE"}:
+        env["LANG"] = "C.UTF-8"
+    body = {
+        "AttachStdin": True,
+        "AttachStdout": True,
+        "AttachStderr": True,
+        "Tty": request.tty,
+        "Cmd": command,
+        "Env": [f"{name}={value}" for name, value in env.items()],
+        **({"ConsoleSize": [request.rows, request.cols]} if request.tty else {}),
+    }
+    # aiodocker's own `exec` can't give the first size, and a program may ask for it before we could tell.
+    created = await docker._query_json(f"containers/{container}/exec", method="POST", data=body)
+    stream = docker.containers.exec(created["Id"]).start(detach=False)
+    await stream.__aenter__()
+    return DockerExec(docker, container, created["Id"], stream, request, mark)
+
+
+async def find_shell(docker: aiodocker.Docker, container: str, env: dict[str, str]) -> list[str]:
+    """A command line that becomes the best shell of a container: $SHELL, bash, ash, sh. Raises UnavailableError."""
+    folders = env.get("PATH", _DEFAULT_PATH).split(":")
+    if await _has(docker, container, "/bin/sh"):
+        return ["/bin/sh", "-c", _BEST_SHELL, "/bin/sh"]
+    named = [env["SHELL"]] if env.get("SHELL", "").startswith("/") else []
+    for path in [*named, *(f"{folder}/{name}" for name in ("bash", "ash", "sh") for folder in folders if folder)]:
+        if await _has(docker, container, path):
+            return [path]
+    raise UnavailableError(
+        "There is no shell in the task's image; name a program that it has behind `--`.", code="no_shell"
+    )
+
+
+async def _has(docker: aiodocker.Docker, container: str, path: str) -> bool:
+    try:
+        async with docker._query(f"containers/{container}/archive", method="HEAD", params={"path": path}):
+            return True
+    except DockerError as error:
+        if error.status != 404:
+            raise
+        return False
