@@ -36,7 +36,10 @@ Record = TypeVar("Record")
 
 @dataclass(frozen=True)
 class Task:
-    """What the user names: an id and a unique name. `created_at` is ISO 8601; `container` its name on the tunnel."""
+    """What the user names: an id and a unique name. `created_at` is ISO 8601; `container` its name on the tunnel.
+
+    `ssh_port` and `ssh_host_key` are those of the SSH server that the task was given, None without one.
+    """
 
     task_id: int
     name: str
@@ -50,6 +53,8 @@ class Task:
     image: str | None = None
     address: str | None = None
     message: str | None = None
+    ssh_port: int | None = None
+    ssh_host_key: str | None = None
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self)
@@ -158,11 +163,17 @@ class HostClient:
         command: Sequence[str] = (),
         env: Mapping[str, str] | None = None,
         mounts: Sequence[str] = (),
+        ssh_keys: Sequence[str] = (),
     ) -> Task:
-        """Start a task; its status may still be `starting` in the answer. `mounts` are `SRC:DST` or `SRC:DST:ro`."""
+        """Start a task; its status may still be `starting` in the answer. `mounts` are `SRC:DST` or `SRC:DST:ro`.
+
+        With `ssh_keys`, public keys as their files have them, it gets an SSH server that lets their owners in.
+        """
         wanted: dict[str, Any] = {"name": name, "node": node, "backend": backend, "image": image}
         body = {key: value for key, value in wanted.items() if value is not None}
         body.update(command=list(command), env=dict(env or {}), mounts=list(mounts))
+        if ssh_keys:
+            body.update(ssh=True, ssh_keys=list(ssh_keys))
         return _task(await self._call("POST", "/api/tasks", body=body))
 
     async def adopt(

@@ -83,7 +83,8 @@ class Cluster:
     def start_host(self, port: int = 0) -> Program:
         self.host = Program(
             self.directory / "host.log",
-            *("host", "--state-dir", str(self.host_state), "--bind", "127.0.0.1", "--port", str(port)),
+            *("host", "--state-dir", str(self.host_state), "--bind", "127.0.0.1"),
+            *("--port", str(port), "--ssh-port", "0"),
         )
         return self.host
 

@@ -205,7 +205,7 @@ class Apart(Commands):
 
     def start_host(self) -> None:
         """Start the host; the second time on the port that it had."""
-        self.host = self.start("host", "--json", "--bind=127.0.0.1", f"--port={self._host_port}")
+        self.host = self.start("host", "--json", "--bind=127.0.0.1", f"--port={self._host_port}", "--ssh-port=0")
         self.url: str = self.host.event("ready")["url"]
         self._host_port = int(self.url.rpartition(":")[2])
         self.environment["KOHAKURIVER_HOST"] = self.url

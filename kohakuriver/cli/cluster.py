@@ -43,6 +43,9 @@ AnonymousOption = Annotated[
 ]
 LogLevelOption = Annotated[LogLevel, typer.Option("--log-level", help="How much is logged to stderr.")]
 PortOption = Annotated[int, typer.Option("--port", min=0, max=65535, help="The port to listen on; 0 is any free one.")]
+SshPortOption = Annotated[
+    int, typer.Option("--ssh-port", min=0, max=65535, help="The port of the SSH proxy; 0 is any free one.")
+]
 StateOption = Annotated[
     Path | None,
     typer.Option(
@@ -64,9 +67,7 @@ def register(app: typer.Typer) -> None:
 def up(
     host_port: Annotated[int, typer.Option("--host-port", min=0, max=65535, help="0 is any free one.")] = 8000,
     runner_port: Annotated[int, typer.Option("--runner-port", min=0, max=65535, help="0 is any free one.")] = 8001,
-    ssh_port: Annotated[
-        int, typer.Option("--ssh-port", min=0, max=65535, help="For the SSH proxy, once it is there.")
-    ] = 8002,
+    ssh_port: SshPortOption = 8002,
     state_dir: StateOption = None,
     allow_anonymous: AnonymousOption = False,
     log_level: LogLevelOption = LogLevel.warning,
@@ -84,6 +85,7 @@ def up(
         state_dir or config_dir() / "state",
         host_port=host_port,
         runner_port=runner_port,
+        ssh_port=ssh_port,
         allow_anonymous=allow_anonymous,
         log_level=log_level.value,
     )
@@ -134,12 +136,14 @@ def _say_ready(cluster: LocalCluster, json: bool) -> None:
         output.json_line({**ready, "ssh_proxy": cluster.cluster.ssh_proxy})
     else:
         backends = ", ".join(node.backends) if node else ""
-        output.line(f"ready: host {host_url}, runner {cluster.runner_url} ({backends}); Ctrl-C ends it")
+        ssh = f", SSH proxy {cluster.cluster.ssh_proxy}"
+        output.line(f"ready: host {host_url}, runner {cluster.runner_url} ({backends}){ssh}; Ctrl-C ends it")
 
 
 def host(
     bind: Annotated[str, typer.Option("--bind", help="The address to listen on.")] = "0.0.0.0",
     port: PortOption = 8000,
+    ssh_port: SshPortOption = 8002,
     database: Annotated[
         str | None,
         typer.Option("--database", metavar="URL", help="Default: a SQLite file in --state-dir.", show_default=False),
@@ -152,7 +156,7 @@ def host(
     json: JsonOption = False,
     exit_with_stdin: StdinOption = False,
 ) -> int:
-    """Run the host alone: the HTTP API, and the middle of every forward."""
+    """Run the host alone: the HTTP API, the middle of every forward, and the SSH proxy."""
     from kohakuriver.config import config_dir
     from kohakuriver.host import HostOptions, serve
 
@@ -161,6 +165,7 @@ def host(
             state_dir=state_dir or config_dir() / "host",
             bind=bind,
             port=port,
+            ssh_port=ssh_port,
             database=database,
             allow_anonymous=allow_anonymous,
             tls_cert=tls_cert,

@@ -104,6 +104,7 @@ class LocalCluster:
         *,
         host_port: int = 0,
         runner_port: int = 0,
+        ssh_port: int = 0,
         allow_anonymous: bool = False,
         log_level: str = "warning",
     ) -> None:
@@ -113,6 +114,7 @@ class LocalCluster:
         self.node: Node | None = None
         self._host_port = host_port
         self._runner_port = runner_port
+        self._ssh_port = ssh_port
         self._common = ["--log-level", log_level, *(["--allow-anonymous"] if allow_anonymous else [])]
         self._children: list[_Child] = []
         self._lock: IO[str] | None = None
@@ -139,9 +141,10 @@ class LocalCluster:
     async def _start_children(self) -> None:
         state = self.state_dir
         host = ["--state-dir", str(state), "--bind", "127.0.0.1", "--port", str(self._host_port)]
+        host += ["--ssh-port", str(self._ssh_port)]
         ready = await self._start_child("host", host)
         token = (state / "admin-token").read_text("utf-8").strip()
-        self.cluster = Cluster(ready["url"], token)
+        self.cluster = Cluster(ready["url"], token, ready["ssh_proxy"])
         runner = ["--state-dir", str(state / "runner"), "--bind", "127.0.0.1", "--port", str(self._runner_port)]
         runner += ["--host-url", ready["url"], "--node-token-file", str(state / "node-token")]
         runner += [*(f"--backend={name}" for name in ("docker", "process", "address")), "--stop-tasks-on-exit"]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import ipaddress
 import re
 from datetime import datetime, timezone
@@ -57,6 +58,20 @@ Mount = Annotated[str, _matching(r"[^:\0]+:/[^:\0]*(:ro)?", "write SOURCE:/TARGE
 Url = Annotated[str, _matching(r"https?://[^\s/?#@]+", "it must be like http://name:port")]
 
 
+def _public_key(text: str) -> str:
+    """Take only a line as `ssh-keygen` writes it: type, base64, and perhaps a comment; no options before it."""
+    kind, _, rest = text.strip().partition(" ")
+    try:
+        blob = base64.b64decode(rest.split()[0], validate=True)
+    except (ValueError, IndexError):
+        blob = b""
+    if not kind or blob[: 4 + len(kind)] != len(kind).to_bytes(4, "big") + kind.encode() or not text.isprintable():
+        raise ValueError(f"{text[:40]!r} is no SSH public key; give the line of a file like ~/.ssh/id_ed25519.pub")
+    return text.strip()
+
+
+PublicKey = Annotated[str, AfterValidator(_public_key)]
+
 _task_name: TypeAdapter[str] = TypeAdapter(Name)
 
 
@@ -79,7 +94,10 @@ class _Request(BaseModel):
 
 
 class CreateRequest(_Request):
-    """A new task. Without a node the least loaded one that fits; without a backend docker if an image is named."""
+    """A new task. Without a node the least loaded one that fits; without a backend docker if an image is named.
+
+    With `ssh` it gets an SSH server, which lets in whoever has the private key of one of `ssh_keys`.
+    """
 
     name: Name | None = None
     node: NodeName | None = None
@@ -89,6 +107,13 @@ class CreateRequest(_Request):
     env: dict[EnvName, NoNul] = {}
     mounts: list[Mount] = []
     ssh: bool = False
+    ssh_keys: Annotated[list[PublicKey], Field(max_length=100)] = []
+
+    @model_validator(mode="after")
+    def _keys_with_ssh(self) -> CreateRequest:
+        if self.ssh != bool(self.ssh_keys):
+            raise ValueError("an SSH server (ssh) and the public keys that it lets in (ssh_keys) go together")
+        return self
 
 
 class AdoptRequest(_Request):
@@ -140,6 +165,8 @@ class TaskReport(BaseModel):
     revision: int = 0
     engine_name: str | None = None
     image: str | None = None
+    ssh_port: Annotated[int, Field(ge=1, le=65535)] | None = None
+    ssh_host_key: str | None = None
 
 
 class Heartbeat(BaseModel):
@@ -172,7 +199,7 @@ class NodeView(BaseModel):
 
 
 class TaskView(BaseModel):
-    """A task as users see it."""
+    """A task as users see it. `ssh_host_key` is what the SSH server that it was given shows, None without one."""
 
     task_id: int
     name: str
@@ -186,6 +213,8 @@ class TaskView(BaseModel):
     created_at: str
     message: str | None
     owner: str
+    ssh_port: int | None
+    ssh_host_key: str | None
 
 
 def iso_time(seconds: float) -> str:

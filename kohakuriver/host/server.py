@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import socket
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +18,7 @@ from kohakuriver.host.nodes import Nodes
 from kohakuriver.host.runner_client import RunnerClient
 from kohakuriver.host.tasks import Changes, Tasks
 from kohakuriver.host.tunnel_proxy import TunnelProxy
+from kohakuriver.ssh_proxy import SshProxy
 from kohakuriver.store import Store, sqlite_url
 from kohakuriver.tunnel.server import serve_ws
 from kohakuriver.web import Server, bind, configure_logging, print_ready, socket_url, stop_at_end_of_stdin
@@ -28,7 +30,7 @@ log = structlog.get_logger("kohakuriver.host")
 
 @dataclass(frozen=True)
 class HostOptions:
-    """How a host runs. `port` 0 is any free one; `database` None is a SQLite file in `state_dir`.
+    """How a host runs. `port` and `ssh_port` 0 are any free one; `database` None is a SQLite file in `state_dir`.
 
     With `exit_with_stdin` it ends when its stdin does, as a child of `up` should.
     """
@@ -36,6 +38,7 @@ class HostOptions:
     state_dir: Path
     bind: str = "0.0.0.0"
     port: int = 8000
+    ssh_port: int = 8002
     database: str | None = None
     allow_anonymous: bool = False
     heartbeat_seconds: float = 5.0
@@ -57,12 +60,15 @@ def serve(options: HostOptions) -> int:
 async def main(options: HostOptions) -> int:
     """What `serve` runs on an event loop."""
     options.state_dir.mkdir(parents=True, exist_ok=True, mode=0o700)
-    sock = bind(options.bind, options.port)
-    try:
+    with contextlib.ExitStack() as stack:
+        sock = stack.enter_context(bind(options.bind, options.port))
+        ssh_sock = stack.enter_context(bind(options.bind, options.ssh_port))
         store = await Store.open(options.database or sqlite_url(options.state_dir / "host.db"))
-    except BaseException:
-        sock.close()
-        raise
+        await _run(options, sock, ssh_sock, store)
+    return 0
+
+
+async def _run(options: HostOptions, sock: socket.socket, ssh_sock: socket.socket, store: Store) -> None:
     runners = RunnerClient()
     try:
         credentials = Credentials(store, allow_anonymous=options.allow_anonymous)
@@ -70,33 +76,51 @@ async def main(options: HostOptions) -> int:
             log.info("made a token", file=str(path))
         if options.allow_anonymous:
             log.warning("ANONYMOUS ACCESS IS ON: anybody who reaches this port can open forwards to every task")
-        await _serve(options, sock, store, runners, credentials)
+        await _serve(options, sock, ssh_sock, store, runners, credentials)
     finally:
-        sock.close()
         await runners.close()
         await store.close()
-    return 0
 
 
 async def _serve(
-    options: HostOptions, sock: socket.socket, store: Store, runners: RunnerClient, credentials: Credentials
+    options: HostOptions,
+    sock: socket.socket,
+    ssh_sock: socket.socket,
+    store: Store,
+    runners: RunnerClient,
+    credentials: Credentials,
 ) -> None:
     changes = Changes()
     nodes = Nodes(store, heartbeat_seconds=options.heartbeat_seconds, on_change=changes.notify)
     tasks = Tasks(store, nodes, runners, changes)
-    proxy = TunnelProxy(authorize=Forwards(credentials, store, nodes, tasks).authorize)
+    forwards = Forwards(credentials, store, nodes, tasks)
+    proxy = TunnelProxy(authorize=forwards.authorize)
+    ssh_proxy = SshProxy(
+        ssh_sock,
+        authorize=forwards.authorize_ssh,
+        keyholders=forwards.keyholder,
+        check_user=credentials.user,
+        host_key=options.state_dir / "ssh_host_ed25519_key",
+    )
     url = socket_url(sock, "https" if options.tls_cert else "http")
+    ssh_address = socket_url(ssh_sock).removeprefix("http://")
 
     async def ready() -> None:
         if options.exit_with_stdin:
             stop_at_end_of_stdin(server)
-        print_ready(options.json, f"The host is ready at {url}", url=url)
+        ssh_proxy.start()
+        sentence = f"The host is ready at {url}, its SSH proxy at {ssh_address}"
+        print_ready(options.json, sentence, url=url, ssh_proxy=ssh_address)
+
+    async def stop() -> None:
+        await ssh_proxy.close()
+        await proxy.close()
 
     server = Server(
         create_app(Services(credentials, nodes, tasks)),
         ws=serve_ws(proxy.routes()),
         on_ready=ready,
-        on_stop=proxy.close,
+        on_stop=stop,
         tls_cert=options.tls_cert,
         tls_key=options.tls_key,
     )

@@ -7,7 +7,7 @@ import contextlib
 import secrets
 import time
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import structlog
@@ -105,6 +105,8 @@ class Tasks:
                 "created_at": iso_time(task.created_at),
                 "message": f"node {node.name} is offline" if lost else task.message,
                 "owner": task.owner,
+                "ssh_port": task.ssh_port,
+                "ssh_host_key": task.ssh_host_key,
             }
         )
 
@@ -125,8 +127,8 @@ class Tasks:
         else:
             backends = ("docker",) if request.image is not None else ("process",)
         node = (await self._nodes.fitting(backends, request.node))[0]
-        task = await self._add(request.name, node, backends[0], owner, image=request.image)
-        spec = request.model_dump(include={"image", "command", "env", "mounts"})
+        task = await self._add(request.name, node, backends[0], owner, image=request.image, ssh_keys=request.ssh_keys)
+        spec = request.model_dump(include={"image", "command", "env", "mounts", "ssh_keys"})
         return await self._begin(task, node, "/api/tasks", spec)
 
     async def adopt(self, request: AdoptRequest, owner: str) -> TaskView:
@@ -171,6 +173,7 @@ class Tasks:
         *,
         image: str | None = None,
         address: str | None = None,
+        ssh_keys: Sequence[str] = (),
     ) -> Task:
         task_id = 10**9 + secrets.randbelow(9 * 10**9)
         now = self._clock()
@@ -186,6 +189,7 @@ class Tasks:
             status="starting",
             message=None,
             tunnel=False,
+            ssh_keys=list(ssh_keys),
             revision=0,
             removed=False,
             created_at=now,
@@ -287,8 +291,6 @@ def _check_create(request: CreateRequest) -> None:
         raise UsageError("A task of the process backend runs on the node itself and takes no --image.")
     if request.mounts and request.image is None:
         raise UsageError("Only a task in a container takes --mount; a process sees the node's files as they are.")
-    if request.ssh:
-        raise UsageError("This version can't give a task an SSH server yet; leave out --ssh.", code="not_supported")
 
 
 def not_running(view: TaskView) -> UnavailableError:

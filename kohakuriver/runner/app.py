@@ -26,7 +26,10 @@ class Services:
 
 
 class NewTask(BaseModel):
-    """What the host asks for. `container` is the task's id on the tunnel; `mounts` are `SRC:DST[:ro]`."""
+    """What the host asks for. `container` is the task's id on the tunnel; `mounts` are `SRC:DST[:ro]`.
+
+    With `ssh_keys` the task gets an SSH server that lets their owners in.
+    """
 
     model_config = ConfigDict(extra="ignore")
 
@@ -38,6 +41,7 @@ class NewTask(BaseModel):
     command: list[str] = []
     env: dict[str, str] = {}
     mounts: list[str] = []
+    ssh_keys: list[str] = []
 
 
 class AdoptedTask(BaseModel):

@@ -22,6 +22,7 @@ from kohakuriver.runner.backends.base import Backend
 from kohakuriver.runner.backends.docker import DockerBackend
 from kohakuriver.runner.backends.process import ProcessBackend
 from kohakuriver.runner.registration import NodeIdentity, Registration
+from kohakuriver.runner.ssh_helper import SshHelper
 from kohakuriver.runner.state import State
 from kohakuriver.runner.tasks import TaskManager
 from kohakuriver.runner.tunnel_helper import TunnelHelper
@@ -119,7 +120,7 @@ class Runner:
         self._background: list[asyncio.Task[None]] = []
 
     def _make_backends(self, names: Sequence[str], state: State) -> dict[str, Backend]:
-        helper = TunnelHelper(state)
+        helper, ssh = TunnelHelper(state), SshHelper(state)
         report = self._tasks.report
         made: dict[str, Backend] = {"address": AddressBackend(report)}
         for name in names:
@@ -128,12 +129,13 @@ class Runner:
                     node=self._identity.name,
                     instance=state.instance,
                     helper=helper,
+                    ssh=ssh,
                     report=report,
                     listen_at=self._listening.url_at,
                     on_availability=self._registration.changed,
                 )
             elif name == "process":
-                made[name] = ProcessBackend(state, helper, report, self._listening.local_url)
+                made[name] = ProcessBackend(state, helper, ssh, report, self._listening.local_url)
             elif name != "address":
                 raise UsageError(f"There is no backend {name!r}; there are docker, process and address.")
         return made

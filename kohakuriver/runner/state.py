@@ -32,7 +32,8 @@ class TaskRecord:
 
     `container` is its id on the tunnel. `engine_name` is what Docker calls an adopted container, `engine_id` Docker's
     own id. `tunnel_url` is where the tunnel client that began with the task dials; the `exec_*` are about one that was
-    put into a running container. `stopped` means that the task was stopped on purpose.
+    put into a running container. `stopped` means that the task was stopped on purpose. A task with `ssh_keys` has an
+    SSH server, on `ssh_port` of the loopback that it sees; the `ssh_exec_*` are about the one in a container.
     """
 
     task_id: int
@@ -50,6 +51,11 @@ class TaskRecord:
     exec_id: str | None = None
     exec_url: str | None = None
     exec_start: str | None = None
+    ssh_keys: list[str] = field(default_factory=list)
+    ssh_port: int | None = None
+    ssh_host_key: str | None = None
+    ssh_exec_id: str | None = None
+    ssh_exec_start: str | None = None
     stopped: bool = False
     tunnel_url: str | None = None
     status: str = "starting"
@@ -65,7 +71,7 @@ class TaskRecord:
     def report(self) -> dict[str, Any]:
         """What the host hears of it."""
         names = ("task_id", "container", "status", "message", "tunnel", "revision", "engine_name", "image")
-        return {name: getattr(self, name) for name in names}
+        return {name: getattr(self, name) for name in (*names, "ssh_port", "ssh_host_key")}
 
 
 class State:

@@ -17,7 +17,7 @@ import kohakuriver
 from kohakuriver.errors import UnavailableError
 from kohakuriver.runner.state import State
 
-__all__ = ["INSIDE", "TunnelHelper"]
+__all__ = ["INSIDE", "TunnelHelper", "find_binary", "install_binary"]
 
 INSIDE = "/.kohakuriver"
 """Where the tunnel client and its token lie inside a container."""
@@ -31,7 +31,7 @@ class TunnelHelper:
 
     def __init__(self, state: State) -> None:
         self._state = state
-        self._source = _find_binary()
+        self._source = find_binary(_BINARY, "KOHAKURIVER_TUNNEL_CLIENT")
 
     @property
     def has_binary(self) -> bool:
@@ -99,27 +99,33 @@ class TunnelHelper:
         return out.getvalue()
 
     def _installed_binary(self) -> Path:
-        """Our copy of the tunnel client, named after its content: containers keep theirs when the package changes."""
+        """Our copy of the tunnel client. Raises UnavailableError."""
         if self._source is None:
             raise UnavailableError(
                 "This installation has no static tunnel client, which containers need; reinstall kohakuriver where "
                 "cargo is, or set KOHAKURIVER_TUNNEL_CLIENT to one.",
                 code="no_tunnel_client",
             )
-        digest = hashlib.sha256(self._source.read_bytes()).hexdigest()[:16]
-        target = self._state.directory / "bin" / f"{_BINARY}-{digest}"
-        if not target.exists():
-            target.parent.mkdir(exist_ok=True)
-            partial = target.with_suffix(".new")
-            shutil.copyfile(self._source, partial)
-            partial.chmod(0o755)
-            partial.replace(target)
-        return target
+        return install_binary(self._state, self._source)
 
 
-def _find_binary() -> Path | None:
-    built_in = Path(kohakuriver.__file__).parent / "bin" / _BINARY
-    named = os.environ.get("KOHAKURIVER_TUNNEL_CLIENT")
+def install_binary(state: State, source: Path) -> Path:
+    """Our copy of a program, named after its content: containers keep theirs when the package changes."""
+    digest = hashlib.sha256(source.read_bytes()).hexdigest()[:16]
+    target = state.directory / "bin" / f"{source.name}-{digest}"
+    if not target.exists():
+        target.parent.mkdir(exist_ok=True)
+        partial = target.with_suffix(".new")
+        shutil.copyfile(source, partial)
+        partial.chmod(0o755)
+        partial.replace(target)
+    return target
+
+
+def find_binary(name: str, variable: str) -> Path | None:
+    """The program of that name in this installation; the environment's `variable` may name another."""
+    built_in = Path(kohakuriver.__file__).parent / "bin" / name
+    named = os.environ.get(variable)
     for path in (Path(named).absolute() if named else built_in, built_in):
         if os.access(path, os.X_OK) and path.is_file():
             return path

@@ -23,7 +23,7 @@ from kohakuriver.store.models import Base, Meta, Node, Task, Token
 
 __all__ = ["SCHEMA_VERSION", "Store", "sqlite_url"]
 
-SCHEMA_VERSION = "1"
+SCHEMA_VERSION = "2"
 
 _POSTGRESQL_THREADS = 4
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from sqlalchemy import JSON, BigInteger, Boolean, Float, ForeignKey, LargeBinary, String, Text
+from sqlalchemy import JSON, BigInteger, Boolean, Float, ForeignKey, Integer, LargeBinary, String, Text
 from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column
 
 __all__ = ["Base", "Meta", "Node", "Task", "Token"]
@@ -51,6 +51,9 @@ class Task(Base):
 
     `revision` grows with every change that the runner reports, so that a late report never undoes a newer one. A task
     with `removed` set is gone for users; the row stays until the node has heard of it.
+
+    `ssh_keys` are the public keys that were put into the SSH server that a task was given; `ssh_port` is where that
+    listens in the task and `ssh_host_key` what it shows, both None for a task without one.
     """
 
     __tablename__ = "tasks"
@@ -67,6 +70,9 @@ class Task(Base):
     status: Mapped[str] = mapped_column(String(16))
     message: Mapped[str | None] = mapped_column(Text)
     tunnel: Mapped[bool] = mapped_column(Boolean, default=False)
+    ssh_keys: Mapped[list[str]] = mapped_column(JSON, default=list)
+    ssh_port: Mapped[int | None] = mapped_column(Integer)
+    ssh_host_key: Mapped[str | None] = mapped_column(Text)
     revision: Mapped[int] = mapped_column(BigInteger, default=0)
     removed: Mapped[bool] = mapped_column(Boolean, default=False)
     created_at: Mapped[float] = mapped_column(Float)

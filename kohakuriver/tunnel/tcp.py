@@ -108,6 +108,13 @@ class TcpStream(asyncio.BufferedProtocol):
         if link.blocked or self.sending.room <= 0:
             self.update_reading()
 
+    def feed(self, data: bytes) -> None:
+        """Take bytes from the local side that came by another way than the transport's reading, in their order."""
+        if self.state is not State.OVER and data:
+            self._early += data
+            self.send_early()
+            self.update_reading()
+
     def _account_sent(self, size: int) -> None:
         self.sending.sent += size
         self.endpoint.bytes_sent += size

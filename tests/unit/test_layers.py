@@ -23,9 +23,9 @@ ALLOWED: dict[str, set[str]] = {
     "tunnel": PROTOCOL | {"__init__"},
     "store": PROTOCOL,
     "web": PROTOCOL | {"__init__"},
-    "host": PROTOCOL | {"store", "web", "__init__"},
+    "host": PROTOCOL | {"store", "web", "ssh_proxy", "__init__"},
     "runner": PROTOCOL | {"store", "web", "__init__"},
-    "ssh_proxy": PROTOCOL | {"store", "__init__"},
+    "ssh_proxy": PROTOCOL,
     "api": BASE | {"__init__"},
     "forwarding": PROTOCOL | {"api", "__init__"},
     "cli": PROTOCOL | {"api", "forwarding", "__init__"},
@@ -39,6 +39,8 @@ STARTED_BY_CLI = {"kohakuriver.host", "kohakuriver.runner"}
 # Packages that only the named layers may import: what keeps the command line light and the protocol free of policy.
 ONLY_IN = {
     "aiodocker": {"runner"},
+    "asyncssh": {"ssh_proxy"},
+    "cryptography": {"runner"},
     "fastapi": {"web", "host", "runner"},
     "sqlalchemy": {"store", "host", "runner"},
     "starlette": {"web", "host", "runner"},

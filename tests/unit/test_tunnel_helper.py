@@ -79,7 +79,7 @@ def test_no_credential_stands_on_a_command_line_or_in_an_environment(client: Pat
 def test_without_a_static_client_processes_use_the_python_one_and_containers_are_refused_with_advice(
     state: State, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(tunnel_helper, "_find_binary", lambda: None)
+    monkeypatch.setattr(tunnel_helper, "find_binary", lambda *_: None)
     helper = TunnelHelper(state)
     assert helper.process_command(["serve", "--now"]) == [
         *(sys.executable, "-m", "kohakuriver.tunnel.client", "run", "--", "serve", "--now"),

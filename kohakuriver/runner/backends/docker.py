@@ -26,6 +26,7 @@ from kohakuriver.errors import KohakuRiverError, LocalAddressError, NotFoundErro
 from kohakuriver.runner.backends import docker_exec
 from kohakuriver.runner.backends.base import Backend, ExecRequest, ExecSession, Reporter
 from kohakuriver.runner.backends.process import describe_exit, last_words
+from kohakuriver.runner.ssh_helper import CONTAINER_PORT, OWN_SSHD, SshHelper, until_listening
 from kohakuriver.runner.state import TaskRecord
 from kohakuriver.runner.tunnel_helper import TunnelHelper
 from kohakuriver.web import cancel_all
@@ -66,6 +67,7 @@ class DockerBackend(Backend):
         node: str,
         instance: str,
         helper: TunnelHelper,
+        ssh: SshHelper,
         report: Reporter,
         listen_at: Callable[[str], Awaitable[str]],
         on_availability: Callable[[], None],
@@ -73,6 +75,7 @@ class DockerBackend(Backend):
         self._node = node
         self._instance = instance
         self._helper = helper
+        self._ssh = ssh
         self._report = report
         self._listen_at = listen_at
         self._on_availability = on_availability
@@ -204,6 +207,8 @@ class DockerBackend(Backend):
         self._report(task.container, "running", "its container is paused" if state["Paused"] else None)
         try:
             await self._ensure_client(task, show)
+            if task.ssh_keys:
+                await self._ensure_ssh(task, show)
         except KohakuRiverError as error:
             self._report(task.container, "running", error.message.rstrip("."))
 
@@ -224,6 +229,8 @@ class DockerBackend(Backend):
 
     async def start(self, task: TaskRecord) -> None:
         assert task.image is not None
+        if task.ssh_keys:
+            self._ssh.prepare(task)
         with self._handling(task), _sentences(f"start the task from image {task.image}"):
             await self._need_image(task)
             task.tunnel_url = await self._reach(await self._gateway("bridge"))
@@ -265,7 +272,7 @@ class DockerBackend(Backend):
         env = {**task.env, **self._helper.container_environment(task.container, task.tunnel_url)}
         mounts = [
             {"Type": "bind", "Source": str(source), "Target": target, "ReadOnly": True}
-            for source, target in self._helper.mounts(task.container)
+            for source, target in [*self._helper.mounts(task.container), *(self._ssh.mounts() if task.ssh_keys else [])]
         ]
         return {
             "Image": task.image,
@@ -387,6 +394,54 @@ class DockerBackend(Backend):
             pid = int(inspected.get("Pid") or 0)
             if inspected["Running"] and pid and task.container.encode() in Path(f"/proc/{pid}/cmdline").read_bytes():
                 os.kill(pid, signal.SIGTERM)
+
+    # The SSH server inside
+
+    async def _ensure_ssh(self, task: TaskRecord, show: dict[str, Any]) -> None:
+        """See to it that a running container has its SSH server."""
+        started = show["State"]["StartedAt"]
+        if show["State"]["Paused"] or (
+            task.ssh_exec_start == started and await self._exec_pid(task.ssh_exec_id) is not None
+        ):
+            return
+        with _sentences("start the SSH server in the container"):
+            container: Any = self._docker.containers.container(show["Id"])  # not all annotated
+            environment = dict(line.split("=", 1) for line in show["Config"]["Env"] or () if "=" in line)
+            await container.put_archive("/", self._ssh.archive(task, environment))
+            own = await self._own_sshd(show["Id"])
+            # As root, whoever the image's user is: it is root's SSH that a server of one's own is known for.
+            command = self._ssh.container_command(own)
+            server = await container.exec(command, stdout=False, stderr=False, user="0:0")
+            await server.start(detach=True)
+        task.ssh_exec_id, task.ssh_exec_start, task.ssh_port = server.id, started, CONTAINER_PORT
+        pid = await self._exec_pid(server.id)
+        if pid is None or not await until_listening(pid, CONTAINER_PORT):
+            program = own or "the one that kohakuriver brings"
+            raise UnavailableError(f"its SSH server ({program}) did not start.", code="no_ssh_server")
+
+    async def _own_sshd(self, engine_id: str) -> str | None:
+        """The path of the sshd that is in the container, None where there is none."""
+        for path in OWN_SSHD:
+            if await self._has(engine_id, path):
+                return path
+        return None
+
+    async def _has(self, engine_id: str, path: str) -> bool:
+        try:
+            await self._docker.containers.container(engine_id).get_archive(path)
+        except DockerError as error:
+            if error.status != 404:
+                raise
+            return False
+        return True
+
+    async def _exec_pid(self, exec_id: str | None) -> int | None:
+        """The process, as this node numbers it, of a command that runs in a container; None when it has ended."""
+        try:
+            inspected = await self._docker.containers.exec(exec_id or "").inspect()
+        except DockerError:
+            return None
+        return int(inspected.get("Pid") or 0) if inspected["Running"] else None
 
     async def _reach(self, gateway: str) -> str:
         try:

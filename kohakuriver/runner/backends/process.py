@@ -22,6 +22,7 @@ import structlog
 from kohakuriver.errors import KohakuRiverError, UnavailableError
 from kohakuriver.runner.backends import guard
 from kohakuriver.runner.backends.base import Backend, ExecRequest, ExecSession, Reporter
+from kohakuriver.runner.ssh_helper import SshHelper, free_port, until_listening
 from kohakuriver.runner.state import State, TaskRecord
 from kohakuriver.runner.tunnel_helper import TunnelHelper
 
@@ -45,6 +46,7 @@ class _Running:
     process: asyncio.subprocess.Process
     run: str
     watcher: asyncio.Task[None] | None = None
+    ssh: asyncio.subprocess.Process | None = None
 
 
 class ProcessBackend(Backend):
@@ -52,9 +54,12 @@ class ProcessBackend(Backend):
 
     name = "process"
 
-    def __init__(self, state: State, helper: TunnelHelper, report: Reporter, tunnel_url: Callable[[], str]) -> None:
+    def __init__(
+        self, state: State, helper: TunnelHelper, ssh: SshHelper, report: Reporter, tunnel_url: Callable[[], str]
+    ) -> None:
         self._state = state
         self._helper = helper
+        self._ssh = ssh
         self._report = report
         self._tunnel_url = tunnel_url
         self._running: dict[str, _Running] = {}
@@ -75,6 +80,9 @@ class ProcessBackend(Backend):
     async def start(self, task: TaskRecord) -> None:
         task.stopped = False
         task.tunnel_url = self._tunnel_url()
+        if task.ssh_keys:
+            self._ssh.binary()  # before anything is started: without one it can't be done
+            self._ssh.prepare(task)
         token_file = self._helper.token_file(task.container)
         work = self._work_dir(task.container)
         work.mkdir(exist_ok=True)
@@ -98,10 +106,27 @@ class ProcessBackend(Backend):
         self._tell_guard("+", running)
         self._report(task.container, "running")
         running.watcher = asyncio.get_running_loop().create_task(self._watch(task, running))
+        if task.ssh_keys and not await self._start_ssh(task, running) and not running.watcher.done():
+            self._report(task.container, "running", "its SSH server did not start; the runner's log says why")
+
+    async def _start_ssh(self, task: TaskRecord, running: _Running) -> bool:
+        """Start the task's SSH server as one more process of the task; whether it listens."""
+        task.ssh_port = free_port(task.ssh_port)
+        running.ssh = await asyncio.create_subprocess_exec(
+            *self._ssh.process_command(task, task.ssh_port),
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.DEVNULL,
+            cwd=self._work_dir(task.container),
+            env=_environment(task, running.run),
+            start_new_session=True,
+        )
+        return await until_listening(running.ssh.pid, task.ssh_port)
 
     async def _watch(self, task: TaskRecord, running: _Running) -> None:
         code = await running.process.wait()
         await self._end_session(running)
+        if running.ssh is not None:
+            await running.ssh.wait()
         del self._running[task.container]
         if task.stopped:
             self._report(task.container, "stopped")

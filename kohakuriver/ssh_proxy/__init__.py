@@ -1,0 +1,8 @@
+"""The SSH proxy: one TCP port of the host that leads to the SSH servers of its tasks (docs/protocol.md §7)."""
+
+from __future__ import annotations
+
+from kohakuriver.ssh_proxy.server import SshProxy
+from kohakuriver.ssh_proxy.session import SshTarget
+
+__all__ = ["SshProxy", "SshTarget"]

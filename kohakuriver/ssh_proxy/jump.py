@@ -1,0 +1,211 @@
+"""An SSH jump host for people without our program: ``ssh -J host:8002 root@<task>`` (docs/protocol.md §7).
+
+It opens connections to tasks and does nothing else: no shell, no forwarding of any other kind.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import socket
+from collections.abc import Awaitable, Callable
+from pathlib import Path
+from typing import Any
+
+import asyncssh
+import structlog
+
+from kohakuriver.config import write_private
+from kohakuriver.errors import KohakuRiverError, UnavailableError
+from kohakuriver.ssh_proxy.session import SshTarget, TaskConnection
+from kohakuriver.tunnel.tcp import TcpStream
+
+__all__ = ["JumpHost", "Keyholders"]
+
+log = structlog.get_logger("kohakuriver.ssh_proxy")
+
+LOGIN_SECONDS = 30
+KEEPALIVE_SECONDS = 30
+
+NO_SHELL = "this is only a jump host: use `ssh -J` with it, and a task's name as the destination"
+
+Reach = Callable[[str], Awaitable[SshTarget]]
+"""A task's id or name → where its SSH server is, for one user. Raises KohakuRiverError."""
+
+Keyholders = Callable[[str], Awaitable["Reach | None"]]
+"""A public key (type and base64) → what its holder may reach, None for a key that nobody knows."""
+
+
+class JumpHost:
+    """The part of the SSH proxy that is an SSH server; `serve` takes its connections one by one."""
+
+    def __init__(
+        self,
+        host_key: Path,
+        *,
+        authorize: Callable[[str | None, str], Awaitable[SshTarget]],
+        keyholders: Keyholders,
+        check_user: Callable[[str], Awaitable[object]],
+    ) -> None:
+        self.authorize = authorize
+        self.keyholders = keyholders
+        self.check_user = check_user
+        self._host_key = _load_or_make(host_key)
+        self._connections: set[asyncssh.SSHServerConnection] = set()
+        # What strangers send to an open port is no news; what we refuse is told by our own log.
+        logging.getLogger("asyncssh").setLevel(logging.CRITICAL)
+
+    async def serve(self, peer: socket.socket, *, on_login: Callable[[], None]) -> None:
+        """Be the SSH server of one connected socket, until it closes; `on_login` is called once a user is known."""
+        try:
+            connection = await asyncssh.run_server(
+                peer,
+                server_factory=lambda: _Login(self),
+                server_host_keys=[self._host_key],
+                login_timeout=LOGIN_SECONDS,
+                keepalive_interval=KEEPALIVE_SECONDS,
+                compression_algs=["none"],
+                kbdint_auth=False,
+                gss_host=None,
+                allow_pty=False,
+                agent_forwarding=False,
+            )
+        except (asyncssh.Error, OSError) as error:
+            log.debug("no SSH login", reason=str(error))
+            return
+        on_login()
+        self._connections.add(connection)
+        try:
+            await connection.wait_closed()
+        finally:
+            self._connections.discard(connection)
+
+    async def close(self) -> None:
+        """End every connection."""
+        for connection in list(self._connections):
+            connection.abort()
+
+
+class _Login(asyncssh.SSHServer):
+    """One connection: who it is, and what it may reach."""
+
+    def __init__(self, host: JumpHost) -> None:
+        self._host = host
+        self._shown: Reach | None = None  # by the credential that was shown last, which may not be proven yet
+        self._reach: Reach | None = None
+
+    def begin_auth(self, username: str) -> bool:
+        return True
+
+    def auth_completed(self) -> None:
+        self._reach = self._shown
+
+    def password_auth_supported(self) -> bool:
+        return True
+
+    async def validate_password(self, username: str, password: str) -> bool:
+        with contextlib.suppress(KohakuRiverError):
+            await self._host.check_user(password)
+            self._shown = lambda task: self._host.authorize(password, task)
+            return True
+        return False
+
+    def public_key_auth_supported(self) -> bool:
+        return True
+
+    async def validate_public_key(self, username: str, key: asyncssh.SSHKey) -> bool:
+        text = b" ".join(key.export_public_key().split()[:2]).decode()
+        self._shown = await self._host.keyholders(text)
+        return self._shown is not None
+
+    def session_requested(self) -> bool:
+        raise asyncssh.ChannelOpenError(asyncssh.OPEN_ADMINISTRATIVELY_PROHIBITED, NO_SHELL)
+
+    def connection_requested(
+        self, dest_host: str, dest_port: int, orig_host: str, orig_port: int
+    ) -> Awaitable[asyncssh.SSHTCPSession[bytes]]:
+        return self._connect(dest_host, dest_port)
+
+    async def _connect(self, task: str, port: int) -> asyncssh.SSHTCPSession[bytes]:
+        try:
+            if self._reach is None or not 1 <= port <= 65535:
+                raise UnavailableError(f"Port {port} of {task} can't be reached from here.")
+            target = await self._reach(task)
+            if port != 22:  # 22 stands for the task's SSH server, wherever that listens
+                target = SshTarget(
+                    target.task, port, target.runner_ws_url, target.container, target.ticket, own_server=False
+                )
+            connection = TaskConnection(target)
+            await connection.open()
+        except KohakuRiverError as error:
+            log.info("SSH connection refused", task=task, reason=error.message)
+            raise asyncssh.ChannelOpenError(asyncssh.OPEN_CONNECT_FAILED, error.message) from error
+        return _Session(connection)
+
+
+class _Session(asyncssh.SSHTCPSession[bytes]):
+    """One direct-tcpip channel, as the transport of a stream."""
+
+    def __init__(self, connection: TaskConnection) -> None:
+        self._stream: TcpStream = connection.stream
+
+    def connection_made(self, chan: asyncssh.SSHTCPChannel[bytes]) -> None:
+        self._stream.connection_made(_Channel(chan))
+
+    def data_received(self, data: bytes, datatype: asyncssh.DataType) -> None:
+        self._stream.feed(data)
+
+    def eof_received(self) -> bool:
+        return self._stream.eof_received()
+
+    def pause_writing(self) -> None:
+        self._stream.pause_writing()
+
+    def resume_writing(self) -> None:
+        self._stream.resume_writing()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self._stream.connection_lost(exc)
+
+
+class _Channel(asyncio.Transport):
+    """An SSH channel with the face of a transport. It shows no socket: that one is every channel's."""
+
+    def __init__(self, channel: asyncssh.SSHTCPChannel[bytes]) -> None:
+        super().__init__()
+        self._channel = channel
+
+    def get_extra_info(self, name: str, default: Any = None) -> Any:
+        return default
+
+    def set_write_buffer_limits(self, high: int | None = None, low: int | None = None) -> None:
+        self._channel.set_write_buffer_limits(high, low)
+
+    def write(self, data: bytes | bytearray | memoryview) -> None:
+        self._channel.write(bytes(data))
+
+    def write_eof(self) -> None:
+        self._channel.write_eof()
+
+    def pause_reading(self) -> None:
+        self._channel.pause_reading()
+
+    def resume_reading(self) -> None:
+        self._channel.resume_reading()
+
+    def is_closing(self) -> bool:
+        return self._channel.is_closing()
+
+    def close(self) -> None:
+        self._channel.close()
+
+    def abort(self) -> None:
+        self._channel.abort()
+
+
+def _load_or_make(path: Path) -> asyncssh.SSHKey:
+    if not path.exists():
+        key = asyncssh.generate_private_key("ssh-ed25519", comment="kohakuriver jump host")
+        write_private(path, key.export_private_key().decode())
+    return asyncssh.read_private_key(path)

@@ -1,0 +1,119 @@
+"""One connection to a port of a task, made from the host: a session at the runner that has a single stream.
+
+The tunnel is the one that forwards use, so nothing is published on the node. Source: docs/protocol.md §3, §7.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from dataclasses import dataclass
+from urllib.parse import quote
+
+from kohakuriver.errors import HostUnreachableError, KohakuRiverError, UnavailableError
+from kohakuriver.tunnel.endpoint import AnyStream, UserEndpoint
+from kohakuriver.tunnel.handshake import open_session
+from kohakuriver.tunnel.tcp import TcpStream
+
+__all__ = ["SshTarget", "TaskConnection"]
+
+OPEN_SECONDS = 10.0
+
+
+@dataclass(frozen=True)
+class SshTarget:
+    """Where a connection goes: a port of a task, by the runner's ``ws://`` address and a ticket for it.
+
+    `own_server` says that the port is that of the SSH server which the task was given.
+    """
+
+    task: str
+    port: int
+    runner_ws_url: str
+    container: str
+    ticket: str | None
+    own_server: bool = False
+
+
+class TaskConnection(UserEndpoint):
+    """A stream to a port of a task, and the session that carries it; both end together.
+
+    `open`, then make a transport's protocol of `stream`.
+    """
+
+    def __init__(self, target: SshTarget) -> None:
+        super().__init__(on_stream_error=self._refused, on_detach=self._lost)
+        self._target = target
+        self._opened: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        self.stream = TcpStream(self, target.port)
+
+    async def open(self) -> None:
+        """Open the session and the stream; back once the port in the task has taken the connection.
+
+        Raises UnavailableError when nothing listens there, or what `open_session` raises.
+        """
+        target = self._target
+        url = f"{target.runner_ws_url}/ws/forward/{quote(target.container, safe='')}/{target.port}?proto=tcp"
+        self.attach(await open_session(url, token=target.ticket, timeout=OPEN_SECONDS))
+        try:
+            self._open(self.stream)
+            await asyncio.wait_for(asyncio.shield(self._opened), OPEN_SECONDS)
+        except asyncio.TimeoutError:
+            self.abandon()
+            raise HostUnreachableError(
+                f"Port {target.port} of task {target.task} did not answer within {OPEN_SECONDS:g} s.",
+                code="timed_out",
+                status=504,
+            ) from None
+        except BaseException:
+            self.abandon()
+            raise
+
+    def abandon(self) -> None:
+        """End both at once; whoever is connected to the stream is reset."""
+        self._settle(UnavailableError("the connection was given up"))
+        self.stream.reset()
+        if self.link is not None:
+            self.link.close(1000, "the connection was given up")
+
+    def _settle(self, error: KohakuRiverError | None) -> None:
+        if self._opened.done():
+            return
+        if error is None:
+            self._opened.set_result(None)
+        else:
+            self._opened.set_exception(error)
+            self._opened.exception()  # whether or not somebody still waits
+
+    def socket_ready(self, stream: TcpStream) -> None:
+        stream._pump()  # what the task's side has said already
+
+    def connected(self, stream: TcpStream, payload: bytes) -> None:
+        super().connected(stream, payload)
+        self._settle(None)
+
+    def stream_over(self, stream: AnyStream) -> None:
+        super().stream_over(stream)
+        self._settle(UnavailableError(f"Task {self._target.task} ended the connection."))
+        if self.link is not None:
+            self.link.close(1000, "the connection has ended")
+
+    def _refused(self, port: int, text: str) -> None:
+        self._settle(UnavailableError(_why_refused(self._target, text)))
+
+    def _lost(self, reason: str) -> None:
+        self._settle(HostUnreachableError(f"The session to task {self._target.task} broke: {reason}."))
+
+
+def _why_refused(target: SshTarget, text: str) -> str:
+    """The sentence for an ERROR of the task's side, whose text begins with a symbolic code."""
+    task, port = target.task, target.port
+    if not text.startswith("ECONNREFUSED"):
+        return f"Port {port} of task {task} can't be reached: {text.rstrip('.')}."
+    if target.own_server:
+        return f"The SSH server of task {task} does not run; `kohakuriver vps restart {task}` starts it again."
+    if port == 22:
+        return (
+            f"Task {task} has no SSH server: nothing listens on its port 22; "
+            "start one there, or make the task with `kohakuriver vps create --ssh`."
+        )
+    return f"Nothing listens on port {port} of task {task}."
