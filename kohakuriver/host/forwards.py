@@ -1,11 +1,14 @@
-"""Who may open which forward session or SSH connection, and where it goes."""
+"""Who may open which forward session, terminal or SSH connection, and where it goes."""
 
 from __future__ import annotations
+
+from typing import Literal
 
 from kohakuriver.errors import NotFoundError, UsageError
 from kohakuriver.host.credentials import Credentials
 from kohakuriver.host.nodes import Nodes
 from kohakuriver.host.tasks import Tasks, not_running
+from kohakuriver.host.terminal_proxy import TerminalTarget
 from kohakuriver.host.tunnel_proxy import ForwardTarget
 from kohakuriver.ssh_proxy import SshTarget
 from kohakuriver.ssh_proxy.jump import Reach
@@ -39,6 +42,13 @@ class Forwards:
         task, node = await self._store.task_and_node(reference)
         return self._target(task, node, user)
 
+    async def authorize_terminal(self, token: str | None, reference: str) -> TerminalTarget:
+        """Where a terminal of a task is opened. Raises as `authorize` does. Source: docs/protocol.md §6."""
+        user = await self._credentials.session_user(token)
+        task, node = await self._store.task_and_node(reference)
+        url, credential = self._ticket(task, node, user, "terminal")
+        return TerminalTarget(runner_ws_url=url, task_id=task.task_id, ticket=credential)
+
     async def authorize_ssh(self, token: str | None, reference: str) -> SshTarget:
         """Where an SSH connection to a task goes. Raises as `authorize` does. Source: docs/protocol.md §7."""
         user = await self._credentials.session_user(token)
@@ -71,14 +81,18 @@ class Forwards:
         )
 
     def _target(self, task: Task, node: Node, user: str) -> ForwardTarget:
+        url, credential = self._ticket(task, node, user, "forward")
+        return ForwardTarget(runner_ws_url=url, container=task.container, ticket=credential)
+
+    def _ticket(self, task: Task, node: Node, user: str, scope: Literal["forward", "terminal"]) -> tuple[str, str]:
+        """The runner's WebSocket address, and what to show there. Raises UnavailableError."""
         view = self._tasks.view(task, node)
         if view.status != "running":
             raise not_running(view)
         credential = ticket.issue(
-            node.ticket_key, node=node.name, scope="forward", task=task.task_id, container=task.container, user=user
+            node.ticket_key, node=node.name, scope=scope, task=task.task_id, container=task.container, user=user
         )
-        url = "ws" + node.url.removeprefix("http")
-        return ForwardTarget(runner_ws_url=url, container=task.container, ticket=credential)
+        return "ws" + node.url.removeprefix("http"), credential
 
 
 def _lets_in(task: Task, key: str) -> bool:

@@ -17,6 +17,7 @@ from kohakuriver.host.forwards import Forwards
 from kohakuriver.host.nodes import Nodes
 from kohakuriver.host.runner_client import RunnerClient
 from kohakuriver.host.tasks import Changes, Tasks
+from kohakuriver.host.terminal_proxy import TerminalProxy
 from kohakuriver.host.tunnel_proxy import TunnelProxy
 from kohakuriver.ssh_proxy import SshProxy
 from kohakuriver.store import Store, sqlite_url
@@ -95,6 +96,7 @@ async def _serve(
     tasks = Tasks(store, nodes, runners, changes)
     forwards = Forwards(credentials, store, nodes, tasks)
     proxy = TunnelProxy(authorize=forwards.authorize)
+    terminals = TerminalProxy(authorize=forwards.authorize_terminal)
     ssh_proxy = SshProxy(
         ssh_sock,
         authorize=forwards.authorize_ssh,
@@ -114,11 +116,12 @@ async def _serve(
 
     async def stop() -> None:
         await ssh_proxy.close()
+        await terminals.close()
         await proxy.close()
 
     server = Server(
         create_app(Services(credentials, nodes, tasks)),
-        ws=serve_ws(proxy.routes()),
+        ws=serve_ws([*proxy.routes(), *terminals.routes()]),
         on_ready=ready,
         on_stop=stop,
         tls_cert=options.tls_cert,

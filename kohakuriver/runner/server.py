@@ -25,6 +25,7 @@ from kohakuriver.runner.registration import NodeIdentity, Registration
 from kohakuriver.runner.ssh_helper import SshHelper
 from kohakuriver.runner.state import State
 from kohakuriver.runner.tasks import TaskManager
+from kohakuriver.runner.terminal import TerminalServer
 from kohakuriver.runner.tunnel_helper import TunnelHelper
 from kohakuriver.runner.tunnel_server import TunnelServer
 from kohakuriver.tunnel.server import serve_ws
@@ -108,10 +109,15 @@ class Runner:
             address_of=self._tasks.address_of,
             on_tunnel_change=self._tasks.tunnel_changed,
         )
-        self._tasks.drop = self._tunnels.drop
+        self._terminals = TerminalServer(
+            allow_anonymous=options.allow_anonymous,
+            check_ticket=lambda credential: self._registration.check_ticket(credential, "terminal"),
+            exec_in=self._tasks.exec,
+        )
+        self._tasks.drop = self._drop
         self._server = Server(
             create_app(Services(self._tasks, self._registration)),
-            ws=serve_ws(self._tunnels.routes()),
+            ws=serve_ws([*self._tunnels.routes(), *self._terminals.routes()]),
             on_ready=self._ready,
             on_stop=self._stop,
         )
@@ -140,6 +146,11 @@ class Runner:
                 raise UsageError(f"There is no backend {name!r}; there are docker, process and address.")
         return made
 
+    def _drop(self, container: str, reason: str, *, gone: bool = False) -> None:
+        """The task has ended: so do its streams and its terminals."""
+        self._tunnels.drop(container, reason, gone=gone)
+        self._terminals.drop(container, reason)
+
     async def run(self) -> None:
         """Serve until the end."""
         await self._server.serve([self._sock])
@@ -161,6 +172,7 @@ class Runner:
         print_ready(self._options.json, sentence, url=url, name=self._identity.name)
 
     async def _stop(self) -> None:
+        await self._terminals.close()
         await self._tasks.close(stop_tasks=self._options.stop_tasks_on_exit)
         await self._tunnels.close()
         await cancel_all(self._background)

@@ -10,7 +10,7 @@ from typing import Any, Protocol
 import structlog
 
 from kohakuriver.errors import KohakuRiverError, NotFoundError, UnavailableError
-from kohakuriver.runner.backends.base import Backend
+from kohakuriver.runner.backends.base import Backend, ExecRequest, ExecSession
 from kohakuriver.runner.state import State, TaskRecord, next_revision
 
 __all__ = ["START_SECONDS", "TaskManager"]
@@ -175,6 +175,22 @@ class TaskManager:
         self._forget(task)
         self.drop(container, f"task {task.name} was removed", gone=True)
         return task
+
+    async def exec(self, task_id: int, request: ExecRequest) -> tuple[str, ExecSession]:
+        """Run a command inside a task; the task's container, and the session, which the caller closes.
+
+        Raises NotFoundError, or UnavailableError where the task does not run or its backend can't do this.
+        """
+        task = next((task for task in self._tasks.values() if task.task_id == task_id), None)
+        if task is None:
+            raise NotFoundError(f"This node has no task {task_id}.")
+        backend = self._backend_of(task)
+        if task.status != "running":
+            raise UnavailableError(
+                f"Task {task.name} is not running; start it with `kohakuriver vps restart {task.name}`.",
+                code="task_not_running",
+            )
+        return task.container, await backend.exec(task, request)
 
     async def _exclusively(self, task: TaskRecord, action: Callable[[TaskRecord], Awaitable[None]]) -> None:
         async with self._locks[task.container]:

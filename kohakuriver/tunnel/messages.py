@@ -114,6 +114,10 @@ class MessageLink(asyncio.Protocol):
     async def close(self, code: int = CloseCode.NORMAL, reason: str = "") -> None:
         """Send a close frame behind what was sent, and wait until the TCP connection has ended, CLOSE_WAIT at most."""
         self.begin_close(code, reason)
+        await self.wait_closed()
+
+    async def wait_closed(self) -> None:
+        """Wait until the TCP connection has ended."""
         await self._lost.wait()
 
     def begin_close(self, code: int = CloseCode.NORMAL, reason: str = "") -> None:

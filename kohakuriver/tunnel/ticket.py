@@ -18,7 +18,7 @@ from kohakuriver.errors import NotAllowedError, UnauthenticatedError
 
 __all__ = ["MAX_TTL", "Scope", "Ticket", "check", "issue"]
 
-Scope = Literal["control", "forward"]
+Scope = Literal["control", "forward", "terminal"]
 
 MAX_TTL = 60
 """Seconds that a ticket may be good for at most."""
@@ -60,8 +60,9 @@ def issue(
 ) -> str:
     """A ticket for `node`, good for `ttl` seconds (0 < ttl <= 60).
 
-    A "forward" ticket needs `task`, `container` and `user`, and names the ports that its session may reach. Raises
-    ValueError when it would be longer-lived or less specific than docs/protocol.md §5 allows.
+    A "forward" or "terminal" ticket needs `task`, `container` and `user`; the former names the ports that its session
+    may reach, the latter none. Raises ValueError when it would be longer-lived or less specific than
+    docs/protocol.md §5 allows.
     """
     if not 0 < ttl <= MAX_TTL:
         raise ValueError(f"a ticket lives between 0 and {MAX_TTL} seconds, not {ttl}")
@@ -73,9 +74,11 @@ def issue(
         "jti": secrets.token_urlsafe(12),
         "scope": scope,
     }
-    if scope == "forward":
+    if scope == "terminal":
+        ports = ()
+    if scope != "control":
         if task is None or container is None or user is None:
-            raise ValueError("a forward ticket needs a task, a container and a user")
+            raise ValueError(f"a {scope} ticket needs a task, a container and a user")
         claims |= {"task": task, "container": container, "user": user, "ports": ports if ports == "*" else list(ports)}
     return jwt.encode(claims, key, algorithm=_ALGORITHM)
 
