@@ -10,9 +10,9 @@ from enum import Enum
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from typer.core import TyperCommand
 
 from kohakuriver.cli import output
+from kohakuriver.cli.behind_dashes import WithCommand, command_of
 from kohakuriver.cli.options import HostOption, JsonOption, TaskArgument, TokenOption
 from kohakuriver.cli.signals import caught
 from kohakuriver.errors import KohakuRiverError, UsageError
@@ -23,7 +23,6 @@ if TYPE_CHECKING:
 
 __all__ = ["register"]
 
-_COMMAND = "kohakuriver.command"
 NOT_FOUND, NOT_EXECUTABLE, KILLED_BY = 127, 126, 128  # as shells say it
 
 
@@ -34,24 +33,10 @@ class Proto(str, Enum):
     udp = "udp"
 
 
-class _WithCommand(TyperCommand):
-    """Takes everything behind `--` as a command, so that it can't be mistaken for more arguments."""
-
-    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
-        if "--" in args:
-            at = args.index("--")
-            ctx.meta[_COMMAND] = args[at + 1 :]
-            args = args[:at]
-        return super().parse_args(ctx, args)
-
-    def collect_usage_pieces(self, ctx: Any) -> list[str]:
-        return [*super().collect_usage_pieces(ctx), "[-- CMD...]"]
-
-
 def register(app: typer.Typer) -> None:
     """Add the command to `app`."""
     app.command(
-        cls=_WithCommand,
+        cls=WithCommand,
         epilog="Examples:\n\nkohakuriver forward my-task 8888\n\nkohakuriver forward my-task 9999:8888 5060/udp\n\n"
         "kohakuriver forward my-task 0:5432 -- sh -c 'psql -h 127.0.0.1 -p $KOHAKURIVER_PORT_5432'",
     )(forward)
@@ -87,7 +72,7 @@ def forward(
     from kohakuriver.forwarding import Forwarder
     from kohakuriver.loops import run
 
-    command: list[str] | None = ctx.meta.get(_COMMAND)
+    command = command_of(ctx)
     _check_command(command, json)
     wanted = _ports(ports, local_port, proto.value)
     settings = load_settings(host=host, token=token)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import signal
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 
 __all__ = ["ENDING", "caught"]
 
@@ -13,11 +13,11 @@ ENDING: tuple[signal.Signals, ...] = (signal.SIGINT, signal.SIGTERM)
 
 
 @contextlib.contextmanager
-def caught(react: Callable[[signal.Signals], None]) -> Iterator[None]:
+def caught(react: Callable[[signal.Signals], None], numbers: Sequence[signal.Signals] = ENDING) -> Iterator[None]:
     """Call `react` on the running loop, in place of what Ctrl-C and SIGTERM do, until the block ends."""
     loop = asyncio.get_running_loop()
-    before = {number: signal.getsignal(number) for number in ENDING}
-    for number in ENDING:
+    before = {number: signal.getsignal(number) for number in numbers}
+    for number in numbers:
         _catch(loop, number, react)
     try:
         yield

@@ -17,7 +17,7 @@ from aiodocker.exceptions import DockerError
 from kohakuriver.errors import UnavailableError
 from kohakuriver.runner.backends.base import STDERR, STDOUT, ExecRequest, ExecSession
 
-__all__ = ["DockerExec", "find_shell", "start"]
+__all__ = ["DockerExec", "start"]
 
 CTRL_D = b"\x04"
 MARK = "KOHAKURIVER_EXEC"
@@ -27,16 +27,27 @@ NOT_FOUND, NOT_EXECUTABLE = 127, 126
 _RUNTIME_ERROR = b"OCI runtime exec failed:"
 _DEFAULT_PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
 _LOOK_AGAIN_SECONDS = 0.02
+_START_SECONDS = 2.0
 _END_SECONDS = 5.0
 
-# Run by the `sh` that there is: gives way to the best shell there is.
-_BEST_SHELL = """\
+# Run by the `sh` that there is, with $1 and $2 the terminal's rows and columns (0: no terminal). An engine gives the
+# terminal its size only once the program runs, which may have asked for it by then.
+_SIZE = """\
+[ "$1" = 0 ] || stty rows "$1" cols "$2" 2>/dev/null
+shift 2
+"""
+_COMMAND = _SIZE + 'exec "$@"'
+# Gives way to the best shell there is.
+_BEST_SHELL = (
+    _SIZE
+    + """\
 for shell in "$SHELL" bash ash; do
     case $shell in "" | */nologin | */false) continue ;; esac
     path=$(command -v "$shell") && exec "$path"
 done
 exec "$0"
 """
+)
 # Run in the container where the runner may not signal its processes itself.
 _HANG_UP = 'for d in /proc/[0-9]*; do grep -q "$1" "$d/environ" 2>/dev/null && kill -HUP "${d#/proc/}"; done'
 
@@ -112,6 +123,18 @@ class DockerExec(ExecSession):
             with contextlib.suppress(DockerError, aiohttp.ClientError, OSError):  # it may just have ended
                 await self._exec.resize(h=rows, w=cols)
 
+    async def resize_first(self, rows: int, cols: int) -> None:
+        """Give a new terminal its size, as soon as its program runs."""
+        for _ in range(int(_START_SECONDS / _LOOK_AGAIN_SECONDS) if self._request.tty else 0):
+            try:
+                await self._exec.resize(h=rows, w=cols)
+                return
+            except DockerError:
+                show = await self._exec.inspect()
+                if not show["Running"] and show["ExitCode"] is not None:
+                    return
+            await asyncio.sleep(_LOOK_AGAIN_SECONDS)
+
     async def wait(self) -> int:
         if self._code is None:
             show = await self._ended_show()
@@ -176,36 +199,40 @@ async def start(docker: aiodocker.Docker, container: str, request: ExecRequest) 
     """Start a command in a container that runs. Raises UnavailableError "no_shell", and the engine's own errors."""
     show = await docker.containers.container(container).show()
     image_env = dict(text.partition("=")[::2] for text in show["Config"]["Env"] or ())
-    command = list(request.command) or await find_shell(docker, container, image_env)
+    command = await _command_line(docker, container, request, image_env)
     mark = secrets.token_hex(8)
     env = {**request.env, MARK: mark}
     if request.tty and not (image_env.keys() | env.keys()) & {"LANG", "LC_ALL", "LC_CTYPE"}:
         env["LANG"] = "C.UTF-8"
-    body = {
-        "AttachStdin": True,
-        "AttachStdout": True,
-        "AttachStderr": True,
-        "Tty": request.tty,
-        "Cmd": command,
-        "Env": [f"{name}={value}" for name, value in env.items()],
-        **({"ConsoleSize": [request.rows, request.cols]} if request.tty else {}),
-    }
-    # aiodocker's own `exec` can't give the first size, and a program may ask for it before we could tell.
-    created = await docker._query_json(f"containers/{container}/exec", method="POST", data=body)
-    stream = docker.containers.exec(created["Id"]).start(detach=False)
+    in_container: Any = docker.containers.container(container)  # not all annotated
+    created = await in_container.exec(command, stdin=True, tty=request.tty, environment=env)
+    stream = created.start(detach=False)
     await stream.__aenter__()
-    return DockerExec(docker, container, created["Id"], stream, request, mark)
+    session = DockerExec(docker, container, created.id, stream, request, mark)
+    await session.resize_first(request.rows, request.cols)
+    return session
 
 
-async def find_shell(docker: aiodocker.Docker, container: str, env: dict[str, str]) -> list[str]:
-    """A command line that becomes the best shell of a container: $SHELL, bash, ash, sh. Raises UnavailableError."""
-    folders = env.get("PATH", _DEFAULT_PATH).split(":")
+async def _command_line(
+    docker: aiodocker.Docker, container: str, request: ExecRequest, env: dict[str, str]
+) -> list[str]:
+    """What the engine is told to run. Raises UnavailableError "no_shell"."""
+    if not request.tty and request.command:
+        return list(request.command)
+    size = [str(request.rows), str(request.cols)] if request.tty else ["0", "0"]
     if await _has(docker, container, "/bin/sh"):
-        return ["/bin/sh", "-c", _BEST_SHELL, "/bin/sh"]
+        script = _COMMAND if request.command else _BEST_SHELL
+        return ["/bin/sh", "-c", script, "/bin/sh", *size, *request.command]
+    return list(request.command) or [await _find_shell(docker, container, env)]
+
+
+async def _find_shell(docker: aiodocker.Docker, container: str, env: dict[str, str]) -> str:
+    """A shell at some unusual place."""
+    folders = env.get("PATH", _DEFAULT_PATH).split(":")
     named = [env["SHELL"]] if env.get("SHELL", "").startswith("/") else []
     for path in [*named, *(f"{folder}/{name}" for name in ("bash", "ash", "sh") for folder in folders if folder)]:
         if await _has(docker, container, path):
-            return [path]
+            return path
     raise UnavailableError(
         "There is no shell in the task's image; name a program that it has behind `--`.", code="no_shell"
     )
@@ -218,4 +245,6 @@ async def _has(docker: aiodocker.Docker, container: str, path: str) -> bool:
     except DockerError as error:
         if error.status != 404:
             raise
+        return False
+    except ValueError:  # what the engine has to say is in a body, which an answer to HEAD has not
         return False

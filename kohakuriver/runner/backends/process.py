@@ -107,19 +107,22 @@ class ProcessBackend(Backend):
         self._report(task.container, "running")
         running.watcher = asyncio.get_running_loop().create_task(self._watch(task, running))
         if task.ssh_keys and not await self._start_ssh(task, running) and not running.watcher.done():
-            self._report(task.container, "running", "its SSH server did not start; the runner's log says why")
+            words = last_words(1, _tail(self._ssh.log_file(task)))
+            self._report(task.container, "running", f"its SSH server did not start{words}")
 
     async def _start_ssh(self, task: TaskRecord, running: _Running) -> bool:
         """Start the task's SSH server as one more process of the task; whether it listens."""
         task.ssh_port = free_port(task.ssh_port)
-        running.ssh = await asyncio.create_subprocess_exec(
-            *self._ssh.process_command(task, task.ssh_port),
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.DEVNULL,
-            cwd=self._work_dir(task.container),
-            env=_environment(task, running.run),
-            start_new_session=True,
-        )
+        with self._ssh.log_file(task).open("wb") as output:
+            running.ssh = await asyncio.create_subprocess_exec(
+                *self._ssh.process_command(task, task.ssh_port),
+                stdin=subprocess.DEVNULL,
+                stdout=output,
+                stderr=output,
+                cwd=self._work_dir(task.container),
+                env=_environment(task, running.run),
+                start_new_session=True,
+            )
         return await until_listening(running.ssh.pid, task.ssh_port)
 
     async def _watch(self, task: TaskRecord, running: _Running) -> None:

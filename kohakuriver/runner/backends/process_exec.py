@@ -112,7 +112,8 @@ def _wake(waiting: asyncio.Future[None] | None) -> None:
 class ProcessExec(ExecSession):
     """`inputs` is where input goes, `outputs` where output comes from, each with the name of its stream.
 
-    With a terminal both are its one descriptor, and its output ends with the command, whoever else still has it open.
+    With a terminal both are its one descriptor, and `theirs` is its other end: kept open, so that its output ends with
+    the command, not before that has opened it, and not after, whoever else still has it open.
     """
 
     def __init__(
@@ -121,12 +122,13 @@ class ProcessExec(ExecSession):
         inputs: Descriptor,
         outputs: dict[int, Descriptor],
         *,
-        tty: bool,
+        theirs: int = -1,
     ) -> None:
         self._process = process
+        self._theirs = theirs
         self._input = inputs
         self._outputs = outputs
-        self._tty = tty
+        self._tty = theirs >= 0
         loop = asyncio.get_running_loop()
         self._pieces: asyncio.Queue[tuple[int, bytes]] = asyncio.Queue(1)
         self._readers = {
@@ -143,7 +145,13 @@ class ProcessExec(ExecSession):
         code = await self._process.wait()
         if self._tty:
             self._input.finish()
+            self._close_theirs()
         return code if code >= 0 else 128 - code
+
+    def _close_theirs(self) -> None:
+        if self._theirs >= 0:
+            os.close(self._theirs)
+            self._theirs = -1
 
     async def read(self) -> tuple[int, bytes] | None:
         while self._outputs:
@@ -174,6 +182,7 @@ class ProcessExec(ExecSession):
             reader.cancel()
         for descriptor in (self._input, *self._outputs.values()):
             descriptor.close()
+        self._close_theirs()
         if not self._exit.done():
             with contextlib.suppress(OSError):
                 os.killpg(self._process.pid, signal.SIGHUP)
@@ -219,11 +228,10 @@ async def _on_terminal(
         process = await _spawn(os.ttyname(theirs), command, environment, cwd)
     except BaseException:
         os.close(ours)
-        raise
-    finally:
         os.close(theirs)
+        raise
     terminal = Descriptor(ours)
-    return ProcessExec(process, terminal, {STDOUT: terminal}, tty=True)
+    return ProcessExec(process, terminal, {STDOUT: terminal}, theirs=theirs)
 
 
 async def _on_pipes(request: ExecRequest, command: list[str], environment: Mapping[str, str], cwd: Path) -> ProcessExec:
@@ -240,7 +248,7 @@ async def _on_pipes(request: ExecRequest, command: list[str], environment: Mappi
     for end in (stdin, stdout, stderr):
         os.close(end)
     outputs = {STDOUT: Descriptor(from_stdout), STDERR: Descriptor(from_stderr)}
-    return ProcessExec(process, Descriptor(to_stdin), outputs, tty=False)
+    return ProcessExec(process, Descriptor(to_stdin), outputs)
 
 
 async def _spawn(
