@@ -13,7 +13,7 @@ from typing import Annotated, NoReturn
 import typer
 
 from kohakuriver import __version__
-from kohakuriver.cli import cluster, demo, forward, node, output, vps
+from kohakuriver.cli import cluster, connect, demo, forward, node, output, ssh, vps
 from kohakuriver.errors import KohakuRiverError
 
 __all__ = ["app", "main"]
@@ -48,10 +48,12 @@ def _options(
 
 
 forward.register(app)
+connect.register(app)
 app.add_typer(vps.app, name="vps")
 app.add_typer(node.app, name="node")
 cluster.register(app)
 demo.register(app)
+ssh.register(app)
 
 
 def main(arguments: Sequence[str] | None = None) -> NoReturn:

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from enum import Enum
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from kohakuriver.cli import output
+from kohakuriver.cli import output, ssh
 from kohakuriver.cli.options import HostOption, JsonOption, TaskArgument, TokenOption, ask, pairs
 from kohakuriver.errors import UsageError
 
@@ -62,6 +63,15 @@ def create(
         list[str] | None,
         typer.Option("--mount", metavar="SRC:DST[:ro]", help="A directory of the node to see there; may be repeated."),
     ] = None,
+    with_ssh: Annotated[
+        bool, typer.Option("--ssh", help="Give it an SSH server that lets in the keys of your ~/.ssh/*.pub.")
+    ] = False,
+    public_key_file: Annotated[
+        list[Path] | None,
+        typer.Option(
+            "--public-key-file", metavar="FILE", help="Other keys for its SSH server; implies --ssh; may be repeated."
+        ),
+    ] = None,
     no_wait: NoWaitOption = False,
     timeout: TimeoutOption = WAIT_TIMEOUT,
     json: JsonOption = False,
@@ -69,6 +79,9 @@ def create(
     token: TokenOption = None,
 ) -> None:
     """Start a task, wait until its tunnel is connected, and print its id."""
+    from kohakuriver.cli.ssh_files import public_keys
+
+    keys = public_keys(public_key_file or []) if with_ssh or public_key_file else []
     variables = pairs(env or [], "--env")
     mounts = [_mount(text) for text in mount or []]
 
@@ -81,7 +94,10 @@ def create(
             command=command or [],
             env=variables,
             mounts=mounts,
+            ssh_keys=keys,
         )
+        if keys:
+            await ssh.tasks_changed(client)
         return await _settled(client, task, wait=not no_wait, timeout=timeout)
 
     _print_id(ask(host, token, start), json)
@@ -201,7 +217,20 @@ def restart(
 @app.command(epilog="Example: kohakuriver vps rm web")
 def rm(task: TaskArgument, json: JsonOption = False, host: HostOption = None, token: TokenOption = None) -> None:
     """End a task and forget it."""
-    _print_done("Removed", ask(host, token, lambda client: client.remove(task)), json)
+
+    async def remove(client: HostClient) -> Task:
+        removed = await client.remove(task)
+        if removed.ssh_host_key:
+            await ssh.tasks_changed(client)
+        return removed
+
+    _print_done("Removed", ask(host, token, remove), json)
+
+
+app.command(
+    context_settings={"allow_interspersed_args": False, "ignore_unknown_options": True},
+    epilog="Example: kohakuriver vps connect web -L 8080:127.0.0.1:80",
+)(ssh.connect)
 
 
 def _print_task(task: Task, json: bool) -> None:
@@ -220,6 +249,7 @@ def _print_task(task: Task, json: bool) -> None:
             ("address", task.address or ""),
             ("container", task.container),
             ("owner", task.owner),
+            ("ssh", task.ssh_host_key or ""),
             ("created", f"{task.created_at} ({output.age(task.created_at)} ago)"),
             ("message", task.message or ""),
         ]

@@ -130,6 +130,10 @@ class SshHelper:
             )
         return install_binary(self._state, self._source)
 
+    def log_file(self, task: TaskRecord) -> Path:
+        """Where the SSH server of a process task says what is the matter; of its last start only."""
+        return self._folder(task) / "log"
+
     def _folder(self, task: TaskRecord) -> Path:
         folder = self._state.task_dir(task.container) / "ssh"
         folder.mkdir(exist_ok=True, mode=0o700)

@@ -1,0 +1,229 @@
+"""The way to a task's SSH server, as OpenSSH's ProxyCommand: `kohakuriver ssh-proxy`.
+
+Before ssh hears from the server, the host key that the host knows is put where ssh looks for it. ssh starts this for
+every connection, so it also runs as a program of its own (`python -m`) and imports little. Source: docs/protocol.md §7.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import http.client
+import json
+import os
+import socket
+import sys
+import threading
+from typing import Any
+from urllib.parse import quote, urlsplit
+
+from kohakuriver.errors import HostUnreachableError, KohakuRiverError, UnavailableError, UsageError, from_status
+
+__all__ = ["DOMAIN", "dial", "main", "proxy", "task_of"]
+
+DOMAIN = ".kohakuriver"
+"""What may stand behind a task's name where ssh wants a host's."""
+
+ANSWER_SECONDS = 30.0
+MAX_ANSWER = 8192
+PIECE = 256 * 1024
+
+
+def task_of(host_name: str) -> str:
+    """The task that ssh means by a host name."""
+    return host_name.removesuffix(DOMAIN)
+
+
+def dial(ssh_proxy: str, task: str, token: str | None) -> socket.socket:
+    """A connection to the task's SSH server through the SSH proxy, `host:port`.
+
+    Raises HostUnreachableError when the proxy does not answer, UnavailableError with its reason when it refuses, and
+    UsageError for an address or a task that can't be one.
+    """
+    host, colon, port = ssh_proxy.rpartition(":")
+    if not colon or not port.isdigit():
+        raise UsageError(f"The SSH proxy must be given as host:port, not {ssh_proxy!r}.")
+    request = f"REQUEST_TUNNEL {task} {token or ''}".strip()
+    if not task or len(request.split()) > 3 or not request.isprintable():
+        raise UsageError(f"{task!r} can't be a task's name.")
+    try:
+        sock = socket.create_connection((host.strip("[]"), int(port)), timeout=ANSWER_SECONDS)
+    except (OSError, OverflowError) as error:
+        reason = getattr(error, "strerror", None) or str(error)
+        raise HostUnreachableError(f"The SSH proxy at {ssh_proxy} can't be reached: {reason}.") from error
+    try:
+        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+        sock.sendall(request.encode() + b"\n")
+        answer = _line(sock)
+    except OSError as error:
+        sock.close()
+        raise HostUnreachableError(f"The SSH proxy at {ssh_proxy} did not answer: {error}.") from error
+    if answer == "SUCCESS":
+        sock.settimeout(None)
+        return sock
+    sock.close()
+    if answer.startswith("ERROR "):
+        raise UnavailableError(answer.removeprefix("ERROR "))
+    raise HostUnreachableError(f"What answers at {ssh_proxy} is not KohakuRiver's SSH proxy.")
+
+
+def _line(sock: socket.socket) -> str:
+    """One line, and not a byte more: what follows is for ssh."""
+    line = b""
+    while len(line) < MAX_ANSWER:
+        seen = sock.recv(MAX_ANSWER, socket.MSG_PEEK)
+        end = seen.find(b"\n") + 1
+        taken = sock.recv(end or len(seen))
+        line += taken
+        if end or not taken:
+            break
+    return line.decode("utf-8", "replace").strip()
+
+
+def proxy(*, host: str, token: str | None, ssh_proxy: str, task: str, pass_socket: bool, known: bool = False) -> None:
+    """Connect stdin and stdout to the task's SSH server, or with `pass_socket` hand ssh the connection itself.
+
+    With `known` the host is not asked for the task first: ssh knows the host key already. Raises KohakuRiverError.
+    """
+    dialling = _Dialling(ssh_proxy, task, token)
+    if not known:
+        try:
+            _learn_host_key(host, task, token)
+        except HostUnreachableError:
+            pass  # it may be that only the proxy can be reached from here: ssh checks what it knows already
+        except KohakuRiverError:
+            dialling.forget()
+            raise
+    sock = dialling.result()
+    if pass_socket:
+        _pass_to_parent(sock)
+    else:
+        _relay(sock)
+
+
+class _Dialling(threading.Thread):
+    """`dial`, while something else is done."""
+
+    def __init__(self, ssh_proxy: str, task: str, token: str | None) -> None:
+        super().__init__(daemon=True)
+        self._arguments = (ssh_proxy, task, token)
+        self._result: socket.socket | KohakuRiverError | None = None
+        self.start()
+
+    def run(self) -> None:
+        try:
+            self._result = dial(*self._arguments)
+        except KohakuRiverError as error:
+            self._result = error
+
+    def result(self) -> socket.socket:
+        self.join()
+        if isinstance(self._result, KohakuRiverError):
+            raise self._result
+        assert self._result is not None
+        return self._result
+
+    def forget(self) -> None:
+        """Whatever comes of it is of no use any more."""
+        self.join()
+        if isinstance(self._result, socket.socket):
+            self._result.close()
+
+
+def _learn_host_key(host: str, task: str, token: str | None) -> None:
+    """Ask the host for the task's host key and write it down. Raises KohakuRiverError, also when it does not run."""
+    found = _ask(host, f"/api/tasks/{quote(task, safe='')}", token)
+    key = found.get("ssh_host_key")
+    if key:
+        from kohakuriver.cli.ssh_files import learn_host_key
+
+        learn_host_key(int(found["task_id"]), str(found["name"]), str(key))
+
+
+def _ask(host: str, path: str, token: str | None) -> dict[str, Any]:
+    parts = urlsplit(host)
+    connection: http.client.HTTPConnection
+    if parts.scheme == "https":
+        connection = http.client.HTTPSConnection(parts.netloc, timeout=ANSWER_SECONDS)
+    else:
+        connection = http.client.HTTPConnection(parts.netloc, timeout=ANSWER_SECONDS)
+    try:
+        with contextlib.closing(connection):
+            connection.request("GET", parts.path + path, headers={"Authorization": f"Bearer {token}"} if token else {})
+            answer = connection.getresponse()
+            body = answer.read()
+    except (OSError, http.client.HTTPException) as error:
+        raise HostUnreachableError(f"The host at {host} can't be reached: {error}.") from error
+    if answer.status != 200:
+        raise from_status(answer.status, body)
+    try:
+        found = json.loads(body)
+    except ValueError:
+        found = None
+    return found if isinstance(found, dict) else {}
+
+
+def _pass_to_parent(sock: socket.socket) -> None:
+    """Hand the connection to ssh, which waits for it at our stdout: from then on we are not in its way."""
+    try:
+        with socket.socket(fileno=os.dup(1)) as parent:
+            socket.send_fds(parent, [b"\0"], [sock.fileno()])
+    except (OSError, AttributeError) as error:
+        raise UsageError(
+            "--pass-socket is for ssh, with `ProxyUseFdpass yes`; leave it out to use stdin and stdout."
+        ) from error
+
+
+def _relay(sock: socket.socket) -> None:
+    """Copy both ways until the task's side ends."""
+
+    def send() -> None:
+        with contextlib.suppress(OSError):
+            while data := os.read(0, PIECE):
+                sock.sendall(data)
+            sock.shutdown(socket.SHUT_WR)
+
+    threading.Thread(target=send, daemon=True).start()
+    buffer = memoryview(bytearray(PIECE))
+    with contextlib.suppress(OSError):
+        while count := sock.recv_into(buffer):
+            written = 0
+            while written < count:
+                written += os.write(1, buffer[written:count])
+
+
+def _settings() -> tuple[str, str | None, str]:
+    """Host, token and SSH proxy. Where the environment has all of them there is nothing to be looked up."""
+    given = [os.environ.get(f"KOHAKURIVER_{name}", "") for name in ("HOST", "TOKEN", "SSH_PROXY")]
+    if all(given) and "://" in given[0]:
+        return given[0].rstrip("/"), given[1], given[2]
+    from kohakuriver.config import load_settings
+
+    settings = load_settings()
+    return settings.host, settings.token, settings.ssh_proxy
+
+
+def main(arguments: list[str]) -> int:
+    """`[--pass-socket] [--known] HOST_NAME`: what ssh runs; the exit code."""
+    try:
+        host, token, ssh_proxy = _settings()
+        proxy(
+            host=host,
+            token=token,
+            ssh_proxy=ssh_proxy,
+            task=task_of(arguments[-1]),
+            pass_socket="--pass-socket" in arguments[:-1],
+            known="--known" in arguments[:-1],
+        )
+    except KohakuRiverError as error:
+        print(f"Error: {error.message}", file=sys.stderr, flush=True)
+        return error.exit_code
+    except KeyboardInterrupt:
+        return 130
+    return 0
+
+
+if __name__ == "__main__":
+    code = main(sys.argv[1:])
+    sys.stderr.flush()
+    os._exit(code)  # a thread may still wait for stdin, which nobody reads any more

@@ -1,0 +1,188 @@
+"""The files by which OpenSSH knows our tasks: a known_hosts and a configuration of ours, and one Include line."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import shlex
+import sys
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+from kohakuriver.cli.ssh_dial import DOMAIN
+from kohakuriver.errors import UsageError
+
+__all__ = [
+    "config_file",
+    "config_text",
+    "install",
+    "installed",
+    "known_hosts_file",
+    "learn_host_key",
+    "proxy_command",
+    "public_keys",
+    "uninstall",
+]
+
+HEADING = "# Written by `kohakuriver ssh-config --install`; `kohakuriver ssh-config --uninstall` removes it."
+
+
+def _directory() -> Path:
+    # What config.config_dir() says, without that module's libraries: ssh waits for us at every connection.
+    moved = os.environ.get("KOHAKURIVER_CONFIG_DIR")
+    if moved:
+        return Path(moved).expanduser() / "ssh"
+    import platformdirs
+
+    return Path(platformdirs.user_config_dir("kohakuriver", appauthor=False)) / "ssh"
+
+
+def known_hosts_file() -> Path:
+    """The host keys of tasks."""
+    return _directory() / "known_hosts"
+
+
+def config_file() -> Path:
+    """The OpenSSH configuration that `install` writes."""
+    return _directory() / "config"
+
+
+def learn_host_key(task_id: int, name: str, key: str) -> None:
+    """Take down a task's host key, under every name that ssh may know the task by."""
+    names = [alias(task_id), name, f"{name}{DOMAIN}", str(task_id), f"{task_id}{DOMAIN}"]
+    fresh = f"{','.join(names)} {key}"
+    path = known_hosts_file()
+    with _locked(path):
+        lines = path.read_text("utf-8").splitlines() if path.exists() else []
+        if fresh in lines:
+            return
+        kept = [line for line in lines if not set(line.partition(" ")[0].split(",")) & set(names)]
+        _replace(path, "".join(f"{line}\n" for line in [*kept, fresh]))
+
+
+def alias(task_id: int) -> str:
+    """The name under which a task's host key is known whatever the task is called."""
+    return f"kohakuriver-{task_id}"
+
+
+@contextlib.contextmanager
+def _locked(path: Path) -> Iterator[None]:
+    """Several connections may be opened at once, and each writes the whole file."""
+    path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+    with path.with_name(path.name + ".lock").open("a") as lock:
+        with contextlib.suppress(ImportError):
+            import fcntl
+
+            fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
+
+
+def _replace(path: Path, text: str, mode: int = 0o600) -> None:
+    """Write a file in one step; one that is a link stays one."""
+    path = path.resolve()
+    partial = path.with_name(f"{path.name}.{os.getpid()}.new")
+    partial.touch(mode=mode)
+    partial.write_text(text, "utf-8")
+    partial.replace(path)
+
+
+def public_keys(files: Sequence[Path]) -> list[str]:
+    """The keys in these files; without any, those of `~/.ssh/*.pub`. Raises UsageError when there is none."""
+    found: dict[str, None] = {}
+    for path in files or sorted((Path.home() / ".ssh").glob("*.pub")):
+        try:
+            text = path.read_text("utf-8")
+        except (OSError, ValueError) as error:
+            raise UsageError(f"The public key can't be read from {path}: {error}.") from error
+        if "PRIVATE KEY" in text:
+            raise UsageError(f"{path} is a private key, which stays with you; give the public one, {path}.pub.")
+        found.update((line.strip(), None) for line in text.splitlines() if line.strip() and not line.startswith("#"))
+    if not found:
+        where = ", ".join(map(str, files)) or "~/.ssh/*.pub"
+        raise UsageError(
+            f"There is no public key in {where}; make one with `ssh-keygen -t ed25519`, or name a file with "
+            "--public-key-file."
+        )
+    return list(found)
+
+
+def proxy_command(task: str, *, environment: dict[str, str] | None = None, known: bool = False) -> list[str]:
+    """ssh's options for the way to a task (in ssh's configuration `%n` is the name that the user gave)."""
+    program = [sys.executable, "-m", "kohakuriver.cli.ssh_dial"]
+    if environment:
+        program = ["env", *(f"{name}={value}" for name, value in environment.items()), *program]
+    command = shlex.join([*program, *(["--known"] if known else []), *(["--pass-socket"] if _can_pass() else [])])
+    options = [f"ProxyCommand {command.replace('%', '%%')} {task}"]
+    return [*options, "ProxyUseFdpass yes"] if _can_pass() else options
+
+
+def _can_pass() -> bool:
+    return os.name == "posix"
+
+
+def config_text(names: Sequence[str]) -> str:
+    """OpenSSH configuration for these tasks, and for any by its name and `DOMAIN`."""
+    # A program that was not started from this shell would not find the same cluster by itself. The token stays out.
+    kept = {name: os.environ[name] for name in ("KOHAKURIVER_CONFIG_DIR", "KOHAKURIVER_HOST") if os.environ.get(name)}
+    options = [
+        "User root",
+        *proxy_command("%n", environment=kept),
+        f'UserKnownHostsFile "{known_hosts_file()}"',
+        "HashKnownHosts no",
+        # The host key of a task that was given its SSH server is there before ssh looks; others are learnt once.
+        "StrictHostKeyChecking accept-new",
+        "ServerAliveInterval 30",
+    ]
+    lines = [HEADING, f"Host {' '.join([*names, f'*{DOMAIN}'])}", *(f"    {option}" for option in options)]
+    return "".join(f"{line}\n" for line in lines)
+
+
+def _user_config() -> Path:
+    return Path.home() / ".ssh" / "config"
+
+
+def _include() -> str:
+    return f'Include "{config_file()}"'
+
+
+def installed() -> bool:
+    """Whether ssh is told of our configuration."""
+    try:
+        return config_file().exists() and _include() in _user_config().read_text("utf-8").splitlines()
+    except OSError:
+        return False
+
+
+def install(names: Sequence[str]) -> Path:
+    """Write our configuration and include it in the user's, at the top, where it is in no `Host` block."""
+    path = config_file()
+    path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+    _replace(path, config_text(names))
+    user = _user_config()
+    user.parent.mkdir(exist_ok=True, mode=0o700)
+    text = user.read_text("utf-8") if user.exists() else ""
+    if _include() not in text.splitlines():
+        _replace(user, f"{_include()}\n{text}", _mode(user))
+    return path
+
+
+def uninstall() -> bool:
+    """Take back what `install` did; whether there was something."""
+    path, user = config_file(), _user_config()
+    found = path.exists()
+    path.unlink(missing_ok=True)
+    if user.exists():
+        text = user.read_text("utf-8")
+        lines = text.splitlines(keepends=True)
+        kept = [line for line in lines if line.rstrip("\r\n") != _include()]
+        if kept != lines:
+            found = True
+            if kept or user.is_symlink():
+                _replace(user, "".join(kept), _mode(user))
+            else:
+                user.unlink()
+    return found
+
+
+def _mode(path: Path) -> int:
+    return path.stat().st_mode & 0o777 if path.exists() else 0o600
