@@ -1,0 +1,432 @@
+//! One channel of the connection protocol: descriptors here, windows towards the client (RFC 4254 §5).
+
+use std::collections::VecDeque;
+use std::io;
+use std::os::fd::{AsRawFd, OwnedFd, RawFd};
+use std::sync::Arc;
+
+use crate::session::{Asked, End};
+use crate::sys;
+use crate::transport::Transport;
+use crate::wire::Put;
+
+/// What a client may send before it is told that it was taken. A sink that stalls holds so much in memory, no more.
+pub const WINDOW: u32 = 4 * 1024 * 1024;
+/// What is taken before the client is told.
+const GRANT: u32 = WINDOW / 8;
+/// The most data in one message.
+pub const PACKET: u32 = 32 * 1024;
+/// What may wait for the client's socket before descriptors aren't read any more.
+pub const MOST_OUTPUT: usize = 512 * 1024;
+/// What one descriptor may send before the next has its turn.
+const TURN: usize = 4;
+
+/// Message numbers of RFC 4254.
+pub mod number {
+    #![allow(missing_docs)]
+    pub const GLOBAL_REQUEST: u8 = 80;
+    pub const REQUEST_SUCCESS: u8 = 81;
+    pub const REQUEST_FAILURE: u8 = 82;
+    pub const OPEN: u8 = 90;
+    pub const OPEN_CONFIRMATION: u8 = 91;
+    pub const OPEN_FAILURE: u8 = 92;
+    pub const WINDOW_ADJUST: u8 = 93;
+    pub const DATA: u8 = 94;
+    pub const EXTENDED_DATA: u8 = 95;
+    pub const EOF: u8 = 96;
+    pub const CLOSE: u8 = 97;
+    pub const REQUEST: u8 = 98;
+    pub const SUCCESS: u8 = 99;
+    pub const FAILURE: u8 = 100;
+}
+
+/// How the end of the client's data reaches the program.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Ending {
+    /// A pipe is closed.
+    Close,
+    /// A socket is shut down in this direction.
+    ShutDown,
+    /// A terminal stays as it is.
+    Nothing,
+}
+
+/// Where the client's data goes.
+pub struct Sink {
+    fd: Option<Arc<OwnedFd>>,
+    ending: Ending,
+    pending: VecDeque<u8>,
+}
+
+/// Where data for the client comes from.
+pub struct Source {
+    /// What is read.
+    pub fd: Arc<OwnedFd>,
+    /// Is it the program's standard error?
+    pub is_error: bool,
+}
+
+/// What is known of a session before and after its program was started.
+#[derive(Default)]
+pub struct Session {
+    /// The terminal that was asked for.
+    pub asked: Option<Asked>,
+    /// Variables that were set.
+    pub variables: std::collections::BTreeMap<String, std::ffi::OsString>,
+    /// Was a program started? Only one may be.
+    pub started: bool,
+    /// The leader of the program's group, while it runs.
+    pub leader: Option<u32>,
+    /// The end of a terminal that is resized.
+    pub master: Option<Arc<OwnedFd>>,
+    /// Counted against the limit of sessions, until this goes.
+    _place: Option<Arc<()>>,
+    ended: bool,
+}
+
+impl Session {
+    /// One that nothing was asked for yet.
+    pub fn holding(place: Arc<()>) -> Self {
+        Self {
+            _place: Some(place),
+            ..Self::default()
+        }
+    }
+}
+
+/// One channel.
+pub struct Channel {
+    peer: u32,
+    window: u32,
+    packet: u32,
+    granted: u32,
+    taken: u32,
+    sink: Sink,
+    /// At most standard output and standard error.
+    pub sources: [Option<Source>; 2],
+    /// None for forwarded connections.
+    pub session: Option<Box<Session>>,
+    open: bool,
+    eof_received: bool,
+    eof_sent: bool,
+    close_sent: bool,
+}
+
+impl Channel {
+    /// A channel that the client asked for; it isn't open yet.
+    pub fn asked_by_peer(peer: u32, window: u32, packet: u32) -> Self {
+        Self {
+            peer,
+            window,
+            packet: packet.min(PACKET),
+            granted: WINDOW,
+            taken: 0,
+            sink: Sink {
+                fd: None,
+                ending: Ending::Nothing,
+                pending: VecDeque::new(),
+            },
+            sources: [None, None],
+            session: None,
+            open: false,
+            eof_received: false,
+            eof_sent: false,
+            close_sent: false,
+        }
+    }
+
+    /// A channel that we ask the client for, for the connection `socket`.
+    pub fn asked_by_us(socket: OwnedFd) -> Self {
+        let mut channel = Self::asked_by_peer(0, 0, 0);
+        channel.relay(socket);
+        channel
+    }
+
+    /// The client agreed to what we asked for.
+    pub fn confirm(&mut self, peer: u32, window: u32, packet: u32) {
+        (self.peer, self.window, self.packet) = (peer, window, packet.min(PACKET));
+        self.open = true;
+    }
+
+    /// Agrees to what the client asked for; the channel is `id` here.
+    pub fn accept(&mut self, id: u32, transport: &mut Transport) {
+        self.open = true;
+        let peer = self.peer;
+        transport.send(number::OPEN_CONFIRMATION, |message| {
+            for value in [peer, id, WINDOW, PACKET] {
+                message.put_u32(value);
+            }
+        });
+    }
+
+    /// Is it open, from both sides' point of view?
+    pub fn is_open(&self) -> bool {
+        self.open
+    }
+
+    /// Has our side said that it is over?
+    pub fn is_closed(&self) -> bool {
+        self.close_sent
+    }
+
+    /// The client's number for it.
+    pub fn peer(&self) -> u32 {
+        self.peer
+    }
+
+    /// Both directions over one socket.
+    pub fn relay(&mut self, socket: OwnedFd) {
+        let fd = Arc::new(socket);
+        self.set_sink(fd.clone(), Ending::ShutDown);
+        self.sources[0] = Some(Source {
+            fd,
+            is_error: false,
+        });
+    }
+
+    /// Where data goes from now on.
+    pub fn set_sink(&mut self, fd: Arc<OwnedFd>, ending: Ending) {
+        self.sink.fd = Some(fd);
+        self.sink.ending = ending;
+    }
+
+    /// The client may send `more` bytes.
+    pub fn widen(&mut self, more: u32) -> bool {
+        let window = self.window.checked_add(more);
+        self.window = window.unwrap_or(self.window);
+        window.is_some()
+    }
+
+    /// Takes data of the client. False where it sent more than it may.
+    pub fn take(&mut self, data: &[u8]) -> bool {
+        let length = data.len() as u32;
+        if self.close_sent {
+            return true;
+        }
+        if length > self.granted || self.eof_received {
+            return false;
+        }
+        self.granted -= length;
+        let early = self
+            .session
+            .as_ref()
+            .is_some_and(|session| !session.started);
+        if self.sink.fd.is_none() && !early {
+            self.taken += length;
+            return true;
+        }
+        let mut rest = data;
+        if self.sink.pending.is_empty() && self.sink.fd.is_some() {
+            rest = &data[self.write(data)..];
+        }
+        if self.sink.fd.is_none() && !early {
+            self.taken += rest.len() as u32;
+        } else {
+            self.sink.pending.extend(rest);
+        }
+        true
+    }
+
+    /// Writes what the sink takes now; gives how much. A sink that is broken is given up.
+    fn write(&mut self, data: &[u8]) -> usize {
+        let Some(fd) = &self.sink.fd else { return 0 };
+        let mut written = 0;
+        while written < data.len() {
+            match sys::write(fd.as_raw_fd(), &data[written..]) {
+                Ok(count) => written += count,
+                Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
+                Err(error) if error.kind() == io::ErrorKind::WouldBlock => break,
+                Err(_) => {
+                    self.sink.fd = None;
+                    break;
+                }
+            }
+        }
+        self.taken += written as u32;
+        written
+    }
+
+    /// The sink is writable: gives it what waits, and then the end if the client sent that.
+    pub fn flush(&mut self) {
+        while !self.sink.pending.is_empty() && self.sink.fd.is_some() {
+            let mut pending = std::mem::take(&mut self.sink.pending);
+            let front = pending.as_slices().0;
+            let (whole, written) = (front.len(), self.write(front));
+            pending.drain(..written);
+            self.sink.pending = pending;
+            if written < whole {
+                break;
+            }
+        }
+        if self.sink.fd.is_none() && self.session.as_ref().is_none_or(|session| session.started) {
+            self.taken += self.sink.pending.len() as u32;
+            self.sink.pending = VecDeque::new();
+        }
+        if self.eof_received && self.sink.pending.is_empty() {
+            self.end_sink();
+        }
+    }
+
+    fn end_sink(&mut self) {
+        match self.sink.ending {
+            Ending::Close => self.sink.fd = None,
+            Ending::ShutDown => {
+                if let Some(fd) = self.sink.fd.take() {
+                    sys::shut_down_writing(fd.as_raw_fd());
+                }
+            }
+            Ending::Nothing => {}
+        }
+    }
+
+    /// The client sends no more data.
+    pub fn end_of_input(&mut self) {
+        self.eof_received = true;
+        self.flush();
+    }
+
+    /// Tells the client what was taken, so that it may send as much again.
+    pub fn grant(&mut self, transport: &mut Transport) {
+        if self.taken >= GRANT && !self.eof_received && !self.close_sent && self.open {
+            let (peer, taken) = (self.peer, std::mem::take(&mut self.taken));
+            self.granted += taken;
+            transport.send(number::WINDOW_ADJUST, |message| {
+                message.put_u32(peer);
+                message.put_u32(taken);
+            });
+        }
+    }
+
+    /// The sink, where something waits for it.
+    pub fn blocked_sink(&self) -> Option<RawFd> {
+        let waits = !self.sink.pending.is_empty();
+        self.sink
+            .fd
+            .as_ref()
+            .filter(|_| waits)
+            .map(|fd| fd.as_raw_fd())
+    }
+
+    /// May data be sent to the client now?
+    pub fn may_send(&self) -> bool {
+        self.open && self.window > 0 && !self.close_sent
+    }
+
+    /// Reads one source while it has something and the client may get it.
+    pub fn pump(&mut self, index: usize, transport: &mut Transport) {
+        let Some(source) = &self.sources[index] else {
+            return;
+        };
+        let fd = source.fd.as_raw_fd();
+        let mut head = vec![if source.is_error {
+            number::EXTENDED_DATA
+        } else {
+            number::DATA
+        }];
+        head.put_u32(self.peer);
+        if source.is_error {
+            head.put_u32(1);
+        }
+        for _ in 0..TURN {
+            transport.rekey_if_due();
+            let room = self.window.min(self.packet) as usize;
+            if room == 0 || !transport.is_open() || transport.output().len() > MOST_OUTPUT {
+                return;
+            }
+            match transport.send_string(&head, room, |space| sys::read(fd, space)) {
+                Ok(count) if count > 0 => self.window -= count as u32,
+                Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
+                // What a program that is gone left running doesn't keep its terminal.
+                Err(error) if error.kind() == io::ErrorKind::WouldBlock && !self.is_leaving() => {
+                    return;
+                }
+                // A terminal's end is an error (EIO).
+                _ => {
+                    self.sources[index] = None;
+                    return;
+                }
+            }
+        }
+    }
+
+    /// Has the program in a terminal ended? What it wrote last is still to be read.
+    pub fn is_leaving(&self) -> bool {
+        self.session
+            .as_ref()
+            .is_some_and(|session| session.ended && session.master.is_some())
+    }
+
+    /// The session's program has ended.
+    pub fn end_session(&mut self, end: &End, transport: &mut Transport) {
+        let Some(session) = &mut self.session else {
+            return;
+        };
+        session.ended = true;
+        session.leader = None;
+        if self.close_sent {
+            return;
+        }
+        let peer = self.peer;
+        transport.send(number::REQUEST, |message| put_end(message, peer, end));
+    }
+
+    /// Sends the end of data, and the end of the channel, where it is time for them.
+    pub fn conclude(&mut self, transport: &mut Transport) {
+        if !self.open || self.close_sent || self.sources.iter().any(Option::is_some) {
+            return;
+        }
+        if self
+            .session
+            .as_ref()
+            .is_some_and(|session| !session.started)
+        {
+            return;
+        }
+        let peer = self.peer;
+        if !self.eof_sent {
+            self.eof_sent = true;
+            transport.send(number::EOF, |message| message.put_u32(peer));
+        }
+        let over = match &self.session {
+            Some(session) => session.ended,
+            // A socket that can't be written any more, or was ended.
+            None => self.sink.fd.is_none(),
+        };
+        if over {
+            self.close(transport);
+        }
+    }
+
+    /// Ends the channel from our side; it is gone once the client agrees.
+    pub fn close(&mut self, transport: &mut Transport) {
+        if !self.close_sent {
+            self.close_sent = true;
+            let peer = self.peer;
+            transport.send(number::CLOSE, |message| message.put_u32(peer));
+        }
+        self.sink.fd = None;
+        self.sink.pending = VecDeque::new();
+        self.sources = [None, None];
+        self.session = None;
+    }
+}
+
+/// RFC 4254 §6.10.
+fn put_end(message: &mut Vec<u8>, peer: u32, end: &End) {
+    message.put_u32(peer);
+    match end {
+        End::Exit(code) => {
+            message.put_string(b"exit-status");
+            message.put_bool(false);
+            message.put_u32(*code);
+        }
+        End::Signal(name, core) => {
+            message.put_string(b"exit-signal");
+            message.put_bool(false);
+            message.put_string(name.as_bytes());
+            message.put_bool(*core);
+            message.put_string(b"");
+            message.put_string(b"");
+        }
+    }
+}

@@ -1,0 +1,283 @@
+//! Host key file, authorized keys, and the signatures of both.
+
+use std::fs;
+use std::io::{self, Write};
+use std::os::unix::fs::OpenOptionsExt;
+use std::path::Path;
+
+use base64::Engine;
+use base64::engine::general_purpose::STANDARD;
+use ring::signature::{
+    self, ECDSA_P256_SHA256_FIXED, ECDSA_P384_SHA384_FIXED, ED25519, Ed25519KeyPair, KeyPair,
+    RSA_PKCS1_2048_8192_SHA256, RSA_PKCS1_2048_8192_SHA512, RsaPublicKeyComponents,
+    UnparsedPublicKey,
+};
+
+use crate::crypto::{random, sha256};
+use crate::wire::{Malformed, Put, Reader};
+
+/// The name of host keys and of their signatures.
+pub const ED25519_NAME: &str = "ssh-ed25519";
+/// The algorithms whose signatures let a user in.
+pub const SIGNATURES: &str = "ssh-ed25519,sk-ssh-ed25519@openssh.com,ecdsa-sha2-nistp256,ecdsa-sha2-nistp384,\
+     sk-ecdsa-sha2-nistp256@openssh.com,rsa-sha2-512,rsa-sha2-256";
+
+const MAGIC: &[u8] = b"openssh-key-v1\0";
+const BEGIN: &str = "-----BEGIN OPENSSH PRIVATE KEY-----";
+const END: &str = "-----END OPENSSH PRIVATE KEY-----";
+
+/// What this server proves itself with.
+pub struct HostKey {
+    pair: Ed25519KeyPair,
+    public: Vec<u8>,
+}
+
+impl HostKey {
+    fn from_seed(seed: &[u8]) -> Option<Self> {
+        let pair = Ed25519KeyPair::from_seed_unchecked(seed).ok()?;
+        let mut public = Vec::new();
+        public.put_string(ED25519_NAME.as_bytes());
+        public.put_string(pair.public_key().as_ref());
+        Some(Self { pair, public })
+    }
+
+    /// The key in `path`, an OpenSSH private key without a passphrase; made there (0600) when there is none.
+    pub fn load_or_make(path: &Path) -> io::Result<Self> {
+        match fs::read_to_string(path) {
+            Ok(text) => parse_private(&text)
+                .and_then(|seed| Self::from_seed(&seed))
+                .ok_or_else(|| {
+                    let sentence = format!(
+                        "{} holds no Ed25519 key without a passphrase",
+                        path.display()
+                    );
+                    io::Error::new(io::ErrorKind::InvalidData, sentence)
+                }),
+            Err(error) if error.kind() == io::ErrorKind::NotFound => Self::make(path),
+            Err(error) => Err(io::Error::new(
+                error.kind(),
+                format!("can't read {}: {error}", path.display()),
+            )),
+        }
+    }
+
+    fn make(path: &Path) -> io::Result<Self> {
+        let seed = random::<32>();
+        let key = Self::from_seed(&seed).expect("any 32 bytes are a key");
+        let named = |error: io::Error| {
+            io::Error::new(
+                error.kind(),
+                format!("can't write {}: {error}", path.display()),
+            )
+        };
+        // Complete under another name first: a second server that starts now never reads half a key.
+        let mut fresh = path.as_os_str().to_owned();
+        fresh.push(format!(".{}", std::process::id()));
+        let mut file = fs::OpenOptions::new()
+            .write(true)
+            .create_new(true)
+            .mode(0o600)
+            .open(&fresh)
+            .map_err(named)?;
+        file.write_all(key.encode(&seed).as_bytes())
+            .map_err(named)?;
+        let kept = fs::hard_link(&fresh, path);
+        fs::remove_file(&fresh).map_err(named)?;
+        match kept {
+            Err(error) if error.kind() == io::ErrorKind::AlreadyExists => Self::load_or_make(path),
+            other => other.map_err(named).map(|()| key),
+        }
+    }
+
+    fn encode(&self, seed: &[u8]) -> String {
+        let mut private = Vec::new();
+        let check = u32::from_be_bytes(random());
+        private.put_u32(check);
+        private.put_u32(check);
+        private.put_raw(&self.public);
+        private.put_string(&[seed, self.pair.public_key().as_ref()].concat());
+        private.put_string(b"");
+        for padding in 1..=(8 - private.len() % 8) % 8 {
+            private.put_u8(padding as u8);
+        }
+        let mut file = MAGIC.to_vec();
+        file.put_string(b"none");
+        file.put_string(b"none");
+        file.put_string(b"");
+        file.put_u32(1);
+        file.put_string(&self.public);
+        file.put_string(&private);
+        let mut text = format!("{BEGIN}\n");
+        for line in STANDARD.encode(file).as_bytes().chunks(70) {
+            text.push_str(std::str::from_utf8(line).expect("base64 is ASCII"));
+            text.push('\n');
+        }
+        text + END + "\n"
+    }
+
+    /// The public key as it stands in messages.
+    pub fn public(&self) -> &[u8] {
+        &self.public
+    }
+
+    /// The public key as it stands in a known_hosts file, behind the host's name.
+    pub fn public_line(&self) -> String {
+        format!("{ED25519_NAME} {}", STANDARD.encode(&self.public))
+    }
+
+    /// A signature as it stands in messages.
+    pub fn sign(&self, message: &[u8]) -> Vec<u8> {
+        let mut encoded = Vec::new();
+        encoded.put_string(ED25519_NAME.as_bytes());
+        encoded.put_string(self.pair.sign(message).as_ref());
+        encoded
+    }
+}
+
+/// The seed in an OpenSSH private key file (PROTOCOL.key).
+fn parse_private(text: &str) -> Option<Vec<u8>> {
+    let body: String = text
+        .trim()
+        .strip_prefix(BEGIN)?
+        .strip_suffix(END)?
+        .split_whitespace()
+        .collect();
+    let file = STANDARD.decode(body).ok()?;
+    let parse = || -> Result<Option<Vec<u8>>, Malformed> {
+        let mut reader = Reader::new(file.strip_prefix(MAGIC).ok_or(Malformed)?);
+        let (cipher, kdf, _options) = (reader.string()?, reader.string()?, reader.string()?);
+        let (keys, _public) = (reader.u32()?, reader.string()?);
+        let mut private = Reader::new(reader.string()?);
+        if cipher != b"none" || kdf != b"none" || keys != 1 || private.u32()? != private.u32()? {
+            return Ok(None);
+        }
+        if private.string()? != ED25519_NAME.as_bytes() {
+            return Ok(None);
+        }
+        let _public = private.string()?;
+        Ok(Some(private.string()?.get(..32).ok_or(Malformed)?.to_vec()))
+    };
+    parse().ok().flatten()
+}
+
+/// Is the public key `blob` on a line of this authorized_keys file?
+///
+/// A line with options is no permission: they restrict what its key may do, and this server can't.
+pub fn is_authorized(file: &str, blob: &[u8]) -> bool {
+    file.lines().any(|line| {
+        let mut words = line.split_ascii_whitespace();
+        let (Some(kind), Some(encoded)) = (words.next(), words.next()) else {
+            return false;
+        };
+        let Ok(known) = STANDARD.decode(encoded) else {
+            return false;
+        };
+        Reader::new(&known).string() == Ok(kind.as_bytes()) && known == blob
+    })
+}
+
+/// Did the owner of the public key `blob` sign `message`, by the named algorithm?
+pub fn verify(algorithm: &str, blob: &[u8], signature: &[u8], message: &[u8]) -> bool {
+    check(algorithm, blob, signature, message).unwrap_or(false)
+}
+
+fn check(algorithm: &str, blob: &[u8], encoded: &[u8], message: &[u8]) -> Result<bool, Malformed> {
+    let mut key = Reader::new(blob);
+    let kind = key.text()?;
+    let mut encoded = Reader::new(encoded);
+    if encoded.string()? != algorithm.as_bytes() || !fits(kind, algorithm) {
+        return Ok(false);
+    }
+    let signature = encoded.string()?;
+    Ok(match algorithm {
+        "ssh-ed25519" => is_valid(&ED25519, key.string()?, signature, message),
+        "rsa-sha2-256" | "rsa-sha2-512" => {
+            let (e, n) = (key.mpint()?, key.mpint()?);
+            let parameters = match algorithm {
+                "rsa-sha2-256" => &RSA_PKCS1_2048_8192_SHA256,
+                _ => &RSA_PKCS1_2048_8192_SHA512,
+            };
+            RsaPublicKeyComponents { n, e }
+                .verify(parameters, message, signature)
+                .is_ok()
+        }
+        "ecdsa-sha2-nistp256" | "ecdsa-sha2-nistp384" => {
+            let curve = key.text()?;
+            ecdsa(curve, key.string()?, signature, message)?
+        }
+        "sk-ssh-ed25519@openssh.com" => {
+            let (point, application) = (key.string()?, key.string()?);
+            let Some(signed) = from_token(application, encoded, message)? else {
+                return Ok(false);
+            };
+            is_valid(&ED25519, point, signature, &signed)
+        }
+        "sk-ecdsa-sha2-nistp256@openssh.com" => {
+            let (curve, point, application) = (key.text()?, key.string()?, key.string()?);
+            let Some(signed) = from_token(application, encoded, message)? else {
+                return Ok(false);
+            };
+            ecdsa(curve, point, signature, &signed)?
+        }
+        _ => false,
+    })
+}
+
+/// An RSA key signs by either hash; every other kind of key by the algorithm of its own name.
+fn fits(kind: &str, algorithm: &str) -> bool {
+    match kind {
+        "ssh-rsa" => matches!(algorithm, "rsa-sha2-256" | "rsa-sha2-512"),
+        _ => kind == algorithm,
+    }
+}
+
+/// May a key of this kind be used with this algorithm here?
+pub fn is_supported(blob: &[u8], algorithm: &str) -> bool {
+    let kind = Reader::new(blob).text().unwrap_or_default();
+    SIGNATURES.split(',').any(|known| known == algorithm) && fits(kind, algorithm)
+}
+
+/// What a security key signs instead of `message` (PROTOCOL.u2f); None where its owner didn't touch it.
+fn from_token(
+    application: &[u8],
+    mut rest: Reader<'_>,
+    message: &[u8],
+) -> Result<Option<Vec<u8>>, Malformed> {
+    const TOUCHED: u8 = 1;
+    let (flags, counter) = (rest.u8()?, rest.u32()?);
+    let mut signed = sha256(&[application]).to_vec();
+    signed.put_u8(flags);
+    signed.put_u32(counter);
+    signed.put_raw(&sha256(&[message]));
+    Ok((flags & TOUCHED != 0).then_some(signed))
+}
+
+/// RFC 5656 §3.1.2: the signature is two numbers; ring takes them at their full width.
+fn ecdsa(curve: &str, point: &[u8], signature: &[u8], message: &[u8]) -> Result<bool, Malformed> {
+    let (width, algorithm): (usize, &'static dyn signature::VerificationAlgorithm) = match curve {
+        "nistp256" => (32, &ECDSA_P256_SHA256_FIXED),
+        "nistp384" => (48, &ECDSA_P384_SHA384_FIXED),
+        _ => return Ok(false),
+    };
+    let mut numbers = Reader::new(signature);
+    let mut fixed = vec![0; 2 * width];
+    for half in fixed.chunks_mut(width) {
+        let number = numbers.mpint()?;
+        if number.len() > width {
+            return Ok(false);
+        }
+        half[width - number.len()..].copy_from_slice(number);
+    }
+    Ok(is_valid(algorithm, point, &fixed, message))
+}
+
+fn is_valid(
+    algorithm: &'static dyn signature::VerificationAlgorithm,
+    key: &[u8],
+    signature: &[u8],
+    message: &[u8],
+) -> bool {
+    UnparsedPublicKey::new(algorithm, key)
+        .verify(message, signature)
+        .is_ok()
+}

@@ -1,0 +1,61 @@
+//! `tunnel-sshd`: see `--help`.
+
+use std::env;
+use std::io::{self, Write};
+use std::net::TcpListener;
+use std::process::ExitCode;
+use std::sync::Arc;
+
+use kohakuriver_sshd::args::{self, Options, Request};
+use kohakuriver_sshd::keys::HostKey;
+use kohakuriver_sshd::server::{Shared, serve};
+use kohakuriver_sshd::session::User;
+use kohakuriver_sshd::{log, sys};
+
+const USAGE: u8 = 2;
+
+fn main() -> ExitCode {
+    match args::parse(env::args_os()) {
+        Ok(Request::Print(text)) => {
+            print!("{text}");
+            ExitCode::SUCCESS
+        }
+        Ok(Request::Work(options)) => {
+            let Err(error) = work(options);
+            log!("can't start: {error}");
+            ExitCode::FAILURE
+        }
+        Err(sentence) => {
+            log!("{sentence}");
+            ExitCode::from(USAGE)
+        }
+    }
+}
+
+fn work(options: Options) -> io::Result<std::convert::Infallible> {
+    let host_key = HostKey::load_or_make(&options.host_key)?;
+    let listener = TcpListener::bind(options.listen).map_err(|error| {
+        io::Error::new(
+            error.kind(),
+            format!("can't listen on {}: {error}", options.listen),
+        )
+    })?;
+    let shared = Arc::new(Shared {
+        files: sys::raise_file_limit()?,
+        user: User::of_this_process(options.shell),
+        authorized_keys: options.authorized_keys,
+        logins: options.logins,
+        rekey_bytes: options.rekey_bytes,
+        most: options.most,
+        connections: Default::default(),
+        sessions: Default::default(),
+        host_key: Arc::new(host_key),
+    });
+    let (address, key) = (listener.local_addr()?, shared.host_key.public_line());
+    // Neither needs escaping in JSON. Who started this server may not listen, which is no reason to fail.
+    let _ = writeln!(
+        io::stdout(),
+        r#"{{"event":"ready","address":"{address}","host_key":"{key}"}}"#
+    );
+    serve(&listener, &shared)
+}
