@@ -1,6 +1,7 @@
 """Where a user's settings come from: flag, environment, `config.toml`, the cluster that `up` left, default.
 
-Sources: docs/cli.md "Settings".
+Sources: docs/cli.md "Settings". ssh runs one of our programs for every connection, and that one needs settings too: so
+only the standard library is imported here, and of that only what is used.
 """
 
 from __future__ import annotations
@@ -8,24 +9,17 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-import ssl
 import sys
 import tempfile
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
-
-import platformdirs
-from pydantic import Field, ValidationError, model_validator
-from pydantic_settings import BaseSettings, InitSettingsSource, PydanticBaseSettingsSource, SettingsConfigDict
 
 from kohakuriver.errors import UsageError
 
-if sys.version_info >= (3, 11):
-    import tomllib
-else:
-    import tomli as tomllib
+if TYPE_CHECKING:
+    import ssl
 
 __all__ = [
     "DEFAULT_HOST_PORT",
@@ -52,7 +46,11 @@ DEFAULT_HOST = f"http://127.0.0.1:{DEFAULT_HOST_PORT}"
 def config_dir() -> Path:
     """The directory that holds everything a user's commands keep; `KOHAKURIVER_CONFIG_DIR` moves it."""
     moved = os.environ.get("KOHAKURIVER_CONFIG_DIR")
-    return Path(moved).expanduser() if moved else Path(platformdirs.user_config_dir("kohakuriver", appauthor=False))
+    if moved:
+        return Path(moved).expanduser()
+    import platformdirs
+
+    return Path(platformdirs.user_config_dir("kohakuriver", appauthor=False))
 
 
 def host_url(text: str) -> str:
@@ -74,7 +72,11 @@ def host_url(text: str) -> str:
 
 def tls_context(url: str) -> ssl.SSLContext | None:
     """How the host at `url` is checked, by the system's certificate authorities; None where that is plain HTTP."""
-    return ssl.create_default_context() if url.startswith("https:") else None
+    if not url.startswith("https:"):
+        return None
+    import ssl
+
+    return ssl.create_default_context()
 
 
 def _with_default_port(address: str) -> str:
@@ -138,50 +140,40 @@ def write_private(path: Path, text: str) -> None:
         raise
 
 
-class Settings(BaseSettings):
+@dataclass(frozen=True)
+class Settings:
     """The resolved settings of a user's command. Build it with `load_settings`."""
 
-    model_config = SettingsConfigDict(env_prefix="KOHAKURIVER_", env_ignore_empty=True, extra="forbid", frozen=True)
-
-    host: str = ""
-    token: str | None = Field(default=None, repr=False)
+    host: str
+    token: str | None = field(default=None, repr=False)
     ssh_proxy: str = ""
 
-    @classmethod
-    def settings_customise_sources(
-        cls,
-        settings_cls: type[BaseSettings],
-        init_settings: PydanticBaseSettingsSource,
-        env_settings: PydanticBaseSettingsSource,
-        dotenv_settings: PydanticBaseSettingsSource,
-        file_secret_settings: PydanticBaseSettingsSource,
-    ) -> tuple[PydanticBaseSettingsSource, ...]:
-        return init_settings, env_settings, InitSettingsSource(settings_cls, _read_config_file())
 
-    @model_validator(mode="before")
-    @classmethod
-    def _fill_in(cls, values: dict[str, Any]) -> dict[str, Any]:
-        cluster = read_cluster()
-        named = values.get("host")
-        host = host_url(named) if isinstance(named, str) and named else cluster.host_url if cluster else DEFAULT_HOST
-        filled = {**values, "host": host}
-        # The token of the cluster on this machine is for that cluster alone: never sent to any other host.
-        if cluster is not None and host == cluster.host_url:
-            filled.setdefault("token", cluster.token)
-            if cluster.ssh_proxy:
-                filled.setdefault("ssh_proxy", cluster.ssh_proxy)
-        filled.setdefault("ssh_proxy", f"{urlsplit(host).hostname}:{DEFAULT_SSH_PORT}")
-        return filled
+_NAMES = ("host", "token", "ssh_proxy")
 
 
-def _read_config_file() -> dict[str, Any]:
+def _read_config_file() -> dict[str, str]:
     path = config_dir() / "config.toml"
     try:
-        return tomllib.loads(path.read_text("utf-8"))
+        text = path.read_text("utf-8")
     except FileNotFoundError:
         return {}
     except (OSError, ValueError) as error:
         raise UsageError(f"{path} can't be read: {error}.") from error
+    if sys.version_info >= (3, 11):
+        import tomllib
+    else:
+        import tomli as tomllib
+    try:
+        content: dict[str, Any] = tomllib.loads(text)
+    except ValueError as error:
+        raise UsageError(f"{path} can't be read: {error}.") from error
+    for name, value in content.items():
+        if name not in _NAMES:
+            raise UsageError(f"The setting {name!r} makes no sense: {path} may have {', '.join(_NAMES)}.")
+        if not isinstance(value, str):
+            raise UsageError(f"The setting {name!r} makes no sense: in {path} it must be text.")
+    return content
 
 
 def load_settings(*, host: str | None = None, token: str | None = None, ssh_proxy: str | None = None) -> Settings:
@@ -189,10 +181,22 @@ def load_settings(*, host: str | None = None, token: str | None = None, ssh_prox
 
     Raises UsageError when a setting makes no sense, with the name of the setting.
     """
+    environment = {name: os.environ.get(f"KOHAKURIVER_{name.upper()}") for name in _NAMES}
     flags = {"host": host, "token": token, "ssh_proxy": ssh_proxy}
-    try:
-        return Settings(**{name: value for name, value in flags.items() if value is not None})
-    except ValidationError as error:
-        first = error.errors(include_url=False)[0]
-        name = ".".join(str(part) for part in first["loc"]) or "settings"
-        raise UsageError(f"The setting {name!r} makes no sense: {first['msg'].lower()}.") from error
+    given = _read_config_file()
+    given.update((name, value) for name, value in environment.items() if value)
+    given.update((name, value) for name, value in flags.items() if value is not None)
+    return _filled_in(given)
+
+
+def _filled_in(given: dict[str, str]) -> Settings:
+    """What was given, and for the rest what the cluster that `up` left says, or a default."""
+    cluster = read_cluster()
+    named = given.get("host")
+    host = host_url(named) if named else cluster.host_url if cluster else DEFAULT_HOST
+    token, ssh_proxy = given.get("token"), given.get("ssh_proxy")
+    # The token of the cluster on this machine is for that cluster alone: never sent to any other host.
+    if cluster is not None and host == cluster.host_url:
+        token = cluster.token if token is None else token
+        ssh_proxy = ssh_proxy or cluster.ssh_proxy
+    return Settings(host, token, ssh_proxy or f"{urlsplit(host).hostname}:{DEFAULT_SSH_PORT}")

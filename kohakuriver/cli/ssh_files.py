@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import contextlib
 import os
-import shlex
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from kohakuriver.cli.ssh_dial import DOMAIN
+from kohakuriver.config import config_dir
 from kohakuriver.errors import UsageError
 
 __all__ = [
@@ -28,13 +28,7 @@ HEADING = "# Written by `kohakuriver ssh-config --install`; `kohakuriver ssh-con
 
 
 def _directory() -> Path:
-    # What config.config_dir() says, without that module's libraries: ssh waits for us at every connection.
-    moved = os.environ.get("KOHAKURIVER_CONFIG_DIR")
-    if moved:
-        return Path(moved).expanduser() / "ssh"
-    import platformdirs
-
-    return Path(platformdirs.user_config_dir("kohakuriver", appauthor=False)) / "ssh"
+    return config_dir() / "ssh"
 
 
 def known_hosts_file() -> Path:
@@ -111,6 +105,8 @@ def proxy_command(task: str, *, environment: dict[str, str] | None = None, known
     program = [sys.executable, "-m", "kohakuriver.cli.ssh_dial"]
     if environment:
         program = ["env", *(f"{name}={value}" for name, value in environment.items()), *program]
+    import shlex
+
     command = shlex.join([*program, *(["--known"] if known else []), *(["--pass-socket"] if _can_pass() else [])])
     options = [f"ProxyCommand {command.replace('%', '%%')} {task}"]
     return [*options, "ProxyUseFdpass yes"] if _can_pass() else options

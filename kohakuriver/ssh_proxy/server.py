@@ -28,7 +28,9 @@ REQUEST = b"REQUEST_TUNNEL"
 MAX_REQUEST = 4096
 GREETING_SECONDS = 10.0
 MAX_WAITING = 1000
+BACKLOG = 1024
 FAREWELL_SECONDS = 2.0
+MAX_IGNORED = 64 * 1024
 NO_FILES_SECONDS = 0.2
 
 # A user who vanished without a word is noticed after some two minutes; idle connections live on.
@@ -72,7 +74,7 @@ class SshProxy:
     def start(self) -> None:
         """Begin to accept connections."""
         self._sock.setblocking(False)
-        self._sock.listen(MAX_WAITING)
+        self._sock.listen(BACKLOG)
         self._accepting = asyncio.get_running_loop().create_task(self._accept())
 
     async def close(self) -> None:
@@ -100,7 +102,9 @@ class SshProxy:
             self._waiting[task] = None
             task.add_done_callback(self._served)
             if len(self._waiting) > MAX_WAITING:
-                next(iter(self._waiting)).cancel()
+                oldest = next(iter(self._waiting))
+                del self._waiting[oldest]
+                oldest.cancel()
 
     def _served(self, task: asyncio.Task[None]) -> None:
         self._serving.discard(task)
@@ -192,6 +196,7 @@ class Greeting(asyncio.Protocol):
         self.gone = False
         self.ended = False
         self._deaf = False
+        self._ignored = 0
         self._line: asyncio.Future[bytes] = asyncio.get_running_loop().create_future()
         self._lost: asyncio.Future[None] = asyncio.get_running_loop().create_future()
 
@@ -212,7 +217,7 @@ class Greeting(asyncio.Protocol):
     async def farewell(self, message: str) -> None:
         """Say why not, and close.
 
-        What the peer still sends is read and forgotten for a little while: closing on top of it would reset the
+        What the peer still sends is read and forgotten, as long as it is little: closing on top of it would reset the
         connection, and the peer might never see the reason.
         """
         if self.gone:
@@ -233,6 +238,9 @@ class Greeting(asyncio.Protocol):
 
     def data_received(self, data: bytes) -> None:
         if self._deaf:
+            self._ignored += len(data)
+            if self._ignored > MAX_IGNORED:
+                self.transport.abort()
             return
         self.rest += data
         if self._line.done():

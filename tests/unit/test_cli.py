@@ -15,7 +15,8 @@ from kohakuriver.cli.main import app, main
 HEAVY = ["aiodocker", "fastapi", "httpx", "pydantic", "rich", "sqlalchemy", "uvicorn", "uvloop", "websockets"]
 COMMANDS = [
     *(["up"], ["host"], ["runner"], ["demo"], ["forward"], ["node", "list"]),
-    *(["vps", name] for name in ("create", "list", "status", "stop", "restart", "rm", "adopt")),
+    *(["connect"], ["ssh-proxy"], ["ssh-config"]),
+    *(["vps", name] for name in ("create", "list", "status", "stop", "restart", "rm", "adopt", "connect")),
 ]
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import base64
 import stat
 from collections.abc import Callable, Coroutine
 from pathlib import Path
@@ -29,6 +30,7 @@ TASK_FIELDS = {
         "message",
     ),
     "owner",
+    *("ssh_port", "ssh_host_key"),
 }
 
 
@@ -84,6 +86,7 @@ def test_a_new_task_goes_to_the_least_loaded_node_that_fits(run: Run, tmp_path: 
     run(check())
 
 
+KEY = base64.b64encode(b"\0\0\0\x0bssh-ed25519\0\0\0\x20" + bytes(32)).decode()
 REFUSED: list[tuple[dict[str, Any], int, str, str]] = [
     ({"node": "nowhere"}, 404, "not_found", "node list"),
     ({"node": "n1", "backend": "docker", "image": "x"}, 409, "backend_not_offered", "Docker engine"),
@@ -98,7 +101,12 @@ REFUSED: list[tuple[dict[str, Any], int, str, str]] = [
     ({"name": "web\n"}, 400, "bad_request", "a-z"),
     ({"command": ["a\0b"]}, 400, "bad_request", "NUL"),
     ({"env": {"A=B": "x"}}, 400, "bad_request", "variable"),
-    ({"ssh": True}, 400, "not_supported", "--ssh"),
+    ({"ssh": True}, 400, "bad_request", "public keys"),
+    ({"ssh_keys": [f"ssh-ed25519 {KEY}"]}, 400, "bad_request", "go together"),
+    ({"ssh": True, "ssh_keys": ["-----BEGIN OPENSSH PRIVATE KEY-----"]}, 400, "bad_request", "public key"),
+    ({"ssh": True, "ssh_keys": [f'command="sh" ssh-ed25519 {KEY}']}, 400, "bad_request", "public key"),
+    ({"ssh": True, "ssh_keys": [f"ssh-rsa {KEY}"]}, 400, "bad_request", "public key"),
+    ({"ssh": True, "ssh_keys": [f"ssh-ed25519 {KEY} me\nssh-rsa"]}, 400, "bad_request", "public key"),
     ({"comand": []}, 400, "bad_request", "comand"),
 ]
 

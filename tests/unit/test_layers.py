@@ -48,7 +48,6 @@ ONLY_IN = {
     "rich": {"cli"},
     "uvicorn": {"web", "host", "runner", "tunnel"},
     "httpx": {"api", "web", "host", "runner", "cli", "forwarding"},
-    "pydantic_settings": {"config"},
     "websockets": {"tunnel"},
 }
 

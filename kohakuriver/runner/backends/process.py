@@ -127,8 +127,11 @@ class ProcessBackend(Backend):
 
     async def _watch(self, task: TaskRecord, running: _Running) -> None:
         code = await running.process.wait()
+        if running.ssh is not None:
+            _signal(running.ssh, signal.SIGTERM)
         await self._end_session(running)
         if running.ssh is not None:
+            _signal(running.ssh, signal.SIGKILL)
             await running.ssh.wait()
         del self._running[task.container]
         if task.stopped:
@@ -152,8 +155,7 @@ class ProcessBackend(Backend):
         if running is None or running.watcher is None:
             return
         task.stopped = True
-        with contextlib.suppress(ProcessLookupError):
-            running.process.send_signal(signal.SIGTERM)
+        _signal(running.process, signal.SIGTERM)
         with contextlib.suppress(asyncio.TimeoutError):
             await asyncio.wait_for(asyncio.shield(running.watcher), seconds)
             return
@@ -211,6 +213,11 @@ def _environment(task: TaskRecord, run: str) -> dict[str, str]:
     """What processes of the task see: the runner's own settings (its node token, …) are none of their business."""
     inherited = {name: value for name, value in os.environ.items() if not name.startswith("KOHAKURIVER_")}
     return {**inherited, **task.env, guard.MARK: run}
+
+
+def _signal(process: asyncio.subprocess.Process, number: signal.Signals) -> None:
+    with contextlib.suppress(ProcessLookupError):
+        process.send_signal(number)
 
 
 def _write(to: subprocess.Popen[str], sign: str, running: _Running) -> bool:

@@ -1,0 +1,370 @@
+"""The SSH proxy on its own port: request lines, the relay, the jump host, and what strangers can do to it."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import socket
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine
+from pathlib import Path
+from typing import Any
+
+import asyncssh
+import pytest
+
+from kohakuriver.errors import NotFoundError, UnauthenticatedError
+from kohakuriver.ssh_proxy import SshProxy, SshTarget, server
+from kohakuriver.ssh_proxy.jump import Reach
+from tests.chain import CLIENTS, CONTAINER, Chain, chain, echo, service
+
+Run = Callable[[Coroutine[Any, Any, None]], None]
+TOKEN = "the-token"
+
+
+class Proxy:
+    """An SSH proxy before the runner of a chain. Its tasks: `task` on a service's port, `closed` where none listens."""
+
+    def __init__(self, hops: Chain, directory: Path) -> None:
+        self.hops = hops
+        self.port_of = {"task": 0, "closed": 0}
+        self.holders: dict[str, set[str]] = {}
+        self._sock = socket.create_server(("127.0.0.1", 0))
+        self.port = self._sock.getsockname()[1]
+        self.proxy = SshProxy(
+            self._sock,
+            authorize=self._authorize,
+            keyholders=self._keyholder,
+            check_user=self._check_user,
+            host_key=directory / "host_key",
+        )
+        self.proxy.start()
+
+    async def _check_user(self, token: str) -> str:
+        if token != TOKEN:
+            raise UnauthenticatedError("The host does not know this token.")
+        return "me"
+
+    async def _authorize(self, token: str | None, task: str) -> SshTarget:
+        await self._check_user(token or "")
+        return self._target(task)
+
+    def _target(self, task: str) -> SshTarget:
+        if task not in self.port_of:
+            raise NotFoundError(f"There is no task {task!r}.")
+        url = self.hops.runner_url.replace("http", "ws")
+        return SshTarget(task, self.port_of[task], url, CONTAINER, f"ticket {CONTAINER}")
+
+    async def _keyholder(self, key: str) -> Reach | None:
+        tasks = self.holders.get(key)
+        if tasks is None:
+            return None
+
+        async def reach(task: str) -> SshTarget:
+            if task not in tasks:
+                raise NotFoundError(f"There is no task {task!r} for you.")
+            return self._target(task)
+
+        return reach
+
+    async def connect(self) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
+        return await asyncio.open_connection("127.0.0.1", self.port)
+
+    async def request(self, line: bytes) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
+        reader, writer = await self.connect()
+        writer.write(line)
+        return reader, writer
+
+    async def answer(self, line: bytes) -> bytes:
+        """All that comes back for what is sent."""
+        reader, writer = await self.request(line)
+        try:
+            return await reader.read()
+        finally:
+            writer.close()
+
+    def jump(self, **options: Any) -> contextlib.AbstractAsyncContextManager[asyncssh.SSHClientConnection]:
+        given = {"username": "me", "known_hosts": None, "client_keys": None, "config": None, "agent_path": None}
+        return asyncssh.connect("127.0.0.1", self.port, **{**given, **options})
+
+
+@contextlib.asynccontextmanager
+async def a_proxy(directory: Path, client: str = "rust", handler: Any = echo) -> AsyncIterator[Proxy]:
+    async with chain() as hops, service(handler) as port:
+        await hops.tunnel(client)
+        proxy = Proxy(hops, directory)
+        proxy.port_of["task"] = port
+        with socket.socket() as unused:
+            unused.bind(("127.0.0.1", 0))
+            proxy.port_of["closed"] = unused.getsockname()[1]
+            try:
+                yield proxy
+            finally:
+                await proxy.proxy.close()
+
+
+def request(task: str = "task", token: str | None = TOKEN) -> bytes:
+    return f"REQUEST_TUNNEL {task}{f' {token}' if token else ''}\n".encode()
+
+
+@pytest.mark.parametrize("client", CLIENTS)
+def test_a_request_becomes_a_relay_to_the_tasks_ssh_server(run: Run, tmp_path: Path, client: str) -> None:
+    async def check() -> None:
+        async with a_proxy(tmp_path, client) as proxy:
+            reader, writer = await proxy.request(request())
+            assert await reader.readline() == b"SUCCESS\n"
+            data = bytes(range(256)) * 40_000
+            writer.write(data)
+            writer.write_eof()
+            assert await reader.read() == data
+            writer.close()
+
+    run(check())
+
+
+def test_bytes_right_behind_the_request_line_belong_to_ssh(run: Run, tmp_path: Path) -> None:
+    async def check() -> None:
+        async with a_proxy(tmp_path) as proxy:
+            reader, writer = await proxy.request(request() + b"SSH-2.0-early\r\n")
+            writer.write_eof()
+            assert await reader.read() == b"SUCCESS\nSSH-2.0-early\r\n"
+            writer.close()
+
+    run(check())
+
+
+def test_what_a_server_says_first_comes_after_the_success_line(run: Run, tmp_path: Path) -> None:
+    async def greet(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        writer.write(b"SSH-2.0-server\r\n")
+        writer.close()
+
+    async def check() -> None:
+        async with a_proxy(tmp_path, handler=greet) as proxy:
+            for _ in range(20):
+                assert await proxy.answer(request()) == b"SUCCESS\nSSH-2.0-server\r\n"
+
+    run(check())
+
+
+def test_a_half_closed_connection_still_gets_its_answer(run: Run, tmp_path: Path) -> None:
+    async def answer_at_the_end(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        writer.write(b"got %d" % len(await reader.read()))
+        writer.close()
+
+    async def check() -> None:
+        async with a_proxy(tmp_path, handler=answer_at_the_end) as proxy:
+            reader, writer = await proxy.request(request() + b"x" * 1000)
+            writer.write_eof()
+            assert await reader.read() == b"SUCCESS\ngot 1000"
+            writer.close()
+
+    run(check())
+
+
+@pytest.mark.parametrize(
+    ("line", "words"),
+    [
+        (request("nowhere"), b"no task 'nowhere'"),
+        (request("closed"), b"othing listens"),
+        (request(token=None), b"token"),
+        (request(token="wrong"), b"token"),
+        (b"REQUEST_TUNNEL\n", b"must be"),
+        (b"REQUEST_TUNNEL a b c\n", b"must be"),
+        (b"GET / HTTP/1.1\r\n\r\n", b"must be"),
+        (b"\n", b"must be"),
+        (b"REQUEST_TUNNEL \xff\xfe token\n", b"UTF-8"),
+        (b"REQUEST_TUNNEL " + b"a" * 10_000 + b"\n", b"4096"),
+    ],
+)
+def test_a_request_that_can_not_be_is_refused_in_one_line(run: Run, tmp_path: Path, line: bytes, words: bytes) -> None:
+    async def check() -> None:
+        async with a_proxy(tmp_path) as proxy:
+            answer = await proxy.answer(line)
+            assert answer.startswith(b"ERROR ")
+            assert answer.count(b"\n") == 1
+            assert answer.endswith(b"\n")
+            assert words in answer
+
+    run(check())
+
+
+@pytest.mark.parametrize("first", [b"R", b"S", b"SSH-", b"\0"])
+def test_a_flood_without_a_newline_is_cut_off_after_a_few_kilobytes(run: Run, tmp_path: Path, first: bytes) -> None:
+    async def check() -> None:
+        async with a_proxy(tmp_path) as proxy:
+            sent, loop = 0, asyncio.get_running_loop()
+            with socket.create_connection(("127.0.0.1", proxy.port)) as sock:
+                sock.setblocking(False)
+                await loop.sock_sendall(sock, first)
+                with contextlib.suppress(ConnectionError):
+                    while sent < 1 << 30:
+                        await loop.sock_sendall(sock, b"x" * (1 << 16))
+                        sent += 1 << 16
+            assert sent < 1 << 28
+            assert await proxy.answer(request("nowhere")) != b""
+
+    run(check())
+
+
+@pytest.mark.parametrize("first", [b"", b"R", b"S"])
+def test_who_does_not_say_in_time_what_it_wants_is_let_go(
+    run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, first: bytes
+) -> None:
+    monkeypatch.setattr(server, "GREETING_SECONDS", 0.2)
+    monkeypatch.setattr("kohakuriver.ssh_proxy.jump.LOGIN_SECONDS", 1)
+
+    async def check() -> None:
+        async with a_proxy(tmp_path) as proxy:
+            reader, writer = await proxy.request(first)
+
+            async def drip() -> None:
+                with contextlib.suppress(ConnectionError):
+                    while not writer.is_closing():
+                        writer.write(b"x" if first else b"")
+                        await asyncio.sleep(0.01)
+
+            dripping = asyncio.ensure_future(drip())
+            with contextlib.suppress(ConnectionError):
+                await asyncio.wait_for(reader.read(), 10)
+            dripping.cancel()
+            writer.close()
+
+    run(check())
+
+
+def test_of_those_who_wait_only_so_many_are_kept(run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(server, "MAX_WAITING", 10)
+
+    async def check() -> None:
+        async with a_proxy(tmp_path) as proxy:
+            strangers = [await proxy.connect() for _ in range(15)]
+            for reader, _ in strangers[:5]:
+                assert await reader.read() == b""  # the oldest went
+            assert proxy.proxy.waiting == 10
+            reader, writer = await proxy.request(request())
+            assert await reader.readline() == b"SUCCESS\n"
+            for _, stranger in [*strangers, (reader, writer)]:
+                stranger.close()
+
+    run(check())
+
+
+def test_a_relay_ends_when_the_tasks_tunnel_goes(run: Run, tmp_path: Path) -> None:
+    async def check() -> None:
+        async with a_proxy(tmp_path) as proxy:
+            reader, writer = await proxy.request(request())
+            assert await reader.readline() == b"SUCCESS\n"
+            proxy.hops.server.drop(CONTAINER, "the task was stopped")
+            with contextlib.suppress(ConnectionError):
+                assert await reader.read() == b""
+            writer.close()
+
+    run(check())
+
+
+def test_closing_the_proxy_ends_its_relays(run: Run, tmp_path: Path) -> None:
+    async def check() -> None:
+        async with a_proxy(tmp_path) as proxy:
+            reader, writer = await proxy.request(request())
+            assert await reader.readline() == b"SUCCESS\n"
+            await proxy.proxy.close()
+            with contextlib.suppress(ConnectionError):
+                assert await reader.read() == b""
+            writer.close()
+
+    run(check())
+
+
+def test_the_jump_host_opens_connections_for_a_token_as_password(run: Run, tmp_path: Path) -> None:
+    async def check() -> None:
+        async with a_proxy(tmp_path) as proxy, proxy.jump(password=TOKEN) as connection:
+            reader, writer = await connection.open_connection("task", 22)
+            data = bytes(range(256)) * 20_000
+            writer.write(data)
+            writer.write_eof()
+            assert await reader.read() == data
+            with pytest.raises(asyncssh.ChannelOpenError, match="no task 'nowhere'"):
+                await connection.open_connection("nowhere", 22)
+
+    run(check())
+
+
+def test_a_stalled_channel_of_a_jump_host_stalls_no_other(run: Run, tmp_path: Path) -> None:
+    async def flood(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        if await reader.readline() == b"echo\n":
+            await echo(reader, writer)
+            return
+        with contextlib.suppress(ConnectionError):
+            while True:
+                writer.write(b"x" * 65536)
+                await writer.drain()
+
+    async def check() -> None:
+        async with a_proxy(tmp_path, handler=flood) as proxy, proxy.jump(password=TOKEN) as connection:
+            _, flooded = await connection.open_connection("task", 22)
+            flooded.write(b"flood\n")
+            reader, writer = await connection.open_connection("task", 22)
+            writer.write(b"echo\n" + b"y" * 1_000_000)
+            writer.write_eof()
+            assert await reader.read() == b"y" * 1_000_000
+
+    run(check())
+
+
+def test_the_jump_host_lets_a_key_into_the_tasks_that_have_it(run: Run, tmp_path: Path) -> None:
+    mine, other = (asyncssh.generate_private_key("ssh-ed25519") for _ in range(2))
+    public = " ".join(mine.export_public_key().decode().split()[:2])
+
+    async def check() -> None:
+        async with a_proxy(tmp_path) as proxy:
+            proxy.holders[public] = {"task"}
+            async with proxy.jump(client_keys=[mine]) as connection:
+                reader, writer = await connection.open_connection("task", 22)
+                writer.write(b"hello")
+                assert await reader.readexactly(5) == b"hello"
+                with pytest.raises(asyncssh.ChannelOpenError, match="no task 'closed'"):
+                    await connection.open_connection("closed", 22)
+            with pytest.raises(asyncssh.PermissionDenied):
+                async with proxy.jump(client_keys=[other]):
+                    pass
+
+    run(check())
+
+
+def test_the_jump_host_refuses_a_wrong_token(run: Run, tmp_path: Path) -> None:
+    async def check() -> None:
+        async with a_proxy(tmp_path) as proxy:
+            with pytest.raises(asyncssh.PermissionDenied):
+                async with proxy.jump(password="wrong"):
+                    pass
+
+    run(check())
+
+
+def test_the_jump_host_has_no_shell_and_forwards_nothing_else(run: Run, tmp_path: Path) -> None:
+    async def check() -> None:
+        async with a_proxy(tmp_path) as proxy, proxy.jump(password=TOKEN) as connection:
+            attempts: list[Awaitable[Any]] = [
+                connection.run("true"),
+                connection.forward_remote_port("", 0, "127.0.0.1", 1),
+                connection.open_unix_connection("/tmp/socket"),
+                connection.forward_remote_path("/tmp/socket", "/tmp/other"),
+            ]
+            for attempt in attempts:
+                with pytest.raises((asyncssh.ChannelOpenError, asyncssh.ChannelListenError)):
+                    await attempt
+
+    run(check())
+
+
+def test_the_jump_hosts_own_key_stays_the_same(run: Run, tmp_path: Path) -> None:
+    async def key() -> bytes:
+        async with a_proxy(tmp_path) as proxy, proxy.jump(password=TOKEN) as connection:
+            found = connection.get_server_host_key()
+            assert found is not None
+            return found.export_public_key()
+
+    async def check() -> None:
+        assert await key() == await key()
+
+    run(check())
+    assert (tmp_path / "host_key").stat().st_mode & 0o077 == 0
