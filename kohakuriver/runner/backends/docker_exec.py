@@ -29,6 +29,7 @@ _DEFAULT_PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
 _LOOK_AGAIN_SECONDS = 0.02
 _START_SECONDS = 2.0
 _END_SECONDS = 5.0
+_BLOCKED_SECONDS = 0.1
 
 # Run by the `sh` that there is, with $1 and $2 the terminal's rows and columns (0: no terminal). An engine gives the
 # terminal its size only once the program runs, which may have asked for it by then.
@@ -105,16 +106,31 @@ class DockerExec(ExecSession):
     async def write(self, data: bytes) -> None:
         if self._ended or self._eof:
             return
-        with contextlib.suppress(OSError, RuntimeError, AssertionError, aiohttp.ClientError):
-            await self._stream.write_in(data)
+        writing = asyncio.ensure_future(self._stream.write_in(data))
+        try:
+            while not (await asyncio.wait({writing}, timeout=_BLOCKED_SECONDS))[0]:
+                # The engine has said the last word and reads no more: aiohttp would wait for it to do so for ever.
+                if (transport := self._transport()) is None or transport.is_closing():
+                    self._abort()
+        finally:
+            writing.cancel()
+            await asyncio.gather(writing, return_exceptions=True)
+
+    def _transport(self) -> asyncio.Transport | None:
+        response = self._stream._resp
+        connection = response.connection if response is not None else None
+        return connection.transport if connection is not None else None
+
+    def _abort(self) -> None:
+        if (transport := self._transport()) is not None:
+            transport.abort()
 
     async def write_eof(self) -> None:
         if self._request.tty:
             await self.write(CTRL_D)
             return
         self._eof = True
-        connection = self._stream._resp.connection if self._stream._resp is not None else None
-        transport = connection.transport if connection is not None else None
+        transport = self._transport()
         if transport is not None and not transport.is_closing() and transport.can_write_eof():
             transport.write_eof()
 
