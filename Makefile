@@ -6,12 +6,12 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 STAMPS := $(VENV)/.stamps
-CRATE := kohakuriver-tunnel
+CRATES := kohakuriver-tunnel kohakuriver-sshd
 TESTS ?= tests --ignore=tests/e2e
 PYTEST_ARGS ?=
 PIP_INSTALL := PYTHONWARNINGS=ignore $(BIN)/python -m pip install -q --disable-pip-version-check
 
-CRATE_SOURCES := $(shell find $(CRATE)/src $(CRATE)/.cargo $(CRATE)/Cargo.toml $(CRATE)/Cargo.lock -type f 2>/dev/null)
+crate_sources = $(shell find $(1)/src $(1)/.cargo $(1)/Cargo.toml $(1)/Cargo.lock -type f 2>/dev/null)
 
 .DEFAULT_GOAL := help
 .PHONY: help demo test test-asyncio test-rust e2e lint bench bench-gate build clean install
@@ -30,8 +30,9 @@ test-asyncio: install ## the same suite on the standard library's event loop
 	scripts/system-packages test
 	KOHAKURIVER_LOOP=asyncio scripts/with-engine $(BIN)/python -m pytest $(TESTS) $(PYTEST_ARGS)
 
-test-rust: ## the tunnel client's own tests
-	cd $(CRATE) && cargo test --locked
+test-rust: ## the own tests of the tunnel client and of the SSH server
+	scripts/system-packages test
+	for crate in $(CRATES); do (cd $$crate && cargo test --locked) || exit 1; done
 
 e2e: install $(STAMPS)/e2e ## JupyterLab and TensorBoard through a forward, in a real browser
 	scripts/system-packages test e2e
@@ -42,7 +43,8 @@ lint: install ## ruff, mypy, stubs against the extension, rustfmt, clippy
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/python -m mypy.stubtest kohakuriver._frame
-	cd $(CRATE) && cargo fmt --check && cargo clippy --locked --all-targets -- -D warnings
+	for crate in $(CRATES); do \
+		(cd $$crate && cargo fmt --check && cargo clippy --locked --all-targets -- -D warnings) || exit 1; done
 
 bench: install ## micro benchmarks, then the whole chain beside its baselines: table, JSON, plot
 	scripts/system-packages bench
@@ -60,10 +62,10 @@ build: install ## sdist and wheel in dist/
 
 clean: ## everything that these commands made
 	rm -rf .venv* build dist *.egg-info bench/results .pytest_cache .mypy_cache .ruff_cache .hypothesis .benchmarks
-	rm -rf kohakuriver/bin kohakuriver/*.c kohakuriver/*.so $(CRATE)/target
+	rm -rf kohakuriver/bin kohakuriver/*.c kohakuriver/*.so $(CRATES:=/target)
 	find kohakuriver tests bench -name __pycache__ -type d -prune -exec rm -rf {} +
 
-install: $(STAMPS)/package $(STAMPS)/extension $(STAMPS)/client
+install: $(STAMPS)/package $(STAMPS)/extension $(STAMPS)/client $(STAMPS)/sshd
 
 $(STAMPS)/venv:
 	PYTHON=$(PYTHON) scripts/system-packages build
@@ -81,8 +83,12 @@ $(STAMPS)/extension: $(STAMPS)/package setup.py $(wildcard kohakuriver/*.pyx koh
 	$(BIN)/python setup.py -q build_ext --inplace
 	touch $@
 
-$(STAMPS)/client: $(STAMPS)/venv setup.py $(CRATE_SOURCES)
-	$(BIN)/python setup.py -q build_tunnel_client --inplace
+$(STAMPS)/client: $(STAMPS)/venv setup.py $(call crate_sources,kohakuriver-tunnel)
+	$(BIN)/python setup.py -q build_programs --inplace --only=tunnel-client
+	touch $@
+
+$(STAMPS)/sshd: $(STAMPS)/venv setup.py $(call crate_sources,kohakuriver-sshd)
+	$(BIN)/python setup.py -q build_programs --inplace --only=tunnel-sshd
 	touch $@
 
 $(STAMPS)/e2e: $(STAMPS)/package

@@ -1,4 +1,4 @@
-"""The two compiled parts of KohakuRiver: the C hot path (Cython) and the tunnel client (Rust).
+"""The compiled parts of KohakuRiver: the C hot path (Cython), the tunnel client and the SSH server (Rust).
 
 Everything else about the package stands in pyproject.toml.
 """
@@ -10,8 +10,9 @@ import os
 import shutil
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
-from typing import ClassVar
+from typing import ClassVar, NamedTuple
 
 from Cython.Build import cythonize
 from setuptools import Command, Extension, setup
@@ -19,56 +20,78 @@ from setuptools.command.build import build
 from setuptools.errors import ExecError
 
 ROOT = Path(__file__).resolve().parent
-CRATE = ROOT / "kohakuriver-tunnel"
-BINARY = Path("kohakuriver", "bin", "tunnel-client")
+BIN = Path("kohakuriver", "bin")
 
-WITHOUT_CLIENT = (
-    "kohakuriver: installing without the tunnel client ({reason}): process tasks will use the slower Python client, "
-    "and Docker tasks will not be possible on this machine."
+
+class Program(NamedTuple):
+    """A static binary that is put into tasks: its name, its crate, and what is missed without it."""
+
+    name: str
+    crate: str
+    without: str
+
+
+PROGRAMS = (
+    Program(
+        "tunnel-client",
+        "kohakuriver-tunnel",
+        "process tasks will use the slower Python client, and Docker tasks will not be possible on this machine",
+    ),
+    Program(
+        "tunnel-sshd",
+        "kohakuriver-sshd",
+        "--ssh will only be possible for Docker tasks whose image has an sshd",
+    ),
 )
 
 
 def why_no_cargo_build() -> str | None:
-    """The reason not to build the tunnel client here, or None when it is to be built."""
+    """The reason not to build the programs here, or None when they are to be built."""
     if os.environ.get("KOHAKURIVER_SKIP_CARGO", "0") not in ("", "0"):
         return "KOHAKURIVER_SKIP_CARGO is set"
     if sys.platform != "linux":
-        return "it runs in Linux containers and is built on Linux only"
+        return "they run in Linux containers and are built on Linux only"
     if shutil.which("cargo") is None:
         return "cargo was not found"
     return None
 
 
-def cargo_build() -> Path:
-    """Build the crate's release binary; return where cargo put it. Raises ExecError when cargo fails."""
-    argv = ["cargo", "build", "--release", "--locked", "--bin", "tunnel-client"]
+def cargo_build(program: Program) -> Path:
+    """Build a program's release binary; return where cargo put it. Raises ExecError when cargo fails."""
+    argv = ["cargo", "build", "--release", "--locked", "--bin", program.name]
     result = subprocess.run(
-        [*argv, "--message-format=json-render-diagnostics"], cwd=CRATE, stdout=subprocess.PIPE, text=True, check=False
+        [*argv, "--message-format=json-render-diagnostics"],
+        cwd=ROOT / program.crate,
+        stdout=subprocess.PIPE,
+        text=True,
+        check=False,
     )
     if result.returncode:
         raise ExecError(
-            f"`{' '.join(argv)}` failed in {CRATE.name}/; set KOHAKURIVER_SKIP_CARGO=1 to install without it"
+            f"`{' '.join(argv)}` failed in {program.crate}/; set KOHAKURIVER_SKIP_CARGO=1 to install without it"
         )
     # Asking cargo is the only way to know: build.target and CARGO_TARGET_DIR both move the result.
     for line in result.stdout.splitlines():
         message = json.loads(line)
         if message.get("reason") == "compiler-artifact" and message.get("executable"):
             return Path(message["executable"])
-    raise ExecError("cargo built no tunnel-client")
+    raise ExecError(f"cargo built no {program.name}")
 
 
-class BuildTunnelClient(Command):
-    """`cargo build --release` of the tunnel client, put into the package as kohakuriver/bin/tunnel-client."""
+class BuildPrograms(Command):
+    """`cargo build --release` of the programs, put into the package as kohakuriver/bin/…."""
 
-    description = "build the tunnel client (Rust) into the package"
+    description = "build the programs for tasks (Rust) into the package"
     user_options: ClassVar[list[tuple[str, str | None, str]]] = [
-        ("inplace", "i", "put the binary into the source tree"),
+        ("inplace", "i", "put the binaries into the source tree"),
+        ("only=", None, "build just the program of this name"),
     ]
     boolean_options: ClassVar[list[str]] = ["inplace"]
 
     def initialize_options(self) -> None:
         self.build_lib: str | None = None
         self.inplace = False
+        self.only: str | None = None
         self.editable_mode = False
 
     def finalize_options(self) -> None:
@@ -76,36 +99,45 @@ class BuildTunnelClient(Command):
 
     def run(self) -> None:
         reason = why_no_cargo_build()
-        if reason:
-            print(WITHOUT_CLIENT.format(reason=reason), file=sys.stderr, flush=True)
-            return
-        target = self._target()
+        for program in self._programs():
+            if reason:
+                note = f"kohakuriver: installing without {program.name} ({reason}): {program.without}."
+                print(note, file=sys.stderr, flush=True)
+            else:
+                self._build(program)
+
+    def _programs(self) -> Iterator[Program]:
+        return (program for program in PROGRAMS if self.only in (None, program.name))
+
+    def _build(self, program: Program) -> None:
+        target = self._target(program)
         target.parent.mkdir(parents=True, exist_ok=True)
         # A new file under a new name, then a rename: tasks that still run the old binary keep it.
         fresh = target.with_name(f".{target.name}.{os.getpid()}")
-        shutil.copyfile(cargo_build(), fresh)
+        shutil.copyfile(cargo_build(program), fresh)
         fresh.chmod(0o755)
         fresh.replace(target)
 
-    def _target(self) -> Path:
+    def _target(self, program: Program) -> Path:
         if self.inplace or self.editable_mode:
-            return ROOT / BINARY
+            return ROOT / BIN / program.name
         assert self.build_lib is not None
-        return Path(self.build_lib) / BINARY
+        return Path(self.build_lib) / BIN / program.name
 
     def get_source_files(self) -> list[str]:
         wanted = ("Cargo.toml", "Cargo.lock", ".cargo/*", "src/**/*.rs", "build.rs")
-        return [str(path.relative_to(ROOT)) for pattern in wanted for path in CRATE.glob(pattern)]
+        crates = [ROOT / program.crate for program in PROGRAMS]
+        return [str(path.relative_to(ROOT)) for crate in crates for pattern in wanted for path in crate.glob(pattern)]
 
     def get_outputs(self) -> list[str]:
-        return [] if why_no_cargo_build() else [str(self._target())]
+        return [] if why_no_cargo_build() else [str(self._target(program)) for program in self._programs()]
 
     def get_output_mapping(self) -> dict[str, str]:
         return {}
 
 
 class Build(build):
-    sub_commands: ClassVar = [*build.sub_commands, ("build_tunnel_client", None)]
+    sub_commands: ClassVar = [*build.sub_commands, ("build_programs", None)]
 
 
 extension = Extension(
@@ -115,6 +147,6 @@ extension = Extension(
 )
 
 setup(
-    cmdclass={"build": Build, "build_tunnel_client": BuildTunnelClient},
+    cmdclass={"build": Build, "build_programs": BuildPrograms},
     ext_modules=cythonize([extension], language_level=3),  # type: ignore[no-untyped-call]
 )
