@@ -110,6 +110,7 @@ pub struct Channel {
     eof_received: bool,
     eof_sent: bool,
     close_sent: bool,
+    close_received: bool,
 }
 
 impl Channel {
@@ -132,6 +133,7 @@ impl Channel {
             eof_received: false,
             eof_sent: false,
             close_sent: false,
+            close_received: false,
         }
     }
 
@@ -200,17 +202,14 @@ impl Channel {
     /// Takes data of the client. False where it sent more than it may.
     pub fn take(&mut self, data: &[u8]) -> bool {
         let length = data.len() as u32;
-        if self.close_sent {
+        if self.close_sent || self.close_received {
             return true;
         }
         if length > self.granted || self.eof_received {
             return false;
         }
         self.granted -= length;
-        let early = self
-            .session
-            .as_ref()
-            .is_some_and(|session| !session.started);
+        let early = self.is_idle_session();
         if self.sink.fd.is_none() && !early {
             self.taken += length;
             return true;
@@ -258,7 +257,7 @@ impl Channel {
                 break;
             }
         }
-        if self.sink.fd.is_none() && self.session.as_ref().is_none_or(|session| session.started) {
+        if self.sink.fd.is_none() && !self.is_idle_session() {
             self.taken += self.sink.pending.len() as u32;
             self.sink.pending = VecDeque::new();
         }
@@ -372,19 +371,13 @@ impl Channel {
 
     /// Sends the end of data, and the end of the channel, where it is time for them.
     pub fn conclude(&mut self, transport: &mut Transport) {
-        if !self.open || self.close_sent || self.sources.iter().any(Option::is_some) {
+        let busy = self.sources.iter().any(Option::is_some);
+        if !self.open || self.close_sent || busy || self.is_idle_session() {
             return;
         }
-        if self
-            .session
-            .as_ref()
-            .is_some_and(|session| !session.started)
-        {
-            return;
-        }
-        let peer = self.peer;
-        if !self.eof_sent {
+        if !self.eof_sent && !self.close_received {
             self.eof_sent = true;
+            let peer = self.peer;
             transport.send(number::EOF, |message| message.put_u32(peer));
         }
         let over = match &self.session {
@@ -397,17 +390,48 @@ impl Channel {
         }
     }
 
+    /// A session that no program was started for.
+    fn is_idle_session(&self) -> bool {
+        let session = self.session.as_ref();
+        session.is_some_and(|session| !session.started)
+    }
+
+    /// The client ended the channel. How the program ends is told all the same: clients close as soon as both directions
+    /// of data have ended, and that may be before.
+    pub fn end_by_peer(&mut self, transport: &mut Transport) {
+        self.close_received = true;
+        let running = |session: &Session| session.started && !session.ended;
+        if self.session.as_deref().is_some_and(running) {
+            self.let_go();
+            // A program that loses its terminal is told so by the kernel.
+            if let Some(session) = &mut self.session {
+                session.master = None;
+            }
+        } else {
+            self.close(transport);
+        }
+    }
+
+    /// Have both sides said that it is over?
+    pub fn is_over(&self) -> bool {
+        self.close_sent && self.close_received
+    }
+
     /// Ends the channel from our side; it is gone once the client agrees.
-    pub fn close(&mut self, transport: &mut Transport) {
+    fn close(&mut self, transport: &mut Transport) {
         if !self.close_sent {
             self.close_sent = true;
             let peer = self.peer;
             transport.send(number::CLOSE, |message| message.put_u32(peer));
         }
+        self.let_go();
+        self.session = None;
+    }
+
+    fn let_go(&mut self) {
         self.sink.fd = None;
         self.sink.pending = VecDeque::new();
         self.sources = [None, None];
-        self.session = None;
     }
 }
 

@@ -199,6 +199,7 @@ impl Connection {
             channel.grant(transport);
             channel.conclude(transport);
         }
+        self.channels.retain(|_, channel| !channel.is_over());
         transport.rekey_if_due();
     }
 
@@ -251,7 +252,7 @@ impl Connection {
             list.extend(
                 self.agent
                     .as_ref()
-                    .map(|agent| (agent.listener.as_raw_fd(), libc::POLLIN, Token::Agent)),
+                    .map(|agent| (agent.fd(), libc::POLLIN, Token::Agent)),
             );
         }
         list.into_iter()
@@ -291,7 +292,7 @@ impl Connection {
                 Ok(count) => {
                     total += count;
                     self.transport.advance(count);
-                    while let Some(range) = self.transport.next()? {
+                    while let Some(range) = self.transport.next_message()? {
                         self.message(range)?;
                     }
                 }
@@ -569,21 +570,20 @@ impl Connection {
     }
 
     fn accept_forward(&mut self, index: usize) {
-        let Some(Ok((socket, describe))) = self.listeners.get(index).map(Listener::accept) else {
-            return;
-        };
-        self.ask_for_channel(socket, describe.kind, &describe.details);
+        match self.listeners.get(index).map(Listener::accept) {
+            Some(Ok((socket, accepted))) => {
+                self.ask_for_channel(socket, accepted.kind, &accepted.details);
+            }
+            Some(Err(error)) => pause_after(&error),
+            None => {}
+        }
     }
 
     fn accept_agent(&mut self) {
-        let accepted = self
-            .agent
-            .as_ref()
-            .and_then(|agent| agent.listener.accept().ok());
-        if let Some((stream, _)) =
-            accepted.filter(|(stream, _)| stream.set_nonblocking(true).is_ok())
-        {
-            self.ask_for_channel(stream.into(), "auth-agent@openssh.com", &[]);
+        let Some(agent) = &self.agent else { return };
+        match agent.accept() {
+            Ok(socket) => self.ask_for_channel(socket, "auth-agent@openssh.com", &[]),
+            Err(error) => pause_after(&error),
         }
     }
 
@@ -621,10 +621,7 @@ impl Connection {
                 return Err(protocol_error("only a server has a standard error"));
             }
             number::EOF => channel.end_of_input(),
-            number::CLOSE => {
-                channel.close(&mut self.transport);
-                self.channels.remove(&id);
-            }
+            number::CLOSE => channel.end_by_peer(&mut self.transport),
             number::REQUEST => return self.request(id, reader),
             _ => return Err(protocol_error("a channel can't be confirmed twice")),
         }
@@ -829,6 +826,14 @@ impl Connection {
         spawned
             .map(drop)
             .map_err(|error| format!("can't watch the program: {error}"))
+    }
+}
+
+/// Where the system gives no more descriptors, a listener stays ready: that must not be a busy loop.
+fn pause_after(error: &io::Error) {
+    const PAUSE: Duration = Duration::from_millis(5);
+    if error.kind() != io::ErrorKind::WouldBlock {
+        thread::sleep(PAUSE);
     }
 }
 

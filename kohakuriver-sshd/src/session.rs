@@ -4,9 +4,10 @@ use std::collections::BTreeMap;
 use std::ffi::{OsStr, OsString};
 use std::fs;
 use std::io;
-use std::os::fd::{AsRawFd, OwnedFd};
+use std::os::fd::{AsRawFd, OwnedFd, RawFd};
 use std::os::unix::ffi::{OsStrExt, OsStringExt};
-use std::os::unix::fs::PermissionsExt;
+use std::os::unix::fs::{DirBuilderExt, PermissionsExt};
+use std::os::unix::net::UnixListener;
 use std::os::unix::process::{CommandExt, ExitStatusExt};
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, ExitStatus, Stdio};
@@ -414,14 +415,12 @@ pub fn signal_number(name: &str) -> Option<i32> {
 /// A directory with a socket that leads to the client's agent; both are removed when it is dropped.
 pub struct AgentSocket {
     directory: PathBuf,
-    /// The socket that programs connect to.
-    pub listener: std::os::unix::net::UnixListener,
+    listener: UnixListener,
 }
 
 impl AgentSocket {
     /// Makes the socket in a new directory that only this user may enter.
     pub fn new(home: &Path) -> io::Result<Self> {
-        use std::os::unix::fs::DirBuilderExt;
         let mut last = io::Error::from(io::ErrorKind::NotFound);
         let name = format!(
             "ssh-agent-{:016x}",
@@ -437,7 +436,7 @@ impl AgentSocket {
             let directory = parent.join(&name);
             match fs::DirBuilder::new().mode(0o700).create(&directory) {
                 Ok(()) => {
-                    let listener = std::os::unix::net::UnixListener::bind(directory.join("agent"));
+                    let listener = UnixListener::bind(directory.join("agent"));
                     let listener = listener.inspect_err(|_| drop(fs::remove_dir(&directory)))?;
                     listener.set_nonblocking(true)?;
                     return Ok(Self {
@@ -449,6 +448,18 @@ impl AgentSocket {
             }
         }
         Err(last)
+    }
+
+    /// The next program that wants the agent.
+    pub fn accept(&self) -> io::Result<OwnedFd> {
+        let (stream, _) = self.listener.accept()?;
+        stream.set_nonblocking(true)?;
+        Ok(stream.into())
+    }
+
+    /// What to wait for.
+    pub fn fd(&self) -> RawFd {
+        self.listener.as_raw_fd()
     }
 
     /// The value for SSH_AUTH_SOCK.

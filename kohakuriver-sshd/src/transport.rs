@@ -201,7 +201,7 @@ impl Transport {
     }
 
     /// The next message for a service: where its payload lies until [`Transport::space`] is called again.
-    pub fn next(&mut self) -> Result<Option<Range<usize>>, Fatal> {
+    pub fn next_message(&mut self) -> Result<Option<Range<usize>>, Fatal> {
         if self.peer_version.is_none() && !self.read_version()? {
             return Ok(None);
         }

@@ -1,0 +1,193 @@
+//! A server of its own for each test, and OpenSSH's clients to talk to it.
+#![allow(dead_code, reason = "each file of tests uses its part")]
+
+use std::fs;
+use std::io::{BufRead, BufReader, Read, Write};
+use std::net::SocketAddr;
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, Output, Stdio};
+use std::sync::atomic::{AtomicU32, Ordering};
+
+/// A directory that is removed in the end.
+pub struct Directory(pub PathBuf);
+
+impl Directory {
+    pub fn new() -> Self {
+        static NEXT: AtomicU32 = AtomicU32::new(0);
+        let number = NEXT.fetch_add(1, Ordering::Relaxed);
+        // Short: paths of Unix sockets are made of it.
+        let path = std::env::temp_dir().join(format!("sshd-{}-{number}", std::process::id()));
+        fs::create_dir(&path).unwrap();
+        Self(path)
+    }
+
+    pub fn file(&self, name: &str) -> PathBuf {
+        self.0.join(name)
+    }
+
+    pub fn text(&self, name: &str) -> String {
+        self.file(name).to_str().unwrap().to_owned()
+    }
+}
+
+impl Drop for Directory {
+    fn drop(&mut self) {
+        let _ = fs::remove_dir_all(&self.0);
+    }
+}
+
+/// A process that doesn't outlive its test.
+pub struct Process(pub Child);
+
+impl Drop for Process {
+    fn drop(&mut self) {
+        let _ = self.0.kill();
+        let _ = self.0.wait();
+    }
+}
+
+/// A server, a key that it lets in, and a configuration for clients that calls it `task`.
+pub struct Server {
+    pub directory: Directory,
+    pub address: SocketAddr,
+    pub host_key: String,
+    pub process: Process,
+}
+
+impl Server {
+    pub fn start(options: &[&str]) -> Self {
+        let directory = Directory::new();
+        make_key(&directory.file("id"), &["-t", "ed25519"]);
+        fs::copy(directory.file("id.pub"), directory.file("authorized")).unwrap();
+        Self::start_in(directory, options)
+    }
+
+    pub fn start_in(directory: Directory, options: &[&str]) -> Self {
+        let mut process = Command::new(env!("CARGO_BIN_EXE_tunnel-sshd"))
+            .args(["--listen", "127.0.0.1:0", "--host-key"])
+            .arg(directory.file("host_key"))
+            .arg("--authorized-keys")
+            .arg(directory.file("authorized"))
+            .args(options)
+            .stdout(Stdio::piped())
+            .stderr(Stdio::null())
+            .spawn()
+            .map(Process)
+            .unwrap();
+        let mut line = String::new();
+        BufReader::new(process.0.stdout.take().unwrap())
+            .read_line(&mut line)
+            .unwrap();
+        let field = |name: &str| {
+            let start = line.find(&format!("\"{name}\":\"")).unwrap() + name.len() + 4;
+            line[start..].split('"').next().unwrap().to_owned()
+        };
+        let (address, host_key) = (field("address").parse().unwrap(), field("host_key"));
+        let server = Self {
+            directory,
+            address,
+            host_key,
+            process,
+        };
+        server.reconfigure();
+        server
+    }
+
+    pub fn reconfigure(&self) {
+        let port = self.address.port();
+        let (known, id) = (self.directory.text("known"), self.directory.text("id"));
+        fs::write(&known, format!("[127.0.0.1]:{port} {}\n", self.host_key)).unwrap();
+        let lines = [
+            "Host task".to_owned(),
+            format!(
+                "HostName 127.0.0.1\nPort {port}\nUser root\nIdentityFile {id}\nIdentitiesOnly yes"
+            ),
+            format!(
+                "UserKnownHostsFile {known}\nGlobalKnownHostsFile /dev/null\nStrictHostKeyChecking yes"
+            ),
+            "BatchMode yes\nConnectTimeout 30\n".to_owned(),
+        ];
+        fs::write(self.directory.file("config"), lines.join("\n")).unwrap();
+    }
+
+    pub fn config(&self) -> String {
+        self.directory.text("config")
+    }
+
+    /// `ssh`, up to the host's name.
+    pub fn ssh(&self, options: &[&str]) -> Command {
+        let mut command = Command::new("ssh");
+        command
+            .arg("-F")
+            .arg(self.config())
+            .args(options)
+            .arg("task")
+            .stdin(Stdio::null());
+        command
+    }
+
+    pub fn run(&self, command: &str) -> Output {
+        self.ssh(&[]).arg(command).output().unwrap()
+    }
+
+    /// A connection that other clients share by `-S` and this path.
+    pub fn master(&self) -> (Process, String) {
+        let path = self.directory.text("shared");
+        let mut master = self
+            .ssh(&["-M", "-S", &path])
+            .arg("echo up; cat")
+            .stdin(Stdio::piped())
+            .stdout(Stdio::piped())
+            .spawn()
+            .map(Process)
+            .unwrap();
+        read_exactly(master.0.stdout.as_mut().unwrap(), b"up\n");
+        (master, path)
+    }
+}
+
+pub fn make_key(path: &Path, kind: &[&str]) {
+    let made = Command::new("ssh-keygen")
+        .args(["-q", "-N", ""])
+        .args(kind)
+        .arg("-f")
+        .arg(path)
+        .output()
+        .unwrap();
+    assert!(made.status.success(), "{made:?}");
+}
+
+pub fn read_exactly(from: &mut impl Read, wanted: &[u8]) {
+    let mut got = vec![0; wanted.len()];
+    from.read_exact(&mut got).unwrap();
+    assert_eq!(
+        String::from_utf8_lossy(&got),
+        String::from_utf8_lossy(wanted)
+    );
+}
+
+/// Bytes that don't repeat, the same each time.
+pub fn noise(length: usize) -> Vec<u8> {
+    let mut state = 0x9e37_79b9_7f4a_7c15u64;
+    let mut bytes = Vec::with_capacity(length + 8);
+    while bytes.len() < length {
+        state ^= state << 13;
+        state ^= state >> 7;
+        state ^= state << 17;
+        bytes.extend_from_slice(&state.to_le_bytes());
+    }
+    bytes.truncate(length);
+    bytes
+}
+
+/// Writes `bytes` from another thread, and closes what they were written to.
+pub fn feed(
+    mut to: impl Write + Send + 'static,
+    bytes: Vec<u8>,
+) -> std::thread::JoinHandle<std::io::Result<()>> {
+    std::thread::spawn(move || to.write_all(&bytes))
+}
+
+pub fn text(bytes: &[u8]) -> String {
+    String::from_utf8_lossy(bytes).into_owned()
+}
