@@ -3,7 +3,7 @@
 use std::collections::BTreeMap;
 use std::ffi::OsString;
 use std::io::{self, Read, Write};
-use std::net::TcpStream;
+use std::net::{Shutdown, TcpStream};
 use std::ops::Range;
 use std::os::fd::{AsRawFd, OwnedFd, RawFd};
 use std::os::unix::ffi::OsStringExt;
@@ -148,10 +148,35 @@ impl Connection {
         }
         if let Some(why) = end {
             self.transport.disconnect(&why);
-            let _ = self.stream.set_nonblocking(false);
-            let _ = self.stream.set_write_timeout(Some(FAREWELL));
-            let _ = self.stream.write_all(self.transport.output());
+            let _ = self.say_farewell();
         }
+    }
+
+    /// Tells the client that there is no place for it.
+    pub fn refuse(mut self) {
+        let sentence = "too many connections to this task are open; close one and try again";
+        let why = Fatal::Ours(reason::TOO_MANY_CONNECTIONS, sentence.into());
+        log!("{}: {sentence}", self.peer);
+        self.transport.disconnect(&why);
+        let _ = self.say_farewell();
+    }
+
+    /// Sends what is left, and waits for the client to close: before that, data that nobody reads would have the system
+    /// throw away our last words.
+    fn say_farewell(&mut self) -> io::Result<()> {
+        let end = Instant::now() + FAREWELL;
+        self.stream.set_nonblocking(false)?;
+        self.stream.set_write_timeout(Some(FAREWELL))?;
+        self.stream.write_all(self.transport.output())?;
+        self.stream.shutdown(Shutdown::Write)?;
+        while let Some(left) = end.checked_duration_since(Instant::now()) {
+            self.stream
+                .set_read_timeout(Some(left.max(Duration::from_millis(1))))?;
+            if self.stream.read(&mut [0; 16 * 1024])? == 0 {
+                break;
+            }
+        }
+        Ok(())
     }
 
     /// Waits for something to do, and does it. False when the client is gone.
@@ -468,7 +493,7 @@ impl Connection {
         let (peer, window, packet) = (reader.u32()?, reader.u32()?, reader.u32()?);
         let channel = Channel::asked_by_peer(peer, window, packet);
         if self.channels.len() >= MOST_CHANNELS {
-            self.refuse(peer, refusal::SHORTAGE, "too many channels are open");
+            self.refuse_channel(peer, refusal::SHORTAGE, "too many channels are open");
             return Ok(());
         }
         match kind {
@@ -481,7 +506,7 @@ impl Connection {
                 let path = OsString::from_vec(reader.string()?.to_vec());
                 self.connect(channel, move || forward::connect_unix(path.as_ref()));
             }
-            _ => self.refuse(
+            _ => self.refuse_channel(
                 peer,
                 refusal::UNKNOWN_TYPE,
                 "there is no such kind of channel",
@@ -490,7 +515,7 @@ impl Connection {
         Ok(())
     }
 
-    fn refuse(&mut self, peer: u32, code: u32, sentence: &str) {
+    fn refuse_channel(&mut self, peer: u32, code: u32, sentence: &str) {
         self.transport.send(number::OPEN_FAILURE, |message| {
             message.put_u32(peer);
             message.put_u32(code);
@@ -501,14 +526,14 @@ impl Connection {
 
     fn open_session(&mut self, mut channel: Channel) {
         if !self.more_sessions {
-            return self.refuse(
+            return self.refuse_channel(
                 channel.peer(),
                 refusal::PROHIBITED,
                 "the client asked for no more sessions",
             );
         }
         let Some(place) = self.shared.take_place() else {
-            return self.refuse(
+            return self.refuse_channel(
                 channel.peer(),
                 refusal::SHORTAGE,
                 "too many sessions are open",
@@ -535,7 +560,7 @@ impl Connection {
             .spawn(helper)
         {
             Ok(_) => drop(self.channels.insert(id, channel)),
-            Err(error) => self.refuse(peer, refusal::SHORTAGE, &error.to_string()),
+            Err(error) => self.refuse_channel(peer, refusal::SHORTAGE, &error.to_string()),
         }
     }
 
@@ -563,7 +588,11 @@ impl Connection {
             }
             Err(error) => {
                 if let Some(channel) = self.channels.remove(&id) {
-                    self.refuse(channel.peer(), refusal::CONNECT_FAILED, &error.to_string());
+                    self.refuse_channel(
+                        channel.peer(),
+                        refusal::CONNECT_FAILED,
+                        &error.to_string(),
+                    );
                 }
             }
         }

@@ -1,6 +1,6 @@
 //! Accepts clients, each in a thread of its own.
 
-use std::io::{self, Write};
+use std::io;
 use std::net::{TcpListener, TcpStream};
 use std::path::PathBuf;
 use std::sync::Arc;
@@ -33,6 +33,8 @@ pub struct Shared {
     pub most: usize,
     /// The connections that there are.
     pub connections: Places,
+    /// The connections that are being refused.
+    pub refusals: Places,
     /// The sessions that there are.
     pub sessions: Places,
 }
@@ -77,18 +79,19 @@ fn is_clients_own(error: &io::Error) -> bool {
 }
 
 fn admit(stream: TcpStream, shared: &Arc<Shared>) -> io::Result<()> {
-    let Some(place) = shared.connections.take(shared.most) else {
-        stream.set_nonblocking(true)?;
-        // Lines before the version are shown to the user (RFC 4253 §4.2).
-        let _ = (&stream)
-            .write(b"too many SSH connections to this task are open; close one and try again\r\n");
-        return Ok(());
-    };
     let connection = Connection::new(stream, shared.clone())?;
+    // Who is refused has a place too, for the moment that it takes to say so.
+    let (place, serve): (_, fn(Connection)) = match shared.connections.take(shared.most) {
+        Some(place) => (place, Connection::run),
+        None => match shared.refusals.take(shared.most) {
+            Some(place) => (place, Connection::refuse),
+            None => return Ok(()),
+        },
+    };
     thread::Builder::new()
         .name("client".into())
         .spawn(move || {
-            connection.run();
+            serve(connection);
             drop(place);
         })?;
     Ok(())

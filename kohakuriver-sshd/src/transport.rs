@@ -39,6 +39,8 @@ pub mod reason {
     pub const MAC_ERROR: u32 = 5;
     /// A service that doesn't exist here.
     pub const SERVICE_NOT_AVAILABLE: u32 = 7;
+    /// There is no place for another.
+    pub const TOO_MANY_CONNECTIONS: u32 = 12;
     /// Nobody was let in.
     pub const NO_MORE_AUTH_METHODS: u32 = 14;
 }

@@ -77,6 +77,7 @@ fn sftp_does_all_that_its_client_has_words_for() {
     fs::create_dir(&base).unwrap();
     fs::write(server.directory.file("one"), "first").unwrap();
     let one = server.directory.text("one");
+    fs::write(format!("{one}.more"), "first and more").unwrap();
     let batch = [
         format!("cd {base}"),
         "mkdir d".into(),
@@ -86,7 +87,7 @@ fn sftp_does_all_that_its_client_has_words_for() {
         "ln d/moved d/hard".into(),
         "chmod 600 d/moved".into(),
         format!("get d/link {one}.back"),
-        format!("reput {one} d/moved"),
+        format!("reput {one}.more d/moved"),
         "ls -la d".into(),
         "df .".into(),
         "rm d/hard".into(),

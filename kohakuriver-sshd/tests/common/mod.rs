@@ -70,7 +70,13 @@ impl Server {
             .arg(directory.file("authorized"))
             .args(options)
             .stdout(Stdio::piped())
-            .stderr(Stdio::null())
+            .stderr(
+                fs::File::options()
+                    .append(true)
+                    .create(true)
+                    .open(directory.file("log"))
+                    .unwrap(),
+            )
             .spawn()
             .map(Process)
             .unwrap();
@@ -112,6 +118,17 @@ impl Server {
 
     pub fn config(&self) -> String {
         self.directory.text("config")
+    }
+
+    /// What the server logged since this was asked last.
+    pub fn log(&self) -> String {
+        let text = fs::read_to_string(self.directory.file("log")).unwrap();
+        fs::File::options()
+            .write(true)
+            .truncate(true)
+            .open(self.directory.file("log"))
+            .unwrap();
+        text
     }
 
     /// `ssh`, up to the host's name.
