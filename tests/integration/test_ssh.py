@@ -193,6 +193,13 @@ def test_dynamic_forwarding_is_a_socks_proxy_in_the_task(users: Users) -> None:
             assert exchange(sock)
 
 
+def test_an_agent_of_the_user_answers_in_the_task(users: Users) -> None:
+    done = users.call("ssh-agent", "sh", "-c", f"ssh-add -q {users.key}; ssh -A -F {users.config} web ssh-add -l")
+    assert done.returncode == 0, done.stderr
+    fingerprint = users.call("ssh-keygen", "-l", "-f", str(users.key)).stdout.split()[1]
+    assert fingerprint in done.stdout
+
+
 def test_fifty_sessions_at_once_get_their_own_answers(users: Users) -> None:
     command = ["ssh", "-F", str(users.config), "web"]
     pipes: dict[str, Any] = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}

@@ -159,7 +159,18 @@ def test_sources_cite_pages_and_sections_of_the_documentation_that_exist() -> No
 def test_no_file_speaks_of_a_machine_an_unfinished_thought_or_a_promise_that_no_test_keeps() -> None:
     forbidden = re.compile(r"/work/|/tmp/kr|\b[Ii]ssue #?\d|\b(?:TODO|FIXME|XXX)\b|[Bb]lazing|[Ss]eamless|cutting-edge")
     suffixes = {".md", ".py", ".pyx", ".pyi", ".pxd", ".rs", ".toml", ".yml", ".json", ".in", ""}
-    for folder in ("kohakuriver", "kohakuriver-tunnel", "kohakuriver-sshd", "tests", "bench", "docs", "scripts", ".ci", ".github", "."):
+    for folder in (
+        "kohakuriver",
+        "kohakuriver-tunnel",
+        "kohakuriver-sshd",
+        "tests",
+        "bench",
+        "docs",
+        "scripts",
+        ".ci",
+        ".github",
+        ".",
+    ):
         for path in (ROOT / folder).glob("*" if folder == "." else "**/*"):
             built = {"target", "bin", "results", "__pycache__"}.intersection(path.parts)
             if path.is_file() and path.suffix in suffixes and not built and path != Path(__file__):
@@ -169,6 +180,11 @@ def test_no_file_speaks_of_a_machine_an_unfinished_thought_or_a_promise_that_no_
 
 def test_versions_agree() -> None:
     version = re.compile(r'^(?:__)?version(?:__)? = "([^"]+)"', re.MULTILINE)
-    files = ("pyproject.toml", "kohakuriver/__init__.py", "kohakuriver-tunnel/Cargo.toml", "kohakuriver-sshd/Cargo.toml")
+    files = (
+        "pyproject.toml",
+        "kohakuriver/__init__.py",
+        "kohakuriver-tunnel/Cargo.toml",
+        "kohakuriver-sshd/Cargo.toml",
+    )
     found = {version.findall((ROOT / name).read_text())[0] for name in files}
     assert len(found) == 1
