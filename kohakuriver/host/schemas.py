@@ -60,14 +60,15 @@ Url = Annotated[str, _matching(r"https?://[^\s/?#@]+", "it must be like http://n
 
 def _public_key(text: str) -> str:
     """Take only a line as `ssh-keygen` writes it: type, base64, and perhaps a comment; no options before it."""
-    kind, _, rest = text.strip().partition(" ")
+    line = text.strip()
+    kind, _, rest = line.partition(" ")
     try:
         blob = base64.b64decode(rest.split()[0], validate=True)
     except (ValueError, IndexError):
         blob = b""
-    if not kind or blob[: 4 + len(kind)] != len(kind).to_bytes(4, "big") + kind.encode() or not text.isprintable():
-        raise ValueError(f"{text[:40]!r} is no SSH public key; give the line of a file like ~/.ssh/id_ed25519.pub")
-    return text.strip()
+    if not kind or blob[: 4 + len(kind)] != len(kind).to_bytes(4, "big") + kind.encode() or not line.isprintable():
+        raise ValueError(f"{line[:40]!r} is no SSH public key; give the line of a file like ~/.ssh/id_ed25519.pub")
+    return line
 
 
 PublicKey = Annotated[str, AfterValidator(_public_key)]

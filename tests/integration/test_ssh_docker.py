@@ -7,6 +7,7 @@ import json
 import os
 import re
 import shutil
+import socket
 import subprocess
 from collections.abc import Iterator
 from pathlib import Path
@@ -14,7 +15,7 @@ from typing import Any
 
 import pytest
 
-from tests.cluster import eventually
+from tests.cluster import a_cluster, eventually
 from tests.integration.docker_images import (
     busybox_image,
     docker,
@@ -23,7 +24,7 @@ from tests.integration.docker_images import (
     single_binary_image,
     unprivileged_image,
 )
-from tests.ssh import Users, ours
+from tests.ssh import Users, make_key, ours
 
 pytestmark = pytest.mark.docker
 
@@ -116,3 +117,34 @@ def test_a_restarted_container_has_its_ssh_server_again_with_the_same_key(users:
 def test_no_port_of_the_node_is_published_for_ssh(users: Users) -> None:
     task = users.vps("closed", f"--image={busybox_image()}")
     assert docker("port", task["container"]) == ""
+
+
+def test_the_ssh_server_of_a_container_outlives_a_restart_of_the_runner(tmp_path: Path) -> None:
+    require_engine()
+    make_key(tmp_path / "key")
+    environment = {"KOHAKURIVER_TUNNEL_SSHD": ours()}
+    with a_cluster(tmp_path) as cluster:
+        runner = cluster.start_runner("n1", env=environment)
+        keys = [(tmp_path / "key.pub").read_text()]
+        task = cluster.create(image=busybox_image(), ssh=True, ssh_keys=keys)
+        try:
+            before = servers(task)
+            assert len(before) == 1
+            runner.end()
+            cluster.start_runner("n1", env=environment)
+            cluster.connected(task["task_id"])
+            assert servers(task) == before
+            assert cluster.task(task["task_id"])["ssh_host_key"] == task["ssh_host_key"]
+            host, _, port = cluster.host.ready["ssh_proxy"].rpartition(":")
+            with socket.create_connection((host, int(port)), 20) as sock, sock.makefile("rb") as answers:
+                sock.sendall(f"REQUEST_TUNNEL {task['task_id']} {cluster.token}\n".encode())
+                assert answers.readline() == b"SUCCESS\n"
+                assert answers.readline().startswith(b"SSH-2.0-")
+        finally:
+            cluster.call("DELETE", f"/api/tasks/{task['task_id']}")
+
+
+def servers(task: dict[str, Any]) -> list[str]:
+    """The SSH servers that run in a container, as the node numbers their processes."""
+    lines = docker("top", task["container"], "-eo", "pid,comm").splitlines()
+    return [line.split()[0] for line in lines if "tunnel-sshd" in line]
