@@ -24,7 +24,7 @@ const NO_SHELLS: [&str; 3] = ["nologin", "false", "sync"];
 pub struct User {
     /// The login name.
     pub name: String,
-    /// Where sessions begin.
+    /// Where sessions begin; `/` where the user's home is missing.
     pub home: PathBuf,
     /// The shell; None where there is none.
     pub shell: Option<PathBuf>,
@@ -51,7 +51,7 @@ impl User {
         Self {
             name: name.unwrap_or_else(|| if sys::user_id() == 0 { "root" } else { "user" }.into()),
             home: home
-                .filter(|home| home.is_absolute())
+                .filter(|home| home.is_absolute() && home.is_dir())
                 .unwrap_or_else(|| "/".into()),
             shell: found.into_iter().find(|shell| is_executable(shell)),
         }
@@ -315,11 +315,7 @@ fn command(order: &Order<'_>) -> Result<Command, String> {
 /// Where a program runs and what it finds in its environment.
 fn describe(order: &Order<'_>, command: &mut Command) {
     let user = order.user;
-    command.current_dir(if user.home.is_dir() {
-        &user.home
-    } else {
-        Path::new("/")
-    });
+    command.current_dir(&user.home);
     if std::env::var_os("PATH").is_none() {
         command.env("PATH", DEFAULT_PATH);
     }
