@@ -85,6 +85,7 @@ class MessageLink(asyncio.Protocol):
         self._ended = False
         self._given = 0
         self._taken_at_ping = 0
+        self._heard_since_ping = False
         self._last_received = self._loop.time()
         self._timer: asyncio.TimerHandle | None = None
 
@@ -175,6 +176,7 @@ class MessageLink(asyncio.Protocol):
 
     def data_received(self, data: bytes) -> None:
         self._last_received = self._loop.time()
+        self._heard_since_ping = True  # not told from the time: an answer may come in the clock's same tick
         self._frames.receive_data(data)
         self._handle()
 
@@ -273,6 +275,7 @@ class MessageLink(asyncio.Protocol):
             self._reset_timer(self.idle_ping, self._keepalive)
         else:
             self._taken_at_ping = self._taken()
+            self._heard_since_ping = False
             self._reset_timer(self.pong_wait, self._judge)
 
     def _taken(self) -> int:
@@ -280,9 +283,8 @@ class MessageLink(asyncio.Protocol):
         return self._given - self._transport.get_write_buffer_size()
 
     def _judge(self) -> None:
-        idle = self._loop.time() - self._last_received
         slow_yet_alive = self._taken() > self._taken_at_ping
-        if self._paused or slow_yet_alive or idle < self.pong_wait:
+        if self._paused or slow_yet_alive or self._heard_since_ping:
             self._reset_timer(self.idle_ping, self._keepalive)
         else:
             self.close_reason = f"no answer to a ping for {self.pong_wait:g} s"
