@@ -11,7 +11,7 @@ import pytest
 
 from kohakuriver.errors import KohakuRiverError, NotFoundError, UnavailableError
 from kohakuriver.runner import tasks
-from kohakuriver.runner.backends.base import Backend
+from kohakuriver.runner.backends.base import Backend, ExecRequest, ExecSession
 from kohakuriver.runner.state import State, TaskRecord
 from kohakuriver.runner.tasks import TaskManager
 
@@ -57,6 +57,9 @@ class Obedient(Backend):
     async def remove(self, task: TaskRecord) -> None:
         self.did.append("remove")
         self.running.discard(task.container)
+
+    async def exec(self, task: TaskRecord, request: ExecRequest) -> ExecSession:
+        raise UnavailableError(f"There is nothing to run in {task.name}.")
 
     async def close(self, tasks: list[TaskRecord], *, stop_tasks: bool) -> None:
         self.did.append("close")
@@ -287,5 +290,21 @@ def test_the_state_directory_is_for_its_owner_alone(run: Run, tmp_path: Path) ->
         assert (tmp_path / "state").stat().st_mode & 0o077 == 0
         for name in ("secret", "tasks.json", "ticket-key"):
             assert (tmp_path / "state" / name).stat().st_mode & 0o077 == 0
+
+    run(check())
+
+
+def test_a_command_runs_only_in_a_task_that_is_there_and_runs(run: Run, tmp_path: Path) -> None:
+    async def check() -> None:
+        bench = Bench(tmp_path)
+        manager = await bench.open()
+        with pytest.raises(NotFoundError):
+            await manager.exec(1, ExecRequest())
+        await manager.create(a_task())
+        with pytest.raises(UnavailableError, match="nothing to run in web1"):  # as the backend says
+            await manager.exec(1, ExecRequest())
+        await manager.stop("c1")
+        with pytest.raises(UnavailableError, match="vps restart web1"):
+            await manager.exec(1, ExecRequest())
 
     run(check())
