@@ -496,7 +496,8 @@ class Link(asyncio.BufferedProtocol):
             self._ping_sent = None
             self._ping()
             self._reset_timer(self.idle_ping, self._keepalive)
-        elif self._ping_sent is not None and self._last_received <= self._ping_sent:
+        # An answer may come in the same tick of the loop's clock as the ping; nothing else came in it, we were idle.
+        elif self._ping_sent is not None and self._last_received < self._ping_sent:
             if self._written() > self._written_at_ping:  # slow, yet alive; our ping may not even have left
                 self._begin_wait(now)
             elif now - self._ping_sent >= self.pong_wait:
