@@ -12,6 +12,7 @@ use crate::flow::Budget;
 use crate::link::{Link, MAX_PAYLOAD};
 use crate::log;
 use crate::protocol::Header;
+use crate::settings::Settings;
 
 /// Tokens below this are not streams'.
 pub const FIRST_STREAM: usize = 2;
@@ -80,6 +81,8 @@ pub struct Context {
     pub link: Link,
     /// What windows are taken from.
     pub budget: Budget,
+    /// How long streams wait.
+    pub settings: Settings,
     /// The time as of this turn of the loop.
     pub now: Instant,
     /// Counted for the log.
@@ -96,10 +99,11 @@ pub struct Context {
 
 impl Context {
     /// What the streams of a new link share.
-    pub fn new(link: Link, now: Instant) -> Self {
+    pub fn new(link: Link, settings: &Settings, now: Instant) -> Self {
         Self {
             link,
-            budget: Budget::default(),
+            budget: Budget::new(settings),
+            settings: settings.clone(),
             now,
             counters: Counters::default(),
             holding: 0,

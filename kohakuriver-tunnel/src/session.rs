@@ -15,6 +15,7 @@ use crate::link::Link;
 use crate::log;
 use crate::message::{Item, Reader};
 use crate::protocol::{self, HEADER, Header, MAX_SENT, TCP, UDP, Violation, close, kind};
+use crate::settings::Settings;
 use crate::tcp::Tcp;
 use crate::udp::Udp;
 
@@ -103,8 +104,8 @@ pub struct Session<'p> {
 }
 
 /// Serves one link until it ends. `early` is what followed the handshake.
-pub fn run(poll: &mut Poll, sock: TcpStream, early: &[u8], v2: bool) -> End {
-    let mut session = Session::new(poll, sock, v2);
+pub fn run(poll: &mut Poll, sock: TcpStream, early: &[u8], v2: bool, settings: &Settings) -> End {
+    let mut session = Session::new(poll, sock, v2, settings);
     let end = session.serve(early).unwrap_err();
     session.abandon();
     log!(Debug, "{}", session.context.counters);
@@ -112,11 +113,11 @@ pub fn run(poll: &mut Poll, sock: TcpStream, early: &[u8], v2: bool) -> End {
 }
 
 impl<'p> Session<'p> {
-    fn new(poll: &'p mut Poll, sock: TcpStream, v2: bool) -> Self {
+    fn new(poll: &'p mut Poll, sock: TcpStream, v2: bool, settings: &Settings) -> Self {
         let now = Instant::now();
         Self {
             poll,
-            context: Context::new(Link::new(sock), now),
+            context: Context::new(Link::new(sock), settings, now),
             v2,
             readable: true,
             read_closed: false,

@@ -15,8 +15,6 @@ use crate::queue::Queue;
 use crate::sys;
 
 const DIAL_TIMEOUT: Duration = Duration::from_secs(10);
-/// How long a v1 stream whose service has ended its side waits for the user's side (§3 rule 4).
-const LINGER: Duration = Duration::from_secs(2);
 /// How long the last bytes of a closed stream wait for a service that doesn't read.
 const DRAIN_TIMEOUT: Duration = Duration::from_secs(60);
 /// A v1 stream that holds more than this stops the reading of the whole link (§3 rule 6).
@@ -359,7 +357,8 @@ impl Tcp {
         if self.inbound.is_some() {
             context.send(Header::new(kind::EOF, TCP, self.id), &[]);
         } else {
-            self.arm(context, LINGER);
+            // v1 has no EOF: the user's side may still have something to say (§3 rule 4).
+            self.arm(context, context.settings.linger);
         }
         if self.in_done { Fate::Over } else { Fate::Live }
     }
@@ -375,7 +374,7 @@ impl Tcp {
         if let Some(inbound) = &mut self.inbound {
             inbound.receive(length)?;
         } else if self.out_done {
-            self.deadline = Some(context.now + LINGER);
+            self.deadline = Some(context.now + context.settings.linger);
         }
         Ok(())
     }
