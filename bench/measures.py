@@ -73,12 +73,14 @@ def bulk(run: str, contender: Contender, seconds: float) -> dict[str, float]:
 
 def iperf(argv: Sequence[str], contender: Contender) -> dict[str, float]:
     """What the receiver of one iperf3 run counted: `bytes` and `bits_per_second`."""
-    for _ in range(50):
+    for _ in range(20):
         result = subprocess.run(argv, capture_output=True, text=True, timeout=120, check=False)
-        if "the server is busy" not in result.stdout:
+        report = json.loads(result.stdout or "{}")
+        if not result.returncode or report.get("start", {}).get("connected"):
             break
-        time.sleep(0.1)  # it is still ending the run before this one, and has no way to say when it has
-    received: dict[str, float] = (json.loads(result.stdout or "{}").get("end") or {}).get("sum_received") or {}
+        # The server is still ending the run before this one and turned us away. It has no way to say when it has ended.
+        time.sleep(0.2)
+    received: dict[str, float] = (report.get("end") or {}).get("sum_received") or {}
     if not received.get("bytes"):
         raise RuntimeError(f"iperf3 through {contender.name} failed: {result.stdout[-500:]}{contender.log()}")
     return received
