@@ -14,6 +14,7 @@ import pytest
 import typer.main
 
 from kohakuriver.cli.main import app
+from kohakuriver.tunnel import settings
 
 ROOT = Path(__file__).resolve().parents[2]
 PAGES = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md")])
@@ -154,6 +155,15 @@ def test_sources_cite_pages_and_sections_of_the_documentation_that_exist() -> No
         for name, section in re.findall(r"(docs/[\w/-]+\.md)(?: §(\d+))?", source.read_text()):
             assert (ROOT / name).exists(), f"{source}: {name}"
             assert not section or f"\n## {section}. " in (ROOT / name).read_text(), f"{source}: {name} §{section}"
+
+
+def test_the_tuning_page_has_every_setting_with_its_default() -> None:
+    rows = re.findall(
+        r"^\| `KOHAKURIVER_(\w+)` \| `(\w+)` \| ([\d.]+) \|", (ROOT / "docs/guide/tuning.md").read_text(), re.M
+    )
+    assert [name.lower() for name, _, _ in rows] == [name for _, name, _ in rows] == list(settings.NAMES)
+    documented = {name: value for _, name, value in rows}
+    assert settings.endpoint_config(documented.__getitem__) == settings.endpoint_config(lambda name: None)
 
 
 def test_no_file_speaks_of_a_machine_an_unfinished_thought_or_a_promise_that_no_test_keeps() -> None:
