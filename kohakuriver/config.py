@@ -146,6 +146,13 @@ class Settings(BaseSettings):
     host: str = ""
     token: str | None = Field(default=None, repr=False)
     ssh_proxy: str = ""
+    # What a forward's streams may hold and how long they wait; None is the default. Checked where they are used.
+    window_first: int | None = None
+    window_max: int | None = None
+    window_budget: int | None = None
+    linger: float | None = None
+    udp_idle: float | None = None
+    udp_peers: int | None = None
 
     @classmethod
     def settings_customise_sources(
@@ -191,7 +198,8 @@ def load_settings(*, host: str | None = None, token: str | None = None, ssh_prox
     """
     flags = {"host": host, "token": token, "ssh_proxy": ssh_proxy}
     try:
-        return Settings(**{name: value for name, value in flags.items() if value is not None})
+        given: dict[str, Any] = {name: value for name, value in flags.items() if value is not None}
+        return Settings(**given)
     except ValidationError as error:
         first = error.errors(include_url=False)[0]
         name = ".".join(str(part) for part in first["loc"]) or "settings"

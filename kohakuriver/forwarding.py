@@ -25,6 +25,7 @@ from kohakuriver.loops import new_event_loop
 from kohakuriver.tunnel.endpoint import EndpointStats, ListeningSocket, UserEndpoint
 from kohakuriver.tunnel.handshake import open_session
 from kohakuriver.tunnel.link import Link
+from kohakuriver.tunnel.settings import endpoint_config
 
 __all__ = [
     "Closed",
@@ -207,7 +208,12 @@ class Forwarder:
         self._closing = False
         self._opened_at = 0.0
         self._keeper: asyncio.Task[None] | None = None
-        self._endpoint = UserEndpoint(on_stream_error=self._stream_failed, on_detach=self._detached)
+        self.endpoint_config = endpoint_config(lambda name: getattr(settings, name))
+        self._endpoint = UserEndpoint(
+            config=self.endpoint_config,
+            on_stream_error=self._stream_failed,
+            on_detach=self._detached,
+        )
 
     async def start(self) -> None:
         """Bind the local addresses, then open the session.

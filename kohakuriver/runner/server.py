@@ -27,6 +27,7 @@ from kohakuriver.runner.tasks import TaskManager
 from kohakuriver.runner.tunnel_helper import TunnelHelper
 from kohakuriver.runner.tunnel_server import TunnelServer
 from kohakuriver.tunnel.server import serve_ws
+from kohakuriver.tunnel.settings import from_environment
 from kohakuriver.web import (
     Server,
     bind,
@@ -106,6 +107,7 @@ class Runner:
             check_ticket=lambda credential: self._registration.check_ticket(credential, "forward"),
             address_of=self._tasks.address_of,
             on_tunnel_change=self._tasks.tunnel_changed,
+            config=from_environment(),
         )
         self._tasks.drop = self._tunnels.drop
         self._server = Server(

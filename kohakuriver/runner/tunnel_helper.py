@@ -16,6 +16,7 @@ from pathlib import Path
 import kohakuriver
 from kohakuriver.errors import UnavailableError
 from kohakuriver.runner.state import State
+from kohakuriver.tunnel.settings import variables
 
 __all__ = ["INSIDE", "TunnelHelper"]
 
@@ -32,6 +33,8 @@ class TunnelHelper:
     def __init__(self, state: State) -> None:
         self._state = state
         self._source = _find_binary()
+        self.settings = variables()
+        """Windows and times that every task's tunnel client is told, unless the task's own environment has others."""
 
     @property
     def has_binary(self) -> bool:

@@ -15,7 +15,7 @@ import structlog
 
 from kohakuriver._frame import WHOLE, WS_TEXT, FrameWalker, RelayWalker, RoutingTable, build_frame
 from kohakuriver.errors import NotAllowedError, UnauthenticatedError, UnavailableError, UsageError
-from kohakuriver.tunnel.endpoint import ContainerEndpoint
+from kohakuriver.tunnel.endpoint import ContainerEndpoint, EndpointConfig
 from kohakuriver.tunnel.link import Assembler, Link
 from kohakuriver.tunnel.protocol import (
     CLOSE,
@@ -298,6 +298,7 @@ class TunnelServer:
         check_ticket: the ticket's claims; raises UnauthenticatedError or NotAllowedError.
         address_of: the IP of a container id of the address backend, which the runner dials itself, else None.
         on_tunnel_change: called with (container id, connected).
+        config: windows and times of the streams that the runner dials itself.
     """
 
     def __init__(
@@ -308,12 +309,14 @@ class TunnelServer:
         check_ticket: Callable[[str], Ticket],
         address_of: Callable[[str], str | None],
         on_tunnel_change: Callable[[str, bool], None] = lambda container, connected: None,
+        config: EndpointConfig | None = None,
     ) -> None:
         self.allow_anonymous = allow_anonymous
         self.check_tunnel_token = check_tunnel_token
         self.check_ticket = check_ticket
         self.address_of = address_of
         self.on_tunnel_change = on_tunnel_change
+        self.config = config
         self.tunnels: dict[str, Tunnel] = {}
         self.sessions: dict[Session, None] = {}
         self.direct: dict[DirectSession, None] = {}
@@ -509,7 +512,9 @@ class _ForwardPath:
     def _open_direct(
         self, request: UpgradeRequest, container: str, port: int, allows: Callable[[int], bool], address: str
     ) -> None:
-        endpoint = ContainerEndpoint((address,), where=f"at {address}", allowed_port=allows, default_port=port)
+        endpoint = ContainerEndpoint(
+            (address,), config=self.server.config, where=f"at {address}", allowed_port=allows, default_port=port
+        )
         session = DirectSession(self.server, container, endpoint)
         session.link = request.accept(FrameWalker(masked=True), session)
         greet(session.link, "CONNECTED")

@@ -18,12 +18,13 @@ from pathlib import Path
 from urllib.parse import quote
 
 from kohakuriver._frame import FrameWalker
-from kohakuriver.errors import KohakuRiverError
+from kohakuriver.errors import KohakuRiverError, UsageError
 from kohakuriver.loops import run
 from kohakuriver.tunnel.endpoint import ContainerEndpoint, EndpointConfig
 from kohakuriver.tunnel.handshake import open_link
 from kohakuriver.tunnel.link import Link
 from kohakuriver.tunnel.protocol import CloseCode
+from kohakuriver.tunnel.settings import from_environment
 
 FIRST_RETRY = 0.1
 # A tunnel that lived this many seconds was a good one: the backoff starts anew.
@@ -146,6 +147,7 @@ async def _work(arguments: argparse.Namespace) -> int:
         token=token,
         reconnect_delay=arguments.reconnect_delay,
         max_reconnect=arguments.max_reconnect,
+        config=from_environment(),
     )
     serving = asyncio.ensure_future(client.serve())
     stopped: asyncio.Future[int] = asyncio.get_running_loop().create_future()
@@ -196,6 +198,9 @@ def main() -> int:
     logging.basicConfig(stream=sys.stderr, level=level, format="%(name)s: %(message)s")
     try:
         return run(_work(arguments))
+    except UsageError as error:
+        print(f"tunnel-client: {error.message}", file=sys.stderr)
+        return error.exit_code
     except OSError as exc:
         print(f"tunnel-client: {exc.filename}: {exc.strerror}", file=sys.stderr)
         return 1

@@ -261,7 +261,8 @@ class DockerBackend(Backend):
 
     def _config(self, task: TaskRecord) -> dict[str, Any]:
         assert task.tunnel_url is not None
-        env = {**task.env, **self._helper.container_environment(task.container, task.tunnel_url)}
+        tunnel = self._helper.container_environment(task.container, task.tunnel_url)
+        env = {**self._helper.settings, **task.env, **tunnel}
         mounts = [
             {"Type": "bind", "Source": str(source), "Target": target, "ReadOnly": True}
             for source, target in self._helper.mounts(task.container)
@@ -369,7 +370,8 @@ class DockerBackend(Backend):
         with _sentences("put the tunnel client into the container"):
             if task.adopted:
                 await container.put_archive("/", self._helper.archive(task.container))
-            client = await container.exec(self._helper.adopted_command(task.container, url), stdout=False, stderr=False)
+            command = self._helper.adopted_command(task.container, url)
+            client = await container.exec(command, stdout=False, stderr=False, environment=self._helper.settings)
             await client.start(detach=True)
         task.exec_id = client.id
         task.exec_start = show["State"]["StartedAt"]

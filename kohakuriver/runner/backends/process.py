@@ -88,7 +88,7 @@ class ProcessBackend(Backend):
                     stdout=output,
                     stderr=output,
                     cwd=work,
-                    env={**inherited, **task.env, **tunnel, guard.MARK: run},
+                    env={**inherited, **self._helper.settings, **task.env, **tunnel, guard.MARK: run},
                     start_new_session=True,
                 )
             except OSError as error:
