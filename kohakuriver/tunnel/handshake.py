@@ -235,16 +235,17 @@ async def open_session(
     loop = asyncio.get_running_loop()
     deadline = loop.time() + timeout
     link = await open_link(url, walker, greeting, token=token, subprotocols=subprotocols, ssl=ssl, timeout=timeout)
+    opened = False
     try:
         text = await asyncio.wait_for(greeting.text, max(0.0, deadline - loop.time()))
         if text != "CONNECTED":
             raise greeting_error(text)
+        opened = True
     except asyncio.TimeoutError as exc:
-        link.abort()
         raise HostUnreachableError(f"no CONNECTED within {timeout:g} s", code="timed_out", status=504) from exc
-    except BaseException:
-        link.close(1000)
-        raise
+    finally:
+        if not opened:
+            link.abort()
     return link
 
 

@@ -9,7 +9,6 @@ from collections.abc import Callable, Coroutine
 from dataclasses import dataclass, field
 from typing import Any
 
-import pytest
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import Bundle, RuleBasedStateMachine, initialize, invariant, rule
@@ -17,9 +16,10 @@ from hypothesis.stateful import Bundle, RuleBasedStateMachine, initialize, invar
 from kohakuriver import loops
 from kohakuriver._frame import FrameWalker
 from kohakuriver.tunnel import stream as rules
-from kohakuriver.tunnel.endpoint import ContainerEndpoint, EndpointConfig, TcpStream, UserEndpoint
+from kohakuriver.tunnel.endpoint import ContainerEndpoint, EndpointConfig, UserEndpoint
 from kohakuriver.tunnel.link import Link
 from kohakuriver.tunnel.stream import State
+from kohakuriver.tunnel.tcp import TcpStream
 from tests.fakes import FakeTransport
 
 PORT = 7
