@@ -24,6 +24,7 @@ from kohakuriver.runner.backends.process import ProcessBackend
 from kohakuriver.runner.registration import NodeIdentity, Registration
 from kohakuriver.runner.state import State
 from kohakuriver.runner.tasks import TaskManager
+from kohakuriver.runner.traffic import COUNTS
 from kohakuriver.runner.tunnel_helper import TunnelHelper
 from kohakuriver.runner.tunnel_server import TunnelServer
 from kohakuriver.tunnel.server import serve_ws
@@ -44,7 +45,8 @@ __all__ = ["RunnerOptions", "main", "serve"]
 log = structlog.get_logger("kohakuriver.runner")
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,62}")
-_TRAFFIC = ("bytes_to_container", "bytes_to_user", "sessions", "streams")
+_TRAFFIC = (*COUNTS, "sessions", "streams")
+_TASK_TRAFFIC = (*_TRAFFIC, "version", "to_container_per_second", "to_user_per_second")
 
 
 @dataclass(frozen=True)
@@ -122,6 +124,11 @@ class Runner:
 
     def _make_backends(self, names: Sequence[str], state: State) -> dict[str, Backend]:
         helper = TunnelHelper(state)
+        if not helper.has_binary:
+            log.warning(
+                "there is no static tunnel client here: process tasks use the Python one, which costs more processor "
+                "time, and no container can be started; to have it, install kohakuriver again where cargo is"
+            )
         report = self._tasks.report
         made: dict[str, Backend] = {"address": AddressBackend(report)}
         for name in names:
@@ -168,7 +175,11 @@ class Runner:
 
     def _heartbeat(self) -> dict[str, Any]:
         snapshot = self._tunnels.snapshot()
-        return {"tasks": self._tasks.reports(), "traffic": {name: snapshot[name] for name in _TRAFFIC}}
+        reports = self._tasks.reports()
+        for report in reports:
+            seen = snapshot["containers"].get(report["container"], {})
+            report["traffic"] = {name: seen.get(name, 0) for name in _TASK_TRAFFIC}
+        return {"tasks": reports, "traffic": {name: snapshot[name] for name in _TRAFFIC}}
 
     async def _remove(self, task_id: int) -> None:
         for task in self._tasks.all():

@@ -123,7 +123,5 @@ class TunnelHelper:
 def _find_binary() -> Path | None:
     built_in = Path(kohakuriver.__file__).parent / "bin" / _BINARY
     named = os.environ.get("KOHAKURIVER_TUNNEL_CLIENT")
-    for path in (Path(named).absolute() if named else built_in, built_in):
-        if os.access(path, os.X_OK) and path.is_file():
-            return path
-    return None
+    path = Path(named).absolute() if named else built_in
+    return path if os.access(path, os.X_OK) and path.is_file() else None
