@@ -56,6 +56,7 @@ pub struct Counters {
     pub ignored: u64,
     pub udp_dropped: u64,
     pub udp_refused: u64,
+    pub stalls: u64,
 }
 
 impl fmt::Display for Counters {

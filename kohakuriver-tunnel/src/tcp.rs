@@ -227,6 +227,7 @@ impl Tcp {
         self.sent += length as u64;
         context.counters.bytes_to_user += length as u64;
         self.readable = length == most || self.read_closed;
+        context.counters.stalls += u64::from(self.sent == self.limit);
         context
             .link
             .send_payload(Header::new(kind::DATA, TCP, self.id), length)?;

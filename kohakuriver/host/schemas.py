@@ -140,6 +140,7 @@ class TaskReport(BaseModel):
     revision: int = 0
     engine_name: str | None = None
     image: str | None = None
+    traffic: dict[str, int] = Field(default={}, exclude=True)  # kept with the node: it is no change of the task
 
 
 class Heartbeat(BaseModel):
@@ -186,6 +187,7 @@ class TaskView(BaseModel):
     created_at: str
     message: str | None
     owner: str
+    traffic: dict[str, int]
 
 
 def iso_time(seconds: float) -> str:

@@ -105,6 +105,7 @@ class Tasks:
                 "created_at": iso_time(task.created_at),
                 "message": f"node {node.name} is offline" if lost else task.message,
                 "owner": task.owner,
+                "traffic": {} if lost else node.traffic.get("tasks", {}).get(str(task.task_id), {}),
             }
         )
 

@@ -34,6 +34,7 @@ from kohakuriver.tunnel.protocol import (
     PROTO_UDP,
     WINDOW,
     Message,
+    counts,
 )
 from kohakuriver.tunnel.stream import Event, State
 from kohakuriver.tunnel.tcp import TcpStream, error_text
@@ -44,6 +45,7 @@ SHARED_READ = 256 * 1024  # with several busy streams no one of them takes more 
 ALONE = 16  # reads in a row of one stream after which it counts as the only busy one
 MAX_CONTROL = 1 << 20
 LISTEN_BACKLOG = 4096
+REPORT_EVERY = 2.0
 
 
 @dataclass
@@ -104,6 +106,8 @@ class Endpoint:
         self._in_a_row = 0
         self._assembler = Assembler(MAX_CONTROL)
         self._sweeper: asyncio.TimerHandle | None = None
+        self._reporter: asyncio.TimerHandle | None = None
+        self._reported = (0, 0)
 
     def stats(self) -> EndpointStats:
         """The totals so far."""
@@ -202,6 +206,9 @@ class Endpoint:
         if self._sweeper is not None:
             self._sweeper.cancel()
             self._sweeper = None
+        if self._reporter is not None:
+            self._reporter.cancel()
+            self._reporter = None
         for stream in list(self.streams.values()):
             if isinstance(stream, TcpStream):
                 stream.reset()
@@ -265,6 +272,18 @@ class Endpoint:
         self.opened += 1
         if isinstance(stream, UdpStream) and self._sweeper is None:
             self._sweep()
+        if self._reporter is None and self.link is not None and self.link.version >= 2:
+            self._reporter = asyncio.get_running_loop().call_later(REPORT_EVERY, self._report)
+
+    def _report(self) -> None:
+        """Tell the runner what only endpoints can count (docs/protocol.md §3), for as long as there are streams."""
+        link, now = self.link, (self.udp_dropped, self.stalls)
+        if link is not None and now != self._reported:
+            dropped, stalls = now[0] - self._reported[0], now[1] - self._reported[1]
+            self._reported = now
+            link.post(counts(dropped, stalls, link.keys.next() if link.keys is not None else -1))
+        loop = asyncio.get_running_loop()
+        self._reporter = loop.call_later(REPORT_EVERY, self._report) if self.streams else None
 
     def _sweep(self) -> None:
         """Close the UDP streams on which nothing came for a while."""

@@ -29,6 +29,7 @@ TASK_FIELDS = {
         "message",
     ),
     "owner",
+    "traffic",
 }
 
 
