@@ -193,6 +193,7 @@ class Link(asyncio.BufferedProtocol):
         self._timer: asyncio.TimerHandle | None = None
         self._last_received = self._loop.time()
         self._ping_sent: float | None = None
+        self._received_at_ping = 0
         self._written_at_ping = 0
         self._finishing = False
         self._failed = False
@@ -496,10 +497,13 @@ class Link(asyncio.BufferedProtocol):
             self._ping_sent = None
             self._ping()
             self._reset_timer(self.idle_ping, self._keepalive)
-        elif self._ping_sent is not None and self._last_received <= self._ping_sent:
-            if self._written() > self._written_at_ping:  # slow, yet alive; our ping may not even have left
+        elif self._ping_sent is not None and self.bytes_received == self._received_at_ping:
+            late = now - self._ping_sent - self.pong_wait
+            # It may be slow, yet alive: our ping has perhaps not even left. And a timer that is so late means that it
+            # was us who slept: what came meanwhile is read after this.
+            if self._written() > self._written_at_ping or late > self.pong_wait / 2:
                 self._begin_wait(now)
-            elif now - self._ping_sent >= self.pong_wait:
+            elif late >= 0:
                 self.close_reason = f"no answer to a ping for {self.pong_wait:g} s"
                 self.abort()
             else:
@@ -517,8 +521,10 @@ class Link(asyncio.BufferedProtocol):
 
     def _begin_wait(self, now: float) -> None:
         self._ping_sent = now
+        # Bytes tell what the clock does not: an answer may come within one of its ticks.
+        self._received_at_ping = self.bytes_received
         self._written_at_ping = self._written()
-        self._reset_timer(self.pong_wait, self._keepalive)
+        self._reset_timer(min(self.idle_ping, self.pong_wait), self._keepalive)
 
     def _written(self) -> int:
         """Bytes that the kernel has taken so far."""
