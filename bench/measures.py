@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import json
+import os
 import socket
 import statistics
 import subprocess
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 
-from bench.contenders import Contender
+from bench.contenders import HOPS, Contender
+from bench.echo import BLOCK
 
-REQUEST = b"x" * 64
+ROUND_TRIPS = 1500
+BLOCKS = 600
 
 
 @dataclass(frozen=True)
@@ -34,6 +38,17 @@ MEASURES = {
     "loaded_p99": Measure("µs", False),
     "connect": Measure("1/s", True),
 }
+# What a chain costs as a whole; the rest says which hop it is that costs.
+HEADLINES = tuple(MEASURES)
+# The workloads whose cost is told hop by hop. Each request waits for the reply before it, so that however busy the
+# machine is, every hop reads and writes each message once: the shares repeat to a few per cent.
+WAYS = {"rtt": "64 bytes there and back", "up": "32 KiB to the task", "down": "32 KiB from the task"}
+MEASURES |= {f"{hop}_share_{way}": Measure("", False) for hop in HOPS for way in WAYS}
+
+
+def of_hops(way: str) -> tuple[str, ...]:
+    return tuple(f"{hop}_share_{way}" for hop in HOPS)
+
 
 # Measures that one run gives together.
 RUNS: dict[str, tuple[str, ...]] = {
@@ -43,6 +58,7 @@ RUNS: dict[str, tuple[str, ...]] = {
     "rtt": ("rtt_p50", "rtt_p99"),
     "loaded": ("loaded_p50", "loaded_p99"),
     "connect": ("connect",),
+    **{f"hops_{way}": of_hops(way) for way in WAYS},
 }
 
 IPERF_OPTIONS = {"bulk_up": (), "bulk_down": ("-R",), "bulk_8": ("-R", "-P", "8")}
@@ -53,12 +69,47 @@ def run_once(run: str, contender: Contender, seconds: float) -> dict[str, float]
     if run in IPERF_OPTIONS:
         return bulk(run, contender, seconds)
     if run == "rtt":
-        p50, p99 = round_trips(contender.echo, 1500)
+        p50, p99 = round_trips(contender.echo, ROUND_TRIPS)
         return {"rtt_p50": p50, "rtt_p99": p99}
+    if run.startswith("hops_"):
+        return shares(contender, run.removeprefix("hops_")) if contender.hops else {}
     if run == "loaded":
         p50, p99 = loaded_round_trips(contender, seconds)
         return {"loaded_p50": p50, "loaded_p99": p99}
     return {"connect": connects_per_second(contender.echo, 200)}
+
+
+@contextmanager
+def on_one_cpu(pids: Sequence[int], cpu: int) -> Iterator[None]:
+    """Which hops share a processor, and its caches, is chance, and lasts for a whole run: so all of them share one."""
+    before = [os.sched_getaffinity(pid) for pid in pids]
+    for pid in pids:
+        os.sched_setaffinity(pid, {cpu})
+    try:
+        yield
+    finally:
+        for pid, cpus in zip(pids, before, strict=True):
+            os.sched_setaffinity(pid, cpus)
+
+
+def shares(contender: Contender, way: str) -> dict[str, float]:
+    """What each hop spends on requests of one of WAYS, in terms of what the other hops spend on average.
+
+    All of them moved the same bytes in the same moment, so whatever else the machine did slowed all of them.
+    """
+    port, request, reply = {
+        "rtt": (contender.echo, 64, 64),
+        "up": (contender.take, BLOCK, 1),
+        "down": (contender.give, 1, BLOCK),
+    }[way]
+    seconds = [0.0 for _ in HOPS]
+    for cpu in sorted(os.sched_getaffinity(0)):
+        with on_one_cpu(contender.hops, cpu):
+            before = contender.hop_seconds()
+            round_trips(port, BLOCKS, request=request, reply=reply)
+            seconds = [s + now - then for s, now, then in zip(seconds, contender.hop_seconds(), before, strict=True)]
+    others = [(sum(seconds) - own) / (len(seconds) - 1) for own in seconds]
+    return {f"{hop}_share_{way}": own / other for hop, own, other in zip(HOPS, seconds, others, strict=True)}
 
 
 def bulk(run: str, contender: Contender, seconds: float) -> dict[str, float]:
@@ -76,14 +127,13 @@ def iperf(argv: Sequence[str], contender: Contender) -> dict[str, float]:
     for _ in range(20):
         result = subprocess.run(argv, capture_output=True, text=True, timeout=120, check=False)
         report = json.loads(result.stdout or "{}")
-        if not result.returncode or report.get("start", {}).get("connected"):
-            break
-        # The server is still ending the run before this one and turned us away. It has no way to say when it has ended.
+        received: dict[str, float] = (report.get("end") or {}).get("sum_received") or {}
+        if received.get("bytes"):
+            return received
+        # With -J a failed run exits with 0 too. The usual reason is that the server is still ending the run before
+        # this one and turned us away; it has no way to say when it has ended.
         time.sleep(0.2)
-    received: dict[str, float] = (report.get("end") or {}).get("sum_received") or {}
-    if not received.get("bytes"):
-        raise RuntimeError(f"iperf3 through {contender.name} failed: {result.stdout[-500:]}{contender.log()}")
-    return received
+    raise RuntimeError(f"iperf3 through {contender.name} failed: {result.stdout[-500:]}{contender.log()}")
 
 
 def receive(connection: socket.socket, count: int) -> None:
@@ -94,15 +144,16 @@ def receive(connection: socket.socket, count: int) -> None:
         count -= len(data)
 
 
-def round_trips(port: int, count: int, warm_up: int = 50) -> tuple[float, float]:
-    """Median and 99th percentile of a 64-byte request and its reply, in microseconds."""
+def round_trips(port: int, count: int, *, warm_up: int = 50, request: int = 64, reply: int = 64) -> tuple[float, float]:
+    """Median and 99th percentile of a request and its reply (sizes in bytes), in microseconds."""
+    data = b"x" * request
     times = []
     with socket.create_connection(("127.0.0.1", port), 10) as connection:
         connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         for number in range(count + warm_up):
             start = time.perf_counter()
-            connection.sendall(REQUEST)
-            receive(connection, len(REQUEST))
+            connection.sendall(data)
+            receive(connection, reply)
             if number >= warm_up:
                 times.append((time.perf_counter() - start) * 1e6)
     return statistics.median(times), statistics.quantiles(times, n=100)[98]

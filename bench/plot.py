@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 from xml.sax.saxutils import escape
 
-from bench.measures import MEASURES
+from bench.measures import HEADLINES, MEASURES
 
 if TYPE_CHECKING:
     from bench.chain import Results
@@ -50,12 +50,13 @@ def ratio_plot(results: Results, titles: dict[str, str]) -> str:
     """The medians of `results` as an SVG document; `titles` names the contenders in the order of their bars."""
     colours = dict(zip(titles, COLOURS, strict=False))
     height = HEADING + len(titles) * BAR_HEIGHT + 22
-    rows = -(-len(results.samples) // COLUMNS)
+    measures = [measure for measure in HEADLINES if measure in results.samples]
+    rows = -(-len(measures) // COLUMNS)
     parts, x = [], 16.0
     for name, title in titles.items():
         parts += [bar(x, 16, 14, colours[name]), text(x + 20, 27, title)]
         x += 40 + 7 * len(title)
-    for index, measure in enumerate(results.samples):
+    for index, measure in enumerate(measures):
         values = {name: results.median(measure, name) for name in titles}
         left, top = 16 + index % COLUMNS * PANEL_WIDTH, 52 + index // COLUMNS * height
         parts += panel(left, top, measure, values, colours)
