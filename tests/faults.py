@@ -66,7 +66,7 @@ class FaultProxy:
 
     async def _pump(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         writer.transport.set_write_buffer_limits(high=0)
-        with contextlib.suppress(ConnectionError):
+        with contextlib.suppress(OSError, RuntimeError):  # uvloop raises RuntimeError for a transport that is closed
             while data := await reader.read(PIECE):
                 await self._moving.wait()
                 if self.latency or self.slow:

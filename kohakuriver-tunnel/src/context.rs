@@ -217,6 +217,7 @@ fn error_text(error: &io::Error, port: u16) -> String {
         Some(libc::EHOSTUNREACH) => ("EHOSTUNREACH", "the container has no route to itself"),
         Some(libc::ENETUNREACH) => ("ENETUNREACH", "the container has no loopback network"),
         Some(libc::EADDRNOTAVAIL) => ("EADDRNOTAVAIL", "the container has no free local port"),
+        Some(libc::EPROTO) => ("EPROTO", "more was sent than the window allows"),
         Some(libc::EPROTONOSUPPORT) => ("EPROTONOSUPPORT", "only TCP and UDP are carried"),
         Some(libc::ENOBUFS | libc::ENOMEM) => ("ENOBUFS", "the node is out of memory"),
         _ => return format!("EIO: {error}"),

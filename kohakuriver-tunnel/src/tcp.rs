@@ -121,27 +121,26 @@ impl Tcp {
     }
 
     /// DATA from the user's side, in pieces.
-    pub fn on_data(
-        &mut self,
-        pieces: &[IoSlice<'_>],
-        context: &mut Context,
-    ) -> Result<Fate, Violation> {
+    pub fn on_data(&mut self, pieces: &[IoSlice<'_>], context: &mut Context) -> Fate {
         let length = pieces.iter().map(|piece| piece.len()).sum();
         if self.eof_in {
             context.counters.ignored += 1;
-            return Ok(Fate::Live);
+            return Fate::Live;
         }
-        self.received(length, context)?;
+        if self.received(length, context).is_err() {
+            // The link is all users': only the stream ends, and the runner sees to whose it was.
+            return self.broken(&io::Error::from_raw_os_error(libc::EPROTO), context);
+        }
         if self.failed.is_some() {
             self.consumed(length, context);
-            return Ok(Fate::Live);
+            return Fate::Live;
         }
         let mut written = 0;
         if self.writable && self.queue.is_empty() {
             match self.sock.write_vectored(pieces) {
                 Ok(n) => written = n,
                 Err(error) if error.kind() == io::ErrorKind::WouldBlock => {}
-                Err(error) => return Ok(self.write_failed(error, length, context)),
+                Err(error) => return self.write_failed(error, length, context),
             }
             self.writable = written == length;
         }
@@ -149,7 +148,7 @@ impl Tcp {
         self.consumed(written, context);
         self.probe(context);
         self.hold(context);
-        Ok(Fate::Live)
+        Fate::Live
     }
 
     /// WINDOW, or the limit in the peer's CONNECT.

@@ -42,6 +42,8 @@ V1_BACKLOG = 1 << 20
 # A v2 session's windows are at most 64 MiB, so more than this waiting means that the container ignores them.
 V2_BACKLOG = 96 << 20
 RENEGOTIATE = 1012
+# How a container's end says that a user broke a window: it can't close the tunnel, which is all users'.
+PASSED_WINDOW = b"EPROTO: "
 
 log = structlog.get_logger("kohakuriver.tunnel")
 A = TypeVar("A", bound="Side")
@@ -215,6 +217,8 @@ class Tunnel(Side):
             session.table.remove(user_id)
             session.ended.pop(user_id, None)
             session.send(kind, proto, user_id, 0, payload)
+            if kind == ERROR and payload.startswith(PASSED_WINDOW) and self.version >= 2:
+                session.link.fail(CloseCode.PROTOCOL_ERROR, payload.decode("utf-8", "replace"))
         if self.version == 1:  # its entry stays until it gets one (§3 rule 9)
             self.send(CLOSE, proto, client_id, 0)
 

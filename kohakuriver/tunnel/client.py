@@ -23,8 +23,9 @@ from kohakuriver.loops import run
 from kohakuriver.tunnel.endpoint import ContainerEndpoint, EndpointConfig
 from kohakuriver.tunnel.handshake import open_link
 from kohakuriver.tunnel.link import Link
-from kohakuriver.tunnel.protocol import CloseCode
+from kohakuriver.tunnel.protocol import ERROR, CloseCode
 from kohakuriver.tunnel.settings import from_environment
+from kohakuriver.tunnel.tcp import TcpStream
 
 FIRST_RETRY = 0.1
 # A tunnel that lived this many seconds was a good one: the backoff starts anew.
@@ -106,6 +107,11 @@ class _Tunnel(ContainerEndpoint):
     def __init__(self, gone: asyncio.Future[int], config: EndpointConfig | None) -> None:
         super().__init__(config=config)
         self._gone = gone
+
+    def window_passed(self, stream: TcpStream) -> None:
+        """This link is shared by all users of the container: the runner ends the session of the one that did it."""
+        self.send_message(ERROR, stream.id, b"EPROTO: more was sent than the window allows")
+        stream.reset()
 
     def link_closed(self, link: Link, code: int, reason: str) -> None:
         super().link_closed(link, code, reason)

@@ -17,7 +17,7 @@ from collections.abc import Callable, Coroutine, Sequence
 from dataclasses import dataclass, field
 from typing import Any, TypeAlias
 
-from kohakuriver._frame import HEADROOM, WS_TEXT, FrameWalker, build_frame
+from kohakuriver._frame import HEADROOM, WS_TEXT, FrameViolation, FrameWalker, build_frame
 from kohakuriver.errors import LocalAddressError
 from kohakuriver.tunnel import stream as rules
 from kohakuriver.tunnel.link import Assembler, Link
@@ -33,6 +33,7 @@ from kohakuriver.tunnel.protocol import (
     PROTO_TCP,
     PROTO_UDP,
     WINDOW,
+    CloseCode,
     Message,
     counts,
 )
@@ -314,6 +315,10 @@ class Endpoint:
 
     def forget_waiting(self, stream: TcpStream) -> None:
         """A local socket went before its stream was opened."""
+
+    def window_passed(self, stream: TcpStream) -> None:
+        """More came than was granted: the link is one session's, and it ends (§3 rule 5)."""
+        raise FrameViolation(CloseCode.PROTOCOL_ERROR, f"stream {stream.id} was sent more than its window allows")
 
     def stream_failed(self, stream: AnyStream, text: str) -> None:
         """An ERROR came."""

@@ -12,7 +12,7 @@ from collections import deque
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, cast
 
-from kohakuriver._frame import HEADROOM, FrameViolation, frame_in_place
+from kohakuriver._frame import HEADROOM, frame_in_place
 from kohakuriver.tunnel import stream as rules
 from kohakuriver.tunnel.link import DirectSocket, receive_buffer, soon, tune_socket
 from kohakuriver.tunnel.protocol import CLOSE, DATA, EOF, ERROR, PING, PROTO_TCP
@@ -184,8 +184,8 @@ class TcpStream(asyncio.BufferedProtocol):
     def receive(self, views: Sequence[memoryview]) -> None:
         """Take the stream's next bytes; views are only valid during the call."""
         size = sum(map(len, views))
-        if self.receiving is not None:
-            self._check_window(self.receiving, size)
+        if self.receiving is not None and not self._check_window(self.receiving, size):
+            return
         self.held += size
         if self._linger is not None:
             self.last_data = time.monotonic()
@@ -200,13 +200,15 @@ class TcpStream(asyncio.BufferedProtocol):
         if sent:
             self._consumed(sent)
 
-    def _check_window(self, window: rules.ReceiveWindow, size: int) -> None:
+    def _check_window(self, window: rules.ReceiveWindow, size: int) -> bool:
         if not window.receive(size):
-            raise FrameViolation(1002, f"stream {self.id} was sent more than its window allows")
+            self.endpoint.window_passed(self)
+            return False
         if self.state is not State.OPENING:
             now = time.monotonic()
             if window.wants_ping(now):
                 self.endpoint.send_message(PING, self.id)
+        return True
 
     def _hold(self, views: Sequence[memoryview], skip: int = 0) -> None:
         if self._queue is None:
