@@ -12,7 +12,6 @@ import itertools
 import os
 import socket
 import time
-from collections import deque
 from collections.abc import Callable, Coroutine, Sequence
 from dataclasses import dataclass, field
 from typing import Any, TypeAlias
@@ -540,6 +539,7 @@ class ContainerEndpoint(Endpoint):
     def _accept_udp(self, client_id: int, port: int) -> UdpStream:
         stream = UdpStream(self, port)
         stream.id = client_id
+        stream.hold()  # at once: its first datagrams may have come in the same read
         self.add(stream)
         return stream
 
@@ -584,13 +584,6 @@ class ContainerEndpoint(Endpoint):
         stream._pump()
 
     async def _dial_udp(self, stream: UdpStream) -> None:
-        early: deque[bytes] = deque(maxlen=64)
-
-        def hold(data: bytes) -> bool:
-            early.append(data)
-            return True
-
-        stream.send_local = hold
         loop = asyncio.get_running_loop()
         try:
             sock = connected_datagram_socket(self.hosts[0], stream.port)
@@ -604,8 +597,7 @@ class ContainerEndpoint(Endpoint):
             transport.close()
             return
         self.send_message(CONNECTED, stream.id, proto=PROTO_UDP)
-        for data in early:
-            stream.from_link(data)
+        stream.release()
 
     async def close(self) -> None:
         """End every stream and dial; the link is left to its owner."""
