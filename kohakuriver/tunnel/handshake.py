@@ -7,6 +7,7 @@ frames that follow are the link's.
 from __future__ import annotations
 
 import asyncio
+import os
 import ssl as tls
 from collections.abc import Callable, Sequence
 from typing import cast
@@ -158,7 +159,9 @@ async def _open(
             lambda: _Opening(url, protocol, headers), uri.host, uri.port, ssl=context
         )
     except OSError as exc:
-        raise _unreachable(url, exc.strerror or str(exc)) from exc
+        # asyncio puts the address where the system's own words would be.
+        number = exc.errno if isinstance(exc, ConnectionError) else None
+        raise _unreachable(url, exc.strerror or str(exc) if number is None else os.strerror(number)) from exc
     try:
         response = await opening.answered
         _judge(url, protocol, response)
