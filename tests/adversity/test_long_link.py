@@ -47,9 +47,7 @@ def sink(connection: socket.socket) -> float:
         if got < GROWING:
             before, began = got, time.monotonic()
         got += connection.recv_into(buffer)
-    rate = (got - before) / (time.monotonic() - began)
-    connection.close()
-    return rate
+    return (got - before) / (time.monotonic() - began)
 
 
 @contextlib.contextmanager
@@ -59,7 +57,8 @@ def accepting(serve: Callable[[socket.socket], float | None]) -> Iterator[tuple[
 
     def work() -> None:
         try:
-            result.set_result(serve(listener.accept()[0]))
+            with listener.accept()[0] as connection:
+                result.set_result(serve(connection))
         except OSError as error:
             result.set_exception(error)
 
