@@ -274,7 +274,10 @@ class Streams(RuleBasedStateMachine):
             self.loop.close()
 
     def drain(self) -> None:
-        """All applications read on, and the pipe moves everything."""
+        """All applications read on, and the pipe moves everything; from here on it is wide."""
+        ends = [self.pair.to_container, self.pair.to_user, *(s.container.transport for s in self.all)]
+        for transport in filter(None, ends):
+            transport.room = 1 << 30
         before: list[tuple[object, ...]] | None = None
         while before != (now := self.progress()):
             before = now
