@@ -104,6 +104,7 @@ class Endpoint:
         self.udp_dropped = self.stalls = self.unknown_messages = 0
         self._busy: TcpStream | None = None
         self._in_a_row = 0
+        self._limits: dict[int, int] = {}  # to be sent at the end of this turn of the loop
         self._assembler = Assembler(MAX_CONTROL)
         self._sweeper: asyncio.TimerHandle | None = None
         self._reporter: asyncio.TimerHandle | None = None
@@ -203,6 +204,7 @@ class Endpoint:
     def detach(self, reason: str) -> None:
         """The link is gone: every stream on it ends at once."""
         self.link = None
+        self._limits.clear()
         if self._sweeper is not None:
             self._sweeper.cancel()
             self._sweeper = None
@@ -230,11 +232,29 @@ class Endpoint:
             link.send(frame)
 
     def send_limit(self, client_id: int, limit: int) -> None:
-        """Send WINDOW: ahead of bulk, since the peer may be waiting for it."""
+        """Send WINDOW: ahead of bulk, since the peer may be waiting for it.
+
+        Those of all streams that have read something in one turn of the loop go out together, as with a thousand
+        streams they would otherwise be most of what is sent and read at every hop.
+        """
+        if not self._limits:
+            asyncio.get_running_loop().call_soon(self._send_limits)
+        self._limits[client_id] = limit
+
+    def _send_limits(self) -> None:
+        limits, self._limits = self._limits, {}
         link = self.link
-        if link is not None:
-            key = link.keys.next() if link.keys is not None else -1
-            link.post(build_frame(WINDOW, PROTO_TCP, client_id, 0, limit.to_bytes(8, "big"), key))
+        if link is None or not limits:
+            return
+        keys = link.keys
+        link.post(
+            b"".join(
+                build_frame(
+                    WINDOW, PROTO_TCP, client_id, 0, limit.to_bytes(8, "big"), keys.next() if keys is not None else -1
+                )
+                for client_id, limit in limits.items()
+            )
+        )
 
     def mark_busy(self, stream: TcpStream) -> None:
         """Note which stream sends; while two or more take turns, each gets less at a time."""
@@ -260,6 +280,7 @@ class Endpoint:
         """The id is free; the socket may still be delivering."""
         if self.streams.get(stream.id) is stream:
             del self.streams[stream.id]
+            self._limits.pop(stream.id, None)
         if self._busy is stream:
             self._busy = None
             self.read_size = BULK_READ
