@@ -88,9 +88,10 @@ class Contender:
         self.directory = tempfile.TemporaryDirectory(prefix="kohakuriver-bench-")
         self.iperf = 0
         self.echo = 0
-        # Only where single hops are told apart: the ports of the other services of bench.echo, each of HOPS' process.
+        # Only where single hops are told apart: the other ports of bench.echo, its process, and that of each of HOPS.
         self.take = 0
         self.give = 0
+        self.service = 0
         self.hops: list[int] = []
 
     def start(self, services: Services) -> None:
@@ -137,7 +138,9 @@ class Services(Contender):
     def start(self, services: Services) -> None:
         self.iperf = free_port()
         wait_for_port(self.iperf, self.spawn("iperf3", "-s", "-p", str(self.iperf)))
-        self.echo, self.take, self.give = ports_of(self.spawn(sys.executable, "-m", "bench.echo", piped=True))
+        echo = self.spawn(sys.executable, "-m", "bench.echo", piped=True)
+        self.service = echo.pid
+        self.echo, self.take, self.give = ports_of(echo)
 
 
 def ports_of(process: subprocess.Popen[str]) -> list[int]:
@@ -175,6 +178,7 @@ class KohakuRiver(Contender):
             raise RuntimeError(f"`vps create` ended with {created.returncode}: {created.stderr[-1000:]}")
         targets = (services.iperf, services.echo, services.take, services.give)
         self.iperf, self.echo, self.take, self.give = self.forward(*targets)
+        self.service = services.service
         self.hops = [self.hop(name) for name in HOPS]
 
     def forward(self, *ports: int) -> list[int]:
@@ -186,9 +190,9 @@ class KohakuRiver(Contender):
             entries[listening["remote_port"]] = listening["local_port"]
         return [entries[port] for port in ports]
 
-    def hop(self, name: str) -> int:
-        """The process that is the hop called so."""
-        for process in self.processes:
+    def hop(self, name: str, *, last: bool = False) -> int:
+        """The process that is the hop called so; the one started last, if there are several."""
+        for process in reversed(self.processes) if last else self.processes:
             for pid in process_tree(process.pid):
                 words = command_line(pid)[:4]
                 if name in words or (name == "client" and any("tunnel-client" in word for word in words)):

@@ -9,8 +9,9 @@ import statistics
 import subprocess
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from pathlib import Path
 
 from bench.contenders import HOPS, Contender
 from bench.echo import BLOCK
@@ -41,13 +42,13 @@ MEASURES = {
 # What a chain costs as a whole; the rest says which hop it is that costs.
 HEADLINES = tuple(MEASURES)
 # The workloads whose cost is told hop by hop. Each request waits for the reply before it, so that however busy the
-# machine is, every hop reads and writes each message once: the shares repeat to a few per cent.
+# machine is, every hop reads and writes each message once.
 WAYS = {"rtt": "64 bytes there and back", "up": "32 KiB to the task", "down": "32 KiB from the task"}
-MEASURES |= {f"{hop}_share_{way}": Measure("", False) for hop in HOPS for way in WAYS}
+MEASURES |= {f"{hop}_{way}": Measure("µs CPU", False) for way in WAYS for hop in HOPS}
 
 
 def of_hops(way: str) -> tuple[str, ...]:
-    return tuple(f"{hop}_share_{way}" for hop in HOPS)
+    return tuple(f"{hop}_{way}" for hop in HOPS)
 
 
 # Measures that one run gives together.
@@ -72,44 +73,51 @@ def run_once(run: str, contender: Contender, seconds: float) -> dict[str, float]
         p50, p99 = round_trips(contender.echo, ROUND_TRIPS)
         return {"rtt_p50": p50, "rtt_p99": p99}
     if run.startswith("hops_"):
-        return shares(contender, run.removeprefix("hops_")) if contender.hops else {}
+        return hop_costs(contender, run.removeprefix("hops_")) if contender.hops else {}
     if run == "loaded":
         p50, p99 = loaded_round_trips(contender, seconds)
         return {"loaded_p50": p50, "loaded_p99": p99}
     return {"connect": connects_per_second(contender.echo, 200)}
 
 
+def pin(pids: Sequence[int], cpus: set[int]) -> None:
+    for pid in pids:
+        for thread in list(Path(f"/proc/{pid}/task").iterdir()):
+            with suppress(ProcessLookupError):  # a service's thread ends with its connection
+                os.sched_setaffinity(int(thread.name), cpus)
+
+
 @contextmanager
 def on_one_cpu(pids: Sequence[int], cpu: int) -> Iterator[None]:
-    """Which hops share a processor, and its caches, is chance, and lasts for a whole run: so all of them share one."""
-    before = [os.sched_getaffinity(pid) for pid in pids]
-    for pid in pids:
-        os.sched_setaffinity(pid, {cpu})
+    """Keep these processes, and this one, on one processor.
+
+    Who shares a processor, and its caches, with whom is chance otherwise, and lasts for a whole run.
+    """
+    before, everybody = os.sched_getaffinity(0), (os.getpid(), *pids)
+    pin(everybody, {cpu})
     try:
         yield
     finally:
-        for pid, cpus in zip(pids, before, strict=True):
-            os.sched_setaffinity(pid, cpus)
+        pin(everybody, before)
 
 
-def shares(contender: Contender, way: str) -> dict[str, float]:
-    """What each hop spends on requests of one of WAYS, in terms of what the other hops spend on average.
-
-    All of them moved the same bytes in the same moment, so whatever else the machine did slowed all of them.
-    """
+def hop_costs(contender: Contender, way: str) -> dict[str, float]:
+    """CPU time of each hop for one request and its reply of one of WAYS, in microseconds."""
     port, request, reply = {
         "rtt": (contender.echo, 64, 64),
         "up": (contender.take, BLOCK, 1),
         "down": (contender.give, 1, BLOCK),
     }[way]
-    seconds = [0.0 for _ in HOPS]
+    runs = []
     for cpu in sorted(os.sched_getaffinity(0)):
-        with on_one_cpu(contender.hops, cpu):
+        with on_one_cpu((*contender.hops, contender.service), cpu):
             before = contender.hop_seconds()
             round_trips(port, BLOCKS, request=request, reply=reply)
-            seconds = [s + now - then for s, now, then in zip(seconds, contender.hop_seconds(), before, strict=True)]
-    others = [(sum(seconds) - own) / (len(seconds) - 1) for own in seconds]
-    return {f"{hop}_share_{way}": own / other for hop, own, other in zip(HOPS, seconds, others, strict=True)}
+            after = contender.hop_seconds()
+        runs.append([now - then for then, now in zip(before, after, strict=True)])
+    return {
+        name: min(seconds) / BLOCKS * 1e6 for name, seconds in zip(of_hops(way), zip(*runs, strict=True), strict=True)
+    }
 
 
 def bulk(run: str, contender: Contender, seconds: float) -> dict[str, float]:
