@@ -279,8 +279,9 @@ def test_iperf3_measures_udp_through_a_forward_without_loss_at_a_moderate_rate(
     # keeps others' outgoing connections off it.
     both = cluster.start("forward", name, str(port), f"{port}/udp", "--json", "--local-host=127.0.0.2")
     assert both.listening() == both.listening() == port
-    client = ["iperf3", "-c", "127.0.0.2", "-p", str(port), "-u", "-b", "20M", "-l", "1200", "-n", "4M", "-J"]
+    # A kernel's usual buffer for datagrams holds 0.4 s of this rate: a busy machine lets programs wait that long.
+    client = ["iperf3", "-c", "127.0.0.2", "-p", str(port), "-u", "-b", "4M", "-l", "1200", "-n", "1M", "-J"]
     end = json.loads(run(*client))["end"]
     received = end.get("sum_received", end["sum"])
-    assert received["packets"] >= 4_000_000 // 1200
+    assert received["packets"] >= 1_000_000 // 1200
     assert received["lost_percent"] < 1
