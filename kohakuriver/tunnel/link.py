@@ -178,6 +178,7 @@ class Link(asyncio.BufferedProtocol):
         self.close_reason = ""
         # Where the last byte sent lies in a frame: only a relay that passes partial frames on ever sets it.
         self.mid_frame = False
+        self._queue_mid_frame = False
         self.queued = 0
         self.bytes_received = 0
         self.bytes_sent = 0
@@ -443,6 +444,8 @@ class Link(asyncio.BufferedProtocol):
 
     def _send(self, data: bytes | bytearray | memoryview) -> None:
         if self.blocked:
+            if not self._queue:
+                self._queue_mid_frame = self.mid_frame
             self._queue.append(bytes(data))
             self.queued += len(data)
             if self.queued > MAX_QUEUED:
@@ -464,12 +467,13 @@ class Link(asyncio.BufferedProtocol):
 
     def resume_writing(self) -> None:
         self.blocked = False
-        while self._urgent and not self.blocked and not self.mid_frame:
-            self._send(self._next_urgent())
+        # mid_frame says how the queue ends; what counts first is whether a frame may stand where it begins.
+        self._send_urgent(self._queue_mid_frame if self._queue else self.mid_frame)
         while self._queue and not self.blocked:
             data = self._queue.popleft()
             self.queued -= len(data)
             self._send(data)
+        self._send_urgent(self.mid_frame)
         if self.blocked:
             return
         if self._finishing:
@@ -478,6 +482,10 @@ class Link(asyncio.BufferedProtocol):
             soon(self._write_eof)
         self._wake()
         self.handler.link_drained(self)
+
+    def _send_urgent(self, mid_frame: bool) -> None:
+        while self._urgent and not self.blocked and not mid_frame:
+            self._send(self._next_urgent())
 
     def _key(self) -> int:
         return self.keys.next() if self.keys is not None else -1

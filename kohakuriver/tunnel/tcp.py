@@ -266,12 +266,17 @@ class TcpStream(asyncio.BufferedProtocol):
         self._pump()
 
     def _write_eof(self) -> None:
-        if self._transport is not None and not self._wrote_eof and not self._transport.is_closing():
+        if self._transport is not None and not self._wrote_eof:
             self._wrote_eof = True
-            try:
-                self._transport.write_eof()
-            except OSError as exc:  # ENOTCONN: it was reset, and nobody has read that yet
-                self._local_error(exc)
+            soon(self._shut_down)  # asyncio would do it twice, were it asked to in resume_writing
+
+    def _shut_down(self) -> None:
+        if self._transport is None or self._transport.is_closing():
+            return
+        try:
+            self._transport.write_eof()
+        except OSError as exc:  # ENOTCONN: it was reset, and nobody has read that yet
+            self._local_error(exc)
 
     # -- messages about this stream ---------------------------------------------------------------------------
 

@@ -394,6 +394,22 @@ def test_a_ping_is_answered_at_the_next_frame_border_of_a_splice_that_is_always_
     run(main())
 
 
+def test_an_urgent_frame_does_not_go_where_a_queue_begins_inside_a_frame(run: Run) -> None:
+    async def main() -> None:
+        session, to_user, to_runner = spliced(10)
+        big = frame(b"z" * 3000)
+        to_runner.feed(big[:1000])  # blocked inside the frame
+        to_runner.reading = True  # a read that was under way already
+        to_runner.feed(big[1000:])  # what waits now begins inside a frame and ends at a border
+        session.user.link.post(ws_pong(b"!"))
+        sent = b""
+        while to_user.sent:
+            sent += to_user.take(100)
+        assert sent == big + ws_pong(b"!")
+
+    run(main())
+
+
 def test_a_session_that_ends_inside_a_frame_is_not_closed_with_a_frame_inside_it(run: Run) -> None:
     async def main() -> None:
         _, to_user, to_runner = spliced(1 << 20)
