@@ -15,7 +15,6 @@ import socket
 import statistics
 import subprocess
 import sys
-import time
 import timeit
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
@@ -29,6 +28,7 @@ from tests.reference import frame as twin
 
 IDLE_STREAMS = 10_000
 ACTIVE_STREAMS = 1_000
+WARM_UP, ENOUGH = 200 << 20, 600 << 20  # bytes; a session's windows are 64 MiB together
 PAGE = os.sysconf("SC_PAGE_SIZE")
 UNITS = {
     **{f"{hop}_idle_stream": "KiB" for hop in HOPS},
@@ -110,23 +110,36 @@ def idle_memory(chain: Chain) -> dict[str, float]:
     return {f"{hop}_idle_stream": (high - low) / IDLE_STREAMS for hop, low, high in grown}
 
 
-def cpu_per_gb(chain: Chain, count: int, seconds: float) -> float:
-    """CPU seconds of the four hops for a GB that `count` saturated streams bring together."""
-    buffer, received = bytearray(1 << 20), 0
+def cpu_per_gb(chain: Chain, count: int) -> float:
+    """CPU seconds of the four hops for a GB that `count` saturated streams bring together, once all of them flow."""
     with streams(chain, count) as opened, selectors.DefaultSelector() as selector:
         for connection in opened:
             selector.register(connection, selectors.EVENT_READ)
             connection.sendall(b"x")
-        before, end = chain.cpu_seconds(), time.monotonic() + seconds
-        while time.monotonic() < end:
-            for key, _ in selector.select(1):
-                assert isinstance(key.fileobj, socket.socket)
-                received += key.fileobj.recv_into(buffer)
+        receive(selector, WARM_UP)
+        before = chain.cpu_seconds()
+        received = receive(selector, ENOUGH)
         return (chain.cpu_seconds() - before) / (received / 1e9)
 
 
-def many_streams(chain: Chain, rounds: int = 3, seconds: float = 3) -> dict[str, float]:
-    pairs = [(cpu_per_gb(chain, 1, seconds), cpu_per_gb(chain, ACTIVE_STREAMS, seconds)) for _ in range(rounds)]
+def receive(selector: selectors.BaseSelector, enough: int) -> int:
+    """Receive at least so many bytes from whoever has some; return how many."""
+    buffer, received = bytearray(1 << 20), 0
+    while received < enough:
+        ready = selector.select(30)
+        if not ready:
+            raise RuntimeError(f"nothing came for 30 s, after {received} bytes")
+        for key, _ in ready:
+            assert isinstance(key.fileobj, socket.socket)
+            size = key.fileobj.recv_into(buffer)
+            if not size:
+                raise RuntimeError(f"a stream was closed after {received} bytes")
+            received += size
+    return received
+
+
+def many_streams(chain: Chain, rounds: int = 5) -> dict[str, float]:
+    pairs = [(cpu_per_gb(chain, 1), cpu_per_gb(chain, ACTIVE_STREAMS)) for _ in range(rounds)]
     return {"many_streams": statistics.median(many / one for one, many in pairs)}
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from typing import TYPE_CHECKING
 from xml.sax.saxutils import escape
 
@@ -48,6 +49,7 @@ def panel(x: float, y: float, measure: str, values: dict[str, float], colours: d
 
 def ratio_plot(results: Results, titles: dict[str, str]) -> str:
     """The medians of `results` as an SVG document; `titles` names the contenders in the order of their bars."""
+    machine = f"All processes on one machine with {os.cpu_count()} cores, over loopback, in turns. Medians."
     colours = dict(zip(titles, COLOURS, strict=False))
     height = HEADING + len(titles) * BAR_HEIGHT + 22
     measures = [measure for measure in HEADLINES if measure in results.samples]
@@ -60,6 +62,8 @@ def ratio_plot(results: Results, titles: dict[str, str]) -> str:
         values = {name: results.median(measure, name) for name in titles}
         left, top = 16 + index % COLUMNS * PANEL_WIDTH, 52 + index // COLUMNS * height
         parts += panel(left, top, measure, values, colours)
-    size = f'width="{COLUMNS * PANEL_WIDTH + 16}" height="{52 + rows * height}"'
+    bottom = 52 + rows * height
+    parts.append(text(16, bottom + 4, machine, "note"))
+    size = f'width="{COLUMNS * PANEL_WIDTH + 16}" height="{bottom + 16}"'
     body = "\n".join(parts)
     return f'<svg xmlns="http://www.w3.org/2000/svg" {size}>\n<style>{STYLE}</style>\n{body}\n</svg>\n'
