@@ -8,7 +8,10 @@ from __future__ import annotations
 import selectors
 import socket
 
-ZEROS = bytes(256 * 1024)
+ZEROS = bytes(64 * 1024)
+# What a thousand sockets may hold by default is more than the kernel gives to all of TCP: it then drops packets, of
+# whatever connection.
+SEND_BUFFER = 128 * 1024
 
 
 def pump(connection: socket.socket) -> bool:
@@ -42,6 +45,7 @@ def main() -> None:
                 if key.fileobj is listener:
                     connection, _ = listener.accept()
                     connection.setblocking(False)
+                    connection.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, SEND_BUFFER)
                     connection.send(b".")
                     selector.register(connection, selectors.EVENT_READ)
                     continue
