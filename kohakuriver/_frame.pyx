@@ -89,7 +89,7 @@ cdef int load_header_at(const uint8_t* p, Py_ssize_t size, Py_ssize_t offset, He
 def unpack_header(data, Py_ssize_t offset=0):
     """Return (type, proto, client_id, port) of the tunnel header at data[offset:]; ValueError if it is cut short."""
     cdef Py_buffer view
-    cdef Header head
+    cdef Header head = Header(0, 0, 0, 0)      # else the C compiler thinks that it may stay unset
     if type(data) is bytes:     # the buffer protocol would take longer than all the rest
         load_header_at(<const uint8_t*>PyBytes_AS_STRING(data), PyBytes_GET_SIZE(data), offset, &head)
     else:
