@@ -32,7 +32,6 @@ from kohakuriver.tunnel.settings import from_environment
 from kohakuriver.web import (
     Server,
     bind,
-    cancel_all,
     configure_logging,
     new_app,
     print_ready,
@@ -170,7 +169,7 @@ class Runner:
     async def _stop(self) -> None:
         await self._tasks.close(stop_tasks=self._options.stop_tasks_on_exit)
         await self._tunnels.close()
-        await cancel_all(self._background)
+        await loops.cancel_all(self._background)
         await self._registration.close()
 
     def _heartbeat(self) -> dict[str, Any]:
