@@ -1,4 +1,4 @@
-# make demo | test | e2e | lint | bench | bench-gate | build | clean
+# make demo | test | e2e | lint | bench | bench-gate | soak | build | clean
 #
 # Everything lives in .venv. Each step leaves a stamp there, so a second run only redoes what changed.
 
@@ -14,7 +14,7 @@ PIP_INSTALL := PYTHONWARNINGS=ignore $(BIN)/python -m pip install -q --disable-p
 crate_sources = $(shell find $(1)/src $(1)/.cargo $(1)/Cargo.toml $(1)/Cargo.lock -type f 2>/dev/null)
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-asyncio test-rust e2e lint bench bench-gate build clean install
+.PHONY: help demo test test-asyncio test-rust e2e lint bench bench-gate soak build clean install
 
 help: ## this list
 	@sed -n 's/^\([a-z][a-z-]*\):.*## /  make \1\t/p' $(MAKEFILE_LIST) | expand -t 20
@@ -50,11 +50,17 @@ bench: install ## micro benchmarks, then the whole chain beside its baselines: t
 	scripts/system-packages bench
 	mkdir -p bench/results
 	$(BIN)/python -m pytest bench --benchmark-json=bench/results/micro.json $(PYTEST_ARGS)
+	$(BIN)/python -m bench.limits --kohakuriver $(BIN)/kohakuriver --output bench/results
 	$(BIN)/python -m bench.chain --kohakuriver $(BIN)/kohakuriver --output bench/results
 
-bench-gate: install ## the ratios of bench/gates.toml, as CI checks them
+bench-gate: install ## the bounds of bench/gates.toml, as CI checks them
 	scripts/system-packages bench
+	$(BIN)/python -m bench.limits --kohakuriver $(BIN)/kohakuriver --gate bench/gates.toml
 	$(BIN)/python -m bench.chain --kohakuriver $(BIN)/kohakuriver --gate bench/gates.toml
+
+SECONDS ?= 900
+soak: install ## mixed load for 15 minutes (SECONDS=3600: an hour), in which nothing may grow: JSON, plot
+	$(BIN)/python -m bench.soak --kohakuriver $(BIN)/kohakuriver --seconds $(SECONDS) --output bench/results
 
 build: install ## sdist and wheel in dist/
 	rm -rf dist

@@ -16,8 +16,12 @@ import time
 from pathlib import Path
 from typing import IO, Any
 
+from bench.slowdown import SlowDown
+
 ROOT = Path(__file__).resolve().parents[1]
 TICKS = os.sysconf("SC_CLK_TCK")
+# From the user to the service.
+HOPS = ("forward", "host", "runner", "client")
 
 
 def free_port() -> int:
@@ -60,17 +64,35 @@ def cpu_seconds(pid: int) -> float:
     return total / TICKS
 
 
+def own_cpu_seconds(pid: int) -> float:
+    """CPU time of one process's threads, by the nanosecond."""
+    threads = Path(f"/proc/{pid}/task").glob("*/schedstat")
+    return sum(int(thread.read_text().split()[0]) for thread in threads) / 1e9
+
+
+def command_line(pid: int) -> list[str]:
+    with contextlib.suppress(OSError):
+        return Path(f"/proc/{pid}/cmdline").read_text().split("\0")
+    return []
+
+
 class Contender:
     """A chain of processes between local ports and the services. `iperf` and `echo` are its entries' ports."""
 
     name: str
     title: str
+    is_ours = False
 
     def __init__(self) -> None:
         self.processes: list[subprocess.Popen[str]] = []
         self.directory = tempfile.TemporaryDirectory(prefix="kohakuriver-bench-")
         self.iperf = 0
         self.echo = 0
+        # Only where single hops are told apart: the other ports of bench.echo, its process, and that of each of HOPS.
+        self.take = 0
+        self.give = 0
+        self.service = 0
+        self.hops: list[int] = []
 
     def start(self, services: Services) -> None:
         raise NotImplementedError
@@ -90,6 +112,10 @@ class Contender:
 
     def cpu_seconds(self) -> float:
         return sum(cpu_seconds(process.pid) for process in self.processes)
+
+    def hop_seconds(self) -> list[float]:
+        """CPU time of each hop."""
+        return [own_cpu_seconds(pid) for pid in self.hops]
 
     def close(self) -> None:
         for process in reversed(self.processes):
@@ -112,28 +138,33 @@ class Services(Contender):
     def start(self, services: Services) -> None:
         self.iperf = free_port()
         wait_for_port(self.iperf, self.spawn("iperf3", "-s", "-p", str(self.iperf)))
-        self.echo = port_of(self.spawn(sys.executable, "-m", "bench.echo", piped=True))
+        echo = self.spawn(sys.executable, "-m", "bench.echo", piped=True)
+        self.service = echo.pid
+        self.echo, self.take, self.give = ports_of(echo)
 
 
-def port_of(process: subprocess.Popen[str]) -> int:
+def ports_of(process: subprocess.Popen[str]) -> list[int]:
     assert process.stdout is not None
     line = process.stdout.readline()
     if not line:
         raise RuntimeError(f"{process.args!r} ended with {process.wait()}")
-    return int(line)
+    return [int(port) for port in line.split()]
 
 
 class KohakuRiver(Contender):
     """`kohakuriver up`, one process task, and one forward of both ports."""
 
     name, title = "kohakuriver", "KohakuRiver"
+    is_ours = True
 
-    def __init__(self, executable: Path) -> None:
+    def __init__(self, executable: Path, slow_down: SlowDown | None = None) -> None:
         super().__init__()
         self.executable = str(executable.absolute())
         self.env = dict(os.environ, KOHAKURIVER_CONFIG_DIR=self.directory.name)
         for name in ("KOHAKURIVER_HOST", "KOHAKURIVER_TOKEN"):
             self.env.pop(name, None)
+        if slow_down is not None:
+            self.env |= slow_down.environment(Path(self.directory.name))
 
     def start(self, services: Services) -> None:
         ports = ("--host-port", "0", "--runner-port", "0", "--ssh-port", "0")
@@ -145,12 +176,28 @@ class KohakuRiver(Contender):
         )  # fmt: skip
         if created.returncode:
             raise RuntimeError(f"`vps create` ended with {created.returncode}: {created.stderr[-1000:]}")
-        forward = self.kohakuriver("forward", "bench", f"0:{services.iperf}", f"0:{services.echo}", "--json")
+        targets = (services.iperf, services.echo, services.take, services.give)
+        self.iperf, self.echo, self.take, self.give = self.forward(*targets)
+        self.service = services.service
+        self.hops = [self.hop(name) for name in HOPS]
+
+    def forward(self, *ports: int) -> list[int]:
+        """The local ports of a new forward of these."""
+        forward = self.kohakuriver("forward", "bench", *(f"0:{port}" for port in ports), "--json")
         entries: dict[int, int] = {}
-        while len(entries) < 2:
+        while len(entries) < len(ports):
             listening = self.event(forward, "listening")
             entries[listening["remote_port"]] = listening["local_port"]
-        self.iperf, self.echo = entries[services.iperf], entries[services.echo]
+        return [entries[port] for port in ports]
+
+    def hop(self, name: str, *, last: bool = False) -> int:
+        """The process that is the hop called so; the one started last, if there are several."""
+        for process in reversed(self.processes) if last else self.processes:
+            for pid in process_tree(process.pid):
+                words = command_line(pid)[:4]
+                if name in words or (name == "client" and any("tunnel-client" in word for word in words)):
+                    return pid
+        raise RuntimeError(f"no process of the cluster is its {name}")
 
     def kohakuriver(self, *args: str) -> subprocess.Popen[str]:
         return self.spawn(self.executable, *args, env=self.env, piped=True)
@@ -173,7 +220,7 @@ class Relay4(Contender):
         self.iperf, self.echo = self.chain(services.iperf), self.chain(services.echo)
 
     def chain(self, target: int) -> int:
-        for _ in range(4):
+        for _ in HOPS:
             port = free_port()
             listen = f"TCP-LISTEN:{port},bind=127.0.0.1,fork,reuseaddr,nodelay,backlog=512"
             wait_for_port(port, self.spawn("socat", "-b", "262144", listen, f"TCP:127.0.0.1:{target},nodelay"))
@@ -191,9 +238,8 @@ class WebSockets4(Contender):
 
     def chain(self, target: int) -> int:
         for role in ("ws-to-tcp", "ws-to-ws", "ws-to-ws", "tcp-to-ws"):
-            target = port_of(
-                self.spawn(sys.executable, "-m", "bench.plain_websockets", role, str(target), piped=True)
-            )  # fmt: skip
+            argv = (sys.executable, "-m", "bench.plain_websockets", role, str(target))
+            [target] = ports_of(self.spawn(*argv, piped=True))
         return target
 
 

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import os
 from typing import TYPE_CHECKING
 from xml.sax.saxutils import escape
 
-from bench.measures import MEASURES
+from bench.measures import HEADLINES, MEASURES
 
 if TYPE_CHECKING:
     from bench.chain import Results
@@ -48,17 +49,21 @@ def panel(x: float, y: float, measure: str, values: dict[str, float], colours: d
 
 def ratio_plot(results: Results, titles: dict[str, str]) -> str:
     """The medians of `results` as an SVG document; `titles` names the contenders in the order of their bars."""
+    machine = f"All processes on one machine with {os.cpu_count()} cores, over loopback, in turns. Medians."
     colours = dict(zip(titles, COLOURS, strict=False))
     height = HEADING + len(titles) * BAR_HEIGHT + 22
-    rows = -(-len(results.samples) // COLUMNS)
+    measures = [measure for measure in HEADLINES if measure in results.samples]
+    rows = -(-len(measures) // COLUMNS)
     parts, x = [], 16.0
     for name, title in titles.items():
         parts += [bar(x, 16, 14, colours[name]), text(x + 20, 27, title)]
         x += 40 + 7 * len(title)
-    for index, measure in enumerate(results.samples):
+    for index, measure in enumerate(measures):
         values = {name: results.median(measure, name) for name in titles}
         left, top = 16 + index % COLUMNS * PANEL_WIDTH, 52 + index // COLUMNS * height
         parts += panel(left, top, measure, values, colours)
-    size = f'width="{COLUMNS * PANEL_WIDTH + 16}" height="{52 + rows * height}"'
+    bottom = 52 + rows * height
+    parts.append(text(16, bottom + 4, machine, "note"))
+    size = f'width="{COLUMNS * PANEL_WIDTH + 16}" height="{bottom + 16}"'
     body = "\n".join(parts)
     return f'<svg xmlns="http://www.w3.org/2000/svg" {size}>\n<style>{STYLE}</style>\n{body}\n</svg>\n'

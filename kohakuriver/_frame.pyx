@@ -6,7 +6,7 @@ start of the buffer that the call was given. Every length that a peer claims is 
 left before it is used. Sources: RFC 6455 section 5 for frames, docs/protocol.md §1 and §3 for what they carry.
 """
 from cpython.buffer cimport PyBUF_SIMPLE, PyBUF_WRITABLE, PyBuffer_Release, PyObject_GetBuffer
-from cpython.bytes cimport PyBytes_AS_STRING, PyBytes_FromStringAndSize
+from cpython.bytes cimport PyBytes_AS_STRING, PyBytes_FromStringAndSize, PyBytes_GET_SIZE
 from libc.stdint cimport uint8_t, uint16_t, uint32_t, uint64_t
 from libc.stdlib cimport calloc, free
 from libc.string cimport memcpy, memmove
@@ -79,18 +79,25 @@ def pack_header(uint8_t kind, uint8_t proto, uint32_t client_id, uint16_t port):
     return out
 
 
+cdef int load_header_at(const uint8_t* p, Py_ssize_t size, Py_ssize_t offset, Header* head) except -1:
+    if not 0 <= offset <= size - C_HEADER_SIZE:
+        raise ValueError(f"no {C_HEADER_SIZE}-byte header at offset {offset} of {size} bytes")
+    load_header(p + offset, head)
+    return 0
+
+
 def unpack_header(data, Py_ssize_t offset=0):
     """Return (type, proto, client_id, port) of the tunnel header at data[offset:]; ValueError if it is cut short."""
     cdef Py_buffer view
-    cdef Header head
-    cdef bint there
-    PyObject_GetBuffer(data, &view, PyBUF_SIMPLE)
-    there = 0 <= offset <= view.len - C_HEADER_SIZE
-    if there:
-        load_header(<const uint8_t*>view.buf + offset, &head)
-    PyBuffer_Release(&view)
-    if not there:
-        raise ValueError(f"no {C_HEADER_SIZE}-byte header at offset {offset} of {len(data)} bytes")
+    cdef Header head = Header(0, 0, 0, 0)      # else the C compiler thinks that it may stay unset
+    if type(data) is bytes:     # the buffer protocol would take longer than all the rest
+        load_header_at(<const uint8_t*>PyBytes_AS_STRING(data), PyBytes_GET_SIZE(data), offset, &head)
+    else:
+        PyObject_GetBuffer(data, &view, PyBUF_SIMPLE)
+        try:
+            load_header_at(<const uint8_t*>view.buf, view.len, offset, &head)
+        finally:
+            PyBuffer_Release(&view)
     return head.type, head.proto, head.client_id, head.port
 
 

@@ -24,7 +24,7 @@ from kohakuriver.errors import (
     from_status,
 )
 
-__all__ = ["HostClient", "Node", "Task", "Traffic"]
+__all__ = ["HostClient", "Node", "Task", "TaskTraffic", "Traffic"]
 
 CONNECT_TIMEOUT = 10.0
 ANSWER_TIMEOUT = 60.0
@@ -32,6 +32,25 @@ ANSWER_TIMEOUT = 60.0
 LONGEST_WAIT = 30.0
 
 Record = TypeVar("Record")
+
+
+@dataclass(frozen=True)
+class TaskTraffic:
+    """What went through a task since its runner started, as of its node's last heartbeat.
+
+    Bytes are what messages carried. `sessions` and `streams` are open now, `version` is what the tunnel speaks, 0 where
+    there is none. `udp_dropped` counts datagrams, `stalls` how often a stream had to wait for a window.
+    """
+
+    sessions: int = 0
+    streams: int = 0
+    bytes_to_container: int = 0
+    bytes_to_user: int = 0
+    to_container_per_second: int = 0
+    to_user_per_second: int = 0
+    udp_dropped: int = 0
+    stalls: int = 0
+    version: int = 0
 
 
 @dataclass(frozen=True)
@@ -55,6 +74,7 @@ class Task:
     message: str | None = None
     ssh_port: int | None = None
     ssh_host_key: str | None = None
+    traffic: TaskTraffic = field(default_factory=TaskTraffic)
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self)
@@ -62,10 +82,15 @@ class Task:
 
 @dataclass(frozen=True)
 class Traffic:
-    """What went through a node since its runner started, in bytes, and the sessions and streams open now."""
+    """What went through a node since its runner started, in bytes, and the sessions and streams open now.
+
+    `udp_dropped` counts datagrams, `stalls` how often a stream had to wait for a window.
+    """
 
     bytes_to_container: int = 0
     bytes_to_user: int = 0
+    udp_dropped: int = 0
+    stalls: int = 0
     sessions: int = 0
     streams: int = 0
 
@@ -103,6 +128,8 @@ def _record(cls: type[Record], answer: Any) -> Record:
 
 
 def _task(answer: Any) -> Task:
+    if isinstance(answer, dict) and "traffic" in answer:
+        answer = {**answer, "traffic": _record(TaskTraffic, answer["traffic"] or {})}
     return _record(Task, answer)
 
 

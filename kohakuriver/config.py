@@ -147,12 +147,21 @@ class Settings:
     host: str
     token: str | None = field(default=None, repr=False)
     ssh_proxy: str = ""
+    # What a forward's streams may hold and how long they wait; None is the default. Checked where they are used.
+    window_first: str | int | None = None
+    window_max: str | int | None = None
+    window_budget: str | int | None = None
+    linger: str | float | None = None
+    udp_idle: str | float | None = None
+    udp_peers: str | int | None = None
 
 
-_NAMES = ("host", "token", "ssh_proxy")
+_TEXTS = ("host", "token", "ssh_proxy")
+_NUMBERS = ("window_first", "window_max", "window_budget", "linger", "udp_idle", "udp_peers")
+_NAMES = (*_TEXTS, *_NUMBERS)
 
 
-def _read_config_file() -> dict[str, str]:
+def _read_config_file() -> dict[str, Any]:
     path = config_dir() / "config.toml"
     try:
         text = path.read_text("utf-8")
@@ -171,7 +180,7 @@ def _read_config_file() -> dict[str, str]:
     for name, value in content.items():
         if name not in _NAMES:
             raise UsageError(f"The setting {name!r} makes no sense: {path} may have {', '.join(_NAMES)}.")
-        if not isinstance(value, str):
+        if name in _TEXTS and not isinstance(value, str):
             raise UsageError(f"The setting {name!r} makes no sense: in {path} it must be text.")
     return content
 
@@ -189,7 +198,7 @@ def load_settings(*, host: str | None = None, token: str | None = None, ssh_prox
     return _filled_in(given)
 
 
-def _filled_in(given: dict[str, str]) -> Settings:
+def _filled_in(given: dict[str, Any]) -> Settings:
     """What was given, and for the rest what the cluster that `up` left says, or a default."""
     cluster = read_cluster()
     named = given.get("host")
@@ -199,4 +208,5 @@ def _filled_in(given: dict[str, str]) -> Settings:
     if cluster is not None and host == cluster.host_url:
         token = cluster.token if token is None else token
         ssh_proxy = ssh_proxy or cluster.ssh_proxy
-    return Settings(host, token, ssh_proxy or f"{urlsplit(host).hostname}:{DEFAULT_SSH_PORT}")
+    numbers = {name: given[name] for name in _NUMBERS if name in given}
+    return Settings(host, token, ssh_proxy or f"{urlsplit(host).hostname}:{DEFAULT_SSH_PORT}", **numbers)

@@ -25,6 +25,7 @@ from kohakuriver.loops import new_event_loop
 from kohakuriver.tunnel.endpoint import EndpointStats, ListeningSocket, UserEndpoint
 from kohakuriver.tunnel.handshake import open_session
 from kohakuriver.tunnel.link import Link
+from kohakuriver.tunnel.settings import endpoint_config
 
 __all__ = [
     "Closed",
@@ -49,6 +50,8 @@ RETRY_BASE = 0.2
 RETRY_CAP = 5.0
 # A session that lived this long, in seconds, was a good one: the next loss of it starts the backoff anew.
 STEADY = 10.0
+# Rates are taken over at least so many seconds, whoever asks for them how often.
+RATED_OVER = 0.5
 
 PortSpec = int | str
 
@@ -160,7 +163,11 @@ class StreamError(Event):
 
 @dataclass(frozen=True)
 class Stats(Event):
-    """Totals since the forward began; `streams` is the number open now. Bytes are as seen from here."""
+    """Totals since the forward began; `streams` is the number open now. Bytes are as seen from here.
+
+    `udp_dropped` counts datagrams, `stalls` how often a stream had to wait for the task's window, and
+    `unknown_messages` what a newer peer sent. The rates are bytes a second since a while ago, a second or so.
+    """
 
     event: ClassVar[str] = "stats"
     streams: int
@@ -170,6 +177,8 @@ class Stats(Event):
     udp_dropped: int
     stalls: int
     unknown_messages: int
+    sent_per_second: int = 0
+    received_per_second: int = 0
 
 
 @dataclass(frozen=True)
@@ -206,8 +215,15 @@ class Forwarder:
         self._losses: asyncio.Queue[str] = asyncio.Queue()
         self._closing = False
         self._opened_at = 0.0
+        self._rated = time.monotonic(), 0, 0
+        self._rates = 0, 0
         self._keeper: asyncio.Task[None] | None = None
-        self._endpoint = UserEndpoint(on_stream_error=self._stream_failed, on_detach=self._detached)
+        self.endpoint_config = endpoint_config(lambda name: getattr(settings, name))
+        self._endpoint = UserEndpoint(
+            config=self.endpoint_config,
+            on_stream_error=self._stream_failed,
+            on_detach=self._detached,
+        )
 
     async def start(self) -> None:
         """Bind the local addresses, then open the session.
@@ -246,8 +262,14 @@ class Forwarder:
         self._on_event(Closed(reason))
 
     def stats(self) -> Stats:
+        """Totals and rates of now."""
         totals: EndpointStats = self._endpoint.stats()
-        return Stats(**asdict(totals))
+        seconds = time.monotonic() - self._rated[0]
+        if seconds >= RATED_OVER:
+            sent, received = totals.bytes_sent - self._rated[1], totals.bytes_received - self._rated[2]
+            self._rates = round(sent / seconds), round(received / seconds)
+            self._rated = time.monotonic(), totals.bytes_sent, totals.bytes_received
+        return Stats(**asdict(totals), sent_per_second=self._rates[0], received_per_second=self._rates[1])
 
     async def _listen(self, port: PortForward) -> ListeningSocket:
         listen = self._endpoint.listen_udp if port.proto == "udp" else self._endpoint.listen_tcp

@@ -7,14 +7,16 @@ from __future__ import annotations
 
 import asyncio
 import os
-from collections.abc import Coroutine
+from collections.abc import Coroutine, Iterable
 from typing import Any, TypeVar
 
 from kohakuriver.errors import UsageError
 
-__all__ = ["loop_name", "new_event_loop", "run"]
+__all__ = ["cancel_all", "loop_name", "new_event_loop", "run"]
 
 T = TypeVar("T")
+
+_CANCEL_SECONDS = 1.0
 
 
 def loop_name() -> str:
@@ -54,7 +56,7 @@ def run(main: Coroutine[Any, Any, T]) -> T:
         return loop.run_until_complete(main)
     finally:
         try:
-            _cancel_all(loop)
+            loop.run_until_complete(_cancel_rest())
             loop.run_until_complete(loop.shutdown_asyncgens())
             loop.run_until_complete(loop.shutdown_default_executor())
         finally:
@@ -62,9 +64,22 @@ def run(main: Coroutine[Any, Any, T]) -> T:
             loop.close()
 
 
-def _cancel_all(loop: asyncio.AbstractEventLoop) -> None:
-    left = asyncio.all_tasks(loop)
-    for task in left:
-        task.cancel()
-    if left:
-        loop.run_until_complete(asyncio.gather(*left, return_exceptions=True))
+async def cancel_all(tasks: Iterable[asyncio.Task[Any]]) -> None:
+    """Cancel asyncio tasks and wait until they have ended, however they do.
+
+    Again and again: up to Python 3.11 `asyncio.wait_for` loses a cancellation that comes together with what it waits
+    for, and a task that serves for ever would then go on.
+    """
+    left = set(tasks)
+    while left:
+        for task in left:
+            task.cancel()
+        ended, left = await asyncio.wait(left, timeout=_CANCEL_SECONDS)
+        for task in ended:
+            if not task.cancelled():
+                task.exception()  # has been looked at, so asyncio does not complain about it
+
+
+async def _cancel_rest() -> None:
+    this = asyncio.current_task()
+    await cancel_all(task for task in asyncio.all_tasks() if task is not this)

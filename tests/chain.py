@@ -78,6 +78,10 @@ class Chain:
         self.runner_port = 0
         self.host_port = 0
         self.stack = contextlib.AsyncExitStack()
+        # Where a hop finds the next: a port of 127.0.0.1, behind which a test may put a relay of its own.
+        self.host_seen_by_user: Callable[[], int] = lambda: self.host_port
+        self.runner_seen_by_host: Callable[[], int] = lambda: self.runner_port
+        self.runner_seen_by_container: Callable[[], int] = lambda: self.runner_port
         self.errors: asyncio.Queue[tuple[int, str]] = asyncio.Queue()
         self.detached: asyncio.Queue[str] = asyncio.Queue()
 
@@ -92,17 +96,19 @@ class Chain:
         if task == "missing":
             raise NotFoundError("no such task: missing")
         container = CONTAINER if task == "1" else task
-        return ForwardTarget(f"ws://127.0.0.1:{self.runner_port}", container, f"ticket {container}")
+        return ForwardTarget(f"ws://127.0.0.1:{self.runner_seen_by_host()}", container, f"ticket {container}")
 
     @property
     def runner_url(self) -> str:
-        return f"http://127.0.0.1:{self.runner_port}"
+        return f"http://127.0.0.1:{self.runner_seen_by_container()}"
 
-    async def tunnel(self, kind: str, container: str = CONTAINER) -> asyncio.Task[int] | asyncio.subprocess.Process:
-        """Start a tunnel client and wait until its tunnel is up."""
+    async def tunnel(
+        self, kind: str, container: str = CONTAINER, *, config: EndpointConfig | None = None
+    ) -> asyncio.Task[int] | asyncio.subprocess.Process:
+        """Start a tunnel client and wait until its tunnel is up. ``config`` is for the Python one."""
         client: asyncio.Task[int] | asyncio.subprocess.Process
         if kind == "python":
-            twin = TunnelClient(self.runner_url, container, token=f"token of {container}")
+            twin = TunnelClient(self.runner_url, container, token=f"token of {container}", config=config)
             client = asyncio.ensure_future(twin.serve())
             self.stack.push_async_callback(_cancelled, client)
         else:
@@ -110,9 +116,20 @@ class Chain:
                 str(binary()), "--runner-url", self.runner_url, "--container-id", container, "--log-level", "warn"
             )
             self.stack.push_async_callback(_killed, client)
-        while await self.changes.get() != (container, True):
-            pass
+        await self.changed(container, True)
         return client
+
+    async def changed(self, container: str, connected: bool) -> None:
+        """Wait until this container's tunnel has come, or gone."""
+        while await self.changes.get() != (container, connected):
+            pass
+
+    async def at_rest(self) -> None:
+        """Wait until no hop knows of a stream any more."""
+        await until(lambda: self.server.snapshot()["streams"] == 0)
+        for session in self.server.sessions:
+            assert not session.table.items()
+            assert not session.ended
 
     async def user(self, *, task: str = "1", config: EndpointConfig | None = None, version: int = 2) -> UserEndpoint:
         """One user's session, through the host."""
@@ -126,8 +143,16 @@ class Chain:
         return endpoint
 
     async def attach(self, endpoint: UserEndpoint, *, task: str = "1", version: int = 2) -> None:
-        url = f"ws://127.0.0.1:{self.host_port}/ws/forward/{task}/1"
+        url = f"ws://127.0.0.1:{self.host_seen_by_user()}/ws/forward/{task}/1"
         endpoint.attach(await open_session(url, subprotocols=(TUNNEL_V2,) if version == 2 else ()))
+
+
+async def kill(client: asyncio.Task[int] | asyncio.subprocess.Process) -> None:
+    """End a tunnel client as a crash would."""
+    if isinstance(client, asyncio.Task):
+        await _cancelled(client)
+    else:
+        await _killed(client)
 
 
 async def _cancelled(task: asyncio.Task[int]) -> None:
@@ -153,6 +178,12 @@ async def chain() -> AsyncIterator[Chain]:
         yield hops
 
 
+async def until(holds: Callable[[], bool]) -> None:
+    """Wait for what nothing tells of when it happens; the test's own time-out ends a wait in vain."""
+    while not holds():  # noqa: ASYNC110  # what it waits for has no event
+        await asyncio.sleep(0.002)
+
+
 Handler = Callable[[asyncio.StreamReader, asyncio.StreamWriter], object]
 
 
@@ -166,9 +197,28 @@ async def service(handler: Handler) -> AsyncIterator[int]:
         server.close()
 
 
+@contextlib.asynccontextmanager
+async def dial(port: int) -> AsyncIterator[tuple[asyncio.StreamReader, asyncio.StreamWriter]]:
+    """A connection to a local port; afterwards it is gone."""
+    reader, writer = await asyncio.open_connection("127.0.0.1", port)
+    writer.transport.set_write_buffer_limits(high=0)  # what is drained is with the kernel, and not lost at the end
+    try:
+        yield reader, writer
+    finally:
+        writer.transport.abort()
+
+
+async def asked(port: int, data: bytes) -> bytes:
+    """What a service answers to ``data`` and end-of-file."""
+    async with dial(port) as (reader, writer):
+        writer.write(data)
+        writer.write_eof()
+        return await reader.read()
+
+
 async def echo(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
     """Send back what comes, and end when the other side has."""
-    with contextlib.suppress(ConnectionError):
+    with contextlib.suppress(OSError):
         while data := await reader.read(1 << 16):
             writer.write(data)
             await writer.drain()

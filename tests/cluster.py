@@ -61,10 +61,13 @@ class Program:
         return self.process.pid
 
     def end(self, number: signal.Signals = signal.SIGTERM) -> int:
-        """Send a signal, and wait for the end; the exit code."""
+        """Send a signal, and wait for the end; the exit code. Whatever becomes of that, it has ended afterwards."""
         self.process.send_signal(number)
         with self.process:
-            return self.process.wait(PATIENCE)
+            try:
+                return self.process.wait(PATIENCE)
+            finally:
+                self.process.kill()
 
 
 class Cluster:
@@ -157,11 +160,11 @@ class Cluster:
 
     def close(self) -> None:
         self.http.close()
-        for program in [*self.runners.values(), self.host]:
-            if program.process.poll() is None:
-                program.end()
-            with program.process:
-                pass
+        with contextlib.ExitStack() as ends:
+            for program in [self.host, *self.runners.values()]:
+                ends.enter_context(program.process)
+                if program.process.poll() is None:
+                    ends.callback(program.end)
 
 
 def _registrations(log: Path) -> int:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Coroutine
+import contextlib
+import socket
+from collections.abc import Callable, Coroutine, Iterator
 from typing import Any, TypeVar
 
 import pytest
@@ -29,3 +31,13 @@ async def _watched(main: Coroutine[Any, Any, T]) -> T:
     for context in unseen:
         raise AssertionError(f"the loop saw: {context}") from context.get("exception")
     return result
+
+
+@pytest.fixture
+def unused_ports() -> Iterator[list[int]]:
+    """TCP ports of 127.0.0.1 that are bound, so that nobody else can get them, and on which nothing listens."""
+    with contextlib.ExitStack() as stack:
+        socks = [stack.enter_context(socket.socket()) for _ in range(2)]
+        for sock in socks:
+            sock.bind(("127.0.0.1", 0))
+        yield [sock.getsockname()[1] for sock in socks]

@@ -225,6 +225,15 @@ def echoes(connection: socket.socket, data: bytes = b"hello") -> bool:
     return got == data
 
 
+def refused(port: int) -> bool:
+    """Whether a connection to this port is reset; the reset may come before `connect` has returned."""
+    try:
+        with connect(port) as connection:
+            return broken(connection)
+    except ConnectionResetError:
+        return True
+
+
 def broken(connection: socket.socket) -> bool:
     """Wait for the end of a connection; whether it ended by a reset, not in good order."""
     try:

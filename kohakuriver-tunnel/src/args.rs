@@ -8,6 +8,7 @@ use lexopt::prelude::*;
 
 use crate::handshake::RunnerUrl;
 use crate::log::Level;
+use crate::settings::Settings;
 
 /// What `--help` prints.
 pub const HELP: &str = "\
@@ -26,6 +27,9 @@ Options:
   --max-reconnect N       give up after N failures in a row, 0 for never [0]
   --log-level LEVEL       error, warn, info or debug [info]
   --version, --help
+
+Windows and times, bytes and seconds, from the environment: KOHAKURIVER_WINDOW_FIRST,
+KOHAKURIVER_WINDOW_MAX, KOHAKURIVER_WINDOW_BUDGET, KOHAKURIVER_UDP_IDLE, KOHAKURIVER_LINGER.
 ";
 
 /// What the process is to do.
@@ -43,6 +47,8 @@ pub struct Options {
     pub max_reconnect: Option<u32>,
     /// How much to log.
     pub log_level: Level,
+    /// What streams may hold, and how long they wait.
+    pub settings: Settings,
     /// `run`, with its command, which may be empty.
     pub run: Option<Vec<OsString>>,
 }
@@ -103,6 +109,7 @@ pub fn parse(
             .map_err(|_| "--reconnect-delay is a number of seconds")?,
         max_reconnect: (max_reconnect > 0).then_some(max_reconnect),
         log_level,
+        settings: Settings::from_env(env)?,
         run,
     }))
 }

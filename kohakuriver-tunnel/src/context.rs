@@ -12,6 +12,7 @@ use crate::flow::Budget;
 use crate::link::{Link, MAX_PAYLOAD};
 use crate::log;
 use crate::protocol::Header;
+use crate::settings::Settings;
 
 /// Tokens below this are not streams'.
 pub const FIRST_STREAM: usize = 2;
@@ -55,6 +56,7 @@ pub struct Counters {
     pub ignored: u64,
     pub udp_dropped: u64,
     pub udp_refused: u64,
+    pub stalls: u64,
 }
 
 impl fmt::Display for Counters {
@@ -80,6 +82,8 @@ pub struct Context {
     pub link: Link,
     /// What windows are taken from.
     pub budget: Budget,
+    /// How long streams wait.
+    pub settings: Settings,
     /// The time as of this turn of the loop.
     pub now: Instant,
     /// Counted for the log.
@@ -96,10 +100,11 @@ pub struct Context {
 
 impl Context {
     /// What the streams of a new link share.
-    pub fn new(link: Link, now: Instant) -> Self {
+    pub fn new(link: Link, settings: &Settings, now: Instant) -> Self {
         Self {
             link,
-            budget: Budget::default(),
+            budget: Budget::new(settings),
+            settings: settings.clone(),
             now,
             counters: Counters::default(),
             holding: 0,
@@ -212,6 +217,7 @@ fn error_text(error: &io::Error, port: u16) -> String {
         Some(libc::EHOSTUNREACH) => ("EHOSTUNREACH", "the container has no route to itself"),
         Some(libc::ENETUNREACH) => ("ENETUNREACH", "the container has no loopback network"),
         Some(libc::EADDRNOTAVAIL) => ("EADDRNOTAVAIL", "the container has no free local port"),
+        Some(libc::EPROTO) => ("EPROTO", "more was sent than the window allows"),
         Some(libc::EPROTONOSUPPORT) => ("EPROTONOSUPPORT", "only TCP and UDP are carried"),
         Some(libc::ENOBUFS | libc::ENOMEM) => ("ENOBUFS", "the node is out of memory"),
         _ => return format!("EIO: {error}"),

@@ -3,28 +3,30 @@
 use std::time::Instant;
 
 use crate::protocol::{EARLY_DATA, Violation};
+use crate::settings::{LEAST_WINDOW, Settings};
 
-const FIRST_WINDOW: u64 = 256 << 10;
-const LEAST_WINDOW: u64 = 4 << 10;
-const MAX_WINDOW: u64 = 16 << 20;
-const BUDGET: u64 = 64 << 20;
 /// A wider window has to have brought this much for the next step.
 const GAIN: f64 = 1.1;
-/// One lucky measurement doesn't hold a window down for good.
-const DECAY: f64 = 0.99;
+/// While it does not, PINGs get rarer, to one in this many bytes: each costs every hop two frames.
+const RAREST_PROBE: u64 = 64 << 20;
 
 /// What all streams' windows may come to together, in bytes.
 pub struct Budget {
     left: u64,
-}
-
-impl Default for Budget {
-    fn default() -> Self {
-        Self { left: BUDGET }
-    }
+    first: u64,
+    cap: u64,
 }
 
 impl Budget {
+    /// The budget of a link's streams.
+    pub fn new(settings: &Settings) -> Self {
+        Self {
+            left: settings.budget,
+            first: settings.first_window,
+            cap: settings.max_window,
+        }
+    }
+
     fn take(&mut self, wanted: u64) -> u64 {
         let got = wanted.min(self.left);
         self.left -= got;
@@ -42,21 +44,31 @@ pub struct Inbound {
     granted: u64,
     received: u64,
     consumed: u64,
+    cap: u64,
+    /// The size of what came last.
+    newest: u64,
     probe: Probe,
 }
 
 /// Measures the rate over one round trip, to see whether the window is what holds the peer back.
-#[derive(Default)]
+///
+/// Over a long link a whole window comes as one burst a round trip, and PONGs come ahead of bulk:
+/// right before a burst. So what makes a probe due is part of its sample, and probes become due a
+/// quarter of a window into a burst: one sent at its end would see nothing come until its PONG.
 struct Probe {
     outstanding: Option<(Instant, u64)>,
     ended_at: u64,
     best_rate: f64,
+    /// Bytes between the end of one probe and the next.
+    pause: u64,
+    /// Bytes of the pause that are whole windows, for which no probe is worth its while.
+    skipped: u64,
 }
 
 impl Inbound {
     /// A stream's first window, from what the others left of the budget.
     pub fn new(budget: &mut Budget) -> Self {
-        let budgeted = budget.take(FIRST_WINDOW);
+        let budgeted = budget.take(budget.first);
         let window = budgeted.max(LEAST_WINDOW);
         Self {
             window,
@@ -64,7 +76,15 @@ impl Inbound {
             granted: window,
             received: 0,
             consumed: 0,
-            probe: Probe::default(),
+            cap: budget.cap,
+            newest: 0,
+            probe: Probe {
+                outstanding: None,
+                ended_at: 0,
+                best_rate: 0.0,
+                pause: window / 4,
+                skipped: 0,
+            },
         }
     }
 
@@ -75,7 +95,8 @@ impl Inbound {
 
     /// Counts `n` bytes from the peer.
     pub fn receive(&mut self, n: usize) -> Result<(), Violation> {
-        self.received = self.received.saturating_add(n as u64);
+        self.newest = n as u64;
+        self.received = self.received.saturating_add(self.newest);
         if self.received > self.granted.max(EARLY_DATA) {
             return Err(Violation::protocol("a stream's data passed its limit"));
         }
@@ -91,10 +112,10 @@ impl Inbound {
     /// Whether to send a PING on the stream now, to measure its rate.
     pub fn wants_probe(&mut self, now: Instant) -> bool {
         let due = self.probe.outstanding.is_none()
-            && self.window < MAX_WINDOW
-            && self.received - self.probe.ended_at >= self.window / 4;
+            && self.window < self.cap
+            && self.received - self.probe.ended_at >= self.probe.pause;
         if due {
-            self.probe.outstanding = Some((now, self.received));
+            self.probe.outstanding = Some((now, self.received - self.newest));
         }
         due
     }
@@ -105,18 +126,21 @@ impl Inbound {
         let (began, before) = self.probe.outstanding.take()?;
         self.probe.ended_at = self.received;
         let sample = self.received - before;
-        if sample < self.window / 3 * 2 {
-            return None;
-        }
         let rate = sample as f64 / now.duration_since(began).as_secs_f64().max(1e-6);
-        if rate <= GAIN * self.probe.best_rate {
-            self.probe.best_rate *= DECAY;
+        let pays = rate > GAIN * self.probe.best_rate;
+        self.probe.best_rate = rate.max(self.probe.best_rate);
+        if !pays || sample * 3 < self.window * 2 {
+            self.probe.skipped = (2 * self.probe.skipped).max(self.window).min(RAREST_PROBE);
+            self.probe.pause = self.probe.skipped + self.window / 4;
             return None;
         }
-        self.probe.best_rate = rate;
-        let growth = budget.take(self.window.min(MAX_WINDOW - self.window));
+        let in_flight = self.window;
+        let growth = budget.take(self.window.min(self.cap - self.window));
         self.budgeted += growth;
         self.window += growth;
+        self.probe.skipped = 0;
+        // What comes first was sent for the smaller window.
+        self.probe.pause = in_flight + self.window / 4;
         self.raise(1)
     }
 
@@ -141,9 +165,18 @@ mod tests {
     use super::*;
     use std::time::Duration;
 
+    const FIRST_WINDOW: u64 = 256 << 10;
+
+    fn budget(total: u64) -> Budget {
+        Budget::new(&Settings {
+            budget: total,
+            ..Settings::default()
+        })
+    }
+
     #[test]
     fn a_limit_rises_by_a_quarter_of_the_window_at_the_least() {
-        let mut inbound = Inbound::new(&mut Budget::default());
+        let mut inbound = Inbound::new(&mut budget(64 << 20));
         inbound.receive(100_000).unwrap();
         assert_eq!(inbound.consume(65_535), None);
         assert_eq!(inbound.consume(1), Some(FIRST_WINDOW + 65_536));
@@ -151,14 +184,14 @@ mod tests {
 
     #[test]
     fn bytes_past_the_limit_are_a_violation() {
-        let mut inbound = Inbound::new(&mut Budget::default());
+        let mut inbound = Inbound::new(&mut budget(64 << 20));
         inbound.receive(FIRST_WINDOW as usize).unwrap();
         assert_eq!(inbound.receive(1).unwrap_err().code, 1002);
     }
 
     #[test]
     fn early_data_is_allowed_whatever_the_budget_left() {
-        let mut budget = Budget { left: 0 };
+        let mut budget = budget(0);
         let mut inbound = Inbound::new(&mut budget);
         assert_eq!(inbound.granted(), LEAST_WINDOW);
         inbound.receive(EARLY_DATA as usize).unwrap();
@@ -169,19 +202,18 @@ mod tests {
 
     #[test]
     fn a_window_doubles_while_a_round_trip_fills_it_and_the_budget_lasts() {
-        let mut budget = Budget {
-            left: FIRST_WINDOW + (1 << 20),
-        };
+        let mut budget = budget(FIRST_WINDOW + (1 << 20));
         let mut inbound = Inbound::new(&mut budget);
         let (mut now, mut windows) = (Instant::now(), vec![inbound.window]);
         for round in 1..5u32 {
-            let burst = inbound.window as usize / 4;
-            inbound.receive(burst).unwrap();
-            inbound.consume(burst);
-            assert!(inbound.wants_probe(now));
-            let fill = inbound.window as usize;
-            inbound.receive(fill).unwrap();
-            inbound.consume(fill);
+            while !inbound.wants_probe(now) {
+                inbound.receive(4096).unwrap();
+                inbound.consume(4096);
+            }
+            for _ in 0..inbound.window / 4096 {
+                inbound.receive(4096).unwrap();
+                inbound.consume(4096);
+            }
             now += Duration::from_millis(10) / round;
             inbound.probe_ended(now, &mut budget);
             windows.push(inbound.window);
@@ -194,15 +226,57 @@ mod tests {
         assert_eq!(budget.left, FIRST_WINDOW + (1 << 20));
     }
 
+    /// How a window grows where each round trip of 100 ms brings one burst, in reads of `read`
+    /// bytes, that the link takes `rate` bytes a second of; PONGs come right before a burst.
+    fn window_after(round_trips: u32, read: u64, rate: u64) -> u64 {
+        let mut budget = budget(64 << 20);
+        let mut inbound = Inbound::new(&mut budget);
+        let (mut now, mut limit, mut due) = (Instant::now(), inbound.granted(), None);
+        for _ in 0..round_trips {
+            now += Duration::from_millis(100);
+            let mut burst = (limit - inbound.received).min(rate / 10);
+            limit = inbound.granted();
+            if due.take().is_some_and(|at| at <= now)
+                && let Some(raised) = inbound.probe_ended(now, &mut budget)
+            {
+                limit = raised;
+            }
+            while burst > 0 {
+                let part = burst.min(read);
+                inbound.receive(part as usize).unwrap();
+                limit = inbound.consume(part as usize).unwrap_or(limit);
+                if inbound.wants_probe(now) {
+                    due = Some(now + Duration::from_millis(100));
+                }
+                burst -= part;
+            }
+        }
+        inbound.window
+    }
+
+    #[test]
+    fn a_window_grows_over_a_long_link_whatever_the_size_of_reads() {
+        for read in [1 << 10, 16 << 10, 64 << 10, 256 << 10, 1 << 20] {
+            let window = window_after(40, read, 125_000_000);
+            assert_eq!(window, 16 << 20, "in reads of {read} bytes");
+        }
+    }
+
+    #[test]
+    fn a_window_stops_growing_where_the_link_is_full() {
+        let window = window_after(400, 64 << 10, 10_000_000);
+        assert!((1_000_000..=4 << 20).contains(&window), "{window}");
+    }
+
     #[test]
     fn a_window_that_a_round_trip_does_not_fill_stays() {
-        let mut budget = Budget::default();
+        let mut budget = budget(64 << 20);
         let mut inbound = Inbound::new(&mut budget);
         let now = Instant::now();
         inbound.receive(100_000).unwrap();
         assert!(inbound.wants_probe(now));
         assert!(!inbound.wants_probe(now), "one probe at a time");
-        inbound.receive(100_000).unwrap();
+        inbound.receive(70_000).unwrap();
         assert_eq!(
             inbound.probe_ended(now + Duration::from_millis(1), &mut budget),
             None

@@ -19,6 +19,7 @@ pub mod message;
 pub mod protocol;
 pub mod queue;
 pub mod session;
+pub mod settings;
 pub mod sys;
 pub mod tcp;
 pub mod tunnel;

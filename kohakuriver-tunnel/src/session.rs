@@ -15,6 +15,7 @@ use crate::link::Link;
 use crate::log;
 use crate::message::{Item, Reader};
 use crate::protocol::{self, HEADER, Header, MAX_SENT, TCP, UDP, Violation, close, kind};
+use crate::settings::Settings;
 use crate::tcp::Tcp;
 use crate::udp::Udp;
 
@@ -37,6 +38,9 @@ const LINGER: Duration = Duration::from_secs(1);
 const GRACE: Duration = Duration::from_millis(300);
 const PING_AFTER: Duration = Duration::from_secs(15);
 const LOST_AFTER: Duration = Duration::from_secs(20);
+const REPORT_EVERY: Duration = Duration::from_secs(2);
+/// Begins a PING that tells our counts (docs/protocol.md §3).
+const COUNTS_MARK: &[u8] = b"cnt1";
 
 /// How a session ended.
 #[derive(Debug)]
@@ -98,13 +102,16 @@ pub struct Session<'p> {
     ids: HashMap<u32, Key>,
     last_received: Instant,
     pinged: Option<Instant>,
+    /// What the runner was told of our counts: datagrams dropped and stalls, and when next it may be told.
+    reported: [u64; 2],
+    next_report: Instant,
     /// Asked to end, by this time at the latest.
     stopping: Option<Instant>,
 }
 
 /// Serves one link until it ends. `early` is what followed the handshake.
-pub fn run(poll: &mut Poll, sock: TcpStream, early: &[u8], v2: bool) -> End {
-    let mut session = Session::new(poll, sock, v2);
+pub fn run(poll: &mut Poll, sock: TcpStream, early: &[u8], v2: bool, settings: &Settings) -> End {
+    let mut session = Session::new(poll, sock, v2, settings);
     let end = session.serve(early).unwrap_err();
     session.abandon();
     log!(Debug, "{}", session.context.counters);
@@ -112,11 +119,11 @@ pub fn run(poll: &mut Poll, sock: TcpStream, early: &[u8], v2: bool) -> End {
 }
 
 impl<'p> Session<'p> {
-    fn new(poll: &'p mut Poll, sock: TcpStream, v2: bool) -> Self {
+    fn new(poll: &'p mut Poll, sock: TcpStream, v2: bool, settings: &Settings) -> Self {
         let now = Instant::now();
         Self {
             poll,
-            context: Context::new(Link::new(sock), now),
+            context: Context::new(Link::new(sock), settings, now),
             v2,
             readable: true,
             read_closed: false,
@@ -128,6 +135,8 @@ impl<'p> Session<'p> {
             ids: HashMap::new(),
             last_received: now,
             pinged: None,
+            reported: [0; 2],
+            next_report: now,
             stopping: None,
         }
     }
@@ -158,6 +167,7 @@ impl<'p> Session<'p> {
             self.pump()?;
             self.fire_timers();
             self.keep_alive()?;
+            self.report();
             self.context.link.flush()?;
             self.free.append(&mut self.freed);
             self.stop(events.is_empty())?;
@@ -179,9 +189,12 @@ impl<'p> Session<'p> {
             Some(pinged) => pinged + LOST_AFTER,
             None => self.last_received + PING_AFTER,
         };
+        let report = self.unreported().map(|_| self.next_report);
         let next = context
             .next_timer()
-            .map_or(keepalive, |timer| timer.min(keepalive));
+            .into_iter()
+            .chain(report)
+            .fold(keepalive, Instant::min);
         next.saturating_duration_since(Instant::now()) + Duration::from_millis(1)
     }
 
@@ -346,7 +359,7 @@ impl<'p> Session<'p> {
         };
         let slot = key.slot as usize;
         if let Some(Stream::Tcp(tcp)) = &mut self.slots[slot].stream {
-            let fate = tcp.on_data(&run.slices[..used], &mut self.context)?;
+            let fate = tcp.on_data(&run.slices[..used], &mut self.context);
             self.settle(slot, fate);
         }
         Ok(())
@@ -425,7 +438,12 @@ impl<'p> Session<'p> {
                 });
                 Ok(())
             }
-            _ => Err(Violation::protocol("a WINDOW without a stream or a limit")),
+            // The runner passes on what a user made of it: that may not end all users' link.
+            _ if header.id != 0 => {
+                self.context.counters.ignored += 1;
+                Ok(())
+            }
+            _ => Err(Violation::protocol("a WINDOW without a stream")),
         }
     }
 
@@ -527,6 +545,29 @@ impl<'p> Session<'p> {
                 Ok(())
             }
             _ => Ok(()),
+        }
+    }
+
+    /// Our counts, if the runner speaks v2 and has not been told of them.
+    fn unreported(&self) -> Option<[u64; 2]> {
+        let counters = &self.context.counters;
+        let counts = [counters.udp_dropped + counters.udp_refused, counters.stalls];
+        (self.v2 && counts != self.reported).then_some(counts)
+    }
+
+    /// Tells the runner what only an endpoint can count.
+    fn report(&mut self) {
+        if self.context.now < self.next_report {
+            return;
+        }
+        if let Some(counts) = self.unreported() {
+            let mut payload = COUNTS_MARK.to_vec();
+            for (now, before) in counts.iter().zip(self.reported) {
+                payload.extend((now - before).to_be_bytes());
+            }
+            self.context.send(Header::new(kind::PING, TCP, 0), &payload);
+            self.reported = counts;
+            self.next_report = self.context.now + REPORT_EVERY;
         }
     }
 

@@ -15,8 +15,6 @@ use crate::queue::Queue;
 use crate::sys;
 
 const DIAL_TIMEOUT: Duration = Duration::from_secs(10);
-/// How long a v1 stream whose service has ended its side waits for the user's side (§3 rule 4).
-const LINGER: Duration = Duration::from_secs(2);
 /// How long the last bytes of a closed stream wait for a service that doesn't read.
 const DRAIN_TIMEOUT: Duration = Duration::from_secs(60);
 /// A v1 stream that holds more than this stops the reading of the whole link (§3 rule 6).
@@ -123,27 +121,26 @@ impl Tcp {
     }
 
     /// DATA from the user's side, in pieces.
-    pub fn on_data(
-        &mut self,
-        pieces: &[IoSlice<'_>],
-        context: &mut Context,
-    ) -> Result<Fate, Violation> {
+    pub fn on_data(&mut self, pieces: &[IoSlice<'_>], context: &mut Context) -> Fate {
         let length = pieces.iter().map(|piece| piece.len()).sum();
         if self.eof_in {
             context.counters.ignored += 1;
-            return Ok(Fate::Live);
+            return Fate::Live;
         }
-        self.received(length, context)?;
+        if self.received(length, context).is_err() {
+            // The link is all users': only the stream ends, and the runner sees to whose it was.
+            return self.broken(&io::Error::from_raw_os_error(libc::EPROTO), context);
+        }
         if self.failed.is_some() {
             self.consumed(length, context);
-            return Ok(Fate::Live);
+            return Fate::Live;
         }
         let mut written = 0;
         if self.writable && self.queue.is_empty() {
             match self.sock.write_vectored(pieces) {
                 Ok(n) => written = n,
                 Err(error) if error.kind() == io::ErrorKind::WouldBlock => {}
-                Err(error) => return Ok(self.write_failed(error, length, context)),
+                Err(error) => return self.write_failed(error, length, context),
             }
             self.writable = written == length;
         }
@@ -151,7 +148,7 @@ impl Tcp {
         self.consumed(written, context);
         self.probe(context);
         self.hold(context);
-        Ok(Fate::Live)
+        Fate::Live
     }
 
     /// WINDOW, or the limit in the peer's CONNECT.
@@ -229,6 +226,7 @@ impl Tcp {
         self.sent += length as u64;
         context.counters.bytes_to_user += length as u64;
         self.readable = length == most || self.read_closed;
+        context.counters.stalls += u64::from(self.sent == self.limit);
         context
             .link
             .send_payload(Header::new(kind::DATA, TCP, self.id), length)?;
@@ -359,7 +357,8 @@ impl Tcp {
         if self.inbound.is_some() {
             context.send(Header::new(kind::EOF, TCP, self.id), &[]);
         } else {
-            self.arm(context, LINGER);
+            // v1 has no EOF: the user's side may still have something to say (§3 rule 4).
+            self.arm(context, context.settings.linger);
         }
         if self.in_done { Fate::Over } else { Fate::Live }
     }
@@ -375,7 +374,7 @@ impl Tcp {
         if let Some(inbound) = &mut self.inbound {
             inbound.receive(length)?;
         } else if self.out_done {
-            self.deadline = Some(context.now + LINGER);
+            self.deadline = Some(context.now + context.settings.linger);
         }
         Ok(())
     }

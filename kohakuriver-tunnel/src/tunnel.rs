@@ -83,6 +83,7 @@ fn attempt(options: &Options, poll: &mut Poll) -> Result<End, Refusal> {
         mio::net::TcpStream::from_std(sock),
         &early,
         v2,
+        &options.settings,
     ))
 }
 

@@ -2,16 +2,13 @@
 
 use std::io;
 use std::net::Ipv4Addr;
-use std::time::{Duration, Instant};
+use std::time::Instant;
 
 use mio::net::UdpSocket;
 use mio::{Interest, Registry, Token};
 
 use crate::context::{Context, Fate, Key};
 use crate::protocol::{Header, UDP, kind};
-
-/// A stream with no datagram in either direction for this long is closed (§3 rule 12).
-const IDLE: Duration = Duration::from_secs(60);
 
 /// While the link is blocked the socket isn't read: the kernel's bounded queue is the stream's.
 pub struct Udp {
@@ -34,7 +31,7 @@ impl Udp {
         sock.connect((Ipv4Addr::LOCALHOST, header.port).into())?;
         registry.register(&mut sock, Token::from(key), Interest::READABLE)?;
         context.send(Header::new(kind::CONNECTED, UDP, header.id), &[]);
-        let deadline = context.now + IDLE;
+        let deadline = context.now + context.settings.udp_idle;
         context.set_timer(deadline, key);
         Ok(Self {
             key,
@@ -58,7 +55,7 @@ impl Udp {
 
     /// One datagram from the user's side.
     pub fn on_datagram(&mut self, datagram: &[u8], context: &mut Context) {
-        self.deadline = context.now + IDLE;
+        self.deadline = context.now + context.settings.udp_idle;
         context.counters.bytes_to_container += datagram.len() as u64;
         // A refusal of an earlier datagram is reported in place of sending this one.
         let sent = match self.sock.send(datagram) {
@@ -80,7 +77,7 @@ impl Udp {
         }
         match self.sock.recv(context.link.payload()) {
             Ok(length) => {
-                self.deadline = context.now + IDLE;
+                self.deadline = context.now + context.settings.udp_idle;
                 context.counters.bytes_to_user += length as u64;
                 context
                     .link

@@ -237,6 +237,7 @@ def _print_task(task: Task, json: bool) -> None:
     if json:
         output.json_line(task.to_json())
         return
+    traffic = task.traffic
     output.fields(
         [
             ("id", str(task.task_id)),
@@ -252,8 +253,17 @@ def _print_task(task: Task, json: bool) -> None:
             ("ssh", task.ssh_host_key or ""),
             ("created", f"{task.created_at} ({output.age(task.created_at)} ago)"),
             ("message", task.message or ""),
+            ("open", f"{traffic.streams} streams in {traffic.sessions} sessions"),
+            ("to the task", _flow(traffic.bytes_to_container, traffic.to_container_per_second)),
+            ("from the task", _flow(traffic.bytes_to_user, traffic.to_user_per_second)),
+            ("waits", f"{traffic.stalls} for a window"),
+            ("dropped", f"{traffic.udp_dropped} datagrams"),
         ]
     )
+
+
+def _flow(total: int, rate: int) -> str:
+    return f"{output.size(total)}, {output.size(rate)}/s"
 
 
 def _print_done(what: str, task: Task, json: bool) -> None:

@@ -87,7 +87,7 @@ class Nodes:
                 last_seen=iso_time(node.last_seen),
                 backends=node.backends,
                 tasks=counts.get(node.name, 0),
-                traffic=node.traffic,
+                traffic={name: count for name, count in node.traffic.items() if name != "tasks"},
                 version=node.version,
             )
             for node in await self._store.nodes()
@@ -149,7 +149,7 @@ def _take_over(session: Session, name: str, beat: Heartbeat, now: float, quiet: 
         raise NotFoundError(f"There is no node {name!r}; register first.")
     node.last_seen = now
     node.left = beat.leaving
-    node.traffic = beat.traffic
+    node.traffic = {**beat.traffic, "tasks": {str(report.task_id): report.traffic for report in beat.tasks}}
     reports = {report.task_id: report for report in beat.tasks}
     changed: list[int] = []
     remove: list[int] = []

@@ -168,6 +168,7 @@ class TaskReport(BaseModel):
     image: str | None = None
     ssh_port: Annotated[int, Field(ge=1, le=65535)] | None = None
     ssh_host_key: str | None = None
+    traffic: dict[str, int] = Field(default={}, exclude=True)  # kept with the node: it is no change of the task
 
 
 class Heartbeat(BaseModel):
@@ -216,6 +217,7 @@ class TaskView(BaseModel):
     owner: str
     ssh_port: int | None
     ssh_host_key: str | None
+    traffic: dict[str, int]
 
 
 def iso_time(seconds: float) -> str:

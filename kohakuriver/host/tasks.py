@@ -107,6 +107,7 @@ class Tasks:
                 "owner": task.owner,
                 "ssh_port": task.ssh_port,
                 "ssh_host_key": task.ssh_host_key,
+                "traffic": {} if lost else node.traffic.get("tasks", {}).get(str(task.task_id), {}),
             }
         )
 

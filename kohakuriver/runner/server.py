@@ -26,13 +26,14 @@ from kohakuriver.runner.ssh_helper import SshHelper
 from kohakuriver.runner.state import State
 from kohakuriver.runner.tasks import TaskManager
 from kohakuriver.runner.terminal import TerminalServer
+from kohakuriver.runner.traffic import COUNTS
 from kohakuriver.runner.tunnel_helper import TunnelHelper
 from kohakuriver.runner.tunnel_server import TunnelServer
 from kohakuriver.tunnel.server import serve_ws
+from kohakuriver.tunnel.settings import from_environment
 from kohakuriver.web import (
     Server,
     bind,
-    cancel_all,
     configure_logging,
     new_app,
     print_ready,
@@ -45,7 +46,8 @@ __all__ = ["RunnerOptions", "main", "serve"]
 log = structlog.get_logger("kohakuriver.runner")
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,62}")
-_TRAFFIC = ("bytes_to_container", "bytes_to_user", "sessions", "streams")
+_TRAFFIC = (*COUNTS, "sessions", "streams")
+_TASK_TRAFFIC = (*_TRAFFIC, "version", "to_container_per_second", "to_user_per_second")
 
 
 @dataclass(frozen=True)
@@ -108,6 +110,7 @@ class Runner:
             check_ticket=lambda credential: self._registration.check_ticket(credential, "forward"),
             address_of=self._tasks.address_of,
             on_tunnel_change=self._tasks.tunnel_changed,
+            config=from_environment(),
         )
         self._terminals = TerminalServer(
             allow_anonymous=options.allow_anonymous,
@@ -127,6 +130,11 @@ class Runner:
 
     def _make_backends(self, names: Sequence[str], state: State) -> dict[str, Backend]:
         helper, ssh = TunnelHelper(state), SshHelper(state)
+        if not helper.has_binary:
+            log.warning(
+                "there is no static tunnel client here: process tasks use the Python one, which costs more processor "
+                "time, and no container can be started; to have it, install kohakuriver again where cargo is"
+            )
         report = self._tasks.report
         made: dict[str, Backend] = {"address": AddressBackend(report)}
         for name in names:
@@ -175,12 +183,16 @@ class Runner:
         await self._terminals.close()
         await self._tasks.close(stop_tasks=self._options.stop_tasks_on_exit)
         await self._tunnels.close()
-        await cancel_all(self._background)
+        await loops.cancel_all(self._background)
         await self._registration.close()
 
     def _heartbeat(self) -> dict[str, Any]:
         snapshot = self._tunnels.snapshot()
-        return {"tasks": self._tasks.reports(), "traffic": {name: snapshot[name] for name in _TRAFFIC}}
+        reports = self._tasks.reports()
+        for report in reports:
+            seen = snapshot["containers"].get(report["container"], {})
+            report["traffic"] = {name: seen.get(name, 0) for name in _TASK_TRAFFIC}
+        return {"tasks": reports, "traffic": {name: snapshot[name] for name in _TRAFFIC}}
 
     async def _remove(self, task_id: int) -> None:
         for task in self._tasks.all():

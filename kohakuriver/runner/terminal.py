@@ -21,7 +21,7 @@ from kohakuriver.tunnel.messages import MessageLink
 from kohakuriver.tunnel.protocol import TERMINAL_V2, CloseCode
 from kohakuriver.tunnel.server import TunnelRoute, UpgradeRequest
 from kohakuriver.tunnel.ticket import Ticket
-from kohakuriver.web import cancel_all
+from kohakuriver.loops import cancel_all
 
 __all__ = ["TerminalServer"]
 

@@ -16,6 +16,7 @@ from pathlib import Path
 import kohakuriver
 from kohakuriver.errors import UnavailableError
 from kohakuriver.runner.state import State
+from kohakuriver.tunnel.settings import variables
 
 __all__ = ["INSIDE", "TunnelHelper", "find_binary", "install_binary"]
 
@@ -32,6 +33,8 @@ class TunnelHelper:
     def __init__(self, state: State) -> None:
         self._state = state
         self._source = find_binary(_BINARY, "KOHAKURIVER_TUNNEL_CLIENT")
+        self.settings = variables()
+        """Windows and times that every task's tunnel client is told, unless the task's own environment has others."""
 
     @property
     def has_binary(self) -> bool:
@@ -126,7 +129,5 @@ def find_binary(name: str, variable: str) -> Path | None:
     """The program of that name in this installation; the environment's `variable` may name another."""
     built_in = Path(kohakuriver.__file__).parent / "bin" / name
     named = os.environ.get(variable)
-    for path in (Path(named).absolute() if named else built_in, built_in):
-        if os.access(path, os.X_OK) and path.is_file():
-            return path
-    return None
+    path = Path(named).absolute() if named else built_in
+    return path if os.access(path, os.X_OK) and path.is_file() else None

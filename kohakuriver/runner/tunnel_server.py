@@ -8,14 +8,16 @@ the frame walker looks ids up in; Python sees only the messages that open, end o
 from __future__ import annotations
 
 import re
+from collections import Counter, defaultdict
 from collections.abc import Callable
-from typing import Any, TypeVar, cast
+from typing import Any, Protocol, TypeVar, cast
 
 import structlog
 
 from kohakuriver._frame import WHOLE, WS_TEXT, FrameWalker, RelayWalker, RoutingTable, build_frame
 from kohakuriver.errors import NotAllowedError, UnauthenticatedError, UnavailableError, UsageError
-from kohakuriver.tunnel.endpoint import ContainerEndpoint
+from kohakuriver.runner.traffic import COUNTS, Rates
+from kohakuriver.tunnel.endpoint import ContainerEndpoint, EndpointConfig
 from kohakuriver.tunnel.link import Assembler, Link
 from kohakuriver.tunnel.protocol import (
     CLOSE,
@@ -29,6 +31,7 @@ from kohakuriver.tunnel.protocol import (
     WINDOW,
     CloseCode,
     Message,
+    parse_counts,
 )
 from kohakuriver.tunnel.server import TunnelRoute, UpgradeRequest, greet
 from kohakuriver.tunnel.ticket import Ticket
@@ -39,9 +42,20 @@ V1_BACKLOG = 1 << 20
 # A v2 session's windows are at most 64 MiB, so more than this waiting means that the container ignores them.
 V2_BACKLOG = 96 << 20
 RENEGOTIATE = 1012
+# How a container's end says that a user broke a window: it can't close the tunnel, which is all users'.
+PASSED_WINDOW = b"EPROTO: "
 
 log = structlog.get_logger("kohakuriver.tunnel")
 A = TypeVar("A", bound="Side")
+
+
+class Counted(Protocol):
+    """What bytes of a container go through."""
+
+    container: str
+
+    def counts(self) -> Counter[str]:
+        """How many, and what its endpoint reported."""
 
 
 class Side:
@@ -55,6 +69,7 @@ class Side:
         self.link: Link = cast(Link, None)
         self.unknown_messages = 0
         self.unroutable = 0
+        self.reported: Counter[str] = Counter()
         self._assembler = Assembler(MAX_CONTROL)
 
     def link_received(self, link: Link, start: int, stop: int) -> int:
@@ -127,7 +142,13 @@ class Side:
             target, other_id = cast("tuple[Side, int]", route)
             target.link.post(build_frame(kind, proto, other_id, 0, payload))
         elif kind == PING:
+            if client_id == 0:
+                self.reported.update(parse_counts(payload))
             self.link.post(build_frame(PONG, proto, client_id, 0, payload))
+
+    def counts(self) -> Counter[str]:
+        """What came from this side, and what its endpoint reported."""
+        raise NotImplementedError
 
     def passed_to(self, target: Side) -> None:
         """Bytes were just sent to ``target``: see to backpressure."""
@@ -165,6 +186,9 @@ class Tunnel(Side):
         super().__init__(server, container)
         self._last_id = 0
 
+    def counts(self) -> Counter[str]:
+        return self.reported + Counter({"bytes_to_user": self.walker.bytes_routed})
+
     @property
     def version(self) -> int:
         """What the container's tunnel client speaks."""
@@ -193,6 +217,8 @@ class Tunnel(Side):
             session.table.remove(user_id)
             session.ended.pop(user_id, None)
             session.send(kind, proto, user_id, 0, payload)
+            if kind == ERROR and payload.startswith(PASSED_WINDOW) and self.version >= 2:
+                session.link.fail(CloseCode.PROTOCOL_ERROR, payload.decode("utf-8", "replace"))
         if self.version == 1:  # its entry stays until it gets one (§3 rule 9)
             self.send(CLOSE, proto, client_id, 0)
 
@@ -217,6 +243,9 @@ class Session(Side):
         self.proto = proto
         self.allows = allows
         self.ended: dict[int, Side] = {}
+
+    def counts(self) -> Counter[str]:
+        return self.reported + Counter({"bytes_to_container": self.walker.bytes_routed})
 
     @property
     def version(self) -> int:
@@ -298,6 +327,7 @@ class TunnelServer:
         check_ticket: the ticket's claims; raises UnauthenticatedError or NotAllowedError.
         address_of: the IP of a container id of the address backend, which the runner dials itself, else None.
         on_tunnel_change: called with (container id, connected).
+        config: windows and times of the streams that the runner dials itself.
     """
 
     def __init__(
@@ -308,18 +338,20 @@ class TunnelServer:
         check_ticket: Callable[[str], Ticket],
         address_of: Callable[[str], str | None],
         on_tunnel_change: Callable[[str, bool], None] = lambda container, connected: None,
+        config: EndpointConfig | None = None,
     ) -> None:
         self.allow_anonymous = allow_anonymous
         self.check_tunnel_token = check_tunnel_token
         self.check_ticket = check_ticket
         self.address_of = address_of
         self.on_tunnel_change = on_tunnel_change
+        self.config = config
         self.tunnels: dict[str, Tunnel] = {}
         self.sessions: dict[Session, None] = {}
         self.direct: dict[DirectSession, None] = {}
         self.streams_opened = 0
-        self._closed_to_container = 0
-        self._closed_to_user = 0
+        self._closed: dict[str, Counter[str]] = {}
+        self._rates = Rates()
 
     def routes(self) -> list[TunnelRoute]:
         """The WebSocket paths that this server answers."""
@@ -339,31 +371,48 @@ class TunnelServer:
             session.link.close(1008, reason)
         for direct in [d for d in self.direct if d.container == container]:
             direct.link.close(1008 if gone else 1012, reason)
+        if gone:
+            self._closed.setdefault("", Counter()).update(self._closed.pop(container, {}))
 
     def snapshot(self) -> dict[str, Any]:
-        """Counts of now, and bytes since the start, of all and of each tunnel."""
-        to_container = self._closed_to_container + sum(s.walker.bytes_routed for s in self.sessions)
-        to_user = self._closed_to_user + sum(t.walker.bytes_routed for t in self.tunnels.values())
-        direct = [d.endpoint.stats() for d in self.direct]
+        """Counts of now, and totals since the start, of all and of each container that has a tunnel or had traffic."""
+        counts = self._counts()
+        rates = self._rates.look(counts)
+        containers = {
+            name: {**self._describe(name), **{key: counts[name][key] for key in COUNTS}, **rates[name]}
+            for name in {*counts, *self.tunnels}
+            if name
+        }
         return {
             "sessions": len(self.sessions) + len(self.direct),
-            "streams": sum(len(t.table) for t in self.tunnels.values()) + sum(d.streams for d in direct),
-            "bytes_to_container": to_container + sum(d.bytes_received for d in direct),
-            "bytes_to_user": to_user + sum(d.bytes_sent for d in direct),
-            "tunnels": {name: self._describe(tunnel) for name, tunnel in self.tunnels.items()},
+            "streams": sum(c["streams"] for c in containers.values()),
+            **{key: sum(c[key] for c in counts.values()) for key in COUNTS},
+            "containers": containers,
         }
 
-    def _describe(self, tunnel: Tunnel) -> dict[str, Any]:
-        sessions = [s for s in self.sessions if s.container == tunnel.container]
+    def _counts(self) -> defaultdict[str, Counter[str]]:
+        """Totals by container, "" standing for all that are gone."""
+        counts = defaultdict(Counter, {name: Counter(closed) for name, closed in self._closed.items()})
+        parts: list[Counted] = [*self.sessions, *self.tunnels.values(), *self.direct]
+        for part in parts:
+            counts[part.container].update(part.counts())
+        return counts
+
+    def _describe(self, container: str) -> dict[str, Any]:
+        tunnel = self.tunnels.get(container)
+        direct = [d for d in self.direct if d.container == container]
         return {
-            "version": tunnel.version,
-            "peer": tunnel.link.label,
-            "sessions": len(sessions),
-            "streams": len(tunnel.table),
-            "bytes_to_container": sum(s.walker.bytes_routed for s in sessions),
-            "bytes_to_user": tunnel.walker.bytes_routed,
-            "unknown_messages": tunnel.unknown_messages,
+            "version": tunnel.version if tunnel is not None else 0,
+            "peer": tunnel.link.label if tunnel is not None else "",
+            "sessions": sum(s.container == container for s in self.sessions) + len(direct),
+            "streams": (len(tunnel.table) if tunnel is not None else 0)
+            + sum(d.endpoint.stats().streams for d in direct),
+            "unknown_messages": tunnel.unknown_messages if tunnel is not None else 0,
         }
+
+    def count(self, part: Counted) -> None:
+        """A link is gone: keep what it had counted."""
+        self._closed.setdefault(part.container, Counter()).update(part.counts())
 
     async def close(self) -> None:
         """Close every link; they go as their peers answer."""
@@ -381,7 +430,7 @@ class TunnelServer:
         old = self.tunnels.get(tunnel.container)
         self.tunnels[tunnel.container] = tunnel
         if old is not None:
-            self._closed_to_user += old.walker.bytes_routed
+            self.count(old)
             self._end_streams(old, "it was replaced by a newer one")
             old.link.close(CloseCode.REPLACED, "replaced by a newer tunnel of this container")
         for session in [s for s in self.sessions if s.container == tunnel.container and s.version > tunnel.version]:
@@ -394,7 +443,7 @@ class TunnelServer:
         self._end_streams(tunnel, reason)
         if self.tunnels.get(tunnel.container) is tunnel:
             del self.tunnels[tunnel.container]
-            self._closed_to_user += tunnel.walker.bytes_routed
+            self.count(tunnel)
             log.info("tunnel disconnected", container=tunnel.container, reason=reason)
             self.on_tunnel_change(tunnel.container, False)
 
@@ -407,14 +456,12 @@ class TunnelServer:
     def session_closed(self, session: Session) -> None:
         """A user's link has gone."""
         if self.sessions.pop(session, self) is None:
-            self._closed_to_container += session.walker.bytes_routed
+            self.count(session)
 
     def direct_closed(self, session: DirectSession) -> None:
         """The link of a session that this runner serves by itself has gone."""
         if self.direct.pop(session, self) is None:
-            stats = session.endpoint.stats()
-            self._closed_to_container += stats.bytes_received
-            self._closed_to_user += stats.bytes_sent
+            self.count(session)
 
     def require_ticket(self, request: UpgradeRequest, container: str, port: int) -> Ticket | None:
         """The request's ticket if it is good for this container and port; None for an anonymous v1 host."""
@@ -446,6 +493,16 @@ class DirectSession:
     def link_closed(self, link: Link, code: int, reason: str) -> None:
         self.endpoint.link_closed(link, code, reason)
         self.server.direct_closed(self)
+
+    def counts(self) -> Counter[str]:
+        """What went through it."""
+        stats = self.endpoint.stats()
+        return Counter(
+            bytes_to_container=stats.bytes_received,
+            bytes_to_user=stats.bytes_sent,
+            udp_dropped=stats.udp_dropped,
+            stalls=stats.stalls,
+        )
 
 
 class _TunnelPath:
@@ -509,7 +566,9 @@ class _ForwardPath:
     def _open_direct(
         self, request: UpgradeRequest, container: str, port: int, allows: Callable[[int], bool], address: str
     ) -> None:
-        endpoint = ContainerEndpoint((address,), where=f"at {address}", allowed_port=allows, default_port=port)
+        endpoint = ContainerEndpoint(
+            (address,), config=self.server.config, where=f"at {address}", allowed_port=allows, default_port=port
+        )
         session = DirectSession(self.server, container, endpoint)
         session.link = request.accept(FrameWalker(masked=True), session)
         greet(session.link, "CONNECTED")

@@ -18,12 +18,14 @@ from pathlib import Path
 from urllib.parse import quote
 
 from kohakuriver._frame import FrameWalker
-from kohakuriver.errors import KohakuRiverError
+from kohakuriver.errors import KohakuRiverError, UsageError
 from kohakuriver.loops import run
 from kohakuriver.tunnel.endpoint import ContainerEndpoint, EndpointConfig
 from kohakuriver.tunnel.handshake import open_link
 from kohakuriver.tunnel.link import Link
-from kohakuriver.tunnel.protocol import CloseCode
+from kohakuriver.tunnel.protocol import ERROR, CloseCode
+from kohakuriver.tunnel.settings import from_environment
+from kohakuriver.tunnel.tcp import TcpStream
 
 FIRST_RETRY = 0.1
 # A tunnel that lived this many seconds was a good one: the backoff starts anew.
@@ -106,6 +108,11 @@ class _Tunnel(ContainerEndpoint):
         super().__init__(config=config)
         self._gone = gone
 
+    def window_passed(self, stream: TcpStream) -> None:
+        """This link is shared by all users of the container: the runner ends the session of the one that did it."""
+        self.send_message(ERROR, stream.id, b"EPROTO: more was sent than the window allows")
+        stream.reset()
+
     def link_closed(self, link: Link, code: int, reason: str) -> None:
         super().link_closed(link, code, reason)
         if not self._gone.done():
@@ -146,6 +153,7 @@ async def _work(arguments: argparse.Namespace) -> int:
         token=token,
         reconnect_delay=arguments.reconnect_delay,
         max_reconnect=arguments.max_reconnect,
+        config=from_environment(),
     )
     serving = asyncio.ensure_future(client.serve())
     stopped: asyncio.Future[int] = asyncio.get_running_loop().create_future()
@@ -196,6 +204,9 @@ def main() -> int:
     logging.basicConfig(stream=sys.stderr, level=level, format="%(name)s: %(message)s")
     try:
         return run(_work(arguments))
+    except UsageError as error:
+        print(f"tunnel-client: {error.message}", file=sys.stderr)
+        return error.exit_code
     except OSError as exc:
         print(f"tunnel-client: {exc.filename}: {exc.strerror}", file=sys.stderr)
         return 1

@@ -12,12 +12,11 @@ import itertools
 import os
 import socket
 import time
-from collections import deque
 from collections.abc import Callable, Coroutine, Sequence
 from dataclasses import dataclass, field
 from typing import Any, TypeAlias
 
-from kohakuriver._frame import HEADROOM, WS_TEXT, FrameWalker, build_frame
+from kohakuriver._frame import HEADROOM, WS_TEXT, FrameViolation, FrameWalker, build_frame
 from kohakuriver.errors import LocalAddressError
 from kohakuriver.tunnel import stream as rules
 from kohakuriver.tunnel.link import Assembler, Link
@@ -33,7 +32,9 @@ from kohakuriver.tunnel.protocol import (
     PROTO_TCP,
     PROTO_UDP,
     WINDOW,
+    CloseCode,
     Message,
+    counts,
 )
 from kohakuriver.tunnel.stream import Event, State
 from kohakuriver.tunnel.tcp import TcpStream, error_text
@@ -44,6 +45,7 @@ SHARED_READ = 256 * 1024  # with several busy streams no one of them takes more 
 ALONE = 16  # reads in a row of one stream after which it counts as the only busy one
 MAX_CONTROL = 1 << 20
 LISTEN_BACKLOG = 4096
+REPORT_EVERY = 2.0
 
 
 @dataclass
@@ -102,8 +104,11 @@ class Endpoint:
         self.udp_dropped = self.stalls = self.unknown_messages = 0
         self._busy: TcpStream | None = None
         self._in_a_row = 0
+        self._limits: dict[int, int] = {}  # to be sent at the end of this turn of the loop
         self._assembler = Assembler(MAX_CONTROL)
         self._sweeper: asyncio.TimerHandle | None = None
+        self._reporter: asyncio.TimerHandle | None = None
+        self._reported = (0, 0)
 
     def stats(self) -> EndpointStats:
         """The totals so far."""
@@ -199,9 +204,13 @@ class Endpoint:
     def detach(self, reason: str) -> None:
         """The link is gone: every stream on it ends at once."""
         self.link = None
+        self._limits.clear()
         if self._sweeper is not None:
             self._sweeper.cancel()
             self._sweeper = None
+        if self._reporter is not None:
+            self._reporter.cancel()
+            self._reporter = None
         for stream in list(self.streams.values()):
             if isinstance(stream, TcpStream):
                 stream.reset()
@@ -223,11 +232,29 @@ class Endpoint:
             link.send(frame)
 
     def send_limit(self, client_id: int, limit: int) -> None:
-        """Send WINDOW: ahead of bulk, since the peer may be waiting for it."""
+        """Send WINDOW: ahead of bulk, since the peer may be waiting for it.
+
+        Those of all streams that have read something in one turn of the loop go out together, as with a thousand
+        streams they would otherwise be most of what is sent and read at every hop.
+        """
+        if not self._limits:
+            asyncio.get_running_loop().call_soon(self._send_limits)
+        self._limits[client_id] = limit
+
+    def _send_limits(self) -> None:
+        limits, self._limits = self._limits, {}
         link = self.link
-        if link is not None:
-            key = link.keys.next() if link.keys is not None else -1
-            link.post(build_frame(WINDOW, PROTO_TCP, client_id, 0, limit.to_bytes(8, "big"), key))
+        if link is None or not limits:
+            return
+        keys = link.keys
+        link.post(
+            b"".join(
+                build_frame(
+                    WINDOW, PROTO_TCP, client_id, 0, limit.to_bytes(8, "big"), keys.next() if keys is not None else -1
+                )
+                for client_id, limit in limits.items()
+            )
+        )
 
     def mark_busy(self, stream: TcpStream) -> None:
         """Note which stream sends; while two or more take turns, each gets less at a time."""
@@ -253,6 +280,7 @@ class Endpoint:
         """The id is free; the socket may still be delivering."""
         if self.streams.get(stream.id) is stream:
             del self.streams[stream.id]
+            self._limits.pop(stream.id, None)
         if self._busy is stream:
             self._busy = None
             self.read_size = BULK_READ
@@ -265,6 +293,18 @@ class Endpoint:
         self.opened += 1
         if isinstance(stream, UdpStream) and self._sweeper is None:
             self._sweep()
+        if self._reporter is None and self.link is not None and self.link.version >= 2:
+            self._reporter = asyncio.get_running_loop().call_later(REPORT_EVERY, self._report)
+
+    def _report(self) -> None:
+        """Tell the runner what only endpoints can count (docs/protocol.md §3), for as long as there are streams."""
+        link, now = self.link, (self.udp_dropped, self.stalls)
+        if link is not None and now != self._reported:
+            dropped, stalls = now[0] - self._reported[0], now[1] - self._reported[1]
+            self._reported = now
+            link.post(counts(dropped, stalls, link.keys.next() if link.keys is not None else -1))
+        loop = asyncio.get_running_loop()
+        self._reporter = loop.call_later(REPORT_EVERY, self._report) if self.streams else None
 
     def _sweep(self) -> None:
         """Close the UDP streams on which nothing came for a while."""
@@ -295,6 +335,10 @@ class Endpoint:
 
     def forget_waiting(self, stream: TcpStream) -> None:
         """A local socket went before its stream was opened."""
+
+    def window_passed(self, stream: TcpStream) -> None:
+        """More came than was granted: the link is one session's, and it ends (§3 rule 5)."""
+        raise FrameViolation(CloseCode.PROTOCOL_ERROR, f"stream {stream.id} was sent more than its window allows")
 
     def stream_failed(self, stream: AnyStream, text: str) -> None:
         """An ERROR came."""
@@ -516,6 +560,7 @@ class ContainerEndpoint(Endpoint):
     def _accept_udp(self, client_id: int, port: int) -> UdpStream:
         stream = UdpStream(self, port)
         stream.id = client_id
+        stream.hold()  # at once: its first datagrams may have come in the same read
         self.add(stream)
         return stream
 
@@ -560,13 +605,6 @@ class ContainerEndpoint(Endpoint):
         stream._pump()
 
     async def _dial_udp(self, stream: UdpStream) -> None:
-        early: deque[bytes] = deque(maxlen=64)
-
-        def hold(data: bytes) -> bool:
-            early.append(data)
-            return True
-
-        stream.send_local = hold
         loop = asyncio.get_running_loop()
         try:
             sock = connected_datagram_socket(self.hosts[0], stream.port)
@@ -580,8 +618,7 @@ class ContainerEndpoint(Endpoint):
             transport.close()
             return
         self.send_message(CONNECTED, stream.id, proto=PROTO_UDP)
-        for data in early:
-            stream.from_link(data)
+        stream.release()
 
     async def close(self) -> None:
         """End every stream and dial; the link is left to its owner."""

@@ -7,6 +7,7 @@ frames that follow are the link's.
 from __future__ import annotations
 
 import asyncio
+import os
 import ssl as tls
 from collections.abc import Callable, Sequence
 from typing import cast
@@ -183,7 +184,9 @@ async def _open(url: str, token: str | None, subprotocols: Sequence[str], ssl: t
             lambda: _Opening(url, protocol, headers), uri.host, uri.port, ssl=context
         )
     except OSError as exc:
-        raise _unreachable(url, exc.strerror or str(exc)) from exc
+        # asyncio puts the address where the system's own words would be.
+        number = exc.errno if isinstance(exc, ConnectionError) else None
+        raise _unreachable(url, exc.strerror or str(exc) if number is None else os.strerror(number)) from exc
     try:
         response = await opening.answered
         _judge(url, protocol, response)
@@ -257,16 +260,17 @@ async def open_session(
     loop = asyncio.get_running_loop()
     deadline = loop.time() + timeout
     link = await open_link(url, walker, greeting, token=token, subprotocols=subprotocols, ssl=ssl, timeout=timeout)
+    opened = False
     try:
         text = await asyncio.wait_for(greeting.text, max(0.0, deadline - loop.time()))
         if text != "CONNECTED":
             raise greeting_error(text)
+        opened = True
     except asyncio.TimeoutError as exc:
-        link.abort()
         raise HostUnreachableError(f"no CONNECTED within {timeout:g} s", code="timed_out", status=504) from exc
-    except BaseException:
-        link.close(1000)
-        raise
+    finally:
+        if not opened:
+            link.abort()
     return link
 
 

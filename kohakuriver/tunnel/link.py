@@ -178,6 +178,7 @@ class Link(asyncio.BufferedProtocol):
         self.close_reason = ""
         # Where the last byte sent lies in a frame: only a relay that passes partial frames on ever sets it.
         self.mid_frame = False
+        self._queue_mid_frame = False
         self.queued = 0
         self.bytes_received = 0
         self.bytes_sent = 0
@@ -193,6 +194,7 @@ class Link(asyncio.BufferedProtocol):
         self._timer: asyncio.TimerHandle | None = None
         self._last_received = self._loop.time()
         self._ping_sent: float | None = None
+        self._received_at_ping = 0
         self._written_at_ping = 0
         self._finishing = False
         self._failed = False
@@ -442,6 +444,8 @@ class Link(asyncio.BufferedProtocol):
 
     def _send(self, data: bytes | bytearray | memoryview) -> None:
         if self.blocked:
+            if not self._queue:
+                self._queue_mid_frame = self.mid_frame
             self._queue.append(bytes(data))
             self.queued += len(data)
             if self.queued > MAX_QUEUED:
@@ -463,12 +467,13 @@ class Link(asyncio.BufferedProtocol):
 
     def resume_writing(self) -> None:
         self.blocked = False
-        while self._urgent and not self.blocked and not self.mid_frame:
-            self._send(self._next_urgent())
+        # mid_frame says how the queue ends; what counts first is whether a frame may stand where it begins.
+        self._send_urgent(self._queue_mid_frame if self._queue else self.mid_frame)
         while self._queue and not self.blocked:
             data = self._queue.popleft()
             self.queued -= len(data)
             self._send(data)
+        self._send_urgent(self.mid_frame)
         if self.blocked:
             return
         if self._finishing:
@@ -477,6 +482,10 @@ class Link(asyncio.BufferedProtocol):
             soon(self._write_eof)
         self._wake()
         self.handler.link_drained(self)
+
+    def _send_urgent(self, mid_frame: bool) -> None:
+        while self._urgent and not self.blocked and not mid_frame:
+            self._send(self._next_urgent())
 
     def _key(self) -> int:
         return self.keys.next() if self.keys is not None else -1
@@ -496,11 +505,13 @@ class Link(asyncio.BufferedProtocol):
             self._ping_sent = None
             self._ping()
             self._reset_timer(self.idle_ping, self._keepalive)
-        # An answer may come in the same tick of the loop's clock as the ping; nothing else came in it, we were idle.
-        elif self._ping_sent is not None and self._last_received < self._ping_sent:
-            if self._written() > self._written_at_ping:  # slow, yet alive; our ping may not even have left
+        elif self._ping_sent is not None and self.bytes_received == self._received_at_ping:
+            late = now - self._ping_sent - self.pong_wait
+            # It may be slow, yet alive: our ping has perhaps not even left. And a timer that is so late means that it
+            # was us who slept: what came meanwhile is read after this.
+            if self._written() > self._written_at_ping or late > self.pong_wait / 2:
                 self._begin_wait(now)
-            elif now - self._ping_sent >= self.pong_wait:
+            elif late >= 0:
                 self.close_reason = f"no answer to a ping for {self.pong_wait:g} s"
                 self.abort()
             else:
@@ -518,8 +529,10 @@ class Link(asyncio.BufferedProtocol):
 
     def _begin_wait(self, now: float) -> None:
         self._ping_sent = now
+        # Bytes tell what the clock does not: an answer may come within one of its ticks.
+        self._received_at_ping = self.bytes_received
         self._written_at_ping = self._written()
-        self._reset_timer(self.pong_wait, self._keepalive)
+        self._reset_timer(min(self.idle_ping, self.pong_wait), self._keepalive)
 
     def _written(self) -> int:
         """Bytes that the kernel has taken so far."""

@@ -8,6 +8,7 @@ sender is owed, when it is not what the protocol says.
 from __future__ import annotations
 
 import re
+import struct
 from enum import IntEnum
 from typing import Final, NamedTuple
 
@@ -73,10 +74,12 @@ __all__ = [
     "close",
     "connect",
     "connected",
+    "counts",
     "data",
     "eof",
     "error",
     "pack_header",
+    "parse_counts",
     "parse_error",
     "parse_limit",
     "parse_reason",
@@ -112,6 +115,12 @@ OP_TEXT: Final = 0x1
 OP_CLOSE: Final = 0x8
 OP_PING: Final = 0x9
 OP_PONG: Final = 0xA
+
+
+# What an endpoint tells of its counts: a mark, then two numbers; no more of either than can be true is believed.
+_COUNTS: Final = struct.Struct(">4sQQ")
+_COUNTS_MARK: Final = b"cnt1"
+_MOST_AT_ONCE: Final = 1 << 32
 
 
 class CloseCode(IntEnum):
@@ -203,6 +212,11 @@ def pong(payload: bytes = b"", key: int = -1, client_id: int = SESSION_ID) -> by
     return build_frame(PONG, PROTO_TCP, client_id, 0, payload, key)
 
 
+def counts(udp_dropped: int, stalls: int, key: int = -1) -> bytes:
+    """PING of the session that tells what an endpoint counted since it last did (docs/protocol.md §3)."""
+    return ping(_COUNTS.pack(_COUNTS_MARK, udp_dropped, stalls), key)
+
+
 def ws_text(text: str, key: int = -1) -> bytes:
     """Return a text frame, such as "CONNECTED"."""
     return build_ws(OP_TEXT, text.encode("utf-8", "replace"), key)
@@ -238,6 +252,14 @@ def parse_error(payload: bytes | bytearray | memoryview) -> StreamError:
     text = bytes(payload).decode("utf-8", "replace")
     match = _ERROR_CODE.match(text)
     return StreamError(match[1], text[match.end() :]) if match else StreamError("", text)
+
+
+def parse_counts(payload: bytes | bytearray | memoryview) -> dict[str, int]:
+    """What a PING of the session tells of its sender's counts; nothing where it is any other PING."""
+    if len(payload) != _COUNTS.size or bytes(payload[:4]) != _COUNTS_MARK:
+        return {}
+    _, udp_dropped, stalls = _COUNTS.unpack(payload)
+    return {"udp_dropped": min(udp_dropped, _MOST_AT_ONCE), "stalls": min(stalls, _MOST_AT_ONCE)}
 
 
 def parse_reason(payload: bytes | bytearray | memoryview) -> str:

@@ -12,7 +12,7 @@ from collections import deque
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, cast
 
-from kohakuriver._frame import HEADROOM, FrameViolation, frame_in_place
+from kohakuriver._frame import HEADROOM, frame_in_place
 from kohakuriver.tunnel import stream as rules
 from kohakuriver.tunnel.link import DirectSocket, receive_buffer, soon, tune_socket
 from kohakuriver.tunnel.protocol import CLOSE, DATA, EOF, ERROR, PING, PROTO_TCP
@@ -191,8 +191,8 @@ class TcpStream(asyncio.BufferedProtocol):
     def receive(self, views: Sequence[memoryview]) -> None:
         """Take the stream's next bytes; views are only valid during the call."""
         size = sum(map(len, views))
-        if self.receiving is not None:
-            self._check_window(self.receiving, size)
+        if self.receiving is not None and not self._check_window(self.receiving, size):
+            return
         self.held += size
         if self._linger is not None:
             self.last_data = time.monotonic()
@@ -207,13 +207,15 @@ class TcpStream(asyncio.BufferedProtocol):
         if sent:
             self._consumed(sent)
 
-    def _check_window(self, window: rules.ReceiveWindow, size: int) -> None:
+    def _check_window(self, window: rules.ReceiveWindow, size: int) -> bool:
         if not window.receive(size):
-            raise FrameViolation(1002, f"stream {self.id} was sent more than its window allows")
+            self.endpoint.window_passed(self)
+            return False
         if self.state is not State.OPENING:
             now = time.monotonic()
             if window.wants_ping(now):
                 self.endpoint.send_message(PING, self.id)
+        return True
 
     def _hold(self, views: Sequence[memoryview], skip: int = 0) -> None:
         if self._queue is None:
@@ -271,12 +273,17 @@ class TcpStream(asyncio.BufferedProtocol):
         self._pump()
 
     def _write_eof(self) -> None:
-        if self._transport is not None and not self._wrote_eof and not self._transport.is_closing():
+        if self._transport is not None and not self._wrote_eof:
             self._wrote_eof = True
-            try:
-                self._transport.write_eof()
-            except OSError as exc:  # ENOTCONN: it was reset, and nobody has read that yet
-                self._local_error(exc)
+            soon(self._shut_down)  # asyncio would do it twice, were it asked to in resume_writing
+
+    def _shut_down(self) -> None:
+        if self._transport is None or self._transport.is_closing():
+            return
+        try:
+            self._transport.write_eof()
+        except OSError as exc:  # ENOTCONN: it was reset, and nobody has read that yet
+            self._local_error(exc)
 
     # -- messages about this stream ---------------------------------------------------------------------------
 

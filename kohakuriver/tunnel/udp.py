@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import socket
 import time
-from collections import OrderedDict
+from collections import OrderedDict, deque
 from collections.abc import Callable
 from typing import TYPE_CHECKING, cast
 
@@ -13,6 +13,8 @@ from kohakuriver.tunnel.protocol import CLOSE, DATA, PROTO_UDP
 
 if TYPE_CHECKING:
     from kohakuriver.tunnel.endpoint import Endpoint, UserEndpoint
+
+EARLY_DATAGRAMS = 64
 
 
 def send_datagram(send: Callable[[], int]) -> bool:
@@ -34,15 +36,33 @@ def send_datagram(send: Callable[[], int]) -> bool:
 class UdpStream:
     """One UDP stream: on the user side a source address, on the container side a connected socket."""
 
-    __slots__ = ("endpoint", "id", "last", "port", "send_local", "shut")
+    __slots__ = ("_early", "endpoint", "id", "last", "port", "send_local", "shut")
 
     def __init__(self, endpoint: Endpoint, port: int) -> None:
         self.endpoint = endpoint
         self.port = port
         self.id = 0
         self.last = time.monotonic()
+        self._early: deque[bytes] = deque()
         self.send_local: Callable[[bytes], bool] = lambda data: False
         self.shut: Callable[[], None] = lambda: None
+
+    def hold(self) -> None:
+        """Keep what comes until there is a socket; of too many the oldest go."""
+        self.send_local = self._keep
+
+    def _keep(self, data: bytes) -> bool:
+        if len(self._early) == EARLY_DATAGRAMS:
+            self._early.popleft()
+            self.endpoint.udp_dropped += 1
+        self._early.append(data)
+        return True
+
+    def release(self) -> None:
+        """Send what was kept."""
+        while self._early:
+            if not self.send_local(self._early.popleft()):
+                self.endpoint.udp_dropped += 1
 
     def from_local(self, data: bytes) -> None:
         """A datagram for the other end."""

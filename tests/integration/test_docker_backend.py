@@ -232,6 +232,18 @@ def test_a_container_removed_behind_our_back_is_lost_and_made_anew_by_a_restart(
     assert echoes(shared, "vanished")
 
 
+@pytest.mark.timeout(400)  # the tree is fetched and unpacked once on a machine
+def test_a_service_in_a_debian_tree_is_reached(shared: Cluster, tmp_path: Path) -> None:
+    image = docker_images.debian_image(tmp_path)
+    program = (
+        f'$s = IO::Socket::INET->new(LocalAddr => "127.0.0.1", LocalPort => {PORT}, Listen => 5, ReuseAddr => 1);'
+        "while ($c = $s->accept) { while (sysread($c, $b, 65536)) { syswrite($c, $b) } close $c }"
+    )
+    shared.create("perl", "-MIO::Socket::INET", "-e", program, image=image, name="debian")
+    shared.connected("debian")
+    assert echoes(shared, "debian")
+
+
 def test_a_running_container_is_adopted_without_a_restart(shared: Cluster, busybox: str) -> None:
     with plain_container(busybox, *ECHO) as container:
         started = docker("inspect", "-f", "{{.State.StartedAt}}", container)

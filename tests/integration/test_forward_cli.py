@@ -18,7 +18,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.programs import PROGRAM, TIMEOUT, Cluster, Service, broken, connect, echoes
+from tests.programs import PROGRAM, TIMEOUT, Cluster, Service, broken, connect, echoes, refused
 
 
 @pytest.fixture(scope="module")
@@ -124,8 +124,7 @@ def test_a_dead_port_is_reset_at_once_and_one_line_says_why(cluster: Cluster, se
     forward = cluster.start("forward", service.task, f"0:{dead_port}")
     local = int(forward.line("Forwarding").split(" ")[1].rpartition(":")[2])
     for _ in range(3):
-        with connect(local) as connection:
-            assert broken(connection)
+        assert refused(local)
     assert "ECONNREFUSED" in forward.line(str(dead_port), err=True)
     assert forward.stop() == 0
     assert forward.rest(err=True) == []
@@ -136,8 +135,7 @@ def test_a_dead_port_harms_no_other_port(cluster: Cluster, service: Service, dea
     good, dead = forward.listening(), forward.listening()
     with connect(good) as before:
         assert echoes(before)
-        with connect(dead) as refused:
-            assert broken(refused)
+        assert refused(dead)
         assert forward.event("stream_error")["remote_port"] == dead_port
         assert echoes(before)
         with connect(good) as after:
@@ -351,8 +349,7 @@ def test_a_reader_of_its_output_that_goes_away_does_not_end_a_forward(
     assert forward.stdout is not None
     _connected, good, dead = (json.loads(forward.stdout.readline()) for _ in range(3))
     forward.stdout.close()
-    with connect(dead["local_port"]) as connection:
-        assert broken(connection)  # an event that nobody can be told of
+    assert refused(dead["local_port"])  # an event that nobody can be told of
     with connect(good["local_port"]) as connection:
         assert echoes(connection)
     forward.terminate()

@@ -49,6 +49,23 @@ def test_up_stops_cleanly_with_everything_it_started(own_cluster: Cluster, numbe
     assert not (own_cluster.directory / "cluster.json").exists()
 
 
+def test_without_the_static_tunnel_client_processes_work_and_one_line_says_what_it_costs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("KOHAKURIVER_TUNNEL_CLIENT", str(tmp_path / "missing"))
+    cluster = Cluster(tmp_path)
+    try:
+        service = cluster.service()
+        forward = cluster.start("forward", "--json", service.task, f"0:{service.port}")
+        with connect(forward.event("listening")["local_port"]) as sock:
+            assert echoes(sock, b"through the Python client")
+        assert forward.stop() == 0
+        assert cluster.up.stop(signal.SIGTERM) == 0
+        assert len([line for line in cluster.up.rest(err=True) if "no static tunnel client" in line]) == 1
+    finally:
+        cluster.close()
+
+
 def test_a_killed_up_leaves_no_process_behind(own_cluster: Cluster) -> None:
     own_cluster.service()
     processes = programs_of(own_cluster)
@@ -102,7 +119,7 @@ def test_a_task_goes_through_its_life(cluster: Cluster) -> None:
 def test_create_prints_the_id_alone_for_scripts(cluster: Cluster) -> None:
     printed = cluster.succeed("vps", "create", "--backend", "process", "--name", "idle").strip()
     assert printed.isdigit()
-    assert f"id:        {printed}" in cluster.succeed("vps", "status", "idle")
+    assert ["id:", printed] in [line.split() for line in cluster.succeed("vps", "status", "idle").splitlines()]
     assert "idle" in cluster.succeed("vps", "list")
 
 

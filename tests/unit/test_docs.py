@@ -14,6 +14,7 @@ import pytest
 import typer.main
 
 from kohakuriver.cli.main import app
+from kohakuriver.tunnel import settings
 
 ROOT = Path(__file__).resolve().parents[2]
 PAGES = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md")])
@@ -53,7 +54,7 @@ def options(command: Any) -> set[str]:
 
 
 def blocks(page: Path, language: str) -> Iterator[str]:
-    yield from re.findall(rf"^```{language}\n(.*?)^```", page.read_text(), re.MULTILINE | re.DOTALL)
+    yield from re.findall(rf"^```{language}\n(.*?)^```", page.read_text("utf-8"), re.MULTILINE | re.DOTALL)
 
 
 def shell_lines(page: Path) -> Iterator[str]:
@@ -85,7 +86,7 @@ def split_command(words: list[str]) -> tuple[tuple[str, ...], list[str]]:
 def sections() -> dict[tuple[str, ...], str]:
     """The sections of docs/cli.md, by the command that each is about."""
     found = {}
-    text = (ROOT / "docs/cli.md").read_text()
+    text = (ROOT / "docs/cli.md").read_text("utf-8")
     for heading, body in re.findall(r"^### `kohakuriver ([^`]*)`\n(.*?)(?=^##)", text, re.MULTILINE | re.DOTALL):
         found[split_command(heading.split())[0]] = body
     return found
@@ -110,7 +111,7 @@ def test_command_lines_in_code_blocks_are_understood_by_the_program(page: Path) 
 
 @pages
 def test_commands_and_options_mentioned_in_the_text_exist(page: Path) -> None:
-    for mention in re.findall(r"`kohakuriver ([^`]+)`", page.read_text()):
+    for mention in re.findall(r"`kohakuriver ([^`]+)`", page.read_text("utf-8")):
         if mention.startswith("-"):
             continue
         words, rest = split_command([word for word in re.split(r"[\s…|]+", mention) if word])
@@ -126,13 +127,13 @@ def test_python_examples_are_valid(page: Path) -> None:
 
 def anchors(page: Path) -> set[str]:
     """The anchors that a page's headings get where it is rendered."""
-    headings = re.findall(r"^#+ (.*)$", page.read_text(), re.MULTILINE)
+    headings = re.findall(r"^#+ (.*)$", page.read_text("utf-8"), re.MULTILINE)
     return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
 
 
 @pages
 def test_links_lead_to_files_and_headings_that_exist(page: Path) -> None:
-    for target in re.findall(r"\]\((?!https?://)([^)\s]+)\)", page.read_text()):
+    for target in re.findall(r"\]\((?!https?://)([^)\s]+)\)", page.read_text("utf-8")):
         path, _, anchor = target.partition("#")
         linked = (page.parent / path).resolve() if path else page
         assert linked.exists(), target
@@ -140,9 +141,9 @@ def test_links_lead_to_files_and_headings_that_exist(page: Path) -> None:
 
 
 def test_make_targets_in_the_documentation_exist() -> None:
-    makefile = (ROOT / "Makefile").read_text()
+    makefile = (ROOT / "Makefile").read_text("utf-8")
     targets = set(re.findall(r"^([a-z][a-z0-9-]*):", makefile, re.MULTILINE))
-    mentioned = {name for page in PAGES for name in re.findall(r"`make ([a-z][a-z0-9-]*)", page.read_text())}
+    mentioned = {name for page in PAGES for name in re.findall(r"`make ([a-z][a-z0-9-]*)", page.read_text("utf-8"))}
     mentioned |= {name for page in PAGES for block in blocks(page, "sh") for name in re.findall(r"^make (\S+)", block)}
     assert mentioned <= targets
 
@@ -151,9 +152,20 @@ def test_sources_cite_pages_and_sections_of_the_documentation_that_exist() -> No
     for source in [*ROOT.glob("kohakuriver/**/*.py*"), *ROOT.glob("kohakuriver-tunnel/src/*.rs")]:
         if source.suffix in (".pyc", ".pyd"):
             continue
-        for name, section in re.findall(r"(docs/[\w/-]+\.md)(?: §(\d+))?", source.read_text()):
+        for name, section in re.findall(r"(docs/[\w/-]+\.md)(?: §(\d+))?", source.read_text("utf-8")):
             assert (ROOT / name).exists(), f"{source}: {name}"
-            assert not section or f"\n## {section}. " in (ROOT / name).read_text(), f"{source}: {name} §{section}"
+            assert not section or f"\n## {section}. " in (ROOT / name).read_text("utf-8"), (
+                f"{source}: {name} §{section}"
+            )
+
+
+def test_the_tuning_page_has_every_setting_with_its_default() -> None:
+    rows = re.findall(
+        r"^\| `KOHAKURIVER_(\w+)` \| `(\w+)` \| ([\d.]+) \|", (ROOT / "docs/guide/tuning.md").read_text("utf-8"), re.M
+    )
+    assert [name.lower() for name, _, _ in rows] == [name for _, name, _ in rows] == list(settings.NAMES)
+    documented = {name: value for _, name, value in rows}
+    assert settings.endpoint_config(documented.__getitem__) == settings.endpoint_config(lambda name: None)
 
 
 def test_no_file_speaks_of_a_machine_an_unfinished_thought_or_a_promise_that_no_test_keeps() -> None:
@@ -174,7 +186,7 @@ def test_no_file_speaks_of_a_machine_an_unfinished_thought_or_a_promise_that_no_
         for path in (ROOT / folder).glob("*" if folder == "." else "**/*"):
             built = {"target", "bin", "results", "__pycache__"}.intersection(path.parts)
             if path.is_file() and path.suffix in suffixes and not built and path != Path(__file__):
-                found = forbidden.search(path.read_text(errors="replace"))
+                found = forbidden.search(path.read_text("utf-8", errors="replace"))
                 assert found is None, f"{path}: {found[0]}"
 
 
@@ -186,5 +198,5 @@ def test_versions_agree() -> None:
         "kohakuriver-tunnel/Cargo.toml",
         "kohakuriver-sshd/Cargo.toml",
     )
-    found = {version.findall((ROOT / name).read_text())[0] for name in files}
+    found = {version.findall((ROOT / name).read_text("utf-8"))[0] for name in files}
     assert len(found) == 1

@@ -30,7 +30,7 @@ TASK_FIELDS = {
         "message",
     ),
     "owner",
-    *("ssh_port", "ssh_host_key"),
+    *("ssh_port", "ssh_host_key", "traffic"),
 }
 
 

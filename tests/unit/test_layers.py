@@ -120,14 +120,14 @@ def test_every_module_imports_only_what_its_layer_may_know() -> None:
     found = [
         line
         for path in sources()
-        for line in violations(module_name(path), path.read_text(), cython=path.suffix == ".pyx")
+        for line in violations(module_name(path), path.read_text("utf-8"), cython=path.suffix == ".pyx")
     ]
     assert found == []
 
 
 def test_only_the_protocol_module_packs_and_unpacks_headers() -> None:
     header = re.compile(r"\b(?:un)?pack_header\b")
-    users = {module_name(path) for path in sources() if header.search(path.read_text())}
+    users = {module_name(path) for path in sources() if header.search(path.read_text("utf-8"))}
     assert users <= {"kohakuriver._frame", "kohakuriver.tunnel.protocol"}
 
 

@@ -63,3 +63,23 @@ def test_an_error_of_the_main_coroutine_is_raised() -> None:
 
     with pytest.raises(ValueError, match="mine"):
         loops.run(main())
+
+
+def test_a_cancellation_that_comes_together_with_an_event_is_not_lost() -> None:
+    event = asyncio.Event()
+
+    async def serve_for_ever() -> None:
+        while True:
+            event.clear()
+            await asyncio.wait_for(event.wait(), 1000)
+
+    async def main() -> None:
+        task = asyncio.ensure_future(serve_for_ever())
+        await asyncio.sleep(0)
+        await asyncio.sleep(0)
+        event.set()
+        await asyncio.sleep(0)  # the event's waiter has its result, and wait_for has not been told
+        await asyncio.wait_for(loops.cancel_all([task]), 20)
+        assert task.cancelled()
+
+    loops.run(main())

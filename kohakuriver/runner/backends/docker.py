@@ -23,13 +23,13 @@ import structlog
 from aiodocker.exceptions import DockerError
 
 from kohakuriver.errors import KohakuRiverError, LocalAddressError, NotFoundError, UnavailableError, UsageError
+from kohakuriver.loops import cancel_all
 from kohakuriver.runner.backends import docker_exec
 from kohakuriver.runner.backends.base import Backend, ExecRequest, ExecSession, Reporter
 from kohakuriver.runner.backends.process import describe_exit, last_words
 from kohakuriver.runner.ssh_helper import CONTAINER_PORT, OWN_SSHD, SshHelper, until_listening
 from kohakuriver.runner.state import TaskRecord
 from kohakuriver.runner.tunnel_helper import TunnelHelper
-from kohakuriver.web import cancel_all
 
 __all__ = ["DockerBackend"]
 
@@ -84,6 +84,7 @@ class DockerBackend(Backend):
         self._busy: set[str] = set()
         self._missed: set[str] = set()
         self._looks: set[asyncio.Task[None]] = set()
+        self._looking: dict[str, asyncio.Task[None]] = {}
         self._watcher: asyncio.Task[None] | None = None
         self._first_look = asyncio.Event()
         self._found: Callable[[TaskRecord], None] = lambda _task: None
@@ -153,8 +154,7 @@ class DockerBackend(Backend):
                 await self._event(event)
             await running
         finally:
-            running.cancel()
-            await asyncio.wait({running})
+            await cancel_all([running])
 
     async def _disconnect(self) -> None:
         client, self._client = self._client, None
@@ -172,23 +172,36 @@ class DockerBackend(Backend):
                 task = self._tasks[labels[_LABEL_CONTAINER]] = _from_labels(labels, show)
                 self._found(task)
         for task in list(self._tasks.values()):
-            await self._refresh(task)
+            await self._look(task)
 
     async def _event(self, event: dict[str, Any]) -> None:
         engine_id = event.get("id") or event.get("Actor", {}).get("ID")
         for task in list(self._tasks.values()):
-            if task.engine_id != engine_id:
-                continue
-            if task.container in self._busy:
-                self._missed.add(task.container)
-            else:
+            if task.engine_id == engine_id:
                 await self._look_again(task)
 
     async def _look_again(self, task: TaskRecord) -> None:
         try:
-            await self._refresh(task)
+            await self._look(task)
         except (DockerError, KohakuRiverError) as error:
             log.warning("a container's state could not be read", task=task.task_id, reason=str(error))
+
+    async def _look(self, task: TaskRecord) -> None:
+        """Refresh a task, until we begin to change it ourselves: what was seen before that is out of date."""
+        if task.container in self._busy:
+            self._missed.add(task.container)
+            return
+        if older := self._looking.get(task.container):
+            older.cancel()
+        look = self._looking[task.container] = asyncio.get_running_loop().create_task(self._refresh(task))
+        try:
+            await asyncio.wait({look})
+            if not look.cancelled():
+                look.result()
+        finally:
+            look.cancel()
+            if self._looking.get(task.container) is look:
+                del self._looking[task.container]
 
     async def _refresh(self, task: TaskRecord) -> None:
         """Report what the engine says about a task; a container that was started anew gets its tunnel client."""
@@ -269,7 +282,8 @@ class DockerBackend(Backend):
 
     def _config(self, task: TaskRecord) -> dict[str, Any]:
         assert task.tunnel_url is not None
-        env = {**task.env, **self._helper.container_environment(task.container, task.tunnel_url)}
+        tunnel = self._helper.container_environment(task.container, task.tunnel_url)
+        env = {**self._helper.settings, **task.env, **tunnel}
         mounts = [
             {"Type": "bind", "Source": str(source), "Target": target, "ReadOnly": True}
             for source, target in [*self._helper.mounts(task.container), *(self._ssh.mounts() if task.ssh_keys else [])]
@@ -381,7 +395,8 @@ class DockerBackend(Backend):
         with _sentences("put the tunnel client into the container"):
             if task.adopted:
                 await container.put_archive("/", self._helper.archive(task.container))
-            client = await container.exec(self._helper.adopted_command(task.container, url), stdout=False, stderr=False)
+            command = self._helper.adopted_command(task.container, url)
+            client = await container.exec(command, stdout=False, stderr=False, environment=self._helper.settings)
             await client.start(detach=True)
         task.exec_id = client.id
         task.exec_start = show["State"]["StartedAt"]
@@ -412,8 +427,9 @@ class DockerBackend(Backend):
             # As root, whoever the image's user is: it is root's SSH that a server of one's own is known for.
             command = self._ssh.container_command(own)
             server = await container.exec(command, stdout=False, stderr=False, user="0:0")
+            # Known before it runs: whoever cuts this look short must not leave a server that the next one starts again.
+            task.ssh_exec_id, task.ssh_exec_start, task.ssh_port = server.id, started, CONTAINER_PORT
             await server.start(detach=True)
-        task.ssh_exec_id, task.ssh_exec_start, task.ssh_port = server.id, started, CONTAINER_PORT
         pid = await self._exec_pid(server.id)
         if pid is None or not await until_listening(pid, CONTAINER_PORT):
             program = own or "the one that kohakuriver brings"
@@ -491,6 +507,9 @@ class DockerBackend(Backend):
     def _handling(self, task: TaskRecord) -> Iterator[None]:
         """What the engine says about the task meanwhile is our own doing, and is looked at afterwards."""
         self._busy.add(task.container)
+        if look := self._looking.get(task.container):
+            look.cancel()
+            self._missed.add(task.container)
         try:
             yield
         finally:

@@ -97,7 +97,7 @@ class ProcessBackend(Backend):
                     stdout=output,
                     stderr=output,
                     cwd=work,
-                    env={**_environment(task, run), **tunnel},
+                    env={**self._helper.settings, **_environment(task, run), **tunnel},
                     start_new_session=True,
                 )
             except OSError as error:

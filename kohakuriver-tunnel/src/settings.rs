@@ -1,0 +1,149 @@
+//! What a stream may hold and how long it may wait, with the environment that changes it
+//! (docs/guide/tuning.md). The names are those of the other endpoint's settings.
+
+use std::time::Duration;
+
+/// No window is set smaller than this, in bytes.
+pub const LEAST_WINDOW: u64 = 4 << 10;
+/// Hops hold no more than this for one session, in bytes.
+const MOST: u64 = 64 << 20;
+/// The longest time that can be set, in seconds.
+const LONGEST: f64 = 86_400.0;
+
+/// The settings of one tunnel.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Settings {
+    /// A stream's first window, in bytes.
+    pub first_window: u64,
+    /// What a stream's window may grow to, in bytes.
+    pub max_window: u64,
+    /// What all streams' windows may come to together, in bytes.
+    pub budget: u64,
+    /// How long a v1 stream waits for data after the service's end-of-file.
+    pub linger: Duration,
+    /// After how long without a datagram a UDP stream is closed.
+    pub udp_idle: Duration,
+}
+
+impl Default for Settings {
+    fn default() -> Self {
+        Self {
+            first_window: 256 << 10,
+            max_window: 16 << 20,
+            budget: 64 << 20,
+            linger: Duration::from_secs(2),
+            udp_idle: Duration::from_secs(60),
+        }
+    }
+}
+
+impl Settings {
+    /// Reads the environment; an error is one sentence.
+    pub fn from_env(env: impl Fn(&str) -> Option<String>) -> Result<Self, String> {
+        let default = Self::default();
+        let settings = Self {
+            first_window: bytes(&env, "KOHAKURIVER_WINDOW_FIRST", default.first_window)?,
+            max_window: bytes(&env, "KOHAKURIVER_WINDOW_MAX", default.max_window)?,
+            budget: bytes(&env, "KOHAKURIVER_WINDOW_BUDGET", default.budget)?,
+            linger: seconds(&env, "KOHAKURIVER_LINGER", default.linger)?,
+            udp_idle: seconds(&env, "KOHAKURIVER_UDP_IDLE", default.udp_idle)?,
+        };
+        // A smaller whole bounds its parts, unless they are set themselves.
+        let max_window = settings.max_window.min(settings.budget);
+        Ok(Self {
+            first_window: settings.first_window.min(max_window),
+            max_window,
+            ..settings
+        })
+    }
+}
+
+fn bytes(env: impl Fn(&str) -> Option<String>, name: &str, default: u64) -> Result<u64, String> {
+    let Some(text) = env(name) else {
+        return Ok(default);
+    };
+    text.parse()
+        .ok()
+        .filter(|value| (LEAST_WINDOW..=MOST).contains(value))
+        .ok_or_else(|| {
+            format!("{name} is a number of bytes from {LEAST_WINDOW} to {MOST}, not {text:?}")
+        })
+}
+
+fn seconds(
+    env: impl Fn(&str) -> Option<String>,
+    name: &str,
+    default: Duration,
+) -> Result<Duration, String> {
+    let Some(text) = env(name) else {
+        return Ok(default);
+    };
+    text.parse()
+        .ok()
+        .filter(|value| *value > 0.0 && *value <= LONGEST)
+        .map(Duration::from_secs_f64)
+        .ok_or_else(|| format!("{name} is a number of seconds up to {LONGEST}, not {text:?}"))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn from(pairs: &[(&str, &str)]) -> Result<Settings, String> {
+        let get = |name: &str| {
+            pairs
+                .iter()
+                .find(|(key, _)| *key == name)
+                .map(|(_, value)| (*value).to_owned())
+        };
+        Settings::from_env(get)
+    }
+
+    #[test]
+    fn nothing_set_is_the_default() {
+        assert_eq!(from(&[]).unwrap(), Settings::default());
+    }
+
+    #[test]
+    fn each_setting_has_its_variable() {
+        let settings = from(&[
+            ("KOHAKURIVER_WINDOW_FIRST", "4096"),
+            ("KOHAKURIVER_WINDOW_MAX", "65536"),
+            ("KOHAKURIVER_WINDOW_BUDGET", "1048576"),
+            ("KOHAKURIVER_LINGER", "0.5"),
+            ("KOHAKURIVER_UDP_IDLE", "7"),
+        ]);
+        let expected = Settings {
+            first_window: 4096,
+            max_window: 65_536,
+            budget: 1 << 20,
+            linger: Duration::from_millis(500),
+            udp_idle: Duration::from_secs(7),
+        };
+        assert_eq!(settings.unwrap(), expected);
+    }
+
+    #[test]
+    fn a_smaller_whole_bounds_its_parts() {
+        let settings = from(&[("KOHAKURIVER_WINDOW_BUDGET", "65536")]).unwrap();
+        assert_eq!(
+            (settings.first_window, settings.max_window),
+            (65_536, 65_536)
+        );
+    }
+
+    #[test]
+    fn what_makes_no_sense_is_told_with_its_name() {
+        for (name, text) in [
+            ("KOHAKURIVER_WINDOW_FIRST", "4095"),
+            ("KOHAKURIVER_WINDOW_MAX", "99999999999999999999"),
+            ("KOHAKURIVER_WINDOW_BUDGET", "64M"),
+            ("KOHAKURIVER_LINGER", "0"),
+            ("KOHAKURIVER_UDP_IDLE", "NaN"),
+            ("KOHAKURIVER_UDP_IDLE", "inf"),
+        ] {
+            let error = from(&[(name, text)]).unwrap_err();
+            assert!(error.starts_with(name) && error.contains(text), "{error:?}");
+        }
+    }
+}

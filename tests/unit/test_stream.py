@@ -1,0 +1,240 @@
+from __future__ import annotations
+
+import itertools
+import random
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from kohakuriver.tunnel import stream as rules
+from kohakuriver.tunnel.stream import Budget, Event, ReceiveWindow, SendWindow, State, next_state
+
+S, E = State, Event
+EVENTS = st.lists(st.sampled_from(list(Event)), max_size=12)
+
+# Every pair, written out a second time: a change of the table must be meant.
+EXPECTED: dict[State, dict[Event, State]] = {
+    S.OPENING: {
+        E.ESTABLISHED: S.OPEN,
+        E.LOCAL_EOF: S.OPENING_LOCAL_ENDED,
+        E.REMOTE_EOF: S.OPENING_REMOTE_ENDED,
+        E.END: S.OVER,
+    },
+    S.OPENING_LOCAL_ENDED: {E.ESTABLISHED: S.LOCAL_ENDED, E.END: S.OVER},
+    S.OPENING_REMOTE_ENDED: {E.ESTABLISHED: S.REMOTE_ENDED, E.END: S.OVER},
+    S.OPEN: {E.LOCAL_EOF: S.LOCAL_ENDED, E.REMOTE_EOF: S.REMOTE_ENDED, E.END: S.OVER},
+    S.LOCAL_ENDED: {E.REMOTE_EOF: S.OVER, E.END: S.OVER},
+    S.REMOTE_ENDED: {E.LOCAL_EOF: S.OVER, E.END: S.OVER},
+    S.OVER: {},
+}
+
+
+@pytest.mark.parametrize(("state", "event"), list(itertools.product(State, Event)))
+def test_every_event_in_every_state_leads_where_the_table_says(state: State, event: Event) -> None:
+    assert next_state(state, event) == EXPECTED[state].get(event)
+
+
+@given(events=EVENTS)
+def test_a_stream_ends_by_close_or_error_or_by_both_ends_of_file_and_by_nothing_else(events: list[Event]) -> None:
+    state, seen = State.OPENING, set()
+    for event in events:
+        following = next_state(state, event)
+        if following is None:
+            continue
+        seen.add(event)
+        state = following
+        assert (state is State.OVER) == (Event.END in seen or {Event.LOCAL_EOF, Event.REMOTE_EOF} <= seen)
+
+
+@given(events=EVENTS)
+def test_a_side_that_has_ended_stays_ended(events: list[Event]) -> None:
+    state = State.OPENING
+    for event in events:
+        following = next_state(state, event) or state
+        assert (state in rules.LOCAL_DONE) <= (following in rules.LOCAL_DONE)
+        assert (state in rules.REMOTE_DONE) <= (following in rules.REMOTE_DONE)
+        state = following
+
+
+def test_a_limit_never_shrinks() -> None:
+    window = SendWindow(100)
+    window.sent = 100
+    assert not window.raise_to(50)
+    assert not window.raise_to(100)
+    assert (window.limit, window.room) == (100, 0)
+
+
+def test_a_raised_limit_says_whether_there_was_no_room_before() -> None:
+    window = SendWindow(100)
+    window.sent = 99
+    assert not window.raise_to(101)
+    window.sent = 101
+    assert window.raise_to(102)
+    assert window.room == 1
+
+
+def test_a_limit_of_64_bits_is_taken() -> None:
+    window = SendWindow(0)
+    assert window.raise_to((1 << 64) - 1)
+    assert window.room == (1 << 64) - 1
+
+
+def test_a_v1_stream_has_no_limit() -> None:
+    window = SendWindow(None)
+    window.sent = 1 << 40
+    assert window.room >= 1 << 60
+    assert not window.raise_to(5)
+    assert window.limit is None
+
+
+def test_the_peer_may_send_what_was_granted_and_not_a_byte_more() -> None:
+    window = ReceiveWindow(Budget(first=100_000, cap=100_000))
+    assert window.receive(100_000)
+    assert not window.receive(1)
+
+
+def test_a_small_window_still_lets_early_data_in() -> None:
+    window = ReceiveWindow(Budget(first=1))
+    assert window.receive(rules.EARLY_DATA)
+    assert not window.receive(1)
+
+
+def test_credit_is_given_on_consumption_a_quarter_of_the_window_at_a_time() -> None:
+    window = ReceiveWindow(Budget(first=1000, cap=1000))
+    window.receive(1000)
+    assert window.consume(249) is None
+    assert window.consume(1) == 1250
+    assert window.consume(249) is None
+    assert window.consume(501) == 2000
+
+
+@given(sizes=st.lists(st.integers(1, 50), max_size=60))
+def test_a_window_of_one_byte_grants_every_byte_that_is_consumed(sizes: list[int]) -> None:
+    window = ReceiveWindow(Budget(first=1, cap=1))
+    total = 0
+    for size in sizes:
+        window.receive(size)
+        total += size
+        assert window.consume(size) == total + 1
+
+
+@given(
+    first=st.integers(1, 1 << 20),
+    arrivals=st.lists(st.tuples(st.integers(1, 1 << 16), st.booleans(), st.floats(0, 1)), max_size=80),
+)
+def test_the_limit_is_never_more_than_a_window_beyond_what_was_consumed(
+    first: int, arrivals: list[tuple[int, bool, float]]
+) -> None:
+    budget = Budget(first=first)
+    window = ReceiveWindow(budget)
+    now, last = 0.0, window.granted
+    for size, answered, passed in arrivals:
+        size = min(size, window.granted - window.received)
+        now += passed
+        assert window.receive(size)
+        window.wants_ping(now)
+        for limit in (window.consume(size), window.pong(now) if answered else None):
+            if limit is not None:
+                assert limit > last
+                last = limit
+        assert last == window.granted <= window.consumed + window.size
+        assert window.granted > window.received, "the sender would wait for ever"
+        assert window.size <= budget.cap or window.size == first
+
+
+def pumped(
+    window: ReceiveWindow, *, rtt: float, rate: float, rounds: int, read: int = 1 << 14, noise: float = 0.0
+) -> None:
+    """A peer that always has more to send: each round trip brings one burst, in reads of ``read`` bytes.
+
+    A burst is what the limits allow that the peer has heard of, or what the link's rate lets through; it takes
+    ``rtt`` seconds, or as long as the link needs for it. PONGs come ahead of bulk, so right before a burst. ``noise``
+    makes round trips shorter or longer by up to that part.
+    """
+    chance = random.Random(1)
+    now, limit, pinged = 0.0, window.granted, False
+    for _ in range(rounds):
+        burst = limit - window.received
+        limit = window.granted
+        now += max(rtt, burst / rate) * (1 + noise * chance.uniform(-1, 1))
+        if pinged:
+            pinged = False
+            limit = window.pong(now) or limit
+        while burst > 0:
+            window.receive(min(read, burst))
+            limit = window.consume(min(read, burst)) or limit
+            pinged = window.wants_ping(now) or pinged
+            burst -= read
+
+
+@pytest.mark.parametrize("read", [1 << 10, 1 << 14, 1 << 16, 1 << 18, 1 << 20])
+def test_a_window_grows_to_the_bandwidth_delay_product_of_a_long_link(read: int) -> None:
+    window = ReceiveWindow(Budget())
+    pumped(window, rtt=0.1, rate=125e6, rounds=40, read=read)
+    assert window.size >= 12.5e6
+
+
+def test_a_window_does_not_grow_beyond_what_the_link_can_use() -> None:
+    window = ReceiveWindow(Budget())
+    pumped(window, rtt=0.1, rate=1e6, rounds=400)
+    assert window.size <= 2 * rules.FIRST_WINDOW
+
+
+def test_a_window_stays_small_where_a_larger_one_would_only_make_small_messages_wait() -> None:
+    window = ReceiveWindow(Budget())
+    pumped(window, rtt=0.0001, rate=1e9, rounds=20_000, noise=0.5)
+    assert window.size <= 8 * rules.FIRST_WINDOW
+
+
+def test_a_window_grows_to_its_cap_and_asks_for_no_ping_any_more() -> None:
+    window = ReceiveWindow(Budget(first=1 << 16, cap=1 << 18))
+    pumped(window, rtt=0.1, rate=1e12, rounds=20)
+    assert window.size == 1 << 18
+    window.receive(window.granted - window.received)
+    assert not window.wants_ping(1e9)
+
+
+def test_a_pong_that_nobody_asked_for_changes_nothing() -> None:
+    window = ReceiveWindow(Budget())
+    window.receive(rules.FIRST_WINDOW)
+    window.consume(rules.FIRST_WINDOW)
+    assert window.pong(1.0) is None
+    assert window.size == rules.FIRST_WINDOW
+
+
+def test_only_one_ping_is_under_way_at_a_time() -> None:
+    window = ReceiveWindow(Budget())
+    window.receive(rules.FIRST_WINDOW // 2)
+    assert window.wants_ping(0.0)
+    window.receive(rules.FIRST_WINDOW // 2)
+    assert not window.wants_ping(0.1)
+
+
+def test_a_budget_gives_new_streams_less_when_most_is_spent_and_never_nothing() -> None:
+    budget = Budget(total=600_000)
+    assert [budget.open() for _ in range(5)] == [262_144, 262_144, 75_712, rules.MIN_WINDOW, rules.MIN_WINDOW]
+
+
+def test_a_spent_budget_lets_no_window_grow() -> None:
+    budget = Budget(total=300_000)
+    window = ReceiveWindow(budget)
+    ReceiveWindow(budget)
+    pumped(window, rtt=0.1, rate=1e12, rounds=20)
+    assert window.size == rules.FIRST_WINDOW
+
+
+@given(ends=st.lists(st.booleans(), max_size=60))
+def test_the_budget_is_whole_again_when_all_streams_have_ended(ends: list[bool]) -> None:
+    budget = Budget(total=1 << 20)
+    windows: list[ReceiveWindow] = []
+    for end in ends:
+        if end and windows:
+            windows.pop(0).close()
+        else:
+            windows.append(ReceiveWindow(budget))
+            pumped(windows[-1], rtt=0.1, rate=1e12, rounds=3)
+    for window in windows:
+        window.close()
+        window.close()
+    assert budget.left == 1 << 20
