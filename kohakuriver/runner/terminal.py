@@ -15,13 +15,13 @@ from typing import Any
 import structlog
 
 from kohakuriver.errors import KohakuRiverError, NotAllowedError, UnauthenticatedError, UnavailableError, UsageError
+from kohakuriver.loops import cancel_all
 from kohakuriver.runner.backends.base import STDERR, STDOUT, ExecRequest, ExecSession
 from kohakuriver.tunnel import terminal
 from kohakuriver.tunnel.messages import MessageLink
 from kohakuriver.tunnel.protocol import TERMINAL_V2, CloseCode
 from kohakuriver.tunnel.server import TunnelRoute, UpgradeRequest
 from kohakuriver.tunnel.ticket import Ticket
-from kohakuriver.loops import cancel_all
 
 __all__ = ["TerminalServer"]
 
