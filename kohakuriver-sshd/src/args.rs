@@ -21,14 +21,15 @@ Options:
   --login NAME            a login name that is let in beside the user's own and root;
                           can be given more than once
   --max-sessions N        how many connections, and how many sessions, at most [64]
-  --rekey-bytes N         new keys after so many bytes [4294967296]
+  --rekey-bytes N         new keys after so many bytes [1073741824]
   --version, --help
 
 Once it listens, it prints one line of JSON: {\"event\":\"ready\",\"address\":…,\"host_key\":…}
 ";
 
 const MOST: usize = 64;
-const REKEY_BYTES: u64 = 1 << 32;
+/// RFC 4253 §9.
+const REKEY_BYTES: u64 = 1 << 30;
 /// Less would exchange keys all the time.
 const LEAST_REKEY_BYTES: u64 = 64 * 1024;
 

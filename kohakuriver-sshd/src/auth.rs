@@ -7,6 +7,8 @@ use crate::wire::{Malformed, Put, Reader};
 pub const USERAUTH_REQUEST: u8 = 50;
 /// An agent may hold many keys, and each is one attempt.
 const MOST_ATTEMPTS: u32 = 30;
+/// With the questions whether a key would do, which are no attempts.
+const MOST_REQUESTS: u32 = 2 * MOST_ATTEMPTS;
 
 /// What to tell the client.
 #[derive(Debug, PartialEq, Eq)]
@@ -25,6 +27,7 @@ pub enum Answer {
 #[derive(Default)]
 pub struct Attempts {
     failed: u32,
+    requests: u32,
 }
 
 impl Attempts {
@@ -36,13 +39,14 @@ impl Attempts {
         may_enter: impl Fn(&str, &[u8]) -> bool,
     ) -> Result<Answer, Malformed> {
         let answer = judge(message, session, may_enter)?;
-        if answer == Answer::Failure {
-            self.failed += 1;
-            if self.failed > MOST_ATTEMPTS {
-                return Ok(Answer::Enough);
-            }
-        }
-        Ok(answer)
+        self.requests += 1;
+        self.failed += u32::from(answer == Answer::Failure);
+        let enough = self.failed > MOST_ATTEMPTS || self.requests > MOST_REQUESTS;
+        Ok(match answer {
+            Answer::Success(_) => answer,
+            _ if enough => Answer::Enough,
+            _ => answer,
+        })
     }
 }
 
@@ -60,13 +64,14 @@ fn judge(
     let signed = reader.bool()?;
     let (algorithm, blob) = (reader.text()?, reader.string()?);
     let covered = message.len() - reader.rest().len();
+    let signature = if signed { reader.string()? } else { b"" };
+    reader.end()?;
     if !is_supported(blob, algorithm) || !may_enter(user, blob) {
         return Ok(Answer::Failure);
     }
     if !signed {
         return Ok(Answer::Sign(algorithm.into(), blob.into()));
     }
-    let signature = reader.string()?;
     let mut proven = Vec::new();
     proven.put_string(session);
     proven.put_raw(&message[..covered]);

@@ -106,6 +106,7 @@ pub struct Channel {
     pub sources: [Option<Source>; 2],
     /// None for forwarded connections.
     pub session: Option<Box<Session>>,
+    ours: bool,
     open: bool,
     eof_received: bool,
     eof_sent: bool,
@@ -129,6 +130,7 @@ impl Channel {
             },
             sources: [None, None],
             session: None,
+            ours: false,
             open: false,
             eof_received: false,
             eof_sent: false,
@@ -140,6 +142,7 @@ impl Channel {
     /// A channel that we ask the client for, for the connection `socket`.
     pub fn asked_by_us(socket: OwnedFd) -> Self {
         let mut channel = Self::asked_by_peer(0, 0, 0);
+        channel.ours = true;
         channel.relay(socket);
         channel
     }
@@ -159,6 +162,11 @@ impl Channel {
                 message.put_u32(value);
             }
         });
+    }
+
+    /// Was it us who asked for it?
+    pub fn is_ours(&self) -> bool {
+        self.ours
     }
 
     /// Is it open, from both sides' point of view?

@@ -91,6 +91,8 @@ pub struct Connection {
     ends: [(String, u16); 2],
     transport: Transport,
     attempts: Attempts,
+    /// The client asked for the service that logs in.
+    may_log_in: bool,
     user: Option<String>,
     more_sessions: bool,
     channels: BTreeMap<u32, Channel>,
@@ -117,6 +119,7 @@ impl Connection {
             peer: ends[0].to_string(),
             ends: ends.map(|end| (end.ip().to_string(), end.port())),
             attempts: Attempts::default(),
+            may_log_in: false,
             user: None,
             more_sessions: true,
             channels: BTreeMap::new(),
@@ -166,17 +169,18 @@ impl Connection {
     fn say_farewell(&mut self) -> io::Result<()> {
         let end = Instant::now() + FAREWELL;
         self.stream.set_nonblocking(false)?;
-        self.stream.set_write_timeout(Some(FAREWELL))?;
-        self.stream.write_all(self.transport.output())?;
+        while !self.transport.output().is_empty() {
+            self.stream.set_write_timeout(Some(until(end)?))?;
+            let count = self.stream.write(self.transport.output())?;
+            self.transport.sent(count);
+        }
         self.stream.shutdown(Shutdown::Write)?;
-        while let Some(left) = end.checked_duration_since(Instant::now()) {
-            self.stream
-                .set_read_timeout(Some(left.max(Duration::from_millis(1))))?;
+        loop {
+            self.stream.set_read_timeout(Some(until(end)?))?;
             if self.stream.read(&mut [0; 16 * 1024])? == 0 {
-                break;
+                return Ok(());
             }
         }
-        Ok(())
     }
 
     /// Waits for something to do, and does it. False when the client is gone.
@@ -353,7 +357,8 @@ impl Connection {
         let mut reader = Reader::new(&payload[1..]);
         match (payload[0], self.user.is_some()) {
             (SERVICE_REQUEST, _) => self.service(reader.string()?),
-            (USERAUTH_REQUEST, false) => self.authenticate(&payload),
+            (USERAUTH_REQUEST, false) if self.may_log_in => self.authenticate(&payload),
+            (USERAUTH_REQUEST, false) => Err(protocol_error("ask for the service first")),
             (USERAUTH_REQUEST, true) => Ok(()),
             (number::GLOBAL_REQUEST.., false) => Err(protocol_error("log in first")),
             (number::GLOBAL_REQUEST, true) => self.global_request(&mut reader),
@@ -375,6 +380,7 @@ impl Connection {
                 "there is no such service".into(),
             ));
         }
+        self.may_log_in = true;
         self.transport
             .send(SERVICE_ACCEPT, |message| message.put_string(name));
         Ok(())
@@ -634,6 +640,9 @@ impl Connection {
             return Err(protocol_error("a message for a channel that doesn't exist"));
         };
         match kind {
+            number::OPEN_CONFIRMATION | number::OPEN_FAILURE if !channel.is_ours() => {
+                return Err(protocol_error("nobody asked for that channel"));
+            }
             number::OPEN_CONFIRMATION if !channel.is_open() => {
                 channel.confirm(reader.u32()?, reader.u32()?, reader.u32()?);
             }
@@ -864,6 +873,13 @@ fn pause_after(error: &io::Error) {
     if error.kind() != io::ErrorKind::WouldBlock {
         thread::sleep(PAUSE);
     }
+}
+
+/// What is left of the time until `end`; an error where nothing is.
+fn until(end: Instant) -> io::Result<Duration> {
+    let left = end.checked_duration_since(Instant::now());
+    left.filter(|left| !left.is_zero())
+        .ok_or_else(|| io::ErrorKind::TimedOut.into())
 }
 
 fn read_size(reader: &mut Reader<'_>) -> Result<Size, Fatal> {

@@ -7,12 +7,23 @@ use ring::aead::{AES_128_GCM, AES_256_GCM, Aad, LessSafeKey, Nonce, UnboundKey};
 use ring::agreement::{EphemeralPrivateKey, UnparsedPublicKey, X25519, agree_ephemeral};
 use ring::digest::{Context, SHA256, digest};
 use ring::rand::{SecureRandom, SystemRandom};
+use zeroize::{Zeroize, Zeroizing};
 
 use crate::wire::Put;
 
 /// Every cipher here ends a packet with 16 bytes that prove it.
 pub const TAG: usize = 16;
 const LENGTH: usize = 4;
+/// RFC 4253 §6: padding has at least four bytes.
+pub const LEAST_PADDING: usize = 4;
+/// RFC 4253 §6: what is ciphered is a whole number of blocks, of 8 bytes where the cipher has none.
+const CLEAR_BLOCK: usize = 8;
+const CHACHA_BLOCK: usize = 8;
+const GCM_BLOCK: usize = 16;
+/// What AES-GCM begins to count from.
+const IV: usize = 12;
+/// What SHA-256 makes.
+const DIGEST: usize = 32;
 
 /// A packet that was not made with the keys of this connection.
 #[derive(Debug, PartialEq, Eq)]
@@ -59,7 +70,7 @@ struct Gcm {
 impl Gcm {
     fn new(algorithm: &'static ring::aead::Algorithm, key: &[u8], iv: &[u8]) -> Self {
         let key = UnboundKey::new(algorithm, key).expect("the derived key fits the cipher");
-        let (fixed, counter) = iv[..12].split_at(4);
+        let (fixed, counter) = iv[..IV].split_at(4);
         Self {
             key: LessSafeKey::new(key),
             fixed: fixed.try_into().expect("4 bytes"),
@@ -74,6 +85,15 @@ impl Gcm {
         self.counter = self.counter.wrapping_add(1);
         Nonce::assume_unique_for_key(bytes)
     }
+}
+
+/// Which way packets go: each way has keys of its own.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Direction {
+    /// From client to server.
+    ToServer,
+    /// From server to client.
+    ToClient,
 }
 
 /// Makes packets of one direction unreadable and unforgeable.
@@ -100,16 +120,20 @@ impl Sealer {
         }
     }
 
+    /// What has to fill whole blocks: with the length in front where that is part of what is ciphered. And the block.
+    fn blocks(&self, behind_length: usize) -> (usize, usize) {
+        match self.0 {
+            Sealing::Clear => (LENGTH + behind_length, CLEAR_BLOCK),
+            Sealing::ChaCha20(_) => (behind_length, CHACHA_BLOCK),
+            Sealing::Gcm(_) => (behind_length, GCM_BLOCK),
+        }
+    }
+
     /// How many bytes of padding follow `payload` bytes of payload.
     pub fn padding(&self, payload: usize) -> usize {
-        // What has to fill whole blocks: with the length in front where that is part of what is ciphered.
-        let (covered, block) = match self.0 {
-            Sealing::Clear => (LENGTH + 1 + payload, 8),
-            Sealing::ChaCha20(_) => (1 + payload, 8),
-            Sealing::Gcm(_) => (1 + payload, 16),
-        };
+        let (covered, block) = self.blocks(1 + payload);
         let padding = block - covered % block;
-        if padding < 4 {
+        if padding < LEAST_PADDING {
             padding + block
         } else {
             padding
@@ -172,6 +196,16 @@ impl Opener {
         })
     }
 
+    /// May a packet have this length? RFC 4253 §6: whole blocks, and room for the padding and at least one byte more.
+    pub fn is_length(&self, length: usize) -> bool {
+        let (covered, block) = match self.0 {
+            Opening::Clear => (LENGTH + length, CLEAR_BLOCK),
+            Opening::ChaCha20(_) => (length, CHACHA_BLOCK),
+            Opening::Gcm(_) => (length, GCM_BLOCK),
+        };
+        covered % block == 0 && length > 1 + LEAST_PADDING
+    }
+
     /// Opens `packet`, all of it from the length to the tag: its bytes 4.. are the padding's length and payload then.
     pub fn open(&mut self, sequence: u32, packet: &mut [u8]) -> Result<(), Forged> {
         match &mut self.0 {
@@ -217,22 +251,20 @@ impl Exchange {
         match self {
             Self::Curve25519 => {
                 let (public, shared) = curve25519(share)?;
-                let mut secret = Vec::new();
-                secret.put_mpint(&shared);
-                Ok((public, Secret(secret)))
+                Ok((public, Secret::number(&*shared)))
             }
             Self::MlKem768 => hybrid(share),
         }
     }
 }
 
-fn curve25519(share: &[u8]) -> Result<(Vec<u8>, [u8; 32]), Forged> {
+fn curve25519(share: &[u8]) -> Result<(Vec<u8>, Zeroizing<[u8; 32]>), Forged> {
     let private =
         EphemeralPrivateKey::generate(&X25519, &SystemRandom::new()).map_err(|_| Forged)?;
     let public = private.compute_public_key().map_err(|_| Forged)?;
     // ring refuses a share that leads to the all-zero secret, as RFC 8731 §3 asks.
     let shared = agree_ephemeral(private, &UnparsedPublicKey::new(&X25519, share), |shared| {
-        shared.try_into().expect("X25519 makes 32 bytes")
+        Zeroizing::new(shared.try_into().expect("X25519 makes 32 bytes"))
     })
     .map_err(|_| Forged)?;
     Ok((public.as_ref().to_vec(), shared))
@@ -246,32 +278,43 @@ fn hybrid(share: &[u8]) -> Result<(Vec<u8>, Secret), Forged> {
     }
     let (key, point) = share.split_at(ENCAPSULATION_KEY);
     let key = ml_kem_768::EncapsulationKey::new_from_slice(key).map_err(|_| Forged)?;
-    let mut random = [0; 32];
+    let mut random = B32::default();
     SystemRandom::new().fill(&mut random).map_err(|_| Forged)?;
-    let (ciphertext, quantum) = key.encapsulate_deterministic(&B32::from(random));
+    let (ciphertext, mut quantum) = key.encapsulate_deterministic(&random);
+    random.zeroize();
     let (public, classic) = curve25519(point)?;
     let mut answer = ciphertext.to_vec();
     answer.put_raw(&public);
     let mut context = Context::new(&SHA256);
     context.update(&quantum);
-    context.update(&classic);
-    let mut secret = Vec::new();
+    context.update(&*classic);
+    quantum.zeroize();
+    let mut secret = Zeroizing::new(Vec::with_capacity(4 + 32));
     secret.put_string(context.finish().as_ref());
     Ok((answer, Secret(secret)))
 }
 
-/// A key exchange's shared secret, encoded as its method says.
-pub struct Secret(Vec<u8>);
+/// A key exchange's shared secret, encoded as its method says; wiped when it goes.
+pub struct Secret(Zeroizing<Vec<u8>>);
 
 impl Secret {
+    /// What a curve's exchange gives, as a number (RFC 8731 §3.1).
+    pub fn number(shared: &[u8]) -> Self {
+        // Of the full size at once: a buffer that grows leaves copies.
+        let mut secret = Zeroizing::new(Vec::with_capacity(4 + 1 + shared.len()));
+        secret.put_mpint(shared);
+        Self(secret)
+    }
+
     /// The encoded secret, the last part of what the exchange hash is over.
     pub fn encoded(&self) -> &[u8] {
         &self.0
     }
 
     /// RFC 4253 §7.2: `length` bytes for the purpose that `letter` names.
-    fn derive(&self, hash: &[u8], session: &[u8], letter: u8, length: usize) -> Vec<u8> {
-        let mut key = sha256(&[&self.0, hash, &[letter], session]).to_vec();
+    fn derive(&self, hash: &[u8], session: &[u8], letter: u8, length: usize) -> Zeroizing<Vec<u8>> {
+        let mut key = Zeroizing::new(Vec::with_capacity(length.next_multiple_of(DIGEST)));
+        key.put_raw(&sha256(&[&self.0, hash, &[letter], session]));
         while key.len() < length {
             let more = sha256(&[&self.0, hash, &key]);
             key.put_raw(&more);
@@ -280,10 +323,31 @@ impl Secret {
         key
     }
 
-    /// The keys of the direction from client to server.
-    pub fn opener(&self, cipher: Cipher, hash: &[u8], session: &[u8]) -> Opener {
-        let iv = self.derive(hash, session, b'A', 12);
-        let key = self.derive(hash, session, b'C', cipher.key_length());
+    /// The initial vector and the key of one direction.
+    fn keys(
+        &self,
+        cipher: Cipher,
+        hash: &[u8],
+        session: &[u8],
+        direction: Direction,
+    ) -> [Zeroizing<Vec<u8>>; 2] {
+        let letters = match direction {
+            Direction::ToServer => [b'A', b'C'],
+            Direction::ToClient => [b'B', b'D'],
+        };
+        let lengths = [IV, cipher.key_length()];
+        [0, 1].map(|each| self.derive(hash, session, letters[each], lengths[each]))
+    }
+
+    /// What opens the packets of a direction.
+    pub fn opener(
+        &self,
+        cipher: Cipher,
+        hash: &[u8],
+        session: &[u8],
+        direction: Direction,
+    ) -> Opener {
+        let [iv, key] = self.keys(cipher, hash, session, direction);
         Opener(match cipher {
             Cipher::ChaCha20 => {
                 let key = key.as_slice().try_into().expect("64 bytes");
@@ -294,10 +358,15 @@ impl Secret {
         })
     }
 
-    /// The keys of the direction from server to client.
-    pub fn sealer(&self, cipher: Cipher, hash: &[u8], session: &[u8]) -> Sealer {
-        let iv = self.derive(hash, session, b'B', 12);
-        let key = self.derive(hash, session, b'D', cipher.key_length());
+    /// What seals the packets of a direction.
+    pub fn sealer(
+        &self,
+        cipher: Cipher,
+        hash: &[u8],
+        session: &[u8],
+        direction: Direction,
+    ) -> Sealer {
+        let [iv, key] = self.keys(cipher, hash, session, direction);
         Sealer(match cipher {
             Cipher::ChaCha20 => {
                 let key = key.as_slice().try_into().expect("64 bytes");
@@ -306,13 +375,6 @@ impl Secret {
             Cipher::Aes128 => Sealing::Gcm(Box::new(Gcm::new(&AES_128_GCM, &key, &iv))),
             Cipher::Aes256 => Sealing::Gcm(Box::new(Gcm::new(&AES_256_GCM, &key, &iv))),
         })
-    }
-}
-
-impl Drop for Secret {
-    fn drop(&mut self) {
-        self.0.fill(0);
-        std::hint::black_box(&self.0);
     }
 }
 

@@ -13,6 +13,8 @@ use ring::signature::{
     UnparsedPublicKey,
 };
 
+use zeroize::Zeroizing;
+
 use crate::crypto::{random, sha256};
 use crate::wire::{Malformed, Put, Reader};
 
@@ -43,7 +45,7 @@ impl HostKey {
 
     /// The key in `path`, an OpenSSH private key without a passphrase; made there (0600) when there is none.
     pub fn load_or_make(path: &Path) -> io::Result<Self> {
-        match fs::read_to_string(path) {
+        match fs::read_to_string(path).map(Zeroizing::new) {
             Ok(text) => parse_private(&text)
                 .and_then(|seed| Self::from_seed(&seed))
                 .ok_or_else(|| {
@@ -62,8 +64,8 @@ impl HostKey {
     }
 
     fn make(path: &Path) -> io::Result<Self> {
-        let seed = random::<32>();
-        let key = Self::from_seed(&seed).expect("any 32 bytes are a key");
+        let seed = Zeroizing::new(random::<32>());
+        let key = Self::from_seed(&*seed).expect("any 32 bytes are a key");
         let named = |error: io::Error| {
             io::Error::new(
                 error.kind(),
@@ -79,7 +81,7 @@ impl HostKey {
             .mode(0o600)
             .open(&fresh)
             .map_err(named)?;
-        file.write_all(key.encode(&seed).as_bytes())
+        file.write_all(key.encode(&*seed).as_bytes())
             .map_err(named)?;
         let kept = fs::hard_link(&fresh, path);
         fs::remove_file(&fresh).map_err(named)?;
@@ -89,30 +91,38 @@ impl HostKey {
         }
     }
 
-    fn encode(&self, seed: &[u8]) -> String {
-        let mut private = Vec::new();
+    fn encode(&self, seed: &[u8]) -> Zeroizing<String> {
+        let mut private = Zeroizing::new(Vec::with_capacity(256));
         let check = u32::from_be_bytes(random());
         private.put_u32(check);
         private.put_u32(check);
         private.put_raw(&self.public);
-        private.put_string(&[seed, self.pair.public_key().as_ref()].concat());
+        private.put_string(&Zeroizing::new(
+            [seed, self.pair.public_key().as_ref()].concat(),
+        ));
         private.put_string(b"");
         for padding in 1..=(8 - private.len() % 8) % 8 {
             private.put_u8(padding as u8);
         }
-        let mut file = MAGIC.to_vec();
+        let mut file = Zeroizing::new(Vec::with_capacity(512));
+        file.put_raw(MAGIC);
         file.put_string(b"none");
         file.put_string(b"none");
         file.put_string(b"");
         file.put_u32(1);
         file.put_string(&self.public);
         file.put_string(&private);
-        let mut text = format!("{BEGIN}\n");
-        for line in STANDARD.encode(file).as_bytes().chunks(70) {
-            text.push_str(std::str::from_utf8(line).expect("base64 is ASCII"));
+        let mut text = Zeroizing::new(String::with_capacity(1024));
+        text.push_str(BEGIN);
+        let encoded = Zeroizing::new(STANDARD.encode(&*file));
+        for line in encoded.as_bytes().chunks(70) {
             text.push('\n');
+            text.push_str(std::str::from_utf8(line).expect("base64 is ASCII"));
         }
-        text + END + "\n"
+        text.push('\n');
+        text.push_str(END);
+        text.push('\n');
+        text
     }
 
     /// The public key as it stands in messages.
@@ -135,15 +145,12 @@ impl HostKey {
 }
 
 /// The seed in an OpenSSH private key file (PROTOCOL.key).
-fn parse_private(text: &str) -> Option<Vec<u8>> {
-    let body: String = text
-        .trim()
-        .strip_prefix(BEGIN)?
-        .strip_suffix(END)?
-        .split_whitespace()
-        .collect();
-    let file = STANDARD.decode(body).ok()?;
-    let parse = || -> Result<Option<Vec<u8>>, Malformed> {
+fn parse_private(text: &str) -> Option<Zeroizing<Vec<u8>>> {
+    let body = text.trim().strip_prefix(BEGIN)?.strip_suffix(END)?;
+    let mut digits = Zeroizing::new(String::with_capacity(body.len()));
+    digits.extend(body.split_whitespace());
+    let file = Zeroizing::new(STANDARD.decode(digits.as_bytes()).ok()?);
+    let parse = || -> Result<Option<Zeroizing<Vec<u8>>>, Malformed> {
         let mut reader = Reader::new(file.strip_prefix(MAGIC).ok_or(Malformed)?);
         let (cipher, kdf, _options) = (reader.string()?, reader.string()?, reader.string()?);
         let (keys, _public) = (reader.u32()?, reader.string()?);
@@ -155,7 +162,8 @@ fn parse_private(text: &str) -> Option<Vec<u8>> {
             return Ok(None);
         }
         let _public = private.string()?;
-        Ok(Some(private.string()?.get(..32).ok_or(Malformed)?.to_vec()))
+        let seed = private.string()?.get(..32).ok_or(Malformed)?;
+        Ok(Some(Zeroizing::new(seed.to_vec())))
     };
     parse().ok().flatten()
 }
@@ -189,6 +197,9 @@ fn check(algorithm: &str, blob: &[u8], encoded: &[u8], message: &[u8]) -> Result
         return Ok(false);
     }
     let signature = encoded.string()?;
+    if !algorithm.starts_with("sk-") {
+        encoded.end()?;
+    }
     Ok(match algorithm {
         "ssh-ed25519" => is_valid(&ED25519, key.string()?, signature, message),
         "rsa-sha2-256" | "rsa-sha2-512" => {
@@ -203,7 +214,7 @@ fn check(algorithm: &str, blob: &[u8], encoded: &[u8], message: &[u8]) -> Result
         }
         "ecdsa-sha2-nistp256" | "ecdsa-sha2-nistp384" => {
             let curve = key.text()?;
-            ecdsa(curve, key.string()?, signature, message)?
+            algorithm.ends_with(curve) && ecdsa(curve, key.string()?, signature, message)?
         }
         "sk-ssh-ed25519@openssh.com" => {
             let (point, application) = (key.string()?, key.string()?);
@@ -217,7 +228,7 @@ fn check(algorithm: &str, blob: &[u8], encoded: &[u8], message: &[u8]) -> Result
             let Some(signed) = from_token(application, encoded, message)? else {
                 return Ok(false);
             };
-            ecdsa(curve, point, signature, &signed)?
+            curve == "nistp256" && ecdsa(curve, point, signature, &signed)?
         }
         _ => false,
     })
@@ -245,6 +256,7 @@ fn from_token(
 ) -> Result<Option<Vec<u8>>, Malformed> {
     const TOUCHED: u8 = 1;
     let (flags, counter) = (rest.u8()?, rest.u32()?);
+    rest.end()?;
     let mut signed = sha256(&[application]).to_vec();
     signed.put_u8(flags);
     signed.put_u32(counter);
@@ -268,6 +280,7 @@ fn ecdsa(curve: &str, point: &[u8], signature: &[u8], message: &[u8]) -> Result<
         }
         half[width - number.len()..].copy_from_slice(number);
     }
+    numbers.end()?;
     Ok(is_valid(algorithm, point, &fixed, message))
 }
 

@@ -12,7 +12,7 @@ pub mod connection;
 pub mod crypto;
 pub mod forward;
 pub mod keys;
-mod log;
+pub mod log;
 pub mod names;
 pub mod server;
 pub mod session;

@@ -261,6 +261,21 @@ mod tests {
         }
     }
 
+    proptest::proptest! {
+        #[test]
+        fn an_answer_of_any_content_is_survived(
+            mut answer in proptest::collection::vec(proptest::num::u8::ANY, 0..600),
+            kind in proptest::sample::select(vec![A, AAAA]),
+            claims in proptest::bool::ANY,
+        ) {
+            if claims && answer.len() >= 12 {
+                answer[2..8].copy_from_slice(&[0x81, 0x80, 0, 1, 0xff, 0xff]);
+            }
+            let found = addresses(&answer, kind).unwrap_or_default();
+            proptest::prop_assert!(found.len() * 4 <= answer.len());
+        }
+    }
+
     #[test]
     fn a_line_of_hosts_names_all_of_its_words_but_no_comment() {
         assert_eq!(

@@ -203,7 +203,9 @@ fn apply_modes(settings: &mut libc::termios, modes: &[u8]) {
 
 /// May the client set this variable?
 pub fn is_allowed_variable(name: &str) -> bool {
-    matches!(name, "LANG" | "LANGUAGE" | "TERM" | "COLORTERM") || name.starts_with("LC_")
+    let is_plain = |byte: u8| byte.is_ascii_alphanumeric() || byte == b'_';
+    matches!(name, "LANG" | "LANGUAGE" | "TERM" | "COLORTERM")
+        || name.starts_with("LC_") && name.bytes().all(is_plain)
 }
 
 /// What to start.
@@ -261,6 +263,7 @@ pub fn start(order: &Order<'_>) -> Result<Started, String> {
     // SAFETY: the closure only makes system calls that are safe in a child that has not started its program yet.
     unsafe {
         command.pre_exec(move || {
+            sys::reset_signals();
             sys::lead_session(in_terminal)?;
             sys::set_file_limit(files)
         });
@@ -481,6 +484,19 @@ mod tests {
         assert_eq!(words(line), ["/bin/echo", "a b", "c\"de", " f", ""]);
     }
 
+    proptest::proptest! {
+        #[test]
+        fn modes_and_command_lines_of_any_content_are_survived(
+            bytes in proptest::collection::vec(proptest::num::u8::ANY, 0..200),
+        ) {
+            // SAFETY: termios is plain numbers, for which zeros are values.
+            let mut settings = unsafe { std::mem::zeroed::<libc::termios>() };
+            apply_modes(&mut settings, &bytes);
+            let length: usize = words(&bytes).iter().map(|word| word.len()).sum();
+            proptest::prop_assert!(length <= bytes.len());
+        }
+    }
+
     #[test]
     fn the_passwd_entry_of_a_user_is_found_by_its_id() {
         let passwd =
@@ -494,6 +510,8 @@ mod tests {
     #[test]
     fn a_client_may_set_its_language_and_nothing_that_loads_code() {
         assert!(is_allowed_variable("LC_ALL") && is_allowed_variable("LANG"));
-        assert!(!is_allowed_variable("LD_PRELOAD") && !is_allowed_variable("PATH"));
+        for name in ["LD_PRELOAD", "PATH", "LC_A=B", "LC_\n", ""] {
+            assert!(!is_allowed_variable(name), "{name:?}");
+        }
     }
 }

@@ -575,6 +575,9 @@ impl Wanted {
 
     fn apply(&self, path: &Path, follow: bool) -> io::Result<()> {
         if let Some(size) = self.size {
+            if !follow {
+                return Err(io::ErrorKind::Unsupported.into());
+            }
             OpenOptions::new().write(true).open(path)?.set_len(size)?;
         }
         if let Some((user, group)) = self.owner {
@@ -755,7 +758,69 @@ fn civil(days: i64) -> (i64, i64, i64) {
 
 #[cfg(test)]
 mod tests {
+    use proptest::collection::vec;
+    use proptest::prelude::*;
+
     use super::*;
+
+    proptest! {
+        #![proptest_config(ProptestConfig { cases: 2000, failure_persistence: None, ..ProptestConfig::default() })]
+
+        #[test]
+        fn requests_of_any_content_are_answered_within_bounds(
+            requests in vec((prop_oneof![3..21u8, any::<u8>()], 0..2 * EXTENSIONS.len(), request_body()), 1..8),
+        ) {
+            let home = std::env::temp_dir().join(format!("sftp-{:016x}", u64::from_be_bytes(crate::crypto::random())));
+            fs::create_dir(&home).unwrap();
+            fs::write(home.join("a"), b"content").unwrap();
+            let mut server = Server { home: home.clone(), handles: HashMap::new(), next: 0, users: Names::default() };
+            let mut longest = 0;
+            for (number, extension, body) in requests {
+                // Nothing that leads out of the directory: these requests are really done.
+                if body.iter().any(|byte| b"/.~".contains(byte)) {
+                    continue;
+                }
+                let mut request = vec![number, 0, 0, 0, 9];
+                if let Some((name, _)) = EXTENSIONS.get(extension) {
+                    request[0] = kind::EXTENDED;
+                    request.put_string(name.as_bytes());
+                }
+                request.put_raw(&body);
+                let mut reply = Vec::new();
+                let _ = server.answer(&request, &mut reply);
+                longest = longest.max(reply.len());
+            }
+            drop(server);
+            fs::set_permissions(&home, Permissions::from_mode(0o700)).unwrap();
+            fs::remove_dir_all(&home).unwrap();
+            prop_assert!(longest <= LONGEST as usize);
+        }
+    }
+
+    /// What follows a request's number: strings that mean something here, numbers, and noise.
+    fn request_body() -> impl Strategy<Value = Vec<u8>> {
+        let string = |bytes: &[u8]| {
+            let mut made = Vec::new();
+            made.put_string(bytes);
+            made
+        };
+        let known = [
+            &b"a"[..],
+            b"b",
+            b"",
+            &[0; 4],
+            &[0, 0, 0, 1],
+            b"fsync@openssh",
+        ]
+        .map(string);
+        let part = prop_oneof![
+            proptest::sample::select(known.to_vec()),
+            any::<u32>().prop_map(|number| number.to_be_bytes().to_vec()),
+            (0..64u32).prop_map(|number| number.to_be_bytes().to_vec()),
+            vec(any::<u8>(), 0..12),
+        ];
+        vec(part, 0..6).prop_map(|parts| parts.concat())
+    }
 
     #[test]
     fn days_become_dates_also_around_leap_days() {

@@ -106,6 +106,10 @@ pub fn open_terminal() -> io::Result<Terminal> {
         Ok(slave) => unsafe { OwnedFd::from_raw_fd(slave) },
         Err(_) => File::options().read(true).write(true).open(&name)?.into(),
     };
+    // Whatever the mount's options say, no other user may write what this terminal then shows. Where it can't be done,
+    // as on a mount of somebody else's, the terminal is what the mount made it.
+    // SAFETY: fchmod touches no memory.
+    let _ = unsafe { libc::fchmod(slave.as_raw_fd(), 0o600) };
     set_nonblocking(fd)?;
     Ok(Terminal {
         master,
@@ -159,6 +163,23 @@ pub fn lead_session(terminal: bool) -> io::Result<()> {
         }
     }
     Ok(())
+}
+
+/// Gives signals their usual meaning again, which `nohup` of whoever started us may have taken away. For a new child.
+pub fn reset_signals() {
+    for signal in [
+        libc::SIGHUP,
+        libc::SIGINT,
+        libc::SIGQUIT,
+        libc::SIGTERM,
+        libc::SIGCHLD,
+        libc::SIGTSTP,
+        libc::SIGTTIN,
+        libc::SIGTTOU,
+    ] {
+        // SAFETY: no handler of ours is installed, and the call touches no memory.
+        unsafe { libc::signal(signal, libc::SIG_DFL) };
+    }
 }
 
 /// Sends a signal to a process and all of its group.

@@ -7,7 +7,7 @@ use std::io;
 use std::ops::Range;
 use std::sync::Arc;
 
-use crate::crypto::{Cipher, Exchange, Opener, Sealer, random, sha256};
+use crate::crypto::{Cipher, Direction, Exchange, LEAST_PADDING, Opener, Sealer, random, sha256};
 use crate::keys::{ED25519_NAME, HostKey, SIGNATURES};
 use crate::wire::{Malformed, Put, Reader};
 
@@ -23,6 +23,8 @@ mod number {
     pub const NEWKEYS: u8 = 21;
     pub const ECDH_INIT: u8 = 30;
     pub const ECDH_REPLY: u8 = 31;
+    /// The last number that belongs to a method of key exchange.
+    pub const LAST_OF_EXCHANGE: u8 = 49;
     /// From here on, nothing may be sent while keys are exchanged.
     pub const FIRST_OF_SERVICES: u8 = 50;
     pub const PING: u8 = 192;
@@ -48,7 +50,9 @@ pub mod reason {
 /// What this server calls itself.
 pub const VERSION: &str = concat!("SSH-2.0-KohakuRiver_", env!("CARGO_PKG_VERSION"));
 
-const EXCHANGES: &str = "mlkem768x25519-sha256,curve25519-sha256,curve25519-sha256@libssh.org,kex-strict-s-v00@openssh.com";
+const EXCHANGES: &str = "mlkem768x25519-sha256,curve25519-sha256,curve25519-sha256@libssh.org";
+/// Stands among the exchanges and is none: sequence numbers begin anew with each key, and nothing else may come between.
+const STRICT_SERVER: &str = "kex-strict-s-v00@openssh.com";
 const STRICT_CLIENT: &str = "kex-strict-c-v00@openssh.com";
 const EXT_INFO_CLIENT: &str = "ext-info-c";
 const CIPHERS: &str = "aes256-gcm@openssh.com,aes128-gcm@openssh.com,chacha20-poly1305@openssh.com";
@@ -57,11 +61,15 @@ const MACS: &str = "hmac-sha2-256-etm@openssh.com,hmac-sha2-256";
 
 const LONGEST_VERSION: usize = 255;
 const LONGEST_PACKET: usize = 256 * 1024;
+/// RFC 4253 §6.1: what everybody has to take. Strangers get no more memory than that.
+const LONGEST_OF_STRANGERS: usize = 35_000;
 const INPUT: usize = 64 * 1024;
 /// Length and padding's length.
 const HEAD: usize = 5;
 /// AES-GCM's counter of packets and the sequence number must not come round (RFC 5647 §7.1, RFC 4344 §3.1).
 const REKEY_PACKETS: u64 = 1 << 30;
+/// A peer that is asked for new keys and goes on under the old ones has to go before that.
+const MOST_PACKETS: u64 = 1 << 31;
 
 /// Answers that wait for the end of an exchange of keys.
 const MOST_HELD: usize = 4096;
@@ -229,7 +237,7 @@ impl Transport {
         };
         let length = line.len() + 1;
         let version = line.strip_suffix(b"\r").unwrap_or(line);
-        if !version.starts_with(b"SSH-2.0-") && !version.starts_with(b"SSH-1.99-") {
+        if !version.starts_with(b"SSH-2.0-") {
             return Err(protocol_error("this server speaks SSH 2.0"));
         }
         self.peer_version = Some(version.to_vec());
@@ -245,7 +253,7 @@ impl Transport {
         }
         let head: [u8; 4] = self.input[start..start + 4].try_into().expect("4 bytes");
         let length = self.opener.length(self.received, head) as usize;
-        if !(2..=LONGEST_PACKET).contains(&length) {
+        if length > self.longest_packet() || !self.opener.is_length(length) {
             return Err(Fatal::Ours(
                 reason::MAC_ERROR,
                 "a packet's length is impossible".into(),
@@ -263,14 +271,25 @@ impl Transport {
             ));
         }
         let padding = packet[4] as usize;
-        if padding + 1 >= length {
-            return Err(protocol_error("a packet is all padding"));
+        if padding < LEAST_PADDING || padding + 1 >= length {
+            return Err(protocol_error("a packet's padding is impossible"));
+        }
+        if self.used.1 >= MOST_PACKETS {
+            return Err(protocol_error("these keys have been used for too long"));
         }
         self.received = self.received.wrapping_add(1);
         self.filled.start += total;
         self.used.0 += total as u64;
         self.used.1 += 1;
         Ok(Some(start + HEAD..start + 4 + length - padding))
+    }
+
+    fn longest_packet(&self) -> usize {
+        if self.opener_is_set() {
+            LONGEST_PACKET
+        } else {
+            LONGEST_OF_STRANGERS
+        }
     }
 
     /// Deals with what is the transport's own; the rest is the caller's.
@@ -280,6 +299,8 @@ impl Transport {
         }
         match number {
             number::DISCONNECT => return Err(Fatal::Goodbye),
+            // Whatever it is: it was meant for a method that wasn't agreed on (RFC 4253 §7).
+            number::ECDH_INIT..=number::LAST_OF_EXCHANGE if self.takes_back_guess() => {}
             number::KEXINIT => self.peer_init(range)?,
             number::ECDH_INIT => self.ecdh_init(range)?,
             number::NEWKEYS => self.new_keys()?,
@@ -301,6 +322,11 @@ impl Transport {
             _ => self.unimplemented(),
         }
         Ok(false)
+    }
+
+    fn takes_back_guess(&mut self) -> bool {
+        let agreed = self.agreed.as_mut();
+        agreed.is_some_and(|agreed| std::mem::take(&mut agreed.wrong_guess))
     }
 
     fn opener_is_set(&self) -> bool {
@@ -394,8 +420,9 @@ impl Transport {
     fn begin_exchange(&mut self) {
         let mut init = vec![number::KEXINIT];
         init.put_raw(&random::<16>());
+        let exchanges = format!("{EXCHANGES},{STRICT_SERVER}");
         for list in [
-            EXCHANGES,
+            exchanges.as_str(),
             ED25519_NAME,
             CIPHERS,
             CIPHERS,
@@ -435,13 +462,9 @@ impl Transport {
     }
 
     fn ecdh_init(&mut self, range: Range<usize>) -> Result<(), Fatal> {
-        let Some(mut agreed) = self.agreed.take() else {
+        let Some(agreed) = self.agreed.take() else {
             return Err(protocol_error("no exchange of keys was agreed on"));
         };
-        if std::mem::take(&mut agreed.wrong_guess) {
-            self.agreed = Some(agreed);
-            return Ok(());
-        }
         let own_init = self.own_init.take().expect("an exchange has both inits");
         let share = Reader::new(&self.input[range][1..]).string()?.to_vec();
         let failed = |_| {
@@ -479,8 +502,9 @@ impl Transport {
         self.send(number::NEWKEYS, |_| {});
         let first = self.session.is_none();
         let session = *self.session.get_or_insert(hash);
-        self.sealer = secret.sealer(agreed.outbound, &hash, &session);
-        self.next_opener = Some(secret.opener(agreed.inbound, &hash, &session));
+        self.sealer = secret.sealer(agreed.outbound, &hash, &session, Direction::ToClient);
+        let opener = secret.opener(agreed.inbound, &hash, &session, Direction::ToServer);
+        self.next_opener = Some(opener);
         if self.strict {
             self.sealed = 0;
         }

@@ -26,6 +26,15 @@ impl<'a> Reader<'a> {
         Ok(head)
     }
 
+    /// Nothing may be left.
+    pub fn end(&self) -> Result<(), Malformed> {
+        if self.rest.is_empty() {
+            Ok(())
+        } else {
+            Err(Malformed)
+        }
+    }
+
     /// What has not been read.
     pub fn rest(&self) -> &'a [u8] {
         self.rest

@@ -231,7 +231,7 @@ fn a_session_that_takes_no_input_stalls_no_other_on_its_connection() {
     let zero = fs::File::open("/dev/zero").unwrap();
     let mut command = server.ssh(&["-S", &path]);
     let stalled = command
-        .arg("echo ready; read line < /dev/zero")
+        .arg("echo ready; exec sleep 600")
         .stdin(zero)
         .stdout(Stdio::piped());
     let mut stalled = Process(stalled.spawn().unwrap());

@@ -1,6 +1,8 @@
 //! A server of its own for each test, and OpenSSH's clients to talk to it.
 #![allow(dead_code, reason = "each file of tests uses its part")]
 
+pub mod client;
+
 use std::fs;
 use std::io::{BufRead, BufReader, Read, Write};
 use std::net::SocketAddr;
@@ -46,12 +48,49 @@ impl Drop for Process {
     }
 }
 
+/// Ends what a server's sessions left running, which bears the server's mark in its environment.
+pub struct Leftovers(String);
+
+impl Leftovers {
+    fn of(directory: &Directory) -> Self {
+        Self(format!("SSHD_TEST={}", directory.text("")))
+    }
+
+    fn mark(&self) -> (&str, &str) {
+        self.0.split_once('=').unwrap()
+    }
+
+    fn is_marked(&self, process: &Path) -> bool {
+        let environment = fs::read(process.join("environ")).unwrap_or_default();
+        environment
+            .split(|byte| *byte == 0)
+            .any(|entry| entry == self.0.as_bytes())
+    }
+}
+
+impl Drop for Leftovers {
+    fn drop(&mut self) {
+        for process in fs::read_dir("/proc").unwrap().flatten() {
+            let number = process.file_name().to_string_lossy().parse();
+            if let Ok(number) = number
+                .map_err(drop)
+                .and_then(|number: i32| self.is_marked(&process.path()).then_some(number).ok_or(()))
+            {
+                // SAFETY: kill touches no memory.
+                unsafe { libc::kill(number, libc::SIGKILL) };
+            }
+        }
+    }
+}
+
 /// A server, a key that it lets in, and a configuration for clients that calls it `task`.
 pub struct Server {
-    pub directory: Directory,
     pub address: SocketAddr,
     pub host_key: String,
+    // In this order: the server ends first, then what its sessions left, and then its directory goes.
     pub process: Process,
+    leftovers: Leftovers,
+    pub directory: Directory,
 }
 
 impl Server {
@@ -63,7 +102,10 @@ impl Server {
     }
 
     pub fn start_in(directory: Directory, options: &[&str]) -> Self {
+        let leftovers = Leftovers::of(&directory);
+        let (mark, value) = leftovers.mark();
         let mut process = Command::new(env!("CARGO_BIN_EXE_tunnel-sshd"))
+            .env(mark, value)
             .args(["--listen", "127.0.0.1:0", "--host-key"])
             .arg(directory.file("host_key"))
             .arg("--authorized-keys")
@@ -90,10 +132,11 @@ impl Server {
         };
         let (address, host_key) = (field("address").parse().unwrap(), field("host_key"));
         let server = Self {
-            directory,
             address,
             host_key,
             process,
+            leftovers,
+            directory,
         };
         server.reconfigure();
         server
