@@ -219,8 +219,8 @@ class Relay4(Contender):
     def start(self, services: Services) -> None:
         self.iperf, self.echo = self.chain(services.iperf), self.chain(services.echo)
 
-    def chain(self, target: int) -> int:
-        for _ in HOPS:
+    def chain(self, target: int, relays: int = len(HOPS)) -> int:
+        for _ in range(relays):
             port = free_port()
             listen = f"TCP-LISTEN:{port},bind=127.0.0.1,fork,reuseaddr,nodelay,backlog=512"
             wait_for_port(port, self.spawn("socat", "-b", "262144", listen, f"TCP:127.0.0.1:{target},nodelay"))
