@@ -39,18 +39,8 @@ class Proxied(KohakuRiver):
         ports = ("--host-port", "0", "--runner-port", "0", "--ssh-port", "0")
         up = self.kohakuriver("up", "--json", *ports, "--state-dir", f"{directory}/state")
         self.proxy = int(self.event(up, "ready")["ssh_proxy"].rpartition(":")[2])
-        command = (
-            self.executable,
-            "vps",
-            "create",
-            "--name",
-            "bench",
-            "--backend",
-            "process",
-            "--public-key-file",
-            key,
-        )
-        subprocess.run(command, env=self.env, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, check=True)
+        create = (self.executable, "vps", "create", "--backend=process", "--name=bench", f"--public-key-file={key}")
+        subprocess.run(create, env=self.env, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, check=True)
         self.token = (directory / "state" / "admin-token").read_text().strip()
 
     def connect(self) -> socket.socket:

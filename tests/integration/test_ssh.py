@@ -6,7 +6,6 @@ import contextlib
 import hashlib
 import json
 import os
-import shutil
 import signal
 import socket
 import subprocess
@@ -107,11 +106,17 @@ def test_git_clones_and_pushes(users: Users, tmp_path: Path) -> None:
     assert log.stdout == b"first\n"
 
 
-@pytest.mark.skipif(shutil.which("ansible") is None, reason="there is no ansible")
-def test_ansible_pings_a_task(users: Users) -> None:
-    done = users.call("ansible", "all", "-i", "web,", "-m", "ping", f"--ssh-common-args=-F {users.config}")
-    assert done.returncode == 0, done.stdout
-    assert b'"pong"' in done.stdout
+def test_ansible_pings_a_task_and_writes_a_file_there(users: Users, tmp_path: Path) -> None:
+    made = tmp_path / "made"
+    users.environment["ANSIBLE_HOME"] = str(tmp_path / "ansible")
+    common = [
+        *(sys.executable, "-m", "ansible", "adhoc", "all", "-i", "web,", f"--ssh-common-args=-F {users.config}"),
+        *("-e", f"ansible_python_interpreter={sys.executable}"),
+    ]
+    done = users.call(*common, "-m", "ping")
+    assert (done.returncode, b'"pong"' in done.stdout) == (0, True), done.stdout
+    done = users.call(*common, "-m", "copy", "-a", f"content=hello dest={made}")
+    assert (done.returncode, made.read_text()) == (0, "hello"), done.stdout
 
 
 @contextlib.contextmanager
