@@ -17,7 +17,7 @@ use crate::channel::{Channel, Ending, MOST_OUTPUT, PACKET, Session, Source, WIND
 use crate::forward::{self, Listener};
 use crate::keys::is_authorized;
 use crate::log;
-use crate::server::Shared;
+use crate::server::{Shared, Stranger};
 use crate::session::{self, AgentSocket, Asked, End, Order};
 use crate::sftp;
 use crate::sys::{self, Bell, Size};
@@ -94,6 +94,9 @@ pub struct Connection {
     /// The client asked for the service that logs in.
     may_log_in: bool,
     user: Option<String>,
+    /// Until the login, what counts this client among strangers; from then on its place.
+    stranger: Option<Stranger>,
+    _place: Option<Arc<()>>,
     more_sessions: bool,
     channels: BTreeMap<u32, Channel>,
     next_channel: u32,
@@ -107,7 +110,7 @@ pub struct Connection {
 
 impl Connection {
     /// Takes a client's socket.
-    pub fn new(stream: TcpStream, shared: Arc<Shared>) -> io::Result<Self> {
+    pub fn new(stream: TcpStream, shared: Arc<Shared>, stranger: Stranger) -> io::Result<Self> {
         let ends = [stream.peer_addr()?, stream.local_addr()?];
         stream.set_nonblocking(true)?;
         stream.set_nodelay(true)?;
@@ -121,6 +124,8 @@ impl Connection {
             attempts: Attempts::default(),
             may_log_in: false,
             user: None,
+            stranger: Some(stranger),
+            _place: None,
             more_sessions: true,
             channels: BTreeMap::new(),
             next_channel: 0,
@@ -153,15 +158,6 @@ impl Connection {
             self.transport.disconnect(&why);
             let _ = self.say_farewell();
         }
-    }
-
-    /// Tells the client that there is no place for it.
-    pub fn refuse(mut self) {
-        let sentence = "too many connections to this task are open; close one and try again";
-        let why = Fatal::Ours(reason::TOO_MANY_CONNECTIONS, sentence.into());
-        log!("{}: {sentence}", self.peer);
-        self.transport.disconnect(&why);
-        let _ = self.say_farewell();
     }
 
     /// Sends what is left, and waits for the client to close: before that, data that nobody reads would have the system
@@ -400,6 +396,13 @@ impl Connection {
         };
         match self.attempts.judge(payload, &session, may_enter)? {
             Answer::Success(user) => {
+                let Some(place) = self.shared.connections.take(self.shared.most) else {
+                    let sentence =
+                        "too many connections to this task are open; close one and try again";
+                    return Err(Fatal::Ours(reason::TOO_MANY_CONNECTIONS, sentence.into()));
+                };
+                self._place = Some(place);
+                self.stranger = None;
                 log!("{}: {user} was let in", self.peer);
                 self.user = Some(user);
                 self.transport.send(USERAUTH_SUCCESS, |_| {});

@@ -48,7 +48,7 @@ fn work(options: Options) -> io::Result<std::convert::Infallible> {
         rekey_bytes: options.rekey_bytes,
         most: options.most,
         connections: Default::default(),
-        refusals: Default::default(),
+        strangers: Default::default(),
         sessions: Default::default(),
         host_key: Arc::new(host_key),
     });

@@ -1,9 +1,10 @@
 //! Accepts clients, each in a thread of its own.
 
+use std::collections::BTreeMap;
 use std::io;
-use std::net::{TcpListener, TcpStream};
+use std::net::{Shutdown, TcpListener, TcpStream};
 use std::path::PathBuf;
-use std::sync::Arc;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::thread;
 use std::time::Duration;
 
@@ -14,6 +15,9 @@ use crate::session::User;
 
 /// Before trying again where the system gives no more descriptors or threads.
 const PAUSE: Duration = Duration::from_millis(200);
+
+/// How many clients may be there that have not logged in.
+const MOST_STRANGERS: usize = 64;
 
 /// What all connections have in common.
 pub struct Shared {
@@ -29,12 +33,12 @@ pub struct Shared {
     pub files: libc::rlimit,
     /// New keys after so many bytes.
     pub rekey_bytes: u64,
-    /// How many connections there may be, and how many sessions on all of them.
+    /// How many connections of users there may be, and how many sessions on all of them.
     pub most: usize,
-    /// The connections that there are.
+    /// The connections of clients that have logged in.
     pub connections: Places,
-    /// The connections that are being refused.
-    pub refusals: Places,
+    /// Those of clients that have not, which take no user's place.
+    pub strangers: Arc<Strangers>,
     /// The sessions that there are.
     pub sessions: Places,
 }
@@ -79,20 +83,46 @@ fn is_clients_own(error: &io::Error) -> bool {
 }
 
 fn admit(stream: TcpStream, shared: &Arc<Shared>) -> io::Result<()> {
-    let connection = Connection::new(stream, shared.clone())?;
-    // Who is refused has a place too, for the moment that it takes to say so.
-    let (place, serve): (_, fn(Connection)) = match shared.connections.take(shared.most) {
-        Some(place) => (place, Connection::run),
-        None => match shared.refusals.take(shared.most) {
-            Some(place) => (place, Connection::refuse),
-            None => return Ok(()),
-        },
-    };
+    let stranger = shared.strangers.admit(&stream)?;
+    let connection = Connection::new(stream, shared.clone(), stranger)?;
     thread::Builder::new()
         .name("client".into())
-        .spawn(move || {
-            serve(connection);
-            drop(place);
-        })?;
-    Ok(())
+        .spawn(move || connection.run())
+        .map(drop)
+}
+
+/// The sockets of clients that have not logged in, the one that has been waiting for longest first.
+#[derive(Default)]
+pub struct Strangers(Mutex<(u64, BTreeMap<u64, TcpStream>)>);
+
+/// A client that has not logged in, for as long as this is kept.
+pub struct Stranger(Arc<Strangers>, u64);
+
+impl Strangers {
+    fn locked(&self) -> MutexGuard<'_, (u64, BTreeMap<u64, TcpStream>)> {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Takes in one more. Where there are too many, who has been waiting for longest has to go: one that logs in is gone
+    /// from here in a moment, and nobody keeps it out by connecting and saying nothing.
+    fn admit(self: &Arc<Self>, stream: &TcpStream) -> io::Result<Stranger> {
+        let copy = stream.try_clone()?;
+        let mut locked = self.locked();
+        let (next, streams) = &mut *locked;
+        *next += 1;
+        streams.insert(*next, copy);
+        while streams.len() > MOST_STRANGERS {
+            if let Some((_, oldest)) = streams.pop_first() {
+                // Its thread sees the end of it. A socket that is gone has no end to be told.
+                let _ = oldest.shutdown(Shutdown::Both);
+            }
+        }
+        Ok(Stranger(self.clone(), *next))
+    }
+}
+
+impl Drop for Stranger {
+    fn drop(&mut self) {
+        self.0.locked().1.remove(&self.1);
+    }
 }

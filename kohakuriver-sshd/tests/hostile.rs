@@ -305,6 +305,21 @@ fn attempts_to_log_in_and_questions_about_keys_are_counted() {
 }
 
 #[test]
+fn strangers_take_no_places_of_users_and_the_oldest_goes_when_there_are_too_many() {
+    let server = Server::start(&[]);
+    let key = key(&server);
+    let mut user = Client::logged_in(server.address, &key);
+    let mut strangers: Vec<Client> = (0..64).map(|_| Client::connect(server.address)).collect();
+    assert!(server.run("true").status.success());
+    assert!(user.is_alive());
+    // The login was one too many for a moment.
+    assert_eq!(strangers[0].receive_one_of(&[1]), None);
+    strangers[1].exchange(STRICT);
+    strangers[1].log_in(&key);
+    assert!(strangers[1].is_alive());
+}
+
+#[test]
 fn a_channel_can_only_be_confirmed_or_refused_by_who_was_asked_for_it() {
     let server = Server::start(&[]);
     let key = key(&server);

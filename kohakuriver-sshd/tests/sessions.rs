@@ -450,7 +450,7 @@ fn programs_with_their_full_path_work_in_a_task_without_a_shell() {
         rekey_bytes: 1 << 30,
         most: 8,
         connections: Default::default(),
-        refusals: Default::default(),
+        strangers: Default::default(),
         sessions: Default::default(),
     };
     let listener = std::net::TcpListener::bind("127.0.0.1:0").unwrap();

@@ -18,8 +18,8 @@ NOT_FOUND, NOT_EXECUTABLE = 127, 126  # as shells say it
 def main() -> None:
     """Does not return: the process becomes PROGRAM, or says why not on its stderr."""
     tty, command = sys.argv[1], sys.argv[2:]
-    # Python ignores these two, and a program inherits that.
-    for number in (signal.SIGPIPE, signal.SIGXFSZ):
+    # A program inherits what is ignored: by Python the first two, the others by a runner that was started with nohup.
+    for number in (signal.SIGPIPE, signal.SIGXFSZ, signal.SIGHUP, signal.SIGINT, signal.SIGQUIT, signal.SIGTERM):
         signal.signal(number, signal.SIG_DFL)
     if tty != "-":
         terminal = os.open(tty, os.O_RDWR)  # the first one that a new session opens is its controlling terminal
