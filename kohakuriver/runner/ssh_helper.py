@@ -113,7 +113,7 @@ class SshHelper:
             for name, content, mode in (
                 (_HOST_KEY, (folder / _HOST_KEY).read_bytes(), 0o600),
                 (_AUTHORIZED_KEYS, (folder / _AUTHORIZED_KEYS).read_bytes(), 0o644),
-                (_CONFIG, config.encode(), 0o644),
+                (_CONFIG, config.encode(), 0o600),  # with the container's environment, which may have secrets
             ):
                 entry = tarfile.TarInfo(f"{_FOLDER.lstrip('/')}/{name}")
                 entry.size, entry.mode = len(content), mode

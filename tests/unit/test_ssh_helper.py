@@ -1,0 +1,58 @@
+from __future__ import annotations
+
+import io
+import sys
+import tarfile
+from pathlib import Path
+
+import pytest
+
+from kohakuriver.runner.ssh_helper import SshHelper
+from kohakuriver.runner.state import State, TaskRecord
+
+pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="runners are for Linux")
+
+
+@pytest.fixture
+def task() -> TaskRecord:
+    return TaskRecord(7, "c1", "docker", ssh_keys=["ssh-ed25519 AAAA me"])
+
+
+@pytest.fixture
+def helper(tmp_path: Path, task: TaskRecord) -> SshHelper:
+    helper = SshHelper(State(tmp_path / "state"))
+    helper.prepare(task)
+    return helper
+
+
+def test_in_a_container_root_alone_reads_the_host_key_and_the_environment(helper: SshHelper, task: TaskRecord) -> None:
+    with tarfile.open(fileobj=io.BytesIO(helper.archive(task, {"PASSWORD": "secret"}))) as tar:
+        content = {member: tar.extractfile(member) for member in tar.getmembers()}
+        files = {member: file.read() for member, file in content.items() if file is not None}
+        owners = {(member.uid, member.gid) for member in tar.getmembers()}
+    telling = {member for member, text in files.items() if b"secret" in text or b"PRIVATE KEY" in text}
+    assert {member.name for member in telling} == {".kohakuriver/ssh/host_key", ".kohakuriver/ssh/sshd_config"}
+    assert all(member.mode == 0o600 for member in telling)
+    assert owners == {(0, 0)}
+
+
+def test_a_variable_that_would_be_another_line_of_the_configuration_is_left_out(
+    helper: SshHelper, task: TaskRecord
+) -> None:
+    evil = {"A": "x\nPermitEmptyPasswords yes", "B": 'y" PATH="/evil', "C": "back\\slash", "GOOD": "a b"}
+    with tarfile.open(fileobj=io.BytesIO(helper.archive(task, evil))) as tar:
+        file = tar.extractfile(".kohakuriver/ssh/sshd_config")
+        assert file is not None
+        text = file.read().decode()
+    assert 'SetEnv "GOOD=a b"\n' in text
+    assert "evil" not in text
+    assert "PermitEmptyPasswords" not in text
+
+
+def test_the_host_key_is_made_once_and_private_on_the_node(helper: SshHelper, task: TaskRecord, tmp_path: Path) -> None:
+    first = task.ssh_host_key
+    helper.prepare(task)
+    assert task.ssh_host_key == first
+    for path in (tmp_path / "state").rglob("ssh/*"):
+        assert path.stat().st_mode & 0o077 == 0
+        assert path.parent.stat().st_mode & 0o077 == 0
