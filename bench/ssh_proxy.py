@@ -111,7 +111,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--kohakuriver", type=Path, required=True, help="the program to measure")
     parser.add_argument("--gate", type=Path, metavar="FILE", help="check the ratios of FILE; exit 1 when one fails")
-    parser.add_argument("--rounds", type=int, default=7, help="turns of each (default 7)")
+    parser.add_argument("--rounds", type=int, default=5, help="turns of each (default 5)")
     parser.add_argument("--seconds", type=float, default=2, help="length of one run (default 2)")
     parser.add_argument("--output", type=Path, metavar="DIR", help="write ssh_proxy.json into DIR")
     arguments = parser.parse_args()
