@@ -1,0 +1,101 @@
+"""The SSH server for tasks with a second implementation as its client, which speaks what OpenSSH here may not yet."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import subprocess
+from collections.abc import Callable, Coroutine, Iterator
+from pathlib import Path
+from typing import Any
+
+import asyncssh
+import pytest
+
+from tests.ssh import ours
+
+Run = Callable[[Coroutine[Any, Any, Any]], Any]
+
+EXCHANGES = ("mlkem768x25519-sha256", "curve25519-sha256", "curve25519-sha256@libssh.org")
+CIPHERS = ("aes256-gcm@openssh.com", "aes128-gcm@openssh.com", "chacha20-poly1305@openssh.com")
+DATA = os.urandom(3_000_000)
+
+
+class Server:
+    """One that lets in `key`."""
+
+    def __init__(self, directory: Path) -> None:
+        self.key = asyncssh.generate_private_key("ssh-ed25519")
+        authorized = directory / "authorized"
+        authorized.write_bytes(self.key.export_public_key())
+        self.process = subprocess.Popen(
+            [ours(), "--listen=127.0.0.1:0", f"--host-key={directory / 'key'}", f"--authorized-keys={authorized}",
+             "--rekey-bytes=1000000"],
+            stdout=subprocess.PIPE, stderr=subprocess.DEVNULL,
+        )  # fmt: skip
+        assert self.process.stdout is not None
+        ready = json.loads(self.process.stdout.readline())
+        self.port = int(ready["address"].rpartition(":")[2])
+        self.known_hosts = asyncssh.import_known_hosts(f"[127.0.0.1]:{self.port} {ready['host_key']}\n")
+
+    def connect(self, **options: Any) -> Any:
+        return asyncssh.connect(
+            "127.0.0.1", self.port, username="root", client_keys=[self.key], known_hosts=self.known_hosts, config=None,
+            agent_path=None, **options,
+        )  # fmt: skip
+
+    def close(self) -> None:
+        self.process.kill()
+        self.process.communicate()
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    server = Server(tmp_path_factory.mktemp("sshd"))
+    yield server
+    server.close()
+
+
+@pytest.mark.parametrize("exchange", EXCHANGES)
+def test_every_exchange_of_keys_is_understood_also_again_and_again(run: Run, server: Server, exchange: str) -> None:
+    async def main() -> None:
+        async with server.connect(kex_algs=[exchange], rekey_bytes="500k") as connection:
+            done = await connection.run("cat; echo errors >&2; exit 7", input=DATA, encoding=None)
+            assert (done.stdout == DATA, done.stderr, done.exit_status) == (True, b"errors\n", 7)
+
+    run(main())
+
+
+@pytest.mark.parametrize("cipher", CIPHERS)
+def test_every_cipher_is_understood(run: Run, server: Server, cipher: str) -> None:
+    async def main() -> None:
+        async with server.connect(encryption_algs=[cipher]) as connection:
+            done = await connection.run("cat", input=DATA, encoding=None)
+            assert done.stdout == DATA
+
+    run(main())
+
+
+def test_files_are_served_to_another_client_too(run: Run, server: Server, tmp_path: Path) -> None:
+    async def main() -> None:
+        (tmp_path / "here").write_bytes(DATA)
+        async with server.connect() as connection, connection.start_sftp_client() as sftp:
+            await sftp.put(str(tmp_path / "here"), str(tmp_path / "there"))
+            await sftp.get(str(tmp_path / "there"), str(tmp_path / "back"))
+            assert (tmp_path / "back").read_bytes() == DATA
+            assert {"here", "there", "back"} <= set(await sftp.listdir(str(tmp_path)))
+            with pytest.raises(asyncssh.SFTPNoSuchFile):
+                await sftp.stat(str(tmp_path / "nowhere"))
+
+    run(main())
+
+
+def test_many_channels_of_one_connection_each_get_their_own(run: Run, server: Server) -> None:
+    async def main() -> None:
+        async with server.connect() as connection:
+            runs = [connection.run(f"cat; echo {number}", input="x" * 100_000) for number in range(40)]
+            for number, done in enumerate(await asyncio.gather(*runs)):
+                assert done.stdout == "x" * 100_000 + f"{number}\n"
+
+    run(main())
