@@ -598,3 +598,45 @@ fn agree(init: Vec<u8>) -> Result<(Agreed, Extras), Fatal> {
     };
     Ok((agreed, extras))
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn nothing_more_is_taken_under_keys_that_were_used_for_too_long() {
+        let path =
+            std::env::temp_dir().join(format!("transport-{:x}", u64::from_be_bytes(random())));
+        let key = HostKey::load_or_make(&path).unwrap();
+        std::fs::remove_file(&path).unwrap();
+        let mut transport = Transport::new(Arc::new(key), 1 << 30);
+        let packet = [
+            0,
+            0,
+            0,
+            12,
+            10,
+            number::DISCONNECT,
+            0,
+            0,
+            0,
+            0,
+            0,
+            0,
+            0,
+            0,
+            0,
+            0,
+        ];
+        let said = [b"SSH-2.0-test\r\n".as_slice(), &packet].concat();
+        transport.space()[..said.len()].copy_from_slice(&said);
+        transport.advance(said.len());
+        transport.used.1 = MOST_PACKETS;
+        let Err(Fatal::Ours(reason::PROTOCOL_ERROR, why)) = transport.next_message() else {
+            panic!("it was taken");
+        };
+        assert!(why.contains("too long"), "{why}");
+        transport.used.1 = MOST_PACKETS - 1;
+        assert_eq!(transport.next_message(), Err(Fatal::Goodbye));
+    }
+}
