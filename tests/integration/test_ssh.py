@@ -32,6 +32,10 @@ def users(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
         users.close()
 
 
+# What does not depend on the server is tested with one.
+only_ours = pytest.mark.parametrize("users", ["ours"], indirect=True)
+
+
 def lines(done: subprocess.CompletedProcess[bytes]) -> list[str]:
     """What it said on stderr."""
     return done.stderr.decode().splitlines()
@@ -47,11 +51,13 @@ def test_vps_connect_is_ssh_with_everything_behind_the_task(users: Users) -> Non
     assert (done.returncode, done.stdout) == (3, b"hello\n"), done.stderr
 
 
+@only_ours
 def test_a_task_is_reached_by_its_id_and_by_its_name_in_our_domain(users: Users) -> None:
     for name in ("web.kohakuriver", f"{users.task['task_id']}.kohakuriver"):  # type: ignore[attr-defined]
         assert users.ssh(name, "echo hello").stdout == b"hello\n"
 
 
+@only_ours
 def test_ssh_works_through_plain_pipes_too(users: Users) -> None:
     data = os.urandom(3_000_000)
     done = users.ssh("-o", "ProxyUseFdpass=no", "-o", f"ProxyCommand={sys.executable} -m kohakuriver ssh-proxy %n",
@@ -91,6 +97,7 @@ def test_rsync_makes_the_same_tree(users: Users, tmp_path: Path) -> None:
     assert users.call("diff", "-r", str(source), f"{tmp_path}/target").returncode == 0
 
 
+@only_ours
 def test_git_clones_and_pushes(users: Users, tmp_path: Path) -> None:
     users.environment["GIT_SSH_COMMAND"] = f"ssh -F {users.config}"
     git = ["git", "-c", "user.name=me", "-c", "user.email=me@example.org"]
@@ -106,6 +113,7 @@ def test_git_clones_and_pushes(users: Users, tmp_path: Path) -> None:
     assert log.stdout == b"first\n"
 
 
+@only_ours
 def test_ansible_pings_a_task_and_writes_a_file_there(users: Users, tmp_path: Path) -> None:
     made = tmp_path / "made"
     users.environment["ANSIBLE_HOME"] = str(tmp_path / "ansible")
@@ -227,6 +235,7 @@ def refusal(done: subprocess.CompletedProcess[bytes]) -> str:
     return lines(done)[0]
 
 
+@only_ours
 def test_an_unknown_task_is_one_sentence_and_exit_code_3(users: Users) -> None:
     done = users.connect("nowhere")
     assert (done.returncode, "no task 'nowhere'" in refusal(done)) == (3, True)
@@ -235,6 +244,7 @@ def test_an_unknown_task_is_one_sentence_and_exit_code_3(users: Users) -> None:
         assert (done.returncode, "no task 'nowhere'" in refusal(done)) == (3, True)
 
 
+@only_ours
 def test_a_stopped_task_is_one_sentence_and_exit_code_4(users: Users) -> None:
     users.vps("stopped")
     users.succeed("vps", "stop", "stopped")
@@ -245,6 +255,7 @@ def test_a_stopped_task_is_one_sentence_and_exit_code_4(users: Users) -> None:
         assert (done.returncode, "stopped" in refusal(done)) == (4, True)
 
 
+@only_ours
 def test_a_task_without_an_ssh_server_is_one_sentence_and_exit_code_4(users: Users) -> None:
     # An address of the loopback on which nothing listens, whatever runs on this machine.
     users.succeed("vps", "adopt", "--address=127.9.9.9", f"--node={node(users)}", "--name=bare")
@@ -256,6 +267,7 @@ def node(users: Users) -> str:
     return str(json.loads(users.succeed("node", "list", "--json"))["nodes"][0]["name"])
 
 
+@only_ours
 def test_an_ssh_server_that_has_died_is_one_sentence_and_exit_code_4(users: Users) -> None:
     task = users.vps("dying")
     done = users.connect("dying", "echo $PPID")
@@ -279,6 +291,7 @@ def listener_on(port: int) -> int:
     )
 
 
+@only_ours
 def test_without_a_valid_token_it_is_one_sentence_and_exit_code_5(users: Users) -> None:
     users.environment["KOHAKURIVER_TOKEN"] = "wrong"
     try:
@@ -288,6 +301,7 @@ def test_without_a_valid_token_it_is_one_sentence_and_exit_code_5(users: Users) 
     assert (done.returncode, "token" in refusal(done)) == (5, True)
 
 
+@only_ours
 def test_a_proxy_that_is_not_there_is_one_sentence_and_exit_code_7(users: Users) -> None:
     users.environment["KOHAKURIVER_SSH_PROXY"] = f"127.0.0.1:{free_port()}"
     try:
@@ -297,6 +311,7 @@ def test_a_proxy_that_is_not_there_is_one_sentence_and_exit_code_7(users: Users)
     assert (done.returncode, "can't be reached" in refusal(done)) == (7, True)
 
 
+@only_ours
 def test_a_wrong_key_is_told_by_ssh_in_one_line(users: Users, tmp_path: Path) -> None:
     make_key(tmp_path / "wrong")
     done = users.connect("web", "-o", "IdentityFile=none", "-o", f"IdentityFile={tmp_path / 'wrong'}", "true")
@@ -310,6 +325,7 @@ def test_a_wrong_key_is_told_by_ssh_in_one_line(users: Users, tmp_path: Path) ->
     assert lines(done) == [f"{USER}@web: Permission denied (publickey)."]
 
 
+@only_ours
 def test_a_tasks_host_key_outlives_restarts_and_a_changed_one_is_refused(users: Users) -> None:
     first = users.vps("keyed")["ssh_host_key"]
     users.succeed("vps", "restart", "keyed")
@@ -330,6 +346,7 @@ def test_a_tasks_host_key_outlives_restarts_and_a_changed_one_is_refused(users: 
         known.write_text(text)
 
 
+@only_ours
 def test_a_task_that_is_removed_is_no_longer_in_the_installed_configuration(users: Users) -> None:
     config = users.directory / "ssh" / "config"
     users.vps("short-lived")
@@ -338,6 +355,7 @@ def test_a_task_that_is_removed_is_no_longer_in_the_installed_configuration(user
     assert "short-lived" not in config.read_text()
 
 
+@only_ours
 def test_a_plain_jump_through_the_proxy_works_with_a_token_as_password(users: Users) -> None:
     command = users.jump(f"{USER}@web", "cat", token=users.token)
     data = os.urandom(3_000_000)
@@ -347,11 +365,13 @@ def test_a_plain_jump_through_the_proxy_works_with_a_token_as_password(users: Us
     assert done.stdout == data, done.stderr
 
 
+@only_ours
 def test_a_plain_jump_through_the_proxy_works_with_the_key_of_the_task(users: Users) -> None:
     done = users.call(*users.jump(f"{USER}@web", "echo hello; exit 4"))
     assert (done.returncode, done.stdout) == (4, b"hello\n"), done.stderr
 
 
+@only_ours
 def test_a_jump_to_an_unknown_task_or_with_a_wrong_credential_says_why(users: Users, tmp_path: Path) -> None:
     done = users.call(*users.jump(f"{USER}@nowhere", "true"))
     assert (done.returncode, b"no task 'nowhere'" in done.stderr) == (255, True), done.stderr
@@ -363,6 +383,7 @@ def test_a_jump_to_an_unknown_task_or_with_a_wrong_credential_says_why(users: Us
     assert (done.returncode, b"Permission denied" in done.stderr) == (255, True)
 
 
+@only_ours
 def test_a_session_breaks_when_its_task_is_removed(users: Users) -> None:
     users.vps("removed")
     with socket.create_connection(("127.0.0.1", users.port), 30) as sock, sock.makefile("rb") as answers:
