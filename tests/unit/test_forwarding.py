@@ -147,11 +147,13 @@ def test_what_is_shown_holds_up_nobody_and_keeps_its_order() -> None:
             shown.append(event)
 
     view = forward_view.Aside(Slow())
-    failures = [StreamError(number, "it broke") for number in range(2 * forward_view.MOST_WAITING)]
+    failures: list[Event] = [StreamError(number, "it broke") for number in range(2 * forward_view.MOST_WAITING)]
     with view:
         for failure in failures:
             view.tell(failure)
         held.set()
-    assert shown == failures[: len(shown)]
+    # The thread may take its first one only after some were left out, and then there is room for one more.
+    places = [failures.index(event) for event in shown]
+    assert places == sorted(places)
     assert len(shown) >= forward_view.MOST_WAITING
     assert len(shown) + view.left_out >= len(failures)
