@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from kohakuriver.errors import UsageError
+from kohakuriver.host.access import Access
 from kohakuriver.host.credentials import Credentials
+from kohakuriver.host.grants import Grants
 from kohakuriver.host.nodes import Nodes
 from kohakuriver.host.tasks import Tasks, not_running
 from kohakuriver.host.tunnel_proxy import ForwardTarget
@@ -16,8 +18,12 @@ __all__ = ["Forwards"]
 class Forwards:
     """Turns a user's request for a session into a ticket for the task's node."""
 
-    def __init__(self, credentials: Credentials, store: Store, nodes: Nodes, tasks: Tasks) -> None:
+    def __init__(
+        self, credentials: Credentials, access: Access, grants: Grants, store: Store, nodes: Nodes, tasks: Tasks
+    ) -> None:
         self._credentials = credentials
+        self._access = access
+        self._grants = grants
         self._store = store
         self._nodes = nodes
         self._tasks = tasks
@@ -25,18 +31,25 @@ class Forwards:
     async def authorize(self, token: str | None, reference: str, port: int, proto: str) -> ForwardTarget:
         """Where a session to `port` (1 to 65535) of a task goes; `proto` is "tcp" or "udp".
 
-        Raises UnauthenticatedError, NotFoundError, UsageError, or UnavailableError "task_not_running" or
-        "node_offline". Source: docs/protocol.md §4.
+        Raises UnauthenticatedError, NotAllowedError, NotFoundError, UsageError, or UnavailableError "task_not_running"
+        or "node_offline". Source: docs/protocol.md §4.
         """
-        user = await self._credentials.session_user(token)
+        caller = await self._credentials.session_caller(token)
         if not 0 < port < 65536:
             raise UsageError(f"{port} is no port; ports go from 1 to 65535.")
         task, node = await self._store.task_and_node(reference)
+        await self._access.check_usable(caller, task)
         view = self._tasks.view(task, node)
         if view.status != "running":
             raise not_running(view)
         credential = ticket.issue(
-            node.ticket_key, node=node.name, scope="forward", task=task.task_id, container=task.container, user=user
+            node.ticket_key,
+            node=node.name,
+            scope="forward",
+            task=task.task_id,
+            container=task.container,
+            user=caller.name,
         )
         url = "ws" + node.url.removeprefix("http")
-        return ForwardTarget(runner_ws_url=url, container=task.container, ticket=credential)
+        grant = self._grants.open(caller, task.task_id)
+        return ForwardTarget(runner_ws_url=url, container=task.container, ticket=credential, grant=grant)

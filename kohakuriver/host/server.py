@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import asyncio
 import socket
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -10,14 +12,18 @@ import structlog
 
 from kohakuriver import loops
 from kohakuriver.errors import UsageError
+from kohakuriver.host.access import Access
 from kohakuriver.host.app import Services, create_app
 from kohakuriver.host.credentials import Credentials
 from kohakuriver.host.forwards import Forwards
+from kohakuriver.host.grants import Grants
 from kohakuriver.host.nodes import Nodes
+from kohakuriver.host.people import People
 from kohakuriver.host.runner_client import RunnerClient
 from kohakuriver.host.tasks import Changes, Tasks
 from kohakuriver.host.tunnel_proxy import TunnelProxy
-from kohakuriver.store import Store, sqlite_url
+from kohakuriver.store import Accounts, Store, sqlite_url
+from kohakuriver.tunnel.guard import Guard
 from kohakuriver.tunnel.server import serve_ws
 from kohakuriver.web import Server, bind, configure_logging, print_ready, socket_url, stop_at_end_of_stdin
 
@@ -30,6 +36,8 @@ log = structlog.get_logger("kohakuriver.host")
 class HostOptions:
     """How a host runs. `port` 0 is any free one; `database` None is a SQLite file in `state_dir`.
 
+    `allowed_hosts` and `allowed_origins` are as `Guard` takes them. With `user_mounts` others than admins may mount
+    directories of nodes.
     With `exit_with_stdin` it ends when its stdin does, as a child of `up` should.
     """
 
@@ -38,6 +46,9 @@ class HostOptions:
     port: int = 8000
     database: str | None = None
     allow_anonymous: bool = False
+    allowed_hosts: Sequence[str] = ()
+    allowed_origins: Sequence[str] = ()
+    user_mounts: bool = False
     heartbeat_seconds: float = 5.0
     tls_cert: Path | None = None
     tls_key: Path | None = None
@@ -65,7 +76,7 @@ async def main(options: HostOptions) -> int:
         raise
     runners = RunnerClient()
     try:
-        credentials = Credentials(store, allow_anonymous=options.allow_anonymous)
+        credentials = Credentials(Accounts(store), allow_anonymous=options.allow_anonymous)
         for path in await credentials.load_or_make(options.state_dir):
             log.info("made a token", file=str(path))
         if options.allow_anonymous:
@@ -83,8 +94,11 @@ async def _serve(
 ) -> None:
     changes = Changes()
     nodes = Nodes(store, heartbeat_seconds=options.heartbeat_seconds, on_change=changes.notify)
-    tasks = Tasks(store, nodes, runners, changes)
-    proxy = TunnelProxy(authorize=Forwards(credentials, store, nodes, tasks).authorize)
+    tasks = Tasks(store, nodes, runners, changes, user_mounts=options.user_mounts)
+    accounts = Accounts(store)
+    access, grants = Access(store, accounts), Grants(accounts)
+    proxy = TunnelProxy(authorize=Forwards(credentials, access, grants, store, nodes, tasks).authorize)
+    guard = Guard(hosts=options.allowed_hosts, origins=options.allowed_origins)
     url = socket_url(sock, "https" if options.tls_cert else "http")
 
     async def ready() -> None:
@@ -93,11 +107,15 @@ async def _serve(
         print_ready(options.json, f"The host is ready at {url}", url=url)
 
     server = Server(
-        create_app(Services(credentials, nodes, tasks)),
-        ws=serve_ws(proxy.routes()),
+        create_app(Services(credentials, access, People(accounts, grants), nodes, tasks), guard),
+        ws=serve_ws(proxy.routes(), guard),
         on_ready=ready,
         on_stop=proxy.close,
         tls_cert=options.tls_cert,
         tls_key=options.tls_key,
     )
-    await server.serve([sock])
+    checking = asyncio.get_running_loop().create_task(grants.run())
+    try:
+        await server.serve([sock])
+    finally:
+        await loops.cancel_all([checking])

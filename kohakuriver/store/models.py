@@ -1,4 +1,4 @@
-"""The tables: nodes, tasks, tokens.
+"""The tables: nodes, tasks, who may do what.
 
 Times are seconds since the epoch in a float column: SQLite has no type for them, and this way every database says the
 same.
@@ -11,7 +11,7 @@ from typing import Any
 from sqlalchemy import JSON, BigInteger, Boolean, Float, ForeignKey, LargeBinary, String, Text
 from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column
 
-__all__ = ["Base", "Meta", "Node", "Task", "Token"]
+__all__ = ["Base", "Meta", "Node", "Share", "Task", "Token", "User"]
 
 
 class Base(DeclarativeBase):
@@ -83,12 +83,46 @@ class Task(Base):
         return bool(different)
 
 
+class User(Base):
+    """Somebody who has tasks and tokens. `role` is "admin" or "user"."""
+
+    __tablename__ = "users"
+
+    name: Mapped[str] = mapped_column(String(63), primary_key=True)
+    role: Mapped[str] = mapped_column(String(16))
+    created_at: Mapped[float] = mapped_column(Float)
+
+
+class Share(Base):
+    """That a user who does not own a task may use it."""
+
+    __tablename__ = "shares"
+
+    task_id: Mapped[int] = mapped_column(BigInteger, primary_key=True, autoincrement=False)
+    user: Mapped[str] = mapped_column(String(63), primary_key=True)
+
+
 class Token(Base):
-    """A credential, kept as its SHA-256 alone. `kind` is "user" or "node", `name` whose it is."""
+    """A credential, kept as its SHA-256 alone.
+
+    `kind` is "user" or "node"; `name` the user whose it is, or the node that it is for ("*": any). `label` is what its
+    owner calls it. A token that was revoked keeps its row, so that nothing makes it valid again.
+    """
 
     __tablename__ = "tokens"
 
     digest: Mapped[str] = mapped_column(String(64), primary_key=True)
     kind: Mapped[str] = mapped_column(String(16))
     name: Mapped[str] = mapped_column(String(63))
+    label: Mapped[str] = mapped_column(String(63), default="")
     created_at: Mapped[float] = mapped_column(Float)
+    expires_at: Mapped[float | None] = mapped_column(Float)
+    revoked_at: Mapped[float | None] = mapped_column(Float)
+
+    @property
+    def id(self) -> str:
+        """What people call it: enough of the digest to be unique, and of no use as a credential."""
+        return self.digest[:TOKEN_ID_LENGTH]
+
+
+TOKEN_ID_LENGTH = 12

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from kohakuriver.errors import KohakuRiverError, NotFoundError, UsageError
-from kohakuriver.store import Store, Task, sqlite_url
+from kohakuriver.store import Accounts, Store, Task, sqlite_url
 
 Run = Callable[[Coroutine[Any, Any, None]], None]
 
@@ -121,11 +121,12 @@ def test_an_older_report_never_undoes_a_newer_one(run: Run, tmp_path: Path) -> N
 def test_a_token_is_kept_as_its_digest_alone(run: Run, tmp_path: Path) -> None:
     async def check() -> None:
         async with a_store(tmp_path) as store:
-            await store.put_token("very-secret", kind="user", name="ann")
-            found = await store.token("very-secret")
+            accounts = Accounts(store)
+            await accounts.add_token("very-secret", kind="user", name="ann", label="laptop")
+            found, _ = await accounts.token("very-secret")
             assert found is not None
             assert (found.kind, found.name) == ("user", "ann")
-            assert await store.token("very-secre") is None
+            assert (await accounts.token("very-secre"))[0] is None
         assert all(b"very-secret" not in file.read_bytes() for file in tmp_path.iterdir())
 
     run(check())
