@@ -13,7 +13,7 @@ from typing import Annotated, NoReturn
 import typer
 
 from kohakuriver import __version__
-from kohakuriver.cli import cluster, demo, forward, node, output, vps
+from kohakuriver.cli import auth, cluster, demo, forward, node, output, token, user, vps
 from kohakuriver.errors import KohakuRiverError
 
 __all__ = ["app", "main"]
@@ -50,6 +50,9 @@ def _options(
 forward.register(app)
 app.add_typer(vps.app, name="vps")
 app.add_typer(node.app, name="node")
+app.add_typer(auth.app, name="auth")
+app.add_typer(token.app, name="token")
+app.add_typer(user.app, name="user")
 cluster.register(app)
 demo.register(app)
 

@@ -15,7 +15,10 @@ from kohakuriver.cli.main import app, main
 HEAVY = ["aiodocker", "fastapi", "httpx", "pydantic", "rich", "sqlalchemy", "uvicorn", "uvloop", "websockets"]
 COMMANDS = [
     *(["up"], ["host"], ["runner"], ["demo"], ["forward"], ["node", "list"]),
-    *(["vps", name] for name in ("create", "list", "status", "stop", "restart", "rm", "adopt")),
+    *(["vps", name] for name in ("create", "list", "status", "stop", "restart", "rm", "adopt", "share", "unshare")),
+    *(["auth", name] for name in ("login", "logout", "status")),
+    *(["token", name] for name in ("create", "list", "revoke")),
+    *(["user", name] for name in ("add", "list", "remove")),
 ]
 
 
