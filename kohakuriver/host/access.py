@@ -1,12 +1,13 @@
 """What a caller may do with which task (docs/security.md).
 
-An owner and an admin may do everything with a task. Whom it is shared with may look at it and open sessions to it.
+An owner and an admin may do everything with a task. Whom it is shared with may look at it and open sessions to it. Where a
+host lets sessions without a token in, those reach every task: who opens them is not known.
 """
 
 from __future__ import annotations
 
 from kohakuriver.errors import NotAllowedError
-from kohakuriver.host.credentials import Caller
+from kohakuriver.host.credentials import ANONYMOUS, Caller
 from kohakuriver.store import Accounts, Store, Task
 
 __all__ = ["Access"]
@@ -27,9 +28,10 @@ class Access:
 
     async def check_usable(self, caller: Caller, task: Task) -> None:
         """Raises NotAllowedError unless the caller may look at the task and open sessions to it."""
-        if not _owns(caller, task) and caller.name not in (await self._accounts.shares([task.task_id])).get(
-            task.task_id, ()
-        ):
+        if _owns(caller, task) or caller.role == ANONYMOUS:
+            return
+        shares = await self._accounts.shares([task.task_id])
+        if caller.name not in shares.get(task.task_id, ()):
             raise NotAllowedError(
                 f"Task {task.name} is not yours; its owner can share it with `kohakuriver vps share {task.name} "
                 f"{caller.name}`.",

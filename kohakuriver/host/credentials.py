@@ -27,7 +27,10 @@ def new_token(kind: str) -> str:
 
 @dataclass(frozen=True)
 class Caller:
-    """Who asks, and with which token: its digest, or None for a session that needs none."""
+    """Who asks, and with which token: its digest, or None for a session that needs none.
+
+    `role` is "admin", "user", or for such a session `ANONYMOUS`.
+    """
 
     name: str
     role: str
@@ -72,7 +75,7 @@ class Credentials:
     async def session_caller(self, secret: str | None) -> Caller:
         """Like `caller`, for a forward session: without a token, `ANONYMOUS` where the host allows that."""
         if secret is None and self._allow_anonymous:
-            return Caller(ANONYMOUS, "admin")
+            return Caller(ANONYMOUS, ANONYMOUS)
         return (await self.caller(secret))[0]
 
     async def node(self, secret: str | None) -> Token:
