@@ -46,7 +46,7 @@ AllowedHostOption = Annotated[
     typer.Option(
         "--allowed-host",
         metavar="NAME",
-        help="A name that requests may come by; may be repeated. With one, no other is taken.",
+        help="A name that requests may come by; may be repeated. With one, other machines must use it too.",
         show_default=False,
     ),
 ]

@@ -1,7 +1,7 @@
 """What a caller may do with which task (docs/security.md).
 
-An owner and an admin may do everything with a task. Whom it is shared with may look at it and open sessions to it. Where
-a host lets sessions without a token in, those reach every task: who opens them is not known.
+An owner and an admin may do everything with a task. Whom it is shared with may look at it and open sessions to it.
+Where a host lets sessions without a token in, those reach every task: who opens them is not known.
 """
 
 from __future__ import annotations
