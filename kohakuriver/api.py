@@ -24,7 +24,7 @@ from kohakuriver.errors import (
     from_status,
 )
 
-__all__ = ["HostClient", "Node", "Task", "TaskTraffic", "Traffic"]
+__all__ = ["HostClient", "Node", "Task", "TaskTraffic", "Token", "Traffic", "User", "Whoami"]
 
 CONNECT_TIMEOUT = 10.0
 ANSWER_TIMEOUT = 60.0
@@ -57,7 +57,8 @@ class TaskTraffic:
 class Task:
     """What the user names: an id and a unique name. `created_at` is ISO 8601; `container` its name on the tunnel.
 
-    `ssh_port` and `ssh_host_key` are those of the SSH server that the task was given, None without one.
+    `owner` may do everything with it, `shared_with` may use it. `ssh_port` and `ssh_host_key` are those of the SSH
+    server that the task was given, None without one.
     """
 
     task_id: int
@@ -69,6 +70,7 @@ class Task:
     container: str
     created_at: str
     owner: str = ""
+    shared_with: Sequence[str] = ()
     image: str | None = None
     address: str | None = None
     message: str | None = None
@@ -110,6 +112,47 @@ class Node:
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self)
+
+
+@dataclass(frozen=True)
+class User:
+    """Somebody who may use the host. `role` is "admin" or "user", `created_at` ISO 8601."""
+
+    name: str
+    role: str
+    created_at: str = ""
+
+    def to_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+@dataclass(frozen=True)
+class Token:
+    """A token of a `user` or a `node` ("*": any). `name` is what its owner calls it; the moments are ISO 8601.
+
+    `token` is the secret itself, in the answer to `make_token` alone. `status` is "valid" or "expired".
+    """
+
+    id: str
+    name: str
+    user: str | None = None
+    node: str | None = None
+    status: str = "valid"
+    created_at: str = ""
+    expires_at: str | None = None
+    token: str | None = field(default=None, repr=False)
+
+    def to_json(self) -> dict[str, Any]:
+        return {name: value for name, value in asdict(self).items() if name != "token" or value is not None}
+
+
+@dataclass(frozen=True)
+class Whoami:
+    """Who the host takes the caller for, and by which token."""
+
+    user: str
+    role: str
+    token: Token
 
 
 def _record(cls: type[Record], answer: Any) -> Record:
@@ -169,6 +212,48 @@ class HostClient:
         """`{"status": "ok", "version": …}`; asks for no credential."""
         answer = await self._call("GET", "/health")
         return answer if isinstance(answer, dict) else {}
+
+    async def whoami(self) -> Whoami:
+        """Who the token of the settings makes the caller. Raises UnauthenticatedError."""
+        answer = await self._call("GET", "/api/auth")
+        if isinstance(answer, dict) and "token" in answer:
+            answer = {**answer, "token": _record(Token, answer["token"])}
+        return _record(Whoami, answer)
+
+    async def users(self) -> list[User]:
+        return [_record(User, item) for item in _list(await self._call("GET", "/api/users"))]
+
+    async def add_user(self, name: str, *, role: str) -> User:
+        return _record(User, await self._call("POST", "/api/users", body={"name": name, "role": role}))
+
+    async def remove_user(self, name: str) -> User:
+        """Remove a user; their tokens and sessions end, and their tasks become the caller's."""
+        return _record(User, await self._call("DELETE", f"/api/users/{quote(name, safe='')}"))
+
+    async def tokens(self, *, user: str | None = None, every: bool = False) -> list[Token]:
+        """The caller's tokens, those of another user, or every one."""
+        params = {**({"user": user} if user is not None else {}), **({"all": True} if every else {})}
+        return [_record(Token, item) for item in _list(await self._call("GET", "/api/tokens", params=params))]
+
+    async def make_token(
+        self, name: str, *, user: str | None = None, node: str | None = None, expires_in: float | None = None
+    ) -> Token:
+        """Make a token, good for `expires_in` seconds; its secret is in the answer."""
+        wanted = {"name": name, "user": user, "node": node, "expires_in": expires_in}
+        body = {key: value for key, value in wanted.items() if value is not None}
+        return _record(Token, await self._call("POST", "/api/tokens", body=body))
+
+    async def revoke_token(self, token: str) -> Token:
+        """Revoke the token with that id or name; the sessions that it opened end."""
+        return _record(Token, await self._call("DELETE", f"/api/tokens/{quote(token, safe='')}"))
+
+    async def share(self, task: str, user: str) -> Task:
+        """Let a user use a task."""
+        return _task(await self._call("POST", _path(task, "shares"), body={"user": user}))
+
+    async def unshare(self, task: str, user: str) -> Task:
+        """Take that back; the sessions of that user to the task end."""
+        return _task(await self._call("DELETE", f"{_path(task, 'shares')}/{quote(user, safe='')}"))
 
     async def nodes(self) -> list[Node]:
         return [_node(item) for item in _list(await self._call("GET", "/api/nodes"))]

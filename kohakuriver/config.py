@@ -1,4 +1,4 @@
-"""Where a user's settings come from: flag, environment, `config.toml`, the cluster that `up` left, default.
+"""Where a user's settings come from: flag, environment, `config.toml`, the cluster that `up` left, logins, default.
 
 Sources: docs/cli.md "Settings". ssh runs one of our programs for every connection, and that one needs settings too: so
 only the standard library is imported here, and of that only what is used.
@@ -26,14 +26,17 @@ __all__ = [
     "DEFAULT_RUNNER_PORT",
     "DEFAULT_SSH_PORT",
     "Cluster",
+    "Logins",
     "Settings",
     "config_dir",
     "host_url",
     "load_settings",
     "read_cluster",
+    "read_logins",
     "remove_cluster",
     "tls_context",
     "write_cluster",
+    "write_logins",
     "write_private",
 ]
 
@@ -126,6 +129,37 @@ def remove_cluster(cluster: Cluster) -> None:
             _cluster_file().unlink()
 
 
+@dataclass(frozen=True)
+class Logins:
+    """The tokens that `kohakuriver auth login` keeps, by the host's URL; `current` is the host of the last login."""
+
+    current: str | None = None
+    tokens: dict[str, str] = field(default_factory=dict)
+
+
+def _logins_file() -> Path:
+    return config_dir() / "logins.json"
+
+
+def read_logins() -> Logins:
+    """What was logged in to. Raises UsageError for a file that can't be read or understood."""
+    path = _logins_file()
+    try:
+        content = json.loads(path.read_text("utf-8"))
+        current = content["current"]
+        tokens = {str(host): str(token) for host, token in content["tokens"].items()}
+        return Logins(None if current is None else str(current), tokens)
+    except FileNotFoundError:
+        return Logins()
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise UsageError(f"{path} can't be read; remove it and log in again.") from error
+
+
+def write_logins(logins: Logins) -> None:
+    """Keep what was logged in to. The file is readable by this user alone."""
+    write_private(_logins_file(), json.dumps(asdict(logins)) + "\n")
+
+
 def write_private(path: Path, text: str) -> None:
     """Write `text` to `path` in one step, mode 0600; a reader sees the old file or the whole new one."""
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -199,11 +233,14 @@ def load_settings(*, host: str | None = None, token: str | None = None, ssh_prox
 
 
 def _filled_in(given: dict[str, Any]) -> Settings:
-    """What was given, and for the rest what the cluster that `up` left says, or a default."""
-    cluster = read_cluster()
+    """What was given, and for the rest what the cluster that `up` left or a login says, or a default."""
+    cluster, logins = read_cluster(), read_logins()
     named = given.get("host")
-    host = host_url(named) if named else cluster.host_url if cluster else DEFAULT_HOST
+    known = cluster.host_url if cluster else logins.current or DEFAULT_HOST
+    host = host_url(named) if named else known
     token, ssh_proxy = given.get("token"), given.get("ssh_proxy")
+    if token is None:
+        token = logins.tokens.get(host)
     # The token of the cluster on this machine is for that cluster alone: never sent to any other host.
     if cluster is not None and host == cluster.host_url:
         token = cluster.token if token is None else token

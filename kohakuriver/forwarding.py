@@ -20,7 +20,7 @@ from typing import Any, ClassVar
 from urllib.parse import quote
 
 from kohakuriver.config import Settings, load_settings, tls_context
-from kohakuriver.errors import KohakuRiverError, NotFoundError, UsageError
+from kohakuriver.errors import KohakuRiverError, NotAllowedError, NotFoundError, UsageError
 from kohakuriver.loops import new_event_loop
 from kohakuriver.tunnel.endpoint import EndpointStats, ListeningSocket, UserEndpoint
 from kohakuriver.tunnel.handshake import open_session
@@ -245,7 +245,9 @@ class Forwarder:
         self._keeper = asyncio.get_running_loop().create_task(self._keep_open())
 
     async def wait(self) -> None:
-        """Wait until the forward can't go on. Raises NotFoundError once the task is gone for good."""
+        """Wait until the forward can't go on. Raises NotFoundError once the task is gone for good, NotAllowedError
+        once the right to use it is.
+        """
         if self._keeper is not None:
             await asyncio.shield(self._keeper)
 
@@ -308,7 +310,7 @@ class Forwarder:
             await asyncio.sleep(delay)
             try:
                 link = await self._open()
-            except NotFoundError:
+            except (NotFoundError, NotAllowedError):
                 raise
             except KohakuRiverError as error:
                 reason = error.message
@@ -381,7 +383,9 @@ class Forward:
         return self._open.stats()
 
     async def wait(self) -> None:
-        """Wait until the forward can't go on. Raises NotFoundError once the task is gone for good."""
+        """Wait until the forward can't go on. Raises NotFoundError once the task is gone for good, NotAllowedError
+        once the right to use it is.
+        """
         await self._open.wait()
 
 

@@ -24,9 +24,12 @@ import uvicorn
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
+from starlette.datastructures import Headers
 from starlette.exceptions import HTTPException
+from starlette.types import ASGIApp, Receive, Scope, Send
 
-from kohakuriver.errors import KohakuRiverError, LocalAddressError, UnauthenticatedError
+from kohakuriver.errors import KohakuRiverError, LocalAddressError, NotAllowedError, UnauthenticatedError
+from kohakuriver.tunnel.guard import Guard
 
 __all__ = ["Server", "bearer", "bind", "configure_logging", "new_app", "print_ready", "socket_url"]
 
@@ -38,13 +41,40 @@ BACKLOG = 2048
 DRAIN_SECONDS = 5
 
 
-def new_app(title: str, version: str) -> FastAPI:
-    """An application whose every error answer is `{"error": code, "message": sentence}`."""
-    app = FastAPI(title=title, version=version)
+class GuardMiddleware:
+    """Lets through what the guard takes."""
+
+    def __init__(self, app: ASGIApp, guard: Guard) -> None:
+        self._app = app
+        self._guard = guard
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] in ("http", "websocket"):
+            headers = Headers(scope=scope)
+            try:
+                self._guard.check(headers.getlist("host"), headers.getlist("origin"), (scope["server"] or (None,))[0])
+            except NotAllowedError as error:
+                if scope["type"] == "websocket":
+                    await send({"type": "websocket.close", "code": 1008})
+                else:
+                    await JSONResponse(error.to_json(), status_code=error.status)(scope, receive, send)
+                return
+        await self._app(scope, receive, send)
+
+
+def new_app(title: str, version: str, *, guard: Guard | None = None, documented: bool = False) -> FastAPI:
+    """An application whose every error answer is `{"error": code, "message": sentence}`.
+
+    `guard` says which Host and Origin headers it takes; without it, all. `documented`: with pages that describe it.
+    """
+    app = FastAPI(title=title, version=version, openapi_url="/openapi.json" if documented else None)
+    if guard is not None:
+        app.add_middleware(GuardMiddleware, guard=guard)
 
     @app.exception_handler(KohakuRiverError)
     async def failed(_request: Request, error: KohakuRiverError) -> JSONResponse:
-        return JSONResponse(error.to_json(), status_code=error.status)
+        headers = {"WWW-Authenticate": "Bearer"} if error.status == 401 else None
+        return JSONResponse(error.to_json(), status_code=error.status, headers=headers)
 
     @app.exception_handler(RequestValidationError)
     async def invalid(_request: Request, error: RequestValidationError) -> JSONResponse:

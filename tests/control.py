@@ -14,16 +14,21 @@ import httpx
 from fastapi import FastAPI, Request
 from fastapi.responses import JSONResponse, Response
 
+from kohakuriver.host.access import Access
 from kohakuriver.host.app import Services, create_app
 from kohakuriver.host.credentials import Credentials
 from kohakuriver.host.forwards import Forwards
+from kohakuriver.host.grants import Grants
 from kohakuriver.host.nodes import Nodes
+from kohakuriver.host.people import People
 from kohakuriver.host.runner_client import RunnerClient
 from kohakuriver.host.tasks import Changes, Tasks
+from kohakuriver.host.terminal_proxy import TerminalProxy
 from kohakuriver.host.tunnel_proxy import TunnelProxy
-from kohakuriver.store import Store, sqlite_url
+from kohakuriver.store import Accounts, Store, sqlite_url
 from kohakuriver.tunnel import ticket
-from kohakuriver.tunnel.server import serve_ws
+from kohakuriver.tunnel.guard import Guard
+from kohakuriver.tunnel.server import TunnelRoute, serve_ws
 from kohakuriver.web import Server, bind, socket_url
 
 HEARTBEAT_SECONDS = 5.0
@@ -120,9 +125,9 @@ class FakeRunner:
 
 
 class HostUnderTest:
-    """A host on a real socket. `user`, `node` and `nobody` are clients with and without a token."""
+    """A host on a real socket. `user` (an admin), `node` and `nobody` are clients with and without a token."""
 
-    def __init__(self, store: Store, credentials: Credentials, clock: Clock) -> None:
+    def __init__(self, store: Store, accounts: Accounts, credentials: Credentials, clock: Clock) -> None:
         self.store = store
         self.clock = clock
         self.stack = contextlib.AsyncExitStack()
@@ -130,14 +135,24 @@ class HostUnderTest:
         self.runners = RunnerClient()
         self.nodes = Nodes(store, heartbeat_seconds=HEARTBEAT_SECONDS, on_change=changes.notify, clock=clock)
         self.tasks = Tasks(store, self.nodes, self.runners, changes, clock=clock)
-        self.forwards = Forwards(credentials, store, self.nodes, self.tasks)
+        self.grants = Grants(accounts)
+        access = Access(store, accounts)
+        self.forwards = Forwards(credentials, access, self.grants, store, self.nodes, self.tasks)
         self.proxy = TunnelProxy(authorize=self.forwards.authorize)
-        self.app = create_app(Services(credentials, self.nodes, self.tasks))
+        self.terminals = TerminalProxy(authorize=self.forwards.authorize_terminal)
+        self.people = People(accounts, self.grants, clock=clock)
+        self.guard = Guard()
+        self.app = create_app(Services(credentials, access, self.people, self.nodes, self.tasks), self.guard)
         self.url = ""
         self.admin_token = ""
         self.node: httpx.AsyncClient
         self.user: httpx.AsyncClient
         self.nobody: httpx.AsyncClient
+
+    @property
+    def tunnel_routes(self) -> list[TunnelRoute]:
+        """All its WebSocket paths."""
+        return [*self.proxy.routes(), *self.terminals.routes()]
 
     def client(self, token: str | None) -> httpx.AsyncClient:
         headers = {} if token is None else {"Authorization": f"Bearer {token}"}
@@ -145,6 +160,19 @@ class HostUnderTest:
         client = httpx.AsyncClient(base_url=self.url, headers=headers, trust_env=False, timeout=60, verify=False)
         self.stack.push_async_callback(client.aclose)
         return client
+
+    async def person(self, name: str, role: str = "user", **token: Any) -> tuple[httpx.AsyncClient, str]:
+        """A new user's client and token; `token` is about the latter, as the API takes it."""
+        assert (await self.user.post("/api/users", json={"name": name, "role": role})).status_code == 201
+        secret = await self.token(user=name, name="first", **token)
+        return self.client(secret), secret
+
+    async def token(self, **body: Any) -> str:
+        """A new token, made by an admin."""
+        answer = await self.user.post("/api/tokens", json=body)
+        assert answer.status_code == 201, answer.text
+        secret: str = answer.json()["token"]
+        return secret
 
     async def runner(self, name: str = "n1", *, backends: tuple[str, ...] = ("process", "docker")) -> FakeRunner:
         """A registered node that serves."""
@@ -165,13 +193,15 @@ class HostUnderTest:
 async def a_host(directory: Path, *, allow_anonymous: bool = False) -> AsyncIterator[HostUnderTest]:
     """A host with its state in `directory`."""
     store = await Store.open(sqlite_url(directory / "host.db"))
-    credentials = Credentials(store, allow_anonymous=allow_anonymous)
+    clock = Clock()
+    accounts = Accounts(store, clock=clock)
+    credentials = Credentials(accounts, allow_anonymous=allow_anonymous, clock=clock)
     await credentials.load_or_make(directory)
-    host = HostUnderTest(store, credentials, Clock())
+    host = HostUnderTest(store, accounts, credentials, clock)
     async with host.stack:
         host.stack.push_async_callback(store.close)
         host.stack.push_async_callback(host.runners.close)
-        host.url = await host.stack.enter_async_context(serving(host.app, serve_ws(host.proxy.routes())))
+        host.url = await host.stack.enter_async_context(serving(host.app, serve_ws(host.tunnel_routes, host.guard)))
         host.admin_token = (directory / "admin-token").read_text().strip()
         host.user = host.client(host.admin_token)
         host.node = host.client((directory / "node-token").read_text().strip())

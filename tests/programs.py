@@ -150,10 +150,10 @@ class Commands:
         self._programs.append(program)
         return program
 
-    def run(self, *arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    def run(self, *arguments: str, stdin: str = "", **environment: str) -> subprocess.CompletedProcess[str]:
         """Run a command to its end."""
         return subprocess.run(
-            [*PROGRAM, *arguments], env={**self.environment, **environment}, stdin=subprocess.DEVNULL,
+            [*PROGRAM, *arguments], env={**self.environment, **environment}, input=stdin,
             capture_output=True, text=True, timeout=TIMEOUT,
         )  # fmt: skip
 

@@ -41,6 +41,24 @@ AnonymousOption = Annotated[
     bool,
     typer.Option("--allow-anonymous", help="Let old command lines and tunnel clients in that show no credential."),
 ]
+AllowedHostOption = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--allowed-host",
+        metavar="NAME",
+        help="A name that requests may come by; may be repeated. With one, other machines must use it too.",
+        show_default=False,
+    ),
+]
+AllowedOriginOption = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--allowed-origin",
+        metavar="URL",
+        help="Another site whose pages may connect, as https://name; may be repeated.",
+        show_default=False,
+    ),
+]
 LogLevelOption = Annotated[LogLevel, typer.Option("--log-level", help="How much is logged to stderr.")]
 PortOption = Annotated[int, typer.Option("--port", min=0, max=65535, help="The port to listen on; 0 is any free one.")]
 SshPortOption = Annotated[
@@ -151,7 +169,12 @@ def host(
     tls_cert: Annotated[Path | None, typer.Option("--tls-cert", help="Serve HTTPS with this PEM file.")] = None,
     tls_key: Annotated[Path | None, typer.Option("--tls-key", help="The key that belongs to --tls-cert.")] = None,
     state_dir: StateOption = None,
+    user_mounts: Annotated[
+        bool, typer.Option("--user-mounts", help="Let users who are no admins mount directories of the nodes.")
+    ] = False,
     allow_anonymous: AnonymousOption = False,
+    allowed_host: AllowedHostOption = None,
+    allowed_origin: AllowedOriginOption = None,
     log_level: LogLevelOption = LogLevel.info,
     json: JsonOption = False,
     exit_with_stdin: StdinOption = False,
@@ -168,6 +191,9 @@ def host(
             ssh_port=ssh_port,
             database=database,
             allow_anonymous=allow_anonymous,
+            allowed_hosts=tuple(allowed_host or ()),
+            allowed_origins=tuple(allowed_origin or ()),
+            user_mounts=user_mounts,
             tls_cert=tls_cert,
             tls_key=tls_key,
             json=json,
@@ -208,6 +234,8 @@ def runner(
         bool, typer.Option("--stop-tasks-on-exit", help="End containers too when the runner ends.")
     ] = False,
     allow_anonymous: AnonymousOption = False,
+    allowed_host: AllowedHostOption = None,
+    allowed_origin: AllowedOriginOption = None,
     log_level: LogLevelOption = LogLevel.info,
     json: JsonOption = False,
     exit_with_stdin: StdinOption = False,
@@ -229,6 +257,8 @@ def runner(
             backends=tuple(item.value for item in backend or [Backend.docker, Backend.address]),
             stop_tasks_on_exit=stop_tasks_on_exit,
             allow_anonymous=allow_anonymous,
+            allowed_hosts=tuple(allowed_host or ()),
+            allowed_origins=tuple(allowed_origin or ()),
             json=json,
             log_level=log_level.value,
             exit_with_stdin=exit_with_stdin,

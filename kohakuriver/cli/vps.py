@@ -157,17 +157,18 @@ def _print_id(task: Task, json: bool) -> None:
 
 @app.command("list", epilog="Example: kohakuriver vps list --json")
 def list_tasks(json: JsonOption = False, host: HostOption = None, token: TokenOption = None) -> None:
-    """List your tasks."""
+    """List the tasks that are yours or shared with you; for admins all."""
     tasks = ask(host, token, lambda client: client.tasks())
     if json:
         output.json_line({"tasks": [task.to_json() for task in tasks]})
         return
     output.table(
-        ["Id", "Name", "Node", "Backend", "Status", "Tunnel", "Image or address", "Age"],
+        ["Id", "Name", "Owner", "Node", "Backend", "Status", "Tunnel", "Image or address", "Age"],
         [
             [
                 str(task.task_id),
                 task.name,
+                task.owner,
                 task.node,
                 task.backend,
                 task.status,
@@ -233,6 +234,25 @@ app.command(
 )(ssh.connect)
 
 
+UserArgument = Annotated[str, typer.Argument(metavar="USER", help="The user's name.", show_default=False)]
+
+
+@app.command(epilog="Example: kohakuriver vps share web ann")
+def share(
+    task: TaskArgument, user: UserArgument, json: JsonOption = False, host: HostOption = None, token: TokenOption = None
+) -> None:
+    """Let another user look at a task, reach its ports and open terminals in it."""
+    _print_done(f"{user} may now use", ask(host, token, lambda client: client.share(task, user)), json)
+
+
+@app.command(epilog="Example: kohakuriver vps unshare web ann")
+def unshare(
+    task: TaskArgument, user: UserArgument, json: JsonOption = False, host: HostOption = None, token: TokenOption = None
+) -> None:
+    """Take that back; what that user has open to the task ends."""
+    _print_done(f"{user} may no longer use", ask(host, token, lambda client: client.unshare(task, user)), json)
+
+
 def _print_task(task: Task, json: bool) -> None:
     if json:
         output.json_line(task.to_json())
@@ -250,6 +270,7 @@ def _print_task(task: Task, json: bool) -> None:
             ("address", task.address or ""),
             ("container", task.container),
             ("owner", task.owner),
+            ("shared with", ", ".join(task.shared_with)),
             ("ssh", task.ssh_host_key or ""),
             ("created", f"{task.created_at} ({output.age(task.created_at)} ago)"),
             ("message", task.message or ""),

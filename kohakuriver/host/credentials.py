@@ -1,63 +1,118 @@
-"""Who is asking: API tokens of users, tokens of nodes, and the first ones of a new cluster.
-
-For now every user token may do everything; roles and sharing hang on the name that `user` answers with.
-"""
+"""Who is asking: API tokens of users, tokens of nodes, and the first ones of a new cluster."""
 
 from __future__ import annotations
 
 import secrets
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 
 from kohakuriver.config import write_private
-from kohakuriver.errors import UnauthenticatedError
-from kohakuriver.store import Store
+from kohakuriver.errors import NotAllowedError, UnauthenticatedError
+from kohakuriver.store import ANY_NODE, Accounts, Token
 
-__all__ = ["ADMIN", "ANONYMOUS", "Credentials"]
+__all__ = ["ADMIN", "ANONYMOUS", "Caller", "Credentials", "new_token"]
 
 ADMIN = "admin"
 ANONYMOUS = "anonymous"
+
+_NODE_TOKEN_HELP = "use the one in the host's state directory, or have one made with `kohakuriver token create --node`"
+
+
+def new_token(kind: str) -> str:
+    """A fresh secret of 256 random bits; programs that look for leaked secrets know it by its prefix."""
+    return {"user": "kr_", "node": "krn_"}[kind] + secrets.token_urlsafe(32)
+
+
+@dataclass(frozen=True)
+class Caller:
+    """Who asks, and with which token: its digest, or None for a session that needs none.
+
+    `role` is "admin", "user", or for such a session `ANONYMOUS`.
+    """
+
+    name: str
+    role: str
+    digest: str | None = None
+
+    @property
+    def is_admin(self) -> bool:
+        """Whether everything is theirs."""
+        return self.role == "admin"
+
+    def need_admin(self, what: str) -> None:
+        """Raises NotAllowedError for everybody else; `what` is not for them, as the beginning of a sentence."""
+        if not self.is_admin:
+            raise NotAllowedError(f"{what} is for admins; ask whoever runs this host.", code="not_admin")
 
 
 class Credentials:
     """Checks tokens against the store. `allow_anonymous` lets forward sessions without a token in."""
 
-    def __init__(self, store: Store, *, allow_anonymous: bool = False) -> None:
-        self._store = store
+    def __init__(
+        self, accounts: Accounts, *, allow_anonymous: bool = False, clock: Callable[[], float] = time.time
+    ) -> None:
+        self._accounts = accounts
         self._allow_anonymous = allow_anonymous
+        self._clock = clock
 
-    async def user(self, token: str | None) -> str:
-        """The name of the user whose token this is. Raises UnauthenticatedError."""
-        if token is None:
+    async def caller(self, secret: str | None) -> tuple[Caller, Token]:
+        """Whose API token this is, and the token. Raises UnauthenticatedError."""
+        if secret is None:
             raise UnauthenticatedError(
-                "This needs a token; set KOHAKURIVER_TOKEN or use the cluster that `up` started."
+                "This needs a token; use `kohakuriver auth login`, set KOHAKURIVER_TOKEN, or use the cluster that `up` "
+                "started."
             )
-        row = await self._store.token(token)
-        if row is None or row.kind != "user":
+        token, user = await self._accounts.token(secret)
+        if token is None or token.kind != "user":
             raise UnauthenticatedError("The host does not know this token; ask whoever runs it for a valid one.")
-        return row.name
+        self._check_valid(token)
+        if user is None:
+            raise UnauthenticatedError("The user whose token this is was removed; ask whoever runs the host.")
+        return Caller(user.name, user.role, token.digest), token
 
-    async def session_user(self, token: str | None) -> str:
-        """Like `user`, for a forward session: without a token, `ANONYMOUS` where the host allows that."""
-        if token is None and self._allow_anonymous:
-            return ANONYMOUS
-        return await self.user(token)
+    async def session_caller(self, secret: str | None) -> Caller:
+        """Like `caller`, for a forward session: without a token, `ANONYMOUS` where the host allows that."""
+        if secret is None and self._allow_anonymous:
+            return Caller(ANONYMOUS, ANONYMOUS)
+        return (await self.caller(secret))[0]
 
-    async def node(self, token: str | None) -> None:
-        """Check the token of a node. Raises UnauthenticatedError."""
-        row = None if token is None else await self._store.token(token)
-        if row is None or row.kind != "node":
-            raise UnauthenticatedError("The host does not know this node token; use the one in its state directory.")
+    async def node(self, secret: str | None) -> Token:
+        """A node's token, once it is clear that it is one. Raises UnauthenticatedError."""
+        token = None if secret is None else (await self._accounts.token(secret))[0]
+        if token is None or token.kind != "node":
+            raise UnauthenticatedError(f"The host does not know this node token; {_NODE_TOKEN_HELP}.")
+        self._check_valid(token)
+        return token
+
+    @staticmethod
+    def check_node(token: Token, name: str) -> None:
+        """Raises NotAllowedError where the node's token is not for the node `name`."""
+        if token.name not in (ANY_NODE, name):
+            raise NotAllowedError(f"This token is for node {token.name} alone, not for {name}; {_NODE_TOKEN_HELP}.")
+
+    def _check_valid(self, token: Token) -> None:
+        if token.revoked_at is not None:
+            raise UnauthenticatedError("This token was revoked; ask for another one.", code="token_revoked")
+        if token.expires_at is not None and token.expires_at <= self._clock():
+            raise UnauthenticatedError("This token has expired; ask for another one.", code="token_expired")
 
     async def load_or_make(self, state_dir: Path) -> list[Path]:
-        """Make the tokens in `state_dir` valid; the files that had to be made first, each readable by its owner alone.
+        """Make the tokens in `state_dir` valid; the files that had to be made, each readable by its owner alone.
 
-        The files stand above the database: with a new database the tokens that people have noted stay good.
+        The files stand above the database: with a new database the tokens that people have noted stay good. But a
+        token that was revoked stays so, and its file gets a new one.
         """
+        await self._accounts.ensure_user(ADMIN, "admin")
         made = []
-        for file_name, kind, name in (("admin-token", "user", ADMIN), ("node-token", "node", "nodes")):
+        for file_name, kind, name in (("admin-token", "user", ADMIN), ("node-token", "node", ANY_NODE)):
             path = state_dir / file_name
-            if not path.exists():
-                write_private(path, secrets.token_urlsafe(32) + "\n")
+            secret = path.read_text("utf-8").strip() if path.exists() else ""
+            known = (await self._accounts.token(secret))[0]
+            if not secret or (known is not None and known.revoked_at is not None):
+                secret = new_token(kind)
+                write_private(path, secret + "\n")
                 made.append(path)
-            await self._store.put_token(path.read_text("utf-8").strip(), kind=kind, name=name)
+            await self._accounts.add_token(secret, kind=kind, name=name, label=file_name, unique=False)
         return made

@@ -5,7 +5,9 @@ from __future__ import annotations
 from typing import Literal
 
 from kohakuriver.errors import NotFoundError, UsageError
-from kohakuriver.host.credentials import Credentials
+from kohakuriver.host.access import Access
+from kohakuriver.host.credentials import Caller, Credentials
+from kohakuriver.host.grants import Grants
 from kohakuriver.host.nodes import Nodes
 from kohakuriver.host.tasks import Tasks, not_running
 from kohakuriver.host.terminal_proxy import TerminalTarget
@@ -22,10 +24,14 @@ SSH_PORT = 22
 
 
 class Forwards:
-    """Turns a user's request for a session into a ticket for the task's node."""
+    """Turns a user's request for a session into a ticket for the task's node, and a grant for as long as it lasts."""
 
-    def __init__(self, credentials: Credentials, store: Store, nodes: Nodes, tasks: Tasks) -> None:
+    def __init__(
+        self, credentials: Credentials, access: Access, grants: Grants, store: Store, nodes: Nodes, tasks: Tasks
+    ) -> None:
         self._credentials = credentials
+        self._access = access
+        self._grants = grants
         self._store = store
         self._nodes = nodes
         self._tasks = tasks
@@ -33,27 +39,29 @@ class Forwards:
     async def authorize(self, token: str | None, reference: str, port: int, proto: str) -> ForwardTarget:
         """Where a session to `port` (1 to 65535) of a task goes; `proto` is "tcp" or "udp".
 
-        Raises UnauthenticatedError, NotFoundError, UsageError, or UnavailableError "task_not_running" or
-        "node_offline". Source: docs/protocol.md §4.
+        Raises UnauthenticatedError, NotAllowedError, NotFoundError, UsageError, or UnavailableError "task_not_running"
+        or "node_offline". Source: docs/protocol.md §4.
         """
-        user = await self._credentials.session_user(token)
+        caller = await self._credentials.session_caller(token)
         if not 0 < port < 65536:
             raise UsageError(f"{port} is no port; ports go from 1 to 65535.")
-        task, node = await self._store.task_and_node(reference)
-        return self._target(task, node, user)
+        task, node = await self._usable(caller, reference)
+        url, credential = self._ticket(task, node, caller, "forward")
+        grant = self._grants.open(caller, task.task_id)
+        return ForwardTarget(runner_ws_url=url, container=task.container, ticket=credential, grant=grant)
 
     async def authorize_terminal(self, token: str | None, reference: str) -> TerminalTarget:
         """Where a terminal of a task is opened. Raises as `authorize` does. Source: docs/protocol.md §6."""
-        user = await self._credentials.session_user(token)
-        task, node = await self._store.task_and_node(reference)
-        url, credential = self._ticket(task, node, user, "terminal")
-        return TerminalTarget(runner_ws_url=url, task_id=task.task_id, ticket=credential)
+        caller = await self._credentials.session_caller(token)
+        task, node = await self._usable(caller, reference)
+        url, credential = self._ticket(task, node, caller, "terminal")
+        grant = self._grants.open(caller, task.task_id)
+        return TerminalTarget(runner_ws_url=url, task_id=task.task_id, ticket=credential, grant=grant)
 
     async def authorize_ssh(self, token: str | None, reference: str) -> SshTarget:
         """Where an SSH connection to a task goes. Raises as `authorize` does. Source: docs/protocol.md §7."""
-        user = await self._credentials.session_user(token)
-        task, node = await self._store.task_and_node(reference)
-        return self._ssh_target(task, node, user)
+        caller = await self._credentials.session_caller(token)
+        return self._ssh_target(*await self._usable(caller, reference), caller)
 
     async def keyholder(self, key: str) -> Reach | None:
         """What the holder of a public key (type and base64) may reach: the tasks that it was put into.
@@ -63,37 +71,42 @@ class Forwards:
 
         async def reach(reference: str) -> SshTarget:
             task, node = await self._store.task_and_node(reference)
-            if not _lets_in(task, key):
+            if not task.lets_in(key):
                 raise NotFoundError(f"There is no task {reference!r} that lets your key in.")
-            return self._ssh_target(task, node, task.owner)
+            # The owner's right was to put the key there; it lasts as long as the key is there.
+            return self._ssh_target(task, node, Caller(task.owner, "user"), key)
 
-        return reach if any(_lets_in(task, key) for task in await self._store.tasks()) else None
+        return reach if any(task.lets_in(key) for task in await self._store.tasks()) else None
 
-    def _ssh_target(self, task: Task, node: Node, user: str) -> SshTarget:
-        target = self._target(task, node, user)
+    async def _usable(self, caller: Caller, reference: str) -> tuple[Task, Node]:
+        task, node = await self._store.task_and_node(reference)
+        await self._access.check_usable(caller, task)
+        return task, node
+
+    def _ssh_target(self, task: Task, node: Node, caller: Caller, key: str | None = None) -> SshTarget:
+        port = task.ssh_port or SSH_PORT
+        url, credential = self._ticket(task, node, caller, "forward")
         return SshTarget(
             task=task.name or str(task.task_id),
-            port=task.ssh_port or SSH_PORT,
-            runner_ws_url=target.runner_ws_url,
-            container=target.container,
-            ticket=target.ticket,
-            own_server=bool(task.ssh_keys),
+            port=port,
+            runner_ws_url=url,
+            container=task.container,
+            ticket=credential,
+            own_server=task.ssh_port is not None,
+            grant=self._grants.open(caller, task.task_id, key),
         )
 
-    def _target(self, task: Task, node: Node, user: str) -> ForwardTarget:
-        url, credential = self._ticket(task, node, user, "forward")
-        return ForwardTarget(runner_ws_url=url, container=task.container, ticket=credential)
-
-    def _ticket(self, task: Task, node: Node, user: str, scope: Literal["forward", "terminal"]) -> tuple[str, str]:
+    def _ticket(self, task: Task, node: Node, caller: Caller, scope: Literal["forward", "terminal"]) -> tuple[str, str]:
         """The runner's WebSocket address, and what to show there. Raises UnavailableError."""
         view = self._tasks.view(task, node)
         if view.status != "running":
             raise not_running(view)
         credential = ticket.issue(
-            node.ticket_key, node=node.name, scope=scope, task=task.task_id, container=task.container, user=user
+            node.ticket_key,
+            node=node.name,
+            scope=scope,
+            task=task.task_id,
+            container=task.container,
+            user=caller.name,
         )
         return "ws" + node.url.removeprefix("http"), credential
-
-
-def _lets_in(task: Task, key: str) -> bool:
-    return key in (" ".join(line.split()[:2]) for line in task.ssh_keys)

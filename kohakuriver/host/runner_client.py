@@ -27,13 +27,20 @@ class RunnerClient:
         await self._http.aclose()
 
     async def call(
-        self, node: Node, method: str, path: str, body: dict[str, Any] | None = None, *, timeout: float = 60.0
+        self,
+        node: Node,
+        method: str,
+        path: str,
+        body: dict[str, Any] | None = None,
+        *,
+        container: str,
+        timeout: float = 60.0,
     ) -> dict[str, Any]:
-        """The JSON object that the node's runner answers with; `timeout` is in seconds.
+        """The JSON object that the node's runner answers with to a request about a container; `timeout` in seconds.
 
         Raises HostUnreachableError "runner_unreachable" (502) or "runner_timeout" (504), or the runner's own error.
         """
-        credential = ticket.issue(node.ticket_key, node=node.name, scope="control")
+        credential = ticket.issue(node.ticket_key, node=node.name, scope="control", container=container)
         try:
             answer = await self._http.request(
                 method,
@@ -54,6 +61,11 @@ class RunnerClient:
                 "is one the host can use (`kohakuriver runner --advertise-url`).",
                 code="runner_unreachable",
             ) from error
+        if answer.status_code in (401, 403):  # the host was refused, and not the user, whose credentials are good
+            reason = from_status(answer.status_code, answer.content).message
+            raise HostUnreachableError(
+                f"Node {node.name} did not take the host's ticket: {reason}", code="runner_refused"
+            )
         if answer.status_code >= 400:
             raise from_status(answer.status_code, answer.content)
         content: dict[str, Any] = answer.json()

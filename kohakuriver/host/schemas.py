@@ -16,18 +16,29 @@ __all__ = [
     "CreateRequest",
     "Heartbeat",
     "HeartbeatAnswer",
+    "NewToken",
+    "NewUser",
     "NodeView",
     "Registration",
     "RegistrationAnswer",
+    "Role",
+    "ShareRequest",
     "Status",
     "TaskReport",
     "TaskView",
+    "TokenMade",
+    "TokenView",
+    "UserView",
+    "Whoami",
     "is_engine_id",
     "is_task_name",
     "iso_time",
 ]
 
+LONGEST_TOKEN_SECONDS = 100 * 366 * 86400.0
+
 Backend = Literal["docker", "process", "address"]
+Role = Literal["admin", "user"]
 Status = Literal["starting", "running", "stopped", "failed", "lost"]
 
 
@@ -50,6 +61,15 @@ Name = Annotated[
 ]
 NodeName = Annotated[
     str, _matching(r"[A-Za-z0-9][A-Za-z0-9._-]{0,62}", "it must be 1 to 63 letters, digits, dots, dashes, underscores")
+]
+UserName = Annotated[
+    str,
+    _matching(r"[a-z0-9][a-z0-9._-]{0,62}", "it must be 1 to 63 of a-z, 0-9, dot, dash and underscore"),
+    _matching(r"(?!anonymous$).*", "it stands for those without a token"),
+]
+Label = Annotated[
+    str,
+    _matching(r"[A-Za-z0-9][A-Za-z0-9 ._@-]{0,62}", "it must be 1 to 63 letters, digits, dots, dashes and the like"),
 ]
 ContainerName = Annotated[str, _matching(r"[A-Za-z0-9][A-Za-z0-9._-]*", "give the container's name or id")]
 EnvName = Annotated[str, _matching(r"[^=\0]+", "a variable's name has no = in it")]
@@ -137,6 +157,34 @@ class AdoptRequest(_Request):
         return self
 
 
+class NewUser(_Request):
+    """Somebody who is to have tasks and tokens."""
+
+    name: UserName
+    role: Role = "user"
+
+
+class NewToken(_Request):
+    """A token to be made: for the caller, or for another `user`, or for a `node`. `expires_in` is in seconds."""
+
+    name: Label
+    user: UserName | None = None
+    node: NodeName | None = None
+    expires_in: Annotated[float, Field(gt=0, le=LONGEST_TOKEN_SECONDS)] | None = None
+
+    @model_validator(mode="after")
+    def _not_both(self) -> NewToken:
+        if self.user is not None and self.node is not None:
+            raise ValueError("a token is for a user or for a node")
+        return self
+
+
+class ShareRequest(_Request):
+    """Who else may use a task."""
+
+    user: UserName
+
+
 class Registration(_Request):
     """A runner says that it is there. `instance` stays the same over its restarts and tells it from a namesake."""
 
@@ -217,7 +265,42 @@ class TaskView(BaseModel):
     owner: str
     ssh_port: int | None
     ssh_host_key: str | None
+    shared_with: list[str]
     traffic: dict[str, int]
+
+
+class UserView(BaseModel):
+    """A user as admins see it."""
+
+    name: str
+    role: Role
+    created_at: str
+
+
+class TokenView(BaseModel):
+    """A token, without the secret. `user` or `node` is whose it is; node "*" is every node."""
+
+    id: str
+    name: str
+    user: str | None
+    node: str | None
+    status: Literal["valid", "expired"]
+    created_at: str
+    expires_at: str | None
+
+
+class TokenMade(TokenView):
+    """A token that was just made: the one time that the secret is shown."""
+
+    token: str
+
+
+class Whoami(BaseModel):
+    """Who the caller is, and by which token."""
+
+    user: str
+    role: Role
+    token: TokenView
 
 
 def iso_time(seconds: float) -> str:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import socket
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -11,16 +13,20 @@ import structlog
 
 from kohakuriver import loops
 from kohakuriver.errors import UsageError
+from kohakuriver.host.access import Access
 from kohakuriver.host.app import Services, create_app
 from kohakuriver.host.credentials import Credentials
 from kohakuriver.host.forwards import Forwards
+from kohakuriver.host.grants import Grants
 from kohakuriver.host.nodes import Nodes
+from kohakuriver.host.people import People
 from kohakuriver.host.runner_client import RunnerClient
 from kohakuriver.host.tasks import Changes, Tasks
 from kohakuriver.host.terminal_proxy import TerminalProxy
 from kohakuriver.host.tunnel_proxy import TunnelProxy
 from kohakuriver.ssh_proxy import SshProxy
-from kohakuriver.store import Store, sqlite_url
+from kohakuriver.store import Accounts, Store, sqlite_url
+from kohakuriver.tunnel.guard import Guard
 from kohakuriver.tunnel.server import serve_ws
 from kohakuriver.web import Server, bind, configure_logging, print_ready, socket_url, stop_at_end_of_stdin
 
@@ -33,6 +39,8 @@ log = structlog.get_logger("kohakuriver.host")
 class HostOptions:
     """How a host runs. `port` and `ssh_port` 0 are any free one; `database` None is a SQLite file in `state_dir`.
 
+    `allowed_hosts` and `allowed_origins` are as `Guard` takes them. With `user_mounts` others than admins may mount
+    directories of nodes.
     With `exit_with_stdin` it ends when its stdin does, as a child of `up` should.
     """
 
@@ -42,6 +50,9 @@ class HostOptions:
     ssh_port: int = 8002
     database: str | None = None
     allow_anonymous: bool = False
+    allowed_hosts: Sequence[str] = ()
+    allowed_origins: Sequence[str] = ()
+    user_mounts: bool = False
     heartbeat_seconds: float = 5.0
     tls_cert: Path | None = None
     tls_key: Path | None = None
@@ -72,7 +83,7 @@ async def main(options: HostOptions) -> int:
 async def _run(options: HostOptions, sock: socket.socket, ssh_sock: socket.socket, store: Store) -> None:
     runners = RunnerClient()
     try:
-        credentials = Credentials(store, allow_anonymous=options.allow_anonymous)
+        credentials = Credentials(Accounts(store), allow_anonymous=options.allow_anonymous)
         for path in await credentials.load_or_make(options.state_dir):
             log.info("made a token", file=str(path))
         if options.allow_anonymous:
@@ -93,17 +104,20 @@ async def _serve(
 ) -> None:
     changes = Changes()
     nodes = Nodes(store, heartbeat_seconds=options.heartbeat_seconds, on_change=changes.notify)
-    tasks = Tasks(store, nodes, runners, changes)
-    forwards = Forwards(credentials, store, nodes, tasks)
+    tasks = Tasks(store, nodes, runners, changes, user_mounts=options.user_mounts)
+    accounts = Accounts(store)
+    access, grants = Access(store, accounts), Grants(accounts)
+    forwards = Forwards(credentials, access, grants, store, nodes, tasks)
     proxy = TunnelProxy(authorize=forwards.authorize)
     terminals = TerminalProxy(authorize=forwards.authorize_terminal)
     ssh_proxy = SshProxy(
         ssh_sock,
         authorize=forwards.authorize_ssh,
         keyholders=forwards.keyholder,
-        check_user=credentials.user,
+        check_user=credentials.caller,
         host_key=options.state_dir / "ssh_host_ed25519_key",
     )
+    guard = Guard(hosts=options.allowed_hosts, origins=options.allowed_origins)
     url = socket_url(sock, "https" if options.tls_cert else "http")
     ssh_address = socket_url(ssh_sock).removeprefix("http://")
 
@@ -120,11 +134,15 @@ async def _serve(
         await proxy.close()
 
     server = Server(
-        create_app(Services(credentials, nodes, tasks)),
-        ws=serve_ws([*proxy.routes(), *terminals.routes()]),
+        create_app(Services(credentials, access, People(accounts, grants), nodes, tasks), guard),
+        ws=serve_ws([*proxy.routes(), *terminals.routes()], guard),
         on_ready=ready,
         on_stop=stop,
         tls_cert=options.tls_cert,
         tls_key=options.tls_key,
     )
-    await server.serve([sock])
+    checking = asyncio.get_running_loop().create_task(grants.run())
+    try:
+        await server.serve([sock])
+    finally:
+        await loops.cancel_all([checking])

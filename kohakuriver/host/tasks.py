@@ -13,6 +13,7 @@ from typing import Any
 import structlog
 
 from kohakuriver.errors import HostUnreachableError, KohakuRiverError, NotFoundError, UnavailableError, UsageError
+from kohakuriver.host.credentials import Caller
 from kohakuriver.host.nodes import Nodes
 from kohakuriver.host.runner_client import RunnerClient
 from kohakuriver.host.schemas import (
@@ -24,7 +25,7 @@ from kohakuriver.host.schemas import (
     is_task_name,
     iso_time,
 )
-from kohakuriver.store import Node, Store, Task
+from kohakuriver.store import Accounts, Node, Store, Task
 
 __all__ = ["Changes", "Tasks", "container_name", "not_running"]
 
@@ -71,7 +72,10 @@ class Changes:
 
 
 class Tasks:
-    """What users do with tasks. Every method may raise KohakuRiverError with the reason."""
+    """What users do with tasks. Every method may raise KohakuRiverError with the reason.
+
+    Who may do it was checked before (`host/access.py`). `user_mounts`: others than admins may mount what nodes have.
+    """
 
     def __init__(
         self,
@@ -80,15 +84,18 @@ class Tasks:
         runners: RunnerClient,
         changes: Changes,
         *,
+        user_mounts: bool = False,
         clock: Callable[[], float] = time.time,
     ) -> None:
         self._store = store
+        self._accounts = Accounts(store)
+        self._user_mounts = user_mounts
         self._nodes = nodes
         self._runners = runners
         self._changes = changes
         self._clock = clock
 
-    def view(self, task: Task, node: Node) -> TaskView:
+    def view(self, task: Task, node: Node, shared_with: Sequence[str] = ()) -> TaskView:
         """A task as users see it: one on a node that is offline is lost until the node is back."""
         lost = task.status in _ACTIVE and not self._nodes.is_online(node)
         return TaskView.model_validate(
@@ -107,28 +114,41 @@ class Tasks:
                 "owner": task.owner,
                 "ssh_port": task.ssh_port,
                 "ssh_host_key": task.ssh_host_key,
+                "shared_with": shared_with,
                 "traffic": {} if lost else node.traffic.get("tasks", {}).get(str(task.task_id), {}),
             }
         )
 
-    async def views(self) -> list[TaskView]:
-        """All tasks, oldest first."""
+    async def views(self, caller: Caller) -> list[TaskView]:
+        """All tasks that the caller may use, oldest first."""
         nodes = {node.name: node for node in await self._store.nodes()}
-        return [self.view(task, nodes[task.node]) for task in await self._store.tasks()]
+        tasks = await self._store.tasks()
+        shares = await self._accounts.shares(task.task_id for task in tasks)
+        views = [self.view(task, nodes[task.node], shares.get(task.task_id, [])) for task in tasks]
+        return [view for view in views if caller.is_admin or caller.name in (view.owner, *view.shared_with)]
 
     async def get(self, reference: str) -> TaskView:
         """One task, by id or name."""
-        return self.view(*await self._store.task_and_node(reference))
+        task, node = await self._store.task_and_node(reference)
+        return await self._view(task, node)
 
-    async def create(self, request: CreateRequest, owner: str) -> TaskView:
+    async def _view(self, task: Task, node: Node) -> TaskView:
+        shares = await self._accounts.shares([task.task_id])
+        return self.view(task, node, shares.get(task.task_id, []))
+
+    async def create(self, request: CreateRequest, owner: Caller) -> TaskView:
         """Start a new task. One that can't be started leaves nothing behind."""
         _check_create(request)
+        if request.mounts and not self._user_mounts:
+            owner.need_admin("Mounting what a node has")
         if request.backend is not None:
             backends: tuple[str, ...] = (request.backend,)
         else:
             backends = ("docker",) if request.image is not None else ("process",)
         node = (await self._nodes.fitting(backends, request.node))[0]
-        task = await self._add(request.name, node, backends[0], owner, image=request.image, ssh_keys=request.ssh_keys)
+        task = await self._add(
+            request.name, node, backends[0], owner.name, image=request.image, ssh_keys=request.ssh_keys
+        )
         spec = request.model_dump(include={"image", "command", "env", "mounts", "ssh_keys"})
         return await self._begin(task, node, "/api/tasks", spec)
 
@@ -208,7 +228,9 @@ class Tasks:
             **spec,
         }
         try:
-            answer = await self._runners.call(node, "POST", path, body, timeout=_RUNNER_SECONDS)
+            answer = await self._runners.call(
+                node, "POST", path, body, container=task.container, timeout=_RUNNER_SECONDS
+            )
         except KohakuRiverError as error:
             if error.code == "runner_timeout":
                 raise  # it may yet have started: the next heartbeat says
@@ -224,7 +246,7 @@ class Tasks:
     async def _take_over(self, report: TaskReport, node: Node, task: Task) -> TaskView:
         changed = await self._store.change_task(task.task_id, report.model_dump(exclude={"task_id"}))
         self._changes.notify([task.task_id])
-        return self.view(changed or task, node)
+        return await self._view(changed or task, node)
 
     async def stop(self, reference: str) -> TaskView:
         """Stop a task; one that does not run stays as it is."""
@@ -238,16 +260,18 @@ class Tasks:
         task, node = await self._store.task_and_node(reference)
         self._nodes.check_online(node)
         path = f"/api/tasks/{task.container}/{action}"
-        answer = await self._runners.call(node, "POST", path, timeout=_RUNNER_SECONDS)
+        answer = await self._runners.call(node, "POST", path, container=task.container, timeout=_RUNNER_SECONDS)
         return await self._take_over(TaskReport.model_validate(answer), node, task)
 
     async def remove(self, reference: str) -> TaskView:
         """Remove a task, as it was. A node that can't be reached is told when it is back."""
         task, node = await self._store.task_and_node(reference)
-        view = self.view(task, node)
+        view = await self._view(task, node)
         try:
             self._nodes.check_online(node)
-            await self._runners.call(node, "DELETE", f"/api/tasks/{task.container}", timeout=_RUNNER_SECONDS)
+            await self._runners.call(
+                node, "DELETE", f"/api/tasks/{task.container}", container=task.container, timeout=_RUNNER_SECONDS
+            )
         except NotFoundError:
             await self._store.forget_tasks([task.task_id])
         except HostUnreachableError:
@@ -275,7 +299,7 @@ class Tasks:
                 task, node = await self._store.task_and_node(str(task.task_id))
                 view = self.view(task, node)
                 if view.status == "running" and view.tunnel:
-                    return view
+                    return await self._view(task, node)
                 if view.status not in _ACTIVE:
                     raise not_running(view)
                 left = deadline - time.monotonic()

@@ -6,11 +6,14 @@ import asyncio
 import contextlib
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
+from typing import Any
 
 import structlog
 
-from kohakuriver.errors import KohakuRiverError
+from kohakuriver.errors import HostUnreachableError, KohakuRiverError, NotAllowedError
+from kohakuriver.loops import cancel_all
 from kohakuriver.tunnel import terminal
+from kohakuriver.tunnel.grant import Grant
 from kohakuriver.tunnel.handshake import open_messages
 from kohakuriver.tunnel.messages import MessageLink, may_close_with
 from kohakuriver.tunnel.protocol import TERMINAL_V2, CloseCode
@@ -19,17 +22,27 @@ from kohakuriver.tunnel.server import TunnelRoute, UpgradeRequest
 __all__ = ["TerminalProxy", "TerminalTarget"]
 
 RUNNER_TIMEOUT = 10.0
+FAREWELL_SECONDS = 1.0
 
 log = structlog.get_logger("kohakuriver.proxy")
 
 
 @dataclass(frozen=True)
 class TerminalTarget:
-    """Where a terminal is opened: the runner's `ws://` address, the task's id, and the ticket to show."""
+    """Where a terminal is opened: the runner's `ws://` address, the task's id, and the ticket to show.
+
+    `grant` is the terminal's right to go on, None where nothing can take it away.
+    """
 
     runner_ws_url: str
     task_id: int
     ticket: str
+    grant: Grant | None = None
+
+    def release(self) -> None:
+        """There is no terminal, or none any more."""
+        if self.grant is not None:
+            self.grant.release()
 
 
 class TerminalProxy:
@@ -38,6 +51,8 @@ class TerminalProxy:
     Args:
         authorize: (bearer token or None, task's id or name) → where it goes. Raises KohakuRiverError.
     """
+
+    path = "/ws/task/{task_id}/terminal"
 
     def __init__(self, *, authorize: Callable[[str | None, str], Awaitable[TerminalTarget]]) -> None:
         self._authorize = authorize
@@ -55,7 +70,8 @@ class TerminalProxy:
         found = terminal.PATH.match(request.path)
         assert found is not None
         try:
-            runner = await self._open_runner(request, await self._authorize(request.token, found[1]))
+            target = await self._authorize(request.token, found[1])
+            runner = await self._open_runner(request, target)
         except KohakuRiverError as error:
             log.info("terminal refused", task=found[1], peer=request.peer, reason=error.message)
             await terminal.refuse(request, error)
@@ -64,19 +80,27 @@ class TerminalProxy:
             user = request.accept_messages(runner.subprotocol)
         except KohakuRiverError:  # the user has hung up
             runner.begin_close(CloseCode.GOING_AWAY)
+            target.release()
             raise
-        running = asyncio.get_running_loop().create_task(_relay(user, runner))
+        running = asyncio.get_running_loop().create_task(_Relay(user, runner, target).run())
         self._terminals[running] = user
         running.add_done_callback(self._terminals.pop)
 
     async def _open_runner(self, request: UpgradeRequest, target: TerminalTarget) -> MessageLink:
         start = "?start=1" if request.query.get("start") == "1" else ""
-        runner = await open_messages(
-            f"{target.runner_ws_url}/ws/task/{target.task_id}/terminal{start}",
-            token=target.ticket,
-            subprotocols=(TERMINAL_V2,) if TERMINAL_V2 in request.subprotocols else (),
-            timeout=RUNNER_TIMEOUT,
-        )
+        try:
+            runner = await open_messages(
+                f"{target.runner_ws_url}/ws/task/{target.task_id}/terminal{start}",
+                token=target.ticket,
+                subprotocols=(TERMINAL_V2,) if TERMINAL_V2 in request.subprotocols else (),
+                timeout=RUNNER_TIMEOUT,
+            )
+        except NotAllowedError as error:  # of the host, not of the user: whose credentials are good
+            target.release()
+            raise HostUnreachableError(f"The task's node did not take the host's ticket: {error}") from error
+        except BaseException:
+            target.release()
+            raise
         if request.query.get("tty") != "0":
             runner.limit_window()
         return runner
@@ -88,9 +112,42 @@ class TerminalProxy:
         await asyncio.gather(*self._terminals, return_exceptions=True)
 
 
-async def _relay(user: MessageLink, runner: MessageLink) -> None:
-    """Pass messages on until one side ends, and end the other side like it."""
-    await asyncio.gather(_pass(user, runner), _pass(runner, user))
+class _Relay:
+    """One terminal's messages, passed on until one side ends, or the right to it does; the other side ends likewise."""
+
+    def __init__(self, user: MessageLink, runner: MessageLink, target: TerminalTarget) -> None:
+        self._user = user
+        self._runner = runner
+        self._target = target
+        self._withdrawn: asyncio.Future[str] = asyncio.get_running_loop().create_future()
+
+    async def run(self) -> None:
+        """From the first message to the end of both sides."""
+        passing = asyncio.get_running_loop().create_task(self._pass_on())
+        if self._target.grant is not None:
+            self._target.grant.attach(self._withdraw)
+        try:
+            ends: list[asyncio.Future[Any]] = [passing, self._withdrawn]
+            await asyncio.wait(ends, return_when=asyncio.FIRST_COMPLETED)
+            if self._withdrawn.done():
+                await cancel_all([passing])
+                await self._end(self._withdrawn.result())
+        finally:
+            self._target.release()
+
+    async def _pass_on(self) -> None:
+        await asyncio.gather(_pass(self._user, self._runner), _pass(self._runner, self._user))
+
+    def _withdraw(self, reason: str) -> None:
+        if not self._withdrawn.done():
+            self._withdrawn.set_result(reason)
+
+    async def _end(self, reason: str) -> None:
+        self._runner.begin_close(CloseCode.POLICY, reason)
+        error = NotAllowedError(f"This terminal was ended: {reason}.")
+        with contextlib.suppress(ConnectionError, asyncio.TimeoutError):
+            await asyncio.wait_for(self._user.send(terminal.failed(error)), FAREWELL_SECONDS)
+        await self._user.close(CloseCode.POLICY, reason)
 
 
 async def _pass(source: MessageLink, target: MessageLink) -> None:

@@ -15,10 +15,11 @@ from urllib.parse import quote
 import structlog
 
 from kohakuriver._frame import SpliceWalker
-from kohakuriver.errors import KohakuRiverError, UsageError
+from kohakuriver.errors import HostUnreachableError, KohakuRiverError, NotAllowedError, UsageError
+from kohakuriver.tunnel.grant import Grant
 from kohakuriver.tunnel.handshake import open_session
 from kohakuriver.tunnel.link import Link
-from kohakuriver.tunnel.protocol import TUNNEL_V2
+from kohakuriver.tunnel.protocol import TUNNEL_V2, CloseCode
 from kohakuriver.tunnel.server import TunnelRoute, UpgradeRequest, greet
 
 RUNNER_TIMEOUT = 10.0
@@ -28,11 +29,15 @@ log = structlog.get_logger("kohakuriver.proxy")
 
 @dataclass(frozen=True)
 class ForwardTarget:
-    """Where a session goes: the runner's ``ws://`` address, the container's id there, and the ticket to show."""
+    """Where a session goes: the runner's ``ws://`` address, the container's id there, and the ticket to show.
+
+    ``grant`` is the session's right to go on, None where nothing can take it away.
+    """
 
     runner_ws_url: str
     container: str
     ticket: str | None
+    grant: Grant | None = None
 
 
 Authorize = Callable[["str | None", str, int, str], Awaitable[ForwardTarget]]
@@ -91,16 +96,24 @@ class Splice:
 class ProxySession:
     """One user's session through this host."""
 
-    def __init__(self, proxy: TunnelProxy, container: str) -> None:
+    def __init__(self, proxy: TunnelProxy, container: str, grant: Grant | None = None) -> None:
         self.proxy = proxy
         self.container = container
+        self.grant = grant
         self.user = Splice(SpliceWalker(masked=True), self)
         self.container_side = Splice(SpliceWalker(masked=False), self)
         self.user.other, self.container_side.other = self.container_side, self.user
 
     def closed(self) -> None:
         """One of the two links has gone; the other follows."""
+        if self.grant is not None:
+            self.grant.release()
         self.proxy.forget(self)
+
+    def end(self, reason: str) -> None:
+        """The session's right to go on is gone: nothing more of it is passed, either way."""
+        self.user.link.fail(CloseCode.POLICY, reason)
+        self.container_side.link.fail(CloseCode.POLICY, reason)
 
 
 class TunnelProxy:
@@ -147,14 +160,25 @@ class TunnelProxy:
         if proto not in ("tcp", "udp"):
             raise UsageError(f"proto must be tcp or udp, not {proto!r}")
         target = await self.authorize(request.token, task, port, proto)
+        try:
+            await self._open_at_runner(request, target, port, proto)
+        except BaseException:
+            if target.grant is not None:
+                target.grant.release()
+            raise
+
+    async def _open_at_runner(self, request: UpgradeRequest, target: ForwardTarget, port: int, proto: str) -> None:
         url = f"{target.runner_ws_url}/ws/forward/{quote(target.container, safe='')}/{port}?proto={proto}"
-        session = ProxySession(self, target.container)
+        session = ProxySession(self, target.container, target.grant)
         offered = (TUNNEL_V2,) if request.offers_v2 else ()
         # The walker is the session's own, so that what it counts and where it stands stay with it.
         walker = session.container_side.walker
-        runner = await open_session(
-            url, token=target.ticket, subprotocols=offered, timeout=RUNNER_TIMEOUT, make_walker=_reuse(walker)
-        )
+        try:
+            runner = await open_session(
+                url, token=target.ticket, subprotocols=offered, timeout=RUNNER_TIMEOUT, make_walker=_reuse(walker)
+            )
+        except NotAllowedError as error:  # of the host, not of the user: whose credentials are good
+            raise HostUnreachableError(f"the task's node did not take the host's ticket: {error}") from error
         self._splice(session, request, runner)
 
     def _splice(self, session: ProxySession, request: UpgradeRequest, runner: Link) -> None:
@@ -168,6 +192,8 @@ class TunnelProxy:
         self.sessions[session] = None
         greet(user, "CONNECTED")
         runner.hand_over(session.container_side)
+        if session.grant is not None:
+            session.grant.attach(session.end)
 
 
 def _reuse(walker: SpliceWalker) -> Callable[..., SpliceWalker]:
@@ -181,6 +207,7 @@ def _reuse(walker: SpliceWalker) -> Callable[..., SpliceWalker]:
 class _ForwardPath:
     """``/ws/forward/{task_id}/{port}``: dialled by a command line or a browser."""
 
+    path = "/ws/forward/{task_id}/{port}"
     _path = re.compile(r"/ws/forward/([^/]+)/([^/]+)$")
 
     def __init__(self, proxy: TunnelProxy) -> None:

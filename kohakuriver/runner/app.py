@@ -9,9 +9,12 @@ from fastapi import APIRouter, Depends, FastAPI, Request
 from pydantic import BaseModel, ConfigDict
 
 from kohakuriver import __version__
+from kohakuriver.errors import NotAllowedError
 from kohakuriver.runner.registration import Registration
 from kohakuriver.runner.state import TaskRecord
 from kohakuriver.runner.tasks import TaskManager
+from kohakuriver.tunnel.guard import Guard
+from kohakuriver.tunnel.ticket import Ticket
 from kohakuriver.web import bearer, new_app
 
 __all__ = ["Services", "create_app"]
@@ -57,9 +60,9 @@ class AdoptedTask(BaseModel):
     address: str | None = None
 
 
-def create_app(services: Services) -> FastAPI:
+def create_app(services: Services, guard: Guard | None = None) -> FastAPI:
     """The runner's application."""
-    app = new_app("runner", __version__)
+    app = new_app("runner", __version__, guard=guard)
     app.state.services = services
     app.include_router(_open)
     app.include_router(_api)
@@ -74,9 +77,20 @@ def _services(request: Request) -> Services:
 Runner = Annotated[Services, Depends(_services)]
 
 
-async def _host(request: Request, runner: Runner) -> None:
-    runner.registration.check_ticket(bearer(request), "control")
+async def _host(request: Request, runner: Runner) -> Ticket:
+    """The host's ticket; where the path names a container it must be for that one."""
+    ticket = runner.registration.check_ticket(bearer(request), "control")
+    if "container" in request.path_params:
+        _check_container(ticket, request.path_params["container"])
+    return ticket
 
+
+def _check_container(ticket: Ticket, container: str) -> None:
+    if ticket.container != container:
+        raise NotAllowedError(f"The ticket is not for {container}.")
+
+
+HostTicket = Annotated[Ticket, Depends(_host)]
 
 _open = APIRouter()
 _api = APIRouter(prefix="/api/tasks", dependencies=[Depends(_host)])
@@ -95,14 +109,16 @@ async def list_tasks(runner: Runner) -> list[dict[str, Any]]:
 
 
 @_api.post("", status_code=201)
-async def create_task(runner: Runner, new: NewTask) -> dict[str, Any]:
+async def create_task(runner: Runner, ticket: HostTicket, new: NewTask) -> dict[str, Any]:
     """Start a task."""
+    _check_container(ticket, new.container)
     return (await runner.tasks.create(TaskRecord(**new.model_dump()))).report()
 
 
 @_api.post("/adopt", status_code=201)
-async def adopt_task(runner: Runner, new: AdoptedTask) -> dict[str, Any]:
+async def adopt_task(runner: Runner, ticket: HostTicket, new: AdoptedTask) -> dict[str, Any]:
     """Make a task of what runs already."""
+    _check_container(ticket, new.container)
     return (await runner.tasks.adopt(TaskRecord(**new.model_dump()))).report()
 
 

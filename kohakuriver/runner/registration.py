@@ -23,7 +23,7 @@ from kohakuriver.errors import (
 )
 from kohakuriver.runner.state import State
 from kohakuriver.tunnel import ticket
-from kohakuriver.tunnel.ticket import Scope, Ticket
+from kohakuriver.tunnel.ticket import Scope, Ticket, UsedTickets
 
 __all__ = ["NodeIdentity", "Registration"]
 
@@ -67,6 +67,7 @@ class Registration:
         self._remove = remove
         self._changed = asyncio.Event()
         self._ticket_key = state.ticket_key
+        self._used_tickets = UsedTickets(state.directory / "used-tickets")
         self._registered = False
         self._trouble = ""
         self._http = httpx.AsyncClient(
@@ -81,12 +82,17 @@ class Registration:
         self._changed.set()
 
     def check_ticket(self, credential: str | None, scope: Scope) -> Ticket:
-        """What a ticket of the host says. Raises UnauthenticatedError, NotAllowedError or UnavailableError."""
+        """What a ticket of the host says, and use it up.
+
+        Raises UnauthenticatedError, NotAllowedError or UnavailableError.
+        """
         if credential is None:
             raise UnauthenticatedError("This needs a ticket from the host; ask the host instead of the runner.")
         if self._ticket_key is None:
             raise UnavailableError("This node is not registered with its host yet; try again.", code="node_offline")
-        return ticket.check(self._ticket_key, credential, node=self._identity.name, scope=scope)
+        checked = ticket.check(self._ticket_key, credential, node=self._identity.name, scope=scope)
+        self._used_tickets.take(checked)
+        return checked
 
     async def run(self) -> None:
         """Keep the host informed, until cancelled."""
@@ -159,3 +165,4 @@ class Registration:
                 last = {**self._heartbeat(), "leaving": True}
                 await asyncio.wait_for(self._post(self._heartbeat_path, last), _LEAVE_SECONDS)
         await self._http.aclose()
+        self._used_tickets.close()

@@ -29,6 +29,7 @@ from kohakuriver.runner.terminal import TerminalServer
 from kohakuriver.runner.traffic import COUNTS
 from kohakuriver.runner.tunnel_helper import TunnelHelper
 from kohakuriver.runner.tunnel_server import TunnelServer
+from kohakuriver.tunnel.guard import Guard
 from kohakuriver.tunnel.server import serve_ws
 from kohakuriver.tunnel.settings import from_environment
 from kohakuriver.web import (
@@ -56,7 +57,8 @@ class RunnerOptions:
 
     `backends` are those it may use beside address; docker is offered while its engine answers. The node's token is
     given or read from a file. `advertise_url` is how the host reaches this runner, by default found out. With
-    `exit_with_stdin` it ends when its stdin does, as a child of `up` should.
+    `exit_with_stdin` it ends when its stdin does, as a child of `up` should. `allowed_hosts` and `allowed_origins` are
+    as `Guard` takes them.
     """
 
     state_dir: Path
@@ -69,6 +71,8 @@ class RunnerOptions:
     name: str | None = None
     backends: Sequence[str] = ("docker",)
     allow_anonymous: bool = False
+    allowed_hosts: Sequence[str] = ()
+    allowed_origins: Sequence[str] = ()
     stop_tasks_on_exit: bool = False
     json: bool = False
     log_level: str = "info"
@@ -118,9 +122,14 @@ class Runner:
             exec_in=self._tasks.exec,
         )
         self._tasks.drop = self._drop
+        self._guard = Guard(
+            names=[urlsplit(identity.url).hostname or ""],
+            hosts=options.allowed_hosts,
+            origins=options.allowed_origins,
+        )
         self._server = Server(
-            create_app(Services(self._tasks, self._registration)),
-            ws=serve_ws([*self._tunnels.routes(), *self._terminals.routes()]),
+            create_app(Services(self._tasks, self._registration), self._guard),
+            ws=serve_ws([*self._tunnels.routes(), *self._terminals.routes()], self._guard),
             on_ready=self._ready,
             on_stop=self._stop,
         )
@@ -166,7 +175,8 @@ class Runner:
     async def _listen_for_containers(self, sock: socket.socket) -> None:
         """Serve tunnel clients, and nothing else, on one more socket: containers have no business with the rest."""
         routes = [route for route in self._tunnels.routes() if route.match("/ws/tunnel/any")]
-        await self._server.add_listener(sock, new_app("runner", __version__), serve_ws(routes))
+        app = new_app("runner", __version__, guard=self._guard)
+        await self._server.add_listener(sock, app, serve_ws(routes, self._guard))
 
     async def _ready(self) -> None:
         if self._options.allow_anonymous:

@@ -45,6 +45,8 @@ class TerminalServer:
         check_ticket: the ticket's claims; raises UnauthenticatedError or NotAllowedError.
     """
 
+    path = "/ws/task/{id}/terminal"
+
     def __init__(self, *, allow_anonymous: bool, check_ticket: Callable[[str], Ticket], exec_in: Exec) -> None:
         self._allow_anonymous = allow_anonymous
         self._check_ticket = check_ticket

@@ -508,6 +508,7 @@ class DirectSession:
 class _TunnelPath:
     """``/ws/tunnel/{container_id}``: dialled by a tunnel client."""
 
+    path = "/ws/tunnel/{container_id}"
     _path = re.compile(r"/ws/tunnel/([^/]+)$")
 
     def __init__(self, server: TunnelServer) -> None:
@@ -533,6 +534,7 @@ class _TunnelPath:
 class _ForwardPath:
     """``/ws/forward/{container}/{port}``: dialled by the host."""
 
+    path = "/ws/forward/{container}/{port}"
     _path = re.compile(r"/ws/forward/([^/]+)/(\d{1,5})$")
 
     def __init__(self, server: TunnelServer) -> None:

@@ -9,8 +9,9 @@ import asyncio
 from dataclasses import dataclass
 from urllib.parse import quote
 
-from kohakuriver.errors import HostUnreachableError, KohakuRiverError, UnavailableError
+from kohakuriver.errors import HostUnreachableError, KohakuRiverError, NotAllowedError, UnavailableError
 from kohakuriver.tunnel.endpoint import AnyStream, UserEndpoint
+from kohakuriver.tunnel.grant import Grant
 from kohakuriver.tunnel.handshake import open_session
 from kohakuriver.tunnel.tcp import TcpStream
 
@@ -23,7 +24,8 @@ OPEN_SECONDS = 10.0
 class SshTarget:
     """Where a connection goes: a port of a task, by the runner's ``ws://`` address and a ticket for it.
 
-    `own_server` says that the port is that of the SSH server which the task was given.
+    `own_server` says that the port is that of the SSH server which the task was given. `grant` is the connection's
+    right to go on, None where nothing can take it away.
     """
 
     task: str
@@ -32,6 +34,7 @@ class SshTarget:
     container: str
     ticket: str | None
     own_server: bool = False
+    grant: Grant | None = None
 
 
 class TaskConnection(UserEndpoint):
@@ -51,14 +54,12 @@ class TaskConnection(UserEndpoint):
 
         Raises UnavailableError when nothing listens there, or what `open_session` raises.
         """
-        target = self._target
-        url = f"{target.runner_ws_url}/ws/forward/{quote(target.container, safe='')}/{target.port}?proto=tcp"
-        self.attach(await open_session(url, token=target.ticket, timeout=OPEN_SECONDS))
         try:
-            self._open(self.stream)
+            await self._open_session()
             await asyncio.wait_for(asyncio.shield(self._opened), OPEN_SECONDS)
         except asyncio.TimeoutError:
             self.abandon()
+            target = self._target
             raise HostUnreachableError(
                 f"Port {target.port} of task {target.task} did not answer within {OPEN_SECONDS:g} s.",
                 code="timed_out",
@@ -68,12 +69,28 @@ class TaskConnection(UserEndpoint):
             self.abandon()
             raise
 
-    def abandon(self) -> None:
+    async def _open_session(self) -> None:
+        target = self._target
+        url = f"{target.runner_ws_url}/ws/forward/{quote(target.container, safe='')}/{target.port}?proto=tcp"
+        try:
+            self.attach(await open_session(url, token=target.ticket, timeout=OPEN_SECONDS))
+        except NotAllowedError as error:  # of the host, not of the user: whose credentials are good
+            raise HostUnreachableError(f"The task's node did not take the host's ticket: {error}") from error
+        self._open(self.stream)
+        if target.grant is not None:
+            target.grant.attach(self.abandon)
+
+    def abandon(self, reason: str = "the connection was given up") -> None:
         """End both at once; whoever is connected to the stream is reset."""
-        self._settle(UnavailableError("the connection was given up"))
+        self._settle(UnavailableError(f"{reason[:1].upper()}{reason[1:]}."))
         self.stream.reset()
         if self.link is not None:
-            self.link.close(1000, "the connection was given up")
+            self.link.close(1000, reason)
+        self._release()
+
+    def _release(self) -> None:
+        if self._target.grant is not None:
+            self._target.grant.release()
 
     def _settle(self, error: KohakuRiverError | None) -> None:
         if self._opened.done():
@@ -101,6 +118,7 @@ class TaskConnection(UserEndpoint):
         self._settle(UnavailableError(_why_refused(self._target, text)))
 
     def _lost(self, reason: str) -> None:
+        self._release()
         self._settle(HostUnreachableError(f"The session to task {self._target.task} broke: {reason}."))
 
 

@@ -1,8 +1,9 @@
-"""What a host remembers: nodes, tasks and tokens, in SQLite or PostgreSQL."""
+"""What a host remembers: nodes, tasks, users and tokens, in SQLite or PostgreSQL."""
 
 from __future__ import annotations
 
+from kohakuriver.store.accounts import ANY_NODE, Accounts, Use
 from kohakuriver.store.database import Store, sqlite_url
-from kohakuriver.store.models import Node, Task, Token
+from kohakuriver.store.models import Node, Share, Task, Token, User
 
-__all__ = ["Node", "Store", "Task", "Token", "sqlite_url"]
+__all__ = ["ANY_NODE", "Accounts", "Node", "Share", "Store", "Task", "Token", "Use", "User", "sqlite_url"]

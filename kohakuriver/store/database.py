@@ -6,24 +6,36 @@ Rows come back detached and complete: reading one never touches the database, ch
 from __future__ import annotations
 
 import asyncio
-import hashlib
 import time
 from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, TypeVar
 
-from sqlalchemy import Engine, create_engine, event, func, select, update
+from sqlalchemy import (
+    Column,
+    Connection,
+    Engine,
+    create_engine,
+    delete,
+    event,
+    func,
+    inspect,
+    select,
+    text,
+    update,
+)
 from sqlalchemy.engine import make_url
 from sqlalchemy.exc import ArgumentError, DBAPIError, IntegrityError, NoSuchModuleError
 from sqlalchemy.orm import Session, sessionmaker
 
 from kohakuriver.errors import KohakuRiverError, NotFoundError, UsageError
-from kohakuriver.store.models import Base, Meta, Node, Task, Token
+from kohakuriver.store.models import Base, Meta, Node, Share, Task, Token
 
 __all__ = ["SCHEMA_VERSION", "Store", "sqlite_url"]
 
-SCHEMA_VERSION = "2"
+SCHEMA_VERSION = 3
+"""Counts up with every change of the tables. An older database is brought up to it, a newer one is refused."""
 
 _POSTGRESQL_THREADS = 4
 
@@ -36,7 +48,10 @@ def sqlite_url(path: Path) -> str:
 
 
 class Store:
-    """Nodes, tasks and tokens. Every method may raise KohakuRiverError when the database fails."""
+    """Nodes and tasks, and a way to the other tables.
+
+    Every method may raise KohakuRiverError when the database fails.
+    """
 
     def __init__(self, engine: Engine) -> None:
         self._engine = engine
@@ -73,16 +88,18 @@ class Store:
         self._engine.dispose()
 
     def _create_tables(self) -> None:
-        Base.metadata.create_all(self._engine)
-        with self._sessions.begin() as session:
-            found = session.get(Meta, "schema")
-            if found is None:
-                session.add(Meta(key="schema", value=SCHEMA_VERSION))
-            elif found.value != SCHEMA_VERSION:
+        with self._engine.begin() as connection:
+            found = _version(connection)
+            if found > SCHEMA_VERSION:
                 raise UsageError(
-                    f"The database has tables of version {found.value}, and this kohakuriver needs version "
+                    f"The database has tables of version {found}, and this kohakuriver knows up to version "
                     f"{SCHEMA_VERSION}; use the kohakuriver that made it, or another database."
                 )
+            Base.metadata.create_all(connection)
+            if 0 < found < SCHEMA_VERSION:
+                _upgrade(connection, found)
+        with self._sessions.begin() as session:
+            session.merge(Meta(key="schema", value=str(SCHEMA_VERSION)))
 
     async def _run_in_thread(self, work: Callable[[], T]) -> T:
         try:
@@ -102,17 +119,6 @@ class Store:
 
         return await self._run_in_thread(transaction)
 
-    # Tokens
-
-    async def put_token(self, secret: str, *, kind: str, name: str) -> None:
-        """Make `secret` a valid token of `kind` ("user" or "node") that belongs to `name`."""
-        row = Token(digest=_digest(secret), kind=kind, name=name, created_at=time.time())
-        await self.run(lambda session: session.merge(row))
-
-    async def token(self, secret: str) -> Token | None:
-        """Whose token `secret` is, or None."""
-        return await self.run(lambda session: session.get(Token, _digest(secret)))
-
     # Nodes
 
     async def nodes(self) -> list[Node]:
@@ -124,9 +130,10 @@ class Store:
         return await self.run(lambda session: session.get(Node, name))
 
     async def put_node(self, name: str, values: Mapping[str, Any], ticket_key: bytes) -> Node:
-        """Make or renew a node; one that is there keeps the ticket key that it has.
+        """Make or renew a node; the same runner, told by its `instance`, keeps the ticket key that the node has.
 
-        Its tasks' tunnels count as gone until it says otherwise. A task at an address has none that could go.
+        Whoever else comes with the node's name must not learn what opens the runner that had it before. The node's
+        tasks' tunnels count as gone until it says otherwise. A task at an address has none that could go.
         """
 
         def work(session: Session) -> Node:
@@ -134,6 +141,8 @@ class Store:
             if node is None:
                 node = Node(name=name, ticket_key=ticket_key)
                 session.add(node)
+            elif node.instance != values.get("instance", node.instance):
+                node.ticket_key = ticket_key
             for key, value in values.items():
                 setattr(node, key, value)
             session.execute(update(Task).where(Task.node == name, Task.address.is_(None)).values(tunnel=False))
@@ -206,6 +215,7 @@ class Store:
     async def remove_task(self, task_id: int) -> None:
         """Hide a task and free its name, until `forget_tasks`."""
         await self.change_task(task_id, {"removed": True, "name": None})
+        await self.run(lambda session: session.execute(delete(Share).where(Share.task_id == task_id)))
 
     async def forget_tasks(self, task_ids: Iterable[int]) -> None:
         """Delete the rows."""
@@ -214,6 +224,7 @@ class Store:
             for task_id in task_ids:
                 if task := session.get(Task, task_id):
                     session.delete(task)
+                session.execute(delete(Share).where(Share.task_id == task_id))
 
         await self.run(work)
 
@@ -237,8 +248,36 @@ def _prepare_sqlite(connection: Any, _record: object) -> None:
     cursor.close()
 
 
-def _digest(secret: str) -> str:
-    return hashlib.sha256(secret.encode()).hexdigest()
+def _version(connection: Connection) -> int:
+    """Of which version the tables are that the database has; 0 where it has none."""
+    if not inspect(connection).has_table(Meta.__tablename__):
+        return 0
+    found = connection.scalar(select(Meta.value).where(Meta.key == "schema"))
+    return int(found) if found is not None else 0
+
+
+def _upgrade(connection: Connection, found: int) -> None:
+    """Bring tables of the version `found` up to ours: columns that are missing, then what their rows should say."""
+    inspector = inspect(connection)
+    for table in Base.metadata.sorted_tables:
+        there = {column["name"] for column in inspector.get_columns(table.name)}
+        for column in table.columns:
+            if column.name not in there:
+                _add_column(connection, column)
+    if found < 3:
+        # The one node token of version 1 was good for every node.
+        connection.execute(update(Token).where(Token.kind == "node").values(name="*"))
+
+
+def _add_column(connection: Connection, column: Column[Any]) -> None:
+    """Add a column. Rows that are there get the default that new ones get; without one the column may be empty."""
+    quote = connection.dialect.identifier_preparer.quote
+    kind = column.type.compile(connection.dialect)
+    connection.execute(text(f"ALTER TABLE {quote(column.table.name)} ADD COLUMN {quote(column.name)} {kind}"))
+    default: Any = column.default
+    if default is not None:
+        value = default.arg(None) if default.is_callable else default.arg
+        connection.execute(update(column.table).values({column: value}))
 
 
 def _without_password(url: str) -> str:

@@ -1,4 +1,4 @@
-"""The tables: nodes, tasks, tokens.
+"""The tables: nodes, tasks, who may do what.
 
 Times are seconds since the epoch in a float column: SQLite has no type for them, and this way every database says the
 same.
@@ -11,7 +11,7 @@ from typing import Any
 from sqlalchemy import JSON, BigInteger, Boolean, Float, ForeignKey, Integer, LargeBinary, String, Text
 from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column
 
-__all__ = ["Base", "Meta", "Node", "Task", "Token"]
+__all__ = ["Base", "Meta", "Node", "Share", "Task", "Token", "User"]
 
 
 class Base(DeclarativeBase):
@@ -54,7 +54,8 @@ class Task(Base):
     with `removed` set is gone for users; the row stays until the node has heard of it.
 
     `ssh_keys` are the public keys that were put into the SSH server that a task was given; `ssh_port` is where that
-    listens in the task and `ssh_host_key` what it shows, both None for a task without one.
+    listens in the task and `ssh_host_key` what it shows, both None for a task without one. Where the user who put the
+    keys there is gone, the host goes by them no more, and `ssh_keys` is empty.
     """
 
     __tablename__ = "tasks"
@@ -79,6 +80,10 @@ class Task(Base):
     created_at: Mapped[float] = mapped_column(Float)
     changed_at: Mapped[float] = mapped_column(Float)
 
+    def lets_in(self, key: str) -> bool:
+        """Whether a public key, as its type and base64, is one of `ssh_keys`."""
+        return key in (" ".join(line.split()[:2]) for line in self.ssh_keys)
+
     def change(self, values: dict[str, Any], now: float) -> bool:
         """Take over the values that differ; whether there was one. `now` is in seconds since the epoch."""
         different = {name: value for name, value in values.items() if getattr(self, name) != value}
@@ -89,12 +94,46 @@ class Task(Base):
         return bool(different)
 
 
+class User(Base):
+    """Somebody who has tasks and tokens. `role` is "admin" or "user"."""
+
+    __tablename__ = "users"
+
+    name: Mapped[str] = mapped_column(String(63), primary_key=True)
+    role: Mapped[str] = mapped_column(String(16))
+    created_at: Mapped[float] = mapped_column(Float)
+
+
+class Share(Base):
+    """That a user who does not own a task may use it."""
+
+    __tablename__ = "shares"
+
+    task_id: Mapped[int] = mapped_column(BigInteger, primary_key=True, autoincrement=False)
+    user: Mapped[str] = mapped_column(String(63), primary_key=True)
+
+
 class Token(Base):
-    """A credential, kept as its SHA-256 alone. `kind` is "user" or "node", `name` whose it is."""
+    """A credential, kept as its SHA-256 alone.
+
+    `kind` is "user" or "node"; `name` the user whose it is, or the node that it is for ("*": any). `label` is what its
+    owner calls it. A token that was revoked keeps its row, so that nothing makes it valid again.
+    """
 
     __tablename__ = "tokens"
 
     digest: Mapped[str] = mapped_column(String(64), primary_key=True)
     kind: Mapped[str] = mapped_column(String(16))
     name: Mapped[str] = mapped_column(String(63))
+    label: Mapped[str] = mapped_column(String(63), default="")
     created_at: Mapped[float] = mapped_column(Float)
+    expires_at: Mapped[float | None] = mapped_column(Float)
+    revoked_at: Mapped[float | None] = mapped_column(Float)
+
+    @property
+    def id(self) -> str:
+        """What people call it: enough of the digest to be unique, and of no use as a credential."""
+        return self.digest[:TOKEN_ID_LENGTH]
+
+
+TOKEN_ID_LENGTH = 12

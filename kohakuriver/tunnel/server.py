@@ -26,6 +26,7 @@ from websockets.typing import Subprotocol
 
 from kohakuriver._frame import FrameWalker, build_ws
 from kohakuriver.errors import HostUnreachableError, KohakuRiverError, NotAllowedError, UsageError
+from kohakuriver.tunnel.guard import Guard
 from kohakuriver.tunnel.link import Link, LinkHandler
 from kohakuriver.tunnel.messages import MAX_MESSAGE, MessageLink
 from kohakuriver.tunnel.protocol import OP_TEXT, TUNNEL_V2, CloseCode
@@ -88,7 +89,9 @@ class UpgradeRequest:
 
 
 class TunnelRoute(Protocol):
-    """A family of WebSocket paths that links are opened on."""
+    """A family of WebSocket paths that links are opened on; ``path`` is how the family is written down."""
+
+    path: str
 
     def match(self, path: str) -> bool:
         """Whether ``path`` is one of them."""
@@ -125,8 +128,16 @@ def greet(link: Link, text: str) -> None:
 class Upgrade(asyncio.Protocol):
     """One connection between uvicorn's HTTP parser and its link (or uvicorn's own WebSocket protocol)."""
 
-    def __init__(self, routes: Sequence[TunnelRoute], config: Config, state: ServerState, app: dict[str, Any]) -> None:
+    def __init__(
+        self,
+        routes: Sequence[TunnelRoute],
+        guard: Guard | None,
+        config: Config,
+        state: ServerState,
+        app: dict[str, Any],
+    ) -> None:
         self._routes = routes
+        self._guard = guard
         self._uvicorn = (config, state, app)
         self._state = state
         self._other: WebSocketsSansIOProtocol | None = None
@@ -196,11 +207,18 @@ class Upgrade(asyncio.Protocol):
             response = self._handshake.accept(self._request)
             if response.status_code != 101:
                 raise UsageError(bytes(response.body or b"").decode("utf-8", "replace").strip())
+            self._check_where_from(self._request.headers)
             description = self._describe(path, dict(parse_qsl(query)), self._request.headers)
         except (LookupError, ValueError) as exc:  # a header twice that may be there once, and the like
             raise UsageError(f"this is not a WebSocket handshake: {exc}") from exc
         self._description = description
         return description
+
+    def _check_where_from(self, headers: Headers) -> None:
+        if self._guard is not None:
+            name = self._transport.get_extra_info("sockname")
+            local = name[0] if isinstance(name, tuple) else None
+            self._guard.check(headers.get_all("Host"), headers.get_all("Origin"), local)
 
     def _hand_to_uvicorn(self, data: bytes) -> None:
         self._other = WebSocketsSansIOProtocol(*self._uvicorn)
@@ -284,11 +302,14 @@ class Upgrade(asyncio.Protocol):
             self._task.cancel()
 
 
-def serve_ws(routes: Sequence[TunnelRoute]) -> type[asyncio.Protocol]:
-    """The class for ``uvicorn.Config(ws=…)`` that serves ``routes`` and leaves other WebSockets to uvicorn."""
+def serve_ws(routes: Sequence[TunnelRoute], guard: Guard | None = None) -> type[asyncio.Protocol]:
+    """The class for ``uvicorn.Config(ws=…)`` that serves ``routes`` and leaves other WebSockets to uvicorn.
+
+    ``guard`` says which Host and Origin headers are taken on our routes; without it, all.
+    """
 
     class RoutedUpgrade(Upgrade):
         def __init__(self, config: Config, server_state: ServerState, app_state: dict[str, Any]) -> None:
-            super().__init__(routes, config, server_state, app_state)
+            super().__init__(routes, guard, config, server_state, app_state)
 
     return RoutedUpgrade

@@ -1,22 +1,26 @@
 """Tickets: what the host shows a runner so that the runner does as it says.
 
 A ticket is a JSON Web Token, signed with HS256 and the key that host and runner agreed on when the node registered.
-It is good for one node, one purpose and at most 60 seconds. Sources: docs/protocol.md §5, RFC 7519.
+It is good for one node, one purpose, one container, once, and at most 60 seconds. Sources: docs/protocol.md §5,
+RFC 7519.
 """
 
 from __future__ import annotations
 
+import contextlib
 import secrets
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import Literal, cast
+from pathlib import Path
+from typing import IO, Literal, cast
 
 import jwt
 
-from kohakuriver.errors import NotAllowedError, UnauthenticatedError
+from kohakuriver.config import write_private
+from kohakuriver.errors import NotAllowedError, UnauthenticatedError, UnavailableError
 
-__all__ = ["MAX_TTL", "Scope", "Ticket", "check", "issue"]
+__all__ = ["MAX_TTL", "Scope", "Ticket", "UsedTickets", "check", "issue"]
 
 Scope = Literal["control", "forward", "terminal"]
 
@@ -61,8 +65,8 @@ def issue(
     """A ticket for `node`, good for `ttl` seconds (0 < ttl <= 60).
 
     A "forward" or "terminal" ticket needs `task`, `container` and `user`; the former names the ports that its session
-    may reach, the latter none. Raises ValueError when it would be longer-lived or less specific than
-    docs/protocol.md §5 allows.
+    may reach, the latter none. A "control" ticket is about one `container`, or, without one, about none in particular.
+    Raises ValueError when it would be longer-lived or less specific than docs/protocol.md §5 allows.
     """
     if not 0 < ttl <= MAX_TTL:
         raise ValueError(f"a ticket lives between 0 and {MAX_TTL} seconds, not {ttl}")
@@ -80,6 +84,8 @@ def issue(
         if task is None or container is None or user is None:
             raise ValueError(f"a {scope} ticket needs a task, a container and a user")
         claims |= {"task": task, "container": container, "user": user, "ports": ports if ports == "*" else list(ports)}
+    elif container is not None:
+        claims["container"] = container
     return jwt.encode(claims, key, algorithm=_ALGORITHM)
 
 
@@ -102,6 +108,8 @@ def check(key: bytes, ticket: str, *, node: str, scope: Scope) -> Ticket:
         raise UnauthenticatedError("The ticket is from the future; set the clocks of host and node right.") from None
     except jwt.InvalidTokenError:
         raise UnauthenticatedError("The ticket is not one that this node's host signed.") from None
+    if int(claims["exp"]) - int(claims["iat"]) > MAX_TTL:
+        raise UnauthenticatedError(f"The ticket is good for longer than {MAX_TTL} s, as none may be.")
     if claims["aud"] != node or claims["scope"] != scope:
         raise NotAllowedError(f"The ticket is not for {scope} on node {node!r}.")
     try:
@@ -115,7 +123,7 @@ def _from_claims(claims: dict[str, object]) -> Ticket:
     expires_at = float(cast(int, claims["exp"]))
     common = Ticket(node=str(claims["aud"]), scope=scope, id=str(claims["jti"]), expires_at=expires_at)
     if scope == "control":
-        return common
+        return replace(common, container=cast("str | None", claims.get("container")))
     ports = claims["ports"]
     return replace(
         common,
@@ -124,3 +132,57 @@ def _from_claims(claims: dict[str, object]) -> Ticket:
         user=str(claims["user"]),
         ports=None if ports == "*" else frozenset(int(port) for port in cast("list[int]", ports)),
     )
+
+
+class UsedTickets:
+    """Tickets that were shown before, for as long as they would be good; each is taken once.
+
+    Args:
+        path: where they are written down, so that a runner that was started again refuses them too.
+        most: how many are remembered. More are refused until older ones have run out.
+    """
+
+    def __init__(self, path: Path, *, most: int = 100_000, clock: Callable[[], float] = time.time) -> None:
+        self._path = path
+        self._most = most
+        self._clock = clock
+        self._used: dict[str, float] = {}
+        self._sweep_at = 0.0
+        self._file: IO[str] | None = None
+        with contextlib.suppress(OSError, UnicodeDecodeError):
+            for line in path.read_text("utf-8").splitlines():
+                with contextlib.suppress(ValueError):
+                    until, _, id_ = line.partition(" ")
+                    self._used[id_] = float(until)
+
+    def take(self, ticket: Ticket) -> None:
+        """Note that a ticket was shown.
+
+        Raises UnauthenticatedError "ticket_used" for one that was shown before, UnavailableError "busy" where too many
+        are good at the same time.
+        """
+        now = self._clock()
+        if self._file is None or now >= self._sweep_at:
+            self._file = self._sweep(now)
+        if ticket.id in self._used:
+            raise UnauthenticatedError("The ticket was used before, and each is good once.", code="ticket_used")
+        if len(self._used) >= self._most:
+            raise UnavailableError("This node gets too many requests at once; try again.", code="busy", status=503)
+        until = ticket.expires_at + _CLOCK_LEEWAY
+        self._used[ticket.id] = until
+        self._file.write(f"{until:.0f} {ticket.id}\n")
+        self._file.flush()
+
+    def _sweep(self, now: float) -> IO[str]:
+        """Forget what has run out, here and in the file, which is then open for more."""
+        self.close()
+        self._sweep_at = now + MAX_TTL
+        self._used = {id_: until for id_, until in self._used.items() if until > now}
+        write_private(self._path, "".join(f"{until:.0f} {id_}\n" for id_, until in self._used.items()))
+        return self._path.open("a", encoding="utf-8")
+
+    def close(self) -> None:
+        """Let go of the file."""
+        if self._file is not None:
+            self._file.close()
+            self._file = None

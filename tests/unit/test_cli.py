@@ -17,6 +17,10 @@ COMMANDS = [
     *(["up"], ["host"], ["runner"], ["demo"], ["forward"], ["node", "list"]),
     *(["connect"], ["ssh-proxy"], ["ssh-config"]),
     *(["vps", name] for name in ("create", "list", "status", "stop", "restart", "rm", "adopt", "connect")),
+    *(["vps", name] for name in ("share", "unshare")),
+    *(["auth", name] for name in ("login", "logout", "status")),
+    *(["token", name] for name in ("create", "list", "revoke")),
+    *(["user", name] for name in ("add", "list", "remove")),
 ]
 
 

@@ -51,6 +51,40 @@ def test_the_token_of_the_local_cluster_goes_to_no_other_host() -> None:
     assert config.load_settings(host="elsewhere").token is None
 
 
+def test_the_host_of_the_last_login_is_used_with_nothing_set_and_gets_its_own_token_alone(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    config.write_logins(config.Logins("http://lab:8000", {"http://lab:8000": "of-lab", "http://old:8000": "of-old"}))
+    settings = config.load_settings()
+    assert (settings.host, settings.token) == ("http://lab:8000", "of-lab")
+    assert config.load_settings(host="old").token == "of-old"
+    assert config.load_settings(host="elsewhere").token is None
+    monkeypatch.setenv("KOHAKURIVER_TOKEN", "of-script")
+    assert config.load_settings().token == "of-script"
+
+
+def test_a_running_cluster_of_ones_own_comes_before_a_login_elsewhere_but_not_before_one_to_it() -> None:
+    config.write_logins(config.Logins("http://lab:8000", {"http://lab:8000": "of-lab"}))
+    config.write_cluster(config.Cluster("http://127.0.0.1:1", "of-cluster"))
+    settings = config.load_settings()
+    assert (settings.host, settings.token) == ("http://127.0.0.1:1", "of-cluster")
+    config.write_logins(config.Logins(None, {"http://127.0.0.1:1": "of-login"}))
+    assert config.load_settings().token == "of-login"
+
+
+@pytest.mark.skipif(os.name != "posix", reason="POSIX file modes")
+def test_logins_are_for_their_owner_alone(directory: Path) -> None:
+    config.write_logins(config.Logins(None, {"http://a": "secret"}))
+    assert stat.S_IMODE((directory / "logins.json").stat().st_mode) == 0o600
+
+
+@pytest.mark.parametrize("content", ["", "[]", "{}", "null", '{"current": null, "tokens": 1}'])
+def test_a_damaged_file_of_logins_is_named(directory: Path, content: str) -> None:
+    (directory / "logins.json").write_text(content)
+    with pytest.raises(UsageError, match=r"logins\.json"):
+        config.load_settings()
+
+
 def test_a_token_is_not_shown_when_settings_are_printed() -> None:
     assert "secret" not in repr(config.load_settings(token="secret"))
 

@@ -30,7 +30,7 @@ TASK_FIELDS = {
         "message",
     ),
     "owner",
-    *("ssh_port", "ssh_host_key", "traffic"),
+    *("ssh_port", "ssh_host_key", "shared_with", "traffic"),
 }
 
 
@@ -476,6 +476,8 @@ def test_nothing_but_the_health_check_answers_without_the_right_token(
 def test_every_error_has_a_code_and_a_sentence(run: Run, tmp_path: Path, method: str, path: str, status: int) -> None:
     async def check() -> None:
         async with a_host(tmp_path) as host:
+            await host.runner()
+            await host.create(name="web")
             answer = await host.user.request(method, path)
             assert answer.status_code == status
             assert set(answer.json()) == {"error", "message"}

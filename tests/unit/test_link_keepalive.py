@@ -21,6 +21,8 @@ Run = Callable[[Coroutine[Any, Any, None]], None]
 class Quiet:
     """A path whose links only answer; counts the pings that they get."""
 
+    path = "/{any}"
+
     def __init__(self) -> None:
         self.pinged: asyncio.Queue[None] = asyncio.Queue()
 

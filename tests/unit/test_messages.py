@@ -24,6 +24,8 @@ Run = Callable[[Coroutine[Any, Any, None]], None]
 class Accepting:
     """A path on which every WebSocket is accepted, and waits to be taken."""
 
+    path = "/{any}"
+
     def __init__(self) -> None:
         self.accepted: asyncio.Queue[MessageLink] = asyncio.Queue()
 

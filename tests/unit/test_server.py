@@ -47,6 +47,8 @@ async def other(websocket: WebSocket, name: str) -> None:
 class Gate(Ignore):
     """A route that opens, refuses, or makes its peer wait, and keeps what it saw."""
 
+    path = "/ws/gate"
+
     def __init__(self) -> None:
         self.requests: list[UpgradeRequest] = []
         self.error: Exception | None = None

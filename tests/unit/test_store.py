@@ -11,7 +11,8 @@ from typing import Any
 import pytest
 
 from kohakuriver.errors import KohakuRiverError, NotFoundError, UsageError
-from kohakuriver.store import Store, Task, sqlite_url
+from kohakuriver.store import ANY_NODE, Accounts, Store, Task, sqlite_url
+from kohakuriver.store.accounts import digest
 
 Run = Callable[[Coroutine[Any, Any, None]], None]
 
@@ -121,12 +122,24 @@ def test_an_older_report_never_undoes_a_newer_one(run: Run, tmp_path: Path) -> N
 def test_a_token_is_kept_as_its_digest_alone(run: Run, tmp_path: Path) -> None:
     async def check() -> None:
         async with a_store(tmp_path) as store:
-            await store.put_token("very-secret", kind="user", name="ann")
-            found = await store.token("very-secret")
+            accounts = Accounts(store)
+            await accounts.add_token("very-secret", kind="user", name="ann", label="laptop")
+            found, _ = await accounts.token("very-secret")
             assert found is not None
             assert (found.kind, found.name) == ("user", "ann")
-            assert await store.token("very-secre") is None
+            assert (await accounts.token("very-secre"))[0] is None
         assert all(b"very-secret" not in file.read_bytes() for file in tmp_path.iterdir())
+
+    run(check())
+
+
+def test_another_runner_under_a_nodes_name_never_learns_what_opens_the_first(run: Run, tmp_path: Path) -> None:
+    async def check() -> None:
+        async with a_store(tmp_path) as store:
+            values = {"url": "http://n:1", "last_seen": 1.0}
+            await store.put_node("n1", {**values, "instance": "one"}, b"first")
+            other = await store.put_node("n1", {**values, "instance": "other"}, b"second")
+            assert other.ticket_key == b"second"
 
     run(check())
 
@@ -165,7 +178,62 @@ def test_the_file_is_in_wal_mode_so_that_readers_never_wait_for_a_writer(run: Ru
     run(check())
 
 
-def test_tables_of_another_version_are_refused_rather_than_misread(run: Run, tmp_path: Path) -> None:
+VERSION_1 = """
+CREATE TABLE meta ("key" VARCHAR(64) NOT NULL, value TEXT NOT NULL, PRIMARY KEY ("key"));
+INSERT INTO meta VALUES ('schema', '1');
+CREATE TABLE nodes (name VARCHAR(63) NOT NULL, url TEXT NOT NULL, instance VARCHAR(64) NOT NULL,
+    version VARCHAR(64) NOT NULL, backends JSON NOT NULL, ticket_key BLOB NOT NULL, last_seen FLOAT NOT NULL,
+    "left" BOOLEAN NOT NULL, traffic JSON NOT NULL, PRIMARY KEY (name));
+INSERT INTO nodes VALUES ('n1', 'http://n:1', 'i', '0.1', '["process"]', x'6b6579', 1.0, 0, '{}');
+CREATE TABLE tasks (task_id BIGINT NOT NULL, name VARCHAR(63), node VARCHAR(63) NOT NULL, backend VARCHAR(16) NOT NULL,
+    container VARCHAR(128) NOT NULL, engine_name TEXT, image TEXT, address TEXT, owner VARCHAR(63) NOT NULL,
+    status VARCHAR(16) NOT NULL, message TEXT, tunnel BOOLEAN NOT NULL, revision BIGINT NOT NULL,
+    removed BOOLEAN NOT NULL, created_at FLOAT NOT NULL, changed_at FLOAT NOT NULL, PRIMARY KEY (task_id),
+    UNIQUE (name), UNIQUE (container), FOREIGN KEY(node) REFERENCES nodes (name));
+INSERT INTO tasks
+    VALUES (1, 'web', 'n1', 'process', 'c1', NULL, NULL, NULL, 'admin', 'running', NULL, 1, 5, 0, 1.0, 1.0);
+CREATE TABLE tokens (digest VARCHAR(64) NOT NULL, kind VARCHAR(16) NOT NULL, name VARCHAR(63) NOT NULL,
+    created_at FLOAT NOT NULL, PRIMARY KEY (digest));
+"""
+
+
+def test_a_database_of_the_first_version_is_brought_up_to_date_with_all_that_is_in_it(run: Run, tmp_path: Path) -> None:
+    """The tables are written out as version 1 made them: what made them is gone."""
+    connection = sqlite3.connect(tmp_path / "host.db")
+    connection.executescript(VERSION_1)
+    for secret, kind, name in (("of-admin", "user", "admin"), ("of-nodes", "node", "nodes")):
+        connection.execute("INSERT INTO tokens VALUES (?, ?, ?, 1.0)", (digest(secret), kind, name))
+    connection.commit()
+    connection.close()
+
+    async def check() -> None:
+        for _ in range(2):  # the second time there is nothing left to do
+            async with a_store(tmp_path) as store:
+                accounts = Accounts(store)
+                await accounts.ensure_user("admin", "admin")
+                token, user = await accounts.token("of-admin")
+                assert token is not None
+                assert user is not None
+                assert (token.label, token.expires_at, token.revoked_at, user.role) == ("", None, None, "admin")
+                node_token, _ = await accounts.token("of-nodes")
+                assert node_token is not None
+                assert node_token.name == ANY_NODE
+                task, node = await store.task_and_node("web")
+                assert (task.owner, node.ticket_key) == ("admin", b"key")
+        async with a_store(tmp_path) as store:
+            await accounts_work(store)
+
+    async def accounts_work(store: Store) -> None:
+        accounts = Accounts(store)
+        await accounts.add_user("ann", "user")
+        await accounts.share(1, "ann")
+        assert await accounts.shares([1]) == {1: ["ann"]}
+        await accounts.add_token("new", kind="user", name="ann", label="laptop", expires_at=5.0)
+
+    run(check())
+
+
+def test_a_database_of_a_later_version_is_refused_rather_than_misread(run: Run, tmp_path: Path) -> None:
     async def check() -> None:
         async with a_store(tmp_path):
             pass

@@ -1,12 +1,14 @@
 from __future__ import annotations
 
 import time
+from pathlib import Path
 
 import jwt
 import pytest
 
-from kohakuriver.errors import NotAllowedError, UnauthenticatedError
+from kohakuriver.errors import NotAllowedError, UnauthenticatedError, UnavailableError
 from kohakuriver.tunnel import ticket
+from kohakuriver.tunnel.ticket import UsedTickets
 
 KEY = b"k" * 32
 OTHER_KEY = b"o" * 32
@@ -101,3 +103,65 @@ def test_no_ticket_lives_longer_than_a_minute(ttl: float) -> None:
 def test_a_forward_ticket_without_a_container_can_not_be_issued() -> None:
     with pytest.raises(ValueError, match="container"):
         ticket.issue(KEY, node="n1", scope="forward", task=1, user="ann")
+
+
+def test_a_ticket_that_would_be_good_for_longer_than_a_minute_is_refused_whoever_signed_it() -> None:
+    with pytest.raises(UnauthenticatedError, match="60 s"):
+        ticket.check(KEY, signed(exp=int(time.time()) + 61), node="n1", scope="control")
+
+
+def test_a_control_ticket_says_which_container_it_is_about() -> None:
+    about = ticket.issue(KEY, node="n1", scope="control", container="c1")
+    assert ticket.check(KEY, about, node="n1", scope="control").container == "c1"
+    about_none = ticket.issue(KEY, node="n1", scope="control")
+    assert ticket.check(KEY, about_none, node="n1", scope="control").container is None
+
+
+def checked(**changes: object) -> ticket.Ticket:
+    return ticket.check(KEY, forward_ticket(**changes), node="n1", scope="forward")
+
+
+def test_a_ticket_is_taken_once_also_by_a_runner_that_was_started_again(tmp_path: Path) -> None:
+    first, second = checked(), checked()
+    used = UsedTickets(tmp_path / "used")
+    used.take(first)
+    with pytest.raises(UnauthenticatedError, match="used before"):
+        used.take(first)
+    # No close(): the runner was killed.
+    again = UsedTickets(tmp_path / "used")
+    with pytest.raises(UnauthenticatedError, match="used before"):
+        again.take(first)
+    again.take(second)
+    for tickets in (used, again):
+        tickets.close()
+
+
+def test_used_tickets_are_forgotten_once_they_have_run_out_here_and_on_disk(tmp_path: Path) -> None:
+    now = time.time()
+    used = UsedTickets(tmp_path / "used", clock=lambda: now)
+    for _ in range(50):
+        used.take(checked())
+    assert len((tmp_path / "used").read_text().splitlines()) == 50
+    now += 120
+    used.take(checked())
+    used.close()
+    assert len((tmp_path / "used").read_text().splitlines()) == 1
+
+
+def test_more_tickets_than_can_be_remembered_are_refused_rather_than_forgotten(tmp_path: Path) -> None:
+    used = UsedTickets(tmp_path / "used", most=3)
+    taken = [checked() for _ in range(3)]
+    for each in taken:
+        used.take(each)
+    with pytest.raises(UnavailableError, match="too many"):
+        used.take(checked())
+    with pytest.raises(UnauthenticatedError):
+        used.take(taken[0])
+    used.close()
+
+
+def test_a_damaged_file_of_used_tickets_is_no_obstacle(tmp_path: Path) -> None:
+    (tmp_path / "used").write_bytes(b"\xff\x00 nonsense\n\n1 x y z\n")
+    used = UsedTickets(tmp_path / "used")
+    used.take(checked())
+    used.close()

@@ -26,6 +26,7 @@ from kohakuriver.errors import KohakuRiverError, LocalAddressError, NotFoundErro
 from kohakuriver.loops import cancel_all
 from kohakuriver.runner.backends import docker_exec
 from kohakuriver.runner.backends.base import Backend, ExecRequest, ExecSession, Reporter
+from kohakuriver.runner.backends.docker_network import task_network
 from kohakuriver.runner.backends.process import describe_exit, last_words
 from kohakuriver.runner.ssh_helper import CONTAINER_PORT, OWN_SSHD, SshHelper, until_listening
 from kohakuriver.runner.state import TaskRecord
@@ -246,9 +247,10 @@ class DockerBackend(Backend):
             self._ssh.prepare(task)
         with self._handling(task), _sentences(f"start the task from image {task.image}"):
             await self._need_image(task)
-            task.tunnel_url = await self._reach(await self._gateway("bridge"))
+            network = await task_network(self._docker)
+            task.tunnel_url = await self._reach(await self._gateway(network))
             try:
-                container = await self._docker.containers.create(self._config(task), name=task.container)
+                container = await self._docker.containers.create(self._config(task, network), name=task.container)
             except DockerError as error:
                 if error.status == 404:
                     raise _no_image(task.image, self._node) from error
@@ -280,7 +282,7 @@ class DockerBackend(Backend):
         except DockerError as error:
             raise _no_image(task.image, self._node, error.message) from error
 
-    def _config(self, task: TaskRecord) -> dict[str, Any]:
+    def _config(self, task: TaskRecord, network: str) -> dict[str, Any]:
         assert task.tunnel_url is not None
         tunnel = self._helper.container_environment(task.container, task.tunnel_url)
         env = {**self._helper.settings, **task.env, **tunnel}
@@ -301,7 +303,7 @@ class DockerBackend(Backend):
                 _LABEL_RUNNER: self._instance,
                 _LABEL_URL: task.tunnel_url,
             },
-            "HostConfig": {"Mounts": [*mounts, *map(_mount, task.mounts)]},
+            "HostConfig": {"Mounts": [*mounts, *map(_mount, task.mounts)], "NetworkMode": network},
         }
 
     async def adopt(self, task: TaskRecord) -> TaskRecord:

@@ -1,0 +1,247 @@
+"""Users, their tokens, and the tasks that they share.
+
+A token is 256 random bits, so one round of SHA-256 keeps it: there is nothing to guess that a slow hash would protect.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import time
+from collections.abc import Callable, Iterable
+from typing import NamedTuple
+
+from sqlalchemy import delete, func, select, update
+from sqlalchemy.orm import Session
+
+from kohakuriver.errors import NotFoundError, UsageError
+from kohakuriver.store.database import Store
+from kohakuriver.store.models import TOKEN_ID_LENGTH, Share, Task, Token, User
+
+__all__ = ["ANY_NODE", "Accounts", "Use", "digest"]
+
+ANY_NODE = "*"
+"""The name in a node token that is good for every node."""
+
+
+class Use(NamedTuple):
+    """What a session's right hangs on: a token's digest and a task's id, or a public key that was put into the task.
+
+    With neither, which is a session without a token, only the end of the task can end it.
+    """
+
+    digest: str | None
+    task_id: int
+    key: str | None = None
+
+
+def digest(secret: str) -> str:
+    """How a token is kept."""
+    return hashlib.sha256(secret.encode()).hexdigest()
+
+
+class Accounts:
+    """Who may do what. Every method may raise KohakuRiverError when the database fails."""
+
+    def __init__(self, store: Store, *, clock: Callable[[], float] = time.time) -> None:
+        self._store = store
+        self._clock = clock
+
+    # Users
+
+    async def users(self) -> list[User]:
+        """All users, by name."""
+        return await self._store.run(lambda session: list(session.scalars(select(User).order_by(User.name))))
+
+    async def user(self, name: str) -> User:
+        """The user of that name. Raises NotFoundError."""
+        return await self._store.run(lambda session: _user(session, name))
+
+    async def add_user(self, name: str, role: str) -> User:
+        """Make a user. Raises UsageError "name_taken"."""
+
+        def work(session: Session) -> User:
+            if session.get(User, name) is not None:
+                raise UsageError(f"There is a user {name!r} already; choose another name.", code="name_taken")
+            user = User(name=name, role=role, created_at=self._clock())
+            session.add(user)
+            return user
+
+        return await self._store.run(work)
+
+    async def ensure_user(self, name: str, role: str) -> None:
+        """Make a user who is not there yet."""
+
+        def work(session: Session) -> None:
+            if session.get(User, name) is None:
+                session.add(User(name=name, role=role, created_at=self._clock()))
+
+        await self._store.run(work)
+
+    async def remove_user(self, name: str, heir: str) -> User:
+        """Forget a user and revoke their tokens; their tasks pass to the user `heir`. Raises NotFoundError.
+
+        The host forgets the SSH keys that they put into their tasks. The tasks' own servers know nothing of that.
+        """
+
+        def work(session: Session) -> User:
+            user = _user(session, name)
+            session.execute(
+                update(Token)
+                .where(Token.kind == "user", Token.name == name, Token.revoked_at.is_(None))
+                .values(revoked_at=self._clock())
+            )
+            session.execute(update(Task).where(Task.owner == name).values(owner=heir, ssh_keys=[]))
+            session.execute(delete(Share).where(Share.user == name))
+            session.delete(user)
+            return user
+
+        return await self._store.run(work)
+
+    # Tokens
+
+    async def add_token(
+        self,
+        secret: str,
+        *,
+        kind: str,
+        name: str,
+        label: str,
+        expires_at: float | None = None,
+        unique: bool = True,
+    ) -> Token:
+        """Make `secret` valid; what it was made before, revoked for example, it stays.
+
+        Raises UsageError "name_taken" when the label must be `unique` and a valid token of this `kind` and `name` has
+        it.
+        """
+
+        def work(session: Session) -> Token:
+            if known := session.get(Token, digest(secret)):
+                return known
+            same = select(Token).where(Token.kind == kind, Token.name == name, Token.label == label)
+            if unique and session.scalars(same.where(Token.revoked_at.is_(None))).first() is not None:
+                raise UsageError(
+                    f"There is a token {label!r} already; revoke it or choose another name.", code="name_taken"
+                )
+            token = Token(
+                digest=digest(secret),
+                kind=kind,
+                name=name,
+                label=label,
+                created_at=self._clock(),
+                expires_at=expires_at,
+            )
+            session.add(token)
+            return token
+
+        return await self._store.run(work)
+
+    async def token(self, secret: str) -> tuple[Token | None, User | None]:
+        """What is known of a token, and whose it is, also where it is not valid any more."""
+
+        def work(session: Session) -> tuple[Token | None, User | None]:
+            token = session.get(Token, digest(secret))
+            user = session.get(User, token.name) if token is not None and token.kind == "user" else None
+            return token, user
+
+        return await self._store.run(work)
+
+    async def tokens(self, owner: str | None = None) -> list[Token]:
+        """The tokens that were not revoked, oldest first: those of one user, or all."""
+        query = select(Token).where(Token.revoked_at.is_(None)).order_by(Token.created_at, Token.digest)
+        if owner is not None:
+            query = query.where(Token.kind == "user", Token.name == owner)
+        return await self._store.run(lambda session: list(session.scalars(query)))
+
+    async def revoke_token(self, reference: str, owner: str | None = None) -> Token:
+        """Revoke the token with that id, or that label among those of `owner`; `owner` None reaches every token.
+
+        Raises NotFoundError, or UsageError for a label that several tokens have.
+        """
+
+        def work(session: Session) -> Token:
+            query = select(Token).where(Token.revoked_at.is_(None))
+            if owner is not None:
+                query = query.where(Token.kind == "user", Token.name == owner)
+            is_id = func.substr(Token.digest, 1, TOKEN_ID_LENGTH) == reference
+            found = list(session.scalars(query.where(is_id)))
+            found = found or list(session.scalars(query.where(Token.label == reference)))
+            if not found:
+                raise NotFoundError(f"There is no token {reference!r}; `kohakuriver token list` shows what there is.")
+            if len(found) > 1:
+                raise UsageError(f"Several tokens are named {reference!r}; name one by its id.")
+            found[0].revoked_at = self._clock()
+            return found[0]
+
+        return await self._store.run(work)
+
+    # Sharing
+
+    async def share(self, task_id: int, user: str) -> None:
+        """Let a user use a task that is not theirs. Raises NotFoundError when there is no such user."""
+
+        def work(session: Session) -> None:
+            _user(session, user)
+            session.merge(Share(task_id=task_id, user=user))
+
+        await self._store.run(work)
+
+    async def unshare(self, task_id: int, user: str) -> None:
+        """Take that back. Raises NotFoundError when there is nothing to take back."""
+
+        def work(session: Session) -> None:
+            row = session.get(Share, (task_id, user))
+            if row is None:
+                raise NotFoundError(f"The task is not shared with {user!r}; `kohakuriver vps status` shows with whom.")
+            session.delete(row)
+
+        await self._store.run(work)
+
+    async def shares(self, task_ids: Iterable[int]) -> dict[int, list[str]]:
+        """Who else may use these tasks, by name; a task that is not shared is not in it."""
+        wanted = set(task_ids)
+
+        def work(session: Session) -> dict[int, list[str]]:
+            found: dict[int, list[str]] = {}
+            for row in session.scalars(select(Share).order_by(Share.user)):
+                if row.task_id in wanted:
+                    found.setdefault(row.task_id, []).append(row.user)
+            return found
+
+        return await self._store.run(work)
+
+    async def withdrawn(self, uses: Iterable[Use]) -> dict[Use, str]:
+        """Which of these rights are gone, and why, as a sentence for their user."""
+        now = self._clock()
+        return await self._store.run(
+            lambda session: {use: why for use in set(uses) if (why := _withdrawn(session, use, now)) is not None}
+        )
+
+
+def _user(session: Session, name: str) -> User:
+    user = session.get(User, name)
+    if user is None:
+        raise NotFoundError(f"There is no user {name!r}; `kohakuriver user list` shows the users that there are.")
+    return user
+
+
+def _withdrawn(session: Session, use: Use, now: float) -> str | None:
+    if use.key is not None:
+        task = session.get(Task, use.task_id)
+        return None if task is None or task.lets_in(use.key) else "the task does not let the key of this session in"
+    if use.digest is None:
+        return None
+    token = session.get(Token, use.digest)
+    user = session.get(User, token.name) if token is not None else None
+    if token is None or user is None:
+        return "the user of this session was removed"
+    if token.revoked_at is not None:
+        return "the token of this session was revoked"
+    if token.expires_at is not None and token.expires_at <= now:
+        return "the token of this session has expired"
+    task = session.get(Task, use.task_id)
+    if task is None or user.role == "admin" or task.owner == user.name:
+        return None
+    if session.get(Share, (use.task_id, user.name)) is None:
+        return "the task is not shared with this session's user any more"
+    return None

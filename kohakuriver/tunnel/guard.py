@@ -1,0 +1,112 @@
+"""Keeps web pages of others out: cross-site WebSockets, cross-site requests, and DNS rebinding.
+
+A browser lets any page open WebSockets and send simple requests anywhere, with the page's address in `Origin` (RFC 6455
+§10.2). And whoever owns a domain can have its name resolve to an address of ours, after which the browser takes us for
+a part of that page's site: then only the name in `Host` tells. Programs send no Origin, and none is asked of them.
+"""
+
+from __future__ import annotations
+
+import ipaddress
+import socket
+from collections.abc import Iterable
+from urllib.parse import urlsplit
+
+from kohakuriver.errors import NotAllowedError
+
+__all__ = ["Guard"]
+
+_DEFAULT_PORTS = {"http": 80, "https": 443}
+_LONGEST_SHOWN = 100
+
+
+class Guard:
+    """Judges requests by their `Host` and `Origin`.
+
+    Args:
+        names: names that a server is known by beside its IP addresses, `localhost` and the machine's own name, e.g.
+            from the address that it advertises.
+        hosts: the same, named by whoever runs the server: they are asked for wherever a request arrives, while
+            otherwise only what arrives over loopback must have a known name. "*" stands for every name.
+        origins: other sites whose pages may connect, as `https://name[:port]`.
+    """
+
+    def __init__(self, *, names: Iterable[str] = (), hosts: Iterable[str] = (), origins: Iterable[str] = ()) -> None:
+        named = {name.lower() for name in hosts}
+        self._any_host = "*" in named
+        self._always = bool(named)
+        self._names = {"localhost", socket.gethostname().lower(), *(name.lower() for name in names), *named}
+        self._origins = {origin.rstrip("/").lower() for origin in origins}
+
+    def check(self, hosts: list[str], origins: list[str], local: str | None) -> None:
+        """Judge a request by all its Host and Origin headers; `local` is the address of ours that it came to.
+
+        Raises NotAllowedError "host_not_allowed" or "origin_not_allowed".
+        """
+        host = hosts[0] if len(hosts) == 1 else ""
+        name = _name(host)
+        if name is None or ((self._always or _is_loopback(local)) and not self._knows(name)):
+            raise NotAllowedError(
+                f"This server is not known by the name {host[:_LONGEST_SHOWN]!r}; use its address, or start it with "
+                "--allowed-host and that name.",
+                code="host_not_allowed",
+            )
+        for origin in origins:
+            self._check_origin(origin.lower(), host)
+
+    def _check_origin(self, origin: str, host: str) -> None:
+        if origin in self._origins:
+            return
+        parts = urlsplit(origin) if "://" in origin else None
+        if parts is None or not self._is_same(parts.scheme, parts.netloc, host):
+            raise NotAllowedError(
+                f"A page of {origin[:_LONGEST_SHOWN]!r} may not use this server; if it should, start the server with "
+                "--allowed-origin and that origin.",
+                code="origin_not_allowed",
+            )
+
+    def _is_same(self, scheme: str, netloc: str, host: str) -> bool:
+        """Whether a page of ours made the request: one that came from the name and port that the request goes to."""
+        name = _name(netloc)
+        default = _DEFAULT_PORTS.get(scheme)
+        return (
+            name is not None
+            and default is not None
+            and self._knows(name)
+            and (name, _port(netloc, default)) == (_name(host), _port(host, default))
+        )
+
+    def _knows(self, name: str) -> bool:
+        return self._any_host or name in self._names or name.endswith(".localhost") or _is_address(name)
+
+
+def _name(host: str) -> str | None:
+    """The name in `name[:port]`, None where that is no such thing."""
+    if not host or any(character in host for character in "/\\@?#% ") or not host.isascii():
+        return None
+    try:
+        parts = urlsplit(f"//{host}")
+        _ = parts.port  # a bad one raises
+        return (parts.hostname or "").removesuffix(".") or None
+    except ValueError:
+        return None
+
+
+def _port(host: str, default: int) -> int:
+    return urlsplit(f"//{host}").port or default
+
+
+def _is_address(name: str) -> bool:
+    # A browser sends an address only where the page's author wrote one: no name was resolved, so none was rebound.
+    try:
+        ipaddress.ip_address(name)
+    except ValueError:
+        return False
+    return True
+
+
+def _is_loopback(address: str | None) -> bool:
+    try:
+        return address is not None and ipaddress.ip_address(address.partition("%")[0]).is_loopback
+    except ValueError:
+        return False

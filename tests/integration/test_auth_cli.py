@@ -1,0 +1,209 @@
+"""Users, tokens, log-ins and shares, by the commands that people use, on a real host with a real node."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import socket
+import stat
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.programs import Apart, Commands, connect, echoes
+
+
+@pytest.fixture(scope="module")
+def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Apart]:
+    """The admin's commands, with a token in the environment."""
+    cluster = Apart(tmp_path_factory.mktemp("cluster"))
+    yield cluster
+    cluster.close()
+
+
+class Person(Commands):
+    """A user's commands, with settings of their own. `token` is not in the environment."""
+
+    def __init__(self, cluster: Apart, directory: Path, name: str, *options: str) -> None:
+        directory.mkdir()
+        super().__init__(directory)
+        self.name = name
+        self.url = cluster.url
+        self.added: dict[str, Any] = json.loads(cluster.succeed("user", "add", name, "--json", *options))
+        self.token: str = self.added["token"]
+
+    def login(self) -> None:
+        done = self.run("auth", "login", "--host", self.url, stdin=self.token + "\n")
+        assert done.returncode == 0, done.stderr
+
+
+@pytest.fixture
+def people(cluster: Apart, tmp_path: Path) -> Iterator[tuple[Person, Person]]:
+    """ann and bob, who are logged in."""
+    pair = Person(cluster, tmp_path / "ann", "ann"), Person(cluster, tmp_path / "bob", "bob")
+    for person in pair:
+        person.login()
+    yield pair
+    for person in pair:
+        person.close()
+        cluster.run("user", "remove", person.name)
+
+
+def refused(done: subprocess.CompletedProcess[str], said: str, code: int = 5) -> bool:
+    """Whether a command ended with `code` and one sentence."""
+    assert (done.returncode, done.stdout) == (code, ""), done
+    assert done.stderr.startswith("Error: ")
+    assert done.stderr.count("\n") == 1
+    return said in done.stderr
+
+
+def test_a_login_is_kept_for_its_host_in_a_file_of_ones_own(cluster: Apart, tmp_path: Path) -> None:
+    cat = Person(cluster, tmp_path / "cat", "cat", "--expires", "30d")
+    assert cat.added["expires_at"] is not None
+    assert refused(cat.run("auth", "status", "--host", cat.url), "auth login")
+    assert refused(cat.run("auth", "login", "--host", cat.url, stdin="wrong\n"), "does not know this token")
+    assert not (cat.directory / "logins.json").exists()
+
+    logged_in = cat.run("auth", "login", "--host", cat.url, stdin=cat.token + "\n")
+    assert logged_in.stdout == f"Logged in to {cat.url} as cat (user).\n"
+    assert stat.S_IMODE((cat.directory / "logins.json").stat().st_mode) == 0o600
+    # From now on nothing has to be said.
+    status = json.loads(cat.succeed("auth", "status", "--json"))
+    assert (status["host"], status["user"], status["role"], status["source"]) == (cat.url, "cat", "user", "auth login")
+    assert (status["token"]["name"], status["token"]["status"]) == ("first", "valid")
+    assert cat.token not in json.dumps(status)
+    assert "cat" in cat.succeed("auth", "status")
+    # A script's own token goes before.
+    other = json.loads(cat.succeed("token", "create", "script", "--json"))["token"]
+    done = cat.run("auth", "status", "--json", KOHAKURIVER_TOKEN=other)
+    assert json.loads(done.stdout)["token"]["name"] == "script"
+    assert json.loads(done.stdout)["source"] == "KOHAKURIVER_TOKEN"
+
+    assert cat.succeed("auth", "logout", "--revoke") == f"Logged out of {cat.url}.\n"
+    assert refused(cat.run("auth", "status", "--host", cat.url), "auth login")
+    assert refused(cat.run("vps", "list", "--host", cat.url, KOHAKURIVER_TOKEN=cat.token), "revoked")
+    assert cat.succeed("auth", "logout", "--host", cat.url).startswith("You were not logged in")
+    cluster.succeed("user", "remove", "cat")
+
+
+def test_users_and_tokens_are_listed_for_people_and_for_programs(cluster: Apart, people: tuple[Person, Person]) -> None:
+    ann, _ = people
+    users = {user["name"]: user["role"] for user in json.loads(cluster.succeed("user", "list", "--json"))["users"]}
+    assert users == {"admin": "admin", "ann": "user", "bob": "user"}
+    assert [line.split()[:2] for line in cluster.succeed("user", "list").splitlines()][1:] == [
+        ["admin", "admin"],
+        ["ann", "user"],
+        ["bob", "user"],
+    ]
+    made = ann.run("token", "create", "laptop", "--expires", "12h")
+    assert made.stdout.strip().startswith("kr_")
+    assert "laptop" in made.stderr
+    assert made.stdout.strip() not in made.stderr
+    tokens = json.loads(ann.succeed("token", "list", "--json"))["tokens"]
+    assert sorted(token["name"] for token in tokens) == ["first", "laptop"]
+    assert {token["user"] for token in tokens} == {"ann"}
+    everybodys = json.loads(cluster.succeed("token", "list", "--all", "--json"))["tokens"]
+    assert {token["name"] for token in everybodys} >= {"admin-token", "node-token", "first", "laptop"}
+    assert ann.succeed("token", "revoke", "laptop").startswith("Revoked laptop")
+    assert refused(ann.run("token", "revoke", "laptop"), "no token 'laptop'", 3)
+
+
+def test_what_is_for_admins_ends_with_5_for_everybody_else(people: tuple[Person, Person]) -> None:
+    ann, _ = people
+    for command in (
+        ("user", "list"),
+        ("user", "add", "cat"),
+        ("user", "remove", "bob"),
+        ("token", "list", "--all"),
+        ("token", "create", "x", "--user", "bob"),
+        ("token", "create", "x", "--node", "n1"),
+        ("vps", "adopt", "some-container"),
+    ):
+        assert refused(ann.run(*command), "admins")
+
+
+@pytest.mark.parametrize(
+    ("command", "said"),
+    [
+        (("token", "create", "x", "--expires", "soon"), "like 12h or 30d"),
+        (("token", "create", "x", "--expires", "0d"), "like 12h or 30d"),
+        (("token", "create", "x\ny"), "letters"),
+        (("token", "create", "first"), "already"),
+        (("auth", "login"), "token"),
+    ],
+)
+def test_a_wrong_command_line_ends_with_2(people: tuple[Person, Person], command: tuple[str, ...], said: str) -> None:
+    assert refused(people[0].run(*command), said, 2)
+
+
+def test_a_task_is_its_makers_alone_until_it_is_shared(people: tuple[Person, Person]) -> None:
+    ann, bob = people
+    service = ann.service()
+    task = service.task
+    assert json.loads(bob.succeed("vps", "list", "--json"))["tasks"] == []
+    forward = ("forward", task, f"0:{service.port}", "--json")
+    for command in (("vps", "status", task), ("vps", "stop", task), ("vps", "rm", task), forward):
+        assert refused(bob.run(*command), "not yours")
+
+    assert ann.succeed("vps", "share", task, "bob").startswith("bob may now use")
+    assert "bob" in ann.succeed("vps", "status", task)
+    shared = json.loads(bob.succeed("vps", "list", "--json"))["tasks"]
+    assert [(seen["name"], seen["owner"], seen["shared_with"]) for seen in shared] == [(task, "ann", ["bob"])]
+    assert refused(bob.run("vps", "rm", task), "ann")
+    anns, bobs = ann.start(*forward), bob.start(*forward)
+    with connect(anns.listening()) as hers, connect(bobs.listening()) as his:
+        assert echoes(hers)
+        assert echoes(his)
+        assert ann.succeed("vps", "unshare", task, "bob").startswith("bob may no longer use")
+        until_ended(his)
+        assert echoes(hers)
+    assert bobs.ended() == 5
+    assert any("not yours" in line for line in bobs.rest(err=True))
+    assert anns.stop() == 0
+    assert refused(ann.run("vps", "share", task, "nobody"), "no user", 3)
+
+
+def until_ended(connection: socket.socket) -> None:
+    """Wait for the end of a connection, in good order or by a reset."""
+    with contextlib.suppress(ConnectionError):
+        while connection.recv(65536):
+            pass
+
+
+@pytest.mark.parametrize(("how", "said"), [("revoke", "revoked"), ("remove", "removed")])
+def test_an_open_forward_ends_at_once_with_5_when_its_right_does(
+    cluster: Apart, people: tuple[Person, Person], how: str, said: str
+) -> None:
+    ann, _ = people
+    service = ann.service()
+    secret = ann.succeed("token", "create", "short", "--expires", "1h").strip()
+    forward = ann.start("forward", service.task, f"0:{service.port}", "--json", KOHAKURIVER_TOKEN=secret)
+    with connect(forward.listening()) as connection:
+        assert echoes(connection)
+        if how == "revoke":
+            ann.succeed("token", "revoke", "short")
+        else:
+            cluster.succeed("user", "remove", "ann")
+        until_ended(connection)
+    assert said in forward.event("reconnecting")["reason"]
+    assert forward.ended() == 5
+    assert forward.rest(err=True)[-1].startswith("Error: This token was revoked")
+
+
+def test_a_node_with_a_token_of_its_own_joins_and_with_anothers_does_not(cluster: Apart, tmp_path: Path) -> None:
+    own = json.loads(cluster.succeed("token", "create", "second", "--node", "second", "--json"))
+    assert own["token"].startswith("krn_")
+    runner = [f"--host-url={cluster.url}", "--bind=127.0.0.1", "--port=0", "--json"]
+    environment = {"KOHAKURIVER_NODE_TOKEN": own["token"]}
+    wrong = cluster.start("runner", *runner, "--name=third", f"--state-dir={tmp_path / 'third'}", **environment)
+    assert "node second alone" in wrong.line("does not take this node in", err=True)
+    right = cluster.start("runner", *runner, "--name=second", f"--state-dir={tmp_path / 'second'}", **environment)
+    right.line("registered with the host", err=True)
+    nodes = {node["name"] for node in json.loads(cluster.succeed("node", "list", "--json"))["nodes"]}
+    assert "second" in nodes
+    assert "third" not in nodes
+    for program in (wrong, right):
+        assert program.stop() == 0

@@ -1,0 +1,139 @@
+"""One container against another: what a hostile task can get at from inside, with a real engine."""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+
+from tests.cluster import Cluster, a_cluster
+from tests.integration import docker_images
+from tests.integration.docker_images import docker
+from tests.integration.test_docker_backend import ECHO, PORT, STAY, echoes, remove_all
+
+pytestmark = pytest.mark.docker
+BUSYBOX = "/bin/busybox"
+
+
+@pytest.fixture(scope="module")
+def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
+    docker_images.require_engine()
+    with a_cluster(tmp_path_factory.mktemp("isolation")) as cluster:
+        cluster.start_runner("n1", "--backend", "docker")
+        try:
+            yield cluster
+        finally:
+            remove_all(cluster)
+
+
+@pytest.fixture(scope="module")
+def pair(cluster: Cluster) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Two tasks: one that echoes, and one that is up to no good."""
+    image = docker_images.busybox_image()
+    victim = cluster.create(*ECHO, image=image, name="victim")
+    hostile = cluster.create(*STAY, image=image, name="hostile")
+    for name in ("victim", "hostile"):
+        cluster.connected(name)
+    return victim, hostile
+
+
+def inside(task: dict[str, Any], *command: str) -> subprocess.CompletedProcess[str]:
+    """What a command in the task's container comes to."""
+    return subprocess.run(["docker", "exec", task["container"], *command], capture_output=True, text=True, timeout=60)
+
+
+def variables(task: dict[str, Any]) -> dict[str, str]:
+    """The environment that the task's own processes see."""
+    return dict(line.split("=", 1) for line in inside(task, BUSYBOX, "env").stdout.splitlines() if "=" in line)
+
+
+def token_of(task: dict[str, Any]) -> str:
+    return inside(task, BUSYBOX, "cat", "/.kohakuriver/token").stdout.strip()
+
+
+def address_of(task: dict[str, Any]) -> str:
+    networks = json.loads(docker("inspect", "-f", "{{json .NetworkSettings.Networks}}", task["container"]))
+    return next(str(network["IPAddress"]) for network in networks.values())
+
+
+def test_a_container_does_not_reach_another(cluster: Cluster, pair: tuple[dict[str, Any], dict[str, Any]]) -> None:
+    victim, hostile = pair
+    assert echoes(cluster, "victim")  # so it does listen
+    address = address_of(victim)
+    tried = inside(hostile, BUSYBOX, "timeout", "2", BUSYBOX, "nc", address, str(PORT), "-e", BUSYBOX, "true")
+    assert tried.returncode != 0
+    assert inside(hostile, BUSYBOX, "ping", "-c", "1", "-W", "1", address).returncode != 0
+    # From the node itself it is there: the refusal is no accident.
+    with socket.create_connection((address, PORT), timeout=20):
+        pass
+
+
+def dialled(url: str, container: str, token: str | None) -> int:
+    """What a tunnel client for `container` with that token is answered with."""
+    headers = {
+        "Connection": "Upgrade",
+        "Upgrade": "websocket",
+        "Sec-WebSocket-Version": "13",
+        "Sec-WebSocket-Key": "dGhlIHNhbXBsZSBub25jZQ==",
+    } | ({} if token is None else {"Authorization": f"Bearer {token}"})
+    with httpx.stream(
+        "GET", f"{url}/ws/tunnel/{container}", headers=headers, trust_env=False, verify=False, timeout=20
+    ) as answer:
+        return answer.status_code
+
+
+def test_a_container_can_not_register_as_another(pair: tuple[dict[str, Any], dict[str, Any]]) -> None:
+    victim, hostile = pair
+    # The node reaches the listener that is there for containers, as they do.
+    url = variables(hostile)["KOHAKURIVER_TUNNEL_URL"]
+    own, others = token_of(hostile), token_of(victim)
+    assert len(own) == len(others) == 64
+    assert own != others
+    assert dialled(url, victim["container"], own) == 403
+    assert dialled(url, victim["container"], None) == 401
+    assert dialled(url, "kohakuriver-vps-1", own) == 403
+    assert dialled(url, hostile["container"], own) == 101  # and that is all it opens
+
+
+def test_a_container_finds_no_way_to_the_runner_but_its_tunnel(pair: tuple[dict[str, Any], dict[str, Any]]) -> None:
+    _, hostile = pair
+    url = variables(hostile)["KOHAKURIVER_TUNNEL_URL"]
+    for path in ("/health", "/api/tasks", "/docs", "/openapi.json", f"/ws/forward/{hostile['container']}/80"):
+        tried = inside(hostile, BUSYBOX, "wget", "-q", "-O", "-", f"{url}{path}")
+        assert tried.returncode != 0, path
+        assert "404" in tried.stderr, path
+
+
+def test_a_containers_token_is_in_no_place_that_others_see(
+    cluster: Cluster, pair: tuple[dict[str, Any], dict[str, Any]]
+) -> None:
+    victim, _ = pair
+    token = token_of(victim)
+    assert token not in docker("inspect", victim["container"])
+    assert token not in docker("top", victim["container"], "-eo", "pid,args")
+    assert token not in docker("logs", victim["container"])
+    pids = docker("top", victim["container"], "-eo", "pid").split()[1:]
+    for pid in pids:
+        for name in ("cmdline", "environ"):
+            assert token.encode() not in Path(f"/proc/{pid}/{name}").read_bytes()
+    if os.geteuid() == 0:
+        # On the node, its file is behind a directory that is the runner's user's alone.
+        state = cluster.state_of("n1")
+        assert state.stat().st_mode & 0o077 == 0
+        found = subprocess.run(["grep", "-rlF", token, str(state)], capture_output=True, text=True, check=False).stdout
+        assert [Path(line).name for line in found.splitlines()] == ["token"]
+
+
+def test_a_removed_tasks_token_opens_nothing(cluster: Cluster) -> None:
+    gone = cluster.create(*STAY, image=docker_images.busybox_image(), name="gone")
+    cluster.connected("gone")
+    token, url = token_of(gone), variables(gone)["KOHAKURIVER_TUNNEL_URL"]
+    assert cluster.call("DELETE", "/api/tasks/gone")[0] == 200
+    assert dialled(url, gone["container"], token) == 403

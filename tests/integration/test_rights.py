@@ -1,0 +1,185 @@
+"""Users, owners and shares hold on every way into a task: terminals and port 8002 as well as forwards."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import getpass
+import json
+import os
+import socket
+import subprocess
+import sys
+from collections.abc import AsyncIterator, Callable, Coroutine, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import asyncssh
+import pytest
+from websockets.exceptions import ConnectionClosed, InvalidStatus
+from websockets.sync.client import ClientConnection, connect
+from websockets.typing import Subprotocol
+
+from tests.chain import echo, service
+from tests.cluster import PATIENCE, Cluster, a_cluster, eventually
+
+Run = Callable[[Coroutine[Any, Any, None]], None]
+V2 = Subprotocol("kohakuriver.terminal.v2")
+
+
+@dataclass
+class People:
+    """A cluster with a task `here` of Ann's, which lets her SSH key in; she, Bob and Cid have a token each."""
+
+    cluster: Cluster
+    key: asyncssh.SSHKey
+    tokens: dict[str, str]
+
+    def share(self, user: str = "bob") -> None:
+        assert self.cluster.call("POST", "/api/tasks/here/shares", {"user": user})[0] == 201
+
+    def unshare(self, user: str = "bob") -> None:
+        assert self.cluster.call("DELETE", f"/api/tasks/here/shares/{user}")[0] == 200
+
+    @contextlib.contextmanager
+    def terminal(self, user: str) -> Iterator[ClientConnection]:
+        url = f"ws{self.cluster.url.removeprefix('http')}/ws/task/here/terminal?start=1"
+        headers = {"Authorization": f"Bearer {self.tokens[user]}"}
+        with connect(url, additional_headers=headers, subprotocols=[V2], open_timeout=PATIENCE, proxy=None) as opened:
+            yield opened
+
+    def request(self, user: str) -> tuple[socket.socket, bytes]:
+        """A connection to the SSH proxy, and the line that it answered with."""
+        host, _, port = str(self.cluster.host.ready["ssh_proxy"]).rpartition(":")
+        sock = socket.create_connection((host, int(port)), timeout=PATIENCE)
+        sock.sendall(f"REQUEST_TUNNEL here {self.tokens[user]}\n".encode())
+        line = b""
+        while not line.endswith(b"\n"):
+            line += sock.recv(1)
+        return sock, line
+
+    @contextlib.asynccontextmanager
+    async def jump(self, **credential: Any) -> AsyncIterator[asyncssh.SSHClientConnection]:
+        host, _, port = str(self.cluster.host.ready["ssh_proxy"]).rpartition(":")
+        given = {"username": "me", "known_hosts": None, "client_keys": None, "config": None, "agent_path": None}
+        async with asyncssh.connect(host, int(port), **{**given, **credential}) as connection:
+            yield connection
+
+
+@pytest.fixture
+def people(tmp_path: Path) -> Iterator[People]:
+    key = asyncssh.generate_private_key("ssh-ed25519")
+    with a_cluster(tmp_path) as cluster:
+        cluster.start_runner("n1", "--backend", "process")
+        tokens = {}
+        for name in ("ann", "bob", "cid"):
+            assert cluster.call("POST", "/api/users", {"name": name})[0] == 201
+            tokens[name] = cluster.call("POST", "/api/tokens", {"user": name, "name": "t"})[1]["token"]
+        body = {"name": "here", "ssh": True, "ssh_keys": [key.export_public_key().decode().strip()]}
+        answer = cluster.http.post("/api/tasks", json=body, headers={"Authorization": f"Bearer {tokens['ann']}"})
+        assert answer.status_code == 201, answer.text
+        cluster.connected("here")
+        yield People(cluster, key, tokens)
+
+
+def test_a_terminal_is_for_whom_the_task_is_and_ends_with_the_share(people: People) -> None:
+    with pytest.raises(InvalidStatus) as refused, people.terminal("bob"):
+        pass
+    assert refused.value.response.status_code == 403
+    assert json.loads(refused.value.response.body or b"")["error"] == "not_your_task"
+    people.share()
+    with people.terminal("bob") as bobs, people.terminal("ann") as anns:
+        for opened in (bobs, anns):
+            opened.send(json.dumps({"type": "start", "command": ["sh", "-c", "echo $$; exec cat"], "tty": False}))
+        pid = int(bobs.recv(PATIENCE))
+        assert anns.recv(PATIENCE)
+        people.unshare()
+        message = json.loads(bobs.recv(PATIENCE))
+        assert (message["status"], message["error"]) == (403, "not_allowed")
+        with pytest.raises(ConnectionClosed):
+            bobs.recv(PATIENCE)
+        assert bobs.close_code == 1008
+        eventually(lambda: not Path(f"/proc/{pid}").exists())
+        anns.send(b"still here\n")
+        assert anns.recv(PATIENCE) == b"still here\n"
+
+
+def test_connect_ends_with_exit_code_5_and_the_reason_when_its_token_is_revoked(people: People) -> None:
+    environment = {
+        **os.environ,
+        "KOHAKURIVER_HOST": people.cluster.url,
+        "KOHAKURIVER_TOKEN": people.tokens["ann"],
+        "KOHAKURIVER_CONFIG_DIR": str(people.cluster.directory / "empty"),
+    }
+    command = [sys.executable, "-m", "kohakuriver", "connect", "here", "--", "sh", "-c", "echo there; exec cat"]
+    pipes: dict[str, Any] = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    with subprocess.Popen(command, env=environment, **pipes) as process:
+        assert process.stdout is not None
+        assert process.stderr is not None
+        assert process.stdout.readline() == b"there\n"
+        tokens = people.cluster.call("GET", "/api/tokens?user=ann")[1]
+        assert people.cluster.call("DELETE", f"/api/tokens/{tokens[0]['id']}")[0] == 200
+        assert process.wait(PATIENCE) == 5
+        assert b"the token of this session was revoked" in process.stderr.read()
+
+
+def test_the_ssh_proxy_takes_those_whom_the_task_is_for_and_ends_with_the_share(run: Run, people: People) -> None:
+    stranger, line = people.request("cid")
+    assert line.startswith(b"ERROR Task here is not yours")
+    stranger.close()
+    people.share()
+    (bobs, taken), (anns, also_taken) = people.request("bob"), people.request("ann")
+    assert taken == also_taken == b"SUCCESS\n"
+    with bobs:
+        assert bobs.recv(4) == b"SSH-"
+        people.unshare()
+        with contextlib.suppress(ConnectionResetError):
+            while bobs.recv(1 << 16):
+                pass
+
+    async def log_in() -> None:
+        anns.settimeout(None)
+        given = {"username": getpass.getuser(), "known_hosts": None, "config": None, "agent_path": None}
+        async with asyncssh.connect(sock=anns, client_keys=[people.key], **given) as connection:
+            assert (await connection.run("echo still here")).stdout == "still here\n"
+
+    run(log_in())
+
+
+def test_the_jump_host_takes_those_whom_the_task_is_for_and_ends_with_the_share(run: Run, people: People) -> None:
+    async def check() -> None:
+        async with service(echo) as port:
+            async with people.jump(password=people.tokens["cid"]) as cids:
+                with pytest.raises(asyncssh.ChannelOpenError, match="not yours"):
+                    await cids.open_connection("here", port)
+            people.share()
+            async with people.jump(password=people.tokens["bob"]) as bobs:
+                reader, writer = await bobs.open_connection("here", port)
+                writer.write(b"hello")
+                assert await reader.readexactly(5) == b"hello"
+                await asyncio.to_thread(people.unshare)
+                with contextlib.suppress(asyncssh.Error, ConnectionError):
+                    assert await asyncio.wait_for(reader.read(), PATIENCE) == b""
+                with pytest.raises(asyncssh.ChannelOpenError, match="not yours"):
+                    await bobs.open_connection("here", port)
+
+    run(check())
+
+
+def test_the_key_of_a_user_opens_nothing_at_the_jump_host_after_the_user_was_removed(run: Run, people: People) -> None:
+    async def check() -> None:
+        async with service(echo) as port, people.jump(client_keys=[people.key]) as anns:
+            reader, writer = await anns.open_connection("here", port)
+            writer.write(b"hello")
+            assert await reader.readexactly(5) == b"hello"
+            assert (await asyncio.to_thread(people.cluster.call, "DELETE", "/api/users/ann"))[0] == 200
+            with contextlib.suppress(asyncssh.Error, ConnectionError):
+                assert await asyncio.wait_for(reader.read(), PATIENCE) == b""
+            with pytest.raises(asyncssh.ChannelOpenError):
+                await anns.open_connection("here", port)
+            with pytest.raises(asyncssh.PermissionDenied):
+                async with people.jump(client_keys=[people.key]):
+                    pass
+
+    run(check())

@@ -1,0 +1,346 @@
+"""Users, tokens, shares: what the host's HTTP API makes of them, and that sessions end with the right to them."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Coroutine
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from kohakuriver.errors import NotAllowedError, UnauthenticatedError
+from kohakuriver.host.forwards import Forwards
+from kohakuriver.host.tunnel_proxy import ForwardTarget
+from tests.control import HostUnderTest, a_host
+
+Run = Callable[[Coroutine[Any, Any, None]], None]
+
+
+def test_a_user_sees_and_uses_own_tasks_alone_until_one_is_shared(run: Run, tmp_path: Path) -> None:
+    async def check() -> None:
+        async with a_host(tmp_path) as host:
+            await host.runner()
+            ann, _ = await host.person("ann")
+            bob, bobs = await host.person("bob")
+            task = (await ann.post("/api/tasks", json={"name": "web"})).json()
+            assert (task["owner"], task["shared_with"]) == ("ann", [])
+            assert (await bob.get("/api/tasks")).json() == []
+            for reference in ("web", task["task_id"]):
+                answer = await bob.get(f"/api/tasks/{reference}")
+                assert (answer.status_code, answer.json()["error"]) == (403, "not_your_task")
+                assert "vps share web bob" in answer.json()["message"]
+            with pytest.raises(NotAllowedError):
+                await host.forwards.authorize(bobs, "web", 80, "tcp")
+
+            assert (await ann.post("/api/tasks/web/shares", json={"user": "bob"})).json()["shared_with"] == ["bob"]
+            assert [seen["name"] for seen in (await bob.get("/api/tasks")).json()] == ["web"]
+            (await host.forwards.authorize(bobs, "web", 80, "tcp")).grant.release()  # type: ignore[union-attr]
+            for answer in (
+                await bob.post("/api/tasks/web/stop"),
+                await bob.delete("/api/tasks/web"),
+                await bob.post("/api/tasks/web/shares", json={"user": "bob"}),
+            ):
+                assert answer.status_code == 403
+
+            assert (await ann.delete("/api/tasks/web/shares/bob")).json()["shared_with"] == []
+            assert (await bob.get("/api/tasks/web")).status_code == 403
+            assert (await ann.delete("/api/tasks/web/shares/bob")).status_code == 404
+            assert (await ann.post("/api/tasks/web/shares", json={"user": "nobody"})).status_code == 404
+
+    run(check())
+
+
+def test_admins_see_and_change_every_task(run: Run, tmp_path: Path) -> None:
+    async def check() -> None:
+        async with a_host(tmp_path) as host:
+            await host.runner()
+            ann, _ = await host.person("ann")
+            root, _ = await host.person("root", "admin")
+            await ann.post("/api/tasks", json={"name": "web"})
+            assert [task["owner"] for task in (await root.get("/api/tasks")).json()] == ["ann"]
+            assert (await root.post("/api/tasks/web/stop")).status_code == 200
+            assert (await root.delete("/api/tasks/web")).status_code == 200
+
+    run(check())
+
+
+def test_a_share_ends_with_its_task(run: Run, tmp_path: Path) -> None:
+    async def check() -> None:
+        async with a_host(tmp_path) as host:
+            runner = await host.runner()
+            ann, _ = await host.person("ann")
+            await host.person("bob")
+            for away in (False, True):
+                task = (await ann.post("/api/tasks", json={"name": "web"})).json()
+                await ann.post("/api/tasks/web/shares", json={"user": "bob"})
+                if away:
+                    host.clock.now += 100
+                assert (await ann.delete("/api/tasks/web")).status_code == 200
+                assert await host.people._accounts.shares([task["task_id"]]) == {}
+            await runner.beat()
+
+    run(check())
+
+
+def test_what_reaches_beyond_a_users_own_containers_is_for_admins(run: Run, tmp_path: Path) -> None:
+    async def check() -> None:
+        async with a_host(tmp_path) as host:
+            await host.runner(backends=("docker", "address"))
+            ann, _ = await host.person("ann")
+            for path, body in (
+                ("/api/tasks", {"image": "x", "mounts": ["/etc:/etc"]}),
+                ("/api/tasks/adopt", {"container": "somebodys"}),
+                ("/api/tasks/adopt", {"address": "127.0.0.1"}),
+            ):
+                answer = await ann.post(path, json=body)
+                assert (answer.status_code, answer.json()["error"]) == (403, "not_admin")
+            assert (await host.user.post("/api/tasks", json={"image": "x", "mounts": ["/etc:/etc"]})).status_code == 201
+            host.tasks._user_mounts = True
+            assert (await ann.post("/api/tasks", json={"image": "x", "mounts": ["/etc:/etc"]})).status_code == 201
+
+    run(check())
+
+
+def test_a_token_is_shown_once_and_listed_without_its_secret(run: Run, tmp_path: Path) -> None:
+    async def check() -> None:
+        async with a_host(tmp_path) as host:
+            ann, _ = await host.person("ann")
+            host.clock.now += 1
+            made = (await ann.post("/api/tokens", json={"name": "laptop", "expires_in": 3600})).json()
+            assert made["token"].startswith("kr_")
+            listed = (await ann.get("/api/tokens")).json()
+            assert [(token["name"], token["user"], token["status"]) for token in listed] == [
+                ("first", "ann", "valid"),
+                ("laptop", "ann", "valid"),
+            ]
+            assert listed[1] == {key: value for key, value in made.items() if key != "token"}
+            assert made["token"] not in (await host.user.get("/api/tokens?all=true")).text
+            taken = await ann.post("/api/tokens", json={"name": "laptop"})
+            assert (taken.status_code, taken.json()["error"]) == (400, "name_taken")
+            host.clock.now += 3601
+            assert (await ann.get("/api/tokens")).json()[1]["status"] == "expired"
+
+    run(check())
+
+
+@pytest.mark.parametrize(
+    ("how", "said"), [("expired", "expired"), ("revoked", "revoked"), ("removed", "revoked"), ("made up", "not know")]
+)
+def test_a_token_that_is_not_valid_any_more_opens_nothing_and_says_why(
+    run: Run, tmp_path: Path, how: str, said: str
+) -> None:
+    async def check() -> None:
+        async with a_host(tmp_path) as host:
+            await host.runner()
+            ann, secret = await host.person("ann", expires_in=60)
+            await ann.post("/api/tasks", json={"name": "web"})
+            if how == "expired":
+                host.clock.now += 60
+            elif how == "revoked":
+                assert (await ann.delete("/api/tokens/first")).status_code == 200
+            elif how == "removed":
+                assert (await host.user.delete("/api/users/ann")).status_code == 200
+            else:
+                ann = host.client(secret := secret[:-1])
+            answer = await ann.get("/api/auth")
+            assert answer.status_code == 401
+            assert said in answer.json()["message"]
+            assert answer.headers["WWW-Authenticate"] == "Bearer"
+            with pytest.raises(UnauthenticatedError):
+                await host.forwards.authorize(secret, "web", 80, "tcp")
+
+    run(check())
+
+
+def test_a_user_manages_own_tokens_and_no_others(run: Run, tmp_path: Path) -> None:
+    async def check() -> None:
+        async with a_host(tmp_path) as host:
+            ann, _ = await host.person("ann")
+            bob, _ = await host.person("bob")
+            anns = (await ann.get("/api/tokens")).json()[0]
+            assert (await bob.delete(f"/api/tokens/{anns['id']}")).status_code == 404
+            assert (await bob.get("/api/tokens?user=ann")).status_code == 403
+            assert (await bob.get("/api/tokens?all=true")).status_code == 403
+            assert (await bob.post("/api/tokens", json={"name": "x", "user": "ann"})).status_code == 403
+            assert (await bob.post("/api/tokens", json={"name": "x", "node": "n1"})).status_code == 403
+            assert (await bob.post("/api/tokens", json={"name": "x", "user": "bob"})).status_code == 201
+            # "first" is the name of a token of each: it means one's own.
+            assert (await bob.delete("/api/tokens/first")).json()["user"] == "bob"
+            assert (await host.user.delete(f"/api/tokens/{anns['id']}")).json()["user"] == "ann"
+
+    run(check())
+
+
+def test_a_token_that_expires_makes_none_that_outlives_it(run: Run, tmp_path: Path) -> None:
+    async def check() -> None:
+        async with a_host(tmp_path) as host:
+            ann, _ = await host.person("ann", expires_in=100)
+            first = (await ann.get("/api/tokens")).json()[0]
+            for expires_in in (None, 1000):
+                made = await ann.post("/api/tokens", json={"name": f"more {expires_in}", "expires_in": expires_in})
+                assert made.json()["expires_at"] == first["expires_at"]
+            sooner = await ann.post("/api/tokens", json={"name": "sooner", "expires_in": 10})
+            assert sooner.json()["expires_at"] < first["expires_at"]
+
+    run(check())
+
+
+def test_the_tasks_of_a_user_who_is_removed_pass_to_the_admin_who_does_it(run: Run, tmp_path: Path) -> None:
+    async def check() -> None:
+        async with a_host(tmp_path) as host:
+            await host.runner()
+            ann, _ = await host.person("ann")
+            root, _ = await host.person("root", "admin")
+            await ann.post("/api/tasks", json={"name": "web"})
+            assert (await root.delete("/api/users/ann")).json()["name"] == "ann"
+            assert (await root.get("/api/tasks/web")).json()["owner"] == "root"
+            # Whoever gets the name next gets nothing else with it.
+            again, _ = await host.person("ann")
+            assert (await again.get("/api/tasks")).json() == []
+            assert (await root.delete("/api/users/nobody")).status_code == 404
+            for stays in ("root", "admin"):
+                assert (await root.delete(f"/api/users/{stays}")).status_code == 400
+
+    run(check())
+
+
+@pytest.mark.parametrize("name", ["", "Ann", "an n", "anonymous", "x" * 64, "-ann"])
+def test_a_user_can_not_be_called_just_anything(run: Run, tmp_path: Path, name: str) -> None:
+    async def check() -> None:
+        async with a_host(tmp_path) as host:
+            assert (await host.user.post("/api/users", json={"name": name})).status_code == 400
+            assert (await host.user.post("/api/users", json={"name": "admin"})).json()["error"] == "name_taken"
+
+    run(check())
+
+
+def test_the_hosts_own_token_is_replaced_after_it_was_revoked(run: Run, tmp_path: Path) -> None:
+    async def check() -> None:
+        secrets = []
+        for _ in range(2):
+            async with a_host(tmp_path) as host:
+                secrets.append(host.admin_token)
+                assert (await host.user.get("/api/auth")).json()["user"] == "admin"
+                assert (await host.user.delete("/api/tokens/admin-token")).status_code == 200
+                assert (await host.user.get("/api/auth")).status_code == 401
+        assert secrets[0] != secrets[1]
+        async with a_host(tmp_path) as host:
+            for secret in secrets:
+                assert (await host.client(secret).get("/api/auth")).status_code == 401
+
+    run(check())
+
+
+def test_a_nodes_own_token_registers_that_node_alone(run: Run, tmp_path: Path) -> None:
+    async def check() -> None:
+        async with a_host(tmp_path) as host:
+            host.node = host.client(await host.token(node="n1", name="for n1"))
+            runner = await host.runner("n1")
+            assert (await runner.beat()).status_code == 200
+            body = {"name": "n2", "url": "http://n2:1", "backends": []}
+            assert (await host.node.post("/api/nodes/register", json=body)).status_code == 403
+            assert (await host.node.post("/api/nodes/n2/heartbeat", json={})).status_code == 403
+            await host.user.delete("/api/tokens/for n1")
+            assert (await runner.beat()).status_code == 401
+
+    run(check())
+
+
+class Session:
+    """A session as the host's registry knows it."""
+
+    def __init__(self, target: ForwardTarget) -> None:
+        assert target.grant is not None
+        self.ended: list[str] = []
+        self.grant = target.grant
+        self.grant.attach(self.ended.append)
+
+    @classmethod
+    async def open(cls, forwards: Forwards, secret: str | None, task: str = "web") -> Session:
+        return cls(await forwards.authorize(secret, task, 80, "tcp"))
+
+
+async def two_users(host: HostUnderTest) -> tuple[Any, str, Any, str]:
+    """ann, who owns the task "web", and bob, with whom it is shared."""
+    await host.runner()
+    ann, anns = await host.person("ann")
+    bob, bobs = await host.person("bob", expires_in=100)
+    await ann.post("/api/tasks", json={"name": "web"})
+    await ann.post("/api/tasks/web/shares", json={"user": "bob"})
+    return ann, anns, bob, bobs
+
+
+@pytest.mark.parametrize(
+    ("how", "said"),
+    [("revoke", "revoked"), ("remove user", "user"), ("unshare", "not shared"), ("expire", "expired")],
+)
+def test_sessions_end_with_the_right_to_them_and_others_go_on(run: Run, tmp_path: Path, how: str, said: str) -> None:
+    async def check() -> None:
+        async with a_host(tmp_path) as host:
+            ann, anns, bob, bobs = await two_users(host)
+            second = (await bob.post("/api/tokens", json={"name": "second"})).json()["token"]
+            sessions = [await Session.open(host.forwards, secret) for secret in (anns, bobs, second, host.admin_token)]
+            if how == "revoke":
+                await bob.delete("/api/tokens/first")
+            elif how == "remove user":
+                await host.user.delete("/api/users/bob")
+            elif how == "unshare":
+                await ann.delete("/api/tasks/web/shares/bob")
+            else:
+                host.clock.now += 101
+                await host.grants.check()
+            hit = [len(session.ended) for session in sessions]
+            assert hit == ([0, 1, 0, 0] if how == "revoke" else [0, 1, 1, 0])
+            assert said in sessions[1].ended[0]
+            assert len(host.grants) == 4 - sum(hit)
+            for session in sessions:
+                session.grant.release()
+            assert len(host.grants) == 0
+
+    run(check())
+
+
+def test_a_session_that_loses_its_right_while_it_is_being_opened_ends_as_soon_as_it_is_open(
+    run: Run, tmp_path: Path
+) -> None:
+    async def check() -> None:
+        async with a_host(tmp_path) as host:
+            _, _, bob, bobs = await two_users(host)
+            target = await host.forwards.authorize(bobs, "web", 80, "tcp")
+            await bob.delete("/api/tokens/first")
+            assert "revoked" in Session(target).ended[0]
+
+    run(check())
+
+
+def test_what_another_host_on_the_same_database_revokes_ends_here_too(
+    run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("kohakuriver.host.grants.CHECK_SECONDS", 0.01)
+
+    async def check() -> None:
+        async with a_host(tmp_path) as host:
+            _, _, _, bobs = await two_users(host)
+            checking = asyncio.ensure_future(host.grants.run())
+            target = await host.forwards.authorize(bobs, "web", 80, "tcp")
+            ended: asyncio.Future[str] = asyncio.get_running_loop().create_future()
+            assert target.grant is not None
+            target.grant.attach(ended.set_result)
+            async with a_host(tmp_path) as other:
+                await other.user.delete("/api/users/bob")
+                assert "user" in await ended
+            checking.cancel()
+
+    run(check())
+
+
+def test_a_session_without_a_token_is_nobodys_to_end(run: Run, tmp_path: Path) -> None:
+    async def check() -> None:
+        async with a_host(tmp_path, allow_anonymous=True) as host:
+            await two_users(host)
+            session = await Session.open(host.forwards, None)
+            await host.grants.check()
+            assert session.ended == []
+
+    run(check())

@@ -1,0 +1,346 @@
+"""Who gets in where: every path and method of host and runner, tried with every kind of credential, right and wrong.
+
+The table of tries is made from the programs' own routes. A route that no rule here speaks of fails the test.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import re
+import time
+from collections.abc import AsyncIterator, Callable, Coroutine, Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+import httpx
+import jwt
+import pytest
+from fastapi import FastAPI
+from websockets.asyncio.client import connect
+from websockets.exceptions import InvalidStatus
+
+from kohakuriver.runner import app as runner_app
+from kohakuriver.runner.registration import NodeIdentity, Registration
+from kohakuriver.runner.state import State, TaskRecord
+from kohakuriver.runner.tasks import TaskManager
+from kohakuriver.runner.terminal import TerminalServer
+from kohakuriver.runner.tunnel_server import TunnelServer
+from kohakuriver.tunnel import ticket
+from kohakuriver.tunnel.guard import Guard
+from kohakuriver.tunnel.protocol import TUNNEL_V2
+from kohakuriver.tunnel.server import TunnelRoute, serve_ws
+from tests.control import HostUnderTest, a_host, serving
+
+Run = Callable[[Coroutine[Any, Any, None]], None]
+Route = tuple[str, str]
+METHODS = ("GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS", "TRACE")
+
+# What a rule is: what the credentials that it names are answered with. Whatever a rule does not name is refused with
+# 401: no credential, and one that was never good for anything here. "in" is any answer but 401 and 403.
+Rule = dict[str, str]
+OPEN: Rule = {}
+ALL_USERS = ("admin", "owner", "shared", "stranger")
+BY_USERS: Rule = dict.fromkeys(ALL_USERS, "in")
+BY_ADMINS: Rule = BY_USERS | dict.fromkeys(("owner", "shared", "stranger"), "403")
+BY_WHO_MAY_USE: Rule = BY_USERS | {"stranger": "403"}
+BY_OWNERS: Rule = BY_USERS | {"stranger": "403", "shared": "403"}
+BY_NODES: Rule = {"node": "in", "this node": "in", "other node": "403"}
+
+HOST_RULES: dict[Route, Rule] = {
+    ("GET", "/health"): OPEN,
+    ("GET", "/openapi.json"): OPEN,
+    ("GET", "/docs"): OPEN,
+    ("GET", "/docs/oauth2-redirect"): OPEN,
+    ("GET", "/redoc"): OPEN,
+    ("GET", "/api/auth"): BY_USERS,
+    ("GET", "/api/users"): BY_ADMINS,
+    ("POST", "/api/users"): BY_ADMINS,
+    ("DELETE", "/api/users/{name}"): BY_ADMINS,
+    ("GET", "/api/tokens"): BY_USERS,
+    ("POST", "/api/tokens"): BY_USERS,
+    ("DELETE", "/api/tokens/{token}"): BY_USERS,
+    ("GET", "/api/nodes"): BY_USERS,
+    ("POST", "/api/nodes/register"): BY_NODES,
+    ("POST", "/api/nodes/{name}/heartbeat"): BY_NODES,
+    ("GET", "/api/tasks"): BY_USERS,
+    ("POST", "/api/tasks"): BY_USERS,
+    ("POST", "/api/tasks/adopt"): BY_ADMINS,
+    ("GET", "/api/tasks/{task}"): BY_WHO_MAY_USE,
+    ("GET", "/api/tasks/{task}/wait"): BY_WHO_MAY_USE,
+    ("POST", "/api/tasks/{task}/stop"): BY_OWNERS,
+    ("POST", "/api/tasks/{task}/restart"): BY_OWNERS,
+    ("DELETE", "/api/tasks/{task}"): BY_OWNERS,
+    ("POST", "/api/tasks/{task}/shares"): BY_OWNERS,
+    ("DELETE", "/api/tasks/{task}/shares/{user}"): BY_OWNERS,
+    ("WS", "/ws/forward/{task_id}/{port}"): BY_WHO_MAY_USE,
+    ("WS", "/ws/task/{task_id}/terminal"): BY_WHO_MAY_USE,
+}
+
+CONTROL: Rule = {"control": "in", "control of another container": "403", "forward": "403", "terminal": "403"}
+CONTROL_OF_NONE: Rule = CONTROL | {"control of another container": "in"}
+NO_TOKEN_OF_THIS_CONTAINER = (
+    *("garbage", "user", "node", "container of another", "control", "forward", "forward of another container"),
+    *("terminal", "terminal of another container", "another key", "another node", "expired", "too long", "used"),
+)
+
+RUNNER_RULES: dict[Route, Rule] = {
+    ("GET", "/health"): OPEN,
+    ("GET", "/api/tasks"): CONTROL_OF_NONE,
+    ("POST", "/api/tasks"): CONTROL,
+    ("POST", "/api/tasks/adopt"): CONTROL,
+    ("GET", "/api/tasks/{container}"): CONTROL,
+    ("POST", "/api/tasks/{container}/stop"): CONTROL,
+    ("POST", "/api/tasks/{container}/restart"): CONTROL,
+    ("DELETE", "/api/tasks/{container}"): CONTROL,
+    ("WS", "/ws/forward/{container}/{port}"): {
+        "forward": "in",
+        "forward of another container": "403",
+        **dict.fromkeys(("control", "control of another container"), "403"),
+        **dict.fromkeys(("terminal", "terminal of another container"), "403"),
+    },
+    ("WS", "/ws/task/{id}/terminal"): {
+        "terminal": "in",
+        "terminal of another container": "403",
+        **dict.fromkeys(("control", "control of another container"), "403"),
+        **dict.fromkeys(("forward", "forward of another container"), "403"),
+    },
+    ("WS", "/ws/tunnel/{container_id}"): {
+        **dict.fromkeys((*NO_TOKEN_OF_THIS_CONTAINER, "control of another container"), "403"),
+        "container": "in",
+    },
+}
+SCOPES: dict[Route, ticket.Scope] = {
+    ("WS", "/ws/forward/{container}/{port}"): "forward",
+    ("WS", "/ws/task/{id}/terminal"): "terminal",
+}
+# Tickets for another node are for something else, whatever that is.
+for _rule in RUNNER_RULES.values():
+    if _rule:
+        _rule["another node"] = "403"
+
+# What must be sent along for a request to be judged at all.
+BODIES: dict[Route, Any] = {
+    ("POST", "/api/nodes/register"): {"name": "n1", "url": "http://n1:1", "backends": []},
+    ("POST", "/api/nodes/{name}/heartbeat"): {},
+    ("POST", "/api/users"): {"name": "new"},
+    ("POST", "/api/tokens"): {"name": "new"},
+    ("POST", "/api/tasks/{task}/shares"): {"user": "shared"},
+}
+RUNNER_BODIES: dict[Route, Any] = {
+    ("POST", "/api/tasks"): {"task_id": 1, "container": "c1", "backend": "process"},
+    ("POST", "/api/tasks/adopt"): {"task_id": 1, "container": "c1", "backend": "address"},
+}
+FILLED_IN = {"task": "web", "task_id": "web", "port": "80", "name": "n1", "user": "shared", "token": "none-such"}
+FILLED_IN |= {"container": "c1", "container_id": "c1", "id": "1"}
+
+
+def http_routes(routes: Iterable[Any]) -> Iterator[Route]:
+    """(method, path) of an application's routes, also of those of routers that it includes."""
+    for route in routes:
+        if hasattr(route, "effective_candidates"):
+            yield from http_routes(route.effective_candidates())
+        elif hasattr(route, "methods"):
+            yield from ((method, route.path) for method in route.methods if method != "HEAD")
+        else:
+            raise AssertionError(f"{route} is a kind of route that no test tries")
+
+
+def routes_of(app: FastAPI, tunnel_routes: Iterable[TunnelRoute]) -> set[Route]:
+    """Every route of a program."""
+    return {*http_routes(app.routes), *(("WS", route.path) for route in tunnel_routes)}
+
+
+def filled_in(path: str) -> str:
+    return re.sub(r"\{(\w+)\}", lambda name: FILLED_IN[name[1]], path)
+
+
+async def answer(client: httpx.AsyncClient, route: Route, body: Any, secret: str | None) -> str:
+    """What a try is answered with: "401", "403", or "in" for whatever else."""
+    method, path = route
+    headers = {} if secret is None else {"Authorization": f"Bearer {secret}"}
+    if method == "WS":
+        status = await websocket_status(
+            f"{client.base_url}".replace("http", "ws").rstrip("/") + filled_in(path), headers
+        )
+    else:
+        query = {"timeout": 0} if path.endswith("/wait") else None
+        reply = await client.request(method, filled_in(path), json=body, headers=headers, params=query)
+        status = reply.status_code
+        if status in (401, 403):
+            assert set(reply.json()) == {"error", "message"}
+    assert status != 500
+    return str(status) if status in (401, 403) else "in"
+
+
+async def websocket_status(url: str, headers: dict[str, str]) -> int:
+    try:
+        async with connect(url, additional_headers=headers, subprotocols=[TUNNEL_V2], proxy=None):  # type: ignore[list-item]
+            return 101
+    except InvalidStatus as error:
+        return error.response.status_code
+
+
+async def refused_without_a_rule(client: httpx.AsyncClient, rules: dict[Route, Rule]) -> None:
+    """Methods that a path does not have do nothing for anybody; nor does a WebSocket where none is."""
+    for path in {path for _, path in rules}:
+        has = {method for method, other in rules if other == path} | {"HEAD"}
+        for method in METHODS:
+            if method not in has:
+                reply = await client.request(method, filled_in(path))
+                assert reply.status_code in (401, 404, 405), (method, path)
+        if "WS" not in has:
+            url = f"{client.base_url}".replace("http", "ws").rstrip("/") + filled_in(path)
+            assert await websocket_status(url, {}) in (403, 404)
+
+
+async def host_credentials(host: HostUnderTest, directory: Path) -> dict[str, str | None]:
+    """One of each kind, by what it is. The task is the owner's."""
+    secrets: dict[str, str | None] = {"none": None, "garbage": "kr_garbage", "admin": host.admin_token}
+    for name in ("owner", "shared", "stranger"):
+        secrets[name] = (await host.person(name))[1]
+    _, secrets["removed user"] = await host.person("removed")
+    await host.user.delete("/api/users/removed")
+    secrets["revoked"] = await host.token(user="owner", name="revoked")
+    await host.user.delete("/api/tokens/revoked")
+    secrets["expired"] = await host.token(user="owner", name="short", expires_in=5)
+    secrets["node"] = (directory / "node-token").read_text().strip()
+    secrets["this node"] = await host.token(node="n1", name="for n1")
+    secrets["other node"] = await host.token(node="n2", name="for n2")
+    secrets["ticket"] = ticket.issue(b"k" * 32, node="n1", scope="control")
+    host.clock.now += 6
+    runner = await host.runner()
+    await runner.beat()
+    owner = host.client(secrets["owner"])
+    assert (await owner.post("/api/tasks", json={"name": "web"})).status_code == 201
+    assert (await owner.post("/api/tasks/web/shares", json={"user": "shared"})).status_code == 201
+    return secrets
+
+
+@pytest.mark.parametrize("route", sorted(HOST_RULES), ids=" ".join)
+def test_the_host_lets_in_whom_its_rule_names_and_nobody_else(run: Run, tmp_path: Path, route: Route) -> None:
+    async def check() -> None:
+        async with a_host(tmp_path) as host:
+            secrets = await host_credentials(host, tmp_path)
+            assert routes_of(host.app, host.tunnel_routes) == set(HOST_RULES)
+            rule = HOST_RULES[route]
+            expected = {who: "in" if rule is OPEN else rule.get(who, "401") for who in secrets}
+            # Those who are refused first: what the others do may end the task.
+            for who in sorted(secrets, key=lambda who: expected[who] == "in"):
+                got = await answer(host.nobody, route, BODIES.get(route), secrets[who])
+                assert (who, got) == (who, expected[who])
+
+    run(check())
+
+
+def test_the_host_does_nothing_for_methods_and_websockets_that_it_does_not_have(run: Run, tmp_path: Path) -> None:
+    async def check() -> None:
+        async with a_host(tmp_path) as host:
+            await refused_without_a_rule(host.nobody, HOST_RULES)
+
+    run(check())
+
+
+class RunnerUnderTest:
+    """A runner's doors: its HTTP API and its tunnel server, with two tasks."""
+
+    KEY = b"k" * 32
+
+    def __init__(self, directory: Path) -> None:
+        self.state = State(directory)
+        self.state.ticket_key = self.KEY
+        identity = NodeIdentity("n1", "http://127.0.0.1:1", "i", "http://127.0.0.1:1", "krn_token")
+        self.registration = Registration(identity, self.state, heartbeat=dict, backends=list, remove=self._remove)
+        self.tasks = TaskManager(self.state, lambda: None)
+        self.tunnels = TunnelServer(
+            allow_anonymous=False,
+            check_tunnel_token=self.tasks.check_tunnel_token,
+            check_ticket=lambda secret: self.registration.check_ticket(secret, "forward"),
+            address_of=self.tasks.address_of,
+        )
+        self.terminals = TerminalServer(
+            allow_anonymous=False,
+            check_ticket=lambda secret: self.registration.check_ticket(secret, "terminal"),
+            exec_in=self.tasks.exec,
+        )
+        self.tunnel_routes = [*self.tunnels.routes(), *self.terminals.routes()]
+        self.guard = Guard()
+        self.app = runner_app.create_app(runner_app.Services(self.tasks, self.registration), self.guard)
+
+    async def _remove(self, task_id: int) -> None:
+        raise AssertionError
+
+    async def open(self) -> None:
+        records = [TaskRecord(task_id=n, container=f"c{n}", backend="process", status="running") for n in (1, 2)]
+        self.state.save_tasks(records)
+        await self.tasks.open({})
+
+    def issue(self, scope: ticket.Scope, container: str, key: bytes = KEY, **changes: Any) -> str:
+        values: dict[str, Any] = {"node": "n1", "container": container}
+        if scope != "control":
+            values |= {"task": int(container[1:]), "user": "ann"}
+        return ticket.issue(key, scope=scope, **(values | changes))
+
+    def credentials(self, scope: ticket.Scope) -> dict[str, str | None]:
+        """Fresh ones of each kind, by what they are; `scope` is that of the tickets that are wrong by other things."""
+        used = self.issue(scope, "c1")
+        self.registration.check_ticket(used, scope)
+        now = int(time.time())
+        claims = jwt.decode(self.issue(scope, "c1"), options={"verify_signature": False})
+        changed = {
+            "expired": {"iat": now - 100, "exp": now - 40},
+            "too long": {"exp": now + 600},
+        }
+        return {
+            "none": None,
+            "garbage": "garbage",
+            "user": "kr_token-of-a-user",
+            "node": "krn_token",
+            "container": self.state.tunnel_token("c1"),
+            "container of another": self.state.tunnel_token("c2"),
+            "control": self.issue("control", "c1"),
+            "control of another container": self.issue("control", "c2"),
+            "forward": self.issue("forward", "c1"),
+            "forward of another container": self.issue("forward", "c2"),
+            "terminal": self.issue("terminal", "c1"),
+            "terminal of another container": self.issue("terminal", "c2"),
+            "another key": self.issue(scope, "c1", key=b"o" * 32),
+            "another node": self.issue(scope, "c1", node="n2"),
+            "used": used,
+            **{name: jwt.encode(claims | change, self.KEY, algorithm="HS256") for name, change in changed.items()},
+        }
+
+
+@contextlib.asynccontextmanager
+async def a_runner(directory: Path) -> AsyncIterator[tuple[RunnerUnderTest, httpx.AsyncClient]]:
+    runner = RunnerUnderTest(directory)
+    await runner.open()
+    async with serving(runner.app, serve_ws(runner.tunnel_routes, runner.guard)) as url:
+        async with httpx.AsyncClient(base_url=url, trust_env=False, verify=False) as client:
+            yield runner, client
+        await runner.registration.close()
+
+
+@pytest.mark.parametrize("route", sorted(RUNNER_RULES), ids=" ".join)
+def test_the_runner_lets_in_whom_its_rule_names_and_nobody_else(run: Run, tmp_path: Path, route: Route) -> None:
+    async def check() -> None:
+        async with a_runner(tmp_path) as (runner, client):
+            assert routes_of(runner.app, runner.tunnel_routes) == set(RUNNER_RULES)
+            rule = RUNNER_RULES[route]
+            scope = SCOPES.get(route, "control")
+            secrets = runner.credentials(scope)
+            expected = {who: "in" if rule is OPEN else rule.get(who, "401") for who in secrets}
+            if rule is not OPEN and scope == "control" and route[0] != "WS":
+                expected |= dict.fromkeys(("forward of another container", "terminal of another container"), "403")
+            for who in sorted(secrets, key=lambda who: expected[who] == "in"):
+                got = await answer(client, route, RUNNER_BODIES.get(route), secrets[who])
+                assert (who, got) == (who, expected[who])
+
+    run(check())
+
+
+def test_the_runner_does_nothing_for_methods_and_websockets_that_it_does_not_have(run: Run, tmp_path: Path) -> None:
+    async def check() -> None:
+        async with a_runner(tmp_path) as (_, client):
+            await refused_without_a_rule(client, RUNNER_RULES)
+
+    run(check())
