@@ -8,7 +8,6 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-import ssl
 import sys
 import tempfile
 from dataclasses import asdict, dataclass
@@ -38,7 +37,6 @@ __all__ = [
     "load_settings",
     "read_cluster",
     "remove_cluster",
-    "tls_context",
     "write_cluster",
     "write_private",
 ]
@@ -70,11 +68,6 @@ def host_url(text: str) -> str:
     if not valid or parts.query or parts.fragment or parts.username or any(c.isspace() for c in bare):
         raise UsageError(f"The host must be a URL like http://name:8000 or a host name, not {text!r}.")
     return bare
-
-
-def tls_context(url: str) -> ssl.SSLContext | None:
-    """How the host at `url` is checked, by the system's certificate authorities; None where that is plain HTTP."""
-    return ssl.create_default_context() if url.startswith("https:") else None
 
 
 def _with_default_port(address: str) -> str:
@@ -146,6 +139,7 @@ class Settings(BaseSettings):
     host: str = ""
     token: str | None = Field(default=None, repr=False)
     ssh_proxy: str = ""
+    ca_file: str | None = None
     # What a forward's streams may hold and how long they wait; None is the default. Checked where they are used.
     window_first: int | None = None
     window_max: int | None = None
@@ -191,12 +185,18 @@ def _read_config_file() -> dict[str, Any]:
         raise UsageError(f"{path} can't be read: {error}.") from error
 
 
-def load_settings(*, host: str | None = None, token: str | None = None, ssh_proxy: str | None = None) -> Settings:
+def load_settings(
+    *,
+    host: str | None = None,
+    token: str | None = None,
+    ssh_proxy: str | None = None,
+    ca_file: str | None = None,
+) -> Settings:
     """The settings in force; arguments are flags, and a None one was not given.
 
     Raises UsageError when a setting makes no sense, with the name of the setting.
     """
-    flags = {"host": host, "token": token, "ssh_proxy": ssh_proxy}
+    flags = {"host": host, "token": token, "ssh_proxy": ssh_proxy, "ca_file": ca_file}
     try:
         given: dict[str, Any] = {name: value for name, value in flags.items() if value is not None}
         return Settings(**given)

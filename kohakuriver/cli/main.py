@@ -12,7 +12,7 @@ from typing import Annotated, NoReturn
 import typer
 
 from kohakuriver import __version__
-from kohakuriver.cli import cluster, demo, forward, node, output, vps
+from kohakuriver.cli import cluster, demo, forward, init, node, output, vps
 from kohakuriver.errors import KohakuRiverError
 
 __all__ = ["app", "main"]
@@ -49,6 +49,7 @@ def _options(
 forward.register(app)
 app.add_typer(vps.app, name="vps")
 app.add_typer(node.app, name="node")
+app.add_typer(init.app, name="init")
 cluster.register(app)
 demo.register(app)
 

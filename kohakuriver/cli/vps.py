@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from kohakuriver.cli import output
-from kohakuriver.cli.options import HostOption, JsonOption, TaskArgument, TokenOption, ask, pairs
+from kohakuriver.cli.options import CaFileOption, HostOption, JsonOption, TaskArgument, TokenOption, ask, pairs
 from kohakuriver.errors import UsageError
 
 if TYPE_CHECKING:
@@ -67,6 +67,7 @@ def create(
     json: JsonOption = False,
     host: HostOption = None,
     token: TokenOption = None,
+    ca_file: CaFileOption = None,
 ) -> None:
     """Start a task, wait until its tunnel is connected, and print its id."""
     variables = pairs(env or [], "--env")
@@ -111,6 +112,7 @@ def adopt(
     json: JsonOption = False,
     host: HostOption = None,
     token: TokenOption = None,
+    ca_file: CaFileOption = None,
 ) -> None:
     """Make a task of a container that already runs, or of a machine that a node reaches."""
     if (container is None) == (address is None):
@@ -140,7 +142,9 @@ def _print_id(task: Task, json: bool) -> None:
 
 
 @app.command("list", epilog="Example: kohakuriver vps list --json")
-def list_tasks(json: JsonOption = False, host: HostOption = None, token: TokenOption = None) -> None:
+def list_tasks(
+    json: JsonOption = False, host: HostOption = None, token: TokenOption = None, ca_file: CaFileOption = None
+) -> None:
     """List your tasks."""
     tasks = ask(host, token, lambda client: client.tasks())
     if json:
@@ -170,13 +174,25 @@ def _tunnel(task: Task) -> str:
 
 
 @app.command(epilog="Example: kohakuriver vps status web")
-def status(task: TaskArgument, json: JsonOption = False, host: HostOption = None, token: TokenOption = None) -> None:
+def status(
+    task: TaskArgument,
+    json: JsonOption = False,
+    host: HostOption = None,
+    token: TokenOption = None,
+    ca_file: CaFileOption = None,
+) -> None:
     """Show one task."""
     _print_task(ask(host, token, lambda client: client.task(task)), json)
 
 
 @app.command(epilog="Example: kohakuriver vps stop web")
-def stop(task: TaskArgument, json: JsonOption = False, host: HostOption = None, token: TokenOption = None) -> None:
+def stop(
+    task: TaskArgument,
+    json: JsonOption = False,
+    host: HostOption = None,
+    token: TokenOption = None,
+    ca_file: CaFileOption = None,
+) -> None:
     """End what a task runs; 'restart' runs it again."""
     _print_done("Stopped", ask(host, token, lambda client: client.stop(task)), json)
 
@@ -189,6 +205,7 @@ def restart(
     json: JsonOption = False,
     host: HostOption = None,
     token: TokenOption = None,
+    ca_file: CaFileOption = None,
 ) -> None:
     """Run a task again; open forwards find it by themselves."""
 
@@ -199,7 +216,13 @@ def restart(
 
 
 @app.command(epilog="Example: kohakuriver vps rm web")
-def rm(task: TaskArgument, json: JsonOption = False, host: HostOption = None, token: TokenOption = None) -> None:
+def rm(
+    task: TaskArgument,
+    json: JsonOption = False,
+    host: HostOption = None,
+    token: TokenOption = None,
+    ca_file: CaFileOption = None,
+) -> None:
     """End a task and forget it."""
     _print_done("Removed", ask(host, token, lambda client: client.remove(task)), json)
 

@@ -39,4 +39,4 @@ class Forwards:
             node.ticket_key, node=node.name, scope="forward", task=task.task_id, container=task.container, user=user
         )
         url = "ws" + node.url.removeprefix("http")
-        return ForwardTarget(runner_ws_url=url, container=task.container, ticket=credential)
+        return ForwardTarget(url, task.container, credential, user=user, task=task.task_id, node=node.name)

@@ -3,23 +3,35 @@
 from __future__ import annotations
 
 import socket
+import ssl
 from dataclasses import dataclass
 from pathlib import Path
 
 import structlog
 
 from kohakuriver import loops
-from kohakuriver.errors import UsageError
 from kohakuriver.host.app import Services, create_app
+from kohakuriver.host.audit import AuditLog
 from kohakuriver.host.credentials import Credentials
 from kohakuriver.host.forwards import Forwards
 from kohakuriver.host.nodes import Nodes
 from kohakuriver.host.runner_client import RunnerClient
 from kohakuriver.host.tasks import Changes, Tasks
 from kohakuriver.host.tunnel_proxy import TunnelProxy
+from kohakuriver.limits import Limits, from_environment
 from kohakuriver.store import Store, sqlite_url
+from kohakuriver.tls import ServerCertificate, client_context
 from kohakuriver.tunnel.server import serve_ws
-from kohakuriver.web import Server, bind, configure_logging, print_ready, socket_url, stop_at_end_of_stdin
+from kohakuriver.web import (
+    Server,
+    bind,
+    configure_logging,
+    print_ready,
+    server_certificate,
+    socket_url,
+    stop_at_end_of_stdin,
+    warn_if_in_clear,
+)
 
 __all__ = ["HostOptions", "main", "serve"]
 
@@ -30,6 +42,8 @@ log = structlog.get_logger("kohakuriver.host")
 class HostOptions:
     """How a host runs. `port` 0 is any free one; `database` None is a SQLite file in `state_dir`.
 
+    `ca_file` is what runners' certificates are checked by, None the system's authorities; `audit_log` None is a file in
+    `state_dir`.
     With `exit_with_stdin` it ends when its stdin does, as a child of `up` should.
     """
 
@@ -41,15 +55,37 @@ class HostOptions:
     heartbeat_seconds: float = 5.0
     tls_cert: Path | None = None
     tls_key: Path | None = None
+    ca_file: Path | None = None
+    audit_log: Path | None = None
     json: bool = False
     log_level: str = "info"
     exit_with_stdin: bool = False
 
 
+@dataclass(frozen=True)
+class Perimeter:
+    """What stands between the host and everybody else. `trusted` is how runners that serve TLS are checked."""
+
+    certificate: ServerCertificate | None
+    trusted: ssl.SSLContext
+    limits: Limits
+    audit: AuditLog
+
+    @classmethod
+    def of(cls, options: HostOptions) -> Perimeter:
+        """As the options and the environment have it. Raises UsageError."""
+        trusted = client_context("https:", options.ca_file)
+        assert trusted is not None
+        return cls(
+            server_certificate(options.tls_cert, options.tls_key),
+            trusted,
+            from_environment(),
+            AuditLog(options.audit_log or options.state_dir / "audit.jsonl"),
+        )
+
+
 def serve(options: HostOptions) -> int:
     """Run a host until SIGTERM or SIGINT; the exit code. Raises KohakuRiverError when it can't start."""
-    if (options.tls_cert is None) != (options.tls_key is None):
-        raise UsageError("--tls-cert and --tls-key go together.")
     configure_logging(options.log_level)
     return loops.run(main(options))
 
@@ -57,20 +93,22 @@ def serve(options: HostOptions) -> int:
 async def main(options: HostOptions) -> int:
     """What `serve` runs on an event loop."""
     options.state_dir.mkdir(parents=True, exist_ok=True, mode=0o700)
+    perimeter = Perimeter.of(options)
     sock = bind(options.bind, options.port)
     try:
         store = await Store.open(options.database or sqlite_url(options.state_dir / "host.db"))
     except BaseException:
         sock.close()
         raise
-    runners = RunnerClient()
+    runners = RunnerClient(perimeter.trusted)
     try:
         credentials = Credentials(store, allow_anonymous=options.allow_anonymous)
         for path in await credentials.load_or_make(options.state_dir):
             log.info("made a token", file=str(path))
         if options.allow_anonymous:
             log.warning("ANONYMOUS ACCESS IS ON: anybody who reaches this port can open forwards to every task")
-        await _serve(options, sock, store, runners, credentials)
+        warn_if_in_clear(sock, perimeter.certificate)
+        await _serve(options, sock, store, runners, credentials, perimeter)
     finally:
         sock.close()
         await runners.close()
@@ -79,12 +117,22 @@ async def main(options: HostOptions) -> int:
 
 
 async def _serve(
-    options: HostOptions, sock: socket.socket, store: Store, runners: RunnerClient, credentials: Credentials
+    options: HostOptions,
+    sock: socket.socket,
+    store: Store,
+    runners: RunnerClient,
+    credentials: Credentials,
+    perimeter: Perimeter,
 ) -> None:
     changes = Changes()
     nodes = Nodes(store, heartbeat_seconds=options.heartbeat_seconds, on_change=changes.notify)
     tasks = Tasks(store, nodes, runners, changes)
-    proxy = TunnelProxy(authorize=Forwards(credentials, store, nodes, tasks).authorize)
+    proxy = TunnelProxy(
+        authorize=Forwards(credentials, store, nodes, tasks).authorize,
+        trusted=perimeter.trusted,
+        limits=perimeter.limits,
+        audit=perimeter.audit,
+    )
     url = socket_url(sock, "https" if options.tls_cert else "http")
 
     async def ready() -> None:
@@ -97,7 +145,7 @@ async def _serve(
         ws=serve_ws(proxy.routes()),
         on_ready=ready,
         on_stop=proxy.close,
-        tls_cert=options.tls_cert,
-        tls_key=options.tls_key,
+        certificate=perimeter.certificate,
+        limits=perimeter.limits,
     )
     await server.serve([sock])

@@ -6,36 +6,59 @@ frames stay between neighbours and nothing malformed gets through.
 
 from __future__ import annotations
 
+import asyncio
 import re
+import secrets
+import ssl
+import time
+from collections import Counter
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any, Protocol, cast
 from urllib.parse import quote
 
 import structlog
 
 from kohakuriver._frame import SpliceWalker
-from kohakuriver.errors import KohakuRiverError, UsageError
+from kohakuriver.errors import KohakuRiverError, UnavailableError, UsageError
+from kohakuriver.limits import Limits, TokenBucket
 from kohakuriver.tunnel.handshake import open_session
-from kohakuriver.tunnel.link import Link
-from kohakuriver.tunnel.protocol import TUNNEL_V2
+from kohakuriver.tunnel.link import RECEIVE_SIZE, Link
+from kohakuriver.tunnel.ports import ports_in, ports_query
+from kohakuriver.tunnel.protocol import TUNNEL_V2, CloseCode
 from kohakuriver.tunnel.server import TunnelRoute, UpgradeRequest, greet
 
 RUNNER_TIMEOUT = 10.0
+# What a session with a limited rate may be ahead of it, in seconds: also how long its peers' pings may go unread.
+BURST_SECONDS = 0.25
+# How often in its idle time a session is looked at.
+LOOKS = 4
 
 log = structlog.get_logger("kohakuriver.proxy")
 
 
 @dataclass(frozen=True)
 class ForwardTarget:
-    """Where a session goes: the runner's ``ws://`` address, the container's id there, and the ticket to show."""
+    """Where a session goes: the runner's ``ws://`` or ``wss://`` address, the container's id there, the ticket to show.
+
+    The rest is for limits and the audit log.
+    """
 
     runner_ws_url: str
     container: str
     ticket: str | None
+    user: str = ""
+    task: int | None = None
+    node: str = ""
 
 
 Authorize = Callable[["str | None", str, int, str], Awaitable[ForwardTarget]]
+
+
+class Audit(Protocol):
+    """Where it is written down who opened what."""
+
+    def write(self, event: str, **fields: Any) -> None: ...
 
 
 class Splice:
@@ -85,22 +108,98 @@ class Splice:
     def link_closed(self, link: Link, code: int, reason: str) -> None:
         # 1005 and 1006 only say what was seen here; they may not stand in a close frame (RFC 6455 §7.4.1).
         self.other.link.close(1011 if code in (1005, 1006) else code, reason or "the other side of the session went")
-        self.session.closed()
+        self.session.closed(self, code, reason)
+
+
+class RatedSplice(Splice):
+    """A direction that may take only so many bytes a second: after what is too much, nothing is read for a while.
+
+    What nobody reads stays with the sender, whose windows (or TCP itself) make it wait. ``rate`` is in bytes a second.
+    """
+
+    def __init__(self, walker: SpliceWalker, session: ProxySession, rate: int) -> None:
+        super().__init__(walker, session)
+        self._loop = asyncio.get_running_loop()
+        self._bucket = TokenBucket(rate, rate * BURST_SECONDS, self._loop.time())
+        self._waiting = False
+        self._burst = int(rate * BURST_SECONDS)
+
+    def limit_reads(self) -> None:
+        """Read no more at once than a burst is, where that is little: a long wait would follow."""
+        if self._burst < RECEIVE_SIZE:
+            self.link.limit_reads(max(4096, self._burst // 4))
+
+    def link_received(self, link: Link, start: int, stop: int) -> int:
+        consumed = super().link_received(link, start, stop)
+        wait = self._bucket.take(consumed - start, self._loop.time())
+        if wait > 0 and not self._waiting:
+            self._waiting = True
+            link.pause_reading(self._bucket)
+            self._loop.call_later(wait, self._go_on)
+        return consumed
+
+    def _go_on(self) -> None:
+        wait = self._bucket.take(0, self._loop.time())
+        if wait > 0:  # more came in after the pause had begun
+            self._loop.call_later(wait, self._go_on)
+            return
+        self._waiting = False
+        self.link.resume_reading(self._bucket)
 
 
 class ProxySession:
     """One user's session through this host."""
 
-    def __init__(self, proxy: TunnelProxy, container: str) -> None:
+    def __init__(self, proxy: TunnelProxy, target: ForwardTarget, about: dict[str, Any]) -> None:
         self.proxy = proxy
-        self.container = container
-        self.user = Splice(SpliceWalker(masked=True), self)
-        self.container_side = Splice(SpliceWalker(masked=False), self)
+        self.target = target
+        self.about = about
+        self.began = time.monotonic()
+        self.ending: tuple[str, int, str] | None = None
+        self.user = self._side(masked=True)
+        self.container_side = self._side(masked=False)
         self.user.other, self.container_side.other = self.container_side, self.user
+        self._passed_at_look = 0
+        self._idle_since = self.began
 
-    def closed(self) -> None:
+    def _side(self, *, masked: bool) -> Splice:
+        walker, rate = (
+            SpliceWalker(masked=masked, max_message=self.proxy.limits.max_message),
+            self.proxy.limits.max_rate,
+        )
+        return RatedSplice(walker, self, rate) if rate else Splice(walker, self)
+
+    def begin(self, user: Link, runner: Link) -> None:
+        """Both links are there."""
+        self.user.link, self.container_side.link = user, runner
+        for side in (self.user, self.container_side):
+            if isinstance(side, RatedSplice):
+                side.limit_reads()
+
+    def close(self, code: int, reason: str) -> None:
+        """Close both links, because this host wants it."""
+        self.ending = self.ending or ("host", code, reason)
+        self.user.link.close(code, reason)
+        self.container_side.link.close(code, reason)
+
+    def closed(self, side: Splice, code: int, reason: str) -> None:
         """One of the two links has gone; the other follows."""
+        self.ending = self.ending or ("user" if side is self.user else "node", code, reason)
         self.proxy.forget(self)
+
+    def passed(self) -> dict[str, int]:
+        """Bytes of frames' payloads, each way."""
+        return {
+            "bytes_to_container": self.user.walker.bytes_passed,
+            "bytes_to_user": self.container_side.walker.bytes_passed,
+        }
+
+    def idle_seconds(self, now: float) -> float:
+        """For how long nothing has passed, as far as looks like this one can tell."""
+        passed = sum(self.passed().values())
+        if passed != self._passed_at_look:
+            self._passed_at_look, self._idle_since = passed, now
+        return now - self._idle_since
 
 
 class TunnelProxy:
@@ -109,10 +208,25 @@ class TunnelProxy:
     Args:
         authorize: (bearer token or None, task's id or name, port, "tcp" or "udp") → where the session goes. Raises
             KohakuRiverError.
+        trusted: how runners that serve TLS are checked; None for the system's authorities.
+        limits: what a user and a session may take.
+        audit: where sessions are written down, if anywhere.
     """
 
-    def __init__(self, *, authorize: Authorize) -> None:
+    def __init__(
+        self,
+        *,
+        authorize: Authorize,
+        trusted: ssl.SSLContext | None = None,
+        limits: Limits | None = None,
+        audit: Audit | None = None,
+    ) -> None:
         self.authorize = authorize
+        self.trusted = trusted
+        self.limits = limits or Limits()
+        self.audit = audit
+        self._of_user: Counter[str] = Counter()
+        self._look: asyncio.TimerHandle | None = None
         self.sessions: dict[ProxySession, None] = {}
         self._closed_to_container = 0
         self._closed_to_user = 0
@@ -132,42 +246,93 @@ class TunnelProxy:
     async def close(self) -> None:
         """Close every session."""
         for session in list(self.sessions):
-            session.user.link.close(1001, "the host is shutting down")
-            session.container_side.link.close(1001, "the host is shutting down")
+            session.close(1001, "the host is shutting down")
 
     def forget(self, session: ProxySession) -> None:
         """A session has ended."""
-        if self.sessions.pop(session, self) is None:
-            self._closed_to_container += session.user.walker.bytes_passed
-            self._closed_to_user += session.container_side.walker.bytes_passed
+        if self.sessions.pop(session, self) is not None:
+            return
+        self._leave(session.target.user)
+        passed = session.passed()
+        self._closed_to_container += passed["bytes_to_container"]
+        self._closed_to_user += passed["bytes_to_user"]
+        if self.audit is not None:
+            by, code, reason = session.ending or ("host", 1006, "")
+            seconds = round(time.monotonic() - session.began, 3)
+            how = {"ended_by": by, "code": code, "reason": reason}
+            self.audit.write("session_closed", **session.about, seconds=seconds, **passed, **how)
 
     async def open(self, request: UpgradeRequest, task: str, port: int) -> None:
         """Open the session at the runner first: its answer decides ours, the version included."""
         proto = request.query.get("proto", "tcp")
         if proto not in ("tcp", "udp"):
             raise UsageError(f"proto must be tcp or udp, not {proto!r}")
+        ports = ports_in(request.query)
         target = await self.authorize(request.token, task, port, proto)
-        url = f"{target.runner_ws_url}/ws/forward/{quote(target.container, safe='')}/{port}?proto={proto}"
-        session = ProxySession(self, target.container)
-        offered = (TUNNEL_V2,) if request.offers_v2 else ()
-        # The walker is the session's own, so that what it counts and where it stands stay with it.
-        walker = session.container_side.walker
-        runner = await open_session(
-            url, token=target.ticket, subprotocols=offered, timeout=RUNNER_TIMEOUT, make_walker=_reuse(walker)
+        about: dict[str, Any] = {"session": secrets.token_hex(8), "user": target.user, "from": request.peer}
+        about |= {"task": target.task, "node": target.node, "container": target.container, "proto": proto}
+        about |= {"port": port, "ports": sorted(ports) if ports is not None else None}
+        session = ProxySession(self, target, about)
+        self._enter(target.user)
+        try:
+            self._splice(session, request, await self._open_at_runner(session, request, port))
+        except BaseException:
+            self._leave(target.user)
+            raise
+
+    async def _open_at_runner(self, session: ProxySession, request: UpgradeRequest, port: int) -> Link:
+        target, about = session.target, session.about
+        url = f"{target.runner_ws_url}/ws/forward/{quote(target.container, safe='')}/{port}?proto={about['proto']}"
+        if about["ports"] is not None:
+            url += f"&{ports_query(about['ports'])}"
+        return await open_session(
+            url,
+            token=target.ticket,
+            subprotocols=(TUNNEL_V2,) if request.offers_v2 else (),
+            ssl=self.trusted,
+            timeout=RUNNER_TIMEOUT,
+            # The walker is the session's own, so that what it counts and where it stands stay with it.
+            make_walker=_reuse(session.container_side.walker),
         )
-        self._splice(session, request, runner)
 
     def _splice(self, session: ProxySession, request: UpgradeRequest, runner: Link) -> None:
-        session.container_side.link = runner
         try:
             user = request.accept(session.user.walker, session.user, version=runner.version)
         except KohakuRiverError:  # the user has hung up
             runner.close()
             raise
-        session.user.link = user
+        session.begin(user, runner)
         self.sessions[session] = None
+        session.about["version"] = runner.version
+        if self.audit is not None:
+            self.audit.write("session_opened", **session.about)
+        if self._look is None and self.limits.idle_timeout:
+            self._look_for_idle()
         greet(user, "CONNECTED")
         runner.hand_over(session.container_side)
+
+    def _enter(self, user: str) -> None:
+        most = self.limits.max_sessions
+        if most and self._of_user[user] >= most:
+            raise UnavailableError(
+                f"{user or 'this user'} has {most} sessions open, which is as many as this host allows; end one first",
+                code="too_many_sessions",
+                status=429,
+            )
+        self._of_user[user] += 1
+
+    def _leave(self, user: str) -> None:
+        self._of_user[user] -= 1
+        if not self._of_user[user]:
+            del self._of_user[user]
+
+    def _look_for_idle(self) -> None:
+        most, now = self.limits.idle_timeout, time.monotonic()
+        for session in list(self.sessions):
+            if session.idle_seconds(now) >= most:
+                session.close(CloseCode.IDLE, f"nothing passed for {most:g} s, which is as long as this host waits")
+        loop = asyncio.get_running_loop()
+        self._look = loop.call_later(most / LOOKS, self._look_for_idle) if self.sessions else None
 
 
 def _reuse(walker: SpliceWalker) -> Callable[..., SpliceWalker]:

@@ -11,7 +11,7 @@ import pytest
 
 PACKAGE = Path(__file__).resolve().parents[2] / "kohakuriver"
 
-BASE = {"errors", "config", "loops"}
+BASE = {"errors", "config", "limits", "loops", "tls"}
 PROTOCOL = BASE | {"_frame", "tunnel"}
 
 # What each layer may import of our own, beside itself. `__init__` stands for the package's own names.
@@ -19,10 +19,13 @@ ALLOWED: dict[str, set[str]] = {
     "_frame": set(),
     "errors": set(),
     "config": {"errors"},
+    "limits": {"errors"},
     "loops": {"errors"},
+    "tls": {"errors"},
     "tunnel": PROTOCOL | {"__init__"},
     "store": PROTOCOL,
-    "web": PROTOCOL | {"__init__"},
+    "http_guard": {"limits"},
+    "web": PROTOCOL | {"http_guard", "__init__"},
     "host": PROTOCOL | {"store", "web", "__init__"},
     "runner": PROTOCOL | {"store", "web", "__init__"},
     "ssh_proxy": PROTOCOL | {"store", "__init__"},
@@ -39,12 +42,13 @@ STARTED_BY_CLI = {"kohakuriver.host", "kohakuriver.runner"}
 # Packages that only the named layers may import: what keeps the command line light and the protocol free of policy.
 ONLY_IN = {
     "aiodocker": {"runner"},
+    "cryptography": {"cli", "tls"},
     "fastapi": {"web", "host", "runner"},
     "sqlalchemy": {"store", "host", "runner"},
     "starlette": {"web", "host", "runner"},
     "typer": {"cli"},
     "rich": {"cli"},
-    "uvicorn": {"web", "host", "runner", "tunnel"},
+    "uvicorn": {"http_guard", "web", "host", "runner", "tunnel"},
     "httpx": {"api", "web", "host", "runner", "cli", "forwarding"},
     "pydantic_settings": {"config"},
     "websockets": {"tunnel"},

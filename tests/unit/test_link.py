@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from kohakuriver._frame import WS_TEXT, FrameViolation, FrameWalker, SpliceWalker, build_frame
-from kohakuriver.host.tunnel_proxy import ProxySession, TunnelProxy
+from kohakuriver.host.tunnel_proxy import ForwardTarget, ProxySession, TunnelProxy
 from kohakuriver.tunnel import link as links
 from kohakuriver.tunnel.link import Assembler, Link
 from kohakuriver.tunnel.protocol import DATA, PING, PROTO_TCP, Message, ws_close, ws_ping, ws_pong, ws_text
@@ -362,7 +362,7 @@ def spliced(room: int) -> tuple[ProxySession, FakeTransport, FakeTransport]:
     async def nobody(token: str | None, task: str, port: int, proto: str) -> Any:
         raise AssertionError
 
-    session = ProxySession(TunnelProxy(authorize=nobody), "container")
+    session = ProxySession(TunnelProxy(authorize=nobody), ForwardTarget("", "container", None), {})
     to_user, to_runner = FakeTransport(room), FakeTransport()
     session.user.walker = SpliceWalker(masked=False)
     session.user.link = Link(session.user, session.user.walker, masks=False)
