@@ -15,8 +15,8 @@ from urllib.parse import quote
 
 import httpx
 
-from kohakuriver import __version__
-from kohakuriver.config import Settings, tls_context
+from kohakuriver import __version__, tls
+from kohakuriver.config import Settings
 from kohakuriver.errors import (
     HostUnreachableError,
     KohakuRiverError,
@@ -195,8 +195,8 @@ class HostClient:
             headers=headers,
             timeout=httpx.Timeout(ANSWER_TIMEOUT, connect=CONNECT_TIMEOUT),
             transport=transport,
-            # As for the WebSockets: the system's certificate authorities, and no HTTP proxy from the environment.
-            verify=tls_context(settings.host) or True,
+            # As for the WebSockets: the same certificate authorities, and no HTTP proxy from the environment.
+            verify=tls.client_context(settings.host, settings.ca_file) or True,
             trust_env=False,
         )
 
@@ -342,6 +342,9 @@ class HostClient:
             answer = await self._http.request(method, path, json=body, params=params, timeout=timeout)
         except httpx.TimeoutException as error:
             raise HostUnreachableError(f"The host at {self._url} did not answer in time.") from error
+        except (httpx.RemoteProtocolError, httpx.ReadError) as error:
+            why = tls.reason(error) or tls.hung_up(self._url)
+            raise HostUnreachableError(f"The host at {self._url} can't be reached: {why}.") from error
         except httpx.TransportError as error:
             raise HostUnreachableError(f"The host at {self._url} can't be reached: {_reason(error)}.") from error
         if not answer.is_success:
@@ -365,6 +368,8 @@ def _list(answer: Any) -> list[Any]:
 
 def _reason(error: BaseException) -> str:
     """The innermost reason of a transport error, without the wrapping of the libraries between."""
+    if distrust := tls.reason(error):
+        return distrust
     while error.__cause__ is not None or error.__context__ is not None:
         error = error.__cause__ or error.__context__ or error
     reason = getattr(error, "strerror", None) or str(error) or type(error).__name__

@@ -13,13 +13,10 @@ import sys
 import tempfile
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 from urllib.parse import urlsplit
 
 from kohakuriver.errors import UsageError
-
-if TYPE_CHECKING:
-    import ssl
 
 __all__ = [
     "DEFAULT_HOST_PORT",
@@ -34,7 +31,6 @@ __all__ = [
     "read_cluster",
     "read_logins",
     "remove_cluster",
-    "tls_context",
     "write_cluster",
     "write_logins",
     "write_private",
@@ -71,15 +67,6 @@ def host_url(text: str) -> str:
     if not valid or parts.query or parts.fragment or parts.username or any(c.isspace() for c in bare):
         raise UsageError(f"The host must be a URL like http://name:8000 or a host name, not {text!r}.")
     return bare
-
-
-def tls_context(url: str) -> ssl.SSLContext | None:
-    """How the host at `url` is checked, by the system's certificate authorities; None where that is plain HTTP."""
-    if not url.startswith("https:"):
-        return None
-    import ssl
-
-    return ssl.create_default_context()
 
 
 def _with_default_port(address: str) -> str:
@@ -181,6 +168,7 @@ class Settings:
     host: str
     token: str | None = field(default=None, repr=False)
     ssh_proxy: str = ""
+    ca_file: str | None = None
     # What a forward's streams may hold and how long they wait; None is the default. Checked where they are used.
     window_first: str | int | None = None
     window_max: str | int | None = None
@@ -190,7 +178,7 @@ class Settings:
     udp_peers: str | int | None = None
 
 
-_TEXTS = ("host", "token", "ssh_proxy")
+_TEXTS = ("host", "token", "ssh_proxy", "ca_file")
 _NUMBERS = ("window_first", "window_max", "window_budget", "linger", "udp_idle", "udp_peers")
 _NAMES = (*_TEXTS, *_NUMBERS)
 
@@ -219,13 +207,19 @@ def _read_config_file() -> dict[str, Any]:
     return content
 
 
-def load_settings(*, host: str | None = None, token: str | None = None, ssh_proxy: str | None = None) -> Settings:
+def load_settings(
+    *,
+    host: str | None = None,
+    token: str | None = None,
+    ssh_proxy: str | None = None,
+    ca_file: str | None = None,
+) -> Settings:
     """The settings in force; arguments are flags, and a None one was not given.
 
     Raises UsageError when a setting makes no sense, with the name of the setting.
     """
     environment = {name: os.environ.get(f"KOHAKURIVER_{name.upper()}") for name in _NAMES}
-    flags = {"host": host, "token": token, "ssh_proxy": ssh_proxy}
+    flags = {"host": host, "token": token, "ssh_proxy": ssh_proxy, "ca_file": ca_file}
     given = _read_config_file()
     given.update((name, value) for name, value in environment.items() if value)
     given.update((name, value) for name, value in flags.items() if value is not None)
@@ -246,4 +240,5 @@ def _filled_in(given: dict[str, Any]) -> Settings:
         token = cluster.token if token is None else token
         ssh_proxy = ssh_proxy or cluster.ssh_proxy
     numbers = {name: given[name] for name in _NUMBERS if name in given}
-    return Settings(host, token, ssh_proxy or f"{urlsplit(host).hostname}:{DEFAULT_SSH_PORT}", **numbers)
+    ssh_proxy = ssh_proxy or f"{urlsplit(host).hostname}:{DEFAULT_SSH_PORT}"
+    return Settings(host, token, ssh_proxy, given.get("ca_file"), **numbers)

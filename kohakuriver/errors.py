@@ -110,6 +110,7 @@ _BY_STATUS: dict[int, type[KohakuRiverError]] = {
     404: NotFoundError,
     409: UnavailableError,
     422: UsageError,
+    429: UnavailableError,
     502: HostUnreachableError,
     503: HostUnreachableError,
     504: HostUnreachableError,

@@ -19,12 +19,15 @@ from types import TracebackType
 from typing import Any, ClassVar
 from urllib.parse import quote
 
-from kohakuriver.config import Settings, load_settings, tls_context
-from kohakuriver.errors import KohakuRiverError, NotAllowedError, NotFoundError, UsageError
+from kohakuriver.config import Settings, load_settings
+from kohakuriver.errors import KohakuRiverError, NotAllowedError, NotFoundError, UnavailableError, UsageError
 from kohakuriver.loops import new_event_loop
+from kohakuriver.tls import client_context
 from kohakuriver.tunnel.endpoint import EndpointStats, ListeningSocket, UserEndpoint
 from kohakuriver.tunnel.handshake import open_session
 from kohakuriver.tunnel.link import Link
+from kohakuriver.tunnel.ports import ports_query
+from kohakuriver.tunnel.protocol import CloseCode
 from kohakuriver.tunnel.settings import endpoint_config
 
 __all__ = [
@@ -211,7 +214,8 @@ class Forwarder:
         self.listening: list[ListeningSocket] = []
         self._settings = settings
         self._on_event = on_event
-        self._tls = tls_context(settings.host)
+        self._tls = client_context(settings.host, settings.ca_file)
+        self._link: Link | None = None
         self._losses: asyncio.Queue[str] = asyncio.Queue()
         self._closing = False
         self._opened_at = 0.0
@@ -245,8 +249,10 @@ class Forwarder:
         self._keeper = asyncio.get_running_loop().create_task(self._keep_open())
 
     async def wait(self) -> None:
-        """Wait until the forward can't go on. Raises NotFoundError once the task is gone for good, NotAllowedError
-        once the right to use it is.
+        """Wait until the forward can't go on.
+
+        Raises NotFoundError once the task is gone for good, NotAllowedError once the right to use it is, and
+        UnavailableError "idle" when the host ends the forward because nothing went through it.
         """
         if self._keeper is not None:
             await asyncio.shield(self._keeper)
@@ -280,11 +286,13 @@ class Forwarder:
     async def _open(self) -> Link:
         first = self.ports[0]
         base = self._settings.host.replace("http", "ws", 1)
-        url = f"{base}/ws/forward/{quote(self.task, safe='')}/{first.remote}?proto={first.proto}"
+        path = f"/ws/forward/{quote(self.task, safe='')}/{first.remote}"
+        url = f"{base}{path}?proto={first.proto}&{ports_query(port.remote for port in self.ports)}"
         return await open_session(url, token=self._settings.token, ssl=self._tls)
 
     def _attach(self, link: Link) -> None:
         self._opened_at = time.monotonic()
+        self._link = link
         self._endpoint.attach(link)
 
     def _detached(self, reason: str) -> None:
@@ -298,6 +306,8 @@ class Forwarder:
         failures = 0
         while True:
             reason = await self._losses.get()
+            if self._link is not None and self._link.close_code == CloseCode.IDLE:
+                raise UnavailableError(f"The host has ended this forward: {reason}.", code="idle")
             if time.monotonic() - self._opened_at > STEADY:
                 failures = 0
             failures = await self._reopen(reason, failures)
@@ -398,14 +408,15 @@ def forward(
     local_host: str = "127.0.0.1",
     host: str | None = None,
     token: str | None = None,
+    ca_file: str | None = None,
     on_event: Callable[[Event], None] = lambda event: None,
 ) -> Forward:
     """A forward for `async with`, on the loop that runs.
 
     `task` is a numeric id or a unique name; `ports` one remote port or several, as numbers or `LOCAL:REMOTE[/udp]`.
     `local_port` 0 is any free one, None the remote port's number; another number goes with one remote port only.
-    `host` and `token` default to the settings that the command line uses. Entering raises the same errors that the
-    command line exits with: NotFoundError, UnavailableError, NotAllowedError, LocalAddressError,
+    `host`, `token` and `ca_file` default to the settings that the command line uses. Entering raises the same errors
+    that the command line exits with: NotFoundError, UnavailableError, NotAllowedError, LocalAddressError,
     HostUnreachableError, UsageError.
     """
     wanted: Sequence[PortSpec] = [ports] if isinstance(ports, (int, str)) else ports
@@ -414,7 +425,7 @@ def forward(
     parsed = [parse_port(spec, proto=proto, local=local_port) for spec in wanted]
 
     def make() -> Forwarder:
-        settings = load_settings(host=host, token=token)
+        settings = load_settings(host=host, token=token, ca_file=ca_file)
         return Forwarder(str(task), parsed, settings=settings, local_host=local_host, on_event=on_event)
 
     return Forward(make)
@@ -488,6 +499,7 @@ def forward_sync(
     local_host: str = "127.0.0.1",
     host: str | None = None,
     token: str | None = None,
+    ca_file: str | None = None,
     on_event: Callable[[Event], None] = lambda event: None,
 ) -> ForwardSync:
     """`forward` for code without a loop, and for a `with` beside one. `on_event` is called on the forward's thread."""
@@ -500,6 +512,7 @@ def forward_sync(
             local_host=local_host,
             host=host,
             token=token,
+            ca_file=ca_file,
             on_event=on_event,
         )
     )

@@ -12,9 +12,11 @@ import logging
 import os
 import signal
 import socket
+import ssl
 import sys
 import threading
 from collections.abc import Awaitable, Callable, Iterator
+from ipaddress import ip_address
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -28,10 +30,24 @@ from starlette.datastructures import Headers
 from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-from kohakuriver.errors import KohakuRiverError, LocalAddressError, NotAllowedError, UnauthenticatedError
+from kohakuriver.errors import KohakuRiverError, LocalAddressError, NotAllowedError, UnauthenticatedError, UsageError
+from kohakuriver.http_guard import guarded
+from kohakuriver.limits import Limits
+from kohakuriver.tls import ServerCertificate
 from kohakuriver.tunnel.guard import Guard
 
-__all__ = ["Server", "bearer", "bind", "configure_logging", "new_app", "print_ready", "socket_url"]
+__all__ = [
+    "Server",
+    "bearer",
+    "bind",
+    "configure_logging",
+    "new_app",
+    "print_ready",
+    "server_certificate",
+    "socket_url",
+    "stop_at_end_of_stdin",
+    "warn_if_in_clear",
+]
 
 log = structlog.get_logger("kohakuriver")
 
@@ -140,6 +156,21 @@ def socket_url(sock: socket.socket, scheme: str = "http") -> str:
     return f"{scheme}://[{host}]:{port}" if ":" in host else f"{scheme}://{host}:{port}"
 
 
+def server_certificate(cert: Path | None, key: Path | None) -> ServerCertificate | None:
+    """The certificate of `--tls-cert` and `--tls-key`; None without. Raises UsageError when they are no good."""
+    if cert is None and key is None:
+        return None
+    if cert is None or key is None:
+        raise UsageError("--tls-cert and --tls-key go together.")
+    return ServerCertificate(cert, key, lambda sentence, bad: (log.error if bad else log.info)(sentence))
+
+
+def warn_if_in_clear(sock: socket.socket, certificate: ServerCertificate | None) -> None:
+    """Say that a program which other machines can reach speaks plain HTTP."""
+    if certificate is None and not ip_address(sock.getsockname()[0].partition("%")[0]).is_loopback:
+        log.warning("this port speaks plain HTTP to other machines: give --tls-cert and --tls-key, or use a VPN")
+
+
 def print_ready(as_json: bool, sentence: str, **fields: Any) -> None:
     """The one line on stdout that says that a program serves now."""
     print(json.dumps({"event": "ready", **fields}) if as_json else sentence, flush=True)
@@ -148,6 +179,7 @@ def print_ready(as_json: bool, sentence: str, **fields: Any) -> None:
 def configure_logging(level: str = "info") -> None:
     """Log to stderr, one line an event; what the libraries log joins in from warnings up."""
     logging.basicConfig(stream=sys.stderr, level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
+    logging.getLogger("uvicorn.error").setLevel(logging.ERROR)  # its warnings are about what strangers send
     structlog.configure(
         processors=[
             structlog.contextvars.merge_contextvars,
@@ -175,10 +207,12 @@ class Server(uvicorn.Server):
         ws: type[asyncio.Protocol],
         on_ready: Callable[[], Awaitable[None]],
         on_stop: Callable[[], Awaitable[None]],
-        tls_cert: Path | None = None,
-        tls_key: Path | None = None,
+        certificate: ServerCertificate | None = None,
+        limits: Limits | None = None,
     ) -> None:
-        super().__init__(_config(app, ws, ssl_certfile=tls_cert, ssl_keyfile=tls_key))
+        self._limits = limits or Limits()
+        super().__init__(_config(app, ws, self._limits))
+        self._certificate = certificate
         self._on_ready = on_ready
         self._on_stop = on_stop
         self._end = asyncio.Event()
@@ -200,22 +234,36 @@ class Server(uvicorn.Server):
             seconds += 1
             with contextlib.suppress(asyncio.TimeoutError):
                 await asyncio.wait_for(self._end.wait(), 1)
+            if self._certificate is not None:
+                self._certificate.look()
 
     @contextlib.contextmanager
     def capture_signals(self) -> Iterator[None]:
-        """SIGTERM and SIGINT begin a drain that ends with exit code 0, where uvicorn would raise them again."""
+        """SIGTERM and SIGINT begin a drain that ends with exit code 0, where uvicorn would raise them again.
+
+        SIGHUP has the certificate read again. To a program that was started from a terminal it says that this is gone.
+        """
         if threading.current_thread() is not threading.main_thread():
             yield
             return
         before = {number: signal.signal(number, self.handle_exit) for number in (signal.SIGINT, signal.SIGTERM)}
+        if hasattr(signal, "SIGHUP") and not _on_terminal():
+            before[signal.SIGHUP] = signal.signal(signal.SIGHUP, self._read_again)
         try:
             yield
         finally:
             for number, handler in before.items():
                 signal.signal(number, handler)
 
+    def _read_again(self, _number: int, _frame: FrameType | None) -> None:
+        if self._certificate is not None:
+            self._loop.call_soon_threadsafe(self._certificate.reload)
+
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
-        await super().startup(sockets)
+        await super().startup([])  # the sockets are ours to listen on: uvicorn sets no time for a TLS handshake
+        tls = None if self._certificate is None else self._certificate.context
+        for sock in sockets or []:
+            await self._listen(self.config, sock, tls)
         await self._on_ready()
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
@@ -225,10 +273,12 @@ class Server(uvicorn.Server):
         await super().shutdown(sockets)
 
     async def add_listener(self, sock: socket.socket, app: FastAPI, ws: type[asyncio.Protocol]) -> None:
-        """Serve another application on one more bound socket, until the end. Raises OSError."""
-        config = _config(app, ws)
+        """Serve another application on one more bound socket, without TLS, until the end. Raises OSError."""
+        config = _config(app, ws, self._limits)
         config.load()
+        await self._listen(config, sock, None)
 
+    async def _listen(self, config: uvicorn.Config, sock: socket.socket, tls: ssl.SSLContext | None) -> None:
         def new_protocol() -> asyncio.Protocol:
             make: Any = config.http_protocol_class
             protocol: asyncio.Protocol = make(
@@ -236,22 +286,32 @@ class Server(uvicorn.Server):
             )
             return protocol
 
+        seconds = self._limits.handshake_timeout if tls is not None else None
         loop = asyncio.get_running_loop()
-        self.servers.append(await loop.create_server(new_protocol, sock=sock, backlog=BACKLOG))
+        server = await loop.create_server(
+            new_protocol, sock=sock, backlog=BACKLOG, ssl=tls, ssl_handshake_timeout=seconds
+        )
+        self.servers.append(server)
 
 
-def _config(app: FastAPI, ws: type[asyncio.Protocol], **more: Any) -> uvicorn.Config:
+def _on_terminal() -> bool:
+    try:
+        return os.isatty(0)
+    except OSError:
+        return False
+
+
+def _config(app: FastAPI, ws: type[asyncio.Protocol], limits: Limits) -> uvicorn.Config:
     return uvicorn.Config(
         app,
         ws=ws,
-        http="httptools",
+        http=guarded(limits),
         lifespan="off",
         log_config=None,
         access_log=False,
         backlog=BACKLOG,
         server_header=False,
         timeout_graceful_shutdown=DRAIN_SECONDS,
-        **more,
     )
 
 

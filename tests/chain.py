@@ -10,14 +10,22 @@ import asyncio
 import contextlib
 import os
 import socket
+import ssl
 from collections.abc import AsyncIterator, Callable
 from pathlib import Path
+from typing import Any, cast
 
 import uvicorn
 
+from kohakuriver.cli.pki import Authority
 from kohakuriver.errors import NotFoundError, UnauthenticatedError
+from kohakuriver.host.credentials import Caller
+from kohakuriver.host.grants import Grants
 from kohakuriver.host.tunnel_proxy import ForwardTarget, TunnelProxy
+from kohakuriver.limits import Limits
 from kohakuriver.runner.tunnel_server import TunnelServer
+from kohakuriver.store import Accounts, Task
+from kohakuriver.tls import ServerCertificate, client_context
 from kohakuriver.tunnel.client import TunnelClient
 from kohakuriver.tunnel.endpoint import EndpointConfig, UserEndpoint
 from kohakuriver.tunnel.handshake import open_session
@@ -47,12 +55,13 @@ async def _no_app(scope: object, receive: object, send: Callable[[dict[str, obje
 
 
 @contextlib.asynccontextmanager
-async def served(routes: list[TunnelRoute]) -> AsyncIterator[int]:
+async def served(routes: list[TunnelRoute], tls: ssl.SSLContext | None = None) -> AsyncIterator[int]:
     """Serve ``routes`` on a free loopback port, which is yielded."""
     sock = socket.create_server(("127.0.0.1", 0), backlog=2048)
     config = uvicorn.Config(_no_app, ws=serve_ws(routes), lifespan="off", log_config=None, timeout_graceful_shutdown=1)
     server = uvicorn.Server(config)
     config.load()
+    config.ssl = tls
     server.lifespan = config.lifespan_class(config)
     await server.startup(sockets=[sock])
     try:
@@ -61,10 +70,24 @@ async def served(routes: list[TunnelRoute]) -> AsyncIterator[int]:
         await server.shutdown(sockets=[sock])
 
 
-class Chain:
-    """One host, one runner, and what a test attaches to them."""
+class Security:
+    """Certificates of host and runner, and how they are checked."""
 
-    def __init__(self) -> None:
+    def __init__(self, directory: Path) -> None:
+        made = Authority(directory).issue(["127.0.0.1"], 1)
+        self.served = ServerCertificate(made.cert, made.key).context
+        self.trusted = client_context("https:", directory / "ca.pem")
+
+
+# What `chain` serves with: None for plain HTTP. A test that wants TLS on both hops sets it.
+security: Security | None = None
+
+
+class Chain:
+    """One host, one runner, and what a test attaches to them; what users and the host dial is as ``security``."""
+
+    def __init__(self, limits: Limits | None = None) -> None:
+        self.security = security
         self.changes: asyncio.Queue[tuple[str, bool]] = asyncio.Queue()
         self.addresses: dict[str, str] = {}
         self.server = TunnelServer(
@@ -73,15 +96,21 @@ class Chain:
             check_ticket=self._check_ticket,
             address_of=self.addresses.get,
             on_tunnel_change=lambda container, connected: self.changes.put_nowait((container, connected)),
+            limits=limits,
         )
-        self.proxy = TunnelProxy(authorize=self._authorize)
+        self.audit = Lines()
+        trusted = self.security.trusted if self.security else None
+        self.proxy = TunnelProxy(authorize=self._authorize, trusted=trusted, limits=limits)
+        most = (limits or Limits()).max_sessions
+        self.grants = Grants(cast(Accounts, None), max_sessions=most, audit=self.audit)
         self.runner_port = 0
+        self.container_port = 0
         self.host_port = 0
         self.stack = contextlib.AsyncExitStack()
         # Where a hop finds the next: a port of 127.0.0.1, behind which a test may put a relay of its own.
         self.host_seen_by_user: Callable[[], int] = lambda: self.host_port
         self.runner_seen_by_host: Callable[[], int] = lambda: self.runner_port
-        self.runner_seen_by_container: Callable[[], int] = lambda: self.runner_port
+        self.runner_seen_by_container: Callable[[], int] = lambda: self.container_port
         self.errors: asyncio.Queue[tuple[int, str]] = asyncio.Queue()
         self.detached: asyncio.Queue[str] = asyncio.Queue()
 
@@ -92,11 +121,19 @@ class Chain:
             raise UnauthenticatedError("no such ticket")
         return Ticket("node", "forward", "id", 0.0, 1, container, "me", None)
 
-    async def _authorize(self, token: str | None, task: str, port: int, proto: str) -> ForwardTarget:
+    async def _authorize(
+        self, token: str | None, task: str, port: int, proto: str, ports: frozenset[int] | None
+    ) -> ForwardTarget:
         if task == "missing":
             raise NotFoundError("no such task: missing")
         container = CONTAINER if task == "1" else task
-        return ForwardTarget(f"ws://127.0.0.1:{self.runner_seen_by_host()}", container, f"ticket {container}")
+        url = f"{self.scheme}://127.0.0.1:{self.runner_seen_by_host()}"
+        grant = self.grants.open(Caller(token or "", "user"), Task(task_id=1, node="node", container=container))
+        return ForwardTarget(url, container, f"ticket {container}", grant)
+
+    @property
+    def scheme(self) -> str:
+        return "wss" if self.security else "ws"
 
     @property
     def runner_url(self) -> str:
@@ -131,20 +168,48 @@ class Chain:
             assert not session.table.items()
             assert not session.ended
 
-    async def user(self, *, task: str = "1", config: EndpointConfig | None = None, version: int = 2) -> UserEndpoint:
-        """One user's session, through the host."""
+    async def user(
+        self,
+        *,
+        task: str = "1",
+        config: EndpointConfig | None = None,
+        version: int = 2,
+        token: str | None = None,
+        query: str = "",
+    ) -> UserEndpoint:
+        """One user's session, through the host; the token is the user's name too."""
         endpoint = UserEndpoint(
             config=config,
             on_stream_error=lambda port, text: self.errors.put_nowait((port, text)),
             on_detach=self.detached.put_nowait,
         )
-        await self.attach(endpoint, task=task, version=version)
+        await self.attach(endpoint, task=task, version=version, token=token, query=query)
         self.stack.push_async_callback(endpoint.close)
         return endpoint
 
-    async def attach(self, endpoint: UserEndpoint, *, task: str = "1", version: int = 2) -> None:
-        url = f"ws://127.0.0.1:{self.host_seen_by_user()}/ws/forward/{task}/1"
-        endpoint.attach(await open_session(url, subprotocols=(TUNNEL_V2,) if version == 2 else ()))
+    async def attach(
+        self,
+        endpoint: UserEndpoint,
+        *,
+        task: str = "1",
+        version: int = 2,
+        token: str | None = None,
+        query: str = "",
+    ) -> None:
+        url = f"{self.scheme}://127.0.0.1:{self.host_seen_by_user()}/ws/forward/{task}/1{query}"
+        trusted = self.security.trusted if self.security else None
+        subprotocols = (TUNNEL_V2,) if version == 2 else ()
+        endpoint.attach(await open_session(url, token=token, subprotocols=subprotocols, ssl=trusted))
+
+
+class Lines:
+    """An audit log that is kept in memory."""
+
+    def __init__(self) -> None:
+        self.written: asyncio.Queue[dict[str, Any]] = asyncio.Queue()
+
+    def write(self, event: str, **fields: Any) -> None:
+        self.written.put_nowait({"event": event, **fields})
 
 
 async def kill(client: asyncio.Task[int] | asyncio.subprocess.Process) -> None:
@@ -167,13 +232,15 @@ async def _killed(process: asyncio.subprocess.Process) -> None:
 
 
 @contextlib.asynccontextmanager
-async def chain() -> AsyncIterator[Chain]:
+async def chain(limits: Limits | None = None) -> AsyncIterator[Chain]:
     """Host and runner, each on a free port; all that was started on them ends with them."""
-    hops = Chain()
+    hops = Chain(limits)
+    tls = hops.security.served if hops.security else None
     async with hops.stack as stack:
-        hops.runner_port = await stack.enter_async_context(served(hops.server.routes()))
+        hops.container_port = await stack.enter_async_context(served(hops.server.routes()))
+        hops.runner_port = await stack.enter_async_context(served(hops.server.routes(), tls))
         stack.push_async_callback(hops.server.close)
-        hops.host_port = await stack.enter_async_context(served(hops.proxy.routes()))
+        hops.host_port = await stack.enter_async_context(served(hops.proxy.routes(), tls))
         stack.push_async_callback(hops.proxy.close)
         yield hops
 

@@ -73,8 +73,11 @@ class Program:
 class Cluster:
     """One host and its runners, with state in `directory`. Names of nodes are the names of runners here."""
 
-    def __init__(self, directory: Path) -> None:
+    def __init__(self, directory: Path, *host_arguments: str, env: dict[str, str] | None = None) -> None:
+        """`host_arguments` and `env` are for the host, at every start of it."""
         self.directory = directory
+        self.host_arguments = host_arguments
+        self.host_env = env
         self.host_state = directory / "host"
         self.runners: dict[str, Program] = {}
         self.host = self.start_host()
@@ -88,6 +91,8 @@ class Cluster:
             self.directory / "host.log",
             *("host", "--state-dir", str(self.host_state), "--bind", "127.0.0.1"),
             *("--port", str(port), "--ssh-port", "0"),
+            *self.host_arguments,
+            env=self.host_env,
         )
         return self.host
 
@@ -172,8 +177,8 @@ def _registrations(log: Path) -> int:
 
 
 @contextlib.contextmanager
-def a_cluster(directory: Path) -> Iterator[Cluster]:
-    cluster = Cluster(directory)
+def a_cluster(directory: Path, *host_arguments: str, env: dict[str, str] | None = None) -> Iterator[Cluster]:
+    cluster = Cluster(directory, *host_arguments, env=env)
     try:
         yield cluster
     finally:

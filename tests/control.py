@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import base64
 import contextlib
+import ssl
 import time
 from collections.abc import AsyncIterator
 from pathlib import Path
@@ -132,7 +133,7 @@ class HostUnderTest:
         self.clock = clock
         self.stack = contextlib.AsyncExitStack()
         changes = Changes()
-        self.runners = RunnerClient()
+        self.runners = RunnerClient(ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT))
         self.nodes = Nodes(store, heartbeat_seconds=HEARTBEAT_SECONDS, on_change=changes.notify, clock=clock)
         self.tasks = Tasks(store, self.nodes, self.runners, changes, clock=clock)
         self.grants = Grants(accounts)

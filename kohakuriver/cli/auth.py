@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from kohakuriver.cli import output
-from kohakuriver.cli.options import HostOption, JsonOption, TokenOption, ask
+from kohakuriver.cli.options import CaFileOption, HostOption, JsonOption, TokenOption, ask
 from kohakuriver.errors import UsageError
 
 if TYPE_CHECKING:
@@ -26,7 +26,9 @@ app = typer.Typer(
 
 
 @app.command(epilog="Example: kohakuriver auth login --host http://cluster:8000")
-def login(host: HostOption = None, token: TokenOption = None, json: JsonOption = False) -> None:
+def login(
+    host: HostOption = None, token: TokenOption = None, ca_file: CaFileOption = None, json: JsonOption = False
+) -> None:
     """Keep a token for a host, once the host has taken it; commands then use that host and token by themselves.
 
     The token is asked for, or read from stdin where that is no terminal.
@@ -60,6 +62,7 @@ def _read_token(url: str) -> str:
 def logout(
     host: HostOption = None,
     revoke: Annotated[bool, typer.Option("--revoke", help="Have the host forget the token too.")] = False,
+    ca_file: CaFileOption = None,
     json: JsonOption = False,
 ) -> None:
     """Forget the token that was kept for a host."""
@@ -82,7 +85,9 @@ def logout(
 
 
 @app.command(epilog="Example: kohakuriver auth status --json")
-def status(host: HostOption = None, token: TokenOption = None, json: JsonOption = False) -> None:
+def status(
+    host: HostOption = None, token: TokenOption = None, ca_file: CaFileOption = None, json: JsonOption = False
+) -> None:
     """Show who you are to the host, and where the token comes from."""
     from kohakuriver.config import load_settings
 

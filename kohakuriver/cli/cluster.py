@@ -70,6 +70,12 @@ StateOption = Annotated[
         "--state-dir", help="What outlives the program. Default: in your config directory.", show_default=False
     ),
 ]
+TlsCertOption = Annotated[
+    Path | None, typer.Option("--tls-cert", help="Serve HTTPS with this PEM file.", show_default=False)
+]
+TlsKeyOption = Annotated[
+    Path | None, typer.Option("--tls-key", help="The key that belongs to --tls-cert.", show_default=False)
+]
 StdinOption = Annotated[bool, typer.Option("--exit-with-stdin", hidden=True)]
 
 
@@ -166,8 +172,21 @@ def host(
         str | None,
         typer.Option("--database", metavar="URL", help="Default: a SQLite file in --state-dir.", show_default=False),
     ] = None,
-    tls_cert: Annotated[Path | None, typer.Option("--tls-cert", help="Serve HTTPS with this PEM file.")] = None,
-    tls_key: Annotated[Path | None, typer.Option("--tls-key", help="The key that belongs to --tls-cert.")] = None,
+    tls_cert: TlsCertOption = None,
+    tls_key: TlsKeyOption = None,
+    ca_file: Annotated[
+        Path | None,
+        typer.Option(
+            "--ca-file",
+            envvar="KOHAKURIVER_CA_FILE",
+            help="Who signed the runners' certificates. Default: the system's authorities.",
+            show_default=False,
+        ),
+    ] = None,
+    audit_log: Annotated[
+        Path | None,
+        typer.Option("--audit-log", help="Who opened what. Default: in --state-dir.", show_default=False),
+    ] = None,
     state_dir: StateOption = None,
     user_mounts: Annotated[
         bool, typer.Option("--user-mounts", help="Let users who are no admins mount directories of the nodes.")
@@ -196,6 +215,8 @@ def host(
             user_mounts=user_mounts,
             tls_cert=tls_cert,
             tls_key=tls_key,
+            ca_file=ca_file,
+            audit_log=audit_log,
             json=json,
             log_level=log_level.value,
             exit_with_stdin=exit_with_stdin,
@@ -229,6 +250,17 @@ def runner(
             "--backend", help="What to offer; may be repeated. Default: docker and address.", show_default=False
         ),
     ] = None,
+    tls_cert: TlsCertOption = None,
+    tls_key: TlsKeyOption = None,
+    ca_file: Annotated[
+        Path | None,
+        typer.Option(
+            "--ca-file",
+            envvar="KOHAKURIVER_CA_FILE",
+            help="Who signed the host's certificate. Default: the system's authorities.",
+            show_default=False,
+        ),
+    ] = None,
     state_dir: StateOption = None,
     stop_tasks_on_exit: Annotated[
         bool, typer.Option("--stop-tasks-on-exit", help="End containers too when the runner ends.")
@@ -255,6 +287,9 @@ def runner(
             advertise_url=advertise_url,
             name=name,
             backends=tuple(item.value for item in backend or [Backend.docker, Backend.address]),
+            tls_cert=tls_cert,
+            tls_key=tls_key,
+            ca_file=ca_file,
             stop_tasks_on_exit=stop_tasks_on_exit,
             allow_anonymous=allow_anonymous,
             allowed_hosts=tuple(allowed_host or ()),

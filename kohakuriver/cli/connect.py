@@ -13,7 +13,7 @@ from urllib.parse import quote
 import typer
 
 from kohakuriver.cli.behind_dashes import WithCommand, command_of
-from kohakuriver.cli.options import HostOption, TaskArgument, TokenOption
+from kohakuriver.cli.options import CaFileOption, HostOption, TaskArgument, TokenOption, settings
 from kohakuriver.cli.signals import ENDING, caught
 from kohakuriver.errors import HostUnreachableError, UnavailableError, UsageError
 
@@ -50,26 +50,26 @@ def connect(
     task: TaskArgument,
     host: HostOption = None,
     token: TokenOption = None,
+    ca_file: CaFileOption = None,
 ) -> int:
     """Open a terminal in a task, or run CMD there.
 
     Between terminals CMD gets one too. Otherwise its stdin, stdout and stderr are pipes, as with ssh. The exit code
     is that of the shell or CMD.
     """
-    from kohakuriver.config import load_settings
     from kohakuriver.loops import run
     from kohakuriver.tunnel.terminal import Start
 
     command = command_of(ctx)
     if command is not None and not command:
         raise UsageError("A command must follow '--'.")
-    settings = load_settings(host=host, token=token)
+    chosen = settings(host, token)
     if not (os.isatty(0) and os.isatty(1)):
-        return run(Session(settings, task, Start(command or [], tty=False)).run())
-    return _interactive(settings, task, command or [])
+        return run(Session(chosen, task, Start(command or [], tty=False)).run())
+    return _interactive(chosen, task, command or [])
 
 
-def _interactive(settings: Settings, task: str, command: list[str]) -> int:
+def _interactive(chosen: Settings, task: str, command: list[str]) -> int:
     from kohakuriver.loops import run
     from kohakuriver.tunnel.terminal import Start
 
@@ -83,14 +83,14 @@ def _interactive(settings: Settings, task: str, command: list[str]) -> int:
     rows, cols = size(1)
     env = {name: os.environ[name] for name in PASSED_ON if os.environ.get(name)}
     with Keeper(0):
-        return run(Session(settings, task, Start(command, True, rows, cols, env)).run())
+        return run(Session(chosen, task, Start(command, True, rows, cols, env)).run())
 
 
 class Session:
     """One terminal, from its opening to its end."""
 
-    def __init__(self, settings: Settings, task: str, start: Start) -> None:
-        self._settings = settings
+    def __init__(self, chosen: Settings, task: str, start: Start) -> None:
+        self._settings = chosen
         self._task = task
         self._start = start
         self._shown = False
@@ -117,7 +117,7 @@ class Session:
                     await asyncio.wait_for(self._link.wait_closed(), 0.5)
 
     async def _open(self) -> MessageLink:
-        from kohakuriver.config import tls_context
+        from kohakuriver.tls import client_context
         from kohakuriver.tunnel.handshake import open_messages
         from kohakuriver.tunnel.protocol import TERMINAL_V2
 
@@ -127,7 +127,7 @@ class Session:
             f"{base}/ws/task/{quote(self._task, safe='')}/terminal?start=1&tty={tty}",
             token=self._settings.token,
             subprotocols=(TERMINAL_V2,),
-            ssl=tls_context(self._settings.host),
+            ssl=client_context(self._settings.host, self._settings.ca_file),
         )
         if link.subprotocol != TERMINAL_V2:
             link.abort()

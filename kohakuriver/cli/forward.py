@@ -13,7 +13,7 @@ import typer
 
 from kohakuriver.cli import output
 from kohakuriver.cli.behind_dashes import WithCommand, command_of
-from kohakuriver.cli.options import HostOption, JsonOption, TaskArgument, TokenOption
+from kohakuriver.cli.options import CaFileOption, HostOption, JsonOption, TaskArgument, TokenOption, settings
 from kohakuriver.cli.signals import caught
 from kohakuriver.errors import KohakuRiverError, UsageError
 
@@ -62,27 +62,27 @@ def forward(
     json: JsonOption = False,
     host: HostOption = None,
     token: TokenOption = None,
+    ca_file: CaFileOption = None,
 ) -> int:
     """Forward local ports to ports of a task, until Ctrl-C.
 
     With CMD, run it once every port listens, with KOHAKURIVER_PORT_<remote> in its environment, and end with its
     exit code.
     """
-    from kohakuriver.config import load_settings
     from kohakuriver.forwarding import Forwarder
     from kohakuriver.loops import run
 
     command = command_of(ctx)
     _check_command(command, json)
     wanted = _ports(ports, local_port, proto.value)
-    settings = load_settings(host=host, token=token)
+    chosen = settings(host, token)
     _warn_if_exposed(local_host)
 
     async def main() -> int:
         from kohakuriver.cli.forward_view import view_for
 
         with view_for(task, json=json, beside_command=command is not None) as view:
-            forwarder = Forwarder(task, wanted, settings=settings, local_host=local_host, on_event=view.tell)
+            forwarder = Forwarder(task, wanted, settings=chosen, local_host=local_host, on_event=view.tell)
             return await _Running(forwarder, view, command).run()
 
     return run(main())

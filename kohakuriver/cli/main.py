@@ -12,7 +12,7 @@ from typing import Annotated, NoReturn
 import typer
 
 from kohakuriver import __version__
-from kohakuriver.cli import auth, cluster, connect, demo, forward, node, output, ssh, token, user, vps
+from kohakuriver.cli import auth, cluster, connect, demo, forward, init, node, output, ssh, token, user, vps
 from kohakuriver.errors import KohakuRiverError
 
 __all__ = ["app", "main"]
@@ -53,6 +53,7 @@ app.add_typer(node.app, name="node")
 app.add_typer(auth.app, name="auth")
 app.add_typer(token.app, name="token")
 app.add_typer(user.app, name="user")
+app.add_typer(init.app, name="init")
 cluster.register(app)
 demo.register(app)
 ssh.register(app)

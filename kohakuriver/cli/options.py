@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Awaitable, Callable
 from typing import TYPE_CHECKING, Annotated, TypeVar
 
 import typer
 
+from kohakuriver.cli import output
 from kohakuriver.errors import KohakuRiverError, UsageError
 
 if TYPE_CHECKING:
     from kohakuriver.api import HostClient
+    from kohakuriver.config import Settings
 
 Answer = TypeVar("Answer")
 
 __all__ = [
+    "CaFileOption",
     "HostOption",
     "JsonOption",
     "TaskArgument",
@@ -23,13 +27,16 @@ __all__ = [
     "complete_task",
     "pairs",
     "seconds",
+    "settings",
 ]
 
 
 def complete_task(incomplete: str) -> list[str]:
     """The names of the tasks that begin with what was typed; nothing where the host can't be asked."""
+    from kohakuriver.config import load_settings
+
     try:
-        tasks = ask(None, None, lambda client: client.tasks())
+        tasks = _put(load_settings(), lambda client: client.tasks())
         return [task.name for task in tasks if task.name.startswith(incomplete)]
     except KohakuRiverError:
         return []
@@ -62,20 +69,53 @@ TokenOption = Annotated[
         show_default=False,
     ),
 ]
+
+
+def _set_ca_file(path: str | None) -> None:
+    # The same as the variable: for all that this command asks, and for what it starts.
+    if path is not None:
+        os.environ["KOHAKURIVER_CA_FILE"] = path
+
+
+CaFileOption = Annotated[
+    str | None,
+    typer.Option(
+        "--ca-file",
+        metavar="FILE",
+        callback=_set_ca_file,
+        expose_value=False,
+        help="Who signed the host's certificate. Default: KOHAKURIVER_CA_FILE, config.toml, the system's authorities.",
+        show_default=False,
+    ),
+]
 JsonOption = Annotated[bool, typer.Option("--json", help="JSON on stdout, and nothing else there.")]
 
 
 def ask(host: str | None, token: str | None, question: Callable[[HostClient], Awaitable[Answer]]) -> Answer:
     """What `question(client of the host)` answers. `host` and `token` are the flags, None where not given."""
+    return _put(settings(host, token), question)
+
+
+def _put(settings: Settings, question: Callable[[HostClient], Awaitable[Answer]]) -> Answer:
     from kohakuriver.api import HostClient
-    from kohakuriver.config import load_settings
     from kohakuriver.loops import run
 
     async def put() -> Answer:
-        async with HostClient(load_settings(host=host, token=token)) as client:
+        async with HostClient(settings) as client:
             return await question(client)
 
     return run(put())
+
+
+def settings(host: str | None, token: str | None) -> Settings:
+    """The settings that a command works with; says on stderr what is unsafe about them."""
+    from kohakuriver.config import load_settings
+    from kohakuriver.tls import sends_in_clear
+
+    chosen = load_settings(host=host, token=token)
+    if sends_in_clear(chosen.host):
+        output.note(f"Warning: {chosen.host} is plain HTTP: others on the network can read what goes there.")
+    return chosen
 
 
 def pairs(values: list[str], option: str) -> dict[str, str]:

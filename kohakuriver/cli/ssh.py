@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from kohakuriver.cli import output
-from kohakuriver.cli.options import HostOption, JsonOption, TaskArgument, TokenOption, ask
+from kohakuriver.cli.options import CaFileOption, HostOption, JsonOption, TaskArgument, TokenOption, ask
 from kohakuriver.errors import KohakuRiverError, UsageError
 
 if TYPE_CHECKING:
@@ -37,6 +37,7 @@ def ssh_proxy(
     pass_socket: PassOption = False,
     host: HostOption = None,
     token: TokenOption = None,
+    ca_file: CaFileOption = None,
 ) -> None:
     """Connect stdin and stdout to a task's SSH server: a ProxyCommand for ssh."""
     from kohakuriver.cli import ssh_dial
@@ -47,6 +48,7 @@ def ssh_proxy(
         host=settings.host,
         token=settings.token,
         ssh_proxy=settings.ssh_proxy,
+        ca_file=settings.ca_file,
         task=ssh_dial.task_of(task),
         pass_socket=pass_socket,
     )
@@ -60,6 +62,7 @@ def ssh_config(
     json: JsonOption = False,
     host: HostOption = None,
     token: TokenOption = None,
+    ca_file: CaFileOption = None,
 ) -> None:
     """Print OpenSSH configuration by which ssh, scp, rsync, git and editors reach tasks by their names."""
     from kohakuriver.cli import ssh_files
@@ -115,6 +118,7 @@ def connect(
     ] = None,
     host: HostOption = None,
     token: TokenOption = None,
+    ca_file: CaFileOption = None,
 ) -> int:
     """Log in to a task with the system's ssh. What comes after the task goes to ssh."""
     from kohakuriver.cli import ssh_dial, ssh_files
@@ -135,6 +139,8 @@ def connect(
     environment = {**os.environ, "KOHAKURIVER_HOST": settings.host, "KOHAKURIVER_SSH_PROXY": ssh_proxy}
     if settings.token:
         environment["KOHAKURIVER_TOKEN"] = settings.token
+    if settings.ca_file:
+        environment["KOHAKURIVER_CA_FILE"] = settings.ca_file
     arguments = [*_options(found), *(["-i", str(key)] if key else []), f"{user}@{found.name}", *(ssh_arguments or [])]
     return _run(ssh, arguments, environment)
 

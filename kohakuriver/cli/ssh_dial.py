@@ -80,7 +80,16 @@ def _line(sock: socket.socket) -> str:
     return line.decode("utf-8", "replace").strip()
 
 
-def proxy(*, host: str, token: str | None, ssh_proxy: str, task: str, pass_socket: bool, known: bool = False) -> None:
+def proxy(
+    *,
+    host: str,
+    token: str | None,
+    ssh_proxy: str,
+    ca_file: str | None,
+    task: str,
+    pass_socket: bool,
+    known: bool = False,
+) -> None:
     """Connect stdin and stdout to the task's SSH server, or with `pass_socket` hand ssh the connection itself.
 
     With `known` the host is not asked for the task first: ssh knows the host key already. Raises KohakuRiverError.
@@ -88,7 +97,7 @@ def proxy(*, host: str, token: str | None, ssh_proxy: str, task: str, pass_socke
     dialling = _Dialling(ssh_proxy, task, token)
     if not known:
         try:
-            _learn_host_key(host, task, token)
+            _learn_host_key(host, task, token, ca_file)
         except HostUnreachableError:
             pass  # it may be that only the proxy can be reached from here: ssh checks what it knows already
         except KohakuRiverError:
@@ -130,9 +139,9 @@ class _Dialling(threading.Thread):
             self._result.close()
 
 
-def _learn_host_key(host: str, task: str, token: str | None) -> None:
+def _learn_host_key(host: str, task: str, token: str | None, ca_file: str | None) -> None:
     """Ask the host for the task's host key and write it down. Raises KohakuRiverError, also when it does not run."""
-    found = _ask(host, f"/api/tasks/{quote(task, safe='')}", token)
+    found = _ask(host, f"/api/tasks/{quote(task, safe='')}", token, ca_file)
     key = found.get("ssh_host_key")
     if key:
         from kohakuriver.cli.ssh_files import learn_host_key
@@ -140,11 +149,14 @@ def _learn_host_key(host: str, task: str, token: str | None) -> None:
         learn_host_key(int(found["task_id"]), str(found["name"]), str(key))
 
 
-def _ask(host: str, path: str, token: str | None) -> dict[str, Any]:
+def _ask(host: str, path: str, token: str | None, ca_file: str | None) -> dict[str, Any]:
     parts = urlsplit(host)
     connection: http.client.HTTPConnection
     if parts.scheme == "https":
-        connection = http.client.HTTPSConnection(parts.netloc, timeout=ANSWER_SECONDS)
+        from kohakuriver.tls import client_context, reason
+
+        trusted = client_context(host, ca_file)
+        connection = http.client.HTTPSConnection(parts.netloc, timeout=ANSWER_SECONDS, context=trusted)
     else:
         connection = http.client.HTTPConnection(parts.netloc, timeout=ANSWER_SECONDS)
     try:
@@ -153,7 +165,8 @@ def _ask(host: str, path: str, token: str | None) -> dict[str, Any]:
             answer = connection.getresponse()
             body = answer.read()
     except (OSError, http.client.HTTPException) as error:
-        raise HostUnreachableError(f"The host at {host} can't be reached: {error}.") from error
+        why = (reason(error) if parts.scheme == "https" else None) or error
+        raise HostUnreachableError(f"The host at {host} can't be reached: {why}.") from error
     if answer.status != 200:
         raise from_status(answer.status, body)
     try:
@@ -192,25 +205,28 @@ def _relay(sock: socket.socket) -> None:
                 written += os.write(1, buffer[written:count])
 
 
-def _settings() -> tuple[str, str | None, str]:
-    """Host, token and SSH proxy. Where the environment has all of them there is nothing to be looked up."""
-    given = [os.environ.get(f"KOHAKURIVER_{name}", "") for name in ("HOST", "TOKEN", "SSH_PROXY")]
-    if all(given) and "://" in given[0]:
-        return given[0].rstrip("/"), given[1], given[2]
+def _settings() -> tuple[str, str | None, str, str | None]:
+    """Host, token, SSH proxy and CA file. Where the environment has what is needed there is nothing to be looked up."""
+    host, token, ssh_proxy, ca_file = (
+        os.environ.get(f"KOHAKURIVER_{name}", "") for name in ("HOST", "TOKEN", "SSH_PROXY", "CA_FILE")
+    )
+    if token and ssh_proxy and (host.startswith("http://") or (host.startswith("https://") and ca_file)):
+        return host.rstrip("/"), token, ssh_proxy, ca_file or None
     from kohakuriver.config import load_settings
 
     settings = load_settings()
-    return settings.host, settings.token, settings.ssh_proxy
+    return settings.host, settings.token, settings.ssh_proxy, settings.ca_file
 
 
 def main(arguments: list[str]) -> int:
     """`[--pass-socket] [--known] HOST_NAME`: what ssh runs; the exit code."""
     try:
-        host, token, ssh_proxy = _settings()
+        host, token, ssh_proxy, ca_file = _settings()
         proxy(
             host=host,
             token=token,
             ssh_proxy=ssh_proxy,
+            ca_file=ca_file,
             task=task_of(arguments[-1]),
             pass_socket="--pass-socket" in arguments[:-1],
             known="--known" in arguments[:-1],

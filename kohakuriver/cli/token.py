@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from kohakuriver.cli import output
-from kohakuriver.cli.options import HostOption, JsonOption, TokenOption, ask, seconds
+from kohakuriver.cli.options import CaFileOption, HostOption, JsonOption, TokenOption, ask, seconds
 
 if TYPE_CHECKING:
     from kohakuriver.api import Token
@@ -40,6 +40,7 @@ def create(
     json: JsonOption = False,
     host: HostOption = None,
     token: TokenOption = None,
+    ca_file: CaFileOption = None,
 ) -> None:
     """Make a token and print it, this once."""
     expires_in = None if expires is None else seconds(expires, "--expires")
@@ -58,6 +59,7 @@ def list_tokens(
     json: JsonOption = False,
     host: HostOption = None,
     token: TokenOption = None,
+    ca_file: CaFileOption = None,
 ) -> None:
     """List tokens, without their secrets."""
     tokens = ask(host, token, lambda client: client.tokens(user=user, every=every))
@@ -86,6 +88,7 @@ def revoke(
     json: JsonOption = False,
     host: HostOption = None,
     token: TokenOption = None,
+    ca_file: CaFileOption = None,
 ) -> None:
     """Make a token worthless, at once: what it has opened ends."""
     revoked = ask(host, token, lambda client: client.revoke_token(name))

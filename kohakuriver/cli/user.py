@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from kohakuriver.cli import output
-from kohakuriver.cli.options import HostOption, JsonOption, TokenOption, ask, seconds
+from kohakuriver.cli.options import CaFileOption, HostOption, JsonOption, TokenOption, ask, seconds
 
 if TYPE_CHECKING:
     from kohakuriver.api import HostClient, Token, User
@@ -43,6 +43,7 @@ def add(
     json: JsonOption = False,
     host: HostOption = None,
     token: TokenOption = None,
+    ca_file: CaFileOption = None,
 ) -> None:
     """Add a user and print their first token, this once; `kohakuriver auth login` takes it."""
     expires_in = None if expires is None else seconds(expires, "--expires")
@@ -60,7 +61,9 @@ def add(
 
 
 @app.command("list", epilog="Example: kohakuriver user list")
-def list_users(json: JsonOption = False, host: HostOption = None, token: TokenOption = None) -> None:
+def list_users(
+    json: JsonOption = False, host: HostOption = None, token: TokenOption = None, ca_file: CaFileOption = None
+) -> None:
     """List all users."""
     users = ask(host, token, lambda client: client.users())
     if json:
@@ -72,7 +75,13 @@ def list_users(json: JsonOption = False, host: HostOption = None, token: TokenOp
 
 
 @app.command(epilog="Example: kohakuriver user remove ann")
-def remove(name: UserArgument, json: JsonOption = False, host: HostOption = None, token: TokenOption = None) -> None:
+def remove(
+    name: UserArgument,
+    json: JsonOption = False,
+    host: HostOption = None,
+    token: TokenOption = None,
+    ca_file: CaFileOption = None,
+) -> None:
     """Remove a user: their tokens end, and what is open with them. Their tasks become yours."""
     removed = ask(host, token, lambda client: client.remove_user(name))
     if json:

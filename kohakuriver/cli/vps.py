@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from kohakuriver.cli import output, ssh
-from kohakuriver.cli.options import HostOption, JsonOption, TaskArgument, TokenOption, ask, pairs
+from kohakuriver.cli.options import CaFileOption, HostOption, JsonOption, TaskArgument, TokenOption, ask, pairs
 from kohakuriver.errors import UsageError
 
 if TYPE_CHECKING:
@@ -77,6 +77,7 @@ def create(
     json: JsonOption = False,
     host: HostOption = None,
     token: TokenOption = None,
+    ca_file: CaFileOption = None,
 ) -> None:
     """Start a task, wait until its tunnel is connected, and print its id."""
     from kohakuriver.cli.ssh_files import public_keys
@@ -127,6 +128,7 @@ def adopt(
     json: JsonOption = False,
     host: HostOption = None,
     token: TokenOption = None,
+    ca_file: CaFileOption = None,
 ) -> None:
     """Make a task of a container that already runs, or of a machine that a node reaches."""
     if (container is None) == (address is None):
@@ -156,7 +158,9 @@ def _print_id(task: Task, json: bool) -> None:
 
 
 @app.command("list", epilog="Example: kohakuriver vps list --json")
-def list_tasks(json: JsonOption = False, host: HostOption = None, token: TokenOption = None) -> None:
+def list_tasks(
+    json: JsonOption = False, host: HostOption = None, token: TokenOption = None, ca_file: CaFileOption = None
+) -> None:
     """List the tasks that are yours or shared with you; for admins all."""
     tasks = ask(host, token, lambda client: client.tasks())
     if json:
@@ -187,13 +191,25 @@ def _tunnel(task: Task) -> str:
 
 
 @app.command(epilog="Example: kohakuriver vps status web")
-def status(task: TaskArgument, json: JsonOption = False, host: HostOption = None, token: TokenOption = None) -> None:
+def status(
+    task: TaskArgument,
+    json: JsonOption = False,
+    host: HostOption = None,
+    token: TokenOption = None,
+    ca_file: CaFileOption = None,
+) -> None:
     """Show one task."""
     _print_task(ask(host, token, lambda client: client.task(task)), json)
 
 
 @app.command(epilog="Example: kohakuriver vps stop web")
-def stop(task: TaskArgument, json: JsonOption = False, host: HostOption = None, token: TokenOption = None) -> None:
+def stop(
+    task: TaskArgument,
+    json: JsonOption = False,
+    host: HostOption = None,
+    token: TokenOption = None,
+    ca_file: CaFileOption = None,
+) -> None:
     """End what a task runs; 'restart' runs it again."""
     _print_done("Stopped", ask(host, token, lambda client: client.stop(task)), json)
 
@@ -206,6 +222,7 @@ def restart(
     json: JsonOption = False,
     host: HostOption = None,
     token: TokenOption = None,
+    ca_file: CaFileOption = None,
 ) -> None:
     """Run a task again; open forwards find it by themselves."""
 
@@ -216,7 +233,13 @@ def restart(
 
 
 @app.command(epilog="Example: kohakuriver vps rm web")
-def rm(task: TaskArgument, json: JsonOption = False, host: HostOption = None, token: TokenOption = None) -> None:
+def rm(
+    task: TaskArgument,
+    json: JsonOption = False,
+    host: HostOption = None,
+    token: TokenOption = None,
+    ca_file: CaFileOption = None,
+) -> None:
     """End a task and forget it."""
 
     async def remove(client: HostClient) -> Task:
@@ -239,7 +262,12 @@ UserArgument = Annotated[str, typer.Argument(metavar="USER", help="The user's na
 
 @app.command(epilog="Example: kohakuriver vps share web ann")
 def share(
-    task: TaskArgument, user: UserArgument, json: JsonOption = False, host: HostOption = None, token: TokenOption = None
+    task: TaskArgument,
+    user: UserArgument,
+    json: JsonOption = False,
+    host: HostOption = None,
+    token: TokenOption = None,
+    ca_file: CaFileOption = None,
 ) -> None:
     """Let another user look at a task, reach its ports and open terminals in it."""
     _print_done(f"{user} may now use", ask(host, token, lambda client: client.share(task, user)), json)
@@ -247,7 +275,12 @@ def share(
 
 @app.command(epilog="Example: kohakuriver vps unshare web ann")
 def unshare(
-    task: TaskArgument, user: UserArgument, json: JsonOption = False, host: HostOption = None, token: TokenOption = None
+    task: TaskArgument,
+    user: UserArgument,
+    json: JsonOption = False,
+    host: HostOption = None,
+    token: TokenOption = None,
+    ca_file: CaFileOption = None,
 ) -> None:
     """Take that back; what that user has open to the task ends."""
     _print_done(f"{user} may no longer use", ask(host, token, lambda client: client.unshare(task, user)), json)

@@ -36,18 +36,21 @@ class Forwards:
         self._nodes = nodes
         self._tasks = tasks
 
-    async def authorize(self, token: str | None, reference: str, port: int, proto: str) -> ForwardTarget:
+    async def authorize(
+        self, token: str | None, reference: str, port: int, proto: str, ports: frozenset[int] | None = None
+    ) -> ForwardTarget:
         """Where a session to `port` (1 to 65535) of a task goes; `proto` is "tcp" or "udp".
 
-        Raises UnauthenticatedError, NotAllowedError, NotFoundError, UsageError, or UnavailableError "task_not_running"
-        or "node_offline". Source: docs/protocol.md §4.
+        The session reaches `ports` besides, or where that is None all ports. Raises UnauthenticatedError,
+        NotAllowedError, NotFoundError, UsageError, or UnavailableError "task_not_running", "node_offline" or
+        "too_many_sessions". Source: docs/protocol.md §4.
         """
         caller = await self._credentials.session_caller(token)
         if not 0 < port < 65536:
             raise UsageError(f"{port} is no port; ports go from 1 to 65535.")
         task, node = await self._usable(caller, reference)
-        url, credential = self._ticket(task, node, caller, "forward")
-        grant = self._grants.open(caller, task.task_id)
+        url, credential = self._ticket(task, node, caller, "forward", None if ports is None else {port, *ports})
+        grant = self._grants.open(caller, task)
         return ForwardTarget(runner_ws_url=url, container=task.container, ticket=credential, grant=grant)
 
     async def authorize_terminal(self, token: str | None, reference: str) -> TerminalTarget:
@@ -55,13 +58,16 @@ class Forwards:
         caller = await self._credentials.session_caller(token)
         task, node = await self._usable(caller, reference)
         url, credential = self._ticket(task, node, caller, "terminal")
-        grant = self._grants.open(caller, task.task_id)
+        grant = self._grants.open(caller, task)
         return TerminalTarget(runner_ws_url=url, task_id=task.task_id, ticket=credential, grant=grant)
 
-    async def authorize_ssh(self, token: str | None, reference: str) -> SshTarget:
-        """Where an SSH connection to a task goes. Raises as `authorize` does. Source: docs/protocol.md §7."""
+    async def authorize_ssh(self, token: str | None, reference: str, port: int | None = None) -> SshTarget:
+        """Where a connection to a port of a task goes, None being where its SSH server listens.
+
+        Raises as `authorize` does. Source: docs/protocol.md §7.
+        """
         caller = await self._credentials.session_caller(token)
-        return self._ssh_target(*await self._usable(caller, reference), caller)
+        return self._ssh_target(*await self._usable(caller, reference), caller, port)
 
     async def keyholder(self, key: str) -> Reach | None:
         """What the holder of a public key (type and base64) may reach: the tasks that it was put into.
@@ -69,12 +75,12 @@ class Forwards:
         None when there is no such task.
         """
 
-        async def reach(reference: str) -> SshTarget:
+        async def reach(reference: str, port: int | None) -> SshTarget:
             task, node = await self._store.task_and_node(reference)
             if not task.lets_in(key):
                 raise NotFoundError(f"There is no task {reference!r} that lets your key in.")
             # The owner's right was to put the key there; it lasts as long as the key is there.
-            return self._ssh_target(task, node, Caller(task.owner, "user"), key)
+            return self._ssh_target(task, node, Caller(task.owner, "user"), port, key)
 
         return reach if any(task.lets_in(key) for task in await self._store.tasks()) else None
 
@@ -83,20 +89,29 @@ class Forwards:
         await self._access.check_usable(caller, task)
         return task, node
 
-    def _ssh_target(self, task: Task, node: Node, caller: Caller, key: str | None = None) -> SshTarget:
-        port = task.ssh_port or SSH_PORT
-        url, credential = self._ticket(task, node, caller, "forward")
+    def _ssh_target(
+        self, task: Task, node: Node, caller: Caller, port: int | None, key: str | None = None
+    ) -> SshTarget:
+        target_port = port or task.ssh_port or SSH_PORT
+        url, credential = self._ticket(task, node, caller, "forward", {target_port})
         return SshTarget(
             task=task.name or str(task.task_id),
-            port=port,
+            port=target_port,
             runner_ws_url=url,
             container=task.container,
             ticket=credential,
-            own_server=task.ssh_port is not None,
-            grant=self._grants.open(caller, task.task_id, key),
+            own_server=port is None and task.ssh_port is not None,
+            grant=self._grants.open(caller, task, key),
         )
 
-    def _ticket(self, task: Task, node: Node, caller: Caller, scope: Literal["forward", "terminal"]) -> tuple[str, str]:
+    def _ticket(
+        self,
+        task: Task,
+        node: Node,
+        caller: Caller,
+        scope: Literal["forward", "terminal"],
+        ports: set[int] | None = None,
+    ) -> tuple[str, str]:
         """The runner's WebSocket address, and what to show there. Raises UnavailableError."""
         view = self._tasks.view(task, node)
         if view.status != "running":
@@ -108,5 +123,6 @@ class Forwards:
             task=task.task_id,
             container=task.container,
             user=caller.name,
+            ports="*" if ports is None else sorted(ports),
         )
         return "ws" + node.url.removeprefix("http"), credential

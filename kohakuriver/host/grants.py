@@ -1,4 +1,4 @@
-"""Sessions under way, and the right of each to go on.
+"""Sessions under way of every kind, the right of each to go on, and what is written down about them.
 
 A session is checked when it is opened and whenever a right was taken away here; besides every few seconds, because a
 token expires by itself and another host on the same database may have revoked it. The bytes of a session are no part of
@@ -9,15 +9,19 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import secrets
+import time
+from collections import Counter
 from collections.abc import Callable
+from typing import Any, Protocol
 
 import structlog
 
-from kohakuriver.errors import KohakuRiverError
+from kohakuriver.errors import KohakuRiverError, UnavailableError
 from kohakuriver.host.credentials import Caller
-from kohakuriver.store import Accounts, Use
+from kohakuriver.store import Accounts, Task, Use
 
-__all__ = ["CHECK_SECONDS", "Grant", "Grants"]
+__all__ = ["CHECK_SECONDS", "Audit", "Grant", "Grants"]
 
 CHECK_SECONDS = 2.0
 """How often the sessions under way are checked when nothing is known to have changed."""
@@ -25,15 +29,36 @@ CHECK_SECONDS = 2.0
 log = structlog.get_logger("kohakuriver.host")
 
 
-class Grant:
-    """One session's right to go on. Who opens the session attaches what ends it, and releases the grant at its end."""
+class Audit(Protocol):
+    """Where it is written down who opened what."""
 
-    def __init__(self, grants: Grants, caller: Caller, use: Use) -> None:
+    def write(self, event: str, **fields: Any) -> None: ...
+
+
+class Grant:
+    """One session's right to go on; see `kohakuriver.tunnel.grant`."""
+
+    def __init__(self, grants: Grants, caller: Caller, task: Task, use: Use) -> None:
         self.caller = caller
         self.use = use
         self._grants = grants
+        self._about: dict[str, Any] = {
+            "session": secrets.token_hex(8),
+            "user": caller.name,
+            "task": task.task_id,
+            "node": task.node,
+            "container": task.container,
+        }
+        self._began: float | None = None
+        self._over = False
         self._end: Callable[[str], None] | None = None
         self._withdrawn: str | None = None
+
+    def opened(self, **about: Any) -> None:
+        """The session has begun."""
+        self._about |= about
+        self._began = time.monotonic()
+        self._grants.write("session_opened", self._about)
 
     def attach(self, end: Callable[[str], None]) -> None:
         """`end` is called with the reason once the right is gone: at once if that has happened already."""
@@ -41,38 +66,71 @@ class Grant:
         if self._withdrawn is not None:
             end(self._withdrawn)
 
+    def closed(self, **how: Any) -> None:
+        """The session has ended."""
+        if not self._over and self._began is not None:
+            seconds = round(time.monotonic() - self._began, 3)
+            self._grants.write("session_closed", {**self._about, "seconds": seconds, **how})
+        self.release()
+
     def release(self) -> None:
         """The session has ended, or never began."""
-        self._grants.forget(self)
+        if not self._over:
+            self._over = True
+            self._grants.forget(self)
 
     def withdraw(self, reason: str) -> None:
         """End the session."""
         self._withdrawn = reason
-        self._grants.forget(self)
         log.info("session ended", user=self.caller.name, task=self.use.task_id, reason=reason)
         if self._end is not None:
             self._end(reason)
 
 
 class Grants:
-    """All sessions of this host, whatever they carry."""
+    """All sessions of this host, whatever they carry.
 
-    def __init__(self, accounts: Accounts) -> None:
+    Args:
+        max_sessions: how many one user may have open at a time; 0 for any number.
+        audit: where sessions are written down, if anywhere.
+    """
+
+    def __init__(self, accounts: Accounts, *, max_sessions: int = 0, audit: Audit | None = None) -> None:
         self._accounts = accounts
+        self._most = max_sessions
+        self._audit = audit
         self._grants: set[Grant] = set()
+        self._of_user: Counter[str] = Counter()
 
-    def open(self, caller: Caller, task_id: int, key: str | None = None) -> Grant:
+    def open(self, caller: Caller, task: Task, key: str | None = None) -> Grant:
         """Enter a session that `caller` opens to a task, before anything is done for it.
 
         `key` is the public key, as its type and base64, that the task's owner let in and that is all who opens it has.
+        Raises UnavailableError "too_many_sessions" (429).
         """
-        grant = Grant(self, caller, Use(caller.digest, task_id, key))
+        if self._most and self._of_user[caller.name] >= self._most:
+            raise UnavailableError(
+                f"{caller.name or 'This user'} has {self._most} sessions open, which is as many as this host allows; "
+                "end one first.",
+                code="too_many_sessions",
+                status=429,
+            )
+        grant = Grant(self, caller, task, Use(caller.digest, task.task_id, key))
         self._grants.add(grant)
+        self._of_user[caller.name] += 1
         return grant
 
     def forget(self, grant: Grant) -> None:
-        """The session needs no more checking."""
+        """The session has ended."""
         self._grants.discard(grant)
+        self._of_user[grant.caller.name] -= 1
+        if not self._of_user[grant.caller.name]:
+            del self._of_user[grant.caller.name]
+
+    def write(self, event: str, about: dict[str, Any]) -> None:
+        """Write down what became of a session."""
+        if self._audit is not None:
+            self._audit.write(event, **about)
 
     def __len__(self) -> int:
         return len(self._grants)
@@ -82,6 +140,7 @@ class Grants:
         withdrawn = await self._accounts.withdrawn({grant.use for grant in self._grants})
         for grant in list(self._grants):
             if grant.use in withdrawn:
+                self._grants.discard(grant)  # it is told once
                 grant.withdraw(withdrawn[grant.use])
 
     async def run(self) -> None:

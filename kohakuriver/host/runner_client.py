@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import ssl
 from typing import Any
 
 import httpx
 
+from kohakuriver import tls
 from kohakuriver.errors import HostUnreachableError, from_status
 from kohakuriver.store import Node
 from kohakuriver.tunnel import ticket
@@ -16,11 +18,11 @@ _CONNECT_SECONDS = 5.0
 
 
 class RunnerClient:
-    """The runners' HTTP API; every request carries a fresh ticket for its node."""
+    """The runners' HTTP API; every request carries a fresh ticket for its node. `trusted` is how https is checked."""
 
-    def __init__(self) -> None:
+    def __init__(self, trusted: ssl.SSLContext) -> None:
         # Nodes are named by an address in our own database: a proxy from the environment has no place in between.
-        self._http = httpx.AsyncClient(trust_env=False)
+        self._http = httpx.AsyncClient(trust_env=False, verify=trusted)
 
     async def close(self) -> None:
         """Close the connections to all runners."""
@@ -56,9 +58,12 @@ class RunnerClient:
                 status=504,
             ) from error
         except httpx.HTTPError as error:
+            why = tls.reason(error) or (
+                "check that its runner runs and that the address is one the host can use "
+                "(`kohakuriver runner --advertise-url`)"
+            )
             raise HostUnreachableError(
-                f"The host can't reach node {node.name} at {node.url}; check that its runner runs and that the address "
-                "is one the host can use (`kohakuriver runner --advertise-url`).",
+                f"The host can't reach node {node.name} at {node.url}: {why}.",
                 code="runner_unreachable",
             ) from error
         if answer.status_code in (401, 403):  # the host was refused, and not the user, whose credentials are good

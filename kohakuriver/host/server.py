@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import socket
+import ssl
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,9 +13,9 @@ from pathlib import Path
 import structlog
 
 from kohakuriver import loops
-from kohakuriver.errors import UsageError
 from kohakuriver.host.access import Access
 from kohakuriver.host.app import Services, create_app
+from kohakuriver.host.audit import AuditLog
 from kohakuriver.host.credentials import Credentials
 from kohakuriver.host.forwards import Forwards
 from kohakuriver.host.grants import Grants
@@ -24,11 +25,22 @@ from kohakuriver.host.runner_client import RunnerClient
 from kohakuriver.host.tasks import Changes, Tasks
 from kohakuriver.host.terminal_proxy import TerminalProxy
 from kohakuriver.host.tunnel_proxy import TunnelProxy
+from kohakuriver.limits import Limits, from_environment
 from kohakuriver.ssh_proxy import SshProxy
 from kohakuriver.store import Accounts, Store, sqlite_url
+from kohakuriver.tls import ServerCertificate, client_context
 from kohakuriver.tunnel.guard import Guard
 from kohakuriver.tunnel.server import serve_ws
-from kohakuriver.web import Server, bind, configure_logging, print_ready, socket_url, stop_at_end_of_stdin
+from kohakuriver.web import (
+    Server,
+    bind,
+    configure_logging,
+    print_ready,
+    server_certificate,
+    socket_url,
+    stop_at_end_of_stdin,
+    warn_if_in_clear,
+)
 
 __all__ = ["HostOptions", "main", "serve"]
 
@@ -41,6 +53,8 @@ class HostOptions:
 
     `allowed_hosts` and `allowed_origins` are as `Guard` takes them. With `user_mounts` others than admins may mount
     directories of nodes.
+    `ca_file` is what runners' certificates are checked by, None the system's authorities; `audit_log` None is a file in
+    `state_dir`.
     With `exit_with_stdin` it ends when its stdin does, as a child of `up` should.
     """
 
@@ -56,15 +70,37 @@ class HostOptions:
     heartbeat_seconds: float = 5.0
     tls_cert: Path | None = None
     tls_key: Path | None = None
+    ca_file: Path | None = None
+    audit_log: Path | None = None
     json: bool = False
     log_level: str = "info"
     exit_with_stdin: bool = False
 
 
+@dataclass(frozen=True)
+class Perimeter:
+    """What stands between the host and everybody else. `trusted` is how runners that serve TLS are checked."""
+
+    certificate: ServerCertificate | None
+    trusted: ssl.SSLContext
+    limits: Limits
+    audit: AuditLog
+
+    @classmethod
+    def of(cls, options: HostOptions) -> Perimeter:
+        """As the options and the environment have it. Raises UsageError."""
+        trusted = client_context("https:", options.ca_file)
+        assert trusted is not None
+        return cls(
+            server_certificate(options.tls_cert, options.tls_key),
+            trusted,
+            from_environment(),
+            AuditLog(options.audit_log or options.state_dir / "audit.jsonl"),
+        )
+
+
 def serve(options: HostOptions) -> int:
     """Run a host until SIGTERM or SIGINT; the exit code. Raises KohakuRiverError when it can't start."""
-    if (options.tls_cert is None) != (options.tls_key is None):
-        raise UsageError("--tls-cert and --tls-key go together.")
     configure_logging(options.log_level)
     return loops.run(main(options))
 
@@ -72,23 +108,27 @@ def serve(options: HostOptions) -> int:
 async def main(options: HostOptions) -> int:
     """What `serve` runs on an event loop."""
     options.state_dir.mkdir(parents=True, exist_ok=True, mode=0o700)
+    perimeter = Perimeter.of(options)
     with contextlib.ExitStack() as stack:
         sock = stack.enter_context(bind(options.bind, options.port))
         ssh_sock = stack.enter_context(bind(options.bind, options.ssh_port))
         store = await Store.open(options.database or sqlite_url(options.state_dir / "host.db"))
-        await _run(options, sock, ssh_sock, store)
+        await _run(options, sock, ssh_sock, store, perimeter)
     return 0
 
 
-async def _run(options: HostOptions, sock: socket.socket, ssh_sock: socket.socket, store: Store) -> None:
-    runners = RunnerClient()
+async def _run(
+    options: HostOptions, sock: socket.socket, ssh_sock: socket.socket, store: Store, perimeter: Perimeter
+) -> None:
+    runners = RunnerClient(perimeter.trusted)
     try:
         credentials = Credentials(Accounts(store), allow_anonymous=options.allow_anonymous)
         for path in await credentials.load_or_make(options.state_dir):
             log.info("made a token", file=str(path))
         if options.allow_anonymous:
             log.warning("ANONYMOUS ACCESS IS ON: anybody who reaches this port can open forwards to every task")
-        await _serve(options, sock, ssh_sock, store, runners, credentials)
+        warn_if_in_clear(sock, perimeter.certificate)
+        await _serve(options, sock, ssh_sock, store, runners, credentials, perimeter)
     finally:
         await runners.close()
         await store.close()
@@ -101,21 +141,24 @@ async def _serve(
     store: Store,
     runners: RunnerClient,
     credentials: Credentials,
+    perimeter: Perimeter,
 ) -> None:
     changes = Changes()
     nodes = Nodes(store, heartbeat_seconds=options.heartbeat_seconds, on_change=changes.notify)
     tasks = Tasks(store, nodes, runners, changes, user_mounts=options.user_mounts)
     accounts = Accounts(store)
-    access, grants = Access(store, accounts), Grants(accounts)
+    access = Access(store, accounts)
+    grants = Grants(accounts, max_sessions=perimeter.limits.max_sessions, audit=perimeter.audit)
     forwards = Forwards(credentials, access, grants, store, nodes, tasks)
-    proxy = TunnelProxy(authorize=forwards.authorize)
-    terminals = TerminalProxy(authorize=forwards.authorize_terminal)
+    proxy = TunnelProxy(authorize=forwards.authorize, trusted=perimeter.trusted, limits=perimeter.limits)
+    terminals = TerminalProxy(authorize=forwards.authorize_terminal, trusted=perimeter.trusted)
     ssh_proxy = SshProxy(
         ssh_sock,
         authorize=forwards.authorize_ssh,
         keyholders=forwards.keyholder,
         check_user=credentials.caller,
         host_key=options.state_dir / "ssh_host_ed25519_key",
+        trusted=perimeter.trusted,
     )
     guard = Guard(hosts=options.allowed_hosts, origins=options.allowed_origins)
     url = socket_url(sock, "https" if options.tls_cert else "http")
@@ -138,8 +181,8 @@ async def _serve(
         ws=serve_ws([*proxy.routes(), *terminals.routes()], guard),
         on_ready=ready,
         on_stop=stop,
-        tls_cert=options.tls_cert,
-        tls_key=options.tls_key,
+        certificate=perimeter.certificate,
+        limits=perimeter.limits,
     )
     checking = asyncio.get_running_loop().create_task(grants.run())
     try:

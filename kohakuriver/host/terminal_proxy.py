@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import ssl
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 from typing import Any
@@ -13,7 +14,7 @@ import structlog
 from kohakuriver.errors import HostUnreachableError, KohakuRiverError, NotAllowedError
 from kohakuriver.loops import cancel_all
 from kohakuriver.tunnel import terminal
-from kohakuriver.tunnel.grant import Grant
+from kohakuriver.tunnel.grant import NO_GRANT, Grant
 from kohakuriver.tunnel.handshake import open_messages
 from kohakuriver.tunnel.messages import MessageLink, may_close_with
 from kohakuriver.tunnel.protocol import TERMINAL_V2, CloseCode
@@ -31,18 +32,13 @@ log = structlog.get_logger("kohakuriver.proxy")
 class TerminalTarget:
     """Where a terminal is opened: the runner's `ws://` address, the task's id, and the ticket to show.
 
-    `grant` is the terminal's right to go on, None where nothing can take it away.
+    `grant` is the terminal's right to go on.
     """
 
     runner_ws_url: str
     task_id: int
     ticket: str
-    grant: Grant | None = None
-
-    def release(self) -> None:
-        """There is no terminal, or none any more."""
-        if self.grant is not None:
-            self.grant.release()
+    grant: Grant = NO_GRANT
 
 
 class TerminalProxy:
@@ -50,12 +46,19 @@ class TerminalProxy:
 
     Args:
         authorize: (bearer token or None, task's id or name) → where it goes. Raises KohakuRiverError.
+        trusted: how runners that serve TLS are checked; None for the system's authorities.
     """
 
     path = "/ws/task/{task_id}/terminal"
 
-    def __init__(self, *, authorize: Callable[[str | None, str], Awaitable[TerminalTarget]]) -> None:
+    def __init__(
+        self,
+        *,
+        authorize: Callable[[str | None, str], Awaitable[TerminalTarget]],
+        trusted: ssl.SSLContext | None = None,
+    ) -> None:
         self._authorize = authorize
+        self._trusted = trusted
         self._terminals: dict[asyncio.Task[None], MessageLink] = {}
 
     def routes(self) -> list[TunnelRoute]:
@@ -80,9 +83,10 @@ class TerminalProxy:
             user = request.accept_messages(runner.subprotocol)
         except KohakuRiverError:  # the user has hung up
             runner.begin_close(CloseCode.GOING_AWAY)
-            target.release()
+            target.grant.release()
             raise
-        running = asyncio.get_running_loop().create_task(_Relay(user, runner, target).run())
+        target.grant.opened(**{"from": request.peer}, proto="terminal", version=2 if user.subprotocol else 1)
+        running = asyncio.get_running_loop().create_task(_Relay(user, runner, target.grant).run())
         self._terminals[running] = user
         running.add_done_callback(self._terminals.pop)
 
@@ -93,13 +97,14 @@ class TerminalProxy:
                 f"{target.runner_ws_url}/ws/task/{target.task_id}/terminal{start}",
                 token=target.ticket,
                 subprotocols=(TERMINAL_V2,) if TERMINAL_V2 in request.subprotocols else (),
+                ssl=self._trusted,
                 timeout=RUNNER_TIMEOUT,
             )
         except NotAllowedError as error:  # of the host, not of the user: whose credentials are good
-            target.release()
+            target.grant.release()
             raise HostUnreachableError(f"The task's node did not take the host's ticket: {error}") from error
         except BaseException:
-            target.release()
+            target.grant.release()
             raise
         if request.query.get("tty") != "0":
             runner.limit_window()
@@ -115,17 +120,18 @@ class TerminalProxy:
 class _Relay:
     """One terminal's messages, passed on until one side ends, or the right to it does; the other side ends likewise."""
 
-    def __init__(self, user: MessageLink, runner: MessageLink, target: TerminalTarget) -> None:
+    def __init__(self, user: MessageLink, runner: MessageLink, grant: Grant) -> None:
         self._user = user
         self._runner = runner
-        self._target = target
+        self._grant = grant
+        self._to_container = self._to_user = 0
+        self._ending: tuple[str, int, str] | None = None
         self._withdrawn: asyncio.Future[str] = asyncio.get_running_loop().create_future()
 
     async def run(self) -> None:
         """From the first message to the end of both sides."""
         passing = asyncio.get_running_loop().create_task(self._pass_on())
-        if self._target.grant is not None:
-            self._target.grant.attach(self._withdraw)
+        self._grant.attach(self._withdraw)
         try:
             ends: list[asyncio.Future[Any]] = [passing, self._withdrawn]
             await asyncio.wait(ends, return_when=asyncio.FIRST_COMPLETED)
@@ -133,13 +139,41 @@ class _Relay:
                 await cancel_all([passing])
                 await self._end(self._withdrawn.result())
         finally:
-            self._target.release()
+            by, code, reason = self._ending or ("host", CloseCode.GOING_AWAY, "")
+            self._grant.closed(
+                bytes_to_container=self._to_container,
+                bytes_to_user=self._to_user,
+                ended_by=by,
+                code=code,
+                reason=reason,
+            )
 
     async def _pass_on(self) -> None:
-        await asyncio.gather(_pass(self._user, self._runner), _pass(self._runner, self._user))
+        await asyncio.gather(self._to_runner(), self._from_runner())
+
+    async def _to_runner(self) -> None:
+        with contextlib.suppress(ConnectionError):
+            while (message := await self._user.receive()) is not None:
+                self._to_container += len(message)
+                await self._runner.send(message)
+        await self._ended("user", self._user, self._runner)
+
+    async def _from_runner(self) -> None:
+        with contextlib.suppress(ConnectionError):
+            while (message := await self._runner.receive()) is not None:
+                self._to_user += len(message)
+                await self._user.send(message)
+        await self._ended("node", self._runner, self._user)
+
+    async def _ended(self, side: str, source: MessageLink, target: MessageLink) -> None:
+        self._ending = self._ending or (side, source.close_code, source.close_reason)
+        await target.close(
+            may_close_with(source.close_code), source.close_reason or "the other side of the terminal went"
+        )
 
     def _withdraw(self, reason: str) -> None:
         if not self._withdrawn.done():
+            self._ending = self._ending or ("host", CloseCode.POLICY, reason)
             self._withdrawn.set_result(reason)
 
     async def _end(self, reason: str) -> None:
@@ -148,11 +182,3 @@ class _Relay:
         with contextlib.suppress(ConnectionError, asyncio.TimeoutError):
             await asyncio.wait_for(self._user.send(terminal.failed(error)), FAREWELL_SECONDS)
         await self._user.close(CloseCode.POLICY, reason)
-
-
-async def _pass(source: MessageLink, target: MessageLink) -> None:
-    with contextlib.suppress(ConnectionError):
-        while (message := await source.receive()) is not None:
-            await target.send(message)
-    reason = source.close_reason or "the other side of the terminal went"
-    await target.close(may_close_with(source.close_code), reason)

@@ -6,7 +6,10 @@ frames stay between neighbours and nothing malformed gets through.
 
 from __future__ import annotations
 
+import asyncio
 import re
+import ssl
+import time
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 from typing import Any, cast
@@ -16,31 +19,37 @@ import structlog
 
 from kohakuriver._frame import SpliceWalker
 from kohakuriver.errors import HostUnreachableError, KohakuRiverError, NotAllowedError, UsageError
-from kohakuriver.tunnel.grant import Grant
+from kohakuriver.limits import Limits, TokenBucket
+from kohakuriver.tunnel.grant import NO_GRANT, Grant
 from kohakuriver.tunnel.handshake import open_session
-from kohakuriver.tunnel.link import Link
+from kohakuriver.tunnel.link import RECEIVE_SIZE, Link
+from kohakuriver.tunnel.ports import ports_in, ports_query
 from kohakuriver.tunnel.protocol import TUNNEL_V2, CloseCode
 from kohakuriver.tunnel.server import TunnelRoute, UpgradeRequest, greet
 
 RUNNER_TIMEOUT = 10.0
+# What a session with a limited rate may be ahead of it, in seconds: also how long its peers' pings may go unread.
+BURST_SECONDS = 0.25
+# How often in its idle time a session is looked at.
+LOOKS = 4
 
 log = structlog.get_logger("kohakuriver.proxy")
 
 
 @dataclass(frozen=True)
 class ForwardTarget:
-    """Where a session goes: the runner's ``ws://`` address, the container's id there, and the ticket to show.
+    """Where a session goes: the runner's ``ws://`` or ``wss://`` address, the container's id there, the ticket to show.
 
-    ``grant`` is the session's right to go on, None where nothing can take it away.
+    ``grant`` is the session's right to go on.
     """
 
     runner_ws_url: str
     container: str
     ticket: str | None
-    grant: Grant | None = None
+    grant: Grant = NO_GRANT
 
 
-Authorize = Callable[["str | None", str, int, str], Awaitable[ForwardTarget]]
+Authorize = Callable[["str | None", str, int, str, "frozenset[int] | None"], Awaitable[ForwardTarget]]
 
 
 class Splice:
@@ -90,42 +99,125 @@ class Splice:
     def link_closed(self, link: Link, code: int, reason: str) -> None:
         # 1005 and 1006 only say what was seen here; they may not stand in a close frame (RFC 6455 §7.4.1).
         self.other.link.close(1011 if code in (1005, 1006) else code, reason or "the other side of the session went")
-        self.session.closed()
+        self.session.closed(self, code, reason)
+
+
+class RatedSplice(Splice):
+    """A direction that may take only so many bytes a second: after what is too much, nothing is read for a while.
+
+    What nobody reads stays with the sender, whose windows (or TCP itself) make it wait. ``rate`` is in bytes a second.
+    """
+
+    def __init__(self, walker: SpliceWalker, session: ProxySession, rate: int) -> None:
+        super().__init__(walker, session)
+        self._loop = asyncio.get_running_loop()
+        self._bucket = TokenBucket(rate, rate * BURST_SECONDS, self._loop.time())
+        self._waiting = False
+        self._burst = int(rate * BURST_SECONDS)
+
+    def limit_reads(self) -> None:
+        """Read no more at once than a burst is, where that is little: a long wait would follow."""
+        if self._burst < RECEIVE_SIZE:
+            self.link.limit_reads(max(4096, self._burst // 4))
+
+    def link_received(self, link: Link, start: int, stop: int) -> int:
+        consumed = super().link_received(link, start, stop)
+        wait = self._bucket.take(consumed - start, self._loop.time())
+        if wait > 0 and not self._waiting:
+            self._waiting = True
+            link.pause_reading(self._bucket)
+            self._loop.call_later(wait, self._go_on)
+        return consumed
+
+    def _go_on(self) -> None:
+        wait = self._bucket.take(0, self._loop.time())
+        if wait > 0:  # more came in after the pause had begun
+            self._loop.call_later(wait, self._go_on)
+            return
+        self._waiting = False
+        self.link.resume_reading(self._bucket)
 
 
 class ProxySession:
     """One user's session through this host."""
 
-    def __init__(self, proxy: TunnelProxy, container: str, grant: Grant | None = None) -> None:
+    def __init__(self, proxy: TunnelProxy, target: ForwardTarget) -> None:
         self.proxy = proxy
-        self.container = container
-        self.grant = grant
-        self.user = Splice(SpliceWalker(masked=True), self)
-        self.container_side = Splice(SpliceWalker(masked=False), self)
+        self.target = target
+        self.ending: tuple[str, int, str] | None = None
+        self.user = self._side(masked=True)
+        self.container_side = self._side(masked=False)
         self.user.other, self.container_side.other = self.container_side, self.user
+        self._passed_at_look = 0
+        self._idle_since = time.monotonic()
 
-    def closed(self) -> None:
-        """One of the two links has gone; the other follows."""
-        if self.grant is not None:
-            self.grant.release()
-        self.proxy.forget(self)
+    def _side(self, *, masked: bool) -> Splice:
+        walker, rate = (
+            SpliceWalker(masked=masked, max_message=self.proxy.limits.max_message),
+            self.proxy.limits.max_rate,
+        )
+        return RatedSplice(walker, self, rate) if rate else Splice(walker, self)
+
+    def begin(self, user: Link, runner: Link) -> None:
+        """Both links are there."""
+        self.user.link, self.container_side.link = user, runner
+        for side in (self.user, self.container_side):
+            if isinstance(side, RatedSplice):
+                side.limit_reads()
+
+    def close(self, code: int, reason: str) -> None:
+        """Close both links, because this host wants it."""
+        self.ending = self.ending or ("host", code, reason)
+        self.user.link.close(code, reason)
+        self.container_side.link.close(code, reason)
 
     def end(self, reason: str) -> None:
         """The session's right to go on is gone: nothing more of it is passed, either way."""
+        self.ending = self.ending or ("host", CloseCode.POLICY, reason)
         self.user.link.fail(CloseCode.POLICY, reason)
         self.container_side.link.fail(CloseCode.POLICY, reason)
+
+    def closed(self, side: Splice, code: int, reason: str) -> None:
+        """One of the two links has gone; the other follows."""
+        self.ending = self.ending or ("user" if side is self.user else "node", code, reason)
+        self.proxy.forget(self)
+
+    def passed(self) -> dict[str, int]:
+        """Bytes of frames' payloads, each way."""
+        return {
+            "bytes_to_container": self.user.walker.bytes_passed,
+            "bytes_to_user": self.container_side.walker.bytes_passed,
+        }
+
+    def idle_seconds(self, now: float) -> float:
+        """For how long nothing has passed, as far as looks like this one can tell."""
+        passed = sum(self.passed().values())
+        if passed != self._passed_at_look:
+            self._passed_at_look, self._idle_since = passed, now
+        return now - self._idle_since
 
 
 class TunnelProxy:
     """All forward sessions of a host.
 
     Args:
-        authorize: (bearer token or None, task's id or name, port, "tcp" or "udp") → where the session goes. Raises
-            KohakuRiverError.
+        authorize: (bearer token or None, task's id or name, port, "tcp" or "udp", the ports that it may reach or None
+            for all) → where the session goes. Raises KohakuRiverError.
+        trusted: how runners that serve TLS are checked; None for the system's authorities.
+        limits: what a session may take.
     """
 
-    def __init__(self, *, authorize: Authorize) -> None:
+    def __init__(
+        self,
+        *,
+        authorize: Authorize,
+        trusted: ssl.SSLContext | None = None,
+        limits: Limits | None = None,
+    ) -> None:
         self.authorize = authorize
+        self.trusted = trusted
+        self.limits = limits or Limits()
+        self._look: asyncio.TimerHandle | None = None
         self.sessions: dict[ProxySession, None] = {}
         self._closed_to_container = 0
         self._closed_to_user = 0
@@ -145,55 +237,72 @@ class TunnelProxy:
     async def close(self) -> None:
         """Close every session."""
         for session in list(self.sessions):
-            session.user.link.close(1001, "the host is shutting down")
-            session.container_side.link.close(1001, "the host is shutting down")
+            session.close(1001, "the host is shutting down")
 
     def forget(self, session: ProxySession) -> None:
         """A session has ended."""
-        if self.sessions.pop(session, self) is None:
-            self._closed_to_container += session.user.walker.bytes_passed
-            self._closed_to_user += session.container_side.walker.bytes_passed
+        if self.sessions.pop(session, self) is not None:
+            return
+        passed = session.passed()
+        self._closed_to_container += passed["bytes_to_container"]
+        self._closed_to_user += passed["bytes_to_user"]
+        by, code, reason = session.ending or ("host", 1006, "")
+        session.target.grant.closed(**passed, ended_by=by, code=code, reason=reason)
 
     async def open(self, request: UpgradeRequest, task: str, port: int) -> None:
         """Open the session at the runner first: its answer decides ours, the version included."""
         proto = request.query.get("proto", "tcp")
         if proto not in ("tcp", "udp"):
             raise UsageError(f"proto must be tcp or udp, not {proto!r}")
-        target = await self.authorize(request.token, task, port, proto)
+        ports = ports_in(request.query)
+        target = await self.authorize(request.token, task, port, proto, ports)
+        session = ProxySession(self, target)
+        query = f"proto={proto}" if ports is None else f"proto={proto}&{ports_query(ports)}"
+        about = {"proto": proto, "port": port, "ports": None if ports is None else sorted(ports)}
         try:
-            await self._open_at_runner(request, target, port, proto)
+            runner = await self._open_at_runner(session, request, f"{port}?{query}")
+            self._splice(session, request, runner, about)
         except BaseException:
-            if target.grant is not None:
-                target.grant.release()
+            target.grant.release()
             raise
 
-    async def _open_at_runner(self, request: UpgradeRequest, target: ForwardTarget, port: int, proto: str) -> None:
-        url = f"{target.runner_ws_url}/ws/forward/{quote(target.container, safe='')}/{port}?proto={proto}"
-        session = ProxySession(self, target.container, target.grant)
-        offered = (TUNNEL_V2,) if request.offers_v2 else ()
-        # The walker is the session's own, so that what it counts and where it stands stay with it.
-        walker = session.container_side.walker
+    async def _open_at_runner(self, session: ProxySession, request: UpgradeRequest, port_and_query: str) -> Link:
+        target = session.target
         try:
-            runner = await open_session(
-                url, token=target.ticket, subprotocols=offered, timeout=RUNNER_TIMEOUT, make_walker=_reuse(walker)
+            return await open_session(
+                f"{target.runner_ws_url}/ws/forward/{quote(target.container, safe='')}/{port_and_query}",
+                token=target.ticket,
+                subprotocols=(TUNNEL_V2,) if request.offers_v2 else (),
+                ssl=self.trusted,
+                timeout=RUNNER_TIMEOUT,
+                # The walker is the session's own, so that what it counts and where it stands stay with it.
+                make_walker=_reuse(session.container_side.walker),
             )
         except NotAllowedError as error:  # of the host, not of the user: whose credentials are good
             raise HostUnreachableError(f"the task's node did not take the host's ticket: {error}") from error
-        self._splice(session, request, runner)
 
-    def _splice(self, session: ProxySession, request: UpgradeRequest, runner: Link) -> None:
-        session.container_side.link = runner
+    def _splice(self, session: ProxySession, request: UpgradeRequest, runner: Link, about: dict[str, Any]) -> None:
         try:
             user = request.accept(session.user.walker, session.user, version=runner.version)
         except KohakuRiverError:  # the user has hung up
             runner.close()
             raise
-        session.user.link = user
+        session.begin(user, runner)
         self.sessions[session] = None
+        session.target.grant.opened(**{"from": request.peer}, **about, version=runner.version)
+        if self._look is None and self.limits.idle_timeout:
+            self._look_for_idle()
         greet(user, "CONNECTED")
         runner.hand_over(session.container_side)
-        if session.grant is not None:
-            session.grant.attach(session.end)
+        session.target.grant.attach(session.end)
+
+    def _look_for_idle(self) -> None:
+        most, now = self.limits.idle_timeout, time.monotonic()
+        for session in list(self.sessions):
+            if session.idle_seconds(now) >= most:
+                session.close(CloseCode.IDLE, f"nothing passed for {most:g} s, which is as long as this host waits")
+        loop = asyncio.get_running_loop()
+        self._look = loop.call_later(most / LOOKS, self._look_for_idle) if self.sessions else None
 
 
 def _reuse(walker: SpliceWalker) -> Callable[..., SpliceWalker]:

@@ -7,12 +7,13 @@ import base64
 import contextlib
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import httpx
 import structlog
 
-from kohakuriver import __version__
+from kohakuriver import __version__, tls
 from kohakuriver.errors import (
     HostUnreachableError,
     KohakuRiverError,
@@ -36,13 +37,17 @@ _RETRY_SECONDS = 1.0
 
 @dataclass(frozen=True)
 class NodeIdentity:
-    """Who this node says it is. `url` is how the host reaches it, `instance` tells it from a namesake."""
+    """Who this node says it is. `url` is how the host reaches it, `instance` tells it from a namesake.
+
+    `ca_file` holds the authority that signed the host's certificate; None where the system knows it.
+    """
 
     name: str
     url: str
     instance: str
     host_url: str
     token: str
+    ca_file: Path | None = None
 
 
 class Registration:
@@ -74,6 +79,7 @@ class Registration:
             base_url=identity.host_url,
             headers={"Authorization": f"Bearer {identity.token}"},
             timeout=_ANSWER_SECONDS,
+            verify=tls.client_context(identity.host_url, identity.ca_file) or True,
             trust_env=False,
         )
 
@@ -155,7 +161,9 @@ class Registration:
                 raise from_status(answer.status_code, answer.content)
             content: dict[str, Any] = answer.json()
         except (httpx.HTTPError, ValueError) as error:
-            raise HostUnreachableError(f"The host at {self._identity.host_url} does not answer.") from error
+            why = tls.reason(error)
+            what = f"can't be reached: {why}" if why else "does not answer"
+            raise HostUnreachableError(f"The host at {self._identity.host_url} {what}.") from error
         return content
 
     async def close(self) -> None:

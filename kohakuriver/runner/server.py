@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import re
 import socket
 from collections.abc import Awaitable, Callable, Sequence
@@ -16,6 +17,7 @@ import structlog
 
 from kohakuriver import __version__, loops
 from kohakuriver.errors import KohakuRiverError, LocalAddressError, UsageError
+from kohakuriver.limits import from_environment as limits_from_environment
 from kohakuriver.runner.app import Services, create_app
 from kohakuriver.runner.backends.address import AddressBackend
 from kohakuriver.runner.backends.base import Backend
@@ -29,6 +31,7 @@ from kohakuriver.runner.terminal import TerminalServer
 from kohakuriver.runner.traffic import COUNTS
 from kohakuriver.runner.tunnel_helper import TunnelHelper
 from kohakuriver.runner.tunnel_server import TunnelServer
+from kohakuriver.tls import ServerCertificate, sends_in_clear
 from kohakuriver.tunnel.guard import Guard
 from kohakuriver.tunnel.server import serve_ws
 from kohakuriver.tunnel.settings import from_environment
@@ -38,8 +41,10 @@ from kohakuriver.web import (
     configure_logging,
     new_app,
     print_ready,
+    server_certificate,
     socket_url,
     stop_at_end_of_stdin,
+    warn_if_in_clear,
 )
 
 __all__ = ["RunnerOptions", "main", "serve"]
@@ -56,9 +61,9 @@ class RunnerOptions:
     """How a runner runs. `port` 0 is the one it had last, or any free one; `name` None is the machine's name.
 
     `backends` are those it may use beside address; docker is offered while its engine answers. The node's token is
-    given or read from a file. `advertise_url` is how the host reaches this runner, by default found out. With
-    `exit_with_stdin` it ends when its stdin does, as a child of `up` should. `allowed_hosts` and `allowed_origins` are
-    as `Guard` takes them.
+    given or read from a file. `advertise_url` is how the host reaches this runner, by default found out. `ca_file` is
+    what the host's certificate is checked by. With `exit_with_stdin` it ends when its stdin does, as a child of `up`
+    should. `allowed_hosts` and `allowed_origins` are as `Guard` takes them.
     """
 
     state_dir: Path
@@ -70,6 +75,9 @@ class RunnerOptions:
     advertise_url: str | None = None
     name: str | None = None
     backends: Sequence[str] = ("docker",)
+    tls_cert: Path | None = None
+    tls_key: Path | None = None
+    ca_file: Path | None = None
     allow_anonymous: bool = False
     allowed_hosts: Sequence[str] = ()
     allowed_origins: Sequence[str] = ()
@@ -87,11 +95,12 @@ def serve(options: RunnerOptions) -> int:
 
 async def main(options: RunnerOptions) -> int:
     """What `serve` runs on an event loop."""
+    certificate = server_certificate(options.tls_cert, options.tls_key)
     state = State(options.state_dir)
     sock = _bind(options, state)
     try:
         identity = _identity(options, state, sock)
-        await Runner(options, state, sock, identity).run()
+        await Runner(options, state, sock, identity, certificate).run()
     finally:
         sock.close()
     return 0
@@ -100,7 +109,15 @@ async def main(options: RunnerOptions) -> int:
 class Runner:
     """The parts of one runner, and how they hear of one another."""
 
-    def __init__(self, options: RunnerOptions, state: State, sock: socket.socket, identity: NodeIdentity) -> None:
+    def __init__(
+        self,
+        options: RunnerOptions,
+        state: State,
+        sock: socket.socket,
+        identity: NodeIdentity,
+        certificate: ServerCertificate | None,
+    ) -> None:
+        limits = limits_from_environment()
         self._options = options
         self._sock = sock
         self._identity = identity
@@ -115,6 +132,7 @@ class Runner:
             address_of=self._tasks.address_of,
             on_tunnel_change=self._tasks.tunnel_changed,
             config=from_environment(),
+            limits=limits,
         )
         self._terminals = TerminalServer(
             allow_anonymous=options.allow_anonymous,
@@ -132,8 +150,11 @@ class Runner:
             ws=serve_ws([*self._tunnels.routes(), *self._terminals.routes()], self._guard),
             on_ready=self._ready,
             on_stop=self._stop,
+            certificate=certificate,
+            limits=limits,
         )
-        self._listening = Listening(sock, self._listen_for_containers)
+        self._certificate = certificate
+        self._listening = Listening(sock, self._listen_for_containers, state, tls=certificate is not None)
         self._backends = self._make_backends(options.backends, state)
         self._background: list[asyncio.Task[None]] = []
 
@@ -181,6 +202,10 @@ class Runner:
     async def _ready(self) -> None:
         if self._options.allow_anonymous:
             log.warning("ANONYMOUS ACCESS IS ON: tunnel clients without a token may speak for every container")
+        warn_if_in_clear(self._sock, self._certificate)
+        if sends_in_clear(self._identity.host_url):
+            log.warning("the host's URL is plain HTTP: others on the network can read this node's token")
+        await self._listening.open()
         await self._tasks.open(self._backends)
         self._background.append(asyncio.get_running_loop().create_task(self._registration.run()))
         if self._options.exit_with_stdin:
@@ -214,13 +239,26 @@ class Runner:
 
 
 class Listening:
-    """Where tunnel clients reach the runner, with a listener on one more address where one is needed."""
+    """Where tunnel clients reach the runner, with a listener on one more address where one is needed.
 
-    def __init__(self, sock: socket.socket, listen: Callable[[socket.socket], Awaitable[None]]) -> None:
+    Tunnel clients don't speak TLS, for what they send stays on the node: it goes over loopback, or to the node's own
+    address on a bridge network. Where the runner serves TLS they have listeners of their own.
+    """
+
+    def __init__(
+        self, sock: socket.socket, listen: Callable[[socket.socket], Awaitable[None]], state: State, *, tls: bool
+    ) -> None:
         self._listen = listen
+        self._state = state
+        self._tls = tls
         self._host, self._port = sock.getsockname()[:2]
         self._local = socket_url(sock)
         self._more: dict[str, socket.socket] = {}
+
+    async def open(self) -> None:
+        """Listen for the processes of this node. Raises LocalAddressError."""
+        if self._tls:
+            self._local = await self.url_at("127.0.0.1")
 
     def local_url(self) -> str:
         """How processes on this node reach the runner."""
@@ -229,23 +267,29 @@ class Listening:
     async def url_at(self, address: str) -> str:
         """How a container reaches the runner at `address`, an IP address of this node. Raises LocalAddressError.
 
-        A runner on loopback listens there too from now on, on its own port if that is free.
+        A runner on loopback, or one that serves TLS, listens there too from now on: on the port that it had there last,
+        or its own, or any.
         """
-        if not ip_address(self._host).is_loopback or ip_address(address).is_loopback:
+        own_will_do = not ip_address(self._host).is_loopback or ip_address(address).is_loopback
+        if own_will_do and not self._tls:
             own = self._host if not ip_address(self._host).is_unspecified else address
             return _url(own, self._port)
         if address not in self._more:
-            try:
-                sock = bind(address, self._port)
-            except LocalAddressError:
-                sock = bind(address, 0)
+            sock = self._bind(address)
             await self._listen(sock)
             self._more[address] = sock
+            self._state.keep_port_at(address, sock.getsockname()[1])
         return _url(address, self._more[address].getsockname()[1])
 
+    def _bind(self, address: str) -> socket.socket:
+        for port in (self._state.port_at(address) or self._port, self._port):
+            with contextlib.suppress(LocalAddressError):
+                return bind(address, port)
+        return bind(address, 0)
 
-def _url(address: str, port: int) -> str:
-    return f"http://[{address}]:{port}" if ":" in address else f"http://{address}:{port}"
+
+def _url(address: str, port: int, scheme: str = "http") -> str:
+    return f"{scheme}://[{address}]:{port}" if ":" in address else f"{scheme}://{address}:{port}"
 
 
 def _bind(options: RunnerOptions, state: State) -> socket.socket:
@@ -266,10 +310,11 @@ def _identity(options: RunnerOptions, state: State, sock: socket.socket) -> Node
         raise UsageError(f"{name!r} can't be a node's name; give one of letters, digits, dots and dashes with --name.")
     return NodeIdentity(
         name=name,
-        url=(options.advertise_url or _reachable_url(sock, options.host_url)).rstrip("/"),
+        url=(options.advertise_url or _reachable_url(sock, options)).rstrip("/"),
         instance=state.instance,
         host_url=options.host_url.rstrip("/"),
         token=_node_token(options),
+        ca_file=options.ca_file,
     )
 
 
@@ -284,16 +329,17 @@ def _node_token(options: RunnerOptions) -> str:
         raise UsageError(f"The node token can't be read from {options.node_token_file}: {error.strerror}.") from error
 
 
-def _reachable_url(sock: socket.socket, host_url: str) -> str:
+def _reachable_url(sock: socket.socket, options: RunnerOptions) -> str:
     """How the host most likely reaches this runner: the bound address, or the one that a route to the host takes."""
+    scheme = "https" if options.tls_cert else "http"
     address, port = sock.getsockname()[:2]
     if not ip_address(address).is_unspecified:
-        return _url(address, port)
-    parts = urlsplit(host_url)
+        return _url(address, port, scheme)
+    parts = urlsplit(options.host_url)
     try:
         family, _, _, _, target = socket.getaddrinfo(parts.hostname, parts.port or 80, type=socket.SOCK_DGRAM)[0]
         with socket.socket(family, socket.SOCK_DGRAM) as probe:
             probe.connect(target)  # sends nothing: it only picks a route
-            return _url(probe.getsockname()[0], port)
+            return _url(probe.getsockname()[0], port, scheme)
     except OSError:
-        return socket_url(sock)
+        return socket_url(sock, scheme)

@@ -113,6 +113,20 @@ class State:
     def last_port(self, port: int) -> None:
         write_private(self.directory / "port", f"{port}\n")
 
+    def port_at(self, address: str) -> int:
+        """The port that containers found the runner at last time at this address of the node; 0 if they never did."""
+        return int(self._ports().get(address, 0))
+
+    def keep_port_at(self, address: str, port: int) -> None:
+        """Remember it: tunnel clients that outlive the runner keep dialling it."""
+        write_private(self.directory / "ports.json", json.dumps({**self._ports(), address: port}))
+
+    def _ports(self) -> dict[str, int]:
+        try:
+            return dict(json.loads((self.directory / "ports.json").read_text("utf-8")))
+        except (OSError, ValueError):
+            return {}
+
     @property
     def ticket_key(self) -> bytes | None:
         """What the host's tickets are signed with, as of the last registration.

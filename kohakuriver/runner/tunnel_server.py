@@ -7,6 +7,7 @@ the frame walker looks ids up in; Python sees only the messages that open, end o
 
 from __future__ import annotations
 
+import asyncio
 import re
 from collections import Counter, defaultdict
 from collections.abc import Callable
@@ -16,9 +17,11 @@ import structlog
 
 from kohakuriver._frame import WHOLE, WS_TEXT, FrameWalker, RelayWalker, RoutingTable, build_frame
 from kohakuriver.errors import NotAllowedError, UnauthenticatedError, UnavailableError, UsageError
+from kohakuriver.limits import Limits, TokenBucket
 from kohakuriver.runner.traffic import COUNTS, Rates
 from kohakuriver.tunnel.endpoint import ContainerEndpoint, EndpointConfig
 from kohakuriver.tunnel.link import Assembler, Link
+from kohakuriver.tunnel.ports import ports_in
 from kohakuriver.tunnel.protocol import (
     CLOSE,
     CONNECT,
@@ -49,6 +52,34 @@ log = structlog.get_logger("kohakuriver.tunnel")
 A = TypeVar("A", bound="Side")
 
 
+class Admission:
+    """Whether one session may open one more stream."""
+
+    def __init__(self, limits: Limits, ticket: Ticket | None, named: frozenset[int] | None) -> None:
+        """``named`` are the ports that the session is confined to beside what its ticket says, None for all."""
+        self._limits = limits
+        self._ticket = ticket
+        self._named = named
+        self._clock = asyncio.get_running_loop().time
+        rate = limits.max_connects
+        self._bucket = TokenBucket(rate, rate, self._clock()) if rate else None
+
+    def _allows(self, port: int) -> bool:
+        by_ticket = self._ticket is None or self._ticket.allows(port)
+        return by_ticket and (self._named is None or port in self._named)
+
+    def refusal(self, port: int, streams: int) -> str | None:
+        """Why a stream to ``port`` may not be opened while ``streams`` are open, as an ERROR's text, or None."""
+        most, rate = self._limits.max_streams, self._limits.max_connects
+        if not self._allows(port):
+            return f"EACCES: port {port} is not part of this forward"
+        if most and streams >= most:
+            return f"EMFILE: this forward has {most} connections open, which is as many as the node allows"
+        if self._bucket is not None and not self._bucket.try_take(self._clock()):
+            return f"EAGAIN: this forward opens more than {rate} connections a second, which the node does not allow"
+        return None
+
+
 class Counted(Protocol):
     """What bytes of a container go through."""
 
@@ -64,7 +95,7 @@ class Side:
     def __init__(self, server: TunnelServer, container: str) -> None:
         self.server = server
         self.container = container
-        self.walker = RelayWalker(masked=True)
+        self.walker = RelayWalker(masked=True, max_message=server.limits.max_message)
         self.table = RoutingTable()
         self.link: Link = cast(Link, None)
         self.unknown_messages = 0
@@ -235,13 +266,11 @@ class Tunnel(Side):
 class Session(Side):
     """One user's link to one container."""
 
-    def __init__(
-        self, server: TunnelServer, container: str, port: int, proto: int, allows: Callable[[int], bool]
-    ) -> None:
+    def __init__(self, server: TunnelServer, container: str, port: int, proto: int, admission: Admission) -> None:
         super().__init__(server, container)
         self.port = port
         self.proto = proto
-        self.allows = allows
+        self.admission = admission
         self.ended: dict[int, Side] = {}
 
     def counts(self) -> Counter[str]:
@@ -272,8 +301,9 @@ class Session(Side):
             self.unknown_messages += 1
             return
         tunnel = self.server.tunnels.get(self.container)
-        if not self.allows(port):
-            self.send(ERROR, proto, client_id, 0, f"EACCES: port {port} is not part of this forward".encode())
+        refusal = self.admission.refusal(port, len(self.table))
+        if refusal is not None:
+            self.send(ERROR, proto, client_id, 0, refusal.encode())
         elif tunnel is None:
             self.send(ERROR, proto, client_id, 0, b"ENOTCONN: the task's tunnel is not connected; is the task running?")
         else:
@@ -328,6 +358,7 @@ class TunnelServer:
         address_of: the IP of a container id of the address backend, which the runner dials itself, else None.
         on_tunnel_change: called with (container id, connected).
         config: windows and times of the streams that the runner dials itself.
+        limits: what a session may take.
     """
 
     def __init__(
@@ -339,7 +370,9 @@ class TunnelServer:
         address_of: Callable[[str], str | None],
         on_tunnel_change: Callable[[str, bool], None] = lambda container, connected: None,
         config: EndpointConfig | None = None,
+        limits: Limits | None = None,
     ) -> None:
+        self.limits = limits or Limits()
         self.allow_anonymous = allow_anonymous
         self.check_tunnel_token = check_tunnel_token
         self.check_ticket = check_ticket
@@ -551,28 +584,33 @@ class _ForwardPath:
             raise UsageError(f"{port} is not a port: give one between 1 and 65535")
         ticket = self.server.require_ticket(request, container, port)
         proto = 1 if request.query.get("proto") == "udp" else 0
-        allows = ticket.allows if ticket is not None else lambda other: True
+        admission = Admission(self.server.limits, ticket, ports_in(request.query))
         address = self.server.address_of(container)
         if address is not None:
-            self._open_direct(request, container, port, allows, address)
+            self._open_direct(request, container, port, admission, address)
             return
         tunnel = self.server.tunnels.get(container)
         if tunnel is None:
             message = f"the tunnel of {container} is not connected; is the task running?"
             raise UnavailableError(message, code="tunnel_not_connected")
-        session = Session(self.server, container, port, proto, allows)
+        session = Session(self.server, container, port, proto, admission)
         session.link = request.accept(session.walker, session, version=tunnel.version)
         self.server.sessions[session] = None
         greet(session.link, "CONNECTED")
 
     def _open_direct(
-        self, request: UpgradeRequest, container: str, port: int, allows: Callable[[int], bool], address: str
+        self, request: UpgradeRequest, container: str, port: int, admission: Admission, address: str
     ) -> None:
         endpoint = ContainerEndpoint(
-            (address,), config=self.server.config, where=f"at {address}", allowed_port=allows, default_port=port
+            (address,),
+            config=self.server.config,
+            where=f"at {address}",
+            refuses=admission.refusal,
+            default_port=port,
         )
         session = DirectSession(self.server, container, endpoint)
-        session.link = request.accept(FrameWalker(masked=True), session)
+        walker = FrameWalker(masked=True, max_message=self.server.limits.max_message)
+        session.link = request.accept(walker, session)
         greet(session.link, "CONNECTED")
         endpoint.attach(session.link)
         session.link.handler = session

@@ -9,8 +9,8 @@ import asyncio
 import contextlib
 import logging
 import socket
+import ssl
 from collections.abc import Awaitable, Callable
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -31,8 +31,8 @@ KEEPALIVE_SECONDS = 30
 
 NO_SHELL = "this is only a jump host: use `ssh -J` with it, and a task's name as the destination"
 
-Reach = Callable[[str], Awaitable[SshTarget]]
-"""A task's id or name → where its SSH server is, for one user. Raises KohakuRiverError."""
+Reach = Callable[[str, "int | None"], Awaitable[SshTarget]]
+"""A task's id or name, and a port or None for its SSH server → where that is, for one user. Raises KohakuRiverError."""
 
 Keyholders = Callable[[str], Awaitable["Reach | None"]]
 """A public key (type and base64) → what its holder may reach, None for a key that nobody knows."""
@@ -45,11 +45,13 @@ class JumpHost:
         self,
         host_key: Path,
         *,
-        authorize: Callable[[str | None, str], Awaitable[SshTarget]],
+        authorize: Callable[[str | None, str, int | None], Awaitable[SshTarget]],
         keyholders: Keyholders,
         check_user: Callable[[str], Awaitable[object]],
+        trusted: ssl.SSLContext | None = None,
     ) -> None:
         self.authorize = authorize
+        self.trusted = trusted
         self.keyholders = keyholders
         self.check_user = check_user
         self._host_key = _load_or_make(host_key)
@@ -93,8 +95,13 @@ class _Login(asyncssh.SSHServer):
 
     def __init__(self, host: JumpHost) -> None:
         self._host = host
+        self._peer = "?"
         self._shown: Reach | None = None  # by the credential that was shown last, which may not be proven yet
         self._reach: Reach | None = None
+
+    def connection_made(self, conn: asyncssh.SSHServerConnection) -> None:
+        name = conn.get_extra_info("peername")
+        self._peer = f"{name[0]}:{name[1]}" if isinstance(name, tuple) else "?"
 
     def begin_auth(self, username: str) -> bool:
         return True
@@ -108,7 +115,7 @@ class _Login(asyncssh.SSHServer):
     async def validate_password(self, username: str, password: str) -> bool:
         with contextlib.suppress(KohakuRiverError):
             await self._host.check_user(password)
-            self._shown = lambda task: self._host.authorize(password, task)
+            self._shown = lambda task, port: self._host.authorize(password, task, port)
             return True
         return False
 
@@ -132,10 +139,9 @@ class _Login(asyncssh.SSHServer):
         try:
             if self._reach is None or not 1 <= port <= 65535:
                 raise UnavailableError(f"Port {port} of {task} can't be reached from here.")
-            target = await self._reach(task)
-            if port != 22:  # 22 stands for the task's SSH server, wherever that listens
-                target = replace(target, port=port, own_server=False)
-            connection = TaskConnection(target)
+            # 22 stands for the task's SSH server, wherever that listens.
+            target = await self._reach(task, None if port == 22 else port)
+            connection = TaskConnection(target, peer=self._peer, trusted=self._host.trusted)
             await connection.open()
         except KohakuRiverError as error:
             log.info("SSH connection refused", task=task, reason=error.message)

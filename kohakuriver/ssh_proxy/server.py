@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import socket
+import ssl
 from collections.abc import Awaitable, Callable
 from pathlib import Path
 from typing import cast
@@ -36,17 +37,19 @@ NO_FILES_SECONDS = 0.2
 # A user who vanished without a word is noticed after some two minutes; idle connections live on.
 KEEPALIVE = {"TCP_KEEPIDLE": 60, "TCP_KEEPINTVL": 15, "TCP_KEEPCNT": 4}
 
-Authorize = Callable[["str | None", str], Awaitable[SshTarget]]
+Authorize = Callable[["str | None", str, "int | None"], Awaitable[SshTarget]]
 
 
 class SshProxy:
     """Serves the SSH proxy on `sock`, a bound TCP socket.
 
     Args:
-        authorize: (token or None, task's id or name) → where its SSH server is. Raises KohakuRiverError.
+        authorize: (token or None, task's id or name, port or None) → where that port is, or without one the task's SSH
+            server. Raises KohakuRiverError.
         keyholders: who a jump host lets in by a public key, and where to.
         check_user: the same for a token as password; raises KohakuRiverError for one that is not valid.
         host_key: the file with the jump host's own key, made if need be.
+        trusted: how runners that serve TLS are checked; None for the system's authorities.
     """
 
     def __init__(
@@ -57,10 +60,14 @@ class SshProxy:
         keyholders: Keyholders,
         check_user: Callable[[str], Awaitable[object]],
         host_key: Path,
+        trusted: ssl.SSLContext | None = None,
     ) -> None:
         self._sock = sock
         self._authorize = authorize
-        self._jump_host = JumpHost(host_key, authorize=authorize, keyholders=keyholders, check_user=check_user)
+        self._trusted = trusted
+        self._jump_host = JumpHost(
+            host_key, authorize=authorize, keyholders=keyholders, check_user=check_user, trusted=trusted
+        )
         self._accepting: asyncio.Task[None] | None = None
         self._waiting: dict[asyncio.Task[None], None] = {}
         self._serving: set[asyncio.Task[None]] = set()
@@ -161,8 +168,8 @@ class SshProxy:
 
     async def _connect(self, greeting: Greeting, task: str, token: str | None) -> TaskConnection | None:
         """The connection to the task's SSH server, or None when the peer went meanwhile."""
-        target = await self._authorize(token, task)
-        connection = TaskConnection(target)
+        target = await self._authorize(token, task, None)
+        connection = TaskConnection(target, peer=_name(greeting.transport), trusted=self._trusted)
         await connection.open()
         if greeting.gone:
             connection.abandon()

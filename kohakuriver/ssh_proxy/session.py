@@ -6,13 +6,15 @@ The tunnel is the one that forwards use, so nothing is published on the node. So
 from __future__ import annotations
 
 import asyncio
+import ssl
 from dataclasses import dataclass
 from urllib.parse import quote
 
 from kohakuriver.errors import HostUnreachableError, KohakuRiverError, NotAllowedError, UnavailableError
 from kohakuriver.tunnel.endpoint import AnyStream, UserEndpoint
-from kohakuriver.tunnel.grant import Grant
+from kohakuriver.tunnel.grant import NO_GRANT, Grant
 from kohakuriver.tunnel.handshake import open_session
+from kohakuriver.tunnel.protocol import CloseCode
 from kohakuriver.tunnel.tcp import TcpStream
 
 __all__ = ["SshTarget", "TaskConnection"]
@@ -25,7 +27,7 @@ class SshTarget:
     """Where a connection goes: a port of a task, by the runner's ``ws://`` address and a ticket for it.
 
     `own_server` says that the port is that of the SSH server which the task was given. `grant` is the connection's
-    right to go on, None where nothing can take it away.
+    right to go on.
     """
 
     task: str
@@ -34,18 +36,22 @@ class SshTarget:
     container: str
     ticket: str | None
     own_server: bool = False
-    grant: Grant | None = None
+    grant: Grant = NO_GRANT
 
 
 class TaskConnection(UserEndpoint):
     """A stream to a port of a task, and the session that carries it; both end together.
 
-    `open`, then make a transport's protocol of `stream`.
+    `open`, then make a transport's protocol of `stream`. `peer` is whose it is, as address and port; `trusted` how a
+    runner that serves TLS is checked, None for the system's authorities.
     """
 
-    def __init__(self, target: SshTarget) -> None:
+    def __init__(self, target: SshTarget, *, peer: str = "?", trusted: ssl.SSLContext | None = None) -> None:
         super().__init__(on_stream_error=self._refused, on_detach=self._lost)
         self._target = target
+        self._peer = peer
+        self._trusted = trusted
+        self._ending: tuple[str, int, str] | None = None
         self._opened: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self.stream = TcpStream(self, target.port)
 
@@ -73,24 +79,31 @@ class TaskConnection(UserEndpoint):
         target = self._target
         url = f"{target.runner_ws_url}/ws/forward/{quote(target.container, safe='')}/{target.port}?proto=tcp"
         try:
-            self.attach(await open_session(url, token=target.ticket, timeout=OPEN_SECONDS))
+            link = await open_session(url, token=target.ticket, ssl=self._trusted, timeout=OPEN_SECONDS)
         except NotAllowedError as error:  # of the host, not of the user: whose credentials are good
             raise HostUnreachableError(f"The task's node did not take the host's ticket: {error}") from error
+        about = {"from": self._peer, "proto": "ssh", "port": target.port, "ports": [target.port]}
+        target.grant.opened(**about, version=link.version)
+        self.attach(link)
         self._open(self.stream)
-        if target.grant is not None:
-            target.grant.attach(self.abandon)
+        target.grant.attach(self._withdrawn)
 
-    def abandon(self, reason: str = "the connection was given up") -> None:
+    def abandon(self, reason: str = "the connection was given up", code: int = CloseCode.NORMAL) -> None:
         """End both at once; whoever is connected to the stream is reset."""
+        self._ending = self._ending or ("host", code, reason)
         self._settle(UnavailableError(f"{reason[:1].upper()}{reason[1:]}."))
         self.stream.reset()
         if self.link is not None:
-            self.link.close(1000, reason)
-        self._release()
+            self.link.close(code, reason)
+        self._closed()
 
-    def _release(self) -> None:
-        if self._target.grant is not None:
-            self._target.grant.release()
+    def _withdrawn(self, reason: str) -> None:
+        self.abandon(reason, CloseCode.POLICY)
+
+    def _closed(self) -> None:
+        by, code, reason = self._ending or ("host", CloseCode.NORMAL, "")
+        passed = {"bytes_to_container": self.bytes_sent, "bytes_to_user": self.bytes_received}
+        self._target.grant.closed(**passed, ended_by=by, code=code, reason=reason)
 
     def _settle(self, error: KohakuRiverError | None) -> None:
         if self._opened.done():
@@ -111,14 +124,16 @@ class TaskConnection(UserEndpoint):
     def stream_over(self, stream: AnyStream) -> None:
         super().stream_over(stream)
         self._settle(UnavailableError(f"Task {self._target.task} ended the connection."))
+        self._ending = self._ending or ("user", CloseCode.NORMAL, "the connection has ended")
         if self.link is not None:
-            self.link.close(1000, "the connection has ended")
+            self.link.close(CloseCode.NORMAL, "the connection has ended")
 
     def _refused(self, port: int, text: str) -> None:
         self._settle(UnavailableError(_why_refused(self._target, text)))
 
     def _lost(self, reason: str) -> None:
-        self._release()
+        self._ending = self._ending or ("node", 1006, reason)
+        self._closed()
         self._settle(HostUnreachableError(f"The session to task {self._target.task} broke: {reason}."))
 
 

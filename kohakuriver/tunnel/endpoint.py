@@ -535,7 +535,8 @@ class ContainerEndpoint(Endpoint):
     Args:
         hosts: addresses to try in turn, e.g. ``("127.0.0.1", "::1")``.
         where: how error texts name the place, e.g. "in the container".
-        allowed_port: which ports a CONNECT may name; ``default_port`` stands for 0.
+        refuses: (port, streams that are open) → why a stream may not be opened, as an error text, or None. What a
+            CONNECT calls port 0 is ``default_port``.
     """
 
     def __init__(
@@ -544,13 +545,13 @@ class ContainerEndpoint(Endpoint):
         *,
         config: EndpointConfig | None = None,
         where: str = "in the container",
-        allowed_port: Callable[[int], bool] = lambda port: True,
+        refuses: Callable[[int, int], str | None] = lambda port, streams: None,
         default_port: int = 0,
     ) -> None:
         super().__init__(config)
         self.hosts = hosts
         self.where = where
-        self.allowed_port = allowed_port
+        self.refuses = refuses
         self.default_port = default_port
         self._dialling: set[asyncio.Task[None]] = set()
 
@@ -564,8 +565,9 @@ class ContainerEndpoint(Endpoint):
             self.unknown_messages += 1
             return
         port = port or self.default_port
-        if not self.allowed_port(port):
-            self.send_message(ERROR, client_id, f"EACCES: port {port} is not part of this forward".encode(), proto)
+        refusal = self.refuses(port, len(self.streams))
+        if refusal is not None:
+            self.send_message(ERROR, client_id, refusal.encode(), proto)
             return
         if proto == PROTO_UDP:
             self._dial_soon(self._dial_udp(self._accept_udp(client_id, port)))

@@ -3,16 +3,42 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Protocol
+from typing import Any, Final, Protocol
 
-__all__ = ["Grant"]
+__all__ = ["NO_GRANT", "Grant"]
 
 
 class Grant(Protocol):
-    """Who opens a session attaches what ends it, and releases the grant at the session's end, also at an early one."""
+    """Who opens a session attaches what ends it, and says when it has begun and ended; or releases the grant."""
+
+    def opened(self, **about: Any) -> None:
+        """The session has begun; `about` is for the audit log."""
 
     def attach(self, end: Callable[[str], None]) -> None:
         """`end` is called with the reason, a clause, once the right is gone: at once if that has happened already."""
 
+    def closed(self, **how: Any) -> None:
+        """The session that had begun has ended; `how` is for the audit log. Only the first call counts."""
+
     def release(self) -> None:
-        """The session has ended, or never began."""
+        """The session never began."""
+
+
+class _NoGrant:
+    """Where nobody keeps account."""
+
+    def opened(self, **about: Any) -> None:
+        pass
+
+    def attach(self, end: Callable[[str], None]) -> None:
+        pass
+
+    def closed(self, **how: Any) -> None:
+        pass
+
+    def release(self) -> None:
+        pass
+
+
+NO_GRANT: Final[Grant] = _NoGrant()
+"""That of a session which nothing but its own two sides can end."""

@@ -29,6 +29,8 @@ from kohakuriver.errors import (
     UsageError,
     from_status,
 )
+from kohakuriver.tls import hung_up
+from kohakuriver.tls import reason as tls_reason
 from kohakuriver.tunnel.link import Link, LinkHandler
 from kohakuriver.tunnel.messages import MAX_MESSAGE, MessageLink
 from kohakuriver.tunnel.protocol import TUNNEL_V2
@@ -103,7 +105,7 @@ class _Opening(asyncio.Protocol):
             self._check()
 
     def connection_lost(self, exc: Exception | None) -> None:
-        self._fail(str(exc) if exc else "it closed the connection")
+        self._fail(str(exc) if exc else hung_up(self.url))
 
     def _fail(self, reason: str) -> None:
         self._done = True
@@ -186,7 +188,8 @@ async def _open(url: str, token: str | None, subprotocols: Sequence[str], ssl: t
     except OSError as exc:
         # asyncio puts the address where the system's own words would be.
         number = exc.errno if isinstance(exc, ConnectionError) else None
-        raise _unreachable(url, exc.strerror or str(exc) if number is None else os.strerror(number)) from exc
+        words = exc.strerror or str(exc) if number is None else os.strerror(number)
+        raise _unreachable(url, tls_reason(exc) or words) from exc
     try:
         response = await opening.answered
         _judge(url, protocol, response)

@@ -52,14 +52,14 @@ _IOV_MAX = 512
 class ReceiveBuffer:
     """The one buffer that all sockets of a loop read into; valid until the reading callback returns.
 
-    ``data`` is HEADROOM + 1 MiB bytes: the head room lets a frame's headers be written right before a payload
+    ``data`` is HEADROOM + ``size`` bytes: the head room lets a frame's headers be written right before a payload
     that was read at offset HEADROOM, so that payloads never move.
     """
 
     __slots__ = ("data", "view")
 
-    def __init__(self) -> None:
-        self.data = bytearray(HEADROOM + RECEIVE_SIZE)
+    def __init__(self, size: int = RECEIVE_SIZE) -> None:
+        self.data = bytearray(HEADROOM + size)
         self.view = memoryview(self.data)
 
 
@@ -364,6 +364,11 @@ class Link(asyncio.BufferedProtocol):
         if not self._pauses and not self.closed:
             self._transport.pause_reading()
         self._pauses.add(why)
+
+    def limit_reads(self, size: int) -> None:
+        """Read at most ``size`` bytes at a time from now on, into a buffer of this link's own."""
+        if len(self._stash) < size // 2:  # else what is there already would leave no room
+            self.buffer = ReceiveBuffer(size)
 
     def resume_reading(self, why: object) -> None:
         if why in self._pauses:

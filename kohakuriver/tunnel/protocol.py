@@ -136,6 +136,7 @@ class CloseCode(IntEnum):
     TOO_BIG = 1009
     INTERNAL_ERROR = 1011
     REPLACED = 4000  # a second tunnel client took the place of this one
+    IDLE = 4001  # nothing passed for longer than the host allows
 
 
 TUNNEL_V2: Final = "kohakuriver.tunnel.v2"

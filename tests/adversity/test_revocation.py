@@ -22,9 +22,17 @@ class Grant:
     def __init__(self) -> None:
         self.end: Callable[[str], None] = lambda reason: None
         self.released = 0
+        self.how: dict[str, object] = {}
+
+    def opened(self, **about: object) -> None:
+        pass
 
     def attach(self, end: Callable[[str], None]) -> None:
         self.end = end
+
+    def closed(self, **how: object) -> None:
+        self.released += 1
+        self.how = how
 
     def release(self) -> None:
         self.released += 1
@@ -35,9 +43,11 @@ def granting(hops: Chain) -> list[Grant]:
     grants: list[Grant] = []
     authorize = hops.proxy.authorize
 
-    async def with_grant(token: str | None, task: str, port: int, proto: str) -> ForwardTarget:
+    async def with_grant(
+        token: str | None, task: str, port: int, proto: str, ports: frozenset[int] | None
+    ) -> ForwardTarget:
         grants.append(Grant())
-        return replace(await authorize(token, task, port, proto), grant=grants[-1])
+        return replace(await authorize(token, task, port, proto, ports), grant=grants[-1])
 
     hops.proxy.authorize = with_grant
     return grants
@@ -85,7 +95,8 @@ def test_a_session_that_loses_its_right_under_full_load_ends_on_every_hop_and_no
                 await until(lambda: ended == 1 and len(hops.proxy.sessions) == len(hops.server.sessions) == 1)
                 echo_writer.write(b"still here")
                 assert await echo_reader.readexactly(10) == b"still here"
-            assert [grant.released for grant in grants] == [2, 0]  # each of its two links says that it has gone
+            assert [grant.released for grant in grants] == [1, 0]
+            assert (grants[0].how["ended_by"], grants[0].how["code"]) == ("host", 1008)
             await hops.at_rest()
 
     async def upload(writer: asyncio.StreamWriter) -> None:

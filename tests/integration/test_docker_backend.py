@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 
+from kohakuriver.cli.pki import Authority
 from tests.cluster import PATIENCE, Cluster, a_cluster, ask, eventually
 from tests.integration import docker_images
 from tests.integration.docker_images import docker
@@ -105,6 +106,28 @@ def test_a_forward_reaches_a_service_in_a_container(shared: Cluster, busybox: st
     assert echoes(shared, "web")
     labels = docker("inspect", "-f", '{{index .Config.Labels "kohakuriver.task"}}', task["container"])
     assert labels == str(task["task_id"])
+
+
+def test_containers_reach_a_runner_that_serves_tls_and_find_it_where_it_was_after_its_restart(
+    tmp_path: Path, busybox: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    authority = Authority(tmp_path / "ca")
+    made = authority.issue(["127.0.0.1"], 1)
+    tls = (f"--tls-cert={made.cert}", f"--tls-key={made.key}")
+    monkeypatch.setenv("KOHAKURIVER_CA_FILE", str(authority.cert))
+    with a_cluster(tmp_path, *tls) as cluster, ExitStack() as stack:
+        stack.callback(remove_all, cluster)
+        everywhere = ("--bind", "0.0.0.0")  # so that its own port is taken on every address
+        cluster.start_runner("n1", "--backend", "docker", *tls, *everywhere)
+        task = cluster.create(*ECHO, image=busybox, name="web")
+        cluster.connected("web")
+        assert cluster.runners["n1"].ready["url"].startswith("https://127.0.0.1:")
+        assert echoes(cluster, "web")
+        cluster.runners["n1"].end(signal.SIGKILL)
+        cluster.start_runner("n1", "--backend", "docker", *tls, *everywhere)
+        cluster.connected("web")
+        assert echoes(cluster, "web")
+        assert docker("top", task["container"], "-o", "pid,args").count("tunnel-client") == 1
 
 
 def test_an_image_with_one_static_binary_and_no_shell_is_enough(shared: Cluster) -> None:

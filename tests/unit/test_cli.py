@@ -14,7 +14,7 @@ from kohakuriver.cli.main import app, main
 
 HEAVY = ["aiodocker", "fastapi", "httpx", "pydantic", "rich", "sqlalchemy", "uvicorn", "uvloop", "websockets"]
 COMMANDS = [
-    *(["up"], ["host"], ["runner"], ["demo"], ["forward"], ["node", "list"]),
+    *(["up"], ["host"], ["runner"], ["demo"], ["forward"], ["node", "list"], ["init", "tls"]),
     *(["connect"], ["ssh-proxy"], ["ssh-config"]),
     *(["vps", name] for name in ("create", "list", "status", "stop", "restart", "rm", "adopt", "connect")),
     *(["vps", name] for name in ("share", "unshare")),

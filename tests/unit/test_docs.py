@@ -21,7 +21,7 @@ PAGES = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md")])
 PAGE_IDS = [str(page.relative_to(ROOT)) for page in PAGES]
 
 # On every command that talks to the host, and described once for all of them.
-COMMON = {"--help", "-h", "--host", "--token", "--json"}
+COMMON = {"--help", "-h", "--host", "--token", "--ca-file", "--json"}
 
 pages = pytest.mark.parametrize("page", PAGES, ids=PAGE_IDS)
 

@@ -11,7 +11,7 @@ import pytest
 
 PACKAGE = Path(__file__).resolve().parents[2] / "kohakuriver"
 
-BASE = {"errors", "config", "loops"}
+BASE = {"errors", "config", "limits", "loops", "tls"}
 PROTOCOL = BASE | {"_frame", "tunnel"}
 
 # What each layer may import of our own, beside itself. `__init__` stands for the package's own names.
@@ -19,10 +19,13 @@ ALLOWED: dict[str, set[str]] = {
     "_frame": set(),
     "errors": set(),
     "config": {"errors"},
+    "limits": {"errors"},
     "loops": {"errors"},
+    "tls": {"errors"},
     "tunnel": PROTOCOL | {"__init__"},
     "store": PROTOCOL,
-    "web": PROTOCOL | {"__init__"},
+    "http_guard": {"limits"},
+    "web": PROTOCOL | {"http_guard", "__init__"},
     "host": PROTOCOL | {"store", "web", "ssh_proxy", "__init__"},
     "runner": PROTOCOL | {"store", "web", "__init__"},
     "ssh_proxy": PROTOCOL,
@@ -40,13 +43,13 @@ STARTED_BY_CLI = {"kohakuriver.host", "kohakuriver.runner"}
 ONLY_IN = {
     "aiodocker": {"runner"},
     "asyncssh": {"ssh_proxy"},
-    "cryptography": {"runner"},
+    "cryptography": {"cli", "runner", "tls"},
     "fastapi": {"web", "host", "runner"},
     "sqlalchemy": {"store", "host", "runner"},
     "starlette": {"web", "host", "runner"},
     "typer": {"cli"},
     "rich": {"cli"},
-    "uvicorn": {"web", "host", "runner", "tunnel"},
+    "uvicorn": {"http_guard", "web", "host", "runner", "tunnel"},
     "httpx": {"api", "web", "host", "runner", "cli", "forwarding"},
     "websockets": {"tunnel"},
 }

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from kohakuriver._frame import WS_TEXT, FrameViolation, FrameWalker, SpliceWalker, build_frame
-from kohakuriver.host.tunnel_proxy import ProxySession, TunnelProxy
+from kohakuriver.host.tunnel_proxy import ForwardTarget, ProxySession, TunnelProxy
 from kohakuriver.tunnel import link as links
 from kohakuriver.tunnel.link import Assembler, Link
 from kohakuriver.tunnel.protocol import DATA, PING, PROTO_TCP, Message, ws_close, ws_ping, ws_pong, ws_text
@@ -359,10 +359,10 @@ def test_an_assembler_joins_pieces_and_refuses_too_many() -> None:
 def spliced(room: int) -> tuple[ProxySession, FakeTransport, FakeTransport]:
     """A session at the host: its user's side takes ``room`` bytes at a time."""
 
-    async def nobody(token: str | None, task: str, port: int, proto: str) -> Any:
+    async def nobody(*args: object) -> Any:
         raise AssertionError
 
-    session = ProxySession(TunnelProxy(authorize=nobody), "container")
+    session = ProxySession(TunnelProxy(authorize=nobody), ForwardTarget("", "container", None))
     to_user, to_runner = FakeTransport(room), FakeTransport()
     session.user.walker = SpliceWalker(masked=False)
     session.user.link = Link(session.user, session.user.walker, masks=False)

@@ -35,7 +35,7 @@ def test_a_user_sees_and_uses_own_tasks_alone_until_one_is_shared(run: Run, tmp_
 
             assert (await ann.post("/api/tasks/web/shares", json={"user": "bob"})).json()["shared_with"] == ["bob"]
             assert [seen["name"] for seen in (await bob.get("/api/tasks")).json()] == ["web"]
-            (await host.forwards.authorize(bobs, "web", 80, "tcp")).grant.release()  # type: ignore[union-attr]
+            (await host.forwards.authorize(bobs, "web", 80, "tcp")).grant.release()
             for answer in (
                 await bob.post("/api/tasks/web/stop"),
                 await bob.delete("/api/tasks/web"),

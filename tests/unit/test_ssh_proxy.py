@@ -44,25 +44,25 @@ class Proxy:
             raise UnauthenticatedError("The host does not know this token.")
         return "me"
 
-    async def _authorize(self, token: str | None, task: str) -> SshTarget:
+    async def _authorize(self, token: str | None, task: str, port: int | None) -> SshTarget:
         await self._check_user(token or "")
-        return self._target(task)
+        return self._target(task, port)
 
-    def _target(self, task: str) -> SshTarget:
+    def _target(self, task: str, port: int | None) -> SshTarget:
         if task not in self.port_of:
             raise NotFoundError(f"There is no task {task!r}.")
         url = self.hops.runner_url.replace("http", "ws")
-        return SshTarget(task, self.port_of[task], url, CONTAINER, f"ticket {CONTAINER}")
+        return SshTarget(task, port or self.port_of[task], url, CONTAINER, f"ticket {CONTAINER}")
 
     async def _keyholder(self, key: str) -> Reach | None:
         tasks = self.holders.get(key)
         if tasks is None:
             return None
 
-        async def reach(task: str) -> SshTarget:
+        async def reach(task: str, port: int | None) -> SshTarget:
             if task not in tasks:
                 raise NotFoundError(f"There is no task {task!r} for you.")
-            return self._target(task)
+            return self._target(task, port)
 
         return reach
 

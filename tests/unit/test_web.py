@@ -11,7 +11,7 @@ import pytest
 
 from kohakuriver.errors import LocalAddressError
 from kohakuriver.tunnel.server import serve_ws
-from kohakuriver.web import Server, bind, new_app, socket_url
+from kohakuriver.web import Server, bind, new_app, socket_url, warn_if_in_clear
 from tests.control import serving
 
 Run = Callable[[Coroutine[Any, Any, None]], None]
@@ -31,6 +31,14 @@ def test_an_address_that_is_not_ours_is_named(host: str) -> None:
 def test_a_socket_on_every_address_is_reached_through_loopback() -> None:
     with bind("0.0.0.0", 0) as sock:
         assert socket_url(sock) == f"http://127.0.0.1:{sock.getsockname()[1]}"
+
+
+@pytest.mark.parametrize(("host", "said"), [("0.0.0.0", 1), ("127.0.0.1", 0), ("::1", 0)])
+def test_plain_http_to_other_machines_is_warned_of(host: str, said: int, capsys: pytest.CaptureFixture[str]) -> None:
+    with bind(host, 0) as sock:
+        warn_if_in_clear(sock, None)
+    captured = capsys.readouterr()
+    assert (captured.out + captured.err).count("plain HTTP to other machines") == said
 
 
 def test_an_ipv6_address_stands_in_brackets() -> None:

@@ -1,0 +1,112 @@
+"""What one peer may take of a host or a runner, and the environment that changes it (docs/guide/limits.md)."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+
+from kohakuriver.errors import UsageError
+
+__all__ = ["Limits", "TokenBucket", "from_environment"]
+
+LEAST_RATE = 64 << 10
+LONGEST = 86_400 * 365.0
+
+
+@dataclass(frozen=True)
+class Limits:
+    """Bytes, seconds and counts; 0 is no limit where the bounds below allow it.
+
+    Each is set by its name in the environment: `KOHAKURIVER_MAX_STREAMS`.
+    """
+
+    max_sessions: int = 1000
+    """Forward sessions of one user that the host has open at a time."""
+    max_streams: int = 32_768
+    """Streams of one session that are open at a time."""
+    max_connects: int = 5000
+    """Streams that one session may open in a second; as many may come at once."""
+    max_rate: int = 0
+    """Bytes a second of one session, each way."""
+    max_message: int = 16 << 20
+    """Bytes of one WebSocket message."""
+    max_header: int = 32 << 10
+    """Bytes of the head of one HTTP request, a WebSocket's opening handshake included."""
+    max_body: int = 1 << 20
+    """Bytes of the body of one HTTP request."""
+    handshake_timeout: float = 10.0
+    """Seconds that a peer has for its TLS handshake, and again to send a whole HTTP request."""
+    idle_timeout: float = 0.0
+    """Seconds without a byte of payload after which a session is closed."""
+
+
+_BOUNDS: dict[str, tuple[float, float]] = {
+    "max_sessions": (0, 1 << 20),
+    "max_streams": (0, 1 << 20),
+    "max_connects": (0, 1 << 20),
+    "max_rate": (LEAST_RATE, 1 << 40),
+    "max_message": (1 << 20, 16 << 20),
+    "max_header": (4 << 10, 1 << 20),
+    "max_body": (64 << 10, 64 << 20),
+    "handshake_timeout": (0.1, 600),
+    "idle_timeout": (0.1, LONGEST),
+}
+_MAY_BE_OFF = {"max_sessions", "max_streams", "max_connects", "max_rate", "idle_timeout"}
+
+
+def from_environment(environ: Mapping[str, str] = os.environ) -> Limits:
+    """The limits that the environment gives. Raises UsageError with the variable's name."""
+    given: dict[str, float] = {}
+    for field in fields(Limits):
+        name = f"KOHAKURIVER_{field.name.upper()}"
+        if text := environ.get(name):
+            given[field.name] = _number(name, field.name, text, whole=isinstance(field.default, int))
+    return Limits(**given)  # type: ignore[arg-type]
+
+
+def _number(variable: str, name: str, text: str, *, whole: bool) -> float:
+    least, most = _BOUNDS[name]
+    number: float
+    try:
+        number = int(text) if whole else float(text)
+    except ValueError:
+        number = -1
+    if least <= number <= most or (number == 0 and name in _MAY_BE_OFF):
+        return number
+    kind = "a whole number" if whole else "a number"
+    off = ", or 0 for no limit" if name in _MAY_BE_OFF else ""
+    raise UsageError(f"{variable} must be {kind} from {least:g} to {most:g}{off}, not {text!r}.")
+
+
+class TokenBucket:
+    """Lets `rate` units a second through, and up to `burst` of them at once.
+
+    Times are those of the caller's clock, in seconds.
+    """
+
+    __slots__ = ("_burst", "_left", "_rate", "_when")
+
+    def __init__(self, rate: float, burst: float, now: float) -> None:
+        self._rate = rate
+        self._burst = burst
+        self._left = burst
+        self._when = now
+
+    def take(self, units: float, now: float) -> float:
+        """Take what has been used already; how many seconds to wait before more is used."""
+        self._fill(now)
+        self._left -= units
+        return max(0.0, -self._left / self._rate)
+
+    def try_take(self, now: float) -> bool:
+        """Take one unit if there is one."""
+        self._fill(now)
+        if self._left < 1:
+            return False
+        self._left -= 1
+        return True
+
+    def _fill(self, now: float) -> None:
+        self._left = min(self._burst, self._left + (now - self._when) * self._rate)
+        self._when = now

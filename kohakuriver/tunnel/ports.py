@@ -1,0 +1,25 @@
+"""The ports that a forward session names in its URL, and is then confined to (docs/protocol.md §4)."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from kohakuriver.errors import UsageError
+
+__all__ = ["ports_in", "ports_query"]
+
+
+def ports_query(ports: Iterable[int]) -> str:
+    """What says in a session's URL that it is for these ports: `ports=80,443`."""
+    return "ports=" + ",".join(str(port) for port in sorted(set(ports)))
+
+
+def ports_in(query: dict[str, str]) -> frozenset[int] | None:
+    """The ports that a session's URL names, None where it names none and may have any. Raises UsageError."""
+    text = query.get("ports")
+    if text is None:
+        return None
+    words = text.split(",")
+    if not all(word.isascii() and word.isdigit() and len(word) <= 5 and 1 <= int(word) <= 65535 for word in words):
+        raise UsageError(f"ports must be numbers from 1 to 65535 with commas between them, not {text[:100]!r}")
+    return frozenset(map(int, words))

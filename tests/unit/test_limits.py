@@ -1,0 +1,71 @@
+"""Limits: their names, their bounds, and the buckets that count."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import asdict, fields
+from pathlib import Path
+
+import pytest
+
+from kohakuriver.errors import UsageError
+from kohakuriver.limits import Limits, TokenBucket, from_environment
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def test_nothing_set_is_the_default() -> None:
+    assert from_environment({}) == Limits()
+    assert from_environment({"KOHAKURIVER_MAX_RATE": ""}) == Limits()
+
+
+def test_each_variable_changes_its_own_limit() -> None:
+    for field in fields(Limits):
+        value = {"max_rate": 1 << 20, "max_message": 2 << 20, "max_body": 1 << 17}.get(field.name, 5000)
+        if field.name == "handshake_timeout":
+            value = 3
+        found = asdict(from_environment({f"KOHAKURIVER_{field.name.upper()}": str(value)}))
+        assert found == {**asdict(Limits()), field.name: value}
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("MAX_SESSIONS", "-1"),
+        ("MAX_STREAMS", "many"),
+        ("MAX_CONNECTS", "1.5"),
+        ("MAX_RATE", "1000"),
+        ("MAX_MESSAGE", "1000"),
+        ("MAX_MESSAGE", "0"),
+        ("MAX_HEADER", "0"),
+        ("HANDSHAKE_TIMEOUT", "0"),
+        ("HANDSHAKE_TIMEOUT", "nan"),
+        ("IDLE_TIMEOUT", "-3"),
+    ],
+)
+def test_what_makes_no_sense_is_refused_by_name(name: str, value: str) -> None:
+    with pytest.raises(UsageError, match=f"KOHAKURIVER_{name}.*{re.escape(value)}"):
+        from_environment({f"KOHAKURIVER_{name}": value})
+
+
+def test_every_limit_is_documented_with_its_default() -> None:
+    page = (ROOT / "docs/guide/limits.md").read_text("utf-8")
+    rows = re.findall(r"^\| `KOHAKURIVER_(\w+)` \| ([\d.]+) \|", page, re.MULTILINE)
+    assert {name.lower(): float(value) for name, value in rows} == asdict(Limits())
+
+
+def test_a_bucket_lets_a_burst_through_and_then_its_rate() -> None:
+    bucket = TokenBucket(rate=10, burst=3, now=0.0)
+    assert [bucket.try_take(0.0) for _ in range(4)] == [True, True, True, False]
+    assert not bucket.try_take(0.05)
+    assert bucket.try_take(0.1)
+    assert not bucket.try_take(0.1)
+    assert [bucket.try_take(99.0) for _ in range(4)] == [True, True, True, False]
+
+
+def test_a_bucket_that_was_overdrawn_says_how_long_to_wait() -> None:
+    bucket = TokenBucket(rate=100, burst=50, now=0.0)
+    assert bucket.take(50, 0.0) == 0
+    assert bucket.take(200, 0.0) == pytest.approx(2.0)
+    assert bucket.take(0, 1.5) == pytest.approx(0.5)
+    assert bucket.take(0, 2.0) == pytest.approx(0.0)
