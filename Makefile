@@ -14,7 +14,7 @@ PIP_INSTALL := PYTHONWARNINGS=ignore $(BIN)/python -m pip install -q --disable-p
 CRATE_SOURCES := $(shell find $(CRATE)/src $(CRATE)/.cargo $(CRATE)/Cargo.toml $(CRATE)/Cargo.lock -type f 2>/dev/null)
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-asyncio test-rust e2e lint bench bench-gate soak build clean install
+.PHONY: help demo test test-asyncio test-sanitized test-rust e2e lint bench bench-gate soak build clean install
 
 help: ## this list
 	@sed -n 's/^\([a-z][a-z-]*\):.*## /  make \1\t/p' $(MAKEFILE_LIST) | expand -t 20
@@ -29,6 +29,9 @@ test: install ## the whole suite but the browser tests (those: make e2e)
 test-asyncio: install ## the same suite on the standard library's event loop
 	scripts/system-packages test
 	KOHAKURIVER_LOOP=asyncio scripts/with-engine $(BIN)/python -m pytest $(TESTS) $(PYTEST_ARGS)
+
+test-sanitized: install ## the tests of the extension on a build with AddressSanitizer and UndefinedBehaviorSanitizer
+	scripts/test-sanitized $(BIN)/python
 
 test-rust: ## the tunnel client's own tests
 	cd $(CRATE) && cargo test --locked
