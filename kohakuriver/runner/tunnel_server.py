@@ -74,12 +74,16 @@ class Side:
 
     def link_received(self, link: Link, start: int, stop: int) -> int:
         data, view, relay = link.buffer.data, link.buffer.view, self.walker.relay
+        events = 0
         while True:
             runs, event, consumed = relay(data, start, stop, self.table)
             if runs:
                 self._pass(runs, view)
             if event is not None:
                 self._event(event, view)
+                events += 1
+                if link.turn_over(events):
+                    return consumed
             elif consumed == start or consumed >= stop:
                 return consumed
             start = consumed
