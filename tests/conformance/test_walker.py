@@ -93,10 +93,16 @@ def our_messages(joined: list[tuple[int, int, int, int, bytes]]) -> list[tuple[i
 
 
 MOST = 100_000
-# What we refuse and RFC 6455 lets through, or leaves to a limit of one's own; the library takes it or says 1009.
-STRICTER = ("shorter than its header", "shortest form", "2^63")
+# What the library takes, or refuses later or as too large: a length that is not in its shortest form above all.
+STRICTER = ("shorter than its header", "shortest form", "longer than 125", "2^63")
 # What the library looks at only once it has found a frame's length within its limit: it may say 1009 where we say 1002.
-LATER = ("continues nothing", "inside a fragmented message", "a control frame is", "half a close code")
+LATER = (
+    "a reserved bit is set",
+    "continues nothing",
+    "inside a fragmented message",
+    "a control frame is",
+    "half a close code",
+)
 
 
 def random_streams() -> st.SearchStrategy[Stream]:
@@ -111,14 +117,14 @@ def random_streams() -> st.SearchStrategy[Stream]:
 def library_sees(stream: Stream, sizes: list[int], *, to_the_end: bool) -> tuple[list[tuple[int, bytes]], int | None]:
     """The messages that the library's parser finds, and the code that it refuses the rest with.
 
-    `to_the_end`: then feed it zeros until any frame that had begun is whole, as it judges some frames only then.
+    `to_the_end`: then feed it more until any frame that had begun is whole, as it judges some frames only then.
     """
     library = Protocol(Side.SERVER if stream.masked else Side.CLIENT, max_size=MOST)
     for data in cut(stream.data, sizes):
         library.receive_data(data)
     events = library.events_received()
     if to_the_end and library.parser_exc is None:
-        library.receive_data(bytes(MOST + 14))
+        library.receive_data(b"\x01" * (MOST + 14))
     code = None if library.parser_exc is None or library.close_sent is None else int(library.close_sent.code)
     return library_messages(event for event in events if isinstance(event, Frame)), code
 
