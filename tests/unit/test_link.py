@@ -432,7 +432,7 @@ FLOOD = 50_000
 @pytest.mark.parametrize("where", ["splice", "endpoint", "refused", "relay"])
 def test_a_flood_of_small_messages_leaves_others_their_turn(run: Run, where: str) -> None:
     async def main() -> None:
-        link, transport = flooded(where)
+        transport = flooded(where)
         transport.feed(ws_ping(b"") * FLOOD)
         answered = 0
         while answered < FLOOD:
@@ -449,23 +449,22 @@ def test_a_flood_of_small_messages_leaves_others_their_turn(run: Run, where: str
     run(main())
 
 
-def flooded(where: str) -> tuple[Link, FakeTransport]:
-    """A link with one of the handlers that look at every message."""
+def flooded(where: str) -> FakeTransport:
+    """The transport of a link with one of the handlers that look at every message."""
     transport = FakeTransport()
     handler: Any
+    walker: FrameWalker = FrameWalker(masked=False)
     if where == "splice":
         session = ProxySession(TunnelProxy(authorize=None), "container")  # type: ignore[arg-type]
         handler, walker = session.container_side, session.container_side.walker
         session.user.link = Link(Handler(), FrameWalker(masked=False), masks=False)
-    elif where == "endpoint":
-        handler, walker = ContainerEndpoint(), FrameWalker(masked=False)
-    elif where == "refused":
-        handler, walker = Ignore(), FrameWalker(masked=False)
-    else:
+    elif where == "relay":
         handler = Side(None, "container")  # type: ignore[arg-type]
-        walker = handler.walker = RelayWalker(masked=False)
+        handler.walker = walker = RelayWalker(masked=False)
+    else:
+        handler = ContainerEndpoint() if where == "endpoint" else Ignore()
     link = Link(handler, walker, masks=False)
     if where == "relay":
         handler.link = link
     link.start(transport)
-    return link, transport
+    return transport
