@@ -36,8 +36,7 @@ BACKLOG = 2048
 """Connections that may wait to be accepted; a burst of 500 simultaneous connects must fit."""
 
 ACCEPTED_AT_ONCE = 64
-"""Connections that are accepted in one go, before others get their turn; the standard library's loop takes this from the
-backlog that it listens with."""
+"""Connections that are accepted before others get their turn; the standard library's loop takes it from the backlog."""
 
 DRAIN_SECONDS = 5
 

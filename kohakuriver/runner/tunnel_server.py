@@ -318,8 +318,8 @@ class Session(Side):
 
     def link_closed(self, link: Link, code: int, reason: str) -> None:
         closing: dict[Tunnel, list[bytes]] = {}
-        for _, (target, tunnel_id) in self.table.items():
-            tunnel = cast(Tunnel, target)
+        for stream in self.table.items():
+            tunnel, tunnel_id = cast("tuple[Tunnel, int]", stream[1])
             tunnel.table.remove(tunnel_id)
             closing.setdefault(tunnel, []).append(build_frame(CLOSE, self.proto, tunnel_id, 0))
         self.table = RoutingTable()
