@@ -14,7 +14,7 @@ PIP_INSTALL := PYTHONWARNINGS=ignore $(BIN)/python -m pip install -q --disable-p
 CRATE_SOURCES := $(shell find $(CRATE)/src $(CRATE)/.cargo $(CRATE)/Cargo.toml $(CRATE)/Cargo.lock -type f 2>/dev/null)
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-asyncio test-sanitized test-rust e2e lint bench bench-gate soak build clean install
+.PHONY: help demo test test-asyncio test-sanitized test-api test-rust e2e lint audit audit-online sbom bench bench-gate soak build clean install
 
 help: ## this list
 	@sed -n 's/^\([a-z][a-z-]*\):.*## /  make \1\t/p' $(MAKEFILE_LIST) | expand -t 20
@@ -35,6 +35,20 @@ test-sanitized: install ## the tests of the extension on a build with AddressSan
 
 test-rust: ## the tunnel client's own tests
 	cd $(CRATE) && cargo test --locked
+
+test-api: install $(STAMPS)/audit ## schemathesis on the HTTP API of a real host
+	$(BIN)/python -m tests.api_fuzz
+
+audit: install $(STAMPS)/audit ## what needs no network: bandit on our code
+	$(BIN)/bandit -q -c pyproject.toml -r kohakuriver
+
+audit-online: install $(STAMPS)/audit ## known weaknesses of what we depend on: pip-audit, and cargo-deny (which must be installed)
+	$(BIN)/python -m pip freeze --exclude-editable | grep -v '^kohakuriver' >$(STAMPS)/frozen.txt
+	$(BIN)/pip-audit --strict --disable-pip --no-deps -r $(STAMPS)/frozen.txt
+	cd $(CRATE) && cargo deny --locked check
+
+sbom: install $(STAMPS)/audit ## what the wheel and the tunnel client are made of: CycloneDX, in sbom/
+	scripts/sbom $(BIN)/python
 
 e2e: install $(STAMPS)/e2e ## JupyterLab and TensorBoard through a forward, in a real browser
 	scripts/system-packages test e2e
@@ -68,7 +82,7 @@ build: install ## sdist and wheel in dist/
 	$(BIN)/python -m build
 
 clean: ## everything that these commands made
-	rm -rf .venv* build dist *.egg-info bench/results .pytest_cache .mypy_cache .ruff_cache .hypothesis .benchmarks
+	rm -rf .venv* build dist sbom *.egg-info bench/results .pytest_cache .mypy_cache .ruff_cache .hypothesis .benchmarks
 	rm -rf kohakuriver/bin kohakuriver/*.c kohakuriver/*.so $(CRATE)/target
 	find kohakuriver tests bench -name __pycache__ -type d -prune -exec rm -rf {} +
 
@@ -92,6 +106,10 @@ $(STAMPS)/extension: $(STAMPS)/package setup.py $(wildcard kohakuriver/*.pyx koh
 
 $(STAMPS)/client: $(STAMPS)/venv setup.py $(CRATE_SOURCES)
 	$(BIN)/python setup.py -q build_tunnel_client --inplace
+	touch $@
+
+$(STAMPS)/audit: $(STAMPS)/package
+	KOHAKURIVER_SKIP_CARGO=1 $(PIP_INSTALL) --no-build-isolation -e '.[audit]'
 	touch $@
 
 $(STAMPS)/e2e: $(STAMPS)/package
