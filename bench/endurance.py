@@ -32,8 +32,9 @@ TIMEOUT = 60.0
 SETTLE = 30.0
 
 SERVICE = r"""
-import hashlib, os, socket, sys, threading
+import contextlib, hashlib, os, socket, struct, sys, threading
 BLOCK = 1 << 20
+NUMBERS = struct.pack(f">{BLOCK // 8}Q", *range(BLOCK // 8))
 def serve(c):
     with c:
         line = b""
@@ -46,6 +47,10 @@ def serve(c):
                 piece = memoryview(block)[:min(left, BLOCK)]
                 digest.update(piece); c.sendall(piece); left -= len(piece)
             c.sendall(digest.digest())
+        elif word.strip() == "count":
+            with contextlib.suppress(OSError):
+                while True:
+                    c.sendall(NUMBERS)
         elif word.strip() == "take":
             digest = hashlib.sha256()
             while data := c.recv(BLOCK):
@@ -77,8 +82,13 @@ class Forward:
         create = [self.program, "vps", "create", "--json", "--backend", "process", "--", *command]
         done = subprocess.run(create, env=self.environment, stdout=subprocess.PIPE, check=True)
         task = str(json.loads(done.stdout)["task_id"])
-        self.forward, event = self._start("listening", "forward", task, f"0:{told.read_text()}", "--json")
-        self.port = int(event["local_port"])
+        self._wanted = [task, f"0:{told.read_text()}"]
+        self.forward, self.port = self.another_user()
+
+    def another_user(self) -> tuple[subprocess.Popen[str], int]:
+        """One more forward to the same service, and its local port."""
+        process, event = self._start("listening", "forward", *self._wanted, "--json")
+        return process, int(event["local_port"])
 
     def _start(self, event: str, *arguments: str) -> tuple[subprocess.Popen[str], dict[str, Any]]:
         process = subprocess.Popen([self.program, *arguments], env=self.environment, stdout=subprocess.PIPE, text=True)
@@ -91,8 +101,9 @@ class Forward:
                 return process, said
         raise SystemExit(f"`kohakuriver {arguments[0]}` ended with {process.wait()} before its {event!r} event")
 
-    def connect(self, word: str) -> socket.socket:
-        sock = socket.create_connection(("127.0.0.1", self.port), timeout=TIMEOUT)
+    def connect(self, word: str, port: int | None = None) -> socket.socket:
+        """A connection to the service, which does what `word` says; through another user's `port`, if given."""
+        sock = socket.create_connection(("127.0.0.1", port or self.port), timeout=TIMEOUT)
         sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         sock.sendall(word.encode() + b"\n")
         return sock

@@ -19,6 +19,8 @@ pub const FIRST_STREAM: usize = 2;
 /// Frames are cut to this while several streams move bytes, so that none waits long for another.
 const SHARED_CHUNK: usize = 256 << 10;
 const SHARED_FOR: Duration = Duration::from_secs(1);
+/// How often the streams that receive change in that time while several do.
+const SHARED_TURNS: u32 = 8;
 
 /// Whether a stream goes on.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
@@ -96,6 +98,10 @@ pub struct Context {
     timers: BinaryHeap<Reverse<(Instant, Key)>>,
     last_source: Key,
     shared_until: Instant,
+    last_receiver: u32,
+    turns: u32,
+    turns_until: Instant,
+    receivers_until: Instant,
 }
 
 impl Context {
@@ -116,6 +122,10 @@ impl Context {
                 generation: 0,
             },
             shared_until: now,
+            last_receiver: 0,
+            turns: 0,
+            turns_until: now,
+            receivers_until: now,
         }
     }
 
@@ -185,6 +195,22 @@ impl Context {
         } else {
             None
         }
+    }
+
+    /// Notes the id of the stream that receives.
+    pub fn receives(&mut self, id: u32) {
+        if id != self.last_receiver {
+            self.last_receiver = id;
+            if self.now >= self.turns_until {
+                self.turns = 0;
+                self.turns_until = self.now + SHARED_FOR;
+            }
+            self.turns += 1;
+            if self.turns >= SHARED_TURNS {
+                self.receivers_until = self.now + SHARED_FOR;
+            }
+        }
+        self.budget.shared = self.now < self.receivers_until;
     }
 
     /// How much a source may send in one frame.

@@ -9,12 +9,20 @@ use crate::settings::{LEAST_WINDOW, Settings};
 const GAIN: f64 = 1.1;
 /// While it does not, PINGs get rarer, to one in this many bytes: each costs every hop two frames.
 const RAREST_PROBE: u64 = 64 << 20;
+/// While other streams of a short link receive too, a stream has no more under way than so many
+/// times what fills a round trip, or the first window if that is more: what waits beyond that,
+/// small messages of the others wait behind.
+const SHARED_PART: f64 = 1.5;
+/// There and back, in seconds; on a longer link, the way takes its time anyway.
+const SHORT_LINK: f64 = 0.002;
 
 /// What all streams' windows may come to together, in bytes.
 pub struct Budget {
     left: u64,
     first: u64,
     cap: u64,
+    /// Whether several streams receive by turns.
+    pub shared: bool,
 }
 
 impl Budget {
@@ -24,6 +32,7 @@ impl Budget {
             left: settings.budget,
             first: settings.first_window,
             cap: settings.max_window,
+            shared: false,
         }
     }
 
@@ -59,6 +68,11 @@ struct Probe {
     outstanding: Option<(Instant, u64)>,
     ended_at: u64,
     best_rate: f64,
+    /// The best rate between two PONGs: what comes in one round trip may have waited for it.
+    steady_rate: f64,
+    last_pong: Option<Instant>,
+    /// The shortest round trip so far, in seconds.
+    shortest: f64,
     /// Bytes between the end of one probe and the next.
     pause: u64,
     /// Bytes of the pause that are whole windows, for which no probe is worth its while.
@@ -82,6 +96,9 @@ impl Inbound {
                 outstanding: None,
                 ended_at: 0,
                 best_rate: 0.0,
+                steady_rate: 0.0,
+                last_pong: None,
+                shortest: f64::INFINITY,
                 pause: window / 4,
                 skipped: 0,
             },
@@ -104,9 +121,20 @@ impl Inbound {
     }
 
     /// Counts `n` bytes that the local socket took; the new limit when it is worth a message.
-    pub fn consume(&mut self, n: usize) -> Option<u64> {
+    pub fn consume(&mut self, n: usize, budget: &Budget) -> Option<u64> {
         self.consumed += n as u64;
-        self.raise(self.window / 4)
+        let window = self.in_force(budget);
+        self.raise(window, window / 4)
+    }
+
+    /// The part of the window that the peer may have under way now.
+    fn in_force(&self, budget: &Budget) -> u64 {
+        let probe = &self.probe;
+        if !budget.shared || probe.shortest > SHORT_LINK {
+            return self.window;
+        }
+        let needed = (SHARED_PART * probe.steady_rate * probe.shortest) as u64;
+        self.window.min(needed.max(budget.first))
     }
 
     /// Whether to send a PING on the stream now, to measure its rate.
@@ -124,9 +152,16 @@ impl Inbound {
     /// new limit if so.
     pub fn probe_ended(&mut self, now: Instant, budget: &mut Budget) -> Option<u64> {
         let (began, before) = self.probe.outstanding.take()?;
+        if let Some(last) = self.probe.last_pong.replace(now) {
+            let came = (self.received - self.probe.ended_at) as f64;
+            let steady = came / now.duration_since(last).as_secs_f64().max(1e-6);
+            self.probe.steady_rate = steady.max(self.probe.steady_rate);
+        }
         self.probe.ended_at = self.received;
         let sample = self.received - before;
-        let rate = sample as f64 / now.duration_since(began).as_secs_f64().max(1e-6);
+        let took = now.duration_since(began).as_secs_f64().max(1e-6);
+        self.probe.shortest = self.probe.shortest.min(took);
+        let rate = sample as f64 / took;
         let pays = rate > GAIN * self.probe.best_rate;
         self.probe.best_rate = rate.max(self.probe.best_rate);
         if !pays || sample * 3 < self.window * 2 {
@@ -141,7 +176,7 @@ impl Inbound {
         self.probe.skipped = 0;
         // What comes first was sent for the smaller window.
         self.probe.pause = in_flight + self.window / 4;
-        self.raise(1)
+        self.raise(self.in_force(budget), 1)
     }
 
     /// Gives the window back at the stream's end.
@@ -149,8 +184,8 @@ impl Inbound {
         budget.left += std::mem::take(&mut self.budgeted);
     }
 
-    fn raise(&mut self, least: u64) -> Option<u64> {
-        let limit = self.consumed + self.window;
+    fn raise(&mut self, window: u64, least: u64) -> Option<u64> {
+        let limit = self.consumed + window;
         // Early data may have been consumed past a small first limit, so the limit can trail.
         if limit < self.granted.saturating_add(least) {
             return None;
@@ -176,10 +211,11 @@ mod tests {
 
     #[test]
     fn a_limit_rises_by_a_quarter_of_the_window_at_the_least() {
-        let mut inbound = Inbound::new(&mut budget(64 << 20));
+        let mut budget = budget(64 << 20);
+        let mut inbound = Inbound::new(&mut budget);
         inbound.receive(100_000).unwrap();
-        assert_eq!(inbound.consume(65_535), None);
-        assert_eq!(inbound.consume(1), Some(FIRST_WINDOW + 65_536));
+        assert_eq!(inbound.consume(65_535, &budget), None);
+        assert_eq!(inbound.consume(1, &budget), Some(FIRST_WINDOW + 65_536));
     }
 
     #[test]
@@ -208,11 +244,11 @@ mod tests {
         for round in 1..5u32 {
             while !inbound.wants_probe(now) {
                 inbound.receive(4096).unwrap();
-                inbound.consume(4096);
+                inbound.consume(4096, &budget);
             }
             for _ in 0..inbound.window / 4096 {
                 inbound.receive(4096).unwrap();
-                inbound.consume(4096);
+                inbound.consume(4096, &budget);
             }
             now += Duration::from_millis(10) / round;
             inbound.probe_ended(now, &mut budget);
@@ -244,7 +280,7 @@ mod tests {
             while burst > 0 {
                 let part = burst.min(read);
                 inbound.receive(part as usize).unwrap();
-                limit = inbound.consume(part as usize).unwrap_or(limit);
+                limit = inbound.consume(part as usize, &budget).unwrap_or(limit);
                 if inbound.wants_probe(now) {
                     due = Some(now + Duration::from_millis(100));
                 }
@@ -266,6 +302,27 @@ mod tests {
     fn a_window_stops_growing_where_the_link_is_full() {
         let window = window_after(400, 64 << 10, 10_000_000);
         assert!((1_000_000..=4 << 20).contains(&window), "{window}");
+    }
+
+    #[test]
+    fn while_others_receive_too_no_more_is_under_way_than_fills_a_round_trip() {
+        let mut budget = budget(64 << 20);
+        let mut inbound = Inbound::new(&mut budget);
+        (inbound.window, inbound.granted) = (4 << 20, 4 << 20);
+        (inbound.probe.steady_rate, inbound.probe.shortest) = (1e9, 4e-4);
+        budget.shared = true;
+        let needed = 600_000;
+        inbound.receive(4 << 20).unwrap();
+        assert_eq!(inbound.consume((4 << 20) - needed, &budget), None);
+        assert_eq!(
+            inbound.consume(needed / 4, &budget),
+            Some((4 << 20) + 150_000)
+        );
+        budget.shared = false;
+        assert_eq!(
+            inbound.consume(1, &budget),
+            Some((8 << 20) - 3 * needed as u64 / 4 + 1)
+        );
     }
 
     #[test]

@@ -69,7 +69,7 @@ impl From<io::Error> for End {
 }
 
 enum Stream {
-    Tcp(Tcp),
+    Tcp(Box<Tcp>),
     Udp(Udp),
 }
 
@@ -357,6 +357,7 @@ impl<'p> Session<'p> {
             self.context.counters.ignored += 1;
             return Ok(());
         };
+        self.context.receives(run.id);
         let slot = key.slot as usize;
         if let Some(Stream::Tcp(tcp)) = &mut self.slots[slot].stream {
             let fate = tcp.on_data(&run.slices[..used], &mut self.context);
@@ -397,7 +398,8 @@ impl<'p> Session<'p> {
             None
         };
         let opened = match header.proto {
-            TCP => Tcp::open(key, header, limit, &mut self.context, registry).map(Stream::Tcp),
+            TCP => Tcp::open(key, header, limit, &mut self.context, registry)
+                .map(|tcp| Stream::Tcp(Box::new(tcp))),
             UDP => Udp::open(key, header, &mut self.context, registry).map(Stream::Udp),
             _ => Err(io::Error::from_raw_os_error(libc::EPROTONOSUPPORT)),
         };
@@ -453,7 +455,10 @@ impl<'p> Session<'p> {
             .get(&header.id)
             .and_then(|key| self.slots[key.slot as usize].stream.as_mut());
         match stream {
-            Some(Stream::Udp(udp)) => udp.on_datagram(payload, &mut self.context),
+            Some(Stream::Udp(udp)) => {
+                self.context.receives(header.id);
+                udp.on_datagram(payload, &mut self.context);
+            }
             _ => self.context.counters.ignored += 1,
         }
     }

@@ -384,7 +384,7 @@ impl Tcp {
             self.let_go(context);
         }
         if let Some(inbound) = &mut self.inbound
-            && let Some(limit) = inbound.consume(length)
+            && let Some(limit) = inbound.consume(length, &context.budget)
             && !self.eof_in
         {
             context.send(

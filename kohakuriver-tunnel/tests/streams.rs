@@ -489,7 +489,7 @@ fn a_udp_service_that_comes_later_is_reached_by_the_same_stream() {
     wire.connect_udp(5, port);
     wire.datagram(5, b"nobody");
     wire.send(Header::new(kind::PING, TCP, 0), &[]);
-    assert_eq!(wire.any().kind, kind::PONG);
+    wire.expect(kind::PONG, 0);
     let service = UdpSocket::bind(("127.0.0.1", port)).unwrap();
     service.set_read_timeout(Some(PATIENCE)).unwrap();
     wire.datagram(5, b"somebody");

@@ -18,7 +18,7 @@ from kohakuriver.cli.signals import caught
 from kohakuriver.errors import KohakuRiverError, UsageError
 
 if TYPE_CHECKING:
-    from kohakuriver.cli.forward_view import View
+    from kohakuriver.cli.forward_view import Aside
     from kohakuriver.forwarding import Forwarder, PortForward
 
 __all__ = ["register"]
@@ -130,7 +130,7 @@ def _warn_if_exposed(local_host: str) -> None:
 class _Running:
     """A forward from its opening to its end, with the command that it was started for, if any."""
 
-    def __init__(self, forwarder: Forwarder, view: View, command: list[str] | None) -> None:
+    def __init__(self, forwarder: Forwarder, view: Aside, command: list[str] | None) -> None:
         self._forwarder = forwarder
         self._view = view
         self._command = command

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
+import queue
 import sys
+import threading
 import time
+from collections.abc import Callable
 from types import TracebackType
 from typing import TYPE_CHECKING
 
@@ -13,12 +17,15 @@ from kohakuriver.forwarding import Event, Listening, Reconnecting, Resumed, Stat
 if TYPE_CHECKING:
     from rich.live import Live
 
-__all__ = ["JsonView", "LiveView", "PlainView", "View", "view_for"]
+__all__ = ["Aside", "JsonView", "LiveView", "PlainView", "View", "view_for"]
 
 STATS_INTERVAL = 5.0
 LIVE_INTERVAL = 0.5
 # The same failure is not said again within this many seconds: a program that retries would flood the terminal.
 QUIET = 5.0
+# Events that wait for a stdout that is not read; what comes while it is full is counted and left out.
+MOST_WAITING = 1000
+LAST_WORDS = 1.0
 
 
 class View:
@@ -170,10 +177,58 @@ def status_line(before: Stats, stats: Stats, seconds: float) -> str:
     )
 
 
-def view_for(task: str, *, json: bool, beside_command: bool) -> View:
+class Aside:
+    """Shows on a thread of its own what a view shows: a terminal on hold (Ctrl-S), or a pipe that nobody empties,
+    holds up the showing and not the forward.
+    """
+
+    def __init__(self, view: View) -> None:
+        self._view = view
+        self._waiting: queue.Queue[Callable[[], None] | None] = queue.Queue(MOST_WAITING)
+        self._thread = threading.Thread(target=self._work, name="view", daemon=True)
+        self.interval = view.interval
+        self.left_out = 0
+
+    def __enter__(self) -> Aside:
+        self._view.__enter__()
+        self._thread.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        with contextlib.suppress(queue.Full):
+            self._waiting.put(None, timeout=LAST_WORDS)
+            self._thread.join(LAST_WORDS)
+        if self._thread.is_alive():
+            output.give_up()
+        else:
+            self._view.__exit__(kind, error, trace)
+
+    def tell(self, event: Event) -> None:
+        """Have an event shown."""
+        self._put(lambda: self._view.tell(event))
+
+    def tick(self, stats: Stats) -> None:
+        """Have statistics shown, unless what came before them is still to be."""
+        if self._waiting.empty():
+            self._put(lambda: self._view.tick(stats))
+
+    def _put(self, show: Callable[[], None]) -> None:
+        try:
+            self._waiting.put_nowait(show)
+        except queue.Full:
+            self.left_out += 1
+
+    def _work(self) -> None:
+        while (show := self._waiting.get()) is not None:
+            show()
+
+
+def view_for(task: str, *, json: bool, beside_command: bool) -> Aside:
     """The view that fits where stdout goes."""
     if json:
-        return JsonView()
+        return Aside(JsonView())
     if output.is_terminal(sys.stdout) and not beside_command:
-        return LiveView(task)
-    return PlainView(task, beside_command=beside_command)
+        return Aside(LiveView(task))
+    return Aside(PlainView(task, beside_command=beside_command))

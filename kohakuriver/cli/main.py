@@ -6,7 +6,6 @@ Starting must stay fast: nothing here, nor in the command modules, imports a hea
 from __future__ import annotations
 
 import signal
-import sys
 from collections.abc import Sequence
 from typing import Annotated, NoReturn
 
@@ -56,13 +55,13 @@ demo.register(app)
 
 def main(arguments: Sequence[str] | None = None) -> NoReturn:
     """Run one command and exit with its code (docs/cli.md "Exit codes")."""
-    sys.exit(_run(arguments))
+    output.leave(_run(arguments))
 
 
 def _run(arguments: Sequence[str] | None) -> int:
     try:
         code = app(args=arguments, prog_name="kohakuriver", standalone_mode=False)
-        sys.stdout.flush()
+        output.flush()
     except KohakuRiverError as error:
         output.error(error.message)
         return error.exit_code

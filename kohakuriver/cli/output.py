@@ -12,21 +12,26 @@ import sys
 import time
 from collections.abc import Iterator, Sequence
 from datetime import datetime, timezone
-from typing import IO, Any
+from typing import IO, Any, NoReturn
 
 __all__ = [
     "age",
     "discard_stdout",
     "error",
     "fields",
+    "flush",
+    "give_up",
     "is_terminal",
     "json_line",
+    "leave",
     "line",
     "note",
     "size",
     "table",
     "working",
 ]
+
+_given_up = False
 
 _GREEN = ("running", "online", "connected")
 _RED = ("failed", "lost", "offline")
@@ -49,7 +54,8 @@ def line(text: str) -> None:
 
 def note(text: str) -> None:
     """One line for a person, on stderr."""
-    print(text, file=sys.stderr, flush=True)
+    if not _given_up:
+        print(text, file=sys.stderr, flush=True)
 
 
 def error(text: str) -> None:
@@ -62,6 +68,25 @@ def error(text: str) -> None:
 def discard_stdout() -> None:
     """Throw away what is still to come on stdout: whoever read it is gone, as after `| head`."""
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+def give_up() -> None:
+    """Another thread waits for stdout or stderr to be read, and holds its lock: nothing can be said any more."""
+    global _given_up
+    _given_up = True
+
+
+def flush() -> None:
+    """Write what is left for stdout. Raises BrokenPipeError when nobody reads it any more."""
+    if not _given_up:
+        sys.stdout.flush()
+
+
+def leave(code: int) -> NoReturn:
+    """End the program, though a thread may wait for stdout to be read: Python would wait for it too."""
+    if _given_up:
+        os._exit(code)
+    sys.exit(code)
 
 
 @contextlib.contextmanager

@@ -42,6 +42,8 @@ from kohakuriver.tunnel.udp import UdpListener, UdpSocket, UdpStream, connected_
 
 BULK_READ = (1 << 20) - HEADROOM
 SHARED_READ = 256 * 1024  # with several busy streams no one of them takes more than this at a time
+SHARED_FOR = 1.0  # seconds in which the streams that receive have to change as often as this
+SHARED_TURNS = 8
 ALONE = 16  # reads in a row of one stream after which it counts as the only busy one
 MAX_CONTROL = 1 << 20
 LISTEN_BACKLOG = 4096
@@ -104,6 +106,8 @@ class Endpoint:
         self.udp_dropped = self.stalls = self.unknown_messages = 0
         self._busy: TcpStream | None = None
         self._in_a_row = 0
+        self._receiving = 0  # the stream that received last
+        self._turns = 0
         self._limits: dict[int, int] = {}  # to be sent at the end of this turn of the loop
         self._assembler = Assembler(MAX_CONTROL)
         self._sweeper: asyncio.TimerHandle | None = None
@@ -141,6 +145,8 @@ class Endpoint:
             if kind != DATA or proto != PROTO_TCP:
                 self._message(link, message, view)
                 continue
+            if client_id != self._receiving:
+                self._takes_turn(client_id)
             stream = self.streams.get(client_id)
             views = [view[start:stop]]
             while i < count and messages[i][:3] == (DATA, PROTO_TCP, client_id):
@@ -148,6 +154,23 @@ class Endpoint:
                 i += 1
             if isinstance(stream, TcpStream) and stream.state not in rules.REMOTE_DONE:
                 stream.receive(views)
+
+    def _takes_turn(self, client_id: int) -> None:
+        """Another stream receives than the last one: if that goes on, bulk leaves small messages more room."""
+        self._receiving = client_id
+        self._turns += 1
+        if self._turns == SHARED_TURNS:
+            self.budget.shared = True
+        elif self._turns == 1:
+            asyncio.get_running_loop().call_later(SHARED_FOR, self._count_turns)
+
+    def _count_turns(self) -> None:
+        self.budget.shared = self._turns >= SHARED_TURNS
+        if self._turns > 1 and self.link is not None:
+            asyncio.get_running_loop().call_later(SHARED_FOR, self._count_turns)
+            self._turns = 1  # no other timer is needed
+        else:
+            self._turns = 0
 
     def _message(self, link: Link, message: Message, view: memoryview) -> None:
         kind, proto, client_id, port, start, stop, flags = message
@@ -190,6 +213,7 @@ class Endpoint:
 
     def _udp_message(self, stream: UdpStream, kind: int, payload: bytes) -> None:
         if kind == DATA:
+            self._takes_turn(stream.id)
             stream.from_link(payload)
         elif kind in (CLOSE, ERROR):
             if kind == ERROR:

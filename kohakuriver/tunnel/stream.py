@@ -17,6 +17,10 @@ SESSION_BUDGET = 64 * 1024 * 1024
 WORTHWHILE = 1.1
 # While it does not, PINGs get rarer, to one in this many bytes: each one costs every hop two small frames.
 RAREST_PING = 64 * 1024 * 1024
+# While other streams of a short link receive too, a stream has no more under way than so many times what fills a round
+# trip, or the first window if that is more: what waits beyond that, small messages of the others wait behind.
+SHARED_PART = 1.5
+SHORT_LINK = 0.002  # seconds there and back; on a longer one, the way takes its time anyway
 
 
 class State(enum.Enum):
@@ -76,6 +80,7 @@ class Budget:
         self.left = total
         self.first = first
         self.cap = cap
+        self.shared = False  # several streams receive by turns
 
     def open(self) -> int:
         """The window (bytes) of a new stream: smaller when most is spent, never below the minimum."""
@@ -136,7 +141,11 @@ class ReceiveWindow:
         "_ping_at",
         "_ping_from",
         "_pinged",
+        "_ponged",
+        "_ponged_at",
+        "_shortest",
         "_skipped",
+        "_steady",
         "consumed",
         "granted",
         "received",
@@ -149,7 +158,11 @@ class ReceiveWindow:
         self.received = 0
         self.consumed = 0
         self.granted = self.size
-        self._best = 0.0
+        self._best = 0.0  # bytes a second, over one round trip
+        self._steady = 0.0  # the most between two PONGs: what comes in one round trip may have waited for it
+        self._ponged = 0
+        self._ponged_at = 0.0
+        self._shortest = 0.0  # seconds of the shortest round trip
         self._pause = self.size // 4  # bytes between the end of one PING and the next
         self._skipped = 0  # bytes of that for which no PING is worth its while
         self._newest = 0  # size of the last read
@@ -168,9 +181,17 @@ class ReceiveWindow:
         self.consumed += size
         return self._grant()
 
+    @property
+    def in_force(self) -> int:
+        """The part of the window (bytes) that the peer may have under way now."""
+        if not self._budget.shared or self._shortest > SHORT_LINK:
+            return self.size
+        return min(self.size, max(self._budget.first, int(SHARED_PART * self._steady * self._shortest)))
+
     def _grant(self) -> int | None:
-        limit = self.consumed + self.size
-        if limit - self.granted < max(1, self.size // 4):
+        size = self.in_force
+        limit = self.consumed + size
+        if limit - self.granted < max(1, size // 4):
             return None
         self.granted = limit
         return limit
@@ -190,8 +211,13 @@ class ReceiveWindow:
             return None
         self._pinged = False
         sample = self.received - self._ping_from
+        if self._ponged_at:
+            self._steady = max(self._steady, (self.received - self._ponged) / max(now - self._ponged_at, 1e-6))
+        self._ponged_at, self._ponged = now, self.received
         self._ping_from = self.received
-        rate = sample / max(now - self._ping_at, 1e-6)
+        took = max(now - self._ping_at, 1e-6)
+        self._shortest = min(self._shortest or took, took)
+        rate = sample / took
         pays = rate > WORTHWHILE * self._best
         self._best = max(self._best, rate)
         if not pays or sample * 3 < self.size * 2:

@@ -60,6 +60,26 @@ def test_bytes_arrive_unchanged(cluster: Cluster, service: Service) -> None:
     assert forward.stop() == 0
 
 
+def test_a_stdout_that_nobody_empties_holds_nothing_up(cluster: Cluster, service: Service, dead_port: int) -> None:
+    command = [*PROGRAM, "forward", service.task, f"0:{service.port}", f"0:{dead_port}", "--json"]
+    with subprocess.Popen(command, env=cluster.environment, stdout=subprocess.PIPE, bufsize=0) as forward:
+        try:
+            assert forward.stdout is not None
+            ports: list[int] = []
+            while len(ports) < 2:
+                event = json.loads(forward.stdout.readline())
+                if event["event"] == "listening":
+                    ports.append(event["local_port"])
+            for _ in range(1500):  # each failure is a line: together they are more than the pipe holds
+                assert refused(ports[1])
+            with connect(ports[0]) as connection:
+                assert echoes(connection)
+            forward.terminate()
+            assert forward.wait(TIMEOUT) == 0
+        finally:
+            forward.kill()
+
+
 def test_several_ports_share_one_forward(cluster: Cluster, service: Service) -> None:
     other = cluster.service()
     forward = cluster.start("forward", service.task, f"0:{service.port}", f"0:{other.port}", "--json")

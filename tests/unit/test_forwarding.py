@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import threading
 import time
 
 import pytest
@@ -10,7 +11,7 @@ import pytest
 from kohakuriver import forwarding
 from kohakuriver.cli import forward_view
 from kohakuriver.errors import UsageError
-from kohakuriver.forwarding import Listening, PortForward, Reconnecting, Resumed, Stats, StreamError, parse_port
+from kohakuriver.forwarding import Event, Listening, PortForward, Reconnecting, Resumed, Stats, StreamError, parse_port
 
 NOTHING = Stats(streams=0, opened=0, bytes_sent=0, bytes_received=0, udp_dropped=0, stalls=0, unknown_messages=0)
 
@@ -134,3 +135,23 @@ def test_the_live_line_says_streams_and_rates() -> None:
     line = forward_view.status_line(NOTHING, later, 2.0)
     assert "2 open, 5 so far" in line
     assert "down 1.5 MB/s, up 500 B/s" in line
+
+
+def test_what_is_shown_holds_up_nobody_and_keeps_its_order() -> None:
+    shown: list[Event] = []
+    held = threading.Event()
+
+    class Slow(forward_view.View):
+        def show(self, event: Event) -> None:
+            held.wait()
+            shown.append(event)
+
+    view = forward_view.Aside(Slow())
+    failures = [StreamError(number, "it broke") for number in range(2 * forward_view.MOST_WAITING)]
+    with view:
+        for failure in failures:
+            view.tell(failure)
+        held.set()
+    assert shown == failures[: len(shown)]
+    assert len(shown) >= forward_view.MOST_WAITING
+    assert len(shown) + view.left_out >= len(failures)

@@ -195,6 +195,35 @@ def test_a_window_grows_to_its_cap_and_asks_for_no_ping_any_more() -> None:
     assert not window.wants_ping(1e9)
 
 
+def test_while_others_receive_too_no_more_is_under_way_than_fills_a_round_trip() -> None:
+    budget = Budget()
+    window = ReceiveWindow(budget)
+    pumped(window, rtt=0.0004, rate=1e9, rounds=200)
+    assert window.size >= 1 << 20
+    budget.shared = True
+    ahead = []
+    for _ in range(100):
+        window.receive(1 << 14)
+        window.consume(1 << 14)
+        ahead.append(window.granted - window.consumed)
+        if ahead[-1] < 1 << 14:
+            break
+    most = max(rules.FIRST_WINDOW, rules.SHARED_PART * 1e9 * 0.0004)
+    assert min(ahead) >= most * 3 / 4 - (1 << 14)
+    assert ahead[-1] <= most
+    budget.shared = False
+    window.receive(1 << 14)
+    assert window.consume(1 << 14) == window.consumed + window.size
+
+
+def test_a_window_grows_over_a_long_link_that_others_use_too() -> None:
+    budget = Budget()
+    budget.shared = True
+    window = ReceiveWindow(budget)
+    pumped(window, rtt=0.1, rate=125e6, rounds=60)
+    assert window.size >= 12.5e6
+
+
 def test_a_pong_that_nobody_asked_for_changes_nothing() -> None:
     window = ReceiveWindow(Budget())
     window.receive(rules.FIRST_WINDOW)
