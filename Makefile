@@ -82,7 +82,7 @@ build: install ## sdist and wheel in dist/
 	$(BIN)/python -m build
 
 clean: ## everything that these commands made
-	rm -rf .venv* build dist sbom *.egg-info bench/results .pytest_cache .mypy_cache .ruff_cache .hypothesis .benchmarks
+	rm -rf .venv* build dist sbom *.egg-info bench/results .pytest_cache .mypy_cache .ruff_cache .hypothesis .benchmarks .schemathesis
 	rm -rf kohakuriver/bin kohakuriver/*.c kohakuriver/*.so $(CRATE)/target
 	find kohakuriver tests bench -name __pycache__ -type d -prune -exec rm -rf {} +
 
