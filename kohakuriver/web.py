@@ -35,6 +35,9 @@ log = structlog.get_logger("kohakuriver")
 BACKLOG = 2048
 """Connections that may wait to be accepted; a burst of 500 simultaneous connects must fit."""
 
+ACCEPTED_AT_ONCE = 64
+"""Connections that are accepted before others get their turn; the standard library's loop takes it from the backlog."""
+
 DRAIN_SECONDS = 5
 
 
@@ -186,6 +189,8 @@ class Server(uvicorn.Server):
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         await super().startup(sockets)
+        for sock in sockets or []:
+            sock.listen(BACKLOG)
         await self._on_ready()
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
@@ -207,7 +212,8 @@ class Server(uvicorn.Server):
             return protocol
 
         loop = asyncio.get_running_loop()
-        self.servers.append(await loop.create_server(new_protocol, sock=sock, backlog=BACKLOG))
+        self.servers.append(await loop.create_server(new_protocol, sock=sock, backlog=ACCEPTED_AT_ONCE))
+        sock.listen(BACKLOG)
 
 
 def _config(app: FastAPI, ws: type[asyncio.Protocol], **more: Any) -> uvicorn.Config:
@@ -218,7 +224,7 @@ def _config(app: FastAPI, ws: type[asyncio.Protocol], **more: Any) -> uvicorn.Co
         lifespan="off",
         log_config=None,
         access_log=False,
-        backlog=BACKLOG,
+        backlog=ACCEPTED_AT_ONCE,
         server_header=False,
         timeout_graceful_shutdown=DRAIN_SECONDS,
         **more,

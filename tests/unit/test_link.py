@@ -6,11 +6,14 @@ from typing import Any
 
 import pytest
 
-from kohakuriver._frame import WS_TEXT, FrameViolation, FrameWalker, SpliceWalker, build_frame
+from kohakuriver._frame import WS_TEXT, FrameViolation, FrameWalker, RelayWalker, SpliceWalker, build_frame
 from kohakuriver.host.tunnel_proxy import ProxySession, TunnelProxy
+from kohakuriver.runner.tunnel_server import Side
 from kohakuriver.tunnel import link as links
+from kohakuriver.tunnel.endpoint import ContainerEndpoint
 from kohakuriver.tunnel.link import Assembler, Link
 from kohakuriver.tunnel.protocol import DATA, PING, PROTO_TCP, Message, ws_close, ws_ping, ws_pong, ws_text
+from kohakuriver.tunnel.server import Ignore
 from tests.chain import until
 from tests.fakes import FakeTransport
 
@@ -421,3 +424,47 @@ def test_a_session_that_ends_inside_a_frame_is_not_closed_with_a_frame_inside_it
         assert to_user.lost
 
     run(main())
+
+
+FLOOD = 50_000
+
+
+@pytest.mark.parametrize("where", ["splice", "endpoint", "refused", "relay"])
+def test_a_flood_of_small_messages_leaves_others_their_turn(run: Run, where: str) -> None:
+    async def main() -> None:
+        transport = flooded(where)
+        transport.feed(ws_ping(b"") * FLOOD)
+        answered = 0
+        while answered < FLOOD:
+            now = len(transport.sent) // len(ws_pong(b""))
+            assert now - answered <= links.TURN, "others have had to wait for longer than one turn"
+            assert transport.reading == (now == FLOOD), "nothing more is read until all that was read is worked off"
+            answered = now
+            await asyncio.sleep(0)
+        await turns()
+        assert transport.reading
+        transport.feed(ws_ping(b"still here"))
+        assert transport.sent.endswith(ws_pong(b"still here"))
+
+    run(main())
+
+
+def flooded(where: str) -> FakeTransport:
+    """The transport of a link with one of the handlers that look at every message."""
+    transport = FakeTransport()
+    handler: Any
+    walker: FrameWalker = FrameWalker(masked=False)
+    if where == "splice":
+        session = ProxySession(TunnelProxy(authorize=None), "container")  # type: ignore[arg-type]
+        handler, walker = session.container_side, session.container_side.walker
+        session.user.link = Link(Handler(), FrameWalker(masked=False), masks=False)
+    elif where == "relay":
+        handler = Side(None, "container")  # type: ignore[arg-type]
+        handler.walker = walker = RelayWalker(masked=False)
+    else:
+        handler = ContainerEndpoint() if where == "endpoint" else Ignore()
+    link = Link(handler, walker, masks=False)
+    if where == "relay":
+        handler.link = link
+    link.start(transport)
+    return transport
