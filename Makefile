@@ -14,7 +14,7 @@ PIP_INSTALL := PYTHONWARNINGS=ignore $(BIN)/python -m pip install -q --disable-p
 crate_sources = $(shell find $(1)/src $(1)/.cargo $(1)/Cargo.toml $(1)/Cargo.lock -type f 2>/dev/null)
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-asyncio test-rust e2e lint bench bench-gate soak build clean install
+.PHONY: help demo test test-asyncio test-sanitized test-api test-rust e2e lint audit audit-online sbom bench bench-gate soak build clean install
 
 help: ## this list
 	@sed -n 's/^\([a-z][a-z-]*\):.*## /  make \1\t/p' $(MAKEFILE_LIST) | expand -t 20
@@ -30,9 +30,26 @@ test-asyncio: install ## the same suite on the standard library's event loop
 	scripts/system-packages test
 	KOHAKURIVER_LOOP=asyncio scripts/with-engine $(BIN)/python -m pytest $(TESTS) $(PYTEST_ARGS)
 
+test-sanitized: install ## the tests of the extension on a build with AddressSanitizer and UndefinedBehaviorSanitizer
+	scripts/test-sanitized $(BIN)/python
+
 test-rust: ## the own tests of the tunnel client and of the SSH server
 	scripts/system-packages test
 	for crate in $(CRATES); do (cd $$crate && cargo test --locked) || exit 1; done
+
+test-api: install $(STAMPS)/audit ## schemathesis on the HTTP API of a real host
+	$(BIN)/python -m tests.api_fuzz
+
+audit: install $(STAMPS)/audit ## what needs no network: bandit on our code
+	$(BIN)/bandit -q -c pyproject.toml -r kohakuriver
+
+audit-online: install $(STAMPS)/audit ## known weaknesses of what we depend on: pip-audit, and cargo-deny (which must be installed)
+	$(BIN)/python -m pip freeze --exclude-editable | grep -v '^kohakuriver' >$(STAMPS)/frozen.txt
+	$(BIN)/pip-audit --strict --disable-pip --no-deps -r $(STAMPS)/frozen.txt
+	cd $(CRATE) && cargo deny --locked check
+
+sbom: install $(STAMPS)/audit ## what the wheel and the tunnel client are made of: CycloneDX, in sbom/
+	scripts/sbom $(BIN)/python
 
 e2e: install $(STAMPS)/e2e ## JupyterLab and TensorBoard through a forward, in a real browser
 	scripts/system-packages test e2e
@@ -69,7 +86,7 @@ build: install ## sdist and wheel in dist/
 	$(BIN)/python -m build
 
 clean: ## everything that these commands made
-	rm -rf .venv* build dist *.egg-info bench/results .pytest_cache .mypy_cache .ruff_cache .hypothesis .benchmarks
+	rm -rf .venv* build dist sbom *.egg-info bench/results .pytest_cache .mypy_cache .ruff_cache .hypothesis .benchmarks .schemathesis
 	rm -rf kohakuriver/bin kohakuriver/*.c kohakuriver/*.so $(CRATES:=/target)
 	find kohakuriver tests bench -name __pycache__ -type d -prune -exec rm -rf {} +
 
@@ -97,6 +114,10 @@ $(STAMPS)/client: $(STAMPS)/venv setup.py $(call crate_sources,kohakuriver-tunne
 
 $(STAMPS)/sshd: $(STAMPS)/venv setup.py $(call crate_sources,kohakuriver-sshd)
 	$(BIN)/python setup.py -q build_programs --inplace --only=tunnel-sshd
+	touch $@
+
+$(STAMPS)/audit: $(STAMPS)/package
+	KOHAKURIVER_SKIP_CARGO=1 $(PIP_INSTALL) --no-build-isolation -e '.[audit]'
 	touch $@
 
 $(STAMPS)/e2e: $(STAMPS)/package

@@ -297,11 +297,17 @@ def judge(samples: list[dict[str, Any]]) -> list[str]:
     for hop in steady[0]["hops"]:
         for what, slack in (("rss", MEMORY_SLACK), ("descriptors", DESCRIPTOR_SLACK), ("threads", 4)):
             first, last = (
-                statistics.median(s["hops"][hop][what] for s in part) for part in (steady[:quarter], steady[-quarter:])
+                statistics.median(held(s, hop, what) for s in part) for part in (steady[:quarter], steady[-quarter:])
             )
             if last > first + slack:
                 grown.append(f"{what} of {hop}: {first:.0f} -> {last:.0f}")
     return grown
+
+
+def held(sample: dict[str, Any], hop: str, what: str) -> int:
+    """What a hop holds; of the tunnel client's descriptors, which each open stream has one of, those beyond that."""
+    amount = int(sample["hops"][hop][what])
+    return amount - int(sample["traffic"]["streams"]) if (hop, what) == ("tunnel client", "descriptors") else amount
 
 
 async def settled(cluster: Cluster, before: dict[str, Any], began: float) -> tuple[dict[str, Any], list[str]]:

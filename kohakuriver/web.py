@@ -54,6 +54,9 @@ log = structlog.get_logger("kohakuriver")
 BACKLOG = 2048
 """Connections that may wait to be accepted; a burst of 500 simultaneous connects must fit."""
 
+ACCEPTED_AT_ONCE = 64
+"""Connections that are accepted before others get their turn; the standard library's loop takes it from the backlog."""
+
 DRAIN_SECONDS = 5
 
 
@@ -289,8 +292,9 @@ class Server(uvicorn.Server):
         seconds = self._limits.handshake_timeout if tls is not None else None
         loop = asyncio.get_running_loop()
         server = await loop.create_server(
-            new_protocol, sock=sock, backlog=BACKLOG, ssl=tls, ssl_handshake_timeout=seconds
+            new_protocol, sock=sock, backlog=ACCEPTED_AT_ONCE, ssl=tls, ssl_handshake_timeout=seconds
         )
+        sock.listen(BACKLOG)
         self.servers.append(server)
 
 
@@ -309,7 +313,7 @@ def _config(app: FastAPI, ws: type[asyncio.Protocol], limits: Limits) -> uvicorn
         lifespan="off",
         log_config=None,
         access_log=False,
-        backlog=BACKLOG,
+        backlog=ACCEPTED_AT_ONCE,
         server_header=False,
         timeout_graceful_shutdown=DRAIN_SECONDS,
     )

@@ -92,6 +92,8 @@ pub struct Context {
     pub counters: Counters,
     /// How many v1 streams hold up the reading of the link.
     pub holding: usize,
+    /// How many streams' services have not taken everything.
+    pub waiting: usize,
     ready: VecDeque<Key>,
     /// By slot: which stream of it is in `ready`.
     scheduled: Vec<Option<u32>>,
@@ -114,6 +116,7 @@ impl Context {
             now,
             counters: Counters::default(),
             holding: 0,
+            waiting: 0,
             ready: VecDeque::new(),
             scheduled: Vec::new(),
             timers: BinaryHeap::new(),

@@ -280,6 +280,7 @@ fn accept(key: &str) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use proptest::prelude::*;
 
     const KEY: &str = "dGhlIHNhbXBsZSBub25jZQ==";
     const ACCEPT: &str = "s3pPLMBiTxaQ9kYGzzhZRbK+xOo=";
@@ -340,5 +341,53 @@ mod tests {
         assert!(matches!(status(401), Err(Refusal::NotAllowed(401))));
         assert!(matches!(status(403), Err(Refusal::NotAllowed(403))));
         assert!(matches!(status(502), Err(Refusal::Unreachable(_))));
+    }
+
+    proptest! {
+        #[test]
+        fn bytes_that_are_no_answer_are_refused(head in prop::collection::vec(any::<u8>(), 0..400)) {
+            prop_assert!(check(&head, KEY).is_err());
+        }
+
+        #[test]
+        fn no_broken_answer_is_taken_for_another_keys_or_panics(
+            wrong in prop::collection::vec((any::<prop::sample::Index>(), any::<u8>(), 0u8..3), 1..5),
+            order in Just(vec![0, 1, 2, 3]).prop_shuffle(),
+        ) {
+            let accept = format!("Sec-WebSocket-Accept: {ACCEPT}");
+            let lines = [
+                "Upgrade: websocket",
+                "Connection: Upgrade",
+                &accept,
+                "Sec-WebSocket-Protocol: kohakuriver.tunnel.v2",
+            ];
+            let good = answer(&order.iter().map(|&index| lines[index]).collect::<Vec<_>>());
+            prop_assert!(check(&good, KEY).unwrap());
+            prop_assert!(check(&good, "another key").is_err());
+            let mut broken = good;
+            for (at, byte, how) in wrong {
+                let at = at.index(broken.len());
+                match how {
+                    0 => broken[at] = byte,
+                    1 => broken.insert(at, byte),
+                    _ => drop(broken.remove(at)),
+                }
+            }
+            prop_assert!(check(&broken, "another key").is_err());
+            if let Err(Refusal::Unreachable(reason)) = check(&broken, KEY) {
+                prop_assert!(!reason.is_empty());
+            }
+        }
+
+        #[test]
+        fn what_is_taken_for_a_url_fits_into_a_request(text in "\\PC{0,40}|(http|ws)://[a-z.:\\[\\]0-9/]{0,30}") {
+            if let Ok(url) = text.parse::<RunnerUrl>() {
+                let request = request(&url, "c", None, KEY);
+                let mut headers = [httparse::EMPTY_HEADER; MAX_HEADERS];
+                let mut parsed = httparse::Request::new(&mut headers);
+                prop_assert!(parsed.parse(request.as_bytes()).unwrap().is_complete());
+                prop_assert_eq!(parsed.headers.len(), 7);
+            }
+        }
     }
 }

@@ -90,6 +90,11 @@ impl Link {
         self.enqueue(opcode, &[payload]);
     }
 
+    /// Whether anything waits for the socket.
+    pub fn is_waiting(&self) -> bool {
+        self.backlog() > 0 || self.frame_at < self.frame_end
+    }
+
     /// How many bytes of small messages wait.
     pub fn backlog(&self) -> usize {
         self.urgent.len() - self.urgent_at

@@ -39,6 +39,10 @@ const GRACE: Duration = Duration::from_millis(300);
 const PING_AFTER: Duration = Duration::from_secs(15);
 const LOST_AFTER: Duration = Duration::from_secs(20);
 const REPORT_EVERY: Duration = Duration::from_secs(2);
+/// What waits for a socket is tried again this often, event or not. Where the kernel has no memory
+/// left for TCP (`tcp_mem`, tcp(7)) a write fails though nothing is on its way, and then no
+/// acknowledgement comes that would bring an edge of readiness.
+const RETRY_EVERY: Duration = Duration::from_secs(1);
 /// Begins a PING that tells our counts (docs/protocol.md §3).
 const COUNTS_MARK: &[u8] = b"cnt1";
 
@@ -105,6 +109,7 @@ pub struct Session<'p> {
     /// What the runner was told of our counts: datagrams dropped and stalls, and when next it may be told.
     reported: [u64; 2],
     next_report: Instant,
+    next_retry: Instant,
     /// Asked to end, by this time at the latest.
     stopping: Option<Instant>,
 }
@@ -137,6 +142,7 @@ impl<'p> Session<'p> {
             pinged: None,
             reported: [0; 2],
             next_report: now,
+            next_retry: now,
             stopping: None,
         }
     }
@@ -166,6 +172,7 @@ impl<'p> Session<'p> {
             self.read_link()?;
             self.pump()?;
             self.fire_timers();
+            self.retry();
             self.keep_alive()?;
             self.report();
             self.context.link.flush()?;
@@ -190,10 +197,12 @@ impl<'p> Session<'p> {
             None => self.last_received + PING_AFTER,
         };
         let report = self.unreported().map(|_| self.next_report);
+        let retry = self.is_waiting().then_some(self.next_retry);
         let next = context
             .next_timer()
             .into_iter()
             .chain(report)
+            .chain(retry)
             .fold(keepalive, Instant::min);
         next.saturating_duration_since(Instant::now()) + Duration::from_millis(1)
     }
@@ -530,6 +539,24 @@ impl<'p> Session<'p> {
                 None => Fate::Live,
             };
             self.settle(slot, fate);
+        }
+    }
+
+    fn is_waiting(&self) -> bool {
+        self.context.waiting > 0 || self.context.link.is_waiting()
+    }
+
+    fn retry(&mut self) {
+        if self.context.now < self.next_retry || !self.is_waiting() {
+            return;
+        }
+        self.next_retry = self.context.now + RETRY_EVERY;
+        self.context.link.writable = true;
+        for slot in 0..self.slots.len() {
+            if let Some(Stream::Tcp(tcp)) = &mut self.slots[slot].stream {
+                let fate = tcp.retry(&mut self.context);
+                self.settle(slot, fate);
+            }
         }
     }
 

@@ -45,6 +45,8 @@ pub struct Tcp {
     failed: Option<io::Error>,
     /// Holds the link's reading up (v1).
     holding: bool,
+    /// Counted among the streams whose service has not taken everything.
+    waiting: bool,
     deadline: Option<Instant>,
 }
 
@@ -91,6 +93,7 @@ impl Tcp {
             detached: false,
             failed: None,
             holding: false,
+            waiting: false,
             deadline: None,
         };
         stream.arm(context, DIAL_TIMEOUT);
@@ -145,10 +148,19 @@ impl Tcp {
             self.writable = written == length;
         }
         self.enqueue(pieces, written);
+        self.count_waiting(context);
         self.consumed(written, context);
         self.probe(context);
         self.hold(context);
         Fate::Live
+    }
+
+    /// Tries to write what waits, though no event has said that it can be.
+    pub fn retry(&mut self, context: &mut Context) -> Fate {
+        if self.waiting {
+            self.writable = true;
+        }
+        self.drain(context)
     }
 
     /// WINDOW, or the limit in the peer's CONNECT.
@@ -258,6 +270,8 @@ impl Tcp {
         if let Some(inbound) = &mut self.inbound {
             inbound.release(&mut context.budget);
         }
+        self.queue.clear();
+        self.count_waiting(context);
         self.let_go(context);
     }
 
@@ -314,6 +328,7 @@ impl Tcp {
             match self.queue.write_to(&mut self.sock) {
                 Ok(written) => {
                     self.writable = self.queue.is_empty();
+                    self.count_waiting(context);
                     self.consumed(written, context);
                     if self.detached {
                         self.deadline = Some(context.now + DRAIN_TIMEOUT);
@@ -334,6 +349,7 @@ impl Tcp {
     /// The service reads no more. What it wrote before that is still the user's.
     fn write_failed(&mut self, error: io::Error, lost: usize, context: &mut Context) -> Fate {
         self.queue.clear();
+        self.count_waiting(context);
         if self.detached {
             return Fate::Over;
         }
@@ -411,6 +427,18 @@ impl Tcp {
             if skip < piece.len() {
                 self.queue.push(&piece[skip..]);
             }
+        }
+    }
+
+    fn count_waiting(&mut self, context: &mut Context) {
+        let waiting = !self.queue.is_empty();
+        if waiting != self.waiting {
+            self.waiting = waiting;
+            context.waiting = if waiting {
+                context.waiting + 1
+            } else {
+                context.waiting - 1
+            };
         }
     }
 

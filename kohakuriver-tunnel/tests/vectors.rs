@@ -4,7 +4,7 @@ use std::path::PathBuf;
 
 use kohakuriver_tunnel::frame::{ClientHeader, mask, opcode};
 use kohakuriver_tunnel::message::{Item, Reader};
-use kohakuriver_tunnel::protocol::{HEADER, Header, MAX_RECEIVED, Violation};
+use kohakuriver_tunnel::protocol::{HEADER, Header, MAX_RECEIVED, MAX_SENT, Violation, limit};
 use proptest::prelude::*;
 use serde_json::Value;
 
@@ -304,6 +304,83 @@ proptest! {
         if let Some(violation) = whole.violation {
             prop_assert!([1002, 1003, 1009].contains(&violation.code));
         }
+    }
+
+    #[test]
+    fn broken_streams_end_in_a_documented_code_wherever_they_are_cut(
+        messages in prop::collection::vec((any::<[u8; 8]>(), 0usize..300, 1usize..200, 0u8..16), 1..8),
+        wrong in prop::collection::vec((any::<prop::sample::Index>(), any::<u8>(), 0u8..3), 0..4),
+        cut in 1usize..400,
+        longest in prop::sample::select(vec![64, 1000, MAX_RECEIVED]),
+    ) {
+        let mut input = Vec::new();
+        for (head, length, fragment, control) in messages {
+            let message = [&head[..], &vec![head[2]; length]].concat();
+            let count = message.chunks(fragment).len();
+            for (index, piece) in message.chunks(fragment).enumerate() {
+                let opcode = if index == 0 { opcode::BINARY } else { opcode::CONTINUATION };
+                input.extend(server_frame(opcode, index + 1 == count, piece));
+                if control >= 8 {
+                    input.extend(server_frame(control.min(opcode::PONG), true, b"ab"));
+                }
+            }
+        }
+        for (at, byte, how) in wrong {
+            let at = at.index(input.len());
+            match how {
+                0 => input[at] = byte,
+                1 => input.insert(at, byte),
+                _ if input.len() > 1 => drop(input.remove(at)),
+                _ => {}
+            }
+        }
+        let whole = collect(longest, [&input[..]]);
+        let pieces = collect(longest, input.chunks(cut));
+        prop_assert_eq!(whole.violation, pieces.violation);
+        prop_assert_eq!(sorted(whole.messages), sorted(pieces.messages));
+        if let Some(violation) = whole.violation {
+            prop_assert!([1002, 1003, 1009].contains(&violation.code));
+            prop_assert!(!violation.reason.is_empty());
+        }
+    }
+
+    #[test]
+    fn a_message_of_any_kind_holds_no_more_than_may_be_sent(
+        kind in any::<u8>(),
+        proto in any::<u8>(),
+        length in prop::sample::select(vec![MAX_SENT - 8, MAX_SENT, MAX_SENT + 1, 3 * MAX_SENT]),
+        cut in 1000usize..300_000,
+    ) {
+        let header = Header { kind, proto, id: 7, port: 0 };
+        let frame = server_frame(opcode::BINARY, true, &[&header.pack()[..], &vec![1; length]].concat());
+        let mut reader = Reader::default();
+        let mut bytes = 0;
+        for mut piece in frame.chunks(cut) {
+            while let Some(item) = reader.next(&mut piece).unwrap() {
+                match item {
+                    Item::Bytes { bytes: some, .. } => bytes += some.len(),
+                    Item::Message { payload, .. } => {
+                        prop_assert!(payload.len() <= MAX_SENT);
+                        bytes += payload.len();
+                    }
+                    Item::Control { .. } => prop_assert!(false, "there is no control frame in it"),
+                }
+            }
+        }
+        prop_assert_eq!(bytes, if kind == 3 && proto == 0 { length } else { length.min(MAX_SENT) });
+    }
+
+    #[test]
+    fn a_header_is_what_was_packed(bytes in any::<[u8; 8]>(), kind in any::<u8>(), id in any::<u32>(), port in any::<u16>()) {
+        prop_assert_eq!(Header::unpack(bytes).pack(), bytes);
+        let header = Header { kind, proto: bytes[0], id, port };
+        prop_assert_eq!(Header::unpack(header.pack()), header);
+    }
+
+    #[test]
+    fn a_limit_is_a_u64_and_nothing_else(bytes in prop::collection::vec(any::<u8>(), 0..12), number in any::<u64>()) {
+        prop_assert_eq!(limit(&number.to_be_bytes()), Some(number));
+        prop_assert_eq!(limit(&bytes).is_some(), bytes.len() == 8);
     }
 
     #[test]

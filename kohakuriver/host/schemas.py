@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import ipaddress
+import json
 import re
 from datetime import datetime, timezone
 from typing import Annotated, Literal
@@ -77,6 +78,9 @@ NoNul = Annotated[str, _matching(r"(?s)[^\0]*", "it has a NUL byte in it")]
 Mount = Annotated[str, _matching(r"[^:\0]+:/[^:\0]*(:ro)?", "write SOURCE:/TARGET or SOURCE:/TARGET:ro")]
 Url = Annotated[str, _matching(r"https?://[^\s/?#@]+", "it must be like http://name:port")]
 
+Whole = Annotated[int, Field(ge=0, le=2**63 - 1)]
+"""What a column of the database holds."""
+
 
 def _public_key(text: str) -> str:
     """Take only a line as `ssh-keygen` writes it: type, base64, and perhaps a comment; no options before it."""
@@ -110,7 +114,20 @@ def is_engine_id(text: str) -> bool:
     return re.fullmatch(r"[0-9a-f]{12,64}", text) is not None
 
 
-class _Request(BaseModel):
+class _Body(BaseModel):
+    """What comes in. JSON can write half a surrogate pair, which is no character and can be kept nowhere."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _is_text(cls, data: object) -> object:
+        try:
+            json.dumps(data, ensure_ascii=False, default=str).encode()
+        except UnicodeEncodeError:
+            raise ValueError("it has half of a surrogate pair in it, which is no character") from None
+        return data
+
+
+class _Request(_Body):
     model_config = ConfigDict(extra="forbid")
 
 
@@ -207,25 +224,25 @@ class TaskReport(BaseModel):
 
     model_config = ConfigDict(extra="ignore")
 
-    task_id: int
+    task_id: Whole
     status: Status
     tunnel: bool = False
     message: str | None = None
-    revision: int = 0
+    revision: Whole = 0
     engine_name: str | None = None
     image: str | None = None
     ssh_port: Annotated[int, Field(ge=1, le=65535)] | None = None
     ssh_host_key: str | None = None
-    traffic: dict[str, int] = Field(default={}, exclude=True)  # kept with the node: it is no change of the task
+    traffic: dict[str, Whole] = Field(default={}, exclude=True)  # kept with the node: it is no change of the task
 
 
-class Heartbeat(BaseModel):
+class Heartbeat(_Body):
     """All tasks of a node and what passed through it so far; `leaving` when the runner is about to end."""
 
     model_config = ConfigDict(extra="ignore")
 
     tasks: list[TaskReport] = []
-    traffic: dict[str, int] = {}
+    traffic: dict[str, Whole] = {}
     leaving: bool = False
 
 

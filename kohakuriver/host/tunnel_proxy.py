@@ -63,12 +63,16 @@ class Splice:
 
     def link_received(self, link: Link, start: int, stop: int) -> int:
         data, view, walker, target = link.buffer.data, link.buffer.view, self.walker, self.other.link
+        events = 0
         while True:
             end, event, consumed = walker.splice(data, start, stop)
             if end > start:
                 self._pass(target, view, start, end)
             if event is not None:
                 link.control(event)
+                events += 1
+                if link.turn_over(events):
+                    break
             elif consumed == start or consumed >= stop:
                 break
             start = consumed

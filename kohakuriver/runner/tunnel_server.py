@@ -105,12 +105,16 @@ class Side:
 
     def link_received(self, link: Link, start: int, stop: int) -> int:
         data, view, relay = link.buffer.data, link.buffer.view, self.walker.relay
+        events = 0
         while True:
             runs, event, consumed = relay(data, start, stop, self.table)
             if runs:
                 self._pass(runs, view)
             if event is not None:
                 self._event(event, view)
+                events += 1
+                if link.turn_over(events):
+                    return consumed
             elif consumed == start or consumed >= stop:
                 return consumed
             start = consumed
@@ -328,11 +332,14 @@ class Session(Side):
     def user_side(self, client_id: int, target: Side, other_id: int) -> tuple[Session, int]:
         return self, client_id
 
-    def lost(self, client_id: int, reason: str) -> None:
-        """The tunnel that this stream ran on is gone."""
-        self.table.remove(client_id)
-        self.ended.pop(client_id, None)
-        self.send(ERROR, self.proto, client_id, 0, f"ECONNRESET: the task's tunnel went away ({reason})".encode())
+    def lost(self, client_ids: list[int], reason: str) -> None:
+        """The tunnel that these streams ran on is gone."""
+        text = f"ECONNRESET: the task's tunnel went away ({reason})".encode()
+        for client_id in client_ids:
+            self.table.remove(client_id)
+            self.ended.pop(client_id, None)
+        if client_ids:
+            self.link.send(b"".join(build_frame(ERROR, self.proto, client_id, 0, text) for client_id in client_ids))
 
     def link_drained(self, link: Link) -> None:
         tunnel = self.server.tunnels.get(self.container)
@@ -340,11 +347,14 @@ class Session(Side):
             tunnel.link.resume_reading(self)
 
     def link_closed(self, link: Link, code: int, reason: str) -> None:
-        for client_id, (target, tunnel_id) in self.table.items():
-            tunnel = cast(Tunnel, target)
+        closing: dict[Tunnel, list[bytes]] = {}
+        for stream in self.table.items():
+            tunnel, tunnel_id = cast("tuple[Tunnel, int]", stream[1])
             tunnel.table.remove(tunnel_id)
-            tunnel.send(CLOSE, self.proto, tunnel_id, 0)
-            self.table.remove(client_id)
+            closing.setdefault(tunnel, []).append(build_frame(CLOSE, self.proto, tunnel_id, 0))
+        self.table = RoutingTable()
+        for tunnel, frames in closing.items():
+            tunnel.link.send(b"".join(frames))  # at once: one system call each would keep everybody else waiting
         self.link_drained(link)
         self.server.session_closed(self)
 
@@ -482,8 +492,7 @@ class TunnelServer:
 
     def _end_streams(self, tunnel: Tunnel, reason: str) -> None:
         for session in [s for s in self.sessions if s.container == tunnel.container]:
-            for _, user_id in tunnel.table.remove_target(session):
-                session.lost(user_id, reason)
+            session.lost([user_id for _, user_id in tunnel.table.remove_target(session)], reason)
             session.link.resume_reading(session)  # it may have waited for the tunnel that went
 
     def session_closed(self, session: Session) -> None:

@@ -126,12 +126,16 @@ class Endpoint:
     def link_received(self, link: Link, start: int, stop: int) -> int:
         walker: FrameWalker = link.walker
         data, view = link.buffer.data, link.buffer.view
+        count = 0
         while True:
             messages, consumed = walker.walk(data, start, stop)
             if not messages:
                 return consumed
             start = consumed
             self._dispatch(link, messages, view)
+            count += len(messages)
+            if link.turn_over(count):
+                return consumed
 
     def _dispatch(self, link: Link, messages: list[Message], view: memoryview) -> None:
         count, i = len(messages), 0

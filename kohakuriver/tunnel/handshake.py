@@ -33,7 +33,7 @@ from kohakuriver.tls import hung_up
 from kohakuriver.tls import reason as tls_reason
 from kohakuriver.tunnel.link import Link, LinkHandler
 from kohakuriver.tunnel.messages import MAX_MESSAGE, MessageLink
-from kohakuriver.tunnel.protocol import TUNNEL_V2
+from kohakuriver.tunnel.protocol import TUNNEL_V2, Message
 
 MAX_HEAD = 64 * 1024
 MAX_GREETING = 4096
@@ -218,23 +218,32 @@ class _Greeting:
         self._parts = b""
 
     def link_received(self, link: Link, start: int, stop: int) -> int:
-        if self.text.done():
-            return start
-        messages, consumed = link.walker.walk(link.buffer.data, start, stop, 1)
-        for kind, _, _, _, begin, end, flags in messages:
-            if kind != WS_TEXT:
-                if kind < WS_TEXT:
-                    raise FrameViolation(1002, "a session begins with the text CONNECTED")
-                link.control(messages[0])
-                continue
-            self._parts = (b"" if flags & FIRST else self._parts) + bytes(link.buffer.view[begin:end])
-            if len(self._parts) > MAX_GREETING:
-                raise FrameViolation(1009, "the session's first message is too long")
-            if flags & LAST:
-                link.walker.allow_text = False
-                link.pause_reading(self)
-                self.text.set_result(self._parts.decode("utf-8", "replace"))
-        return consumed if self.text.done() or not messages else self.link_received(link, consumed, stop)
+        count = 0
+        while not self.text.done():
+            messages, consumed = link.walker.walk(link.buffer.data, start, stop, 1)
+            if not messages:
+                return consumed
+            start = consumed
+            self._take(link, messages[0])
+            count += 1
+            if link.turn_over(count):
+                break
+        return start
+
+    def _take(self, link: Link, message: Message) -> None:
+        kind, _, _, _, start, stop, flags = message
+        if kind != WS_TEXT:
+            if kind < WS_TEXT:
+                raise FrameViolation(1002, "a session begins with the text CONNECTED")
+            link.control(message)
+            return
+        self._parts = (b"" if flags & FIRST else self._parts) + bytes(link.buffer.view[start:stop])
+        if len(self._parts) > MAX_GREETING:
+            raise FrameViolation(1009, "the session's first message is too long")
+        if flags & LAST:
+            link.walker.allow_text = False
+            link.pause_reading(self)
+            self.text.set_result(self._parts.decode("utf-8", "replace"))
 
     def link_drained(self, link: Link) -> None:
         pass

@@ -47,6 +47,10 @@ else:
     _write = os.write
     _writev = os.writev
 _IOV_MAX = 512
+# How many messages that are not just relayed may be worked off before other links get their turn: a few milliseconds'
+# worth. A read of 1 MiB can hold 170,000 pings.
+TURN = 256
+_TURN = object()
 
 
 class ReceiveBuffer:
@@ -83,7 +87,8 @@ class LinkHandler(Protocol):
     def link_received(self, link: Link, start: int, stop: int) -> int:
         """Consume ``link.buffer.data[start:stop]``; return the offset of the first byte not consumed.
 
-        May raise FrameViolation: the link then closes with its code.
+        May raise FrameViolation: the link then closes with its code. A handler that looks at every message asks
+        ``link.turn_over`` whether to leave the rest for later.
         """
 
     def link_drained(self, link: Link) -> None:
@@ -198,6 +203,8 @@ class Link(asyncio.BufferedProtocol):
         self._written_at_ping = 0
         self._finishing = False
         self._failed = False
+        self._more = False
+        self._turn_due = False
         self._transport: asyncio.Transport = cast(asyncio.Transport, None)
         self._direct: DirectSocket = cast(DirectSocket, None)
 
@@ -226,7 +233,7 @@ class Link(asyncio.BufferedProtocol):
             self._loop.call_soon(handler.link_closed, self, self.close_code, self.close_reason)
         if self._stash:
             self._loop.call_soon(self._consume_stash)
-        for why in list(self._pauses):
+        for why in self._pauses - {_TURN}:
             self.resume_reading(why)
 
     def connection_lost(self, exc: Exception | None) -> None:
@@ -287,6 +294,8 @@ class Link(asyncio.BufferedProtocol):
         if not stash:
             return self.buffer.view[HEADROOM:]
         end = HEADROOM + len(stash)
+        if end >= len(self.buffer.data):  # it is read on though we have paused, as TLS of Python 3.10 does
+            self.buffer = ReceiveBuffer(2 * len(stash))
         self.buffer.data[HEADROOM:end] = stash
         return self.buffer.view[end:]
 
@@ -301,7 +310,7 @@ class Link(asyncio.BufferedProtocol):
         return False
 
     def _consume_stash(self) -> None:
-        if self._stash and not self.closed:
+        if self._stash and not self.closed and not self._failed:
             self.get_buffer(-1)
             self._consume(HEADROOM + len(self._stash))
 
@@ -312,6 +321,21 @@ class Link(asyncio.BufferedProtocol):
             self.fail(violation.code, str(violation))
             return
         self._stash = bytes(self.buffer.view[consumed:stop]) if consumed < stop else b""
+        if self._more and not self._turn_due:
+            self._turn_due = True
+            self.pause_reading(_TURN)  # what is left may fill the buffer
+            self._loop.call_soon(self._next_turn)
+
+    def turn_over(self, messages: int) -> bool:
+        """Whether a handler that has worked off so many messages in this call is to return; it is soon called again."""
+        self._more = messages >= TURN
+        return self._more
+
+    def _next_turn(self) -> None:
+        self._turn_due = self._more = False
+        self._consume_stash()
+        if not self._turn_due:
+            self.resume_reading(_TURN)
 
     def fail(self, code: int, reason: str) -> None:
         """The peer broke the protocol: say so, and heed nothing more of it (RFC 6455 §7.1.7).

@@ -104,12 +104,14 @@ class Ignore:
     """The handler of a link that is only being closed."""
 
     def link_received(self, link: Link, start: int, stop: int) -> int:
+        count = 0
         while True:
             messages, consumed = link.walker.walk(link.buffer.data, start, stop)
             for message in messages:
                 if message[0] > 0x101:
                     link.control(message)
-            if not messages:
+            count += len(messages)
+            if not messages or link.turn_over(count):
                 return consumed
             start = consumed
 

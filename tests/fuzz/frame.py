@@ -1,6 +1,6 @@
 """Fuzz target for the walkers: one input is options, read sizes and a peer's bytes.
 
-`python -m tests.fuzz.frame --seconds 60` mutates the corpus for that long and writes what fails beside it.
+`python -m tests.fuzz.frame --seconds 60` mutates the corpus for that long and keeps what fails.
 
 The invariant: the extension answers exactly as its plain twin does, the only error is FrameViolation with a documented
 code, and relayed bytes go to no target but the one that their message was routed to.
@@ -8,21 +8,15 @@ code, and relayed bytes go to no target but the one that their message was route
 
 from __future__ import annotations
 
-import argparse
-import hashlib
-import random
-import time
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 from kohakuriver import _frame
 from tests.conformance.feeding import HEADROOM, cut
+from tests.fuzz.mutation import fuzz
 from tests.reference import frame as twin
 
-CORPUS = Path(__file__).parent / "corpus"
 CODES = {1002, 1003, 1009}
-LONGEST = 4096
 
 
 def reads_of(data: bytes) -> tuple[dict[str, Any], list[bytes]]:
@@ -78,49 +72,5 @@ def check(data: bytes) -> None:
         assert not ours or len(ours[-1]) == 3 or ours[-1][0] in CODES, method
 
 
-def mutate(data: bytes, others: list[bytes], rng: random.Random) -> bytes:
-    out = bytearray(data)
-    for _ in range(rng.randint(1, 6)):
-        at = rng.randrange(len(out) + 1)
-        size = rng.choice((1, 1, 2, 4, 8, 30))
-        other = rng.choice(others)
-        donor = rng.randrange(len(other) + 1)
-        out[at : at + size * rng.randint(0, 1)] = rng.choice(
-            (
-                b"",
-                rng.randbytes(size),
-                bytes([rng.choice((0, 1, 2, 3, 8, 0x7D, 0x7E, 0x7F, 0x80, 0x82, 0x89, 0xFD, 0xFE, 0xFF))]),
-                other[donor : donor + size * 4],
-            )
-        )
-    return bytes(out[:LONGEST])
-
-
-def corpus() -> list[bytes]:
-    return [path.read_bytes() for path in sorted(CORPUS.iterdir())]
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--seconds", type=float, default=60)
-    parser.add_argument("--seed", type=int, default=None)
-    options = parser.parse_args()
-    rng = random.Random(options.seed)
-    inputs = corpus()
-    until = time.monotonic() + options.seconds
-    runs = 0
-    while time.monotonic() < until:
-        data = mutate(rng.choice(inputs), inputs, rng)
-        try:
-            check(data)
-        except BaseException:
-            path = CORPUS / f"failed-{hashlib.sha256(data).hexdigest()[:16]}"
-            path.write_bytes(data)
-            print(f"kept {path}")
-            raise
-        runs += 1
-    print(f"{runs} inputs, none failed")
-
-
 if __name__ == "__main__":
-    main()
+    fuzz(check, "frame")

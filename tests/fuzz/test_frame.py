@@ -7,17 +7,18 @@ from pathlib import Path
 
 import pytest
 
-from tests.fuzz import frame as fuzz
+from tests.fuzz import frame
+from tests.fuzz.mutation import corpus, kept, mutate
 
 
-@pytest.mark.parametrize("path", sorted(fuzz.CORPUS.iterdir()), ids=lambda path: path.name)
+@pytest.mark.parametrize("path", kept("frame"), ids=lambda path: path.name)
 def test_kept_input_breaks_nothing(path: Path) -> None:
-    fuzz.check(path.read_bytes())
+    frame.check(path.read_bytes())
 
 
 @pytest.mark.parametrize("seed", range(4))
 def test_mutated_inputs_break_nothing(seed: int) -> None:
     rng = random.Random(seed)
-    inputs = fuzz.corpus()
+    inputs = corpus("frame")
     for _ in range(250):
-        fuzz.check(fuzz.mutate(rng.choice(inputs), inputs, rng))
+        frame.check(mutate(rng.choice(inputs), inputs, rng))

@@ -241,3 +241,17 @@ def test_a_dial_that_is_cancelled_leaves_nothing_open(run: Run) -> None:
                 await opening
 
     run(main())
+
+
+def test_a_greeting_behind_thousands_of_pings_and_in_thousands_of_fragments_is_read(run: Run) -> None:
+    async def flood(websocket: ServerConnection) -> None:
+        empty = b"\x00\x00" * 5000
+        websocket.transport.write(b"\x89\x00" * 5000 + b"\x01\x04CONN" + empty + b"\x80\x05ECTED")
+        await websocket.wait_closed()
+
+    async def main() -> None:
+        async with serve(flood, "127.0.0.1", 0, ping_interval=None) as server:
+            link = await open_session(f"ws://127.0.0.1:{next(iter(server.sockets)).getsockname()[1]}/")
+            link.abort()
+
+    run(main())

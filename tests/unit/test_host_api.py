@@ -9,6 +9,7 @@ from collections.abc import Callable, Coroutine
 from pathlib import Path
 from typing import Any
 
+import httpx
 import pytest
 
 from tests.control import HEARTBEAT_SECONDS, FakeRunner, a_host
@@ -506,3 +507,32 @@ def test_the_tokens_are_for_their_owner_alone_and_stay_good_with_a_new_database(
             assert (await host.client(token).get("/api/tasks")).status_code == 200
 
     run(check())
+
+
+HALF = b'"\\ud800"'
+UNHOLDABLE = [
+    ("user", "/api/tasks", b'{"command": [%s]}' % HALF),
+    ("user", "/api/tasks", b"{%s: 1}" % HALF),
+    ("user", "/api/tasks/adopt", b'{"address": %s}' % HALF),
+    ("node", "/api/nodes/register", b'{"name": "n2", "url": "http://x", "backends": [], "version": %s}' % HALF),
+    ("node", "/api/nodes/n1/heartbeat", b'{"tasks": [{"task_id": 1, "status": "running", "message": %s}]}' % HALF),
+    (
+        "node",
+        "/api/nodes/n1/heartbeat",
+        b'{"tasks": [{"task_id": 1, "status": "running", "revision": 1%s}]}' % (b"0" * 30),
+    ),
+    ("node", "/api/nodes/n1/heartbeat", b'{"tasks": [{"task_id": 1%s, "status": "running"}]}' % (b"0" * 30)),
+    ("node", "/api/nodes/n1/heartbeat", b'{"traffic": {"sessions": -1}}'),
+]
+
+
+@pytest.mark.parametrize(("who", "path", "body"), UNHOLDABLE)
+def test_what_the_database_can_not_hold_is_refused(run: Run, tmp_path: Path, who: str, path: str, body: bytes) -> None:
+    async def main() -> None:
+        async with a_host(tmp_path) as host:
+            await host.runner("n1")
+            client: httpx.AsyncClient = getattr(host, who)
+            answer = await client.post(path, content=body, headers={"Content-Type": "application/json"})
+            assert (answer.status_code, answer.json()["error"]) == (400, "bad_request")
+
+    run(main())

@@ -2,15 +2,20 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable, Coroutine
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
-from kohakuriver._frame import WS_TEXT, FrameViolation, FrameWalker, SpliceWalker, build_frame
+from kohakuriver._frame import WS_TEXT, FrameViolation, FrameWalker, RelayWalker, SpliceWalker, build_frame
 from kohakuriver.host.tunnel_proxy import ForwardTarget, ProxySession, TunnelProxy
+from kohakuriver.limits import Limits
+from kohakuriver.runner.tunnel_server import Side
 from kohakuriver.tunnel import link as links
+from kohakuriver.tunnel.endpoint import ContainerEndpoint
 from kohakuriver.tunnel.link import Assembler, Link
 from kohakuriver.tunnel.protocol import DATA, PING, PROTO_TCP, Message, ws_close, ws_ping, ws_pong, ws_text
+from kohakuriver.tunnel.server import Ignore
 from tests.chain import until
 from tests.fakes import FakeTransport
 
@@ -356,11 +361,12 @@ def test_an_assembler_joins_pieces_and_refuses_too_many() -> None:
 # -- the splice: a link that passes partial frames ---------------------------------------------------------------
 
 
+async def nobody(*args: object) -> Any:
+    raise AssertionError
+
+
 def spliced(room: int) -> tuple[ProxySession, FakeTransport, FakeTransport]:
     """A session at the host: its user's side takes ``room`` bytes at a time."""
-
-    async def nobody(*args: object) -> Any:
-        raise AssertionError
 
     session = ProxySession(TunnelProxy(authorize=nobody), ForwardTarget("", "container", None))
     to_user, to_runner = FakeTransport(room), FakeTransport()
@@ -421,3 +427,67 @@ def test_a_session_that_ends_inside_a_frame_is_not_closed_with_a_frame_inside_it
         assert to_user.lost
 
     run(main())
+
+
+FLOOD = 50_000
+
+
+@pytest.mark.parametrize("where", ["splice", "endpoint", "refused", "relay"])
+def test_a_flood_of_small_messages_leaves_others_their_turn(run: Run, where: str) -> None:
+    async def main() -> None:
+        transport = flooded(where)
+        transport.feed(ws_ping(b"") * FLOOD)
+        answered = 0
+        while answered < FLOOD:
+            now = len(transport.sent) // len(ws_pong(b""))
+            assert now - answered <= links.TURN, "others have had to wait for longer than one turn"
+            assert transport.reading == (now == FLOOD), "nothing more is read until all that was read is worked off"
+            answered = now
+            await asyncio.sleep(0)
+        await turns()
+        assert transport.reading
+        transport.feed(ws_ping(b"still here"))
+        assert transport.sent.endswith(ws_pong(b"still here"))
+
+    run(main())
+
+
+def test_a_link_that_reads_little_keeps_all_that_comes_while_a_turn_is_due(run: Run) -> None:
+    async def main() -> None:
+        transport = flooded("endpoint")
+        link: Any = transport.get_protocol()
+        link.limit_reads(4096)
+        pings, fed = ws_ping(b"") * FLOOD, 0
+        while fed < len(pings):  # as TLS does that delivers all it has decrypted, paused or not
+            view = link.get_buffer(-1)
+            size = min(len(view), len(pings) - fed)
+            assert size > 0, "there is always room"
+            view[:size] = pings[fed : fed + size]
+            link.buffer_updated(size)
+            fed += size
+        await turns(FLOOD // links.TURN + 1)
+        assert transport.sent == ws_pong(b"") * FLOOD
+        assert transport.reading
+
+    run(main())
+
+
+def flooded(where: str) -> FakeTransport:
+    """The transport of a link with one of the handlers that look at every message."""
+    transport = FakeTransport()
+    handler: Any
+    walker: FrameWalker = FrameWalker(masked=False)
+    if where == "splice":
+        session = ProxySession(TunnelProxy(authorize=nobody), ForwardTarget("", "container", None))
+        handler, walker = session.container_side, session.container_side.walker
+        session.user.link = Link(Handler(), FrameWalker(masked=False), masks=False)
+    elif where == "relay":
+        handler = Side(SimpleNamespace(limits=Limits()), "container")  # type: ignore[arg-type]
+        handler.walker = walker = RelayWalker(masked=False)
+    else:
+        handler = ContainerEndpoint() if where == "endpoint" else Ignore()
+    link = Link(handler, walker, masks=False)
+    if where == "relay":
+        handler.link = link
+    link.start(transport)
+    return transport

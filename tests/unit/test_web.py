@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import socket
 from collections.abc import Callable, Coroutine
 from typing import Any
 
@@ -11,7 +13,7 @@ import pytest
 
 from kohakuriver.errors import LocalAddressError
 from kohakuriver.tunnel.server import serve_ws
-from kohakuriver.web import Server, bind, new_app, socket_url, warn_if_in_clear
+from kohakuriver.web import ACCEPTED_AT_ONCE, Server, bind, new_app, socket_url, warn_if_in_clear
 from tests.control import serving
 
 Run = Callable[[Coroutine[Any, Any, None]], None]
@@ -89,3 +91,33 @@ def test_one_more_listener_serves_its_own_application_until_the_end(run: Run) ->
             await asyncio.open_connection(*url.removeprefix("http://").split(":"))
 
     run(check())
+
+
+def test_a_crowd_that_connects_at_once_leaves_others_their_turn(run: Run) -> None:
+    async def main() -> None:
+        ready = asyncio.Event()
+
+        async def on_ready() -> None:
+            ready.set()
+
+        async def on_stop() -> None:
+            pass
+
+        sock = bind("127.0.0.1", 0)
+        server = Server(new_app("test", "0"), ws=serve_ws([]), on_ready=on_ready, on_stop=on_stop)
+        running = asyncio.ensure_future(server.serve([sock]))
+        await ready.wait()
+        address = sock.getsockname()
+        with contextlib.ExitStack() as stack:
+            for _ in range(500):  # nobody accepts them yet: this thread is the server's
+                stack.enter_context(socket.create_connection(address, 30))
+            seen, most = 0, 0
+            while seen < 500:
+                await asyncio.sleep(0)
+                now = len(server.server_state.connections)
+                seen, most = now, max(most, now - seen)
+            assert most <= ACCEPTED_AT_ONCE
+        server.stop()
+        await running
+
+    run(main())
