@@ -143,7 +143,9 @@ class HostUnderTest:
         self.terminals = TerminalProxy(authorize=self.forwards.authorize_terminal)
         self.people = People(accounts, self.grants, clock=clock)
         self.guard = Guard()
-        self.app = create_app(Services(credentials, access, self.people, self.nodes, self.tasks), self.guard)
+        self.app = create_app(
+            Services(credentials, access, self.people, self.nodes, self.tasks, self.forwards), self.guard
+        )
         self.url = ""
         self.admin_token = ""
         self.node: httpx.AsyncClient

@@ -130,7 +130,8 @@ def connect(
         ssh_proxy = f"{ssh_proxy.rpartition(':')[0]}:{proxy_port}"
     found = ask(host, token, lambda client: client.task(task))
     # ssh would say less about why it can't connect, and always exit with 255.
-    ssh_dial.dial(ssh_proxy, str(found.task_id), settings.token).close()
+    shown = ssh_dial.to_show(settings.host, str(found.task_id), settings.token, settings.ca_file)
+    ssh_dial.dial(ssh_proxy, str(found.task_id), shown).close()
     ssh = shutil.which("ssh")
     if ssh is None:
         raise KohakuRiverError("There is no ssh on this machine; install OpenSSH's client.")

@@ -13,12 +13,13 @@ import os
 import socket
 import sys
 import threading
+from collections.abc import Callable
 from typing import Any
 from urllib.parse import quote, urlsplit
 
 from kohakuriver.errors import HostUnreachableError, KohakuRiverError, UnavailableError, UsageError, from_status
 
-__all__ = ["DOMAIN", "dial", "main", "proxy", "task_of"]
+__all__ = ["DOMAIN", "dial", "main", "proxy", "task_of", "to_show"]
 
 DOMAIN = ".kohakuriver"
 """What may stand behind a task's name where ssh wants a host's."""
@@ -67,6 +68,16 @@ def dial(ssh_proxy: str, task: str, token: str | None) -> socket.socket:
     raise HostUnreachableError(f"What answers at {ssh_proxy} is not KohakuRiver's SSH proxy.")
 
 
+def to_show(host: str, task: str, token: str | None, ca_file: str | None) -> str | None:
+    """What to show to the SSH proxy: the token, or where the host speaks TLS a pass, for the proxy speaks none.
+
+    Raises KohakuRiverError.
+    """
+    if token is None or not host.startswith("https:"):
+        return token
+    return str(_ask(host, f"/api/tasks/{quote(task, safe='')}/ssh-pass", token, ca_file, method="POST").get("pass"))
+
+
 def _line(sock: socket.socket) -> str:
     """One line, and not a byte more: what follows is for ssh."""
     line = b""
@@ -94,7 +105,7 @@ def proxy(
 
     With `known` the host is not asked for the task first: ssh knows the host key already. Raises KohakuRiverError.
     """
-    dialling = _Dialling(ssh_proxy, task, token)
+    dialling = _Dialling(lambda: dial(ssh_proxy, task, to_show(host, task, token, ca_file)))
     if not known:
         try:
             _learn_host_key(host, task, token, ca_file)
@@ -113,15 +124,15 @@ def proxy(
 class _Dialling(threading.Thread):
     """`dial`, while something else is done."""
 
-    def __init__(self, ssh_proxy: str, task: str, token: str | None) -> None:
+    def __init__(self, dial: Callable[[], socket.socket]) -> None:
         super().__init__(daemon=True)
-        self._arguments = (ssh_proxy, task, token)
+        self._dial = dial
         self._result: socket.socket | KohakuRiverError | None = None
         self.start()
 
     def run(self) -> None:
         try:
-            self._result = dial(*self._arguments)
+            self._result = self._dial()
         except KohakuRiverError as error:
             self._result = error
 
@@ -149,7 +160,7 @@ def _learn_host_key(host: str, task: str, token: str | None, ca_file: str | None
         learn_host_key(int(found["task_id"]), str(found["name"]), str(key))
 
 
-def _ask(host: str, path: str, token: str | None, ca_file: str | None) -> dict[str, Any]:
+def _ask(host: str, path: str, token: str | None, ca_file: str | None, *, method: str = "GET") -> dict[str, Any]:
     parts = urlsplit(host)
     connection: http.client.HTTPConnection
     if parts.scheme == "https":
@@ -161,13 +172,13 @@ def _ask(host: str, path: str, token: str | None, ca_file: str | None) -> dict[s
         connection = http.client.HTTPConnection(parts.netloc, timeout=ANSWER_SECONDS)
     try:
         with contextlib.closing(connection):
-            connection.request("GET", parts.path + path, headers={"Authorization": f"Bearer {token}"} if token else {})
+            connection.request(method, parts.path + path, headers={"Authorization": f"Bearer {token}"} if token else {})
             answer = connection.getresponse()
             body = answer.read()
     except (OSError, http.client.HTTPException) as error:
         why = (reason(error) if parts.scheme == "https" else None) or error
         raise HostUnreachableError(f"The host at {host} can't be reached: {why}.") from error
-    if answer.status != 200:
+    if answer.status not in (200, 201):
         raise from_status(answer.status, body)
     try:
         found = json.loads(body)

@@ -10,6 +10,7 @@ from fastapi import APIRouter, Depends, FastAPI, Query, Request
 from kohakuriver import __version__
 from kohakuriver.host.access import Access
 from kohakuriver.host.credentials import Caller, Credentials
+from kohakuriver.host.forwards import Forwards
 from kohakuriver.host.nodes import Nodes
 from kohakuriver.host.people import People
 from kohakuriver.host.schemas import (
@@ -23,6 +24,7 @@ from kohakuriver.host.schemas import (
     Registration,
     RegistrationAnswer,
     ShareRequest,
+    SshPass,
     TaskView,
     TokenMade,
     TokenView,
@@ -48,6 +50,7 @@ class Services:
     people: People
     nodes: Nodes
     tasks: Tasks
+    forwards: Forwards
 
 
 def create_app(services: Services, guard: Guard | None = None) -> FastAPI:
@@ -215,6 +218,12 @@ async def wait_for_task(
 ) -> TaskView:
     """The task, once a forward to it would succeed."""
     return await host.tasks.wait(task_id, timeout)
+
+
+@_api.post("/tasks/{task}/ssh-pass", status_code=201)
+async def make_ssh_pass(host: Host, user: User, task_id: Usable) -> SshPass:
+    """What stands for the caller's token on port 8002, for one connection to this task within a minute."""
+    return SshPass.model_validate({"pass": host.forwards.ssh_pass(user, int(task_id))})
 
 
 @_api.post("/tasks/{task}/stop")

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from typing import Literal
 
-from kohakuriver.errors import NotFoundError, UsageError
+from kohakuriver.errors import NotAllowedError, NotFoundError, UsageError
 from kohakuriver.host.access import Access
 from kohakuriver.host.credentials import Caller, Credentials
-from kohakuriver.host.grants import Grants
+from kohakuriver.host.grants import Grants, Passes
 from kohakuriver.host.nodes import Nodes
 from kohakuriver.host.tasks import Tasks, not_running
 from kohakuriver.host.terminal_proxy import TerminalTarget
@@ -35,6 +35,7 @@ class Forwards:
         self._store = store
         self._nodes = nodes
         self._tasks = tasks
+        self._passes = Passes()
 
     async def authorize(
         self, token: str | None, reference: str, port: int, proto: str, ports: frozenset[int] | None = None
@@ -64,10 +65,21 @@ class Forwards:
     async def authorize_ssh(self, token: str | None, reference: str, port: int | None = None) -> SshTarget:
         """Where a connection to a port of a task goes, None being where its SSH server listens.
 
-        Raises as `authorize` does. Source: docs/protocol.md §7.
+        `token` may be a pass. Raises as `authorize` does. Source: docs/protocol.md §7.
         """
-        caller = await self._credentials.session_caller(token)
-        return self._ssh_target(*await self._usable(caller, reference), caller, port)
+        only: int | None = None
+        if token is not None and token.startswith(Passes.PREFIX):
+            caller, only = self._passes.take(token)
+        else:
+            caller = await self._credentials.session_caller(token)
+        task, node = await self._usable(caller, reference)
+        if only not in (None, task.task_id):
+            raise NotAllowedError("This pass is for another task; get a new one.")
+        return self._ssh_target(task, node, caller, port)
+
+    def ssh_pass(self, caller: Caller, task_id: int) -> str:
+        """What `authorize_ssh` takes once in the place of the caller's token, for this task."""
+        return self._passes.issue(caller, task_id)
 
     async def keyholder(self, key: str) -> Reach | None:
         """What the holder of a public key (type and base64) may reach: the tasks that it was put into.

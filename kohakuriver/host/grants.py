@@ -11,20 +11,26 @@ import asyncio
 import contextlib
 import secrets
 import time
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Callable
 from typing import Any, Protocol
 
 import structlog
 
-from kohakuriver.errors import KohakuRiverError, UnavailableError
+from kohakuriver.errors import KohakuRiverError, UnauthenticatedError, UnavailableError
 from kohakuriver.host.credentials import Caller
 from kohakuriver.store import Accounts, Task, Use
 
-__all__ = ["CHECK_SECONDS", "Audit", "Grant", "Grants"]
+__all__ = ["CHECK_SECONDS", "PASS_SECONDS", "Audit", "Grant", "Grants", "Passes"]
 
 CHECK_SECONDS = 2.0
 """How often the sessions under way are checked when nothing is known to have changed."""
+
+PASS_SECONDS = 60.0
+"""How long a pass is good."""
+
+MAX_PASSES = 1000
+"""How many of one user may wait to be used."""
 
 log = structlog.get_logger("kohakuriver.host")
 
@@ -150,3 +156,32 @@ class Grants:
             if self._grants:
                 with contextlib.suppress(KohakuRiverError):  # no new session is opened either while it fails
                     await self.check()
+
+
+class Passes:
+    """Stand-ins for tokens where others may listen: each opens one SSH connection to one task, within a minute."""
+
+    PREFIX = "krp_"
+
+    def __init__(self, *, clock: Callable[[], float] = time.monotonic) -> None:
+        self._clock = clock
+        self._passes: dict[str, tuple[float, Caller, int]] = {}
+        self._of_user: dict[str, deque[str]] = {}
+
+    def issue(self, caller: Caller, task_id: int) -> str:
+        """A pass for what `caller` may reach; of too many that were not used the user's oldest goes."""
+        now = self._clock()
+        known = self._of_user.setdefault(caller.name, deque())
+        while known and (len(known) >= MAX_PASSES or self._passes.get(known[0], (0.0,))[0] <= now):
+            self._passes.pop(known.popleft(), None)
+        made = self.PREFIX + secrets.token_urlsafe(32)
+        self._passes[made] = now + PASS_SECONDS, caller, task_id
+        known.append(made)
+        return made
+
+    def take(self, shown: str) -> tuple[Caller, int]:
+        """Whose pass this is and for which task; it is used up with that. Raises UnauthenticatedError."""
+        found = self._passes.pop(shown, None)
+        if found is None or found[0] <= self._clock():
+            raise UnauthenticatedError("This pass was used or has run out; get a new one.")
+        return found[1:]

@@ -24,6 +24,7 @@ __all__ = [
     "RegistrationAnswer",
     "Role",
     "ShareRequest",
+    "SshPass",
     "Status",
     "TaskReport",
     "TaskView",
@@ -200,6 +201,12 @@ class ShareRequest(_Request):
     """Who else may use a task."""
 
     user: UserName
+
+
+class SshPass(BaseModel):
+    """What stands for a token, once."""
+
+    passphrase: str = Field(alias="pass")
 
 
 class Registration(_Request):

@@ -177,7 +177,7 @@ async def _serve(
         await proxy.close()
 
     server = Server(
-        create_app(Services(credentials, access, People(accounts, grants), nodes, tasks), guard),
+        create_app(Services(credentials, access, People(accounts, grants), nodes, tasks, forwards), guard),
         ws=serve_ws([*proxy.routes(), *terminals.routes()], guard),
         on_ready=ready,
         on_stop=stop,

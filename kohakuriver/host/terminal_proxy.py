@@ -59,7 +59,7 @@ class TerminalProxy:
     ) -> None:
         self._authorize = authorize
         self._trusted = trusted
-        self._terminals: dict[asyncio.Task[None], MessageLink] = {}
+        self._terminals: dict[asyncio.Task[None], _Relay] = {}
 
     def routes(self) -> list[TunnelRoute]:
         """The WebSocket paths that this proxy answers."""
@@ -86,8 +86,9 @@ class TerminalProxy:
             target.grant.release()
             raise
         target.grant.opened(**{"from": request.peer}, proto="terminal", version=2 if user.subprotocol else 1)
-        running = asyncio.get_running_loop().create_task(_Relay(user, runner, target.grant).run())
-        self._terminals[running] = user
+        relay = _Relay(user, runner, target.grant)
+        running = asyncio.get_running_loop().create_task(relay.run())
+        self._terminals[running] = relay
         running.add_done_callback(self._terminals.pop)
 
     async def _open_runner(self, request: UpgradeRequest, target: TerminalTarget) -> MessageLink:
@@ -112,8 +113,8 @@ class TerminalProxy:
 
     async def close(self) -> None:
         """Close every terminal."""
-        for user in self._terminals.values():
-            user.begin_close(CloseCode.GOING_AWAY, "the host is shutting down")
+        for relay in self._terminals.values():
+            relay.close(CloseCode.GOING_AWAY, "the host is shutting down")
         await asyncio.gather(*self._terminals, return_exceptions=True)
 
 
@@ -147,6 +148,11 @@ class _Relay:
                 code=code,
                 reason=reason,
             )
+
+    def close(self, code: int, reason: str) -> None:
+        """End both sides, because this host wants it."""
+        self._ending = self._ending or ("host", code, reason)
+        self._user.begin_close(code, reason)
 
     async def _pass_on(self) -> None:
         await asyncio.gather(self._to_runner(), self._from_runner())

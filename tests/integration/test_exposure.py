@@ -19,7 +19,9 @@ class Logged(Apart):
     def start_host(self) -> None:
         self.environment["KOHAKURIVER_IDLE_TIMEOUT"] = "1"
         self.log = self.directory / "who.jsonl"
-        self.host = self.start("host", "--json", "--bind=127.0.0.1", "--port=0", f"--audit-log={self.log}")
+        self.host = self.start(
+            "host", "--json", "--bind=127.0.0.1", "--port=0", "--ssh-port=0", f"--audit-log={self.log}"
+        )
         self.url = self.host.event("ready")["url"]
         self.environment["KOHAKURIVER_HOST"] = self.url
 

@@ -183,3 +183,67 @@ def test_the_key_of_a_user_opens_nothing_at_the_jump_host_after_the_user_was_rem
                     pass
 
     run(check())
+
+
+def test_every_way_in_is_in_the_audit_log_with_who_and_how_it_ended(run: Run, people: People) -> None:
+    people.share()
+    with people.terminal("bob") as terminal:
+        terminal.send(json.dumps({"type": "start", "command": ["echo", "hello"], "tty": False}))
+        assert terminal.recv(PATIENCE) == b"hello\n"
+        assert json.loads(terminal.recv(PATIENCE)) == {"type": "exit", "code": 0}
+        with pytest.raises(ConnectionClosed):
+            terminal.recv(PATIENCE)
+    sock, line = people.request("bob")
+    assert line == b"SUCCESS\n"
+    sock.close()
+
+    async def jump() -> None:
+        async with service(echo) as port, people.jump(client_keys=[people.key]) as anns:
+            reader, writer = await anns.open_connection("here", port)
+            writer.write(b"hello")
+            assert await reader.readexactly(5) == b"hello"
+            await asyncio.to_thread(people.cluster.call, "DELETE", "/api/users/ann")
+            ports.append(port)
+
+    ports: list[int] = []
+    run(jump())
+    lines = eventually(lambda: logged if len(logged := audited(people.cluster)) == 6 else None)
+    ended = {line["proto"]: line for line in lines if line["event"] == "session_closed"}
+    opened = {line["proto"]: line for line in lines if line["event"] == "session_opened"}
+    assert ended.keys() == opened.keys() == {"terminal", "ssh"}
+    assert all(line["container"] and line["node"] == "n1" and line["from"].startswith("127.") for line in lines)
+    terminal_closed = ended["terminal"]
+    assert (terminal_closed["user"], terminal_closed["ended_by"], terminal_closed["code"]) == ("bob", "node", 1000)
+    assert terminal_closed["bytes_to_user"] >= 6
+    by_user = {line["user"]: line for line in lines if line["event"] == "session_closed" and line["proto"] == "ssh"}
+    assert by_user["bob"]["ended_by"] == "user"
+    assert (by_user["ann"]["ended_by"], by_user["ann"]["code"], by_user["ann"]["ports"]) == ("host", 1008, ports)
+    assert by_user["ann"]["bytes_to_container"] >= 5
+
+
+def audited(cluster: Cluster) -> list[dict[str, Any]]:
+    """The host's audit log."""
+    return [json.loads(line) for line in (cluster.host_state / "audit.jsonl").read_text().splitlines()]
+
+
+def test_forwards_terminals_and_ssh_connections_of_a_user_are_counted_together(tmp_path: Path) -> None:
+    with a_cluster(tmp_path, env={"KOHAKURIVER_MAX_SESSIONS": "2"}) as cluster:
+        cluster.start_runner("n1", "--backend", "process")
+        key = asyncssh.generate_private_key("ssh-ed25519")
+        cluster.create(name="here", ssh=True, ssh_keys=[key.export_public_key().decode().strip()])
+        cluster.connected("here")
+        people = People(cluster, key, {"admin": cluster.token})
+        with people.terminal("admin"), cluster.forward("here", 80):
+            sock, line = people.request("admin")
+            sock.close()
+            assert line == (b"ERROR admin has 2 sessions open, which is as many as this host allows; end one first.\n")
+            with pytest.raises(InvalidStatus) as refused, people.terminal("admin"):
+                pass
+            assert refused.value.response.status_code == 429
+
+        def is_let_in() -> bool:
+            sock, line = people.request("admin")
+            sock.close()
+            return line == b"SUCCESS\n"
+
+        assert eventually(is_let_in)

@@ -6,6 +6,8 @@ import json
 import shutil
 import signal
 import socket
+import subprocess
+import sys
 import threading
 from collections.abc import Iterator
 from datetime import datetime, timedelta, timezone
@@ -18,6 +20,7 @@ from tests.programs import Commands, Program, Service, connect, echoes
 
 HERE = "127.0.0.1"
 MIB = 1 << 20
+KEY = "AAAAC3NzaC1lZDI1NTE5AAAAIMRkPj6ZEhhLk0hLg2KJ8Yp4pjV4mJ5Yb1nCz9vS9GxB"
 
 
 class OverTls(Commands):
@@ -29,7 +32,8 @@ class OverTls(Commands):
         self.environment["KOHAKURIVER_CA_FILE"] = str(self.authority.cert)
         self.made = self.issue("host")
         self.host = self.start_host(self.made, **host_environment)
-        self.url: str = self.host.event("ready")["url"]
+        self.host_ready = self.host.event("ready")
+        self.url: str = self.host_ready["url"]
         self.environment["KOHAKURIVER_HOST"] = self.url
         self.environment["KOHAKURIVER_TOKEN"] = (directory / "host" / "admin-token").read_text().strip()
 
@@ -43,7 +47,7 @@ class OverTls(Commands):
 
     def start_host(self, made: Certificate, **environment: str) -> Program:
         files = [f"--tls-cert={made.cert}", f"--tls-key={made.key}"]
-        return self.start("host", "--json", f"--bind={HERE}", "--port=0", *files, **environment)
+        return self.start("host", "--json", f"--bind={HERE}", "--port=0", "--ssh-port=0", *files, **environment)
 
     def start_runner(self, made: Certificate, *options: str, **environment: str) -> Program:
         files = [f"--tls-cert={made.cert}", f"--tls-key={made.key}"]
@@ -174,7 +178,13 @@ def test_a_certificate_that_is_no_good_is_refused_for_its_own_reason(
     since = {"expired": now - timedelta(days=9), "not valid yet": now + timedelta(days=9)}.get(what)
     made = authority.issue(["elsewhere.example" if what == "another name" else HERE], 1, since=since)
     host = commands.start(
-        "host", "--json", f"--bind={HERE}", "--port=0", f"--tls-cert={made.cert}", f"--tls-key={made.key}"
+        "host",
+        "--json",
+        f"--bind={HERE}",
+        "--port=0",
+        "--ssh-port=0",
+        f"--tls-cert={made.cert}",
+        f"--tls-key={made.key}",
     )
     url = host.event("ready")["url"]
     done = commands.run(
@@ -275,3 +285,35 @@ def test_a_program_does_not_start_with_files_that_are_no_good(
     assert done.returncode == 2
     assert said in done.stderr
     assert done.stderr.count("\n") == 1
+
+
+def test_a_terminal_and_an_ssh_connection_go_over_tls_to_the_node(cluster: OverTls, tmp_path: Path) -> None:
+    key = tmp_path / "key.pub"
+    key.write_text(f"ssh-ed25519 {KEY} nobody\n")
+    cluster.succeed("vps", "create", "--backend=process", "--name=shell", f"--public-key-file={key}")
+    said = cluster.run("connect", "shell", "--", "sh", "-c", "echo over TLS; exit 3")
+    assert (said.returncode, said.stdout) == (3, "over TLS\n"), said.stderr
+    proxy = str(cluster.host_ready["ssh_proxy"])
+    with socket.create_connection((HERE, int(proxy.rpartition(":")[2])), 30) as connection:
+        connection.sendall(f"REQUEST_TUNNEL shell {cluster.environment['KOHAKURIVER_TOKEN']}\n".encode())
+        answer = connection.makefile("rb")
+        assert answer.readline() == b"SUCCESS\n"
+        assert answer.readline().startswith(b"SSH-2.0-")
+    # What ssh runs asks the host for the task's host key first, so it needs the authority as well.
+    program = [sys.executable, "-m", "kohakuriver.cli.ssh_dial", "shell"]
+    dialled = subprocess.run(
+        program,
+        env={**cluster.environment, "KOHAKURIVER_SSH_PROXY": proxy},
+        input=b"SSH-2.0-nobody\r\n\r\n",
+        capture_output=True,
+        timeout=60,
+        check=False,
+    )
+    assert dialled.stdout.startswith(b"SSH-2.0-"), dialled.stderr
+    with socket.create_server((HERE, 0)) as listening:  # what an eavesdropper on the way to the proxy would see
+        overheard = {**cluster.environment, "KOHAKURIVER_SSH_PROXY": f"{HERE}:{listening.getsockname()[1]}"}
+        with subprocess.Popen(program, env=overheard, stdin=subprocess.DEVNULL, stderr=subprocess.DEVNULL):
+            connection, _ = listening.accept()
+            with connection, connection.makefile("rb") as lines:
+                assert lines.readline().startswith(b"REQUEST_TUNNEL shell krp_")
+    assert "shell" in (cluster.directory / "ssh" / "known_hosts").read_text()

@@ -8,7 +8,8 @@ from typing import Any
 
 import pytest
 
-from kohakuriver.errors import NotFoundError, UnauthenticatedError, UnavailableError, UsageError
+from kohakuriver.errors import NotAllowedError, NotFoundError, UnauthenticatedError, UnavailableError, UsageError
+from kohakuriver.host.grants import PASS_SECONDS, Passes
 from kohakuriver.tunnel import ticket
 from tests.control import a_host
 
@@ -26,6 +27,59 @@ def test_a_session_goes_to_the_tasks_node_with_a_ticket_for_its_container_alone(
             assert target.ticket is not None
             shown = ticket.check(runner.key, target.ticket, node="n1", scope="forward")
             assert (shown.task, shown.container, shown.user) == (task["task_id"], task["container"], "admin")
+
+    run(check())
+
+
+def test_a_ticket_names_the_ports_that_its_session_does_and_no_others(run: Run, tmp_path: Path) -> None:
+    async def check() -> None:
+        async with a_host(tmp_path) as host:
+            runner = await host.runner()
+            await host.create(name="web")
+            forwards, token = host.forwards, host.admin_token
+            named = frozenset({80, 443})
+            for credential, ports in (
+                ((await forwards.authorize(token, "web", 8080, "tcp")).ticket, None),
+                ((await forwards.authorize(token, "web", 8080, "tcp", named)).ticket, {80, 443, 8080}),
+                ((await forwards.authorize_ssh(token, "web")).ticket, {22}),
+                ((await forwards.authorize_ssh(token, "web", 5432)).ticket, {5432}),
+            ):
+                assert credential is not None
+                assert ticket.check(runner.key, credential, node="n1", scope="forward").ports == ports
+            terminal = await forwards.authorize_terminal(token, "web")
+            assert ticket.check(runner.key, terminal.ticket, node="n1", scope="terminal").ports == frozenset()
+
+    run(check())
+
+
+def test_a_pass_stands_for_a_token_for_one_ssh_connection_to_one_task_within_a_minute(run: Run, tmp_path: Path) -> None:
+    async def check() -> None:
+        async with a_host(tmp_path) as host:
+            await host.runner()
+            for name in ("web", "other"):
+                await host.create(name=name)
+            now = 0.0
+            host.forwards._passes = Passes(clock=lambda: now)
+
+            async def a_pass() -> str:
+                answer = await host.user.post("/api/tasks/web/ssh-pass")
+                assert answer.status_code == 201
+                return str(answer.json()["pass"])
+
+            shown = await a_pass()
+            assert (await host.forwards.authorize_ssh(shown, "web")).task == "web"
+            with pytest.raises(UnauthenticatedError):
+                await host.forwards.authorize_ssh(shown, "web")
+            with pytest.raises(NotAllowedError):
+                await host.forwards.authorize_ssh(await a_pass(), "other")
+            with pytest.raises(UnauthenticatedError):
+                await host.forwards.authorize(await a_pass(), "web", 80, "tcp")
+            with pytest.raises(UnauthenticatedError):
+                await host.forwards.authorize_ssh("krp_guessed", "nothing")
+            shown = await a_pass()
+            now += PASS_SECONDS
+            with pytest.raises(UnauthenticatedError):
+                await host.forwards.authorize_ssh(shown, "web")
 
     run(check())
 

@@ -67,6 +67,7 @@ HOST_RULES: dict[Route, Rule] = {
     ("POST", "/api/tasks/adopt"): BY_ADMINS,
     ("GET", "/api/tasks/{task}"): BY_WHO_MAY_USE,
     ("GET", "/api/tasks/{task}/wait"): BY_WHO_MAY_USE,
+    ("POST", "/api/tasks/{task}/ssh-pass"): BY_WHO_MAY_USE,
     ("POST", "/api/tasks/{task}/stop"): BY_OWNERS,
     ("POST", "/api/tasks/{task}/restart"): BY_OWNERS,
     ("DELETE", "/api/tasks/{task}"): BY_OWNERS,
