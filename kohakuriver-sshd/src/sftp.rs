@@ -791,8 +791,13 @@ mod tests {
                 longest = longest.max(reply.len());
             }
             drop(server);
-            fs::set_permissions(&home, Permissions::from_mode(0o700)).unwrap();
-            fs::remove_dir_all(&home).unwrap();
+            // A request may have removed the home itself, and another one made a file of it.
+            if home.is_dir() {
+                fs::set_permissions(&home, Permissions::from_mode(0o700)).unwrap();
+                fs::remove_dir_all(&home).unwrap();
+            } else {
+                let _ = fs::remove_file(&home);
+            }
             prop_assert!(longest <= LONGEST as usize);
         }
     }
