@@ -46,7 +46,7 @@ audit: install $(STAMPS)/audit ## what needs no network: bandit on our code
 audit-online: install $(STAMPS)/audit ## known weaknesses of what we depend on: pip-audit, and cargo-deny (which must be installed)
 	$(BIN)/python -m pip freeze --exclude-editable | grep -v '^kohakuriver' >$(STAMPS)/frozen.txt
 	$(BIN)/pip-audit --strict --disable-pip --no-deps -r $(STAMPS)/frozen.txt
-	cd $(CRATE) && cargo deny --locked check
+	cd kohakuriver-tunnel && cargo deny --locked check
 
 sbom: install $(STAMPS)/audit ## what the wheel and the tunnel client are made of: CycloneDX, in sbom/
 	scripts/sbom $(BIN)/python
