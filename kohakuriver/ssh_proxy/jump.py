@@ -10,6 +10,7 @@ import contextlib
 import logging
 import socket
 from collections.abc import Awaitable, Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -133,9 +134,7 @@ class _Login(asyncssh.SSHServer):
                 raise UnavailableError(f"Port {port} of {task} can't be reached from here.")
             target = await self._reach(task)
             if port != 22:  # 22 stands for the task's SSH server, wherever that listens
-                target = SshTarget(
-                    target.task, port, target.runner_ws_url, target.container, target.ticket, own_server=False
-                )
+                target = replace(target, port=port, own_server=False)
             connection = TaskConnection(target)
             await connection.open()
         except KohakuRiverError as error:
