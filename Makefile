@@ -46,9 +46,9 @@ audit: install $(STAMPS)/audit ## what needs no network: bandit on our code
 audit-online: install $(STAMPS)/audit ## known weaknesses of what we depend on: pip-audit, and cargo-deny (which must be installed)
 	$(BIN)/python -m pip freeze --exclude-editable | grep -v '^kohakuriver' >$(STAMPS)/frozen.txt
 	$(BIN)/pip-audit --strict --disable-pip --no-deps -r $(STAMPS)/frozen.txt
-	cd kohakuriver-tunnel && cargo deny --locked check
+	for crate in $(CRATES); do (cd $$crate && cargo deny --locked --config ../deny.toml check) || exit 1; done
 
-sbom: install $(STAMPS)/audit ## what the wheel and the tunnel client are made of: CycloneDX, in sbom/
+sbom: install $(STAMPS)/audit ## what the package and the programs in it are made of: CycloneDX, in sbom/
 	scripts/sbom $(BIN)/python
 
 e2e: install $(STAMPS)/e2e ## JupyterLab and TensorBoard through a forward, in a real browser

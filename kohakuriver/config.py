@@ -147,13 +147,17 @@ def write_logins(logins: Logins) -> None:
     write_private(_logins_file(), json.dumps(asdict(logins)) + "\n")
 
 
-def write_private(path: Path, text: str) -> None:
-    """Write `text` to `path` in one step, mode 0600; a reader sees the old file or the whole new one."""
+def write_private(path: Path, text: str, *, mode: int = 0o600) -> None:
+    """Write `text` to `path` in one step, for its owner alone unless `mode` says otherwise.
+
+    A reader sees the old file or the whole new one.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
     handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=path.name)
     try:
         with os.fdopen(handle, "w", encoding="utf-8") as file:
             file.write(text)
+        Path(temporary).chmod(mode)
         Path(temporary).replace(path)
     except BaseException:
         with contextlib.suppress(OSError):

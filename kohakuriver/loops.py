@@ -64,8 +64,8 @@ def run(main: Coroutine[Any, Any, T]) -> T:
             loop.close()
 
 
-async def cancel_all(tasks: Iterable[asyncio.Task[Any]]) -> None:
-    """Cancel asyncio tasks and wait until they have ended, however they do.
+async def cancel_all(tasks: Iterable[asyncio.Future[Any]]) -> None:
+    """Cancel asyncio tasks (or futures) and wait until they have ended, however they do.
 
     Again and again: up to Python 3.11 `asyncio.wait_for` loses a cancellation that comes together with what it waits
     for, and a task that serves for ever would then go on.

@@ -237,13 +237,13 @@ def random_ids(target: Target) -> Iterator[None]:
     """300,000 messages of all types for ids at random, those that open streams among them."""
     wire = session(target)
     wire.drain()
-    rng = random.Random(1)
+    yield from _flood(wire, _random_messages(1))
 
-    def messages() -> Iterator[bytes]:
-        for _ in range(300_000):
-            yield build_frame(rng.randrange(16), rng.randrange(2), rng.randrange(1 << 32), 1, b"", 0x01020304)
 
-    yield from _flood(wire, messages())
+def _random_messages(seed: int) -> Iterator[bytes]:
+    rng = random.Random(seed)
+    for _ in range(300_000):
+        yield build_frame(rng.randrange(16), rng.randrange(2), rng.randrange(1 << 32), 1, b"", 0x01020304)
 
 
 def ping_flood(target: Target) -> Iterator[None]:
@@ -282,13 +282,7 @@ def container_random_ids(target: Target) -> Iterator[None]:
     """300,000 messages of all types for ids at random, from inside a container."""
     wire = tunnel(target)
     wire.drain()
-    rng = random.Random(2)
-
-    def messages() -> Iterator[bytes]:
-        for _ in range(300_000):
-            yield build_frame(rng.randrange(16), rng.randrange(2), rng.randrange(1 << 32), 1, b"", 0x01020304)
-
-    yield from _flood(wire, messages())
+    yield from _flood(wire, _random_messages(2))
 
 
 def connect_flood(target: Target) -> Iterator[None]:

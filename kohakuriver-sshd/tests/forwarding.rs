@@ -47,6 +47,14 @@ fn forward(server: &Server, path: &str, options: &[&str]) -> String {
     text(&output.stdout).trim().to_owned()
 }
 
+/// Forwards a free local port to `target` on `host`, as the task sees it; that port.
+fn local_forward(server: &Server, path: &str, host: &str, target: u16) -> u16 {
+    let port = free_port();
+    let spec = format!("127.0.0.1:{port}:{host}:{target}");
+    forward(server, path, &["-L", &spec]);
+    port
+}
+
 fn comes_back(mut stream: TcpStream) {
     let sent = noise(5_000_000);
     let writer = stream.try_clone().unwrap();
@@ -69,12 +77,7 @@ fn a_local_forward_carries_bytes_and_each_direction_s_end() {
     let server = Server::start(&[]);
     let (_master, path) = server.master();
     for host in ["127.0.0.1", "localhost"] {
-        let (port, target) = (free_port(), echo());
-        forward(
-            &server,
-            &path,
-            &["-L", &format!("127.0.0.1:{port}:{host}:{target}")],
-        );
+        let port = local_forward(&server, &path, host, echo());
         comes_back(TcpStream::connect(("127.0.0.1", port)).unwrap());
     }
 }
@@ -134,12 +137,8 @@ fn a_forward_whose_target_reads_nothing_stalls_no_other() {
     let server = Server::start(&[]);
     let (_master, path) = server.master();
     let deaf = TcpListener::bind("127.0.0.1:0").unwrap();
-    let (port, target) = (free_port(), deaf.local_addr().unwrap().port());
-    forward(
-        &server,
-        &path,
-        &["-L", &format!("127.0.0.1:{port}:127.0.0.1:{target}")],
-    );
+    let target = deaf.local_addr().unwrap().port();
+    let port = local_forward(&server, &path, "127.0.0.1", target);
     let stalled = TcpStream::connect(("127.0.0.1", port)).unwrap();
     let _held = deaf.accept().unwrap();
     stalled
@@ -150,12 +149,7 @@ fn a_forward_whose_target_reads_nothing_stalls_no_other() {
         written += count;
         assert!(written < 256 << 20, "something on the way holds any amount");
     }
-    let (port, target) = (free_port(), echo());
-    forward(
-        &server,
-        &path,
-        &["-L", &format!("127.0.0.1:{port}:127.0.0.1:{target}")],
-    );
+    let port = local_forward(&server, &path, "127.0.0.1", echo());
     comes_back(TcpStream::connect(("127.0.0.1", port)).unwrap());
 }
 
@@ -163,12 +157,7 @@ fn a_forward_whose_target_reads_nothing_stalls_no_other() {
 fn a_forward_to_a_closed_port_ends_at_once_and_harms_nothing() {
     let server = Server::start(&[]);
     let (_master, path) = server.master();
-    let (port, closed) = (free_port(), free_port());
-    forward(
-        &server,
-        &path,
-        &["-L", &format!("127.0.0.1:{port}:127.0.0.1:{closed}")],
-    );
+    let port = local_forward(&server, &path, "127.0.0.1", free_port());
     let mut stream = TcpStream::connect(("127.0.0.1", port)).unwrap();
     assert!(matches!(stream.read(&mut [0; 1]), Ok(0) | Err(_)));
     assert!(

@@ -157,9 +157,10 @@ impl Tcp {
 
     /// Tries to write what waits, though no event has said that it can be.
     pub fn retry(&mut self, context: &mut Context) -> Fate {
-        if self.waiting {
-            self.writable = true;
+        if !self.waiting {
+            return Fate::Live;
         }
+        self.writable = true;
         self.drain(context)
     }
 

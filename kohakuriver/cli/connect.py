@@ -153,6 +153,8 @@ class Session:
 
     async def _relay(self, terminal: RawTerminal | None) -> int:
         """Everything both ways; back when there is an exit code."""
+        from kohakuriver.loops import cancel_all
+
         loop = asyncio.get_running_loop()
         keys: asyncio.Queue[str | bytes] = asyncio.Queue(WAITING_KEYS if terminal else WAITING_PIECES)
         ends: list[asyncio.Future[Any]] = [
@@ -170,9 +172,7 @@ class Session:
                         ends.remove(end)
             return self._ended.result()
         finally:
-            for end in ends:
-                end.cancel()
-            await asyncio.gather(*ends, return_exceptions=True)
+            await cancel_all(ends)
 
     @contextlib.contextmanager
     def _following(self, terminal: RawTerminal | None, keys: asyncio.Queue[str | bytes]) -> Iterator[None]:

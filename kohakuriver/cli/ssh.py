@@ -151,11 +151,8 @@ def _options(task: Task) -> list[str]:
 
     lines = [
         *ssh_files.proxy_command(str(task.task_id), known=True),
-        f'UserKnownHostsFile "{ssh_files.known_hosts_file()}"',
-        "HashKnownHosts no",
+        *ssh_files.connection_options(known=bool(task.ssh_host_key)),
         f"HostKeyAlias {ssh_files.alias(task.task_id)}",
-        f"StrictHostKeyChecking {'yes' if task.ssh_host_key else 'accept-new'}",
-        "ServerAliveInterval 30",
     ]
     return [part for line in lines for part in ("-o", line)]
 

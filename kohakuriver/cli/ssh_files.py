@@ -9,12 +9,13 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from kohakuriver.cli.ssh_dial import DOMAIN
-from kohakuriver.config import config_dir
+from kohakuriver.config import config_dir, write_private
 from kohakuriver.errors import UsageError
 
 __all__ = [
     "config_file",
     "config_text",
+    "connection_options",
     "install",
     "installed",
     "known_hosts_file",
@@ -73,11 +74,7 @@ def _locked(path: Path) -> Iterator[None]:
 
 def _replace(path: Path, text: str, mode: int = 0o600) -> None:
     """Write a file in one step; one that is a link stays one."""
-    path = path.resolve()
-    partial = path.with_name(f"{path.name}.{os.getpid()}.new")
-    partial.touch(mode=mode)
-    partial.write_text(text, "utf-8")
-    partial.replace(path)
+    write_private(path.resolve(), text, mode=mode)
 
 
 def public_keys(files: Sequence[Path]) -> list[str]:
@@ -112,6 +109,16 @@ def proxy_command(task: str, *, environment: dict[str, str] | None = None, known
     return [*options, "ProxyUseFdpass yes"] if _can_pass() else options
 
 
+def connection_options(*, known: bool) -> list[str]:
+    """ssh's options for the connection itself; with `known` a host key that is not written down yet is refused."""
+    return [
+        f'UserKnownHostsFile "{known_hosts_file()}"',
+        "HashKnownHosts no",
+        f"StrictHostKeyChecking {'yes' if known else 'accept-new'}",
+        "ServerAliveInterval 30",
+    ]
+
+
 def _can_pass() -> bool:
     return os.name == "posix"
 
@@ -123,11 +130,8 @@ def config_text(names: Sequence[str]) -> str:
     options = [
         "User root",
         *proxy_command("%n", environment=kept),
-        f'UserKnownHostsFile "{known_hosts_file()}"',
-        "HashKnownHosts no",
         # The host key of a task that was given its SSH server is there before ssh looks; others are learnt once.
-        "StrictHostKeyChecking accept-new",
-        "ServerAliveInterval 30",
+        *connection_options(known=False),
     ]
     lines = [HEADING, f"Host {' '.join([*names, f'*{DOMAIN}'])}", *(f"    {option}" for option in options)]
     return "".join(f"{line}\n" for line in lines)

@@ -18,6 +18,7 @@ from typing import cast
 import structlog
 
 from kohakuriver.errors import KohakuRiverError, UsageError
+from kohakuriver.loops import cancel_all
 from kohakuriver.ssh_proxy.jump import JumpHost, Keyholders
 from kohakuriver.ssh_proxy.session import SshTarget, TaskConnection
 
@@ -86,10 +87,7 @@ class SshProxy:
 
     async def close(self) -> None:
         """Accept nothing more and end what there is."""
-        tasks = [*([self._accepting] if self._accepting else []), *self._serving]
-        for task in tasks:
-            task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)
+        await cancel_all([*([self._accepting] if self._accepting else []), *self._serving])
         self._sock.close()
         for relay in list(self._relays):
             relay.abandon()

@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Final, Protocol
 
 from kohakuriver.runner.state import TaskRecord
 
-__all__ = ["STDERR", "STDOUT", "Backend", "ExecRequest", "ExecSession", "Reporter"]
+__all__ = ["CTRL_D", "STDERR", "STDOUT", "Backend", "ExecRequest", "ExecSession", "Reporter", "locale_for"]
 
 STDOUT: Final = 1
 STDERR: Final = 2
+CTRL_D: Final = b"\x04"
 
 
 class Reporter(Protocol):
@@ -35,6 +36,13 @@ class ExecRequest:
     rows: int = 24
     cols: int = 80
     env: Mapping[str, str] = field(default_factory=dict)
+
+
+def locale_for(request: ExecRequest, known: Collection[str]) -> dict[str, str]:
+    """What a command on a terminal needs besides the variables `known`, to show more than ASCII."""
+    if not request.tty or {"LANG", "LC_ALL", "LC_CTYPE"} & set(known):
+        return {}
+    return {"LANG": "C.UTF-8"}
 
 
 class ExecSession(ABC):

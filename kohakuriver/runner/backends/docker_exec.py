@@ -15,11 +15,11 @@ import aiohttp
 from aiodocker.exceptions import DockerError
 
 from kohakuriver.errors import UnavailableError
-from kohakuriver.runner.backends.base import STDERR, STDOUT, ExecRequest, ExecSession
+from kohakuriver.loops import cancel_all
+from kohakuriver.runner.backends.base import CTRL_D, STDERR, STDOUT, ExecRequest, ExecSession, locale_for
 
 __all__ = ["DockerExec", "start"]
 
-CTRL_D = b"\x04"
 MARK = "KOHAKURIVER_EXEC"
 """Every process of an exec has this in its environment: one value for each."""
 
@@ -95,11 +95,7 @@ class DockerExec(ExecSession):
         program = self._request.command[0] if self._request.command else "the shell"
         if "not found" in text or "no such file" in text:
             self._code = NOT_FOUND
-            return (
-                f"{program}: command not found\r\n".encode()
-                if self._request.tty
-                else f"{program}: command not found\n".encode()
-            )
+            return f"{program}: command not found".encode() + (b"\r\n" if self._request.tty else b"\n")
         self._code = NOT_EXECUTABLE
         return data
 
@@ -113,8 +109,7 @@ class DockerExec(ExecSession):
                 if (transport := self._transport()) is None or transport.is_closing():
                     self._abort()
         finally:
-            writing.cancel()
-            await asyncio.gather(writing, return_exceptions=True)
+            await cancel_all([writing])
 
     def _transport(self) -> asyncio.Transport | None:
         response = self._stream._resp
@@ -217,9 +212,7 @@ async def start(docker: aiodocker.Docker, container: str, request: ExecRequest) 
     image_env = dict(text.partition("=")[::2] for text in show["Config"]["Env"] or ())
     command = await _command_line(docker, container, request, image_env)
     mark = secrets.token_hex(8)
-    env = {**request.env, MARK: mark}
-    if request.tty and not (image_env.keys() | env.keys()) & {"LANG", "LC_ALL", "LC_CTYPE"}:
-        env["LANG"] = "C.UTF-8"
+    env = {**request.env, **locale_for(request, image_env.keys() | request.env.keys()), MARK: mark}
     in_container: Any = docker.containers.container(container)  # not all annotated
     created = await in_container.exec(command, stdin=True, tty=request.tty, environment=env)
     stream = created.start(detach=False)

@@ -17,12 +17,11 @@ from pathlib import Path
 
 from kohakuriver.errors import KohakuRiverError, UnavailableError
 from kohakuriver.runner.backends import terminal_child
-from kohakuriver.runner.backends.base import STDERR, STDOUT, ExecRequest, ExecSession
+from kohakuriver.runner.backends.base import CTRL_D, STDERR, STDOUT, ExecRequest, ExecSession, locale_for
 
 __all__ = ["ProcessExec", "find_shell", "start"]
 
 PIECE = 64 * 1024
-CTRL_D = b"\x04"
 _NO_SHELLS = ("nologin", "false")
 
 
@@ -86,7 +85,7 @@ class Descriptor:
         """Tell a terminal its size."""
         if self._fd >= 0:
             with contextlib.suppress(OSError):
-                fcntl.ioctl(self._fd, termios.TIOCSWINSZ, struct.pack("HHHH", rows, cols, 0, 0))
+                _set_size(self._fd, rows, cols)
 
     def close(self) -> None:
         if self._fd < 0:
@@ -98,6 +97,10 @@ class Descriptor:
         self._fd = -1
         _wake(self._reader)
         _wake(self._writer)
+
+
+def _set_size(fd: int, rows: int, cols: int) -> None:
+    fcntl.ioctl(fd, termios.TIOCSWINSZ, struct.pack("HHHH", rows, cols, 0, 0))
 
 
 def _future() -> asyncio.Future[None]:
@@ -200,8 +203,7 @@ async def start(request: ExecRequest, environment: Mapping[str, str], cwd: Path)
     Raises KohakuRiverError when the node can't start anything, UnavailableError "no_shell".
     """
     environment = {**environment, **request.env}
-    if request.tty and not environment.keys() & {"LANG", "LC_ALL", "LC_CTYPE"}:
-        environment["LANG"] = "C.UTF-8"
+    environment.update(locale_for(request, environment))
     command = list(request.command) or [find_shell(environment)]
     run = _on_terminal if request.tty else _on_pipes
     try:
@@ -224,7 +226,7 @@ async def _on_terminal(
 ) -> ProcessExec:
     ours, theirs = os.openpty()
     try:
-        fcntl.ioctl(ours, termios.TIOCSWINSZ, struct.pack("HHHH", request.rows, request.cols, 0, 0))
+        _set_size(ours, request.rows, request.cols)
         process = await _spawn(os.ttyname(theirs), command, environment, cwd)
     except BaseException:
         os.close(ours)
