@@ -17,7 +17,7 @@ from typing import Any, Protocol
 
 import structlog
 
-from kohakuriver.errors import KohakuRiverError, UnauthenticatedError, UnavailableError
+from kohakuriver.errors import KohakuRiverError, NotAllowedError, UnauthenticatedError, UnavailableError
 from kohakuriver.host.credentials import Caller
 from kohakuriver.store import Accounts, Task, Use
 
@@ -124,6 +124,21 @@ class Grants:
         grant = Grant(self, caller, task, Use(caller.digest, task.task_id, key))
         self._grants.add(grant)
         self._of_user[caller.name] += 1
+        return grant
+
+    async def enter(self, caller: Caller, task: Task, key: str | None = None) -> Grant:
+        """`open`, and then ask whether the right is still there; it may be some time since the caller was looked up.
+
+        Whatever is taken away from here on finds the session among those under way. Raises NotAllowedError besides.
+        """
+        grant = self.open(caller, task, key)
+        try:
+            reason = (await self._accounts.withdrawn([grant.use])).get(grant.use)
+            if reason is not None:
+                raise NotAllowedError(f"This can't be opened: {reason}.")
+        except BaseException:
+            grant.release()
+            raise
         return grant
 
     def forget(self, grant: Grant) -> None:

@@ -10,8 +10,10 @@ from typing import Any
 import pytest
 
 from kohakuriver.errors import NotAllowedError, UnauthenticatedError
+from kohakuriver.host.credentials import Caller
 from kohakuriver.host.forwards import Forwards
 from kohakuriver.host.tunnel_proxy import ForwardTarget
+from kohakuriver.store import Task
 from tests.control import HostUnderTest, a_host
 
 Run = Callable[[Coroutine[Any, Any, None]], None]
@@ -310,6 +312,49 @@ def test_a_session_that_loses_its_right_while_it_is_being_opened_ends_as_soon_as
             target = await host.forwards.authorize(bobs, "web", 80, "tcp")
             await bob.delete("/api/tokens/first")
             assert "revoked" in Session(target).ended[0]
+
+    run(check())
+
+
+@pytest.mark.parametrize("how", ["revoke", "unshare"])
+def test_a_right_that_goes_between_the_look_at_it_and_the_session_opens_nothing(
+    run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, how: str
+) -> None:
+    async def check() -> None:
+        async with a_host(tmp_path) as host:
+            _, _, bob, bobs = await two_users(host)
+            check_usable = host.forwards._access.check_usable
+
+            async def and_then_no_more(caller: Caller, task: Task) -> None:
+                await check_usable(caller, task)
+                if how == "revoke":
+                    await bob.delete("/api/tokens/first")
+                else:
+                    await host.people.unshare(str(task.task_id), "bob")
+
+            monkeypatch.setattr(host.forwards._access, "check_usable", and_then_no_more)
+            with pytest.raises(NotAllowedError, match="revoked" if how == "revoke" else "not shared"):
+                await host.forwards.authorize(bobs, "web", 80, "tcp")
+            assert len(host.grants) == 0
+
+    run(check())
+
+
+@pytest.mark.parametrize("how", ["revoke", "remove user", "unshare"])
+def test_a_pass_is_worth_no_more_than_the_token_that_it_stands_for(run: Run, tmp_path: Path, how: str) -> None:
+    async def check() -> None:
+        async with a_host(tmp_path) as host:
+            ann, _, bob, _ = await two_users(host)
+            shown = (await bob.post("/api/tasks/web/ssh-pass")).json()["pass"]
+            if how == "revoke":
+                await bob.delete("/api/tokens/first")
+            elif how == "remove user":
+                await host.user.delete("/api/users/bob")
+            else:
+                await ann.delete("/api/tasks/web/shares/bob")
+            with pytest.raises(NotAllowedError):
+                await host.forwards.authorize_ssh(shown, "web")
+            assert len(host.grants) == 0
 
     run(check())
 
