@@ -96,12 +96,16 @@ class _Login(asyncssh.SSHServer):
     def __init__(self, host: JumpHost) -> None:
         self._host = host
         self._peer = "?"
+        self._gone = False
         self._shown: Reach | None = None  # by the credential that was shown last, which may not be proven yet
         self._reach: Reach | None = None
 
     def connection_made(self, conn: asyncssh.SSHServerConnection) -> None:
         name = conn.get_extra_info("peername")
         self._peer = f"{name[0]}:{name[1]}" if isinstance(name, tuple) else "?"
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self._gone = True
 
     def begin_auth(self, username: str) -> bool:
         return True
@@ -143,6 +147,9 @@ class _Login(asyncssh.SSHServer):
             target = await self._reach(task, None if port == 22 else port)
             connection = TaskConnection(target, peer=self._peer, trusted=self._host.trusted)
             await connection.open()
+            if self._gone:  # asyncssh drops the channel without a word to anybody
+                connection.abandon()
+                raise UnavailableError("The SSH connection has ended.")
         except KohakuRiverError as error:
             log.info("SSH connection refused", task=task, reason=error.message)
             raise asyncssh.ChannelOpenError(asyncssh.OPEN_CONNECT_FAILED, error.message) from error

@@ -15,7 +15,8 @@ import pytest
 from kohakuriver.errors import NotFoundError, UnauthenticatedError
 from kohakuriver.ssh_proxy import SshProxy, SshTarget, server
 from kohakuriver.ssh_proxy.jump import Reach
-from tests.chain import CLIENTS, CONTAINER, Chain, chain, echo, service
+from kohakuriver.ssh_proxy.session import TaskConnection
+from tests.chain import CLIENTS, CONTAINER, Chain, chain, echo, service, until
 
 Run = Callable[[Coroutine[Any, Any, None]], None]
 TOKEN = "the-token"
@@ -306,6 +307,37 @@ def test_a_stalled_channel_of_a_jump_host_stalls_no_other(run: Run, tmp_path: Pa
             writer.write(b"echo\n" + b"y" * 1_000_000)
             writer.write_eof()
             assert await reader.read() == b"y" * 1_000_000
+
+    run(check())
+
+
+def test_a_jump_hosts_user_who_goes_while_a_channel_is_opened_leaves_no_session(
+    run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked, go_on, opened = asyncio.Event(), asyncio.Event(), asyncio.Event()
+    really_open = TaskConnection.open
+
+    async def open_later(connection: TaskConnection) -> None:
+        asked.set()
+        await go_on.wait()
+        await really_open(connection)
+        opened.set()
+
+    monkeypatch.setattr(TaskConnection, "open", open_later)
+
+    async def check() -> None:
+        async with a_proxy(tmp_path) as proxy:
+            async with proxy.jump(password=TOKEN) as connection:
+                opening = asyncio.ensure_future(connection.open_connection("task", 22))
+                await asked.wait()
+                connection.abort()
+                with pytest.raises(asyncssh.ChannelOpenError):
+                    await opening
+            await until(lambda: not proxy.proxy._jump_host._connections)
+            go_on.set()
+            await opened.wait()
+            await until(lambda: not proxy.hops.server.sessions)
+            await proxy.hops.at_rest()
 
     run(check())
 
