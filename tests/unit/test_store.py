@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import sqlite3
 import threading
 from collections.abc import AsyncIterator, Callable, Coroutine
@@ -166,6 +167,26 @@ def test_database_work_leaves_the_event_loop_free(run: Run, tmp_path: Path) -> N
             assert await slow
 
     run(check())
+
+
+@pytest.mark.parametrize("before", ["nothing", "a database that others can read"])
+def test_nobody_else_can_read_the_file_whatever_the_umask_is(run: Run, tmp_path: Path, before: str) -> None:
+    async def check() -> None:
+        if before != "nothing":
+            async with a_store(tmp_path) as store:
+                await add_node(store)
+            (tmp_path / "host.db").chmod(0o644)
+        async with a_store(tmp_path) as store:
+            await add_node(store)
+            files = sorted(tmp_path.glob("host.db*"))
+            assert [file.name for file in files] == ["host.db", "host.db-shm", "host.db-wal"]
+            assert {file.stat().st_mode & 0o777 for file in files} == {0o600}
+
+    umask = os.umask(0)
+    try:
+        run(check())
+    finally:
+        os.umask(umask)
 
 
 def test_the_file_is_in_wal_mode_so_that_readers_never_wait_for_a_writer(run: Run, tmp_path: Path) -> None:
