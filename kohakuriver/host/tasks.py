@@ -217,6 +217,11 @@ class Tasks:
             changed_at=now,
         )
         await self._store.add_task(task)
+        try:
+            await self._accounts.user(owner)
+        except NotFoundError:  # removed meanwhile, too early for this task to pass to the heir with the others
+            await self._store.forget_tasks([task_id])
+            raise
         return task
 
     async def _begin(self, task: Task, node: Node, path: str, spec: dict[str, Any]) -> TaskView:

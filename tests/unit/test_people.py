@@ -9,11 +9,11 @@ from typing import Any
 
 import pytest
 
-from kohakuriver.errors import NotAllowedError, UnauthenticatedError
-from kohakuriver.host.credentials import Caller
+from kohakuriver.errors import NotAllowedError, NotFoundError, UnauthenticatedError
+from kohakuriver.host.credentials import Caller, Credentials
 from kohakuriver.host.forwards import Forwards
 from kohakuriver.host.tunnel_proxy import ForwardTarget
-from kohakuriver.store import Task
+from kohakuriver.store import Task, Token
 from tests.control import HostUnderTest, a_host
 
 Run = Callable[[Coroutine[Any, Any, None]], None]
@@ -203,6 +203,34 @@ def test_the_tasks_of_a_user_who_is_removed_pass_to_the_admin_who_does_it(run: R
             assert (await root.delete("/api/users/nobody")).status_code == 404
             for stays in ("root", "admin"):
                 assert (await root.delete(f"/api/users/{stays}")).status_code == 400
+
+    run(check())
+
+
+def test_what_a_user_asks_for_while_being_removed_is_not_there_for_the_next_of_that_name(
+    run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def check() -> None:
+        async with a_host(tmp_path) as host:
+            await host.runner()
+            ann, _ = await host.person("ann")
+            caller = Credentials.caller
+
+            async def and_then_removed(credentials: Credentials, secret: str | None) -> tuple[Caller, Token]:
+                found = await caller(credentials, secret)
+                if found[0].name == "ann":
+                    await host.people.remove_user("ann", Caller("admin", "admin"))
+                return found
+
+            monkeypatch.setattr(Credentials, "caller", and_then_removed)
+            for path, body in (("/api/tokens", {"name": "late"}), ("/api/tasks", {"name": "late"})):
+                answer = await ann.post(path, json=body)
+                assert (answer.status_code, answer.json()["error"]) == (404, "not_found")
+                ann, _ = await host.person("ann")
+            assert [token["name"] for token in (await host.user.get("/api/tokens?user=ann")).json()] == ["first"]
+            assert (await host.user.get("/api/tasks")).json() == []
+            with pytest.raises(NotFoundError):
+                await host.people.remove_user("ann", Caller("gone", "admin"))
 
     run(check())
 

@@ -124,6 +124,7 @@ def test_a_token_is_kept_as_its_digest_alone(run: Run, tmp_path: Path) -> None:
     async def check() -> None:
         async with a_store(tmp_path) as store:
             accounts = Accounts(store)
+            await accounts.add_user("ann", "user")
             await accounts.add_token("very-secret", kind="user", name="ann", label="laptop")
             found, _ = await accounts.token("very-secret")
             assert found is not None
