@@ -16,7 +16,7 @@ from pydantic import ValidationError
 from kohakuriver.errors import HostUnreachableError, KohakuRiverError, NotFoundError, UnavailableError, UsageError
 from kohakuriver.host.credentials import Caller
 from kohakuriver.host.nodes import Nodes
-from kohakuriver.host.runner_client import RunnerClient
+from kohakuriver.host.runner_client import RunnerClient, makes_no_sense
 from kohakuriver.host.schemas import (
     AdoptRequest,
     CreateRequest,
@@ -247,7 +247,7 @@ class Tasks:
         if report.task_id != task.task_id:
             await self._store.forget_tasks([task.task_id])
             if path != _ADOPT:  # only for admins, who may see every task, a node may name another one
-                raise _makes_no_sense(node)
+                raise makes_no_sense(node)
             return await self.get(str(report.task_id))
         log.info("task started", task=task.task_id, name=task.name, node=node.name, backend=task.backend)
         return await self._take_over(report, node, task)
@@ -322,14 +322,7 @@ def _report(answer: dict[str, Any], node: Node) -> TaskReport:
     try:
         return TaskReport.model_validate(answer)
     except ValidationError as error:
-        raise _makes_no_sense(node) from error
-
-
-def _makes_no_sense(node: Node) -> HostUnreachableError:
-    return HostUnreachableError(
-        f"What node {node.name} answers makes no sense; its runner should be of the host's version.",
-        code="runner_unreachable",
-    )
+        raise makes_no_sense(node) from error
 
 
 def _check_create(request: CreateRequest) -> None:

@@ -289,10 +289,13 @@ def test_a_node_has_a_say_in_its_own_tasks_and_in_nothing_else(run: Run, tmp_pat
             secret = await host.create(name="secret")
             path = "/api/tasks"
             runner.answers[path] = 200, {"task_id": secret["task_id"], "status": "running", "tunnel": True}
-            for _ in range(2):
+            task = {"task_id": 1, "status": "running"}
+            answers: list[Any] = [{"status": "none such"}, [], task | {"message": "m" * (1 << 20)}, "end"]
+            for nonsense in answers:
                 answer = await ann.post(path, json={"name": "web"})
                 assert (answer.status_code, answer.json()["error"]) == (502, "runner_unreachable")
-                runner.answers[path] = 200, {"status": "none such"}
+                assert "makes no sense" in answer.json()["message"]
+                runner.answers[path] = 200, nonsense
             assert [task["name"] for task in (await host.user.get(path)).json()] == ["secret"]
             key = f"ssh-ed25519 {KEY}"
             for bad in ("no key", f"{key}\n@cert-authority * {key}"):
