@@ -8,7 +8,6 @@ that: all that a session pays is one entry in a set.
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import secrets
 import time
 from collections import Counter, deque
@@ -90,7 +89,10 @@ class Grant:
         self._withdrawn = reason
         log.info("session ended", user=self.caller.name, task=self.use.task_id, reason=reason)
         if self._end is not None:
-            self._end(reason)
+            try:
+                self._end(reason)
+            except Exception:  # the others that have to end must not have to do with it
+                log.exception("a session could not be ended", user=self.caller.name, task=self.use.task_id)
 
 
 class Grants:
@@ -169,8 +171,12 @@ class Grants:
         while True:
             await asyncio.sleep(CHECK_SECONDS)
             if self._grants:
-                with contextlib.suppress(KohakuRiverError):  # no new session is opened either while it fails
+                try:
                     await self.check()
+                except KohakuRiverError:
+                    pass  # no new session is opened either while the database fails
+                except Exception:
+                    log.exception("the rights of sessions could not be checked")
 
 
 class Passes:

@@ -14,6 +14,7 @@ from kohakuriver.host.credentials import Caller, Credentials
 from kohakuriver.host.forwards import Forwards
 from kohakuriver.host.tunnel_proxy import ForwardTarget
 from kohakuriver.store import Task, Token
+from tests.chain import until
 from tests.control import HostUnderTest, a_host
 
 Run = Callable[[Coroutine[Any, Any, None]], None]
@@ -403,6 +404,41 @@ def test_what_another_host_on_the_same_database_revokes_ends_here_too(
             async with a_host(tmp_path) as other:
                 await other.user.delete("/api/users/bob")
                 assert "user" in await ended
+            checking.cancel()
+
+    run(check())
+
+
+def test_a_session_that_can_not_be_ended_keeps_no_other_open(
+    run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("kohakuriver.host.grants.CHECK_SECONDS", 0.01)
+
+    async def check() -> None:
+        async with a_host(tmp_path) as host:
+            _, _, bob, bobs = await two_users(host)
+
+            def fail(_reason: str) -> None:
+                raise RuntimeError
+
+            for _ in range(3):
+                (await host.forwards.authorize(bobs, "web", 80, "tcp")).grant.attach(fail)
+            session = await Session.open(host.forwards, bobs)
+            assert (await bob.delete("/api/tokens/first")).status_code == 200
+            assert len(session.ended) == 1
+
+            checks, look = [], host.grants.check
+
+            async def fail_once() -> None:
+                checks.append(1)
+                if len(checks) == 1:
+                    raise RuntimeError
+                await look()
+
+            session = await Session.open(host.forwards, host.admin_token)
+            monkeypatch.setattr(host.grants, "check", fail_once)
+            checking = asyncio.ensure_future(host.grants.run())
+            await until(lambda: len(checks) > 1)
             checking.cancel()
 
     run(check())
