@@ -249,6 +249,19 @@ def test_forwards_terminals_and_ssh_connections_of_a_user_are_counted_together(t
         assert eventually(is_let_in)
 
 
+def test_ssh_knows_nobody_elses_task_by_its_bare_name(people: People) -> None:
+    people.share()
+    names = {}
+    for user, token in {**people.tokens, "admin": people.cluster.token}.items():
+        environment = {**os.environ, "KOHAKURIVER_HOST": people.cluster.url, "KOHAKURIVER_TOKEN": token}
+        environment["KOHAKURIVER_CONFIG_DIR"] = str(people.cluster.directory / user)
+        command = [sys.executable, "-m", "kohakuriver", "ssh-config"]
+        printed = subprocess.run(command, env=environment, capture_output=True, text=True, check=True).stdout
+        names[user] = [line for line in printed.splitlines() if line.startswith("Host ")]
+    nobodys = ["Host *.kohakuriver"]
+    assert names == {"ann": ["Host here *.kohakuriver"], "bob": nobodys, "cid": nobodys, "admin": nobodys}
+
+
 def test_what_tasks_and_strangers_say_is_for_nobodys_terminal(people: People) -> None:
     cluster = people.cluster
     command = ["sh", "-c", "printf '\\033]52;c;ZXZpbA==\\007\\033[2J\\n'; exit 3"]
