@@ -268,7 +268,7 @@ def test_what_tasks_and_strangers_say_is_for_nobodys_terminal(people: People) ->
     body = {"name": "rude", "command": command}
     answer = cluster.http.post("/api/tasks", json=body, headers={"Authorization": f"Bearer {people.tokens['ann']}"})
     assert answer.status_code == 201, answer.text
-    assert "\x1b]52" in str(cluster.ended("rude")["message"])
+    assert "\\x1b]52" in str(cluster.ended("rude")["message"])
     environment = {**os.environ, "KOHAKURIVER_HOST": cluster.url, "KOHAKURIVER_TOKEN": cluster.token}
     environment["KOHAKURIVER_CONFIG_DIR"] = str(cluster.directory / "empty")
     for arguments in (["vps", "status", "rude"], ["forward", "rude", "80"], ["connect", "rude"]):
