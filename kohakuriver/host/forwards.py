@@ -94,7 +94,7 @@ class Forwards:
             # The owner's right was to put the key there; it lasts as long as the key is there.
             return await self._ssh_target(task, node, Caller(task.owner, "user"), port, key)
 
-        return reach if any(task.lets_in(key) for task in await self._store.tasks()) else None
+        return reach if await self._store.lets_in(key) else None
 
     async def _usable(self, caller: Caller, reference: str) -> tuple[Task, Node]:
         task, node = await self._store.task_and_node(reference)

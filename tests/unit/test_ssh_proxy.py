@@ -14,7 +14,7 @@ import pytest
 
 from kohakuriver.errors import NotFoundError, UnauthenticatedError
 from kohakuriver.ssh_proxy import SshProxy, SshTarget, server
-from kohakuriver.ssh_proxy.jump import Reach
+from kohakuriver.ssh_proxy.jump import MAX_TRIES, Reach
 from kohakuriver.ssh_proxy.session import TaskConnection
 from tests.chain import CLIENTS, CONTAINER, Chain, chain, echo, service, until
 
@@ -368,6 +368,25 @@ def test_the_jump_host_refuses_a_wrong_token(run: Run, tmp_path: Path) -> None:
             with pytest.raises(asyncssh.PermissionDenied):
                 async with proxy.jump(password="wrong"):
                     pass
+
+    run(check())
+
+
+def test_the_jump_host_lets_nobody_try_key_after_key(run: Run, tmp_path: Path) -> None:
+    tried: list[str] = []
+
+    async def check() -> None:
+        async with a_proxy(tmp_path) as proxy:
+
+            async def no_holder(key: str) -> None:
+                tried.append(key)
+
+            proxy.proxy._jump_host.keyholders = no_holder
+            key = asyncssh.generate_private_key("ecdsa-sha2-nistp256")
+            with pytest.raises(asyncssh.DisconnectError, match="too many tries"):
+                async with proxy.jump(client_keys=[key] * 100):
+                    pass
+            assert len(tried) == MAX_TRIES
 
     run(check())
 

@@ -82,6 +82,22 @@ def test_a_name_is_given_once_until_its_task_is_removed(run: Run, tmp_path: Path
     run(check())
 
 
+def test_a_public_key_is_found_in_the_tasks_that_have_it_and_no_part_of_it_is(run: Run, tmp_path: Path) -> None:
+    async def check() -> None:
+        async with a_store(tmp_path) as store:
+            await add_node(store)
+            await store.add_task(a_task(1, "none"))
+            await store.add_task(a_task(2, "two", ssh_keys=["ssh-rsa BBBB", "ssh-ed25519  AA+a/AA== me@home"]))
+            for key in ("ssh-ed25519 AA+a/AA==", "ssh-rsa BBBB"):
+                assert await store.lets_in(key)
+            for key in ("ssh-ed25519 AA", "ssh-ed25519 aa+A/aa==", "ssh-ed25519 BBBB", "ssh-rsa %", "ssh-rsa ", ""):
+                assert not await store.lets_in(key)
+            await store.remove_task(2)
+            assert not await store.lets_in("ssh-rsa BBBB")
+
+    run(check())
+
+
 def test_tasks_and_nodes_outlive_the_host(run: Run, tmp_path: Path) -> None:
     async def check() -> None:
         async with a_store(tmp_path) as store:
