@@ -84,7 +84,7 @@ class Accounts:
         """
 
         def work(session: Session) -> User:
-            user = _user(session, name)
+            user = _user(session, name, to_go=True)
             _user(session, heir)
             session.execute(
                 update(Token)
@@ -221,8 +221,12 @@ class Accounts:
         )
 
 
-def _user(session: Session, name: str) -> User:
-    user = session.get(User, name)
+def _user(session: Session, name: str, *, to_go: bool = False) -> User:
+    """The user, who stays until this transaction ends. Raises NotFoundError.
+
+    Without the lock a database with several writers would let something be made for a user who is just being removed.
+    """
+    user = session.get(User, name, with_for_update=True if to_go else {"read": True})
     if user is None:
         raise NotFoundError(f"There is no user {name!r}; `kohakuriver user list` shows the users that there are.")
     return user
