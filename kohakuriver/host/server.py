@@ -126,7 +126,10 @@ async def _run(
         for path in await credentials.load_or_make(options.state_dir):
             log.info("made a token", file=str(path))
         if options.allow_anonymous:
-            log.warning("ANONYMOUS ACCESS IS ON: anybody who reaches this port can open forwards to every task")
+            log.warning(
+                "ANONYMOUS ACCESS IS ON: anybody who reaches this port can open forwards, terminals and SSH "
+                "connections to every task"
+            )
         warn_if_in_clear(sock, perimeter.certificate)
         await _serve(options, sock, ssh_sock, store, runners, credentials, perimeter)
     finally:

@@ -201,7 +201,10 @@ class Runner:
 
     async def _ready(self) -> None:
         if self._options.allow_anonymous:
-            log.warning("ANONYMOUS ACCESS IS ON: tunnel clients without a token may speak for every container")
+            log.warning(
+                "ANONYMOUS ACCESS IS ON: anybody who reaches this port can pose as every container, and open forwards "
+                "and terminals to every task"
+            )
         warn_if_in_clear(self._sock, self._certificate)
         if sends_in_clear(self._identity.host_url):
             log.warning("the host's URL is plain HTTP: others on the network can read this node's token")

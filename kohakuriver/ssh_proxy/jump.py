@@ -27,6 +27,7 @@ __all__ = ["JumpHost", "Keyholders"]
 log = structlog.get_logger("kohakuriver.ssh_proxy")
 
 LOGIN_SECONDS = 30
+MAX_TRIES = 30
 KEEPALIVE_SECONDS = 30
 
 NO_SHELL = "this is only a jump host: use `ssh -J` with it, and a task's name as the destination"
@@ -96,12 +97,17 @@ class _Login(asyncssh.SSHServer):
     def __init__(self, host: JumpHost) -> None:
         self._host = host
         self._peer = "?"
+        self._gone = False
+        self._tries = 0
         self._shown: Reach | None = None  # by the credential that was shown last, which may not be proven yet
         self._reach: Reach | None = None
 
     def connection_made(self, conn: asyncssh.SSHServerConnection) -> None:
         name = conn.get_extra_info("peername")
         self._peer = f"{name[0]}:{name[1]}" if isinstance(name, tuple) else "?"
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self._gone = True
 
     def begin_auth(self, username: str) -> bool:
         return True
@@ -112,7 +118,13 @@ class _Login(asyncssh.SSHServer):
     def password_auth_supported(self) -> bool:
         return True
 
+    def _count_try(self) -> None:
+        self._tries += 1
+        if self._tries > MAX_TRIES:
+            raise asyncssh.DisconnectError(asyncssh.DISC_NO_MORE_AUTH_METHODS_AVAILABLE, "too many tries")
+
     async def validate_password(self, username: str, password: str) -> bool:
+        self._count_try()
         with contextlib.suppress(KohakuRiverError):
             await self._host.check_user(password)
             self._shown = lambda task, port: self._host.authorize(password, task, port)
@@ -123,6 +135,7 @@ class _Login(asyncssh.SSHServer):
         return True
 
     async def validate_public_key(self, username: str, key: asyncssh.SSHKey) -> bool:
+        self._count_try()
         text = b" ".join(key.export_public_key().split()[:2]).decode()
         self._shown = await self._host.keyholders(text)
         return self._shown is not None
@@ -143,6 +156,9 @@ class _Login(asyncssh.SSHServer):
             target = await self._reach(task, None if port == 22 else port)
             connection = TaskConnection(target, peer=self._peer, trusted=self._host.trusted)
             await connection.open()
+            if self._gone:  # asyncssh drops the channel without a word to anybody
+                connection.abandon()
+                raise UnavailableError("The SSH connection has ended.")
         except KohakuRiverError as error:
             log.info("SSH connection refused", task=task, reason=error.message)
             raise asyncssh.ChannelOpenError(asyncssh.OPEN_CONNECT_FAILED, error.message) from error

@@ -186,7 +186,7 @@ class Upgrade(asyncio.Protocol):
         except KohakuRiverError as error:
             self._refuse(error)
         except Exception:
-            logger.exception("the opening of %s failed", path)
+            logger.exception("the opening of %r failed", path)
             if not self._answered:
                 self.reject(500, {"error": "failed", "message": "this WebSocket could not be opened; see the log"})
 

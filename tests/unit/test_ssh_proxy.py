@@ -14,8 +14,9 @@ import pytest
 
 from kohakuriver.errors import NotFoundError, UnauthenticatedError
 from kohakuriver.ssh_proxy import SshProxy, SshTarget, server
-from kohakuriver.ssh_proxy.jump import Reach
-from tests.chain import CLIENTS, CONTAINER, Chain, chain, echo, service
+from kohakuriver.ssh_proxy.jump import MAX_TRIES, Reach
+from kohakuriver.ssh_proxy.session import TaskConnection
+from tests.chain import CLIENTS, CONTAINER, Chain, chain, echo, service, until
 
 Run = Callable[[Coroutine[Any, Any, None]], None]
 TOKEN = "the-token"
@@ -310,6 +311,37 @@ def test_a_stalled_channel_of_a_jump_host_stalls_no_other(run: Run, tmp_path: Pa
     run(check())
 
 
+def test_a_jump_hosts_user_who_goes_while_a_channel_is_opened_leaves_no_session(
+    run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked, go_on, opened = asyncio.Event(), asyncio.Event(), asyncio.Event()
+    really_open = TaskConnection.open
+
+    async def open_later(connection: TaskConnection) -> None:
+        asked.set()
+        await go_on.wait()
+        await really_open(connection)
+        opened.set()
+
+    monkeypatch.setattr(TaskConnection, "open", open_later)
+
+    async def check() -> None:
+        async with a_proxy(tmp_path) as proxy:
+            async with proxy.jump(password=TOKEN) as connection:
+                opening = asyncio.ensure_future(connection.open_connection("task", 22))
+                await asked.wait()
+                connection.abort()
+                with pytest.raises(asyncssh.ChannelOpenError):
+                    await opening
+            await until(lambda: not proxy.proxy._jump_host._connections)
+            go_on.set()
+            await opened.wait()
+            await until(lambda: not proxy.hops.server.sessions)
+            await proxy.hops.at_rest()
+
+    run(check())
+
+
 def test_the_jump_host_lets_a_key_into_the_tasks_that_have_it(run: Run, tmp_path: Path) -> None:
     mine, other = (asyncssh.generate_private_key("ssh-ed25519") for _ in range(2))
     public = " ".join(mine.export_public_key().decode().split()[:2])
@@ -336,6 +368,25 @@ def test_the_jump_host_refuses_a_wrong_token(run: Run, tmp_path: Path) -> None:
             with pytest.raises(asyncssh.PermissionDenied):
                 async with proxy.jump(password="wrong"):
                     pass
+
+    run(check())
+
+
+def test_the_jump_host_lets_nobody_try_key_after_key(run: Run, tmp_path: Path) -> None:
+    tried: list[str] = []
+
+    async def check() -> None:
+        async with a_proxy(tmp_path) as proxy:
+
+            async def no_holder(key: str) -> None:
+                tried.append(key)
+
+            proxy.proxy._jump_host.keyholders = no_holder
+            key = asyncssh.generate_private_key("ecdsa-sha2-nistp256")
+            with pytest.raises(asyncssh.DisconnectError, match="too many tries"):
+                async with proxy.jump(client_keys=[key] * 100):
+                    pass
+            assert len(tried) == MAX_TRIES
 
     run(check())
 
