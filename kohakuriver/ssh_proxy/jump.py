@@ -74,8 +74,12 @@ class JumpHost:
                 allow_pty=False,
                 agent_forwarding=False,
             )
-        except (asyncssh.Error, OSError) as error:
+        except (asyncssh.Error, OSError, ValueError) as error:
+            # The last is what the library's parsers raise for bytes that are no SSH: a stranger's, and no news either.
             log.debug("no SSH login", reason=str(error))
+            return
+        except KohakuRiverError as error:
+            log.warning("an SSH login could not be judged", reason=error.message)
             return
         on_login()
         self._connections.add(connection)
