@@ -2,7 +2,7 @@
 
 A peer that greets with ``SSH-2.0…`` is an OpenSSH that wants a jump host; any other must send a request line. Nobody
 is waited for longer than `GREETING_SECONDS`, nor listened to for more than `MAX_REQUEST` bytes, and of those who have
-not said yet what they want only `MAX_WAITING` are kept.
+not shown yet that they may come in only `MAX_WAITING` are kept.
 """
 
 from __future__ import annotations
@@ -76,7 +76,7 @@ class SshProxy:
 
     @property
     def waiting(self) -> int:
-        """How many peers have not said yet what they want."""
+        """How many peers have not shown yet that they may come in; those who may not, and linger, among them."""
         return len(self._waiting)
 
     def start(self) -> None:
@@ -117,8 +117,8 @@ class SshProxy:
         if not task.cancelled() and (error := task.exception()) is not None:
             log.error("a connection to the SSH proxy failed", exc_info=error)
 
-    def _decided(self) -> None:
-        """The peer whose task runs has said what it wants."""
+    def _admitted(self) -> None:
+        """The peer whose task runs is no stranger any more."""
         task = asyncio.current_task()
         assert task is not None
         self._waiting.pop(task, None)
@@ -131,7 +131,7 @@ class SshProxy:
             first = await _first_byte(peer, GREETING_SECONDS)
             handed_over = bool(first)
             if first == b"S":
-                await self._jump_host.serve(peer, on_login=self._decided)
+                await self._jump_host.serve(peer, on_login=self._admitted)
             elif first:
                 await self._relay(peer, deadline)
         except OSError:
@@ -150,7 +150,6 @@ class SshProxy:
             raise
         try:
             task, token = await greeting.request(deadline - loop.time())
-            self._decided()
             connection = await self._connect(greeting, task, token)
         except asyncio.TimeoutError:
             await greeting.farewell(f"No request came within {GREETING_SECONDS:g} s.")
@@ -167,6 +166,7 @@ class SshProxy:
     async def _connect(self, greeting: Greeting, task: str, token: str | None) -> TaskConnection | None:
         """The connection to the task's SSH server, or None when the peer went meanwhile."""
         target = await self._authorize(token, task, None)
+        self._admitted()
         connection = TaskConnection(target, peer=_name(greeting.transport), trusted=self._trusted)
         await connection.open()
         if greeting.gone:
@@ -228,15 +228,17 @@ class Greeting(asyncio.Protocol):
         if self.gone:
             return
         self._deaf = True
-        self.transport.write(b"ERROR " + " ".join(message.split()).encode() + b"\n")
-        if self.ended:
-            self.transport.close()
-        else:
-            self.transport.write_eof()
-            self.transport.resume_reading()
-        with contextlib.suppress(asyncio.TimeoutError):
-            await asyncio.wait_for(asyncio.shield(self._lost), FAREWELL_SECONDS)
-        self.transport.abort()
+        try:
+            self.transport.write(b"ERROR " + " ".join(message.split()).encode() + b"\n")
+            if self.ended:
+                self.transport.close()
+            else:
+                self.transport.write_eof()  # raises OSError where the peer has reset the connection
+                self.transport.resume_reading()
+            with contextlib.suppress(asyncio.TimeoutError):
+                await asyncio.wait_for(asyncio.shield(self._lost), FAREWELL_SECONDS)
+        finally:
+            self.transport.abort()
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         self.transport = cast(asyncio.Transport, transport)

@@ -248,6 +248,24 @@ def test_of_those_who_wait_only_so_many_are_kept(run: Run, tmp_path: Path, monke
     run(check())
 
 
+def test_who_was_refused_and_lingers_is_one_of_those_who_wait(
+    run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(server, "MAX_WAITING", 10)
+    monkeypatch.setattr(server, "FAREWELL_SECONDS", 60)
+
+    async def check() -> None:
+        async with a_proxy(tmp_path) as proxy:
+            strangers = [await proxy.request(request(token="wrong")) for _ in range(15)]
+            for reader, _ in strangers[5:]:
+                assert (await reader.readline()).startswith(b"ERROR ")
+            assert proxy.proxy.waiting == 10
+            for _, stranger in strangers:
+                stranger.close()
+
+    run(check())
+
+
 def test_a_relay_ends_when_the_tasks_tunnel_goes(run: Run, tmp_path: Path) -> None:
     async def check() -> None:
         async with a_proxy(tmp_path) as proxy:
