@@ -147,7 +147,9 @@ class Runner:
         )
         self._server = Server(
             create_app(Services(self._tasks, self._registration), self._guard),
-            ws=serve_ws([*self._tunnels.routes(), *self._terminals.routes()], self._guard),
+            ws=serve_ws(
+                [*self._tunnels.routes(), *self._terminals.routes()], self._guard, max_message=limits.max_message
+            ),
             on_ready=self._ready,
             on_stop=self._stop,
             certificate=certificate,
