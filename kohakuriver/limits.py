@@ -76,7 +76,7 @@ def _number(variable: str, name: str, text: str, *, whole: bool) -> float:
         return number
     kind = "a whole number" if whole else "a number"
     off = ", or 0 for no limit" if name in _MAY_BE_OFF else ""
-    raise UsageError(f"{variable} must be {kind} from {least:g} to {most:g}{off}, not {text!r}.")
+    raise UsageError(f"{variable} must be {kind} from {least:.13g} to {most:.13g}{off}, not {text!r}.")
 
 
 class TokenBucket:

@@ -178,10 +178,13 @@ class Accounts:
     # Sharing
 
     async def share(self, task_id: int, user: str) -> None:
-        """Let a user use a task that is not theirs. Raises NotFoundError when there is no such user."""
+        """Let a user use a task that is not theirs. Raises NotFoundError where there is no such user, or UsageError."""
 
         def work(session: Session) -> None:
             _user(session, user)
+            task = session.get(Task, task_id)
+            if task is not None and task.owner == user:
+                raise UsageError(f"The task is {user}'s own already; share it with somebody else.")
             session.merge(Share(task_id=task_id, user=user))
 
         await self._store.run(work)
@@ -221,7 +224,9 @@ class Accounts:
 def _user(session: Session, name: str) -> User:
     user = session.get(User, name)
     if user is None:
-        raise NotFoundError(f"There is no user {name!r}; `kohakuriver user list` shows the users that there are.")
+        raise NotFoundError(
+            f"There is no user {name!r}; `kohakuriver user list` shows admins the users that there are."
+        )
     return user
 
 
@@ -243,5 +248,5 @@ def _withdrawn(session: Session, use: Use, now: float) -> str | None:
     if task is None or user.role == "admin" or task.owner == user.name:
         return None
     if session.get(Share, (use.task_id, user.name)) is None:
-        return "the task is not shared with this session's user any more"
+        return f"the task is not shared with {user.name} any more"
     return None

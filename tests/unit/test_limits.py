@@ -48,6 +48,13 @@ def test_what_makes_no_sense_is_refused_by_name(name: str, value: str) -> None:
         from_environment({f"KOHAKURIVER_{name}": value})
 
 
+def test_bounds_are_told_as_people_write_numbers() -> None:
+    with pytest.raises(UsageError, match="from 65536 to 67108864, not '1'"):
+        from_environment({"KOHAKURIVER_MAX_BODY": "1"})
+    with pytest.raises(UsageError, match="from 65536 to 1099511627776, or 0 for no limit"):
+        from_environment({"KOHAKURIVER_MAX_RATE": "1"})
+
+
 def test_every_limit_is_documented_with_its_default() -> None:
     page = (ROOT / "docs/guide/limits.md").read_text("utf-8")
     rows = re.findall(r"^\| `KOHAKURIVER_(\w+)` \| ([\d.]+) \|", page, re.MULTILINE)
