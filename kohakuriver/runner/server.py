@@ -142,7 +142,7 @@ class Runner:
         )
         self._tasks.drop = self._drop
         self._guard = Guard(
-            names=[urlsplit(identity.url).hostname or ""],
+            names=[urlsplit(identity.url).hostname or "", *(certificate.names if certificate else ())],
             hosts=options.allowed_hosts,
             origins=options.allowed_origins,
         )

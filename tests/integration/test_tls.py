@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
+import http.client
 import json
 import shutil
 import signal
 import socket
+import ssl
 import subprocess
 import sys
 import threading
@@ -82,8 +85,6 @@ def commands(tmp_path: Path) -> Iterator[Commands]:
 
 def served_certificate(url: str) -> bytes:
     """The certificate that a server shows just now."""
-    import ssl
-
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
     context.check_hostname, context.verify_mode = False, ssl.CERT_NONE
     address = HERE, int(url.rpartition(":")[2])
@@ -143,6 +144,24 @@ def test_a_login_keeps_the_authority_that_it_was_made_with(cluster: OverTls, com
     commands.succeed("auth", "logout")
     refused = commands.run("vps", "list", "--host", cluster.url)
     assert (refused.returncode, "not signed by an authority" in refused.stderr) == (7, True)
+
+
+def test_a_page_from_a_name_of_the_certificate_is_the_hosts_own(cluster: OverTls, tmp_path: Path) -> None:
+    made = cluster.authority.issue(["host.lab", HERE], 1)
+    host = cluster.start_host(made, KOHAKURIVER_CONFIG_DIR=str(tmp_path))
+    port = int(host.event("ready")["url"].rpartition(":")[2])
+    trusted = ssl.create_default_context(cafile=str(cluster.authority.cert))
+
+    def status(name: str, origin: str) -> int:
+        connection = http.client.HTTPSConnection(HERE, port, timeout=30, context=trusted)
+        with contextlib.closing(connection):
+            connection.request("GET", "/health", headers={"Host": f"{name}:{port}", "Origin": origin})
+            return connection.getresponse().status
+
+    assert status("host.lab", f"https://host.lab:{port}") == 200
+    assert status("host.lab", "https://evil.example") == 403
+    assert status("evil.example", f"https://evil.example:{port}") == 403
+    assert host.stop() == 0
 
 
 def test_a_ca_file_that_is_none_is_refused_by_name(cluster: OverTls) -> None:
