@@ -115,6 +115,18 @@ class ServerCertificate:
         if expiry <= time.time():
             log(f"The certificate in {cert} has expired: nobody will trust it.", True)
 
+    @property
+    def names(self) -> list[str]:
+        """The DNS names that the certificate is for, those with a wildcard left out."""
+        from cryptography import x509
+
+        shown = x509.load_pem_x509_certificate(self._cert.read_bytes())
+        try:
+            names = shown.extensions.get_extension_for_class(x509.SubjectAlternativeName).value
+        except x509.ExtensionNotFound:
+            return []
+        return [name for name in names.get_values_for_type(x509.DNSName) if "*" not in name]
+
     def _choose(self, connection: ssl.SSLSocket | ssl.SSLObject, _name: str | None, _context: ssl.SSLContext) -> None:
         connection.context = self._current
 

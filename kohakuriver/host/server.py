@@ -98,6 +98,11 @@ class Perimeter:
             AuditLog(options.audit_log or options.state_dir / "audit.jsonl"),
         )
 
+    @property
+    def names(self) -> list[str]:
+        """What this host is called by its certificate."""
+        return [] if self.certificate is None else self.certificate.names
+
 
 def serve(options: HostOptions) -> int:
     """Run a host until SIGTERM or SIGINT; the exit code. Raises KohakuRiverError when it can't start."""
@@ -164,7 +169,7 @@ async def _serve(
         trusted=perimeter.trusted,
         limits=perimeter.limits,
     )
-    guard = Guard(hosts=options.allowed_hosts, origins=options.allowed_origins)
+    guard = Guard(names=perimeter.names, hosts=options.allowed_hosts, origins=options.allowed_origins)
     url = socket_url(sock, "https" if options.tls_cert else "http")
     ssh_address = socket_url(ssh_sock).removeprefix("http://")
 

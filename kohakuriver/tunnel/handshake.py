@@ -97,7 +97,8 @@ class _Opening(asyncio.Protocol):
                 if not self.answered.done():
                     self.answered.set_result(event)
         if not self._done and self.protocol.handshake_exc is not None:
-            self._fail(str(self.protocol.handshake_exc))
+            nothing_came = isinstance(self.protocol.handshake_exc.__cause__, EOFError)
+            self._fail(hung_up(self.url) if nothing_came else str(self.protocol.handshake_exc))
 
     def eof_received(self) -> None:
         if not self._done:
@@ -152,7 +153,9 @@ async def open_messages(
 
 
 def _where(url: str) -> str:
-    return "{0.scheme}://{0.netloc}".format(urlsplit(url))
+    """The server as people write it: with http and https."""
+    parts = urlsplit(url)
+    return f"{parts.scheme.replace('ws', 'http', 1)}://{parts.netloc}"
 
 
 def _unreachable(url: str, reason: str) -> HostUnreachableError:

@@ -85,9 +85,18 @@ def test_it_says_which_file_goes_where_and_how_to_use_it(tmp_path: Path, capsys:
     for part in (
         "kohakuriver host --tls-cert host.lab.pem --tls-key host.lab.key --ca-file ca.pem",
         "--host-url https://host.lab:8000 --advertise-url https://node1.lab:8001 --tls-cert node1.lab.pem",
-        "export KOHAKURIVER_HOST=https://host.lab:8000 KOHAKURIVER_CA_FILE=",
+        "kohakuriver auth login --host https://host.lab:8000 --ca-file ca.pem",
     ):
         assert part in out
+
+
+def test_run_again_it_takes_no_machine_for_the_host(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    made(capsys, tmp_path, "host.lab")
+    _, out, _ = init(capsys, "--directory", str(tmp_path), "node2.lab", "*.rack.lab")
+    assert "kohakuriver host " not in out
+    assert "replace its two files" in out
+    for node in ("node2.lab", "NAME.rack.lab"):
+        assert f"--host-url https://HOST:8000 --advertise-url https://{node}:8001" in out
 
 
 @pytest.mark.parametrize("name", ["a b", "host.lab,", "", "-x.lab", "a..b", "x" * 64 + ".lab"])
