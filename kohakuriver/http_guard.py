@@ -13,6 +13,7 @@ from typing import Any
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
 from kohakuriver.limits import Limits
+from kohakuriver.waiting import WaitingRoom
 
 __all__ = ["guarded"]
 
@@ -27,6 +28,7 @@ class GuardedHttp(HttpToolsProtocol):
     """uvicorn's HTTP protocol with limits."""
 
     limits = Limits()
+    room = WaitingRoom(limits.max_waiting)
 
     def __init__(self, *args: Any, **more: Any) -> None:
         super().__init__(*args, **more)
@@ -42,6 +44,7 @@ class GuardedHttp(HttpToolsProtocol):
 
     def connection_lost(self, exc: Exception | None) -> None:
         self._stop_clock()
+        self.room.leave(self)
         super().connection_lost(exc)
 
     def shutdown(self) -> None:
@@ -97,6 +100,11 @@ class GuardedHttp(HttpToolsProtocol):
         self._stop_clock()
         super().on_message_complete()
 
+    def on_response_complete(self) -> None:
+        super().on_response_complete()
+        if self._clock is None and not self.transport.is_closing():
+            self.room.enter(self, self._dismiss)  # until its next request, or the end of uvicorn's patience
+
     def send_400_response(self, msg: str) -> None:
         """What uvicorn calls when the parser stops, be it for one of ours."""
         self._refusal = self._refusal or (400, "bad_request", "This is not an HTTP request.")
@@ -116,11 +124,17 @@ class GuardedHttp(HttpToolsProtocol):
     def _start_clock(self) -> None:
         if self._clock is None:
             self._clock = self.loop.call_later(self.limits.handshake_timeout, self._too_slow)
+            self.room.enter(self, self._dismiss)
 
     def _stop_clock(self) -> None:
         if self._clock is not None:
             self._clock.cancel()
             self._clock = None
+            self.room.leave(self)
+
+    def _dismiss(self) -> None:
+        """Others wait, too, and this one has done so for longest."""
+        self.transport.abort()
 
     def _too_slow(self) -> None:
         self._clock = None
@@ -153,6 +167,6 @@ class GuardedHttp(HttpToolsProtocol):
         self.loop.call_later(LINGER_SECONDS, self.transport.abort)
 
 
-def guarded(limits: Limits) -> type[asyncio.Protocol]:
-    """The class for `uvicorn.Config(http=…)` that keeps to `limits`."""
-    return type("LimitedHttp", (GuardedHttp,), {"limits": limits})
+def guarded(limits: Limits, room: WaitingRoom) -> type[asyncio.Protocol]:
+    """The class for `uvicorn.Config(http=…)` that keeps to `limits`; who has no request under way waits in `room`."""
+    return type("LimitedHttp", (GuardedHttp,), {"limits": limits, "room": room})

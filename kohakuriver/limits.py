@@ -37,6 +37,8 @@ class Limits:
     """Bytes of the body of one HTTP request."""
     handshake_timeout: float = 10.0
     """Seconds that a peer has for its TLS handshake, and again to send a whole HTTP request."""
+    max_waiting: int = 1000
+    """Connections to one port that have no request under way; when one more comes, the oldest goes."""
     idle_timeout: float = 0.0
     """Seconds without a byte of payload after which a session is closed."""
 
@@ -50,6 +52,7 @@ _BOUNDS: dict[str, tuple[float, float]] = {
     "max_header": (4 << 10, 1 << 20),
     "max_body": (64 << 10, 64 << 20),
     "handshake_timeout": (0.1, 600),
+    "max_waiting": (16, 1 << 20),
     "idle_timeout": (0.1, LONGEST),
 }
 _MAY_BE_OFF = {"max_sessions", "max_streams", "max_connects", "max_rate", "idle_timeout"}

@@ -19,7 +19,7 @@ from collections.abc import Awaitable, Callable, Iterator, MutableMapping
 from ipaddress import ip_address
 from pathlib import Path
 from types import FrameType
-from typing import Any
+from typing import Any, cast
 
 import structlog
 import uvicorn
@@ -30,6 +30,7 @@ from starlette.datastructures import Headers
 from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Receive, Scope, Send
 
+from kohakuriver.acceptor import Acceptor
 from kohakuriver.errors import (
     KohakuRiverError,
     LocalAddressError,
@@ -42,6 +43,7 @@ from kohakuriver.http_guard import guarded
 from kohakuriver.limits import Limits
 from kohakuriver.tls import ServerCertificate
 from kohakuriver.tunnel.guard import Guard
+from kohakuriver.waiting import WaitingRoom
 
 __all__ = [
     "Server",
@@ -57,12 +59,6 @@ __all__ = [
 ]
 
 log = structlog.get_logger("kohakuriver")
-
-BACKLOG = 2048
-"""Connections that may wait to be accepted; a burst of 500 simultaneous connects must fit."""
-
-ACCEPTED_AT_ONCE = 64
-"""Connections that are accepted before others get their turn; the standard library's loop takes it from the backlog."""
 
 DRAIN_SECONDS = 5
 
@@ -230,7 +226,8 @@ class Server(uvicorn.Server):
         limits: Limits | None = None,
     ) -> None:
         self._limits = limits or Limits()
-        super().__init__(_config(app, ws, self._limits))
+        self._room = WaitingRoom(self._limits.max_waiting)
+        super().__init__(_config(app, ws, self._limits, self._room))
         self._certificate = certificate
         self._on_ready = on_ready
         self._on_stop = on_stop
@@ -282,7 +279,7 @@ class Server(uvicorn.Server):
         await super().startup([])  # the sockets are ours to listen on: uvicorn sets no time for a TLS handshake
         tls = None if self._certificate is None else self._certificate.context
         for sock in sockets or []:
-            await self._listen(self.config, sock, tls)
+            self._listen(self.config, sock, tls)
         await self._on_ready()
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
@@ -293,11 +290,11 @@ class Server(uvicorn.Server):
 
     async def add_listener(self, sock: socket.socket, app: FastAPI, ws: type[asyncio.Protocol]) -> None:
         """Serve another application on one more bound socket, without TLS, until the end. Raises OSError."""
-        config = _config(app, ws, self._limits)
+        config = _config(app, ws, self._limits, self._room)
         config.load()
-        await self._listen(config, sock, None)
+        self._listen(config, sock, None)
 
-    async def _listen(self, config: uvicorn.Config, sock: socket.socket, tls: ssl.SSLContext | None) -> None:
+    def _listen(self, config: uvicorn.Config, sock: socket.socket, tls: ssl.SSLContext | None) -> None:
         def new_protocol() -> asyncio.Protocol:
             make: Any = config.http_protocol_class
             protocol: asyncio.Protocol = make(
@@ -305,13 +302,10 @@ class Server(uvicorn.Server):
             )
             return protocol
 
-        seconds = self._limits.handshake_timeout if tls is not None else None
-        loop = asyncio.get_running_loop()
-        server = await loop.create_server(
-            new_protocol, sock=sock, backlog=ACCEPTED_AT_ONCE, ssl=tls, ssl_handshake_timeout=seconds
+        acceptor = Acceptor(
+            sock, new_protocol, tls=tls, handshake_timeout=self._limits.handshake_timeout, room=self._room
         )
-        sock.listen(BACKLOG)
-        self.servers.append(server)
+        self.servers.append(cast(asyncio.Server, acceptor))
 
 
 def _on_terminal() -> bool:
@@ -321,15 +315,14 @@ def _on_terminal() -> bool:
         return False
 
 
-def _config(app: FastAPI, ws: type[asyncio.Protocol], limits: Limits) -> uvicorn.Config:
+def _config(app: FastAPI, ws: type[asyncio.Protocol], limits: Limits, room: WaitingRoom) -> uvicorn.Config:
     return uvicorn.Config(
         app,
         ws=ws,
-        http=guarded(limits),
+        http=guarded(limits, room),
         lifespan="off",
         log_config=None,
         access_log=False,
-        backlog=ACCEPTED_AT_ONCE,
         server_header=False,
         timeout_graceful_shutdown=DRAIN_SECONDS,
     )

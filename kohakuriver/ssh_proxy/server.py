@@ -2,7 +2,7 @@
 
 A peer that greets with ``SSH-2.0…`` is an OpenSSH that wants a jump host; any other must send a request line. Nobody
 is waited for longer than the handshake's time, nor listened to for more than `MAX_REQUEST` bytes, and of those who have
-not shown yet that they may come in only `MAX_WAITING` are kept.
+not shown yet that they may come in only so many are kept (`kohakuriver.waiting`).
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ from kohakuriver.limits import Limits
 from kohakuriver.loops import cancel_all
 from kohakuriver.ssh_proxy.jump import JumpHost, Keyholders
 from kohakuriver.ssh_proxy.session import Connector, SshTarget, TaskConnection
+from kohakuriver.waiting import WaitingRoom
 
 __all__ = ["SshProxy"]
 
@@ -31,7 +32,6 @@ REQUEST = b"REQUEST_TUNNEL"
 MAX_REQUEST = 4096
 # Who logs in may have to type something.
 LOGIN_FACTOR = 3
-MAX_WAITING = 1000
 BACKLOG = 1024
 FAREWELL_SECONDS = 2.0
 MAX_IGNORED = 64 * 1024
@@ -81,14 +81,14 @@ class SshProxy:
             login_seconds=LOGIN_FACTOR * limits.handshake_timeout,
         )
         self._accepting: asyncio.Task[None] | None = None
-        self._waiting: dict[asyncio.Task[None], None] = {}
+        self._room = WaitingRoom(limits.max_waiting)
         self._serving: set[asyncio.Task[None]] = set()
         self._relays: set[TaskConnection] = set()
 
     @property
     def waiting(self) -> int:
         """How many peers have not shown yet that they may come in; those who may not, and linger, among them."""
-        return len(self._waiting)
+        return len(self._room)
 
     def start(self) -> None:
         """Begin to accept connections."""
@@ -115,16 +115,12 @@ class SshProxy:
                 continue
             task = loop.create_task(self._serve(peer))
             self._serving.add(task)
-            self._waiting[task] = None
+            self._room.enter(task, task.cancel)
             task.add_done_callback(self._served)
-            if len(self._waiting) > MAX_WAITING:
-                oldest = next(iter(self._waiting))
-                del self._waiting[oldest]
-                oldest.cancel()
 
     def _served(self, task: asyncio.Task[None]) -> None:
         self._serving.discard(task)
-        self._waiting.pop(task, None)
+        self._room.leave(task)
         if not task.cancelled() and (error := task.exception()) is not None:
             log.error("a connection to the SSH proxy failed", exc_info=error)
 
@@ -132,7 +128,7 @@ class SshProxy:
         """The peer whose task runs is no stranger any more."""
         task = asyncio.current_task()
         assert task is not None
-        self._waiting.pop(task, None)
+        self._room.leave(task)
 
     async def _serve(self, peer: socket.socket) -> None:
         handed_over = False

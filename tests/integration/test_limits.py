@@ -197,8 +197,9 @@ def test_a_session_in_which_nothing_passes_is_closed_with_4001_and_a_busy_one_is
 
 @asynccontextmanager
 async def http_server(limits: Limits, certificate: ServerCertificate | None = None) -> AsyncIterator[int]:
-    """A program's HTTP port, with a path that takes a body and one that takes its time."""
+    """A program's HTTP port: paths that take a body, take their time, and answer once another path was asked for."""
     app: FastAPI = new_app("host", "1")
+    told = asyncio.Event()
 
     @app.post("/take")
     async def take(request: Request) -> int:
@@ -208,6 +209,16 @@ async def http_server(limits: Limits, certificate: ServerCertificate | None = No
     async def ponder() -> int:
         await asyncio.sleep(3 * limits.handshake_timeout)
         return 42
+
+    @app.post("/wait")
+    async def wait() -> int:
+        await told.wait()
+        return 42
+
+    @app.post("/tell")
+    async def tell() -> int:
+        told.set()
+        return 2
 
     async def nothing() -> None:
         pass
@@ -320,6 +331,48 @@ def test_a_request_that_takes_long_to_answer_is_not_hurried(run: Run) -> None:
             for _ in range(2):
                 writer.write(b"POST /ponder HTTP/1.1\r\nHost: x\r\nContent-Length: 2\r\n\r\nab")
                 assert (await reader.readuntil(b"\r\n\r\n42")).startswith(b"HTTP/1.1 200")
+
+    run(main())
+
+
+REQUEST = POST + b"Content-Length: 2\r\n\r\nab"
+
+
+@pytest.mark.parametrize("kind", ["silent", "half a head", "asked before", "at the TLS handshake"])
+def test_of_those_who_have_no_request_under_way_the_first_goes_for_one_more(
+    run: Run, tmp_path: Path, kind: str
+) -> None:
+    over_tls = kind == "at the TLS handshake"
+    made = Authority(tmp_path).issue(["127.0.0.1"], 1)
+    trusted = client_context("https:", tmp_path / "ca.pem") if over_tls else None
+    certificate = ServerCertificate(made.cert, made.key) if over_tls else None
+
+    async def main() -> None:
+        async with contextlib.AsyncExitStack() as stack:
+            port = await stack.enter_async_context(http_server(Limits(max_waiting=16), certificate))
+            working, writer = await asyncio.open_connection("127.0.0.1", port, ssl=trusted)
+            writer.write(b"POST /wait HTTP/1.1\r\nHost: x\r\n\r\n")
+            waiting = []
+            for _ in range(17):
+                reader, asking = await stack.enter_async_context(dial(port))
+                if kind == "half a head":
+                    asking.write(POST)
+                if kind == "asked before":
+                    asking.write(REQUEST)
+                    assert (await reader.readuntil(b"\r\n\r\n2")).startswith(b"HTTP/1.1 200")
+                waiting.append((reader, asking))
+            with contextlib.suppress(ConnectionResetError):
+                assert await waiting[0][0].read() == b""
+            if not over_tls:
+                reader, asking = waiting[-1]
+                asking.write(REQUEST.removeprefix(POST) if kind == "half a head" else REQUEST)
+                assert (await reader.readuntil(b"\r\n\r\n2")).startswith(b"HTTP/1.1 200")
+            reader, asking = await asyncio.open_connection("127.0.0.1", port, ssl=trusted)
+            asking.write(b"POST /tell HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n")
+            assert (await reader.read()).endswith(b"\r\n\r\n2")
+            assert (await working.readuntil(b"\r\n\r\n42")).startswith(b"HTTP/1.1 200")
+            asking.close()
+            writer.close()
 
     run(main())
 

@@ -230,7 +230,7 @@ def test_a_task_removed_while_the_runner_is_away_ends_when_it_is_back(cluster: C
 
 
 def test_a_runner_with_a_wrong_node_token_is_not_taken_in_and_says_why(cluster: Cluster, tmp_path: Path) -> None:
-    (tmp_path / "wrong").write_text("not the token")
+    (tmp_path / "wrong").write_text("not-the-token")
     runner = cluster.start_program("n2", "--node-token-file", str(tmp_path / "wrong"))
     eventually(lambda: "does not know this node token" in runner.log.read_text())
     assert cluster.node("n2") is None

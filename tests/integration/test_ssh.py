@@ -189,8 +189,10 @@ def test_local_forwarding_reaches_services_of_the_task(users: Users) -> None:
 
 
 def test_remote_forwarding_reaches_services_of_the_user(users: Users) -> None:
-    remote = free_port()
-    with echoing() as port, a_session(users, "-R", f"{remote}:127.0.0.1:{port}"):
+    with echoing() as port, a_session(users, "-R", f"0:127.0.0.1:{port}") as session:
+        assert session.stderr is not None
+        allocated = next(line for line in session.stderr if line.startswith(b"Allocated port "))
+        remote = int(allocated.split()[2])
         with socket.create_connection(("127.0.0.1", remote), 30) as sock:
             assert exchange(sock)
 

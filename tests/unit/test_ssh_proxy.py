@@ -243,11 +243,9 @@ def test_who_does_not_say_in_time_what_it_wants_is_let_go(run: Run, tmp_path: Pa
     run(check())
 
 
-def test_of_those_who_wait_only_so_many_are_kept(run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(server, "MAX_WAITING", 10)
-
+def test_of_those_who_wait_only_so_many_are_kept(run: Run, tmp_path: Path) -> None:
     async def check() -> None:
-        async with a_proxy(tmp_path) as proxy:
+        async with a_proxy(tmp_path, limits=Limits(max_waiting=10)) as proxy:
             strangers = [await proxy.connect() for _ in range(15)]
             for reader, _ in strangers[:5]:
                 assert await reader.read() == b""  # the oldest went
@@ -263,11 +261,10 @@ def test_of_those_who_wait_only_so_many_are_kept(run: Run, tmp_path: Path, monke
 def test_who_was_refused_and_lingers_is_one_of_those_who_wait(
     run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(server, "MAX_WAITING", 10)
     monkeypatch.setattr(server, "FAREWELL_SECONDS", 60)
 
     async def check() -> None:
-        async with a_proxy(tmp_path) as proxy:
+        async with a_proxy(tmp_path, limits=Limits(max_waiting=10)) as proxy:
             strangers = [await proxy.request(request(token="wrong")) for _ in range(15)]
             for reader, _ in strangers[5:]:
                 assert (await reader.readline()).startswith(b"ERROR ")

@@ -13,11 +13,12 @@ from typing import Any
 import httpx
 import pytest
 
+from kohakuriver.acceptor import ACCEPTED_AT_ONCE
 from kohakuriver.cli.pki import Authority
 from kohakuriver.errors import LocalAddressError
 from kohakuriver.tls import ServerCertificate
 from kohakuriver.tunnel.server import serve_ws
-from kohakuriver.web import ACCEPTED_AT_ONCE, Server, bind, new_app, socket_url, warn_if_in_clear
+from kohakuriver.web import Server, bind, new_app, socket_url, warn_if_in_clear
 from tests.control import serving
 
 Run = Callable[[Coroutine[Any, Any, None]], None]
