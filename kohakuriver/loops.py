@@ -6,13 +6,14 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import os
 from collections.abc import Coroutine, Iterable
 from typing import Any, TypeVar
 
 from kohakuriver.errors import UsageError
 
-__all__ = ["cancel_all", "loop_name", "new_event_loop", "run"]
+__all__ = ["cancel_all", "freeze_heap", "loop_name", "new_event_loop", "run"]
 
 T = TypeVar("T")
 
@@ -83,3 +84,13 @@ async def cancel_all(tasks: Iterable[asyncio.Future[Any]]) -> None:
 async def _cancel_rest() -> None:
     this = asyncio.current_task()
     await cancel_all(task for task in asyncio.all_tasks() if task is not this)
+
+
+def freeze_heap() -> None:
+    """Have the garbage collector pass by all objects that are there now. For a program that is about to serve.
+
+    Modules and what was made at the start stay until the end, and are most of the objects: a full collection looks at
+    all of them, for some 50 ms in a host, and meanwhile nothing else runs.
+    """
+    gc.collect()
+    gc.freeze()

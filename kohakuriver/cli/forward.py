@@ -137,6 +137,9 @@ class _Running:
     async def _opened_and_ended(self) -> int:
         if not await self._until_stopped(self._forwarder.start()):
             return 0
+        from kohakuriver.loops import freeze_heap
+
+        freeze_heap()
         ticking = asyncio.ensure_future(self._tick())
         try:
             if self._command is not None:

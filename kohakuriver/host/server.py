@@ -178,6 +178,7 @@ async def _serve(
             stop_at_end_of_stdin(server)
         ssh_proxy.start()
         sentence = f"The host is ready at {url}, its SSH proxy at {ssh_address}"
+        loops.freeze_heap()
         print_ready(options.json, sentence, url=url, ssh_proxy=ssh_address)
 
     async def stop() -> None:

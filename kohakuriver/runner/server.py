@@ -218,6 +218,7 @@ class Runner:
             stop_at_end_of_stdin(self._server)
         url = self._identity.url
         sentence = f"The runner of node {self._identity.name} is ready at {url}"
+        loops.freeze_heap()
         print_ready(self._options.json, sentence, url=url, name=self._identity.name)
 
     async def _stop(self) -> None:

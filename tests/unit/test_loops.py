@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import subprocess
 import sys
 
 import pytest
@@ -83,3 +84,24 @@ def test_a_cancellation_that_comes_together_with_an_event_is_not_lost() -> None:
         assert task.cancelled()
 
     loops.run(main())
+
+
+def test_a_full_collection_passes_by_what_was_there_at_the_start_and_frees_what_came_later() -> None:
+    code = """
+import gc, weakref
+from kohakuriver.loops import freeze_heap
+
+class Node:
+    pass
+
+before = len(gc.get_objects())
+freeze_heap()
+assert len(gc.get_objects()) < before / 10
+node = Node()
+node.itself = node
+seen = weakref.ref(node)
+del node
+gc.collect()
+assert seen() is None
+"""
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=60)
