@@ -15,7 +15,7 @@ import socket
 import ssl
 import sys
 import threading
-from collections.abc import Awaitable, Callable, Iterator
+from collections.abc import Awaitable, Callable, Iterator, MutableMapping
 from ipaddress import ip_address
 from pathlib import Path
 from types import FrameType
@@ -33,6 +33,7 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 from kohakuriver.errors import KohakuRiverError, LocalAddressError, NotAllowedError, UnauthenticatedError, UsageError
 from kohakuriver.http_guard import guarded
 from kohakuriver.limits import Limits
+from kohakuriver.text import printable
 from kohakuriver.tls import ServerCertificate
 from kohakuriver.tunnel.guard import Guard
 
@@ -189,11 +190,20 @@ def configure_logging(level: str = "info") -> None:
             structlog.processors.add_log_level,
             structlog.processors.TimeStamper(fmt="iso"),
             structlog.processors.format_exc_info,
+            _printable,
             structlog.dev.ConsoleRenderer(colors=sys.stderr.isatty()),
         ],
         wrapper_class=structlog.make_filtering_bound_logger(logging.getLevelName(level.upper())),
         logger_factory=structlog.PrintLoggerFactory(sys.stderr),
     )
+
+
+def _printable(_logger: object, _method: str, event: MutableMapping[str, Any]) -> MutableMapping[str, Any]:
+    """Paths, names and reasons come from peers, and a log is read on terminals. Only tracebacks have lines."""
+    for key, value in event.items():
+        if isinstance(value, str):
+            event[key] = printable(value) if key == "exception" else printable(value, keep="")
+    return event
 
 
 class Server(uvicorn.Server):

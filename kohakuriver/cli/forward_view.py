@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 
 from kohakuriver.cli import output
 from kohakuriver.forwarding import Event, Listening, Reconnecting, Resumed, Stats, StreamError
+from kohakuriver.text import printable
 
 if TYPE_CHECKING:
     from rich.live import Live
@@ -145,7 +146,7 @@ class LiveView(PlainView):
 
     def result(self, text: str) -> None:
         if self._live is not None:
-            self._live.console.print(text, markup=False, highlight=False, soft_wrap=True)
+            self._live.console.print(printable(text), markup=False, highlight=False, soft_wrap=True)
         else:
             output.line(text)
 

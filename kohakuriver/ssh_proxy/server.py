@@ -22,6 +22,7 @@ from kohakuriver.limits import Limits
 from kohakuriver.loops import cancel_all
 from kohakuriver.ssh_proxy.jump import JumpHost, Keyholders
 from kohakuriver.ssh_proxy.session import Connector, SshTarget, TaskConnection
+from kohakuriver.text import printable
 
 __all__ = ["SshProxy"]
 
@@ -240,7 +241,7 @@ class Greeting(asyncio.Protocol):
             return
         self._deaf = True
         try:
-            self.transport.write(b"ERROR " + " ".join(message.split()).encode() + b"\n")
+            self.transport.write(f"ERROR {printable(' '.join(message.split()))}\n".encode())
             if self.ended:
                 self.transport.close()
             else:

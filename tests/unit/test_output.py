@@ -46,3 +46,15 @@ def test_an_error_is_one_line_on_stderr(capsys: pytest.CaptureFixture[str]) -> N
 def test_fields_without_a_value_are_left_out(capsys: pytest.CaptureFixture[str]) -> None:
     output.fields([("id", "1"), ("image", ""), ("name", "web")])
     assert capsys.readouterr().out == "id:   1\nname: web\n"
+
+
+def test_what_others_wrote_moves_no_cursor_and_sets_no_title(capsys: pytest.CaptureFixture[str]) -> None:
+    hostile, shown = "\x1b]0;title\x07\x9b2J\u202ex", r"\x1b]0;title\x07\x9b2J\u202ex"
+    output.line(f"{hostile}\n\tgrüße 仕事")
+    output.note(hostile)
+    output.error(hostile)
+    output.table(["A"], [[hostile]])
+    output.fields([("b", hostile)])
+    captured = capsys.readouterr()
+    assert captured.out == f"{shown}\n\tgrüße 仕事\nA\n{shown}\nb: {shown}\n"
+    assert captured.err == f"{shown}\nError: {shown}\n"
