@@ -84,7 +84,6 @@ class SshProxy:
         self._accepting: asyncio.Task[None] | None = None
         self._waiting: dict[asyncio.Task[None], None] = {}
         self._serving: set[asyncio.Task[None]] = set()
-        self._relays: set[TaskConnection] = set()
 
     @property
     def waiting(self) -> int:
@@ -101,8 +100,7 @@ class SshProxy:
         """Accept nothing more and end what there is."""
         await cancel_all([*([self._accepting] if self._accepting else []), *self._serving])
         self._sock.close()
-        for relay in list(self._relays):
-            relay.abandon()
+        self._connector.close()
         await self._jump_host.close()
 
     async def _accept(self) -> None:
@@ -173,7 +171,7 @@ class SshProxy:
             raise
         else:
             if connection is not None:
-                self._hand_over(greeting, connection)
+                _hand_over(greeting, connection)
 
     async def _connect(self, greeting: Greeting, task: str, token: str | None) -> TaskConnection | None:
         """The connection to the task's SSH server, or None when the peer went meanwhile."""
@@ -186,22 +184,19 @@ class SshProxy:
             return None
         return connection
 
-    def _hand_over(self, greeting: Greeting, connection: TaskConnection) -> None:
-        """From here on every byte goes between the peer and the task."""
-        transport, stream = greeting.transport, connection.stream
-        self._relays.add(connection)
-        link = connection.link
-        if link is not None:
-            link.on_lost = lambda: self._relays.discard(connection)
-        # Without a limit of 0 a transport may keep this line back, and the stream's direct writes would overtake it.
-        transport.set_write_buffer_limits(high=0)
-        transport.write(b"SUCCESS\n")
-        transport.set_protocol(stream)
-        stream.connection_made(transport)
-        transport.resume_reading()
-        stream.feed(greeting.rest)
-        if greeting.ended:
-            stream.eof_received()
+
+def _hand_over(greeting: Greeting, connection: TaskConnection) -> None:
+    """From here on every byte goes between the peer and the task."""
+    transport, stream = greeting.transport, connection.stream
+    # Without a limit of 0 a transport may keep this line back, and the stream's direct writes would overtake it.
+    transport.set_write_buffer_limits(high=0)
+    transport.write(b"SUCCESS\n")
+    transport.set_protocol(stream)
+    stream.connection_made(transport)
+    transport.resume_reading()
+    stream.feed(greeting.rest)
+    if greeting.ended:
+        stream.eof_received()
 
 
 class Greeting(asyncio.Protocol):
