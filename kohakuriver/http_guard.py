@@ -12,6 +12,7 @@ from typing import Any
 
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
+from kohakuriver.crowd import Crowd
 from kohakuriver.limits import Limits
 
 __all__ = ["guarded"]
@@ -27,6 +28,7 @@ class GuardedHttp(HttpToolsProtocol):
     """uvicorn's HTTP protocol with limits."""
 
     limits = Limits()
+    crowd: Crowd
 
     def __init__(self, *args: Any, **more: Any) -> None:
         super().__init__(*args, **more)
@@ -110,14 +112,20 @@ class GuardedHttp(HttpToolsProtocol):
     def _start_clock(self) -> None:
         if self._clock is None:
             self._clock = self.loop.call_later(self.limits.handshake_timeout, self._too_slow)
+            self.crowd.enter(self, self._crowded_out)
 
     def _stop_clock(self) -> None:
         if self._clock is not None:
             self._clock.cancel()
             self._clock = None
+            self.crowd.leave(self)
+
+    def _crowded_out(self) -> None:
+        self._stop_clock()
+        self.transport.abort()
 
     def _too_slow(self) -> None:
-        self._clock = None
+        self._stop_clock()
         if self.flow.read_paused:  # it is us who don't read
             self._start_clock()
             return
@@ -145,4 +153,4 @@ class GuardedHttp(HttpToolsProtocol):
 
 def guarded(limits: Limits) -> type[asyncio.Protocol]:
     """The class for `uvicorn.Config(http=…)` that keeps to `limits`."""
-    return type("LimitedHttp", (GuardedHttp,), {"limits": limits})
+    return type("LimitedHttp", (GuardedHttp,), {"limits": limits, "crowd": Crowd()})

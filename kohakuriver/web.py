@@ -30,6 +30,7 @@ from starlette.datastructures import Headers
 from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Receive, Scope, Send
 
+from kohakuriver.crowd import TlsListener
 from kohakuriver.errors import KohakuRiverError, LocalAddressError, NotAllowedError, UnauthenticatedError, UsageError
 from kohakuriver.http_guard import guarded
 from kohakuriver.limits import Limits
@@ -299,11 +300,12 @@ class Server(uvicorn.Server):
             )
             return protocol
 
-        seconds = self._limits.handshake_timeout if tls is not None else None
-        loop = asyncio.get_running_loop()
-        server = await loop.create_server(
-            new_protocol, sock=sock, backlog=ACCEPTED_AT_ONCE, ssl=tls, ssl_handshake_timeout=seconds
-        )
+        if tls is not None:
+            listener = TlsListener(sock, new_protocol, tls, self._limits.handshake_timeout)
+            listener.start(BACKLOG)
+            self.servers.append(listener)  # type: ignore[arg-type]  # uvicorn closes them, and no more
+            return
+        server = await asyncio.get_running_loop().create_server(new_protocol, sock=sock, backlog=ACCEPTED_AT_ONCE)
         sock.listen(BACKLOG)
         self.servers.append(server)
 

@@ -13,6 +13,7 @@ from pathlib import Path
 import structlog
 
 from kohakuriver import loops
+from kohakuriver.crowd import raise_file_limit
 from kohakuriver.host.access import Access
 from kohakuriver.host.app import Services, create_app
 from kohakuriver.host.audit import AuditLog
@@ -102,6 +103,7 @@ class Perimeter:
 def serve(options: HostOptions) -> int:
     """Run a host until SIGTERM or SIGINT; the exit code. Raises KohakuRiverError when it can't start."""
     configure_logging(options.log_level)
+    raise_file_limit()
     return loops.run(main(options))
 
 

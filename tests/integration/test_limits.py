@@ -15,6 +15,7 @@ from fastapi import FastAPI, Request
 from websockets.asyncio.client import connect
 from websockets.exceptions import ConnectionClosed
 
+from kohakuriver import crowd
 from kohakuriver.cli.pki import Authority
 from kohakuriver.errors import UnavailableError, UsageError
 from kohakuriver.host import tunnel_proxy
@@ -310,6 +311,39 @@ def test_a_tls_handshake_that_never_gets_whole_is_ended_and_others_are_served(
             status, _ = await answered(reader)  # of a peer that is slow only afterwards
             assert status == 408
             writer.close()
+
+    run(main())
+
+
+@pytest.mark.parametrize("tls", [False, True])
+def test_of_those_who_say_nothing_only_so_many_are_kept_and_the_oldest_goes_first(
+    run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, tls: bool
+) -> None:
+    monkeypatch.setattr(crowd, "MOST", 10)
+    made = Authority(tmp_path).issue(["127.0.0.1"], 1)
+    trusted = client_context("https:", tmp_path / "ca.pem") if tls else None
+    certificate = ServerCertificate(made.cert, made.key) if tls else None
+
+    async def served(port: int) -> None:
+        reader, asking = await asyncio.open_connection("127.0.0.1", port, ssl=trusted)
+        for _ in range(2):  # it is none of those between its requests
+            asking.write(POST + b"Content-Length: 2\r\n\r\nab")
+            assert (await reader.readuntil(b"\r\n\r\n2")).startswith(b"HTTP/1.1 200")
+        asking.close()
+
+    async def main() -> None:
+        # Nobody's time runs out in this test.
+        async with (
+            http_server(Limits(handshake_timeout=600), certificate) as port,
+            contextlib.AsyncExitStack() as stack,
+        ):
+            silent = [await stack.enter_async_context(dial(port)) for _ in range(15)]
+            for reader, _ in silent[:5]:
+                with contextlib.suppress(ConnectionResetError):
+                    assert await reader.read() == b""
+            await served(port)
+            await served(port)
+            assert not any(reader.at_eof() for reader, _ in silent[8:])
 
     run(main())
 
