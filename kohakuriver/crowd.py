@@ -25,16 +25,16 @@ NO_FILES_SECONDS = 0.2
 
 
 class Crowd:
-    """Who waits, oldest first: at most `MOST`, or half of the files that this process may open."""
+    """Who waits, oldest first: at most `most`, or a quarter of the files that this process may open."""
 
-    def __init__(self) -> None:
-        self.most = min(MOST, _file_limit() // 2)
-        self._waiting: dict[Hashable, Callable[[], None]] = {}
+    def __init__(self, most: int | None = None) -> None:
+        self.most = min(MOST if most is None else most, _file_limit() // 4)
+        self._waiting: dict[Hashable, Callable[[], object]] = {}
 
     def __len__(self) -> int:
         return len(self._waiting)
 
-    def enter(self, who: Hashable, leave: Callable[[], None]) -> None:
+    def enter(self, who: Hashable, leave: Callable[[], object]) -> None:
         """`leave` is called, once, if it must go because too many came after it."""
         self._waiting[who] = leave
         if len(self._waiting) > self.most:
@@ -133,6 +133,6 @@ def _file_limit() -> int:
     try:
         import resource
     except ImportError:
-        return 2 * MOST
+        return 4 * MOST
     soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
-    return soft if soft > 0 else 2 * MOST  # "infinity" is below
+    return soft if soft > 0 else 4 * MOST  # "infinity" is below

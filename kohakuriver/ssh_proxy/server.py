@@ -17,6 +17,7 @@ from typing import cast
 
 import structlog
 
+from kohakuriver.crowd import Crowd
 from kohakuriver.errors import KohakuRiverError, UsageError
 from kohakuriver.limits import Limits
 from kohakuriver.loops import cancel_all
@@ -82,13 +83,13 @@ class SshProxy:
             login_seconds=LOGIN_FACTOR * limits.handshake_timeout,
         )
         self._accepting: asyncio.Task[None] | None = None
-        self._waiting: dict[asyncio.Task[None], None] = {}
+        self._crowd = Crowd(MAX_WAITING)
         self._serving: set[asyncio.Task[None]] = set()
 
     @property
     def waiting(self) -> int:
         """How many peers have not shown yet that they may come in; those who may not, and linger, among them."""
-        return len(self._waiting)
+        return len(self._crowd)
 
     def start(self) -> None:
         """Begin to accept connections."""
@@ -114,16 +115,12 @@ class SshProxy:
                 continue
             task = loop.create_task(self._serve(peer))
             self._serving.add(task)
-            self._waiting[task] = None
             task.add_done_callback(self._served)
-            if len(self._waiting) > MAX_WAITING:
-                oldest = next(iter(self._waiting))
-                del self._waiting[oldest]
-                oldest.cancel()
+            self._crowd.enter(task, task.cancel)
 
     def _served(self, task: asyncio.Task[None]) -> None:
         self._serving.discard(task)
-        self._waiting.pop(task, None)
+        self._crowd.leave(task)
         if not task.cancelled() and (error := task.exception()) is not None:
             log.error("a connection to the SSH proxy failed", exc_info=error)
 
@@ -131,7 +128,7 @@ class SshProxy:
         """The peer whose task runs is no stranger any more."""
         task = asyncio.current_task()
         assert task is not None
-        self._waiting.pop(task, None)
+        self._crowd.leave(task)
 
     async def _serve(self, peer: socket.socket) -> None:
         handed_over = False

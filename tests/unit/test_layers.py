@@ -30,7 +30,7 @@ ALLOWED: dict[str, set[str]] = {
     "web": PROTOCOL | {"crowd", "http_guard", "__init__"},
     "host": PROTOCOL | {"crowd", "store", "web", "ssh_proxy", "__init__"},
     "runner": PROTOCOL | {"store", "web", "__init__"},
-    "ssh_proxy": PROTOCOL,
+    "ssh_proxy": PROTOCOL | {"crowd"},
     "api": BASE | {"__init__"},
     "forwarding": PROTOCOL | {"api", "__init__"},
     "cli": PROTOCOL | {"api", "forwarding", "__init__"},
