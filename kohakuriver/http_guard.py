@@ -134,10 +134,11 @@ class GuardedHttp(HttpToolsProtocol):
 
     def _dismiss(self) -> None:
         """Others wait, too, and this one has done so for longest."""
+        self._stop_clock()
         self.transport.abort()
 
     def _too_slow(self) -> None:
-        self._clock = None
+        self._stop_clock()
         if self.flow.read_paused:  # it is us who don't read
             self._start_clock()
             return

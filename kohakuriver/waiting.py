@@ -1,20 +1,28 @@
 """Those who have connected and not shown yet what they want, or whether they may: nobody keeps places from others.
 
-Each costs memory, and all of them at once, when they go, time in which nobody else is served.
+Each costs a file and some memory, with TLS some 60 KiB; and all of them at once, when they go, time in which nobody
+else is served. Source: docs/guide/limits.md.
 """
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Hashable
 
-__all__ = ["WaitingRoom"]
+__all__ = ["WaitingRoom", "raise_file_limit"]
+
+_FEWEST = 16
 
 
 class WaitingRoom:
-    """At most `most` connections that wait; when one more comes, the one that has waited for longest goes."""
+    """Connections that wait; when there is one too many, the one that has waited for longest goes.
+
+    Args:
+        most: how many there may be; fewer where that is more than a quarter of the files that this process may open.
+    """
 
     def __init__(self, most: int) -> None:
-        self._most = most
+        self._most = min(most, max(_FEWEST, _file_limit() // 4))
         self._waiting: dict[Hashable, Callable[[], object]] = {}
 
     def __len__(self) -> int:
@@ -31,3 +39,22 @@ class WaitingRoom:
     def leave(self, who: Hashable) -> None:
         """`who` waits no longer, if it did."""
         self._waiting.pop(who, None)
+
+
+def raise_file_limit() -> None:
+    """Let this process open as many files as it may have."""
+    with contextlib.suppress(ImportError, OSError, ValueError):  # not everywhere is there such a thing
+        import resource
+
+        _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+
+
+def _file_limit() -> int:
+    unlimited = 1 << 20
+    try:
+        import resource
+    except ImportError:
+        return unlimited
+    soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+    return soft if soft > 0 else unlimited  # "infinity" is below

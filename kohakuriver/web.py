@@ -31,16 +31,10 @@ from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from kohakuriver.acceptor import Acceptor
-from kohakuriver.errors import (
-    KohakuRiverError,
-    LocalAddressError,
-    NotAllowedError,
-    UnauthenticatedError,
-    UsageError,
-    printable,
-)
+from kohakuriver.errors import KohakuRiverError, LocalAddressError, NotAllowedError, UnauthenticatedError, UsageError
 from kohakuriver.http_guard import guarded
 from kohakuriver.limits import Limits
+from kohakuriver.text import printable
 from kohakuriver.tls import ServerCertificate
 from kohakuriver.tunnel.guard import Guard
 from kohakuriver.waiting import WaitingRoom
@@ -191,8 +185,8 @@ def configure_logging(level: str = "info") -> None:
             structlog.contextvars.merge_contextvars,
             structlog.processors.add_log_level,
             structlog.processors.TimeStamper(fmt="iso"),
-            _printable,
             structlog.processors.format_exc_info,
+            _printable,
             structlog.dev.ConsoleRenderer(colors=sys.stderr.isatty()),
         ],
         wrapper_class=structlog.make_filtering_bound_logger(logging.getLevelName(level.upper())),
@@ -200,11 +194,11 @@ def configure_logging(level: str = "info") -> None:
     )
 
 
-def _printable(_logger: Any, _method: str, event: MutableMapping[str, Any]) -> MutableMapping[str, Any]:
-    """A line stays a line, and nothing in it is for whoever's terminal it is read on."""
-    for name, value in event.items():
+def _printable(_logger: object, _method: str, event: MutableMapping[str, Any]) -> MutableMapping[str, Any]:
+    """Paths, names and reasons come from peers, and a log is read on terminals. Only tracebacks have lines."""
+    for key, value in event.items():
         if isinstance(value, str):
-            event[name] = printable(value).replace("\n", "\\n")
+            event[key] = printable(value) if key == "exception" else printable(value, keep="")
     return event
 
 

@@ -23,6 +23,7 @@ from kohakuriver.host.credentials import Caller
 from kohakuriver.host.grants import Grants
 from kohakuriver.host.tunnel_proxy import ForwardTarget, TunnelProxy
 from kohakuriver.limits import Limits
+from kohakuriver.loops import cancel_all
 from kohakuriver.runner.tunnel_server import TunnelServer
 from kohakuriver.store import Accounts, Task
 from kohakuriver.tls import ServerCertificate, client_context
@@ -221,8 +222,7 @@ async def kill(client: asyncio.Task[int] | asyncio.subprocess.Process) -> None:
 
 
 async def _cancelled(task: asyncio.Task[int]) -> None:
-    task.cancel()
-    await asyncio.wait([task])
+    await cancel_all([task])
 
 
 async def _killed(process: asyncio.subprocess.Process) -> None:

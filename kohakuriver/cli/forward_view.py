@@ -12,8 +12,8 @@ from types import TracebackType
 from typing import TYPE_CHECKING
 
 from kohakuriver.cli import output
-from kohakuriver.errors import printable
 from kohakuriver.forwarding import Event, Listening, Reconnecting, Resumed, Stats, StreamError
+from kohakuriver.text import printable
 
 if TYPE_CHECKING:
     from rich.live import Live

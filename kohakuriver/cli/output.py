@@ -14,7 +14,7 @@ from collections.abc import Iterator, Sequence
 from datetime import datetime, timezone
 from typing import IO, Any, NoReturn
 
-from kohakuriver.errors import printable
+from kohakuriver.text import printable
 
 __all__ = [
     "age",

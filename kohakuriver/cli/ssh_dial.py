@@ -23,8 +23,8 @@ from kohakuriver.errors import (
     UnavailableError,
     UsageError,
     from_status,
-    printable,
 )
+from kohakuriver.text import printable
 
 __all__ = ["DOMAIN", "dial", "main", "proxy", "task_of", "to_show"]
 

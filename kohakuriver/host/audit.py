@@ -1,11 +1,13 @@
 """Who opened what, from where, for how long: one line of JSON when a session begins and one when it has ended.
 
-The file only ever grows at its end. It may be renamed at any time: the next line begins a new one in its place.
+The file only ever grows at its end, and a line that was cut short spoils no other. It may be renamed at any time: the
+next line begins a new one in its place.
 Source: docs/guide/limits.md "Audit log", which has the fields.
 """
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 from datetime import datetime, timezone
@@ -20,7 +22,7 @@ __all__ = ["AuditLog"]
 
 log = structlog.get_logger("kohakuriver.audit")
 
-_FLAGS = os.O_WRONLY | os.O_APPEND | os.O_CREAT | getattr(os, "O_NOFOLLOW", 0)
+_FLAGS = os.O_RDWR | os.O_APPEND | os.O_CREAT | getattr(os, "O_NOFOLLOW", 0)
 
 
 class AuditLog:
@@ -29,27 +31,36 @@ class AuditLog:
     def __init__(self, path: Path) -> None:
         """Raises UsageError where `path` can't be written to."""
         self._path = path
-        self._trouble = False
+        self._lost = 0
         try:
             self._append(b"")
         except OSError as error:
             raise UsageError(f"The audit log {path} can't be written to: {error.strerror}.") from error
 
     def write(self, event: str, **fields: Any) -> None:
-        """Add one line. A disk that is full ends nobody's session: that is logged instead, once until it is well."""
-        line = json.dumps({"time": datetime.now(timezone.utc).isoformat(), "event": event, **fields})
+        """Add one line. A full disk ends nobody's session: it is logged, and how many lines it cost is added."""
         try:
-            self._append(f"{line}\n".encode())
+            if self._lost:
+                self._append(_line("lines_lost", count=self._lost))
+                self._lost = 0
+            self._append(_line(event, **fields))
         except OSError as error:
-            if not self._trouble:
+            if not self._lost:
                 log.error("the audit log can't be written to", file=str(self._path), reason=error.strerror)
-            self._trouble = True
-        else:
-            self._trouble = False
+            self._lost += 1
 
     def _append(self, line: bytes) -> None:
         file = os.open(self._path, _FLAGS, 0o600)  # anew each time: it may have been renamed
         try:
-            os.write(file, line)
+            size = os.fstat(file).st_size
+            if line and size and os.pread(file, 1, size - 1) != b"\n":
+                line = b"\n" + line  # the machine, or the room on the disk, ended within the last one
+            if os.write(file, line) < len(line):
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         finally:
             os.close(file)
+
+
+def _line(event: str, **fields: Any) -> bytes:
+    line = json.dumps({"time": datetime.now(timezone.utc).isoformat(), "event": event, **fields})
+    return f"{line}\n".encode()

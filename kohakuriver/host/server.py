@@ -31,6 +31,7 @@ from kohakuriver.store import Accounts, Store, sqlite_url
 from kohakuriver.tls import ServerCertificate, client_context
 from kohakuriver.tunnel.guard import Guard
 from kohakuriver.tunnel.server import serve_ws
+from kohakuriver.waiting import raise_file_limit
 from kohakuriver.web import (
     Server,
     bind,
@@ -107,6 +108,7 @@ class Perimeter:
 def serve(options: HostOptions) -> int:
     """Run a host until SIGTERM or SIGINT; the exit code. Raises KohakuRiverError when it can't start."""
     configure_logging(options.log_level)
+    raise_file_limit()
     return loops.run(main(options))
 
 

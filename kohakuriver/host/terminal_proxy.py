@@ -18,7 +18,7 @@ from kohakuriver.tunnel import terminal
 from kohakuriver.tunnel.grant import NO_GRANT, Grant
 from kohakuriver.tunnel.handshake import open_messages
 from kohakuriver.tunnel.idle import IdleWatch
-from kohakuriver.tunnel.messages import MessageLink, may_close_with
+from kohakuriver.tunnel.messages import MessageLink, may_close_with, size_of
 from kohakuriver.tunnel.pace import PacedMessages
 from kohakuriver.tunnel.protocol import TERMINAL_V2, CloseCode
 from kohakuriver.tunnel.server import TunnelRoute, UpgradeRequest
@@ -186,14 +186,14 @@ class _Relay:
     async def _pass_to_runner(self) -> None:
         with contextlib.suppress(ConnectionError):
             while (message := await self._from_user.receive()) is not None:
-                self._to_container += len(message)
+                self._to_container += size_of(message)
                 await self._runner.send(message)
         await self._ended("user", self._user, self._runner)
 
     async def _pass_to_user(self) -> None:
         with contextlib.suppress(ConnectionError):
             while (message := await self._from_runner.receive()) is not None:
-                self._to_user += len(message)
+                self._to_user += size_of(message)
                 await self._user.send(message)
         await self._ended("node", self._runner, self._user)
 

@@ -9,9 +9,10 @@ from typing import Any, Protocol
 
 import structlog
 
-from kohakuriver.errors import KohakuRiverError, NotFoundError, UnavailableError, printable
+from kohakuriver.errors import KohakuRiverError, NotFoundError, UnavailableError
 from kohakuriver.runner.backends.base import Backend, ExecRequest, ExecSession
 from kohakuriver.runner.state import State, TaskRecord, next_revision
+from kohakuriver.text import printable
 
 __all__ = ["START_SECONDS", "TaskManager"]
 

@@ -22,6 +22,7 @@ from kohakuriver.limits import Limits
 from kohakuriver.loops import cancel_all
 from kohakuriver.ssh_proxy.jump import JumpHost, Keyholders
 from kohakuriver.ssh_proxy.session import Connector, SshTarget, TaskConnection
+from kohakuriver.text import printable
 from kohakuriver.waiting import WaitingRoom
 
 __all__ = ["SshProxy"]
@@ -83,7 +84,6 @@ class SshProxy:
         self._accepting: asyncio.Task[None] | None = None
         self._room = WaitingRoom(limits.max_waiting)
         self._serving: set[asyncio.Task[None]] = set()
-        self._relays: set[TaskConnection] = set()
 
     @property
     def waiting(self) -> int:
@@ -100,8 +100,7 @@ class SshProxy:
         """Accept nothing more and end what there is."""
         await cancel_all([*([self._accepting] if self._accepting else []), *self._serving])
         self._sock.close()
-        for relay in list(self._relays):
-            relay.abandon()
+        self._connector.close()
         await self._jump_host.close()
 
     async def _accept(self) -> None:
@@ -168,7 +167,7 @@ class SshProxy:
             raise
         else:
             if connection is not None:
-                self._hand_over(greeting, connection)
+                _hand_over(greeting, connection)
 
     async def _connect(self, greeting: Greeting, task: str, token: str | None) -> TaskConnection | None:
         """The connection to the task's SSH server, or None when the peer went meanwhile."""
@@ -181,22 +180,19 @@ class SshProxy:
             return None
         return connection
 
-    def _hand_over(self, greeting: Greeting, connection: TaskConnection) -> None:
-        """From here on every byte goes between the peer and the task."""
-        transport, stream = greeting.transport, connection.stream
-        self._relays.add(connection)
-        link = connection.link
-        if link is not None:
-            link.on_lost = lambda: self._relays.discard(connection)
-        # Without a limit of 0 a transport may keep this line back, and the stream's direct writes would overtake it.
-        transport.set_write_buffer_limits(high=0)
-        transport.write(b"SUCCESS\n")
-        transport.set_protocol(stream)
-        stream.connection_made(transport)
-        transport.resume_reading()
-        stream.feed(greeting.rest)
-        if greeting.ended:
-            stream.eof_received()
+
+def _hand_over(greeting: Greeting, connection: TaskConnection) -> None:
+    """From here on every byte goes between the peer and the task."""
+    transport, stream = greeting.transport, connection.stream
+    # Without a limit of 0 a transport may keep this line back, and the stream's direct writes would overtake it.
+    transport.set_write_buffer_limits(high=0)
+    transport.write(b"SUCCESS\n")
+    transport.set_protocol(stream)
+    stream.connection_made(transport)
+    transport.resume_reading()
+    stream.feed(greeting.rest)
+    if greeting.ended:
+        stream.eof_received()
 
 
 class Greeting(asyncio.Protocol):
@@ -236,7 +232,7 @@ class Greeting(asyncio.Protocol):
             return
         self._deaf = True
         try:
-            self.transport.write(b"ERROR " + " ".join(message.split()).encode() + b"\n")
+            self.transport.write(f"ERROR {printable(' '.join(message.split()))}\n".encode())
             if self.ended:
                 self.transport.close()
             else:

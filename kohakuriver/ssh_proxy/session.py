@@ -8,7 +8,6 @@ from __future__ import annotations
 import asyncio
 import ssl
 from dataclasses import dataclass
-from typing import Any
 from urllib.parse import quote
 
 from kohakuriver.errors import HostUnreachableError, KohakuRiverError, NotAllowedError, UnavailableError
@@ -47,16 +46,14 @@ class SshTarget:
 class TaskConnection(UserEndpoint):
     """A stream to a port of a task, and the session that carries it; both end together.
 
-    `open`, then make a transport's protocol of `stream`. `peer` is whose it is, as address and port; `trusted` how a
-    runner that serves TLS is checked, None for the system's authorities; `idle` ends it when nothing passes.
+    `open`, then make a transport's protocol of `stream`. `peer` is whose it is, as address and port.
     """
 
-    def __init__(self, target: SshTarget, *, peer: str, trusted: ssl.SSLContext | None, idle: IdleWatch) -> None:
+    def __init__(self, connector: Connector, target: SshTarget, peer: str) -> None:
         super().__init__(on_stream_error=self._refused, on_detach=self._lost)
+        self._connector = connector
         self._target = target
         self._peer = peer
-        self._trusted = trusted
-        self._idle = idle
         self._ending: tuple[str, int, str] | None = None
         self._opened: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self.stream = TcpStream(self, target.port)
@@ -85,12 +82,12 @@ class TaskConnection(UserEndpoint):
         target = self._target
         url = f"{target.runner_ws_url}/ws/forward/{quote(target.container, safe='')}/{target.port}?proto=tcp"
         try:
-            link = await open_session(url, token=target.ticket, ssl=self._trusted, timeout=OPEN_SECONDS)
+            link = await open_session(url, token=target.ticket, ssl=self._connector.trusted, timeout=OPEN_SECONDS)
         except NotAllowedError as error:  # of the host, not of the user: whose credentials are good
             raise HostUnreachableError(f"The task's node did not take the host's ticket: {error}") from error
         about = {"from": self._peer, "proto": "ssh", "port": target.port, "ports": [target.port]}
         target.grant.opened(**about, version=link.version)
-        self._idle.add(self, lambda: self.bytes_sent + self.bytes_received, self._idled)
+        self._connector.begun(self)
         self.attach(link)
         self._open(self.stream)
         target.grant.attach(self._withdrawn)
@@ -107,13 +104,21 @@ class TaskConnection(UserEndpoint):
     def _withdrawn(self, reason: str) -> None:
         self.abandon(reason, CloseCode.POLICY)
 
-    def _idled(self, reason: str) -> None:
+    @property
+    def passed(self) -> int:
+        """Bytes so far, both ways."""
+        return self.bytes_sent + self.bytes_received
+
+    def idle(self, reason: str) -> None:
+        """Nothing has passed for long enough."""
         self.abandon(reason, CloseCode.IDLE)
 
     def _closed(self) -> None:
-        self._idle.discard(self)
+        self._connector.ended(self)
         by, code, reason = self._ending or ("host", CloseCode.NORMAL, "")
-        passed = {"bytes_to_container": self.bytes_sent, "bytes_to_user": self.bytes_received}
+        # The task may have ended while a slow user still takes what it said last.
+        to_user = self.bytes_received + self.stream.held
+        passed = {"bytes_to_container": self.bytes_sent, "bytes_to_user": to_user}
         self._target.grant.closed(**passed, ended_by=by, code=code, reason=reason)
 
     def _settle(self, error: KohakuRiverError | None) -> None:
@@ -151,10 +156,10 @@ class TaskConnection(UserEndpoint):
 class PacedConnection(TaskConnection):
     """A connection that may take only so many bytes a second, each way."""
 
-    def __init__(self, rate: int, target: SshTarget, **more: Any) -> None:
-        super().__init__(target, **more)
-        self.stream.sending = PacedWindow(self.stream, rate)
-        self._pace = PacedReads(rate)
+    def __init__(self, connector: Connector, target: SshTarget, peer: str) -> None:
+        super().__init__(connector, target, peer)
+        self.stream.sending = PacedWindow(self.stream, connector.rate)
+        self._pace = PacedReads(connector.rate)
 
     def attach(self, link: Link) -> None:
         self._pace.begin(link)
@@ -167,18 +172,35 @@ class PacedConnection(TaskConnection):
 
 
 class Connector:
-    """Makes the connections of one proxy, within its limits."""
+    """Makes the connections of one proxy, within its limits, and keeps an eye on those that are open.
+
+    `trusted` is how runners that serve TLS are checked, None for the system's authorities.
+    """
 
     def __init__(self, *, trusted: ssl.SSLContext | None, limits: Limits) -> None:
-        self._trusted = trusted
-        self._rate = limits.max_rate
+        self.trusted = trusted
+        self.rate = limits.max_rate
         self._idle = IdleWatch(limits.idle_timeout)
+        self._open: dict[TaskConnection, None] = {}
 
     def connection(self, target: SshTarget, peer: str) -> TaskConnection:
         """A connection that is not open yet, for the peer with that address and port."""
-        if self._rate:
-            return PacedConnection(self._rate, target, peer=peer, trusted=self._trusted, idle=self._idle)
-        return TaskConnection(target, peer=peer, trusted=self._trusted, idle=self._idle)
+        return (PacedConnection if self.rate else TaskConnection)(self, target, peer)
+
+    def begun(self, connection: TaskConnection) -> None:
+        """Its session is open."""
+        self._open[connection] = None
+        self._idle.add(connection, lambda: connection.passed, connection.idle)
+
+    def ended(self, connection: TaskConnection) -> None:
+        """Its session, if it had one, has ended."""
+        self._open.pop(connection, None)
+        self._idle.discard(connection)
+
+    def close(self) -> None:
+        """End every connection, at once."""
+        for connection in list(self._open):
+            connection.abandon("the host is shutting down", CloseCode.GOING_AWAY)
 
 
 def _why_refused(target: SshTarget, text: str) -> str:

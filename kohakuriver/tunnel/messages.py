@@ -16,7 +16,7 @@ from typing import Any, Protocol, cast
 from kohakuriver.tunnel.link import CLOSE_WAIT, IDLE_PING, PONG_WAIT, tune_socket
 from kohakuriver.tunnel.protocol import MAX_MESSAGE, CloseCode
 
-__all__ = ["MAX_MESSAGE", "Frames", "MessageLink", "may_close_with"]
+__all__ = ["MAX_MESSAGE", "Frames", "MessageLink", "may_close_with", "size_of"]
 
 # Received bytes that may wait for `receive` before reading stops, and sent ones that may wait for the kernel.
 MAX_WAITING = 64 * 1024
@@ -289,6 +289,11 @@ class MessageLink(asyncio.Protocol):
         else:
             self.close_reason = f"no answer to a ping for {self.pong_wait:g} s"
             self.abort()
+
+
+def size_of(message: str | bytes) -> int:
+    """Bytes of a message's payload on the wire."""
+    return len(message) if isinstance(message, bytes) else len(message.encode("utf-8", "replace"))
 
 
 def may_close_with(code: int) -> int:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 from kohakuriver.limits import TokenBucket
 from kohakuriver.tunnel.link import RECEIVE_SIZE, Link
-from kohakuriver.tunnel.messages import MessageLink
+from kohakuriver.tunnel.messages import MessageLink, size_of
 from kohakuriver.tunnel.stream import SendWindow
 
 if TYPE_CHECKING:
@@ -103,5 +103,5 @@ class PacedMessages:
         await asyncio.sleep(self._bucket.take(0, self._loop.time()))
         message = await self._link.receive()
         if message is not None:
-            self._bucket.take(len(message), self._loop.time())
+            self._bucket.take(size_of(message), self._loop.time())
         return message

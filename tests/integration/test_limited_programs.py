@@ -1,9 +1,11 @@
-"""Limits from the environment of `up`, as users of real programs meet them: terminals and SSH, not only forwards."""
+"""Limits and the audit log as users of real programs meet them: with terminals and SSH, not only forwards."""
 
 from __future__ import annotations
 
 import contextlib
+import json
 import random
+import socket
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -97,3 +99,23 @@ def test_an_ssh_connection_that_is_idle_for_too_long_is_ended(impatient: Users) 
     written = (impatient.directory / "state" / "audit.jsonl").read_text()
     assert '"proto": "ssh"' in written
     assert f'"ended_by": "host", "code": 4001, "reason": "{IDLE_SENTENCE}"' in written
+
+
+def test_a_host_that_is_stopped_writes_down_the_end_of_every_session(tmp_path: Path) -> None:
+    users = Users(tmp_path, ours())
+    users.vps("web")
+    users.start("forward", "web", "0:22", "--json").event("listening")
+    terminal = users.start("connect", "web", "--", "sh", "-c", "echo here; exec sleep 1000")
+    terminal.line("here")
+    try:
+        with socket.create_connection(("127.0.0.1", users.port), TIMEOUT) as relay, relay.makefile("rb") as lines:
+            relay.sendall(f"REQUEST_TUNNEL web {users.token}\n".encode())
+            assert lines.readline() == b"SUCCESS\n"
+            assert users.up.stop() == 0
+    finally:
+        users.close()
+    written = [json.loads(line) for line in (tmp_path / "state" / "audit.jsonl").read_text().splitlines()]
+    opened = {line["session"]: line["proto"] for line in written if line["event"] == "session_opened"}
+    closed = {line["session"]: line["proto"] for line in written if line["event"] == "session_closed"}
+    assert sorted(opened.values()) == ["ssh", "tcp", "terminal"]
+    assert closed == opened

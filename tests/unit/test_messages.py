@@ -13,7 +13,7 @@ from fastapi import FastAPI
 from kohakuriver.errors import NotFoundError
 from kohakuriver.tunnel import messages
 from kohakuriver.tunnel.handshake import open_messages
-from kohakuriver.tunnel.messages import MessageLink
+from kohakuriver.tunnel.messages import MessageLink, size_of
 from kohakuriver.tunnel.protocol import TERMINAL_V2
 from kohakuriver.tunnel.server import UpgradeRequest, serve_ws
 from tests.control import serving
@@ -168,3 +168,7 @@ def test_a_broken_frame_closes_with_the_code_that_the_sender_is_owed(run: Run) -
             assert dialled.close_code == 1002
 
     run(main())
+
+
+def test_the_size_of_a_message_is_that_of_its_bytes() -> None:
+    assert (size_of("grüße"), size_of("grüße".encode()), size_of("")) == (7, 7, 0)

@@ -33,10 +33,10 @@ class Proxy:
         self.hops = hops
         self.port_of = {"task": 0, "closed": 0}
         self.holders: dict[str, set[str]] = {}
-        self._sock = socket.create_server(("127.0.0.1", 0))
-        self.port = self._sock.getsockname()[1]
+        self.listening = socket.create_server(("127.0.0.1", 0))
+        self.port = self.listening.getsockname()[1]
         self.proxy = SshProxy(
-            self._sock,
+            self.listening,
             authorize=self._authorize,
             keyholders=self._keyholder,
             check_user=self._check_user,
@@ -545,5 +545,53 @@ def test_a_connection_in_which_nothing_passes_is_ended_and_a_busy_one_is_not(
             assert closed["reason"] == "nothing passed for 0.4 s, which is as long as this host waits"
             with contextlib.suppress(ConnectionError):
                 assert await idle.read() == b""
+
+    run(check())
+
+
+@ways
+def test_when_the_proxy_is_closed_the_audit_log_has_the_end_of_every_connection(
+    run: Run, tmp_path: Path, way: str
+) -> None:
+    async def check() -> None:
+        async with a_proxy(tmp_path) as proxy, connected(proxy, way) as (reader, writer):
+            writer.write(b"hello")
+            assert await reader.readexactly(5) == b"hello"
+            lines = proxy.hops.audit.written
+            assert (await lines.get())["event"] == "session_opened"
+            await proxy.proxy.close()
+            closed = lines.get_nowait()  # the program ends right after it
+            assert (closed["event"], closed["ended_by"], closed["code"]) == ("session_closed", "host", 1001)
+            assert (closed["bytes_to_container"], closed["bytes_to_user"]) == (5, 5)
+
+    run(check())
+
+
+def test_what_a_slow_user_has_not_taken_yet_when_the_task_has_ended_is_counted_too(run: Run, tmp_path: Path) -> None:
+    size = 250_000  # within a stream's first window, and more than the small socket takes
+
+    async def all_at_once(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        await reader.read()
+        writer.write(bytes(size))
+        writer.close()
+
+    async def check() -> None:
+        async with a_proxy(tmp_path, "python", all_at_once) as proxy:
+            proxy.listening.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 4096)  # what it accepts inherits that
+            with socket.socket() as sock:
+                sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+                sock.setblocking(False)
+                loop = asyncio.get_running_loop()
+                await loop.sock_connect(sock, ("127.0.0.1", proxy.port))
+                await loop.sock_sendall(sock, request())
+                sock.shutdown(socket.SHUT_WR)
+                lines = proxy.hops.audit.written
+                assert (await lines.get())["event"] == "session_opened"
+                closed = await lines.get()
+                got = b""
+                while more := await loop.sock_recv(sock, 1 << 20):
+                    got += more
+            assert got == b"SUCCESS\n" + bytes(size)
+            assert (closed["bytes_to_user"], closed["ended_by"]) == (size, "user")
 
     run(check())

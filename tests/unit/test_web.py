@@ -12,13 +12,14 @@ from typing import Any
 
 import httpx
 import pytest
+import structlog
 
 from kohakuriver.acceptor import ACCEPTED_AT_ONCE
 from kohakuriver.cli.pki import Authority
 from kohakuriver.errors import LocalAddressError
 from kohakuriver.tls import ServerCertificate
 from kohakuriver.tunnel.server import serve_ws
-from kohakuriver.web import Server, bind, new_app, socket_url, warn_if_in_clear
+from kohakuriver.web import Server, bind, configure_logging, new_app, socket_url, warn_if_in_clear
 from tests.control import serving
 
 Run = Callable[[Coroutine[Any, Any, None]], None]
@@ -162,3 +163,20 @@ def test_a_crowd_that_connects_at_once_leaves_others_their_turn(run: Run) -> Non
         await running
 
     run(main())
+
+
+def test_what_a_stranger_sends_stays_on_its_line_in_the_log_and_harmless(capsys: pytest.CaptureFixture[str]) -> None:
+    try:
+        configure_logging()
+        structlog.get_logger().info("refused", task="\x1b[2J\x9b2J", reason="two\nlines")
+        try:
+            raise ValueError("\x1b[2J")
+        except ValueError:
+            structlog.get_logger().exception("failed")
+    finally:
+        structlog.reset_defaults()
+    first, second, *traceback = capsys.readouterr().err.splitlines()
+    assert r"\x1b[2J\x9b2J" in first
+    assert r"two\nlines" in first
+    assert "failed" in second
+    assert traceback[-1] == r"ValueError: \x1b[2J"
