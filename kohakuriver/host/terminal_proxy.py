@@ -7,7 +7,7 @@ import contextlib
 import ssl
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeAlias
 
 import structlog
 
@@ -134,6 +134,10 @@ class TerminalProxy:
         await asyncio.gather(*self._terminals, return_exceptions=True)
 
 
+# Why this host ends a terminal: what the user is told, and how the WebSockets are closed.
+_Cut: TypeAlias = tuple[KohakuRiverError, CloseCode, str]
+
+
 class _Relay:
     """One terminal's messages, passed on until one side ends, or this host wants it to; the other side ends likewise.
 
@@ -148,7 +152,7 @@ class _Relay:
         self._grant = grant
         self._to_container = self._to_user = 0
         self._ending: tuple[str, int, str] | None = None
-        self._cut_off: asyncio.Future[KohakuRiverError] = asyncio.get_running_loop().create_future()
+        self._cut_off: asyncio.Future[_Cut] = asyncio.get_running_loop().create_future()
 
     @property
     def passed(self) -> int:
@@ -164,7 +168,7 @@ class _Relay:
             await asyncio.wait(ends, return_when=asyncio.FIRST_COMPLETED)
             if self._cut_off.done():
                 await cancel_all([passing])
-                await self._end(self._cut_off.result())
+                await self._end(*self._cut_off.result())
         finally:
             by, code, reason = self._ending or ("host", CloseCode.GOING_AWAY, "")
             self._grant.closed(
@@ -214,11 +218,9 @@ class _Relay:
     def _cut_off_with(self, error: KohakuRiverError, code: CloseCode, reason: str) -> None:
         if not self._cut_off.done():
             self._ending = self._ending or ("host", code, reason)
-            self._cut_off.set_result(error)
+            self._cut_off.set_result((error, code, reason))
 
-    async def _end(self, error: KohakuRiverError) -> None:
-        assert self._ending is not None
-        _, code, reason = self._ending
+    async def _end(self, error: KohakuRiverError, code: CloseCode, reason: str) -> None:
         self._runner.begin_close(code, reason)
         with contextlib.suppress(ConnectionError, asyncio.TimeoutError):
             await asyncio.wait_for(self._user.send(terminal.failed(error)), FAREWELL_SECONDS)
