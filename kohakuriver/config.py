@@ -19,18 +19,21 @@ from urllib.parse import urlsplit
 from kohakuriver.errors import UsageError
 
 __all__ = [
+    "DEFAULT_HOST",
     "DEFAULT_HOST_PORT",
     "DEFAULT_RUNNER_PORT",
     "DEFAULT_SSH_PORT",
     "Cluster",
     "Logins",
     "Settings",
+    "clean_token",
     "config_dir",
     "host_url",
     "load_settings",
     "read_cluster",
     "read_logins",
     "remove_cluster",
+    "set_by",
     "write_cluster",
     "write_logins",
     "write_private",
@@ -118,10 +121,14 @@ def remove_cluster(cluster: Cluster) -> None:
 
 @dataclass(frozen=True)
 class Logins:
-    """The tokens that `kohakuriver auth login` keeps, by the host's URL; `current` is the host of the last login."""
+    """What `kohakuriver auth login` keeps, by the host's URL; `current` is the host of the last login.
+
+    `ca_files` are the authorities by which a host was trusted then, for hosts that needed a file.
+    """
 
     current: str | None = None
     tokens: dict[str, str] = field(default_factory=dict)
+    ca_files: dict[str, str] = field(default_factory=dict)
 
 
 def _logins_file() -> Path:
@@ -135,7 +142,8 @@ def read_logins() -> Logins:
         content = json.loads(path.read_text("utf-8"))
         current = content["current"]
         tokens = {str(host): str(token) for host, token in content["tokens"].items()}
-        return Logins(None if current is None else str(current), tokens)
+        ca_files = {str(host): str(path) for host, path in content.get("ca_files", {}).items()}
+        return Logins(None if current is None else str(current), tokens, ca_files)
     except FileNotFoundError:
         return Logins()
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
@@ -211,6 +219,17 @@ def _read_config_file() -> dict[str, Any]:
     return content
 
 
+def set_by(name: str) -> str | None:
+    """The variable, or the file's name, that gives the setting `name`; None where neither does.
+
+    Raises UsageError for a file that can't be read.
+    """
+    variable = f"KOHAKURIVER_{name.upper()}"
+    if os.environ.get(variable):
+        return variable
+    return "config.toml" if name in _read_config_file() else None
+
+
 def load_settings(
     *,
     host: str | None = None,
@@ -245,4 +264,13 @@ def _filled_in(given: dict[str, Any]) -> Settings:
         ssh_proxy = ssh_proxy or cluster.ssh_proxy
     numbers = {name: given[name] for name in _NUMBERS if name in given}
     ssh_proxy = ssh_proxy or f"{urlsplit(host).hostname}:{DEFAULT_SSH_PORT}"
-    return Settings(host, token, ssh_proxy, given.get("ca_file"), **numbers)
+    ca_file = given.get("ca_file") or logins.ca_files.get(host)
+    return Settings(host, None if token is None else clean_token(token), ssh_proxy, ca_file, **numbers)
+
+
+def clean_token(text: str) -> str:
+    """`text` without white space around it. Raises UsageError where it can't be a token, nor stand in a header."""
+    token = text.strip()
+    if not token.isascii() or not token.isprintable() or " " in token:
+        raise UsageError("The token has a character in it that no token has; copy it once more, all of it.")
+    return token

@@ -124,6 +124,9 @@ _BY_STATUS: dict[int, type[KohakuRiverError]] = {
     504: HostUnreachableError,
 }
 
+# Some errors have a status for the sake of HTTP; to whoever asked they mean another thing.
+_BY_CODE: dict[str, type[KohakuRiverError]] = {"name_taken": UsageError}
+
 _LONGEST_FOREIGN_BODY = 200
 
 
@@ -143,6 +146,7 @@ def from_status(status: int, body: bytes) -> KohakuRiverError:
     if isinstance(answer, dict):
         code = answer["error"] if isinstance(answer.get("error"), str) else None
         message = answer["message"] if isinstance(answer.get("message"), str) else None
+        cls = _BY_CODE.get(code or "", cls)
     return cls(message or _foreign_message(status, body), code=code, status=status)
 
 

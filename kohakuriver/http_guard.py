@@ -44,6 +44,12 @@ class GuardedHttp(HttpToolsProtocol):
         self._stop_clock()
         super().connection_lost(exc)
 
+    def shutdown(self) -> None:
+        """Begin the end, as the server does; an idle connection is over at once."""
+        super().shutdown()
+        if self.transport.is_closing():
+            self._abort_soon()
+
     def data_received(self, data: bytes) -> None:
         if self._refusal is not None:
             return
@@ -139,7 +145,11 @@ class GuardedHttp(HttpToolsProtocol):
             )
             self.transport.write(head.encode() + content)
         self.transport.close()
-        # With TLS a close waits for the peer's, and whoever is slow with the one may be slow with the other.
+        self._abort_soon()
+
+    def _abort_soon(self) -> None:
+        # With TLS a close waits for the peer's. Who is slow with a request may be slow with that, and a client that
+        # keeps a connection for later does not read it.
         self.loop.call_later(LINGER_SECONDS, self.transport.abort)
 
 

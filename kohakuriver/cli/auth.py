@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import sys
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from kohakuriver.cli import output
 from kohakuriver.cli.options import CaFileOption, HostOption, JsonOption, TokenOption, ask
-from kohakuriver.errors import UsageError
+from kohakuriver.errors import UnauthenticatedError, UsageError
 
 if TYPE_CHECKING:
     from kohakuriver.api import HostClient
@@ -33,17 +35,38 @@ def login(
 
     The token is asked for, or read from stdin where that is no terminal.
     """
-    from kohakuriver.config import Logins, load_settings, read_logins, write_logins
+    from kohakuriver.config import Logins, clean_token, load_settings, read_logins, write_logins
 
-    url = load_settings(host=host).host
-    secret = token or _read_token(url)
+    settings = load_settings(host=host)
+    url = settings.host
+    secret = clean_token(token or _read_token(url))
     who = ask(url, secret, lambda client: client.whoami())
     logins = read_logins()
-    write_logins(Logins(url, {**logins.tokens, url: secret}))
+    ca_files = _without(url, logins.ca_files)
+    if settings.ca_file is not None and url.startswith("https:"):
+        ca_files[url] = str(Path(settings.ca_file).expanduser().absolute())
+    write_logins(Logins(url, {**logins.tokens, url: secret}, ca_files))
     if json:
         output.json_line({"host": url, "user": who.user, "role": who.role})
     else:
         output.line(f"Logged in to {url} as {who.user} ({who.role}).")
+    _warn_if_overruled(url, secret)
+
+
+def _without(url: str, kept: dict[str, str]) -> dict[str, str]:
+    return {host: text for host, text in kept.items() if host != url}
+
+
+def _warn_if_overruled(url: str, secret: str) -> None:
+    """Say which setting keeps commands from using a login by themselves."""
+    from kohakuriver.config import load_settings, read_cluster, set_by
+
+    settings = load_settings()
+    if settings.host != url:
+        by = set_by("host") or ("the cluster that `up` started" if read_cluster() else "another login")
+        output.note(f"Note: without --host {url} commands use {settings.host}, because of {by}.")
+    elif settings.token != secret:
+        output.note(f"Note: commands use another token for {url}, because of {set_by('token')}.")
 
 
 def _read_token(url: str) -> str:
@@ -66,7 +89,7 @@ def logout(
     json: JsonOption = False,
 ) -> None:
     """Forget the token that was kept for a host."""
-    from kohakuriver.config import Logins, load_settings, read_logins, write_logins
+    from kohakuriver.config import Logins, load_settings, read_logins, set_by, write_logins
 
     url, logins = load_settings(host=host).host, read_logins()
     secret = logins.tokens.get(url)
@@ -75,9 +98,12 @@ def logout(
         async def revoke_own(client: HostClient) -> None:
             await client.revoke_token((await client.whoami()).token.id)
 
-        ask(url, secret, revoke_own)
-    tokens = {kept: value for kept, value in logins.tokens.items() if kept != url}
-    write_logins(Logins(None if logins.current == url else logins.current, tokens))
+        with contextlib.suppress(UnauthenticatedError):  # it is worth nothing already
+            ask(url, secret, revoke_own)
+    current = None if logins.current == url else logins.current
+    write_logins(Logins(current, _without(url, logins.tokens), _without(url, logins.ca_files)))
+    if by := set_by("token"):
+        output.note(f"Note: commands still show a token, because of {by}.")
     if json:
         output.json_line({"host": url, "logged_out": secret is not None})
     else:

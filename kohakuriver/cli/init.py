@@ -42,11 +42,10 @@ def tls(
 
     Run again, it takes the authority that is there: for more machines, or to renew certificates.
     """
-    from kohakuriver.cli.pki import Authority, check_name
+    from kohakuriver.cli.pki import Authority, check_machines
 
     wanted = [_names(machine) for machine in machines] if machines else [_own_names()]
-    for name in (name for names in wanted for name in names):
-        check_name(name)
+    check_machines(wanted)
     authority = Authority(directory)
     issued = [authority.issue(names, days) for names in wanted]
     if json:
@@ -75,24 +74,46 @@ def _to_json(made: Certificate) -> dict[str, object]:
 
 
 def _explain(authority: Authority, issued: list[Certificate]) -> None:
-    host, *nodes = issued
     where = "" if authority.is_new else " (it was there already)"
     output.line(f"{authority.cert}: the authority{where}. Give it to the host, to every node and to every user.")
     output.line(f"{authority.key}: its key. Keep it off the cluster; it is needed for new certificates only.")
     for made in issued:
         output.line(f"{made.cert}, {made.key}: for {', '.join(made.names)}, until {made.expires:%Y-%m-%d}.")
     output.line("")
-    output.line(f"On {host.names[0]}, with its two files and {authority.cert.name}:")
+    if authority.is_new:
+        _explain_first(issued)
+    else:
+        _explain_more(issued)
+
+
+def _explain_first(issued: list[Certificate]) -> None:
+    """What to start where, with the first certificates of an authority."""
+    host, *nodes = issued
+    output.line(f"On {host.names[0]}, with its two files and ca.pem:")
     output.line(f"  kohakuriver host --tls-cert {host.cert.name} --tls-key {host.key.name} --ca-file ca.pem")
     for node in nodes or [host]:
-        output.line(f"On {node.names[0]}, likewise, with the host's node token:")
-        urls = f"--host-url https://{_in_url(host)}:8000 --advertise-url https://{_in_url(node)}:8001"
-        files = f"--tls-cert {node.cert.name} --tls-key {node.key.name} --ca-file ca.pem --node-token-file node-token"
-        output.line(f"  kohakuriver runner {urls} {files}")
-    output.line("Users:")
-    output.line(f"  export KOHAKURIVER_HOST=https://{_in_url(host)}:8000 KOHAKURIVER_CA_FILE=/path/to/ca.pem")
+        output.line(
+            f"On {node.names[0]}, likewise, with a node token from `kohakuriver token create NAME --node NAME`:"
+        )
+        output.line(f"  {_runner_command(_in_url(host), node)}")
+    output.line("Users, once:")
+    output.line(f"  kohakuriver auth login --host https://{_in_url(host)}:8000 --ca-file ca.pem")
+
+
+def _explain_more(issued: list[Certificate]) -> None:
+    """The same for later ones, of which nobody says whether they are for old machines or new ones."""
+    output.line("A machine that had a certificate: replace its two files; its program notices by itself.")
+    for node in issued:
+        output.line(f"If {node.names[0]} is a new node, with its two files, ca.pem and a node token there:")
+        output.line(f"  {_runner_command('HOST', node)}")
+
+
+def _runner_command(host: str, node: Certificate) -> str:
+    urls = f"--host-url https://{host}:8000 --advertise-url https://{_in_url(node)}:8001"
+    files = f"--tls-cert {node.cert.name} --tls-key {node.key.name} --ca-file ca.pem --node-token-file node-token"
+    return f"kohakuriver runner {urls} {files}"
 
 
 def _in_url(made: Certificate) -> str:
-    name = made.names[0]
+    name = next((name for name in made.names if not name.startswith("*")), made.names[0].replace("*", "NAME"))
     return f"[{name}]" if ":" in name else name

@@ -13,7 +13,7 @@ import typer
 
 from kohakuriver import __version__
 from kohakuriver.cli import auth, cluster, connect, demo, forward, init, node, output, ssh, token, user, vps
-from kohakuriver.errors import KohakuRiverError
+from kohakuriver.errors import HostUnreachableError, KohakuRiverError
 
 __all__ = ["app", "main"]
 
@@ -69,10 +69,12 @@ def _run(arguments: Sequence[str] | None) -> int:
         code = app(args=arguments, prog_name="kohakuriver", standalone_mode=False)
         output.flush()
     except KohakuRiverError as error:
-        output.error(error.message)
+        output.error(error.message + _advice(error))
         return error.exit_code
     except _CommandLineError as error:
-        output.error(str(getattr(error, "format_message", error.__str__)()))
+        message = str(getattr(error, "format_message", error.__str__)())
+        if message:  # else the help was shown, as for a group without a command
+            output.error(message.replace("Value error, ", ""))
         return int(getattr(error, "exit_code", 1))
     except KeyboardInterrupt:
         return 128 + signal.SIGINT
@@ -83,3 +85,12 @@ def _run(arguments: Sequence[str] | None) -> int:
         output.error(f"{error.filename}: {error.strerror}." if error.filename else f"{error}.")
         return 1
     return code if isinstance(code, int) else 0
+
+
+def _advice(error: KohakuRiverError) -> str:
+    """What to do where nobody answers at the place that commands turn to with nothing set."""
+    from kohakuriver.config import DEFAULT_HOST
+
+    if not isinstance(error, HostUnreachableError) or f"{DEFAULT_HOST} can't be reached" not in error.message:
+        return ""
+    return " Start one there with `kohakuriver up`, or name another with `kohakuriver auth login --host URL`."

@@ -130,11 +130,15 @@ def pairs(values: list[str], option: str) -> dict[str, str]:
 
 
 _UNITS = {"s": 1, "m": 60, "h": 3600, "d": 86400, "w": 7 * 86400}
+_LONGEST = 36_500 * 86_400
 
 
 def seconds(text: str, option: str) -> float:
     """A time like `90s`, `15m`, `12h`, `30d` or `4w` in seconds. Raises UsageError."""
     number, unit = text[:-1], text[-1:]
     if unit not in _UNITS or not number.isascii() or not number.isdigit() or not int(number[:9]) > 0:
-        raise UsageError(f"{option} takes a time like 12h or 30d, not {text!r}.")
-    return float(int(number[:9]) * _UNITS[unit])
+        raise UsageError(f"{option} takes a time like 12h or 30d, in s, m, h, d or w, not {text!r}.")
+    length = int(number[:9]) * _UNITS[unit]
+    if length > _LONGEST:
+        raise UsageError(f"{option} takes 36500d at most, not {text!r}.")
+    return float(length)

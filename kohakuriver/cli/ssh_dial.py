@@ -183,7 +183,7 @@ def _ask(host: str, path: str, token: str | None, ca_file: str | None, *, method
             answer = connection.getresponse()
             body = answer.read()
     except (OSError, http.client.HTTPException) as error:
-        why = (reason(error) if parts.scheme == "https" else None) or error
+        why = (reason(error) if parts.scheme == "https" else None) or _plainly(error, host)
         raise HostUnreachableError(f"The host at {host} can't be reached: {why}.") from error
     if answer.status not in (200, 201):
         raise from_status(answer.status, body)
@@ -192,6 +192,14 @@ def _ask(host: str, path: str, token: str | None, ca_file: str | None, *, method
     except ValueError:
         found = None
     return found if isinstance(found, dict) else {}
+
+
+def _plainly(error: Exception, host: str) -> str:
+    if isinstance(error, http.client.RemoteDisconnected):
+        from kohakuriver.tls import hung_up
+
+        return hung_up(host)
+    return getattr(error, "strerror", None) or str(error)
 
 
 def _pass_to_parent(sock: socket.socket) -> None:

@@ -87,4 +87,4 @@ def remove(
     if json:
         output.json_line(removed.to_json())
     else:
-        output.line(f"Removed {removed.name}.")
+        output.line(f"Removed {removed.name}; the tasks that were theirs are yours now.")

@@ -307,13 +307,17 @@ def _print_task(task: Task, json: bool) -> None:
             ("ssh", task.ssh_host_key or ""),
             ("created", f"{task.created_at} ({output.age(task.created_at)} ago)"),
             ("message", task.message or ""),
-            ("open", f"{traffic.streams} streams in {traffic.sessions} sessions"),
+            ("open", f"{_count(traffic.streams, 'stream')} in {_count(traffic.sessions, 'session')}"),
             ("to the task", _flow(traffic.bytes_to_container, traffic.to_container_per_second)),
             ("from the task", _flow(traffic.bytes_to_user, traffic.to_user_per_second)),
             ("waits", f"{traffic.stalls} for a window"),
-            ("dropped", f"{traffic.udp_dropped} datagrams"),
+            ("dropped", _count(traffic.udp_dropped, "datagram")),
         ]
     )
+
+
+def _count(number: int, thing: str) -> str:
+    return f"{number} {thing}" if number == 1 else f"{number} {thing}s"
 
 
 def _flow(total: int, rate: int) -> str:

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Annotated
 
 from fastapi import APIRouter, Depends, FastAPI, Query, Request
+from fastapi.security import HTTPBearer
 
 from kohakuriver import __version__
 from kohakuriver.host.access import Access
@@ -56,6 +57,7 @@ class Services:
 def create_app(services: Services, guard: Guard | None = None) -> FastAPI:
     """The host's application: its HTTP API and the page that documents it."""
     app = new_app("host", __version__, guard=guard, documented=True)
+    app.title = "KohakuRiver host"
     app.state.services = services
     app.include_router(_open)
     app.include_router(_api)
@@ -112,7 +114,9 @@ Usable = Annotated[str, Depends(_usable)]
 Own = Annotated[str, Depends(_own)]
 
 _open = APIRouter()
-_api = APIRouter(prefix="/api")
+# For the page that documents the API: a place for a token. What a token may do is checked by each route.
+_shown = HTTPBearer(auto_error=False, scheme_name="token", description="Your API token; for a runner, its node token.")
+_api = APIRouter(prefix="/api", dependencies=[Depends(_shown)])
 
 
 @_open.get("/health")

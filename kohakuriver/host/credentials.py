@@ -90,7 +90,10 @@ class Credentials:
     def check_node(token: Token, name: str) -> None:
         """Raises NotAllowedError where the node's token is not for the node `name`."""
         if token.name not in (ANY_NODE, name):
-            raise NotAllowedError(f"This token is for node {token.name} alone, not for {name}; {_NODE_TOKEN_HELP}.")
+            raise NotAllowedError(
+                f"This token is for node {token.name} alone, not for {name}; give its runner --name {token.name}, or "
+                f"{_NODE_TOKEN_HELP}."
+            )
 
     def _check_valid(self, token: Token) -> None:
         if token.revoked_at is not None:

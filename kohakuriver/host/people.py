@@ -95,10 +95,12 @@ class People:
     async def share(self, task_id: str, user: str) -> None:
         """Let a user use a task."""
         await self._accounts.share(int(task_id), user)
+        log.info("task shared", task=int(task_id), user=user)
 
     async def unshare(self, task_id: str, user: str) -> None:
         """Take that back."""
         await self._accounts.unshare(int(task_id), user)
+        log.info("task no longer shared", task=int(task_id), user=user)
         await self._grants.check()
 
     def _view(self, token: Token) -> TokenView:

@@ -193,7 +193,7 @@ class NewToken(_Request):
     @model_validator(mode="after")
     def _not_both(self) -> NewToken:
         if self.user is not None and self.node is not None:
-            raise ValueError("a token is for a user or for a node")
+            raise ValueError("a token is for a user or for a node, not for both")
         return self
 
 

@@ -98,6 +98,11 @@ class Perimeter:
             AuditLog(options.audit_log or options.state_dir / "audit.jsonl"),
         )
 
+    @property
+    def names(self) -> list[str]:
+        """What this host is called by its certificate."""
+        return [] if self.certificate is None else self.certificate.names
+
 
 def serve(options: HostOptions) -> int:
     """Run a host until SIGTERM or SIGINT; the exit code. Raises KohakuRiverError when it can't start."""
@@ -154,7 +159,7 @@ async def _serve(
     grants = Grants(accounts, max_sessions=perimeter.limits.max_sessions, audit=perimeter.audit)
     forwards = Forwards(credentials, access, grants, store, nodes, tasks)
     proxy = TunnelProxy(authorize=forwards.authorize, trusted=perimeter.trusted, limits=perimeter.limits)
-    terminals = TerminalProxy(authorize=forwards.authorize_terminal, trusted=perimeter.trusted)
+    terminals = TerminalProxy(authorize=forwards.authorize_terminal, trusted=perimeter.trusted, limits=perimeter.limits)
     ssh_proxy = SshProxy(
         ssh_sock,
         authorize=forwards.authorize_ssh,
@@ -162,8 +167,9 @@ async def _serve(
         check_user=credentials.caller,
         host_key=options.state_dir / "ssh_host_ed25519_key",
         trusted=perimeter.trusted,
+        limits=perimeter.limits,
     )
-    guard = Guard(hosts=options.allowed_hosts, origins=options.allowed_origins)
+    guard = Guard(names=perimeter.names, hosts=options.allowed_hosts, origins=options.allowed_origins)
     url = socket_url(sock, "https" if options.tls_cert else "http")
     ssh_address = socket_url(ssh_sock).removeprefix("http://")
 
@@ -181,7 +187,7 @@ async def _serve(
 
     server = Server(
         create_app(Services(credentials, access, People(accounts, grants), nodes, tasks, forwards), guard),
-        ws=serve_ws([*proxy.routes(), *terminals.routes()], guard),
+        ws=serve_ws([*proxy.routes(), *terminals.routes()], guard, max_message=perimeter.limits.max_message),
         on_ready=ready,
         on_stop=stop,
         certificate=perimeter.certificate,

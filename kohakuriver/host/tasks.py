@@ -338,9 +338,10 @@ def not_running(view: TaskView) -> UnavailableError:
     """The error for a task that can't be reached because it does not run; says what became of it."""
     what = {"starting": "is still starting", "failed": "has failed"}.get(view.status, f"is {view.status}")
     why = f": {view.message}" if view.message else ""
+    if view.status == "lost" and why.endswith("is offline"):
+        return UnavailableError(f"Task {view.name} {what}{why}; it is back when its node is.", code="node_offline")
     advice = "" if view.status == "starting" else f"; `kohakuriver vps restart {view.name}` starts it again"
-    code = "node_offline" if view.status == "lost" and why.endswith("is offline") else "task_not_running"
-    return UnavailableError(f"Task {view.name} {what}{why}{advice}.", code=code)
+    return UnavailableError(f"Task {view.name} {what}{why}{advice}.", code="task_not_running")
 
 
 def _too_slow(view: TaskView, timeout: float) -> UnavailableError:

@@ -165,10 +165,16 @@ class Registration:
                 raise from_status(answer.status_code, answer.content)
             content: dict[str, Any] = answer.json()
         except (httpx.HTTPError, ValueError) as error:
-            why = tls.reason(error)
-            what = f"can't be reached: {why}" if why else "does not answer"
-            raise HostUnreachableError(f"The host at {self._identity.host_url} {what}.") from error
+            raise HostUnreachableError(f"The host at {self._identity.host_url} {self._trouble_with(error)}.") from error
         return content
+
+    def _trouble_with(self, error: Exception) -> str:
+        """What it means that no answer came, as the rest of a sentence about the host."""
+        if why := tls.reason(error):
+            return f"can't be reached: {why}"
+        if isinstance(error, (httpx.RemoteProtocolError, httpx.ReadError)):
+            return f"can't be reached: {tls.hung_up(self._identity.host_url)}"
+        return "does not answer"
 
     async def close(self) -> None:
         """Tell the host that this node leaves; it would find out by itself a little later."""

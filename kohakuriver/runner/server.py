@@ -16,6 +16,7 @@ from urllib.parse import urlsplit
 import structlog
 
 from kohakuriver import __version__, loops
+from kohakuriver.config import clean_token
 from kohakuriver.errors import KohakuRiverError, LocalAddressError, UsageError
 from kohakuriver.limits import from_environment as limits_from_environment
 from kohakuriver.runner.app import Services, create_app
@@ -141,13 +142,15 @@ class Runner:
         )
         self._tasks.drop = self._drop
         self._guard = Guard(
-            names=[urlsplit(identity.url).hostname or ""],
+            names=[urlsplit(identity.url).hostname or "", *(certificate.names if certificate else ())],
             hosts=options.allowed_hosts,
             origins=options.allowed_origins,
         )
         self._server = Server(
             create_app(Services(self._tasks, self._registration), self._guard),
-            ws=serve_ws([*self._tunnels.routes(), *self._terminals.routes()], self._guard),
+            ws=serve_ws(
+                [*self._tunnels.routes(), *self._terminals.routes()], self._guard, max_message=limits.max_message
+            ),
             on_ready=self._ready,
             on_stop=self._stop,
             certificate=certificate,
@@ -323,13 +326,16 @@ def _identity(options: RunnerOptions, state: State, sock: socket.socket) -> Node
 
 def _node_token(options: RunnerOptions) -> str:
     if options.node_token:
-        return options.node_token
+        return clean_token(options.node_token)
     if options.node_token_file is None:
         raise UsageError("A runner needs its host's node token: --node-token or --node-token-file.")
     try:
-        return options.node_token_file.read_text("utf-8").strip()
+        token = clean_token(options.node_token_file.read_text("utf-8", "replace"))
     except OSError as error:
         raise UsageError(f"The node token can't be read from {options.node_token_file}: {error.strerror}.") from error
+    if not token:
+        raise UsageError(f"There is no node token in {options.node_token_file}; put one there.")
+    return token
 
 
 def _reachable_url(sock: socket.socket, options: RunnerOptions) -> str:

@@ -9,7 +9,6 @@ import asyncio
 import contextlib
 import logging
 import socket
-import ssl
 from collections.abc import Awaitable, Callable
 from pathlib import Path
 from typing import Any
@@ -19,14 +18,13 @@ import structlog
 
 from kohakuriver.config import write_private
 from kohakuriver.errors import KohakuRiverError, UnavailableError
-from kohakuriver.ssh_proxy.session import SshTarget, TaskConnection
+from kohakuriver.ssh_proxy.session import Connector, SshTarget, TaskConnection
 from kohakuriver.tunnel.tcp import TcpStream
 
 __all__ = ["JumpHost", "Keyholders"]
 
 log = structlog.get_logger("kohakuriver.ssh_proxy")
 
-LOGIN_SECONDS = 30
 MAX_TRIES = 30
 KEEPALIVE_SECONDS = 30
 
@@ -49,10 +47,12 @@ class JumpHost:
         authorize: Callable[[str | None, str, int | None], Awaitable[SshTarget]],
         keyholders: Keyholders,
         check_user: Callable[[str], Awaitable[object]],
-        trusted: ssl.SSLContext | None = None,
+        connector: Connector,
+        login_seconds: float,
     ) -> None:
         self.authorize = authorize
-        self.trusted = trusted
+        self.connector = connector
+        self._login_seconds = login_seconds
         self.keyholders = keyholders
         self.check_user = check_user
         self._host_key = _load_or_make(host_key)
@@ -67,7 +67,7 @@ class JumpHost:
                 peer,
                 server_factory=lambda: _Login(self),
                 server_host_keys=[self._host_key],
-                login_timeout=LOGIN_SECONDS,
+                login_timeout=self._login_seconds,
                 keepalive_interval=KEEPALIVE_SECONDS,
                 compression_algs=["none"],
                 kbdint_auth=False,
@@ -75,8 +75,12 @@ class JumpHost:
                 allow_pty=False,
                 agent_forwarding=False,
             )
-        except (asyncssh.Error, OSError) as error:
+        except (asyncssh.Error, OSError, ValueError) as error:
+            # The last is what the library's parsers raise for bytes that are no SSH: a stranger's, and no news either.
             log.debug("no SSH login", reason=str(error))
+            return
+        except KohakuRiverError as error:
+            log.warning("an SSH login could not be judged", reason=error.message)
             return
         on_login()
         self._connections.add(connection)
@@ -154,7 +158,7 @@ class _Login(asyncssh.SSHServer):
                 raise UnavailableError(f"Port {port} of {task} can't be reached from here.")
             # 22 stands for the task's SSH server, wherever that listens.
             target = await self._reach(task, None if port == 22 else port)
-            connection = TaskConnection(target, peer=self._peer, trusted=self._host.trusted)
+            connection = self._host.connector.connection(target, self._peer)
             await connection.open()
             if self._gone:  # asyncssh drops the channel without a word to anybody
                 connection.abandon()

@@ -181,10 +181,13 @@ class Accounts:
     # Sharing
 
     async def share(self, task_id: int, user: str) -> None:
-        """Let a user use a task that is not theirs. Raises NotFoundError when there is no such user."""
+        """Let a user use a task that is not theirs. Raises NotFoundError where there is no such user, or UsageError."""
 
         def work(session: Session) -> None:
             _user(session, user)
+            task = session.get(Task, task_id)
+            if task is not None and task.owner == user:
+                raise UsageError(f"The task is {user}'s own already; share it with somebody else.")
             session.merge(Share(task_id=task_id, user=user))
 
         await self._store.run(work)
@@ -228,7 +231,9 @@ def _user(session: Session, name: str, *, to_go: bool = False) -> User:
     """
     user = session.get(User, name, with_for_update=True if to_go else {"read": True})
     if user is None:
-        raise NotFoundError(f"There is no user {name!r}; `kohakuriver user list` shows the users that there are.")
+        raise NotFoundError(
+            f"There is no user {name!r}; `kohakuriver user list` shows admins the users that there are."
+        )
     return user
 
 
@@ -250,5 +255,5 @@ def _withdrawn(session: Session, use: Use, now: float) -> str | None:
     if task is None or user.role == "admin" or task.owner == user.name:
         return None
     if session.get(Share, (use.task_id, user.name)) is None:
-        return "the task is not shared with this session's user any more"
+        return f"the task is not shared with {user.name} any more"
     return None

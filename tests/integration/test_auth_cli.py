@@ -82,10 +82,22 @@ def test_a_login_is_kept_for_its_host_in_a_file_of_ones_own(cluster: Apart, tmp_
     assert json.loads(done.stdout)["token"]["name"] == "script"
     assert json.loads(done.stdout)["source"] == "KOHAKURIVER_TOKEN"
 
+    done = cat.run("auth", "login", "--host", cat.url, stdin=cat.token + "\n", KOHAKURIVER_TOKEN=other)
+    assert "another token" in done.stderr
+    assert "because of KOHAKURIVER_TOKEN" in done.stderr
+    done = cat.run("auth", "login", "--host", cat.url, stdin=cat.token + "\n", KOHAKURIVER_HOST="http://elsewhere:1")
+    assert f"without --host {cat.url} commands use http://elsewhere:1, because of KOHAKURIVER_HOST" in done.stderr
+
     assert cat.succeed("auth", "logout", "--revoke") == f"Logged out of {cat.url}.\n"
     assert refused(cat.run("auth", "status", "--host", cat.url), "auth login")
     assert refused(cat.run("vps", "list", "--host", cat.url, KOHAKURIVER_TOKEN=cat.token), "revoked")
     assert cat.succeed("auth", "logout", "--host", cat.url).startswith("You were not logged in")
+    # One that is worth nothing any more is forgotten all the same.
+    assert cat.run("auth", "login", "--host", cat.url, stdin=other + "\n").returncode == 0
+    cluster.succeed(
+        "token", "revoke", json.loads(cluster.succeed("token", "list", "--user", "cat", "--json"))["tokens"][0]["id"]
+    )
+    assert cat.succeed("auth", "logout", "--revoke") == f"Logged out of {cat.url}.\n"
     cluster.succeed("user", "remove", "cat")
 
 

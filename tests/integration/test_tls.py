@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
+import http.client
 import json
 import shutil
 import signal
 import socket
+import ssl
 import subprocess
 import sys
 import threading
@@ -82,8 +85,6 @@ def commands(tmp_path: Path) -> Iterator[Commands]:
 
 def served_certificate(url: str) -> bytes:
     """The certificate that a server shows just now."""
-    import ssl
-
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
     context.check_hostname, context.verify_mode = False, ssl.CERT_NONE
     address = HERE, int(url.rpartition(":")[2])
@@ -134,6 +135,35 @@ def test_an_authority_may_be_named_by_flag_variable_or_settings_file(cluster: Ov
         settings.unlink()
 
 
+def test_a_login_keeps_the_authority_that_it_was_made_with(cluster: OverTls, commands: Commands) -> None:
+    token = cluster.environment["KOHAKURIVER_TOKEN"]
+    (commands.directory / "lab.pem").write_bytes(cluster.authority.cert.read_bytes())
+    login = ("auth", "login", "--host", cluster.url, "--ca-file", str(commands.directory / "lab.pem"))
+    assert commands.run(*login, stdin=token + "\n").returncode == 0
+    assert commands.succeed("auth", "status").startswith(f"host:    {cluster.url}\n")
+    commands.succeed("auth", "logout")
+    refused = commands.run("vps", "list", "--host", cluster.url)
+    assert (refused.returncode, "not signed by an authority" in refused.stderr) == (7, True)
+
+
+def test_a_page_from_a_name_of_the_certificate_is_the_hosts_own(cluster: OverTls, tmp_path: Path) -> None:
+    made = cluster.authority.issue(["host.lab", HERE], 1)
+    host = cluster.start_host(made, KOHAKURIVER_CONFIG_DIR=str(tmp_path))
+    port = int(host.event("ready")["url"].rpartition(":")[2])
+    trusted = ssl.create_default_context(cafile=str(cluster.authority.cert))
+
+    def status(name: str, origin: str) -> int:
+        connection = http.client.HTTPSConnection(HERE, port, timeout=30, context=trusted)
+        with contextlib.closing(connection):
+            connection.request("GET", "/health", headers={"Host": f"{name}:{port}", "Origin": origin})
+            return connection.getresponse().status
+
+    assert status("host.lab", f"https://host.lab:{port}") == 200
+    assert status("host.lab", "https://evil.example") == 403
+    assert status("evil.example", f"https://evil.example:{port}") == 403
+    assert host.stop() == 0
+
+
 def test_a_ca_file_that_is_none_is_refused_by_name(cluster: OverTls) -> None:
     for path, said in ((cluster.directory / "none.pem", "can't be read"), (cluster.made.key, "no certificate")):
         done = cluster.run("vps", "list", "--ca-file", str(path))
@@ -152,7 +182,9 @@ def test_a_forward_to_a_host_that_is_not_trusted_ends_with_7_and_says_why(cluste
 def test_the_wrong_scheme_is_told_as_such(cluster: OverTls) -> None:
     plain = cluster.run("vps", "list", KOHAKURIVER_HOST=cluster.url.replace("https", "http"))
     assert plain.returncode == 7
-    assert "https://" in plain.stderr
+    assert "its URL begins with https://" in plain.stderr
+    forward = cluster.run("forward", "t", "0:80", KOHAKURIVER_HOST=cluster.url.replace("https", "http"))
+    assert (forward.returncode, forward.stderr) == (7, plain.stderr.replace("The host at ", "").replace(".\n", "\n"))
     with socket.create_server((HERE, 0)) as server:
         threading.Thread(target=_answers_in_clear, args=(server,), daemon=True).start()
         tls = cluster.run("vps", "list", KOHAKURIVER_HOST=f"https://{HERE}:{server.getsockname()[1]}")
@@ -218,6 +250,15 @@ def test_a_runner_that_does_not_trust_its_host_says_so_and_goes_on_trying(cluste
     )
     runner.event("ready")
     assert "not signed by an authority" in runner.line("does not take this node in", err=True)
+    assert runner.stop() == 0
+
+
+def test_a_runner_that_was_told_the_wrong_scheme_says_so(cluster: OverTls) -> None:
+    runner = cluster.start_runner(
+        cluster.issue("plain"), "--name=plain", f"--host-url={cluster.url.replace('https', 'http')}"
+    )
+    runner.event("ready")
+    assert "its URL begins with https://" in runner.line("does not take this node in", err=True)
     assert runner.stop() == 0
 
 

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 from typer.main import get_command
 
+from kohakuriver import config
 from kohakuriver.cli.main import app, main
 
 HEAVY = ["aiodocker", "fastapi", "httpx", "pydantic", "rich", "sqlalchemy", "uvicorn", "uvloop", "websockets"]
@@ -106,6 +107,12 @@ def test_python_dash_m_is_the_same_program() -> None:
         (["vps", "adopt", "--address", "10.0.0.1"], "--node"),
         (["vps", "list", "--host", "ftp://x"], "host must be a URL"),
         (["up", "--host-port", "99999"], "--host-port"),
+        (["user", "add", "ann", "--role", "boss"], "'boss' is not one of"),
+        (["token", "create", "x", "--expires", "1y"], "in s, m, h, d or w"),
+        (["token", "create", "x", "--expires", "99999d"], "36500d at most"),
+        (["vps", "list", "--token", "kr_\u00fc"], "character"),
+        (["forward", "t", "80", "--token", "two words"], "character"),
+        (["runner", "--port=0", "--host-url", "http://127.0.0.1:1", "--node-token", "krn_\u00fc"], "character"),
         (["rivers"], "rivers"),
     ],
 )
@@ -118,11 +125,34 @@ def test_a_wrong_command_line_ends_with_2_and_one_sentence(
     assert said in captured.err
     assert captured.err.startswith("Error: ")
     assert captured.err.count("\n") == 1
+    assert "Value error" not in captured.err
+
+
+@pytest.mark.parametrize("group", ["vps", "node", "auth", "token", "user", "init"])
+def test_a_group_without_a_command_shows_its_commands(group: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert outcome(group) == 2
+    captured = capsys.readouterr()
+    assert f"kohakuriver {group} [OPTIONS] COMMAND" in captured.out
+    assert captured.err == ""
+
+
+def test_whoever_has_no_host_yet_is_told_how_to_get_one(
+    capsys: pytest.CaptureFixture[str], unused_port: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(config, "DEFAULT_HOST", f"http://127.0.0.1:{unused_port}")
+    for command in (["vps", "list"], ["forward", "t", "0:80"]):
+        assert outcome(*command) == 7
+        said = capsys.readouterr().err
+        assert said.count("\n") == 1
+        assert "kohakuriver up" in said
+        assert "auth login --host" in said
 
 
 def test_a_host_that_is_not_there_ends_with_7(capsys: pytest.CaptureFixture[str], unused_port: int) -> None:
     assert outcome("vps", "list", "--host", f"http://127.0.0.1:{unused_port}") == 7
-    assert f"127.0.0.1:{unused_port}" in capsys.readouterr().err
+    said = capsys.readouterr().err
+    assert f"127.0.0.1:{unused_port}" in said
+    assert "kohakuriver up" not in said
 
 
 def test_a_host_that_is_not_there_ends_a_forward_with_7(capsys: pytest.CaptureFixture[str], unused_port: int) -> None:

@@ -63,6 +63,29 @@ def test_the_host_of_the_last_login_is_used_with_nothing_set_and_gets_its_own_to
     assert config.load_settings().token == "of-script"
 
 
+def test_an_authority_of_a_login_is_for_that_host_and_gives_way_to_one_that_is_named(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    config.write_logins(config.Logins("https://lab:8000", {"https://lab:8000": "t"}, {"https://lab:8000": "/lab.pem"}))
+    assert config.load_settings().ca_file == "/lab.pem"
+    assert config.load_settings(host="https://elsewhere").ca_file is None
+    monkeypatch.setenv("KOHAKURIVER_CA_FILE", "/other.pem")
+    assert config.load_settings().ca_file == "/other.pem"
+
+
+def test_logins_that_an_older_version_wrote_are_read(directory: Path) -> None:
+    (directory / "logins.json").write_text('{"current": "http://lab:8000", "tokens": {"http://lab:8000": "t"}}')
+    assert config.load_settings() == config.Settings("http://lab:8000", "t", "lab:8002")
+
+
+@pytest.mark.parametrize("token", ["kr_\u00fc", "two words", "two\nlines", "kr_\x00"])
+def test_what_can_not_be_a_token_is_refused_before_anything_is_sent(token: str) -> None:
+    with pytest.raises(UsageError, match="copy it once more") as refused:
+        config.load_settings(token=token)
+    assert token not in str(refused.value)
+    assert config.load_settings(token=" kr_x\n").token == "kr_x"
+
+
 def test_a_running_cluster_of_ones_own_comes_before_a_login_elsewhere_but_not_before_one_to_it() -> None:
     config.write_logins(config.Logins("http://lab:8000", {"http://lab:8000": "of-lab"}))
     config.write_cluster(config.Cluster("http://127.0.0.1:1", "of-cluster"))

@@ -52,3 +52,9 @@ def test_text_that_is_not_ours_is_shown_shortened() -> None:
 def test_a_code_given_to_one_error_does_not_stick_to_its_class() -> None:
     errors.UnavailableError("x", code="node_offline")
     assert errors.UnavailableError("y").code == "unavailable"
+
+
+def test_a_name_that_is_taken_is_the_callers_to_change_though_http_calls_it_a_conflict() -> None:
+    body = json.dumps({"error": "name_taken", "message": "There is one already; choose another name."}).encode()
+    error = errors.from_status(409, body)
+    assert (type(error), error.exit_code, error.status) == (errors.UsageError, 2, 409)

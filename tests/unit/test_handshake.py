@@ -63,7 +63,7 @@ def test_nobody_there_is_told_as_such(run: Run, unused_ports: list[int]) -> None
     async def main() -> None:
         error = await error_of(f"ws://127.0.0.1:{unused_ports[0]}/x")
         assert isinstance(error, HostUnreachableError)
-        assert str(error) == f"ws://127.0.0.1:{unused_ports[0]} can't be reached: Connection refused"
+        assert str(error) == f"http://127.0.0.1:{unused_ports[0]} can't be reached: Connection refused"
 
     run(main())
 
@@ -107,6 +107,14 @@ def test_what_is_no_handshake_is_an_error_with_a_reason(run: Run, data: bytes) -
     async def main() -> None:
         async with answering(data) as url:
             assert str(await error_of(url))
+
+    run(main())
+
+
+def test_a_server_that_hangs_up_may_be_one_that_serves_tls(run: Run) -> None:
+    async def main() -> None:
+        async with answering(b"") as url:
+            assert "its URL begins with https://" in str(await error_of(url))
 
     run(main())
 

@@ -603,3 +603,16 @@ def test_what_the_database_can_not_hold_is_refused(run: Run, tmp_path: Path, who
             assert (answer.status_code, answer.json()["error"]) == (400, "bad_request")
 
     run(main())
+
+
+def test_the_page_of_the_api_has_a_place_for_a_token_wherever_one_is_asked_for(run: Run, tmp_path: Path) -> None:
+    async def check() -> None:
+        async with a_host(tmp_path) as host:
+            described = (await host.user.get("/openapi.json")).json()
+            assert described["info"]["title"] == "KohakuRiver host"
+            assert described["components"]["securitySchemes"]["token"]["scheme"] == "bearer"
+            for path, operations in described["paths"].items():
+                for operation in operations.values():
+                    assert operation.get("security") == ([{"token": []}] if path.startswith("/api/") else None)
+
+    run(check())

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import json
 import ssl
+from datetime import datetime, timedelta, timezone
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from kohakuriver.cli import main
+from kohakuriver.cli import main, pki
 from kohakuriver.cli.pki import Authority
 from kohakuriver.errors import UsageError
 from kohakuriver.tls import ServerCertificate, client_context, reason
@@ -84,9 +85,18 @@ def test_it_says_which_file_goes_where_and_how_to_use_it(tmp_path: Path, capsys:
     for part in (
         "kohakuriver host --tls-cert host.lab.pem --tls-key host.lab.key --ca-file ca.pem",
         "--host-url https://host.lab:8000 --advertise-url https://node1.lab:8001 --tls-cert node1.lab.pem",
-        "export KOHAKURIVER_HOST=https://host.lab:8000 KOHAKURIVER_CA_FILE=",
+        "kohakuriver auth login --host https://host.lab:8000 --ca-file ca.pem",
     ):
         assert part in out
+
+
+def test_run_again_it_takes_no_machine_for_the_host(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    made(capsys, tmp_path, "host.lab")
+    _, out, _ = init(capsys, "--directory", str(tmp_path), "node2.lab", "*.rack.lab")
+    assert "kohakuriver host " not in out
+    assert "replace its two files" in out
+    for node in ("node2.lab", "NAME.rack.lab"):
+        assert f"--host-url https://HOST:8000 --advertise-url https://{node}:8001" in out
 
 
 @pytest.mark.parametrize("name", ["a b", "host.lab,", "", "-x.lab", "a..b", "x" * 64 + ".lab"])
@@ -98,6 +108,38 @@ def test_what_is_no_name_is_refused_before_anything_is_made(
     assert (code, out) == (2, "")
     assert err.count("\n") == 1
     assert not directory.exists()
+
+
+@pytest.mark.parametrize("machines", [["ca"], ["host.lab", "CA,10.0.0.1"], ["a", "b", "A"], ["a::b", "a__b"]])
+def test_no_machine_gets_files_that_are_anothers_or_the_authoritys(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], machines: list[str]
+) -> None:
+    authority = Path(made(capsys, tmp_path, "host.lab")["ca"])
+    before = {path: path.read_bytes() for path in tmp_path.iterdir()}
+    code, out, err = init(capsys, "--directory", str(tmp_path), *machines)
+    assert (code, out, err.count("\n")) == (2, "", 1)
+    assert "another" in err
+    assert {path: path.read_bytes() for path in tmp_path.iterdir()} == before
+    assert authority in before
+
+
+def test_a_certificate_of_a_server_is_no_authority(tmp_path: Path) -> None:
+    made = Authority(tmp_path).issue(["host.lab"], 1)
+    made.cert.replace(tmp_path / "ca.pem")
+    made.key.replace(tmp_path / "ca.key")
+    with pytest.raises(UsageError, match="not the certificate of an authority"):
+        Authority(tmp_path)
+
+
+def test_no_certificate_outlives_its_authority_and_one_that_has_run_out_signs_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(pki, "AUTHORITY_DAYS", 10)
+    short = Authority(tmp_path / "short").issue(["host.lab"], 825)
+    assert short.expires <= datetime.now(timezone.utc) + timedelta(days=10)
+    monkeypatch.setattr(pki, "AUTHORITY_DAYS", 0)
+    with pytest.raises(UsageError, match="has run out"):
+        Authority(tmp_path / "over")
 
 
 def test_half_an_authority_is_none(tmp_path: Path) -> None:

@@ -48,6 +48,19 @@ def test_what_makes_no_sense_is_refused_by_name(name: str, value: str) -> None:
         from_environment({f"KOHAKURIVER_{name}": value})
 
 
+@pytest.mark.parametrize(
+    ("name", "bounds"),
+    [
+        ("MAX_SESSIONS", "a whole number from 0 (no limit) to 1048576, not"),
+        ("MAX_RATE", "a whole number from 65536 to 1099511627776, or 0 for no limit, not"),
+        ("HANDSHAKE_TIMEOUT", "a number from 0.1 to 600, not"),
+    ],
+)
+def test_the_bounds_are_told_in_full(name: str, bounds: str) -> None:
+    with pytest.raises(UsageError, match=re.escape(bounds)):
+        from_environment({f"KOHAKURIVER_{name}": "x"})
+
+
 def test_every_limit_is_documented_with_its_default() -> None:
     page = (ROOT / "docs/guide/limits.md").read_text("utf-8")
     rows = re.findall(r"^\| `KOHAKURIVER_(\w+)` \| ([\d.]+) \|", page, re.MULTILINE)

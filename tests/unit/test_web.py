@@ -5,13 +5,17 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import socket
+import ssl
 from collections.abc import Callable, Coroutine
+from pathlib import Path
 from typing import Any
 
 import httpx
 import pytest
 
+from kohakuriver.cli.pki import Authority
 from kohakuriver.errors import LocalAddressError
+from kohakuriver.tls import ServerCertificate
 from kohakuriver.tunnel.server import serve_ws
 from kohakuriver.web import ACCEPTED_AT_ONCE, Server, bind, new_app, socket_url, warn_if_in_clear
 from tests.control import serving
@@ -91,6 +95,42 @@ def test_one_more_listener_serves_its_own_application_until_the_end(run: Run) ->
             await asyncio.open_connection(*url.removeprefix("http://").split(":"))
 
     run(check())
+
+
+def test_a_client_that_keeps_a_tls_connection_for_later_does_not_hold_up_the_end(
+    run: Run, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    made = Authority(tmp_path).issue(["localhost"], 1)
+
+    def keep_one_open(port: int) -> ssl.SSLSocket:
+        trusted = ssl.create_default_context(cafile=tmp_path / "ca.pem")
+        connection = trusted.wrap_socket(socket.create_connection(("127.0.0.1", port), 30), server_hostname="localhost")
+        connection.sendall(b"GET /none HTTP/1.1\r\nHost: localhost\r\n\r\n")
+        assert connection.recv(100).startswith(b"HTTP/1.1 404")
+        return connection
+
+    async def check() -> None:
+        ready = asyncio.Event()
+
+        async def is_ready() -> None:
+            ready.set()
+
+        async def is_ended() -> None:
+            pass
+
+        sock = bind("127.0.0.1", 0)
+        certificate = ServerCertificate(made.cert, made.key)
+        server = Server(
+            new_app("t", "1"), ws=serve_ws([]), on_ready=is_ready, on_stop=is_ended, certificate=certificate
+        )
+        running = asyncio.ensure_future(server.serve([sock]))
+        await ready.wait()
+        with await asyncio.to_thread(keep_one_open, sock.getsockname()[1]):
+            server.stop()
+            await running
+
+    run(check())
+    assert "graceful shutdown exceeded" not in caplog.text
 
 
 def test_a_crowd_that_connects_at_once_leaves_others_their_turn(run: Run) -> None:
