@@ -142,24 +142,29 @@ def _not_offered(who: str, backends: tuple[str, ...]) -> str:
 def _take_over(session: Session, name: str, beat: Heartbeat, now: float, quiet: float) -> tuple[list[int], list[int]]:
     """Write a heartbeat down; ids of tasks that changed, and of tasks that the node should remove.
 
-    A task that the node does not list is lost, unless it changed after `quiet`: then the heartbeat may be from before.
+    A task that the node does not name is lost, unless it changed after `quiet`: then the heartbeat may be from before.
     """
     node = session.get(Node, name)
     if node is None:
         raise NotFoundError(f"There is no node {name!r}; register first.")
     node.last_seen = now
     node.left = beat.leaving
-    node.traffic = {**beat.traffic, "tasks": {str(report.task_id): report.traffic for report in beat.tasks}}
+    others = set(beat.others)
+    traffic = {task_id: counts for task_id, counts in node.traffic.get("tasks", {}).items() if int(task_id) in others}
+    traffic |= {str(report.task_id): report.traffic for report in beat.tasks}
+    node.traffic = {**beat.traffic, "tasks": traffic}
     reports = {report.task_id: report for report in beat.tasks}
     changed: list[int] = []
     remove: list[int] = []
     for task in session.scalars(select(Task).where(Task.node == name)):
-        report = reports.get(task.task_id)
+        report, is_other = reports.get(task.task_id), task.task_id in others
         if task.removed:
-            if report is None:
+            if report is None and not is_other:
                 session.delete(task)
             else:
                 remove.append(task.task_id)
+        elif is_other:
+            continue
         elif report is not None:
             if report.revision >= task.revision and task.change(report.model_dump(exclude={"task_id"}), now):
                 changed.append(task.task_id)

@@ -244,11 +244,15 @@ class TaskReport(BaseModel):
 
 
 class Heartbeat(_Body):
-    """All tasks of a node and what passed through it so far; `leaving` when the runner is about to end."""
+    """A node's tasks and what passed through it so far; `leaving` when the runner is about to end.
+
+    `others` are ids of tasks that are there too, and that another heartbeat tells of.
+    """
 
     model_config = ConfigDict(extra="ignore")
 
     tasks: list[TaskReport] = []
+    others: list[Whole] = []
     traffic: dict[str, Whole] = {}
     leaving: bool = False
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import base64
 import contextlib
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -33,6 +33,9 @@ log = structlog.get_logger("kohakuriver.runner")
 _ANSWER_SECONDS = 10.0
 _LEAVE_SECONDS = 2.0
 _RETRY_SECONDS = 1.0
+
+TASKS_AT_ONCE = 100
+"""How many tasks one heartbeat tells in full: with the longest messages some 700 kB, and a host takes 1 MiB."""
 
 
 @dataclass(frozen=True)
@@ -143,9 +146,10 @@ class Registration:
         """Send heartbeats until this node offers other backends than `offered`; those."""
         while (now := self._backends()) == offered:
             self._changed.clear()
-            answer = await self._post(self._heartbeat_path, self._heartbeat())
-            for task_id in answer.get("remove", ()):
-                await self._remove(task_id)
+            for part in _parts(self._heartbeat()):
+                answer = await self._post(self._heartbeat_path, part)
+                for task_id in answer.get("remove", ()):
+                    await self._remove(task_id)
             with contextlib.suppress(asyncio.TimeoutError):
                 await asyncio.wait_for(self._changed.wait(), seconds)
         return now
@@ -176,7 +180,19 @@ class Registration:
         """Tell the host that this node leaves; it would find out by itself a little later."""
         if self._registered:
             with contextlib.suppress(KohakuRiverError, asyncio.TimeoutError):
-                last = {**self._heartbeat(), "leaving": True}
-                await asyncio.wait_for(self._post(self._heartbeat_path, last), _LEAVE_SECONDS)
+                await asyncio.wait_for(self._leave(), _LEAVE_SECONDS)
         await self._http.aclose()
         self._used_tickets.close()
+
+    async def _leave(self) -> None:
+        for part in _parts(self._heartbeat()):
+            await self._post(self._heartbeat_path, {**part, "leaving": True})
+
+
+def _parts(beat: dict[str, Any]) -> Iterator[dict[str, Any]]:
+    """A heartbeat as requests that no host finds too large: each tells some tasks in full and names the others."""
+    tasks = beat["tasks"]
+    for start in range(0, len(tasks) or 1, TASKS_AT_ONCE):
+        told = tasks[start : start + TASKS_AT_ONCE]
+        others = [task["task_id"] for task in (*tasks[:start], *tasks[start + TASKS_AT_ONCE :])]
+        yield {**beat, "tasks": told, "others": others}

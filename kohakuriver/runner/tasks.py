@@ -21,6 +21,9 @@ log = structlog.get_logger("kohakuriver.runner")
 START_SECONDS = 20.0
 """A start that takes longer (an image is being pulled) goes on in the background."""
 
+LONGEST_MESSAGE = 500
+"""Characters of what is told about a task."""
+
 
 class Drop(Protocol):
     """Ends the streams of a container with a reason, and with `gone` its sessions too."""
@@ -230,7 +233,8 @@ class TaskManager:
     def report(self, container: str, status: str, message: str | None = None) -> None:
         """Take over a task's state; its streams end at once when it no longer runs."""
         task = self._tasks.get(container)
-        message = None if message is None else printable(message)  # not every database keeps all that a task can say
+        # Not every database keeps all that a task can say, and heartbeats have to stay small.
+        message = None if message is None else printable(message)[:LONGEST_MESSAGE]
         if task is None or (task.status, task.message) == (status, message):
             return
         ended = task.active and status not in ("starting", "running")

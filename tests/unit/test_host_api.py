@@ -12,6 +12,9 @@ from typing import Any
 import httpx
 import pytest
 
+from kohakuriver.runner.registration import TASKS_AT_ONCE, NodeIdentity, Registration
+from kohakuriver.runner.state import State
+from kohakuriver.runner.tasks import LONGEST_MESSAGE
 from tests.control import HEARTBEAT_SECONDS, FakeRunner, a_host
 
 Run = Callable[[Coroutine[Any, Any, None]], None]
@@ -304,6 +307,43 @@ def test_a_node_has_a_say_in_its_own_tasks_and_in_nothing_else(run: Run, tmp_pat
             runner.change(secret["container"], ssh_host_key=key)
             assert (await runner.beat()).status_code == 200
             assert (await host.user.get("/api/tasks/secret")).json()["ssh_host_key"] == key
+
+    run(check())
+
+
+def test_a_node_stays_online_however_many_tasks_there_are_and_whatever_they_say(run: Run, tmp_path: Path) -> None:
+    def report(task_id: int) -> dict[str, Any]:
+        told = {"task_id": task_id, "status": "failed", "message": "\U0001f525" * LONGEST_MESSAGE, "revision": 2**62}
+        return {**told, "traffic": {"streams": task_id % 1000}}
+
+    async def check() -> None:
+        async with a_host(tmp_path) as host:
+            runner = await host.runner()
+            ids = {name: (await host.create(name=name))["task_id"] for name in ("first", "middle", "last", "unnamed")}
+            many = [report(n) for n in range(10 * TASKS_AT_ONCE)]
+            tasks = [report(ids["first"]), *many, report(ids["middle"]), *many, report(ids["last"])]
+            host.clock.now += 100
+            assert (await host.user.delete("/api/tasks/last")).status_code == 200
+            removed: asyncio.Queue[int] = asyncio.Queue()
+            token = (tmp_path / "node-token").read_text().strip()
+            registration = Registration(
+                NodeIdentity("n1", runner.url, "", host.url, token),
+                State(tmp_path / "runner"),
+                heartbeat=lambda: {"tasks": tasks, "traffic": {}},
+                backends=lambda: ["process"],
+                remove=removed.put,
+            )
+            running = asyncio.ensure_future(registration.run())
+            for _ in range(len(tasks) // TASKS_AT_ONCE + 1):
+                assert await removed.get() == ids["last"]
+            running.cancel()
+            await asyncio.wait([running])
+            seen = {task["name"]: task["status"] for task in (await host.user.get("/api/tasks")).json()}
+            assert seen == {"first": "failed", "middle": "failed", "unnamed": "lost"}
+            node = await host.store.node("n1")
+            assert node is not None
+            assert node.traffic["tasks"][str(ids["first"])] == {"streams": ids["first"] % 1000}
+            await registration.close()
 
     run(check())
 

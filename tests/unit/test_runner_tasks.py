@@ -210,6 +210,8 @@ def test_a_tasks_last_words_are_text_that_every_database_and_terminal_takes(run:
         revision = task.revision
         manager.report("c1", "failed", "it ended with exit code 3: \0\x1b[2Jbye")
         assert task.revision == revision
+        manager.report("c1", "failed", "\0" * 10_000)
+        assert len(task.message or "") == tasks.LONGEST_MESSAGE
 
     run(check())
 
