@@ -50,8 +50,6 @@ HOST_RULES: dict[Route, Rule] = {
     ("GET", "/health"): OPEN,
     ("GET", "/openapi.json"): OPEN,
     ("GET", "/docs"): OPEN,
-    ("GET", "/docs/oauth2-redirect"): OPEN,
-    ("GET", "/redoc"): OPEN,
     ("GET", "/api/auth"): BY_USERS,
     ("GET", "/api/users"): BY_ADMINS,
     ("POST", "/api/users"): BY_ADMINS,
