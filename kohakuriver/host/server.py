@@ -117,9 +117,20 @@ async def main(options: HostOptions) -> int:
     with contextlib.ExitStack() as stack:
         sock = stack.enter_context(bind(options.bind, options.port))
         ssh_sock = stack.enter_context(bind(options.bind, options.ssh_port))
-        store = await Store.open(options.database or sqlite_url(options.state_dir / "host.db"))
+        store = await Store.open(options.database or _own_database(options.state_dir / "host.db"))
         await _run(options, sock, ssh_sock, store, perimeter)
     return 0
+
+
+def _own_database(path: Path) -> str:
+    """The URL of the database in the state directory, which may be one that others can look into.
+
+    It holds the keys that tickets are signed with, so it is this user's alone; SQLite makes the files beside it alike.
+    """
+    path.touch(mode=0o600)
+    for file in path.parent.glob(f"{path.name}*"):
+        file.chmod(0o600)
+    return sqlite_url(path)
 
 
 async def _run(
