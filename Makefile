@@ -69,12 +69,14 @@ bench: install ## micro benchmarks, then the whole chain beside its baselines: t
 	$(BIN)/python -m pytest bench --benchmark-json=bench/results/micro.json $(PYTEST_ARGS)
 	$(BIN)/python -m bench.limits --kohakuriver $(BIN)/kohakuriver --output bench/results
 	$(BIN)/python -m bench.ssh_proxy --kohakuriver $(BIN)/kohakuriver --output bench/results
+	$(BIN)/python -m bench.over_tls --kohakuriver $(BIN)/kohakuriver --output bench/results
 	$(BIN)/python -m bench.chain --kohakuriver $(BIN)/kohakuriver --output bench/results
 
 bench-gate: install ## the bounds of bench/gates.toml, as CI checks them
 	scripts/system-packages bench
 	$(BIN)/python -m bench.limits --kohakuriver $(BIN)/kohakuriver --gate bench/gates.toml
 	$(BIN)/python -m bench.ssh_proxy --kohakuriver $(BIN)/kohakuriver --gate bench/gates.toml
+	$(BIN)/python -m bench.over_tls --kohakuriver $(BIN)/kohakuriver --gate bench/gates.toml
 	$(BIN)/python -m bench.chain --kohakuriver $(BIN)/kohakuriver --gate bench/gates.toml
 
 SECONDS ?= 900

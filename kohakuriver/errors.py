@@ -19,7 +19,15 @@ __all__ = [
     "UnavailableError",
     "UsageError",
     "from_status",
+    "printable",
 ]
+
+_CONTROLS = {code: f"\\x{code:02x}" for code in (*range(0x20), *range(0x7F, 0xA0)) if chr(code) not in "\t\n"}
+
+
+def printable(text: str) -> str:
+    """`text` with nothing in it that a terminal obeys: tasks, and strangers too, have a say in many a message."""
+    return text.translate(_CONTROLS)
 
 
 class KohakuRiverError(Exception):

@@ -75,8 +75,11 @@ def _number(variable: str, name: str, text: str, *, whole: bool) -> float:
     if least <= number <= most or (number == 0 and name in _MAY_BE_OFF):
         return number
     kind = "a whole number" if whole else "a number"
-    off = ", or 0 for no limit" if name in _MAY_BE_OFF else ""
-    raise UsageError(f"{variable} must be {kind} from {least:.13g} to {most:.13g}{off}, not {text!r}.")
+    if least == 0:
+        bounds = f"from 0 (no limit) to {most:.15g}"
+    else:
+        bounds = f"from {least:.15g} to {most:.15g}{', or 0 for no limit' if name in _MAY_BE_OFF else ''}"
+    raise UsageError(f"{variable} must be {kind} {bounds}, not {text!r}.")
 
 
 class TokenBucket:

@@ -9,6 +9,7 @@ import contextlib
 import ssl
 import time
 from collections.abc import Callable
+from ipaddress import ip_address
 from pathlib import Path
 from urllib.parse import urlsplit
 
@@ -41,7 +42,16 @@ def sends_in_clear(url: str) -> bool:
     """Whether what is sent to `url` can be read on a network: it is plain HTTP, and not to this machine itself."""
     parts = urlsplit(url)
     host = parts.hostname or ""
-    return parts.scheme in ("http", "ws") and not (host in ("localhost", "::1") or host.startswith("127."))
+    return parts.scheme in ("http", "ws") and not _is_this_machine(host)
+
+
+def _is_this_machine(host: str) -> bool:
+    if host == "localhost" or host.endswith(".localhost"):
+        return True
+    try:
+        return ip_address(host).is_loopback
+    except ValueError:  # a name, which may well begin with 127
+        return False
 
 
 def reason(error: BaseException) -> str | None:
@@ -99,9 +109,9 @@ class ServerCertificate:
         self._key = key
         self._log = log
         self._seen = self._tried = self._version()
-        self._current = self.context = self._load()
+        self.context, expiry = self._load()
+        self._current = self.context
         self.context.sni_callback = self._choose
-        expiry = _expiry(cert)
         if expiry <= time.time():
             log(f"The certificate in {cert} has expired: nobody will trust it.", True)
 
@@ -135,8 +145,8 @@ class ServerCertificate:
         """Read the files now, whether they have changed or not."""
         self._tried = self._version()
         try:
-            fresh = self._load()
-            if _expiry(self._cert) <= time.time():
+            fresh, expiry = self._load()
+            if expiry <= time.time():
                 raise UsageError(f"The certificate in {self._cert} has expired.")
         except UsageError as error:
             self._log(f"{error.message} The certificate from before stays in use.", True)
@@ -153,12 +163,16 @@ class ServerCertificate:
                 version += (stat.st_ino, stat.st_size, stat.st_mtime_ns)
         return tuple(version)
 
-    def _load(self) -> ssl.SSLContext:
+    def _load(self) -> tuple[ssl.SSLContext, float]:
+        """What to listen with, and when its certificate ends. Raises UsageError."""
         context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
         context.minimum_version = ssl.TLSVersion.TLSv1_2
+        # A client that negotiates anew again and again costs us far more than itself; OpenSSL before 3 let it.
+        context.options |= ssl.OP_NO_RENEGOTIATION
         try:
             # Whoever can type a password is not there when the program starts.
             context.load_cert_chain(self._cert, self._key, password=_no_password)
+            expiry = _expiry(self._cert)
         except ssl.SSLError as error:
             raise UsageError(_what_is_wrong(error, self._cert, self._key)) from error
         except OSError as error:
@@ -166,7 +180,7 @@ class ServerCertificate:
             raise UsageError(f"The TLS file {missing} can't be read: {error.strerror}.") from error
         except _PasswordWanted:
             raise UsageError(f"The key in {self._key} is encrypted; give one that is not, of mode 0600.") from None
-        return context
+        return context, expiry
 
 
 class _PasswordWanted(Exception):
@@ -192,7 +206,10 @@ def _what_is_wrong(error: ssl.SSLError, cert: Path, key: Path) -> str:
 
 
 def _expiry(cert: Path) -> float:
-    """When a certificate that could be loaded ends, in seconds since the epoch."""
+    """When a certificate that could be loaded ends, in seconds since the epoch. Raises OSError and UsageError."""
     from cryptography import x509
 
-    return x509.load_pem_x509_certificate(cert.read_bytes()).not_valid_after_utc.timestamp()
+    try:
+        return x509.load_pem_x509_certificate(cert.read_bytes()).not_valid_after_utc.timestamp()
+    except (ValueError, x509.InvalidVersion) as error:  # it is stricter than OpenSSL
+        raise UsageError(f"The first certificate in {cert} is not a plain X.509 certificate in PEM form.") from error

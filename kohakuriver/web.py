@@ -15,7 +15,7 @@ import socket
 import ssl
 import sys
 import threading
-from collections.abc import Awaitable, Callable, Iterator
+from collections.abc import Awaitable, Callable, Iterator, MutableMapping
 from ipaddress import ip_address
 from pathlib import Path
 from types import FrameType
@@ -30,7 +30,14 @@ from starlette.datastructures import Headers
 from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-from kohakuriver.errors import KohakuRiverError, LocalAddressError, NotAllowedError, UnauthenticatedError, UsageError
+from kohakuriver.errors import (
+    KohakuRiverError,
+    LocalAddressError,
+    NotAllowedError,
+    UnauthenticatedError,
+    UsageError,
+    printable,
+)
 from kohakuriver.http_guard import guarded
 from kohakuriver.limits import Limits
 from kohakuriver.tls import ServerCertificate
@@ -189,12 +196,21 @@ def configure_logging(level: str = "info") -> None:
             structlog.contextvars.merge_contextvars,
             structlog.processors.add_log_level,
             structlog.processors.TimeStamper(fmt="iso"),
+            _printable,
             structlog.processors.format_exc_info,
             structlog.dev.ConsoleRenderer(colors=sys.stderr.isatty()),
         ],
         wrapper_class=structlog.make_filtering_bound_logger(logging.getLevelName(level.upper())),
         logger_factory=structlog.PrintLoggerFactory(sys.stderr),
     )
+
+
+def _printable(_logger: Any, _method: str, event: MutableMapping[str, Any]) -> MutableMapping[str, Any]:
+    """A line stays a line, and nothing in it is for whoever's terminal it is read on."""
+    for name, value in event.items():
+        if isinstance(value, str):
+            event[name] = printable(value).replace("\n", "\\n")
+    return event
 
 
 class Server(uvicorn.Server):

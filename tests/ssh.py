@@ -57,9 +57,9 @@ def ours() -> str:
 
 
 class Users(Commands):
-    """A cluster, and a user with a home of their own and an SSH key."""
+    """A cluster, which may have more in its environment, and a user with a home of their own and an SSH key."""
 
-    def __init__(self, directory: Path, sshd: str) -> None:
+    def __init__(self, directory: Path, sshd: str, **environment: str) -> None:
         super().__init__(directory)
         self.home = directory / "home"
         (self.home / ".ssh").mkdir(parents=True, mode=0o700)
@@ -67,7 +67,7 @@ class Users(Commands):
         make_key(self.key)
         self.environment |= {"HOME": str(self.home), "KOHAKURIVER_TUNNEL_SSHD": sshd}
         self.environment.pop("SSH_AUTH_SOCK", None)
-        self.up = self.start("up", "--json", "--host-port=0", "--runner-port=0", "--ssh-port=0")
+        self.up = self.start("up", "--json", "--host-port=0", "--runner-port=0", "--ssh-port=0", **environment)
         self.ready = self.up.event("ready")
         self.port = int(self.ready["ssh_proxy"].rpartition(":")[2])
         self.token = (directory / "state" / "admin-token").read_text().strip()

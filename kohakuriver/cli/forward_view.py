@@ -12,6 +12,7 @@ from types import TracebackType
 from typing import TYPE_CHECKING
 
 from kohakuriver.cli import output
+from kohakuriver.errors import printable
 from kohakuriver.forwarding import Event, Listening, Reconnecting, Resumed, Stats, StreamError
 
 if TYPE_CHECKING:
@@ -145,7 +146,7 @@ class LiveView(PlainView):
 
     def result(self, text: str) -> None:
         if self._live is not None:
-            self._live.console.print(text, markup=False, highlight=False, soft_wrap=True)
+            self._live.console.print(printable(text), markup=False, highlight=False, soft_wrap=True)
         else:
             output.line(text)
 

@@ -42,11 +42,10 @@ def tls(
 
     Run again, it takes the authority that is there: for more machines, or to renew certificates.
     """
-    from kohakuriver.cli.pki import Authority, check_name
+    from kohakuriver.cli.pki import Authority, check_machines
 
     wanted = [_names(machine) for machine in machines] if machines else [_own_names()]
-    for name in (name for names in wanted for name in names):
-        check_name(name)
+    check_machines(wanted)
     authority = Authority(directory)
     issued = [authority.issue(names, days) for names in wanted]
     if json:

@@ -14,6 +14,7 @@ from typing import IO, Any
 from kohakuriver.api import HostClient, Node
 from kohakuriver.config import Cluster, Settings, load_settings
 from kohakuriver.errors import HostUnreachableError, KohakuRiverError, LocalAddressError
+from kohakuriver.limits import from_environment
 
 __all__ = ["LocalCluster"]
 
@@ -126,6 +127,7 @@ class LocalCluster:
 
     async def start(self) -> None:
         """Start both and wait until a task can be made. Raises KohakuRiverError; what had started is stopped."""
+        from_environment()  # what both would refuse is better said once, before anything runs
         self.state_dir.mkdir(parents=True, exist_ok=True, mode=0o700)
         self._lock = _lock(self.state_dir)
         try:

@@ -14,6 +14,8 @@ from collections.abc import Iterator, Sequence
 from datetime import datetime, timezone
 from typing import IO, Any, NoReturn
 
+from kohakuriver.errors import printable
+
 __all__ = [
     "age",
     "discard_stdout",
@@ -49,11 +51,15 @@ def json_line(value: dict[str, Any]) -> None:
 
 def line(text: str) -> None:
     """One line of result on stdout, at once."""
-    print(text, flush=True)
+    print(printable(text), flush=True)
 
 
 def note(text: str) -> None:
     """One line for a person, on stderr."""
+    _say(printable(text))
+
+
+def _say(text: str) -> None:
     if not _given_up:
         print(text, file=sys.stderr, flush=True)
 
@@ -62,7 +68,7 @@ def error(text: str) -> None:
     """Why the command fails, as one sentence on stderr."""
     sentence = " ".join(text.split()) or "It failed for a reason that nobody named."
     prefix = "\033[1;31mError:\033[0m" if is_terminal(sys.stderr) else "Error:"
-    note(f"{prefix} {sentence}")
+    _say(f"{prefix} {printable(sentence)}")
 
 
 def discard_stdout() -> None:
@@ -121,11 +127,11 @@ def _rich_table(headings: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
     needed = 0
     for number, heading in enumerate(headings):
         # Headings may take two lines where it is narrow, cells are shown whole: half an id is of no use.
-        widest = max([len(word) for word in heading.split()] + [len(row[number]) for row in rows])
+        widest = max([len(word) for word in heading.split()] + [len(printable(row[number])) for row in rows])
         grid.add_column(heading, min_width=widest, overflow="fold")
         needed += widest + 2
     for row in rows:
-        grid.add_row(*(Text(cell, style=_style(cell)) for cell in row))
+        grid.add_row(*(Text(printable(cell), style=_style(cell)) for cell in row))
     console = Console()
     console.width = max(console.width, needed)
     console.print(grid)

@@ -20,7 +20,7 @@ from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 from kohakuriver.config import write_private
 from kohakuriver.errors import UsageError
 
-__all__ = ["AUTHORITY_DAYS", "Authority", "Certificate", "check_name"]
+__all__ = ["AUTHORITY_DAYS", "Authority", "Certificate", "check_machines"]
 
 AUTHORITY_DAYS = 3650
 # Clocks of machines in a lab differ; a certificate of the future is refused.
@@ -43,7 +43,7 @@ class Authority:
     """Signs certificates. `ca.pem` in its directory is what they are checked by, `ca.key` what signs."""
 
     def __init__(self, directory: Path) -> None:
-        """Take the authority in `directory`, or make one. Raises UsageError when half of one is there."""
+        """Take the authority in `directory`, or make one. Raises UsageError for what is none or half of one."""
         self.directory = directory
         self.cert = directory / "ca.pem"
         self.key = directory / "ca.key"
@@ -61,7 +61,15 @@ class Authority:
             raise UsageError(f"{self.cert} and {self.key} are not a certificate and its key in PEM form.") from error
         if not isinstance(key, ec.EllipticCurvePrivateKey) or key.public_key() != self._own.public_key():
             raise UsageError(f"{self.key} is not the key of {self.cert} that this command once made.")
+        self._check_own()
         self._key = key
+
+    def _check_own(self) -> None:
+        constraints = [each.value for each in self._own.extensions if isinstance(each.value, x509.BasicConstraints)]
+        if not any(each.ca for each in constraints):
+            raise UsageError(f"{self.cert} is not the certificate of an authority; use another --directory.")
+        if self._own.not_valid_after_utc <= datetime.now(timezone.utc):
+            raise UsageError(f"The authority in {self.cert} has run out; make a new one with another --directory.")
 
     def _make(self) -> None:
         key = ec.generate_private_key(ec.SECP256R1())
@@ -81,13 +89,14 @@ class Authority:
     def issue(self, names: list[str], days: float, *, since: datetime | None = None) -> Certificate:
         """A new certificate and key for a server with these names, in files named after the first.
 
-        It is good for `days` from `since`, by default now. Raises UsageError for what is no name.
+        It is good for `days` from `since`, by default now, and never longer than the authority. Raises UsageError for
+        what is no name.
         """
         key = ec.generate_private_key(ec.SECP256R1())
         subject = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, names[0][:64])])
         own = x509.SubjectKeyIdentifier.from_public_key(self._own.public_key())
         certificate = (
-            _builder(subject, self._own.subject, key, days, since or datetime.now(timezone.utc))
+            _builder(subject, self._own.subject, key, days, since or datetime.now(timezone.utc), self._own)
             .add_extension(x509.SubjectAlternativeName([_general(name) for name in names]), critical=False)
             .add_extension(x509.BasicConstraints(ca=False, path_length=None), critical=True)
             .add_extension(_usage(digital_signature=True), critical=True)
@@ -96,7 +105,7 @@ class Authority:
             .add_extension(x509.AuthorityKeyIdentifier.from_issuer_subject_key_identifier(own), critical=False)
             .sign(self._key, hashes.SHA256())
         )
-        stem = re.sub(r"[*:]", "_", names[0])
+        stem = _stem(names)
         made = Certificate(
             names, self.directory / f"{stem}.pem", self.directory / f"{stem}.key", certificate.not_valid_after_utc
         )
@@ -105,8 +114,16 @@ class Authority:
 
 
 def _builder(
-    subject: x509.Name, issuer: x509.Name, key: ec.EllipticCurvePrivateKey, days: float, since: datetime
+    subject: x509.Name,
+    issuer: x509.Name,
+    key: ec.EllipticCurvePrivateKey,
+    days: float,
+    since: datetime,
+    signer: x509.Certificate | None = None,
 ) -> x509.CertificateBuilder:
+    until = since + timedelta(days=days)
+    if signer is not None:  # nobody takes it for longer
+        until = min(until, signer.not_valid_after_utc)
     return (
         x509.CertificateBuilder()
         .subject_name(subject)
@@ -114,7 +131,7 @@ def _builder(
         .public_key(key.public_key())
         .serial_number(x509.random_serial_number())
         .not_valid_before(since - _BACKDATED)
-        .not_valid_after(since + timedelta(days=days))
+        .not_valid_after(until)
     )
 
 
@@ -124,9 +141,26 @@ def _usage(**on: bool) -> x509.KeyUsage:
     return x509.KeyUsage(**{name: on.get(name, False) for name in names.split()})
 
 
-def check_name(name: str) -> None:
-    """Raises UsageError for what is neither a DNS name nor an IP address."""
-    _general(name)
+def check_machines(machines: list[list[str]]) -> None:
+    """Check the names of machines, each of which gets a certificate and a key in files that its first name gives.
+
+    Raises UsageError for what is neither a DNS name nor an IP address, and for files that would replace others.
+    """
+    taken = {"ca"}
+    for names in machines:
+        for name in names:
+            _general(name)
+        stem = _stem(names).lower()  # some file systems don't tell A from a
+        if stem in taken:
+            raise UsageError(
+                f"The files {stem}.pem and {stem}.key, which {names[0]} would get, are another's; give another of this "
+                "machine's names first."
+            )
+        taken.add(stem)
+
+
+def _stem(names: list[str]) -> str:
+    return re.sub(r"[*:]", "_", names[0])
 
 
 def _general(name: str) -> x509.GeneralName:

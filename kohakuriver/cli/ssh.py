@@ -91,8 +91,13 @@ def _say(json: bool, value: dict[str, Any], text: str) -> None:
 
 
 async def _names(client: HostClient) -> list[str]:
-    """The tasks that ssh shall know by their bare names; any other task has its name and `.kohakuriver`."""
-    return [task.name for task in await client.tasks() if task.ssh_host_key or task.backend == "address"]
+    """The tasks that ssh shall know by their bare names; any other task has its name and `.kohakuriver`.
+
+    They are the user's own alone: whoever names a task `github.com` must not get what others mean for that.
+    """
+    me = (await client.whoami()).user
+    tasks = [task for task in await client.tasks() if task.owner == me]
+    return [task.name for task in tasks if task.ssh_host_key or task.backend == "address"]
 
 
 async def tasks_changed(client: HostClient) -> None:

@@ -17,7 +17,14 @@ from collections.abc import Callable
 from typing import Any
 from urllib.parse import urlsplit
 
-from kohakuriver.errors import HostUnreachableError, KohakuRiverError, UnavailableError, UsageError, from_status
+from kohakuriver.errors import (
+    HostUnreachableError,
+    KohakuRiverError,
+    UnavailableError,
+    UsageError,
+    from_status,
+    printable,
+)
 
 __all__ = ["DOMAIN", "dial", "main", "proxy", "task_of", "to_show"]
 
@@ -257,7 +264,7 @@ def main(arguments: list[str]) -> int:
             known="--known" in arguments[:-1],
         )
     except KohakuRiverError as error:
-        print(f"Error: {error.message}", file=sys.stderr, flush=True)
+        print(f"Error: {printable(error.message)}", file=sys.stderr, flush=True)
         return error.exit_code
     except KeyboardInterrupt:
         return 130

@@ -51,7 +51,7 @@ class Forwards:
             raise UsageError(f"{port} is no port; ports go from 1 to 65535.")
         task, node = await self._usable(caller, reference)
         url, credential = self._ticket(task, node, caller, "forward", None if ports is None else {port, *ports})
-        grant = self._grants.open(caller, task)
+        grant = await self._grants.enter(caller, task)
         return ForwardTarget(runner_ws_url=url, container=task.container, ticket=credential, grant=grant)
 
     async def authorize_terminal(self, token: str | None, reference: str) -> TerminalTarget:
@@ -59,7 +59,7 @@ class Forwards:
         caller = await self._credentials.session_caller(token)
         task, node = await self._usable(caller, reference)
         url, credential = self._ticket(task, node, caller, "terminal")
-        grant = self._grants.open(caller, task)
+        grant = await self._grants.enter(caller, task)
         return TerminalTarget(runner_ws_url=url, task_id=task.task_id, ticket=credential, grant=grant)
 
     async def authorize_ssh(self, token: str | None, reference: str, port: int | None = None) -> SshTarget:
@@ -75,7 +75,7 @@ class Forwards:
         task, node = await self._usable(caller, reference)
         if only not in (None, task.task_id):
             raise NotAllowedError("This pass is for another task; get a new one.")
-        return self._ssh_target(task, node, caller, port)
+        return await self._ssh_target(task, node, caller, port)
 
     def ssh_pass(self, caller: Caller, task_id: int) -> str:
         """What `authorize_ssh` takes once in the place of the caller's token, for this task."""
@@ -92,16 +92,16 @@ class Forwards:
             if not task.lets_in(key):
                 raise NotFoundError(f"There is no task {reference!r} that lets your key in.")
             # The owner's right was to put the key there; it lasts as long as the key is there.
-            return self._ssh_target(task, node, Caller(task.owner, "user"), port, key)
+            return await self._ssh_target(task, node, Caller(task.owner, "user"), port, key)
 
-        return reach if any(task.lets_in(key) for task in await self._store.tasks()) else None
+        return reach if await self._store.lets_in(key) else None
 
     async def _usable(self, caller: Caller, reference: str) -> tuple[Task, Node]:
         task, node = await self._store.task_and_node(reference)
         await self._access.check_usable(caller, task)
         return task, node
 
-    def _ssh_target(
+    async def _ssh_target(
         self, task: Task, node: Node, caller: Caller, port: int | None, key: str | None = None
     ) -> SshTarget:
         target_port = port or task.ssh_port or SSH_PORT
@@ -113,7 +113,7 @@ class Forwards:
             container=task.container,
             ticket=credential,
             own_server=port is None and task.ssh_port is not None,
-            grant=self._grants.open(caller, task, key),
+            grant=await self._grants.enter(caller, task, key),
         )
 
     def _ticket(

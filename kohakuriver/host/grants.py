@@ -8,7 +8,6 @@ that: all that a session pays is one entry in a set.
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import secrets
 import time
 from collections import Counter, deque
@@ -17,7 +16,7 @@ from typing import Any, Protocol
 
 import structlog
 
-from kohakuriver.errors import KohakuRiverError, UnauthenticatedError, UnavailableError
+from kohakuriver.errors import KohakuRiverError, NotAllowedError, UnauthenticatedError, UnavailableError
 from kohakuriver.host.credentials import Caller
 from kohakuriver.store import Accounts, Task, Use
 
@@ -90,7 +89,10 @@ class Grant:
         self._withdrawn = reason
         log.info("session ended", user=self.caller.name, task=self.use.task_id, reason=reason)
         if self._end is not None:
-            self._end(reason)
+            try:
+                self._end(reason)
+            except Exception:  # the others that have to end must not have to do with it
+                log.exception("a session could not be ended", user=self.caller.name, task=self.use.task_id)
 
 
 class Grants:
@@ -126,6 +128,21 @@ class Grants:
         self._of_user[caller.name] += 1
         return grant
 
+    async def enter(self, caller: Caller, task: Task, key: str | None = None) -> Grant:
+        """`open`, and then ask whether the right is still there; it may be some time since the caller was looked up.
+
+        Whatever is taken away from here on finds the session among those under way. Raises NotAllowedError besides.
+        """
+        grant = self.open(caller, task, key)
+        try:
+            reason = (await self._accounts.withdrawn([grant.use])).get(grant.use)
+            if reason is not None:
+                raise NotAllowedError(f"This can't be opened: {reason}.")
+        except BaseException:
+            grant.release()
+            raise
+        return grant
+
     def forget(self, grant: Grant) -> None:
         """The session has ended."""
         self._grants.discard(grant)
@@ -154,8 +171,12 @@ class Grants:
         while True:
             await asyncio.sleep(CHECK_SECONDS)
             if self._grants:
-                with contextlib.suppress(KohakuRiverError):  # no new session is opened either while it fails
+                try:
                     await self.check()
+                except KohakuRiverError:
+                    pass  # no new session is opened either while the database fails
+                except Exception:
+                    log.exception("the rights of sessions could not be checked")
 
 
 class Passes:

@@ -72,8 +72,6 @@ class People:
         kind, name = ("node", request.node) if request.node is not None else ("user", request.user or caller.name)
         if kind == "node" or name != caller.name:
             caller.need_admin("Making tokens for others")
-        if kind == "user":
-            await self._accounts.user(name)
         expires_at = None if request.expires_in is None else self._clock() + request.expires_in
         if kind == "user" and name == caller.name and shown.expires_at is not None:
             expires_at = min(expires_at or shown.expires_at, shown.expires_at)

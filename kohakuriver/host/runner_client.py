@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import ssl
 from typing import Any
 
@@ -12,9 +13,10 @@ from kohakuriver.errors import HostUnreachableError, from_status
 from kohakuriver.store import Node
 from kohakuriver.tunnel import ticket
 
-__all__ = ["RunnerClient"]
+__all__ = ["RunnerClient", "makes_no_sense"]
 
 _CONNECT_SECONDS = 5.0
+_MAX_ANSWER = 1 << 20
 
 
 class RunnerClient:
@@ -43,14 +45,20 @@ class RunnerClient:
         Raises HostUnreachableError "runner_unreachable" (502) or "runner_timeout" (504), or the runner's own error.
         """
         credential = ticket.issue(node.ticket_key, node=node.name, scope="control", container=container)
+        request = self._http.build_request(
+            method,
+            node.url + path,
+            json=body,
+            # What is compressed could be more than is bearable when it is not any more.
+            headers={"Authorization": f"Bearer {credential}", "Accept-Encoding": "identity"},
+            timeout=httpx.Timeout(timeout, connect=_CONNECT_SECONDS),
+        )
         try:
-            answer = await self._http.request(
-                method,
-                node.url + path,
-                json=body,
-                headers={"Authorization": f"Bearer {credential}"},
-                timeout=httpx.Timeout(timeout, connect=_CONNECT_SECONDS),
-            )
+            answer = await self._http.send(request, stream=True)
+            try:
+                content = await _read(answer, node)
+            finally:
+                await answer.aclose()
         except (httpx.ReadTimeout, httpx.WriteTimeout) as error:
             raise HostUnreachableError(
                 f"Node {node.name} did not answer within {timeout:g} s; `kohakuriver vps list` shows what came of it.",
@@ -67,11 +75,31 @@ class RunnerClient:
                 code="runner_unreachable",
             ) from error
         if answer.status_code in (401, 403):  # the host was refused, and not the user, whose credentials are good
-            reason = from_status(answer.status_code, answer.content).message
+            reason = from_status(answer.status_code, content).message
             raise HostUnreachableError(
                 f"Node {node.name} did not take the host's ticket: {reason}", code="runner_refused"
             )
         if answer.status_code >= 400:
-            raise from_status(answer.status_code, answer.content)
-        content: dict[str, Any] = answer.json()
-        return content
+            raise from_status(answer.status_code, content)
+        try:
+            told: dict[str, Any] = json.loads(content)
+        except ValueError:
+            raise makes_no_sense(node) from None
+        return told
+
+
+async def _read(answer: httpx.Response, node: Node) -> bytes:
+    content = b""
+    async for piece in answer.aiter_raw():
+        content += piece
+        if len(content) > _MAX_ANSWER:
+            raise makes_no_sense(node)
+    return content
+
+
+def makes_no_sense(node: Node) -> HostUnreachableError:
+    """The error for a node that answers what no runner does."""
+    return HostUnreachableError(
+        f"What node {node.name} answers makes no sense; its runner should be of the host's version.",
+        code="runner_unreachable",
+    )

@@ -239,7 +239,7 @@ class TaskReport(BaseModel):
     engine_name: str | None = None
     image: str | None = None
     ssh_port: Annotated[int, Field(ge=1, le=65535)] | None = None
-    ssh_host_key: str | None = None
+    ssh_host_key: PublicKey | None = None  # users' programs write it into a known_hosts
     traffic: dict[str, Whole] = Field(default={}, exclude=True)  # kept with the node: it is no change of the task
 
 

@@ -117,20 +117,9 @@ async def main(options: HostOptions) -> int:
     with contextlib.ExitStack() as stack:
         sock = stack.enter_context(bind(options.bind, options.port))
         ssh_sock = stack.enter_context(bind(options.bind, options.ssh_port))
-        store = await Store.open(options.database or _own_database(options.state_dir / "host.db"))
+        store = await Store.open(options.database or sqlite_url(options.state_dir / "host.db"))
         await _run(options, sock, ssh_sock, store, perimeter)
     return 0
-
-
-def _own_database(path: Path) -> str:
-    """The URL of the database in the state directory, which may be one that others can look into.
-
-    It holds the keys that tickets are signed with, so it is this user's alone; SQLite makes the files beside it alike.
-    """
-    path.touch(mode=0o600)
-    for file in path.parent.glob(f"{path.name}*"):
-        file.chmod(0o600)
-    return sqlite_url(path)
 
 
 async def _run(
@@ -142,7 +131,10 @@ async def _run(
         for path in await credentials.load_or_make(options.state_dir):
             log.info("made a token", file=str(path))
         if options.allow_anonymous:
-            log.warning("ANONYMOUS ACCESS IS ON: anybody who reaches this port can open forwards to every task")
+            log.warning(
+                "ANONYMOUS ACCESS IS ON: anybody who reaches this port can open forwards, terminals and SSH "
+                "connections to every task"
+            )
         warn_if_in_clear(sock, perimeter.certificate)
         await _serve(options, sock, ssh_sock, store, runners, credentials, perimeter)
     finally:
@@ -167,7 +159,7 @@ async def _serve(
     grants = Grants(accounts, max_sessions=perimeter.limits.max_sessions, audit=perimeter.audit)
     forwards = Forwards(credentials, access, grants, store, nodes, tasks)
     proxy = TunnelProxy(authorize=forwards.authorize, trusted=perimeter.trusted, limits=perimeter.limits)
-    terminals = TerminalProxy(authorize=forwards.authorize_terminal, trusted=perimeter.trusted)
+    terminals = TerminalProxy(authorize=forwards.authorize_terminal, trusted=perimeter.trusted, limits=perimeter.limits)
     ssh_proxy = SshProxy(
         ssh_sock,
         authorize=forwards.authorize_ssh,
@@ -175,6 +167,7 @@ async def _serve(
         check_user=credentials.caller,
         host_key=options.state_dir / "ssh_host_ed25519_key",
         trusted=perimeter.trusted,
+        limits=perimeter.limits,
     )
     guard = Guard(names=perimeter.names, hosts=options.allowed_hosts, origins=options.allowed_origins)
     url = socket_url(sock, "https" if options.tls_cert else "http")
@@ -194,7 +187,7 @@ async def _serve(
 
     server = Server(
         create_app(Services(credentials, access, People(accounts, grants), nodes, tasks, forwards), guard),
-        ws=serve_ws([*proxy.routes(), *terminals.routes()], guard),
+        ws=serve_ws([*proxy.routes(), *terminals.routes()], guard, max_message=perimeter.limits.max_message),
         on_ready=ready,
         on_stop=stop,
         certificate=perimeter.certificate,

@@ -11,11 +11,12 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import structlog
+from pydantic import ValidationError
 
 from kohakuriver.errors import HostUnreachableError, KohakuRiverError, NotFoundError, UnavailableError, UsageError
 from kohakuriver.host.credentials import Caller
 from kohakuriver.host.nodes import Nodes
-from kohakuriver.host.runner_client import RunnerClient
+from kohakuriver.host.runner_client import RunnerClient, makes_no_sense
 from kohakuriver.host.schemas import (
     AdoptRequest,
     CreateRequest,
@@ -33,6 +34,7 @@ log = structlog.get_logger("kohakuriver.host")
 
 _CONTAINER_NAMES = {"docker": "kohakuriver-vps-{}", "process": "kohakuriver-task-{}", "address": "vm-{}"}
 _ACTIVE = ("starting", "running")
+_ADOPT = "/api/tasks/adopt"
 
 # A stop may take an engine its grace period. Users' programs wait a little longer than this for the host.
 _RUNNER_SECONDS = 45.0
@@ -157,13 +159,13 @@ class Tasks:
         if request.address is not None:
             node = await self._node_for_address(request.node)
             task = await self._add(request.name, node, "address", owner, address=request.address)
-            return await self._begin(task, node, "/api/tasks/adopt", {"address": request.address})
+            return await self._begin(task, node, _ADOPT, {"address": request.address})
         nodes = await self._nodes.fitting(("docker",), request.node)
         name = request.name or await self._name_of(request.container or "")
         for node in nodes:
             task = await self._add(name, node, "docker", owner)
             try:
-                return await self._begin(task, node, "/api/tasks/adopt", {"engine_name": request.container})
+                return await self._begin(task, node, _ADOPT, {"engine_name": request.container})
             except NotFoundError:
                 if node is nodes[-1]:
                     raise
@@ -217,6 +219,11 @@ class Tasks:
             changed_at=now,
         )
         await self._store.add_task(task)
+        try:
+            await self._accounts.user(owner)
+        except NotFoundError:  # removed meanwhile, too early for this task to pass to the heir with the others
+            await self._store.forget_tasks([task_id])
+            raise
         return task
 
     async def _begin(self, task: Task, node: Node, path: str, spec: dict[str, Any]) -> TaskView:
@@ -231,14 +238,16 @@ class Tasks:
             answer = await self._runners.call(
                 node, "POST", path, body, container=task.container, timeout=_RUNNER_SECONDS
             )
+            report = _report(answer, node)
         except KohakuRiverError as error:
             if error.code == "runner_timeout":
                 raise  # it may yet have started: the next heartbeat says
             await self._store.forget_tasks([task.task_id])
             raise
-        report = TaskReport.model_validate(answer)
         if report.task_id != task.task_id:
             await self._store.forget_tasks([task.task_id])
+            if path != _ADOPT:  # only for admins, who may see every task, a node may name another one
+                raise makes_no_sense(node)
             return await self.get(str(report.task_id))
         log.info("task started", task=task.task_id, name=task.name, node=node.name, backend=task.backend)
         return await self._take_over(report, node, task)
@@ -261,7 +270,7 @@ class Tasks:
         self._nodes.check_online(node)
         path = f"/api/tasks/{task.container}/{action}"
         answer = await self._runners.call(node, "POST", path, container=task.container, timeout=_RUNNER_SECONDS)
-        return await self._take_over(TaskReport.model_validate(answer), node, task)
+        return await self._take_over(_report(answer, node), node, task)
 
     async def remove(self, reference: str) -> TaskView:
         """Remove a task, as it was. A node that can't be reached is told when it is back."""
@@ -307,6 +316,13 @@ class Tasks:
                     raise _too_slow(view, timeout)
                 with contextlib.suppress(asyncio.TimeoutError):
                     await asyncio.wait_for(changed.wait(), min(left, _POLL_SECONDS))
+
+
+def _report(answer: dict[str, Any], node: Node) -> TaskReport:
+    try:
+        return TaskReport.model_validate(answer)
+    except ValidationError as error:
+        raise makes_no_sense(node) from error
 
 
 def _check_create(request: CreateRequest) -> None:

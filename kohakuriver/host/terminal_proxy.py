@@ -11,12 +11,15 @@ from typing import Any
 
 import structlog
 
-from kohakuriver.errors import HostUnreachableError, KohakuRiverError, NotAllowedError
+from kohakuriver.errors import HostUnreachableError, KohakuRiverError, NotAllowedError, UnavailableError
+from kohakuriver.limits import Limits
 from kohakuriver.loops import cancel_all
 from kohakuriver.tunnel import terminal
 from kohakuriver.tunnel.grant import NO_GRANT, Grant
 from kohakuriver.tunnel.handshake import open_messages
+from kohakuriver.tunnel.idle import IdleWatch
 from kohakuriver.tunnel.messages import MessageLink, may_close_with
+from kohakuriver.tunnel.pace import PacedMessages
 from kohakuriver.tunnel.protocol import TERMINAL_V2, CloseCode
 from kohakuriver.tunnel.server import TunnelRoute, UpgradeRequest
 
@@ -47,6 +50,7 @@ class TerminalProxy:
     Args:
         authorize: (bearer token or None, task's id or name) → where it goes. Raises KohakuRiverError.
         trusted: how runners that serve TLS are checked; None for the system's authorities.
+        limits: what a terminal may take.
     """
 
     path = "/ws/task/{task_id}/terminal"
@@ -56,9 +60,12 @@ class TerminalProxy:
         *,
         authorize: Callable[[str | None, str], Awaitable[TerminalTarget]],
         trusted: ssl.SSLContext | None = None,
+        limits: Limits | None = None,
     ) -> None:
         self._authorize = authorize
         self._trusted = trusted
+        self._limits = limits or Limits()
+        self._idle = IdleWatch(self._limits.idle_timeout)
         self._terminals: dict[asyncio.Task[None], _Relay] = {}
 
     def routes(self) -> list[TunnelRoute]:
@@ -86,10 +93,18 @@ class TerminalProxy:
             target.grant.release()
             raise
         target.grant.opened(**{"from": request.peer}, proto="terminal", version=2 if user.subprotocol else 1)
-        relay = _Relay(user, runner, target.grant)
+        self._begin(_Relay(user, runner, target.grant, self._limits.max_rate))
+
+    def _begin(self, relay: _Relay) -> None:
         running = asyncio.get_running_loop().create_task(relay.run())
         self._terminals[running] = relay
-        running.add_done_callback(self._terminals.pop)
+        self._idle.add(relay, lambda: relay.passed, relay.idle)
+
+        def ended(task: asyncio.Task[None]) -> None:
+            del self._terminals[task]
+            self._idle.discard(relay)
+
+        running.add_done_callback(ended)
 
     async def _open_runner(self, request: UpgradeRequest, target: TerminalTarget) -> MessageLink:
         start = "?start=1" if request.query.get("start") == "1" else ""
@@ -100,6 +115,7 @@ class TerminalProxy:
                 subprotocols=(TERMINAL_V2,) if TERMINAL_V2 in request.subprotocols else (),
                 ssl=self._trusted,
                 timeout=RUNNER_TIMEOUT,
+                max_message=self._limits.max_message,
             )
         except NotAllowedError as error:  # of the host, not of the user: whose credentials are good
             target.grant.release()
@@ -119,26 +135,36 @@ class TerminalProxy:
 
 
 class _Relay:
-    """One terminal's messages, passed on until one side ends, or the right to it does; the other side ends likewise."""
+    """One terminal's messages, passed on until one side ends, or this host wants it to; the other side ends likewise.
 
-    def __init__(self, user: MessageLink, runner: MessageLink, grant: Grant) -> None:
+    `rate` is in bytes a second, each way; 0 for any.
+    """
+
+    def __init__(self, user: MessageLink, runner: MessageLink, grant: Grant, rate: int = 0) -> None:
         self._user = user
         self._runner = runner
+        self._from_user = PacedMessages(user, rate) if rate else user
+        self._from_runner = PacedMessages(runner, rate) if rate else runner
         self._grant = grant
         self._to_container = self._to_user = 0
         self._ending: tuple[str, int, str] | None = None
-        self._withdrawn: asyncio.Future[str] = asyncio.get_running_loop().create_future()
+        self._cut_off: asyncio.Future[KohakuRiverError] = asyncio.get_running_loop().create_future()
+
+    @property
+    def passed(self) -> int:
+        """Bytes so far, both ways."""
+        return self._to_container + self._to_user
 
     async def run(self) -> None:
         """From the first message to the end of both sides."""
         passing = asyncio.get_running_loop().create_task(self._pass_on())
         self._grant.attach(self._withdraw)
         try:
-            ends: list[asyncio.Future[Any]] = [passing, self._withdrawn]
+            ends: list[asyncio.Future[Any]] = [passing, self._cut_off]
             await asyncio.wait(ends, return_when=asyncio.FIRST_COMPLETED)
-            if self._withdrawn.done():
+            if self._cut_off.done():
                 await cancel_all([passing])
-                await self._end(self._withdrawn.result())
+                await self._end(self._cut_off.result())
         finally:
             by, code, reason = self._ending or ("host", CloseCode.GOING_AWAY, "")
             self._grant.closed(
@@ -155,18 +181,18 @@ class _Relay:
         self._user.begin_close(code, reason)
 
     async def _pass_on(self) -> None:
-        await asyncio.gather(self._to_runner(), self._from_runner())
+        await asyncio.gather(self._pass_to_runner(), self._pass_to_user())
 
-    async def _to_runner(self) -> None:
+    async def _pass_to_runner(self) -> None:
         with contextlib.suppress(ConnectionError):
-            while (message := await self._user.receive()) is not None:
+            while (message := await self._from_user.receive()) is not None:
                 self._to_container += len(message)
                 await self._runner.send(message)
         await self._ended("user", self._user, self._runner)
 
-    async def _from_runner(self) -> None:
+    async def _pass_to_user(self) -> None:
         with contextlib.suppress(ConnectionError):
-            while (message := await self._runner.receive()) is not None:
+            while (message := await self._from_runner.receive()) is not None:
                 self._to_user += len(message)
                 await self._user.send(message)
         await self._ended("node", self._runner, self._user)
@@ -177,14 +203,23 @@ class _Relay:
             may_close_with(source.close_code), source.close_reason or "the other side of the terminal went"
         )
 
-    def _withdraw(self, reason: str) -> None:
-        if not self._withdrawn.done():
-            self._ending = self._ending or ("host", CloseCode.POLICY, reason)
-            self._withdrawn.set_result(reason)
+    def idle(self, reason: str) -> None:
+        """Nothing has passed for long enough."""
+        error = UnavailableError(f"The host has ended this terminal: {reason}.", code="idle")
+        self._cut_off_with(error, CloseCode.IDLE, reason)
 
-    async def _end(self, reason: str) -> None:
-        self._runner.begin_close(CloseCode.POLICY, reason)
-        error = NotAllowedError(f"This terminal was ended: {reason}.")
+    def _withdraw(self, reason: str) -> None:
+        self._cut_off_with(NotAllowedError(f"This terminal was ended: {reason}."), CloseCode.POLICY, reason)
+
+    def _cut_off_with(self, error: KohakuRiverError, code: CloseCode, reason: str) -> None:
+        if not self._cut_off.done():
+            self._ending = self._ending or ("host", code, reason)
+            self._cut_off.set_result(error)
+
+    async def _end(self, error: KohakuRiverError) -> None:
+        assert self._ending is not None
+        _, code, reason = self._ending
+        self._runner.begin_close(code, reason)
         with contextlib.suppress(ConnectionError, asyncio.TimeoutError):
             await asyncio.wait_for(self._user.send(terminal.failed(error)), FAREWELL_SECONDS)
-        await self._user.close(CloseCode.POLICY, reason)
+        await self._user.close(code, reason)

@@ -6,10 +6,8 @@ frames stay between neighbours and nothing malformed gets through.
 
 from __future__ import annotations
 
-import asyncio
 import re
 import ssl
-import time
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 from typing import Any, cast
@@ -19,19 +17,17 @@ import structlog
 
 from kohakuriver._frame import SpliceWalker
 from kohakuriver.errors import HostUnreachableError, KohakuRiverError, NotAllowedError, UsageError
-from kohakuriver.limits import Limits, TokenBucket
+from kohakuriver.limits import Limits
 from kohakuriver.tunnel.grant import NO_GRANT, Grant
 from kohakuriver.tunnel.handshake import open_session
-from kohakuriver.tunnel.link import RECEIVE_SIZE, Link
+from kohakuriver.tunnel.idle import IdleWatch
+from kohakuriver.tunnel.link import Link
+from kohakuriver.tunnel.pace import PacedReads
 from kohakuriver.tunnel.ports import ports_in, ports_query
 from kohakuriver.tunnel.protocol import TUNNEL_V2, CloseCode
 from kohakuriver.tunnel.server import TunnelRoute, UpgradeRequest, greet
 
 RUNNER_TIMEOUT = 10.0
-# What a session with a limited rate may be ahead of it, in seconds: also how long its peers' pings may go unread.
-BURST_SECONDS = 0.25
-# How often in its idle time a session is looked at.
-LOOKS = 4
 
 log = structlog.get_logger("kohakuriver.proxy")
 
@@ -107,39 +103,16 @@ class Splice:
 
 
 class RatedSplice(Splice):
-    """A direction that may take only so many bytes a second: after what is too much, nothing is read for a while.
-
-    What nobody reads stays with the sender, whose windows (or TCP itself) make it wait. ``rate`` is in bytes a second.
-    """
+    """A direction that may take only so many bytes a second. ``rate`` is in bytes a second."""
 
     def __init__(self, walker: SpliceWalker, session: ProxySession, rate: int) -> None:
         super().__init__(walker, session)
-        self._loop = asyncio.get_running_loop()
-        self._bucket = TokenBucket(rate, rate * BURST_SECONDS, self._loop.time())
-        self._waiting = False
-        self._burst = int(rate * BURST_SECONDS)
-
-    def limit_reads(self) -> None:
-        """Read no more at once than a burst is, where that is little: a long wait would follow."""
-        if self._burst < RECEIVE_SIZE:
-            self.link.limit_reads(max(4096, self._burst // 4))
+        self.pace = PacedReads(rate)
 
     def link_received(self, link: Link, start: int, stop: int) -> int:
         consumed = super().link_received(link, start, stop)
-        wait = self._bucket.take(consumed - start, self._loop.time())
-        if wait > 0 and not self._waiting:
-            self._waiting = True
-            link.pause_reading(self._bucket)
-            self._loop.call_later(wait, self._go_on)
+        self.pace.took(link, consumed - start)
         return consumed
-
-    def _go_on(self) -> None:
-        wait = self._bucket.take(0, self._loop.time())
-        if wait > 0:  # more came in after the pause had begun
-            self._loop.call_later(wait, self._go_on)
-            return
-        self._waiting = False
-        self.link.resume_reading(self._bucket)
 
 
 class ProxySession:
@@ -152,8 +125,6 @@ class ProxySession:
         self.user = self._side(masked=True)
         self.container_side = self._side(masked=False)
         self.user.other, self.container_side.other = self.container_side, self.user
-        self._passed_at_look = 0
-        self._idle_since = time.monotonic()
 
     def _side(self, *, masked: bool) -> Splice:
         walker, rate = (
@@ -167,7 +138,7 @@ class ProxySession:
         self.user.link, self.container_side.link = user, runner
         for side in (self.user, self.container_side):
             if isinstance(side, RatedSplice):
-                side.limit_reads()
+                side.pace.begin(side.link)
 
     def close(self, code: int, reason: str) -> None:
         """Close both links, because this host wants it."""
@@ -193,13 +164,6 @@ class ProxySession:
             "bytes_to_user": self.container_side.walker.bytes_passed,
         }
 
-    def idle_seconds(self, now: float) -> float:
-        """For how long nothing has passed, as far as looks like this one can tell."""
-        passed = sum(self.passed().values())
-        if passed != self._passed_at_look:
-            self._passed_at_look, self._idle_since = passed, now
-        return now - self._idle_since
-
 
 class TunnelProxy:
     """All forward sessions of a host.
@@ -221,7 +185,7 @@ class TunnelProxy:
         self.authorize = authorize
         self.trusted = trusted
         self.limits = limits or Limits()
-        self._look: asyncio.TimerHandle | None = None
+        self._idle = IdleWatch(self.limits.idle_timeout)
         self.sessions: dict[ProxySession, None] = {}
         self._closed_to_container = 0
         self._closed_to_user = 0
@@ -247,6 +211,7 @@ class TunnelProxy:
         """A session has ended."""
         if self.sessions.pop(session, self) is not None:
             return
+        self._idle.discard(session)
         passed = session.passed()
         self._closed_to_container += passed["bytes_to_container"]
         self._closed_to_user += passed["bytes_to_user"]
@@ -294,19 +259,12 @@ class TunnelProxy:
         session.begin(user, runner)
         self.sessions[session] = None
         session.target.grant.opened(**{"from": request.peer}, **about, version=runner.version)
-        if self._look is None and self.limits.idle_timeout:
-            self._look_for_idle()
+        self._idle.add(
+            session, lambda: sum(session.passed().values()), lambda reason: session.close(CloseCode.IDLE, reason)
+        )
         greet(user, "CONNECTED")
         runner.hand_over(session.container_side)
         session.target.grant.attach(session.end)
-
-    def _look_for_idle(self) -> None:
-        most, now = self.limits.idle_timeout, time.monotonic()
-        for session in list(self.sessions):
-            if session.idle_seconds(now) >= most:
-                session.close(CloseCode.IDLE, f"nothing passed for {most:g} s, which is as long as this host waits")
-        loop = asyncio.get_running_loop()
-        self._look = loop.call_later(most / LOOKS, self._look_for_idle) if self.sessions else None
 
 
 def _reuse(walker: SpliceWalker) -> Callable[..., SpliceWalker]:

@@ -149,7 +149,9 @@ class Runner:
         )
         self._server = Server(
             create_app(Services(self._tasks, self._registration), self._guard),
-            ws=serve_ws([*self._tunnels.routes(), *self._terminals.routes()], self._guard),
+            ws=serve_ws(
+                [*self._tunnels.routes(), *self._terminals.routes()], self._guard, max_message=limits.max_message
+            ),
             on_ready=self._ready,
             on_stop=self._stop,
             certificate=certificate,
@@ -203,7 +205,10 @@ class Runner:
 
     async def _ready(self) -> None:
         if self._options.allow_anonymous:
-            log.warning("ANONYMOUS ACCESS IS ON: tunnel clients without a token may speak for every container")
+            log.warning(
+                "ANONYMOUS ACCESS IS ON: anybody who reaches this port can pose as every container, and open forwards "
+                "and terminals to every task"
+            )
         warn_if_in_clear(self._sock, self._certificate)
         if sends_in_clear(self._identity.host_url):
             log.warning("the host's URL is plain HTTP: others on the network can read this node's token")

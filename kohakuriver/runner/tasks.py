@@ -9,7 +9,7 @@ from typing import Any, Protocol
 
 import structlog
 
-from kohakuriver.errors import KohakuRiverError, NotFoundError, UnavailableError
+from kohakuriver.errors import KohakuRiverError, NotFoundError, UnavailableError, printable
 from kohakuriver.runner.backends.base import Backend, ExecRequest, ExecSession
 from kohakuriver.runner.state import State, TaskRecord, next_revision
 
@@ -229,6 +229,7 @@ class TaskManager:
     def report(self, container: str, status: str, message: str | None = None) -> None:
         """Take over a task's state; its streams end at once when it no longer runs."""
         task = self._tasks.get(container)
+        message = None if message is None else printable(message)  # not every database keeps all that a task can say
         if task is None or (task.status, task.message) == (status, message):
             return
         ended = task.active and status not in ("starting", "running")

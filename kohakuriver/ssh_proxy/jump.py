@@ -9,7 +9,6 @@ import asyncio
 import contextlib
 import logging
 import socket
-import ssl
 from collections.abc import Awaitable, Callable
 from pathlib import Path
 from typing import Any
@@ -19,14 +18,14 @@ import structlog
 
 from kohakuriver.config import write_private
 from kohakuriver.errors import KohakuRiverError, UnavailableError
-from kohakuriver.ssh_proxy.session import SshTarget, TaskConnection
+from kohakuriver.ssh_proxy.session import Connector, SshTarget, TaskConnection
 from kohakuriver.tunnel.tcp import TcpStream
 
 __all__ = ["JumpHost", "Keyholders"]
 
 log = structlog.get_logger("kohakuriver.ssh_proxy")
 
-LOGIN_SECONDS = 30
+MAX_TRIES = 30
 KEEPALIVE_SECONDS = 30
 
 NO_SHELL = "this is only a jump host: use `ssh -J` with it, and a task's name as the destination"
@@ -48,10 +47,12 @@ class JumpHost:
         authorize: Callable[[str | None, str, int | None], Awaitable[SshTarget]],
         keyholders: Keyholders,
         check_user: Callable[[str], Awaitable[object]],
-        trusted: ssl.SSLContext | None = None,
+        connector: Connector,
+        login_seconds: float,
     ) -> None:
         self.authorize = authorize
-        self.trusted = trusted
+        self.connector = connector
+        self._login_seconds = login_seconds
         self.keyholders = keyholders
         self.check_user = check_user
         self._host_key = _load_or_make(host_key)
@@ -66,7 +67,7 @@ class JumpHost:
                 peer,
                 server_factory=lambda: _Login(self),
                 server_host_keys=[self._host_key],
-                login_timeout=LOGIN_SECONDS,
+                login_timeout=self._login_seconds,
                 keepalive_interval=KEEPALIVE_SECONDS,
                 compression_algs=["none"],
                 kbdint_auth=False,
@@ -74,8 +75,12 @@ class JumpHost:
                 allow_pty=False,
                 agent_forwarding=False,
             )
-        except (asyncssh.Error, OSError) as error:
+        except (asyncssh.Error, OSError, ValueError) as error:
+            # The last is what the library's parsers raise for bytes that are no SSH: a stranger's, and no news either.
             log.debug("no SSH login", reason=str(error))
+            return
+        except KohakuRiverError as error:
+            log.warning("an SSH login could not be judged", reason=error.message)
             return
         on_login()
         self._connections.add(connection)
@@ -96,12 +101,17 @@ class _Login(asyncssh.SSHServer):
     def __init__(self, host: JumpHost) -> None:
         self._host = host
         self._peer = "?"
+        self._gone = False
+        self._tries = 0
         self._shown: Reach | None = None  # by the credential that was shown last, which may not be proven yet
         self._reach: Reach | None = None
 
     def connection_made(self, conn: asyncssh.SSHServerConnection) -> None:
         name = conn.get_extra_info("peername")
         self._peer = f"{name[0]}:{name[1]}" if isinstance(name, tuple) else "?"
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self._gone = True
 
     def begin_auth(self, username: str) -> bool:
         return True
@@ -112,7 +122,13 @@ class _Login(asyncssh.SSHServer):
     def password_auth_supported(self) -> bool:
         return True
 
+    def _count_try(self) -> None:
+        self._tries += 1
+        if self._tries > MAX_TRIES:
+            raise asyncssh.DisconnectError(asyncssh.DISC_NO_MORE_AUTH_METHODS_AVAILABLE, "too many tries")
+
     async def validate_password(self, username: str, password: str) -> bool:
+        self._count_try()
         with contextlib.suppress(KohakuRiverError):
             await self._host.check_user(password)
             self._shown = lambda task, port: self._host.authorize(password, task, port)
@@ -123,6 +139,7 @@ class _Login(asyncssh.SSHServer):
         return True
 
     async def validate_public_key(self, username: str, key: asyncssh.SSHKey) -> bool:
+        self._count_try()
         text = b" ".join(key.export_public_key().split()[:2]).decode()
         self._shown = await self._host.keyholders(text)
         return self._shown is not None
@@ -141,8 +158,11 @@ class _Login(asyncssh.SSHServer):
                 raise UnavailableError(f"Port {port} of {task} can't be reached from here.")
             # 22 stands for the task's SSH server, wherever that listens.
             target = await self._reach(task, None if port == 22 else port)
-            connection = TaskConnection(target, peer=self._peer, trusted=self._host.trusted)
+            connection = self._host.connector.connection(target, self._peer)
             await connection.open()
+            if self._gone:  # asyncssh drops the channel without a word to anybody
+                connection.abandon()
+                raise UnavailableError("The SSH connection has ended.")
         except KohakuRiverError as error:
             log.info("SSH connection refused", task=task, reason=error.message)
             raise asyncssh.ChannelOpenError(asyncssh.OPEN_CONNECT_FAILED, error.message) from error

@@ -1,8 +1,8 @@
 """Port 8002: who connects, what they want, and the relay to the SSH server of a task (docs/protocol.md §7).
 
 A peer that greets with ``SSH-2.0…`` is an OpenSSH that wants a jump host; any other must send a request line. Nobody
-is waited for longer than `GREETING_SECONDS`, nor listened to for more than `MAX_REQUEST` bytes, and of those who have
-not said yet what they want only `MAX_WAITING` are kept.
+is waited for longer than the handshake's time, nor listened to for more than `MAX_REQUEST` bytes, and of those who have
+not shown yet that they may come in only `MAX_WAITING` are kept.
 """
 
 from __future__ import annotations
@@ -18,9 +18,10 @@ from typing import cast
 import structlog
 
 from kohakuriver.errors import KohakuRiverError, UsageError
+from kohakuriver.limits import Limits
 from kohakuriver.loops import cancel_all
 from kohakuriver.ssh_proxy.jump import JumpHost, Keyholders
-from kohakuriver.ssh_proxy.session import SshTarget, TaskConnection
+from kohakuriver.ssh_proxy.session import Connector, SshTarget, TaskConnection
 
 __all__ = ["SshProxy"]
 
@@ -28,7 +29,8 @@ log = structlog.get_logger("kohakuriver.ssh_proxy")
 
 REQUEST = b"REQUEST_TUNNEL"
 MAX_REQUEST = 4096
-GREETING_SECONDS = 10.0
+# Who logs in may have to type something.
+LOGIN_FACTOR = 3
 MAX_WAITING = 1000
 BACKLOG = 1024
 FAREWELL_SECONDS = 2.0
@@ -51,6 +53,7 @@ class SshProxy:
         check_user: the same for a token as password; raises KohakuRiverError for one that is not valid.
         host_key: the file with the jump host's own key, made if need be.
         trusted: how runners that serve TLS are checked; None for the system's authorities.
+        limits: what a connection may take.
     """
 
     def __init__(
@@ -62,12 +65,20 @@ class SshProxy:
         check_user: Callable[[str], Awaitable[object]],
         host_key: Path,
         trusted: ssl.SSLContext | None = None,
+        limits: Limits | None = None,
     ) -> None:
+        limits = limits or Limits()
         self._sock = sock
         self._authorize = authorize
-        self._trusted = trusted
+        self._greeting_seconds = limits.handshake_timeout
+        self._connector = Connector(trusted=trusted, limits=limits)
         self._jump_host = JumpHost(
-            host_key, authorize=authorize, keyholders=keyholders, check_user=check_user, trusted=trusted
+            host_key,
+            authorize=authorize,
+            keyholders=keyholders,
+            check_user=check_user,
+            connector=self._connector,
+            login_seconds=LOGIN_FACTOR * limits.handshake_timeout,
         )
         self._accepting: asyncio.Task[None] | None = None
         self._waiting: dict[asyncio.Task[None], None] = {}
@@ -76,7 +87,7 @@ class SshProxy:
 
     @property
     def waiting(self) -> int:
-        """How many peers have not said yet what they want."""
+        """How many peers have not shown yet that they may come in; those who may not, and linger, among them."""
         return len(self._waiting)
 
     def start(self) -> None:
@@ -117,8 +128,8 @@ class SshProxy:
         if not task.cancelled() and (error := task.exception()) is not None:
             log.error("a connection to the SSH proxy failed", exc_info=error)
 
-    def _decided(self) -> None:
-        """The peer whose task runs has said what it wants."""
+    def _admitted(self) -> None:
+        """The peer whose task runs is no stranger any more."""
         task = asyncio.current_task()
         assert task is not None
         self._waiting.pop(task, None)
@@ -127,11 +138,11 @@ class SshProxy:
         handed_over = False
         try:
             _keep_alive(peer)
-            deadline = asyncio.get_running_loop().time() + GREETING_SECONDS
-            first = await _first_byte(peer, GREETING_SECONDS)
+            deadline = asyncio.get_running_loop().time() + self._greeting_seconds
+            first = await _first_byte(peer, self._greeting_seconds)
             handed_over = bool(first)
             if first == b"S":
-                await self._jump_host.serve(peer, on_login=self._decided)
+                await self._jump_host.serve(peer, on_login=self._admitted)
             elif first:
                 await self._relay(peer, deadline)
         except OSError:
@@ -150,10 +161,9 @@ class SshProxy:
             raise
         try:
             task, token = await greeting.request(deadline - loop.time())
-            self._decided()
             connection = await self._connect(greeting, task, token)
         except asyncio.TimeoutError:
-            await greeting.farewell(f"No request came within {GREETING_SECONDS:g} s.")
+            await greeting.farewell(f"No request came within {self._greeting_seconds:g} s.")
         except KohakuRiverError as error:
             log.info("SSH connection refused", peer=_name(transport), reason=error.message)
             await greeting.farewell(error.message)
@@ -167,7 +177,8 @@ class SshProxy:
     async def _connect(self, greeting: Greeting, task: str, token: str | None) -> TaskConnection | None:
         """The connection to the task's SSH server, or None when the peer went meanwhile."""
         target = await self._authorize(token, task, None)
-        connection = TaskConnection(target, peer=_name(greeting.transport), trusted=self._trusted)
+        self._admitted()
+        connection = self._connector.connection(target, _name(greeting.transport))
         await connection.open()
         if greeting.gone:
             connection.abandon()
@@ -228,15 +239,17 @@ class Greeting(asyncio.Protocol):
         if self.gone:
             return
         self._deaf = True
-        self.transport.write(b"ERROR " + " ".join(message.split()).encode() + b"\n")
-        if self.ended:
-            self.transport.close()
-        else:
-            self.transport.write_eof()
-            self.transport.resume_reading()
-        with contextlib.suppress(asyncio.TimeoutError):
-            await asyncio.wait_for(asyncio.shield(self._lost), FAREWELL_SECONDS)
-        self.transport.abort()
+        try:
+            self.transport.write(b"ERROR " + " ".join(message.split()).encode() + b"\n")
+            if self.ended:
+                self.transport.close()
+            else:
+                self.transport.write_eof()  # raises OSError where the peer has reset the connection
+                self.transport.resume_reading()
+            with contextlib.suppress(asyncio.TimeoutError):
+                await asyncio.wait_for(asyncio.shield(self._lost), FAREWELL_SECONDS)
+        finally:
+            self.transport.abort()
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         self.transport = cast(asyncio.Transport, transport)

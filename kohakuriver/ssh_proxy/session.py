@@ -8,16 +8,21 @@ from __future__ import annotations
 import asyncio
 import ssl
 from dataclasses import dataclass
+from typing import Any
 from urllib.parse import quote
 
 from kohakuriver.errors import HostUnreachableError, KohakuRiverError, NotAllowedError, UnavailableError
+from kohakuriver.limits import Limits
 from kohakuriver.tunnel.endpoint import AnyStream, UserEndpoint
 from kohakuriver.tunnel.grant import NO_GRANT, Grant
 from kohakuriver.tunnel.handshake import open_session
+from kohakuriver.tunnel.idle import IdleWatch
+from kohakuriver.tunnel.link import Link
+from kohakuriver.tunnel.pace import PacedReads, PacedWindow
 from kohakuriver.tunnel.protocol import CloseCode
 from kohakuriver.tunnel.tcp import TcpStream
 
-__all__ = ["SshTarget", "TaskConnection"]
+__all__ = ["Connector", "SshTarget", "TaskConnection"]
 
 OPEN_SECONDS = 10.0
 
@@ -43,14 +48,15 @@ class TaskConnection(UserEndpoint):
     """A stream to a port of a task, and the session that carries it; both end together.
 
     `open`, then make a transport's protocol of `stream`. `peer` is whose it is, as address and port; `trusted` how a
-    runner that serves TLS is checked, None for the system's authorities.
+    runner that serves TLS is checked, None for the system's authorities; `idle` ends it when nothing passes.
     """
 
-    def __init__(self, target: SshTarget, *, peer: str = "?", trusted: ssl.SSLContext | None = None) -> None:
+    def __init__(self, target: SshTarget, *, peer: str, trusted: ssl.SSLContext | None, idle: IdleWatch) -> None:
         super().__init__(on_stream_error=self._refused, on_detach=self._lost)
         self._target = target
         self._peer = peer
         self._trusted = trusted
+        self._idle = idle
         self._ending: tuple[str, int, str] | None = None
         self._opened: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self.stream = TcpStream(self, target.port)
@@ -84,6 +90,7 @@ class TaskConnection(UserEndpoint):
             raise HostUnreachableError(f"The task's node did not take the host's ticket: {error}") from error
         about = {"from": self._peer, "proto": "ssh", "port": target.port, "ports": [target.port]}
         target.grant.opened(**about, version=link.version)
+        self._idle.add(self, lambda: self.bytes_sent + self.bytes_received, self._idled)
         self.attach(link)
         self._open(self.stream)
         target.grant.attach(self._withdrawn)
@@ -100,7 +107,11 @@ class TaskConnection(UserEndpoint):
     def _withdrawn(self, reason: str) -> None:
         self.abandon(reason, CloseCode.POLICY)
 
+    def _idled(self, reason: str) -> None:
+        self.abandon(reason, CloseCode.IDLE)
+
     def _closed(self) -> None:
+        self._idle.discard(self)
         by, code, reason = self._ending or ("host", CloseCode.NORMAL, "")
         passed = {"bytes_to_container": self.bytes_sent, "bytes_to_user": self.bytes_received}
         self._target.grant.closed(**passed, ended_by=by, code=code, reason=reason)
@@ -135,6 +146,39 @@ class TaskConnection(UserEndpoint):
         self._ending = self._ending or ("node", 1006, reason)
         self._closed()
         self._settle(HostUnreachableError(f"The session to task {self._target.task} broke: {reason}."))
+
+
+class PacedConnection(TaskConnection):
+    """A connection that may take only so many bytes a second, each way."""
+
+    def __init__(self, rate: int, target: SshTarget, **more: Any) -> None:
+        super().__init__(target, **more)
+        self.stream.sending = PacedWindow(self.stream, rate)
+        self._pace = PacedReads(rate)
+
+    def attach(self, link: Link) -> None:
+        self._pace.begin(link)
+        super().attach(link)
+
+    def link_received(self, link: Link, start: int, stop: int) -> int:
+        consumed = super().link_received(link, start, stop)
+        self._pace.took(link, consumed - start)
+        return consumed
+
+
+class Connector:
+    """Makes the connections of one proxy, within its limits."""
+
+    def __init__(self, *, trusted: ssl.SSLContext | None, limits: Limits) -> None:
+        self._trusted = trusted
+        self._rate = limits.max_rate
+        self._idle = IdleWatch(limits.idle_timeout)
+
+    def connection(self, target: SshTarget, peer: str) -> TaskConnection:
+        """A connection that is not open yet, for the peer with that address and port."""
+        if self._rate:
+            return PacedConnection(self._rate, target, peer=peer, trusted=self._trusted, idle=self._idle)
+        return TaskConnection(target, peer=peer, trusted=self._trusted, idle=self._idle)
 
 
 def _why_refused(target: SshTarget, text: str) -> str:

@@ -78,13 +78,14 @@ class Accounts:
         await self._store.run(work)
 
     async def remove_user(self, name: str, heir: str) -> User:
-        """Forget a user and revoke their tokens; their tasks pass to the user `heir`. Raises NotFoundError.
+        """Forget a user and revoke their tokens; their tasks pass to the user `heir`. Raises NotFoundError for either.
 
         The host forgets the SSH keys that they put into their tasks. The tasks' own servers know nothing of that.
         """
 
         def work(session: Session) -> User:
-            user = _user(session, name)
+            user = _user(session, name, to_go=True)
+            _user(session, heir)
             session.execute(
                 update(Token)
                 .where(Token.kind == "user", Token.name == name, Token.revoked_at.is_(None))
@@ -112,12 +113,14 @@ class Accounts:
         """Make `secret` valid; what it was made before, revoked for example, it stays.
 
         Raises UsageError "name_taken" when the label must be `unique` and a valid token of this `kind` and `name` has
-        it.
+        it, and NotFoundError for a user who is not there: whoever gets that name one day must not get the token too.
         """
 
         def work(session: Session) -> Token:
             if known := session.get(Token, digest(secret)):
                 return known
+            if kind == "user":
+                _user(session, name)
             same = select(Token).where(Token.kind == kind, Token.name == name, Token.label == label)
             if unique and session.scalars(same.where(Token.revoked_at.is_(None))).first() is not None:
                 raise UsageError(
@@ -225,8 +228,12 @@ class Accounts:
         )
 
 
-def _user(session: Session, name: str) -> User:
-    user = session.get(User, name)
+def _user(session: Session, name: str, *, to_go: bool = False) -> User:
+    """The user, who stays until this transaction ends. Raises NotFoundError.
+
+    Without the lock a database with several writers would let something be made for a user who is just being removed.
+    """
+    user = session.get(User, name, with_for_update=True if to_go else {"read": True})
     if user is None:
         raise NotFoundError(
             f"There is no user {name!r}; `kohakuriver user list` shows admins the users that there are."

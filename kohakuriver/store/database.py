@@ -6,6 +6,8 @@ Rows come back detached and complete: reading one never touches the database, ch
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import os
 import time
 from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -16,6 +18,8 @@ from sqlalchemy import (
     Column,
     Connection,
     Engine,
+    Text,
+    cast,
     create_engine,
     delete,
     event,
@@ -73,6 +77,7 @@ class Store:
         except ModuleNotFoundError as error:
             raise UsageError(f"The database needs the Python package {error.name!r}; install it first.") from error
         if engine.dialect.name == "sqlite":
+            _make_private(engine.url.database)
             event.listen(engine, "connect", _prepare_sqlite)
         store = cls(engine)
         try:
@@ -201,6 +206,15 @@ class Store:
             raise no_such_task(reference)
         return found
 
+    async def lets_in(self, key: str) -> bool:
+        """Whether a public key, as its type and base64, is one of some task's `ssh_keys`.
+
+        Strangers have this asked, so the database looks through the tasks: to load them all takes far longer.
+        """
+        written = cast(Task.ssh_keys, Text).contains(key.rpartition(" ")[2], autoescape=True)
+        query = select(Task).where(Task.removed.is_(False), written)
+        return await self.run(lambda session: any(task.lets_in(key) for task in session.scalars(query)))
+
     async def change_task(self, task_id: int, values: Mapping[str, Any]) -> Task | None:
         """Set columns of a task; None when it is gone. A `revision` older than the row's leaves the row as it is."""
 
@@ -239,6 +253,21 @@ def find_task(session: Session, reference: str) -> Task | None:
 def no_such_task(reference: str) -> NotFoundError:
     """The error for a task that is not there."""
     return NotFoundError(f"There is no task {reference!r}; `kohakuriver vps list` shows the tasks that there are.")
+
+
+def _make_private(path: str | None) -> None:
+    """Let only this user read the file at `path`, and what SQLite has beside it: the nodes' ticket keys are in there.
+
+    SQLite itself makes files as the umask has it, and those beside the first like that.
+    """
+    if not path or path == ":memory:" or path.startswith("file:"):
+        return
+    # Only a new file is opened: to close one that is there would let go of all locks that this process has on it.
+    with contextlib.suppress(OSError):  # SQLite says what is wrong with it
+        os.close(os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o600))
+    for name in (path, f"{path}-wal", f"{path}-shm"):
+        with contextlib.suppress(OSError):
+            Path(name).chmod(0o600)
 
 
 def _prepare_sqlite(connection: Any, _record: object) -> None:

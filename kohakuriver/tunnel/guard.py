@@ -10,7 +10,7 @@ from __future__ import annotations
 import ipaddress
 import socket
 from collections.abc import Iterable
-from urllib.parse import urlsplit
+from urllib.parse import SplitResult, urlsplit
 
 from kohakuriver.errors import NotAllowedError
 
@@ -57,7 +57,7 @@ class Guard:
     def _check_origin(self, origin: str, host: str) -> None:
         if origin in self._origins:
             return
-        parts = urlsplit(origin) if "://" in origin else None
+        parts = _parts(origin)
         if parts is None or not self._is_same(parts.scheme, parts.netloc, host):
             raise NotAllowedError(
                 f"A page of {origin[:_LONGEST_SHOWN]!r} may not use this server; if it should, start the server with "
@@ -78,6 +78,13 @@ class Guard:
 
     def _knows(self, name: str) -> bool:
         return self._any_host or name in self._names or name.endswith(".localhost") or _is_address(name)
+
+
+def _parts(origin: str) -> SplitResult | None:
+    try:
+        return urlsplit(origin) if "://" in origin else None
+    except ValueError:
+        return None
 
 
 def _name(host: str) -> str | None:
@@ -107,6 +114,8 @@ def _is_address(name: str) -> bool:
 
 def _is_loopback(address: str | None) -> bool:
     try:
-        return address is not None and ipaddress.ip_address(address.partition("%")[0]).is_loopback
+        found = ipaddress.ip_address((address or "").partition("%")[0])
     except ValueError:
         return False
+    # What listens on :: sees 127.0.0.1 as ::ffff:127.0.0.1.
+    return (getattr(found, "ipv4_mapped", None) or found).is_loopback

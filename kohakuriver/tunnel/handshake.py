@@ -143,9 +143,10 @@ async def open_messages(
     subprotocols: Sequence[str] = (),
     ssl: tls.SSLContext | None = None,
     timeout: float = 10.0,
+    max_message: int = MAX_MESSAGE,
 ) -> MessageLink:
-    """Like `open_link`, for a WebSocket of whole messages."""
-    opening = await _dial(url, token, subprotocols, ssl, timeout)
+    """Like `open_link`, for a WebSocket of whole messages, each of at most ``max_message`` bytes."""
+    opening = await _dial(url, token, subprotocols, ssl, timeout, max_message)
     link = MessageLink(opening.protocol, subprotocol=opening.protocol.subprotocol)
     opening.hand_over(link)
     return link
@@ -162,23 +163,30 @@ def _unreachable(url: str, reason: str) -> HostUnreachableError:
 
 
 async def _dial(
-    url: str, token: str | None, subprotocols: Sequence[str], ssl: tls.SSLContext | None, timeout: float
+    url: str,
+    token: str | None,
+    subprotocols: Sequence[str],
+    ssl: tls.SSLContext | None,
+    timeout: float,
+    max_message: int = MAX_MESSAGE,
 ) -> _Opening:
     try:
-        return await asyncio.wait_for(_open(url, token, subprotocols, ssl), timeout)
+        return await asyncio.wait_for(_open(url, token, subprotocols, ssl, max_message), timeout)
     except asyncio.TimeoutError as exc:
         message = f"{_where(url)} did not answer within {timeout:g} s"
         raise HostUnreachableError(message, code="timed_out", status=504) from exc
 
 
-async def _open(url: str, token: str | None, subprotocols: Sequence[str], ssl: tls.SSLContext | None) -> _Opening:
+async def _open(
+    url: str, token: str | None, subprotocols: Sequence[str], ssl: tls.SSLContext | None, max_message: int
+) -> _Opening:
     """An opening that was answered with 101, reading paused."""
     try:
         uri = parse_uri(url)
     except (InvalidURI, ValueError) as exc:
         raise UsageError(f"{url} is not a WebSocket address") from exc
     offered = [Subprotocol(s) for s in subprotocols] or None
-    protocol = ClientProtocol(uri, subprotocols=offered, max_size=MAX_MESSAGE)
+    protocol = ClientProtocol(uri, subprotocols=offered, max_size=max_message)
     headers = {"User-Agent": "kohakuriver"}
     if token:
         headers["Authorization"] = f"Bearer {token}"

@@ -175,7 +175,9 @@ class Link(asyncio.BufferedProtocol):
         self.walker = walker
         self.version = version
         self.keys = MaskKeys() if masks else None
-        self.buffer = receive_buffer()
+        # What is read from the local sockets of streams lies in the loop's buffer, and is framed there; what this link
+        # reads may one day need a buffer of its own.
+        self.loop_buffer = self.buffer = receive_buffer()
         self.blocked = False
         self.closing = False
         self.closed = False

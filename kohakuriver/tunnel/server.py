@@ -137,6 +137,7 @@ class Upgrade(asyncio.Protocol):
         config: Config,
         state: ServerState,
         app: dict[str, Any],
+        max_message: int,
     ) -> None:
         self._routes = routes
         self._guard = guard
@@ -144,7 +145,7 @@ class Upgrade(asyncio.Protocol):
         self._state = state
         self._other: WebSocketsSansIOProtocol | None = None
         self._handshake = ServerProtocol(
-            select_subprotocol=lambda _, offered: self._select(offered), max_size=MAX_MESSAGE
+            select_subprotocol=lambda _, offered: self._select(offered), max_size=max_message
         )
         self._request: Request | None = None
         self._description: UpgradeRequest | None = None
@@ -186,7 +187,7 @@ class Upgrade(asyncio.Protocol):
         except KohakuRiverError as error:
             self._refuse(error)
         except Exception:
-            logger.exception("the opening of %s failed", path)
+            logger.exception("the opening of %r failed", path)
             if not self._answered:
                 self.reject(500, {"error": "failed", "message": "this WebSocket could not be opened; see the log"})
 
@@ -304,14 +305,17 @@ class Upgrade(asyncio.Protocol):
             self._task.cancel()
 
 
-def serve_ws(routes: Sequence[TunnelRoute], guard: Guard | None = None) -> type[asyncio.Protocol]:
+def serve_ws(
+    routes: Sequence[TunnelRoute], guard: Guard | None = None, *, max_message: int = MAX_MESSAGE
+) -> type[asyncio.Protocol]:
     """The class for ``uvicorn.Config(ws=…)`` that serves ``routes`` and leaves other WebSockets to uvicorn.
 
-    ``guard`` says which Host and Origin headers are taken on our routes; without it, all.
+    ``guard`` says which Host and Origin headers are taken on our routes; without it, all. ``max_message`` is the most
+    bytes that a message may have where whole ones are received; a link's walker has a limit of its own.
     """
 
     class RoutedUpgrade(Upgrade):
         def __init__(self, config: Config, server_state: ServerState, app_state: dict[str, Any]) -> None:
-            super().__init__(routes, guard, config, server_state, app_state)
+            super().__init__(routes, guard, config, server_state, app_state, max_message)
 
     return RoutedUpgrade

@@ -100,7 +100,7 @@ class TcpStream(asyncio.BufferedProtocol):
             self.update_reading()
             return
         stop = HEADROOM + nbytes
-        buffer = link.buffer
+        buffer = link.loop_buffer
         key = link.keys.next() if link.keys is not None else -1
         start = frame_in_place(buffer.data, HEADROOM, stop, DATA, PROTO_TCP, self.id, 0, key)
         self._account_sent(nbytes)

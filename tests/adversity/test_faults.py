@@ -78,6 +78,25 @@ async def recovered(hops: Chain, place: str, user: UserEndpoint) -> None:
 
 @clients
 @places
+def test_an_orderly_close_by_whoever_is_on_the_way_is_never_taken_for_the_end_of_a_streams_data(
+    run: Run, kind: str, place: str
+) -> None:
+    """Nobody can cut a stream short unnoticed: TLS or not, only a message of the protocol ends it in good order."""
+
+    async def main() -> None:
+        async with chain() as hops, faulty(hops, place) as proxy, service(endless) as port:
+            await hops.tunnel(kind)
+            async with dial(await forwarded(await hops.user(), port)) as (reader, _):
+                await reader.readexactly(1 << 20)
+                proxy.cut()
+                with pytest.raises(ConnectionResetError):
+                    await reader.read(-1)
+
+    run(main())
+
+
+@clients
+@places
 @pytest.mark.parametrize("fault", ["cut", "reset"])
 def test_a_link_that_is_lost_in_a_transfer_ends_its_streams_and_is_replaced(
     run: Run, kind: str, place: str, fault: str

@@ -10,6 +10,7 @@ from tests import chain
 from tests.adversity.test_faults import (  # noqa: F401  # collected here again
     test_a_link_that_is_lost_in_a_transfer_ends_its_streams_and_is_replaced,
     test_a_session_that_takes_nothing_for_a_while_is_kept_while_bytes_move,
+    test_an_orderly_close_by_whoever_is_on_the_way_is_never_taken_for_the_end_of_a_streams_data,
 )
 from tests.adversity.test_streams import (  # noqa: F401
     test_64_mib_each_way_at_once_arrive_whole,

@@ -1,13 +1,15 @@
-"""Fuzz target for the walkers: one input is options, read sizes and a peer's bytes.
+"""Fuzz target for the walkers and the header: one input is options, read sizes and a peer's bytes.
 
 `python -m tests.fuzz.frame --seconds 60` mutates the corpus for that long and keeps what fails.
 
 The invariant: the extension answers exactly as its plain twin does, the only error is FrameViolation with a documented
-code, and relayed bytes go to no target but the one that their message was routed to.
+code, and relayed bytes go to no target but the one that their message was routed to. Eight bytes anywhere are a header
+that packs to the same bytes, fewer are a ValueError.
 """
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterator
 from typing import Any
 
@@ -60,8 +62,20 @@ def answers(frame: Any, method: str, options: dict[str, Any], reads: list[bytes]
         table.add(number * 2 % 8, number % 4, number)
 
 
+def check_headers(data: bytes) -> None:
+    whole = len(data) - _frame.HEADER_SIZE + 1
+    for offset in range(whole):
+        header = _frame.unpack_header(data, offset)
+        assert header == twin.unpack_header(data, offset)
+        assert _frame.pack_header(*header) == data[offset : offset + _frame.HEADER_SIZE]
+    for offset in range(max(whole, 0), len(data) + 1):
+        with contextlib.suppress(ValueError):
+            raise AssertionError(_frame.unpack_header(data, offset))
+
+
 def check(data: bytes) -> None:
     """Raise AssertionError, or whatever else went wrong, if this input breaks the invariant."""
+    check_headers(data)
     if len(data) < 2:
         return
     options, reads = reads_of(data)

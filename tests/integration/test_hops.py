@@ -484,3 +484,18 @@ def test_sessions_of_v2_open_anew_when_an_older_tunnel_client_takes_over(run: Ru
                     assert await reader.readexactly(2) == b"hi"
 
     run(main())
+
+
+def test_bytes_arrive_unchanged_after_a_link_got_a_receive_buffer_of_its_own(run: Run) -> None:
+    """A link takes one when it reads little at a time, or when TLS delivers more than fits the loop's."""
+    data = pattern("own buffer", 1_000_000)
+
+    async def main() -> None:
+        async with chain() as hops, service(echo) as port:
+            await hops.tunnel("python")
+            user = await hops.user()
+            assert user.link is not None
+            user.link.limit_reads(8192)
+            assert await asked(await forwarded(user, port), data) == data
+
+    run(main())

@@ -134,9 +134,13 @@ def test_stop_ends_the_whole_family_also_those_who_left_home(shared: Cluster) ->
     assert shared.call("POST", "/api/tasks/clan/stop")[0] == 200
 
 
-def test_what_a_command_leaves_behind_ends_with_it(shared: Cluster) -> None:
-    task = shared.create(sys.executable, "-c", FAMILY.rpartition("time.sleep")[0], name="left")
+def test_what_a_command_leaves_behind_ends_with_it(shared: Cluster, tmp_path: Path) -> None:
+    go_on = tmp_path / "go-on"
+    os.mkfifo(go_on)
+    ends_when_told = FAMILY.rpartition("time.sleep")[0] + f"open({str(go_on)!r}).read()"
+    task = shared.create(sys.executable, "-c", ends_when_told, name="left")
     processes = family(shared, task)
+    go_on.write_text("now")
     assert shared.ended("left")["status"] == "stopped"
     assert all_gone(processes)
 

@@ -247,3 +247,40 @@ def test_forwards_terminals_and_ssh_connections_of_a_user_are_counted_together(t
             return line == b"SUCCESS\n"
 
         assert eventually(is_let_in)
+
+
+def test_ssh_knows_nobody_elses_task_by_its_bare_name(people: People) -> None:
+    people.share()
+    names = {}
+    for user, token in {**people.tokens, "admin": people.cluster.token}.items():
+        environment = {**os.environ, "KOHAKURIVER_HOST": people.cluster.url, "KOHAKURIVER_TOKEN": token}
+        environment["KOHAKURIVER_CONFIG_DIR"] = str(people.cluster.directory / user)
+        command = [sys.executable, "-m", "kohakuriver", "ssh-config"]
+        printed = subprocess.run(command, env=environment, capture_output=True, text=True, check=True).stdout
+        names[user] = [line for line in printed.splitlines() if line.startswith("Host ")]
+    nobodys = ["Host *.kohakuriver"]
+    assert names == {"ann": ["Host here *.kohakuriver"], "bob": nobodys, "cid": nobodys, "admin": nobodys}
+
+
+def test_what_tasks_and_strangers_say_is_for_nobodys_terminal(people: People) -> None:
+    cluster = people.cluster
+    command = ["sh", "-c", "printf '\\033]52;c;ZXZpbA==\\007\\033[2J\\n'; exit 3"]
+    body = {"name": "rude", "command": command}
+    answer = cluster.http.post("/api/tasks", json=body, headers={"Authorization": f"Bearer {people.tokens['ann']}"})
+    assert answer.status_code == 201, answer.text
+    assert "\\x1b]52" in str(cluster.ended("rude")["message"])
+    environment = {**os.environ, "KOHAKURIVER_HOST": cluster.url, "KOHAKURIVER_TOKEN": cluster.token}
+    environment["KOHAKURIVER_CONFIG_DIR"] = str(cluster.directory / "empty")
+    for arguments in (["vps", "status", "rude"], ["forward", "rude", "80"], ["connect", "rude"]):
+        command = [sys.executable, "-m", "kohakuriver", *arguments]
+        said = subprocess.run(command, env=environment, stdin=subprocess.DEVNULL, capture_output=True, check=False)
+        assert b"]52" in said.stdout + said.stderr
+        assert not set(said.stdout + said.stderr) & set(b"\x1b\a")
+    url = f"ws{cluster.url.removeprefix('http')}/ws/forward/%1b%5d52%07%0a/80"
+    with pytest.raises(InvalidStatus), connect(url, subprotocols=[V2], proxy=None):
+        pass
+    for log in ("host.log", "n1.log"):
+        text = (cluster.directory / log).read_text()
+        assert "]52" in text
+        assert not set(text) & set("\x1b\a")
+    assert "]52\\x07\\n" in (cluster.directory / "host.log").read_text()

@@ -101,6 +101,19 @@ def test_up_on_a_taken_port_is_6(cluster: Cluster, tmp_path: Path) -> None:
     assert str(port) in done.stderr
 
 
+@pytest.mark.parametrize("program", ["up", "host", "runner"])
+def test_a_limit_that_makes_no_sense_is_refused_in_one_line(cluster: Cluster, tmp_path: Path, program: str) -> None:
+    options = {
+        "up": ["--host-port=0", "--runner-port=0", "--ssh-port=0", f"--state-dir={tmp_path}"],
+        "host": ["--port=0", "--ssh-port=0", f"--state-dir={tmp_path}"],
+        "runner": ["--port=0", "--host-url=http://127.0.0.1:1", "--node-token=x"],
+    }[program]
+    done = cluster.run(program, *options, KOHAKURIVER_MAX_RATE="fast")
+    assert done.returncode == 2
+    assert "KOHAKURIVER_MAX_RATE" in done.stderr
+    assert done.stderr.count("\n") == 1
+
+
 def test_a_task_goes_through_its_life(cluster: Cluster) -> None:
     created = json.loads(
         cluster.succeed("vps", "create", "--json", "--name", "life", "--backend", "process", "--", "sleep", "1000")

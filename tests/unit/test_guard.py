@@ -57,7 +57,8 @@ def test_loopback_names_addresses_and_the_machines_own_name_are_taken_over_loopb
 )
 def test_a_name_that_somebody_had_resolve_to_loopback_is_refused(host: str | None) -> None:
     assert not taken(Guard(), host)
-    assert not taken(Guard(), host, local="::1")
+    for local in ("::1", "::ffff:127.0.0.1"):
+        assert not taken(Guard(), host, local=local)
 
 
 def test_two_host_headers_are_refused() -> None:
@@ -102,6 +103,7 @@ def test_our_own_pages_are_taken(host: str, origin: str) -> None:
         ("localhost:8000", "null"),
         ("localhost:8000", ""),
         ("localhost:8000", "file://"),
+        ("localhost:8000", "http://["),
         ("localhost:8000", "chrome-extension://localhost:8000"),
         ("localhost:8000", "http://localhost:8000@evil.example"),
     ],

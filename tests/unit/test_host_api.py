@@ -281,6 +281,33 @@ def test_a_task_that_its_node_no_longer_lists_is_lost(run: Run, tmp_path: Path) 
     run(check())
 
 
+def test_a_node_has_a_say_in_its_own_tasks_and_in_nothing_else(run: Run, tmp_path: Path) -> None:
+    async def check() -> None:
+        async with a_host(tmp_path) as host:
+            runner = await host.runner()
+            ann, _ = await host.person("ann")
+            secret = await host.create(name="secret")
+            path = "/api/tasks"
+            runner.answers[path] = 200, {"task_id": secret["task_id"], "status": "running", "tunnel": True}
+            task = {"task_id": 1, "status": "running"}
+            answers: list[Any] = [{"status": "none such"}, [], task | {"message": "m" * (1 << 20)}, "end"]
+            for nonsense in answers:
+                answer = await ann.post(path, json={"name": "web"})
+                assert (answer.status_code, answer.json()["error"]) == (502, "runner_unreachable")
+                assert "makes no sense" in answer.json()["message"]
+                runner.answers[path] = 200, nonsense
+            assert [task["name"] for task in (await host.user.get(path)).json()] == ["secret"]
+            key = f"ssh-ed25519 {KEY}"
+            for bad in ("no key", f"{key}\n@cert-authority * {key}"):
+                runner.change(secret["container"], ssh_host_key=bad)
+                assert (await runner.beat()).status_code == 400
+            runner.change(secret["container"], ssh_host_key=key)
+            assert (await runner.beat()).status_code == 200
+            assert (await host.user.get("/api/tasks/secret")).json()["ssh_host_key"] == key
+
+    run(check())
+
+
 def test_a_heartbeat_from_an_unknown_node_is_told_to_register(run: Run, tmp_path: Path) -> None:
     async def check() -> None:
         async with a_host(tmp_path) as host:

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import json
 import ssl
+from datetime import datetime, timedelta, timezone
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from kohakuriver.cli import main
+from kohakuriver.cli import main, pki
 from kohakuriver.cli.pki import Authority
 from kohakuriver.errors import UsageError
 from kohakuriver.tls import ServerCertificate, client_context, reason
@@ -107,6 +108,38 @@ def test_what_is_no_name_is_refused_before_anything_is_made(
     assert (code, out) == (2, "")
     assert err.count("\n") == 1
     assert not directory.exists()
+
+
+@pytest.mark.parametrize("machines", [["ca"], ["host.lab", "CA,10.0.0.1"], ["a", "b", "A"], ["a::b", "a__b"]])
+def test_no_machine_gets_files_that_are_anothers_or_the_authoritys(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], machines: list[str]
+) -> None:
+    authority = Path(made(capsys, tmp_path, "host.lab")["ca"])
+    before = {path: path.read_bytes() for path in tmp_path.iterdir()}
+    code, out, err = init(capsys, "--directory", str(tmp_path), *machines)
+    assert (code, out, err.count("\n")) == (2, "", 1)
+    assert "another" in err
+    assert {path: path.read_bytes() for path in tmp_path.iterdir()} == before
+    assert authority in before
+
+
+def test_a_certificate_of_a_server_is_no_authority(tmp_path: Path) -> None:
+    made = Authority(tmp_path).issue(["host.lab"], 1)
+    made.cert.replace(tmp_path / "ca.pem")
+    made.key.replace(tmp_path / "ca.key")
+    with pytest.raises(UsageError, match="not the certificate of an authority"):
+        Authority(tmp_path)
+
+
+def test_no_certificate_outlives_its_authority_and_one_that_has_run_out_signs_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(pki, "AUTHORITY_DAYS", 10)
+    short = Authority(tmp_path / "short").issue(["host.lab"], 825)
+    assert short.expires <= datetime.now(timezone.utc) + timedelta(days=10)
+    monkeypatch.setattr(pki, "AUTHORITY_DAYS", 0)
+    with pytest.raises(UsageError, match="has run out"):
+        Authority(tmp_path / "over")
 
 
 def test_half_an_authority_is_none(tmp_path: Path) -> None:

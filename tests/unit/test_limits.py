@@ -48,11 +48,17 @@ def test_what_makes_no_sense_is_refused_by_name(name: str, value: str) -> None:
         from_environment({f"KOHAKURIVER_{name}": value})
 
 
-def test_bounds_are_told_as_people_write_numbers() -> None:
-    with pytest.raises(UsageError, match="from 65536 to 67108864, not '1'"):
-        from_environment({"KOHAKURIVER_MAX_BODY": "1"})
-    with pytest.raises(UsageError, match="from 65536 to 1099511627776, or 0 for no limit"):
-        from_environment({"KOHAKURIVER_MAX_RATE": "1"})
+@pytest.mark.parametrize(
+    ("name", "bounds"),
+    [
+        ("MAX_SESSIONS", "a whole number from 0 (no limit) to 1048576, not"),
+        ("MAX_RATE", "a whole number from 65536 to 1099511627776, or 0 for no limit, not"),
+        ("HANDSHAKE_TIMEOUT", "a number from 0.1 to 600, not"),
+    ],
+)
+def test_the_bounds_are_told_in_full(name: str, bounds: str) -> None:
+    with pytest.raises(UsageError, match=re.escape(bounds)):
+        from_environment({f"KOHAKURIVER_{name}": "x"})
 
 
 def test_every_limit_is_documented_with_its_default() -> None:

@@ -56,3 +56,19 @@ def test_an_error_is_one_line_on_stderr(capsys: pytest.CaptureFixture[str]) -> N
 def test_fields_without_a_value_are_left_out(capsys: pytest.CaptureFixture[str]) -> None:
     output.fields([("id", "1"), ("image", ""), ("name", "web")])
     assert capsys.readouterr().out == "id:   1\nname: web\n"
+
+
+def test_nothing_that_is_shown_is_for_the_terminal_to_obey(capsys: pytest.CaptureFixture[str]) -> None:
+    hostile = "\x1b]52;c;ZXZpbA==\a\x9b2J\x7f\ttab"
+    harmless = "\\x1b]52;c;ZXZpbA==\\x07\\x9b2J\\x7f\ttab"
+    output.line(hostile)
+    output.note(hostile)
+    assert capsys.readouterr() == (f"{harmless}\n", f"{harmless}\n")
+    output.fields([("message", hostile)])
+    output.table(["Message"], [[hostile]])
+    output._rich_table(["Message"], [[hostile]])
+    output.error(hostile)
+    captured = capsys.readouterr()
+    assert captured.out.count("\\x1b]52;c;ZXZpbA==") == 3
+    assert "\\x1b]52;c;ZXZpbA==" in captured.err
+    assert not set(captured.out + captured.err) & set("\x1b\a\x9b\x7f")

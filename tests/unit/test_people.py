@@ -9,9 +9,12 @@ from typing import Any
 
 import pytest
 
-from kohakuriver.errors import NotAllowedError, UnauthenticatedError
+from kohakuriver.errors import NotAllowedError, NotFoundError, UnauthenticatedError
+from kohakuriver.host.credentials import Caller, Credentials
 from kohakuriver.host.forwards import Forwards
 from kohakuriver.host.tunnel_proxy import ForwardTarget
+from kohakuriver.store import Task, Token
+from tests.chain import until
 from tests.control import HostUnderTest, a_host
 
 Run = Callable[[Coroutine[Any, Any, None]], None]
@@ -211,6 +214,34 @@ def test_the_tasks_of_a_user_who_is_removed_pass_to_the_admin_who_does_it(run: R
     run(check())
 
 
+def test_what_a_user_asks_for_while_being_removed_is_not_there_for_the_next_of_that_name(
+    run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def check() -> None:
+        async with a_host(tmp_path) as host:
+            await host.runner()
+            ann, _ = await host.person("ann")
+            caller = Credentials.caller
+
+            async def and_then_removed(credentials: Credentials, secret: str | None) -> tuple[Caller, Token]:
+                found = await caller(credentials, secret)
+                if found[0].name == "ann":
+                    await host.people.remove_user("ann", Caller("admin", "admin"))
+                return found
+
+            monkeypatch.setattr(Credentials, "caller", and_then_removed)
+            for path, body in (("/api/tokens", {"name": "late"}), ("/api/tasks", {"name": "late"})):
+                answer = await ann.post(path, json=body)
+                assert (answer.status_code, answer.json()["error"]) == (404, "not_found")
+                ann, _ = await host.person("ann")
+            assert [token["name"] for token in (await host.user.get("/api/tokens?user=ann")).json()] == ["first"]
+            assert (await host.user.get("/api/tasks")).json() == []
+            with pytest.raises(NotFoundError):
+                await host.people.remove_user("ann", Caller("gone", "admin"))
+
+    run(check())
+
+
 @pytest.mark.parametrize("name", ["", "Ann", "an n", "anonymous", "x" * 64, "-ann"])
 def test_a_user_can_not_be_called_just_anything(run: Run, tmp_path: Path, name: str) -> None:
     async def check() -> None:
@@ -321,6 +352,49 @@ def test_a_session_that_loses_its_right_while_it_is_being_opened_ends_as_soon_as
     run(check())
 
 
+@pytest.mark.parametrize("how", ["revoke", "unshare"])
+def test_a_right_that_goes_between_the_look_at_it_and_the_session_opens_nothing(
+    run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, how: str
+) -> None:
+    async def check() -> None:
+        async with a_host(tmp_path) as host:
+            _, _, bob, bobs = await two_users(host)
+            check_usable = host.forwards._access.check_usable
+
+            async def and_then_no_more(caller: Caller, task: Task) -> None:
+                await check_usable(caller, task)
+                if how == "revoke":
+                    await bob.delete("/api/tokens/first")
+                else:
+                    await host.people.unshare(str(task.task_id), "bob")
+
+            monkeypatch.setattr(host.forwards._access, "check_usable", and_then_no_more)
+            with pytest.raises(NotAllowedError, match="revoked" if how == "revoke" else "not shared"):
+                await host.forwards.authorize(bobs, "web", 80, "tcp")
+            assert len(host.grants) == 0
+
+    run(check())
+
+
+@pytest.mark.parametrize("how", ["revoke", "remove user", "unshare"])
+def test_a_pass_is_worth_no_more_than_the_token_that_it_stands_for(run: Run, tmp_path: Path, how: str) -> None:
+    async def check() -> None:
+        async with a_host(tmp_path) as host:
+            ann, _, bob, _ = await two_users(host)
+            shown = (await bob.post("/api/tasks/web/ssh-pass")).json()["pass"]
+            if how == "revoke":
+                await bob.delete("/api/tokens/first")
+            elif how == "remove user":
+                await host.user.delete("/api/users/bob")
+            else:
+                await ann.delete("/api/tasks/web/shares/bob")
+            with pytest.raises(NotAllowedError):
+                await host.forwards.authorize_ssh(shown, "web")
+            assert len(host.grants) == 0
+
+    run(check())
+
+
 def test_what_another_host_on_the_same_database_revokes_ends_here_too(
     run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -337,6 +411,41 @@ def test_what_another_host_on_the_same_database_revokes_ends_here_too(
             async with a_host(tmp_path) as other:
                 await other.user.delete("/api/users/bob")
                 assert "user" in await ended
+            checking.cancel()
+
+    run(check())
+
+
+def test_a_session_that_can_not_be_ended_keeps_no_other_open(
+    run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("kohakuriver.host.grants.CHECK_SECONDS", 0.01)
+
+    async def check() -> None:
+        async with a_host(tmp_path) as host:
+            _, _, bob, bobs = await two_users(host)
+
+            def fail(_reason: str) -> None:
+                raise RuntimeError
+
+            for _ in range(3):
+                (await host.forwards.authorize(bobs, "web", 80, "tcp")).grant.attach(fail)
+            session = await Session.open(host.forwards, bobs)
+            assert (await bob.delete("/api/tokens/first")).status_code == 200
+            assert len(session.ended) == 1
+
+            checks, look = [], host.grants.check
+
+            async def fail_once() -> None:
+                checks.append(1)
+                if len(checks) == 1:
+                    raise RuntimeError
+                await look()
+
+            session = await Session.open(host.forwards, host.admin_token)
+            monkeypatch.setattr(host.grants, "check", fail_once)
+            checking = asyncio.ensure_future(host.grants.run())
+            await until(lambda: len(checks) > 1)
             checking.cancel()
 
     run(check())

@@ -200,6 +200,20 @@ def test_streams_end_with_the_reason_as_soon_as_a_task_does(run: Run, tmp_path: 
     run(check())
 
 
+def test_a_tasks_last_words_are_text_that_every_database_and_terminal_takes(run: Run, tmp_path: Path) -> None:
+    async def check() -> None:
+        manager = await Bench(tmp_path).open()
+        task = await manager.create(a_task())
+        for _ in range(2):
+            manager.report("c1", "failed", "it ended with exit code 3: \0\x1b[2Jbye")
+            assert task.message == "it ended with exit code 3: \\x00\\x1b[2Jbye"
+        revision = task.revision
+        manager.report("c1", "failed", "it ended with exit code 3: \0\x1b[2Jbye")
+        assert task.revision == revision
+
+    run(check())
+
+
 def test_the_old_tunnel_never_passes_for_the_new_one_after_a_restart(run: Run, tmp_path: Path) -> None:
     async def check() -> None:
         bench = Bench(tmp_path)

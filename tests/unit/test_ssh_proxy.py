@@ -13,9 +13,14 @@ import asyncssh
 import pytest
 
 from kohakuriver.errors import NotFoundError, UnauthenticatedError
+from kohakuriver.host.credentials import Caller
+from kohakuriver.limits import LEAST_RATE, Limits
 from kohakuriver.ssh_proxy import SshProxy, SshTarget, server
-from kohakuriver.ssh_proxy.jump import Reach
-from tests.chain import CLIENTS, CONTAINER, Chain, chain, echo, service
+from kohakuriver.ssh_proxy.jump import MAX_TRIES, Reach
+from kohakuriver.ssh_proxy.session import PacedConnection, TaskConnection
+from kohakuriver.store import Task
+from kohakuriver.tunnel.stream import SendWindow
+from tests.chain import CLIENTS, CONTAINER, Chain, chain, echo, service, until
 
 Run = Callable[[Coroutine[Any, Any, None]], None]
 TOKEN = "the-token"
@@ -24,7 +29,7 @@ TOKEN = "the-token"
 class Proxy:
     """An SSH proxy before the runner of a chain. Its tasks: `task` on a service's port, `closed` where none listens."""
 
-    def __init__(self, hops: Chain, directory: Path) -> None:
+    def __init__(self, hops: Chain, directory: Path, limits: Limits | None = None) -> None:
         self.hops = hops
         self.port_of = {"task": 0, "closed": 0}
         self.holders: dict[str, set[str]] = {}
@@ -36,6 +41,7 @@ class Proxy:
             keyholders=self._keyholder,
             check_user=self._check_user,
             host_key=directory / "host_key",
+            limits=limits,
         )
         self.proxy.start()
 
@@ -52,7 +58,8 @@ class Proxy:
         if task not in self.port_of:
             raise NotFoundError(f"There is no task {task!r}.")
         url = self.hops.runner_url.replace("http", "ws")
-        return SshTarget(task, port or self.port_of[task], url, CONTAINER, f"ticket {CONTAINER}")
+        grant = self.hops.grants.open(Caller("me", "user"), Task(task_id=1, node="node", container=CONTAINER))
+        return SshTarget(task, port or self.port_of[task], url, CONTAINER, f"ticket {CONTAINER}", grant=grant)
 
     async def _keyholder(self, key: str) -> Reach | None:
         tasks = self.holders.get(key)
@@ -88,10 +95,12 @@ class Proxy:
 
 
 @contextlib.asynccontextmanager
-async def a_proxy(directory: Path, client: str = "rust", handler: Any = echo) -> AsyncIterator[Proxy]:
+async def a_proxy(
+    directory: Path, client: str = "rust", handler: Any = echo, limits: Limits | None = None
+) -> AsyncIterator[Proxy]:
     async with chain() as hops, service(handler) as port:
         await hops.tunnel(client)
-        proxy = Proxy(hops, directory)
+        proxy = Proxy(hops, directory, limits)
         proxy.port_of["task"] = port
         with socket.socket() as unused:
             unused.bind(("127.0.0.1", 0))
@@ -205,15 +214,18 @@ def test_a_flood_without_a_newline_is_cut_off_after_a_few_kilobytes(run: Run, tm
     run(check())
 
 
-@pytest.mark.parametrize("first", [b"", b"R", b"S"])
-def test_who_does_not_say_in_time_what_it_wants_is_let_go(
-    run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, first: bytes
-) -> None:
-    monkeypatch.setattr(server, "GREETING_SECONDS", 0.2)
-    monkeypatch.setattr("kohakuriver.ssh_proxy.jump.LOGIN_SECONDS", 1)
-
+def test_the_time_for_a_request_is_the_handshakes_and_is_named_when_it_is_over(run: Run, tmp_path: Path) -> None:
     async def check() -> None:
-        async with a_proxy(tmp_path) as proxy:
+        async with a_proxy(tmp_path, limits=Limits(handshake_timeout=0.3)) as proxy:
+            assert await proxy.answer(b"REQUEST_TUNNEL ta") == b"ERROR No request came within 0.3 s.\n"
+
+    run(check())
+
+
+@pytest.mark.parametrize("first", [b"", b"R", b"S"])
+def test_who_does_not_say_in_time_what_it_wants_is_let_go(run: Run, tmp_path: Path, first: bytes) -> None:
+    async def check() -> None:
+        async with a_proxy(tmp_path, limits=Limits(handshake_timeout=0.2)) as proxy:
             reader, writer = await proxy.request(first)
 
             async def drip() -> None:
@@ -243,6 +255,24 @@ def test_of_those_who_wait_only_so_many_are_kept(run: Run, tmp_path: Path, monke
             reader, writer = await proxy.request(request())
             assert await reader.readline() == b"SUCCESS\n"
             for _, stranger in [*strangers, (reader, writer)]:
+                stranger.close()
+
+    run(check())
+
+
+def test_who_was_refused_and_lingers_is_one_of_those_who_wait(
+    run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(server, "MAX_WAITING", 10)
+    monkeypatch.setattr(server, "FAREWELL_SECONDS", 60)
+
+    async def check() -> None:
+        async with a_proxy(tmp_path) as proxy:
+            strangers = [await proxy.request(request(token="wrong")) for _ in range(15)]
+            for reader, _ in strangers[5:]:
+                assert (await reader.readline()).startswith(b"ERROR ")
+            assert proxy.proxy.waiting == 10
+            for _, stranger in strangers:
                 stranger.close()
 
     run(check())
@@ -310,6 +340,37 @@ def test_a_stalled_channel_of_a_jump_host_stalls_no_other(run: Run, tmp_path: Pa
     run(check())
 
 
+def test_a_jump_hosts_user_who_goes_while_a_channel_is_opened_leaves_no_session(
+    run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked, go_on, opened = asyncio.Event(), asyncio.Event(), asyncio.Event()
+    really_open = TaskConnection.open
+
+    async def open_later(connection: TaskConnection) -> None:
+        asked.set()
+        await go_on.wait()
+        await really_open(connection)
+        opened.set()
+
+    monkeypatch.setattr(TaskConnection, "open", open_later)
+
+    async def check() -> None:
+        async with a_proxy(tmp_path) as proxy:
+            async with proxy.jump(password=TOKEN) as connection:
+                opening = asyncio.ensure_future(connection.open_connection("task", 22))
+                await asked.wait()
+                connection.abort()
+                with pytest.raises(asyncssh.ChannelOpenError):
+                    await opening
+            await until(lambda: not proxy.proxy._jump_host._connections)
+            go_on.set()
+            await opened.wait()
+            await until(lambda: not proxy.hops.server.sessions)
+            await proxy.hops.at_rest()
+
+    run(check())
+
+
 def test_the_jump_host_lets_a_key_into_the_tasks_that_have_it(run: Run, tmp_path: Path) -> None:
     mine, other = (asyncssh.generate_private_key("ssh-ed25519") for _ in range(2))
     public = " ".join(mine.export_public_key().decode().split()[:2])
@@ -336,6 +397,25 @@ def test_the_jump_host_refuses_a_wrong_token(run: Run, tmp_path: Path) -> None:
             with pytest.raises(asyncssh.PermissionDenied):
                 async with proxy.jump(password="wrong"):
                     pass
+
+    run(check())
+
+
+def test_the_jump_host_lets_nobody_try_key_after_key(run: Run, tmp_path: Path) -> None:
+    tried: list[str] = []
+
+    async def check() -> None:
+        async with a_proxy(tmp_path) as proxy:
+
+            async def no_holder(key: str) -> None:
+                tried.append(key)
+
+            proxy.proxy._jump_host.keyholders = no_holder
+            key = asyncssh.generate_private_key("ecdsa-sha2-nistp256")
+            with pytest.raises(asyncssh.DisconnectError, match="too many tries"):
+                async with proxy.jump(client_keys=[key] * 100):
+                    pass
+            assert len(tried) == MAX_TRIES
 
     run(check())
 
@@ -368,3 +448,105 @@ def test_the_jump_hosts_own_key_stays_the_same(run: Run, tmp_path: Path) -> None
 
     run(check())
     assert (tmp_path / "host_key").stat().st_mode & 0o077 == 0
+
+
+@contextlib.asynccontextmanager
+async def connected(proxy: Proxy, way: str) -> AsyncIterator[tuple[Any, Any]]:
+    """Reader and writer of a connection to the task."""
+    if way == "jump":
+        async with proxy.jump(password=TOKEN) as connection:
+            yield await connection.open_connection("task", 22)
+    else:
+        reader, writer = await proxy.request(request())
+        assert await reader.readline() == b"SUCCESS\n"
+        yield reader, writer
+        writer.close()
+
+
+ways = pytest.mark.parametrize("way", ["request", "jump"])
+
+
+@ways
+@pytest.mark.parametrize("client", CLIENTS)
+def test_a_connection_with_a_rate_moves_everything_unchanged_and_not_faster(
+    run: Run, tmp_path: Path, way: str, client: str
+) -> None:
+    data = bytes(range(256)) * (2 * LEAST_RATE // 256)
+    took: dict[str, float] = {}
+
+    async def swallow(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        """Take everything, then send as much: each direction is measured by itself."""
+        loop = asyncio.get_running_loop()
+        began = loop.time()
+        assert await reader.readexactly(len(data)) == data
+        took["to the container"] = loop.time() - began
+        writer.write(data)
+        with contextlib.suppress(ConnectionError):
+            await reader.read()
+        writer.close()
+
+    async def check() -> None:
+        limits = Limits(max_rate=LEAST_RATE)
+        async with a_proxy(tmp_path, client, swallow, limits) as proxy, connected(proxy, way) as (reader, writer):
+            loop = asyncio.get_running_loop()
+            writer.write(data)
+            began = loop.time()
+            assert await reader.readexactly(1) == data[:1]
+            assert await reader.readexactly(len(data) - 1) == data[1:]
+            took["both"] = loop.time() - began
+
+    run(check())
+    # Not a matter of how fast this machine is: less time would be more bytes than the rate lets through.
+    assert took["to the container"] >= len(data) / LEAST_RATE - 1
+    assert took["both"] >= 2 * len(data) / LEAST_RATE - 2
+
+
+@ways
+def test_without_a_rate_nothing_of_it_is_in_a_connections_way(
+    run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, way: str
+) -> None:
+    made: list[TaskConnection] = []
+    opened = TaskConnection.open
+
+    async def open_and_note(connection: TaskConnection) -> None:
+        made.append(connection)
+        await opened(connection)
+
+    monkeypatch.setattr(TaskConnection, "open", open_and_note)
+
+    async def check() -> None:
+        for limits in (Limits(), Limits(max_rate=LEAST_RATE)):
+            async with a_proxy(tmp_path, limits=limits) as proxy, connected(proxy, way):
+                pass
+
+    run(check())
+    free, limited = made
+    assert (type(free), type(free.stream.sending)) == (TaskConnection, SendWindow)
+    assert type(limited) is PacedConnection
+
+
+@ways
+def test_a_connection_in_which_nothing_passes_is_ended_and_a_busy_one_is_not(
+    run: Run, tmp_path: Path, way: str
+) -> None:
+    async def check() -> None:
+        limits = Limits(idle_timeout=0.4)
+        async with (
+            a_proxy(tmp_path, limits=limits) as proxy,
+            connected(proxy, way) as (reader, writer),
+            connected(proxy, way) as (idle, _),
+        ):
+            lines = proxy.hops.audit.written
+            assert [(await lines.get())["event"] for _ in range(2)] == ["session_opened"] * 2
+            ended = asyncio.ensure_future(lines.get())
+            while not ended.done():
+                writer.write(b"x")
+                assert await reader.readexactly(1) == b"x"
+                await asyncio.sleep(0.01)  # a busy loop would keep the looks from being taken
+            closed = ended.result()
+            assert (closed["event"], closed["ended_by"], closed["code"]) == ("session_closed", "host", 4001)
+            assert closed["reason"] == "nothing passed for 0.4 s, which is as long as this host waits"
+            with contextlib.suppress(ConnectionError):
+                assert await idle.read() == b""
+
+    run(check())

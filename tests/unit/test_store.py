@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import sqlite3
 import threading
 from collections.abc import AsyncIterator, Callable, Coroutine
@@ -81,6 +82,22 @@ def test_a_name_is_given_once_until_its_task_is_removed(run: Run, tmp_path: Path
     run(check())
 
 
+def test_a_public_key_is_found_in_the_tasks_that_have_it_and_no_part_of_it_is(run: Run, tmp_path: Path) -> None:
+    async def check() -> None:
+        async with a_store(tmp_path) as store:
+            await add_node(store)
+            await store.add_task(a_task(1, "none"))
+            await store.add_task(a_task(2, "two", ssh_keys=["ssh-rsa BBBB", "ssh-ed25519  AA+a/AA== me@home"]))
+            for key in ("ssh-ed25519 AA+a/AA==", "ssh-rsa BBBB"):
+                assert await store.lets_in(key)
+            for key in ("ssh-ed25519 AA", "ssh-ed25519 aa+A/aa==", "ssh-ed25519 BBBB", "ssh-rsa %", "ssh-rsa ", ""):
+                assert not await store.lets_in(key)
+            await store.remove_task(2)
+            assert not await store.lets_in("ssh-rsa BBBB")
+
+    run(check())
+
+
 def test_tasks_and_nodes_outlive_the_host(run: Run, tmp_path: Path) -> None:
     async def check() -> None:
         async with a_store(tmp_path) as store:
@@ -123,6 +140,7 @@ def test_a_token_is_kept_as_its_digest_alone(run: Run, tmp_path: Path) -> None:
     async def check() -> None:
         async with a_store(tmp_path) as store:
             accounts = Accounts(store)
+            await accounts.add_user("ann", "user")
             await accounts.add_token("very-secret", kind="user", name="ann", label="laptop")
             found, _ = await accounts.token("very-secret")
             assert found is not None
@@ -166,6 +184,26 @@ def test_database_work_leaves_the_event_loop_free(run: Run, tmp_path: Path) -> N
             assert await slow
 
     run(check())
+
+
+@pytest.mark.parametrize("before", ["nothing", "a database that others can read"])
+def test_nobody_else_can_read_the_file_whatever_the_umask_is(run: Run, tmp_path: Path, before: str) -> None:
+    async def check() -> None:
+        if before != "nothing":
+            async with a_store(tmp_path) as store:
+                await add_node(store)
+            (tmp_path / "host.db").chmod(0o644)
+        async with a_store(tmp_path) as store:
+            await add_node(store)
+            files = sorted(tmp_path.glob("host.db*"))
+            assert [file.name for file in files] == ["host.db", "host.db-shm", "host.db-wal"]
+            assert {file.stat().st_mode & 0o777 for file in files} == {0o600}
+
+    umask = os.umask(0)
+    try:
+        run(check())
+    finally:
+        os.umask(umask)
 
 
 def test_the_file_is_in_wal_mode_so_that_readers_never_wait_for_a_writer(run: Run, tmp_path: Path) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+import ssl
 from pathlib import Path
 
 import pytest
@@ -72,6 +74,22 @@ def test_a_pair_that_stays_broken_is_told_of_once(watched: Watched) -> None:
     assert watched.serial() == before
 
 
+def test_a_certificate_that_only_openssl_can_read_is_refused_and_ends_nothing(watched: Watched) -> None:
+    before, cert = watched.serial(), watched.made.cert
+    cert.write_text(cert.read_text().replace(" CERTIFICATE", " TRUSTED CERTIFICATE"))
+    for _ in range(3):
+        watched.certificate.look()
+    [sentence] = watched.said
+    assert "stays in use" in sentence
+    assert watched.serial() == before
+    with pytest.raises(UsageError, match=re.escape(str(cert))):
+        ServerCertificate(cert, watched.made.key)
+
+
+def test_a_client_can_not_have_everything_negotiated_anew(watched: Watched) -> None:
+    assert watched.certificate.context.options & ssl.OP_NO_RENEGOTIATION
+
+
 def test_an_encrypted_key_is_refused_rather_than_asked_about(tmp_path: Path) -> None:
     made = Authority(tmp_path).issue(["here"], 1)
     key = serialization.load_pem_private_key(made.key.read_bytes(), None)
@@ -93,6 +111,9 @@ def test_an_encrypted_key_is_refused_rather_than_asked_about(tmp_path: Path) -> 
         ("http://host", True),
         ("http://10.0.0.1:8000", True),
         ("http://[fd00::1]:8000", True),
+        ("http://lab.localhost:8000", False),
+        ("http://127.0.0.1.example.org", True),
+        ("http://127.example", True),
     ],
 )
 def test_only_plain_http_to_other_machines_is_in_the_clear(url: str, clear: bool) -> None:
