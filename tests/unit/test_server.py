@@ -240,7 +240,7 @@ def test_a_route_that_fails_is_a_500(run: Run, caplog: pytest.LogCaptureFixture)
         gate.error = ZeroDivisionError()
         async with serving(gate) as (_, port):
             assert (await answer(port, upgrade()))[0] == 500
-            assert "the opening of /ws/gate failed" in caplog.text
+            assert "the opening of '/ws/gate' failed" in caplog.text
 
     run(main())
 
