@@ -11,12 +11,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import MISSING, asdict, dataclass, field, fields
 from types import TracebackType
 from typing import Any, TypeVar
-from urllib.parse import quote
 
 import httpx
 
 from kohakuriver import __version__, tls
-from kohakuriver.config import Settings
+from kohakuriver.config import Settings, path_segment
 from kohakuriver.errors import (
     HostUnreachableError,
     KohakuRiverError,
@@ -130,7 +129,8 @@ class User:
 class Token:
     """A token of a `user` or a `node` ("*": any). `name` is what its owner calls it; the moments are ISO 8601.
 
-    `token` is the secret itself, in the answer to `make_token` alone. `status` is "valid" or "expired".
+    `token` is the secret itself, in the answer to `make_token` alone. `status` is "valid" or "expired", or "revoked" in
+    the answer to `revoke_token`.
     """
 
     id: str
@@ -228,7 +228,7 @@ class HostClient:
 
     async def remove_user(self, name: str) -> User:
         """Remove a user; their tokens and sessions end, and their tasks become the caller's."""
-        return _record(User, await self._call("DELETE", f"/api/users/{quote(name, safe='')}"))
+        return _record(User, await self._call("DELETE", f"/api/users/{path_segment(name)}"))
 
     async def tokens(self, *, user: str | None = None, every: bool = False) -> list[Token]:
         """The caller's tokens, those of another user, or every one."""
@@ -245,7 +245,7 @@ class HostClient:
 
     async def revoke_token(self, token: str) -> Token:
         """Revoke the token with that id or name; the sessions that it opened end."""
-        return _record(Token, await self._call("DELETE", f"/api/tokens/{quote(token, safe='')}"))
+        return _record(Token, await self._call("DELETE", f"/api/tokens/{path_segment(token)}"))
 
     async def share(self, task: str, user: str) -> Task:
         """Let a user use a task."""
@@ -253,7 +253,7 @@ class HostClient:
 
     async def unshare(self, task: str, user: str) -> Task:
         """Take that back; the sessions of that user to the task end."""
-        return _task(await self._call("DELETE", f"{_path(task, 'shares')}/{quote(user, safe='')}"))
+        return _task(await self._call("DELETE", f"{_path(task, 'shares')}/{path_segment(user)}"))
 
     async def nodes(self) -> list[Node]:
         return [_node(item) for item in _list(await self._call("GET", "/api/nodes"))]
@@ -356,7 +356,7 @@ class HostClient:
 
 
 def _path(task: str, action: str | None = None) -> str:
-    path = f"/api/tasks/{quote(task, safe='')}"
+    path = f"/api/tasks/{path_segment(task)}"
     return f"{path}/{action}" if action else path
 
 

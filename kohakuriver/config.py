@@ -14,7 +14,7 @@ import tempfile
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
-from urllib.parse import urlsplit
+from urllib.parse import quote, urlsplit
 
 from kohakuriver.errors import UsageError
 
@@ -30,6 +30,7 @@ __all__ = [
     "config_dir",
     "host_url",
     "load_settings",
+    "path_segment",
     "read_cluster",
     "read_logins",
     "remove_cluster",
@@ -70,6 +71,16 @@ def host_url(text: str) -> str:
     if not valid or parts.query or parts.fragment or parts.username or any(c.isspace() for c in bare):
         raise UsageError(f"The host must be a URL like http://name:8000 or a host name, not {text!r}.")
     return bare
+
+
+def path_segment(name: str) -> str:
+    """The name or id of a task, user or token as a part of a URL's path.
+
+    Raises UsageError for what can't be one: it could lead to another path.
+    """
+    if name in ("", ".", "..") or "/" in name:
+        raise UsageError(f"{name!r} can't be a name or an id.")
+    return quote(name, safe="")
 
 
 def _with_default_port(address: str) -> str:

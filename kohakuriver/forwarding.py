@@ -17,9 +17,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from types import TracebackType
 from typing import Any, ClassVar
-from urllib.parse import quote
 
-from kohakuriver.config import Settings, load_settings
+from kohakuriver.config import Settings, load_settings, path_segment
 from kohakuriver.errors import KohakuRiverError, NotAllowedError, NotFoundError, UnavailableError, UsageError
 from kohakuriver.loops import new_event_loop
 from kohakuriver.tls import client_context
@@ -286,7 +285,7 @@ class Forwarder:
     async def _open(self) -> Link:
         first = self.ports[0]
         base = self._settings.host.replace("http", "ws", 1)
-        path = f"/ws/forward/{quote(self.task, safe='')}/{first.remote}"
+        path = f"/ws/forward/{path_segment(self.task)}/{first.remote}"
         url = f"{base}{path}?proto={first.proto}&{ports_query(port.remote for port in self.ports)}"
         return await open_session(url, token=self._settings.token, ssl=self._tls)
 

@@ -81,9 +81,10 @@ class GuardMiddleware:
 def new_app(title: str, version: str, *, guard: Guard | None = None, documented: bool = False) -> FastAPI:
     """An application whose every error answer is `{"error": code, "message": sentence}`.
 
-    `guard` says which Host and Origin headers it takes; without it, all. `documented`: with pages that describe it.
+    `guard` says which Host and Origin headers it takes; without it, all. `documented`: with an OpenAPI description.
     """
-    app = FastAPI(title=title, version=version, openapi_url="/openapi.json" if documented else None)
+    described = "/openapi.json" if documented else None
+    app = FastAPI(title=title, version=version, openapi_url=described, docs_url=None, redoc_url=None)
     if guard is not None:
         app.add_middleware(GuardMiddleware, guard=guard)
 

@@ -8,7 +8,6 @@ import os
 import signal
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
-from urllib.parse import quote
 
 import typer
 
@@ -117,6 +116,7 @@ class Session:
                     await asyncio.wait_for(self._link.wait_closed(), 0.5)
 
     async def _open(self) -> MessageLink:
+        from kohakuriver.config import path_segment
         from kohakuriver.tls import client_context
         from kohakuriver.tunnel.handshake import open_messages
         from kohakuriver.tunnel.protocol import TERMINAL_V2
@@ -124,7 +124,7 @@ class Session:
         base = self._settings.host.replace("http", "ws", 1)
         tty = "1" if self._start.tty else "0"
         link = await open_messages(
-            f"{base}/ws/task/{quote(self._task, safe='')}/terminal?start=1&tty={tty}",
+            f"{base}/ws/task/{path_segment(self._task)}/terminal?start=1&tty={tty}",
             token=self._settings.token,
             subprotocols=(TERMINAL_V2,),
             ssl=client_context(self._settings.host, self._settings.ca_file),

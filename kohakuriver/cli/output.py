@@ -119,15 +119,22 @@ def table(headings: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
 
 
 def _rich_table(headings: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
-    from rich.box import SIMPLE_HEAD
     from rich.console import Console
     from rich.table import Table
     from rich.text import Text
 
-    grid = Table(*headings, box=SIMPLE_HEAD, pad_edge=False)
+    grid = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
+    needed = 0
+    for number, heading in enumerate(headings):
+        # Headings may take two lines where it is narrow, cells are shown whole: half an id is of no use.
+        widest = max([len(word) for word in heading.split()] + [len(printable(row[number])) for row in rows])
+        grid.add_column(heading, min_width=widest, overflow="fold")
+        needed += widest + 2
     for row in rows:
         grid.add_row(*(Text(printable(cell), style=_style(cell)) for cell in row))
-    Console().print(grid)
+    console = Console()
+    console.width = max(console.width, needed)
+    console.print(grid)
 
 
 def _style(cell: str) -> str:

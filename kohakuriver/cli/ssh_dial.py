@@ -15,7 +15,7 @@ import sys
 import threading
 from collections.abc import Callable
 from typing import Any
-from urllib.parse import quote, urlsplit
+from urllib.parse import urlsplit
 
 from kohakuriver.errors import (
     HostUnreachableError,
@@ -82,7 +82,7 @@ def to_show(host: str, task: str, token: str | None, ca_file: str | None) -> str
     """
     if token is None or not host.startswith("https:"):
         return token
-    return str(_ask(host, f"/api/tasks/{quote(task, safe='')}/ssh-pass", token, ca_file, method="POST").get("pass"))
+    return str(_ask(host, f"{_path(task)}/ssh-pass", token, ca_file, method="POST").get("pass"))
 
 
 def _line(sock: socket.socket) -> str:
@@ -159,12 +159,18 @@ class _Dialling(threading.Thread):
 
 def _learn_host_key(host: str, task: str, token: str | None, ca_file: str | None) -> None:
     """Ask the host for the task's host key and write it down. Raises KohakuRiverError, also when it does not run."""
-    found = _ask(host, f"/api/tasks/{quote(task, safe='')}", token, ca_file)
+    found = _ask(host, _path(task), token, ca_file)
     key = found.get("ssh_host_key")
     if key:
         from kohakuriver.cli.ssh_files import learn_host_key
 
         learn_host_key(int(found["task_id"]), str(found["name"]), str(key))
+
+
+def _path(task: str) -> str:
+    from kohakuriver.config import path_segment
+
+    return f"/api/tasks/{path_segment(task)}"
 
 
 def _ask(host: str, path: str, token: str | None, ca_file: str | None, *, method: str = "GET") -> dict[str, Any]:

@@ -8,6 +8,7 @@ import typer
 
 from kohakuriver.cli import output
 from kohakuriver.cli.options import CaFileOption, HostOption, JsonOption, TokenOption, ask, seconds
+from kohakuriver.errors import UsageError
 
 if TYPE_CHECKING:
     from kohakuriver.api import Token
@@ -62,6 +63,8 @@ def list_tokens(
     ca_file: CaFileOption = None,
 ) -> None:
     """List tokens, without their secrets."""
+    if every and user is not None:
+        raise UsageError("--all and --user don't go together: --all lists everybody's.")
     tokens = ask(host, token, lambda client: client.tokens(user=user, every=every))
     if json:
         output.json_line({"tokens": [item.to_json() for item in tokens]})

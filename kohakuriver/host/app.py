@@ -6,10 +6,12 @@ from dataclasses import dataclass
 from typing import Annotated
 
 from fastapi import APIRouter, Depends, FastAPI, Query, Request
+from fastapi.responses import HTMLResponse
 from fastapi.security import HTTPBearer
 
 from kohakuriver import __version__
 from kohakuriver.host.access import Access
+from kohakuriver.host.api_page import api_page
 from kohakuriver.host.credentials import Caller, Credentials
 from kohakuriver.host.forwards import Forwards
 from kohakuriver.host.nodes import Nodes
@@ -123,6 +125,12 @@ _api = APIRouter(prefix="/api", dependencies=[Depends(_shown)])
 async def health() -> dict[str, str]:
     """Whether the host answers, and which version it is."""
     return {"status": "ok", "version": __version__}
+
+
+@_open.get("/docs", include_in_schema=False)
+async def docs() -> HTMLResponse:
+    """The API, for people."""
+    return api_page()
 
 
 @_api.get("/auth")

@@ -81,7 +81,7 @@ class People:
         return TokenMade.model_validate({**self._view(token).model_dump(), "token": secret})
 
     async def revoke_token(self, caller: Caller, reference: str) -> TokenView:
-        """Revoke a token: for admins any, for others one of their own."""
+        """Revoke one of the caller's own tokens, by id or label; for admins also any by its id, a node's by either."""
         try:
             token = await self._accounts.revoke_token(reference, caller.name)
         except NotFoundError:
@@ -110,7 +110,7 @@ class People:
             name=token.label,
             user=token.name if token.kind == "user" else None,
             node=token.name if token.kind == "node" else None,
-            status="expired" if expired else "valid",
+            status="revoked" if token.revoked_at is not None else "expired" if expired else "valid",
             created_at=iso_time(token.created_at),
             expires_at=None if token.expires_at is None else iso_time(token.expires_at),
         )

@@ -312,7 +312,7 @@ class TokenView(BaseModel):
     name: str
     user: str | None
     node: str | None
-    status: Literal["valid", "expired"]
+    status: Literal["valid", "expired", "revoked"]
     created_at: str
     expires_at: str | None
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import os
 import re
 import socket
 from collections.abc import Awaitable, Callable, Sequence
@@ -334,6 +335,8 @@ def _node_token(options: RunnerOptions) -> str:
         token = clean_token(options.node_token_file.read_text("utf-8", "replace"))
     except OSError as error:
         raise UsageError(f"The node token can't be read from {options.node_token_file}: {error.strerror}.") from error
+    if os.name == "posix" and options.node_token_file.stat().st_mode & 0o077:
+        log.warning("others on this machine may read the node token; chmod 600", file=str(options.node_token_file))
     if not token:
         raise UsageError(f"There is no node token in {options.node_token_file}; put one there.")
     return token

@@ -157,9 +157,10 @@ class Accounts:
         return await self._store.run(lambda session: list(session.scalars(query)))
 
     async def revoke_token(self, reference: str, owner: str | None = None) -> Token:
-        """Revoke the token with that id, or that label among those of `owner`; `owner` None reaches every token.
+        """Revoke the token with that id, or that label among those of the user `owner`.
 
-        Raises NotFoundError, or UsageError for a label that several tokens have.
+        `owner` None reaches every token by its id, and by their labels those of nodes: two users may call theirs the
+        same. Raises NotFoundError, or UsageError for a label that several tokens have.
         """
 
         def work(session: Session) -> Token:
@@ -168,7 +169,10 @@ class Accounts:
                 query = query.where(Token.kind == "user", Token.name == owner)
             is_id = func.substr(Token.digest, 1, TOKEN_ID_LENGTH) == reference
             found = list(session.scalars(query.where(is_id)))
-            found = found or list(session.scalars(query.where(Token.label == reference)))
+            labelled = query.where(Token.label == reference)
+            found = found or list(
+                session.scalars(labelled if owner is not None else labelled.where(Token.kind == "node"))
+            )
             if not found:
                 raise NotFoundError(f"There is no token {reference!r}; `kohakuriver token list` shows what there is.")
             if len(found) > 1:

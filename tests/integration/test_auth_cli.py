@@ -219,3 +219,26 @@ def test_a_node_with_a_token_of_its_own_joins_and_with_anothers_does_not(cluster
     assert "third" not in nodes
     for program in (wrong, right):
         assert program.stop() == 0
+    file = tmp_path / "node-token"
+    file.write_text(own["token"])
+    file.chmod(0o644)
+    options = [f"--node-token-file={file}", "--name=second", f"--state-dir={tmp_path / 'second'}"]
+    readable = cluster.start("runner", *runner, *options)
+    assert str(file) in readable.line("may read the node token", err=True)
+    readable.line("registered with the host", err=True)
+    assert readable.stop() == 0
+
+
+def test_what_a_host_keeps_is_its_users_alone_also_in_a_directory_that_others_read(tmp_path: Path) -> None:
+    state = tmp_path / "host"
+    state.mkdir()
+    state.chmod(0o755)
+    (state / "host.db").touch(mode=0o644)  # what an earlier start left
+    commands = Commands(tmp_path)
+    try:
+        commands.start("host", "--json", "--bind=127.0.0.1", "--port=0", "--ssh-port=0").event("ready")
+        modes = {path.name: stat.S_IMODE(path.stat().st_mode) for path in state.iterdir()}
+    finally:
+        commands.close()
+    assert modes.keys() >= {"host.db", "host.db-wal", "admin-token", "node-token", "audit.jsonl"}
+    assert set(modes.values()) == {0o600}

@@ -11,7 +11,7 @@ import pytest
 
 from kohakuriver.api import HostClient, Task
 from kohakuriver.config import Settings, load_settings
-from kohakuriver.errors import HostUnreachableError, KohakuRiverError, NotFoundError, UnavailableError
+from kohakuriver.errors import HostUnreachableError, KohakuRiverError, NotFoundError, UnavailableError, UsageError
 
 Run = Callable[[Coroutine[Any, Any, Any]], Any]
 TASK: dict[str, Any] = {
@@ -65,8 +65,11 @@ def test_a_task_name_can_not_reach_another_path(run: Run, settings: Settings) ->
         return httpx.Response(404, json={"error": "not_found", "message": "There is no such task."})
 
     with pytest.raises(NotFoundError, match="no such task"):
-        asked(run, settings, answer, lambda host: host.task("../nodes?x"))
-    assert paths == ["/api/tasks/..%2Fnodes%3Fx"]
+        asked(run, settings, answer, lambda host: host.task("nodes?x"))
+    for name in ("../nodes?x", ".."):  # they are not even sent: "shares/.." is the task itself
+        with pytest.raises(UsageError, match="can't be a name"):
+            asked(run, settings, answer, lambda host, name=name: host.unshare("lab", name))
+    assert paths == ["/api/tasks/nodes%3Fx"]
 
 
 def test_fields_of_a_newer_host_are_ignored_and_missing_ones_are_said(run: Run, settings: Settings) -> None:

@@ -86,6 +86,13 @@ def test_what_can_not_be_a_token_is_refused_before_anything_is_sent(token: str) 
     assert config.load_settings(token=" kr_x\n").token == "kr_x"
 
 
+@pytest.mark.parametrize("name", ["", ".", "..", "../tasks/lab", "a/b"])
+def test_a_name_leads_to_no_other_path(name: str) -> None:
+    with pytest.raises(UsageError, match="can't be a name"):
+        config.path_segment(name)
+    assert config.path_segment("lab 1?x#y") == "lab%201%3Fx%23y"
+
+
 def test_a_running_cluster_of_ones_own_comes_before_a_login_elsewhere_but_not_before_one_to_it() -> None:
     config.write_logins(config.Logins("http://lab:8000", {"http://lab:8000": "of-lab"}))
     config.write_cluster(config.Cluster("http://127.0.0.1:1", "of-cluster"))

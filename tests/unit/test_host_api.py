@@ -608,6 +608,12 @@ def test_what_the_database_can_not_hold_is_refused(run: Run, tmp_path: Path, who
 def test_the_page_of_the_api_has_a_place_for_a_token_wherever_one_is_asked_for(run: Run, tmp_path: Path) -> None:
     async def check() -> None:
         async with a_host(tmp_path) as host:
+            page = await host.user.get("/docs")
+            assert (page.status_code, "openapi.json" in page.text) == (200, True)
+            assert page.text.count("integrity=") == page.text.count("https://") == 2
+            policy = page.headers["content-security-policy"]
+            assert policy.startswith("default-src 'none'; script-src https://cdn.jsdelivr.net/npm/swagger-ui-dist@")
+
             described = (await host.user.get("/openapi.json")).json()
             assert described["info"]["title"] == "KohakuRiver host"
             assert described["components"]["securitySchemes"]["token"]["scheme"] == "bearer"

@@ -37,6 +37,16 @@ def test_a_table_without_a_terminal_is_aligned_plain_lines(capsys: pytest.Captur
     assert capsys.readouterr().out == "ID  NAME\n1   [bold]web\n22  b\n"
 
 
+def test_a_table_on_a_narrow_terminal_shows_every_cell_whole(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(output, "is_terminal", lambda stream: True)
+    monkeypatch.setenv("COLUMNS", "30")
+    row = ["6278488900", "connected", "registry.example.org/some/image:tag"]
+    output.table(["Id", "Tunnel", "Image or address"], [row])
+    assert capsys.readouterr().out.splitlines()[-1].split() == row
+
+
 def test_an_error_is_one_line_on_stderr(capsys: pytest.CaptureFixture[str]) -> None:
     output.error("first\nsecond")
     captured = capsys.readouterr()
