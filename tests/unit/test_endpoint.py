@@ -301,8 +301,11 @@ class Streams(RuleBasedStateMachine):
                 assert user.left_by_peer
                 assert container.transport is None or container.left_by_peer
                 continue
-            assert len(container.received) == user.written
-            assert len(user.received) == container.written
+            # In version 1 an end is a CLOSE, and what the other side has sent meanwhile crosses it in vain.
+            if self.version == 2 or not container.ended:
+                assert len(container.received) == user.written
+            if self.version == 2 or not user.ended:
+                assert len(user.received) == container.written
             if self.version == 2:
                 assert container.left_by_peer == user.ended
                 assert user.left_by_peer == container.ended

@@ -29,7 +29,7 @@ ALLOWED: dict[str, set[str]] = {
     "acceptor": {"loops", "waiting"},
     "http_guard": {"limits", "waiting"},
     "web": PROTOCOL | {"acceptor", "http_guard", "waiting", "__init__"},
-    "host": PROTOCOL | {"store", "web", "ssh_proxy", "__init__"},
+    "host": PROTOCOL | {"store", "waiting", "web", "ssh_proxy", "__init__"},
     "runner": PROTOCOL | {"store", "web", "__init__"},
     "ssh_proxy": PROTOCOL | {"waiting"},
     "api": BASE | {"__init__"},
