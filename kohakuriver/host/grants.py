@@ -117,9 +117,9 @@ class Grants:
         Raises UnavailableError "too_many_sessions" (429).
         """
         if self._most and self._of_user[caller.name] >= self._most:
+            sessions = "1 session" if self._most == 1 else f"{self._most} sessions"
             raise UnavailableError(
-                f"{caller.name or 'This user'} has {self._most} sessions open, which is as many as this host allows; "
-                "end one first.",
+                f"{caller.name or 'This user'} has {sessions} open, as many as this host allows; end one first.",
                 code="too_many_sessions",
                 status=429,
             )

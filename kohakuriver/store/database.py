@@ -30,7 +30,7 @@ from sqlalchemy import (
     update,
 )
 from sqlalchemy.engine import make_url
-from sqlalchemy.exc import ArgumentError, DBAPIError, IntegrityError, NoSuchModuleError
+from sqlalchemy.exc import ArgumentError, DataError, DBAPIError, IntegrityError, NoSuchModuleError
 from sqlalchemy.orm import Session, sessionmaker
 
 from kohakuriver.errors import KohakuRiverError, NotFoundError, UsageError
@@ -111,9 +111,10 @@ class Store:
             return await asyncio.get_running_loop().run_in_executor(self._threads, work)
         except IntegrityError:
             raise  # a clash with a constraint: the caller knows which, and what to say
+        except DataError as error:  # PostgreSQL holds no text with a NUL, say, nor looks for one
+            raise UsageError(f"The database can't hold what was given: {_reason(error)}.") from error
         except DBAPIError as error:
-            reason = " ".join(str(error.orig).split()).rstrip(".?")
-            raise KohakuRiverError(f"The database failed: {reason}.", code="database") from error
+            raise KohakuRiverError(f"The database failed: {_reason(error)}.", code="database") from error
 
     async def run(self, work: Callable[[Session], T]) -> T:
         """What `work` returns, called with a session in one transaction, in a thread."""
@@ -314,3 +315,7 @@ def _without_password(url: str) -> str:
         return make_url(url).render_as_string(hide_password=True)
     except ArgumentError:
         return url
+
+
+def _reason(error: DBAPIError) -> str:
+    return " ".join(str(error.orig).split()).rstrip(".?")

@@ -10,6 +10,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from sqlalchemy.exc import DataError
+from sqlalchemy.orm import Session
 
 from kohakuriver.errors import KohakuRiverError, NotFoundError, UsageError
 from kohakuriver.store import ANY_NODE, Accounts, Store, Task, sqlite_url
@@ -302,3 +304,15 @@ def test_a_file_that_is_no_database_fails_in_a_sentence(run: Run, tmp_path: Path
             await Store.open(sqlite_url(tmp_path / "host.db"))
 
     run(check())
+
+
+def test_what_the_database_cannot_hold_is_the_callers_mistake(run: Run, tmp_path: Path) -> None:
+    def refuse(_session: Session) -> None:
+        raise DataError("SELECT", {}, Exception("text fields cannot contain NUL (0x00) bytes"))
+
+    async def main() -> None:
+        async with a_store(tmp_path) as store:
+            with pytest.raises(UsageError, match=r"can't hold what was given: text fields cannot contain NUL"):
+                await store.run(refuse)
+
+    run(main())
