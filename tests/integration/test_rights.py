@@ -236,7 +236,7 @@ def test_forwards_terminals_and_ssh_connections_of_a_user_are_counted_together(t
         with people.terminal("admin"), cluster.forward("here", 80):
             sock, line = people.request("admin")
             sock.close()
-            assert line == (b"ERROR admin has 2 sessions open, which is as many as this host allows; end one first.\n")
+            assert line == b"ERROR admin has 2 sessions open, as many as this host allows; end one first.\n"
             with pytest.raises(InvalidStatus) as refused, people.terminal("admin"):
                 pass
             assert refused.value.response.status_code == 429
