@@ -180,6 +180,31 @@ def check_gates(
     return all(gate.holds(results) for gate in gates)
 
 
+def ratio_parser(doc: str | None, output: str) -> argparse.ArgumentParser:
+    """The arguments of a program that measures ratios; `output` is the file that it writes."""
+    parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--kohakuriver", type=Path, required=True, help="the program to measure")
+    parser.add_argument("--gate", type=Path, metavar="FILE", help="check the ratios of FILE; exit 1 when one fails")
+    parser.add_argument("--rounds", type=int, default=5, help="turns of each (default 5)")
+    parser.add_argument("--seconds", type=float, default=2, help="length of one bulk run (default 2)")
+    parser.add_argument("--output", type=Path, metavar="DIR", help=f"write {output} into DIR")
+    return parser
+
+
+def write_json(directory: Path | None, name: str, content: object) -> None:
+    """Keep what was measured, where somebody wants it kept."""
+    if directory is not None:
+        directory.mkdir(parents=True, exist_ok=True)
+        (directory / name).write_text(json.dumps(content, indent=1) + "\n")
+
+
+def exit_code(gates: Sequence[Gate], results: Results) -> int:
+    """Print what became of each gate; 1 if one failed."""
+    for gate in gates:
+        print(gate.line(results))
+    return 0 if all(gate.holds(results) for gate in gates) else 1
+
+
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--kohakuriver", type=Path, required=True, help="the program to measure")
@@ -235,8 +260,7 @@ def main() -> int:
     print(table(results, titles))
     print(f"{time.monotonic() - start:.0f} s")
     if arguments.output:
-        arguments.output.mkdir(parents=True, exist_ok=True)
-        (arguments.output / "chain.json").write_text(json.dumps(as_json(results, titles), indent=1) + "\n")
+        write_json(arguments.output, "chain.json", as_json(results, titles))
         (arguments.output / "chain.svg").write_text(ratio_plot(results, titles))
     return 0 if good else 1
 

@@ -8,7 +8,6 @@ Linux only: memory and CPU time of the hops are read from /proc.
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import resource
 import selectors
@@ -23,7 +22,7 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from bench.chain import OURS, Results, read_gates
+from bench.chain import OURS, Results, exit_code, read_gates, write_json
 from bench.contenders import HOPS, Contender, KohakuRiver, Services, ports_of
 from kohakuriver import _frame
 from tests.reference import frame as twin
@@ -210,17 +209,12 @@ def main() -> int:
         values |= many_streams(chain) | idle_memory(chain)
     for name, value in values.items():
         print(f"{name:<19} {value:8.2f} {UNITS[name]}")
-    if arguments.output:
-        arguments.output.mkdir(parents=True, exist_ok=True)
-        (arguments.output / "limits.json").write_text(json.dumps(values, indent=1) + "\n")
+    write_json(arguments.output, "limits.json", values)
     if not arguments.gate:
         return 0
     results = Results()
     results.add(OURS, values)
-    limits = [gate for gate in read_gates(arguments.gate)[0] if gate.measure in values]
-    for limit in limits:
-        print(limit.line(results))
-    return 0 if all(limit.holds(results) for limit in limits) else 1
+    return exit_code([gate for gate in read_gates(arguments.gate)[0] if gate.measure in values], results)
 
 
 if __name__ == "__main__":

@@ -8,7 +8,6 @@ and openssl.
 
 from __future__ import annotations
 
-import argparse
 import json
 import signal
 import subprocess
@@ -17,7 +16,17 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from bench.chain import Results, as_json, measure_in_turns, read_gates, started, table
+from bench.chain import (
+    Results,
+    as_json,
+    exit_code,
+    measure_in_turns,
+    ratio_parser,
+    read_gates,
+    started,
+    table,
+    write_json,
+)
 from bench.contenders import HOPS, Contender, KohakuRiver, Relay4, Services, free_port, wait_for_port
 from bench.measures import MEASURES
 
@@ -114,13 +123,7 @@ def measure(
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--kohakuriver", type=Path, required=True, help="the program to measure")
-    parser.add_argument("--gate", type=Path, metavar="FILE", help="check the ratios of FILE; exit 1 when one fails")
-    parser.add_argument("--rounds", type=int, default=5, help="turns of each (default 5)")
-    parser.add_argument("--seconds", type=float, default=2, help="length of one bulk run (default 2)")
-    parser.add_argument("--output", type=Path, metavar="DIR", help="write over_tls.json into DIR")
-    arguments = parser.parse_args()
+    arguments = ratio_parser(__doc__, "over_tls.json").parse_args()
     gates = read_gates(arguments.gate)[0] if arguments.gate else []
     gates = [gate for gate in gates if gate.measure.startswith(PREFIX)]
     runs = [run for run in RUNS if not gates or any(gate.measure.startswith(PREFIX + run) for gate in gates)]
@@ -135,12 +138,8 @@ def main() -> int:
             measure(results, runs, contenders, 2 * arguments.rounds, arguments.seconds)
     titles = {contender.name: contender.title for contender in contenders}
     print(table(results, titles))
-    if arguments.output:
-        arguments.output.mkdir(parents=True, exist_ok=True)
-        (arguments.output / "over_tls.json").write_text(json.dumps(as_json(results, titles), indent=1) + "\n")
-    for gate in gates:
-        print(gate.line(results))
-    return 0 if all(gate.holds(results) for gate in gates) else 1
+    write_json(arguments.output, "over_tls.json", as_json(results, titles))
+    return exit_code(gates, results)
 
 
 if __name__ == "__main__":

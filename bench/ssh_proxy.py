@@ -8,8 +8,6 @@ A ratio is the median of the ratios of runs that stood side by side.
 
 from __future__ import annotations
 
-import argparse
-import json
 import socket
 import subprocess
 import sys
@@ -18,7 +16,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from bench.bulk import PIECE
-from bench.chain import OURS, Results, read_gates
+from bench.chain import OURS, Results, exit_code, ratio_parser, read_gates, write_json
 from bench.contenders import ROOT, Contender, KohakuRiver, Relay4, Services, ports_of
 
 RELAYS = ("host", "runner", "client")
@@ -108,13 +106,7 @@ def measure(results: Results, contenders: Sequence[Proxied | Relay3], rounds: in
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--kohakuriver", type=Path, required=True, help="the program to measure")
-    parser.add_argument("--gate", type=Path, metavar="FILE", help="check the ratios of FILE; exit 1 when one fails")
-    parser.add_argument("--rounds", type=int, default=5, help="turns of each (default 5)")
-    parser.add_argument("--seconds", type=float, default=2, help="length of one run (default 2)")
-    parser.add_argument("--output", type=Path, metavar="DIR", help="write ssh_proxy.json into DIR")
-    arguments = parser.parse_args()
+    arguments = ratio_parser(__doc__, "ssh_proxy.json").parse_args()
     results, contenders = Results(), (Proxied(arguments.kohakuriver), Relay3())
     gates = [gate for gate in read_gates(arguments.gate)[0] if gate.measure in MEASURES] if arguments.gate else []
     try:
@@ -131,12 +123,8 @@ def main() -> int:
         ours, theirs = (results.median(name, contender.name) for contender in contenders)
         ratio = results.ratio(name, Relay3.name)
         print(f"{name:<19} {OURS} {ours:.2f} Gbit/s, {Relay3.title} {theirs:.2f} Gbit/s, ratio {ratio:.2f}")
-    if arguments.output:
-        arguments.output.mkdir(parents=True, exist_ok=True)
-        (arguments.output / "ssh_proxy.json").write_text(json.dumps(results.samples, indent=1) + "\n")
-    for gate in gates:
-        print(gate.line(results))
-    return 0 if all(gate.holds(results) for gate in gates) else 1
+    write_json(arguments.output, "ssh_proxy.json", results.samples)
+    return exit_code(gates, results)
 
 
 if __name__ == "__main__":

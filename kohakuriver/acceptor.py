@@ -100,8 +100,8 @@ class Acceptor:
         self._loop.add_reader(self._sock.fileno(), self._accept)
 
     async def _begin(self, connection: socket.socket) -> None:
-        connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         try:
+            connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
             await self._loop.connect_accepted_socket(
                 self._new_protocol, connection, ssl=self._tls, ssl_handshake_timeout=self._handshake_timeout
             )

@@ -28,7 +28,7 @@ class GuardedHttp(HttpToolsProtocol):
     """uvicorn's HTTP protocol with limits."""
 
     limits = Limits()
-    room = WaitingRoom(limits.max_waiting)
+    room: WaitingRoom
 
     def __init__(self, *args: Any, **more: Any) -> None:
         super().__init__(*args, **more)

@@ -38,7 +38,7 @@ class Limits:
     handshake_timeout: float = 10.0
     """Seconds that a peer has for its TLS handshake, and again to send a whole HTTP request."""
     max_waiting: int = 1000
-    """Connections to one port that have no request under way; when one more comes, the oldest goes."""
+    """Connections of strangers that have no request under way; when one more comes, the oldest goes."""
     idle_timeout: float = 0.0
     """Seconds without a byte of payload after which a session is closed."""
 
