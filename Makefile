@@ -6,7 +6,7 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 STAMPS := $(VENV)/.stamps
-CRATES := kohakuriver-tunnel kohakuriver-sshd
+CRATES := src/kohakuriver-tunnel src/kohakuriver-sshd
 TESTS ?= tests --ignore=tests/e2e
 PYTEST_ARGS ?=
 PIP_INSTALL := PYTHONWARNINGS=ignore $(BIN)/python -m pip install -q --disable-pip-version-check
@@ -38,15 +38,15 @@ test-rust: ## the own tests of the tunnel client and of the SSH server
 	for crate in $(CRATES); do (cd $$crate && cargo test --locked) || exit 1; done
 
 test-api: install $(STAMPS)/audit ## schemathesis on the HTTP API of a real host
-	$(BIN)/python -m tests.api_fuzz
+	$(BIN)/python -m tests.conformance.api_fuzz
 
 audit: install $(STAMPS)/audit ## what needs no network: bandit on our code
-	$(BIN)/bandit -q -c pyproject.toml -r kohakuriver
+	$(BIN)/bandit -q -c pyproject.toml -r src/kohakuriver
 
 audit-online: install $(STAMPS)/audit ## known weaknesses of what we depend on: pip-audit, and cargo-deny (which must be installed)
 	$(BIN)/python -m pip freeze --exclude-editable | grep -v '^kohakuriver' >$(STAMPS)/frozen.txt
 	$(BIN)/pip-audit --strict --disable-pip --no-deps -r $(STAMPS)/frozen.txt
-	for crate in $(CRATES); do (cd $$crate && cargo deny --locked --config ../deny.toml check) || exit 1; done
+	for crate in $(CRATES); do (cd $$crate && cargo deny --locked --config ../../deny.toml check) || exit 1; done
 
 sbom: install $(STAMPS)/audit ## what the package and the programs in it are made of: CycloneDX, in sbom/
 	scripts/sbom $(BIN)/python
@@ -88,9 +88,9 @@ build: install ## sdist and wheel in dist/
 	$(BIN)/python -m build
 
 clean: ## everything that these commands made
-	rm -rf .venv* build dist sbom *.egg-info bench/results .pytest_cache .mypy_cache .ruff_cache .hypothesis .benchmarks .schemathesis
-	rm -rf kohakuriver/bin kohakuriver/*.c kohakuriver/*.so $(CRATES:=/target)
-	find kohakuriver tests bench -name __pycache__ -type d -prune -exec rm -rf {} +
+	rm -rf .venv* build dist sbom src/*.egg-info bench/results .pytest_cache .mypy_cache .ruff_cache .hypothesis .benchmarks .schemathesis
+	rm -rf src/kohakuriver/bin src/kohakuriver/*.c src/kohakuriver/*.so $(CRATES:=/target)
+	find src tests bench -name __pycache__ -type d -prune -exec rm -rf {} +
 
 install: $(STAMPS)/package $(STAMPS)/extension $(STAMPS)/client $(STAMPS)/sshd
 
@@ -106,15 +106,15 @@ $(STAMPS)/package: $(STAMPS)/venv pyproject.toml setup.py Makefile
 	KOHAKURIVER_SKIP_CARGO=1 $(PIP_INSTALL) --no-build-isolation -e '.[dev]'
 	touch $@
 
-$(STAMPS)/extension: $(STAMPS)/package setup.py $(wildcard kohakuriver/*.pyx kohakuriver/*.pxd)
+$(STAMPS)/extension: $(STAMPS)/package setup.py $(wildcard src/kohakuriver/*.pyx src/kohakuriver/*.pxd)
 	$(BIN)/python setup.py -q build_ext --inplace
 	touch $@
 
-$(STAMPS)/client: $(STAMPS)/venv setup.py $(call crate_sources,kohakuriver-tunnel)
+$(STAMPS)/client: $(STAMPS)/venv setup.py $(call crate_sources,src/kohakuriver-tunnel)
 	$(BIN)/python setup.py -q build_programs --inplace --only=tunnel-client
 	touch $@
 
-$(STAMPS)/sshd: $(STAMPS)/venv setup.py $(call crate_sources,kohakuriver-sshd)
+$(STAMPS)/sshd: $(STAMPS)/venv setup.py $(call crate_sources,src/kohakuriver-sshd)
 	$(BIN)/python setup.py -q build_programs --inplace --only=tunnel-sshd
 	touch $@
 

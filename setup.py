@@ -20,6 +20,7 @@ from setuptools.command.build import build
 from setuptools.errors import ExecError
 
 ROOT = Path(__file__).resolve().parent
+SOURCE = ROOT / "src"
 BIN = Path("kohakuriver", "bin")
 
 
@@ -34,12 +35,12 @@ class Program(NamedTuple):
 PROGRAMS = (
     Program(
         "tunnel-client",
-        "kohakuriver-tunnel",
+        "src/kohakuriver-tunnel",
         "process tasks will use the slower Python client, and Docker tasks will not be possible on this machine",
     ),
     Program(
         "tunnel-sshd",
-        "kohakuriver-sshd",
+        "src/kohakuriver-sshd",
         "--ssh will only be possible for Docker tasks whose image has an sshd",
     ),
 )
@@ -120,7 +121,7 @@ class BuildPrograms(Command):
 
     def _target(self, program: Program) -> Path:
         if self.inplace or self.editable_mode:
-            return ROOT / BIN / program.name
+            return SOURCE / BIN / program.name
         assert self.build_lib is not None
         return Path(self.build_lib) / BIN / program.name
 
@@ -142,7 +143,7 @@ class Build(build):
 
 extension = Extension(
     "kohakuriver._frame",
-    ["kohakuriver/_frame.pyx"],
+    ["src/kohakuriver/_frame.pyx"],
     extra_compile_args=["/O2"] if sys.platform == "win32" else ["-O3"],
 )
 

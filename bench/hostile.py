@@ -2,10 +2,10 @@
 
     python -m bench.hostile [--only ATTACK…] [--output DIR]
 
-For each attack of tests/hostile.py: the echo's median, 99th percentile and maximum, from its start until all that it
-sent has been worked off, and the most memory that host and runner had more of. Forward, hops, attacker and whoever
-measures are processes of their own; on a machine with few cores they take turns: `overslept` is how many milliseconds
-late the measuring process woke up at most, for which no hop can be blamed. `none` is the same measurement
+For each attack of tests/support/peers/hostile.py: the echo's median, 99th percentile and maximum, from its start until
+all that it sent has been worked off, and the most memory that host and runner had more of. Forward, hops, attacker and
+whoever measures are processes of their own; on a machine with few cores they take turns: `overslept` is how many
+milliseconds late the measuring process woke up at most, for which no hop can be blamed. `none` is the same measurement
 without an attack, and `busy` while a process that only counts takes a core as the attacker would.
 """
 
@@ -28,9 +28,9 @@ from contextlib import AbstractContextManager
 from functools import partial
 from pathlib import Path
 
-from tests.cluster import Cluster, Program, a_cluster
-from tests.hostile import ATTACKS, Target, attacked, attackers_own, process_task, raise_file_limit
-from tests.integration.services import echo
+from tests.support.peers.hostile import ATTACKS, Target, attacked, attackers_own, process_task, raise_file_limit
+from tests.support.processes import Cluster, Program, a_cluster
+from tests.support.services import echo
 
 QUIET_SECONDS = 5.0
 PAUSE = 0.002

@@ -12,9 +12,9 @@ from concurrent.futures import Future
 
 import pytest
 
-from kohakuriver import loops
-from tests.chain import CLIENTS, chain
-from tests.long_link import long_link
+from kohakuriver import runtime as loops
+from tests.support.hops import CLIENTS, chain
+from tests.support.network.long_link import long_link
 
 clients = pytest.mark.parametrize("kind", CLIENTS)
 

@@ -12,7 +12,7 @@ from typing import Any, TypeVar
 import pytest
 import structlog
 
-from kohakuriver import loops
+from kohakuriver import runtime as loops
 
 T = TypeVar("T")
 

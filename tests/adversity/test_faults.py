@@ -17,13 +17,13 @@ from websockets.typing import Subprotocol
 
 from kohakuriver._frame import build_frame
 from kohakuriver.errors import KohakuRiverError
+from kohakuriver.tunnel.dial import open_session
 from kohakuriver.tunnel.endpoint import UserEndpoint
-from kohakuriver.tunnel.handshake import open_session
 from kohakuriver.tunnel.link import Link
 from kohakuriver.tunnel.protocol import TUNNEL_V2
-from tests import v1
-from tests.chain import CLIENTS, CONTAINER, Chain, asked, chain, dial, echo, service, until
-from tests.faults import FaultProxy, fault_proxy
+from tests.support.hops import CLIENTS, CONTAINER, Chain, asked, chain, dial, echo, service, until
+from tests.support.network.faults import FaultProxy, fault_proxy
+from tests.support.peers import v1
 
 Run = Callable[[Coroutine[Any, Any, None]], None]
 clients = pytest.mark.parametrize("kind", CLIENTS)

@@ -16,9 +16,9 @@ from pathlib import Path
 
 import pytest
 
-from tests.cluster import Cluster, Program, a_cluster
-from tests.hostile import ATTACKS, Target, attacked, attackers_own, process_task, raise_file_limit
-from tests.integration.services import echo
+from tests.support.peers.hostile import ATTACKS, Target, attacked, attackers_own, process_task, raise_file_limit
+from tests.support.processes import Cluster, Program, a_cluster
+from tests.support.services import echo
 
 MIB = 1 << 20
 # What one attacker may make the host or the runner hold, beside what each of its connections costs.

@@ -12,7 +12,7 @@ import pytest
 
 from kohakuriver.tunnel.link import Link
 from kohakuriver.tunnel.tcp import TcpStream
-from tests.chain import CLIENTS, asked, chain, dial, echo, service, until
+from tests.support.hops import CLIENTS, asked, chain, dial, echo, service, until
 
 Run = Callable[[Coroutine[Any, Any, None]], None]
 clients = pytest.mark.parametrize("kind", CLIENTS)

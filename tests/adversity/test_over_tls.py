@@ -6,7 +6,6 @@ from pathlib import Path
 
 import pytest
 
-from tests import chain
 from tests.adversity.test_faults import (  # noqa: F401  # collected here again
     test_a_link_that_is_lost_in_a_transfer_ends_its_streams_and_is_replaced,
     test_a_session_that_takes_nothing_for_a_while_is_kept_while_bytes_move,
@@ -23,6 +22,7 @@ from tests.integration.test_hops import (  # noqa: F401
     test_what_a_service_sent_before_it_closed_arrives,
     test_what_is_sent_before_the_stream_is_open_arrives,
 )
+from tests.support import hops as chain
 
 
 @pytest.fixture(autouse=True)

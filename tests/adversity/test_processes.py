@@ -15,8 +15,8 @@ from pathlib import Path
 import psutil
 import pytest
 
-from tests.cluster import eventually
-from tests.programs import Cluster, Program, connect, echoes
+from tests.support.processes import eventually
+from tests.support.up import Cluster, Program, connect, echoes
 
 MIB = 1 << 20
 PATIENCE = 60.0

@@ -10,8 +10,8 @@ from typing import Any
 
 import pytest
 
-from kohakuriver.host.tunnel_proxy import ForwardTarget
-from tests.chain import CLIENTS, Chain, chain, dial, echo, service, until
+from kohakuriver.host.services.tunnel_proxy import ForwardTarget
+from tests.support.hops import CLIENTS, Chain, chain, dial, echo, service, until
 
 Run = Callable[[Coroutine[Any, Any, None]], None]
 

@@ -16,8 +16,8 @@ import pytest
 
 from kohakuriver.tunnel.endpoint import EndpointConfig, UserEndpoint
 from kohakuriver.tunnel.tcp import TcpStream
-from tests.chain import CLIENTS, asked, chain, dial, echo, service, until
-from tests.faults import fault_proxy
+from tests.support.hops import CLIENTS, asked, chain, dial, echo, service, until
+from tests.support.network.faults import fault_proxy
 
 Run = Callable[[Coroutine[Any, Any, None]], None]
 clients = pytest.mark.parametrize("kind", CLIENTS)

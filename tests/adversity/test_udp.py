@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from kohakuriver.tunnel.endpoint import EndpointConfig, UserEndpoint
-from tests.chain import CLIENTS, Chain, asked, chain, echo, service, until
+from tests.support.hops import CLIENTS, Chain, asked, chain, echo, service, until
 
 Run = Callable[[Coroutine[Any, Any, None]], None]
 clients = pytest.mark.parametrize("kind", CLIENTS)

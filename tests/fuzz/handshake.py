@@ -18,14 +18,14 @@ import sys
 from collections.abc import AsyncIterator, Callable, Iterator
 from typing import Any
 
-from kohakuriver import loops
+from kohakuriver import runtime as loops
 from kohakuriver._frame import FrameWalker
 from kohakuriver.errors import KohakuRiverError
-from kohakuriver.tunnel.handshake import open_session
-from kohakuriver.tunnel.server import Ignore, UpgradeRequest, greet, serve_ws
-from kohakuriver.web import new_app
-from tests.control import serving
+from kohakuriver.tunnel.accept import Ignore, UpgradeRequest, greet, serve_ws
+from kohakuriver.tunnel.dial import open_session
+from kohakuriver.web.app import new_app
 from tests.fuzz.mutation import fuzz
+from tests.support.host_only import serving
 
 # 403, 426 and texts are for WebSockets that are none of ours: those are left to uvicorn.
 STATUSES = {101, 200, 307, 400, 403, 404, 405, 426}

@@ -23,12 +23,12 @@ from typing import Any
 
 from structlog.testing import capture_logs
 
-from kohakuriver import loops
+from kohakuriver import runtime as loops
 from kohakuriver.ssh_proxy import SshProxy, SshTarget
-from tests.chain import CONTAINER, Chain, chain, echo, service, until
-from tests.control import HostUnderTest, a_host
 from tests.fuzz.handshake import naming, pieces, write
 from tests.fuzz.mutation import fuzz, mutate
+from tests.support.hops import CONTAINER, Chain, chain, echo, service, until
+from tests.support.host_only import HostUnderTest, a_host
 
 Check = Callable[[bytes], Coroutine[Any, Any, None]]
 

@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 
 import kohakuriver
-from tests.cluster import Cluster, a_cluster, ask
-from tests.integration.services import echo, port_in
+from tests.support.processes import Cluster, a_cluster, ask
+from tests.support.services import echo, port_in
 
 ELSEWHERE = "127.0.0.5"
 """Stands for a virtual machine: an address that only the runner has to reach."""

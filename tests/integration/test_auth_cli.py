@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from tests.programs import Apart, Commands, connect, echoes
+from tests.support.up import Apart, Commands, connect, echoes
 
 
 @pytest.fixture(scope="module")

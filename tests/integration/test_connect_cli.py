@@ -19,9 +19,9 @@ import pexpect
 import psutil
 import pytest
 
-from tests.cluster import eventually
-from tests.integration import docker_images
-from tests.programs import PROGRAM, TIMEOUT, Apart, Cluster, Commands
+from tests.support import docker_images
+from tests.support.processes import eventually
+from tests.support.up import PROGRAM, TIMEOUT, Apart, Cluster, Commands
 
 BUSYBOX = "/bin/busybox"
 STAY = ("/bin/busybox", "sleep", "100000")

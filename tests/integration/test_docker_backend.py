@@ -14,9 +14,9 @@ from typing import Any
 import pytest
 
 from kohakuriver.cli.pki import Authority
-from tests.cluster import PATIENCE, Cluster, a_cluster, ask, eventually
-from tests.integration import docker_images
-from tests.integration.docker_images import docker
+from tests.support import docker_images
+from tests.support.docker_images import docker
+from tests.support.processes import PATIENCE, Cluster, a_cluster, ask, eventually
 
 pytestmark = pytest.mark.docker
 

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.programs import Apart, Service, connect, echoes
+from tests.support.up import Apart, Service, connect, echoes
 
 
 class Logged(Apart):

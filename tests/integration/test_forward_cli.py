@@ -18,7 +18,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.programs import PROGRAM, TIMEOUT, Cluster, Service, broken, connect, echoes, refused
+from tests.support.up import PROGRAM, TIMEOUT, Cluster, Service, broken, connect, echoes, refused
 
 
 @pytest.fixture(scope="module")

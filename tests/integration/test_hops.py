@@ -14,11 +14,11 @@ from websockets.asyncio.client import connect
 from websockets.exceptions import ConnectionClosed, InvalidStatus
 
 from kohakuriver.errors import NotFoundError, UnavailableError
+from kohakuriver.tunnel.dial import open_session
 from kohakuriver.tunnel.endpoint import UserEndpoint
-from kohakuriver.tunnel.handshake import open_session
 from kohakuriver.tunnel.protocol import TUNNEL_V2
-from tests import v1
-from tests.chain import CLIENTS, CONTAINER, asked, chain, dial, echo, kill, service, until
+from tests.support.hops import CLIENTS, CONTAINER, asked, chain, dial, echo, kill, service, until
+from tests.support.peers import v1
 
 Run = Callable[[Coroutine[Any, Any, None]], None]
 clients = pytest.mark.parametrize("kind", CLIENTS)

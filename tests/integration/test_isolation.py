@@ -13,10 +13,10 @@ from typing import Any
 import httpx
 import pytest
 
-from tests.cluster import Cluster, a_cluster
-from tests.integration import docker_images
-from tests.integration.docker_images import docker
 from tests.integration.test_docker_backend import ECHO, PORT, STAY, echoes, remove_all
+from tests.support import docker_images
+from tests.support.docker_images import docker
+from tests.support.processes import Cluster, a_cluster
 
 pytestmark = pytest.mark.docker
 BUSYBOX = "/bin/busybox"

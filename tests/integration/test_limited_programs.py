@@ -16,8 +16,8 @@ from websockets.sync.client import connect
 from websockets.typing import Subprotocol
 
 from kohakuriver.limits import LEAST_RATE
-from tests.programs import PROGRAM, TIMEOUT
-from tests.ssh import Users, ours
+from tests.support.ssh import Users, ours
+from tests.support.up import PROGRAM, TIMEOUT
 
 SIZE = 3 * LEAST_RATE
 DATA = random.Random(6).randbytes(SIZE)

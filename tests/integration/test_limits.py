@@ -17,14 +17,14 @@ from websockets.exceptions import ConnectionClosed
 
 from kohakuriver.cli.pki import Authority
 from kohakuriver.errors import UnavailableError, UsageError
-from kohakuriver.host import tunnel_proxy
+from kohakuriver.host.services import tunnel_proxy
 from kohakuriver.limits import LEAST_RATE, Limits
 from kohakuriver.tls import ServerCertificate, client_context
+from kohakuriver.tunnel.accept import serve_ws
 from kohakuriver.tunnel.endpoint import UserEndpoint
 from kohakuriver.tunnel.protocol import TUNNEL_V2
-from kohakuriver.tunnel.server import serve_ws
-from kohakuriver.web import Server, bind, new_app
-from tests.chain import CLIENTS, asked, chain, dial, echo, service, until
+from kohakuriver.web.app import Server, bind, new_app
+from tests.support.hops import CLIENTS, asked, chain, dial, echo, service, until
 
 Run = Callable[[Coroutine[Any, Any, None]], None]
 clients = pytest.mark.parametrize("kind", CLIENTS)

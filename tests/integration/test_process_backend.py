@@ -13,9 +13,9 @@ from typing import Any
 import psutil
 import pytest
 
-from kohakuriver.runner.backends import guard
-from tests.cluster import Cluster, a_cluster, ask, eventually
-from tests.integration.services import echo, port_in
+from kohakuriver.runner.backends.process import reaper as guard
+from tests.support.processes import Cluster, a_cluster, ask, eventually
+from tests.support.services import echo, port_in
 
 NO_SESSION = 2**22 + 1
 """Above every process id that Linux gives."""

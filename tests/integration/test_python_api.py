@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 import kohakuriver
-from tests.programs import Cluster, Service, connect, echoes
+from tests.support.up import Cluster, Service, connect, echoes
 
 Run = Callable[[Coroutine[Any, Any, Any]], Any]
 

@@ -16,8 +16,8 @@ from pathlib import Path
 import psutil
 import pytest
 
-from tests.cluster import eventually
-from tests.programs import TIMEOUT, Cluster
+from tests.support.processes import eventually
+from tests.support.up import TIMEOUT, Cluster
 
 SIZE = 3_000_000
 DATA = bytes(i * i % 251 for i in range(SIZE))

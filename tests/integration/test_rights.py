@@ -21,8 +21,8 @@ from websockets.exceptions import ConnectionClosed, InvalidStatus
 from websockets.sync.client import ClientConnection, connect
 from websockets.typing import Subprotocol
 
-from tests.chain import echo, service
-from tests.cluster import PATIENCE, Cluster, a_cluster, eventually
+from tests.support.hops import echo, service
+from tests.support.processes import PATIENCE, Cluster, a_cluster, eventually
 
 Run = Callable[[Coroutine[Any, Any, None]], None]
 V2 = Subprotocol("kohakuriver.terminal.v2")

@@ -17,8 +17,8 @@ from typing import Any
 
 import pytest
 
-from tests.programs import broken
-from tests.ssh import USER, Users, make_key, ours, stand_in
+from tests.support.ssh import USER, Users, make_key, ours, stand_in
+from tests.support.up import broken
 
 
 @pytest.fixture(scope="module", params=["ours", "openssh"])

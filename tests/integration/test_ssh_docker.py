@@ -15,8 +15,7 @@ from typing import Any
 
 import pytest
 
-from tests.cluster import a_cluster, eventually
-from tests.integration.docker_images import (
+from tests.support.docker_images import (
     busybox_image,
     docker,
     make_image,
@@ -24,7 +23,8 @@ from tests.integration.docker_images import (
     single_binary_image,
     unprivileged_image,
 )
-from tests.ssh import Users, make_key, ours
+from tests.support.processes import a_cluster, eventually
+from tests.support.ssh import Users, make_key, ours
 
 pytestmark = pytest.mark.docker
 

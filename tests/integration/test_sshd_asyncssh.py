@@ -13,7 +13,7 @@ from typing import Any
 import asyncssh
 import pytest
 
-from tests.ssh import ours
+from tests.support.ssh import ours
 
 Run = Callable[[Coroutine[Any, Any, Any]], Any]
 

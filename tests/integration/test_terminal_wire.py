@@ -11,7 +11,7 @@ from websockets.exceptions import ConnectionClosed, InvalidStatus
 from websockets.sync.client import ClientConnection, connect
 from websockets.typing import Subprotocol
 
-from tests.cluster import PATIENCE, Cluster, a_cluster
+from tests.support.processes import PATIENCE, Cluster, a_cluster
 
 V2 = Subprotocol("kohakuriver.terminal.v2")
 

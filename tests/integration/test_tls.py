@@ -19,7 +19,7 @@ from pathlib import Path
 import pytest
 
 from kohakuriver.cli.pki import Authority, Certificate
-from tests.programs import Commands, Program, Service, connect, echoes
+from tests.support.up import Commands, Program, Service, connect, echoes
 
 HERE = "127.0.0.1"
 MIB = 1 << 20

@@ -12,8 +12,8 @@ from typing import Any
 
 import pytest
 
-from tests.cluster import eventually
-from tests.programs import Cluster, Program, connect, echoes
+from tests.support.processes import eventually
+from tests.support.up import Cluster, Program, connect, echoes
 
 SIZE = 1 << 20
 

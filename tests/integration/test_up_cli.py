@@ -12,7 +12,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from tests.programs import TIMEOUT, Apart, Cluster, Program, broken, connect, echoes
+from tests.support.up import TIMEOUT, Apart, Cluster, Program, broken, connect, echoes
 
 
 @pytest.fixture(scope="module")

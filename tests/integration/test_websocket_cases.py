@@ -13,8 +13,7 @@ from collections.abc import Callable, Iterator
 import pytest
 
 from kohakuriver.tunnel.protocol import DATA, PING, PONG
-from tests.cluster import Cluster, a_cluster
-from tests.hostile import (
+from tests.support.peers.hostile import (
     BINARY,
     CLOSE,
     CONTINUATION,
@@ -28,6 +27,7 @@ from tests.hostile import (
     session,
     tunnel,
 )
+from tests.support.processes import Cluster, a_cluster
 
 FIN = 0x80
 MIB = 1 << 20

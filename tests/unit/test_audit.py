@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from kohakuriver.errors import UsageError
-from kohakuriver.host.audit import AuditLog
+from kohakuriver.host.services.audit import AuditLog
 
 
 def test_it_grows_by_one_line_of_json_at_a_time_and_only_its_owner_reads_it(tmp_path: Path) -> None:

@@ -149,7 +149,7 @@ def test_make_targets_in_the_documentation_exist() -> None:
 
 
 def test_sources_cite_pages_and_sections_of_the_documentation_that_exist() -> None:
-    for source in [*ROOT.glob("kohakuriver/**/*.py*"), *ROOT.glob("kohakuriver-tunnel/src/*.rs")]:
+    for source in [*ROOT.glob("src/kohakuriver/**/*.py*"), *ROOT.glob("src/kohakuriver-tunnel/src/*.rs")]:
         if source.suffix in (".pyc", ".pyd"):
             continue
         for name, section in re.findall(r"(docs/[\w/-]+\.md)(?: §(\d+))?", source.read_text("utf-8")):
@@ -172,9 +172,7 @@ def test_no_file_speaks_of_a_machine_an_unfinished_thought_or_a_promise_that_no_
     forbidden = re.compile(r"/work/|/tmp/kr|\b[Ii]ssue #?\d|\b(?:TODO|FIXME|XXX)\b|[Bb]lazing|[Ss]eamless|cutting-edge")
     suffixes = {".md", ".py", ".pyx", ".pyi", ".pxd", ".rs", ".toml", ".yml", ".json", ".in", ""}
     for folder in (
-        "kohakuriver",
-        "kohakuriver-tunnel",
-        "kohakuriver-sshd",
+        "src",
         "tests",
         "bench",
         "docs",
@@ -194,9 +192,9 @@ def test_versions_agree() -> None:
     version = re.compile(r'^(?:__)?version(?:__)? = "([^"]+)"', re.MULTILINE)
     files = (
         "pyproject.toml",
-        "kohakuriver/__init__.py",
-        "kohakuriver-tunnel/Cargo.toml",
-        "kohakuriver-sshd/Cargo.toml",
+        "src/kohakuriver/__init__.py",
+        "src/kohakuriver-tunnel/Cargo.toml",
+        "src/kohakuriver-sshd/Cargo.toml",
     )
     found = {version.findall((ROOT / name).read_text("utf-8"))[0] for name in files}
     assert len(found) == 1

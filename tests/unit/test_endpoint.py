@@ -13,14 +13,14 @@ from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import Bundle, RuleBasedStateMachine, initialize, invariant, rule
 
-from kohakuriver import loops
+from kohakuriver import runtime as loops
 from kohakuriver._frame import FrameWalker
 from kohakuriver.tunnel import stream as rules
 from kohakuriver.tunnel.endpoint import ContainerEndpoint, EndpointConfig, UserEndpoint
 from kohakuriver.tunnel.link import Link
 from kohakuriver.tunnel.stream import State
 from kohakuriver.tunnel.tcp import TcpStream
-from tests.fakes import FakeTransport
+from tests.support.peers.fake_transport import FakeTransport
 
 PORT = 7
 

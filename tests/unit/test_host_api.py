@@ -12,10 +12,10 @@ from typing import Any
 import httpx
 import pytest
 
-from kohakuriver.runner.registration import TASKS_AT_ONCE, NodeIdentity, Registration
-from kohakuriver.runner.state import State
-from kohakuriver.runner.tasks import LONGEST_MESSAGE
-from tests.control import HEARTBEAT_SECONDS, FakeRunner, a_host
+from kohakuriver.runner.services.registration import TASKS_AT_ONCE, NodeIdentity, Registration
+from kohakuriver.runner.services.state import State
+from kohakuriver.runner.services.tasks import LONGEST_MESSAGE
+from tests.support.host_only import HEARTBEAT_SECONDS, FakeRunner, a_host
 
 Run = Callable[[Coroutine[Any, Any, None]], None]
 

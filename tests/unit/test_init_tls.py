@@ -14,7 +14,7 @@ from kohakuriver.cli import main, pki
 from kohakuriver.cli.pki import Authority
 from kohakuriver.errors import UsageError
 from kohakuriver.tls import ServerCertificate, client_context, reason
-from tests.handshakes import shaken
+from tests.support.handshakes import shaken
 
 
 def init(capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[int, str, str]:

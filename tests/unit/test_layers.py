@@ -9,9 +9,9 @@ from pathlib import Path
 
 import pytest
 
-PACKAGE = Path(__file__).resolve().parents[2] / "kohakuriver"
+PACKAGE = Path(__file__).resolve().parents[2] / "src/kohakuriver"
 
-BASE = {"errors", "config", "limits", "loops", "text", "tls"}
+BASE = {"errors", "config", "limits", "runtime", "text", "tls"}
 PROTOCOL = BASE | {"_frame", "tunnel"}
 
 # What each layer may import of our own, beside itself. `__init__` stands for the package's own names.
@@ -20,22 +20,19 @@ ALLOWED: dict[str, set[str]] = {
     "errors": set(),
     "config": {"errors"},
     "limits": {"errors"},
-    "loops": {"errors"},
+    "runtime": {"errors"},
     "text": set(),
     "tls": {"errors"},
-    "tunnel": PROTOCOL | {"__init__"},
-    "store": PROTOCOL,
-    "waiting": set(),
-    "acceptor": {"loops", "waiting"},
-    "http_guard": {"limits", "waiting"},
-    "web": PROTOCOL | {"acceptor", "http_guard", "waiting", "__init__"},
-    "host": PROTOCOL | {"store", "waiting", "web", "ssh_proxy", "__init__"},
-    "runner": PROTOCOL | {"store", "web", "__init__"},
-    "ssh_proxy": PROTOCOL | {"waiting"},
-    "api": BASE | {"__init__"},
-    "forwarding": PROTOCOL | {"api", "__init__"},
-    "cli": PROTOCOL | {"api", "forwarding", "__init__"},
-    "__init__": {"errors", "forwarding"},
+    "tunnel": PROTOCOL,
+    "session": PROTOCOL,
+    "store": BASE,
+    "web": PROTOCOL | {"session", "__init__"},
+    "ssh_proxy": PROTOCOL | {"session", "web"},
+    "host": PROTOCOL | {"session", "store", "web", "ssh_proxy", "__init__"},
+    "runner": PROTOCOL | {"session", "web", "__init__"},
+    "client": PROTOCOL | {"__init__"},
+    "cli": PROTOCOL | {"session", "client", "__init__"},
+    "__init__": {"errors", "client"},
     "__main__": {"cli"},
 }
 
@@ -48,12 +45,12 @@ ONLY_IN = {
     "asyncssh": {"ssh_proxy"},
     "cryptography": {"cli", "runner", "tls"},
     "fastapi": {"web", "host", "runner"},
-    "sqlalchemy": {"store", "host", "runner"},
+    "sqlalchemy": {"store", "host"},
     "starlette": {"web", "host", "runner"},
     "typer": {"cli"},
     "rich": {"cli"},
-    "uvicorn": {"http_guard", "web", "host", "runner", "tunnel"},
-    "httpx": {"api", "web", "host", "runner", "cli", "forwarding"},
+    "uvicorn": {"web", "host", "runner", "tunnel"},
+    "httpx": {"client", "web", "host", "runner", "cli"},
     "websockets": {"tunnel"},
 }
 

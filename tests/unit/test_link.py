@@ -8,16 +8,16 @@ from typing import Any
 import pytest
 
 from kohakuriver._frame import WS_TEXT, FrameViolation, FrameWalker, RelayWalker, SpliceWalker, build_frame
-from kohakuriver.host.tunnel_proxy import ForwardTarget, ProxySession, TunnelProxy
+from kohakuriver.host.services.tunnel_proxy import ForwardTarget, ProxySession, TunnelProxy
 from kohakuriver.limits import Limits
-from kohakuriver.runner.tunnel_server import Side
+from kohakuriver.runner.services.tunnel_server import Side
 from kohakuriver.tunnel import link as links
+from kohakuriver.tunnel.accept import Ignore
 from kohakuriver.tunnel.endpoint import ContainerEndpoint
 from kohakuriver.tunnel.link import Assembler, Link
 from kohakuriver.tunnel.protocol import DATA, PING, PROTO_TCP, Message, ws_close, ws_ping, ws_pong, ws_text
-from kohakuriver.tunnel.server import Ignore
-from tests.chain import until
-from tests.fakes import FakeTransport
+from tests.support.hops import until
+from tests.support.peers.fake_transport import FakeTransport
 
 Run = Callable[[Coroutine[Any, Any, None]], None]
 

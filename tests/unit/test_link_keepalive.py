@@ -10,10 +10,10 @@ import pytest
 from fastapi import FastAPI
 
 from kohakuriver._frame import WS_PING, FrameWalker, Message
-from kohakuriver.tunnel.handshake import open_link
+from kohakuriver.tunnel.accept import Ignore, UpgradeRequest, serve_ws
+from kohakuriver.tunnel.dial import open_link
 from kohakuriver.tunnel.link import Link
-from kohakuriver.tunnel.server import Ignore, UpgradeRequest, serve_ws
-from tests.control import serving
+from tests.support.host_only import serving
 
 Run = Callable[[Coroutine[Any, Any, None]], None]
 

@@ -10,12 +10,12 @@ from typing import Any
 import pytest
 
 from kohakuriver.errors import NotAllowedError, NotFoundError, UnauthenticatedError
-from kohakuriver.host.credentials import Caller, Credentials
-from kohakuriver.host.forwards import Forwards
-from kohakuriver.host.tunnel_proxy import ForwardTarget
+from kohakuriver.host.services.authorize import Forwards
+from kohakuriver.host.services.credentials import Caller, Credentials
+from kohakuriver.host.services.tunnel_proxy import ForwardTarget
 from kohakuriver.store import Task, Token
-from tests.chain import until
-from tests.control import HostUnderTest, a_host
+from tests.support.hops import until
+from tests.support.host_only import HostUnderTest, a_host
 
 Run = Callable[[Coroutine[Any, Any, None]], None]
 
@@ -398,7 +398,7 @@ def test_a_pass_is_worth_no_more_than_the_token_that_it_stands_for(run: Run, tmp
 def test_what_another_host_on_the_same_database_revokes_ends_here_too(
     run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("kohakuriver.host.grants.CHECK_SECONDS", 0.01)
+    monkeypatch.setattr("kohakuriver.host.services.grants.CHECK_SECONDS", 0.01)
 
     async def check() -> None:
         async with a_host(tmp_path) as host:
@@ -419,7 +419,7 @@ def test_what_another_host_on_the_same_database_revokes_ends_here_too(
 def test_a_session_that_can_not_be_ended_keeps_no_other_open(
     run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("kohakuriver.host.grants.CHECK_SECONDS", 0.01)
+    monkeypatch.setattr("kohakuriver.host.services.grants.CHECK_SECONDS", 0.01)
 
     async def check() -> None:
         async with a_host(tmp_path) as host:

@@ -20,16 +20,16 @@ from websockets.asyncio.client import connect
 from websockets.exceptions import InvalidStatus
 
 from kohakuriver.runner import app as runner_app
-from kohakuriver.runner.registration import NodeIdentity, Registration
-from kohakuriver.runner.state import State, TaskRecord
-from kohakuriver.runner.tasks import TaskManager
-from kohakuriver.runner.terminal import TerminalServer
-from kohakuriver.runner.tunnel_server import TunnelServer
-from kohakuriver.tunnel import ticket
-from kohakuriver.tunnel.guard import Guard
+from kohakuriver.runner.services.registration import NodeIdentity, Registration
+from kohakuriver.runner.services.state import State, TaskRecord
+from kohakuriver.runner.services.tasks import TaskManager
+from kohakuriver.runner.services.terminal import TerminalServer
+from kohakuriver.runner.services.tunnel_server import TunnelServer
+from kohakuriver.session import ticket
+from kohakuriver.tunnel.accept import TunnelRoute, serve_ws
 from kohakuriver.tunnel.protocol import TUNNEL_V2
-from kohakuriver.tunnel.server import TunnelRoute, serve_ws
-from tests.control import HostUnderTest, a_host, serving
+from kohakuriver.web.origin import Guard
+from tests.support.host_only import HostUnderTest, a_host, serving
 
 Run = Callable[[Coroutine[Any, Any, None]], None]
 Route = tuple[str, str]

@@ -10,10 +10,10 @@ from typing import Any
 import pytest
 
 from kohakuriver.errors import KohakuRiverError, NotFoundError, UnavailableError
-from kohakuriver.runner import tasks
 from kohakuriver.runner.backends.base import Backend, ExecRequest, ExecSession
-from kohakuriver.runner.state import State, TaskRecord
-from kohakuriver.runner.tasks import TaskManager
+from kohakuriver.runner.services import tasks
+from kohakuriver.runner.services.state import State, TaskRecord
+from kohakuriver.runner.services.tasks import TaskManager
 
 Run = Callable[[Coroutine[Any, Any, None]], None]
 

@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 
+from kohakuriver.client.forward import Forwarder, PortForward
 from kohakuriver.config import Settings, load_settings
 from kohakuriver.errors import UsageError
-from kohakuriver.forwarding import Forwarder, PortForward
 from kohakuriver.tunnel.endpoint import EndpointConfig
 from kohakuriver.tunnel.settings import NAMES, from_environment, variables
 
@@ -65,7 +65,7 @@ def test_a_forward_takes_them_from_the_environment_and_the_settings_file(
 def test_every_name_is_a_setting_and_documented_and_the_tunnel_client_knows_those_that_concern_it() -> None:
     assert set(NAMES) <= {field.name for field in dataclasses.fields(Settings)}
     page = (ROOT / "docs/guide/tuning.md").read_text()
-    client = (ROOT / "kohakuriver-tunnel/src/settings.rs").read_text()
+    client = (ROOT / "src/kohakuriver-tunnel/src/settings.rs").read_text()
     for name in NAMES:
         assert f"`KOHAKURIVER_{name.upper()}`" in page
         assert (f'"KOHAKURIVER_{name.upper()}"' in client) == (name != "udp_peers")

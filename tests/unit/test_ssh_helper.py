@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from kohakuriver.runner.ssh_helper import SshHelper
-from kohakuriver.runner.state import State, TaskRecord
+from kohakuriver.runner.services.ssh_helper import SshHelper
+from kohakuriver.runner.services.state import State, TaskRecord
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="runners are for Linux")
 

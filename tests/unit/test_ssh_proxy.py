@@ -13,14 +13,14 @@ import asyncssh
 import pytest
 
 from kohakuriver.errors import NotFoundError, UnauthenticatedError
-from kohakuriver.host.credentials import Caller
+from kohakuriver.host.services.credentials import Caller
 from kohakuriver.limits import LEAST_RATE, Limits
 from kohakuriver.ssh_proxy import SshProxy, SshTarget, server
 from kohakuriver.ssh_proxy.jump import MAX_TRIES, Reach
 from kohakuriver.ssh_proxy.session import PacedConnection, TaskConnection
 from kohakuriver.store import Task
 from kohakuriver.tunnel.stream import SendWindow
-from tests.chain import CLIENTS, CONTAINER, Chain, chain, echo, service, until
+from tests.support.hops import CLIENTS, CONTAINER, Chain, chain, echo, service, until
 
 Run = Callable[[Coroutine[Any, Any, None]], None]
 TOKEN = "the-token"

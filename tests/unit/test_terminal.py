@@ -7,7 +7,8 @@ import json
 import pytest
 
 from kohakuriver.errors import KohakuRiverError, NotAllowedError, NotFoundError, UnavailableError, UsageError
-from kohakuriver.tunnel import terminal, ticket
+from kohakuriver.session import ticket
+from kohakuriver.tunnel import terminal
 from kohakuriver.tunnel.terminal import Start
 
 KEY = b"k" * 32

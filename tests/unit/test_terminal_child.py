@@ -8,7 +8,7 @@ import sys
 
 import pytest
 
-from kohakuriver.runner.backends import terminal_child
+from kohakuriver.runner.backends.process import terminal_child
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="runners are for Linux")
 

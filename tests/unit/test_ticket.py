@@ -7,8 +7,8 @@ import jwt
 import pytest
 
 from kohakuriver.errors import NotAllowedError, UnauthenticatedError, UnavailableError
-from kohakuriver.tunnel import ticket
-from kohakuriver.tunnel.ticket import UsedTickets
+from kohakuriver.session import ticket
+from kohakuriver.session.ticket import UsedTickets
 
 KEY = b"k" * 32
 OTHER_KEY = b"o" * 32

@@ -12,7 +12,7 @@ from cryptography.hazmat.primitives import serialization
 from kohakuriver.cli.pki import Authority
 from kohakuriver.errors import UsageError
 from kohakuriver.tls import ServerCertificate, client_context, reason, sends_in_clear
-from tests.handshakes import shaken
+from tests.support.handshakes import shaken
 
 
 class Watched:

@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 
 from kohakuriver.errors import UnavailableError
-from kohakuriver.runner import tunnel_helper
-from kohakuriver.runner.state import State
-from kohakuriver.runner.tunnel_helper import TunnelHelper
+from kohakuriver.runner.services import tunnel_helper
+from kohakuriver.runner.services.state import State
+from kohakuriver.runner.services.tunnel_helper import TunnelHelper
 
 
 @pytest.fixture

@@ -14,13 +14,13 @@ import httpx
 import pytest
 import structlog
 
-from kohakuriver.acceptor import ACCEPTED_AT_ONCE
 from kohakuriver.cli.pki import Authority
 from kohakuriver.errors import LocalAddressError
 from kohakuriver.tls import ServerCertificate
-from kohakuriver.tunnel.server import serve_ws
-from kohakuriver.web import Server, bind, configure_logging, new_app, socket_url, warn_if_in_clear
-from tests.control import serving
+from kohakuriver.tunnel.accept import serve_ws
+from kohakuriver.web.app import Server, bind, configure_logging, new_app, socket_url, warn_if_in_clear
+from kohakuriver.web.listener import ACCEPTED_AT_ONCE
+from tests.support.host_only import serving
 
 Run = Callable[[Coroutine[Any, Any, None]], None]
 

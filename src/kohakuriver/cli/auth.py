@@ -1,0 +1,150 @@
+"""`kohakuriver auth …`: which token the commands show to a host."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from kohakuriver.cli import output
+from kohakuriver.cli.options import CaFileOption, HostOption, JsonOption, TokenOption, ask
+from kohakuriver.errors import UnauthenticatedError, UsageError
+
+if TYPE_CHECKING:
+    from kohakuriver.client.host import HostClient
+    from kohakuriver.config import Settings
+
+__all__ = ["app"]
+
+app = typer.Typer(
+    help="Log in to a host, and see who you are there.",
+    epilog="Example: kohakuriver auth login --host http://cluster:8000",
+    no_args_is_help=True,
+)
+
+
+@app.command(epilog="Example: kohakuriver auth login --host http://cluster:8000")
+def login(
+    host: HostOption = None, token: TokenOption = None, ca_file: CaFileOption = None, json: JsonOption = False
+) -> None:
+    """Keep a token for a host, once the host has taken it; commands then use that host and token by themselves.
+
+    The token is asked for, or read from stdin where that is no terminal.
+    """
+    from kohakuriver.config import Logins, clean_token, load_settings, read_logins, write_logins
+
+    settings = load_settings(host=host)
+    url = settings.host
+    secret = clean_token(token or _read_token(url))
+    who = ask(url, secret, lambda client: client.whoami())
+    logins = read_logins()
+    ca_files = _without(url, logins.ca_files)
+    if settings.ca_file is not None and url.startswith("https:"):
+        ca_files[url] = str(Path(settings.ca_file).expanduser().absolute())
+    write_logins(Logins(url, {**logins.tokens, url: secret}, ca_files))
+    if json:
+        output.json_line({"host": url, "user": who.user, "role": who.role})
+    else:
+        output.line(f"Logged in to {url} as {who.user} ({who.role}).")
+    _warn_if_overruled(url, secret)
+
+
+def _without(url: str, kept: dict[str, str]) -> dict[str, str]:
+    return {host: text for host, text in kept.items() if host != url}
+
+
+def _warn_if_overruled(url: str, secret: str) -> None:
+    """Say which setting keeps commands from using a login by themselves."""
+    from kohakuriver.config import load_settings, read_cluster, set_by
+
+    settings = load_settings()
+    if settings.host != url:
+        by = set_by("host") or ("the cluster that `up` started" if read_cluster() else "another login")
+        output.note(f"Note: without --host {url} commands use {settings.host}, because of {by}.")
+    elif settings.token != secret:
+        output.note(f"Note: commands use another token for {url}, because of {set_by('token')}.")
+
+
+def _read_token(url: str) -> str:
+    if output.is_terminal(sys.stdin):
+        from getpass import getpass
+
+        secret = getpass(f"Token for {url}: ")
+    else:
+        secret = sys.stdin.readline()
+    if not secret.strip():
+        raise UsageError("Give a token: type it, pipe it into stdin, or have one made with `kohakuriver token create`.")
+    return secret.strip()
+
+
+@app.command(epilog="Example: kohakuriver auth logout --revoke")
+def logout(
+    host: HostOption = None,
+    revoke: Annotated[bool, typer.Option("--revoke", help="Have the host forget the token too.")] = False,
+    ca_file: CaFileOption = None,
+    json: JsonOption = False,
+) -> None:
+    """Forget the token that was kept for a host."""
+    from kohakuriver.config import Logins, load_settings, read_logins, set_by, write_logins
+
+    url, logins = load_settings(host=host).host, read_logins()
+    secret = logins.tokens.get(url)
+    if secret is not None and revoke:
+
+        async def revoke_own(client: HostClient) -> None:
+            await client.revoke_token((await client.whoami()).token.id)
+
+        with contextlib.suppress(UnauthenticatedError):  # it is worth nothing already
+            ask(url, secret, revoke_own)
+    current = None if logins.current == url else logins.current
+    write_logins(Logins(current, _without(url, logins.tokens), _without(url, logins.ca_files)))
+    if by := set_by("token"):
+        output.note(f"Note: commands still show a token, because of {by}.")
+    if json:
+        output.json_line({"host": url, "logged_out": secret is not None})
+    else:
+        output.line(f"Logged out of {url}." if secret is not None else f"You were not logged in to {url}.")
+
+
+@app.command(epilog="Example: kohakuriver auth status --json")
+def status(
+    host: HostOption = None, token: TokenOption = None, ca_file: CaFileOption = None, json: JsonOption = False
+) -> None:
+    """Show who you are to the host, and where the token comes from."""
+    from kohakuriver.config import load_settings
+
+    settings = load_settings(host=host, token=token)
+    who = ask(host, token, lambda client: client.whoami())
+    source = _source(settings, token)
+    if json:
+        shown = {"host": settings.host, "user": who.user, "role": who.role, "token": who.token.to_json()}
+        output.json_line({**shown, "source": source})
+        return
+    output.fields(
+        [
+            ("host", settings.host),
+            ("user", who.user),
+            ("role", who.role),
+            ("token", f"{who.token.name} ({who.token.id})"),
+            ("expires", who.token.expires_at or "never"),
+            ("from", source),
+        ]
+    )
+
+
+def _source(settings: Settings, flag: str | None) -> str:
+    """Where the token in force comes from."""
+    from kohakuriver.config import read_cluster, read_logins
+
+    cluster = read_cluster()
+    if flag is not None:
+        return "--token"
+    if os.environ.get("KOHAKURIVER_TOKEN"):
+        return "KOHAKURIVER_TOKEN"
+    if read_logins().tokens.get(settings.host) == settings.token:
+        return "auth login"
+    return "up" if cluster is not None and cluster.token == settings.token else "config.toml"

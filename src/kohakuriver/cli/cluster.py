@@ -1,0 +1,301 @@
+"""`kohakuriver up`, `host` and `runner`: the programs on the other side of a forward."""
+
+from __future__ import annotations
+
+import asyncio
+import signal
+from enum import Enum
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from kohakuriver.cli import output
+from kohakuriver.cli.options import JsonOption
+from kohakuriver.cli.signals import caught
+
+if TYPE_CHECKING:
+    from kohakuriver.cli.local_cluster import LocalCluster
+
+__all__ = ["register"]
+
+
+class LogLevel(str, Enum):
+    """How much is logged to stderr."""
+
+    debug = "debug"
+    info = "info"
+    warning = "warning"
+    error = "error"
+
+
+class Backend(str, Enum):
+    """A way of running tasks that a runner may offer."""
+
+    docker = "docker"
+    process = "process"
+    address = "address"
+
+
+AnonymousOption = Annotated[
+    bool,
+    typer.Option("--allow-anonymous", help="Let old command lines and tunnel clients in that show no credential."),
+]
+AllowedHostOption = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--allowed-host",
+        metavar="NAME",
+        help="A name that requests may come by; may be repeated. With one, other machines must use it too.",
+        show_default=False,
+    ),
+]
+AllowedOriginOption = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--allowed-origin",
+        metavar="URL",
+        help="Another site whose pages may connect, as https://name; may be repeated.",
+        show_default=False,
+    ),
+]
+LogLevelOption = Annotated[LogLevel, typer.Option("--log-level", help="How much is logged to stderr.")]
+PortOption = Annotated[int, typer.Option("--port", min=0, max=65535, help="The port to listen on; 0 is any free one.")]
+SshPortOption = Annotated[
+    int, typer.Option("--ssh-port", min=0, max=65535, help="The port of the SSH proxy; 0 is any free one.")
+]
+StateOption = Annotated[
+    Path | None,
+    typer.Option(
+        "--state-dir", help="What outlives the program. Default: in your config directory.", show_default=False
+    ),
+]
+TlsCertOption = Annotated[
+    Path | None, typer.Option("--tls-cert", help="Serve HTTPS with this PEM file.", show_default=False)
+]
+TlsKeyOption = Annotated[
+    Path | None, typer.Option("--tls-key", help="The key that belongs to --tls-cert.", show_default=False)
+]
+StdinOption = Annotated[bool, typer.Option("--exit-with-stdin", hidden=True)]
+
+
+def register(app: typer.Typer) -> None:
+    """Add the commands to `app`."""
+    app.command(epilog="Example: kohakuriver up")(up)
+    app.command(epilog="Example: kohakuriver host --bind 0.0.0.0 --port 8000")(host)
+    app.command(epilog="Example: kohakuriver runner --host-url http://cluster:8000 --node-token-file node-token")(
+        runner
+    )
+
+
+def up(
+    host_port: Annotated[int, typer.Option("--host-port", min=0, max=65535, help="0 is any free one.")] = 8000,
+    runner_port: Annotated[int, typer.Option("--runner-port", min=0, max=65535, help="0 is any free one.")] = 8001,
+    ssh_port: SshPortOption = 8002,
+    state_dir: StateOption = None,
+    allow_anonymous: AnonymousOption = False,
+    log_level: LogLevelOption = LogLevel.warning,
+    json: JsonOption = False,
+) -> int:
+    """Run a whole cluster on this machine: a host and a runner, on loopback, until Ctrl-C.
+
+    The other commands of the same user find it with nothing set.
+    """
+    from kohakuriver.cli.local_cluster import LocalCluster
+    from kohakuriver.config import config_dir
+    from kohakuriver.runtime import run
+
+    cluster = LocalCluster(
+        state_dir or config_dir() / "state",
+        host_port=host_port,
+        runner_port=runner_port,
+        ssh_port=ssh_port,
+        allow_anonymous=allow_anonymous,
+        log_level=log_level.value,
+    )
+    return run(_run_up(cluster, json))
+
+
+async def _run_up(cluster: LocalCluster, json: bool) -> int:
+    from kohakuriver.config import remove_cluster, write_cluster
+
+    stopped: asyncio.Future[signal.Signals] = asyncio.get_running_loop().create_future()
+    with caught(lambda number: None if stopped.done() else stopped.set_result(number)):
+        starting = asyncio.ensure_future(cluster.start())
+        with output.working("Starting the host and the runner"):
+            await _first_of(starting, stopped)
+        if not starting.done():
+            starting.cancel()
+            await asyncio.gather(starting, return_exceptions=True)
+            return 0
+        starting.result()
+        write_cluster(cluster.cluster)
+        try:
+            _say_ready(cluster, json)
+            return await _until_end(cluster, stopped)
+        finally:
+            remove_cluster(cluster.cluster)
+            await cluster.stop()
+
+
+async def _until_end(cluster: LocalCluster, stopped: asyncio.Future[signal.Signals]) -> int:
+    ended = asyncio.ensure_future(cluster.child_ended())
+    await _first_of(ended, stopped)
+    if not stopped.done():
+        output.error(ended.result())
+        return 1
+    ended.cancel()
+    return 0
+
+
+async def _first_of(*waited_for: asyncio.Future[Any]) -> None:
+    await asyncio.wait(waited_for, return_when=asyncio.FIRST_COMPLETED)
+
+
+def _say_ready(cluster: LocalCluster, json: bool) -> None:
+    host_url = cluster.cluster.host_url
+    node = cluster.node
+    if json:
+        ready = {"event": "ready", "host_url": host_url, "runner_url": cluster.runner_url}
+        output.json_line({**ready, "ssh_proxy": cluster.cluster.ssh_proxy})
+    else:
+        backends = ", ".join(node.backends) if node else ""
+        ssh = f", SSH proxy {cluster.cluster.ssh_proxy}"
+        output.line(f"ready: host {host_url}, runner {cluster.runner_url} ({backends}){ssh}; Ctrl-C ends it")
+
+
+def host(
+    bind: Annotated[str, typer.Option("--bind", help="The address to listen on.")] = "0.0.0.0",
+    port: PortOption = 8000,
+    ssh_port: SshPortOption = 8002,
+    database: Annotated[
+        str | None,
+        typer.Option("--database", metavar="URL", help="Default: a SQLite file in --state-dir.", show_default=False),
+    ] = None,
+    tls_cert: TlsCertOption = None,
+    tls_key: TlsKeyOption = None,
+    ca_file: Annotated[
+        Path | None,
+        typer.Option(
+            "--ca-file",
+            envvar="KOHAKURIVER_CA_FILE",
+            help="Who signed the runners' certificates. Default: the system's authorities.",
+            show_default=False,
+        ),
+    ] = None,
+    audit_log: Annotated[
+        Path | None,
+        typer.Option("--audit-log", help="Who opened what. Default: in --state-dir.", show_default=False),
+    ] = None,
+    state_dir: StateOption = None,
+    user_mounts: Annotated[
+        bool, typer.Option("--user-mounts", help="Let users who are no admins mount directories of the nodes.")
+    ] = False,
+    allow_anonymous: AnonymousOption = False,
+    allowed_host: AllowedHostOption = None,
+    allowed_origin: AllowedOriginOption = None,
+    log_level: LogLevelOption = LogLevel.info,
+    json: JsonOption = False,
+    exit_with_stdin: StdinOption = False,
+) -> int:
+    """Run the host alone: the HTTP API, the middle of every forward, and the SSH proxy."""
+    from kohakuriver.config import config_dir
+    from kohakuriver.host import HostOptions, serve
+
+    return serve(
+        HostOptions(
+            state_dir=state_dir or config_dir() / "host",
+            bind=bind,
+            port=port,
+            ssh_port=ssh_port,
+            database=database,
+            allow_anonymous=allow_anonymous,
+            allowed_hosts=tuple(allowed_host or ()),
+            allowed_origins=tuple(allowed_origin or ()),
+            user_mounts=user_mounts,
+            tls_cert=tls_cert,
+            tls_key=tls_key,
+            ca_file=ca_file,
+            audit_log=audit_log,
+            json=json,
+            log_level=log_level.value,
+            exit_with_stdin=exit_with_stdin,
+        )
+    )
+
+
+def runner(
+    host_url: Annotated[str, typer.Option("--host-url", metavar="URL", envvar="KOHAKURIVER_HOST", help="The host.")],
+    bind: Annotated[str, typer.Option("--bind", help="The address to listen on.")] = "0.0.0.0",
+    port: PortOption = 8001,
+    advertise_url: Annotated[
+        str | None,
+        typer.Option("--advertise-url", metavar="URL", help="How the host reaches this runner.", show_default=False),
+    ] = None,
+    name: Annotated[
+        str | None, typer.Option("--name", help="The node's name. Default: this machine's.", show_default=False)
+    ] = None,
+    node_token: Annotated[
+        str | None,
+        typer.Option(
+            "--node-token", envvar="KOHAKURIVER_NODE_TOKEN", help="The host's node token.", show_default=False
+        ),
+    ] = None,
+    node_token_file: Annotated[
+        Path | None, typer.Option("--node-token-file", help="The file that holds it.", show_default=False)
+    ] = None,
+    backend: Annotated[
+        list[Backend] | None,
+        typer.Option(
+            "--backend", help="What to offer; may be repeated. Default: docker and address.", show_default=False
+        ),
+    ] = None,
+    tls_cert: TlsCertOption = None,
+    tls_key: TlsKeyOption = None,
+    ca_file: Annotated[
+        Path | None,
+        typer.Option(
+            "--ca-file",
+            envvar="KOHAKURIVER_CA_FILE",
+            help="Who signed the host's certificate. Default: the system's authorities.",
+            show_default=False,
+        ),
+    ] = None,
+    state_dir: StateOption = None,
+    stop_tasks_on_exit: Annotated[
+        bool, typer.Option("--stop-tasks-on-exit", help="End containers too when the runner ends.")
+    ] = False,
+    allow_anonymous: AnonymousOption = False,
+    allowed_host: AllowedHostOption = None,
+    allowed_origin: AllowedOriginOption = None,
+    log_level: LogLevelOption = LogLevel.info,
+    json: JsonOption = False,
+    exit_with_stdin: StdinOption = False,
+) -> int:
+    """Run a node: start tasks here and reach into them."""
+    from kohakuriver import config
+    from kohakuriver.runner import RunnerOptions, serve
+
+    return serve(
+        RunnerOptions(
+            state_dir=state_dir or config.config_dir() / "runner",
+            host_url=config.host_url(host_url),
+            node_token=node_token,
+            node_token_file=node_token_file,
+            bind=bind,
+            port=port,
+            advertise_url=advertise_url,
+            name=name,
+            backends=tuple(item.value for item in backend or [Backend.docker, Backend.address]),
+            tls_cert=tls_cert,
+            tls_key=tls_key,
+            ca_file=ca_file,
+            stop_tasks_on_exit=stop_tasks_on_exit,
+            allow_anonymous=allow_anonymous,
+            allowed_hosts=tuple(allowed_host or ()),
+            allowed_origins=tuple(allowed_origin or ()),
+            json=json,
+            log_level=log_level.value,
+            exit_with_stdin=exit_with_stdin,
+        )
+    )

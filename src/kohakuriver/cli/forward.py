@@ -1,0 +1,205 @@
+"""`kohakuriver forward`: local ports that lead to ports of a task."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+import sys
+from enum import Enum
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from kohakuriver.cli import output
+from kohakuriver.cli.behind_dashes import WithCommand, command_of
+from kohakuriver.cli.options import CaFileOption, HostOption, JsonOption, TaskArgument, TokenOption, settings
+from kohakuriver.cli.signals import caught
+from kohakuriver.errors import KohakuRiverError, UsageError
+
+if TYPE_CHECKING:
+    from kohakuriver.cli.forward_view import Aside
+    from kohakuriver.client.forward import Forwarder, PortForward
+
+__all__ = ["register"]
+
+NOT_FOUND, NOT_EXECUTABLE, KILLED_BY = 127, 126, 128  # as shells say it
+
+
+class Proto(str, Enum):
+    """What a forwarded port speaks."""
+
+    tcp = "tcp"
+    udp = "udp"
+
+
+def register(app: typer.Typer) -> None:
+    """Add the command to `app`."""
+    app.command(
+        cls=WithCommand,
+        epilog="Examples:\n\nkohakuriver forward my-task 8888\n\nkohakuriver forward my-task 9999:8888 5060/udp\n\n"
+        "kohakuriver forward my-task 0:5432 -- sh -c 'psql -h 127.0.0.1 -p $KOHAKURIVER_PORT_5432'",
+    )(forward)
+
+
+def forward(
+    ctx: typer.Context,
+    task: TaskArgument,
+    ports: Annotated[
+        list[str],
+        typer.Argument(
+            metavar="REMOTE_PORT...",
+            help="Ports of the task; also LOCAL:REMOTE, and with /udp. LOCAL 0 is any free port.",
+            show_default=False,
+        ),
+    ],
+    local_port: Annotated[
+        int | None,
+        typer.Option("--local-port", help="Default: the remote port. 0 is any free port.", show_default=False),
+    ] = None,
+    local_host: Annotated[str, typer.Option("--local-host", help="The local address to listen on.")] = "127.0.0.1",
+    proto: Annotated[Proto, typer.Option("--proto", help="What ports speak that don't say so.")] = Proto.tcp,
+    json: JsonOption = False,
+    host: HostOption = None,
+    token: TokenOption = None,
+    ca_file: CaFileOption = None,
+) -> int:
+    """Forward local ports to ports of a task, until Ctrl-C.
+
+    With CMD, run it once every port listens, with KOHAKURIVER_PORT_<remote> in its environment, and end with its
+    exit code.
+    """
+    from kohakuriver.client.forward import Forwarder
+    from kohakuriver.runtime import run
+
+    command = command_of(ctx)
+    _check_command(command, json)
+    wanted = _ports(ports, local_port, proto.value)
+    chosen = settings(host, token)
+    _warn_if_exposed(local_host)
+
+    async def main() -> int:
+        from kohakuriver.cli.forward_view import view_for
+
+        with view_for(task, json=json, beside_command=command is not None) as view:
+            forwarder = Forwarder(task, wanted, settings=chosen, local_host=local_host, on_event=view.tell)
+            return await _Running(forwarder, view, command).run()
+
+    return run(main())
+
+
+def _check_command(command: list[str] | None, json: bool) -> None:
+    if command is not None and not command:
+        raise UsageError("A command must follow '--'.")
+    if command and json:
+        raise UsageError("--json and a command don't go together: stdout is the command's.")
+
+
+def _ports(texts: list[str], local_port: int | None, proto: str) -> list[PortForward]:
+    from kohakuriver.client.forward import parse_port
+
+    if local_port is not None and len(texts) > 1:
+        raise UsageError("--local-port goes with one remote port; give several as LOCAL:REMOTE.")
+    if local_port is not None and ":" in texts[0]:
+        raise UsageError(f"{texts[0]!r} names the local port already: leave --local-port out.")
+    return [parse_port(text, proto=proto, local=local_port) for text in texts]
+
+
+def _warn_if_exposed(local_host: str) -> None:
+    from kohakuriver.client.forward import exposes
+
+    if exposes(local_host):
+        output.note(f"Warning: whoever reaches this machine on {local_host} can use this forward.")
+
+
+class _Running:
+    """A forward from its opening to its end, with the command that it was started for, if any."""
+
+    def __init__(self, forwarder: Forwarder, view: Aside, command: list[str] | None) -> None:
+        self._forwarder = forwarder
+        self._view = view
+        self._command = command
+        self._child: asyncio.subprocess.Process | None = None
+        self._stopped: asyncio.Future[str] = asyncio.get_running_loop().create_future()
+
+    async def run(self) -> int:
+        """The exit code: the command's, or 0 when stopped. Raises KohakuRiverError when the forward can't go on."""
+        reason = "stopped"
+        try:
+            with caught(self._signalled):
+                return await self._opened_and_ended()
+        except KohakuRiverError as error:
+            reason = error.message
+            raise
+        finally:
+            await self._forwarder.close(reason)
+
+    async def _opened_and_ended(self) -> int:
+        if not await self._until_stopped(self._forwarder.start()):
+            return 0
+        from kohakuriver.runtime import freeze_heap
+
+        freeze_heap()
+        ticking = asyncio.ensure_future(self._tick())
+        try:
+            if self._command is not None:
+                return await self._run_command(self._command)
+            await self._until_stopped(self._forwarder.wait())
+            return 0
+        finally:
+            ticking.cancel()
+
+    async def _until_stopped(self, doing: Any) -> bool:
+        """Whether `doing` came to its end before Ctrl-C or SIGTERM. What it raises is raised."""
+        task = asyncio.ensure_future(doing)
+        await asyncio.wait({task, self._stopped}, return_when=asyncio.FIRST_COMPLETED)
+        if task.done():
+            task.result()
+            return True
+        task.cancel()
+        await asyncio.gather(task, return_exceptions=True)
+        return False
+
+    async def _run_command(self, command: list[str]) -> int:
+        environment = dict(os.environ)
+        for local in self._forwarder.listening:
+            environment[f"KOHAKURIVER_PORT_{local.remote_port}"] = str(local.port)
+        try:
+            self._child = await asyncio.create_subprocess_exec(*command, env=environment)
+        except OSError as error:
+            output.error(f"{command[0]} can't be run: {error.strerror}.")
+            return NOT_FOUND if isinstance(error, FileNotFoundError) else NOT_EXECUTABLE
+        lost = asyncio.ensure_future(self._say_when_lost())
+        try:
+            code = await self._child.wait()
+        finally:
+            lost.cancel()
+        return code if code >= 0 else KILLED_BY - code
+
+    async def _say_when_lost(self) -> None:
+        try:
+            await self._forwarder.wait()
+        except KohakuRiverError as error:
+            output.note(f"The forward has ended, the command goes on: {error.message}")
+
+    def _signalled(self, number: signal.Signals) -> None:
+        if self._child is not None:
+            if not (number == signal.SIGINT and _in_foreground()):
+                self._child.send_signal(number)
+        elif not self._stopped.done():
+            self._stopped.set_result(number.name)
+
+    async def _tick(self) -> None:
+        while True:
+            await asyncio.sleep(self._view.interval)
+            self._view.tick(self._forwarder.stats())
+
+
+def _in_foreground() -> bool:
+    """Whether a Ctrl-C on this terminal reaches our child by itself: it is of the same process group."""
+    try:
+        return sys.stdin.isatty() and os.tcgetpgrp(sys.stdin.fileno()) == os.getpgrp()
+    except AttributeError:  # Windows: one console, one Ctrl-C for all on it
+        return True
+    except (OSError, ValueError):
+        return False

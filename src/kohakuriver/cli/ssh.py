@@ -1,0 +1,171 @@
+"""`kohakuriver ssh-proxy`, `ssh-config` and `vps connect`: tasks for OpenSSH's programs."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from kohakuriver.cli import output
+from kohakuriver.cli.options import CaFileOption, HostOption, JsonOption, TaskArgument, TokenOption, ask
+from kohakuriver.errors import KohakuRiverError, UsageError
+
+if TYPE_CHECKING:
+    from kohakuriver.client.host import HostClient, Task
+
+__all__ = ["connect", "register", "tasks_changed"]
+
+NOT_FOUND = 127
+
+PassOption = Annotated[
+    bool,
+    typer.Option("--pass-socket", help="Hand ssh the connection itself; goes with its option ProxyUseFdpass."),
+]
+
+
+def register(app: typer.Typer) -> None:
+    """Add the commands to `app`."""
+    app.command("ssh-proxy", epilog="Example: ssh -o ProxyCommand='kohakuriver ssh-proxy %n' root@web")(ssh_proxy)
+    app.command("ssh-config", epilog="Example: kohakuriver ssh-config --install")(ssh_config)
+
+
+def ssh_proxy(
+    task: TaskArgument,
+    pass_socket: PassOption = False,
+    host: HostOption = None,
+    token: TokenOption = None,
+    ca_file: CaFileOption = None,
+) -> None:
+    """Connect stdin and stdout to a task's SSH server: a ProxyCommand for ssh."""
+    from kohakuriver.cli import ssh_dial
+    from kohakuriver.config import load_settings
+
+    settings = load_settings(host=host, token=token)
+    ssh_dial.proxy(
+        host=settings.host,
+        token=settings.token,
+        ssh_proxy=settings.ssh_proxy,
+        ca_file=settings.ca_file,
+        task=ssh_dial.task_of(task),
+        pass_socket=pass_socket,
+    )
+
+
+def ssh_config(
+    install: Annotated[
+        bool, typer.Option("--install", help="Write them to a file that ~/.ssh/config includes from now on.")
+    ] = False,
+    uninstall: Annotated[bool, typer.Option("--uninstall", help="Take back what --install did.")] = False,
+    json: JsonOption = False,
+    host: HostOption = None,
+    token: TokenOption = None,
+    ca_file: CaFileOption = None,
+) -> None:
+    """Print OpenSSH configuration by which ssh, scp, rsync, git and editors reach tasks by their names."""
+    from kohakuriver.cli import ssh_files
+
+    if install and uninstall:
+        raise UsageError("Give either --install or --uninstall.")
+    if uninstall:
+        found = ssh_files.uninstall()
+        _say(json, {"event": "uninstalled", "found": found}, "Removed." if found else "There was nothing to remove.")
+        return
+    names = ask(host, token, _names)
+    if not install:
+        text = ssh_files.config_text(names)
+        _say(json, {"config": text}, text.rstrip("\n"))
+        return
+    path = ssh_files.install(names)
+    sentence = f"Wrote {path}, which ~/.ssh/config includes; try `ssh {names[0] if names else 'TASK.kohakuriver'}`."
+    _say(json, {"event": "installed", "file": str(path), "names": names}, sentence)
+
+
+def _say(json: bool, value: dict[str, Any], text: str) -> None:
+    if json:
+        output.json_line(value)
+    else:
+        output.line(text)
+
+
+async def _names(client: HostClient) -> list[str]:
+    """The tasks that ssh shall know by their bare names; any other task has its name and `.kohakuriver`.
+
+    They are the user's own alone: whoever names a task `github.com` must not get what others mean for that.
+    """
+    me = (await client.whoami()).user
+    tasks = [task for task in await client.tasks() if task.owner == me]
+    return [task.name for task in tasks if task.ssh_host_key or task.backend == "address"]
+
+
+async def tasks_changed(client: HostClient) -> None:
+    """Write the installed configuration anew, if there is one: a task with an SSH server came or went."""
+    from kohakuriver.cli import ssh_files
+
+    if ssh_files.installed():
+        ssh_files.install(await _names(client))
+
+
+def connect(
+    task: TaskArgument,
+    ssh_arguments: Annotated[
+        list[str] | None, typer.Argument(metavar="[SSH ARGS]...", help="Go to ssh as they are: options, a command.")
+    ] = None,
+    user: Annotated[str, typer.Option("--user", help="Whom to log in as.")] = "root",
+    key: Annotated[
+        Path | None, typer.Option("--key", help="The private key. Default: what ssh uses.", show_default=False)
+    ] = None,
+    proxy_port: Annotated[
+        int | None,
+        typer.Option("--proxy-port", min=1, max=65535, help="The SSH proxy's port. Default: 8002.", show_default=False),
+    ] = None,
+    host: HostOption = None,
+    token: TokenOption = None,
+    ca_file: CaFileOption = None,
+) -> int:
+    """Log in to a task with the system's ssh. What comes after the task goes to ssh."""
+    from kohakuriver.cli import ssh_dial, ssh_files
+    from kohakuriver.config import load_settings
+
+    settings = load_settings(host=host, token=token)
+    ssh_proxy = settings.ssh_proxy
+    if proxy_port is not None:
+        ssh_proxy = f"{ssh_proxy.rpartition(':')[0]}:{proxy_port}"
+    found = ask(host, token, lambda client: client.task(task))
+    # ssh would say less about why it can't connect, and always exit with 255.
+    shown = ssh_dial.to_show(settings.host, str(found.task_id), settings.token, settings.ca_file)
+    ssh_dial.dial(ssh_proxy, str(found.task_id), shown).close()
+    ssh = shutil.which("ssh")
+    if ssh is None:
+        raise KohakuRiverError("There is no ssh on this machine; install OpenSSH's client.")
+    if found.ssh_host_key:
+        ssh_files.learn_host_key(found.task_id, found.name, found.ssh_host_key)
+    environment = {**os.environ, "KOHAKURIVER_HOST": settings.host, "KOHAKURIVER_SSH_PROXY": ssh_proxy}
+    if settings.token:
+        environment["KOHAKURIVER_TOKEN"] = settings.token
+    if settings.ca_file:
+        environment["KOHAKURIVER_CA_FILE"] = settings.ca_file
+    arguments = [*_options(found), *(["-i", str(key)] if key else []), f"{user}@{found.name}", *(ssh_arguments or [])]
+    return _run(ssh, arguments, environment)
+
+
+def _options(task: Task) -> list[str]:
+    from kohakuriver.cli import ssh_files
+
+    lines = [
+        *ssh_files.proxy_command(str(task.task_id), known=True),
+        *ssh_files.connection_options(known=bool(task.ssh_host_key)),
+        f"HostKeyAlias {ssh_files.alias(task.task_id)}",
+    ]
+    return [part for line in lines for part in ("-o", line)]
+
+
+def _run(ssh: str, arguments: list[str], environment: dict[str, str]) -> int:
+    """Become ssh, where a process can; the exit code elsewhere."""
+    if os.name == "posix":
+        os.execve(ssh, [ssh, *arguments], environment)
+    import subprocess
+
+    return subprocess.run([ssh, *arguments], env=environment, check=False).returncode

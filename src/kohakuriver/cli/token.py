@@ -1,0 +1,111 @@
+"""`kohakuriver token …`: make, list and revoke tokens."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from kohakuriver.cli import output
+from kohakuriver.cli.options import CaFileOption, HostOption, JsonOption, TokenOption, ask, seconds
+from kohakuriver.errors import UsageError
+
+if TYPE_CHECKING:
+    from kohakuriver.client.host import Token
+
+__all__ = ["app"]
+
+app = typer.Typer(
+    help="Make, list and revoke tokens.",
+    epilog="Example: kohakuriver token create laptop --expires 90d",
+    no_args_is_help=True,
+)
+
+OfUserOption = Annotated[
+    str | None, typer.Option("--user", metavar="USER", help="For admins: that user's, not yours.", show_default=False)
+]
+
+
+@app.command(epilog="Example: kohakuriver token create laptop --expires 90d")
+def create(
+    name: Annotated[str, typer.Argument(metavar="NAME", help="What you will call it.", show_default=False)],
+    user: OfUserOption = None,
+    node: Annotated[
+        str | None,
+        typer.Option("--node", metavar="NODE", help="For admins: a token for this node's runner.", show_default=False),
+    ] = None,
+    expires: Annotated[
+        str | None,
+        typer.Option("--expires", metavar="TIME", help="How long it is good, as 12h or 30d. Default: for ever."),
+    ] = None,
+    json: JsonOption = False,
+    host: HostOption = None,
+    token: TokenOption = None,
+    ca_file: CaFileOption = None,
+) -> None:
+    """Make a token and print it, this once."""
+    expires_in = None if expires is None else seconds(expires, "--expires")
+    made = ask(host, token, lambda client: client.make_token(name, user=user, node=node, expires_in=expires_in))
+    if json:
+        output.json_line(made.to_json())
+    else:
+        output.note(f"Token {made.name} ({made.id}) for {_whose(made)}, {_until(made)}. It is shown only now:")
+        output.line(made.token or "")
+
+
+@app.command("list", epilog="Example: kohakuriver token list")
+def list_tokens(
+    user: OfUserOption = None,
+    every: Annotated[bool, typer.Option("--all", help="For admins: all tokens, of users and nodes.")] = False,
+    json: JsonOption = False,
+    host: HostOption = None,
+    token: TokenOption = None,
+    ca_file: CaFileOption = None,
+) -> None:
+    """List tokens, without their secrets."""
+    if every and user is not None:
+        raise UsageError("--all and --user don't go together: --all lists everybody's.")
+    tokens = ask(host, token, lambda client: client.tokens(user=user, every=every))
+    if json:
+        output.json_line({"tokens": [item.to_json() for item in tokens]})
+        return
+    output.table(
+        ["Id", "Name", "Whose", "Status", "Made", "Expires"],
+        [
+            [
+                item.id,
+                item.name,
+                _whose(item),
+                item.status,
+                f"{output.age(item.created_at)} ago",
+                item.expires_at or "never",
+            ]
+            for item in tokens
+        ],
+    )
+
+
+@app.command(epilog="Example: kohakuriver token revoke laptop")
+def revoke(
+    name: Annotated[str, typer.Argument(metavar="TOKEN", help="The token's id or name.", show_default=False)],
+    json: JsonOption = False,
+    host: HostOption = None,
+    token: TokenOption = None,
+    ca_file: CaFileOption = None,
+) -> None:
+    """Make a token worthless, at once: what it has opened ends."""
+    revoked = ask(host, token, lambda client: client.revoke_token(name))
+    if json:
+        output.json_line(revoked.to_json())
+    else:
+        output.line(f"Revoked {revoked.name} ({revoked.id}) of {_whose(revoked)}.")
+
+
+def _whose(token: Token) -> str:
+    if token.node is None:
+        return token.user or ""
+    return "any node" if token.node == "*" else f"node {token.node}"
+
+
+def _until(token: Token) -> str:
+    return f"good until {token.expires_at}" if token.expires_at else "good for ever"

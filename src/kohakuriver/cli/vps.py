@@ -1,0 +1,331 @@
+"""`kohakuriver vps …`: make, list, end and adopt tasks."""
+
+from __future__ import annotations
+
+from enum import Enum
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from kohakuriver.cli import output, ssh
+from kohakuriver.cli.options import CaFileOption, HostOption, JsonOption, TaskArgument, TokenOption, ask, pairs
+from kohakuriver.errors import UsageError
+
+if TYPE_CHECKING:
+    from kohakuriver.client.host import HostClient, Task
+
+__all__ = ["app"]
+
+app = typer.Typer(
+    help="Make, list, end and adopt tasks.",
+    epilog="Example: kohakuriver vps create --name web -- python3 -m http.server 8888",
+    no_args_is_help=True,
+)
+
+WAIT_TIMEOUT = 120.0
+
+
+class Backend(str, Enum):
+    """A way of running a task."""
+
+    docker = "docker"
+    process = "process"
+
+
+NameOption = Annotated[
+    str | None, typer.Option("--name", help="A unique name for the task. Default: made up.", show_default=False)
+]
+NodeOption = Annotated[
+    str | None, typer.Option("--node", help="The node to run it on. Default: the host chooses.", show_default=False)
+]
+NoWaitOption = Annotated[bool, typer.Option("--no-wait", help="Don't wait until the task's tunnel is connected.")]
+TimeoutOption = Annotated[float, typer.Option("--timeout", metavar="SECONDS", min=0, help="How long to wait at most.")]
+
+
+@app.command(epilog="Example: kohakuriver vps create --name web --image python:3.12 -- python3 -m http.server 8888")
+def create(
+    command: Annotated[
+        list[str] | None, typer.Argument(metavar="-- CMD...", help="What to run. Without it the task just stays up.")
+    ] = None,
+    name: NameOption = None,
+    node: NodeOption = None,
+    backend: Annotated[
+        Backend | None, typer.Option("--backend", help="Default: what the node offers.", show_default=False)
+    ] = None,
+    image: Annotated[
+        str | None, typer.Option("--image", help="The container image, for the docker backend.", show_default=False)
+    ] = None,
+    env: Annotated[
+        list[str] | None, typer.Option("--env", "-e", metavar="K=V", help="A variable for CMD; may be repeated.")
+    ] = None,
+    mount: Annotated[
+        list[str] | None,
+        typer.Option("--mount", metavar="SRC:DST[:ro]", help="A directory of the node to see there; may be repeated."),
+    ] = None,
+    with_ssh: Annotated[
+        bool, typer.Option("--ssh", help="Give it an SSH server that lets in the keys of your ~/.ssh/*.pub.")
+    ] = False,
+    public_key_file: Annotated[
+        list[Path] | None,
+        typer.Option(
+            "--public-key-file", metavar="FILE", help="Other keys for its SSH server; implies --ssh; may be repeated."
+        ),
+    ] = None,
+    no_wait: NoWaitOption = False,
+    timeout: TimeoutOption = WAIT_TIMEOUT,
+    json: JsonOption = False,
+    host: HostOption = None,
+    token: TokenOption = None,
+    ca_file: CaFileOption = None,
+) -> None:
+    """Start a task, wait until its tunnel is connected, and print its id."""
+    from kohakuriver.cli.ssh_files import public_keys
+
+    keys = public_keys(public_key_file or []) if with_ssh or public_key_file else []
+    variables = pairs(env or [], "--env")
+    mounts = [_mount(text) for text in mount or []]
+
+    async def start(client: HostClient) -> Task:
+        task = await client.create(
+            name=name,
+            node=node,
+            backend=backend.value if backend else None,
+            image=image,
+            command=command or [],
+            env=variables,
+            mounts=mounts,
+            ssh_keys=keys,
+        )
+        if keys:
+            await ssh.tasks_changed(client)
+        return await _settled(client, task, wait=not no_wait, timeout=timeout)
+
+    _print_id(ask(host, token, start), json)
+
+
+def _mount(text: str) -> str:
+    parts = text.split(":")
+    mode_fits = len(parts) == 2 or (len(parts) == 3 and parts[2] in ("ro", "rw"))
+    if not mode_fits or not parts[0].startswith("/") or not parts[1].startswith("/"):
+        raise UsageError(f"--mount takes SRC:DST or SRC:DST:ro with absolute paths, not {text!r}.")
+    return text.removesuffix(":rw")
+
+
+@app.command(epilog="Example: kohakuriver vps adopt my-container --name web")
+def adopt(
+    container: Annotated[
+        str | None, typer.Argument(metavar="[CONTAINER]", help="A container that runs already.", show_default=False)
+    ] = None,
+    address: Annotated[
+        str | None,
+        typer.Option("--address", metavar="IP", help="Instead: a machine that the node reaches.", show_default=False),
+    ] = None,
+    node: NodeOption = None,
+    name: NameOption = None,
+    no_wait: NoWaitOption = False,
+    timeout: TimeoutOption = WAIT_TIMEOUT,
+    json: JsonOption = False,
+    host: HostOption = None,
+    token: TokenOption = None,
+    ca_file: CaFileOption = None,
+) -> None:
+    """Make a task of a container that already runs, or of a machine that a node reaches."""
+    if (container is None) == (address is None):
+        raise UsageError("Give either a CONTAINER or --address IP.")
+    if address is not None and node is None:
+        raise UsageError("--address needs --node: the node whose runner reaches that address.")
+
+    async def start(client: HostClient) -> Task:
+        task = await client.adopt(container=container, address=address, node=node, name=name)
+        return await _settled(client, task, wait=not no_wait, timeout=timeout)
+
+    _print_id(ask(host, token, start), json)
+
+
+async def _settled(client: HostClient, task: Task, *, wait: bool, timeout: float) -> Task:
+    if not wait:
+        return task
+    with output.working(f"Task {task.task_id} ({task.name}) on {task.node}: waiting for its tunnel"):
+        return await client.wait(str(task.task_id), timeout=timeout)
+
+
+def _print_id(task: Task, json: bool) -> None:
+    if json:
+        output.json_line(task.to_json())
+    else:
+        output.line(str(task.task_id))
+
+
+@app.command("list", epilog="Example: kohakuriver vps list --json")
+def list_tasks(
+    json: JsonOption = False, host: HostOption = None, token: TokenOption = None, ca_file: CaFileOption = None
+) -> None:
+    """List the tasks that are yours or shared with you; for admins all."""
+    tasks = ask(host, token, lambda client: client.tasks())
+    if json:
+        output.json_line({"tasks": [task.to_json() for task in tasks]})
+        return
+    output.table(
+        ["Id", "Name", "Owner", "Node", "Backend", "Status", "Tunnel", "Image or address", "Age"],
+        [
+            [
+                str(task.task_id),
+                task.name,
+                task.owner,
+                task.node,
+                task.backend,
+                task.status,
+                _tunnel(task),
+                task.image or task.address or "-",
+                output.age(task.created_at),
+            ]
+            for task in tasks
+        ],
+    )
+
+
+def _tunnel(task: Task) -> str:
+    # The runner dials an address itself: it has no tunnel that could be connected or not.
+    return "-" if task.backend == "address" else "connected" if task.tunnel else "no"
+
+
+@app.command(epilog="Example: kohakuriver vps status web")
+def status(
+    task: TaskArgument,
+    json: JsonOption = False,
+    host: HostOption = None,
+    token: TokenOption = None,
+    ca_file: CaFileOption = None,
+) -> None:
+    """Show one task."""
+    _print_task(ask(host, token, lambda client: client.task(task)), json)
+
+
+@app.command(epilog="Example: kohakuriver vps stop web")
+def stop(
+    task: TaskArgument,
+    json: JsonOption = False,
+    host: HostOption = None,
+    token: TokenOption = None,
+    ca_file: CaFileOption = None,
+) -> None:
+    """End what a task runs; 'restart' runs it again."""
+    _print_done("Stopped", ask(host, token, lambda client: client.stop(task)), json)
+
+
+@app.command(epilog="Example: kohakuriver vps restart web")
+def restart(
+    task: TaskArgument,
+    no_wait: NoWaitOption = False,
+    timeout: TimeoutOption = WAIT_TIMEOUT,
+    json: JsonOption = False,
+    host: HostOption = None,
+    token: TokenOption = None,
+    ca_file: CaFileOption = None,
+) -> None:
+    """Run a task again; open forwards find it by themselves."""
+
+    async def again(client: HostClient) -> Task:
+        return await _settled(client, await client.restart(task), wait=not no_wait, timeout=timeout)
+
+    _print_done("Restarted", ask(host, token, again), json)
+
+
+@app.command(epilog="Example: kohakuriver vps rm web")
+def rm(
+    task: TaskArgument,
+    json: JsonOption = False,
+    host: HostOption = None,
+    token: TokenOption = None,
+    ca_file: CaFileOption = None,
+) -> None:
+    """End a task and forget it."""
+
+    async def remove(client: HostClient) -> Task:
+        removed = await client.remove(task)
+        if removed.ssh_host_key:
+            await ssh.tasks_changed(client)
+        return removed
+
+    _print_done("Removed", ask(host, token, remove), json)
+
+
+app.command(
+    context_settings={"allow_interspersed_args": False, "ignore_unknown_options": True},
+    epilog="Example: kohakuriver vps connect web -L 8080:127.0.0.1:80",
+)(ssh.connect)
+
+
+UserArgument = Annotated[str, typer.Argument(metavar="USER", help="The user's name.", show_default=False)]
+
+
+@app.command(epilog="Example: kohakuriver vps share web ann")
+def share(
+    task: TaskArgument,
+    user: UserArgument,
+    json: JsonOption = False,
+    host: HostOption = None,
+    token: TokenOption = None,
+    ca_file: CaFileOption = None,
+) -> None:
+    """Let another user look at a task, reach its ports and open terminals in it."""
+    _print_done(f"{user} may now use", ask(host, token, lambda client: client.share(task, user)), json)
+
+
+@app.command(epilog="Example: kohakuriver vps unshare web ann")
+def unshare(
+    task: TaskArgument,
+    user: UserArgument,
+    json: JsonOption = False,
+    host: HostOption = None,
+    token: TokenOption = None,
+    ca_file: CaFileOption = None,
+) -> None:
+    """Take that back; what that user has open to the task ends."""
+    _print_done(f"{user} may no longer use", ask(host, token, lambda client: client.unshare(task, user)), json)
+
+
+def _print_task(task: Task, json: bool) -> None:
+    if json:
+        output.json_line(task.to_json())
+        return
+    traffic = task.traffic
+    output.fields(
+        [
+            ("id", str(task.task_id)),
+            ("name", task.name),
+            ("node", task.node),
+            ("backend", task.backend),
+            ("status", task.status),
+            ("tunnel", _tunnel(task)),
+            ("image", task.image or ""),
+            ("address", task.address or ""),
+            ("container", task.container),
+            ("owner", task.owner),
+            ("shared with", ", ".join(task.shared_with)),
+            ("ssh", task.ssh_host_key or ""),
+            ("created", f"{task.created_at} ({output.age(task.created_at)} ago)"),
+            ("message", task.message or ""),
+            ("open", f"{_count(traffic.streams, 'stream')} in {_count(traffic.sessions, 'session')}"),
+            ("to the task", _flow(traffic.bytes_to_container, traffic.to_container_per_second)),
+            ("from the task", _flow(traffic.bytes_to_user, traffic.to_user_per_second)),
+            ("waits", f"{traffic.stalls} for a window"),
+            ("dropped", _count(traffic.udp_dropped, "datagram")),
+        ]
+    )
+
+
+def _count(number: int, thing: str) -> str:
+    return f"{number} {thing}" if number == 1 else f"{number} {thing}s"
+
+
+def _flow(total: int, rate: int) -> str:
+    return f"{output.size(total)}, {output.size(rate)}/s"
+
+
+def _print_done(what: str, task: Task, json: bool) -> None:
+    if json:
+        output.json_line(task.to_json())
+    else:
+        output.line(f"{what} {task.task_id} ({task.name}).")

@@ -1,0 +1,517 @@
+"""A forward: local ports that lead to ports of one task, kept open for as long as the task is there.
+
+`Forwarder` is what the command line runs; `forward` and `forward_sync` are the same for Python code. A forward binds
+its local addresses first, then opens its one session. From then on it never ends because a stream, a tunnel or the
+session's link breaks: it opens a new session, with backoff and jitter. Sources: docs/cli.md, docs/protocol.md §4.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import ipaddress
+import itertools
+import random
+import threading
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from types import TracebackType
+from typing import Any, ClassVar
+
+from kohakuriver.config import Settings, load_settings, path_segment
+from kohakuriver.errors import KohakuRiverError, NotAllowedError, NotFoundError, UnavailableError, UsageError
+from kohakuriver.runtime import new_event_loop
+from kohakuriver.tls import client_context
+from kohakuriver.tunnel.dial import open_session
+from kohakuriver.tunnel.endpoint import EndpointStats, ListeningSocket, UserEndpoint
+from kohakuriver.tunnel.link import Link
+from kohakuriver.tunnel.ports import ports_query
+from kohakuriver.tunnel.protocol import CloseCode
+from kohakuriver.tunnel.settings import endpoint_config
+
+__all__ = [
+    "Closed",
+    "Connected",
+    "Event",
+    "Forward",
+    "ForwardSync",
+    "Forwarder",
+    "Listening",
+    "PortForward",
+    "Reconnecting",
+    "Resumed",
+    "Stats",
+    "StreamError",
+    "exposes",
+    "forward",
+    "forward_sync",
+    "parse_port",
+]
+
+RETRY_BASE = 0.2
+RETRY_CAP = 5.0
+# A session that lived this long, in seconds, was a good one: the next loss of it starts the backoff anew.
+STEADY = 10.0
+# Rates are taken over at least so many seconds, whoever asks for them how often.
+RATED_OVER = 0.5
+
+PortSpec = int | str
+
+
+@dataclass(frozen=True)
+class PortForward:
+    """One local port that leads to a port of the task. `local` 0 is any free port; `proto` is `tcp` or `udp`."""
+
+    local: int
+    remote: int
+    proto: str = "tcp"
+
+
+def parse_port(spec: PortSpec, *, proto: str = "tcp", local: int | None = None) -> PortForward:
+    """`REMOTE` or `LOCAL:REMOTE`, either with `/tcp` or `/udp`, as a PortForward.
+
+    `proto` and `local` stand where the text names none; a `local` of None is the remote port's number.
+    Raises UsageError for ports outside 1..65535 (0 only as LOCAL) and unknown protocols.
+    """
+    text = str(spec)
+    ports, slash, suffix = text.partition("/")
+    left, colon, right = ports.rpartition(":")
+    remote = _port_number(right, text)
+    given = _port_number(left, text, least=0) if colon else local
+    if given is not None and not 0 <= given <= 65535:
+        raise UsageError(f"The local port must be between 0 (any free one) and 65535, not {given}.")
+    kind = suffix if slash else proto
+    if kind not in ("tcp", "udp"):
+        raise UsageError(f"The protocol must be tcp or udp, not {kind!r}.")
+    return PortForward(remote if given is None else given, remote, kind)
+
+
+def _port_number(text: str, whole: str, *, least: int = 1) -> int:
+    if not text.isascii() or not text.isdigit():
+        raise UsageError(f"{whole!r} is not a port: give REMOTE or LOCAL:REMOTE, as in 8888 or 9999:8888.")
+    number = int(text) if len(text) <= 6 else 1_000_000
+    if not least <= number <= 65535:
+        place = "a local port must be between 0 (any free one) and 65535" if least == 0 else "must be 1 to 65535"
+        raise UsageError(f"Port {text} is out of range: {place}.")
+    return number
+
+
+def exposes(local_host: str) -> bool:
+    """Whether listening on `local_host` lets other machines in."""
+    if local_host == "localhost":
+        return False
+    try:
+        return not ipaddress.ip_address(local_host).is_loopback
+    except ValueError:
+        return True
+
+
+@dataclass(frozen=True)
+class Event:
+    """Something that happened to a forward. `to_json` is one line of `forward --json`."""
+
+    event: ClassVar[str]
+
+    def to_json(self) -> dict[str, Any]:
+        return {"event": self.event, **asdict(self)}
+
+
+@dataclass(frozen=True)
+class Connected(Event):
+    """The session is open. `version` is the tunnel protocol's, 1 or 2."""
+
+    event: ClassVar[str] = "connected"
+    task: str
+    version: int
+
+
+@dataclass(frozen=True)
+class Listening(Event):
+    """A local port leads to the task's port."""
+
+    event: ClassVar[str] = "listening"
+    local_host: str
+    local_port: int
+    remote_port: int
+    proto: str
+
+
+@dataclass(frozen=True)
+class Reconnecting(Event):
+    """The session is lost, and will be opened again in `delay` seconds."""
+
+    event: ClassVar[str] = "reconnecting"
+    reason: str
+    delay: float
+
+
+@dataclass(frozen=True)
+class Resumed(Event):
+    """The session is open again."""
+
+    event: ClassVar[str] = "resumed"
+    task: str
+    version: int
+
+
+@dataclass(frozen=True)
+class StreamError(Event):
+    """One stream could not be opened, or failed; all others go on."""
+
+    event: ClassVar[str] = "stream_error"
+    remote_port: int
+    message: str
+
+
+@dataclass(frozen=True)
+class Stats(Event):
+    """Totals since the forward began; `streams` is the number open now. Bytes are as seen from here.
+
+    `udp_dropped` counts datagrams, `stalls` how often a stream had to wait for the task's window, and
+    `unknown_messages` what a newer peer sent. The rates are bytes a second since a while ago, a second or so.
+    """
+
+    event: ClassVar[str] = "stats"
+    streams: int
+    opened: int
+    bytes_sent: int
+    bytes_received: int
+    udp_dropped: int
+    stalls: int
+    unknown_messages: int
+    sent_per_second: int = 0
+    received_per_second: int = 0
+
+
+@dataclass(frozen=True)
+class Closed(Event):
+    """The forward is over."""
+
+    event: ClassVar[str] = "closed"
+    reason: str
+
+
+class Forwarder:
+    """One forward: its local listeners, its session, and what brings the session back.
+
+    `task` is a numeric id or a unique name. `start`, then `wait` for its end, then `close`.
+    """
+
+    def __init__(
+        self,
+        task: str,
+        ports: Sequence[PortForward],
+        *,
+        settings: Settings,
+        local_host: str = "127.0.0.1",
+        on_event: Callable[[Event], None] = lambda event: None,
+    ) -> None:
+        _check_distinct(ports)
+        self.task = task
+        self.ports = list(ports)
+        self.local_host = local_host
+        self.listening: list[ListeningSocket] = []
+        self._settings = settings
+        self._on_event = on_event
+        self._tls = client_context(settings.host, settings.ca_file)
+        self._link: Link | None = None
+        self._losses: asyncio.Queue[str] = asyncio.Queue()
+        self._closing = False
+        self._opened_at = 0.0
+        self._rated = time.monotonic(), 0, 0
+        self._rates = 0, 0
+        self._keeper: asyncio.Task[None] | None = None
+        self.endpoint_config = endpoint_config(lambda name: getattr(settings, name))
+        self._endpoint = UserEndpoint(
+            config=self.endpoint_config,
+            on_stream_error=self._stream_failed,
+            on_detach=self._detached,
+        )
+
+    async def start(self) -> None:
+        """Bind the local addresses, then open the session.
+
+        Raises LocalAddressError before anything is sent to the host, and what `open_session` raises.
+        """
+        try:
+            for port in self.ports:
+                self.listening.append(await self._listen(port))
+            link = await self._open()
+        except BaseException:
+            self._closing = True
+            await self._endpoint.close()
+            raise
+        self._attach(link)
+        self._on_event(Connected(self.task, link.version))
+        for local in self.listening:
+            self._on_event(Listening(local.host, local.port, local.remote_port, local.proto))
+        self._keeper = asyncio.get_running_loop().create_task(self._keep_open())
+
+    async def wait(self) -> None:
+        """Wait until the forward can't go on.
+
+        Raises NotFoundError once the task is gone for good, NotAllowedError once the right to use it is, and
+        UnavailableError "idle" when the host ends the forward because nothing went through it.
+        """
+        if self._keeper is not None:
+            await asyncio.shield(self._keeper)
+
+    async def close(self, reason: str = "stopped") -> None:
+        """Stop listening, end every stream and the session."""
+        if self._closing:
+            return
+        self._closing = True
+        if self._keeper is not None:
+            self._keeper.cancel()
+            await asyncio.gather(self._keeper, return_exceptions=True)
+        await self._endpoint.close()
+        self._on_event(self.stats())
+        self._on_event(Closed(reason))
+
+    def stats(self) -> Stats:
+        """Totals and rates of now."""
+        totals: EndpointStats = self._endpoint.stats()
+        seconds = time.monotonic() - self._rated[0]
+        if seconds >= RATED_OVER:
+            sent, received = totals.bytes_sent - self._rated[1], totals.bytes_received - self._rated[2]
+            self._rates = round(sent / seconds), round(received / seconds)
+            self._rated = time.monotonic(), totals.bytes_sent, totals.bytes_received
+        return Stats(**asdict(totals), sent_per_second=self._rates[0], received_per_second=self._rates[1])
+
+    async def _listen(self, port: PortForward) -> ListeningSocket:
+        listen = self._endpoint.listen_udp if port.proto == "udp" else self._endpoint.listen_tcp
+        return await listen(self.local_host, port.local, port.remote)
+
+    async def _open(self) -> Link:
+        first = self.ports[0]
+        base = self._settings.host.replace("http", "ws", 1)
+        path = f"/ws/forward/{path_segment(self.task)}/{first.remote}"
+        url = f"{base}{path}?proto={first.proto}&{ports_query(port.remote for port in self.ports)}"
+        return await open_session(url, token=self._settings.token, ssl=self._tls)
+
+    def _attach(self, link: Link) -> None:
+        self._opened_at = time.monotonic()
+        self._link = link
+        self._endpoint.attach(link)
+
+    def _detached(self, reason: str) -> None:
+        if not self._closing:
+            self._losses.put_nowait(reason)
+
+    def _stream_failed(self, remote_port: int, text: str) -> None:
+        self._on_event(StreamError(remote_port, text))
+
+    async def _keep_open(self) -> None:
+        failures = 0
+        while True:
+            reason = await self._losses.get()
+            if self._link is not None and self._link.close_code == CloseCode.IDLE:
+                raise UnavailableError(f"The host has ended this forward: {reason}.", code="idle")
+            if time.monotonic() - self._opened_at > STEADY:
+                failures = 0
+            failures = await self._reopen(reason, failures)
+
+    async def _reopen(self, reason: str, failures: int) -> int:
+        """Open sessions until one stands; how often it failed, for the next time."""
+        for attempt in itertools.count(failures):
+            delay = random.uniform(0, min(RETRY_CAP, RETRY_BASE * 2 ** min(attempt, 10)))
+            self._on_event(Reconnecting(reason, round(delay, 3)))
+            await asyncio.sleep(delay)
+            try:
+                link = await self._open()
+            except (NotFoundError, NotAllowedError):
+                raise
+            except KohakuRiverError as error:
+                reason = error.message
+                continue
+            self._attach(link)
+            self._on_event(Resumed(self.task, link.version))
+            return attempt + 1
+        raise AssertionError("unreachable: the count does not end")
+
+
+def _check_distinct(ports: Sequence[PortForward]) -> None:
+    if not ports:
+        raise UsageError("Give at least one remote port.")
+    taken = [(port.local, port.proto) for port in ports if port.local]
+    for local, proto in taken:
+        if taken.count((local, proto)) > 1:
+            raise UsageError(f"The local port {local} ({proto}) is given more than once.")
+
+
+class Forward:
+    """`async with kohakuriver.forward(task, port) as fwd:`; see `forward`."""
+
+    def __init__(self, forwarder: Callable[[], Forwarder]) -> None:
+        self._make = forwarder
+        self._forwarder: Forwarder | None = None
+
+    async def __aenter__(self) -> Forward:
+        forwarder = self._make()
+        await forwarder.start()
+        self._forwarder = forwarder
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        await self._open.close()
+
+    @property
+    def _open(self) -> Forwarder:
+        if self._forwarder is None:
+            raise UsageError("The forward is not open yet: use it inside its `with` block.")
+        return self._forwarder
+
+    @property
+    def local_host(self) -> str:
+        """The address to connect to; for a forward that listens everywhere, this machine's loopback."""
+        host = self._open.local_host
+        return {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host)
+
+    @property
+    def local_port(self) -> int:
+        """The local port of the first remote port."""
+        return self._open.listening[0].port
+
+    @property
+    def local_ports(self) -> dict[int, int]:
+        """Local ports by remote port."""
+        return {local.remote_port: local.port for local in self._open.listening}
+
+    def url(self, scheme: str = "http", remote_port: int | None = None) -> str:
+        """`scheme://host:port` of the local side of `remote_port`, by default the first one."""
+        if remote_port is not None and remote_port not in self.local_ports:
+            raise UsageError(f"Port {remote_port} is not part of this forward.")
+        port = self.local_port if remote_port is None else self.local_ports[remote_port]
+        host = f"[{self.local_host}]" if ":" in self.local_host else self.local_host
+        return f"{scheme}://{host}:{port}"
+
+    def stats(self) -> Stats:
+        """Totals since the forward began."""
+        return self._open.stats()
+
+    async def wait(self) -> None:
+        """Wait until the forward can't go on. Raises NotFoundError once the task is gone for good, NotAllowedError
+        once the right to use it is.
+        """
+        await self._open.wait()
+
+
+def forward(
+    task: str | int,
+    ports: PortSpec | Sequence[PortSpec],
+    *,
+    proto: str = "tcp",
+    local_port: int | None = 0,
+    local_host: str = "127.0.0.1",
+    host: str | None = None,
+    token: str | None = None,
+    ca_file: str | None = None,
+    on_event: Callable[[Event], None] = lambda event: None,
+) -> Forward:
+    """A forward for `async with`, on the loop that runs.
+
+    `task` is a numeric id or a unique name; `ports` one remote port or several, as numbers or `LOCAL:REMOTE[/udp]`.
+    `local_port` 0 is any free one, None the remote port's number; another number goes with one remote port only.
+    `host`, `token` and `ca_file` default to the settings that the command line uses. Entering raises the same errors
+    that the command line exits with: NotFoundError, UnavailableError, NotAllowedError, LocalAddressError,
+    HostUnreachableError, UsageError.
+    """
+    wanted: Sequence[PortSpec] = [ports] if isinstance(ports, (int, str)) else ports
+    if local_port and len(wanted) != 1:
+        raise UsageError("local_port goes with one remote port; give several as LOCAL:REMOTE.")
+    parsed = [parse_port(spec, proto=proto, local=local_port) for spec in wanted]
+
+    def make() -> Forwarder:
+        settings = load_settings(host=host, token=token, ca_file=ca_file)
+        return Forwarder(str(task), parsed, settings=settings, local_host=local_host, on_event=on_event)
+
+    return Forward(make)
+
+
+class ForwardSync:
+    """`with kohakuriver.forward_sync(task, port) as fwd:`; the forward runs on a thread with a loop of its own."""
+
+    def __init__(self, forward: Forward) -> None:
+        self._forward = forward
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self._thread: threading.Thread | None = None
+
+    def __enter__(self) -> ForwardSync:
+        self._loop = new_event_loop()
+        self._thread = threading.Thread(target=self._loop.run_forever, name="kohakuriver-forward", daemon=True)
+        self._thread.start()
+        try:
+            asyncio.run_coroutine_threadsafe(self._forward.__aenter__(), self._loop).result()
+        except BaseException:
+            self._end_loop()
+            raise
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        assert self._loop is not None
+        try:
+            asyncio.run_coroutine_threadsafe(self._forward.__aexit__(None, None, None), self._loop).result()
+        finally:
+            self._end_loop()
+
+    def _end_loop(self) -> None:
+        assert self._loop is not None
+        assert self._thread is not None
+        self._loop.call_soon_threadsafe(self._loop.stop)
+        self._thread.join()
+        self._loop.close()
+
+    @property
+    def local_host(self) -> str:
+        """The address to connect to."""
+        return self._forward.local_host
+
+    @property
+    def local_port(self) -> int:
+        """The local port of the first remote port."""
+        return self._forward.local_port
+
+    @property
+    def local_ports(self) -> dict[int, int]:
+        """Local ports by remote port."""
+        return self._forward.local_ports
+
+    def url(self, scheme: str = "http", remote_port: int | None = None) -> str:
+        """`scheme://host:port` of the local side of `remote_port`, by default the first one."""
+        return self._forward.url(scheme, remote_port)
+
+    def stats(self) -> Stats:
+        """Totals since the forward began."""
+        return self._forward.stats()
+
+
+def forward_sync(
+    task: str | int,
+    ports: PortSpec | Sequence[PortSpec],
+    *,
+    proto: str = "tcp",
+    local_port: int | None = 0,
+    local_host: str = "127.0.0.1",
+    host: str | None = None,
+    token: str | None = None,
+    ca_file: str | None = None,
+    on_event: Callable[[Event], None] = lambda event: None,
+) -> ForwardSync:
+    """`forward` for code without a loop, and for a `with` beside one. `on_event` is called on the forward's thread."""
+    return ForwardSync(
+        forward(
+            task,
+            ports,
+            proto=proto,
+            local_port=local_port,
+            local_host=local_host,
+            host=host,
+            token=token,
+            ca_file=ca_file,
+            on_event=on_event,
+        )
+    )

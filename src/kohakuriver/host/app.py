@@ -1,0 +1,270 @@
+"""The host's HTTP API."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Annotated
+
+from fastapi import APIRouter, Depends, FastAPI, Query, Request
+from fastapi.responses import HTMLResponse
+from fastapi.security import HTTPBearer
+
+from kohakuriver import __version__
+from kohakuriver.host.api_page import api_page
+from kohakuriver.host.schemas import (
+    AdoptRequest,
+    CreateRequest,
+    Heartbeat,
+    HeartbeatAnswer,
+    NewToken,
+    NewUser,
+    NodeView,
+    Registration,
+    RegistrationAnswer,
+    ShareRequest,
+    SshPass,
+    TaskView,
+    TokenMade,
+    TokenView,
+    UserView,
+    Whoami,
+)
+from kohakuriver.host.services.access import Access
+from kohakuriver.host.services.authorize import Forwards
+from kohakuriver.host.services.credentials import Caller, Credentials
+from kohakuriver.host.services.nodes import Nodes
+from kohakuriver.host.services.people import People
+from kohakuriver.host.services.tasks import Tasks
+from kohakuriver.store import Token
+from kohakuriver.web.app import bearer, new_app
+from kohakuriver.web.origin import Guard
+
+__all__ = ["Services", "create_app"]
+
+MAX_WAIT_SECONDS = 600
+
+
+@dataclass(frozen=True)
+class Services:
+    """What the routes work with."""
+
+    credentials: Credentials
+    access: Access
+    people: People
+    nodes: Nodes
+    tasks: Tasks
+    forwards: Forwards
+
+
+def create_app(services: Services, guard: Guard | None = None) -> FastAPI:
+    """The host's application: its HTTP API and the page that documents it."""
+    app = new_app("host", __version__, guard=guard, documented=True)
+    app.title = "KohakuRiver host"
+    app.state.services = services
+    app.include_router(_open)
+    app.include_router(_api)
+    return app
+
+
+def _services(request: Request) -> Services:
+    services: Services = request.app.state.services
+    return services
+
+
+Host = Annotated[Services, Depends(_services)]
+
+
+async def _authenticated(request: Request, host: Host) -> tuple[Caller, Token]:
+    return await host.credentials.caller(bearer(request))
+
+
+Authenticated = Annotated[tuple[Caller, Token], Depends(_authenticated)]
+
+
+async def _user(authenticated: Authenticated) -> Caller:
+    return authenticated[0]
+
+
+User = Annotated[Caller, Depends(_user)]
+
+
+async def _admin(user: User) -> Caller:
+    user.need_admin("This")
+    return user
+
+
+Admin = Annotated[Caller, Depends(_admin)]
+
+
+async def _node(request: Request, host: Host) -> Token:
+    return await host.credentials.node(bearer(request))
+
+
+Node = Annotated[Token, Depends(_node)]
+
+
+async def _usable(host: Host, user: User, task: str) -> str:
+    return str((await host.access.usable(user, task)).task_id)
+
+
+async def _own(host: Host, user: User, task: str) -> str:
+    return str((await host.access.own(user, task)).task_id)
+
+
+# The id of the path's task, once it is clear that the caller may use it, or change it.
+Usable = Annotated[str, Depends(_usable)]
+Own = Annotated[str, Depends(_own)]
+
+_open = APIRouter()
+# For the page that documents the API: a place for a token. What a token may do is checked by each route.
+_shown = HTTPBearer(auto_error=False, scheme_name="token", description="Your API token; for a runner, its node token.")
+_api = APIRouter(prefix="/api", dependencies=[Depends(_shown)])
+
+
+@_open.get("/health")
+async def health() -> dict[str, str]:
+    """Whether the host answers, and which version it is."""
+    return {"status": "ok", "version": __version__}
+
+
+@_open.get("/docs", include_in_schema=False)
+async def docs() -> HTMLResponse:
+    """The API, for people."""
+    return api_page()
+
+
+@_api.get("/auth")
+async def whoami(host: Host, authenticated: Authenticated) -> Whoami:
+    """Who the caller is."""
+    return host.people.whoami(*authenticated)
+
+
+@_api.get("/users")
+async def list_users(host: Host, _admin: Admin) -> list[UserView]:
+    """All users."""
+    return await host.people.users()
+
+
+@_api.post("/users", status_code=201)
+async def add_user(host: Host, _admin: Admin, request: NewUser) -> UserView:
+    """Make a user, who has no token yet."""
+    return await host.people.add_user(request)
+
+
+@_api.delete("/users/{name}")
+async def remove_user(host: Host, admin: Admin, name: str) -> UserView:
+    """Remove a user: their tokens and sessions end, their tasks pass to the caller."""
+    return await host.people.remove_user(name, admin)
+
+
+@_api.get("/tokens")
+async def list_tokens(
+    host: Host,
+    user: User,
+    of: Annotated[str | None, Query(alias="user")] = None,
+    every: Annotated[bool, Query(alias="all")] = False,
+) -> list[TokenView]:
+    """The caller's tokens; for admins also those of another user, or all."""
+    return await host.people.tokens(user, of, every=every)
+
+
+@_api.post("/tokens", status_code=201)
+async def make_token(host: Host, authenticated: Authenticated, request: NewToken) -> TokenMade:
+    """Make a token. Its secret is in this answer and nowhere else."""
+    return await host.people.make_token(*authenticated, request)
+
+
+@_api.delete("/tokens/{token}")
+async def revoke_token(host: Host, user: User, token: str) -> TokenView:
+    """Revoke a token, by id or name; sessions that it opened end."""
+    return await host.people.revoke_token(user, token)
+
+
+@_api.get("/nodes")
+async def list_nodes(host: Host, _user: User) -> list[NodeView]:
+    """All nodes."""
+    return await host.nodes.views()
+
+
+@_api.post("/nodes/register")
+async def register_node(host: Host, node: Node, registration: Registration) -> RegistrationAnswer:
+    """A runner says that it is there."""
+    host.credentials.check_node(node, registration.name)
+    return await host.nodes.register(registration)
+
+
+@_api.post("/nodes/{name}/heartbeat")
+async def heartbeat(host: Host, node: Node, name: str, beat: Heartbeat) -> HeartbeatAnswer:
+    """A runner says how its tasks are."""
+    host.credentials.check_node(node, name)
+    return await host.nodes.heartbeat(name, beat)
+
+
+@_api.get("/tasks")
+async def list_tasks(host: Host, user: User) -> list[TaskView]:
+    """All tasks that the caller may use."""
+    return await host.tasks.views(user)
+
+
+@_api.post("/tasks", status_code=201)
+async def create_task(host: Host, user: User, request: CreateRequest) -> TaskView:
+    """Start a task."""
+    return await host.tasks.create(request, user)
+
+
+@_api.post("/tasks/adopt", status_code=201)
+async def adopt_task(host: Host, admin: Admin, request: AdoptRequest) -> TaskView:
+    """Make a task of a container or an address that is there already; it belongs to nobody yet, so admins do it."""
+    return await host.tasks.adopt(request, admin.name)
+
+
+@_api.get("/tasks/{task}")
+async def get_task(host: Host, task_id: Usable) -> TaskView:
+    """One task, by id or name."""
+    return await host.tasks.get(task_id)
+
+
+@_api.get("/tasks/{task}/wait")
+async def wait_for_task(
+    host: Host, task_id: Usable, timeout: Annotated[float, Query(ge=0, le=MAX_WAIT_SECONDS)] = 30.0
+) -> TaskView:
+    """The task, once a forward to it would succeed."""
+    return await host.tasks.wait(task_id, timeout)
+
+
+@_api.post("/tasks/{task}/ssh-pass", status_code=201)
+async def make_ssh_pass(host: Host, user: User, task_id: Usable) -> SshPass:
+    """What stands for the caller's token on port 8002, for one connection to this task within a minute."""
+    return SshPass.model_validate({"pass": host.forwards.ssh_pass(user, int(task_id))})
+
+
+@_api.post("/tasks/{task}/stop")
+async def stop_task(host: Host, task_id: Own) -> TaskView:
+    """Stop a task."""
+    return await host.tasks.stop(task_id)
+
+
+@_api.post("/tasks/{task}/restart")
+async def restart_task(host: Host, task_id: Own) -> TaskView:
+    """Start a task again."""
+    return await host.tasks.restart(task_id)
+
+
+@_api.delete("/tasks/{task}")
+async def remove_task(host: Host, task_id: Own) -> TaskView:
+    """Remove a task; the answer is the task as it was."""
+    return await host.tasks.remove(task_id)
+
+
+@_api.post("/tasks/{task}/shares", status_code=201)
+async def share_task(host: Host, task_id: Own, request: ShareRequest) -> TaskView:
+    """Let another user look at a task and open sessions to it."""
+    await host.people.share(task_id, request.user)
+    return await host.tasks.get(task_id)
+
+
+@_api.delete("/tasks/{task}/shares/{user}")
+async def unshare_task(host: Host, task_id: Own, user: str) -> TaskView:
+    """Take that back; sessions of that user end."""
+    await host.people.unshare(task_id, user)
+    return await host.tasks.get(task_id)

@@ -1,0 +1,203 @@
+"""The host as a program: state, sockets, serving, and the end."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import socket
+import ssl
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import structlog
+
+from kohakuriver import runtime as loops
+from kohakuriver.host.app import Services, create_app
+from kohakuriver.host.services.access import Access
+from kohakuriver.host.services.audit import AuditLog
+from kohakuriver.host.services.authorize import Forwards
+from kohakuriver.host.services.credentials import Credentials
+from kohakuriver.host.services.grants import Grants
+from kohakuriver.host.services.nodes import Nodes
+from kohakuriver.host.services.people import People
+from kohakuriver.host.services.runner_client import RunnerClient
+from kohakuriver.host.services.tasks import Changes, Tasks
+from kohakuriver.host.services.terminal_proxy import TerminalProxy
+from kohakuriver.host.services.tunnel_proxy import TunnelProxy
+from kohakuriver.limits import Limits, from_environment
+from kohakuriver.runtime import raise_file_limit
+from kohakuriver.ssh_proxy import SshProxy
+from kohakuriver.store import Accounts, Store, sqlite_url
+from kohakuriver.tls import ServerCertificate, client_context
+from kohakuriver.tunnel.accept import serve_ws
+from kohakuriver.web.app import (
+    Server,
+    bind,
+    configure_logging,
+    print_ready,
+    server_certificate,
+    socket_url,
+    stop_at_end_of_stdin,
+    warn_if_in_clear,
+)
+from kohakuriver.web.origin import Guard
+
+__all__ = ["HostOptions", "main", "serve"]
+
+log = structlog.get_logger("kohakuriver.host")
+
+
+@dataclass(frozen=True)
+class HostOptions:
+    """How a host runs. `port` and `ssh_port` 0 are any free one; `database` None is a SQLite file in `state_dir`.
+
+    `allowed_hosts` and `allowed_origins` are as `Guard` takes them. With `user_mounts` others than admins may mount
+    directories of nodes.
+    `ca_file` is what runners' certificates are checked by, None the system's authorities; `audit_log` None is a file in
+    `state_dir`.
+    With `exit_with_stdin` it ends when its stdin does, as a child of `up` should.
+    """
+
+    state_dir: Path
+    bind: str = "0.0.0.0"
+    port: int = 8000
+    ssh_port: int = 8002
+    database: str | None = None
+    allow_anonymous: bool = False
+    allowed_hosts: Sequence[str] = ()
+    allowed_origins: Sequence[str] = ()
+    user_mounts: bool = False
+    heartbeat_seconds: float = 5.0
+    tls_cert: Path | None = None
+    tls_key: Path | None = None
+    ca_file: Path | None = None
+    audit_log: Path | None = None
+    json: bool = False
+    log_level: str = "info"
+    exit_with_stdin: bool = False
+
+
+@dataclass(frozen=True)
+class Perimeter:
+    """What stands between the host and everybody else. `trusted` is how runners that serve TLS are checked."""
+
+    certificate: ServerCertificate | None
+    trusted: ssl.SSLContext
+    limits: Limits
+    audit: AuditLog
+
+    @classmethod
+    def of(cls, options: HostOptions) -> Perimeter:
+        """As the options and the environment have it. Raises UsageError."""
+        trusted = client_context("https:", options.ca_file)
+        assert trusted is not None
+        return cls(
+            server_certificate(options.tls_cert, options.tls_key),
+            trusted,
+            from_environment(),
+            AuditLog(options.audit_log or options.state_dir / "audit.jsonl"),
+        )
+
+    @property
+    def names(self) -> list[str]:
+        """What this host is called by its certificate."""
+        return [] if self.certificate is None else self.certificate.names
+
+
+def serve(options: HostOptions) -> int:
+    """Run a host until SIGTERM or SIGINT; the exit code. Raises KohakuRiverError when it can't start."""
+    configure_logging(options.log_level)
+    raise_file_limit()
+    return loops.run(main(options))
+
+
+async def main(options: HostOptions) -> int:
+    """What `serve` runs on an event loop."""
+    options.state_dir.mkdir(parents=True, exist_ok=True, mode=0o700)
+    perimeter = Perimeter.of(options)
+    with contextlib.ExitStack() as stack:
+        sock = stack.enter_context(bind(options.bind, options.port))
+        ssh_sock = stack.enter_context(bind(options.bind, options.ssh_port))
+        store = await Store.open(options.database or sqlite_url(options.state_dir / "host.db"))
+        await _run(options, sock, ssh_sock, store, perimeter)
+    return 0
+
+
+async def _run(
+    options: HostOptions, sock: socket.socket, ssh_sock: socket.socket, store: Store, perimeter: Perimeter
+) -> None:
+    runners = RunnerClient(perimeter.trusted)
+    try:
+        credentials = Credentials(Accounts(store), allow_anonymous=options.allow_anonymous)
+        for path in await credentials.load_or_make(options.state_dir):
+            log.info("made a token", file=str(path))
+        if options.allow_anonymous:
+            log.warning(
+                "ANONYMOUS ACCESS IS ON: anybody who reaches this port can open forwards, terminals and SSH "
+                "connections to every task"
+            )
+        warn_if_in_clear(sock, perimeter.certificate)
+        await _serve(options, sock, ssh_sock, store, runners, credentials, perimeter)
+    finally:
+        await runners.close()
+        await store.close()
+
+
+async def _serve(
+    options: HostOptions,
+    sock: socket.socket,
+    ssh_sock: socket.socket,
+    store: Store,
+    runners: RunnerClient,
+    credentials: Credentials,
+    perimeter: Perimeter,
+) -> None:
+    changes = Changes()
+    nodes = Nodes(store, heartbeat_seconds=options.heartbeat_seconds, on_change=changes.notify)
+    tasks = Tasks(store, nodes, runners, changes, user_mounts=options.user_mounts)
+    accounts = Accounts(store)
+    access = Access(store, accounts)
+    grants = Grants(accounts, max_sessions=perimeter.limits.max_sessions, audit=perimeter.audit)
+    forwards = Forwards(credentials, access, grants, store, nodes, tasks)
+    proxy = TunnelProxy(authorize=forwards.authorize, trusted=perimeter.trusted, limits=perimeter.limits)
+    terminals = TerminalProxy(authorize=forwards.authorize_terminal, trusted=perimeter.trusted, limits=perimeter.limits)
+    ssh_proxy = SshProxy(
+        ssh_sock,
+        authorize=forwards.authorize_ssh,
+        keyholders=forwards.keyholder,
+        check_user=credentials.caller,
+        host_key=options.state_dir / "ssh_host_ed25519_key",
+        trusted=perimeter.trusted,
+        limits=perimeter.limits,
+    )
+    guard = Guard(names=perimeter.names, hosts=options.allowed_hosts, origins=options.allowed_origins)
+    url = socket_url(sock, "https" if options.tls_cert else "http")
+    ssh_address = socket_url(ssh_sock).removeprefix("http://")
+
+    async def ready() -> None:
+        if options.exit_with_stdin:
+            stop_at_end_of_stdin(server)
+        ssh_proxy.start()
+        sentence = f"The host is ready at {url}, its SSH proxy at {ssh_address}"
+        loops.freeze_heap()
+        print_ready(options.json, sentence, url=url, ssh_proxy=ssh_address)
+
+    async def stop() -> None:
+        await ssh_proxy.close()
+        await terminals.close()
+        await proxy.close()
+
+    server = Server(
+        create_app(Services(credentials, access, People(accounts, grants), nodes, tasks, forwards), guard),
+        ws=serve_ws([*proxy.routes(), *terminals.routes()], guard, max_message=perimeter.limits.max_message),
+        on_ready=ready,
+        on_stop=stop,
+        certificate=perimeter.certificate,
+        limits=perimeter.limits,
+    )
+    checking = asyncio.get_running_loop().create_task(grants.run())
+    try:
+        await server.serve([sock])
+    finally:
+        await loops.cancel_all([checking])

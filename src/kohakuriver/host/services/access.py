@@ -1,0 +1,53 @@
+"""What a caller may do with which task (docs/security.md).
+
+An owner and an admin may do everything with a task. Whom it is shared with may look at it and open sessions to it.
+Where a host lets sessions without a token in, those reach every task: who opens them is not known.
+"""
+
+from __future__ import annotations
+
+from kohakuriver.errors import NotAllowedError
+from kohakuriver.host.services.credentials import ANONYMOUS, Caller
+from kohakuriver.store import Accounts, Store, Task
+
+__all__ = ["Access"]
+
+
+class Access:
+    """Looks tasks up for callers who may have to do with them."""
+
+    def __init__(self, store: Store, accounts: Accounts) -> None:
+        self._store = store
+        self._accounts = accounts
+
+    async def usable(self, caller: Caller, reference: str) -> Task:
+        """The task with that id or name, which the caller may use. Raises NotFoundError or NotAllowedError."""
+        task = await self._store.task(reference)
+        await self.check_usable(caller, task)
+        return task
+
+    async def check_usable(self, caller: Caller, task: Task) -> None:
+        """Raises NotAllowedError unless the caller may look at the task and open sessions to it."""
+        if _owns(caller, task) or caller.role == ANONYMOUS:
+            return
+        shares = await self._accounts.shares([task.task_id])
+        if caller.name not in shares.get(task.task_id, ()):
+            raise NotAllowedError(
+                f"Task {task.name} is not yours; its owner can share it with `kohakuriver vps share {task.name} "
+                f"{caller.name}`.",
+                code="not_your_task",
+            )
+
+    async def own(self, caller: Caller, reference: str) -> Task:
+        """The task with that id or name, which the caller may change. Raises NotFoundError or NotAllowedError."""
+        task = await self.usable(caller, reference)
+        if not _owns(caller, task):
+            raise NotAllowedError(
+                f"Task {task.name} is shared with you to use it; only its owner, {task.owner}, may change it.",
+                code="not_your_task",
+            )
+        return task
+
+
+def _owns(caller: Caller, task: Task) -> bool:
+    return caller.is_admin or caller.name == task.owner

@@ -1,0 +1,140 @@
+"""Who may open which forward session, terminal or SSH connection, and where it goes."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from kohakuriver.errors import NotAllowedError, NotFoundError, UsageError
+from kohakuriver.host.services.access import Access
+from kohakuriver.host.services.credentials import Caller, Credentials
+from kohakuriver.host.services.grants import Grants, Passes
+from kohakuriver.host.services.nodes import Nodes
+from kohakuriver.host.services.tasks import Tasks, not_running
+from kohakuriver.host.services.terminal_proxy import TerminalTarget
+from kohakuriver.host.services.tunnel_proxy import ForwardTarget
+from kohakuriver.session import ticket
+from kohakuriver.ssh_proxy import SshTarget
+from kohakuriver.ssh_proxy.jump import Reach
+from kohakuriver.store import Node, Store, Task
+
+__all__ = ["Forwards"]
+
+SSH_PORT = 22
+"""Where the SSH server of a task is taken to listen that was not given one."""
+
+
+class Forwards:
+    """Turns a user's request for a session into a ticket for the task's node, and a grant for as long as it lasts."""
+
+    def __init__(
+        self, credentials: Credentials, access: Access, grants: Grants, store: Store, nodes: Nodes, tasks: Tasks
+    ) -> None:
+        self._credentials = credentials
+        self._access = access
+        self._grants = grants
+        self._store = store
+        self._nodes = nodes
+        self._tasks = tasks
+        self._passes = Passes()
+
+    async def authorize(
+        self, token: str | None, reference: str, port: int, proto: str, ports: frozenset[int] | None = None
+    ) -> ForwardTarget:
+        """Where a session to `port` (1 to 65535) of a task goes; `proto` is "tcp" or "udp".
+
+        The session reaches `ports` besides, or where that is None all ports. Raises UnauthenticatedError,
+        NotAllowedError, NotFoundError, UsageError, or UnavailableError "task_not_running", "node_offline" or
+        "too_many_sessions". Source: docs/protocol.md §4.
+        """
+        caller = await self._credentials.session_caller(token)
+        if not 0 < port < 65536:
+            raise UsageError(f"{port} is no port; ports go from 1 to 65535.")
+        task, node = await self._usable(caller, reference)
+        url, credential = self._ticket(task, node, caller, "forward", None if ports is None else {port, *ports})
+        grant = await self._grants.enter(caller, task)
+        return ForwardTarget(runner_ws_url=url, container=task.container, ticket=credential, grant=grant)
+
+    async def authorize_terminal(self, token: str | None, reference: str) -> TerminalTarget:
+        """Where a terminal of a task is opened. Raises as `authorize` does. Source: docs/protocol.md §6."""
+        caller = await self._credentials.session_caller(token)
+        task, node = await self._usable(caller, reference)
+        url, credential = self._ticket(task, node, caller, "terminal")
+        grant = await self._grants.enter(caller, task)
+        return TerminalTarget(runner_ws_url=url, task_id=task.task_id, ticket=credential, grant=grant)
+
+    async def authorize_ssh(self, token: str | None, reference: str, port: int | None = None) -> SshTarget:
+        """Where a connection to a port of a task goes, None being where its SSH server listens.
+
+        `token` may be a pass. Raises as `authorize` does. Source: docs/protocol.md §7.
+        """
+        only: int | None = None
+        if token is not None and token.startswith(Passes.PREFIX):
+            caller, only = self._passes.take(token)
+        else:
+            caller = await self._credentials.session_caller(token)
+        task, node = await self._usable(caller, reference)
+        if only not in (None, task.task_id):
+            raise NotAllowedError("This pass is for another task; get a new one.")
+        return await self._ssh_target(task, node, caller, port)
+
+    def ssh_pass(self, caller: Caller, task_id: int) -> str:
+        """What `authorize_ssh` takes once in the place of the caller's token, for this task."""
+        return self._passes.issue(caller, task_id)
+
+    async def keyholder(self, key: str) -> Reach | None:
+        """What the holder of a public key (type and base64) may reach: the tasks that it was put into.
+
+        None when there is no such task.
+        """
+
+        async def reach(reference: str, port: int | None) -> SshTarget:
+            task, node = await self._store.task_and_node(reference)
+            if not task.lets_in(key):
+                raise NotFoundError(f"There is no task {reference!r} that lets your key in.")
+            # The owner's right was to put the key there; it lasts as long as the key is there.
+            return await self._ssh_target(task, node, Caller(task.owner, "user"), port, key)
+
+        return reach if await self._store.lets_in(key) else None
+
+    async def _usable(self, caller: Caller, reference: str) -> tuple[Task, Node]:
+        task, node = await self._store.task_and_node(reference)
+        await self._access.check_usable(caller, task)
+        return task, node
+
+    async def _ssh_target(
+        self, task: Task, node: Node, caller: Caller, port: int | None, key: str | None = None
+    ) -> SshTarget:
+        target_port = port or task.ssh_port or SSH_PORT
+        url, credential = self._ticket(task, node, caller, "forward", {target_port})
+        return SshTarget(
+            task=task.name or str(task.task_id),
+            port=target_port,
+            runner_ws_url=url,
+            container=task.container,
+            ticket=credential,
+            own_server=port is None and task.ssh_port is not None,
+            grant=await self._grants.enter(caller, task, key),
+        )
+
+    def _ticket(
+        self,
+        task: Task,
+        node: Node,
+        caller: Caller,
+        scope: Literal["forward", "terminal"],
+        ports: set[int] | None = None,
+    ) -> tuple[str, str]:
+        """The runner's WebSocket address, and what to show there. Raises UnavailableError."""
+        view = self._tasks.view(task, node)
+        if view.status != "running":
+            raise not_running(view)
+        credential = ticket.issue(
+            node.ticket_key,
+            node=node.name,
+            scope=scope,
+            task=task.task_id,
+            container=task.container,
+            user=caller.name,
+            ports="*" if ports is None else sorted(ports),
+        )
+        return "ws" + node.url.removeprefix("http"), credential

@@ -1,0 +1,208 @@
+"""Sessions under way of every kind, the right of each to go on, and what is written down about them.
+
+A session is checked when it is opened and whenever a right was taken away here; besides every few seconds, because a
+token expires by itself and another host on the same database may have revoked it. The bytes of a session are no part of
+that: all that a session pays is one entry in a set.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import secrets
+import time
+from collections import Counter, deque
+from collections.abc import Callable
+from typing import Any, Protocol
+
+import structlog
+
+from kohakuriver.errors import KohakuRiverError, NotAllowedError, UnauthenticatedError, UnavailableError
+from kohakuriver.host.services.credentials import Caller
+from kohakuriver.store import Accounts, Task, Use
+
+__all__ = ["CHECK_SECONDS", "PASS_SECONDS", "Audit", "Grant", "Grants", "Passes"]
+
+CHECK_SECONDS = 2.0
+"""How often the sessions under way are checked when nothing is known to have changed."""
+
+PASS_SECONDS = 60.0
+"""How long a pass is good."""
+
+MAX_PASSES = 1000
+"""How many of one user may wait to be used."""
+
+log = structlog.get_logger("kohakuriver.host")
+
+
+class Audit(Protocol):
+    """Where it is written down who opened what."""
+
+    def write(self, event: str, **fields: Any) -> None: ...
+
+
+class Grant:
+    """One session's right to go on; see `kohakuriver.session.grant`."""
+
+    def __init__(self, grants: Grants, caller: Caller, task: Task, use: Use) -> None:
+        self.caller = caller
+        self.use = use
+        self._grants = grants
+        self._about: dict[str, Any] = {
+            "session": secrets.token_hex(8),
+            "user": caller.name,
+            "task": task.task_id,
+            "node": task.node,
+            "container": task.container,
+        }
+        self._began: float | None = None
+        self._over = False
+        self._end: Callable[[str], None] | None = None
+        self._withdrawn: str | None = None
+
+    def opened(self, **about: Any) -> None:
+        """The session has begun."""
+        self._about |= about
+        self._began = time.monotonic()
+        self._grants.write("session_opened", self._about)
+
+    def attach(self, end: Callable[[str], None]) -> None:
+        """`end` is called with the reason once the right is gone: at once if that has happened already."""
+        self._end = end
+        if self._withdrawn is not None:
+            end(self._withdrawn)
+
+    def closed(self, **how: Any) -> None:
+        """The session has ended."""
+        if not self._over and self._began is not None:
+            seconds = round(time.monotonic() - self._began, 3)
+            self._grants.write("session_closed", {**self._about, "seconds": seconds, **how})
+        self.release()
+
+    def release(self) -> None:
+        """The session has ended, or never began."""
+        if not self._over:
+            self._over = True
+            self._grants.forget(self)
+
+    def withdraw(self, reason: str) -> None:
+        """End the session."""
+        self._withdrawn = reason
+        log.info("session ended", user=self.caller.name, task=self.use.task_id, reason=reason)
+        if self._end is not None:
+            try:
+                self._end(reason)
+            except Exception:  # the others that have to end must not have to do with it
+                log.exception("a session could not be ended", user=self.caller.name, task=self.use.task_id)
+
+
+class Grants:
+    """All sessions of this host, whatever they carry.
+
+    Args:
+        max_sessions: how many one user may have open at a time; 0 for any number.
+        audit: where sessions are written down, if anywhere.
+    """
+
+    def __init__(self, accounts: Accounts, *, max_sessions: int = 0, audit: Audit | None = None) -> None:
+        self._accounts = accounts
+        self._most = max_sessions
+        self._audit = audit
+        self._grants: set[Grant] = set()
+        self._of_user: Counter[str] = Counter()
+
+    def open(self, caller: Caller, task: Task, key: str | None = None) -> Grant:
+        """Enter a session that `caller` opens to a task, before anything is done for it.
+
+        `key` is the public key, as its type and base64, that the task's owner let in and that is all who opens it has.
+        Raises UnavailableError "too_many_sessions" (429).
+        """
+        if self._most and self._of_user[caller.name] >= self._most:
+            sessions = "1 session" if self._most == 1 else f"{self._most} sessions"
+            raise UnavailableError(
+                f"{caller.name or 'This user'} has {sessions} open, as many as this host allows; end one first.",
+                code="too_many_sessions",
+                status=429,
+            )
+        grant = Grant(self, caller, task, Use(caller.digest, task.task_id, key))
+        self._grants.add(grant)
+        self._of_user[caller.name] += 1
+        return grant
+
+    async def enter(self, caller: Caller, task: Task, key: str | None = None) -> Grant:
+        """`open`, and then ask whether the right is still there; it may be some time since the caller was looked up.
+
+        Whatever is taken away from here on finds the session among those under way. Raises NotAllowedError besides.
+        """
+        grant = self.open(caller, task, key)
+        try:
+            reason = (await self._accounts.withdrawn([grant.use])).get(grant.use)
+            if reason is not None:
+                raise NotAllowedError(f"This can't be opened: {reason}.")
+        except BaseException:
+            grant.release()
+            raise
+        return grant
+
+    def forget(self, grant: Grant) -> None:
+        """The session has ended."""
+        self._grants.discard(grant)
+        self._of_user[grant.caller.name] -= 1
+        if not self._of_user[grant.caller.name]:
+            del self._of_user[grant.caller.name]
+
+    def write(self, event: str, about: dict[str, Any]) -> None:
+        """Write down what became of a session."""
+        if self._audit is not None:
+            self._audit.write(event, **about)
+
+    def __len__(self) -> int:
+        return len(self._grants)
+
+    async def check(self) -> None:
+        """End every session whose token, user or share is gone. Raises KohakuRiverError when the database fails."""
+        withdrawn = await self._accounts.withdrawn({grant.use for grant in self._grants})
+        for grant in list(self._grants):
+            if grant.use in withdrawn:
+                self._grants.discard(grant)  # it is told once
+                grant.withdraw(withdrawn[grant.use])
+
+    async def run(self) -> None:
+        """Check every `CHECK_SECONDS`, until cancelled."""
+        while True:
+            await asyncio.sleep(CHECK_SECONDS)
+            if self._grants:
+                try:
+                    await self.check()
+                except KohakuRiverError:
+                    pass  # no new session is opened either while the database fails
+                except Exception:
+                    log.exception("the rights of sessions could not be checked")
+
+
+class Passes:
+    """Stand-ins for tokens where others may listen: each opens one SSH connection to one task, within a minute."""
+
+    PREFIX = "krp_"
+
+    def __init__(self, *, clock: Callable[[], float] = time.monotonic) -> None:
+        self._clock = clock
+        self._passes: dict[str, tuple[float, Caller, int]] = {}
+        self._of_user: dict[str, deque[str]] = {}
+
+    def issue(self, caller: Caller, task_id: int) -> str:
+        """A pass for what `caller` may reach; of too many that were not used the user's oldest goes."""
+        now = self._clock()
+        known = self._of_user.setdefault(caller.name, deque())
+        while known and (len(known) >= MAX_PASSES or self._passes.get(known[0], (0.0,))[0] <= now):
+            self._passes.pop(known.popleft(), None)
+        made = self.PREFIX + secrets.token_urlsafe(32)
+        self._passes[made] = now + PASS_SECONDS, caller, task_id
+        known.append(made)
+        return made
+
+    def take(self, shown: str) -> tuple[Caller, int]:
+        """Whose pass this is and for which task; it is used up with that. Raises UnauthenticatedError."""
+        found = self._passes.pop(shown, None)
+        if found is None or found[0] <= self._clock():
+            raise UnauthenticatedError("This pass was used or has run out; get a new one.")
+        return found[1:]

@@ -1,0 +1,120 @@
+"""Users, tokens and shares, as the HTTP API shows and changes them.
+
+What takes a right away ends the sessions that hang on it at once.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+
+import structlog
+
+from kohakuriver.errors import NotFoundError, UsageError
+from kohakuriver.host.schemas import NewToken, NewUser, TokenMade, TokenView, UserView, Whoami, iso_time
+from kohakuriver.host.services.credentials import ADMIN, Caller, new_token
+from kohakuriver.host.services.grants import Grants
+from kohakuriver.store import Accounts, Token, User
+
+__all__ = ["People"]
+
+log = structlog.get_logger("kohakuriver.host")
+
+
+class People:
+    """Who may use this host. Methods that take a caller check what that caller may do; the others are for admins."""
+
+    def __init__(self, accounts: Accounts, grants: Grants, *, clock: Callable[[], float] = time.time) -> None:
+        self._accounts = accounts
+        self._grants = grants
+        self._clock = clock
+
+    def whoami(self, caller: Caller, token: Token) -> Whoami:
+        """Who the caller is."""
+        return Whoami.model_validate({"user": caller.name, "role": caller.role, "token": self._view(token)})
+
+    async def users(self) -> list[UserView]:
+        """All users."""
+        return [_user_view(user) for user in await self._accounts.users()]
+
+    async def add_user(self, request: NewUser) -> UserView:
+        """Make a user."""
+        user = await self._accounts.add_user(request.name, request.role)
+        log.info("user added", user=user.name, role=user.role)
+        return _user_view(user)
+
+    async def remove_user(self, name: str, heir: Caller) -> UserView:
+        """Remove a user. Raises NotFoundError, or UsageError for a user that has to stay."""
+        if name in (ADMIN, heir.name):
+            raise UsageError(
+                f"The user {name!r} can't be removed: "
+                + ("it is the host's own." if name == ADMIN else "that is you; another admin can do it.")
+            )
+        user = await self._accounts.remove_user(name, heir.name)
+        await self._grants.check()
+        log.info("user removed", user=name, heir=heir.name)
+        return _user_view(user)
+
+    async def tokens(self, caller: Caller, of: str | None, *, every: bool) -> list[TokenView]:
+        """The caller's own tokens; those of the user `of`, or `every` one, for admins."""
+        if every or of not in (None, caller.name):
+            caller.need_admin("Seeing the tokens of others")
+        if of is not None:
+            await self._accounts.user(of)
+        owner = None if every else of or caller.name
+        return [self._view(token) for token in await self._accounts.tokens(owner)]
+
+    async def make_token(self, caller: Caller, shown: Token, request: NewToken) -> TokenMade:
+        """A new token: of the caller, or for admins of another user or a node. `shown` is the caller's own.
+
+        A token that expires makes none that outlives it for the same user.
+        """
+        kind, name = ("node", request.node) if request.node is not None else ("user", request.user or caller.name)
+        if kind == "node" or name != caller.name:
+            caller.need_admin("Making tokens for others")
+        expires_at = None if request.expires_in is None else self._clock() + request.expires_in
+        if kind == "user" and name == caller.name and shown.expires_at is not None:
+            expires_at = min(expires_at or shown.expires_at, shown.expires_at)
+        secret = new_token(kind)
+        token = await self._accounts.add_token(secret, kind=kind, name=name, label=request.name, expires_at=expires_at)
+        log.info("token made", id=token.id, kind=kind, owner=name, by=caller.name)
+        return TokenMade.model_validate({**self._view(token).model_dump(), "token": secret})
+
+    async def revoke_token(self, caller: Caller, reference: str) -> TokenView:
+        """Revoke one of the caller's own tokens, by id or label; for admins also any by its id, a node's by either."""
+        try:
+            token = await self._accounts.revoke_token(reference, caller.name)
+        except NotFoundError:
+            if not caller.is_admin:
+                raise
+            token = await self._accounts.revoke_token(reference)
+        await self._grants.check()
+        log.info("token revoked", id=token.id, kind=token.kind, owner=token.name, by=caller.name)
+        return self._view(token)
+
+    async def share(self, task_id: str, user: str) -> None:
+        """Let a user use a task."""
+        await self._accounts.share(int(task_id), user)
+        log.info("task shared", task=int(task_id), user=user)
+
+    async def unshare(self, task_id: str, user: str) -> None:
+        """Take that back."""
+        await self._accounts.unshare(int(task_id), user)
+        log.info("task no longer shared", task=int(task_id), user=user)
+        await self._grants.check()
+
+    def _view(self, token: Token) -> TokenView:
+        expired = token.expires_at is not None and token.expires_at <= self._clock()
+        return TokenView(
+            id=token.id,
+            name=token.label,
+            user=token.name if token.kind == "user" else None,
+            node=token.name if token.kind == "node" else None,
+            status="revoked" if token.revoked_at is not None else "expired" if expired else "valid",
+            created_at=iso_time(token.created_at),
+            expires_at=None if token.expires_at is None else iso_time(token.expires_at),
+        )
+
+
+def _user_view(user: User) -> UserView:
+    return UserView.model_validate({"name": user.name, "role": user.role, "created_at": iso_time(user.created_at)})

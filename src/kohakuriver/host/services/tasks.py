@@ -1,0 +1,352 @@
+"""Tasks: making them on a node, their life, and waiting until one can be reached."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import secrets
+import time
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any
+
+import structlog
+from pydantic import ValidationError
+
+from kohakuriver.errors import HostUnreachableError, KohakuRiverError, NotFoundError, UnavailableError, UsageError
+from kohakuriver.host.schemas import (
+    AdoptRequest,
+    CreateRequest,
+    TaskReport,
+    TaskView,
+    is_engine_id,
+    is_task_name,
+    iso_time,
+)
+from kohakuriver.host.services.credentials import Caller
+from kohakuriver.host.services.nodes import Nodes
+from kohakuriver.host.services.runner_client import RunnerClient, makes_no_sense
+from kohakuriver.store import Accounts, Node, Store, Task
+
+__all__ = ["Changes", "Tasks", "container_name", "not_running"]
+
+log = structlog.get_logger("kohakuriver.host")
+
+_CONTAINER_NAMES = {"docker": "kohakuriver-vps-{}", "process": "kohakuriver-task-{}", "address": "vm-{}"}
+_ACTIVE = ("starting", "running")
+_ADOPT = "/api/tasks/adopt"
+
+# A stop may take an engine its grace period. Users' programs wait a little longer than this for the host.
+_RUNNER_SECONDS = 45.0
+
+# Another host on the same database hears of changes that this one does not.
+_POLL_SECONDS = 1.0
+
+
+def container_name(backend: str, task_id: int) -> str:
+    """A task's id on the tunnel. Source: docs/protocol.md §4."""
+    return _CONTAINER_NAMES[backend].format(task_id)
+
+
+class Changes:
+    """Wakes whoever waits for a task to change."""
+
+    def __init__(self) -> None:
+        self._events: defaultdict[int, set[asyncio.Event]] = defaultdict(set)
+
+    def notify(self, task_ids: Iterable[int]) -> None:
+        """Wake everybody who watches one of these tasks."""
+        for task_id in task_ids:
+            for event in self._events.get(task_id, ()):
+                event.set()
+
+    @contextlib.contextmanager
+    def watch(self, task_id: int) -> Iterator[asyncio.Event]:
+        """An event that is set when the task changes."""
+        event = asyncio.Event()
+        self._events[task_id].add(event)
+        try:
+            yield event
+        finally:
+            self._events[task_id].discard(event)
+            if not self._events[task_id]:
+                del self._events[task_id]
+
+
+class Tasks:
+    """What users do with tasks. Every method may raise KohakuRiverError with the reason.
+
+    Who may do it was checked before (`host/access.py`). `user_mounts`: others than admins may mount what nodes have.
+    """
+
+    def __init__(
+        self,
+        store: Store,
+        nodes: Nodes,
+        runners: RunnerClient,
+        changes: Changes,
+        *,
+        user_mounts: bool = False,
+        clock: Callable[[], float] = time.time,
+    ) -> None:
+        self._store = store
+        self._accounts = Accounts(store)
+        self._user_mounts = user_mounts
+        self._nodes = nodes
+        self._runners = runners
+        self._changes = changes
+        self._clock = clock
+
+    def view(self, task: Task, node: Node, shared_with: Sequence[str] = ()) -> TaskView:
+        """A task as users see it: one on a node that is offline is lost until the node is back."""
+        lost = task.status in _ACTIVE and not self._nodes.is_online(node)
+        return TaskView.model_validate(
+            {
+                "task_id": task.task_id,
+                "name": task.name,
+                "node": task.node,
+                "backend": task.backend,
+                "status": "lost" if lost else task.status,
+                "tunnel": task.tunnel and not lost,
+                "image": task.image,
+                "address": task.address,
+                "container": task.container,
+                "created_at": iso_time(task.created_at),
+                "message": f"node {node.name} is offline" if lost else task.message,
+                "owner": task.owner,
+                "ssh_port": task.ssh_port,
+                "ssh_host_key": task.ssh_host_key,
+                "shared_with": shared_with,
+                "traffic": {} if lost else node.traffic.get("tasks", {}).get(str(task.task_id), {}),
+            }
+        )
+
+    async def views(self, caller: Caller) -> list[TaskView]:
+        """All tasks that the caller may use, oldest first."""
+        nodes = {node.name: node for node in await self._store.nodes()}
+        tasks = await self._store.tasks()
+        shares = await self._accounts.shares(task.task_id for task in tasks)
+        views = [self.view(task, nodes[task.node], shares.get(task.task_id, [])) for task in tasks]
+        return [view for view in views if caller.is_admin or caller.name in (view.owner, *view.shared_with)]
+
+    async def get(self, reference: str) -> TaskView:
+        """One task, by id or name."""
+        task, node = await self._store.task_and_node(reference)
+        return await self._view(task, node)
+
+    async def _view(self, task: Task, node: Node) -> TaskView:
+        shares = await self._accounts.shares([task.task_id])
+        return self.view(task, node, shares.get(task.task_id, []))
+
+    async def create(self, request: CreateRequest, owner: Caller) -> TaskView:
+        """Start a new task. One that can't be started leaves nothing behind."""
+        _check_create(request)
+        if request.mounts and not self._user_mounts:
+            owner.need_admin("Mounting what a node has")
+        if request.backend is not None:
+            backends: tuple[str, ...] = (request.backend,)
+        else:
+            backends = ("docker",) if request.image is not None else ("process",)
+        node = (await self._nodes.fitting(backends, request.node))[0]
+        task = await self._add(
+            request.name, node, backends[0], owner.name, image=request.image, ssh_keys=request.ssh_keys
+        )
+        spec = request.model_dump(include={"image", "command", "env", "mounts", "ssh_keys"})
+        return await self._begin(task, node, "/api/tasks", spec)
+
+    async def adopt(self, request: AdoptRequest, owner: str) -> TaskView:
+        """Make a task of what runs already. Adopting the same container once more gives the task that it is."""
+        if request.address is not None:
+            node = await self._node_for_address(request.node)
+            task = await self._add(request.name, node, "address", owner, address=request.address)
+            return await self._begin(task, node, _ADOPT, {"address": request.address})
+        nodes = await self._nodes.fitting(("docker",), request.node)
+        name = request.name or await self._name_of(request.container or "")
+        for node in nodes:
+            task = await self._add(name, node, "docker", owner)
+            try:
+                return await self._begin(task, node, _ADOPT, {"engine_name": request.container})
+            except NotFoundError:
+                if node is nodes[-1]:
+                    raise
+        raise AssertionError("fitting() gives at least one node")
+
+    async def _name_of(self, container: str) -> str | None:
+        """A container's own name as that of its task, where it is free and would do for one."""
+        if is_engine_id(container) or not is_task_name(container):
+            return None
+        try:
+            await self._store.task_and_node(container)
+        except NotFoundError:
+            return container
+        return None
+
+    async def _node_for_address(self, name: str | None) -> Node:
+        nodes = await self._nodes.fitting(("address",), name)
+        if len(nodes) > 1:
+            raise UsageError("Several nodes are online; say with --node which one reaches the address.")
+        return nodes[0]
+
+    async def _add(
+        self,
+        name: str | None,
+        node: Node,
+        backend: str,
+        owner: str,
+        *,
+        image: str | None = None,
+        address: str | None = None,
+        ssh_keys: Sequence[str] = (),
+    ) -> Task:
+        task_id = 10**9 + secrets.randbelow(9 * 10**9)
+        now = self._clock()
+        task = Task(
+            task_id=task_id,
+            name=name or f"vps-{task_id}",
+            node=node.name,
+            backend=backend,
+            container=container_name(backend, task_id),
+            image=image,
+            address=address,
+            owner=owner,
+            status="starting",
+            message=None,
+            tunnel=False,
+            ssh_keys=list(ssh_keys),
+            revision=0,
+            removed=False,
+            created_at=now,
+            changed_at=now,
+        )
+        await self._store.add_task(task)
+        try:
+            await self._accounts.user(owner)
+        except NotFoundError:  # removed meanwhile, too early for this task to pass to the heir with the others
+            await self._store.forget_tasks([task_id])
+            raise
+        return task
+
+    async def _begin(self, task: Task, node: Node, path: str, spec: dict[str, Any]) -> TaskView:
+        body = {
+            "task_id": task.task_id,
+            "container": task.container,
+            "backend": task.backend,
+            "name": task.name,
+            **spec,
+        }
+        try:
+            answer = await self._runners.call(
+                node, "POST", path, body, container=task.container, timeout=_RUNNER_SECONDS
+            )
+            report = _report(answer, node)
+        except KohakuRiverError as error:
+            if error.code == "runner_timeout":
+                raise  # it may yet have started: the next heartbeat says
+            await self._store.forget_tasks([task.task_id])
+            raise
+        if report.task_id != task.task_id:
+            await self._store.forget_tasks([task.task_id])
+            if path != _ADOPT:  # only for admins, who may see every task, a node may name another one
+                raise makes_no_sense(node)
+            return await self.get(str(report.task_id))
+        log.info("task started", task=task.task_id, name=task.name, node=node.name, backend=task.backend)
+        return await self._take_over(report, node, task)
+
+    async def _take_over(self, report: TaskReport, node: Node, task: Task) -> TaskView:
+        changed = await self._store.change_task(task.task_id, report.model_dump(exclude={"task_id"}))
+        self._changes.notify([task.task_id])
+        return await self._view(changed or task, node)
+
+    async def stop(self, reference: str) -> TaskView:
+        """Stop a task; one that does not run stays as it is."""
+        return await self._control(reference, "stop")
+
+    async def restart(self, reference: str) -> TaskView:
+        """Stop a task if it runs, and start it again."""
+        return await self._control(reference, "restart")
+
+    async def _control(self, reference: str, action: str) -> TaskView:
+        task, node = await self._store.task_and_node(reference)
+        self._nodes.check_online(node)
+        path = f"/api/tasks/{task.container}/{action}"
+        answer = await self._runners.call(node, "POST", path, container=task.container, timeout=_RUNNER_SECONDS)
+        return await self._take_over(_report(answer, node), node, task)
+
+    async def remove(self, reference: str) -> TaskView:
+        """Remove a task, as it was. A node that can't be reached is told when it is back."""
+        task, node = await self._store.task_and_node(reference)
+        view = await self._view(task, node)
+        try:
+            self._nodes.check_online(node)
+            await self._runners.call(
+                node, "DELETE", f"/api/tasks/{task.container}", container=task.container, timeout=_RUNNER_SECONDS
+            )
+        except NotFoundError:
+            await self._store.forget_tasks([task.task_id])
+        except HostUnreachableError:
+            await self._store.remove_task(task.task_id)
+        except UnavailableError as error:
+            if error.code != "node_offline":
+                raise
+            await self._store.remove_task(task.task_id)
+        else:
+            await self._store.forget_tasks([task.task_id])
+        self._changes.notify([task.task_id])
+        log.info("task removed", task=task.task_id, name=task.name, node=node.name)
+        return view
+
+    async def wait(self, reference: str, timeout: float) -> TaskView:
+        """The task once a forward to it would succeed; `timeout` is in seconds.
+
+        Raises UnavailableError "task_not_running" (409), or "tunnel_not_connected" (504) when the time is up.
+        """
+        deadline = time.monotonic() + timeout
+        task = await self._store.task(reference)
+        with self._changes.watch(task.task_id) as changed:
+            while True:
+                changed.clear()
+                task, node = await self._store.task_and_node(str(task.task_id))
+                view = self.view(task, node)
+                if view.status == "running" and view.tunnel:
+                    return await self._view(task, node)
+                if view.status not in _ACTIVE:
+                    raise not_running(view)
+                left = deadline - time.monotonic()
+                if left <= 0:
+                    raise _too_slow(view, timeout)
+                with contextlib.suppress(asyncio.TimeoutError):
+                    await asyncio.wait_for(changed.wait(), min(left, _POLL_SECONDS))
+
+
+def _report(answer: dict[str, Any], node: Node) -> TaskReport:
+    try:
+        return TaskReport.model_validate(answer)
+    except ValidationError as error:
+        raise makes_no_sense(node) from error
+
+
+def _check_create(request: CreateRequest) -> None:
+    if request.backend == "docker" and request.image is None:
+        raise UsageError("A task of the docker backend needs an image; name one with --image.")
+    if request.backend == "process" and request.image is not None:
+        raise UsageError("A task of the process backend runs on the node itself and takes no --image.")
+    if request.mounts and request.image is None:
+        raise UsageError("Only a task in a container takes --mount; a process sees the node's files as they are.")
+
+
+def not_running(view: TaskView) -> UnavailableError:
+    """The error for a task that can't be reached because it does not run; says what became of it."""
+    what = {"starting": "is still starting", "failed": "has failed"}.get(view.status, f"is {view.status}")
+    why = f": {view.message}" if view.message else ""
+    if view.status == "lost" and why.endswith("is offline"):
+        return UnavailableError(f"Task {view.name} {what}{why}; it is back when its node is.", code="node_offline")
+    advice = "" if view.status == "starting" else f"; `kohakuriver vps restart {view.name}` starts it again"
+    return UnavailableError(f"Task {view.name} {what}{why}{advice}.", code="task_not_running")
+
+
+def _too_slow(view: TaskView, timeout: float) -> UnavailableError:
+    what = "did not start" if view.status == "starting" else "runs, but its tunnel did not connect"
+    why = f": {view.message}" if view.message else ""
+    return UnavailableError(
+        f"Task {view.name} {what} within {timeout:g} s{why}.", code="tunnel_not_connected", status=504
+    )

@@ -1,0 +1,146 @@
+"""The runner's HTTP API, which the host uses. Every request but the health check needs a ticket."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Annotated, Any, Literal
+
+from fastapi import APIRouter, Depends, FastAPI, Request
+from pydantic import BaseModel, ConfigDict
+
+from kohakuriver import __version__
+from kohakuriver.errors import NotAllowedError
+from kohakuriver.runner.services.registration import Registration
+from kohakuriver.runner.services.state import TaskRecord
+from kohakuriver.runner.services.tasks import TaskManager
+from kohakuriver.session.ticket import Ticket
+from kohakuriver.web.app import bearer, new_app
+from kohakuriver.web.origin import Guard
+
+__all__ = ["Services", "create_app"]
+
+
+@dataclass(frozen=True)
+class Services:
+    """What the routes work with."""
+
+    tasks: TaskManager
+    registration: Registration
+
+
+class NewTask(BaseModel):
+    """What the host asks for. `container` is the task's id on the tunnel; `mounts` are `SRC:DST[:ro]`.
+
+    With `ssh_keys` the task gets an SSH server that lets their owners in.
+    """
+
+    model_config = ConfigDict(extra="ignore")
+
+    task_id: int
+    container: str
+    backend: Literal["docker", "process", "address"]
+    name: str = ""
+    image: str | None = None
+    command: list[str] = []
+    env: dict[str, str] = {}
+    mounts: list[str] = []
+    ssh_keys: list[str] = []
+
+
+class AdoptedTask(BaseModel):
+    """What the host asks for: a container by `engine_name`, its name or id in Docker, or an IP `address`."""
+
+    model_config = ConfigDict(extra="ignore")
+
+    task_id: int
+    container: str
+    backend: Literal["docker", "address"]
+    name: str = ""
+    engine_name: str | None = None
+    address: str | None = None
+
+
+def create_app(services: Services, guard: Guard | None = None) -> FastAPI:
+    """The runner's application."""
+    app = new_app("runner", __version__, guard=guard)
+    app.state.services = services
+    app.include_router(_open)
+    app.include_router(_api)
+    return app
+
+
+def _services(request: Request) -> Services:
+    services: Services = request.app.state.services
+    return services
+
+
+Runner = Annotated[Services, Depends(_services)]
+
+
+async def _host(request: Request, runner: Runner) -> Ticket:
+    """The host's ticket; where the path names a container it must be for that one."""
+    ticket = runner.registration.check_ticket(bearer(request), "control")
+    if "container" in request.path_params:
+        _check_container(ticket, request.path_params["container"])
+    return ticket
+
+
+def _check_container(ticket: Ticket, container: str) -> None:
+    if ticket.container != container:
+        raise NotAllowedError(f"The ticket is not for {container}.")
+
+
+HostTicket = Annotated[Ticket, Depends(_host)]
+
+_open = APIRouter()
+_api = APIRouter(prefix="/api/tasks", dependencies=[Depends(_host)])
+
+
+@_open.get("/health")
+async def health() -> dict[str, str]:
+    """Whether the runner answers, and which version it is."""
+    return {"status": "ok", "version": __version__}
+
+
+@_api.get("")
+async def list_tasks(runner: Runner) -> list[dict[str, Any]]:
+    """All tasks of this node."""
+    return runner.tasks.reports()
+
+
+@_api.post("", status_code=201)
+async def create_task(runner: Runner, ticket: HostTicket, new: NewTask) -> dict[str, Any]:
+    """Start a task."""
+    _check_container(ticket, new.container)
+    return (await runner.tasks.create(TaskRecord(**new.model_dump()))).report()
+
+
+@_api.post("/adopt", status_code=201)
+async def adopt_task(runner: Runner, ticket: HostTicket, new: AdoptedTask) -> dict[str, Any]:
+    """Make a task of what runs already."""
+    _check_container(ticket, new.container)
+    return (await runner.tasks.adopt(TaskRecord(**new.model_dump()))).report()
+
+
+@_api.get("/{container}")
+async def get_task(runner: Runner, container: str) -> dict[str, Any]:
+    """One task."""
+    return runner.tasks.get(container).report()
+
+
+@_api.post("/{container}/stop")
+async def stop_task(runner: Runner, container: str) -> dict[str, Any]:
+    """Stop a task."""
+    return (await runner.tasks.stop(container)).report()
+
+
+@_api.post("/{container}/restart")
+async def restart_task(runner: Runner, container: str) -> dict[str, Any]:
+    """Start a task again."""
+    return (await runner.tasks.restart(container)).report()
+
+
+@_api.delete("/{container}")
+async def remove_task(runner: Runner, container: str) -> dict[str, Any]:
+    """Remove a task."""
+    return (await runner.tasks.remove(container)).report()

@@ -1,0 +1,132 @@
+"""The one interface behind which the ways of running a task live."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Final, Protocol
+
+from kohakuriver.runner.services.state import TaskRecord
+
+__all__ = ["CTRL_D", "STDERR", "STDOUT", "Backend", "ExecRequest", "ExecSession", "Reporter", "locale_for"]
+
+STDOUT: Final = 1
+STDERR: Final = 2
+CTRL_D: Final = b"\x04"
+
+
+class Reporter(Protocol):
+    """What a backend calls with a task's state; `message` is for a person, without a full stop."""
+
+    def __call__(self, container: str, status: str, message: str | None = None) -> None: ...
+
+
+@dataclass(frozen=True)
+class ExecRequest:
+    """What to run inside a task that runs already.
+
+    `command` is a program and its arguments, searched for in the task's PATH; empty means the best shell that is
+    there. With `tty` it gets a terminal of `rows` x `cols` characters, otherwise three pipes. `env` is added to the
+    task's own environment.
+    """
+
+    command: Sequence[str] = ()
+    tty: bool = False
+    rows: int = 24
+    cols: int = 80
+    env: Mapping[str, str] = field(default_factory=dict)
+
+
+def locale_for(request: ExecRequest, known: Collection[str]) -> dict[str, str]:
+    """What a command on a terminal needs besides the variables `known`, to show more than ASCII."""
+    if not request.tty or {"LANG", "LC_ALL", "LC_CTYPE"} & set(known):
+        return {}
+    return {"LANG": "C.UTF-8"}
+
+
+class ExecSession(ABC):
+    """A command that runs inside a task.
+
+    One reader, one writer; `close` may be called at any time, also while they wait. What is not read holds the
+    command up, and a command that does not read holds `write` up: nothing is buffered without a bound.
+    """
+
+    @abstractmethod
+    async def read(self) -> tuple[int, bytes] | None:
+        """The next piece of output as (STDOUT or STDERR, bytes), None at the end. A terminal has STDOUT alone."""
+
+    @abstractmethod
+    async def write(self, data: bytes) -> None:
+        """Give the command input; returns once it is taken. Thrown away when the command has closed its stdin."""
+
+    @abstractmethod
+    async def write_eof(self) -> None:
+        """No more input. On a terminal this is the character that means it (Ctrl-D at the start of a line)."""
+
+    @abstractmethod
+    async def resize(self, rows: int, cols: int) -> None:
+        """Change the terminal's size, in characters. Nothing without a terminal, or after the end."""
+
+    @abstractmethod
+    async def wait(self) -> int:
+        """The exit code, 128 + N after signal N; to be called once `read` has returned None."""
+
+    @abstractmethod
+    async def close(self) -> None:
+        """Hang up (SIGHUP, as a closed terminal does) if the command still runs, and free what the session holds."""
+
+
+class Backend(ABC):
+    """One way of running tasks.
+
+    Methods return when the thing is done and may raise KohakuRiverError with a sentence that says what to do. They are
+    never called twice at once for the same task. They may write into the record's fields about the engine and the
+    tunnel client; status and message go through the reporter.
+    """
+
+    name: str
+
+    @property
+    def available(self) -> bool:
+        """Whether new tasks can be started now."""
+        return True
+
+    @abstractmethod
+    async def open(self, tasks: list[TaskRecord], found: Callable[[TaskRecord], None]) -> None:
+        """Begin. `tasks` are this backend's from before the restart: their state is reported anew.
+
+        `found` is called, now or later, with a task that runs and is not among them.
+        """
+
+    @abstractmethod
+    async def start(self, task: TaskRecord) -> None:
+        """Start a new task. One that can't be started leaves nothing behind."""
+
+    @abstractmethod
+    async def adopt(self, task: TaskRecord) -> TaskRecord:
+        """Make what runs already reachable as this task; the answer is another task if it was adopted before."""
+
+    @abstractmethod
+    async def stop(self, task: TaskRecord) -> None:
+        """Stop it; nothing to do when it does not run."""
+
+    @abstractmethod
+    async def start_again(self, task: TaskRecord) -> None:
+        """Start a task that was stopped or ended."""
+
+    @abstractmethod
+    async def remove(self, task: TaskRecord) -> None:
+        """Stop it and remove what it left. What was adopted goes on, without its tunnel."""
+
+    @abstractmethod
+    async def exec(self, task: TaskRecord, request: ExecRequest) -> ExecSession:
+        """Run a command inside a task that runs; the caller closes the session.
+
+        Raises UnavailableError "no_shell" where a shell was asked for and there is none. A command that can't be
+        run is no error here: like a shell would, the session says so on stderr and ends with 127 (not found) or 126.
+        """
+
+    @abstractmethod
+    async def close(self, tasks: list[TaskRecord], *, stop_tasks: bool) -> None:
+        """End. Tasks that can outlive the runner do, unless `stop_tasks`."""

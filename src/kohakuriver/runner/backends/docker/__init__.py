@@ -1,0 +1,3 @@
+"""Tasks that are containers of a Docker engine."""
+
+from __future__ import annotations

@@ -1,0 +1,259 @@
+"""A command that runs inside a container: an exec of the engine, its streams, and its end."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import secrets
+import signal
+from pathlib import Path
+from typing import Any
+
+import aiodocker
+import aiohttp
+from aiodocker.exceptions import DockerError
+
+from kohakuriver.errors import UnavailableError
+from kohakuriver.runner.backends.base import CTRL_D, STDERR, STDOUT, ExecRequest, ExecSession, locale_for
+from kohakuriver.runtime import cancel_all
+
+__all__ = ["DockerExec", "start"]
+
+MARK = "KOHAKURIVER_EXEC"
+"""Every process of an exec has this in its environment: one value for each."""
+
+NOT_FOUND, NOT_EXECUTABLE = 127, 126
+_RUNTIME_ERROR = b"OCI runtime exec failed:"
+_DEFAULT_PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
+_LOOK_AGAIN_SECONDS = 0.02
+_START_SECONDS = 2.0
+_END_SECONDS = 5.0
+_BLOCKED_SECONDS = 0.1
+
+# Run by the `sh` that there is, with $1 and $2 the terminal's rows and columns (0: no terminal). An engine gives the
+# terminal its size only once the program runs, which may have asked for it by then.
+_SIZE = """\
+[ "$1" = 0 ] || stty rows "$1" cols "$2" 2>/dev/null
+shift 2
+"""
+_COMMAND = _SIZE + 'exec "$@"'
+# Gives way to the best shell there is.
+_BEST_SHELL = (
+    _SIZE
+    + """\
+for shell in "$SHELL" bash ash; do
+    case $shell in "" | */nologin | */false) continue ;; esac
+    path=$(command -v "$shell") && exec "$path"
+done
+exec "$0"
+"""
+)
+# Run in the container where the runner may not signal its processes itself.
+_HANG_UP = 'for d in /proc/[0-9]*; do grep -q "$1" "$d/environ" 2>/dev/null && kill -HUP "${d#/proc/}"; done'
+
+
+class DockerExec(ExecSession):
+    """`mark` is in the environment of the exec's processes; `command` is what was asked for."""
+
+    def __init__(
+        self, docker: aiodocker.Docker, container: str, exec_id: str, stream: Any, request: ExecRequest, mark: str
+    ) -> None:
+        self._docker = docker
+        self._container = container
+        self._exec: Any = docker.containers.exec(exec_id)
+        self._stream = stream
+        self._request = request
+        self._mark = mark
+        self._first = True
+        self._ended = False
+        self._eof = False
+        self._code: int | None = None
+
+    async def read(self) -> tuple[int, bytes] | None:
+        if self._ended:
+            return None
+        with _lost_engine_is_the_end():
+            while (message := await self._stream.read_out()) is not None:
+                stream, data = (STDERR if message.stream == STDERR else STDOUT), bytes(message.data)
+                if self._first and data.startswith(_RUNTIME_ERROR) and await self._never_ran():
+                    self._ended = True
+                    return (STDOUT if self._request.tty else STDERR), self._why(data)
+                self._first = False
+                if data:
+                    return stream, data
+        self._ended = True
+        return None
+
+    async def _never_ran(self) -> bool:
+        """Whether what came is the engine's word and not a program's, which may print the same."""
+        show = await self._ended_show()
+        return show is not None and not show.get("Pid") and show["ExitCode"] in (NOT_FOUND, NOT_EXECUTABLE)
+
+    def _why(self, data: bytes) -> bytes:
+        text = data.decode("utf-8", "replace").lower()
+        program = self._request.command[0] if self._request.command else "the shell"
+        if "not found" in text or "no such file" in text:
+            self._code = NOT_FOUND
+            return f"{program}: command not found".encode() + (b"\r\n" if self._request.tty else b"\n")
+        self._code = NOT_EXECUTABLE
+        return data
+
+    async def write(self, data: bytes) -> None:
+        if self._ended or self._eof:
+            return
+        writing = asyncio.ensure_future(self._stream.write_in(data))
+        try:
+            while not (await asyncio.wait({writing}, timeout=_BLOCKED_SECONDS))[0]:
+                # The engine has said the last word and reads no more: aiohttp would wait for it to do so for ever.
+                if (transport := self._transport()) is None or transport.is_closing():
+                    self._abort()
+        finally:
+            await cancel_all([writing])
+
+    def _transport(self) -> asyncio.Transport | None:
+        response = self._stream._resp
+        connection = response.connection if response is not None else None
+        return connection.transport if connection is not None else None
+
+    def _abort(self) -> None:
+        if (transport := self._transport()) is not None:
+            transport.abort()
+
+    async def write_eof(self) -> None:
+        if self._request.tty:
+            await self.write(CTRL_D)
+            return
+        self._eof = True
+        transport = self._transport()
+        if transport is not None and not transport.is_closing() and transport.can_write_eof():
+            transport.write_eof()
+
+    async def resize(self, rows: int, cols: int) -> None:
+        if self._request.tty and not self._ended:
+            with contextlib.suppress(DockerError, aiohttp.ClientError, OSError):  # it may just have ended
+                await self._exec.resize(h=rows, w=cols)
+
+    async def resize_first(self, rows: int, cols: int) -> None:
+        """Give a new terminal its size, as soon as its program runs."""
+        for _ in range(int(_START_SECONDS / _LOOK_AGAIN_SECONDS) if self._request.tty else 0):
+            try:
+                await self._exec.resize(h=rows, w=cols)
+                return
+            except DockerError:
+                show = await self._exec.inspect()
+                if not show["Running"] and show["ExitCode"] is not None:
+                    return
+            await asyncio.sleep(_LOOK_AGAIN_SECONDS)
+
+    async def wait(self) -> int:
+        if self._code is None:
+            show = await self._ended_show()
+            code = None if show is None else show["ExitCode"]
+            self._code = 128 + signal.SIGKILL if code is None else int(code)
+        return self._code
+
+    async def _ended_show(self) -> dict[str, Any] | None:
+        """What the engine says once the command has ended; None where it does not know it any more."""
+        for _ in range(int(_END_SECONDS / _LOOK_AGAIN_SECONDS)):
+            try:
+                show: dict[str, Any] = await self._exec.inspect()
+            except (DockerError, aiohttp.ClientError, OSError):  # the container, or the engine, has gone
+                return None
+            if not show["Running"]:
+                return show
+            await asyncio.sleep(_LOOK_AGAIN_SECONDS)  # its output ends a moment before it does
+        return None
+
+    async def close(self) -> None:
+        try:
+            await self._stream.close()
+        except (AssertionError, OSError):
+            pass  # the engine has gone
+        if not self._ended and self._code is None:
+            with contextlib.suppress(DockerError, aiohttp.ClientError, OSError):
+                await self._hang_up()
+        self._ended = True
+
+    async def _hang_up(self) -> None:
+        """SIGHUP to the command: the engine leaves it running when its streams are closed."""
+        show = await self._exec.inspect()
+        if not show["Running"]:
+            return
+        pid = int(show.get("Pid") or 0)
+        try:
+            if pid and self._mark.encode() in Path(f"/proc/{pid}/environ").read_bytes():
+                _signal(pid)
+                return
+        except OSError:
+            pass  # the runner is not root, or sees other processes than the engine does
+        container: Any = self._docker.containers.container(self._container)
+        asked = await container.exec(["/bin/sh", "-c", _HANG_UP, "sh", self._mark], stdout=False, stderr=False)
+        await asked.start(detach=True)
+
+
+def _signal(pid: int) -> None:
+    """SIGHUP to a command and, where it leads one, its process group."""
+    if os.getpgid(pid) == pid:
+        os.killpg(pid, signal.SIGHUP)
+    else:
+        os.kill(pid, signal.SIGHUP)
+
+
+@contextlib.contextmanager
+def _lost_engine_is_the_end() -> Any:
+    with contextlib.suppress(aiohttp.ClientError, OSError):
+        yield
+
+
+async def start(docker: aiodocker.Docker, container: str, request: ExecRequest) -> DockerExec:
+    """Start a command in a container that runs. Raises UnavailableError "no_shell", and the engine's own errors."""
+    show = await docker.containers.container(container).show()
+    image_env = dict(text.partition("=")[::2] for text in show["Config"]["Env"] or ())
+    command = await _command_line(docker, container, request, image_env)
+    mark = secrets.token_hex(8)
+    env = {**request.env, **locale_for(request, image_env.keys() | request.env.keys()), MARK: mark}
+    in_container: Any = docker.containers.container(container)  # not all annotated
+    created = await in_container.exec(command, stdin=True, tty=request.tty, environment=env)
+    stream = created.start(detach=False)
+    await stream.__aenter__()
+    session = DockerExec(docker, container, created.id, stream, request, mark)
+    await session.resize_first(request.rows, request.cols)
+    return session
+
+
+async def _command_line(
+    docker: aiodocker.Docker, container: str, request: ExecRequest, env: dict[str, str]
+) -> list[str]:
+    """What the engine is told to run. Raises UnavailableError "no_shell"."""
+    if not request.tty and request.command:
+        return list(request.command)
+    size = [str(request.rows), str(request.cols)] if request.tty else ["0", "0"]
+    if await _has(docker, container, "/bin/sh"):
+        script = _COMMAND if request.command else _BEST_SHELL
+        return ["/bin/sh", "-c", script, "/bin/sh", *size, *request.command]
+    return list(request.command) or [await _find_shell(docker, container, env)]
+
+
+async def _find_shell(docker: aiodocker.Docker, container: str, env: dict[str, str]) -> str:
+    """A shell at some unusual place."""
+    folders = env.get("PATH", _DEFAULT_PATH).split(":")
+    named = [env["SHELL"]] if env.get("SHELL", "").startswith("/") else []
+    for path in [*named, *(f"{folder}/{name}" for name in ("bash", "ash", "sh") for folder in folders if folder)]:
+        if await _has(docker, container, path):
+            return path
+    raise UnavailableError(
+        "There is no shell in the task's image; name a program that it has behind `--`.", code="no_shell"
+    )
+
+
+async def _has(docker: aiodocker.Docker, container: str, path: str) -> bool:
+    try:
+        async with docker._query(f"containers/{container}/archive", method="HEAD", params={"path": path}):
+            return True
+    except DockerError as error:
+        if error.status != 404:
+            raise
+        return False
+    except ValueError:  # what the engine has to say is in a body, which an answer to HEAD has not
+        return False

@@ -1,0 +1,3 @@
+"""Tasks that are process groups of the runner's own user."""
+
+from __future__ import annotations

@@ -1,0 +1,265 @@
+"""The process backend: a task is a session of processes on the node, run as the runner's own user.
+
+Its tasks end with the runner: on a drain they are stopped, and when the runner is killed the guard ends them.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import secrets
+import shutil
+import signal
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import structlog
+
+from kohakuriver.errors import KohakuRiverError, UnavailableError
+from kohakuriver.runner.backends.base import Backend, ExecRequest, ExecSession, Reporter
+from kohakuriver.runner.backends.process import reaper as guard
+from kohakuriver.runner.services.ssh_helper import SshHelper, free_port, until_listening
+from kohakuriver.runner.services.state import State, TaskRecord
+from kohakuriver.runner.services.tunnel_helper import TunnelHelper
+
+__all__ = ["ProcessBackend", "describe_exit", "last_words"]
+
+log = structlog.get_logger("kohakuriver.runner")
+
+STOP_SECONDS = 10.0
+"""What a task has between TERM and KILL; when the runner itself ends, less."""
+
+DRAIN_STOP_SECONDS = 3.0
+
+_LONGEST_LOG_LINE = 300
+_CLIENT_CHATTER = ("tunnel-client: debug:", "tunnel-client: info:", "tunnel-client: warn:")
+
+
+@dataclass
+class _Running:
+    """A task's leader, which is also its session; `run` marks every process of this start."""
+
+    process: asyncio.subprocess.Process
+    run: str
+    watcher: asyncio.Task[None] | None = None
+    ssh: asyncio.subprocess.Process | None = None
+
+
+class ProcessBackend(Backend):
+    """Starts `tunnel-client run -- CMD` in a session of its own, output to the task's log file."""
+
+    name = "process"
+
+    def __init__(
+        self, state: State, helper: TunnelHelper, ssh: SshHelper, report: Reporter, tunnel_url: Callable[[], str]
+    ) -> None:
+        self._state = state
+        self._helper = helper
+        self._ssh = ssh
+        self._report = report
+        self._tunnel_url = tunnel_url
+        self._running: dict[str, _Running] = {}
+        self._guard: subprocess.Popen[str] | None = None
+
+    async def open(self, tasks: list[TaskRecord], found: Callable[[TaskRecord], None]) -> None:
+        for task in tasks:
+            if task.active:
+                self._report(task.container, "stopped", "it ended with the runner, which was started again since")
+
+    def log_file(self, container: str) -> Path:
+        """Where a task's stdout and stderr go."""
+        return self._state.task_dir(container) / "log"
+
+    def _work_dir(self, container: str) -> Path:
+        return self._state.task_dir(container) / "work"
+
+    async def start(self, task: TaskRecord) -> None:
+        task.stopped = False
+        task.tunnel_url = self._tunnel_url()
+        if task.ssh_keys:
+            self._ssh.binary()  # before anything is started: without one it can't be done
+            self._ssh.prepare(task)
+        token_file = self._helper.token_file(task.container)
+        work = self._work_dir(task.container)
+        work.mkdir(exist_ok=True)
+        tunnel = self._helper.environment(task.container, task.tunnel_url, str(token_file))
+        command = self._helper.process_command(task.command)
+        run = secrets.token_hex(8)
+        with self.log_file(task.container).open("ab") as output:
+            try:
+                process = await asyncio.create_subprocess_exec(
+                    *command,
+                    stdin=subprocess.DEVNULL,
+                    stdout=output,
+                    stderr=output,
+                    cwd=work,
+                    env={**self._helper.settings, **_environment(task, run), **tunnel},
+                    start_new_session=True,
+                )
+            except OSError as error:
+                raise KohakuRiverError(f"The node can't start {command[0]!r}: {error.strerror}.") from error
+        running = self._running[task.container] = _Running(process, run)
+        self._tell_guard("+", running)
+        self._report(task.container, "running")
+        running.watcher = asyncio.get_running_loop().create_task(self._watch(task, running))
+        if task.ssh_keys and not await self._start_ssh(task, running) and not running.watcher.done():
+            words = last_words(1, _tail(self._ssh.log_file(task)))
+            self._report(task.container, "running", f"its SSH server did not start{words}")
+
+    async def _start_ssh(self, task: TaskRecord, running: _Running) -> bool:
+        """Start the task's SSH server as one more process of the task; whether it listens."""
+        task.ssh_port = free_port(task.ssh_port)
+        with self._ssh.log_file(task).open("wb") as output:
+            running.ssh = await asyncio.create_subprocess_exec(
+                *self._ssh.process_command(task, task.ssh_port),
+                stdin=subprocess.DEVNULL,
+                stdout=output,
+                stderr=output,
+                cwd=self._work_dir(task.container),
+                env=_environment(task, running.run),
+                start_new_session=True,
+            )
+        return await until_listening(running.ssh.pid, task.ssh_port)
+
+    async def _watch(self, task: TaskRecord, running: _Running) -> None:
+        code = await running.process.wait()
+        if running.ssh is not None:
+            _signal(running.ssh, signal.SIGTERM)
+        await self._end_session(running)
+        if running.ssh is not None:
+            _signal(running.ssh, signal.SIGKILL)
+            await running.ssh.wait()
+        del self._running[task.container]
+        if task.stopped:
+            self._report(task.container, "stopped")
+            return
+        status, message = describe_exit(code)
+        self._report(task.container, status, message + last_words(code, _tail(self.log_file(task.container))))
+
+    async def _end_session(self, running: _Running) -> None:
+        await asyncio.get_running_loop().run_in_executor(None, guard.end, running.process.pid, running.run)
+        self._tell_guard("-", running)
+
+    async def adopt(self, task: TaskRecord) -> TaskRecord:
+        raise UnavailableError("Only a container or an address can be adopted.", code="not_supported")
+
+    async def stop(self, task: TaskRecord) -> None:
+        await self._stop(task, STOP_SECONDS)
+
+    async def _stop(self, task: TaskRecord, seconds: float) -> None:
+        running = self._running.get(task.container)
+        if running is None or running.watcher is None:
+            return
+        task.stopped = True
+        _signal(running.process, signal.SIGTERM)
+        with contextlib.suppress(asyncio.TimeoutError):
+            await asyncio.wait_for(asyncio.shield(running.watcher), seconds)
+            return
+        await self._end_session(running)
+        await running.watcher
+
+    async def start_again(self, task: TaskRecord) -> None:
+        await self.start(task)
+
+    async def remove(self, task: TaskRecord) -> None:
+        await self.stop(task)
+        directory = self._state.task_dir(task.container)
+        await asyncio.get_running_loop().run_in_executor(None, lambda: shutil.rmtree(directory, ignore_errors=True))
+
+    async def exec(self, task: TaskRecord, request: ExecRequest) -> ExecSession:
+        # Its modules are not there on every system.
+        from kohakuriver.runner.backends.process import exec as process_exec
+
+        running = self._running.get(task.container)
+        if running is None:
+            raise UnavailableError(f"Task {task.name} is not running; start it again.", code="task_not_running")
+        # With the task's mark in its environment, the command ends when the task is stopped.
+        return await process_exec.start(request, _environment(task, running.run), self._work_dir(task.container))
+
+    async def close(self, tasks: list[TaskRecord], *, stop_tasks: bool) -> None:
+        await asyncio.gather(*(self._stop_at_end(task) for task in tasks if task.active))
+        if self._guard is not None:
+            await asyncio.get_running_loop().run_in_executor(None, self._guard.communicate)
+            self._guard = None
+
+    async def _stop_at_end(self, task: TaskRecord) -> None:
+        await self._stop(task, DRAIN_STOP_SECONDS)
+        self._report(task.container, "stopped", "it ended with the runner")
+
+    def _tell_guard(self, sign: str, running: _Running) -> None:
+        if self._guard is not None and self._guard.poll() is None and _write(self._guard, sign, running):
+            return
+        if self._guard is not None:
+            log.warning("the guard of process tasks ended, and is started again")
+        self._guard = self._start_guard()
+
+    def _start_guard(self) -> subprocess.Popen[str]:
+        started = subprocess.Popen(
+            [sys.executable, "-I", "-S", guard.__file__],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.DEVNULL,
+            text=True,
+            start_new_session=True,
+        )
+        for running in self._running.values():
+            _write(started, "+", running)
+        return started
+
+
+def _environment(task: TaskRecord, run: str) -> dict[str, str]:
+    """What processes of the task see: the runner's own settings (its node token, …) are none of their business."""
+    inherited = {name: value for name, value in os.environ.items() if not name.startswith("KOHAKURIVER_")}
+    return {**inherited, **task.env, guard.MARK: run}
+
+
+def _signal(process: asyncio.subprocess.Process, number: signal.Signals) -> None:
+    with contextlib.suppress(ProcessLookupError):
+        process.send_signal(number)
+
+
+def _write(to: subprocess.Popen[str], sign: str, running: _Running) -> bool:
+    """Tell the guard about a task; whether it could be told."""
+    assert to.stdin is not None
+    try:
+        to.stdin.write(f"{sign}{running.process.pid} {running.run}\n")
+        to.stdin.flush()
+    except OSError:
+        return False
+    return True
+
+
+def describe_exit(code: int) -> tuple[str, str]:
+    """Status and message for an exit code; negative, or above 128, means a signal."""
+    if code == 0:
+        return "stopped", "it ended by itself with exit code 0"
+    number = -code if code < 0 else code - 128 if code > 128 else 0
+    try:
+        return (
+            "failed",
+            f"it was ended by {signal.Signals(number).name} (exit code {code if code > 0 else 128 + number})",
+        )
+    except ValueError:
+        return "failed", f"it ended with exit code {code}"
+
+
+def last_words(code: int, output: list[str]) -> str:
+    """Why a task with this exit code and these last lines of output failed, as far as it said so itself.
+
+    A task that was ended by a signal said nothing about it, and what the tunnel client tells is not the task's.
+    """
+    if not 0 < code <= 128:
+        return ""
+    spoken = [line.strip() for line in output if line.strip() and not line.startswith(_CLIENT_CHATTER)]
+    return f": {spoken[-1][:_LONGEST_LOG_LINE]}" if spoken else ""
+
+
+def _tail(path: Path) -> list[str]:
+    """The last lines of a log."""
+    with contextlib.suppress(OSError), path.open("rb") as file:
+        file.seek(max(0, path.stat().st_size - 4096))
+        return file.read().decode("utf-8", "replace").split("\n")
+    return []

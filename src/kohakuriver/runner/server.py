@@ -1,0 +1,359 @@
+"""The runner as a program: state, sockets, backends, serving, and the end."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import re
+import socket
+from collections.abc import Awaitable, Callable, Sequence
+from dataclasses import dataclass
+from ipaddress import ip_address
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit
+
+import structlog
+
+from kohakuriver import __version__
+from kohakuriver import runtime as loops
+from kohakuriver.config import clean_token
+from kohakuriver.errors import KohakuRiverError, LocalAddressError, UsageError
+from kohakuriver.limits import from_environment as limits_from_environment
+from kohakuriver.runner.app import Services, create_app
+from kohakuriver.runner.backends.address import AddressBackend
+from kohakuriver.runner.backends.base import Backend
+from kohakuriver.runner.backends.docker.tasks import DockerBackend
+from kohakuriver.runner.backends.process.tasks import ProcessBackend
+from kohakuriver.runner.services.registration import NodeIdentity, Registration
+from kohakuriver.runner.services.ssh_helper import SshHelper
+from kohakuriver.runner.services.state import State
+from kohakuriver.runner.services.tasks import TaskManager
+from kohakuriver.runner.services.terminal import TerminalServer
+from kohakuriver.runner.services.traffic import COUNTS
+from kohakuriver.runner.services.tunnel_helper import TunnelHelper
+from kohakuriver.runner.services.tunnel_server import TunnelServer
+from kohakuriver.tls import ServerCertificate, sends_in_clear
+from kohakuriver.tunnel.accept import serve_ws
+from kohakuriver.tunnel.settings import from_environment
+from kohakuriver.web.app import (
+    Server,
+    bind,
+    configure_logging,
+    new_app,
+    print_ready,
+    server_certificate,
+    socket_url,
+    stop_at_end_of_stdin,
+    warn_if_in_clear,
+)
+from kohakuriver.web.origin import Guard
+
+__all__ = ["RunnerOptions", "main", "serve"]
+
+log = structlog.get_logger("kohakuriver.runner")
+
+_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,62}")
+_TRAFFIC = (*COUNTS, "sessions", "streams")
+_TASK_TRAFFIC = (*_TRAFFIC, "version", "to_container_per_second", "to_user_per_second")
+
+
+@dataclass(frozen=True)
+class RunnerOptions:
+    """How a runner runs. `port` 0 is the one it had last, or any free one; `name` None is the machine's name.
+
+    `backends` are those it may use beside address; docker is offered while its engine answers. The node's token is
+    given or read from a file. `advertise_url` is how the host reaches this runner, by default found out. `ca_file` is
+    what the host's certificate is checked by. With `exit_with_stdin` it ends when its stdin does, as a child of `up`
+    should. `allowed_hosts` and `allowed_origins` are as `Guard` takes them.
+    """
+
+    state_dir: Path
+    host_url: str
+    node_token: str | None = None
+    node_token_file: Path | None = None
+    bind: str = "0.0.0.0"
+    port: int = 8001
+    advertise_url: str | None = None
+    name: str | None = None
+    backends: Sequence[str] = ("docker",)
+    tls_cert: Path | None = None
+    tls_key: Path | None = None
+    ca_file: Path | None = None
+    allow_anonymous: bool = False
+    allowed_hosts: Sequence[str] = ()
+    allowed_origins: Sequence[str] = ()
+    stop_tasks_on_exit: bool = False
+    json: bool = False
+    log_level: str = "info"
+    exit_with_stdin: bool = False
+
+
+def serve(options: RunnerOptions) -> int:
+    """Run a runner until SIGTERM or SIGINT; the exit code. Raises KohakuRiverError when it can't start."""
+    configure_logging(options.log_level)
+    return loops.run(main(options))
+
+
+async def main(options: RunnerOptions) -> int:
+    """What `serve` runs on an event loop."""
+    certificate = server_certificate(options.tls_cert, options.tls_key)
+    state = State(options.state_dir)
+    sock = _bind(options, state)
+    try:
+        identity = _identity(options, state, sock)
+        await Runner(options, state, sock, identity, certificate).run()
+    finally:
+        sock.close()
+    return 0
+
+
+class Runner:
+    """The parts of one runner, and how they hear of one another."""
+
+    def __init__(
+        self,
+        options: RunnerOptions,
+        state: State,
+        sock: socket.socket,
+        identity: NodeIdentity,
+        certificate: ServerCertificate | None,
+    ) -> None:
+        limits = limits_from_environment()
+        self._options = options
+        self._sock = sock
+        self._identity = identity
+        self._registration = Registration(
+            identity, state, heartbeat=self._heartbeat, backends=lambda: self._tasks.offered, remove=self._remove
+        )
+        self._tasks = TaskManager(state, self._registration.changed)
+        self._tunnels = TunnelServer(
+            allow_anonymous=options.allow_anonymous,
+            check_tunnel_token=self._tasks.check_tunnel_token,
+            check_ticket=lambda credential: self._registration.check_ticket(credential, "forward"),
+            address_of=self._tasks.address_of,
+            on_tunnel_change=self._tasks.tunnel_changed,
+            config=from_environment(),
+            limits=limits,
+        )
+        self._terminals = TerminalServer(
+            allow_anonymous=options.allow_anonymous,
+            check_ticket=lambda credential: self._registration.check_ticket(credential, "terminal"),
+            exec_in=self._tasks.exec,
+        )
+        self._tasks.drop = self._drop
+        self._guard = Guard(
+            names=[urlsplit(identity.url).hostname or "", *(certificate.names if certificate else ())],
+            hosts=options.allowed_hosts,
+            origins=options.allowed_origins,
+        )
+        self._server = Server(
+            create_app(Services(self._tasks, self._registration), self._guard),
+            ws=serve_ws(
+                [*self._tunnels.routes(), *self._terminals.routes()], self._guard, max_message=limits.max_message
+            ),
+            on_ready=self._ready,
+            on_stop=self._stop,
+            certificate=certificate,
+            limits=limits,
+        )
+        self._certificate = certificate
+        self._listening = Listening(sock, self._listen_for_containers, state, tls=certificate is not None)
+        self._backends = self._make_backends(options.backends, state)
+        self._background: list[asyncio.Task[None]] = []
+
+    def _make_backends(self, names: Sequence[str], state: State) -> dict[str, Backend]:
+        helper, ssh = TunnelHelper(state), SshHelper(state)
+        if not helper.has_binary:
+            log.warning(
+                "there is no static tunnel client here: process tasks use the Python one, which costs more processor "
+                "time, and no container can be started; to have it, install kohakuriver again where cargo is"
+            )
+        report = self._tasks.report
+        made: dict[str, Backend] = {"address": AddressBackend(report)}
+        for name in names:
+            if name == "docker":
+                made[name] = DockerBackend(
+                    node=self._identity.name,
+                    instance=state.instance,
+                    helper=helper,
+                    ssh=ssh,
+                    report=report,
+                    listen_at=self._listening.url_at,
+                    on_availability=self._registration.changed,
+                )
+            elif name == "process":
+                made[name] = ProcessBackend(state, helper, ssh, report, self._listening.local_url)
+            elif name != "address":
+                raise UsageError(f"There is no backend {name!r}; there are docker, process and address.")
+        return made
+
+    def _drop(self, container: str, reason: str, *, gone: bool = False) -> None:
+        """The task has ended: so do its streams and its terminals."""
+        self._tunnels.drop(container, reason, gone=gone)
+        self._terminals.drop(container, reason)
+
+    async def run(self) -> None:
+        """Serve until the end."""
+        await self._server.serve([self._sock])
+
+    async def _listen_for_containers(self, sock: socket.socket) -> None:
+        """Serve tunnel clients, and nothing else, on one more socket: containers have no business with the rest."""
+        routes = [route for route in self._tunnels.routes() if route.match("/ws/tunnel/any")]
+        app = new_app("runner", __version__, guard=self._guard)
+        await self._server.add_listener(sock, app, serve_ws(routes, self._guard))
+
+    async def _ready(self) -> None:
+        if self._options.allow_anonymous:
+            log.warning(
+                "ANONYMOUS ACCESS IS ON: anybody who reaches this port can pose as every container, and open forwards "
+                "and terminals to every task"
+            )
+        warn_if_in_clear(self._sock, self._certificate)
+        if sends_in_clear(self._identity.host_url):
+            log.warning("the host's URL is plain HTTP: others on the network can read this node's token")
+        await self._listening.open()
+        await self._tasks.open(self._backends)
+        self._background.append(asyncio.get_running_loop().create_task(self._registration.run()))
+        if self._options.exit_with_stdin:
+            stop_at_end_of_stdin(self._server)
+        url = self._identity.url
+        sentence = f"The runner of node {self._identity.name} is ready at {url}"
+        loops.freeze_heap()
+        print_ready(self._options.json, sentence, url=url, name=self._identity.name)
+
+    async def _stop(self) -> None:
+        await self._terminals.close()
+        await self._tasks.close(stop_tasks=self._options.stop_tasks_on_exit)
+        await self._tunnels.close()
+        await loops.cancel_all(self._background)
+        await self._registration.close()
+
+    def _heartbeat(self) -> dict[str, Any]:
+        snapshot = self._tunnels.snapshot()
+        reports = self._tasks.reports()
+        for report in reports:
+            seen = snapshot["containers"].get(report["container"], {})
+            report["traffic"] = {name: seen.get(name, 0) for name in _TASK_TRAFFIC}
+        return {"tasks": reports, "traffic": {name: snapshot[name] for name in _TRAFFIC}}
+
+    async def _remove(self, task_id: int) -> None:
+        for task in self._tasks.all():
+            if task.task_id == task_id:
+                try:
+                    await self._tasks.remove(task.container)
+                except KohakuRiverError as error:
+                    log.warning("a removed task could not be ended", task=task_id, reason=error.message)
+
+
+class Listening:
+    """Where tunnel clients reach the runner, with a listener on one more address where one is needed.
+
+    Tunnel clients don't speak TLS, for what they send stays on the node: it goes over loopback, or to the node's own
+    address on a bridge network. Where the runner serves TLS they have listeners of their own.
+    """
+
+    def __init__(
+        self, sock: socket.socket, listen: Callable[[socket.socket], Awaitable[None]], state: State, *, tls: bool
+    ) -> None:
+        self._listen = listen
+        self._state = state
+        self._tls = tls
+        self._host, self._port = sock.getsockname()[:2]
+        self._local = socket_url(sock)
+        self._more: dict[str, socket.socket] = {}
+
+    async def open(self) -> None:
+        """Listen for the processes of this node. Raises LocalAddressError."""
+        if self._tls:
+            self._local = await self.url_at("127.0.0.1")
+
+    def local_url(self) -> str:
+        """How processes on this node reach the runner."""
+        return self._local
+
+    async def url_at(self, address: str) -> str:
+        """How a container reaches the runner at `address`, an IP address of this node. Raises LocalAddressError.
+
+        A runner on loopback, or one that serves TLS, listens there too from now on: on the port that it had there last,
+        or its own, or any.
+        """
+        own_will_do = not ip_address(self._host).is_loopback or ip_address(address).is_loopback
+        if own_will_do and not self._tls:
+            own = self._host if not ip_address(self._host).is_unspecified else address
+            return _url(own, self._port)
+        if address not in self._more:
+            sock = self._bind(address)
+            await self._listen(sock)
+            self._more[address] = sock
+            self._state.keep_port_at(address, sock.getsockname()[1])
+        return _url(address, self._more[address].getsockname()[1])
+
+    def _bind(self, address: str) -> socket.socket:
+        for port in (self._state.port_at(address) or self._port, self._port):
+            with contextlib.suppress(LocalAddressError):
+                return bind(address, port)
+        return bind(address, 0)
+
+
+def _url(address: str, port: int, scheme: str = "http") -> str:
+    return f"{scheme}://[{address}]:{port}" if ":" in address else f"{scheme}://{address}:{port}"
+
+
+def _bind(options: RunnerOptions, state: State) -> socket.socket:
+    sock = None
+    if options.port == 0 and state.last_port:
+        try:
+            sock = bind(options.bind, state.last_port)
+        except LocalAddressError:
+            log.info("the port of last time is taken; using another", port=state.last_port)
+    sock = sock or bind(options.bind, options.port)
+    state.last_port = sock.getsockname()[1]
+    return sock
+
+
+def _identity(options: RunnerOptions, state: State, sock: socket.socket) -> NodeIdentity:
+    name = options.name or socket.gethostname()
+    if not _NAME.fullmatch(name):
+        raise UsageError(f"{name!r} can't be a node's name; give one of letters, digits, dots and dashes with --name.")
+    return NodeIdentity(
+        name=name,
+        url=(options.advertise_url or _reachable_url(sock, options)).rstrip("/"),
+        instance=state.instance,
+        host_url=options.host_url.rstrip("/"),
+        token=_node_token(options),
+        ca_file=options.ca_file,
+    )
+
+
+def _node_token(options: RunnerOptions) -> str:
+    if options.node_token:
+        return clean_token(options.node_token)
+    if options.node_token_file is None:
+        raise UsageError("A runner needs its host's node token: --node-token or --node-token-file.")
+    try:
+        token = clean_token(options.node_token_file.read_text("utf-8", "replace"))
+    except OSError as error:
+        raise UsageError(f"The node token can't be read from {options.node_token_file}: {error.strerror}.") from error
+    if os.name == "posix" and options.node_token_file.stat().st_mode & 0o077:
+        log.warning("others on this machine may read the node token; chmod 600", file=str(options.node_token_file))
+    if not token:
+        raise UsageError(f"There is no node token in {options.node_token_file}; put one there.")
+    return token
+
+
+def _reachable_url(sock: socket.socket, options: RunnerOptions) -> str:
+    """How the host most likely reaches this runner: the bound address, or the one that a route to the host takes."""
+    scheme = "https" if options.tls_cert else "http"
+    address, port = sock.getsockname()[:2]
+    if not ip_address(address).is_unspecified:
+        return _url(address, port, scheme)
+    parts = urlsplit(options.host_url)
+    try:
+        family, _, _, _, target = socket.getaddrinfo(parts.hostname, parts.port or 80, type=socket.SOCK_DGRAM)[0]
+        with socket.socket(family, socket.SOCK_DGRAM) as probe:
+            probe.connect(target)  # sends nothing: it only picks a route
+            return _url(probe.getsockname()[0], port, scheme)
+    except OSError:
+        return socket_url(sock, scheme)

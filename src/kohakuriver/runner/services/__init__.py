@@ -1,0 +1,3 @@
+"""What a runner does; `runner.app` and `runner.server` put it behind HTTP and WebSockets."""
+
+from __future__ import annotations

@@ -1,0 +1,198 @@
+"""Telling the host that this node is there and how its tasks are, again and again."""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+import contextlib
+from collections.abc import Awaitable, Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import httpx
+import structlog
+
+from kohakuriver import __version__, tls
+from kohakuriver.errors import (
+    HostUnreachableError,
+    KohakuRiverError,
+    NotFoundError,
+    UnauthenticatedError,
+    UnavailableError,
+    from_status,
+)
+from kohakuriver.runner.services.state import State
+from kohakuriver.session import ticket
+from kohakuriver.session.ticket import Scope, Ticket, UsedTickets
+
+__all__ = ["NodeIdentity", "Registration"]
+
+log = structlog.get_logger("kohakuriver.runner")
+
+_ANSWER_SECONDS = 10.0
+_LEAVE_SECONDS = 2.0
+_RETRY_SECONDS = 1.0
+
+TASKS_AT_ONCE = 100
+"""How many tasks one heartbeat tells in full: with the longest messages some 700 kB, and a host takes 1 MiB."""
+
+
+@dataclass(frozen=True)
+class NodeIdentity:
+    """Who this node says it is. `url` is how the host reaches it, `instance` tells it from a namesake.
+
+    `ca_file` holds the authority that signed the host's certificate; None where the system knows it.
+    """
+
+    name: str
+    url: str
+    instance: str
+    host_url: str
+    token: str
+    ca_file: Path | None = None
+
+
+class Registration:
+    """Registers with the host, sends heartbeats, and registers again whenever the host does not know the node.
+
+    `heartbeat` gives what to tell, `backends` what is offered; `remove` ends a task that the host says is removed.
+    """
+
+    def __init__(
+        self,
+        identity: NodeIdentity,
+        state: State,
+        *,
+        heartbeat: Callable[[], dict[str, Any]],
+        backends: Callable[[], list[str]],
+        remove: Callable[[int], Awaitable[None]],
+    ) -> None:
+        self._identity = identity
+        self._state = state
+        self._heartbeat = heartbeat
+        self._backends = backends
+        self._remove = remove
+        self._changed = asyncio.Event()
+        self._ticket_key = state.ticket_key
+        self._used_tickets = UsedTickets(state.directory / "used-tickets")
+        self._registered = False
+        self._trouble = ""
+        self._http = httpx.AsyncClient(
+            base_url=identity.host_url,
+            headers={"Authorization": f"Bearer {identity.token}"},
+            timeout=_ANSWER_SECONDS,
+            verify=tls.client_context(identity.host_url, identity.ca_file) or True,
+            trust_env=False,
+        )
+
+    def changed(self) -> None:
+        """Have the next heartbeat sent now."""
+        self._changed.set()
+
+    def check_ticket(self, credential: str | None, scope: Scope) -> Ticket:
+        """What a ticket of the host says, and use it up.
+
+        Raises UnauthenticatedError, NotAllowedError or UnavailableError.
+        """
+        if credential is None:
+            raise UnauthenticatedError("This needs a ticket from the host; ask the host instead of the runner.")
+        if self._ticket_key is None:
+            raise UnavailableError("This node is not registered with its host yet; try again.", code="node_offline")
+        checked = ticket.check(self._ticket_key, credential, node=self._identity.name, scope=scope)
+        self._used_tickets.take(checked)
+        return checked
+
+    async def run(self) -> None:
+        """Keep the host informed, until cancelled."""
+        while True:
+            trouble = await self._stay_registered()
+            if trouble != self._trouble:
+                log.warning("the host does not take this node in", reason=trouble)
+            self._trouble = trouble
+            await asyncio.sleep(_RETRY_SECONDS)
+
+    async def _stay_registered(self) -> str:
+        """Register and send heartbeats until something is in the way; what that is."""
+        offered = self._backends()
+        try:
+            while True:
+                seconds = await self._register(offered)
+                log.info("registered with the host", host=self._identity.host_url, node=self._identity.name)
+                self._trouble = ""
+                with contextlib.suppress(NotFoundError):  # the host has forgotten this node: tell it again
+                    offered = await self._beat(seconds, offered)
+        except KohakuRiverError as error:
+            return error.message
+
+    async def _register(self, offered: list[str]) -> float:
+        answer = await self._post(
+            "/api/nodes/register",
+            {
+                "name": self._identity.name,
+                "url": self._identity.url,
+                "instance": self._identity.instance,
+                "backends": offered,
+                "version": __version__,
+            },
+        )
+        key = base64.b64decode(answer["ticket_key"])
+        if key != self._ticket_key:
+            self._ticket_key = self._state.ticket_key = key
+        self._registered = True
+        return float(answer["heartbeat_seconds"])
+
+    async def _beat(self, seconds: float, offered: list[str]) -> list[str]:
+        """Send heartbeats until this node offers other backends than `offered`; those."""
+        while (now := self._backends()) == offered:
+            self._changed.clear()
+            for part in _parts(self._heartbeat()):
+                answer = await self._post(self._heartbeat_path, part)
+                for task_id in answer.get("remove", ()):
+                    await self._remove(task_id)
+            with contextlib.suppress(asyncio.TimeoutError):
+                await asyncio.wait_for(self._changed.wait(), seconds)
+        return now
+
+    @property
+    def _heartbeat_path(self) -> str:
+        return f"/api/nodes/{self._identity.name}/heartbeat"
+
+    async def _post(self, path: str, body: dict[str, Any]) -> dict[str, Any]:
+        try:
+            answer = await self._http.post(path, json=body)
+            if answer.status_code >= 400:
+                raise from_status(answer.status_code, answer.content)
+            content: dict[str, Any] = answer.json()
+        except (httpx.HTTPError, ValueError) as error:
+            raise HostUnreachableError(f"The host at {self._identity.host_url} {self._trouble_with(error)}.") from error
+        return content
+
+    def _trouble_with(self, error: Exception) -> str:
+        """What it means that no answer came, as the rest of a sentence about the host."""
+        if why := tls.reason(error):
+            return f"can't be reached: {why}"
+        if isinstance(error, (httpx.RemoteProtocolError, httpx.ReadError)):
+            return f"can't be reached: {tls.hung_up(self._identity.host_url)}"
+        return "does not answer"
+
+    async def close(self) -> None:
+        """Tell the host that this node leaves; it would find out by itself a little later."""
+        if self._registered:
+            with contextlib.suppress(KohakuRiverError, asyncio.TimeoutError):
+                await asyncio.wait_for(self._leave(), _LEAVE_SECONDS)
+        await self._http.aclose()
+        self._used_tickets.close()
+
+    async def _leave(self) -> None:
+        for part in _parts(self._heartbeat()):
+            await self._post(self._heartbeat_path, {**part, "leaving": True})
+
+
+def _parts(beat: dict[str, Any]) -> Iterator[dict[str, Any]]:
+    """A heartbeat as requests that no host finds too large: each tells some tasks in full and names the others."""
+    tasks = beat["tasks"]
+    for start in range(0, len(tasks) or 1, TASKS_AT_ONCE):
+        told = tasks[start : start + TASKS_AT_ONCE]
+        others = [task["task_id"] for task in (*tasks[:start], *tasks[start + TASKS_AT_ONCE :])]
+        yield {**beat, "tasks": told, "others": others}

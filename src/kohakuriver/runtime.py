@@ -1,0 +1,118 @@
+"""What a program asks of the system that it runs on: its event loop, its heap, how many files it may open.
+
+uvloop runs where it can be had, stock asyncio anywhere else. `KOHAKURIVER_LOOP=asyncio` forces the stock loop,
+`KOHAKURIVER_LOOP=uvloop` makes its absence an error.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import gc
+import os
+from collections.abc import Coroutine, Iterable
+from typing import Any, TypeVar
+
+from kohakuriver.errors import UsageError
+
+__all__ = ["cancel_all", "file_limit", "freeze_heap", "loop_name", "new_event_loop", "raise_file_limit", "run"]
+
+T = TypeVar("T")
+
+_CANCEL_SECONDS = 1.0
+
+
+def loop_name() -> str:
+    """`"uvloop"` or `"asyncio"`: the loop in force. Raises UsageError for a loop that isn't known or isn't there."""
+    wanted = os.environ.get("KOHAKURIVER_LOOP", "")
+    if wanted not in ("", "asyncio", "uvloop"):
+        raise UsageError(f"KOHAKURIVER_LOOP must be asyncio or uvloop, not {wanted!r}.")
+    if wanted == "asyncio":
+        return "asyncio"
+    try:
+        import uvloop  # noqa: F401
+    except ImportError as error:
+        if wanted == "uvloop":
+            raise UsageError("KOHAKURIVER_LOOP is uvloop, but uvloop is not installed.") from error
+        return "asyncio"
+    return "uvloop"
+
+
+def new_event_loop() -> asyncio.AbstractEventLoop:
+    """A new loop of the kind that is in force."""
+    if loop_name() == "uvloop":
+        import uvloop
+
+        return uvloop.new_event_loop()
+    return asyncio.new_event_loop()
+
+
+def run(main: Coroutine[Any, Any, T]) -> T:
+    """Run `main` to its end on a new loop, then end whatever it left running. What it raises is raised."""
+    try:
+        loop = new_event_loop()
+    except BaseException:
+        main.close()
+        raise
+    try:
+        asyncio.set_event_loop(loop)
+        return loop.run_until_complete(main)
+    finally:
+        try:
+            loop.run_until_complete(_cancel_rest())
+            loop.run_until_complete(loop.shutdown_asyncgens())
+            loop.run_until_complete(loop.shutdown_default_executor())
+        finally:
+            asyncio.set_event_loop(None)
+            loop.close()
+
+
+async def cancel_all(tasks: Iterable[asyncio.Future[Any]]) -> None:
+    """Cancel asyncio tasks (or futures) and wait until they have ended, however they do.
+
+    Again and again: up to Python 3.11 `asyncio.wait_for` loses a cancellation that comes together with what it waits
+    for, and a task that serves for ever would then go on.
+    """
+    left = set(tasks)
+    while left:
+        for task in left:
+            task.cancel()
+        ended, left = await asyncio.wait(left, timeout=_CANCEL_SECONDS)
+        for task in ended:
+            if not task.cancelled():
+                task.exception()  # has been looked at, so asyncio does not complain about it
+
+
+async def _cancel_rest() -> None:
+    this = asyncio.current_task()
+    await cancel_all(task for task in asyncio.all_tasks() if task is not this)
+
+
+def freeze_heap() -> None:
+    """Have the garbage collector pass by all objects that are there now. For a program that is about to serve.
+
+    Modules and what was made at the start stay until the end, and are most of the objects: a full collection looks at
+    all of them, for some 50 ms in a host, and meanwhile nothing else runs.
+    """
+    gc.collect()
+    gc.freeze()
+
+
+def raise_file_limit() -> None:
+    """Let this process open as many files as it may have."""
+    with contextlib.suppress(ImportError, OSError, ValueError):  # not everywhere is there such a thing
+        import resource
+
+        _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+
+
+def file_limit() -> int:
+    """How many files this process may open now; 2²⁰ where there is no limit that we know."""
+    unlimited = 1 << 20
+    try:
+        import resource
+    except ImportError:
+        return unlimited
+    soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+    return soft if soft > 0 else unlimited  # "infinity" is below

@@ -1,0 +1,107 @@
+"""Keeping a session to so many bytes a second, each way: what is too much is not read for a while.
+
+What nobody reads stays with the sender, whose windows (or TCP itself) make it wait. A session without a limit has none
+of this in its way: whoever carries it chooses once, when it begins. Source: docs/guide/limits.md.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from typing import TYPE_CHECKING
+
+from kohakuriver.limits import TokenBucket
+from kohakuriver.tunnel.link import RECEIVE_SIZE, Link
+from kohakuriver.tunnel.message_link import MessageLink, size_of
+from kohakuriver.tunnel.stream import SendWindow
+
+if TYPE_CHECKING:
+    from kohakuriver.tunnel.tcp import TcpStream
+
+__all__ = ["PacedMessages", "PacedReads", "PacedWindow"]
+
+# What a session with a limited rate may be ahead of it, in seconds: also how long its peers' pings may go unread.
+BURST_SECONDS = 0.25
+LEAST_READ = 4096
+
+
+def _bucket(rate: int) -> TokenBucket:
+    return TokenBucket(rate, rate * BURST_SECONDS, asyncio.get_running_loop().time())
+
+
+class PacedReads:
+    """What may be read from one link. `rate` is in bytes a second."""
+
+    def __init__(self, rate: int) -> None:
+        self._loop = asyncio.get_running_loop()
+        self._bucket = _bucket(rate)
+        self._burst = int(rate * BURST_SECONDS)
+        self._waiting = False
+
+    def begin(self, link: Link) -> None:
+        """Read no more at once than a burst is, where that is little: a long wait would follow."""
+        if self._burst < RECEIVE_SIZE:
+            link.limit_reads(max(LEAST_READ, self._burst // 4))
+
+    def took(self, link: Link, size: int) -> None:
+        """So many bytes were read; read no more before their time has passed."""
+        wait = self._bucket.take(size, self._loop.time())
+        if wait > 0 and not self._waiting:
+            self._waiting = True
+            link.pause_reading(self)
+            self._loop.call_later(wait, self._go_on, link)
+
+    def _go_on(self, link: Link) -> None:
+        wait = self._bucket.take(0, self._loop.time())
+        if wait > 0:  # more came in after the pause had begun
+            self._loop.call_later(wait, self._go_on, link)
+            return
+        self._waiting = False
+        link.resume_reading(self)
+
+
+class PacedWindow(SendWindow):
+    """A stream's window that has room besides only for what a rate lets through. `rate` is in bytes a second."""
+
+    __slots__ = ("_bucket", "_burst", "_loop", "_paid", "_stream", "_waiting")
+
+    def __init__(self, stream: TcpStream, rate: int) -> None:
+        super().__init__(None)
+        self._stream = stream
+        self._loop = asyncio.get_running_loop()
+        self._bucket = _bucket(rate)
+        self._burst = int(rate * BURST_SECONDS)
+        self._paid = 0
+        self._waiting = False
+
+    @property
+    def room(self) -> int:
+        """Bytes that may be sent now. Where the rate leaves none, the stream is told when it does."""
+        wait = self._bucket.take(self.sent - self._paid, self._loop.time())
+        self._paid = self.sent
+        if wait <= 0:
+            return min(self._burst, super().room)
+        if not self._waiting:
+            self._waiting = True
+            self._loop.call_later(wait, self._go_on)
+        return 0
+
+    def _go_on(self) -> None:
+        self._waiting = False
+        self._stream.update_reading()
+
+
+class PacedMessages:
+    """What may be received from one WebSocket of whole messages. `rate` is in bytes a second."""
+
+    def __init__(self, link: MessageLink, rate: int) -> None:
+        self._link = link
+        self._loop = asyncio.get_running_loop()
+        self._bucket = _bucket(rate)
+
+    async def receive(self) -> str | bytes | None:
+        """`MessageLink.receive`, once those before have had their time."""
+        await asyncio.sleep(self._bucket.take(0, self._loop.time()))
+        message = await self._link.receive()
+        if message is not None:
+            self._bucket.take(size_of(message), self._loop.time())
+        return message

@@ -1,0 +1,327 @@
+"""The server's side of the opening handshake: tunnel WebSockets on uvicorn's port (docs/protocol.md §2, §4).
+
+uvicorn reads the HTTP request and hands an upgrade to the class in its ``ws=`` setting. ``serve_ws`` makes that
+class: paths of ours go through the ``websockets`` library's sans-I/O ``ServerProtocol`` to a link, so that the data
+path never touches ASGI; all other WebSockets go to uvicorn's own implementation.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import http
+import json
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any, Protocol, cast
+from urllib.parse import parse_qsl, unquote
+
+from uvicorn.config import Config
+from uvicorn.protocols.websockets.websockets_sansio_impl import WebSocketsSansIOProtocol
+from uvicorn.server import ServerState
+from websockets.datastructures import Headers
+from websockets.http11 import Request, Response
+from websockets.server import ServerProtocol
+from websockets.typing import Subprotocol
+
+from kohakuriver._frame import FrameWalker, build_ws
+from kohakuriver.errors import HostUnreachableError, KohakuRiverError, NotAllowedError, UsageError
+from kohakuriver.tunnel.link import Link, LinkHandler
+from kohakuriver.tunnel.message_link import MAX_MESSAGE, MessageLink
+from kohakuriver.tunnel.protocol import OP_TEXT, TUNNEL_V2, CloseCode
+
+MAX_EARLY = 64 * 1024
+
+logger = logging.getLogger("kohakuriver.tunnel")
+
+
+class OriginCheck(Protocol):
+    """What judges a request by its `Host` and `Origin` headers and the address that it came to."""
+
+    def check(self, hosts: list[str], origins: list[str], local: str | None) -> None:
+        """Return where the request may go on; raises NotAllowedError where not."""
+
+
+@dataclass
+class UpgradeRequest:
+    """One WebSocket's opening handshake, waiting for our answer.
+
+    ``path`` is decoded and without its query; ``token`` is the bearer credential, None where there is none.
+    """
+
+    path: str
+    query: dict[str, str]
+    token: str | None
+    peer: str
+    subprotocols: frozenset[str]
+    headers: Headers
+    _upgrade: Upgrade = field(repr=False)
+
+    @property
+    def offers_v2(self) -> bool:
+        """Whether the peer speaks v2 of the tunnel protocol."""
+        return TUNNEL_V2 in self.subprotocols
+
+    def accept(self, walker: FrameWalker, handler: LinkHandler, *, version: int = 2) -> Link:
+        """Answer 101 with the subprotocol of ``version`` (1: none); the link has started when this returns."""
+        return self._upgrade.accept(walker, handler, version if self.offers_v2 else 1)
+
+    def accept_messages(self, subprotocol: str | None = None) -> MessageLink:
+        """Answer 101 with `subprotocol` where the peer offers it; the WebSocket has started when this returns."""
+        return self._upgrade.accept_messages(subprotocol if subprotocol in self.subprotocols else None)
+
+    def reject(self, status: int, code: str, message: str) -> None:
+        """Answer with an HTTP error and close."""
+        self._upgrade.reject(status, {"error": code, "message": message})
+
+    def fail(self, error: KohakuRiverError) -> None:
+        """Refuse a session in the peer's version: an HTTP status, or on v1 the text ``Error: …`` and a close.
+
+        Missing or wrong credentials are HTTP statuses in either version. The close code is 1008 for what the user can
+        see to, 1011 for what is out of reach just now: no tunnel, no runner, time-out (docs/protocol.md §4).
+        """
+        if self.offers_v2 or isinstance(error, NotAllowedError):
+            self.reject(error.status, error.code, str(error))
+            return
+        link = self.accept(FrameWalker(masked=True), Ignore(), version=1)
+        greet(link, f"Error: {error}")
+        out_of_reach = error.status >= 500 or error.code == "tunnel_not_connected"
+        link.close(CloseCode.INTERNAL_ERROR if out_of_reach else CloseCode.POLICY, str(error))
+
+    @property
+    def gone(self) -> bool:
+        """Whether the peer has hung up while it waited."""
+        return self._upgrade.gone
+
+
+class TunnelRoute(Protocol):
+    """A family of WebSocket paths that links are opened on; ``path`` is how the family is written down."""
+
+    path: str
+
+    def match(self, path: str) -> bool:
+        """Whether ``path`` is one of them."""
+
+    async def open(self, request: UpgradeRequest) -> None:
+        """Answer the request: accept, reject or fail. KohakuRiverError that it raises is passed to ``fail``."""
+
+
+class Ignore:
+    """The handler of a link that is only being closed."""
+
+    def link_received(self, link: Link, start: int, stop: int) -> int:
+        count = 0
+        while True:
+            messages, consumed = link.walker.walk(link.buffer.data, start, stop)
+            for message in messages:
+                if message[0] > 0x101:
+                    link.control(message)
+            count += len(messages)
+            if not messages or link.turn_over(count):
+                return consumed
+            start = consumed
+
+    def link_drained(self, link: Link) -> None:
+        pass
+
+    def link_closed(self, link: Link, code: int, reason: str) -> None:
+        pass
+
+
+def greet(link: Link, text: str) -> None:
+    """Send a session's first message."""
+    link.send(build_ws(OP_TEXT, text.encode()))
+
+
+class Upgrade(asyncio.Protocol):
+    """One connection between uvicorn's HTTP parser and its link (or uvicorn's own WebSocket protocol)."""
+
+    def __init__(
+        self,
+        routes: Sequence[TunnelRoute],
+        guard: OriginCheck | None,
+        config: Config,
+        state: ServerState,
+        app: dict[str, Any],
+        max_message: int,
+    ) -> None:
+        self._routes = routes
+        self._guard = guard
+        self._uvicorn = (config, state, app)
+        self._state = state
+        self._other: WebSocketsSansIOProtocol | None = None
+        self._handshake = ServerProtocol(
+            select_subprotocol=lambda _, offered: self._select(offered), max_size=max_message
+        )
+        self._request: Request | None = None
+        self._description: UpgradeRequest | None = None
+        self._transport: asyncio.Transport = cast(asyncio.Transport, None)
+        self._early = b""
+        self._task: asyncio.Task[None] | None = None
+        self._answered = False
+        self._subprotocol: str | None = None
+        self.gone = False
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        self._transport = cast(asyncio.Transport, transport)
+
+    def data_received(self, data: bytes) -> None:
+        if self._other is not None:
+            self._other.data_received(data)
+        elif self._task is not None:  # frames before our 101: a client that obeys RFC 6455 sends none
+            self._early += data
+            if len(self._early) > MAX_EARLY:
+                self._transport.abort()
+        else:
+            self._begin(data)
+
+    def _begin(self, data: bytes) -> None:
+        target = data.split(b" ", 2)[1].decode("latin-1")
+        path, _, query = target.partition("?")
+        path = unquote(path)
+        route = next((route for route in self._routes if route.match(path)), None)
+        if route is None:
+            self._hand_to_uvicorn(data)
+            return
+        self._state.connections.add(self)  # type: ignore[arg-type]  # any object with shutdown() will do
+        self._task = asyncio.get_running_loop().create_task(self._open(route, path, query, data))
+
+    async def _open(self, route: TunnelRoute, path: str, query: str, data: bytes) -> None:
+        try:
+            request = self._read_request(path, query, data)
+            await route.open(request)
+        except KohakuRiverError as error:
+            self._refuse(error)
+        except Exception:
+            logger.exception("the opening of %r failed", path)
+            if not self._answered:
+                self.reject(500, {"error": "failed", "message": "this WebSocket could not be opened; see the log"})
+
+    def _refuse(self, error: KohakuRiverError) -> None:
+        if self._answered:
+            return
+        if self._description is None:
+            self.reject(error.status, error.to_json())
+        else:
+            self._description.fail(error)
+
+    def _read_request(self, path: str, query: str, data: bytes) -> UpgradeRequest:
+        """Check the handshake as a whole (RFC 6455 §4.2.1) before anybody acts on it. Raises UsageError."""
+        self._handshake.receive_data(data)
+        events = self._handshake.events_received()
+        if not events or not isinstance(events[0], Request):
+            raise UsageError("this is not a WebSocket handshake")
+        self._request = events[0]
+        try:
+            response = self._handshake.accept(self._request)
+            if response.status_code != 101:
+                raise UsageError(bytes(response.body or b"").decode("utf-8", "replace").strip())
+            self._check_where_from(self._request.headers)
+            description = self._describe(path, dict(parse_qsl(query)), self._request.headers)
+        except (LookupError, ValueError) as exc:  # a header twice that may be there once, and the like
+            raise UsageError(f"this is not a WebSocket handshake: {exc}") from exc
+        self._description = description
+        return description
+
+    def _check_where_from(self, headers: Headers) -> None:
+        if self._guard is not None:
+            name = self._transport.get_extra_info("sockname")
+            local = name[0] if isinstance(name, tuple) else None
+            self._guard.check(headers.get_all("Host"), headers.get_all("Origin"), local)
+
+    def _hand_to_uvicorn(self, data: bytes) -> None:
+        self._other = WebSocketsSansIOProtocol(*self._uvicorn)
+        self._other.connection_made(self._transport)
+        self._other.data_received(data)
+        # uvicorn sets us as the protocol when we return; its own takes over right after that.
+        asyncio.get_running_loop().call_soon(self._transport.set_protocol, self._other)
+
+    def _describe(self, path: str, query: dict[str, str], headers: Headers) -> UpgradeRequest:
+        scheme, _, credential = headers.get("Authorization", "").partition(" ")
+        token = credential.strip() if scheme.lower() == "bearer" and credential.strip() else None
+        offered = ",".join(headers.get_all("Sec-WebSocket-Protocol"))
+        name = self._transport.get_extra_info("peername")
+        peer = f"{name[0]}:{name[1]}" if isinstance(name, tuple) else "?"
+        subprotocols = frozenset(item.strip() for item in offered.split(","))
+        return UpgradeRequest(path, query, token, peer, subprotocols, headers, self)
+
+    def _select(self, offered: Sequence[Subprotocol]) -> Subprotocol | None:
+        return next((each for each in offered if each == self._subprotocol), None)
+
+    def accept(self, walker: FrameWalker, handler: LinkHandler, version: int) -> Link:
+        """Answer 101. Raises HostUnreachableError if the peer has hung up: nobody would hear of that link again."""
+        self._answer(TUNNEL_V2 if version == 2 else None)
+        link = Link(handler, walker, masks=False, version=version)
+        self._hand_over(link)
+        return link
+
+    def accept_messages(self, subprotocol: str | None) -> MessageLink:
+        """Answer 101. Raises HostUnreachableError if the peer has hung up."""
+        self._answer(subprotocol)
+        link = MessageLink(self._handshake, subprotocol=subprotocol)
+        self._hand_over(link)
+        return link
+
+    def _answer(self, subprotocol: str | None) -> None:
+        assert self._request is not None
+        if self.gone:
+            raise HostUnreachableError("the peer hung up during the handshake")
+        self._answered = True
+        self._subprotocol = subprotocol
+        self._handshake.send_response(self._handshake.accept(self._request))
+        self._transport.writelines(self._handshake.data_to_send())
+
+    def _hand_over(self, link: Link | MessageLink) -> None:
+        connections = self._state.connections
+        connections.discard(self)
+        connections.add(link)  # type: ignore[arg-type]
+        link.on_lost = lambda: connections.discard(link)
+        link.start(self._transport, self._early)
+
+    def reject(self, status: int, body: dict[str, str]) -> None:
+        """Answer with an HTTP error."""
+        self._answered = True
+        self._state.connections.discard(self)
+        if self.gone:
+            return
+        content = json.dumps(body).encode()
+        headers = Headers([("Content-Type", "application/json"), ("Content-Length", str(len(content)))])
+        headers["Connection"] = "close"
+        if status == 401:
+            headers["WWW-Authenticate"] = "Bearer"
+        self._transport.write(Response(status, http.HTTPStatus(status).phrase, headers, content).serialize())
+        self._transport.close()
+
+    def shutdown(self) -> None:
+        """The server is going down."""
+        if not self._answered:
+            self.reject(503, {"error": "unavailable", "message": "the server is shutting down"})
+
+    def eof_received(self) -> bool:
+        if self._other is not None:
+            self._other.eof_received()
+        return False
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self.gone = True
+        self._state.connections.discard(self)
+        if self._other is not None:
+            self._other.connection_lost(exc)
+        elif self._task is not None and not self._answered:
+            self._task.cancel()
+
+
+def serve_ws(
+    routes: Sequence[TunnelRoute], guard: OriginCheck | None = None, *, max_message: int = MAX_MESSAGE
+) -> type[asyncio.Protocol]:
+    """The class for ``uvicorn.Config(ws=…)`` that serves ``routes`` and leaves other WebSockets to uvicorn.
+
+    ``guard`` says which Host and Origin headers are taken on our routes; without it, all. ``max_message`` is the most
+    bytes that a message may have where whole ones are received; a link's walker has a limit of its own.
+    """
+
+    class RoutedUpgrade(Upgrade):
+        def __init__(self, config: Config, server_state: ServerState, app_state: dict[str, Any]) -> None:
+            super().__init__(routes, guard, config, server_state, app_state, max_message)
+
+    return RoutedUpgrade

@@ -1,0 +1,216 @@
+"""``python -m kohakuriver.tunnel.client``: the tunnel client where Python is there anyway.
+
+The same endpoint, flags and environment as the static binary (``kohakuriver-tunnel/``), which is the one to prefer:
+it needs nothing in the image, and less processor time.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import logging
+import os
+import random
+import signal
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from urllib.parse import quote
+
+from kohakuriver._frame import FrameWalker
+from kohakuriver.errors import KohakuRiverError, UsageError
+from kohakuriver.runtime import run
+from kohakuriver.tunnel.dial import open_link
+from kohakuriver.tunnel.endpoint import ContainerEndpoint, EndpointConfig
+from kohakuriver.tunnel.link import Link
+from kohakuriver.tunnel.protocol import ERROR, CloseCode
+from kohakuriver.tunnel.settings import from_environment
+from kohakuriver.tunnel.tcp import TcpStream
+
+FIRST_RETRY = 0.1
+# A tunnel that lived this many seconds was a good one: the backoff starts anew.
+STEADY = 10.0
+
+log = logging.getLogger("tunnel-client")
+
+
+class TunnelClient:
+    """Keeps a container's tunnel up.
+
+    Args:
+        runner_url: ``http``, ``https``, ``ws`` or ``wss`` address of the runner.
+        container_id: this container's id on the tunnel.
+        token: its credential, or None.
+        reconnect_delay: seconds that the pause between attempts grows to.
+        max_reconnect: failures in a row to give up after; 0 for never.
+    """
+
+    def __init__(
+        self,
+        runner_url: str,
+        container_id: str,
+        *,
+        token: str | None = None,
+        reconnect_delay: float = 5.0,
+        max_reconnect: int = 0,
+        config: EndpointConfig | None = None,
+    ) -> None:
+        base = runner_url.rstrip("/")
+        for http, ws in (("http://", "ws://"), ("https://", "wss://")):
+            if base.startswith(http):
+                base = ws + base.removeprefix(http)
+        self.url = f"{base}/ws/tunnel/{quote(container_id, safe='')}"
+        self.token = token
+        self.reconnect_delay = reconnect_delay
+        self.max_reconnect = max_reconnect
+        self.config = config
+        self.link: Link | None = None
+
+    async def serve(self) -> int:
+        """Keep the tunnel up until it is replaced (0) or the attempts are used up (1)."""
+        loop = asyncio.get_running_loop()
+        failures, pause = 0, FIRST_RETRY
+        while True:
+            began = loop.time()
+            try:
+                code = await self._once()
+            except KohakuRiverError as error:
+                log.warning("%s", error)
+                code = 0
+            if code == CloseCode.REPLACED:
+                log.warning("another tunnel client of this container has taken over")
+                return 0
+            if loop.time() - began >= STEADY:
+                failures, pause = 0, FIRST_RETRY
+            failures += 1
+            if self.max_reconnect and failures > self.max_reconnect:
+                log.error("giving up after %d failures in a row", failures)
+                return 1
+            await asyncio.sleep(random.uniform(pause / 2, pause))
+            pause = min(2 * pause, max(self.reconnect_delay, FIRST_RETRY))
+
+    async def _once(self) -> int:
+        """One tunnel, from its handshake to its end; the close code."""
+        gone: asyncio.Future[int] = asyncio.get_running_loop().create_future()
+        endpoint = _Tunnel(gone, self.config)
+        self.link = await open_link(self.url, FrameWalker(masked=False), endpoint, token=self.token)
+        endpoint.attach(self.link)
+        log.info("tunnel connected, version %d", self.link.version)
+        try:
+            return await gone
+        finally:
+            self.link.abort()
+            await endpoint.close()
+
+
+class _Tunnel(ContainerEndpoint):
+    def __init__(self, gone: asyncio.Future[int], config: EndpointConfig | None) -> None:
+        super().__init__(config=config)
+        self._gone = gone
+
+    def window_passed(self, stream: TcpStream) -> None:
+        """This link is shared by all users of the container: the runner ends the session of the one that did it."""
+        self.send_message(ERROR, stream.id, b"EPROTO: more was sent than the window allows")
+        stream.reset()
+
+    def link_closed(self, link: Link, code: int, reason: str) -> None:
+        super().link_closed(link, code, reason)
+        if not self._gone.done():
+            self._gone.set_result(code)
+
+
+def _arguments(argv: Sequence[str], environ: Mapping[str, str]) -> argparse.Namespace:
+    def env(*names: str) -> str | None:
+        return next((environ[name] for name in names if environ.get(name)), None)
+
+    parser = argparse.ArgumentParser(prog="tunnel-client", description="Carries this container's ports to its runner.")
+    parser.add_argument("--runner-url", default=env("RUNNER_URL", "KOHAKURIVER_TUNNEL_URL"))
+    parser.add_argument("--container-id", default=env("CONTAINER_ID", "KOHAKURIVER_CONTAINER_ID"))
+    parser.add_argument("--token-file", default=env("KOHAKURIVER_TUNNEL_TOKEN_FILE"))
+    parser.add_argument("--reconnect-delay", type=float, default=5.0)
+    parser.add_argument("--max-reconnect", type=int, default=0)
+    parser.add_argument("--log-level", default="info", choices=["error", "warn", "info", "debug"])
+    parser.add_argument("mode", nargs="?", choices=["run"])
+    options, command = argv, None
+    if "run" in argv:
+        at = list(argv).index("run")
+        options, command = argv[: at + 1], [*argv[at + 1 :]]
+        if command[:1] == ["--"]:
+            command = command[1:]
+    arguments = parser.parse_args(options)
+    arguments.command = command
+    for name in ("runner_url", "container_id"):
+        if not getattr(arguments, name):
+            parser.error(f"--{name.replace('_', '-')} is needed")
+    return arguments
+
+
+async def _work(arguments: argparse.Namespace) -> int:
+    token = Path(arguments.token_file).read_text().strip() if arguments.token_file else None
+    client = TunnelClient(
+        arguments.runner_url,
+        arguments.container_id,
+        token=token,
+        reconnect_delay=arguments.reconnect_delay,
+        max_reconnect=arguments.max_reconnect,
+        config=from_environment(),
+    )
+    serving = asyncio.ensure_future(client.serve())
+    stopped: asyncio.Future[int] = asyncio.get_running_loop().create_future()
+    waiting: list[asyncio.Future[int]] = [stopped]
+    if arguments.command:
+        waiting.append(asyncio.ensure_future(_command(arguments.command)))
+    else:
+
+        def stop(number: int) -> None:
+            if not stopped.done():
+                stopped.set_result(0)
+
+        _on_signals(stop)
+    if arguments.command is None:
+        waiting.append(serving)
+    done, _ = await asyncio.wait(waiting, return_when=asyncio.FIRST_COMPLETED)
+    serving.cancel()
+    return next(iter(done)).result()
+
+
+def _on_signals(act: Callable[[int], None]) -> None:
+    loop = asyncio.get_running_loop()
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT, signal.SIGUSR1, signal.SIGUSR2):
+        loop.add_signal_handler(number, act, number)
+
+
+async def _command(command: Sequence[str]) -> int:
+    """Run ``command``, pass signals on, and return its exit code (128 + n where a signal ended it)."""
+    try:
+        process = await asyncio.create_subprocess_exec(*command)
+    except OSError as exc:
+        print(f"tunnel-client: {command[0]} can't be started: {exc.strerror}", file=sys.stderr)
+        return 127 if isinstance(exc, FileNotFoundError) else 126
+
+    def forward(number: int) -> None:
+        if process.returncode is None:
+            process.send_signal(number)
+
+    _on_signals(forward)
+    code = await process.wait()
+    return code if code >= 0 else 128 - code
+
+
+def main() -> int:
+    """The command line; returns the exit code."""
+    arguments = _arguments(sys.argv[1:], os.environ)
+    level = {"warn": "warning"}.get(arguments.log_level, arguments.log_level).upper()
+    logging.basicConfig(stream=sys.stderr, level=level, format="%(name)s: %(message)s")
+    try:
+        return run(_work(arguments))
+    except UsageError as error:
+        print(f"tunnel-client: {error.message}", file=sys.stderr)
+        return error.exit_code
+    except OSError as exc:
+        print(f"tunnel-client: {exc.filename}: {exc.strerror}", file=sys.stderr)
+        return 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

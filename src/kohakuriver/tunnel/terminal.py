@@ -1,0 +1,134 @@
+"""The terminal protocol's messages (docs/protocol.md §6): built and read here for command line and runner alike."""
+
+from __future__ import annotations
+
+import json
+import re
+from dataclasses import asdict, dataclass, field
+from typing import TYPE_CHECKING, Any, Final
+
+from kohakuriver.errors import KohakuRiverError, NotAllowedError, UsageError, from_status
+from kohakuriver.tunnel.protocol import TERMINAL_V2, CloseCode
+
+if TYPE_CHECKING:  # what serves is not what a command line should have to load
+    from kohakuriver.tunnel.accept import UpgradeRequest
+
+__all__ = [
+    "PATH",
+    "Start",
+    "close_code",
+    "control",
+    "end",
+    "exited",
+    "failed",
+    "failure",
+    "read_control",
+    "refuse",
+    "resize",
+    "size_of",
+    "stream",
+]
+
+PATH: Final = re.compile(r"/ws/task/([^/]+)/terminal$")
+MAX_SIDE: Final = 0xFFFF
+
+
+@dataclass(frozen=True)
+class Start:
+    """What to run: `command` and its arguments, or the best shell; on a terminal of `rows` x `cols`, or on pipes."""
+
+    command: list[str] = field(default_factory=list)
+    tty: bool = True
+    rows: int = 24
+    cols: int = 80
+    env: dict[str, str] = field(default_factory=dict)
+
+    def to_message(self) -> str:
+        return control("start", **asdict(self))
+
+    @staticmethod
+    def from_message(message: dict[str, Any]) -> Start:
+        """Raises UsageError."""
+        command, env = message.get("command", []), message.get("env", {})
+        if not isinstance(command, list) or not all(_is_text(part) for part in command):
+            raise UsageError("the command of a start must be a list of texts")
+        if not isinstance(env, dict) or not all(_is_text(part) for pair in env.items() for part in pair):
+            raise UsageError("the env of a start must give texts by their names")
+        rows, cols = size_of({"rows": 24, "cols": 80, **message})
+        return Start(command, bool(message.get("tty", True)), rows, cols, env)
+
+
+def _is_text(value: object) -> bool:
+    return isinstance(value, str) and "\0" not in value
+
+
+def size_of(message: dict[str, Any]) -> tuple[int, int]:
+    """Rows and columns, each from 1 to 65535. Raises UsageError."""
+    rows, cols = message.get("rows"), message.get("cols")
+    if not isinstance(rows, int) or not isinstance(cols, int) or not (1 <= rows <= MAX_SIDE and 1 <= cols <= MAX_SIDE):
+        raise UsageError("a terminal's size is rows and cols, each from 1 to 65535")
+    return rows, cols
+
+
+def control(kind: str, **fields: Any) -> str:
+    """A message that is JSON in every version."""
+    return json.dumps({"type": kind, **fields})
+
+
+def read_control(text: str) -> dict[str, Any]:
+    """A JSON message with a type. Raises UsageError."""
+    try:
+        message = json.loads(text)
+    except ValueError:
+        message = None
+    if not isinstance(message, dict) or not isinstance(message.get("type"), str):
+        raise UsageError("a text message of a terminal must be a JSON object with a type")
+    return message
+
+
+def resize(rows: int, cols: int) -> str:
+    return control("resize", rows=rows, cols=cols)
+
+
+def end() -> str:
+    """No more input."""
+    return control("eof")
+
+
+def stream(name: str) -> str:
+    """The binary messages that follow are of "stdout" or "stderr"."""
+    return control("stream", name=name)
+
+
+def exited(code: int) -> str:
+    return control("exit", code=code)
+
+
+def failed(error: KohakuRiverError) -> str:
+    """Why there is no terminal, or none any more."""
+    return control("error", data=error.message, error=error.code, status=error.status)
+
+
+def failure(message: dict[str, Any]) -> KohakuRiverError:
+    """The error that such a message stands for; a v1 peer gives none but the sentence."""
+    status = message.get("status")
+    body = json.dumps({"error": message.get("error"), "message": str(message.get("data") or "") or None})
+    return from_status(status if isinstance(status, int) else 409, body.encode())
+
+
+def close_code(error: KohakuRiverError) -> CloseCode:
+    """1008 for what the user can see to, 1011 for what is out of reach just now, as in docs/protocol.md §4."""
+    return CloseCode.INTERNAL_ERROR if error.status >= 500 else CloseCode.POLICY
+
+
+async def refuse(request: UpgradeRequest, error: KohakuRiverError) -> None:
+    """Say why there is no terminal: an HTTP status, or on v1 an error message and a close.
+
+    Missing or wrong credentials are HTTP statuses in either version.
+    """
+    if TERMINAL_V2 in request.subprotocols or isinstance(error, NotAllowedError):
+        request.reject(error.status, error.code, error.message)
+        return
+    link = request.accept_messages()
+    await link.send(failed(error))
+    await link.close(close_code(error), error.message)

@@ -1,0 +1,112 @@
+"""A listener that knows how many peers are at their TLS handshake; `asyncio.Server` tells nobody.
+
+It accepts a few at a time, so that a rush of connections leaves everything else its turns.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import errno
+import socket
+import ssl
+from collections.abc import Callable
+
+from kohakuriver.runtime import cancel_all
+from kohakuriver.web.waiting_room import WaitingRoom
+
+__all__ = ["ACCEPTED_AT_ONCE", "Acceptor"]
+
+BACKLOG = 2048
+"""Connections that may wait to be accepted; a burst of 500 simultaneous connects must fit."""
+
+ACCEPTED_AT_ONCE = 16
+"""Connections that are accepted before others get their turn: some 3 ms of work."""
+
+RETRY_SECONDS = 1.0
+"""How long nothing is accepted when the process or the system has no descriptors or memory left."""
+
+_EXHAUSTED = {errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM}
+
+
+class Acceptor:
+    """A listener, with what of `asyncio.Server` uvicorn uses.
+
+    Args:
+        sock: bound, and from now on this listener's.
+        new_protocol: makes the protocol of a connection.
+        tls: what connections begin with; None for plain ones.
+        handshake_timeout: seconds that a peer has for its TLS handshake.
+        room: where it waits for that.
+    """
+
+    def __init__(
+        self,
+        sock: socket.socket,
+        new_protocol: Callable[[], asyncio.Protocol],
+        *,
+        tls: ssl.SSLContext | None,
+        handshake_timeout: float,
+        room: WaitingRoom,
+    ) -> None:
+        self._sock = sock
+        self._new_protocol = new_protocol
+        self._tls = tls
+        self._handshake_timeout = handshake_timeout if tls is not None else None
+        self._room = room
+        self._loop = asyncio.get_running_loop()
+        self._retry: asyncio.TimerHandle | None = None
+        self._beginning: set[asyncio.Task[None]] = set()
+        sock.setblocking(False)
+        sock.listen(BACKLOG)
+        self._loop.add_reader(sock.fileno(), self._accept)
+
+    def close(self) -> None:
+        """Accept nothing more; connections that are set up stay."""
+        if self._sock.fileno() >= 0:
+            if self._retry is not None:
+                self._retry.cancel()
+            self._loop.remove_reader(self._sock.fileno())
+            self._sock.close()
+
+    async def wait_closed(self) -> None:
+        """End the TLS handshakes that are still under way."""
+        await cancel_all(self._beginning)
+
+    def _accept(self) -> None:
+        for _ in range(ACCEPTED_AT_ONCE):
+            try:
+                connection, _address = self._sock.accept()
+            except (BlockingIOError, InterruptedError):
+                return
+            except ConnectionAbortedError:  # it has gone already
+                continue
+            except OSError as error:
+                if error.errno not in _EXHAUSTED:
+                    raise
+                self._loop.remove_reader(self._sock.fileno())
+                self._retry = self._loop.call_later(RETRY_SECONDS, self._resume)
+                return
+            beginning = self._loop.create_task(self._begin(connection))
+            self._beginning.add(beginning)
+            if self._tls is not None:
+                self._room.enter(beginning, beginning.cancel)
+            beginning.add_done_callback(self._begun)
+
+    def _begun(self, beginning: asyncio.Task[None]) -> None:
+        self._beginning.discard(beginning)
+        self._room.leave(beginning)
+
+    def _resume(self) -> None:
+        self._loop.add_reader(self._sock.fileno(), self._accept)
+
+    async def _begin(self, connection: socket.socket) -> None:
+        try:
+            connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+            await self._loop.connect_accepted_socket(
+                self._new_protocol, connection, ssl=self._tls, ssl_handshake_timeout=self._handshake_timeout
+            )
+        except (OSError, asyncio.TimeoutError):
+            connection.close()  # which strangers failed at a handshake, and how, is nobody's business
+        except BaseException:
+            connection.close()
+            raise

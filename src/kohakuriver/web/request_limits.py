@@ -1,0 +1,173 @@
+"""How long a peer may take for an HTTP request, and how large it may be; a WebSocket's opening handshake is one.
+
+uvicorn itself waits for ever for the rest of a request, and keeps all of it (docs/guide/limits.md).
+"""
+
+from __future__ import annotations
+
+import asyncio
+import http
+import json
+from typing import Any
+
+from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
+
+from kohakuriver.limits import Limits
+from kohakuriver.web.waiting_room import WaitingRoom
+
+__all__ = ["guarded"]
+
+LINGER_SECONDS = 1.0
+
+
+class _Refused(Exception):
+    """Ends the parser's work on a request; the answer is known."""
+
+
+class GuardedHttp(HttpToolsProtocol):
+    """uvicorn's HTTP protocol with limits."""
+
+    limits = Limits()
+    room: WaitingRoom
+
+    def __init__(self, *args: Any, **more: Any) -> None:
+        super().__init__(*args, **more)
+        self._clock: asyncio.TimerHandle | None = None
+        self._refusal: tuple[int, str, str] | None = None
+        self._in_head = True
+        self._fed = self._head = self._body = 0
+        self._completed = False
+
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+        super().connection_made(transport)
+        self._start_clock()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self._stop_clock()
+        self.room.leave(self)
+        super().connection_lost(exc)
+
+    def shutdown(self) -> None:
+        """Begin the end, as the server does; an idle connection is over at once."""
+        super().shutdown()
+        if self.transport.is_closing():
+            self._abort_soon()
+
+    def data_received(self, data: bytes) -> None:
+        if self._refusal is not None:
+            return
+        self._completed = False
+        super().data_received(data)
+        if self._completed or self._refusal is not None:
+            return
+        # What came was no whole request: the clock runs, also if it was nothing but empty lines between two of them.
+        self._start_clock()
+        if self._in_head:  # the parser tells of a header only when all of it is there
+            self._fed += len(data)
+            if self._fed > self.limits.max_header:
+                self._refuse_head()
+                self._answer()
+
+    # -- the parser's callbacks --------------------------------------------------------------------------------
+
+    def on_message_begin(self) -> None:
+        self._in_head = True
+        self._fed = self._head = self._body = 0
+        self._start_clock()
+        super().on_message_begin()
+
+    def on_url(self, url: bytes) -> None:
+        self._count_head(len(url))
+        super().on_url(url)
+
+    def on_header(self, name: bytes, value: bytes) -> None:
+        self._count_head(len(name) + len(value))
+        super().on_header(name, value)
+
+    def on_headers_complete(self) -> None:
+        self._in_head = False
+        super().on_headers_complete()
+
+    def on_body(self, body: bytes) -> None:
+        self._body += len(body)
+        if self._body > self.limits.max_body:
+            self._refusal = 413, "too_large", f"The body of a request may have at most {self.limits.max_body} bytes."
+            raise _Refused
+        super().on_body(body)
+
+    def on_message_complete(self) -> None:
+        self._completed = True
+        self._stop_clock()
+        super().on_message_complete()
+
+    def on_response_complete(self) -> None:
+        super().on_response_complete()
+        if self._clock is None and not self.transport.is_closing():
+            self.room.enter(self, self._dismiss)  # until its next request, or the end of uvicorn's patience
+
+    def send_400_response(self, msg: str) -> None:
+        """What uvicorn calls when the parser stops, be it for one of ours."""
+        self._refusal = self._refusal or (400, "bad_request", "This is not an HTTP request.")
+        self._answer()
+
+    # -- the limits --------------------------------------------------------------------------------------------
+
+    def _count_head(self, size: int) -> None:
+        self._head += size
+        if self._head > self.limits.max_header:
+            self._refuse_head()
+            raise _Refused
+
+    def _refuse_head(self) -> None:
+        self._refusal = 431, "too_large", f"The head of a request may have at most {self.limits.max_header} bytes."
+
+    def _start_clock(self) -> None:
+        if self._clock is None:
+            self._clock = self.loop.call_later(self.limits.handshake_timeout, self._too_slow)
+            self.room.enter(self, self._dismiss)
+
+    def _stop_clock(self) -> None:
+        if self._clock is not None:
+            self._clock.cancel()
+            self._clock = None
+            self.room.leave(self)
+
+    def _dismiss(self) -> None:
+        """Others wait, too, and this one has done so for longest."""
+        self._stop_clock()
+        self.transport.abort()
+
+    def _too_slow(self) -> None:
+        self._stop_clock()
+        if self.flow.read_paused:  # it is us who don't read
+            self._start_clock()
+            return
+        seconds = self.limits.handshake_timeout
+        self._refusal = 408, "timed_out", f"A request must be here whole within {seconds:g} s."
+        self._answer()
+
+    def _answer(self) -> None:
+        """Answer with an error unless another answer has begun, and end the connection."""
+        assert self._refusal is not None
+        self._stop_clock()
+        status, code, message = self._refusal
+        cycle: Any = self.cycle  # None before the first request
+        if cycle is None or not cycle.response_started or cycle.response_complete:
+            content = json.dumps({"error": code, "message": message}).encode()
+            head = (
+                f"HTTP/1.1 {status} {http.HTTPStatus(status).phrase}\r\nContent-Type: application/json\r\n"
+                f"Content-Length: {len(content)}\r\nConnection: close\r\n\r\n"
+            )
+            self.transport.write(head.encode() + content)
+        self.transport.close()
+        self._abort_soon()
+
+    def _abort_soon(self) -> None:
+        # With TLS a close waits for the peer's. Who is slow with a request may be slow with that, and a client that
+        # keeps a connection for later does not read it.
+        self.loop.call_later(LINGER_SECONDS, self.transport.abort)
+
+
+def guarded(limits: Limits, room: WaitingRoom) -> type[asyncio.Protocol]:
+    """The class for `uvicorn.Config(http=…)` that keeps to `limits`; who has no request under way waits in `room`."""
+    return type("LimitedHttp", (GuardedHttp,), {"limits": limits, "room": room})

@@ -1,0 +1,82 @@
+"""Images made here, of nothing but static binaries: `docker import` of a tar, no registry."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import os
+import shutil
+import subprocess
+import tarfile
+from pathlib import Path
+
+import pytest
+
+from tests.support.hops import binary
+
+PREFIX = "kohakuriver-test"
+
+
+def docker(*arguments: str, content: bytes | None = None) -> str:
+    """What `docker ARGUMENTS` prints."""
+    done = subprocess.run(["docker", *arguments], input=content, capture_output=True, check=False)
+    assert done.returncode == 0, done.stderr.decode()
+    return done.stdout.decode().strip()
+
+
+def require_engine() -> None:
+    """Skip where there is no Docker engine; in CI there must be one."""
+    if os.environ.get("CI") == "true":
+        return
+    if shutil.which("docker") is None or subprocess.run(["docker", "version"], capture_output=True).returncode:
+        pytest.skip("no Docker engine answers")
+
+
+def make_image(name: str, files: dict[str, bytes], *changes: str) -> str:
+    """An image of these executables and nothing else; one that is there already is used again."""
+    digest = hashlib.sha256(repr((sorted(files.items()), changes)).encode()).hexdigest()[:12]
+    image = f"{PREFIX}-{name}:{digest}"
+    if not subprocess.run(["docker", "image", "inspect", image], capture_output=True, check=False).returncode:
+        return image
+    out = io.BytesIO()
+    with tarfile.open(fileobj=out, mode="w") as tar:
+        for path, content in files.items():
+            entry = tarfile.TarInfo(path)
+            entry.size, entry.mode = len(content), 0o755
+            tar.addfile(entry, io.BytesIO(content))
+    options = [part for change in changes for part in ("--change", change)]
+    docker("import", *options, "-", image, content=out.getvalue())
+    return image
+
+
+def busybox_image() -> str:
+    """busybox, with `sh` among its names."""
+    busybox = Path(shutil.which("busybox") or "/bin/busybox").read_bytes()
+    return make_image("busybox", {"bin/busybox": busybox, "bin/sh": busybox})
+
+
+def single_binary_image() -> str:
+    """One static binary: no shell, no libc, no /etc."""
+    return make_image("single", {"only": binary().read_bytes()})
+
+
+def unprivileged_image() -> str:
+    """busybox, run by a user without a name."""
+    busybox = Path(shutil.which("busybox") or "/bin/busybox").read_bytes()
+    return make_image("unprivileged", {"bin/busybox": busybox, "bin/sh": busybox}, "USER 12345:12345")
+
+
+def debian_image(directory: Path) -> str:
+    """A minimal Debian tree; skips where none can be made, but not in CI."""
+    image = f"{PREFIX}-debian:minbase"
+    if not subprocess.run(["docker", "image", "inspect", image], capture_output=True, check=False).returncode:
+        return image
+    if os.environ.get("CI") != "true" and (shutil.which("debootstrap") is None or os.geteuid() != 0):
+        pytest.skip("a Debian tree is made by debootstrap, as root")
+    tree = directory / "debian"
+    made = subprocess.run(["debootstrap", "--variant=minbase", "stable", str(tree)], capture_output=True, text=True)
+    assert made.returncode == 0, made.stdout[-2000:] + made.stderr[-2000:]
+    with subprocess.Popen(["tar", "-C", str(tree), "-c", "."], stdout=subprocess.PIPE) as packed:
+        subprocess.run(["docker", "import", "-", image], stdin=packed.stdout, capture_output=True, check=True)
+    assert packed.returncode == 0
+    return image

@@ -1,0 +1,212 @@
+"""A host in the test's own process, and runners that do as the test says: what tests of the HTTP API run on."""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+import contextlib
+import ssl
+import time
+from collections.abc import AsyncIterator
+from pathlib import Path
+from typing import Any
+
+import httpx
+from fastapi import FastAPI, Request
+from fastapi.responses import JSONResponse, Response
+
+from kohakuriver.host.app import Services, create_app
+from kohakuriver.host.services.access import Access
+from kohakuriver.host.services.authorize import Forwards
+from kohakuriver.host.services.credentials import Credentials
+from kohakuriver.host.services.grants import Grants
+from kohakuriver.host.services.nodes import Nodes
+from kohakuriver.host.services.people import People
+from kohakuriver.host.services.runner_client import RunnerClient
+from kohakuriver.host.services.tasks import Changes, Tasks
+from kohakuriver.host.services.terminal_proxy import TerminalProxy
+from kohakuriver.host.services.tunnel_proxy import TunnelProxy
+from kohakuriver.session import ticket
+from kohakuriver.store import Accounts, Store, sqlite_url
+from kohakuriver.tunnel.accept import TunnelRoute, serve_ws
+from kohakuriver.web.app import Server, bind, socket_url
+from kohakuriver.web.origin import Guard
+
+HEARTBEAT_SECONDS = 5.0
+
+
+async def _nothing() -> None:
+    pass
+
+
+@contextlib.asynccontextmanager
+async def serving(app: FastAPI, ws: type[asyncio.Protocol] | None = None) -> AsyncIterator[str]:
+    """Serve an application on a free loopback port; its URL."""
+    sock = bind("127.0.0.1", 0)
+    ready = asyncio.Event()
+
+    async def is_ready() -> None:
+        ready.set()
+
+    server = Server(app, ws=ws or serve_ws([]), on_ready=is_ready, on_stop=_nothing)
+    url = socket_url(sock)
+    running = asyncio.ensure_future(server.serve([sock]))
+    await ready.wait()
+    try:
+        yield url
+    finally:
+        server.stop()
+        await running
+
+
+class Clock:
+    """The host's idea of the time, in seconds since the epoch."""
+
+    def __init__(self) -> None:
+        self.now = time.time()
+
+    def __call__(self) -> float:
+        return self.now
+
+
+class FakeRunner:
+    """A node that answers the host as told, and remembers what it was asked: (method, path, body)."""
+
+    def __init__(self, host: HostUnderTest, name: str) -> None:
+        self.host = host
+        self.name = name
+        self.url = ""
+        self.key = b""
+        self.asked: list[tuple[str, str, dict[str, Any]]] = []
+        self.tasks: dict[str, dict[str, Any]] = {}
+        self.answers: dict[str, tuple[int, dict[str, Any]]] = {}
+        self.held = asyncio.Event()
+        self.held.set()
+        self.app = FastAPI()
+        self.app.add_api_route("/{path:path}", self._answer, methods=["GET", "POST", "DELETE"])
+
+    async def _answer(self, request: Request, path: str) -> Response:
+        content = await request.body()
+        body = await request.json() if content else {}
+        ticket.check(self.key, request.headers["authorization"].split()[1], node=self.name, scope="control")
+        self.asked.append((request.method, f"/{path}", body))
+        await self.held.wait()
+        if f"/{path}" in self.answers:
+            status, answer = self.answers[f"/{path}"]
+            return JSONResponse(answer, status)
+        return JSONResponse(self._obey(request.method, path, body))
+
+    def _obey(self, method: str, path: str, body: dict[str, Any]) -> dict[str, Any]:
+        parts = path.split("/")
+        if method == "DELETE":
+            return self.tasks.pop(parts[2])
+        if len(parts) == 4:
+            return self.change(parts[2], status={"stop": "stopped", "restart": "running"}[parts[3]], tunnel=False)
+        self.tasks[body["container"]] = {"task_id": body["task_id"], "status": "running", "tunnel": False}
+        return self.change(body["container"])
+
+    def change(self, container: str, **values: Any) -> dict[str, Any]:
+        """Change a task as it would by itself; the next heartbeat tells."""
+        self.tasks[container] |= {**values, "revision": time.time_ns()}
+        return self.tasks[container]
+
+    async def register(
+        self, *, instance: str = "", backends: tuple[str, ...] = ("process", "docker")
+    ) -> httpx.Response:
+        body = {"name": self.name, "url": self.url, "backends": backends, "version": "1", "instance": instance}
+        answer = await self.host.node.post("/api/nodes/register", json=body)
+        if answer.status_code == 200:
+            self.key = base64.b64decode(answer.json()["ticket_key"])
+        return answer
+
+    async def beat(self, **more: Any) -> httpx.Response:
+        """Send one heartbeat."""
+        body = {"tasks": list(self.tasks.values()), "traffic": {"sessions": 1}, **more}
+        return await self.host.node.post(f"/api/nodes/{self.name}/heartbeat", json=body)
+
+
+class HostUnderTest:
+    """A host on a real socket. `user` (an admin), `node` and `nobody` are clients with and without a token."""
+
+    def __init__(self, store: Store, accounts: Accounts, credentials: Credentials, clock: Clock) -> None:
+        self.store = store
+        self.clock = clock
+        self.stack = contextlib.AsyncExitStack()
+        changes = Changes()
+        self.runners = RunnerClient(ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT))
+        self.nodes = Nodes(store, heartbeat_seconds=HEARTBEAT_SECONDS, on_change=changes.notify, clock=clock)
+        self.tasks = Tasks(store, self.nodes, self.runners, changes, clock=clock)
+        self.grants = Grants(accounts)
+        access = Access(store, accounts)
+        self.forwards = Forwards(credentials, access, self.grants, store, self.nodes, self.tasks)
+        self.proxy = TunnelProxy(authorize=self.forwards.authorize)
+        self.terminals = TerminalProxy(authorize=self.forwards.authorize_terminal)
+        self.people = People(accounts, self.grants, clock=clock)
+        self.guard = Guard()
+        self.app = create_app(
+            Services(credentials, access, self.people, self.nodes, self.tasks, self.forwards), self.guard
+        )
+        self.url = ""
+        self.admin_token = ""
+        self.node: httpx.AsyncClient
+        self.user: httpx.AsyncClient
+        self.nobody: httpx.AsyncClient
+
+    @property
+    def tunnel_routes(self) -> list[TunnelRoute]:
+        """All its WebSocket paths."""
+        return [*self.proxy.routes(), *self.terminals.routes()]
+
+    def client(self, token: str | None) -> httpx.AsyncClient:
+        headers = {} if token is None else {"Authorization": f"Bearer {token}"}
+        # Certificates are not needed here, and loading them would take most of a test's time.
+        client = httpx.AsyncClient(base_url=self.url, headers=headers, trust_env=False, timeout=60, verify=False)
+        self.stack.push_async_callback(client.aclose)
+        return client
+
+    async def person(self, name: str, role: str = "user", **token: Any) -> tuple[httpx.AsyncClient, str]:
+        """A new user's client and token; `token` is about the latter, as the API takes it."""
+        assert (await self.user.post("/api/users", json={"name": name, "role": role})).status_code == 201
+        secret = await self.token(user=name, name="first", **token)
+        return self.client(secret), secret
+
+    async def token(self, **body: Any) -> str:
+        """A new token, made by an admin."""
+        answer = await self.user.post("/api/tokens", json=body)
+        assert answer.status_code == 201, answer.text
+        secret: str = answer.json()["token"]
+        return secret
+
+    async def runner(self, name: str = "n1", *, backends: tuple[str, ...] = ("process", "docker")) -> FakeRunner:
+        """A registered node that serves."""
+        runner = FakeRunner(self, name)
+        runner.url = await self.stack.enter_async_context(serving(runner.app))
+        assert (await runner.register(backends=backends)).status_code == 200
+        return runner
+
+    async def create(self, **body: Any) -> dict[str, Any]:
+        """A task, made through the API."""
+        answer = await self.user.post("/api/tasks", json=body)
+        assert answer.status_code == 201, answer.text
+        task: dict[str, Any] = answer.json()
+        return task
+
+
+@contextlib.asynccontextmanager
+async def a_host(directory: Path, *, allow_anonymous: bool = False) -> AsyncIterator[HostUnderTest]:
+    """A host with its state in `directory`."""
+    store = await Store.open(sqlite_url(directory / "host.db"))
+    clock = Clock()
+    accounts = Accounts(store, clock=clock)
+    credentials = Credentials(accounts, allow_anonymous=allow_anonymous, clock=clock)
+    await credentials.load_or_make(directory)
+    host = HostUnderTest(store, accounts, credentials, clock)
+    async with host.stack:
+        host.stack.push_async_callback(store.close)
+        host.stack.push_async_callback(host.runners.close)
+        host.url = await host.stack.enter_async_context(serving(host.app, serve_ws(host.tunnel_routes, host.guard)))
+        host.admin_token = (directory / "admin-token").read_text().strip()
+        host.user = host.client(host.admin_token)
+        host.node = host.client((directory / "node-token").read_text().strip())
+        host.nobody = host.client(None)
+        yield host

@@ -1,0 +1,168 @@
+"""What a forward is made of, and how its view tells of it."""
+
+from __future__ import annotations
+
+import json
+import threading
+import time
+
+import pytest
+
+from kohakuriver.cli import forward_view
+from kohakuriver.client import forward as forwarding
+from kohakuriver.client.forward import (
+    Event,
+    Listening,
+    PortForward,
+    Reconnecting,
+    Resumed,
+    Stats,
+    StreamError,
+    parse_port,
+)
+from kohakuriver.errors import UsageError
+
+NOTHING = Stats(streams=0, opened=0, bytes_sent=0, bytes_received=0, udp_dropped=0, stalls=0, unknown_messages=0)
+
+
+@pytest.mark.parametrize(
+    ("spec", "port"),
+    [
+        (8888, PortForward(8888, 8888)),
+        ("8888", PortForward(8888, 8888)),
+        ("0:8888", PortForward(0, 8888)),
+        ("9999:8888", PortForward(9999, 8888)),
+        ("5060/udp", PortForward(5060, 5060, "udp")),
+        ("0:5060/udp", PortForward(0, 5060, "udp")),
+        ("1:65535/tcp", PortForward(1, 65535)),
+    ],
+)
+def test_a_port_is_remote_or_local_and_remote_and_may_say_its_protocol(spec: int | str, port: PortForward) -> None:
+    assert parse_port(spec) == port
+
+
+def test_the_protocol_that_a_port_names_beats_the_default() -> None:
+    assert parse_port("53", proto="udp").proto == "udp"
+    assert parse_port("53/tcp", proto="udp").proto == "tcp"
+
+
+@pytest.mark.parametrize(
+    "spec", ["", "0", "-1", "65536", "x", ":80", "80:", "1:2:3", "80/", "80/icmp", "٨٠", "1" * 5000]
+)
+def test_what_is_no_port_is_refused(spec: str) -> None:
+    with pytest.raises(UsageError):
+        parse_port(spec)
+
+
+@pytest.mark.parametrize(
+    ("host", "open_to_others"),
+    [("127.0.0.1", False), ("127.9.9.9", False), ("::1", False), ("localhost", False), ("0.0.0.0", True), ("::", True),
+     ("10.1.2.3", True), ("my-name", True)],
+)  # fmt: skip
+def test_only_loopback_keeps_other_machines_out(host: str, open_to_others: bool) -> None:
+    assert forwarding.exposes(host) is open_to_others
+
+
+def test_a_fixed_local_port_goes_with_one_remote_port_only() -> None:
+    with pytest.raises(UsageError, match="one remote port"):
+        forwarding.forward("t", [1, 2], local_port=9)
+
+
+def test_a_forward_that_is_not_open_says_so() -> None:
+    with pytest.raises(UsageError, match="not open yet"):
+        _ = forwarding.forward("t", 80).local_port
+
+
+def test_the_line_that_scripts_wait_for_is_as_documented(capsys: pytest.CaptureFixture[str]) -> None:
+    view = forward_view.PlainView("my-task")
+    view.show(Listening("127.0.0.1", 8888, 80, "tcp"))
+    view.show(Listening("::1", 5060, 5060, "udp"))
+    captured = capsys.readouterr()
+    assert captured.out.splitlines() == [
+        "Forwarding 127.0.0.1:8888 -> my-task:80 (tcp)",
+        "Forwarding [::1]:5060 -> my-task:5060 (udp)",
+    ]
+    assert captured.err == ""
+
+
+def test_beside_a_command_stdout_is_left_to_it(capsys: pytest.CaptureFixture[str]) -> None:
+    forward_view.PlainView("t", beside_command=True).show(Listening("127.0.0.1", 1, 2, "tcp"))
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    assert "Forwarding" in captured.err
+
+
+def test_the_same_failure_again_and_again_is_one_line(capsys: pytest.CaptureFixture[str]) -> None:
+    view = forward_view.PlainView("t")
+    for _ in range(100):
+        view.show(StreamError(80, "ECONNREFUSED: nothing listens on port 80 in the container"))
+    view.show(StreamError(81, "ECONNREFUSED: nothing listens on port 81 in the container"))
+    assert capsys.readouterr().err.splitlines() == [
+        "t:80: nothing listens on port 80 in the container (ECONNREFUSED)",
+        "t:81: nothing listens on port 81 in the container (ECONNREFUSED)",
+    ]
+
+
+def test_a_failure_that_comes_back_later_is_said_with_how_often_it_happened(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    now = 1000.0
+    monkeypatch.setattr(time, "monotonic", lambda: now)
+    view = forward_view.PlainView("t")
+    for _ in range(4):
+        view.show(StreamError(80, "it broke"))
+    now += 60
+    view.show(StreamError(80, "it broke"))
+    assert capsys.readouterr().err.splitlines() == ["t:80: it broke", "t:80: it broke (3 more like this)"]
+
+
+def test_reconnecting_is_said_once_per_reason(capsys: pytest.CaptureFixture[str]) -> None:
+    view = forward_view.PlainView("t")
+    for reason in ("lost", "lost", "lost", "refused"):
+        view.show(Reconnecting(reason, 0.1))
+    view.show(Resumed("t", 2))
+    view.show(Reconnecting("refused", 0.1))
+    assert capsys.readouterr().err.splitlines() == [
+        "Reconnecting: lost", "Reconnecting: refused", "Connected again.", "Reconnecting: refused",
+    ]  # fmt: skip
+
+
+def test_json_is_one_event_a_line_and_statistics_only_when_they_change(capsys: pytest.CaptureFixture[str]) -> None:
+    view = forward_view.JsonView()
+    view.show(Listening("127.0.0.1", 8888, 80, "tcp"))
+    view.tick(NOTHING)
+    view.tick(NOTHING)
+    listening, stats = map(json.loads, capsys.readouterr().out.splitlines())
+    assert listening == {
+        "event": "listening", "local_host": "127.0.0.1", "local_port": 8888, "remote_port": 80, "proto": "tcp",
+    }  # fmt: skip
+    assert stats["event"] == "stats"
+
+
+def test_the_live_line_says_streams_and_rates() -> None:
+    later = Stats(2, 5, 1000, 3_000_000, 0, 0, 0)
+    line = forward_view.status_line(NOTHING, later, 2.0)
+    assert "2 open, 5 so far" in line
+    assert "down 1.5 MB/s, up 500 B/s" in line
+
+
+def test_what_is_shown_holds_up_nobody_and_keeps_its_order() -> None:
+    shown: list[Event] = []
+    held = threading.Event()
+
+    class Slow(forward_view.View):
+        def show(self, event: Event) -> None:
+            held.wait()
+            shown.append(event)
+
+    view = forward_view.Aside(Slow())
+    failures: list[Event] = [StreamError(number, "it broke") for number in range(2 * forward_view.MOST_WAITING)]
+    with view:
+        for failure in failures:
+            view.tell(failure)
+        held.set()
+    # The thread may take its first one only after some were left out, and then there is room for one more.
+    places = [failures.index(event) for event in shown]
+    assert places == sorted(places)
+    assert len(shown) >= forward_view.MOST_WAITING
+    assert len(shown) + view.left_out >= len(failures)

@@ -1,0 +1,265 @@
+"""The side that dials: what an answer, or the lack of one, means to the user."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import ssl
+import subprocess
+from collections.abc import AsyncIterator, Callable, Coroutine
+from pathlib import Path
+from typing import Any
+
+import pytest
+from websockets.asyncio.server import ServerConnection, serve
+
+from kohakuriver._frame import FrameWalker
+from kohakuriver.errors import (
+    HostUnreachableError,
+    KohakuRiverError,
+    NotAllowedError,
+    NotFoundError,
+    UnauthenticatedError,
+    UnavailableError,
+    UsageError,
+)
+from kohakuriver.tunnel.dial import greeting_error, open_link, open_session
+from kohakuriver.tunnel.endpoint import ContainerEndpoint, UserEndpoint
+from tests.support.hops import asked, chain, echo, service
+
+Run = Callable[[Coroutine[Any, Any, None]], None]
+
+
+@contextlib.asynccontextmanager
+async def answering(data: bytes | None) -> AsyncIterator[str]:
+    """The address of a server that answers every request with ``data``, or never (None)."""
+    done = asyncio.Event()
+
+    async def handle(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        with contextlib.suppress(asyncio.IncompleteReadError):
+            await reader.readuntil(b"\r\n\r\n")
+        if data is None:
+            await done.wait()
+        else:
+            writer.write(data)
+        writer.close()
+
+    server = await asyncio.start_server(handle, "127.0.0.1", 0)
+    try:
+        yield f"ws://127.0.0.1:{server.sockets[0].getsockname()[1]}"
+    finally:
+        done.set()
+        server.close()
+        await asyncio.sleep(0)
+
+
+async def error_of(url: str, **options: Any) -> KohakuRiverError:
+    with pytest.raises(KohakuRiverError) as raised:
+        await open_session(url, **options)
+    return raised.value
+
+
+def test_nobody_there_is_told_as_such(run: Run, unused_ports: list[int]) -> None:
+    async def main() -> None:
+        error = await error_of(f"ws://127.0.0.1:{unused_ports[0]}/x")
+        assert isinstance(error, HostUnreachableError)
+        assert str(error) == f"http://127.0.0.1:{unused_ports[0]} can't be reached: Connection refused"
+
+    run(main())
+
+
+def test_a_server_that_says_nothing_is_given_up(run: Run) -> None:
+    async def main() -> None:
+        async with answering(None) as url:
+            error = await error_of(url, timeout=0.05)
+            assert isinstance(error, HostUnreachableError)
+            assert (error.code, error.status) == ("timed_out", 504)
+
+    run(main())
+
+
+def test_a_session_without_its_greeting_is_given_up_within_the_same_time(run: Run) -> None:
+    async def silent(websocket: ServerConnection) -> None:
+        await websocket.wait_closed()
+
+    async def main() -> None:
+        async with serve(silent, "127.0.0.1", 0) as server:
+            port = next(iter(server.sockets)).getsockname()[1]
+            error = await error_of(f"ws://127.0.0.1:{port}", timeout=0.2)
+            assert (error.code, error.status) == ("timed_out", 504)
+
+    run(main())
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        b"",
+        b"SSH-2.0-OpenSSH_9.2\r\n\r\n",
+        b"\xff" * 200_000,
+        b"HTTP/1.1 101 Switching Protocols\r\n\r\n",
+        b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\nhi",
+        b"HTTP/1.1 404",
+    ],
+    ids=["nothing", "ssh", "garbage", "101 without a key", "200", "cut"],
+)
+def test_what_is_no_handshake_is_an_error_with_a_reason(run: Run, data: bytes) -> None:
+    async def main() -> None:
+        async with answering(data) as url:
+            assert str(await error_of(url))
+
+    run(main())
+
+
+def test_a_server_that_hangs_up_may_be_one_that_serves_tls(run: Run) -> None:
+    async def main() -> None:
+        async with answering(b"") as url:
+            assert "its URL begins with https://" in str(await error_of(url))
+
+    run(main())
+
+
+@pytest.mark.parametrize(
+    ("status", "kind"),
+    [
+        (400, UsageError),
+        (401, UnauthenticatedError),
+        (403, NotAllowedError),
+        (404, NotFoundError),
+        (409, UnavailableError),
+        (502, HostUnreachableError),
+        (504, HostUnreachableError),
+    ],
+)
+def test_an_http_status_is_the_error_that_it_stands_for_in_the_words_of_the_host(
+    run: Run, status: int, kind: type[KohakuRiverError]
+) -> None:
+    body = b'{"error": "the_code", "message": "the sentence"}'
+    head = f"HTTP/1.1 {status} X\r\nContent-Type: application/json\r\nContent-Length: {len(body)}\r\n\r\n"
+
+    async def main() -> None:
+        async with answering(head.encode() + body) as url:
+            error = await error_of(url)
+            assert type(error) is kind
+            assert (error.code, str(error), error.status) == ("the_code", "the sentence", status)
+
+    run(main())
+
+
+@pytest.mark.parametrize("url", ["http://here/", "ws://", "nonsense", "ws://[::1"])
+def test_what_is_no_websocket_address_is_a_usage_error(run: Run, url: str) -> None:
+    async def main() -> None:
+        assert isinstance(await error_of(url), UsageError)
+
+    run(main())
+
+
+@pytest.mark.parametrize(
+    ("text", "kind", "code"),
+    [
+        ("Error: no such task: 7", NotFoundError, "not_found"),
+        ("Error: Task not found", NotFoundError, "not_found"),
+        ("Error: not allowed", NotAllowedError, "not_allowed"),
+        ("Error: the tunnel of x is not connected", UnavailableError, "tunnel_not_connected"),
+        ("Error: task is not running", UnavailableError, "unavailable"),
+        ("", UnavailableError, "unavailable"),
+    ],
+)
+def test_the_text_of_a_v1_refusal_is_the_error_that_it_means(
+    text: str, kind: type[KohakuRiverError], code: str
+) -> None:
+    error = greeting_error(text)
+    assert (type(error), error.code) == (kind, code)
+    assert str(error)
+
+
+def test_frames_right_behind_the_greeting_are_not_lost(run: Run) -> None:
+    async def main() -> None:
+        async with chain() as hops:  # a session that is closed right after its greeting: both arrive together
+            await hops.tunnel("python")
+            user = UserEndpoint(on_detach=hops.detached.put_nowait)
+            await hops.attach(user)
+            for session in list(hops.proxy.sessions):
+                session.user.link.close(4444, "right away")
+            assert await hops.detached.get() == "right away"
+
+    run(main())
+
+
+@pytest.fixture(scope="session")
+def certificate(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """A certificate for 127.0.0.1 that lives as long as the tests, and its key."""
+    folder = tmp_path_factory.mktemp("tls")
+    certificate, key = folder / "certificate.pem", folder / "key.pem"
+    command = ["openssl", "req", "-x509", "-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:prime256v1", "-nodes"]
+    command += ["-keyout", str(key), "-out", str(certificate), "-days", "2", "-subj", "/CN=127.0.0.1"]
+    command += ["-addext", "subjectAltName=IP:127.0.0.1"]
+    subprocess.run(command, check=True, capture_output=True)
+    return certificate, key
+
+
+def test_a_link_over_tls_carries_much_both_ways(run: Run, certificate: tuple[Path, Path]) -> None:
+    """A TLS terminator in front of the host: the user's link runs over a transport without a socket of its own."""
+
+    async def main() -> None:
+        serving = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+        serving.load_cert_chain(*certificate)
+        trusting = ssl.create_default_context(cafile=str(certificate[0]))
+        async with chain() as hops, service(echo) as port:
+
+            async def terminate(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+                onward, back = await asyncio.open_connection("127.0.0.1", hops.host_port)
+                await asyncio.wait([asyncio.ensure_future(pump(a, b)) for a, b in ((reader, back), (onward, writer))])
+                for end in (writer, back):
+                    end.transport.abort()
+
+            async def pump(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+                with contextlib.suppress(OSError, RuntimeError):
+                    while data := await reader.read(1 << 16):
+                        writer.write(data)
+                        await writer.drain()
+                writer.close()
+
+            await hops.tunnel("python")
+            server = await asyncio.start_server(terminate, "127.0.0.1", 0, ssl=serving)
+            url = f"wss://127.0.0.1:{server.sockets[0].getsockname()[1]}/ws/forward/1/1"
+            with pytest.raises(HostUnreachableError, match="certificate"):
+                await open_session(url)
+            user = UserEndpoint()
+            user.attach(await open_session(url, ssl=trusting))
+            local = (await user.listen_tcp("127.0.0.1", 0, port)).port
+            data = bytes(range(256)) * 40_000
+            for answer in await asyncio.gather(*(asked(local, data[i:]) for i in range(3))):
+                assert answer == data[-len(answer) :]
+                assert len(answer) >= len(data) - 2
+            await user.close()
+            server.close()
+            await asyncio.sleep(0)
+
+    run(main())
+
+
+def test_a_dial_that_is_cancelled_leaves_nothing_open(run: Run) -> None:
+    async def main() -> None:
+        async with answering(None) as url:
+            opening = asyncio.ensure_future(open_link(url, FrameWalker(masked=False), ContainerEndpoint()))
+            await asyncio.sleep(0)
+            opening.cancel()
+            with pytest.raises(asyncio.CancelledError):
+                await opening
+
+    run(main())
+
+
+def test_a_greeting_behind_thousands_of_pings_and_in_thousands_of_fragments_is_read(run: Run) -> None:
+    async def flood(websocket: ServerConnection) -> None:
+        empty = b"\x00\x00" * 5000
+        websocket.transport.write(b"\x89\x00" * 5000 + b"\x01\x04CONN" + empty + b"\x80\x05ECTED")
+        await websocket.wait_closed()
+
+    async def main() -> None:
+        async with serve(flood, "127.0.0.1", 0, ping_interval=None) as server:
+            link = await open_session(f"ws://127.0.0.1:{next(iter(server.sockets)).getsockname()[1]}/")
+            link.abort()
+
+    run(main())
