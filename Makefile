@@ -14,7 +14,7 @@ PIP_INSTALL := PYTHONWARNINGS=ignore $(BIN)/python -m pip install -q --disable-p
 crate_sources = $(shell find $(1)/src $(1)/.cargo $(1)/Cargo.toml $(1)/Cargo.lock -type f 2>/dev/null)
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-asyncio test-sanitized test-api test-rust e2e lint audit audit-online sbom bench bench-gate soak build clean install
+.PHONY: help demo test test-asyncio test-sanitized test-api test-rust e2e lint house audit audit-online sbom bench bench-gate soak build clean install
 
 help: ## this list
 	@sed -n 's/^\([a-z][a-z-]*\):.*## /  make \1\t/p' $(MAKEFILE_LIST) | expand -t 20
@@ -62,6 +62,9 @@ lint: install ## ruff, mypy, stubs against the extension, rustfmt, clippy
 	$(BIN)/python -m mypy.stubtest kohakuriver._frame
 	for crate in $(CRATES); do \
 		(cd $$crate && cargo fmt --check && cargo clippy --locked --all-targets -- -D warnings) || exit 1; done
+
+house: install ## import circles, large classes, long functions, code that stands twice, tests without a name
+	$(BIN)/python scripts/house.py
 
 bench: install ## micro benchmarks, then the whole chain beside its baselines: table, JSON, plot
 	scripts/system-packages bench
