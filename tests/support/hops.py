@@ -181,7 +181,7 @@ class Chain:
         """One user's session, through the host; the token is the user's name too."""
         endpoint = UserEndpoint(
             config=config,
-            on_stream_error=lambda port, text: self.errors.put_nowait((port, text)),
+            on_stream_error=lambda port, text: self.errors.put_nowait((port, str(text))),
             on_detach=self.detached.put_nowait,
         )
         await self.attach(endpoint, task=task, version=version, token=token, query=query)

@@ -15,11 +15,11 @@ from websockets.asyncio.client import connect
 from websockets.exceptions import ConnectionClosed, InvalidStatus
 from websockets.typing import Subprotocol
 
-from kohakuriver._frame import FrameWalker
+from kohakuriver._frame import FrameWalker, build_frame
 from kohakuriver.errors import KohakuRiverError, NotFoundError, UnauthenticatedError, UnavailableError
 from kohakuriver.tunnel.accept import Ignore, UpgradeRequest, greet, serve_ws
 from kohakuriver.tunnel.link import Link
-from kohakuriver.tunnel.protocol import DATA, TUNNEL_V2, build_frame
+from kohakuriver.tunnel.protocol import DATA, TUNNEL_V2
 from tests.support.hops import dial, until
 
 Run = Callable[[Coroutine[Any, Any, None]], None]

@@ -57,7 +57,7 @@ class Pair:
 
     def __init__(self, *, config: EndpointConfig | None = None, version: int = 2, room: int = 1 << 30) -> None:
         self.errors: list[str] = []
-        self.user = UserEndpoint(config=config, on_stream_error=lambda port, text: self.errors.append(text))
+        self.user = UserEndpoint(config=config, on_stream_error=lambda port, text: self.errors.append(str(text)))
         self.container = Container(config)
         self.to_container, self.to_user = FakeTransport(room), FakeTransport(room)
         self.user_link = Link(self.user, FrameWalker(masked=False), masks=True, version=version)

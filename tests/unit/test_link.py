@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from kohakuriver._frame import WS_TEXT, FrameViolation, FrameWalker, RelayWalker, SpliceWalker, build_frame
+from kohakuriver._frame import WS_TEXT, FrameViolation, FrameWalker, Message, RelayWalker, SpliceWalker, build_frame
 from kohakuriver.host.services.tunnel_proxy import ForwardTarget, ProxySession, TunnelProxy
 from kohakuriver.limits import Limits
 from kohakuriver.runner.services.tunnel_server import Side
@@ -15,7 +15,7 @@ from kohakuriver.tunnel import link as links
 from kohakuriver.tunnel.accept import Ignore
 from kohakuriver.tunnel.endpoint import ContainerEndpoint
 from kohakuriver.tunnel.link import Assembler, Link
-from kohakuriver.tunnel.protocol import DATA, PING, PROTO_TCP, Message, ws_close, ws_ping, ws_pong, ws_text
+from kohakuriver.tunnel.protocol import DATA, PING, PROTO_TCP, ws_close, ws_ping, ws_pong, ws_text
 from tests.support.hops import until
 from tests.support.peers.fake_transport import FakeTransport
 

@@ -3,47 +3,46 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+import struct
 from typing import Any
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from kohakuriver._frame import FrameViolation, build_frame
 from kohakuriver.tunnel import protocol
 from tests.vectors import generate
 
 VECTORS = json.loads((generate.HERE / "messages.json").read_text(encoding="utf-8"))
-
-BUILDERS: dict[str, Callable[[dict[str, Any], dict[str, Any], int], bytes]] = {
-    "CONNECT": lambda v, f, key: protocol.connect(v["client_id"], v["proto"], v["port"], f["limit"], key),
-    "CONNECTED": lambda v, f, key: protocol.connected(v["client_id"], v["proto"], f["limit"], key),
-    "DATA": lambda v, f, key: protocol.data(v["client_id"], v["proto"], bytes.fromhex(f["data_hex"]), key),
-    "CLOSE": lambda v, f, key: protocol.close(v["client_id"], v["proto"], f["reason"], key),
-    "ERROR": lambda v, f, key: protocol.error(v["client_id"], v["proto"], f["message"], f["code"], key),
-    "PING": lambda v, f, key: protocol.ping(bytes.fromhex(f["data_hex"]), key),
-    "PONG": lambda v, f, key: protocol.pong(bytes.fromhex(f["data_hex"]), key),
-    "WINDOW": lambda v, f, key: protocol.window(v["client_id"], f["limit"], key),
-    "EOF": lambda v, f, key: protocol.eof(v["client_id"], key),
-}
+by_name = pytest.mark.parametrize("vector", VECTORS, ids=[vector["name"] for vector in VECTORS])
 
 
-@pytest.mark.parametrize("vector", VECTORS, ids=[vector["name"] for vector in VECTORS])
-def test_builder_writes_the_golden_bytes(vector: dict[str, Any]) -> None:
-    build = BUILDERS[vector["message"]]
-    assert build(vector, vector["fields"], -1).hex() == vector["hex"]
-    assert build(vector, vector["fields"], int(vector["key"], 16)).hex() == vector["masked_hex"]
-
-
-@pytest.mark.parametrize("vector", VECTORS, ids=[vector["name"] for vector in VECTORS])
-def test_parser_reads_the_golden_payload(vector: dict[str, Any]) -> None:
-    payload, fields = bytes.fromhex(vector["payload_hex"]), vector["fields"]
+def payload_of(fields: dict[str, Any]) -> bytes:
+    """What production puts into a message of these fields."""
+    if "message" in fields:
+        return protocol.ErrorText(fields["code"], fields["message"]).pack()
     if fields.get("limit") is not None:
+        return protocol.pack_limit(fields["limit"])
+    return bytes.fromhex(fields.get("data_hex", "")) or fields.get("reason", "").encode()
+
+
+@by_name
+def test_a_message_has_the_golden_bytes(vector: dict[str, Any]) -> None:
+    about = vector["type"], vector["proto"], vector["client_id"], vector["port"]
+    payload = payload_of(vector["fields"])
+    assert payload.hex() == vector["payload_hex"]
+    assert build_frame(*about, payload).hex() == vector["hex"]
+    assert build_frame(*about, payload, int(vector["key"], 16)).hex() == vector["masked_hex"]
+
+
+@by_name
+def test_a_golden_payload_is_read(vector: dict[str, Any]) -> None:
+    payload, fields = bytes.fromhex(vector["payload_hex"]), vector["fields"]
+    if "limit" in fields:
         assert protocol.parse_limit(payload) == fields["limit"]
     if "message" in fields:
-        assert protocol.parse_error(payload) == (fields["code"], fields["message"])
-    if "reason" in fields:
-        assert protocol.parse_reason(payload) == fields["reason"]
+        assert protocol.ErrorText.parse(payload) == (fields["code"], fields["message"])
 
 
 @pytest.mark.parametrize("name", generate.TYPES)
@@ -53,26 +52,30 @@ def test_type_numbers_are_the_vectors(name: str) -> None:
 
 @given(limit=st.integers(0, 2**64 - 1))
 def test_every_limit_survives(limit: int) -> None:
-    frame = protocol.window(1, limit)
-    assert protocol.parse_limit(memoryview(frame)[-8:]) == limit
+    assert protocol.parse_limit(memoryview(protocol.pack_limit(limit))) == limit
 
 
 @pytest.mark.parametrize("limit", [-1, 2**64])
-def test_a_limit_that_is_no_u64_is_an_overflow(limit: int) -> None:
-    with pytest.raises(OverflowError):
-        protocol.window(1, limit)
-
-
-def test_the_session_itself_has_no_window() -> None:
-    with pytest.raises(ValueError):
-        protocol.window(protocol.SESSION_ID, 1)
+def test_a_limit_that_is_no_u64_is_refused(limit: int) -> None:
+    with pytest.raises(struct.error):
+        protocol.pack_limit(limit)
 
 
 @pytest.mark.parametrize("size", [0, 7, 9])
-def test_a_limit_of_another_size_owes_1002(size: int) -> None:
-    with pytest.raises(protocol.FrameViolation) as raised:
-        protocol.parse_limit(bytes(size))
-    assert raised.value.code == 1002
+def test_a_payload_of_another_size_holds_no_limit(size: int) -> None:
+    assert protocol.parse_limit(bytes(size)) is None
+
+
+@given(dropped=st.integers(0, 2**32), stalls=st.integers(0, 2**32))
+def test_counts_survive_and_no_more_than_can_be_true_is_believed(dropped: int, stalls: int) -> None:
+    counts = protocol.Counts(dropped, stalls)
+    assert protocol.Counts.parse(counts.pack()) == counts
+    assert protocol.Counts.parse(protocol.Counts(2**64 - 1, 0).pack()) == (2**32, 0)
+
+
+@pytest.mark.parametrize("payload", [b"", b"cnt1", b"cnt2" + bytes(16), b"cnt1" + bytes(17)])
+def test_any_other_ping_tells_no_counts(payload: bytes) -> None:
+    assert protocol.Counts.parse(payload) is None
 
 
 @pytest.mark.parametrize(
@@ -87,7 +90,7 @@ def test_a_limit_of_another_size_owes_1002(size: int) -> None:
     ],
 )
 def test_an_error_text_of_any_peer_is_read(payload: bytes, expected: tuple[str, str]) -> None:
-    assert protocol.parse_error(payload) == expected
+    assert protocol.ErrorText.parse(payload) == expected
 
 
 def close_payload(frame: bytes) -> bytes:
@@ -113,19 +116,19 @@ def test_a_close_frame_without_a_code_is_empty() -> None:
 
 @pytest.mark.parametrize("code", [0, 999, 1004, 1005, 1006, 1015, 2999, 5000, 65535])
 def test_a_close_code_that_may_not_be_sent_owes_1002(code: int) -> None:
-    with pytest.raises(protocol.FrameViolation) as raised:
+    with pytest.raises(FrameViolation) as raised:
         protocol.parse_ws_close(code.to_bytes(2, "big"))
     assert raised.value.code == 1002
 
 
 def test_half_a_close_code_owes_1002() -> None:
-    with pytest.raises(protocol.FrameViolation) as raised:
+    with pytest.raises(FrameViolation) as raised:
         protocol.parse_ws_close(b"\x03")
     assert raised.value.code == 1002
 
 
 def test_a_close_reason_that_is_not_utf8_owes_1007() -> None:
-    with pytest.raises(protocol.FrameViolation) as raised:
+    with pytest.raises(FrameViolation) as raised:
         protocol.parse_ws_close(b"\x03\xe8\xff")
     assert raised.value.code == 1007
 

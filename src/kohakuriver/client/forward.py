@@ -26,7 +26,7 @@ from kohakuriver.tunnel.dial import open_session
 from kohakuriver.tunnel.endpoint import EndpointStats, ListeningSocket, UserEndpoint
 from kohakuriver.tunnel.link import Link
 from kohakuriver.tunnel.ports import ports_query
-from kohakuriver.tunnel.protocol import CloseCode
+from kohakuriver.tunnel.protocol import CloseCode, ErrorText
 from kohakuriver.tunnel.settings import endpoint_config
 
 __all__ = [
@@ -298,8 +298,8 @@ class Forwarder:
         if not self._closing:
             self._losses.put_nowait(reason)
 
-    def _stream_failed(self, remote_port: int, text: str) -> None:
-        self._on_event(StreamError(remote_port, text))
+    def _stream_failed(self, remote_port: int, text: ErrorText) -> None:
+        self._on_event(StreamError(remote_port, str(text)))
 
     async def _keep_open(self) -> None:
         failures = 0

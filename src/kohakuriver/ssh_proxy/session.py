@@ -18,7 +18,7 @@ from kohakuriver.session.pace import PacedReads, PacedWindow
 from kohakuriver.tunnel.dial import open_session
 from kohakuriver.tunnel.endpoint import AnyStream, UserEndpoint
 from kohakuriver.tunnel.link import Link
-from kohakuriver.tunnel.protocol import CloseCode
+from kohakuriver.tunnel.protocol import CloseCode, ErrorText
 from kohakuriver.tunnel.tcp import TcpStream
 
 __all__ = ["Connector", "SshTarget", "TaskConnection"]
@@ -144,7 +144,7 @@ class TaskConnection(UserEndpoint):
         if self.link is not None:
             self.link.close(CloseCode.NORMAL, "the connection has ended")
 
-    def _refused(self, port: int, text: str) -> None:
+    def _refused(self, port: int, text: ErrorText) -> None:
         self._settle(UnavailableError(_why_refused(self._target, text)))
 
     def _lost(self, reason: str) -> None:
@@ -203,11 +203,11 @@ class Connector:
             connection.abandon("the host is shutting down", CloseCode.GOING_AWAY)
 
 
-def _why_refused(target: SshTarget, text: str) -> str:
-    """The sentence for an ERROR of the task's side, whose text begins with a symbolic code."""
+def _why_refused(target: SshTarget, text: ErrorText) -> str:
+    """The sentence for an ERROR of the task's side."""
     task, port = target.task, target.port
-    if not text.startswith("ECONNREFUSED"):
-        return f"Port {port} of task {task} can't be reached: {text.rstrip('.')}."
+    if text.code != "ECONNREFUSED":
+        return f"Port {port} of task {task} can't be reached: {str(text).rstrip('.')}."
     if target.own_server:
         return f"The SSH server of task {task} does not run; `kohakuriver vps restart {task}` starts it again."
     if port == 22:

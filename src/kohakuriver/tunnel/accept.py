@@ -24,11 +24,11 @@ from websockets.http11 import Request, Response
 from websockets.server import ServerProtocol
 from websockets.typing import Subprotocol
 
-from kohakuriver._frame import FrameWalker, build_ws
+from kohakuriver._frame import WS_TEXT, FrameWalker
 from kohakuriver.errors import HostUnreachableError, KohakuRiverError, NotAllowedError, UsageError
 from kohakuriver.tunnel.link import Link, LinkHandler
 from kohakuriver.tunnel.message_link import MAX_MESSAGE, MessageLink
-from kohakuriver.tunnel.protocol import OP_TEXT, TUNNEL_V2, CloseCode
+from kohakuriver.tunnel.protocol import TUNNEL_V2, CloseCode, ws_text
 
 MAX_EARLY = 64 * 1024
 
@@ -114,7 +114,7 @@ class Ignore:
         while True:
             messages, consumed = link.walker.walk(link.buffer.data, start, stop)
             for message in messages:
-                if message[0] > 0x101:
+                if message[0] > WS_TEXT:
                     link.control(message)
             count += len(messages)
             if not messages or link.turn_over(count):
@@ -130,7 +130,7 @@ class Ignore:
 
 def greet(link: Link, text: str) -> None:
     """Send a session's first message."""
-    link.send(build_ws(OP_TEXT, text.encode()))
+    link.send(ws_text(text))
 
 
 class Upgrade(asyncio.Protocol):

@@ -23,7 +23,7 @@ from kohakuriver.runtime import run
 from kohakuriver.tunnel.dial import open_link
 from kohakuriver.tunnel.endpoint import ContainerEndpoint, EndpointConfig
 from kohakuriver.tunnel.link import Link
-from kohakuriver.tunnel.protocol import ERROR, CloseCode
+from kohakuriver.tunnel.protocol import ERROR, CloseCode, ErrorText
 from kohakuriver.tunnel.settings import from_environment
 from kohakuriver.tunnel.tcp import TcpStream
 
@@ -110,7 +110,7 @@ class _Tunnel(ContainerEndpoint):
 
     def window_passed(self, stream: TcpStream) -> None:
         """This link is shared by all users of the container: the runner ends the session of the one that did it."""
-        self.send_message(ERROR, stream.id, b"EPROTO: more was sent than the window allows")
+        self.send_message(ERROR, stream.id, ErrorText("EPROTO", "more was sent than the window allows").pack())
         stream.reset()
 
     def link_closed(self, link: Link, code: int, reason: str) -> None:

@@ -19,7 +19,7 @@ from websockets.http11 import Response
 from websockets.typing import Subprotocol
 from websockets.uri import parse_uri
 
-from kohakuriver._frame import FIRST, LAST, WS_TEXT, FrameViolation, FrameWalker
+from kohakuriver._frame import FIRST, LAST, WS_TEXT, FrameViolation, FrameWalker, Message
 from kohakuriver.errors import (
     HostUnreachableError,
     KohakuRiverError,
@@ -33,7 +33,7 @@ from kohakuriver.tls import hung_up
 from kohakuriver.tls import reason as tls_reason
 from kohakuriver.tunnel.link import Link, LinkHandler
 from kohakuriver.tunnel.message_link import MAX_MESSAGE, MessageLink
-from kohakuriver.tunnel.protocol import TUNNEL_V2, Message
+from kohakuriver.tunnel.protocol import TUNNEL_V2
 
 MAX_HEAD = 64 * 1024
 MAX_GREETING = 4096

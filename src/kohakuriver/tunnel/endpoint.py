@@ -16,7 +16,7 @@ from collections.abc import Callable, Coroutine, Sequence
 from dataclasses import dataclass, field
 from typing import Any, TypeAlias
 
-from kohakuriver._frame import HEADROOM, WS_TEXT, FrameViolation, FrameWalker, build_frame
+from kohakuriver._frame import HEADROOM, WS_TEXT, FrameViolation, FrameWalker, Message
 from kohakuriver.errors import LocalAddressError
 from kohakuriver.tunnel import stream as rules
 from kohakuriver.tunnel.link import Assembler, Link
@@ -27,14 +27,18 @@ from kohakuriver.tunnel.protocol import (
     DATA,
     EOF,
     ERROR,
+    KNOWN,
     PING,
     PONG,
     PROTO_TCP,
     PROTO_UDP,
+    SESSION_ID,
     WINDOW,
     CloseCode,
-    Message,
-    counts,
+    Counts,
+    ErrorText,
+    pack_limit,
+    parse_limit,
 )
 from kohakuriver.tunnel.stream import Event, State
 from kohakuriver.tunnel.tcp import TcpStream, error_text
@@ -182,19 +186,19 @@ class Endpoint:
             return
         stream = self.streams.get(client_id)
         if kind == PING:
-            link.post(build_frame(PONG, proto, client_id, 0, payload, link.keys.next() if link.keys else -1))
+            link.send_message(PONG, client_id, payload, proto=proto, urgent=True)
         elif kind == CONNECT:
             self.accept(client_id, proto, port, payload)
         elif isinstance(stream, TcpStream):
             self._tcp_message(stream, kind, payload)
         elif isinstance(stream, UdpStream):
             self._udp_message(stream, kind, payload)
-        elif kind not in _KNOWN:
+        elif kind not in KNOWN:
             self.unknown_messages += 1
 
     def _tcp_message(self, stream: TcpStream, kind: int, payload: bytes) -> None:
-        if kind == WINDOW and len(payload) == 8:
-            stream.window(int.from_bytes(payload, "big"))
+        if kind == WINDOW and (limit := parse_limit(payload)) is not None:
+            stream.window(limit)
         elif kind == PONG:
             stream.pong()
         elif kind == CONNECTED:
@@ -204,7 +208,7 @@ class Endpoint:
         elif kind == CLOSE:
             stream.remote_close()
         elif kind == ERROR:
-            self.stream_failed(stream, payload.decode("utf-8", "replace"))
+            self.stream_failed(stream, ErrorText.parse(payload))
             if stream.receiving is None:
                 self.send_message(CLOSE, stream.id)
             stream.reset()
@@ -217,9 +221,9 @@ class Endpoint:
             stream.from_link(payload)
         elif kind in (CLOSE, ERROR):
             if kind == ERROR:
-                self.stream_failed(stream, payload.decode("utf-8", "replace"))
+                self.stream_failed(stream, ErrorText.parse(payload))
             stream.over()
-        elif kind not in _KNOWN:
+        elif kind not in KNOWN:
             self.unknown_messages += 1
 
     def link_drained(self, link: Link) -> None:
@@ -250,14 +254,8 @@ class Endpoint:
 
     def send_message(self, kind: int, client_id: int, payload: bytes = b"", proto: int = PROTO_TCP) -> None:
         """Send one message of a stream, in order with its data."""
-        link = self.link
-        if link is None:
-            return
-        frame = build_frame(kind, proto, client_id, 0, payload, link.keys.next() if link.keys is not None else -1)
-        if kind in (PING, CONNECTED):
-            link.post(frame)
-        else:
-            link.send(frame)
+        if self.link is not None:
+            self.link.send_message(kind, client_id, payload, proto=proto, urgent=kind in (PING, CONNECTED))
 
     def send_limit(self, client_id: int, limit: int) -> None:
         """Send WINDOW: ahead of bulk, since the peer may be waiting for it.
@@ -272,17 +270,8 @@ class Endpoint:
     def _send_limits(self) -> None:
         limits, self._limits = self._limits, {}
         link = self.link
-        if link is None or not limits:
-            return
-        keys = link.keys
-        link.post(
-            b"".join(
-                build_frame(
-                    WINDOW, PROTO_TCP, client_id, 0, limit.to_bytes(8, "big"), keys.next() if keys is not None else -1
-                )
-                for client_id, limit in limits.items()
-            )
-        )
+        if link is not None and limits:
+            link.post(b"".join(link.build_message(WINDOW, each, pack_limit(limit)) for each, limit in limits.items()))
 
     def mark_busy(self, stream: TcpStream) -> None:
         """Note which stream sends; while two or more take turns, each gets less at a time."""
@@ -330,7 +319,7 @@ class Endpoint:
         if link is not None and now != self._reported:
             dropped, stalls = now[0] - self._reported[0], now[1] - self._reported[1]
             self._reported = now
-            link.post(counts(dropped, stalls, link.keys.next() if link.keys is not None else -1))
+            link.send_message(PING, SESSION_ID, Counts(dropped, stalls).pack(), urgent=True)
         loop = asyncio.get_running_loop()
         self._reporter = loop.call_later(REPORT_EVERY, self._report) if self.streams else None
 
@@ -368,11 +357,8 @@ class Endpoint:
         """More came than was granted: the link is one session's, and it ends (§3 rule 5)."""
         raise FrameViolation(CloseCode.PROTOCOL_ERROR, f"stream {stream.id} was sent more than its window allows")
 
-    def stream_failed(self, stream: AnyStream, text: str) -> None:
+    def stream_failed(self, stream: AnyStream, text: ErrorText) -> None:
         """An ERROR came."""
-
-
-_KNOWN = frozenset({CONNECT, CONNECTED, DATA, CLOSE, ERROR, PING, PONG, WINDOW, EOF})
 
 
 class UserEndpoint(Endpoint):
@@ -386,7 +372,7 @@ class UserEndpoint(Endpoint):
         self,
         *,
         config: EndpointConfig | None = None,
-        on_stream_error: Callable[[int, str], None] = lambda port, text: None,
+        on_stream_error: Callable[[int, ErrorText], None] = lambda port, text: None,
         on_detach: Callable[[str], None] = lambda reason: None,
     ) -> None:
         super().__init__(config)
@@ -418,7 +404,7 @@ class UserEndpoint(Endpoint):
 
     def _waited_too_long(self, stream: TcpStream) -> None:
         self._waiting.pop(stream, None)
-        self.on_stream_error(stream.port, "ENOTCONN: the connection to the host is lost")
+        self.on_stream_error(stream.port, ErrorText("ENOTCONN", "the connection to the host is lost"))
         stream.reset()
 
     def forget_waiting(self, stream: TcpStream) -> None:
@@ -433,14 +419,14 @@ class UserEndpoint(Endpoint):
         if link.version >= 2:
             stream.receiving = rules.ReceiveWindow(self.budget)
             stream.sending.limit = rules.EARLY_DATA
-            payload = stream.receiving.granted.to_bytes(8, "big")
+            payload = pack_limit(stream.receiving.granted)
         self._connect(stream, PROTO_TCP, payload)
         stream.update_reading()
 
     def connected(self, stream: TcpStream, payload: bytes) -> None:
         if rules.next_state(stream.state, Event.ESTABLISHED) is None:
             return
-        limit = int.from_bytes(payload, "big") if len(payload) == 8 else None
+        limit = parse_limit(payload)
         if limit is None:  # the acceptor runs the stream under v1 rules
             if stream.receiving is not None:
                 stream.receiving.close()
@@ -449,12 +435,10 @@ class UserEndpoint(Endpoint):
         stream.established(limit)
 
     def _connect(self, stream: AnyStream, proto: int, payload: bytes) -> None:
-        link = self.link
-        assert link is not None
+        assert self.link is not None
         stream.id = self._new_id()
         self.add(stream)
-        key = link.keys.next() if link.keys is not None else -1
-        link.post(build_frame(CONNECT, proto, stream.id, stream.port, payload, key))
+        self.link.send_message(CONNECT, stream.id, payload, proto=proto, port=stream.port, urgent=True)
 
     def _new_id(self) -> int:
         for client_id in self._ids:
@@ -465,7 +449,7 @@ class UserEndpoint(Endpoint):
                 return client_id
         raise AssertionError("unreachable: the counter does not end")
 
-    def stream_failed(self, stream: AnyStream, text: str) -> None:
+    def stream_failed(self, stream: AnyStream, text: ErrorText) -> None:
         self.on_stream_error(stream.port, text)
 
     async def listen_tcp(self, host: str, port: int, remote_port: int) -> ListeningSocket:
@@ -539,8 +523,8 @@ class ContainerEndpoint(Endpoint):
     Args:
         hosts: addresses to try in turn, e.g. ``("127.0.0.1", "::1")``.
         where: how error texts name the place, e.g. "in the container".
-        refuses: (port, streams that are open) → why a stream may not be opened, as an error text, or None. What a
-            CONNECT calls port 0 is ``default_port``.
+        refuses: (port, streams that are open) → why a stream may not be opened, or None. What a CONNECT calls port 0 is
+            ``default_port``.
     """
 
     def __init__(
@@ -549,7 +533,7 @@ class ContainerEndpoint(Endpoint):
         *,
         config: EndpointConfig | None = None,
         where: str = "in the container",
-        refuses: Callable[[int, int], str | None] = lambda port, streams: None,
+        refuses: Callable[[int, int], ErrorText | None] = lambda port, streams: None,
         default_port: int = 0,
     ) -> None:
         super().__init__(config)
@@ -565,13 +549,13 @@ class ContainerEndpoint(Endpoint):
         link.hand_over(self)
 
     def accept(self, client_id: int, proto: int, port: int, payload: bytes) -> None:
-        if client_id == 0 or client_id in self.streams or self.link is None:
+        if client_id == SESSION_ID or client_id in self.streams or self.link is None:
             self.unknown_messages += 1
             return
         port = port or self.default_port
         refusal = self.refuses(port, len(self.streams))
         if refusal is not None:
-            self.send_message(ERROR, client_id, refusal.encode(), proto)
+            self.send_message(ERROR, client_id, refusal.pack(), proto)
             return
         if proto == PROTO_UDP:
             self._dial_soon(self._dial_udp(self._accept_udp(client_id, port)))
@@ -581,9 +565,10 @@ class ContainerEndpoint(Endpoint):
     def _accept_tcp(self, client_id: int, port: int, payload: bytes) -> TcpStream:
         stream = TcpStream(self, port)
         stream.id = client_id
-        if len(payload) == 8:
+        limit = parse_limit(payload)
+        if limit is not None:
             stream.receiving = rules.ReceiveWindow(self.budget)
-            stream.sending.limit = int.from_bytes(payload, "big")
+            stream.sending.limit = limit
         self.add(stream)
         return stream
 
@@ -610,8 +595,8 @@ class ContainerEndpoint(Endpoint):
         if stream.state is not State.OVER:
             text = error_text(failure, f"port {stream.port} {self.where} can't be reached")
             if isinstance(failure, ConnectionRefusedError):
-                text = f"ECONNREFUSED: nothing listens on port {stream.port} {self.where}"
-            self.send_message(ERROR, stream.id, text.encode())
+                text = ErrorText("ECONNREFUSED", f"nothing listens on port {stream.port} {self.where}")
+            self.send_message(ERROR, stream.id, text.pack())
             stream.reset()
 
     async def _try(self, stream: TcpStream, host: str) -> BaseException | None:
@@ -629,7 +614,7 @@ class ContainerEndpoint(Endpoint):
             else:
                 stream.reset()
             return
-        limit = stream.receiving.granted.to_bytes(8, "big") if stream.receiving is not None else b""
+        limit = pack_limit(stream.receiving.granted) if stream.receiving is not None else b""
         self.send_message(CONNECTED, stream.id, limit)
         stream.established(None)
         stream._pump()
@@ -641,7 +626,7 @@ class ContainerEndpoint(Endpoint):
             transport, _ = await loop.create_datagram_endpoint(lambda: UdpSocket(stream, sock), sock=sock)
         except OSError as exc:
             text = error_text(exc, f"port {stream.port} {self.where} can't be reached")
-            self.send_message(ERROR, stream.id, text.encode(), PROTO_UDP)
+            self.send_message(ERROR, stream.id, text.pack(), PROTO_UDP)
             stream.over()
             return
         if self.streams.get(stream.id) is not stream:

@@ -26,9 +26,10 @@ from kohakuriver._frame import (
     FrameViolation,
     FrameWalker,
     MaskKeys,
-    build_ws,
+    Message,
+    build_frame,
 )
-from kohakuriver.tunnel.protocol import OP_CLOSE, Message, parse_ws_close, ws_close, ws_ping, ws_pong
+from kohakuriver.tunnel.protocol import PROTO_TCP, Bytes, CloseCode, parse_ws_close, ws_close, ws_ping, ws_pong
 
 RECEIVE_SIZE = 1 << 20
 IDLE_PING = 15.0
@@ -79,6 +80,10 @@ def receive_buffer() -> ReceiveBuffer:
     if _per_thread.buffer is None:
         _per_thread.buffer = ReceiveBuffer()
     return _per_thread.buffer
+
+
+def _no_key() -> int:
+    return -1
 
 
 class LinkHandler(Protocol):
@@ -174,7 +179,8 @@ class Link(asyncio.BufferedProtocol):
         self.handler = handler
         self.walker = walker
         self.version = version
-        self.keys = MaskKeys() if masks else None
+        # The mask key of the next frame, -1 where this side must not mask.
+        self.next_key: Callable[[], int] = MaskKeys().next if masks else _no_key
         # What is read from the local sockets of streams lies in the loop's buffer, and is framed there; what this link
         # reads may one day need a buffer of its own.
         self.loop_buffer = self.buffer = receive_buffer()
@@ -265,7 +271,7 @@ class Link(asyncio.BufferedProtocol):
         if self.mid_frame:  # a close frame can't stand inside another frame
             self._finish()
         else:
-            self._send(ws_close(code, reason, self._key()))
+            self._send(ws_close(code, reason, self.next_key()))
         self._reset_timer(CLOSE_WAIT, self.abort)
 
     def _finish(self) -> None:
@@ -367,11 +373,11 @@ class Link(asyncio.BufferedProtocol):
         """Answer a WebSocket control frame that the walker handed out as a message."""
         kind, start, stop = message[0], message[4], message[5]
         if kind == WS_PING:
-            self.post(ws_pong(bytes(self.buffer.view[start:stop]), self._key()))
+            self.post(ws_pong(bytes(self.buffer.view[start:stop]), self.next_key()))
         elif kind == WS_CLOSE:
             self._peer_closes(bytes(self.buffer.view[start:stop]))
         elif kind == WS_TEXT:
-            raise FrameViolation(1003, "text where a binary message is due")
+            raise FrameViolation(CloseCode.UNSUPPORTED, "text where a binary message is due")
 
     def _peer_closes(self, payload: bytes) -> None:
         code, reason = parse_ws_close(payload)
@@ -379,9 +385,7 @@ class Link(asyncio.BufferedProtocol):
             self.close_code, self.close_reason = code, reason
             self.closing = True
             if not self.mid_frame:
-                # NO_CODE may not be on the wire: the answer to an empty close frame is an empty one.
-                answer = build_ws(OP_CLOSE, b"", self._key()) if not payload else ws_close(code, "", self._key())
-                self._send(answer)
+                self._send(ws_close(code, "", self.next_key()))
         self._reset_timer(CLOSE_WAIT, self.abort)
         self._finish()
 
@@ -404,6 +408,29 @@ class Link(asyncio.BufferedProtocol):
                 self._transport.resume_reading()
 
     # -- sending -----------------------------------------------------------------------------------------------
+
+    def build_message(
+        self, kind: int, stream_id: int, payload: Bytes = b"", *, proto: int = PROTO_TCP, port: int = 0
+    ) -> bytes:
+        """One message as a whole frame, masked where this side masks: for callers that send several together."""
+        return build_frame(kind, proto, stream_id, port, payload, self.next_key())
+
+    def send_message(
+        self,
+        kind: int,
+        stream_id: int,
+        payload: Bytes = b"",
+        *,
+        proto: int = PROTO_TCP,
+        port: int = 0,
+        urgent: bool = False,
+    ) -> None:
+        """Send one message in order with what was sent before, or, where it is ``urgent``, ahead of queued bulk."""
+        frame = build_frame(kind, proto, stream_id, port, payload, self.next_key())
+        if urgent:
+            self.post(frame)
+        else:
+            self.send(frame)
 
     def send(self, data: bytes | bytearray | memoryview) -> None:
         """Send whole frames in order. The caller may reuse ``data`` at once: what the kernel does not take is copied.
@@ -518,9 +545,6 @@ class Link(asyncio.BufferedProtocol):
         while self._urgent and not self.blocked and not mid_frame:
             self._send(self._next_urgent())
 
-    def _key(self) -> int:
-        return self.keys.next() if self.keys is not None else -1
-
     # -- keepalive ---------------------------------------------------------------------------------------------
 
     def _reset_timer(self, delay: float, call: Callable[[], None]) -> None:
@@ -556,7 +580,7 @@ class Link(asyncio.BufferedProtocol):
 
     def _ping(self) -> None:
         if not self._urgent:  # what waits there says as much
-            self.post(ws_ping(key=self._key()))
+            self.post(ws_ping(key=self.next_key()))
 
     def _begin_wait(self, now: float) -> None:
         self._ping_sent = now

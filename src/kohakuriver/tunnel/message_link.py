@@ -13,8 +13,9 @@ from collections import deque
 from collections.abc import Callable
 from typing import Any, Protocol, cast
 
+from kohakuriver._frame import MAX_MESSAGE
 from kohakuriver.tunnel.link import CLOSE_WAIT, IDLE_PING, PONG_WAIT, tune_socket
-from kohakuriver.tunnel.protocol import MAX_MESSAGE, CloseCode
+from kohakuriver.tunnel.protocol import CloseCode
 
 __all__ = ["MAX_MESSAGE", "Frames", "MessageLink", "may_close_with", "size_of"]
 

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, cast
 from kohakuriver._frame import HEADROOM, frame_in_place
 from kohakuriver.tunnel import stream as rules
 from kohakuriver.tunnel.link import DirectSocket, receive_buffer, soon, tune_socket
-from kohakuriver.tunnel.protocol import CLOSE, DATA, EOF, ERROR, PING, PROTO_TCP
+from kohakuriver.tunnel.protocol import CLOSE, DATA, EOF, ERROR, PING, PROTO_TCP, ErrorText
 from kohakuriver.tunnel.stream import Event, State
 
 if TYPE_CHECKING:
@@ -25,14 +25,14 @@ BLOCKED_READ = 4 * 1024  # a stream that learns only by reading that the link is
 WRITE_PIECE = 256 * 1024
 
 
-def error_text(exc: BaseException, doing: str) -> str:
+def error_text(exc: BaseException, doing: str) -> ErrorText:
     """A wire error text: symbolic code, then what failed (docs/protocol.md §3, ERROR)."""
     number = exc.errno if isinstance(exc, OSError) else None
     if number is None and isinstance(exc, (asyncio.TimeoutError, TimeoutError)):
         number = errno.ETIMEDOUT
     code = errno.errorcode.get(number, "EIO") if number is not None else "EIO"
     reason = os.strerror(number) if number is not None else str(exc) or type(exc).__name__
-    return f"{code}: {doing}: {reason}"
+    return ErrorText(code, f"{doing}: {reason}")
 
 
 class TcpStream(asyncio.BufferedProtocol):
@@ -101,8 +101,7 @@ class TcpStream(asyncio.BufferedProtocol):
             return
         stop = HEADROOM + nbytes
         buffer = link.loop_buffer
-        key = link.keys.next() if link.keys is not None else -1
-        start = frame_in_place(buffer.data, HEADROOM, stop, DATA, PROTO_TCP, self.id, 0, key)
+        start = frame_in_place(buffer.data, HEADROOM, stop, DATA, PROTO_TCP, self.id, 0, link.next_key())
         self._account_sent(nbytes)
         link.send(buffer.view[start:stop])
         if link.blocked or self.sending.room <= 0:
@@ -376,7 +375,7 @@ class TcpStream(asyncio.BufferedProtocol):
     def _local_error(self, exc: Exception) -> None:
         if self.state is not State.OVER:
             text = error_text(exc, "the socket at the other end failed")
-            self.endpoint.send_message(ERROR, self.id, text.encode())
+            self.endpoint.send_message(ERROR, self.id, text.pack())
             self.reset()
 
     def _drop_queue(self) -> None:

@@ -15,7 +15,7 @@ from typing import Any, Protocol, TypeVar, cast
 
 import structlog
 
-from kohakuriver._frame import WHOLE, WS_TEXT, FrameWalker, RelayWalker, RoutingTable, build_frame
+from kohakuriver._frame import WHOLE, WS_TEXT, FrameWalker, Message, RelayWalker, RoutingTable
 from kohakuriver.errors import NotAllowedError, UnauthenticatedError, UnavailableError, UsageError
 from kohakuriver.limits import Limits, TokenBucket
 from kohakuriver.runner.services.traffic import COUNTS, Rates
@@ -33,10 +33,11 @@ from kohakuriver.tunnel.protocol import (
     ERROR,
     PING,
     PONG,
+    SESSION_ID,
     WINDOW,
     CloseCode,
-    Message,
-    parse_counts,
+    Counts,
+    ErrorText,
 )
 
 MAX_CONTROL = 1 << 20
@@ -46,7 +47,8 @@ V1_BACKLOG = 1 << 20
 V2_BACKLOG = 96 << 20
 RENEGOTIATE = 1012
 # How a container's end says that a user broke a window: it can't close the tunnel, which is all users'.
-PASSED_WINDOW = b"EPROTO: "
+PASSED_WINDOW = "EPROTO"
+NO_TUNNEL = ErrorText("ENOTCONN", "the task's tunnel is not connected; is the task running?")
 
 log = structlog.get_logger("kohakuriver.tunnel")
 A = TypeVar("A", bound="Side")
@@ -68,15 +70,16 @@ class Admission:
         by_ticket = self._ticket is None or self._ticket.allows(port)
         return by_ticket and (self._named is None or port in self._named)
 
-    def refusal(self, port: int, streams: int) -> str | None:
-        """Why a stream to ``port`` may not be opened while ``streams`` are open, as an ERROR's text, or None."""
+    def refusal(self, port: int, streams: int) -> ErrorText | None:
+        """Why a stream to ``port`` may not be opened while ``streams`` are open, or None."""
         most, rate = self._limits.max_streams, self._limits.max_connects
         if not self._allows(port):
-            return f"EACCES: port {port} is not part of this forward"
+            return ErrorText("EACCES", f"port {port} is not part of this forward")
         if most and streams >= most:
-            return f"EMFILE: this forward has {most} connections open, which is as many as the node allows"
+            return ErrorText("EMFILE", f"this forward has {most} connections open, which is as many as the node allows")
         if self._bucket is not None and not self._bucket.try_take(self._clock()):
-            return f"EAGAIN: this forward opens more than {rate} connections a second, which the node does not allow"
+            sentence = f"this forward opens more than {rate} connections a second, which the node does not allow"
+            return ErrorText("EAGAIN", sentence)
         return None
 
 
@@ -143,10 +146,6 @@ class Side:
         if payload is not None:
             self.message(message[0], message[1], message[2], message[3], payload)
 
-    def send(self, kind: int, proto: int, client_id: int, port: int, payload: bytes = b"") -> None:
-        """Send one message in order with what was passed before."""
-        self.link.send(build_frame(kind, proto, client_id, port, payload))
-
     def message(self, kind: int, proto: int, client_id: int, port: int, payload: bytes) -> None:
         """A message that the walker does not relay by itself."""
         if kind in (CLOSE, ERROR):
@@ -167,7 +166,7 @@ class Side:
             self.unroutable += 1
             return
         target, other_id = cast("tuple[Side, int]", route)
-        target.send(kind, proto, other_id, 0, payload)
+        target.link.send_message(kind, other_id, payload, proto=proto)
         self.passed_to(target)
 
     def _ping(self, kind: int, proto: int, client_id: int, payload: bytes) -> None:
@@ -175,11 +174,12 @@ class Side:
         route = self.table.get(client_id)
         if route is not None:
             target, other_id = cast("tuple[Side, int]", route)
-            target.link.post(build_frame(kind, proto, other_id, 0, payload))
+            target.link.send_message(kind, other_id, payload, proto=proto, urgent=True)
         elif kind == PING:
-            if client_id == 0:
-                self.reported.update(parse_counts(payload))
-            self.link.post(build_frame(PONG, proto, client_id, 0, payload))
+            counts = Counts.parse(payload)
+            if client_id == SESSION_ID and counts is not None:
+                self.reported.update(counts._asdict())
+            self.link.send_message(PONG, client_id, payload, proto=proto, urgent=True)
 
     def counts(self) -> Counter[str]:
         """What came from this side, and what its endpoint reported."""
@@ -199,7 +199,7 @@ class Side:
         if route is None:
             return
         target, other_id = cast("tuple[Side, int]", route)
-        target.send(EOF, proto, other_id, 0)
+        target.link.send_message(EOF, other_id, proto=proto)
         session, user_id = self.user_side(client_id, target, other_id)
         others = session.ended.get(user_id)
         if others is None:
@@ -251,11 +251,11 @@ class Tunnel(Side):
             session, user_id = cast("tuple[Session, int]", route)
             session.table.remove(user_id)
             session.ended.pop(user_id, None)
-            session.send(kind, proto, user_id, 0, payload)
-            if kind == ERROR and payload.startswith(PASSED_WINDOW) and self.version >= 2:
-                session.link.fail(CloseCode.PROTOCOL_ERROR, payload.decode("utf-8", "replace"))
+            session.link.send_message(kind, user_id, payload, proto=proto)
+            if kind == ERROR and self.version >= 2 and (text := ErrorText.parse(payload)).code == PASSED_WINDOW:
+                session.link.fail(CloseCode.PROTOCOL_ERROR, str(text))
         if self.version == 1:  # its entry stays until it gets one (§3 rule 9)
-            self.send(CLOSE, proto, client_id, 0)
+            self.link.send_message(CLOSE, client_id, proto=proto)
 
     def user_side(self, client_id: int, target: Side, other_id: int) -> tuple[Session, int]:
         return cast(Session, target), other_id
@@ -301,20 +301,21 @@ class Session(Side):
             super().message(kind, proto, client_id, port, payload)
 
     def _connect(self, proto: int, client_id: int, port: int, payload: bytes) -> None:
-        if client_id == 0 or client_id in self.table:
+        if client_id == SESSION_ID or client_id in self.table:
             self.unknown_messages += 1
             return
         tunnel = self.server.tunnels.get(self.container)
         refusal = self.admission.refusal(port, len(self.table))
         if refusal is not None:
-            self.send(ERROR, proto, client_id, 0, refusal.encode())
+            self.link.send_message(ERROR, client_id, refusal.pack(), proto=proto)
         elif tunnel is None:
-            self.send(ERROR, proto, client_id, 0, b"ENOTCONN: the task's tunnel is not connected; is the task running?")
+            self.link.send_message(ERROR, client_id, NO_TUNNEL.pack(), proto=proto)
         else:
             tunnel_id = tunnel.new_id()
             self.table.add(client_id, tunnel, tunnel_id)
             tunnel.table.add(tunnel_id, self, client_id)
-            tunnel.link.post(build_frame(CONNECT, proto, tunnel_id, port, payload if self.version >= 2 else b""))
+            payload = payload if self.version >= 2 else b""
+            tunnel.link.send_message(CONNECT, tunnel_id, payload, proto=proto, port=port, urgent=True)
             self.server.streams_opened += 1
 
     def end(self, kind: int, proto: int, client_id: int, payload: bytes) -> None:
@@ -325,21 +326,22 @@ class Session(Side):
         tunnel.table.remove(tunnel_id)
         self.ended.pop(client_id, None)
         if tunnel.version == 1:
-            tunnel.send(CLOSE, proto, tunnel_id, 0)
+            tunnel.link.send_message(CLOSE, tunnel_id, proto=proto)
         else:
-            tunnel.send(kind, proto, tunnel_id, 0, payload)
+            tunnel.link.send_message(kind, tunnel_id, payload, proto=proto)
 
     def user_side(self, client_id: int, target: Side, other_id: int) -> tuple[Session, int]:
         return self, client_id
 
     def lost(self, client_ids: list[int], reason: str) -> None:
         """The tunnel that these streams ran on is gone."""
-        text = f"ECONNRESET: the task's tunnel went away ({reason})".encode()
+        text = ErrorText("ECONNRESET", f"the task's tunnel went away ({reason})").pack()
+        link = self.link
         for client_id in client_ids:
             self.table.remove(client_id)
             self.ended.pop(client_id, None)
         if client_ids:
-            self.link.send(b"".join(build_frame(ERROR, self.proto, client_id, 0, text) for client_id in client_ids))
+            link.send(b"".join(link.build_message(ERROR, each, text, proto=self.proto) for each in client_ids))
 
     def link_drained(self, link: Link) -> None:
         tunnel = self.server.tunnels.get(self.container)
@@ -351,7 +353,7 @@ class Session(Side):
         for stream in self.table.items():
             tunnel, tunnel_id = cast("tuple[Tunnel, int]", stream[1])
             tunnel.table.remove(tunnel_id)
-            closing.setdefault(tunnel, []).append(build_frame(CLOSE, self.proto, tunnel_id, 0))
+            closing.setdefault(tunnel, []).append(tunnel.link.build_message(CLOSE, tunnel_id, proto=self.proto))
         self.table = RoutingTable()
         for tunnel, frames in closing.items():
             tunnel.link.send(b"".join(frames))  # at once: one system call each would keep everybody else waiting
