@@ -109,7 +109,7 @@ $(STAMPS)/package: $(STAMPS)/venv pyproject.toml setup.py Makefile
 	KOHAKURIVER_SKIP_CARGO=1 $(PIP_INSTALL) --no-build-isolation -e '.[dev]'
 	touch $@
 
-$(STAMPS)/extension: $(STAMPS)/package setup.py $(wildcard src/kohakuriver/*.pyx src/kohakuriver/*.pxd)
+$(STAMPS)/extension: $(STAMPS)/package setup.py $(wildcard src/kohakuriver/_frame*.p[xy][xdi])
 	$(BIN)/python setup.py -q build_ext --inplace
 	touch $@
 

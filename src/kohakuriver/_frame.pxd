@@ -22,12 +22,17 @@ cdef enum:
     OP_TEXT = 1
     OP_BINARY = 2
     OP_CLOSE = 8
+    OP_PING = 9
     OP_PONG = 10
     C_WS = 0x100            # a message that is a WebSocket frame of its own: 0x100 + opcode
     # What a frame that relay() writes may hold behind its two headers, and how small a frame is worth moving.
     PIECE_MAX = C_MAX_SEND - 10 - C_HEADER_SIZE
     SMALL = 16 << 10
     MAX_RUNS = 1024
+    # What a peer that broke the protocol is owed (RFC 6455 section 7.4.1).
+    CLOSE_PROTOCOL_ERROR = 1002
+    CLOSE_UNSUPPORTED = 1003
+    CLOSE_TOO_BIG = 1009
     # Results of a parsing step.
     NEED = 0
     GOT = 1

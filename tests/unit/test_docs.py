@@ -170,7 +170,7 @@ def test_the_tuning_page_has_every_setting_with_its_default() -> None:
 
 def test_no_file_speaks_of_a_machine_an_unfinished_thought_or_a_promise_that_no_test_keeps() -> None:
     forbidden = re.compile(r"/work/|/tmp/kr|\b[Ii]ssue #?\d|\b(?:TODO|FIXME|XXX)\b|[Bb]lazing|[Ss]eamless|cutting-edge")
-    suffixes = {".md", ".py", ".pyx", ".pyi", ".pxd", ".rs", ".toml", ".yml", ".json", ".in", ""}
+    suffixes = {".md", ".py", ".pyx", ".pyi", ".pxd", ".pxi", ".rs", ".toml", ".yml", ".json", ".in", ""}
     for folder in (
         "src",
         "tests",
