@@ -3,10 +3,12 @@
 use std::collections::VecDeque;
 use std::io;
 use std::os::fd::{AsRawFd, OwnedFd, RawFd};
+use std::process::Child;
 use std::sync::Arc;
 
-use crate::session::{Asked, End};
+use crate::session::{End, Session, Started};
 use crate::sys;
+use crate::terminal::Asked;
 use crate::transport::Transport;
 use crate::wire::Put;
 
@@ -64,34 +66,6 @@ pub struct Source {
     pub fd: Arc<OwnedFd>,
     /// Is it the program's standard error?
     pub is_error: bool,
-}
-
-/// What is known of a session before and after its program was started.
-#[derive(Default)]
-pub struct Session {
-    /// The terminal that was asked for.
-    pub asked: Option<Asked>,
-    /// Variables that were set.
-    pub variables: std::collections::BTreeMap<String, std::ffi::OsString>,
-    /// Was a program started? Only one may be.
-    pub started: bool,
-    /// The leader of the program's group, while it runs.
-    pub leader: Option<u32>,
-    /// The end of a terminal that is resized.
-    pub master: Option<Arc<OwnedFd>>,
-    /// Counted against the limit of sessions, until this goes.
-    _place: Option<Arc<()>>,
-    ended: bool,
-}
-
-impl Session {
-    /// One that nothing was asked for yet.
-    pub fn holding(place: Arc<()>) -> Self {
-        Self {
-            _place: Some(place),
-            ..Self::default()
-        }
-    }
 }
 
 /// One channel.
@@ -192,6 +166,35 @@ impl Channel {
             fd,
             is_error: false,
         });
+    }
+
+    /// Relays a session's program, by the terminal that it runs in or by its pipes; gives the program back.
+    pub fn attach(&mut self, asked: Option<Asked>, started: Started) -> Child {
+        if let Some(session) = &mut self.session {
+            session.leader = Some(started.child.id());
+        }
+        if let Some(asked) = asked {
+            let master = Arc::new(asked.terminal.master);
+            if let Some(session) = &mut self.session {
+                session.master = Some(master.clone());
+            }
+            self.set_sink(master.clone(), Ending::Nothing);
+            self.sources[0] = Some(Source {
+                fd: master,
+                is_error: false,
+            });
+        }
+        if let Some(stdin) = started.stdin {
+            self.set_sink(Arc::new(stdin), Ending::Close);
+        }
+        for (index, output) in started.outputs.into_iter().enumerate() {
+            self.sources[index] = Some(Source {
+                fd: Arc::new(output),
+                is_error: index == 1,
+            });
+        }
+        self.flush();
+        started.child
     }
 
     /// Where data goes from now on.

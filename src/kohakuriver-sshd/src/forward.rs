@@ -8,13 +8,77 @@ use std::os::fd::{AsRawFd, OwnedFd, RawFd};
 use std::os::unix::ffi::OsStrExt;
 use std::os::unix::fs::PermissionsExt;
 use std::os::unix::net::{UnixListener, UnixStream};
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::time::Duration;
 
+use crate::agent::AgentSocket;
 use crate::names;
 use crate::wire::Put;
 
 const CONNECT: Duration = Duration::from_secs(20);
+const MOST_LISTENERS: usize = 128;
+
+/// What listens for a client: what it asked for, and the socket that leads to its agent.
+#[derive(Default)]
+pub struct Forwards {
+    listeners: Vec<Listener>,
+    agent: Option<AgentSocket>,
+}
+
+impl Forwards {
+    /// Takes in one more listener. The error is for the log.
+    pub fn listen(&mut self, make: impl FnOnce() -> io::Result<Listener>) -> io::Result<&Listener> {
+        if self.listeners.len() >= MOST_LISTENERS {
+            return Err(io::Error::other("the client has too many listeners"));
+        }
+        self.listeners.push(make()?);
+        Ok(&self.listeners[self.listeners.len() - 1])
+    }
+
+    /// Ends a listener. False where there is none like that.
+    pub fn unlisten(&mut self, is_it: impl Fn(&Listener) -> bool) -> bool {
+        let place = self.listeners.iter().position(is_it);
+        place
+            .map(|place| self.listeners.swap_remove(place))
+            .is_some()
+    }
+
+    /// The path of the socket that leads to the agent, which is made for the first session that wants one.
+    pub fn agent(&mut self, home: &Path) -> io::Result<PathBuf> {
+        let agent = match self.agent.take() {
+            Some(agent) => agent,
+            None => AgentSocket::new(home)?,
+        };
+        Ok(self.agent.insert(agent).path())
+    }
+
+    /// What to wait for, and the place of each for [`Forwards::accept`].
+    pub fn descriptors(&self) -> impl Iterator<Item = (RawFd, usize)> {
+        let agent = self.agent.as_ref().map(AgentSocket::fd);
+        let listeners = self.listeners.iter().map(Listener::fd);
+        listeners
+            .enumerate()
+            .map(|(place, fd)| (fd, place))
+            .chain(agent.map(|fd| (fd, AGENT)))
+    }
+
+    /// The next connection of what is in this place; None where that is gone.
+    pub fn accept(&self, place: usize) -> Option<io::Result<Accepted>> {
+        if place == AGENT {
+            return self.agent.as_ref().map(|agent| {
+                Ok(Accepted {
+                    socket: agent.accept()?,
+                    kind: "auth-agent@openssh.com",
+                    details: Vec::new(),
+                })
+            });
+        }
+        self.listeners.get(place).map(Listener::accept)
+    }
+}
+
+/// The place of the agent's socket.
+const AGENT: usize = usize::MAX;
 
 fn port_number(port: u32) -> io::Result<u16> {
     u16::try_from(port)
@@ -58,8 +122,10 @@ enum Socket {
     Unix(UnixListener, PathBuf),
 }
 
-/// What the client is told of an accepted connection.
+/// An accepted connection, and what the client is told of it.
 pub struct Accepted {
+    /// The connection.
+    pub socket: OwnedFd,
     /// The kind of channel.
     pub kind: &'static str,
     /// What follows the common part of the message that opens it.
@@ -136,7 +202,7 @@ impl Listener {
     }
 
     /// The next connection.
-    pub fn accept(&self) -> io::Result<(OwnedFd, Accepted)> {
+    pub fn accept(&self) -> io::Result<Accepted> {
         let mut details = Vec::new();
         details.put_string(&self.asked);
         match &self.socket {
@@ -147,25 +213,21 @@ impl Listener {
                 details.put_u32(self.port);
                 details.put_string(from.ip().to_string().as_bytes());
                 details.put_u32(from.port().into());
-                Ok((
-                    stream.into(),
-                    Accepted {
-                        kind: "forwarded-tcpip",
-                        details,
-                    },
-                ))
+                Ok(Accepted {
+                    socket: stream.into(),
+                    kind: "forwarded-tcpip",
+                    details,
+                })
             }
             Socket::Unix(listener, _) => {
                 let (stream, _) = listener.accept()?;
                 stream.set_nonblocking(true)?;
                 details.put_string(b"");
-                Ok((
-                    stream.into(),
-                    Accepted {
-                        kind: "forwarded-streamlocal@openssh.com",
-                        details,
-                    },
-                ))
+                Ok(Accepted {
+                    socket: stream.into(),
+                    kind: "forwarded-streamlocal@openssh.com",
+                    details,
+                })
             }
         }
     }

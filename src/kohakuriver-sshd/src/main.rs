@@ -8,8 +8,9 @@ use std::sync::Arc;
 
 use kohakuriver_sshd::args::{self, Options, Request};
 use kohakuriver_sshd::keys::HostKey;
-use kohakuriver_sshd::server::{Shared, serve};
-use kohakuriver_sshd::session::User;
+use kohakuriver_sshd::server::serve;
+use kohakuriver_sshd::shared::Shared;
+use kohakuriver_sshd::user::User;
 use kohakuriver_sshd::{log, sys};
 
 const USAGE: u8 = 2;

@@ -2,201 +2,45 @@
 
 use std::collections::BTreeMap;
 use std::ffi::{OsStr, OsString};
-use std::fs;
 use std::io;
-use std::os::fd::{AsRawFd, OwnedFd, RawFd};
+use std::os::fd::{AsRawFd, OwnedFd};
 use std::os::unix::ffi::{OsStrExt, OsStringExt};
-use std::os::unix::fs::{DirBuilderExt, PermissionsExt};
-use std::os::unix::net::UnixListener;
 use std::os::unix::process::{CommandExt, ExitStatusExt};
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 use std::process::{Child, Command, ExitStatus, Stdio};
+use std::sync::Arc;
 
-use crate::sys::{self, Size, Terminal};
-use crate::wire::Reader;
+use crate::sys;
+use crate::terminal::Asked;
+use crate::user::User;
 
 const DEFAULT_PATH: &str = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin";
-const SHELLS: [&str; 3] = ["/bin/bash", "/bin/ash", "/bin/sh"];
-const NO_SHELLS: [&str; 3] = ["nologin", "false", "sync"];
 
-/// The user that everything runs as: whoever started this server.
-#[derive(Debug, Clone)]
-pub struct User {
-    /// The login name.
-    pub name: String,
-    /// Where sessions begin; `/` where the user's home is missing.
-    pub home: PathBuf,
-    /// The shell; None where there is none.
-    pub shell: Option<PathBuf>,
+/// What is known of a session before and after its program was started.
+#[derive(Default)]
+pub struct Session {
+    /// The terminal that was asked for.
+    pub asked: Option<Asked>,
+    /// Variables that were set.
+    pub variables: BTreeMap<String, OsString>,
+    /// Was a program started? Only one may be.
+    pub started: bool,
+    /// The leader of the program's group, while it runs.
+    pub leader: Option<u32>,
+    /// The end of a terminal that is resized.
+    pub master: Option<Arc<OwnedFd>>,
+    /// Counted against the limit of sessions, until this goes.
+    _place: Option<Arc<()>>,
+    /// Has the program ended?
+    pub ended: bool,
 }
 
-impl User {
-    /// The user of this process. `/etc/passwd` may be missing; `shell` comes before what is found.
-    pub fn of_this_process(shell: Option<PathBuf>) -> Self {
-        let passwd = fs::read_to_string("/etc/passwd").unwrap_or_default();
-        let entry = passwd_entry(&passwd, sys::user_id());
-        let variable = |name: &str| std::env::var_os(name).filter(|value| !value.is_empty());
-        let name = entry.map(|entry| entry.name.to_owned());
-        let name = name.or_else(|| variable("USER")?.into_string().ok());
-        let home = entry.map(|entry| PathBuf::from(entry.home));
-        let home = home.or_else(|| variable("HOME").map(PathBuf::from));
-        let login = entry
-            .map(|entry| PathBuf::from(entry.shell))
-            .filter(|shell| is_login_shell(shell));
-        let asked = variable("SHELL").map(PathBuf::from);
-        let found = [shell, asked, login]
-            .into_iter()
-            .flatten()
-            .chain(SHELLS.map(PathBuf::from));
+impl Session {
+    /// One that nothing was asked for yet.
+    pub fn holding(place: Arc<()>) -> Self {
         Self {
-            name: name.unwrap_or_else(|| if sys::user_id() == 0 { "root" } else { "user" }.into()),
-            home: home
-                .filter(|home| home.is_absolute() && home.is_dir())
-                .unwrap_or_else(|| "/".into()),
-            shell: found.into_iter().find(|shell| is_executable(shell)),
-        }
-    }
-}
-
-#[derive(Debug, Clone, Copy)]
-struct Entry<'a> {
-    name: &'a str,
-    home: &'a str,
-    shell: &'a str,
-}
-
-fn passwd_entry(passwd: &str, id: u32) -> Option<Entry<'_>> {
-    passwd.lines().find_map(|line| {
-        let fields: Vec<&str> = line.split(':').collect();
-        match fields[..] {
-            [name, _, uid, _, _, home, shell] if uid.parse() == Ok(id) => {
-                Some(Entry { name, home, shell })
-            }
-            _ => None,
-        }
-    })
-}
-
-fn is_login_shell(shell: &Path) -> bool {
-    !NO_SHELLS
-        .iter()
-        .any(|name| shell.file_name() == Some(OsStr::new(name)))
-}
-
-fn is_executable(path: &Path) -> bool {
-    path.is_absolute()
-        && fs::metadata(path)
-            .is_ok_and(|meta| meta.is_file() && meta.permissions().mode() & 0o111 != 0)
-}
-
-/// A terminal that was asked for.
-pub struct Asked {
-    /// Both ends of it.
-    pub terminal: Terminal,
-    /// The value for TERM.
-    pub kind: String,
-}
-
-impl Asked {
-    /// Opens a terminal of that size with the client's settings (RFC 4254 §8).
-    pub fn open(kind: &str, size: Size, modes: &[u8]) -> io::Result<Self> {
-        let terminal = sys::open_terminal()?;
-        sys::resize(terminal.master.as_raw_fd(), size);
-        sys::change_settings(terminal.slave.as_raw_fd(), |settings| {
-            apply_modes(settings, modes)
-        })?;
-        Ok(Self {
-            terminal,
-            kind: kind.into(),
-        })
-    }
-}
-
-/// Control characters by opcode, from 1 on (RFC 4254 §8); those that Linux lacks are None.
-const CHARACTERS: [Option<usize>; 18] = [
-    Some(libc::VINTR),
-    Some(libc::VQUIT),
-    Some(libc::VERASE),
-    Some(libc::VKILL),
-    Some(libc::VEOF),
-    Some(libc::VEOL),
-    Some(libc::VEOL2),
-    Some(libc::VSTART),
-    Some(libc::VSTOP),
-    Some(libc::VSUSP),
-    None,
-    Some(libc::VREPRINT),
-    Some(libc::VWERASE),
-    Some(libc::VLNEXT),
-    None,
-    Some(libc::VSWTC),
-    None,
-    Some(libc::VDISCARD),
-];
-const INPUT_FLAGS: [libc::tcflag_t; 13] = [
-    libc::IGNPAR,
-    libc::PARMRK,
-    libc::INPCK,
-    libc::ISTRIP,
-    libc::INLCR,
-    libc::IGNCR,
-    libc::ICRNL,
-    libc::IUCLC,
-    libc::IXON,
-    libc::IXANY,
-    libc::IXOFF,
-    libc::IMAXBEL,
-    libc::IUTF8,
-];
-const LOCAL_FLAGS: [libc::tcflag_t; 13] = [
-    libc::ISIG,
-    libc::ICANON,
-    libc::XCASE,
-    libc::ECHO,
-    libc::ECHOE,
-    libc::ECHOK,
-    libc::ECHONL,
-    libc::NOFLSH,
-    libc::TOSTOP,
-    libc::IEXTEN,
-    libc::ECHOCTL,
-    libc::ECHOKE,
-    0, // PENDIN says what is pending, and isn't a wish.
-];
-const OUTPUT_FLAGS: [libc::tcflag_t; 6] = [
-    libc::OPOST,
-    libc::OLCUC,
-    libc::ONLCR,
-    libc::OCRNL,
-    libc::ONOCR,
-    libc::ONLRET,
-];
-
-fn apply_modes(settings: &mut libc::termios, modes: &[u8]) {
-    let mut reader = Reader::new(modes);
-    // 160 and up have other arguments and end what is understood.
-    while let Ok(opcode @ 1..160) = reader.u8() {
-        let Ok(value) = reader.u32() else { return };
-        let set = |flags: &mut libc::tcflag_t, table: &[libc::tcflag_t], first: u8| {
-            if let Some(flag) = table.get(usize::from(opcode - first)) {
-                *flags = if value == 0 {
-                    *flags & !flag
-                } else {
-                    *flags | flag
-                };
-            }
-        };
-        match opcode {
-            1..=18 => {
-                if let Some(place) = CHARACTERS[usize::from(opcode - 1)] {
-                    // 255 means none, which is 0 here.
-                    settings.c_cc[place] = if value == 255 { 0 } else { value as u8 };
-                }
-            }
-            30..=42 => set(&mut settings.c_iflag, &INPUT_FLAGS, 30),
-            50..=62 => set(&mut settings.c_lflag, &LOCAL_FLAGS, 50),
-            70..=75 => set(&mut settings.c_oflag, &OUTPUT_FLAGS, 70),
-            _ => {}
+            _place: Some(place),
+            ..Self::default()
         }
     }
 }
@@ -411,69 +255,6 @@ pub fn signal_number(name: &str) -> Option<i32> {
         .map(|(_, number)| *number)
 }
 
-/// A directory with a socket that leads to the client's agent; both are removed when it is dropped.
-pub struct AgentSocket {
-    directory: PathBuf,
-    listener: UnixListener,
-}
-
-impl AgentSocket {
-    /// Makes the socket in a new directory that only this user may enter.
-    pub fn new(home: &Path) -> io::Result<Self> {
-        let mut last = io::Error::from(io::ErrorKind::NotFound);
-        let name = format!(
-            "ssh-agent-{:016x}",
-            u64::from_be_bytes(crate::crypto::random())
-        );
-        // An image may have no /tmp, or one that can't be written.
-        for parent in [
-            &std::env::temp_dir(),
-            Path::new("/run"),
-            Path::new("/dev/shm"),
-            home,
-        ] {
-            let directory = parent.join(&name);
-            match fs::DirBuilder::new().mode(0o700).create(&directory) {
-                Ok(()) => {
-                    let listener = UnixListener::bind(directory.join("agent"));
-                    let listener = listener.inspect_err(|_| drop(fs::remove_dir(&directory)))?;
-                    listener.set_nonblocking(true)?;
-                    return Ok(Self {
-                        directory,
-                        listener,
-                    });
-                }
-                Err(error) => last = error,
-            }
-        }
-        Err(last)
-    }
-
-    /// The next program that wants the agent.
-    pub fn accept(&self) -> io::Result<OwnedFd> {
-        let (stream, _) = self.listener.accept()?;
-        stream.set_nonblocking(true)?;
-        Ok(stream.into())
-    }
-
-    /// What to wait for.
-    pub fn fd(&self) -> RawFd {
-        self.listener.as_raw_fd()
-    }
-
-    /// The value for SSH_AUTH_SOCK.
-    pub fn path(&self) -> PathBuf {
-        self.directory.join("agent")
-    }
-}
-
-impl Drop for AgentSocket {
-    fn drop(&mut self) {
-        let _ = fs::remove_file(self.path());
-        let _ = fs::remove_dir(&self.directory);
-    }
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -486,25 +267,12 @@ mod tests {
 
     proptest::proptest! {
         #[test]
-        fn modes_and_command_lines_of_any_content_are_survived(
+        fn command_lines_of_any_content_are_survived(
             bytes in proptest::collection::vec(proptest::num::u8::ANY, 0..200),
         ) {
-            // SAFETY: termios is plain numbers, for which zeros are values.
-            let mut settings = unsafe { std::mem::zeroed::<libc::termios>() };
-            apply_modes(&mut settings, &bytes);
             let length: usize = words(&bytes).iter().map(|word| word.len()).sum();
             proptest::prop_assert!(length <= bytes.len());
         }
-    }
-
-    #[test]
-    fn the_passwd_entry_of_a_user_is_found_by_its_id() {
-        let passwd =
-            "root:x:0:0::/root:/bin/ash\nbroken\nme:x:1000:1000:,,,:/home/me:/sbin/nologin\n";
-        assert_eq!(passwd_entry(passwd, 1000).unwrap().home, "/home/me");
-        assert_eq!(passwd_entry(passwd, 0).unwrap().shell, "/bin/ash");
-        assert!(passwd_entry(passwd, 7).is_none());
-        assert!(!is_login_shell(Path::new("/sbin/nologin")));
     }
 
     #[test]

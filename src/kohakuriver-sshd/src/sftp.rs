@@ -3,76 +3,28 @@
 //! It runs in a thread of its own and may wait for a disk; the connection sees it as one more socket.
 
 use std::collections::HashMap;
-use std::ffi::{CString, OsStr};
-use std::fs::{self, File, Metadata, OpenOptions, Permissions, ReadDir};
+use std::ffi::OsStr;
+use std::fs::{self, File, Metadata, OpenOptions, ReadDir};
 use std::io::{self, BufReader, Read, Write};
 use std::os::fd::{AsRawFd, OwnedFd};
 use std::os::unix::ffi::OsStrExt;
-use std::os::unix::fs::{DirBuilderExt, FileExt, MetadataExt, OpenOptionsExt, PermissionsExt};
+use std::os::unix::fs::{DirBuilderExt, FileExt, OpenOptionsExt};
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 use std::thread;
-use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use crate::wire::{Malformed, Put, Reader};
 
-const VERSION: u32 = 3;
-const LONGEST: u32 = 256 * 1024;
-/// The most data in one read or write.
-const DATA: u32 = LONGEST - 1024;
-const MOST_HANDLES: usize = 256;
-const NAMES_AT_ONCE: usize = 128;
+mod attributes;
+mod listing;
+mod protocol;
 
-mod kind {
-    pub const INIT: u8 = 1;
-    pub const VERSION: u8 = 2;
-    pub const OPEN: u8 = 3;
-    pub const CLOSE: u8 = 4;
-    pub const READ: u8 = 5;
-    pub const WRITE: u8 = 6;
-    pub const LSTAT: u8 = 7;
-    pub const FSTAT: u8 = 8;
-    pub const SETSTAT: u8 = 9;
-    pub const FSETSTAT: u8 = 10;
-    pub const OPENDIR: u8 = 11;
-    pub const READDIR: u8 = 12;
-    pub const REMOVE: u8 = 13;
-    pub const MKDIR: u8 = 14;
-    pub const RMDIR: u8 = 15;
-    pub const REALPATH: u8 = 16;
-    pub const STAT: u8 = 17;
-    pub const RENAME: u8 = 18;
-    pub const READLINK: u8 = 19;
-    pub const SYMLINK: u8 = 20;
-    pub const STATUS: u8 = 101;
-    pub const HANDLE: u8 = 102;
-    pub const DATA: u8 = 103;
-    pub const NAME: u8 = 104;
-    pub const ATTRS: u8 = 105;
-    pub const EXTENDED: u8 = 200;
-    pub const EXTENDED_REPLY: u8 = 201;
-}
-
-mod status {
-    pub const OK: u32 = 0;
-    pub const EOF: u32 = 1;
-    pub const NO_SUCH_FILE: u32 = 2;
-    pub const PERMISSION_DENIED: u32 = 3;
-    pub const FAILURE: u32 = 4;
-    pub const BAD_MESSAGE: u32 = 5;
-    pub const UNSUPPORTED: u32 = 8;
-}
-
-const EXTENSIONS: [(&str, &str); 8] = [
-    ("posix-rename@openssh.com", "1"),
-    ("statvfs@openssh.com", "2"),
-    ("fstatvfs@openssh.com", "2"),
-    ("hardlink@openssh.com", "1"),
-    ("fsync@openssh.com", "1"),
-    ("lsetstat@openssh.com", "1"),
-    ("limits@openssh.com", "1"),
-    ("expand-path@openssh.com", "1"),
-];
+use attributes::{Wanted, put_attributes};
+use listing::Names;
+use protocol::{
+    DATA, Done, EXTENSIONS, LONGEST, MOST_HANDLES, NAMES_AT_ONCE, Refused, VERSION, done, kind,
+    no_handle, status,
+};
 
 /// Starts a server; gives the socket to reach it by. Relative paths begin at `home`. Calls `ended` in the end.
 pub fn start(home: PathBuf, ended: impl FnOnce() + Send + 'static) -> io::Result<OwnedFd> {
@@ -108,47 +60,6 @@ enum Handle {
         dots: bool,
     },
 }
-
-/// Why a request isn't done.
-enum Refused {
-    Status(u32, &'static str),
-    Io(io::Error),
-}
-
-impl From<io::Error> for Refused {
-    fn from(error: io::Error) -> Self {
-        Self::Io(error)
-    }
-}
-
-impl From<Malformed> for Refused {
-    fn from(_: Malformed) -> Self {
-        Self::Status(status::BAD_MESSAGE, "the request is malformed")
-    }
-}
-
-impl Refused {
-    fn put(&self, reply: &mut Vec<u8>) {
-        let (code, sentence) = match self {
-            Self::Status(code, sentence) => (*code, (*sentence).to_owned()),
-            Self::Io(error) => {
-                let code = match error.kind() {
-                    io::ErrorKind::NotFound | io::ErrorKind::NotADirectory => status::NO_SUCH_FILE,
-                    io::ErrorKind::PermissionDenied => status::PERMISSION_DENIED,
-                    io::ErrorKind::Unsupported => status::UNSUPPORTED,
-                    _ => status::FAILURE,
-                };
-                (code, error.to_string())
-            }
-        };
-        reply.put_u32(code);
-        reply.put_string(sentence.as_bytes());
-        reply.put_string(b"");
-    }
-}
-
-/// The kind of a reply; its content has been appended.
-type Done = Result<u8, Refused>;
 
 struct Server {
     home: PathBuf,
@@ -460,21 +371,12 @@ impl Server {
     }
 }
 
-fn no_handle() -> Refused {
-    Refused::Status(status::FAILURE, "there is no such handle")
-}
-
 fn handle_id(reader: &mut Reader<'_>) -> Result<u32, Malformed> {
     reader
         .string()?
         .try_into()
         .map(u32::from_be_bytes)
         .map_err(|_| Malformed)
-}
-
-fn done(reply: &mut Vec<u8>) -> Done {
-    Refused::Status(status::OK, "").put(reply);
-    Ok(kind::STATUS)
 }
 
 fn attributes(meta: &Metadata, reply: &mut Vec<u8>) -> Done {
@@ -498,124 +400,6 @@ fn real_path(path: &Path) -> io::Result<PathBuf> {
             Ok(parent.canonicalize()?.join(name))
         }
         (result, ..) => result,
-    }
-}
-
-const HAS_SIZE: u32 = 1;
-const HAS_OWNER: u32 = 2;
-const HAS_MODE: u32 = 4;
-const HAS_TIMES: u32 = 8;
-
-fn put_attributes(meta: &Metadata, reply: &mut Vec<u8>) {
-    reply.put_u32(HAS_SIZE | HAS_OWNER | HAS_MODE | HAS_TIMES);
-    reply.put_u64(meta.len());
-    for value in [
-        meta.uid(),
-        meta.gid(),
-        meta.mode(),
-        short_time(meta.atime()),
-        short_time(meta.mtime()),
-    ] {
-        reply.put_u32(value);
-    }
-}
-
-/// The protocol counts seconds in 32 bits.
-fn short_time(seconds: i64) -> u32 {
-    u32::try_from(seconds.max(0)).unwrap_or(u32::MAX)
-}
-
-/// Attributes that a client wants a file to have.
-#[derive(Debug, Default)]
-struct Wanted {
-    size: Option<u64>,
-    owner: Option<(u32, u32)>,
-    mode: Option<u32>,
-    times: Option<(u32, u32)>,
-}
-
-impl Wanted {
-    fn read(reader: &mut Reader<'_>) -> Result<Self, Malformed> {
-        let flags = reader.u32()?;
-        let mut wanted = Self::default();
-        if flags & HAS_SIZE != 0 {
-            wanted.size = Some(reader.u64()?);
-        }
-        if flags & HAS_OWNER != 0 {
-            wanted.owner = Some((reader.u32()?, reader.u32()?));
-        }
-        if flags & HAS_MODE != 0 {
-            wanted.mode = Some(reader.u32()?);
-        }
-        if flags & HAS_TIMES != 0 {
-            wanted.times = Some((reader.u32()?, reader.u32()?));
-        }
-        Ok(wanted)
-    }
-
-    /// Size, owner, mode, then times: each would change what comes after it, the other way round.
-    fn apply_to_file(&self, file: &File) -> io::Result<()> {
-        if let Some(size) = self.size {
-            file.set_len(size)?;
-        }
-        if let Some((user, group)) = self.owner {
-            std::os::unix::fs::fchown(file, Some(user), Some(group))?;
-        }
-        if let Some(mode) = self.mode {
-            file.set_permissions(Permissions::from_mode(mode & 0o7777))?;
-        }
-        if let Some((accessed, modified)) = self.times {
-            let times = fs::FileTimes::new()
-                .set_accessed(moment(accessed))
-                .set_modified(moment(modified));
-            file.set_times(times)?;
-        }
-        Ok(())
-    }
-
-    fn apply(&self, path: &Path, follow: bool) -> io::Result<()> {
-        if let Some(size) = self.size {
-            if !follow {
-                return Err(io::ErrorKind::Unsupported.into());
-            }
-            OpenOptions::new().write(true).open(path)?.set_len(size)?;
-        }
-        if let Some((user, group)) = self.owner {
-            let change = if follow {
-                std::os::unix::fs::chown
-            } else {
-                std::os::unix::fs::lchown
-            };
-            change(path, Some(user), Some(group))?;
-        }
-        // A link has no mode of its own.
-        let is_link = !follow && fs::symlink_metadata(path)?.is_symlink();
-        if let Some(mode) = self.mode.filter(|_| !is_link) {
-            fs::set_permissions(path, Permissions::from_mode(mode & 0o7777))?;
-        }
-        self.times
-            .map_or(Ok(()), |times| set_times(path, times, follow))
-    }
-}
-
-fn moment(seconds: u32) -> SystemTime {
-    UNIX_EPOCH + Duration::from_secs(seconds.into())
-}
-
-fn set_times(path: &Path, (accessed, modified): (u32, u32), follow: bool) -> io::Result<()> {
-    let path = CString::new(path.as_os_str().as_bytes())?;
-    let time = |seconds: u32| libc::timespec {
-        tv_sec: seconds.into(),
-        tv_nsec: 0,
-    };
-    let times = [time(accessed), time(modified)];
-    let flags = if follow { 0 } else { libc::AT_SYMLINK_NOFOLLOW };
-    // SAFETY: the path ends in a zero, and the call reads two timespecs.
-    let result = unsafe { libc::utimensat(libc::AT_FDCWD, path.as_ptr(), times.as_ptr(), flags) };
-    if result == 0 {
-        Ok(())
-    } else {
-        Err(io::Error::last_os_error())
     }
 }
 
@@ -656,110 +440,13 @@ fn put_entry(name: &OsStr, meta: &Metadata, users: &mut Names, reply: &mut Vec<u
     put_attributes(meta, reply);
 }
 
-/// What `ls -l` shows in a client: the protocol has the server write it.
-#[derive(Default)]
-struct Names {
-    users: Option<HashMap<u32, String>>,
-    groups: Option<HashMap<u32, String>>,
-}
-
-impl Names {
-    fn describe(&mut self, meta: &Metadata) -> String {
-        let users = self.users.get_or_insert_with(|| ids("/etc/passwd"));
-        let user = users
-            .get(&meta.uid())
-            .cloned()
-            .unwrap_or_else(|| meta.uid().to_string());
-        let groups = self.groups.get_or_insert_with(|| ids("/etc/group"));
-        let group = groups
-            .get(&meta.gid())
-            .cloned()
-            .unwrap_or_else(|| meta.gid().to_string());
-        let (mode, links, size) = (mode_text(meta.mode()), meta.nlink(), meta.len());
-        format!(
-            "{mode} {links:4} {user:8} {group:8} {size:8} {}",
-            date_text(meta.mtime())
-        )
-    }
-}
-
-/// Names by number, of a file such as `/etc/passwd`.
-fn ids(path: &str) -> HashMap<u32, String> {
-    let text = fs::read_to_string(path).unwrap_or_default();
-    let entry = |line: &str| {
-        let mut fields = line.split(':');
-        let name = fields.next()?.to_owned();
-        Some((fields.nth(1)?.parse().ok()?, name))
-    };
-    text.lines().filter_map(entry).collect()
-}
-
-fn mode_text(mode: u32) -> String {
-    let first = match mode & libc::S_IFMT {
-        libc::S_IFDIR => 'd',
-        libc::S_IFLNK => 'l',
-        libc::S_IFCHR => 'c',
-        libc::S_IFBLK => 'b',
-        libc::S_IFIFO => 'p',
-        libc::S_IFSOCK => 's',
-        _ => '-',
-    };
-    let mut text = String::from(first);
-    for (shift, special, mark) in [
-        (6, libc::S_ISUID, 's'),
-        (3, libc::S_ISGID, 's'),
-        (0, libc::S_ISVTX, 't'),
-    ] {
-        let bits = mode >> shift;
-        text.push(if bits & 4 != 0 { 'r' } else { '-' });
-        text.push(if bits & 2 != 0 { 'w' } else { '-' });
-        text.push(match (mode & special != 0, bits & 1 != 0) {
-            (false, false) => '-',
-            (false, true) => 'x',
-            (true, false) => mark.to_ascii_uppercase(),
-            (true, true) => mark,
-        });
-    }
-    text
-}
-
-/// Day and time of this half year, day and year of any other; UTC.
-fn date_text(seconds: i64) -> String {
-    const MONTHS: [&str; 12] = [
-        "Jan", "Feb", "Mar", "Apr", "May", "Jun", "Jul", "Aug", "Sep", "Oct", "Nov", "Dec",
-    ];
-    const HALF_YEAR: i64 = 182 * 86400;
-    let (year, month, day) = civil(seconds.div_euclid(86400));
-    let month = MONTHS[month as usize - 1];
-    let now = SystemTime::now()
-        .duration_since(UNIX_EPOCH)
-        .map_or(0, |time| time.as_secs() as i64);
-    if (now - HALF_YEAR..=now).contains(&seconds) {
-        let minutes = seconds.rem_euclid(86400) / 60;
-        format!("{month} {day:2} {:02}:{:02}", minutes / 60, minutes % 60)
-    } else {
-        format!("{month} {day:2}  {year}")
-    }
-}
-
-/// Year, month and day of a day counted from 1970-01-01. Years begin in March here, so that the leap day is their last.
-fn civil(days: i64) -> (i64, i64, i64) {
-    let shifted = days + 719_468;
-    let era = shifted.div_euclid(146_097);
-    let day_of_era = shifted.rem_euclid(146_097);
-    let year_of_era =
-        (day_of_era - day_of_era / 1460 + day_of_era / 36_524 - day_of_era / 146_096) / 365;
-    let day_of_year = day_of_era - (365 * year_of_era + year_of_era / 4 - year_of_era / 100);
-    let month = (5 * day_of_year + 2) / 153;
-    let day = day_of_year - (153 * month + 2) / 5 + 1;
-    let month = if month < 10 { month + 3 } else { month - 9 };
-    (year_of_era + era * 400 + i64::from(month <= 2), month, day)
-}
-
 #[cfg(test)]
 mod tests {
     use proptest::collection::vec;
     use proptest::prelude::*;
+
+    use std::fs::Permissions;
+    use std::os::unix::fs::PermissionsExt;
 
     use super::*;
 
@@ -825,26 +512,5 @@ mod tests {
             vec(any::<u8>(), 0..12),
         ];
         vec(part, 0..6).prop_map(|parts| parts.concat())
-    }
-
-    #[test]
-    fn days_become_dates_also_around_leap_days() {
-        for (days, date) in [
-            (0, (1970, 1, 1)),
-            (59, (1970, 3, 1)),
-            (11_016, (2000, 2, 29)),
-            (11_017, (2000, 3, 1)),
-            (-1, (1969, 12, 31)),
-            (20_514, (2026, 3, 2)),
-        ] {
-            assert_eq!(civil(days), date, "{days}");
-        }
-    }
-
-    #[test]
-    fn modes_read_as_ls_writes_them() {
-        assert_eq!(mode_text(libc::S_IFREG | 0o644), "-rw-r--r--");
-        assert_eq!(mode_text(libc::S_IFDIR | 0o1777), "drwxrwxrwt");
-        assert_eq!(mode_text(libc::S_IFREG | 0o4654), "-rwSr-xr--");
     }
 }

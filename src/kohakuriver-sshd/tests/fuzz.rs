@@ -211,7 +211,7 @@ proptest! {
         covered.put_string(&session);
         covered.put_raw(&request);
         request.put_string(&KEY.sign(&covered));
-        let asked = |user: &str, blob: &[u8]| user == "root" && blob == KEY.public();
+        let asked = |user: &[u8], blob: &[u8]| user == b"root" && blob == KEY.public();
         let whole = Attempts::default().judge(&request, &session, asked);
         prop_assert_eq!(whole, Ok(Answer::Success("root".into())));
         let damaged = changed(&request, &damage);
