@@ -76,7 +76,7 @@ def people(tmp_path: Path) -> Iterator[People]:
         for name in ("ann", "bob", "cid"):
             assert cluster.call("POST", "/api/users", {"name": name})[0] == 201
             tokens[name] = cluster.call("POST", "/api/tokens", {"user": name, "name": "t"})[1]["token"]
-        body = {"name": "here", "ssh": True, "ssh_keys": [key.export_public_key().decode().strip()]}
+        body = {"name": "here", "ssh_keys": [key.export_public_key().decode().strip()]}
         answer = cluster.http.post("/api/tasks", json=body, headers={"Authorization": f"Bearer {tokens['ann']}"})
         assert answer.status_code == 201, answer.text
         cluster.connected("here")
@@ -230,7 +230,7 @@ def test_forwards_terminals_and_ssh_connections_of_a_user_are_counted_together(t
     with a_cluster(tmp_path, env={"KOHAKURIVER_MAX_SESSIONS": "2"}) as cluster:
         cluster.start_runner("n1", "--backend", "process")
         key = asyncssh.generate_private_key("ssh-ed25519")
-        cluster.create(name="here", ssh=True, ssh_keys=[key.export_public_key().decode().strip()])
+        cluster.create(name="here", ssh_keys=[key.export_public_key().decode().strip()])
         cluster.connected("here")
         people = People(cluster, key, {"admin": cluster.token})
         with people.terminal("admin"), cluster.forward("here", 80):

@@ -126,7 +126,7 @@ def test_the_ssh_server_of_a_container_outlives_a_restart_of_the_runner(tmp_path
     with a_cluster(tmp_path) as cluster:
         runner = cluster.start_runner("n1", env=environment)
         keys = [(tmp_path / "key.pub").read_text()]
-        task = cluster.create(image=busybox_image(), ssh=True, ssh_keys=keys)
+        task = cluster.create(image=busybox_image(), ssh_keys=keys)
         try:
             before = servers(task)
             assert len(before) == 1

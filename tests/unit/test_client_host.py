@@ -9,7 +9,7 @@ from typing import Any
 import httpx
 import pytest
 
-from kohakuriver.client.host import HostClient, Task
+from kohakuriver.client.host import HostClient, NewTask, Task
 from kohakuriver.config import Settings, load_settings
 from kohakuriver.errors import HostUnreachableError, KohakuRiverError, NotFoundError, UnavailableError, UsageError
 
@@ -53,8 +53,8 @@ def test_only_what_was_asked_for_is_sent_when_a_task_is_made(run: Run, settings:
         bodies.append(json.loads(request.content))
         return httpx.Response(201, json=TASK)
 
-    asked(run, settings, answer, lambda host: host.create(name="web", command=["sleep", "9"], env={"A": "1"}))
-    assert bodies == [{"name": "web", "command": ["sleep", "9"], "env": {"A": "1"}, "mounts": []}]
+    asked(run, settings, answer, lambda host: host.create(NewTask(name="web", command=["sleep", "9"], env={"A": "1"})))
+    assert bodies == [{"name": "web", "command": ["sleep", "9"], "env": {"A": "1"}}]
 
 
 def test_a_task_name_can_not_reach_another_path(run: Run, settings: Settings) -> None:

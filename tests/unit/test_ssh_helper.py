@@ -15,7 +15,7 @@ pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="runners are for
 
 @pytest.fixture
 def task() -> TaskRecord:
-    return TaskRecord(7, "c1", "docker", ssh_keys=["ssh-ed25519 AAAA me"])
+    return TaskRecord(task_id=7, container="c1", backend="docker", ssh_keys=["ssh-ed25519 AAAA me"])
 
 
 @pytest.fixture

@@ -105,12 +105,12 @@ class _Demo:
     @contextlib.asynccontextmanager
     async def _task(self, settings: Settings) -> AsyncIterator[int]:
         """A task that serves the page; its port."""
-        from kohakuriver.client.host import HostClient
+        from kohakuriver.client.host import HostClient, NewTask
 
         port = _free_port()
         command = [sys.executable, "-m", SERVICE, "--port", str(port), "--task", TASK_NAME]
         async with HostClient(settings) as host:
-            await host.create(name=TASK_NAME, backend="process", command=command)
+            await host.create(NewTask(name=TASK_NAME, backend="process", command=command))
             try:
                 task = await host.wait(TASK_NAME, timeout=TASK_TIMEOUT)
                 self._say(f"Task {task.task_id} ({task.name}) runs; its tunnel is connected.", "task", **task.to_json())

@@ -81,23 +81,22 @@ def create(
 ) -> None:
     """Start a task, wait until its tunnel is connected, and print its id."""
     from kohakuriver.cli.ssh_files import public_keys
+    from kohakuriver.client.host import NewTask
 
-    keys = public_keys(public_key_file or []) if with_ssh or public_key_file else []
-    variables = pairs(env or [], "--env")
-    mounts = [_mount(text) for text in mount or []]
+    new = NewTask(
+        name=name,
+        node=node,
+        backend=backend.value if backend else None,
+        image=image,
+        command=command or [],
+        env=pairs(env or [], "--env"),
+        mounts=[_mount(text) for text in mount or []],
+        ssh_keys=public_keys(public_key_file or []) if with_ssh or public_key_file else [],
+    )
 
     async def start(client: HostClient) -> Task:
-        task = await client.create(
-            name=name,
-            node=node,
-            backend=backend.value if backend else None,
-            image=image,
-            command=command or [],
-            env=variables,
-            mounts=mounts,
-            ssh_keys=keys,
-        )
-        if keys:
+        task = await client.create(new)
+        if new.ssh_keys:
             await ssh.tasks_changed(client)
         return await _settled(client, task, wait=not no_wait, timeout=timeout)
 

@@ -7,7 +7,7 @@ can't be reached as HostUnreachableError.
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import MISSING, asdict, dataclass, field, fields
 from types import TracebackType
 from typing import Any, TypeVar
@@ -22,63 +22,17 @@ from kohakuriver.errors import (
     UnavailableError,
     from_status,
 )
+from kohakuriver.task import Declared, NewTask, TaskTraffic, asked_for, taken_from
+from kohakuriver.task import TaskView as Task
 
-__all__ = ["HostClient", "Node", "Task", "TaskTraffic", "Token", "Traffic", "User", "Whoami"]
+__all__ = ["HostClient", "NewTask", "Node", "Task", "TaskTraffic", "Token", "Traffic", "User", "Whoami"]
 
 CONNECT_TIMEOUT = 10.0
 ANSWER_TIMEOUT = 60.0
 # The longest that the host is asked to hold one `wait` request.
 LONGEST_WAIT = 30.0
 
-Record = TypeVar("Record")
-
-
-@dataclass(frozen=True)
-class TaskTraffic:
-    """What went through a task since its runner started, as of its node's last heartbeat.
-
-    Bytes are what messages carried. `sessions` and `streams` are open now, `version` is what the tunnel speaks, 0 where
-    there is none. `udp_dropped` counts datagrams, `stalls` how often a stream had to wait for a window.
-    """
-
-    sessions: int = 0
-    streams: int = 0
-    bytes_to_container: int = 0
-    bytes_to_user: int = 0
-    to_container_per_second: int = 0
-    to_user_per_second: int = 0
-    udp_dropped: int = 0
-    stalls: int = 0
-    version: int = 0
-
-
-@dataclass(frozen=True)
-class Task:
-    """What the user names: an id and a unique name. `created_at` is ISO 8601; `container` its name on the tunnel.
-
-    `owner` may do everything with it, `shared_with` may use it. `ssh_port` and `ssh_host_key` are those of the SSH
-    server that the task was given, None without one.
-    """
-
-    task_id: int
-    name: str
-    node: str
-    backend: str
-    status: str
-    tunnel: bool
-    container: str
-    created_at: str
-    owner: str = ""
-    shared_with: Sequence[str] = ()
-    image: str | None = None
-    address: str | None = None
-    message: str | None = None
-    ssh_port: int | None = None
-    ssh_host_key: str | None = None
-    traffic: TaskTraffic = field(default_factory=TaskTraffic)
-
-    def to_json(self) -> dict[str, Any]:
-        return asdict(self)
+Record = TypeVar("Record", bound=Declared)
 
 
 @dataclass(frozen=True)
@@ -159,15 +113,12 @@ def _record(cls: type[Record], answer: Any) -> Record:
     """`answer` as a `cls`; fields that a newer host adds are left out, ones that it lacks are an error."""
     if not isinstance(answer, dict):
         raise KohakuRiverError("The host's answer makes no sense to this version of kohakuriver.")
-    known = {f.name: answer[f.name] for f in fields(cls) if f.name in answer}  # type: ignore[arg-type]
     missing = [
-        f.name
-        for f in fields(cls)  # type: ignore[arg-type]
-        if f.name not in known and f.default is MISSING and f.default_factory is MISSING
+        f.name for f in fields(cls) if f.name not in answer and f.default is MISSING and f.default_factory is MISSING
     ]
     if missing:
         raise KohakuRiverError(f"The host's answer lacks {missing[0]!r}: its version and this one don't fit.")
-    return cls(**known)
+    return taken_from(answer, cls)
 
 
 def _task(answer: Any) -> Task:
@@ -265,28 +216,9 @@ class HostClient:
         """The task with this numeric id or unique name. Raises NotFoundError when there is none."""
         return _task(await self._call("GET", _path(task)))
 
-    async def create(
-        self,
-        *,
-        name: str | None = None,
-        node: str | None = None,
-        backend: str | None = None,
-        image: str | None = None,
-        command: Sequence[str] = (),
-        env: Mapping[str, str] | None = None,
-        mounts: Sequence[str] = (),
-        ssh_keys: Sequence[str] = (),
-    ) -> Task:
-        """Start a task; its status may still be `starting` in the answer. `mounts` are `SRC:DST` or `SRC:DST:ro`.
-
-        With `ssh_keys`, public keys as their files have them, it gets an SSH server that lets their owners in.
-        """
-        wanted: dict[str, Any] = {"name": name, "node": node, "backend": backend, "image": image}
-        body = {key: value for key, value in wanted.items() if value is not None}
-        body.update(command=list(command), env=dict(env or {}), mounts=list(mounts))
-        if ssh_keys:
-            body.update(ssh=True, ssh_keys=list(ssh_keys))
-        return _task(await self._call("POST", "/api/tasks", body=body))
+    async def create(self, new: NewTask) -> Task:
+        """Start a task; its status may still be `starting` in the answer."""
+        return _task(await self._call("POST", "/api/tasks", body=asked_for(new)))
 
     async def adopt(
         self,

@@ -23,7 +23,6 @@ from kohakuriver.host.schemas import (
     RegistrationAnswer,
     ShareRequest,
     SshPass,
-    TaskView,
     TokenMade,
     TokenView,
     UserView,
@@ -36,6 +35,7 @@ from kohakuriver.host.services.nodes import Nodes
 from kohakuriver.host.services.people import People
 from kohakuriver.host.services.tasks import Tasks
 from kohakuriver.store import Token
+from kohakuriver.task import TaskView
 from kohakuriver.web.app import bearer, new_app
 from kohakuriver.web.origin import Guard
 

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any
 
 from fastapi import APIRouter, Depends, FastAPI, Request
-from pydantic import BaseModel, ConfigDict
 
 from kohakuriver import __version__
 from kohakuriver.errors import NotAllowedError
@@ -14,6 +13,7 @@ from kohakuriver.runner.services.registration import Registration
 from kohakuriver.runner.services.state import TaskRecord
 from kohakuriver.runner.services.tasks import TaskManager
 from kohakuriver.session.ticket import Ticket
+from kohakuriver.task import TaskOrder
 from kohakuriver.web.app import bearer, new_app
 from kohakuriver.web.origin import Guard
 
@@ -26,38 +26,6 @@ class Services:
 
     tasks: TaskManager
     registration: Registration
-
-
-class NewTask(BaseModel):
-    """What the host asks for. `container` is the task's id on the tunnel; `mounts` are `SRC:DST[:ro]`.
-
-    With `ssh_keys` the task gets an SSH server that lets their owners in.
-    """
-
-    model_config = ConfigDict(extra="ignore")
-
-    task_id: int
-    container: str
-    backend: Literal["docker", "process", "address"]
-    name: str = ""
-    image: str | None = None
-    command: list[str] = []
-    env: dict[str, str] = {}
-    mounts: list[str] = []
-    ssh_keys: list[str] = []
-
-
-class AdoptedTask(BaseModel):
-    """What the host asks for: a container by `engine_name`, its name or id in Docker, or an IP `address`."""
-
-    model_config = ConfigDict(extra="ignore")
-
-    task_id: int
-    container: str
-    backend: Literal["docker", "address"]
-    name: str = ""
-    engine_name: str | None = None
-    address: str | None = None
 
 
 def create_app(services: Services, guard: Guard | None = None) -> FastAPI:
@@ -109,17 +77,17 @@ async def list_tasks(runner: Runner) -> list[dict[str, Any]]:
 
 
 @_api.post("", status_code=201)
-async def create_task(runner: Runner, ticket: HostTicket, new: NewTask) -> dict[str, Any]:
+async def create_task(runner: Runner, ticket: HostTicket, order: TaskOrder) -> dict[str, Any]:
     """Start a task."""
-    _check_container(ticket, new.container)
-    return (await runner.tasks.create(TaskRecord(**new.model_dump()))).report()
+    _check_container(ticket, order.container)
+    return (await runner.tasks.create(TaskRecord(**vars(order)))).report()
 
 
 @_api.post("/adopt", status_code=201)
-async def adopt_task(runner: Runner, ticket: HostTicket, new: AdoptedTask) -> dict[str, Any]:
+async def adopt_task(runner: Runner, ticket: HostTicket, order: TaskOrder) -> dict[str, Any]:
     """Make a task of what runs already."""
-    _check_container(ticket, new.container)
-    return (await runner.tasks.adopt(TaskRecord(**new.model_dump()))).report()
+    _check_container(ticket, order.container)
+    return (await runner.tasks.adopt(TaskRecord(**vars(order)))).report()
 
 
 @_api.get("/{container}")

@@ -11,6 +11,8 @@ from typing import Any
 from sqlalchemy import JSON, BigInteger, Boolean, Float, ForeignKey, Integer, LargeBinary, String, Text
 from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column
 
+from kohakuriver.task import TaskOrder, part_of
+
 __all__ = ["Base", "Meta", "Node", "Share", "Task", "Token", "User"]
 
 
@@ -56,6 +58,8 @@ class Task(Base):
     `ssh_keys` are the public keys that were put into the SSH server that a task was given; `ssh_port` is where that
     listens in the task and `ssh_host_key` what it shows, both None for a task without one. Where the user who put the
     keys there is gone, the host goes by them no more, and `ssh_keys` is empty.
+
+    `spec` has what else was ordered of the node: every field of TaskOrder that has no column here.
     """
 
     __tablename__ = "tasks"
@@ -75,10 +79,28 @@ class Task(Base):
     ssh_keys: Mapped[list[str]] = mapped_column(JSON, default=list)
     ssh_port: Mapped[int | None] = mapped_column(Integer)
     ssh_host_key: Mapped[str | None] = mapped_column(Text)
+    spec: Mapped[dict[str, Any]] = mapped_column(JSON, default=dict)
+    adopted: Mapped[bool] = mapped_column(Boolean, default=False)
     revision: Mapped[int] = mapped_column(BigInteger, default=0)
     removed: Mapped[bool] = mapped_column(Boolean, default=False)
     created_at: Mapped[float] = mapped_column(Float)
     changed_at: Mapped[float] = mapped_column(Float)
+
+    @classmethod
+    def ordered(cls, order: TaskOrder, *, node: str, owner: str, now: float) -> Task:
+        """A new task; `now` is in seconds since the epoch."""
+        columns = {name: value for name, value in vars(order).items() if name in cls.__table__.columns}
+        spec = part_of(order, TaskOrder, without=tuple(columns))
+        moments = {"created_at": now, "changed_at": now}
+        return cls(**columns, spec=spec, node=node, owner=owner, status="starting", **moments)
+
+    def order(self) -> TaskOrder:
+        """What its node is ordered to run."""
+        columns = {name: getattr(self, name) for name in TaskOrder.__dataclass_fields__ if name not in self.spec}
+        order = TaskOrder(**self.spec, **columns)
+        if not self.adopted:
+            order.engine_name = None  # the node chose it
+        return order
 
     def lets_in(self, key: str) -> bool:
         """Whether a public key, as its type and base64, is one of `ssh_keys`."""

@@ -166,7 +166,7 @@ def _take_over(session: Session, name: str, beat: Heartbeat, now: float, quiet: 
         elif is_other:
             continue
         elif report is not None:
-            if report.revision >= task.revision and task.change(report.model_dump(exclude={"task_id"}), now):
+            if report.revision >= task.revision and task.change(report.changes(), now):
                 changed.append(task.task_id)
         elif task.changed_at < quiet and task.change(
             _LOST | {"message": f"node {name} knows nothing of it any more"}, now

@@ -11,22 +11,26 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import structlog
-from pydantic import ValidationError
+from pydantic import TypeAdapter, ValidationError
 
 from kohakuriver.errors import HostUnreachableError, KohakuRiverError, NotFoundError, UnavailableError, UsageError
-from kohakuriver.host.schemas import (
-    AdoptRequest,
-    CreateRequest,
-    TaskReport,
-    TaskView,
-    is_engine_id,
-    is_task_name,
-    iso_time,
-)
+from kohakuriver.host.schemas import AdoptRequest, CreateRequest, iso_time
 from kohakuriver.host.services.credentials import Caller
 from kohakuriver.host.services.nodes import Nodes
 from kohakuriver.host.services.runner_client import RunnerClient, makes_no_sense
 from kohakuriver.store import Accounts, Node, Store, Task
+from kohakuriver.task import (
+    Backend,
+    TaskOrder,
+    TaskReport,
+    TaskTraffic,
+    TaskView,
+    asked_for,
+    is_engine_id,
+    is_task_name,
+    part_of,
+    taken_from,
+)
 
 __all__ = ["Changes", "Tasks", "container_name", "not_running"]
 
@@ -100,26 +104,14 @@ class Tasks:
     def view(self, task: Task, node: Node, shared_with: Sequence[str] = ()) -> TaskView:
         """A task as users see it: one on a node that is offline is lost until the node is back."""
         lost = task.status in _ACTIVE and not self._nodes.is_online(node)
-        return TaskView.model_validate(
-            {
-                "task_id": task.task_id,
-                "name": task.name,
-                "node": task.node,
-                "backend": task.backend,
-                "status": "lost" if lost else task.status,
-                "tunnel": task.tunnel and not lost,
-                "image": task.image,
-                "address": task.address,
-                "container": task.container,
-                "created_at": iso_time(task.created_at),
-                "message": f"node {node.name} is offline" if lost else task.message,
-                "owner": task.owner,
-                "ssh_port": task.ssh_port,
-                "ssh_host_key": task.ssh_host_key,
-                "shared_with": shared_with,
-                "traffic": {} if lost else node.traffic.get("tasks", {}).get(str(task.task_id), {}),
-            }
-        )
+        traffic = {} if lost else node.traffic.get("tasks", {}).get(str(task.task_id), {})
+        shown = part_of(task, TaskView, without=("shared_with", "traffic")) | {
+            "status": "lost" if lost else task.status,
+            "tunnel": task.tunnel and not lost,
+            "message": f"node {node.name} is offline" if lost else task.message,
+            "created_at": iso_time(task.created_at),
+        }
+        return TaskView(**shown, shared_with=list(shared_with), traffic=taken_from(traffic, TaskTraffic))
 
     async def views(self, caller: Caller) -> list[TaskView]:
         """All tasks that the caller may use, oldest first."""
@@ -144,28 +136,26 @@ class Tasks:
         if request.mounts and not self._user_mounts:
             owner.need_admin("Mounting what a node has")
         if request.backend is not None:
-            backends: tuple[str, ...] = (request.backend,)
+            backends: tuple[Backend, ...] = (request.backend,)
         else:
             backends = ("docker",) if request.image is not None else ("process",)
         node = (await self._nodes.fitting(backends, request.node))[0]
-        task = await self._add(
-            request.name, node, backends[0], owner.name, image=request.image, ssh_keys=request.ssh_keys
-        )
-        spec = request.model_dump(include={"image", "command", "env", "mounts", "ssh_keys"})
-        return await self._begin(task, node, "/api/tasks", spec)
+        order = _order(backends[0], request.name, vars(request))
+        return await self._begin(await self._add(order, node, owner.name), node)
 
     async def adopt(self, request: AdoptRequest, owner: str) -> TaskView:
         """Make a task of what runs already. Adopting the same container once more gives the task that it is."""
         if request.address is not None:
             node = await self._node_for_address(request.node)
-            task = await self._add(request.name, node, "address", owner, address=request.address)
-            return await self._begin(task, node, _ADOPT, {"address": request.address})
+            order = _order("address", request.name, {"address": request.address, "adopted": True})
+            return await self._begin(await self._add(order, node, owner), node)
         nodes = await self._nodes.fitting(("docker",), request.node)
         name = request.name or await self._name_of(request.container or "")
         for node in nodes:
-            task = await self._add(name, node, "docker", owner)
+            order = _order("docker", name, {"engine_name": request.container, "adopted": True})
+            task = await self._add(order, node, owner)
             try:
-                return await self._begin(task, node, _ADOPT, {"engine_name": request.container})
+                return await self._begin(task, node)
             except NotFoundError:
                 if node is nodes[-1]:
                     raise
@@ -187,56 +177,21 @@ class Tasks:
             raise UsageError("Several nodes are online; say with --node which one reaches the address.")
         return nodes[0]
 
-    async def _add(
-        self,
-        name: str | None,
-        node: Node,
-        backend: str,
-        owner: str,
-        *,
-        image: str | None = None,
-        address: str | None = None,
-        ssh_keys: Sequence[str] = (),
-    ) -> Task:
-        task_id = 10**9 + secrets.randbelow(9 * 10**9)
-        now = self._clock()
-        task = Task(
-            task_id=task_id,
-            name=name or f"vps-{task_id}",
-            node=node.name,
-            backend=backend,
-            container=container_name(backend, task_id),
-            image=image,
-            address=address,
-            owner=owner,
-            status="starting",
-            message=None,
-            tunnel=False,
-            ssh_keys=list(ssh_keys),
-            revision=0,
-            removed=False,
-            created_at=now,
-            changed_at=now,
-        )
+    async def _add(self, order: TaskOrder, node: Node, owner: str) -> Task:
+        task = Task.ordered(order, node=node.name, owner=owner, now=self._clock())
         await self._store.add_task(task)
         try:
             await self._accounts.user(owner)
         except NotFoundError:  # removed meanwhile, too early for this task to pass to the heir with the others
-            await self._store.forget_tasks([task_id])
+            await self._store.forget_tasks([task.task_id])
             raise
         return task
 
-    async def _begin(self, task: Task, node: Node, path: str, spec: dict[str, Any]) -> TaskView:
-        body = {
-            "task_id": task.task_id,
-            "container": task.container,
-            "backend": task.backend,
-            "name": task.name,
-            **spec,
-        }
+    async def _begin(self, task: Task, node: Node) -> TaskView:
+        path = _ADOPT if task.adopted else "/api/tasks"
         try:
             answer = await self._runners.call(
-                node, "POST", path, body, container=task.container, timeout=_RUNNER_SECONDS
+                node, "POST", path, asked_for(task.order()), container=task.container, timeout=_RUNNER_SECONDS
             )
             report = _report(answer, node)
         except KohakuRiverError as error:
@@ -246,14 +201,14 @@ class Tasks:
             raise
         if report.task_id != task.task_id:
             await self._store.forget_tasks([task.task_id])
-            if path != _ADOPT:  # only for admins, who may see every task, a node may name another one
+            if not task.adopted:  # only for admins, who may see every task, a node may name another one
                 raise makes_no_sense(node)
             return await self.get(str(report.task_id))
         log.info("task started", task=task.task_id, name=task.name, node=node.name, backend=task.backend)
         return await self._take_over(report, node, task)
 
     async def _take_over(self, report: TaskReport, node: Node, task: Task) -> TaskView:
-        changed = await self._store.change_task(task.task_id, report.model_dump(exclude={"task_id"}))
+        changed = await self._store.change_task(task.task_id, report.changes())
         self._changes.notify([task.task_id])
         return await self._view(changed or task, node)
 
@@ -318,9 +273,19 @@ class Tasks:
                     await asyncio.wait_for(changed.wait(), min(left, _POLL_SECONDS))
 
 
+def _order(backend: Backend, name: str | None, more: dict[str, Any]) -> TaskOrder:
+    """A new task with an id of its own; `more` are what else it has and may have fields that are not the node's."""
+    task_id = 10**9 + secrets.randbelow(9 * 10**9)
+    identity = {"task_id": task_id, "container": container_name(backend, task_id), "backend": backend}
+    return taken_from({**more, **identity, "name": name or f"vps-{task_id}"}, TaskOrder)
+
+
+_reports: TypeAdapter[TaskReport] = TypeAdapter(TaskReport)
+
+
 def _report(answer: dict[str, Any], node: Node) -> TaskReport:
     try:
-        return TaskReport.model_validate(answer)
+        return _reports.validate_python(answer)
     except ValidationError as error:
         raise makes_no_sense(node) from error
 

@@ -8,11 +8,12 @@ import json
 import secrets
 import time
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 from kohakuriver.config import write_private
+from kohakuriver.task import TaskOrder, TaskReport, part_of, taken_from
 
 __all__ = ["State", "TaskRecord", "next_revision"]
 
@@ -27,40 +28,23 @@ def next_revision() -> int:
 
 
 @dataclass
-class TaskRecord:
-    """A task on this node.
+class TaskRecord(TaskOrder, TaskReport):
+    """A task on this node: what was ordered, what is reported, and what only the node has to know.
 
-    `container` is its id on the tunnel. `engine_name` is what Docker calls an adopted container, `engine_id` Docker's
-    own id. `tunnel_url` is where the tunnel client that began with the task dials; the `exec_*` are about one that was
-    put into a running container. `stopped` means that the task was stopped on purpose. A task with `ssh_keys` has an
-    SSH server, on `ssh_port` of the loopback that it sees; the `ssh_exec_*` are about the one in a container.
+    `engine_id` is Docker's own id of the container. `tunnel_url` is where the tunnel client that began with the task
+    dials; the `exec_*` are about one that was put into a running container, the `ssh_exec_*` about an SSH server there.
+    `stopped` means that the task was stopped on purpose.
     """
 
-    task_id: int
-    container: str
-    backend: str
-    name: str = ""
-    image: str | None = None
-    command: list[str] = field(default_factory=list)
-    env: dict[str, str] = field(default_factory=dict)
-    mounts: list[str] = field(default_factory=list)
-    address: str | None = None
-    adopted: bool = False
-    engine_name: str | None = None
     engine_id: str | None = None
     exec_id: str | None = None
     exec_url: str | None = None
     exec_start: str | None = None
-    ssh_keys: list[str] = field(default_factory=list)
-    ssh_port: int | None = None
-    ssh_host_key: str | None = None
     ssh_exec_id: str | None = None
     ssh_exec_start: str | None = None
     stopped: bool = False
     tunnel_url: str | None = None
     status: str = "starting"
-    message: str | None = None
-    tunnel: bool = False
     revision: int = field(default_factory=next_revision)
 
     @property
@@ -70,8 +54,7 @@ class TaskRecord:
 
     def report(self) -> dict[str, Any]:
         """What the host hears of it."""
-        names = ("task_id", "container", "status", "message", "tunnel", "revision", "engine_name", "image")
-        return {name: getattr(self, name) for name in (*names, "ssh_port", "ssh_host_key")}
+        return part_of(self, TaskReport, without=("traffic",))
 
 
 class State:
@@ -148,8 +131,7 @@ class State:
             saved = json.loads((self.directory / "tasks.json").read_text("utf-8"))
         except FileNotFoundError:
             return []
-        known = {f.name for f in fields(TaskRecord)}
-        return [TaskRecord(**{name: value for name, value in task.items() if name in known}) for task in saved]
+        return [taken_from(task, TaskRecord) for task in saved]
 
     def save_tasks(self, tasks: Iterable[TaskRecord]) -> None:
         """Write all tasks down in one step."""

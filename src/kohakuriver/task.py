@@ -1,0 +1,263 @@
+"""A task, declared once: what a user asks for, what the host orders of a node, what the node reports, what users see.
+
+Command line, client, host, database and runner all go by these classes, so that a new property of a task is one field
+here, one option of the command line, and what a backend makes of it. The command line loads this module too: it needs
+the standard library alone. Where pydantic is given one of these classes, it checks what the annotations say.
+"""
+
+from __future__ import annotations
+
+import base64
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import MISSING, Field, asdict, dataclass, field, fields
+from typing import Annotated, Any, ClassVar, Literal, Protocol, TypeVar, get_args
+
+__all__ = [
+    "Backend",
+    "Check",
+    "Declared",
+    "Name",
+    "NewTask",
+    "NodeName",
+    "Status",
+    "TaskOrder",
+    "TaskReport",
+    "TaskSpec",
+    "TaskTraffic",
+    "TaskView",
+    "Whole",
+    "asked_for",
+    "is_engine_id",
+    "is_task_name",
+    "matching",
+    "part_of",
+    "taken_from",
+]
+
+Backend = Literal["docker", "process", "address"]
+Status = Literal["starting", "running", "stopped", "failed", "lost"]
+
+MAX_SSH_KEYS = 100
+
+
+class Check:
+    """In an annotation: a function that returns the value, or raises ValueError with what is wanted instead."""
+
+    def __init__(self, check: Callable[[Any], Any]) -> None:
+        self.check = check
+
+    def __get_pydantic_core_schema__(self, source: Any, handler: Callable[[Any], Any]) -> Any:
+        from pydantic_core import core_schema
+
+        return core_schema.no_info_after_validator_function(self.check, handler(source))
+
+
+def matching(pattern: str, otherwise: str) -> Check:
+    """Take only strings that match as a whole; `otherwise` says what is wanted."""
+
+    def check(value: str) -> str:
+        if not re.fullmatch(pattern, value):
+            raise ValueError(f"{value!r} won't do: {otherwise}")
+        return value
+
+    return Check(check)
+
+
+def _between(least: int, most: int) -> Check:
+    def check(value: int) -> int:
+        if not least <= value <= most:
+            raise ValueError(f"it must be a number from {least} to {most}")
+        return value
+
+    return Check(check)
+
+
+def _no_more_keys_than_fit(keys: list[str]) -> list[str]:
+    if len(keys) > MAX_SSH_KEYS:
+        raise ValueError(f"a task takes at most {MAX_SSH_KEYS} public keys")
+    return keys
+
+
+def _public_key(text: str) -> str:
+    """Take only a line as `ssh-keygen` writes it: type, base64, and perhaps a comment; no options before it."""
+    line = text.strip()
+    kind, _, rest = line.partition(" ")
+    try:
+        blob = base64.b64decode(rest.split()[0], validate=True)
+    except (ValueError, IndexError):
+        blob = b""
+    if not kind or blob[: 4 + len(kind)] != len(kind).to_bytes(4, "big") + kind.encode() or not line.isprintable():
+        raise ValueError(f"{line[:40]!r} is no SSH public key; give the line of a file like ~/.ssh/id_ed25519.pub")
+    return line
+
+
+_NAME = r"[a-z0-9][a-z0-9._-]{0,62}"
+
+Name = Annotated[
+    str,
+    matching(_NAME, "it must be 1 to 63 of a-z, 0-9, dot, dash and underscore"),
+    matching(r".*[^0-9].*", "a number means a task's id, so a name needs something else in it too"),
+]
+NodeName = Annotated[
+    str, matching(r"[A-Za-z0-9][A-Za-z0-9._-]{0,62}", "it must be 1 to 63 letters, digits, dots, dashes, underscores")
+]
+Image = Annotated[str, matching(r"(?s).+", "name an image")]
+EnvName = Annotated[str, matching(r"[^=\0]+", "a variable's name has no = in it")]
+NoNul = Annotated[str, matching(r"(?s)[^\0]*", "it has a NUL byte in it")]
+Mount = Annotated[str, matching(r"[^:\0]+:/[^:\0]*(:ro)?", "write SOURCE:/TARGET or SOURCE:/TARGET:ro")]
+PublicKey = Annotated[str, Check(_public_key)]
+Port = Annotated[int, _between(1, 65535)]
+ReportedStatus = Annotated[str, matching("|".join(get_args(Status)), "no task is in such a state")]
+Whole = Annotated[int, _between(0, 2**63 - 1)]
+"""What a column of the database holds."""
+
+
+def is_task_name(text: str) -> bool:
+    """Whether a task may be called this."""
+    return re.fullmatch(_NAME, text) is not None and not text.isdigit()
+
+
+def is_engine_id(text: str) -> bool:
+    """Whether this is a container's id, or a part of one, as the engine prints it."""
+    return re.fullmatch(r"[0-9a-f]{12,64}", text) is not None
+
+
+@dataclass(kw_only=True)
+class TaskSpec:
+    """What a user can ask of a new task: `mounts` are `SRC:DST` or `SRC:DST:ro`.
+
+    With `ssh_keys`, public keys as their files have them, it gets an SSH server that lets their owners in.
+    """
+
+    image: Image | None = None
+    command: list[NoNul] = field(default_factory=list)
+    env: dict[EnvName, NoNul] = field(default_factory=dict)
+    mounts: list[Mount] = field(default_factory=list)
+    ssh_keys: Annotated[list[PublicKey], Check(_no_more_keys_than_fit)] = field(default_factory=list)
+
+
+@dataclass(kw_only=True)
+class NewTask(TaskSpec):
+    """A request for a task. Without a node the least loaded one that fits; without a backend docker for an image."""
+
+    name: Name | None = None
+    node: NodeName | None = None
+    backend: Literal["docker", "process"] | None = None
+
+
+@dataclass(kw_only=True)
+class TaskOrder(TaskSpec):
+    """What the host orders of a node. `container` is the task's id on the tunnel.
+
+    An `adopted` task is of something that runs already: a container, by its name or id in the engine, `engine_name`; or
+    an IP `address`.
+    """
+
+    task_id: int
+    container: str
+    backend: Backend
+    name: str = ""
+    engine_name: str | None = None
+    address: str | None = None
+    adopted: bool = False
+
+
+@dataclass(kw_only=True)
+class TaskReport:
+    """What a runner says about a task; `revision` grows with every change, `traffic` is no change.
+
+    `engine_name` is what the engine of its backend calls it. `ssh_port` and `ssh_host_key` are those of the SSH server
+    that it was given; users' programs write the latter into a known_hosts.
+    """
+
+    task_id: Whole
+    status: ReportedStatus
+    tunnel: bool = False
+    message: str | None = None
+    revision: Whole = 0
+    engine_name: str | None = None
+    image: str | None = None
+    ssh_port: Port | None = None
+    ssh_host_key: PublicKey | None = None
+    traffic: dict[str, Whole] = field(default_factory=dict)
+
+    def changes(self) -> dict[str, Any]:
+        """What is the task's own in it, and not its node's."""
+        return part_of(self, TaskReport, without=("task_id", "traffic"))
+
+
+@dataclass(frozen=True)
+class TaskTraffic:
+    """What went through a task since its runner started, as of its node's last heartbeat.
+
+    Bytes are what messages carried. `sessions` and `streams` are open now, `version` is what the tunnel speaks, 0 where
+    there is none. `udp_dropped` counts datagrams, `stalls` how often a stream had to wait for a window.
+    """
+
+    sessions: int = 0
+    streams: int = 0
+    bytes_to_container: int = 0
+    bytes_to_user: int = 0
+    to_container_per_second: int = 0
+    to_user_per_second: int = 0
+    udp_dropped: int = 0
+    stalls: int = 0
+    version: int = 0
+
+
+@dataclass(frozen=True)
+class TaskView:
+    """A task as users see it: an id and a unique name. `created_at` is ISO 8601; `container` its name on the tunnel.
+
+    `owner` may do everything with it, `shared_with` may use it. `ssh_port` and `ssh_host_key` are those of the SSH
+    server that the task was given, None without one.
+    """
+
+    task_id: int
+    name: str
+    node: str
+    backend: Backend
+    status: Status
+    tunnel: bool
+    container: str
+    created_at: str
+    owner: str = ""
+    shared_with: list[str] = field(default_factory=list)
+    image: str | None = None
+    address: str | None = None
+    message: str | None = None
+    ssh_port: int | None = None
+    ssh_host_key: str | None = None
+    traffic: TaskTraffic = field(default_factory=TaskTraffic)
+
+    def to_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+class Declared(Protocol):
+    """An instance or the class of a dataclass."""
+
+    __dataclass_fields__: ClassVar[dict[str, Field[Any]]]
+
+
+Part = TypeVar("Part", bound=Declared)
+
+
+def part_of(whole: object, part: type[Declared], *, without: tuple[str, ...] = ()) -> dict[str, Any]:
+    """The attributes of `whole` that are fields of the class `part`, by name."""
+    return {f.name: getattr(whole, f.name) for f in fields(part) if f.name not in without}
+
+
+def taken_from(values: Mapping[str, Any], part: type[Part]) -> Part:
+    """A `part` made of those `values` that it has fields for."""
+    return part(**{f.name: values[f.name] for f in fields(part) if f.name in values})
+
+
+def asked_for(wish: Declared) -> dict[str, Any]:
+    """The fields of a dataclass that are not as they are by default."""
+
+    def default(f: Field[Any]) -> Any:
+        return f.default if f.default_factory is MISSING else f.default_factory()
+
+    return {f.name: value for f in fields(wish) if (value := getattr(wish, f.name)) != default(f)}
