@@ -1,20 +1,20 @@
 //! Opening the WebSocket (RFC 6455 §4.1), blocking: without a link there is nothing else to do.
 
 use std::fmt;
-use std::io::{self, Read, Write};
-use std::net::{Ipv4Addr, SocketAddr, TcpStream, ToSocketAddrs};
+use std::io;
+use std::net::{Ipv4Addr, Ipv6Addr, SocketAddr, TcpStream, ToSocketAddrs};
 use std::time::{Duration, Instant};
 
-use base64::Engine;
-use base64::engine::general_purpose::STANDARD as BASE64;
+use data_encoding::BASE64;
+use tungstenite::handshake::client::{Request, Response, generate_request};
+use tungstenite::handshake::derive_accept_key;
+use tungstenite::handshake::machine::{HandshakeMachine, RoundResult, StageResult};
+use tungstenite::http::{HeaderMap, StatusCode, Uri};
 
 use crate::protocol::SUBPROTOCOL_V2;
 use crate::sys;
 
 const TIMEOUT: Duration = Duration::from_secs(10);
-const MAX_HEAD: usize = 64 << 10;
-const MAX_HEADERS: usize = 64;
-const GUID: &[u8] = b"258EAFA5-E914-47DA-95CA-C5AB0DC85B11";
 
 /// Where the runner is: `http`/`ws` URL in parts.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -29,42 +29,48 @@ impl std::str::FromStr for RunnerUrl {
     type Err = String;
 
     fn from_str(url: &str) -> Result<Self, String> {
-        let (scheme, rest) = url.split_once("://").unwrap_or(("http", url));
-        match scheme.to_ascii_lowercase().as_str() {
-            "http" | "ws" => {}
-            "https" | "wss" => {
+        let whole = if url.contains("://") {
+            url.to_owned()
+        } else {
+            format!("http://{url}")
+        };
+        let not_a_runner = || format!("{url}: not the URL of a runner");
+        let uri: Uri = whole.parse().map_err(|_| not_a_runner())?;
+        match uri.scheme_str() {
+            Some("http" | "ws") => {}
+            Some("https" | "wss") => {
                 return Err(format!("{url}: this tunnel client is built without TLS"));
             }
             _ => return Err(format!("{url}: not an http or ws URL")),
         }
-        let (authority, path) = match rest.find('/') {
-            Some(at) => rest.split_at(at),
-            None => (rest, ""),
-        };
-        let path = path.trim_end_matches('/').to_owned();
-        let (host, port) =
-            split_authority(authority).ok_or(format!("{url}: no host and port in it"))?;
-        let plain = |text: &str| text.bytes().all(|byte| byte.is_ascii_graphic());
-        if host.is_empty() || !plain(authority) || !plain(&path) || path.contains(['?', '#']) {
-            return Err(format!("{url}: not the URL of a runner"));
+        let authority = uri.authority().ok_or_else(not_a_runner)?.as_str();
+        if uri.query().is_some() || url.contains('#') {
+            return Err(not_a_runner());
         }
+        let (host, port) = split(authority, uri.host().unwrap_or_default())
+            .ok_or_else(|| format!("{url}: no host and port in it"))?;
         Ok(Self {
-            host: host.to_owned(),
+            host,
             port,
-            path,
+            path: uri.path().trim_end_matches('/').to_owned(),
         })
     }
 }
 
-fn split_authority(authority: &str) -> Option<(&str, u16)> {
-    let (host, port) = match authority.strip_prefix('[') {
-        Some(rest) => rest.split_once(']')?,
-        None => authority.split_at(authority.find(':').unwrap_or(authority.len())),
+/// Host without brackets, and port. The library takes any text for a port that is no number.
+fn split(authority: &str, host: &str) -> Option<(String, u16)> {
+    let port = match authority.strip_prefix(host)? {
+        "" => 80,
+        port => port.strip_prefix(':')?.parse().ok()?,
     };
-    match port {
-        "" => Some((host, 80)),
-        port => Some((host, port.strip_prefix(':')?.parse().ok()?)),
-    }
+    let name = match host.strip_prefix('[') {
+        Some(address) => address
+            .strip_suffix(']')
+            .filter(|address| address.parse::<Ipv6Addr>().is_ok())?,
+        None => host,
+    };
+    let plain = !name.is_empty() && !host[1..].contains('[');
+    plain.then(|| (name.to_owned(), port))
 }
 
 impl RunnerUrl {
@@ -119,6 +125,18 @@ impl From<io::Error> for Refusal {
     }
 }
 
+impl From<tungstenite::Error> for Refusal {
+    fn from(error: tungstenite::Error) -> Self {
+        match error {
+            tungstenite::Error::Io(error) => error.into(),
+            tungstenite::Error::Protocol(
+                tungstenite::error::ProtocolError::HandshakeIncomplete,
+            ) => wrong("the runner ended the connection during the handshake"),
+            error => wrong(format!("the runner's answer to the handshake: {error}")),
+        }
+    }
+}
+
 fn wrong(reason: impl Into<String>) -> Refusal {
     Refusal::Unreachable(reason.into())
 }
@@ -136,16 +154,44 @@ pub struct Opened {
 /// Connects and upgrades to the tunnel of `container`.
 pub fn open(url: &RunnerUrl, container: &str, token: Option<&str>) -> Result<Opened, Refusal> {
     let deadline = Instant::now() + TIMEOUT;
-    let mut sock = dial(url, deadline)?;
+    let sock = dial(url, deadline)?;
     sock.set_nodelay(true)?;
-    sock.set_write_timeout(Some(TIMEOUT))?;
+    // The library's own key needs a /dev, which an image may lack.
     let mut nonce = [0; 16];
     sys::random(&mut nonce);
-    let key = BASE64.encode(nonce);
-    sock.write_all(request(url, container, token, &key).as_bytes())?;
-    let (head, early) = read_head(&mut sock, deadline)?;
-    let v2 = check(&head, &key)?;
+    let key = BASE64.encode(&nonce);
+    let request = request(url, container, token, &key)?;
+    let (sock, response, early) = exchange(sock, request, deadline)?;
+    let v2 = check(&response, &key)?;
     Ok(Opened { sock, early, v2 })
+}
+
+/// Sends the request and reads the answer; also what came behind it.
+fn exchange(
+    sock: TcpStream,
+    request: Vec<u8>,
+    deadline: Instant,
+) -> Result<(TcpStream, Response, Vec<u8>), Refusal> {
+    let mut machine = HandshakeMachine::start_write(sock, request);
+    loop {
+        let left = left(deadline)?;
+        machine.get_mut().set_read_timeout(Some(left))?;
+        machine.get_mut().set_write_timeout(Some(left))?;
+        machine = match machine.single_round()? {
+            RoundResult::WouldBlock(_) => {
+                return Err(io::Error::from(io::ErrorKind::TimedOut).into());
+            }
+            RoundResult::Incomplete(machine) => machine,
+            RoundResult::StageFinished(StageResult::DoneWriting(sock)) => {
+                HandshakeMachine::start_read(sock)
+            }
+            RoundResult::StageFinished(StageResult::DoneReading {
+                result,
+                stream,
+                tail,
+            }) => return Ok((stream, result, tail)),
+        };
+    }
 }
 
 fn dial(url: &RunnerUrl, deadline: Instant) -> Result<TcpStream, Refusal> {
@@ -171,119 +217,96 @@ fn left(deadline: Instant) -> io::Result<Duration> {
     }
 }
 
-fn request(url: &RunnerUrl, container: &str, token: Option<&str>, key: &str) -> String {
-    let credential = token.map_or(String::new(), |token| {
-        format!("Authorization: Bearer {token}\r\n")
-    });
-    format!(
-        "GET {path}/ws/tunnel/{container} HTTP/1.1\r\n\
-         Host: {host}\r\n\
-         Upgrade: websocket\r\n\
-         Connection: Upgrade\r\n\
-         Sec-WebSocket-Version: 13\r\n\
-         Sec-WebSocket-Key: {key}\r\n\
-         Sec-WebSocket-Protocol: {SUBPROTOCOL_V2}\r\n\
-         User-Agent: kohakuriver-tunnel/{version}\r\n\
-         {credential}\r\n",
-        path = url.path,
-        host = url.authority(),
-        version = env!("CARGO_PKG_VERSION"),
-    )
+fn request(
+    url: &RunnerUrl,
+    container: &str,
+    token: Option<&str>,
+    key: &str,
+) -> Result<Vec<u8>, Refusal> {
+    let authority = url.authority();
+    let mut request = Request::builder()
+        .uri(format!(
+            "ws://{authority}{}/ws/tunnel/{container}",
+            url.path
+        ))
+        .header("Host", authority)
+        .header("Upgrade", "websocket")
+        .header("Connection", "Upgrade")
+        .header("Sec-WebSocket-Version", "13")
+        .header("Sec-WebSocket-Key", key)
+        .header("Sec-WebSocket-Protocol", SUBPROTOCOL_V2)
+        .header(
+            "User-Agent",
+            concat!("kohakuriver-tunnel/", env!("CARGO_PKG_VERSION")),
+        );
+    if let Some(token) = token {
+        request = request.header("Authorization", format!("Bearer {token}"));
+    }
+    let request = request.body(()).map_err(|error| wrong(error.to_string()))?;
+    Ok(generate_request(request)?.0)
 }
 
-/// Reads up to the empty line; the head, and what came behind it.
-fn read_head(sock: &mut TcpStream, deadline: Instant) -> Result<(Vec<u8>, Vec<u8>), Refusal> {
-    let mut head = Vec::new();
-    let mut buffer = [0; 4096];
-    loop {
-        sock.set_read_timeout(Some(left(deadline)?))?;
-        let length = sock.read(&mut buffer)?;
-        if length == 0 {
-            return Err(wrong(
-                "the runner ended the connection during the handshake",
-            ));
+/// Checks the answer; whether version 2 was granted. The library's own check refuses a server that
+/// grants no subprotocol, as every version 1 runner, and takes any extension.
+fn check(response: &Response, key: &str) -> Result<bool, Refusal> {
+    match response.status() {
+        StatusCode::SWITCHING_PROTOCOLS => {}
+        status @ (StatusCode::UNAUTHORIZED | StatusCode::FORBIDDEN) => {
+            return Err(Refusal::NotAllowed(status.as_u16()));
         }
-        let searched = head.len().saturating_sub(3);
-        head.extend_from_slice(&buffer[..length]);
-        if let Some(end) = head[searched..]
-            .windows(4)
-            .position(|bytes| bytes == b"\r\n\r\n")
-        {
-            let early = head.split_off(searched + end + 4);
-            return Ok((head, early));
-        }
-        if head.len() > MAX_HEAD {
-            return Err(wrong("the runner's answer to the handshake is too long"));
+        status => {
+            return Err(wrong(format!(
+                "the runner answered HTTP {}",
+                status.as_u16()
+            )));
         }
     }
-}
-
-/// Checks the answer; whether version 2 was granted.
-fn check(head: &[u8], key: &str) -> Result<bool, Refusal> {
-    let mut headers = [httparse::EMPTY_HEADER; MAX_HEADERS];
-    let mut response = httparse::Response::new(&mut headers);
-    let parsed = response
-        .parse(head)
-        .map_err(|error| wrong(format!("the runner doesn't speak HTTP: {error}")))?;
-    let status = response
-        .code
-        .filter(|_| parsed.is_complete())
-        .ok_or(wrong("no whole HTTP answer"))?;
-    match status {
-        101 => {}
-        401 | 403 => return Err(Refusal::NotAllowed(status)),
-        status => return Err(wrong(format!("the runner answered HTTP {status}"))),
-    }
-    let mut values = Vec::new();
-    for header in response.headers.iter() {
-        let value = str::from_utf8(header.value)
-            .map_err(|_| wrong("a header isn't text"))?
-            .trim();
-        values.push((header.name.to_ascii_lowercase(), value));
-    }
-    let get = |name: &str| {
-        values
-            .iter()
-            .find(|(other, _)| other == name)
-            .map(|(_, value)| *value)
-    };
-    let has = |name, token: &str| {
-        get(name).is_some_and(|value| {
-            value
-                .split(',')
-                .any(|part| part.trim().eq_ignore_ascii_case(token))
-        })
-    };
-    if !has("upgrade", "websocket") || !has("connection", "upgrade") {
+    let headers = response.headers();
+    if !has(headers, "upgrade", "websocket") || !has(headers, "connection", "upgrade") {
         return Err(wrong("the runner didn't upgrade to a WebSocket"));
     }
-    if get("sec-websocket-accept") != Some(&accept(key)) {
+    let accept = derive_accept_key(key.as_bytes());
+    if headers
+        .get("sec-websocket-accept")
+        .is_none_or(|value| value.as_bytes() != accept.as_bytes())
+    {
         return Err(wrong("the runner's Sec-WebSocket-Accept is wrong"));
     }
-    if get("sec-websocket-extensions").is_some() {
+    if headers.contains_key("sec-websocket-extensions") {
         return Err(wrong("the runner chose an extension that wasn't offered"));
     }
-    match get("sec-websocket-protocol") {
+    match headers.get("sec-websocket-protocol") {
         None => Ok(false),
-        Some(SUBPROTOCOL_V2) => Ok(true),
+        Some(chosen) if chosen == SUBPROTOCOL_V2 => Ok(true),
         Some(other) => Err(wrong(format!("the runner chose subprotocol {other:?}"))),
     }
 }
 
-fn accept(key: &str) -> String {
-    let mut sha1 = sha1_smol::Sha1::new();
-    sha1.update(key.as_bytes());
-    sha1.update(GUID);
-    BASE64.encode(sha1.digest().bytes())
+fn has(headers: &HeaderMap, name: &str, token: &str) -> bool {
+    headers
+        .get_all(name)
+        .iter()
+        .filter_map(|value| value.to_str().ok())
+        .flat_map(|value| value.split(','))
+        .any(|part| part.trim().eq_ignore_ascii_case(token))
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
     use proptest::prelude::*;
+    use tungstenite::handshake::machine::TryParse;
 
     const KEY: &str = "dGhlIHNhbXBsZSBub25jZQ==";
     const ACCEPT: &str = "s3pPLMBiTxaQ9kYGzzhZRbK+xOo=";
+
+    /// What is made of the bytes of an answer.
+    fn check(head: &[u8], key: &str) -> Result<bool, Refusal> {
+        match Response::try_parse(head)? {
+            Some((_, response)) => super::check(&response, key),
+            None => Err(wrong("no whole answer")),
+        }
+    }
 
     fn answer(lines: &[&str]) -> Vec<u8> {
         format!(
@@ -382,11 +405,10 @@ mod tests {
         #[test]
         fn what_is_taken_for_a_url_fits_into_a_request(text in "\\PC{0,40}|(http|ws)://[a-z.:\\[\\]0-9/]{0,30}") {
             if let Ok(url) = text.parse::<RunnerUrl>() {
-                let request = request(&url, "c", None, KEY);
-                let mut headers = [httparse::EMPTY_HEADER; MAX_HEADERS];
-                let mut parsed = httparse::Request::new(&mut headers);
-                prop_assert!(parsed.parse(request.as_bytes()).unwrap().is_complete());
-                prop_assert_eq!(parsed.headers.len(), 7);
+                let request = request(&url, "c", None, KEY).unwrap();
+                let (length, parsed) = tungstenite::handshake::server::Request::try_parse(&request).unwrap().unwrap();
+                prop_assert_eq!(length, request.len());
+                prop_assert_eq!(parsed.headers().len(), 7);
             }
         }
     }

@@ -13,10 +13,10 @@ use std::sync::mpsc::{self, Receiver};
 use std::thread;
 use std::time::{Duration, Instant};
 
-use base64::Engine;
 use kohakuriver_tunnel::frame::mask;
 use kohakuriver_tunnel::protocol::{HEADER, Header, SUBPROTOCOL_V2, TCP, UDP, kind};
 use kohakuriver_tunnel::sys;
+use tungstenite::handshake::derive_accept_key;
 
 pub const PATIENCE: Duration = Duration::from_secs(30);
 
@@ -102,16 +102,14 @@ impl Wire {
         self.head
             .iter()
             .filter_map(|line| line.split_once(": "))
-            .find(|(key, _)| *key == name)
+            .find(|(key, _)| key.eq_ignore_ascii_case(name))
             .map(|(_, value)| value)
     }
 
     /// The answer's head without its last line.
     pub fn switching(&self) -> String {
-        let mut sha1 = sha1_smol::Sha1::new();
-        sha1.update(self.header("Sec-WebSocket-Key").unwrap().as_bytes());
-        sha1.update(b"258EAFA5-E914-47DA-95CA-C5AB0DC85B11");
-        let accept = base64::engine::general_purpose::STANDARD.encode(sha1.digest().bytes());
+        let key = self.header("Sec-WebSocket-Key").unwrap();
+        let accept = derive_accept_key(key.as_bytes());
         format!(
             "HTTP/1.1 101 Switching Protocols\r\nUpgrade: websocket\r\nConnection: Upgrade\r\nSec-WebSocket-Accept: {accept}\r\n"
         )
