@@ -1,7 +1,9 @@
 from __future__ import annotations
 
 import itertools
+import json
 import random
+from typing import Any
 
 import pytest
 from hypothesis import given
@@ -9,7 +11,9 @@ from hypothesis import strategies as st
 
 from kohakuriver.tunnel import stream as rules
 from kohakuriver.tunnel.stream import Budget, Event, ReceiveWindow, SendWindow, State, next_state
+from tests.vectors import generate
 
+WINDOWS = json.loads((generate.HERE / "windows.json").read_text(encoding="utf-8"))
 S, E = State, Event
 EVENTS = st.lists(st.sampled_from(list(Event)), max_size=12)
 
@@ -242,7 +246,41 @@ def test_only_one_ping_is_under_way_at_a_time() -> None:
 
 def test_a_budget_gives_new_streams_less_when_most_is_spent_and_never_nothing() -> None:
     budget = Budget(total=600_000)
-    assert [budget.open() for _ in range(5)] == [262_144, 262_144, 75_712, rules.MIN_WINDOW, rules.MIN_WINDOW]
+    sizes = [ReceiveWindow(budget).size for _ in range(5)]
+    assert sizes == [262_144, 262_144, 75_712, rules.MIN_WINDOW, rules.MIN_WINDOW]
+    assert budget.left == 0
+
+
+@pytest.mark.parametrize("vector", WINDOWS, ids=[vector["name"] for vector in WINDOWS])
+def test_windows_are_announced_and_paid_for_as_the_vectors_say(vector: dict[str, Any]) -> None:
+    budget = Budget(vector["total"], vector["first"], vector["cap"])
+    windows: dict[int, ReceiveWindow] = {}
+    for event in vector["events"]:
+        assert play(event, budget, windows) == {name: event[name] for name in event if name in RESULTS}, event
+        assert budget.left == event["left"], event
+
+
+RESULTS = {"limit", "ok", "ping"}
+
+
+def play(event: dict[str, Any], budget: Budget, windows: dict[int, ReceiveWindow]) -> dict[str, object]:
+    """What one event leads to."""
+    do, stream, at = event["do"], event.get("stream", 0), event.get("at", 0) / 1e6
+    if do == "shared":
+        budget.shared = event["value"]
+    elif do == "open":
+        windows[stream] = ReceiveWindow(budget)
+        return {"limit": windows[stream].granted}
+    elif do == "recv":
+        ok = windows[stream].receive(event["size"])
+        return {"ok": ok, "ping": ok and windows[stream].wants_ping(at)}
+    elif do == "consume":
+        return {"limit": windows[stream].consume(event["size"])}
+    elif do == "pong":
+        return {"limit": windows[stream].pong(at)}
+    else:
+        windows[stream].close()
+    return {}
 
 
 def test_a_spent_budget_lets_no_window_grow() -> None:

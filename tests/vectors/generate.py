@@ -1,16 +1,7 @@
 """Writes the golden vectors: `python -m tests.vectors.generate`. A test checks that the committed ones are these.
 
-They come from the plain twin, never from the implementations that are checked against them. In all files `hex` is the
-exact bytes; `key` is the mask key in the order it goes over the wire, null where the frame is not masked. A `repeat`
-is {"hex", "count"}: those bytes, that often.
-
-header.json     tunnel headers
-frames.json     whole WebSocket frames of opcode `opcode` around a payload (`payload_hex`, or `payload_repeat`); the
-                frame is `hex`, followed by `then_repeat` where that is given
-messages.json   tunnel messages: `fields` is what the typed builders take, `hex` the unmasked frame, `masked_hex` the
-                same under `key`
-sequences.json  bytes that a receiver accepts, and the messages that come out, in the order in which they end
-violations.json bytes that a receiver refuses, with the close code that it owes, after `messages` whole messages
+They come from the plain twins and from tables written out here, never from the implementations that are checked against
+them. README.md says what is in them.
 """
 
 from __future__ import annotations
@@ -20,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from tests.reference import frame
+from tests.vectors import rules
 
 HERE = Path(__file__).parent
 KEY = "a1b2c3d4"
@@ -236,6 +228,10 @@ FILES = {
     "messages.json": messages,
     "sequences.json": sequences,
     "violations.json": violations,
+    "windows.json": rules.windows,
+    "states.json": rules.states,
+    "reconnect.json": rules.reconnect,
+    "errors.json": rules.errors,
 }
 
 

@@ -82,21 +82,20 @@ class Budget:
         self.cap = cap
         self.shared = False  # several streams receive by turns
 
-    def open(self) -> int:
-        """The window (bytes) of a new stream: smaller when most is spent, never below the minimum."""
-        window = min(self.first, max(min(MIN_WINDOW, self.first), self.left))
-        self.left -= window
-        return window
+    @property
+    def least(self) -> int:
+        """The window (bytes) that every stream gets, whatever is left: the budget does not pay for it."""
+        return min(MIN_WINDOW, self.first)
 
-    def grow(self, window: int) -> int:
-        """Twice the window, as far as cap and budget allow; the new size in bytes."""
-        extra = max(0, min(window, self.cap - window, self.left))
-        self.left -= extra
-        return window + extra
+    def take(self, wanted: int) -> int:
+        """As many of the ``wanted`` bytes as are left."""
+        got = max(0, min(wanted, self.left))
+        self.left -= got
+        return got
 
-    def close(self, window: int) -> None:
-        """A stream has ended: its window goes back."""
-        self.left += window
+    def give_back(self, size: int) -> None:
+        """A stream has ended: what its window took goes back."""
+        self.left += size
 
 
 class SendWindow:
@@ -125,8 +124,9 @@ class SendWindow:
 class ReceiveWindow:
     """What the peer may send us on a v2 stream, and how that limit grows.
 
-    Credit is given on consumption (``consume``) and told to the peer a quarter of the window at a time. The
-    size follows the bandwidth-delay product: the bytes that arrive between a PING and its PONG.
+    Credit is given on consumption (``consume``) and told to the peer a quarter of the window at a time, and at once
+    when the window has grown. The size follows the bandwidth-delay product: the bytes that arrive between a PING and
+    its PONG.
 
     Over a long link a whole window arrives as one burst a round trip, and PONGs come ahead of bulk: right before a
     burst. So the read that makes a PING due counts as well, and PINGs become due a quarter of a window into a burst:
@@ -137,6 +137,7 @@ class ReceiveWindow:
         "_best",
         "_budget",
         "_newest",
+        "_paid",
         "_pause",
         "_ping_at",
         "_ping_from",
@@ -154,7 +155,8 @@ class ReceiveWindow:
 
     def __init__(self, budget: Budget) -> None:
         self._budget = budget
-        self.size = budget.open()
+        self._paid = budget.take(budget.first)
+        self.size = max(self._paid, budget.least)
         self.received = 0
         self.consumed = 0
         self.granted = self.size
@@ -179,7 +181,8 @@ class ReceiveWindow:
     def consume(self, size: int) -> int | None:
         """Count ``size`` bytes that the local socket took; the new limit if it is time to send one."""
         self.consumed += size
-        return self._grant()
+        size = self.in_force
+        return self._grant(size, size // 4)
 
     @property
     def in_force(self) -> int:
@@ -188,10 +191,9 @@ class ReceiveWindow:
             return self.size
         return min(self.size, max(self._budget.first, int(SHARED_PART * self._steady * self._shortest)))
 
-    def _grant(self) -> int | None:
-        size = self.in_force
+    def _grant(self, size: int, least: int) -> int | None:
         limit = self.consumed + size
-        if limit - self.granted < max(1, size // 4):
+        if limit - self.granted < max(1, least):
             return None
         self.granted = limit
         return limit
@@ -225,12 +227,14 @@ class ReceiveWindow:
             self._pause = self._skipped + self.size // 4
             return None
         in_flight = self.size
-        self.size = self._budget.grow(self.size)
+        extra = self._budget.take(min(self.size, self._budget.cap - self.size))
+        self._paid += extra
+        self.size += extra
         self._skipped = 0
         self._pause = in_flight + self.size // 4  # what comes first was sent for the smaller window
-        return self._grant()
+        return self._grant(self.in_force, 1)
 
     def close(self) -> None:
-        """Give the window back to the budget."""
-        self._budget.close(self.size)
-        self.size = 0
+        """Give what the window took back to the budget."""
+        self._budget.give_back(self._paid)
+        self._paid = self.size = 0
