@@ -1,8 +1,22 @@
-"""`python -m kohakuriver` is the `kohakuriver` command."""
+"""`python -m kohakuriver` is the `kohakuriver` command, and where that begins."""
 
 from __future__ import annotations
 
-from kohakuriver.cli.main import main
+from typing import NoReturn
+
+from kohakuriver import descriptors
+
+__all__ = ["main"]
+
+
+def main() -> NoReturn:
+    """Run one command and exit with its code (docs/cli.md "Exit codes")."""
+    descriptors.die_by_interrupt()
+    descriptors.prepare()
+    from kohakuriver.cli.main import main as run
+
+    run()
+
 
 if __name__ == "__main__":
     main()

@@ -22,6 +22,8 @@ from collections.abc import Callable
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from urllib.parse import parse_qs, urlsplit
 
+from kohakuriver.descriptors import prepare
+
 __all__ = ["Handler", "check", "main", "receive"]
 
 BLOCK = 4 << 20
@@ -191,6 +193,7 @@ def _send(connection: http.client.HTTPConnection, size: int) -> tuple[str, str, 
 
 def main() -> None:
     """Serve on `--port` of 127.0.0.1 until SIGTERM, or check what another one serves."""
+    prepare()
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--port", type=int, default=0)
     parser.add_argument("--task", default="demo")

@@ -5,13 +5,14 @@ Starting must stay fast: nothing here, nor in the command modules, imports a hea
 
 from __future__ import annotations
 
+import os
 import signal
 from collections.abc import Sequence
 from typing import Annotated, NoReturn
 
 import typer
 
-from kohakuriver import __version__
+from kohakuriver import __version__, descriptors
 from kohakuriver.cli import auth, cluster, connect, demo, forward, init, node, output, ssh, token, user, vps
 from kohakuriver.errors import HostUnreachableError, KohakuRiverError
 
@@ -61,7 +62,13 @@ ssh.register(app)
 
 def main(arguments: Sequence[str] | None = None) -> NoReturn:
     """Run one command and exit with its code (docs/cli.md "Exit codes")."""
-    output.leave(_run(arguments))
+    descriptors.prepare()
+    descriptors.raise_on_interrupt()
+    try:
+        code = _run(arguments)
+    except KeyboardInterrupt:  # the second one, or one that came a moment too late
+        code = 128 + signal.SIGINT
+    output.leave(code)
 
 
 def _run(arguments: Sequence[str] | None) -> int:
@@ -82,9 +89,14 @@ def _run(arguments: Sequence[str] | None) -> int:
         output.discard_stdout()
         return 1
     except OSError as error:
-        output.error(f"{error.filename}: {error.strerror}." if error.filename else f"{error}.")
+        output.error(_plainly(error))
         return 1
     return code if isinstance(code, int) else 0
+
+
+def _plainly(error: OSError) -> str:
+    what = error.strerror or str(error)
+    return f"{os.fsdecode(error.filename)}: {what}." if isinstance(error.filename, str | bytes) else f"{what}."
 
 
 def _advice(error: KohakuRiverError) -> str:

@@ -61,7 +61,10 @@ def note(text: str) -> None:
 
 def _say(text: str) -> None:
     if not _given_up:
-        print(text, file=sys.stderr, flush=True)
+        try:
+            print(text, file=sys.stderr, flush=True)
+        except OSError:  # closed, broken, or its disk is full: nobody is left to be told
+            _discard(sys.stderr)
 
 
 def error(text: str) -> None:
@@ -73,7 +76,13 @@ def error(text: str) -> None:
 
 def discard_stdout() -> None:
     """Throw away what is still to come on stdout: whoever read it is gone, as after `| head`."""
-    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    _discard(sys.stdout)
+
+
+def _discard(stream: IO[str]) -> None:
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nowhere, stream.fileno())
+    os.close(nowhere)
 
 
 def give_up() -> None:
@@ -89,9 +98,16 @@ def flush() -> None:
 
 
 def leave(code: int) -> NoReturn:
-    """End the program, though a thread may wait for stdout to be read: Python would wait for it too."""
+    """End the program, though a thread may wait for stdout to be read: Python would wait for it too.
+
+    What can't be written any more is thrown away: Python would say so in an exit code of its own.
+    """
     if _given_up:
         os._exit(code)
+    try:
+        sys.stdout.flush()
+    except OSError:
+        discard_stdout()
     sys.exit(code)
 
 

@@ -17,6 +17,7 @@ from collections.abc import Callable
 from typing import Any
 from urllib.parse import urlsplit
 
+from kohakuriver.descriptors import prepare
 from kohakuriver.errors import (
     HostUnreachableError,
     KohakuRiverError,
@@ -264,7 +265,8 @@ def main(arguments: list[str]) -> int:
             known="--known" in arguments[:-1],
         )
     except KohakuRiverError as error:
-        print(f"Error: {printable(error.message)}", file=sys.stderr, flush=True)
+        with contextlib.suppress(OSError):
+            print(f"Error: {printable(error.message)}", file=sys.stderr, flush=True)
         return error.exit_code
     except KeyboardInterrupt:
         return 130
@@ -272,6 +274,6 @@ def main(arguments: list[str]) -> int:
 
 
 if __name__ == "__main__":
+    prepare()
     code = main(sys.argv[1:])
-    sys.stderr.flush()
     os._exit(code)  # a thread may still wait for stdin, which nobody reads any more

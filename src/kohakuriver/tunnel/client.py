@@ -18,6 +18,7 @@ from pathlib import Path
 from urllib.parse import quote
 
 from kohakuriver._frame import FrameWalker
+from kohakuriver.descriptors import prepare
 from kohakuriver.errors import KohakuRiverError, UsageError
 from kohakuriver.runtime import run
 from kohakuriver.tunnel.dial import open_link
@@ -199,6 +200,7 @@ async def _command(command: Sequence[str]) -> int:
 
 def main() -> int:
     """The command line; returns the exit code."""
+    prepare()
     arguments = _arguments(sys.argv[1:], os.environ)
     level = {"warn": "warning"}.get(arguments.log_level, arguments.log_level).upper()
     logging.basicConfig(stream=sys.stderr, level=level, format="%(name)s: %(message)s")

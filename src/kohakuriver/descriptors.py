@@ -1,0 +1,53 @@
+"""stdin, stdout and stderr as a program may find them: closed, or in an encoding that has no word for what is said."""
+
+from __future__ import annotations
+
+import io
+import os
+import signal
+import sys
+
+__all__ = ["die_by_interrupt", "prepare", "raise_on_interrupt"]
+
+_STREAMS = (("stdin", "r"), ("stdout", "w"), ("stderr", "w"))
+
+
+def prepare() -> None:
+    """What every program of ours does first: it has all three descriptors, and can say and read any text.
+
+    A descriptor that was closed becomes /dev/null. Else the next file, pipe or socket would get its number, and be
+    read as what is typed, or written to as what is said.
+    """
+    for descriptor, (name, mode) in enumerate(_STREAMS):
+        _open(descriptor)
+        if getattr(sys, name) is None:
+            stream = open(descriptor, mode, encoding="utf-8", closefd=False)  # noqa: SIM115
+            setattr(sys, name, stream)
+            setattr(sys, f"__{name}__", stream)
+    _say_anything()
+
+
+def _open(descriptor: int) -> None:
+    try:
+        os.fstat(descriptor)
+    except OSError:
+        # It gets this number: all lower ones are taken. The programs that we start are to have it too.
+        os.set_inheritable(os.open(os.devnull, os.O_RDWR), True)
+
+
+def _say_anything() -> None:
+    for stream, errors in ((sys.stdin, "surrogateescape"), (sys.stdout, "backslashreplace")):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors=errors)
+
+
+def die_by_interrupt() -> None:
+    """Until something is to be undone, Ctrl-C ends this program as it ends any other, without a traceback."""
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
+def raise_on_interrupt() -> None:
+    """From now on Ctrl-C is a KeyboardInterrupt."""
+    if signal.getsignal(signal.SIGINT) is signal.SIG_DFL:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
