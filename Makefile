@@ -9,12 +9,15 @@ STAMPS := $(VENV)/.stamps
 CRATES := src/kohakuriver-tunnel src/kohakuriver-sshd
 TESTS ?= tests --ignore=tests/e2e
 PYTEST_ARGS ?=
+PYTEST_WORKERS ?= 3
+# The suite starts hundreds of programs: each would compile its modules anew.
+unexport PYTHONDONTWRITEBYTECODE
 PIP_INSTALL := PYTHONWARNINGS=ignore $(BIN)/python -m pip install -q --disable-pip-version-check
 
 crate_sources = $(shell find $(1)/src $(1)/.cargo $(1)/Cargo.toml $(1)/Cargo.lock -type f 2>/dev/null)
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-asyncio test-sanitized test-api test-rust e2e lint house audit audit-online sbom bench bench-gate soak build clean install
+.PHONY: help demo test test-asyncio test-sanitized test-api test-rust e2e lint house audit audit-online sbom bench bench-micro bench-gate soak build clean install
 
 help: ## this list
 	@sed -n 's/^\([a-z][a-z-]*\):.*## /  make \1\t/p' $(MAKEFILE_LIST) | expand -t 20
@@ -24,11 +27,11 @@ demo: install ## a small cluster on this machine, a task with a web page, and a 
 
 test: install ## the whole suite but the browser tests (those: make e2e)
 	scripts/system-packages test
-	scripts/with-engine $(BIN)/python -m pytest $(TESTS) $(PYTEST_ARGS)
+	scripts/with-engine scripts/run-tests $(BIN)/python $(PYTEST_WORKERS) $(TESTS) $(PYTEST_ARGS)
 
 test-asyncio: install ## the same suite on the standard library's event loop
 	scripts/system-packages test
-	KOHAKURIVER_LOOP=asyncio scripts/with-engine $(BIN)/python -m pytest $(TESTS) $(PYTEST_ARGS)
+	KOHAKURIVER_LOOP=asyncio scripts/with-engine scripts/run-tests $(BIN)/python $(PYTEST_WORKERS) $(TESTS) $(PYTEST_ARGS)
 
 test-sanitized: install ## the tests of the extension on a build with AddressSanitizer and UndefinedBehaviorSanitizer
 	scripts/test-sanitized $(BIN)/python
@@ -65,6 +68,9 @@ lint: install ## ruff, mypy, stubs against the extension, rustfmt, clippy
 
 house: install ## import circles, large classes, long functions, code that stands twice, tests without a name
 	$(BIN)/python scripts/house.py
+
+bench-micro: install ## the hot path beside its plain twin, call by call
+	$(BIN)/python -m pytest bench/test_frame.py --benchmark-columns=median,ops --benchmark-group-by=group $(PYTEST_ARGS)
 
 bench: install ## micro benchmarks, then the whole chain beside its baselines: table, JSON, plot
 	scripts/system-packages bench

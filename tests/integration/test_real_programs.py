@@ -175,7 +175,7 @@ def postgres(cluster: Cluster, directory: Path) -> tuple[str, int]:
     if as_nobody:
         os.chown(data, NOBODY, NOBODY)
         for parent in list(data.parents)[:-2]:  # pytest's directories are for their owner alone
-            if parent.owner() == data.parents[0].owner() and parent.name.startswith(("test_", "pytest-")):
+            if parent.owner() == data.parents[0].owner() and parent.name.startswith(("test_", "pytest-", "popen-")):
                 parent.chmod(parent.stat().st_mode | 0o011)
     run(*as_nobody, places[-1] / "initdb", "-D", data, "-U", "me", "-A", "trust", "-N", "--locale=C", "-E", "UTF8")
     options = f"-p {port} -c listen_addresses=127.0.0.1 -c unix_socket_directories= -c fsync=off"
@@ -268,6 +268,7 @@ def test_a_dns_server_that_dies_answers_again_through_the_same_forward_once_it_i
     assert dig(local, [8]) == [address_of(8)]
 
 
+@pytest.mark.alone
 def test_iperf3_measures_udp_through_a_forward_without_loss_at_a_moderate_rate(
     cluster: Cluster, tmp_path: Path
 ) -> None:
