@@ -159,9 +159,9 @@ class Cluster:
             lambda: task if (task := self.task(reference))["status"] not in ("starting", "running") else None
         )
 
-    def forward(self, reference: str | int, port: int) -> ForwardSync:
+    def forward(self, reference: str | int, port: int, *, proto: str = "tcp") -> ForwardSync:
         """A forward to a port of the task, for `with`."""
-        return kohakuriver.forward_sync(str(reference), port, host=self.url, token=self.token)
+        return kohakuriver.forward_sync(str(reference), port, proto=proto, host=self.url, token=self.token)
 
     def close(self) -> None:
         self.http.close()
