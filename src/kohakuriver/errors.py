@@ -8,6 +8,7 @@ that a user can act on. Sources: docs/cli.md "Exit codes", docs/protocol.md §4.
 from __future__ import annotations
 
 import json
+from urllib.parse import urlsplit
 
 __all__ = [
     "HostUnreachableError",
@@ -18,6 +19,7 @@ __all__ = [
     "UnauthenticatedError",
     "UnavailableError",
     "UsageError",
+    "from_answer",
     "from_status",
 ]
 
@@ -117,33 +119,63 @@ _BY_STATUS: dict[int, type[KohakuRiverError]] = {
 }
 
 # Some errors have a status for the sake of HTTP; to whoever asked they mean another thing.
-_BY_CODE: dict[str, type[KohakuRiverError]] = {"name_taken": UsageError}
+_BY_CODE: dict[str, type[KohakuRiverError]] = {"name_taken": UsageError, "upgrade_required": HostUnreachableError}
 
-_LONGEST_FOREIGN_BODY = 200
+_REDIRECTS = (301, 302, 303, 307, 308)
+_OF_PROXIES = (502, 503, 504)
 
 
-def from_status(status: int, body: bytes) -> KohakuRiverError:
-    """The exception for an HTTP error answer.
+def from_status(status: int, message: str, code: str | None = None) -> KohakuRiverError:
+    """The error that a host or a runner told: by its code where that says enough, else by its HTTP status."""
+    cls = _BY_CODE.get(code or "") or _BY_STATUS.get(status, KohakuRiverError)
+    return cls(message, code=code, status=status)
 
-    `status` is the HTTP status, `body` the raw answer, normally `{"error": code, "message": sentence}`. Anything else
-    (a proxy's HTML page, nothing at all) still gives the class that fits the status. Source: docs/protocol.md §4.
+
+def from_answer(where: str, status: int, body: bytes, *, location: str = "", upgrade: bool = False) -> KohakuRiverError:
+    """The exception for an HTTP answer that isn't the one hoped for.
+
+    A refusal of ours has the body `{"error": code, "message": sentence}`, and is the error that it says. Anything else
+    comes from something between or from another program, whatever its status: HostUnreachableError.
+
+    Args:
+        where: who was asked, as an address of scheme, name and port.
+        location: where a redirect leads.
+        upgrade: whether a WebSocket was asked for.
+
+    Source: docs/protocol.md §4.
     """
-    cls = _BY_STATUS.get(status, KohakuRiverError)
-    code: str | None = None
-    message: str | None = None
     try:
         answer = json.loads(body)
     except ValueError:
         answer = None
-    if isinstance(answer, dict):
-        code = answer["error"] if isinstance(answer.get("error"), str) else None
-        message = answer["message"] if isinstance(answer.get("message"), str) else None
-        cls = _BY_CODE.get(code or "", cls)
-    return cls(message or _foreign_message(status, body), code=code, status=status)
+    if isinstance(answer, dict) and isinstance(answer.get("error"), str) and isinstance(answer.get("message"), str):
+        return from_status(status, answer["message"], answer["error"])
+    message = _foreign_message(where, status, location, upgrade)
+    return HostUnreachableError(message, code="not_our_answer", status=status if status in _OF_PROXIES else None)
 
 
-def _foreign_message(status: int, body: bytes) -> str:
-    text = " ".join(body.decode("utf-8", "replace").split())
-    if not text or text.startswith("<"):
-        return f"The host answered with HTTP status {status} and no explanation."
-    return f"The host answered with HTTP status {status}: {text[:_LONGEST_FOREIGN_BODY]}"
+def _foreign_message(where: str, status: int, location: str, upgrade: bool) -> str:
+    if status in _REDIRECTS and location:
+        return f"What answers at {where} redirects to {location!r}; {_address_to_give(where, location)}."
+    if status in _OF_PROXIES:
+        return f"What answers at {where} can't reach the host behind it (HTTP status {status}); see to that proxy."
+    if status == 407:
+        return f"A proxy on the way to {where} wants a name and a password (HTTP status 407)."
+    if upgrade:
+        return (
+            f"What answers at {where} passes no WebSocket upgrades on, or is no KohakuRiver host (HTTP status "
+            f"{status}); a proxy in front of a host must pass on the headers Upgrade and Connection."
+        )
+    return f"What answers at {where} is no KohakuRiver host (HTTP status {status}); check the host's URL."
+
+
+def _address_to_give(where: str, location: str) -> str:
+    """What to do about a redirect, as a clause."""
+    try:
+        parts = urlsplit(location)
+    except ValueError:
+        parts = urlsplit("")
+    target = f"{parts.scheme}://{parts.netloc}"
+    if parts.netloc and parts.scheme in ("http", "https") and target != where:
+        return f"if the host is there, its URL is {target}"
+    return "check the host's URL"

@@ -115,6 +115,23 @@ def test_a_host_that_is_not_there_is_said_with_its_address(run: Run, settings: S
         asked(run, settings, answer, lambda host: host.tasks())
 
 
+@pytest.mark.parametrize("name", ["a..b", "a" * 70 + ".test"])
+def test_a_name_that_can_not_be_one_is_a_host_that_can_not_be_reached(run: Run, name: str) -> None:
+    async def ask() -> None:
+        async with HostClient(load_settings(host=f"http://{name}:1")) as client:
+            await client.tasks()
+
+    with pytest.raises(HostUnreachableError, match=f"The host at http://{name}:1 can't be reached: "):
+        run(ask())
+
+
+@pytest.mark.parametrize("status", [200, 404, 302, 503])
+def test_what_answers_and_is_no_host_is_an_unreachable_host(run: Run, settings: Settings, status: int) -> None:
+    page = httpx.Response(status, content=b"<html>", headers={"location": "https://elsewhere.test/"})
+    with pytest.raises(HostUnreachableError, match=r"What answers at http://host\.invalid "):
+        asked(run, settings, lambda r: page, lambda host: host.tasks())
+
+
 @pytest.mark.parametrize("body", [b"hello", b"{}", b"null"])
 def test_something_else_that_answers_is_an_error_and_no_crash(run: Run, settings: Settings, body: bytes) -> None:
     with pytest.raises(KohakuRiverError):

@@ -63,7 +63,7 @@ def test_nobody_there_is_told_as_such(run: Run, unused_ports: list[int]) -> None
     async def main() -> None:
         error = await error_of(f"ws://127.0.0.1:{unused_ports[0]}/x")
         assert isinstance(error, HostUnreachableError)
-        assert str(error) == f"http://127.0.0.1:{unused_ports[0]} can't be reached: Connection refused"
+        assert str(error) == f"The host at http://127.0.0.1:{unused_ports[0]} can't be reached: Connection refused."
 
     run(main())
 
@@ -107,6 +107,35 @@ def test_what_is_no_handshake_is_an_error_with_a_reason(run: Run, data: bytes) -
     async def main() -> None:
         async with answering(data) as url:
             assert str(await error_of(url))
+
+    run(main())
+
+
+NGINX = b"<html><head><title>%s</title></head></html>"
+
+
+@pytest.mark.parametrize("status", [200, 301, 302, 400, 403, 404, 409, 426, 502, 504])
+def test_what_stands_between_is_never_taken_for_the_host(run: Run, status: int) -> None:
+    head = f"HTTP/1.1 {status} X\r\nContent-Length: {len(NGINX)}\r\nLocation: https://a.test/\r\n\r\n"
+
+    async def main() -> None:
+        async with answering(head.encode() + NGINX) as url:
+            error = await error_of(url)
+            assert (type(error), error.exit_code) == (HostUnreachableError, 7)
+            assert url.replace("ws", "http", 1) in str(error)
+            assert status not in (301, 302) or "its URL is https://a.test" in str(error)
+            assert status not in (200, 404, 426) or "Upgrade and Connection" in str(error)
+
+    run(main())
+
+
+@pytest.mark.parametrize("name", ["a..b", "a" * 70 + ".test", ".test"])
+@pytest.mark.parametrize("scheme", ["ws", "wss"])
+def test_a_name_that_can_not_be_one_is_a_host_that_can_not_be_reached(run: Run, scheme: str, name: str) -> None:
+    async def main() -> None:
+        error = await error_of(f"{scheme}://{name}:1/x")
+        assert (type(error), error.exit_code) == (HostUnreachableError, 7)
+        assert str(error).startswith(f"The host at http{scheme[2:]}://{name}:1 can't be reached: ")
 
     run(main())
 

@@ -8,7 +8,8 @@ import pytest
 
 from kohakuriver import errors
 
-ALL = [getattr(errors, name) for name in errors.__all__ if name not in ("from_status", "printable")]
+WHERE = "http://host.test:8000"
+ALL = [getattr(errors, name) for name in errors.__all__ if not name.startswith("from_")]
 
 
 def test_each_class_has_the_exit_code_of_the_manual() -> None:
@@ -28,25 +29,50 @@ def test_each_class_has_the_exit_code_of_the_manual() -> None:
 @pytest.mark.parametrize("cls", [cls for cls in ALL if cls is not errors.LocalAddressError])
 def test_an_error_survives_the_way_over_http(cls: type[errors.KohakuRiverError]) -> None:
     sent = cls("The task is on fire; put it out.", code="on_fire")
-    arrived = errors.from_status(sent.status, json.dumps(sent.to_json()).encode())
+    arrived = errors.from_answer(WHERE, sent.status, json.dumps(sent.to_json()).encode())
     assert type(arrived) is cls
     assert (arrived.message, arrived.code, arrived.status) == (sent.message, "on_fire", sent.status)
 
 
+@pytest.mark.parametrize("status", [200, 403, 404, 409, 426, 500])
 @pytest.mark.parametrize(
-    "body", [b"", b"\xff\xfe", b"<html><body>Bad gateway", b"[1]", b'{"error": 3, "message": null}']
+    "body",
+    [b"", b"\xff\xfe", b"<html><body>Not found", b"[1]", b'{"error": 3, "message": null}', b'{"detail": "Not Found"}'],
 )
-def test_an_answer_that_is_not_ours_still_gives_the_class_and_names_the_status(body: bytes) -> None:
-    error = errors.from_status(502, body)
-    assert isinstance(error, errors.HostUnreachableError)
-    assert "502" in error.message
+def test_an_answer_that_is_not_ours_never_means_what_its_status_would_of_ours(status: int, body: bytes) -> None:
+    error = errors.from_answer(WHERE, status, body)
+    assert (type(error), error.exit_code) == (errors.HostUnreachableError, 7)
+    assert f"{WHERE} is no KohakuRiver host (HTTP status {status})" in error.message
     assert "<" not in error.message
 
 
-def test_text_that_is_not_ours_is_shown_shortened() -> None:
-    message = errors.from_status(503, b"overloaded " * 1000).message
-    assert "overloaded" in message
-    assert len(message) < 300
+@pytest.mark.parametrize("status", [502, 503, 504])
+def test_a_proxy_that_does_not_reach_the_host_is_told_from_the_host(status: int) -> None:
+    error = errors.from_answer(WHERE, status, b"<html>Bad gateway", upgrade=True)
+    assert (error.exit_code, error.status) == (7, status)
+    assert "can't reach the host behind it" in error.message
+
+
+@pytest.mark.parametrize(
+    ("location", "advice"),
+    [
+        ("https://host.test/api", "its URL is https://host.test."),
+        ("https://host.test:8000/x", "its URL is https://host.test:8000."),
+        ("/login", "check the host's URL."),
+        ("http://[", "check the host's URL."),
+        (f"{WHERE}/login", "check the host's URL."),
+    ],
+)
+def test_a_redirect_says_where_to_and_which_url_to_try(location: str, advice: str) -> None:
+    error = errors.from_answer(WHERE, 301, b"<html>Moved", location=location)
+    assert error.exit_code == 7
+    assert f"redirects to {location!r}" in error.message
+    assert error.message.endswith(advice)
+
+
+def test_a_host_that_was_asked_without_an_upgrade_is_behind_a_proxy_that_dropped_it() -> None:
+    body = b'{"error": "upgrade_required", "message": "It came without an upgrade."}'
+    assert errors.from_answer(WHERE, 426, body, upgrade=True).exit_code == 7
 
 
 def test_a_code_given_to_one_error_does_not_stick_to_its_class() -> None:
@@ -56,5 +82,5 @@ def test_a_code_given_to_one_error_does_not_stick_to_its_class() -> None:
 
 def test_a_name_that_is_taken_is_the_callers_to_change_though_http_calls_it_a_conflict() -> None:
     body = json.dumps({"error": "name_taken", "message": "There is one already; choose another name."}).encode()
-    error = errors.from_status(409, body)
+    error = errors.from_answer(WHERE, 409, body)
     assert (type(error), error.exit_code, error.status) == (errors.UsageError, 2, 409)

@@ -71,6 +71,18 @@ def test_a_crash_answers_with_a_sentence_and_no_traceback(run: Run) -> None:
     run(check())
 
 
+def test_a_request_for_a_websocket_whose_upgrade_was_dropped_on_the_way_is_told_so(run: Run) -> None:
+    async def check() -> None:
+        async with serving(new_app("host", "1")) as url, httpx.AsyncClient(trust_env=False, verify=False) as client:
+            answer = await client.get(f"{url}/ws/forward/7/8800")
+            assert (answer.status_code, answer.headers["upgrade"]) == (426, "websocket")
+            assert answer.json()["error"] == "upgrade_required"
+            assert "Upgrade and Connection" in answer.json()["message"]
+            assert (await client.get(f"{url}/nothing")).status_code == 404
+
+    run(check())
+
+
 def test_one_more_listener_serves_its_own_application_until_the_end(run: Run) -> None:
     async def check() -> None:
         ready, ended = asyncio.Event(), asyncio.Event()

@@ -23,8 +23,9 @@ from kohakuriver.errors import (
     KohakuRiverError,
     UnavailableError,
     UsageError,
-    from_status,
+    from_answer,
 )
+from kohakuriver.resolve import resolving
 from kohakuriver.text import printable
 
 __all__ = ["DOMAIN", "dial", "main", "proxy", "task_of", "to_show"]
@@ -55,7 +56,8 @@ def dial(ssh_proxy: str, task: str, token: str | None) -> socket.socket:
     if not task or len(request.split()) > 3 or not request.isprintable():
         raise UsageError(f"{task!r} can't be a task's name.")
     try:
-        sock = socket.create_connection((host.strip("[]"), int(port)), timeout=ANSWER_SECONDS)
+        with resolving():
+            sock = socket.create_connection((host.strip("[]"), int(port)), timeout=ANSWER_SECONDS)
     except (OSError, OverflowError) as error:
         reason = getattr(error, "strerror", None) or str(error)
         raise HostUnreachableError(f"The SSH proxy at {ssh_proxy} can't be reached: {reason}.") from error
@@ -130,23 +132,23 @@ def proxy(
 
 
 class _Dialling(threading.Thread):
-    """`dial`, while something else is done."""
+    """`dial`, while something else is done. What it raises is raised by `result`."""
 
     def __init__(self, dial: Callable[[], socket.socket]) -> None:
         super().__init__(daemon=True)
         self._dial = dial
-        self._result: socket.socket | KohakuRiverError | None = None
+        self._result: socket.socket | BaseException | None = None
         self.start()
 
     def run(self) -> None:
         try:
             self._result = self._dial()
-        except KohakuRiverError as error:
+        except BaseException as error:
             self._result = error
 
     def result(self) -> socket.socket:
         self.join()
-        if isinstance(self._result, KohakuRiverError):
+        if isinstance(self._result, BaseException):
             raise self._result
         assert self._result is not None
         return self._result
@@ -185,7 +187,7 @@ def _ask(host: str, path: str, token: str | None, ca_file: str | None, *, method
     else:
         connection = http.client.HTTPConnection(parts.netloc, timeout=ANSWER_SECONDS)
     try:
-        with contextlib.closing(connection):
+        with contextlib.closing(connection), resolving():
             connection.request(method, parts.path + path, headers={"Authorization": f"Bearer {token}"} if token else {})
             answer = connection.getresponse()
             body = answer.read()
@@ -193,12 +195,14 @@ def _ask(host: str, path: str, token: str | None, ca_file: str | None, *, method
         why = (reason(error) if parts.scheme == "https" else None) or _plainly(error, host)
         raise HostUnreachableError(f"The host at {host} can't be reached: {why}.") from error
     if answer.status not in (200, 201):
-        raise from_status(answer.status, body)
+        raise from_answer(host, answer.status, body, location=answer.getheader("location", ""))
     try:
         found = json.loads(body)
     except ValueError:
         found = None
-    return found if isinstance(found, dict) else {}
+    if not isinstance(found, dict):
+        raise from_answer(host, answer.status, body)
+    return found
 
 
 def _plainly(error: Exception, host: str) -> str:

@@ -20,8 +20,9 @@ from kohakuriver.errors import (
     HostUnreachableError,
     KohakuRiverError,
     UnavailableError,
-    from_status,
+    from_answer,
 )
+from kohakuriver.resolve import resolving
 from kohakuriver.task import Declared, NewTask, TaskTraffic, asked_for, taken_from
 from kohakuriver.task import TaskView as Task
 
@@ -271,20 +272,22 @@ class HostClient:
         """The JSON of one answer. `hold` is how long, in seconds, the host was asked to take."""
         timeout = httpx.Timeout(ANSWER_TIMEOUT + hold, connect=CONNECT_TIMEOUT)
         try:
-            answer = await self._http.request(method, path, json=body, params=params, timeout=timeout)
+            with resolving():
+                answer = await self._http.request(method, path, json=body, params=params, timeout=timeout)
         except httpx.TimeoutException as error:
             raise HostUnreachableError(f"The host at {self._url} did not answer in time.") from error
         except (httpx.RemoteProtocolError, httpx.ReadError) as error:
             why = tls.reason(error) or tls.hung_up(self._url)
             raise HostUnreachableError(f"The host at {self._url} can't be reached: {why}.") from error
-        except httpx.TransportError as error:
+        except (httpx.TransportError, httpx.InvalidURL, OSError) as error:
             raise HostUnreachableError(f"The host at {self._url} can't be reached: {_reason(error)}.") from error
         if not answer.is_success:
-            raise from_status(answer.status_code, answer.content)
+            location = answer.headers.get("location", "")
+            raise from_answer(self._url, answer.status_code, answer.content, location=location)
         try:
             return answer.json()
         except ValueError as error:
-            raise KohakuRiverError(f"What answers at {self._url} is not a KohakuRiver host.") from error
+            raise from_answer(self._url, answer.status_code, answer.content) from error
 
 
 def _path(task: str, action: str | None = None) -> str:

@@ -21,6 +21,7 @@ from kohakuriver import runtime as loops
 from kohakuriver.config import clean_token
 from kohakuriver.errors import KohakuRiverError, LocalAddressError, UsageError
 from kohakuriver.limits import from_environment as limits_from_environment
+from kohakuriver.resolve import resolving
 from kohakuriver.runner.app import Services, create_app
 from kohakuriver.runner.backends.address import AddressBackend
 from kohakuriver.runner.backends.base import Backend
@@ -351,7 +352,8 @@ def _reachable_url(sock: socket.socket, options: RunnerOptions) -> str:
         return _url(address, port, scheme)
     parts = urlsplit(options.host_url)
     try:
-        family, _, _, _, target = socket.getaddrinfo(parts.hostname, parts.port or 80, type=socket.SOCK_DGRAM)[0]
+        with resolving():
+            family, _, _, _, target = socket.getaddrinfo(parts.hostname, parts.port or 80, type=socket.SOCK_DGRAM)[0]
         with socket.socket(family, socket.SOCK_DGRAM) as probe:
             probe.connect(target)  # sends nothing: it only picks a route
             return _url(probe.getsockname()[0], port, scheme)

@@ -82,7 +82,9 @@ class TaskConnection(UserEndpoint):
         target = self._target
         url = f"{target.runner_ws_url}/ws/forward/{quote(target.container, safe='')}/{target.port}?proto=tcp"
         try:
-            link = await open_session(url, token=target.ticket, ssl=self._connector.trusted, timeout=OPEN_SECONDS)
+            link = await open_session(
+                url, token=target.ticket, ssl=self._connector.trusted, timeout=OPEN_SECONDS, peer="runner"
+            )
         except NotAllowedError as error:  # of the host, not of the user: whose credentials are good
             raise HostUnreachableError(f"The task's node did not take the host's ticket: {error}") from error
         about = {"from": self._peer, "proto": "ssh", "port": target.port, "ports": [target.port]}

@@ -94,7 +94,7 @@ class TunnelClient:
         """One tunnel, from its handshake to its end; the close code."""
         gone: asyncio.Future[int] = asyncio.get_running_loop().create_future()
         endpoint = _Tunnel(gone, self.config)
-        self.link = await open_link(self.url, FrameWalker(masked=False), endpoint, token=self.token)
+        self.link = await open_link(self.url, FrameWalker(masked=False), endpoint, token=self.token, peer="runner")
         endpoint.attach(self.link)
         log.info("tunnel connected, version %d", self.link.version)
         try:

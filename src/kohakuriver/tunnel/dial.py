@@ -10,6 +10,7 @@ import asyncio
 import os
 import ssl as tls
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import cast
 from urllib.parse import urlsplit
 
@@ -27,8 +28,9 @@ from kohakuriver.errors import (
     NotFoundError,
     UnavailableError,
     UsageError,
-    from_status,
+    from_answer,
 )
+from kohakuriver.resolve import resolving
 from kohakuriver.tls import hung_up
 from kohakuriver.tls import reason as tls_reason
 from kohakuriver.tunnel.link import Link, LinkHandler
@@ -39,11 +41,46 @@ MAX_HEAD = 64 * 1024
 MAX_GREETING = 4096
 
 
+@dataclass(frozen=True)
+class _Asked:
+    """Whose WebSocket is to be opened: what runs there, "host" or "runner", and its URL."""
+
+    url: str
+    peer: str
+
+    @property
+    def where(self) -> str:
+        """The server as people write it: with http and https."""
+        parts = urlsplit(self.url)
+        return f"{parts.scheme.replace('ws', 'http', 1)}://{parts.netloc}"
+
+    def unreachable(self, reason: str) -> HostUnreachableError:
+        """The error for a server that can't be reached, with the reason as a clause."""
+        return HostUnreachableError(f"The {self.peer} at {self.where} can't be reached: {reason.rstrip('.')}.")
+
+    def late(self, what: str, timeout: float) -> HostUnreachableError:
+        """The error for a server that did not do `what` in time."""
+        message = f"The {self.peer} at {self.where} did not {what} within {timeout:g} s."
+        return HostUnreachableError(message, code="timed_out", status=504)
+
+    def check(self, protocol: ClientProtocol, response: Response) -> None:
+        """Raise what a refused handshake means."""
+        if protocol.handshake_exc is None:
+            return
+        if response.status_code != 101:
+            location = response.headers.get("Location", "")
+            body = bytes(response.body or b"")
+            raise from_answer(self.where, response.status_code, body, location=location, upgrade=True)
+        if isinstance(protocol.handshake_exc, InvalidHandshake):
+            raise self.unreachable(f"its WebSocket handshake is wrong: {protocol.handshake_exc}")
+        raise protocol.handshake_exc
+
+
 class _Opening(asyncio.Protocol):
     """A TCP connection on which the opening handshake runs."""
 
-    def __init__(self, url: str, protocol: ClientProtocol, headers: dict[str, str]) -> None:
-        self.url = url
+    def __init__(self, asked: _Asked, protocol: ClientProtocol, headers: dict[str, str]) -> None:
+        self.asked = asked
         self.protocol = protocol
         self.headers = headers
         self.answered: asyncio.Future[Response] = asyncio.get_running_loop().create_future()
@@ -98,7 +135,7 @@ class _Opening(asyncio.Protocol):
                     self.answered.set_result(event)
         if not self._done and self.protocol.handshake_exc is not None:
             nothing_came = isinstance(self.protocol.handshake_exc.__cause__, EOFError)
-            self._fail(hung_up(self.url) if nothing_came else str(self.protocol.handshake_exc))
+            self._fail(hung_up(self.asked.url) if nothing_came else str(self.protocol.handshake_exc))
 
     def eof_received(self) -> None:
         if not self._done:
@@ -106,12 +143,12 @@ class _Opening(asyncio.Protocol):
             self._check()
 
     def connection_lost(self, exc: Exception | None) -> None:
-        self._fail(str(exc) if exc else hung_up(self.url))
+        self._fail(str(exc) if exc else hung_up(self.asked.url))
 
     def _fail(self, reason: str) -> None:
         self._done = True
         if not self.answered.done():
-            self.answered.set_exception(_unreachable(self.url, reason))
+            self.answered.set_exception(self.asked.unreachable(reason))
         self.transport.abort()
 
 
@@ -124,13 +161,14 @@ async def open_link(
     subprotocols: Sequence[str] = (TUNNEL_V2,),
     ssl: tls.SSLContext | None = None,
     timeout: float = 10.0,
+    peer: str = "host",
 ) -> Link:
     """Dial ``url`` (ws:// or wss://) and go through the opening handshake; the link has started when this returns.
 
-    ``timeout`` is in seconds, for all of it. Raises HostUnreachableError where nobody answers, else the error that
-    the peer's HTTP status stands for (docs/protocol.md §4).
+    ``timeout`` is in seconds, for all of it; ``peer`` is what runs there, for messages. Raises HostUnreachableError
+    where nobody answers or not a server of ours, else the error that it tells (docs/protocol.md §4).
     """
-    opening = await _dial(url, token, subprotocols, ssl, timeout)
+    opening = await _dial(_Asked(url, peer), token, subprotocols, ssl, timeout)
     link = Link(handler, walker, masks=True, version=2 if opening.protocol.subprotocol == TUNNEL_V2 else 1)
     opening.hand_over(link)
     return link
@@ -143,27 +181,18 @@ async def open_messages(
     subprotocols: Sequence[str] = (),
     ssl: tls.SSLContext | None = None,
     timeout: float = 10.0,
+    peer: str = "host",
     max_message: int = MAX_MESSAGE,
 ) -> MessageLink:
     """Like `open_link`, for a WebSocket of whole messages, each of at most ``max_message`` bytes."""
-    opening = await _dial(url, token, subprotocols, ssl, timeout, max_message)
+    opening = await _dial(_Asked(url, peer), token, subprotocols, ssl, timeout, max_message)
     link = MessageLink(opening.protocol, subprotocol=opening.protocol.subprotocol)
     opening.hand_over(link)
     return link
 
 
-def _where(url: str) -> str:
-    """The server as people write it: with http and https."""
-    parts = urlsplit(url)
-    return f"{parts.scheme.replace('ws', 'http', 1)}://{parts.netloc}"
-
-
-def _unreachable(url: str, reason: str) -> HostUnreachableError:
-    return HostUnreachableError(f"{_where(url)} can't be reached: {reason}")
-
-
 async def _dial(
-    url: str,
+    asked: _Asked,
     token: str | None,
     subprotocols: Sequence[str],
     ssl: tls.SSLContext | None,
@@ -171,20 +200,19 @@ async def _dial(
     max_message: int = MAX_MESSAGE,
 ) -> _Opening:
     try:
-        return await asyncio.wait_for(_open(url, token, subprotocols, ssl, max_message), timeout)
+        return await asyncio.wait_for(_open(asked, token, subprotocols, ssl, max_message), timeout)
     except asyncio.TimeoutError as exc:
-        message = f"{_where(url)} did not answer within {timeout:g} s"
-        raise HostUnreachableError(message, code="timed_out", status=504) from exc
+        raise asked.late("answer", timeout) from exc
 
 
 async def _open(
-    url: str, token: str | None, subprotocols: Sequence[str], ssl: tls.SSLContext | None, max_message: int
+    asked: _Asked, token: str | None, subprotocols: Sequence[str], ssl: tls.SSLContext | None, max_message: int
 ) -> _Opening:
     """An opening that was answered with 101, reading paused."""
     try:
-        uri = parse_uri(url)
+        uri = parse_uri(asked.url)
     except (InvalidURI, ValueError) as exc:
-        raise UsageError(f"{url} is not a WebSocket address") from exc
+        raise UsageError(f"{asked.url} is not a WebSocket address.") from exc
     offered = [Subprotocol(s) for s in subprotocols] or None
     protocol = ClientProtocol(uri, subprotocols=offered, max_size=max_message)
     headers = {"User-Agent": "kohakuriver"}
@@ -193,32 +221,22 @@ async def _open(
     context = (ssl or tls.create_default_context()) if uri.secure else None
     loop = asyncio.get_running_loop()
     try:
-        _, opening = await loop.create_connection(
-            lambda: _Opening(url, protocol, headers), uri.host, uri.port, ssl=context
-        )
+        with resolving():
+            _, opening = await loop.create_connection(
+                lambda: _Opening(asked, protocol, headers), uri.host, uri.port, ssl=context
+            )
     except OSError as exc:
         # asyncio puts the address where the system's own words would be.
         number = exc.errno if isinstance(exc, ConnectionError) else None
         words = exc.strerror or str(exc) if number is None else os.strerror(number)
-        raise _unreachable(url, tls_reason(exc) or words) from exc
+        raise asked.unreachable(tls_reason(exc) or words) from exc
     try:
         response = await opening.answered
-        _judge(url, protocol, response)
+        asked.check(protocol, response)
     except BaseException:
         opening.transport.abort()
         raise
     return opening
-
-
-def _judge(url: str, protocol: ClientProtocol, response: Response) -> None:
-    """Raise what a refused handshake means."""
-    if protocol.handshake_exc is None:
-        return
-    if response.status_code != 101:
-        raise from_status(response.status_code, bytes(response.body or b""))
-    if isinstance(protocol.handshake_exc, InvalidHandshake):
-        raise _unreachable(url, f"its WebSocket handshake is wrong: {protocol.handshake_exc}")
-    raise protocol.handshake_exc
 
 
 class _Greeting:
@@ -271,6 +289,7 @@ async def open_session(
     subprotocols: Sequence[str] = (TUNNEL_V2,),
     ssl: tls.SSLContext | None = None,
     timeout: float = 10.0,
+    peer: str = "host",
     make_walker: Callable[..., FrameWalker] = FrameWalker,
 ) -> Link:
     """Open a forward session and wait for its ``CONNECTED``.
@@ -282,7 +301,9 @@ async def open_session(
     walker = make_walker(masked=False, allow_text=True)
     loop = asyncio.get_running_loop()
     deadline = loop.time() + timeout
-    link = await open_link(url, walker, greeting, token=token, subprotocols=subprotocols, ssl=ssl, timeout=timeout)
+    link = await open_link(
+        url, walker, greeting, token=token, subprotocols=subprotocols, ssl=ssl, timeout=timeout, peer=peer
+    )
     opened = False
     try:
         text = await asyncio.wait_for(greeting.text, max(0.0, deadline - loop.time()))
@@ -290,7 +311,7 @@ async def open_session(
             raise greeting_error(text)
         opened = True
     except asyncio.TimeoutError as exc:
-        raise HostUnreachableError(f"no CONNECTED within {timeout:g} s", code="timed_out", status=504) from exc
+        raise _Asked(url, peer).late("open the session", timeout) from exc
     finally:
         if not opened:
             link.abort()

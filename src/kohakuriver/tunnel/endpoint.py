@@ -18,6 +18,7 @@ from typing import Any, TypeAlias
 
 from kohakuriver._frame import HEADROOM, WS_TEXT, FrameViolation, FrameWalker, Message
 from kohakuriver.errors import LocalAddressError
+from kohakuriver.resolve import resolving
 from kohakuriver.tunnel import stream as rules
 from kohakuriver.tunnel.link import Assembler, Link
 from kohakuriver.tunnel.protocol import (
@@ -498,7 +499,8 @@ class UserEndpoint(Endpoint):
 
 def _bind(host: str, port: int, kind: socket.SocketKind) -> socket.socket:
     try:
-        info = socket.getaddrinfo(host, port, type=kind, flags=socket.AI_PASSIVE)[0]
+        with resolving():
+            info = socket.getaddrinfo(host, port, type=kind, flags=socket.AI_PASSIVE)[0]
     except OSError as exc:
         raise LocalAddressError(f"{host} is not an address of this machine: {exc.strerror or exc}") from exc
     sock = socket.socket(info[0], info[1], info[2])
@@ -602,7 +604,8 @@ class ContainerEndpoint(Endpoint):
     async def _try(self, stream: TcpStream, host: str) -> BaseException | None:
         dial = asyncio.get_running_loop().create_connection(lambda: stream, host, stream.port)
         try:
-            await asyncio.wait_for(dial, self.config.dial_timeout)
+            with resolving():
+                await asyncio.wait_for(dial, self.config.dial_timeout)
         except (OSError, asyncio.TimeoutError) as exc:
             return exc
         return None

@@ -112,8 +112,9 @@ def failed(error: KohakuRiverError) -> str:
 def failure(message: dict[str, Any]) -> KohakuRiverError:
     """The error that such a message stands for; a v1 peer gives none but the sentence."""
     status = message.get("status")
-    body = json.dumps({"error": message.get("error"), "message": str(message.get("data") or "") or None})
-    return from_status(status if isinstance(status, int) else 409, body.encode())
+    code = message.get("error")
+    sentence = str(message.get("data") or "") or "The terminal could not be opened, and its host does not say why."
+    return from_status(status if isinstance(status, int) else 409, sentence, code if isinstance(code, str) else None)
 
 
 def close_code(error: KohakuRiverError) -> CloseCode:

@@ -32,6 +32,7 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 
 from kohakuriver.errors import KohakuRiverError, LocalAddressError, NotAllowedError, UnauthenticatedError, UsageError
 from kohakuriver.limits import Limits
+from kohakuriver.resolve import resolving
 from kohakuriver.text import printable
 from kohakuriver.tls import ServerCertificate
 from kohakuriver.web.listener import Acceptor
@@ -99,6 +100,8 @@ def new_app(title: str, version: str, *, guard: Guard | None = None, documented:
 
     @app.exception_handler(HTTPException)
     async def refused(request: Request, error: HTTPException) -> JSONResponse:
+        if error.status_code == 404 and request.url.path.startswith("/ws/"):
+            return _upgrade_required(request)
         codes = {404: "not_found", 405: "method_not_allowed"}
         message = f"{request.method} {request.url.path}: {error.detail}."
         return JSONResponse(
@@ -111,6 +114,16 @@ def new_app(title: str, version: str, *, guard: Guard | None = None, documented:
         return JSONResponse({"error": "failed", "message": message}, status_code=500)
 
     return app
+
+
+def _upgrade_required(request: Request) -> JSONResponse:
+    """The answer to a plain request for what only a WebSocket may ask for (RFC 9110 section 15.5.22)."""
+    message = (
+        f"{request.method} {request.url.path} came without a WebSocket upgrade; if a WebSocket was meant, a proxy "
+        "on the way dropped it, and must pass on the headers Upgrade and Connection."
+    )
+    headers = {"Upgrade": "websocket", "Connection": "Upgrade"}
+    return JSONResponse({"error": "upgrade_required", "message": message}, status_code=426, headers=headers)
 
 
 def _sentence(error: RequestValidationError) -> str:
@@ -134,9 +147,10 @@ def bearer(request: Request) -> str | None:
 def bind(host: str, port: int) -> socket.socket:
     """A TCP socket that is bound but does not listen yet; port 0 is any free one. Raises LocalAddressError."""
     try:
-        family, kind, proto, _, address = socket.getaddrinfo(
-            host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
-        )[0]
+        with resolving():
+            family, kind, proto, _, address = socket.getaddrinfo(
+                host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
+            )[0]
         sock = socket.socket(family, kind, proto)
     except OSError as error:
         raise LocalAddressError(f"{host!r} is no address that this machine can listen on: {error.strerror}.") from error

@@ -9,7 +9,7 @@ from typing import Any
 import httpx
 
 from kohakuriver import tls
-from kohakuriver.errors import HostUnreachableError, from_status
+from kohakuriver.errors import HostUnreachableError, from_answer
 from kohakuriver.session import ticket
 from kohakuriver.store import Node
 
@@ -75,12 +75,12 @@ class RunnerClient:
                 code="runner_unreachable",
             ) from error
         if answer.status_code in (401, 403):  # the host was refused, and not the user, whose credentials are good
-            reason = from_status(answer.status_code, content).message
+            reason = from_answer(node.url, answer.status_code, content).message
             raise HostUnreachableError(
                 f"Node {node.name} did not take the host's ticket: {reason}", code="runner_refused"
             )
         if answer.status_code >= 400:
-            raise from_status(answer.status_code, content)
+            raise from_answer(node.url, answer.status_code, content)
         try:
             told: dict[str, Any] = json.loads(content)
         except ValueError:

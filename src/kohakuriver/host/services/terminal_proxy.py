@@ -115,6 +115,7 @@ class TerminalProxy:
                 subprotocols=(TERMINAL_V2,) if TERMINAL_V2 in request.subprotocols else (),
                 ssl=self._trusted,
                 timeout=RUNNER_TIMEOUT,
+                peer="runner",
                 max_message=self._limits.max_message,
             )
         except NotAllowedError as error:  # of the host, not of the user: whose credentials are good

@@ -244,6 +244,7 @@ class TunnelProxy:
                 subprotocols=(TUNNEL_V2,) if request.offers_v2 else (),
                 ssl=self.trusted,
                 timeout=RUNNER_TIMEOUT,
+                peer="runner",
                 # The walker is the session's own, so that what it counts and where it stands stay with it.
                 make_walker=_reuse(session.container_side.walker),
             )

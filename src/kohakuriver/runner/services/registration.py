@@ -20,7 +20,7 @@ from kohakuriver.errors import (
     NotFoundError,
     UnauthenticatedError,
     UnavailableError,
-    from_status,
+    from_answer,
 )
 from kohakuriver.runner.services.state import State
 from kohakuriver.session import ticket
@@ -162,7 +162,12 @@ class Registration:
         try:
             answer = await self._http.post(path, json=body)
             if answer.status_code >= 400:
-                raise from_status(answer.status_code, answer.content)
+                raise from_answer(
+                    self._identity.host_url,
+                    answer.status_code,
+                    answer.content,
+                    location=answer.headers.get("location", ""),
+                )
             content: dict[str, Any] = answer.json()
         except (httpx.HTTPError, ValueError) as error:
             raise HostUnreachableError(f"The host at {self._identity.host_url} {self._trouble_with(error)}.") from error
