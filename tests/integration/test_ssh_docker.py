@@ -75,6 +75,18 @@ def test_an_image_with_nothing_in_it_gets_sftp_and_forwarding_and_says_that_it_h
     assert b"/only" in listed.stdout
 
 
+@pytest.mark.parametrize("protocol", ["-O", "-s"])
+def test_scp_copies_both_ways_where_the_image_has_nothing_in_it(users: Users, tmp_path: Path, protocol: str) -> None:
+    name = f"copies{protocol.lower()}"
+    users.vps(name, f"--image={single_binary_image()}")
+    content = os.urandom(1 << 20)
+    (tmp_path / "here").write_bytes(content)
+    for source, target in ((tmp_path / "here", f"{name}.kohakuriver:/there"), (f"{name}.kohakuriver:/there", tmp_path)):
+        done = users.call("scp", protocol, "-q", "-F", str(users.config), "-o", "User=root", str(source), str(target))
+        assert done.returncode == 0, done.stderr
+    assert (tmp_path / "there").read_bytes() == content
+
+
 def test_an_image_without_sshd_gets_ours_with_the_environment_of_the_container(users: Users) -> None:
     users.vps("box", f"--image={busybox_image()}", "-e", "GREETING=hello there")
     done = in_container(users, "box", "echo $GREETING; exit 5")

@@ -3,7 +3,7 @@
 //! It runs inside of the task, as the user that starts it, and lets in the owners of authorized keys. Layers, innermost
 //! first: [`wire`] and [`crypto`], [`keys`] and [`transport`] (no sockets), [`auth`], then [`channel`] and
 //! [`connection`], one thread for each client, which relay between the client and descriptors: of programs
-//! ([`session`]), of forwarded connections ([`forward`]) and of the file server ([`sftp`]).
+//! ([`session`]), of forwarded connections ([`forward`]) and of the servers of files ([`sftp`], [`scp`]).
 
 pub mod agent;
 pub mod args;
@@ -15,6 +15,7 @@ pub mod forward;
 pub mod keys;
 pub mod log;
 pub mod names;
+pub mod scp;
 pub mod server;
 pub mod session;
 pub mod sftp;

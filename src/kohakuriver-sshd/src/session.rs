@@ -14,7 +14,8 @@ use crate::sys;
 use crate::terminal::Asked;
 use crate::user::User;
 
-const DEFAULT_PATH: &str = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin";
+/// Where programs are looked for where the server was told nothing else.
+pub const DEFAULT_PATH: &str = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin";
 
 /// What is known of a session before and after its program was started.
 #[derive(Default)]

@@ -2,7 +2,7 @@
 
 use std::ffi::OsString;
 use std::io;
-use std::os::fd::AsRawFd;
+use std::os::fd::{AsRawFd, OwnedFd};
 use std::os::unix::ffi::OsStringExt;
 use std::process::Child;
 use std::thread;
@@ -11,6 +11,7 @@ use super::{Connection, Event};
 use crate::channel::{Channel, number};
 use crate::forward::Listener;
 use crate::log;
+use crate::scp;
 use crate::session::{self, End, Order, Session};
 use crate::sftp;
 use crate::sys::{self, Size};
@@ -187,10 +188,9 @@ impl Connection {
         true
     }
 
-    fn start_sftp(&mut self, id: u32) -> bool {
-        let reporter = self.reporter.clone();
-        let ended = move || reporter.report(Event::Ended(id, End::Exit(0)));
-        match sftp::start(self.shared.user.home.clone(), ended) {
+    /// Relays a server of files that runs in a thread, as it would a program.
+    fn serve_files(&mut self, id: u32, started: io::Result<OwnedFd>) -> bool {
+        match started {
             Ok(socket) => {
                 self.session(id).started = true;
                 self.channel(id).relay(socket);
@@ -204,6 +204,27 @@ impl Connection {
         }
     }
 
+    fn start_sftp(&mut self, id: u32) -> bool {
+        let reporter = self.reporter.clone();
+        let ended = move || reporter.report(Event::Ended(id, End::Exit(0)));
+        let started = sftp::start(self.shared.user.home.clone(), ended);
+        self.serve_files(id, started)
+    }
+
+    /// Copies by the old protocol, where the image has no program that does. The image's own comes first: its command line
+    /// is the shell's to expand, and it is what the user chose.
+    fn start_scp(&mut self, id: u32, command: Option<&[u8]>) -> bool {
+        let path = std::env::var_os("PATH").unwrap_or_else(|| session::DEFAULT_PATH.into());
+        let request = command.and_then(|line| scp::Request::for_missing_program(line, &path));
+        let Some(request) = request.filter(|_| self.session(id).asked.is_none()) else {
+            return false;
+        };
+        let reporter = self.reporter.clone();
+        let ended = move |code| reporter.report(Event::Ended(id, End::Exit(code)));
+        let started = scp::start(request, self.shared.user.home.clone(), ended);
+        self.serve_files(id, started)
+    }
+
     /// A program that can't be started is told as one that failed: that reaches the user.
     fn reply_then_start(&mut self, id: u32, wants_reply: bool, command: Option<&[u8]>) -> bool {
         if std::mem::replace(&mut self.session(id).started, true) {
@@ -213,6 +234,9 @@ impl Connection {
         if wants_reply {
             self.transport
                 .send(number::SUCCESS, |message| message.put_u32(peer));
+        }
+        if self.start_scp(id, command) {
+            return true;
         }
         if let Err(sentence) = self.start(id, command) {
             let line = format!("tunnel-sshd: {sentence}\r\n");

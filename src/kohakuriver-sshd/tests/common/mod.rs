@@ -101,11 +101,24 @@ impl Server {
         Self::start_in(directory, options)
     }
 
+    /// One that finds no program by its name.
+    pub fn without_programs() -> Self {
+        let directory = Directory::new();
+        make_key(&directory.file("id"), &["-t", "ed25519"]);
+        fs::copy(directory.file("id.pub"), directory.file("authorized")).unwrap();
+        Self::start_with_path(directory, &[], Some("/nonexistent"))
+    }
+
     pub fn start_in(directory: Directory, options: &[&str]) -> Self {
+        Self::start_with_path(directory, options, None)
+    }
+
+    fn start_with_path(directory: Directory, options: &[&str], path: Option<&str>) -> Self {
         let leftovers = Leftovers::of(&directory);
         let (mark, value) = leftovers.mark();
         let mut process = Command::new(env!("CARGO_BIN_EXE_tunnel-sshd"))
             .env(mark, value)
+            .envs(path.map(|path| ("PATH", path)))
             .args(["--listen", "127.0.0.1:0", "--host-key"])
             .arg(directory.file("host_key"))
             .arg("--authorized-keys")
