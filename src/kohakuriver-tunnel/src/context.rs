@@ -6,16 +6,13 @@ use std::fmt;
 use std::io;
 use std::time::{Duration, Instant};
 
-use mio::Token;
-
 use crate::flow::Budget;
 use crate::link::{Link, MAX_PAYLOAD};
 use crate::log;
 use crate::protocol::Header;
 use crate::settings::Settings;
+use crate::streams::Key;
 
-/// Tokens below this are not streams'.
-pub const FIRST_STREAM: usize = 2;
 /// Frames are cut to this while several streams move bytes, so that none waits long for another.
 const SHARED_CHUNK: usize = 256 << 10;
 const SHARED_FOR: Duration = Duration::from_secs(1);
@@ -30,21 +27,6 @@ pub enum Fate {
     Live,
     /// It does not: its socket is to be closed and its id forgotten.
     Over,
-}
-
-/// A place in the table of streams, as of one use of it.
-#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Debug)]
-pub struct Key {
-    /// Index in the table.
-    pub slot: u32,
-    /// Which of the streams that had this slot.
-    pub generation: u32,
-}
-
-impl From<Key> for Token {
-    fn from(key: Key) -> Self {
-        Token(key.slot as usize + FIRST_STREAM)
-    }
 }
 
 /// What happened on one link, for the log.

@@ -9,17 +9,22 @@
 
 pub mod args;
 pub mod context;
+pub mod event_loop;
 pub mod flow;
 pub mod frame;
 pub mod handshake;
 pub mod init;
+pub mod keepalive;
 pub mod link;
+pub mod listeners;
 pub mod log;
 pub mod message;
+pub mod net;
 pub mod protocol;
 pub mod queue;
 pub mod session;
 pub mod settings;
+pub mod streams;
 pub mod sys;
 pub mod tcp;
 pub mod tunnel;

@@ -1,10 +1,9 @@
 //! The sending side of a link: one WebSocket's socket, what is on its way out, and in which order.
 
-use std::io::{self, IoSlice, Read, Write};
-
-use mio::net::TcpStream;
+use std::io::{self, IoSlice};
 
 use crate::frame::{ClientHeader, MaskKeys, mask, opcode};
+use crate::net::TcpSocket;
 use crate::protocol::{HEADER, Header, MAX_SENT};
 
 /// Room in front of a payload for both headers; keeps the tunnel header 8-byte aligned for the mask.
@@ -15,7 +14,7 @@ pub const MAX_PAYLOAD: usize = MAX_SENT - HEADROOM;
 /// One frame with payload at a time, built where it was read, plus small messages that overtake the
 /// next one.
 pub struct Link {
-    sock: TcpStream,
+    sock: Box<dyn TcpSocket>,
     /// Set by an edge of readiness, cleared by a short write.
     pub writable: bool,
     frame: Vec<u8>,
@@ -30,7 +29,7 @@ pub struct Link {
 
 impl Link {
     /// A link on a connected, non-blocking socket whose handshake is done.
-    pub fn new(sock: TcpStream) -> Self {
+    pub fn new(sock: Box<dyn TcpSocket>) -> Self {
         Self {
             sock,
             writable: true,
@@ -44,9 +43,9 @@ impl Link {
         }
     }
 
-    /// The socket, to be registered.
-    pub fn socket(&mut self) -> &mut TcpStream {
-        &mut self.sock
+    /// Tells the runner that nothing more is sent.
+    pub fn finish_writing(&mut self) -> io::Result<()> {
+        self.sock.finish_writing()
     }
 
     /// Reads once from the socket.

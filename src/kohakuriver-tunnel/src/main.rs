@@ -9,9 +9,9 @@ use std::thread;
 use std::time::Duration;
 
 use kohakuriver_tunnel::args::{self, Options, Request};
+use kohakuriver_tunnel::event_loop::EventLoop;
 use kohakuriver_tunnel::tunnel::{self, Outcome};
-use kohakuriver_tunnel::{init, log, session, sys};
-use mio::{Poll, Waker};
+use kohakuriver_tunnel::{init, log, sys};
 
 const USAGE: u8 = 2;
 /// How long an orderly goodbye to the runner may take.
@@ -52,25 +52,24 @@ fn work(options: Options) -> io::Result<ExitCode> {
             }
         },
     };
-    let poll = Poll::new()?;
-    let waker = Waker::new(poll.registry(), session::STOP)?;
+    let (events, stop) = EventLoop::new()?;
     let (ended, end) = mpsc::channel::<()>();
     thread::Builder::new()
         .name("tunnel".into())
         .spawn(move || {
             let _ended = ended;
-            carry(&options, poll);
+            carry(&options, events);
         })?;
     let code = init::supervise(&signals, command);
-    waker.wake()?;
+    stop.now()?;
     let _ = end.recv_timeout(GOODBYE);
     Ok(ExitCode::from(code as u8))
 }
 
 /// Keeps the tunnel up, also past a mistake of our own: the command beside it knows nothing of it.
-fn carry(options: &Options, mut poll: Poll) {
+fn carry(options: &Options, mut events: EventLoop) {
     let outcome = loop {
-        match catch_unwind(AssertUnwindSafe(|| tunnel::run(options, &mut poll))) {
+        match catch_unwind(AssertUnwindSafe(|| tunnel::run(options, &mut events))) {
             Ok(outcome) => break outcome,
             Err(_) => log!(Error, "the tunnel failed, and starts again"),
         }

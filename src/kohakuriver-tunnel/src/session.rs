@@ -1,27 +1,20 @@
-//! One link's life: the event loop, the streams, and what each message does.
+//! One link's life without its waiting: the streams, and what each message and each turn does.
 
-use std::collections::HashMap;
 use std::io::{self, IoSlice};
-use std::net::Shutdown;
 use std::time::{Duration, Instant};
 
-use mio::event::Event;
-use mio::net::TcpStream;
-use mio::{Events, Interest, Poll, Token};
-
-use crate::context::{Context, FIRST_STREAM, Fate, Key};
+use crate::context::{Context, Fate};
 use crate::frame::{ControlPayload, opcode};
+use crate::keepalive::{Due, Keepalive};
 use crate::link::Link;
 use crate::log;
 use crate::message::{Item, Reader};
+use crate::net::{Network, Ready};
 use crate::protocol::{self, HEADER, Header, MAX_SENT, TCP, UDP, Violation, close, kind};
 use crate::settings::Settings;
+use crate::streams::Streams;
 use crate::tcp::Tcp;
 use crate::udp::Udp;
-
-const LINK: Token = Token(0);
-/// Wakes the loop so that it ends in order.
-pub const STOP: Token = Token(1);
 
 const RECEIVE_BUFFER: usize = 1 << 20;
 /// What the sources may send before the link is read again.
@@ -32,12 +25,8 @@ const PONG_BACKLOG: usize = 1 << 20;
 const MAX_BACKLOG: usize = 16 << 20;
 const MAX_SLICES: usize = 16;
 
-/// How long the runner has to take a close frame that tells it of its mistake.
-const LINGER: Duration = Duration::from_secs(1);
 /// How long the last bytes of services that ended may take.
 const GRACE: Duration = Duration::from_millis(300);
-const PING_AFTER: Duration = Duration::from_secs(15);
-const LOST_AFTER: Duration = Duration::from_secs(20);
 const REPORT_EVERY: Duration = Duration::from_secs(2);
 /// What waits for a socket is tried again this often, event or not. Where the kernel has no memory
 /// left for TCP (`tcp_mem`, tcp(7)) a write fails though nothing is on its way, and then no
@@ -53,17 +42,10 @@ pub enum End {
     Replaced,
     /// The process is about to end.
     Stopped,
+    /// The runner broke the protocol, and has been told so.
+    Violated(&'static str),
     /// Anything else, as a clause for the log.
     Lost(String),
-}
-
-impl From<Violation> for End {
-    fn from(violation: Violation) -> Self {
-        Self::Lost(format!(
-            "the runner broke the protocol: {}",
-            violation.reason
-        ))
-    }
 }
 
 impl From<io::Error> for End {
@@ -72,15 +54,9 @@ impl From<io::Error> for End {
     }
 }
 
-enum Stream {
-    Tcp(Box<Tcp>),
-    Udp(Udp),
-}
-
-#[derive(Default)]
-struct Slot {
-    generation: u32,
-    stream: Option<Stream>,
+enum Stream<N: Network> {
+    Tcp(Box<Tcp<N::Tcp>>),
+    Udp(Udp<N::Udp>),
 }
 
 /// Pieces of one TCP stream that lie in the receive buffer, to be written with one call.
@@ -91,21 +67,16 @@ struct Run<'a> {
 }
 
 /// One link and its streams.
-pub struct Session<'p> {
-    poll: &'p mut Poll,
+pub struct Session<N: Network> {
+    network: N,
     context: Context,
     v2: bool,
     readable: bool,
     read_closed: bool,
     receive: Vec<u8>,
     reader: Reader,
-    slots: Vec<Slot>,
-    free: Vec<u32>,
-    /// Slots to reuse after this turn: events for what they held may still be in the batch.
-    freed: Vec<u32>,
-    ids: HashMap<u32, Key>,
-    last_received: Instant,
-    pinged: Option<Instant>,
+    streams: Streams<Stream<N>>,
+    keepalive: Keepalive,
     /// What the runner was told of our counts: datagrams dropped and stalls, and when next it may be told.
     reported: [u64; 2],
     next_report: Instant,
@@ -114,32 +85,20 @@ pub struct Session<'p> {
     stopping: Option<Instant>,
 }
 
-/// Serves one link until it ends. `early` is what followed the handshake.
-pub fn run(poll: &mut Poll, sock: TcpStream, early: &[u8], v2: bool, settings: &Settings) -> End {
-    let mut session = Session::new(poll, sock, v2, settings);
-    let end = session.serve(early).unwrap_err();
-    session.abandon();
-    log!(Debug, "{}", session.context.counters);
-    end
-}
-
-impl<'p> Session<'p> {
-    fn new(poll: &'p mut Poll, sock: TcpStream, v2: bool, settings: &Settings) -> Self {
+impl<N: Network> Session<N> {
+    /// A session on a link that is open.
+    pub fn new(network: N, link: Link, v2: bool, settings: &Settings) -> Self {
         let now = Instant::now();
         Self {
-            poll,
-            context: Context::new(Link::new(sock), settings, now),
+            network,
+            context: Context::new(link, settings, now),
             v2,
             readable: true,
             read_closed: false,
             receive: vec![0; RECEIVE_BUFFER],
             reader: Reader::default(),
-            slots: Vec::new(),
-            free: Vec::new(),
-            freed: Vec::new(),
-            ids: HashMap::new(),
-            last_received: now,
-            pinged: None,
+            streams: Streams::default(),
+            keepalive: Keepalive::new(now),
             reported: [0; 2],
             next_report: now,
             next_retry: now,
@@ -147,42 +106,31 @@ impl<'p> Session<'p> {
         }
     }
 
-    /// The event loop. It only ever returns why the session ended.
-    fn serve(&mut self, early: &[u8]) -> Result<(), End> {
-        let interest = Interest::READABLE | Interest::WRITABLE;
-        self.poll
-            .registry()
-            .register(self.context.link.socket(), LINK, interest)?;
-        self.process(early)?;
-        let mut events = Events::with_capacity(256);
-        loop {
-            match self.poll.poll(&mut events, Some(self.patience())) {
-                Err(error) if error.kind() != io::ErrorKind::Interrupted => {
-                    return Err(error.into());
-                }
-                _ => self.context.now = Instant::now(),
-            }
-            for event in &events {
-                match event.token() {
-                    LINK => self.link_event(event),
-                    STOP => self.stopping = Some(self.context.now + GRACE),
-                    Token(token) => self.stream_event(token - FIRST_STREAM, event),
-                }
-            }
-            self.read_link()?;
-            self.pump()?;
-            self.fire_timers();
-            self.retry();
-            self.keep_alive()?;
-            self.report();
-            self.context.link.flush()?;
-            self.free.append(&mut self.freed);
-            self.stop(events.is_empty())?;
-        }
+    /// Does what became possible at `now`; `quiet` if that was nothing. An error is why the session ends.
+    pub fn turn(&mut self, quiet: bool) -> Result<(), End> {
+        self.read_link()?;
+        self.pump()?;
+        self.fire_timers();
+        self.retry();
+        self.keep_alive()?;
+        self.report();
+        self.context.link.flush()?;
+        self.streams.recycle();
+        self.stop_if_done(quiet)
+    }
+
+    /// Notes what time it is.
+    pub fn set_now(&mut self, now: Instant) {
+        self.context.now = now;
+    }
+
+    /// Asks the session to end when services' last words are on their way.
+    pub fn stop(&mut self) {
+        self.stopping = Some(self.context.now + GRACE);
     }
 
     /// How long the loop may wait for events.
-    fn patience(&self) -> Duration {
+    pub fn patience(&self) -> Duration {
         let context = &self.context;
         // What services wrote before they ended is in our sockets already.
         let stopping = self.stopping.is_some() && context.link.is_idle();
@@ -192,10 +140,7 @@ impl<'p> Session<'p> {
         {
             return Duration::ZERO;
         }
-        let keepalive = match self.pinged {
-            Some(pinged) => pinged + LOST_AFTER,
-            None => self.last_received + PING_AFTER,
-        };
+        let keepalive = self.keepalive.next();
         let report = self.unreported().map(|_| self.next_report);
         let retry = self.is_waiting().then_some(self.next_retry);
         let next = context
@@ -207,20 +152,17 @@ impl<'p> Session<'p> {
         next.saturating_duration_since(Instant::now()) + Duration::from_millis(1)
     }
 
-    fn link_event(&mut self, event: &Event) {
-        self.context.link.writable |= event.is_writable();
-        self.read_closed |= event.is_read_closed() || event.is_error();
-        self.readable |= event.is_readable() || self.read_closed;
+    /// Readiness of the link's socket.
+    pub fn link_ready(&mut self, ready: Ready) {
+        self.context.link.writable |= ready.writable;
+        self.read_closed |= ready.closed;
+        self.readable |= ready.readable || self.read_closed;
     }
 
-    fn stream_event(&mut self, slot: usize, event: &Event) {
-        let registry = self.poll.registry();
-        let fate = match self
-            .slots
-            .get_mut(slot)
-            .and_then(|slot| slot.stream.as_mut())
-        {
-            Some(Stream::Tcp(tcp)) => tcp.on_event(event, &mut self.context, registry),
+    /// Readiness of the socket of the stream in `slot`.
+    pub fn stream_ready(&mut self, slot: usize, ready: Ready) {
+        let fate = match self.streams.at(slot) {
+            Some(Stream::Tcp(tcp)) => tcp.on_event(ready, &mut self.context, &self.network),
             Some(Stream::Udp(udp)) => {
                 udp.on_event(&mut self.context);
                 Fate::Live
@@ -242,8 +184,7 @@ impl<'p> Session<'p> {
             Ok(0) => Err(End::Lost("the runner ended the connection".into())),
             Ok(length) => {
                 self.readable = length == buffer.len() || self.read_closed;
-                self.last_received = self.context.now;
-                self.pinged = None;
+                self.keepalive.heard(self.context.now);
                 self.process(&buffer[..length])
             }
             Err(error) if error.kind() == io::ErrorKind::WouldBlock => {
@@ -257,7 +198,8 @@ impl<'p> Session<'p> {
         result
     }
 
-    fn process(&mut self, input: &[u8]) -> Result<(), End> {
+    /// Takes bytes that came over the link.
+    pub fn process(&mut self, input: &[u8]) -> Result<(), End> {
         let mut run = Run {
             id: 0,
             slices: [IoSlice::new(&[]); MAX_SLICES],
@@ -293,27 +235,12 @@ impl<'p> Session<'p> {
 
     fn violated(&mut self, violation: Violation) -> End {
         self.close(violation.code, violation.reason);
-        let _ = self.linger();
-        violation.into()
+        End::Violated(violation.reason)
     }
 
-    /// Takes what the runner still sends: unread bytes would make our end a reset, and a reset
-    /// overtakes the close frame.
-    fn linger(&mut self) -> io::Result<()> {
-        let deadline = Instant::now() + LINGER;
-        let mut events = Events::with_capacity(64);
-        let mut buffer = vec![0; 64 << 10];
-        self.context.link.socket().shutdown(Shutdown::Write)?;
-        while let Some(left) = deadline.checked_duration_since(Instant::now()) {
-            match self.context.link.read(&mut buffer) {
-                Ok(0) => break,
-                Err(error) if error.kind() == io::ErrorKind::WouldBlock => {
-                    self.poll.poll(&mut events, Some(left))?;
-                }
-                result => drop(result?),
-            }
-        }
-        Ok(())
+    /// The link, for what is left to do when the session has ended.
+    pub fn link(&mut self) -> &mut Link {
+        &mut self.context.link
     }
 
     /// Says goodbye as far as the socket takes it.
@@ -362,13 +289,13 @@ impl<'p> Session<'p> {
         if used == 0 {
             return Ok(());
         }
-        let Some(&key) = self.ids.get(&run.id) else {
+        let Some(key) = self.streams.find(run.id) else {
             self.context.counters.ignored += 1;
             return Ok(());
         };
         self.context.receives(run.id);
         let slot = key.slot as usize;
-        if let Some(Stream::Tcp(tcp)) = &mut self.slots[slot].stream {
+        if let Some(Stream::Tcp(tcp)) = self.streams.at(slot) {
             let fate = tcp.on_data(&run.slices[..used], &mut self.context);
             self.settle(slot, fate);
         }
@@ -395,31 +322,29 @@ impl<'p> Session<'p> {
     }
 
     fn connect(&mut self, header: Header, payload: &[u8]) {
-        if header.id == 0 || self.ids.contains_key(&header.id) {
+        if header.id == 0 || self.streams.find(header.id).is_some() {
             self.context.counters.ignored += 1;
             return;
         }
-        let key = self.vacancy();
-        let registry = self.poll.registry();
+        let key = self.streams.vacancy();
         let limit = if self.v2 {
             protocol::limit(payload)
         } else {
             None
         };
         let opened = match header.proto {
-            TCP => Tcp::open(key, header, limit, &mut self.context, registry)
+            TCP => Tcp::open(key, header, limit, &mut self.context, &self.network)
                 .map(|tcp| Stream::Tcp(Box::new(tcp))),
-            UDP => Udp::open(key, header, &mut self.context, registry).map(Stream::Udp),
+            UDP => Udp::open(key, header, &mut self.context, &self.network).map(Stream::Udp),
             _ => Err(io::Error::from_raw_os_error(libc::EPROTONOSUPPORT)),
         };
         match opened {
             Ok(stream) => {
                 self.context.counters.streams += 1;
-                self.slots[key.slot as usize].stream = Some(stream);
-                self.ids.insert(header.id, key);
+                self.streams.put(key, header.id, stream);
             }
             Err(error) => {
-                self.free.push(key.slot);
+                self.streams.give_back(key);
                 let answer = Header::new(kind::ERROR, header.proto, header.id);
                 self.context.refuse(answer, header.port, &error);
             }
@@ -459,11 +384,8 @@ impl<'p> Session<'p> {
     }
 
     fn datagram(&mut self, header: Header, payload: &[u8]) {
-        let stream = self
-            .ids
-            .get(&header.id)
-            .and_then(|key| self.slots[key.slot as usize].stream.as_mut());
-        match stream {
+        let key = self.streams.find(header.id);
+        match key.and_then(|key| self.streams.get(key)) {
             Some(Stream::Udp(udp)) => {
                 self.context.receives(header.id);
                 udp.on_datagram(payload, &mut self.context);
@@ -473,22 +395,22 @@ impl<'p> Session<'p> {
     }
 
     /// CLOSE or ERROR: the id is free at once.
-    fn closed(&mut self, id: u32, end: impl FnOnce(&mut Tcp, &mut Context) -> Fate) {
-        let Some(key) = self.ids.remove(&id) else {
+    fn closed(&mut self, id: u32, end: impl FnOnce(&mut Tcp<N::Tcp>, &mut Context) -> Fate) {
+        let Some(key) = self.streams.forget(id) else {
             self.context.counters.ignored += 1;
             return;
         };
         let slot = key.slot as usize;
-        let fate = match &mut self.slots[slot].stream {
+        let fate = match self.streams.at(slot) {
             Some(Stream::Tcp(tcp)) => end(tcp, &mut self.context),
             _ => Fate::Over,
         };
         self.settle(slot, fate);
     }
 
-    fn with_tcp(&mut self, id: u32, act: impl FnOnce(&mut Tcp, &mut Context) -> Fate) {
-        if let Some(&key) = self.ids.get(&id)
-            && let Some(Stream::Tcp(tcp)) = &mut self.slots[key.slot as usize].stream
+    fn with_tcp(&mut self, id: u32, act: impl FnOnce(&mut Tcp<N::Tcp>, &mut Context) -> Fate) {
+        if let Some(key) = self.streams.find(id)
+            && let Some(Stream::Tcp(tcp)) = self.streams.get(key)
         {
             let fate = act(tcp, &mut self.context);
             self.settle(key.slot as usize, fate);
@@ -512,7 +434,7 @@ impl<'p> Session<'p> {
                 break;
             };
             let slot = key.slot as usize;
-            let (fate, more) = match &mut self.slots[slot].stream {
+            let (fate, more) = match self.streams.at(slot) {
                 Some(Stream::Tcp(tcp)) => tcp.pump(&mut self.context)?,
                 Some(Stream::Udp(udp)) => (Fate::Live, udp.pump(&mut self.context)?),
                 None => (Fate::Live, false),
@@ -530,10 +452,7 @@ impl<'p> Session<'p> {
     fn fire_timers(&mut self) {
         while let Some(key) = self.context.due_timer() {
             let slot = key.slot as usize;
-            if self.slots[slot].generation != key.generation {
-                continue;
-            }
-            let fate = match &mut self.slots[slot].stream {
+            let fate = match self.streams.get(key) {
                 Some(Stream::Tcp(tcp)) => tcp.on_timer(&mut self.context),
                 Some(Stream::Udp(udp)) => udp.on_timer(&mut self.context),
                 None => Fate::Live,
@@ -552,8 +471,8 @@ impl<'p> Session<'p> {
         }
         self.next_retry = self.context.now + RETRY_EVERY;
         self.context.link.writable = true;
-        for slot in 0..self.slots.len() {
-            if let Some(Stream::Tcp(tcp)) = &mut self.slots[slot].stream {
+        for slot in 0..self.streams.len() {
+            if let Some(Stream::Tcp(tcp)) = self.streams.at(slot) {
                 let fate = tcp.retry(&mut self.context);
                 self.settle(slot, fate);
             }
@@ -561,23 +480,16 @@ impl<'p> Session<'p> {
     }
 
     fn keep_alive(&mut self) -> Result<(), End> {
-        let now = self.context.now;
         // While a v1 stream holds up the reading, silence is our own doing.
         if self.context.holding > 0 {
-            self.last_received = now;
-            self.pinged = None;
+            self.keepalive.heard(self.context.now);
         }
-        match self.pinged {
-            Some(pinged) if now >= pinged + LOST_AFTER => {
-                Err(End::Lost("the runner doesn't answer".into()))
-            }
-            None if now >= self.last_received + PING_AFTER => {
-                self.pinged = Some(now);
-                self.context.link.websocket(opcode::PING, &[]);
-                Ok(())
-            }
-            _ => Ok(()),
+        match self.keepalive.tick(self.context.now) {
+            Due::End => return Err(End::Lost("the runner doesn't answer".into())),
+            Due::Ping => self.context.link.websocket(opcode::PING, &[]),
+            Due::Nothing => {}
         }
+        Ok(())
     }
 
     /// Our counts, if the runner speaks v2 and has not been told of them.
@@ -605,23 +517,12 @@ impl<'p> Session<'p> {
 
     // ---- the table of streams ------------------------------------------------------------------
 
-    fn vacancy(&mut self) -> Key {
-        let slot = self.free.pop().unwrap_or_else(|| {
-            self.slots.push(Slot::default());
-            (self.slots.len() - 1) as u32
-        });
-        Key {
-            slot,
-            generation: self.slots[slot as usize].generation,
-        }
-    }
-
     /// Closes a stream that is over.
     fn settle(&mut self, slot: usize, fate: Fate) {
         if fate == Fate::Live {
             return;
         }
-        let Some(stream) = self.slots[slot].stream.take() else {
+        let Some(stream) = self.streams.take(slot) else {
             return;
         };
         let id = match stream {
@@ -631,31 +532,24 @@ impl<'p> Session<'p> {
             }
             Stream::Udp(udp) => Some(udp.id()),
         };
-        if let Some(id) = id
-            && self
-                .ids
-                .get(&id)
-                .is_some_and(|key| key.slot as usize == slot)
-        {
-            self.ids.remove(&id);
+        if let Some(id) = id {
+            self.streams.forget_at(id, slot);
         }
-        self.slots[slot].generation = self.slots[slot].generation.wrapping_add(1);
         self.context.unschedule(slot);
-        self.freed.push(slot as u32);
     }
 
     /// The link is gone: nobody's connection is left hanging.
-    fn abandon(&mut self) {
-        for slot in &mut self.slots {
-            if let Some(Stream::Tcp(tcp)) = &mut slot.stream {
+    pub fn abandon(&mut self) {
+        for stream in self.streams.drain() {
+            if let Stream::Tcp(mut tcp) = stream {
                 let _ = tcp.abort();
             }
-            slot.stream = None;
         }
+        log!(Debug, "{}", self.context.counters);
     }
 
     /// Ends the session once it was asked to end, and what services said last is on its way.
-    fn stop(&mut self, quiet: bool) -> Result<(), End> {
+    fn stop_if_done(&mut self, quiet: bool) -> Result<(), End> {
         let link = &self.context.link;
         let done = quiet && link.is_idle() && link.backlog() == 0 && !self.context.has_sources();
         match self.stopping {
@@ -665,5 +559,212 @@ impl<'p> Session<'p> {
             }
             _ => Ok(()),
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::cell::RefCell;
+    use std::io::{Read, Write};
+    use std::net::SocketAddr;
+    use std::rc::Rc;
+
+    use super::*;
+    use crate::frame::mask;
+    use crate::net::{TcpSocket, UdpSocket};
+    use crate::streams::Key;
+
+    /// A socket whose other end the test has: what can be read, what was written, how much is taken.
+    #[derive(Default)]
+    struct Far {
+        readable: Vec<u8>,
+        written: Vec<u8>,
+        room: usize,
+        finished: bool,
+        reset: bool,
+    }
+
+    #[derive(Clone, Default)]
+    struct Socket(Rc<RefCell<Far>>);
+
+    impl Read for Socket {
+        fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
+            let mut end = self.0.borrow_mut();
+            let length = end.readable.len().min(buffer.len());
+            if length == 0 {
+                return Err(io::ErrorKind::WouldBlock.into());
+            }
+            buffer[..length].copy_from_slice(&end.readable[..length]);
+            end.readable.drain(..length);
+            Ok(length)
+        }
+    }
+
+    impl Write for Socket {
+        fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
+            let mut end = self.0.borrow_mut();
+            let length = bytes.len().min(end.room);
+            if length == 0 && !bytes.is_empty() {
+                return Err(io::ErrorKind::WouldBlock.into());
+            }
+            end.room -= length;
+            end.written.extend_from_slice(&bytes[..length]);
+            Ok(length)
+        }
+        fn flush(&mut self) -> io::Result<()> {
+            Ok(())
+        }
+    }
+
+    impl TcpSocket for Socket {
+        fn dialled(&mut self) -> io::Result<bool> {
+            Ok(true)
+        }
+        fn finish_writing(&mut self) -> io::Result<()> {
+            self.0.borrow_mut().finished = true;
+            Ok(())
+        }
+        fn reset_on_close(&mut self) {
+            self.0.borrow_mut().reset = true;
+        }
+    }
+
+    impl UdpSocket for Socket {
+        fn send(&mut self, datagram: &[u8]) -> io::Result<usize> {
+            self.write(datagram)
+        }
+        fn receive(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
+            self.read(buffer)
+        }
+    }
+
+    /// Every dial gives the same socket.
+    impl Network for Socket {
+        type Tcp = Socket;
+        type Udp = Socket;
+        fn dial(&self, _: SocketAddr, _: Key) -> io::Result<Socket> {
+            Ok(self.clone())
+        }
+        fn open(&self, _: SocketAddr, _: Key) -> io::Result<Socket> {
+            Ok(self.clone())
+        }
+        fn listeners(&self, _: bool, _: u16) -> Vec<SocketAddr> {
+            Vec::new()
+        }
+    }
+
+    const READY: Ready = Ready {
+        readable: true,
+        writable: true,
+        closed: false,
+    };
+
+    /// A session with one stream, the runner's end of its link, and the service's socket.
+    fn with_stream() -> (Session<Socket>, Socket, Socket) {
+        let (runner, service) = (Socket::default(), Socket::default());
+        runner.0.borrow_mut().room = 1 << 20;
+        let link = Link::new(Box::new(runner.clone()));
+        let mut session = Session::new(service.clone(), link, true, &Settings::default());
+        let connect = Header {
+            port: 80,
+            ..Header::new(kind::CONNECT, TCP, 7)
+        };
+        session
+            .process(&frame(connect, &u64::MAX.to_be_bytes()))
+            .unwrap();
+        session.stream_ready(0, READY);
+        session.turn(false).unwrap();
+        assert_eq!(
+            messages(&runner),
+            [(kind::CONNECTED, 262_144u64.to_be_bytes().to_vec())]
+        );
+        (session, runner, service)
+    }
+
+    fn frame(header: Header, payload: &[u8]) -> Vec<u8> {
+        let start = [0x82, (HEADER + payload.len()) as u8];
+        [&start[..], &header.pack(), payload].concat()
+    }
+
+    /// Type and payload of what the runner was sent since the last time; all frames here are short.
+    fn messages(runner: &Socket) -> Vec<(u8, Vec<u8>)> {
+        let sent = std::mem::take(&mut runner.0.borrow_mut().written);
+        let (mut rest, mut found) = (&sent[..], Vec::new());
+        while let [0x82, length, a, b, c, d, body @ ..] = rest {
+            let length = usize::from(length & 0x7f);
+            let mut message = body[..length].to_vec();
+            mask(&mut message, [*a, *b, *c, *d]);
+            found.push((message[0], message[HEADER..].to_vec()));
+            rest = &body[length..];
+        }
+        assert_eq!(rest, []);
+        found
+    }
+
+    #[test]
+    fn what_a_service_does_not_take_waits_and_its_end_of_file_behind_it() {
+        let (mut session, _, service) = with_stream();
+        service.0.borrow_mut().room = 3;
+        session
+            .process(&frame(Header::new(kind::DATA, TCP, 7), b"abcdef"))
+            .unwrap();
+        session
+            .process(&frame(Header::new(kind::EOF, TCP, 7), &[]))
+            .unwrap();
+        assert_eq!(service.0.borrow().written, b"abc");
+        assert!(!service.0.borrow().finished);
+        service.0.borrow_mut().room = 10;
+        session.stream_ready(0, READY);
+        assert_eq!(service.0.borrow().written, b"abcdef");
+        assert!(service.0.borrow().finished);
+    }
+
+    #[test]
+    fn a_socket_that_was_full_is_tried_again_though_no_event_says_so() {
+        let (mut session, _, service) = with_stream();
+        session
+            .process(&frame(Header::new(kind::DATA, TCP, 7), b"late"))
+            .unwrap();
+        service.0.borrow_mut().room = 10;
+        session.set_now(Instant::now() + RETRY_EVERY);
+        session.turn(true).unwrap();
+        assert_eq!(service.0.borrow().written, b"late");
+    }
+
+    #[test]
+    fn a_source_waits_while_the_link_takes_nothing() {
+        let (mut session, runner, service) = with_stream();
+        runner.0.borrow_mut().room = 0;
+        service.0.borrow_mut().readable = b"first".to_vec();
+        session.stream_ready(0, READY);
+        session.turn(false).unwrap();
+        service.0.borrow_mut().readable = b"second".to_vec();
+        session.stream_ready(0, READY);
+        session.turn(false).unwrap();
+        assert_eq!(service.0.borrow().readable, b"second");
+        runner.0.borrow_mut().room = 100;
+        session.link_ready(READY);
+        session.turn(false).unwrap();
+        session.turn(false).unwrap();
+        let data = |bytes: &[u8]| (kind::DATA, bytes.to_vec());
+        assert_eq!(messages(&runner), [data(b"first"), data(b"second")]);
+    }
+
+    #[test]
+    fn an_error_resets_the_service_and_frees_the_id() {
+        let (mut session, runner, service) = with_stream();
+        session
+            .process(&frame(
+                Header::new(kind::ERROR, TCP, 7),
+                b"ECONNRESET: gone",
+            ))
+            .unwrap();
+        assert!(service.0.borrow().reset);
+        session
+            .process(&frame(Header::new(kind::PING, TCP, 7), b"there?"))
+            .unwrap();
+        session.turn(false).unwrap();
+        assert_eq!(messages(&runner), [(kind::PONG, b"there?".to_vec())]);
+        assert_eq!(session.streams.find(7), None);
     }
 }

@@ -1,18 +1,15 @@
 //! A TCP stream: one connection to a service in the container, and the state of both directions.
 
-use std::io::{self, IoSlice, Read, Write};
-use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, Shutdown, SocketAddr};
+use std::io::{self, IoSlice};
+use std::net::{Ipv4Addr, Ipv6Addr, SocketAddr};
 use std::time::{Duration, Instant};
 
-use mio::event::Event;
-use mio::net::TcpStream;
-use mio::{Interest, Registry, Token};
-
-use crate::context::{Context, Fate, Key};
+use crate::context::{Context, Fate};
 use crate::flow::Inbound;
+use crate::net::{Network, Ready, TcpSocket};
 use crate::protocol::{Header, TCP, Violation, kind};
 use crate::queue::Queue;
-use crate::sys;
+use crate::streams::Key;
 
 const DIAL_TIMEOUT: Duration = Duration::from_secs(10);
 /// How long the last bytes of a closed stream wait for a service that doesn't read.
@@ -21,12 +18,13 @@ const DRAIN_TIMEOUT: Duration = Duration::from_secs(60);
 const V1_HOLD: usize = 1 << 20;
 
 /// Which direction "in" and "out" are: *in* is towards the service, *out* is towards the user.
-pub struct Tcp {
+pub struct Tcp<S> {
     key: Key,
     id: u32,
     port: u16,
-    sock: TcpStream,
-    dial: Dial,
+    sock: S,
+    /// Until the service is connected.
+    dial: Option<Box<Dialling>>,
     queue: Queue,
     /// Windows, or none under v1 rules.
     inbound: Option<Inbound>,
@@ -50,36 +48,91 @@ pub struct Tcp {
     deadline: Option<Instant>,
 }
 
-#[derive(Clone, Copy, PartialEq, Eq)]
-enum Dial {
-    Ipv4,
-    Ipv6,
-    Done,
+/// The addresses where a service may listen, and how far they have been tried.
+struct Dialling {
+    port: u16,
+    tried: usize,
+    /// Behind 127.0.0.1 and ::1; looked up when neither took the connection.
+    others: Vec<SocketAddr>,
+    /// The first answer tells most: where there is no IPv6, others say only that.
+    first: Option<io::Error>,
 }
 
-impl Tcp {
+impl Dialling {
+    fn new(port: u16) -> Self {
+        Self {
+            port,
+            tried: 0,
+            others: Vec::new(),
+            first: None,
+        }
+    }
+
+    /// Begins to connect to the next address that can be dialled; an error when none is left.
+    fn next<N: Network>(&mut self, key: Key, network: &N) -> io::Result<N::Tcp> {
+        while let Some(address) = self.address(network) {
+            self.tried += 1;
+            match network.dial(address, key) {
+                Ok(sock) => return Ok(sock),
+                Err(error) => self.failed(error)?,
+            }
+        }
+        Err(self
+            .first
+            .take()
+            .unwrap_or_else(|| io::ErrorKind::ConnectionRefused.into()))
+    }
+
+    /// Goes on after an answer that says that nothing listens at an address.
+    fn failed(&mut self, error: io::Error) -> io::Result<()> {
+        let elsewhere = matches!(
+            error.raw_os_error(),
+            Some(
+                libc::ECONNREFUSED
+                    | libc::EADDRNOTAVAIL
+                    | libc::ENETUNREACH
+                    | libc::EHOSTUNREACH
+                    | libc::EAFNOSUPPORT
+            )
+        );
+        if !elsewhere {
+            return Err(error);
+        }
+        self.first.get_or_insert(error);
+        Ok(())
+    }
+
+    fn address(&mut self, network: &impl Network) -> Option<SocketAddr> {
+        match self.tried {
+            0 => Some((Ipv4Addr::LOCALHOST, self.port).into()),
+            1 => Some((Ipv6Addr::LOCALHOST, self.port).into()),
+            tried => {
+                if tried == 2 {
+                    self.others = network.listeners(false, self.port);
+                }
+                self.others.get(tried - 2).copied()
+            }
+        }
+    }
+}
+
+impl<S: TcpSocket> Tcp<S> {
     /// Starts to connect to `port`. `limit` is the opener's first limit, `None` under v1 rules.
     pub fn open(
         key: Key,
         header: Header,
         limit: Option<u64>,
         context: &mut Context,
-        registry: &Registry,
+        network: &impl Network<Tcp = S>,
     ) -> io::Result<Self> {
-        let (dial, sock) = match connect(Ipv4Addr::LOCALHOST.into(), header.port, key, registry) {
-            Ok(sock) => (Dial::Ipv4, sock),
-            Err(error) if error.kind() == io::ErrorKind::ConnectionRefused => (
-                Dial::Ipv6,
-                connect(Ipv6Addr::LOCALHOST.into(), header.port, key, registry)?,
-            ),
-            Err(error) => return Err(error),
-        };
+        let mut dial = Box::new(Dialling::new(header.port));
+        let sock = dial.next(key, network)?;
         let mut stream = Self {
             key,
             id: header.id,
             port: header.port,
             sock,
-            dial,
+            dial: Some(dial),
             queue: Queue::default(),
             inbound: limit.map(|_| Inbound::new(&mut context.budget)),
             sent: 0,
@@ -106,17 +159,22 @@ impl Tcp {
     }
 
     /// Readiness of the service's socket.
-    pub fn on_event(&mut self, event: &Event, context: &mut Context, registry: &Registry) -> Fate {
-        if self.dial != Dial::Done {
-            match self.finish_dial(registry) {
+    pub fn on_event(
+        &mut self,
+        ready: Ready,
+        context: &mut Context,
+        network: &impl Network<Tcp = S>,
+    ) -> Fate {
+        if self.dial.is_some() {
+            match self.finish_dial(network) {
                 Ok(false) => return Fate::Live,
                 Ok(true) => self.connected(context),
                 Err(error) => return self.dial_failed(&error, context),
             }
         }
-        self.writable |= event.is_writable();
-        self.read_closed |= event.is_read_closed() || event.is_error();
-        if event.is_readable() || self.read_closed {
+        self.writable |= ready.writable;
+        self.read_closed |= ready.closed;
+        if ready.readable || self.read_closed {
             self.readable = true;
             context.schedule(self.key);
         }
@@ -202,7 +260,7 @@ impl Tcp {
         }
         self.detached = true;
         self.eof_in = true;
-        if self.dial == Dial::Done {
+        if self.dial.is_none() {
             self.arm(context, DRAIN_TIMEOUT);
         }
         self.drain(context)
@@ -210,15 +268,14 @@ impl Tcp {
 
     /// ERROR, or the link is gone: the service's connection is reset.
     pub fn abort(&mut self) -> Fate {
-        sys::reset_on_close(&self.sock);
+        self.sock.reset_on_close();
         Fate::Over
     }
 
     /// One turn as a source: reads once, sends at most one frame. True if there may be more.
     pub fn pump(&mut self, context: &mut Context) -> io::Result<(Fate, bool)> {
         let room = self.limit.saturating_sub(self.sent);
-        if !self.readable || self.dial != Dial::Done || self.out_done || self.detached || room == 0
-        {
+        if !self.readable || self.dial.is_some() || self.out_done || self.detached || room == 0 {
             return Ok((Fate::Live, false));
         }
         let most = context
@@ -259,7 +316,7 @@ impl Tcp {
         if self.detached {
             return self.abort();
         }
-        if self.dial != Dial::Done {
+        if self.dial.is_some() {
             return self.dial_failed(&io::Error::from_raw_os_error(libc::ETIMEDOUT), context);
         }
         context.send(Header::new(kind::CLOSE, TCP, self.id), &[]);
@@ -276,28 +333,23 @@ impl Tcp {
         self.let_go(context);
     }
 
-    fn finish_dial(&mut self, registry: &Registry) -> io::Result<bool> {
-        let result = match self.sock.take_error() {
-            Ok(Some(error)) | Err(error) => Err(error),
-            Ok(None) => self.sock.peer_addr().map(|_| ()),
+    /// Whether the service is connected now. Raises why it can't be.
+    fn finish_dial(&mut self, network: &impl Network<Tcp = S>) -> io::Result<bool> {
+        let Some(dial) = &mut self.dial else {
+            return Ok(true);
         };
-        match result {
-            Ok(()) => {
-                self.dial = Dial::Done;
-                self.sock.set_nodelay(true)?;
-                Ok(true)
+        match self.sock.dialled() {
+            Ok(connected) => {
+                if connected {
+                    self.dial = None;
+                }
+                Ok(connected)
             }
-            Err(error) if error.kind() == io::ErrorKind::NotConnected => Ok(false),
-            Err(error)
-                if error.kind() == io::ErrorKind::ConnectionRefused && self.dial == Dial::Ipv4 =>
-            {
-                // Where there is no IPv6, the first answer tells more.
-                self.sock = connect(Ipv6Addr::LOCALHOST.into(), self.port, self.key, registry)
-                    .map_err(|_| error)?;
-                self.dial = Dial::Ipv6;
+            Err(error) => {
+                dial.failed(error)?;
+                self.sock = dial.next(self.key, network)?;
                 Ok(false)
             }
-            Err(error) => Err(error),
         }
     }
 
@@ -322,7 +374,7 @@ impl Tcp {
 
     /// Writes what is queued and ends the direction when that was all.
     fn drain(&mut self, context: &mut Context) -> Fate {
-        if self.dial != Dial::Done {
+        if self.dial.is_some() {
             return Fate::Live;
         }
         if self.writable && !self.queue.is_empty() {
@@ -341,7 +393,7 @@ impl Tcp {
         if self.queue.is_empty() && self.eof_in && !self.in_done {
             self.in_done = true;
             // A socket that is broken will say so when it is read.
-            let _ = self.sock.shutdown(Shutdown::Write);
+            let _ = self.sock.finish_writing();
         }
         let over = self.in_done && (self.out_done || self.detached);
         if over { Fate::Over } else { Fate::Live }
@@ -461,11 +513,4 @@ impl Tcp {
         self.deadline = Some(deadline);
         context.set_timer(deadline, self.key);
     }
-}
-
-fn connect(ip: IpAddr, port: u16, key: Key, registry: &Registry) -> io::Result<TcpStream> {
-    let mut sock = TcpStream::connect(SocketAddr::new(ip, port))?;
-    let interest = Interest::READABLE | Interest::WRITABLE;
-    registry.register(&mut sock, Token::from(key), interest)?;
-    Ok(sock)
 }

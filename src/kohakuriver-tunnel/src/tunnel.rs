@@ -1,15 +1,13 @@
 //! Keeps one link up: connect, serve, and again.
 
 use std::fs;
-use std::io;
 use std::time::{Duration, Instant};
 
-use mio::{Events, Poll};
-
 use crate::args::Options;
+use crate::event_loop::EventLoop;
 use crate::handshake::{self, Opened, Refusal};
 use crate::log;
-use crate::session::{self, End};
+use crate::session::End;
 use crate::sys;
 
 /// The first pause is at most this; it doubles with each failure.
@@ -32,18 +30,24 @@ pub enum Outcome {
     GaveUp,
 }
 
-/// Keeps the tunnel up until there is a reason not to. [`session::STOP`] on `poll` ends it.
-pub fn run(options: &Options, poll: &mut Poll) -> Outcome {
+/// Keeps the tunnel up until there is a reason not to. Stopping `events` ends it.
+pub fn run(options: &Options, events: &mut EventLoop) -> Outcome {
     let mut failures = 0;
     loop {
         let began = Instant::now();
         let mut pause = None;
-        match attempt(options, poll) {
+        match attempt(options, events) {
             Ok(End::Stopped) => return Outcome::Stopped,
             Ok(End::Replaced) if options.run.is_none() => return Outcome::Replaced,
             Ok(End::Replaced) => {
                 log!(Warn, "another tunnel client took over this container");
                 pause = Some(LONG_PAUSE);
+            }
+            Ok(End::Violated(reason)) => {
+                log!(
+                    Warn,
+                    "the tunnel is down: the runner broke the protocol: {reason}"
+                );
             }
             Ok(End::Lost(reason)) => log!(Warn, "the tunnel is down: {reason}"),
             Err(refusal) => {
@@ -60,17 +64,16 @@ pub fn run(options: &Options, poll: &mut Poll) -> Outcome {
             return Outcome::GaveUp;
         }
         let most = pause.unwrap_or_else(|| ceiling(failures, options.reconnect_delay));
-        if !sleep(poll, jitter(most)) {
+        if !events.sleep(jitter(most)) {
             return Outcome::Stopped;
         }
     }
 }
 
-fn attempt(options: &Options, poll: &mut Poll) -> Result<End, Refusal> {
+fn attempt(options: &Options, events: &mut EventLoop) -> Result<End, Refusal> {
     let token = read_token(options)?;
     let opened = handshake::open(&options.url, &options.container, token.as_deref())?;
     let Opened { sock, early, v2 } = opened;
-    sock.set_nonblocking(true)?;
     sys::limit_unsent(&sock, UNSENT)?;
     log!(
         Info,
@@ -78,13 +81,7 @@ fn attempt(options: &Options, poll: &mut Poll) -> Result<End, Refusal> {
         options.container,
         1 + u8::from(v2)
     );
-    Ok(session::run(
-        poll,
-        mio::net::TcpStream::from_std(sock),
-        &early,
-        v2,
-        &options.settings,
-    ))
+    Ok(events.serve(sock, &early, v2, &options.settings)?)
 }
 
 fn read_token(options: &Options) -> Result<Option<String>, Refusal> {
@@ -112,23 +109,6 @@ fn jitter(most: Duration) -> Duration {
     let mut random = [0; 4];
     sys::random(&mut random);
     most.mul_f64(f64::from(u32::from_ne_bytes(random)) / f64::from(u32::MAX))
-}
-
-/// Sleeps; false if the tunnel is to end instead.
-fn sleep(poll: &mut Poll, pause: Duration) -> bool {
-    let until = Instant::now() + pause;
-    let mut events = Events::with_capacity(4);
-    loop {
-        let left = until.saturating_duration_since(Instant::now());
-        if left.is_zero() {
-            return true;
-        }
-        match poll.poll(&mut events, Some(left)) {
-            Err(error) if error.kind() != io::ErrorKind::Interrupted => return false,
-            _ if events.iter().any(|event| event.token() == session::STOP) => return false,
-            _ => {}
-        }
-    }
 }
 
 #[cfg(test)]

@@ -4,32 +4,29 @@ use std::io;
 use std::net::Ipv4Addr;
 use std::time::Instant;
 
-use mio::net::UdpSocket;
-use mio::{Interest, Registry, Token};
-
-use crate::context::{Context, Fate, Key};
+use crate::context::{Context, Fate};
+use crate::net::{Network, UdpSocket};
 use crate::protocol::{Header, UDP, kind};
+use crate::streams::Key;
 
 /// While the link is blocked the socket isn't read: the kernel's bounded queue is the stream's.
-pub struct Udp {
+pub struct Udp<S> {
     key: Key,
     id: u32,
-    sock: UdpSocket,
+    sock: S,
     readable: bool,
     deadline: Instant,
 }
 
-impl Udp {
+impl<S: UdpSocket> Udp<S> {
     /// Opens the stream; there is nothing to wait for.
     pub fn open(
         key: Key,
         header: Header,
         context: &mut Context,
-        registry: &Registry,
+        network: &impl Network<Udp = S>,
     ) -> io::Result<Self> {
-        let mut sock = UdpSocket::bind((Ipv4Addr::LOCALHOST, 0).into())?;
-        sock.connect((Ipv4Addr::LOCALHOST, header.port).into())?;
-        registry.register(&mut sock, Token::from(key), Interest::READABLE)?;
+        let sock = network.open((Ipv4Addr::LOCALHOST, header.port).into(), key)?;
         context.send(Header::new(kind::CONNECTED, UDP, header.id), &[]);
         let deadline = context.now + context.settings.udp_idle;
         context.set_timer(deadline, key);
@@ -75,7 +72,7 @@ impl Udp {
         if !self.readable {
             return Ok(false);
         }
-        match self.sock.recv(context.link.payload()) {
+        match self.sock.receive(context.link.payload()) {
             Ok(length) => {
                 self.deadline = context.now + context.settings.udp_idle;
                 context.counters.bytes_to_user += length as u64;

@@ -90,6 +90,16 @@ fn a_service_on_ipv6_alone_is_reached() {
 }
 
 #[test]
+fn a_service_on_another_address_of_the_container_is_reached() {
+    let runner = Runner::new();
+    let port = service_at("127.0.0.77:0", |mut sock| sock.write_all(b"77").unwrap());
+    let _client = Client::start(&runner);
+    let mut wire = runner.accept();
+    wire.open(1, port, WIDE);
+    assert_eq!(wire.bytes(1, 2), b"77");
+}
+
+#[test]
 fn early_data_is_held_until_the_service_is_connected() {
     let (runner, port) = (Runner::new(), echo());
     let _client = Client::start(&runner);

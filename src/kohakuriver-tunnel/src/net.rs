@@ -1,0 +1,51 @@
+//! What the core asks of sockets. [`event_loop`](crate::event_loop) gives it the system's, unit tests give it
+//! their own. Nothing here waits: what can't be done now fails with `WouldBlock`.
+
+use std::io::{self, Read, Write};
+use std::net::SocketAddr;
+
+use crate::streams::Key;
+
+/// Opens sockets towards the container's services.
+pub trait Network {
+    #[allow(missing_docs)]
+    type Tcp: TcpSocket;
+    #[allow(missing_docs)]
+    type Udp: UdpSocket;
+
+    /// Begins to connect; readiness of the socket will be told under `key`.
+    fn dial(&self, to: SocketAddr, key: Key) -> io::Result<Self::Tcp>;
+    /// A datagram socket that talks to `to` only.
+    fn open(&self, to: SocketAddr, key: Key) -> io::Result<Self::Udp>;
+    /// Where else than on 127.0.0.1 and ::1 something listens on `port` (TCP), or takes datagrams.
+    fn listeners(&self, udp: bool, port: u16) -> Vec<SocketAddr>;
+}
+
+/// A TCP connection.
+pub trait TcpSocket: Read + Write {
+    /// Whether the connection stands by now. Raises why it failed.
+    fn dialled(&mut self) -> io::Result<bool>;
+    /// Tells the peer that nothing more is written.
+    fn finish_writing(&mut self) -> io::Result<()>;
+    /// Makes the coming end of the connection a reset.
+    fn reset_on_close(&mut self);
+}
+
+/// A datagram socket with one peer.
+pub trait UdpSocket {
+    #[allow(missing_docs)]
+    fn send(&mut self, datagram: &[u8]) -> io::Result<usize>;
+    #[allow(missing_docs)]
+    fn receive(&mut self, buffer: &mut [u8]) -> io::Result<usize>;
+}
+
+/// What a socket has become ready for since the last time.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct Ready {
+    #[allow(missing_docs)]
+    pub readable: bool,
+    #[allow(missing_docs)]
+    pub writable: bool,
+    /// Its end-of-file or an error is behind what can be read.
+    pub closed: bool,
+}
