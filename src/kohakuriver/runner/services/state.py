@@ -54,7 +54,7 @@ class TaskRecord(TaskOrder, TaskReport):
 
     def report(self) -> dict[str, Any]:
         """What the host hears of it."""
-        return part_of(self, TaskReport, without=("traffic",))
+        return {**part_of(self, TaskReport, without=("traffic",)), "container": self.container}
 
 
 class State:
