@@ -13,7 +13,7 @@ import sys
 import tempfile
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 from urllib.parse import quote, urlsplit
 
 from kohakuriver.errors import UsageError
@@ -26,6 +26,8 @@ __all__ = [
     "Cluster",
     "Logins",
     "Settings",
+    "accept_plain_http",
+    "accepts_plain_http",
     "clean_token",
     "config_dir",
     "host_url",
@@ -56,13 +58,15 @@ def config_dir() -> Path:
     return Path(platformdirs.user_config_dir("kohakuriver", appauthor=False))
 
 
-def host_url(text: str) -> str:
+def host_url(text: str, port: int = DEFAULT_HOST_PORT) -> str:
     """`text` (a URL, a bare name, `name:port`, an IPv6 address) as the host's URL without a trailing slash.
+
+    `port` is that of a bare name.
 
     Raises UsageError when it can't be one.
     """
     bare = text.strip()
-    bare = (bare if "://" in bare else "http://" + _with_default_port(bare.rstrip("/"))).rstrip("/")
+    bare = (bare if "://" in bare else "http://" + _with_default_port(bare.rstrip("/"), port)).rstrip("/")
     try:
         parts = urlsplit(bare)
         valid = parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0
@@ -83,11 +87,11 @@ def path_segment(name: str) -> str:
     return quote(name, safe="")
 
 
-def _with_default_port(address: str) -> str:
+def _with_default_port(address: str, port: int) -> str:
     if address.count(":") > 1 and not address.startswith("["):
         address = f"[{address}]"
     has_port = ":" in address.rpartition("]")[2]
-    return address if has_port or not address else f"{address}:{DEFAULT_HOST_PORT}"
+    return address if has_port or not address else f"{address}:{port}"
 
 
 @dataclass(frozen=True)
@@ -184,6 +188,30 @@ def write_private(path: Path, text: str, *, mode: int = 0o600) -> None:
         raise
 
 
+def _plain_http_file() -> Path:
+    return config_dir() / "plain-http"
+
+
+def accepts_plain_http(url: str) -> bool:
+    """Whether the user was told already that what goes to the host at `url` can be read on the way."""
+    try:
+        return url in _plain_http_file().read_text("utf-8").splitlines()
+    except (OSError, ValueError):
+        return False
+
+
+def accept_plain_http(url: str) -> None:
+    """Remember that the user was told. Where nothing can be written it is told again."""
+    if not accepts_plain_http(url):
+        with contextlib.suppress(OSError), _private_to_append(_plain_http_file()) as file:
+            file.write(f"{url}\n")
+
+
+def _private_to_append(path: Path) -> IO[str]:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    return os.fdopen(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600), "a", encoding="utf-8")
+
+
 @dataclass(frozen=True)
 class Settings:
     """The resolved settings of a user's command. Build it with `load_settings`."""
@@ -263,20 +291,57 @@ def load_settings(
 def _filled_in(given: dict[str, Any]) -> Settings:
     """What was given, and for the rest what the cluster that `up` left or a login says, or a default."""
     cluster, logins = read_cluster(), read_logins()
-    named = given.get("host")
+    port, named = _port_of("KOHAKURIVER_PORT"), given.get("host")
+    if port is not None and not named:
+        named = "127.0.0.1"
     known = cluster.host_url if cluster else logins.current or DEFAULT_HOST
-    host = host_url(named) if named else known
+    host = host_url(named, port or DEFAULT_HOST_PORT) if named else known
     token, ssh_proxy = given.get("token"), given.get("ssh_proxy")
     if token is None:
-        token = logins.tokens.get(host)
+        token = _of_host(logins.tokens, host)
+    ssh_port = _port_of("KOHAKURIVER_SSH_PROXY_PORT")
+    if ssh_port is not None:
+        ssh_proxy = ssh_proxy or f"{urlsplit(host).hostname}:{ssh_port}"
     # The token of the cluster on this machine is for that cluster alone: never sent to any other host.
-    if cluster is not None and host == cluster.host_url:
+    if cluster is not None and _same_host(host, cluster.host_url):
         token = cluster.token if token is None else token
         ssh_proxy = ssh_proxy or cluster.ssh_proxy
     numbers = {name: given[name] for name in _NUMBERS if name in given}
     ssh_proxy = ssh_proxy or f"{urlsplit(host).hostname}:{DEFAULT_SSH_PORT}"
-    ca_file = given.get("ca_file") or logins.ca_files.get(host)
+    ca_file = given.get("ca_file") or _of_host(logins.ca_files, host)
     return Settings(host, None if token is None else clean_token(token), ssh_proxy, ca_file, **numbers)
+
+
+def _port_of(variable: str) -> int | None:
+    """The port that a variable of version 1's command line gives, None without one. Raises UsageError."""
+    text = os.environ.get(variable, "").strip()
+    # An orchestrator gives a service of that name such a variable with a URL, which is about something else.
+    if not text or "://" in text:
+        return None
+    if not (text.isascii() and text.isdigit() and 0 < int(text[:6]) < 65536):
+        raise UsageError(f"{variable} must be a port from 1 to 65535, not {text!r}.")
+    return int(text)
+
+
+_LOOPBACK = ("localhost", "127.0.0.1", "::1")
+
+
+def _same_host(one: str, other: str) -> bool:
+    """Whether two URLs mean the same host: this machine has several names for itself."""
+    return _canonical(one) == _canonical(other)
+
+
+def _canonical(url: str) -> str:
+    parts = urlsplit(url)
+    if parts.hostname not in _LOOPBACK:
+        return url
+    port = parts.port or (443 if parts.scheme == "https" else 80)
+    return f"{parts.scheme}://localhost:{port}{parts.path}"
+
+
+def _of_host(kept: dict[str, str], url: str) -> str | None:
+    """What is kept for a host, under this URL or another that means it."""
+    return kept.get(url) or next((text for host, text in kept.items() if _same_host(host, url)), None)
 
 
 def clean_token(text: str) -> str:

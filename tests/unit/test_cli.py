@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 from typer.main import get_command
@@ -119,6 +120,13 @@ def test_python_dash_m_is_the_same_program() -> None:
         (["forward", "t", "80", "--token", "two words"], "character"),
         (["runner", "--port=0", "--host-url", "http://127.0.0.1:1", "--node-token", "krn_\u00fc"], "character"),
         (["rivers"], "rivers"),
+        (["connect", "dev", "ls", "a b"], "connect dev -- ls 'a b'"),
+        (["vps", "create", "g", "--image", "i"], "a name is --name g"),
+        (["vps", "create", "--name", "g", "busybox:lab"], "an image is --image busybox:lab"),
+        (["vps", "create", "--name", "g", "--image", "i", "ls"], "-- ls"),
+        (["vps", "connect", "-L", "1:a:2", "dev"], "-L is no option of this command"),
+        (["vps", "connect", "--user", "me"], "TASK"),
+        (["vps", "connect", "dev", "--proxy-port", "0"], "--proxy-port"),
     ],
 )
 def test_a_wrong_command_line_ends_with_2_and_one_sentence(
@@ -126,11 +134,54 @@ def test_a_wrong_command_line_ends_with_2_and_one_sentence(
 ) -> None:
     assert outcome(*arguments) == 2
     captured = capsys.readouterr()
-    assert captured.out == ""
+    assert "--json" in arguments or captured.out == ""
     assert said in captured.err
     assert captured.err.startswith("Error: ")
     assert captured.err.count("\n") == 1
     assert "Value error" not in captured.err
+
+
+@pytest.mark.parametrize(
+    ("words", "own", "theirs"),
+    [
+        (["dev"], {}, []),
+        (["dev", "--user", "me", "--key=id", "ls", "--user"], {"user": "me", "key": Path("id")}, ["ls", "--user"]),
+        (["--user", "me", "dev", "--host", "h", "-L", "1:a:2"], {"user": "me", "host": "h"}, ["-L", "1:a:2"]),
+        (["--ca-file", "ca", "dev", "--token=t"], {"ca_file": "ca", "token": "t"}, []),
+        (["dev", "--proxy-port", "9", "-v", "--host", "h"], {"proxy_port": 9}, ["-v", "--host", "h"]),
+        (["dev", "--", "--user", "me"], {}, ["--", "--user", "me"]),
+        (["dev", "-o", "A=b", "--", "ls"], {}, ["-o", "A=b", "--", "ls"]),
+    ],
+    ids=" ".join,
+)
+def test_our_options_count_on_either_side_of_the_task_up_to_the_first_word_for_ssh(
+    words: list[str], own: dict[str, object], theirs: list[str]
+) -> None:
+    command: Any = get_command(app).commands["vps"].commands["connect"]  # type: ignore[attr-defined]
+    given = command.make_context("connect", words).params
+    assert given["task"] == "dev"
+    assert list(given["ssh_arguments"] or []) == theirs
+    assert {name: given[name] for name in own} == own
+    assert given["user"] == own.get("user", "root")
+
+
+@pytest.mark.parametrize("command", [["vps", "list"], ["forward"], ["auth", "login"], ["user", "add"]], ids=" ".join)
+def test_what_says_which_host_stands_in_a_group_of_its_own_at_the_end_of_the_help(
+    command: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    outcome(*command, "--help")
+    before, heading, after = capsys.readouterr().out.partition(" Connection ")
+    assert heading
+    for option in ("--host ", "--token ", "--ca-file "):
+        assert option in after
+        assert option not in before
+    assert "--json" in before
+
+
+def test_a_ca_file_that_one_command_names_is_none_of_the_next(tmp_path: Path, unused_port: int) -> None:
+    before = dict(os.environ)
+    outcome("vps", "list", "--host", f"http://127.0.0.1:{unused_port}", "--ca-file", str(tmp_path / "ca.pem"))
+    assert dict(os.environ) == before
 
 
 @pytest.mark.parametrize("group", ["vps", "node", "auth", "token", "user", "init"])

@@ -14,7 +14,7 @@ from kohakuriver.errors import UsageError
 
 @pytest.fixture(autouse=True)
 def directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    for name in ("HOST", "TOKEN", "SSH_PROXY"):
+    for name in ("HOST", "PORT", "TOKEN", "SSH_PROXY", "SSH_PROXY_PORT"):
         monkeypatch.delenv(f"KOHAKURIVER_{name}", raising=False)
     monkeypatch.setenv("KOHAKURIVER_CONFIG_DIR", str(tmp_path))
     return tmp_path
@@ -184,3 +184,44 @@ def test_a_failed_write_leaves_no_half_file_behind(directory: Path) -> None:
         config.write_private(directory / "file", "\ud800")
     assert (directory / "file").read_text() == "before"
     assert [path.name for path in directory.iterdir()] == ["file"]
+
+
+@pytest.mark.parametrize(
+    ("environment", "host"),
+    [
+        ({"KOHAKURIVER_HOST": "lab", "KOHAKURIVER_PORT": "8100"}, "http://lab:8100"),
+        ({"KOHAKURIVER_HOST": "lab:9", "KOHAKURIVER_PORT": "8100"}, "http://lab:9"),
+        ({"KOHAKURIVER_HOST": "https://lab", "KOHAKURIVER_PORT": "8100"}, "https://lab"),
+        ({"KOHAKURIVER_PORT": "8100"}, "http://127.0.0.1:8100"),
+        ({"KOHAKURIVER_PORT": "tcp://10.0.0.1:8000"}, config.DEFAULT_HOST),
+    ],
+)
+def test_the_port_may_be_in_a_variable_of_its_own(
+    environment: dict[str, str], host: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    assert config.load_settings().host == host
+
+
+def test_the_port_of_the_ssh_proxy_may_be_in_a_variable_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("KOHAKURIVER_SSH_PROXY_PORT", "8022")
+    assert config.load_settings(host="lab").ssh_proxy == "lab:8022"
+    monkeypatch.setenv("KOHAKURIVER_SSH_PROXY_PORT", "22x")
+    with pytest.raises(UsageError, match="KOHAKURIVER_SSH_PROXY_PORT"):
+        config.load_settings(host="lab")
+
+
+def test_this_machine_has_several_names_and_one_login() -> None:
+    config.write_logins(config.Logins("http://localhost:8000", {"http://localhost:8000": "kr_a"}))
+    for host in ("127.0.0.1:8000", "[::1]:8000", "localhost"):
+        assert config.load_settings(host=host).token == "kr_a"
+    for host in ("127.0.0.1:8001", "lab:8000", "https://localhost:8000"):
+        assert config.load_settings(host=host).token is None
+
+
+def test_who_was_told_of_plain_http_is_not_told_again() -> None:
+    assert not config.accepts_plain_http("http://lab:8000")
+    config.accept_plain_http("http://lab:8000")
+    assert config.accepts_plain_http("http://lab:8000")
+    assert not config.accepts_plain_http("http://other:8000")

@@ -98,7 +98,7 @@ def test_every_command_has_a_section_in_the_command_line_page() -> None:
 
 @pytest.mark.parametrize("words", sorted(commands()), ids=" ".join)
 def test_a_command_is_documented_with_exactly_the_options_that_it_has(words: tuple[str, ...]) -> None:
-    documented = set(re.findall(r"(?<![\w-])--?[a-z][a-z-]*", " ".join(re.findall(r"`([^`]*)`", sections()[words]))))
+    documented = set(re.findall(r"(?<![\w-])--?[a-zA-Z][a-z-]*", " ".join(re.findall(r"`([^`]*)`", sections()[words]))))
     assert documented - COMMON - {"--"} == options(commands()[words]) - COMMON
 
 

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from kohakuriver.cli import output
-from kohakuriver.cli.options import CaFileOption, HostOption, JsonOption, TokenOption, ask
+from kohakuriver.cli.options import JsonOption, Place, Remote, remote
 from kohakuriver.errors import UnauthenticatedError, UsageError
 
 if TYPE_CHECKING:
@@ -28,25 +28,24 @@ app = typer.Typer(
 
 
 @app.command(epilog="Example: kohakuriver auth login --host http://cluster:8000")
-def login(
-    host: HostOption = None, token: TokenOption = None, ca_file: CaFileOption = None, json: JsonOption = False
-) -> None:
+@remote
+def login(at: Remote) -> None:
     """Keep a token for a host, once the host has taken it; commands then use that host and token by themselves.
 
     The token is asked for, or read from stdin where that is no terminal.
     """
-    from kohakuriver.config import Logins, clean_token, load_settings, read_logins, write_logins
+    from kohakuriver.config import Logins, clean_token, read_logins, write_logins
 
-    settings = load_settings(host=host)
+    settings = at.resolved()
     url = settings.host
-    secret = clean_token(token or _read_token(url))
-    who = ask(url, secret, lambda client: client.whoami())
+    secret = clean_token(at.token or _read_token(url))
+    who = at.ask_as(secret, lambda client: client.whoami())
     logins = read_logins()
     ca_files = _without(url, logins.ca_files)
     if settings.ca_file is not None and url.startswith("https:"):
         ca_files[url] = str(Path(settings.ca_file).expanduser().absolute())
     write_logins(Logins(url, {**logins.tokens, url: secret}, ca_files))
-    if json:
+    if at.json:
         output.json_line({"host": url, "user": who.user, "role": who.role})
     else:
         output.line(f"Logged in to {url} as {who.user} ({who.role}).")
@@ -82,16 +81,16 @@ def _read_token(url: str) -> str:
 
 
 @app.command(epilog="Example: kohakuriver auth logout --revoke")
+@remote
 def logout(
-    host: HostOption = None,
+    at: Place,
     revoke: Annotated[bool, typer.Option("--revoke", help="Have the host forget the token too.")] = False,
-    ca_file: CaFileOption = None,
     json: JsonOption = False,
 ) -> None:
     """Forget the token that was kept for a host."""
-    from kohakuriver.config import Logins, load_settings, read_logins, set_by, write_logins
+    from kohakuriver.config import Logins, read_logins, set_by, write_logins
 
-    url, logins = load_settings(host=host).host, read_logins()
+    url, logins = at.resolved().host, read_logins()
     secret = logins.tokens.get(url)
     if secret is not None and revoke:
 
@@ -99,7 +98,7 @@ def logout(
             await client.revoke_token((await client.whoami()).token.id)
 
         with contextlib.suppress(UnauthenticatedError):  # it is worth nothing already
-            ask(url, secret, revoke_own)
+            at.ask_as(secret, revoke_own)
     current = None if logins.current == url else logins.current
     write_logins(Logins(current, _without(url, logins.tokens), _without(url, logins.ca_files)))
     if by := set_by("token"):
@@ -111,16 +110,13 @@ def logout(
 
 
 @app.command(epilog="Example: kohakuriver auth status --json")
-def status(
-    host: HostOption = None, token: TokenOption = None, ca_file: CaFileOption = None, json: JsonOption = False
-) -> None:
+@remote
+def status(at: Remote) -> None:
     """Show who you are to the host, and where the token comes from."""
-    from kohakuriver.config import load_settings
-
-    settings = load_settings(host=host, token=token)
-    who = ask(host, token, lambda client: client.whoami())
-    source = _source(settings, token)
-    if json:
+    settings = at.resolved(at.token)
+    who = at.ask(lambda client: client.whoami())
+    source = _source(settings, at.token)
+    if at.json:
         shown = {"host": settings.host, "user": who.user, "role": who.role, "token": who.token.to_json()}
         output.json_line({**shown, "source": source})
         return

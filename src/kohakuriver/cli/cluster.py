@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from kohakuriver.cli import output
-from kohakuriver.cli.options import JsonOption
+from kohakuriver.cli.options import JsonOption, built
 from kohakuriver.cli.signals import caught
 
 if TYPE_CHECKING:
@@ -36,6 +36,8 @@ class Backend(str, Enum):
     process = "process"
     address = "address"
 
+
+DEFAULT_BACKENDS = (Backend.docker, Backend.address)
 
 AnonymousOption = Annotated[
     bool,
@@ -165,6 +167,7 @@ def _say_ready(cluster: LocalCluster, json: bool) -> None:
 
 
 def host(
+    ctx: typer.Context,
     bind: Annotated[str, typer.Option("--bind", help="The address to listen on.")] = "0.0.0.0",
     port: PortOption = 8000,
     ssh_port: SshPortOption = 8002,
@@ -192,8 +195,8 @@ def host(
         bool, typer.Option("--user-mounts", help="Let users who are no admins mount directories of the nodes.")
     ] = False,
     allow_anonymous: AnonymousOption = False,
-    allowed_host: AllowedHostOption = None,
-    allowed_origin: AllowedOriginOption = None,
+    allowed_hosts: AllowedHostOption = None,
+    allowed_origins: AllowedOriginOption = None,
     log_level: LogLevelOption = LogLevel.info,
     json: JsonOption = False,
     exit_with_stdin: StdinOption = False,
@@ -202,29 +205,11 @@ def host(
     from kohakuriver.config import config_dir
     from kohakuriver.host import HostOptions, serve
 
-    return serve(
-        HostOptions(
-            state_dir=state_dir or config_dir() / "host",
-            bind=bind,
-            port=port,
-            ssh_port=ssh_port,
-            database=database,
-            allow_anonymous=allow_anonymous,
-            allowed_hosts=tuple(allowed_host or ()),
-            allowed_origins=tuple(allowed_origin or ()),
-            user_mounts=user_mounts,
-            tls_cert=tls_cert,
-            tls_key=tls_key,
-            ca_file=ca_file,
-            audit_log=audit_log,
-            json=json,
-            log_level=log_level.value,
-            exit_with_stdin=exit_with_stdin,
-        )
-    )
+    return serve(built(HostOptions, ctx.params, state_dir=state_dir or config_dir() / "host"))
 
 
 def runner(
+    ctx: typer.Context,
     host_url: Annotated[str, typer.Option("--host-url", metavar="URL", envvar="KOHAKURIVER_HOST", help="The host.")],
     bind: Annotated[str, typer.Option("--bind", help="The address to listen on.")] = "0.0.0.0",
     port: PortOption = 8001,
@@ -244,7 +229,7 @@ def runner(
     node_token_file: Annotated[
         Path | None, typer.Option("--node-token-file", help="The file that holds it.", show_default=False)
     ] = None,
-    backend: Annotated[
+    backends: Annotated[
         list[Backend] | None,
         typer.Option(
             "--backend", help="What to offer; may be repeated. Default: docker and address.", show_default=False
@@ -266,8 +251,8 @@ def runner(
         bool, typer.Option("--stop-tasks-on-exit", help="End containers too when the runner ends.")
     ] = False,
     allow_anonymous: AnonymousOption = False,
-    allowed_host: AllowedHostOption = None,
-    allowed_origin: AllowedOriginOption = None,
+    allowed_hosts: AllowedHostOption = None,
+    allowed_origins: AllowedOriginOption = None,
     log_level: LogLevelOption = LogLevel.info,
     json: JsonOption = False,
     exit_with_stdin: StdinOption = False,
@@ -276,26 +261,9 @@ def runner(
     from kohakuriver import config
     from kohakuriver.runner import RunnerOptions, serve
 
-    return serve(
-        RunnerOptions(
-            state_dir=state_dir or config.config_dir() / "runner",
-            host_url=config.host_url(host_url),
-            node_token=node_token,
-            node_token_file=node_token_file,
-            bind=bind,
-            port=port,
-            advertise_url=advertise_url,
-            name=name,
-            backends=tuple(item.value for item in backend or [Backend.docker, Backend.address]),
-            tls_cert=tls_cert,
-            tls_key=tls_key,
-            ca_file=ca_file,
-            stop_tasks_on_exit=stop_tasks_on_exit,
-            allow_anonymous=allow_anonymous,
-            allowed_hosts=tuple(allowed_host or ()),
-            allowed_origins=tuple(allowed_origin or ()),
-            json=json,
-            log_level=log_level.value,
-            exit_with_stdin=exit_with_stdin,
-        )
-    )
+    more = {"state_dir": state_dir or config.config_dir() / "runner", "host_url": config.host_url(host_url)}
+    return serve(built(RunnerOptions, {"backends": DEFAULT_BACKENDS, **_given(ctx)}, **more))
+
+
+def _given(ctx: typer.Context) -> dict[str, Any]:
+    return {name: value for name, value in ctx.params.items() if value is not None}

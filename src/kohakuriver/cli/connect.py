@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import typer
 
 from kohakuriver.cli.behind_dashes import WithCommand, command_of
-from kohakuriver.cli.options import CaFileOption, HostOption, TaskArgument, TokenOption, settings
+from kohakuriver.cli.options import Connection, TaskArgument, remote
 from kohakuriver.cli.signals import ENDING, caught
 from kohakuriver.errors import HostUnreachableError, UnavailableError, UsageError
 
@@ -41,15 +41,13 @@ def register(app: typer.Typer) -> None:
         epilog="Examples:\n\nkohakuriver connect my-task\n\nkohakuriver connect my-task -- nvidia-smi\n\n"
         "tar c data | kohakuriver connect my-task -- tar x -C /work\n\n"
         "In a terminal, ~. at the start of a line ends the connection, also one that hangs.",
-    )(connect)
+    )(remote(connect))
 
 
 def connect(
     ctx: typer.Context,
+    at: Connection,
     task: TaskArgument,
-    host: HostOption = None,
-    token: TokenOption = None,
-    ca_file: CaFileOption = None,
 ) -> int:
     """Open a terminal in a task, or run CMD there.
 
@@ -62,7 +60,7 @@ def connect(
     command = command_of(ctx)
     if command is not None and not command:
         raise UsageError("A command must follow '--'.")
-    chosen = settings(host, token)
+    chosen = at.settings()
     if not (os.isatty(0) and os.isatty(1)):
         return run(Session(chosen, task, Start(command or [], tty=False)).run())
     return _interactive(chosen, task, command or [])

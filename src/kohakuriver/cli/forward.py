@@ -13,7 +13,7 @@ import typer
 
 from kohakuriver.cli import output
 from kohakuriver.cli.behind_dashes import WithCommand, command_of
-from kohakuriver.cli.options import CaFileOption, HostOption, JsonOption, TaskArgument, TokenOption, settings
+from kohakuriver.cli.options import Remote, TaskArgument, remote
 from kohakuriver.cli.signals import caught
 from kohakuriver.errors import KohakuRiverError, UsageError
 
@@ -39,49 +39,49 @@ def register(app: typer.Typer) -> None:
         cls=WithCommand,
         epilog="Examples:\n\nkohakuriver forward my-task 8888\n\nkohakuriver forward my-task 9999:8888 5060/udp\n\n"
         "kohakuriver forward my-task 0:5432 -- sh -c 'psql -h 127.0.0.1 -p $KOHAKURIVER_PORT_5432'",
-    )(forward)
+    )(remote(forward))
 
 
 def forward(
     ctx: typer.Context,
+    at: Remote,
     task: TaskArgument,
     ports: Annotated[
         list[str],
         typer.Argument(
-            metavar="REMOTE_PORT...",
+            metavar="REMOTE_PORT",
             help="Ports of the task; also LOCAL:REMOTE, and with /udp. LOCAL 0 is any free port.",
             show_default=False,
         ),
     ],
     local_port: Annotated[
         int | None,
-        typer.Option("--local-port", help="Default: the remote port. 0 is any free port.", show_default=False),
+        typer.Option("--local-port", "-l", help="Default: the remote port. 0 is any free port.", show_default=False),
     ] = None,
-    local_host: Annotated[str, typer.Option("--local-host", help="The local address to listen on.")] = "127.0.0.1",
-    proto: Annotated[Proto, typer.Option("--proto", help="What ports speak that don't say so.")] = Proto.tcp,
-    json: JsonOption = False,
-    host: HostOption = None,
-    token: TokenOption = None,
-    ca_file: CaFileOption = None,
+    local_host: Annotated[
+        str, typer.Option("--local-host", "-H", help="The local address to listen on.")
+    ] = "127.0.0.1",
+    proto: Annotated[
+        Proto, typer.Option("--proto", "-p", case_sensitive=False, help="What ports speak that don't say so.")
+    ] = Proto.tcp,
 ) -> int:
     """Forward local ports to ports of a task, until Ctrl-C.
 
-    With CMD, run it once every port listens, with KOHAKURIVER_PORT_<remote> in its environment, and end with its
-    exit code.
+    With CMD, run it once every port listens, with KOHAKURIVER_PORT_<remote> in its environment; its exit code is ours.
     """
     from kohakuriver.client.forward import Forwarder
     from kohakuriver.runtime import run
 
     command = command_of(ctx)
-    _check_command(command, json)
+    _check_command(command, at.json)
     wanted = _ports(ports, local_port, proto.value)
-    chosen = settings(host, token)
+    chosen = at.settings()
     _warn_if_exposed(local_host)
 
     async def main() -> int:
         from kohakuriver.cli.forward_view import view_for
 
-        with view_for(task, json=json, beside_command=command is not None) as view:
+        with view_for(task, json=at.json, beside_command=command is not None) as view:
             forwarder = Forwarder(task, wanted, settings=chosen, local_host=local_host, on_event=view.tell)
             return await _Running(forwarder, view, command).run()
 

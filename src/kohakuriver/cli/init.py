@@ -29,7 +29,7 @@ def tls(
     machines: Annotated[
         list[str] | None,
         typer.Argument(
-            metavar="NAME[,NAME...]...",
+            metavar="NAME[,NAME...]",
             help="The names and addresses of a machine, the host first. Default: this machine's.",
             show_default=False,
         ),

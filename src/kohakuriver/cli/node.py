@@ -5,7 +5,7 @@ from __future__ import annotations
 import typer
 
 from kohakuriver.cli import output
-from kohakuriver.cli.options import CaFileOption, HostOption, JsonOption, TokenOption, ask
+from kohakuriver.cli.options import Remote, remote
 
 __all__ = ["app"]
 
@@ -18,12 +18,11 @@ def _group() -> None:
 
 
 @app.command("list", epilog="Example: kohakuriver node list --json")
-def list_nodes(
-    json: JsonOption = False, host: HostOption = None, token: TokenOption = None, ca_file: CaFileOption = None
-) -> None:
+@remote
+def list_nodes(at: Remote) -> None:
     """List the nodes: state, last seen, tasks, traffic."""
-    nodes = ask(host, token, lambda client: client.nodes())
-    if json:
+    nodes = at.ask(lambda client: client.nodes())
+    if at.json:
         output.json_line({"nodes": [node.to_json() for node in nodes]})
         return
     output.table(

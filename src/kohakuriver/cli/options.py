@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
-import os
-from collections.abc import Awaitable, Callable
-from typing import TYPE_CHECKING, Annotated, TypeVar
+import functools
+import inspect
+from collections.abc import Awaitable, Callable, Mapping
+from dataclasses import dataclass, fields
+from enum import Enum
+from typing import TYPE_CHECKING, Annotated, Any, TypeVar, get_type_hints
 
 import typer
 
@@ -16,27 +19,29 @@ if TYPE_CHECKING:
     from kohakuriver.config import Settings
 
 Answer = TypeVar("Answer")
+Record = TypeVar("Record")
 
 __all__ = [
-    "CaFileOption",
-    "HostOption",
+    "Connection",
     "JsonOption",
+    "Place",
+    "Remote",
     "TaskArgument",
-    "TokenOption",
-    "ask",
+    "built",
     "complete_task",
     "pairs",
+    "remote",
     "seconds",
-    "settings",
 ]
 
 
-def complete_task(incomplete: str) -> list[str]:
+def complete_task(ctx: typer.Context, incomplete: str) -> list[str]:
     """The names of the tasks that begin with what was typed; nothing where the host can't be asked."""
     from kohakuriver.config import load_settings
 
+    given = {name: ctx.params.get(name) for name in ("host", "token", "ca_file")}
     try:
-        tasks = _put(load_settings(), lambda client: client.tasks())
+        tasks = _put(load_settings(**given), lambda client: client.tasks())
         return [task.name for task in tasks if task.name.startswith(incomplete)]
     except KohakuRiverError:
         return []
@@ -51,49 +56,120 @@ TaskArgument = Annotated[
         show_default=False,
     ),
 ]
-HostOption = Annotated[
-    str | None,
-    typer.Option(
-        "--host",
-        metavar="URL",
-        help="The host: a URL or a name. Default: KOHAKURIVER_HOST, config.toml, the cluster that 'up' started.",
-        show_default=False,
-    ),
-]
-TokenOption = Annotated[
-    str | None,
-    typer.Option(
-        "--token",
-        metavar="TOKEN",
-        help="Your API token. Others on this machine can read it here; KOHAKURIVER_TOKEN stays private.",
-        show_default=False,
-    ),
-]
-
-
-def _set_ca_file(path: str | None) -> None:
-    # The same as the variable: for all that this command asks, and for what it starts.
-    if path is not None:
-        os.environ["KOHAKURIVER_CA_FILE"] = path
-
-
-CaFileOption = Annotated[
-    str | None,
-    typer.Option(
-        "--ca-file",
-        metavar="FILE",
-        callback=_set_ca_file,
-        expose_value=False,
-        help="Who signed the host's certificate. Default: KOHAKURIVER_CA_FILE, config.toml, the system's authorities.",
-        show_default=False,
-    ),
-]
 JsonOption = Annotated[bool, typer.Option("--json", help="JSON on stdout, and nothing else there.")]
 
+_PANEL = "Connection"
 
-def ask(host: str | None, token: str | None, question: Callable[[HostClient], Awaitable[Answer]]) -> Answer:
-    """What `question(client of the host)` answers. `host` and `token` are the flags, None where not given."""
-    return _put(settings(host, token), question)
+
+@dataclass(frozen=True)
+class Place:
+    """Which host a command asks, and how it is trusted, as flags; None where not given. Made by `remote`."""
+
+    host: Annotated[
+        str | None,
+        typer.Option(
+            "--host",
+            metavar="URL",
+            help="The host: a URL or a name. Default: KOHAKURIVER_HOST, config.toml, the cluster that 'up' started.",
+            show_default=False,
+            rich_help_panel=_PANEL,
+        ),
+    ] = None
+    ca_file: Annotated[
+        str | None,
+        typer.Option(
+            "--ca-file",
+            metavar="FILE",
+            help="Who signed the host's certificate. Default: KOHAKURIVER_CA_FILE, config.toml, the system's.",
+            show_default=False,
+            rich_help_panel=_PANEL,
+        ),
+    ] = None
+
+    def resolved(self, token: str | None = None) -> Settings:
+        """The settings in force. Raises UsageError when one makes no sense."""
+        from kohakuriver.config import load_settings
+
+        return load_settings(host=self.host, token=token, ca_file=self.ca_file)
+
+    def ask_as(self, token: str | None, question: Callable[[HostClient], Awaitable[Answer]]) -> Answer:
+        """What `question(client of the host)` answers to whoever has `token`."""
+        return _put(_warned(self.resolved(token)), question)
+
+
+@dataclass(frozen=True)
+class Connection(Place):
+    """A host, and the token to show there."""
+
+    token: Annotated[
+        str | None,
+        typer.Option(
+            "--token",
+            metavar="TOKEN",
+            help="Your API token. Others on this machine can read it here; KOHAKURIVER_TOKEN stays private.",
+            show_default=False,
+            rich_help_panel=_PANEL,
+        ),
+    ] = None
+
+    def settings(self) -> Settings:
+        """The settings that a command works with; says on stderr what is unsafe about them."""
+        return _warned(self.resolved(self.token))
+
+    def ask(self, question: Callable[[HostClient], Awaitable[Answer]]) -> Answer:
+        """What `question(client of the host)` answers."""
+        return _put(self.settings(), question)
+
+
+@dataclass(frozen=True)
+class Remote(Connection):
+    """A host to ask, and in which form its answer is wanted."""
+
+    json: JsonOption = False
+
+    def show(self, value: dict[str, Any], text: str) -> None:
+        """The answer on stdout: `value` for programs, or `text` for people."""
+        if self.json:
+            output.json_line(value)
+        else:
+            output.line(text)
+
+
+def remote(command: Callable[..., Answer]) -> Callable[..., Answer]:
+    """`command` with the options that its parameter `at` (a Place, Connection or Remote) is made of in its place."""
+    signature = inspect.signature(command, eval_str=True)
+    kind = signature.parameters["at"].annotation
+    hints = get_type_hints(kind, include_extras=True)
+    options = [
+        inspect.Parameter(each.name, inspect.Parameter.KEYWORD_ONLY, default=each.default, annotation=hints[each.name])
+        for each in sorted(fields(kind), key=lambda each: _ORDER.index(each.name))
+    ]
+
+    @functools.wraps(command)
+    def run(**given: Any) -> Answer:
+        at = kind(**{option.name: given.pop(option.name) for option in options})
+        return command(at=at, **given)
+
+    own = [each.replace(kind=each.KEYWORD_ONLY) for each in signature.parameters.values() if each.name != "at"]
+    run.__signature__ = signature.replace(parameters=[*own, *options])  # type: ignore[attr-defined]
+    run.__annotations__ = {each.name: each.annotation for each in [*own, *options]}
+    return run
+
+
+_ORDER = ("json", "host", "token", "ca_file")
+
+
+def built(kind: type[Record], given: Mapping[str, Any], **more: Any) -> Record:
+    """A `kind`, whose fields are the parameters of their names in `given`; one that was not given has its default."""
+    names = {each.name for each in fields(kind)}  # type: ignore[arg-type]
+    chosen = {name: _plain(value) for name, value in given.items() if name in names and value is not None}
+    return kind(**{**chosen, **more})
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, (list, tuple)):
+        return tuple(map(_plain, value))
+    return value.value if isinstance(value, Enum) else value
 
 
 def _put(settings: Settings, question: Callable[[HostClient], Awaitable[Answer]]) -> Answer:
@@ -107,14 +183,15 @@ def _put(settings: Settings, question: Callable[[HostClient], Awaitable[Answer]]
     return run(put())
 
 
-def settings(host: str | None, token: str | None) -> Settings:
-    """The settings that a command works with; says on stderr what is unsafe about them."""
-    from kohakuriver.config import load_settings
+def _warned(chosen: Settings) -> Settings:
+    from kohakuriver.config import accept_plain_http, accepts_plain_http
     from kohakuriver.tls import sends_in_clear
 
-    chosen = load_settings(host=host, token=token)
-    if sends_in_clear(chosen.host):
-        output.note(f"Warning: {chosen.host} is plain HTTP: others on the network can read what goes there.")
+    if sends_in_clear(chosen.host) and not accepts_plain_http(chosen.host):
+        output.note(
+            f"Warning: {chosen.host} is plain HTTP: others on the network can read what goes there. This is said once."
+        )
+        accept_plain_http(chosen.host)
     return chosen
 
 

@@ -5,18 +5,18 @@ from __future__ import annotations
 import os
 import shutil
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from kohakuriver.cli import output
-from kohakuriver.cli.options import CaFileOption, HostOption, JsonOption, TaskArgument, TokenOption, ask
+from kohakuriver.cli.behind_dashes import WithSshArguments
+from kohakuriver.cli.options import Connection, Remote, TaskArgument, remote
 from kohakuriver.errors import KohakuRiverError, UsageError
 
 if TYPE_CHECKING:
     from kohakuriver.client.host import HostClient, Task
 
-__all__ = ["connect", "register", "tasks_changed"]
+__all__ = ["WithSshArguments", "connect", "register", "tasks_changed"]
 
 NOT_FOUND = 127
 
@@ -28,22 +28,21 @@ PassOption = Annotated[
 
 def register(app: typer.Typer) -> None:
     """Add the commands to `app`."""
-    app.command("ssh-proxy", epilog="Example: ssh -o ProxyCommand='kohakuriver ssh-proxy %n' root@web")(ssh_proxy)
-    app.command("ssh-config", epilog="Example: kohakuriver ssh-config --install")(ssh_config)
+    app.command("ssh-proxy", epilog="Example: ssh -o ProxyCommand='kohakuriver ssh-proxy %n' root@web")(
+        remote(ssh_proxy)
+    )
+    app.command("ssh-config", epilog="Example: kohakuriver ssh-config --install")(remote(ssh_config))
 
 
 def ssh_proxy(
+    at: Connection,
     task: TaskArgument,
     pass_socket: PassOption = False,
-    host: HostOption = None,
-    token: TokenOption = None,
-    ca_file: CaFileOption = None,
 ) -> None:
     """Connect stdin and stdout to a task's SSH server: a ProxyCommand for ssh."""
     from kohakuriver.cli import ssh_dial
-    from kohakuriver.config import load_settings
 
-    settings = load_settings(host=host, token=token)
+    settings = at.resolved(at.token)
     ssh_dial.proxy(
         host=settings.host,
         token=settings.token,
@@ -55,14 +54,11 @@ def ssh_proxy(
 
 
 def ssh_config(
+    at: Remote,
     install: Annotated[
         bool, typer.Option("--install", help="Write them to a file that ~/.ssh/config includes from now on.")
     ] = False,
     uninstall: Annotated[bool, typer.Option("--uninstall", help="Take back what --install did.")] = False,
-    json: JsonOption = False,
-    host: HostOption = None,
-    token: TokenOption = None,
-    ca_file: CaFileOption = None,
 ) -> None:
     """Print OpenSSH configuration by which ssh, scp, rsync, git and editors reach tasks by their names."""
     from kohakuriver.cli import ssh_files
@@ -71,23 +67,16 @@ def ssh_config(
         raise UsageError("Give either --install or --uninstall.")
     if uninstall:
         found = ssh_files.uninstall()
-        _say(json, {"event": "uninstalled", "found": found}, "Removed." if found else "There was nothing to remove.")
+        at.show({"event": "uninstalled", "found": found}, "Removed." if found else "There was nothing to remove.")
         return
-    names = ask(host, token, _names)
+    names = at.ask(_names)
     if not install:
         text = ssh_files.config_text(names)
-        _say(json, {"config": text}, text.rstrip("\n"))
+        at.show({"config": text}, text.rstrip("\n"))
         return
     path = ssh_files.install(names)
     sentence = f"Wrote {path}, which ~/.ssh/config includes; try `ssh {names[0] if names else 'TASK.kohakuriver'}`."
-    _say(json, {"event": "installed", "file": str(path), "names": names}, sentence)
-
-
-def _say(json: bool, value: dict[str, Any], text: str) -> None:
-    if json:
-        output.json_line(value)
-    else:
-        output.line(text)
+    at.show({"event": "installed", "file": str(path), "names": names}, sentence)
 
 
 async def _names(client: HostClient) -> list[str]:
@@ -109,9 +98,10 @@ async def tasks_changed(client: HostClient) -> None:
 
 
 def connect(
+    at: Connection,
     task: TaskArgument,
     ssh_arguments: Annotated[
-        list[str] | None, typer.Argument(metavar="[SSH ARGS]...", help="Go to ssh as they are: options, a command.")
+        list[str] | None, typer.Argument(metavar="SSH ARGS", help="Go to ssh as they are: options, a command.")
     ] = None,
     user: Annotated[str, typer.Option("--user", help="Whom to log in as.")] = "root",
     key: Annotated[
@@ -121,19 +111,18 @@ def connect(
         int | None,
         typer.Option("--proxy-port", min=1, max=65535, help="The SSH proxy's port. Default: 8002.", show_default=False),
     ] = None,
-    host: HostOption = None,
-    token: TokenOption = None,
-    ca_file: CaFileOption = None,
 ) -> int:
-    """Log in to a task with the system's ssh. What comes after the task goes to ssh."""
-    from kohakuriver.cli import ssh_dial, ssh_files
-    from kohakuriver.config import load_settings
+    """Log in to a task with the system's ssh.
 
-    settings = load_settings(host=host, token=token)
+    These options stand before the task or right behind it; from the first word on that is none of them all goes to ssh.
+    """
+    from kohakuriver.cli import ssh_dial, ssh_files
+
+    settings = at.settings()
     ssh_proxy = settings.ssh_proxy
     if proxy_port is not None:
         ssh_proxy = f"{ssh_proxy.rpartition(':')[0]}:{proxy_port}"
-    found = ask(host, token, lambda client: client.task(task))
+    found = at.ask(lambda client: client.task(task))
     # ssh would say less about why it can't connect, and always exit with 255.
     shown = ssh_dial.to_show(settings.host, str(found.task_id), settings.token, settings.ca_file)
     ssh_dial.dial(ssh_proxy, str(found.task_id), shown).close()

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from kohakuriver.cli import output
-from kohakuriver.cli.options import CaFileOption, HostOption, JsonOption, TokenOption, ask, seconds
+from kohakuriver.cli.options import Remote, remote, seconds
 from kohakuriver.errors import UsageError
 
 if TYPE_CHECKING:
@@ -27,7 +27,9 @@ OfUserOption = Annotated[
 
 
 @app.command(epilog="Example: kohakuriver token create laptop --expires 90d")
+@remote
 def create(
+    at: Remote,
     name: Annotated[str, typer.Argument(metavar="NAME", help="What you will call it.", show_default=False)],
     user: OfUserOption = None,
     node: Annotated[
@@ -38,15 +40,11 @@ def create(
         str | None,
         typer.Option("--expires", metavar="TIME", help="How long it is good, as 12h or 30d. Default: for ever."),
     ] = None,
-    json: JsonOption = False,
-    host: HostOption = None,
-    token: TokenOption = None,
-    ca_file: CaFileOption = None,
 ) -> None:
     """Make a token and print it, this once."""
     expires_in = None if expires is None else seconds(expires, "--expires")
-    made = ask(host, token, lambda client: client.make_token(name, user=user, node=node, expires_in=expires_in))
-    if json:
+    made = at.ask(lambda client: client.make_token(name, user=user, node=node, expires_in=expires_in))
+    if at.json:
         output.json_line(made.to_json())
     else:
         output.note(f"Token {made.name} ({made.id}) for {_whose(made)}, {_until(made)}. It is shown only now:")
@@ -54,19 +52,17 @@ def create(
 
 
 @app.command("list", epilog="Example: kohakuriver token list")
+@remote
 def list_tokens(
+    at: Remote,
     user: OfUserOption = None,
     every: Annotated[bool, typer.Option("--all", help="For admins: all tokens, of users and nodes.")] = False,
-    json: JsonOption = False,
-    host: HostOption = None,
-    token: TokenOption = None,
-    ca_file: CaFileOption = None,
 ) -> None:
     """List tokens, without their secrets."""
     if every and user is not None:
         raise UsageError("--all and --user don't go together: --all lists everybody's.")
-    tokens = ask(host, token, lambda client: client.tokens(user=user, every=every))
-    if json:
+    tokens = at.ask(lambda client: client.tokens(user=user, every=every))
+    if at.json:
         output.json_line({"tokens": [item.to_json() for item in tokens]})
         return
     output.table(
@@ -86,16 +82,14 @@ def list_tokens(
 
 
 @app.command(epilog="Example: kohakuriver token revoke laptop")
+@remote
 def revoke(
+    at: Remote,
     name: Annotated[str, typer.Argument(metavar="TOKEN", help="The token's id or name.", show_default=False)],
-    json: JsonOption = False,
-    host: HostOption = None,
-    token: TokenOption = None,
-    ca_file: CaFileOption = None,
 ) -> None:
     """Make a token worthless, at once: what it has opened ends."""
-    revoked = ask(host, token, lambda client: client.revoke_token(name))
-    if json:
+    revoked = at.ask(lambda client: client.revoke_token(name))
+    if at.json:
         output.json_line(revoked.to_json())
     else:
         output.line(f"Revoked {revoked.name} ({revoked.id}) of {_whose(revoked)}.")

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from kohakuriver.cli import output
-from kohakuriver.cli.options import CaFileOption, HostOption, JsonOption, TokenOption, ask, seconds
+from kohakuriver.cli.options import Remote, remote, seconds
 
 if TYPE_CHECKING:
     from kohakuriver.client.host import HostClient, Token, User
@@ -31,7 +31,9 @@ UserArgument = Annotated[str, typer.Argument(metavar="USER", help="The user's na
 
 
 @app.command(epilog="Example: kohakuriver user add ann --expires 90d")
+@remote
 def add(
+    at: Remote,
     name: UserArgument,
     role: Annotated[
         Role, typer.Option("--role", help="An admin may do everything, also with others' tasks.")
@@ -40,10 +42,6 @@ def add(
         str | None,
         typer.Option("--expires", metavar="TIME", help="How long the first token is good, as 30d. Default: for ever."),
     ] = None,
-    json: JsonOption = False,
-    host: HostOption = None,
-    token: TokenOption = None,
-    ca_file: CaFileOption = None,
 ) -> None:
     """Add a user and print their first token, this once; `kohakuriver auth login` takes it."""
     expires_in = None if expires is None else seconds(expires, "--expires")
@@ -52,8 +50,8 @@ def add(
         user = await client.add_user(name, role=role.value)
         return user, await client.make_token("first", user=name, expires_in=expires_in)
 
-    user, made = ask(host, token, make)
-    if json:
+    user, made = at.ask(make)
+    if at.json:
         output.json_line({**user.to_json(), "token": made.token, "expires_at": made.expires_at})
     else:
         output.note(f"Added {user.name} ({user.role}). Their first token is shown only now:")
@@ -61,12 +59,11 @@ def add(
 
 
 @app.command("list", epilog="Example: kohakuriver user list")
-def list_users(
-    json: JsonOption = False, host: HostOption = None, token: TokenOption = None, ca_file: CaFileOption = None
-) -> None:
+@remote
+def list_users(at: Remote) -> None:
     """List all users."""
-    users = ask(host, token, lambda client: client.users())
-    if json:
+    users = at.ask(lambda client: client.users())
+    if at.json:
         output.json_line({"users": [user.to_json() for user in users]})
         return
     output.table(
@@ -75,16 +72,14 @@ def list_users(
 
 
 @app.command(epilog="Example: kohakuriver user remove ann")
+@remote
 def remove(
+    at: Remote,
     name: UserArgument,
-    json: JsonOption = False,
-    host: HostOption = None,
-    token: TokenOption = None,
-    ca_file: CaFileOption = None,
 ) -> None:
     """Remove a user: their tokens end, and what is open with them. Their tasks become yours."""
-    removed = ask(host, token, lambda client: client.remove_user(name))
-    if json:
+    removed = at.ask(lambda client: client.remove_user(name))
+    if at.json:
         output.json_line(removed.to_json())
     else:
         output.line(f"Removed {removed.name}; the tasks that were theirs are yours now.")

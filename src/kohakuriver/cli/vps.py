@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import shlex
 from enum import Enum
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from kohakuriver.cli import output, ssh
-from kohakuriver.cli.options import CaFileOption, HostOption, JsonOption, TaskArgument, TokenOption, ask, pairs
+from kohakuriver.cli.behind_dashes import WithCommand, command_of
+from kohakuriver.cli.options import Remote, TaskArgument, pairs, remote
 from kohakuriver.errors import UsageError
 
 if TYPE_CHECKING:
@@ -19,7 +21,7 @@ __all__ = ["app"]
 
 app = typer.Typer(
     help="Make, list, end and adopt tasks.",
-    epilog="Example: kohakuriver vps create --name web -- python3 -m http.server 8888",
+    epilog="Example: kohakuriver vps create --name web --image python:3.12 -- python3 -m http.server 8888",
     no_args_is_help=True,
 )
 
@@ -37,17 +39,29 @@ NameOption = Annotated[
     str | None, typer.Option("--name", help="A unique name for the task. Default: made up.", show_default=False)
 ]
 NodeOption = Annotated[
-    str | None, typer.Option("--node", help="The node to run it on. Default: the host chooses.", show_default=False)
+    str | None, typer.Option("--node", help="Its node. Default: the host chooses, or finds it.", show_default=False)
 ]
 NoWaitOption = Annotated[bool, typer.Option("--no-wait", help="Don't wait until the task's tunnel is connected.")]
 TimeoutOption = Annotated[float, typer.Option("--timeout", metavar="SECONDS", min=0, help="How long to wait at most.")]
 
 
-@app.command(epilog="Example: kohakuriver vps create --name web --image python:3.12 -- python3 -m http.server 8888")
+class _Create(WithCommand):
+    def misplaced(self, ctx: Any, words: list[str]) -> str:
+        image, name = ctx.params.get("image"), ctx.params.get("name")
+        if len(words) == 1 and image is None and ctx.params.get("backend") is None:
+            return f"A command stands behind --; an image is --image {words[0]}, a name is --name {words[0]}."
+        if name is None:
+            return f"A command stands behind --, and a name is --name {words[0]}."
+        return f"A command stands behind --: … -- {shlex.join(words)}"
+
+
+@app.command(
+    cls=_Create, epilog="Example: kohakuriver vps create --name web --image python:3.12 -- python3 -m http.server 8888"
+)
+@remote
 def create(
-    command: Annotated[
-        list[str] | None, typer.Argument(metavar="-- CMD...", help="What to run. Without it the task just stays up.")
-    ] = None,
+    ctx: typer.Context,
+    at: Remote,
     name: NameOption = None,
     node: NodeOption = None,
     backend: Annotated[
@@ -74,12 +88,8 @@ def create(
     ] = None,
     no_wait: NoWaitOption = False,
     timeout: TimeoutOption = WAIT_TIMEOUT,
-    json: JsonOption = False,
-    host: HostOption = None,
-    token: TokenOption = None,
-    ca_file: CaFileOption = None,
 ) -> None:
-    """Start a task, wait until its tunnel is connected, and print its id."""
+    """Start a task, wait until its tunnel is connected, and print its id. Without CMD the task just stays up."""
     from kohakuriver.cli.ssh_files import public_keys
     from kohakuriver.client.host import NewTask
 
@@ -88,7 +98,7 @@ def create(
         node=node,
         backend=backend.value if backend else None,
         image=image,
-        command=command or [],
+        command=command_of(ctx) or [],
         env=pairs(env or [], "--env"),
         mounts=[_mount(text) for text in mount or []],
         ssh_keys=public_keys(public_key_file or []) if with_ssh or public_key_file else [],
@@ -100,7 +110,7 @@ def create(
             await ssh.tasks_changed(client)
         return await _settled(client, task, wait=not no_wait, timeout=timeout)
 
-    _print_id(ask(host, token, start), json)
+    _print_id(at.ask(start), at.json)
 
 
 def _mount(text: str) -> str:
@@ -112,9 +122,11 @@ def _mount(text: str) -> str:
 
 
 @app.command(epilog="Example: kohakuriver vps adopt my-container --name web")
+@remote
 def adopt(
+    at: Remote,
     container: Annotated[
-        str | None, typer.Argument(metavar="[CONTAINER]", help="A container that runs already.", show_default=False)
+        str | None, typer.Argument(metavar="CONTAINER", help="A container that runs already.", show_default=False)
     ] = None,
     address: Annotated[
         str | None,
@@ -124,10 +136,6 @@ def adopt(
     name: NameOption = None,
     no_wait: NoWaitOption = False,
     timeout: TimeoutOption = WAIT_TIMEOUT,
-    json: JsonOption = False,
-    host: HostOption = None,
-    token: TokenOption = None,
-    ca_file: CaFileOption = None,
 ) -> None:
     """Make a task of a container that already runs, or of a machine that a node reaches."""
     if (container is None) == (address is None):
@@ -139,7 +147,7 @@ def adopt(
         task = await client.adopt(container=container, address=address, node=node, name=name)
         return await _settled(client, task, wait=not no_wait, timeout=timeout)
 
-    _print_id(ask(host, token, start), json)
+    _print_id(at.ask(start), at.json)
 
 
 async def _settled(client: HostClient, task: Task, *, wait: bool, timeout: float) -> Task:
@@ -157,12 +165,11 @@ def _print_id(task: Task, json: bool) -> None:
 
 
 @app.command("list", epilog="Example: kohakuriver vps list --json")
-def list_tasks(
-    json: JsonOption = False, host: HostOption = None, token: TokenOption = None, ca_file: CaFileOption = None
-) -> None:
+@remote
+def list_tasks(at: Remote) -> None:
     """List the tasks that are yours or shared with you; for admins all."""
-    tasks = ask(host, token, lambda client: client.tasks())
-    if json:
+    tasks = at.ask(lambda client: client.tasks())
+    if at.json:
         output.json_line({"tasks": [task.to_json() for task in tasks]})
         return
     output.table(
@@ -190,54 +197,46 @@ def _tunnel(task: Task) -> str:
 
 
 @app.command(epilog="Example: kohakuriver vps status web")
+@remote
 def status(
+    at: Remote,
     task: TaskArgument,
-    json: JsonOption = False,
-    host: HostOption = None,
-    token: TokenOption = None,
-    ca_file: CaFileOption = None,
 ) -> None:
     """Show one task."""
-    _print_task(ask(host, token, lambda client: client.task(task)), json)
+    _print_task(at.ask(lambda client: client.task(task)), at.json)
 
 
 @app.command(epilog="Example: kohakuriver vps stop web")
+@remote
 def stop(
+    at: Remote,
     task: TaskArgument,
-    json: JsonOption = False,
-    host: HostOption = None,
-    token: TokenOption = None,
-    ca_file: CaFileOption = None,
 ) -> None:
     """End what a task runs; 'restart' runs it again."""
-    _print_done("Stopped", ask(host, token, lambda client: client.stop(task)), json)
+    _print_done("Stopped", at.ask(lambda client: client.stop(task)), at.json)
 
 
 @app.command(epilog="Example: kohakuriver vps restart web")
+@remote
 def restart(
+    at: Remote,
     task: TaskArgument,
     no_wait: NoWaitOption = False,
     timeout: TimeoutOption = WAIT_TIMEOUT,
-    json: JsonOption = False,
-    host: HostOption = None,
-    token: TokenOption = None,
-    ca_file: CaFileOption = None,
 ) -> None:
     """Run a task again; open forwards find it by themselves."""
 
     async def again(client: HostClient) -> Task:
         return await _settled(client, await client.restart(task), wait=not no_wait, timeout=timeout)
 
-    _print_done("Restarted", ask(host, token, again), json)
+    _print_done("Restarted", at.ask(again), at.json)
 
 
 @app.command(epilog="Example: kohakuriver vps rm web")
+@remote
 def rm(
+    at: Remote,
     task: TaskArgument,
-    json: JsonOption = False,
-    host: HostOption = None,
-    token: TokenOption = None,
-    ca_file: CaFileOption = None,
 ) -> None:
     """End a task and forget it."""
 
@@ -247,42 +246,37 @@ def rm(
             await ssh.tasks_changed(client)
         return removed
 
-    _print_done("Removed", ask(host, token, remove), json)
+    _print_done("Removed", at.ask(remove), at.json)
 
 
-app.command(
-    context_settings={"allow_interspersed_args": False, "ignore_unknown_options": True},
-    epilog="Example: kohakuriver vps connect web -L 8080:127.0.0.1:80",
-)(ssh.connect)
+app.command(cls=ssh.WithSshArguments, epilog="Example: kohakuriver vps connect web -L 8080:127.0.0.1:80")(
+    remote(ssh.connect)
+)
 
 
 UserArgument = Annotated[str, typer.Argument(metavar="USER", help="The user's name.", show_default=False)]
 
 
 @app.command(epilog="Example: kohakuriver vps share web ann")
+@remote
 def share(
+    at: Remote,
     task: TaskArgument,
     user: UserArgument,
-    json: JsonOption = False,
-    host: HostOption = None,
-    token: TokenOption = None,
-    ca_file: CaFileOption = None,
 ) -> None:
     """Let another user look at a task, reach its ports and open terminals in it."""
-    _print_done(f"{user} may now use", ask(host, token, lambda client: client.share(task, user)), json)
+    _print_done(f"{user} may now use", at.ask(lambda client: client.share(task, user)), at.json)
 
 
 @app.command(epilog="Example: kohakuriver vps unshare web ann")
+@remote
 def unshare(
+    at: Remote,
     task: TaskArgument,
     user: UserArgument,
-    json: JsonOption = False,
-    host: HostOption = None,
-    token: TokenOption = None,
-    ca_file: CaFileOption = None,
 ) -> None:
     """Take that back; what that user has open to the task ends."""
-    _print_done(f"{user} may no longer use", ask(host, token, lambda client: client.unshare(task, user)), json)
+    _print_done(f"{user} may no longer use", at.ask(lambda client: client.unshare(task, user)), at.json)
 
 
 def _print_task(task: Task, json: bool) -> None:
