@@ -234,8 +234,8 @@ class Runner:
     def _heartbeat(self) -> dict[str, Any]:
         snapshot = self._tunnels.snapshot()
         reports = self._tasks.reports()
-        for report in reports:
-            seen = snapshot["containers"].get(report["container"], {})
+        for task, report in zip(self._tasks.all(), reports, strict=True):
+            seen = snapshot["containers"].get(task.container, {})
             report["traffic"] = {name: seen.get(name, 0) for name in _TASK_TRAFFIC}
         return {"tasks": reports, "traffic": {name: snapshot[name] for name in _TRAFFIC}}
 
