@@ -9,8 +9,6 @@ from __future__ import annotations
 
 import asyncio
 import ipaddress
-import itertools
-import random
 import threading
 import time
 from collections.abc import Callable, Sequence
@@ -22,6 +20,7 @@ from kohakuriver.config import Settings, load_settings, path_segment
 from kohakuriver.errors import KohakuRiverError, NotAllowedError, NotFoundError, UnavailableError, UsageError
 from kohakuriver.runtime import new_event_loop
 from kohakuriver.tls import client_context
+from kohakuriver.tunnel.backoff import Backoff
 from kohakuriver.tunnel.dial import open_session
 from kohakuriver.tunnel.endpoint import EndpointStats, ListeningSocket, UserEndpoint
 from kohakuriver.tunnel.link import Link
@@ -50,8 +49,6 @@ __all__ = [
 
 RETRY_BASE = 0.2
 RETRY_CAP = 5.0
-# A session that lived this long, in seconds, was a good one: the next loss of it starts the backoff anew.
-STEADY = 10.0
 # Rates are taken over at least so many seconds, whoever asks for them how often.
 RATED_OVER = 0.5
 
@@ -302,19 +299,18 @@ class Forwarder:
         self._on_event(StreamError(remote_port, str(text)))
 
     async def _keep_open(self) -> None:
-        failures = 0
+        backoff = Backoff(RETRY_BASE, RETRY_CAP)
         while True:
             reason = await self._losses.get()
             if self._link is not None and self._link.close_code == CloseCode.IDLE:
                 raise UnavailableError(f"The host has ended this forward: {reason}.", code="idle")
-            if time.monotonic() - self._opened_at > STEADY:
-                failures = 0
-            failures = await self._reopen(reason, failures)
+            backoff.ended(time.monotonic() - self._opened_at)
+            await self._reopen(reason, backoff)
 
-    async def _reopen(self, reason: str, failures: int) -> int:
-        """Open sessions until one stands; how often it failed, for the next time."""
-        for attempt in itertools.count(failures):
-            delay = random.uniform(0, min(RETRY_CAP, RETRY_BASE * 2 ** min(attempt, 10)))
+    async def _reopen(self, reason: str, backoff: Backoff) -> None:
+        """Open sessions until one stands."""
+        while True:
+            delay = backoff.pause()
             self._on_event(Reconnecting(reason, round(delay, 3)))
             await asyncio.sleep(delay)
             try:
@@ -323,11 +319,11 @@ class Forwarder:
                 raise
             except KohakuRiverError as error:
                 reason = error.message
+                backoff.ended(None)
                 continue
             self._attach(link)
             self._on_event(Resumed(self.task, link.version))
-            return attempt + 1
-        raise AssertionError("unreachable: the count does not end")
+            return
 
 
 def _check_distinct(ports: Sequence[PortForward]) -> None:

@@ -10,27 +10,25 @@ import argparse
 import asyncio
 import logging
 import os
-import random
 import signal
 import sys
+import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from urllib.parse import quote
 
 from kohakuriver._frame import FrameWalker
 from kohakuriver.descriptors import prepare
-from kohakuriver.errors import KohakuRiverError, UsageError
+from kohakuriver.errors import KohakuRiverError, NotAllowedError, UsageError
 from kohakuriver.runtime import run
+from kohakuriver.tunnel.backoff import Reconnect
 from kohakuriver.tunnel.dial import open_link
 from kohakuriver.tunnel.endpoint import ContainerEndpoint, EndpointConfig
+from kohakuriver.tunnel.error_text import WINDOW_PASSED
 from kohakuriver.tunnel.link import Link
-from kohakuriver.tunnel.protocol import ERROR, CloseCode, ErrorText
+from kohakuriver.tunnel.protocol import ERROR, CloseCode
 from kohakuriver.tunnel.settings import from_environment
 from kohakuriver.tunnel.tcp import TcpStream
-
-FIRST_RETRY = 0.1
-# A tunnel that lived this many seconds was a good one: the backoff starts anew.
-STEADY = 10.0
 
 log = logging.getLogger("tunnel-client")
 
@@ -44,6 +42,7 @@ class TunnelClient:
         token: its credential, or None.
         reconnect_delay: seconds that the pause between attempts grows to.
         max_reconnect: failures in a row to give up after; 0 for never.
+        stays: it goes on, after a long pause, where another client has taken over.
     """
 
     def __init__(
@@ -54,6 +53,7 @@ class TunnelClient:
         token: str | None = None,
         reconnect_delay: float = 5.0,
         max_reconnect: int = 0,
+        stays: bool = False,
         config: EndpointConfig | None = None,
     ) -> None:
         base = runner_url.rstrip("/")
@@ -62,43 +62,44 @@ class TunnelClient:
                 base = ws + base.removeprefix(http)
         self.url = f"{base}/ws/tunnel/{quote(container_id, safe='')}"
         self.token = token
-        self.reconnect_delay = reconnect_delay
-        self.max_reconnect = max_reconnect
+        self._reconnect = Reconnect(delay=reconnect_delay, most=max_reconnect, stays=stays)
         self.config = config
         self.link: Link | None = None
 
     async def serve(self) -> int:
         """Keep the tunnel up until it is replaced (0) or the attempts are used up (1)."""
-        loop = asyncio.get_running_loop()
-        failures, pause = 0, FIRST_RETRY
         while True:
-            began = loop.time()
+            lived: float | None = None
+            code: int | None = None
             try:
-                code = await self._once()
+                lived, code = await self._once()
             except KohakuRiverError as error:
                 log.warning("%s", error)
-                code = 0
+                code = error.status if isinstance(error, NotAllowedError) else None
             if code == CloseCode.REPLACED:
                 log.warning("another tunnel client of this container has taken over")
-                return 0
-            if loop.time() - began >= STEADY:
-                failures, pause = 0, FIRST_RETRY
-            failures += 1
-            if self.max_reconnect and failures > self.max_reconnect:
-                log.error("giving up after %d failures in a row", failures)
-                return 1
-            await asyncio.sleep(random.uniform(pause / 2, pause))
-            pause = min(2 * pause, max(self.reconnect_delay, FIRST_RETRY))
+            verdict = self._reconnect.after(lived, code)
+            if verdict.end:
+                return self._ended(verdict.end)
+            await asyncio.sleep(verdict.pause())
 
-    async def _once(self) -> int:
-        """One tunnel, from its handshake to its end; the close code."""
+    def _ended(self, why: str) -> int:
+        if why == "replaced":
+            return 0
+        log.error("giving up after %d failures in a row", self._reconnect.backoff.failures)
+        return 1
+
+    async def _once(self) -> tuple[float, int]:
+        """One tunnel, from its handshake to its end: how many seconds it was up, and its close code."""
         gone: asyncio.Future[int] = asyncio.get_running_loop().create_future()
         endpoint = _Tunnel(gone, self.config)
         self.link = await open_link(self.url, FrameWalker(masked=False), endpoint, token=self.token, peer="runner")
         endpoint.attach(self.link)
+        began = time.monotonic()
         log.info("tunnel connected, version %d", self.link.version)
         try:
-            return await gone
+            code = await gone
+            return time.monotonic() - began, code
         finally:
             self.link.abort()
             await endpoint.close()
@@ -111,7 +112,7 @@ class _Tunnel(ContainerEndpoint):
 
     def window_passed(self, stream: TcpStream) -> None:
         """This link is shared by all users of the container: the runner ends the session of the one that did it."""
-        self.send_message(ERROR, stream.id, ErrorText("EPROTO", "more was sent than the window allows").pack())
+        self.send_message(ERROR, stream.id, WINDOW_PASSED.pack())
         stream.reset()
 
     def link_closed(self, link: Link, code: int, reason: str) -> None:
@@ -154,6 +155,7 @@ async def _work(arguments: argparse.Namespace) -> int:
         token=token,
         reconnect_delay=arguments.reconnect_delay,
         max_reconnect=arguments.max_reconnect,
+        stays=arguments.command is not None,
         config=from_environment(),
     )
     serving = asyncio.ensure_future(client.serve())

@@ -20,6 +20,7 @@ from kohakuriver._frame import HEADROOM, WS_TEXT, FrameViolation, FrameWalker, M
 from kohakuriver.errors import LocalAddressError
 from kohakuriver.resolve import resolving
 from kohakuriver.tunnel import stream as rules
+from kohakuriver.tunnel.error_text import service_error, user_error
 from kohakuriver.tunnel.link import Assembler, Link
 from kohakuriver.tunnel.protocol import (
     CLOSE,
@@ -42,7 +43,7 @@ from kohakuriver.tunnel.protocol import (
     parse_limit,
 )
 from kohakuriver.tunnel.stream import Event, State
-from kohakuriver.tunnel.tcp import TcpStream, error_text
+from kohakuriver.tunnel.tcp import TcpStream
 from kohakuriver.tunnel.udp import UdpListener, UdpSocket, UdpStream, connected_datagram_socket
 
 BULK_READ = (1 << 20) - HEADROOM
@@ -351,6 +352,10 @@ class Endpoint:
     def socket_ready(self, stream: TcpStream) -> None:
         """A stream's local socket is connected."""
 
+    def socket_error(self, stream: TcpStream, exc: Exception) -> ErrorText:
+        """What the other end is told of a local socket that broke."""
+        return user_error(exc)
+
     def forget_waiting(self, stream: TcpStream) -> None:
         """A local socket went before its stream was opened."""
 
@@ -595,10 +600,7 @@ class ContainerEndpoint(Endpoint):
         if failure is None:
             return
         if stream.state is not State.OVER:
-            text = error_text(failure, f"port {stream.port} {self.where} can't be reached")
-            if isinstance(failure, ConnectionRefusedError):
-                text = ErrorText("ECONNREFUSED", f"nothing listens on port {stream.port} {self.where}")
-            self.send_message(ERROR, stream.id, text.pack())
+            self.send_message(ERROR, stream.id, service_error(failure, stream.port, self.where).pack())
             stream.reset()
 
     async def _try(self, stream: TcpStream, host: str) -> BaseException | None:
@@ -622,14 +624,16 @@ class ContainerEndpoint(Endpoint):
         stream.established(None)
         stream._pump()
 
+    def socket_error(self, stream: TcpStream, exc: Exception) -> ErrorText:
+        return service_error(exc, stream.port, self.where)
+
     async def _dial_udp(self, stream: UdpStream) -> None:
         loop = asyncio.get_running_loop()
         try:
             sock = connected_datagram_socket(self.hosts[0], stream.port)
             transport, _ = await loop.create_datagram_endpoint(lambda: UdpSocket(stream, sock), sock=sock)
         except OSError as exc:
-            text = error_text(exc, f"port {stream.port} {self.where} can't be reached")
-            self.send_message(ERROR, stream.id, text.pack(), PROTO_UDP)
+            self.send_message(ERROR, stream.id, service_error(exc, stream.port, self.where).pack(), PROTO_UDP)
             stream.over()
             return
         if self.streams.get(stream.id) is not stream:

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import errno
-import os
 import socket
 import struct
 import time
@@ -15,7 +13,7 @@ from typing import TYPE_CHECKING, cast
 from kohakuriver._frame import HEADROOM, frame_in_place
 from kohakuriver.tunnel import stream as rules
 from kohakuriver.tunnel.link import DirectSocket, receive_buffer, soon, tune_socket
-from kohakuriver.tunnel.protocol import CLOSE, DATA, EOF, ERROR, PING, PROTO_TCP, ErrorText
+from kohakuriver.tunnel.protocol import CLOSE, DATA, EOF, ERROR, PING, PROTO_TCP
 from kohakuriver.tunnel.stream import Event, State
 
 if TYPE_CHECKING:
@@ -23,16 +21,6 @@ if TYPE_CHECKING:
 
 BLOCKED_READ = 4 * 1024  # a stream that learns only by reading that the link is blocked adds this to what waits
 WRITE_PIECE = 256 * 1024
-
-
-def error_text(exc: BaseException, doing: str) -> ErrorText:
-    """A wire error text: symbolic code, then what failed (docs/protocol.md §3, ERROR)."""
-    number = exc.errno if isinstance(exc, OSError) else None
-    if number is None and isinstance(exc, (asyncio.TimeoutError, TimeoutError)):
-        number = errno.ETIMEDOUT
-    code = errno.errorcode.get(number, "EIO") if number is not None else "EIO"
-    reason = os.strerror(number) if number is not None else str(exc) or type(exc).__name__
-    return ErrorText(code, f"{doing}: {reason}")
 
 
 class TcpStream(asyncio.BufferedProtocol):
@@ -374,8 +362,7 @@ class TcpStream(asyncio.BufferedProtocol):
 
     def _local_error(self, exc: Exception) -> None:
         if self.state is not State.OVER:
-            text = error_text(exc, "the socket at the other end failed")
-            self.endpoint.send_message(ERROR, self.id, text.pack())
+            self.endpoint.send_message(ERROR, self.id, self.endpoint.socket_error(self, exc).pack())
             self.reset()
 
     def _drop_queue(self) -> None:

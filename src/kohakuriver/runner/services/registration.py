@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import base64
 import contextlib
+import time
 from collections.abc import Awaitable, Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,6 +26,7 @@ from kohakuriver.errors import (
 from kohakuriver.runner.services.state import State
 from kohakuriver.session import ticket
 from kohakuriver.session.ticket import Scope, Ticket, UsedTickets
+from kohakuriver.tunnel.backoff import Backoff
 
 __all__ = ["NodeIdentity", "Registration"]
 
@@ -32,7 +34,7 @@ log = structlog.get_logger("kohakuriver.runner")
 
 _ANSWER_SECONDS = 10.0
 _LEAVE_SECONDS = 2.0
-_RETRY_SECONDS = 1.0
+_FIRST_PAUSE, _LONGEST_PAUSE = 1.0, 5.0  # seconds
 
 TASKS_AT_ONCE = 100
 """How many tasks one heartbeat tells in full: with the longest messages some 700 kB, and a host takes 1 MiB."""
@@ -77,6 +79,7 @@ class Registration:
         self._ticket_key = state.ticket_key
         self._used_tickets = UsedTickets(state.directory / "used-tickets")
         self._registered = False
+        self._registered_at: float | None = None
         self._trouble = ""
         self._http = httpx.AsyncClient(
             base_url=identity.host_url,
@@ -105,12 +108,19 @@ class Registration:
 
     async def run(self) -> None:
         """Keep the host informed, until cancelled."""
+        backoff = Backoff(_FIRST_PAUSE, _LONGEST_PAUSE)
         while True:
+            self._registered_at = None
             trouble = await self._stay_registered()
+            backoff.ended(self._registered_for())
             if trouble != self._trouble:
                 log.warning("the host does not take this node in", reason=trouble)
             self._trouble = trouble
-            await asyncio.sleep(_RETRY_SECONDS)
+            await asyncio.sleep(backoff.pause())
+
+    def _registered_for(self) -> float | None:
+        """For how many seconds the host has had this node; None where it did not take it in."""
+        return None if self._registered_at is None else time.monotonic() - self._registered_at
 
     async def _stay_registered(self) -> str:
         """Register and send heartbeats until something is in the way; what that is."""
@@ -120,6 +130,7 @@ class Registration:
                 seconds = await self._register(offered)
                 log.info("registered with the host", host=self._identity.host_url, node=self._identity.name)
                 self._trouble = ""
+                self._registered_at = time.monotonic()
                 with contextlib.suppress(NotFoundError):  # the host has forgotten this node: tell it again
                     offered = await self._beat(seconds, offered)
         except KohakuRiverError as error:
