@@ -13,8 +13,9 @@ from kohakuriver.limits import Limits
 from kohakuriver.runner.services.tunnel_server import Side
 from kohakuriver.tunnel import link as links
 from kohakuriver.tunnel.accept import Ignore
+from kohakuriver.tunnel.buffers import Assembler
 from kohakuriver.tunnel.endpoint import ContainerEndpoint
-from kohakuriver.tunnel.link import Assembler, Link
+from kohakuriver.tunnel.link import Link
 from kohakuriver.tunnel.protocol import DATA, PING, PROTO_TCP, ws_close, ws_ping, ws_pong, ws_text
 from tests.support.hops import until
 from tests.support.peers.fake_transport import FakeTransport

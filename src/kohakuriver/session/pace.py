@@ -10,7 +10,8 @@ import asyncio
 from typing import TYPE_CHECKING
 
 from kohakuriver.limits import TokenBucket
-from kohakuriver.tunnel.link import RECEIVE_SIZE, Link
+from kohakuriver.tunnel.buffers import RECEIVE_SIZE
+from kohakuriver.tunnel.link import Link
 from kohakuriver.tunnel.message_link import MessageLink, size_of
 from kohakuriver.tunnel.stream import SendWindow
 

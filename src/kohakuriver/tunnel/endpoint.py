@@ -20,8 +20,9 @@ from kohakuriver._frame import HEADROOM, WS_TEXT, FrameViolation, FrameWalker, M
 from kohakuriver.errors import LocalAddressError
 from kohakuriver.resolve import resolving
 from kohakuriver.tunnel import stream as rules
+from kohakuriver.tunnel.buffers import Assembler
 from kohakuriver.tunnel.error_text import service_error, user_error
-from kohakuriver.tunnel.link import Assembler, Link
+from kohakuriver.tunnel.link import Link
 from kohakuriver.tunnel.protocol import (
     CLOSE,
     CONNECT,

@@ -8,18 +8,12 @@ docs/protocol.md §3 rule 11). It knows frames, and nothing of streams or of who
 from __future__ import annotations
 
 import asyncio
-import os
-import socket
-import sys
-import threading
 from collections import deque
 from collections.abc import Callable, Sequence
 from typing import Protocol, cast
 
 from kohakuriver._frame import (
-    FIRST,
     HEADROOM,
-    LAST,
     WS_CLOSE,
     WS_PING,
     WS_TEXT,
@@ -29,61 +23,22 @@ from kohakuriver._frame import (
     Message,
     build_frame,
 )
+from kohakuriver.tunnel.buffers import ReceiveBuffer, receive_buffer
 from kohakuriver.tunnel.protocol import PROTO_TCP, Bytes, CloseCode, parse_ws_close, ws_close, ws_ping, ws_pong
+from kohakuriver.tunnel.sockets import DirectSocket, tune_socket
 
-RECEIVE_SIZE = 1 << 20
 IDLE_PING = 15.0
 PONG_WAIT = 20.0
 CLOSE_WAIT = 3.0
-# How many bytes the kernel may hold that it has not yet put on the wire; more only adds delay for small messages.
-NOTSENT_LOWAT = 256 * 1024
 # A peer that makes us answer and never reads is dropped when this much waits for it: more than any window gives out.
 MAX_QUEUED = 128 << 20
 MAX_URGENT = 8 << 20
 
-if sys.platform == "win32":  # sockets are no file descriptors there: everything goes through the transport
-    _write = None
-    _writev = None
-else:
-    _write = os.write
-    _writev = os.writev
 _IOV_MAX = 512
 # How many messages that are not just relayed may be worked off before other links get their turn: a few milliseconds'
 # worth. A read of 1 MiB can hold 170,000 pings.
 TURN = 256
 _TURN = object()
-
-
-class ReceiveBuffer:
-    """The one buffer that all sockets of a loop read into; valid until the reading callback returns.
-
-    ``data`` is HEADROOM + ``size`` bytes: the head room lets a frame's headers be written right before a payload
-    that was read at offset HEADROOM, so that payloads never move.
-    """
-
-    __slots__ = ("data", "view")
-
-    def __init__(self, size: int = RECEIVE_SIZE) -> None:
-        self.data = bytearray(HEADROOM + size)
-        self.view = memoryview(self.data)
-
-
-class _PerThread(threading.local):
-    buffer: ReceiveBuffer | None = None
-
-
-_per_thread = _PerThread()
-
-
-def receive_buffer() -> ReceiveBuffer:
-    """The receive buffer of this thread's loop."""
-    if _per_thread.buffer is None:
-        _per_thread.buffer = ReceiveBuffer()
-    return _per_thread.buffer
-
-
-def _no_key() -> int:
-    return -1
 
 
 class LinkHandler(Protocol):
@@ -117,47 +72,8 @@ def soon(call: Callable[[], None]) -> None:
     asyncio.get_running_loop().call_soon(call)
 
 
-class DirectSocket:
-    """``write(2)`` on a transport's socket, beside the transport; (0 bytes) where that can't be done."""
-
-    __slots__ = ("fd",)
-
-    def __init__(self, transport: asyncio.Transport) -> None:
-        self.fd = -1
-        sock = transport.get_extra_info("socket")
-        if sys.platform != "win32" and sock is not None and transport.get_extra_info("sslcontext") is None:
-            self.fd = sock.fileno()
-
-    def write(self, data: bytes | bytearray | memoryview) -> int:
-        """How many bytes the kernel took at once; an error is left for the transport to find."""
-        if self.fd < 0 or _write is None:
-            return 0
-        try:
-            return _write(self.fd, data)
-        except OSError:
-            return 0
-
-    def writev(self, views: Sequence[memoryview]) -> int:
-        """The same for several ranges."""
-        if self.fd < 0 or _writev is None:
-            return 0
-        try:
-            return _writev(self.fd, views)
-        except OSError:
-            return 0
-
-
-def tune_socket(transport: asyncio.Transport) -> None:
-    """TCP_NODELAY, and a small not-yet-sent queue; buffer sizes stay with the kernel's autotuning."""
-    sock: socket.socket | None = transport.get_extra_info("socket")
-    if sock is None or sock.family not in (socket.AF_INET, socket.AF_INET6):
-        return
-    try:
-        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        if hasattr(socket, "TCP_NOTSENT_LOWAT"):
-            sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NOTSENT_LOWAT, NOTSENT_LOWAT)
-    except OSError:
-        pass  # the peer may be gone already; the first read says so
+def _no_key() -> int:
+    return -1
 
 
 class Link(asyncio.BufferedProtocol):
@@ -592,28 +508,3 @@ class Link(asyncio.BufferedProtocol):
     def _written(self) -> int:
         """Bytes that the kernel has taken so far."""
         return self.bytes_sent - self._transport.get_write_buffer_size()
-
-
-class Assembler:
-    """Puts the pieces of a message together that was too large, or fragmented, to come whole."""
-
-    __slots__ = ("_parts", "limit")
-
-    def __init__(self, limit: int) -> None:
-        self.limit = limit
-        self._parts = bytearray()
-
-    def add(self, view: memoryview, flags: int) -> bytes | None:
-        """The whole payload at its last piece, otherwise None. Raises FrameViolation (1009) over the limit."""
-        if flags == FIRST | LAST:
-            return bytes(view)
-        if flags & FIRST:
-            self._parts.clear()
-        self._parts += view
-        if len(self._parts) > self.limit:
-            raise FrameViolation(1009, f"a message of this type may have at most {self.limit} bytes")
-        if not flags & LAST:
-            return None
-        whole = bytes(self._parts)
-        self._parts.clear()
-        return whole

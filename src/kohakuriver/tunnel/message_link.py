@@ -14,8 +14,9 @@ from collections.abc import Callable
 from typing import Any, Protocol, cast
 
 from kohakuriver._frame import MAX_MESSAGE
-from kohakuriver.tunnel.link import CLOSE_WAIT, IDLE_PING, PONG_WAIT, tune_socket
+from kohakuriver.tunnel.link import CLOSE_WAIT, IDLE_PING, PONG_WAIT
 from kohakuriver.tunnel.protocol import CloseCode
+from kohakuriver.tunnel.sockets import tune_socket
 
 __all__ = ["MAX_MESSAGE", "Frames", "MessageLink", "may_close_with", "size_of"]
 

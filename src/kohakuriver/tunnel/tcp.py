@@ -12,8 +12,10 @@ from typing import TYPE_CHECKING, cast
 
 from kohakuriver._frame import HEADROOM, frame_in_place
 from kohakuriver.tunnel import stream as rules
-from kohakuriver.tunnel.link import DirectSocket, receive_buffer, soon, tune_socket
+from kohakuriver.tunnel.buffers import receive_buffer
+from kohakuriver.tunnel.link import soon
 from kohakuriver.tunnel.protocol import CLOSE, DATA, EOF, ERROR, PING, PROTO_TCP
+from kohakuriver.tunnel.sockets import DirectSocket, tune_socket
 from kohakuriver.tunnel.stream import Event, State
 
 if TYPE_CHECKING:

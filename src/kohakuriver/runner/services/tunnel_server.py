@@ -21,8 +21,9 @@ from kohakuriver.limits import Limits, TokenBucket
 from kohakuriver.runner.services.traffic import COUNTS, Rates
 from kohakuriver.session.ticket import Ticket
 from kohakuriver.tunnel.accept import TunnelRoute, UpgradeRequest, greet
+from kohakuriver.tunnel.buffers import Assembler
 from kohakuriver.tunnel.endpoint import ContainerEndpoint, EndpointConfig
-from kohakuriver.tunnel.link import Assembler, Link
+from kohakuriver.tunnel.link import Link
 from kohakuriver.tunnel.ports import ports_in
 from kohakuriver.tunnel.protocol import (
     CLOSE,

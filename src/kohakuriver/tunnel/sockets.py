@@ -1,0 +1,64 @@
+"""What is done with a transport's socket beside the transport: direct writes, and options."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import socket
+import sys
+from collections.abc import Sequence
+
+__all__ = ["DirectSocket", "tune_socket"]
+
+# How many bytes the kernel may hold that it has not yet put on the wire; more only adds delay for small messages.
+NOTSENT_LOWAT = 256 * 1024
+
+if sys.platform == "win32":  # sockets are no file descriptors there: everything goes through the transport
+    _write = None
+    _writev = None
+else:
+    _write = os.write
+    _writev = os.writev
+
+
+class DirectSocket:
+    """``write(2)`` on a transport's socket, beside the transport; (0 bytes) where that can't be done."""
+
+    __slots__ = ("fd",)
+
+    def __init__(self, transport: asyncio.Transport) -> None:
+        self.fd = -1
+        sock = transport.get_extra_info("socket")
+        if sys.platform != "win32" and sock is not None and transport.get_extra_info("sslcontext") is None:
+            self.fd = sock.fileno()
+
+    def write(self, data: bytes | bytearray | memoryview) -> int:
+        """How many bytes the kernel took at once; an error is left for the transport to find."""
+        if self.fd < 0 or _write is None:
+            return 0
+        try:
+            return _write(self.fd, data)
+        except OSError:
+            return 0
+
+    def writev(self, views: Sequence[memoryview]) -> int:
+        """The same for several ranges."""
+        if self.fd < 0 or _writev is None:
+            return 0
+        try:
+            return _writev(self.fd, views)
+        except OSError:
+            return 0
+
+
+def tune_socket(transport: asyncio.Transport) -> None:
+    """TCP_NODELAY, and a small not-yet-sent queue; buffer sizes stay with the kernel's autotuning."""
+    sock: socket.socket | None = transport.get_extra_info("socket")
+    if sock is None or sock.family not in (socket.AF_INET, socket.AF_INET6):
+        return
+    try:
+        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        if hasattr(socket, "TCP_NOTSENT_LOWAT"):
+            sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NOTSENT_LOWAT, NOTSENT_LOWAT)
+    except OSError:
+        pass  # the peer may be gone already; the first read says so
