@@ -31,6 +31,7 @@ __all__ = [
     "clean_token",
     "config_dir",
     "host_url",
+    "left_cluster",
     "load_settings",
     "path_segment",
     "read_cluster",
@@ -96,12 +97,16 @@ def _with_default_port(address: str, port: int) -> str:
 
 @dataclass(frozen=True)
 class Cluster:
-    """What a running `kohakuriver up` tells the other commands of the same user. `pid` is that `up`'s process."""
+    """What a running `kohakuriver up` tells the other commands of the same user. `pid` is that `up`'s process.
+
+    `lock` is the file that it keeps locked for as long as it runs.
+    """
 
     host_url: str
     token: str
     ssh_proxy: str | None = None
     pid: int = 0
+    lock: str = ""
 
 
 def _cluster_file() -> Path:
@@ -109,7 +114,38 @@ def _cluster_file() -> Path:
 
 
 def read_cluster() -> Cluster | None:
-    """The cluster that `up` left, or None. A file that can't be read or understood is as good as none."""
+    """The cluster that `up` runs, or None. A file that can't be read or understood is as good as none, and so is what
+    an `up` left that was killed.
+    """
+    cluster = _written_cluster()
+    return cluster if cluster is not None and _is_locked(cluster.lock) else None
+
+
+def left_cluster() -> bool:
+    """Whether there was an `up` that ended without a chance to say so."""
+    cluster = _written_cluster()
+    return cluster is not None and not _is_locked(cluster.lock)
+
+
+def _is_locked(path: str) -> bool:
+    """Whether somebody keeps `path` locked; True where that can't be known."""
+    if not path or sys.platform == "win32":
+        return True
+    import fcntl
+
+    try:
+        with open(path, "rb") as file:  # noqa: PTH123
+            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    except FileNotFoundError:
+        return False
+    except OSError:
+        return True
+    return False
+
+
+def _written_cluster() -> Cluster | None:
     try:
         fields = json.loads(_cluster_file().read_text("utf-8"))
         return Cluster(
@@ -117,6 +153,7 @@ def read_cluster() -> Cluster | None:
             token=str(fields["token"]),
             ssh_proxy=fields.get("ssh_proxy"),
             pid=int(fields.get("pid", 0)),
+            lock=str(fields.get("lock", "")),
         )
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return None

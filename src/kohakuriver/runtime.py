@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import errno
 import gc
 import os
 from collections.abc import Coroutine, Iterable
@@ -15,7 +16,16 @@ from typing import Any, TypeVar
 
 from kohakuriver.errors import UsageError
 
-__all__ = ["cancel_all", "file_limit", "freeze_heap", "loop_name", "new_event_loop", "raise_file_limit", "run"]
+__all__ = [
+    "cancel_all",
+    "file_limit",
+    "freeze_heap",
+    "loop_name",
+    "new_event_loop",
+    "out_of_descriptors",
+    "raise_file_limit",
+    "run",
+]
 
 T = TypeVar("T")
 
@@ -96,6 +106,15 @@ def freeze_heap() -> None:
     """
     gc.collect()
     gc.freeze()
+
+
+def out_of_descriptors() -> bool:
+    """Whether this process, or the whole system, can open no file now."""
+    try:
+        os.close(os.open(os.devnull, os.O_RDONLY))
+    except OSError as error:
+        return error.errno in (errno.EMFILE, errno.ENFILE)
+    return False
 
 
 def raise_file_limit() -> None:

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
+import os
 import random
 import re
 import shutil
 import signal
+import socket
 import subprocess
 import termios
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -158,6 +162,24 @@ def test_a_command_that_is_not_there_is_said_so_and_gives_127(cluster: Cluster, 
     assert (done.stdout, done.stderr, done.returncode) == (b"", b"no-such-program: command not found\n", 127)
 
 
+def test_arguments_are_the_bytes_that_they_were_here(cluster: Cluster, task: str) -> None:
+    odd = b"lat\xe9n \n'$x\n"
+    done = subprocess.run(
+        [*map(os.fsencode, PROGRAM), b"connect", task.encode(), b"--", b"sh", b"-c", b'printf %s "$1"', b"sh", odd],
+        env=cluster.environment, capture_output=True, timeout=TIMEOUT,
+    )  # fmt: skip
+    assert (done.stdout, done.stderr, done.returncode) == (odd, b"", 0)
+
+
+@pytest.mark.parametrize("command", [[b"forward", b"\xff", b"1"], [b"vps", b"status", b"a\xff"], [b"connect", b"\xff"]])
+def test_a_name_that_is_no_text_is_refused(cluster: Cluster, command: list[bytes]) -> None:
+    done = subprocess.run(
+        [*map(os.fsencode, PROGRAM), *command], env=cluster.environment, capture_output=True, timeout=TIMEOUT
+    )
+    assert done.returncode == 2
+    assert len(done.stderr.splitlines()) == 1
+
+
 def test_without_a_command_the_shell_runs_what_is_piped_in(cluster: Cluster, task: str) -> None:
     done = connect(cluster, task, stdin=b"echo one\nexit 5\n")
     assert (done.stdout, done.returncode) == (b"one\n", 5)
@@ -186,6 +208,31 @@ def test_the_shell_has_our_terminals_size_also_after_it_changed(cluster: Cluster
         eventually(resized)
         terminal.line("exit")
         assert terminal.ended() == 0
+
+
+def test_a_resize_while_the_connection_is_made_is_not_lost(cluster: Cluster, process_task: str) -> None:
+    host = cluster.ready["host_url"]
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        slow = f"http://127.0.0.1:{listener.getsockname()[1]}"
+        token = json.loads((cluster.directory / "cluster.json").read_text())["token"]
+        options = ["--host", slow, "--token", token]
+        with a_terminal(cluster, process_task, *options, "--", "sh", "-c", "read x; stty size", cols=80) as terminal:
+            theirs, _ = listener.accept()  # it has read the size, and waits for the host
+            terminal.child.setwinsize(33, 133)
+            ours = socket.create_connection(("127.0.0.1", int(host.rpartition(":")[2])))
+            with theirs, ours:
+                for source, target in ((theirs, ours), (ours, theirs)):
+                    threading.Thread(target=_copy, args=(source, target), daemon=True).start()
+                terminal.line("")
+                terminal.expect("33 133")
+                assert terminal.ended() == 0
+
+
+def _copy(source: socket.socket, target: socket.socket) -> None:
+    with contextlib.suppress(OSError):
+        while data := source.recv(65536):
+            target.sendall(data)
+        target.shutdown(socket.SHUT_WR)
 
 
 def test_a_command_on_a_terminal_knows_the_size_from_its_start(cluster: Cluster, task: str) -> None:

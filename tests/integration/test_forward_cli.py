@@ -16,6 +16,8 @@ import termios
 from collections.abc import Iterator
 from pathlib import Path
 
+import pexpect
+import psutil
 import pytest
 
 from tests.support.up import PROGRAM, TIMEOUT, Cluster, Service, broken, connect, echoes, refused
@@ -145,7 +147,7 @@ def test_a_dead_port_is_reset_at_once_and_one_line_says_why(cluster: Cluster, se
     local = int(forward.line("Forwarding").split(" ")[1].rpartition(":")[2])
     for _ in range(3):
         assert refused(local)
-    assert "ECONNREFUSED" in forward.line(str(dead_port), err=True)
+    assert "nothing listens" in forward.line(str(dead_port), err=True)
     assert forward.stop() == 0
     assert forward.rest(err=True) == []
 
@@ -367,13 +369,153 @@ def test_a_reader_of_its_output_that_goes_away_does_not_end_a_forward(
         stdout=subprocess.PIPE,
     )
     assert forward.stdout is not None
-    _connected, good, dead = (json.loads(forward.stdout.readline()) for _ in range(3))
+    _connected, good, dead, *_others = (json.loads(forward.stdout.readline()) for _ in range(5))
     forward.stdout.close()
     assert refused(dead["local_port"])  # an event that nobody can be told of
     with connect(good["local_port"]) as connection:
         assert echoes(connection)
     forward.terminate()
     assert forward.wait(TIMEOUT) == 0
+
+
+def test_localhost_leads_to_the_task_by_both_its_addresses(cluster: Cluster, service: Service) -> None:
+    forward = cluster.start("forward", service.task, f"0:{service.port}", "--json")
+    first, second = forward.event("listening"), forward.event("listening")
+    assert [first["local_host"], second["local_host"]] == ["127.0.0.1", "::1"]
+    assert first["local_port"] == second["local_port"]
+    for address in (first["local_host"], second["local_host"]):
+        with socket.create_connection((address, first["local_port"]), timeout=TIMEOUT) as connection:
+            assert echoes(connection)
+    assert forward.stop() == 0
+
+
+def test_a_loopback_address_that_another_program_has_is_told(cluster: Cluster, service: Service) -> None:
+    with socket.create_server(("::1", 0), family=socket.AF_INET6) as other:
+        port = other.getsockname()[1]
+        forward = cluster.start("forward", service.task, f"{port}:{service.port}")
+        assert f"[::1]:{port}" in forward.line("another program listens there", err=True)
+        with connect(port) as connection:
+            assert echoes(connection)
+        assert forward.stop() == 0
+
+
+def test_running_out_of_descriptors_is_told_and_passes(cluster: Cluster, service: Service) -> None:
+    limited = ["bash", "-c", 'ulimit -n 40 && exec "$@"', "bash", *PROGRAM]
+    command = [*limited, "forward", service.task, f"0:{service.port}", "--json"]
+    with subprocess.Popen(command, env=cluster.environment, stdout=subprocess.PIPE, text=True) as forward:
+        try:
+            assert forward.stdout is not None
+            events = (json.loads(line) for line in forward.stdout)
+            port = next(event["local_port"] for event in events if event["event"] == "listening")
+            with contextlib.ExitStack() as many:
+                for _ in range(60):
+                    many.enter_context(connect(port))
+                told = next(event for event in events if event["event"] == "out_of_descriptors")
+                assert told["waiting"] > 0 or os.environ.get("KOHAKURIVER_LOOP") != "asyncio"  # uvloop resets them
+            with connect(port) as connection:
+                assert echoes(connection)
+            forward.terminate()
+            forward.stdout.read()
+            assert forward.wait(TIMEOUT) == 0
+        finally:
+            forward.kill()
+
+
+def test_the_soft_limit_of_descriptors_is_no_limit(cluster: Cluster, service: Service) -> None:
+    limited = ["bash", "-c", 'ulimit -Sn 64 && exec "$@"', "bash", *PROGRAM]
+    command = [*limited, "forward", service.task, f"0:{service.port}", "--", "bash", "-c", "ulimit -Sn; ulimit -Hn"]
+    done = subprocess.run(command, env=cluster.environment, capture_output=True, text=True, timeout=TIMEOUT)
+    soft, hard = done.stdout.split()
+    assert soft == hard
+
+
+class Shell:
+    """An interactive bash with job control, on a terminal."""
+
+    def __init__(self, cluster: Cluster, **environment: str) -> None:
+        self.child = pexpect.spawn(
+            "bash",
+            ["--norc", "--noprofile", "--noediting", "-i"],
+            env={**cluster.environment, "TERM": "xterm", "PS1": "$ ", "PROMPT_COMMAND": "", **environment},
+            timeout=TIMEOUT,
+            encoding="utf-8",
+        )
+        self.child.delaybeforesend = None
+        self.program = " ".join(PROGRAM)
+
+    def types(self, line: str) -> None:
+        self.child.send(line + "\r")
+
+    def shows(self, pattern: str) -> str:
+        """What came before this."""
+        self.child.expect(pattern)
+        return str(self.child.before)
+
+
+@pytest.fixture
+def shell(cluster: Cluster) -> Iterator[Shell]:
+    shell = Shell(cluster)
+    yield shell
+    shell.child.close(force=True)
+
+
+def test_a_forward_draws_only_while_the_terminal_is_its_own(shell: Shell, service: Service) -> None:
+    shell.types(f"{shell.program} forward {service.task} 0:{service.port} &")
+    shell.shows("Forwarding")
+    shell.types("sleep 1.5; echo do$((1))ne")  # some ticks of its live line
+    assert "\x1b" not in shell.shows("do1ne")
+    shell.types("fg")
+    shell.shows("0 open")
+    shell.child.send("\x1a")
+    assert "\x1b[?25l" not in shell.shows("Stopped")
+    shell.types("bg; sleep 1.5; echo do$((2))ne")
+    assert "\x1b[2K" not in shell.shows("do2ne")
+    shell.types("fg")
+    shell.shows("0 open")
+    shell.child.send("\x03")
+    shell.types("echo en$((1))d:$?")
+    shell.shows("en1d:0")
+
+
+@pytest.mark.parametrize("terminal", ["", "dumb"])
+def test_a_terminal_that_nothing_is_known_of_gets_plain_lines(
+    cluster: Cluster, service: Service, terminal: str
+) -> None:
+    shell = Shell(cluster, TERM=terminal)
+    try:
+        shell.types(f"{shell.program} forward {service.task} 0:{service.port} -- sleep 0; echo do$((1))ne")
+        assert "\x1b" not in shell.shows("do1ne")
+        shell.types(f"timeout -s INT --foreground 2 {shell.program} forward {service.task} 0:1; echo do$((2))ne")
+        assert "\x1b" not in shell.shows("do2ne")
+    finally:
+        shell.child.close(force=True)
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT])
+def test_whatever_ends_a_forward_ends_its_command(cluster: Cluster, service: Service, number: signal.Signals) -> None:
+    code = "import os, signal; print(os.getpid(), flush=True); signal.pause()"
+    forward = cluster.start("forward", service.task, f"0:{service.port}", "--", sys.executable, "-c", code)
+    pid = int(forward.line(""))
+    forward.process.send_signal(number)
+    assert forward.ended() in (128 + number, 1)  # Python's own end by SIGINT is 1 or 130
+    assert not psutil.pid_exists(pid)
+
+
+def test_a_hang_up_that_nohup_ignores_does_not_end_a_forward(cluster: Cluster, service: Service) -> None:
+    command = ["nohup", *PROGRAM, "forward", service.task, f"0:{service.port}", "--json"]
+    with subprocess.Popen(command, env=cluster.environment, stdout=subprocess.PIPE, text=True) as forward:
+        try:
+            assert forward.stdout is not None
+            events = (json.loads(line) for line in forward.stdout)
+            port = next(event["local_port"] for event in events if event["event"] == "listening")
+            forward.send_signal(signal.SIGHUP)
+            with connect(port) as connection:
+                assert echoes(connection)
+            forward.terminate()
+            forward.stdout.read()
+            assert forward.wait(TIMEOUT) == 0
+        finally:
+            forward.kill()
 
 
 def test_it_listens_where_it_is_told_to(cluster: Cluster, service: Service) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import threading
 import time
 
@@ -13,6 +14,8 @@ from kohakuriver.client import forward as forwarding
 from kohakuriver.client.forward import (
     Event,
     Listening,
+    NotListening,
+    OutOfDescriptors,
     PortForward,
     Reconnecting,
     Resumed,
@@ -92,14 +95,42 @@ def test_beside_a_command_stdout_is_left_to_it(capsys: pytest.CaptureFixture[str
     assert "Forwarding" in captured.err
 
 
+def said(capsys: pytest.CaptureFixture[str]) -> list[str]:
+    """The lines on stderr, without the time that each begins with."""
+    lines = capsys.readouterr().err.splitlines()
+    assert all(re.match(r"\d\d:\d\d:\d\d ", line) for line in lines)
+    return [line[9:] for line in lines]
+
+
+def test_people_read_the_tasks_name_and_no_symbols(capsys: pytest.CaptureFixture[str]) -> None:
+    view = forward_view.PlainView("lab")
+    view.show(StreamError(80, "ENOTCONN: the connection to the host is lost"))
+    view.show(Reconnecting("the tunnel of kohakuriver-vps-9338324824 is not connected", 0.1))
+    view.show(OutOfDescriptors(3))
+    view.show(NotListening("::1", 80, "another program listens there"))
+    assert said(capsys) == [
+        "lab:80: the connection to the host is lost",
+        "Reconnecting: the tunnel of lab is not connected",
+        "Out of file descriptors, 3 connections wait: raise the limit (ulimit -n), or close some.",
+        "[::1]:80 does not lead to lab: another program listens there; what opens `localhost` may get that.",
+    ]
+
+
+def test_the_second_loopback_address_is_no_line_of_its_own(capsys: pytest.CaptureFixture[str]) -> None:
+    view = forward_view.PlainView("lab")
+    view.show(Listening("127.0.0.1", 80, 80, "tcp"))
+    view.show(Listening("::1", 80, 80, "tcp"))
+    assert capsys.readouterr().out == "Forwarding 127.0.0.1:80 -> lab:80 (tcp)\n"
+
+
 def test_the_same_failure_again_and_again_is_one_line(capsys: pytest.CaptureFixture[str]) -> None:
     view = forward_view.PlainView("t")
     for _ in range(100):
         view.show(StreamError(80, "ECONNREFUSED: nothing listens on port 80 in the container"))
     view.show(StreamError(81, "ECONNREFUSED: nothing listens on port 81 in the container"))
-    assert capsys.readouterr().err.splitlines() == [
-        "t:80: nothing listens on port 80 in the container (ECONNREFUSED)",
-        "t:81: nothing listens on port 81 in the container (ECONNREFUSED)",
+    assert said(capsys) == [
+        "t:80: nothing listens on port 80 in the container",
+        "t:81: nothing listens on port 81 in the container",
     ]
 
 
@@ -113,7 +144,7 @@ def test_a_failure_that_comes_back_later_is_said_with_how_often_it_happened(
         view.show(StreamError(80, "it broke"))
     now += 60
     view.show(StreamError(80, "it broke"))
-    assert capsys.readouterr().err.splitlines() == ["t:80: it broke", "t:80: it broke (3 more like this)"]
+    assert said(capsys) == ["t:80: it broke", "t:80: it broke (3 more like this)"]
 
 
 def test_reconnecting_is_said_once_per_reason(capsys: pytest.CaptureFixture[str]) -> None:
@@ -122,7 +153,7 @@ def test_reconnecting_is_said_once_per_reason(capsys: pytest.CaptureFixture[str]
         view.show(Reconnecting(reason, 0.1))
     view.show(Resumed("t", 2))
     view.show(Reconnecting("refused", 0.1))
-    assert capsys.readouterr().err.splitlines() == [
+    assert said(capsys) == [
         "Reconnecting: lost", "Reconnecting: refused", "Connected again.", "Reconnecting: refused",
     ]  # fmt: skip
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
 import stat
 from pathlib import Path
@@ -159,6 +160,19 @@ def test_a_broken_file_is_named(directory: Path) -> None:
 def test_the_cluster_file_is_for_its_owner_alone(directory: Path) -> None:
     config.write_cluster(config.Cluster("http://127.0.0.1:1", "secret"))
     assert stat.S_IMODE((directory / "cluster.json").stat().st_mode) == 0o600
+
+
+def test_a_cluster_whose_up_was_killed_comes_before_nothing(directory: Path) -> None:
+    lock = directory / "up.lock"
+    lock.touch()
+    config.write_cluster(config.Cluster("http://127.0.0.1:1", "secret", lock=str(lock)))
+    config.write_logins(config.Logins("http://lab:8000", {"http://lab:8000": "mine"}))
+    assert config.load_settings().host == "http://lab:8000"
+    assert config.left_cluster()
+    with lock.open("rb") as held:
+        fcntl.flock(held, fcntl.LOCK_EX)
+        assert config.load_settings().host == "http://127.0.0.1:1"
+        assert not config.left_cluster()
 
 
 @pytest.mark.parametrize("content", ["", "[]", "{}", "null", '{"host_url": 1'])

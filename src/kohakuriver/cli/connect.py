@@ -13,7 +13,7 @@ import typer
 
 from kohakuriver.cli.behind_dashes import WithCommand, command_of
 from kohakuriver.cli.options import Connection, TaskArgument, remote
-from kohakuriver.cli.signals import ENDING, caught
+from kohakuriver.cli.signals import caught
 from kohakuriver.errors import HostUnreachableError, UnavailableError, UsageError
 
 if TYPE_CHECKING:
@@ -30,7 +30,6 @@ HANG_UP = 1  # SIGHUP: what the remote end gets
 WAITING_KEYS = 4096
 WAITING_PIECES = 2
 PASSED_ON = ("TERM", "COLORTERM")
-HANGING_UP = (*ENDING, *([signal.SIGHUP] if hasattr(signal, "SIGHUP") else []))
 STREAMS = {"stdout": 1, "stderr": 2}
 
 
@@ -54,9 +53,10 @@ def connect(
     Between terminals CMD gets one too. Otherwise its stdin, stdout and stderr are pipes, as with ssh. The exit code
     is that of the shell or CMD.
     """
-    from kohakuriver.runtime import run
+    from kohakuriver.runtime import raise_file_limit, run
     from kohakuriver.tunnel.terminal import Start
 
+    raise_file_limit()
     command = command_of(ctx)
     if command is not None and not command:
         raise UsageError("A command must follow '--'.")
@@ -68,7 +68,7 @@ def connect(
 
 def _interactive(chosen: Settings, task: str, command: list[str]) -> int:
     from kohakuriver.runtime import run
-    from kohakuriver.tunnel.terminal import Start
+    from kohakuriver.tunnel.terminal import Start, is_utf8
 
     try:
         from kohakuriver.cli.local_terminal import Keeper, size
@@ -78,7 +78,7 @@ def _interactive(chosen: Settings, task: str, command: list[str]) -> int:
             code="not_supported",
         ) from error
     rows, cols = size(1)
-    env = {name: os.environ[name] for name in PASSED_ON if os.environ.get(name)}
+    env = {name: value for name in PASSED_ON if (value := os.environ.get(name)) and is_utf8(value)}
     with Keeper(0):
         return run(Session(chosen, task, Start(command, True, rows, cols, env)).run())
 
@@ -103,7 +103,7 @@ class Session:
         """
         self._ended = asyncio.get_running_loop().create_future()
         self._link = await self._open()
-        with caught(self._signalled, HANGING_UP):
+        with caught(self._signalled):
             try:
                 await self._link.send(self._start.to_message())
                 with self._raw() as terminal:
@@ -192,6 +192,8 @@ class Session:
         loop = asyncio.get_running_loop()
         loop.add_signal_handler(signal.SIGWINCH, changed)
         loop.add_signal_handler(signal.SIGCONT, continued)
+        if size(1) != (self._start.rows, self._start.cols):
+            changed()  # while the connection was being made
         try:
             yield
         finally:

@@ -51,19 +51,24 @@ def demo(
     """
     from kohakuriver.runtime import run
 
-    with tempfile.TemporaryDirectory(prefix="kohakuriver-demo-") as directory:
-        # A cluster of its own: one that `up` runs for this user stays what the other commands find.
-        os.environ["KOHAKURIVER_CONFIG_DIR"] = directory
-        return run(_until_stopped(_Demo(Path(directory), once=once, size=size * MIB, json=json)))
+    return run(_until_stopped(once=once, size=size * MIB, json=json))
 
 
-async def _until_stopped(demo: _Demo) -> int:
-    running = asyncio.ensure_future(demo.run())
+async def _until_stopped(*, once: bool, size: int, json: bool) -> int:
+    stopped = asyncio.Event()
+    with caught(lambda _number: stopped.set()):
+        with tempfile.TemporaryDirectory(prefix="kohakuriver-demo-") as directory:
+            # A cluster of its own: one that `up` runs for this user stays what the other commands find.
+            os.environ["KOHAKURIVER_CONFIG_DIR"] = directory
+            return await _run_until(stopped, _Demo(Path(directory), once=once, size=size, json=json))
 
-    def stop(_number: object) -> None:
-        running.cancel()
 
-    with caught(stop):
+async def _run_until(stopped: asyncio.Event, demo: _Demo) -> int:
+    running, stopping = asyncio.ensure_future(demo.run()), asyncio.ensure_future(stopped.wait())
+    await asyncio.wait({running, stopping}, return_when=asyncio.FIRST_COMPLETED)
+    stopping.cancel()
+    if not running.done():
+        running.cancel()  # once: a second one would cut short how the cluster ends
         await asyncio.wait({running})
     if not running.cancelled():
         running.result()

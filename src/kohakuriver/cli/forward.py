@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import os
 import signal
-import sys
 from enum import Enum
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -14,7 +14,7 @@ import typer
 from kohakuriver.cli import output
 from kohakuriver.cli.behind_dashes import WithCommand, command_of
 from kohakuriver.cli.options import Remote, TaskArgument, remote
-from kohakuriver.cli.signals import caught
+from kohakuriver.cli.signals import BY_KEYS, caught, in_foreground, suspended
 from kohakuriver.errors import KohakuRiverError, UsageError
 
 if TYPE_CHECKING:
@@ -59,8 +59,14 @@ def forward(
         typer.Option("--local-port", "-l", help="Default: the remote port. 0 is any free port.", show_default=False),
     ] = None,
     local_host: Annotated[
-        str, typer.Option("--local-host", "-H", help="The local address to listen on.")
-    ] = "127.0.0.1",
+        str,
+        typer.Option(
+            "--local-host",
+            "-H",
+            help="The local address to listen on. Default: both loopback addresses.",
+            show_default=False,
+        ),
+    ] = "localhost",
     proto: Annotated[
         Proto, typer.Option("--proto", "-p", case_sensitive=False, help="What ports speak that don't say so.")
     ] = Proto.tcp,
@@ -70,8 +76,9 @@ def forward(
     With CMD, run it once every port listens, with KOHAKURIVER_PORT_<remote> in its environment; its exit code is ours.
     """
     from kohakuriver.client.forward import Forwarder
-    from kohakuriver.runtime import run
+    from kohakuriver.runtime import raise_file_limit, run
 
+    raise_file_limit()
     command = command_of(ctx)
     _check_command(command, at.json)
     wanted = _ports(ports, local_port, proto.value)
@@ -126,7 +133,7 @@ class _Running:
         """The exit code: the command's, or 0 when stopped. Raises KohakuRiverError when the forward can't go on."""
         reason = "stopped"
         try:
-            with caught(self._signalled):
+            with caught(self._signalled), suspended(self._view.rest):
                 return await self._opened_and_ended()
         except KohakuRiverError as error:
             reason = error.message
@@ -169,6 +176,8 @@ class _Running:
         except OSError as error:
             output.error(f"{command[0]} can't be run: {error.strerror}.")
             return NOT_FOUND if isinstance(error, FileNotFoundError) else NOT_EXECUTABLE
+        if self._stopped.done():  # while it was being started
+            self._child.send_signal(signal.Signals[self._stopped.result()])
         lost = asyncio.ensure_future(self._say_when_lost())
         try:
             code = await self._child.wait()
@@ -184,8 +193,9 @@ class _Running:
 
     def _signalled(self, number: signal.Signals) -> None:
         if self._child is not None:
-            if not (number == signal.SIGINT and _in_foreground()):
-                self._child.send_signal(number)
+            if not (number in BY_KEYS and _shares_a_foreground()):
+                with contextlib.suppress(ProcessLookupError):
+                    self._child.send_signal(number)
         elif not self._stopped.done():
             self._stopped.set_result(number.name)
 
@@ -195,11 +205,15 @@ class _Running:
             self._view.tick(self._forwarder.stats())
 
 
-def _in_foreground() -> bool:
-    """Whether a Ctrl-C on this terminal reaches our child by itself: it is of the same process group."""
-    try:
-        return sys.stdin.isatty() and os.tcgetpgrp(sys.stdin.fileno()) == os.getpgrp()
-    except AttributeError:  # Windows: one console, one Ctrl-C for all on it
+def _shares_a_foreground() -> bool:
+    """Whether a Ctrl-C on our terminal reaches our child by itself: it is of the same process group."""
+    if os.name == "nt":  # one console, one Ctrl-C for all on it
         return True
-    except (OSError, ValueError):
+    try:
+        terminal = os.open("/dev/tty", os.O_RDONLY | os.O_NOCTTY)
+    except OSError:
         return False
+    try:
+        return in_foreground(terminal)
+    finally:
+        os.close(terminal)

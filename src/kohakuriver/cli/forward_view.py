@@ -3,20 +3,28 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import queue
+import re
 import sys
 import threading
 import time
 from collections.abc import Callable
+from datetime import datetime
 from types import TracebackType
-from typing import TYPE_CHECKING
 
 from kohakuriver.cli import output
-from kohakuriver.client.forward import Event, Listening, Reconnecting, Resumed, Stats, StreamError
-from kohakuriver.text import printable
-
-if TYPE_CHECKING:
-    from rich.live import Live
+from kohakuriver.client.forward import (
+    LOOPBACKS,
+    Event,
+    Listening,
+    NotListening,
+    OutOfDescriptors,
+    Reconnecting,
+    Resumed,
+    Stats,
+    StreamError,
+)
 
 __all__ = ["Aside", "JsonView", "LiveView", "PlainView", "View", "view_for"]
 
@@ -27,6 +35,8 @@ QUIET = 5.0
 # Events that wait for a stdout that is not read; what comes while it is full is counted and left out.
 MOST_WAITING = 1000
 LAST_WORDS = 1.0
+_CONTAINER = re.compile(r"kohakuriver-vps-\d+")
+CLEAR, DIM, PLAIN = "\r\x1b[2K", "\x1b[2m", "\x1b[0m"
 
 
 class View:
@@ -55,6 +65,9 @@ class View:
     def tick(self, stats: Stats) -> None:
         pass
 
+    def rest(self) -> None:
+        """Leave the terminal as others expect it: this program is about to be stopped."""
+
 
 class JsonView(View):
     """One event a line on stdout; statistics whenever they have changed."""
@@ -78,28 +91,44 @@ class PlainView(View):
         self._task = task
         self._beside_command = beside_command
         self._reason = ""
+        self._ports: set[tuple[int, int, str]] = set()
         self._said: dict[tuple[int, str], tuple[float, int]] = {}
 
     def show(self, event: Event) -> None:
         if isinstance(event, Listening):
-            self.result(listening_line(self._task, event))
+            self._listening(event)
         elif isinstance(event, StreamError):
             self._stream_error(event)
         elif isinstance(event, Reconnecting):
             if event.reason != self._reason:
                 self._reason = event.reason
-                self.message(f"Reconnecting: {event.reason or 'the connection is lost'}")
+                self.message(f"Reconnecting: {readable(event.reason, self._task) or 'the connection was lost'}")
         elif isinstance(event, Resumed):
             self._reason = ""
             self.message("Connected again.")
+        elif isinstance(event, NotListening):
+            where = f"[{event.local_host}]:{event.local_port}"
+            self.message(f"{where} does not lead to {self._task}: {event.reason}; what opens `localhost` may get that.")
+        elif isinstance(event, OutOfDescriptors):
+            new = f"{event.waiting} connections wait" if event.waiting else "new connections are turned away"
+            self.message(f"Out of file descriptors, {new}: raise the limit (ulimit -n), or close some.")
+
+    def _listening(self, event: Listening) -> None:
+        port = event.local_port, event.remote_port, event.proto
+        if port not in self._ports:  # the same on the other loopback address is no news
+            self.result(self.listening_line(event))
+        self._ports.add(port)
+
+    def listening_line(self, event: Listening) -> str:
+        return listening_line(self._task, event)
 
     def result(self, text: str) -> None:
         """Show a line that a script may wait for."""
         (output.note if self._beside_command else output.line)(text)
 
     def message(self, text: str) -> None:
-        """Show a line for a person."""
-        output.note(text)
+        """Show a line for a person, with the time: it may be read the next morning."""
+        output.note(stamped(text))
 
     def _stream_error(self, event: StreamError) -> None:
         key = (event.remote_port, event.message)
@@ -110,7 +139,12 @@ class PlainView(View):
             return
         more = f" ({unsaid} more like this)" if unsaid else ""
         self._said[key] = (now, 0)
-        self.message(f"{self._task}:{event.remote_port}: {readable(event.message)}{more}")
+        self.message(f"{self._task}:{event.remote_port}: {readable(event.message, self._task)}{more}")
+
+
+def stamped(text: str) -> str:
+    """`14:03:59 Connected again.`"""
+    return f"{datetime.now():%H:%M:%S} {text}"
 
 
 def listening_line(task: str, event: Listening) -> str:
@@ -119,53 +153,75 @@ def listening_line(task: str, event: Listening) -> str:
     return f"Forwarding {host}:{event.local_port} -> {task}:{event.remote_port} ({event.proto})"
 
 
-def readable(text: str) -> str:
-    """An ERROR's text with its symbolic code behind the words, as people read it."""
+def readable(text: str, task: str) -> str:
+    """What programs say of `task`, for people: without symbolic codes (`--json` has them), and with the task's name."""
     code, colon, words = text.partition(": ")
     if colon and code.isupper() and code.isalnum():
-        return f"{words} ({code})"
-    return text
+        text = words
+    return _CONTAINER.sub(task.replace("\\", ""), text)
 
 
 class LiveView(PlainView):
-    """The same lines, above one that shows open streams and rates while the forward runs."""
+    """The same lines, above one that shows open streams and rates while the forward runs.
+
+    Only while the terminal is ours: what runs in the background must not draw over the shell's prompt. The cursor is
+    never hidden, so nothing is left behind whatever ends this program.
+    """
 
     interval = LIVE_INTERVAL
 
     def __init__(self, task: str) -> None:
         super().__init__(task)
-        self._live: Live | None = None
+        self._shown = False
         self._before: tuple[float, Stats] | None = None
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        if self._live is not None:
-            self._live.stop()
-            self._live = None
+        with contextlib.suppress(OSError):
+            self.rest()
+
+    def listening_line(self, event: Listening) -> str:
+        """With an address to click on: most ports are a web page's."""
+        url = f"  http://{LOOPBACKS[0]}:{event.local_port}"
+        local = event.proto == "tcp" and event.local_host in (LOOPBACKS[0], "0.0.0.0")
+        return super().listening_line(event) + (url if local else "")
+
+    def rest(self) -> None:
+        if self._shown and output.draws(sys.stdout):
+            _write(CLEAR)
+        self._shown = False
 
     def result(self, text: str) -> None:
-        if self._live is not None:
-            self._live.console.print(printable(text), markup=False, highlight=False, soft_wrap=True)
-        else:
-            output.line(text)
+        self.rest()
+        output.line(text)
 
     def message(self, text: str) -> None:
-        self.result(text)
+        self.result(stamped(text))
 
     def tick(self, stats: Stats) -> None:
         now = time.monotonic()
         before, self._before = self._before, (now, stats)
         if before is None:
             return
-        from rich.live import Live
-        from rich.text import Text
+        self._shown = self._shown and output.draws(sys.stdout)
+        if output.draws(sys.stdout):
+            line = status_line(before[1], stats, now - before[0])
+            with contextlib.suppress(BrokenPipeError):
+                _write(f"{CLEAR}{DIM}{line[: _columns() - 1]}{PLAIN}")
+            self._shown = True
 
-        line = Text(status_line(before[1], stats, now - before[0]), style="dim", no_wrap=True, overflow="crop")
-        if self._live is None:
-            self._live = Live(line, auto_refresh=False, transient=True)
-            self._live.start()
-        self._live.update(line, refresh=True)
+
+def _write(text: str) -> None:
+    sys.stdout.write(text)
+    sys.stdout.flush()
+
+
+def _columns() -> int:
+    try:
+        return os.get_terminal_size(sys.stdout.fileno()).columns or 80
+    except OSError:
+        return 80
 
 
 def status_line(before: Stats, stats: Stats, seconds: float) -> str:
@@ -215,6 +271,17 @@ class Aside:
         if self._waiting.empty():
             self._put(lambda: self._view.tick(stats))
 
+    def rest(self) -> None:
+        """Have the terminal left as others expect it, and wait until it is; not for long if it takes nothing."""
+        done = threading.Event()
+
+        def rest() -> None:
+            self._view.rest()
+            done.set()
+
+        self._put(rest)
+        done.wait(LAST_WORDS)
+
     def _put(self, show: Callable[[], None]) -> None:
         try:
             self._waiting.put_nowait(show)
@@ -230,6 +297,6 @@ def view_for(task: str, *, json: bool, beside_command: bool) -> Aside:
     """The view that fits where stdout goes."""
     if json:
         return Aside(JsonView())
-    if output.is_terminal(sys.stdout) and not beside_command:
+    if output.paints(sys.stdout) and not beside_command:
         return Aside(LiveView(task))
     return Aside(PlainView(task, beside_command=beside_command))

@@ -5,8 +5,10 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
+import os
 import signal
 import sys
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import IO, Any
@@ -23,6 +25,8 @@ START_TIMEOUT = 30.0
 RUNNER_STOP_TIMEOUT = 6.0
 HOST_STOP_TIMEOUT = 3.0
 ONLINE_POLL = 0.05
+LOCK = "up.lock"
+LOCK_TRIES = 5
 
 
 class _Child:
@@ -146,7 +150,7 @@ class LocalCluster:
         host += ["--ssh-port", str(self._ssh_port)]
         ready = await self._start_child("host", host)
         token = (state / "admin-token").read_text("utf-8").strip()
-        self.cluster = Cluster(ready["url"], token, ready["ssh_proxy"])
+        self.cluster = Cluster(ready["url"], token, ready["ssh_proxy"], os.getpid(), str(state / LOCK))
         runner = ["--state-dir", str(state / "runner"), "--bind", "127.0.0.1", "--port", str(self._runner_port)]
         runner += ["--host-url", ready["url"], "--node-token-file", str(state / "node-token")]
         runner += [*(f"--backend={name}" for name in ("docker", "process", "address")), "--stop-tasks-on-exit"]
@@ -194,10 +198,14 @@ def _lock(state_dir: Path) -> IO[str]:
         raise KohakuRiverError("A cluster can't run on Windows; use one elsewhere with KOHAKURIVER_HOST.")
     import fcntl
 
-    file = (state_dir / "up.lock").open("w", encoding="utf-8")
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
+    file = (state_dir / LOCK).open("w", encoding="utf-8")
+    for _ in range(LOCK_TRIES):  # another command may be looking whether it is locked
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            break
+        except OSError:
+            time.sleep(ONLINE_POLL)
+    else:
         file.close()
         raise KohakuRiverError(f"A cluster runs in {state_dir} already; give this one another --state-dir.") from None
     return file

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 import signal
+import sys
 from collections.abc import Sequence
 from typing import Annotated, NoReturn
 
@@ -14,7 +15,7 @@ import typer
 
 from kohakuriver import __version__, descriptors
 from kohakuriver.cli import auth, cluster, connect, demo, forward, init, node, output, ssh, token, user, vps
-from kohakuriver.errors import HostUnreachableError, KohakuRiverError
+from kohakuriver.errors import HostUnreachableError, KohakuRiverError, UsageError
 
 __all__ = ["app", "main"]
 
@@ -73,6 +74,7 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
 
 def _run(arguments: Sequence[str] | None) -> int:
     try:
+        _check_texts(sys.argv[1:] if arguments is None else arguments)
         code = app(args=arguments, prog_name="kohakuriver", standalone_mode=False)
         output.flush()
     except KohakuRiverError as error:
@@ -94,6 +96,22 @@ def _run(arguments: Sequence[str] | None) -> int:
     return code if isinstance(code, int) else 0
 
 
+def _check_texts(arguments: Sequence[str]) -> None:
+    """Refuse arguments that are no text: a name, an option or a path of ours goes into JSON, URLs and files.
+
+    What another program is given passes as it is: behind `--` of `forward` and `connect`, and behind the task of
+    `vps connect`. Raises UsageError.
+    """
+    ours = arguments
+    if arguments[:1] in (["forward"], ["connect"]) and "--" in arguments:
+        ours = arguments[: arguments.index("--")]
+    elif arguments[:2] == ["vps", "connect"]:
+        ours = arguments[:3]
+    for text in ours:
+        if any("\udc80" <= character <= "\udcff" for character in text):
+            raise UsageError(f"{os.fsencode(text)!r} is not UTF-8; arguments must be.")
+
+
 def _plainly(error: OSError) -> str:
     what = error.strerror or str(error)
     return f"{os.fsdecode(error.filename)}: {what}." if isinstance(error.filename, str | bytes) else f"{what}."
@@ -101,8 +119,11 @@ def _plainly(error: OSError) -> str:
 
 def _advice(error: KohakuRiverError) -> str:
     """What to do where nobody answers at the place that commands turn to with nothing set."""
-    from kohakuriver.config import DEFAULT_HOST
+    from kohakuriver.config import DEFAULT_HOST, left_cluster
 
     if not isinstance(error, HostUnreachableError) or f"{DEFAULT_HOST} can't be reached" not in error.message:
         return ""
+    if left_cluster():
+        return " The cluster that `kohakuriver up` started is not running any more; start it again, or name another \
+host with `kohakuriver auth login --host URL`."
     return " Start one there with `kohakuriver up`, or name another with `kohakuriver auth login --host URL`."

@@ -14,11 +14,13 @@ from collections.abc import Iterator, Sequence
 from datetime import datetime, timezone
 from typing import IO, Any, NoReturn
 
+from kohakuriver.cli.signals import in_foreground
 from kohakuriver.text import printable
 
 __all__ = [
     "age",
     "discard_stdout",
+    "draws",
     "error",
     "fields",
     "flush",
@@ -28,6 +30,7 @@ __all__ = [
     "leave",
     "line",
     "note",
+    "paints",
     "size",
     "table",
     "working",
@@ -40,8 +43,18 @@ _RED = ("failed", "lost", "offline")
 
 
 def is_terminal(stream: IO[str]) -> bool:
-    """Whether a person looks at `stream` through a terminal that can show more than plain lines."""
+    """Whether a person is at the other end of `stream`."""
     return stream.isatty()
+
+
+def paints(stream: IO[str]) -> bool:
+    """Whether `stream` is a terminal that understands colours and movements of its cursor."""
+    return is_terminal(stream) and os.environ.get("TERM", "windows" if os.name == "nt" else "") not in ("", "dumb")
+
+
+def draws(stream: IO[str]) -> bool:
+    """Whether `stream` is such a terminal and ours at the moment: in the background it is somebody else's."""
+    return paints(stream) and in_foreground(stream.fileno())
 
 
 def json_line(value: dict[str, Any]) -> None:
@@ -70,7 +83,7 @@ def _say(text: str) -> None:
 def error(text: str) -> None:
     """Why the command fails, as one sentence on stderr."""
     sentence = " ".join(text.split()) or "It failed for a reason that nobody named."
-    prefix = "\033[1;31mError:\033[0m" if is_terminal(sys.stderr) else "Error:"
+    prefix = "\033[1;31mError:\033[0m" if paints(sys.stderr) else "Error:"
     _say(f"{prefix} {printable(sentence)}")
 
 
@@ -114,7 +127,7 @@ def leave(code: int) -> NoReturn:
 @contextlib.contextmanager
 def working(text: str) -> Iterator[None]:
     """Show on a terminal that something takes its time; elsewhere nothing."""
-    if not is_terminal(sys.stderr):
+    if not draws(sys.stderr):
         yield
         return
     from rich.console import Console
@@ -125,7 +138,7 @@ def working(text: str) -> Iterator[None]:
 
 def table(headings: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
     """Rows under headings: a Rich table on a terminal, aligned plain columns elsewhere."""
-    if is_terminal(sys.stdout):
+    if paints(sys.stdout):
         _rich_table(headings, rows)
         return
     lines = [[heading.upper() for heading in headings], *rows]

@@ -8,6 +8,7 @@ session's link breaks: it opens a new session, with backoff and jitter. Sources:
 from __future__ import annotations
 
 import asyncio
+import errno
 import ipaddress
 import threading
 import time
@@ -17,12 +18,19 @@ from types import TracebackType
 from typing import Any, ClassVar
 
 from kohakuriver.config import Settings, load_settings, path_segment
-from kohakuriver.errors import KohakuRiverError, NotAllowedError, NotFoundError, UnavailableError, UsageError
-from kohakuriver.runtime import new_event_loop
+from kohakuriver.errors import (
+    KohakuRiverError,
+    LocalAddressError,
+    NotAllowedError,
+    NotFoundError,
+    UnavailableError,
+    UsageError,
+)
+from kohakuriver.runtime import cancel_all, new_event_loop, out_of_descriptors
 from kohakuriver.tls import client_context
 from kohakuriver.tunnel.backoff import Backoff
 from kohakuriver.tunnel.dial import open_session
-from kohakuriver.tunnel.endpoint import EndpointStats, ListeningSocket, UserEndpoint
+from kohakuriver.tunnel.endpoint import EndpointStats, ListeningSocket, UserEndpoint, waiting_connections
 from kohakuriver.tunnel.link import Link
 from kohakuriver.tunnel.ports import ports_query
 from kohakuriver.tunnel.protocol import CloseCode, ErrorText
@@ -36,6 +44,8 @@ __all__ = [
     "ForwardSync",
     "Forwarder",
     "Listening",
+    "NotListening",
+    "OutOfDescriptors",
     "PortForward",
     "Reconnecting",
     "Resumed",
@@ -51,6 +61,13 @@ RETRY_BASE = 0.2
 RETRY_CAP = 5.0
 # Rates are taken over at least so many seconds, whoever asks for them how often.
 RATED_OVER = 0.5
+
+# Both loopback addresses: a program that is told `localhost` may take either.
+LOOPBACK = "localhost"
+LOOPBACKS = ("127.0.0.1", "::1")
+FREE_PORT_TRIES = 20
+# How often it is looked whether this process can still open a file, in seconds.
+DESCRIPTORS_EVERY = 1.0
 
 PortSpec = int | str
 
@@ -134,6 +151,27 @@ class Listening(Event):
 
 
 @dataclass(frozen=True)
+class NotListening(Event):
+    """One of the loopback addresses can't be had; the forward works on the other. `reason` is a sentence."""
+
+    event: ClassVar[str] = "not_listening"
+    local_host: str
+    local_port: int
+    reason: str
+
+
+@dataclass(frozen=True)
+class OutOfDescriptors(Event):
+    """This process may open no more files: `waiting` local connections wait until others have ended.
+
+    With uvloop none does: it resets them.
+    """
+
+    event: ClassVar[str] = "out_of_descriptors"
+    waiting: int
+
+
+@dataclass(frozen=True)
 class Reconnecting(Event):
     """The session is lost, and will be opened again in `delay` seconds."""
 
@@ -200,13 +238,13 @@ class Forwarder:
         ports: Sequence[PortForward],
         *,
         settings: Settings,
-        local_host: str = "127.0.0.1",
+        local_host: str = LOOPBACK,
         on_event: Callable[[Event], None] = lambda event: None,
     ) -> None:
         _check_distinct(ports)
         self.task = task
         self.ports = list(ports)
-        self.local_host = local_host
+        self._local_host = local_host
         self.listening: list[ListeningSocket] = []
         self._settings = settings
         self._on_event = on_event
@@ -218,6 +256,7 @@ class Forwarder:
         self._rated = time.monotonic(), 0, 0
         self._rates = 0, 0
         self._keeper: asyncio.Task[None] | None = None
+        self._watcher: asyncio.Task[None] | None = None
         self.endpoint_config = endpoint_config(lambda name: getattr(settings, name))
         self._endpoint = UserEndpoint(
             config=self.endpoint_config,
@@ -231,8 +270,7 @@ class Forwarder:
         Raises LocalAddressError before anything is sent to the host, and what `open_session` raises.
         """
         try:
-            for port in self.ports:
-                self.listening.append(await self._listen(port))
+            await self._listen_everywhere()
             link = await self._open()
         except BaseException:
             self._closing = True
@@ -242,7 +280,9 @@ class Forwarder:
         self._on_event(Connected(self.task, link.version))
         for local in self.listening:
             self._on_event(Listening(local.host, local.port, local.remote_port, local.proto))
-        self._keeper = asyncio.get_running_loop().create_task(self._keep_open())
+        loop = asyncio.get_running_loop()
+        self._keeper = loop.create_task(self._keep_open())
+        self._watcher = loop.create_task(self._watch_descriptors())
 
     async def wait(self) -> None:
         """Wait until the forward can't go on.
@@ -258,9 +298,7 @@ class Forwarder:
         if self._closing:
             return
         self._closing = True
-        if self._keeper is not None:
-            self._keeper.cancel()
-            await asyncio.gather(self._keeper, return_exceptions=True)
+        await cancel_all([task for task in (self._keeper, self._watcher) if task is not None])
         await self._endpoint.close()
         self._on_event(self.stats())
         self._on_event(Closed(reason))
@@ -275,9 +313,49 @@ class Forwarder:
             self._rated = time.monotonic(), totals.bytes_sent, totals.bytes_received
         return Stats(**asdict(totals), sent_per_second=self._rates[0], received_per_second=self._rates[1])
 
-    async def _listen(self, port: PortForward) -> ListeningSocket:
+    async def _listen_everywhere(self) -> None:
+        """Bind all local addresses: those that must be had first, so that `listening` begins with them."""
+        if self._local_host != LOOPBACK:
+            self.listening = [await self._listen(self._local_host, port.local, port) for port in self.ports]
+            return
+        seconds = []
+        for port in self.ports:
+            first, second = await self._listen_on_loopback(port)
+            self.listening.append(first)
+            seconds += [] if second is None else [second]
+        self.listening += seconds
+
+    async def _listen_on_loopback(self, port: PortForward) -> tuple[ListeningSocket, ListeningSocket | None]:
+        """The same port number on 127.0.0.1 and, where that can be had, on ::1. Raises LocalAddressError."""
+        first = await self._listen(LOOPBACKS[0], port.local, port)
+        for _ in range(FREE_PORT_TRIES):
+            try:
+                return first, await self._listen(LOOPBACKS[1], first.port, port)
+            except LocalAddressError as error:
+                taken = isinstance(error.__cause__, OSError) and error.__cause__.errno == errno.EADDRINUSE
+                if not taken:
+                    return first, None  # this machine has no IPv6
+                if port.local:
+                    self._on_event(NotListening(LOOPBACKS[1], first.port, "another program listens there"))
+                    return first, None
+            another = await self._listen(LOOPBACKS[0], 0, port)  # before the first is closed, so that it is another
+            first.close()
+            first = another
+        return first, None
+
+    async def _listen(self, host: str, local: int, port: PortForward) -> ListeningSocket:
         listen = self._endpoint.listen_udp if port.proto == "udp" else self._endpoint.listen_tcp
-        return await listen(self.local_host, port.local, port.remote)
+        return await listen(host, local, port.remote)
+
+    async def _watch_descriptors(self) -> None:
+        """Tell once when local connections can't be accepted: the event loops don't, and nothing else would."""
+        told = False
+        while True:
+            await asyncio.sleep(DESCRIPTORS_EVERY)
+            exhausted = out_of_descriptors()
+            if exhausted and not told:
+                self._on_event(OutOfDescriptors(sum(waiting_connections(local.sock) for local in self.listening)))
+            told = exhausted
 
     async def _open(self) -> Link:
         first = self.ports[0]
@@ -362,7 +440,7 @@ class Forward:
     @property
     def local_host(self) -> str:
         """The address to connect to; for a forward that listens everywhere, this machine's loopback."""
-        host = self._open.local_host
+        host = self._open.listening[0].host
         return {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host)
 
     @property
@@ -400,7 +478,7 @@ def forward(
     *,
     proto: str = "tcp",
     local_port: int | None = 0,
-    local_host: str = "127.0.0.1",
+    local_host: str = LOOPBACK,
     host: str | None = None,
     token: str | None = None,
     ca_file: str | None = None,
@@ -408,8 +486,10 @@ def forward(
 ) -> Forward:
     """A forward for `async with`, on the loop that runs.
 
-    `task` is a numeric id or a unique name; `ports` one remote port or several, as numbers or `LOCAL:REMOTE[/udp]`.
-    `local_port` 0 is any free one, None the remote port's number; another number goes with one remote port only.
+    `task` is a numeric id or a unique name; `ports` one remote port or several, as numbers or
+    `LOCAL:REMOTE[/udp]`.
+    `local_host` "localhost" is both loopback addresses. `local_port` 0 is any free one, None the remote port's
+    number; another number goes with one remote port only.
     `host`, `token` and `ca_file` default to the settings that the command line uses. Entering raises the same errors
     that the command line exits with: NotFoundError, UnavailableError, NotAllowedError, LocalAddressError,
     HostUnreachableError, UsageError.
@@ -491,7 +571,7 @@ def forward_sync(
     *,
     proto: str = "tcp",
     local_port: int | None = 0,
-    local_host: str = "127.0.0.1",
+    local_host: str = LOOPBACK,
     host: str | None = None,
     token: str | None = None,
     ca_file: str | None = None,

@@ -11,6 +11,7 @@ import errno
 import itertools
 import os
 import socket
+import sys
 import time
 from collections.abc import Callable, Coroutine, Sequence
 from dataclasses import dataclass, field
@@ -68,6 +69,7 @@ class EndpointConfig:
     v1_linger: float = 2.0
     dial_timeout: float = 10.0
     reattach_wait: float = 5.0
+    outage: float = 60.0
     udp_idle: float = 60.0
     udp_peers: int = 1024
     udp_queue: int = 1 << 20
@@ -95,6 +97,7 @@ class ListeningSocket:
     remote_port: int
     proto: str
     close: Callable[[], None] = field(repr=False)
+    sock: socket.socket = field(repr=False)
 
 
 AnyStream: TypeAlias = TcpStream | UdpStream
@@ -234,7 +237,7 @@ class Endpoint:
 
     def link_closed(self, link: Link, code: int, reason: str) -> None:
         if self.link is link:
-            self.detach(reason or f"the link closed with code {code}")
+            self.detach(reason or _why_closed(code))
 
     def detach(self, reason: str) -> None:
         """The link is gone: every stream on it ends at once."""
@@ -372,7 +375,7 @@ class UserEndpoint(Endpoint):
     """Hop 1: listens on local addresses and opens a stream for each connection.
 
     It outlives its link: ``attach`` gives it the first one and, after a loss, the next. A connection that is
-    accepted in between is held for ``reattach_wait`` seconds, then reset.
+    accepted in between is held for ``reattach_wait`` seconds, then reset; after ``outage`` seconds it is reset at once.
     """
 
     def __init__(
@@ -387,6 +390,7 @@ class UserEndpoint(Endpoint):
         self.on_detach = on_detach
         self._ids = itertools.count(1)
         self._waiting: dict[TcpStream, asyncio.TimerHandle] = {}
+        self._detached_at = time.monotonic()
         self._listening: list[ListeningSocket] = []
 
     def attach(self, link: Link) -> None:
@@ -400,14 +404,17 @@ class UserEndpoint(Endpoint):
 
     def detach(self, reason: str) -> None:
         super().detach(reason)
+        self._detached_at = time.monotonic()
         self.on_detach(reason)
 
     def socket_ready(self, stream: TcpStream) -> None:
         if self.link is not None:
             self._open(stream)
             return
+        outage = time.monotonic() - self._detached_at
+        patience = self.config.reattach_wait if outage < self.config.outage else 0.0
         loop = asyncio.get_running_loop()
-        self._waiting[stream] = loop.call_later(self.config.reattach_wait, self._waited_too_long, stream)
+        self._waiting[stream] = loop.call_later(patience, self._waited_too_long, stream)
 
     def _waited_too_long(self, stream: TcpStream) -> None:
         self._waiting.pop(stream, None)
@@ -464,7 +471,7 @@ class UserEndpoint(Endpoint):
         loop = asyncio.get_running_loop()
         sock = _bind(host, port, socket.SOCK_STREAM)
         server = await loop.create_server(lambda: TcpStream(self, remote_port), sock=sock, backlog=LISTEN_BACKLOG)
-        listening = ListeningSocket(host, sock.getsockname()[1], remote_port, "tcp", server.close)
+        listening = ListeningSocket(host, sock.getsockname()[1], remote_port, "tcp", server.close, sock)
         self._listening.append(listening)
         return listening
 
@@ -474,7 +481,7 @@ class UserEndpoint(Endpoint):
         sock = _bind(host, port, socket.SOCK_DGRAM)
         address = sock.getsockname()
         transport, _ = await loop.create_datagram_endpoint(lambda: UdpListener(self, remote_port, sock), sock=sock)
-        listening = ListeningSocket(host, address[1], remote_port, "udp", transport.close)
+        listening = ListeningSocket(host, address[1], remote_port, "udp", transport.close, sock)
         self._listening.append(listening)
         return listening
 
@@ -501,6 +508,21 @@ class UserEndpoint(Endpoint):
         link.on_lost = lambda: None if gone.done() else gone.set_result(None)
         link.close(1000, "the forward has ended")
         await gone
+
+
+# `tcpi_unacked` of Linux' struct tcp_info: how many connections of a listening socket nobody has accepted yet.
+_TCPI_UNACKED = slice(24, 28)
+
+
+def waiting_connections(sock: socket.socket) -> int:
+    """How many connections wait to be accepted from a listening socket; 0 where the system does not tell."""
+    if sock.type != socket.SOCK_STREAM or not sys.platform.startswith("linux"):
+        return 0
+    try:
+        info = sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, _TCPI_UNACKED.stop)
+    except OSError:
+        return 0
+    return int.from_bytes(info[_TCPI_UNACKED], sys.byteorder)
 
 
 def _bind(host: str, port: int, kind: socket.SocketKind) -> socket.socket:
@@ -649,3 +671,8 @@ class ContainerEndpoint(Endpoint):
             task.cancel()
         for stream in list(self.streams.values()):
             stream.reset() if isinstance(stream, TcpStream) else stream.over()
+
+
+def _why_closed(code: int) -> str:
+    """A close without a reason, in words."""
+    return "the connection was lost" if code in (1005, 1006) else f"the connection was closed (code {code})"

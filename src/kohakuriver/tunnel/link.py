@@ -172,7 +172,9 @@ class Link(asyncio.BufferedProtocol):
         self._urgent.clear()
         self.queued = self._urgent_size = 0
         if exc is not None and not self.close_reason:
-            self.close_reason = str(exc)
+            self.close_reason = (
+                f"the connection was lost ({exc.strerror})" if isinstance(exc, OSError) and exc.strerror else str(exc)
+            )
         self.handler.link_closed(self, self.close_code, self.close_reason)
         self._wake()
         if self.on_lost is not None:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import base64
 import json
+import os
 import re
 from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any, Final
@@ -22,6 +24,7 @@ __all__ = [
     "exited",
     "failed",
     "failure",
+    "is_utf8",
     "read_control",
     "refuse",
     "resize",
@@ -44,22 +47,50 @@ class Start:
     env: dict[str, str] = field(default_factory=dict)
 
     def to_message(self) -> str:
-        return control("start", **asdict(self))
+        return control("start", **{**asdict(self), "command": [_carried(part) for part in self.command]})
 
     @staticmethod
     def from_message(message: dict[str, Any]) -> Start:
         """Raises UsageError."""
         command, env = message.get("command", []), message.get("env", {})
-        if not isinstance(command, list) or not all(_is_text(part) for part in command):
-            raise UsageError("the command of a start must be a list of texts")
+        if not isinstance(command, list):
+            raise UsageError("the command of a start must be a list")
         if not isinstance(env, dict) or not all(_is_text(part) for pair in env.items() for part in pair):
             raise UsageError("the env of a start must give texts by their names")
         rows, cols = size_of({"rows": 24, "cols": 80, **message})
-        return Start(command, bool(message.get("tty", True)), rows, cols, env)
+        return Start([_part(part) for part in command], bool(message.get("tty", True)), rows, cols, env)
 
 
 def _is_text(value: object) -> bool:
-    return isinstance(value, str) and "\0" not in value
+    return isinstance(value, str) and "\0" not in value and is_utf8(value)
+
+
+def is_utf8(text: str) -> bool:
+    """Whether an argument or a variable of this process is text, and not bytes that happen to be none."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
+def _carried(part: str) -> str | dict[str, str]:
+    """A part of a command as it goes over the wire: text, or the bytes that it is where it is none."""
+    return part if is_utf8(part) else {"base64": base64.b64encode(os.fsencode(part)).decode()}
+
+
+def _part(carried: object) -> str:
+    """The reverse; bytes that are no UTF-8 are surrogates, as everywhere in Python. Raises UsageError."""
+    if isinstance(carried, dict):
+        try:
+            data = base64.b64decode(str(carried.get("base64")), validate=True)
+        except ValueError:
+            data = b"\0"
+        if b"\0" not in data:
+            return data.decode("utf-8", "surrogateescape")
+    elif _is_text(carried):
+        return str(carried)
+    raise UsageError('a part of a command is a text, or {"base64": "…"} for bytes, without NUL')
 
 
 def size_of(message: dict[str, Any]) -> tuple[int, int]:

@@ -7,6 +7,7 @@ import contextlib
 import os
 import secrets
 import signal
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,9 +15,10 @@ import aiodocker
 import aiohttp
 from aiodocker.exceptions import DockerError
 
-from kohakuriver.errors import UnavailableError
+from kohakuriver.errors import UnavailableError, UsageError
 from kohakuriver.runner.backends.base import CTRL_D, STDERR, STDOUT, ExecRequest, ExecSession, locale_for
 from kohakuriver.runtime import cancel_all
+from kohakuriver.tunnel.terminal import is_utf8
 
 __all__ = ["DockerExec", "start"]
 
@@ -95,7 +97,9 @@ class DockerExec(ExecSession):
         program = self._request.command[0] if self._request.command else "the shell"
         if "not found" in text or "no such file" in text:
             self._code = NOT_FOUND
-            return f"{program}: command not found".encode() + (b"\r\n" if self._request.tty else b"\n")
+            return f"{program}: command not found".encode("utf-8", "surrogateescape") + (
+                b"\r\n" if self._request.tty else b"\n"
+            )
         self._code = NOT_EXECUTABLE
         return data
 
@@ -226,13 +230,27 @@ async def _command_line(
     docker: aiodocker.Docker, container: str, request: ExecRequest, env: dict[str, str]
 ) -> list[str]:
     """What the engine is told to run. Raises UnavailableError "no_shell"."""
-    if not request.tty and request.command:
+    as_text = all(is_utf8(part) for part in request.command)
+    if not request.tty and request.command and as_text:
         return list(request.command)
     size = [str(request.rows), str(request.cols)] if request.tty else ["0", "0"]
     if await _has(docker, container, "/bin/sh"):
+        if not as_text:
+            return ["/bin/sh", "-c", _spelt_out(request.command), "/bin/sh", *size]
         script = _COMMAND if request.command else _BEST_SHELL
         return ["/bin/sh", "-c", script, "/bin/sh", *size, *request.command]
+    if not as_text:
+        raise UsageError("Arguments that are not UTF-8 need a /bin/sh in the container, and there is none.")
     return list(request.command) or [await _find_shell(docker, container, env)]
+
+
+def _spelt_out(command: Sequence[str]) -> str:
+    """A script that runs a command whose bytes the engine's JSON can't carry. The dot keeps line ends from `$(…)`."""
+    lines = [_SIZE]
+    for part in command:
+        octal = "".join(f"\\{byte:03o}" for byte in part.encode("utf-8", "surrogateescape"))
+        lines.append(f'part=$(printf \'{octal}.\'); set -- "$@" "${{part%.}}"\n')
+    return "".join(lines) + 'exec "$@"'
 
 
 async def _find_shell(docker: aiodocker.Docker, container: str, env: dict[str, str]) -> str:
