@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from kohakuriver.cli import ssh_files
+from kohakuriver.cli.ssh_names import alias
 from kohakuriver.errors import UsageError
 
 pytestmark = pytest.mark.skipif(os.name != "posix", reason="POSIX file modes and links")
@@ -81,7 +82,7 @@ def test_openssh_understands_it_and_other_hosts_are_left_alone(home: Path) -> No
 
 def test_a_host_key_is_known_under_every_name_of_the_task() -> None:
     ssh_files.learn_host_key(123, "web", "ssh-ed25519 AAAA")
-    for name in ("web", "web.kohakuriver", "123", "123.kohakuriver", ssh_files.alias(123)):
+    for name in ("web", "web.kohakuriver", "123", "123.kohakuriver", alias(123)):
         found = subprocess.run(
             ["ssh-keygen", "-F", name, "-f", str(ssh_files.known_hosts_file())], capture_output=True, text=True
         )
@@ -122,3 +123,50 @@ def test_a_private_key_is_never_taken_for_a_public_one(home: Path) -> None:
     path.write_text("-----BEGIN OPENSSH PRIVATE KEY-----\nsecret\n")
     with pytest.raises(UsageError, match=r"id\.pub"):
         ssh_files.public_keys([path])
+
+
+@pytest.mark.parametrize("name", ["cfg%d", "a b", "it's", "pay $HOME", "#1", "[x]*?", "\u00fc", "%h%%"])
+def test_openssh_finds_our_files_whatever_their_directory_is_called(
+    home: Path, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("KOHAKURIVER_CONFIG_DIR", str(home / name))
+    ssh_files.install(["web"])
+    assert ssh_files.installed()
+    said = ssh_says(home, "web")
+    assert said["userknownhostsfile"] == str(home / name / "ssh/known_hosts")
+    probe = said["proxycommand"].replace("%%", "%").partition(" -m ")[0] + " -c 'import os;"
+    probe += ' print(os.environ["KOHAKURIVER_CONFIG_DIR"])\''
+    found = subprocess.run(["sh", "-c", probe], capture_output=True, text=True, check=True)
+    assert found.stdout == f"{home / name}\n"
+    assert ssh_files.uninstall()
+    assert not (home / ".ssh" / "config").exists()
+
+
+@pytest.mark.parametrize("name", ['say "hi"', "a\nb", "back\\slash", "${HOME}", "caf\udce9"])
+def test_a_directory_that_openssh_can_not_be_told_of_is_refused_before_anything_is_written(
+    home: Path, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("KOHAKURIVER_CONFIG_DIR", str(home / name))
+    (home / ".ssh").mkdir()
+    (home / ".ssh" / "config").write_text(BEFORE)
+    with pytest.raises(UsageError, match="KOHAKURIVER_CONFIG_DIR"):
+        ssh_files.install(["web"])
+    assert (home / ".ssh" / "config").read_text() == BEFORE
+    assert not (home / name).exists()
+
+
+def test_a_relative_directory_is_found_from_anywhere(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(home)
+    monkeypatch.setenv("KOHAKURIVER_CONFIG_DIR", "mine")
+    ssh_files.install(["web"])
+    monkeypatch.chdir("/")
+    assert ssh_says(home, "web")["userknownhostsfile"] == str(home / "mine/ssh/known_hosts")
+
+
+def test_a_key_of_any_name_is_the_one_that_ssh_takes(home: Path) -> None:
+    key = home / "k%d $a 'b'"
+    done = subprocess.run(
+        ["ssh", "-G", "-F", "none", "-o", f"IdentityFile {ssh_files.spoken(key)}", "x"],
+        capture_output=True, text=True, check=True,
+    )  # fmt: skip
+    assert f"identityfile {str(key).replace('%', '%%')}" in done.stdout.splitlines()

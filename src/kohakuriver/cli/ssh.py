@@ -11,6 +11,7 @@ import typer
 
 from kohakuriver.cli.behind_dashes import WithSshArguments
 from kohakuriver.cli.options import Connection, Remote, TaskArgument, remote
+from kohakuriver.cli.ssh_names import alias, task_of
 from kohakuriver.errors import KohakuRiverError, UsageError
 
 if TYPE_CHECKING:
@@ -48,7 +49,7 @@ def ssh_proxy(
         token=settings.token,
         ssh_proxy=settings.ssh_proxy,
         ca_file=settings.ca_file,
-        task=ssh_dial.task_of(task),
+        task=task_of(task),
         pass_socket=pass_socket,
     )
 
@@ -118,6 +119,8 @@ def connect(
     """
     from kohakuriver.cli import ssh_dial, ssh_files
 
+    if key is not None and not key.exists():
+        raise UsageError(f"There is no private key at {key}; --key names its file.")
     settings = at.settings()
     ssh_proxy = settings.ssh_proxy
     if proxy_port is not None:
@@ -129,6 +132,7 @@ def connect(
     ssh = shutil.which("ssh")
     if ssh is None:
         raise KohakuRiverError("There is no ssh on this machine; install OpenSSH's client.")
+    ssh_files.prepare()
     if found.ssh_host_key:
         ssh_files.learn_host_key(found.task_id, found.name, found.ssh_host_key)
     environment = {**os.environ, "KOHAKURIVER_HOST": settings.host, "KOHAKURIVER_SSH_PROXY": ssh_proxy}
@@ -136,8 +140,14 @@ def connect(
         environment["KOHAKURIVER_TOKEN"] = settings.token
     if settings.ca_file:
         environment["KOHAKURIVER_CA_FILE"] = settings.ca_file
-    arguments = [*_options(found), *(["-i", str(key)] if key else []), f"{user}@{found.name}", *(ssh_arguments or [])]
+    arguments = [*_options(found), *_identity(key), f"{user}@{found.name}", *(ssh_arguments or [])]
     return _run(ssh, arguments, environment)
+
+
+def _identity(key: Path | None) -> list[str]:
+    from kohakuriver.cli.ssh_files import spoken
+
+    return [] if key is None else ["-o", f"IdentityFile {spoken(key)}"]
 
 
 def _options(task: Task) -> list[str]:
@@ -146,7 +156,7 @@ def _options(task: Task) -> list[str]:
     lines = [
         *ssh_files.proxy_command(str(task.task_id), known=True),
         *ssh_files.connection_options(known=bool(task.ssh_host_key)),
-        f"HostKeyAlias {ssh_files.alias(task.task_id)}",
+        f"HostKeyAlias {alias(task.task_id)}",
     ]
     return [part for line in lines for part in ("-o", line)]
 

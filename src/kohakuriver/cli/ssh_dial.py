@@ -17,6 +17,7 @@ from collections.abc import Callable
 from typing import Any
 from urllib.parse import urlsplit
 
+from kohakuriver.cli.ssh_names import task_of
 from kohakuriver.descriptors import prepare
 from kohakuriver.errors import (
     HostUnreachableError,
@@ -28,19 +29,11 @@ from kohakuriver.errors import (
 from kohakuriver.resolve import resolving
 from kohakuriver.text import printable
 
-__all__ = ["DOMAIN", "dial", "main", "proxy", "task_of", "to_show"]
-
-DOMAIN = ".kohakuriver"
-"""What may stand behind a task's name where ssh wants a host's."""
+__all__ = ["dial", "main", "proxy", "to_show"]
 
 ANSWER_SECONDS = 30.0
 MAX_ANSWER = 8192
 PIECE = 256 * 1024
-
-
-def task_of(host_name: str) -> str:
-    """The task that ssh means by a host name."""
-    return host_name.removesuffix(DOMAIN)
 
 
 def dial(ssh_proxy: str, task: str, token: str | None) -> socket.socket:
@@ -162,11 +155,12 @@ class _Dialling(threading.Thread):
 
 def _learn_host_key(host: str, task: str, token: str | None, ca_file: str | None) -> None:
     """Ask the host for the task's host key and write it down. Raises KohakuRiverError, also when it does not run."""
+    from kohakuriver.cli.ssh_files import learn_host_key, prepare
+
+    prepare()  # ssh writes down a host key that nobody told it, where it finds the directory
     found = _ask(host, _path(task), token, ca_file)
     key = found.get("ssh_host_key")
     if key:
-        from kohakuriver.cli.ssh_files import learn_host_key
-
         learn_host_key(int(found["task_id"]), str(found["name"]), str(key))
 
 

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from kohakuriver.cli.ssh_dial import DOMAIN
+from kohakuriver.cli.ssh_names import DOMAIN, alias
 from kohakuriver.config import config_dir, write_private
 from kohakuriver.errors import UsageError
+from kohakuriver.text import printable
 
 __all__ = [
     "config_file",
@@ -20,8 +22,10 @@ __all__ = [
     "installed",
     "known_hosts_file",
     "learn_host_key",
+    "prepare",
     "proxy_command",
     "public_keys",
+    "spoken",
     "uninstall",
 ]
 
@@ -29,7 +33,26 @@ HEADING = "# Written by `kohakuriver ssh-config --install`; `kohakuriver ssh-con
 
 
 def _directory() -> Path:
-    return config_dir() / "ssh"
+    return config_dir().absolute() / "ssh"
+
+
+def prepare() -> None:
+    """Make the directory in which ssh keeps the host keys that it learns; without it, it would keep none."""
+    _directory().mkdir(parents=True, exist_ok=True, mode=0o700)
+
+
+def spoken(path: Path) -> str:
+    """`path` as an argument in OpenSSH's configuration, where `%` begins a token.
+
+    Raises UsageError for one that its versions don't all read alike: there is no way to write it down (ssh_config(5)).
+    """
+    text = str(path)
+    if not text.isprintable() or '"' in text or "${" in text or ("\\" in text and os.name == "posix"):
+        raise UsageError(
+            f"OpenSSH's configuration has no way to say the path {printable(text)!r}: choose one without quotes, "
+            "backslashes, ${ and line ends; KOHAKURIVER_CONFIG_DIR moves the directory."
+        )
+    return f'"{text.replace("%", "%%")}"'
 
 
 def known_hosts_file() -> Path:
@@ -53,11 +76,6 @@ def learn_host_key(task_id: int, name: str, key: str) -> None:
             return
         kept = [line for line in lines if not set(line.partition(" ")[0].split(",")) & set(names)]
         _replace(path, "".join(f"{line}\n" for line in [*kept, fresh]))
-
-
-def alias(task_id: int) -> str:
-    """The name under which a task's host key is known whatever the task is called."""
-    return f"kohakuriver-{task_id}"
 
 
 @contextlib.contextmanager
@@ -112,7 +130,7 @@ def proxy_command(task: str, *, environment: dict[str, str] | None = None, known
 def connection_options(*, known: bool) -> list[str]:
     """ssh's options for the connection itself; with `known` a host key that is not written down yet is refused."""
     return [
-        f'UserKnownHostsFile "{known_hosts_file()}"',
+        f"UserKnownHostsFile {spoken(known_hosts_file())}",
         "HashKnownHosts no",
         f"StrictHostKeyChecking {'yes' if known else 'accept-new'}",
         "ServerAliveInterval 30",
@@ -127,6 +145,8 @@ def config_text(names: Sequence[str]) -> str:
     """OpenSSH configuration for these tasks, and for any by its name and `DOMAIN`."""
     # A program that was not started from this shell would not find the same cluster by itself. The token stays out.
     kept = {name: os.environ[name] for name in ("KOHAKURIVER_CONFIG_DIR", "KOHAKURIVER_HOST") if os.environ.get(name)}
+    if "KOHAKURIVER_CONFIG_DIR" in kept:
+        kept["KOHAKURIVER_CONFIG_DIR"] = str(config_dir().absolute())
     options = [
         "User root",
         *proxy_command("%n", environment=kept),
@@ -142,7 +162,9 @@ def _user_config() -> Path:
 
 
 def _include() -> str:
-    return f'Include "{config_file()}"'
+    # A pattern: what is special in one, or begins a token for newer versions of OpenSSH alone, is any character there.
+    pattern = re.sub(r"[%$*?\[\]]", "?", spoken(config_file()).replace("%%", "%"))
+    return f"Include {pattern}"
 
 
 def installed() -> bool:
@@ -155,14 +177,14 @@ def installed() -> bool:
 
 def install(names: Sequence[str]) -> Path:
     """Write our configuration and include it in the user's, at the top, where it is in no `Host` block."""
-    path = config_file()
-    path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
-    _replace(path, config_text(names))
+    path, include, text = config_file(), _include(), config_text(names)
+    prepare()
+    _replace(path, text)
     user = _user_config()
     user.parent.mkdir(exist_ok=True, mode=0o700)
     text = user.read_text("utf-8") if user.exists() else ""
-    if _include() not in text.splitlines():
-        _replace(user, f"{_include()}\n{text}", _mode(user))
+    if include not in text.splitlines():
+        _replace(user, f"{include}\n{text}", _mode(user))
     return path
 
 
