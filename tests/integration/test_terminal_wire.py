@@ -68,6 +68,12 @@ def test_v1_is_a_shell_in_json_with_resize_and_exit_code(cluster: Cluster) -> No
         assert socket.close_code == 1000
 
 
+def test_v1_begins_with_an_empty_output_which_its_command_line_throws_away(cluster: Cluster) -> None:
+    with a_terminal(cluster) as socket:
+        assert json.loads(socket.recv(PATIENCE)) == {"type": "output", "data": ""}
+        until(socket, "$ ")
+
+
 def test_v1_output_is_whole_characters_wherever_it_was_cut(cluster: Cluster) -> None:
     with a_terminal(cluster) as socket:
         command = r"printf '\342\202'; sleep 0.1; printf '\254-\377-end'"

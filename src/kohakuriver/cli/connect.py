@@ -18,6 +18,7 @@ from kohakuriver.errors import HostUnreachableError, UnavailableError, UsageErro
 
 if TYPE_CHECKING:
     from kohakuriver.cli.local_terminal import RawTerminal
+    from kohakuriver.cli.old_terminal import OldTerminal
     from kohakuriver.config import Settings
     from kohakuriver.tunnel.message_link import MessageLink
     from kohakuriver.tunnel.terminal import Start
@@ -92,7 +93,7 @@ class Session:
         self._start = start
         self._shown = False
         self._exited = False
-        self._link: MessageLink
+        self._link: MessageLink | OldTerminal
         self._ended: asyncio.Future[int]
 
     async def run(self) -> int:
@@ -113,7 +114,7 @@ class Session:
                 with contextlib.suppress(asyncio.TimeoutError):
                     await asyncio.wait_for(self._link.wait_closed(), 0.5)
 
-    async def _open(self) -> MessageLink:
+    async def _open(self) -> MessageLink | OldTerminal:
         from kohakuriver.config import path_segment
         from kohakuriver.tls import client_context
         from kohakuriver.tunnel.dial import open_messages
@@ -127,12 +128,22 @@ class Session:
             subprotocols=(TERMINAL_V2,),
             ssl=client_context(self._settings.host, self._settings.ca_file),
         )
-        if link.subprotocol != TERMINAL_V2:
-            link.abort()
-            raise UnavailableError("The host, or the task's node, is too old for this version's terminals.")
         if self._start.tty:
             link.limit_window()
-        return link
+        return link if link.subprotocol == TERMINAL_V2 else self._old(link)
+
+    def _old(self, link: MessageLink) -> OldTerminal:
+        """The terminal of a host that speaks version 1 alone. Raises UnavailableError where it can't do what is due."""
+        from kohakuriver.cli.old_terminal import OldTerminal
+
+        if self._start.tty and not self._start.command:
+            return OldTerminal(link)
+        link.abort()
+        raise UnavailableError(
+            "The host, or the task's node, speaks version 1, which has only a shell in a terminal: run connect in one, "
+            "without CMD.",
+            code="not_supported",
+        )
 
     @contextlib.contextmanager
     def _raw(self) -> Iterator[RawTerminal | None]:

@@ -92,6 +92,10 @@ class TerminalProxy:
             runner.begin_close(CloseCode.GOING_AWAY)
             target.grant.release()
             raise
+        if user.subprotocol is None and request.query.get("start") != "1":
+            with contextlib.suppress(ConnectionError):
+                # Version 1's command line takes the first message for a greeting and throws it away.
+                await user.send(terminal.control("output", data=""))
         target.grant.opened(**{"from": request.peer}, proto="terminal", version=2 if user.subprotocol else 1)
         self._begin(_Relay(user, runner, target.grant, self._limits.max_rate))
 
