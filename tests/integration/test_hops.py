@@ -352,6 +352,52 @@ def test_a_reply_after_the_half_close_arrives_from_an_existing_tunnel_client_too
     run(main())
 
 
+def test_the_reply_to_an_upload_arrives_from_an_existing_tunnel_client(run: Run) -> None:
+    async def upload(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        body = await reader.read()  # to the end of its input
+        writer.write(b"got %d" % len(body))
+        writer.close()
+
+    async def main() -> None:
+        async with (
+            chain() as hops,
+            v1.v1_tunnel_client(hops.runner_port, CONTAINER) as container,
+            service(upload) as port,
+        ):
+            await hops.changed(CONTAINER, True)
+            user = await hops.user()
+            user.config.v1_linger = 0.5
+            assert await asked(await forwarded(user, port), bytes(100_000)) == b"got 100000"
+            await hops.at_rest()
+            await until(lambda: container.queues == {})
+
+    run(main())
+
+
+def test_a_reply_that_does_not_come_is_waited_for_no_longer_than_the_linger(run: Run) -> None:
+    never = asyncio.Event()
+
+    async def mute(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        await reader.read()
+        await never.wait()
+        writer.close()
+
+    async def main() -> None:
+        async with (
+            chain() as hops,
+            v1.v1_tunnel_client(hops.runner_port, CONTAINER),
+            service(mute) as port,
+        ):
+            await hops.changed(CONTAINER, True)
+            user = await hops.user()
+            user.config.v1_linger = 0.1
+            assert await asked(await forwarded(user, port), b"hello?") == b""
+            await hops.at_rest()  # the runner keeps no id either
+            never.set()
+
+    run(main())
+
+
 @clients
 def test_an_existing_command_line_works_at_our_host(run: Run, kind: str) -> None:
     async def main() -> None:
@@ -475,13 +521,33 @@ def test_sessions_of_v2_open_anew_when_an_older_tunnel_client_takes_over(run: Ru
             user = await hops.user()
             local = await forwarded(user, port)
             async with v1.v1_tunnel_client(hops.runner_port, CONTAINER):
-                assert "older version" in await hops.detached.get()
+                assert "another version" in await hops.detached.get()
                 await hops.attach(user)
                 assert user.link is not None
                 assert user.link.version == 1
                 async with dial(local) as (reader, writer):
                     writer.write(b"hi")
                     assert await reader.readexactly(2) == b"hi"
+
+    run(main())
+
+
+@clients
+def test_sessions_of_v1_take_up_v2_when_a_newer_tunnel_client_takes_over(run: Run, kind: str) -> None:
+    async def main() -> None:
+        async with chain() as hops, service(echo) as port, contextlib.AsyncExitStack() as stack:
+            await stack.enter_async_context(v1.v1_tunnel_client(hops.runner_port, CONTAINER))
+            await hops.changed(CONTAINER, True)
+            user = await hops.user()
+            old = await stack.enter_async_context(v1.v1_command_line(hops.host_port, port))
+            await hops.tunnel(kind)
+            assert "another version" in await hops.detached.get()
+            await hops.attach(user)
+            assert user.link is not None
+            assert user.link.version == 2
+            assert await asked(await forwarded(user, port), b"hi") == b"hi"
+            await old.send(v1.CONNECT, 1)  # what speaks v1 alone stays
+            assert await old.receive() == (v1.CONNECTED, 1, b"")
 
     run(main())
 

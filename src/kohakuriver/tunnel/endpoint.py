@@ -106,6 +106,8 @@ AnyStream: TypeAlias = TcpStream | UdpStream
 class Endpoint:
     """The streams of one link, whichever side opened them."""
 
+    awaits_replies = False  # a stream of v1 goes on for a while after our CLOSE
+
     def __init__(self, config: EndpointConfig | None = None) -> None:
         self.config = config or EndpointConfig()
         self.link: Link | None = None
@@ -215,7 +217,7 @@ class Endpoint:
             stream.remote_close()
         elif kind == ERROR:
             self.stream_failed(stream, ErrorText.parse(payload))
-            if stream.receiving is None:
+            if stream.receiving is None and stream.state is not State.HALF_CLOSED:
                 self.send_message(CLOSE, stream.id)
             stream.reset()
         else:
@@ -377,6 +379,8 @@ class UserEndpoint(Endpoint):
     It outlives its link: ``attach`` gives it the first one and, after a loss, the next. A connection that is
     accepted in between is held for ``reattach_wait`` seconds, then reset; after ``outage`` seconds it is reset at once.
     """
+
+    awaits_replies = True
 
     def __init__(
         self,

@@ -32,6 +32,7 @@ class State(enum.Enum):
     OPEN = "open"
     LOCAL_ENDED = "local ended"  # we sent EOF
     REMOTE_ENDED = "remote ended"  # the peer sent EOF
+    HALF_CLOSED = "half closed"  # v1: we sent CLOSE, and take what the peer still has to say
     OVER = "over"
 
 
@@ -41,6 +42,7 @@ class Event(enum.Enum):
     ESTABLISHED = "established"  # CONNECTED came, or our dial succeeded
     LOCAL_EOF = "local eof"
     REMOTE_EOF = "remote eof"
+    HALF_CLOSE = "half close"  # v1's end-of-file: a CLOSE that the peer may answer before its own
     END = "end"  # CLOSE or ERROR, sent or received
 
 
@@ -53,13 +55,15 @@ TRANSITIONS: dict[tuple[State, Event], State] = {
     (_S.OPENING_REMOTE_ENDED, _E.ESTABLISHED): _S.REMOTE_ENDED,
     (_S.OPEN, _E.LOCAL_EOF): _S.LOCAL_ENDED,
     (_S.OPEN, _E.REMOTE_EOF): _S.REMOTE_ENDED,
+    (_S.OPENING, _E.HALF_CLOSE): _S.HALF_CLOSED,
+    (_S.OPEN, _E.HALF_CLOSE): _S.HALF_CLOSED,
     (_S.LOCAL_ENDED, _E.REMOTE_EOF): _S.OVER,
     (_S.REMOTE_ENDED, _E.LOCAL_EOF): _S.OVER,
     **{(state, _E.END): _S.OVER for state in _S if state is not _S.OVER},
 }
 
 # States in which nothing more comes from one side.
-LOCAL_DONE = frozenset({State.OPENING_LOCAL_ENDED, State.LOCAL_ENDED, State.OVER})
+LOCAL_DONE = frozenset({State.OPENING_LOCAL_ENDED, State.LOCAL_ENDED, State.HALF_CLOSED, State.OVER})
 REMOTE_DONE = frozenset({State.OPENING_REMOTE_ENDED, State.REMOTE_ENDED, State.OVER})
 
 

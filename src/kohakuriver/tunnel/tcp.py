@@ -122,8 +122,11 @@ class TcpStream(asyncio.BufferedProtocol):
         if self.receiving is not None:
             self._local_eof()
         elif self.state is not State.OVER and self._linger is None:
-            self.last_data = time.monotonic()
-            self._linger = asyncio.get_running_loop().call_later(self.endpoint.config.v1_linger, self._linger_over)
+            self._begin_linger()
+
+    def _begin_linger(self) -> None:
+        self.last_data = time.monotonic()
+        self._linger = asyncio.get_running_loop().call_later(self.endpoint.config.v1_linger, self._linger_over)
 
     def _local_eof(self) -> None:
         following = rules.next_state(self.state, Event.LOCAL_EOF)
@@ -136,16 +139,26 @@ class TcpStream(asyncio.BufferedProtocol):
             self._finish()
 
     def _linger_over(self) -> None:
-        """v1 has no EOF: CLOSE goes out once neither side has had data for the linger time (§3 rule 4)."""
+        """v1 has no EOF: CLOSE goes out once neither side has had data for the linger time (§3 rule 4).
+
+        A tunnel client answers it with what the service says to the end of its input, and with its own CLOSE. When
+        that does not come either, a second CLOSE tells the relays that nobody waits any more.
+        """
         left = self.last_data + self.endpoint.config.v1_linger - time.monotonic()
         if left > 0:
             self._linger = asyncio.get_running_loop().call_later(left, self._linger_over)
             return
         self._linger = None
-        if self.state is not State.OVER:
-            self.endpoint.send_message(CLOSE, self.id)
+        if self.state is State.OVER:
+            return
+        self.endpoint.send_message(CLOSE, self.id)
+        following = rules.next_state(self.state, Event.HALF_CLOSE) if self.endpoint.awaits_replies else None
+        if following is None:
             self._over()
             self._finish()
+        else:
+            self.state = following
+            self._begin_linger()
 
     def link_writable(self) -> None:
         self.update_reading()
@@ -312,7 +325,7 @@ class TcpStream(asyncio.BufferedProtocol):
 
     def remote_close(self) -> None:
         """CLOSE came: what is queued is still delivered."""
-        if self.receiving is None:
+        if self.receiving is None and self.state is not State.HALF_CLOSED:
             self.endpoint.send_message(CLOSE, self.id)  # v1 peers keep their entry until they get one
         self._over()
         self._finish()

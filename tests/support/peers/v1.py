@@ -1,7 +1,8 @@
 """Peers that speak the seed protocol, written plainly on the ``websockets`` library as existing ones are.
 
 The tunnel client has the habits of docs/protocol.md §3 rule 9: it keeps a stream's entry until it gets CLOSE, ignores
-CONNECT for an id in use, dials 127.0.0.1 only, queues early DATA, and echoes a PING with its ClientID.
+CONNECT for an id in use, dials 127.0.0.1 only, queues early DATA, and echoes a PING with its ClientID. To the service
+a CLOSE is the end of its input: what the service still says goes out, and a CLOSE behind it.
 """
 
 from __future__ import annotations
@@ -70,7 +71,9 @@ class V1TunnelClient:
             while (data := await queue.get()) is not None:
                 writer.write(data)
                 await writer.drain()
-        except ConnectionError:
+            writer.write_eof()
+            await sending  # what the service says to that still goes out, and CLOSE behind it
+        except (ConnectionError, OSError):
             pass
         finally:
             sending.cancel()

@@ -34,6 +34,7 @@ from kohakuriver.tunnel.protocol import (
     ERROR,
     PING,
     PONG,
+    PROTO_TCP,
     SESSION_ID,
     WINDOW,
     CloseCode,
@@ -47,6 +48,8 @@ V1_BACKLOG = 1 << 20
 # A v2 session's windows are at most 64 MiB, so more than this waiting means that the container ignores them.
 V2_BACKLOG = 96 << 20
 RENEGOTIATE = 1012
+# How long after a user's CLOSE a v1 tunnel client may answer it (seconds); users who wait for less say CLOSE again.
+V1_REPLY = 60.0
 # How a container's end says that a user broke a window: it can't close the tunnel, which is all users'.
 PASSED_WINDOW = "EPROTO"
 NO_TUNNEL = ErrorText("ENOTCONN", "the task's tunnel is not connected; is the task running?")
@@ -247,15 +250,16 @@ class Tunnel(Side):
             target.link.fail(1008, "more is waiting for this session than its windows allow")
 
     def end(self, kind: int, proto: int, client_id: int, payload: bytes) -> None:
-        route = self.table.remove(client_id)
+        route, told = self.table.remove(client_id), False
         if route is not None:
             session, user_id = cast("tuple[Session, int]", route)
             session.table.remove(user_id)
             session.ended.pop(user_id, None)
+            told = session.forget_closing(user_id)
             session.link.send_message(kind, user_id, payload, proto=proto)
             if kind == ERROR and self.version >= 2 and (text := ErrorText.parse(payload)).code == PASSED_WINDOW:
                 session.link.fail(CloseCode.PROTOCOL_ERROR, str(text))
-        if self.version == 1:  # its entry stays until it gets one (§3 rule 9)
+        if self.version == 1 and not told:  # its entry stays until it gets one (§3 rule 9)
             self.link.send_message(CLOSE, client_id, proto=proto)
 
     def user_side(self, client_id: int, target: Side, other_id: int) -> tuple[Session, int]:
@@ -271,8 +275,13 @@ class Tunnel(Side):
 class Session(Side):
     """One user's link to one container."""
 
-    def __init__(self, server: TunnelServer, container: str, port: int, proto: int, admission: Admission) -> None:
+    def __init__(
+        self, server: TunnelServer, container: str, port: int, proto: int, admission: Admission, newest: int
+    ) -> None:
+        """``newest`` is the latest version that the user's side speaks."""
         super().__init__(server, container)
+        self.newest = newest
+        self._closing: dict[int, asyncio.TimerHandle] = {}
         self.port = port
         self.proto = proto
         self.admission = admission
@@ -302,11 +311,13 @@ class Session(Side):
             super().message(kind, proto, client_id, port, payload)
 
     def _connect(self, proto: int, client_id: int, port: int, payload: bytes) -> None:
+        if client_id in self._closing:  # its user waits for no reply
+            self._free(client_id)
         if client_id == SESSION_ID or client_id in self.table:
             self.unknown_messages += 1
             return
         tunnel = self.server.tunnels.get(self.container)
-        refusal = self.admission.refusal(port, len(self.table))
+        refusal = self.admission.refusal(port, len(self.table) - len(self._closing))
         if refusal is not None:
             self.link.send_message(ERROR, client_id, refusal.pack(), proto=proto)
         elif tunnel is None:
@@ -320,16 +331,36 @@ class Session(Side):
             self.server.streams_opened += 1
 
     def end(self, kind: int, proto: int, client_id: int, payload: bytes) -> None:
-        route = self.table.remove(client_id)
+        route = self.table.get(client_id)
         if route is None:
             return
         tunnel, tunnel_id = cast("tuple[Tunnel, int]", route)
-        tunnel.table.remove(tunnel_id)
-        self.ended.pop(client_id, None)
-        if tunnel.version == 1:
-            tunnel.link.send_message(CLOSE, tunnel_id, proto=proto)
+        told = client_id in self._closing
+        if kind == CLOSE and tunnel.version == 1 and proto == PROTO_TCP and not told:
+            timer = asyncio.get_running_loop().call_later(V1_REPLY, self._free, client_id)
+            self._closing[client_id] = timer  # the service may have a reply to the end of its input
         else:
+            self._free(client_id)
+        if tunnel.version >= 2:
             tunnel.link.send_message(kind, tunnel_id, payload, proto=proto)
+        elif not told:
+            tunnel.link.send_message(CLOSE, tunnel_id, proto=proto)
+
+    def _free(self, client_id: int) -> None:
+        """Let go of a stream's two ids."""
+        self.forget_closing(client_id)
+        self.ended.pop(client_id, None)
+        route = self.table.remove(client_id)
+        if route is not None:
+            tunnel, tunnel_id = cast("tuple[Tunnel, int]", route)
+            tunnel.table.remove(tunnel_id)
+
+    def forget_closing(self, client_id: int) -> bool:
+        """Wait no longer for the reply to a CLOSE; whether one was waited for."""
+        timer = self._closing.pop(client_id, None)
+        if timer is not None:
+            timer.cancel()
+        return timer is not None
 
     def user_side(self, client_id: int, target: Side, other_id: int) -> tuple[Session, int]:
         return self, client_id
@@ -339,6 +370,7 @@ class Session(Side):
         text = ErrorText("ECONNRESET", f"the task's tunnel went away ({reason})").pack()
         link = self.link
         for client_id in client_ids:
+            self.forget_closing(client_id)
             self.table.remove(client_id)
             self.ended.pop(client_id, None)
         if client_ids:
@@ -350,6 +382,8 @@ class Session(Side):
             tunnel.link.resume_reading(self)
 
     def link_closed(self, link: Link, code: int, reason: str) -> None:
+        for client_id in list(self._closing):
+            self._free(client_id)
         closing: dict[Tunnel, list[bytes]] = {}
         for stream in self.table.items():
             tunnel, tunnel_id = cast("tuple[Tunnel, int]", stream[1])
@@ -479,8 +513,9 @@ class TunnelServer:
             self.count(old)
             self._end_streams(old, "it was replaced by a newer one")
             old.link.close(CloseCode.REPLACED, "replaced by a newer tunnel of this container")
-        for session in [s for s in self.sessions if s.container == tunnel.container and s.version > tunnel.version]:
-            session.link.close(RENEGOTIATE, "the container's new tunnel client speaks an older version")
+        for session in [s for s in self.sessions if s.container == tunnel.container]:
+            if session.version != min(session.newest, tunnel.version):  # its streams went with the tunnel before
+                session.link.close(RENEGOTIATE, "the container's new tunnel client speaks another version")
         log.info("tunnel connected", container=tunnel.container, version=tunnel.version, peer=tunnel.link.label)
         self.on_tunnel_change(tunnel.container, True)
 
@@ -605,7 +640,7 @@ class _ForwardPath:
         if tunnel is None:
             message = f"the tunnel of {container} is not connected; is the task running?"
             raise UnavailableError(message, code="tunnel_not_connected")
-        session = Session(self.server, container, port, proto, admission)
+        session = Session(self.server, container, port, proto, admission, newest=2 if request.offers_v2 else 1)
         session.link = request.accept(session.walker, session, version=tunnel.version)
         self.server.sessions[session] = None
         greet(session.link, "CONNECTED")
