@@ -289,9 +289,9 @@ def _read_config_file() -> dict[str, Any]:
         raise UsageError(f"{path} can't be read: {error}.") from error
     for name, value in content.items():
         if name not in _NAMES:
-            raise UsageError(f"The setting {name!r} makes no sense: {path} may have {', '.join(_NAMES)}.")
+            raise UsageError(f"The setting {name!r} is not known: {path} may have {', '.join(_NAMES)}.")
         if name in _TEXTS and not isinstance(value, str):
-            raise UsageError(f"The setting {name!r} makes no sense: in {path} it must be text.")
+            raise UsageError(f"The setting {name!r} is invalid: in {path} it must be text.")
     return content
 
 
@@ -315,7 +315,7 @@ def load_settings(
 ) -> Settings:
     """The settings in force; arguments are flags, and a None one was not given.
 
-    Raises UsageError when a setting makes no sense, with the name of the setting.
+    Raises UsageError when a setting is invalid, with the name of the setting.
     """
     environment = {name: os.environ.get(f"KOHAKURIVER_{name.upper()}") for name in _NAMES}
     flags = {"host": host, "token": token, "ssh_proxy": ssh_proxy, "ca_file": ca_file}

@@ -52,7 +52,7 @@ class KohakuRiverError(Exception):
 
 
 class UsageError(KohakuRiverError):
-    """What was asked for makes no sense: an unknown option, a bad port, a malformed request."""
+    """The request is invalid: an unknown option, a bad port, a malformed request."""
 
     exit_code = 2
     code = "bad_request"
@@ -118,7 +118,7 @@ _BY_STATUS: dict[int, type[KohakuRiverError]] = {
     504: HostUnreachableError,
 }
 
-# Some errors have a status for the sake of HTTP; to whoever asked they mean another thing.
+# Some errors have a status for the sake of HTTP; to the caller they mean something else.
 _BY_CODE: dict[str, type[KohakuRiverError]] = {"name_taken": UsageError, "upgrade_required": HostUnreachableError}
 
 _REDIRECTS = (301, 302, 303, 307, 308)

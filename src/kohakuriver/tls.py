@@ -77,7 +77,7 @@ def hung_up(url: str) -> str:
 def _distrust(error: ssl.SSLCertVerificationError) -> str:
     code = error.verify_code
     if code == _EXPIRED:
-        return "its certificate has expired; whoever runs it must renew it"
+        return "its certificate has expired; its administrator must renew it"
     if code == _NOT_YET_VALID:
         return "its certificate is not valid yet; check the clocks of both machines"
     if code in (_OTHER_NAME, _OTHER_ADDRESS):
@@ -113,7 +113,7 @@ class ServerCertificate:
         self._current = self.context
         self.context.sni_callback = self._choose
         if expiry <= time.time():
-            log(f"The certificate in {cert} has expired: nobody will trust it.", True)
+            log(f"The certificate in {cert} has expired: no client will trust it.", True)
 
     @property
     def names(self) -> list[str]:
@@ -170,7 +170,7 @@ class ServerCertificate:
         # A client that negotiates anew again and again costs us far more than itself; OpenSSL before 3 let it.
         context.options |= ssl.OP_NO_RENEGOTIATION
         try:
-            # Whoever can type a password is not there when the program starts.
+            # Nobody is there to type a password when the program starts.
             context.load_cert_chain(self._cert, self._key, password=_no_password)
             expiry = _expiry(self._cert)
         except ssl.SSLError as error:

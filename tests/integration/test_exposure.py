@@ -50,7 +50,7 @@ def test_a_forward_for_other_machines_works_and_says_so_in_one_line(cluster: Log
         assert echoes(connection)
     assert forward.stop() == 0
     assert [line for line in forward.rest(err=True) if line.startswith("Warning:")] == [
-        "Warning: whoever reaches this machine on 0.0.0.0 can use this forward."
+        "Warning: anybody who reaches this machine on 0.0.0.0 can use this forward."
     ]
 
 

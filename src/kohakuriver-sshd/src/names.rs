@@ -134,7 +134,7 @@ fn ask(server: SocketAddr, name: &str, kind: u16) -> io::Result<Vec<IpAddr>> {
     let refused = |_| {
         io::Error::new(
             io::ErrorKind::InvalidData,
-            "a name server's answer makes no sense",
+            "a name server's answer is invalid",
         )
     };
     let question = question(name, kind)

@@ -116,7 +116,7 @@ def _warn_if_exposed(local_host: str) -> None:
     from kohakuriver.client.forward import exposes
 
     if exposes(local_host):
-        output.note(f"Warning: whoever reaches this machine on {local_host} can use this forward.")
+        output.note(f"Warning: anybody who reaches this machine on {local_host} can use this forward.")
 
 
 class _Running:

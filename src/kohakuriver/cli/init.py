@@ -101,7 +101,7 @@ def _explain_first(issued: list[Certificate]) -> None:
 
 
 def _explain_more(issued: list[Certificate]) -> None:
-    """The same for later ones, of which nobody says whether they are for old machines or new ones."""
+    """The same for later ones, for which no option says whether they are for old machines or new ones."""
     output.line("A machine that had a certificate: replace its two files; its program notices by itself.")
     for node in issued:
         output.line(f"If {node.names[0]} is a new node, with its two files, ca.pem and a node token there:")

@@ -82,7 +82,7 @@ def _say(text: str) -> None:
 
 def error(text: str) -> None:
     """Why the command fails, as one sentence on stderr."""
-    sentence = " ".join(text.split()) or "It failed for a reason that nobody named."
+    sentence = " ".join(text.split()) or "It failed, and the reason is not known."
     prefix = "\033[1;31mError:\033[0m" if paints(sys.stderr) else "Error:"
     _say(f"{prefix} {printable(sentence)}")
 

@@ -122,7 +122,7 @@ def _builder(
     signer: x509.Certificate | None = None,
 ) -> x509.CertificateBuilder:
     until = since + timedelta(days=days)
-    if signer is not None:  # nobody takes it for longer
+    if signer is not None:  # no client accepts it for longer
         until = min(until, signer.not_valid_after_utc)
     return (
         x509.CertificateBuilder()
@@ -174,7 +174,7 @@ def _general(name: str) -> x509.GeneralName:
 
 
 def _write(cert: Path, key: Path, certificate: x509.Certificate, private: ec.EllipticCurvePrivateKey) -> None:
-    """The key first: whoever watches the certificate's file then finds its key."""
+    """The key first: a program that watches the certificate's file then finds its key."""
     pem = serialization.Encoding.PEM
     plain = private.private_bytes(pem, serialization.PrivateFormat.PKCS8, serialization.NoEncryption())
     write_private(key, plain.decode())

@@ -59,7 +59,7 @@ __all__ = [
 
 RETRY_BASE = 0.2
 RETRY_CAP = 5.0
-# Rates are taken over at least so many seconds, whoever asks for them how often.
+# Seconds over which a rate is measured at least, however often it is asked for.
 RATED_OVER = 0.5
 
 # Both loopback addresses: a program that is told `localhost` may take either.

@@ -113,7 +113,7 @@ class Whoami:
 def _record(cls: type[Record], answer: Any) -> Record:
     """`answer` as a `cls`; fields that a newer host adds are left out, ones that it lacks are an error."""
     if not isinstance(answer, dict):
-        raise KohakuRiverError("The host's answer makes no sense to this version of kohakuriver.")
+        raise KohakuRiverError("This version of kohakuriver does not understand the host's answer.")
     missing = [
         f.name for f in fields(cls) if f.name not in answer and f.default is MISSING and f.default_factory is MISSING
     ]
@@ -297,7 +297,7 @@ def _path(task: str, action: str | None = None) -> str:
 
 def _list(answer: Any) -> list[Any]:
     if not isinstance(answer, list):
-        raise KohakuRiverError("The host's answer makes no sense to this version of kohakuriver.")
+        raise KohakuRiverError("This version of kohakuriver does not understand the host's answer.")
     return answer
 
 

@@ -214,7 +214,7 @@ async def create_task(host: Host, user: User, request: CreateRequest) -> TaskVie
 
 @_api.post("/tasks/adopt", status_code=201)
 async def adopt_task(host: Host, admin: Admin, request: AdoptRequest) -> TaskView:
-    """Make a task of a container or an address that is there already; it belongs to nobody yet, so admins do it."""
+    """Make a task of a container or an address that is there already; it has no owner yet, so only admins may."""
     return await host.tasks.adopt(request, admin.name)
 
 

@@ -1,4 +1,4 @@
-"""A session's right to go on, as whoever carries the session sees it; the host keeps it (docs/security.md)."""
+"""A session's right to go on, as the relay that carries it sees it; the host keeps it (docs/security.md)."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ class Grant(Protocol):
 
 
 class _NoGrant:
-    """Where nobody keeps account."""
+    """A grant without accounting."""
 
     def opened(self, **about: Any) -> None:
         pass

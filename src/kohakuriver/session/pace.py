@@ -1,7 +1,7 @@
 """Keeping a session to so many bytes a second, each way: what is too much is not read for a while.
 
-What nobody reads stays with the sender, whose windows (or TCP itself) make it wait. A session without a limit has none
-of this in its way: whoever carries it chooses once, when it begins. Source: docs/guide/limits.md.
+Bytes that are not read stay with the sender, whose windows (or TCP itself) make it wait. A session without a limit has
+none of this in its way: its relay chooses once, when it begins. Source: docs/guide/limits.md.
 """
 
 from __future__ import annotations

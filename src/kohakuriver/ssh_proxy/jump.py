@@ -34,7 +34,7 @@ Reach = Callable[[str, "int | None"], Awaitable[SshTarget]]
 """A task's id or name, and a port or None for its SSH server → where that is, for one user. Raises KohakuRiverError."""
 
 Keyholders = Callable[[str], Awaitable["Reach | None"]]
-"""A public key (type and base64) → what its holder may reach, None for a key that nobody knows."""
+"""A public key (type and base64) → what its holder may reach, None for an unknown key."""
 
 
 class JumpHost:

@@ -68,7 +68,7 @@ class Store:
     async def open(cls, url: str) -> Store:
         """The store at a database URL, its tables made when they are not there.
 
-        Raises UsageError when the URL makes no sense or names a database that this installation has no driver for.
+        Raises UsageError when the URL is invalid or names a database that this installation has no driver for.
         """
         try:
             engine = create_engine(make_url(url), pool_pre_ping=not url.startswith("sqlite"))
@@ -138,8 +138,8 @@ class Store:
     async def put_node(self, name: str, values: Mapping[str, Any], ticket_key: bytes) -> Node:
         """Make or renew a node; the same runner, told by its `instance`, keeps the ticket key that the node has.
 
-        Whoever else comes with the node's name must not learn what opens the runner that had it before. The node's
-        tasks' tunnels count as gone until it says otherwise. A task at an address has none that could go.
+        Another machine that comes with the node's name must not learn what opens the runner that had it before. The
+        node's tasks' tunnels count as gone until it says otherwise. A task at an address has none that could go.
         """
 
         def work(session: Session) -> Node:

@@ -130,7 +130,7 @@ def _sentence(error: RequestValidationError) -> str:
     first = error.errors()[0]
     place = ".".join(str(part) for part in first["loc"] if part not in ("body", "query", "path"))
     what = str(first["msg"]).removeprefix("Value error, ").rstrip(".")
-    return f"The request's {place!r} makes no sense: {what}." if place else f"The request makes no sense: {what}."
+    return f"The request's {place!r} is invalid: {what}." if place else f"The request is invalid: {what}."
 
 
 def bearer(request: Request) -> str | None:

@@ -1,4 +1,4 @@
-"""A listener that knows how many peers are at their TLS handshake; `asyncio.Server` tells nobody.
+"""A listener that knows how many peers are at their TLS handshake; `asyncio.Server` does not tell.
 
 It accepts a few at a time, so that a rush of connections leaves everything else its turns.
 """
@@ -106,7 +106,7 @@ class Acceptor:
                 self._new_protocol, connection, ssl=self._tls, ssl_handshake_timeout=self._handshake_timeout
             )
         except (OSError, asyncio.TimeoutError):
-            connection.close()  # which strangers failed at a handshake, and how, is nobody's business
+            connection.close()  # a failed handshake of a stranger is not worth a log line
         except BaseException:
             connection.close()
             raise

@@ -1,7 +1,7 @@
 """Keeps web pages of others out: cross-site WebSockets, cross-site requests, and DNS rebinding.
 
 A browser lets any page open WebSockets and send simple requests anywhere, with the page's address in `Origin` (RFC 6455
-§10.2). And whoever owns a domain can have its name resolve to an address of ours, after which the browser takes us for
+§10.2). And the owner of a domain can have its name resolve to an address of ours, after which the browser takes us for
 a part of that page's site: then only the name in `Host` tells. Programs send no Origin, and none is asked of them.
 """
 
@@ -26,7 +26,7 @@ class Guard:
     Args:
         names: names that a server is known by beside its IP addresses, `localhost` and the machine's own name, e.g.
             from the address that it advertises.
-        hosts: the same, named by whoever runs the server: they are asked for wherever a request arrives, while
+        hosts: the same, named by the server's administrator: they are asked for wherever a request arrives, while
             otherwise only what arrives over loopback must have a known name. "*" stands for every name.
         origins: other sites whose pages may connect, as `https://name[:port]`.
     """

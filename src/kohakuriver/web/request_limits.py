@@ -60,7 +60,7 @@ class GuardedHttp(HttpToolsProtocol):
         super().data_received(data)
         if self._completed or self._refusal is not None:
             return
-        # What came was no whole request: the clock runs, also if it was nothing but empty lines between two of them.
+        # The request is incomplete, so the clock runs; empty lines between two requests do not stop it.
         self._start_clock()
         if self._in_head:  # the parser tells of a header only when all of it is there
             self._fed += len(data)

@@ -1,7 +1,7 @@
-"""Those who have connected and not shown yet what they want, or whether they may: nobody keeps places from others.
+"""Pre-auth connections: their number is capped, and the oldest is evicted.
 
-Each costs a file and some memory, with TLS some 60 KiB; and all of them at once, when they go, time in which nobody
-else is served. Source: docs/guide/limits.md.
+Each costs a file and some memory, with TLS about 60 KiB. Many that close at once also block the loop for a while.
+Source: docs/guide/limits.md.
 """
 
 from __future__ import annotations

@@ -14,7 +14,7 @@ __all__ = ["Access"]
 
 
 class Access:
-    """Looks tasks up for callers who may have to do with them."""
+    """Looks tasks up for the callers who may use them."""
 
     def __init__(self, store: Store, accounts: Accounts) -> None:
         self._store = store

@@ -38,7 +38,7 @@ class AuditLog:
             raise UsageError(f"The audit log {path} can't be written to: {error.strerror}.") from error
 
     def write(self, event: str, **fields: Any) -> None:
-        """Add one line. A full disk ends nobody's session: it is logged, and how many lines it cost is added."""
+        """Add one line. A full disk ends no session: it is logged, and how many lines it cost is added."""
         try:
             if self._lost:
                 self._append(_line("lines_lost", count=self._lost))

@@ -44,7 +44,7 @@ class Caller:
     def need_admin(self, what: str) -> None:
         """Raises NotAllowedError for everybody else; `what` is not for them, as the beginning of a sentence."""
         if not self.is_admin:
-            raise NotAllowedError(f"{what} is for admins; ask whoever runs this host.", code="not_admin")
+            raise NotAllowedError(f"{what} is for admins; ask this host's administrator.", code="not_admin")
 
 
 class Credentials:
@@ -66,10 +66,10 @@ class Credentials:
             )
         token, user = await self._accounts.token(secret)
         if token is None or token.kind != "user":
-            raise UnauthenticatedError("The host does not know this token; ask whoever runs it for a valid one.")
+            raise UnauthenticatedError("The host does not know this token; ask its administrator for a valid one.")
         self._check_valid(token)
         if user is None:
-            raise UnauthenticatedError("The user whose token this is was removed; ask whoever runs the host.")
+            raise UnauthenticatedError("The user of this token was removed; ask the host's administrator.")
         return Caller(user.name, user.role, token.digest), token
 
     async def session_caller(self, secret: str | None) -> Caller:

@@ -91,7 +91,7 @@ class Grant:
         if self._end is not None:
             try:
                 self._end(reason)
-            except Exception:  # the others that have to end must not have to do with it
+            except Exception:  # a failure here must not keep the other sessions open
                 log.exception("a session could not be ended", user=self.caller.name, task=self.use.task_id)
 
 

@@ -49,7 +49,7 @@ class RunnerClient:
             method,
             node.url + path,
             json=body,
-            # What is compressed could be more than is bearable when it is not any more.
+            # A compressed body could inflate past our limit.
             headers={"Authorization": f"Bearer {credential}", "Accept-Encoding": "identity"},
             timeout=httpx.Timeout(timeout, connect=_CONNECT_SECONDS),
         )
@@ -100,6 +100,6 @@ async def _read(answer: httpx.Response, node: Node) -> bytes:
 def makes_no_sense(node: Node) -> HostUnreachableError:
     """The error for a node that answers what no runner does."""
     return HostUnreachableError(
-        f"What node {node.name} answers makes no sense; its runner should be of the host's version.",
+        f"The host does not understand the answer of node {node.name}; its runner should be of the host's version.",
         code="runner_unreachable",
     )

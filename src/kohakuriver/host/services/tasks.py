@@ -53,7 +53,7 @@ def container_name(backend: str, task_id: int) -> str:
 
 
 class Changes:
-    """Wakes whoever waits for a task to change."""
+    """Wakes the callers that wait for a task to change."""
 
     def __init__(self) -> None:
         self._events: defaultdict[int, set[asyncio.Event]] = defaultdict(set)

@@ -180,7 +180,7 @@ class Terminal:
             if self._reason.done():
                 raise _task_ended(self._reason.result())
             if inputs.done():
-                inputs.result()  # the user has gone, or sent what makes no sense
+                inputs.result()  # the user is gone, or sent an invalid message
             return None
         finally:
             await cancel_all([output, inputs, gone])

@@ -81,7 +81,7 @@ class TunnelHelper:
     def mounts(self, container: str) -> list[tuple[Path, str]]:
         """What a new container sees read-only: files on the node, and their places inside. Raises UnavailableError.
 
-        The token's mode lets the container's user read it, whoever that is.
+        The token's mode lets the container's user read it, whichever user that is.
         """
         token = self.token_file(container, mode=0o644)
         return [(self._installed_binary(), f"{INSIDE}/{_BINARY}"), (token, f"{INSIDE}/{_TOKEN}")]
