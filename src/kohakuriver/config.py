@@ -50,13 +50,19 @@ DEFAULT_HOST = f"http://127.0.0.1:{DEFAULT_HOST_PORT}"
 
 
 def config_dir() -> Path:
-    """The directory that holds everything a user's commands keep; `KOHAKURIVER_CONFIG_DIR` moves it."""
-    moved = os.environ.get("KOHAKURIVER_CONFIG_DIR")
-    if moved:
-        return Path(moved).expanduser()
-    import platformdirs
+    """The directory that holds everything a user's commands keep; `KOHAKURIVER_CONFIG_DIR` moves it.
 
-    return Path(platformdirs.user_config_dir("kohakuriver", appauthor=False))
+    Raises UsageError for a user without a home directory.
+    """
+    moved = os.environ.get("KOHAKURIVER_CONFIG_DIR")
+    try:
+        if moved:
+            return Path(moved).expanduser()
+        import platformdirs
+
+        return Path(platformdirs.user_config_dir("kohakuriver", appauthor=False))
+    except RuntimeError as error:
+        raise UsageError("This user has no home directory; set HOME or KOHAKURIVER_CONFIG_DIR.") from error
 
 
 def host_url(text: str, port: int = DEFAULT_HOST_PORT) -> str:
@@ -138,7 +144,7 @@ def _is_locked(path: str) -> bool:
             fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
     except BlockingIOError:
         return True
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         return False
     except OSError:
         return True
@@ -196,7 +202,7 @@ def read_logins() -> Logins:
         tokens = {str(host): str(token) for host, token in content["tokens"].items()}
         ca_files = {str(host): str(path) for host, path in content.get("ca_files", {}).items()}
         return Logins(None if current is None else str(current), tokens, ca_files)
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         return Logins()
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise UsageError(f"{path} can't be read; remove it and log in again.") from error
@@ -275,7 +281,7 @@ def _read_config_file() -> dict[str, Any]:
     path = config_dir() / "config.toml"
     try:
         text = path.read_text("utf-8")
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         return {}
     except (OSError, ValueError) as error:
         raise UsageError(f"{path} can't be read: {error}.") from error

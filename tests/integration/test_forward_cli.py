@@ -20,6 +20,7 @@ import pexpect
 import psutil
 import pytest
 
+from tests.support.processes import eventually
 from tests.support.up import PROGRAM, TIMEOUT, Cluster, Service, broken, connect, echoes, refused
 
 
@@ -399,6 +400,14 @@ def test_a_loopback_address_that_another_program_has_is_told(cluster: Cluster, s
         assert forward.stop() == 0
 
 
+def _is_served(port: int) -> bool:
+    try:
+        with connect(port) as connection:
+            return echoes(connection)
+    except ConnectionError:
+        return False
+
+
 def test_running_out_of_descriptors_is_told_and_passes(cluster: Cluster, service: Service) -> None:
     limited = ["bash", "-c", 'ulimit -n 40 && exec "$@"', "bash", *PROGRAM]
     command = [*limited, "forward", service.task, f"0:{service.port}", "--json"]
@@ -412,8 +421,7 @@ def test_running_out_of_descriptors_is_told_and_passes(cluster: Cluster, service
                     many.enter_context(connect(port))
                 told = next(event for event in events if event["event"] == "out_of_descriptors")
                 assert told["waiting"] > 0 or os.environ.get("KOHAKURIVER_LOOP") != "asyncio"  # uvloop resets them
-            with connect(port) as connection:
-                assert echoes(connection)
+            eventually(lambda: _is_served(port))
             forward.terminate()
             forward.stdout.read()
             assert forward.wait(TIMEOUT) == 0
@@ -516,6 +524,23 @@ def test_a_hang_up_that_nohup_ignores_does_not_end_a_forward(cluster: Cluster, s
             assert forward.wait(TIMEOUT) == 0
         finally:
             forward.kill()
+
+
+def test_wait_begins_once_the_service_listens(cluster: Cluster, service: Service) -> None:
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        late = cluster.start("forward", service.task, f"0:{listener.getsockname()[1]}", "--wait", "--", "true")
+        early = cluster.start("forward", service.task, f"0:{service.port}", "--wait=30", "--", "sh", "-c", "exit 9")
+        assert early.ended() == 9
+        assert late.process.poll() is None
+        listener.listen()
+        assert late.ended() == 0
+
+
+def test_wait_ends_with_4_when_nobody_comes(cluster: Cluster, service: Service, dead_port: int) -> None:
+    done = cluster.run("forward", service.task, f"0:{dead_port}", "--wait=0.1", "--", "false")
+    assert (done.returncode, done.stdout) == (4, "")
+    assert f"Nothing listens on port {dead_port} of {service.task}" in done.stderr
 
 
 def test_it_listens_where_it_is_told_to(cluster: Cluster, service: Service) -> None:

@@ -109,6 +109,35 @@ def test_logins_are_for_their_owner_alone(directory: Path) -> None:
     assert stat.S_IMODE((directory / "logins.json").stat().st_mode) == 0o600
 
 
+HOMES = [
+    {"HOME": "{file}"},
+    {"HOME": ""},
+    {"HOME": "/nonexistent"},
+    {"HOME": "some/where"},
+    {"XDG_CONFIG_HOME": "{file}"},
+]
+
+
+@pytest.mark.parametrize("environment", HOMES)
+def test_a_home_that_holds_nothing_is_no_home(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, environment: dict[str, str]
+) -> None:
+    (tmp_path / "file").touch()
+    monkeypatch.delenv("KOHAKURIVER_CONFIG_DIR")
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value.format(file=tmp_path / "file"))
+    assert config.load_settings().host == config.DEFAULT_HOST
+
+
+def test_a_user_without_a_home_is_told_what_to_set(monkeypatch: pytest.MonkeyPatch) -> None:
+    def no_home(*_: object) -> Path:
+        raise RuntimeError("no home")
+
+    monkeypatch.setattr(Path, "expanduser", no_home)
+    with pytest.raises(UsageError, match="KOHAKURIVER_CONFIG_DIR"):
+        config.load_settings()
+
+
 @pytest.mark.parametrize("content", ["", "[]", "{}", "null", '{"current": null, "tokens": 1}'])
 def test_a_damaged_file_of_logins_is_named(directory: Path, content: str) -> None:
     (directory / "logins.json").write_text(content)

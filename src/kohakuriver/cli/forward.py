@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 
 __all__ = ["register"]
 
+WAIT_SECONDS = 60
 NOT_FOUND, NOT_EXECUTABLE, KILLED_BY = 127, 126, 128  # as shells say it
 
 
@@ -33,10 +34,19 @@ class Proto(str, Enum):
     udp = "udp"
 
 
+class _Forward(WithCommand):
+    """Takes `--wait` without a number too."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        ours = args.index("--") if "--" in args else len(args)
+        filled = [f"--wait={WAIT_SECONDS}" if each in ("--wait", "-w") else each for each in args[:ours]]
+        return super().parse_args(ctx, [*filled, *args[ours:]])
+
+
 def register(app: typer.Typer) -> None:
     """Add the command to `app`."""
     app.command(
-        cls=WithCommand,
+        cls=_Forward,
         epilog="Examples:\n\nkohakuriver forward my-task 8888\n\nkohakuriver forward my-task 9999:8888 5060/udp\n\n"
         "kohakuriver forward my-task 0:5432 -- sh -c 'psql -h 127.0.0.1 -p $KOHAKURIVER_PORT_5432'",
     )(remote(forward))
@@ -70,6 +80,17 @@ def forward(
     proto: Annotated[
         Proto, typer.Option("--proto", "-p", case_sensitive=False, help="What ports speak that don't say so.")
     ] = Proto.tcp,
+    wait: Annotated[
+        float | None,
+        typer.Option(
+            "--wait",
+            "-w",
+            min=0,
+            metavar="[=SECONDS]",
+            help=f"Wait until the service listens in the task; {WAIT_SECONDS} seconds at most.",
+            show_default=False,
+        ),
+    ] = None,
 ) -> int:
     """Forward local ports to ports of a task, until Ctrl-C.
 
@@ -89,7 +110,9 @@ def forward(
         from kohakuriver.cli.forward_view import view_for
 
         with view_for(task, json=at.json, beside_command=command is not None) as view:
-            forwarder = Forwarder(task, wanted, settings=chosen, local_host=local_host, on_event=view.tell)
+            forwarder = Forwarder(
+                task, wanted, settings=chosen, local_host=local_host, patience=wait, on_event=view.tell
+            )
             return await _Running(forwarder, view, command).run()
 
     return run(main())

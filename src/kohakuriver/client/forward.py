@@ -68,6 +68,9 @@ LOOPBACKS = ("127.0.0.1", "::1")
 FREE_PORT_TRIES = 20
 # How often it is looked whether this process can still open a file, in seconds.
 DESCRIPTORS_EVERY = 1.0
+# How often a service that doesn't listen yet is tried, and how often it is looked whether it does, in seconds.
+KNOCK_EVERY = 0.2
+KNOCK_POLL = 0.02
 
 PortSpec = int | str
 
@@ -229,7 +232,8 @@ class Closed(Event):
 class Forwarder:
     """One forward: its local listeners, its session, and what brings the session back.
 
-    `task` is a numeric id or a unique name. `start`, then `wait` for its end, then `close`.
+    `task` is a numeric id or a unique name. `start`, then `wait` for its end, then `close`. With `patience`, `start`
+    waits so many seconds for somebody to listen on the TCP ports in the task.
     """
 
     def __init__(
@@ -239,12 +243,15 @@ class Forwarder:
         *,
         settings: Settings,
         local_host: str = LOOPBACK,
+        patience: float | None = None,
         on_event: Callable[[Event], None] = lambda event: None,
     ) -> None:
         _check_distinct(ports)
         self.task = task
         self.ports = list(ports)
         self._local_host = local_host
+        self._patience = patience
+        self._knocking = False
         self.listening: list[ListeningSocket] = []
         self._settings = settings
         self._on_event = on_event
@@ -277,6 +284,8 @@ class Forwarder:
             await self._endpoint.close()
             raise
         self._attach(link)
+        if self._patience is not None:
+            await self._until_answered(self._patience)
         self._on_event(Connected(self.task, link.version))
         for local in self.listening:
             self._on_event(Listening(local.host, local.port, local.remote_port, local.proto))
@@ -312,6 +321,37 @@ class Forwarder:
             self._rates = round(sent / seconds), round(received / seconds)
             self._rated = time.monotonic(), totals.bytes_sent, totals.bytes_received
         return Stats(**asdict(totals), sent_per_second=self._rates[0], received_per_second=self._rates[1])
+
+    async def _until_answered(self, seconds: float) -> None:
+        """Wait until somebody listens on each TCP port in the task. Raises UnavailableError after `seconds`."""
+        self._knocking = True
+        deadline = time.monotonic() + seconds
+        for local in self.listening[: len(self.ports)]:
+            while local.proto == "tcp" and not await self._answers(local):
+                if time.monotonic() > deadline:
+                    message = f"Nothing listens on port {local.remote_port} of {self.task} after {seconds:g} s."
+                    raise UnavailableError(message, code="no_service")
+                await asyncio.sleep(KNOCK_EVERY)
+        self._knocking = False
+
+    async def _answers(self, local: ListeningSocket) -> bool:
+        """Whether a connection to this port reaches somebody in the task."""
+        try:
+            reader, writer = await asyncio.open_connection(local.host, local.port)
+        except OSError:
+            return False
+        ended = asyncio.ensure_future(reader.read(1))
+        try:
+            while not ended.done():
+                if self._endpoint.has_reached(writer.get_extra_info("sockname")):
+                    return True
+                await asyncio.wait({ended}, timeout=KNOCK_POLL)
+            return (
+                ended.exception() is None
+            )  # a reset says that nobody is there, an end in good order that somebody was
+        finally:
+            await cancel_all([ended])
+            writer.close()
 
     async def _listen_everywhere(self) -> None:
         """Bind all local addresses: those that must be had first, so that `listening` begins with them."""
@@ -374,7 +414,8 @@ class Forwarder:
             self._losses.put_nowait(reason)
 
     def _stream_failed(self, remote_port: int, text: ErrorText) -> None:
-        self._on_event(StreamError(remote_port, str(text)))
+        if not self._knocking:
+            self._on_event(StreamError(remote_port, str(text)))
 
     async def _keep_open(self) -> None:
         backoff = Backoff(RETRY_BASE, RETRY_CAP)

@@ -467,6 +467,13 @@ class UserEndpoint(Endpoint):
                 return client_id
         raise AssertionError("unreachable: the counter does not end")
 
+    def has_reached(self, source: tuple[str, int]) -> bool:
+        """Whether the stream of the local connection from `source` has been opened in the task."""
+        return any(
+            isinstance(stream, TcpStream) and stream.state is State.OPEN and stream.source()[:2] == source[:2]
+            for stream in self.streams.values()
+        )
+
     def stream_failed(self, stream: AnyStream, text: ErrorText) -> None:
         self.on_stream_error(stream.port, text)
 

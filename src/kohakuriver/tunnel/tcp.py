@@ -58,6 +58,11 @@ class TcpStream(asyncio.BufferedProtocol):
 
     # -- local socket → link ----------------------------------------------------------------------------------
 
+    def source(self) -> tuple[str, int]:
+        """The other end of the local connection."""
+        peer = None if self._transport is None else self._transport.get_extra_info("peername")
+        return peer or ("", 0)
+
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         self._transport = cast(asyncio.Transport, transport)
         self._transport.set_write_buffer_limits(high=0)
