@@ -119,7 +119,12 @@ _BY_STATUS: dict[int, type[KohakuRiverError]] = {
 }
 
 # Some errors have a status for the sake of HTTP; to the caller they mean something else.
-_BY_CODE: dict[str, type[KohakuRiverError]] = {"name_taken": UsageError, "upgrade_required": HostUnreachableError}
+_OF_THE_TASK = ("runner_refused", "runner_timeout", "runner_unreachable", "timed_out", "tunnel_not_connected")
+_BY_CODE: dict[str, type[KohakuRiverError]] = {
+    "name_taken": UsageError,
+    "upgrade_required": HostUnreachableError,
+    **dict.fromkeys(_OF_THE_TASK, UnavailableError),
+}
 
 _REDIRECTS = (301, 302, 303, 307, 308)
 _OF_PROXIES = (502, 503, 504)

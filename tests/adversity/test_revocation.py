@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from kohakuriver.host.services.tunnel_proxy import ForwardTarget
+from kohakuriver.session.carried import Route
 from tests.support.hops import CLIENTS, Chain, chain, dial, echo, service, until
 
 Run = Callable[[Coroutine[Any, Any, None]], None]
@@ -43,9 +43,7 @@ def granting(hops: Chain) -> list[Grant]:
     grants: list[Grant] = []
     authorize = hops.proxy.authorize
 
-    async def with_grant(
-        token: str | None, task: str, port: int, proto: str, ports: frozenset[int] | None
-    ) -> ForwardTarget:
+    async def with_grant(token: str | None, task: str, port: int, proto: str, ports: frozenset[int] | None) -> Route:
         grants.append(Grant())
         return replace(await authorize(token, task, port, proto, ports), grant=grants[-1])
 

@@ -24,7 +24,8 @@ from typing import Any
 from structlog.testing import capture_logs
 
 from kohakuriver import runtime as loops
-from kohakuriver.ssh_proxy import SshProxy, SshTarget
+from kohakuriver.session.carried import Route
+from kohakuriver.ssh_proxy import SshProxy
 from tests.fuzz.handshake import naming, pieces, write
 from tests.fuzz.mutation import fuzz, mutate
 from tests.support.hops import CONTAINER, Chain, chain, echo, service, until
@@ -70,7 +71,7 @@ class Proxy:
     async def _check_user(self, token: str) -> object:
         return await self.host.forwards._credentials.caller(token)
 
-    async def _authorize(self, token: str | None, task: str, port: int | None) -> SshTarget:
+    async def _authorize(self, token: str | None, task: str, port: int | None) -> Route:
         """As the host says, but at a node that is really there."""
         target = await self.host.forwards.authorize_ssh(token, task, port)
         url = self.hops.runner_url.replace("http", "ws")

@@ -21,10 +21,11 @@ from kohakuriver.cli.pki import Authority
 from kohakuriver.errors import NotFoundError, UnauthenticatedError
 from kohakuriver.host.services.credentials import Caller
 from kohakuriver.host.services.grants import Grants
-from kohakuriver.host.services.tunnel_proxy import ForwardTarget, TunnelProxy
+from kohakuriver.host.services.tunnel_proxy import TunnelProxy
 from kohakuriver.limits import Limits
 from kohakuriver.runner.services.tunnel_server import TunnelServer
 from kohakuriver.runtime import cancel_all
+from kohakuriver.session.carried import Route
 from kohakuriver.session.ticket import Ticket
 from kohakuriver.store import Accounts, Task
 from kohakuriver.tls import ServerCertificate, client_context
@@ -124,13 +125,13 @@ class Chain:
 
     async def _authorize(
         self, token: str | None, task: str, port: int, proto: str, ports: frozenset[int] | None
-    ) -> ForwardTarget:
+    ) -> Route:
         if task == "missing":
             raise NotFoundError("no such task: missing")
         container = CONTAINER if task == "1" else task
         url = f"{self.scheme}://127.0.0.1:{self.runner_seen_by_host()}"
         grant = self.grants.open(Caller(token or "", "user"), Task(task_id=1, node="node", container=container))
-        return ForwardTarget(url, container, f"ticket {container}", grant)
+        return Route(url, container, f"ticket {container}", grant)
 
     @property
     def scheme(self) -> str:

@@ -47,6 +47,7 @@ def test_a_ticket_names_the_ports_that_its_session_does_and_no_others(run: Run, 
                 assert credential is not None
                 assert ticket.check(runner.key, credential, node="n1", scope="forward").ports == ports
             terminal = await forwards.authorize_terminal(token, "web")
+            assert terminal.ticket is not None
             assert ticket.check(runner.key, terminal.ticket, node="n1", scope="terminal").ports == frozenset()
 
     run(check())

@@ -8,9 +8,10 @@ from typing import Any
 import pytest
 
 from kohakuriver._frame import WS_TEXT, FrameViolation, FrameWalker, Message, RelayWalker, SpliceWalker, build_frame
-from kohakuriver.host.services.tunnel_proxy import ForwardTarget, ProxySession, TunnelProxy
+from kohakuriver.host.services.tunnel_proxy import ProxySession, TunnelProxy
 from kohakuriver.limits import Limits
 from kohakuriver.runner.services.tunnel_server import Side
+from kohakuriver.session.carried import Route
 from kohakuriver.tunnel import link as links
 from kohakuriver.tunnel.accept import Ignore
 from kohakuriver.tunnel.buffers import Assembler
@@ -369,7 +370,7 @@ async def nobody(*args: object) -> Any:
 def spliced(room: int) -> tuple[ProxySession, FakeTransport, FakeTransport]:
     """A session at the host: its user's side takes ``room`` bytes at a time."""
 
-    session = ProxySession(TunnelProxy(authorize=nobody), ForwardTarget("", "container", None))
+    session = ProxySession(TunnelProxy(authorize=nobody), Route("", "container", None))
     to_user, to_runner = FakeTransport(room), FakeTransport()
     session.user.walker = SpliceWalker(masked=False)
     session.user.link = Link(session.user, session.user.walker, masks=False)
@@ -479,7 +480,7 @@ def flooded(where: str) -> FakeTransport:
     handler: Any
     walker: FrameWalker = FrameWalker(masked=False)
     if where == "splice":
-        session = ProxySession(TunnelProxy(authorize=nobody), ForwardTarget("", "container", None))
+        session = ProxySession(TunnelProxy(authorize=nobody), Route("", "container", None))
         handler, walker = session.container_side, session.container_side.walker
         session.user.link = Link(Handler(), FrameWalker(masked=False), masks=False)
     elif where == "relay":

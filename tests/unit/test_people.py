@@ -12,7 +12,7 @@ import pytest
 from kohakuriver.errors import NotAllowedError, NotFoundError, UnauthenticatedError
 from kohakuriver.host.services.authorize import Forwards
 from kohakuriver.host.services.credentials import Caller, Credentials
-from kohakuriver.host.services.tunnel_proxy import ForwardTarget
+from kohakuriver.session.carried import Route
 from kohakuriver.store import Task, Token
 from tests.support.hops import until
 from tests.support.host_only import HostUnderTest, a_host
@@ -288,7 +288,7 @@ def test_a_nodes_own_token_registers_that_node_alone(run: Run, tmp_path: Path) -
 class Session:
     """A session as the host's registry knows it."""
 
-    def __init__(self, target: ForwardTarget) -> None:
+    def __init__(self, target: Route) -> None:
         assert target.grant is not None
         self.ended: list[str] = []
         self.grant = target.grant

@@ -15,7 +15,8 @@ import pytest
 from kohakuriver.errors import NotFoundError, UnauthenticatedError
 from kohakuriver.host.services.credentials import Caller
 from kohakuriver.limits import LEAST_RATE, Limits
-from kohakuriver.ssh_proxy import SshProxy, SshTarget, server
+from kohakuriver.session.carried import Route
+from kohakuriver.ssh_proxy import SshProxy, server
 from kohakuriver.ssh_proxy.jump import MAX_TRIES, Reach
 from kohakuriver.ssh_proxy.session import PacedConnection, TaskConnection
 from kohakuriver.store import Task
@@ -50,23 +51,23 @@ class Proxy:
             raise UnauthenticatedError("The host does not know this token.")
         return "me"
 
-    async def _authorize(self, token: str | None, task: str, port: int | None) -> SshTarget:
+    async def _authorize(self, token: str | None, task: str, port: int | None) -> Route:
         await self._check_user(token or "")
         return self._target(task, port)
 
-    def _target(self, task: str, port: int | None) -> SshTarget:
+    def _target(self, task: str, port: int | None) -> Route:
         if task not in self.port_of:
             raise NotFoundError(f"There is no task {task!r}.")
         url = self.hops.runner_url.replace("http", "ws")
         grant = self.hops.grants.open(Caller("me", "user"), Task(task_id=1, node="node", container=CONTAINER))
-        return SshTarget(task, port or self.port_of[task], url, CONTAINER, f"ticket {CONTAINER}", grant=grant)
+        return Route(url, CONTAINER, f"ticket {CONTAINER}", grant, task=task, port=port or self.port_of[task])
 
     async def _keyholder(self, key: str) -> Reach | None:
         tasks = self.holders.get(key)
         if tasks is None:
             return None
 
-        async def reach(task: str, port: int | None) -> SshTarget:
+        async def reach(task: str, port: int | None) -> Route:
             if task not in tasks:
                 raise NotFoundError(f"There is no task {task!r} for you.")
             return self._target(task, port)

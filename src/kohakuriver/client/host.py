@@ -254,7 +254,7 @@ class HostClient:
             left = min(max(deadline - time.monotonic(), 0.0), LONGEST_WAIT)
             try:
                 return _task(await self._call("GET", _path(task, "wait"), params={"timeout": left}, hold=left))
-            except HostUnreachableError as error:
+            except (HostUnreachableError, UnavailableError) as error:
                 if error.status != 504:
                     raise
                 if time.monotonic() >= deadline:

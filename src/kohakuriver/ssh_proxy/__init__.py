@@ -3,6 +3,5 @@
 from __future__ import annotations
 
 from kohakuriver.ssh_proxy.server import SshProxy
-from kohakuriver.ssh_proxy.session import SshTarget
 
-__all__ = ["SshProxy", "SshTarget"]
+__all__ = ["SshProxy"]

@@ -18,7 +18,8 @@ import structlog
 
 from kohakuriver.config import write_private
 from kohakuriver.errors import KohakuRiverError, UnavailableError
-from kohakuriver.ssh_proxy.session import Connector, SshTarget, TaskConnection
+from kohakuriver.session.carried import Route
+from kohakuriver.ssh_proxy.session import Connector, TaskConnection
 from kohakuriver.tunnel.tcp import TcpStream
 
 __all__ = ["JumpHost", "Keyholders"]
@@ -30,7 +31,7 @@ KEEPALIVE_SECONDS = 30
 
 NO_SHELL = "this is only a jump host: use `ssh -J` with it, and a task's name as the destination"
 
-Reach = Callable[[str, "int | None"], Awaitable[SshTarget]]
+Reach = Callable[[str, "int | None"], Awaitable[Route]]
 """A task's id or name, and a port or None for its SSH server → where that is, for one user. Raises KohakuRiverError."""
 
 Keyholders = Callable[[str], Awaitable["Reach | None"]]
@@ -44,7 +45,7 @@ class JumpHost:
         self,
         host_key: Path,
         *,
-        authorize: Callable[[str | None, str, int | None], Awaitable[SshTarget]],
+        authorize: Callable[[str | None, str, int | None], Awaitable[Route]],
         keyholders: Keyholders,
         check_user: Callable[[str], Awaitable[object]],
         connector: Connector,
@@ -157,8 +158,8 @@ class _Login(asyncssh.SSHServer):
             if self._reach is None or not 1 <= port <= 65535:
                 raise UnavailableError(f"Port {port} of {task} can't be reached from here.")
             # 22 stands for the task's SSH server, wherever that listens.
-            target = await self._reach(task, None if port == 22 else port)
-            connection = self._host.connector.connection(target, self._peer)
+            route = await self._reach(task, None if port == 22 else port)
+            connection = self._host.connector.connection(route, self._peer)
             await connection.open()
             if self._gone:  # asyncssh drops the channel without a word to anybody
                 connection.abandon()

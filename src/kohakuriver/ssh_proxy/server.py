@@ -20,8 +20,9 @@ import structlog
 from kohakuriver.errors import KohakuRiverError, UsageError
 from kohakuriver.limits import Limits
 from kohakuriver.runtime import cancel_all
+from kohakuriver.session.carried import Route
 from kohakuriver.ssh_proxy.jump import JumpHost, Keyholders
-from kohakuriver.ssh_proxy.session import Connector, SshTarget, TaskConnection
+from kohakuriver.ssh_proxy.session import Connector, TaskConnection
 from kohakuriver.text import printable
 from kohakuriver.web.waiting_room import WaitingRoom
 
@@ -41,7 +42,7 @@ NO_FILES_SECONDS = 0.2
 # A user who vanished without a word is noticed after some two minutes; idle connections live on.
 KEEPALIVE = {"TCP_KEEPIDLE": 60, "TCP_KEEPINTVL": 15, "TCP_KEEPCNT": 4}
 
-Authorize = Callable[["str | None", str, "int | None"], Awaitable[SshTarget]]
+Authorize = Callable[["str | None", str, "int | None"], Awaitable[Route]]
 
 
 class SshProxy:
@@ -171,9 +172,9 @@ class SshProxy:
 
     async def _connect(self, greeting: Greeting, task: str, token: str | None) -> TaskConnection | None:
         """The connection to the task's SSH server, or None when the peer went meanwhile."""
-        target = await self._authorize(token, task, None)
+        route = await self._authorize(token, task, None)
         self._admitted()
-        connection = self._connector.connection(target, _name(greeting.transport))
+        connection = self._connector.connection(route, _name(greeting.transport))
         await connection.open()
         if greeting.gone:
             connection.abandon()

@@ -7,13 +7,11 @@ from __future__ import annotations
 
 import asyncio
 import ssl
-from dataclasses import dataclass
 from urllib.parse import quote
 
-from kohakuriver.errors import HostUnreachableError, KohakuRiverError, NotAllowedError, UnavailableError
+from kohakuriver.errors import KohakuRiverError, UnavailableError
 from kohakuriver.limits import Limits
-from kohakuriver.session.grant import NO_GRANT, Grant
-from kohakuriver.session.idle import IdleWatch
+from kohakuriver.session.carried import NO_CLOSE_FRAME, RUNNER_SECONDS, Carrier, Passed, Route, at_runner
 from kohakuriver.session.pace import PacedReads, PacedWindow
 from kohakuriver.tunnel.dial import open_session
 from kohakuriver.tunnel.endpoint import AnyStream, UserEndpoint
@@ -21,26 +19,7 @@ from kohakuriver.tunnel.link import Link
 from kohakuriver.tunnel.protocol import CloseCode, ErrorText
 from kohakuriver.tunnel.tcp import TcpStream
 
-__all__ = ["Connector", "SshTarget", "TaskConnection"]
-
-OPEN_SECONDS = 10.0
-
-
-@dataclass(frozen=True)
-class SshTarget:
-    """Where a connection goes: a port of a task, by the runner's ``ws://`` address and a ticket for it.
-
-    `own_server` says that the port is that of the SSH server which the task was given. `grant` is the connection's
-    right to go on.
-    """
-
-    task: str
-    port: int
-    runner_ws_url: str
-    container: str
-    ticket: str | None
-    own_server: bool = False
-    grant: Grant = NO_GRANT
+__all__ = ["Connector", "TaskConnection"]
 
 
 class TaskConnection(UserEndpoint):
@@ -49,14 +28,14 @@ class TaskConnection(UserEndpoint):
     `open`, then make a transport's protocol of `stream`. `peer` is whose it is, as address and port.
     """
 
-    def __init__(self, connector: Connector, target: SshTarget, peer: str) -> None:
+    def __init__(self, connector: Connector, route: Route, peer: str) -> None:
         super().__init__(on_stream_error=self._refused, on_detach=self._lost)
         self._connector = connector
-        self._target = target
+        self._carried = connector.carrier.carry(self, route)
+        self._route = route
         self._peer = peer
-        self._ending: tuple[str, int, str] | None = None
         self._opened: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-        self.stream = TcpStream(self, target.port)
+        self.stream = TcpStream(self, route.port)
 
     async def open(self) -> None:
         """Open the session and the stream; back once the port in the task has taken the connection.
@@ -65,12 +44,11 @@ class TaskConnection(UserEndpoint):
         """
         try:
             await self._open_session()
-            await asyncio.wait_for(asyncio.shield(self._opened), OPEN_SECONDS)
+            await asyncio.wait_for(asyncio.shield(self._opened), RUNNER_SECONDS)
         except asyncio.TimeoutError:
             self.abandon()
-            target = self._target
-            raise HostUnreachableError(
-                f"Port {target.port} of task {target.task} did not answer within {OPEN_SECONDS:g} s.",
+            raise UnavailableError(
+                f"Port {self._route.port} of task {self._route.task} did not answer within {RUNNER_SECONDS:g} s.",
                 code="timed_out",
                 status=504,
             ) from None
@@ -79,49 +57,33 @@ class TaskConnection(UserEndpoint):
             raise
 
     async def _open_session(self) -> None:
-        target = self._target
-        url = f"{target.runner_ws_url}/ws/forward/{quote(target.container, safe='')}/{target.port}?proto=tcp"
-        try:
+        route = self._route
+        url = f"{route.runner_ws_url}/ws/forward/{quote(route.container, safe='')}/{route.port}?proto=tcp"
+        with at_runner(route):
             link = await open_session(
-                url, token=target.ticket, ssl=self._connector.trusted, timeout=OPEN_SECONDS, peer="runner"
+                url, token=route.ticket, ssl=self._connector.trusted, timeout=RUNNER_SECONDS, peer="runner"
             )
-        except NotAllowedError as error:  # of the host, not of the user: whose credentials are good
-            raise HostUnreachableError(f"The task's node did not take the host's ticket: {error}") from error
-        about = {"from": self._peer, "proto": "ssh", "port": target.port, "ports": [target.port]}
-        target.grant.opened(**about, version=link.version)
-        self._connector.begun(self)
+        self._carried.begin(self._peer, proto="ssh", port=route.port, ports=[route.port], version=link.version)
         self.attach(link)
         self._open(self.stream)
-        target.grant.attach(self._withdrawn)
+        self._carried.hang_on_right()
 
     def abandon(self, reason: str = "the connection was given up", code: int = CloseCode.NORMAL) -> None:
         """End both at once; whoever is connected to the stream is reset."""
-        self._ending = self._ending or ("host", code, reason)
+        self._carried.end("host", code, reason)
+        self.cut(code, reason)
+
+    def cut(self, code: int, reason: str) -> None:
+        """End both at once; `abandon` says who wanted it."""
         self._settle(UnavailableError(f"{reason[:1].upper()}{reason[1:]}."))
         self.stream.reset()
         if self.link is not None:
             self.link.close(code, reason)
-        self._closed()
+        self._carried.over()
 
-    def _withdrawn(self, reason: str) -> None:
-        self.abandon(reason, CloseCode.POLICY)
-
-    @property
-    def passed(self) -> int:
-        """Bytes so far, both ways."""
-        return self.bytes_sent + self.bytes_received
-
-    def idle(self, reason: str) -> None:
-        """Nothing has passed for long enough."""
-        self.abandon(reason, CloseCode.IDLE)
-
-    def _closed(self) -> None:
-        self._connector.ended(self)
-        by, code, reason = self._ending or ("host", CloseCode.NORMAL, "")
-        # The task may have ended while a slow user still takes what it said last.
-        to_user = self.bytes_received + self.stream.held
-        passed = {"bytes_to_container": self.bytes_sent, "bytes_to_user": to_user}
-        self._target.grant.closed(**passed, ended_by=by, code=code, reason=reason)
+    def passed(self) -> Passed:
+        """Bytes so far; the task may have ended while a slow user still takes what it said last."""
+        return self.bytes_sent, self.bytes_received + self.stream.held
 
     def _settle(self, error: KohakuRiverError | None) -> None:
         if self._opened.done():
@@ -141,25 +103,25 @@ class TaskConnection(UserEndpoint):
 
     def stream_over(self, stream: AnyStream) -> None:
         super().stream_over(stream)
-        self._settle(UnavailableError(f"Task {self._target.task} ended the connection."))
-        self._ending = self._ending or ("user", CloseCode.NORMAL, "the connection has ended")
+        self._settle(UnavailableError(f"Task {self._route.task} ended the connection."))
+        self._carried.end("user", CloseCode.NORMAL, "the connection has ended")
         if self.link is not None:
             self.link.close(CloseCode.NORMAL, "the connection has ended")
 
     def _refused(self, port: int, text: ErrorText) -> None:
-        self._settle(UnavailableError(_why_refused(self._target, text)))
+        self._settle(UnavailableError(_why_refused(self._route, text)))
 
     def _lost(self, reason: str) -> None:
-        self._ending = self._ending or ("node", 1006, reason)
-        self._closed()
-        self._settle(HostUnreachableError(f"The session to task {self._target.task} broke: {reason}."))
+        self._carried.end("node", NO_CLOSE_FRAME, reason)
+        self._carried.over()
+        self._settle(UnavailableError(f"The session to task {self._route.task} broke: {reason}."))
 
 
 class PacedConnection(TaskConnection):
     """A connection that may take only so many bytes a second, each way."""
 
-    def __init__(self, connector: Connector, target: SshTarget, peer: str) -> None:
-        super().__init__(connector, target, peer)
+    def __init__(self, connector: Connector, route: Route, peer: str) -> None:
+        super().__init__(connector, route, peer)
         self.stream.sending = PacedWindow(self.stream, connector.rate)
         self._pace = PacedReads(connector.rate)
 
@@ -182,35 +144,23 @@ class Connector:
     def __init__(self, *, trusted: ssl.SSLContext | None, limits: Limits) -> None:
         self.trusted = trusted
         self.rate = limits.max_rate
-        self._idle = IdleWatch(limits.idle_timeout)
-        self._open: dict[TaskConnection, None] = {}
+        self.carrier: Carrier[TaskConnection] = Carrier(limits)
 
-    def connection(self, target: SshTarget, peer: str) -> TaskConnection:
+    def connection(self, route: Route, peer: str) -> TaskConnection:
         """A connection that is not open yet, for the peer with that address and port."""
-        return (PacedConnection if self.rate else TaskConnection)(self, target, peer)
-
-    def begun(self, connection: TaskConnection) -> None:
-        """Its session is open."""
-        self._open[connection] = None
-        self._idle.add(connection, lambda: connection.passed, connection.idle)
-
-    def ended(self, connection: TaskConnection) -> None:
-        """Its session, if it had one, has ended."""
-        self._open.pop(connection, None)
-        self._idle.discard(connection)
+        return (PacedConnection if self.rate else TaskConnection)(self, route, peer)
 
     def close(self) -> None:
         """End every connection, at once."""
-        for connection in list(self._open):
-            connection.abandon("the host is shutting down", CloseCode.GOING_AWAY)
+        self.carrier.cut_all("the host is shutting down")
 
 
-def _why_refused(target: SshTarget, text: ErrorText) -> str:
+def _why_refused(route: Route, text: ErrorText) -> str:
     """The sentence for an ERROR of the task's side."""
-    task, port = target.task, target.port
+    task, port = route.task, route.port
     if text.code != "ECONNREFUSED":
         return f"Port {port} of task {task} can't be reached: {str(text).rstrip('.')}."
-    if target.own_server:
+    if route.own_server:
         return f"The SSH server of task {task} does not run; `kohakuriver vps restart {task}` starts it again."
     if port == 22:
         return (

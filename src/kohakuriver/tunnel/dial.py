@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import os
 import ssl as tls
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import cast
 from urllib.parse import urlsplit
@@ -290,7 +290,7 @@ async def open_session(
     ssl: tls.SSLContext | None = None,
     timeout: float = 10.0,
     peer: str = "host",
-    make_walker: Callable[..., FrameWalker] = FrameWalker,
+    walker: FrameWalker | None = None,
 ) -> Link:
     """Open a forward session and wait for its ``CONNECTED``.
 
@@ -298,7 +298,8 @@ async def open_session(
     KohakuRiverError: from the HTTP status (v2), or from the ``Error: …`` text (v1).
     """
     greeting = _Greeting()
-    walker = make_walker(masked=False, allow_text=True)
+    walker = walker or FrameWalker(masked=False)
+    walker.allow_text = True
     loop = asyncio.get_running_loop()
     deadline = loop.time() + timeout
     link = await open_link(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Literal
 
 from kohakuriver.errors import NotAllowedError, NotFoundError, UsageError
@@ -10,10 +11,8 @@ from kohakuriver.host.services.credentials import Caller, Credentials
 from kohakuriver.host.services.grants import Grants, Passes
 from kohakuriver.host.services.nodes import Nodes
 from kohakuriver.host.services.tasks import Tasks, not_running
-from kohakuriver.host.services.terminal_proxy import TerminalTarget
-from kohakuriver.host.services.tunnel_proxy import ForwardTarget
 from kohakuriver.session import ticket
-from kohakuriver.ssh_proxy import SshTarget
+from kohakuriver.session.carried import Route
 from kohakuriver.ssh_proxy.jump import Reach
 from kohakuriver.store import Node, Store, Task
 
@@ -39,7 +38,7 @@ class Forwards:
 
     async def authorize(
         self, token: str | None, reference: str, port: int, proto: str, ports: frozenset[int] | None = None
-    ) -> ForwardTarget:
+    ) -> Route:
         """Where a session to `port` (1 to 65535) of a task goes; `proto` is "tcp" or "udp".
 
         The session reaches `ports` besides, or where that is None all ports. Raises UnauthenticatedError,
@@ -50,19 +49,17 @@ class Forwards:
         if not 0 < port < 65536:
             raise UsageError(f"{port} is no port; ports go from 1 to 65535.")
         task, node = await self._usable(caller, reference)
-        url, credential = self._ticket(task, node, caller, "forward", None if ports is None else {port, *ports})
-        grant = await self._grants.enter(caller, task)
-        return ForwardTarget(runner_ws_url=url, container=task.container, ticket=credential, grant=grant)
+        route = self._route(task, node, caller, "forward", None if ports is None else {port, *ports})
+        return replace(route, grant=await self._grants.enter(caller, task))
 
-    async def authorize_terminal(self, token: str | None, reference: str) -> TerminalTarget:
+    async def authorize_terminal(self, token: str | None, reference: str) -> Route:
         """Where a terminal of a task is opened. Raises as `authorize` does. Source: docs/protocol.md §6."""
         caller = await self._credentials.session_caller(token)
         task, node = await self._usable(caller, reference)
-        url, credential = self._ticket(task, node, caller, "terminal")
-        grant = await self._grants.enter(caller, task)
-        return TerminalTarget(runner_ws_url=url, task_id=task.task_id, ticket=credential, grant=grant)
+        route = self._route(task, node, caller, "terminal")
+        return replace(route, grant=await self._grants.enter(caller, task))
 
-    async def authorize_ssh(self, token: str | None, reference: str, port: int | None = None) -> SshTarget:
+    async def authorize_ssh(self, token: str | None, reference: str, port: int | None = None) -> Route:
         """Where a connection to a port of a task goes, None being where its SSH server listens.
 
         `token` may be a pass. Raises as `authorize` does. Source: docs/protocol.md §7.
@@ -75,7 +72,7 @@ class Forwards:
         task, node = await self._usable(caller, reference)
         if only not in (None, task.task_id):
             raise NotAllowedError("This pass is for another task; get a new one.")
-        return await self._ssh_target(task, node, caller, port)
+        return await self._ssh_route(task, node, caller, port)
 
     def ssh_pass(self, caller: Caller, task_id: int) -> str:
         """What `authorize_ssh` takes once in the place of the caller's token, for this task."""
@@ -87,12 +84,12 @@ class Forwards:
         None when there is no such task.
         """
 
-        async def reach(reference: str, port: int | None) -> SshTarget:
+        async def reach(reference: str, port: int | None) -> Route:
             task, node = await self._store.task_and_node(reference)
             if not task.lets_in(key):
                 raise NotFoundError(f"There is no task {reference!r} that lets your key in.")
             # The owner's right was to put the key there; it lasts as long as the key is there.
-            return await self._ssh_target(task, node, Caller(task.owner, "user"), port, key)
+            return await self._ssh_route(task, node, Caller(task.owner, "user"), port, key)
 
         return reach if await self._store.lets_in(key) else None
 
@@ -101,30 +98,24 @@ class Forwards:
         await self._access.check_usable(caller, task)
         return task, node
 
-    async def _ssh_target(
+    async def _ssh_route(
         self, task: Task, node: Node, caller: Caller, port: int | None, key: str | None = None
-    ) -> SshTarget:
+    ) -> Route:
         target_port = port or task.ssh_port or SSH_PORT
-        url, credential = self._ticket(task, node, caller, "forward", {target_port})
-        return SshTarget(
-            task=task.name or str(task.task_id),
-            port=target_port,
-            runner_ws_url=url,
-            container=task.container,
-            ticket=credential,
-            own_server=port is None and task.ssh_port is not None,
-            grant=await self._grants.enter(caller, task, key),
-        )
+        route = self._route(task, node, caller, "forward", {target_port})
+        own_server = port is None and task.ssh_port is not None
+        grant = await self._grants.enter(caller, task, key)
+        return replace(route, port=target_port, own_server=own_server, grant=grant)
 
-    def _ticket(
+    def _route(
         self,
         task: Task,
         node: Node,
         caller: Caller,
         scope: Literal["forward", "terminal"],
         ports: set[int] | None = None,
-    ) -> tuple[str, str]:
-        """The runner's WebSocket address, and what to show there. Raises UnavailableError."""
+    ) -> Route:
+        """Where the runner is and what to show there, without a grant yet. Raises UnavailableError."""
         view = self._tasks.view(task, node)
         if view.status != "running":
             raise not_running(view)
@@ -137,4 +128,11 @@ class Forwards:
             user=caller.name,
             ports="*" if ports is None else sorted(ports),
         )
-        return "ws" + node.url.removeprefix("http"), credential
+        return Route(
+            runner_ws_url="ws" + node.url.removeprefix("http"),
+            container=task.container,
+            ticket=credential,
+            task_id=task.task_id,
+            task=view.name,
+            node=node.name,
+        )

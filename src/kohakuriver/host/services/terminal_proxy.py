@@ -6,16 +6,14 @@ import asyncio
 import contextlib
 import ssl
 from collections.abc import Awaitable, Callable
-from dataclasses import dataclass
 from typing import Any, TypeAlias
 
 import structlog
 
-from kohakuriver.errors import HostUnreachableError, KohakuRiverError, NotAllowedError, UnavailableError
+from kohakuriver.errors import KohakuRiverError, NotAllowedError, UnavailableError
 from kohakuriver.limits import Limits
 from kohakuriver.runtime import cancel_all
-from kohakuriver.session.grant import NO_GRANT, Grant
-from kohakuriver.session.idle import IdleWatch
+from kohakuriver.session.carried import RUNNER_SECONDS, Carrier, Passed, Route, at_runner
 from kohakuriver.session.pace import PacedMessages
 from kohakuriver.tunnel import terminal
 from kohakuriver.tunnel.accept import TunnelRoute, UpgradeRequest
@@ -23,25 +21,11 @@ from kohakuriver.tunnel.dial import open_messages
 from kohakuriver.tunnel.message_link import MessageLink, may_close_with, size_of
 from kohakuriver.tunnel.protocol import TERMINAL_V2, CloseCode
 
-__all__ = ["TerminalProxy", "TerminalTarget"]
+__all__ = ["TerminalProxy"]
 
-RUNNER_TIMEOUT = 10.0
 FAREWELL_SECONDS = 1.0
 
 log = structlog.get_logger("kohakuriver.proxy")
-
-
-@dataclass(frozen=True)
-class TerminalTarget:
-    """Where a terminal is opened: the runner's `ws://` address, the task's id, and the ticket to show.
-
-    `grant` is the terminal's right to go on.
-    """
-
-    runner_ws_url: str
-    task_id: int
-    ticket: str
-    grant: Grant = NO_GRANT
 
 
 class TerminalProxy:
@@ -58,15 +42,15 @@ class TerminalProxy:
     def __init__(
         self,
         *,
-        authorize: Callable[[str | None, str], Awaitable[TerminalTarget]],
+        authorize: Callable[[str | None, str], Awaitable[Route]],
         trusted: ssl.SSLContext | None = None,
         limits: Limits | None = None,
     ) -> None:
         self._authorize = authorize
         self._trusted = trusted
         self._limits = limits or Limits()
-        self._idle = IdleWatch(self._limits.idle_timeout)
-        self._terminals: dict[asyncio.Task[None], _Relay] = {}
+        self._carrier: Carrier[_Relay] = Carrier(self._limits)
+        self._running: set[asyncio.Task[None]] = set()
 
     def routes(self) -> list[TunnelRoute]:
         """The WebSocket paths that this proxy answers."""
@@ -80,94 +64,93 @@ class TerminalProxy:
         found = terminal.PATH.match(request.path)
         assert found is not None
         try:
-            target = await self._authorize(request.token, found[1])
-            runner = await self._open_runner(request, target)
+            route = await self._authorize(request.token, found[1])
         except KohakuRiverError as error:
-            log.info("terminal refused", task=found[1], peer=request.peer, reason=error.message)
-            await terminal.refuse(request, error)
+            await self._refuse(request, found[1], error)
             return
+        relay = _Relay(self._carrier, route)
+        with relay.carried:
+            try:
+                runner = await self._open_runner(request, route)
+            except KohakuRiverError as error:
+                relay.carried.over()
+                await self._refuse(request, found[1], error)
+                return
+            await self._begin(relay, request, runner)
+
+    @staticmethod
+    async def _refuse(request: UpgradeRequest, task: str, error: KohakuRiverError) -> None:
+        log.info("terminal refused", task=task, peer=request.peer, reason=error.message)
+        await terminal.refuse(request, error)
+
+    async def _begin(self, relay: _Relay, request: UpgradeRequest, runner: MessageLink) -> None:
         try:
             user = request.accept_messages(runner.subprotocol)
         except KohakuRiverError:  # the user has hung up
             runner.begin_close(CloseCode.GOING_AWAY)
-            target.grant.release()
             raise
         if user.subprotocol is None and request.query.get("start") != "1":
             with contextlib.suppress(ConnectionError):
                 # Version 1's command line takes the first message for a greeting and throws it away.
                 await user.send(terminal.control("output", data=""))
-        target.grant.opened(**{"from": request.peer}, proto="terminal", version=2 if user.subprotocol else 1)
-        self._begin(_Relay(user, runner, target.grant, self._limits.max_rate))
-
-    def _begin(self, relay: _Relay) -> None:
+        relay.begin(user, runner, self._limits.max_rate)
+        relay.carried.begin(request.peer, proto="terminal", version=2 if user.subprotocol else 1)
         running = asyncio.get_running_loop().create_task(relay.run())
-        self._terminals[running] = relay
-        self._idle.add(relay, lambda: relay.passed, relay.idle)
+        self._running.add(running)
+        running.add_done_callback(self._running.discard)
 
-        def ended(task: asyncio.Task[None]) -> None:
-            del self._terminals[task]
-            self._idle.discard(relay)
-
-        running.add_done_callback(ended)
-
-    async def _open_runner(self, request: UpgradeRequest, target: TerminalTarget) -> MessageLink:
+    async def _open_runner(self, request: UpgradeRequest, route: Route) -> MessageLink:
         start = "?start=1" if request.query.get("start") == "1" else ""
-        try:
+        with at_runner(route):
             runner = await open_messages(
-                f"{target.runner_ws_url}/ws/task/{target.task_id}/terminal{start}",
-                token=target.ticket,
+                f"{route.runner_ws_url}/ws/task/{route.task_id}/terminal{start}",
+                token=route.ticket,
                 subprotocols=(TERMINAL_V2,) if TERMINAL_V2 in request.subprotocols else (),
                 ssl=self._trusted,
-                timeout=RUNNER_TIMEOUT,
+                timeout=RUNNER_SECONDS,
                 peer="runner",
                 max_message=self._limits.max_message,
             )
-        except NotAllowedError as error:  # of the host, not of the user: whose credentials are good
-            target.grant.release()
-            raise HostUnreachableError(f"The task's node did not take the host's ticket: {error}") from error
-        except BaseException:
-            target.grant.release()
-            raise
         if request.query.get("tty") != "0":
             runner.limit_window()
         return runner
 
     async def close(self) -> None:
         """Close every terminal."""
-        for relay in self._terminals.values():
-            relay.close(CloseCode.GOING_AWAY, "the host is shutting down")
-        await asyncio.gather(*self._terminals, return_exceptions=True)
+        self._carrier.cut_all("the host is shutting down")
+        await asyncio.gather(*self._running, return_exceptions=True)
 
 
 # Why this host ends a terminal: what the user is told, and how the WebSockets are closed.
-_Cut: TypeAlias = tuple[KohakuRiverError, CloseCode, str]
+_Cut: TypeAlias = tuple[KohakuRiverError, int, str]
 
 
 class _Relay:
-    """One terminal's messages, passed on until one side ends, or this host wants it to; the other side ends likewise.
+    """One terminal's messages, passed on until one side ends or this host wants it to. The other side ends likewise."""
 
-    `rate` is in bytes a second, each way; 0 for any.
-    """
+    def __init__(self, carrier: Carrier[_Relay], route: Route) -> None:
+        self.carried = carrier.carry(self, route)
+        self._to_container = self._to_user = 0
+        self._cut_off: asyncio.Future[_Cut] = asyncio.get_running_loop().create_future()
+        self._user: MessageLink
+        self._runner: MessageLink
+        self._from_user: MessageLink | PacedMessages
+        self._from_runner: MessageLink | PacedMessages
 
-    def __init__(self, user: MessageLink, runner: MessageLink, grant: Grant, rate: int = 0) -> None:
-        self._user = user
-        self._runner = runner
+    def begin(self, user: MessageLink, runner: MessageLink, rate: int) -> None:
+        """Both sides are there; `rate` is in bytes a second, each way, 0 for any."""
+        self._user, self._runner = user, runner
         self._from_user = PacedMessages(user, rate) if rate else user
         self._from_runner = PacedMessages(runner, rate) if rate else runner
-        self._grant = grant
-        self._to_container = self._to_user = 0
-        self._ending: tuple[str, int, str] | None = None
-        self._cut_off: asyncio.Future[_Cut] = asyncio.get_running_loop().create_future()
 
-    @property
-    def passed(self) -> int:
-        """Bytes so far, both ways."""
-        return self._to_container + self._to_user
+    def passed(self) -> Passed:
+        """Bytes so far."""
+        return self._to_container, self._to_user
 
     async def run(self) -> None:
         """From the first message to the end of both sides."""
         passing = asyncio.get_running_loop().create_task(self._pass_on())
-        self._grant.attach(self._withdraw)
+        self.carried.hang_on_right()
         try:
             ends: list[asyncio.Future[Any]] = [passing, self._cut_off]
             await asyncio.wait(ends, return_when=asyncio.FIRST_COMPLETED)
@@ -175,19 +158,20 @@ class _Relay:
                 await cancel_all([passing])
                 await self._end(*self._cut_off.result())
         finally:
-            by, code, reason = self._ending or ("host", CloseCode.GOING_AWAY, "")
-            self._grant.closed(
-                bytes_to_container=self._to_container,
-                bytes_to_user=self._to_user,
-                ended_by=by,
-                code=code,
-                reason=reason,
-            )
+            self.carried.over()
 
-    def close(self, code: int, reason: str) -> None:
-        """End both sides, because this host wants it."""
-        self._ending = self._ending or ("host", code, reason)
-        self._user.begin_close(code, reason)
+    def cut(self, code: int, reason: str) -> None:
+        """End both sides, with a word to the user where it is about this terminal."""
+        error: KohakuRiverError
+        if code == CloseCode.IDLE:
+            error = UnavailableError(f"The host has ended this terminal: {reason}.", code="idle")
+        elif code == CloseCode.POLICY:
+            error = NotAllowedError(f"This terminal was ended: {reason}.")
+        else:
+            self._user.begin_close(code, reason)
+            return
+        if not self._cut_off.done():
+            self._cut_off.set_result((error, code, reason))
 
     async def _pass_on(self) -> None:
         await asyncio.gather(self._pass_to_runner(), self._pass_to_user())
@@ -207,25 +191,12 @@ class _Relay:
         await self._ended("node", self._runner, self._user)
 
     async def _ended(self, side: str, source: MessageLink, target: MessageLink) -> None:
-        self._ending = self._ending or (side, source.close_code, source.close_reason)
+        self.carried.end(side, source.close_code, source.close_reason)
         await target.close(
             may_close_with(source.close_code), source.close_reason or "the other side of the terminal went"
         )
 
-    def idle(self, reason: str) -> None:
-        """Nothing has passed for long enough."""
-        error = UnavailableError(f"The host has ended this terminal: {reason}.", code="idle")
-        self._cut_off_with(error, CloseCode.IDLE, reason)
-
-    def _withdraw(self, reason: str) -> None:
-        self._cut_off_with(NotAllowedError(f"This terminal was ended: {reason}."), CloseCode.POLICY, reason)
-
-    def _cut_off_with(self, error: KohakuRiverError, code: CloseCode, reason: str) -> None:
-        if not self._cut_off.done():
-            self._ending = self._ending or ("host", code, reason)
-            self._cut_off.set_result((error, code, reason))
-
-    async def _end(self, error: KohakuRiverError, code: CloseCode, reason: str) -> None:
+    async def _end(self, error: KohakuRiverError, code: int, reason: str) -> None:
         self._runner.begin_close(code, reason)
         with contextlib.suppress(ConnectionError, asyncio.TimeoutError):
             await asyncio.wait_for(self._user.send(terminal.failed(error)), FAREWELL_SECONDS)

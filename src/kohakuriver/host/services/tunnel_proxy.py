@@ -8,18 +8,16 @@ from __future__ import annotations
 
 import re
 import ssl
-from collections.abc import Awaitable, Callable
-from dataclasses import dataclass
-from typing import Any, cast
+from collections.abc import Awaitable, Callable, Collection
+from typing import Any
 from urllib.parse import quote
 
 import structlog
 
 from kohakuriver._frame import SpliceWalker
-from kohakuriver.errors import HostUnreachableError, KohakuRiverError, NotAllowedError, UsageError
+from kohakuriver.errors import KohakuRiverError, UsageError
 from kohakuriver.limits import Limits
-from kohakuriver.session.grant import NO_GRANT, Grant
-from kohakuriver.session.idle import IdleWatch
+from kohakuriver.session.carried import RUNNER_SECONDS, Carrier, Passed, Route, at_runner
 from kohakuriver.session.pace import PacedReads
 from kohakuriver.tunnel.accept import TunnelRoute, UpgradeRequest, greet
 from kohakuriver.tunnel.dial import open_session
@@ -27,25 +25,10 @@ from kohakuriver.tunnel.link import Link
 from kohakuriver.tunnel.ports import ports_in, ports_query
 from kohakuriver.tunnel.protocol import TUNNEL_V2, CloseCode
 
-RUNNER_TIMEOUT = 10.0
-
 log = structlog.get_logger("kohakuriver.proxy")
 
 
-@dataclass(frozen=True)
-class ForwardTarget:
-    """Where a session goes: the runner's ``ws://`` or ``wss://`` address, the container's id there, the ticket to show.
-
-    ``grant`` is the session's right to go on.
-    """
-
-    runner_ws_url: str
-    container: str
-    ticket: str | None
-    grant: Grant = NO_GRANT
-
-
-Authorize = Callable[["str | None", str, int, str, "frozenset[int] | None"], Awaitable[ForwardTarget]]
+Authorize = Callable[["str | None", str, int, str, "frozenset[int] | None"], Awaitable[Route]]
 
 
 class Splice:
@@ -54,8 +37,8 @@ class Splice:
     def __init__(self, walker: SpliceWalker, session: ProxySession) -> None:
         self.walker = walker
         self.session = session
-        self.link: Link = cast(Link, None)
-        self.other: Splice = cast(Splice, None)
+        self.link: Link
+        self.other: Splice
 
     def link_received(self, link: Link, start: int, stop: int) -> int:
         data, view, walker, target = link.buffer.data, link.buffer.view, self.walker, self.other.link
@@ -118,19 +101,16 @@ class RatedSplice(Splice):
 class ProxySession:
     """One user's session through this host."""
 
-    def __init__(self, proxy: TunnelProxy, target: ForwardTarget) -> None:
-        self.proxy = proxy
-        self.target = target
-        self.ending: tuple[str, int, str] | None = None
+    def __init__(self, proxy: TunnelProxy, route: Route) -> None:
+        self.limits = proxy.limits
+        self.carried = proxy.carrier.carry(self, route)
         self.user = self._side(masked=True)
         self.container_side = self._side(masked=False)
         self.user.other, self.container_side.other = self.container_side, self.user
 
     def _side(self, *, masked: bool) -> Splice:
-        walker, rate = (
-            SpliceWalker(masked=masked, max_message=self.proxy.limits.max_message),
-            self.proxy.limits.max_rate,
-        )
+        walker = SpliceWalker(masked=masked, max_message=self.limits.max_message)
+        rate = self.limits.max_rate
         return RatedSplice(walker, self, rate) if rate else Splice(walker, self)
 
     def begin(self, user: Link, runner: Link) -> None:
@@ -140,29 +120,19 @@ class ProxySession:
             if isinstance(side, RatedSplice):
                 side.pace.begin(side.link)
 
-    def close(self, code: int, reason: str) -> None:
-        """Close both links, because this host wants it."""
-        self.ending = self.ending or ("host", code, reason)
-        self.user.link.close(code, reason)
-        self.container_side.link.close(code, reason)
-
-    def end(self, reason: str) -> None:
-        """The session's right to go on is gone: nothing more of it is passed, either way."""
-        self.ending = self.ending or ("host", CloseCode.POLICY, reason)
-        self.user.link.fail(CloseCode.POLICY, reason)
-        self.container_side.link.fail(CloseCode.POLICY, reason)
+    def cut(self, code: int, reason: str) -> None:
+        """Close both links. Where the right to go on is gone nothing more is passed, either way."""
+        for link in (self.user.link, self.container_side.link):
+            (link.fail if code == CloseCode.POLICY else link.close)(code, reason)
 
     def closed(self, side: Splice, code: int, reason: str) -> None:
         """One of the two links has gone; the other follows."""
-        self.ending = self.ending or ("user" if side is self.user else "node", code, reason)
-        self.proxy.forget(self)
+        self.carried.end("user" if side is self.user else "node", code, reason)
+        self.carried.over()
 
-    def passed(self) -> dict[str, int]:
-        """Bytes of frames' payloads, each way."""
-        return {
-            "bytes_to_container": self.user.walker.bytes_passed,
-            "bytes_to_user": self.container_side.walker.bytes_passed,
-        }
+    def passed(self) -> Passed:
+        """Bytes of frames' payloads so far."""
+        return self.user.walker.bytes_passed, self.container_side.walker.bytes_passed
 
 
 class TunnelProxy:
@@ -185,38 +155,24 @@ class TunnelProxy:
         self.authorize = authorize
         self.trusted = trusted
         self.limits = limits or Limits()
-        self._idle = IdleWatch(self.limits.idle_timeout)
-        self.sessions: dict[ProxySession, None] = {}
-        self._closed_to_container = 0
-        self._closed_to_user = 0
+        self.carrier: Carrier[ProxySession] = Carrier(self.limits)
+
+    @property
+    def sessions(self) -> Collection[ProxySession]:
+        """Those that are open."""
+        return self.carrier.open.keys()
 
     def routes(self) -> list[TunnelRoute]:
         """The WebSocket paths that this proxy answers."""
         return [_ForwardPath(self)]
 
-    def snapshot(self) -> dict[str, Any]:
+    def snapshot(self) -> dict[str, int]:
         """Sessions now, and bytes of frames' payloads passed since the start."""
-        return {
-            "sessions": len(self.sessions),
-            "bytes_to_container": self._closed_to_container + sum(s.user.walker.bytes_passed for s in self.sessions),
-            "bytes_to_user": self._closed_to_user + sum(s.container_side.walker.bytes_passed for s in self.sessions),
-        }
+        return self.carrier.snapshot()
 
     async def close(self) -> None:
         """Close every session."""
-        for session in list(self.sessions):
-            session.close(1001, "the host is shutting down")
-
-    def forget(self, session: ProxySession) -> None:
-        """A session has ended."""
-        if self.sessions.pop(session, self) is not None:
-            return
-        self._idle.discard(session)
-        passed = session.passed()
-        self._closed_to_container += passed["bytes_to_container"]
-        self._closed_to_user += passed["bytes_to_user"]
-        by, code, reason = session.ending or ("host", 1006, "")
-        session.target.grant.closed(**passed, ended_by=by, code=code, reason=reason)
+        self.carrier.cut_all("the host is shutting down")
 
     async def open(self, request: UpgradeRequest, task: str, port: int) -> None:
         """Open the session at the runner first: its answer decides ours, the version included."""
@@ -224,32 +180,28 @@ class TunnelProxy:
         if proto not in ("tcp", "udp"):
             raise UsageError(f"proto must be tcp or udp, not {proto!r}")
         ports = ports_in(request.query)
-        target = await self.authorize(request.token, task, port, proto, ports)
-        session = ProxySession(self, target)
+        route = await self.authorize(request.token, task, port, proto, ports)
+        session = ProxySession(self, route)
         query = f"proto={proto}" if ports is None else f"proto={proto}&{ports_query(ports)}"
         about = {"proto": proto, "port": port, "ports": None if ports is None else sorted(ports)}
-        try:
-            runner = await self._open_at_runner(session, request, f"{port}?{query}")
+        with session.carried:
+            runner = await self._open_at_runner(session, route, request, f"{port}?{query}")
             self._splice(session, request, runner, about)
-        except BaseException:
-            target.grant.release()
-            raise
 
-    async def _open_at_runner(self, session: ProxySession, request: UpgradeRequest, port_and_query: str) -> Link:
-        target = session.target
-        try:
+    async def _open_at_runner(
+        self, session: ProxySession, route: Route, request: UpgradeRequest, port_and_query: str
+    ) -> Link:
+        with at_runner(route):
             return await open_session(
-                f"{target.runner_ws_url}/ws/forward/{quote(target.container, safe='')}/{port_and_query}",
-                token=target.ticket,
+                f"{route.runner_ws_url}/ws/forward/{quote(route.container, safe='')}/{port_and_query}",
+                token=route.ticket,
                 subprotocols=(TUNNEL_V2,) if request.offers_v2 else (),
                 ssl=self.trusted,
-                timeout=RUNNER_TIMEOUT,
+                timeout=RUNNER_SECONDS,
                 peer="runner",
                 # The walker is the session's own, so that what it counts and where it stands stay with it.
-                make_walker=_reuse(session.container_side.walker),
+                walker=session.container_side.walker,
             )
-        except NotAllowedError as error:  # of the host, not of the user: whose credentials are good
-            raise HostUnreachableError(f"the task's node did not take the host's ticket: {error}") from error
 
     def _splice(self, session: ProxySession, request: UpgradeRequest, runner: Link, about: dict[str, Any]) -> None:
         try:
@@ -258,22 +210,10 @@ class TunnelProxy:
             runner.close()
             raise
         session.begin(user, runner)
-        self.sessions[session] = None
-        session.target.grant.opened(**{"from": request.peer}, **about, version=runner.version)
-        self._idle.add(
-            session, lambda: sum(session.passed().values()), lambda reason: session.close(CloseCode.IDLE, reason)
-        )
+        session.carried.begin(request.peer, **about, version=runner.version)
         greet(user, "CONNECTED")
         runner.hand_over(session.container_side)
-        session.target.grant.attach(session.end)
-
-
-def _reuse(walker: SpliceWalker) -> Callable[..., SpliceWalker]:
-    def make(*, masked: bool, allow_text: bool) -> SpliceWalker:
-        walker.allow_text = allow_text
-        return walker
-
-    return make
+        session.carried.hang_on_right()
 
 
 class _ForwardPath:
