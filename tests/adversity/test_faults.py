@@ -331,7 +331,7 @@ def test_a_container_that_sends_beyond_the_users_window_ends_that_session_with_1
                     while await reader.read(1 << 16):
                         pass
             assert "window" in await hops.detached.get()
-            assert hops.server.tunnel_connected(CONTAINER)
+            assert hops.server.hub.tunnel_of(CONTAINER)
 
     run(main())
 
@@ -347,7 +347,7 @@ def test_a_peer_that_makes_us_answer_and_never_reads_is_dropped(run: Run, monkey
             link.pause_reading("a user that does not read")
             ping = bytes(100_000)
             with contextlib.suppress(RuntimeError):
-                while hops.server.sessions:
+                while hops.server.hub.sessions:
                     user.send_message(6, 0, ping)
                     await asyncio.sleep(0)
             link.resume_reading("a user that does not read")

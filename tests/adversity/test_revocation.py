@@ -90,7 +90,7 @@ def test_a_session_that_loses_its_right_under_full_load_ends_on_every_hop_and_no
                         pass
                 await hops.detached.get()
                 await asyncio.wait([uploading])
-                await until(lambda: ended == 1 and len(hops.proxy.sessions) == len(hops.server.sessions) == 1)
+                await until(lambda: ended == 1 and len(hops.proxy.sessions) == len(hops.server.hub.sessions) == 1)
                 echo_writer.write(b"still here")
                 assert await echo_reader.readexactly(10) == b"still here"
             assert [grant.released for grant in grants] == [1, 0]

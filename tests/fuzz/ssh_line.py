@@ -198,7 +198,7 @@ async def check_one(under_test: Proxy, data: bytes) -> None:
 
 def at_rest(host: HostUnderTest, hops: Chain) -> bool:
     """Whether no session is under way."""
-    return not len(host.grants) and not hops.server.sessions
+    return not len(host.grants) and not hops.server.hub.sessions
 
 
 def resources() -> tuple[int, int]:

@@ -175,7 +175,7 @@ def test_a_replaced_tunnels_clean_up_leaves_the_newer_one(run: Run, kind: str) -
                 await ended(reader)
             assert "replaced by a newer one" in (await hops.errors.get())[1]
             assert await (first if isinstance(first, asyncio.Task) else first.wait()) == 0
-            assert hops.server.tunnel_connected(CONTAINER)
+            assert hops.server.hub.tunnel_of(CONTAINER)
             assert hops.changes.empty()  # nobody was told that the tunnel had gone
             assert await asked(local, b"2") == b"2"
 

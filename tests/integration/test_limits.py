@@ -425,7 +425,7 @@ def test_the_audit_log_tells_who_ended_a_session(run: Run) -> None:
             await hops.tunnel("python")
             await hops.user()
             first = await hops.audit.written.get()
-            next(iter(hops.server.sessions)).link.close(1008, "the task is over")
+            next(iter(hops.server.hub.sessions)).link.close(1008, "the task is over")
             ended = await hops.audit.written.get()
             assert (first["session"], "node", 1008, "the task is over") == tuple(
                 ended[name] for name in ("session", "ended_by", "code", "reason")

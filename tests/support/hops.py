@@ -92,12 +92,14 @@ class Chain:
         self.security = security
         self.changes: asyncio.Queue[tuple[str, bool]] = asyncio.Queue()
         self.addresses: dict[str, str] = {}
+        self.troubles: list[tuple[str, str]] = []
         self.server = TunnelServer(
             allow_anonymous=True,
             check_tunnel_token=lambda container, token: token == f"token of {container}",
             check_ticket=self._check_ticket,
             address_of=self.addresses.get,
             on_tunnel_change=lambda container, connected: self.changes.put_nowait((container, connected)),
+            on_trouble=lambda container, sentence: self.troubles.append((container, sentence)),
             limits=limits,
         )
         self.audit = Lines()
@@ -166,7 +168,7 @@ class Chain:
     async def at_rest(self) -> None:
         """Wait until no hop knows of a stream any more."""
         await until(lambda: self.server.snapshot()["streams"] == 0)
-        for session in self.server.sessions:
+        for session in self.server.hub.sessions:
             assert not session.table.items()
             assert not session.ended
 

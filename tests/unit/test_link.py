@@ -2,7 +2,6 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable, Coroutine
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -10,7 +9,8 @@ import pytest
 from kohakuriver._frame import WS_TEXT, FrameViolation, FrameWalker, Message, RelayWalker, SpliceWalker, build_frame
 from kohakuriver.host.services.tunnel_proxy import ProxySession, TunnelProxy
 from kohakuriver.limits import Limits
-from kohakuriver.runner.services.tunnel_server import Side
+from kohakuriver.runner.services.hub import Hub
+from kohakuriver.runner.services.relay import TunnelLeg
 from kohakuriver.session.carried import Route
 from kohakuriver.tunnel import link as links
 from kohakuriver.tunnel.accept import Ignore
@@ -484,7 +484,7 @@ def flooded(where: str) -> FakeTransport:
         handler, walker = session.container_side, session.container_side.walker
         session.user.link = Link(Handler(), FrameWalker(masked=False), masks=False)
     elif where == "relay":
-        handler = Side(SimpleNamespace(limits=Limits()), "container")  # type: ignore[arg-type]
+        handler = TunnelLeg(Hub(), "container", Limits().max_message)
         handler.walker = walker = RelayWalker(masked=False)
     else:
         handler = ContainerEndpoint() if where == "endpoint" else Ignore()

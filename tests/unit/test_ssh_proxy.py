@@ -281,7 +281,7 @@ def test_a_relay_ends_when_the_tasks_tunnel_goes(run: Run, tmp_path: Path) -> No
         async with a_proxy(tmp_path) as proxy:
             reader, writer = await proxy.request(request())
             assert await reader.readline() == b"SUCCESS\n"
-            proxy.hops.server.drop(CONTAINER, "the task was stopped")
+            proxy.hops.server.hub.drop(CONTAINER, "the task was stopped")
             with contextlib.suppress(ConnectionError):
                 assert await reader.read() == b""
             writer.close()
@@ -363,7 +363,7 @@ def test_a_jump_hosts_user_who_goes_while_a_channel_is_opened_leaves_no_session(
             await until(lambda: not proxy.proxy._jump_host._connections)
             go_on.set()
             await opened.wait()
-            await until(lambda: not proxy.hops.server.sessions)
+            await until(lambda: not proxy.hops.server.hub.sessions)
             await proxy.hops.at_rest()
 
     run(check())

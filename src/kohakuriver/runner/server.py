@@ -135,6 +135,7 @@ class Runner:
             check_ticket=lambda credential: self._registration.check_ticket(credential, "forward"),
             address_of=self._tasks.address_of,
             on_tunnel_change=self._tasks.tunnel_changed,
+            on_trouble=self._tasks.note,
             config=from_environment(),
             limits=limits,
         )
@@ -192,7 +193,7 @@ class Runner:
 
     def _drop(self, container: str, reason: str, *, gone: bool = False) -> None:
         """The task has ended: so do its streams and its terminals."""
-        self._tunnels.drop(container, reason, gone=gone)
+        self._tunnels.hub.drop(container, reason, gone=gone)
         self._terminals.drop(container, reason)
 
     async def run(self) -> None:

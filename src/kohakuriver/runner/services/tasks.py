@@ -256,6 +256,12 @@ class TaskManager:
             task.revision = next_revision()
             self._on_change()
 
+    def note(self, container: str, sentence: str) -> None:
+        """Say with a task what is wrong with it, though it goes on as it does."""
+        task = self._tasks.get(container)
+        if task is not None:
+            self.report(container, task.status, sentence)
+
     def check_tunnel_token(self, container: str, token: str) -> bool:
         """Whether a tunnel client may be this container's: it is a task's, and the token is its own."""
         return container in self._tasks and self._state.check_tunnel_token(container, token)

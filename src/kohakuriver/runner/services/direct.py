@@ -1,0 +1,47 @@
+"""Sessions whose streams this runner dials itself: no tunnel client takes part in them."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable
+
+from kohakuriver.runner.services.admission import Admission
+from kohakuriver.tunnel.endpoint import ContainerEndpoint, EndpointConfig
+from kohakuriver.tunnel.link import Link
+
+__all__ = ["DirectSession"]
+
+
+class DirectSession(ContainerEndpoint):
+    """One user's link to what the runner reaches at ``address``: the runner is the container-side endpoint."""
+
+    def __init__(
+        self,
+        container: str,
+        address: str,
+        *,
+        port: int,
+        admission: Admission,
+        config: EndpointConfig | None,
+        on_closed: Callable[[DirectSession], None],
+    ) -> None:
+        super().__init__((address,), config=config, where=f"at {address}", refuses=admission.refusal, default_port=port)
+        self.container = container
+        self._on_closed = on_closed
+
+    def link_closed(self, link: Link, code: int, reason: str) -> None:
+        super().link_closed(link, code, reason)
+        self._on_closed(self)
+
+    def counts(self) -> Counter[str]:
+        """What went through it."""
+        return Counter(
+            bytes_to_container=self.bytes_received,
+            bytes_to_user=self.bytes_sent,
+            udp_dropped=self.udp_dropped,
+            stalls=self.stalls,
+        )
+
+    def gauges(self) -> Counter[str]:
+        """What it has open now."""
+        return Counter(sessions=1, streams=len(self.streams))

@@ -1,0 +1,376 @@
+"""The relay of hop 3: the two kinds of links that meet in a runner, and what passes between them.
+
+A user's link and the container's are the two legs of a relay. A message keeps its bytes, and its ClientID is changed
+for one that is unique on the other leg. Each leg has a routing table that the frame walker looks ids up in; Python
+sees only the messages that open, end or half-close a stream (docs/protocol.md §3–§5).
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections import Counter
+from typing import Any, Generic, Protocol, TypeVar
+
+from kohakuriver._frame import WHOLE, WS_TEXT, Message, RelayWalker, RoutingTable
+from kohakuriver.runner.services.admission import Admission
+from kohakuriver.tunnel.buffers import Assembler
+from kohakuriver.tunnel.link import Link
+from kohakuriver.tunnel.protocol import (
+    CLOSE,
+    CONNECT,
+    CONNECTED,
+    DATA,
+    EOF,
+    ERROR,
+    PING,
+    PONG,
+    PROTO_TCP,
+    SESSION_ID,
+    WINDOW,
+    CloseCode,
+    Counts,
+    ErrorText,
+)
+
+__all__ = ["V1_BACKLOG", "V2_BACKLOG", "RelayLeg", "RelayOwner", "SessionLeg", "TunnelLeg"]
+
+MAX_CONTROL = 1 << 20
+# What a v1 session may have waiting before its tunnel is read no further; v1 can't slow one stream down.
+V1_BACKLOG = 1 << 20
+# A v2 session's windows are at most 64 MiB, so more than this waiting means that the container ignores them.
+V2_BACKLOG = 96 << 20
+# How long after a user's CLOSE a v1 tunnel client may answer it (seconds); users who wait for less say CLOSE again.
+V1_REPLY = 60.0
+# How a container's end says that a user broke a window: it can't close the tunnel, which is all users'.
+PASSED_WINDOW = "EPROTO"
+NO_TUNNEL = ErrorText("ENOTCONN", "the task's tunnel is not connected; is the task running?")
+
+Other = TypeVar("Other", bound="RelayLeg[Any]")
+
+
+class RelayOwner(Protocol):
+    """Who knows which legs there are."""
+
+    def tunnel_of(self, container: str) -> TunnelLeg | None:
+        """The container's tunnel, None where none is connected."""
+
+    def tunnel_closed(self, tunnel: TunnelLeg, reason: str) -> None:
+        """A tunnel's link has gone."""
+
+    def session_closed(self, session: SessionLeg) -> None:
+        """A user's link has gone."""
+
+
+class RelayLeg(Generic[Other]):
+    """One link of the relay, with its table of ids to the other side's links."""
+
+    link: Link
+
+    def __init__(self, owner: RelayOwner, container: str, max_message: int) -> None:
+        self.owner = owner
+        self.container = container
+        self.walker = RelayWalker(masked=True, max_message=max_message)
+        self.table: RoutingTable[Other] = RoutingTable()
+        self.unknown_messages = 0
+        self.unroutable = 0
+        self.reported: Counter[str] = Counter()
+        self._assembler = Assembler(MAX_CONTROL)
+
+    @property
+    def version(self) -> int:
+        """What this leg's link speaks; a session's is never more than its tunnel's."""
+        return self.link.version
+
+    def link_received(self, link: Link, start: int, stop: int) -> int:
+        data, view, relay = link.buffer.data, link.buffer.view, self.walker.relay
+        events = 0
+        while True:
+            runs, event, consumed = relay(data, start, stop, self.table)
+            if runs:
+                self._pass(runs, view)
+            if event is not None:
+                self._event(event, view)
+                events += 1
+                if link.turn_over(events):
+                    return consumed
+            elif consumed == start or consumed >= stop:
+                return consumed
+            start = consumed
+
+    def _pass(self, runs: list[tuple[Other, int, int]], view: memoryview) -> None:
+        """Send the runs, those of one target together."""
+        i, count = 0, len(runs)
+        while i < count:
+            target = runs[i][0]
+            views = [view[runs[i][1] : runs[i][2]]]
+            i += 1
+            while i < count and runs[i][0] is target:
+                views.append(view[runs[i][1] : runs[i][2]])
+                i += 1
+            if len(views) == 1:
+                target.link.send(views[0])
+            else:
+                target.link.send_many(views)
+            self.passed_to(target)
+
+    def _event(self, message: Message, view: memoryview) -> None:
+        if message[0] >= WS_TEXT:
+            self.link.control(message)
+            return
+        payload = self._assembler.add(view[message[4] : message[5]], message[6])
+        if payload is not None:
+            self.message(message[0], message[1], message[2], message[3], payload)
+
+    def message(self, kind: int, proto: int, client_id: int, port: int, payload: bytes) -> None:
+        """A message that the walker does not relay by itself."""
+        if kind in (CLOSE, ERROR):
+            self.end(kind, proto, client_id, payload)
+        elif kind == EOF:
+            self._half_close(proto, client_id)
+        elif kind in (PING, PONG):
+            self._ping(kind, proto, client_id, payload)
+        elif kind in (DATA, WINDOW, CONNECTED):
+            self._route(kind, proto, client_id, payload)
+        else:
+            self.unknown_messages += 1
+
+    def _route(self, kind: int, proto: int, client_id: int, payload: bytes) -> None:
+        """Pass on what the walker would have, had it not come in fragments; nothing longer can be meant."""
+        route = self.table.get(client_id)
+        if route is None or len(payload) > WHOLE:
+            self.unroutable += 1
+            return
+        target, other_id = route
+        target.link.send_message(kind, other_id, payload, proto=proto)
+        self.passed_to(target)
+
+    def _ping(self, kind: int, proto: int, client_id: int, payload: bytes) -> None:
+        """A PING on a stream's id goes to the stream's other end; any other is ours to answer."""
+        route = self.table.get(client_id)
+        if route is not None:
+            target, other_id = route
+            target.link.send_message(kind, other_id, payload, proto=proto, urgent=True)
+        elif kind == PING:
+            counts = Counts.parse(payload)
+            if client_id == SESSION_ID and counts is not None:
+                self.reported.update(counts._asdict())
+            self.link.send_message(PONG, client_id, payload, proto=proto, urgent=True)
+
+    def _half_close(self, proto: int, client_id: int) -> None:
+        """EOF came from this side; after both, the ids are free."""
+        route = self.table.get(client_id)
+        if route is None:
+            return
+        target, other_id = route
+        target.link.send_message(EOF, other_id, proto=proto)
+        if self.ended_twice(client_id, target, other_id):
+            self.table.remove(client_id)
+            target.table.remove(other_id)
+
+    def counts(self) -> Counter[str]:
+        """Totals of what came from this side, and of what its endpoint reported."""
+        raise NotImplementedError
+
+    def gauges(self) -> Counter[str]:
+        """How much of what this leg has now."""
+        raise NotImplementedError
+
+    def passed_to(self, target: Other) -> None:
+        """Bytes were just sent to ``target``: see to backpressure."""
+        raise NotImplementedError
+
+    def end(self, kind: int, proto: int, client_id: int, payload: bytes) -> None:
+        """CLOSE or ERROR came from this side."""
+        raise NotImplementedError
+
+    def ended_twice(self, client_id: int, target: Other, other_id: int) -> bool:
+        """EOF came from this side: whether one had come from the other before."""
+        raise NotImplementedError
+
+
+class TunnelLeg(RelayLeg["SessionLeg"]):
+    """A container's one link."""
+
+    def __init__(self, owner: RelayOwner, container: str, max_message: int) -> None:
+        super().__init__(owner, container, max_message)
+        self._last_id = 0
+
+    def counts(self) -> Counter[str]:
+        return self.reported + Counter({"bytes_to_user": self.walker.bytes_routed})
+
+    def gauges(self) -> Counter[str]:
+        return Counter(version=self.version, streams=len(self.table), unknown_messages=self.unknown_messages)
+
+    def new_id(self) -> int:
+        """A ClientID that is free on this tunnel."""
+        while True:
+            self._last_id = self._last_id + 1 if self._last_id < 0xFFFFFFFF else 1
+            if self._last_id not in self.table:
+                return self._last_id
+
+    def passed_to(self, target: SessionLeg) -> None:
+        queued = target.link.queued
+        if queued <= V1_BACKLOG:
+            return
+        if target.version == 1:
+            self.link.pause_reading(target)
+        elif queued > V2_BACKLOG:
+            target.link.fail(1008, "more is waiting for this session than its windows allow")
+
+    def end(self, kind: int, proto: int, client_id: int, payload: bytes) -> None:
+        route, told = self.table.remove(client_id), False
+        if route is not None:
+            session, user_id = route
+            told = session.free(user_id)
+            session.link.send_message(kind, user_id, payload, proto=proto)
+            if kind == ERROR and self.version >= 2 and (text := ErrorText.parse(payload)).code == PASSED_WINDOW:
+                session.link.fail(CloseCode.PROTOCOL_ERROR, str(text))
+        if self.version == 1 and not told:  # its entry stays until it gets one (§3 rule 9)
+            self.link.send_message(CLOSE, client_id, proto=proto)
+
+    def ended_twice(self, client_id: int, target: SessionLeg, other_id: int) -> bool:
+        return target.note_end(other_id, self)
+
+    def link_drained(self, link: Link) -> None:
+        pass  # the sessions that wait are the link's waiters
+
+    def link_closed(self, link: Link, code: int, reason: str) -> None:
+        self.owner.tunnel_closed(self, reason or "its tunnel client is gone")
+
+
+class SessionLeg(RelayLeg[TunnelLeg]):
+    """One user's link to one container.
+
+    What its CONNECTs call port 0 is ``port``; ``newest`` is the latest version that the user's side speaks.
+    """
+
+    def __init__(
+        self,
+        owner: RelayOwner,
+        container: str,
+        max_message: int,
+        *,
+        port: int,
+        proto: int,
+        admission: Admission,
+        newest: int,
+    ) -> None:
+        super().__init__(owner, container, max_message)
+        self.newest = newest
+        self._closing: dict[int, asyncio.TimerHandle] = {}
+        self.port = port
+        self.proto = proto
+        self.admission = admission
+        self.ended: dict[int, object] = {}
+
+    def counts(self) -> Counter[str]:
+        return self.reported + Counter({"bytes_to_container": self.walker.bytes_routed})
+
+    def gauges(self) -> Counter[str]:
+        return Counter(sessions=1)
+
+    def passed_to(self, target: TunnelLeg) -> None:
+        if target.link.blocked:
+            self.link.pause_reading(self)
+            target.link.wait_drained(self)
+
+    def link_writable(self) -> None:
+        """The tunnel takes more."""
+        self.link.resume_reading(self)
+
+    def message(self, kind: int, proto: int, client_id: int, port: int, payload: bytes) -> None:
+        if kind == CONNECT:
+            self._connect(proto, client_id, port or self.port, payload)
+        else:
+            super().message(kind, proto, client_id, port, payload)
+
+    def _connect(self, proto: int, client_id: int, port: int, payload: bytes) -> None:
+        if client_id in self._closing:  # its user waits for no reply
+            self._free_both(client_id)
+        if client_id == SESSION_ID or client_id in self.table:
+            self.unknown_messages += 1
+            return
+        tunnel = self.owner.tunnel_of(self.container)
+        refusal = self.admission.refusal(port, len(self.table) - len(self._closing))
+        if refusal is not None:
+            self.link.send_message(ERROR, client_id, refusal.pack(), proto=proto)
+        elif tunnel is None:
+            self.link.send_message(ERROR, client_id, NO_TUNNEL.pack(), proto=proto)
+        else:
+            tunnel_id = tunnel.new_id()
+            self.table.add(client_id, tunnel, tunnel_id)
+            tunnel.table.add(tunnel_id, self, client_id)
+            payload = payload if self.version >= 2 else b""
+            tunnel.link.send_message(CONNECT, tunnel_id, payload, proto=proto, port=port, urgent=True)
+
+    def end(self, kind: int, proto: int, client_id: int, payload: bytes) -> None:
+        route = self.table.get(client_id)
+        if route is None:
+            return
+        tunnel, tunnel_id = route
+        told = client_id in self._closing
+        if kind == CLOSE and tunnel.version == 1 and proto == PROTO_TCP and not told:
+            timer = asyncio.get_running_loop().call_later(V1_REPLY, self._free_both, client_id)
+            self._closing[client_id] = timer  # the service may have a reply to the end of its input
+        else:
+            self._free_both(client_id)
+        if tunnel.version >= 2:
+            tunnel.link.send_message(kind, tunnel_id, payload, proto=proto)
+        elif not told:
+            tunnel.link.send_message(CLOSE, tunnel_id, proto=proto)
+
+    def free(self, client_id: int) -> bool:
+        """The id names no stream any more; whether the reply to its CLOSE was still waited for."""
+        self.table.remove(client_id)
+        self.ended.pop(client_id, None)
+        timer = self._closing.pop(client_id, None)
+        if timer is not None:
+            timer.cancel()
+        return timer is not None
+
+    def _free_both(self, client_id: int) -> None:
+        """Let go of a stream's two ids."""
+        route = self.table.get(client_id)
+        self.free(client_id)
+        if route is not None:
+            tunnel, tunnel_id = route
+            tunnel.table.remove(tunnel_id)
+
+    def ended_twice(self, client_id: int, target: TunnelLeg, other_id: int) -> bool:
+        return self.note_end(client_id, self)
+
+    def note_end(self, client_id: int, by: object) -> bool:
+        """Of this session's stream, the leg ``by`` has sent EOF: whether both have now."""
+        others = self.ended.setdefault(client_id, by)
+        if others is by:
+            return False
+        del self.ended[client_id]
+        return True
+
+    def lost(self, client_ids: list[int], reason: str) -> None:
+        """The tunnel that these streams ran on is gone."""
+        text = ErrorText("ECONNRESET", f"the task's tunnel went away ({reason})").pack()
+        link = self.link
+        for client_id in client_ids:
+            self.free(client_id)
+        if client_ids:
+            link.send(b"".join(link.build_message(ERROR, each, text, proto=self.proto) for each in client_ids))
+
+    def link_drained(self, link: Link) -> None:
+        tunnel = self.owner.tunnel_of(self.container)
+        if tunnel is not None:
+            tunnel.link.resume_reading(self)
+
+    def link_closed(self, link: Link, code: int, reason: str) -> None:
+        for client_id in list(self._closing):
+            self._free_both(client_id)
+        closing: dict[TunnelLeg, list[bytes]] = {}
+        for stream in self.table.items():
+            tunnel, tunnel_id = stream[1]
+            tunnel.table.remove(tunnel_id)
+            closing.setdefault(tunnel, []).append(tunnel.link.build_message(CLOSE, tunnel_id, proto=self.proto))
+        self.table = RoutingTable()
+        for tunnel, frames in closing.items():
+            tunnel.link.send(b"".join(frames))  # at once: one system call each would keep everybody else waiting
+        self.link_drained(link)
+        self.owner.session_closed(self)
