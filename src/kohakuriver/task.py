@@ -151,7 +151,7 @@ class TaskOrder(TaskSpec):
     """What the host orders of a node. `container` is the task's id on the tunnel.
 
     An `adopted` task is of something that runs already: a container, by its name or id in the engine, `engine_name`; or
-    an IP `address`.
+    an IP `address`. With `no_client` nothing is put into the container: its node dials from the container's network.
     """
 
     task_id: int
@@ -161,6 +161,7 @@ class TaskOrder(TaskSpec):
     engine_name: str | None = None
     address: str | None = None
     adopted: bool = False
+    no_client: bool = False
 
 
 @dataclass(kw_only=True)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import signal
 import socket
 import subprocess
+import sys
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
@@ -321,18 +322,86 @@ def test_what_can_not_be_adopted_is_refused_with_the_reason(shared: Cluster, bus
     status, message = refused("no-such-container")
     assert status == 404
     assert "no-such-container" in message
-    with plain_container(busybox, *STAY, options=("--network", "none")) as container:
-        status, message = refused(container)
-        assert (status, "docker network connect" in message) == (409, True)
+    with plain_container(busybox, *STAY) as container:
         docker("pause", container)
         assert "docker unpause" in refused(container)[1]
         docker("unpause", container)
         docker("kill", container)
         assert "docker start" in refused(container)[1]
-    with plain_container(busybox, *STAY, options=("--read-only",)) as container:
-        status, message = refused(container)
-        assert (status, "read-only" in message) == (409, True)
     assert all(task["status"] != "starting" for task in shared.call("GET", "/api/tasks")[1])
+
+
+UNTOUCHABLE = ("--read-only", "--network", "none")
+ELSEWHERE = "127.0.0.9"
+"""Part of a container's loopback, though not the address that everybody tries first."""
+
+UDP_ECHO = f"""
+import socket
+sock = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
+sock.bind(({ELSEWHERE!r}, {PORT}))
+print("listening", flush=True)
+while True:
+    data, sender = sock.recvfrom(65536)
+    sock.sendto(data, sender)
+"""
+
+
+@contextmanager
+def udp_echo_in(container: str) -> Iterator[None]:
+    """A UDP echo service in the network of a container."""
+    pid = docker("inspect", "-f", "{{.State.Pid}}", container)
+    command = ["nsenter", "--target", pid, "--net", sys.executable, "-c", UDP_ECHO]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        assert process.stdout.readline() == "listening\n"
+        try:
+            yield
+        finally:
+            process.kill()
+
+
+def processes_in(container: str) -> list[str]:
+    return docker("top", container, "-o", "pid,args").splitlines()[1:]
+
+
+def test_a_container_into_which_nothing_can_be_put_is_reached_from_its_own_network(
+    shared: Cluster, busybox: str
+) -> None:
+    with plain_container(busybox, *ECHO, options=UNTOUCHABLE) as container, udp_echo_in(container):
+        task = adopt(shared, container, "untouchable")
+        assert (task["status"], task["tunnel"]) == ("running", True)
+        assert "no tunnel client" in task["message"]
+        assert not any("tunnel-client" in process for process in processes_in(container))
+        assert echoes(shared, "untouchable", b"half-closed" * 100_000)
+        with shared.forward("untouchable", PORT, proto="udp") as forward, socket.socket(type=socket.SOCK_DGRAM) as sock:
+            sock.settimeout(PATIENCE)
+            sock.connect(("127.0.0.1", forward.local_port))
+            for size in (0, 1, 9000):
+                sock.send(bytes(size))
+                assert sock.recv(65536) == bytes(size)
+        with shared.forward("untouchable", PORT) as forward:
+            assert eventually(lambda: _asked(forward.local_port, b"before")) == b"before"
+            docker("restart", "-t", "0", container)  # a new process, and a new network
+            assert eventually(lambda: _asked(forward.local_port, b"after")) == b"after"
+        status, answer = shared.call("DELETE", "/api/tasks/untouchable")
+        assert status == 200, answer
+        assert container_state(container) == "running"
+
+
+def test_a_container_that_is_to_be_left_alone_is_and_is_found_again_after_a_restart_of_the_runner(
+    cluster: Cluster, busybox: str
+) -> None:
+    with plain_container(busybox, *ECHO) as container:
+        wanted = {"container": container, "name": "alone", "no_client": True}
+        status, task = cluster.call("POST", "/api/tasks/adopt", wanted)
+        assert status == 201, task
+        assert docker("diff", container) == ""
+        assert echoes(cluster, "alone")
+        cluster.runners["n1"].end(signal.SIGKILL)
+        cluster.start_runner("n1", "--backend", "docker")
+        cluster.connected("alone")
+        assert echoes(cluster, "alone")
+        assert len(processes_in(container)) == 1
 
 
 def test_containers_outlive_a_killed_runner_and_are_reached_through_the_next_one(

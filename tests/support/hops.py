@@ -23,6 +23,7 @@ from kohakuriver.host.services.credentials import Caller
 from kohakuriver.host.services.grants import Grants
 from kohakuriver.host.services.tunnel_proxy import TunnelProxy
 from kohakuriver.limits import Limits
+from kohakuriver.runner.services.direct import DirectTarget
 from kohakuriver.runner.services.tunnel_server import TunnelServer
 from kohakuriver.runtime import cancel_all
 from kohakuriver.session.carried import Route
@@ -97,7 +98,7 @@ class Chain:
             allow_anonymous=True,
             check_tunnel_token=lambda container, token: token == f"token of {container}",
             check_ticket=self._check_ticket,
-            address_of=self.addresses.get,
+            target_of=lambda name: DirectTarget(self.addresses[name]) if name in self.addresses else None,
             on_tunnel_change=lambda container, connected: self.changes.put_nowait((container, connected)),
             on_trouble=lambda container, sentence: self.troubles.append((container, sentence)),
             limits=limits,

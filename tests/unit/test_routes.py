@@ -255,7 +255,7 @@ class RunnerUnderTest:
             allow_anonymous=False,
             check_tunnel_token=self.tasks.check_tunnel_token,
             check_ticket=lambda secret: self.registration.check_ticket(secret, "forward"),
-            address_of=self.tasks.address_of,
+            target_of=self.tasks.target_of,
         )
         self.terminals = TerminalServer(
             allow_anonymous=False,

@@ -132,6 +132,12 @@ def adopt(
         str | None,
         typer.Option("--address", metavar="IP", help="Instead: a machine that the node reaches.", show_default=False),
     ] = None,
+    no_client: Annotated[
+        bool,
+        typer.Option(
+            "--no-client", help="Put nothing into the container; its node dials from the container's network."
+        ),
+    ] = False,
     node: NodeOption = None,
     name: NameOption = None,
     no_wait: NoWaitOption = False,
@@ -140,11 +146,9 @@ def adopt(
     """Make a task of a container that already runs, or of a machine that a node reaches."""
     if (container is None) == (address is None):
         raise UsageError("Give either a CONTAINER or --address IP.")
-    if address is not None and node is None:
-        raise UsageError("--address needs --node: the node whose runner reaches that address.")
 
     async def start(client: HostClient) -> Task:
-        task = await client.adopt(container=container, address=address, node=node, name=name)
+        task = await client.adopt(container=container, address=address, node=node, name=name, no_client=no_client)
         return await _settled(client, task, wait=not no_wait, timeout=timeout)
 
     _print_id(at.ask(start), at.json)

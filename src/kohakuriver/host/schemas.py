@@ -83,12 +83,16 @@ class CreateRequest(NewTask):
 
 
 class AdoptRequest(_Request):
-    """A task made of what already runs: a container (name or id) or an IP address that the node reaches."""
+    """A task made of what already runs: a container (name or id) or an IP address that the node reaches.
+
+    With `no_client` nothing is put into the container; its node dials from the container's network.
+    """
 
     container: ContainerName | None = None
     address: str | None = None
     node: NodeName | None = None
     name: Name | None = None
+    no_client: bool = False
 
     @model_validator(mode="after")
     def _one_of_two(self) -> AdoptRequest:

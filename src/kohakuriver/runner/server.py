@@ -133,7 +133,7 @@ class Runner:
             allow_anonymous=options.allow_anonymous,
             check_tunnel_token=self._tasks.check_tunnel_token,
             check_ticket=lambda credential: self._registration.check_ticket(credential, "forward"),
-            address_of=self._tasks.address_of,
+            target_of=self._tasks.target_of,
             on_tunnel_change=self._tasks.tunnel_changed,
             on_trouble=self._tasks.note,
             config=from_environment(),

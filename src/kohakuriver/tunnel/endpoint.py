@@ -15,7 +15,7 @@ import sys
 import time
 from collections.abc import Callable, Coroutine, Sequence
 from dataclasses import dataclass, field
-from typing import Any, TypeAlias
+from typing import Any, Protocol, TypeAlias
 
 from kohakuriver._frame import HEADROOM, WS_TEXT, FrameViolation, FrameWalker, Message
 from kohakuriver.errors import LocalAddressError
@@ -46,7 +46,7 @@ from kohakuriver.tunnel.protocol import (
 )
 from kohakuriver.tunnel.stream import Event, State
 from kohakuriver.tunnel.tcp import TcpStream
-from kohakuriver.tunnel.udp import UdpListener, UdpSocket, UdpStream, connected_datagram_socket
+from kohakuriver.tunnel.udp import UdpListener, UdpSocket, UdpStream, connected, connected_datagram_socket, family_of
 
 BULK_READ = (1 << 20) - HEADROOM
 SHARED_READ = 256 * 1024  # with several busy streams no one of them takes more than this at a time
@@ -558,6 +558,16 @@ def _bind(host: str, port: int, kind: socket.SocketKind) -> socket.socket:
     return sock
 
 
+class Network(Protocol):
+    """Another network than this process's own, to dial from. Its methods raise OSError."""
+
+    async def addresses(self, port: int, *, udp: bool) -> Sequence[str]:
+        """The addresses to try for `port`, in turn."""
+
+    async def open_socket(self, family: int, kind: int) -> socket.socket:
+        """A non-blocking socket that is in that network."""
+
+
 class ContainerEndpoint(Endpoint):
     """Hop 4: accepts streams and dials the service.
 
@@ -566,6 +576,7 @@ class ContainerEndpoint(Endpoint):
         where: how error texts name the place, e.g. "in the container".
         refuses: (port, streams that are open) → why a stream may not be opened, or None. What a CONNECT calls port 0 is
             ``default_port``.
+        network: where to dial from instead of this process's own network; it says itself which addresses.
     """
 
     def __init__(
@@ -576,8 +587,10 @@ class ContainerEndpoint(Endpoint):
         where: str = "in the container",
         refuses: Callable[[int, int], ErrorText | None] = lambda port, streams: None,
         default_port: int = 0,
+        network: Network | None = None,
     ) -> None:
         super().__init__(config)
+        self.network = network
         self.hosts = hosts
         self.where = where
         self.refuses = refuses
@@ -627,7 +640,7 @@ class ContainerEndpoint(Endpoint):
 
     async def _dial_tcp(self, stream: TcpStream) -> None:
         failure: BaseException | None = OSError(errno.EHOSTUNREACH, "no address")
-        for host in self.hosts:
+        for host in await self._addresses(stream.port, udp=False):
             failure = await self._try(stream, host)
             if not isinstance(failure, ConnectionRefusedError):
                 break
@@ -637,8 +650,31 @@ class ContainerEndpoint(Endpoint):
             self.send_message(ERROR, stream.id, service_error(failure, stream.port, self.where).pack())
             stream.reset()
 
+    async def _addresses(self, port: int, *, udp: bool) -> Sequence[str]:
+        """Where to dial; none in a network that has gone."""
+        if self.network is None:
+            return self.hosts
+        try:
+            return await self.network.addresses(port, udp=udp)
+        except OSError:
+            return ()
+
+    async def _connect_from(self, network: Network, stream: TcpStream, host: str) -> None:
+        loop = asyncio.get_running_loop()
+        sock = await network.open_socket(family_of(host), socket.SOCK_STREAM)
+        try:
+            await loop.sock_connect(sock, (host, stream.port))
+            await loop.create_connection(lambda: stream, sock=sock)
+        except BaseException:
+            sock.close()
+            raise
+
     async def _try(self, stream: TcpStream, host: str) -> BaseException | None:
-        dial = asyncio.get_running_loop().create_connection(lambda: stream, host, stream.port)
+        dial: Coroutine[Any, Any, object]
+        if self.network is not None:
+            dial = self._connect_from(self.network, stream, host)
+        else:
+            dial = asyncio.get_running_loop().create_connection(lambda: stream, host, stream.port)
         try:
             with resolving():
                 await asyncio.wait_for(dial, self.config.dial_timeout)
@@ -661,10 +697,16 @@ class ContainerEndpoint(Endpoint):
     def socket_error(self, stream: TcpStream, exc: Exception) -> ErrorText:
         return service_error(exc, stream.port, self.where)
 
+    async def _datagram_socket(self, port: int) -> socket.socket:
+        if self.network is None:
+            return connected_datagram_socket(self.hosts[0], port)
+        host = (await self.network.addresses(port, udp=True))[0]
+        return connected(await self.network.open_socket(family_of(host), socket.SOCK_DGRAM), host, port)
+
     async def _dial_udp(self, stream: UdpStream) -> None:
         loop = asyncio.get_running_loop()
         try:
-            sock = connected_datagram_socket(self.hosts[0], stream.port)
+            sock = await self._datagram_socket(stream.port)
             transport, _ = await loop.create_datagram_endpoint(lambda: UdpSocket(stream, sock), sock=sock)
         except OSError as exc:
             self.send_message(ERROR, stream.id, service_error(exc, stream.port, self.where).pack(), PROTO_UDP)

@@ -157,10 +157,18 @@ class UdpSocket(asyncio.DatagramProtocol):
         self.stream.endpoint.udp_dropped += 1  # nothing listens just now: the service may come back
 
 
+def family_of(host: str) -> socket.AddressFamily:
+    """The family of an IP address."""
+    return socket.AF_INET6 if ":" in host else socket.AF_INET
+
+
 def connected_datagram_socket(host: str, port: int) -> socket.socket:
     """A non-blocking UDP socket that talks to ``host:port`` only. Raises OSError."""
-    family = socket.AF_INET6 if ":" in host else socket.AF_INET
-    sock = socket.socket(family, socket.SOCK_DGRAM)
+    return connected(socket.socket(family_of(host), socket.SOCK_DGRAM), host, port)
+
+
+def connected(sock: socket.socket, host: str, port: int) -> socket.socket:
+    """``sock``, which from now on talks to ``host:port`` only, and waits for nothing. Raises OSError, and closes it."""
     try:
         sock.setblocking(False)
         sock.connect((host, port))

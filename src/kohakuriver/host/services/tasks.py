@@ -152,7 +152,9 @@ class Tasks:
         nodes = await self._nodes.fitting(("docker",), request.node)
         name = request.name or await self._name_of(request.container or "")
         for node in nodes:
-            order = _order("docker", name, {"engine_name": request.container, "adopted": True})
+            order = _order(
+                "docker", name, {"engine_name": request.container, "adopted": True, "no_client": request.no_client}
+            )
             task = await self._add(order, node, owner)
             try:
                 return await self._begin(task, node)

@@ -6,6 +6,7 @@ from collections.abc import Callable
 
 from kohakuriver.errors import UnavailableError
 from kohakuriver.runner.backends.base import Backend, ExecRequest, ExecSession, Reporter
+from kohakuriver.runner.services.direct import DirectTarget
 from kohakuriver.runner.services.state import TaskRecord
 
 __all__ = ["AddressBackend"]
@@ -38,6 +39,9 @@ class AddressBackend(Backend):
 
     async def remove(self, task: TaskRecord) -> None:
         pass
+
+    def target(self, task: TaskRecord) -> DirectTarget | None:
+        return DirectTarget(task.address)
 
     async def exec(self, task: TaskRecord, request: ExecRequest) -> ExecSession:
         raise UnavailableError(

@@ -7,6 +7,7 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Final, Protocol
 
+from kohakuriver.runner.services.direct import DirectTarget
 from kohakuriver.runner.services.state import TaskRecord
 
 __all__ = ["CTRL_D", "STDERR", "STDOUT", "Backend", "ExecRequest", "ExecSession", "Reporter", "locale_for"]
@@ -126,6 +127,10 @@ class Backend(ABC):
         Raises UnavailableError "no_shell" where a shell was asked for and there is none. A command that can't be
         run is no error here: like a shell would, the session says so on stderr and ends with 127 (not found) or 126.
         """
+
+    def target(self, task: TaskRecord) -> DirectTarget | None:
+        """What the runner itself dials for a task's ports, None where a tunnel client does it."""
+        return None
 
     @abstractmethod
     async def close(self, tasks: list[TaskRecord], *, stop_tasks: bool) -> None:

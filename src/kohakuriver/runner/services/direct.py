@@ -4,28 +4,44 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable
+from dataclasses import dataclass
 
 from kohakuriver.runner.services.admission import Admission
-from kohakuriver.tunnel.endpoint import ContainerEndpoint, EndpointConfig
+from kohakuriver.tunnel.endpoint import ContainerEndpoint, EndpointConfig, Network
 from kohakuriver.tunnel.link import Link
 
-__all__ = ["DirectSession"]
+__all__ = ["DirectSession", "DirectTarget"]
+
+
+@dataclass(frozen=True)
+class DirectTarget:
+    """What the runner dials for a task: an `address` from its own network, or ports of another `network`."""
+
+    address: str | None = None
+    network: Network | None = None
 
 
 class DirectSession(ContainerEndpoint):
-    """One user's link to what the runner reaches at ``address``: the runner is the container-side endpoint."""
+    """One user's link to what the runner itself reaches: the runner is the container-side endpoint."""
 
     def __init__(
         self,
         container: str,
-        address: str,
+        target: DirectTarget,
         *,
         port: int,
         admission: Admission,
         config: EndpointConfig | None,
         on_closed: Callable[[DirectSession], None],
     ) -> None:
-        super().__init__((address,), config=config, where=f"at {address}", refuses=admission.refusal, default_port=port)
+        super().__init__(
+            () if target.address is None else (target.address,),
+            config=config,
+            where="in the container" if target.address is None else f"at {target.address}",
+            refuses=admission.refusal,
+            default_port=port,
+            network=target.network,
+        )
         self.container = container
         self._on_closed = on_closed
 

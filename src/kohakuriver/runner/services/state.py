@@ -52,6 +52,11 @@ class TaskRecord(TaskOrder, TaskReport):
         """Whether the task runs or is about to."""
         return self.status in ("starting", "running")
 
+    @property
+    def dialled(self) -> bool:
+        """Whether the runner itself dials the task's ports, with no tunnel client inside."""
+        return self.no_client or self.address is not None
+
     def report(self) -> dict[str, Any]:
         """What the host hears of it."""
         return {**part_of(self, TaskReport, without=("traffic",)), "container": self.container}

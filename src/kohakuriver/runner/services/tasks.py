@@ -11,6 +11,7 @@ import structlog
 
 from kohakuriver.errors import KohakuRiverError, NotFoundError, UnavailableError
 from kohakuriver.runner.backends.base import Backend, ExecRequest, ExecSession
+from kohakuriver.runner.services.direct import DirectTarget
 from kohakuriver.runner.services.state import State, TaskRecord, next_revision
 from kohakuriver.text import printable
 
@@ -59,7 +60,7 @@ class TaskManager:
         self._backends = backends
         self._tasks = {task.container: task for task in self._state.load_tasks()}
         for task in self._tasks.values():
-            task.tunnel = task.tunnel and task.address is not None
+            task.tunnel = task.tunnel and task.dialled
         for name, backend in backends.items():
             await backend.open([task for task in self._tasks.values() if task.backend == name], self._found)
         for task in self._tasks.values():
@@ -243,7 +244,7 @@ class TaskManager:
         if ended:
             task.tunnel = False
             self.drop(container, f"task {task.name} {_ended(status, message)}")
-        if task.backend == "address":
+        if task.dialled:
             task.tunnel = status == "running"
         log.info("task", task=task.task_id, name=task.name, status=status, **({"message": message} if message else {}))
         self._changed()
@@ -266,10 +267,11 @@ class TaskManager:
         """Whether a tunnel client may be this container's: it is a task's, and the token is its own."""
         return container in self._tasks and self._state.check_tunnel_token(container, token)
 
-    def address_of(self, container: str) -> str | None:
-        """The IP address that the runner itself dials for this container, or None where a tunnel client does it."""
+    def target_of(self, container: str) -> DirectTarget | None:
+        """What the runner itself dials for this container, None where a tunnel client does it."""
         task = self._tasks.get(container)
-        return None if task is None else task.address
+        backend = None if task is None else self._backends.get(task.backend)
+        return None if task is None or backend is None else backend.target(task)
 
     def reports(self) -> list[dict[str, Any]]:
         """What the host hears about all tasks."""

@@ -10,7 +10,7 @@ from kohakuriver._frame import FrameWalker
 from kohakuriver.errors import NotAllowedError, UnauthenticatedError, UnavailableError, UsageError
 from kohakuriver.limits import Limits
 from kohakuriver.runner.services.admission import Admission
-from kohakuriver.runner.services.direct import DirectSession
+from kohakuriver.runner.services.direct import DirectSession, DirectTarget
 from kohakuriver.runner.services.hub import Hub
 from kohakuriver.runner.services.relay import SessionLeg, TunnelLeg
 from kohakuriver.session.ticket import Ticket
@@ -27,7 +27,7 @@ class TunnelServer:
     Args:
         check_tunnel_token: (container id, token) → whether the token is that container's own.
         check_ticket: the ticket's claims; raises UnauthenticatedError or NotAllowedError.
-        address_of: the IP of a container id of the address backend, which the runner dials itself, else None.
+        target_of: what the runner dials itself for a container id, None where a tunnel client does it.
         on_tunnel_change: called with (container id, connected).
         on_trouble: called with (container id, sentence) when something is wrong with a task's tunnel.
         config: windows and times of the streams that the runner dials itself.
@@ -40,7 +40,7 @@ class TunnelServer:
         allow_anonymous: bool,
         check_tunnel_token: Callable[[str, str], bool],
         check_ticket: Callable[[str], Ticket],
-        address_of: Callable[[str], str | None],
+        target_of: Callable[[str], DirectTarget | None],
         on_tunnel_change: Callable[[str, bool], None] = lambda container, connected: None,
         on_trouble: Callable[[str, str], None] = lambda container, sentence: None,
         config: EndpointConfig | None = None,
@@ -51,7 +51,7 @@ class TunnelServer:
         self._allow_anonymous = allow_anonymous
         self._check_tunnel_token = check_tunnel_token
         self._check_ticket = check_ticket
-        self._address_of = address_of
+        self._target_of = target_of
         self._config = config
 
     def routes(self) -> list[TunnelRoute]:
@@ -85,9 +85,9 @@ class TunnelServer:
         if not 1 <= port <= 65535:
             raise UsageError(f"{port} is not a port: give one between 1 and 65535")
         admission = Admission(self._limits, self._ticket(request, container, port), ports_in(request.query))
-        address = self._address_of(container)
-        if address is not None:
-            self._open_direct(request, container, port, admission, address)
+        target = self._target_of(container)
+        if target is not None:
+            self._open_direct(request, container, port, admission, target)
         else:
             self._open_relayed(request, container, port, admission)
 
@@ -121,11 +121,11 @@ class TunnelServer:
         greet(session.link, "CONNECTED")
 
     def _open_direct(
-        self, request: UpgradeRequest, container: str, port: int, admission: Admission, address: str
+        self, request: UpgradeRequest, container: str, port: int, admission: Admission, target: DirectTarget
     ) -> None:
         session = DirectSession(
             container,
-            address,
+            target,
             port=port,
             admission=admission,
             config=self._config,

@@ -26,7 +26,9 @@ from kohakuriver.errors import KohakuRiverError, LocalAddressError, NotFoundErro
 from kohakuriver.runner.backends.base import Backend, ExecRequest, ExecSession, Reporter
 from kohakuriver.runner.backends.docker import exec as docker_exec
 from kohakuriver.runner.backends.docker.network import task_network
+from kohakuriver.runner.backends.namespace import ContainerNetwork
 from kohakuriver.runner.backends.process.tasks import describe_exit, last_words
+from kohakuriver.runner.services.direct import DirectTarget
 from kohakuriver.runner.services.ssh_helper import CONTAINER_PORT, OWN_SSHD, SshHelper, until_listening
 from kohakuriver.runner.services.state import TaskRecord
 from kohakuriver.runner.services.tunnel_helper import TunnelHelper
@@ -40,6 +42,9 @@ STOP_SECONDS = 10
 """What a container has between its stop signal and KILL; when the runner itself ends, less."""
 
 DRAIN_STOP_SECONDS = 3
+
+PAUSED = "its container is paused"
+NO_CLIENT = "it has no tunnel client inside; its node dials its ports from the container's network"
 
 _LABEL_TASK = "kohakuriver.task"
 _LABEL_NODE = "kohakuriver.node"
@@ -82,6 +87,7 @@ class DockerBackend(Backend):
         self._on_availability = on_availability
         self._client: aiodocker.Docker | None = None
         self._tasks: dict[str, TaskRecord] = {}
+        self._networks: dict[str, ContainerNetwork] = {}
         self._busy: set[str] = set()
         self._missed: set[str] = set()
         self._looks: set[asyncio.Task[None]] = set()
@@ -107,6 +113,8 @@ class DockerBackend(Backend):
         if stop_tasks and self._client is not None:
             ours = [task for task in tasks if task.active and not task.adopted]
             await asyncio.gather(*(self._stop_at_end(task) for task in ours))
+        for task in tasks:
+            self._leave_network(task)
         if self._client is not None:
             await self._client.close()
 
@@ -211,14 +219,20 @@ class DockerBackend(Backend):
         except DockerError as error:
             if error.status != 404:
                 raise
+            self._leave_network(task)
             self._report(task.container, "lost", "its container was removed")
             return
         state = show["State"]
         if not state["Running"]:
+            self._leave_network(task)
             self._report(task.container, *await self._ending(task, state))
             return
         task.stopped = False
-        self._report(task.container, "running", "its container is paused" if state["Paused"] else None)
+        if task.no_client:
+            await self._enter_network(task, show)
+            self._report(task.container, "running", PAUSED if state["Paused"] else NO_CLIENT)
+            return
+        self._report(task.container, "running", PAUSED if state["Paused"] else None)
         try:
             await self._ensure_client(task, show)
             if task.ssh_keys:
@@ -323,10 +337,53 @@ class DockerBackend(Backend):
             known.engine_name = show["Name"].lstrip("/")
             known.image = show["Config"]["Image"]
             if known is task:
-                await self._ensure_client(task, show)
+                await self._make_reachable(task, show)
                 self._tasks[task.container] = task
             await self._refresh(known)
             return known
+
+    # What is reached with no tunnel client inside
+
+    async def _make_reachable(self, task: TaskRecord, show: dict[str, Any]) -> None:
+        """Put the tunnel client in; where that can't be done the runner dials from the container's own network."""
+        if not task.no_client:
+            try:
+                await self._ensure_client(task, show)
+                return
+            except KohakuRiverError as error:
+                try:
+                    await self._enter_network(task, show)
+                except UnavailableError:
+                    raise error from None
+                log.info("no tunnel client can be put in", container=task.engine_name, reason=error.message)
+                task.no_client = True
+        else:
+            await self._enter_network(task, show)
+
+    async def _enter_network(self, task: TaskRecord, show: dict[str, Any]) -> None:
+        """Hold the network of a container that runs: that of its present start."""
+        self._leave_network(task)
+        try:
+            network = await asyncio.get_running_loop().run_in_executor(None, ContainerNetwork, show["State"]["Pid"])
+        except OSError as error:
+            raise UnavailableError(
+                f"The runner can't enter the network of container {task.engine_name} ({error.strerror}), which takes "
+                "root on the engine's own machine; adopt it without --no-client.",
+                code="no_network",
+            ) from error
+        again = await self._docker.containers.container(show["Id"]).show()
+        if again["State"]["Pid"] != show["State"]["Pid"]:  # it went before we looked: the number may be another's
+            network.close()
+            raise UnavailableError(f"The container {task.engine_name} has just ended.", code="task_not_running")
+        self._networks[task.container] = network
+
+    def _leave_network(self, task: TaskRecord) -> None:
+        if network := self._networks.pop(task.container, None):
+            network.close()
+
+    def target(self, task: TaskRecord) -> DirectTarget | None:
+        network = self._networks.get(task.container)
+        return None if network is None else DirectTarget(network=network)
 
     async def stop(self, task: TaskRecord) -> None:
         with self._handling(task):
@@ -358,6 +415,7 @@ class DockerBackend(Backend):
 
     async def remove(self, task: TaskRecord) -> None:
         with self._handling(task), _sentences("remove the container"):
+            self._leave_network(task)
             if task.adopted:
                 await self._end_client(task)
             else:
@@ -406,6 +464,8 @@ class DockerBackend(Backend):
 
     async def _end_client(self, task: TaskRecord) -> None:
         """End the tunnel client in an adopted container, as far as we may: the container itself goes on."""
+        if task.exec_id is None:
+            return
         with contextlib.suppress(DockerError, OSError):
             inspected = await self._docker.containers.exec(task.exec_id or "").inspect()
             pid = int(inspected.get("Pid") or 0)
@@ -482,8 +542,8 @@ class DockerBackend(Backend):
             with contextlib.suppress(UnavailableError):
                 return await self._gateway(network["NetworkID"])
         raise UnavailableError(
-            "The container is on no bridge network, so it can't reach the runner; "
-            "connect it to one with `docker network connect bridge CONTAINER`.",
+            "The container is on no bridge network, so it can't reach the runner; only a runner that is root on the "
+            "engine's own machine reaches into it.",
             code="no_gateway",
         )
 

@@ -1,0 +1,79 @@
+"""Sockets of another network namespace, and what the kernel says is served there."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import socket
+import subprocess
+from collections.abc import Iterator
+from contextlib import closing
+from pathlib import Path
+
+import pytest
+
+from kohakuriver.runner.backends.namespace import ContainerNetwork, listening
+
+FREE = 40001  # in a network of one's own nobody else has it
+
+
+@pytest.fixture
+def other_network() -> Iterator[int]:
+    """The pid of a process in a network of its own, whose loopback is up."""
+    if os.geteuid() != 0:
+        pytest.skip("only root makes network namespaces")
+    command = ["unshare", "--net", "sh", "-c", "ip link set lo up && echo up && exec sleep 1000"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        assert process.stdout.readline() == "up\n"
+        yield process.pid
+        process.kill()
+
+
+@pytest.mark.parametrize(
+    ("bound", "found"),
+    [("127.0.0.1", "127.0.0.1"), ("0.0.0.0", "127.0.0.1"), ("127.0.0.7", "127.0.0.7"), ("::1", "::1"), ("::", "::1")],
+)
+@pytest.mark.parametrize("udp", [False, True])
+def test_what_is_served_is_found_on_whichever_address_it_is(bound: str, found: str, udp: bool) -> None:
+    family = socket.AF_INET6 if ":" in bound else socket.AF_INET
+    with socket.socket(family, socket.SOCK_DGRAM if udp else socket.SOCK_STREAM) as sock:
+        sock.bind((bound, 0))
+        if not udp:
+            sock.listen()
+        assert listening(Path("/proc/self/net"), sock.getsockname()[1], udp=udp) == [found]
+
+
+def test_sockets_are_the_other_networks_and_this_process_stays_in_its_own(other_network: int) -> None:
+    async def check() -> None:
+        ours = Path("/proc/self/ns/net").readlink()
+        with closing(ContainerNetwork(other_network)) as network:
+            server = await network.open_socket(socket.AF_INET, socket.SOCK_STREAM)
+            client = await network.open_socket(socket.AF_INET, socket.SOCK_STREAM)
+            with server, client:
+                server.bind(("127.0.0.9", FREE))
+                server.listen()
+                assert list(await network.addresses(FREE, udp=False)) == ["127.0.0.9"]
+                await asyncio.get_running_loop().sock_connect(client, ("127.0.0.9", FREE))
+        with socket.socket() as here, pytest.raises(ConnectionRefusedError):
+            here.connect(("127.0.0.9", FREE))
+        assert Path("/proc/self/ns/net").readlink() == ours
+
+    asyncio.run(check())
+
+
+def test_a_network_that_was_left_is_dialled_no_more(other_network: int) -> None:
+    async def check() -> None:
+        network = ContainerNetwork(other_network)
+        network.close()
+        with pytest.raises(ConnectionResetError):
+            await network.open_socket(socket.AF_INET, socket.SOCK_STREAM)
+
+    asyncio.run(check())
+
+
+def test_a_process_that_is_gone_has_no_network() -> None:
+    with subprocess.Popen(["true"]) as process:
+        process.wait()
+    with pytest.raises(OSError, match="No such"):
+        ContainerNetwork(process.pid)
