@@ -18,9 +18,9 @@ from websockets.typing import Subprotocol
 from kohakuriver._frame import build_frame
 from kohakuriver.errors import KohakuRiverError
 from kohakuriver.tunnel.dial import open_session
-from kohakuriver.tunnel.endpoint import UserEndpoint
 from kohakuriver.tunnel.link import Link
 from kohakuriver.tunnel.protocol import TUNNEL_V2
+from kohakuriver.tunnel.user_endpoint import UserEndpoint
 from tests.support.hops import CLIENTS, CONTAINER, Chain, asked, chain, dial, echo, service, until
 from tests.support.network.faults import FaultProxy, fault_proxy
 from tests.support.peers import v1

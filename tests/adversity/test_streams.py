@@ -14,8 +14,9 @@ from typing import Any
 
 import pytest
 
-from kohakuriver.tunnel.endpoint import EndpointConfig, UserEndpoint
+from kohakuriver.tunnel.settings import EndpointConfig
 from kohakuriver.tunnel.tcp import TcpStream
+from kohakuriver.tunnel.user_endpoint import UserEndpoint
 from tests.support.hops import CLIENTS, asked, chain, dial, echo, service, until
 from tests.support.network.faults import fault_proxy
 

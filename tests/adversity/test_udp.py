@@ -11,7 +11,8 @@ from typing import Any
 
 import pytest
 
-from kohakuriver.tunnel.endpoint import EndpointConfig, UserEndpoint
+from kohakuriver.tunnel.settings import EndpointConfig
+from kohakuriver.tunnel.user_endpoint import UserEndpoint
 from tests.support.hops import CLIENTS, Chain, asked, chain, echo, service, until
 
 Run = Callable[[Coroutine[Any, Any, None]], None]

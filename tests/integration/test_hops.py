@@ -15,8 +15,8 @@ from websockets.exceptions import ConnectionClosed, InvalidStatus
 
 from kohakuriver.errors import NotFoundError, UnavailableError
 from kohakuriver.tunnel.dial import open_session
-from kohakuriver.tunnel.endpoint import UserEndpoint
 from kohakuriver.tunnel.protocol import TUNNEL_V2
+from kohakuriver.tunnel.user_endpoint import UserEndpoint
 from tests.support.hops import CLIENTS, CONTAINER, asked, chain, dial, echo, kill, service, until
 from tests.support.peers import v1
 

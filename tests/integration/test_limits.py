@@ -21,8 +21,8 @@ from kohakuriver.host.services import tunnel_proxy
 from kohakuriver.limits import LEAST_RATE, Limits
 from kohakuriver.tls import ServerCertificate, client_context
 from kohakuriver.tunnel.accept import serve_ws
-from kohakuriver.tunnel.endpoint import UserEndpoint
 from kohakuriver.tunnel.protocol import TUNNEL_V2
+from kohakuriver.tunnel.user_endpoint import UserEndpoint
 from kohakuriver.web.app import Server, bind, new_app
 from tests.support.hops import CLIENTS, asked, chain, dial, echo, service, until
 

@@ -33,8 +33,9 @@ from kohakuriver.tls import ServerCertificate, client_context
 from kohakuriver.tunnel.accept import TunnelRoute, serve_ws
 from kohakuriver.tunnel.client import TunnelClient
 from kohakuriver.tunnel.dial import open_session
-from kohakuriver.tunnel.endpoint import EndpointConfig, UserEndpoint
 from kohakuriver.tunnel.protocol import TUNNEL_V2
+from kohakuriver.tunnel.settings import EndpointConfig
+from kohakuriver.tunnel.user_endpoint import UserEndpoint
 
 ROOT = Path(__file__).resolve().parents[2]
 CONTAINER = "kohakuriver-vps-1"

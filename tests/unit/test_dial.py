@@ -23,8 +23,9 @@ from kohakuriver.errors import (
     UnavailableError,
     UsageError,
 )
+from kohakuriver.tunnel.container_endpoint import ContainerEndpoint
 from kohakuriver.tunnel.dial import greeting_error, open_link, open_session
-from kohakuriver.tunnel.endpoint import ContainerEndpoint, UserEndpoint
+from kohakuriver.tunnel.user_endpoint import UserEndpoint
 from tests.support.hops import asked, chain, echo, service
 
 Run = Callable[[Coroutine[Any, Any, None]], None]

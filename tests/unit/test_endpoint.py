@@ -16,10 +16,12 @@ from hypothesis.stateful import Bundle, RuleBasedStateMachine, initialize, invar
 from kohakuriver import runtime as loops
 from kohakuriver._frame import FrameWalker
 from kohakuriver.tunnel import stream as rules
-from kohakuriver.tunnel.endpoint import ContainerEndpoint, EndpointConfig, UserEndpoint
+from kohakuriver.tunnel.container_endpoint import ContainerEndpoint
 from kohakuriver.tunnel.link import Link
+from kohakuriver.tunnel.settings import EndpointConfig
 from kohakuriver.tunnel.stream import State
 from kohakuriver.tunnel.tcp import TcpStream
+from kohakuriver.tunnel.user_endpoint import UserEndpoint
 from tests.support.peers.fake_transport import FakeTransport
 
 PORT = 7

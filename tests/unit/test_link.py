@@ -15,7 +15,7 @@ from kohakuriver.session.carried import Route
 from kohakuriver.tunnel import link as links
 from kohakuriver.tunnel.accept import Ignore
 from kohakuriver.tunnel.buffers import Assembler
-from kohakuriver.tunnel.endpoint import ContainerEndpoint
+from kohakuriver.tunnel.container_endpoint import ContainerEndpoint
 from kohakuriver.tunnel.link import Link
 from kohakuriver.tunnel.protocol import DATA, PING, PROTO_TCP, ws_close, ws_ping, ws_pong, ws_text
 from tests.support.hops import until

@@ -9,8 +9,8 @@ import pytest
 from kohakuriver.cli import ssh_dial
 from kohakuriver.errors import HostUnreachableError, LocalAddressError
 from kohakuriver.resolve import resolving
-from kohakuriver.tunnel.endpoint import UserEndpoint
 from kohakuriver.tunnel.udp import connected_datagram_socket
+from kohakuriver.tunnel.user_endpoint import UserEndpoint
 from kohakuriver.web.app import bind
 from tests.unit.test_dial import Run
 

@@ -11,8 +11,7 @@ import pytest
 from kohakuriver.client.forward import Forwarder, PortForward
 from kohakuriver.config import Settings, load_settings
 from kohakuriver.errors import UsageError
-from kohakuriver.tunnel.endpoint import EndpointConfig
-from kohakuriver.tunnel.settings import NAMES, from_environment, variables
+from kohakuriver.tunnel.settings import NAMES, EndpointConfig, from_environment, variables
 
 ROOT = Path(__file__).resolve().parents[2]
 

@@ -30,11 +30,12 @@ from kohakuriver.runtime import cancel_all, new_event_loop, out_of_descriptors
 from kohakuriver.tls import client_context
 from kohakuriver.tunnel.backoff import Backoff
 from kohakuriver.tunnel.dial import open_session
-from kohakuriver.tunnel.endpoint import EndpointStats, ListeningSocket, UserEndpoint, waiting_connections
+from kohakuriver.tunnel.endpoint import EndpointStats
 from kohakuriver.tunnel.link import Link
 from kohakuriver.tunnel.ports import ports_query
 from kohakuriver.tunnel.protocol import CloseCode, ErrorText
 from kohakuriver.tunnel.settings import endpoint_config
+from kohakuriver.tunnel.user_endpoint import ListeningSocket, UserEndpoint, waiting_connections
 
 __all__ = [
     "Closed",

@@ -14,10 +14,11 @@ from kohakuriver.limits import Limits
 from kohakuriver.session.carried import NO_CLOSE_FRAME, RUNNER_SECONDS, Carrier, Passed, Route, at_runner
 from kohakuriver.session.pace import PacedReads, PacedWindow
 from kohakuriver.tunnel.dial import open_session
-from kohakuriver.tunnel.endpoint import AnyStream, UserEndpoint
+from kohakuriver.tunnel.endpoint import AnyStream
 from kohakuriver.tunnel.link import Link
 from kohakuriver.tunnel.protocol import CloseCode, ErrorText
 from kohakuriver.tunnel.tcp import TcpStream
+from kohakuriver.tunnel.user_endpoint import UserEndpoint
 
 __all__ = ["Connector", "TaskConnection"]
 

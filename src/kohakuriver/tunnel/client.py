@@ -22,12 +22,12 @@ from kohakuriver.descriptors import prepare
 from kohakuriver.errors import KohakuRiverError, NotAllowedError, UsageError
 from kohakuriver.runtime import run
 from kohakuriver.tunnel.backoff import Reconnect
+from kohakuriver.tunnel.container_endpoint import ContainerEndpoint
 from kohakuriver.tunnel.dial import open_link
-from kohakuriver.tunnel.endpoint import ContainerEndpoint, EndpointConfig
 from kohakuriver.tunnel.error_text import WINDOW_PASSED
 from kohakuriver.tunnel.link import Link
 from kohakuriver.tunnel.protocol import ERROR, CloseCode
-from kohakuriver.tunnel.settings import from_environment
+from kohakuriver.tunnel.settings import EndpointConfig, from_environment
 from kohakuriver.tunnel.tcp import TcpStream
 
 log = logging.getLogger("tunnel-client")

@@ -1,28 +1,16 @@
-"""The two ends of a tunnel: streams on one side, sockets on the other (docs/protocol.md §2–§3).
-
-``UserEndpoint`` listens and opens streams (hop 1: the command line); ``ContainerEndpoint`` accepts streams and
-dials (hop 4: the Python tunnel client, and a runner for tasks that it reaches by address).
-"""
+"""What both ends of a tunnel have in common: the streams of one link (docs/protocol.md §2–§3)."""
 
 from __future__ import annotations
 
 import asyncio
-import errno
-import itertools
-import os
-import socket
-import sys
 import time
-from collections.abc import Callable, Coroutine, Sequence
-from dataclasses import dataclass, field
-from typing import Any, Protocol, TypeAlias
+from dataclasses import dataclass
+from typing import TypeAlias
 
 from kohakuriver._frame import HEADROOM, WS_TEXT, FrameViolation, FrameWalker, Message
-from kohakuriver.errors import LocalAddressError
-from kohakuriver.resolve import resolving
 from kohakuriver.tunnel import stream as rules
 from kohakuriver.tunnel.buffers import Assembler
-from kohakuriver.tunnel.error_text import service_error, user_error
+from kohakuriver.tunnel.error_text import user_error
 from kohakuriver.tunnel.link import Link
 from kohakuriver.tunnel.protocol import (
     CLOSE,
@@ -44,9 +32,10 @@ from kohakuriver.tunnel.protocol import (
     pack_limit,
     parse_limit,
 )
-from kohakuriver.tunnel.stream import Event, State
+from kohakuriver.tunnel.settings import EndpointConfig
+from kohakuriver.tunnel.stream import State
 from kohakuriver.tunnel.tcp import TcpStream
-from kohakuriver.tunnel.udp import UdpListener, UdpSocket, UdpStream, connected, connected_datagram_socket, family_of
+from kohakuriver.tunnel.udp import UdpStream
 
 BULK_READ = (1 << 20) - HEADROOM
 SHARED_READ = 256 * 1024  # with several busy streams no one of them takes more than this at a time
@@ -54,25 +43,7 @@ SHARED_FOR = 1.0  # seconds in which the streams that receive have to change as 
 SHARED_TURNS = 8
 ALONE = 16  # reads in a row of one stream after which it counts as the only busy one
 MAX_CONTROL = 1 << 20
-LISTEN_BACKLOG = 4096
 REPORT_EVERY = 2.0
-
-
-@dataclass
-class EndpointConfig:
-    """What an endpoint may hold and how long it waits. Sizes in bytes, times in seconds."""
-
-    first_window: int = rules.FIRST_WINDOW
-    max_window: int = rules.MAX_WINDOW
-    budget: int = rules.SESSION_BUDGET
-    v1_hold: int = 1 << 20
-    v1_linger: float = 2.0
-    dial_timeout: float = 10.0
-    reattach_wait: float = 5.0
-    outage: float = 60.0
-    udp_idle: float = 60.0
-    udp_peers: int = 1024
-    udp_queue: int = 1 << 20
 
 
 @dataclass
@@ -86,18 +57,6 @@ class EndpointStats:
     udp_dropped: int = 0
     stalls: int = 0
     unknown_messages: int = 0
-
-
-@dataclass
-class ListeningSocket:
-    """A local address that leads to a port of the task."""
-
-    host: str
-    port: int
-    remote_port: int
-    proto: str
-    close: Callable[[], None] = field(repr=False)
-    sock: socket.socket = field(repr=False)
 
 
 AnyStream: TypeAlias = TcpStream | UdpStream
@@ -371,359 +330,6 @@ class Endpoint:
 
     def stream_failed(self, stream: AnyStream, text: ErrorText) -> None:
         """An ERROR came."""
-
-
-class UserEndpoint(Endpoint):
-    """Hop 1: listens on local addresses and opens a stream for each connection.
-
-    It outlives its link: ``attach`` gives it the first one and, after a loss, the next. A connection that is
-    accepted in between is held for ``reattach_wait`` seconds, then reset; after ``outage`` seconds it is reset at once.
-    """
-
-    awaits_replies = True
-
-    def __init__(
-        self,
-        *,
-        config: EndpointConfig | None = None,
-        on_stream_error: Callable[[int, ErrorText], None] = lambda port, text: None,
-        on_detach: Callable[[str], None] = lambda reason: None,
-    ) -> None:
-        super().__init__(config)
-        self.on_stream_error = on_stream_error
-        self.on_detach = on_detach
-        self._ids = itertools.count(1)
-        self._waiting: dict[TcpStream, asyncio.TimerHandle] = {}
-        self._detached_at = time.monotonic()
-        self._listening: list[ListeningSocket] = []
-
-    def attach(self, link: Link) -> None:
-        """Use ``link`` from now on; what waits for one is opened."""
-        self.link = link
-        link.hand_over(self)
-        waiting, self._waiting = self._waiting, {}
-        for stream, timer in waiting.items():
-            timer.cancel()
-            self._open(stream)
-
-    def detach(self, reason: str) -> None:
-        super().detach(reason)
-        self._detached_at = time.monotonic()
-        self.on_detach(reason)
-
-    def socket_ready(self, stream: TcpStream) -> None:
-        if self.link is not None:
-            self._open(stream)
-            return
-        outage = time.monotonic() - self._detached_at
-        patience = self.config.reattach_wait if outage < self.config.outage else 0.0
-        loop = asyncio.get_running_loop()
-        self._waiting[stream] = loop.call_later(patience, self._waited_too_long, stream)
-
-    def _waited_too_long(self, stream: TcpStream) -> None:
-        self._waiting.pop(stream, None)
-        self.on_stream_error(stream.port, ErrorText("ENOTCONN", "the connection to the host is lost"))
-        stream.reset()
-
-    def forget_waiting(self, stream: TcpStream) -> None:
-        timer = self._waiting.pop(stream, None)
-        if timer is not None:
-            timer.cancel()
-
-    def _open(self, stream: TcpStream) -> None:
-        link = self.link
-        assert link is not None
-        payload = b""
-        if link.version >= 2:
-            stream.receiving = rules.ReceiveWindow(self.budget)
-            stream.sending.limit = rules.EARLY_DATA
-            payload = pack_limit(stream.receiving.granted)
-        self._connect(stream, PROTO_TCP, payload)
-        stream.update_reading()
-
-    def connected(self, stream: TcpStream, payload: bytes) -> None:
-        if rules.next_state(stream.state, Event.ESTABLISHED) is None:
-            return
-        limit = parse_limit(payload)
-        if limit is None:  # the acceptor runs the stream under v1 rules
-            if stream.receiving is not None:
-                stream.receiving.close()
-                stream.receiving = None
-            stream.sending.limit = None
-        stream.established(limit)
-
-    def _connect(self, stream: AnyStream, proto: int, payload: bytes) -> None:
-        assert self.link is not None
-        stream.id = self._new_id()
-        self.add(stream)
-        self.link.send_message(CONNECT, stream.id, payload, proto=proto, port=stream.port, urgent=True)
-
-    def _new_id(self) -> int:
-        for client_id in self._ids:
-            if client_id > 0xFFFFFFFF:
-                self._ids = itertools.count(1)
-                return self._new_id()
-            if client_id not in self.streams:
-                return client_id
-        raise AssertionError("unreachable: the counter does not end")
-
-    def has_reached(self, source: tuple[str, int]) -> bool:
-        """Whether the stream of the local connection from `source` has been opened in the task."""
-        return any(
-            isinstance(stream, TcpStream) and stream.state is State.OPEN and stream.source()[:2] == source[:2]
-            for stream in self.streams.values()
-        )
-
-    def stream_failed(self, stream: AnyStream, text: ErrorText) -> None:
-        self.on_stream_error(stream.port, text)
-
-    async def listen_tcp(self, host: str, port: int, remote_port: int) -> ListeningSocket:
-        """Listen on ``host:port`` (0: any free port). Raises LocalAddressError if that can't be had."""
-        loop = asyncio.get_running_loop()
-        sock = _bind(host, port, socket.SOCK_STREAM)
-        server = await loop.create_server(lambda: TcpStream(self, remote_port), sock=sock, backlog=LISTEN_BACKLOG)
-        listening = ListeningSocket(host, sock.getsockname()[1], remote_port, "tcp", server.close, sock)
-        self._listening.append(listening)
-        return listening
-
-    async def listen_udp(self, host: str, port: int, remote_port: int) -> ListeningSocket:
-        """The same for UDP: one stream per source address (§3 rule 12)."""
-        loop = asyncio.get_running_loop()
-        sock = _bind(host, port, socket.SOCK_DGRAM)
-        address = sock.getsockname()
-        transport, _ = await loop.create_datagram_endpoint(lambda: UdpListener(self, remote_port, sock), sock=sock)
-        listening = ListeningSocket(host, address[1], remote_port, "udp", transport.close, sock)
-        self._listening.append(listening)
-        return listening
-
-    def open_udp(self, stream: UdpStream) -> bool:
-        """Open a stream for a new source address; False while there is no link."""
-        if self.link is None:
-            return False
-        self._connect(stream, PROTO_UDP, b"")
-        return True
-
-    async def close(self) -> None:
-        """Stop listening, end every stream, close the link."""
-        for listening in self._listening:
-            listening.close()
-        for stream in list(self._waiting):
-            stream.reset()
-        link = self.link
-        if link is None:
-            return
-        for open_stream in list(self.streams.values()):
-            proto = PROTO_TCP if isinstance(open_stream, TcpStream) else PROTO_UDP
-            self.send_message(CLOSE, open_stream.id, proto=proto)
-        gone: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-        link.on_lost = lambda: None if gone.done() else gone.set_result(None)
-        link.close(1000, "the forward has ended")
-        await gone
-
-
-# `tcpi_unacked` of Linux' struct tcp_info: how many connections of a listening socket nobody has accepted yet.
-_TCPI_UNACKED = slice(24, 28)
-
-
-def waiting_connections(sock: socket.socket) -> int:
-    """How many connections wait to be accepted from a listening socket; 0 where the system does not tell."""
-    if sock.type != socket.SOCK_STREAM or not sys.platform.startswith("linux"):
-        return 0
-    try:
-        info = sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, _TCPI_UNACKED.stop)
-    except OSError:
-        return 0
-    return int.from_bytes(info[_TCPI_UNACKED], sys.byteorder)
-
-
-def _bind(host: str, port: int, kind: socket.SocketKind) -> socket.socket:
-    try:
-        with resolving():
-            info = socket.getaddrinfo(host, port, type=kind, flags=socket.AI_PASSIVE)[0]
-    except OSError as exc:
-        raise LocalAddressError(f"{host} is not an address of this machine: {exc.strerror or exc}") from exc
-    sock = socket.socket(info[0], info[1], info[2])
-    try:
-        sock.setblocking(False)
-        if kind == socket.SOCK_STREAM and os.name == "posix":
-            sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        sock.bind(info[4])
-        if kind == socket.SOCK_STREAM:
-            sock.listen(LISTEN_BACKLOG)
-    except OSError as exc:
-        sock.close()
-        what = "is already in use" if exc.errno == errno.EADDRINUSE else f"can't be bound ({exc.strerror or exc})"
-        message = f"{host}:{port} {what}; choose another with --local-port (0 takes any free one)"
-        raise LocalAddressError(message) from exc
-    return sock
-
-
-class Network(Protocol):
-    """Another network than this process's own, to dial from. Its methods raise OSError."""
-
-    async def addresses(self, port: int, *, udp: bool) -> Sequence[str]:
-        """The addresses to try for `port`, in turn."""
-
-    async def open_socket(self, family: int, kind: int) -> socket.socket:
-        """A non-blocking socket that is in that network."""
-
-
-class ContainerEndpoint(Endpoint):
-    """Hop 4: accepts streams and dials the service.
-
-    Args:
-        hosts: addresses to try in turn, e.g. ``("127.0.0.1", "::1")``.
-        where: how error texts name the place, e.g. "in the container".
-        refuses: (port, streams that are open) → why a stream may not be opened, or None. What a CONNECT calls port 0 is
-            ``default_port``.
-        network: where to dial from instead of this process's own network; it says itself which addresses.
-    """
-
-    def __init__(
-        self,
-        hosts: Sequence[str] = ("127.0.0.1", "::1"),
-        *,
-        config: EndpointConfig | None = None,
-        where: str = "in the container",
-        refuses: Callable[[int, int], ErrorText | None] = lambda port, streams: None,
-        default_port: int = 0,
-        network: Network | None = None,
-    ) -> None:
-        super().__init__(config)
-        self.network = network
-        self.hosts = hosts
-        self.where = where
-        self.refuses = refuses
-        self.default_port = default_port
-        self._dialling: set[asyncio.Task[None]] = set()
-
-    def attach(self, link: Link) -> None:
-        """Serve ``link`` from now on."""
-        self.link = link
-        link.hand_over(self)
-
-    def accept(self, client_id: int, proto: int, port: int, payload: bytes) -> None:
-        if client_id == SESSION_ID or client_id in self.streams or self.link is None:
-            self.unknown_messages += 1
-            return
-        port = port or self.default_port
-        refusal = self.refuses(port, len(self.streams))
-        if refusal is not None:
-            self.send_message(ERROR, client_id, refusal.pack(), proto)
-            return
-        if proto == PROTO_UDP:
-            self._dial_soon(self._dial_udp(self._accept_udp(client_id, port)))
-        else:
-            self._dial_soon(self._dial_tcp(self._accept_tcp(client_id, port, payload)))
-
-    def _accept_tcp(self, client_id: int, port: int, payload: bytes) -> TcpStream:
-        stream = TcpStream(self, port)
-        stream.id = client_id
-        limit = parse_limit(payload)
-        if limit is not None:
-            stream.receiving = rules.ReceiveWindow(self.budget)
-            stream.sending.limit = limit
-        self.add(stream)
-        return stream
-
-    def _accept_udp(self, client_id: int, port: int) -> UdpStream:
-        stream = UdpStream(self, port)
-        stream.id = client_id
-        stream.hold()  # at once: its first datagrams may have come in the same read
-        self.add(stream)
-        return stream
-
-    def _dial_soon(self, dial: Coroutine[Any, Any, None]) -> None:
-        task = asyncio.get_running_loop().create_task(dial)
-        self._dialling.add(task)
-        task.add_done_callback(self._dialling.discard)
-
-    async def _dial_tcp(self, stream: TcpStream) -> None:
-        failure: BaseException | None = OSError(errno.EHOSTUNREACH, "no address")
-        for host in await self._addresses(stream.port, udp=False):
-            failure = await self._try(stream, host)
-            if not isinstance(failure, ConnectionRefusedError):
-                break
-        if failure is None:
-            return
-        if stream.state is not State.OVER:
-            self.send_message(ERROR, stream.id, service_error(failure, stream.port, self.where).pack())
-            stream.reset()
-
-    async def _addresses(self, port: int, *, udp: bool) -> Sequence[str]:
-        """Where to dial; none in a network that has gone."""
-        if self.network is None:
-            return self.hosts
-        try:
-            return await self.network.addresses(port, udp=udp)
-        except OSError:
-            return ()
-
-    async def _connect_from(self, network: Network, stream: TcpStream, host: str) -> None:
-        loop = asyncio.get_running_loop()
-        sock = await network.open_socket(family_of(host), socket.SOCK_STREAM)
-        try:
-            await loop.sock_connect(sock, (host, stream.port))
-            await loop.create_connection(lambda: stream, sock=sock)
-        except BaseException:
-            sock.close()
-            raise
-
-    async def _try(self, stream: TcpStream, host: str) -> BaseException | None:
-        dial: Coroutine[Any, Any, object]
-        if self.network is not None:
-            dial = self._connect_from(self.network, stream, host)
-        else:
-            dial = asyncio.get_running_loop().create_connection(lambda: stream, host, stream.port)
-        try:
-            with resolving():
-                await asyncio.wait_for(dial, self.config.dial_timeout)
-        except (OSError, asyncio.TimeoutError) as exc:
-            return exc
-        return None
-
-    def socket_ready(self, stream: TcpStream) -> None:
-        if stream.state is State.OVER:  # the user ended it while we dialled: CLOSE delivers, anything else resets
-            if stream._finishing:
-                stream._pump()
-            else:
-                stream.reset()
-            return
-        limit = pack_limit(stream.receiving.granted) if stream.receiving is not None else b""
-        self.send_message(CONNECTED, stream.id, limit)
-        stream.established(None)
-        stream._pump()
-
-    def socket_error(self, stream: TcpStream, exc: Exception) -> ErrorText:
-        return service_error(exc, stream.port, self.where)
-
-    async def _datagram_socket(self, port: int) -> socket.socket:
-        if self.network is None:
-            return connected_datagram_socket(self.hosts[0], port)
-        host = (await self.network.addresses(port, udp=True))[0]
-        return connected(await self.network.open_socket(family_of(host), socket.SOCK_DGRAM), host, port)
-
-    async def _dial_udp(self, stream: UdpStream) -> None:
-        loop = asyncio.get_running_loop()
-        try:
-            sock = await self._datagram_socket(stream.port)
-            transport, _ = await loop.create_datagram_endpoint(lambda: UdpSocket(stream, sock), sock=sock)
-        except OSError as exc:
-            self.send_message(ERROR, stream.id, service_error(exc, stream.port, self.where).pack(), PROTO_UDP)
-            stream.over()
-            return
-        if self.streams.get(stream.id) is not stream:
-            transport.close()
-            return
-        self.send_message(CONNECTED, stream.id, proto=PROTO_UDP)
-        stream.release()
-
-    async def close(self) -> None:
-        """End every stream and dial; the link is left to its owner."""
-        for task in list(self._dialling):
-            task.cancel()
-        for stream in list(self.streams.values()):
-            stream.reset() if isinstance(stream, TcpStream) else stream.over()
 
 
 def _why_closed(code: int) -> str:

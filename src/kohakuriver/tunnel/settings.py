@@ -8,12 +8,12 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 
 from kohakuriver.errors import UsageError
-from kohakuriver.tunnel.endpoint import EndpointConfig
-from kohakuriver.tunnel.stream import MIN_WINDOW, SESSION_BUDGET
+from kohakuriver.tunnel.stream import FIRST_WINDOW, MAX_WINDOW, MIN_WINDOW, SESSION_BUDGET
 
-__all__ = ["NAMES", "endpoint_config", "from_environment", "variables"]
+__all__ = ["NAMES", "EndpointConfig", "endpoint_config", "from_environment", "variables"]
 
 LONGEST = 86_400.0
 MOST_PEERS = 65_536
@@ -24,6 +24,23 @@ _SECONDS = {"linger": "v1_linger", "udp_idle": "udp_idle"}
 _COUNTS = {"udp_peers": "udp_peers"}
 
 NAMES = (*_BYTES, *_SECONDS, *_COUNTS)
+
+
+@dataclass
+class EndpointConfig:
+    """What an endpoint may hold and how long it waits. Sizes in bytes, times in seconds."""
+
+    first_window: int = FIRST_WINDOW
+    max_window: int = MAX_WINDOW
+    budget: int = SESSION_BUDGET
+    v1_hold: int = 1 << 20
+    v1_linger: float = 2.0
+    dial_timeout: float = 10.0
+    reattach_wait: float = 5.0
+    outage: float = 60.0
+    udp_idle: float = 60.0
+    udp_peers: int = 1024
+    udp_queue: int = 1 << 20
 
 
 def endpoint_config(get: Callable[[str], object]) -> EndpointConfig:

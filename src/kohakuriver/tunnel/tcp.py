@@ -8,18 +8,16 @@ import struct
 import time
 from collections import deque
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, cast
+from typing import cast
 
 from kohakuriver._frame import HEADROOM, frame_in_place
 from kohakuriver.tunnel import stream as rules
 from kohakuriver.tunnel.buffers import receive_buffer
 from kohakuriver.tunnel.link import soon
+from kohakuriver.tunnel.owner import TcpOwner
 from kohakuriver.tunnel.protocol import CLOSE, DATA, EOF, ERROR, PING, PROTO_TCP
 from kohakuriver.tunnel.sockets import DirectSocket, tune_socket
 from kohakuriver.tunnel.stream import Event, State
-
-if TYPE_CHECKING:
-    from kohakuriver.tunnel.endpoint import Endpoint
 
 BLOCKED_READ = 4 * 1024  # a stream that learns only by reading that the link is blocked adds this to what waits
 WRITE_PIECE = 256 * 1024
@@ -34,7 +32,7 @@ class TcpStream(asyncio.BufferedProtocol):
         "sending", "state",
     )  # fmt: skip
 
-    def __init__(self, endpoint: Endpoint, port: int) -> None:
+    def __init__(self, endpoint: TcpOwner[TcpStream], port: int) -> None:
         self.endpoint = endpoint
         self.port = port
         self.id = 0

@@ -7,12 +7,10 @@ import socket
 import time
 from collections import OrderedDict, deque
 from collections.abc import Callable
-from typing import TYPE_CHECKING, cast
+from typing import cast
 
+from kohakuriver.tunnel.owner import UdpOpener, UdpOwner
 from kohakuriver.tunnel.protocol import CLOSE, DATA, PROTO_UDP
-
-if TYPE_CHECKING:
-    from kohakuriver.tunnel.endpoint import Endpoint, UserEndpoint
 
 EARLY_DATAGRAMS = 64
 
@@ -38,7 +36,7 @@ class UdpStream:
 
     __slots__ = ("_early", "endpoint", "id", "last", "port", "send_local", "shut")
 
-    def __init__(self, endpoint: Endpoint, port: int) -> None:
+    def __init__(self, endpoint: UdpOwner[UdpStream], port: int) -> None:
         self.endpoint = endpoint
         self.port = port
         self.id = 0
@@ -91,7 +89,7 @@ class UdpStream:
 class UdpListener(asyncio.DatagramProtocol):
     """A local UDP port: every source address is a stream; the one idle longest goes when there are too many."""
 
-    def __init__(self, endpoint: UserEndpoint, remote_port: int, sock: socket.socket) -> None:
+    def __init__(self, endpoint: UdpOpener[UdpStream], remote_port: int, sock: socket.socket) -> None:
         self.endpoint = endpoint
         self.remote_port = remote_port
         self._sock = sock

@@ -7,8 +7,9 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from kohakuriver.runner.services.admission import Admission
-from kohakuriver.tunnel.endpoint import ContainerEndpoint, EndpointConfig, Network
+from kohakuriver.tunnel.container_endpoint import ContainerEndpoint, Network
 from kohakuriver.tunnel.link import Link
+from kohakuriver.tunnel.settings import EndpointConfig
 
 __all__ = ["DirectSession", "DirectTarget"]
 

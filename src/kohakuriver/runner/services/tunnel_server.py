@@ -15,8 +15,8 @@ from kohakuriver.runner.services.hub import Hub
 from kohakuriver.runner.services.relay import SessionLeg, TunnelLeg
 from kohakuriver.session.ticket import Ticket
 from kohakuriver.tunnel.accept import TunnelRoute, UpgradeRequest, greet
-from kohakuriver.tunnel.endpoint import EndpointConfig
 from kohakuriver.tunnel.ports import ports_in
+from kohakuriver.tunnel.settings import EndpointConfig
 
 __all__ = ["TunnelServer"]
 

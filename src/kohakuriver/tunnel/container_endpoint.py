@@ -1,0 +1,199 @@
+"""Hop 4: the container's end of a tunnel, which accepts streams and dials (docs/protocol.md §2–§3).
+
+The Python tunnel client is one, and so is a runner for tasks that it reaches by address.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import errno
+import socket
+from collections.abc import Callable, Coroutine, Sequence
+from typing import Any, Protocol
+
+from kohakuriver.resolve import resolving
+from kohakuriver.tunnel import stream as rules
+from kohakuriver.tunnel.endpoint import Endpoint
+from kohakuriver.tunnel.error_text import service_error
+from kohakuriver.tunnel.link import Link
+from kohakuriver.tunnel.protocol import (
+    CONNECTED,
+    ERROR,
+    PROTO_UDP,
+    SESSION_ID,
+    ErrorText,
+    pack_limit,
+    parse_limit,
+)
+from kohakuriver.tunnel.settings import EndpointConfig
+from kohakuriver.tunnel.stream import State
+from kohakuriver.tunnel.tcp import TcpStream
+from kohakuriver.tunnel.udp import UdpSocket, UdpStream, connected, connected_datagram_socket, family_of
+
+
+class Network(Protocol):
+    """Another network than this process's own, to dial from. Its methods raise OSError."""
+
+    async def addresses(self, port: int, *, udp: bool) -> Sequence[str]:
+        """The addresses to try for `port`, in turn."""
+
+    async def open_socket(self, family: int, kind: int) -> socket.socket:
+        """A non-blocking socket that is in that network."""
+
+
+class ContainerEndpoint(Endpoint):
+    """Hop 4: accepts streams and dials the service.
+
+    Args:
+        hosts: addresses to try in turn, e.g. ``("127.0.0.1", "::1")``.
+        where: how error texts name the place, e.g. "in the container".
+        refuses: (port, streams that are open) → why a stream may not be opened, or None. What a CONNECT calls port 0 is
+            ``default_port``.
+        network: where to dial from instead of this process's own network; it says itself which addresses.
+    """
+
+    def __init__(
+        self,
+        hosts: Sequence[str] = ("127.0.0.1", "::1"),
+        *,
+        config: EndpointConfig | None = None,
+        where: str = "in the container",
+        refuses: Callable[[int, int], ErrorText | None] = lambda port, streams: None,
+        default_port: int = 0,
+        network: Network | None = None,
+    ) -> None:
+        super().__init__(config)
+        self.network = network
+        self.hosts = hosts
+        self.where = where
+        self.refuses = refuses
+        self.default_port = default_port
+        self._dialling: set[asyncio.Task[None]] = set()
+
+    def attach(self, link: Link) -> None:
+        """Serve ``link`` from now on."""
+        self.link = link
+        link.hand_over(self)
+
+    def accept(self, client_id: int, proto: int, port: int, payload: bytes) -> None:
+        if client_id == SESSION_ID or client_id in self.streams or self.link is None:
+            self.unknown_messages += 1
+            return
+        port = port or self.default_port
+        refusal = self.refuses(port, len(self.streams))
+        if refusal is not None:
+            self.send_message(ERROR, client_id, refusal.pack(), proto)
+            return
+        if proto == PROTO_UDP:
+            self._dial_soon(self._dial_udp(self._accept_udp(client_id, port)))
+        else:
+            self._dial_soon(self._dial_tcp(self._accept_tcp(client_id, port, payload)))
+
+    def _accept_tcp(self, client_id: int, port: int, payload: bytes) -> TcpStream:
+        stream = TcpStream(self, port)
+        stream.id = client_id
+        limit = parse_limit(payload)
+        if limit is not None:
+            stream.receiving = rules.ReceiveWindow(self.budget)
+            stream.sending.limit = limit
+        self.add(stream)
+        return stream
+
+    def _accept_udp(self, client_id: int, port: int) -> UdpStream:
+        stream = UdpStream(self, port)
+        stream.id = client_id
+        stream.hold()  # at once: its first datagrams may have come in the same read
+        self.add(stream)
+        return stream
+
+    def _dial_soon(self, dial: Coroutine[Any, Any, None]) -> None:
+        task = asyncio.get_running_loop().create_task(dial)
+        self._dialling.add(task)
+        task.add_done_callback(self._dialling.discard)
+
+    async def _dial_tcp(self, stream: TcpStream) -> None:
+        failure: BaseException | None = OSError(errno.EHOSTUNREACH, "no address")
+        for host in await self._addresses(stream.port, udp=False):
+            failure = await self._try(stream, host)
+            if not isinstance(failure, ConnectionRefusedError):
+                break
+        if failure is None:
+            return
+        if stream.state is not State.OVER:
+            self.send_message(ERROR, stream.id, service_error(failure, stream.port, self.where).pack())
+            stream.reset()
+
+    async def _addresses(self, port: int, *, udp: bool) -> Sequence[str]:
+        """Where to dial; none in a network that has gone."""
+        if self.network is None:
+            return self.hosts
+        try:
+            return await self.network.addresses(port, udp=udp)
+        except OSError:
+            return ()
+
+    async def _connect_from(self, network: Network, stream: TcpStream, host: str) -> None:
+        loop = asyncio.get_running_loop()
+        sock = await network.open_socket(family_of(host), socket.SOCK_STREAM)
+        try:
+            await loop.sock_connect(sock, (host, stream.port))
+            await loop.create_connection(lambda: stream, sock=sock)
+        except BaseException:
+            sock.close()
+            raise
+
+    async def _try(self, stream: TcpStream, host: str) -> BaseException | None:
+        dial: Coroutine[Any, Any, object]
+        if self.network is not None:
+            dial = self._connect_from(self.network, stream, host)
+        else:
+            dial = asyncio.get_running_loop().create_connection(lambda: stream, host, stream.port)
+        try:
+            with resolving():
+                await asyncio.wait_for(dial, self.config.dial_timeout)
+        except (OSError, asyncio.TimeoutError) as exc:
+            return exc
+        return None
+
+    def socket_ready(self, stream: TcpStream) -> None:
+        if stream.state is State.OVER:  # the user ended it while we dialled: CLOSE delivers, anything else resets
+            if stream._finishing:
+                stream._pump()
+            else:
+                stream.reset()
+            return
+        limit = pack_limit(stream.receiving.granted) if stream.receiving is not None else b""
+        self.send_message(CONNECTED, stream.id, limit)
+        stream.established(None)
+        stream._pump()
+
+    def socket_error(self, stream: TcpStream, exc: Exception) -> ErrorText:
+        return service_error(exc, stream.port, self.where)
+
+    async def _datagram_socket(self, port: int) -> socket.socket:
+        if self.network is None:
+            return connected_datagram_socket(self.hosts[0], port)
+        host = (await self.network.addresses(port, udp=True))[0]
+        return connected(await self.network.open_socket(family_of(host), socket.SOCK_DGRAM), host, port)
+
+    async def _dial_udp(self, stream: UdpStream) -> None:
+        loop = asyncio.get_running_loop()
+        try:
+            sock = await self._datagram_socket(stream.port)
+            transport, _ = await loop.create_datagram_endpoint(lambda: UdpSocket(stream, sock), sock=sock)
+        except OSError as exc:
+            self.send_message(ERROR, stream.id, service_error(exc, stream.port, self.where).pack(), PROTO_UDP)
+            stream.over()
+            return
+        if self.streams.get(stream.id) is not stream:
+            transport.close()
+            return
+        self.send_message(CONNECTED, stream.id, proto=PROTO_UDP)
+        stream.release()
+
+    async def close(self) -> None:
+        """End every stream and dial; the link is left to its owner."""
+        for task in list(self._dialling):
+            task.cancel()
+        for stream in list(self.streams.values()):
+            stream.reset() if isinstance(stream, TcpStream) else stream.over()
