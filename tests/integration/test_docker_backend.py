@@ -276,8 +276,11 @@ def test_a_running_container_is_adopted_without_a_restart(shared: Cluster, busyb
         shared.connected("adopted")
         assert echoes(shared, "adopted")
         assert docker("inspect", "-f", "{{.State.StartedAt}}", container) == started
-        again = adopt(shared, container, "another-name")
+        _, again = shared.call("POST", "/api/tasks/adopt", {"container": container})
         assert (again["task_id"], again["name"]) == (task["task_id"], "adopted")
+        status, answer = shared.call("POST", "/api/tasks/adopt", {"container": container, "name": "another-name"})
+        assert (status, answer["error"]) == (409, "adopted")
+        assert "task adopted already" in answer["message"]
         assert shared.call("DELETE", "/api/tasks/adopted")[0] == 200
         assert container_state(container) == "running"
         eventually(lambda: "tunnel-client" not in docker("top", container))

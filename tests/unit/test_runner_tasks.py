@@ -3,17 +3,22 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import os
+import subprocess
 from collections.abc import Callable, Coroutine
 from pathlib import Path
 from typing import Any
 
 import pytest
+import structlog
 
 from kohakuriver.errors import KohakuRiverError, NotFoundError, UnavailableError
 from kohakuriver.runner.backends.base import Backend, ExecRequest, ExecSession
 from kohakuriver.runner.services import tasks
 from kohakuriver.runner.services.state import State, TaskRecord
 from kohakuriver.runner.services.tasks import TaskManager
+from tests.support.hops import until
 
 Run = Callable[[Coroutine[Any, Any, None]], None]
 
@@ -324,3 +329,37 @@ def test_a_command_runs_only_in_a_task_that_is_there_and_runs(run: Run, tmp_path
             await manager.exec(1, ExecRequest())
 
     run(check())
+
+
+def test_a_full_disk_is_said_once_leaves_no_file_behind_and_is_tried_again(
+    run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if os.geteuid() != 0:
+        pytest.skip("only root can mount a small disk")
+    monkeypatch.setattr(tasks, "SAVE_AGAIN_SECONDS", 0.01)
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=64k", "none", disk], check=True)
+
+    async def check() -> None:
+        bench = Bench(disk)
+        await bench.manager.open({"process": bench.backend})
+        filler = disk / "filler"
+        with contextlib.suppress(OSError), filler.open("wb", buffering=0) as file:
+            while True:
+                file.write(bytes(4096))
+        before = sorted(path.name for path in disk.iterdir())
+        with structlog.testing.capture_logs() as logs:
+            await bench.manager.create(TaskRecord(task_id=1, container="c1", backend="process"))
+            await asyncio.sleep(0)
+            await until(lambda: any("can't be written down" in line["event"] for line in logs))
+            assert sorted(path.name for path in disk.iterdir()) == before
+            filler.unlink()
+            await until(lambda: any("written down again" in line["event"] for line in logs))
+        assert sum("can't be written down" in line["event"] for line in logs) == 1
+        assert [task.container for task in State(disk).load_tasks()] == ["c1"]
+
+    try:
+        run(check())
+    finally:
+        subprocess.run(["umount", disk], check=True)

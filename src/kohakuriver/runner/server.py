@@ -186,6 +186,8 @@ class Runner:
                     on_availability=self._registration.changed,
                 )
             elif name == "process":
+                if os.geteuid() == 0:
+                    log.warning("process tasks run as root here: every user of this cluster is root on this machine")
                 made[name] = ProcessBackend(state, helper, ssh, report, self._listening.local_url)
             elif name != "address":
                 raise UsageError(f"There is no backend {name!r}; there are docker, process and address.")

@@ -157,7 +157,10 @@ class Tasks:
             )
             task = await self._add(order, node, owner)
             try:
-                return await self._begin(task, node)
+                view = await self._begin(task, node)
+                if request.name is not None and view.name != request.name:
+                    raise _adopted_already(view)
+                return view
             except NotFoundError:
                 if node is nodes[-1]:
                     raise
@@ -299,6 +302,15 @@ def _check_create(request: CreateRequest) -> None:
         raise UsageError("A task of the process backend runs on the node itself and takes no --image.")
     if request.mounts and request.image is None:
         raise UsageError("Only a task in a container takes --mount; a process sees the node's files as they are.")
+
+
+def _adopted_already(view: TaskView) -> UsageError:
+    return UsageError(
+        f"That container is task {view.name} already; for another name, end that task with "
+        f"`kohakuriver vps rm {view.name}` and adopt the container again.",
+        code="adopted",
+        status=409,
+    )
 
 
 def not_running(view: TaskView) -> UnavailableError:

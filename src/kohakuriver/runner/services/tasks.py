@@ -22,6 +22,8 @@ log = structlog.get_logger("kohakuriver.runner")
 START_SECONDS = 20.0
 """A start that takes longer (an image is being pulled) goes on in the background."""
 
+SAVE_AGAIN_SECONDS = 5.0
+
 LONGEST_MESSAGE = 500
 """Characters of what is told about a task."""
 
@@ -50,6 +52,7 @@ class TaskManager:
         self._locks: defaultdict[str, asyncio.Lock] = defaultdict(asyncio.Lock)
         self._starts: dict[str, asyncio.Task[None]] = {}
         self._saving = False
+        self._unsaved = False
         self._draining = False
         self.drop: Drop = _drop_nothing
 
@@ -80,7 +83,7 @@ class TaskManager:
         await asyncio.gather(*self._starts.values(), return_exceptions=True)
         for name, backend in self._backends.items():
             await backend.close([task for task in self._tasks.values() if task.backend == name], stop_tasks=stop_tasks)
-        self._state.save_tasks(self._tasks.values())
+        self._write_down()
 
     @property
     def offered(self) -> list[str]:
@@ -288,9 +291,29 @@ class TaskManager:
             self._saving = True
             asyncio.get_running_loop().call_soon(self._save)
 
+    def _write_down(self) -> bool:
+        """Save the tasks; False where the disk takes nothing, which is said once and tried again."""
+        try:
+            self._state.save_tasks(self._tasks.values())
+        except OSError as error:
+            if not self._unsaved:
+                log.error(
+                    "the tasks can't be written down, and a restart would forget what changed; make room there",
+                    directory=str(self._state.directory),
+                    reason=error.strerror,
+                )
+            self._unsaved = True
+            return False
+        if self._unsaved:
+            log.info("the tasks are written down again")
+        self._unsaved = False
+        return True
+
     def _save(self) -> None:
-        self._saving = False
-        self._state.save_tasks(self._tasks.values())
+        if self._write_down():
+            self._saving = False
+        else:
+            asyncio.get_running_loop().call_later(SAVE_AGAIN_SECONDS, self._save)
 
 
 def _failure(start: asyncio.Task[None]) -> KohakuRiverError | None:

@@ -132,7 +132,10 @@ class DockerBackend(Backend):
             try:
                 await self._follow()
             except (aiohttp.ClientError, DockerError, OSError, asyncio.TimeoutError) as error:
-                log.debug("no Docker engine", reason=str(error))
+                if not self._first_look.is_set():
+                    log.warning(
+                        "no Docker engine answers: no task can be a container until one does", reason=_why(error)
+                    )
             except KohakuRiverError as error:
                 log.warning("trouble with the Docker engine", reason=error.message)
             if self._client is not None:
@@ -581,6 +584,13 @@ class DockerBackend(Backend):
                 look = asyncio.get_running_loop().create_task(self._look_again(task))
                 self._looks.add(look)
                 look.add_done_callback(self._looks.discard)
+
+
+def _why(error: Exception) -> str:
+    """Why there is no engine, where the program that asked knows it: may not, or none runs."""
+    cause = error.__cause__ or error
+    text = getattr(error, "strerror", None) or getattr(cause, "strerror", None) or str(error)
+    return text or "it did not answer in time"
 
 
 def _new_client() -> aiodocker.Docker:
