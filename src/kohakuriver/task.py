@@ -212,7 +212,7 @@ class TaskView:
     """A task as users see it: an id and a unique name. `created_at` is ISO 8601; `container` its name on the tunnel.
 
     `owner` may do everything with it, `shared_with` may use it. `ssh_port` and `ssh_host_key` are those of the SSH
-    server that the task was given, None without one.
+    server that the task was given, None without one. With `pending_removal` its node ends it once it is back.
     """
 
     task_id: int
@@ -231,6 +231,7 @@ class TaskView:
     ssh_port: int | None = None
     ssh_host_key: str | None = None
     traffic: TaskTraffic = field(default_factory=TaskTraffic)
+    pending_removal: bool = False
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self)

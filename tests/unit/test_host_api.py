@@ -12,14 +12,15 @@ from typing import Any
 import httpx
 import pytest
 
+from kohakuriver.errors import KohakuRiverError
 from kohakuriver.runner.services.registration import TASKS_AT_ONCE, NodeIdentity, Registration
 from kohakuriver.runner.services.state import State
 from kohakuriver.runner.services.tasks import LONGEST_MESSAGE
-from tests.support.host_only import HEARTBEAT_SECONDS, FakeRunner, a_host
+from tests.support.host_only import HEARTBEAT_SECONDS, FakeRunner, HostUnderTest, a_host
 
 Run = Callable[[Coroutine[Any, Any, None]], None]
 
-TASK_FIELDS = {
+TASK_FIELDS = {"pending_removal"} | {
     *(
         "task_id",
         "name",
@@ -619,5 +620,95 @@ def test_the_page_of_the_api_has_a_place_for_a_token_wherever_one_is_asked_for(r
             for path, operations in described["paths"].items():
                 for operation in operations.values():
                     assert operation.get("security") == ([{"token": []}] if path.startswith("/api/") else None)
+
+    run(check())
+
+
+class Full:
+    """A database that takes no change while it is full."""
+
+    def __init__(self, host: HostUnderTest) -> None:
+        self.host = host
+        self.change_task = host.store.change_task
+
+    async def fails(self, *_: Any) -> Any:
+        raise KohakuRiverError("The database failed: database or disk is full.", code="database")
+
+
+def test_a_removal_that_can_not_be_written_down_destroys_nothing(
+    run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def check() -> None:
+        async with a_host(tmp_path) as host:
+            runner = await host.runner()
+            await host.create(name="web")
+            full = Full(host)
+            monkeypatch.setattr(host.store, "change_task", full.fails)
+            assert (await host.user.delete("/api/tasks/web")).status_code == 500
+            assert len(runner.tasks) == 1
+            monkeypatch.setattr(host.store, "change_task", full.change_task)
+            monkeypatch.setattr(host.store, "forget_tasks", full.fails)
+            assert (await host.user.delete("/api/tasks/web")).status_code == 200
+            assert (await host.user.get("/api/tasks")).json() == []
+            monkeypatch.undo()
+            await runner.beat()
+            await host.create(name="web")
+
+    run(check())
+
+
+def test_a_task_that_its_node_has_forgotten_is_made_again_as_it_was_ordered(run: Run, tmp_path: Path) -> None:
+    async def check() -> None:
+        async with a_host(tmp_path) as host:
+            runner = await host.runner()
+            task = await host.create(name="web", command=["serve"], env={"A": "b"})
+            runner.tasks.clear()
+            path = f"/api/tasks/{task['container']}/restart"
+            runner.answers[path] = (404, {"error": "not_found", "message": "This node has no such task."})
+            answer = await host.user.post("/api/tasks/web/restart")
+            assert (answer.status_code, answer.json()["status"]) == (200, "running")
+            assert runner.asked[-1] == ("POST", "/api/tasks", runner.asked[0][2])
+
+    run(check())
+
+
+def test_a_task_that_the_node_can_not_end_stays_and_one_of_a_node_that_is_away_ends_later(
+    run: Run, tmp_path: Path
+) -> None:
+    async def check() -> None:
+        async with a_host(tmp_path) as host:
+            runner = await host.runner()
+            task = await host.create(name="web")
+            path = f"/api/tasks/{task['container']}"
+            runner.answers[path] = (500, {"error": "failed", "message": "The engine is stuck."})
+            assert (await host.user.delete("/api/tasks/web")).status_code == 500
+            assert (await host.user.get("/api/tasks/web")).json()["status"] == "running"
+            host.clock.now += 4 * HEARTBEAT_SECONDS
+            assert (await host.user.delete("/api/tasks/web")).json()["pending_removal"] is True
+            assert (await runner.beat()).json()["remove"] == [task["task_id"]]
+
+    run(check())
+
+
+def test_the_host_says_what_it_is_and_whether_its_database_works(
+    run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def check() -> None:
+        async with a_host(tmp_path) as host:
+            assert (await host.nobody.get("/")).json()["name"] == "KohakuRiver host"
+            assert (await host.nobody.get("/ready")).status_code == 200
+            monkeypatch.setattr(host.store, "run", Full(host).fails)
+            assert (await host.nobody.get("/ready")).status_code == 500
+
+    run(check())
+
+
+def test_version_1s_command_line_learns_a_tasks_status(run: Run, tmp_path: Path) -> None:
+    async def check() -> None:
+        async with a_host(tmp_path) as host:
+            await host.runner()
+            task = await host.create(name="web")
+            answer = await host.user.get(f"/api/status/{task['task_id']}")
+            assert answer.json() == {"task_id": task["task_id"], "task_type": "vps", "status": "running"}
 
     run(check())

@@ -48,6 +48,8 @@ BY_NODES: Rule = {"node": "in", "this node": "in", "other node": "403"}
 
 HOST_RULES: dict[Route, Rule] = {
     ("GET", "/health"): OPEN,
+    ("GET", "/ready"): OPEN,
+    ("GET", "/"): OPEN,
     ("GET", "/openapi.json"): OPEN,
     ("GET", "/docs"): OPEN,
     ("GET", "/api/auth"): BY_USERS,
@@ -64,6 +66,7 @@ HOST_RULES: dict[Route, Rule] = {
     ("POST", "/api/tasks"): BY_USERS,
     ("POST", "/api/tasks/adopt"): BY_ADMINS,
     ("GET", "/api/tasks/{task}"): BY_WHO_MAY_USE,
+    ("GET", "/api/status/{task}"): BY_WHO_MAY_USE,
     ("GET", "/api/tasks/{task}/wait"): BY_WHO_MAY_USE,
     ("POST", "/api/tasks/{task}/ssh-pass"): BY_WHO_MAY_USE,
     ("POST", "/api/tasks/{task}/stop"): BY_OWNERS,

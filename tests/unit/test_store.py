@@ -10,10 +10,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from sqlalchemy.exc import DataError
+from sqlalchemy.exc import DataError, OperationalError
 from sqlalchemy.orm import Session
 
-from kohakuriver.errors import KohakuRiverError, NotFoundError, UsageError
+from kohakuriver.errors import HostUnreachableError, KohakuRiverError, NotFoundError, UsageError
 from kohakuriver.store import ANY_NODE, Accounts, Store, Task, sqlite_url
 from kohakuriver.store.accounts import digest
 
@@ -314,5 +314,30 @@ def test_what_the_database_cannot_hold_is_the_callers_mistake(run: Run, tmp_path
         async with a_store(tmp_path) as store:
             with pytest.raises(UsageError, match=r"can't hold what was given: text fields cannot contain NUL"):
                 await store.run(refuse)
+
+    run(main())
+
+
+def test_a_driver_for_asynchronous_programs_is_refused_in_a_sentence(run: Run) -> None:
+    async def check() -> None:
+        with pytest.raises(UsageError, match="write sqlite:// without it"):
+            await Store.open("sqlite+aiosqlite:///x")
+
+    run(check())
+
+
+def test_a_database_that_is_down_is_told_without_the_drivers_words(
+    run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(_session: Session) -> None:
+        raise OperationalError("SELECT", {}, Exception('connection to server at "10.0.0.7", port 5432 failed'))
+
+    async def main() -> None:
+        async with a_store(tmp_path) as store:
+            monkeypatch.setattr(store._engine.dialect, "name", "postgresql")
+            with pytest.raises(HostUnreachableError, match="database is down") as caught:
+                await store.run(refuse)
+            assert "10.0.0.7" not in caught.value.message
+            assert (caught.value.exit_code, caught.value.status) == (7, 503)
 
     run(main())

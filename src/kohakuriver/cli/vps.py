@@ -250,7 +250,11 @@ def rm(
             await ssh.tasks_changed(client)
         return removed
 
-    _print_done("Removed", at.ask(remove), at.json)
+    removed = at.ask(remove)
+    if removed.pending_removal and not at.json:
+        output.line(f"{removed.task_id} ({removed.name}) will be removed when node {removed.node} is back.")
+    else:
+        _print_done("Removed", removed, at.json)
 
 
 app.command(cls=ssh.WithSshArguments, epilog="Example: kohakuriver vps connect web -L 8080:127.0.0.1:80")(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Annotated
+from typing import Annotated, Any
 
 from fastapi import APIRouter, Depends, FastAPI, Query, Request
 from fastapi.responses import HTMLResponse
@@ -127,6 +127,19 @@ async def health() -> dict[str, str]:
     return {"status": "ok", "version": __version__}
 
 
+@_open.get("/ready")
+async def ready(host: Host) -> dict[str, str]:
+    """Whether the host can work: 503 while its database is down."""
+    await host.tasks.check()
+    return {"status": "ok", "version": __version__}
+
+
+@_open.get("/", include_in_schema=False)
+async def root() -> dict[str, str]:
+    """What this is."""
+    return {"name": "KohakuRiver host", "version": __version__, "api": "/docs", "health": "/health"}
+
+
 @_open.get("/docs", include_in_schema=False)
 async def docs() -> HTMLResponse:
     """The API, for people."""
@@ -222,6 +235,13 @@ async def adopt_task(host: Host, admin: Admin, request: AdoptRequest) -> TaskVie
 async def get_task(host: Host, task_id: Usable) -> TaskView:
     """One task, by id or name."""
     return await host.tasks.get(task_id)
+
+
+@_api.get("/status/{task}")
+async def get_status(host: Host, task_id: Usable) -> dict[str, Any]:
+    """What version 1's command line asks before it forwards."""
+    view = await host.tasks.get(task_id)
+    return {"task_id": view.task_id, "task_type": "vps", "status": view.status}
 
 
 @_api.get("/tasks/{task}/wait")

@@ -14,6 +14,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, TypeVar
 
+import structlog
 from sqlalchemy import (
     Column,
     Connection,
@@ -29,11 +30,11 @@ from sqlalchemy import (
     text,
     update,
 )
-from sqlalchemy.engine import make_url
-from sqlalchemy.exc import ArgumentError, DataError, DBAPIError, IntegrityError, NoSuchModuleError
+from sqlalchemy.engine import URL, make_url
+from sqlalchemy.exc import ArgumentError, DataError, DBAPIError, IntegrityError, NoSuchModuleError, OperationalError
 from sqlalchemy.orm import Session, sessionmaker
 
-from kohakuriver.errors import KohakuRiverError, NotFoundError, UsageError
+from kohakuriver.errors import HostUnreachableError, KohakuRiverError, NotFoundError, UsageError
 from kohakuriver.store.models import Base, Meta, Node, Share, Task, Token
 
 __all__ = ["SCHEMA_VERSION", "Store", "sqlite_url"]
@@ -44,6 +45,8 @@ SCHEMA_VERSION = 4
 _POSTGRESQL_THREADS = 4
 
 T = TypeVar("T")
+
+log = structlog.get_logger("kohakuriver.store")
 
 
 def sqlite_url(path: Path) -> str:
@@ -71,6 +74,7 @@ class Store:
         Raises UsageError when the URL is invalid or names a database that this installation has no driver for.
         """
         try:
+            _check_driver(make_url(url))
             engine = create_engine(make_url(url), pool_pre_ping=not url.startswith("sqlite"))
         except (ArgumentError, NoSuchModuleError) as error:
             raise UsageError(f"The database {_without_password(url)!r} can't be used: {error}.") from error
@@ -114,6 +118,13 @@ class Store:
         except DataError as error:  # PostgreSQL holds no text with a NUL, say, nor looks for one
             raise UsageError(f"The database can't hold what was given: {_reason(error)}.") from error
         except DBAPIError as error:
+            if isinstance(error, OperationalError) and self._engine.dialect.name != "sqlite":
+                log.error("the database is down", reason=_reason(error))
+                raise HostUnreachableError(
+                    "The host's database is down; its administrator finds the reason in the host's log.",
+                    code="database_down",
+                    status=503,
+                ) from error
             raise KohakuRiverError(f"The database failed: {_reason(error)}.", code="database") from error
 
     async def run(self, work: Callable[[Session], T]) -> T:
@@ -124,6 +135,10 @@ class Store:
                 return work(session)
 
         return await self._run_in_thread(transaction)
+
+    async def check(self) -> None:
+        """Raises KohakuRiverError when the database can't be asked."""
+        await self.run(lambda session: session.execute(select(1)).scalar())
 
     # Nodes
 
@@ -254,6 +269,14 @@ def find_task(session: Session, reference: str) -> Task | None:
 def no_such_task(reference: str) -> NotFoundError:
     """The error for a task that is not there."""
     return NotFoundError(f"There is no task {reference!r}; `kohakuriver vps list` shows the tasks that there are.")
+
+
+def _check_driver(url: URL) -> None:
+    dialect = url.get_dialect()
+    if dialect.is_async:
+        raise UsageError(
+            f"The database driver {dialect.driver} is for asynchronous programs; write {dialect.name}:// without it."
+        )
 
 
 def _make_private(path: str | None) -> None:

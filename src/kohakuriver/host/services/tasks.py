@@ -8,6 +8,7 @@ import secrets
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import replace
 from typing import Any
 
 import structlog
@@ -105,13 +106,17 @@ class Tasks:
         """A task as users see it: one on a node that is offline is lost until the node is back."""
         lost = task.status in _ACTIVE and not self._nodes.is_online(node)
         traffic = {} if lost else node.traffic.get("tasks", {}).get(str(task.task_id), {})
-        shown = part_of(task, TaskView, without=("shared_with", "traffic")) | {
+        shown = part_of(task, TaskView, without=("shared_with", "traffic", "pending_removal")) | {
             "status": "lost" if lost else task.status,
             "tunnel": task.tunnel and not lost,
             "message": f"node {node.name} is offline" if lost else task.message,
             "created_at": iso_time(task.created_at),
         }
         return TaskView(**shown, shared_with=list(shared_with), traffic=taken_from(traffic, TaskTraffic))
+
+    async def check(self) -> None:
+        """Raises KohakuRiverError when the database can't be asked."""
+        await self._store.check()
 
     async def views(self, caller: Caller) -> list[TaskView]:
         """All tasks that the caller may use, oldest first."""
@@ -193,12 +198,8 @@ class Tasks:
         return task
 
     async def _begin(self, task: Task, node: Node) -> TaskView:
-        path = _ADOPT if task.adopted else "/api/tasks"
         try:
-            answer = await self._runners.call(
-                node, "POST", path, asked_for(task.order()), container=task.container, timeout=_RUNNER_SECONDS
-            )
-            report = _report(answer, node)
+            report = await self._order(task, node)
         except KohakuRiverError as error:
             if error.code == "runner_timeout":
                 raise  # it may yet have started: the next heartbeat says
@@ -212,6 +213,12 @@ class Tasks:
         log.info("task started", task=task.task_id, name=task.name, node=node.name, backend=task.backend)
         return await self._take_over(report, node, task)
 
+    async def _order(self, task: Task, node: Node) -> TaskReport:
+        path = _ADOPT if task.adopted else "/api/tasks"
+        order = asked_for(task.order())
+        answer = await self._runners.call(node, "POST", path, order, container=task.container, timeout=_RUNNER_SECONDS)
+        return _report(answer, node)
+
     async def _take_over(self, report: TaskReport, node: Node, task: Task) -> TaskView:
         changed = await self._store.change_task(task.task_id, report.changes())
         self._changes.notify([task.task_id])
@@ -222,8 +229,13 @@ class Tasks:
         return await self._control(reference, "stop")
 
     async def restart(self, reference: str) -> TaskView:
-        """Stop a task if it runs, and start it again."""
-        return await self._control(reference, "restart")
+        """Stop a task if it runs, and start it again: where its node has forgotten it, as it was ordered once."""
+        task, node = await self._store.task_and_node(reference)
+        try:
+            return await self._control(reference, "restart")
+        except NotFoundError:
+            log.info("task made again", task=task.task_id, name=task.name, node=node.name)
+            return await self._take_over(await self._order(task, node), node, task)
 
     async def _control(self, reference: str, action: str) -> TaskView:
         task, node = await self._store.task_and_node(reference)
@@ -236,24 +248,34 @@ class Tasks:
         """Remove a task, as it was. A node that can't be reached is told when it is back."""
         task, node = await self._store.task_and_node(reference)
         view = await self._view(task, node)
+        # The wish is written down first: a database that fails then has destroyed nothing, and one that fails after
+        # the task ended is told by the node's next heartbeats.
+        await self._store.change_task(task.task_id, {"removed": True})
         try:
             self._nodes.check_online(node)
             await self._runners.call(
                 node, "DELETE", f"/api/tasks/{task.container}", container=task.container, timeout=_RUNNER_SECONDS
             )
         except NotFoundError:
-            await self._store.forget_tasks([task.task_id])
-        except HostUnreachableError:
-            await self._store.remove_task(task.task_id)
-        except UnavailableError as error:
-            if error.code != "node_offline":
+            await self._forget(task)
+        except KohakuRiverError as error:
+            if not isinstance(error, HostUnreachableError) and error.code != "node_offline":
+                await self._store.change_task(task.task_id, {"removed": False})
                 raise
             await self._store.remove_task(task.task_id)
+            view = replace(view, pending_removal=True)
         else:
-            await self._store.forget_tasks([task.task_id])
+            await self._forget(task)
         self._changes.notify([task.task_id])
         log.info("task removed", task=task.task_id, name=task.name, node=node.name)
         return view
+
+    async def _forget(self, task: Task) -> None:
+        """Delete what ended. Where the database fails, the node's heartbeats have it deleted later."""
+        try:
+            await self._store.forget_tasks([task.task_id])
+        except KohakuRiverError as error:
+            log.error("a removed task can't be forgotten yet", task=task.task_id, reason=error.message)
 
     async def wait(self, reference: str, timeout: float) -> TaskView:
         """The task once a forward to it would succeed; `timeout` is in seconds.
