@@ -175,7 +175,7 @@ V1_OPENER: list[Row] = [
     ("half_closed", "remote_close", "delivering", ["close_local"]),
     ("half_closed", "remote_error", "over", ["reset_local"]),
     ("half_closed", "local_closed", "over", ["send_close"]),
-    ("half_closed", "local_error", "over", ["send_close", "reset_local"]),
+    ("half_closed", "local_error", "over", ["send_error", "reset_local"]),
     ("half_closed", "link_lost", "over", ["reset_local"]),
 ]
 V1_ACCEPTOR: list[Row] = [("local_ended", "linger_over", "delivering", ["send_close", "close_local"])]

@@ -170,7 +170,7 @@ class Endpoint:
             stream.pong()
         elif kind == CONNECTED:
             self.connected(stream, payload)
-        elif kind == EOF:
+        elif kind == EOF and stream.receiving is not None:  # v1 has no such message
             stream.remote_eof()
         elif kind == CLOSE:
             stream.remote_close()
