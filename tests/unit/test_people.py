@@ -460,3 +460,13 @@ def test_a_session_without_a_token_is_nobodys_to_end(run: Run, tmp_path: Path) -
             assert session.ended == []
 
     run(check())
+
+
+def test_a_token_without_a_name_is_named_after_its_day(run: Run, tmp_path: Path) -> None:
+    async def check() -> None:
+        async with a_host(tmp_path) as host:
+            made = [(await host.user.post("/api/tokens", json={})).json()["name"] for _ in range(2)]
+            assert all(name.startswith("cli-20") for name in made)
+            assert len(set(made)) == 2
+
+    run(check())

@@ -114,9 +114,12 @@ class NewUser(_Request):
 
 
 class NewToken(_Request):
-    """A token to be made: for the caller, or for another `user`, or for a `node`. `expires_in` is in seconds."""
+    """A token to be made: for the caller, or for another `user`, or for a `node`. `expires_in` is in seconds.
 
-    name: Label
+    Without a name one is made up of the day.
+    """
+
+    name: Label | None = None
     user: UserName | None = None
     node: NodeName | None = None
     expires_in: Annotated[float, Field(gt=0, le=LONGEST_TOKEN_SECONDS)] | None = None

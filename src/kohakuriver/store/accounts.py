@@ -23,6 +23,10 @@ ANY_NODE = "*"
 """The name in a node token that is good for every node."""
 
 
+MOST_NAMED = 500
+"""How many tasks a query names; databases bound that."""
+
+
 class Use(NamedTuple):
     """What a session's right hangs on: a token's digest and a task's id, or a public key that was put into the task.
 
@@ -210,10 +214,13 @@ class Accounts:
     async def shares(self, task_ids: Iterable[int]) -> dict[int, list[str]]:
         """Who else may use these tasks, by name; a task that is not shared is not in it."""
         wanted = set(task_ids)
+        query = select(Share).order_by(Share.user)
+        if len(wanted) <= MOST_NAMED:
+            query = query.where(Share.task_id.in_(wanted))
 
         def work(session: Session) -> dict[int, list[str]]:
             found: dict[int, list[str]] = {}
-            for row in session.scalars(select(Share).order_by(Share.user)):
+            for row in session.scalars(query):
                 if row.task_id in wanted:
                     found.setdefault(row.task_id, []).append(row.user)
             return found

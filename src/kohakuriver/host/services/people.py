@@ -5,6 +5,7 @@ What takes a right away ends the sessions that hang on it at once.
 
 from __future__ import annotations
 
+import secrets
 import time
 from collections.abc import Callable
 
@@ -76,7 +77,8 @@ class People:
         if kind == "user" and name == caller.name and shown.expires_at is not None:
             expires_at = min(expires_at or shown.expires_at, shown.expires_at)
         secret = new_token(kind)
-        token = await self._accounts.add_token(secret, kind=kind, name=name, label=request.name, expires_at=expires_at)
+        label = request.name or f"cli-{iso_time(self._clock())[:10]}-{secrets.token_hex(2)}"
+        token = await self._accounts.add_token(secret, kind=kind, name=name, label=label, expires_at=expires_at)
         log.info("token made", id=token.id, kind=kind, owner=name, by=caller.name)
         return TokenMade.model_validate({**self._view(token).model_dump(), "token": secret})
 
