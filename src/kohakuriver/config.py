@@ -79,6 +79,8 @@ def host_url(text: str, port: int = DEFAULT_HOST_PORT) -> str:
         valid = parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0
     except ValueError:
         valid = False
+    if valid and parts.path in ("/api", "/docs"):
+        raise UsageError(f"The host's URL ends before {parts.path}: {bare.removesuffix(parts.path)}")
     if not valid or parts.query or parts.fragment or parts.username or any(c.isspace() for c in bare):
         raise UsageError(f"The host must be a URL like http://name:8000 or a host name, not {text!r}.")
     return bare
@@ -89,7 +91,7 @@ def path_segment(name: str) -> str:
 
     Raises UsageError for what can't be one: it could lead to another path.
     """
-    if name in ("", ".", "..") or "/" in name:
+    if name in ("", ".", "..") or "/" in name or any("\ud800" <= each <= "\udfff" for each in name):
         raise UsageError(f"{name!r} can't be a name or an id.")
     return quote(name, safe="")
 

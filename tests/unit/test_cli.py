@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
@@ -105,7 +106,12 @@ def test_python_dash_m_is_the_same_program() -> None:
         (["vps", "create", "--backend", "vm"], "vm"),
         (["vps", "adopt"], "either a CONTAINER or --address"),
         (["vps", "adopt", "c", "--address", "10.0.0.1", "--node", "n"], "either a CONTAINER or --address"),
-        (["vps", "adopt", "--address", "10.0.0.1"], "--node"),
+        (["vps", "status", "a\udcff"], "UTF-8"),
+        (["user", "add", "\udcff"], "UTF-8"),
+        (["token", "list", "--user", "\udcff"], "UTF-8"),
+        (["vps", "create", "--backend", "process", "--", "echo", "\udcfe"], "UTF-8"),
+        (["vps", "list", "--host", "http://h:8000/api"], "http://h:8000"),
+        (["vps", "list", "--json", "--colour"], "--colour"),
         (["vps", "list", "--host", "ftp://x"], "host must be a URL"),
         (["vps", "unshare", "lab", ".."], "'..' can't be a name"),
         (["vps", "rm", ""], "'' can't be a name"),
@@ -182,6 +188,36 @@ def test_a_ca_file_that_one_command_names_is_none_of_the_next(tmp_path: Path, un
     before = dict(os.environ)
     outcome("vps", "list", "--host", f"http://127.0.0.1:{unused_port}", "--ca-file", str(tmp_path / "ca.pem"))
     assert dict(os.environ) == before
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code"),
+    [(["vps", "list", "--host", "ftp://x"], "bad_request"), (["vps", "list", "--colour"], "bad_request"),
+     (["vps", "stop", "a/b"], "bad_request"), (["vps", "list", "--host", "http://127.0.0.1:1"], "host_unreachable")],
+)  # fmt: skip
+def test_with_json_an_error_is_json_on_stdout(
+    arguments: list[str], code: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert outcome(*arguments, "--json") != 0
+    captured = capsys.readouterr()
+    said = json.loads(captured.out)
+    assert said["error"] == code
+    assert said["message"] in captured.err
+    outcome(*arguments)
+    assert capsys.readouterr().out == ""
+
+
+@pytest.mark.parametrize(
+    ("typed", "meant"),
+    [("ps", "vps list"), ("ls", "vps list"), ("vps ls", "vps list"), ("vps start", "vps restart"),
+     ("login", "auth login"),
+     ("exec", "connect"), ("ssh", "vps connect"), ("token ls", "token list"), ("user delete", "user remove")],
+)  # fmt: skip
+def test_other_programs_words_for_a_command_are_understood(
+    typed: str, meant: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert outcome(*typed.split(), "--help") == 0
+    assert f"kohakuriver {meant}" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("group", ["vps", "node", "auth", "token", "user", "init"])

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from kohakuriver.cli import output
+from kohakuriver.cli.aliases import WithAliases
 from kohakuriver.cli.options import JsonOption, Place, Remote, remote
 from kohakuriver.errors import UnauthenticatedError, UsageError
 
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
 __all__ = ["app"]
 
 app = typer.Typer(
+    cls=WithAliases,
     help="Log in to a host, and see who you are there.",
     epilog="Example: kohakuriver auth login --host http://cluster:8000",
     no_args_is_help=True,
@@ -29,15 +31,23 @@ app = typer.Typer(
 
 @app.command(epilog="Example: kohakuriver auth login --host http://cluster:8000")
 @remote
-def login(at: Remote) -> None:
+def login(
+    at: Remote,
+    plain_http: Annotated[
+        bool, typer.Option("--plain-http", help="It is known that others can read what goes to a host by plain HTTP.")
+    ] = False,
+) -> None:
     """Keep a token for a host, once the host has taken it; commands then use that host and token by themselves.
 
     The token is asked for, or read from stdin where that is no terminal.
     """
-    from kohakuriver.config import Logins, clean_token, read_logins, write_logins
+    from kohakuriver.config import Logins, accept_plain_http, clean_token, read_logins, write_logins
 
     settings = at.resolved()
     url = settings.host
+    if plain_http:
+        accept_plain_http(url)
+    at.ask_as(None, lambda client: client.health())
     secret = clean_token(at.token or _read_token(url))
     who = at.ask_as(secret, lambda client: client.whoami())
     logins = read_logins()

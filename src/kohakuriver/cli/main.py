@@ -15,6 +15,7 @@ import typer
 
 from kohakuriver import __version__, descriptors
 from kohakuriver.cli import auth, cluster, connect, demo, forward, init, node, output, ssh, token, user, vps
+from kohakuriver.cli.aliases import WithAliases
 from kohakuriver.errors import HostUnreachableError, KohakuRiverError, UsageError
 
 __all__ = ["app", "main"]
@@ -25,6 +26,7 @@ _CommandLineError: type[Exception] = typer.BadParameter.__mro__[2]
 
 app = typer.Typer(
     name="kohakuriver",
+    cls=WithAliases,
     help="Reach any port of any task on the cluster from your own machine.",
     epilog="Example: kohakuriver forward my-task 8888",
     no_args_is_help=True,
@@ -73,17 +75,20 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
 
 
 def _run(arguments: Sequence[str] | None) -> int:
+    output.errors_as_json(False)
     try:
         _check_texts(sys.argv[1:] if arguments is None else arguments)
         code = app(args=arguments, prog_name="kohakuriver", standalone_mode=False)
         output.flush()
     except KohakuRiverError as error:
-        output.error(error.message + _advice(error))
+        output.failure(error.code, error.message + _advice(error))
         return error.exit_code
     except _CommandLineError as error:
         message = str(getattr(error, "format_message", error.__str__)())
         if message:  # else the help was shown, as for a group without a command
-            output.error(message.replace("Value error, ", ""))
+            if _asks_for_json(error, arguments):
+                output.errors_as_json(True)
+            output.failure("bad_request", message.replace("Value error, ", ""))
         return int(getattr(error, "exit_code", 1))
     except KeyboardInterrupt:
         return 128 + signal.SIGINT
@@ -91,7 +96,7 @@ def _run(arguments: Sequence[str] | None) -> int:
         output.discard_stdout()
         return 1
     except OSError as error:
-        output.error(_plainly(error))
+        output.failure("failed", _plainly(error))
         return 1
     return code if isinstance(code, int) else 0
 
@@ -110,6 +115,14 @@ def _check_texts(arguments: Sequence[str]) -> None:
     for text in ours:
         if any("\udc80" <= character <= "\udcff" for character in text):
             raise UsageError(f"{os.fsencode(text)!r} is not UTF-8; arguments must be.")
+
+
+def _asks_for_json(error: Exception, arguments: Sequence[str] | None) -> bool:
+    """Whether a command line that was not understood has an option for it."""
+    words = list(sys.argv[1:] if arguments is None else arguments)
+    command = getattr(getattr(error, "ctx", None), "command", None)
+    known = any("--json" in each.opts for each in getattr(command, "params", []))
+    return known and "--json" in words[: words.index("--") if "--" in words else None]
 
 
 def _plainly(error: OSError) -> str:

@@ -5,11 +5,14 @@ from __future__ import annotations
 import typer
 
 from kohakuriver.cli import output
+from kohakuriver.cli.aliases import WithAliases
 from kohakuriver.cli.options import Remote, remote
 
 __all__ = ["app"]
 
-app = typer.Typer(help="The machines that run tasks.", epilog="Example: kohakuriver node list", no_args_is_help=True)
+app = typer.Typer(
+    cls=WithAliases, help="The machines that run tasks.", epilog="Example: kohakuriver node list", no_args_is_help=True
+)
 
 
 @app.callback()

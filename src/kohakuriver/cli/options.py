@@ -27,6 +27,7 @@ __all__ = [
     "Place",
     "Remote",
     "TaskArgument",
+    "TasksArgument",
     "built",
     "complete_task",
     "pairs",
@@ -56,7 +57,28 @@ TaskArgument = Annotated[
         show_default=False,
     ),
 ]
-JsonOption = Annotated[bool, typer.Option("--json", help="JSON on stdout, and nothing else there.")]
+
+
+def _wanted(json: bool) -> bool:
+    if json:
+        output.errors_as_json(True)
+    return json
+
+
+JsonOption = Annotated[
+    bool,
+    typer.Option("--json", is_eager=True, callback=_wanted, help="JSON on stdout, and nothing else there."),
+]
+
+TasksArgument = Annotated[
+    list[str],
+    typer.Argument(
+        metavar="TASK",
+        help="The tasks' numeric ids or unique names.",
+        autocompletion=complete_task,
+        show_default=False,
+    ),
+]
 
 _PANEL = "Connection"
 

@@ -22,6 +22,8 @@ __all__ = [
     "discard_stdout",
     "draws",
     "error",
+    "errors_as_json",
+    "failure",
     "fields",
     "flush",
     "give_up",
@@ -37,6 +39,7 @@ __all__ = [
 ]
 
 _given_up = False
+_errors_as_json = False
 
 _GREEN = ("running", "online", "connected")
 _RED = ("failed", "lost", "offline")
@@ -85,6 +88,19 @@ def error(text: str) -> None:
     sentence = " ".join(text.split()) or "It failed, and the reason is not known."
     prefix = "\033[1;31mError:\033[0m" if paints(sys.stderr) else "Error:"
     _say(f"{prefix} {printable(sentence)}")
+
+
+def errors_as_json(wanted: bool) -> None:
+    """Whether whoever reads stdout reads JSON, and should find there why the command fails."""
+    global _errors_as_json
+    _errors_as_json = wanted
+
+
+def failure(code: str, text: str) -> None:
+    """Why the command fails: a sentence on stderr, and for programs also its code, on stdout."""
+    if _errors_as_json:
+        json_line({"error": code, "message": " ".join(text.split())})
+    error(text)
 
 
 def discard_stdout() -> None:

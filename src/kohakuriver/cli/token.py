@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from kohakuriver.cli import output
+from kohakuriver.cli.aliases import WithAliases
 from kohakuriver.cli.options import Remote, remote, seconds
 from kohakuriver.errors import UsageError
 
@@ -16,6 +17,7 @@ if TYPE_CHECKING:
 __all__ = ["app"]
 
 app = typer.Typer(
+    cls=WithAliases,
     help="Make, list and revoke tokens.",
     epilog="Example: kohakuriver token create laptop --expires 90d",
     no_args_is_help=True,

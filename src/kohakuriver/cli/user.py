@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from kohakuriver.cli import output
+from kohakuriver.cli.aliases import WithAliases
 from kohakuriver.cli.options import Remote, remote, seconds
 
 if TYPE_CHECKING:
@@ -16,7 +17,10 @@ if TYPE_CHECKING:
 __all__ = ["app"]
 
 app = typer.Typer(
-    help="Who may use the host. For admins.", epilog="Example: kohakuriver user add ann", no_args_is_help=True
+    cls=WithAliases,
+    help="Who may use the host. For admins.",
+    epilog="Example: kohakuriver user add ann",
+    no_args_is_help=True,
 )
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shlex
+from collections.abc import Awaitable, Callable
 from enum import Enum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -10,9 +11,10 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from kohakuriver.cli import output, ssh
+from kohakuriver.cli.aliases import WithAliases
 from kohakuriver.cli.behind_dashes import WithCommand, command_of
-from kohakuriver.cli.options import Remote, TaskArgument, pairs, remote
-from kohakuriver.errors import UsageError
+from kohakuriver.cli.options import Remote, TaskArgument, TasksArgument, pairs, remote
+from kohakuriver.errors import KohakuRiverError, UsageError
 
 if TYPE_CHECKING:
     from kohakuriver.client.host import HostClient, Task
@@ -20,6 +22,7 @@ if TYPE_CHECKING:
 __all__ = ["app"]
 
 app = typer.Typer(
+    cls=WithAliases,
     help="Make, list, end and adopt tasks.",
     epilog="Example: kohakuriver vps create --name web --image python:3.12 -- python3 -m http.server 8888",
     no_args_is_help=True,
@@ -170,9 +173,18 @@ def _print_id(task: Task, json: bool) -> None:
 
 @app.command("list", epilog="Example: kohakuriver vps list --json")
 @remote
-def list_tasks(at: Remote) -> None:
+def list_tasks(
+    at: Remote,
+    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="The names alone, for scripts.")] = False,
+) -> None:
     """List the tasks that are yours or shared with you; for admins all."""
     tasks = at.ask(lambda client: client.tasks())
+    if quiet:
+        for task in tasks:
+            output.line(task.name)
+        return
+    if not tasks and not at.json:
+        output.note("There are no tasks; `kohakuriver vps create --image IMAGE -- CMD` makes one.")
     if at.json:
         output.json_line({"tasks": [task.to_json() for task in tasks]})
         return
@@ -212,49 +224,45 @@ def status(
 
 @app.command(epilog="Example: kohakuriver vps stop web")
 @remote
-def stop(
-    at: Remote,
-    task: TaskArgument,
-) -> None:
+def stop(at: Remote, tasks: TasksArgument) -> None:
     """End what a task runs; 'restart' runs it again."""
-    _print_done("Stopped", at.ask(lambda client: client.stop(task)), at.json)
+    at.ask(lambda client: _each("Stopped", tasks, client.stop, at.json))
 
 
 @app.command(epilog="Example: kohakuriver vps restart web")
 @remote
 def restart(
     at: Remote,
-    task: TaskArgument,
+    tasks: TasksArgument,
     no_wait: NoWaitOption = False,
     timeout: TimeoutOption = WAIT_TIMEOUT,
 ) -> None:
     """Run a task again; open forwards find it by themselves."""
 
-    async def again(client: HostClient) -> Task:
-        return await _settled(client, await client.restart(task), wait=not no_wait, timeout=timeout)
+    async def again(client: HostClient) -> None:
+        async def one(task: str) -> Task:
+            return await _settled(client, await client.restart(task), wait=not no_wait, timeout=timeout)
 
-    _print_done("Restarted", at.ask(again), at.json)
+        await _each("Restarted", tasks, one, at.json)
+
+    at.ask(again)
 
 
 @app.command(epilog="Example: kohakuriver vps rm web")
 @remote
-def rm(
-    at: Remote,
-    task: TaskArgument,
-) -> None:
+def rm(at: Remote, tasks: TasksArgument) -> None:
     """End a task and forget it."""
 
-    async def remove(client: HostClient) -> Task:
-        removed = await client.remove(task)
-        if removed.ssh_host_key:
-            await ssh.tasks_changed(client)
-        return removed
+    async def remove(client: HostClient) -> None:
+        async def one(task: str) -> Task:
+            removed = await client.remove(task)
+            if removed.ssh_host_key:
+                await ssh.tasks_changed(client)
+            return removed
 
-    removed = at.ask(remove)
-    if removed.pending_removal and not at.json:
-        output.line(f"{removed.task_id} ({removed.name}) will be removed when node {removed.node} is back.")
-    else:
-        _print_done("Removed", removed, at.json)
+        await _each("Removed", tasks, one, at.json)
+
+    at.ask(remove)
 
 
 app.command(cls=ssh.WithSshArguments, epilog="Example: kohakuriver vps connect web -L 8080:127.0.0.1:80")(
@@ -325,8 +333,24 @@ def _flow(total: int, rate: int) -> str:
     return f"{output.size(total)}, {output.size(rate)}/s"
 
 
+async def _each(what: str, tasks: list[str], act: Callable[[str], Awaitable[Task]], json: bool) -> None:
+    """Do the same to several tasks. Raises what the first that failed did, once all were tried."""
+    failed: list[KohakuRiverError] = []
+    for task in dict.fromkeys(tasks):
+        try:
+            _print_done(what, await act(task), json)
+        except KohakuRiverError as error:  # noqa: PERF203 - the others are to be tried all the same
+            failed.append(error)
+    for other in failed[1:]:
+        output.error(other.message)
+    if failed:
+        raise failed[0]
+
+
 def _print_done(what: str, task: Task, json: bool) -> None:
     if json:
         output.json_line(task.to_json())
+    elif task.pending_removal:
+        output.line(f"{task.task_id} ({task.name}) will be removed when node {task.node} is back.")
     else:
         output.line(f"{what} {task.task_id} ({task.name}).")

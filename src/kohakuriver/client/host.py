@@ -6,6 +6,7 @@ can't be reached as HostUnreachableError.
 
 from __future__ import annotations
 
+import json
 import time
 from collections.abc import Sequence
 from dataclasses import MISSING, asdict, dataclass, field, fields
@@ -20,11 +21,13 @@ from kohakuriver.errors import (
     HostUnreachableError,
     KohakuRiverError,
     UnavailableError,
+    UsageError,
     from_answer,
 )
 from kohakuriver.resolve import resolving
 from kohakuriver.task import Declared, NewTask, TaskTraffic, asked_for, taken_from
 from kohakuriver.task import TaskView as Task
+from kohakuriver.text import printable
 
 __all__ = ["HostClient", "NewTask", "Node", "Task", "TaskTraffic", "Token", "Traffic", "User", "Whoami"]
 
@@ -163,7 +166,9 @@ class HostClient:
     async def health(self) -> dict[str, Any]:
         """`{"status": "ok", "version": …}`; asks for no credential."""
         answer = await self._call("GET", "/health")
-        return answer if isinstance(answer, dict) else {}
+        if not isinstance(answer, dict) or "status" not in answer:
+            raise HostUnreachableError(f"What answers at {self._url} is no KohakuRiver host; check the host's URL.")
+        return answer
 
     async def whoami(self) -> Whoami:
         """Who the token of the settings makes the caller. Raises UnauthenticatedError."""
@@ -275,6 +280,7 @@ class HostClient:
         hold: float = 0.0,
     ) -> Any:
         """The JSON of one answer. `hold` is how long, in seconds, the host was asked to take."""
+        _check_text([body, params])
         timeout = httpx.Timeout(ANSWER_TIMEOUT + hold, connect=CONNECT_TIMEOUT)
         try:
             with resolving():
@@ -293,6 +299,17 @@ class HostClient:
             return answer.json()
         except ValueError as error:
             raise from_answer(self._url, answer.status_code, answer.content) from error
+
+
+def _check_text(value: Any) -> None:
+    """Raises UsageError where a command line's bytes are no text: JSON and URLs could only carry something else."""
+    try:
+        json.dumps(value, ensure_ascii=False).encode()
+    except UnicodeEncodeError as error:
+        wrong = error.object[max(error.start - 20, 0) : error.end].rpartition('"')[2]
+        raise UsageError(
+            f"{printable(wrong)!r} holds bytes that are no UTF-8; the host can be told text only."
+        ) from error
 
 
 def _path(task: str, action: str | None = None) -> str:

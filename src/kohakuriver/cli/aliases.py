@@ -1,0 +1,34 @@
+"""Other programs' words for our commands: whoever types them gets what they mean."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from typer.core import TyperGroup
+
+__all__ = ["WithAliases"]
+
+_EVERYWHERE = {"ls": "list", "delete": "remove"}
+_IN = {
+    "kohakuriver": {
+        "ls": "vps list", "ps": "vps list", "list": "vps list", "start": "vps restart", "stop": "vps stop",
+        "exec": "connect", "ssh": "vps connect", "login": "auth login", "logout": "auth logout",
+        "whoami": "auth status",
+    },
+    "vps": {"ls": "list", "ps": "list", "start": "restart", "remove": "rm", "delete": "rm", "ssh": "connect"},
+    "node": {"ls": "list"},
+}  # fmt: skip
+
+
+class WithAliases(TyperGroup):
+    """A group that knows its commands by those words too; its help shows its own words alone."""
+
+    def get_command(self, ctx: Any, cmd_name: str) -> Any:
+        found = super().get_command(ctx, cmd_name)
+        if found is not None:
+            return found
+        words = _IN.get(self.name or "", _EVERYWHERE).get(cmd_name)
+        command: Any = self if words else None
+        for word in (words or "").split():
+            command = command and command.commands.get(word)
+        return command
