@@ -24,7 +24,6 @@ from kohakuriver.tunnel.protocol import (
     PONG,
     PROTO_TCP,
     PROTO_UDP,
-    SESSION_ID,
     WINDOW,
     CloseCode,
     Counts,
@@ -32,6 +31,7 @@ from kohakuriver.tunnel.protocol import (
     pack_limit,
     parse_limit,
 )
+from kohakuriver.tunnel.reporting import Reporter
 from kohakuriver.tunnel.settings import EndpointConfig
 from kohakuriver.tunnel.stream import State
 from kohakuriver.tunnel.tcp import TcpStream
@@ -43,7 +43,6 @@ SHARED_FOR = 1.0  # seconds in which the streams that receive have to change as 
 SHARED_TURNS = 8
 ALONE = 16  # reads in a row of one stream after which it counts as the only busy one
 MAX_CONTROL = 1 << 20
-REPORT_EVERY = 2.0
 
 
 @dataclass
@@ -82,8 +81,7 @@ class Endpoint:
         self._limits: dict[int, int] = {}  # to be sent at the end of this turn of the loop
         self._assembler = Assembler(MAX_CONTROL)
         self._sweeper: asyncio.TimerHandle | None = None
-        self._reporter: asyncio.TimerHandle | None = None
-        self._reported = (0, 0)
+        self._reporter = Reporter(lambda: Counts(self.udp_dropped, self.stalls), lambda: bool(self.streams))
 
     def stats(self) -> EndpointStats:
         """The totals so far."""
@@ -207,9 +205,7 @@ class Endpoint:
         if self._sweeper is not None:
             self._sweeper.cancel()
             self._sweeper = None
-        if self._reporter is not None:
-            self._reporter.cancel()
-            self._reporter = None
+        self._reporter.stop()
         for stream in list(self.streams.values()):
             if isinstance(stream, TcpStream):
                 stream.reset()
@@ -277,18 +273,8 @@ class Endpoint:
         self.opened += 1
         if isinstance(stream, UdpStream) and self._sweeper is None:
             self._sweep()
-        if self._reporter is None and self.link is not None and self.link.version >= 2:
-            self._reporter = asyncio.get_running_loop().call_later(REPORT_EVERY, self._report)
-
-    def _report(self) -> None:
-        """Tell the runner what only endpoints can count (docs/protocol.md §3), for as long as there are streams."""
-        link, now = self.link, (self.udp_dropped, self.stalls)
-        if link is not None and now != self._reported:
-            dropped, stalls = now[0] - self._reported[0], now[1] - self._reported[1]
-            self._reported = now
-            link.send_message(PING, SESSION_ID, Counts(dropped, stalls).pack(), urgent=True)
-        loop = asyncio.get_running_loop()
-        self._reporter = loop.call_later(REPORT_EVERY, self._report) if self.streams else None
+        if self.link is not None:
+            self._reporter.begin(self.link)
 
     def _sweep(self) -> None:
         """Close the UDP streams on which nothing came for a while."""
