@@ -17,6 +17,7 @@ from aiodocker.exceptions import DockerError
 
 from kohakuriver.errors import UnavailableError, UsageError
 from kohakuriver.runner.backends.base import CTRL_D, STDERR, STDOUT, ExecRequest, ExecSession, locale_for
+from kohakuriver.runner.backends.docker.engine import has, transport_of
 from kohakuriver.runtime import cancel_all
 from kohakuriver.tunnel.terminal import is_utf8
 
@@ -116,9 +117,7 @@ class DockerExec(ExecSession):
             await cancel_all([writing])
 
     def _transport(self) -> asyncio.Transport | None:
-        response = self._stream._resp
-        connection = response.connection if response is not None else None
-        return connection.transport if connection is not None else None
+        return transport_of(self._stream)
 
     def _abort(self) -> None:
         if (transport := self._transport()) is not None:
@@ -234,7 +233,7 @@ async def _command_line(
     if not request.tty and request.command and as_text:
         return list(request.command)
     size = [str(request.rows), str(request.cols)] if request.tty else ["0", "0"]
-    if await _has(docker, container, "/bin/sh"):
+    if await has(docker, container, "/bin/sh"):
         if not as_text:
             return ["/bin/sh", "-c", _spelt_out(request.command), "/bin/sh", *size]
         script = _COMMAND if request.command else _BEST_SHELL
@@ -258,20 +257,8 @@ async def _find_shell(docker: aiodocker.Docker, container: str, env: dict[str, s
     folders = env.get("PATH", _DEFAULT_PATH).split(":")
     named = [env["SHELL"]] if env.get("SHELL", "").startswith("/") else []
     for path in [*named, *(f"{folder}/{name}" for name in ("bash", "ash", "sh") for folder in folders if folder)]:
-        if await _has(docker, container, path):
+        if await has(docker, container, path):
             return path
     raise UnavailableError(
         "There is no shell in the task's image; name a program that it has behind `--`.", code="no_shell"
     )
-
-
-async def _has(docker: aiodocker.Docker, container: str, path: str) -> bool:
-    try:
-        async with docker._query(f"containers/{container}/archive", method="HEAD", params={"path": path}):
-            return True
-    except DockerError as error:
-        if error.status != 404:
-            raise
-        return False
-    except ValueError:  # what the engine has to say is in a body, which an answer to HEAD has not
-        return False

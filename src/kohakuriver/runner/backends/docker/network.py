@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import contextlib
+from ipaddress import ip_network
 from typing import Any
 
 import aiodocker
 import structlog
 from aiodocker.exceptions import DockerError
 
-__all__ = ["NETWORK", "task_network"]
+from kohakuriver.errors import UnavailableError
+
+__all__ = ["NETWORK", "gateway", "gateway_of", "task_network"]
 
 log = structlog.get_logger("kohakuriver.runner")
 
@@ -45,3 +48,30 @@ async def _made(docker: aiodocker.Docker) -> dict[str, Any]:
         if error.status != 409:  # another runner of this engine was faster
             raise
     return dict(await (await docker.networks.get(NETWORK)).show())
+
+
+async def gateway_of(docker: aiodocker.Docker, show: dict[str, Any]) -> str:
+    """The node's address as a container sees it."""
+    mode = show["HostConfig"]["NetworkMode"]
+    if mode == "host":
+        return "127.0.0.1"
+    if mode.startswith("container:"):
+        return await gateway_of(docker, await docker.containers.container(mode.partition(":")[2]).show())
+    for network in show["NetworkSettings"]["Networks"].values():
+        with contextlib.suppress(UnavailableError):
+            return await gateway(docker, network["NetworkID"])
+    raise UnavailableError(
+        "The container is on no bridge network, so it can't reach the runner; only a runner that is root on the "
+        "engine's own machine reaches into it.",
+        code="no_gateway",
+    )
+
+
+async def gateway(docker: aiodocker.Docker, network: str) -> str:
+    """The node's address on a network. Raises UnavailableError "no_gateway"."""
+    show = await (await docker.networks.get(network)).show()
+    for config in (show.get("IPAM") or {}).get("Config") or []:
+        if show["Driver"] == "bridge" and ":" not in config["Subnet"]:
+            # An engine that has not used the network yet does not always name its gateway.
+            return str(config.get("Gateway") or next(ip_network(config["Subnet"]).hosts()))
+    raise UnavailableError(f"The network {show['Name']} has no gateway on this node.", code="no_gateway")

@@ -9,12 +9,8 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
-import os
-import signal
 import time
 from collections.abc import Awaitable, Callable, Iterator
-from ipaddress import ip_network
-from pathlib import Path
 from typing import Any
 
 import aiodocker
@@ -25,11 +21,13 @@ from aiodocker.exceptions import DockerError
 from kohakuriver.errors import KohakuRiverError, LocalAddressError, NotFoundError, UnavailableError, UsageError
 from kohakuriver.runner.backends.base import Backend, ExecRequest, ExecSession, Reporter
 from kohakuriver.runner.backends.docker import exec as docker_exec
-from kohakuriver.runner.backends.docker.network import task_network
-from kohakuriver.runner.backends.namespace import ContainerNetwork
+from kohakuriver.runner.backends.docker.engine import new_client, sentences, why
+from kohakuriver.runner.backends.docker.inside import Inside
+from kohakuriver.runner.backends.docker.network import gateway, gateway_of, task_network
+from kohakuriver.runner.backends.docker.untouched import Untouched
 from kohakuriver.runner.backends.process.tasks import describe_exit, last_words
 from kohakuriver.runner.services.direct import DirectTarget
-from kohakuriver.runner.services.ssh_helper import CONTAINER_PORT, OWN_SSHD, SshHelper, until_listening
+from kohakuriver.runner.services.ssh_helper import SshHelper
 from kohakuriver.runner.services.state import TaskRecord
 from kohakuriver.runner.services.tunnel_helper import TunnelHelper
 from kohakuriver.runtime import cancel_all
@@ -87,7 +85,8 @@ class DockerBackend(Backend):
         self._on_availability = on_availability
         self._client: aiodocker.Docker | None = None
         self._tasks: dict[str, TaskRecord] = {}
-        self._networks: dict[str, ContainerNetwork] = {}
+        self._inside = Inside(lambda: self._docker, helper, ssh)
+        self._untouched = Untouched(lambda: self._docker)
         self._busy: set[str] = set()
         self._missed: set[str] = set()
         self._looks: set[asyncio.Task[None]] = set()
@@ -114,7 +113,7 @@ class DockerBackend(Backend):
             ours = [task for task in tasks if task.active and not task.adopted]
             await asyncio.gather(*(self._stop_at_end(task) for task in ours))
         for task in tasks:
-            self._leave_network(task)
+            self._untouched.leave(task)
         if self._client is not None:
             await self._client.close()
 
@@ -134,7 +133,7 @@ class DockerBackend(Backend):
             except (aiohttp.ClientError, DockerError, OSError, asyncio.TimeoutError) as error:
                 if not self._first_look.is_set():
                     log.warning(
-                        "no Docker engine answers: no task can be a container until one does", reason=_why(error)
+                        "no Docker engine answers: no task can be a container until one does", reason=why(error)
                     )
             except KohakuRiverError as error:
                 log.warning("trouble with the Docker engine", reason=error.message)
@@ -145,7 +144,7 @@ class DockerBackend(Backend):
             await asyncio.sleep(_RETRY_SECONDS)
 
     async def _follow(self) -> None:
-        client = _new_client()
+        client = new_client()
         try:
             await asyncio.wait_for(client.version(), _ENGINE_SECONDS)
         except BaseException:
@@ -222,24 +221,24 @@ class DockerBackend(Backend):
         except DockerError as error:
             if error.status != 404:
                 raise
-            self._leave_network(task)
+            self._untouched.leave(task)
             self._report(task.container, "lost", "its container was removed")
             return
         state = show["State"]
         if not state["Running"]:
-            self._leave_network(task)
+            self._untouched.leave(task)
             self._report(task.container, *await self._ending(task, state))
             return
         task.stopped = False
         if task.no_client:
-            await self._enter_network(task, show)
+            await self._untouched.enter(task, show)
             self._report(task.container, "running", PAUSED if state["Paused"] else NO_CLIENT)
             return
         self._report(task.container, "running", PAUSED if state["Paused"] else None)
         try:
-            await self._ensure_client(task, show)
+            await self._inside.ensure_client(task, show, await self._url_for(show))
             if task.ssh_keys:
-                await self._ensure_ssh(task, show)
+                await self._inside.ensure_ssh(task, show)
         except KohakuRiverError as error:
             self._report(task.container, "running", error.message.rstrip("."))
 
@@ -262,10 +261,10 @@ class DockerBackend(Backend):
         assert task.image is not None
         if task.ssh_keys:
             self._ssh.prepare(task)
-        with self._handling(task), _sentences(f"start the task from image {task.image}"):
+        with self._handling(task), sentences(f"start the task from image {task.image}"):
             await self._need_image(task)
             network = await task_network(self._docker)
-            task.tunnel_url = await self._reach(await self._gateway(network))
+            task.tunnel_url = await self._reach(await gateway(self._docker, network))
             try:
                 container = await self._docker.containers.create(self._config(task, network), name=task.container)
             except DockerError as error:
@@ -325,7 +324,7 @@ class DockerBackend(Backend):
 
     async def adopt(self, task: TaskRecord) -> TaskRecord:
         assert task.engine_name is not None
-        with self._handling(task), _sentences(f"adopt the container {task.engine_name}"):
+        with self._handling(task), sentences(f"adopt the container {task.engine_name}"):
             try:
                 show = await self._docker.containers.container(task.engine_name).show()
             except DockerError as error:
@@ -345,55 +344,12 @@ class DockerBackend(Backend):
             await self._refresh(known)
             return known
 
-    # What is reached with no tunnel client inside
-
-    async def _make_reachable(self, task: TaskRecord, show: dict[str, Any]) -> None:
-        """Put the tunnel client in; where that can't be done the runner dials from the container's own network."""
-        if not task.no_client:
-            try:
-                await self._ensure_client(task, show)
-                return
-            except KohakuRiverError as error:
-                try:
-                    await self._enter_network(task, show)
-                except UnavailableError:
-                    raise error from None
-                log.info("no tunnel client can be put in", container=task.engine_name, reason=error.message)
-                task.no_client = True
-        else:
-            await self._enter_network(task, show)
-
-    async def _enter_network(self, task: TaskRecord, show: dict[str, Any]) -> None:
-        """Hold the network of a container that runs: that of its present start."""
-        self._leave_network(task)
-        try:
-            network = await asyncio.get_running_loop().run_in_executor(None, ContainerNetwork, show["State"]["Pid"])
-        except OSError as error:
-            raise UnavailableError(
-                f"The runner can't enter the network of container {task.engine_name} ({error.strerror}), which takes "
-                "root on the engine's own machine; adopt it without --no-client.",
-                code="no_network",
-            ) from error
-        again = await self._docker.containers.container(show["Id"]).show()
-        if again["State"]["Pid"] != show["State"]["Pid"]:  # it went before we looked: the number may be another's
-            network.close()
-            raise UnavailableError(f"The container {task.engine_name} has just ended.", code="task_not_running")
-        self._networks[task.container] = network
-
-    def _leave_network(self, task: TaskRecord) -> None:
-        if network := self._networks.pop(task.container, None):
-            network.close()
-
-    def target(self, task: TaskRecord) -> DirectTarget | None:
-        network = self._networks.get(task.container)
-        return None if network is None else DirectTarget(network=network)
-
     async def stop(self, task: TaskRecord) -> None:
         with self._handling(task):
             await self._stop(task, STOP_SECONDS)
 
     async def _stop(self, task: TaskRecord, seconds: int) -> None:
-        with _sentences("stop the container"):
+        with sentences("stop the container"):
             task.stopped = True
             try:
                 await self._docker.containers.container(task.engine_id or task.container).stop(t=seconds)
@@ -402,7 +358,7 @@ class DockerBackend(Backend):
                     raise
 
     async def start_again(self, task: TaskRecord) -> None:
-        with self._handling(task), _sentences("start the container again"):
+        with self._handling(task), sentences("start the container again"):
             task.stopped = False
             try:
                 await self._docker.containers.container(task.engine_id or task.container).start()
@@ -417,10 +373,10 @@ class DockerBackend(Backend):
         await self.start(task)
 
     async def remove(self, task: TaskRecord) -> None:
-        with self._handling(task), _sentences("remove the container"):
-            self._leave_network(task)
+        with self._handling(task), sentences("remove the container"):
+            self._untouched.leave(task)
             if task.adopted:
-                await self._end_client(task)
+                await self._inside.end_client(task)
             else:
                 try:
                     await self._docker.containers.container(task.engine_id or task.container).delete(force=True, v=True)
@@ -431,132 +387,41 @@ class DockerBackend(Backend):
         self._helper.forget(task.container)
 
     async def exec(self, task: TaskRecord, request: ExecRequest) -> ExecSession:
-        with _sentences("run a command in the container"):
+        with sentences("run a command in the container"):
             return await docker_exec.start(self._docker, task.engine_id or task.container, request)
 
-    # The tunnel client inside
+    async def _make_reachable(self, task: TaskRecord, show: dict[str, Any]) -> None:
+        """Put the tunnel client in; where that can't be done the runner dials from the container's own network."""
+        if not task.no_client:
+            try:
+                await self._inside.ensure_client(task, show, await self._url_for(show))
+                return
+            except KohakuRiverError as error:
+                try:
+                    await self._untouched.enter(task, show)
+                except UnavailableError:
+                    raise error from None
+                log.info("no tunnel client can be put in", container=task.engine_name, reason=error.message)
+                task.no_client = True
+        else:
+            await self._untouched.enter(task, show)
 
-    async def _ensure_client(self, task: TaskRecord, show: dict[str, Any]) -> None:
-        """See to it that a running container has a tunnel client that dials where the runner listens now.
+    def target(self, task: TaskRecord) -> DirectTarget | None:
+        return self._untouched.target(task)
 
-        A container of ours brings its own, unless the runner's address has changed since.
-        """
-        url = await self._reach(await self._gateway_of(show))
-        own_dials_it = not task.adopted and task.tunnel_url == url
-        put_in_dials_it = task.exec_url == url and task.exec_start == show["State"]["StartedAt"]
-        if not own_dials_it and not (put_in_dials_it and await self._client_runs(task)):
-            await self._put_client(task, show, url)
+    async def _url_for(self, show: dict[str, Any]) -> str:
+        """How a container reaches the runner."""
+        return await self._reach(await gateway_of(self._docker, show))
 
-    async def _client_runs(self, task: TaskRecord) -> bool:
+    async def _reach(self, address: str) -> str:
         try:
-            return bool((await self._docker.containers.exec(task.exec_id or "").inspect())["Running"])
-        except DockerError:
-            return False
-
-    async def _put_client(self, task: TaskRecord, show: dict[str, Any], url: str) -> None:
-        container: Any = self._docker.containers.container(show["Id"])  # not all annotated
-        with _sentences("put the tunnel client into the container"):
-            if task.adopted:
-                await container.put_archive("/", self._helper.archive(task.container))
-            command = self._helper.adopted_command(task.container, url)
-            client = await container.exec(command, stdout=False, stderr=False, environment=self._helper.settings)
-            await client.start(detach=True)
-        task.exec_id = client.id
-        task.exec_start = show["State"]["StartedAt"]
-        task.exec_url = url
-
-    async def _end_client(self, task: TaskRecord) -> None:
-        """End the tunnel client in an adopted container, as far as we may: the container itself goes on."""
-        if task.exec_id is None:
-            return
-        with contextlib.suppress(DockerError, OSError):
-            inspected = await self._docker.containers.exec(task.exec_id or "").inspect()
-            pid = int(inspected.get("Pid") or 0)
-            if inspected["Running"] and pid and task.container.encode() in Path(f"/proc/{pid}/cmdline").read_bytes():
-                os.kill(pid, signal.SIGTERM)
-
-    # The SSH server inside
-
-    async def _ensure_ssh(self, task: TaskRecord, show: dict[str, Any]) -> None:
-        """See to it that a running container has its SSH server."""
-        started = show["State"]["StartedAt"]
-        if show["State"]["Paused"] or (
-            task.ssh_exec_start == started and await self._exec_pid(task.ssh_exec_id) is not None
-        ):
-            return
-        with _sentences("start the SSH server in the container"):
-            container: Any = self._docker.containers.container(show["Id"])  # not all annotated
-            environment = dict(line.split("=", 1) for line in show["Config"]["Env"] or () if "=" in line)
-            await container.put_archive("/", self._ssh.archive(task, environment))
-            own = await self._own_sshd(show["Id"])
-            # As root, whoever the image's user is: it is root's SSH that a server of one's own is known for.
-            command = self._ssh.container_command(own)
-            server = await container.exec(command, stdout=False, stderr=False, user="0:0")
-            # Known before it runs: whoever cuts this look short must not leave a server that the next one starts again.
-            task.ssh_exec_id, task.ssh_exec_start, task.ssh_port = server.id, started, CONTAINER_PORT
-            await server.start(detach=True)
-        pid = await self._exec_pid(server.id)
-        if pid is None or not await until_listening(pid, CONTAINER_PORT):
-            program = own or "the one that kohakuriver brings"
-            raise UnavailableError(f"its SSH server ({program}) did not start.", code="no_ssh_server")
-
-    async def _own_sshd(self, engine_id: str) -> str | None:
-        """The path of the sshd that is in the container, None where there is none."""
-        for path in OWN_SSHD:
-            if await self._has(engine_id, path):
-                return path
-        return None
-
-    async def _has(self, engine_id: str, path: str) -> bool:
-        try:
-            await self._docker.containers.container(engine_id).get_archive(path)
-        except DockerError as error:
-            if error.status != 404:
-                raise
-            return False
-        return True
-
-    async def _exec_pid(self, exec_id: str | None) -> int | None:
-        """The process, as this node numbers it, of a command that runs in a container; None when it has ended."""
-        try:
-            inspected = await self._docker.containers.exec(exec_id or "").inspect()
-        except DockerError:
-            return None
-        return int(inspected.get("Pid") or 0) if inspected["Running"] else None
-
-    async def _reach(self, gateway: str) -> str:
-        try:
-            return await self._listen_at(gateway)
+            return await self._listen_at(address)
         except (LocalAddressError, OSError) as error:
             raise UnavailableError(
-                f"Containers would reach the runner at {gateway}, but it can't listen there ({error}); "
+                f"Containers would reach the runner at {address}, but it can't listen there ({error}); "
                 "start the runner with --bind 0.0.0.0.",
                 code="no_gateway",
             ) from error
-
-    async def _gateway_of(self, show: dict[str, Any]) -> str:
-        """The node's address as a container sees it."""
-        mode = show["HostConfig"]["NetworkMode"]
-        if mode == "host":
-            return "127.0.0.1"
-        if mode.startswith("container:"):
-            return await self._gateway_of(await self._docker.containers.container(mode.partition(":")[2]).show())
-        for network in show["NetworkSettings"]["Networks"].values():
-            with contextlib.suppress(UnavailableError):
-                return await self._gateway(network["NetworkID"])
-        raise UnavailableError(
-            "The container is on no bridge network, so it can't reach the runner; only a runner that is root on the "
-            "engine's own machine reaches into it.",
-            code="no_gateway",
-        )
-
-    async def _gateway(self, network: str) -> str:
-        show = await (await self._docker.networks.get(network)).show()
-        for config in (show.get("IPAM") or {}).get("Config") or []:
-            if show["Driver"] == "bridge" and ":" not in config["Subnet"]:
-                # An engine that has not used the network yet does not always name its gateway.
-                return str(config.get("Gateway") or next(ip_network(config["Subnet"]).hosts()))
-        raise UnavailableError(f"The network {show['Name']} has no gateway on this node.", code="no_gateway")
 
     # Help
 
@@ -584,34 +449,6 @@ class DockerBackend(Backend):
                 look = asyncio.get_running_loop().create_task(self._look_again(task))
                 self._looks.add(look)
                 look.add_done_callback(self._looks.discard)
-
-
-def _why(error: Exception) -> str:
-    """Why there is no engine, where the program that asked knows it: may not, or none runs."""
-    cause = error.__cause__ or error
-    text = getattr(error, "strerror", None) or getattr(cause, "strerror", None) or str(error)
-    return text or "it did not answer in time"
-
-
-def _new_client() -> aiodocker.Docker:
-    try:
-        return aiodocker.Docker()
-    except (AssertionError, ValueError) as error:
-        raise OSError("there is no engine's socket") from error
-
-
-@contextlib.contextmanager
-def _sentences(what: str) -> Iterator[None]:
-    """Turn the engine's errors into sentences that say what could not be done."""
-    try:
-        yield
-    except DockerError as error:
-        reason = str(error.message).strip().rstrip(".")
-        raise KohakuRiverError(f"Docker could not {what}: {reason}.", code="docker", status=409) from error
-    except (aiohttp.ClientError, OSError) as error:
-        raise UnavailableError(
-            f"Docker could not {what}: the engine does not answer ({error}).", code="no_engine"
-        ) from error
 
 
 def _no_image(image: str, node: str, reason: str = "") -> NotFoundError:
