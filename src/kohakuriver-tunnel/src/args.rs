@@ -20,16 +20,17 @@ Usage: tunnel-client [OPTIONS] [run [-- COMMAND...]]
                           tunnel up beside it; without COMMAND stay until told to stop
 
 Options:
-  --runner-url URL        where the runner is   [RUNNER_URL, KOHAKURIVER_TUNNEL_URL]
-  --container-id ID       this container's id   [CONTAINER_ID, KOHAKURIVER_CONTAINER_ID]
+  -r, --runner-url URL    where the runner is   [RUNNER_URL, KOHAKURIVER_TUNNEL_URL]
+  -c, --container-id ID   this container's id   [CONTAINER_ID, KOHAKURIVER_CONTAINER_ID]
   --token-file FILE       holds its token       [KOHAKURIVER_TUNNEL_TOKEN_FILE]
-  --reconnect-delay SECS  what the pause between attempts grows to, at random below it [5]
-  --max-reconnect N       give up after N failures in a row, 0 for never [0]
-  --log-level LEVEL       error, warn, info or debug [info]
+  --reconnect-delay SECS  what the pause between attempts grows to, at random below it [RECONNECT_DELAY, 5]
+  --max-reconnect N       give up after N failures in a row, 0 for never [MAX_RECONNECT, 0]
+  --log-level LEVEL       error, warn, info or debug [LOG_LEVEL, info]
   --version, --help
 
 Windows and times, bytes and seconds, from the environment: KOHAKURIVER_WINDOW_FIRST,
 KOHAKURIVER_WINDOW_MAX, KOHAKURIVER_WINDOW_BUDGET, KOHAKURIVER_UDP_IDLE, KOHAKURIVER_LINGER.
+LOG_LEVEL, RECONNECT_DELAY and MAX_RECONNECT may be another program's: what makes no sense in them is ignored.
 ";
 
 /// What the process is to do.
@@ -71,14 +72,17 @@ pub fn parse(
     let mut url = env("RUNNER_URL").or_else(|| env("KOHAKURIVER_TUNNEL_URL"));
     let mut container = env("CONTAINER_ID").or_else(|| env("KOHAKURIVER_CONTAINER_ID"));
     let mut token_file = env("KOHAKURIVER_TUNNEL_TOKEN_FILE").map(PathBuf::from);
-    let mut delay = 5.0;
-    let mut max_reconnect = 0;
-    let mut log_level = Level::Info;
+    // Names that others use too, with values of their own: those are ignored.
+    let mut delay = word(&env, "RECONNECT_DELAY")
+        .filter(|delay| Duration::try_from_secs_f64(*delay).is_ok())
+        .unwrap_or(5.0);
+    let mut max_reconnect = word(&env, "MAX_RECONNECT").unwrap_or(0);
+    let mut log_level = word(&env, "LOG_LEVEL").unwrap_or(Level::Info);
     let mut run = None;
     while let Some(argument) = parser.next().map_err(text)? {
         match argument {
-            Long("runner-url") => url = Some(value(&mut parser)?),
-            Long("container-id") => container = Some(value(&mut parser)?),
+            Short('r') | Long("runner-url") => url = Some(value(&mut parser)?),
+            Short('c') | Long("container-id") => container = Some(value(&mut parser)?),
             Long("token-file") => token_file = Some(parser.value().map_err(text)?.into()),
             Long("reconnect-delay") => delay = number(&mut parser)?,
             Long("max-reconnect") => max_reconnect = number(&mut parser)?,
@@ -112,6 +116,10 @@ pub fn parse(
         settings: Settings::from_env(env)?,
         run,
     }))
+}
+
+fn word<T: std::str::FromStr>(env: impl Fn(&str) -> Option<String>, name: &str) -> Option<T> {
+    env(name)?.trim().parse().ok()
 }
 
 /// All that follows `run` and an optional `--`.
@@ -181,6 +189,39 @@ mod tests {
             ("KOHAKURIVER_CONTAINER_ID", "vm-3"),
         ];
         assert_eq!(work(&[], &new).unwrap().container, "vm-3");
+    }
+
+    #[test]
+    fn the_options_and_variables_of_earlier_tunnel_clients_count() {
+        let env = [
+            ("RECONNECT_DELAY", "7"),
+            ("MAX_RECONNECT", "3"),
+            ("LOG_LEVEL", "WARNING"),
+        ];
+        let options = work(&["-r", "http://h:1", "-c", "vm-1"], &env).unwrap();
+        assert_eq!(options.container, "vm-1");
+        assert_eq!(options.reconnect_delay, Duration::from_secs(7));
+        assert_eq!(
+            (options.max_reconnect, options.log_level),
+            (Some(3), Level::Warn)
+        );
+        let options = work(&[&BASE[..], &["--max-reconnect", "0"]].concat(), &env).unwrap();
+        assert_eq!(options.max_reconnect, None);
+    }
+
+    #[test]
+    fn variables_that_another_program_means_are_ignored() {
+        let env = [
+            ("RECONNECT_DELAY", "-1"),
+            ("MAX_RECONNECT", "never"),
+            ("LOG_LEVEL", "20"),
+        ];
+        let options = work(&BASE, &env).unwrap();
+        assert_eq!(options.reconnect_delay, Duration::from_secs(5));
+        assert_eq!(
+            (options.max_reconnect, options.log_level),
+            (None, Level::Info)
+        );
     }
 
     #[test]

@@ -1,11 +1,13 @@
 //! What the streams of one link share, and what they tell the event loop.
 
 use std::cmp::Reverse;
-use std::collections::{BinaryHeap, VecDeque};
+use std::collections::{BinaryHeap, HashMap, VecDeque};
 use std::fmt;
 use std::io;
+use std::sync::Once;
 use std::time::{Duration, Instant};
 
+use crate::errors;
 use crate::flow::Budget;
 use crate::link::{Link, MAX_PAYLOAD};
 use crate::log;
@@ -18,6 +20,12 @@ const SHARED_CHUNK: usize = 256 << 10;
 const SHARED_FOR: Duration = Duration::from_secs(1);
 /// How often the streams that receive change in that time while several do.
 const SHARED_TURNS: u32 = 8;
+
+/// A user's end is told no more often than this that nothing takes datagrams on a port: it opens a stream for the next
+/// one.
+const REFUSALS_APART: Duration = Duration::from_secs(5);
+/// Said once: it would be said for every stream.
+static OUT_OF_FILES: Once = Once::new();
 
 /// Whether a stream goes on.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
@@ -86,6 +94,8 @@ pub struct Context {
     turns: u32,
     turns_until: Instant,
     receivers_until: Instant,
+    /// By port: when it was told last that nothing takes datagrams there.
+    refusals: HashMap<u16, Instant>,
 }
 
 impl Context {
@@ -111,6 +121,7 @@ impl Context {
             turns: 0,
             turns_until: now,
             receivers_until: now,
+            refusals: HashMap::new(),
         }
     }
 
@@ -121,9 +132,26 @@ impl Context {
 
     /// Queues an ERROR that begins with the symbolic code of `error`.
     pub fn refuse(&mut self, header: Header, port: u16, error: &io::Error) {
-        let text = error_text(error, port);
+        if matches!(error.raw_os_error(), Some(libc::EMFILE | libc::ENFILE)) {
+            OUT_OF_FILES.call_once(|| {
+                log!(
+                    Warn,
+                    "streams are refused: {error}; raise the limit of open files"
+                );
+            });
+        }
+        let text = errors::text(error, port);
         log!(Debug, "stream {}: {text}", header.id);
         self.link.control(header, text.as_bytes());
+    }
+
+    /// Whether to tell now that nothing takes datagrams on `port`.
+    pub fn may_tell_refusal(&mut self, port: u16) -> bool {
+        let now = self.now;
+        self.refusals.retain(|_, told| now < *told + REFUSALS_APART);
+        let new = !self.refusals.contains_key(&port);
+        self.refusals.entry(port).or_insert(now);
+        new
     }
 
     /// Puts a source in the queue for the link.
@@ -210,28 +238,4 @@ impl Context {
             MAX_PAYLOAD
         }
     }
-}
-
-/// An ERROR's text: a symbolic code, then a sentence for a person.
-fn error_text(error: &io::Error, port: u16) -> String {
-    let (code, text) = match error.raw_os_error() {
-        Some(libc::ECONNREFUSED) => {
-            return format!("ECONNREFUSED: nothing listens on port {port} in the container");
-        }
-        Some(libc::ETIMEDOUT) => {
-            return format!("ETIMEDOUT: port {port} in the container didn't answer");
-        }
-        Some(libc::ECONNRESET) => ("ECONNRESET", "the service reset the connection"),
-        Some(libc::EPIPE) => ("EPIPE", "the service closed the connection"),
-        Some(libc::EMFILE) => ("EMFILE", "the tunnel client has too many open files"),
-        Some(libc::ENFILE) => ("ENFILE", "the node has too many open files"),
-        Some(libc::EHOSTUNREACH) => ("EHOSTUNREACH", "the container has no route to itself"),
-        Some(libc::ENETUNREACH) => ("ENETUNREACH", "the container has no loopback network"),
-        Some(libc::EADDRNOTAVAIL) => ("EADDRNOTAVAIL", "the container has no free local port"),
-        Some(libc::EPROTO) => ("EPROTO", "more was sent than the window allows"),
-        Some(libc::EPROTONOSUPPORT) => ("EPROTONOSUPPORT", "only TCP and UDP are carried"),
-        Some(libc::ENOBUFS | libc::ENOMEM) => ("ENOBUFS", "the node is out of memory"),
-        _ => return format!("EIO: {error}"),
-    };
-    format!("{code}: {text}")
 }

@@ -36,6 +36,11 @@ impl Budget {
         }
     }
 
+    /// What is left of it.
+    pub fn left(&self) -> u64 {
+        self.left
+    }
+
     fn take(&mut self, wanted: u64) -> u64 {
         let got = wanted.min(self.left);
         self.left -= got;

@@ -100,6 +100,16 @@ pub enum Refusal {
     NotAllowed(u16),
 }
 
+impl Refusal {
+    /// The HTTP status that the runner answered with, if that is why.
+    pub fn status(&self) -> Option<u16> {
+        match self {
+            Self::Unreachable(_) => None,
+            Self::NotAllowed(status) => Some(*status),
+        }
+    }
+}
+
 impl fmt::Display for Refusal {
     fn fmt(&self, out: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {

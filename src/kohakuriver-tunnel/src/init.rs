@@ -22,22 +22,37 @@ const FORWARDED: [libc::c_int; 7] = [
 ];
 const ENDING: [libc::c_int; 3] = [libc::SIGTERM, libc::SIGINT, libc::SIGQUIT];
 
+/// What we can't do without, and what whoever started us may ignore: an ignored signal is not even waited for.
+const NEEDED: [libc::c_int; 2] = [libc::SIGCHLD, libc::SIGTERM];
+
+/// Takes the signals that we need, also where they are ignored; those that were.
+pub fn take_signals() -> Vec<libc::c_int> {
+    let ignored = |signal: &libc::c_int| sys::stop_ignoring(*signal);
+    NEEDED.into_iter().filter(ignored).collect()
+}
+
 /// Signals that are waited for rather than suffered. To be made before any other thread, so that
 /// none of them takes one.
 pub fn block_signals() -> io::Result<SignalSet> {
     SignalSet::block(FORWARDED.iter().copied().chain([libc::SIGCHLD]))
 }
 
-/// Starts `command`, with the limit of open files that we were given ourselves; its process id.
+/// Starts `command`, with the limit of open files and the ignored signals that we were given ourselves; its process id.
 /// An error is the exit code that a shell would give, and a sentence.
-pub fn start(command: &[OsString], files: libc::rlimit) -> Result<libc::pid_t, (i32, String)> {
+pub fn start(
+    command: &[OsString],
+    files: libc::rlimit,
+    ignored: &[libc::c_int],
+) -> Result<libc::pid_t, (i32, String)> {
     let mut process = Command::new(&command[0]);
     process.args(&command[1..]);
+    let ignored = ignored.to_vec();
     // SAFETY: only calls system calls, which are safe between fork and exec.
     unsafe {
         process.pre_exec(move || {
             sys::set_file_limit(&files)?;
             sys::die_with_parent()?;
+            ignored.iter().for_each(|signal| sys::ignore(*signal));
             sys::unblock_signals()
         })
     };

@@ -8,7 +8,9 @@
 //! straight into the link.
 
 pub mod args;
+pub mod backoff;
 pub mod context;
+pub mod errors;
 pub mod event_loop;
 pub mod flow;
 pub mod frame;

@@ -33,13 +33,24 @@ pub fn set_level(level: Level) {
     LEVEL.store(level as u8, Ordering::Relaxed);
 }
 
-/// Writes one line if `level` is on. A closed standard error is no reason to fail.
+/// No longer than what a pipe that can be written takes without waiting (POSIX `PIPE_BUF` on Linux).
+const LONGEST: usize = 4096;
+
+/// Writes one line if `level` is on. A standard error that is closed, or that nobody reads, is no reason to fail or
+/// to wait.
 pub fn write(level: Level, text: std::fmt::Arguments<'_>) {
     if level as u8 <= LEVEL.load(Ordering::Relaxed) {
         use std::io::Write;
         let name = ["error", "warn", "info", "debug"][level as usize];
         let line = format!("tunnel-client: {name}: {text}\n");
-        let _ = std::io::stderr().write_all(line.as_bytes());
+        let mut line = line.into_bytes();
+        if line.len() > LONGEST {
+            line.truncate(LONGEST - 1);
+            line.push(b'\n');
+        }
+        if crate::sys::is_writable(libc::STDERR_FILENO) {
+            let _ = std::io::stderr().write_all(&line);
+        }
     }
 }
 

@@ -1,7 +1,7 @@
 //! `tunnel-client`: see `--help`.
 
 use std::env;
-use std::io;
+use std::io::{self, Write};
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::process::ExitCode;
 use std::sync::mpsc;
@@ -22,8 +22,12 @@ fn main() -> ExitCode {
     let variable = |name: &str| env::var(name).ok().filter(|value| !value.is_empty());
     match args::parse(env::args_os(), variable) {
         Ok(Request::Print(text)) => {
-            print!("{text}");
-            ExitCode::SUCCESS
+            let printed = io::stdout().write_all(text.as_bytes());
+            if printed.is_ok() {
+                ExitCode::SUCCESS
+            } else {
+                ExitCode::FAILURE
+            }
         }
         Ok(Request::Work(options)) => work(options).unwrap_or_else(|error| {
             log!(Error, "can't start: {error}");
@@ -39,12 +43,13 @@ fn main() -> ExitCode {
 /// The tunnel on a thread of its own, so that nothing that happens to it ends the command.
 fn work(options: Options) -> io::Result<ExitCode> {
     log::set_level(options.log_level);
+    let ignored = init::take_signals();
     let signals = init::block_signals()?;
     let files = sys::raise_file_limit()?;
     init::adopt_orphans()?;
     let command = match options.run.as_deref() {
         None | Some([]) => None,
-        Some(command) => match init::start(command, files) {
+        Some(command) => match init::start(command, files, &ignored) {
             Ok(pid) => Some(pid),
             Err((code, sentence)) => {
                 log!(Error, "{sentence}");

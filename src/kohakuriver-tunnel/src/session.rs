@@ -38,12 +38,12 @@ const COUNTS_MARK: &[u8] = b"cnt1";
 /// How a session ended.
 #[derive(Debug)]
 pub enum End {
-    /// Another tunnel client took this one's place.
-    Replaced,
     /// The process is about to end.
     Stopped,
     /// The runner broke the protocol, and has been told so.
     Violated(&'static str),
+    /// The runner closed it with this code, as a clause for the log.
+    Closed(u16, String),
     /// Anything else, as a clause for the log.
     Lost(String),
 }
@@ -261,13 +261,9 @@ impl<N: Network> Session<N> {
                     .first_chunk()
                     .map_or(close::NORMAL, |code| u16::from_be_bytes(*code));
                 self.close(code, "");
-                if code == close::REPLACED {
-                    return Err(End::Replaced);
-                }
                 let reason = String::from_utf8_lossy(payload.get(2..).unwrap_or_default());
-                return Err(End::Lost(format!(
-                    "the runner closed the tunnel ({code} {reason:?})"
-                )));
+                let said = format!("the runner closed the tunnel ({code} {reason:?})");
+                return Err(End::Closed(code, said));
             }
             _ => {}
         }
@@ -315,7 +311,7 @@ impl<N: Network> Session<N> {
             }),
             kind::DATA => self.datagram(header, payload),
             kind::CLOSE => self.closed(header.id, Tcp::on_close),
-            kind::ERROR => self.closed(header.id, |tcp, _| tcp.abort()),
+            kind::ERROR => self.closed(header.id, Tcp::on_error),
             _ => self.context.counters.unknown_messages += 1,
         }
         Ok(())
@@ -388,7 +384,10 @@ impl<N: Network> Session<N> {
         match key.and_then(|key| self.streams.get(key)) {
             Some(Stream::Udp(udp)) => {
                 self.context.receives(header.id);
-                udp.on_datagram(payload, &mut self.context);
+                let fate = udp.on_datagram(payload, &mut self.context, &self.network);
+                if let Some(key) = key {
+                    self.settle(key.slot as usize, fate);
+                }
             }
             _ => self.context.counters.ignored += 1,
         }
@@ -436,7 +435,7 @@ impl<N: Network> Session<N> {
             let slot = key.slot as usize;
             let (fate, more) = match self.streams.at(slot) {
                 Some(Stream::Tcp(tcp)) => tcp.pump(&mut self.context)?,
-                Some(Stream::Udp(udp)) => (Fate::Live, udp.pump(&mut self.context)?),
+                Some(Stream::Udp(udp)) => udp.pump(&mut self.context, &self.network)?,
                 None => (Fate::Live, false),
             };
             if more {
@@ -580,6 +579,9 @@ mod tests {
         readable: Vec<u8>,
         written: Vec<u8>,
         room: usize,
+        connecting: bool,
+        ended: bool,
+        broken: Option<i32>,
         finished: bool,
         reset: bool,
     }
@@ -591,7 +593,10 @@ mod tests {
         fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
             let mut end = self.0.borrow_mut();
             let length = end.readable.len().min(buffer.len());
-            if length == 0 {
+            if let Some(errno) = end.broken {
+                return Err(io::Error::from_raw_os_error(errno));
+            }
+            if length == 0 && !end.ended {
                 return Err(io::ErrorKind::WouldBlock.into());
             }
             buffer[..length].copy_from_slice(&end.readable[..length]);
@@ -603,6 +608,9 @@ mod tests {
     impl Write for Socket {
         fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
             let mut end = self.0.borrow_mut();
+            if let Some(errno) = end.broken {
+                return Err(io::Error::from_raw_os_error(errno));
+            }
             let length = bytes.len().min(end.room);
             if length == 0 && !bytes.is_empty() {
                 return Err(io::ErrorKind::WouldBlock.into());
@@ -618,7 +626,11 @@ mod tests {
 
     impl TcpSocket for Socket {
         fn dialled(&mut self) -> io::Result<bool> {
-            Ok(true)
+            let end = self.0.borrow();
+            match end.broken {
+                Some(errno) => Err(io::Error::from_raw_os_error(errno)),
+                None => Ok(!end.connecting),
+            }
         }
         fn finish_writing(&mut self) -> io::Result<()> {
             self.0.borrow_mut().finished = true;
@@ -661,24 +673,148 @@ mod tests {
 
     /// A session with one stream, the runner's end of its link, and the service's socket.
     fn with_stream() -> (Session<Socket>, Socket, Socket) {
+        let (session, runner, service) = opened(2, false);
+        let granted = 262_144u64.to_be_bytes().to_vec();
+        assert_eq!(messages(&runner), [(kind::CONNECTED, granted)]);
+        (session, runner, service)
+    }
+
+    fn opened(version: u64, connecting: bool) -> (Session<Socket>, Socket, Socket) {
         let (runner, service) = (Socket::default(), Socket::default());
         runner.0.borrow_mut().room = 1 << 20;
+        service.0.borrow_mut().connecting = connecting;
         let link = Link::new(Box::new(runner.clone()));
-        let mut session = Session::new(service.clone(), link, true, &Settings::default());
+        let v2 = version == 2;
+        let mut session = Session::new(service.clone(), link, v2, &Settings::default());
         let connect = Header {
             port: 80,
             ..Header::new(kind::CONNECT, TCP, 7)
         };
+        let limit = u64::MAX.to_be_bytes();
         session
-            .process(&frame(connect, &u64::MAX.to_be_bytes()))
+            .process(&frame(connect, if v2 { &limit } else { &[] }))
             .unwrap();
         session.stream_ready(0, READY);
         session.turn(false).unwrap();
-        assert_eq!(
-            messages(&runner),
-            [(kind::CONNECTED, 262_144u64.to_be_bytes().to_vec())]
-        );
         (session, runner, service)
+    }
+
+    /// The other end's, or the service's, part in what the vectors call by these names.
+    fn happens(event: &str, session: &mut Session<Socket>, service: &Socket) {
+        let from_user = |kind| frame(Header::new(kind, TCP, 7), &[]);
+        match event {
+            "established" => service.0.borrow_mut().connecting = false,
+            "local_eof" => service.0.borrow_mut().ended = true,
+            "local_error" => service.0.borrow_mut().broken = Some(libc::ECONNRESET),
+            "remote_eof" => session.process(&from_user(kind::EOF)).unwrap(),
+            "remote_close" => session.process(&from_user(kind::CLOSE)).unwrap(),
+            "remote_error" => session.process(&from_user(kind::ERROR)).unwrap(),
+            "linger_over" => session.set_now(Instant::now() + session.context.settings.linger * 2),
+            "link_lost" => return session.abandon(),
+            other => panic!("no such event: {other}"),
+        }
+        if event == "local_error" && session.streams.find(7).is_some() {
+            // Once the service has sent its end-of-file nothing but a write shows it.
+            let data = frame(Header::new(kind::DATA, TCP, 7), b"x");
+            session.process(&data).unwrap();
+        }
+        session.stream_ready(0, READY);
+        session.turn(false).unwrap();
+    }
+
+    fn in_state(version: u64, state: &str) -> (Session<Socket>, Socket, Socket) {
+        let (mut session, runner, service) = opened(version, state.starts_with("opening"));
+        match state {
+            "opening" | "open" => {}
+            "opening_remote_ended" | "remote_ended" => {
+                happens("remote_eof", &mut session, &service)
+            }
+            "local_ended" => happens("local_eof", &mut session, &service),
+            "delivering" => {
+                session
+                    .process(&frame(Header::new(kind::DATA, TCP, 7), b"rest"))
+                    .unwrap();
+                happens("remote_close", &mut session, &service);
+            }
+            other => panic!("no such state: {other}"),
+        }
+        service.0.borrow_mut().room = 100;
+        messages(&runner);
+        (session, runner, service)
+    }
+
+    #[test]
+    fn a_stream_goes_through_the_states_of_the_vectors() {
+        let path = concat!(
+            env!("CARGO_MANIFEST_DIR"),
+            "/../../tests/vectors/states.json"
+        );
+        let path = std::env::var("KOHAKURIVER_VECTORS")
+            .map_or(path.into(), |folder| folder + "/states.json");
+        let rows = std::fs::read_to_string(path).unwrap();
+        let rows: Vec<serde_json::Value> = serde_json::from_str(&rows).unwrap();
+        let mut seen = 0;
+        for row in &rows {
+            let field = |name: &str| row[name].as_str().unwrap();
+            // That a service's connection is gone shows as its end-of-file or as an error.
+            if field("role") != "acceptor" || field("event") == "local_closed" {
+                continue;
+            }
+            let (state, event) = (field("state"), field("event"));
+            let version = row["version"].as_u64().unwrap();
+            if state == "opening" && event == "local_eof" {
+                continue; // nothing is read from a service before it is connected
+            }
+            let (mut session, runner, service) = in_state(version, state);
+            happens(event, &mut session, &service);
+            let actions: Vec<_> = row["actions"]
+                .as_array()
+                .unwrap()
+                .iter()
+                .map(|a| a.as_str().unwrap())
+                .collect();
+            let due: Vec<u8> = actions
+                .iter()
+                .filter_map(|action| sent_for(action))
+                .collect();
+            let sent: Vec<u8> = messages(&runner)
+                .into_iter()
+                .map(|(kind, _)| kind)
+                .collect();
+            assert_eq!(sent, due, "{row}");
+            let alive = Rc::strong_count(&service.0) == 3;
+            assert_eq!(
+                session.streams.find(7).is_some(),
+                !matches!(field("to"), "over" | "delivering"),
+                "{row}"
+            );
+            let early = state.starts_with("opening");
+            if field("to") == "over" || (field("to") == "delivering" && !early) {
+                assert!(!alive, "{row}");
+            }
+            if !early && state != "delivering" {
+                assert_eq!(
+                    service.0.borrow().reset,
+                    actions.contains(&"reset_local"),
+                    "{row}"
+                );
+            }
+            if actions.contains(&"shut_local") && !early {
+                assert!(service.0.borrow().finished, "{row}");
+            }
+            seen += 1;
+        }
+        assert!(seen > 40, "{seen}");
+    }
+
+    fn sent_for(action: &str) -> Option<u8> {
+        match action {
+            "send_connected" => Some(kind::CONNECTED),
+            "send_eof" => Some(kind::EOF),
+            "send_close" => Some(kind::CLOSE),
+            "send_error" => Some(kind::ERROR),
+            _ => None,
+        }
     }
 
     fn frame(header: Header, payload: &[u8]) -> Vec<u8> {
@@ -697,7 +833,7 @@ mod tests {
             found.push((message[0], message[HEADER..].to_vec()));
             rest = &body[length..];
         }
-        assert_eq!(rest, []);
+        assert!(rest.is_empty());
         found
     }
 

@@ -31,7 +31,8 @@ impl Default for Settings {
             first_window: 256 << 10,
             max_window: 16 << 20,
             budget: 64 << 20,
-            linger: Duration::from_secs(2),
+            // Less than at the user's end: a service that ends its sending has mostly ended.
+            linger: Duration::from_millis(200),
             udp_idle: Duration::from_secs(60),
         }
     }

@@ -123,6 +123,7 @@ impl<T> Streams<T> {
 
     /// All streams that are left.
     pub fn drain(&mut self) -> impl Iterator<Item = T> {
+        self.ids.clear();
         self.slots.iter_mut().filter_map(|slot| slot.stream.take())
     }
 }

@@ -58,6 +58,30 @@ pub fn raise_file_limit() -> io::Result<libc::rlimit> {
     Ok(limit)
 }
 
+/// Whether a write to `fd` would not wait now.
+pub fn is_writable(fd: RawFd) -> bool {
+    let mut entry = libc::pollfd {
+        fd,
+        events: libc::POLLOUT,
+        revents: 0,
+    };
+    // SAFETY: the kernel reads and writes one `pollfd` in a valid place.
+    let ready = unsafe { libc::poll(&mut entry, 1, 0) };
+    ready == 1 && entry.revents & libc::POLLOUT != 0
+}
+
+/// Gives a signal its default disposition; whether it was ignored before.
+pub fn stop_ignoring(signal: libc::c_int) -> bool {
+    // SAFETY: installs no handler.
+    unsafe { libc::signal(signal, libc::SIG_DFL) == libc::SIG_IGN }
+}
+
+/// Ignores a signal. Safe to call between `fork` and `exec`.
+pub fn ignore(signal: libc::c_int) {
+    // SAFETY: installs no handler.
+    unsafe { libc::signal(signal, libc::SIG_IGN) };
+}
+
 /// Sets the limit of open files. Safe to call between `fork` and `exec`.
 pub fn set_file_limit(limit: &libc::rlimit) -> io::Result<()> {
     // SAFETY: the kernel reads one `rlimit` from a valid place.

@@ -266,7 +266,15 @@ impl<S: TcpSocket> Tcp<S> {
         self.drain(context)
     }
 
-    /// ERROR, or the link is gone: the service's connection is reset.
+    /// ERROR: the service's connection is reset. In v1 a CLOSE answers, as it answers CLOSE.
+    pub fn on_error(&mut self, context: &mut Context) -> Fate {
+        if self.inbound.is_none() {
+            context.send(Header::new(kind::CLOSE, TCP, self.id), &[]);
+        }
+        self.abort()
+    }
+
+    /// The service's connection is reset; also when the link is gone.
     pub fn abort(&mut self) -> Fate {
         self.sock.reset_on_close();
         Fate::Over

@@ -4,18 +4,14 @@ use std::fs;
 use std::time::{Duration, Instant};
 
 use crate::args::Options;
+use crate::backoff::{Backoff, Next};
 use crate::event_loop::EventLoop;
 use crate::handshake::{self, Opened, Refusal};
 use crate::log;
+use crate::protocol::close;
 use crate::session::End;
 use crate::sys;
 
-/// The first pause is at most this; it doubles with each failure.
-const FIRST_PAUSE: Duration = Duration::from_millis(100);
-/// The pause where trying again soon helps nobody: refused credentials, another client in place.
-const LONG_PAUSE: Duration = Duration::from_secs(30);
-/// A link that lasted this long was none of the failures.
-const LIVED: Duration = Duration::from_secs(5);
 /// Unsent bytes in the kernel that a small message may have to wait for.
 const UNSENT: u32 = 256 << 10;
 
@@ -32,40 +28,63 @@ pub enum Outcome {
 
 /// Keeps the tunnel up until there is a reason not to. Stopping `events` ends it.
 pub fn run(options: &Options, events: &mut EventLoop) -> Outcome {
-    let mut failures = 0;
+    let mut backoff = Backoff {
+        failures: 0,
+        longest: options.reconnect_delay,
+        most: options.max_reconnect,
+        returns: options.run.is_some(),
+    };
+    let mut replaced = false;
     loop {
         let began = Instant::now();
-        let mut pause = None;
-        match attempt(options, events) {
+        let (lived, code) = match attempt(options, events) {
             Ok(End::Stopped) => return Outcome::Stopped,
-            Ok(End::Replaced) if options.run.is_none() => return Outcome::Replaced,
-            Ok(End::Replaced) => {
-                log!(Warn, "another tunnel client took over this container");
-                pause = Some(LONG_PAUSE);
+            Ok(end) => {
+                let code = explain(&end, &mut replaced);
+                (Some(began.elapsed()), code)
             }
-            Ok(End::Violated(reason)) => {
-                log!(
-                    Warn,
-                    "the tunnel is down: the runner broke the protocol: {reason}"
-                );
-            }
-            Ok(End::Lost(reason)) => log!(Warn, "the tunnel is down: {reason}"),
             Err(refusal) => {
                 log!(Warn, "no tunnel: {refusal}");
-                pause = matches!(refusal, Refusal::NotAllowed(_)).then_some(LONG_PAUSE);
+                (None, refusal.status())
             }
-        }
-        failures = if began.elapsed() >= LIVED {
-            0
-        } else {
-            failures + 1
         };
-        if options.max_reconnect.is_some_and(|most| failures >= most) {
-            return Outcome::GaveUp;
+        match backoff.next(lived, code) {
+            Next::Replaced => return Outcome::Replaced,
+            Next::GaveUp => return Outcome::GaveUp,
+            Next::Pause(bounds) if !events.sleep(random_in(bounds)) => return Outcome::Stopped,
+            Next::Pause(_) => {}
         }
-        let most = pause.unwrap_or_else(|| ceiling(failures, options.reconnect_delay));
-        if !events.sleep(jitter(most)) {
-            return Outcome::Stopped;
+    }
+}
+
+/// Says why a tunnel ended; its close code. Two clients that replace one another would go on for ever: that is said once.
+fn explain(end: &End, replaced: &mut bool) -> Option<u16> {
+    match end {
+        End::Stopped => None,
+        End::Closed(close::REPLACED, _) => {
+            if !std::mem::replace(replaced, true) {
+                log!(
+                    Warn,
+                    "another tunnel client took over this container; this one tries to come back \
+                     every now and then: end one of them"
+                );
+            }
+            Some(close::REPLACED)
+        }
+        End::Closed(code, reason) => {
+            log!(Warn, "the tunnel is down: {reason}");
+            Some(*code)
+        }
+        End::Violated(reason) => {
+            log!(
+                Warn,
+                "the tunnel is down: the runner broke the protocol: {reason}"
+            );
+            None
+        }
+        End::Lost(reason) => {
+            log!(Warn, "the tunnel is down: {reason}");
+            None
         }
     }
 }
@@ -97,30 +116,10 @@ fn read_token(options: &Options) -> Result<Option<String>, Refusal> {
     Ok(Some(token.to_owned()))
 }
 
-/// The longest pause after so many failures in a row.
-fn ceiling(failures: u32, most: Duration) -> Duration {
-    FIRST_PAUSE
-        .saturating_mul(1 << failures.saturating_sub(1).min(16))
-        .min(most)
-}
-
-/// A random part of `most`, so that the clients of a restarted runner don't come all at once.
-fn jitter(most: Duration) -> Duration {
+/// A random time, so that the clients of a restarted runner don't come all at once.
+fn random_in([least, most]: [Duration; 2]) -> Duration {
     let mut random = [0; 4];
     sys::random(&mut random);
-    most.mul_f64(f64::from(u32::from_ne_bytes(random)) / f64::from(u32::MAX))
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn pauses_double_up_to_the_longest() {
-        let most = Duration::from_secs(5);
-        let pauses: Vec<_> = [0, 1, 2, 3, 6, 7, 99]
-            .map(|n| ceiling(n, most).as_millis())
-            .into();
-        assert_eq!(pauses, [100, 100, 200, 400, 3200, 5000, 5000]);
-    }
+    let part = f64::from(u32::from_ne_bytes(random)) / f64::from(u32::MAX);
+    least + (most - least).mul_f64(part)
 }

@@ -189,9 +189,9 @@ fn too_many_open_files_refuse_a_stream_and_harm_no_other() {
     command
         .env_clear()
         .args(["-c", "ulimit -n 40; exec \"$@\"", "sh"]);
-    let client = client_command(&runner.url());
-    command.arg(client.get_program()).args(client.get_args());
-    let _client = Client::spawn(command);
+    let inner = client_command(&runner.url());
+    command.arg(inner.get_program()).args(inner.get_args());
+    let client = Client::spawn(command);
     let mut wire = runner.accept();
     let port = echo();
     let (mut open, mut refused) = (Vec::new(), 0);
@@ -211,6 +211,13 @@ fn too_many_open_files_refuse_a_stream_and_harm_no_other() {
     assert_eq!(wire.bytes(open[0], 8), b"unharmed");
     wire.send(Header::new(kind::CLOSE, TCP, open[0]), &[]);
     wire.open(99, port, WIDE);
+    client.line_with("raise the limit of open files");
+    let again = client
+        .errors
+        .try_iter()
+        .filter(|line| line.contains("raise the limit"))
+        .count();
+    assert_eq!(again, 0, "said once");
 }
 
 /// Numbers that look random and are the same each time.

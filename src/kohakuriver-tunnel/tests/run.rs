@@ -2,8 +2,10 @@
 
 mod support;
 
+use std::ffi::OsStr;
 use std::io::{BufRead, BufReader, Read, Write};
-use std::os::unix::process::ExitStatusExt;
+use std::os::unix::ffi::OsStrExt;
+use std::os::unix::process::{CommandExt, ExitStatusExt};
 use std::process::{Command, Stdio};
 
 use kohakuriver_tunnel::protocol::kind;
@@ -240,4 +242,125 @@ fn a_bad_command_line_exits_with_2_and_a_sentence() {
     let mut client = Client::spawn(command);
     assert_eq!(client.wait().code(), Some(2));
     client.line_with("without TLS");
+}
+
+#[test]
+fn signals_that_the_parent_ignores_are_served_and_stay_ignored_in_the_command() {
+    let mut command = run("grep SigIgn /proc/self/status; exec sleep 1000 <&-");
+    // SAFETY: signal(2) may be called between fork and exec.
+    unsafe {
+        command.pre_exec(|| {
+            libc::signal(libc::SIGTERM, libc::SIG_IGN);
+            libc::signal(libc::SIGCHLD, libc::SIG_IGN);
+            Ok(())
+        });
+    }
+    let mut client = Client::spawn(command);
+    let mut lines = BufReader::new(client.child.stdout.take().unwrap()).lines();
+    let line = lines.next().unwrap().unwrap();
+    let ignored = u64::from_str_radix(line.rsplit('\t').next().unwrap(), 16).unwrap();
+    assert_ne!(ignored & 1 << (libc::SIGTERM - 1), 0, "{line}");
+    client.signal(libc::SIGKILL);
+    client.wait();
+
+    let mut command = client_command(&Runner::new().url());
+    command.arg("run");
+    // SAFETY: as above.
+    unsafe {
+        command.pre_exec(|| {
+            libc::signal(libc::SIGTERM, libc::SIG_IGN);
+            Ok(())
+        });
+    }
+    let mut client = Client::spawn(command);
+    client.line_with("no tunnel");
+    client.signal(libc::SIGTERM);
+    assert_eq!(client.wait().code(), Some(0));
+}
+
+#[test]
+fn a_commands_exit_code_is_known_where_the_parent_ignores_the_end_of_children() {
+    let mut command = run("exit 7");
+    // SAFETY: signal(2) may be called between fork and exec.
+    unsafe {
+        command.pre_exec(|| {
+            libc::signal(libc::SIGCHLD, libc::SIG_IGN);
+            Ok(())
+        });
+    }
+    assert_eq!(Client::spawn(command).wait().code(), Some(7));
+}
+
+#[test]
+fn standard_descriptors_may_be_closed() {
+    for closed in ["<&-", ">&-", "2>&-", "<&- >&- 2>&-"] {
+        let runner = Runner::new();
+        let inner = client_command(&runner.url());
+        let mut command = Command::new("sh");
+        command
+            .args(["-c", &format!("exec \"$@\" {closed}"), "sh"])
+            .arg(inner.get_program())
+            .args(inner.get_args())
+            .args(["run", "--", "sh", "-c", "exec sleep 1000"]);
+        let _client = Client::spawn(command);
+        let mut wire = runner.accept();
+        wire.open(1, echo(), u64::MAX);
+        wire.data(1, b"open");
+        assert_eq!(wire.bytes(1, 4), b"open", "{closed}");
+    }
+}
+
+#[test]
+fn a_standard_error_that_nobody_reads_stops_nothing() {
+    let runner = Runner::new();
+    let (_unread, mut full) = std::io::pipe().unwrap();
+    // SAFETY: takes no pointers.
+    let size = unsafe {
+        libc::fcntl(
+            std::os::fd::AsRawFd::as_raw_fd(&full),
+            libc::F_SETPIPE_SZ,
+            4096,
+        )
+    };
+    full.write_all(&vec![0; size as usize]).unwrap();
+    let mut command = client_command(&runner.url());
+    let mut child = command.stderr(full).spawn().unwrap();
+    let mut wire = runner.accept();
+    wire.open(1, echo(), u64::MAX);
+    wire.data(1, b"on");
+    assert_eq!(wire.bytes(1, 2), b"on");
+    child.kill().unwrap();
+    child.wait().unwrap();
+}
+
+#[test]
+fn a_standard_output_that_takes_nothing_is_an_exit_code() {
+    let full = std::fs::File::options()
+        .write(true)
+        .open("/dev/full")
+        .unwrap();
+    let mut command = Command::new(env!("CARGO_BIN_EXE_tunnel-client"));
+    command.arg("--help").stdout(full);
+    assert_eq!(Client::spawn(command).wait().code(), Some(1));
+}
+
+#[test]
+fn bytes_that_are_no_text_reach_the_command() {
+    let mut command = client_command("http://127.0.0.1:1");
+    command
+        .args(["run", "--", "sh", "-c", "printf %s \"$1$WORD\"", "sh"])
+        .arg(OsStr::from_bytes(b"\xe9\xff"))
+        .env("WORD", OsStr::from_bytes(b"\xfe"))
+        .env("RECONNECT_DELAY", OsStr::from_bytes(b"\xfe"))
+        .stdout(Stdio::piped());
+    let mut client = Client::spawn(command);
+    let mut output = Vec::new();
+    client
+        .child
+        .stdout
+        .take()
+        .unwrap()
+        .read_to_end(&mut output)
+        .unwrap();
+    assert_eq!(output, b"\xe9\xff\xfe");
 }

@@ -498,6 +498,10 @@ fn a_udp_service_that_comes_later_is_reached_by_the_same_stream() {
     let mut wire = runner.accept();
     wire.connect_udp(5, port);
     wire.datagram(5, b"nobody");
+    wire.expect(kind::ERROR, 5);
+    // That is told once; the streams that follow stay.
+    wire.connect_udp(5, port);
+    wire.datagram(5, b"nobody");
     wire.send(Header::new(kind::PING, TCP, 0), &[]);
     wire.expect(kind::PONG, 0);
     let service = UdpSocket::bind(("127.0.0.1", port)).unwrap();
@@ -505,6 +509,52 @@ fn a_udp_service_that_comes_later_is_reached_by_the_same_stream() {
     wire.datagram(5, b"somebody");
     let mut buffer = [0; 20];
     assert_eq!(service.recv(&mut buffer).unwrap(), 8);
+}
+
+#[test]
+fn a_udp_service_on_any_address_gets_also_the_datagrams_that_others_refused() {
+    let runner = Runner::new();
+    let _client = Client::start(&runner);
+    let mut wire = runner.accept();
+    for (id, address) in [(5, "[::1]:0"), (6, "127.0.0.78:0")] {
+        let service = UdpSocket::bind(address).unwrap();
+        service.set_read_timeout(Some(PATIENCE)).unwrap();
+        wire.connect_udp(id, service.local_addr().unwrap().port());
+        let mut buffer = [0; 20];
+        for text in ["first", "second", "third"] {
+            wire.datagram(id, text.as_bytes());
+            let (length, from) = service.recv_from(&mut buffer).unwrap();
+            assert_eq!(&buffer[..length], text.as_bytes());
+            service.send_to(text.as_bytes(), from).unwrap();
+            assert_eq!(wire.expect(kind::DATA, id).payload, text.as_bytes());
+        }
+    }
+}
+
+#[test]
+fn datagrams_that_nobody_takes_are_told_to_the_user_and_counted() {
+    let runner = Runner::new();
+    let port = UdpSocket::bind("127.0.0.1:0")
+        .unwrap()
+        .local_addr()
+        .unwrap()
+        .port();
+    let _client = Client::start(&runner);
+    let mut wire = runner.accept();
+    wire.connect_udp(5, port);
+    wire.datagram(5, b"anybody?");
+    let counts = loop {
+        let message = wire.any();
+        match message.kind {
+            kind::ERROR => assert_eq!(
+                message.text(),
+                format!("ECONNREFUSED: nothing listens on port {port} (udp) in the container")
+            ),
+            kind::PING => break message.payload,
+            other => panic!("{other}"),
+        }
+    };
+    assert_eq!(counts[..12], *b"cnt1\0\0\0\0\0\0\0\x01");
 }
 
 #[test]
@@ -537,8 +587,13 @@ fn a_v1_stream_on_a_v2_tunnel_stays_v1() {
     wire.connect_v1(1, port);
     assert_eq!(wire.expect(kind::CONNECTED, 1).payload, []);
     assert_eq!(wire.bytes(1, 3), b"bye");
+    let ended = std::time::Instant::now();
     // After the linger, not at once: the user may still be sending.
     assert_eq!(wire.any().kind, kind::CLOSE);
+    assert!(
+        ended.elapsed() < std::time::Duration::from_secs(1),
+        "but soon"
+    );
 }
 
 #[test]

@@ -1,10 +1,16 @@
 //! The shared golden vectors, and the reader on bytes that are cut anywhere.
 
+use std::collections::HashMap;
 use std::path::PathBuf;
+use std::time::{Duration, Instant};
 
+use kohakuriver_tunnel::backoff::{Backoff, Next};
+use kohakuriver_tunnel::errors;
+use kohakuriver_tunnel::flow::{Budget, Inbound};
 use kohakuriver_tunnel::frame::{ClientHeader, mask, opcode};
 use kohakuriver_tunnel::message::{Item, Reader};
 use kohakuriver_tunnel::protocol::{HEADER, Header, MAX_RECEIVED, MAX_SENT, Violation, limit};
+use kohakuriver_tunnel::settings::Settings;
 use proptest::prelude::*;
 use serde_json::Value;
 
@@ -392,5 +398,124 @@ proptest! {
         }
         mask(&mut masked, key);
         prop_assert_eq!(masked, bytes);
+    }
+}
+
+#[test]
+fn windows_are_granted_as_the_vectors_say() {
+    for vector in vectors("windows.json") {
+        let mut budget = Budget::new(&Settings {
+            budget: number(&vector["total"]),
+            first_window: number(&vector["first"]),
+            max_window: number(&vector["cap"]),
+            ..Settings::default()
+        });
+        let (mut streams, start) = (HashMap::new(), Instant::now());
+        for (index, event) in vector["events"].as_array().unwrap().iter().enumerate() {
+            let what = format!("{}, event {index}: {event}", vector["name"]);
+            play(event, &mut budget, &mut streams, start, &what);
+            assert_eq!(budget.left(), number(&event["left"]), "{what}");
+        }
+    }
+}
+
+fn play(
+    event: &Value,
+    budget: &mut Budget,
+    streams: &mut HashMap<u64, Inbound>,
+    start: Instant,
+    what: &str,
+) {
+    let size = || number(&event["size"]) as usize;
+    let at = || start + Duration::from_micros(number(&event["at"]));
+    let kind = event["do"].as_str().unwrap();
+    if kind == "shared" {
+        budget.shared = event["value"].as_bool().unwrap();
+        return;
+    }
+    let id = number(&event["stream"]);
+    if kind == "open" {
+        let inbound = Inbound::new(budget);
+        assert_eq!(inbound.granted(), number(&event["limit"]), "{what}");
+        streams.insert(id, inbound);
+        return;
+    }
+    let inbound = streams.get_mut(&id).unwrap();
+    match kind {
+        "recv" => {
+            let ok = inbound.receive(size()).is_ok();
+            assert_eq!(Value::from(ok), event["ok"], "{what}");
+            assert_eq!(
+                Value::from(ok && inbound.wants_probe(at())),
+                event["ping"],
+                "{what}"
+            );
+        }
+        "consume" => assert_eq!(
+            Value::from(inbound.consume(size(), budget)),
+            event["limit"],
+            "{what}"
+        ),
+        "pong" => assert_eq!(
+            Value::from(inbound.probe_ended(at(), budget)),
+            event["limit"],
+            "{what}"
+        ),
+        "close" => inbound.release(budget),
+        other => panic!("no such event: {other}"),
+    }
+}
+
+#[test]
+fn a_tunnel_is_tried_again_as_the_vectors_say() {
+    for vector in vectors("reconnect.json") {
+        let most = number(&vector["max"]) as u32;
+        let mut backoff = Backoff {
+            failures: number(&vector["failures"]) as u32,
+            longest: Duration::from_secs_f64(vector["delay"].as_f64().unwrap()),
+            most: (most > 0).then_some(most),
+            returns: vector["mode"] == "run",
+        };
+        let lived = vector["lived"].as_f64().map(Duration::from_secs_f64);
+        let next = backoff.next(lived, vector["code"].as_u64().map(|code| code as u16));
+        let then = &vector["then"];
+        match next {
+            Next::Pause(bounds) => {
+                let seconds = bounds.map(|bound| bound.as_secs_f64());
+                assert_eq!(Value::from(&seconds[..]), then["pause"], "{vector}");
+                assert_eq!(Value::from(backoff.failures), then["failures"], "{vector}");
+            }
+            Next::Replaced => assert_eq!(then["end"], "replaced", "{vector}"),
+            Next::GaveUp => assert_eq!(then["end"], "gave_up", "{vector}"),
+        }
+    }
+}
+
+#[test]
+fn errors_have_the_texts_of_the_vectors() {
+    let errnos = HashMap::from([
+        ("ECONNREFUSED", libc::ECONNREFUSED),
+        ("ETIMEDOUT", libc::ETIMEDOUT),
+        ("ECONNRESET", libc::ECONNRESET),
+        ("EPIPE", libc::EPIPE),
+        ("EMFILE", libc::EMFILE),
+        ("ENFILE", libc::ENFILE),
+        ("EHOSTUNREACH", libc::EHOSTUNREACH),
+        ("ENETUNREACH", libc::ENETUNREACH),
+        ("EADDRNOTAVAIL", libc::EADDRNOTAVAIL),
+        ("EPROTO", libc::EPROTO),
+        ("EPROTONOSUPPORT", libc::EPROTONOSUPPORT),
+        ("ENOBUFS", libc::ENOBUFS),
+        ("ENOMEM", libc::ENOMEM),
+        ("EACCES", libc::EACCES),
+        ("ENOTDIR", libc::ENOTDIR),
+    ]);
+    for vector in vectors("errors.json") {
+        let errno = errnos[vector["errno"].as_str().unwrap()];
+        let error = std::io::Error::from_raw_os_error(errno);
+        assert_eq!(
+            errors::text(&error, number(&vector["port"]) as u16),
+            vector["text"]
+        );
     }
 }

@@ -1,0 +1,55 @@
+//! The texts of ERROR: a symbolic code, then a sentence for a person (docs/protocol.md §3).
+
+use std::io;
+
+/// What an ERROR says of a stream to `port` that failed with `error`.
+pub fn text(error: &io::Error, port: u16) -> String {
+    let (code, sentence) = match error.raw_os_error() {
+        Some(libc::ECONNREFUSED) => (
+            "ECONNREFUSED",
+            format!("nothing listens on port {port} in the container"),
+        ),
+        Some(libc::ETIMEDOUT) => (
+            "ETIMEDOUT",
+            format!("port {port} in the container did not answer"),
+        ),
+        Some(libc::EHOSTUNREACH) => (
+            "EHOSTUNREACH",
+            format!("there is no route to port {port} in the container"),
+        ),
+        Some(libc::ENETUNREACH) => (
+            "ENETUNREACH",
+            format!("there is no network to reach port {port} in the container"),
+        ),
+        Some(libc::EADDRNOTAVAIL) => (
+            "EADDRNOTAVAIL",
+            format!("no local port is free to reach port {port} in the container from"),
+        ),
+        _ => return without_port(error, port),
+    };
+    format!("{code}: {sentence}")
+}
+
+fn without_port(error: &io::Error, port: u16) -> String {
+    let (code, sentence) = match error.raw_os_error() {
+        Some(libc::ECONNRESET) => ("ECONNRESET", "the service reset the connection"),
+        Some(libc::EPIPE) => ("EPIPE", "the service closed the connection"),
+        Some(libc::EMFILE) => ("EMFILE", "this end of the tunnel has too many open files"),
+        Some(libc::ENFILE) => ("ENFILE", "the node has too many open files"),
+        Some(libc::EPROTO) => ("EPROTO", "more was sent than the window allows"),
+        Some(libc::EPROTONOSUPPORT) => ("EPROTONOSUPPORT", "only TCP and UDP are carried"),
+        Some(libc::ENOBUFS | libc::ENOMEM) => ("ENOBUFS", "the node is out of memory"),
+        _ => {
+            let said = error.to_string();
+            // The library adds the number.
+            let said = said.split(" (os error").next().unwrap_or_default();
+            return format!("EIO: port {port} in the container can't be reached: {said}");
+        }
+    };
+    format!("{code}: {sentence}")
+}
+
+/// Of a UDP stream whose datagrams no address of the container took.
+pub fn nobody_takes_datagrams(port: u16) -> String {
+    format!("ECONNREFUSED: nothing listens on port {port} (udp) in the container")
+}
