@@ -267,4 +267,5 @@ def runner(
 
 
 def _given(ctx: typer.Context) -> dict[str, Any]:
-    return {name: value for name, value in ctx.params.items() if value is not None}
+    # An option that may be repeated, and was not given at all, is an empty list.
+    return {name: value for name, value in ctx.params.items() if value is not None and value not in ([], ())}
