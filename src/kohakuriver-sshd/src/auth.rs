@@ -3,9 +3,10 @@
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use crate::keys::{is_authorized, is_supported, verify};
+use crate::keys::{cannot_read, is_authorized, is_supported, verify};
 use crate::log;
 use crate::shared::{Shared, Stranger};
+use crate::sys;
 use crate::transport::{Fatal, Transport, protocol_error, reason};
 use crate::wire::{Malformed, Put, Reader};
 
@@ -167,7 +168,11 @@ impl Login {
         let session = transport.session().expect("keys were exchanged").to_vec();
         let may_enter = |user: &[u8], blob: &[u8]| {
             // Read each time: a key that was added or removed counts at once.
-            let keys = std::fs::read_to_string(&shared.authorized_keys).unwrap_or_default();
+            let keys = sys::read_file(&shared.authorized_keys).unwrap_or_else(|error| {
+                let why = cannot_read(&shared.authorized_keys, &error);
+                log!("{peer}: nobody is let in: {why}");
+                Vec::new()
+            });
             shared.is_login(user) && is_authorized(&keys, blob)
         };
         match self.attempts.judge(payload, &session, may_enter)? {

@@ -16,6 +16,7 @@ use ring::signature::{
 use zeroize::Zeroizing;
 
 use crate::crypto::{random, sha256};
+use crate::sys;
 use crate::wire::{Malformed, Put, Reader};
 
 /// The name of host keys and of their signatures.
@@ -45,8 +46,10 @@ impl HostKey {
 
     /// The key in `path`, an OpenSSH private key without a passphrase; made there (0600) when there is none.
     pub fn load_or_make(path: &Path) -> io::Result<Self> {
-        match fs::read_to_string(path).map(Zeroizing::new) {
-            Ok(text) => parse_private(&text)
+        match sys::read_file(path).map(Zeroizing::new) {
+            Ok(content) => std::str::from_utf8(&content)
+                .ok()
+                .and_then(parse_private)
                 .and_then(|seed| Self::from_seed(&seed))
                 .ok_or_else(|| {
                     let sentence = format!(
@@ -56,10 +59,7 @@ impl HostKey {
                     io::Error::new(io::ErrorKind::InvalidData, sentence)
                 }),
             Err(error) if error.kind() == io::ErrorKind::NotFound => Self::make(path),
-            Err(error) => Err(io::Error::new(
-                error.kind(),
-                format!("can't read {}: {error}", path.display()),
-            )),
+            Err(error) => Err(cannot_read(path, &error)),
         }
     }
 
@@ -144,6 +144,14 @@ impl HostKey {
     }
 }
 
+/// The same error, with the file's name.
+pub fn cannot_read(path: &Path, error: &io::Error) -> io::Error {
+    io::Error::new(
+        error.kind(),
+        format!("can't read {}: {error}", path.display()),
+    )
+}
+
 /// The seed in an OpenSSH private key file (PROTOCOL.key).
 fn parse_private(text: &str) -> Option<Zeroizing<Vec<u8>>> {
     let body = text.trim().strip_prefix(BEGIN)?.strip_suffix(END)?;
@@ -170,17 +178,20 @@ fn parse_private(text: &str) -> Option<Zeroizing<Vec<u8>>> {
 
 /// Is the public key `blob` on a line of this authorized_keys file?
 ///
-/// A line with options is no permission: they restrict what its key may do, and this server can't.
-pub fn is_authorized(file: &str, blob: &[u8]) -> bool {
-    file.lines().any(|line| {
-        let mut words = line.split_ascii_whitespace();
+/// A line with options is no permission: they restrict what its key may do, and this server can't. Comments are in any
+/// encoding.
+pub fn is_authorized(file: &[u8], blob: &[u8]) -> bool {
+    file.split(|byte| *byte == b'\n').any(|line| {
+        let mut words = line
+            .split(u8::is_ascii_whitespace)
+            .filter(|word| !word.is_empty());
         let (Some(kind), Some(encoded)) = (words.next(), words.next()) else {
             return false;
         };
         let Ok(known) = STANDARD.decode(encoded) else {
             return false;
         };
-        Reader::new(&known).string() == Ok(kind.as_bytes()) && known == blob
+        Reader::new(&known).string() == Ok(kind) && known == blob
     })
 }
 

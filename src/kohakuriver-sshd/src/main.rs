@@ -7,7 +7,7 @@ use std::process::ExitCode;
 use std::sync::Arc;
 
 use kohakuriver_sshd::args::{self, Options, Request};
-use kohakuriver_sshd::keys::HostKey;
+use kohakuriver_sshd::keys::{HostKey, cannot_read};
 use kohakuriver_sshd::server::serve;
 use kohakuriver_sshd::shared::Shared;
 use kohakuriver_sshd::user::User;
@@ -18,8 +18,14 @@ const USAGE: u8 = 2;
 fn main() -> ExitCode {
     match args::parse(env::args_os()) {
         Ok(Request::Print(text)) => {
-            print!("{text}");
-            ExitCode::SUCCESS
+            let printed = io::stdout().write_all(text.as_bytes());
+            match printed.and_then(|()| io::stdout().flush()) {
+                Ok(()) => ExitCode::SUCCESS,
+                Err(error) => {
+                    log!("can't print: {error}");
+                    ExitCode::FAILURE
+                }
+            }
         }
         Ok(Request::Work(options)) => {
             let Err(error) = work(options);
@@ -34,7 +40,11 @@ fn main() -> ExitCode {
 }
 
 fn work(options: Options) -> io::Result<std::convert::Infallible> {
+    sys::keep_ends_of_children();
     let host_key = HostKey::load_or_make(&options.host_key)?;
+    // It is read at every login; that nobody could get in is better told now.
+    sys::read_file(&options.authorized_keys)
+        .map_err(|error| cannot_read(&options.authorized_keys, &error))?;
     let listener = TcpListener::bind(options.listen).map_err(|error| {
         io::Error::new(
             error.kind(),

@@ -8,7 +8,7 @@ use std::fs::{self, File, Metadata, OpenOptions, ReadDir};
 use std::io::{self, BufReader, Read, Write};
 use std::os::fd::{AsRawFd, OwnedFd};
 use std::os::unix::ffi::OsStrExt;
-use std::os::unix::fs::{DirBuilderExt, FileExt, OpenOptionsExt};
+use std::os::unix::fs::{DirBuilderExt, FileExt, FileTypeExt, OpenOptionsExt};
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 use std::thread;
@@ -294,10 +294,14 @@ impl Server {
             .read(has(READ) || !has(WRITE))
             .write(has(WRITE))
             .append(has(APPEND) && has(WRITE));
+        // Who waits for the other end of a pipe can't be told that the client is gone.
         options
-            .custom_flags(extra)
+            .custom_flags(extra | libc::O_NONBLOCK)
             .mode(wanted.mode.unwrap_or(0o666) & 0o7777);
         let file = options.open(path)?;
+        if file.metadata()?.file_type().is_fifo() {
+            return Err(Refused::Status(status::FAILURE, "a pipe is no file"));
+        }
         self.keep(
             Handle::File {
                 file,

@@ -3,6 +3,8 @@
 use std::fs::File;
 use std::io;
 use std::os::fd::{AsRawFd, FromRawFd, OwnedFd, RawFd};
+use std::os::unix::fs::OpenOptionsExt;
+use std::path::Path;
 use std::time::Duration;
 
 use libc::{c_int, c_short};
@@ -21,6 +23,21 @@ pub fn set_nonblocking(fd: RawFd) -> io::Result<()> {
     let flags = checked(unsafe { libc::fcntl(fd, libc::F_GETFL) })?;
     // SAFETY: as above.
     checked(unsafe { libc::fcntl(fd, libc::F_SETFL, flags | libc::O_NONBLOCK) }).map(drop)
+}
+
+/// The content of a small file: no pipe holds this up, and no device fills the memory.
+pub fn read_file(path: &Path) -> io::Result<Vec<u8>> {
+    use io::Read;
+    const LONGEST: u64 = 4 << 20;
+    let file = File::options()
+        .read(true)
+        .custom_flags(libc::O_NONBLOCK)
+        .open(path)?;
+    let mut content = Vec::new();
+    if file.take(LONGEST + 1).read_to_end(&mut content)? as u64 > LONGEST {
+        return Err(io::Error::other("it is longer than 4 MB"));
+    }
+    Ok(content)
 }
 
 /// One descriptor that [`wait`] looks at.
@@ -165,21 +182,19 @@ pub fn lead_session(terminal: bool) -> io::Result<()> {
     Ok(())
 }
 
-/// Gives signals their usual meaning again, which `nohup` of whoever started us may have taken away. For a new child.
+/// Gives signals their usual meaning again, which whoever started us, `nohup` for one, may have taken away. For a new child.
 pub fn reset_signals() {
-    for signal in [
-        libc::SIGHUP,
-        libc::SIGINT,
-        libc::SIGQUIT,
-        libc::SIGTERM,
-        libc::SIGCHLD,
-        libc::SIGTSTP,
-        libc::SIGTTIN,
-        libc::SIGTTOU,
-    ] {
-        // SAFETY: no handler of ours is installed, and the call touches no memory.
+    const LAST: c_int = 64;
+    for signal in 1..=LAST {
+        // SAFETY: no handler of ours is installed, and the call touches no memory. Signals that can't be set stay.
         unsafe { libc::signal(signal, libc::SIG_DFL) };
     }
+}
+
+/// Has the system keep how children ended until they are asked for; whoever started us may have ignored that.
+pub fn keep_ends_of_children() {
+    // SAFETY: no handler of ours is installed, and the call touches no memory.
+    unsafe { libc::signal(libc::SIGCHLD, libc::SIG_DFL) };
 }
 
 /// Sends a signal to a process and all of its group.

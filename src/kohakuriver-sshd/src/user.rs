@@ -2,6 +2,7 @@
 
 use std::ffi::OsStr;
 use std::fs;
+use std::os::unix::ffi::OsStrExt;
 use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
 
@@ -24,15 +25,16 @@ pub struct User {
 impl User {
     /// The user of this process. `/etc/passwd` may be missing; `shell` comes before what is found.
     pub fn of_this_process(shell: Option<PathBuf>) -> Self {
-        let passwd = fs::read_to_string("/etc/passwd").unwrap_or_default();
+        let passwd = sys::read_file(Path::new("/etc/passwd")).unwrap_or_default();
         let entry = passwd_entry(&passwd, sys::user_id());
         let variable = |name: &str| std::env::var_os(name).filter(|value| !value.is_empty());
-        let name = entry.map(|entry| entry.name.to_owned());
+        let name = entry.and_then(|entry| Some(str::from_utf8(entry.name).ok()?.to_owned()));
         let name = name.or_else(|| variable("USER")?.into_string().ok());
-        let home = entry.map(|entry| PathBuf::from(entry.home));
+        let path = |bytes: &[u8]| PathBuf::from(OsStr::from_bytes(bytes));
+        let home = entry.map(|entry| path(entry.home));
         let home = home.or_else(|| variable("HOME").map(PathBuf::from));
         let login = entry
-            .map(|entry| PathBuf::from(entry.shell))
+            .map(|entry| path(entry.shell))
             .filter(|shell| is_login_shell(shell));
         let asked = variable("SHELL").map(PathBuf::from);
         let found = [shell, asked, login]
@@ -51,16 +53,18 @@ impl User {
 
 #[derive(Debug, Clone, Copy)]
 struct Entry<'a> {
-    name: &'a str,
-    home: &'a str,
-    shell: &'a str,
+    name: &'a [u8],
+    home: &'a [u8],
+    shell: &'a [u8],
 }
 
-fn passwd_entry(passwd: &str, id: u32) -> Option<Entry<'_>> {
-    passwd.lines().find_map(|line| {
-        let fields: Vec<&str> = line.split(':').collect();
+/// The file's other fields, people's names above all, are in any encoding.
+fn passwd_entry(passwd: &[u8], id: u32) -> Option<Entry<'_>> {
+    let id = id.to_string();
+    passwd.split(|byte| *byte == b'\n').find_map(|line| {
+        let fields: Vec<&[u8]> = line.split(|byte| *byte == b':').collect();
         match fields[..] {
-            [name, _, uid, _, _, home, shell] if uid.parse() == Ok(id) => {
+            [name, _, uid, _, _, home, shell] if uid == id.as_bytes() => {
                 Some(Entry { name, home, shell })
             }
             _ => None,
@@ -86,11 +90,11 @@ mod tests {
     use super::*;
 
     #[test]
-    fn the_passwd_entry_of_a_user_is_found_by_its_id() {
+    fn the_passwd_entry_of_a_user_is_found_by_its_id_in_a_file_of_any_encoding() {
         let passwd =
-            "root:x:0:0::/root:/bin/ash\nbroken\nme:x:1000:1000:,,,:/home/me:/sbin/nologin\n";
-        assert_eq!(passwd_entry(passwd, 1000).unwrap().home, "/home/me");
-        assert_eq!(passwd_entry(passwd, 0).unwrap().shell, "/bin/ash");
+            b"root:x:0:0::/root:/bin/ash\nbroken\nme:x:1000:1000:M\xfcller:/home/me:/sbin/nologin\n";
+        assert_eq!(passwd_entry(passwd, 1000).unwrap().home, b"/home/me");
+        assert_eq!(passwd_entry(passwd, 0).unwrap().shell, b"/bin/ash");
         assert!(passwd_entry(passwd, 7).is_none());
         assert!(!is_login_shell(Path::new("/sbin/nologin")));
     }

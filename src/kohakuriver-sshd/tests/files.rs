@@ -182,3 +182,26 @@ fn git_pushes_and_clones() {
     git(&["clone", "-q", &url, &copy]);
     assert!(fs::read(format!("{work}/file")).unwrap() == fs::read(format!("{copy}/file")).unwrap());
 }
+
+#[test]
+fn a_pipe_that_nobody_else_opens_holds_nothing_up() {
+    let server = Server::start(&[]);
+    let [pipe, content, back] = ["pipe", "content", "back"].map(|name| server.directory.text(name));
+    succeed(Command::new("mkfifo").arg(&pipe));
+    fs::write(&content, "content").unwrap();
+    let batch = format!(
+        "-get {pipe} {back}\n-put {content} {pipe}\n-reput {content} {pipe}\nget {content} {back}\n"
+    );
+    let (done, said) = sftp(&server, &batch);
+    assert!(done, "{said}");
+    assert_eq!(fs::read(&back).unwrap(), b"content");
+}
+
+#[test]
+fn a_device_takes_what_is_sent_to_it() {
+    let server = Server::start(&[]);
+    let content = server.directory.text("content");
+    fs::write(&content, noise(100_000)).unwrap();
+    let (done, said) = sftp(&server, &format!("put {content} /dev/null\n"));
+    assert!(done, "{said}");
+}

@@ -128,7 +128,9 @@ fn a_full_disk_is_told() {
         .args(["-t", "tmpfs", "-o", "size=64k", "none", &full])
         .output();
     if !mount.unwrap().status.success() {
-        eprintln!("only root can make a small disk");
+        let in_ci = std::env::var_os("CI").is_some_and(|value| value == "true");
+        assert!(!in_ci, "this test has to run in CI, as root");
+        eprintln!("NOT TESTED: only root can make a small disk");
         return;
     }
     let output = scp(&server, &[&here, &format!("task:{full}/x")]);

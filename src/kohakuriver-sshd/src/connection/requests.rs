@@ -21,6 +21,8 @@ use crate::wire::{Put, Reader};
 
 /// What a shell says of a program that isn't there.
 const NOT_FOUND: u32 = 127;
+/// How a program ended isn't known.
+const UNKNOWN: u32 = 255;
 
 impl Connection {
     pub(super) fn global_request(&mut self, reader: &mut Reader<'_>) -> Result<(), Fatal> {
@@ -274,9 +276,9 @@ impl Connection {
     fn watch(&self, id: u32, mut child: Child) -> Result<(), String> {
         let reporter = self.reporter.clone();
         let helper = move || {
-            if let Ok(status) = child.wait() {
-                reporter.report(Event::Ended(id, status.into()));
-            }
+            // How it ended can be lost to us, but the client still has to be told that it did.
+            let end = child.wait().map_or(End::Exit(UNKNOWN), End::from);
+            reporter.report(Event::Ended(id, end));
         };
         let spawned = thread::Builder::new()
             .name("wait".into())

@@ -4,7 +4,7 @@ use std::ffi::CString;
 use std::fs::{self, File, Metadata, OpenOptions, Permissions};
 use std::io;
 use std::os::unix::ffi::OsStrExt;
-use std::os::unix::fs::{MetadataExt, PermissionsExt};
+use std::os::unix::fs::{MetadataExt, OpenOptionsExt, PermissionsExt};
 use std::path::Path;
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
@@ -87,7 +87,11 @@ impl Wanted {
             if !follow {
                 return Err(io::ErrorKind::Unsupported.into());
             }
-            OpenOptions::new().write(true).open(path)?.set_len(size)?;
+            let file = OpenOptions::new()
+                .write(true)
+                .custom_flags(libc::O_NONBLOCK)
+                .open(path)?;
+            file.set_len(size)?;
         }
         if let Some((user, group)) = self.owner {
             let change = if follow {

@@ -1,9 +1,12 @@
 //! The lines that `ls -l` shows in a client: the protocol has the server write them.
 
 use std::collections::HashMap;
-use std::fs::{self, Metadata};
+use std::fs::Metadata;
 use std::os::unix::fs::MetadataExt;
+use std::path::Path;
 use std::time::{SystemTime, UNIX_EPOCH};
+
+use crate::sys;
 
 /// What `ls -l` shows in a client: the protocol has the server write it.
 #[derive(Default)]
@@ -34,7 +37,8 @@ impl Names {
 
 /// Names by number, of a file such as `/etc/passwd`.
 pub(super) fn ids(path: &str) -> HashMap<u32, String> {
-    let text = fs::read_to_string(path).unwrap_or_default();
+    let content = sys::read_file(Path::new(path)).unwrap_or_default();
+    let text = String::from_utf8_lossy(&content);
     let entry = |line: &str| {
         let mut fields = line.split(':');
         let name = fields.next()?.to_owned();

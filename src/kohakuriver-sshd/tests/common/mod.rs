@@ -23,6 +23,14 @@ impl Directory {
         Self(path)
     }
 
+    /// One with a key, and a file that says that it is let in.
+    pub fn with_key() -> Self {
+        let directory = Self::new();
+        make_key(&directory.file("id"), &["-t", "ed25519"]);
+        fs::copy(directory.file("id.pub"), directory.file("authorized")).unwrap();
+        directory
+    }
+
     pub fn file(&self, name: &str) -> PathBuf {
         self.0.join(name)
     }
@@ -95,30 +103,35 @@ pub struct Server {
 
 impl Server {
     pub fn start(options: &[&str]) -> Self {
-        let directory = Directory::new();
-        make_key(&directory.file("id"), &["-t", "ed25519"]);
-        fs::copy(directory.file("id.pub"), directory.file("authorized")).unwrap();
-        Self::start_in(directory, options)
+        Self::start_in(Directory::with_key(), options)
     }
 
     /// One that finds no program by its name.
     pub fn without_programs() -> Self {
-        let directory = Directory::new();
-        make_key(&directory.file("id"), &["-t", "ed25519"]);
-        fs::copy(directory.file("id.pub"), directory.file("authorized")).unwrap();
-        Self::start_with_path(directory, &[], Some("/nonexistent"))
+        Self::start_prepared(|command| {
+            command.env("PATH", "/nonexistent");
+        })
+    }
+
+    /// One whose process `prepare` has changed.
+    pub fn start_prepared(prepare: impl FnOnce(&mut Command)) -> Self {
+        Self::start_with(Directory::with_key(), &[], prepare)
     }
 
     pub fn start_in(directory: Directory, options: &[&str]) -> Self {
-        Self::start_with_path(directory, options, None)
+        Self::start_with(directory, options, |_| {})
     }
 
-    fn start_with_path(directory: Directory, options: &[&str], path: Option<&str>) -> Self {
+    fn start_with(
+        directory: Directory,
+        options: &[&str],
+        prepare: impl FnOnce(&mut Command),
+    ) -> Self {
         let leftovers = Leftovers::of(&directory);
         let (mark, value) = leftovers.mark();
-        let mut process = Command::new(env!("CARGO_BIN_EXE_tunnel-sshd"))
+        let mut command = Command::new(env!("CARGO_BIN_EXE_tunnel-sshd"));
+        command
             .env(mark, value)
-            .envs(path.map(|path| ("PATH", path)))
             .args(["--listen", "127.0.0.1:0", "--host-key"])
             .arg(directory.file("host_key"))
             .arg("--authorized-keys")
@@ -131,10 +144,9 @@ impl Server {
                     .create(true)
                     .open(directory.file("log"))
                     .unwrap(),
-            )
-            .spawn()
-            .map(Process)
-            .unwrap();
+            );
+        prepare(&mut command);
+        let mut process = command.spawn().map(Process).unwrap();
         let mut line = String::new();
         BufReader::new(process.0.stdout.take().unwrap())
             .read_line(&mut line)
