@@ -57,7 +57,7 @@ const STRICT_CLIENT: &str = "kex-strict-c-v00@openssh.com";
 const EXT_INFO_CLIENT: &str = "ext-info-c";
 const CIPHERS: &str = "aes256-gcm@openssh.com,aes128-gcm@openssh.com,chacha20-poly1305@openssh.com";
 /// Never used, as every cipher proves its packets itself; some clients want a name all the same.
-const MACS: &str = "hmac-sha2-256-etm@openssh.com,hmac-sha2-256";
+const MACS: &str = "hmac-sha2-256-etm@openssh.com";
 
 const LONGEST_VERSION: usize = 255;
 const LONGEST_PACKET: usize = 256 * 1024;
@@ -583,9 +583,10 @@ fn agree(init: Vec<u8>) -> Result<(Agreed, Extras), Fatal> {
         reader.string()?;
     }
     let offered = names(&init, 0)?;
-    let guessed = reader.bool()?
-        && (offered.split(',').next() != Some(exchange.as_str())
-            || names(&init, 1)?.split(',').next() != Some(ED25519_NAME));
+    // A guess is right where both sides like the same best (RFC 4253 §7), which need not be what is agreed on.
+    let is_best = |theirs: &str, ours: &str| theirs.split(',').next() == ours.split(',').next();
+    let wrong_guess =
+        reader.bool()? && !(is_best(offered, EXCHANGES) && is_best(names(&init, 1)?, ED25519_NAME));
     let extras = Extras {
         strict: offered.split(',').any(|name| name == STRICT_CLIENT),
     };
@@ -593,7 +594,7 @@ fn agree(init: Vec<u8>) -> Result<(Agreed, Extras), Fatal> {
         exchange: Exchange::named(&exchange).ok_or(Malformed)?,
         inbound: Cipher::named(&inbound).ok_or(Malformed)?,
         outbound: Cipher::named(&outbound).ok_or(Malformed)?,
-        wrong_guess: guessed,
+        wrong_guess,
         peer_init: init,
     };
     Ok((agreed, extras))
