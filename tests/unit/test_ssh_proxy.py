@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import json
 import socket
 from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine
 from pathlib import Path
@@ -11,6 +12,7 @@ from typing import Any
 
 import asyncssh
 import pytest
+from asyncssh.kex import get_kex_algs
 
 from kohakuriver.errors import NotFoundError, UnauthenticatedError
 from kohakuriver.host.services.credentials import Caller
@@ -22,6 +24,7 @@ from kohakuriver.ssh_proxy.session import PacedConnection, TaskConnection
 from kohakuriver.store import Task
 from kohakuriver.tunnel.stream import SendWindow
 from tests.support.hops import CLIENTS, CONTAINER, Chain, chain, echo, service, until
+from tests.support.ssh import ours
 
 Run = Callable[[Coroutine[Any, Any, None]], None]
 TOKEN = "the-token"
@@ -114,6 +117,60 @@ async def a_proxy(
 
 def request(task: str = "task", token: str | None = TOKEN) -> bytes:
     return f"REQUEST_TUNNEL {task}{f' {token}' if token else ''}\n".encode()
+
+
+def name_lists(kexinit: bytes) -> list[list[str]]:
+    """The ten name-lists of a KEXINIT message (RFC 4253 §7.1)."""
+    lists, at = [], 1 + 16
+    for _ in range(10):
+        length = int.from_bytes(kexinit[at : at + 4], "big")
+        lists.append(kexinit[at + 4 : at + 4 + length].decode().split(","))
+        at += 4 + length
+    return lists
+
+
+async def offered(port: int) -> list[list[str]]:
+    """What an SSH server offers to everybody, read from its first packet."""
+    reader, writer = await asyncio.open_connection("127.0.0.1", port)
+    try:
+        writer.write(b"SSH-2.0-test\r\n")
+        assert (await reader.readline()).startswith(b"SSH-2.0-")
+        packet = await reader.readexactly(int.from_bytes(await reader.readexactly(4), "big"))
+        return name_lists(packet[1 : -packet[0]])
+    finally:
+        writer.close()
+
+
+@contextlib.asynccontextmanager
+async def a_task_server(directory: Path) -> AsyncIterator[int]:
+    """The SSH server that is put into tasks, and its port."""
+    (directory / "keys").touch()
+    files = ["--host-key", str(directory / "task_key"), "--authorized-keys", str(directory / "keys")]
+    process = await asyncio.create_subprocess_exec(
+        ours(), "--listen", "127.0.0.1:0", *files, stdout=asyncio.subprocess.PIPE
+    )
+    try:
+        assert process.stdout is not None
+        ready = json.loads(await process.stdout.readline())
+        yield int(ready["address"].rpartition(":")[2])
+    finally:
+        process.kill()
+        await process.wait()
+
+
+def test_the_jump_host_offers_the_algorithms_of_a_tasks_ssh_server_and_no_others(run: Run, tmp_path: Path) -> None:
+    async def check() -> None:
+        async with a_proxy(tmp_path) as proxy, a_task_server(tmp_path) as port:
+            exchanges, *jump = await offered(proxy.port)
+            task_exchanges, *task = await offered(port)
+            known = {name.decode() for name in get_kex_algs()} | {"kex-strict-s-v00@openssh.com"}
+            # That it tells which signatures it takes is the one thing that it says beside.
+            assert [name for name in exchanges if name != "ext-info-s"] == [
+                name for name in task_exchanges if name in known
+            ]
+            assert jump == task
+
+    run(check())
 
 
 @pytest.mark.parametrize("client", CLIENTS)

@@ -15,6 +15,7 @@ from typing import Any
 
 import asyncssh
 import structlog
+from asyncssh.kex import get_kex_algs
 
 from kohakuriver.config import write_private
 from kohakuriver.errors import KohakuRiverError, UnavailableError
@@ -28,6 +29,20 @@ log = structlog.get_logger("kohakuriver.ssh_proxy")
 
 MAX_TRIES = 30
 KEEPALIVE_SECONDS = 30
+
+# What `tunnel-sshd` takes too: no client that can talk to a task is refused here, and nothing older is offered.
+KEY_EXCHANGES = ["mlkem768x25519-sha256", "curve25519-sha256", "curve25519-sha256@libssh.org"]
+CIPHERS = ["aes256-gcm@openssh.com", "aes128-gcm@openssh.com", "chacha20-poly1305@openssh.com"]
+MACS = ["hmac-sha2-256-etm@openssh.com"]
+USER_KEYS = [
+    "ssh-ed25519",
+    "sk-ssh-ed25519@openssh.com",
+    "ecdsa-sha2-nistp256",
+    "ecdsa-sha2-nistp384",
+    "sk-ecdsa-sha2-nistp256@openssh.com",
+    "rsa-sha2-512",
+    "rsa-sha2-256",
+]
 
 NO_SHELL = "this is only a jump host: use `ssh -J` with it, and a task's name as the destination"
 
@@ -70,6 +85,10 @@ class JumpHost:
                 server_host_keys=[self._host_key],
                 login_timeout=self._login_seconds,
                 keepalive_interval=KEEPALIVE_SECONDS,
+                kex_algs=_known_exchanges(),
+                encryption_algs=CIPHERS,
+                mac_algs=MACS,
+                signature_algs=USER_KEYS,
                 compression_algs=["none"],
                 kbdint_auth=False,
                 gss_host=None,
@@ -228,6 +247,12 @@ class _Channel(asyncio.Transport):
 
     def abort(self) -> None:
         self._channel.abort()
+
+
+def _known_exchanges() -> list[str]:
+    """ML-KEM is not in every version of the libraries."""
+    known = {name.decode() for name in get_kex_algs()}
+    return [name for name in KEY_EXCHANGES if name in known]
 
 
 def _load_or_make(path: Path) -> asyncssh.SSHKey:
