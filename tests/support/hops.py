@@ -261,12 +261,31 @@ Handler = Callable[[asyncio.StreamReader, asyncio.StreamWriter], object]
 
 @contextlib.asynccontextmanager
 async def service(handler: Handler) -> AsyncIterator[int]:
-    """A TCP service "in the container": its port."""
-    server = await asyncio.start_server(handler, "127.0.0.1", 0, backlog=2048)  # type: ignore[arg-type]
+    """A TCP service "in the container": its port. At the end it is gone, with the connections that it still has."""
+    open_now: dict[asyncio.StreamWriter, asyncio.Task[object]] = {}
+
+    async def handle(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        task = asyncio.current_task()
+        assert task is not None
+        open_now[writer] = task
+        try:
+            result = handler(reader, writer)
+            if asyncio.iscoroutine(result):
+                await result
+        except asyncio.CancelledError:  # by us, below: asyncio's own callback takes a cancelled handler for a failure
+            writer.transport.abort()
+        finally:
+            del open_now[writer]
+
+    server = await asyncio.start_server(handle, "127.0.0.1", 0, backlog=2048)
     try:
         yield server.sockets[0].getsockname()[1]
     finally:
         server.close()
+        left = list(open_now.values())
+        for task in left:
+            task.cancel()
+        await asyncio.gather(*left, return_exceptions=True)
 
 
 @contextlib.asynccontextmanager
