@@ -436,3 +436,47 @@ fn sentence(error: &io::Error) -> String {
     let text = error.to_string();
     text.split(" (os error").next().unwrap_or(&text).to_owned()
 }
+
+#[cfg(test)]
+mod tests {
+    use proptest::collection::vec;
+    use proptest::prelude::*;
+
+    use super::*;
+
+    proptest! {
+        #![proptest_config(ProptestConfig { cases: 2000, failure_persistence: None, ..ProptestConfig::default() })]
+
+        #[test]
+        fn an_announcement_of_any_content_names_one_entry_of_the_directory_or_nothing(
+            mode in prop_oneof!["[0-7]{1,5}", "[0-9+-]{0,4}"],
+            size in prop_oneof![any::<u64>().prop_map(|size| size.to_string()), "[0-9+-]{0,22}".boxed()],
+            name in vec(prop_oneof![Just(b'.'), Just(b'/'), Just(0), Just(b' '), any::<u8>()], 0..6),
+        ) {
+            let line = [format!("{mode} {size} ").as_bytes(), &name].concat();
+            if let Some(announced) = announced(&line) {
+                let target = Path::new("/target");
+                let path = target.join(announced.name);
+                prop_assert_eq!(path.parent(), Some(target));
+                prop_assert_eq!(path.file_name(), Some(OsStr::from_bytes(&name)));
+                prop_assert!(announced.mode <= 0o7777 && announced.size <= i64::MAX as u64);
+            }
+        }
+
+        #[test]
+        fn an_honest_announcement_is_taken_as_it_is(
+            mode in 0..=0o7777u32, size in 0..=i64::MAX as u64, name in "[a-z .]{1,8}x",
+        ) {
+            let line = format!("{mode:04o} {size} {name}").into_bytes();
+            let announced = announced(&line).unwrap();
+            prop_assert_eq!((announced.mode, announced.size), (mode, size));
+            prop_assert_eq!(announced.name, OsStr::new(&name));
+        }
+
+        #[test]
+        fn lines_of_any_content_are_survived(line in vec(any::<u8>(), 0..64)) {
+            let _ = announced(&line);
+            let _ = request::times(&line);
+        }
+    }
+}
