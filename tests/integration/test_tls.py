@@ -184,7 +184,7 @@ def test_the_wrong_scheme_is_told_as_such(cluster: OverTls) -> None:
     assert plain.returncode == 7
     assert "its URL begins with https://" in plain.stderr
     forward = cluster.run("forward", "t", "0:80", KOHAKURIVER_HOST=cluster.url.replace("https", "http"))
-    assert (forward.returncode, forward.stderr) == (7, plain.stderr.replace("The host at ", "").replace(".\n", "\n"))
+    assert (forward.returncode, forward.stderr) == (7, plain.stderr)
     with socket.create_server((HERE, 0)) as server:
         threading.Thread(target=_answers_in_clear, args=(server,), daemon=True).start()
         tls = cluster.run("vps", "list", KOHAKURIVER_HOST=f"https://{HERE}:{server.getsockname()[1]}")
