@@ -24,11 +24,10 @@ from kohakuriver._frame import (
     build_frame,
 )
 from kohakuriver.tunnel.buffers import ReceiveBuffer, receive_buffer
+from kohakuriver.tunnel.keepalive import IDLE_PING, PONG_WAIT, Act, Keepalive
 from kohakuriver.tunnel.protocol import PROTO_TCP, Bytes, CloseCode, parse_ws_close, ws_close, ws_ping, ws_pong
 from kohakuriver.tunnel.sockets import DirectSocket, tune_socket
 
-IDLE_PING = 15.0
-PONG_WAIT = 20.0
 CLOSE_WAIT = 3.0
 # A peer that makes us answer and never reads is dropped when this much waits for it: more than any window gives out.
 MAX_QUEUED = 128 << 20
@@ -122,9 +121,7 @@ class Link(asyncio.BufferedProtocol):
         self._pauses: set[object] = set()
         self._timer: asyncio.TimerHandle | None = None
         self._last_received = self._loop.time()
-        self._ping_sent: float | None = None
-        self._received_at_ping = 0
-        self._written_at_ping = 0
+        self._keepalive = Keepalive(self.idle_ping, self.pong_wait)
         self._finishing = False
         self._failed = False
         self._more = False
@@ -143,7 +140,7 @@ class Link(asyncio.BufferedProtocol):
         self._direct = DirectSocket(transport)
         transport.set_protocol(self)
         self._last_received = self._loop.time()
-        self._timer = self._loop.call_later(self.idle_ping, self._keepalive)
+        self._timer = self._loop.call_later(self.idle_ping, self._tick)
         if transport.is_closing():  # it went during the handshake, and told the protocol that it had then
             self._loop.call_soon(self.connection_lost, None)
         if early:
@@ -470,42 +467,27 @@ class Link(asyncio.BufferedProtocol):
             self._timer.cancel()
         self._timer = self._loop.call_later(delay, call)
 
-    def _keepalive(self) -> None:
+    def _tick(self) -> None:
         """Ping an idle peer; drop one that neither answered since nor took a byte of what waits for it."""
-        now = self._loop.time()
-        idle = now - self._last_received
-        if self._pauses:  # silence says nothing about the peer while we don't read: only show that we are alive
-            self._ping_sent = None
+        act, delay = self._keepalive.tick(
+            self._loop.time(),
+            heard_at=self._last_received,
+            received=self.bytes_received,
+            written=self._written(),
+            reading=not self._pauses,
+        )
+        if act is Act.DROP:
+            self.close_reason = f"no answer to a ping for {self.pong_wait:g} s"
+            self.abort()
+            return
+        if act is Act.PING:
             self._ping()
-            self._reset_timer(self.idle_ping, self._keepalive)
-        elif self._ping_sent is not None and self.bytes_received == self._received_at_ping:
-            late = now - self._ping_sent - self.pong_wait
-            # It may be slow, yet alive: our ping has perhaps not even left. And a timer that is so late means that it
-            # was us who slept: what came meanwhile is read after this.
-            if self._written() > self._written_at_ping or late > self.pong_wait / 2:
-                self._begin_wait(now)
-            elif late >= 0:
-                self.close_reason = f"no answer to a ping for {self.pong_wait:g} s"
-                self.abort()
-            else:
-                self._reset_timer(self._ping_sent + self.pong_wait - now, self._keepalive)
-        elif idle >= self.idle_ping:
-            self._ping()
-            self._begin_wait(now)
-        else:
-            self._ping_sent = None
-            self._reset_timer(self.idle_ping - idle, self._keepalive)
+            self._keepalive.pinged(self.bytes_received, self._written())
+        self._reset_timer(delay, self._tick)
 
     def _ping(self) -> None:
         if not self._urgent:  # what waits there says as much
             self.post(ws_ping(key=self.next_key()))
-
-    def _begin_wait(self, now: float) -> None:
-        self._ping_sent = now
-        # Bytes tell what the clock does not: an answer may come within one of its ticks.
-        self._received_at_ping = self.bytes_received
-        self._written_at_ping = self._written()
-        self._reset_timer(min(self.idle_ping, self.pong_wait), self._keepalive)
 
     def _written(self) -> int:
         """Bytes that the kernel has taken so far."""

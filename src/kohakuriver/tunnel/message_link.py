@@ -14,7 +14,8 @@ from collections.abc import Callable
 from typing import Any, Protocol, cast
 
 from kohakuriver._frame import MAX_MESSAGE
-from kohakuriver.tunnel.link import CLOSE_WAIT, IDLE_PING, PONG_WAIT
+from kohakuriver.tunnel.keepalive import IDLE_PING, PONG_WAIT, Act, Keepalive
+from kohakuriver.tunnel.link import CLOSE_WAIT
 from kohakuriver.tunnel.protocol import CloseCode
 from kohakuriver.tunnel.sockets import tune_socket
 
@@ -86,8 +87,8 @@ class MessageLink(asyncio.Protocol):
         self._closing = False
         self._ended = False
         self._given = 0
-        self._taken_at_ping = 0
-        self._heard_since_ping = False
+        self._received = 0
+        self._keepalive = Keepalive(self.idle_ping, self.pong_wait)
         self._last_received = self._loop.time()
         self._timer: asyncio.TimerHandle | None = None
 
@@ -99,7 +100,7 @@ class MessageLink(asyncio.Protocol):
         transport.set_write_buffer_limits(high=MAX_WAITING)
         tune_socket(transport)
         transport.set_protocol(self)
-        self._timer = self._loop.call_later(self.idle_ping, self._keepalive)
+        self._timer = self._loop.call_later(self.idle_ping, self._tick)
         if transport.is_closing():  # it went during the handshake, and told the protocol that it had then
             self._loop.call_soon(self.connection_lost, None)
         elif early:
@@ -178,7 +179,7 @@ class MessageLink(asyncio.Protocol):
 
     def data_received(self, data: bytes) -> None:
         self._last_received = self._loop.time()
-        self._heard_since_ping = True  # not told from the time: an answer may come in the clock's same tick
+        self._received += len(data)
         self._frames.receive_data(data)
         self._handle()
 
@@ -265,32 +266,28 @@ class MessageLink(asyncio.Protocol):
         if not self._lost.is_set():
             self._timer = self._loop.call_later(delay, call)
 
-    def _keepalive(self) -> None:
-        """Ping an idle peer. While we don't read, its silence means nothing: we only show that we are alive."""
-        idle = self._loop.time() - self._last_received
-        if not self._paused and idle < self.idle_ping:
-            self._reset_timer(self.idle_ping - idle, self._keepalive)
+    def _tick(self) -> None:
+        """Ping an idle peer; drop one that neither answered since nor took a byte of what waits for it."""
+        act, delay = self._keepalive.tick(
+            self._loop.time(),
+            heard_at=self._last_received,
+            received=self._received,
+            written=self._taken(),
+            reading=not self._paused,
+        )
+        if act is Act.DROP:
+            self.close_reason = f"no answer to a ping for {self.pong_wait:g} s"
+            self.abort()
             return
-        self._frames.send_ping(b"")
-        self._flush()
-        if self._paused:
-            self._reset_timer(self.idle_ping, self._keepalive)
-        else:
-            self._taken_at_ping = self._taken()
-            self._heard_since_ping = False
-            self._reset_timer(self.pong_wait, self._judge)
+        if act is Act.PING:
+            self._frames.send_ping(b"")
+            self._flush()
+            self._keepalive.pinged(self._received, self._taken())
+        self._reset_timer(delay, self._tick)
 
     def _taken(self) -> int:
         """Bytes that the kernel has taken so far."""
         return self._given - self._transport.get_write_buffer_size()
-
-    def _judge(self) -> None:
-        slow_yet_alive = self._taken() > self._taken_at_ping
-        if self._paused or slow_yet_alive or self._heard_since_ping:
-            self._reset_timer(self.idle_ping, self._keepalive)
-        else:
-            self.close_reason = f"no answer to a ping for {self.pong_wait:g} s"
-            self.abort()
 
 
 def size_of(message: str | bytes) -> int:
