@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import uvicorn
-from fastapi import FastAPI, WebSocket
+from fastapi import Request, WebSocket
 from websockets.asyncio.client import connect
 from websockets.exceptions import ConnectionClosed, InvalidStatus
 from websockets.typing import Subprotocol
@@ -20,6 +20,7 @@ from kohakuriver.errors import KohakuRiverError, NotFoundError, UnauthenticatedE
 from kohakuriver.tunnel.accept import Ignore, UpgradeRequest, greet, serve_ws
 from kohakuriver.tunnel.link import Link
 from kohakuriver.tunnel.protocol import DATA, TUNNEL_V2
+from kohakuriver.web.app import bearer, new_app
 from tests.support.hops import dial, until
 
 Run = Callable[[Coroutine[Any, Any, None]], None]
@@ -29,12 +30,17 @@ HEAD = (
     "Sec-WebSocket-Key: dGhlIHNhbXBsZSBub25jZQ==\r\nSec-WebSocket-Version: {version}\r\n{more}\r\n"
 )
 
-app = FastAPI()
+app = new_app("test", "1")
 
 
 @app.get("/page")
 async def page() -> str:
     return "a page"
+
+
+@app.get("/credential")
+async def credential(request: Request) -> str | None:
+    return bearer(request)
 
 
 @app.websocket("/other/{name}")
@@ -127,6 +133,34 @@ def test_a_route_gets_the_request_as_it_was_made(run: Run) -> None:
             assert (request.path, request.query) == ("/ws/gate/a b/80", {"proto": "udp"})
             assert (request.token, request.offers_v2) == ("secret", True)
             assert request.peer.startswith("127.0.0.1:")
+
+    run(main())
+
+
+@pytest.mark.parametrize(
+    ("lines", "status"),
+    [
+        ("Basic YTpi", 401),
+        ("Bearer", 401),
+        ("Bearer  ", 401),
+        ("secret", 401),
+        ("Bearer one\r\nAuthorization: Bearer two", 400),
+    ],
+)
+def test_a_credential_that_is_no_bearer_token_gets_the_same_answer_from_a_page_and_a_websocket(
+    run: Run, lines: str, status: int
+) -> None:
+    async def main() -> None:
+        gate = Gate()
+        async with serving(gate) as (_, port):
+            plain = (
+                f"GET /credential HTTP/1.1\r\nHost: x\r\nConnection: close\r\nAuthorization: {lines}\r\n\r\n".encode()
+            )
+            of_page = await answer(port, plain)
+            of_websocket = await answer(port, upgrade(more=f"Authorization: {lines}\r\n"))
+            assert of_page[0] == of_websocket[0] == status
+            assert json.loads(of_page[1]) == json.loads(of_websocket[1])
+            assert not gate.requests
 
     run(main())
 

@@ -26,6 +26,7 @@ from websockets.typing import Subprotocol
 
 from kohakuriver._frame import WS_TEXT, FrameWalker
 from kohakuriver.errors import HostUnreachableError, KohakuRiverError, NotAllowedError, UsageError
+from kohakuriver.tunnel.bearer import bearer_token
 from kohakuriver.tunnel.link import Link, LinkHandler
 from kohakuriver.tunnel.message_link import MAX_MESSAGE, MessageLink
 from kohakuriver.tunnel.protocol import TUNNEL_V2, CloseCode, ws_text
@@ -206,7 +207,10 @@ class Upgrade(asyncio.Protocol):
             self._description.fail(error)
 
     def _read_request(self, path: str, query: str, data: bytes) -> UpgradeRequest:
-        """Check the handshake as a whole (RFC 6455 §4.2.1) before anybody acts on it. Raises UsageError."""
+        """Check the handshake as a whole (RFC 6455 §4.2.1) before anybody acts on it.
+
+        Raises UsageError, NotAllowedError for where it comes from, and UnauthenticatedError.
+        """
         self._handshake.receive_data(data)
         events = self._handshake.events_received()
         if not events or not isinstance(events[0], Request):
@@ -237,8 +241,7 @@ class Upgrade(asyncio.Protocol):
         asyncio.get_running_loop().call_soon(self._transport.set_protocol, self._other)
 
     def _describe(self, path: str, query: dict[str, str], headers: Headers) -> UpgradeRequest:
-        scheme, _, credential = headers.get("Authorization", "").partition(" ")
-        token = credential.strip() if scheme.lower() == "bearer" and credential.strip() else None
+        token = bearer_token(headers.get_all("Authorization"))
         offered = ",".join(headers.get_all("Sec-WebSocket-Protocol"))
         name = self._transport.get_extra_info("peername")
         peer = f"{name[0]}:{name[1]}" if isinstance(name, tuple) else "?"

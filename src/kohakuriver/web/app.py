@@ -30,11 +30,12 @@ from starlette.datastructures import Headers
 from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-from kohakuriver.errors import KohakuRiverError, LocalAddressError, NotAllowedError, UnauthenticatedError, UsageError
+from kohakuriver.errors import KohakuRiverError, LocalAddressError, NotAllowedError, UsageError
 from kohakuriver.limits import Limits
 from kohakuriver.resolve import resolving
 from kohakuriver.text import printable
 from kohakuriver.tls import ServerCertificate
+from kohakuriver.tunnel.bearer import bearer_token
 from kohakuriver.web.listener import Acceptor
 from kohakuriver.web.origin import Guard
 from kohakuriver.web.request_limits import guarded
@@ -134,14 +135,8 @@ def _sentence(error: RequestValidationError) -> str:
 
 
 def bearer(request: Request) -> str | None:
-    """The credential of a request, or None. Raises UnauthenticatedError for an Authorization of another scheme."""
-    header = request.headers.get("authorization")
-    if header is None:
-        return None
-    scheme, _, value = header.partition(" ")
-    if scheme.lower() != "bearer" or not value.strip():
-        raise UnauthenticatedError("The Authorization header must be `Bearer <token>`.")
-    return value.strip()
+    """The credential of a request, or None. Raises what `bearer_token` raises."""
+    return bearer_token(request.headers.getlist("authorization"))
 
 
 def bind(host: str, port: int) -> socket.socket:
