@@ -93,14 +93,14 @@ fn a_low_limit_of_open_files_refuses_what_does_not_fit_and_ends_nothing() {
     let waiting: Vec<_> = (0..20)
         .map(|_| std::net::TcpStream::connect(server.address).unwrap())
         .collect();
-    // Refused or let wait: with all of these gone there is room for one.
     drop(waiting);
-    let output = server.run("echo in");
-    let said = text(&output.stderr);
-    assert!(
-        text(&output.stdout) == "in\n" || said.contains("Too many open files"),
-        "{said}"
-    );
+    // While the server gets rid of those, one more may be refused like them.
+    let is_told = |output: &Output| {
+        let said = text(&output.stderr);
+        text(&output.stdout) == "in\n" || said.contains("Too many open files")
+    };
+    let served = (0..100).any(|_| is_told(&server.run("echo in")));
+    assert!(served, "{}", server.log());
     let mut server = server;
     assert!(server.process.0.try_wait().unwrap().is_none());
 }
