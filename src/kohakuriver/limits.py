@@ -8,7 +8,7 @@ from dataclasses import dataclass, fields
 
 from kohakuriver.errors import UsageError
 
-__all__ = ["Limits", "TokenBucket", "from_environment"]
+__all__ = ["Limits", "from_environment"]
 
 LEAST_RATE = 64 << 10
 LONGEST = 86_400 * 365.0
@@ -83,36 +83,3 @@ def _number(variable: str, name: str, text: str, *, whole: bool) -> float:
     else:
         bounds = f"from {least:.15g} to {most:.15g}{', or 0 for no limit' if name in _MAY_BE_OFF else ''}"
     raise UsageError(f"{variable} must be {kind} {bounds}, not {text!r}.")
-
-
-class TokenBucket:
-    """Lets `rate` units a second through, and up to `burst` of them at once.
-
-    Times are those of the caller's clock, in seconds.
-    """
-
-    __slots__ = ("_burst", "_left", "_rate", "_when")
-
-    def __init__(self, rate: float, burst: float, now: float) -> None:
-        self._rate = rate
-        self._burst = burst
-        self._left = burst
-        self._when = now
-
-    def take(self, units: float, now: float) -> float:
-        """Take what has been used already; how many seconds to wait before more is used."""
-        self._fill(now)
-        self._left -= units
-        return max(0.0, -self._left / self._rate)
-
-    def try_take(self, now: float) -> bool:
-        """Take one unit if there is one."""
-        self._fill(now)
-        if self._left < 1:
-            return False
-        self._left -= 1
-        return True
-
-    def _fill(self, now: float) -> None:
-        self._left = min(self._burst, self._left + (now - self._when) * self._rate)
-        self._when = now

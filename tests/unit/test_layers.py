@@ -11,7 +11,7 @@ import pytest
 
 PACKAGE = Path(__file__).resolve().parents[2] / "src/kohakuriver"
 
-BASE = {"errors", "config", "descriptors", "limits", "resolve", "runtime", "task", "text", "tls"}
+BASE = {"errors", "config", "descriptors", "limits", "rates", "resolve", "runtime", "task", "text", "tls"}
 PROTOCOL = BASE | {"_frame", "tunnel"}
 
 # What each layer may import of our own, beside itself. `__init__` stands for the package's own names.
@@ -21,6 +21,7 @@ ALLOWED: dict[str, set[str]] = {
     "config": {"errors"},
     "descriptors": set(),
     "limits": {"errors"},
+    "rates": set(),
     "resolve": set(),
     "runtime": {"errors"},
     "task": set(),

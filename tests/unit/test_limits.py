@@ -1,4 +1,4 @@
-"""Limits: their names, their bounds, and the buckets that count."""
+"""Limits: their names and their bounds."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from kohakuriver.errors import UsageError
-from kohakuriver.limits import Limits, TokenBucket, from_environment
+from kohakuriver.limits import Limits, from_environment
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -65,20 +65,3 @@ def test_every_limit_is_documented_with_its_default() -> None:
     page = (ROOT / "docs/guide/limits.md").read_text("utf-8")
     rows = re.findall(r"^\| `KOHAKURIVER_(\w+)` \| ([\d.]+) \|", page, re.MULTILINE)
     assert {name.lower(): float(value) for name, value in rows} == asdict(Limits())
-
-
-def test_a_bucket_lets_a_burst_through_and_then_its_rate() -> None:
-    bucket = TokenBucket(rate=10, burst=3, now=0.0)
-    assert [bucket.try_take(0.0) for _ in range(4)] == [True, True, True, False]
-    assert not bucket.try_take(0.05)
-    assert bucket.try_take(0.1)
-    assert not bucket.try_take(0.1)
-    assert [bucket.try_take(99.0) for _ in range(4)] == [True, True, True, False]
-
-
-def test_a_bucket_that_was_overdrawn_says_how_long_to_wait() -> None:
-    bucket = TokenBucket(rate=100, burst=50, now=0.0)
-    assert bucket.take(50, 0.0) == 0
-    assert bucket.take(200, 0.0) == pytest.approx(2.0)
-    assert bucket.take(0, 1.5) == pytest.approx(0.5)
-    assert bucket.take(0, 2.0) == pytest.approx(0.0)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 from typing import TYPE_CHECKING
 
-from kohakuriver.limits import TokenBucket
+from kohakuriver.rates import TokenBucket
 from kohakuriver.tunnel.buffers import RECEIVE_SIZE
 from kohakuriver.tunnel.link import Link
 from kohakuriver.tunnel.message_link import MessageLink, size_of

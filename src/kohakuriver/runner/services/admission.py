@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import asyncio
 
-from kohakuriver.limits import Limits, TokenBucket
+from kohakuriver.limits import Limits
+from kohakuriver.rates import TokenBucket
 from kohakuriver.session.ticket import Ticket
 from kohakuriver.tunnel.protocol import ErrorText
 

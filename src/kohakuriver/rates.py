@@ -1,0 +1,36 @@
+"""How much of something goes through in a second."""
+
+from __future__ import annotations
+
+
+class TokenBucket:
+    """Lets `rate` units a second through, and up to `burst` of them at once.
+
+    Times are those of the caller's clock, in seconds.
+    """
+
+    __slots__ = ("_burst", "_left", "_rate", "_when")
+
+    def __init__(self, rate: float, burst: float, now: float) -> None:
+        self._rate = rate
+        self._burst = burst
+        self._left = burst
+        self._when = now
+
+    def take(self, units: float, now: float) -> float:
+        """Take what has been used already; how many seconds to wait before more is used."""
+        self._fill(now)
+        self._left -= units
+        return max(0.0, -self._left / self._rate)
+
+    def try_take(self, now: float) -> bool:
+        """Take one unit if there is one."""
+        self._fill(now)
+        if self._left < 1:
+            return False
+        self._left -= 1
+        return True
+
+    def _fill(self, now: float) -> None:
+        self._left = min(self._burst, self._left + (now - self._when) * self._rate)
+        self._when = now
