@@ -258,9 +258,11 @@ class Session:
         raise HostUnreachableError(f"The connection to task {self._task} was lost: {self._why_lost()}.")
 
     def _why_lost(self) -> str:
+        from kohakuriver.tunnel.protocol import CloseCode
+
         reason = self._link.close_reason.rstrip(".")
         return reason or (
-            "the host is gone" if self._link.close_code == 1006 else f"close code {self._link.close_code}"
+            "the host is gone" if self._link.close_code == CloseCode.ABNORMAL else f"close code {self._link.close_code}"
         )
 
     def _signalled(self, number: signal.Signals) -> None:

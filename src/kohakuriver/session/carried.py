@@ -23,7 +23,7 @@ __all__ = ["NO_CLOSE_FRAME", "RUNNER_SECONDS", "Carried", "Carrier", "Passed", "
 RUNNER_SECONDS = 10.0
 """How long a runner may take to open a session."""
 
-NO_CLOSE_FRAME = 1006
+NO_CLOSE_FRAME = int(CloseCode.ABNORMAL)
 """What the audit log has where a link ended without a code (RFC 6455 §7.1.5)."""
 
 Passed = tuple[int, int]

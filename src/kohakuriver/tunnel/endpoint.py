@@ -320,4 +320,8 @@ class Endpoint:
 
 def _why_closed(code: int) -> str:
     """A close without a reason, in words."""
-    return "the connection was lost" if code in (1005, 1006) else f"the connection was closed (code {code})"
+    return (
+        "the connection was lost"
+        if code in (CloseCode.NO_CODE, CloseCode.ABNORMAL)
+        else f"the connection was closed (code {code})"
+    )

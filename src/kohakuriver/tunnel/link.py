@@ -102,7 +102,7 @@ class Link(asyncio.BufferedProtocol):
         self.blocked = False
         self.closing = False
         self.closed = False
-        self.close_code = 1006
+        self.close_code = int(CloseCode.ABNORMAL)  # logs show an enum's member by its name
         self.close_reason = ""
         # Where the last byte sent lies in a frame: only a relay that passes partial frames on ever sets it.
         self.mid_frame = False
@@ -177,12 +177,12 @@ class Link(asyncio.BufferedProtocol):
         if self.on_lost is not None:
             self.on_lost()
 
-    def close(self, code: int = 1000, reason: str = "") -> None:
+    def close(self, code: int = CloseCode.NORMAL, reason: str = "") -> None:
         """Send what is queued, then a close frame; the transport goes after the peer's answer or CLOSE_WAIT."""
         if self.closing:
             return
         self.closing = True
-        self.close_code, self.close_reason = code, self.close_reason or reason
+        self.close_code, self.close_reason = int(code), self.close_reason or reason
         if self.mid_frame:  # a close frame can't stand inside another frame
             self._finish()
         else:
@@ -202,7 +202,7 @@ class Link(asyncio.BufferedProtocol):
 
     def shutdown(self) -> None:
         """The server that accepted this link is going down (uvicorn calls it)."""
-        self.close(1001, "the server is shutting down")
+        self.close(CloseCode.GOING_AWAY, "the server is shutting down")
 
     @property
     def peer(self) -> str:

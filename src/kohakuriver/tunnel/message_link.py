@@ -71,7 +71,7 @@ class MessageLink(asyncio.Protocol):
         self.subprotocol = subprotocol
         self.on_lost: Callable[[], None] | None = None
         self.close_reason = ""
-        self.close_code = 1006
+        self.close_code = int(CloseCode.ABNORMAL)  # logs show an enum's member by its name
         self._frames = frames
         self._loop = asyncio.get_running_loop()
         self._transport: asyncio.Transport = cast(asyncio.Transport, None)
@@ -297,4 +297,4 @@ def size_of(message: str | bytes) -> int:
 
 def may_close_with(code: int) -> int:
     """`code` as a close code that may be sent: 1005 and 1006 only say what was seen (RFC 6455 §7.4.1)."""
-    return CloseCode.INTERNAL_ERROR if code in (1005, 1006) else code
+    return CloseCode.INTERNAL_ERROR if code in (CloseCode.NO_CODE, CloseCode.ABNORMAL) else code

@@ -62,10 +62,12 @@ class CloseCode(IntEnum):
     PROTOCOL_ERROR = 1002
     UNSUPPORTED = 1003
     NO_CODE = 1005  # never on the wire: the close frame had none
+    ABNORMAL = 1006  # never on the wire: no close frame came
     BAD_DATA = 1007
     POLICY = 1008
     TOO_BIG = 1009
     INTERNAL_ERROR = 1011
+    SERVICE_RESTART = 1012
     REPLACED = 4000  # a second tunnel client took the place of this one
     IDLE = 4001  # nothing passed for longer than the host allows
 

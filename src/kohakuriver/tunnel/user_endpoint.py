@@ -22,6 +22,7 @@ from kohakuriver.tunnel.protocol import (
     CONNECT,
     PROTO_TCP,
     PROTO_UDP,
+    CloseCode,
     ErrorText,
     pack_limit,
     parse_limit,
@@ -190,7 +191,7 @@ class UserEndpoint(Endpoint):
             self.send_message(CLOSE, open_stream.id, proto=proto)
         gone: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         link.on_lost = lambda: None if gone.done() else gone.set_result(None)
-        link.close(1000, "the forward has ended")
+        link.close(CloseCode.NORMAL, "the forward has ended")
         await gone
 
 

@@ -36,6 +36,7 @@ from kohakuriver.resolve import resolving
 from kohakuriver.text import printable
 from kohakuriver.tls import ServerCertificate
 from kohakuriver.tunnel.bearer import bearer_token
+from kohakuriver.tunnel.protocol import CloseCode
 from kohakuriver.web.listener import Acceptor
 from kohakuriver.web.origin import Guard
 from kohakuriver.web.request_limits import guarded
@@ -73,7 +74,7 @@ class GuardMiddleware:
                 self._guard.check(headers.getlist("host"), headers.getlist("origin"), (scope["server"] or (None,))[0])
             except NotAllowedError as error:
                 if scope["type"] == "websocket":
-                    await send({"type": "websocket.close", "code": 1008})
+                    await send({"type": "websocket.close", "code": int(CloseCode.POLICY)})
                 else:
                     await JSONResponse(error.to_json(), status_code=error.status)(scope, receive, send)
                 return

@@ -22,6 +22,7 @@ from kohakuriver.session.pace import PacedReads
 from kohakuriver.tunnel.accept import TunnelRoute, UpgradeRequest, greet
 from kohakuriver.tunnel.dial import open_session
 from kohakuriver.tunnel.link import Link
+from kohakuriver.tunnel.message_link import may_close_with
 from kohakuriver.tunnel.ports import ports_in, ports_query
 from kohakuriver.tunnel.protocol import TUNNEL_V2, CloseCode
 
@@ -80,8 +81,7 @@ class Splice:
         pass
 
     def link_closed(self, link: Link, code: int, reason: str) -> None:
-        # 1005 and 1006 only say what was seen here; they may not stand in a close frame (RFC 6455 §7.4.1).
-        self.other.link.close(1011 if code in (1005, 1006) else code, reason or "the other side of the session went")
+        self.other.link.close(may_close_with(code), reason or "the other side of the session went")
         self.session.closed(self, code, reason)
 
 

@@ -18,7 +18,7 @@ __all__ = ["QUARREL_SECONDS", "QUARREL_TIMES", "Hub"]
 
 log = structlog.get_logger("kohakuriver.tunnel")
 
-RENEGOTIATE = 1012
+RENEGOTIATE = CloseCode.SERVICE_RESTART
 
 QUARREL_TIMES, QUARREL_SECONDS = 3, 30.0
 """A container's tunnel may be replaced so often in so many seconds; then the one that is connected stays.
@@ -121,10 +121,10 @@ class Hub:
         self._replaced.pop(container, None)
         if gone:
             for session in self._sessions_of(container):
-                session.link.close(1008, reason)
+                session.link.close(CloseCode.POLICY, reason)
         for direct in [d for d in self.direct if d.container == container]:
             if direct.link is not None:
-                direct.link.close(1008 if gone else RENEGOTIATE, reason)
+                direct.link.close(CloseCode.POLICY if gone else RENEGOTIATE, reason)
         if gone:
             self.traffic.forget(container)
 
@@ -137,7 +137,7 @@ class Hub:
             *(each.link for each in direct),
         ]:
             if link is not None:
-                link.close(1001, "the runner is shutting down")
+                link.close(CloseCode.GOING_AWAY, "the runner is shutting down")
 
     def _sessions_of(self, container: str) -> list[SessionLeg]:
         return [session for session in self.sessions if session.container == container]

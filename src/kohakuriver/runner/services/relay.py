@@ -215,7 +215,7 @@ class TunnelLeg(RelayLeg["SessionLeg"]):
         if target.version == 1:
             self.link.pause_reading(target)
         elif queued > V2_BACKLOG:
-            target.link.fail(1008, "more is waiting for this session than its windows allow")
+            target.link.fail(CloseCode.POLICY, "more is waiting for this session than its windows allow")
 
     def end(self, kind: int, proto: int, client_id: int, payload: bytes) -> None:
         route, told = self.table.remove(client_id), False
