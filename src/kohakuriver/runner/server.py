@@ -186,7 +186,8 @@ class Runner:
                     on_availability=self._registration.changed,
                 )
             elif name == "process":
-                if os.geteuid() == 0:
+                # A child of `up` serves the user who started it alone.
+                if os.geteuid() == 0 and not self._options.exit_with_stdin:
                     log.warning("process tasks run as root here: every user of this cluster is root on this machine")
                 made[name] = ProcessBackend(state, helper, ssh, report, self._listening.local_url)
             elif name != "address":
