@@ -98,11 +98,20 @@ class LocalAddressError(KohakuRiverError):
 
 
 class HostUnreachableError(KohakuRiverError):
-    """The host can't be reached, or the host can't reach the runner."""
+    """The host can't be reached, or the host can't reach the runner.
+
+    `url` is that of the program that can't be reached, None where the error does not say.
+    """
 
     exit_code = 7
     code = "host_unreachable"
     status = 502
+
+    def __init__(
+        self, message: str, *, code: str | None = None, status: int | None = None, url: str | None = None
+    ) -> None:
+        super().__init__(message, code=code, status=status)
+        self.url = url
 
 
 _BY_STATUS: dict[int, type[KohakuRiverError]] = {

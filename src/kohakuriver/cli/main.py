@@ -134,7 +134,7 @@ def _advice(error: KohakuRiverError) -> str:
     """What to do where nobody answers at the place that commands turn to with nothing set."""
     from kohakuriver.config import DEFAULT_HOST, left_cluster
 
-    if not isinstance(error, HostUnreachableError) or f"{DEFAULT_HOST} can't be reached" not in error.message:
+    if not isinstance(error, HostUnreachableError) or error.url != DEFAULT_HOST:
         return ""
     if left_cluster():
         return " The cluster that `kohakuriver up` started is not running any more; start it again, or name another \

@@ -187,7 +187,7 @@ def _ask(host: str, path: str, token: str | None, ca_file: str | None, *, method
             body = answer.read()
     except (OSError, http.client.HTTPException) as error:
         why = (reason(error) if parts.scheme == "https" else None) or _plainly(error, host)
-        raise HostUnreachableError(f"The host at {host} can't be reached: {why}.") from error
+        raise HostUnreachableError(f"The host at {host} can't be reached: {why}.", url=host) from error
     if answer.status not in (200, 201):
         raise from_answer(host, answer.status, body, location=answer.getheader("location", ""))
     try:

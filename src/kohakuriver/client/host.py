@@ -289,9 +289,11 @@ class HostClient:
             raise HostUnreachableError(f"The host at {self._url} did not answer in time.") from error
         except (httpx.RemoteProtocolError, httpx.ReadError) as error:
             why = tls.reason(error) or tls.hung_up(self._url)
-            raise HostUnreachableError(f"The host at {self._url} can't be reached: {why}.") from error
+            raise HostUnreachableError(f"The host at {self._url} can't be reached: {why}.", url=self._url) from error
         except (httpx.TransportError, httpx.InvalidURL, OSError) as error:
-            raise HostUnreachableError(f"The host at {self._url} can't be reached: {_reason(error)}.") from error
+            raise HostUnreachableError(
+                f"The host at {self._url} can't be reached: {_reason(error)}.", url=self._url
+            ) from error
         if not answer.is_success:
             location = answer.headers.get("location", "")
             raise from_answer(self._url, answer.status_code, answer.content, location=location)

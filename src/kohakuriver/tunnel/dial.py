@@ -56,7 +56,9 @@ class _Asked:
 
     def unreachable(self, reason: str) -> HostUnreachableError:
         """The error for a server that can't be reached, with the reason as a clause."""
-        return HostUnreachableError(f"The {self.peer} at {self.where} can't be reached: {reason.rstrip('.')}.")
+        return HostUnreachableError(
+            f"The {self.peer} at {self.where} can't be reached: {reason.rstrip('.')}.", url=self.where
+        )
 
     def late(self, what: str, timeout: float) -> HostUnreachableError:
         """The error for a server that did not do `what` in time."""
