@@ -83,5 +83,10 @@ class Keepalive:
         return Step(Act.WAIT, -late)
 
     @property
+    def reason(self) -> str:
+        """Why a peer is dropped, as a clause."""
+        return f"no answer to a ping for {self.pong_wait:g} s"
+
+    @property
     def _look_again(self) -> float:
         return min(self.idle_ping, self.pong_wait)

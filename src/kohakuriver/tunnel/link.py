@@ -432,7 +432,10 @@ class Link(asyncio.BufferedProtocol):
             self._transport.write(bytes(data if sent == 0 else memoryview(data)[sent:]))
 
     def _overrun(self) -> None:
-        self.close_reason = self.close_reason or "the peer does not read what it asked for"
+        self._drop("the peer does not read what it asked for")
+
+    def _drop(self, reason: str) -> None:
+        self.close_reason = self.close_reason or reason
         self.abort()
 
     def pause_writing(self) -> None:
@@ -477,8 +480,7 @@ class Link(asyncio.BufferedProtocol):
             reading=not self._pauses,
         )
         if act is Act.DROP:
-            self.close_reason = f"no answer to a ping for {self.pong_wait:g} s"
-            self.abort()
+            self._drop(self._keepalive.reason)
             return
         if act is Act.PING:
             self._ping()

@@ -276,7 +276,7 @@ class MessageLink(asyncio.Protocol):
             reading=not self._paused,
         )
         if act is Act.DROP:
-            self.close_reason = f"no answer to a ping for {self.pong_wait:g} s"
+            self.close_reason = self._keepalive.reason
             self.abort()
             return
         if act is Act.PING:
