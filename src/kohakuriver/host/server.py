@@ -34,13 +34,13 @@ from kohakuriver.tunnel.accept import serve_ws
 from kohakuriver.web.app import (
     Server,
     bind,
-    configure_logging,
     print_ready,
     server_certificate,
     socket_url,
     stop_at_end_of_stdin,
     warn_if_in_clear,
 )
+from kohakuriver.web.logging import configure_logging
 from kohakuriver.web.origin import Guard
 
 __all__ = ["HostOptions", "main", "serve"]

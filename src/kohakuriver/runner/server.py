@@ -41,7 +41,6 @@ from kohakuriver.tunnel.settings import from_environment
 from kohakuriver.web.app import (
     Server,
     bind,
-    configure_logging,
     new_app,
     print_ready,
     server_certificate,
@@ -49,6 +48,7 @@ from kohakuriver.web.app import (
     stop_at_end_of_stdin,
     warn_if_in_clear,
 )
+from kohakuriver.web.logging import configure_logging
 from kohakuriver.web.origin import Guard
 
 __all__ = ["RunnerOptions", "main", "serve"]

@@ -8,14 +8,12 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
-import logging
 import os
 import signal
 import socket
 import ssl
-import sys
 import threading
-from collections.abc import Awaitable, Callable, Iterator, MutableMapping
+from collections.abc import Awaitable, Callable, Iterator
 from ipaddress import ip_address
 from pathlib import Path
 from types import FrameType
@@ -33,7 +31,6 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 from kohakuriver.errors import KohakuRiverError, LocalAddressError, NotAllowedError, UsageError
 from kohakuriver.limits import Limits
 from kohakuriver.resolve import resolving
-from kohakuriver.text import printable
 from kohakuriver.tls import ServerCertificate
 from kohakuriver.tunnel.bearer import bearer_token
 from kohakuriver.tunnel.protocol import CloseCode
@@ -46,7 +43,6 @@ __all__ = [
     "Server",
     "bearer",
     "bind",
-    "configure_logging",
     "new_app",
     "print_ready",
     "server_certificate",
@@ -185,32 +181,6 @@ def warn_if_in_clear(sock: socket.socket, certificate: ServerCertificate | None)
 def print_ready(as_json: bool, sentence: str, **fields: Any) -> None:
     """The one line on stdout that says that a program serves now."""
     print(json.dumps({"event": "ready", **fields}) if as_json else sentence, flush=True)
-
-
-def configure_logging(level: str = "info") -> None:
-    """Log to stderr, one line an event; what the libraries log joins in from warnings up."""
-    logging.basicConfig(stream=sys.stderr, level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
-    logging.getLogger("uvicorn.error").setLevel(logging.ERROR)  # its warnings are about what strangers send
-    structlog.configure(
-        processors=[
-            structlog.contextvars.merge_contextvars,
-            structlog.processors.add_log_level,
-            structlog.processors.TimeStamper(fmt="iso"),
-            structlog.processors.format_exc_info,
-            _printable,
-            structlog.dev.ConsoleRenderer(colors=sys.stderr.isatty()),
-        ],
-        wrapper_class=structlog.make_filtering_bound_logger(logging.getLevelName(level.upper())),
-        logger_factory=structlog.PrintLoggerFactory(sys.stderr),
-    )
-
-
-def _printable(_logger: object, _method: str, event: MutableMapping[str, Any]) -> MutableMapping[str, Any]:
-    """Paths, names and reasons come from peers, and a log is read on terminals. Only tracebacks have lines."""
-    for key, value in event.items():
-        if isinstance(value, str):
-            event[key] = printable(value) if key == "exception" else printable(value, keep="")
-    return event
 
 
 class Server(uvicorn.Server):
