@@ -16,7 +16,8 @@ from kohakuriver._frame import FIRST, LAST, WS_TEXT, FrameViolation, FrameWalker
 from kohakuriver.tunnel.accept import UpgradeRequest, serve_ws
 from kohakuriver.tunnel.link import Link
 from kohakuriver.tunnel.protocol import OP_TEXT, CloseCode
-from kohakuriver.web.app import Server, bind, new_app
+from kohakuriver.web.app import bind, new_app
+from kohakuriver.web.server import Server
 
 OP_BINARY = 2
 

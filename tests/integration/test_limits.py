@@ -23,7 +23,8 @@ from kohakuriver.tls import ServerCertificate, client_context
 from kohakuriver.tunnel.accept import serve_ws
 from kohakuriver.tunnel.protocol import TUNNEL_V2
 from kohakuriver.tunnel.user_endpoint import UserEndpoint
-from kohakuriver.web.app import Server, bind, new_app
+from kohakuriver.web.app import bind, new_app
+from kohakuriver.web.server import Server
 from tests.support.hops import CLIENTS, asked, chain, dial, echo, service, until
 
 Run = Callable[[Coroutine[Any, Any, None]], None]

@@ -29,8 +29,9 @@ from kohakuriver.host.services.tunnel_proxy import TunnelProxy
 from kohakuriver.session import ticket
 from kohakuriver.store import Accounts, Store, sqlite_url
 from kohakuriver.tunnel.accept import TunnelRoute, serve_ws
-from kohakuriver.web.app import Server, bind, socket_url
+from kohakuriver.web.app import bind, socket_url
 from kohakuriver.web.origin import Guard
+from kohakuriver.web.server import Server
 
 HEARTBEAT_SECONDS = 5.0
 

@@ -18,9 +18,10 @@ from kohakuriver.cli.pki import Authority
 from kohakuriver.errors import LocalAddressError
 from kohakuriver.tls import ServerCertificate
 from kohakuriver.tunnel.accept import serve_ws
-from kohakuriver.web.app import Server, bind, new_app, socket_url, warn_if_in_clear
+from kohakuriver.web.app import bind, new_app, socket_url, warn_if_in_clear
 from kohakuriver.web.listener import ACCEPTED_AT_ONCE
 from kohakuriver.web.logging import configure_logging
+from kohakuriver.web.server import Server
 from tests.support.host_only import serving
 
 Run = Callable[[Coroutine[Any, Any, None]], None]

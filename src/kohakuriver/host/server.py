@@ -31,17 +31,10 @@ from kohakuriver.ssh_proxy import SshProxy
 from kohakuriver.store import Accounts, Store, sqlite_url
 from kohakuriver.tls import ServerCertificate, client_context
 from kohakuriver.tunnel.accept import serve_ws
-from kohakuriver.web.app import (
-    Server,
-    bind,
-    print_ready,
-    server_certificate,
-    socket_url,
-    stop_at_end_of_stdin,
-    warn_if_in_clear,
-)
+from kohakuriver.web.app import bind, print_ready, server_certificate, socket_url, warn_if_in_clear
 from kohakuriver.web.logging import configure_logging
 from kohakuriver.web.origin import Guard
+from kohakuriver.web.server import Server, stop_at_end_of_stdin
 
 __all__ = ["HostOptions", "main", "serve"]
 

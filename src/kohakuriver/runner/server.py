@@ -38,18 +38,10 @@ from kohakuriver.runner.services.tunnel_server import TunnelServer
 from kohakuriver.tls import ServerCertificate, sends_in_clear
 from kohakuriver.tunnel.accept import serve_ws
 from kohakuriver.tunnel.settings import from_environment
-from kohakuriver.web.app import (
-    Server,
-    bind,
-    new_app,
-    print_ready,
-    server_certificate,
-    socket_url,
-    stop_at_end_of_stdin,
-    warn_if_in_clear,
-)
+from kohakuriver.web.app import bind, new_app, print_ready, server_certificate, socket_url, warn_if_in_clear
 from kohakuriver.web.logging import configure_logging
 from kohakuriver.web.origin import Guard
+from kohakuriver.web.server import Server, stop_at_end_of_stdin
 
 __all__ = ["RunnerOptions", "main", "serve"]
 

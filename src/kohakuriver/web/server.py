@@ -1,0 +1,158 @@
+"""The server of host and runner: uvicorn, with listeners that come and go, certificates and a quiet end."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import signal
+import socket
+import ssl
+import threading
+from collections.abc import Awaitable, Callable, Iterator
+from types import FrameType
+from typing import Any, cast
+
+import uvicorn
+from fastapi import FastAPI
+
+from kohakuriver.limits import Limits
+from kohakuriver.tls import ServerCertificate
+from kohakuriver.web.listener import Acceptor
+from kohakuriver.web.request_limits import guarded
+from kohakuriver.web.waiting_room import WaitingRoom
+
+DRAIN_SECONDS = 5
+
+
+class Server(uvicorn.Server):
+    """uvicorn, with `on_ready` once it listens, `on_stop` before it drains, and listeners that come and go.
+
+    `on_stop` ends what never ends by itself (tunnels, sessions); after it only HTTP answers that are under way are
+    waited for.
+    """
+
+    def __init__(
+        self,
+        app: FastAPI,
+        *,
+        ws: type[asyncio.Protocol],
+        on_ready: Callable[[], Awaitable[None]],
+        on_stop: Callable[[], Awaitable[None]],
+        certificate: ServerCertificate | None = None,
+        limits: Limits | None = None,
+    ) -> None:
+        self._limits = limits or Limits()
+        self._room = WaitingRoom(self._limits.max_waiting)
+        super().__init__(_config(app, ws, self._limits, self._room))
+        self._certificate = certificate
+        self._on_ready = on_ready
+        self._on_stop = on_stop
+        self._end = asyncio.Event()
+        self._loop = asyncio.get_running_loop()
+
+    def stop(self) -> None:
+        """Begin the end, as SIGTERM does. May be called from a signal handler or another thread."""
+        self.should_exit = True
+        self._loop.call_soon_threadsafe(self._end.set)
+
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        super().handle_exit(sig, frame)
+        self.stop()
+
+    async def main_loop(self) -> None:
+        """Wait for the end; uvicorn would look for it ten times a second."""
+        seconds = 0
+        while not await self.on_tick(10 * seconds):
+            seconds += 1
+            with contextlib.suppress(asyncio.TimeoutError):
+                await asyncio.wait_for(self._end.wait(), 1)
+            if self._certificate is not None:
+                self._certificate.look()
+
+    @contextlib.contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        """SIGTERM and SIGINT begin a drain that ends with exit code 0, where uvicorn would raise them again.
+
+        SIGHUP has the certificate read again. To a program that was started from a terminal it says that this is gone.
+        """
+        if threading.current_thread() is not threading.main_thread():
+            yield
+            return
+        before = {number: signal.signal(number, self.handle_exit) for number in (signal.SIGINT, signal.SIGTERM)}
+        if hasattr(signal, "SIGHUP") and not _on_terminal():
+            before[signal.SIGHUP] = signal.signal(signal.SIGHUP, self._read_again)
+        try:
+            yield
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+    def _read_again(self, _number: int, _frame: FrameType | None) -> None:
+        if self._certificate is not None:
+            self._loop.call_soon_threadsafe(self._certificate.reload)
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        await super().startup([])  # the sockets are ours to listen on: uvicorn sets no time for a TLS handshake
+        tls = None if self._certificate is None else self._certificate.context
+        for sock in sockets or []:
+            self._listen(self.config, sock, tls)
+        await self._on_ready()
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        for server in self.servers:
+            server.close()
+        await self._on_stop()
+        await super().shutdown(sockets)
+
+    async def add_listener(self, sock: socket.socket, app: FastAPI, ws: type[asyncio.Protocol]) -> None:
+        """Serve another application on one more bound socket, without TLS, until the end. Raises OSError."""
+        config = _config(app, ws, self._limits, self._room)
+        config.load()
+        self._listen(config, sock, None)
+
+    def _listen(self, config: uvicorn.Config, sock: socket.socket, tls: ssl.SSLContext | None) -> None:
+        def new_protocol() -> asyncio.Protocol:
+            make: Any = config.http_protocol_class
+            protocol: asyncio.Protocol = make(
+                config=config, server_state=self.server_state, app_state=self.lifespan.state
+            )
+            return protocol
+
+        acceptor = Acceptor(
+            sock, new_protocol, tls=tls, handshake_timeout=self._limits.handshake_timeout, room=self._room
+        )
+        self.servers.append(cast(asyncio.Server, acceptor))
+
+
+def _on_terminal() -> bool:
+    try:
+        return os.isatty(0)
+    except OSError:
+        return False
+
+
+def _config(app: FastAPI, ws: type[asyncio.Protocol], limits: Limits, room: WaitingRoom) -> uvicorn.Config:
+    return uvicorn.Config(
+        app,
+        ws=ws,
+        http=guarded(limits, room),
+        lifespan="off",
+        log_config=None,
+        access_log=False,
+        server_header=False,
+        timeout_graceful_shutdown=DRAIN_SECONDS,
+    )
+
+
+def stop_at_end_of_stdin(server: Server) -> None:
+    """Stop `server` when stdin ends: how a child notices that whoever started it was killed."""
+
+    def wait() -> None:
+        with contextlib.suppress(OSError):
+            while os.read(0, 4096):
+                pass
+        with contextlib.suppress(RuntimeError):  # the loop has ended before stdin did
+            server.stop()
+
+    threading.Thread(target=wait, name="stdin", daemon=True).start()
