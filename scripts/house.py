@@ -104,7 +104,7 @@ def _rust_module(path: Path, base: Path) -> str:
 
 
 def _uses(path: Path, files: dict[str, Path]) -> Iterator[str]:
-    text = _without_tests(path.read_text("utf-8"))
+    text = re.sub(r"//.*", "", _without_tests(path.read_text("utf-8")))  # a link in a comment is no import
     for match in re.finditer(r"\bcrate::((?:\w+::)*\w+|\{[^;]*\})", text):
         names = re.findall(r"(?:^|[{,])\s*([\w:]+)", match[1]) if match[1].startswith("{") else [match[1]]
         for name in names:
