@@ -202,3 +202,20 @@ def test_datagrams_that_find_no_room_are_dropped_and_counted_and_stop_no_tcp_str
             assert await asked(tcp, b"tcp") == b"tcp"
 
     run(main())
+
+
+def test_datagrams_that_no_service_takes_are_counted_and_told(run: Run) -> None:
+    async def main() -> None:
+        async with chain() as hops:
+            user = await ready(hops, "rust")
+            told: asyncio.Queue[tuple[int, str]] = asyncio.Queue()
+            user.on_stream_error = lambda port, text: told.put_nowait((port, text.code))
+            with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as freed:
+                freed.bind(("127.0.0.1", 0))
+                unheard = freed.getsockname()[1]
+            async with peer(await forwarded(user, unheard)) as one:
+                one.sock.send(b"is anybody there?")
+                assert await told.get() == (unheard, "ECONNREFUSED")
+                assert (user.udp_dropped, user.streams) == (1, {})
+
+    run(main())

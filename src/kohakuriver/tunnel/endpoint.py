@@ -184,10 +184,11 @@ class Endpoint:
         if kind == DATA:
             self._takes_turn(stream.id)
             stream.from_link(payload)
-        elif kind in (CLOSE, ERROR):
-            if kind == ERROR:
-                self.stream_failed(stream, ErrorText.parse(payload))
+        elif kind == CLOSE:
             stream.over()
+        elif kind == ERROR:
+            self.stream_failed(stream, ErrorText.parse(payload))
+            stream.refused()
         elif kind not in KNOWN:
             self.unknown_messages += 1
 

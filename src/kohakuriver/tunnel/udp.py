@@ -34,7 +34,7 @@ def send_datagram(send: Callable[[], int]) -> bool:
 class UdpStream:
     """One UDP stream: on the user side a source address, on the container side a connected socket."""
 
-    __slots__ = ("_early", "endpoint", "id", "last", "port", "send_local", "shut")
+    __slots__ = ("_early", "_unanswered", "endpoint", "id", "last", "port", "send_local", "shut")
 
     def __init__(self, endpoint: UdpOwner[UdpStream], port: int) -> None:
         self.endpoint = endpoint
@@ -42,6 +42,7 @@ class UdpStream:
         self.id = 0
         self.last = time.monotonic()
         self._early: deque[bytes] = deque()
+        self._unanswered = 0
         self.send_local: Callable[[bytes], bool] = lambda data: False
         self.shut: Callable[[], None] = lambda: None
 
@@ -70,18 +71,25 @@ class UdpStream:
             self.endpoint.udp_dropped += 1
             return
         self.endpoint.bytes_sent += len(data)
+        self._unanswered += 1
         self.endpoint.send_message(DATA, self.id, data, PROTO_UDP)
 
     def from_link(self, data: bytes) -> None:
         """A datagram from the other end."""
         self.last = time.monotonic()
+        self._unanswered = 0
         if not self.send_local(data):
             self.endpoint.udp_dropped += 1
         else:
             self.endpoint.bytes_received += len(data)
 
+    def refused(self) -> None:
+        """ERROR came: nothing took the datagrams that were sent since the last answer."""
+        self.endpoint.udp_dropped += self._unanswered
+        self.over()
+
     def over(self) -> None:
-        """CLOSE or ERROR came, or the link went."""
+        """CLOSE came, or the link went."""
         self.endpoint.stream_over(self)
         self.shut()
 

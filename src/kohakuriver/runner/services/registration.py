@@ -135,6 +135,9 @@ class Registration:
                     offered = await self._beat(seconds, offered)
         except KohakuRiverError as error:
             return error.message
+        except Exception:  # unheard, it would end the heartbeats, and the host would call this node offline
+            log.exception("a heartbeat could not be made")
+            return "this runner could not make a heartbeat; see the error above"
 
     async def _register(self, offered: list[str]) -> float:
         answer = await self._post(
