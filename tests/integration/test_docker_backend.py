@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import queue
 import signal
 import socket
 import subprocess
@@ -14,7 +15,9 @@ from typing import Any
 
 import pytest
 
+import kohakuriver
 from kohakuriver.cli.pki import Authority
+from kohakuriver.client.forward import Event, StreamError
 from tests.support import docker_images
 from tests.support.docker_images import docker
 from tests.support.processes import PATIENCE, Cluster, a_cluster, ask, eventually
@@ -389,6 +392,23 @@ def test_a_container_into_which_nothing_can_be_put_is_reached_from_its_own_netwo
         status, answer = shared.call("DELETE", "/api/tasks/untouchable")
         assert status == 200, answer
         assert container_state(container) == "running"
+
+
+def test_a_port_that_nothing_listens_on_is_told_as_such_where_the_container_has_no_ipv6(
+    shared: Cluster, busybox: str
+) -> None:
+    told: queue.Queue[str] = queue.Queue()
+
+    def hear(event: Event) -> None:
+        if isinstance(event, StreamError):
+            told.put(event.message)
+
+    with plain_container(busybox, *ECHO, options=UNTOUCHABLE) as container:
+        adopt(shared, container, "without-ipv6")
+        with kohakuriver.forward_sync("without-ipv6", 9, host=shared.url, token=shared.token, on_event=hear) as forward:
+            assert _asked(forward.local_port, b"x") is None
+        assert told.get(timeout=PATIENCE).startswith("ECONNREFUSED: nothing listens on port 9")
+        assert shared.call("DELETE", "/api/tasks/without-ipv6")[0] == 200
 
 
 def test_a_container_that_is_to_be_left_alone_is_and_is_found_again_after_a_restart_of_the_runner(

@@ -30,6 +30,9 @@ from kohakuriver.tunnel.stream import State
 from kohakuriver.tunnel.tcp import TcpStream
 from kohakuriver.tunnel.udp import UdpSocket, UdpStream, connected, connected_datagram_socket, family_of
 
+# After these a service may still listen on another address of its container.
+_ELSEWHERE = {errno.ECONNREFUSED, errno.EADDRNOTAVAIL, errno.ENETUNREACH, errno.EHOSTUNREACH, errno.EAFNOSUPPORT}
+
 
 class Network(Protocol):
     """Another network than this process's own, to dial from. Its methods raise OSError."""
@@ -112,13 +115,17 @@ class ContainerEndpoint(Endpoint):
         task.add_done_callback(self._dialling.discard)
 
     async def _dial_tcp(self, stream: TcpStream) -> None:
-        failure: BaseException | None = OSError(errno.EHOSTUNREACH, "no address")
+        first: BaseException | None = None
         for host in await self._addresses(stream.port, udp=False):
             failure = await self._try(stream, host)
-            if not isinstance(failure, ConnectionRefusedError):
+            if failure is None:
+                return
+            elsewhere = isinstance(failure, OSError) and failure.errno in _ELSEWHERE
+            # The first answer tells most: the next address may not even exist, as ::1 without IPv6.
+            first = first if first is not None and elsewhere else failure
+            if not elsewhere:
                 break
-        if failure is None:
-            return
+        failure = first or OSError(errno.EHOSTUNREACH, "no address")
         if stream.state is not State.OVER:
             self.send_message(ERROR, stream.id, service_error(failure, stream.port, self.where).pack())
             stream.reset()
