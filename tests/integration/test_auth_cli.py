@@ -120,6 +120,9 @@ def test_users_and_tokens_are_listed_for_people_and_for_programs(cluster: Apart,
     everybodys = json.loads(cluster.succeed("token", "list", "--all", "--json"))["tokens"]
     assert {token["name"] for token in everybodys} >= {"admin-token", "node-token", "first", "laptop"}
     assert ann.succeed("token", "revoke", "laptop").startswith("Revoked laptop")
+    unnamed = json.loads(ann.succeed("token", "create", "--json"))
+    assert unnamed["created_at"][:10] in unnamed["name"]
+    assert ann.succeed("token", "revoke", unnamed["id"]).startswith(f"Revoked {unnamed['name']}")
     assert refused(ann.run("token", "revoke", "laptop"), "no token 'laptop'", 3)
 
 

@@ -32,7 +32,10 @@ OfUserOption = Annotated[
 @remote
 def create(
     at: Remote,
-    name: Annotated[str, typer.Argument(metavar="NAME", help="What you will call it.", show_default=False)],
+    name: Annotated[
+        str | None,
+        typer.Argument(metavar="[NAME]", help="What you will call it. Default: after its day.", show_default=False),
+    ] = None,
     user: OfUserOption = None,
     node: Annotated[
         str | None,

@@ -193,9 +193,14 @@ class HostClient:
         return [_record(Token, item) for item in _list(await self._call("GET", "/api/tokens", params=params))]
 
     async def make_token(
-        self, name: str, *, user: str | None = None, node: str | None = None, expires_in: float | None = None
+        self,
+        name: str | None = None,
+        *,
+        user: str | None = None,
+        node: str | None = None,
+        expires_in: float | None = None,
     ) -> Token:
-        """Make a token, good for `expires_in` seconds; its secret is in the answer."""
+        """Make a token, good for `expires_in` seconds. The answer has its secret, and a name where `name` is None."""
         wanted = {"name": name, "user": user, "node": node, "expires_in": expires_in}
         body = {key: value for key, value in wanted.items() if value is not None}
         return _record(Token, await self._call("POST", "/api/tokens", body=body))
