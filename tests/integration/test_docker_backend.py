@@ -304,7 +304,13 @@ def test_an_adopted_container_that_is_restarted_gets_its_tunnel_back(shared: Clu
         eventually(lambda: "tunnel-client" in docker("top", container))
         shared.connected("readopted")
         assert echoes(shared, "readopted")
-        assert shared.call("POST", "/api/tasks/readopted/restart")[0] == 200
+        for action in ("stop", "restart"):
+            status, refused = shared.call("POST", f"/api/tasks/readopted/{action}")
+            assert (status, refused["error"]) == (409, "adopted"), refused
+            assert "--container" in refused["message"]
+        assert container_state(container) == "running"
+        assert echoes(shared, "readopted")
+        assert shared.call("POST", "/api/tasks/readopted/restart?container=true")[0] == 200
         shared.connected("readopted")
         assert echoes(shared, "readopted")
 

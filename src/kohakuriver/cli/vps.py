@@ -44,6 +44,7 @@ NameOption = Annotated[
 NodeOption = Annotated[
     str | None, typer.Option("--node", help="Its node. Default: the host chooses, or finds it.", show_default=False)
 ]
+ContainerOption = Annotated[bool, typer.Option("--container", help="An adopted container itself, too.")]
 NoWaitOption = Annotated[bool, typer.Option("--no-wait", help="Don't wait until the task's tunnel is connected.")]
 TimeoutOption = Annotated[float, typer.Option("--timeout", metavar="SECONDS", min=0, help="How long to wait at most.")]
 
@@ -224,9 +225,9 @@ def status(
 
 @app.command(epilog="Example: kohakuriver vps stop web")
 @remote
-def stop(at: Remote, tasks: TasksArgument) -> None:
+def stop(at: Remote, tasks: TasksArgument, container: ContainerOption = False) -> None:
     """End what a task runs; 'restart' runs it again."""
-    at.ask(lambda client: _each("Stopped", tasks, client.stop, at.json))
+    at.ask(lambda client: _each("Stopped", tasks, lambda task: client.stop(task, container=container), at.json))
 
 
 @app.command(epilog="Example: kohakuriver vps restart web")
@@ -234,6 +235,7 @@ def stop(at: Remote, tasks: TasksArgument) -> None:
 def restart(
     at: Remote,
     tasks: TasksArgument,
+    container: ContainerOption = False,
     no_wait: NoWaitOption = False,
     timeout: TimeoutOption = WAIT_TIMEOUT,
 ) -> None:
@@ -241,7 +243,9 @@ def restart(
 
     async def again(client: HostClient) -> None:
         async def one(task: str) -> Task:
-            return await _settled(client, await client.restart(task), wait=not no_wait, timeout=timeout)
+            return await _settled(
+                client, await client.restart(task, container=container), wait=not no_wait, timeout=timeout
+            )
 
         await _each("Restarted", tasks, one, at.json)
 

@@ -249,11 +249,13 @@ class HostClient:
         body = {key: value for key, value in wanted.items() if value is not None}
         return _task(await self._call("POST", "/api/tasks/adopt", body=body))
 
-    async def stop(self, task: str) -> Task:
-        return _task(await self._call("POST", _path(task, "stop")))
+    async def stop(self, task: str, *, container: bool = False) -> Task:
+        """Stop a task; an adopted container only with `container`."""
+        return _task(await self._call("POST", _path(task, "stop"), params=_asked(container)))
 
-    async def restart(self, task: str) -> Task:
-        return _task(await self._call("POST", _path(task, "restart")))
+    async def restart(self, task: str, *, container: bool = False) -> Task:
+        """Start a task again; an adopted container only with `container`."""
+        return _task(await self._call("POST", _path(task, "restart"), params=_asked(container)))
 
     async def remove(self, task: str) -> Task:
         """End the task and forget it; the answer is the task as it was."""
@@ -317,6 +319,10 @@ def _check_text(value: Any) -> None:
         raise UsageError(
             f"{printable(wrong)!r} holds bytes that are no UTF-8; the host can be told text only."
         ) from error
+
+
+def _asked(container: bool) -> dict[str, str | int | float] | None:
+    return {"container": "true"} if container else None
 
 
 def _path(task: str, action: str | None = None) -> str:

@@ -259,15 +259,15 @@ async def make_ssh_pass(host: Host, user: User, task_id: Usable) -> SshPass:
 
 
 @_api.post("/tasks/{task}/stop")
-async def stop_task(host: Host, task_id: Own) -> TaskView:
-    """Stop a task."""
-    return await host.tasks.stop(task_id)
+async def stop_task(host: Host, task_id: Own, container: bool = False) -> TaskView:
+    """Stop a task; an adopted container only with `container`."""
+    return await host.tasks.stop(task_id, container=container)
 
 
 @_api.post("/tasks/{task}/restart")
-async def restart_task(host: Host, task_id: Own) -> TaskView:
-    """Start a task again."""
-    return await host.tasks.restart(task_id)
+async def restart_task(host: Host, task_id: Own, container: bool = False) -> TaskView:
+    """Start a task again; an adopted container only with `container`."""
+    return await host.tasks.restart(task_id, container=container)
 
 
 @_api.delete("/tasks/{task}")

@@ -224,21 +224,26 @@ class Tasks:
         self._changes.notify([task.task_id])
         return await self._view(changed or task, node)
 
-    async def stop(self, reference: str) -> TaskView:
-        """Stop a task; one that does not run stays as it is."""
-        return await self._control(reference, "stop")
+    async def stop(self, reference: str, *, container: bool = False) -> TaskView:
+        """Stop a task; one that does not run stays as it is. An adopted container is stopped only with `container`."""
+        return await self._control(reference, "stop", container)
 
-    async def restart(self, reference: str) -> TaskView:
-        """Stop a task if it runs, and start it again: where its node has forgotten it, as it was ordered once."""
+    async def restart(self, reference: str, *, container: bool = False) -> TaskView:
+        """Stop a task if it runs, and start it again: where its node has forgotten it, as it was ordered once.
+
+        An adopted container is restarted only with `container`.
+        """
         task, node = await self._store.task_and_node(reference)
         try:
-            return await self._control(reference, "restart")
+            return await self._control(reference, "restart", container)
         except NotFoundError:
             log.info("task made again", task=task.task_id, name=task.name, node=node.name)
             return await self._take_over(await self._order(task, node), node, task)
 
-    async def _control(self, reference: str, action: str) -> TaskView:
+    async def _control(self, reference: str, action: str, container: bool) -> TaskView:
         task, node = await self._store.task_and_node(reference)
+        if task.adopted and task.backend == "docker" and not container:
+            raise _somebody_elses(task, action)
         self._nodes.check_online(node)
         path = f"/api/tasks/{task.container}/{action}"
         answer = await self._runners.call(node, "POST", path, container=task.container, timeout=_RUNNER_SECONDS)
@@ -330,6 +335,15 @@ def _adopted_already(view: TaskView) -> UsageError:
     return UsageError(
         f"That container is task {view.name} already; for another name, end that task with "
         f"`kohakuriver vps rm {view.name}` and adopt the container again.",
+        code="adopted",
+        status=409,
+    )
+
+
+def _somebody_elses(task: Task, action: str) -> UsageError:
+    return UsageError(
+        f"Task {task.name} is a container that was there before it; to {action} the container itself give --container, "
+        f"and to end its tunnel alone use `kohakuriver vps rm {task.name}`.",
         code="adopted",
         status=409,
     )
