@@ -1,20 +1,22 @@
 //! Opening the WebSocket (RFC 6455 §4.1), blocking: without a link there is nothing else to do.
 
 use std::fmt;
-use std::io;
+use std::io::{self, Read, Write};
 use std::net::{Ipv4Addr, Ipv6Addr, SocketAddr, TcpStream, ToSocketAddrs};
 use std::time::{Duration, Instant};
 
 use data_encoding::BASE64;
 use tungstenite::handshake::client::{Request, Response, generate_request};
 use tungstenite::handshake::derive_accept_key;
-use tungstenite::handshake::machine::{HandshakeMachine, RoundResult, StageResult};
+use tungstenite::handshake::machine::TryParse;
 use tungstenite::http::{HeaderMap, StatusCode, Uri};
 
 use crate::protocol::SUBPROTOCOL_V2;
 use crate::sys;
 
 const TIMEOUT: Duration = Duration::from_secs(10);
+const END_OF_HEAD: &[u8] = b"\r\n\r\n";
+const MAX_HEAD: usize = 64 * 1024;
 
 /// Where the runner is: `http`/`ws` URL in parts.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -139,9 +141,6 @@ impl From<tungstenite::Error> for Refusal {
     fn from(error: tungstenite::Error) -> Self {
         match error {
             tungstenite::Error::Io(error) => error.into(),
-            tungstenite::Error::Protocol(
-                tungstenite::error::ProtocolError::HandshakeIncomplete,
-            ) => wrong("the runner ended the connection during the handshake"),
             error => wrong(format!("the runner's answer to the handshake: {error}")),
         }
     }
@@ -178,29 +177,46 @@ pub fn open(url: &RunnerUrl, container: &str, token: Option<&str>) -> Result<Ope
 
 /// Sends the request and reads the answer; also what came behind it.
 fn exchange(
-    sock: TcpStream,
+    mut sock: TcpStream,
     request: Vec<u8>,
     deadline: Instant,
 ) -> Result<(TcpStream, Response, Vec<u8>), Refusal> {
-    let mut machine = HandshakeMachine::start_write(sock, request);
+    sock.set_write_timeout(Some(left(deadline)?))?;
+    sock.write_all(&request)?;
+    let mut answer = read_head(&mut sock, deadline)?;
+    let (length, response) = Response::try_parse(&answer)?
+        .ok_or_else(|| wrong("the runner's answer to the handshake is incomplete"))?;
+    Ok((sock, response, answer.split_off(length)))
+}
+
+/// Reads to the end of the answer's head, and perhaps a little more. The library's own reading takes
+/// an answer that comes in many small pieces, as a slow network's may, for an attack.
+fn read_head(sock: &mut TcpStream, deadline: Instant) -> Result<Vec<u8>, Refusal> {
+    let mut answer = Vec::new();
+    let mut piece = [0; 4096];
     loop {
-        let left = left(deadline)?;
-        machine.get_mut().set_read_timeout(Some(left))?;
-        machine.get_mut().set_write_timeout(Some(left))?;
-        machine = match machine.single_round()? {
-            RoundResult::WouldBlock(_) => {
-                return Err(io::Error::from(io::ErrorKind::TimedOut).into());
+        sock.set_read_timeout(Some(left(deadline)?))?;
+        let size = match sock.read(&mut piece) {
+            Ok(0) => {
+                return Err(wrong(
+                    "the runner ended the connection during the handshake",
+                ));
             }
-            RoundResult::Incomplete(machine) => machine,
-            RoundResult::StageFinished(StageResult::DoneWriting(sock)) => {
-                HandshakeMachine::start_read(sock)
-            }
-            RoundResult::StageFinished(StageResult::DoneReading {
-                result,
-                stream,
-                tail,
-            }) => return Ok((stream, result, tail)),
+            Ok(size) => size,
+            Err(error) if error.kind() == io::ErrorKind::Interrupted => continue,
+            Err(error) => return Err(error.into()),
         };
+        let searched = answer.len().saturating_sub(END_OF_HEAD.len() - 1);
+        answer.extend_from_slice(&piece[..size]);
+        if answer[searched..]
+            .windows(END_OF_HEAD.len())
+            .any(|bytes| bytes == END_OF_HEAD)
+        {
+            return Ok(answer);
+        }
+        if answer.len() > MAX_HEAD {
+            return Err(wrong("the runner's answer to the handshake is too long"));
+        }
     }
 }
 
