@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import signal
 import socket
 from collections.abc import Callable, Coroutine, Iterator
 from typing import Any, TypeVar
@@ -15,6 +16,12 @@ import structlog
 from kohakuriver import runtime as loops
 
 T = TypeVar("T")
+
+# Programs leave a signal ignored that was ignored when they started, as `nohup` and a shell's `&` have it. What the
+# tests start is to end when it is told to, however the tests themselves were started.
+for _number in (signal.SIGINT, signal.SIGHUP, signal.SIGQUIT):
+    if signal.getsignal(_number) is signal.SIG_IGN:
+        signal.signal(_number, signal.default_int_handler if _number is signal.SIGINT else signal.SIG_DFL)
 
 
 @pytest.fixture(autouse=True)

@@ -70,7 +70,8 @@ def test_a_closed_descriptor_changes_no_commands_outcome(cluster: Cluster, servi
 
 @pytest.mark.parametrize("closed", SUBSETS)
 def test_programs_beside_the_command_line_have_all_descriptors_too(tmp_path: Path, closed: tuple[int, ...]) -> None:
-    environment = {**os.environ, "KOHAKURIVER_CONFIG_DIR": str(tmp_path), "KOHAKURIVER_SSH_PROXY": "127.0.0.1:1"}
+    nowhere = {"KOHAKURIVER_HOST": "http://127.0.0.1:1", "KOHAKURIVER_SSH_PROXY": "127.0.0.1:1"}
+    environment = {**os.environ, "KOHAKURIVER_CONFIG_DIR": str(tmp_path), **nowhere}
     programs = [
         (["kohakuriver.cli.ssh_dial", "nobody"], 7),
         (["kohakuriver.tunnel.client", "--runner-url=http://127.0.0.1:1", "--container-id=x", "run", "--", "true"], 0),

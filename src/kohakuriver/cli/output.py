@@ -99,7 +99,10 @@ def errors_as_json(wanted: bool) -> None:
 def failure(code: str, text: str) -> None:
     """Why the command fails: a sentence on stderr, and for programs also its code, on stdout."""
     if _errors_as_json:
-        json_line({"error": code, "message": " ".join(text.split())})
+        try:
+            json_line({"error": code, "message": " ".join(text.split())})
+        except OSError:  # stdout may be what failed; the sentence on stderr still tells
+            discard_stdout()
     error(text)
 
 
