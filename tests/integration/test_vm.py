@@ -1,4 +1,4 @@
-"""A real virtual machine as a task: by its address alone, with services, an SSH server and reboots."""
+"""A real virtual machine as a task: by its address alone, or with a tunnel client in it; rebooted meanwhile."""
 
 from __future__ import annotations
 
@@ -7,20 +7,21 @@ from collections.abc import Iterator
 
 import pytest
 
-from tests.support.machine import Machine, a_machine
+from tests.support.machine import GATEWAY, Machine, a_machine
 from tests.support.processes import Cluster, a_cluster, ask, eventually
 
 pytestmark = pytest.mark.timeout(300)
 
 ADDRESS = "127.77.0.2"
 PORT = 8800
-START = f"echo-service 0.0.0.0 {PORT}\n"
+INNER_PORT = 8801
 
-
-@pytest.fixture(scope="module")
-def machine(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Machine]:
-    with a_machine(tmp_path_factory.mktemp("vm"), START, address=ADDRESS, ports=[PORT]) as machine:
-        yield machine
+# The second service listens where only a tunnel client in the machine gets to.
+START = f"""
+echo-service 0.0.0.0 {PORT}
+echo-service 127.0.0.1 {INNER_PORT}
+"""
+CLIENT = "(while :; do tunnel-client --runner-url {url} --container-id {container} --token-file /token; done) &\n"
 
 
 @pytest.fixture(scope="module")
@@ -28,6 +29,18 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
     with a_cluster(tmp_path_factory.mktemp("cluster")) as cluster:
         cluster.start_runner("n1", "--backend", "process")
         yield cluster
+
+
+@pytest.fixture(scope="module")
+def machine(cluster: Cluster, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Machine]:
+    """A machine whose tunnel client is that of the task `inside`."""
+    status, agent = cluster.call("GET", f"/api/tasks/{adopted(cluster, 'inside')}/agent")
+    assert status == 200, agent
+    client = CLIENT.format(url=agent["runner_url"].replace("127.0.0.1", GATEWAY), container=agent["container"])
+    files = {"token": agent["token"].encode()}
+    directory = tmp_path_factory.mktemp("vm")
+    with a_machine(directory, START + client, address=ADDRESS, ports=[PORT], files=files) as machine:
+        yield machine
 
 
 def adopted(cluster: Cluster, name: str) -> str:
@@ -62,3 +75,23 @@ def test_an_open_forward_works_again_after_the_machine_was_rebooted(cluster: Clu
         machine.reset()
         machine.wait_until_up()
         assert ask(forward.local_port, b"after") == b"after"
+
+
+def test_a_tunnel_client_in_the_machine_reaches_its_loopback_and_comes_back_after_a_reboot(
+    cluster: Cluster, machine: Machine
+) -> None:
+    with cluster.forward("inside", INNER_PORT) as forward:
+        assert eventually(lambda: asked(forward.local_port, b"loopback")) == b"loopback"
+        machine.reset()
+        machine.wait_until_up()
+        assert eventually(lambda: asked(forward.local_port, b"again")) == b"again"
+    with cluster.forward("inside", PORT) as forward:
+        assert eventually(lambda: asked(forward.local_port, b"any address")) == b"any address"
+
+
+def asked(port: int, question: bytes) -> bytes | None:
+    """The answer of an echoing service, None where it is not reached."""
+    try:
+        return ask(port, question) or None
+    except OSError:
+        return None

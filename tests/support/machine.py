@@ -106,7 +106,9 @@ class Machine:
         with socket.socket(socket.AF_UNIX) as monitor:
             monitor.connect(str(self._monitor))
             monitor.sendall(b"system_reset\n")
-            monitor.recv(1)
+            said = b""
+            while said.count(b"(qemu)") < 2:  # the second prompt says that the command was carried out
+                said += monitor.recv(4096)
 
     def console(self) -> str:
         """What it has printed so far."""

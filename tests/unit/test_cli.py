@@ -19,7 +19,10 @@ HEAVY = ["aiodocker", "fastapi", "httpx", "pydantic", "rich", "sqlalchemy", "uvi
 COMMANDS = [
     *(["up"], ["host"], ["runner"], ["demo"], ["forward"], ["node", "list"], ["init", "tls"]),
     *(["connect"], ["ssh-proxy"], ["ssh-config"]),
-    *(["vps", name] for name in ("create", "list", "status", "stop", "restart", "rm", "adopt", "connect")),
+    *(
+        ["vps", name]
+        for name in ("create", "list", "status", "agent-command", "stop", "restart", "rm", "adopt", "connect")
+    ),
     *(["vps", name] for name in ("share", "unshare")),
     *(["auth", name] for name in ("login", "logout", "status")),
     *(["token", name] for name in ("create", "list", "revoke")),

@@ -69,6 +69,7 @@ HOST_RULES: dict[Route, Rule] = {
     ("GET", "/api/status/{task}"): BY_WHO_MAY_USE,
     ("GET", "/api/tasks/{task}/wait"): BY_WHO_MAY_USE,
     ("POST", "/api/tasks/{task}/ssh-pass"): BY_WHO_MAY_USE,
+    ("GET", "/api/tasks/{task}/agent"): BY_OWNERS,
     ("POST", "/api/tasks/{task}/stop"): BY_OWNERS,
     ("POST", "/api/tasks/{task}/restart"): BY_OWNERS,
     ("DELETE", "/api/tasks/{task}"): BY_OWNERS,
@@ -91,6 +92,7 @@ RUNNER_RULES: dict[Route, Rule] = {
     ("POST", "/api/tasks"): CONTROL,
     ("POST", "/api/tasks/adopt"): CONTROL,
     ("GET", "/api/tasks/{container}"): CONTROL,
+    ("GET", "/api/tasks/{container}/agent"): CONTROL,
     ("POST", "/api/tasks/{container}/stop"): CONTROL,
     ("POST", "/api/tasks/{container}/restart"): CONTROL,
     ("DELETE", "/api/tasks/{container}"): CONTROL,
@@ -267,7 +269,8 @@ class RunnerUnderTest:
         )
         self.tunnel_routes = [*self.tunnels.routes(), *self.terminals.routes()]
         self.guard = Guard()
-        self.app = runner_app.create_app(runner_app.Services(self.tasks, self.registration), self.guard)
+        services = runner_app.Services(self.tasks, self.registration, "http://127.0.0.1:1")
+        self.app = runner_app.create_app(services, self.guard)
 
     async def _remove(self, task_id: int) -> None:
         raise AssertionError

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shlex
 from collections.abc import Awaitable, Callable
+from dataclasses import asdict
 from enum import Enum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -184,8 +185,6 @@ def list_tasks(
         for task in tasks:
             output.line(task.name)
         return
-    if not tasks and not at.json:
-        output.note("There are no tasks; `kohakuriver vps create --image IMAGE -- CMD` makes one.")
     if at.json:
         output.json_line({"tasks": [task.to_json() for task in tasks]})
         return
@@ -206,6 +205,8 @@ def list_tasks(
             for task in tasks
         ],
     )
+    if not tasks:
+        output.note("There are no tasks; `kohakuriver vps create --image IMAGE -- CMD` makes one.")
 
 
 def _tunnel(task: Task) -> str:
@@ -221,6 +222,27 @@ def status(
 ) -> None:
     """Show one task."""
     _print_task(at.ask(lambda client: client.task(task)), at.json)
+
+
+@app.command("agent-command", epilog="Example: kohakuriver vps agent-command vm | ssh vm sh")
+@remote
+def agent_command(at: Remote, task: TaskArgument) -> None:
+    """Print the command that starts the tunnel client in the machine of an address task."""
+    agent = at.ask(lambda client: client.agent(task))
+    if at.json:
+        output.json_line(asdict(agent))
+        return
+    output.note(
+        "It needs the program tunnel-client there, which is in kohakuriver/bin/ of this installation; "
+        "the token in it opens this task's tunnel, so show it to nobody."
+    )
+    output.line(_START_AGENT.format(**asdict(agent)))
+
+
+_START_AGENT = """\
+(umask 077; echo {token} > "$HOME/.kohakuriver-token") && exec tunnel-client --runner-url {runner_url} \
+--container-id {container} --token-file "$HOME/.kohakuriver-token"\
+"""
 
 
 @app.command(epilog="Example: kohakuriver vps stop web")

@@ -137,6 +137,15 @@ def _node(answer: Any) -> Node:
     return _record(Node, answer)
 
 
+@dataclass(frozen=True)
+class Agent:
+    """What a tunnel client in a machine is started with; `token` is its secret."""
+
+    container: str
+    runner_url: str
+    token: str = field(repr=False)
+
+
 class HostClient:
     """`async with HostClient(settings) as host: await host.tasks()`"""
 
@@ -248,6 +257,10 @@ class HostClient:
         wanted["no_client"] = no_client or None
         body = {key: value for key, value in wanted.items() if value is not None}
         return _task(await self._call("POST", "/api/tasks/adopt", body=body))
+
+    async def agent(self, task: str) -> Agent:
+        """What a tunnel client in the machine of an address task is started with."""
+        return _record(Agent, await self._call("GET", _path(task, "agent")))
 
     async def stop(self, task: str, *, container: bool = False) -> Task:
         """Stop a task; an adopted container only with `container`."""

@@ -13,6 +13,7 @@ from kohakuriver import __version__
 from kohakuriver.host.api_page import api_page
 from kohakuriver.host.schemas import (
     AdoptRequest,
+    Agent,
     CreateRequest,
     Heartbeat,
     HeartbeatAnswer,
@@ -256,6 +257,12 @@ async def wait_for_task(
 async def make_ssh_pass(host: Host, user: User, task_id: Usable) -> SshPass:
     """What stands for the caller's token on port 8002, for one connection to this task within a minute."""
     return SshPass.model_validate({"pass": host.forwards.ssh_pass(user, int(task_id))})
+
+
+@_api.get("/tasks/{task}/agent")
+async def task_agent(host: Host, task_id: Own) -> Agent:
+    """What a tunnel client in the machine of an address task is started with."""
+    return await host.tasks.agent(task_id)
 
 
 @_api.post("/tasks/{task}/stop")

@@ -137,6 +137,14 @@ class ShareRequest(_Request):
     user: UserName
 
 
+class Agent(BaseModel):
+    """What a tunnel client in the machine of an address task is started with; `token` is its secret."""
+
+    container: str
+    runner_url: str
+    token: str
+
+
 class SshPass(BaseModel):
     """What stands for a token, once."""
 

@@ -26,6 +26,7 @@ class Services:
 
     tasks: TaskManager
     registration: Registration
+    url: str
 
 
 def create_app(services: Services, guard: Guard | None = None) -> FastAPI:
@@ -94,6 +95,12 @@ async def adopt_task(runner: Runner, ticket: HostTicket, order: TaskOrder) -> di
 async def get_task(runner: Runner, container: str) -> dict[str, Any]:
     """One task."""
     return runner.tasks.get(container).report()
+
+
+@_api.get("/{container}/agent")
+async def get_agent(runner: Runner, container: str) -> dict[str, str]:
+    """What a tunnel client in the machine of an address task is started with: `container`, `runner_url`, `token`."""
+    return runner.tasks.agent(container, runner.url)
 
 
 @_api.post("/{container}/stop")

@@ -143,7 +143,7 @@ class Runner:
             origins=options.allowed_origins,
         )
         self._server = Server(
-            create_app(Services(self._tasks, self._registration), self._guard),
+            create_app(Services(self._tasks, self._registration, identity.url), self._guard),
             ws=serve_ws(
                 [*self._tunnels.routes(), *self._terminals.routes()], self._guard, max_message=limits.max_message
             ),

@@ -15,7 +15,7 @@ import structlog
 from pydantic import TypeAdapter, ValidationError
 
 from kohakuriver.errors import HostUnreachableError, KohakuRiverError, NotFoundError, UnavailableError, UsageError
-from kohakuriver.host.schemas import AdoptRequest, CreateRequest, iso_time
+from kohakuriver.host.schemas import AdoptRequest, Agent, CreateRequest, iso_time
 from kohakuriver.host.services.credentials import Caller
 from kohakuriver.host.services.nodes import Nodes
 from kohakuriver.host.services.runner_client import RunnerClient, makes_no_sense
@@ -248,6 +248,17 @@ class Tasks:
         path = f"/api/tasks/{task.container}/{action}"
         answer = await self._runners.call(node, "POST", path, container=task.container, timeout=_RUNNER_SECONDS)
         return await self._take_over(_report(answer, node), node, task)
+
+    async def agent(self, reference: str) -> Agent:
+        """What a tunnel client in an address task's machine is started with. Raises what its runner says."""
+        task, node = await self._store.task_and_node(reference)
+        self._nodes.check_online(node)
+        path = f"/api/tasks/{task.container}/agent"
+        answer = await self._runners.call(node, "GET", path, container=task.container, timeout=_RUNNER_SECONDS)
+        try:
+            return Agent.model_validate(answer)
+        except ValidationError as error:
+            raise makes_no_sense(node) from error
 
     async def remove(self, reference: str) -> TaskView:
         """Remove a task, as it was. A node that can't be reached is told when it is back."""

@@ -50,6 +50,11 @@ class DirectSession(ContainerEndpoint):
         super().link_closed(link, code, reason)
         self._on_closed(self)
 
+    def end(self, code: int, reason: str) -> None:
+        """Close the user's link, if there still is one."""
+        if self.link is not None:
+            self.link.close(code, reason)
+
     def counts(self) -> Counter[str]:
         """What went through it."""
         return Counter(

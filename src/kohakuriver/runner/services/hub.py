@@ -31,16 +31,19 @@ class Hub:
     """All links of a runner, by container. `on_tunnel_change` is called with (container id, connected).
 
     `on_trouble` is called with a container id and a sentence, without a full stop, for those who look at its task.
+    `dialled` says whether this runner dials a container's ports by itself while no tunnel is there.
     """
 
     def __init__(
         self,
         on_tunnel_change: Callable[[str, bool], None] = lambda container, connected: None,
         on_trouble: Callable[[str, str], None] = lambda container, sentence: None,
+        dialled: Callable[[str], bool] = lambda container: False,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._on_tunnel_change = on_tunnel_change
         self._on_trouble = on_trouble
+        self._dialled = dialled
         self._clock = clock
         self._replaced: dict[str, deque[float]] = {}
         self.tunnels: dict[str, TunnelLeg] = {}
@@ -83,6 +86,8 @@ class Hub:
         for session in self._sessions_of(tunnel.container):
             if session.version != min(session.newest, tunnel.version):  # its streams went with the tunnel before
                 session.link.close(RENEGOTIATE, "the container's new tunnel client speaks another version")
+        for direct in self._direct_of(tunnel.container):
+            direct.end(RENEGOTIATE, "a tunnel client has come, which reaches more")
         log.info("tunnel connected", container=tunnel.container, version=tunnel.version, peer=tunnel.link.label)
         self._on_tunnel_change(tunnel.container, True)
 
@@ -96,6 +101,9 @@ class Hub:
             self.traffic.keep(tunnel)
             log.info("tunnel disconnected", container=tunnel.container, reason=reason)
             self._on_tunnel_change(tunnel.container, False)
+            if self._dialled(tunnel.container):
+                for session in self._sessions_of(tunnel.container):
+                    session.link.close(RENEGOTIATE, "the tunnel client has gone, and its node dials again")
 
     def _end_streams(self, tunnel: TunnelLeg, reason: str) -> None:
         for session in self._sessions_of(tunnel.container):
@@ -122,9 +130,8 @@ class Hub:
         if gone:
             for session in self._sessions_of(container):
                 session.link.close(CloseCode.POLICY, reason)
-        for direct in [d for d in self.direct if d.container == container]:
-            if direct.link is not None:
-                direct.link.close(CloseCode.POLICY if gone else RENEGOTIATE, reason)
+        for direct in self._direct_of(container):
+            direct.end(CloseCode.POLICY if gone else RENEGOTIATE, reason)
         if gone:
             self.traffic.forget(container)
 
@@ -141,3 +148,6 @@ class Hub:
 
     def _sessions_of(self, container: str) -> list[SessionLeg]:
         return [session for session in self.sessions if session.container == container]
+
+    def _direct_of(self, container: str) -> list[DirectSession]:
+        return [session for session in self.direct if session.container == container]

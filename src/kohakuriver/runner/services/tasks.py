@@ -255,7 +255,9 @@ class TaskManager:
     def tunnel_changed(self, container: str, connected: bool) -> None:
         """A tunnel client came or went."""
         task = self._tasks.get(container)
-        if task is not None and task.tunnel != connected:
+        if task is not None and task.dialled:
+            self.report(container, task.status, "a tunnel client in it is connected" if connected else None)
+        elif task is not None and task.tunnel != connected:
             task.tunnel = connected
             task.revision = next_revision()
             self._on_change()
@@ -269,6 +271,23 @@ class TaskManager:
     def check_tunnel_token(self, container: str, token: str) -> bool:
         """Whether a tunnel client may be this container's: it is a task's, and the token is its own."""
         return container in self._tasks and self._state.check_tunnel_token(container, token)
+
+    def agent(self, container: str, runner_url: str) -> dict[str, str]:
+        """What a tunnel client in the machine of an address task is started with.
+
+        Raises NotFoundError, or UnavailableError for another kind of task, or where no client can speak to this node.
+        """
+        task = self.get(container)
+        if task.backend != "address":
+            raise UnavailableError(
+                f"Task {task.name} is no machine: it gets its tunnel client by itself.", code="not_supported"
+            )
+        if runner_url.startswith("https:"):
+            raise UnavailableError(
+                "This task's node serves TLS, which no tunnel client speaks; the machine is reached by its address.",
+                code="not_supported",
+            )
+        return {"container": container, "runner_url": runner_url, "token": self._state.tunnel_token(container)}
 
     def target_of(self, container: str) -> DirectTarget | None:
         """What the runner itself dials for this container, None where a tunnel client does it."""

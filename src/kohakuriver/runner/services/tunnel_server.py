@@ -27,7 +27,8 @@ class TunnelServer:
     Args:
         check_tunnel_token: (container id, token) → whether the token is that container's own.
         check_ticket: the ticket's claims; raises UnauthenticatedError or NotAllowedError.
-        target_of: what the runner dials itself for a container id, None where a tunnel client does it.
+        target_of: what the runner dials itself for a container id while no tunnel client is there, None where only
+            a tunnel client does it.
         on_tunnel_change: called with (container id, connected).
         on_trouble: called with (container id, sentence) when something is wrong with a task's tunnel.
         config: windows and times of the streams that the runner dials itself.
@@ -46,7 +47,7 @@ class TunnelServer:
         config: EndpointConfig | None = None,
         limits: Limits | None = None,
     ) -> None:
-        self.hub = Hub(on_tunnel_change, on_trouble)
+        self.hub = Hub(on_tunnel_change, on_trouble, lambda container: target_of(container) is not None)
         self._limits = limits or Limits()
         self._allow_anonymous = allow_anonymous
         self._check_tunnel_token = check_tunnel_token
@@ -86,7 +87,7 @@ class TunnelServer:
             raise UsageError(f"{port} is not a port: give one between 1 and 65535")
         admission = Admission(self._limits, self._ticket(request, container, port), ports_in(request.query))
         target = self._target_of(container)
-        if target is not None:
+        if target is not None and self.hub.tunnel_of(container) is None:
             self._open_direct(request, container, port, admission, target)
         else:
             self._open_relayed(request, container, port, admission)
