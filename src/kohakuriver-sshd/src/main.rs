@@ -64,6 +64,7 @@ fn work(options: Options) -> io::Result<std::convert::Infallible> {
         host_key: Arc::new(host_key),
     });
     let (address, key) = (listener.local_addr()?, shared.host_key.public_line());
+    log::detach()?;
     // Neither needs escaping in JSON. Who started this server may not listen, which is no reason to fail.
     let _ = writeln!(
         io::stdout(),

@@ -7,13 +7,15 @@
 use std::ffi::OsStr;
 use std::fs::{self, File, FileTimes, Metadata, OpenOptions, Permissions};
 use std::io::{self, BufRead, BufReader, Read, Write};
-use std::os::fd::OwnedFd;
+use std::os::fd::{AsRawFd, OwnedFd};
 use std::os::unix::ffi::OsStrExt;
-use std::os::unix::fs::{DirBuilderExt, MetadataExt, OpenOptionsExt, PermissionsExt};
+use std::os::unix::fs::{DirBuilderExt, FileTypeExt, MetadataExt, OpenOptionsExt, PermissionsExt};
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 use std::thread;
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
+
+use crate::sys;
 
 mod request;
 
@@ -246,29 +248,27 @@ impl<'a> Copy<'a> {
         times: Option<Times>,
     ) -> io::Result<()> {
         let is_new = !path.exists();
-        let opened = OpenOptions::new()
-            .write(true)
-            .custom_flags(libc::O_CREAT | libc::O_NONBLOCK)
-            .mode(announced.mode | 0o200)
-            .open(path)
-            .and_then(|file| Ok((file.metadata()?, file)));
-        let file = match opened {
-            Ok((meta, file)) if meta.is_file() => file,
-            Ok(_) => return self.complain(path, "not a regular file"),
+        let (file, is_regular) = match open_target(path, announced.mode) {
+            Ok(opened) => opened,
             Err(error) => return self.complain(path, &sentence(&error)),
         };
         self.acknowledge()?;
         let written = self.receive_content(&file, announced.size)?;
         // Where the client could not read all of its file, it says so itself.
         self.answer()?;
-        match written.and_then(|()| self.finish_file(&file, announced, is_new, times)) {
+        let finish = || match is_regular {
+            true => self.finish_file(&file, announced, is_new, times),
+            // A device is everybody's: it keeps its mode and its times.
+            false => Ok(()),
+        };
+        match written.and_then(|()| finish()) {
             Ok(()) => self.acknowledge(),
             Err(error) => self.complain(path, &sentence(&error)),
         }
     }
 
     /// Takes `size` bytes, also those that can't be written: the client sends them all.
-    fn receive_content(&mut self, mut file: &File, size: u64) -> io::Result<io::Result<()>> {
+    fn receive_content(&mut self, file: &File, size: u64) -> io::Result<io::Result<()>> {
         let (mut left, mut written) = (size, Ok(()));
         while left > 0 {
             let most = usize::try_from(left).unwrap_or(BLOCK).min(BLOCK);
@@ -278,10 +278,33 @@ impl<'a> Copy<'a> {
             }
             left -= count as u64;
             if written.is_ok() {
-                written = file.write_all(&self.block[..count]);
+                written = self.write(file, &self.block[..count]);
             }
         }
         Ok(written)
+    }
+
+    /// Writes all of it. A pipe or a terminal may have it wait, but not for longer than the client is there.
+    fn write(&self, mut file: &File, mut data: &[u8]) -> io::Result<()> {
+        while !data.is_empty() {
+            match file.write(data) {
+                Ok(0) => return Err(io::ErrorKind::WriteZero.into()),
+                Ok(count) => data = &data[count..],
+                Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
+                Err(error) if error.kind() == io::ErrorKind::WouldBlock => {
+                    let mut both = [
+                        sys::interest(file.as_raw_fd(), libc::POLLOUT),
+                        sys::interest(self.output.as_raw_fd(), 0),
+                    ];
+                    sys::wait(&mut both, None)?;
+                    if both[1].revents != 0 {
+                        return Err(io::ErrorKind::ConnectionAborted.into());
+                    }
+                }
+                Err(error) => return Err(error),
+            }
+        }
+        Ok(())
     }
 
     fn finish_file(
@@ -313,7 +336,7 @@ impl<'a> Copy<'a> {
     fn send(&mut self, path: &Path, depth: usize) -> io::Result<()> {
         let opened = OpenOptions::new()
             .read(true)
-            .custom_flags(libc::O_NONBLOCK)
+            .custom_flags(libc::O_NONBLOCK | libc::O_NOCTTY)
             .open(path)
             .and_then(|file| Ok((file.metadata()?, file)));
         match opened {
@@ -395,6 +418,31 @@ impl<'a> Copy<'a> {
         self.output.write_all(b"E\n")?;
         self.answer().map(drop)
     }
+}
+
+/// Opens what the content of a file goes to; true for a regular file. A device takes it too, and a pipe that is read.
+fn open_target(path: &Path, mode: u32) -> io::Result<(File, bool)> {
+    let opened = OpenOptions::new()
+        .write(true)
+        // Nobody could tell an open that waits for a pipe's reader that the client is gone. And what names a terminal must
+        // not make it this server's own.
+        .custom_flags(libc::O_CREAT | libc::O_NONBLOCK | libc::O_NOCTTY)
+        .mode(mode | 0o200)
+        .open(path);
+    match opened {
+        Ok(file) => {
+            let is_regular = file.metadata()?.is_file();
+            Ok((file, is_regular))
+        }
+        Err(error) if error.raw_os_error() == Some(libc::ENXIO) && is_pipe(path) => {
+            Err(io::Error::other("nobody reads from this pipe"))
+        }
+        Err(error) => Err(error),
+    }
+}
+
+fn is_pipe(path: &Path) -> bool {
+    fs::metadata(path).is_ok_and(|meta| meta.file_type().is_fifo())
 }
 
 /// `MODE SIZE NAME`; None where it is anything else, or the name leads out of the directory.

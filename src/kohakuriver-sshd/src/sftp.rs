@@ -296,7 +296,7 @@ impl Server {
             .append(has(APPEND) && has(WRITE));
         // Who waits for the other end of a pipe can't be told that the client is gone.
         options
-            .custom_flags(extra | libc::O_NONBLOCK)
+            .custom_flags(extra | libc::O_NONBLOCK | libc::O_NOCTTY)
             .mode(wanted.mode.unwrap_or(0o666) & 0o7777);
         let file = options.open(path)?;
         if file.metadata()?.file_type().is_fifo() {

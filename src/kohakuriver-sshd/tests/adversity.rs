@@ -2,8 +2,10 @@
 
 mod common;
 
-use std::io::{Read, Write};
+use std::io::{BufRead, BufReader, Read, Write};
 use std::net::{Shutdown, TcpListener, TcpStream};
+use std::os::fd::AsRawFd;
+use std::process::Stdio;
 use std::thread;
 use std::time::{Duration, Instant};
 
@@ -171,4 +173,24 @@ fn what_a_message_claims_is_never_believed_before_a_login() {
         let said = text(&all(stream));
         assert!(said.contains("keys"), "{number}: {said:?}");
     }
+}
+
+#[test]
+fn a_log_that_nobody_reads_stops_nobody_and_says_later_what_it_left_out() {
+    let mut server = Server::start_prepared(|command| {
+        command.stderr(Stdio::piped());
+    });
+    let log = server.process.0.stderr.take().unwrap();
+    // SAFETY: the call touches no memory.
+    assert!(unsafe { libc::fcntl(log.as_raw_fd(), libc::F_SETPIPE_SZ, 4096) } >= 4096);
+    // Each makes a line. More than what fits the pipe and what may wait beside it.
+    for _ in 0..500 {
+        let mut stream = TcpStream::connect(server.address).unwrap();
+        stream.write_all(b"GET / HTTP/1.1\r\n\r\n").unwrap();
+        assert!(all(stream).starts_with(b"SSH-2.0-KohakuRiver"));
+    }
+    let output = server.run("echo in");
+    assert_eq!(text(&output.stdout), "in\n", "{}", text(&output.stderr));
+    let mut lines = BufReader::new(log).lines().map(Result::unwrap);
+    assert!(lines.any(|line| line.ends_with(" lines were dropped, as nobody took them in time")));
 }

@@ -191,3 +191,83 @@ fn a_link_in_a_tree_that_leads_round_ends() {
     let output = scp(&server, &["-r", &format!("task:{tree}"), &back]);
     assert_eq!(output.status.code(), Some(1), "{output:?}");
 }
+
+#[test]
+fn a_device_takes_a_file_and_keeps_its_mode() {
+    let server = Server::without_programs();
+    let [here, device] = ["here", "null"].map(|name| server.directory.text(name));
+    fs::write(&here, noise(1 << 20)).unwrap();
+    let made = Command::new("mknod")
+        .args(["-m", "622", &device, "c", "1", "3"])
+        .status()
+        .unwrap();
+    let device = if made.success() { &device } else { "/dev/null" };
+    let before = fs::metadata(device).unwrap();
+    for options in [&[][..], &["-p"]] {
+        succeed(
+            &server,
+            &[options, &[&here, &format!("task:{device}")]].concat(),
+        );
+    }
+    let after = fs::metadata(device).unwrap();
+    assert_eq!((after.rdev(), after.mode()), (before.rdev(), before.mode()));
+}
+
+#[test]
+fn a_pipe_takes_a_file_while_somebody_reads_it() {
+    let server = Server::without_programs();
+    let [here, fifo] = ["here", "fifo"].map(|name| server.directory.text(name));
+    fs::write(&here, noise(1 << 20)).unwrap();
+    let made = Command::new("mkfifo").arg(&fifo).status().unwrap();
+    assert!(made.success());
+    let remote = format!("task:{fifo}");
+    let output = scp(&server, &[&here, &remote]);
+    assert!(text(&output.stderr).contains("nobody reads"), "{output:?}");
+    assert_eq!(output.status.code(), Some(1));
+    // It can be opened for both at once, and so without waiting for the other end.
+    let mut end = fs::File::options()
+        .read(true)
+        .write(true)
+        .open(&fifo)
+        .unwrap();
+    let reader = std::thread::spawn(move || {
+        let mut got = vec![0; 1 << 20];
+        end.read_exact(&mut got).unwrap();
+        got
+    });
+    succeed(&server, &[&here, &remote]);
+    assert!(reader.join().unwrap() == fs::read(&here).unwrap());
+}
+
+#[test]
+fn a_copy_into_a_pipe_that_nobody_empties_ends_with_its_client() {
+    let server = Server::without_programs();
+    let fifo = server.directory.text("fifo");
+    let made = Command::new("mkfifo").arg(&fifo).status().unwrap();
+    assert!(made.success());
+    let _end = fs::File::options()
+        .read(true)
+        .write(true)
+        .open(&fifo)
+        .unwrap();
+    let process = format!("/proc/{}/task", server.process.0.id());
+    let copying = || {
+        let threads = fs::read_dir(&process).unwrap().flatten();
+        let name = |path: std::path::PathBuf| fs::read(path.join("comm")).unwrap_or_default();
+        threads.filter(|each| name(each.path()) == b"scp\n").count()
+    };
+    let mut client = server.ssh(&[]);
+    client
+        .arg(format!("scp -t {fifo}"))
+        .stdin(Stdio::piped())
+        .stdout(Stdio::piped());
+    let mut client = client.spawn().unwrap();
+    let mut input = client.stdin.take().unwrap();
+    input.write_all(b"C0644 10000000 x\n").unwrap();
+    let _ = input.write_all(&vec![0; 300_000]);
+    common::read_exactly(client.stdout.as_mut().unwrap(), &[0, 0]);
+    assert_eq!(copying(), 1);
+    client.kill().unwrap();
+    client.wait().unwrap();
+    common::eventually(|| copying() == 0);
+}

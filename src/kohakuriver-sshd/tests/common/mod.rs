@@ -276,3 +276,12 @@ pub fn feed(
 pub fn text(bytes: &[u8]) -> String {
     String::from_utf8_lossy(bytes).into_owned()
 }
+
+/// Looks again and again until it is so.
+pub fn eventually(is_so: impl Fn() -> bool) {
+    let began = std::time::Instant::now();
+    while !is_so() {
+        assert!(began.elapsed().as_secs() < 60, "it never came to be so");
+        std::thread::sleep(std::time::Duration::from_millis(5));
+    }
+}
