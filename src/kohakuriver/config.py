@@ -330,6 +330,9 @@ def load_settings(
     given = _read_config_file()
     given.update((name, value) for name, value in environment.items() if value)
     given.update((name, value) for name, value in flags.items() if value is not None)
+    for name, value in given.items():
+        if any("\udc80" <= character <= "\udcff" for character in str(value)):
+            raise UsageError(f"The setting {name!r} is not UTF-8; settings must be.")
     return _filled_in(given)
 
 

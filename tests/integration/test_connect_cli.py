@@ -325,7 +325,7 @@ def test_a_lost_host_is_said_so_and_gives_7(tmp_path: Path) -> None:
     apart = Apart(tmp_path)
     try:
         eventually(lambda: "online" in apart.succeed("node", "list"))
-        apart.succeed("vps", "create", "--name", "lonely")
+        apart.succeed("vps", "create", "--backend", "process", "--name", "lonely")
         with a_terminal(apart, "lonely") as terminal:
             terminal.ready()
             apart.host.stop(signal.SIGKILL)

@@ -155,8 +155,8 @@ def test_a_command_that_can_not_run_fails_the_task_with_a_reason(cluster: Cluste
     [
         (["vps", "status", "nobody"], 3),
         (["vps", "rm", "nobody"], 3),
-        (["vps", "create", "--node", "nowhere"], 3),
-        (["vps", "create", "--name", "Not A Name"], 2),
+        (["vps", "create", "--backend", "process", "--node", "nowhere"], 3),
+        (["vps", "create", "--backend", "process", "--name", "Not A Name"], 2),
         (["vps", "adopt", "--address", "not-an-ip", "--node", "n"], 2),
     ],
 )

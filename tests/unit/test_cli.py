@@ -13,6 +13,7 @@ import pytest
 from typer.main import get_command
 
 from kohakuriver import config
+from kohakuriver.cli.behind_dashes import command_of
 from kohakuriver.cli.main import app, main
 
 HEAVY = ["aiodocker", "fastapi", "httpx", "pydantic", "rich", "sqlalchemy", "uvicorn", "uvloop", "websockets"]
@@ -103,9 +104,12 @@ def test_python_dash_m_is_the_same_program() -> None:
         (["forward", "t"], "REMOTE_PORT"),
         (["forward"], "TASK"),
         (["forward", "t", "80", "--colour"], "--colour"),
-        (["vps", "create", "--env", "A"], "--env takes NAME=VALUE"),
-        (["vps", "create", "--mount", "data:/data"], "absolute paths"),
-        (["vps", "create", "--mount", "/a:/b:rx"], "SRC:DST"),
+        (["vps", "create"], "--image"),
+        (["vps", "create", "--name", "noimg"], "--backend process"),
+        (["vps", "create", "--backend", "docker", "--", "ls"], "--image"),
+        (["vps", "create", "--image", "i", "--env", "A"], "--env takes NAME=VALUE"),
+        (["vps", "create", "--image", "i", "--mount", "data:/data"], "absolute paths"),
+        (["vps", "create", "--image", "i", "--mount", "/a:/b:rx"], "SRC:DST"),
         (["vps", "create", "--backend", "vm"], "vm"),
         (["vps", "adopt"], "either a CONTAINER or --address"),
         (["vps", "adopt", "c", "--address", "10.0.0.1", "--node", "n"], "either a CONTAINER or --address"),
@@ -129,7 +133,9 @@ def test_python_dash_m_is_the_same_program() -> None:
         (["forward", "t", "80", "--token", "two words"], "character"),
         (["runner", "--port=0", "--host-url", "http://127.0.0.1:1", "--node-token", "krn_\u00fc"], "character"),
         (["rivers"], "rivers"),
-        (["connect", "dev", "ls", "a b"], "connect dev -- ls 'a b'"),
+        (["--json", "vps", "list"], "behind the command"),
+        (["connect", "dev", "-l"], "No such option: -l"),
+        (["connect", "--", "dev"], "TASK"),
         (["vps", "create", "g", "--image", "i"], "a name is --name g"),
         (["vps", "create", "--name", "g", "busybox:lab"], "an image is --image busybox:lab"),
         (["vps", "create", "--name", "g", "--image", "i", "ls"], "-- ls"),
@@ -167,11 +173,55 @@ def test_our_options_count_on_either_side_of_the_task_up_to_the_first_word_for_s
     words: list[str], own: dict[str, object], theirs: list[str]
 ) -> None:
     command: Any = get_command(app).commands["vps"].commands["connect"]  # type: ignore[attr-defined]
-    given = command.make_context("connect", words).params
+    context = command.make_context("connect", words)
+    given = context.params
     assert given["task"] == "dev"
-    assert list(given["ssh_arguments"] or []) == theirs
+    assert command_of(context) == theirs
     assert {name: given[name] for name in own} == own
     assert given["user"] == own.get("user", "root")
+
+
+@pytest.mark.parametrize(
+    ("words", "run"),
+    [
+        (["dev"], None),
+        (["dev", "ls", "-l", "a b"], ["ls", "-l", "a b"]),
+        (["dev", "--", "ls", "--", "-l"], ["ls", "--", "-l"]),
+        (["--host", "h", "dev", "ls", "--host"], ["ls", "--host"]),
+        (["dev", "--host=h", "ls", "--json"], ["ls", "--json"]),
+        (["dev", "echo", "\udcff"], ["echo", "\udcff"]),
+        (["dev", "--"], []),
+    ],
+)
+def test_the_command_of_a_terminal_begins_with_the_first_word_that_is_no_option_of_ours(
+    words: list[str], run: list[str] | None
+) -> None:
+    context = get_command(app).commands["connect"].make_context("connect", words)  # type: ignore[attr-defined]
+    assert context.params["task"] == "dev"
+    assert command_of(context) == run
+    assert context.params["host"] == ("h" if "h" in " ".join(words[:3]).replace("=", " ").split() else None)
+
+
+@pytest.mark.parametrize("place", ["an argument", "a value"])
+@pytest.mark.parametrize("command", COMMANDS, ids=" ".join)
+def test_bytes_that_are_no_text_get_into_no_command(
+    command: list[str], place: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    given = ["\udcff"] if place == "an argument" else ["--host", "\udcfe"]
+    assert outcome(*command, *given) == 2
+    assert "is not UTF-8" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", ["HOST", "TOKEN", "SSH_PROXY", "CA_FILE", "PORT", "SSH_PROXY_PORT", "NODE_TOKEN"])
+def test_a_variable_that_is_no_text_is_a_wrong_setting(name: str, capsys: pytest.CaptureFixture[str]) -> None:
+    command = ["runner", "--port=0", "--host-url=h"] if name == "NODE_TOKEN" else ["vps", "connect", "dev"]
+    done = subprocess.run(
+        [sys.executable, "-m", "kohakuriver", *command],
+        env={**os.environb, f"KOHAKURIVER_{name}".encode(): b"\xff"},
+        capture_output=True,
+    )
+    assert done.returncode == 2, done.stderr
+    assert done.stderr.count(b"\n") == 1
 
 
 @pytest.mark.parametrize("command", [["vps", "list"], ["forward"], ["auth", "login"], ["user", "add"]], ids=" ".join)
@@ -195,9 +245,22 @@ def test_a_ca_file_that_one_command_names_is_none_of_the_next(tmp_path: Path, un
 
 @pytest.mark.parametrize(
     ("arguments", "code"),
-    [(["vps", "list", "--host", "ftp://x"], "bad_request"), (["vps", "list", "--colour"], "bad_request"),
-     (["vps", "stop", "a/b"], "bad_request"), (["vps", "list", "--host", "http://127.0.0.1:1"], "host_unreachable")],
-)  # fmt: skip
+    [
+        (["vps", "list", "--host", "ftp://x"], "bad_request"),
+        (["vps", "list", "--colour"], "bad_request"),
+        (["vps", "list", "a\udcff"], "bad_request"),
+        (["vps", "lst"], "bad_request"),
+        (["vps", "stop", "a/b"], "bad_request"),
+        (["vps", "create"], "bad_request"),
+        (["up", "--host-port=x"], "bad_request"),
+        (["runner", "--host-url=h", "--node-token=\u00fc"], "bad_request"),
+        (["host", "--tls-cert=/none"], "bad_request"),
+        (["init", "tls", "a,,b"], "bad_request"),
+        (["demo", "--size=x"], "bad_request"),
+        (["vps", "list", "--host", "http://127.0.0.1:1"], "host_unreachable"),
+        (["forward", "t", "0:80", "--host", "http://127.0.0.1:1"], "host_unreachable"),
+    ],
+)
 def test_with_json_an_error_is_json_on_stdout(
     arguments: list[str], code: str, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -96,6 +96,18 @@ def test_every_command_has_a_section_in_the_command_line_page() -> None:
     assert set(sections()) == set(commands())
 
 
+def test_a_usage_line_is_written_as_in_the_command_line_page() -> None:
+    text = (ROOT / "docs/cli.md").read_text("utf-8")
+    for heading in re.findall(r"^### `kohakuriver ([^`]*)`$", text, re.MULTILINE):
+        words, arguments = split_command(heading.split())
+        command = commands()[words]
+        context = command.make_context(words[-1], [], resilient_parsing=True)
+        assert command.collect_usage_pieces(context) == [
+            "[OPTIONS]",
+            *re.findall(r"\[.*?\]+(?=\s|$)|\S+", " ".join(arguments)),
+        ]
+
+
 @pytest.mark.parametrize("words", sorted(commands()), ids=" ".join)
 def test_a_command_is_documented_with_exactly_the_options_that_it_has(words: tuple[str, ...]) -> None:
     documented = set(re.findall(r"(?<![\w-])--?[a-zA-Z][a-z-]*", " ".join(re.findall(r"`([^`]*)`", sections()[words]))))

@@ -6,6 +6,9 @@ from typing import Any
 
 from typer.core import TyperGroup
 
+from kohakuriver.cli import output
+from kohakuriver.errors import UsageError
+
 __all__ = ["WithAliases"]
 
 _EVERYWHERE = {"ls": "list", "delete": "remove"}
@@ -22,6 +25,18 @@ _IN = {
 
 class WithAliases(TyperGroup):
     """A group that knows its commands by those words too; its help shows its own words alone."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        option = args[0].partition("=")[0] if args else ""
+        known = {name for each in self.get_params(ctx) for name in each.opts}
+        found = any(self.get_command(ctx, each) for each in args)
+        misplaced = found and option.startswith("-") and option not in known
+        output.errors_as_json("--json" in args and (misplaced or not found))
+        if misplaced and not ctx.resilient_parsing:
+            raise UsageError(
+                f"An option stands behind the command that it is for: {ctx.command_path} COMMAND … {option}"
+            )
+        return super().parse_args(ctx, args)
 
     def get_command(self, ctx: Any, cmd_name: str) -> Any:
         found = super().get_command(ctx, cmd_name)

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from kohakuriver.cli import output
-from kohakuriver.cli.aliases import WithAliases
+from kohakuriver.cli.app import App
 from kohakuriver.cli.options import JsonOption, Place, Remote, remote
 from kohakuriver.errors import UnauthenticatedError, UsageError
 
@@ -21,11 +21,9 @@ if TYPE_CHECKING:
 
 __all__ = ["app"]
 
-app = typer.Typer(
-    cls=WithAliases,
+app = App(
     help="Log in to a host, and see who you are there.",
     epilog="Example: kohakuriver auth login --host http://cluster:8000",
-    no_args_is_help=True,
 )
 
 

@@ -78,7 +78,6 @@ TlsCertOption = Annotated[
 TlsKeyOption = Annotated[
     Path | None, typer.Option("--tls-key", help="The key that belongs to --tls-cert.", show_default=False)
 ]
-EventsOption = Annotated[bool, typer.Option("--json", help="JSON on stdout, and nothing else there.")]
 StdinOption = Annotated[bool, typer.Option("--exit-with-stdin", hidden=True)]
 
 
@@ -199,7 +198,7 @@ def host(
     allowed_hosts: AllowedHostOption = None,
     allowed_origins: AllowedOriginOption = None,
     log_level: LogLevelOption = LogLevel.info,
-    json: EventsOption = False,
+    json: JsonOption = False,
     exit_with_stdin: StdinOption = False,
 ) -> int:
     """Run the host alone: the HTTP API, the middle of every forward, and the SSH proxy."""
@@ -255,7 +254,7 @@ def runner(
     allowed_hosts: AllowedHostOption = None,
     allowed_origins: AllowedOriginOption = None,
     log_level: LogLevelOption = LogLevel.info,
-    json: EventsOption = False,
+    json: JsonOption = False,
     exit_with_stdin: StdinOption = False,
 ) -> int:
     """Run a node: start tasks here and reach into them."""

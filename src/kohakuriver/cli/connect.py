@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import typer
 
-from kohakuriver.cli.behind_dashes import WithCommand, command_of
+from kohakuriver.cli.behind_dashes import BehindTask, command_of
 from kohakuriver.cli.options import Connection, TaskArgument, remote
 from kohakuriver.cli.signals import caught
 from kohakuriver.errors import HostUnreachableError, UnavailableError, UsageError
@@ -37,9 +37,9 @@ STREAMS = {"stdout": 1, "stderr": 2}
 def register(app: typer.Typer) -> None:
     """Add the command to `app`."""
     app.command(
-        cls=WithCommand,
-        epilog="Examples:\n\nkohakuriver connect my-task\n\nkohakuriver connect my-task -- nvidia-smi\n\n"
-        "tar c data | kohakuriver connect my-task -- tar x -C /work\n\n"
+        cls=BehindTask,
+        epilog="Examples:\n\nkohakuriver connect my-task\n\nkohakuriver connect my-task nvidia-smi -L\n\n"
+        "tar c data | kohakuriver connect my-task tar x -C /work\n\n"
         "In a terminal, ~. at the start of a line ends the connection, also one that hangs.",
     )(remote(connect))
 

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from kohakuriver.cli import output
+from kohakuriver.cli.app import App
 from kohakuriver.cli.options import JsonOption
 from kohakuriver.errors import UsageError
 
@@ -16,7 +17,7 @@ if TYPE_CHECKING:
 
 __all__ = ["app"]
 
-app = typer.Typer(no_args_is_help=True, help="What a cluster needs before it starts.")
+app = App(help="What a cluster needs before it starts.")
 
 
 @app.callback()

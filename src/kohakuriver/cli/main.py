@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import os
 import signal
-import sys
 from collections.abc import Sequence
 from typing import Annotated, NoReturn
 
@@ -15,8 +14,8 @@ import typer
 
 from kohakuriver import __version__, descriptors
 from kohakuriver.cli import auth, cluster, connect, demo, forward, init, node, output, ssh, token, user, vps
-from kohakuriver.cli.aliases import WithAliases
-from kohakuriver.errors import HostUnreachableError, KohakuRiverError, UsageError
+from kohakuriver.cli.app import App
+from kohakuriver.errors import HostUnreachableError, KohakuRiverError
 
 __all__ = ["app", "main"]
 
@@ -24,12 +23,10 @@ __all__ = ["app", "main"]
 # versions of Typer; this class of theirs, and its place below that one, have stayed.
 _CommandLineError: type[Exception] = typer.BadParameter.__mro__[2]
 
-app = typer.Typer(
+app = App(
     name="kohakuriver",
-    cls=WithAliases,
     help="Reach any port of any task on the cluster from your own machine.",
     epilog="Example: kohakuriver forward my-task 8888",
-    no_args_is_help=True,
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
@@ -77,7 +74,6 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
 def _run(arguments: Sequence[str] | None) -> int:
     output.errors_as_json(False)
     try:
-        _check_texts(sys.argv[1:] if arguments is None else arguments)
         code = app(args=arguments, prog_name="kohakuriver", standalone_mode=False)
         output.flush()
     except KohakuRiverError as error:
@@ -86,8 +82,6 @@ def _run(arguments: Sequence[str] | None) -> int:
     except _CommandLineError as error:
         message = str(getattr(error, "format_message", error.__str__)())
         if message:  # else the help was shown, as for a group without a command
-            if _asks_for_json(error, arguments):
-                output.errors_as_json(True)
             output.failure("bad_request", message.replace("Value error, ", ""))
         return int(getattr(error, "exit_code", 1))
     except KeyboardInterrupt:
@@ -99,30 +93,6 @@ def _run(arguments: Sequence[str] | None) -> int:
         output.failure("failed", _plainly(error))
         return 1
     return code if isinstance(code, int) else 0
-
-
-def _check_texts(arguments: Sequence[str]) -> None:
-    """Refuse arguments that are no text: a name, an option or a path of ours goes into JSON, URLs and files.
-
-    What another program is given passes as it is: behind `--` of `forward` and `connect`, and behind the task of
-    `vps connect`. Raises UsageError.
-    """
-    ours = arguments
-    if arguments[:1] in (["forward"], ["connect"]) and "--" in arguments:
-        ours = arguments[: arguments.index("--")]
-    elif arguments[:2] == ["vps", "connect"]:
-        ours = arguments[:3]
-    for text in ours:
-        if any("\udc80" <= character <= "\udcff" for character in text):
-            raise UsageError(f"{os.fsencode(text)!r} is not UTF-8; arguments must be.")
-
-
-def _asks_for_json(error: Exception, arguments: Sequence[str] | None) -> bool:
-    """Whether a command line that was not understood has an option for it."""
-    words = list(sys.argv[1:] if arguments is None else arguments)
-    command = getattr(getattr(error, "ctx", None), "command", None)
-    known = any("--json" in each.opts for each in getattr(command, "params", []))
-    return known and "--json" in words[: words.index("--") if "--" in words else None]
 
 
 def _plainly(error: OSError) -> str:

@@ -2,17 +2,13 @@
 
 from __future__ import annotations
 
-import typer
-
 from kohakuriver.cli import output
-from kohakuriver.cli.aliases import WithAliases
+from kohakuriver.cli.app import App
 from kohakuriver.cli.options import Remote, remote
 
 __all__ = ["app"]
 
-app = typer.Typer(
-    cls=WithAliases, help="The machines that run tasks.", epilog="Example: kohakuriver node list", no_args_is_help=True
-)
+app = App(help="The machines that run tasks.", epilog="Example: kohakuriver node list")
 
 
 @app.callback()

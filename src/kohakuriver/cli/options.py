@@ -59,16 +59,7 @@ TaskArgument = Annotated[
 ]
 
 
-def _wanted(json: bool) -> bool:
-    if json:
-        output.errors_as_json(True)
-    return json
-
-
-JsonOption = Annotated[
-    bool,
-    typer.Option("--json", is_eager=True, callback=_wanted, help="JSON on stdout, and nothing else there."),
-]
+JsonOption = Annotated[bool, typer.Option("--json", help="JSON on stdout, and nothing else there.")]
 
 TasksArgument = Annotated[
     list[str],

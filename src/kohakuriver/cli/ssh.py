@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from kohakuriver.cli.behind_dashes import WithSshArguments
+from kohakuriver.cli.behind_dashes import WithSshArguments, command_of
 from kohakuriver.cli.options import Connection, Remote, TaskArgument, remote
 from kohakuriver.cli.ssh_names import alias, task_of
 from kohakuriver.errors import KohakuRiverError, UsageError
@@ -99,11 +99,9 @@ async def tasks_changed(client: HostClient) -> None:
 
 
 def connect(
+    ctx: typer.Context,
     at: Connection,
     task: TaskArgument,
-    ssh_arguments: Annotated[
-        list[str] | None, typer.Argument(metavar="SSH ARGS", help="Go to ssh as they are: options, a command.")
-    ] = None,
     user: Annotated[str, typer.Option("--user", help="Whom to log in as.")] = "root",
     key: Annotated[
         Path | None, typer.Option("--key", help="The private key. Default: what ssh uses.", show_default=False)
@@ -140,7 +138,7 @@ def connect(
         environment["KOHAKURIVER_TOKEN"] = settings.token
     if settings.ca_file:
         environment["KOHAKURIVER_CA_FILE"] = settings.ca_file
-    arguments = [*_options(found), *_identity(key), f"{user}@{found.name}", *(ssh_arguments or [])]
+    arguments = [*_options(found), *_identity(key), f"{user}@{found.name}", *(command_of(ctx) or [])]
     return _run(ssh, arguments, environment)
 
 

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from kohakuriver.cli import output
-from kohakuriver.cli.aliases import WithAliases
+from kohakuriver.cli.app import App
 from kohakuriver.cli.options import Remote, remote, seconds
 from kohakuriver.errors import UsageError
 
@@ -16,11 +16,9 @@ if TYPE_CHECKING:
 
 __all__ = ["app"]
 
-app = typer.Typer(
-    cls=WithAliases,
+app = App(
     help="Make, list and revoke tokens.",
     epilog="Example: kohakuriver token create laptop --expires 90d",
-    no_args_is_help=True,
 )
 
 OfUserOption = Annotated[
@@ -34,7 +32,7 @@ def create(
     at: Remote,
     name: Annotated[
         str | None,
-        typer.Argument(metavar="[NAME]", help="What you will call it. Default: after its day.", show_default=False),
+        typer.Argument(metavar="NAME", help="What you will call it. Default: after its day.", show_default=False),
     ] = None,
     user: OfUserOption = None,
     node: Annotated[

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from kohakuriver.cli import output
-from kohakuriver.cli.aliases import WithAliases
+from kohakuriver.cli.app import App
 from kohakuriver.cli.options import Remote, remote, seconds
 
 if TYPE_CHECKING:
@@ -16,11 +16,9 @@ if TYPE_CHECKING:
 
 __all__ = ["app"]
 
-app = typer.Typer(
-    cls=WithAliases,
+app = App(
     help="Who may use the host. For admins.",
     epilog="Example: kohakuriver user add ann",
-    no_args_is_help=True,
 )
 
 

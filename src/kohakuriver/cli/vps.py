@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from kohakuriver.cli import output, ssh
-from kohakuriver.cli.aliases import WithAliases
+from kohakuriver.cli.app import App
 from kohakuriver.cli.behind_dashes import WithCommand, command_of
 from kohakuriver.cli.options import Remote, TaskArgument, TasksArgument, pairs, remote
 from kohakuriver.errors import KohakuRiverError, UsageError
@@ -22,11 +22,9 @@ if TYPE_CHECKING:
 
 __all__ = ["app"]
 
-app = typer.Typer(
-    cls=WithAliases,
+app = App(
     help="Make, list, end and adopt tasks.",
     epilog="Example: kohakuriver vps create --name web --image python:3.12 -- python3 -m http.server 8888",
-    no_args_is_help=True,
 )
 
 WAIT_TIMEOUT = 120.0
@@ -44,6 +42,28 @@ NameOption = Annotated[
 ]
 NodeOption = Annotated[
     str | None, typer.Option("--node", help="Its node. Default: the host chooses, or finds it.", show_default=False)
+]
+BackendOption = Annotated[
+    Backend | None, typer.Option("--backend", help="Default: docker, which needs --image.", show_default=False)
+]
+ImageOption = Annotated[
+    str | None, typer.Option("--image", help="The container image, for the docker backend.", show_default=False)
+]
+EnvOption = Annotated[
+    list[str] | None, typer.Option("--env", "-e", metavar="K=V", help="A variable for CMD; may be repeated.")
+]
+MountOption = Annotated[
+    list[str] | None,
+    typer.Option("--mount", metavar="SRC:DST[:ro]", help="A directory of the node to see there; may be repeated."),
+]
+SshOption = Annotated[
+    bool, typer.Option("--ssh", help="Give it an SSH server that lets in the keys of your ~/.ssh/*.pub.")
+]
+PublicKeyOption = Annotated[
+    list[Path] | None,
+    typer.Option(
+        "--public-key-file", metavar="FILE", help="Other keys for its SSH server; implies --ssh; may be repeated."
+    ),
 ]
 ContainerOption = Annotated[bool, typer.Option("--container", help="An adopted container itself, too.")]
 NoWaitOption = Annotated[bool, typer.Option("--no-wait", help="Don't wait until the task's tunnel is connected.")]
@@ -69,28 +89,12 @@ def create(
     at: Remote,
     name: NameOption = None,
     node: NodeOption = None,
-    backend: Annotated[
-        Backend | None, typer.Option("--backend", help="Default: what the node offers.", show_default=False)
-    ] = None,
-    image: Annotated[
-        str | None, typer.Option("--image", help="The container image, for the docker backend.", show_default=False)
-    ] = None,
-    env: Annotated[
-        list[str] | None, typer.Option("--env", "-e", metavar="K=V", help="A variable for CMD; may be repeated.")
-    ] = None,
-    mount: Annotated[
-        list[str] | None,
-        typer.Option("--mount", metavar="SRC:DST[:ro]", help="A directory of the node to see there; may be repeated."),
-    ] = None,
-    with_ssh: Annotated[
-        bool, typer.Option("--ssh", help="Give it an SSH server that lets in the keys of your ~/.ssh/*.pub.")
-    ] = False,
-    public_key_file: Annotated[
-        list[Path] | None,
-        typer.Option(
-            "--public-key-file", metavar="FILE", help="Other keys for its SSH server; implies --ssh; may be repeated."
-        ),
-    ] = None,
+    backend: BackendOption = None,
+    image: ImageOption = None,
+    env: EnvOption = None,
+    mount: MountOption = None,
+    with_ssh: SshOption = False,
+    public_key_file: PublicKeyOption = None,
     no_wait: NoWaitOption = False,
     timeout: TimeoutOption = WAIT_TIMEOUT,
 ) -> None:
@@ -98,6 +102,10 @@ def create(
     from kohakuriver.cli.ssh_files import public_keys
     from kohakuriver.client.host import NewTask
 
+    if image is None and backend is not Backend.process:
+        raise UsageError(
+            "A task needs a container image: name it with --image, or have CMD run on the node by --backend process."
+        )
     new = NewTask(
         name=name,
         node=node,

@@ -1,0 +1,74 @@
+"""What all groups and commands of ours have in common: how a command line is read, and how it is shown."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Sequence
+from typing import Any, TypeVar
+
+import typer
+from typer.core import TyperCommand
+
+from kohakuriver.cli import output
+from kohakuriver.cli.aliases import WithAliases
+from kohakuriver.errors import UsageError
+
+__all__ = ["App", "Command"]
+
+Function = TypeVar("Function", bound=Callable[..., Any])
+
+
+class Command(TyperCommand):
+    """A command whose arguments are text, and whose usage line is written as in docs/cli.md."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        """Raises UsageError for bytes that are no text: what is ours goes into JSON, URLs and files.
+
+        This is the one place where they could get in. What another program is given is kept out of `args`.
+        """
+        if ctx.resilient_parsing:
+            return super().parse_args(ctx, args)
+        output.errors_as_json("--json" in args and any("--json" in each.opts for each in self.params))
+        _check_texts(args, "arguments")
+        left = super().parse_args(ctx, args)
+        _check_texts(_texts_in(list(ctx.params.values())), "settings")  # variables stand for options, too
+        return left
+
+    def collect_usage_pieces(self, ctx: Any) -> list[str]:
+        return ["[OPTIONS]", *(_usage(each) for each in self.params if each.param_type_name == "argument")]
+
+    def get_params(self, ctx: Any) -> list[Any]:
+        params = super().get_params(ctx)
+        for each in params:
+            if getattr(each, "is_flag", False):
+                each.metavar = ""  # takes no value, so there is none to be described
+        return params
+
+
+def _usage(argument: Any) -> str:
+    name = (argument.metavar or argument.name.upper()) + ("" if argument.nargs == 1 else "...")
+    return name if argument.required else f"[{name}]"
+
+
+def _check_texts(words: Sequence[str], what: str) -> None:
+    for word in words:
+        if any("\udc80" <= character <= "\udcff" for character in word):
+            raise UsageError(f"{os.fsencode(word)!r} is not UTF-8; {what} must be.")
+
+
+def _texts_in(value: Any) -> list[str]:
+    if isinstance(value, (list, tuple)):
+        return [text for each in value for text in _texts_in(each)]
+    return [str(value)] if isinstance(value, (str, os.PathLike)) else []
+
+
+class App(typer.Typer):
+    """A group of our commands."""
+
+    def __init__(self, **settings: Any) -> None:
+        super().__init__(cls=WithAliases, no_args_is_help=True, **settings)
+
+    def command(
+        self, name: str | None = None, *, cls: type[TyperCommand] | None = None, **settings: Any
+    ) -> Callable[[Function], Function]:
+        return super().command(name, cls=cls or Command, **settings)
