@@ -697,7 +697,7 @@ def test_the_host_says_what_it_is_and_whether_its_database_works(
         async with a_host(tmp_path) as host:
             assert (await host.nobody.get("/")).json()["name"] == "KohakuRiver host"
             assert (await host.nobody.get("/ready")).status_code == 200
-            monkeypatch.setattr(host.store, "run", Full(host).fails)
+            monkeypatch.setattr(host.store, "read", Full(host).fails)
             assert (await host.nobody.get("/ready")).status_code == 500
 
     run(check())

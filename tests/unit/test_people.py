@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from kohakuriver.errors import NotAllowedError, NotFoundError, UnauthenticatedError
+from kohakuriver.errors import KohakuRiverError, NotAllowedError, NotFoundError, UnauthenticatedError
 from kohakuriver.host.services.authorize import Forwards
 from kohakuriver.host.services.credentials import Caller, Credentials
 from kohakuriver.session.carried import Route
@@ -409,7 +409,7 @@ def test_what_another_host_on_the_same_database_revokes_ends_here_too(
             assert target.grant is not None
             target.grant.attach(ended.set_result)
             async with a_host(tmp_path) as other:
-                await other.user.delete("/api/users/bob")
+                assert (await other.user.delete("/api/users/bob")).status_code == 200
                 assert "user" in await ended
             checking.cancel()
 
@@ -449,6 +449,37 @@ def test_a_session_that_can_not_be_ended_keeps_no_other_open(
             checking.cancel()
 
     run(check())
+
+
+def test_a_check_of_rights_that_fails_is_told_once_and_tried_again(
+    run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("kohakuriver.host.services.grants.CHECK_SECONDS", 0.01)
+
+    async def check() -> None:
+        async with a_host(tmp_path) as host:
+            await two_users(host)
+            await Session.open(host.forwards, host.admin_token)
+            checks, look = [], host.grants.check
+            went_on = asyncio.Event()
+
+            async def fail_twice() -> None:
+                checks.append(1)
+                if len(checks) <= 2:
+                    raise KohakuRiverError("The database failed: it is locked.", code="database")
+                await look()
+                if len(checks) == 4:
+                    went_on.set()
+
+            monkeypatch.setattr(host.grants, "check", fail_twice)
+            checking = asyncio.ensure_future(host.grants.run())
+            await went_on.wait()
+            checking.cancel()
+
+    run(check())
+    told = capsys.readouterr().out
+    assert told.count("it is locked") == 1
+    assert told.count("are checked again") == 1
 
 
 def test_a_session_without_a_token_is_nobodys_to_end(run: Run, tmp_path: Path) -> None:

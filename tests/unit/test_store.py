@@ -5,7 +5,7 @@ import os
 import sqlite3
 import threading
 from collections.abc import AsyncIterator, Callable, Coroutine
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, closing
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +14,9 @@ from sqlalchemy.exc import DataError, OperationalError
 from sqlalchemy.orm import Session
 
 from kohakuriver.errors import HostUnreachableError, KohakuRiverError, NotFoundError, UsageError
-from kohakuriver.store import ANY_NODE, Accounts, Store, Task, sqlite_url
+from kohakuriver.store import ANY_NODE, Accounts, Node, Store, Task, sqlite_url
 from kohakuriver.store.accounts import digest
+from kohakuriver.store.database import find_task
 
 Run = Callable[[Coroutine[Any, Any, None]], None]
 
@@ -79,7 +80,7 @@ def test_a_name_is_given_once_until_its_task_is_removed(run: Run, tmp_path: Path
             assert (caught.value.status, caught.value.code) == (409, "name_taken")
             await store.remove_task(1)
             await store.add_task(a_task(3, "web"))
-            assert [task.task_id for task in await store.tasks()] == [3]
+            assert [task.task_id for task, _ in await store.tasks_and_nodes()] == [3]
 
     run(check())
 
@@ -181,9 +182,51 @@ def test_database_work_leaves_the_event_loop_free(run: Run, tmp_path: Path) -> N
     async def check() -> None:
         async with a_store(tmp_path) as store:
             loop_went_on = threading.Event()
-            slow = asyncio.ensure_future(store.run(lambda _session: loop_went_on.wait(30)))
+            slow = asyncio.ensure_future(store.read(lambda _session: loop_went_on.wait(30)))
             asyncio.get_running_loop().call_later(0.01, loop_went_on.set)
             assert await slow
+
+    run(check())
+
+
+def test_what_is_read_together_is_from_one_moment_whoever_writes_meanwhile(run: Run, tmp_path: Path) -> None:
+    async def check() -> None:
+        async with a_store(tmp_path) as store:
+            await add_node(store)
+            await store.add_task(a_task(1, "web"))
+
+            def look_twice(session: Session) -> tuple[str | None, str]:
+                name = find_task(session, "1")
+                with closing(sqlite3.connect(tmp_path / "host.db")) as other, other:
+                    other.execute("UPDATE nodes SET url = 'http://elsewhere:1'")
+                node = session.get(Node, "n1")
+                assert name is not None
+                assert node is not None
+                return name.name, node.url
+
+            assert await store.read(look_twice) == ("web", "http://n:1")
+            assert [node.url for node in await store.nodes()] == ["http://elsewhere:1"]
+
+    run(check())
+
+
+def test_nobody_writes_between_the_look_at_a_row_and_the_change_of_it(run: Run, tmp_path: Path) -> None:
+    async def check() -> None:
+        async with a_store(tmp_path) as store:
+            await add_node(store)
+
+            def look_and_change(session: Session) -> None:
+                node = session.get(Node, "n1")
+                assert node is not None
+                with (
+                    closing(sqlite3.connect(tmp_path / "host.db", timeout=0)) as other,
+                    pytest.raises(sqlite3.OperationalError, match="locked"),
+                ):
+                    other.execute("UPDATE nodes SET url = 'http://elsewhere:1'")
+                node.url += "2"
+
+            await store.write(look_and_change)
+            assert [node.url for node in await store.nodes()] == ["http://n:12"]
 
     run(check())
 
@@ -313,7 +356,7 @@ def test_what_the_database_cannot_hold_is_the_callers_mistake(run: Run, tmp_path
     async def main() -> None:
         async with a_store(tmp_path) as store:
             with pytest.raises(UsageError, match=r"can't hold what was given: text fields cannot contain NUL"):
-                await store.run(refuse)
+                await store.read(refuse)
 
     run(main())
 
@@ -336,7 +379,7 @@ def test_a_database_that_is_down_is_told_without_the_drivers_words(
         async with a_store(tmp_path) as store:
             monkeypatch.setattr(store._engine.dialect, "name", "postgresql")
             with pytest.raises(HostUnreachableError, match="database is down") as caught:
-                await store.run(refuse)
+                await store.read(refuse)
             assert "10.0.0.7" not in caught.value.message
             assert (caught.value.exit_code, caught.value.status) == (7, 503)
 

@@ -51,6 +51,29 @@ def test_plain_http_to_other_machines_is_warned_of(host: str, said: int, capsys:
     assert (captured.out + captured.err).count("plain HTTP to other machines") == said
 
 
+def test_a_program_ends_with_an_error_when_work_that_it_is_no_use_without_fails(
+    run: Run, capsys: pytest.CaptureFixture[str]
+) -> None:
+    async def fail() -> None:
+        raise RuntimeError("a bolt is loose")
+
+    async def check() -> None:
+        async def ready() -> None:
+            server.keep(fail(), "holding the door")
+
+        async def stop() -> None:
+            pass
+
+        server = Server(new_app("host", "1"), ws=serve_ws([]), on_ready=ready, on_stop=stop)
+        await server.serve([bind("127.0.0.1", 0)])
+        assert server.exit_code == 1
+
+    run(check())
+    captured = capsys.readouterr()
+    assert "holding the door" in captured.out + captured.err
+    assert "a bolt is loose" in captured.out + captured.err
+
+
 def test_an_ipv6_address_stands_in_brackets() -> None:
     with bind("::1", 0) as sock:
         assert socket_url(sock, "https") == f"https://[::1]:{sock.getsockname()[1]}"

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import contextlib
 import socket
 import ssl
@@ -113,13 +112,12 @@ async def main(options: HostOptions) -> int:
         sock = stack.enter_context(bind(options.bind, options.port))
         ssh_sock = stack.enter_context(bind(options.bind, options.ssh_port))
         store = await Store.open(options.database or sqlite_url(options.state_dir / "host.db"))
-        await _run(options, sock, ssh_sock, store, perimeter)
-    return 0
+        return await _run(options, sock, ssh_sock, store, perimeter)
 
 
 async def _run(
     options: HostOptions, sock: socket.socket, ssh_sock: socket.socket, store: Store, perimeter: Perimeter
-) -> None:
+) -> int:
     runners = RunnerClient(perimeter.trusted)
     try:
         credentials = Credentials(Accounts(store), allow_anonymous=options.allow_anonymous)
@@ -131,7 +129,7 @@ async def _run(
                 "connections to every task"
             )
         warn_if_in_clear(sock, perimeter.certificate)
-        await _serve(options, sock, ssh_sock, store, runners, credentials, perimeter)
+        return await _serve(options, sock, ssh_sock, store, runners, credentials, perimeter)
     finally:
         await runners.close()
         await store.close()
@@ -145,7 +143,7 @@ async def _serve(
     runners: RunnerClient,
     credentials: Credentials,
     perimeter: Perimeter,
-) -> None:
+) -> int:
     changes = Changes()
     nodes = Nodes(store, heartbeat_seconds=options.heartbeat_seconds, on_change=changes.notify)
     tasks = Tasks(store, nodes, runners, changes, user_mounts=options.user_mounts)
@@ -189,8 +187,9 @@ async def _serve(
         certificate=perimeter.certificate,
         limits=perimeter.limits,
     )
-    checking = asyncio.get_running_loop().create_task(grants.run())
+    checking = server.keep(grants.run(), "checking the rights of sessions")
     try:
         await server.serve([sock])
     finally:
         await loops.cancel_all([checking])
+    return server.exit_code

@@ -96,10 +96,9 @@ async def main(options: RunnerOptions) -> int:
     sock = _bind(options, state)
     try:
         identity = _identity(options, state, sock)
-        await Runner(options, state, sock, identity, certificate).run()
+        return await Runner(options, state, sock, identity, certificate).run()
     finally:
         sock.close()
-    return 0
 
 
 class Runner:
@@ -191,9 +190,10 @@ class Runner:
         self._tunnels.hub.drop(container, reason, gone=gone)
         self._terminals.drop(container, reason)
 
-    async def run(self) -> None:
-        """Serve until the end."""
+    async def run(self) -> int:
+        """Serve until the end; the exit code."""
         await self._server.serve([self._sock])
+        return self._server.exit_code
 
     async def _listen_for_containers(self, sock: socket.socket) -> None:
         """Serve tunnel clients, and nothing else, on one more socket: containers have no business with the rest."""
@@ -212,7 +212,7 @@ class Runner:
             log.warning("the host's URL is plain HTTP: others on the network can read this node's token")
         await self._listening.open()
         await self._tasks.open(self._backends)
-        self._background.append(asyncio.get_running_loop().create_task(self._registration.run()))
+        self._background.append(self._server.keep(self._registration.run(), "keeping the host informed"))
         if self._options.exit_with_stdin:
             stop_at_end_of_stdin(self._server)
         url = self._identity.url

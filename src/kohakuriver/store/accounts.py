@@ -54,11 +54,11 @@ class Accounts:
 
     async def users(self) -> list[User]:
         """All users, by name."""
-        return await self._store.run(lambda session: list(session.scalars(select(User).order_by(User.name))))
+        return await self._store.read(lambda session: list(session.scalars(select(User).order_by(User.name))))
 
     async def user(self, name: str) -> User:
-        """The user of that name. Raises NotFoundError."""
-        return await self._store.run(lambda session: _user(session, name))
+        """The user of that name, who is not just being removed. Raises NotFoundError."""
+        return await self._store.write(lambda session: _user(session, name))
 
     async def add_user(self, name: str, role: str) -> User:
         """Make a user. Raises UsageError "name_taken"."""
@@ -70,7 +70,7 @@ class Accounts:
             session.add(user)
             return user
 
-        return await self._store.run(work)
+        return await self._store.write(work)
 
     async def ensure_user(self, name: str, role: str) -> None:
         """Make a user who is not there yet."""
@@ -79,7 +79,7 @@ class Accounts:
             if session.get(User, name) is None:
                 session.add(User(name=name, role=role, created_at=self._clock()))
 
-        await self._store.run(work)
+        await self._store.write(work)
 
     async def remove_user(self, name: str, heir: str) -> User:
         """Forget a user and revoke their tokens; their tasks pass to the user `heir`. Raises NotFoundError for either.
@@ -100,7 +100,7 @@ class Accounts:
             session.delete(user)
             return user
 
-        return await self._store.run(work)
+        return await self._store.write(work)
 
     # Tokens
 
@@ -141,7 +141,7 @@ class Accounts:
             session.add(token)
             return token
 
-        return await self._store.run(work)
+        return await self._store.write(work)
 
     async def token(self, secret: str) -> tuple[Token | None, User | None]:
         """What is known of a token, and whose it is, also where it is not valid any more."""
@@ -151,14 +151,14 @@ class Accounts:
             user = session.get(User, token.name) if token is not None and token.kind == "user" else None
             return token, user
 
-        return await self._store.run(work)
+        return await self._store.read(work)
 
     async def tokens(self, owner: str | None = None) -> list[Token]:
         """The tokens that were not revoked, oldest first: those of one user, or all."""
         query = select(Token).where(Token.revoked_at.is_(None)).order_by(Token.created_at, Token.digest)
         if owner is not None:
             query = query.where(Token.kind == "user", Token.name == owner)
-        return await self._store.run(lambda session: list(session.scalars(query)))
+        return await self._store.read(lambda session: list(session.scalars(query)))
 
     async def revoke_token(self, reference: str, owner: str | None = None) -> Token:
         """Revoke the token with that id, or that label among those of the user `owner`.
@@ -184,7 +184,7 @@ class Accounts:
             found[0].revoked_at = self._clock()
             return found[0]
 
-        return await self._store.run(work)
+        return await self._store.write(work)
 
     # Sharing
 
@@ -198,7 +198,7 @@ class Accounts:
                 raise UsageError(f"The task is {user}'s own already; share it with somebody else.")
             session.merge(Share(task_id=task_id, user=user))
 
-        await self._store.run(work)
+        await self._store.write(work)
 
     async def unshare(self, task_id: int, user: str) -> None:
         """Take that back. Raises NotFoundError when there is nothing to take back."""
@@ -209,7 +209,7 @@ class Accounts:
                 raise NotFoundError(f"The task is not shared with {user!r}; `kohakuriver vps status` shows with whom.")
             session.delete(row)
 
-        await self._store.run(work)
+        await self._store.write(work)
 
     async def shares(self, task_ids: Iterable[int]) -> dict[int, list[str]]:
         """Who else may use these tasks, by name; a task that is not shared is not in it."""
@@ -225,12 +225,12 @@ class Accounts:
                     found.setdefault(row.task_id, []).append(row.user)
             return found
 
-        return await self._store.run(work)
+        return await self._store.read(work)
 
     async def withdrawn(self, uses: Iterable[Use]) -> dict[Use, str]:
         """Which of these rights are gone, and why, as a sentence for their user."""
         now = self._clock()
-        return await self._store.run(
+        return await self._store.read(
             lambda session: {use: why for use in set(uses) if (why := _withdrawn(session, use, now)) is not None}
         )
 

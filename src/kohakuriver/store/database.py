@@ -11,6 +11,7 @@ import os
 import time
 from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -62,7 +63,8 @@ class Store:
 
     def __init__(self, engine: Engine) -> None:
         self._engine = engine
-        self._sessions = sessionmaker(engine, expire_on_commit=False)
+        self._writing = sessionmaker(engine, expire_on_commit=False)
+        self._reading = sessionmaker(_for_reading(engine), expire_on_commit=False)
         # SQLite has one writer at a time: one thread queues what would otherwise wait for locks.
         threads = 1 if engine.dialect.name == "sqlite" else _POSTGRESQL_THREADS
         self._threads = ThreadPoolExecutor(threads, thread_name_prefix="store")
@@ -83,6 +85,7 @@ class Store:
         if engine.dialect.name == "sqlite":
             _make_private(engine.url.database)
             event.listen(engine, "connect", _prepare_sqlite)
+            event.listen(engine, "begin", _begin_sqlite)
         store = cls(engine)
         try:
             await store._run_in_thread(store._create_tables)
@@ -107,7 +110,7 @@ class Store:
             Base.metadata.create_all(connection)
             if 0 < found < SCHEMA_VERSION:
                 _upgrade(connection, found)
-        with self._sessions.begin() as session:
+        with self._writing.begin() as session:
             session.merge(Meta(key="schema", value=str(SCHEMA_VERSION)))
 
     async def _run_in_thread(self, work: Callable[[], T]) -> T:
@@ -127,28 +130,30 @@ class Store:
                 ) from error
             raise KohakuRiverError(f"The database failed: {_reason(error)}.", code="database") from error
 
-    async def run(self, work: Callable[[Session], T]) -> T:
-        """What `work` returns, called with a session in one transaction, in a thread."""
+    async def read(self, work: Callable[[Session], T]) -> T:
+        """What `work` returns, called in a thread with a session that changes nothing.
 
-        def transaction() -> T:
-            with self._sessions.begin() as session:
-                return work(session)
+        All that it reads is from one moment, whatever other hosts on the same database write meanwhile.
+        """
+        return await self._run_in_thread(partial(_transaction, self._reading, work))
 
-        return await self._run_in_thread(transaction)
+    async def write(self, work: Callable[[Session], T]) -> T:
+        """What `work` returns, called in a thread with a session, in one transaction."""
+        return await self._run_in_thread(partial(_transaction, self._writing, work))
 
     async def check(self) -> None:
         """Raises KohakuRiverError when the database can't be asked."""
-        await self.run(lambda session: session.execute(select(1)).scalar())
+        await self.read(lambda session: session.execute(select(1)).scalar())
 
     # Nodes
 
     async def nodes(self) -> list[Node]:
         """All nodes, by name."""
-        return await self.run(lambda session: list(session.scalars(select(Node).order_by(Node.name))))
+        return await self.read(lambda session: list(session.scalars(select(Node).order_by(Node.name))))
 
     async def node(self, name: str) -> Node | None:
         """The node of that name, or None."""
-        return await self.run(lambda session: session.get(Node, name))
+        return await self.read(lambda session: session.get(Node, name))
 
     async def put_node(self, name: str, values: Mapping[str, Any], ticket_key: bytes) -> Node:
         """Make or renew a node; the same runner, told by its `instance`, keeps the ticket key that the node has.
@@ -169,7 +174,7 @@ class Store:
             session.execute(update(Task).where(Task.node == name, Task.address.is_(None)).values(tunnel=False))
             return node
 
-        return await self.run(work)
+        return await self.write(work)
 
     async def active_tasks_by_node(self) -> dict[str, int]:
         """How many tasks each node is starting or running; a node with none is not in it."""
@@ -178,7 +183,7 @@ class Store:
             .where(Task.removed.is_(False), Task.status.in_(("starting", "running")))
             .group_by(Task.node)
         )
-        return await self.run(lambda session: {row[0]: row[1] for row in session.execute(query)})
+        return await self.read(lambda session: {row[0]: row[1] for row in session.execute(query)})
 
     # Tasks
 
@@ -190,7 +195,7 @@ class Store:
             session.flush()
 
         try:
-            await self.run(work)
+            await self.write(work)
         except IntegrityError as error:
             raise KohakuRiverError(
                 f"There is a task named {task.name!r} already; choose another name or remove that task first.",
@@ -198,14 +203,9 @@ class Store:
                 status=409,
             ) from error
 
-    async def tasks(self) -> list[Task]:
-        """All tasks that were not removed, oldest first."""
-        query = select(Task).where(Task.removed.is_(False)).order_by(Task.created_at, Task.task_id)
-        return await self.run(lambda session: list(session.scalars(query)))
-
     async def task(self, reference: str) -> Task:
         """The task with that id or name. Raises NotFoundError."""
-        task = await self.run(lambda session: find_task(session, reference))
+        task = await self.read(lambda session: find_task(session, reference))
         if task is None:
             raise no_such_task(reference)
         return task
@@ -217,10 +217,16 @@ class Store:
             task = find_task(session, reference)
             return None if task is None else (task, session.get_one(Node, task.node))
 
-        found = await self.run(work)
+        found = await self.read(work)
         if found is None:
             raise no_such_task(reference)
         return found
+
+    async def tasks_and_nodes(self) -> list[tuple[Task, Node]]:
+        """All tasks that were not removed, oldest first, each with its node."""
+        query = select(Task, Node).join(Node, Node.name == Task.node).where(Task.removed.is_(False))
+        ordered = query.order_by(Task.created_at, Task.task_id)
+        return await self.read(lambda session: [(row[0], row[1]) for row in session.execute(ordered)])
 
     async def lets_in(self, key: str) -> bool:
         """Whether a public key, as its type and base64, is one of some task's `ssh_keys`.
@@ -229,7 +235,7 @@ class Store:
         """
         written = cast(Task.ssh_keys, Text).contains(key.rpartition(" ")[2], autoescape=True)
         query = select(Task).where(Task.removed.is_(False), written)
-        return await self.run(lambda session: any(task.lets_in(key) for task in session.scalars(query)))
+        return await self.read(lambda session: any(task.lets_in(key) for task in session.scalars(query)))
 
     async def change_task(self, task_id: int, values: Mapping[str, Any]) -> Task | None:
         """Set columns of a task; None when it is gone. A `revision` older than the row's leaves the row as it is."""
@@ -240,12 +246,12 @@ class Store:
                 task.change(dict(values), time.time())
             return task
 
-        return await self.run(work)
+        return await self.write(work)
 
     async def remove_task(self, task_id: int) -> None:
         """Hide a task and free its name, until `forget_tasks`."""
         await self.change_task(task_id, {"removed": True, "name": None})
-        await self.run(lambda session: session.execute(delete(Share).where(Share.task_id == task_id)))
+        await self.write(lambda session: session.execute(delete(Share).where(Share.task_id == task_id)))
 
     async def forget_tasks(self, task_ids: Iterable[int]) -> None:
         """Delete the rows."""
@@ -256,7 +262,12 @@ class Store:
                     session.delete(task)
                 session.execute(delete(Share).where(Share.task_id == task_id))
 
-        await self.run(work)
+        await self.write(work)
+
+
+def _transaction(sessions: sessionmaker[Session], work: Callable[[Session], T]) -> T:
+    with sessions.begin() as session:
+        return work(session)
 
 
 def find_task(session: Session, reference: str) -> Task | None:
@@ -294,7 +305,24 @@ def _make_private(path: str | None) -> None:
             Path(name).chmod(0o600)
 
 
+def _for_reading(engine: Engine) -> Engine:
+    """The same database and connections, in transactions that see it as it was when they began."""
+    if engine.dialect.name == "sqlite":
+        return engine.execution_options(**{_BEGIN: "BEGIN"})
+    return engine.execution_options(isolation_level="REPEATABLE READ", postgresql_readonly=True)
+
+
+_BEGIN = "kohakuriver_begin"
+
+
+def _begin_sqlite(connection: Connection) -> None:
+    # Who is going to write waits for the lock first. To ask for it after reading would fail, without a wait, where
+    # somebody else wrote in between.
+    connection.exec_driver_sql(connection.get_execution_options().get(_BEGIN, "BEGIN IMMEDIATE"))
+
+
 def _prepare_sqlite(connection: Any, _record: object) -> None:
+    connection.isolation_level = None  # the driver would begin no transaction before the first change
     cursor = connection.cursor()
     for pragma in ("journal_mode=WAL", "synchronous=NORMAL", "busy_timeout=5000", "foreign_keys=ON"):
         cursor.execute(f"PRAGMA {pragma}")

@@ -9,7 +9,7 @@ import signal
 import socket
 import ssl
 import threading
-from collections.abc import Awaitable, Callable, Iterator
+from collections.abc import Awaitable, Callable, Coroutine, Iterator
 from types import FrameType
 from typing import Any, cast
 
@@ -18,6 +18,7 @@ from fastapi import FastAPI
 
 from kohakuriver.limits import Limits
 from kohakuriver.tls import ServerCertificate
+from kohakuriver.web.background import in_background
 from kohakuriver.web.listener import Acceptor
 from kohakuriver.web.request_limits import guarded
 from kohakuriver.web.waiting_room import WaitingRoom
@@ -50,6 +51,21 @@ class Server(uvicorn.Server):
         self._on_stop = on_stop
         self._end = asyncio.Event()
         self._loop = asyncio.get_running_loop()
+        self._failed = False
+
+    @property
+    def exit_code(self) -> int:
+        """Of the program, once `serve` has returned: 1 where what `keep` ran has failed."""
+        return int(self._failed)
+
+    def keep(self, work: Coroutine[Any, Any, None], what: str) -> asyncio.Task[None]:
+        """Run what this program is no use without. Should it fail, that is logged and the program ends."""
+
+        def failed() -> None:
+            self._failed = True
+            self.stop()
+
+        return in_background(work, what, failed=failed)
 
     def stop(self) -> None:
         """Begin the end, as SIGTERM does. May be called from a signal handler or another thread."""

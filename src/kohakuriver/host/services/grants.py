@@ -168,15 +168,30 @@ class Grants:
 
     async def run(self) -> None:
         """Check every `CHECK_SECONDS`, until cancelled."""
+        trouble = ""
         while True:
             await asyncio.sleep(CHECK_SECONDS)
             if self._grants:
-                try:
-                    await self.check()
-                except KohakuRiverError:
-                    pass  # no new session is opened either while the database fails
-                except Exception:
-                    log.exception("the rights of sessions could not be checked")
+                before, trouble = trouble, await self._trouble_with_check()
+                if trouble != before:
+                    _tell(trouble)
+
+    async def _trouble_with_check(self) -> str:
+        try:
+            await self.check()
+        except KohakuRiverError as error:
+            return error.message
+        except Exception as error:
+            log.exception("the check of the rights of sessions has a fault")
+            return repr(error)
+        return ""
+
+
+def _tell(trouble: str) -> None:
+    if trouble:
+        log.error("the rights of sessions can't be checked: those that are open go on", reason=trouble)
+    else:
+        log.info("the rights of sessions are checked again")
 
 
 class Passes:

@@ -72,7 +72,7 @@ class Nodes:
         """Take over what a node says. Raises NotFoundError for an unknown node, which then registers again."""
         now = self._clock()
         quiet = now - 2 * self._heartbeat_seconds
-        changed, remove = await self._store.run(lambda session: _take_over(session, name, beat, now, quiet))
+        changed, remove = await self._store.write(lambda session: _take_over(session, name, beat, now, quiet))
         self._on_change(changed)
         return HeartbeatAnswer(remove=remove)
 

@@ -120,10 +120,9 @@ class Tasks:
 
     async def views(self, caller: Caller) -> list[TaskView]:
         """All tasks that the caller may use, oldest first."""
-        nodes = {node.name: node for node in await self._store.nodes()}
-        tasks = await self._store.tasks()
-        shares = await self._accounts.shares(task.task_id for task in tasks)
-        views = [self.view(task, nodes[task.node], shares.get(task.task_id, [])) for task in tasks]
+        found = await self._store.tasks_and_nodes()
+        shares = await self._accounts.shares(task.task_id for task, _ in found)
+        views = [self.view(task, node, shares.get(task.task_id, [])) for task, node in found]
         return [view for view in views if caller.is_admin or caller.name in (view.owner, *view.shared_with)]
 
     async def get(self, reference: str) -> TaskView:

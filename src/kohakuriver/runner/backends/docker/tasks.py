@@ -31,6 +31,7 @@ from kohakuriver.runner.services.ssh_helper import SshHelper
 from kohakuriver.runner.services.state import TaskRecord
 from kohakuriver.runner.services.tunnel_helper import TunnelHelper
 from kohakuriver.runtime import cancel_all
+from kohakuriver.web.background import in_background
 
 __all__ = ["DockerBackend"]
 
@@ -104,7 +105,7 @@ class DockerBackend(Backend):
     async def open(self, tasks: list[TaskRecord], found: Callable[[TaskRecord], None]) -> None:
         self._tasks = {task.container: task for task in tasks}
         self._found = found
-        self._watcher = asyncio.get_running_loop().create_task(self._watch())
+        self._watcher = in_background(self._watch(), "following the Docker engine")
         await self._first_look.wait()
 
     async def close(self, tasks: list[TaskRecord], *, stop_tasks: bool) -> None:
@@ -137,6 +138,8 @@ class DockerBackend(Backend):
                     )
             except KohakuRiverError as error:
                 log.warning("trouble with the Docker engine", reason=error.message)
+            except Exception:  # unheard, it would end the watch, and tasks would be shown for ever as they are now
+                log.exception("what the Docker engine told could not be taken in")
             if self._client is not None:
                 log.warning("the Docker engine went away")
             await self._disconnect()
@@ -446,7 +449,7 @@ class DockerBackend(Backend):
             self._busy.discard(task.container)
             if task.container in self._missed:
                 self._missed.discard(task.container)
-                look = asyncio.get_running_loop().create_task(self._look_again(task))
+                look = in_background(self._look_again(task), "looking at a container")
                 self._looks.add(look)
                 look.add_done_callback(self._looks.discard)
 

@@ -25,6 +25,7 @@ from kohakuriver.runner.backends.process import reaper as guard
 from kohakuriver.runner.services.ssh_helper import SshHelper, free_port, until_listening
 from kohakuriver.runner.services.state import State, TaskRecord
 from kohakuriver.runner.services.tunnel_helper import TunnelHelper
+from kohakuriver.web.background import in_background
 
 __all__ = ["ProcessBackend", "describe_exit", "last_words"]
 
@@ -105,7 +106,7 @@ class ProcessBackend(Backend):
         running = self._running[task.container] = _Running(process, run)
         self._tell_guard("+", running)
         self._report(task.container, "running")
-        running.watcher = asyncio.get_running_loop().create_task(self._watch(task, running))
+        running.watcher = in_background(self._watch(task, running), "watching a process")
         if task.ssh_keys and not await self._start_ssh(task, running) and not running.watcher.done():
             words = last_words(1, _tail(self._ssh.log_file(task)))
             self._report(task.container, "running", f"its SSH server did not start{words}")
@@ -127,18 +128,24 @@ class ProcessBackend(Backend):
 
     async def _watch(self, task: TaskRecord, running: _Running) -> None:
         code = await running.process.wait()
-        if running.ssh is not None:
-            _signal(running.ssh, signal.SIGTERM)
-        await self._end_session(running)
-        if running.ssh is not None:
-            _signal(running.ssh, signal.SIGKILL)
-            await running.ssh.wait()
+        try:
+            await self._end_rest(running)
+        except Exception:  # the task has ended all the same, and is to be shown so
+            log.exception("what a task left behind could not be ended", task=task.task_id)
         del self._running[task.container]
         if task.stopped:
             self._report(task.container, "stopped")
             return
         status, message = describe_exit(code)
         self._report(task.container, status, message + last_words(code, _tail(self.log_file(task.container))))
+
+    async def _end_rest(self, running: _Running) -> None:
+        if running.ssh is not None:
+            _signal(running.ssh, signal.SIGTERM)
+        await self._end_session(running)
+        if running.ssh is not None:
+            _signal(running.ssh, signal.SIGKILL)
+            await running.ssh.wait()
 
     async def _end_session(self, running: _Running) -> None:
         await asyncio.get_running_loop().run_in_executor(None, guard.end, running.process.pid, running.run)
