@@ -158,7 +158,7 @@ fn tunnel_up(total: usize) {
 }
 
 fn start_socat(target: u16) -> (Child, TcpStream) {
-    let port = free_port();
+    let (_, port) = listener();
     let child = Command::new("socat")
         .args([
             "-b",

@@ -159,6 +159,10 @@ impl Network for Services {
             from.set_ip(Ipv4Addr::LOCALHOST.into());
         }
         let mut sock = UdpSocket::bind(from)?;
+        if sock.local_addr()? == to {
+            // It would talk to itself. While it has the port, another is given.
+            sock = UdpSocket::bind(from)?;
+        }
         sock.connect(to)?;
         self.0.register(&mut sock, token(key), Interest::READABLE)?;
         Ok(Udp(sock))
@@ -201,6 +205,10 @@ impl net::TcpSocket for Tcp {
             return Err(error);
         }
         match self.0.peer_addr() {
+            // Where nothing listens the kernel may dial from the very port that it dials (RFC 9293 §3.5).
+            Ok(peer) if peer == self.0.local_addr()? => {
+                Err(io::Error::from_raw_os_error(libc::ECONNREFUSED))
+            }
             Ok(_) => self.0.set_nodelay(true).map(|()| true),
             Err(error) if error.kind() == io::ErrorKind::NotConnected => Ok(false),
             Err(error) => Err(error),
@@ -225,5 +233,29 @@ impl net::UdpSocket for Udp {
 
     fn receive(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
         self.0.recv(buffer)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::net::Ipv6Addr;
+
+    use net::TcpSocket;
+    use socket2::{Domain, Socket, Type};
+
+    use super::*;
+
+    #[test]
+    fn a_dial_that_reached_itself_is_refused() {
+        for (domain, ip) in [
+            (Domain::IPV4, Ipv4Addr::LOCALHOST.into()),
+            (Domain::IPV6, Ipv6Addr::LOCALHOST.into()),
+        ] {
+            let sock = Socket::new(domain, Type::STREAM, None).unwrap();
+            sock.bind(&SocketAddr::new(ip, 0).into()).unwrap();
+            sock.connect(&sock.local_addr().unwrap()).unwrap();
+            let error = Tcp(TcpStream::from_std(sock.into())).dialled().unwrap_err();
+            assert_eq!(error.raw_os_error(), Some(libc::ECONNREFUSED));
+        }
     }
 }

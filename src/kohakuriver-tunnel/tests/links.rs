@@ -115,7 +115,8 @@ fn a_runner_that_comes_back_is_found_again() {
 
 #[test]
 fn it_gives_up_after_as_many_failures_as_it_was_told() {
-    let url = format!("http://127.0.0.1:{}", free_port());
+    let closed = closed_port();
+    let url = format!("http://127.0.0.1:{}", closed.port);
     let mut command = client_command(&url);
     command.args(["--max-reconnect", "3", "--reconnect-delay", "0.01"]);
     let mut client = Client::spawn(command);
@@ -236,7 +237,8 @@ impl Dice {
 #[test]
 fn no_order_of_messages_harms_the_tunnel_client() {
     let runner = Runner::new();
-    let ports = [echo(), free_port(), 0];
+    let closed = closed_port();
+    let ports = [echo(), closed.port, 0];
     let client = Client::start(&runner);
     for seed in 0..20 {
         let mut dice = Dice(seed);

@@ -7,13 +7,17 @@ use std::io::{BufRead, BufReader, Read, Write};
 use std::os::unix::ffi::OsStrExt;
 use std::os::unix::process::{CommandExt, ExitStatusExt};
 use std::process::{Command, Stdio};
+use std::sync::LazyLock;
 
 use kohakuriver_tunnel::protocol::kind;
 use support::*;
 
+/// Where no runner is.
+static NOWHERE: LazyLock<Reserved> = LazyLock::new(closed_port);
+
 /// `run -- sh -c SCRIPT`, with no runner to be found.
 fn run(script: &str) -> Command {
-    let mut command = client_command(&format!("http://127.0.0.1:{}", free_port()));
+    let mut command = client_command(&format!("http://127.0.0.1:{}", NOWHERE.port));
     command
         .args(["run", "--", "sh", "-c", script])
         .stdin(Stdio::piped())
@@ -164,21 +168,18 @@ fn the_tunnel_serves_beside_the_command() {
 #[test]
 fn the_last_words_of_a_command_reach_the_user() {
     let runner = Runner::new();
-    let port = free_port();
     // Takes one connection, writes a lot, and ends at once.
-    let script = format!(
-        "import socket\ns = socket.create_server(('127.0.0.1', {port}))\nprint('ready', flush=True)\n\
-         c, _ = s.accept()\nc.sendall(b'w' * 1000000)"
-    );
+    let script = "import socket\ns = socket.create_server(('127.0.0.1', 0))\n\
+                  print(s.getsockname()[1], flush=True)\nc, _ = s.accept()\nc.sendall(b'w' * 1000000)";
     let mut command = client_command(&runner.url());
     command
-        .args(["run", "--", "python3", "-c", &script])
+        .args(["run", "--", "python3", "-c", script])
         .stdout(Stdio::piped());
     let mut client = Client::spawn(command);
     let mut wire = runner.accept();
     let mut lines = BufReader::new(client.child.stdout.take().unwrap()).lines();
-    assert_eq!(lines.next().unwrap().unwrap(), "ready");
-    wire.open(1, port, u64::MAX);
+    let port = lines.next().unwrap().unwrap();
+    wire.open(1, port.parse().unwrap(), u64::MAX);
     assert_eq!(wire.bytes(1, 1_000_000).len(), 1_000_000);
     wire.expect(kind::EOF, 1);
     assert_eq!(client.wait().code(), Some(0));

@@ -68,7 +68,8 @@ fn the_user_may_go_on_after_the_services_end_of_file() {
 #[test]
 fn a_port_where_nothing_listens_is_named_in_the_error() {
     let runner = Runner::new();
-    let port = free_port();
+    let closed = closed_port();
+    let port = closed.port;
     let _client = Client::start(&runner);
     let mut wire = runner.accept();
     wire.connect(1, port, WIDE);
@@ -82,20 +83,22 @@ fn a_port_where_nothing_listens_is_named_in_the_error() {
 #[test]
 fn a_service_on_ipv6_alone_is_reached() {
     let runner = Runner::new();
-    let port = service_at("[::1]:0", |mut sock| sock.write_all(b"six").unwrap());
+    let (listener, reserved) = listener_on("::1");
     let _client = Client::start(&runner);
     let mut wire = runner.accept();
-    wire.open(1, port, WIDE);
+    wire.open(1, reserved.port, WIDE);
+    take(&listener).write_all(b"six").unwrap();
     assert_eq!(wire.bytes(1, 3), b"six");
 }
 
 #[test]
 fn a_service_on_another_address_of_the_container_is_reached() {
     let runner = Runner::new();
-    let port = service_at("127.0.0.77:0", |mut sock| sock.write_all(b"77").unwrap());
+    let (listener, reserved) = listener_on("127.0.0.77");
     let _client = Client::start(&runner);
     let mut wire = runner.accept();
-    wire.open(1, port, WIDE);
+    wire.open(1, reserved.port, WIDE);
+    take(&listener).write_all(b"77").unwrap();
     assert_eq!(wire.bytes(1, 2), b"77");
 }
 
@@ -489,11 +492,8 @@ fn datagrams_keep_their_borders_in_both_directions() {
 #[test]
 fn a_udp_service_that_comes_later_is_reached_by_the_same_stream() {
     let runner = Runner::new();
-    let port = UdpSocket::bind("127.0.0.1:0")
-        .unwrap()
-        .local_addr()
-        .unwrap()
-        .port();
+    let closed = closed_udp_port();
+    let port = closed.port;
     let _client = Client::start(&runner);
     let mut wire = runner.accept();
     wire.connect_udp(5, port);
@@ -502,8 +502,12 @@ fn a_udp_service_that_comes_later_is_reached_by_the_same_stream() {
     // That is told once; the streams that follow stay.
     wire.connect_udp(5, port);
     wire.datagram(5, b"nobody");
-    wire.send(Header::new(kind::PING, TCP, 0), &[]);
-    wire.expect(kind::PONG, 0);
+    // One address after the other refuses it, each in a turn of its own.
+    for _ in 0..4 {
+        wire.send(Header::new(kind::PING, TCP, 0), &[]);
+        wire.expect(kind::PONG, 0);
+    }
+    drop(closed);
     let service = UdpSocket::bind(("127.0.0.1", port)).unwrap();
     service.set_read_timeout(Some(PATIENCE)).unwrap();
     wire.datagram(5, b"somebody");
@@ -516,10 +520,10 @@ fn a_udp_service_on_any_address_gets_also_the_datagrams_that_others_refused() {
     let runner = Runner::new();
     let _client = Client::start(&runner);
     let mut wire = runner.accept();
-    for (id, address) in [(5, "[::1]:0"), (6, "127.0.0.78:0")] {
-        let service = UdpSocket::bind(address).unwrap();
+    for (id, address) in [(5, "::1"), (6, "127.0.0.78")] {
+        let (service, reserved) = udp_on(address);
         service.set_read_timeout(Some(PATIENCE)).unwrap();
-        wire.connect_udp(id, service.local_addr().unwrap().port());
+        wire.connect_udp(id, reserved.port);
         let mut buffer = [0; 20];
         for text in ["first", "second", "third"] {
             wire.datagram(id, text.as_bytes());
@@ -534,11 +538,8 @@ fn a_udp_service_on_any_address_gets_also_the_datagrams_that_others_refused() {
 #[test]
 fn datagrams_that_nobody_takes_are_told_to_the_user_and_counted() {
     let runner = Runner::new();
-    let port = UdpSocket::bind("127.0.0.1:0")
-        .unwrap()
-        .local_addr()
-        .unwrap()
-        .port();
+    let closed = closed_udp_port();
+    let port = closed.port;
     let _client = Client::start(&runner);
     let mut wire = runner.accept();
     wire.connect_udp(5, port);

@@ -5,8 +5,8 @@
 
 use std::collections::HashMap;
 use std::ffi::OsStr;
-use std::io::{BufRead, BufReader, Read, Write};
-use std::net::{TcpListener, TcpStream};
+use std::io::{BufRead, BufReader, ErrorKind, Read, Write};
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr, TcpListener, TcpStream, UdpSocket};
 use std::os::unix::process::CommandExt;
 use std::process::{Child, Command, ExitStatus, Stdio};
 use std::sync::mpsc::{self, Receiver};
@@ -16,6 +16,7 @@ use std::time::{Duration, Instant};
 use kohakuriver_tunnel::frame::mask;
 use kohakuriver_tunnel::protocol::{HEADER, Header, SUBPROTOCOL_V2, TCP, UDP, kind};
 use kohakuriver_tunnel::sys;
+use socket2::{Domain, Socket, Type};
 use tungstenite::handshake::derive_accept_key;
 
 pub const PATIENCE: Duration = Duration::from_secs(30);
@@ -228,10 +229,15 @@ impl Wire {
         bytes
     }
 
-    /// The next message, of any kind.
+    /// The next message, of any kind. WebSocket pings before it are answered.
     pub fn any(&mut self) -> Message {
-        let (opcode, payload) = self.frame().expect("the tunnel is up");
-        assert_eq!(opcode, 2, "{payload:?}");
+        let payload = loop {
+            match self.frame().expect("the tunnel is up") {
+                (2, payload) => break payload,
+                (9, payload) => self.write(&frame(10, &payload)),
+                (opcode, payload) => panic!("opcode {opcode}: {payload:?}"),
+            }
+        };
         let header = Header::unpack(payload[..HEADER].try_into().unwrap());
         Message {
             kind: header.kind,
@@ -411,12 +417,7 @@ pub fn client_command(url: &str) -> Command {
 
 /// A service that hands each connection to `serve`, on a thread of its own; its port.
 pub fn service(serve: impl Fn(TcpStream) + Send + Sync + Copy + 'static) -> u16 {
-    service_at("127.0.0.1:0", serve)
-}
-
-pub fn service_at(address: &str, serve: impl Fn(TcpStream) + Send + Sync + Copy + 'static) -> u16 {
-    let listener = TcpListener::bind(address).unwrap();
-    let port = listener.local_addr().unwrap().port();
+    let (listener, port) = listener();
     thread::spawn(move || {
         for sock in listener.incoming().map_while(Result::ok) {
             thread::spawn(move || serve(sock));
@@ -449,9 +450,84 @@ pub fn echo() -> u16 {
     })
 }
 
-/// A port where nothing listens, for now.
-pub fn free_port() -> u16 {
-    listener().1
+/// Keeps a port of some addresses from everybody else, who would get it from the system: nothing listens there.
+pub struct Reserved {
+    pub port: u16,
+    _sockets: Vec<Socket>,
+}
+
+impl Reserved {
+    /// `None` if somebody has the port already.
+    fn new(kind: Type, port: u16, addresses: impl IntoIterator<Item = IpAddr>) -> Option<Self> {
+        let mut reserved = Self {
+            port,
+            _sockets: Vec::new(),
+        };
+        for ip in addresses {
+            let sock = Socket::new(Domain::for_address((ip, port).into()), kind, None).unwrap();
+            match sock.bind(&SocketAddr::from((ip, reserved.port)).into()) {
+                Ok(()) => {}
+                Err(error) if error.kind() == ErrorKind::AddrInUse => return None,
+                Err(error) if error.kind() == ErrorKind::AddrNotAvailable => continue, // no IPv6
+                Err(error) => panic!("{ip}: {error}"),
+            }
+            let at = sock.local_addr().unwrap().as_socket().unwrap();
+            reserved.port = at.port();
+            if kind == Type::DGRAM {
+                // With a peer it takes nobody else's datagrams.
+                sock.connect(&SocketAddr::new(ip, 1).into()).unwrap();
+            }
+            reserved._sockets.push(sock);
+        }
+        Some(reserved)
+    }
+
+    fn alone(kind: Type, at: SocketAddr) -> Option<Self> {
+        let addresses: [IpAddr; 2] = [Ipv4Addr::LOCALHOST.into(), Ipv6Addr::LOCALHOST.into()];
+        let others = addresses.into_iter().filter(|ip| *ip != at.ip());
+        Self::new(kind, at.port(), others)
+    }
+}
+
+/// A port where nothing listens and nobody comes to listen.
+pub fn closed_port() -> Reserved {
+    closed(Type::STREAM)
+}
+
+/// The same for datagrams.
+pub fn closed_udp_port() -> Reserved {
+    closed(Type::DGRAM)
+}
+
+fn closed(kind: Type) -> Reserved {
+    let addresses: [IpAddr; 2] = [Ipv4Addr::LOCALHOST.into(), Ipv6Addr::LOCALHOST.into()];
+    loop {
+        if let Some(reserved) = Reserved::new(kind, 0, addresses) {
+            return reserved;
+        }
+    }
+}
+
+/// A listener on `ip`, whose port is nobody's on 127.0.0.1 and ::1, where a service is looked for first.
+pub fn listener_on(ip: &str) -> (TcpListener, Reserved) {
+    loop {
+        let listener = TcpListener::bind((ip, 0)).unwrap();
+        let at = listener.local_addr().unwrap();
+        if let Some(reserved) = Reserved::alone(Type::STREAM, at) {
+            return (listener, reserved);
+        }
+    }
+}
+
+/// The same for datagrams.
+pub fn udp_on(ip: &str) -> (UdpSocket, Reserved) {
+    loop {
+        let service = UdpSocket::bind((ip, 0)).unwrap();
+        let at = service.local_addr().unwrap();
+        if let Some(reserved) = Reserved::alone(Type::DGRAM, at) {
+            return (service, reserved);
+        }
+    }
 }
 
 /// A folder of this test's own; the test removes it.
