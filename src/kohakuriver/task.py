@@ -1,8 +1,8 @@
 """A task, declared once: what a user asks for, what the host orders of a node, what the node reports, what users see.
 
 Command line, client, host, database and runner all go by these classes, so that a new property of a task is one field
-here, one option of the command line, and what a backend makes of it. The command line loads this module too: it needs
-the standard library alone. Where pydantic is given one of these classes, it checks what the annotations say.
+here, one option of the command line, and what a backend makes of it. The command line loads this module too, so it
+needs only the standard library. Where pydantic is given one of these classes, it checks what the annotations say.
 """
 
 from __future__ import annotations
@@ -12,6 +12,8 @@ import re
 from collections.abc import Callable, Mapping
 from dataclasses import MISSING, Field, asdict, dataclass, field, fields
 from typing import Annotated, Any, ClassVar, Literal, Protocol, TypeVar, get_args
+
+from kohakuriver.images import ImageName
 
 __all__ = [
     "Backend",
@@ -92,6 +94,11 @@ def _public_key(text: str) -> str:
     return line
 
 
+def _image(text: str) -> str:
+    ImageName.parse(text)
+    return text
+
+
 _NAME = r"[a-z0-9][a-z0-9._-]{0,62}"
 
 Name = Annotated[
@@ -102,7 +109,7 @@ Name = Annotated[
 NodeName = Annotated[
     str, matching(r"[A-Za-z0-9][A-Za-z0-9._-]{0,62}", "it must be 1 to 63 letters, digits, dots, dashes, underscores")
 ]
-Image = Annotated[str, matching(r"(?s).+", "name an image")]
+Image = Annotated[str, Check(_image)]
 EnvName = Annotated[str, matching(r"[^=\0]+", "a variable's name has no = in it")]
 NoNul = Annotated[str, matching(r"(?s)[^\0]*", "it has a NUL byte in it")]
 Mount = Annotated[str, matching(r"[^:\0]+:/[^:\0]*(:ro)?", "write SOURCE:/TARGET or SOURCE:/TARGET:ro")]
