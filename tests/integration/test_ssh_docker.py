@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
@@ -9,6 +10,7 @@ import re
 import shutil
 import socket
 import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -160,3 +162,61 @@ def servers(task: dict[str, Any]) -> list[str]:
     """The SSH servers that run in a container, as the node numbers their processes."""
     lines = docker("top", task["container"], "-eo", "pid,comm").splitlines()
     return [line.split()[0] for line in lines if "tunnel-sshd" in line]
+
+
+@contextlib.contextmanager
+def container_with_sshd(keys: Path) -> Iterator[str]:
+    """A container that nobody of ours made, whose sshd has the keys in that directory."""
+    make_key(keys / "host")
+    options = ["HostKey=/keys/host", "AuthorizedKeysFile=/keys/authorized", "StrictModes=no", "PidFile=none"]
+    container = docker(
+        *("run", "--detach", "--tmpfs", "/run/sshd:mode=755", "--volume", f"{keys}:/keys", image_with_sshd()),
+        *("/usr/sbin/sshd", "-D", "-e", "-f", "/dev/null", "-p", "22", "-o", "PermitRootLogin=yes"),
+        *(part for option in options for part in ("-o", option)),
+    )
+    try:
+        eventually(lambda: starts_of_sshd(container) == 1)
+        yield container
+    finally:
+        docker("rm", "--force", "--volumes", container)
+
+
+def starts_of_sshd(container: str) -> int:
+    done = subprocess.run(["docker", "logs", container], capture_output=True, text=True, check=True)
+    return done.stderr.count("Server listening on 0.0.0.0 port 22")
+
+
+def log_in(users: Users, task: str) -> subprocess.CompletedProcess[bytes]:
+    options = ["--key", str(users.key), "-F", "/dev/null", "-o", "BatchMode=yes", "-o", "IdentitiesOnly=yes"]
+    return users.call(sys.executable, "-m", "kohakuriver", "vps", "connect", task, *options, "echo $0")
+
+
+@pytest.mark.parametrize("kind", ["address", "container"])
+def test_the_host_key_of_a_server_that_is_not_ours_is_remembered_and_a_changed_one_is_refused(
+    users: Users, tmp_path: Path, kind: str
+) -> None:
+    (tmp_path / "authorized").write_bytes(users.key.with_suffix(".pub").read_bytes())
+    # The user's configuration directory is as fresh as after a first log-in.
+    shutil.rmtree(users.directory / "ssh", ignore_errors=True)
+    with container_with_sshd(tmp_path) as container:
+        what = [container[:12]]
+        if kind == "address":
+            ip = docker("inspect", "--format", "{{range .NetworkSettings.Networks}}{{.IPAddress}}{{end}}", container)
+            what = ["--address", ip]
+        users.succeed("vps", "adopt", *what, "--name", f"their-{kind}")
+        try:
+            done = log_in(users, f"their-{kind}")
+            assert (done.returncode, done.stdout) == (0, b"bash\n"), done.stderr
+            kept = (users.directory / "ssh" / "known_hosts").read_text()
+            assert (tmp_path / "host.pub").read_text().split()[1] in kept
+
+            (tmp_path / "host").unlink()
+            make_key(tmp_path / "host")
+            docker("kill", "--signal", "HUP", container)  # it reads its keys again
+            eventually(lambda: starts_of_sshd(container) == 2)
+            done = log_in(users, f"their-{kind}")
+            assert (done.returncode, done.stdout) == (255, b"")
+            assert b"HOST IDENTIFICATION HAS CHANGED" in done.stderr
+            assert (users.directory / "ssh" / "known_hosts").read_text() == kept
+        finally:
+            users.succeed("vps", "rm", f"their-{kind}")
