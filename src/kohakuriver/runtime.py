@@ -11,7 +11,7 @@ import contextlib
 import errno
 import gc
 import os
-from collections.abc import Coroutine, Iterable
+from collections.abc import Coroutine, Iterable, Iterator
 from typing import Any, TypeVar
 
 from kohakuriver.errors import UsageError
@@ -21,6 +21,7 @@ __all__ = [
     "file_limit",
     "freeze_heap",
     "loop_name",
+    "lowered_file_limit",
     "new_event_loop",
     "out_of_descriptors",
     "raise_file_limit",
@@ -117,13 +118,34 @@ def out_of_descriptors() -> bool:
     return False
 
 
-def raise_file_limit() -> None:
-    """Let this process open as many files as it may have."""
+def raise_file_limit() -> int | None:
+    """Let this process open as many files as it may have; how many it might before, None where nobody counts."""
     with contextlib.suppress(ImportError, OSError, ValueError):  # not everywhere is there such a thing
         import resource
 
-        _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+        soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
         resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+        return soft
+    return None
+
+
+@contextlib.contextmanager
+def lowered_file_limit(soft: int | None) -> Iterator[None]:
+    """Until the block ends, the limit that was in force before it was raised: a program started now gets that.
+
+    Programs that use select(2), or close every descriptor that they may have, want the low one that is usual.
+    """
+    if soft is None:
+        yield
+        return
+    import resource
+
+    raised = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (soft, raised[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, raised)
 
 
 def file_limit() -> int:

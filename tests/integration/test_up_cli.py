@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import signal
@@ -12,7 +13,8 @@ from pathlib import Path
 import psutil
 import pytest
 
-from tests.support.up import TIMEOUT, Apart, Cluster, Program, broken, connect, echoes
+from tests.support.processes import eventually
+from tests.support.up import TIMEOUT, Apart, Cluster, Commands, Program, broken, connect, echoes
 
 
 @pytest.fixture(scope="module")
@@ -38,7 +40,10 @@ def gone(processes: list[psutil.Process]) -> bool:
     return psutil.wait_procs(processes, timeout=TIMEOUT)[1] == []
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+ENDING = [signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT]
+
+
+@pytest.mark.parametrize("number", ENDING)
 def test_up_stops_cleanly_with_everything_it_started(own_cluster: Cluster, number: signal.Signals) -> None:
     own_cluster.service()
     processes = programs_of(own_cluster)
@@ -47,6 +52,33 @@ def test_up_stops_cleanly_with_everything_it_started(own_cluster: Cluster, numbe
     assert own_cluster.up.rest(err=True) == []
     assert gone(processes)
     assert not (own_cluster.directory / "cluster.json").exists()
+
+
+@pytest.mark.parametrize("number", ENDING)
+@pytest.mark.parametrize("role", ["host", "runner"])
+def test_up_that_is_stopped_while_it_starts_ends_what_it_has_started(
+    tmp_path: Path, role: str, number: signal.Signals
+) -> None:
+    cluster = Commands(tmp_path)
+    up = cluster.start("up", "--json", "--host-port=0", "--runner-port=0", "--ssh-port=0")
+    try:
+        process = psutil.Process(up.process.pid)
+        children = eventually(lambda: _with(role, process.children(recursive=True)))
+        assert up.stop(number) == 0
+        assert gone(children)
+        assert up.rest(err=True) == []
+        assert [line for line in up.rest() if "ready" in line] == []
+        assert not (tmp_path / "cluster.json").exists()
+    finally:
+        cluster.close()
+
+
+def _with(role: str, processes: list[psutil.Process]) -> list[psutil.Process] | None:
+    """All of them, once the program of that role is among them."""
+    with contextlib.suppress(psutil.NoSuchProcess):
+        if any(each.cmdline()[3:4] == [role] for each in processes):
+            return processes
+    return None
 
 
 def test_without_the_static_tunnel_client_processes_work_and_one_line_says_what_it_costs(

@@ -34,6 +34,43 @@ class Proto(str, Enum):
     udp = "udp"
 
 
+PortsArgument = Annotated[
+    list[str],
+    typer.Argument(
+        metavar="REMOTE_PORT",
+        help="Ports of the task; also LOCAL:REMOTE, and with /udp. LOCAL 0 is any free port.",
+        show_default=False,
+    ),
+]
+LocalPortOption = Annotated[
+    int | None,
+    typer.Option("--local-port", "-l", help="Default: the remote port. 0 is any free port.", show_default=False),
+]
+LocalHostOption = Annotated[
+    str,
+    typer.Option(
+        "--local-host",
+        "-H",
+        help="The local address to listen on. Default: both loopback addresses.",
+        show_default=False,
+    ),
+]
+ProtoOption = Annotated[
+    Proto, typer.Option("--proto", "-p", case_sensitive=False, help="What ports speak that don't say so.")
+]
+WaitOption = Annotated[
+    float | None,
+    typer.Option(
+        "--wait",
+        "-w",
+        min=0,
+        metavar="[=SECONDS]",
+        help=f"Wait until the service listens in the task; {WAIT_SECONDS} seconds at most.",
+        show_default=False,
+    ),
+]
+
+
 class _Forward(WithCommand):
     """Takes `--wait` without a number too."""
 
@@ -56,41 +93,11 @@ def forward(
     ctx: typer.Context,
     at: Remote,
     task: TaskArgument,
-    ports: Annotated[
-        list[str],
-        typer.Argument(
-            metavar="REMOTE_PORT",
-            help="Ports of the task; also LOCAL:REMOTE, and with /udp. LOCAL 0 is any free port.",
-            show_default=False,
-        ),
-    ],
-    local_port: Annotated[
-        int | None,
-        typer.Option("--local-port", "-l", help="Default: the remote port. 0 is any free port.", show_default=False),
-    ] = None,
-    local_host: Annotated[
-        str,
-        typer.Option(
-            "--local-host",
-            "-H",
-            help="The local address to listen on. Default: both loopback addresses.",
-            show_default=False,
-        ),
-    ] = "localhost",
-    proto: Annotated[
-        Proto, typer.Option("--proto", "-p", case_sensitive=False, help="What ports speak that don't say so.")
-    ] = Proto.tcp,
-    wait: Annotated[
-        float | None,
-        typer.Option(
-            "--wait",
-            "-w",
-            min=0,
-            metavar="[=SECONDS]",
-            help=f"Wait until the service listens in the task; {WAIT_SECONDS} seconds at most.",
-            show_default=False,
-        ),
-    ] = None,
+    ports: PortsArgument,
+    local_port: LocalPortOption = None,
+    local_host: LocalHostOption = "localhost",
+    proto: ProtoOption = Proto.tcp,
+    wait: WaitOption = None,
 ) -> int:
     """Forward local ports to ports of a task, until Ctrl-C.
 
@@ -99,7 +106,7 @@ def forward(
     from kohakuriver.client.forward import Forwarder
     from kohakuriver.runtime import raise_file_limit, run
 
-    raise_file_limit()
+    files = raise_file_limit()
     command = command_of(ctx)
     _check_command(command, at.json)
     wanted = _ports(ports, local_port, proto.value)
@@ -113,7 +120,7 @@ def forward(
             forwarder = Forwarder(
                 task, wanted, settings=chosen, local_host=local_host, patience=wait, on_event=view.tell
             )
-            return await _Running(forwarder, view, command).run()
+            return await _Running(forwarder, view, command, files).run()
 
     return run(main())
 
@@ -143,12 +150,16 @@ def _warn_if_exposed(local_host: str) -> None:
 
 
 class _Running:
-    """A forward from its opening to its end, with the command that it was started for, if any."""
+    """A forward from its opening to its end, with the command that it was started for, if any.
 
-    def __init__(self, forwarder: Forwarder, view: Aside, command: list[str] | None) -> None:
+    `files` is how many files that command may open.
+    """
+
+    def __init__(self, forwarder: Forwarder, view: Aside, command: list[str] | None, files: int | None) -> None:
         self._forwarder = forwarder
         self._view = view
         self._command = command
+        self._files = files
         self._child: asyncio.subprocess.Process | None = None
         self._stopped: asyncio.Future[str] = asyncio.get_running_loop().create_future()
 
@@ -191,11 +202,14 @@ class _Running:
         return False
 
     async def _run_command(self, command: list[str]) -> int:
+        from kohakuriver.runtime import lowered_file_limit
+
         environment = dict(os.environ)
         for local in self._forwarder.listening:
             environment[f"KOHAKURIVER_PORT_{local.remote_port}"] = str(local.port)
         try:
-            self._child = await asyncio.create_subprocess_exec(*command, env=environment)
+            with lowered_file_limit(self._files):
+                self._child = await asyncio.create_subprocess_exec(*command, env=environment)
         except OSError as error:
             output.error(f"{command[0]} can't be run: {error.strerror}.")
             return NOT_FOUND if isinstance(error, FileNotFoundError) else NOT_EXECUTABLE
