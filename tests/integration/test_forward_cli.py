@@ -343,10 +343,11 @@ class Terminal:
         return self.process.wait(TIMEOUT)
 
 
-def test_a_terminal_shows_a_live_line_below_the_forwarding_line(cluster: Cluster, service: Service) -> None:
+def test_a_terminal_shows_an_address_to_open_and_a_live_line_below_it(cluster: Cluster, service: Service) -> None:
     terminal = Terminal(cluster, "forward", service.task, f"0:{service.port}")
-    port = int(terminal.until(rb"Forwarding 127\.0\.0\.1:(\d+) -> ")[1])
-    with connect(port) as connection:
+    line = terminal.until(rb"Forwarding 127\.0\.0\.1:(\d+) -> \S+ \(tcp\)  http://127\.0\.0\.1:(\d+)\r\n")
+    assert line[1] == line[2]
+    with connect(int(line[1])) as connection:
         assert echoes(connection)
         terminal.until(rb"1 open, 1 so far")
     terminal.press(b"\x03")

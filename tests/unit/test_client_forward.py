@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import re
 import threading
@@ -9,6 +10,7 @@ import time
 
 import pytest
 
+from kohakuriver import runtime
 from kohakuriver.cli import forward_view
 from kohakuriver.client import forward as forwarding
 from kohakuriver.client.forward import (
@@ -24,6 +26,8 @@ from kohakuriver.client.forward import (
     parse_port,
 )
 from kohakuriver.errors import UsageError
+from kohakuriver.tunnel.settings import EndpointConfig
+from kohakuriver.tunnel.user_endpoint import UserEndpoint
 
 NOTHING = Stats(streams=0, opened=0, bytes_sent=0, bytes_received=0, udp_dropped=0, stalls=0, unknown_messages=0)
 
@@ -197,3 +201,21 @@ def test_what_is_shown_holds_up_nobody_and_keeps_its_order() -> None:
     assert places == sorted(places)
     assert len(shown) >= forward_view.MOST_WAITING
     assert len(shown) + view.left_out >= len(failures)
+
+
+def test_once_the_host_has_been_away_for_a_minute_a_connection_is_reset_at_once() -> None:
+    failed: list[str] = []
+
+    async def connect() -> None:
+        config = EndpointConfig(reattach_wait=3600.0, outage=0.0)  # the minute is over
+        endpoint = UserEndpoint(config=config, on_stream_error=lambda port, text: failed.append(str(text)))
+        listening = await endpoint.listen_tcp("127.0.0.1", 0, 80)
+        reader, writer = await asyncio.open_connection("127.0.0.1", listening.port)
+        with pytest.raises(ConnectionResetError):
+            await reader.read(1)
+        writer.close()
+        await endpoint.close()
+
+    runtime.run(asyncio.wait_for(connect(), 20))
+    assert failed == ["ENOTCONN: the connection to the host is lost"]
+    assert EndpointConfig().outage == 60.0
