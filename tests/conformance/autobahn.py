@@ -13,7 +13,7 @@ import asyncio
 import sys
 
 from kohakuriver._frame import FIRST, LAST, WS_TEXT, FrameViolation, FrameWalker, build_ws, pack_header
-from kohakuriver.tunnel.accept import UpgradeRequest, serve_ws
+from kohakuriver.tunnel.accept import TunnelRoute, UpgradeRequest, serve_ws
 from kohakuriver.tunnel.link import Link
 from kohakuriver.tunnel.protocol import OP_TEXT, CloseCode
 from kohakuriver.web.app import bind, new_app
@@ -25,15 +25,11 @@ OP_BINARY = 2
 class Echo:
     """Both the route and the handler of its one link."""
 
-    path = "/{any}"
-
     def __init__(self) -> None:
         self._parts = bytearray()
 
-    def match(self, path: str) -> bool:
-        return True
-
-    async def open(self, request: UpgradeRequest) -> None:
+    @staticmethod
+    async def open(request: UpgradeRequest) -> None:
         request.accept(FrameWalker(masked=True, allow_text=True), Echo(), version=1)
 
     def link_received(self, link: Link, start: int, stop: int) -> int:
@@ -84,7 +80,7 @@ async def main() -> None:
     async def stop() -> None:
         pass
 
-    server = Server(new_app("echo", "0"), ws=serve_ws([Echo()]), on_ready=ready, on_stop=stop)
+    server = Server(new_app("echo", "0"), ws=serve_ws([TunnelRoute("/", Echo.open)]), on_ready=ready, on_stop=stop)
     await server.serve([bind("127.0.0.1", int(sys.argv[1]))])
 
 

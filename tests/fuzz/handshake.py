@@ -21,7 +21,7 @@ from typing import Any
 from kohakuriver import runtime as loops
 from kohakuriver._frame import FrameWalker
 from kohakuriver.errors import KohakuRiverError
-from kohakuriver.tunnel.accept import Ignore, UpgradeRequest, greet, serve_ws
+from kohakuriver.tunnel.accept import Ignore, TunnelRoute, UpgradeRequest, greet, serve_ws
 from kohakuriver.tunnel.dial import open_session
 from kohakuriver.web.app import new_app
 from tests.fuzz.mutation import fuzz
@@ -44,19 +44,17 @@ def pieces(data: bytes) -> list[bytes]:
 class Gate(Ignore):
     """Takes whoever shakes hands on /ws/."""
 
-    path = "/ws/{any}"
+    def routes(self) -> list[TunnelRoute]:
+        return [TunnelRoute(path, self.open) for path in ("/ws/{a}", "/ws/{a}/{b}", "/ws/{a}/{b}/{c}")]
 
-    def match(self, path: str) -> bool:
-        return path.startswith("/ws/")
-
-    async def open(self, request: UpgradeRequest) -> None:
+    async def open(self, request: UpgradeRequest, *_parts: str) -> None:
         greet(request.accept(FrameWalker(masked=True), self), "CONNECTED")
 
 
 @contextlib.asynccontextmanager
 async def server() -> AsyncIterator[Callable[[bytes], Any]]:
     """A server, and what checks one input against it."""
-    async with serving(new_app("server", "0"), serve_ws([Gate()])) as url:
+    async with serving(new_app("server", "0"), serve_ws(Gate().routes())) as url:
         port = int(url.rpartition(":")[2])
 
         async def check(data: bytes) -> None:

@@ -10,14 +10,14 @@ from typing import Any
 
 import pytest
 import uvicorn
-from fastapi import Request, WebSocket
+from fastapi import Request
 from websockets.asyncio.client import connect
 from websockets.exceptions import ConnectionClosed, InvalidStatus
 from websockets.typing import Subprotocol
 
 from kohakuriver._frame import FrameWalker, build_frame
 from kohakuriver.errors import KohakuRiverError, NotFoundError, UnauthenticatedError, UnavailableError
-from kohakuriver.tunnel.accept import Ignore, UpgradeRequest, greet, serve_ws
+from kohakuriver.tunnel.accept import Ignore, TunnelRoute, UpgradeRequest, greet, serve_ws
 from kohakuriver.tunnel.link import Link
 from kohakuriver.tunnel.protocol import DATA, TUNNEL_V2
 from kohakuriver.web.app import bearer, new_app
@@ -43,17 +43,8 @@ async def credential(request: Request) -> str | None:
     return bearer(request)
 
 
-@app.websocket("/other/{name}")
-async def other(websocket: WebSocket, name: str) -> None:
-    await websocket.accept()
-    async for text in websocket.iter_text():
-        await websocket.send_text(f"{name}: {text}")
-
-
 class Gate(Ignore):
     """A route that opens, refuses, or makes its peer wait, and keeps what it saw."""
-
-    path = "/ws/gate"
 
     def __init__(self) -> None:
         self.requests: list[UpgradeRequest] = []
@@ -63,11 +54,11 @@ class Gate(Ignore):
         self.received = bytearray()
         self.more = asyncio.Event()
         self.ended: list[str] = []
+        self.parts: tuple[str, ...] = ()
+        self.routes = [TunnelRoute(f"/ws/gate{rest}", self.open) for rest in ("", "/{task}/{port}")]
 
-    def match(self, path: str) -> bool:
-        return path.startswith("/ws/gate")
-
-    async def open(self, request: UpgradeRequest) -> None:
+    async def open(self, request: UpgradeRequest, *parts: str) -> None:
+        self.parts = parts
         self.requests.append(request)
         try:
             await self.waits.wait()
@@ -95,7 +86,7 @@ class Gate(Ignore):
 
 @contextlib.asynccontextmanager
 async def serving(gate: Gate) -> AsyncIterator[tuple[uvicorn.Server, int]]:
-    config = uvicorn.Config(app, port=0, ws=serve_ws([gate]), lifespan="off", log_config=None)
+    config = uvicorn.Config(app, port=0, ws=serve_ws(gate.routes), lifespan="off", log_config=None)
     config.timeout_graceful_shutdown = 2
     server = uvicorn.Server(config)
     config.load()
@@ -131,6 +122,7 @@ def test_a_route_gets_the_request_as_it_was_made(run: Run) -> None:
                 assert await websocket.recv() == "CONNECTED"
             request = gate.requests[0]
             assert (request.path, request.query) == ("/ws/gate/a b/80", {"proto": "udp"})
+            assert gate.parts == ("a b", "80")
             assert (request.token, request.offers_v2) == ("secret", True)
             assert request.peer.startswith("127.0.0.1:")
 
@@ -177,17 +169,16 @@ def test_no_subprotocol_is_v1_and_an_unknown_one_is_not_ours(run: Run) -> None:
     run(main())
 
 
-def test_other_websockets_and_pages_are_still_served_by_uvicorn(run: Run) -> None:
+def test_a_websocket_at_a_path_that_is_not_ours_is_refused_and_pages_are_served(run: Run) -> None:
     async def main() -> None:
-        async with serving(Gate()) as (_, port):
-            async with connect(f"ws://127.0.0.1:{port}/other/me") as websocket:
-                for text in ("one", "two", "x" * 100_000):
-                    await websocket.send(text)
-                    assert await websocket.recv() == f"me: {text}"
+        gate = Gate()
+        async with serving(gate) as (_, port):
+            for path in ("/nothing/there", "/page", "/ws/gate/a", "/ws/gate/a/80/more", "/ws/gate/a%2Fb/80"):
+                status, body = await answer(port, upgrade(path))
+                assert (status, json.loads(body)["error"]) == (404, "not_found")
+            assert gate.requests == []
             status, body = await answer(port, b"GET /page HTTP/1.1\r\nHost: here\r\nConnection: close\r\n\r\n")
             assert (status, json.loads(body)) == (200, "a page")
-            with pytest.raises(InvalidStatus):
-                await connect(f"ws://127.0.0.1:{port}/nothing/there")
 
     run(main())
 

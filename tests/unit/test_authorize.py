@@ -5,12 +5,17 @@ from __future__ import annotations
 from collections.abc import Callable, Coroutine
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
 import pytest
+from websockets.asyncio.client import connect
+from websockets.exceptions import InvalidStatus
+from websockets.typing import Subprotocol
 
-from kohakuriver.errors import NotAllowedError, NotFoundError, UnauthenticatedError, UnavailableError, UsageError
+from kohakuriver.errors import NotAllowedError, NotFoundError, UnauthenticatedError, UnavailableError
 from kohakuriver.host.services.grants import PASS_SECONDS, Passes
 from kohakuriver.session import ticket
+from kohakuriver.tunnel.protocol import TUNNEL_V2
 from tests.support.host_only import a_host
 
 Run = Callable[[Coroutine[Any, Any, None]], None]
@@ -93,9 +98,6 @@ def test_a_session_to_what_is_not_there_or_does_not_run_is_refused_with_the_reas
             authorize, token = host.forwards.authorize, host.admin_token
             with pytest.raises(NotFoundError):
                 await authorize(token, "other", 80, "tcp")
-            for port in (0, -1, 65536):
-                with pytest.raises(UsageError):
-                    await authorize(token, "web", port, "tcp")
             await host.user.post("/api/tasks/web/stop")
             with pytest.raises(UnavailableError, match="stopped") as caught:
                 await authorize(token, "web", 80, "tcp")
@@ -117,6 +119,21 @@ def test_a_session_without_a_valid_token_is_refused(run: Run, tmp_path: Path, to
             await host.create(name="web")
             with pytest.raises(UnauthenticatedError):
                 await host.forwards.authorize(token, "web", 80, "tcp")
+
+    run(check())
+
+
+@pytest.mark.parametrize("port", ["0", "-1", "65536", "080808", "eighty", "٨٠"])
+def test_a_session_to_what_is_no_port_is_refused_before_anything_is_looked_up(
+    run: Run, tmp_path: Path, port: str
+) -> None:
+    async def check() -> None:
+        async with a_host(tmp_path) as host:
+            url = f"{host.url.replace('http', 'ws')}/ws/forward/web/{quote(port)}"
+            with pytest.raises(InvalidStatus) as caught:
+                await connect(url, subprotocols=[Subprotocol(TUNNEL_V2)], proxy=None)
+            assert caught.value.response.status_code == 400
+            assert "ports go from 1 to 65535" in (caught.value.response.body or b"").decode()
 
     run(check())
 

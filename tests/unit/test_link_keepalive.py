@@ -10,7 +10,7 @@ import pytest
 from fastapi import FastAPI
 
 from kohakuriver._frame import WS_PING, FrameWalker, Message
-from kohakuriver.tunnel.accept import Ignore, UpgradeRequest, serve_ws
+from kohakuriver.tunnel.accept import Ignore, TunnelRoute, UpgradeRequest, serve_ws
 from kohakuriver.tunnel.dial import open_link
 from kohakuriver.tunnel.link import Link
 from tests.support.host_only import serving
@@ -21,13 +21,8 @@ Run = Callable[[Coroutine[Any, Any, None]], None]
 class Quiet:
     """A path whose links only answer; counts the pings that they get."""
 
-    path = "/{any}"
-
     def __init__(self) -> None:
         self.pinged: asyncio.Queue[None] = asyncio.Queue()
-
-    def match(self, path: str) -> bool:
-        return True
 
     async def open(self, request: UpgradeRequest) -> None:
         link = request.accept(FrameWalker(masked=True), Ignore())
@@ -48,7 +43,7 @@ def test_an_idle_peer_that_answers_every_ping_is_never_dropped(run: Run, monkeyp
 
     async def main() -> None:
         quiet = Quiet()
-        async with serving(FastAPI(), serve_ws([quiet])) as url:
+        async with serving(FastAPI(), serve_ws([TunnelRoute("/", quiet.open)])) as url:
             link = await open_link(url.replace("http", "ws"), FrameWalker(masked=False), Ignore())
             for _ in range(20):
                 await asyncio.wait_for(quiet.pinged.get(), 10)

@@ -12,7 +12,7 @@ from fastapi import FastAPI
 
 from kohakuriver.errors import NotFoundError
 from kohakuriver.tunnel import message_link as messages
-from kohakuriver.tunnel.accept import UpgradeRequest, serve_ws
+from kohakuriver.tunnel.accept import TunnelRoute, UpgradeRequest, serve_ws
 from kohakuriver.tunnel.dial import open_messages
 from kohakuriver.tunnel.message_link import MessageLink, size_of
 from kohakuriver.tunnel.protocol import TERMINAL_V2
@@ -24,15 +24,13 @@ Run = Callable[[Coroutine[Any, Any, None]], None]
 class Accepting:
     """A path on which every WebSocket is accepted, and waits to be taken."""
 
-    path = "/{any}"
-
     def __init__(self) -> None:
         self.accepted: asyncio.Queue[MessageLink] = asyncio.Queue()
 
-    def match(self, path: str) -> bool:
-        return True
+    def routes(self) -> list[TunnelRoute]:
+        return [TunnelRoute(path, self.open) for path in ("/", "/{any}")]
 
-    async def open(self, request: UpgradeRequest) -> None:
+    async def open(self, request: UpgradeRequest, *_parts: str) -> None:
         if request.path == "/nothing":
             raise NotFoundError("There is nothing.")
         self.accepted.put_nowait(request.accept_messages(TERMINAL_V2))
@@ -42,7 +40,7 @@ class Accepting:
 async def a_pair(*subprotocols: str) -> AsyncIterator[tuple[MessageLink, MessageLink]]:
     """(dialled, accepted)"""
     route = Accepting()
-    async with serving(FastAPI(), serve_ws([route])) as url:
+    async with serving(FastAPI(), serve_ws(route.routes())) as url:
         dialled = await open_messages(url.replace("http", "ws"), subprotocols=subprotocols)
         accepted = await route.accepted.get()
         yield dialled, accepted
@@ -79,7 +77,7 @@ def test_a_subprotocol_is_only_answered_where_it_is_offered(run: Run) -> None:
 
 def test_a_refusal_is_the_error_that_its_status_stands_for(run: Run) -> None:
     async def main() -> None:
-        async with serving(FastAPI(), serve_ws([Accepting()])) as url:
+        async with serving(FastAPI(), serve_ws(Accepting().routes())) as url:
             with pytest.raises(NotFoundError):
                 await open_messages(f"{url.replace('http', 'ws')}/nothing", subprotocols=("kohakuriver.tunnel.v2",))
 

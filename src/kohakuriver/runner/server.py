@@ -197,9 +197,8 @@ class Runner:
 
     async def _listen_for_containers(self, sock: socket.socket) -> None:
         """Serve tunnel clients, and nothing else, on one more socket: containers have no business with the rest."""
-        routes = [route for route in self._tunnels.routes() if route.match("/ws/tunnel/any")]
         app = new_app("runner", __version__, guard=self._guard)
-        await self._server.add_listener(sock, app, serve_ws(routes, self._guard))
+        await self._server.add_listener(sock, app, serve_ws(self._tunnels.container_routes(), self._guard))
 
     async def _ready(self) -> None:
         if self._options.allow_anonymous:

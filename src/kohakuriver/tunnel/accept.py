@@ -1,8 +1,8 @@
 """The server's side of the opening handshake: tunnel WebSockets on uvicorn's port (docs/protocol.md §2, §4).
 
 uvicorn reads the HTTP request and hands an upgrade to the class in its ``ws=`` setting. ``serve_ws`` makes that
-class: paths of ours go through the ``websockets`` library's sans-I/O ``ServerProtocol`` to a link, so that the data
-path never touches ASGI; all other WebSockets go to uvicorn's own implementation.
+class: it goes through the ``websockets`` library's sans-I/O ``ServerProtocol`` to a link, so that the data path never
+touches ASGI.
 """
 
 from __future__ import annotations
@@ -11,13 +11,13 @@ import asyncio
 import http
 import json
 import logging
-from collections.abc import Sequence
+import re
+from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol, cast
 from urllib.parse import parse_qsl, unquote
 
 from uvicorn.config import Config
-from uvicorn.protocols.websockets.websockets_sansio_impl import WebSocketsSansIOProtocol
 from uvicorn.server import ServerState
 from websockets.datastructures import Headers
 from websockets.http11 import Request, Response
@@ -25,7 +25,7 @@ from websockets.server import ServerProtocol
 from websockets.typing import Subprotocol
 
 from kohakuriver._frame import WS_TEXT, FrameWalker
-from kohakuriver.errors import HostUnreachableError, KohakuRiverError, NotAllowedError, UsageError
+from kohakuriver.errors import HostUnreachableError, KohakuRiverError, NotAllowedError, NotFoundError, UsageError
 from kohakuriver.tunnel.bearer import bearer_token
 from kohakuriver.tunnel.link import Link, LinkHandler
 from kohakuriver.tunnel.message_link import MAX_MESSAGE, MessageLink
@@ -95,16 +95,24 @@ class UpgradeRequest:
         return self._upgrade.gone
 
 
-class TunnelRoute(Protocol):
-    """A family of WebSocket paths that links are opened on; ``path`` is how the family is written down."""
+class TunnelRoute:
+    """A family of WebSocket paths that links are opened on.
 
-    path: str
+    Args:
+        path: how the family is written down, each part that differs in braces: "/ws/forward/{task}/{port}".
+        answer: answers a request (accept, reject or fail); called with it and the parts that the path has in the place
+            of braces. A KohakuRiverError that it raises is passed to ``fail``.
+    """
 
-    def match(self, path: str) -> bool:
-        """Whether ``path`` is one of them."""
+    def __init__(self, path: str, answer: Callable[..., Awaitable[None]]) -> None:
+        self.path = path
+        self.answer = answer
+        self._pattern = re.compile(re.sub(r"\{\w+\}", "([^/]+)", path))
 
-    async def open(self, request: UpgradeRequest) -> None:
-        """Answer the request: accept, reject or fail. KohakuRiverError that it raises is passed to ``fail``."""
+    def match(self, path: str) -> tuple[str, ...] | None:
+        """The parts of ``path`` where it is one of these, else None."""
+        found = self._pattern.fullmatch(path)
+        return None if found is None else found.groups()
 
 
 class Ignore:
@@ -135,22 +143,18 @@ def greet(link: Link, text: str) -> None:
 
 
 class Upgrade(asyncio.Protocol):
-    """One connection between uvicorn's HTTP parser and its link (or uvicorn's own WebSocket protocol)."""
+    """One connection between uvicorn's HTTP parser and its link."""
 
     def __init__(
         self,
         routes: Sequence[TunnelRoute],
         guard: OriginCheck | None,
-        config: Config,
         state: ServerState,
-        app: dict[str, Any],
         max_message: int,
     ) -> None:
         self._routes = routes
         self._guard = guard
-        self._uvicorn = (config, state, app)
         self._state = state
-        self._other: WebSocketsSansIOProtocol | None = None
         self._handshake = ServerProtocol(
             select_subprotocol=lambda _, offered: self._select(offered), max_size=max_message
         )
@@ -167,9 +171,7 @@ class Upgrade(asyncio.Protocol):
         self._transport = cast(asyncio.Transport, transport)
 
     def data_received(self, data: bytes) -> None:
-        if self._other is not None:
-            self._other.data_received(data)
-        elif self._task is not None:  # frames before our 101: a client that obeys RFC 6455 sends none
+        if self._task is not None:  # frames before our 101: a client that obeys RFC 6455 sends none
             self._early += data
             if len(self._early) > MAX_EARLY:
                 self._transport.abort()
@@ -179,18 +181,17 @@ class Upgrade(asyncio.Protocol):
     def _begin(self, data: bytes) -> None:
         target = data.split(b" ", 2)[1].decode("latin-1")
         path, _, query = target.partition("?")
-        path = unquote(path)
-        route = next((route for route in self._routes if route.match(path)), None)
-        if route is None:
-            self._hand_to_uvicorn(data)
-            return
         self._state.connections.add(self)  # type: ignore[arg-type]  # any object with shutdown() will do
-        self._task = asyncio.get_running_loop().create_task(self._open(route, path, query, data))
+        self._task = asyncio.get_running_loop().create_task(self._open(unquote(path), query, data))
 
-    async def _open(self, route: TunnelRoute, path: str, query: str, data: bytes) -> None:
+    async def _open(self, path: str, query: str, data: bytes) -> None:
         try:
             request = self._read_request(path, query, data)
-            await route.open(request)
+            for route in self._routes:
+                if (parts := route.match(path)) is not None:
+                    return await route.answer(request, *parts)
+            error = NotFoundError(f"There is no WebSocket at {path}; check the URL.")
+            self.reject(error.status, error.to_json())
         except KohakuRiverError as error:
             self._refuse(error)
         except Exception:
@@ -232,13 +233,6 @@ class Upgrade(asyncio.Protocol):
             name = self._transport.get_extra_info("sockname")
             local = name[0] if isinstance(name, tuple) else None
             self._guard.check(headers.get_all("Host"), headers.get_all("Origin"), local)
-
-    def _hand_to_uvicorn(self, data: bytes) -> None:
-        self._other = WebSocketsSansIOProtocol(*self._uvicorn)
-        self._other.connection_made(self._transport)
-        self._other.data_received(data)
-        # uvicorn sets us as the protocol when we return; its own takes over right after that.
-        asyncio.get_running_loop().call_soon(self._transport.set_protocol, self._other)
 
     def _describe(self, path: str, query: dict[str, str], headers: Headers) -> UpgradeRequest:
         token = bearer_token(headers.get_all("Authorization"))
@@ -301,30 +295,26 @@ class Upgrade(asyncio.Protocol):
             self.reject(503, {"error": "unavailable", "message": "the server is shutting down"})
 
     def eof_received(self) -> bool:
-        if self._other is not None:
-            self._other.eof_received()
         return False
 
     def connection_lost(self, exc: Exception | None) -> None:
         self.gone = True
         self._state.connections.discard(self)
-        if self._other is not None:
-            self._other.connection_lost(exc)
-        elif self._task is not None and not self._answered:
+        if self._task is not None and not self._answered:
             self._task.cancel()
 
 
 def serve_ws(
     routes: Sequence[TunnelRoute], guard: OriginCheck | None = None, *, max_message: int = MAX_MESSAGE
 ) -> type[asyncio.Protocol]:
-    """The class for ``uvicorn.Config(ws=…)`` that serves ``routes`` and leaves other WebSockets to uvicorn.
+    """The class for ``uvicorn.Config(ws=…)`` that serves ``routes`` and answers 404 for other WebSockets.
 
-    ``guard`` says which Host and Origin headers are taken on our routes; without it, all. ``max_message`` is the most
+    ``guard`` says which Host and Origin headers are taken; without it, all. ``max_message`` is the most
     bytes that a message may have where whole ones are received; a link's walker has a limit of its own.
     """
 
     class RoutedUpgrade(Upgrade):
         def __init__(self, config: Config, server_state: ServerState, app_state: dict[str, Any]) -> None:
-            super().__init__(routes, guard, config, server_state, app_state, max_message)
+            super().__init__(routes, guard, server_state, max_message)
 
     return RoutedUpgrade

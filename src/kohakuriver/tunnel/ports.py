@@ -6,12 +6,23 @@ from collections.abc import Iterable
 
 from kohakuriver.errors import UsageError
 
-__all__ = ["ports_in", "ports_query"]
+__all__ = ["port_in", "ports_in", "ports_query"]
 
 
 def ports_query(ports: Iterable[int]) -> str:
     """What says in a session's URL that it is for these ports: `ports=80,443`."""
     return "ports=" + ",".join(str(port) for port in sorted(set(ports)))
+
+
+def port_in(text: str) -> int:
+    """A port that is written down, 1 to 65535. Raises UsageError."""
+    if not _is_port(text):
+        raise UsageError(f"{text[:100]!r} is no port; ports go from 1 to 65535.")
+    return int(text)
+
+
+def _is_port(text: str) -> bool:
+    return text.isascii() and text.isdigit() and len(text) <= 5 and 1 <= int(text) <= 65535
 
 
 def ports_in(query: dict[str, str]) -> frozenset[int] | None:
@@ -20,6 +31,6 @@ def ports_in(query: dict[str, str]) -> frozenset[int] | None:
     if text is None:
         return None
     words = text.split(",")
-    if not all(word.isascii() and word.isdigit() and len(word) <= 5 and 1 <= int(word) <= 65535 for word in words):
+    if not all(map(_is_port, words)):
         raise UsageError(f"ports must be numbers from 1 to 65535 with commas between them, not {text[:100]!r}")
     return frozenset(map(int, words))

@@ -5,7 +5,6 @@ from __future__ import annotations
 import base64
 import json
 import os
-import re
 from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any, Final
 
@@ -16,7 +15,6 @@ if TYPE_CHECKING:  # what serves is not what a command line should have to load
     from kohakuriver.tunnel.accept import UpgradeRequest
 
 __all__ = [
-    "PATH",
     "Start",
     "close_code",
     "control",
@@ -32,7 +30,6 @@ __all__ = [
     "stream",
 ]
 
-PATH: Final = re.compile(r"/ws/task/([^/]+)/terminal$")
 MAX_SIDE: Final = 0xFFFF
 
 

@@ -23,7 +23,6 @@ from kohakuriver.errors import KohakuRiverError, LocalAddressError, NotAllowedEr
 from kohakuriver.resolve import resolving
 from kohakuriver.tls import ServerCertificate
 from kohakuriver.tunnel.bearer import bearer_token
-from kohakuriver.tunnel.protocol import CloseCode
 from kohakuriver.web.origin import Guard
 
 __all__ = [
@@ -47,15 +46,12 @@ class GuardMiddleware:
         self._guard = guard
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] in ("http", "websocket"):
+        if scope["type"] == "http":
             headers = Headers(scope=scope)
             try:
                 self._guard.check(headers.getlist("host"), headers.getlist("origin"), (scope["server"] or (None,))[0])
             except NotAllowedError as error:
-                if scope["type"] == "websocket":
-                    await send({"type": "websocket.close", "code": int(CloseCode.POLICY)})
-                else:
-                    await JSONResponse(error.to_json(), status_code=error.status)(scope, receive, send)
+                await JSONResponse(error.to_json(), status_code=error.status)(scope, receive, send)
                 return
         await self._app(scope, receive, send)
 

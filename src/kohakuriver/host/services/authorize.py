@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Literal
 
-from kohakuriver.errors import NotAllowedError, NotFoundError, UsageError
+from kohakuriver.errors import NotAllowedError, NotFoundError
 from kohakuriver.host.services.access import Access
 from kohakuriver.host.services.credentials import Caller, Credentials
 from kohakuriver.host.services.grants import Grants, Passes
@@ -42,12 +42,10 @@ class Forwards:
         """Where a session to `port` (1 to 65535) of a task goes; `proto` is "tcp" or "udp".
 
         The session reaches `ports` besides, or where that is None all ports. Raises UnauthenticatedError,
-        NotAllowedError, NotFoundError, UsageError, or UnavailableError "task_not_running", "node_offline" or
+        NotAllowedError, NotFoundError, or UnavailableError "task_not_running", "node_offline" or
         "too_many_sessions". Source: docs/protocol.md §4.
         """
         caller = await self._credentials.session_caller(token)
-        if not 0 < port < 65536:
-            raise UsageError(f"{port} is no port; ports go from 1 to 65535.")
         task, node = await self._usable(caller, reference)
         route = self._route(task, node, caller, "forward", None if ports is None else {port, *ports})
         return replace(route, grant=await self._grants.enter(caller, task))

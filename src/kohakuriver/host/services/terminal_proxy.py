@@ -37,8 +37,6 @@ class TerminalProxy:
         limits: what a terminal may take.
     """
 
-    path = "/ws/task/{task_id}/terminal"
-
     def __init__(
         self,
         *,
@@ -54,19 +52,14 @@ class TerminalProxy:
 
     def routes(self) -> list[TunnelRoute]:
         """The WebSocket paths that this proxy answers."""
-        return [self]
+        return [TunnelRoute("/ws/task/{task_id}/terminal", self._open)]
 
-    def match(self, path: str) -> bool:
-        return terminal.PATH.match(path) is not None
-
-    async def open(self, request: UpgradeRequest) -> None:
+    async def _open(self, request: UpgradeRequest, task: str) -> None:
         """Open the terminal at the runner first: its answer decides ours, the version included."""
-        found = terminal.PATH.match(request.path)
-        assert found is not None
         try:
-            route = await self._authorize(request.token, found[1])
+            route = await self._authorize(request.token, task)
         except KohakuRiverError as error:
-            await self._refuse(request, found[1], error)
+            await self._refuse(request, task, error)
             return
         relay = _Relay(self._carrier, route)
         with relay.carried:
@@ -74,7 +67,7 @@ class TerminalProxy:
                 runner = await self._open_runner(request, route)
             except KohakuRiverError as error:
                 relay.carried.over()
-                await self._refuse(request, found[1], error)
+                await self._refuse(request, task, error)
                 return
             await self._begin(relay, request, runner)
 

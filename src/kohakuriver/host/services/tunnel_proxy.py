@@ -6,7 +6,6 @@ frames stay between neighbours and nothing malformed gets through.
 
 from __future__ import annotations
 
-import re
 import ssl
 from collections.abc import Awaitable, Callable, Collection
 from typing import Any
@@ -23,7 +22,7 @@ from kohakuriver.tunnel.accept import TunnelRoute, UpgradeRequest, greet
 from kohakuriver.tunnel.dial import open_session
 from kohakuriver.tunnel.link import Link
 from kohakuriver.tunnel.message_link import may_close_with
-from kohakuriver.tunnel.ports import ports_in, ports_query
+from kohakuriver.tunnel.ports import port_in, ports_in, ports_query
 from kohakuriver.tunnel.protocol import TUNNEL_V2, CloseCode
 
 log = structlog.get_logger("kohakuriver.proxy")
@@ -164,7 +163,7 @@ class TunnelProxy:
 
     def routes(self) -> list[TunnelRoute]:
         """The WebSocket paths that this proxy answers."""
-        return [_ForwardPath(self)]
+        return [TunnelRoute("/ws/forward/{task_id}/{port}", self._open)]
 
     def snapshot(self) -> dict[str, int]:
         """Sessions now, and bytes of frames' payloads passed since the start."""
@@ -174,7 +173,15 @@ class TunnelProxy:
         """Close every session."""
         self.carrier.cut_all("the host is shutting down")
 
-    async def open(self, request: UpgradeRequest, task: str, port: int) -> None:
+    async def _open(self, request: UpgradeRequest, task: str, port: str) -> None:
+        """Answer a command line or a browser."""
+        try:
+            await self._open_session(request, task, port_in(port))
+        except KohakuRiverError as error:
+            log.info("session refused", task=task, port=port, peer=request.peer, reason=str(error))
+            raise
+
+    async def _open_session(self, request: UpgradeRequest, task: str, port: int) -> None:
         """Open the session at the runner first: its answer decides ours, the version included."""
         proto = request.query.get("proto", "tcp")
         if proto not in ("tcp", "udp"):
@@ -214,28 +221,3 @@ class TunnelProxy:
         greet(user, "CONNECTED")
         runner.hand_over(session.container_side)
         session.carried.hang_on_right()
-
-
-class _ForwardPath:
-    """``/ws/forward/{task_id}/{port}``: dialled by a command line or a browser."""
-
-    path = "/ws/forward/{task_id}/{port}"
-    _path = re.compile(r"/ws/forward/([^/]+)/([^/]+)$")
-
-    def __init__(self, proxy: TunnelProxy) -> None:
-        self.proxy = proxy
-
-    def match(self, path: str) -> bool:
-        return self._path.match(path) is not None
-
-    async def open(self, request: UpgradeRequest) -> None:
-        found = self._path.match(request.path)
-        assert found is not None
-        port = int(found[2]) if found[2].isascii() and found[2].isdigit() and len(found[2]) <= 5 else 0
-        if not 1 <= port <= 65535:
-            raise UsageError(f"{found[2]} is not a port: give one between 1 and 65535")
-        try:
-            await self.proxy.open(request, found[1], port)
-        except KohakuRiverError as error:
-            log.info("session refused", task=found[1], port=port, peer=request.peer, reason=str(error))
-            raise

@@ -45,8 +45,6 @@ class TerminalServer:
         check_ticket: the ticket's claims; raises UnauthenticatedError or NotAllowedError.
     """
 
-    path = "/ws/task/{id}/terminal"
-
     def __init__(self, *, allow_anonymous: bool, check_ticket: Callable[[str], Ticket], exec_in: Exec) -> None:
         self._allow_anonymous = allow_anonymous
         self._check_ticket = check_ticket
@@ -55,16 +53,11 @@ class TerminalServer:
 
     def routes(self) -> list[TunnelRoute]:
         """The WebSocket paths that this server answers."""
-        return [self]
+        return [TunnelRoute("/ws/task/{id}/terminal", self._open)]
 
-    def match(self, path: str) -> bool:
-        return terminal.PATH.match(path) is not None
-
-    async def open(self, request: UpgradeRequest) -> None:
-        found = terminal.PATH.match(request.path)
-        assert found is not None
+    async def _open(self, request: UpgradeRequest, task: str) -> None:
         try:
-            task_id = self._check(request, found[1])
+            task_id = self._check(request, task)
             link = request.accept_messages(TERMINAL_V2)
         except KohakuRiverError as error:
             await terminal.refuse(request, error)

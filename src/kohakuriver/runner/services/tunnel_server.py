@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable
 from typing import Any
 
 from kohakuriver._frame import FrameWalker
-from kohakuriver.errors import NotAllowedError, UnauthenticatedError, UnavailableError, UsageError
+from kohakuriver.errors import NotAllowedError, UnauthenticatedError, UnavailableError
 from kohakuriver.limits import Limits
 from kohakuriver.runner.services.admission import Admission
 from kohakuriver.runner.services.direct import DirectSession, DirectTarget
@@ -15,7 +14,7 @@ from kohakuriver.runner.services.hub import Hub
 from kohakuriver.runner.services.relay import SessionLeg, TunnelLeg
 from kohakuriver.session.ticket import Ticket
 from kohakuriver.tunnel.accept import TunnelRoute, UpgradeRequest, greet
-from kohakuriver.tunnel.ports import ports_in
+from kohakuriver.tunnel.ports import port_in, ports_in
 from kohakuriver.tunnel.settings import EndpointConfig
 
 __all__ = ["TunnelServer"]
@@ -57,7 +56,11 @@ class TunnelServer:
 
     def routes(self) -> list[TunnelRoute]:
         """The WebSocket paths that this server answers."""
-        return [_TunnelPath(self), _ForwardPath(self)]
+        return [*self.container_routes(), TunnelRoute("/ws/forward/{container}/{port}", self._open_session)]
+
+    def container_routes(self) -> list[TunnelRoute]:
+        """Those of them that tunnel clients dial; the host dials the others."""
+        return [TunnelRoute("/ws/tunnel/{container_id}", self._open_tunnel)]
 
     def snapshot(self) -> dict[str, Any]:
         """Counts of now, and totals since the start, of all and of each container that has a tunnel or had traffic."""
@@ -69,7 +72,7 @@ class TunnelServer:
 
     # What comes in
 
-    def open_tunnel(self, request: UpgradeRequest, container: str) -> None:
+    async def _open_tunnel(self, request: UpgradeRequest, container: str) -> None:
         """Take a tunnel client in. Raises KohakuRiverError where that may not be."""
         if request.token is None and not self._allow_anonymous:
             raise UnauthenticatedError("a tunnel client must show its container's token")
@@ -81,10 +84,9 @@ class TunnelServer:
         tunnel.link.label = request.peer
         self.hub.tunnel_opened(tunnel)
 
-    def open_session(self, request: UpgradeRequest, container: str, port: int) -> None:
+    async def _open_session(self, request: UpgradeRequest, container: str, named: str) -> None:
         """Take a session in. Raises KohakuRiverError where that may or can not be."""
-        if not 1 <= port <= 65535:
-            raise UsageError(f"{port} is not a port: give one between 1 and 65535")
+        port = port_in(named)
         admission = Admission(self._limits, self._ticket(request, container, port), ports_in(request.query))
         target = self._target_of(container)
         if target is not None and self.hub.tunnel_of(container) is None:
@@ -136,39 +138,3 @@ class TunnelServer:
         greet(link, "CONNECTED")
         session.attach(link)
         self.hub.direct[session] = None
-
-
-class _TunnelPath:
-    """``/ws/tunnel/{container_id}``: dialled by a tunnel client."""
-
-    path = "/ws/tunnel/{container_id}"
-    _path = re.compile(r"/ws/tunnel/([^/]+)$")
-
-    def __init__(self, server: TunnelServer) -> None:
-        self.server = server
-
-    def match(self, path: str) -> bool:
-        return self._path.match(path) is not None
-
-    async def open(self, request: UpgradeRequest) -> None:
-        found = self._path.match(request.path)
-        assert found is not None
-        self.server.open_tunnel(request, found[1])
-
-
-class _ForwardPath:
-    """``/ws/forward/{container}/{port}``: dialled by the host."""
-
-    path = "/ws/forward/{container}/{port}"
-    _path = re.compile(r"/ws/forward/([^/]+)/(\d{1,5})$")
-
-    def __init__(self, server: TunnelServer) -> None:
-        self.server = server
-
-    def match(self, path: str) -> bool:
-        return self._path.match(path) is not None
-
-    async def open(self, request: UpgradeRequest) -> None:
-        found = self._path.match(request.path)
-        assert found is not None
-        self.server.open_session(request, found[1], int(found[2]))
