@@ -39,6 +39,8 @@ class Limits:
     """Seconds that a peer has for its TLS handshake, and again to send a whole HTTP request."""
     max_waiting: int = 1000
     """Connections of strangers that have no request under way; when one more comes, the oldest goes."""
+    max_audit: int = 256 << 20
+    """Bytes of the host's audit log, its rotated files included."""
     idle_timeout: float = 0.0
     """Seconds without a byte of payload after which a session is closed."""
 
@@ -53,9 +55,10 @@ _BOUNDS: dict[str, tuple[float, float]] = {
     "max_body": (64 << 10, 64 << 20),
     "handshake_timeout": (0.1, 600),
     "max_waiting": (16, 1 << 20),
+    "max_audit": (1 << 20, 1 << 40),
     "idle_timeout": (0.1, LONGEST),
 }
-_MAY_BE_OFF = {"max_sessions", "max_streams", "max_connects", "max_rate", "idle_timeout"}
+_MAY_BE_OFF = {"max_sessions", "max_streams", "max_connects", "max_rate", "max_audit", "idle_timeout"}
 
 
 def from_environment(environ: Mapping[str, str] = os.environ) -> Limits:

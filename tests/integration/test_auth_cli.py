@@ -101,6 +101,29 @@ def test_a_login_is_kept_for_its_host_in_a_file_of_ones_own(cluster: Apart, tmp_
     cluster.succeed("user", "remove", "cat")
 
 
+def test_an_admin_reads_and_follows_what_was_done(cluster: Apart, people: tuple[Person, Person]) -> None:
+    ann, _ = people
+    assert refused(ann.run("audit"), "for admins")
+    ann.succeed("token", "create", "laptop")
+    done = [
+        json.loads(line) for line in cluster.succeed("audit", "--user", "ann", "--since", "1h", "--json").splitlines()
+    ]
+    assert [event["event"] for event in done][-2:] == ["refused", "token_made"]
+    last = cluster.succeed("audit", "--user=ann").splitlines()[-1].split("  ")
+    assert last[1:3] == ["token_made", "ann"]
+    assert last[3].startswith("127.0.0.1:")
+    assert "label=laptop" in last
+    assert cluster.succeed("audit", "--task=none-such") == ""
+    wrong = cluster.run("audit", "--since", "yesterday")
+    assert (wrong.returncode, wrong.stdout, "--since takes" in wrong.stderr) == (2, "", True)
+
+    following = cluster.start("audit", "-f", "--user=ann", "--json")
+    assert [json.loads(following.line(""))["event"] for _ in done] == [event["event"] for event in done]
+    ann.succeed("token", "revoke", "laptop")
+    assert json.loads(following.line(""))["event"] == "token_revoked"
+    following.stop()
+
+
 def test_users_and_tokens_are_listed_for_people_and_for_programs(cluster: Apart, people: tuple[Person, Person]) -> None:
     ann, _ = people
     users = {user["name"]: user["role"] for user in json.loads(cluster.succeed("user", "list", "--json"))["users"]}

@@ -92,7 +92,7 @@ def test_the_audit_log_has_a_line_at_the_beginning_and_one_at_the_end_of_a_sessi
     task = json.loads(cluster.succeed("vps", "status", service.task, "--json"))
     assert (opened["event"], closed["event"]) == ("session_opened", "session_closed")
     assert (opened["user"], opened["task"], opened["port"]) == ("admin", task["task_id"], service.port)
-    assert opened["ports"] == [service.port]
+    assert opened["ports"] == [str(service.port)]
     assert opened["node"] == task["node"]
     assert isinstance(closed["bytes_to_user"], int)
     assert closed["bytes_to_user"] >= 1000

@@ -386,12 +386,14 @@ def test_a_session_reaches_the_ports_that_it_named_and_no_other(run: Run, where:
             await hops.tunnel("python")
             task = DIRECT if where == "at an address" else "1"
             user = await hops.user(task=task, query=f"?ports={port}")
-            assert (await hops.audit.written.get())["ports"] == [port]
+            assert (await hops.audit.written.get())["ports"] == [str(port)]
             assert await asked(await forwarded(user, port), b"x") == b"x"
             await reset(await forwarded(user, other))
             assert (await hops.errors.get()) == (other, f"EACCES: port {other} is not part of this forward")
             with pytest.raises(UsageError, match="ports must be numbers"):
                 await hops.user(task=task, query="?ports=80,http")
+            with pytest.raises(UsageError, match="may name 256 ports; forward these 257 with several commands"):
+                await hops.user(task=task, query="?ports=" + ",".join(map(str, range(1, 258))))
 
     run(main())
 

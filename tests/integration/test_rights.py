@@ -207,7 +207,7 @@ def test_every_way_in_is_in_the_audit_log_with_who_and_how_it_ended(run: Run, pe
 
     ports: list[int] = []
     run(jump())
-    lines = eventually(lambda: logged if len(logged := audited(people.cluster)) == 6 else None)
+    lines = eventually(lambda: logged if len(logged := sessions(people.cluster)) == 6 else None)
     ended = {line["proto"]: line for line in lines if line["event"] == "session_closed"}
     opened = {line["proto"]: line for line in lines if line["event"] == "session_opened"}
     assert ended.keys() == opened.keys() == {"terminal", "ssh"}
@@ -217,8 +217,42 @@ def test_every_way_in_is_in_the_audit_log_with_who_and_how_it_ended(run: Run, pe
     assert terminal_closed["bytes_to_user"] >= 6
     by_user = {line["user"]: line for line in lines if line["event"] == "session_closed" and line["proto"] == "ssh"}
     assert by_user["bob"]["ended_by"] == "user"
-    assert (by_user["ann"]["ended_by"], by_user["ann"]["code"], by_user["ann"]["ports"]) == ("host", 1008, ports)
-    assert by_user["ann"]["bytes_to_container"] >= 5
+    of_ann = by_user["ann"]
+    assert (of_ann["ended_by"], of_ann["code"], of_ann["ports"]) == ("host", 1008, [str(port) for port in ports])
+    assert of_ann["bytes_to_container"] >= 5
+    assert of_ann["key"] == people.key.get_fingerprint()
+    requests = [opened["terminal"]["request"], by_user["bob"]["request"], of_ann["request"]]
+    assert requests == ["GET /ws/task/here/terminal", "REQUEST_TUNNEL here", f"ssh -J here:{ports[0]}"]
+
+
+def test_logins_that_are_refused_at_port_8002_are_in_the_audit_log_with_where_they_came_from(
+    run: Run, people: People
+) -> None:
+    stranger = asyncssh.generate_private_key("ssh-ed25519")
+    people.tokens["mallory"] = "kr_wrong"
+    sock, line = people.request("mallory")
+    sock.close()
+    assert line.startswith(b"ERROR ")
+
+    async def check() -> None:
+        with pytest.raises(asyncssh.PermissionDenied):
+            async with people.jump(client_keys=[stranger], password="kr_wrong"):
+                pass
+
+    run(check())
+    lines = [line for line in audited(people.cluster) if line["event"] == "login_refused"]
+    assert [(line["request"], line["code"]) for line in lines] == [
+        ("REQUEST_TUNNEL here", "not_authenticated"),
+        ("ssh login", "unknown_key"),
+        ("ssh login", "not_authenticated"),
+    ]
+    assert lines[1]["key"] == stranger.get_fingerprint()
+    assert all(line["from"].startswith("127.0.0.1:") for line in lines)
+
+
+def sessions(cluster: Cluster) -> list[dict[str, Any]]:
+    """What the host's audit log has of sessions."""
+    return [line for line in audited(cluster) if line["event"].startswith("session_")]
 
 
 def audited(cluster: Cluster) -> list[dict[str, Any]]:

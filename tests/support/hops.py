@@ -18,7 +18,7 @@ from typing import Any, cast
 import uvicorn
 
 from kohakuriver.cli.pki import Authority
-from kohakuriver.errors import NotFoundError, UnauthenticatedError
+from kohakuriver.errors import KohakuRiverError, NotFoundError, UnauthenticatedError
 from kohakuriver.host.services.credentials import Caller
 from kohakuriver.host.services.grants import Grants
 from kohakuriver.host.services.tunnel_proxy import TunnelProxy
@@ -216,6 +216,9 @@ class Lines:
 
     def write(self, event: str, **fields: Any) -> None:
         self.written.put_nowait({"event": event, **fields})
+
+    def refused(self, error: KohakuRiverError, **fields: Any) -> None:
+        self.write("refused", code=error.code, **fields)
 
 
 async def kill(client: asyncio.Task[int] | asyncio.subprocess.Process) -> None:

@@ -17,6 +17,7 @@ from fastapi.responses import JSONResponse, Response
 
 from kohakuriver.host.app import Services, create_app
 from kohakuriver.host.services.access import Access
+from kohakuriver.host.services.audit import AuditLog
 from kohakuriver.host.services.authorize import Forwards
 from kohakuriver.host.services.credentials import Credentials
 from kohakuriver.host.services.grants import Grants
@@ -129,15 +130,18 @@ class FakeRunner:
 class HostUnderTest:
     """A host on a real socket. `user` (an admin), `node` and `nobody` are clients with and without a token."""
 
-    def __init__(self, store: Store, accounts: Accounts, credentials: Credentials, clock: Clock) -> None:
+    def __init__(
+        self, store: Store, accounts: Accounts, credentials: Credentials, clock: Clock, audit: AuditLog
+    ) -> None:
         self.store = store
+        self.audit = audit
         self.clock = clock
         self.stack = contextlib.AsyncExitStack()
         changes = Changes()
         self.runners = RunnerClient(ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT))
         self.nodes = Nodes(store, heartbeat_seconds=HEARTBEAT_SECONDS, on_change=changes.notify, clock=clock)
-        self.tasks = Tasks(store, self.nodes, self.runners, changes, clock=clock)
-        self.grants = Grants(accounts)
+        self.tasks = Tasks(store, self.nodes, self.runners, changes, audit=audit, clock=clock)
+        self.grants = Grants(accounts, audit=audit)
         access = Access(store, accounts)
         self.forwards = Forwards(credentials, access, self.grants, store, self.nodes, self.tasks)
         self.proxy = TunnelProxy(authorize=self.forwards.authorize)
@@ -145,7 +149,7 @@ class HostUnderTest:
         self.people = People(accounts, self.grants, clock=clock)
         self.guard = Guard()
         self.app = create_app(
-            Services(credentials, access, self.people, self.nodes, self.tasks, self.forwards), self.guard
+            Services(credentials, access, self.people, self.nodes, self.tasks, self.forwards, audit), self.guard
         )
         self.url = ""
         self.admin_token = ""
@@ -199,9 +203,10 @@ async def a_host(directory: Path, *, allow_anonymous: bool = False) -> AsyncIter
     store = await Store.open(sqlite_url(directory / "host.db"))
     clock = Clock()
     accounts = Accounts(store, clock=clock)
-    credentials = Credentials(accounts, allow_anonymous=allow_anonymous, clock=clock)
+    audit = AuditLog(directory / "audit.jsonl")
+    credentials = Credentials(accounts, allow_anonymous=allow_anonymous, audit=audit, clock=clock)
     await credentials.load_or_make(directory)
-    host = HostUnderTest(store, accounts, credentials, clock)
+    host = HostUnderTest(store, accounts, credentials, clock, audit)
     async with host.stack:
         host.stack.push_async_callback(store.close)
         host.stack.push_async_callback(host.runners.close)

@@ -4,12 +4,25 @@ from __future__ import annotations
 
 import json
 import os
+import time
+from collections.abc import Callable, Coroutine
+from datetime import datetime, timedelta, timezone
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
-from kohakuriver.errors import UsageError
-from kohakuriver.host.services.audit import AuditLog
+from kohakuriver.asking import Asker, asking
+from kohakuriver.errors import UnauthenticatedError, UsageError
+from kohakuriver.host.services import audit_reader
+from kohakuriver.host.services.audit import AuditLog, files_of, fingerprint, ranges
+from kohakuriver.host.services.audit_reader import AuditPage, read_page
+from tests.support.host_only import a_host
+
+Run = Callable[[Coroutine[Any, Any, None]], None]
+# What `ssh-keygen -l` says of the key in these tests.
+OPENSSH_SAYS = "SHA256:mY6b7Ynx2mNHut1BM4ZdXKpy625TJVF5cr8k0qnWR/4"
 
 
 def test_it_grows_by_one_line_of_json_at_a_time_and_only_its_owner_reads_it(tmp_path: Path) -> None:
@@ -75,3 +88,196 @@ def test_a_disk_that_fails_later_ends_nothing_and_is_logged_once(
     log.write("two")
     said = capsys.readouterr()
     assert (said.out + said.err).count("audit log can't be written to") == 1
+
+
+def lines_of(path: Path) -> list[dict[str, Any]]:
+    """All lines of a log, the oldest first."""
+    return [json.loads(line) for file in files_of(path) for line in file.read_text().splitlines()]
+
+
+def test_all_its_files_together_stay_below_the_limit_and_the_oldest_lines_go_first(tmp_path: Path) -> None:
+    path, most = tmp_path / "audit.jsonl", 16_000
+    log = AuditLog(path, most=most)
+    for number in range(1000):
+        log.write("event", number=number, text="x" * 50)
+    assert sum(file.stat().st_size for file in tmp_path.iterdir()) <= most
+    numbers = [line["number"] for line in lines_of(path)]
+    assert len(files_of(path)) == 8
+    assert numbers == list(range(numbers[0], 1000))
+    assert len(numbers) > 60
+    assert {file.stat().st_mode & 0o777 for file in files_of(path)} == {0o600}
+
+
+def test_it_leaves_the_last_of_a_disk_to_the_database(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "audit.jsonl"
+    log = AuditLog(path)
+    with monkeypatch.context() as full:
+        full.setattr(os, "fstatvfs", lambda _: SimpleNamespace(f_frsize=1 << 20, f_blocks=10_000, f_bavail=63))
+        log.write("one")
+    assert path.read_text() == ""
+    log.write("two")
+    assert [line["event"] for line in lines_of(path)] == ["lines_lost", "two"]
+
+
+def test_ports_are_written_as_ranges() -> None:
+    assert ranges([8002, 80, 8000, 8001, 443, 80]) == ["80", "443", "8000-8002"]
+    assert ranges(range(1, 65536)) == ["1-65535"]
+
+
+def test_a_key_has_the_fingerprint_that_openssh_shows() -> None:
+    key = "ssh-ed25519 AAAAC3NzaC1lZDI1NTE5AAAAIFv7M0rrHjlgOIaUNpUSPFm6v0yVvs93DIQ0VWmN2yFC me"
+    assert fingerprint(key) == OPENSSH_SAYS
+    assert fingerprint("no-key") == fingerprint("ssh-ed25519 !") == "?"
+
+
+def test_strangers_push_nothing_out_of_the_log_and_their_number_is_told(tmp_path: Path) -> None:
+    now = [0.0]
+    log = AuditLog(tmp_path / "audit.jsonl", clock=lambda: now[0])
+    for number in range(1000):
+        with asking(Asker(f"2001:db8:0:1:{number:x}::1:55", "GET /")):  # one network of one machine
+            log.refused(UnauthenticatedError("no"))
+    for number in range(1000):
+        with asking(Asker(f"192.0.{number // 250}.{number % 250}:55", "GET /")):
+            log.refused(UnauthenticatedError("no"))
+    log.tell_left_out()
+    lines = lines_of(log.path)
+    told = [line for line in lines if line["event"] == "login_refused"]
+    left_out = {line["from"]: line["count"] for line in lines if line["event"] == "refusals_left_out"}
+    assert sum(line["from"].startswith("2001:db8:0:1:") for line in told) == 20
+    assert left_out["2001:db8:0:1::/64"] == 980
+    assert len(told) + sum(left_out.values()) == 2000
+    assert len(told) == 200
+    now[0] += 3600
+    with asking(Asker("192.0.2.7:1", "GET /")):
+        log.refused(UnauthenticatedError("no"))
+    assert lines_of(log.path)[-1]["from"] == "192.0.2.7:1"
+
+
+async def pages(path: Path, **wanted: Any) -> list[dict[str, Any]]:
+    """All events of a log, page by page."""
+    found: list[dict[str, Any]] = []
+    page = AuditPage(events=[], after="", more=True)
+    while page.more:
+        page = await read_page(path, after=page.after or None, **wanted)
+        found += page.events
+    return found
+
+
+def test_a_reader_gets_every_line_once_also_while_files_are_renamed(
+    run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(audit_reader, "SCANNED_BYTES", 700)
+
+    async def check() -> None:
+        log = AuditLog(tmp_path / "audit.jsonl", most=80_000)
+        written, found = 0, []
+        after: str | None = None
+        for _ in range(60):
+            for _ in range(5):
+                log.write("event", number=written, user="ann" if written % 2 else "bob")
+                written += 1
+            page = await read_page(log.path, after=after)
+            found += page.events
+            after = page.after
+        while page.more:
+            page = await read_page(log.path, after=page.after)
+            found += page.events
+        assert [line["number"] for line in found] == list(range(written))
+        assert len(files_of(log.path)) > 2
+        assert [line["number"] for line in await pages(log.path, user="ann")] == list(range(1, written, 2))
+        soon = datetime.now(timezone.utc) + timedelta(seconds=2)
+        assert await pages(log.path, since=soon) == []
+        assert len(await pages(log.path, since=soon - timedelta(hours=1))) == written
+
+    run(check())
+
+
+def test_everything_that_changes_who_may_do_what_is_written_down_with_who_from_where_and_how(
+    run: Run, tmp_path: Path
+) -> None:
+    async def check() -> None:
+        async with a_host(tmp_path) as host:
+            runner = await host.runner()
+            ann, _ = await host.person("ann")
+            await host.person("bob")
+            key = "ssh-ed25519 AAAAC3NzaC1lZDI1NTE5AAAAIFv7M0rrHjlgOIaUNpUSPFm6v0yVvs93DIQ0VWmN2yFC me"
+            order = {"name": "web", "command": ["serve", "a b"], "env": {"PASSWORD": "s3cret"}, "ssh_keys": [key]}
+            task = (await ann.post("/api/tasks", json=order)).json()["task_id"]
+            await ann.post("/api/tasks/web/shares", json={"user": "bob"})
+            await ann.delete("/api/tasks/web/shares/bob")
+            await ann.post("/api/tasks/web/stop")
+            await ann.post("/api/tasks/web/restart")
+            await ann.delete("/api/tasks/web")
+            await host.user.post("/api/tasks/adopt", json={"container": "c", "name": "db"})
+            made = (await ann.post("/api/tokens", json={"name": "laptop"})).json()["id"]
+            await ann.delete("/api/tokens/laptop")
+            await host.user.delete("/api/users/ann")
+            lines = lines_of(tmp_path / "audit.jsonl")
+            assert runner.name in {line.get("node") for line in lines}
+        assert "s3cret" not in (tmp_path / "audit.jsonl").read_text()
+        asked = [line for line in lines if line["event"] != "node_registered"]
+        assert all(line["from"].startswith("127.0.0.1:") for line in asked)
+        assert [(line["event"], line["user"], line["request"]) for line in asked] == [
+            *(("user_added", "admin", "POST /api/users"), ("token_made", "admin", "POST /api/tokens")) * 2,
+            ("task_created", "ann", "POST /api/tasks"),
+            ("task_shared", "ann", "POST /api/tasks/web/shares"),
+            ("task_unshared", "ann", "DELETE /api/tasks/web/shares/bob"),
+            ("task_stopped", "ann", "POST /api/tasks/web/stop"),
+            ("task_restarted", "ann", "POST /api/tasks/web/restart"),
+            ("task_removed", "ann", "DELETE /api/tasks/web"),
+            ("task_adopted", "admin", "POST /api/tasks/adopt"),
+            ("token_made", "ann", "POST /api/tokens"),
+            ("token_revoked", "ann", "DELETE /api/tokens/laptop"),
+            ("user_removed", "admin", "DELETE /api/users/ann"),
+        ]
+        created = next(line for line in asked if line["event"] == "task_created")
+        assert (created["task"], created["name"], created["node"]) == (task, "web", "n1")
+        assert (created["command"], created["ssh_keys"]) == ("serve 'a b'", [OPENSSH_SAYS])
+        assert {line["of_token"] for line in asked if line.get("label") == "laptop"} == {made}
+        assert all(len(line["token"]) == 12 for line in asked)
+
+    run(check())
+
+
+def test_refused_logins_and_what_somebody_may_not_do_are_written_down_and_no_secret_is(
+    run: Run, tmp_path: Path
+) -> None:
+    async def check() -> None:
+        async with a_host(tmp_path) as host:
+            ann, secret = await host.person("ann")
+            assert (await host.client("kr_wrong").get("/api/tasks")).status_code == 401
+            assert (await ann.get("/api/users")).status_code == 403
+            await ann.delete("/api/tokens/first")
+            assert (await ann.get("/api/tasks")).status_code == 401
+            lines = lines_of(tmp_path / "audit.jsonl")
+            text = (tmp_path / "audit.jsonl").read_text()
+        assert "kr_wrong" not in text
+        assert secret not in text
+        told = [(line["event"], line.get("user"), line["code"], line["request"]) for line in lines if "code" in line]
+        assert told == [
+            ("login_refused", None, "not_authenticated", "GET /api/tasks"),
+            ("refused", "ann", "not_admin", "GET /api/users"),
+            ("login_refused", "ann", "token_revoked", "GET /api/tasks"),
+        ]
+
+    run(check())
+
+
+def test_admins_read_it_by_moment_user_and_task(run: Run, tmp_path: Path) -> None:
+    async def check() -> None:
+        async with a_host(tmp_path) as host:
+            await host.runner()
+            ann, _ = await host.person("ann")
+            task = (await ann.post("/api/tasks", json={"name": "web"})).json()["task_id"]
+
+            async def events(**query: Any) -> list[str]:
+                answer = (await host.user.get("/api/audit", params=query)).json()
+                return [event["event"] for event in answer["events"]]
+
+            assert await events(user="ann") == ["user_added", "token_made", "task_created"]
+            assert await events(task="web") == await events(task=str(task)) == ["task_created"]
+            assert await events(since=datetime.fromtimestamp(time.time() + 60, timezone.utc).isoformat()) == []
+            answer = await host.user.get("/api/audit", params={"after": "../x:1"})
+            assert (answer.status_code, answer.json()["error"]) == (400, "bad_request")
+
+    run(check())

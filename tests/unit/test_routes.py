@@ -59,6 +59,7 @@ HOST_RULES: dict[Route, Rule] = {
     ("GET", "/api/tokens"): BY_USERS,
     ("POST", "/api/tokens"): BY_USERS,
     ("DELETE", "/api/tokens/{token}"): BY_USERS,
+    ("GET", "/api/audit"): BY_ADMINS,
     ("GET", "/api/nodes"): BY_USERS,
     ("POST", "/api/nodes/register"): BY_NODES,
     ("POST", "/api/nodes/{name}/heartbeat"): BY_NODES,

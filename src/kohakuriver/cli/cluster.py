@@ -188,7 +188,7 @@ def host(
     ] = None,
     audit_log: Annotated[
         Path | None,
-        typer.Option("--audit-log", help="Who opened what. Default: in --state-dir.", show_default=False),
+        typer.Option("--audit-log", help="Where it goes what was done. Default: in --state-dir.", show_default=False),
     ] = None,
     state_dir: StateOption = None,
     user_mounts: Annotated[

@@ -13,7 +13,7 @@ from typing import Annotated, NoReturn
 import typer
 
 from kohakuriver import __version__, descriptors
-from kohakuriver.cli import auth, cluster, connect, demo, forward, init, node, output, ssh, token, user, vps
+from kohakuriver.cli import audit, auth, cluster, connect, demo, forward, init, node, output, ssh, token, user, vps
 from kohakuriver.cli.app import App
 from kohakuriver.errors import HostUnreachableError, KohakuRiverError
 
@@ -55,6 +55,7 @@ app.add_typer(auth.app, name="auth")
 app.add_typer(token.app, name="token")
 app.add_typer(user.app, name="user")
 app.add_typer(init.app, name="init")
+audit.register(app)
 cluster.register(app)
 demo.register(app)
 ssh.register(app)

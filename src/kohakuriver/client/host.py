@@ -29,7 +29,7 @@ from kohakuriver.task import Declared, NewTask, TaskTraffic, asked_for, taken_fr
 from kohakuriver.task import TaskView as Task
 from kohakuriver.text import printable
 
-__all__ = ["HostClient", "NewTask", "Node", "Task", "TaskTraffic", "Token", "Traffic", "User", "Whoami"]
+__all__ = ["AuditPage", "HostClient", "NewTask", "Node", "Task", "TaskTraffic", "Token", "Traffic", "User", "Whoami"]
 
 CONNECT_TIMEOUT = 10.0
 ANSWER_TIMEOUT = 60.0
@@ -146,6 +146,15 @@ class Agent:
     token: str = field(repr=False)
 
 
+@dataclass(frozen=True)
+class AuditPage:
+    """Lines of the host's audit log. `after` asks for those that follow; `more` says that there may be some already."""
+
+    events: list[dict[str, Any]]
+    after: str
+    more: bool
+
+
 class HostClient:
     """`async with HostClient(settings) as host: await host.tasks()`"""
 
@@ -225,6 +234,14 @@ class HostClient:
     async def unshare(self, task: str, user: str) -> Task:
         """Take that back; the sessions of that user to the task end."""
         return _task(await self._call("DELETE", f"{_path(task, 'shares')}/{path_segment(user)}"))
+
+    async def audit(
+        self, *, since: str | None = None, user: str | None = None, task: str | None = None, after: str | None = None
+    ) -> AuditPage:
+        """Some of what was done on the host since a moment in ISO 8601, the oldest first; for admins."""
+        wanted = {"since": since, "user": user, "task": task, "after": after}
+        params = {name: value for name, value in wanted.items() if value is not None}
+        return _record(AuditPage, await self._call("GET", "/api/audit", params=params))
 
     async def nodes(self) -> list[Node]:
         return [_node(item) for item in _list(await self._call("GET", "/api/nodes"))]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from datetime import datetime
 from typing import Annotated, Any
 
 from fastapi import APIRouter, Depends, FastAPI, Query, Request
@@ -10,6 +11,7 @@ from fastapi.responses import HTMLResponse
 from fastapi.security import HTTPBearer
 
 from kohakuriver import __version__
+from kohakuriver.errors import KohakuRiverError
 from kohakuriver.host.api_page import api_page
 from kohakuriver.host.schemas import (
     AdoptRequest,
@@ -30,6 +32,8 @@ from kohakuriver.host.schemas import (
     Whoami,
 )
 from kohakuriver.host.services.access import Access
+from kohakuriver.host.services.audit import REFUSALS, AuditLog
+from kohakuriver.host.services.audit_reader import AuditPage, read_page
 from kohakuriver.host.services.authorize import Forwards
 from kohakuriver.host.services.credentials import Caller, Credentials
 from kohakuriver.host.services.nodes import Nodes
@@ -55,11 +59,17 @@ class Services:
     nodes: Nodes
     tasks: Tasks
     forwards: Forwards
+    audit: AuditLog
 
 
 def create_app(services: Services, guard: Guard | None = None) -> FastAPI:
     """The host's application: its HTTP API and the page that documents it."""
-    app = new_app("host", __version__, guard=guard, documented=True)
+
+    def note(error: KohakuRiverError) -> None:
+        if error.status in REFUSALS:
+            services.audit.refused(error)
+
+    app = new_app("host", __version__, guard=guard, documented=True, on_error=note)
     app.title = "KohakuRiver host"
     app.state.services = services
     app.include_router(_open)
@@ -194,6 +204,19 @@ async def revoke_token(host: Host, user: User, token: str) -> TokenView:
     return await host.people.revoke_token(user, token)
 
 
+@_api.get("/audit")
+async def read_audit(
+    host: Host,
+    _admin: Admin,
+    since: datetime | None = None,
+    user: str | None = None,
+    task: str | None = None,
+    after: str | None = None,
+) -> AuditPage:
+    """What was done since a moment, by a user or with a task, the oldest first; `after` of one answer asks for more."""
+    return await read_page(host.audit.path, since=since, user=user, task=task, after=after)
+
+
 @_api.get("/nodes")
 async def list_nodes(host: Host, _user: User) -> list[NodeView]:
     """All nodes."""
@@ -204,7 +227,9 @@ async def list_nodes(host: Host, _user: User) -> list[NodeView]:
 async def register_node(host: Host, node: Node, registration: Registration) -> RegistrationAnswer:
     """A runner says that it is there."""
     host.credentials.check_node(node, registration.name)
-    return await host.nodes.register(registration)
+    answer = await host.nodes.register(registration)
+    host.audit.write("node_registered", node=registration.name, url=registration.url)
+    return answer
 
 
 @_api.post("/nodes/{name}/heartbeat")

@@ -84,12 +84,9 @@ class Perimeter:
         """As the options and the environment have it. Raises UsageError."""
         trusted = client_context("https:", options.ca_file)
         assert trusted is not None
-        return cls(
-            server_certificate(options.tls_cert, options.tls_key),
-            trusted,
-            from_environment(),
-            AuditLog(options.audit_log or options.state_dir / "audit.jsonl"),
-        )
+        limits = from_environment()
+        audit = AuditLog(options.audit_log or options.state_dir / "audit.jsonl", most=limits.max_audit)
+        return cls(server_certificate(options.tls_cert, options.tls_key), trusted, limits, audit)
 
     @property
     def names(self) -> list[str]:
@@ -120,7 +117,7 @@ async def _run(
 ) -> int:
     runners = RunnerClient(perimeter.trusted)
     try:
-        credentials = Credentials(Accounts(store), allow_anonymous=options.allow_anonymous)
+        credentials = Credentials(Accounts(store), allow_anonymous=options.allow_anonymous, audit=perimeter.audit)
         for path in await credentials.load_or_make(options.state_dir):
             log.info("made a token", file=str(path))
         if options.allow_anonymous:
@@ -146,7 +143,7 @@ async def _serve(
 ) -> int:
     changes = Changes()
     nodes = Nodes(store, heartbeat_seconds=options.heartbeat_seconds, on_change=changes.notify)
-    tasks = Tasks(store, nodes, runners, changes, user_mounts=options.user_mounts)
+    tasks = Tasks(store, nodes, runners, changes, user_mounts=options.user_mounts, audit=perimeter.audit)
     accounts = Accounts(store)
     access = Access(store, accounts)
     grants = Grants(accounts, max_sessions=perimeter.limits.max_sessions, audit=perimeter.audit)
@@ -180,16 +177,21 @@ async def _serve(
         await proxy.close()
 
     server = Server(
-        create_app(Services(credentials, access, People(accounts, grants), nodes, tasks, forwards), guard),
+        create_app(
+            Services(credentials, access, People(accounts, grants), nodes, tasks, forwards, perimeter.audit), guard
+        ),
         ws=serve_ws([*proxy.routes(), *terminals.routes()], guard, max_message=perimeter.limits.max_message),
         on_ready=ready,
         on_stop=stop,
         certificate=perimeter.certificate,
         limits=perimeter.limits,
     )
-    checking = server.keep(grants.run(), "checking the rights of sessions")
+    beside = [
+        server.keep(grants.run(), "checking the rights of sessions"),
+        server.keep(perimeter.audit.run(), "counting what the audit log leaves out"),
+    ]
     try:
         await server.serve([sock])
     finally:
-        await loops.cancel_all([checking])
+        await loops.cancel_all(beside)
     return server.exit_code

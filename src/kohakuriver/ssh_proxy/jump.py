@@ -17,6 +17,7 @@ import asyncssh
 import structlog
 from asyncssh.kex import get_kex_algs
 
+from kohakuriver.asking import Asker, asking, peer_name
 from kohakuriver.config import write_private
 from kohakuriver.errors import KohakuRiverError, UnavailableError
 from kohakuriver.session.carried import Route
@@ -127,8 +128,7 @@ class _Login(asyncssh.SSHServer):
         self._reach: Reach | None = None
 
     def connection_made(self, conn: asyncssh.SSHServerConnection) -> None:
-        name = conn.get_extra_info("peername")
-        self._peer = f"{name[0]}:{name[1]}" if isinstance(name, tuple) else "?"
+        self._peer = peer_name(conn.get_extra_info("peername"))
 
     def connection_lost(self, exc: Exception | None) -> None:
         self._gone = True
@@ -149,7 +149,7 @@ class _Login(asyncssh.SSHServer):
 
     async def validate_password(self, username: str, password: str) -> bool:
         self._count_try()
-        with contextlib.suppress(KohakuRiverError):
+        with contextlib.suppress(KohakuRiverError), asking(Asker(self._peer, "ssh login")):
             await self._host.check_user(password)
             self._shown = lambda task, port: self._host.authorize(password, task, port)
             return True
@@ -161,7 +161,8 @@ class _Login(asyncssh.SSHServer):
     async def validate_public_key(self, username: str, key: asyncssh.SSHKey) -> bool:
         self._count_try()
         text = b" ".join(key.export_public_key().split()[:2]).decode()
-        self._shown = await self._host.keyholders(text)
+        with asking(Asker(self._peer, "ssh login")):
+            self._shown = await self._host.keyholders(text)
         return self._shown is not None
 
     def session_requested(self) -> bool:
@@ -177,7 +178,8 @@ class _Login(asyncssh.SSHServer):
             if self._reach is None or not 1 <= port <= 65535:
                 raise UnavailableError(f"Port {port} of {task} can't be reached from here.")
             # 22 stands for the task's SSH server, wherever that listens.
-            route = await self._reach(task, None if port == 22 else port)
+            with asking(Asker(self._peer, f"ssh -J {task}:{port}")):
+                route = await self._reach(task, None if port == 22 else port)
             connection = self._host.connector.connection(route, self._peer)
             await connection.open()
             if self._gone:  # asyncssh drops the channel without a word to anybody

@@ -17,6 +17,7 @@ from typing import cast
 
 import structlog
 
+from kohakuriver.asking import Asker, asking, peer_name
 from kohakuriver.errors import KohakuRiverError, UsageError
 from kohakuriver.limits import Limits
 from kohakuriver.runtime import cancel_all
@@ -172,9 +173,11 @@ class SshProxy:
 
     async def _connect(self, greeting: Greeting, task: str, token: str | None) -> TaskConnection | None:
         """The connection to the task's SSH server, or None when the peer went meanwhile."""
-        route = await self._authorize(token, task, None)
+        peer = _name(greeting.transport)
+        with asking(Asker(peer, f"REQUEST_TUNNEL {task}")):
+            route = await self._authorize(token, task, None)
         self._admitted()
-        connection = self._connector.connection(route, _name(greeting.transport))
+        connection = self._connector.connection(route, peer)
         await connection.open()
         if greeting.gone:
             connection.abandon()
@@ -307,5 +310,4 @@ def _keep_alive(peer: socket.socket) -> None:
 
 
 def _name(transport: asyncio.BaseTransport) -> str:
-    name = transport.get_extra_info("peername")
-    return f"{name[0]}:{name[1]}" if isinstance(name, tuple) else "?"
+    return peer_name(transport.get_extra_info("peername"))

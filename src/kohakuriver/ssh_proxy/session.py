@@ -64,7 +64,7 @@ class TaskConnection(UserEndpoint):
             link = await open_session(
                 url, token=route.ticket, ssl=self._connector.trusted, timeout=RUNNER_SECONDS, peer="runner"
             )
-        self._carried.begin(self._peer, proto="ssh", port=route.port, ports=[route.port], version=link.version)
+        self._carried.begin(self._peer, proto="ssh", port=route.port, ports=[str(route.port)], version=link.version)
         self.attach(link)
         self._open(self.stream)
         self._carried.hang_on_right()

@@ -4,6 +4,18 @@ from __future__ import annotations
 
 from kohakuriver.store.accounts import ANY_NODE, Accounts, Use
 from kohakuriver.store.database import Store, sqlite_url
-from kohakuriver.store.models import Node, Share, Task, Token, User
+from kohakuriver.store.models import TOKEN_ID_LENGTH, Node, Share, Task, Token, User
 
-__all__ = ["ANY_NODE", "Accounts", "Node", "Share", "Store", "Task", "Token", "Use", "User", "sqlite_url"]
+__all__ = [
+    "ANY_NODE",
+    "TOKEN_ID_LENGTH",
+    "Accounts",
+    "Node",
+    "Share",
+    "Store",
+    "Task",
+    "Token",
+    "Use",
+    "User",
+    "sqlite_url",
+]

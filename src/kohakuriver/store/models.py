@@ -13,7 +13,7 @@ from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column
 
 from kohakuriver.task import TaskOrder, part_of
 
-__all__ = ["Base", "Meta", "Node", "Share", "Task", "Token", "User"]
+__all__ = ["TOKEN_ID_LENGTH", "Base", "Meta", "Node", "Share", "Task", "Token", "User"]
 
 
 class Base(DeclarativeBase):

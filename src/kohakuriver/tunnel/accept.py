@@ -25,6 +25,7 @@ from websockets.server import ServerProtocol
 from websockets.typing import Subprotocol
 
 from kohakuriver._frame import WS_TEXT, FrameWalker
+from kohakuriver.asking import Asker, asking, peer_name
 from kohakuriver.errors import HostUnreachableError, KohakuRiverError, NotAllowedError, NotFoundError, UsageError
 from kohakuriver.tunnel.bearer import bearer_token
 from kohakuriver.tunnel.link import Link, LinkHandler
@@ -185,19 +186,24 @@ class Upgrade(asyncio.Protocol):
         self._task = asyncio.get_running_loop().create_task(self._open(unquote(path), query, data))
 
     async def _open(self, path: str, query: str, data: bytes) -> None:
+        peer = peer_name(self._transport.get_extra_info("peername"))
         try:
-            request = self._read_request(path, query, data)
-            for route in self._routes:
-                if (parts := route.match(path)) is not None:
-                    return await route.answer(request, *parts)
-            error = NotFoundError(f"There is no WebSocket at {path}; check the URL.")
-            self.reject(error.status, error.to_json())
+            with asking(Asker(peer, f"GET {path}")):
+                await self._answer_request(self._read_request(path, query, data, peer))
         except KohakuRiverError as error:
             self._refuse(error)
         except Exception:
             logger.exception("the opening of %r failed", path)
             if not self._answered:
                 self.reject(500, {"error": "failed", "message": "this WebSocket could not be opened; see the log"})
+
+    async def _answer_request(self, request: UpgradeRequest) -> None:
+        for route in self._routes:
+            if (parts := route.match(request.path)) is not None:
+                await route.answer(request, *parts)
+                return
+        error = NotFoundError(f"There is no WebSocket at {request.path}; check the URL.")
+        self.reject(error.status, error.to_json())
 
     def _refuse(self, error: KohakuRiverError) -> None:
         if self._answered:
@@ -207,7 +213,7 @@ class Upgrade(asyncio.Protocol):
         else:
             self._description.fail(error)
 
-    def _read_request(self, path: str, query: str, data: bytes) -> UpgradeRequest:
+    def _read_request(self, path: str, query: str, data: bytes, peer: str) -> UpgradeRequest:
         """Check the handshake as a whole (RFC 6455 §4.2.1) before anybody acts on it.
 
         Raises UsageError, NotAllowedError for where it comes from, and UnauthenticatedError.
@@ -222,7 +228,7 @@ class Upgrade(asyncio.Protocol):
             if response.status_code != 101:
                 raise UsageError(bytes(response.body or b"").decode("utf-8", "replace").strip())
             self._check_where_from(self._request.headers)
-            description = self._describe(path, dict(parse_qsl(query)), self._request.headers)
+            description = self._describe(path, dict(parse_qsl(query)), self._request.headers, peer)
         except (LookupError, ValueError) as exc:  # a header twice that may be there once, and the like
             raise UsageError(f"this is not a WebSocket handshake: {exc}") from exc
         self._description = description
@@ -234,11 +240,9 @@ class Upgrade(asyncio.Protocol):
             local = name[0] if isinstance(name, tuple) else None
             self._guard.check(headers.get_all("Host"), headers.get_all("Origin"), local)
 
-    def _describe(self, path: str, query: dict[str, str], headers: Headers) -> UpgradeRequest:
+    def _describe(self, path: str, query: dict[str, str], headers: Headers, peer: str) -> UpgradeRequest:
         token = bearer_token(headers.get_all("Authorization"))
         offered = ",".join(headers.get_all("Sec-WebSocket-Protocol"))
-        name = self._transport.get_extra_info("peername")
-        peer = f"{name[0]}:{name[1]}" if isinstance(name, tuple) else "?"
         subprotocols = frozenset(item.strip() for item in offered.split(","))
         return UpgradeRequest(path, query, token, peer, subprotocols, headers, self)
 

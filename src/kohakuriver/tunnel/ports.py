@@ -6,7 +6,9 @@ from collections.abc import Iterable
 
 from kohakuriver.errors import UsageError
 
-__all__ = ["port_in", "ports_in", "ports_query"]
+__all__ = ["MAX_PORTS", "port_in", "ports_in", "ports_query"]
+
+MAX_PORTS = 256
 
 
 def ports_query(ports: Iterable[int]) -> str:
@@ -26,11 +28,17 @@ def _is_port(text: str) -> bool:
 
 
 def ports_in(query: dict[str, str]) -> frozenset[int] | None:
-    """The ports that a session's URL names, None where it names none and may have any. Raises UsageError."""
+    """The ports that a session's URL names, None where it names none and may have any. Raises UsageError.
+
+    What is checked and written down for each of them is small, and their number is bounded for that.
+    """
     text = query.get("ports")
     if text is None:
         return None
     words = text.split(",")
     if not all(map(_is_port, words)):
         raise UsageError(f"ports must be numbers from 1 to 65535 with commas between them, not {text[:100]!r}")
-    return frozenset(map(int, words))
+    ports = frozenset(map(int, words))
+    if len(ports) > MAX_PORTS:
+        raise UsageError(f"A session may name {MAX_PORTS} ports; forward these {len(ports)} with several commands")
+    return ports

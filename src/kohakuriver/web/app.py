@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import socket
+from collections.abc import Callable
 from ipaddress import ip_address
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ from starlette.datastructures import Headers
 from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Receive, Scope, Send
 
+from kohakuriver.asking import Asker, asking, peer_name
 from kohakuriver.errors import KohakuRiverError, LocalAddressError, NotAllowedError, UsageError
 from kohakuriver.resolve import resolving
 from kohakuriver.tls import ServerCertificate
@@ -56,18 +58,43 @@ class GuardMiddleware:
         await self._app(scope, receive, send)
 
 
-def new_app(title: str, version: str, *, guard: Guard | None = None, documented: bool = False) -> FastAPI:
+class AskerMiddleware:
+    """Says who asks, to whatever a request leads to."""
+
+    def __init__(self, app: ASGIApp) -> None:
+        self._app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        with asking(Asker(peer_name(scope["client"]), f"{scope['method']} {scope['path']}")):
+            await self._app(scope, receive, send)
+
+
+def new_app(
+    title: str,
+    version: str,
+    *,
+    guard: Guard | None = None,
+    documented: bool = False,
+    on_error: Callable[[KohakuRiverError], None] | None = None,
+) -> FastAPI:
     """An application whose every error answer is `{"error": code, "message": sentence}`.
 
     `guard` says which Host and Origin headers it takes; without it, all. `documented`: with an OpenAPI description.
+    `on_error` is told of the errors of ours that are answered.
     """
     described = "/openapi.json" if documented else None
     app = FastAPI(title=title, version=version, openapi_url=described, docs_url=None, redoc_url=None)
     if guard is not None:
         app.add_middleware(GuardMiddleware, guard=guard)
+    app.add_middleware(AskerMiddleware)
 
     @app.exception_handler(KohakuRiverError)
     async def failed(_request: Request, error: KohakuRiverError) -> JSONResponse:
+        if on_error is not None:
+            on_error(error)
         headers = {"WWW-Authenticate": "Bearer"} if error.status == 401 else None
         return JSONResponse(error.to_json(), status_code=error.status, headers=headers)
 

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
 from dataclasses import replace
 from typing import Literal
 
-from kohakuriver.errors import NotAllowedError, NotFoundError
+from kohakuriver.asking import asker
+from kohakuriver.errors import KohakuRiverError, NotAllowedError, NotFoundError, UnauthenticatedError
 from kohakuriver.host.services.access import Access
+from kohakuriver.host.services.audit import REFUSALS, fingerprint
 from kohakuriver.host.services.credentials import Caller, Credentials
 from kohakuriver.host.services.grants import Grants, Passes
 from kohakuriver.host.services.nodes import Nodes
@@ -35,6 +39,7 @@ class Forwards:
         self._nodes = nodes
         self._tasks = tasks
         self._passes = Passes()
+        self._audit = grants.audit
 
     async def authorize(
         self, token: str | None, reference: str, port: int, proto: str, ports: frozenset[int] | None = None
@@ -45,17 +50,19 @@ class Forwards:
         NotAllowedError, NotFoundError, or UnavailableError "task_not_running", "node_offline" or
         "too_many_sessions". Source: docs/protocol.md §4.
         """
-        caller = await self._credentials.session_caller(token)
-        task, node = await self._usable(caller, reference)
-        route = self._route(task, node, caller, "forward", None if ports is None else {port, *ports})
-        return replace(route, grant=await self._grants.enter(caller, task))
+        with self._noting_refusals(reference):
+            caller = await self._credentials.session_caller(token)
+            task, node = await self._usable(caller, reference)
+            route = self._route(task, node, caller, "forward", None if ports is None else {port, *ports})
+            return replace(route, grant=await self._grants.enter(caller, task))
 
     async def authorize_terminal(self, token: str | None, reference: str) -> Route:
         """Where a terminal of a task is opened. Raises as `authorize` does. Source: docs/protocol.md §6."""
-        caller = await self._credentials.session_caller(token)
-        task, node = await self._usable(caller, reference)
-        route = self._route(task, node, caller, "terminal")
-        return replace(route, grant=await self._grants.enter(caller, task))
+        with self._noting_refusals(reference):
+            caller = await self._credentials.session_caller(token)
+            task, node = await self._usable(caller, reference)
+            route = self._route(task, node, caller, "terminal")
+            return replace(route, grant=await self._grants.enter(caller, task))
 
     async def authorize_ssh(self, token: str | None, reference: str, port: int | None = None) -> Route:
         """Where a connection to a port of a task goes, None being where its SSH server listens.
@@ -63,14 +70,34 @@ class Forwards:
         `token` may be a pass. Raises as `authorize` does. Source: docs/protocol.md §7.
         """
         only: int | None = None
-        if token is not None and token.startswith(Passes.PREFIX):
-            caller, only = self._passes.take(token)
-        else:
-            caller = await self._credentials.session_caller(token)
-        task, node = await self._usable(caller, reference)
-        if only not in (None, task.task_id):
-            raise NotAllowedError("This pass is for another task; get a new one.")
-        return await self._ssh_route(task, node, caller, port)
+        with self._noting_refusals(reference):
+            if token is not None and token.startswith(Passes.PREFIX):
+                caller, only = self._take_pass(token)
+            else:
+                caller = await self._credentials.session_caller(token)
+            task, node = await self._usable(caller, reference)
+            if only not in (None, task.task_id):
+                raise NotAllowedError("This pass is for another task; get a new one.")
+            return await self._ssh_route(task, node, caller, port)
+
+    def _take_pass(self, shown: str) -> tuple[Caller, int]:
+        try:
+            caller, task_id = self._passes.take(shown)
+        except UnauthenticatedError as error:
+            self._audit.refused(error)
+            raise
+        asker().known.update(user=caller.name, token=caller.token_id)
+        return caller, task_id
+
+    @contextlib.contextmanager
+    def _noting_refusals(self, reference: str) -> Iterator[None]:
+        """Write down that somebody who is known may not do this, or does too much of it."""
+        try:
+            yield
+        except KohakuRiverError as error:
+            if error.status in REFUSALS:
+                self._audit.refused(error, name=reference)
+            raise
 
     def ssh_pass(self, caller: Caller, task_id: int) -> str:
         """What `authorize_ssh` takes once in the place of the caller's token, for this task."""
@@ -87,9 +114,13 @@ class Forwards:
             if not task.lets_in(key):
                 raise NotFoundError(f"There is no task {reference!r} that lets your key in.")
             # The owner's right was to put the key there; it lasts as long as the key is there.
-            return await self._ssh_route(task, node, Caller(task.owner, "user"), port, key)
+            with self._noting_refusals(reference):
+                return await self._ssh_route(task, node, Caller(task.owner, "user"), port, key)
 
-        return reach if await self._store.lets_in(key) else None
+        if await self._store.lets_in(key):
+            return reach
+        self._audit.refused(UnauthenticatedError("No task lets this key in.", code="unknown_key"), key=fingerprint(key))
+        return None
 
     async def _usable(self, caller: Caller, reference: str) -> tuple[Task, Node]:
         task, node = await self._store.task_and_node(reference)

@@ -8,9 +8,11 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+from kohakuriver.asking import asker
 from kohakuriver.config import write_private
 from kohakuriver.errors import NotAllowedError, UnauthenticatedError
-from kohakuriver.store import ANY_NODE, Accounts, Token
+from kohakuriver.host.services.audit import NOWHERE, Audit
+from kohakuriver.store import ANY_NODE, TOKEN_ID_LENGTH, Accounts, Token
 
 __all__ = ["ADMIN", "ANONYMOUS", "Caller", "Credentials", "new_token"]
 
@@ -37,6 +39,11 @@ class Caller:
     digest: str | None = None
 
     @property
+    def token_id(self) -> str | None:
+        """What people call the token."""
+        return None if self.digest is None else self.digest[:TOKEN_ID_LENGTH]
+
+    @property
     def is_admin(self) -> bool:
         """Whether everything is theirs."""
         return self.role == "admin"
@@ -51,9 +58,15 @@ class Credentials:
     """Checks tokens against the store. `allow_anonymous` lets forward sessions without a token in."""
 
     def __init__(
-        self, accounts: Accounts, *, allow_anonymous: bool = False, clock: Callable[[], float] = time.time
+        self,
+        accounts: Accounts,
+        *,
+        allow_anonymous: bool = False,
+        audit: Audit = NOWHERE,
+        clock: Callable[[], float] = time.time,
     ) -> None:
         self._accounts = accounts
+        self._audit = audit
         self._allow_anonymous = allow_anonymous
         self._clock = clock
 
@@ -65,11 +78,16 @@ class Credentials:
                 "started."
             )
         token, user = await self._accounts.token(secret)
-        if token is None or token.kind != "user":
-            raise UnauthenticatedError("The host does not know this token; ask its administrator for a valid one.")
-        self._check_valid(token)
-        if user is None:
-            raise UnauthenticatedError("The user of this token was removed; ask the host's administrator.")
+        try:
+            if token is None or token.kind != "user":
+                raise UnauthenticatedError("The host does not know this token; ask its administrator for a valid one.")
+            self._check_valid(token)
+            if user is None:
+                raise UnauthenticatedError("The user of this token was removed; ask the host's administrator.")
+        except UnauthenticatedError as error:
+            self._refused(error, token)
+            raise
+        asker().known.update(user=user.name, token=token.id)
         return Caller(user.name, user.role, token.digest), token
 
     async def session_caller(self, secret: str | None) -> Caller:
@@ -81,10 +99,21 @@ class Credentials:
     async def node(self, secret: str | None) -> Token:
         """A node's token, once it is clear that it is one. Raises UnauthenticatedError."""
         token = None if secret is None else (await self._accounts.token(secret))[0]
-        if token is None or token.kind != "node":
-            raise UnauthenticatedError(f"The host does not know this node token; {_NODE_TOKEN_HELP}.")
-        self._check_valid(token)
+        try:
+            if token is None or token.kind != "node":
+                raise UnauthenticatedError(f"The host does not know this node token; {_NODE_TOKEN_HELP}.")
+            self._check_valid(token)
+        except UnauthenticatedError as error:
+            if secret is not None:
+                self._refused(error, token)
+            raise
+        asker().known.update(token=token.id)
         return token
+
+    def _refused(self, error: UnauthenticatedError, token: Token | None) -> None:
+        """Write down that a credential was no good, and whose it was where that is known."""
+        whose = {} if token is None else {"token": token.id, "user" if token.kind == "user" else "node": token.name}
+        self._audit.refused(error, **whose)
 
     @staticmethod
     def check_node(token: Token, name: str) -> None:

@@ -12,15 +12,17 @@ import secrets
 import time
 from collections import Counter, deque
 from collections.abc import Callable
-from typing import Any, Protocol
+from typing import Any
 
 import structlog
 
+from kohakuriver.asking import asker
 from kohakuriver.errors import KohakuRiverError, NotAllowedError, UnauthenticatedError, UnavailableError
+from kohakuriver.host.services.audit import NOWHERE, Audit, fingerprint
 from kohakuriver.host.services.credentials import Caller
 from kohakuriver.store import Accounts, Task, Use
 
-__all__ = ["CHECK_SECONDS", "PASS_SECONDS", "Audit", "Grant", "Grants", "Passes"]
+__all__ = ["CHECK_SECONDS", "PASS_SECONDS", "Grant", "Grants", "Passes"]
 
 CHECK_SECONDS = 2.0
 """How often the sessions under way are checked when nothing is known to have changed."""
@@ -34,12 +36,6 @@ MAX_PASSES = 1000
 log = structlog.get_logger("kohakuriver.host")
 
 
-class Audit(Protocol):
-    """Where it is written down who opened what."""
-
-    def write(self, event: str, **fields: Any) -> None: ...
-
-
 class Grant:
     """One session's right to go on; see `kohakuriver.session.grant`."""
 
@@ -49,8 +45,11 @@ class Grant:
         self._grants = grants
         self._about: dict[str, Any] = {
             "session": secrets.token_hex(8),
+            **asker().described(),
             "user": caller.name,
+            "key": None if use.key is None else fingerprint(use.key),
             "task": task.task_id,
+            "name": task.name,
             "node": task.node,
             "container": task.container,
         }
@@ -100,13 +99,13 @@ class Grants:
 
     Args:
         max_sessions: how many one user may have open at a time; 0 for any number.
-        audit: where sessions are written down, if anywhere.
+        audit: where sessions are written down.
     """
 
-    def __init__(self, accounts: Accounts, *, max_sessions: int = 0, audit: Audit | None = None) -> None:
+    def __init__(self, accounts: Accounts, *, max_sessions: int = 0, audit: Audit = NOWHERE) -> None:
         self._accounts = accounts
         self._most = max_sessions
-        self._audit = audit
+        self.audit = audit
         self._grants: set[Grant] = set()
         self._of_user: Counter[str] = Counter()
 
@@ -152,8 +151,7 @@ class Grants:
 
     def write(self, event: str, about: dict[str, Any]) -> None:
         """Write down what became of a session."""
-        if self._audit is not None:
-            self._audit.write(event, **about)
+        self.audit.write(event, **about)
 
     def __len__(self) -> int:
         return len(self._grants)

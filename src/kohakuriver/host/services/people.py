@@ -28,6 +28,7 @@ class People:
     def __init__(self, accounts: Accounts, grants: Grants, *, clock: Callable[[], float] = time.time) -> None:
         self._accounts = accounts
         self._grants = grants
+        self._audit = grants.audit
         self._clock = clock
 
     def whoami(self, caller: Caller, token: Token) -> Whoami:
@@ -42,6 +43,7 @@ class People:
         """Make a user."""
         user = await self._accounts.add_user(request.name, request.role)
         log.info("user added", user=user.name, role=user.role)
+        self._audit.write("user_added", of_user=user.name, role=user.role)
         return _user_view(user)
 
     async def remove_user(self, name: str, heir: Caller) -> UserView:
@@ -52,6 +54,7 @@ class People:
                 + ("it is the host's own." if name == ADMIN else "that is you; another admin can do it.")
             )
         user = await self._accounts.remove_user(name, heir.name)
+        self._audit.write("user_removed", of_user=name, heir=heir.name)
         await self._grants.check()
         log.info("user removed", user=name, heir=heir.name)
         return _user_view(user)
@@ -80,6 +83,8 @@ class People:
         label = request.name or f"cli-{iso_time(self._clock())[:10]}-{secrets.token_hex(2)}"
         token = await self._accounts.add_token(secret, kind=kind, name=name, label=label, expires_at=expires_at)
         log.info("token made", id=token.id, kind=kind, owner=name, by=caller.name)
+        expires = None if expires_at is None else iso_time(expires_at)
+        self._audit.write("token_made", **_of(token), expires_at=expires)
         return TokenMade.model_validate({**self._view(token).model_dump(), "token": secret})
 
     async def revoke_token(self, caller: Caller, reference: str) -> TokenView:
@@ -90,6 +95,7 @@ class People:
             if not caller.is_admin:
                 raise
             token = await self._accounts.revoke_token(reference)
+        self._audit.write("token_revoked", **_of(token))
         await self._grants.check()
         log.info("token revoked", id=token.id, kind=token.kind, owner=token.name, by=caller.name)
         return self._view(token)
@@ -98,11 +104,13 @@ class People:
         """Let a user use a task."""
         await self._accounts.share(int(task_id), user)
         log.info("task shared", task=int(task_id), user=user)
+        self._audit.write("task_shared", task=int(task_id), of_user=user)
 
     async def unshare(self, task_id: str, user: str) -> None:
         """Take that back."""
         await self._accounts.unshare(int(task_id), user)
         log.info("task no longer shared", task=int(task_id), user=user)
+        self._audit.write("task_unshared", task=int(task_id), of_user=user)
         await self._grants.check()
 
     def _view(self, token: Token) -> TokenView:
@@ -116,6 +124,11 @@ class People:
             created_at=iso_time(token.created_at),
             expires_at=None if token.expires_at is None else iso_time(token.expires_at),
         )
+
+
+def _of(token: Token) -> dict[str, str]:
+    """Which token an event is about, and whose it is."""
+    return {"of_token": token.id, "label": token.label, f"of_{token.kind}": token.name}
 
 
 def _user_view(user: User) -> UserView:

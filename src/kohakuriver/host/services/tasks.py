@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import secrets
+import shlex
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -16,6 +17,7 @@ from pydantic import TypeAdapter, ValidationError
 
 from kohakuriver.errors import HostUnreachableError, KohakuRiverError, NotFoundError, UnavailableError, UsageError
 from kohakuriver.host.schemas import AdoptRequest, Agent, CreateRequest, iso_time
+from kohakuriver.host.services.audit import LONGEST_TEXT, NOWHERE, Audit, fingerprint
 from kohakuriver.host.services.credentials import Caller
 from kohakuriver.host.services.nodes import Nodes
 from kohakuriver.host.services.runner_client import RunnerClient, makes_no_sense
@@ -92,11 +94,13 @@ class Tasks:
         changes: Changes,
         *,
         user_mounts: bool = False,
+        audit: Audit = NOWHERE,
         clock: Callable[[], float] = time.time,
     ) -> None:
         self._store = store
         self._accounts = Accounts(store)
         self._user_mounts = user_mounts
+        self._audit = audit
         self._nodes = nodes
         self._runners = runners
         self._changes = changes
@@ -145,14 +149,18 @@ class Tasks:
             backends = ("docker",) if request.image is not None else ("process",)
         node = (await self._nodes.fitting(backends, request.node))[0]
         order = _order(backends[0], request.name, vars(request))
-        return await self._begin(await self._add(order, node, owner.name), node)
+        view = await self._begin(await self._add(order, node, owner.name), node)
+        self._write("task_created", view, **_asked(order))
+        return view
 
     async def adopt(self, request: AdoptRequest, owner: str) -> TaskView:
         """Make a task of what runs already. Adopting the same container once more gives the task that it is."""
         if request.address is not None:
             node = await self._node_for_address(request.node)
             order = _order("address", request.name, {"address": request.address, "adopted": True})
-            return await self._begin(await self._add(order, node, owner), node)
+            view = await self._begin(await self._add(order, node, owner), node)
+            self._write("task_adopted", view, address=request.address)
+            return view
         nodes = await self._nodes.fitting(("docker",), request.node)
         name = request.name or await self._name_of(request.container or "")
         for node in nodes:
@@ -162,6 +170,7 @@ class Tasks:
             task = await self._add(order, node, owner)
             try:
                 view = await self._begin(task, node)
+                self._write("task_adopted", view, container=request.container)
                 if request.name is not None and view.name != request.name:
                     raise _adopted_already(view)
                 return view
@@ -225,7 +234,9 @@ class Tasks:
 
     async def stop(self, reference: str, *, container: bool = False) -> TaskView:
         """Stop a task; one that does not run stays as it is. An adopted container is stopped only with `container`."""
-        return await self._control(reference, "stop", container)
+        view = await self._control(reference, "stop", container)
+        self._write("task_stopped", view)
+        return view
 
     async def restart(self, reference: str, *, container: bool = False) -> TaskView:
         """Stop a task if it runs, and start it again: where its node has forgotten it, as it was ordered once.
@@ -234,10 +245,12 @@ class Tasks:
         """
         task, node = await self._store.task_and_node(reference)
         try:
-            return await self._control(reference, "restart", container)
+            view = await self._control(reference, "restart", container)
         except NotFoundError:
             log.info("task made again", task=task.task_id, name=task.name, node=node.name)
-            return await self._take_over(await self._order(task, node), node, task)
+            view = await self._take_over(await self._order(task, node), node, task)
+        self._write("task_restarted", view)
+        return view
 
     async def _control(self, reference: str, action: str, container: bool) -> TaskView:
         task, node = await self._store.task_and_node(reference)
@@ -254,6 +267,7 @@ class Tasks:
         self._nodes.check_online(node)
         path = f"/api/tasks/{task.container}/agent"
         answer = await self._runners.call(node, "GET", path, container=task.container, timeout=_RUNNER_SECONDS)
+        self._write("agent_token_shown", await self._view(task, node))
         try:
             return Agent.model_validate(answer)
         except ValidationError as error:
@@ -283,7 +297,13 @@ class Tasks:
             await self._forget(task)
         self._changes.notify([task.task_id])
         log.info("task removed", task=task.task_id, name=task.name, node=node.name)
+        self._write("task_removed", view)
         return view
+
+    def _write(self, event: str, view: TaskView, **more: Any) -> None:
+        """Write down what was done with a task."""
+        about = {"task": view.task_id, "name": view.name, "owner": view.owner, "node": view.node}
+        self._audit.write(event, **about, **more)
 
     async def _forget(self, task: Task) -> None:
         """Delete what ended. Where the database fails, the node's heartbeats have it deleted later."""
@@ -320,6 +340,17 @@ def _order(backend: Backend, name: str | None, more: dict[str, Any]) -> TaskOrde
     task_id = 10**9 + secrets.randbelow(9 * 10**9)
     identity = {"task_id": task_id, "container": container_name(backend, task_id), "backend": backend}
     return taken_from({**more, **identity, "name": name or f"vps-{task_id}"}, TaskOrder)
+
+
+def _asked(order: TaskOrder) -> dict[str, Any]:
+    """What the audit log has of an order: no variables, which may be secrets."""
+    return {
+        "backend": order.backend,
+        "image": order.image,
+        "command": shlex.join(order.command) if order.command else None,
+        "mounts": [f"{mount}"[:LONGEST_TEXT] for mount in order.mounts] or None,
+        "ssh_keys": [fingerprint(key) for key in order.ssh_keys] or None,
+    }
 
 
 _reports: TypeAdapter[TaskReport] = TypeAdapter(TaskReport)

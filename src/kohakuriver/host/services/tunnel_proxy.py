@@ -15,6 +15,7 @@ import structlog
 
 from kohakuriver._frame import SpliceWalker
 from kohakuriver.errors import KohakuRiverError, UsageError
+from kohakuriver.host.services.audit import ranges
 from kohakuriver.limits import Limits
 from kohakuriver.session.carried import RUNNER_SECONDS, Carrier, Passed, Route, at_runner
 from kohakuriver.session.pace import PacedReads
@@ -190,7 +191,7 @@ class TunnelProxy:
         route = await self.authorize(request.token, task, port, proto, ports)
         session = ProxySession(self, route)
         query = f"proto={proto}" if ports is None else f"proto={proto}&{ports_query(ports)}"
-        about = {"proto": proto, "port": port, "ports": None if ports is None else sorted(ports)}
+        about = {"proto": proto, "port": port, "ports": None if ports is None else ranges(ports)}
         with session.carried:
             runner = await self._open_at_runner(session, route, request, f"{port}?{query}")
             self._splice(session, request, runner, about)
