@@ -175,7 +175,8 @@ class TaskOrder(TaskSpec):
 class TaskReport:
     """What a runner says about a task; `revision` grows with every change, `traffic` is no change.
 
-    `engine_name` is what the engine of its backend calls it. `ssh_port` and `ssh_host_key` are those of the SSH server
+    `engine_name` is what the engine of its backend calls it, `exit_code` what a task has ended with, 128 + N by signal
+    N. `ssh_port` and `ssh_host_key` are those of the SSH server
     that it was given; users' programs write the latter into a known_hosts.
     """
 
@@ -183,6 +184,7 @@ class TaskReport:
     status: ReportedStatus
     tunnel: bool = False
     message: str | None = None
+    exit_code: Whole | None = None
     revision: Whole = 0
     engine_name: str | None = None
     image: str | None = None
@@ -218,6 +220,8 @@ class TaskTraffic:
 class TaskView:
     """A task as users see it: an id and a unique name. `created_at` is ISO 8601; `container` its name on the tunnel.
 
+    `command`, `mounts` and the names of the variables, `env`, are as they were asked for. `exit_code` is what it has
+    ended with, 128 + N by signal N; None while it runs, and where nobody knows.
     `owner` may do everything with it, `shared_with` may use it. `ssh_port` and `ssh_host_key` are those of the SSH
     server that the task was given, None without one. With `pending_removal` its node ends it once it is back.
     """
@@ -234,7 +238,11 @@ class TaskView:
     shared_with: list[str] = field(default_factory=list)
     image: str | None = None
     address: str | None = None
+    command: list[str] = field(default_factory=list)
+    mounts: list[str] = field(default_factory=list)
+    env: list[str] = field(default_factory=list)
     message: str | None = None
+    exit_code: int | None = None
     ssh_port: int | None = None
     ssh_host_key: str | None = None
     traffic: TaskTraffic = field(default_factory=TaskTraffic)

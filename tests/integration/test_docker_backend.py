@@ -193,6 +193,7 @@ def test_a_container_that_exits_leaves_its_exit_code_and_its_last_words(shared: 
     task = shared.ended("shop")
     assert task["status"] == "failed"
     assert "exit code 3" in task["message"]
+    assert task["exit_code"] == 3
     assert "no more cheese" in task["message"]
 
 

@@ -95,6 +95,7 @@ def test_a_command_that_fails_leaves_its_exit_code_and_its_last_words(shared: Cl
     task = shared.ended("shop")
     assert task["status"] == "failed"
     assert "exit code 1" in task["message"]
+    assert task["exit_code"] == 1
     assert "no more cheese" in task["message"]
     status, answer = shared.call("GET", "/api/tasks/shop/wait")
     assert (status, answer["error"]) == (409, "task_not_running")
@@ -104,7 +105,7 @@ def test_a_command_that_fails_leaves_its_exit_code_and_its_last_words(shared: Cl
 def test_a_command_that_ends_well_is_stopped(shared: Cluster) -> None:
     shared.create("true", name="short")
     task = shared.ended("short")
-    assert (task["status"], task["tunnel"]) == ("stopped", False)
+    assert (task["status"], task["tunnel"], task["exit_code"]) == ("stopped", False, 0)
     assert "exit code 0" in task["message"]
 
 
@@ -117,7 +118,9 @@ def test_a_command_that_does_not_exist_is_named(shared: Cluster) -> None:
 
 def test_a_command_killed_by_a_signal_says_which(shared: Cluster) -> None:
     shared.create(sys.executable, "-c", "import os; os.kill(os.getpid(), 9)", name="victim")
-    assert "SIGKILL" in shared.ended("victim")["message"]
+    victim = shared.ended("victim")
+    assert victim["exit_code"] == 128 + signal.SIGKILL
+    assert f"SIGKILL (exit code {128 + signal.SIGKILL})" in victim["message"]
 
 
 def test_a_task_without_a_command_stays_up(shared: Cluster) -> None:

@@ -7,6 +7,7 @@ import json
 import os
 import signal
 import socket
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -159,6 +160,25 @@ def test_a_task_goes_through_its_life(cluster: Cluster) -> None:
     assert json.loads(cluster.succeed("vps", "restart", "life", "--json"))["tunnel"] is True
     cluster.succeed("vps", "rm", "life")
     assert cluster.run("vps", "status", "life").returncode == 3
+
+
+def test_status_shows_what_was_asked_for_and_how_it_ended_and_jargon_only_on_demand(cluster: Cluster) -> None:
+    code = "import os\nos._exit(3)"
+    options = ["--name=asked", "--backend=process", "--env", "GREETING=hello", "--env=SECRET=hidden", "--no-wait"]
+    cluster.succeed("vps", "create", *options, "--", sys.executable, "-c", code)
+    eventually(lambda: json.loads(cluster.succeed("vps", "status", "--json", "asked"))["status"] == "failed")
+    shown = {line.partition(":")[0]: line.partition(":")[2].strip() for line in _status(cluster, "asked")}
+    assert shown["exit code"] == "3"
+    assert shown["command"] == f"{sys.executable} -c 'import os\\nos._exit(3)'"
+    assert shown["variables"] == "GREETING, SECRET"
+    assert not {"waits", "dropped", "container"} & set(shown)
+    assert "hidden" not in cluster.succeed("vps", "status", "asked", "--json")
+    more = _status(cluster, "asked", "-v")
+    assert [line for line in more if line.startswith(("waits:", "dropped:", "container:"))]
+
+
+def _status(cluster: Cluster, *arguments: str) -> list[str]:
+    return cluster.succeed("vps", "status", *arguments).splitlines()
 
 
 def test_create_prints_the_id_alone_for_scripts(cluster: Cluster) -> None:

@@ -35,7 +35,7 @@ TASK_FIELDS = {"pending_removal"} | {
         "message",
     ),
     "owner",
-    *("ssh_port", "ssh_host_key", "shared_with", "traffic"),
+    *("ssh_port", "ssh_host_key", "shared_with", "traffic", "command", "mounts", "env", "exit_code"),
 }
 
 
@@ -46,6 +46,7 @@ def test_a_new_task_is_started_on_a_node_and_told_of_in_full(run: Run, tmp_path:
             task = await host.create(name="web", command=["serve", "-p", "80"], env={"A": "b=c"})
             assert set(task) == TASK_FIELDS
             assert (task["name"], task["node"], task["backend"], task["status"]) == ("web", "n1", "process", "running")
+            assert (task["command"], task["env"], task["mounts"]) == (["serve", "-p", "80"], ["A"], [])
             assert task["owner"] == "admin"
             assert task["container"] == f"kohakuriver-task-{task['task_id']}"
             assert len(str(task["task_id"])) == 10

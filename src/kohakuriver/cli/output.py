@@ -189,12 +189,16 @@ def _style(cell: str) -> str:
     return "green" if cell in _GREEN else "red" if cell in _RED else ""
 
 
-def fields(pairs: Sequence[tuple[str, str]]) -> None:
-    """`name: value` lines, aligned; pairs without a value are left out."""
-    shown = [(name, value) for name, value in pairs if value]
+def aligned(pairs: Sequence[tuple[str, str]]) -> str:
+    """`name: value` lines; pairs without a value are left out, and a value stays on its line whatever is in it."""
+    shown = [(name, printable(value, keep="")) for name, value in pairs if value]
     width = max((len(name) for name, _ in shown), default=0)
-    for name, value in shown:
-        line(f"{name + ':':<{width + 1}} {value}")
+    return "\n".join(f"{name + ':':<{width + 1}} {value}" for name, value in shown)
+
+
+def fields(pairs: Sequence[tuple[str, str]]) -> None:
+    """Those lines on stdout."""
+    print(aligned(pairs), flush=True)
 
 
 def size(count: float) -> str:

@@ -227,9 +227,13 @@ def _tunnel(task: Task) -> str:
 def status(
     at: Remote,
     task: TaskArgument,
+    verbose: Annotated[
+        bool, typer.Option("--verbose", "-v", help="What the tunnel knows of it, too.", show_default=False)
+    ] = False,
 ) -> None:
     """Show one task."""
-    _print_task(at.ask(lambda client: client.task(task)), at.json)
+    shown = at.ask(lambda client: client.task(task))
+    at.show(shown.to_json(), output.aligned(_about(shown) + (_inside(shown) if verbose else [])))
 
 
 @app.command("agent-command", epilog="Example: kohakuriver vps agent-command vm | ssh vm sh")
@@ -329,34 +333,43 @@ def unshare(
     _print_done(f"{user} may no longer use", at.ask(lambda client: client.unshare(task, user)), at.json)
 
 
-def _print_task(task: Task, json: bool) -> None:
-    if json:
-        output.json_line(task.to_json())
-        return
+def _about(task: Task) -> list[tuple[str, str]]:
+    """What its user wants to know, the most important first."""
     traffic = task.traffic
-    output.fields(
-        [
-            ("id", str(task.task_id)),
-            ("name", task.name),
-            ("node", task.node),
-            ("backend", task.backend),
-            ("status", task.status),
-            ("tunnel", _tunnel(task)),
-            ("image", task.image or ""),
-            ("address", task.address or ""),
-            ("container", task.container),
-            ("owner", task.owner),
-            ("shared with", ", ".join(task.shared_with)),
-            ("ssh", task.ssh_host_key or ""),
-            ("created", f"{task.created_at} ({output.age(task.created_at)} ago)"),
-            ("message", task.message or ""),
-            ("open", f"{_count(traffic.streams, 'stream')} in {_count(traffic.sessions, 'session')}"),
-            ("to the task", _flow(traffic.bytes_to_container, traffic.to_container_per_second)),
-            ("from the task", _flow(traffic.bytes_to_user, traffic.to_user_per_second)),
-            ("waits", f"{traffic.stalls} for a window"),
-            ("dropped", _count(traffic.udp_dropped, "datagram")),
-        ]
-    )
+    return [
+        ("id", str(task.task_id)),
+        ("name", task.name),
+        ("status", task.status),
+        ("exit code", "" if task.exit_code is None else str(task.exit_code)),
+        ("message", task.message or ""),
+        ("tunnel", _tunnel(task)),
+        ("node", task.node),
+        ("backend", task.backend),
+        ("image", task.image or ""),
+        ("address", task.address or ""),
+        ("command", shlex.join(task.command)),
+        ("mounts", ", ".join(task.mounts)),
+        ("variables", ", ".join(task.env)),
+        ("owner", task.owner),
+        ("shared with", ", ".join(task.shared_with)),
+        ("ssh server", "yes" if task.ssh_host_key else ""),
+        ("created", f"{task.created_at} ({output.age(task.created_at)} ago)"),
+        ("open", f"{_count(traffic.streams, 'stream')} in {_count(traffic.sessions, 'session')}"),
+        ("to the task", _flow(traffic.bytes_to_container, traffic.to_container_per_second)),
+        ("from the task", _flow(traffic.bytes_to_user, traffic.to_user_per_second)),
+    ]
+
+
+def _inside(task: Task) -> list[tuple[str, str]]:
+    """What helps whoever looks for a fault in the tunnel."""
+    traffic = task.traffic
+    return [
+        ("container", task.container),
+        ("protocol", f"version {traffic.version}" if traffic.version else ""),
+        ("ssh host key", task.ssh_host_key or ""),
+        ("waits", f"{traffic.stalls} for a window"),
+        ("dropped", _count(traffic.udp_dropped, "datagram")),
+    ]
 
 
 def _count(number: int, thing: str) -> str:

@@ -75,6 +75,7 @@ class Task(Base):
     owner: Mapped[str] = mapped_column(String(63))
     status: Mapped[str] = mapped_column(String(16))
     message: Mapped[str | None] = mapped_column(Text)
+    exit_code: Mapped[int | None] = mapped_column(BigInteger)
     tunnel: Mapped[bool] = mapped_column(Boolean, default=False)
     ssh_keys: Mapped[list[str]] = mapped_column(JSON, default=list)
     ssh_port: Mapped[int | None] = mapped_column(Integer)

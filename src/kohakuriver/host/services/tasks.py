@@ -110,7 +110,9 @@ class Tasks:
         """A task as users see it: one on a node that is offline is lost until the node is back."""
         lost = task.status in _ACTIVE and not self._nodes.is_online(node)
         traffic = {} if lost else node.traffic.get("tasks", {}).get(str(task.task_id), {})
-        shown = part_of(task, TaskView, without=("shared_with", "traffic", "pending_removal")) | {
+        ordered = {name: list(task.spec.get(name, ())) for name in ("command", "mounts", "env")}  # names of variables
+        shown = part_of(task, TaskView, without=("shared_with", "traffic", "pending_removal", *ordered)) | {
+            **ordered,
             "status": "lost" if lost else task.status,
             "tunnel": task.tunnel and not lost,
             "message": f"node {node.name} is offline" if lost else task.message,

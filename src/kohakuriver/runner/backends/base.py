@@ -18,9 +18,14 @@ CTRL_D: Final = b"\x04"
 
 
 class Reporter(Protocol):
-    """What a backend calls with a task's state; `message` is for a person, without a full stop."""
+    """What a backend calls with a task's state; `message` is for a person, without a full stop.
 
-    def __call__(self, container: str, status: str, message: str | None = None) -> None: ...
+    `exit_code` is that of a task that has ended, 128 + N after signal N.
+    """
+
+    def __call__(
+        self, container: str, status: str, message: str | None = None, exit_code: int | None = None
+    ) -> None: ...
 
 
 @dataclass(frozen=True)

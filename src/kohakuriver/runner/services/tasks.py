@@ -234,15 +234,15 @@ class TaskManager:
 
     # What happens by itself
 
-    def report(self, container: str, status: str, message: str | None = None) -> None:
+    def report(self, container: str, status: str, message: str | None = None, exit_code: int | None = None) -> None:
         """Take over a task's state; its streams end at once when it no longer runs."""
         task = self._tasks.get(container)
         # Not every database keeps all that a task can say, and heartbeats have to stay small.
         message = None if message is None else printable(message)[:LONGEST_MESSAGE]
-        if task is None or (task.status, task.message) == (status, message):
+        if task is None or (task.status, task.message, task.exit_code) == (status, message, exit_code):
             return
         ended = task.active and status not in ("starting", "running")
-        task.status, task.message = status, message
+        task.status, task.message, task.exit_code = status, message, exit_code
         task.revision = next_revision()
         if ended:
             task.tunnel = False
@@ -266,7 +266,7 @@ class TaskManager:
         """Say with a task what is wrong with it, though it goes on as it does."""
         task = self._tasks.get(container)
         if task is not None:
-            self.report(container, task.status, sentence)
+            self.report(container, task.status, sentence, task.exit_code)
 
     def check_tunnel_token(self, container: str, token: str) -> bool:
         """Whether a tunnel client may be this container's: it is a task's, and the token is its own."""

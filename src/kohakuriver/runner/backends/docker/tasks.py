@@ -230,7 +230,7 @@ class DockerBackend(Backend):
         state = show["State"]
         if not state["Running"]:
             self._untouched.leave(task)
-            self._report(task.container, *await self._ending(task, state))
+            self._report(task.container, *await self._ending(task, state), state["ExitCode"])
             return
         task.stopped = False
         if task.no_client:

@@ -127,17 +127,18 @@ class ProcessBackend(Backend):
         return await until_listening(running.ssh.pid, task.ssh_port)
 
     async def _watch(self, task: TaskRecord, running: _Running) -> None:
-        code = await running.process.wait()
+        ended = await running.process.wait()
+        code = 128 - ended if ended < 0 else ended
         try:
             await self._end_rest(running)
         except Exception:  # the task has ended all the same, and is to be shown so
             log.exception("what a task left behind could not be ended", task=task.task_id)
         del self._running[task.container]
         if task.stopped:
-            self._report(task.container, "stopped")
+            self._report(task.container, "stopped", exit_code=code)
             return
         status, message = describe_exit(code)
-        self._report(task.container, status, message + last_words(code, _tail(self.log_file(task.container))))
+        self._report(task.container, status, message + last_words(code, _tail(self.log_file(task.container))), code)
 
     async def _end_rest(self, running: _Running) -> None:
         if running.ssh is not None:
@@ -240,15 +241,11 @@ def _write(to: subprocess.Popen[str], sign: str, running: _Running) -> bool:
 
 
 def describe_exit(code: int) -> tuple[str, str]:
-    """Status and message for an exit code; negative, or above 128, means a signal."""
+    """Status and message for an exit code; above 128 it means a signal."""
     if code == 0:
         return "stopped", "it ended by itself with exit code 0"
-    number = -code if code < 0 else code - 128 if code > 128 else 0
     try:
-        return (
-            "failed",
-            f"it was ended by {signal.Signals(number).name} (exit code {code if code > 0 else 128 + number})",
-        )
+        return "failed", f"it was ended by {signal.Signals(code - 128).name} (exit code {code})"
     except ValueError:
         return "failed", f"it ended with exit code {code}"
 
