@@ -140,7 +140,7 @@ class HostUnderTest:
         changes = Changes()
         self.runners = RunnerClient(ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT))
         self.nodes = Nodes(store, heartbeat_seconds=HEARTBEAT_SECONDS, on_change=changes.notify, clock=clock)
-        self.tasks = Tasks(store, self.nodes, self.runners, changes, audit=audit, clock=clock)
+        self.tasks = Tasks(store, accounts, self.nodes, self.runners, changes, audit=audit, clock=clock)
         self.grants = Grants(accounts, audit=audit)
         access = Access(store, accounts)
         self.forwards = Forwards(credentials, access, self.grants, store, self.nodes, self.tasks)

@@ -16,6 +16,7 @@ from kohakuriver.errors import KohakuRiverError
 from kohakuriver.runner.services.registration import TASKS_AT_ONCE, NodeIdentity, Registration
 from kohakuriver.runner.services.state import State
 from kohakuriver.runner.services.tasks import LONGEST_MESSAGE
+from kohakuriver.store import Node, Task
 from tests.support.host_only import HEARTBEAT_SECONDS, FakeRunner, HostUnderTest, a_host
 
 Run = Callable[[Coroutine[Any, Any, None]], None]
@@ -621,6 +622,25 @@ def test_the_page_of_the_api_has_a_place_for_a_token_wherever_one_is_asked_for(r
             for path, operations in described["paths"].items():
                 for operation in operations.values():
                     assert operation.get("security") == ([{"token": []}] if path.startswith("/api/") else None)
+
+    run(check())
+
+
+def test_a_request_about_a_task_looks_it_up_once(run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    async def check() -> None:
+        async with a_host(tmp_path) as host:
+            await host.runner()
+            await host.create(name="web")
+            looks, look = [], host.store.task_and_node
+
+            async def counted(reference: str) -> tuple[Task, Node]:
+                looks.append(reference)
+                return await look(reference)
+
+            monkeypatch.setattr(host.store, "task_and_node", counted)
+            for method, path in (("GET", ""), ("POST", "/stop"), ("POST", "/restart"), ("DELETE", "")):
+                assert (await host.user.request(method, f"/api/tasks/web{path}")).status_code == 200
+            assert looks == ["web"] * 4
 
     run(check())
 

@@ -64,7 +64,7 @@ ONLY_IN = {
     "asyncssh": {"ssh_proxy"},
     "cryptography": {"cli", "runner", "tls"},
     "fastapi": {"web", "host", "runner"},
-    "sqlalchemy": {"store", "host"},
+    "sqlalchemy": {"store"},
     "starlette": {"web", "host", "runner"},
     "typer": {"cli"},
     "rich": {"cli"},

@@ -366,7 +366,7 @@ def test_a_right_that_goes_between_the_look_at_it_and_the_session_opens_nothing(
                 if how == "revoke":
                     await bob.delete("/api/tokens/first")
                 else:
-                    await host.people.unshare(str(task.task_id), "bob")
+                    await host.people.unshare(task, "bob")
 
             monkeypatch.setattr(host.forwards._access, "check_usable", and_then_no_more)
             with pytest.raises(NotAllowedError, match="revoked" if how == "revoke" else "not shared"):

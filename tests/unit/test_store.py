@@ -54,8 +54,8 @@ def test_a_task_is_found_by_its_number_and_by_its_name(run: Run, tmp_path: Path)
         async with a_store(tmp_path) as store:
             await add_node(store)
             await store.add_task(a_task(1234567890, "web"))
-            assert (await store.task("1234567890")).name == "web"
-            assert (await store.task("web")).task_id == 1234567890
+            assert (await store.task_and_node("1234567890"))[0].name == "web"
+            assert (await store.task_and_node("web"))[0].task_id == 1234567890
 
     run(check())
 
@@ -65,7 +65,7 @@ def test_a_task_that_is_not_there_is_said_to_be_not_there(run: Run, tmp_path: Pa
     async def check() -> None:
         async with a_store(tmp_path) as store:
             with pytest.raises(NotFoundError, match="vps list"):
-                await store.task(reference)
+                await store.task_and_node(reference)
 
     run(check())
 

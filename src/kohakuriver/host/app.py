@@ -39,9 +39,9 @@ from kohakuriver.host.services.credentials import Caller, Credentials
 from kohakuriver.host.services.nodes import Nodes
 from kohakuriver.host.services.people import People
 from kohakuriver.host.services.tasks import Tasks
-from kohakuriver.store import Token
+from kohakuriver.store import Node, Task, Token
 from kohakuriver.task import TaskView
-from kohakuriver.web.app import bearer, new_app
+from kohakuriver.web.app import bearer, new_app, services_of
 from kohakuriver.web.origin import Guard
 
 __all__ = ["Services", "create_app"]
@@ -69,20 +69,14 @@ def create_app(services: Services, guard: Guard | None = None) -> FastAPI:
         if error.status in REFUSALS:
             services.audit.refused(error)
 
-    app = new_app("host", __version__, guard=guard, documented=True, on_error=note)
+    app = new_app(
+        "host", __version__, guard=guard, documented=True, services=services, routers=(_open, _api), on_error=note
+    )
     app.title = "KohakuRiver host"
-    app.state.services = services
-    app.include_router(_open)
-    app.include_router(_api)
     return app
 
 
-def _services(request: Request) -> Services:
-    services: Services = request.app.state.services
-    return services
-
-
-Host = Annotated[Services, Depends(_services)]
+Host = Annotated[Services, Depends(services_of)]
 
 
 async def _authenticated(request: Request, host: Host) -> tuple[Caller, Token]:
@@ -111,20 +105,20 @@ async def _node(request: Request, host: Host) -> Token:
     return await host.credentials.node(bearer(request))
 
 
-Node = Annotated[Token, Depends(_node)]
+NodeToken = Annotated[Token, Depends(_node)]
 
 
-async def _usable(host: Host, user: User, task: str) -> str:
-    return str((await host.access.usable(user, task)).task_id)
+async def _usable(host: Host, user: User, task: str) -> tuple[Task, Node]:
+    return await host.access.usable(user, task)
 
 
-async def _own(host: Host, user: User, task: str) -> str:
-    return str((await host.access.own(user, task)).task_id)
+async def _own(host: Host, user: User, task: str) -> tuple[Task, Node]:
+    return await host.access.own(user, task)
 
 
-# The id of the path's task, once it is clear that the caller may use it, or change it.
-Usable = Annotated[str, Depends(_usable)]
-Own = Annotated[str, Depends(_own)]
+# The path's task and its node, once it is clear that the caller may use the task, or change it.
+Usable = Annotated[tuple[Task, Node], Depends(_usable)]
+Own = Annotated[tuple[Task, Node], Depends(_own)]
 
 _open = APIRouter()
 # For the page that documents the API: a place for a token. What a token may do is checked by each route.
@@ -224,7 +218,7 @@ async def list_nodes(host: Host, _user: User) -> list[NodeView]:
 
 
 @_api.post("/nodes/register")
-async def register_node(host: Host, node: Node, registration: Registration) -> RegistrationAnswer:
+async def register_node(host: Host, node: NodeToken, registration: Registration) -> RegistrationAnswer:
     """A runner says that it is there."""
     host.credentials.check_node(node, registration.name)
     answer = await host.nodes.register(registration)
@@ -233,7 +227,7 @@ async def register_node(host: Host, node: Node, registration: Registration) -> R
 
 
 @_api.post("/nodes/{name}/heartbeat")
-async def heartbeat(host: Host, node: Node, name: str, beat: Heartbeat) -> HeartbeatAnswer:
+async def heartbeat(host: Host, node: NodeToken, name: str, beat: Heartbeat) -> HeartbeatAnswer:
     """A runner says how its tasks are."""
     host.credentials.check_node(node, name)
     return await host.nodes.heartbeat(name, beat)
@@ -258,65 +252,65 @@ async def adopt_task(host: Host, admin: Admin, request: AdoptRequest) -> TaskVie
 
 
 @_api.get("/tasks/{task}")
-async def get_task(host: Host, task_id: Usable) -> TaskView:
+async def get_task(host: Host, found: Usable) -> TaskView:
     """One task, by id or name."""
-    return await host.tasks.get(task_id)
+    return await host.tasks.get(*found)
 
 
 @_api.get("/status/{task}")
-async def get_status(host: Host, task_id: Usable) -> dict[str, Any]:
+async def get_status(host: Host, found: Usable) -> dict[str, Any]:
     """What version 1's command line asks before it forwards."""
-    view = await host.tasks.get(task_id)
+    view = await host.tasks.get(*found)
     return {"task_id": view.task_id, "task_type": "vps", "status": view.status}
 
 
 @_api.get("/tasks/{task}/wait")
 async def wait_for_task(
-    host: Host, task_id: Usable, timeout: Annotated[float, Query(ge=0, le=MAX_WAIT_SECONDS)] = 30.0
+    host: Host, found: Usable, timeout: Annotated[float, Query(ge=0, le=MAX_WAIT_SECONDS)] = 30.0
 ) -> TaskView:
     """The task, once a forward to it would succeed."""
-    return await host.tasks.wait(task_id, timeout)
+    return await host.tasks.wait(found[0].task_id, timeout)
 
 
 @_api.post("/tasks/{task}/ssh-pass", status_code=201)
-async def make_ssh_pass(host: Host, user: User, task_id: Usable) -> SshPass:
+async def make_ssh_pass(host: Host, user: User, found: Usable) -> SshPass:
     """What stands for the caller's token on port 8002, for one connection to this task within a minute."""
-    return SshPass.model_validate({"pass": host.forwards.ssh_pass(user, int(task_id))})
+    return SshPass.model_validate({"pass": host.forwards.ssh_pass(user, found[0].task_id)})
 
 
 @_api.get("/tasks/{task}/agent")
-async def task_agent(host: Host, task_id: Own) -> Agent:
+async def task_agent(host: Host, found: Own) -> Agent:
     """What a tunnel client in the machine of an address task is started with."""
-    return await host.tasks.agent(task_id)
+    return await host.tasks.agent(*found)
 
 
 @_api.post("/tasks/{task}/stop")
-async def stop_task(host: Host, task_id: Own, container: bool = False) -> TaskView:
+async def stop_task(host: Host, found: Own, container: bool = False) -> TaskView:
     """Stop a task; an adopted container only with `container`."""
-    return await host.tasks.stop(task_id, container=container)
+    return await host.tasks.stop(*found, container=container)
 
 
 @_api.post("/tasks/{task}/restart")
-async def restart_task(host: Host, task_id: Own, container: bool = False) -> TaskView:
+async def restart_task(host: Host, found: Own, container: bool = False) -> TaskView:
     """Start a task again; an adopted container only with `container`."""
-    return await host.tasks.restart(task_id, container=container)
+    return await host.tasks.restart(*found, container=container)
 
 
 @_api.delete("/tasks/{task}")
-async def remove_task(host: Host, task_id: Own) -> TaskView:
+async def remove_task(host: Host, found: Own) -> TaskView:
     """Remove a task; the answer is the task as it was."""
-    return await host.tasks.remove(task_id)
+    return await host.tasks.remove(*found)
 
 
 @_api.post("/tasks/{task}/shares", status_code=201)
-async def share_task(host: Host, task_id: Own, request: ShareRequest) -> TaskView:
+async def share_task(host: Host, found: Own, request: ShareRequest) -> TaskView:
     """Let another user look at a task and open sessions to it."""
-    await host.people.share(task_id, request.user)
-    return await host.tasks.get(task_id)
+    await host.people.share(found[0], request.user)
+    return await host.tasks.get(*found)
 
 
 @_api.delete("/tasks/{task}/shares/{user}")
-async def unshare_task(host: Host, task_id: Own, user: str) -> TaskView:
+async def unshare_task(host: Host, found: Own, user: str) -> TaskView:
     """Take that back; sessions of that user end."""
-    await host.people.unshare(task_id, user)
-    return await host.tasks.get(task_id)
+    await host.people.unshare(found[0], user)
+    return await host.tasks.get(*found)

@@ -117,7 +117,8 @@ async def _run(
 ) -> int:
     runners = RunnerClient(perimeter.trusted)
     try:
-        credentials = Credentials(Accounts(store), allow_anonymous=options.allow_anonymous, audit=perimeter.audit)
+        accounts = Accounts(store)
+        credentials = Credentials(accounts, allow_anonymous=options.allow_anonymous, audit=perimeter.audit)
         for path in await credentials.load_or_make(options.state_dir):
             log.info("made a token", file=str(path))
         if options.allow_anonymous:
@@ -126,7 +127,7 @@ async def _run(
                 "connections to every task"
             )
         warn_if_in_clear(sock, perimeter.certificate)
-        return await _serve(options, sock, ssh_sock, store, runners, credentials, perimeter)
+        return await _serve(options, sock, ssh_sock, store, accounts, runners, credentials, perimeter)
     finally:
         await runners.close()
         await store.close()
@@ -137,14 +138,14 @@ async def _serve(
     sock: socket.socket,
     ssh_sock: socket.socket,
     store: Store,
+    accounts: Accounts,
     runners: RunnerClient,
     credentials: Credentials,
     perimeter: Perimeter,
 ) -> int:
     changes = Changes()
     nodes = Nodes(store, heartbeat_seconds=options.heartbeat_seconds, on_change=changes.notify)
-    tasks = Tasks(store, nodes, runners, changes, user_mounts=options.user_mounts, audit=perimeter.audit)
-    accounts = Accounts(store)
+    tasks = Tasks(store, accounts, nodes, runners, changes, user_mounts=options.user_mounts, audit=perimeter.audit)
     access = Access(store, accounts)
     grants = Grants(accounts, max_sessions=perimeter.limits.max_sessions, audit=perimeter.audit)
     forwards = Forwards(credentials, access, grants, store, nodes, tasks)

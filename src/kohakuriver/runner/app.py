@@ -14,7 +14,7 @@ from kohakuriver.runner.services.state import TaskRecord
 from kohakuriver.runner.services.tasks import TaskManager
 from kohakuriver.session.ticket import Ticket
 from kohakuriver.task import TaskOrder
-from kohakuriver.web.app import bearer, new_app
+from kohakuriver.web.app import bearer, new_app, services_of
 from kohakuriver.web.origin import Guard
 
 __all__ = ["Services", "create_app"]
@@ -31,19 +31,10 @@ class Services:
 
 def create_app(services: Services, guard: Guard | None = None) -> FastAPI:
     """The runner's application."""
-    app = new_app("runner", __version__, guard=guard)
-    app.state.services = services
-    app.include_router(_open)
-    app.include_router(_api)
-    return app
+    return new_app("runner", __version__, guard=guard, services=services, routers=(_open, _api))
 
 
-def _services(request: Request) -> Services:
-    services: Services = request.app.state.services
-    return services
-
-
-Runner = Annotated[Services, Depends(_services)]
+Runner = Annotated[Services, Depends(services_of)]
 
 
 async def _host(request: Request, runner: Runner) -> Ticket:

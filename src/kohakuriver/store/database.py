@@ -9,11 +9,11 @@ import asyncio
 import contextlib
 import os
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Set
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import structlog
 from sqlalchemy import (
@@ -53,6 +53,39 @@ log = structlog.get_logger("kohakuriver.store")
 def sqlite_url(path: Path) -> str:
     """The database URL of a SQLite file."""
     return f"sqlite:///{path}"
+
+
+Reports = Mapping[int, dict[str, Any]]
+"""Columns of tasks as their node has them, by the tasks' ids."""
+
+
+class Heard(NamedTuple):
+    """What came of what a node said: ids of tasks that changed, and of tasks that were removed and it still has."""
+
+    changed: list[int]
+    remove: list[int]
+
+
+class Told(NamedTuple):
+    """What a node said of its tasks, at the time `now`; see `Store.hear_node`."""
+
+    reports: Reports
+    others: Set[int]
+    quiet: float
+    now: float
+
+    def __contains__(self, task_id: object) -> bool:
+        return task_id in self.reports or task_id in self.others
+
+    def news_of(self, task: Task) -> dict[str, Any]:
+        """Columns of the task that may be other ones now; none where nothing newer is said of it."""
+        if task.task_id in self.others:
+            return {}
+        report = self.reports.get(task.task_id)
+        if report is not None:
+            return report if report["revision"] >= task.revision else {}
+        lost = {"status": "lost", "tunnel": False, "message": f"node {task.node} knows nothing of it any more"}
+        return lost if task.changed_at < self.quiet else {}
 
 
 class Store:
@@ -176,6 +209,26 @@ class Store:
 
         return await self.write(work)
 
+    async def hear_node(
+        self, name: str, values: Mapping[str, Any], reports: Reports, *, others: Set[int], quiet: float
+    ) -> Heard:
+        """Write down what a node says: columns of its own, and of its tasks, each with its `revision`.
+
+        `others` are ids of tasks that are there too and are told of another time: what is known of their traffic stays.
+        A task that the node does not name is lost, unless it changed after `quiet`, in seconds since the epoch: then
+        what the node says may be from before. Raises NotFoundError for a node that is not there.
+        """
+
+        def work(session: Session) -> Heard:
+            node = session.get(Node, name)
+            if node is None:
+                raise NotFoundError(f"There is no node {name!r}; register first.")
+            node.hear(values, others)
+            tasks = session.scalars(select(Task).where(Task.node == name))
+            return _hear_tasks(session, tasks, Told(reports, others, quiet, node.last_seen))
+
+        return await self.write(work)
+
     async def active_tasks_by_node(self) -> dict[str, int]:
         """How many tasks each node is starting or running; a node with none is not in it."""
         query = (
@@ -202,13 +255,6 @@ class Store:
                 code="name_taken",
                 status=409,
             ) from error
-
-    async def task(self, reference: str) -> Task:
-        """The task with that id or name. Raises NotFoundError."""
-        task = await self.read(lambda session: find_task(session, reference))
-        if task is None:
-            raise no_such_task(reference)
-        return task
 
     async def task_and_node(self, reference: str) -> tuple[Task, Node]:
         """The task with that id or name, and its node. Raises NotFoundError."""
@@ -268,6 +314,18 @@ class Store:
 def _transaction(sessions: sessionmaker[Session], work: Callable[[Session], T]) -> T:
     with sessions.begin() as session:
         return work(session)
+
+
+def _hear_tasks(session: Session, tasks: Iterable[Task], told: Told) -> Heard:
+    heard = Heard([], [])
+    for task in tasks:
+        if task.removed and task.task_id not in told:
+            session.delete(task)
+        elif task.removed:
+            heard.remove.append(task.task_id)
+        elif (news := told.news_of(task)) and task.change(news, told.now):
+            heard.changed.append(task.task_id)
+    return heard
 
 
 def find_task(session: Session, reference: str) -> Task | None:

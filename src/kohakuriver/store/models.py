@@ -6,6 +6,7 @@ same.
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Set
 from typing import Any
 
 from sqlalchemy import JSON, BigInteger, Boolean, Float, ForeignKey, Integer, LargeBinary, String, Text
@@ -47,6 +48,13 @@ class Node(Base):
     last_seen: Mapped[float] = mapped_column(Float)
     left: Mapped[bool] = mapped_column(Boolean, default=False)
     traffic: Mapped[dict[str, Any]] = mapped_column(JSON, default=dict)
+
+    def hear(self, values: Mapping[str, Any], others: Set[int]) -> None:
+        """Take over columns that the node tells; what is known of the traffic of the tasks `others` stays."""
+        known = {task: counts for task, counts in self.traffic.get("tasks", {}).items() if int(task) in others}
+        for name, value in values.items():
+            setattr(self, name, value)
+        self.traffic = {**self.traffic, "tasks": known | self.traffic["tasks"]}
 
 
 class Task(Base):

@@ -7,13 +7,13 @@ from __future__ import annotations
 
 import json
 import socket
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from ipaddress import ip_address
 from pathlib import Path
 from typing import Any
 
 import structlog
-from fastapi import FastAPI, Request
+from fastapi import APIRouter, FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
 from starlette.datastructures import Headers
@@ -33,6 +33,7 @@ __all__ = [
     "new_app",
     "print_ready",
     "server_certificate",
+    "services_of",
     "socket_url",
     "warn_if_in_clear",
 ]
@@ -79,10 +80,13 @@ def new_app(
     guard: Guard | None = None,
     documented: bool = False,
     on_error: Callable[[KohakuRiverError], None] | None = None,
+    services: object = None,
+    routers: Iterable[APIRouter] = (),
 ) -> FastAPI:
     """An application whose every error answer is `{"error": code, "message": sentence}`.
 
     `guard` says which Host and Origin headers it takes; without it, all. `documented`: with an OpenAPI description.
+    The routes of `routers` get `services` from `services_of`.
     `on_error` is told of the errors of ours that are answered.
     """
     described = "/openapi.json" if documented else None
@@ -117,7 +121,15 @@ def new_app(
         message = f"The {title} failed at {request.method} {request.url.path}; its log says why."
         return JSONResponse({"error": "failed", "message": message}, status_code=500)
 
+    app.state.services = services
+    for router in routers:
+        app.include_router(router)
     return app
+
+
+def services_of(request: Request) -> Any:
+    """What the routes of the request's application work with."""
+    return request.app.state.services
 
 
 def _upgrade_required(request: Request) -> JSONResponse:

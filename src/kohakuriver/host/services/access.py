@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from kohakuriver.errors import NotAllowedError
 from kohakuriver.host.services.credentials import ANONYMOUS, Caller
-from kohakuriver.store import Accounts, Store, Task
+from kohakuriver.store import Accounts, Node, Store, Task
 
 __all__ = ["Access"]
 
@@ -20,11 +20,14 @@ class Access:
         self._store = store
         self._accounts = accounts
 
-    async def usable(self, caller: Caller, reference: str) -> Task:
-        """The task with that id or name, which the caller may use. Raises NotFoundError or NotAllowedError."""
-        task = await self._store.task(reference)
+    async def usable(self, caller: Caller, reference: str) -> tuple[Task, Node]:
+        """The task with that id or name, which the caller may use, and its node.
+
+        Raises NotFoundError or NotAllowedError.
+        """
+        task, node = await self._store.task_and_node(reference)
         await self.check_usable(caller, task)
-        return task
+        return task, node
 
     async def check_usable(self, caller: Caller, task: Task) -> None:
         """Raises NotAllowedError unless the caller may look at the task and open sessions to it."""
@@ -38,15 +41,15 @@ class Access:
                 code="not_your_task",
             )
 
-    async def own(self, caller: Caller, reference: str) -> Task:
-        """The task with that id or name, which the caller may change. Raises NotFoundError or NotAllowedError."""
-        task = await self.usable(caller, reference)
+    async def own(self, caller: Caller, reference: str) -> tuple[Task, Node]:
+        """The task with that id or name, which the caller may change, and its node. Raises as `usable` does."""
+        task, node = await self.usable(caller, reference)
         if not _owns(caller, task):
             raise NotAllowedError(
                 f"Task {task.name} is shared with you to use it; only its owner, {task.owner}, may change it.",
                 code="not_your_task",
             )
-        return task
+        return task, node
 
 
 def _owns(caller: Caller, task: Task) -> bool:

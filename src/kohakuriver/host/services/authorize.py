@@ -52,7 +52,7 @@ class Forwards:
         """
         with self._noting_refusals(reference):
             caller = await self._credentials.session_caller(token)
-            task, node = await self._usable(caller, reference)
+            task, node = await self._access.usable(caller, reference)
             route = self._route(task, node, caller, "forward", None if ports is None else {port, *ports})
             return replace(route, grant=await self._grants.enter(caller, task))
 
@@ -60,7 +60,7 @@ class Forwards:
         """Where a terminal of a task is opened. Raises as `authorize` does. Source: docs/protocol.md §6."""
         with self._noting_refusals(reference):
             caller = await self._credentials.session_caller(token)
-            task, node = await self._usable(caller, reference)
+            task, node = await self._access.usable(caller, reference)
             route = self._route(task, node, caller, "terminal")
             return replace(route, grant=await self._grants.enter(caller, task))
 
@@ -75,7 +75,7 @@ class Forwards:
                 caller, only = self._take_pass(token)
             else:
                 caller = await self._credentials.session_caller(token)
-            task, node = await self._usable(caller, reference)
+            task, node = await self._access.usable(caller, reference)
             if only not in (None, task.task_id):
                 raise NotAllowedError("This pass is for another task; get a new one.")
             return await self._ssh_route(task, node, caller, port)
@@ -121,11 +121,6 @@ class Forwards:
             return reach
         self._audit.refused(UnauthenticatedError("No task lets this key in.", code="unknown_key"), key=fingerprint(key))
         return None
-
-    async def _usable(self, caller: Caller, reference: str) -> tuple[Task, Node]:
-        task, node = await self._store.task_and_node(reference)
-        await self._access.check_usable(caller, task)
-        return task, node
 
     async def _ssh_route(
         self, task: Task, node: Node, caller: Caller, port: int | None, key: str | None = None

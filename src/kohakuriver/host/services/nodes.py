@@ -8,12 +8,10 @@ import time
 from collections.abc import Callable
 
 import structlog
-from sqlalchemy import select
-from sqlalchemy.orm import Session
 
 from kohakuriver.errors import KohakuRiverError, NotFoundError, UnavailableError
 from kohakuriver.host.schemas import Heartbeat, HeartbeatAnswer, NodeView, Registration, RegistrationAnswer, iso_time
-from kohakuriver.store import Node, Store, Task
+from kohakuriver.store import Node, Store
 
 __all__ = ["MISSED_HEARTBEATS", "Nodes"]
 
@@ -72,9 +70,16 @@ class Nodes:
         """Take over what a node says. Raises NotFoundError for an unknown node, which then registers again."""
         now = self._clock()
         quiet = now - 2 * self._heartbeat_seconds
-        changed, remove = await self._store.write(lambda session: _take_over(session, name, beat, now, quiet))
-        self._on_change(changed)
-        return HeartbeatAnswer(remove=remove)
+        traffic = {str(report.task_id): report.traffic for report in beat.tasks}
+        known = await self._store.hear_node(
+            name,
+            {"last_seen": now, "left": beat.leaving, "traffic": {**beat.traffic, "tasks": traffic}},
+            {report.task_id: report.changes() for report in beat.tasks},
+            others=set(beat.others),
+            quiet=quiet,
+        )
+        self._on_change(known.changed)
+        return HeartbeatAnswer(remove=known.remove)
 
     async def views(self) -> list[NodeView]:
         """All nodes as users see them."""
@@ -137,42 +142,3 @@ def _not_offered(who: str, backends: tuple[str, ...]) -> str:
         "address": "start its runner with `--backend address`",
     }[backends[0]]
     return f"{who} {verb} the backend {' or '.join(backends)}; {advice}."
-
-
-def _take_over(session: Session, name: str, beat: Heartbeat, now: float, quiet: float) -> tuple[list[int], list[int]]:
-    """Write a heartbeat down; ids of tasks that changed, and of tasks that the node should remove.
-
-    A task that the node does not name is lost, unless it changed after `quiet`: then the heartbeat may be from before.
-    """
-    node = session.get(Node, name)
-    if node is None:
-        raise NotFoundError(f"There is no node {name!r}; register first.")
-    node.last_seen = now
-    node.left = beat.leaving
-    others = set(beat.others)
-    traffic = {task_id: counts for task_id, counts in node.traffic.get("tasks", {}).items() if int(task_id) in others}
-    traffic |= {str(report.task_id): report.traffic for report in beat.tasks}
-    node.traffic = {**beat.traffic, "tasks": traffic}
-    reports = {report.task_id: report for report in beat.tasks}
-    changed: list[int] = []
-    remove: list[int] = []
-    for task in session.scalars(select(Task).where(Task.node == name)):
-        report, is_other = reports.get(task.task_id), task.task_id in others
-        if task.removed:
-            if report is None and not is_other:
-                session.delete(task)
-            else:
-                remove.append(task.task_id)
-        elif is_other:
-            continue
-        elif report is not None:
-            if report.revision >= task.revision and task.change(report.changes(), now):
-                changed.append(task.task_id)
-        elif task.changed_at < quiet and task.change(
-            _LOST | {"message": f"node {name} knows nothing of it any more"}, now
-        ):
-            changed.append(task.task_id)
-    return changed, remove
-
-
-_LOST = {"status": "lost", "tunnel": False}

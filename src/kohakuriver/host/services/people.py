@@ -15,7 +15,7 @@ from kohakuriver.errors import NotFoundError, UsageError
 from kohakuriver.host.schemas import NewToken, NewUser, TokenMade, TokenView, UserView, Whoami, iso_time
 from kohakuriver.host.services.credentials import ADMIN, Caller, new_token
 from kohakuriver.host.services.grants import Grants
-from kohakuriver.store import Accounts, Token, User
+from kohakuriver.store import Accounts, Task, Token, User
 
 __all__ = ["People"]
 
@@ -100,17 +100,17 @@ class People:
         log.info("token revoked", id=token.id, kind=token.kind, owner=token.name, by=caller.name)
         return self._view(token)
 
-    async def share(self, task_id: str, user: str) -> None:
+    async def share(self, task: Task, user: str) -> None:
         """Let a user use a task."""
-        await self._accounts.share(int(task_id), user)
-        log.info("task shared", task=int(task_id), user=user)
-        self._audit.write("task_shared", task=int(task_id), of_user=user)
+        await self._accounts.share(task.task_id, user)
+        log.info("task shared", task=task.task_id, user=user)
+        self._audit.write("task_shared", task=task.task_id, of_user=user)
 
-    async def unshare(self, task_id: str, user: str) -> None:
+    async def unshare(self, task: Task, user: str) -> None:
         """Take that back."""
-        await self._accounts.unshare(int(task_id), user)
-        log.info("task no longer shared", task=int(task_id), user=user)
-        self._audit.write("task_unshared", task=int(task_id), of_user=user)
+        await self._accounts.unshare(task.task_id, user)
+        log.info("task no longer shared", task=task.task_id, user=user)
+        self._audit.write("task_unshared", task=task.task_id, of_user=user)
         await self._grants.check()
 
     def _view(self, token: Token) -> TokenView:

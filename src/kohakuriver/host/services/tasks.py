@@ -89,6 +89,7 @@ class Tasks:
     def __init__(
         self,
         store: Store,
+        accounts: Accounts,
         nodes: Nodes,
         runners: RunnerClient,
         changes: Changes,
@@ -98,7 +99,7 @@ class Tasks:
         clock: Callable[[], float] = time.time,
     ) -> None:
         self._store = store
-        self._accounts = Accounts(store)
+        self._accounts = accounts
         self._user_mounts = user_mounts
         self._audit = audit
         self._nodes = nodes
@@ -131,12 +132,8 @@ class Tasks:
         views = [self.view(task, node, shares.get(task.task_id, [])) for task, node in found]
         return [view for view in views if caller.is_admin or caller.name in (view.owner, *view.shared_with)]
 
-    async def get(self, reference: str) -> TaskView:
-        """One task, by id or name."""
-        task, node = await self._store.task_and_node(reference)
-        return await self._view(task, node)
-
-    async def _view(self, task: Task, node: Node) -> TaskView:
+    async def get(self, task: Task, node: Node) -> TaskView:
+        """One task, with who else may use it."""
         shares = await self._accounts.shares([task.task_id])
         return self.view(task, node, shares.get(task.task_id, []))
 
@@ -219,7 +216,7 @@ class Tasks:
             await self._store.forget_tasks([task.task_id])
             if not task.adopted:  # only for admins, who may see every task, a node may name another one
                 raise makes_no_sense(node)
-            return await self.get(str(report.task_id))
+            return await self.get(*await self._store.task_and_node(str(report.task_id)))
         log.info("task started", task=task.task_id, name=task.name, node=node.name, backend=task.backend)
         return await self._take_over(report, node, task)
 
@@ -232,30 +229,28 @@ class Tasks:
     async def _take_over(self, report: TaskReport, node: Node, task: Task) -> TaskView:
         changed = await self._store.change_task(task.task_id, report.changes())
         self._changes.notify([task.task_id])
-        return await self._view(changed or task, node)
+        return await self.get(changed or task, node)
 
-    async def stop(self, reference: str, *, container: bool = False) -> TaskView:
+    async def stop(self, task: Task, node: Node, *, container: bool = False) -> TaskView:
         """Stop a task; one that does not run stays as it is. An adopted container is stopped only with `container`."""
-        view = await self._control(reference, "stop", container)
+        view = await self._control(task, node, "stop", container)
         self._write("task_stopped", view)
         return view
 
-    async def restart(self, reference: str, *, container: bool = False) -> TaskView:
+    async def restart(self, task: Task, node: Node, *, container: bool = False) -> TaskView:
         """Stop a task if it runs, and start it again: where its node has forgotten it, as it was ordered once.
 
         An adopted container is restarted only with `container`.
         """
-        task, node = await self._store.task_and_node(reference)
         try:
-            view = await self._control(reference, "restart", container)
+            view = await self._control(task, node, "restart", container)
         except NotFoundError:
             log.info("task made again", task=task.task_id, name=task.name, node=node.name)
             view = await self._take_over(await self._order(task, node), node, task)
         self._write("task_restarted", view)
         return view
 
-    async def _control(self, reference: str, action: str, container: bool) -> TaskView:
-        task, node = await self._store.task_and_node(reference)
+    async def _control(self, task: Task, node: Node, action: str, container: bool) -> TaskView:
         if task.adopted and task.backend == "docker" and not container:
             raise _somebody_elses(task, action)
         self._nodes.check_online(node)
@@ -263,22 +258,20 @@ class Tasks:
         answer = await self._runners.call(node, "POST", path, container=task.container, timeout=_RUNNER_SECONDS)
         return await self._take_over(_report(answer, node), node, task)
 
-    async def agent(self, reference: str) -> Agent:
+    async def agent(self, task: Task, node: Node) -> Agent:
         """What a tunnel client in an address task's machine is started with. Raises what its runner says."""
-        task, node = await self._store.task_and_node(reference)
         self._nodes.check_online(node)
         path = f"/api/tasks/{task.container}/agent"
         answer = await self._runners.call(node, "GET", path, container=task.container, timeout=_RUNNER_SECONDS)
-        self._write("agent_token_shown", await self._view(task, node))
+        self._write("agent_token_shown", await self.get(task, node))
         try:
             return Agent.model_validate(answer)
         except ValidationError as error:
             raise makes_no_sense(node) from error
 
-    async def remove(self, reference: str) -> TaskView:
+    async def remove(self, task: Task, node: Node) -> TaskView:
         """Remove a task, as it was. A node that can't be reached is told when it is back."""
-        task, node = await self._store.task_and_node(reference)
-        view = await self._view(task, node)
+        view = await self.get(task, node)
         # The wish is written down first: a database that fails then has destroyed nothing, and one that fails after
         # the task ended is told by the node's next heartbeats.
         await self._store.change_task(task.task_id, {"removed": True})
@@ -314,20 +307,19 @@ class Tasks:
         except KohakuRiverError as error:
             log.error("a removed task can't be forgotten yet", task=task.task_id, reason=error.message)
 
-    async def wait(self, reference: str, timeout: float) -> TaskView:
+    async def wait(self, task_id: int, timeout: float) -> TaskView:
         """The task once a forward to it would succeed; `timeout` is in seconds.
 
         Raises UnavailableError "task_not_running" (409), or "tunnel_not_connected" (504) when the time is up.
         """
         deadline = time.monotonic() + timeout
-        task = await self._store.task(reference)
-        with self._changes.watch(task.task_id) as changed:
+        with self._changes.watch(task_id) as changed:
             while True:
                 changed.clear()
-                task, node = await self._store.task_and_node(str(task.task_id))
+                task, node = await self._store.task_and_node(str(task_id))
                 view = self.view(task, node)
                 if view.status == "running" and view.tunnel:
-                    return await self._view(task, node)
+                    return await self.get(task, node)
                 if view.status not in _ACTIVE:
                     raise not_running(view)
                 left = deadline - time.monotonic()
