@@ -35,6 +35,8 @@ class Limits:
     """Bytes of the head of one HTTP request, a WebSocket's opening handshake included."""
     max_body: int = 1 << 20
     """Bytes of the body of one HTTP request."""
+    max_bodies: int = 64 << 20
+    """Bytes of the bodies of all HTTP requests under way in one program: 64 of the largest, as installed."""
     handshake_timeout: float = 10.0
     """Seconds that a peer has for its TLS handshake, and again to send a whole HTTP request."""
     max_waiting: int = 1000
@@ -53,6 +55,7 @@ _BOUNDS: dict[str, tuple[float, float]] = {
     "max_message": (1 << 20, 16 << 20),
     "max_header": (4 << 10, 1 << 20),
     "max_body": (64 << 10, 64 << 20),
+    "max_bodies": (1 << 20, 1 << 40),
     "handshake_timeout": (0.1, 600),
     "max_waiting": (16, 1 << 20),
     "max_audit": (1 << 20, 1 << 40),

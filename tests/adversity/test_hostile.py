@@ -126,3 +126,19 @@ def test_an_attack_harms_nobody_else(cluster: Cluster, attackers: Target, victim
         user.goes_on()
     grown = [peak(program) - at_first for program, at_first in zip(programs, before, strict=True)]
     assert max(grown) < MOST_HELD.get(name, MOST_HELD_ELSE)
+
+
+@pytest.mark.parametrize("credential", ["", "Authorization: Bearer kr_wrong\r\n"], ids=["none", "a wrong one"])
+def test_bodies_of_strangers_are_refused_before_they_come_and_cost_no_memory(cluster: Cluster, credential: str) -> None:
+    address = ("127.0.0.1", int(cluster.url.rpartition(":")[2]))
+    head = f"POST /api/tasks HTTP/1.1\r\nHost: localhost\r\n{credential}Content-Length: {MIB}\r\n\r\n".encode()
+    forget_peak(cluster.host)
+    before = peak(cluster.host)
+    with contextlib.ExitStack() as stack:
+        for _ in range(300):
+            stranger = stack.enter_context(socket.create_connection(address, timeout=60))
+            stranger.sendall(head)
+            assert stranger.recv(100).startswith(b"HTTP/1.1 401 ")
+            stranger.sendall(bytes(MIB - 1))
+        assert cluster.http.get("/api/tasks").status_code == 200
+    assert peak(cluster.host) - before < 16 * MIB

@@ -200,7 +200,7 @@ def test_a_session_in_which_nothing_passes_is_closed_with_4001_and_a_busy_one_is
 async def http_server(limits: Limits, certificate: ServerCertificate | None = None) -> AsyncIterator[int]:
     """A program's HTTP port: paths that take a body, take their time, and answer once another path was asked for."""
     app: FastAPI = new_app("host", "1")
-    told = asyncio.Event()
+    told, held = asyncio.Event(), asyncio.Event()
 
     @app.post("/take")
     async def take(request: Request) -> int:
@@ -215,6 +215,18 @@ async def http_server(limits: Limits, certificate: ServerCertificate | None = No
     async def wait() -> int:
         await told.wait()
         return 42
+
+    @app.post("/hold")
+    async def hold(request: Request) -> int:
+        size = len(await request.body())
+        held.set()
+        await told.wait()
+        return size
+
+    @app.post("/held")
+    async def is_held() -> int:
+        await held.wait()
+        return 1
 
     @app.post("/tell")
     async def tell() -> int:
@@ -332,6 +344,49 @@ def test_a_request_that_takes_long_to_answer_is_not_hurried(run: Run) -> None:
             for _ in range(2):
                 writer.write(b"POST /ponder HTTP/1.1\r\nHost: x\r\nContent-Length: 2\r\n\r\nab")
                 assert (await reader.readuntil(b"\r\n\r\n42")).startswith(b"HTTP/1.1 200")
+
+    run(main())
+
+
+def body_of(size: int, path: str) -> bytes:
+    head = f"POST /{path} HTTP/1.1\r\nHost: x\r\nConnection: close\r\nContent-Length: {size}\r\n\r\n"
+    return head.encode() + bytes(size)
+
+
+async def answer_to(port: int, size: int, path: str) -> str:
+    """What a request with a body of `size` bytes is answered with."""
+    async with dial(port) as (reader, writer):
+        writer.write(body_of(size, path))
+        return (await reader.read()).rpartition(b"\r\n\r\n")[2].decode()
+
+
+def test_bodies_together_have_a_limit_until_the_work_on_them_ends_and_small_ones_still_get_in(run: Run) -> None:
+    async def main() -> None:
+        limits = Limits(max_bodies=1 << 20)
+        async with http_server(limits) as port:
+            async with dial(port) as (_gone, writer):
+                writer.write(body_of(700_000, "hold"))
+                assert await answer_to(port, 0, "held") == "1"
+                assert json.loads(await answer_to(port, 700_000, "take"))["error"] == "busy"
+                assert await answer_to(port, 60_000, "take") == "60000"
+            # The peer has gone, and its request is still worked on.
+            assert json.loads(await answer_to(port, 700_000, "take"))["error"] == "busy"
+            assert await answer_to(port, 0, "tell") == "2"
+            while await answer_to(port, 700_000, "take") != "700000":
+                pass
+
+    run(main())
+
+
+def test_what_half_a_body_held_is_free_when_its_connection_ends(run: Run) -> None:
+    async def main() -> None:
+        async with http_server(Limits(max_bodies=1 << 20)) as port:
+            for _ in range(3):
+                async with dial(port) as (_, writer):
+                    writer.write(body_of(900_000, "take")[:-1])
+                    await writer.drain()
+            while await answer_to(port, 900_000, "take") != "900000":
+                pass
 
     run(main())
 

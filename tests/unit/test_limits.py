@@ -21,9 +21,13 @@ def test_nothing_set_is_the_default() -> None:
 
 def test_each_variable_changes_its_own_limit() -> None:
     for field in fields(Limits):
-        value = {"max_rate": 1 << 20, "max_message": 2 << 20, "max_body": 1 << 17, "max_audit": 2 << 20}.get(
-            field.name, 5000
-        )
+        value = {
+            "max_rate": 1 << 20,
+            "max_message": 2 << 20,
+            "max_body": 1 << 17,
+            "max_audit": 2 << 20,
+            "max_bodies": 2 << 20,
+        }.get(field.name, 5000)
         if field.name == "handshake_timeout":
             value = 3
         found = asdict(from_environment({f"KOHAKURIVER_{field.name.upper()}": str(value)}))

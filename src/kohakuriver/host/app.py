@@ -41,7 +41,7 @@ from kohakuriver.host.services.people import People
 from kohakuriver.host.services.tasks import Tasks
 from kohakuriver.store import Node, Task, Token
 from kohakuriver.task import TaskView
-from kohakuriver.web.app import bearer, new_app, services_of
+from kohakuriver.web.app import Checked, bearer, new_app, services_of
 from kohakuriver.web.origin import Guard
 
 __all__ = ["Services", "create_app"]
@@ -70,7 +70,13 @@ def create_app(services: Services, guard: Guard | None = None) -> FastAPI:
             services.audit.refused(error)
 
     app = new_app(
-        "host", __version__, guard=guard, documented=True, services=services, routers=(_open, _api), on_error=note
+        "host",
+        __version__,
+        guard=guard,
+        documented=True,
+        services=services,
+        routers=(_open, _api, _nodes),
+        on_error=note,
     )
     app.title = "KohakuRiver host"
     return app
@@ -79,8 +85,21 @@ def create_app(services: Services, guard: Guard | None = None) -> FastAPI:
 Host = Annotated[Services, Depends(services_of)]
 
 
-async def _authenticated(request: Request, host: Host) -> tuple[Caller, Token]:
-    return await host.credentials.caller(bearer(request))
+class _OfUsers(Checked):
+    @staticmethod
+    async def check(request: Request) -> None:
+        request.state.authenticated = await services_of(request).credentials.caller(bearer(request))
+
+
+class _OfNodes(Checked):
+    @staticmethod
+    async def check(request: Request) -> None:
+        request.state.node = await services_of(request).credentials.node(bearer(request))
+
+
+async def _authenticated(request: Request) -> tuple[Caller, Token]:
+    found: tuple[Caller, Token] = request.state.authenticated
+    return found
 
 
 Authenticated = Annotated[tuple[Caller, Token], Depends(_authenticated)]
@@ -101,8 +120,9 @@ async def _admin(user: User) -> Caller:
 Admin = Annotated[Caller, Depends(_admin)]
 
 
-async def _node(request: Request, host: Host) -> Token:
-    return await host.credentials.node(bearer(request))
+async def _node(request: Request) -> Token:
+    token: Token = request.state.node
+    return token
 
 
 NodeToken = Annotated[Token, Depends(_node)]
@@ -123,7 +143,8 @@ Own = Annotated[tuple[Task, Node], Depends(_own)]
 _open = APIRouter()
 # For the page that documents the API: a place for a token. What a token may do is checked by each route.
 _shown = HTTPBearer(auto_error=False, scheme_name="token", description="Your API token; for a runner, its node token.")
-_api = APIRouter(prefix="/api", dependencies=[Depends(_shown)])
+_api = APIRouter(prefix="/api", dependencies=[Depends(_shown)], route_class=_OfUsers)
+_nodes = APIRouter(prefix="/api", dependencies=[Depends(_shown)], route_class=_OfNodes)
 
 
 @_open.get("/health")
@@ -217,7 +238,7 @@ async def list_nodes(host: Host, _user: User) -> list[NodeView]:
     return await host.nodes.views()
 
 
-@_api.post("/nodes/register")
+@_nodes.post("/nodes/register")
 async def register_node(host: Host, node: NodeToken, registration: Registration) -> RegistrationAnswer:
     """A runner says that it is there."""
     host.credentials.check_node(node, registration.name)
@@ -226,7 +247,7 @@ async def register_node(host: Host, node: NodeToken, registration: Registration)
     return answer
 
 
-@_api.post("/nodes/{name}/heartbeat")
+@_nodes.post("/nodes/{name}/heartbeat")
 async def heartbeat(host: Host, node: NodeToken, name: str, beat: Heartbeat) -> HeartbeatAnswer:
     """A runner says how its tasks are."""
     host.credentials.check_node(node, name)

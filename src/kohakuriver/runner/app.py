@@ -14,7 +14,7 @@ from kohakuriver.runner.services.state import TaskRecord
 from kohakuriver.runner.services.tasks import TaskManager
 from kohakuriver.session.ticket import Ticket
 from kohakuriver.task import TaskOrder
-from kohakuriver.web.app import bearer, new_app, services_of
+from kohakuriver.web.app import Checked, bearer, new_app, services_of
 from kohakuriver.web.origin import Guard
 
 __all__ = ["Services", "create_app"]
@@ -37,11 +37,19 @@ def create_app(services: Services, guard: Guard | None = None) -> FastAPI:
 Runner = Annotated[Services, Depends(services_of)]
 
 
-async def _host(request: Request, runner: Runner) -> Ticket:
-    """The host's ticket; where the path names a container it must be for that one."""
-    ticket = runner.registration.check_ticket(bearer(request), "control")
-    if "container" in request.path_params:
-        _check_container(ticket, request.path_params["container"])
+class _OfHost(Checked):
+    """A route that takes a ticket of the host; where the path names a container it must be for that one."""
+
+    @staticmethod
+    async def check(request: Request) -> None:
+        ticket = services_of(request).registration.check_ticket(bearer(request), "control")
+        if "container" in request.path_params:
+            _check_container(ticket, request.path_params["container"])
+        request.state.ticket = ticket
+
+
+async def _ticket(request: Request) -> Ticket:
+    ticket: Ticket = request.state.ticket
     return ticket
 
 
@@ -50,10 +58,10 @@ def _check_container(ticket: Ticket, container: str) -> None:
         raise NotAllowedError(f"The ticket is not for {container}.")
 
 
-HostTicket = Annotated[Ticket, Depends(_host)]
+HostTicket = Annotated[Ticket, Depends(_ticket)]
 
 _open = APIRouter()
-_api = APIRouter(prefix="/api/tasks", dependencies=[Depends(_host)])
+_api = APIRouter(prefix="/api/tasks", route_class=_OfHost)
 
 
 @_open.get("/health")

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import socket
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Coroutine, Iterable
 from ipaddress import ip_address
 from pathlib import Path
 from typing import Any
@@ -16,8 +16,10 @@ import structlog
 from fastapi import APIRouter, FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
+from fastapi.routing import APIRoute
 from starlette.datastructures import Headers
 from starlette.exceptions import HTTPException
+from starlette.responses import Response
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from kohakuriver.asking import Asker, asking, peer_name
@@ -28,6 +30,7 @@ from kohakuriver.tunnel.bearer import bearer_token
 from kohakuriver.web.origin import Guard
 
 __all__ = [
+    "Checked",
     "bearer",
     "bind",
     "new_app",
@@ -130,6 +133,24 @@ def new_app(
 def services_of(request: Request) -> Any:
     """What the routes of the request's application work with."""
     return request.app.state.services
+
+
+class Checked(APIRoute):
+    """A route that looks at the request's credential before any of its body is read."""
+
+    @staticmethod
+    async def check(request: Request) -> None:
+        """Raises KohakuRiverError for a request that may not go on; what it finds out it leaves in `request.state`."""
+        raise NotImplementedError
+
+    def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
+        answer, check = super().get_route_handler(), type(self).check
+
+        async def checked(request: Request) -> Response:
+            await check(request)
+            return await answer(request)
+
+        return checked
 
 
 def _upgrade_required(request: Request) -> JSONResponse:

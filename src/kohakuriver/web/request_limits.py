@@ -1,6 +1,7 @@
 """How long a peer may take for an HTTP request, and how large it may be; a WebSocket's opening handshake is one.
 
-uvicorn itself waits for ever for the rest of a request, and keeps all of it (docs/guide/limits.md).
+uvicorn itself waits for ever for the rest of a request, and keeps all of it (docs/guide/limits.md). No more of a body
+is read than came with its head until somebody asks for it, which is after the credential was looked at (`web/app.py`).
 """
 
 from __future__ import annotations
@@ -10,18 +11,73 @@ import http
 import json
 from typing import Any
 
+from starlette.types import ASGIApp, Receive, Scope, Send
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
 from kohakuriver.limits import Limits
 from kohakuriver.web.waiting_room import WaitingRoom
 
-__all__ = ["guarded"]
+__all__ = ["BodyBudget", "guarded", "letting_go"]
 
 LINGER_SECONDS = 1.0
+
+SMALL_BODY = 64 << 10
+"""Bytes of a body that is let in a little longer than others, as those of heartbeats are."""
 
 
 class _Refused(Exception):
     """Ends the parser's work on a request; the answer is known."""
+
+
+class BodyBudget:
+    """What the bodies of all requests under way in this process may hold together; `most` is in bytes."""
+
+    def __init__(self, most: int) -> None:
+        self.held = 0
+        self._most = most
+
+    def fits(self, body: Body) -> bool:
+        """Whether a body may have what it has; small ones also where large ones have taken all, and a quarter more."""
+        return self.held <= (self._most * 5 // 4 if body.size <= SMALL_BODY else self._most)
+
+
+class Body:
+    """What one request's body holds, from its first byte to the end of the work on the request."""
+
+    def __init__(self, budget: BodyBudget) -> None:
+        self.size = 0
+        self.worked_on = False
+        self._budget = budget
+
+    def take(self, count: int) -> bool:
+        """Hold so many bytes more; whether that fits."""
+        self.size += count
+        self._budget.held += count
+        return self._budget.fits(self)
+
+    def let_go(self) -> None:
+        """Hold nothing any more."""
+        self._budget.held -= self.size
+        self.size = 0
+
+
+def letting_go(app: ASGIApp) -> ASGIApp:
+    """`app`, which holds a request's body as long as it works on the request, be the peer gone already."""
+
+    async def work(scope: Scope, receive: Receive, send: Send) -> None:
+        body: Body | None = scope.get("state", {}).get(_BODY)
+        if body is not None:
+            body.worked_on = True
+        try:
+            await app(scope, receive, send)
+        finally:
+            if body is not None:
+                body.let_go()
+
+    return work
+
+
+_BODY = "kohakuriver.body"
 
 
 class GuardedHttp(HttpToolsProtocol):
@@ -29,6 +85,7 @@ class GuardedHttp(HttpToolsProtocol):
 
     limits = Limits()
     room: WaitingRoom
+    budget: BodyBudget
 
     def __init__(self, *args: Any, **more: Any) -> None:
         super().__init__(*args, **more)
@@ -37,6 +94,7 @@ class GuardedHttp(HttpToolsProtocol):
         self._in_head = True
         self._fed = self._head = self._body = 0
         self._completed = False
+        self._bodies: list[Body] = []
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
@@ -45,6 +103,9 @@ class GuardedHttp(HttpToolsProtocol):
     def connection_lost(self, exc: Exception | None) -> None:
         self._stop_clock()
         self.room.leave(self)
+        for body in self._bodies:
+            if not body.worked_on:
+                body.let_go()
         super().connection_lost(exc)
 
     def shutdown(self) -> None:
@@ -75,6 +136,9 @@ class GuardedHttp(HttpToolsProtocol):
         self._fed = self._head = self._body = 0
         self._start_clock()
         super().on_message_begin()
+        self._bodies = [body for body in self._bodies if body.size]
+        self._bodies.append(Body(self.budget))
+        self.scope["state"][_BODY] = self._bodies[-1]
 
     def on_url(self, url: bytes) -> None:
         self._count_head(len(url))
@@ -87,11 +151,20 @@ class GuardedHttp(HttpToolsProtocol):
     def on_headers_complete(self) -> None:
         self._in_head = False
         super().on_headers_complete()
+        if any(name in (b"content-length", b"transfer-encoding") for name, _ in self.headers):
+            self.flow.pause_reading()  # until whoever works on the request asks for its body
 
     def on_body(self, body: bytes) -> None:
         self._body += len(body)
         if self._body > self.limits.max_body:
             self._refusal = 413, "too_large", f"The body of a request may have at most {self.limits.max_body} bytes."
+            raise _Refused
+        if not self.cycle.response_complete and not self._bodies[-1].take(len(body)):
+            self._refusal = (
+                503,
+                "busy",
+                "This program holds as many bytes of requests as it may; try again in a moment.",
+            )
             raise _Refused
         super().on_body(body)
 
@@ -152,14 +225,24 @@ class GuardedHttp(HttpToolsProtocol):
         self._stop_clock()
         status, code, message = self._refusal
         cycle: Any = self.cycle  # None before the first request
-        if cycle is None or not cycle.response_started or cycle.response_complete:
+        if cycle is None or not cycle.response_started or (cycle.response_complete and self._in_head):
             content = json.dumps({"error": code, "message": message}).encode()
             head = (
                 f"HTTP/1.1 {status} {http.HTTPStatus(status).phrase}\r\nContent-Type: application/json\r\n"
                 f"Content-Length: {len(content)}\r\nConnection: close\r\n\r\n"
             )
             self.transport.write(head.encode() + content)
-        self.transport.close()
+        self._close_gently()
+
+    def _close_gently(self) -> None:
+        """Close, and for a moment read and forget what the peer still sends: on top of that a close is a reset, and
+        the peer might never see the answer."""
+        if self.transport.is_closing() or not self.transport.can_write_eof():
+            self.transport.close()
+        else:
+            self.transport.write_eof()
+            self.flow.resume_reading()
+            self.room.enter(self, self.transport.abort)
         self._abort_soon()
 
     def _abort_soon(self) -> None:
@@ -168,6 +251,9 @@ class GuardedHttp(HttpToolsProtocol):
         self.loop.call_later(LINGER_SECONDS, self.transport.abort)
 
 
-def guarded(limits: Limits, room: WaitingRoom) -> type[asyncio.Protocol]:
-    """The class for `uvicorn.Config(http=…)` that keeps to `limits`; who has no request under way waits in `room`."""
-    return type("LimitedHttp", (GuardedHttp,), {"limits": limits, "room": room})
+def guarded(limits: Limits, room: WaitingRoom, budget: BodyBudget) -> type[asyncio.Protocol]:
+    """The class for `uvicorn.Config(http=…)` that keeps to `limits`; who has no request under way waits in `room`.
+
+    The bodies of all its requests share `budget`; the application is the one that `letting_go` gives.
+    """
+    return type("LimitedHttp", (GuardedHttp,), {"limits": limits, "room": room, "budget": budget})

@@ -20,7 +20,7 @@ from kohakuriver.limits import Limits
 from kohakuriver.tls import ServerCertificate
 from kohakuriver.web.background import in_background
 from kohakuriver.web.listener import Acceptor
-from kohakuriver.web.request_limits import guarded
+from kohakuriver.web.request_limits import BodyBudget, guarded, letting_go
 from kohakuriver.web.waiting_room import WaitingRoom
 
 DRAIN_SECONDS = 5
@@ -45,7 +45,8 @@ class Server(uvicorn.Server):
     ) -> None:
         self._limits = limits or Limits()
         self._room = WaitingRoom(self._limits.max_waiting)
-        super().__init__(_config(app, ws, self._limits, self._room))
+        self._http = guarded(self._limits, self._room, BodyBudget(self._limits.max_bodies))
+        super().__init__(_config(app, ws, self._http))
         self._certificate = certificate
         self._on_ready = on_ready
         self._on_stop = on_stop
@@ -123,7 +124,7 @@ class Server(uvicorn.Server):
 
     async def add_listener(self, sock: socket.socket, app: FastAPI, ws: type[asyncio.Protocol]) -> None:
         """Serve another application on one more bound socket, without TLS, until the end. Raises OSError."""
-        config = _config(app, ws, self._limits, self._room)
+        config = _config(app, ws, self._http)
         config.load()
         self._listen(config, sock, None)
 
@@ -148,11 +149,11 @@ def _on_terminal() -> bool:
         return False
 
 
-def _config(app: FastAPI, ws: type[asyncio.Protocol], limits: Limits, room: WaitingRoom) -> uvicorn.Config:
+def _config(app: FastAPI, ws: type[asyncio.Protocol], http: type[asyncio.Protocol]) -> uvicorn.Config:
     return uvicorn.Config(
-        app,
+        letting_go(app),
         ws=ws,
-        http=guarded(limits, room),
+        http=http,
         lifespan="off",
         log_config=None,
         access_log=False,
