@@ -2,11 +2,14 @@
 
     python -m bench.hostile [--only ATTACK…] [--output DIR]
 
-For each attack of tests/support/peers/hostile.py: the echo's median, 99th percentile and maximum, from its start until
-all that it sent has been worked off, and the most memory that host and runner had more of. Forward, hops, attacker and
-whoever measures are processes of their own; on a machine with few cores they take turns: `overslept` is how many
-milliseconds late the measuring process woke up at most, for which no hop can be blamed. `none` is the same measurement
-without an attack, and `busy` while a process that only counts takes a core as the attacker would.
+For each attack of tests/support/peers/attackers.py: the echo's median, 99th percentile and maximum, from its start
+until all that it sent has been worked off; the longest that a list of nodes took meanwhile, and how many of the lists
+called the node offline; the most memory that host and runner had more of, and what they wrote to their disks.
+
+Forward, hops, attacker and who measures are processes of their own; on a machine with few cores they take turns:
+`overslept` is how many milliseconds late the measuring process woke up at most, for which no hop can be blamed. `none`
+is the same measurement without an attack, and `busy` while a process that only counts takes a core as the attacker
+would.
 """
 
 from __future__ import annotations
@@ -28,7 +31,8 @@ from contextlib import AbstractContextManager
 from functools import partial
 from pathlib import Path
 
-from tests.support.peers.hostile import ATTACKS, Target, attacked, attackers_own, process_task, raise_file_limit
+from tests.support.peers.attackers import EVERY_ATTACK, attacked, attackers_own, process_task
+from tests.support.peers.wire import Target, raise_file_limit
 from tests.support.processes import Cluster, Program, a_cluster
 from tests.support.services import echo
 
@@ -36,6 +40,7 @@ QUIET_SECONDS = 5.0
 PAUSE = 0.002
 MESSAGE = bytes(64)
 BOUND_MS = 100.0
+HEADS = ("echoes", "p50 ms", "p99 ms", "max ms", "overslept", "API ms", "offline", "host MiB", "node MiB", "disk MiB")
 
 
 class Measured:
@@ -74,6 +79,34 @@ class Measured:
         self._sock.close()
 
 
+class Asked:
+    """A thread that lists the nodes again and again: the longest that took, and how often one was offline."""
+
+    def __init__(self, cluster: Cluster) -> None:
+        self.longest = 0.0
+        self.offline = 0
+        self._cluster = cluster
+        self._ending = threading.Event()
+        self._thread = threading.Thread(target=self._run)
+        self._thread.start()
+
+    def _run(self) -> None:
+        while not self._ending.wait(0.2):
+            start = time.perf_counter()
+            _, nodes = self._cluster.call("GET", "/api/nodes")
+            self.longest = max(self.longest, (time.perf_counter() - start) * 1e3)
+            self.offline += any(node["status"] != "online" for node in nodes)
+
+    def end(self) -> None:
+        self._ending.set()
+        self._thread.join()
+
+
+def on_disk(directory: Path) -> int:
+    """Bytes of all files below it."""
+    return sum(path.stat().st_size for path in directory.rglob("*") if path.is_file())
+
+
 def memory(program: Program, field: str) -> int:
     """Bytes of resident memory: now (`VmRSS`) or at most (`VmHWM`)."""
     found = re.search(rf"{field}:\s+(\d+) kB", Path(f"/proc/{program.pid}/status").read_text())
@@ -81,12 +114,14 @@ def memory(program: Program, field: str) -> int:
     return int(found[1]) * 1024
 
 
-def measure(port: int, programs: list[Program], attack: AbstractContextManager[None]) -> dict[str, float]:
-    """Echo times in milliseconds, and how many MiB host and runner had more at most."""
+def measure(port: int, cluster: Cluster, attack: AbstractContextManager[None]) -> dict[str, float]:
+    """Echo times and the longest request in milliseconds, and how many MiB host and runner had more at most."""
+    programs = [cluster.host, cluster.runners["n1"]]
     for program in programs:
         Path(f"/proc/{program.pid}/clear_refs").write_text("5")  # forget the maximum
     before = [memory(program, "VmRSS") for program in programs]
-    measured = Measured(port)
+    written = on_disk(cluster.directory)
+    measured, asked = Measured(port), Asked(cluster)
     try:
         with attack:
             seen = len(measured.took)
@@ -94,6 +129,7 @@ def measure(port: int, programs: list[Program], attack: AbstractContextManager[N
                 time.sleep(0.05)
     finally:
         measured.end()
+        asked.end()
     grown = [memory(program, "VmHWM") - at_first for program, at_first in zip(programs, before, strict=True)]
     took = sorted(measured.took)
     return {
@@ -102,8 +138,11 @@ def measure(port: int, programs: list[Program], attack: AbstractContextManager[N
         "p99_ms": took[int(len(took) * 0.99)],
         "max_ms": took[-1],
         "overslept_ms": measured.overslept,
+        "api_max_ms": asked.longest,
+        "offline": asked.offline,
         "host_mib": grown[0] / 2**20,
         "runner_mib": grown[1] / 2**20,
+        "disk_mib": (on_disk(cluster.directory) - written) / 2**20,
     }
 
 
@@ -138,24 +177,36 @@ def forwarded(cluster: Cluster) -> Iterator[int]:
 
 
 def attacks(target: Target, only: list[str]) -> dict[str, Callable[[], AbstractContextManager[None]]]:
-    named = {name: partial(attacked, name, target) for name in ATTACKS if not only or name in only}
+    named = {name: partial(attacked, name, target) for name in EVERY_ATTACK if not only or name in only}
     return {"none": quiet, "busy": busy, **named}
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
-    parser.add_argument("--only", nargs="*", choices=ATTACKS, default=[])
+    parser.add_argument("--only", nargs="*", choices=EVERY_ATTACK, default=[])
     parser.add_argument("--output", type=Path, help="a directory for hostile.json")
     options = parser.parse_args()
     raise_file_limit()
     results: dict[str, dict[str, float]] = {}
-    row = "{:<24}" + "{:>12}" * 7
-    print(row.format("attack", "echoes", "p50 ms", "p99 ms", "max ms", "overslept", "host MiB", "runner MiB"))
+    row = "{:<24}" + "{:>10}" * 10
+    heads = (
+        "echoes",
+        "p50 ms",
+        "p99 ms",
+        "max ms",
+        "overslept",
+        "API max",
+        "offline",
+        "host MiB",
+        "node MiB",
+        "disk MiB",
+    )
+    print(row.format("attack", *heads))
     with tempfile.TemporaryDirectory(prefix="kohakuriver-hostile-") as directory, a_cluster(Path(directory)) as cluster:
-        runner = cluster.start_runner("n1", "--backend", "process")
+        cluster.start_runner("n1", "--backend", "process")
         with attackers_own(cluster, "n1") as target, forwarded(cluster) as port:
             for name, attack in attacks(target, options.only).items():
-                seen = results[name] = measure(port, [cluster.host, runner], attack())
+                seen = results[name] = measure(port, cluster, attack())
                 print(row.format(name, int(seen["echoes"]), *(f"{value:.1f}" for value in list(seen.values())[1:])))
     if options.output:
         options.output.mkdir(parents=True, exist_ok=True)

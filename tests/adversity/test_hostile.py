@@ -16,7 +16,9 @@ from pathlib import Path
 
 import pytest
 
-from tests.support.peers.hostile import ATTACKS, Target, attacked, attackers_own, process_task, raise_file_limit
+from tests.support.peers.attackers import attacked, attackers_own, process_task
+from tests.support.peers.hostile import ATTACKS
+from tests.support.peers.wire import Target, raise_file_limit
 from tests.support.processes import Cluster, Program, a_cluster
 from tests.support.services import echo
 

@@ -13,7 +13,8 @@ from collections.abc import Callable, Iterator
 import pytest
 
 from kohakuriver.tunnel.protocol import DATA, PING, PONG
-from tests.support.peers.hostile import (
+from tests.support.peers.attackers import attackers_own
+from tests.support.peers.wire import (
     BINARY,
     CLOSE,
     CONTINUATION,
@@ -22,7 +23,6 @@ from tests.support.peers.hostile import (
     WS_PONG,
     Target,
     Wire,
-    attackers_own,
     frame,
     session,
     tunnel,

@@ -1,188 +1,33 @@
-"""Attacks: what a peer may send that means no good, and a raw WebSocket to send it over.
+"""Attacks that break the protocol, or use it up: what one peer may send that means no good.
 
-Each attack is one peer with credentials of its own, or with none. `python -m tests.support.peers.hostile NAME TARGET`
-runs one by itself (`TARGET` is a Target as JSON): it prints `under way` once all of it is with the other side, and then
-holds what it opened until its stdin ends.
+Each is a function that yields once, when all of it is with the other side, and then lets go of what it opened. They run
+as tests/support/peers/attackers.py says.
 """
 
 from __future__ import annotations
 
-import base64
 import contextlib
 import itertools
-import json
-import os
 import random
-import resource
-import signal
 import socket
-import subprocess
-import sys
-import threading
-from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass
-from typing import TypeAlias
+from collections.abc import Iterator
 
-from kohakuriver._frame import build_frame, mask
-from kohakuriver.runner.services.state import State
-from kohakuriver.tunnel.protocol import CONNECT, DATA, PING, TUNNEL_V2
-from tests.support.hops import ROOT
-from tests.support.processes import Cluster, eventually
-from tests.support.services import echo, port_in
-
-PATIENCE = 30.0
-KEY = base64.b64encode(bytes(16)).decode()
-
-CONTINUATION, TEXT, BINARY, CLOSE, WS_PING, WS_PONG = 0x0, 0x1, 0x2, 0x8, 0x9, 0xA
-
-
-@dataclass(frozen=True)
-class Target:
-    """Where an attack goes. The task and its container are the attacker's own, and so are the credentials."""
-
-    host_port: int
-    runner_port: int
-    token: str
-    task: str
-    container: str
-    tunnel_token: str
-    service_port: int
-
-    def to_json(self) -> str:
-        return json.dumps(asdict(self))
-
-
-def frame(
-    opcode: int, payload: bytes = b"", *, fin: bool = True, reserved: int = 0, masked: bool = True, size: int = 0
-) -> bytes:
-    """A frame as wrong as it is asked for. `size`: how many bytes state its length (0, 2 or 8), at least."""
-    length = len(payload)
-    head = bytearray([(0x80 if fin else 0) | reserved << 4 | opcode])
-    flag = 0x80 if masked else 0
-    if length < 126 and not size:
-        head.append(flag | length)
-    elif length < 1 << 16 and size < 8:
-        head += bytes([flag | 126]) + length.to_bytes(2, "big")
-    else:
-        head += bytes([flag | 127]) + length.to_bytes(8, "big")
-    if not masked:
-        return bytes(head) + payload
-    key = 0x37FA213D
-    body = bytearray(payload)
-    mask(body, 0, length, key)
-    return bytes(head) + key.to_bytes(4, "big") + bytes(body)
-
-
-def handshake(path: str, token: str | None, *, v2: bool = True, more: str = "") -> bytes:
-    """The request that opens a WebSocket."""
-    lines = [f"GET {path} HTTP/1.1", "Host: 127.0.0.1", "Upgrade: websocket", "Connection: Upgrade"]
-    lines += [f"Sec-WebSocket-Key: {KEY}", "Sec-WebSocket-Version: 13"]
-    lines += [f"Authorization: Bearer {token}"] if token else []
-    lines += [f"Sec-WebSocket-Protocol: {TUNNEL_V2}"] if v2 else []
-    return ("\r\n".join(lines) + "\r\n" + more + "\r\n").encode()
-
-
-Frame: TypeAlias = tuple[int, bytes]
-"""The first byte (FIN, RSV, opcode) and the payload."""
-
-
-class Wire:
-    """A WebSocket of which every byte is ours to choose. `status` is that of the answer to its handshake."""
-
-    def __init__(self, port: int, path: str, token: str | None, *, v2: bool = True, more: str = "") -> None:
-        self.sock = socket.create_connection(("127.0.0.1", port), timeout=PATIENCE)
-        self.sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        self._received = b""
-        self.sock.sendall(handshake(path, token, v2=v2, more=more))
-        while b"\r\n\r\n" not in self._received:
-            self._more()
-        self.head, _, self._received = self._received.partition(b"\r\n\r\n")
-        self.status = int(self.head.split()[1])
-
-    def __enter__(self) -> Wire:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.sock.close()
-
-    def _more(self) -> None:
-        data = self.sock.recv(1 << 16)
-        if not data:
-            raise EOFError("the other side has closed")
-        self._received += data
-
-    def _take(self, size: int) -> bytes:
-        while len(self._received) < size:
-            self._more()
-        data, self._received = self._received[:size], self._received[size:]
-        return data
-
-    def send(self, *data: bytes) -> None:
-        self.sock.sendall(b"".join(data))
-
-    def receive(self) -> Frame:
-        """The next frame of the server. EOFError at the end of the connection."""
-        first, second = self._take(2)
-        assert not second & 0x80, "a server does not mask"
-        length = second & 0x7F
-        if length >= 126:
-            length = int.from_bytes(self._take(2 if length == 126 else 8), "big")
-        return first, self._take(length)
-
-    def close_code(self) -> int:
-        """The code of the close frame that comes, after whatever else does; 1005 for an empty one, 1006 for none."""
-        try:
-            while True:
-                first, payload = self.receive()
-                if first & 0x0F == CLOSE:
-                    return int.from_bytes(payload[:2], "big") if payload else 1005
-        except (EOFError, ConnectionError):
-            return 1006
-
-    def ended(self) -> bool:
-        """Wait for the end of the TCP connection; what still comes must be nothing."""
-        with contextlib.suppress(ConnectionError):
-            return not self._received and self.sock.recv(1) == b""
-        return True
-
-    def drain(self) -> None:
-        """Read and forget what comes, on a thread of its own, until the end."""
-
-        def run() -> None:
-            with contextlib.suppress(OSError):
-                while self.sock.recv(1 << 20):
-                    pass
-
-        self.sock.settimeout(None)
-        threading.Thread(target=run, daemon=True).start()
-
-
-def session(target: Target, *, v2: bool = True) -> Wire:
-    """A forward session of the attacker, through the host, past its greeting."""
-    wire = Wire(target.host_port, f"/ws/forward/{target.task}/{target.service_port}", target.token, v2=v2)
-    assert wire.status == 101, wire.head
-    assert wire.receive() == (0x81, b"CONNECTED")
-    return wire
-
-
-def tunnel(target: Target) -> Wire:
-    """The attacker's container's tunnel, in place of the one that its tunnel client had."""
-    wire = Wire(target.runner_port, f"/ws/tunnel/{target.container}", target.tunnel_token)
-    assert wire.status == 101, wire.head
-    return wire
-
-
-# ---- attacks: each yields once, when all of it is under way ----------------------------------------------------------
-
-
-def raise_file_limit() -> int:
-    """Let this process, and those that it starts, open as many files as they may; how many that is."""
-    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
-    return hard
-
-
-Attack: TypeAlias = Callable[[Target], Iterator[None]]
+from kohakuriver._frame import build_frame
+from kohakuriver.tunnel.protocol import CONNECT, DATA, PING
+from tests.support.peers.wire import (
+    BINARY,
+    CONTINUATION,
+    PATIENCE,
+    WS_PING,
+    Attack,
+    Target,
+    Wire,
+    frame,
+    handshake,
+    raise_file_limit,
+    session,
+    tunnel,
+)
 
 
 def slowloris(target: Target) -> Iterator[None]:
@@ -336,61 +181,3 @@ ATTACKS: dict[str, Attack] = {
         fragmented_control,
     )
 }
-
-
-# ---- who is attacked, by whom ----------------------------------------------------------------------------------------
-
-# A task that does nothing, and prints the process id of its tunnel client where others print their port.
-QUIET = "import os, signal; print('port', os.getppid(), flush=True); signal.pause()"
-
-
-def process_task(cluster: Cluster, *command: str) -> tuple[str, str, int]:
-    """A process task that is connected: its id, its container, and the port that it printed."""
-    task = cluster.create(*command, backend="process")
-    cluster.connected(task["task_id"])
-    return str(task["task_id"]), task["container"], eventually(lambda: port_in(cluster.log_of(task)))
-
-
-@contextlib.contextmanager
-def attackers_own(cluster: Cluster, node: str) -> Iterator[Target]:
-    """What the attacker has: a task with a service, and a container whose tunnel it can speak on."""
-    task, _, port = process_task(cluster, *echo())
-    _, container, tunnel_client = process_task(cluster, sys.executable, "-c", QUIET)
-    os.kill(tunnel_client, signal.SIGSTOP)  # so that it does not come back when the attacker takes its place
-    yield Target(
-        host_port=int(cluster.url.rpartition(":")[2]),
-        runner_port=int(cluster.runners[node].ready["url"].rpartition(":")[2]),
-        token=cluster.token,
-        task=task,
-        container=container,
-        tunnel_token=State(cluster.state_of(node)).tunnel_token(container),
-        service_port=port,
-    )
-    os.kill(tunnel_client, signal.SIGCONT)
-
-
-def main() -> None:
-    name, target = sys.argv[1:]
-    for _ in ATTACKS[name](Target(**json.loads(target))):
-        print("under way", flush=True)
-        sys.stdin.read()
-
-
-@contextlib.contextmanager
-def attacked(name: str, target: Target) -> Iterator[None]:
-    """Run an attack in a process of its own; inside the `with` it is under way, and all it sent has been taken."""
-    argv = [sys.executable, "-m", "tests.support.peers.hostile", name, target.to_json()]
-    with subprocess.Popen(argv, cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
-        assert process.stdout is not None
-        assert process.stdin is not None
-        try:
-            assert process.stdout.readline() == "under way\n", f"{name} ended early: {process.wait()}"
-            yield
-            process.stdin.close()
-            assert process.wait(PATIENCE) == 0
-        finally:
-            process.kill()
-
-
-if __name__ == "__main__":
-    main()
