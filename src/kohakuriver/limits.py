@@ -41,6 +41,8 @@ class Limits:
     """Seconds that a peer has for its TLS handshake, and again to send a whole HTTP request."""
     max_waiting: int = 1000
     """Connections of strangers that have no request under way; when one more comes, the oldest goes."""
+    max_handshakes: float = 5.0
+    """SSH handshakes a second that one address may begin at the jump host; five times as many all together."""
     max_audit: int = 256 << 20
     """Bytes of the host's audit log, its rotated files included."""
     idle_timeout: float = 0.0
@@ -58,6 +60,7 @@ _BOUNDS: dict[str, tuple[float, float]] = {
     "max_bodies": (1 << 20, 1 << 40),
     "handshake_timeout": (0.1, 600),
     "max_waiting": (16, 1 << 20),
+    "max_handshakes": (0.1, 10_000),
     "max_audit": (1 << 20, 1 << 40),
     "idle_timeout": (0.1, LONGEST),
 }

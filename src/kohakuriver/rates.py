@@ -31,6 +31,14 @@ class TokenBucket:
         self._left -= 1
         return True
 
+    def reserve(self, now: float, patience: float) -> float | None:
+        """Take one unit, which is there after so many seconds. None takes nothing: that would be over `patience`."""
+        wait = self.take(1, now)
+        if wait > patience:
+            self._left += 1
+            return None
+        return wait
+
     def _fill(self, now: float) -> None:
         self._left = min(self._burst, self._left + (now - self._when) * self._rate)
         self._when = now

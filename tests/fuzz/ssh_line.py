@@ -25,7 +25,7 @@ from structlog.testing import capture_logs
 
 from kohakuriver import runtime as loops
 from kohakuriver.session.carried import Route
-from kohakuriver.ssh_proxy import SshProxy
+from kohakuriver.ssh_proxy.server import SshProxy
 from tests.fuzz.handshake import naming, pieces, write
 from tests.fuzz.mutation import fuzz, mutate
 from tests.support.hops import CONTAINER, Chain, chain, echo, service, until

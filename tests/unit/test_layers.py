@@ -62,7 +62,7 @@ STARTED_BY_CLI = {"kohakuriver.host", "kohakuriver.runner"}
 ONLY_IN = {
     "aiodocker": {"runner"},
     "asyncssh": {"ssh_proxy"},
-    "cryptography": {"cli", "runner", "tls"},
+    "cryptography": {"cli", "runner", "ssh_proxy", "tls"},
     "fastapi": {"web", "host", "runner"},
     "sqlalchemy": {"store"},
     "starlette": {"web", "host", "runner"},

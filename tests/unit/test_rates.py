@@ -22,3 +22,9 @@ def test_a_bucket_that_was_overdrawn_says_how_long_to_wait() -> None:
     assert bucket.take(200, 0.0) == pytest.approx(2.0)
     assert bucket.take(0, 1.5) == pytest.approx(0.5)
     assert bucket.take(0, 2.0) == pytest.approx(0.0)
+
+
+def test_a_reservation_that_would_have_to_wait_too_long_takes_nothing() -> None:
+    bucket = TokenBucket(rate=10, burst=2, now=0.0)
+    assert [bucket.reserve(0.0, 0.1) for _ in range(4)] == [0, 0, pytest.approx(0.1), None]
+    assert bucket.reserve(0.1, 0.1) == pytest.approx(0.1)

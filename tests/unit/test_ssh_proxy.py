@@ -5,6 +5,8 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
+import os
+import signal
 import socket
 from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine
 from pathlib import Path
@@ -18,9 +20,12 @@ from kohakuriver.errors import NotFoundError, UnauthenticatedError
 from kohakuriver.host.services.credentials import Caller
 from kohakuriver.limits import LEAST_RATE, Limits
 from kohakuriver.session.carried import Route
-from kohakuriver.ssh_proxy import SshProxy, server
-from kohakuriver.ssh_proxy.jump import MAX_TRIES, Reach
+from kohakuriver.ssh_proxy import jump, server
+from kohakuriver.ssh_proxy.jump import Reach
+from kohakuriver.ssh_proxy.jump_process import MAX_TRIES
+from kohakuriver.ssh_proxy.server import SshProxy
 from kohakuriver.ssh_proxy.session import PacedConnection, TaskConnection
+from kohakuriver.ssh_proxy.turnstile import Turnstile
 from kohakuriver.store import Task
 from kohakuriver.tunnel.stream import SendWindow
 from tests.support.hops import CLIENTS, CONTAINER, Chain, chain, echo, service, until
@@ -161,14 +166,14 @@ async def a_task_server(directory: Path) -> AsyncIterator[int]:
 def test_the_jump_host_offers_the_algorithms_of_a_tasks_ssh_server_and_no_others(run: Run, tmp_path: Path) -> None:
     async def check() -> None:
         async with a_proxy(tmp_path) as proxy, a_task_server(tmp_path) as port:
-            exchanges, *jump = await offered(proxy.port)
+            exchanges, *rest = await offered(proxy.port)
             task_exchanges, *task = await offered(port)
             known = {name.decode() for name in get_kex_algs()} | {"kex-strict-s-v00@openssh.com"}
             # That it tells which signatures it takes is the one thing that it says beside.
             assert [name for name in exchanges if name != "ext-info-s"] == [
                 name for name in task_exchanges if name in known
             ]
-            assert jump == task
+            assert rest == task
 
     run(check())
 
@@ -417,7 +422,7 @@ def test_a_jump_hosts_user_who_goes_while_a_channel_is_opened_leaves_no_session(
                 connection.abort()
                 with pytest.raises(asyncssh.ChannelOpenError):
                     await opening
-            await until(lambda: not proxy.proxy._jump_host._connections)
+            await until(lambda: not proxy.proxy._jump_host.visits)
             go_on.set()
             await opened.wait()
             await until(lambda: not proxy.hops.server.hub.sessions)
@@ -471,6 +476,151 @@ def test_the_jump_host_lets_nobody_try_key_after_key(run: Run, tmp_path: Path) -
                 async with proxy.jump(client_keys=[key] * 100):
                     pass
             assert len(tried) == MAX_TRIES
+
+    run(check())
+
+
+def test_keys_that_are_tried_have_a_rate(run: Run, tmp_path: Path) -> None:
+    tried: list[str] = []
+
+    async def check() -> None:
+        async with a_proxy(tmp_path) as proxy:
+
+            async def no_holder(key: str) -> None:
+                tried.append(key)
+
+            proxy.proxy._jump_host.keyholders = no_holder
+            proxy.proxy._jump_host._tries = Turnstile(0.001, 0)
+            key = asyncssh.generate_private_key("ecdsa-sha2-nistp256")
+            with pytest.raises(asyncssh.PermissionDenied):
+                async with proxy.jump(client_keys=[key] * 5):
+                    pass
+            assert len(tried) == 1
+
+    run(check())
+
+
+def test_who_is_unknown_has_the_host_look_up_no_more_than_who_is_known(run: Run, tmp_path: Path) -> None:
+    mine, other = (asyncssh.generate_private_key("ssh-ed25519") for _ in range(2))
+    public = " ".join(mine.export_public_key().decode().split()[:2])
+    looked_up: list[str] = []
+
+    async def check() -> None:
+        async with a_proxy(tmp_path) as proxy:
+            proxy.holders[public] = {"task"}
+            keyholder = proxy.proxy._jump_host.keyholders
+
+            async def look_up(key: str) -> Reach | None:
+                looked_up.append(key)
+                return await keyholder(key)
+
+            proxy.proxy._jump_host.keyholders = look_up
+            async with proxy.jump(client_keys=[mine]):
+                known = len(looked_up)
+            for name in ("me", "nobody"):
+                with pytest.raises(asyncssh.PermissionDenied):
+                    async with proxy.jump(client_keys=[other], username=name):
+                        pass
+            assert 0 < len(looked_up) - known <= 2 * known
+
+    run(check())
+
+
+def test_while_the_jump_hosts_process_stands_still_a_relay_goes_on(run: Run, tmp_path: Path) -> None:
+    async def check() -> None:
+        async with a_proxy(tmp_path) as proxy, connected(proxy, "request") as (reader, writer):
+            async with proxy.jump(password=TOKEN):
+                process = proxy.proxy._jump_host._process._process
+                assert process is not None
+                os.kill(process.pid, signal.SIGSTOP)
+                try:
+                    strangers = [await proxy.request(b"SSH-2.0-stranger\r\n") for _ in range(20)]
+                    data = bytes(1_000_000)
+                    writer.write(data)
+                    assert await reader.readexactly(len(data)) == data
+                    for _, stranger in strangers:
+                        stranger.close()
+                finally:
+                    os.kill(process.pid, signal.SIGCONT)
+
+    run(check())
+
+
+def test_the_jump_hosts_process_is_told_none_of_the_hosts_settings(
+    run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("KOHAKURIVER_TOKEN", "a secret")
+
+    async def check() -> None:
+        async with a_proxy(tmp_path) as proxy, proxy.jump(password=TOKEN):
+            process = proxy.proxy._jump_host._process._process
+            assert process is not None
+            assert b"a secret" not in Path(f"/proc/{process.pid}/environ").read_bytes()
+
+    run(check())
+
+
+def test_a_jump_hosts_process_that_was_killed_takes_its_connections_along_and_is_started_again(
+    run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(jump, "RESTART_SECONDS", 0)
+
+    async def check() -> None:
+        async with a_proxy(tmp_path) as proxy:
+            async with proxy.jump(password=TOKEN) as connection:
+                reader, _ = await connection.open_connection("task", 22)
+                process = proxy.proxy._jump_host._process._process
+                assert process is not None
+                process.kill()
+                with contextlib.suppress(asyncssh.ConnectionLost):
+                    assert await reader.read() == b""
+            await proxy.hops.at_rest()
+            async with connected(proxy, "jump") as (reader, writer):
+                writer.write(b"hello")
+                assert await reader.readexactly(5) == b"hello"
+
+    run(check())
+
+
+def test_handshakes_of_one_address_have_a_rate_and_request_lines_do_not_wait_for_it(run: Run, tmp_path: Path) -> None:
+    async def check() -> None:
+        async with a_proxy(tmp_path, limits=Limits(max_handshakes=0.1, handshake_timeout=5)) as proxy:
+            first, _ = strangers = await proxy.request(b"SSH-2.0-stranger\r\n")
+            assert (await first.readline()).startswith(b"SSH-2.0-")
+            refused, more = await proxy.request(b"SSH-2.0-stranger\r\n")
+            assert await refused.read() == b"Too many connections came at once; try again in a few seconds.\r\n"
+            async with connected(proxy, "request") as (reader, writer):
+                writer.write(b"hello")
+                assert await reader.readexactly(5) == b"hello"
+            for writer in (strangers[1], more):
+                writer.close()
+
+    run(check())
+
+
+def test_of_those_who_are_at_their_login_one_address_evicts_only_its_own(
+    run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(jump, "MOST_STRANGERS_OF_SOURCE", 3)
+
+    async def stranger(proxy: Proxy, address: str) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
+        reader, writer = await asyncio.open_connection("127.0.0.1", proxy.port, local_addr=(address, 0))
+        writer.write(b"SSH-2.0-stranger\r\n")
+        assert (await reader.readline()).startswith(b"SSH-2.0-")
+        return reader, writer
+
+    async def check() -> None:
+        async with a_proxy(tmp_path) as proxy:
+            quiet = await stranger(proxy, "127.0.0.2")
+            loud = [await stranger(proxy, "127.0.0.1") for _ in range(6)]
+            for reader, _ in loud[:3]:
+                with contextlib.suppress(ConnectionError):
+                    await reader.read()  # to its end
+            assert len(proxy.proxy._jump_host._strangers) == 4
+            quiet[1].write(b"\0" * 16)
+            assert not quiet[0].at_eof()
+            for _, writer in [quiet, *loud]:
+                writer.close()
 
     run(check())
 

@@ -26,7 +26,7 @@ from kohakuriver.host.services.terminal_proxy import TerminalProxy
 from kohakuriver.host.services.tunnel_proxy import TunnelProxy
 from kohakuriver.limits import Limits, from_environment
 from kohakuriver.runtime import raise_file_limit
-from kohakuriver.ssh_proxy import SshProxy
+from kohakuriver.ssh_proxy.server import SshProxy
 from kohakuriver.store import Accounts, Store, sqlite_url
 from kohakuriver.tls import ServerCertificate, client_context
 from kohakuriver.tunnel.accept import serve_ws

@@ -1,7 +1,4 @@
-"""The SSH proxy: one TCP port of the host that leads to the SSH servers of its tasks (docs/protocol.md §7)."""
+"""The SSH proxy: one TCP port of the host that leads to the SSH servers of its tasks (docs/protocol.md §7).
 
-from __future__ import annotations
-
-from kohakuriver.ssh_proxy.server import SshProxy
-
-__all__ = ["SshProxy"]
+It has two programs' parts: `jump_process` runs by itself, and what it imports makes its start slow; so nothing is here.
+"""

@@ -1,51 +1,49 @@
 """An SSH jump host for people without our program: ``ssh -J host:8002 root@<task>`` (docs/protocol.md §7).
 
-It opens connections to tasks and does nothing else: no shell, no forwarding of any other kind.
+SSH itself is spoken by a process of its own (`jump_process`), so no stranger's cryptography shares an event loop with
+what users send. That process knows no rights and reaches no task: it asks here, and is given sockets.
 """
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
-import logging
+import os
 import socket
+import subprocess
+import sys
 from collections.abc import Awaitable, Callable
 from pathlib import Path
-from typing import Any
 
-import asyncssh
 import structlog
-from asyncssh.kex import get_kex_algs
+from cryptography.hazmat.primitives import serialization
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
-from kohakuriver.asking import Asker, asking, peer_name
+from kohakuriver.asking import Asker, asking
 from kohakuriver.config import write_private
-from kohakuriver.errors import KohakuRiverError, UnavailableError
+from kohakuriver.errors import KohakuRiverError, UnauthenticatedError, UnavailableError
+from kohakuriver.runtime import cancel_all
 from kohakuriver.session.carried import Route
-from kohakuriver.ssh_proxy.session import Connector, TaskConnection
-from kohakuriver.tunnel.tcp import TcpStream
+from kohakuriver.ssh_proxy.control import Control, Message, pair
+from kohakuriver.ssh_proxy.session import Connector
+from kohakuriver.ssh_proxy.turnstile import Turnstile
+from kohakuriver.web.waiting_room import WaitingRoom
 
-__all__ = ["JumpHost", "Keyholders"]
+__all__ = ["JumpHost", "Keyholders", "Reach"]
 
 log = structlog.get_logger("kohakuriver.ssh_proxy")
 
-MAX_TRIES = 30
-KEEPALIVE_SECONDS = 30
+MOST_STRANGERS = 128
+"""Connections that have not logged in; when there is one more, the oldest is evicted."""
+MOST_STRANGERS_OF_SOURCE = 32
+TRIES = 6
+"""Keys and tokens that may be tried for each connection that may be made, in a second."""
+LONGEST_GREETING = 64 * 1024
+END_SECONDS = 2.0
+RESTART_SECONDS = 1.0
 
-# What `tunnel-sshd` takes too: no client that can talk to a task is refused here, and nothing older is offered.
-KEY_EXCHANGES = ["mlkem768x25519-sha256", "curve25519-sha256", "curve25519-sha256@libssh.org"]
-CIPHERS = ["aes256-gcm@openssh.com", "aes128-gcm@openssh.com", "chacha20-poly1305@openssh.com"]
-MACS = ["hmac-sha2-256-etm@openssh.com"]
-USER_KEYS = [
-    "ssh-ed25519",
-    "sk-ssh-ed25519@openssh.com",
-    "ecdsa-sha2-nistp256",
-    "ecdsa-sha2-nistp384",
-    "sk-ecdsa-sha2-nistp256@openssh.com",
-    "rsa-sha2-512",
-    "rsa-sha2-256",
-]
-
-NO_SHELL = "this is only a jump host: use `ssh -J` with it, and a task's name as the destination"
+UNKNOWN = UnauthenticatedError("Nobody is let in by that.")
+GONE = UnavailableError("The SSH connection has ended.")
 
 Reach = Callable[[str, "int | None"], Awaitable[Route]]
 """A task's id or name, and a port or None for its SSH server → where that is, for one user. Raises KohakuRiverError."""
@@ -54,8 +52,32 @@ Keyholders = Callable[[str], Awaitable["Reach | None"]]
 """A public key (type and base64) → what its holder may reach, None for an unknown key."""
 
 
+class Visit:
+    """One connection to the jump host: who it is, and what it may reach."""
+
+    def __init__(self, name: str, on_login: Callable[[], None]) -> None:
+        self.name = name
+        self.source = Asker(name).origin
+        self.shown: Reach | None = None  # by the credential that was asked about last, which may not be proven yet
+        self.reach: Reach | None = None
+        self.on_login = on_login
+        self.over: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+
+    def end(self) -> None:
+        """The connection is over."""
+        if not self.over.done():
+            self.over.set_result(None)
+
+
 class JumpHost:
-    """The part of the SSH proxy that is an SSH server; `serve` takes its connections one by one."""
+    """The part of the SSH proxy that is an SSH server; `serve` takes its connections one by one.
+
+    Args:
+        host_key: the file with its own key, made if need be.
+        authorize, keyholders, check_user, connector: as for `SshProxy`.
+        login_seconds: how long a login may take.
+        handshakes: how many connections a second one source may make.
+    """
 
     def __init__(
         self,
@@ -66,199 +88,218 @@ class JumpHost:
         check_user: Callable[[str], Awaitable[object]],
         connector: Connector,
         login_seconds: float,
+        handshakes: float,
     ) -> None:
-        self.authorize = authorize
-        self.connector = connector
-        self._login_seconds = login_seconds
+        _check_or_make(host_key)
         self.keyholders = keyholders
-        self.check_user = check_user
-        self._host_key = _load_or_make(host_key)
-        self._connections: set[asyncssh.SSHServerConnection] = set()
-        # What strangers send to an open port is no news; what we refuse is told by our own log.
-        logging.getLogger("asyncssh").setLevel(logging.CRITICAL)
+        self._host_key = host_key
+        self._authorize = authorize
+        self._check_user = check_user
+        self._connector = connector
+        self._login_seconds = login_seconds
+        self._handshakes = Turnstile(handshakes, login_seconds / 3)
+        self._tries = Turnstile(handshakes * TRIES, login_seconds)
+        self._strangers = WaitingRoom(MOST_STRANGERS, MOST_STRANGERS_OF_SOURCE)
+        self._process = _Process(self)
+        self._answering: set[asyncio.Task[None]] = set()
+        self._last = 0
+        self.visits: dict[int, Visit] = {}
 
-    async def serve(self, peer: socket.socket, *, on_login: Callable[[], None]) -> None:
-        """Be the SSH server of one connected socket, until it closes; `on_login` is called once a user is known."""
+    async def serve(self, peer: socket.socket, name: str, *, on_turn: Callable[[], None]) -> None:
+        """Have one connected socket served until it closes. `on_turn` is called once the handshake may begin.
+
+        Takes the socket over. `name` is the peer's, as address and port.
+        """
+        task = asyncio.current_task()
+        assert task is not None
+        visit = Visit(name, lambda: self._strangers.leave(task))
+        self._last += 1
+        number = self._last
         try:
-            connection = await asyncssh.run_server(
-                peer,
-                server_factory=lambda: _Login(self),
-                server_host_keys=[self._host_key],
-                login_timeout=self._login_seconds,
-                keepalive_interval=KEEPALIVE_SECONDS,
-                kex_algs=_known_exchanges(),
-                encryption_algs=CIPHERS,
-                mac_algs=MACS,
-                signature_algs=USER_KEYS,
-                compression_algs=["none"],
-                kbdint_auth=False,
-                gss_host=None,
-                allow_pty=False,
-                agent_forwarding=False,
-            )
-        except (asyncssh.Error, OSError, ValueError) as error:
-            # The last is what the library's parsers raise for bytes that are no SSH: a stranger's, and no news either.
-            log.debug("no SSH login", reason=str(error))
-            return
-        except KohakuRiverError as error:
-            log.warning("an SSH login could not be judged", reason=error.message)
-            return
-        on_login()
-        self._connections.add(connection)
-        try:
-            await connection.wait_closed()
+            with peer:
+                await self._turn(peer, visit)
+                on_turn()
+                self._strangers.enter(task, task.cancel, visit.source)
+                control = await self._process.control()
+                self.visits[number] = visit
+                control.send({"peer": number}, peer.dup())
+            try:
+                await visit.over
+            finally:
+                control.send({"drop": number})
+        except UnavailableError as error:
+            log.debug("no SSH login", peer=name, reason=error.message)
         finally:
-            self._connections.discard(connection)
+            visit.end()
+            self.visits.pop(number, None)
+            self._strangers.leave(task)
+
+    async def _turn(self, peer: socket.socket, visit: Visit) -> None:
+        """Wait until a handshake may begin. Raises UnavailableError, and has told the peer, where it may not."""
+        try:
+            await self._handshakes.turn(visit.source)
+        except UnavailableError as error:
+            with contextlib.suppress(OSError):
+                # A server may say something before its version line (RFC 4253 §4.2). What nobody has read would have
+                # the system throw it away.
+                peer.recv(LONGEST_GREETING)
+                peer.send(f"{error.message}\r\n".encode())
+            raise
 
     async def close(self) -> None:
-        """End every connection."""
-        for connection in list(self._connections):
-            connection.abort()
+        """End every connection, and the process."""
+        await cancel_all(self._answering)
+        await self._process.close()
+
+    # -- what the process says ---------------------------------------------------------------------------------
+
+    def received(self, control: Control, message: Message) -> None:
+        """A message of the process."""
+        visit = self.visits.get(message["of"])
+        if visit is None:  # it was dropped meanwhile
+            return
+        if "over" in message:
+            visit.end()
+        elif "in" in message:
+            visit.reach = visit.shown
+            visit.on_login()
+        else:
+            answering = asyncio.get_running_loop().create_task(self._answer(control, visit, message))
+            self._answering.add(answering)
+            answering.add_done_callback(self._answering.discard)
+
+    def lost(self) -> None:
+        """The process has ended."""
+        for visit in self.visits.values():
+            visit.end()
+
+    async def _answer(self, control: Control, visit: Visit, message: Message) -> None:
+        error, sock = None, None
+        try:
+            if "task" in message:
+                sock = await self._connect(visit, message["task"], message["port"])
+            else:
+                await self._tries.turn(visit.source)
+                with asking(Asker(visit.name, "ssh login")):
+                    visit.shown = await self._shown(message)
+        except KohakuRiverError as refusal:
+            error = refusal.message
+        except Exception:
+            log.exception("a question of the jump host could not be answered")
+            error = "The host has a problem; its log says more."
+        control.send({"answer": message["ask"], "error": error}, sock)
+
+    async def _shown(self, message: Message) -> Reach:
+        """What the holder of a credential may reach. Raises KohakuRiverError for one that lets nobody in."""
+        if "key" in message:
+            reach = await self.keyholders(message["key"])
+            if reach is None:
+                raise UNKNOWN
+            return reach
+        token = message["password"]
+        await self._check_user(token)
+        return lambda task, port: self._authorize(token, task, port)
+
+    async def _connect(self, visit: Visit, task: str, port: int) -> socket.socket:
+        """A socket that leads to a port of a task, 22 being where its SSH server is."""
+        try:
+            if visit.reach is None or not 1 <= port <= 65535:
+                raise UnavailableError(f"Port {port} of {task} can't be reached from here.")
+            with asking(Asker(visit.name, f"ssh -J {task}:{port}")):
+                route = await visit.reach(task, None if port == 22 else port)
+            connection = self._connector.connection(route, visit.name)
+            await connection.open()
+            if visit.over.done():
+                connection.abandon()
+                raise GONE
+        except KohakuRiverError as error:
+            log.info("SSH connection refused", task=task, reason=error.message)
+            raise
+        ours, theirs = socket.socketpair()
+        try:
+            await asyncio.get_running_loop().create_unix_connection(lambda: connection.stream, sock=ours)
+        except BaseException:
+            theirs.close()
+            raise
+        return theirs
 
 
-class _Login(asyncssh.SSHServer):
-    """One connection: who it is, and what it may reach."""
+class _Process:
+    """The process that speaks SSH: started when it is needed first, and again where it has ended."""
 
     def __init__(self, host: JumpHost) -> None:
         self._host = host
-        self._peer = "?"
-        self._gone = False
-        self._tries = 0
-        self._shown: Reach | None = None  # by the credential that was shown last, which may not be proven yet
-        self._reach: Reach | None = None
+        self._starting = asyncio.Lock()
+        self._control: Control | None = None
+        self._process: asyncio.subprocess.Process | None = None
+        self._not_before = 0.0
+        self._closed = False
 
-    def connection_made(self, conn: asyncssh.SSHServerConnection) -> None:
-        self._peer = peer_name(conn.get_extra_info("peername"))
+    async def control(self) -> Control:
+        """The connection to it. Raises UnavailableError where it can't be started."""
+        async with self._starting:
+            if self._control is None or self._control.closed:
+                await self._start()
+            assert self._control is not None
+            return self._control
 
-    def connection_lost(self, exc: Exception | None) -> None:
-        self._gone = True
+    async def _start(self) -> None:
+        loop = asyncio.get_running_loop()
+        if self._closed or loop.time() < self._not_before:
+            raise UnavailableError("The jump host's process has ended; try again in a second.")
+        self._not_before = loop.time() + RESTART_SECONDS
+        await self._end()
+        ours, theirs = pair()
+        with theirs:
+            arguments = [str(theirs.fileno()), str(self._host._host_key), str(self._host._login_seconds)]
+            try:
+                self._process = await asyncio.create_subprocess_exec(
+                    *[sys.executable, "-m", "kohakuriver.ssh_proxy.jump_process", *arguments],
+                    pass_fds=[theirs.fileno()],
+                    env=_environment(),
+                    stdin=subprocess.DEVNULL,
+                    stdout=subprocess.DEVNULL,
+                )
+            except OSError as error:
+                ours.close()
+                raise UnavailableError(f"The jump host's process can't be started: {error}.") from error
+        control = Control(ours, lambda message, _: self._host.received(control, message), self._lost)
+        self._control = control
 
-    def begin_auth(self, username: str) -> bool:
-        return True
+    def _lost(self) -> None:
+        if not self._closed:
+            log.error("the jump host's process ended; the next connection starts it again")
+        self._host.lost()
 
-    def auth_completed(self) -> None:
-        self._reach = self._shown
+    async def close(self) -> None:
+        """End it."""
+        self._closed = True
+        await self._end()
 
-    def password_auth_supported(self) -> bool:
-        return True
-
-    def _count_try(self) -> None:
-        self._tries += 1
-        if self._tries > MAX_TRIES:
-            raise asyncssh.DisconnectError(asyncssh.DISC_NO_MORE_AUTH_METHODS_AVAILABLE, "too many tries")
-
-    async def validate_password(self, username: str, password: str) -> bool:
-        self._count_try()
-        with contextlib.suppress(KohakuRiverError), asking(Asker(self._peer, "ssh login")):
-            await self._host.check_user(password)
-            self._shown = lambda task, port: self._host.authorize(password, task, port)
-            return True
-        return False
-
-    def public_key_auth_supported(self) -> bool:
-        return True
-
-    async def validate_public_key(self, username: str, key: asyncssh.SSHKey) -> bool:
-        self._count_try()
-        text = b" ".join(key.export_public_key().split()[:2]).decode()
-        with asking(Asker(self._peer, "ssh login")):
-            self._shown = await self._host.keyholders(text)
-        return self._shown is not None
-
-    def session_requested(self) -> bool:
-        raise asyncssh.ChannelOpenError(asyncssh.OPEN_ADMINISTRATIVELY_PROHIBITED, NO_SHELL)
-
-    def connection_requested(
-        self, dest_host: str, dest_port: int, orig_host: str, orig_port: int
-    ) -> Awaitable[asyncssh.SSHTCPSession[bytes]]:
-        return self._connect(dest_host, dest_port)
-
-    async def _connect(self, task: str, port: int) -> asyncssh.SSHTCPSession[bytes]:
-        try:
-            if self._reach is None or not 1 <= port <= 65535:
-                raise UnavailableError(f"Port {port} of {task} can't be reached from here.")
-            # 22 stands for the task's SSH server, wherever that listens.
-            with asking(Asker(self._peer, f"ssh -J {task}:{port}")):
-                route = await self._reach(task, None if port == 22 else port)
-            connection = self._host.connector.connection(route, self._peer)
-            await connection.open()
-            if self._gone:  # asyncssh drops the channel without a word to anybody
-                connection.abandon()
-                raise UnavailableError("The SSH connection has ended.")
-        except KohakuRiverError as error:
-            log.info("SSH connection refused", task=task, reason=error.message)
-            raise asyncssh.ChannelOpenError(asyncssh.OPEN_CONNECT_FAILED, error.message) from error
-        return _Session(connection)
+    async def _end(self) -> None:
+        if self._control is not None:
+            self._control.close()  # which it takes for its end
+        if self._process is not None:
+            try:
+                await asyncio.wait_for(self._process.wait(), END_SECONDS)
+            except asyncio.TimeoutError:
+                with contextlib.suppress(ProcessLookupError):
+                    self._process.kill()
+                await self._process.wait()
+            self._process = None
 
 
-class _Session(asyncssh.SSHTCPSession[bytes]):
-    """One direct-tcpip channel, as the transport of a stream."""
-
-    def __init__(self, connection: TaskConnection) -> None:
-        self._stream: TcpStream = connection.stream
-
-    def connection_made(self, chan: asyncssh.SSHTCPChannel[bytes]) -> None:
-        self._stream.connection_made(_Channel(chan))
-
-    def data_received(self, data: bytes, datatype: asyncssh.DataType) -> None:
-        self._stream.feed(data)
-
-    def eof_received(self) -> bool:
-        return self._stream.eof_received()
-
-    def pause_writing(self) -> None:
-        self._stream.pause_writing()
-
-    def resume_writing(self) -> None:
-        self._stream.resume_writing()
-
-    def connection_lost(self, exc: Exception | None) -> None:
-        self._stream.connection_lost(exc)
+def _environment() -> dict[str, str]:
+    """What is the host's own, its tokens for one, is none of that process's business."""
+    kept = ("KOHAKURIVER_LOOP",)
+    return {name: value for name, value in os.environ.items() if name in kept or not name.startswith("KOHAKURIVER_")}
 
 
-class _Channel(asyncio.Transport):
-    """An SSH channel with the face of a transport. It shows no socket: that one is every channel's."""
-
-    def __init__(self, channel: asyncssh.SSHTCPChannel[bytes]) -> None:
-        super().__init__()
-        self._channel = channel
-
-    def get_extra_info(self, name: str, default: Any = None) -> Any:
-        return default
-
-    def set_write_buffer_limits(self, high: int | None = None, low: int | None = None) -> None:
-        self._channel.set_write_buffer_limits(high, low)
-
-    def write(self, data: bytes | bytearray | memoryview) -> None:
-        self._channel.write(bytes(data))
-
-    def write_eof(self) -> None:
-        self._channel.write_eof()
-
-    def pause_reading(self) -> None:
-        self._channel.pause_reading()
-
-    def resume_reading(self) -> None:
-        self._channel.resume_reading()
-
-    def is_closing(self) -> bool:
-        return self._channel.is_closing()
-
-    def close(self) -> None:
-        self._channel.close()
-
-    def abort(self) -> None:
-        self._channel.abort()
-
-
-def _known_exchanges() -> list[str]:
-    """ML-KEM is not in every version of the libraries."""
-    known = {name.decode() for name in get_kex_algs()}
-    return [name for name in KEY_EXCHANGES if name in known]
-
-
-def _load_or_make(path: Path) -> asyncssh.SSHKey:
-    if not path.exists():
-        key = asyncssh.generate_private_key("ssh-ed25519", comment="kohakuriver jump host")
-        write_private(path, key.export_private_key().decode())
-    return asyncssh.read_private_key(path)
+def _check_or_make(path: Path) -> None:
+    """The host key; OSError or ValueError where there is one that can't be read."""
+    if path.exists():
+        serialization.load_ssh_private_key(path.read_bytes(), None)
+        return
+    key = Ed25519PrivateKey.generate()
+    form = serialization.Encoding.PEM, serialization.PrivateFormat.OpenSSH, serialization.NoEncryption()
+    write_private(path, key.private_bytes(*form).decode())

@@ -82,6 +82,7 @@ class SshProxy:
             check_user=check_user,
             connector=self._connector,
             login_seconds=LOGIN_FACTOR * limits.handshake_timeout,
+            handshakes=limits.max_handshakes,
         )
         self._accepting: asyncio.Task[None] | None = None
         self._room = WaitingRoom(limits.max_waiting)
@@ -139,7 +140,8 @@ class SshProxy:
             first = await _first_byte(peer, self._greeting_seconds)
             handed_over = bool(first)
             if first == b"S":
-                await self._jump_host.serve(peer, on_login=self._admitted)
+                # Whoever may shake hands waits in a room of the jump host's own.
+                await self._jump_host.serve(peer, peer_name(peer.getpeername()), on_turn=self._admitted)
             elif first:
                 await self._relay(peer, deadline)
         except OSError:
@@ -310,4 +312,4 @@ def _keep_alive(peer: socket.socket) -> None:
 
 
 def _name(transport: asyncio.BaseTransport) -> str:
-    return peer_name(transport.get_extra_info("peername"))
+    return peer_name(transport)

@@ -20,23 +20,38 @@ class WaitingRoom:
 
     Args:
         most: how many there may be; fewer where that is more than a quarter of the files that this process may open.
+        most_of_source: how many of one source; of that source the oldest goes then. None for no such limit.
     """
 
-    def __init__(self, most: int) -> None:
+    def __init__(self, most: int, most_of_source: int | None = None) -> None:
         self._most = min(most, max(_FEWEST, file_limit() // 4))
-        self._waiting: dict[Hashable, Callable[[], object]] = {}
+        self._most_of_source = most_of_source or self._most
+        self._waiting: dict[Hashable, tuple[str, Callable[[], object]]] = {}
+        self._of: dict[str, dict[Hashable, None]] = {}
 
     def __len__(self) -> int:
         return len(self._waiting)
 
-    def enter(self, who: Hashable, dismiss: Callable[[], object]) -> None:
+    def enter(self, who: Hashable, dismiss: Callable[[], object], source: str = "") -> None:
         """`who` begins to wait; `dismiss` is called if that is for too long."""
-        self._waiting.pop(who, None)
-        self._waiting[who] = dismiss
-        if len(self._waiting) > self._most:
-            oldest = next(iter(self._waiting))
-            self._waiting.pop(oldest)()
+        self.leave(who)
+        self._waiting[who] = source, dismiss
+        of_source = self._of.setdefault(source, {})
+        of_source[who] = None
+        if len(of_source) > self._most_of_source:
+            self._evict(next(iter(of_source)))
+        elif len(self._waiting) > self._most:
+            self._evict(next(iter(self._waiting)))
 
     def leave(self, who: Hashable) -> None:
         """`who` waits no longer, if it did."""
-        self._waiting.pop(who, None)
+        source, _ = self._waiting.pop(who, ("", None))
+        of_source = self._of.get(source, {})
+        of_source.pop(who, None)
+        if not of_source:
+            self._of.pop(source, None)
+
+    def _evict(self, oldest: Hashable) -> None:
+        dismiss = self._waiting[oldest][1]
+        self.leave(oldest)
+        dismiss()

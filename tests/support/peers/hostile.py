@@ -10,6 +10,7 @@ import contextlib
 import itertools
 import random
 import socket
+import time
 from collections.abc import Iterator
 
 from kohakuriver._frame import build_frame
@@ -163,6 +164,53 @@ def fragmented_control(target: Target) -> Iterator[None]:
     yield from _refused(target, frame(WS_PING, b"half", fin=False) + frame(CONTINUATION, b"rest"))
 
 
+def _ssh_packet(payload: bytes) -> bytes:
+    """A packet before the first keys (RFC 4253 §6)."""
+    padding = 8 - (len(payload) + 5) % 8
+    padding += 8 if padding < 4 else 0
+    return (1 + len(payload) + padding).to_bytes(4, "big") + bytes([padding]) + payload + bytes(padding)
+
+
+def _ssh_string(text: bytes) -> bytes:
+    return len(text).to_bytes(4, "big") + text
+
+
+# All that a stranger needs for the server to exchange keys and to sign: any 32 bytes are a public key of X25519.
+KEY_EXCHANGE = b"".join(
+    (
+        b"SSH-2.0-attacker\r\n",
+        _ssh_packet(
+            bytes([20, *bytes(16)])
+            + b"".join(
+                _ssh_string(names)
+                for names in (
+                    b"curve25519-sha256",
+                    b"ssh-ed25519",
+                    *[b"aes128-gcm@openssh.com"] * 2,
+                    *[b"hmac-sha2-256-etm@openssh.com"] * 2,
+                    *[b"none"] * 2,
+                    *[b""] * 2,
+                )
+            )
+            + bytes(5)
+        ),
+        _ssh_packet(bytes([30]) + _ssh_string(bytes([9] * 32))),
+    )
+)
+KEY_EXCHANGES, KEY_EXCHANGES_A_SECOND = 200, 50
+
+
+def ssh_key_exchanges(target: Target) -> Iterator[None]:
+    """200 key exchanges with the jump host, 50 a second, none of which leads to a login."""
+    with contextlib.ExitStack() as stack:
+        began = time.monotonic()
+        for count in range(KEY_EXCHANGES):
+            time.sleep(max(0.0, began + count / KEY_EXCHANGES_A_SECOND - time.monotonic()))
+            sock = stack.enter_context(socket.create_connection(("127.0.0.1", target.ssh_port), PATIENCE))
+            sock.sendall(KEY_EXCHANGE)
+        yield
+
+
 ATTACKS: dict[str, Attack] = {
     attack.__name__: attack
     for attack in (
@@ -179,5 +227,6 @@ ATTACKS: dict[str, Attack] = {
         connect_flood,
         compressed,
         fragmented_control,
+        ssh_key_exchanges,
     )
 }
