@@ -151,8 +151,8 @@ def test_an_idle_session_that_is_answered_lives(run: Run, kind: str, monkeypatch
             user = await hops.user()
             link = user.link
             assert link is not None
-            received = link.bytes_received
-            await until(lambda: link.bytes_received >= received + 20)  # ten pings or pongs
+            received = link.watch._received
+            await until(lambda: link.watch._received >= received + 20)  # ten pings or pongs
             assert hops.detached.empty()
             assert await asked(await forwarded(user, port), b"alive") == b"alive"
 
@@ -338,19 +338,19 @@ def test_a_container_that_sends_beyond_the_users_window_ends_that_session_with_1
 
 def test_a_peer_that_makes_us_answer_and_never_reads_is_dropped(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     async def main() -> None:
-        monkeypatch.setattr("kohakuriver.tunnel.link.MAX_URGENT", 1 << 20)
+        monkeypatch.setattr("kohakuriver.tunnel.send_queue.SendQueue.max_urgent", 1 << 20)
         async with chain() as hops:
             await hops.tunnel("python")
             user = await hops.user()
             link = user.link
             assert link is not None
-            link.pause_reading("a user that does not read")
+            link.intake.pause("a user that does not read")
             ping = bytes(100_000)
             with contextlib.suppress(RuntimeError):
                 while hops.server.hub.sessions:
                     user.send_message(6, 0, ping)
                     await asyncio.sleep(0)
-            link.resume_reading("a user that does not read")
+            link.intake.resume("a user that does not read")
             assert await hops.detached.get()
 
     run(main())

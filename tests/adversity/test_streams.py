@@ -86,10 +86,10 @@ def test_readers_that_stop_stop_nobody_else_and_go_on_where_they_stopped(run: Ru
 
             assert all(stream.held <= SMALL.first_window for stream in streams)
             tunnels, sessions = hops.server.hub.tunnels.values(), hops.server.hub.sessions
-            queued = sum(tunnel.link.queued for tunnel in tunnels) + sum(user.link.queued for user in sessions)
+            queued = sum(tunnel.link.out.queued for tunnel in tunnels) + sum(user.link.out.queued for user in sessions)
             assert queued <= 20 * SMALL.first_window
             for session in hops.proxy.sessions:
-                assert session.user.link.queued <= 20 * SMALL.first_window
+                assert session.user.link.out.queued <= 20 * SMALL.first_window
 
             assert [await reader.read() for reader in stalled[:5]] == [data] * 5
 
@@ -276,7 +276,7 @@ def test_5000_connections_leave_nothing_behind(run: Run, kind: str) -> None:
             await until(lambda: (descriptors(), len(asyncio.all_tasks()), user.budget.left) == before)
             assert user.opened == 5003
             assert user.link is not None
-            assert not user.link._waiters
-            assert not user.link._pauses
+            assert not user.link.out._waiters
+            assert not user.link.intake._pauses
 
     run(main())

@@ -193,10 +193,10 @@ def test_datagrams_that_find_no_room_are_dropped_and_counted_and_stop_no_tcp_str
                 assert link is not None
                 link.pause_writing()
                 link.send(b"")  # something waits
-                link.queued += 1
+                link.out.queued += 1
                 one.sock.send(b"no room")
                 await until(lambda: user.udp_dropped == 1)
-                link.queued -= 1
+                link.out.queued -= 1
                 link.resume_writing()
                 assert await one.ask(b"y") == b"y"
             assert await asked(tcp, b"tcp") == b"tcp"

@@ -35,18 +35,18 @@ class Echo:
     def link_received(self, link: Link, start: int, stop: int) -> int:
         count = 0
         while True:
-            messages, consumed = link.walker.walk(link.buffer.data, start, stop)
+            messages, consumed = link.walker.walk(link.intake.buffer.data, start, stop)
             for kind, proto, client_id, port, begin, end, flags in messages:
                 if kind > WS_TEXT:
                     link.control((kind, proto, client_id, port, begin, end, flags))
                     continue
                 if flags & FIRST:
                     self._parts = bytearray(b"" if kind == WS_TEXT else pack_header(kind, proto, client_id, port))
-                self._parts += link.buffer.view[begin:end]
+                self._parts += link.intake.buffer.view[begin:end]
                 if flags & LAST:
                     self._echo(link, OP_TEXT if kind == WS_TEXT else OP_BINARY)
             count += len(messages)
-            if not messages or link.turn_over(count):
+            if not messages or link.intake.turn_over(count):
                 return consumed
             start = consumed
 

@@ -561,7 +561,7 @@ def test_bytes_arrive_unchanged_after_a_link_got_a_receive_buffer_of_its_own(run
             await hops.tunnel("python")
             user = await hops.user()
             assert user.link is not None
-            user.link.limit_reads(8192)
+            user.link.intake.limit_reads(8192)
             assert await asked(await forwarded(user, port), data) == data
 
     run(main())

@@ -187,7 +187,7 @@ def test_a_session_in_which_nothing_passes_is_closed_with_4001_and_a_busy_one_is
                     writer.write(b"x")
                     assert await reader.readexactly(1) == b"x"
                     await asyncio.sleep(0.01)  # a busy loop would keep the looks from being taken
-            assert (link.close_code, await hops.detached.get()) == (
+            assert (link.closing.code, await hops.detached.get()) == (
                 4001,
                 "nothing passed for 0.4 s, which is as long as this host waits",
             )

@@ -71,12 +71,12 @@ class Gate(Ignore):
         greet(link, "CONNECTED")
 
     def link_received(self, link: Link, start: int, stop: int) -> int:
-        messages, consumed = link.walker.walk(link.buffer.data, start, stop)
+        messages, consumed = link.walker.walk(link.intake.buffer.data, start, stop)
         for message in messages:
             if message[0] > 0x101:
                 link.control(message)
             else:
-                self.received += link.buffer.view[message[4] : message[5]]
+                self.received += link.intake.buffer.view[message[4] : message[5]]
         self.more.set()
         return consumed
 

@@ -36,7 +36,7 @@ def test_of_two_tunnel_clients_that_replace_each_other_the_connected_one_stays_a
                     pass
             assert refused.value.response.status_code == 409
             assert hops.server.hub.tunnel_of(CONTAINER) is winner
-            assert not winner.link.closing
+            assert not winner.link.closing.state
             ((container, sentence),) = hops.troubles
             assert container == CONTAINER
             assert "end one of them" in sentence

@@ -12,12 +12,13 @@ from kohakuriver.limits import Limits
 from kohakuriver.runner.services.hub import Hub
 from kohakuriver.runner.services.relay import TunnelLeg
 from kohakuriver.session.carried import Route
-from kohakuriver.tunnel import link as links
 from kohakuriver.tunnel.accept import Ignore
 from kohakuriver.tunnel.buffers import Assembler
 from kohakuriver.tunnel.container_endpoint import ContainerEndpoint
+from kohakuriver.tunnel.intake import TURN
 from kohakuriver.tunnel.link import Link
 from kohakuriver.tunnel.protocol import DATA, PING, PROTO_TCP, ws_close, ws_ping, ws_pong, ws_text
+from kohakuriver.tunnel.send_queue import SendQueue
 from tests.support.hops import until
 from tests.support.peers.fake_transport import FakeTransport
 
@@ -34,7 +35,7 @@ class Handler:
 
     def link_received(self, link: Link, start: int, stop: int) -> int:
         while True:
-            messages, consumed = link.walker.walk(link.buffer.data, start, stop)
+            messages, consumed = link.walker.walk(link.intake.buffer.data, start, stop)
             for message in messages:
                 self._message(link, message)
             if not messages:
@@ -45,7 +46,7 @@ class Handler:
         if message[0] >= WS_TEXT:
             link.control(message)
         else:
-            self.messages.append((message[2], bytes(link.buffer.view[message[4] : message[5]])))
+            self.messages.append((message[2], bytes(link.intake.buffer.view[message[4] : message[5]])))
 
     def link_drained(self, link: Link) -> None:
         self.drained += 1
@@ -102,12 +103,12 @@ def test_frames_that_the_kernel_does_not_take_follow_in_order(run: Run) -> None:
         frames = [frame(bytes([i]) * 50) for i in range(5)]
         for data in frames:
             link.send(data)
-        assert (link.blocked, link.queued) == (True, sum(map(len, frames[1:])))
+        assert (link.out.blocked, link.out.queued) == (True, sum(map(len, frames[1:])))
         sent = b""
         while transport.sent:
             sent += transport.take(7)
         assert sent == b"".join(frames)
-        assert (link.blocked, link.queued, handler.drained) == (False, 0, 1)
+        assert (link.out.blocked, link.out.queued, handler.drained) == (False, 0, 1)
 
     run(main())
 
@@ -153,17 +154,17 @@ def test_who_waits_for_a_link_is_told_once_also_when_it_goes(run: Run) -> None:
         link, transport, _ = started(room=1)
         source = Source()
         link.send(frame(b"x"))
-        link.wait_drained(source)
-        link.wait_drained(source)
+        link.out.wait_drained(source)
+        link.out.wait_drained(source)
         while transport.sent:
             transport.take(100)
         assert source.told == 1
         link.send(frame(b"x"))
-        link.wait_drained(source)
+        link.out.wait_drained(source)
         transport.abort()
         await turns()
         assert source.told == 2
-        link.wait_drained(source)  # it is gone already
+        link.out.wait_drained(source)  # it is gone already
         await turns()
         assert source.told == 3
 
@@ -174,11 +175,11 @@ def test_reading_goes_on_when_everybody_who_paused_it_has_resumed(run: Run) -> N
     async def main() -> None:
         link, transport, _ = started()
         for why in ("a", "b"):
-            link.pause_reading(why)
-        link.resume_reading("a")
-        link.resume_reading("c")
+            link.intake.pause(why)
+        link.intake.resume("a")
+        link.intake.resume("c")
         assert not transport.reading
-        link.resume_reading("b")
+        link.intake.resume("b")
         assert transport.reading
 
     run(main())
@@ -271,7 +272,7 @@ def test_a_handler_that_takes_over_a_dead_link_is_told(run: Run) -> None:
 
 def test_a_peer_that_reads_nothing_of_what_it_asked_for_is_dropped(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     async def main() -> None:
-        monkeypatch.setattr(links, "MAX_URGENT", 1000)
+        monkeypatch.setattr(SendQueue, "max_urgent", 1000)
         _, transport, handler = started(room=1)
         for _ in range(200):
             transport.feed(ws_ping(b"x" * 100))
@@ -284,11 +285,11 @@ def test_a_peer_that_reads_nothing_of_what_it_asked_for_is_dropped(run: Run, mon
 
 def test_no_more_than_the_limit_is_ever_queued(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     async def main() -> None:
-        monkeypatch.setattr(links, "MAX_QUEUED", 10_000)
+        monkeypatch.setattr(SendQueue, "max_queued", 10_000)
         link, transport, _ = started(room=1)
         while not transport.aborted:
             link.send(frame(b"x" * 1000))
-            assert link.queued <= 12_000
+            assert link.out.queued <= 12_000
 
     run(main())
 
@@ -341,7 +342,7 @@ def test_a_link_that_is_not_read_is_not_dropped_and_shows_that_it_lives(
         monkeypatch.setattr(Link, "idle_ping", 0.001)
         monkeypatch.setattr(Link, "pong_wait", 0.001)
         link, transport, handler = started()
-        link.pause_reading("slow user")
+        link.intake.pause("slow user")
         await until(lambda: len(transport.sent) >= 10 * len(ws_ping()))
         assert not handler.closed
 
@@ -442,7 +443,7 @@ def test_a_flood_of_small_messages_leaves_others_their_turn(run: Run, where: str
         answered = 0
         while answered < FLOOD:
             now = len(transport.sent) // len(ws_pong(b""))
-            assert now - answered <= links.TURN, "others have had to wait for longer than one turn"
+            assert now - answered <= TURN, "others have had to wait for longer than one turn"
             assert transport.reading == (now == FLOOD), "nothing more is read until all that was read is worked off"
             answered = now
             await asyncio.sleep(0)
@@ -458,7 +459,7 @@ def test_a_link_that_reads_little_keeps_all_that_comes_while_a_turn_is_due(run: 
     async def main() -> None:
         transport = flooded("endpoint")
         link: Any = transport.get_protocol()
-        link.limit_reads(4096)
+        link.intake.limit_reads(4096)
         pings, fed = ws_ping(b"") * FLOOD, 0
         while fed < len(pings):  # as TLS does that delivers all it has decrypted, paused or not
             view = link.get_buffer(-1)
@@ -467,7 +468,7 @@ def test_a_link_that_reads_little_keeps_all_that_comes_while_a_turn_is_due(run: 
             view[:size] = pings[fed : fed + size]
             link.buffer_updated(size)
             fed += size
-        await turns(FLOOD // links.TURN + 1)
+        await turns(FLOOD // TURN + 1)
         assert transport.sent == ws_pong(b"") * FLOOD
         assert transport.reading
 

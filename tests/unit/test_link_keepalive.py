@@ -26,7 +26,7 @@ class Quiet:
 
     async def open(self, request: UpgradeRequest) -> None:
         link = request.accept(FrameWalker(masked=True), Ignore())
-        link._reset_timer(60, link.abort)
+        link.watch.stop()
         answer = link.control
 
         def control(message: Message) -> None:
@@ -47,7 +47,7 @@ def test_an_idle_peer_that_answers_every_ping_is_never_dropped(run: Run, monkeyp
             link = await open_link(url.replace("http", "ws"), FrameWalker(masked=False), Ignore())
             for _ in range(20):
                 await asyncio.wait_for(quiet.pinged.get(), 10)
-            assert not link.closed
+            assert not link.closing.state
             link.close()
 
     run(main())

@@ -137,7 +137,7 @@ def test_a_silent_peer_is_dropped_and_an_idle_one_that_answers_is_not(
 
     async def main() -> None:
         async with a_pair() as (dialled, accepted):
-            accepted._reset_timer(60, accepted.abort)  # only one of the two asks
+            accepted.watch.stop()  # only one of the two asks
             frames: Any = accepted._frames
             heed, pinged = frames.receive_data, asyncio.Queue[None]()
 

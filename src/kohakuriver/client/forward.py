@@ -422,7 +422,7 @@ class Forwarder:
         backoff = Backoff(RETRY_BASE, RETRY_CAP)
         while True:
             reason = await self._losses.get()
-            if self._link is not None and self._link.close_code == CloseCode.IDLE:
+            if self._link is not None and self._link.closing.code == CloseCode.IDLE:
                 raise UnavailableError(f"The host has ended this forward: {reason}.", code="idle")
             backoff.ended(time.monotonic() - self._opened_at)
             await self._reopen(reason, backoff)

@@ -41,14 +41,14 @@ class PacedReads:
     def begin(self, link: Link) -> None:
         """Read no more at once than a burst is, where that is little: a long wait would follow."""
         if self._burst < RECEIVE_SIZE:
-            link.limit_reads(max(LEAST_READ, self._burst // 4))
+            link.intake.limit_reads(max(LEAST_READ, self._burst // 4))
 
     def took(self, link: Link, size: int) -> None:
         """So many bytes were read; read no more before their time has passed."""
         wait = self._bucket.take(size, self._loop.time())
         if wait > 0 and not self._waiting:
             self._waiting = True
-            link.pause_reading(self)
+            link.intake.pause(self)
             self._loop.call_later(wait, self._go_on, link)
 
     def _go_on(self, link: Link) -> None:
@@ -57,7 +57,7 @@ class PacedReads:
             self._loop.call_later(wait, self._go_on, link)
             return
         self._waiting = False
-        link.resume_reading(self)
+        link.intake.resume(self)
 
 
 class PacedWindow(SendWindow):

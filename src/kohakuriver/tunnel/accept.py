@@ -122,12 +122,12 @@ class Ignore:
     def link_received(self, link: Link, start: int, stop: int) -> int:
         count = 0
         while True:
-            messages, consumed = link.walker.walk(link.buffer.data, start, stop)
+            messages, consumed = link.walker.walk(link.intake.buffer.data, start, stop)
             for message in messages:
                 if message[0] > WS_TEXT:
                     link.control(message)
             count += len(messages)
-            if not messages or link.turn_over(count):
+            if not messages or link.intake.turn_over(count):
                 return consumed
             start = consumed
 

@@ -251,13 +251,13 @@ class _Greeting:
     def link_received(self, link: Link, start: int, stop: int) -> int:
         count = 0
         while not self.text.done():
-            messages, consumed = link.walker.walk(link.buffer.data, start, stop, 1)
+            messages, consumed = link.walker.walk(link.intake.buffer.data, start, stop, 1)
             if not messages:
                 return consumed
             start = consumed
             self._take(link, messages[0])
             count += 1
-            if link.turn_over(count):
+            if link.intake.turn_over(count):
                 break
         return start
 
@@ -268,12 +268,12 @@ class _Greeting:
                 raise FrameViolation(1002, "a session begins with the text CONNECTED")
             link.control(message)
             return
-        self._parts = (b"" if flags & FIRST else self._parts) + bytes(link.buffer.view[start:stop])
+        self._parts = (b"" if flags & FIRST else self._parts) + bytes(link.intake.buffer.view[start:stop])
         if len(self._parts) > MAX_GREETING:
             raise FrameViolation(1009, "the session's first message is too long")
         if flags & LAST:
             link.walker.allow_text = False
-            link.pause_reading(self)
+            link.intake.pause(self)
             self.text.set_result(self._parts.decode("utf-8", "replace"))
 
     def link_drained(self, link: Link) -> None:

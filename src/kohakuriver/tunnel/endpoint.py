@@ -94,7 +94,7 @@ class Endpoint:
 
     def link_received(self, link: Link, start: int, stop: int) -> int:
         walker: FrameWalker = link.walker
-        data, view = link.buffer.data, link.buffer.view
+        data, view = link.intake.buffer.data, link.intake.buffer.view
         count = 0
         while True:
             messages, consumed = walker.walk(data, start, stop)
@@ -103,7 +103,7 @@ class Endpoint:
             start = consumed
             self._dispatch(link, messages, view)
             count += len(messages)
-            if link.turn_over(count):
+            if link.intake.turn_over(count):
                 return consumed
 
     def _dispatch(self, link: Link, messages: list[Message], view: memoryview) -> None:
@@ -253,9 +253,9 @@ class Endpoint:
         if link is None:
             return
         if stream.held > self.config.v1_hold:
-            link.pause_reading(stream)
+            link.intake.pause(stream)
         elif stream.held <= self.config.v1_hold // 2:
-            link.resume_reading(stream)
+            link.intake.resume(stream)
 
     def stream_over(self, stream: AnyStream) -> None:
         """The id is free; the socket may still be delivering."""

@@ -14,8 +14,9 @@ from collections.abc import Callable
 from typing import Any, Protocol, cast
 
 from kohakuriver._frame import MAX_MESSAGE
-from kohakuriver.tunnel.keepalive import IDLE_PING, PONG_WAIT, Act, Keepalive
-from kohakuriver.tunnel.link import CLOSE_WAIT
+from kohakuriver.tunnel.closing import CLOSE_WAIT, CloseState, Closing
+from kohakuriver.tunnel.keepalive import IDLE_PING, PONG_WAIT
+from kohakuriver.tunnel.peer_watch import PeerWatch
 from kohakuriver.tunnel.protocol import CloseCode
 from kohakuriver.tunnel.sockets import tune_socket
 
@@ -70,10 +71,9 @@ class MessageLink(asyncio.Protocol):
     def __init__(self, frames: Frames, *, subprotocol: str | None = None) -> None:
         self.subprotocol = subprotocol
         self.on_lost: Callable[[], None] | None = None
-        self.close_reason = ""
-        self.close_code = int(CloseCode.ABNORMAL)  # logs show an enum's member by its name
+        self.closing = Closing()
+        self.watch = PeerWatch(self.idle_ping, self.pong_wait, ping=self._ping, written=self._taken, drop=self.abort)
         self._frames = frames
-        self._loop = asyncio.get_running_loop()
         self._transport: asyncio.Transport = cast(asyncio.Transport, None)
         self._messages: deque[str | bytes] = deque()
         self._waiting = 0
@@ -84,13 +84,7 @@ class MessageLink(asyncio.Protocol):
         self._writable.set()
         self._lost = asyncio.Event()
         self._paused = False
-        self._closing = False
-        self._ended = False
         self._given = 0
-        self._received = 0
-        self._keepalive = Keepalive(self.idle_ping, self.pong_wait)
-        self._last_received = self._loop.time()
-        self._timer: asyncio.TimerHandle | None = None
 
     # -- life --------------------------------------------------------------------------------------------------
 
@@ -100,11 +94,21 @@ class MessageLink(asyncio.Protocol):
         transport.set_write_buffer_limits(high=MAX_WAITING)
         tune_socket(transport)
         transport.set_protocol(self)
-        self._timer = self._loop.call_later(self.idle_ping, self._tick)
+        self.watch.begin()
         if transport.is_closing():  # it went during the handshake, and told the protocol that it had then
-            self._loop.call_soon(self.connection_lost, None)
+            asyncio.get_running_loop().call_soon(self.connection_lost, None)
         elif early:
             self.data_received(early)
+
+    @property
+    def close_code(self) -> int:
+        """How it ended: by whichever side said so first, 1006 where none did."""
+        return self.closing.code
+
+    @property
+    def close_reason(self) -> str:
+        """Why it ended, as a clause, or ""."""
+        return self.closing.reason
 
     def limit_window(self) -> None:
         """Keep little under way towards us: a person waits for the end of what is shown."""
@@ -126,19 +130,17 @@ class MessageLink(asyncio.Protocol):
 
     def begin_close(self, code: int = CloseCode.NORMAL, reason: str = "") -> None:
         """`close`, without waiting."""
-        if self._closing:
+        if not self.closing.begin(code, reason):
             return
-        self._closing = True
         self._arrived.set()
-        if not self._ended:
-            self._frames.send_close(code, reason.encode("utf-8", "replace")[:123].decode("utf-8", "ignore"))
-            self._flush()
-        self._reset_timer(CLOSE_WAIT, self.abort)
+        self._frames.send_close(code, reason.encode("utf-8", "replace")[:123].decode("utf-8", "ignore"))
+        self._flush()
+        self.watch.end_within(CLOSE_WAIT)
         self._resume()  # for the peer's answer
 
-    def abort(self) -> None:
+    def abort(self, reason: str = "") -> None:
         """End the TCP connection at once."""
-        self._closing = True
+        self.closing.cut(reason)
         self._transport.abort()
 
     def shutdown(self) -> None:
@@ -146,16 +148,12 @@ class MessageLink(asyncio.Protocol):
         self.begin_close(CloseCode.GOING_AWAY, "the server is shutting down")
 
     def connection_lost(self, exc: Exception | None) -> None:
-        if self._lost.is_set():
-            return
-        if not self._ended:
+        if self.closing.state < CloseState.FINISHING:
             self._frames.receive_eof()
             self._take_end()
-        if exc is not None and not self.close_reason:
-            self.close_reason = str(exc)
-        self._closing = True
-        if self._timer is not None:
-            self._timer.cancel()
+        if not self.closing.lost(exc):
+            return
+        self.watch.stop()
         self._lost.set()
         self._arrived.set()
         self._writable.set()
@@ -167,7 +165,7 @@ class MessageLink(asyncio.Protocol):
     async def receive(self) -> str | bytes | None:
         """The next message, None after the last; `close_code` and `close_reason` then say how it ended."""
         while not self._messages:
-            if self._ended or self._closing:
+            if self.closing.state:
                 return None
             self._arrived.clear()
             await self._arrived.wait()
@@ -178,8 +176,7 @@ class MessageLink(asyncio.Protocol):
         return message
 
     def data_received(self, data: bytes) -> None:
-        self._last_received = self._loop.time()
-        self._received += len(data)
+        self.watch.heard(len(data))
         self._frames.receive_data(data)
         self._handle()
 
@@ -197,9 +194,10 @@ class MessageLink(asyncio.Protocol):
         self._flush()  # answers to pings and closes
         if self._frames.close_expected():
             self._take_end()
-            self._reset_timer(CLOSE_WAIT, self.abort)
-        if self._waiting >= MAX_WAITING and not self._closing and not self._paused:
+            self.watch.end_within(CLOSE_WAIT)
+        if self._waiting >= MAX_WAITING and not self.closing.state and not self._paused:
             self._paused = True
+            self.watch.paused()
             self._transport.pause_reading()
 
     def _add(self, frame: Any) -> None:
@@ -210,30 +208,30 @@ class MessageLink(asyncio.Protocol):
             return
         whole = b"".join(self._parts)
         self._parts.clear()
-        if not self._closing:
+        if not self.closing.state:
             self._messages.append(whole.decode("utf-8", "replace") if self._text else whole)
             self._waiting += len(self._messages[-1])
             self._arrived.set()
 
     def _take_end(self) -> None:
         """No message comes any more, by the peer's close or because it broke the protocol."""
-        self._ended = True
         close = self._frames.close_rcvd or self._frames.close_sent
         if close is not None:
-            self.close_code, self.close_reason = close.code, close.reason
+            self.closing.peer_closes(close.code, close.reason)
+        self.closing.finish()
         self._arrived.set()
 
     def _resume(self) -> None:
         if self._paused and not self._lost.is_set():
             self._paused = False
-            self._last_received = self._loop.time()
+            self.watch.resumed()
             self._transport.resume_reading()
 
     # -- sending -----------------------------------------------------------------------------------------------
 
     async def send(self, message: str | bytes) -> None:
         """Send one message; returns once there is room for more. Raises ConnectionError after the end."""
-        if self._closing or self._ended:
+        if self.closing.state:
             raise ConnectionResetError("the WebSocket is closed")
         if isinstance(message, str):
             self._frames.send_text(message.encode("utf-8", "replace"))
@@ -260,30 +258,9 @@ class MessageLink(asyncio.Protocol):
 
     # -- keepalive ---------------------------------------------------------------------------------------------
 
-    def _reset_timer(self, delay: float, call: Callable[[], None]) -> None:
-        if self._timer is not None:
-            self._timer.cancel()
-        if not self._lost.is_set():
-            self._timer = self._loop.call_later(delay, call)
-
-    def _tick(self) -> None:
-        """Ping an idle peer; drop one that neither answered since nor took a byte of what waits for it."""
-        act, delay = self._keepalive.tick(
-            self._loop.time(),
-            heard_at=self._last_received,
-            received=self._received,
-            written=self._taken(),
-            reading=not self._paused,
-        )
-        if act is Act.DROP:
-            self.close_reason = self._keepalive.reason
-            self.abort()
-            return
-        if act is Act.PING:
-            self._frames.send_ping(b"")
-            self._flush()
-            self._keepalive.pinged(self._received, self._taken())
-        self._reset_timer(delay, self._tick)
+    def _ping(self) -> None:
+        self._frames.send_ping(b"")
+        self._flush()
 
     def _taken(self) -> int:
         """Bytes that the kernel has taken so far."""

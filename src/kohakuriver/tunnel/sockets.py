@@ -8,7 +8,7 @@ import socket
 import sys
 from collections.abc import Sequence
 
-__all__ = ["DirectSocket", "tune_socket"]
+__all__ = ["DirectSocket", "TransportSink", "tune_socket"]
 
 # How many bytes the kernel may hold that it has not yet put on the wire; more only adds delay for small messages.
 NOTSENT_LOWAT = 256 * 1024
@@ -49,6 +49,37 @@ class DirectSocket:
             return _writev(self.fd, views)
         except OSError:
             return 0
+
+
+class TransportSink(DirectSocket):
+    """What a transport's socket does not take at once goes through the transport."""
+
+    __slots__ = ("_transport",)
+
+    def __init__(self, transport: asyncio.Transport) -> None:
+        super().__init__(transport)
+        self._transport = transport
+
+    def keep(self, rest: bytes) -> None:
+        """With a high-water mark of 0 the transport calls pause_writing() now if it can't finish at once."""
+        self._transport.write(rest)
+
+    def kept(self) -> int:
+        """Bytes that wait in the transport."""
+        return self._transport.get_write_buffer_size()
+
+    def write_eof(self) -> None:
+        """End our half of the connection, where a transport of this kind can."""
+        if self._transport.is_closing() or not self._transport.can_write_eof():
+            return
+        try:
+            self._transport.write_eof()
+        except OSError:
+            pass  # it is gone already
+
+    def close(self) -> None:
+        """The transport has closed its socket: its number may soon be another's."""
+        self.fd = -1
 
 
 def tune_socket(transport: asyncio.Transport) -> None:

@@ -80,7 +80,7 @@ class TcpStream(asyncio.BufferedProtocol):
             size = max(1, rules.EARLY_DATA - len(self._early))
         else:
             size = min(self.endpoint.read_size, max(1, self.sending.room))
-            if link is not None and link.blocked:
+            if link is not None and link.out.blocked:
                 size = min(size, BLOCKED_READ)
         return receive_buffer().view[HEADROOM : HEADROOM + size]
 
@@ -97,7 +97,7 @@ class TcpStream(asyncio.BufferedProtocol):
         start = frame_in_place(buffer.data, HEADROOM, stop, DATA, PROTO_TCP, self.id, 0, link.next_key())
         self._account_sent(nbytes)
         link.send(buffer.view[start:stop])
-        if link.blocked or self.sending.room <= 0:
+        if link.out.blocked or self.sending.room <= 0:
             self.update_reading()
 
     def feed(self, data: bytes) -> None:
@@ -177,9 +177,9 @@ class TcpStream(asyncio.BufferedProtocol):
         link = self.endpoint.link
         if self.id == 0 or link is None:
             may = False
-        elif link.blocked:
+        elif link.out.blocked:
             may = False
-            link.wait_drained(self)
+            link.out.wait_drained(self)
         else:
             may = self.sending.room > 0
             if not may and self._reading:

@@ -67,7 +67,7 @@ class UdpStream:
         """A datagram for the other end."""
         self.last = time.monotonic()
         link = self.endpoint.link
-        if link is None or link.queued > self.endpoint.config.udp_queue:
+        if link is None or link.out.queued > self.endpoint.config.udp_queue:
             self.endpoint.udp_dropped += 1
             return
         self.endpoint.bytes_sent += len(data)

@@ -42,7 +42,7 @@ class Splice:
         self.other: Splice
 
     def link_received(self, link: Link, start: int, stop: int) -> int:
-        data, view, walker, target = link.buffer.data, link.buffer.view, self.walker, self.other.link
+        data, view, walker, target = link.intake.buffer.data, link.intake.buffer.view, self.walker, self.other.link
         events = 0
         while True:
             end, event, consumed = walker.splice(data, start, stop)
@@ -51,31 +51,29 @@ class Splice:
             if event is not None:
                 link.control(event)
                 events += 1
-                if link.turn_over(events):
+                if link.intake.turn_over(events):
                     break
             elif consumed == start or consumed >= stop:
                 break
             start = consumed
-        if target.blocked:
-            link.pause_reading(self)
-            target.wait_drained(self)
+        if target.out.blocked:
+            link.intake.pause(self)
+            target.out.wait_drained(self)
         return consumed
 
     def _pass(self, target: Link, view: memoryview, start: int, end: int) -> None:
         """Pass a range on; a small frame that waits for a frame border goes in at the first one."""
-        if target.urgent:
+        if target.out.urgent:
             border = self.walker.boundary
-            if border >= start:
+            if border > start:
                 target.send(view[start:border])
-                target.frame_border()
                 start = border
         if start < end:
-            target.send(view[start:end])
-            target.mid_frame = not self.walker.at_boundary
+            target.send(view[start:end], not self.walker.at_boundary)
 
     def link_writable(self) -> None:
         """The other side's link has drained."""
-        self.link.resume_reading(self)
+        self.link.intake.resume(self)
 
     def link_drained(self, link: Link) -> None:
         pass

@@ -108,7 +108,7 @@ class Hub:
     def _end_streams(self, tunnel: TunnelLeg, reason: str) -> None:
         for session in self._sessions_of(tunnel.container):
             session.lost([user_id for _, user_id in tunnel.table.remove_target(session)], reason)
-            session.link.resume_reading(session)  # it may have waited for the tunnel that went
+            session.link.intake.resume(session)  # it may have waited for the tunnel that went
 
     def session_closed(self, session: SessionLeg) -> None:
         """A user's link has gone."""

@@ -82,7 +82,7 @@ class RelayLeg(Generic[Other]):
         return self.link.version
 
     def link_received(self, link: Link, start: int, stop: int) -> int:
-        data, view, relay = link.buffer.data, link.buffer.view, self.walker.relay
+        data, view, relay = link.intake.buffer.data, link.intake.buffer.view, self.walker.relay
         events = 0
         while True:
             runs, event, consumed = relay(data, start, stop, self.table)
@@ -91,7 +91,7 @@ class RelayLeg(Generic[Other]):
             if event is not None:
                 self._event(event, view)
                 events += 1
-                if link.turn_over(events):
+                if link.intake.turn_over(events):
                     return consumed
             elif consumed == start or consumed >= stop:
                 return consumed
@@ -209,11 +209,11 @@ class TunnelLeg(RelayLeg["SessionLeg"]):
                 return self._last_id
 
     def passed_to(self, target: SessionLeg) -> None:
-        queued = target.link.queued
+        queued = target.link.out.queued
         if queued <= V1_BACKLOG:
             return
         if target.version == 1:
-            self.link.pause_reading(target)
+            self.link.intake.pause(target)
         elif queued > V2_BACKLOG:
             target.link.fail(CloseCode.POLICY, "more is waiting for this session than its windows allow")
 
@@ -270,13 +270,13 @@ class SessionLeg(RelayLeg[TunnelLeg]):
         return Counter(sessions=1)
 
     def passed_to(self, target: TunnelLeg) -> None:
-        if target.link.blocked:
-            self.link.pause_reading(self)
-            target.link.wait_drained(self)
+        if target.link.out.blocked:
+            self.link.intake.pause(self)
+            target.link.out.wait_drained(self)
 
     def link_writable(self) -> None:
         """The tunnel takes more."""
-        self.link.resume_reading(self)
+        self.link.intake.resume(self)
 
     def message(self, kind: int, proto: int, client_id: int, port: int, payload: bytes) -> None:
         if kind == CONNECT:
@@ -359,7 +359,7 @@ class SessionLeg(RelayLeg[TunnelLeg]):
     def link_drained(self, link: Link) -> None:
         tunnel = self.owner.tunnel_of(self.container)
         if tunnel is not None:
-            tunnel.link.resume_reading(self)
+            tunnel.link.intake.resume(self)
 
     def link_closed(self, link: Link, code: int, reason: str) -> None:
         for client_id in list(self._closing):
