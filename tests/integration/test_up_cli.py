@@ -291,3 +291,30 @@ def test_two_clusters_side_by_side_do_not_meet(cluster: Cluster, own_cluster: Cl
     assert cluster.run("vps", "status", str(own["task_id"])).returncode == 3
     done = cluster.run("vps", "list", KOHAKURIVER_HOST=own_cluster.ready["host_url"])
     assert done.returncode == 5
+
+
+def test_what_only_a_runner_that_is_down_could_do_ends_with_4_and_names_node_or_task(tmp_path: Path) -> None:
+    apart = Apart(tmp_path)
+    try:
+        _without_a_runner(apart)
+    finally:
+        apart.close()
+
+
+def _without_a_runner(apart: Apart) -> None:
+    service = apart.service()
+    node = json.loads(apart.succeed("node", "list", "--json"))["nodes"][0]
+    assert apart.runner.stop(signal.SIGKILL) == -signal.SIGKILL
+    for command in (
+        ["connect", service.task, "true"],
+        ["forward", service.task, f"0:{service.port}"],
+        ["vps", "connect", service.task],
+        ["vps", "create", "--backend=process"],
+        ["vps", "restart", service.task],
+        ["vps", "stop", service.task],
+    ):
+        done = apart.run(*command)
+        assert done.returncode == 4, (command, done)
+        assert done.stderr.count("\n") == 1
+        assert node["name"] in done.stderr or service.task in done.stderr
+        assert node["url"] not in done.stderr or command[0] == "vps"  # where an admin has to see to it

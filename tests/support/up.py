@@ -206,9 +206,10 @@ class Apart(Commands):
     def start_host(self) -> None:
         """Start the host; the second time on the port that it had."""
         self.host = self.start("host", "--json", "--bind=127.0.0.1", f"--port={self._host_port}", "--ssh-port=0")
-        self.url: str = self.host.event("ready")["url"]
+        ready = self.host.event("ready")
+        self.url: str = ready["url"]
         self._host_port = int(self.url.rpartition(":")[2])
-        self.environment["KOHAKURIVER_HOST"] = self.url
+        self.environment |= {"KOHAKURIVER_HOST": self.url, "KOHAKURIVER_SSH_PROXY": ready["ssh_proxy"]}
 
 
 def connect(port: int) -> socket.socket:

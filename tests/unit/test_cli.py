@@ -6,6 +6,9 @@ import json
 import os
 import subprocess
 import sys
+import threading
+from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
@@ -366,3 +369,63 @@ def test_completion_offers_commands() -> None:
     }
     done = subprocess.run([sys.executable, "-m", "kohakuriver"], env=environment, capture_output=True, text=True)
     assert done.stdout.split() == ["forward"]
+
+
+@pytest.fixture(params=[404, 200, 401, 403, 500, 302])
+def stranger(request: pytest.FixtureRequest) -> Iterator[str]:
+    """The URL of a web server that is no host of ours."""
+
+    class Answers(BaseHTTPRequestHandler):
+        def answer(self) -> None:
+            self.send_response(request.param)
+            self.send_header("Location", "/elsewhere")
+            self.send_header("Content-Length", "2")
+            self.end_headers()
+            self.wfile.write(b"hi")
+
+        do_GET = do_POST = do_DELETE = answer
+
+        def log_message(self, *_: object) -> None:
+            pass
+
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Answers)
+    thread = threading.Thread(target=server.serve_forever, args=(0.01,))
+    thread.start()
+    yield f"http://127.0.0.1:{server.server_port}"
+    server.shutdown()
+    thread.join()
+    server.server_close()
+
+
+REMOTE = [
+    *(
+        ["vps", "list"],
+        ["vps", "status", "t"],
+        ["vps", "create", "--image=i"],
+        ["vps", "rm", "t"],
+        ["vps", "stop", "t"],
+    ),
+    *(["vps", "adopt", "c"], ["vps", "share", "t", "u"], ["vps", "agent-command", "t"], ["vps", "connect", "t"]),
+    *(["node", "list"], ["auth", "login"], ["auth", "status"], ["token", "create"], ["user", "remove", "u"]),
+    *(["forward", "t", "0:80"], ["connect", "t", "ls"], ["ssh-config"]),
+]
+
+
+@pytest.mark.parametrize("command", REMOTE, ids=" ".join)
+def test_what_is_no_host_never_ends_a_command_as_a_missing_task_would(
+    command: list[str], stranger: str, capfd: pytest.CaptureFixture[str]
+) -> None:
+    assert outcome(*command[:2], f"--host={stranger}", "--token=t", *command[2:]) == 7
+    said = capfd.readouterr().err
+    assert stranger in said
+    assert said.count("\n") == 1
+
+
+def test_a_wrong_address_is_told_before_the_token_is_asked_for(unused_port: int) -> None:
+    command = [sys.executable, "-m", "kohakuriver", "auth", "login", "--host", f"http://127.0.0.1:{unused_port}"]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as login:
+        assert login.wait(30) == 7  # and nobody has typed anything
+        assert login.stdout is not None
+        assert login.stderr is not None
+        assert login.stdout.read() == b""
+        assert b"can't be reached" in login.stderr.read()
