@@ -16,7 +16,7 @@ from kohakuriver.errors import (
 )
 
 if TYPE_CHECKING:
-    from kohakuriver.client.forward import Forward, forward, forward_sync
+    from kohakuriver.client.api import Forward, forward, forward_sync
 
 __version__ = "0.1.0"
 
@@ -41,7 +41,11 @@ _LAZY = frozenset({"Forward", "forward", "forward_sync"})
 def __getattr__(name: str) -> Any:
     # The host, the runner and the command line's --help import this package too, and none of them forwards anything.
     if name in _LAZY:
-        from kohakuriver.client import forward as forwarding
+        from kohakuriver.client import api
 
-        return getattr(forwarding, name)
+        return getattr(api, name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -88,6 +88,34 @@ def test_the_sync_twin_works_where_a_loop_runs_already_as_in_a_notebook(run: Run
     run(cell())
 
 
+def test_a_forward_that_is_awaited_stays_open_until_it_is_closed(run: Run, service: Service) -> None:
+    async def cells() -> None:
+        fwd = await kohakuriver.forward(service.task, service.port)
+        assert repr(fwd) == f"<forward to {service.task}: http://127.0.0.1:{fwd.local_port}>"
+        assert await echo_through(fwd.local_port) == b"hello"
+        port = fwd.local_port
+        assert await fwd is fwd
+        await fwd.close()
+        await fwd.close()
+        with pytest.raises(ConnectionRefusedError):
+            await echo_through(port)
+        with pytest.raises(kohakuriver.UsageError):
+            fwd.url()
+
+    run(cells())
+
+
+def test_the_sync_twin_is_opened_and_closed_by_hand_where_no_block_fits(service: Service) -> None:
+    threads = threading.active_count()
+    fwd = kohakuriver.forward_sync(service.task, service.port).open()
+    assert fwd.open() is fwd
+    with connect(fwd.local_port) as connection:
+        assert echoes(connection)
+    fwd.close()
+    fwd.close()
+    assert threading.active_count() == threads
+
+
 def test_two_forwards_in_one_program_are_independent(run: Run, service: Service) -> None:
     async def main() -> None:
         async with kohakuriver.forward(service.task, service.port) as kept:

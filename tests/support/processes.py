@@ -17,7 +17,7 @@ from typing import Any, TypeVar
 import httpx
 
 import kohakuriver
-from kohakuriver.client.forward import ForwardSync
+from kohakuriver.client.api import ForwardSync
 from tests.support.hops import binary
 
 T = TypeVar("T")

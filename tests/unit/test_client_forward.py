@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import inspect
 import json
 import re
 import threading
@@ -10,6 +11,7 @@ import time
 
 import pytest
 
+import kohakuriver
 from kohakuriver import runtime
 from kohakuriver.cli import forward_view
 from kohakuriver.client import forward as forwarding
@@ -72,12 +74,13 @@ def test_only_loopback_keeps_other_machines_out(host: str, open_to_others: bool)
 
 def test_a_fixed_local_port_goes_with_one_remote_port_only() -> None:
     with pytest.raises(UsageError, match="one remote port"):
-        forwarding.forward("t", [1, 2], local_port=9)
+        kohakuriver.forward("t", [1, 2], local_port=9)
 
 
 def test_a_forward_that_is_not_open_says_so() -> None:
-    with pytest.raises(UsageError, match="not open yet"):
-        _ = forwarding.forward("t", 80).local_port
+    with pytest.raises(UsageError, match="not open"):
+        _ = kohakuriver.forward("t", 80).local_port
+    assert repr(kohakuriver.forward("t", 80)) == repr(kohakuriver.forward_sync("t", 80)) == "<forward to t: not open>"
 
 
 def test_the_line_that_scripts_wait_for_is_as_documented(capsys: pytest.CaptureFixture[str]) -> None:
@@ -219,3 +222,12 @@ def test_once_the_host_has_been_away_for_a_minute_a_connection_is_reset_at_once(
     runtime.run(asyncio.wait_for(connect(), 20))
     assert failed == ["ENOTCONN: the connection to the host is lost"]
     assert EndpointConfig().outage == 60.0
+
+
+def test_the_package_shows_what_it_offers_and_with_which_parameters() -> None:
+    assert {"forward", "forward_sync", "Forward"} <= set(dir(kohakuriver))
+    parameters = inspect.signature(kohakuriver.forward).parameters
+    assert inspect.signature(kohakuriver.forward_sync).parameters == parameters
+    assert all(
+        f"`{name}`" in (kohakuriver.forward_sync.__doc__ or "") for name in ("task", "ports", "token", "on_event")
+    )

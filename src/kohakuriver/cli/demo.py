@@ -21,7 +21,8 @@ from kohakuriver.cli.signals import caught
 from kohakuriver.errors import KohakuRiverError
 
 if TYPE_CHECKING:
-    from kohakuriver.client.forward import Event, Forward
+    from kohakuriver.client.api import Forward
+    from kohakuriver.client.forward import Event
     from kohakuriver.client.host import HostClient
     from kohakuriver.config import Settings
 
@@ -125,7 +126,7 @@ class _Demo:
 
     @contextlib.asynccontextmanager
     async def _forward(self, settings: Settings, port: int) -> AsyncIterator[Forward]:
-        from kohakuriver.client.forward import forward
+        from kohakuriver.client.api import forward
 
         opened = forward(TASK_NAME, port, host=settings.host, token=settings.token, on_event=self._on_event)
         async with opened as fwd:

@@ -1,7 +1,7 @@
 """A forward: local ports that lead to ports of one task, kept open for as long as the task is there.
 
-`Forwarder` is what the command line runs; `forward` and `forward_sync` are the same for Python code. A forward binds
-its local addresses first, then opens its one session. From then on it never ends because a stream, a tunnel or the
+`Forwarder` is what the command line runs, and what Python code gets through `client.api`. A forward binds its local
+addresses first, then opens its one session. From then on it never ends because a stream, a tunnel or the
 session's link breaks: it opens a new session, with backoff and jitter. Sources: docs/cli.md, docs/protocol.md §4.
 """
 
@@ -10,14 +10,12 @@ from __future__ import annotations
 import asyncio
 import errno
 import ipaddress
-import threading
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
-from types import TracebackType
 from typing import Any, ClassVar
 
-from kohakuriver.config import Settings, load_settings, path_segment
+from kohakuriver.config import Settings, path_segment
 from kohakuriver.errors import (
     KohakuRiverError,
     LocalAddressError,
@@ -26,7 +24,7 @@ from kohakuriver.errors import (
     UnavailableError,
     UsageError,
 )
-from kohakuriver.runtime import cancel_all, new_event_loop, out_of_descriptors
+from kohakuriver.runtime import cancel_all, out_of_descriptors
 from kohakuriver.tls import client_context
 from kohakuriver.tunnel.backoff import Backoff
 from kohakuriver.tunnel.dial import open_session
@@ -41,8 +39,6 @@ __all__ = [
     "Closed",
     "Connected",
     "Event",
-    "Forward",
-    "ForwardSync",
     "Forwarder",
     "Listening",
     "NotListening",
@@ -53,8 +49,6 @@ __all__ = [
     "Stats",
     "StreamError",
     "exposes",
-    "forward",
-    "forward_sync",
     "parse_port",
 ]
 
@@ -453,183 +447,3 @@ def _check_distinct(ports: Sequence[PortForward]) -> None:
     for local, proto in taken:
         if taken.count((local, proto)) > 1:
             raise UsageError(f"The local port {local} ({proto}) is given more than once.")
-
-
-class Forward:
-    """`async with kohakuriver.forward(task, port) as fwd:`; see `forward`."""
-
-    def __init__(self, forwarder: Callable[[], Forwarder]) -> None:
-        self._make = forwarder
-        self._forwarder: Forwarder | None = None
-
-    async def __aenter__(self) -> Forward:
-        forwarder = self._make()
-        await forwarder.start()
-        self._forwarder = forwarder
-        return self
-
-    async def __aexit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        await self._open.close()
-
-    @property
-    def _open(self) -> Forwarder:
-        if self._forwarder is None:
-            raise UsageError("The forward is not open yet: use it inside its `with` block.")
-        return self._forwarder
-
-    @property
-    def local_host(self) -> str:
-        """The address to connect to; for a forward that listens everywhere, this machine's loopback."""
-        host = self._open.listening[0].host
-        return {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host)
-
-    @property
-    def local_port(self) -> int:
-        """The local port of the first remote port."""
-        return self._open.listening[0].port
-
-    @property
-    def local_ports(self) -> dict[int, int]:
-        """Local ports by remote port."""
-        return {local.remote_port: local.port for local in self._open.listening}
-
-    def url(self, scheme: str = "http", remote_port: int | None = None) -> str:
-        """`scheme://host:port` of the local side of `remote_port`, by default the first one."""
-        if remote_port is not None and remote_port not in self.local_ports:
-            raise UsageError(f"Port {remote_port} is not part of this forward.")
-        port = self.local_port if remote_port is None else self.local_ports[remote_port]
-        host = f"[{self.local_host}]" if ":" in self.local_host else self.local_host
-        return f"{scheme}://{host}:{port}"
-
-    def stats(self) -> Stats:
-        """Totals since the forward began."""
-        return self._open.stats()
-
-    async def wait(self) -> None:
-        """Wait until the forward can't go on. Raises NotFoundError once the task is gone for good, NotAllowedError
-        once the right to use it is.
-        """
-        await self._open.wait()
-
-
-def forward(
-    task: str | int,
-    ports: PortSpec | Sequence[PortSpec],
-    *,
-    proto: str = "tcp",
-    local_port: int | None = 0,
-    local_host: str = LOOPBACK,
-    host: str | None = None,
-    token: str | None = None,
-    ca_file: str | None = None,
-    on_event: Callable[[Event], None] = lambda event: None,
-) -> Forward:
-    """A forward for `async with`, on the loop that runs.
-
-    `task` is a numeric id or a unique name; `ports` one remote port or several, as numbers or
-    `LOCAL:REMOTE[/udp]`.
-    `local_host` "localhost" is both loopback addresses. `local_port` 0 is any free one, None the remote port's
-    number; another number goes with one remote port only.
-    `host`, `token` and `ca_file` default to the settings that the command line uses. Entering raises the same errors
-    that the command line exits with: NotFoundError, UnavailableError, NotAllowedError, LocalAddressError,
-    HostUnreachableError, UsageError.
-    """
-    wanted: Sequence[PortSpec] = [ports] if isinstance(ports, (int, str)) else ports
-    if local_port and len(wanted) != 1:
-        raise UsageError("local_port goes with one remote port; give several as LOCAL:REMOTE.")
-    parsed = [parse_port(spec, proto=proto, local=local_port) for spec in wanted]
-
-    def make() -> Forwarder:
-        settings = load_settings(host=host, token=token, ca_file=ca_file)
-        return Forwarder(str(task), parsed, settings=settings, local_host=local_host, on_event=on_event)
-
-    return Forward(make)
-
-
-class ForwardSync:
-    """`with kohakuriver.forward_sync(task, port) as fwd:`; the forward runs on a thread with a loop of its own."""
-
-    def __init__(self, forward: Forward) -> None:
-        self._forward = forward
-        self._loop: asyncio.AbstractEventLoop | None = None
-        self._thread: threading.Thread | None = None
-
-    def __enter__(self) -> ForwardSync:
-        self._loop = new_event_loop()
-        self._thread = threading.Thread(target=self._loop.run_forever, name="kohakuriver-forward", daemon=True)
-        self._thread.start()
-        try:
-            asyncio.run_coroutine_threadsafe(self._forward.__aenter__(), self._loop).result()
-        except BaseException:
-            self._end_loop()
-            raise
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        assert self._loop is not None
-        try:
-            asyncio.run_coroutine_threadsafe(self._forward.__aexit__(None, None, None), self._loop).result()
-        finally:
-            self._end_loop()
-
-    def _end_loop(self) -> None:
-        assert self._loop is not None
-        assert self._thread is not None
-        self._loop.call_soon_threadsafe(self._loop.stop)
-        self._thread.join()
-        self._loop.close()
-
-    @property
-    def local_host(self) -> str:
-        """The address to connect to."""
-        return self._forward.local_host
-
-    @property
-    def local_port(self) -> int:
-        """The local port of the first remote port."""
-        return self._forward.local_port
-
-    @property
-    def local_ports(self) -> dict[int, int]:
-        """Local ports by remote port."""
-        return self._forward.local_ports
-
-    def url(self, scheme: str = "http", remote_port: int | None = None) -> str:
-        """`scheme://host:port` of the local side of `remote_port`, by default the first one."""
-        return self._forward.url(scheme, remote_port)
-
-    def stats(self) -> Stats:
-        """Totals since the forward began."""
-        return self._forward.stats()
-
-
-def forward_sync(
-    task: str | int,
-    ports: PortSpec | Sequence[PortSpec],
-    *,
-    proto: str = "tcp",
-    local_port: int | None = 0,
-    local_host: str = LOOPBACK,
-    host: str | None = None,
-    token: str | None = None,
-    ca_file: str | None = None,
-    on_event: Callable[[Event], None] = lambda event: None,
-) -> ForwardSync:
-    """`forward` for code without a loop, and for a `with` beside one. `on_event` is called on the forward's thread."""
-    return ForwardSync(
-        forward(
-            task,
-            ports,
-            proto=proto,
-            local_port=local_port,
-            local_host=local_host,
-            host=host,
-            token=token,
-            ca_file=ca_file,
-            on_event=on_event,
-        )
-    )

@@ -1,0 +1,228 @@
+"""Forwards for Python code: `kohakuriver.forward` on a loop that runs, `kohakuriver.forward_sync` without one."""
+
+from __future__ import annotations
+
+import asyncio
+import functools
+import inspect
+import threading
+from collections.abc import Callable, Generator, Sequence
+from types import TracebackType
+from typing import Any, ParamSpec
+
+from kohakuriver.client.forward import LOOPBACK, Event, Forwarder, PortSpec, Stats, parse_port
+from kohakuriver.config import load_settings
+from kohakuriver.errors import UsageError
+from kohakuriver.runtime import new_event_loop
+
+__all__ = ["Forward", "ForwardSync", "forward", "forward_sync"]
+
+P = ParamSpec("P")
+
+
+class Forward:
+    """One forward: `async with forward(…) as fwd:`, or `fwd = await forward(…)` and at the end `await fwd.close()`."""
+
+    def __init__(self, task: str, forwarder: Callable[[], Forwarder]) -> None:
+        self._task = task
+        self._make = forwarder
+        self._forwarder: Forwarder | None = None
+
+    def __repr__(self) -> str:
+        return f"<forward to {self._task}: {self.url() if self._forwarder else 'not open'}>"
+
+    def __await__(self) -> Generator[Any, None, Forward]:
+        return self.open().__await__()
+
+    async def __aenter__(self) -> Forward:
+        return await self.open()
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        await self.close()
+
+    async def open(self) -> Forward:
+        """Listen, and open the session; nothing where that is done. Raises what `forward` says."""
+        if self._forwarder is None:
+            forwarder = self._make()
+            await forwarder.start()
+            self._forwarder = forwarder
+        return self
+
+    async def close(self) -> None:
+        """End it, and what is open through it; nothing where it is not open."""
+        forwarder, self._forwarder = self._forwarder, None
+        if forwarder is not None:
+            await forwarder.close()
+
+    @property
+    def _open(self) -> Forwarder:
+        if self._forwarder is None:
+            raise UsageError("The forward is not open: use it inside its `with` block, or before it is closed.")
+        return self._forwarder
+
+    @property
+    def local_host(self) -> str:
+        """The address to connect to; for a forward that listens everywhere, this machine's loopback."""
+        host = self._open.listening[0].host
+        return {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host)
+
+    @property
+    def local_port(self) -> int:
+        """The local port of the first remote port."""
+        return self._open.listening[0].port
+
+    @property
+    def local_ports(self) -> dict[int, int]:
+        """Local ports by remote port."""
+        return {local.remote_port: local.port for local in self._open.listening}
+
+    def url(self, scheme: str = "http", remote_port: int | None = None) -> str:
+        """`scheme://host:port` of the local side of `remote_port`, by default the first one."""
+        if remote_port is not None and remote_port not in self.local_ports:
+            raise UsageError(f"Port {remote_port} is not part of this forward.")
+        port = self.local_port if remote_port is None else self.local_ports[remote_port]
+        host = f"[{self.local_host}]" if ":" in self.local_host else self.local_host
+        return f"{scheme}://{host}:{port}"
+
+    def stats(self) -> Stats:
+        """Totals since the forward began."""
+        return self._open.stats()
+
+    async def wait(self) -> None:
+        """Wait until the forward can't go on. Raises NotFoundError once the task is gone for good, NotAllowedError
+        once the right to use it is.
+        """
+        await self._open.wait()
+
+
+def forward(
+    task: str | int,
+    ports: PortSpec | Sequence[PortSpec],
+    *,
+    proto: str = "tcp",
+    local_port: int | None = 0,
+    local_host: str = LOOPBACK,
+    host: str | None = None,
+    token: str | None = None,
+    ca_file: str | None = None,
+    on_event: Callable[[Event], None] = lambda event: None,
+) -> Forward:
+    """A forward for `async with`, or for `await`, on the loop that runs.
+
+    `task` is a numeric id or a unique name; `ports` one remote port or several, as numbers or
+    `LOCAL:REMOTE[/udp]`.
+    `local_host` "localhost" is both loopback addresses. `local_port` 0 is any free one, None the remote port's
+    number; another number goes with one remote port only.
+    `host`, `token` and `ca_file` default to the settings that the command line uses. Opening it raises the same errors
+    that the command line exits with: NotFoundError, UnavailableError, NotAllowedError, LocalAddressError,
+    HostUnreachableError, UsageError.
+    """
+    wanted: Sequence[PortSpec] = [ports] if isinstance(ports, (int, str)) else ports
+    if local_port and len(wanted) != 1:
+        raise UsageError("local_port goes with one remote port; give several as LOCAL:REMOTE.")
+    parsed = [parse_port(spec, proto=proto, local=local_port) for spec in wanted]
+
+    def make() -> Forwarder:
+        settings = load_settings(host=host, token=token, ca_file=ca_file)
+        return Forwarder(str(task), parsed, settings=settings, local_host=local_host, on_event=on_event)
+
+    return Forward(str(task), make)
+
+
+class ForwardSync:
+    """One forward on a thread with a loop of its own: `with forward_sync(…) as fwd:`, or
+    `fwd = forward_sync(…).open()` and, at the end, `fwd.close()`.
+    """
+
+    def __init__(self, forward: Forward) -> None:
+        self._forward = forward
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self._thread: threading.Thread | None = None
+
+    def __repr__(self) -> str:
+        return repr(self._forward)
+
+    def __enter__(self) -> ForwardSync:
+        return self.open()
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def open(self) -> ForwardSync:
+        """Listen, and open the session; nothing where that is done. Raises what `forward` says."""
+        if self._loop is not None:
+            return self
+        self._loop = new_event_loop()
+        self._thread = threading.Thread(target=self._loop.run_forever, name="kohakuriver-forward", daemon=True)
+        self._thread.start()
+        try:
+            asyncio.run_coroutine_threadsafe(self._forward.open(), self._loop).result()
+        except BaseException:
+            self._end_loop()
+            raise
+        return self
+
+    def close(self) -> None:
+        """End it, and what is open through it; nothing where it is not open."""
+        if self._loop is None:
+            return
+        try:
+            asyncio.run_coroutine_threadsafe(self._forward.close(), self._loop).result()
+        finally:
+            self._end_loop()
+
+    def _end_loop(self) -> None:
+        loop, thread = self._loop, self._thread
+        assert loop is not None
+        assert thread is not None
+        self._loop = self._thread = None
+        loop.call_soon_threadsafe(loop.stop)
+        thread.join()
+        loop.close()
+
+    @property
+    def local_host(self) -> str:
+        """The address to connect to."""
+        return self._forward.local_host
+
+    @property
+    def local_port(self) -> int:
+        """The local port of the first remote port."""
+        return self._forward.local_port
+
+    @property
+    def local_ports(self) -> dict[int, int]:
+        """Local ports by remote port."""
+        return self._forward.local_ports
+
+    def url(self, scheme: str = "http", remote_port: int | None = None) -> str:
+        """`scheme://host:port` of the local side of `remote_port`, by default the first one."""
+        return self._forward.url(scheme, remote_port)
+
+    def stats(self) -> Stats:
+        """Totals since the forward began."""
+        return self._forward.stats()
+
+
+def _on_a_thread(make: Callable[P, Forward]) -> Callable[P, ForwardSync]:
+    """`make` with the same parameters, for a ForwardSync."""
+
+    @functools.wraps(make)
+    def on_a_thread(*args: P.args, **options: P.kwargs) -> ForwardSync:
+        return ForwardSync(make(*args, **options))
+
+    signature = inspect.signature(make).replace(return_annotation="ForwardSync")
+    on_a_thread.__signature__ = signature  # type: ignore[attr-defined]
+    on_a_thread.__name__ = on_a_thread.__qualname__ = f"{make.__name__}_sync"
+    on_a_thread.__doc__ = (
+        f"`{make.__name__}` for code without a loop, and for a `with` beside one: for `with`, or for `.open()`.\n\n"
+        f"`on_event` is called on the forward's thread. Otherwise:\n\n{inspect.getdoc(make)}"
+    )
+    return on_a_thread
+
+
+forward_sync = _on_a_thread(forward)
