@@ -22,7 +22,7 @@ from kohakuriver.cli.main import app, main
 HEAVY = ["aiodocker", "fastapi", "httpx", "pydantic", "rich", "sqlalchemy", "uvicorn", "uvloop", "websockets"]
 COMMANDS = [
     *(["up"], ["host"], ["runner"], ["demo"], ["forward"], ["node", "list"], ["init", "tls"]),
-    *(["connect"], ["ssh-proxy"], ["ssh-config"]),
+    *(["connect"], ["ssh-proxy"], ["ssh-config"], ["audit"]),
     *(
         ["vps", name]
         for name in ("create", "list", "status", "agent-command", "stop", "restart", "rm", "adopt", "connect")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import signal
+from dataclasses import dataclass
 from enum import Enum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -11,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from kohakuriver.cli import output
-from kohakuriver.cli.options import JsonOption, built
+from kohakuriver.cli.options import JsonOption, built, remote
 from kohakuriver.cli.signals import caught
 
 if TYPE_CHECKING:
@@ -79,6 +80,46 @@ TlsKeyOption = Annotated[
     Path | None, typer.Option("--tls-key", help="The key that belongs to --tls-cert.", show_default=False)
 ]
 StdinOption = Annotated[bool, typer.Option("--exit-with-stdin", hidden=True)]
+BindOption = Annotated[str, typer.Option("--bind", help="The address to listen on.")]
+DatabaseOption = Annotated[
+    str | None,
+    typer.Option("--database", metavar="URL", help="Default: a SQLite file in --state-dir.", show_default=False),
+]
+AuditOption = Annotated[
+    Path | None,
+    typer.Option("--audit-log", help="Where it goes what was done. Default: in --state-dir.", show_default=False),
+]
+MountsOption = Annotated[
+    bool, typer.Option("--user-mounts", help="Let users who are no admins mount directories of the nodes.")
+]
+AdvertiseOption = Annotated[
+    str | None,
+    typer.Option("--advertise-url", metavar="URL", help="How the host reaches this runner.", show_default=False),
+]
+NodeNameOption = Annotated[
+    str | None, typer.Option("--name", help="The node's name. Default: this machine's.", show_default=False)
+]
+NodeTokenOption = Annotated[
+    str | None,
+    typer.Option("--node-token", envvar="KOHAKURIVER_NODE_TOKEN", help="The host's node token.", show_default=False),
+]
+NodeTokenFileOption = Annotated[
+    Path | None, typer.Option("--node-token-file", help="The file that holds it.", show_default=False)
+]
+BackendsOption = Annotated[
+    list[Backend] | None,
+    typer.Option("--backend", help="What to offer; may be repeated. Default: docker and address.", show_default=False),
+]
+StopTasksOption = Annotated[bool, typer.Option("--stop-tasks-on-exit", help="End containers too when the runner ends.")]
+
+
+def _ca_file(whose: str) -> Any:
+    return typer.Option(
+        "--ca-file",
+        envvar="KOHAKURIVER_CA_FILE",
+        help=f"Who signed {whose}. Default: the system's authorities.",
+        show_default=False,
+    )
 
 
 def register(app: typer.Typer) -> None:
@@ -166,102 +207,60 @@ def _say_ready(cluster: LocalCluster, json: bool) -> None:
         output.line(f"ready: host {host_url}, runner {cluster.runner_url} ({backends}){ssh}; Ctrl-C ends it")
 
 
+@dataclass(frozen=True)
+class Serving:
+    """What host and runner have in common."""
+
+    state_dir: StateOption = None
+    tls_cert: TlsCertOption = None
+    tls_key: TlsKeyOption = None
+    allow_anonymous: AnonymousOption = False
+    allowed_hosts: AllowedHostOption = None
+    allowed_origins: AllowedOriginOption = None
+    log_level: LogLevelOption = LogLevel.info
+    json: JsonOption = False
+    exit_with_stdin: StdinOption = False
+
+
+@remote
 def host(
     ctx: typer.Context,
-    bind: Annotated[str, typer.Option("--bind", help="The address to listen on.")] = "0.0.0.0",
+    common: Serving,
+    bind: BindOption = "0.0.0.0",
     port: PortOption = 8000,
     ssh_port: SshPortOption = 8002,
-    database: Annotated[
-        str | None,
-        typer.Option("--database", metavar="URL", help="Default: a SQLite file in --state-dir.", show_default=False),
-    ] = None,
-    tls_cert: TlsCertOption = None,
-    tls_key: TlsKeyOption = None,
-    ca_file: Annotated[
-        Path | None,
-        typer.Option(
-            "--ca-file",
-            envvar="KOHAKURIVER_CA_FILE",
-            help="Who signed the runners' certificates. Default: the system's authorities.",
-            show_default=False,
-        ),
-    ] = None,
-    audit_log: Annotated[
-        Path | None,
-        typer.Option("--audit-log", help="Where it goes what was done. Default: in --state-dir.", show_default=False),
-    ] = None,
-    state_dir: StateOption = None,
-    user_mounts: Annotated[
-        bool, typer.Option("--user-mounts", help="Let users who are no admins mount directories of the nodes.")
-    ] = False,
-    allow_anonymous: AnonymousOption = False,
-    allowed_hosts: AllowedHostOption = None,
-    allowed_origins: AllowedOriginOption = None,
-    log_level: LogLevelOption = LogLevel.info,
-    json: JsonOption = False,
-    exit_with_stdin: StdinOption = False,
+    database: DatabaseOption = None,
+    ca_file: Annotated[Path | None, _ca_file("the runners' certificates")] = None,
+    audit_log: AuditOption = None,
+    user_mounts: MountsOption = False,
 ) -> int:
     """Run the host alone: the HTTP API, the middle of every forward, and the SSH proxy."""
     from kohakuriver.config import config_dir
     from kohakuriver.host import HostOptions, serve
 
-    return serve(built(HostOptions, ctx.params, state_dir=state_dir or config_dir() / "host"))
+    return serve(built(HostOptions, ctx.params, state_dir=common.state_dir or config_dir() / "host"))
 
 
+@remote
 def runner(
     ctx: typer.Context,
+    common: Serving,
     host_url: Annotated[str, typer.Option("--host-url", metavar="URL", envvar="KOHAKURIVER_HOST", help="The host.")],
-    bind: Annotated[str, typer.Option("--bind", help="The address to listen on.")] = "0.0.0.0",
+    bind: BindOption = "0.0.0.0",
     port: PortOption = 8001,
-    advertise_url: Annotated[
-        str | None,
-        typer.Option("--advertise-url", metavar="URL", help="How the host reaches this runner.", show_default=False),
-    ] = None,
-    name: Annotated[
-        str | None, typer.Option("--name", help="The node's name. Default: this machine's.", show_default=False)
-    ] = None,
-    node_token: Annotated[
-        str | None,
-        typer.Option(
-            "--node-token", envvar="KOHAKURIVER_NODE_TOKEN", help="The host's node token.", show_default=False
-        ),
-    ] = None,
-    node_token_file: Annotated[
-        Path | None, typer.Option("--node-token-file", help="The file that holds it.", show_default=False)
-    ] = None,
-    backends: Annotated[
-        list[Backend] | None,
-        typer.Option(
-            "--backend", help="What to offer; may be repeated. Default: docker and address.", show_default=False
-        ),
-    ] = None,
-    tls_cert: TlsCertOption = None,
-    tls_key: TlsKeyOption = None,
-    ca_file: Annotated[
-        Path | None,
-        typer.Option(
-            "--ca-file",
-            envvar="KOHAKURIVER_CA_FILE",
-            help="Who signed the host's certificate. Default: the system's authorities.",
-            show_default=False,
-        ),
-    ] = None,
-    state_dir: StateOption = None,
-    stop_tasks_on_exit: Annotated[
-        bool, typer.Option("--stop-tasks-on-exit", help="End containers too when the runner ends.")
-    ] = False,
-    allow_anonymous: AnonymousOption = False,
-    allowed_hosts: AllowedHostOption = None,
-    allowed_origins: AllowedOriginOption = None,
-    log_level: LogLevelOption = LogLevel.info,
-    json: JsonOption = False,
-    exit_with_stdin: StdinOption = False,
+    advertise_url: AdvertiseOption = None,
+    name: NodeNameOption = None,
+    node_token: NodeTokenOption = None,
+    node_token_file: NodeTokenFileOption = None,
+    backends: BackendsOption = None,
+    ca_file: Annotated[Path | None, _ca_file("the host's certificate")] = None,
+    stop_tasks_on_exit: StopTasksOption = False,
 ) -> int:
     """Run a node: start tasks here and reach into them."""
     from kohakuriver import config
     from kohakuriver.runner import RunnerOptions, serve
 
-    more = {"state_dir": state_dir or config.config_dir() / "runner", "host_url": config.host_url(host_url)}
+    more = {"state_dir": common.state_dir or config.config_dir() / "runner", "host_url": config.host_url(host_url)}
     return serve(built(RunnerOptions, {"backends": DEFAULT_BACKENDS, **_given(ctx)}, **more))
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import inspect
 from collections.abc import Awaitable, Callable, Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, is_dataclass
 from enum import Enum
 from typing import TYPE_CHECKING, Annotated, Any, TypeVar, get_type_hints
 
@@ -149,27 +149,27 @@ class Remote(Connection):
 
 
 def remote(command: Callable[..., Answer]) -> Callable[..., Answer]:
-    """`command` with the options that its parameter `at` (a Place, Connection or Remote) is made of in its place."""
+    """`command` with the options that one of its parameters, a dataclass such as Remote, is made of in its place."""
     signature = inspect.signature(command, eval_str=True)
-    kind = signature.parameters["at"].annotation
-    hints = get_type_hints(kind, include_extras=True)
+    (whole,) = [each for each in signature.parameters.values() if is_dataclass(each.annotation)]
+    hints = get_type_hints(whole.annotation, include_extras=True)
     options = [
         inspect.Parameter(each.name, inspect.Parameter.KEYWORD_ONLY, default=each.default, annotation=hints[each.name])
-        for each in sorted(fields(kind), key=lambda each: _ORDER.index(each.name))
+        for each in sorted(fields(whole.annotation), key=lambda each: each.name in _LAST)
     ]
 
     @functools.wraps(command)
     def run(**given: Any) -> Answer:
-        at = kind(**{option.name: given.pop(option.name) for option in options})
-        return command(at=at, **given)
+        made = whole.annotation(**{option.name: given.pop(option.name) for option in options})
+        return command(**{whole.name: made}, **given)
 
-    own = [each.replace(kind=each.KEYWORD_ONLY) for each in signature.parameters.values() if each.name != "at"]
+    own = [each.replace(kind=each.KEYWORD_ONLY) for each in signature.parameters.values() if each is not whole]
     run.__signature__ = signature.replace(parameters=[*own, *options])  # type: ignore[attr-defined]
     run.__annotations__ = {each.name: each.annotation for each in [*own, *options]}
     return run
 
 
-_ORDER = ("json", "host", "token", "ca_file")
+_LAST = ("host", "token", "ca_file")
 
 
 def built(kind: type[Record], given: Mapping[str, Any], **more: Any) -> Record:
