@@ -23,6 +23,10 @@ class Limits:
 
     max_sessions: int = 1000
     """Forward sessions of one user that the host has open at a time."""
+    max_requests: int = 100
+    """HTTP requests and sessions that one user may begin in a second; five times as many may come at once."""
+    max_under_way: int = 256
+    """HTTP requests of one user that are under way."""
     max_streams: int = 32_768
     """Streams of one session that are open at a time."""
     max_connects: int = 5000
@@ -51,6 +55,8 @@ class Limits:
 
 _BOUNDS: dict[str, tuple[float, float]] = {
     "max_sessions": (0, 1 << 20),
+    "max_requests": (0, 1 << 20),
+    "max_under_way": (0, 1 << 20),
     "max_streams": (0, 1 << 20),
     "max_connects": (0, 1 << 20),
     "max_rate": (LEAST_RATE, 1 << 40),
@@ -64,7 +70,16 @@ _BOUNDS: dict[str, tuple[float, float]] = {
     "max_audit": (1 << 20, 1 << 40),
     "idle_timeout": (0.1, LONGEST),
 }
-_MAY_BE_OFF = {"max_sessions", "max_streams", "max_connects", "max_rate", "max_audit", "idle_timeout"}
+_MAY_BE_OFF = {
+    "max_sessions",
+    "max_requests",
+    "max_under_way",
+    "max_streams",
+    "max_connects",
+    "max_rate",
+    "max_audit",
+    "idle_timeout",
+}
 
 
 def from_environment(environ: Mapping[str, str] = os.environ) -> Limits:

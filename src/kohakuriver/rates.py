@@ -21,6 +21,11 @@ class TokenBucket:
         """Take what has been used already; how many seconds to wait before more is used."""
         self._fill(now)
         self._left -= units
+        return self.wait(now)
+
+    def wait(self, now: float) -> float:
+        """How many seconds until there is something again."""
+        self._fill(now)
         return max(0.0, -self._left / self._rate)
 
     def try_take(self, now: float) -> bool:

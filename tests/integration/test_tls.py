@@ -12,6 +12,7 @@ import ssl
 import subprocess
 import sys
 import threading
+import urllib.request
 from collections.abc import Iterator
 from datetime import datetime, timedelta, timezone
 from pathlib import Path
@@ -118,6 +119,12 @@ def test_both_hops_serve_https_and_bytes_arrive_unchanged(cluster: OverTls, serv
         connection.shutdown(socket.SHUT_WR)  # half-close: the service sees it, and ends its side
         assert connection.recv(1) == b""
     assert forward.stop() == 0
+
+
+def test_browsers_are_told_to_use_nothing_but_tls(cluster: OverTls) -> None:
+    trusted = ssl.create_default_context(cafile=str(cluster.authority.cert))
+    with urllib.request.urlopen(f"{cluster.url}/health", context=trusted, timeout=30) as answer:
+        assert answer.headers["Strict-Transport-Security"] == "max-age=31536000"
 
 
 def test_an_authority_may_be_named_by_flag_variable_or_settings_file(cluster: OverTls) -> None:

@@ -23,10 +23,12 @@ from kohakuriver.host.services.credentials import Credentials
 from kohakuriver.host.services.grants import Grants
 from kohakuriver.host.services.nodes import Nodes
 from kohakuriver.host.services.people import People
+from kohakuriver.host.services.requests import Requests
 from kohakuriver.host.services.runner_client import RunnerClient
 from kohakuriver.host.services.tasks import Changes, Tasks
 from kohakuriver.host.services.terminal_proxy import TerminalProxy
 from kohakuriver.host.services.tunnel_proxy import TunnelProxy
+from kohakuriver.limits import Limits
 from kohakuriver.session import ticket
 from kohakuriver.store import Accounts, Store, sqlite_url
 from kohakuriver.tunnel.accept import TunnelRoute, serve_ws
@@ -131,7 +133,13 @@ class HostUnderTest:
     """A host on a real socket. `user` (an admin), `node` and `nobody` are clients with and without a token."""
 
     def __init__(
-        self, store: Store, accounts: Accounts, credentials: Credentials, clock: Clock, audit: AuditLog
+        self,
+        store: Store,
+        accounts: Accounts,
+        credentials: Credentials,
+        clock: Clock,
+        audit: AuditLog,
+        limits: Limits,
     ) -> None:
         self.store = store
         self.audit = audit
@@ -141,7 +149,8 @@ class HostUnderTest:
         self.runners = RunnerClient(ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT))
         self.nodes = Nodes(store, heartbeat_seconds=HEARTBEAT_SECONDS, on_change=changes.notify, clock=clock)
         self.tasks = Tasks(store, accounts, self.nodes, self.runners, changes, audit=audit, clock=clock)
-        self.grants = Grants(accounts, audit=audit)
+        self.requests = Requests(rate=limits.max_requests, most=limits.max_under_way)
+        self.grants = Grants(accounts, requests=self.requests, audit=audit)
         access = Access(store, accounts)
         self.forwards = Forwards(credentials, access, self.grants, store, self.nodes, self.tasks)
         self.proxy = TunnelProxy(authorize=self.forwards.authorize)
@@ -149,7 +158,8 @@ class HostUnderTest:
         self.people = People(accounts, self.grants, clock=clock)
         self.guard = Guard()
         self.app = create_app(
-            Services(credentials, access, self.people, self.nodes, self.tasks, self.forwards, audit), self.guard
+            Services(credentials, access, self.people, self.nodes, self.tasks, self.forwards, self.requests, audit),
+            self.guard,
         )
         self.url = ""
         self.admin_token = ""
@@ -198,7 +208,9 @@ class HostUnderTest:
 
 
 @contextlib.asynccontextmanager
-async def a_host(directory: Path, *, allow_anonymous: bool = False) -> AsyncIterator[HostUnderTest]:
+async def a_host(
+    directory: Path, *, allow_anonymous: bool = False, limits: Limits | None = None
+) -> AsyncIterator[HostUnderTest]:
     """A host with its state in `directory`."""
     store = await Store.open(sqlite_url(directory / "host.db"))
     clock = Clock()
@@ -206,7 +218,7 @@ async def a_host(directory: Path, *, allow_anonymous: bool = False) -> AsyncIter
     audit = AuditLog(directory / "audit.jsonl")
     credentials = Credentials(accounts, allow_anonymous=allow_anonymous, audit=audit, clock=clock)
     await credentials.load_or_make(directory)
-    host = HostUnderTest(store, accounts, credentials, clock, audit)
+    host = HostUnderTest(store, accounts, credentials, clock, audit, limits or Limits(max_requests=0))
     async with host.stack:
         host.stack.push_async_callback(store.close)
         host.stack.push_async_callback(host.runners.close)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import datetime
 from typing import Annotated, Any
@@ -38,6 +39,7 @@ from kohakuriver.host.services.authorize import Forwards
 from kohakuriver.host.services.credentials import Caller, Credentials
 from kohakuriver.host.services.nodes import Nodes
 from kohakuriver.host.services.people import People
+from kohakuriver.host.services.requests import Requests
 from kohakuriver.host.services.tasks import Tasks
 from kohakuriver.store import Node, Task, Token
 from kohakuriver.task import TaskView
@@ -59,6 +61,7 @@ class Services:
     nodes: Nodes
     tasks: Tasks
     forwards: Forwards
+    requests: Requests
     audit: AuditLog
 
 
@@ -87,8 +90,10 @@ Host = Annotated[Services, Depends(services_of)]
 
 class _OfUsers(Checked):
     @staticmethod
-    async def check(request: Request) -> None:
-        request.state.authenticated = await services_of(request).credentials.caller(bearer(request))
+    async def check(request: Request) -> Callable[[], object]:
+        services: Services = services_of(request)
+        request.state.authenticated = await services.credentials.caller(bearer(request))
+        return services.requests.begin(request.state.authenticated[0])
 
 
 class _OfNodes(Checked):

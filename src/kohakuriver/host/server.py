@@ -20,6 +20,7 @@ from kohakuriver.host.services.credentials import Credentials
 from kohakuriver.host.services.grants import Grants
 from kohakuriver.host.services.nodes import Nodes
 from kohakuriver.host.services.people import People
+from kohakuriver.host.services.requests import Requests
 from kohakuriver.host.services.runner_client import RunnerClient
 from kohakuriver.host.services.tasks import Changes, Tasks
 from kohakuriver.host.services.terminal_proxy import TerminalProxy
@@ -147,7 +148,9 @@ async def _serve(
     nodes = Nodes(store, heartbeat_seconds=options.heartbeat_seconds, on_change=changes.notify)
     tasks = Tasks(store, accounts, nodes, runners, changes, user_mounts=options.user_mounts, audit=perimeter.audit)
     access = Access(store, accounts)
-    grants = Grants(accounts, max_sessions=perimeter.limits.max_sessions, audit=perimeter.audit)
+    limits = perimeter.limits
+    requests = Requests(rate=limits.max_requests, most=limits.max_under_way)
+    grants = Grants(accounts, max_sessions=limits.max_sessions, requests=requests, audit=perimeter.audit)
     forwards = Forwards(credentials, access, grants, store, nodes, tasks)
     proxy = TunnelProxy(authorize=forwards.authorize, trusted=perimeter.trusted, limits=perimeter.limits)
     terminals = TerminalProxy(authorize=forwards.authorize_terminal, trusted=perimeter.trusted, limits=perimeter.limits)
@@ -179,7 +182,8 @@ async def _serve(
 
     server = Server(
         create_app(
-            Services(credentials, access, People(accounts, grants), nodes, tasks, forwards, perimeter.audit), guard
+            Services(credentials, access, People(accounts, grants), nodes, tasks, forwards, requests, perimeter.audit),
+            guard,
         ),
         ws=serve_ws([*proxy.routes(), *terminals.routes()], guard, max_message=perimeter.limits.max_message),
         on_ready=ready,

@@ -288,6 +288,7 @@ class Upgrade(asyncio.Protocol):
         content = json.dumps(body).encode()
         headers = Headers([("Content-Type", "application/json"), ("Content-Length", str(len(content)))])
         headers["Connection"] = "close"
+        headers["X-Content-Type-Options"] = "nosniff"
         if status == 401:
             headers["WWW-Authenticate"] = "Bearer"
         self._transport.write(Response(status, http.HTTPStatus(status).phrase, headers, content).serialize())

@@ -17,10 +17,10 @@ from fastapi import APIRouter, FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
 from fastapi.routing import APIRoute
-from starlette.datastructures import Headers
+from starlette.datastructures import Headers, MutableHeaders
 from starlette.exceptions import HTTPException
 from starlette.responses import Response
-from starlette.types import ASGIApp, Receive, Scope, Send
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from kohakuriver.asking import Asker, asking, peer_name
 from kohakuriver.errors import KohakuRiverError, LocalAddressError, NotAllowedError, UsageError
@@ -62,6 +62,30 @@ class GuardMiddleware:
         await self._app(scope, receive, send)
 
 
+_HEADERS = {"X-Content-Type-Options": "nosniff", "Cache-Control": "no-store"}
+_HEADERS_OF_TLS = {**_HEADERS, "Strict-Transport-Security": "max-age=31536000"}
+
+
+class AnswerMiddleware:
+    """Adds to every answer what browsers and caches should know: tokens and tasks are nothing to keep.
+
+    Sources: RFC 9111 section 5.2.2.5, RFC 6797 section 7.2 (over TLS alone).
+    """
+
+    def __init__(self, app: ASGIApp) -> None:
+        self._app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        headers = _HEADERS_OF_TLS if scope.get("scheme") == "https" else _HEADERS
+
+        async def add(message: Message) -> None:
+            if message["type"] == "http.response.start":
+                MutableHeaders(scope=message).update(headers)
+            await send(message)
+
+        await self._app(scope, receive, add)
+
+
 class AskerMiddleware:
     """Says who asks, to whatever a request leads to."""
 
@@ -97,12 +121,13 @@ def new_app(
     if guard is not None:
         app.add_middleware(GuardMiddleware, guard=guard)
     app.add_middleware(AskerMiddleware)
+    app.add_middleware(AnswerMiddleware)
 
     @app.exception_handler(KohakuRiverError)
     async def failed(_request: Request, error: KohakuRiverError) -> JSONResponse:
         if on_error is not None:
             on_error(error)
-        headers = {"WWW-Authenticate": "Bearer"} if error.status == 401 else None
+        headers = {401: {"WWW-Authenticate": "Bearer"}, 429: {"Retry-After": "1"}}.get(error.status)
         return JSONResponse(error.to_json(), status_code=error.status, headers=headers)
 
     @app.exception_handler(RequestValidationError)
@@ -139,16 +164,23 @@ class Checked(APIRoute):
     """A route that looks at the request's credential before any of its body is read."""
 
     @staticmethod
-    async def check(request: Request) -> None:
-        """Raises KohakuRiverError for a request that may not go on; what it finds out it leaves in `request.state`."""
+    async def check(request: Request) -> Callable[[], object] | None:
+        """Raises KohakuRiverError for a request that may not go on; what it finds out it leaves in `request.state`.
+
+        What it gives, if anything, is called at the end of the request.
+        """
         raise NotImplementedError
 
     def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
         answer, check = super().get_route_handler(), type(self).check
 
         async def checked(request: Request) -> Response:
-            await check(request)
-            return await answer(request)
+            end = await check(request)
+            try:
+                return await answer(request)
+            finally:
+                if end is not None:
+                    end()
 
         return checked
 

@@ -229,7 +229,7 @@ class GuardedHttp(HttpToolsProtocol):
             content = json.dumps({"error": code, "message": message}).encode()
             head = (
                 f"HTTP/1.1 {status} {http.HTTPStatus(status).phrase}\r\nContent-Type: application/json\r\n"
-                f"Content-Length: {len(content)}\r\nConnection: close\r\n\r\n"
+                f"Content-Length: {len(content)}\r\nX-Content-Type-Options: nosniff\r\nConnection: close\r\n\r\n"
             )
             self.transport.write(head.encode() + content)
         self._close_gently()

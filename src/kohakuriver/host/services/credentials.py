@@ -12,6 +12,7 @@ from kohakuriver.asking import asker
 from kohakuriver.config import write_private
 from kohakuriver.errors import NotAllowedError, UnauthenticatedError
 from kohakuriver.host.services.audit import NOWHERE, Audit
+from kohakuriver.host.services.failures import Failures
 from kohakuriver.store import ANY_NODE, TOKEN_ID_LENGTH, Accounts, Token
 
 __all__ = ["ADMIN", "ANONYMOUS", "Caller", "Credentials", "new_token"]
@@ -67,6 +68,7 @@ class Credentials:
     ) -> None:
         self._accounts = accounts
         self._audit = audit
+        self._failures = Failures()
         self._allow_anonymous = allow_anonymous
         self._clock = clock
 
@@ -77,7 +79,8 @@ class Credentials:
                 "This needs a token; use `kohakuriver auth login`, set KOHAKURIVER_TOKEN, or use the cluster that `up` "
                 "started."
             )
-        token, user = await self._accounts.token(secret)
+        async with self._failures.looking(asker().origin):
+            token, user = await self._accounts.token(secret)
         try:
             if token is None or token.kind != "user":
                 raise UnauthenticatedError("The host does not know this token; ask its administrator for a valid one.")
@@ -85,7 +88,7 @@ class Credentials:
             if user is None:
                 raise UnauthenticatedError("The user of this token was removed; ask the host's administrator.")
         except UnauthenticatedError as error:
-            self._refused(error, token)
+            await self._refused(error, token)
             raise
         asker().known.update(user=user.name, token=token.id)
         return Caller(user.name, user.role, token.digest), token
@@ -98,22 +101,29 @@ class Credentials:
 
     async def node(self, secret: str | None) -> Token:
         """A node's token, once it is clear that it is one. Raises UnauthenticatedError."""
-        token = None if secret is None else (await self._accounts.token(secret))[0]
+        token = None
+        if secret is not None:
+            async with self._failures.looking(asker().origin):
+                token = (await self._accounts.token(secret))[0]
         try:
             if token is None or token.kind != "node":
                 raise UnauthenticatedError(f"The host does not know this node token; {_NODE_TOKEN_HELP}.")
             self._check_valid(token)
         except UnauthenticatedError as error:
             if secret is not None:
-                self._refused(error, token)
+                await self._refused(error, token)
             raise
         asker().known.update(token=token.id)
         return token
 
-    def _refused(self, error: UnauthenticatedError, token: Token | None) -> None:
-        """Write down that a credential was no good, and whose it was where that is known."""
+    async def _refused(self, error: UnauthenticatedError, token: Token | None) -> None:
+        """Write down that a credential was no good, and whose it was where that is known; back when it may be said.
+
+        Raises UnavailableError "too_many_failures" (429).
+        """
         whose = {} if token is None else {"token": token.id, "user" if token.kind == "user" else "node": token.name}
         self._audit.refused(error, **whose)
+        await self._failures.failed(asker().origin, error)
 
     @staticmethod
     def check_node(token: Token, name: str) -> None:

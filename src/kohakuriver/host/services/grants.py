@@ -20,6 +20,7 @@ from kohakuriver.asking import asker
 from kohakuriver.errors import KohakuRiverError, NotAllowedError, UnauthenticatedError, UnavailableError
 from kohakuriver.host.services.audit import NOWHERE, Audit, fingerprint
 from kohakuriver.host.services.credentials import Caller
+from kohakuriver.host.services.requests import Requests
 from kohakuriver.store import Accounts, Task, Use
 
 __all__ = ["CHECK_SECONDS", "PASS_SECONDS", "Grant", "Grants", "Passes"]
@@ -99,12 +100,21 @@ class Grants:
 
     Args:
         max_sessions: how many one user may have open at a time; 0 for any number.
+        requests: counts them among what their users ask for.
         audit: where sessions are written down.
     """
 
-    def __init__(self, accounts: Accounts, *, max_sessions: int = 0, audit: Audit = NOWHERE) -> None:
+    def __init__(
+        self,
+        accounts: Accounts,
+        *,
+        max_sessions: int = 0,
+        requests: Requests | None = None,
+        audit: Audit = NOWHERE,
+    ) -> None:
         self._accounts = accounts
         self._most = max_sessions
+        self._requests = requests or Requests()
         self.audit = audit
         self._grants: set[Grant] = set()
         self._of_user: Counter[str] = Counter()
@@ -113,8 +123,9 @@ class Grants:
         """Enter a session that `caller` opens to a task, before anything is done for it.
 
         `key` is the public key, as its type and base64, that the task's owner let in and that is all who opens it has.
-        Raises UnavailableError "too_many_sessions" (429).
+        Raises UnavailableError "too_many_sessions" or "too_many_requests" (429).
         """
+        self._requests.count(caller)
         if self._most and self._of_user[caller.name] >= self._most:
             sessions = "1 session" if self._most == 1 else f"{self._most} sessions"
             raise UnavailableError(

@@ -1,0 +1,84 @@
+"""How much one user, and one stranger, may ask of this host (docs/guide/limits.md)."""
+
+from __future__ import annotations
+
+import time
+from collections import OrderedDict
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from kohakuriver.asking import asker
+from kohakuriver.errors import UnavailableError
+from kohakuriver.host.services.credentials import ANONYMOUS, Caller
+from kohakuriver.rates import TokenBucket
+
+__all__ = ["Requests"]
+
+BURST_SECONDS = 5
+"""How many seconds' worth of requests may come at once."""
+
+KNOWN = 4096
+"""Users that are told apart; of more the one that has asked least lately starts anew."""
+
+
+@dataclass
+class _Used:
+    bucket: TokenBucket
+    under_way: int = 0
+
+
+class Requests:
+    """The requests of users to the HTTP API, and the sessions that they open. Those of nodes are not among them.
+
+    Args:
+        rate: how many one user may begin in a second, 0 for any number.
+        most: how many requests one user may have under way, 0 for any number. Sessions have a limit of their own.
+    """
+
+    def __init__(self, *, rate: int = 0, most: int = 0, clock: Callable[[], float] = time.monotonic) -> None:
+        self._rate = rate
+        self._most = most
+        self._clock = clock
+        self._used: OrderedDict[str, _Used] = OrderedDict()
+
+    def count(self, caller: Caller) -> None:
+        """One more is begun. Raises UnavailableError "too_many_requests" (429)."""
+        if self._rate and not self._of(caller).bucket.try_take(self._clock()):
+            raise UnavailableError(
+                f"{caller.name} asks this host for more than {self._rate} things a second; ask again in a moment.",
+                code="too_many_requests",
+                status=429,
+            )
+
+    def begin(self, caller: Caller) -> Callable[[], None]:
+        """A request is under way until what this gives is called. Raises as `count` does."""
+        used = self._of(caller)
+        if self._most and used.under_way >= self._most:
+            raise UnavailableError(
+                f"{caller.name} has {used.under_way} requests under way, as many as this host allows; wait for some.",
+                code="too_many_requests",
+                status=429,
+            )
+        self.count(caller)
+        used.under_way += 1
+
+        def end() -> None:
+            used.under_way -= 1
+
+        return end
+
+    def _of(self, caller: Caller) -> _Used:
+        # Those without a token are told apart by where they are.
+        name = f"{caller.name} at {asker().origin}" if caller.role == ANONYMOUS else caller.name
+        used = self._used.get(name)
+        if used is None:
+            used = self._used[name] = _Used(TokenBucket(self._rate or 1, BURST_SECONDS * self._rate, self._clock()))
+            self._forget_one()
+        self._used.move_to_end(name)
+        return used
+
+    def _forget_one(self) -> None:
+        if len(self._used) > KNOWN:
+            idle = next((name for name, used in self._used.items() if not used.under_way), None)
+            if idle is not None:
+                del self._used[idle]

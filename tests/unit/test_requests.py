@@ -1,0 +1,147 @@
+"""How much one user and one stranger may ask of a host, and that nobody else feels it."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Callable, Coroutine
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+
+from kohakuriver.errors import UnauthenticatedError, UnavailableError
+from kohakuriver.host.services.credentials import ANONYMOUS, Caller
+from kohakuriver.host.services.failures import AT_ONCE, LONGEST_WAIT, PER_SECOND, Failures
+from kohakuriver.host.services.requests import BURST_SECONDS, Requests
+from kohakuriver.limits import Limits
+from tests.support.hops import until
+from tests.support.host_only import HostUnderTest, a_host
+
+Run = Callable[[Coroutine[Any, Any, None]], None]
+
+
+async def statuses(client: httpx.AsyncClient, count: int, path: str = "/api/tasks") -> list[int]:
+    """Of so many requests at once."""
+    return [answer.status_code for answer in await asyncio.gather(*(client.get(path) for _ in range(count)))]
+
+
+def test_a_user_who_asks_too_often_is_refused_and_nobody_else_nor_a_heartbeat(run: Run, tmp_path: Path) -> None:
+    async def check() -> None:
+        async with a_host(tmp_path, limits=Limits(max_requests=3)) as host:
+            runner = await host.runner()
+            ann, _ = await host.person("ann")
+            bob, _ = await host.person("bob")
+            beats = asyncio.gather(*(runner.beat() for _ in range(30)))
+            found = await statuses(ann, 40)
+            answers = await beats
+            assert found.count(200) >= 3 * BURST_SECONDS
+            assert found.count(429) >= 15
+            assert {answer.status_code for answer in answers} == {200}
+            assert (await bob.get("/api/tasks")).status_code == 200
+            refused = await first_refused(ann)
+            assert (refused.json()["error"], refused.headers["retry-after"]) == ("too_many_requests", "1")
+            assert '"event": "limit_met"' in (tmp_path / "audit.jsonl").read_text()
+
+    run(check())
+
+
+async def first_refused(client: httpx.AsyncClient) -> httpx.Response:
+    while (answer := await client.get("/api/tasks")).status_code != 429:
+        pass
+    return answer
+
+
+def test_a_user_has_so_many_requests_under_way_and_may_ask_again_when_one_has_ended(run: Run, tmp_path: Path) -> None:
+    async def check() -> None:
+        async with a_host(tmp_path, limits=Limits(max_requests=0, max_under_way=3)) as host:
+            runner = await host.runner()
+            ann, _ = await host.person("ann")
+            bob, _ = await host.person("bob")
+            await ann.post("/api/tasks", json={"name": "web"})
+            runner.held.clear()
+            stops = [asyncio.ensure_future(ann.post("/api/tasks/web/stop")) for _ in range(3)]
+            await until(lambda: len(runner.asked) == 4)
+            answer = await ann.get("/api/tasks")
+            assert (answer.status_code, answer.json()["error"]) == (429, "too_many_requests")
+            assert (await bob.get("/api/tasks")).status_code == 200
+            runner.held.set()
+            await asyncio.gather(*stops)
+            assert (await ann.get("/api/tasks")).status_code == 200
+
+    run(check())
+
+
+def test_sessions_count_too_and_those_without_a_token_by_where_they_come_from() -> None:
+    now = 0.0
+    requests = Requests(rate=1, clock=lambda: now)
+    for caller in (Caller("ann", "user"), Caller(ANONYMOUS, ANONYMOUS)):
+        for _ in range(BURST_SECONDS):
+            requests.count(caller)
+        with pytest.raises(UnavailableError, match="ask again in a moment"):
+            requests.count(caller)
+    now = 1.0
+    requests.count(Caller("ann", "user"))
+
+
+async def tries(host: HostUnderTest, secret: str, count: int) -> list[int]:
+    return await statuses(host.client(secret), count)
+
+
+def test_a_source_that_fails_often_is_slowed_down_and_a_good_credential_from_there_gets_in(
+    run: Run, tmp_path: Path
+) -> None:
+    async def check() -> None:
+        async with a_host(tmp_path) as host:
+            ann, _ = await host.person("ann")
+            failing = asyncio.ensure_future(tries(host, "kr_wrong", 200))
+            start = time.monotonic()
+            while not failing.done():
+                assert (await ann.get("/api/auth")).status_code == 200
+            found = await failing
+            seconds = time.monotonic() - start + LONGEST_WAIT
+            assert found.count(401) <= AT_ONCE + seconds * PER_SECOND + 1
+            assert found.count(429) == 200 - found.count(401)
+            answer = await host.client("kr_wrong").get("/api/tasks")
+            assert (await ann.get("/api/auth")).status_code == 200
+            assert answer.json()["error"] in ("too_many_failures", "not_authenticated")
+
+    run(check())
+
+
+def test_what_one_source_fails_slows_no_other_down(run: Run) -> None:
+    async def check() -> None:
+        failures = Failures(clock=lambda: 0.0)
+        error = UnauthenticatedError("The host does not know this token.")
+        begun = time.monotonic()
+        for source in range(100):
+            for _ in range(AT_ONCE):
+                await failures.failed(f"192.0.2.{source}", error)
+        assert time.monotonic() - begun < LONGEST_WAIT
+        async with failures.looking("192.0.2.1"):
+            pass
+        late = [asyncio.ensure_future(failures.failed("192.0.2.1", error)) for _ in range(50)]
+        ends = await asyncio.gather(*late, return_exceptions=True)
+        told = [end for end in ends if isinstance(end, UnavailableError)]
+        assert len(told) == 50 - LONGEST_WAIT * PER_SECOND - 1
+        assert (told[0].status, told[0].code) == (429, "too_many_failures")
+        assert str(told[0]).startswith("The host does not know this token; wait a moment: 192.0.2.1 has shown too many")
+
+    run(check())
+
+
+def test_answers_are_kept_by_no_cache_and_taken_for_nothing_else(run: Run, tmp_path: Path) -> None:
+    async def check() -> None:
+        async with a_host(tmp_path) as host:
+            for answer in (
+                await host.user.post("/api/tokens", json={"name": "new"}),
+                await host.nobody.get("/api/tasks"),
+                await host.user.get("/nothing"),
+                await host.nobody.get("/docs"),
+            ):
+                assert answer.headers["cache-control"] == "no-store"
+                assert answer.headers["x-content-type-options"] == "nosniff"
+                assert "strict-transport-security" not in answer.headers
+
+    run(check())
