@@ -1,16 +1,21 @@
 //! One channel of the connection protocol: descriptors here, windows towards the client (RFC 4254 §5).
 
-use std::collections::VecDeque;
 use std::io;
 use std::os::fd::{AsRawFd, OwnedFd, RawFd};
 use std::process::Child;
 use std::sync::Arc;
 
-use crate::session::{End, Session, Started};
+use crate::session::{Session, Started};
 use crate::sys;
 use crate::terminal::Asked;
 use crate::transport::Transport;
 use crate::wire::Put;
+
+mod end;
+mod sink;
+
+pub use sink::Ending;
+use sink::Sink;
 
 /// What a client may send before it is told that it was taken. A sink that stalls holds so much in memory, no more.
 pub const WINDOW: u32 = 4 * 1024 * 1024;
@@ -40,24 +45,6 @@ pub mod number {
     pub const REQUEST: u8 = 98;
     pub const SUCCESS: u8 = 99;
     pub const FAILURE: u8 = 100;
-}
-
-/// How the end of the client's data reaches the program.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Ending {
-    /// A pipe is closed.
-    Close,
-    /// A socket is shut down in this direction.
-    ShutDown,
-    /// A terminal stays as it is.
-    Nothing,
-}
-
-/// Where the client's data goes.
-pub struct Sink {
-    fd: Option<Arc<OwnedFd>>,
-    ending: Ending,
-    pending: VecDeque<u8>,
 }
 
 /// Where data for the client comes from.
@@ -97,11 +84,7 @@ impl Channel {
             packet: packet.min(PACKET),
             granted: WINDOW,
             taken: 0,
-            sink: Sink {
-                fd: None,
-                ending: Ending::Nothing,
-                pending: VecDeque::new(),
-            },
+            sink: Sink::default(),
             sources: [None, None],
             session: None,
             ours: false,
@@ -199,8 +182,7 @@ impl Channel {
 
     /// Where data goes from now on.
     pub fn set_sink(&mut self, fd: Arc<OwnedFd>, ending: Ending) {
-        self.sink.fd = Some(fd);
-        self.sink.ending = ending;
+        self.sink.set(fd, ending);
     }
 
     /// The client may send `more` bytes.
@@ -220,73 +202,15 @@ impl Channel {
             return false;
         }
         self.granted -= length;
-        let early = self.is_idle_session();
-        if self.sink.fd.is_none() && !early {
-            self.taken += length;
-            return true;
-        }
-        let mut rest = data;
-        if self.sink.pending.is_empty() && self.sink.fd.is_some() {
-            rest = &data[self.write(data)..];
-        }
-        if self.sink.fd.is_none() && !early {
-            self.taken += rest.len() as u32;
-        } else {
-            self.sink.pending.extend(rest);
-        }
+        let keeps = self.is_idle_session();
+        self.taken += self.sink.take(data, keeps);
         true
-    }
-
-    /// Writes what the sink takes now; gives how much. A sink that is broken is given up.
-    fn write(&mut self, data: &[u8]) -> usize {
-        let Some(fd) = &self.sink.fd else { return 0 };
-        let mut written = 0;
-        while written < data.len() {
-            match sys::write(fd.as_raw_fd(), &data[written..]) {
-                Ok(count) => written += count,
-                Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
-                Err(error) if error.kind() == io::ErrorKind::WouldBlock => break,
-                Err(_) => {
-                    self.sink.fd = None;
-                    break;
-                }
-            }
-        }
-        self.taken += written as u32;
-        written
     }
 
     /// The sink is writable: gives it what waits, and then the end if the client sent that.
     pub fn flush(&mut self) {
-        while !self.sink.pending.is_empty() && self.sink.fd.is_some() {
-            let mut pending = std::mem::take(&mut self.sink.pending);
-            let front = pending.as_slices().0;
-            let (whole, written) = (front.len(), self.write(front));
-            pending.drain(..written);
-            self.sink.pending = pending;
-            if written < whole {
-                break;
-            }
-        }
-        if self.sink.fd.is_none() && !self.is_idle_session() {
-            self.taken += self.sink.pending.len() as u32;
-            self.sink.pending = VecDeque::new();
-        }
-        if self.eof_received && self.sink.pending.is_empty() {
-            self.end_sink();
-        }
-    }
-
-    fn end_sink(&mut self) {
-        match self.sink.ending {
-            Ending::Close => self.sink.fd = None,
-            Ending::ShutDown => {
-                if let Some(fd) = self.sink.fd.take() {
-                    sys::shut_down_writing(fd.as_raw_fd());
-                }
-            }
-            Ending::Nothing => {}
-        }
+        let keeps = self.is_idle_session();
+        self.taken += self.sink.flush(keeps, self.eof_received);
     }
 
     /// The client sends no more data.
@@ -309,12 +233,7 @@ impl Channel {
 
     /// The sink, where something waits for it.
     pub fn blocked_sink(&self) -> Option<RawFd> {
-        let waits = !self.sink.pending.is_empty();
-        self.sink
-            .fd
-            .as_ref()
-            .filter(|_| waits)
-            .map(|fd| fd.as_raw_fd())
+        self.sink.blocked()
     }
 
     /// May data be sent to the client now?
@@ -366,102 +285,9 @@ impl Channel {
             .is_some_and(|session| session.ended && session.master.is_some())
     }
 
-    /// The session's program has ended.
-    pub fn end_session(&mut self, end: &End, transport: &mut Transport) {
-        let Some(session) = &mut self.session else {
-            return;
-        };
-        session.ended = true;
-        session.leader = None;
-        if self.close_sent {
-            return;
-        }
-        let peer = self.peer;
-        transport.send(number::REQUEST, |message| put_end(message, peer, end));
-    }
-
-    /// Sends the end of data, and the end of the channel, where it is time for them.
-    pub fn conclude(&mut self, transport: &mut Transport) {
-        let busy = self.sources.iter().any(Option::is_some);
-        if !self.open || self.close_sent || busy || self.is_idle_session() {
-            return;
-        }
-        if !self.eof_sent && !self.close_received {
-            self.eof_sent = true;
-            let peer = self.peer;
-            transport.send(number::EOF, |message| message.put_u32(peer));
-        }
-        let over = match &self.session {
-            Some(session) => session.ended,
-            // A socket that can't be written any more, or was ended.
-            None => self.sink.fd.is_none(),
-        };
-        if over {
-            self.close(transport);
-        }
-    }
-
     /// A session that no program was started for.
     fn is_idle_session(&self) -> bool {
         let session = self.session.as_ref();
         session.is_some_and(|session| !session.started)
-    }
-
-    /// The client ended the channel. How the program ends is told all the same: clients close as soon as both directions
-    /// of data have ended, and that may be before.
-    pub fn end_by_peer(&mut self, transport: &mut Transport) {
-        self.close_received = true;
-        let running = |session: &Session| session.started && !session.ended;
-        if self.session.as_deref().is_some_and(running) {
-            self.let_go();
-            // A program that loses its terminal is told so by the kernel.
-            if let Some(session) = &mut self.session {
-                session.master = None;
-            }
-        } else {
-            self.close(transport);
-        }
-    }
-
-    /// Have both sides said that it is over?
-    pub fn is_over(&self) -> bool {
-        self.close_sent && self.close_received
-    }
-
-    /// Ends the channel from our side; it is gone once the client agrees.
-    fn close(&mut self, transport: &mut Transport) {
-        if !self.close_sent {
-            self.close_sent = true;
-            let peer = self.peer;
-            transport.send(number::CLOSE, |message| message.put_u32(peer));
-        }
-        self.let_go();
-        self.session = None;
-    }
-
-    fn let_go(&mut self) {
-        self.sink.fd = None;
-        self.sink.pending = VecDeque::new();
-        self.sources = [None, None];
-    }
-}
-
-/// RFC 4254 §6.10.
-fn put_end(message: &mut Vec<u8>, peer: u32, end: &End) {
-    message.put_u32(peer);
-    match end {
-        End::Exit(code) => {
-            message.put_string(b"exit-status");
-            message.put_bool(false);
-            message.put_u32(*code);
-        }
-        End::Signal(name, core) => {
-            message.put_string(b"exit-signal");
-            message.put_bool(false);
-            message.put_string(name.as_bytes());
-            message.put_bool(*core);
-            message.put_string(b"");
-            message.put_string(b"");
-        }
     }
 }

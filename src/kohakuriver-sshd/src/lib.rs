@@ -25,3 +25,4 @@ pub mod terminal;
 pub mod transport;
 pub mod user;
 pub mod wire;
+pub mod words;

@@ -13,6 +13,7 @@ use std::sync::Arc;
 use crate::sys;
 use crate::terminal::Asked;
 use crate::user::User;
+use crate::words::{Letter, plain, split};
 
 /// Where programs are looked for where the server was told nothing else.
 pub const DEFAULT_PATH: &str = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin";
@@ -79,32 +80,11 @@ pub struct Started {
 
 /// Starts it. The error is a sentence for the user.
 pub fn start(order: &Order<'_>) -> Result<Started, String> {
+    let failed = |error: io::Error| format!("can't start the program: {error}");
     let mut command = command(order)?;
     describe(order, &mut command);
-    let files = order.files;
-    let in_terminal = order.asked.is_some();
-    let (mut stdin, mut outputs) = (None, Vec::new());
-    let failed = |error: io::Error| format!("can't start the program: {error}");
-    if let Some(asked) = order.asked {
-        let slave = || {
-            asked
-                .terminal
-                .slave
-                .try_clone()
-                .map(Stdio::from)
-                .map_err(failed)
-        };
-        command.stdin(slave()?).stdout(slave()?).stderr(slave()?);
-    } else {
-        let (reader, writer) = io::pipe().map_err(failed)?;
-        stdin = Some(OwnedFd::from(writer));
-        command.stdin(OwnedFd::from(reader));
-        for stream in [Command::stdout::<Stdio>, Command::stderr::<Stdio>] {
-            let (reader, writer) = io::pipe().map_err(failed)?;
-            outputs.push(OwnedFd::from(reader));
-            stream(&mut command, Stdio::from(OwnedFd::from(writer)));
-        }
-    }
+    let (stdin, outputs) = connect(order.asked, &mut command).map_err(failed)?;
+    let (files, in_terminal) = (order.files, order.asked.is_some());
     // SAFETY: the closure only makes system calls that are safe in a child that has not started its program yet.
     unsafe {
         command.pre_exec(move || {
@@ -117,14 +97,36 @@ pub fn start(order: &Order<'_>) -> Result<Started, String> {
     let child = command
         .spawn()
         .map_err(|error| format!("can't start {}: {error}", name.display()))?;
-    for fd in stdin.iter().chain(&outputs) {
-        sys::set_nonblocking(fd.as_raw_fd()).map_err(failed)?;
-    }
     Ok(Started {
         child,
         stdin,
         outputs,
     })
+}
+
+/// Gives a program its terminal, or pipes of which this is our side: where input goes, and where output and errors come from.
+fn connect(
+    asked: Option<&Asked>,
+    command: &mut Command,
+) -> io::Result<(Option<OwnedFd>, Vec<OwnedFd>)> {
+    if let Some(asked) = asked {
+        let slave = || asked.terminal.slave.try_clone().map(Stdio::from);
+        command.stdin(slave()?).stdout(slave()?).stderr(slave()?);
+        return Ok((None, Vec::new()));
+    }
+    let (reader, writer) = io::pipe()?;
+    let stdin = OwnedFd::from(writer);
+    sys::set_nonblocking(stdin.as_raw_fd())?;
+    command.stdin(OwnedFd::from(reader));
+    let mut outputs = Vec::new();
+    for stream in [Command::stdout::<Stdio>, Command::stderr::<Stdio>] {
+        let (reader, writer) = io::pipe()?;
+        let output = OwnedFd::from(reader);
+        sys::set_nonblocking(output.as_raw_fd())?;
+        outputs.push(output);
+        stream(command, Stdio::from(OwnedFd::from(writer)));
+    }
+    Ok((Some(stdin), outputs))
 }
 
 fn command(order: &Order<'_>) -> Result<Command, String> {
@@ -182,26 +184,11 @@ fn describe(order: &Order<'_>, command: &mut Command) {
     }
 }
 
-/// The words of a command line as a shell would split them: quotes and backslashes, nothing else.
+/// The words of a command line, where there is no shell: what only a shell can do has no meaning then.
 fn words(line: &[u8]) -> Vec<OsString> {
-    let mut words = Vec::new();
-    let mut word: Option<Vec<u8>> = None;
-    let mut quote = None;
-    let mut bytes = line.iter().copied();
-    while let Some(byte) = bytes.next() {
-        match (quote, byte) {
-            (Some(open), _) if byte == open => quote = None,
-            (None, b'\'' | b'"') => {
-                quote = Some(byte);
-                word.get_or_insert_default();
-            }
-            (None | Some(b'"'), b'\\') => word.get_or_insert_default().extend(bytes.next()),
-            (None, b' ' | b'\t' | b'\n') => words.extend(word.take()),
-            _ => word.get_or_insert_default().push(byte),
-        }
-    }
-    words.extend(word);
-    words.into_iter().map(OsString::from_vec).collect()
+    let found = split(line, |_, _| false).unwrap_or_default();
+    let word = |word: &Vec<Letter>| OsString::from_vec(plain(word));
+    found.words.iter().map(word).collect()
 }
 
 /// How a program ended, for the client.
@@ -262,8 +249,9 @@ mod tests {
 
     #[test]
     fn a_command_line_without_a_shell_is_split_at_spaces_outside_of_quotes() {
-        let line = br#" /bin/echo  'a b' "c\"d"e \ f '' "#;
-        assert_eq!(words(line), ["/bin/echo", "a b", "c\"de", " f", ""]);
+        let line = br#" /bin/echo  'a b' "c\"d"e \ f '' "a\n" x|y "#;
+        let split = ["/bin/echo", "a b", "c\"de", " f", "", "a\\n", "x|y"];
+        assert_eq!(words(line), split);
     }
 
     proptest::proptest! {

@@ -7,9 +7,14 @@ use std::io;
 use std::ops::Range;
 use std::sync::Arc;
 
-use crate::crypto::{Cipher, Direction, Exchange, LEAST_PADDING, Opener, Sealer, random, sha256};
-use crate::keys::{ED25519_NAME, HostKey, SIGNATURES};
+use crate::crypto::{Opener, Sealer};
+use crate::keys::HostKey;
 use crate::wire::{Malformed, Put, Reader};
+
+mod exchange;
+mod receive;
+
+use exchange::Agreed;
 
 /// Message numbers of the transport layer.
 mod number {
@@ -50,27 +55,11 @@ pub mod reason {
 /// What this server calls itself.
 pub const VERSION: &str = concat!("SSH-2.0-KohakuRiver_", env!("CARGO_PKG_VERSION"));
 
-const EXCHANGES: &str = "mlkem768x25519-sha256,curve25519-sha256,curve25519-sha256@libssh.org";
-/// Stands among the exchanges and is none: sequence numbers begin anew with each key, and nothing else may come between.
-const STRICT_SERVER: &str = "kex-strict-s-v00@openssh.com";
-const STRICT_CLIENT: &str = "kex-strict-c-v00@openssh.com";
-const EXT_INFO_CLIENT: &str = "ext-info-c";
-const CIPHERS: &str = "aes256-gcm@openssh.com,aes128-gcm@openssh.com,chacha20-poly1305@openssh.com";
-/// Never used, as every cipher proves its packets itself; some clients want a name all the same.
-const MACS: &str = "hmac-sha2-256-etm@openssh.com";
-
-const LONGEST_VERSION: usize = 255;
-const LONGEST_PACKET: usize = 256 * 1024;
-/// RFC 4253 §6.1: what everybody has to take. Strangers get no more memory than that.
-const LONGEST_OF_STRANGERS: usize = 35_000;
 const INPUT: usize = 64 * 1024;
 /// Length and padding's length.
 const HEAD: usize = 5;
 /// AES-GCM's counter of packets and the sequence number must not come round (RFC 5647 §7.1, RFC 4344 §3.1).
 const REKEY_PACKETS: u64 = 1 << 30;
-/// A peer that is asked for new keys and goes on under the old ones has to go before that.
-const MOST_PACKETS: u64 = 1 << 31;
-
 /// Answers that wait for the end of an exchange of keys.
 const MOST_HELD: usize = 4096;
 
@@ -92,16 +81,6 @@ impl From<Malformed> for Fatal {
 /// A disconnect because the peer broke the protocol.
 pub fn protocol_error(sentence: &str) -> Fatal {
     Fatal::Ours(reason::PROTOCOL_ERROR, sentence.into())
-}
-
-/// What the two KEXINIT messages agree on.
-struct Agreed {
-    exchange: Exchange,
-    inbound: Cipher,
-    outbound: Cipher,
-    peer_init: Vec<u8>,
-    /// The peer sent a first message of an exchange that wasn't agreed on.
-    wrong_guess: bool,
 }
 
 /// One connection's transport layer, as the server.
@@ -222,74 +201,6 @@ impl Transport {
             }
         }
         Ok(None)
-    }
-
-    fn read_version(&mut self) -> Result<bool, Fatal> {
-        let bytes = &self.input[self.filled.clone()];
-        let line = match bytes
-            .iter()
-            .take(LONGEST_VERSION)
-            .position(|byte| *byte == b'\n')
-        {
-            Some(end) => &bytes[..end],
-            None if bytes.len() < LONGEST_VERSION => return Ok(false),
-            None => return Err(protocol_error("the version line is too long")),
-        };
-        let length = line.len() + 1;
-        let version = line.strip_suffix(b"\r").unwrap_or(line);
-        if !version.starts_with(b"SSH-2.0-") {
-            return Err(protocol_error("this server speaks SSH 2.0"));
-        }
-        self.peer_version = Some(version.to_vec());
-        self.filled.start += length;
-        Ok(true)
-    }
-
-    /// Opens the next packet that is there in full.
-    fn open_packet(&mut self) -> Result<Option<Range<usize>>, Fatal> {
-        let start = self.filled.start;
-        if self.filled.len() < 4 {
-            return Ok(None);
-        }
-        let head: [u8; 4] = self.input[start..start + 4].try_into().expect("4 bytes");
-        let length = self.opener.length(self.received, head) as usize;
-        if length > self.longest_packet() || !self.opener.is_length(length) {
-            return Err(Fatal::Ours(
-                reason::MAC_ERROR,
-                "a packet's length is impossible".into(),
-            ));
-        }
-        let total = 4 + length + self.opener.tag();
-        if self.filled.len() < total {
-            return Ok(None);
-        }
-        let packet = &mut self.input[start..start + total];
-        if self.opener.open(self.received, packet).is_err() {
-            return Err(Fatal::Ours(
-                reason::MAC_ERROR,
-                "a packet was damaged on its way".into(),
-            ));
-        }
-        let padding = packet[4] as usize;
-        if padding < LEAST_PADDING || padding + 1 >= length {
-            return Err(protocol_error("a packet's padding is impossible"));
-        }
-        if self.used.1 >= MOST_PACKETS {
-            return Err(protocol_error("these keys have been used for too long"));
-        }
-        self.received = self.received.wrapping_add(1);
-        self.filled.start += total;
-        self.used.0 += total as u64;
-        self.used.1 += 1;
-        Ok(Some(start + HEAD..start + 4 + length - padding))
-    }
-
-    fn longest_packet(&self) -> usize {
-        if self.opener_is_set() {
-            LONGEST_PACKET
-        } else {
-            LONGEST_OF_STRANGERS
-        }
     }
 
     /// Deals with what is the transport's own; the rest is the caller's.
@@ -415,229 +326,5 @@ impl Transport {
         if due && self.is_open() && self.next_opener.is_none() && self.opener_is_set() {
             self.begin_exchange();
         }
-    }
-
-    fn begin_exchange(&mut self) {
-        let mut init = vec![number::KEXINIT];
-        init.put_raw(&random::<16>());
-        let exchanges = format!("{EXCHANGES},{STRICT_SERVER}");
-        for list in [
-            exchanges.as_str(),
-            ED25519_NAME,
-            CIPHERS,
-            CIPHERS,
-            MACS,
-            MACS,
-            "none",
-            "none",
-            "",
-            "",
-        ] {
-            init.put_string(list.as_bytes());
-        }
-        init.put_bool(false);
-        init.put_u32(0);
-        self.send(number::KEXINIT, |message| message.put_raw(&init[1..]));
-        self.own_init = Some(init);
-    }
-
-    fn peer_init(&mut self, range: Range<usize>) -> Result<(), Fatal> {
-        if self.agreed.is_some() || self.next_opener.is_some() {
-            return Err(protocol_error("keys are being exchanged already"));
-        }
-        if self.own_init.is_none() {
-            self.begin_exchange();
-        }
-        let init = self.input[range].to_vec();
-        let first = self.session.is_none();
-        let (agreed, extras) = agree(init)?;
-        if first {
-            self.strict = extras.strict;
-            if self.strict && self.received != 1 {
-                return Err(protocol_error("the keys have to be exchanged first"));
-            }
-        }
-        self.agreed = Some(agreed);
-        Ok(())
-    }
-
-    fn ecdh_init(&mut self, range: Range<usize>) -> Result<(), Fatal> {
-        let Some(agreed) = self.agreed.take() else {
-            return Err(protocol_error("no exchange of keys was agreed on"));
-        };
-        let own_init = self.own_init.take().expect("an exchange has both inits");
-        let share = Reader::new(&self.input[range][1..]).string()?.to_vec();
-        let failed = |_| {
-            Fatal::Ours(
-                reason::KEY_EXCHANGE_FAILED,
-                "the key share is not valid".into(),
-            )
-        };
-        let (answer, secret) = agreed.exchange.answer(&share).map_err(failed)?;
-        let mut hashed = Vec::new();
-        hashed.put_string(
-            self.peer_version
-                .as_deref()
-                .expect("the version came first"),
-        );
-        hashed.put_string(VERSION.as_bytes());
-        for part in [
-            &agreed.peer_init,
-            &own_init,
-            self.host_key.public(),
-            &share,
-            &answer,
-        ] {
-            hashed.put_string(part);
-        }
-        hashed.put_raw(secret.encoded());
-        let hash = sha256(&[&hashed]);
-        let signature = self.host_key.sign(&hash);
-        let host_key = self.host_key.clone();
-        self.send(number::ECDH_REPLY, |message| {
-            message.put_string(host_key.public());
-            message.put_string(&answer);
-            message.put_string(&signature);
-        });
-        self.send(number::NEWKEYS, |_| {});
-        let first = self.session.is_none();
-        let session = *self.session.get_or_insert(hash);
-        self.sealer = secret.sealer(agreed.outbound, &hash, &session, Direction::ToClient);
-        let opener = secret.opener(agreed.inbound, &hash, &session, Direction::ToServer);
-        self.next_opener = Some(opener);
-        if self.strict {
-            self.sealed = 0;
-        }
-        if first
-            && names(&agreed.peer_init, 0)?
-                .split(',')
-                .any(|name| name == EXT_INFO_CLIENT)
-        {
-            self.send_ext_info();
-        }
-        for message in std::mem::take(&mut self.held) {
-            self.send(message[0], |out| out.put_raw(&message[1..]));
-        }
-        Ok(())
-    }
-
-    /// RFC 8308: which signatures let users in, and that pings are answered.
-    fn send_ext_info(&mut self) {
-        self.send(number::EXT_INFO, |message| {
-            message.put_u32(2);
-            message.put_string(b"server-sig-algs");
-            message.put_string(SIGNATURES.as_bytes());
-            message.put_string(b"ping@openssh.com");
-            message.put_string(b"0");
-        });
-    }
-
-    fn new_keys(&mut self) -> Result<(), Fatal> {
-        let Some(opener) = self.next_opener.take() else {
-            return Err(protocol_error("there are no new keys to use"));
-        };
-        self.opener = opener;
-        self.used = (0, 0);
-        if self.strict {
-            self.received = 0;
-        }
-        Ok(())
-    }
-}
-
-struct Extras {
-    strict: bool,
-}
-
-/// The list at `position` of a KEXINIT.
-fn names(init: &[u8], position: usize) -> Result<&str, Malformed> {
-    let mut reader = Reader::new(init);
-    reader.take(17)?;
-    for _ in 0..position {
-        reader.string()?;
-    }
-    reader.text()
-}
-
-/// RFC 4253 §7.1: of each list, the client's first that the server has too.
-fn agree(init: Vec<u8>) -> Result<(Agreed, Extras), Fatal> {
-    let choose = |position: usize, ours: &str, what: &str| -> Result<String, Fatal> {
-        let theirs = names(&init, position)?;
-        let common = theirs
-            .split(',')
-            .find(|name| ours.split(',').any(|own| own == *name));
-        common.map(str::to_owned).ok_or_else(|| {
-            let sentence = format!("no {what} in common; this server has {ours}");
-            Fatal::Ours(reason::KEY_EXCHANGE_FAILED, sentence)
-        })
-    };
-    let exchange = choose(0, EXCHANGES, "key exchange")?;
-    choose(1, ED25519_NAME, "kind of host key")?;
-    let inbound = choose(2, CIPHERS, "cipher")?;
-    let outbound = choose(3, CIPHERS, "cipher")?;
-    choose(6, "none", "compression")?;
-    choose(7, "none", "compression")?;
-    let mut reader = Reader::new(&init);
-    reader.take(17)?;
-    for _ in 0..10 {
-        reader.string()?;
-    }
-    let offered = names(&init, 0)?;
-    // A guess is right where both sides like the same best (RFC 4253 §7), which need not be what is agreed on.
-    let is_best = |theirs: &str, ours: &str| theirs.split(',').next() == ours.split(',').next();
-    let wrong_guess =
-        reader.bool()? && !(is_best(offered, EXCHANGES) && is_best(names(&init, 1)?, ED25519_NAME));
-    let extras = Extras {
-        strict: offered.split(',').any(|name| name == STRICT_CLIENT),
-    };
-    let agreed = Agreed {
-        exchange: Exchange::named(&exchange).ok_or(Malformed)?,
-        inbound: Cipher::named(&inbound).ok_or(Malformed)?,
-        outbound: Cipher::named(&outbound).ok_or(Malformed)?,
-        wrong_guess,
-        peer_init: init,
-    };
-    Ok((agreed, extras))
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn nothing_more_is_taken_under_keys_that_were_used_for_too_long() {
-        let path =
-            std::env::temp_dir().join(format!("transport-{:x}", u64::from_be_bytes(random())));
-        let key = HostKey::load_or_make(&path).unwrap();
-        std::fs::remove_file(&path).unwrap();
-        let mut transport = Transport::new(Arc::new(key), 1 << 30);
-        let packet = [
-            0,
-            0,
-            0,
-            12,
-            10,
-            number::DISCONNECT,
-            0,
-            0,
-            0,
-            0,
-            0,
-            0,
-            0,
-            0,
-            0,
-            0,
-        ];
-        let said = [b"SSH-2.0-test\r\n".as_slice(), &packet].concat();
-        transport.space()[..said.len()].copy_from_slice(&said);
-        transport.advance(said.len());
-        transport.used.1 = MOST_PACKETS;
-        let Err(Fatal::Ours(reason::PROTOCOL_ERROR, why)) = transport.next_message() else {
-            panic!("it was taken");
-        };
-        assert!(why.contains("too long"), "{why}");
-        transport.used.1 = MOST_PACKETS - 1;
-        assert_eq!(transport.next_message(), Err(Fatal::Goodbye));
     }
 }

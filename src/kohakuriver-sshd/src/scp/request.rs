@@ -7,6 +7,7 @@ use std::path::{Path, PathBuf};
 
 use super::Times;
 use crate::user::is_executable;
+use crate::words::{Letter, plain, split};
 
 /// Which way files go.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -16,9 +17,6 @@ pub enum Direction {
     /// `-f`
     ToClient,
 }
-
-/// A byte of a word, and whether the shell would see more in it than itself.
-type Letter = (u8, bool);
 
 /// What is to be copied.
 #[derive(Debug, PartialEq, Eq)]
@@ -95,40 +93,14 @@ impl Request {
     }
 }
 
-fn plain(word: &[Letter]) -> Vec<u8> {
-    word.iter().map(|(byte, _)| *byte).collect()
-}
-
 /// The words of a command line; None where it has what only a shell can do.
 fn words(line: &[u8]) -> Option<Vec<Vec<Letter>>> {
-    let mut words = Vec::new();
-    let mut word: Option<Vec<Letter>> = None;
-    let mut quote = None;
-    let mut bytes = line.iter().copied();
-    while let Some(byte) = bytes.next() {
-        match (quote, byte) {
-            (Some(open), _) if byte == open => quote = None,
-            (None, b'\'' | b'"') => {
-                quote = Some(byte);
-                word.get_or_insert_default();
-            }
-            (Some(b'"'), b'\\') => {
-                let next = bytes.next()?;
-                let word = word.get_or_insert_default();
-                if !b"$`\"\\".contains(&next) {
-                    word.push((b'\\', false));
-                }
-                word.push((next, false));
-            }
-            (None, b'\\') => word.get_or_insert_default().push((bytes.next()?, false)),
-            (None, b' ' | b'\t') => words.extend(word.take()),
-            (None, b'|' | b'&' | b';' | b'<' | b'>' | b'(' | b')' | b'\n') => return None,
-            (None | Some(b'"'), b'$' | b'`') => return None,
-            _ => word.get_or_insert_default().push((byte, quote.is_none())),
-        }
-    }
-    words.extend(word);
-    quote.is_none().then_some(words)
+    let only_a_shell_can = |byte, quote| match quote {
+        None => b"|&;<>()\n$`".contains(&byte),
+        Some(quote) => quote == b'"' && b"$`".contains(&byte),
+    };
+    let found = split(line, only_a_shell_can)?;
+    found.is_complete.then_some(found.words)
 }
 
 fn expand(word: &[Letter], home: &Path) -> Vec<PathBuf> {
