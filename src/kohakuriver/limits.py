@@ -30,7 +30,7 @@ class Limits:
     max_streams: int = 32_768
     """Streams of one session that are open at a time."""
     max_connects: int = 5000
-    """Streams that one session may open in a second; as many may come at once."""
+    """Streams that one user may open on a node in a second; as many may come at once."""
     max_rate: int = 0
     """Bytes a second of one session, each way."""
     max_message: int = 16 << 20

@@ -44,6 +44,11 @@ class TokenBucket:
             return None
         return wait
 
+    def is_full(self, now: float) -> bool:
+        """Whether all of a burst is there again."""
+        self._fill(now)
+        return self._left >= self._burst
+
     def _fill(self, now: float) -> None:
         self._left = min(self._burst, self._left + (now - self._when) * self._rate)
         self._when = now

@@ -122,10 +122,10 @@ class Chain:
 
     @staticmethod
     def _check_ticket(ticket: str) -> Ticket:
-        kind, container = ticket.split(" ", 1)
+        kind, container, user = ticket.split(" ")
         if kind != "ticket":
             raise UnauthenticatedError("no such ticket")
-        return Ticket("node", "forward", "id", 0.0, 1, container, "me", None)
+        return Ticket("node", "forward", "id", 0.0, 1, container, user, None)
 
     async def _authorize(
         self, token: str | None, task: str, port: int, proto: str, ports: frozenset[int] | None
@@ -135,7 +135,7 @@ class Chain:
         container = CONTAINER if task == "1" else task
         url = f"{self.scheme}://127.0.0.1:{self.runner_seen_by_host()}"
         grant = self.grants.open(Caller(token or "", "user"), Task(task_id=1, node="node", container=container))
-        return Route(url, container, f"ticket {container}", grant)
+        return Route(url, container, f"ticket {container} {token or 'me'}", grant)
 
     @property
     def scheme(self) -> str:

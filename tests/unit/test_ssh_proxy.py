@@ -68,7 +68,7 @@ class Proxy:
             raise NotFoundError(f"There is no task {task!r}.")
         url = self.hops.runner_url.replace("http", "ws")
         grant = self.hops.grants.open(Caller("me", "user"), Task(task_id=1, node="node", container=CONTAINER))
-        return Route(url, CONTAINER, f"ticket {CONTAINER}", grant, task=task, port=port or self.port_of[task])
+        return Route(url, CONTAINER, f"ticket {CONTAINER} me", grant, task=task, port=port or self.port_of[task])
 
     async def _keyholder(self, key: str) -> Reach | None:
         tasks = self.holders.get(key)

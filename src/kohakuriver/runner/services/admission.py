@@ -2,27 +2,55 @@
 
 from __future__ import annotations
 
-import asyncio
+import time
+from collections.abc import Callable
 
 from kohakuriver.limits import Limits
 from kohakuriver.rates import TokenBucket
 from kohakuriver.session.ticket import Ticket
 from kohakuriver.tunnel.protocol import ErrorText
 
-__all__ = ["Admission"]
+__all__ = ["Admission", "ConnectRates"]
+
+
+class ConnectRates:
+    """New streams a second, of each user in all sessions together.
+
+    Args:
+        rate: streams a second; as many may come at once. 0 is no limit.
+        clock: seconds.
+    """
+
+    def __init__(self, rate: int, clock: Callable[[], float] = time.monotonic) -> None:
+        self.rate = rate
+        self._clock = clock
+        self._buckets: dict[object, TokenBucket] = {}
+
+    def try_take(self, who: object) -> bool:
+        """Whether they may open one more stream now."""
+        if not self.rate:
+            return True
+        now = self._clock()
+        bucket = self._buckets.get(who)
+        if bucket is None:
+            # Of those who opened nothing for a second nothing need be remembered.
+            self._buckets = {known: each for known, each in self._buckets.items() if not each.is_full(now)}
+            bucket = self._buckets[who] = TokenBucket(self.rate, self.rate, now)
+        return bucket.try_take(now)
 
 
 class Admission:
     """Whether one session may open one more stream."""
 
-    def __init__(self, limits: Limits, ticket: Ticket | None, named: frozenset[int] | None) -> None:
+    def __init__(
+        self, limits: Limits, rates: ConnectRates, ticket: Ticket | None, named: frozenset[int] | None
+    ) -> None:
         """``named`` are the ports that the session is confined to beside what its ticket says, None for all."""
         self._limits = limits
+        self._rates = rates
         self._ticket = ticket
         self._named = named
-        self._clock = asyncio.get_running_loop().time
-        rate = limits.max_connects
-        self._bucket = TokenBucket(rate, rate, self._clock()) if rate else None
+        self._who: object = self if ticket is None else ticket.user
 
     def _allows(self, port: int) -> bool:
         by_ticket = self._ticket is None or self._ticket.allows(port)
@@ -30,12 +58,12 @@ class Admission:
 
     def refusal(self, port: int, streams: int) -> ErrorText | None:
         """Why a stream to ``port`` may not be opened while ``streams`` are open, or None."""
-        most, rate = self._limits.max_streams, self._limits.max_connects
+        most, rate = self._limits.max_streams, self._rates.rate
         if not self._allows(port):
             return ErrorText("EACCES", f"port {port} is not part of this forward")
         if most and streams >= most:
             return ErrorText("EMFILE", f"this forward has {most} connections open, which is as many as the node allows")
-        if self._bucket is not None and not self._bucket.try_take(self._clock()):
-            sentence = f"this forward opens more than {rate} connections a second, which the node does not allow"
+        if not self._rates.try_take(self._who):
+            sentence = f"your forwards open more than {rate} connections a second on this node, which does not allow it"
             return ErrorText("EAGAIN", sentence)
         return None

@@ -8,7 +8,7 @@ from typing import Any
 from kohakuriver._frame import FrameWalker
 from kohakuriver.errors import NotAllowedError, UnauthenticatedError, UnavailableError
 from kohakuriver.limits import Limits
-from kohakuriver.runner.services.admission import Admission
+from kohakuriver.runner.services.admission import Admission, ConnectRates
 from kohakuriver.runner.services.direct import DirectSession, DirectTarget
 from kohakuriver.runner.services.hub import Hub
 from kohakuriver.runner.services.relay import SessionLeg, TunnelLeg
@@ -48,6 +48,7 @@ class TunnelServer:
     ) -> None:
         self.hub = Hub(on_tunnel_change, on_trouble, lambda container: target_of(container) is not None)
         self._limits = limits or Limits()
+        self._rates = ConnectRates(self._limits.max_connects)
         self._allow_anonymous = allow_anonymous
         self._check_tunnel_token = check_tunnel_token
         self._check_ticket = check_ticket
@@ -87,7 +88,8 @@ class TunnelServer:
     async def _open_session(self, request: UpgradeRequest, container: str, named: str) -> None:
         """Take a session in. Raises KohakuRiverError where that may or can not be."""
         port = port_in(named)
-        admission = Admission(self._limits, self._ticket(request, container, port), ports_in(request.query))
+        ticket = self._ticket(request, container, port)
+        admission = Admission(self._limits, self._rates, ticket, ports_in(request.query))
         target = self._target_of(container)
         if target is not None and self.hub.tunnel_of(container) is None:
             self._open_direct(request, container, port, admission, target)
