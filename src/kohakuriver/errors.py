@@ -131,6 +131,8 @@ _BY_STATUS: dict[int, type[KohakuRiverError]] = {
 _OF_THE_TASK = ("runner_refused", "runner_timeout", "runner_unreachable", "timed_out", "tunnel_not_connected")
 _BY_CODE: dict[str, type[KohakuRiverError]] = {
     "name_taken": UsageError,
+    "node_has_tasks": KohakuRiverError,
+    "node_online": KohakuRiverError,
     "upgrade_required": HostUnreachableError,
     **dict.fromkeys(_OF_THE_TASK, UnavailableError),
 }

@@ -23,6 +23,7 @@ from kohakuriver.host.services.credentials import Credentials
 from kohakuriver.host.services.grants import Grants
 from kohakuriver.host.services.nodes import Nodes
 from kohakuriver.host.services.people import People
+from kohakuriver.host.services.reach import Reach
 from kohakuriver.host.services.requests import Requests
 from kohakuriver.host.services.runner_client import RunnerClient
 from kohakuriver.host.services.tasks import Changes, Tasks
@@ -102,6 +103,8 @@ class FakeRunner:
 
     def _obey(self, method: str, path: str, body: dict[str, Any]) -> dict[str, Any]:
         parts = path.split("/")
+        if path == "api/node":
+            return {"version": "1"}
         if method == "DELETE":
             return self.tasks.pop(parts[2])
         if len(parts) == 4:
@@ -147,7 +150,9 @@ class HostUnderTest:
         self.stack = contextlib.AsyncExitStack()
         changes = Changes()
         self.runners = RunnerClient(ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT))
-        self.nodes = Nodes(store, heartbeat_seconds=HEARTBEAT_SECONDS, on_change=changes.notify, clock=clock)
+        self.nodes = Nodes(
+            store, Reach(self.runners), heartbeat_seconds=HEARTBEAT_SECONDS, on_change=changes.notify, clock=clock
+        )
         self.tasks = Tasks(store, accounts, self.nodes, self.runners, changes, audit=audit, clock=clock)
         self.requests = Requests(rate=limits.max_requests, most=limits.max_under_way)
         self.grants = Grants(accounts, requests=self.requests, audit=audit)

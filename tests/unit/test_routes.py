@@ -63,6 +63,9 @@ HOST_RULES: dict[Route, Rule] = {
     ("GET", "/api/nodes"): BY_USERS,
     ("POST", "/api/nodes/register"): BY_NODES,
     ("POST", "/api/nodes/{name}/heartbeat"): BY_NODES,
+    ("POST", "/api/nodes/{name}/cordon"): BY_ADMINS,
+    ("POST", "/api/nodes/{name}/uncordon"): BY_ADMINS,
+    ("DELETE", "/api/nodes/{name}"): BY_ADMINS,
     ("GET", "/api/tasks"): BY_USERS,
     ("POST", "/api/tasks"): BY_USERS,
     ("POST", "/api/tasks/adopt"): BY_ADMINS,
@@ -89,6 +92,7 @@ NO_TOKEN_OF_THIS_CONTAINER = (
 
 RUNNER_RULES: dict[Route, Rule] = {
     ("GET", "/health"): OPEN,
+    ("GET", "/api/node"): CONTROL_OF_NONE,
     ("GET", "/api/tasks"): CONTROL_OF_NONE,
     ("POST", "/api/tasks"): CONTROL,
     ("POST", "/api/tasks/adopt"): CONTROL,

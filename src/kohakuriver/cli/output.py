@@ -42,7 +42,7 @@ _given_up = False
 _errors_as_json = False
 
 _GREEN = ("running", "online", "connected")
-_RED = ("failed", "lost", "offline")
+_RED = ("failed", "lost", "offline", "unreachable")
 
 
 def is_terminal(stream: IO[str]) -> bool:

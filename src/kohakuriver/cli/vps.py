@@ -398,6 +398,7 @@ def _print_done(what: str, task: Task, json: bool) -> None:
     if json:
         output.json_line(task.to_json())
     elif task.pending_removal:
-        output.line(f"{task.task_id} ({task.name}) will be removed when node {task.node} is back.")
+        away = f"Node {task.node} is away: what still runs of it there goes on until the node is back and ends it."
+        output.line(f"{what} {task.task_id} ({task.name}). {away}")
     else:
         output.line(f"{what} {task.task_id} ({task.name}).")

@@ -56,7 +56,11 @@ class Traffic:
 
 @dataclass(frozen=True)
 class Node:
-    """A machine with a runner. `last_seen` is ISO 8601, or None when it never was; `tasks` how many it has."""
+    """A machine with a runner. `last_seen` is ISO 8601, or None when it never was; `tasks` how many it has.
+
+    `status` is "online", "offline", or "unreachable" where the host can't dial it, and `reason` then says why. A
+    `cordoned` one gets no new tasks.
+    """
 
     name: str
     url: str
@@ -66,6 +70,8 @@ class Node:
     tasks: int = 0
     version: str = ""
     traffic: Traffic = field(default_factory=Traffic)
+    reason: str | None = None
+    cordoned: bool = False
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self)
@@ -245,6 +251,18 @@ class HostClient:
 
     async def nodes(self) -> list[Node]:
         return [_node(item) for item in _list(await self._call("GET", "/api/nodes"))]
+
+    async def cordon(self, node: str) -> Node:
+        """Give a node no new tasks."""
+        return _node(await self._call("POST", f"/api/nodes/{path_segment(node)}/cordon"))
+
+    async def uncordon(self, node: str) -> Node:
+        """Take that back."""
+        return _node(await self._call("POST", f"/api/nodes/{path_segment(node)}/uncordon"))
+
+    async def remove_node(self, node: str, *, force: bool = False) -> Node:
+        """Forget a node; with `force` its tasks too. The answer is the node as it was."""
+        return _node(await self._call("DELETE", f"/api/nodes/{path_segment(node)}", params={"force": force}))
 
     async def tasks(self) -> list[Task]:
         return [_task(item) for item in _list(await self._call("GET", "/api/tasks"))]

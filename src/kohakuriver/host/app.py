@@ -259,6 +259,30 @@ async def heartbeat(host: Host, node: NodeToken, name: str, beat: Heartbeat) -> 
     return await host.nodes.heartbeat(name, beat)
 
 
+@_api.post("/nodes/{name}/cordon")
+async def cordon_node(host: Host, _admin: Admin, name: str) -> NodeView:
+    """Give a node no new tasks; those that it has go on."""
+    view = await host.nodes.cordon(name, True)
+    host.audit.write("node_cordoned", node=name)
+    return view
+
+
+@_api.post("/nodes/{name}/uncordon")
+async def uncordon_node(host: Host, _admin: Admin, name: str) -> NodeView:
+    """Take that back."""
+    view = await host.nodes.cordon(name, False)
+    host.audit.write("node_uncordoned", node=name)
+    return view
+
+
+@_api.delete("/nodes/{name}")
+async def remove_node(host: Host, _admin: Admin, name: str, force: bool = False) -> NodeView:
+    """Forget a node that is offline; one with tasks only with `force`, and them with it."""
+    view = await host.nodes.remove(name, force=force)
+    host.audit.write("node_removed", node=name, tasks=view.tasks)
+    return view
+
+
 @_api.get("/tasks")
 async def list_tasks(host: Host, user: User) -> list[TaskView]:
     """All tasks that the caller may use."""

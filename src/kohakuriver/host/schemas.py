@@ -183,17 +183,27 @@ class Heartbeat(_Body):
 
 
 class HeartbeatAnswer(BaseModel):
-    """`remove`: ids of tasks that were removed while the node was away, and that it should now end."""
+    """`remove`: ids of tasks that were removed while the node was away, and that it should now end.
+
+    `unreachable` says why the host can't dial the node back, where it can't.
+    """
 
     remove: list[int] = []
+    unreachable: str | None = None
 
 
 class NodeView(BaseModel):
-    """A node as users see it."""
+    """A node as users see it.
+
+    "unreachable": its heartbeats come, and the host can't dial it; `reason` says why. A `cordoned` one gets no new
+    tasks.
+    """
 
     name: str
     url: str
-    status: Literal["online", "offline"]
+    status: Literal["online", "unreachable", "offline"]
+    reason: str | None
+    cordoned: bool
     last_seen: str
     backends: list[str]
     tasks: int

@@ -20,6 +20,7 @@ from kohakuriver.host.services.credentials import Credentials
 from kohakuriver.host.services.grants import Grants
 from kohakuriver.host.services.nodes import Nodes
 from kohakuriver.host.services.people import People
+from kohakuriver.host.services.reach import Reach
 from kohakuriver.host.services.requests import Requests
 from kohakuriver.host.services.runner_client import RunnerClient
 from kohakuriver.host.services.tasks import Changes, Tasks
@@ -145,7 +146,7 @@ async def _serve(
     perimeter: Perimeter,
 ) -> int:
     changes = Changes()
-    nodes = Nodes(store, heartbeat_seconds=options.heartbeat_seconds, on_change=changes.notify)
+    nodes = Nodes(store, Reach(runners), heartbeat_seconds=options.heartbeat_seconds, on_change=changes.notify)
     tasks = Tasks(store, accounts, nodes, runners, changes, user_mounts=options.user_mounts, audit=perimeter.audit)
     access = Access(store, accounts)
     limits = perimeter.limits
@@ -193,6 +194,7 @@ async def _serve(
     )
     beside = [
         server.keep(grants.run(), "checking the rights of sessions"),
+        server.keep(nodes.run(), "looking whether nodes can be reached"),
         server.keep(perimeter.audit.run(), "counting what the audit log leaves out"),
     ]
     try:

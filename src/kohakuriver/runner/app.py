@@ -61,7 +61,7 @@ def _check_container(ticket: Ticket, container: str) -> None:
 HostTicket = Annotated[Ticket, Depends(_ticket)]
 
 _open = APIRouter()
-_api = APIRouter(prefix="/api/tasks", route_class=_OfHost)
+_api = APIRouter(prefix="/api", route_class=_OfHost)
 
 
 @_open.get("/health")
@@ -70,51 +70,57 @@ async def health() -> dict[str, str]:
     return {"status": "ok", "version": __version__}
 
 
-@_api.get("")
+@_api.get("/node")
+async def reached() -> dict[str, str]:
+    """What the host asks to see that it reaches this runner, and no other program, with tickets that are good."""
+    return {"version": __version__}
+
+
+@_api.get("/tasks")
 async def list_tasks(runner: Runner) -> list[dict[str, Any]]:
     """All tasks of this node."""
     return runner.tasks.reports()
 
 
-@_api.post("", status_code=201)
+@_api.post("/tasks", status_code=201)
 async def create_task(runner: Runner, ticket: HostTicket, order: TaskOrder) -> dict[str, Any]:
     """Start a task."""
     _check_container(ticket, order.container)
     return (await runner.tasks.create(TaskRecord(**vars(order)))).report()
 
 
-@_api.post("/adopt", status_code=201)
+@_api.post("/tasks/adopt", status_code=201)
 async def adopt_task(runner: Runner, ticket: HostTicket, order: TaskOrder) -> dict[str, Any]:
     """Make a task of what runs already."""
     _check_container(ticket, order.container)
     return (await runner.tasks.adopt(TaskRecord(**vars(order)))).report()
 
 
-@_api.get("/{container}")
+@_api.get("/tasks/{container}")
 async def get_task(runner: Runner, container: str) -> dict[str, Any]:
     """One task."""
     return runner.tasks.get(container).report()
 
 
-@_api.get("/{container}/agent")
+@_api.get("/tasks/{container}/agent")
 async def get_agent(runner: Runner, container: str) -> dict[str, str]:
     """What a tunnel client in the machine of an address task is started with: `container`, `runner_url`, `token`."""
     return runner.tasks.agent(container, runner.url)
 
 
-@_api.post("/{container}/stop")
+@_api.post("/tasks/{container}/stop")
 async def stop_task(runner: Runner, container: str) -> dict[str, Any]:
     """Stop a task."""
     return (await runner.tasks.stop(container)).report()
 
 
-@_api.post("/{container}/restart")
+@_api.post("/tasks/{container}/restart")
 async def restart_task(runner: Runner, container: str) -> dict[str, Any]:
     """Start a task again."""
     return (await runner.tasks.restart(container)).report()
 
 
-@_api.delete("/{container}")
+@_api.delete("/tasks/{container}")
 async def remove_task(runner: Runner, container: str) -> dict[str, Any]:
     """Remove a task."""
     return (await runner.tasks.remove(container)).report()

@@ -40,7 +40,7 @@ from kohakuriver.store.models import Base, Meta, Node, Share, Task, Token
 
 __all__ = ["SCHEMA_VERSION", "Store", "sqlite_url"]
 
-SCHEMA_VERSION = 5
+SCHEMA_VERSION = 6
 """Counts up with every change of the tables. An older database is brought up to it, a newer one is refused."""
 
 _POSTGRESQL_THREADS = 4
@@ -209,6 +209,32 @@ class Store:
 
         return await self.write(work)
 
+    async def change_node(self, name: str, values: Mapping[str, Any]) -> Node | None:
+        """Set columns of a node; None when there is none of that name."""
+
+        def work(session: Session) -> Node | None:
+            node = session.get(Node, name)
+            for column, value in values.items() if node is not None else ():
+                setattr(node, column, value)
+            return node
+
+        return await self.write(work)
+
+    async def remove_node(self, name: str, *, force: bool) -> list[Task]:
+        """Delete a node that has no tasks, or with `force` its tasks too; the tasks that it has, or had."""
+
+        def work(session: Session) -> list[Task]:
+            on_it = list(session.scalars(select(Task).where(Task.node == name).order_by(Task.created_at)))
+            tasks = [task for task in on_it if not task.removed]
+            if force or not tasks:
+                for task in on_it:
+                    _forget_task(session, task.task_id)
+                session.flush()
+                session.execute(delete(Node).where(Node.name == name))
+            return tasks
+
+        return await self.write(work)
+
     async def hear_node(
         self, name: str, values: Mapping[str, Any], reports: Reports, *, others: Set[int], quiet: float
     ) -> Heard:
@@ -304,9 +330,7 @@ class Store:
 
         def work(session: Session) -> None:
             for task_id in task_ids:
-                if task := session.get(Task, task_id):
-                    session.delete(task)
-                session.execute(delete(Share).where(Share.task_id == task_id))
+                _forget_task(session, task_id)
 
         await self.write(work)
 
@@ -314,6 +338,12 @@ class Store:
 def _transaction(sessions: sessionmaker[Session], work: Callable[[Session], T]) -> T:
     with sessions.begin() as session:
         return work(session)
+
+
+def _forget_task(session: Session, task_id: int) -> None:
+    if task := session.get(Task, task_id):
+        session.delete(task)
+    session.execute(delete(Share).where(Share.task_id == task_id))
 
 
 def _hear_tasks(session: Session, tasks: Iterable[Task], told: Told) -> Heard:

@@ -34,6 +34,7 @@ class Node(Base):
     """A machine with a runner.
 
     `instance` tells two runners apart that were given the same name; `ticket_key` signs what the host shows this node.
+    A `cordoned` node gets no new tasks.
     `traffic` has the node's totals, and under "tasks" those of its tasks by id, as of the last heartbeat.
     """
 
@@ -47,6 +48,7 @@ class Node(Base):
     ticket_key: Mapped[bytes] = mapped_column(LargeBinary)
     last_seen: Mapped[float] = mapped_column(Float)
     left: Mapped[bool] = mapped_column(Boolean, default=False)
+    cordoned: Mapped[bool] = mapped_column(Boolean, default=False)
     traffic: Mapped[dict[str, Any]] = mapped_column(JSON, default=dict)
 
     def hear(self, values: Mapping[str, Any], others: Set[int]) -> None:

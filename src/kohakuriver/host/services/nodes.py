@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import asyncio
 import base64
+import contextlib
 import secrets
 import time
 from collections.abc import Callable
@@ -11,7 +13,8 @@ import structlog
 
 from kohakuriver.errors import KohakuRiverError, NotFoundError, UnavailableError
 from kohakuriver.host.schemas import Heartbeat, HeartbeatAnswer, NodeView, Registration, RegistrationAnswer, iso_time
-from kohakuriver.store import Node, Store
+from kohakuriver.host.services.reach import Reach
+from kohakuriver.store import Node, Store, Task
 
 __all__ = ["MISSED_HEARTBEATS", "Nodes"]
 
@@ -20,21 +23,32 @@ log = structlog.get_logger("kohakuriver.host")
 MISSED_HEARTBEATS = 3
 """A node is offline after so many heartbeats did not come."""
 
+MOST_SHOWN = 10
+"""Of how many tasks an error names."""
+
 _TICKET_KEY_BYTES = 32
 
 
 class Nodes:
-    """The cluster's nodes. `on_change` is called with the ids of tasks whose state a heartbeat changed."""
+    """The cluster's nodes.
+
+    Args:
+        reach: what says whether this host can dial them.
+        on_change: called with the ids of tasks whose state a heartbeat changed, or that are gone with their node.
+    """
 
     def __init__(
         self,
         store: Store,
+        reach: Reach,
         *,
         heartbeat_seconds: float,
         on_change: Callable[[list[int]], None],
         clock: Callable[[], float] = time.time,
     ) -> None:
         self._store = store
+        self._reach = reach
+        self._to_look = asyncio.Event()
         self._heartbeat_seconds = heartbeat_seconds
         self._on_change = on_change
         self._clock = clock
@@ -61,6 +75,7 @@ class Nodes:
             "left": False,
         }
         node = await self._store.put_node(request.name, values, secrets.token_bytes(_TICKET_KEY_BYTES))
+        self._reach.forget(node.name)
         log.info("node registered", node=node.name, url=node.url, backends=",".join(node.backends))
         return RegistrationAnswer(
             heartbeat_seconds=self._heartbeat_seconds, ticket_key=base64.b64encode(node.ticket_key).decode()
@@ -79,30 +94,79 @@ class Nodes:
             quiet=quiet,
         )
         self._on_change(known.changed)
-        return HeartbeatAnswer(remove=known.remove)
+        if not self._reach.was_tried(name):  # now the runner has the key that tickets for it are signed with
+            self._to_look.set()
+        return HeartbeatAnswer(remove=known.remove, unreachable=self._reach.trouble(name))
+
+    async def run(self) -> None:
+        """Dial nodes back, each new one soon and all of them again and again, until cancelled."""
+        while True:
+            with contextlib.suppress(asyncio.TimeoutError):
+                await asyncio.wait_for(self._to_look.wait(), self._heartbeat_seconds)
+            self._to_look.clear()
+            with contextlib.suppress(KohakuRiverError):  # the database fails, as every request says that needs it
+                await self.look()
+
+    async def look(self) -> None:
+        """Dial the online nodes that it is time for. Raises KohakuRiverError when the database fails."""
+        await self._reach.look([node for node in await self._store.nodes() if self.is_online(node)])
 
     async def views(self) -> list[NodeView]:
         """All nodes as users see them."""
         counts = await self._store.active_tasks_by_node()
-        return [
-            NodeView(
-                name=node.name,
-                url=node.url,
-                status="online" if self.is_online(node) else "offline",
-                last_seen=iso_time(node.last_seen),
-                backends=node.backends,
-                tasks=counts.get(node.name, 0),
-                traffic={name: count for name, count in node.traffic.items() if name != "tasks"},
-                version=node.version,
+        return [self._view(node, counts.get(node.name, 0)) for node in await self._store.nodes()]
+
+    def _view(self, node: Node, tasks: int) -> NodeView:
+        online = self.is_online(node)
+        trouble = self._reach.trouble(node.name) if online else None
+        return NodeView(
+            name=node.name,
+            url=node.url,
+            status="unreachable" if trouble else "online" if online else "offline",
+            reason=trouble,
+            cordoned=node.cordoned,
+            last_seen=iso_time(node.last_seen),
+            backends=node.backends,
+            tasks=tasks,
+            traffic={name: count for name, count in node.traffic.items() if name != "tasks"},
+            version=node.version,
+        )
+
+    async def cordon(self, name: str, cordoned: bool) -> NodeView:
+        """Give the node no new tasks, or give it some again; those that it has go on. Raises NotFoundError."""
+        node = await self._store.change_node(name, {"cordoned": cordoned})
+        if node is None:
+            raise _no_node(name)
+        log.info("node cordoned" if cordoned else "node uncordoned", node=name)
+        return self._view(node, (await self._store.active_tasks_by_node()).get(name, 0))
+
+    async def remove(self, name: str, *, force: bool) -> NodeView:
+        """Forget a node, as it was. With `force` its tasks are forgotten with it.
+
+        Raises NotFoundError, or KohakuRiverError "node_online" or "node_has_tasks" (409) saying what would be lost.
+        """
+        node = await self._store.node(name)
+        if node is None:
+            raise _no_node(name)
+        if self.is_online(node):
+            raise KohakuRiverError(
+                f"Node {name} is online and would register again at once; end its runner first.",
+                code="node_online",
+                status=409,
             )
-            for node in await self._store.nodes()
-        ]
+        tasks = await self._store.remove_node(name, force=force)
+        if tasks and not force:
+            raise KohakuRiverError(_would_be_lost(name, tasks), code="node_has_tasks", status=409)
+        self._reach.forget(name)
+        self._on_change([task.task_id for task in tasks])
+        log.info("node removed", node=name, tasks=len(tasks))
+        return self._view(node, len(tasks))
 
     async def named(self, name: str) -> Node:
         """The node of that name, which is online. Raises NotFoundError, or UnavailableError "node_offline"."""
         node = await self._store.node(name)
         if node is None:
-            raise NotFoundError(f"There is no node {name!r}; `kohakuriver node list` shows the nodes that there are.")
+            raise _no_node(name)
         self.check_online(node)
         return node
 
@@ -121,6 +185,8 @@ class Nodes:
         """
         if name is not None:
             node = await self.named(name)
+            if node.cordoned:
+                raise _cordoned(f"Node {name}", name)
             if not set(backends) & set(node.backends):
                 raise UnavailableError(_not_offered(f"Node {name}", backends), code="backend_not_offered")
             return [node]
@@ -130,8 +196,36 @@ class Nodes:
         fit = [node for node in online if set(backends) & set(node.backends)]
         if not fit:
             raise UnavailableError(_not_offered("No node that is online", backends), code="backend_not_offered")
+        free = [node for node in fit if not node.cordoned]
+        if not free:
+            raise _cordoned("Every node that could run it", fit[0].name)
         counts = await self._store.active_tasks_by_node()
-        return sorted(fit, key=lambda node: (counts.get(node.name, 0), node.name))
+        # One that can't be reached comes last: its tasks could not be started, and the error then says why.
+        return sorted(free, key=lambda node: (bool(self.trouble(node)), counts.get(node.name, 0), node.name))
+
+    def trouble(self, node: Node) -> str | None:
+        """Why this host can't reach the node, as a sentence; None where nothing is known against it."""
+        return self._reach.trouble(node.name)
+
+
+def _no_node(name: str) -> NotFoundError:
+    return NotFoundError(f"There is no node {name!r}; `kohakuriver node list` shows the nodes that there are.")
+
+
+def _cordoned(who: str, name: str) -> UnavailableError:
+    return UnavailableError(
+        f"{who} is cordoned and takes no new tasks; `kohakuriver node uncordon {name}` ends that.", code="node_cordoned"
+    )
+
+
+def _would_be_lost(name: str, tasks: list[Task]) -> str:
+    shown = ", ".join(task.name or str(task.task_id) for task in tasks[:MOST_SHOWN])
+    more = f" and {len(tasks) - MOST_SHOWN} more" if len(tasks) > MOST_SHOWN else ""
+    count = "1 task" if len(tasks) == 1 else f"{len(tasks)} tasks"
+    return (
+        f"Node {name} has {count}: {shown}{more}; with --force the host forgets them, their names and shares, and what "
+        "still runs there must be ended there."
+    )
 
 
 def _not_offered(who: str, backends: tuple[str, ...]) -> str:

@@ -81,6 +81,7 @@ class Registration:
         self._registered = False
         self._registered_at: float | None = None
         self._trouble = ""
+        self._unreachable: str | None = None
         self._http = httpx.AsyncClient(
             base_url=identity.host_url,
             headers={"Authorization": f"Bearer {identity.token}"},
@@ -162,11 +163,20 @@ class Registration:
             self._changed.clear()
             for part in _parts(self._heartbeat()):
                 answer = await self._post(self._heartbeat_path, part)
+                self._heed(answer.get("unreachable"))
                 for task_id in answer.get("remove", ()):
                     await self._remove(task_id)
             with contextlib.suppress(asyncio.TimeoutError):
                 await asyncio.wait_for(self._changed.wait(), seconds)
         return now
+
+    def _heed(self, unreachable: str | None) -> None:
+        """Say in this node's own log what the host says of the way back."""
+        if unreachable is not None and unreachable != self._unreachable:
+            log.warning("the host can't reach this node", reason=unreachable)
+        elif unreachable is None and self._unreachable is not None:
+            log.info("the host reaches this node again")
+        self._unreachable = unreachable
 
     @property
     def _heartbeat_path(self) -> str:
