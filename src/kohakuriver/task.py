@@ -222,8 +222,9 @@ class TaskView:
 
     `command`, `mounts` and the names of the variables, `env`, are as they were asked for. `exit_code` is what it has
     ended with, 128 + N by signal N; None while it runs, and where nobody knows.
-    `owner` may do everything with it, `shared_with` may use it. `ssh_port` and `ssh_host_key` are those of the SSH
-    server that the task was given, None without one. With `pending_removal` its node ends it once it is back.
+    `owner` may do everything with it, `shared_with` may use it; `creator` made it, and is another one where a user was
+    removed. `ssh_port` and `ssh_host_key` are those of the SSH server that the task was given, None without one. With
+    `pending_removal` its node ends it once it is back.
     """
 
     task_id: int
@@ -235,6 +236,7 @@ class TaskView:
     container: str
     created_at: str
     owner: str = ""
+    creator: str = ""
     shared_with: list[str] = field(default_factory=list)
     image: str | None = None
     address: str | None = None

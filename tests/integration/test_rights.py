@@ -285,15 +285,30 @@ def test_forwards_terminals_and_ssh_connections_of_a_user_are_counted_together(t
 
 def test_ssh_knows_nobody_elses_task_by_its_bare_name(people: People) -> None:
     people.share()
+    cluster = people.cluster
+    task = {"name": "git.example", "command": ["sleep", "1000"], "ssh_keys": [people.key.export_public_key().decode()]}
+    as_ann = {"Authorization": f"Bearer {people.tokens['ann']}"}
+    assert cluster.http.post("/api/tasks", json=task, headers=as_ann).status_code == 201
+    assert eventually(lambda: cluster.task("git.example")["ssh_host_key"])
+    names = bare_names(people, {**people.tokens, "admin": cluster.token})
+    nobodys = ["Host *.kohakuriver"]
+    assert names == {"ann": ["Host here *.kohakuriver"], "bob": nobodys, "cid": nobodys, "admin": nobodys}
+    assert cluster.call("DELETE", "/api/users/ann")[0] == 200
+    inherited = cluster.task("here")
+    assert (inherited["owner"], inherited["creator"]) == ("admin", "ann")
+    assert bare_names(people, {"admin": cluster.token}) == {"admin": nobodys}
+
+
+def bare_names(people: People, tokens: dict[str, str]) -> dict[str, list[str]]:
+    """What `ssh-config` has for hosts, by user."""
     names = {}
-    for user, token in {**people.tokens, "admin": people.cluster.token}.items():
+    for user, token in tokens.items():
         environment = {**os.environ, "KOHAKURIVER_HOST": people.cluster.url, "KOHAKURIVER_TOKEN": token}
         environment["KOHAKURIVER_CONFIG_DIR"] = str(people.cluster.directory / user)
         command = [sys.executable, "-m", "kohakuriver", "ssh-config"]
         printed = subprocess.run(command, env=environment, capture_output=True, text=True, check=True).stdout
         names[user] = [line for line in printed.splitlines() if line.startswith("Host ")]
-    nobodys = ["Host *.kohakuriver"]
-    assert names == {"ann": ["Host here *.kohakuriver"], "bob": nobodys, "cid": nobodys, "admin": nobodys}
+    return names
 
 
 def test_what_tasks_and_strangers_say_is_for_nobodys_terminal(people: People) -> None:

@@ -83,11 +83,12 @@ def ssh_config(
 async def _names(client: HostClient) -> list[str]:
     """The tasks that ssh shall know by their bare names; any other task has its name and `.kohakuriver`.
 
-    They are the user's own alone: whoever names a task `github.com` must not get what others mean for that.
+    They are those that the user named: whoever names a task `github` must not get what others mean for that, be it by
+    leaving it to an admin. What has a dot looks like a machine on the internet and is none of them, whoever named it.
     """
     me = (await client.whoami()).user
-    tasks = [task for task in await client.tasks() if task.owner == me]
-    return [task.name for task in tasks if task.ssh_host_key or task.backend == "address"]
+    mine = [task for task in await client.tasks() if task.owner == task.creator == me and "." not in task.name]
+    return [task.name for task in mine if task.ssh_host_key or task.backend == "address"]
 
 
 async def tasks_changed(client: HostClient) -> None:

@@ -312,4 +312,4 @@ def _keep_alive(peer: socket.socket) -> None:
 
 
 def _name(transport: asyncio.BaseTransport) -> str:
-    return peer_name(transport)
+    return peer_name(transport.get_extra_info("peername"))

@@ -65,6 +65,8 @@ class Task(Base):
     `revision` grows with every change that the runner reports, so that a late report never undoes a newer one. A task
     with `removed` set is gone for users; the row stays until the node has heard of it.
 
+    `owner` is who has it now, `creator` the user who named it and ordered what runs there.
+
     `ssh_keys` are the public keys that were put into the SSH server that a task was given; `ssh_port` is where that
     listens in the task and `ssh_host_key` what it shows, both None for a task without one. Where the user who put the
     keys there is gone, the host goes by them no more, and `ssh_keys` is empty.
@@ -83,6 +85,7 @@ class Task(Base):
     image: Mapped[str | None] = mapped_column(Text)
     address: Mapped[str | None] = mapped_column(Text)
     owner: Mapped[str] = mapped_column(String(63))
+    creator: Mapped[str] = mapped_column(String(63), default="")
     status: Mapped[str] = mapped_column(String(16))
     message: Mapped[str | None] = mapped_column(Text)
     exit_code: Mapped[int | None] = mapped_column(BigInteger)
@@ -103,7 +106,7 @@ class Task(Base):
         columns = {name: value for name, value in vars(order).items() if name in cls.__table__.columns}
         spec = part_of(order, TaskOrder, without=tuple(columns))
         moments = {"created_at": now, "changed_at": now}
-        return cls(**columns, spec=spec, node=node, owner=owner, status="starting", **moments)
+        return cls(**columns, spec=spec, node=node, owner=owner, creator=owner, status="starting", **moments)
 
     def order(self) -> TaskOrder:
         """What its node is ordered to run."""
