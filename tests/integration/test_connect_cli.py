@@ -157,6 +157,11 @@ def test_a_command_may_close_its_stdin_and_still_speak(cluster: Cluster, task: s
     assert (done.stdout, done.returncode) == (b"spoken\n", 0)
 
 
+def test_a_command_needs_no_dashes_and_gets_variables(cluster: Cluster, task: str) -> None:
+    done = connect(cluster, "-e", "GREETING=a b", task, "--env=OTHER=c", "sh", "-c", 'echo "$GREETING $OTHER"; exit 4')
+    assert (done.stdout, done.returncode) == (b"a b c\n", 4)
+
+
 def test_a_command_that_is_not_there_is_said_so_and_gives_127(cluster: Cluster, task: str) -> None:
     done = connect(cluster, task, "--", "no-such-program", "-x")
     assert (done.stdout, done.stderr, done.returncode) == (b"", b"no-such-program: command not found\n", 127)
@@ -239,6 +244,12 @@ def test_a_command_on_a_terminal_knows_the_size_from_its_start(cluster: Cluster,
     with a_terminal(cluster, task, "--", *applet(task, "stty", "size"), rows=31, cols=99) as terminal:
         assert terminal.ended() == 0
         assert "31 99" in terminal.said()
+
+
+def test_a_command_on_a_terminal_gets_pipes_where_that_is_wished(cluster: Cluster, task: str) -> None:
+    with a_terminal(cluster, "-T", task, "sh", "-c", "test -t 1; echo code $?") as terminal:
+        terminal.expect("code 1")
+        assert terminal.ended() == 0
 
 
 def test_ctrl_c_and_ctrl_z_go_to_the_remote_shell(cluster: Cluster, task: str) -> None:

@@ -138,6 +138,9 @@ def test_python_dash_m_is_the_same_program() -> None:
         (["rivers"], "rivers"),
         (["--json", "vps", "list"], "behind the command"),
         (["connect", "dev", "-l"], "No such option: -l"),
+        (["connect", "-t", "dev"], "--tty needs a terminal"),
+        (["connect", "-e", "A", "dev"], "--env takes NAME=VALUE"),
+        (["vps", "list", "-q", "--json"], "--quiet and --json"),
         (["connect", "--", "dev"], "TASK"),
         (["vps", "create", "g", "--image", "i"], "a name is --name g"),
         (["vps", "create", "--name", "g", "busybox:lab"], "an image is --image busybox:lab"),
@@ -194,6 +197,8 @@ def test_our_options_count_on_either_side_of_the_task_up_to_the_first_word_for_s
         (["dev", "--host=h", "ls", "--json"], ["ls", "--json"]),
         (["dev", "echo", "\udcff"], ["echo", "\udcff"]),
         (["dev", "--"], []),
+        (["-it", "dev", "bash", "-l"], ["bash", "-l"]),
+        (["-iT", "-e", "A=-t", "dev", "-eB=1", "--no-tty", "env", "-i"], ["env", "-i"]),
     ],
 )
 def test_the_command_of_a_terminal_begins_with_the_first_word_that_is_no_option_of_ours(
@@ -279,7 +284,7 @@ def test_with_json_an_error_is_json_on_stdout(
 @pytest.mark.parametrize(
     ("typed", "meant"),
     [("ps", "vps list"), ("ls", "vps list"), ("vps ls", "vps list"), ("vps start", "vps restart"),
-     ("login", "auth login"),
+     ("login", "auth login"), ("rm", "vps rm"), ("status", "vps status"), ("run", "vps create"),
      ("exec", "connect"), ("ssh", "vps connect"), ("token ls", "token list"), ("user delete", "user remove")],
 )  # fmt: skip
 def test_other_programs_words_for_a_command_are_understood(

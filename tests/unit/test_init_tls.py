@@ -84,7 +84,8 @@ def test_it_says_which_file_goes_where_and_how_to_use_it(tmp_path: Path, capsys:
     assert f"{tmp_path / 'new' / 'ca.key'}: its key. Keep it off the cluster" in out
     for part in (
         "kohakuriver host --tls-cert host.lab.pem --tls-key host.lab.key --ca-file ca.pem",
-        "--host-url https://host.lab:8000 --advertise-url https://node1.lab:8001 --tls-cert node1.lab.pem",
+        "`kohakuriver token create node1 --node node1`",
+        "--name node1 --host-url https://host.lab:8000 --advertise-url https://node1.lab:8001 --tls-cert node1.lab.pem",
         "kohakuriver auth login --host https://host.lab:8000 --ca-file ca.pem",
     ):
         assert part in out
@@ -95,8 +96,8 @@ def test_run_again_it_takes_no_machine_for_the_host(tmp_path: Path, capsys: pyte
     _, out, _ = init(capsys, "--directory", str(tmp_path), "node2.lab", "*.rack.lab")
     assert "kohakuriver host " not in out
     assert "replace its two files" in out
-    for node in ("node2.lab", "NAME.rack.lab"):
-        assert f"--host-url https://HOST:8000 --advertise-url https://{node}:8001" in out
+    for node, name in (("node2.lab", "node2"), ("NAME.rack.lab", "NAME")):
+        assert f"--name {name} --host-url https://HOST:8000 --advertise-url https://{node}:8001" in out
 
 
 @pytest.mark.parametrize("name", ["a b", "host.lab,", "", "-x.lab", "a..b", "x" * 64 + ".lab"])

@@ -16,9 +16,13 @@ _IN = {
     "kohakuriver": {
         "ls": "vps list", "ps": "vps list", "list": "vps list", "start": "vps restart", "stop": "vps stop",
         "exec": "connect", "ssh": "vps connect", "login": "auth login", "logout": "auth logout",
-        "whoami": "auth status",
+        "whoami": "auth status", "status": "vps status", "create": "vps create", "run": "vps create",
+        "rm": "vps rm", "restart": "vps restart", "adopt": "vps adopt", "nodes": "node list",
     },
-    "vps": {"ls": "list", "ps": "list", "start": "restart", "remove": "rm", "delete": "rm", "ssh": "connect"},
+    "vps": {
+        "ls": "list", "ps": "list", "start": "restart", "remove": "rm", "delete": "rm", "ssh": "connect",
+        "run": "create",
+    },
     "node": {"ls": "list"},
 }  # fmt: skip
 

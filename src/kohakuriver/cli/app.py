@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
@@ -20,6 +21,11 @@ Function = TypeVar("Function", bound=Callable[..., Any])
 
 class Command(TyperCommand):
     """A command whose arguments are text, and whose usage line is written as in docs/cli.md."""
+
+    def __init__(self, name: str | None, **settings: Any) -> None:
+        super().__init__(name, **settings)
+        # The source's lines end where they do; the terminal is as wide as it is.
+        self.help = self.help and re.sub(r"(?<!\n)\n(?!\n)", " ", self.help)
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
         """Raises UsageError for bytes that are no text: what is ours goes into JSON, URLs and files.

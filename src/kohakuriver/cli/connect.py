@@ -7,12 +7,12 @@ import contextlib
 import os
 import signal
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from kohakuriver.cli.behind_dashes import BehindTask, command_of
-from kohakuriver.cli.options import Connection, TaskArgument, remote
+from kohakuriver.cli.options import Connection, TaskArgument, pairs, remote
 from kohakuriver.cli.signals import caught
 from kohakuriver.errors import HostUnreachableError, UnavailableError, UsageError
 
@@ -34,6 +34,19 @@ PASSED_ON = ("TERM", "COLORTERM")
 STREAMS = {"stdout": 1, "stderr": 2}
 
 
+TtyOption = Annotated[
+    bool | None,
+    typer.Option("--tty/--no-tty", "-t/-T", help="A terminal for CMD, or none. Default: between terminals one."),
+]
+EnvOption = Annotated[
+    list[str] | None,
+    typer.Option("--env", "-e", metavar="K=V", help="A variable for the shell or CMD; may be repeated."),
+]
+InteractiveOption = Annotated[
+    bool, typer.Option("--interactive", "-i", hidden=True, help="As it always is; other programs want to be told.")
+]
+
+
 def register(app: typer.Typer) -> None:
     """Add the command to `app`."""
     app.command(
@@ -48,6 +61,9 @@ def connect(
     ctx: typer.Context,
     at: Connection,
     task: TaskArgument,
+    tty: TtyOption = None,
+    env: EnvOption = None,
+    interactive: InteractiveOption = False,
 ) -> int:
     """Open a terminal in a task, or run CMD there.
 
@@ -61,13 +77,22 @@ def connect(
     command = command_of(ctx)
     if command is not None and not command:
         raise UsageError("A command must follow '--'.")
+    variables = pairs(env or [], "--env")
     chosen = at.settings()
-    if not (os.isatty(0) and os.isatty(1)):
-        return run(Session(chosen, task, Start(command or [], tty=False)).run())
-    return _interactive(chosen, task, command or [])
+    if not _wants_terminal(tty):
+        return run(Session(chosen, task, Start(command or [], tty=False, env=variables)).run())
+    return _interactive(chosen, task, command or [], variables)
 
 
-def _interactive(chosen: Settings, task: str, command: list[str]) -> int:
+def _wants_terminal(wish: bool | None) -> bool:
+    """Whether CMD gets a terminal: between two, if nothing else is wished. Raises UsageError where it can't."""
+    between = os.isatty(0) and os.isatty(1)
+    if wish and not between:
+        raise UsageError("--tty needs a terminal as stdin and stdout; leave it out to use pipes.")
+    return between if wish is None else wish
+
+
+def _interactive(chosen: Settings, task: str, command: list[str], variables: dict[str, str]) -> int:
     from kohakuriver.runtime import run
     from kohakuriver.tunnel.terminal import Start, is_utf8
 
@@ -81,7 +106,7 @@ def _interactive(chosen: Settings, task: str, command: list[str]) -> int:
     rows, cols = size(1)
     env = {name: value for name in PASSED_ON if (value := os.environ.get(name)) and is_utf8(value)}
     with Keeper(0):
-        return run(Session(chosen, task, Start(command, True, rows, cols, env)).run())
+        return run(Session(chosen, task, Start(command, True, rows, cols, {**env, **variables})).run())
 
 
 class Session:

@@ -93,8 +93,9 @@ def _explain_first(issued: list[Certificate]) -> None:
     output.line(f"On {host.names[0]}, with its two files and ca.pem:")
     output.line(f"  kohakuriver host --tls-cert {host.cert.name} --tls-key {host.key.name} --ca-file ca.pem")
     for node in nodes or [host]:
+        name = _node_name(node)
         output.line(
-            f"On {node.names[0]}, likewise, with a node token from `kohakuriver token create NAME --node NAME`:"
+            f"On {node.names[0]}, likewise, with a node token from `kohakuriver token create {name} --node {name}`:"
         )
         output.line(f"  {_runner_command(_in_url(host), node)}")
     output.line("Users, once:")
@@ -110,9 +111,15 @@ def _explain_more(issued: list[Certificate]) -> None:
 
 
 def _runner_command(host: str, node: Certificate) -> str:
-    urls = f"--host-url https://{host}:8000 --advertise-url https://{_in_url(node)}:8001"
+    urls = f"--name {_node_name(node)} --host-url https://{host}:8000 --advertise-url https://{_in_url(node)}:8001"
     files = f"--tls-cert {node.cert.name} --tls-key {node.key.name} --ca-file ca.pem --node-token-file node-token"
     return f"kohakuriver runner {urls} {files}"
+
+
+def _node_name(made: Certificate) -> str:
+    """What a node may be called: a certificate's first name without its domain, or its address."""
+    first = made.names[0].replace("*", "NAME")
+    return first.replace(":", "-") if ":" in first or first.replace(".", "").isdigit() else first.partition(".")[0]
 
 
 def _in_url(made: Certificate) -> str:

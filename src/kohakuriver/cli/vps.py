@@ -188,6 +188,8 @@ def list_tasks(
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="The names alone, for scripts.")] = False,
 ) -> None:
     """List the tasks that are yours or shared with you; for admins all."""
+    if quiet and at.json:
+        raise UsageError("--quiet and --json don't go together: --json has the names too.")
     tasks = at.ask(lambda client: client.tasks())
     if quiet:
         for task in tasks:
@@ -389,7 +391,7 @@ async def _each(what: str, tasks: list[str], act: Callable[[str], Awaitable[Task
         except KohakuRiverError as error:  # noqa: PERF203 - the others are to be tried all the same
             failed.append(error)
     for other in failed[1:]:
-        output.error(other.message)
+        output.failure(other.code, other.message)
     if failed:
         raise failed[0]
 
