@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import json
+import logging
 import socket
 import ssl
+import time
 from collections.abc import Callable, Coroutine
 from pathlib import Path
 from typing import Any
@@ -20,7 +23,8 @@ from kohakuriver.tls import ServerCertificate
 from kohakuriver.tunnel.accept import serve_ws
 from kohakuriver.web.app import bind, new_app, socket_url, warn_if_in_clear
 from kohakuriver.web.listener import ACCEPTED_AT_ONCE
-from kohakuriver.web.logging import configure_logging
+from kohakuriver.web.logging import LONGEST_VALUE, configure_logging
+from kohakuriver.web.repeats import REFUSALS_AT_ONCE, SECONDS, Repeats, _Seen
 from kohakuriver.web.server import Server
 from tests.support.host_only import serving
 
@@ -200,6 +204,122 @@ def test_a_crowd_that_connects_at_once_leaves_others_their_turn(run: Run) -> Non
         await running
 
     run(main())
+
+
+def logged(capsys: pytest.CaptureFixture[str]) -> list[dict[str, Any]]:
+    """The lines of a log in JSON, without their times."""
+    lines = [json.loads(line) for line in capsys.readouterr().err.splitlines()]
+    for line in lines:
+        assert line.pop("time").endswith("Z")
+    return lines
+
+
+def test_a_log_in_json_has_one_line_for_each_event_tracebacks_and_those_of_libraries_too(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(logging.root, "handlers", [])  # a program begins without one
+    configure_logging(style="json")
+    structlog.get_logger().info("tunnel connected", peer="127.0.0.1:7", version=2)
+    try:
+        raise ValueError("two\nlines")
+    except ValueError:
+        structlog.get_logger().exception("failed")
+        logging.getLogger("a.library").exception("it %s", "failed")
+    first, second, third = logged(capsys)
+    assert first == {"level": "info", "event": "tunnel connected", "peer": "127.0.0.1:7", "version": 2}
+    assert list(first) == ["level", "event", "peer", "version"]
+    assert second.pop("exception").endswith("ValueError: two\nlines")
+    assert second == {"level": "error", "event": "failed"}
+    assert third.pop("exception").endswith("ValueError: two\nlines")
+    assert third == {"level": "error", "event": "it failed", "logger": "a.library"}
+
+
+@pytest.mark.parametrize("style", ["text", "json"])
+def test_what_is_logged_of_a_peers_choice_is_cut(capsys: pytest.CaptureFixture[str], style: str) -> None:
+    configure_logging(style=style)
+    structlog.get_logger().info("refused", task="x" * 1_000_000, others=["y" * 1_000_000])
+    (line,) = capsys.readouterr().err.splitlines()
+    assert len(line) < 3 * LONGEST_VALUE
+    assert "999000 characters more" in line
+
+
+class Moments:
+    """A clock that a test sets."""
+
+    def __init__(self) -> None:
+        self.now = 1000.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+def a_log_of_repeats(monkeypatch: pytest.MonkeyPatch) -> Moments:
+    clock = Moments()
+    monkeypatch.setattr("kohakuriver.web.logging.Repeats", lambda: Repeats(clock))
+    configure_logging(style="json")
+    return clock
+
+
+def test_the_same_refusal_is_told_once_and_then_how_often_it_was_repeated(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    clock = a_log_of_repeats(monkeypatch)
+    log = structlog.get_logger()
+    for port in range(5):
+        log.info("session refused", task="web", peer=f"10.0.0.9:{port}", reason="not yours")
+    log.info("session refused", task="lab", peer="10.0.0.9:5", reason="not yours")
+    assert [line["task"] for line in logged(capsys)] == ["web", "lab"]
+    clock.now += SECONDS
+    log.warning("something else")
+    repeated, other = logged(capsys)
+    assert (repeated["event"], repeated["task"], repeated["repeated"]) == ("session refused", "web", 4)
+    assert other["event"] == "something else"
+    log.info("session refused", task="web", peer="10.0.0.9:7", reason="not yours")
+    assert [line["event"] for line in logged(capsys)] == ["session refused"]
+
+
+def test_refusals_that_differ_do_not_flood_a_log_and_their_number_is_told(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    clock = a_log_of_repeats(monkeypatch)
+    log = structlog.get_logger()
+    for number in range(5000):
+        log.info("session refused", task=f"guess-{number}", reason=f"There is no task 'guess-{number}'.")
+    assert len(logged(capsys)) == REFUSALS_AT_ONCE
+    clock.now += SECONDS
+    log.warning("something else")
+    assert [line.get("left_out") for line in logged(capsys)] == [5000 - REFUSALS_AT_ONCE, None]
+
+
+def test_what_happens_again_in_good_order_is_told_each_time(capsys: pytest.CaptureFixture[str]) -> None:
+    configure_logging(style="json")
+    for _ in range(50):
+        structlog.get_logger().info("tunnel connected", container="c")
+    assert len(logged(capsys)) == 50
+
+
+def test_a_count_is_told_when_its_time_is_over_though_nothing_else_is_logged(
+    run: Run, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def check() -> None:
+        monkeypatch.setattr("kohakuriver.web.repeats.SECONDS", -0.99)
+        counted = Repeats()
+        structlog.configure(processors=[counted, tell])
+        told.clear()
+        counted._seen["line", 1] = _Seen(time.monotonic(), "warning", {"event": "the same"}, more=3)
+        counted._wake_at_end()
+        await heard.wait()
+        assert told == [{"event": "the same", "repeated": 3}]
+
+    told: list[Any] = []
+    heard = asyncio.Event()
+
+    def tell(_logger: object, _method: str, event: Any) -> Any:
+        told.append(event)
+        heard.set()
+        raise structlog.DropEvent
+
+    run(check())
 
 
 def test_what_a_stranger_sends_stays_on_its_line_in_the_log_and_harmless(capsys: pytest.CaptureFixture[str]) -> None:

@@ -30,6 +30,13 @@ class LogLevel(str, Enum):
     error = "error"
 
 
+class LogFormat(str, Enum):
+    """For whom it is logged."""
+
+    text = "text"
+    json = "json"
+
+
 class Backend(str, Enum):
     """A way of running tasks that a runner may offer."""
 
@@ -63,6 +70,10 @@ AllowedOriginOption = Annotated[
     ),
 ]
 LogLevelOption = Annotated[LogLevel, typer.Option("--log-level", help="How much is logged to stderr.")]
+LogFormatOption = Annotated[
+    LogFormat,
+    typer.Option("--log-format", envvar="KOHAKURIVER_LOG_FORMAT", help="Lines for people, or a JSON object in each."),
+]
 PortOption = Annotated[int, typer.Option("--port", min=0, max=65535, help="The port to listen on; 0 is any free one.")]
 SshPortOption = Annotated[
     int, typer.Option("--ssh-port", min=0, max=65535, help="The port of the SSH proxy; 0 is any free one.")
@@ -218,6 +229,7 @@ class Serving:
     allowed_hosts: AllowedHostOption = None
     allowed_origins: AllowedOriginOption = None
     log_level: LogLevelOption = LogLevel.info
+    log_format: LogFormatOption = LogFormat.text
     json: JsonOption = False
     exit_with_stdin: StdinOption = False
 

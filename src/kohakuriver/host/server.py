@@ -69,6 +69,7 @@ class HostOptions:
     audit_log: Path | None = None
     json: bool = False
     log_level: str = "info"
+    log_format: str = "text"
     exit_with_stdin: bool = False
 
 
@@ -98,7 +99,7 @@ class Perimeter:
 
 def serve(options: HostOptions) -> int:
     """Run a host until SIGTERM or SIGINT; the exit code. Raises KohakuRiverError when it can't start."""
-    configure_logging(options.log_level)
+    configure_logging(options.log_level, options.log_format)
     raise_file_limit()
     return loops.run(main(options))
 

@@ -80,12 +80,13 @@ class RunnerOptions:
     stop_tasks_on_exit: bool = False
     json: bool = False
     log_level: str = "info"
+    log_format: str = "text"
     exit_with_stdin: bool = False
 
 
 def serve(options: RunnerOptions) -> int:
     """Run a runner until SIGTERM or SIGINT; the exit code. Raises KohakuRiverError when it can't start."""
-    configure_logging(options.log_level)
+    configure_logging(options.log_level, options.log_format)
     return loops.run(main(options))
 
 

@@ -1,4 +1,4 @@
-"""What host and runner log, and how it looks on a terminal."""
+"""What host and runner log: one line an event, for people or as JSON. Source: docs/guide/limits.md "Logs"."""
 
 from __future__ import annotations
 
@@ -8,31 +8,77 @@ from collections.abc import MutableMapping
 from typing import Any
 
 import structlog
+from structlog.typing import Processor
 
 from kohakuriver.text import printable
+from kohakuriver.web.repeats import Repeats
+
+__all__ = ["LONGEST_TRACEBACK", "LONGEST_VALUE", "configure_logging"]
+
+LONGEST_VALUE = 1000
+LONGEST_TRACEBACK = 20_000
+"""Characters. Peers choose paths and names, and say reasons."""
+
+_FIRST = ("time", "level", "event")
 
 
-def configure_logging(level: str = "info") -> None:
-    """Log to stderr, one line an event; what the libraries log joins in from warnings up."""
-    logging.basicConfig(stream=sys.stderr, level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
+def configure_logging(level: str = "info", style: str = "text") -> None:
+    """Log to stderr, one line an event, as `style` "text" or "json"; what libraries log joins in from warnings up.
+
+    Only "text" has lines of their own for a traceback.
+    """
+    stamp = structlog.processors.TimeStamper(fmt="iso", utc=True, key="time")
+    render: list[Processor] = (
+        [_in_order, structlog.processors.JSONRenderer()]
+        if style == "json"
+        else [structlog.dev.ConsoleRenderer(colors=sys.stderr.isatty(), timestamp_key="time")]
+    )
+    of_libraries: list[Processor] = [
+        structlog.stdlib.add_logger_name,
+        structlog.stdlib.add_log_level,
+        stamp,
+        structlog.processors.format_exc_info,
+        _safe,
+    ]
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(
+        structlog.stdlib.ProcessorFormatter(
+            foreign_pre_chain=of_libraries,
+            processors=[structlog.stdlib.ProcessorFormatter.remove_processors_meta, *render],
+        )
+    )
+    logging.basicConfig(handlers=[handler], level=logging.WARNING)
     logging.getLogger("uvicorn.error").setLevel(logging.ERROR)  # its warnings are about what strangers send
     structlog.configure(
         processors=[
             structlog.contextvars.merge_contextvars,
-            structlog.processors.add_log_level,
-            structlog.processors.TimeStamper(fmt="iso"),
             structlog.processors.format_exc_info,
-            _printable,
-            structlog.dev.ConsoleRenderer(colors=sys.stderr.isatty()),
+            Repeats(),
+            structlog.processors.add_log_level,
+            stamp,
+            _safe,
+            *render,
         ],
         wrapper_class=structlog.make_filtering_bound_logger(logging.getLevelName(level.upper())),
         logger_factory=structlog.PrintLoggerFactory(sys.stderr),
     )
 
 
-def _printable(_logger: object, _method: str, event: MutableMapping[str, Any]) -> MutableMapping[str, Any]:
+def _safe(_logger: object, _method: str, event: MutableMapping[str, Any]) -> MutableMapping[str, Any]:
     """Paths, names and reasons come from peers, and a log is read on terminals. Only tracebacks have lines."""
     for key, value in event.items():
-        if isinstance(value, str):
-            event[key] = printable(value) if key == "exception" else printable(value, keep="")
+        if key == "exception":
+            event[key] = printable(_cut(str(value), LONGEST_TRACEBACK))
+        elif not (value is None or isinstance(value, (bool, int, float)) or key.startswith("_")):
+            event[key] = printable(_cut(str(value), LONGEST_VALUE), keep="")
     return event
+
+
+def _cut(text: str, most: int) -> str:
+    return text if len(text) <= most else f"{text[:most]}… ({len(text) - most} characters more)"
+
+
+def _in_order(_logger: object, _method: str, event: MutableMapping[str, Any]) -> MutableMapping[str, Any]:
+    return {name: event[name] for name in _FIRST if name in event} | {
+        name: value for name, value in event.items() if name not in _FIRST
+    }
