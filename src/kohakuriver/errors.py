@@ -133,7 +133,7 @@ _BY_CODE: dict[str, type[KohakuRiverError]] = {
     "name_taken": UsageError,
     "node_has_tasks": KohakuRiverError,
     "node_online": KohakuRiverError,
-    "upgrade_required": HostUnreachableError,
+    **dict.fromkeys(("upgrade_required", "no_such_path", "method_not_allowed"), HostUnreachableError),
     **dict.fromkeys(_OF_THE_TASK, UnavailableError),
 }
 

@@ -202,6 +202,14 @@ def test_a_command_that_can_not_run_fails_the_task_with_a_reason(cluster: Cluste
     assert json.loads(cluster.succeed("vps", "status", "broken", "--json"))["status"] == "failed"
 
 
+@pytest.mark.parametrize("command", ["vps list", "vps rm t", "forward t 0:80", "auth login", "vps connect t"])
+def test_a_path_that_the_host_does_not_have_is_no_missing_task(cluster: Cluster, command: str) -> None:
+    url = json.loads(cluster.succeed("auth", "status", "--json"))["host"] + "/elsewhere"
+    done = cluster.run(*command.split()[:2], "--host", url, "--token", "x", *command.split()[2:])
+    assert done.returncode == 7, done
+    assert "/elsewhere" in done.stderr
+
+
 @pytest.mark.parametrize(
     ("arguments", "code"),
     [

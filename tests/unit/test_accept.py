@@ -175,7 +175,7 @@ def test_a_websocket_at_a_path_that_is_not_ours_is_refused_and_pages_are_served(
         async with serving(gate) as (_, port):
             for path in ("/nothing/there", "/page", "/ws/gate/a", "/ws/gate/a/80/more", "/ws/gate/a%2Fb/80"):
                 status, body = await answer(port, upgrade(path))
-                assert (status, json.loads(body)["error"]) == (404, "not_found")
+                assert (status, json.loads(body)["error"]) == (404, "no_such_path")
             assert gate.requests == []
             status, body = await answer(port, b"GET /page HTTP/1.1\r\nHost: here\r\nConnection: close\r\n\r\n")
             assert (status, json.loads(body)) == (200, "a page")

@@ -27,10 +27,18 @@ _IN = {
 }  # fmt: skip
 
 
+def _asked_otherwise(args: list[str]) -> list[str]:
+    """`help vps list` and `version` as the options that they stand for."""
+    if args[:1] == ["help"]:
+        return [*args[1:], "--help"]
+    return ["--version"] if args == ["version"] else args
+
+
 class WithAliases(TyperGroup):
     """A group that knows its commands by those words too; its help shows its own words alone."""
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        args = _asked_otherwise(args)
         option = args[0].partition("=")[0] if args else ""
         known = {name for each in self.get_params(ctx) for name in each.opts}
         found = any(self.get_command(ctx, each) for each in args)

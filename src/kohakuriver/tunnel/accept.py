@@ -202,7 +202,7 @@ class Upgrade(asyncio.Protocol):
             if (parts := route.match(request.path)) is not None:
                 await route.answer(request, *parts)
                 return
-        error = NotFoundError(f"There is no WebSocket at {request.path}; check the URL.")
+        error = NotFoundError(f"There is no WebSocket at {request.path}; check the URL.", code="no_such_path")
         self.reject(error.status, error.to_json())
 
     def _refuse(self, error: KohakuRiverError) -> None:

@@ -215,7 +215,7 @@ def _bind(host: str, port: int, kind: socket.SocketKind) -> socket.socket:
         with resolving():
             info = socket.getaddrinfo(host, port, type=kind, flags=socket.AI_PASSIVE)[0]
     except OSError as exc:
-        raise LocalAddressError(f"{host} is not an address of this machine: {exc.strerror or exc}") from exc
+        raise LocalAddressError(f"{host} is not an address of this machine: {exc.strerror or exc}.") from exc
     sock = socket.socket(info[0], info[1], info[2])
     try:
         sock.setblocking(False)
@@ -227,6 +227,6 @@ def _bind(host: str, port: int, kind: socket.SocketKind) -> socket.socket:
     except OSError as exc:
         sock.close()
         what = "is already in use" if exc.errno == errno.EADDRINUSE else f"can't be bound ({exc.strerror or exc})"
-        message = f"{host}:{port} {what}; choose another with --local-port (0 takes any free one)"
+        message = f"{host}:{port} {what}; choose another with --local-port (0 takes any free one)."
         raise LocalAddressError(message) from exc
     return sock

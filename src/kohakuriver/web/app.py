@@ -138,8 +138,8 @@ def new_app(
     async def refused(request: Request, error: HTTPException) -> JSONResponse:
         if error.status_code == 404 and request.url.path.startswith("/ws/"):
             return _upgrade_required(request)
-        codes = {404: "not_found", 405: "method_not_allowed"}
-        message = f"{request.method} {request.url.path}: {error.detail}."
+        codes = {404: "no_such_path", 405: "method_not_allowed"}
+        message = f"There is no {request.method} {request.url.path} here; check the URL, and the version of both sides."
         return JSONResponse(
             {"error": codes.get(error.status_code, "bad_request"), "message": message}, status_code=error.status_code
         )
