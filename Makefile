@@ -92,9 +92,11 @@ SECONDS ?= 900
 soak: install ## mixed load for 15 minutes (SECONDS=3600: an hour), in which nothing may grow: JSON, plot
 	$(BIN)/python -m bench.soak --kohakuriver $(BIN)/kohakuriver --seconds $(SECONDS) --output bench/results
 
-build: install ## sdist and wheel in dist/
-	rm -rf dist
-	$(BIN)/python -m build
+build: ## sdist and wheel in dist/, by the tools that scripts/build-requirements.txt names by hash
+	rm -rf dist $(VENV)-build
+	$(PYTHON) -m venv $(VENV)-build
+	$(VENV)-build/bin/pip install -q --disable-pip-version-check --require-hashes -r scripts/build-requirements.txt
+	$(VENV)-build/bin/python -m build --no-isolation
 
 clean: ## everything that these commands made
 	rm -rf .venv* build dist sbom src/*.egg-info bench/results .pytest_cache .mypy_cache .ruff_cache .hypothesis .benchmarks .schemathesis
