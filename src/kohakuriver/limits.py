@@ -41,6 +41,8 @@ class Limits:
     """Bytes of the body of one HTTP request."""
     max_bodies: int = 64 << 20
     """Bytes of the bodies of all HTTP requests under way in one program: 64 of the largest, as installed."""
+    max_backlog: int = 512 << 20
+    """Bytes on their way to users that wait in one runner, of all sessions together."""
     handshake_timeout: float = 10.0
     """Seconds that a peer has for its TLS handshake, and again to send a whole HTTP request."""
     max_waiting: int = 1000
@@ -64,6 +66,7 @@ _BOUNDS: dict[str, tuple[float, float]] = {
     "max_header": (4 << 10, 1 << 20),
     "max_body": (64 << 10, 64 << 20),
     "max_bodies": (1 << 20, 1 << 40),
+    "max_backlog": (96 << 20, 1 << 40),
     "handshake_timeout": (0.1, 600),
     "max_waiting": (16, 1 << 20),
     "max_handshakes": (0.1, 10_000),
@@ -77,6 +80,7 @@ _MAY_BE_OFF = {
     "max_streams",
     "max_connects",
     "max_rate",
+    "max_backlog",
     "max_audit",
     "idle_timeout",
 }

@@ -15,17 +15,19 @@ from fastapi import FastAPI, Request
 from websockets.asyncio.client import connect
 from websockets.exceptions import ConnectionClosed
 
+from kohakuriver._frame import build_frame
 from kohakuriver.cli.pki import Authority
 from kohakuriver.errors import UnavailableError, UsageError
 from kohakuriver.host.services import tunnel_proxy
 from kohakuriver.limits import LEAST_RATE, Limits
 from kohakuriver.tls import ServerCertificate, client_context
 from kohakuriver.tunnel.accept import serve_ws
-from kohakuriver.tunnel.protocol import TUNNEL_V2
+from kohakuriver.tunnel.protocol import CONNECT, DATA, TUNNEL_V2
 from kohakuriver.tunnel.user_endpoint import UserEndpoint
 from kohakuriver.web.app import bind, new_app
 from kohakuriver.web.server import Server
 from tests.support.hops import CLIENTS, asked, chain, dial, echo, service, until
+from tests.support.peers.wire import Wire
 
 Run = Callable[[Coroutine[Any, Any, None]], None]
 clients = pytest.mark.parametrize("kind", CLIENTS)
@@ -118,6 +120,42 @@ def test_a_user_who_opens_streams_too_fast_is_refused_in_every_session_and_other
             assert len(refused) + answers.count(b"x") == 60
             assert "EAGAIN: your forwards open more than 3 connections a second" in (await hops.errors.get())[1]
             assert await asked(calm, b"y") == b"y"
+
+    run(main())
+
+
+async def flood(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+    """Send without end."""
+    with contextlib.suppress(OSError):
+        while True:
+            writer.write(bytes(1 << 16))
+            await writer.drain()
+
+
+def unread(host_port: int, port: int, token: str, window: int) -> Wire:
+    """A session whose one stream has room for so many bytes, none of which is ever read."""
+    wire = Wire(host_port, f"/ws/forward/1/{port}", token)
+    assert wire.receive() == (0x81, b"CONNECTED")
+    wire.send(build_frame(CONNECT, 0, 1, 0, window.to_bytes(8, "big"), 7))
+    return wire
+
+
+def test_windows_that_nobody_reads_cost_their_user_the_session_and_no_other(run: Run) -> None:
+    async def main() -> None:
+        async with chain(Limits(max_backlog=24 << 20)) as hops, service(flood) as port:
+            await hops.tunnel("rust")
+            calm = await asyncio.to_thread(unread, hops.host_port, port, "ann", 6 << 20)
+            greedy = [await asyncio.to_thread(unread, hops.host_port, port, "eve", 60 << 20) for _ in range(3)]
+            await until(lambda: len(hops.server.hub.sessions) == 1)
+            for wire in greedy:
+                assert await asyncio.to_thread(wire.close_code) == 1006
+                wire.sock.close()
+            got = 0
+            while got < 6 << 20:
+                first, payload = await asyncio.to_thread(calm.receive)
+                got += len(payload) - 8 if (first, payload[0]) == (0x82, DATA) else 0
+            assert got == 6 << 20
+            calm.sock.close()
 
     run(main())
 

@@ -10,8 +10,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from kohakuriver._frame import HEADROOM
-from kohakuriver.tunnel.intake import TURN, Intake
+from kohakuriver.tunnel.intake import Intake
 from kohakuriver.tunnel.peer_watch import PeerWatch
+from kohakuriver.tunnel.turns import TURN
 from tests.support.peers.fake_transport import FakeTransport
 
 Run = Callable[[Coroutine[Any, Any, None]], None]

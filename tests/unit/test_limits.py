@@ -26,6 +26,7 @@ def test_each_variable_changes_its_own_limit() -> None:
             "max_message": 2 << 20,
             "max_body": 1 << 17,
             "max_audit": 2 << 20,
+            "max_backlog": 100 << 20,
             "max_bodies": 2 << 20,
         }.get(field.name, 5000)
         if field.name == "handshake_timeout":

@@ -15,10 +15,10 @@ from kohakuriver.session.carried import Route
 from kohakuriver.tunnel.accept import Ignore
 from kohakuriver.tunnel.buffers import Assembler
 from kohakuriver.tunnel.container_endpoint import ContainerEndpoint
-from kohakuriver.tunnel.intake import TURN
 from kohakuriver.tunnel.link import Link
 from kohakuriver.tunnel.protocol import DATA, PING, PROTO_TCP, ws_close, ws_ping, ws_pong, ws_text
 from kohakuriver.tunnel.send_queue import SendQueue
+from kohakuriver.tunnel.turns import TURN
 from tests.support.hops import until
 from tests.support.peers.fake_transport import FakeTransport
 

@@ -12,12 +12,10 @@ from collections.abc import Callable
 from kohakuriver._frame import HEADROOM
 from kohakuriver.tunnel.buffers import ReceiveBuffer, receive_buffer
 from kohakuriver.tunnel.peer_watch import PeerWatch
+from kohakuriver.tunnel.turns import Turn
 
-__all__ = ["TURN", "Intake"]
+__all__ = ["Intake"]
 
-# How many messages that are not just relayed may be worked off before other links get their turn: a few milliseconds'
-# worth. A read of 1 MiB can hold 170,000 pings.
-TURN = 256
 _TURN = object()
 
 
@@ -38,6 +36,8 @@ class Intake:
         self._transport: asyncio.Transport | None = None
         self._rest = b""
         self._pauses: set[object] = set()
+        self.turn = Turn()  # may be replaced by one that is shared
+        self._messages = 0  # of this delivery
         self._more = False  # a handler has returned before it was through
         self._turn_due = False
 
@@ -82,12 +82,18 @@ class Intake:
             self.buffer = ReceiveBuffer(size)
 
     def _consume(self, stop: int) -> None:
-        consumed = self._deliver(HEADROOM, stop)
+        if self.turn.left > 0:
+            consumed = self._deliver(HEADROOM, stop)
+            if self._messages:
+                self.turn.spend(self._messages)
+                self._messages = 0
+        else:  # other links that share it have had it
+            consumed, self._more = HEADROOM, True
         self._rest = bytes(self.buffer.view[consumed:stop]) if consumed < stop else b""
         if self._more and not self._turn_due:
             self._turn_due = True
             self.pause(_TURN)  # what is left may fill the buffer
-            self._loop.call_soon(self._next_turn)
+            self.turn.wait(self._next_turn)
 
     def _deliver_rest(self) -> None:
         if self._rest:
@@ -98,7 +104,8 @@ class Intake:
 
     def turn_over(self, messages: int) -> bool:
         """Whether a handler that has worked off so many messages in this call is to return; it is soon called again."""
-        self._more = messages >= TURN
+        self._messages = messages
+        self._more = messages >= self.turn.left
         return self._more
 
     def _next_turn(self) -> None:

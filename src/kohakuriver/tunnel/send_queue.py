@@ -7,9 +7,10 @@ again (`resume`), and so do the sources that want to send more.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from typing import Protocol
 
+from kohakuriver.tunnel.backlog import Backlog
 from kohakuriver.tunnel.protocol import Bytes
 
 __all__ = ["Pausable", "SendQueue", "Sink"]
@@ -48,7 +49,8 @@ class SendQueue:
     """Frames on their way to one sink.
 
     A source stops sending while `blocked` is true, and is called when that has changed (`wait_drained`). `queued` are
-    the bytes of bulk that wait here, `urgent` the small frames that wait for a frame border.
+    the bytes of bulk that wait here, `urgent` the small frames that wait for a frame border. What waits counts in a
+    program's `backlog`, as its `owner`'s, once it was told of it (`count_in`).
 
     Args:
         on_overrun: called when more waits than `max_queued` bytes of bulk or `max_urgent` of urgent frames: the peer
@@ -70,10 +72,20 @@ class SendQueue:
         self._waiters: dict[Pausable, None] = {}
         self._over = False
         self._on_overrun = on_overrun
+        self.owner: Hashable = None
+        self._backlog: Backlog | None = None
 
     def begin(self, sink: Sink) -> None:
         """Send to `sink` from now on."""
         self._sink = sink
+
+    def count_in(self, backlog: Backlog, owner: Hashable) -> None:
+        """Count what waits here, from now on, in `backlog`: as its owner's."""
+        self.owner, self._backlog = owner, backlog
+
+    def evict(self) -> None:
+        """Too much waits in the whole program, and here most of it: the link ends."""
+        self._on_overrun()
 
     def send(self, data: Bytes, inside: bool = False) -> None:
         """Send bytes in order. The caller may reuse `data` at once: what the sink does not take at once is copied.
@@ -144,7 +156,7 @@ class SendQueue:
         self._send_urgent()
         while self._queue and not self.blocked:
             data, inside = self._queue.popleft()
-            self.queued -= len(data)
+            self._count(-len(data))
             self.send(data, inside)
         return not self.blocked
 
@@ -152,9 +164,10 @@ class SendQueue:
         """The sink is gone, and with it all that waits."""
         self._over = True
         self.blocked = False
+        self._count(-self.queued)
         self._queue.clear()
         self.urgent.clear()
-        self.queued = self._urgent_size = 0
+        self._urgent_size = 0
 
     def wake(self) -> None:
         """Call those who wait for the queue to drain."""
@@ -166,9 +179,14 @@ class SendQueue:
 
     def _wait(self, data: Bytes, inside: bool) -> None:
         self._queue.append((bytes(data), inside))
-        self.queued += len(data)
+        self._count(len(data))
         if self.queued > self.max_queued:
             self._on_overrun()
+
+    def _count(self, size: int) -> None:
+        self.queued += size
+        if self._backlog is not None:
+            self._backlog.count(self, size)
 
     def _send_urgent(self) -> None:
         """At a frame border: all that is urgent goes, with one system call."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 
 from kohakuriver.limits import Limits
 from kohakuriver.rates import TokenBucket
@@ -24,9 +24,9 @@ class ConnectRates:
     def __init__(self, rate: int, clock: Callable[[], float] = time.monotonic) -> None:
         self.rate = rate
         self._clock = clock
-        self._buckets: dict[object, TokenBucket] = {}
+        self._buckets: dict[Hashable, TokenBucket] = {}
 
-    def try_take(self, who: object) -> bool:
+    def try_take(self, who: Hashable) -> bool:
         """Whether they may open one more stream now."""
         if not self.rate:
             return True
@@ -50,7 +50,8 @@ class Admission:
         self._rates = rates
         self._ticket = ticket
         self._named = named
-        self._who: object = self if ticket is None else ticket.user
+        # Whose share it takes from: of a session of nobody in particular it is its own.
+        self.who: Hashable = self if ticket is None else ticket.user
 
     def _allows(self, port: int) -> bool:
         by_ticket = self._ticket is None or self._ticket.allows(port)
@@ -63,7 +64,7 @@ class Admission:
             return ErrorText("EACCES", f"port {port} is not part of this forward")
         if most and streams >= most:
             return ErrorText("EMFILE", f"this forward has {most} connections open, which is as many as the node allows")
-        if not self._rates.try_take(self._who):
+        if not self._rates.try_take(self.who):
             sentence = f"your forwards open more than {rate} connections a second on this node, which does not allow it"
             return ErrorText("EAGAIN", sentence)
         return None

@@ -8,10 +8,11 @@ from typing import Any
 from kohakuriver._frame import FrameWalker
 from kohakuriver.errors import NotAllowedError, UnauthenticatedError, UnavailableError
 from kohakuriver.limits import Limits
-from kohakuriver.runner.services.admission import Admission, ConnectRates
+from kohakuriver.runner.services.admission import Admission
 from kohakuriver.runner.services.direct import DirectSession, DirectTarget
 from kohakuriver.runner.services.hub import Hub
 from kohakuriver.runner.services.relay import SessionLeg, TunnelLeg
+from kohakuriver.runner.services.shares import Shares
 from kohakuriver.session.ticket import Ticket
 from kohakuriver.tunnel.accept import TunnelRoute, UpgradeRequest, greet
 from kohakuriver.tunnel.ports import port_in, ports_in
@@ -48,7 +49,7 @@ class TunnelServer:
     ) -> None:
         self.hub = Hub(on_tunnel_change, on_trouble, lambda container: target_of(container) is not None)
         self._limits = limits or Limits()
-        self._rates = ConnectRates(self._limits.max_connects)
+        self._shares = Shares(self._limits)
         self._allow_anonymous = allow_anonymous
         self._check_tunnel_token = check_tunnel_token
         self._check_ticket = check_ticket
@@ -89,7 +90,7 @@ class TunnelServer:
         """Take a session in. Raises KohakuRiverError where that may or can not be."""
         port = port_in(named)
         ticket = self._ticket(request, container, port)
-        admission = Admission(self._limits, self._rates, ticket, ports_in(request.query))
+        admission = Admission(self._limits, self._shares.rates, ticket, ports_in(request.query))
         target = self._target_of(container)
         if target is not None and self.hub.tunnel_of(container) is None:
             self._open_direct(request, container, port, admission, target)
@@ -122,6 +123,7 @@ class TunnelServer:
             newest=2 if request.offers_v2 else 1,
         )
         session.link = request.accept(session.walker, session, version=tunnel.version)
+        self._shares.take_part(session.link, admission.who)
         self.hub.sessions[session] = None
         greet(session.link, "CONNECTED")
 
@@ -137,6 +139,7 @@ class TunnelServer:
             on_closed=self.hub.direct_closed,
         )
         link = request.accept(FrameWalker(masked=True, max_message=self._limits.max_message), session)
+        self._shares.take_part(link, admission.who)
         greet(link, "CONNECTED")
         session.attach(link)
         self.hub.direct[session] = None

@@ -1,0 +1,43 @@
+"""What all users of a runner share: new streams a second, its one event loop, memory for what waits.
+
+Each has one bound for the runner, or one rate for a user, over all of that user's sessions: a user with a hundred
+sessions gets no more of it than a user with one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Hashable
+from weakref import WeakValueDictionary
+
+import structlog
+
+from kohakuriver.limits import Limits
+from kohakuriver.runner.services.admission import ConnectRates
+from kohakuriver.tunnel.backlog import Backlog, Queue
+from kohakuriver.tunnel.link import Link
+from kohakuriver.tunnel.turns import Turn
+
+__all__ = ["Shares"]
+
+log = structlog.get_logger("kohakuriver.tunnel")
+
+
+class Shares:
+    """The shares of a runner's users."""
+
+    def __init__(self, limits: Limits) -> None:
+        self.rates = ConnectRates(limits.max_connects)
+        self._backlog = Backlog(limits.max_backlog, self._evicted)
+        self._turns: WeakValueDictionary[Hashable, Turn] = WeakValueDictionary()
+
+    def take_part(self, link: Link, who: Hashable) -> None:
+        """Let a session's link have its user's share, and no more."""
+        turn = self._turns.get(who)
+        if turn is None:
+            turn = self._turns[who] = link.intake.turn
+        link.intake.turn = turn
+        link.out.count_in(self._backlog, who)
+
+    def _evicted(self, queue: Queue) -> None:
+        who = queue.owner if isinstance(queue.owner, str) else None
+        log.warning("a session ends: too much waits for users who don't read it", user=who, waiting=self._backlog.total)

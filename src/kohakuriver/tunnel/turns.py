@@ -1,0 +1,55 @@
+"""Whose turn it is: so that links with much to work off keep no other link waiting."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+
+__all__ = ["TURN", "Turn"]
+
+TURN = 256
+"""How many messages that are not just relayed may be worked off at a time: a few milliseconds' worth.
+
+A read of 1 MiB can hold 170,000 pings.
+"""
+
+
+class Turn:
+    """What some links may work off, together, before all others get their turn.
+
+    A link has one for itself, unless it is given one that it shares: a user with a hundred links then gets no more done
+    than a user with one. Those that find nothing left wait, and go on in the order in which they came.
+    """
+
+    def __init__(self) -> None:
+        self.left = TURN
+        self._loop = asyncio.get_running_loop()
+        self._waiting: list[Callable[[], None]] = []
+        self._due = False
+
+    def spend(self, messages: int) -> None:
+        """So many messages were worked off."""
+        self.left -= messages
+        self._renew_soon()
+
+    def wait(self, go_on: Callable[[], None]) -> None:
+        """Call `go_on` when there is something left, after all other links were looked at."""
+        self._waiting.append(go_on)
+        self._renew_soon()
+
+    def _renew_soon(self) -> None:
+        if not self._due:
+            self._due = True
+            self._loop.call_soon(self._renew)
+
+    def _renew(self) -> None:
+        self._due = False
+        self.left = TURN
+        waiting, self._waiting = self._waiting, []
+        for i, go_on in enumerate(waiting):
+            if self.left <= 0:
+                self._waiting = waiting[i:] + self._waiting
+                break
+            go_on()
+        if self._waiting:
+            self._renew_soon()
