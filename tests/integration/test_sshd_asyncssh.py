@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import getpass
 import json
 import os
 import subprocess
@@ -39,10 +40,10 @@ class Server:
         self.port = int(ready["address"].rpartition(":")[2])
         self.known_hosts = asyncssh.import_known_hosts(f"[127.0.0.1]:{self.port} {ready['host_key']}\n")
 
-    def connect(self, **options: Any) -> Any:
+    def connect(self, username: str = "root", **options: Any) -> Any:
         return asyncssh.connect(
-            "127.0.0.1", self.port, username="root", client_keys=[self.key], known_hosts=self.known_hosts, config=None,
-            agent_path=None, **options,
+            "127.0.0.1", self.port, username=username, client_keys=[self.key], known_hosts=self.known_hosts,
+            config=None, agent_path=None, **options,
         )  # fmt: skip
 
     def close(self) -> None:
@@ -97,5 +98,18 @@ def test_many_channels_of_one_connection_each_get_their_own(run: Run, server: Se
             runs = [connection.run(f"cat; echo {number}", input="x" * 100_000) for number in range(40)]
             for number, done in enumerate(await asyncio.gather(*runs)):
                 assert done.stdout == "x" * 100_000 + f"{number}\n"
+
+    run(main())
+
+
+def test_the_users_own_name_and_root_are_the_same_user_and_any_other_name_is_refused(run: Run, server: Server) -> None:
+    async def main() -> None:
+        for name in (getpass.getuser(), "root"):
+            async with server.connect(name) as connection:
+                assert (await connection.run("id -un")).stdout == f"{getpass.getuser()}\n"
+        for name in ("nobody", "u", ""):
+            with pytest.raises(asyncssh.PermissionDenied):
+                async with server.connect(name):
+                    pass
 
     run(main())
