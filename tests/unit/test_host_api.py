@@ -15,7 +15,7 @@ import pytest
 from kohakuriver.errors import KohakuRiverError
 from kohakuriver.runner.services.registration import TASKS_AT_ONCE, NodeIdentity, Registration
 from kohakuriver.runner.services.state import State
-from kohakuriver.runner.services.tasks import LONGEST_MESSAGE
+from kohakuriver.runner.services.task_book import LONGEST_MESSAGE
 from kohakuriver.store import Node, Task
 from tests.support.host_only import HEARTBEAT_SECONDS, FakeRunner, HostUnderTest, a_host
 

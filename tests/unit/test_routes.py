@@ -22,6 +22,7 @@ from websockets.exceptions import InvalidStatus
 from kohakuriver.runner import app as runner_app
 from kohakuriver.runner.services.registration import NodeIdentity, Registration
 from kohakuriver.runner.services.state import State, TaskRecord
+from kohakuriver.runner.services.task_book import TaskBook
 from kohakuriver.runner.services.tasks import TaskManager
 from kohakuriver.runner.services.terminal import TerminalServer
 from kohakuriver.runner.services.tunnel_server import TunnelServer
@@ -260,10 +261,10 @@ class RunnerUnderTest:
         self.state.ticket_key = self.KEY
         identity = NodeIdentity("n1", "http://127.0.0.1:1", "i", "http://127.0.0.1:1", "krn_token")
         self.registration = Registration(identity, self.state, heartbeat=dict, backends=list, remove=self._remove)
-        self.tasks = TaskManager(self.state, lambda: None)
+        self.tasks = TaskManager(TaskBook(self.state, lambda: None))
         self.tunnels = TunnelServer(
             allow_anonymous=False,
-            check_tunnel_token=self.tasks.check_tunnel_token,
+            check_tunnel_token=self.tasks.book.check_tunnel_token,
             check_ticket=lambda secret: self.registration.check_ticket(secret, "forward"),
             target_of=self.tasks.target_of,
         )

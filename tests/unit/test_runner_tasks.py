@@ -15,8 +15,9 @@ import structlog
 
 from kohakuriver.errors import KohakuRiverError, NotFoundError, UnavailableError
 from kohakuriver.runner.backends.base import Backend, ExecRequest, ExecSession
-from kohakuriver.runner.services import tasks
+from kohakuriver.runner.services import task_book, tasks
 from kohakuriver.runner.services.state import State, TaskRecord
+from kohakuriver.runner.services.task_book import TaskBook
 from kohakuriver.runner.services.tasks import TaskManager
 from tests.support.hops import until
 
@@ -45,7 +46,7 @@ class Obedient(Backend):
             raise self.failure
         self.did.append("start")
         self.running.add(task.container)
-        self.manager.report(task.container, "running")
+        self.manager.book.report(task.container, "running")
 
     async def adopt(self, task: TaskRecord) -> TaskRecord:
         await self.start(task)
@@ -77,8 +78,8 @@ class Bench:
         self._change = asyncio.Event()
         self.dropped: list[tuple[str, str, bool]] = []
         self.state = State(directory)
-        self.manager = TaskManager(self.state, self._changed)
-        self.manager.drop = self._drop
+        self.manager = TaskManager(TaskBook(self.state, self._changed))
+        self.manager.book.drop = self._drop
         self.backend = Obedient(self.manager)
 
     def _changed(self) -> None:
@@ -120,7 +121,7 @@ def test_a_start_that_fails_leaves_nothing(run: Run, tmp_path: Path) -> None:
         bench.backend.failure = NotFoundError("No such image.")
         with pytest.raises(NotFoundError, match="No such image"):
             await manager.create(a_task())
-        assert manager.all() == []
+        assert manager.book.all() == []
 
     run(check())
 
@@ -132,7 +133,7 @@ def test_an_unexpected_failure_of_a_start_is_a_sentence_too(run: Run, tmp_path: 
         bench.backend.failure = ZeroDivisionError()
         with pytest.raises(KohakuRiverError, match="log says why"):
             await manager.create(a_task())
-        assert manager.all() == []
+        assert manager.book.all() == []
 
     run(check())
 
@@ -182,7 +183,7 @@ def test_a_task_that_is_still_starting_can_be_removed(
         bench.backend.gate.clear()
         await manager.create(a_task())
         await manager.remove("c1")
-        assert manager.all() == []
+        assert manager.book.all() == []
         assert "start" not in bench.backend.did
 
     run(check())
@@ -193,11 +194,11 @@ def test_streams_end_with_the_reason_as_soon_as_a_task_does(run: Run, tmp_path: 
         bench = Bench(tmp_path)
         manager = await bench.open()
         task = await manager.create(a_task())
-        manager.tunnel_changed("c1", True)
-        manager.report("c1", "failed", "it ended with exit code 3")
+        manager.book.tunnel_changed("c1", True)
+        manager.book.report("c1", "failed", "it ended with exit code 3")
         assert bench.dropped == [("c1", "task web1 failed: it ended with exit code 3", False)]
         assert not task.tunnel
-        manager.report("c1", "failed", "it ended with exit code 3")
+        manager.book.report("c1", "failed", "it ended with exit code 3")
         assert len(bench.dropped) == 1
         await manager.remove("c1")
         assert bench.dropped[-1] == ("c1", "task web1 was removed", True)
@@ -210,13 +211,13 @@ def test_a_tasks_last_words_are_text_that_every_database_and_terminal_takes(run:
         manager = await Bench(tmp_path).open()
         task = await manager.create(a_task())
         for _ in range(2):
-            manager.report("c1", "failed", "it ended with exit code 3: \0\x1b[2Jbye")
+            manager.book.report("c1", "failed", "it ended with exit code 3: \0\x1b[2Jbye")
             assert task.message == "it ended with exit code 3: \\x00\\x1b[2Jbye"
         revision = task.revision
-        manager.report("c1", "failed", "it ended with exit code 3: \0\x1b[2Jbye")
+        manager.book.report("c1", "failed", "it ended with exit code 3: \0\x1b[2Jbye")
         assert task.revision == revision
-        manager.report("c1", "failed", "\0" * 10_000)
-        assert len(task.message or "") == tasks.LONGEST_MESSAGE
+        manager.book.report("c1", "failed", "\0" * 10_000)
+        assert len(task.message or "") == task_book.LONGEST_MESSAGE
 
     run(check())
 
@@ -226,8 +227,8 @@ def test_the_old_tunnel_never_passes_for_the_new_one_after_a_restart(run: Run, t
         bench = Bench(tmp_path)
         manager = await bench.open()
         task = await manager.create(a_task())
-        manager.tunnel_changed("c1", True)
-        bench.manager.drop = lambda container, reason, gone=False: manager.tunnel_changed(container, False)
+        manager.book.tunnel_changed("c1", True)
+        bench.manager.book.drop = lambda container, reason, gone=False: manager.book.tunnel_changed(container, False)
         await manager.restart("c1")
         assert bench.backend.did == ["open 0", "start", "stop", "start"]
         assert (task.status, task.tunnel) == ("running", False)
@@ -241,15 +242,15 @@ def test_every_change_has_a_greater_revision_also_after_a_restart(run: Run, tmp_
         manager = await bench.open()
         task = await manager.create(a_task())
         seen = [task.revision]
-        manager.tunnel_changed("c1", True)
+        manager.book.tunnel_changed("c1", True)
         seen.append(task.revision)
         await manager.stop("c1")
         seen.append(task.revision)
         await manager.close(stop_tasks=False)
         again = Bench(tmp_path)
         manager = await again.open()
-        manager.report("c1", "running")
-        seen.append(manager.get("c1").revision)
+        manager.book.report("c1", "running")
+        seen.append(manager.book.get("c1").revision)
         assert seen == sorted(set(seen))
 
     run(check())
@@ -260,11 +261,11 @@ def test_tasks_are_known_after_a_restart_and_their_tunnels_are_not(run: Run, tmp
         bench = Bench(tmp_path)
         manager = await bench.open()
         await manager.create(a_task(command=["serve"], env={"A": "b"}))
-        manager.tunnel_changed("c1", True)
+        manager.book.tunnel_changed("c1", True)
         await manager.close(stop_tasks=False)
         again = Bench(tmp_path)
         manager = await again.open()
-        task = manager.get("c1")
+        task = manager.book.get("c1")
         assert (task.command, task.env, task.status, task.tunnel) == (["serve"], {"A": "b"}, "running", False)
         assert again.backend.did == ["open 1"]
 
@@ -289,12 +290,12 @@ def test_a_tunnel_token_is_good_for_its_own_container_and_while_there_is_such_a_
         await manager.create(a_task(1))
         await manager.create(a_task(2))
         token = bench.state.tunnel_token("c1")
-        assert manager.check_tunnel_token("c1", token)
-        assert not manager.check_tunnel_token("c2", token)
-        assert not manager.check_tunnel_token("c1", "")
-        assert not manager.check_tunnel_token("c1", "ü")
+        assert manager.book.check_tunnel_token("c1", token)
+        assert not manager.book.check_tunnel_token("c2", token)
+        assert not manager.book.check_tunnel_token("c1", "")
+        assert not manager.book.check_tunnel_token("c1", "ü")
         await manager.remove("c1")
-        assert not manager.check_tunnel_token("c1", token)
+        assert not manager.book.check_tunnel_token("c1", token)
         assert State(tmp_path).tunnel_token("c2") == bench.state.tunnel_token("c2")
         assert State(tmp_path / "other").tunnel_token("c2") != bench.state.tunnel_token("c2")
 
@@ -336,7 +337,7 @@ def test_a_full_disk_is_said_once_leaves_no_file_behind_and_is_tried_again(
 ) -> None:
     if os.geteuid() != 0:
         pytest.skip("only root can mount a small disk")
-    monkeypatch.setattr(tasks, "SAVE_AGAIN_SECONDS", 0.01)
+    monkeypatch.setattr(task_book, "SAVE_AGAIN_SECONDS", 0.01)
     disk = tmp_path / "disk"
     disk.mkdir()
     subprocess.run(["mount", "-t", "tmpfs", "-o", "size=64k", "none", disk], check=True)

@@ -79,7 +79,7 @@ async def reached() -> dict[str, str]:
 @_api.get("/tasks")
 async def list_tasks(runner: Runner) -> list[dict[str, Any]]:
     """All tasks of this node."""
-    return runner.tasks.reports()
+    return runner.tasks.book.reports()
 
 
 @_api.post("/tasks", status_code=201)
@@ -99,7 +99,7 @@ async def adopt_task(runner: Runner, ticket: HostTicket, order: TaskOrder) -> di
 @_api.get("/tasks/{container}")
 async def get_task(runner: Runner, container: str) -> dict[str, Any]:
     """One task."""
-    return runner.tasks.get(container).report()
+    return runner.tasks.book.get(container).report()
 
 
 @_api.get("/tasks/{container}/agent")

@@ -30,6 +30,7 @@ from kohakuriver.runner.backends.process.tasks import ProcessBackend
 from kohakuriver.runner.services.registration import NodeIdentity, Registration
 from kohakuriver.runner.services.ssh_helper import SshHelper
 from kohakuriver.runner.services.state import State
+from kohakuriver.runner.services.task_book import TaskBook
 from kohakuriver.runner.services.tasks import TaskManager
 from kohakuriver.runner.services.terminal import TerminalServer
 from kohakuriver.runner.services.traffic import COUNTS
@@ -120,14 +121,15 @@ class Runner:
         self._registration = Registration(
             identity, state, heartbeat=self._heartbeat, backends=lambda: self._tasks.offered, remove=self._remove
         )
-        self._tasks = TaskManager(state, self._registration.changed)
+        self._book = TaskBook(state, self._registration.changed)
+        self._tasks = TaskManager(self._book)
         self._tunnels = TunnelServer(
             allow_anonymous=options.allow_anonymous,
-            check_tunnel_token=self._tasks.check_tunnel_token,
+            check_tunnel_token=self._book.check_tunnel_token,
             check_ticket=lambda credential: self._registration.check_ticket(credential, "forward"),
             target_of=self._tasks.target_of,
-            on_tunnel_change=self._tasks.tunnel_changed,
-            on_trouble=self._tasks.note,
+            on_tunnel_change=self._book.tunnel_changed,
+            on_trouble=self._book.note,
             config=from_environment(),
             limits=limits,
         )
@@ -136,7 +138,7 @@ class Runner:
             check_ticket=lambda credential: self._registration.check_ticket(credential, "terminal"),
             exec_in=self._tasks.exec,
         )
-        self._tasks.drop = self._drop
+        self._book.drop = self._drop
         self._guard = Guard(
             names=[urlsplit(identity.url).hostname or "", *(certificate.names if certificate else ())],
             hosts=options.allowed_hosts,
@@ -164,7 +166,7 @@ class Runner:
                 "there is no static tunnel client here: process tasks use the Python one, which costs more processor "
                 "time, and no container can be started; to have it, install kohakuriver again where cargo is"
             )
-        report = self._tasks.report
+        report = self._book.report
         made: dict[str, Backend] = {"address": AddressBackend(report)}
         for name in names:
             if name == "docker":
@@ -229,14 +231,14 @@ class Runner:
 
     def _heartbeat(self) -> dict[str, Any]:
         snapshot = self._tunnels.snapshot()
-        reports = self._tasks.reports()
-        for task, report in zip(self._tasks.all(), reports, strict=True):
+        reports = self._book.reports()
+        for task, report in zip(self._book.all(), reports, strict=True):
             seen = snapshot["containers"].get(task.container, {})
             report["traffic"] = {name: seen.get(name, 0) for name in _TASK_TRAFFIC}
         return {"tasks": reports, "traffic": {name: snapshot[name] for name in _TRAFFIC}}
 
     async def _remove(self, task_id: int) -> None:
-        for task in self._tasks.all():
+        for task in self._book.all():
             if task.task_id == task_id:
                 try:
                     await self._tasks.remove(task.container)

@@ -1,0 +1,108 @@
+"""A task in the engine's words: what a new container is made of, what its labels tell, how it ended."""
+
+from __future__ import annotations
+
+import contextlib
+from dataclasses import dataclass
+from typing import Any
+
+import aiodocker
+from aiodocker.exceptions import DockerError
+
+from kohakuriver.errors import UsageError
+from kohakuriver.runner.backends.process.tasks import describe_exit, last_words
+from kohakuriver.runner.services.ssh_helper import SshHelper
+from kohakuriver.runner.services.state import TaskRecord
+from kohakuriver.runner.services.tunnel_helper import TunnelHelper
+
+__all__ = ["Description", "ending", "of_runner", "task_in", "task_of"]
+
+_LABEL_TASK = "kohakuriver.task"
+_LABEL_NODE = "kohakuriver.node"
+_LABEL_NAME = "kohakuriver.name"
+_LABEL_CONTAINER = "kohakuriver.container"
+_LABEL_RUNNER = "kohakuriver.runner"
+_LABEL_URL = "kohakuriver.tunnel-url"
+
+
+@dataclass(frozen=True)
+class Description:
+    """What every new container of a runner has: marks of its `node` and of the runner's `instance`, and programs."""
+
+    node: str
+    instance: str
+    helper: TunnelHelper
+    ssh: SshHelper
+
+    def config(self, task: TaskRecord, network: str) -> dict[str, Any]:
+        """What the engine makes the task's container of, on that network. Raises UnavailableError, UsageError."""
+        assert task.tunnel_url is not None
+        tunnel = self.helper.container_environment(task.container, task.tunnel_url)
+        env = {**self.helper.settings, **task.env, **tunnel}
+        mounts = [
+            {"Type": "bind", "Source": str(source), "Target": target, "ReadOnly": True}
+            for source, target in [*self.helper.mounts(task.container), *(self.ssh.mounts() if task.ssh_keys else [])]
+        ]
+        return {
+            "Image": task.image,
+            "Entrypoint": self.helper.container_command(task.command),
+            "Cmd": [],
+            "Env": [f"{name}={value}" for name, value in env.items()],
+            "Labels": {
+                _LABEL_TASK: str(task.task_id),
+                _LABEL_NAME: task.name,
+                _LABEL_NODE: self.node,
+                _LABEL_CONTAINER: task.container,
+                _LABEL_RUNNER: self.instance,
+                _LABEL_URL: task.tunnel_url,
+            },
+            "HostConfig": {"Mounts": [*mounts, *map(_mount, task.mounts)], "NetworkMode": network},
+        }
+
+
+def of_runner(instance: str) -> str:
+    """The label by which a runner knows its containers."""
+    return f"{_LABEL_RUNNER}={instance}"
+
+
+def task_in(labels: dict[str, str]) -> str:
+    """Which task, by its name on the tunnel, a container of ours is."""
+    return labels[_LABEL_CONTAINER]
+
+
+def task_of(labels: dict[str, str], show: dict[str, Any]) -> TaskRecord:
+    """The task of a container whose record got lost."""
+    return TaskRecord(
+        task_id=int(labels[_LABEL_TASK]),
+        container=labels[_LABEL_CONTAINER],
+        backend="docker",
+        name=labels[_LABEL_NAME],
+        image=show["Config"]["Image"],
+        engine_id=show["Id"],
+        engine_name=labels[_LABEL_CONTAINER],
+        tunnel_url=labels[_LABEL_URL],
+    )
+
+
+async def ending(docker: aiodocker.Docker, task: TaskRecord, state: dict[str, Any]) -> tuple[str, str | None]:
+    """Status and message of a task whose container does not run."""
+    if task.stopped:
+        return "stopped", None
+    if state["OOMKilled"]:
+        return "failed", "it ran out of memory and was ended by the kernel"
+    if state.get("Error"):
+        return "failed", str(state["Error"])
+    status, message = describe_exit(state["ExitCode"])
+    with contextlib.suppress(DockerError):
+        container = docker.containers.container(task.engine_id or task.container)
+        message += last_words(state["ExitCode"], await container.log(stdout=True, stderr=True, tail=20))
+    return status, message
+
+
+def _mount(text: str) -> dict[str, Any]:
+    """`SRC:DST[:ro]` in the engine's words; SRC is a path on the node or the name of a volume."""
+    source, target, *mode = text.split(":")
+    if not source.startswith("/") and "/" in source:
+        raise UsageError(f"--mount {text}: {source!r} must be a whole path on the node, or a volume's name.")
+    kind = "bind" if source.startswith("/") else "volume"
+    return {"Type": kind, "Source": source, "Target": target, "ReadOnly": mode == ["ro"]}
