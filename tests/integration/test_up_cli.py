@@ -181,6 +181,27 @@ def _status(cluster: Cluster, *arguments: str) -> list[str]:
     return cluster.succeed("vps", "status", *arguments).splitlines()
 
 
+def test_what_ended_with_up_is_started_again_by_one_command(tmp_path: Path) -> None:
+    first = Cluster(tmp_path)
+    names = {"one", "two"}
+    try:
+        for name in names:
+            first.succeed("vps", "create", "--backend=process", f"--name={name}")
+        first.succeed("vps", "adopt", "--address=127.0.0.9", "--name=box")
+        assert first.up.stop() == 0
+        again = Cluster(tmp_path)
+        try:
+            lines = again.succeed("vps", "restart", "--all").splitlines()
+            assert {line.partition("(")[2].rstrip(").") for line in lines} == names
+            tasks = json.loads(again.succeed("vps", "list", "--json"))["tasks"]
+            assert {task["name"] for task in tasks if task["status"] == "running" and task["tunnel"]} == names | {"box"}
+            assert again.run("vps", "restart", "--all").stderr == "All of your tasks run.\n"
+        finally:
+            again.close()
+    finally:
+        first.close()
+
+
 def test_create_prints_the_id_alone_for_scripts(cluster: Cluster) -> None:
     printed = cluster.succeed("vps", "create", "--backend", "process", "--name", "idle").strip()
     assert printed.isdigit()

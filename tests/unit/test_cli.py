@@ -126,6 +126,8 @@ def test_python_dash_m_is_the_same_program() -> None:
         (["connect", "dev", "-l"], "No such option: -l"),
         (["connect", "-t", "dev"], "--tty needs a terminal"),
         (["connect", "-e", "A", "dev"], "--env takes NAME=VALUE"),
+        (["vps", "restart"], "or --all"),
+        (["vps", "restart", "web", "--all"], "or --all"),
         (["vps", "list", "-q", "--json"], "--quiet and --json"),
         (["connect", "--", "dev"], "TASK"),
         (["vps", "create", "g", "--image", "i"], "a name is --name g"),
@@ -429,3 +431,13 @@ def test_a_wrong_address_is_told_before_the_token_is_asked_for(unused_port: int)
         assert login.stderr is not None
         assert login.stdout.read() == b""
         assert b"can't be reached" in login.stderr.read()
+
+
+def test_a_host_that_is_not_there_is_told_by_every_command_in_one_sentence(
+    unused_port: int, capfd: pytest.CaptureFixture[str]
+) -> None:
+    said = set()
+    for command in REMOTE:
+        assert outcome(*command[:2], f"--host=http://127.0.0.1:{unused_port}", "--token=t", *command[2:]) == 7
+        said.add(capfd.readouterr().err)
+    assert said == {f"Error: The host at http://127.0.0.1:{unused_port} can't be reached: Connection refused.\n"}

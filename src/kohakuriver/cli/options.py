@@ -24,6 +24,7 @@ Record = TypeVar("Record")
 __all__ = [
     "Connection",
     "JsonOption",
+    "MaybeTasksArgument",
     "Place",
     "Remote",
     "TaskArgument",
@@ -61,15 +62,11 @@ TaskArgument = Annotated[
 
 JsonOption = Annotated[bool, typer.Option("--json", help="JSON on stdout, and nothing else there.")]
 
-TasksArgument = Annotated[
-    list[str],
-    typer.Argument(
-        metavar="TASK",
-        help="The tasks' numeric ids or unique names.",
-        autocompletion=complete_task,
-        show_default=False,
-    ),
-]
+_TASKS = typer.Argument(
+    metavar="TASK", help="The tasks' numeric ids or unique names.", autocompletion=complete_task, show_default=False
+)
+TasksArgument = Annotated[list[str], _TASKS]
+MaybeTasksArgument = Annotated[list[str] | None, _TASKS]
 
 _PANEL = "Connection"
 

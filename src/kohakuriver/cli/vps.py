@@ -14,7 +14,7 @@ import typer
 from kohakuriver.cli import output, ssh
 from kohakuriver.cli.app import App
 from kohakuriver.cli.behind_dashes import WithCommand, command_of
-from kohakuriver.cli.options import Remote, TaskArgument, TasksArgument, pairs, remote
+from kohakuriver.cli.options import MaybeTasksArgument, Remote, TaskArgument, TasksArgument, pairs, remote
 from kohakuriver.errors import KohakuRiverError, UsageError
 
 if TYPE_CHECKING:
@@ -270,12 +270,15 @@ def stop(at: Remote, tasks: TasksArgument, container: ContainerOption = False) -
 @remote
 def restart(
     at: Remote,
-    tasks: TasksArgument,
+    tasks: MaybeTasksArgument = None,
+    every: Annotated[bool, typer.Option("--all", help="All of yours that don't run.")] = False,
     container: ContainerOption = False,
     no_wait: NoWaitOption = False,
     timeout: TimeoutOption = WAIT_TIMEOUT,
 ) -> None:
     """Run a task again; open forwards find it by themselves."""
+    if every == bool(tasks):
+        raise UsageError("Give either a TASK, or several, or --all.")
 
     async def again(client: HostClient) -> None:
         async def one(task: str) -> Task:
@@ -283,9 +286,18 @@ def restart(
                 client, await client.restart(task, container=container), wait=not no_wait, timeout=timeout
             )
 
-        await _each("Restarted", tasks, one, at.json)
+        await _each("Restarted", tasks or await _ended(client), one, at.json)
 
     at.ask(again)
+
+
+async def _ended(client: HostClient) -> list[str]:
+    """The caller's own tasks that could run and don't, as after a restart of their node."""
+    me = (await client.whoami()).user
+    ended = [task for task in await client.tasks() if task.owner == me and task.status in ("stopped", "failed")]
+    if not ended:
+        output.note("All of your tasks run.")
+    return [str(task.task_id) for task in ended if task.backend != "address"]
 
 
 @app.command(epilog="Example: kohakuriver vps rm web")
