@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import base64
+import re
 import stat
+import threading
 from collections.abc import Callable, Coroutine
 from pathlib import Path
 from typing import Any
@@ -607,21 +609,58 @@ def test_what_the_database_can_not_hold_is_refused(run: Run, tmp_path: Path, who
     run(main())
 
 
-def test_the_page_of_the_api_has_a_place_for_a_token_wherever_one_is_asked_for(run: Run, tmp_path: Path) -> None:
+def test_the_page_of_the_api_shows_every_route_and_needs_nothing_from_elsewhere(run: Run, tmp_path: Path) -> None:
     async def check() -> None:
         async with a_host(tmp_path) as host:
             page = await host.user.get("/docs")
-            assert (page.status_code, "openapi.json" in page.text) == (200, True)
-            assert page.text.count("integrity=") == page.text.count("https://") == 2
-            policy = page.headers["content-security-policy"]
-            assert policy.startswith("default-src 'none'; script-src https://cdn.jsdelivr.net/npm/swagger-ui-dist@")
+            assert page.status_code == 200
+            assert "<script" not in page.text
+            assert "//" not in page.text
+            assert page.headers["content-security-policy"].startswith("default-src 'none'; style-src 'sha256-")
+            described = (await host.user.get("/openapi.json")).json()
+            for path, operations in described["paths"].items():
+                for method in operations:
+                    assert f"<code>{method.upper()} {path}</code>" in page.text
+            for name in described["components"]["schemas"]:
+                assert page.text.count(f'id="{name}"') == 1
+            assert set(re.findall(r'href="#(\w+)"', page.text)) <= set(described["components"]["schemas"])
 
+    run(check())
+
+
+def test_the_description_of_the_api_asks_for_a_token_wherever_one_is_needed(run: Run, tmp_path: Path) -> None:
+    async def check() -> None:
+        async with a_host(tmp_path) as host:
             described = (await host.user.get("/openapi.json")).json()
             assert described["info"]["title"] == "KohakuRiver host"
             assert described["components"]["securitySchemes"]["token"]["scheme"] == "bearer"
             for path, operations in described["paths"].items():
                 for operation in operations.values():
                     assert operation.get("security") == ([{"token": []}] if path.startswith("/api/") else None)
+
+    run(check())
+
+
+def test_a_host_whose_database_does_not_answer_is_not_ready_and_says_so_soon(
+    run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("kohakuriver.store.database.CHECK_SECONDS", 0.05)
+
+    async def check() -> None:
+        async with a_host(tmp_path) as host:
+            answers = threading.Event()
+            held = asyncio.ensure_future(host.store.read(lambda _session: answers.wait(60)))
+            try:
+                refused = await asyncio.gather(*(host.nobody.get("/ready") for _ in range(10)))
+                assert {answer.status_code for answer in refused} == {503}
+                assert {answer.json()["error"] for answer in refused} == {"database_down"}
+                assert "does not answer" in refused[0].json()["message"]
+                assert host.store._threads._work_queue.qsize() == 1
+                assert (await host.nobody.get("/health")).status_code == 200
+            finally:
+                answers.set()
+            await held
+            assert (await host.nobody.get("/ready")).status_code == 200
 
     run(check())
 
@@ -719,7 +758,9 @@ def test_the_host_says_what_it_is_and_whether_its_database_works(
             assert (await host.nobody.get("/")).json()["name"] == "KohakuRiver host"
             assert (await host.nobody.get("/ready")).status_code == 200
             monkeypatch.setattr(host.store, "read", Full(host).fails)
-            assert (await host.nobody.get("/ready")).status_code == 500
+            down = await host.nobody.get("/ready")
+            assert (down.status_code, down.json()["error"]) == (503, "database_down")
+            assert "disk is full" in down.json()["message"]
 
     run(check())
 

@@ -162,7 +162,10 @@ class AuditPage:
 
 
 class HostClient:
-    """`async with HostClient(settings) as host: await host.tasks()`"""
+    """`async with HostClient(settings) as host: await host.tasks()`
+
+    Large because the host's API is: each method is one request of it.
+    """
 
     def __init__(self, settings: Settings, *, transport: httpx.AsyncBaseTransport | None = None) -> None:
         headers = {"User-Agent": f"kohakuriver/{__version__}"}

@@ -172,9 +172,9 @@ async def root() -> dict[str, str]:
 
 
 @_open.get("/docs", include_in_schema=False)
-async def docs() -> HTMLResponse:
+async def docs(request: Request) -> HTMLResponse:
     """The API, for people."""
-    return api_page()
+    return api_page(request.app.openapi())
 
 
 @_api.get("/auth")

@@ -43,6 +43,9 @@ __all__ = ["SCHEMA_VERSION", "Store", "sqlite_url"]
 SCHEMA_VERSION = 6
 """Counts up with every change of the tables. An older database is brought up to it, a newer one is refused."""
 
+CHECK_SECONDS = 2.0
+"""How soon the database has to answer when it is asked whether it does."""
+
 _POSTGRESQL_THREADS = 4
 
 T = TypeVar("T")
@@ -96,6 +99,7 @@ class Store:
 
     def __init__(self, engine: Engine) -> None:
         self._engine = engine
+        self._question: asyncio.Future[int] | None = None
         self._writing = sessionmaker(engine, expire_on_commit=False)
         self._reading = sessionmaker(_for_reading(engine), expire_on_commit=False)
         # SQLite has one writer at a time: one thread queues what would otherwise wait for locks.
@@ -134,7 +138,7 @@ class Store:
 
     def _create_tables(self) -> None:
         with self._engine.begin() as connection:
-            found = _version(connection)
+            found = _version(connection) if inspect(connection).has_table(Meta.__tablename__) else 0
             if found > SCHEMA_VERSION:
                 raise UsageError(
                     f"The database has tables of version {found}, and this kohakuriver knows up to version "
@@ -175,8 +179,21 @@ class Store:
         return await self._run_in_thread(partial(_transaction, self._writing, work))
 
     async def check(self) -> None:
-        """Raises KohakuRiverError when the database can't be asked."""
-        await self.read(lambda session: session.execute(select(1)).scalar())
+        """Raises HostUnreachableError "database_down" (503) unless the database answers soon.
+
+        However many ask meanwhile, one question is under way.
+        """
+        question = self._question
+        if question is None or question.done():
+            question = self._question = asyncio.ensure_future(self.read(_version))
+        await asyncio.wait({question}, timeout=CHECK_SECONDS)
+        error = question.exception() if question.done() else None
+        if not question.done():
+            why = f"does not answer within {CHECK_SECONDS:g} s; see whether it is overloaded or locked"
+            raise HostUnreachableError(f"The host's database {why}.", code="database_down", status=503)
+        if error is not None:
+            text = error.message if isinstance(error, KohakuRiverError) else "The host's database can't be read."
+            raise HostUnreachableError(text, code="database_down", status=503) from error
 
     # Nodes
 
@@ -417,10 +434,8 @@ def _prepare_sqlite(connection: Any, _record: object) -> None:
     cursor.close()
 
 
-def _version(connection: Connection) -> int:
-    """Of which version the tables are that the database has; 0 where it has none."""
-    if not inspect(connection).has_table(Meta.__tablename__):
-        return 0
+def _version(connection: Connection | Session) -> int:
+    """Of which version the tables are that the database has."""
     found = connection.scalar(select(Meta.value).where(Meta.key == "schema"))
     return int(found) if found is not None else 0
 
