@@ -6,12 +6,18 @@ import contextlib
 import socket
 import subprocess
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 
 import pytest
+from websockets.exceptions import InvalidStatus
+from websockets.sync.client import connect
+from websockets.typing import Subprotocol
 
 import kohakuriver
-from tests.support.processes import Cluster, a_cluster, ask
+from kohakuriver.runner.services.hub import QUARREL_TIMES
+from kohakuriver.tunnel.protocol import TUNNEL_V2
+from tests.support.processes import Cluster, a_cluster, ask, eventually
 from tests.support.services import echo, port_in
 
 ELSEWHERE = "127.0.0.5"
@@ -47,6 +53,21 @@ def test_a_forward_reaches_a_service_at_the_address(cluster: Cluster, service: i
     assert cluster.connected("vm")["container"].startswith("vm-")
     with cluster.forward("vm", service) as forward:
         assert ask(forward.local_port, b"hello") == b"hello"
+
+
+def test_a_tasks_status_says_that_two_tunnel_clients_run_for_it(cluster: Cluster) -> None:
+    adopt(cluster, "vm-twice")
+    agent = cluster.call("GET", "/api/tasks/vm-twice/agent")[1]
+    url = f"{agent['runner_url'].replace('http', 'ws', 1)}/ws/tunnel/{agent['container']}"
+    headers = {"Authorization": f"Bearer {agent['token']}"}
+    client = partial(connect, url, additional_headers=headers, subprotocols=[Subprotocol(TUNNEL_V2)], proxy=None)
+    with contextlib.ExitStack() as clients:
+        for _ in range(1 + QUARREL_TIMES):
+            clients.enter_context(client())
+        with pytest.raises(InvalidStatus) as refused:
+            client()
+        assert refused.value.response.status_code == 409
+        eventually(lambda: "two tunnel clients run for it" in (cluster.task("vm-twice")["message"] or ""))
 
 
 def test_a_dead_port_at_the_address_ends_the_connection(cluster: Cluster) -> None:

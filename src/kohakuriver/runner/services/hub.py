@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import time
 from collections import deque
 from collections.abc import Callable
@@ -21,6 +22,9 @@ log = structlog.get_logger("kohakuriver.tunnel")
 RENEGOTIATE = CloseCode.SERVICE_RESTART
 
 QUARREL_TIMES, QUARREL_SECONDS = 3, 30.0
+
+QUARREL_OVER_SECONDS = 300.0
+"""After so long without another try of the client that was refused, nothing is said of it any more."""
 """A container's tunnel may be replaced so often in so many seconds; then the one that is connected stays.
 
 A tunnel client whose link died unseen replaces itself, once or twice. Two that run at a time would go on for ever.
@@ -30,7 +34,8 @@ A tunnel client whose link died unseen replaces itself, once or twice. Two that 
 class Hub:
     """All links of a runner, by container. `on_tunnel_change` is called with (container id, connected).
 
-    `on_trouble` is called with a container id and a sentence, without a full stop, for those who look at its task.
+    `on_trouble` is called with a container id and a sentence, without a full stop, for those who look at its task; an
+    empty one says that it is well again.
     `dialled` says whether this runner dials a container's ports by itself while no tunnel is there.
     """
 
@@ -46,6 +51,7 @@ class Hub:
         self._dialled = dialled
         self._clock = clock
         self._replaced: dict[str, deque[float]] = {}
+        self._quarrels: dict[str, asyncio.TimerHandle] = {}
         self.tunnels: dict[str, TunnelLeg] = {}
         self.sessions: dict[SessionLeg, None] = {}
         self.direct: dict[DirectSession, None] = {}
@@ -68,12 +74,23 @@ class Hub:
         if len(times) == QUARREL_TIMES and now - times[0] < QUARREL_SECONDS:
             peer = self.tunnels[container].link.label
             log.warning("two tunnel clients run for one container; the connected one stays", container=container)
-            self._on_trouble(container, "two tunnel clients run for it, and only one can be connected; end one of them")
+            self._on_quarrel(container)
             raise UnavailableError(
                 f"another tunnel client of {container} is connected from {peer}; end one of the two",
                 code="tunnel_taken",
             )
         times.append(now)
+
+    def _on_quarrel(self, container: str) -> None:
+        if before := self._quarrels.pop(container, None):
+            before.cancel()
+        loop = asyncio.get_running_loop()
+        self._quarrels[container] = loop.call_later(QUARREL_OVER_SECONDS, self._quarrel_over, container)
+        self._on_trouble(container, "two tunnel clients run for it, and only one can be connected; end one of them")
+
+    def _quarrel_over(self, container: str) -> None:
+        del self._quarrels[container]
+        self._on_trouble(container, "")
 
     def tunnel_opened(self, tunnel: TunnelLeg) -> None:
         """Enter a container's tunnel; one that was there is replaced (docs/protocol.md §4)."""

@@ -116,10 +116,10 @@ class TaskBook:
             self._on_change()
 
     def note(self, container: str, sentence: str) -> None:
-        """Say with a task what is wrong with it, though it goes on as it does."""
+        """Say with a task what is wrong with it, though it goes on as it does; nothing any more if it is empty."""
         task = self._tasks.get(container)
-        if task is not None:
-            self.report(container, task.status, sentence, task.exit_code)
+        if task is not None and task.active:
+            self.report(container, task.status, sentence or None, task.exit_code)
 
     def check_tunnel_token(self, container: str, token: str) -> bool:
         """Whether a tunnel client may be this container's: it is a task's, and the token is its own."""
