@@ -11,6 +11,7 @@ import json
 from urllib.parse import urlsplit
 
 __all__ = [
+    "NOT_OUR_ANSWER",
     "HostUnreachableError",
     "KohakuRiverError",
     "LocalAddressError",
@@ -100,7 +101,8 @@ class LocalAddressError(KohakuRiverError):
 class HostUnreachableError(KohakuRiverError):
     """The host can't be reached, or the host can't reach the runner.
 
-    `url` is that of the program that can't be reached, None where the error does not say.
+    `url` is that of the program that can't be reached, None where the error does not say. `reason` is the message's
+    part that says why, as a clause, or "".
     """
 
     exit_code = 7
@@ -108,10 +110,17 @@ class HostUnreachableError(KohakuRiverError):
     status = 502
 
     def __init__(
-        self, message: str, *, code: str | None = None, status: int | None = None, url: str | None = None
+        self,
+        message: str,
+        *,
+        code: str | None = None,
+        status: int | None = None,
+        url: str | None = None,
+        reason: str = "",
     ) -> None:
         super().__init__(message, code=code, status=status)
         self.url = url
+        self.reason = reason
 
 
 _BY_STATUS: dict[int, type[KohakuRiverError]] = {
@@ -136,6 +145,9 @@ _BY_CODE: dict[str, type[KohakuRiverError]] = {
     **dict.fromkeys(("upgrade_required", "no_such_path", "method_not_allowed"), HostUnreachableError),
     **dict.fromkeys(_OF_THE_TASK, UnavailableError),
 }
+
+NOT_OUR_ANSWER = "not_our_answer"
+"""The code of an error that no program of ours told."""
 
 _REDIRECTS = (301, 302, 303, 307, 308)
 _OF_PROXIES = (502, 503, 504)
@@ -167,7 +179,7 @@ def from_answer(where: str, status: int, body: bytes, *, location: str = "", upg
     if isinstance(answer, dict) and isinstance(answer.get("error"), str) and isinstance(answer.get("message"), str):
         return from_status(status, answer["message"], answer["error"])
     message = _foreign_message(where, status, location, upgrade)
-    return HostUnreachableError(message, code="not_our_answer", status=status if status in _OF_PROXIES else None)
+    return HostUnreachableError(message, code=NOT_OUR_ANSWER, status=status if status in _OF_PROXIES else None)
 
 
 def _foreign_message(where: str, status: int, location: str, upgrade: bool) -> str:

@@ -15,7 +15,7 @@ from urllib.parse import urlsplit
 
 from kohakuriver.errors import UsageError
 
-__all__ = ["ServerCertificate", "client_context", "hung_up", "reason", "sends_in_clear"]
+__all__ = ["ServerCertificate", "client_context", "hung_up", "is_this_machine", "reason", "sends_in_clear"]
 
 _SIGNERS_UNKNOWN = {2, 18, 19, 20, 21, 24, 26}
 _NOT_YET_VALID, _EXPIRED = 9, 10
@@ -42,10 +42,11 @@ def sends_in_clear(url: str) -> bool:
     """Whether what is sent to `url` can be read on a network: it is plain HTTP, and not to this machine itself."""
     parts = urlsplit(url)
     host = parts.hostname or ""
-    return parts.scheme in ("http", "ws") and not _is_this_machine(host)
+    return parts.scheme in ("http", "ws") and not is_this_machine(host)
 
 
-def _is_this_machine(host: str) -> bool:
+def is_this_machine(host: str) -> bool:
+    """Whether a name or an address stands for this machine itself."""
     if host == "localhost" or host.endswith(".localhost"):
         return True
     try:

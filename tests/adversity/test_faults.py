@@ -17,7 +17,7 @@ from websockets.typing import Subprotocol
 
 from kohakuriver._frame import build_frame
 from kohakuriver.errors import KohakuRiverError
-from kohakuriver.tunnel.dial import open_session
+from kohakuriver.tunnel.dial import Server, open_session
 from kohakuriver.tunnel.link import Link
 from kohakuriver.tunnel.protocol import TUNNEL_V2
 from kohakuriver.tunnel.user_endpoint import UserEndpoint
@@ -275,7 +275,7 @@ def test_a_host_that_makes_no_sense_is_an_error_of_its_own_kind(run: Run, greeti
         async with serve(host, "127.0.0.1", 0) as server:
             port = next(iter(server.sockets)).getsockname()[1]
             with pytest.raises(KohakuRiverError):
-                await open_session(f"ws://127.0.0.1:{port}/ws/forward/7/80")
+                await open_session(Server(f"ws://127.0.0.1:{port}/ws/forward/7/80"))
 
     run(main())
 

@@ -22,7 +22,7 @@ from kohakuriver import runtime as loops
 from kohakuriver._frame import FrameWalker
 from kohakuriver.errors import KohakuRiverError
 from kohakuriver.tunnel.accept import Ignore, TunnelRoute, UpgradeRequest, greet, serve_ws
-from kohakuriver.tunnel.dial import open_session
+from kohakuriver.tunnel.dial import Server, open_session
 from kohakuriver.web.app import new_app
 from tests.fuzz.mutation import fuzz
 from tests.support.host_only import serving
@@ -125,7 +125,7 @@ async def client() -> AsyncIterator[Callable[[bytes], Any]]:
     async def check(data: bytes) -> None:
         now[:] = [data]
         with contextlib.suppress(KohakuRiverError):
-            (await open_session(url)).abort()
+            (await open_session(Server(url))).abort()
 
     try:
         yield check

@@ -14,7 +14,7 @@ from websockets.asyncio.client import connect
 from websockets.exceptions import ConnectionClosed, InvalidStatus
 
 from kohakuriver.errors import NotFoundError, UnavailableError
-from kohakuriver.tunnel.dial import open_session
+from kohakuriver.tunnel.dial import Server, open_session
 from kohakuriver.tunnel.protocol import TUNNEL_V2
 from kohakuriver.tunnel.user_endpoint import UserEndpoint
 from tests.support.hops import CLIENTS, CONTAINER, asked, chain, dial, echo, kill, service, until
@@ -508,7 +508,7 @@ def test_a_v2_command_line_is_refused_with_an_http_status(run: Run, task: str, s
             answer = json.loads(refused.value.response.body or b"")
             assert answer["error"] == code
             with pytest.raises({404: NotFoundError, 409: UnavailableError}[status]) as error:
-                await open_session(url)
+                await open_session(Server(url))
             assert (error.value.code, str(error.value)) == (code, answer["message"])
 
     run(main())

@@ -32,7 +32,7 @@ from kohakuriver.store import Accounts, Task
 from kohakuriver.tls import ServerCertificate, client_context
 from kohakuriver.tunnel.accept import TunnelRoute, serve_ws
 from kohakuriver.tunnel.client import TunnelClient
-from kohakuriver.tunnel.dial import open_session
+from kohakuriver.tunnel.dial import Server, open_session
 from kohakuriver.tunnel.protocol import TUNNEL_V2
 from kohakuriver.tunnel.settings import EndpointConfig
 from kohakuriver.tunnel.user_endpoint import UserEndpoint
@@ -205,7 +205,7 @@ class Chain:
         url = f"{self.scheme}://127.0.0.1:{self.host_seen_by_user()}/ws/forward/{task}/1{query}"
         trusted = self.security.trusted if self.security else None
         subprotocols = (TUNNEL_V2,) if version == 2 else ()
-        endpoint.attach(await open_session(url, token=token, subprotocols=subprotocols, ssl=trusted))
+        endpoint.attach(await open_session(Server(url, token, trusted), subprotocols=subprotocols))
 
 
 class Lines:

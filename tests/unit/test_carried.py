@@ -12,7 +12,7 @@ import pytest
 from kohakuriver.errors import KohakuRiverError, NotAllowedError, UnavailableError, from_status
 from kohakuriver.limits import Limits
 from kohakuriver.session.carried import Carrier, Passed, Route, at_runner
-from kohakuriver.tunnel.dial import open_session
+from kohakuriver.tunnel.dial import Server, open_session
 from kohakuriver.tunnel.protocol import CloseCode
 
 Run = Callable[[Coroutine[Any, Any, None]], None]
@@ -99,7 +99,7 @@ def test_a_runner_that_can_not_be_reached_is_told_by_its_nodes_name_and_with_exi
             taken.bind(("127.0.0.1", 0))
             url = f"ws://127.0.0.1:{taken.getsockname()[1]}"
             with pytest.raises(UnavailableError) as caught, at_runner(Route(url, "c1", None, task="web", node="n1")):
-                await open_session(f"{url}/ws/forward/c1/80")
+                await open_session(Server(f"{url}/ws/forward/c1/80"))
         assert caught.value.message.startswith("The host can't reach node n1: ")
         assert "127.0.0.1" not in caught.value.message
         assert caught.value.exit_code == _told(caught.value).exit_code == 4

@@ -6,7 +6,7 @@ import asyncio
 import contextlib
 import ssl
 import subprocess
-from collections.abc import AsyncIterator, Callable, Coroutine
+from collections.abc import AsyncIterator, Callable, Coroutine, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,10 +23,12 @@ from kohakuriver.errors import (
     UnavailableError,
     UsageError,
 )
+from kohakuriver.tunnel.accept import TunnelRoute, UpgradeRequest
 from kohakuriver.tunnel.container_endpoint import ContainerEndpoint
-from kohakuriver.tunnel.dial import greeting_error, open_link, open_session
+from kohakuriver.tunnel.dial import Server, greeting_error, open_link, open_session
+from kohakuriver.tunnel.protocol import TUNNEL_V2
 from kohakuriver.tunnel.user_endpoint import UserEndpoint
-from tests.support.hops import asked, chain, echo, service
+from tests.support.hops import asked, chain, echo, served, service
 
 Run = Callable[[Coroutine[Any, Any, None]], None]
 
@@ -54,9 +56,9 @@ async def answering(data: bytes | None) -> AsyncIterator[str]:
         await asyncio.sleep(0)
 
 
-async def error_of(url: str, **options: Any) -> KohakuRiverError:
+async def error_of(url: str, subprotocols: Sequence[str] = (TUNNEL_V2,), **options: Any) -> KohakuRiverError:
     with pytest.raises(KohakuRiverError) as raised:
-        await open_session(url, **options)
+        await open_session(Server(url, **options), subprotocols=subprotocols)
     return raised.value
 
 
@@ -185,22 +187,58 @@ def test_what_is_no_websocket_address_is_a_usage_error(run: Run, url: str) -> No
 
 
 @pytest.mark.parametrize(
-    ("text", "kind", "code"),
+    ("how", "kind", "code", "status"),
     [
-        ("Error: no such task: 7", NotFoundError, "not_found"),
-        ("Error: Task not found", NotFoundError, "not_found"),
-        ("Error: not allowed", NotAllowedError, "not_allowed"),
-        ("Error: the tunnel of x is not connected", UnavailableError, "tunnel_not_connected"),
-        ("Error: task is not running", UnavailableError, "unavailable"),
-        ("", UnavailableError, "unavailable"),
+        ("404 not_found", NotFoundError, "not_found", 404),
+        ("409 tunnel_not_connected", UnavailableError, "tunnel_not_connected", 409),
+        ("504 timed_out", UnavailableError, "timed_out", 504),
+        ("nonsense", KohakuRiverError, "failed", 500),
+        (1008, UnavailableError, "unavailable", 409),
+        (1011, UnavailableError, "unavailable", 503),
+        (1006, UnavailableError, "unavailable", 409),
     ],
 )
-def test_the_text_of_a_v1_refusal_is_the_error_that_it_means(
-    text: str, kind: type[KohakuRiverError], code: str
+@pytest.mark.parametrize("text", ["Error: no such task is not allowed, and not connected", ""])
+def test_a_v1_refusal_is_what_its_header_or_its_close_code_says_whatever_its_words(
+    text: str, how: str | int, kind: type[KohakuRiverError], code: str, status: int
 ) -> None:
-    error = greeting_error(text)
-    assert (type(error), error.code) == (kind, code)
+    error = greeting_error(text, how)
+    assert (type(error), error.code, error.status) == (kind, code, status)
     assert str(error)
+
+
+@pytest.mark.parametrize(
+    "refusal",
+    [
+        NotFoundError("There is no task of that name."),
+        UnavailableError("It is not connected.", code="tunnel_not_connected"),
+        HostUnreachableError("The runner is gone.", code="host_unreachable"),
+    ],
+)
+def test_a_refused_v1_session_is_the_error_that_the_server_raised(run: Run, refusal: KohakuRiverError) -> None:
+    async def refuse(request: UpgradeRequest, *parts: str) -> None:
+        raise refusal
+
+    async def main() -> None:
+        async with served([TunnelRoute("/{any}", refuse)]) as port:
+            error = await error_of(f"ws://127.0.0.1:{port}/x", subprotocols=())
+            assert (type(error), error.code, str(error)) == (type(refusal), refusal.code, str(refusal))
+
+    run(main())
+
+
+def test_a_refusal_by_a_program_of_version_1_is_told_by_its_close_code(run: Run) -> None:
+    async def handle(socket: ServerConnection) -> None:
+        await socket.send("Error: No such task.")
+        await socket.close(1011, "No such task.")
+
+    async def main() -> None:
+        async with serve(handle, "127.0.0.1", 0) as server:
+            port = next(iter(server.sockets)).getsockname()[1]
+            error = await error_of(f"ws://127.0.0.1:{port}/", subprotocols=())
+            assert (type(error), error.status, str(error)) == (UnavailableError, 503, "No such task.")
+
+    run(main())
 
 
 def test_frames_right_behind_the_greeting_are_not_lost(run: Run) -> None:
@@ -254,9 +292,9 @@ def test_a_link_over_tls_carries_much_both_ways(run: Run, certificate: tuple[Pat
             server = await asyncio.start_server(terminate, "127.0.0.1", 0, ssl=serving)
             url = f"wss://127.0.0.1:{server.sockets[0].getsockname()[1]}/ws/forward/1/1"
             with pytest.raises(HostUnreachableError, match="certificate"):
-                await open_session(url)
+                await open_session(Server(url))
             user = UserEndpoint()
-            user.attach(await open_session(url, ssl=trusting))
+            user.attach(await open_session(Server(url, ssl=trusting)))
             local = (await user.listen_tcp("127.0.0.1", 0, port)).port
             data = bytes(range(256)) * 40_000
             for answer in await asyncio.gather(*(asked(local, data[i:]) for i in range(3))):
@@ -272,7 +310,7 @@ def test_a_link_over_tls_carries_much_both_ways(run: Run, certificate: tuple[Pat
 def test_a_dial_that_is_cancelled_leaves_nothing_open(run: Run) -> None:
     async def main() -> None:
         async with answering(None) as url:
-            opening = asyncio.ensure_future(open_link(url, FrameWalker(masked=False), ContainerEndpoint()))
+            opening = asyncio.ensure_future(open_link(Server(url), FrameWalker(masked=False), ContainerEndpoint()))
             await asyncio.sleep(0)
             opening.cancel()
             with pytest.raises(asyncio.CancelledError):
@@ -289,7 +327,7 @@ def test_a_greeting_behind_thousands_of_pings_and_in_thousands_of_fragments_is_r
 
     async def main() -> None:
         async with serve(flood, "127.0.0.1", 0, ping_interval=None) as server:
-            link = await open_session(f"ws://127.0.0.1:{next(iter(server.sockets)).getsockname()[1]}/")
+            link = await open_session(Server(f"ws://127.0.0.1:{next(iter(server.sockets)).getsockname()[1]}/"))
             link.abort()
 
     run(main())

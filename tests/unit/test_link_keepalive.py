@@ -11,7 +11,7 @@ from fastapi import FastAPI
 
 from kohakuriver._frame import WS_PING, FrameWalker, Message
 from kohakuriver.tunnel.accept import Ignore, TunnelRoute, UpgradeRequest, serve_ws
-from kohakuriver.tunnel.dial import open_link
+from kohakuriver.tunnel.dial import Server, open_link
 from kohakuriver.tunnel.link import Link
 from tests.support.host_only import serving
 
@@ -44,7 +44,7 @@ def test_an_idle_peer_that_answers_every_ping_is_never_dropped(run: Run, monkeyp
     async def main() -> None:
         quiet = Quiet()
         async with serving(FastAPI(), serve_ws([TunnelRoute("/", quiet.open)])) as url:
-            link = await open_link(url.replace("http", "ws"), FrameWalker(masked=False), Ignore())
+            link = await open_link(Server(url.replace("http", "ws")), FrameWalker(masked=False), Ignore())
             for _ in range(20):
                 await asyncio.wait_for(quiet.pinged.get(), 10)
             assert not link.closing.state

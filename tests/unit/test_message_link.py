@@ -13,7 +13,7 @@ from fastapi import FastAPI
 from kohakuriver.errors import NotFoundError
 from kohakuriver.tunnel import message_link as messages
 from kohakuriver.tunnel.accept import TunnelRoute, UpgradeRequest, serve_ws
-from kohakuriver.tunnel.dial import open_messages
+from kohakuriver.tunnel.dial import Server, open_messages
 from kohakuriver.tunnel.message_link import MessageLink, size_of
 from kohakuriver.tunnel.protocol import TERMINAL_V2
 from tests.support.host_only import serving
@@ -41,7 +41,7 @@ async def a_pair(*subprotocols: str) -> AsyncIterator[tuple[MessageLink, Message
     """(dialled, accepted)"""
     route = Accepting()
     async with serving(FastAPI(), serve_ws(route.routes())) as url:
-        dialled = await open_messages(url.replace("http", "ws"), subprotocols=subprotocols)
+        dialled = await open_messages(Server(url.replace("http", "ws")), subprotocols=subprotocols)
         accepted = await route.accepted.get()
         yield dialled, accepted
         dialled.begin_close()
@@ -79,7 +79,9 @@ def test_a_refusal_is_the_error_that_its_status_stands_for(run: Run) -> None:
     async def main() -> None:
         async with serving(FastAPI(), serve_ws(Accepting().routes())) as url:
             with pytest.raises(NotFoundError):
-                await open_messages(f"{url.replace('http', 'ws')}/nothing", subprotocols=("kohakuriver.tunnel.v2",))
+                await open_messages(
+                    Server(f"{url.replace('http', 'ws')}/nothing"), subprotocols=("kohakuriver.tunnel.v2",)
+                )
 
     run(main())
 

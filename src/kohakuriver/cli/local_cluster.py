@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import IO, Any
 
+from kohakuriver import http_proxy
 from kohakuriver.client.host import HostClient, Node
 from kohakuriver.config import Cluster, Settings, load_settings
 from kohakuriver.errors import HostUnreachableError, KohakuRiverError, LocalAddressError
@@ -132,6 +133,7 @@ class LocalCluster:
     async def start(self) -> None:
         """Start both and wait until a task can be made. Raises KohakuRiverError; what had started is stopped."""
         from_environment()  # what both would refuse is better said once, before anything runs
+        os.environ[http_proxy.VARIABLE] = "none"  # whatever this program and its own speak to is on this machine
         self.state_dir.mkdir(parents=True, exist_ok=True, mode=0o700)
         self._lock = _lock(self.state_dir)
         try:

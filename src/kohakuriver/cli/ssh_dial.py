@@ -50,7 +50,7 @@ def dial(ssh_proxy: str, task: str, token: str | None) -> socket.socket:
         raise UsageError(f"{task!r} can't be a task's name.")
     try:
         with resolving():
-            sock = socket.create_connection((host.strip("[]"), int(port)), timeout=ANSWER_SECONDS)
+            sock = _connect(f"https://{ssh_proxy}", host.strip("[]"), int(port))
     except (OSError, OverflowError) as error:
         reason = getattr(error, "strerror", None) or str(error)
         raise HostUnreachableError(f"The SSH proxy at {ssh_proxy} can't be reached: {reason}.") from error
@@ -79,6 +79,20 @@ def to_show(host: str, task: str, token: str | None, ca_file: str | None) -> str
     if token is None or not host.startswith("https:"):
         return token
     return str(_ask(host, f"{_path(task)}/ssh-pass", token, ca_file, method="POST").get("pass"))
+
+
+def _connect(url: str, host: str, port: int) -> socket.socket:
+    """A connection to `host`:`port`, by the HTTP proxy that there is for `url`.
+
+    Raises OSError, and KohakuRiverError where a proxy leads nowhere.
+    """
+    # What nobody names need not be looked for: this program starts for every connection of ssh.
+    if any(name[-6:].lower() == "_proxy" for name in os.environ) or sys.platform in ("darwin", "win32"):
+        from kohakuriver.http_proxy import connect_through, http_proxy
+
+        if (proxy := http_proxy(url)) is not None:
+            return connect_through(proxy, host, port, ANSWER_SECONDS)
+    return socket.create_connection((host, port), timeout=ANSWER_SECONDS)
 
 
 def _line(sock: socket.socket) -> str:
@@ -172,16 +186,17 @@ def _path(task: str) -> str:
 
 def _ask(host: str, path: str, token: str | None, ca_file: str | None, *, method: str = "GET") -> dict[str, Any]:
     parts = urlsplit(host)
-    connection: http.client.HTTPConnection
+    connection = http.client.HTTPConnection(parts.netloc, timeout=ANSWER_SECONDS)
+    trusted = None
     if parts.scheme == "https":
         from kohakuriver.tls import client_context, reason
 
         trusted = client_context(host, ca_file)
         connection = http.client.HTTPSConnection(parts.netloc, timeout=ANSWER_SECONDS, context=trusted)
-    else:
-        connection = http.client.HTTPConnection(parts.netloc, timeout=ANSWER_SECONDS)
     try:
         with contextlib.closing(connection), resolving():
+            sock = _connect(host, connection.host, connection.port)
+            connection.sock = trusted.wrap_socket(sock, server_hostname=connection.host) if trusted else sock
             connection.request(method, parts.path + path, headers={"Authorization": f"Bearer {token}"} if token else {})
             answer = connection.getresponse()
             body = answer.read()

@@ -24,10 +24,11 @@ from kohakuriver.errors import (
     UnavailableError,
     UsageError,
 )
+from kohakuriver.http_proxy import http_proxy
 from kohakuriver.runtime import cancel_all, out_of_descriptors
 from kohakuriver.tls import client_context
 from kohakuriver.tunnel.backoff import Backoff
-from kohakuriver.tunnel.dial import open_session
+from kohakuriver.tunnel.dial import Server, open_session
 from kohakuriver.tunnel.endpoint import EndpointStats
 from kohakuriver.tunnel.link import Link
 from kohakuriver.tunnel.ports import ports_query
@@ -397,7 +398,7 @@ class Forwarder:
         base = self._settings.host.replace("http", "ws", 1)
         path = f"/ws/forward/{path_segment(self.task)}/{first.remote}"
         url = f"{base}{path}?proto={first.proto}&{ports_query(port.remote for port in self.ports)}"
-        return await open_session(url, token=self._settings.token, ssl=self._tls)
+        return await open_session(Server(url, self._settings.token, self._tls, http_proxy(url)))
 
     def _attach(self, link: Link) -> None:
         self._opened_at = time.monotonic()

@@ -18,12 +18,14 @@ import httpx
 from kohakuriver import __version__, tls
 from kohakuriver.config import Settings, path_segment
 from kohakuriver.errors import (
+    NOT_OUR_ANSWER,
     HostUnreachableError,
     KohakuRiverError,
     UnavailableError,
     UsageError,
     from_answer,
 )
+from kohakuriver.http_proxy import HttpProxy, http_proxy
 from kohakuriver.resolve import resolving
 from kohakuriver.task import Declared, NewTask, TaskTraffic, asked_for, taken_from
 from kohakuriver.task import TaskView as Task
@@ -172,13 +174,16 @@ class HostClient:
         if settings.token:
             headers["Authorization"] = f"Bearer {settings.token}"
         self._url = settings.host
+        self._proxy = http_proxy(settings.host)
+        self._proxy_answered: int | None = None  # the HTTP status
         self._http = httpx.AsyncClient(
             base_url=settings.host,
             headers=headers,
             timeout=httpx.Timeout(ANSWER_TIMEOUT, connect=CONNECT_TIMEOUT),
             transport=transport,
-            # As for the WebSockets: the same certificate authorities, and no HTTP proxy from the environment.
+            # As for the WebSockets: the same certificate authorities, and the same HTTP proxy.
             verify=tls.client_context(settings.host, settings.ca_file) or True,
+            proxy=_httpx_proxy(self._proxy),
             trust_env=False,
         )
 
@@ -342,23 +347,54 @@ class HostClient:
         timeout = httpx.Timeout(ANSWER_TIMEOUT + hold, connect=CONNECT_TIMEOUT)
         try:
             with resolving():
-                answer = await self._http.request(method, path, json=body, params=params, timeout=timeout)
-        except httpx.TimeoutException as error:
-            raise HostUnreachableError(f"The host at {self._url} did not answer in time.") from error
-        except (httpx.RemoteProtocolError, httpx.ReadError) as error:
-            why = tls.reason(error) or tls.hung_up(self._url)
-            raise HostUnreachableError(f"The host at {self._url} can't be reached: {why}.", url=self._url) from error
+                answer = await self._http.request(
+                    method, path, json=body, params=params, timeout=timeout, extensions={"trace": self._trace}
+                )
         except (httpx.TransportError, httpx.InvalidURL, OSError) as error:
-            raise HostUnreachableError(
-                f"The host at {self._url} can't be reached: {_reason(error)}.", url=self._url
-            ) from error
+            raise self._of_proxy(error) or self._unreachable(error) from error
         if not answer.is_success:
             location = answer.headers.get("location", "")
-            raise from_answer(self._url, answer.status_code, answer.content, location=location)
+            failure = from_answer(self._url, answer.status_code, answer.content, location=location)
+            if self._proxy is not None and failure.code == NOT_OUR_ANSWER:  # proxies answer plain HTTP themselves
+                raise self._proxy.refused(answer.status_code, self._url)
+            raise failure
         try:
             return answer.json()
         except ValueError as error:
             raise from_answer(self._url, answer.status_code, answer.content) from error
+
+    def _unreachable(self, error: Exception) -> HostUnreachableError:
+        if isinstance(error, httpx.TimeoutException):
+            return HostUnreachableError(f"The host at {self._url} did not answer in time.")
+        if isinstance(error, httpx.RemoteProtocolError | httpx.ReadError):
+            why = tls.reason(error) or tls.hung_up(self._url)
+        else:
+            why = _reason(error)
+        return HostUnreachableError(f"The host at {self._url} can't be reached: {why}.", url=self._url)
+
+    async def _trace(self, event: str, about: Any) -> None:
+        """Heed what a proxy says to CONNECT: the HTTP library tells of it in words alone."""
+        if self._proxy is not None and event == "http11.receive_response_headers.complete":
+            self._proxy_answered = about["return_value"][1]
+
+    def _of_proxy(self, error: Exception) -> HostUnreachableError | None:
+        """The error for a proxy that opened no way to the host; None where it did, or there is none."""
+        if self._proxy is None or (self._proxy_answered is not None and 200 <= self._proxy_answered < 300):
+            return None
+        if self._proxy_answered is not None:
+            return self._proxy.refused(self._proxy_answered, self._url)
+        if isinstance(error, httpx.TimeoutException):
+            return self._proxy.late(CONNECT_TIMEOUT if isinstance(error, httpx.ConnectTimeout) else ANSWER_TIMEOUT)
+        if isinstance(error, httpx.RemoteProtocolError):
+            return self._proxy.no_proxy()
+        return self._proxy.unreachable(_reason(error))
+
+
+def _httpx_proxy(proxy: HttpProxy | None) -> httpx.Proxy | None:
+    if proxy is None:
+        return None
+    context = tls.client_context(proxy.url)
+    return httpx.Proxy(proxy.url, auth=proxy.credentials, ssl_context=context)
 
 
 def _check_text(value: Any) -> None:

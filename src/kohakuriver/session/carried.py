@@ -7,6 +7,7 @@ here alone. Forwards, terminals and SSH connections keep only what they move.
 from __future__ import annotations
 
 import contextlib
+import ssl
 from collections.abc import Iterator
 from dataclasses import dataclass
 from types import TracebackType
@@ -16,6 +17,7 @@ from kohakuriver.errors import HostUnreachableError, NotAllowedError, Unavailabl
 from kohakuriver.limits import Limits
 from kohakuriver.session.grant import NO_GRANT, Grant
 from kohakuriver.session.idle import IdleWatch
+from kohakuriver.tunnel.dial import Server
 from kohakuriver.tunnel.protocol import CloseCode
 
 __all__ = ["NO_CLOSE_FRAME", "RUNNER_SECONDS", "Carried", "Carrier", "Passed", "Route", "Session", "at_runner"]
@@ -48,6 +50,10 @@ class Route:
     port: int = 0
     own_server: bool = False
 
+    def runner(self, path: str, trusted: ssl.SSLContext | None) -> Server:
+        """The WebSocket of the runner to open, by its path and query. No HTTP proxy stands before a runner."""
+        return Server(self.runner_ws_url + path, self.ticket, trusted, timeout=RUNNER_SECONDS, peer="runner")
+
 
 @contextlib.contextmanager
 def at_runner(route: Route) -> Iterator[None]:
@@ -67,7 +73,7 @@ def at_runner(route: Route) -> Iterator[None]:
             raise UnavailableError(sentence, code=error.code, status=error.status) from error
         if error.code not in ("host_unreachable", "timed_out"):
             raise
-        why = str(error).partition("can't be reached: ")[2] or str(error)
+        why = (isinstance(error, HostUnreachableError) and error.reason) or error.message
         raise UnavailableError(
             f"The host can't reach node {route.node}: {why.rstrip('.')}; check that its runner runs.",
             code="runner_unreachable",

@@ -59,11 +59,9 @@ class TaskConnection(UserEndpoint):
 
     async def _open_session(self) -> None:
         route = self._route
-        url = f"{route.runner_ws_url}/ws/forward/{quote(route.container, safe='')}/{route.port}?proto=tcp"
+        path = f"/ws/forward/{quote(route.container, safe='')}/{route.port}?proto=tcp"
         with at_runner(route):
-            link = await open_session(
-                url, token=route.ticket, ssl=self._connector.trusted, timeout=RUNNER_SECONDS, peer="runner"
-            )
+            link = await open_session(route.runner(path, self._connector.trusted))
         self._carried.begin(self._peer, proto="ssh", port=route.port, ports=[str(route.port)], version=link.version)
         self.attach(link)
         self._open(self.stream)

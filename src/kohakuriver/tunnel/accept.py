@@ -30,7 +30,7 @@ from kohakuriver.errors import HostUnreachableError, KohakuRiverError, NotAllowe
 from kohakuriver.tunnel.bearer import bearer_token
 from kohakuriver.tunnel.link import Link, LinkHandler
 from kohakuriver.tunnel.message_link import MAX_MESSAGE, MessageLink
-from kohakuriver.tunnel.protocol import TUNNEL_V2, CloseCode, ws_text
+from kohakuriver.tunnel.protocol import REFUSAL_HEADER, TUNNEL_V2, CloseCode, ws_text
 
 MAX_EARLY = 64 * 1024
 
@@ -80,12 +80,13 @@ class UpgradeRequest:
         """Refuse a session in the peer's version: an HTTP status, or on v1 the text ``Error: …`` and a close.
 
         Missing or wrong credentials are HTTP statuses in either version. The close code is 1008 for what the user can
-        see to, 1011 for what is out of reach just now: no tunnel, no runner, time-out (docs/protocol.md §4).
+        see to, 1011 for what is out of reach just now: no tunnel, no runner, time-out (docs/protocol.md §4). What kind
+        of error it is stands in a header of the answer, for hosts.
         """
         if self.offers_v2 or isinstance(error, NotAllowedError):
             self.reject(error.status, error.code, str(error))
             return
-        link = self.accept(FrameWalker(masked=True), Ignore(), version=1)
+        link = self._upgrade.accept(FrameWalker(masked=True), Ignore(), 1, refusal=f"{error.status} {error.code}")
         greet(link, f"Error: {error}")
         out_of_reach = error.status >= 500 or error.code == "tunnel_not_connected"
         link.close(CloseCode.INTERNAL_ERROR if out_of_reach else CloseCode.POLICY, str(error))
@@ -249,27 +250,32 @@ class Upgrade(asyncio.Protocol):
     def _select(self, offered: Sequence[Subprotocol]) -> Subprotocol | None:
         return next((each for each in offered if each == self._subprotocol), None)
 
-    def accept(self, walker: FrameWalker, handler: LinkHandler, version: int) -> Link:
-        """Answer 101. Raises HostUnreachableError if the peer has hung up: nobody would hear of that link again."""
-        self._answer(TUNNEL_V2 if version == 2 else None)
+    def accept(self, walker: FrameWalker, handler: LinkHandler, version: int, *, refusal: str = "") -> Link:
+        """Answer 101. Raises HostUnreachableError if the peer has hung up: nobody would hear of that link again.
+
+        `refusal` says where the session is refused on it what stands for that: HTTP status and code.
+        """
+        self._answer(TUNNEL_V2 if version == 2 else None, {REFUSAL_HEADER: refusal} if refusal else {})
         link = Link(handler, walker, masks=False, version=version)
         self._hand_over(link)
         return link
 
     def accept_messages(self, subprotocol: str | None) -> MessageLink:
         """Answer 101. Raises HostUnreachableError if the peer has hung up."""
-        self._answer(subprotocol)
+        self._answer(subprotocol, {})
         link = MessageLink(self._handshake, subprotocol=subprotocol)
         self._hand_over(link)
         return link
 
-    def _answer(self, subprotocol: str | None) -> None:
+    def _answer(self, subprotocol: str | None, headers: dict[str, str]) -> None:
         assert self._request is not None
         if self.gone:
             raise HostUnreachableError("the peer hung up during the handshake")
         self._answered = True
         self._subprotocol = subprotocol
-        self._handshake.send_response(self._handshake.accept(self._request))
+        response = self._handshake.accept(self._request)
+        response.headers.update(headers)
+        self._handshake.send_response(response)
         self._transport.writelines(self._handshake.data_to_send())
 
     def _hand_over(self, link: Link | MessageLink) -> None:

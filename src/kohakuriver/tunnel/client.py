@@ -23,7 +23,7 @@ from kohakuriver.errors import KohakuRiverError, NotAllowedError, UsageError
 from kohakuriver.runtime import run
 from kohakuriver.tunnel.backoff import Reconnect
 from kohakuriver.tunnel.container_endpoint import ContainerEndpoint
-from kohakuriver.tunnel.dial import open_link
+from kohakuriver.tunnel.dial import Server, open_link
 from kohakuriver.tunnel.error_text import WINDOW_PASSED
 from kohakuriver.tunnel.link import Link
 from kohakuriver.tunnel.protocol import ERROR, CloseCode
@@ -93,7 +93,7 @@ class TunnelClient:
         """One tunnel, from its handshake to its end: how many seconds it was up, and its close code."""
         gone: asyncio.Future[int] = asyncio.get_running_loop().create_future()
         endpoint = _Tunnel(gone, self.config)
-        self.link = await open_link(self.url, FrameWalker(masked=False), endpoint, token=self.token, peer="runner")
+        self.link = await open_link(Server(self.url, self.token, peer="runner"), FrameWalker(masked=False), endpoint)
         endpoint.attach(self.link)
         began = time.monotonic()
         log.info("tunnel connected, version %d", self.link.version)

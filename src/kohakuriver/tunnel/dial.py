@@ -7,10 +7,12 @@ frames that follow are the link's.
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import errno
 import os
 import ssl as tls
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
 from typing import cast
 from urllib.parse import urlsplit
 
@@ -18,35 +20,49 @@ from websockets.client import ClientProtocol
 from websockets.exceptions import InvalidHandshake, InvalidURI
 from websockets.http11 import Response
 from websockets.typing import Subprotocol
-from websockets.uri import parse_uri
+from websockets.uri import WebSocketURI, parse_uri
 
 from kohakuriver._frame import FIRST, LAST, WS_TEXT, FrameViolation, FrameWalker, Message
 from kohakuriver.errors import (
     HostUnreachableError,
     KohakuRiverError,
-    NotAllowedError,
-    NotFoundError,
     UnavailableError,
     UsageError,
     from_answer,
+    from_status,
 )
+from kohakuriver.http_proxy import Connect, HttpProxy
 from kohakuriver.resolve import resolving
 from kohakuriver.tls import hung_up
 from kohakuriver.tls import reason as tls_reason
+from kohakuriver.tunnel.closing import CLOSE_WAIT
 from kohakuriver.tunnel.link import Link, LinkHandler
 from kohakuriver.tunnel.message_link import MAX_MESSAGE, MessageLink
-from kohakuriver.tunnel.protocol import TUNNEL_V2
+from kohakuriver.tunnel.protocol import REFUSAL_HEADER, TUNNEL_V2, CloseCode
 
 MAX_HEAD = 64 * 1024
 MAX_GREETING = 4096
 
 
 @dataclass(frozen=True)
-class _Asked:
-    """Whose WebSocket is to be opened: what runs there, "host" or "runner", and its URL."""
+class Server:
+    """Whose WebSocket is to be opened, and how.
+
+    Args:
+        url: its address, ws:// or wss://.
+        token: the credential to show.
+        ssl: how its certificate is checked where the address is wss://; None for the system's authorities.
+        proxy: the HTTP proxy that leads there, None for none. Whoever runs for a user asks `http_proxy` for it.
+        timeout: how long opening may take, in seconds.
+        peer: what runs there, "host" or "runner", for messages.
+    """
 
     url: str
-    peer: str
+    token: str | None = field(default=None, repr=False)
+    ssl: tls.SSLContext | None = None
+    proxy: HttpProxy | None = None
+    timeout: float = 10.0
+    peer: str = "host"
 
     @property
     def where(self) -> str:
@@ -57,13 +73,14 @@ class _Asked:
     def unreachable(self, reason: str) -> HostUnreachableError:
         """The error for a server that can't be reached, with the reason as a clause."""
         return HostUnreachableError(
-            f"The {self.peer} at {self.where} can't be reached: {reason.rstrip('.')}.", url=self.where
+            f"The {self.peer} at {self.where} can't be reached: {reason.rstrip('.')}.", url=self.where, reason=reason
         )
 
-    def late(self, what: str, timeout: float) -> HostUnreachableError:
+    def late(self, what: str) -> HostUnreachableError:
         """The error for a server that did not do `what` in time."""
-        message = f"The {self.peer} at {self.where} did not {what} within {timeout:g} s."
-        return HostUnreachableError(message, code="timed_out", status=504)
+        how = f"did not {what} within {self.timeout:g} s"
+        message = f"The {self.peer} at {self.where} {how}."
+        return HostUnreachableError(message, code="timed_out", status=504, reason=f"it {how}")
 
     def check(self, protocol: ClientProtocol, response: Response) -> None:
         """Raise what a refused handshake means."""
@@ -81,7 +98,7 @@ class _Asked:
 class _Opening(asyncio.Protocol):
     """A TCP connection on which the opening handshake runs."""
 
-    def __init__(self, asked: _Asked, protocol: ClientProtocol, headers: dict[str, str]) -> None:
+    def __init__(self, asked: Server, protocol: ClientProtocol, headers: dict[str, str]) -> None:
         self.asked = asked
         self.protocol = protocol
         self.headers = headers
@@ -154,103 +171,164 @@ class _Opening(asyncio.Protocol):
         self.transport.abort()
 
 
-async def open_link(
-    url: str,
-    walker: FrameWalker,
-    handler: LinkHandler,
-    *,
-    token: str | None = None,
-    subprotocols: Sequence[str] = (TUNNEL_V2,),
-    ssl: tls.SSLContext | None = None,
-    timeout: float = 10.0,
-    peer: str = "host",
-) -> Link:
-    """Dial ``url`` (ws:// or wss://) and go through the opening handshake; the link has started when this returns.
+class _Tunnel(asyncio.Protocol):
+    """A TCP connection to a proxy, on which a tunnel to the server is asked for."""
 
-    ``timeout`` is in seconds, for all of it; ``peer`` is what runs there, for messages. Raises HostUnreachableError
-    where nobody answers or not a server of ours, else the error that it tells (docs/protocol.md §4).
+    def __init__(self, proxy: HttpProxy, connect: Connect) -> None:
+        self._proxy = proxy
+        self._connect = connect
+        self.opened: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        cast(asyncio.Transport, transport).write(self._connect.request)
+
+    def data_received(self, data: bytes) -> None:
+        if self.opened.done():
+            return
+        try:
+            if self._connect.feed(data):
+                self.opened.set_result(None)
+        except HostUnreachableError as error:
+            self.opened.set_exception(error)
+
+    def eof_received(self) -> None:
+        self.data_received(b"")
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        if exc is not None and not self.opened.done():
+            self.opened.set_exception(self._proxy.unreachable(_words(exc)))
+        self.data_received(b"")
+
+
+async def open_link(
+    server: Server, walker: FrameWalker, handler: LinkHandler, *, subprotocols: Sequence[str] = (TUNNEL_V2,)
+) -> Link:
+    """Dial ``server`` and go through the opening handshake; the link has started when this returns.
+
+    Raises HostUnreachableError where nobody answers or not a server of ours, else the error that it tells
+    (docs/protocol.md §4).
     """
-    opening = await _dial(_Asked(url, peer), token, subprotocols, ssl, timeout)
+    opening = await _dial(server, subprotocols)
+    return _link(opening, walker, handler)
+
+
+def _link(opening: _Opening, walker: FrameWalker, handler: LinkHandler) -> Link:
     link = Link(handler, walker, masks=True, version=2 if opening.protocol.subprotocol == TUNNEL_V2 else 1)
     opening.hand_over(link)
     return link
 
 
 async def open_messages(
-    url: str,
-    *,
-    token: str | None = None,
-    subprotocols: Sequence[str] = (),
-    ssl: tls.SSLContext | None = None,
-    timeout: float = 10.0,
-    peer: str = "host",
-    max_message: int = MAX_MESSAGE,
+    server: Server, *, subprotocols: Sequence[str] = (), max_message: int = MAX_MESSAGE
 ) -> MessageLink:
     """Like `open_link`, for a WebSocket of whole messages, each of at most ``max_message`` bytes."""
-    opening = await _dial(_Asked(url, peer), token, subprotocols, ssl, timeout, max_message)
+    opening = await _dial(server, subprotocols, max_message)
     link = MessageLink(opening.protocol, subprotocol=opening.protocol.subprotocol)
     opening.hand_over(link)
     return link
 
 
-async def _dial(
-    asked: _Asked,
-    token: str | None,
-    subprotocols: Sequence[str],
-    ssl: tls.SSLContext | None,
-    timeout: float,
-    max_message: int = MAX_MESSAGE,
-) -> _Opening:
-    try:
-        return await asyncio.wait_for(_open(asked, token, subprotocols, ssl, max_message), timeout)
-    except asyncio.TimeoutError as exc:
-        raise asked.late("answer", timeout) from exc
-
-
-async def _open(
-    asked: _Asked, token: str | None, subprotocols: Sequence[str], ssl: tls.SSLContext | None, max_message: int
-) -> _Opening:
+async def _dial(server: Server, subprotocols: Sequence[str], max_message: int = MAX_MESSAGE) -> _Opening:
     """An opening that was answered with 101, reading paused."""
     try:
-        uri = parse_uri(asked.url)
+        uri = parse_uri(server.url)
     except (InvalidURI, ValueError) as exc:
-        raise UsageError(f"{asked.url} is not a WebSocket address.") from exc
+        raise UsageError(f"{server.url} is not a WebSocket address.") from exc
     offered = [Subprotocol(s) for s in subprotocols] or None
     protocol = ClientProtocol(uri, subprotocols=offered, max_size=max_message)
     headers = {"User-Agent": "kohakuriver"}
-    if token:
-        headers["Authorization"] = f"Bearer {token}"
-    context = (ssl or tls.create_default_context()) if uri.secure else None
+    if server.token:
+        headers["Authorization"] = f"Bearer {server.token}"
+    opening = _Opening(server, protocol, headers)
     loop = asyncio.get_running_loop()
+    deadline = loop.time() + server.timeout
+    transport = await _tunnel(server.proxy, uri, server.timeout) if server.proxy else None
     try:
-        with resolving():
-            _, opening = await loop.create_connection(
-                lambda: _Opening(asked, protocol, headers), uri.host, uri.port, ssl=context
-            )
-    except OSError as exc:
-        # asyncio puts the address where the system's own words would be.
-        number = exc.errno if isinstance(exc, ConnectionError) else None
-        words = exc.strerror or str(exc) if number is None else os.strerror(number)
-        raise asked.unreachable(tls_reason(exc) or words) from exc
-    try:
-        response = await opening.answered
-        asked.check(protocol, response)
-    except BaseException:
-        opening.transport.abort()
-        raise
+        await asyncio.wait_for(_open(opening, uri, transport), max(0.0, deadline - loop.time()))
+    except asyncio.TimeoutError as exc:
+        raise server.late("answer") from exc
     return opening
 
 
+async def _tunnel(proxy: HttpProxy, uri: WebSocketURI, timeout: float) -> asyncio.Transport:
+    """A connection that leads through `proxy` to the server."""
+
+    async def connect() -> asyncio.Transport:
+        tunnel = _Tunnel(proxy, Connect(proxy, uri.host, uri.port))
+        context = tls.create_default_context() if proxy.secure else None
+        with resolving():
+            transport, _ = await asyncio.get_running_loop().create_connection(
+                lambda: tunnel, proxy.host, proxy.port, ssl=context
+            )
+        with _aborting_unless_done(lambda: transport):
+            await tunnel.opened
+        return transport
+
+    try:
+        return await asyncio.wait_for(connect(), timeout)
+    except asyncio.TimeoutError as exc:
+        raise proxy.late(timeout) from exc
+    except OSError as exc:
+        raise proxy.unreachable(_words(exc)) from exc
+
+
+async def _open(opening: _Opening, uri: WebSocketURI, tunnel: asyncio.Transport | None) -> None:
+    """Go through the handshake, in a `tunnel` or by a connection of its own."""
+    server = opening.asked
+    context = (server.ssl or tls.create_default_context()) if uri.secure else None
+    loop = asyncio.get_running_loop()
+    if tunnel is not None:
+        opening.transport = tunnel
+    with _aborting_unless_done(lambda: opening.transport):
+        try:
+            if tunnel is None:
+                with resolving():
+                    await loop.create_connection(lambda: opening, uri.host, uri.port, ssl=context)
+            elif tunnel.is_closing():
+                raise ConnectionResetError(errno.ECONNRESET, "")
+            elif context is None:
+                tunnel.set_protocol(opening)
+                opening.connection_made(tunnel)
+            else:
+                secured = await loop.start_tls(tunnel, opening, context, server_hostname=uri.host)
+                opening.connection_made(cast(asyncio.Transport, secured))
+        except OSError as exc:
+            opening.answered.cancel()
+            raise server.unreachable(_words(exc)) from exc
+        server.check(opening.protocol, await opening.answered)
+
+
+@contextlib.contextmanager
+def _aborting_unless_done(transport: Callable[[], asyncio.Transport | None]) -> Iterator[None]:
+    try:
+        yield
+    except BaseException:
+        if (left := transport()) is not None:
+            left.abort()
+        raise
+
+
+def _words(exc: Exception) -> str:
+    """Why there is no connection, as a clause."""
+    # asyncio puts the address where the system's own words would be.
+    number = exc.errno if isinstance(exc, ConnectionError) else None
+    strerror = exc.strerror if isinstance(exc, OSError) else None
+    return tls_reason(exc) or (os.strerror(number) if number is not None else strerror or str(exc))
+
+
 class _Greeting:
-    """Holds a fresh session link until its first message: the text ``CONNECTED``, or ``Error: …``."""
+    """Holds a fresh session link until its first message: the text ``CONNECTED``, or ``Error: …`` and a close."""
 
     def __init__(self) -> None:
-        self.text: asyncio.Future[str] = asyncio.get_running_loop().create_future()
+        loop = asyncio.get_running_loop()
+        self.text: asyncio.Future[str] = loop.create_future()
+        self.ended: asyncio.Future[int] = loop.create_future()
+        self._opened = False
         self._parts = b""
 
     def link_received(self, link: Link, start: int, stop: int) -> int:
         count = 0
-        while not self.text.done():
+        while not self._opened:
             messages, consumed = link.walker.walk(link.intake.buffer.data, start, stop, 1)
             if not messages:
                 return consumed
@@ -265,16 +343,21 @@ class _Greeting:
         kind, _, _, _, start, stop, flags = message
         if kind != WS_TEXT:
             if kind < WS_TEXT:
-                raise FrameViolation(1002, "a session begins with the text CONNECTED")
+                raise FrameViolation(CloseCode.PROTOCOL_ERROR, "a session begins with the text CONNECTED")
             link.control(message)
             return
         self._parts = (b"" if flags & FIRST else self._parts) + bytes(link.intake.buffer.view[start:stop])
         if len(self._parts) > MAX_GREETING:
-            raise FrameViolation(1009, "the session's first message is too long")
-        if flags & LAST:
+            raise FrameViolation(CloseCode.TOO_BIG, "the session's first message is too long")
+        if flags & LAST and not self.text.done():
+            self._told(link, self._parts.decode("utf-8", "replace"))
+
+    def _told(self, link: Link, text: str) -> None:
+        self._opened = text == "CONNECTED"
+        if self._opened:
             link.walker.allow_text = False
             link.intake.pause(self)
-            self.text.set_result(self._parts.decode("utf-8", "replace"))
+        self.text.set_result(text)
 
     def link_drained(self, link: Link) -> None:
         pass
@@ -282,51 +365,55 @@ class _Greeting:
     def link_closed(self, link: Link, code: int, reason: str) -> None:
         if not self.text.done():
             self.text.set_exception(HostUnreachableError(reason or f"the session was closed with code {code}"))
+        if not self.ended.done():
+            self.ended.set_result(code)
 
 
 async def open_session(
-    url: str,
-    *,
-    token: str | None = None,
-    subprotocols: Sequence[str] = (TUNNEL_V2,),
-    ssl: tls.SSLContext | None = None,
-    timeout: float = 10.0,
-    peer: str = "host",
-    walker: FrameWalker | None = None,
+    server: Server, *, subprotocols: Sequence[str] = (TUNNEL_V2,), walker: FrameWalker | None = None
 ) -> Link:
     """Open a forward session and wait for its ``CONNECTED``.
 
-    The link that is returned reads nothing until ``hand_over`` gives it its handler. Raises
-    KohakuRiverError: from the HTTP status (v2), or from the ``Error: …`` text (v1).
+    The link that is returned reads nothing until ``hand_over`` gives it its handler. Raises KohakuRiverError: from the
+    HTTP status (v2), or from what comes with the ``Error: …`` text (v1).
     """
     greeting = _Greeting()
     walker = walker or FrameWalker(masked=False)
     walker.allow_text = True
     loop = asyncio.get_running_loop()
-    deadline = loop.time() + timeout
-    link = await open_link(
-        url, walker, greeting, token=token, subprotocols=subprotocols, ssl=ssl, timeout=timeout, peer=peer
-    )
+    deadline = loop.time() + server.timeout
+    opening = await _dial(server, subprotocols)
+    link = _link(opening, walker, greeting)
     opened = False
     try:
         text = await asyncio.wait_for(greeting.text, max(0.0, deadline - loop.time()))
         if text != "CONNECTED":
-            raise greeting_error(text)
+            refusal = (await opening.answered).headers.get(REFUSAL_HEADER)
+            raise greeting_error(text, refusal or await _close_code(greeting))
         opened = True
     except asyncio.TimeoutError as exc:
-        raise _Asked(url, peer).late("open the session", timeout) from exc
+        raise server.late("open the session") from exc
     finally:
         if not opened:
             link.abort()
     return link
 
 
-def greeting_error(text: str) -> KohakuRiverError:
-    """The error that a v1 session's first message stands for."""
+async def _close_code(greeting: _Greeting) -> int:
+    await asyncio.wait({greeting.ended}, timeout=CLOSE_WAIT)
+    return greeting.ended.result() if greeting.ended.done() else CloseCode.ABNORMAL
+
+
+def greeting_error(text: str, how: str | int) -> KohakuRiverError:
+    """The error that a v1 session's refusal stands for.
+
+    Args:
+        text: the session's first message.
+        how: the header KohakuRiver-Error of the handshake's answer, which is HTTP status and code; or, from programs of
+            version 1, which send none, the code that the session is then closed with.
+    """
     reason = text.removeprefix("Error:").strip() or "the session was refused"
-    lower = reason.lower()
-    if "no such" in lower or "not found" in lower:
-        return NotFoundError(reason)
-    if "not allowed" in lower or "credential" in lower:
-        return NotAllowedError(reason)
-    return UnavailableError(reason, code="tunnel_not_connected" if "not connected" in lower else None)
+    if isinstance(how, int):
+        return UnavailableError(reason, status=503 if how == CloseCode.INTERNAL_ERROR else None)
+    status, _, code = how.partition(" ")
+    return from_status(int(status) if status.isdecimal() else 500, reason, code or None)

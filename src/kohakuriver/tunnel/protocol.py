@@ -42,6 +42,9 @@ OP_PONG: Final = 0xA
 TUNNEL_V2: Final = "kohakuriver.tunnel.v2"
 TERMINAL_V2: Final = "kohakuriver.terminal.v2"
 
+# What a refused v1 session is, in the answer to its handshake: HTTP status and code.
+REFUSAL_HEADER: Final = "KohakuRiver-Error"
+
 Bytes = bytes | bytearray | memoryview
 
 _LIMIT: Final = struct.Struct(">Q")

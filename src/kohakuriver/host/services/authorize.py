@@ -142,7 +142,7 @@ class Forwards:
         """Where the runner is and what to show there, without a grant yet. Raises UnavailableError."""
         view = self._tasks.view(task, node)
         if view.status != "running":
-            raise not_running(view)
+            raise not_running(task, view)
         credential = ticket.issue(
             node.ticket_key,
             node=node.name,

@@ -188,14 +188,14 @@ class Nodes:
             if node.cordoned:
                 raise _cordoned(f"Node {name}", name)
             if not set(backends) & set(node.backends):
-                raise UnavailableError(_not_offered(f"Node {name}", backends), code="backend_not_offered")
+                raise _not_offered(f"Node {name} does not offer", backends)
             return [node]
         online = [node for node in await self._store.nodes() if self.is_online(node)]
         if not online:
             raise UnavailableError("No node is online; start one with `kohakuriver runner`.", code="no_node")
         fit = [node for node in online if set(backends) & set(node.backends)]
         if not fit:
-            raise UnavailableError(_not_offered("No node that is online", backends), code="backend_not_offered")
+            raise _not_offered("No node that is online offers", backends)
         free = [node for node in fit if not node.cordoned]
         if not free:
             raise _cordoned("Every node that could run it", fit[0].name)
@@ -228,11 +228,11 @@ def _would_be_lost(name: str, tasks: list[Task]) -> str:
     )
 
 
-def _not_offered(who: str, backends: tuple[str, ...]) -> str:
-    verb = "offers" if who.startswith("No ") else "does not offer"
+def _not_offered(who_does: str, backends: tuple[str, ...]) -> UnavailableError:
     advice = {
         "docker": "check that a Docker engine runs there",
         "process": "start its runner with `--backend process`",
         "address": "start its runner with `--backend address`",
     }[backends[0]]
-    return f"{who} {verb} the backend {' or '.join(backends)}; {advice}."
+    sentence = f"{who_does} the backend {' or '.join(backends)}; {advice}."
+    return UnavailableError(sentence, code="backend_not_offered")

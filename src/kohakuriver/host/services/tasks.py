@@ -321,7 +321,7 @@ class Tasks:
                 if view.status == "running" and view.tunnel:
                     return await self.get(task, node)
                 if view.status not in _ACTIVE:
-                    raise not_running(view)
+                    raise not_running(task, view)
                 left = deadline - time.monotonic()
                 if left <= 0:
                     raise _too_slow(view, timeout)
@@ -384,11 +384,11 @@ def _somebody_elses(task: Task, action: str) -> UsageError:
     )
 
 
-def not_running(view: TaskView) -> UnavailableError:
+def not_running(task: Task, view: TaskView) -> UnavailableError:
     """The error for a task that can't be reached because it does not run; says what became of it."""
     what = {"starting": "is still starting", "failed": "has failed"}.get(view.status, f"is {view.status}")
     why = f": {view.message}" if view.message else ""
-    if view.status == "lost" and why.endswith("is offline"):
+    if view.status != task.status:  # its own is what its node said last
         return UnavailableError(f"Task {view.name} {what}{why}; it is back when its node is.", code="node_offline")
     advice = "" if view.status == "starting" else f"; `kohakuriver vps restart {view.name}` starts it again"
     return UnavailableError(f"Task {view.name} {what}{why}{advice}.", code="task_not_running")

@@ -13,7 +13,7 @@ import structlog
 from kohakuriver.errors import KohakuRiverError, NotAllowedError, UnavailableError
 from kohakuriver.limits import Limits
 from kohakuriver.runtime import cancel_all
-from kohakuriver.session.carried import RUNNER_SECONDS, Carrier, Passed, Route, at_runner
+from kohakuriver.session.carried import Carrier, Passed, Route, at_runner
 from kohakuriver.session.pace import PacedMessages
 from kohakuriver.tunnel import terminal
 from kohakuriver.tunnel.accept import TunnelRoute, UpgradeRequest
@@ -96,12 +96,8 @@ class TerminalProxy:
         start = "?start=1" if request.query.get("start") == "1" else ""
         with at_runner(route):
             runner = await open_messages(
-                f"{route.runner_ws_url}/ws/task/{route.task_id}/terminal{start}",
-                token=route.ticket,
+                route.runner(f"/ws/task/{route.task_id}/terminal{start}", self._trusted),
                 subprotocols=(TERMINAL_V2,) if TERMINAL_V2 in request.subprotocols else (),
-                ssl=self._trusted,
-                timeout=RUNNER_SECONDS,
-                peer="runner",
                 max_message=self._limits.max_message,
             )
         if request.query.get("tty") != "0":

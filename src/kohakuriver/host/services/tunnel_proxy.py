@@ -17,7 +17,7 @@ from kohakuriver._frame import SpliceWalker
 from kohakuriver.errors import KohakuRiverError, UsageError
 from kohakuriver.host.services.audit import ranges
 from kohakuriver.limits import Limits
-from kohakuriver.session.carried import RUNNER_SECONDS, Carrier, Passed, Route, at_runner
+from kohakuriver.session.carried import Carrier, Passed, Route, at_runner
 from kohakuriver.session.pace import PacedReads
 from kohakuriver.tunnel.accept import TunnelRoute, UpgradeRequest, greet
 from kohakuriver.tunnel.dial import open_session
@@ -199,12 +199,8 @@ class TunnelProxy:
     ) -> Link:
         with at_runner(route):
             return await open_session(
-                f"{route.runner_ws_url}/ws/forward/{quote(route.container, safe='')}/{port_and_query}",
-                token=route.ticket,
+                route.runner(f"/ws/forward/{quote(route.container, safe='')}/{port_and_query}", self.trusted),
                 subprotocols=(TUNNEL_V2,) if request.offers_v2 else (),
-                ssl=self.trusted,
-                timeout=RUNNER_SECONDS,
-                peer="runner",
                 # The walker is the session's own, so that what it counts and where it stands stay with it.
                 walker=session.container_side.walker,
             )
