@@ -27,6 +27,8 @@ class Limits:
     """HTTP requests and sessions that one user may begin in a second; five times as many may come at once."""
     max_under_way: int = 256
     """HTTP requests of one user that are under way."""
+    max_failures: int = 5
+    """Credentials that are no good from one address that are answered in a second; four times as many at once."""
     max_streams: int = 32_768
     """Streams of one session that are open at a time."""
     max_connects: int = 5000
@@ -59,6 +61,7 @@ _BOUNDS: dict[str, tuple[float, float]] = {
     "max_sessions": (0, 1 << 20),
     "max_requests": (0, 1 << 20),
     "max_under_way": (0, 1 << 20),
+    "max_failures": (0, 1 << 20),
     "max_streams": (0, 1 << 20),
     "max_connects": (0, 1 << 20),
     "max_rate": (LEAST_RATE, 1 << 40),
@@ -77,6 +80,7 @@ _MAY_BE_OFF = {
     "max_sessions",
     "max_requests",
     "max_under_way",
+    "max_failures",
     "max_streams",
     "max_connects",
     "max_rate",

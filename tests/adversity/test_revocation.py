@@ -27,6 +27,9 @@ class Grant:
     def opened(self, **about: object) -> None:
         pass
 
+    def ran(self, command: list[str]) -> None:
+        pass
+
     def attach(self, end: Callable[[str], None]) -> None:
         self.end = end
 

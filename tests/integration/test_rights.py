@@ -207,9 +207,10 @@ def test_every_way_in_is_in_the_audit_log_with_who_and_how_it_ended(run: Run, pe
 
     ports: list[int] = []
     run(jump())
-    lines = eventually(lambda: logged if len(logged := sessions(people.cluster)) == 6 else None)
+    lines = eventually(lambda: logged if len(logged := sessions(people.cluster)) == 7 else None)
     ended = {line["proto"]: line for line in lines if line["event"] == "session_closed"}
     opened = {line["proto"]: line for line in lines if line["event"] == "session_opened"}
+    assert [line["command"] for line in lines if line["event"] == "session_command"] == ["echo hello"]
     assert ended.keys() == opened.keys() == {"terminal", "ssh"}
     assert all(line["container"] and line["node"] == "n1" and line["from"].startswith("127.") for line in lines)
     terminal_closed = ended["terminal"]

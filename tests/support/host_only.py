@@ -20,6 +20,7 @@ from kohakuriver.host.services.access import Access
 from kohakuriver.host.services.audit import AuditLog
 from kohakuriver.host.services.authorize import Forwards
 from kohakuriver.host.services.credentials import Credentials
+from kohakuriver.host.services.failures import Failures
 from kohakuriver.host.services.grants import Grants
 from kohakuriver.host.services.nodes import Nodes
 from kohakuriver.host.services.people import People
@@ -221,9 +222,11 @@ async def a_host(
     clock = Clock()
     accounts = Accounts(store, clock=clock)
     audit = AuditLog(directory / "audit.jsonl")
-    credentials = Credentials(accounts, allow_anonymous=allow_anonymous, audit=audit, clock=clock)
+    limits = limits or Limits(max_requests=0)
+    failures = Failures(rate=limits.max_failures)
+    credentials = Credentials(accounts, allow_anonymous=allow_anonymous, audit=audit, failures=failures, clock=clock)
     await credentials.load_or_make(directory)
-    host = HostUnderTest(store, accounts, credentials, clock, audit, limits or Limits(max_requests=0))
+    host = HostUnderTest(store, accounts, credentials, clock, audit, limits)
     async with host.stack:
         host.stack.push_async_callback(store.close)
         host.stack.push_async_callback(host.runners.close)

@@ -281,3 +281,15 @@ def test_admins_read_it_by_moment_user_and_task(run: Run, tmp_path: Path) -> Non
             assert (answer.status_code, answer.json()["error"]) == (400, "bad_request")
 
     run(check())
+
+
+def test_nobody_says_for_themselves_where_they_come_from(run: Run, tmp_path: Path) -> None:
+    async def check() -> None:
+        async with a_host(tmp_path) as host:
+            claim = {"X-Forwarded-For": "192.0.2.66"}
+            await host.user.post("/api/users", json={"name": "ann"}, headers=claim)
+            line = lines_of(tmp_path / "audit.jsonl")[-1]
+            assert line["from"].startswith("127.0.0.1:")
+            assert line["forwarded_for"] == "192.0.2.66"
+
+    run(check())

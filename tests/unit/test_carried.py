@@ -26,6 +26,9 @@ class Grant:
     def opened(self, **about: Any) -> None:
         self.said.append("opened")
 
+    def ran(self, command: list[str]) -> None:
+        pass
+
     def attach(self, end: Callable[[str], None]) -> None:
         self.end = end
 

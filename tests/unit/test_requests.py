@@ -13,12 +13,14 @@ import pytest
 
 from kohakuriver.errors import UnauthenticatedError, UnavailableError
 from kohakuriver.host.services.credentials import ANONYMOUS, Caller
-from kohakuriver.host.services.failures import AT_ONCE, LONGEST_WAIT, PER_SECOND, Failures
+from kohakuriver.host.services.failures import LONGEST_WAIT, Failures
 from kohakuriver.host.services.requests import BURST_SECONDS, Requests
 from kohakuriver.limits import Limits
 from tests.support.hops import until
 from tests.support.host_only import HostUnderTest, a_host
 
+PER_SECOND = Limits().max_failures
+AT_ONCE = 4 * PER_SECOND
 Run = Callable[[Coroutine[Any, Any, None]], None]
 
 
@@ -112,7 +114,7 @@ def test_a_source_that_fails_often_is_slowed_down_and_a_good_credential_from_the
 
 def test_what_one_source_fails_slows_no_other_down(run: Run) -> None:
     async def check() -> None:
-        failures = Failures(clock=lambda: 0.0)
+        failures = Failures(rate=PER_SECOND, clock=lambda: 0.0)
         error = UnauthenticatedError("The host does not know this token.")
         begun = time.monotonic()
         for source in range(100):

@@ -17,6 +17,7 @@ from kohakuriver.host.services.access import Access
 from kohakuriver.host.services.audit import AuditLog
 from kohakuriver.host.services.authorize import Forwards
 from kohakuriver.host.services.credentials import Credentials
+from kohakuriver.host.services.failures import Failures
 from kohakuriver.host.services.grants import Grants
 from kohakuriver.host.services.nodes import Nodes
 from kohakuriver.host.services.people import People
@@ -121,7 +122,12 @@ async def _run(
     runners = RunnerClient(perimeter.trusted)
     try:
         accounts = Accounts(store)
-        credentials = Credentials(accounts, allow_anonymous=options.allow_anonymous, audit=perimeter.audit)
+        credentials = Credentials(
+            accounts,
+            allow_anonymous=options.allow_anonymous,
+            audit=perimeter.audit,
+            failures=Failures(rate=perimeter.limits.max_failures),
+        )
         for path in await credentials.load_or_make(options.state_dir):
             log.info("made a token", file=str(path))
         if options.allow_anonymous:

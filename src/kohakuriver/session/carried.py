@@ -121,6 +121,10 @@ class Carried(Generic[S]):
         self._carrier.open[self._session] = self
         self._carrier.idle.add(self, lambda: sum(self._session.passed()), self._idle)
 
+    def ran(self, command: list[str]) -> None:
+        """The user asked for a command."""
+        self._grant.ran(command)
+
     def hang_on_right(self) -> None:
         """From here on the session ends when the right to it does: at once if that has happened already."""
         self._grant.attach(self._withdrawn)

@@ -14,6 +14,9 @@ class Grant(Protocol):
     def opened(self, **about: Any) -> None:
         """The session has begun; `about` is for the audit log."""
 
+    def ran(self, command: list[str]) -> None:
+        """A command was asked for in the session; for the audit log."""
+
     def attach(self, end: Callable[[str], None]) -> None:
         """`end` is called with the reason, a clause, once the right is gone: at once if that has happened already."""
 
@@ -28,6 +31,9 @@ class _NoGrant:
     """A grant without accounting."""
 
     def opened(self, **about: Any) -> None:
+        pass
+
+    def ran(self, command: list[str]) -> None:
         pass
 
     def attach(self, end: Callable[[str], None]) -> None:

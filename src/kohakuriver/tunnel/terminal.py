@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import contextlib
 import json
 import os
 from dataclasses import asdict, dataclass, field
@@ -16,6 +17,7 @@ if TYPE_CHECKING:  # what serves is not what a command line should have to load
 
 __all__ = [
     "Start",
+    "asked_for",
     "close_code",
     "control",
     "end",
@@ -31,6 +33,7 @@ __all__ = [
 ]
 
 MAX_SIDE: Final = 0xFFFF
+MAX_READ: Final = 64 << 10
 
 
 @dataclass(frozen=True)
@@ -56,6 +59,20 @@ class Start:
             raise UsageError("the env of a start must give texts by their names")
         rows, cols = size_of({"rows": 24, "cols": 80, **message})
         return Start([_part(part) for part in command], bool(message.get("tty", True)), rows, cols, env)
+
+
+def asked_for(message: str | bytes) -> list[str]:
+    """The command that a session's first message starts; none where that is the shell, or makes no sense.
+
+    One of more than `MAX_READ` characters is not read: that would hold up everybody else.
+    """
+    if len(message) > MAX_READ:
+        return [f"({len(message)} characters)"]
+    if isinstance(message, str):
+        with contextlib.suppress(UsageError):
+            asked = read_control(message)
+            return Start.from_message(asked).command if asked["type"] == "start" else []
+    return []
 
 
 def _is_text(value: object) -> bool:

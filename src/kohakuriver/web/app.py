@@ -96,7 +96,10 @@ class AskerMiddleware:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
-        with asking(Asker(peer_name(scope["client"]), f"{scope['method']} {scope['path']}")):
+        asker = Asker(peer_name(scope["client"]), f"{scope['method']} {scope['path']}")
+        if claims := Headers(scope=scope).getlist("x-forwarded-for"):
+            asker.known["forwarded_for"] = ", ".join(claims)
+        with asking(asker):
             await self._app(scope, receive, send)
 
 

@@ -158,6 +158,7 @@ def _config(app: FastAPI, ws: type[asyncio.Protocol], http: type[asyncio.Protoco
         log_config=None,
         access_log=False,
         server_header=False,
+        proxy_headers=False,  # who is on this machine could say to be anywhere
         timeout_graceful_shutdown=DRAIN_SECONDS,
     )
 

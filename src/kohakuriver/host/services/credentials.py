@@ -64,11 +64,12 @@ class Credentials:
         *,
         allow_anonymous: bool = False,
         audit: Audit = NOWHERE,
+        failures: Failures | None = None,
         clock: Callable[[], float] = time.time,
     ) -> None:
         self._accounts = accounts
         self._audit = audit
-        self._failures = Failures()
+        self._failures = failures or Failures()
         self._allow_anonymous = allow_anonymous
         self._clock = clock
 

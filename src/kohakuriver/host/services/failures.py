@@ -18,9 +18,8 @@ from kohakuriver.rates import TokenBucket
 
 __all__ = ["Failures"]
 
-AT_ONCE = 20
-PER_SECOND = 5.0
-"""How many failures of one source are answered at once, and then in a second."""
+BURST_SECONDS = 4
+"""How many seconds' worth of failures of one source are answered at once."""
 
 LONGEST_WAIT = 2.0
 """Seconds that an answer is kept back; where it would be longer, the source is told to come back later instead."""
@@ -30,15 +29,16 @@ SOURCES = 4096
 
 
 class _Source:
-    def __init__(self, now: float) -> None:
-        self.bucket = TokenBucket(PER_SECOND, AT_ONCE, now)
+    def __init__(self, rate: int, now: float) -> None:
+        self.bucket = TokenBucket(rate, BURST_SECONDS * rate, now)
         self.turn = asyncio.Lock()
 
 
 class Failures:
-    """Who has shown credentials that are no good lately."""
+    """Who has shown credentials that are no good lately; `rate` of one source are answered in a second, 0 for any."""
 
-    def __init__(self, *, clock: Callable[[], float] = time.monotonic) -> None:
+    def __init__(self, *, rate: int = 0, clock: Callable[[], float] = time.monotonic) -> None:
+        self._rate = rate
         self._clock = clock
         self._sources: OrderedDict[str, _Source] = OrderedDict()
 
@@ -54,8 +54,10 @@ class Failures:
 
     async def failed(self, origin: str, error: UnauthenticatedError) -> None:
         """It was no good: back when this may be said. Raises UnavailableError "too_many_failures" (429)."""
+        if not self._rate:
+            return
         now = self._clock()
-        source = self._sources.setdefault(origin, _Source(now))
+        source = self._sources.setdefault(origin, _Source(self._rate, now))
         self._sources.move_to_end(origin)
         if len(self._sources) > SOURCES:
             self._sources.popitem(last=False)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import secrets
+import shlex
 import time
 from collections import Counter, deque
 from collections.abc import Callable
@@ -64,6 +65,10 @@ class Grant:
         self._about |= about
         self._began = time.monotonic()
         self._grants.write("session_opened", self._about)
+
+    def ran(self, command: list[str]) -> None:
+        """A command was asked for in the session."""
+        self._grants.write("session_command", {**self._about, "command": shlex.join(command)})
 
     def attach(self, end: Callable[[str], None]) -> None:
         """`end` is called with the reason once the right is gone: at once if that has happened already."""

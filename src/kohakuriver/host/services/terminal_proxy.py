@@ -166,8 +166,12 @@ class _Relay:
         await asyncio.gather(self._pass_to_runner(), self._pass_to_user())
 
     async def _pass_to_runner(self) -> None:
+        first = True
         with contextlib.suppress(ConnectionError):
             while (message := await self._from_user.receive()) is not None:
+                if first and (command := terminal.asked_for(message)):
+                    self.carried.ran(command)
+                first = False
                 self._to_container += size_of(message)
                 await self._runner.send(message)
         await self._ended("user", self._user, self._runner)
