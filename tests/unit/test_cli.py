@@ -441,3 +441,17 @@ def test_a_host_that_is_not_there_is_told_by_every_command_in_one_sentence(
         assert outcome(*command[:2], f"--host=http://127.0.0.1:{unused_port}", "--token=t", *command[2:]) == 7
         said.add(capfd.readouterr().err)
     assert said == {f"Error: The host at http://127.0.0.1:{unused_port} can't be reached: Connection refused.\n"}
+
+
+@pytest.mark.parametrize("name", ["HOST", "TOKEN", "SSH_PROXY", "CA_FILE", "the task"])
+def test_the_way_that_ssh_starts_refuses_what_is_no_text_and_names_it(name: str) -> None:
+    given = {"HOST": "https://h:1", "TOKEN": "t", "SSH_PROXY": "h:2", "CA_FILE": "ca"}
+    values = {key: b"\xff" if key == name else value.encode() for key, value in given.items()}
+    done = subprocess.run(
+        [sys.executable, "-m", "kohakuriver.cli.ssh_dial", b"\xff" if name == "the task" else "web"],
+        env={**os.environb, **{f"KOHAKURIVER_{key}".encode(): value for key, value in values.items()}},
+        capture_output=True,
+    )
+    assert done.returncode == 2
+    assert done.stderr.count(b"\n") == 1
+    assert (b"udcff" if name == "the task" else name.lower().encode()) in done.stderr

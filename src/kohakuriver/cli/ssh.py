@@ -16,6 +16,7 @@ from kohakuriver.errors import KohakuRiverError, UsageError
 
 if TYPE_CHECKING:
     from kohakuriver.client.host import HostClient, Task
+    from kohakuriver.config import Settings
 
 __all__ = ["WithSshArguments", "connect", "register", "tasks_changed"]
 
@@ -134,13 +135,14 @@ def connect(
     ssh_files.prepare()
     if found.ssh_host_key:
         ssh_files.learn_host_key(found.task_id, found.name, found.ssh_host_key)
-    environment = {**os.environ, "KOHAKURIVER_HOST": settings.host, "KOHAKURIVER_SSH_PROXY": ssh_proxy}
-    if settings.token:
-        environment["KOHAKURIVER_TOKEN"] = settings.token
-    if settings.ca_file:
-        environment["KOHAKURIVER_CA_FILE"] = settings.ca_file
     arguments = [*_options(found), *_identity(key), f"{user}@{found.name}", *(command_of(ctx) or [])]
-    return _run(ssh, arguments, environment)
+    return _run(ssh, arguments, {**os.environ, **_environment(settings, ssh_proxy)})
+
+
+def _environment(settings: Settings, ssh_proxy: str) -> dict[str, str]:
+    """What the program that ssh starts for the connection goes by."""
+    given = {"HOST": settings.host, "SSH_PROXY": ssh_proxy, "TOKEN": settings.token, "CA_FILE": settings.ca_file}
+    return {f"KOHAKURIVER_{name}": value for name, value in given.items() if value}
 
 
 def _identity(key: Path | None) -> list[str]:

@@ -256,7 +256,8 @@ def _settings() -> tuple[str, str | None, str, str | None]:
     host, token, ssh_proxy, ca_file = (
         os.environ.get(f"KOHAKURIVER_{name}", "") for name in ("HOST", "TOKEN", "SSH_PROXY", "CA_FILE")
     )
-    if token and ssh_proxy and (host.startswith("http://") or (host.startswith("https://") and ca_file)):
+    plain = f"{host}{token}{ssh_proxy}{ca_file}".isprintable() and " " not in token  # else it is told what is wrong
+    if plain and token and ssh_proxy and (host.startswith("http://") or (host.startswith("https://") and ca_file)):
         return host.rstrip("/"), token, ssh_proxy, ca_file or None
     from kohakuriver.config import load_settings
 
