@@ -8,6 +8,7 @@ that a user can act on. Sources: docs/cli.md "Exit codes", docs/protocol.md §4.
 from __future__ import annotations
 
 import json
+import os
 from urllib.parse import urlsplit
 
 __all__ = [
@@ -22,6 +23,7 @@ __all__ = [
     "UsageError",
     "from_answer",
     "from_status",
+    "system_words",
 ]
 
 
@@ -151,6 +153,14 @@ NOT_OUR_ANSWER = "not_our_answer"
 
 _REDIRECTS = (301, 302, 303, 307, 308)
 _OF_PROXIES = (502, 503, 504)
+
+
+def system_words(error: BaseException) -> str:
+    """What the system says of an error of its own, else what the error says itself."""
+    # asyncio puts the address where the system's words would be.
+    if isinstance(error, ConnectionError) and error.errno is not None:
+        return os.strerror(error.errno)
+    return str(getattr(error, "strerror", None) or error)
 
 
 def from_status(status: int, message: str, code: str | None = None) -> KohakuRiverError:

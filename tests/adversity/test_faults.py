@@ -151,8 +151,8 @@ def test_an_idle_session_that_is_answered_lives(run: Run, kind: str, monkeypatch
             user = await hops.user()
             link = user.link
             assert link is not None
-            received = link.watch._received
-            await until(lambda: link.watch._received >= received + 20)  # ten pings or pongs
+            received = link.watch.received
+            await until(lambda: link.watch.received >= received + 20)  # ten pings or pongs
             assert hops.detached.empty()
             assert await asked(await forwarded(user, port), b"alive") == b"alive"
 

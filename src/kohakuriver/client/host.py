@@ -24,6 +24,7 @@ from kohakuriver.errors import (
     UnavailableError,
     UsageError,
     from_answer,
+    system_words,
 )
 from kohakuriver.http_proxy import HttpProxy, http_proxy
 from kohakuriver.resolve import resolving
@@ -429,5 +430,4 @@ def _reason(error: BaseException) -> str:
         return distrust
     while error.__cause__ is not None or error.__context__ is not None:
         error = error.__cause__ or error.__context__ or error
-    reason = getattr(error, "strerror", None) or str(error) or type(error).__name__
-    return str(reason).strip().rstrip(".")
+    return (system_words(error) or type(error).__name__).strip().rstrip(".")

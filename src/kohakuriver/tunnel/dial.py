@@ -9,7 +9,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import errno
-import os
 import ssl as tls
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -30,6 +29,7 @@ from kohakuriver.errors import (
     UsageError,
     from_answer,
     from_status,
+    system_words,
 )
 from kohakuriver.http_proxy import Connect, HttpProxy
 from kohakuriver.resolve import resolving
@@ -310,10 +310,7 @@ def _aborting_unless_done(transport: Callable[[], asyncio.Transport | None]) -> 
 
 def _words(exc: Exception) -> str:
     """Why there is no connection, as a clause."""
-    # asyncio puts the address where the system's own words would be.
-    number = exc.errno if isinstance(exc, ConnectionError) else None
-    strerror = exc.strerror if isinstance(exc, OSError) else None
-    return tls_reason(exc) or (os.strerror(number) if number is not None else strerror or str(exc))
+    return tls_reason(exc) or system_words(exc)
 
 
 class _Greeting:

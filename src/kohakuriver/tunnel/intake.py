@@ -30,9 +30,11 @@ class Intake:
 
     def __init__(self, deliver: Callable[[int, int], int], watch: PeerWatch) -> None:
         self.buffer = receive_buffer()
+        self._free = self.buffer.view[HEADROOM:]
         self._deliver = deliver
         self._watch = watch
         self._loop = asyncio.get_running_loop()
+        self._now = self._loop.time
         self._transport: asyncio.Transport | None = None
         self._rest = b""
         self._pauses: set[object] = set()
@@ -64,22 +66,28 @@ class Intake:
         """Where the next bytes go."""
         rest = self._rest
         if not rest:
-            return self.buffer.view[HEADROOM:]
+            return self._free
         end = HEADROOM + len(rest)
         if end >= len(self.buffer.data):  # it is read on though we have paused, as TLS of Python 3.10 does
-            self.buffer = ReceiveBuffer(2 * len(rest))
+            self._read_into(ReceiveBuffer(2 * len(rest)))
         self.buffer.data[HEADROOM:end] = rest
         return self.buffer.view[end:]
 
     def took(self, size: int) -> None:
         """So many bytes were read into `space`."""
-        self._watch.heard(size)
+        watch = self._watch
+        watch.received += size
+        watch.heard_at = self._now()
         self._consume(HEADROOM + len(self._rest) + size)
 
     def limit_reads(self, size: int) -> None:
         """Read at most `size` bytes at a time from now on, into a buffer of this link's own."""
         if len(self._rest) < size // 2:  # else what is there already would leave no room
-            self.buffer = ReceiveBuffer(size)
+            self._read_into(ReceiveBuffer(size))
+
+    def _read_into(self, buffer: ReceiveBuffer) -> None:
+        self.buffer = buffer
+        self._free = buffer.view[HEADROOM:]
 
     def _consume(self, stop: int) -> None:
         if self.turn.left > 0:

@@ -13,7 +13,8 @@ __all__ = ["PeerWatch"]
 class PeerWatch:
     """Drops a peer that shows no sign of life, and one that does not end a closing handshake.
 
-    Its owner tells it what comes (`heard`).
+    Its owner tells it what comes: by `heard`, or, once for every read on the data path, by counting in `received` and
+    noting in `heard_at` when (on the loop's clock).
 
     Args:
         idle_ping: seconds without a byte from the peer after which it is pinged.
@@ -33,8 +34,8 @@ class PeerWatch:
         drop: Callable[[str], None],
     ) -> None:
         self._loop = asyncio.get_running_loop()
-        self._received = 0
-        self._heard_at = self._loop.time()
+        self.received = 0
+        self.heard_at = self._loop.time()
         self._keepalive = Keepalive(idle_ping, pong_wait)
         self._ping = ping
         self._written = written
@@ -44,13 +45,13 @@ class PeerWatch:
 
     def begin(self) -> None:
         """The WebSocket is open."""
-        self._heard_at = self._loop.time()
+        self.heard_at = self._loop.time()
         self._timer = self._loop.call_later(self._keepalive.idle_ping, self._tick)
 
     def heard(self, size: int) -> None:
         """So many bytes came."""
-        self._received += size
-        self._heard_at = self._loop.time()
+        self.received += size
+        self.heard_at = self._loop.time()
 
     def paused(self) -> None:
         """We have stopped reading: silence says nothing about the peer from now on."""
@@ -59,7 +60,7 @@ class PeerWatch:
     def resumed(self) -> None:
         """We read again."""
         self._reading = True
-        self._heard_at = self._loop.time()
+        self.heard_at = self._loop.time()
 
     def end_within(self, seconds: float) -> None:
         """No keepalive any more: the peer is dropped if the connection has not ended after so long."""
@@ -75,8 +76,8 @@ class PeerWatch:
         """Ping an idle peer; drop one that neither answered since nor took a byte of what waits for it."""
         act, delay = self._keepalive.tick(
             self._loop.time(),
-            heard_at=self._heard_at,
-            received=self._received,
+            heard_at=self.heard_at,
+            received=self.received,
             written=self._written(),
             reading=self._reading,
         )
@@ -85,5 +86,5 @@ class PeerWatch:
             return
         if act is Act.PING:
             self._ping()
-            self._keepalive.pinged(self._received, self._written())
+            self._keepalive.pinged(self.received, self._written())
         self._timer = self._loop.call_later(delay, self._tick)
