@@ -1,9 +1,8 @@
-//! Opening the WebSocket (RFC 6455 §4.1), blocking: without a link there is nothing else to do.
+//! Opening the WebSocket (RFC 6455 §4.1), without any I/O.
 
 use std::fmt;
-use std::io::{self, Read, Write};
-use std::net::{Ipv4Addr, Ipv6Addr, SocketAddr, TcpStream, ToSocketAddrs};
-use std::time::{Duration, Instant};
+use std::io;
+use std::net::Ipv6Addr;
 
 use data_encoding::BASE64;
 use tungstenite::handshake::client::{Request, Response, generate_request};
@@ -14,7 +13,6 @@ use tungstenite::http::{HeaderMap, StatusCode, Uri};
 use crate::protocol::SUBPROTOCOL_V2;
 use crate::sys;
 
-const TIMEOUT: Duration = Duration::from_secs(10);
 const END_OF_HEAD: &[u8] = b"\r\n\r\n";
 const MAX_HEAD: usize = 64 * 1024;
 
@@ -76,12 +74,13 @@ fn split(authority: &str, host: &str) -> Option<(String, u16)> {
 }
 
 impl RunnerUrl {
-    fn resolve(&self) -> io::Result<Vec<SocketAddr>> {
+    /// Name or address, and port.
+    pub fn place(&self) -> (&str, u16) {
         // An image may have no /etc/hosts.
         if self.host.eq_ignore_ascii_case("localhost") {
-            return Ok(vec![(Ipv4Addr::LOCALHOST, self.port).into()]);
+            return ("127.0.0.1", self.port);
         }
-        Ok((self.host.as_str(), self.port).to_socket_addrs()?.collect())
+        (&self.host, self.port)
     }
 
     fn authority(&self) -> String {
@@ -146,100 +145,68 @@ impl From<tungstenite::Error> for Refusal {
     }
 }
 
-fn wrong(reason: impl Into<String>) -> Refusal {
+pub(crate) fn wrong(reason: impl Into<String>) -> Refusal {
     Refusal::Unreachable(reason.into())
 }
 
-/// A WebSocket that is open.
-pub struct Opened {
-    /// Connected and blocking.
-    pub sock: TcpStream,
-    /// What the runner sent right behind its answer.
-    pub early: Vec<u8>,
-    /// Whether version 2 was granted.
+/// What the runner has granted.
+#[derive(Debug)]
+pub struct Granted {
+    /// Version 2 of the protocol.
     pub v2: bool,
+    /// What it sent right behind its answer.
+    pub early: Vec<u8>,
 }
 
-/// Connects and upgrades to the tunnel of `container`.
-pub fn open(url: &RunnerUrl, container: &str, token: Option<&str>) -> Result<Opened, Refusal> {
-    let deadline = Instant::now() + TIMEOUT;
-    let sock = dial(url, deadline)?;
-    sock.set_nodelay(true)?;
-    // The library's own key needs a /dev, which an image may lack.
-    let mut nonce = [0; 16];
-    sys::random(&mut nonce);
-    let key = BASE64.encode(&nonce);
-    let request = request(url, container, token, &key)?;
-    let (sock, response, early) = exchange(sock, request, deadline)?;
-    let v2 = check(&response, &key)?;
-    Ok(Opened { sock, early, v2 })
+/// One request to upgrade, and as much of its answer as has come.
+pub struct Handshake {
+    /// What the runner is to be sent.
+    pub request: Vec<u8>,
+    key: String,
+    answer: Vec<u8>,
 }
 
-/// Sends the request and reads the answer; also what came behind it.
-fn exchange(
-    mut sock: TcpStream,
-    request: Vec<u8>,
-    deadline: Instant,
-) -> Result<(TcpStream, Response, Vec<u8>), Refusal> {
-    sock.set_write_timeout(Some(left(deadline)?))?;
-    sock.write_all(&request)?;
-    let mut answer = read_head(&mut sock, deadline)?;
-    let (length, response) = Response::try_parse(&answer)?
-        .ok_or_else(|| wrong("the runner's answer to the handshake is incomplete"))?;
-    Ok((sock, response, answer.split_off(length)))
-}
+impl Handshake {
+    /// For the tunnel of `container`.
+    pub fn new(url: &RunnerUrl, container: &str, token: Option<&str>) -> Result<Self, Refusal> {
+        // The library's own key needs a /dev, which an image may lack.
+        let mut nonce = [0; 16];
+        sys::random(&mut nonce);
+        let key = BASE64.encode(&nonce);
+        Ok(Self {
+            request: request(url, container, token, &key)?,
+            key,
+            answer: Vec::new(),
+        })
+    }
 
-/// Reads to the end of the answer's head, and perhaps a little more. The library's own reading takes
-/// an answer that comes in many small pieces, as a slow network's may, for an attack.
-fn read_head(sock: &mut TcpStream, deadline: Instant) -> Result<Vec<u8>, Refusal> {
-    let mut answer = Vec::new();
-    let mut piece = [0; 4096];
-    loop {
-        sock.set_read_timeout(Some(left(deadline)?))?;
-        let size = match sock.read(&mut piece) {
-            Ok(0) => {
-                return Err(wrong(
-                    "the runner ended the connection during the handshake",
-                ));
-            }
-            Ok(size) => size,
-            Err(error) if error.kind() == io::ErrorKind::Interrupted => continue,
-            Err(error) => return Err(error.into()),
-        };
-        let searched = answer.len().saturating_sub(END_OF_HEAD.len() - 1);
-        answer.extend_from_slice(&piece[..size]);
-        if answer[searched..]
-            .windows(END_OF_HEAD.len())
-            .any(|bytes| bytes == END_OF_HEAD)
-        {
-            return Ok(answer);
+    /// Takes a piece of the answer, none at its end; what was granted, once the answer's head is whole. The library's
+    /// own reading takes an answer in many small pieces, as a slow network's may come, for an attack.
+    pub fn receive(&mut self, piece: &[u8]) -> Result<Option<Granted>, Refusal> {
+        if piece.is_empty() {
+            return Err(wrong(
+                "the runner ended the connection during the handshake",
+            ));
         }
-        if answer.len() > MAX_HEAD {
+        let searched = self.answer.len().saturating_sub(END_OF_HEAD.len() - 1);
+        self.answer.extend_from_slice(piece);
+        let mut ends = self.answer[searched..].windows(END_OF_HEAD.len());
+        if ends.any(|bytes| bytes == END_OF_HEAD) {
+            return self.granted().map(Some);
+        }
+        if self.answer.len() > MAX_HEAD {
             return Err(wrong("the runner's answer to the handshake is too long"));
         }
+        Ok(None)
     }
-}
 
-fn dial(url: &RunnerUrl, deadline: Instant) -> Result<TcpStream, Refusal> {
-    let mut last = wrong(format!("{} has no address", url.host));
-    for address in url
-        .resolve()
-        .map_err(|error| wrong(format!("{}: {error}", url.host)))?
-    {
-        match TcpStream::connect_timeout(&address, left(deadline)?) {
-            Ok(sock) => return Ok(sock),
-            Err(error) => last = wrong(format!("{address}: {error}")),
-        }
-    }
-    Err(last)
-}
-
-fn left(deadline: Instant) -> io::Result<Duration> {
-    let left = deadline.saturating_duration_since(Instant::now());
-    if left.is_zero() {
-        Err(io::ErrorKind::TimedOut.into())
-    } else {
-        Ok(left)
+    fn granted(&mut self) -> Result<Granted, Refusal> {
+        let (length, response) = Response::try_parse(&self.answer)?
+            .ok_or_else(|| wrong("the runner's answer to the handshake is incomplete"))?;
+        Ok(Granted {
+            v2: check(&response, &self.key)?,
+            early: self.answer.split_off(length),
+        })
     }
 }
 
@@ -382,6 +349,36 @@ mod tests {
         assert!(check(&with("Sec-WebSocket-Extensions: permessage-deflate"), KEY).is_err());
         assert!(check(&answer(&base), "another key").is_err());
         assert!(check(&answer(&base[1..]), KEY).is_err());
+    }
+
+    #[test]
+    fn an_answer_may_come_byte_by_byte_with_the_first_message_behind_it() {
+        let url = "http://runner".parse().unwrap();
+        let mut handshake = Handshake::new(&url, "c", None).unwrap();
+        let accept = format!(
+            "Sec-WebSocket-Accept: {}",
+            derive_accept_key(handshake.key.as_bytes())
+        );
+        let head = answer(&["Upgrade: websocket", "Connection: Upgrade", &accept]);
+        let (last, before) = head.split_last().unwrap();
+        for byte in before {
+            assert!(handshake.receive(&[*byte]).unwrap().is_none());
+        }
+        let granted = handshake
+            .receive(&[&[*last], b"early".as_slice()].concat())
+            .unwrap()
+            .unwrap();
+        assert_eq!((granted.v2, &granted.early[..]), (false, &b"early"[..]));
+    }
+
+    #[test]
+    fn an_answer_that_ends_early_or_never_is_refused() {
+        let url = "http://runner".parse().unwrap();
+        let handshake = || Handshake::new(&url, "c", None).unwrap();
+        assert!(handshake().receive(b"").is_err());
+        let mut endless = handshake();
+        assert!(endless.receive(&[b'x'; MAX_HEAD]).unwrap().is_none());
+        assert!(endless.receive(b"x").is_err());
     }
 
     #[test]

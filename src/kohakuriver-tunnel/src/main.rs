@@ -66,15 +66,15 @@ fn work(options: Options) -> io::Result<ExitCode> {
             carry(&options, events);
         })?;
     let code = init::supervise(&signals, command);
-    stop.now()?;
+    stop.now();
     let _ = end.recv_timeout(GOODBYE);
     Ok(ExitCode::from(code as u8))
 }
 
 /// Keeps the tunnel up, also past a mistake of our own: the command beside it knows nothing of it.
-fn carry(options: &Options, mut events: EventLoop) {
+fn carry(options: &Options, events: EventLoop) {
     let outcome = loop {
-        match catch_unwind(AssertUnwindSafe(|| tunnel::run(options, &mut events))) {
+        match catch_unwind(AssertUnwindSafe(|| tunnel::run(options, &events))) {
             Ok(outcome) => break outcome,
             Err(_) => log!(Error, "the tunnel failed, and starts again"),
         }

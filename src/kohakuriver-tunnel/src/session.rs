@@ -129,8 +129,8 @@ impl<N: Network> Session<N> {
         self.stopping = Some(self.context.now + GRACE);
     }
 
-    /// How long the loop may wait for events.
-    pub fn patience(&self) -> Duration {
+    /// Until when the loop may wait for events; `None` if there is something to do.
+    pub fn wait_until(&self) -> Option<Instant> {
         let context = &self.context;
         // What services wrote before they ended is in our sockets already.
         let stopping = self.stopping.is_some() && context.link.is_idle();
@@ -138,7 +138,7 @@ impl<N: Network> Session<N> {
             || (self.readable && context.holding == 0)
             || (context.has_sources() && context.link.is_idle())
         {
-            return Duration::ZERO;
+            return None;
         }
         let keepalive = self.keepalive.next();
         let report = self.unreported().map(|_| self.next_report);
@@ -149,7 +149,7 @@ impl<N: Network> Session<N> {
             .chain(report)
             .chain(retry)
             .fold(keepalive, Instant::min);
-        next.saturating_duration_since(Instant::now()) + Duration::from_millis(1)
+        Some(next)
     }
 
     /// Readiness of the link's socket.

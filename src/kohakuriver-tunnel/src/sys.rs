@@ -1,14 +1,59 @@
-//! The few system calls that the standard library and mio don't offer.
+//! The few system calls that no library of ours offers.
 
 use std::io;
 use std::mem;
-use std::os::fd::{AsRawFd, RawFd};
+use std::os::fd::{AsRawFd, FromRawFd, OwnedFd, RawFd};
 
 fn check(result: libc::c_int) -> io::Result<()> {
+    number(result).map(drop)
+}
+
+fn number(result: libc::c_int) -> io::Result<libc::c_int> {
     if result == -1 {
         Err(io::Error::last_os_error())
     } else {
-        Ok(())
+        Ok(result)
+    }
+}
+
+/// Many sockets that are waited for as if they were one, which is readable while one of them has an event (epoll(7)).
+pub struct Epoll(OwnedFd);
+
+impl Epoll {
+    /// Without any socket.
+    pub fn new() -> io::Result<Self> {
+        // SAFETY: takes no pointers, and what it returns is nobody else's.
+        let fd = unsafe { number(libc::epoll_create1(libc::EPOLL_CLOEXEC))? };
+        // SAFETY: as above.
+        Ok(Self(unsafe { OwnedFd::from_raw_fd(fd) }))
+    }
+
+    /// Tells of each change of `socket` to a state of `interest` under `token`, until it is closed.
+    pub fn add(&self, socket: &impl AsRawFd, token: u64, interest: libc::c_int) -> io::Result<()> {
+        let mut event = libc::epoll_event {
+            events: (interest | libc::EPOLLRDHUP | libc::EPOLLET) as u32,
+            u64: token,
+        };
+        let (to, fd) = (self.0.as_raw_fd(), socket.as_raw_fd());
+        // SAFETY: the kernel reads one `epoll_event` from a valid place.
+        check(unsafe { libc::epoll_ctl(to, libc::EPOLL_CTL_ADD, fd, &mut event) })
+    }
+
+    /// What has changed by now, as much of it as there is room for.
+    pub fn events<'a>(
+        &self,
+        room: &'a mut [libc::epoll_event],
+    ) -> io::Result<&'a [libc::epoll_event]> {
+        let most = libc::c_int::try_from(room.len()).unwrap_or(libc::c_int::MAX);
+        // SAFETY: the kernel writes at most `most` events to a valid place.
+        let length = unsafe { libc::epoll_wait(self.0.as_raw_fd(), room.as_mut_ptr(), most, 0) };
+        Ok(&room[..number(length)? as usize])
+    }
+}
+
+impl AsRawFd for Epoll {
+    fn as_raw_fd(&self) -> RawFd {
+        self.0.as_raw_fd()
     }
 }
 

@@ -6,14 +6,11 @@ use std::time::{Duration, Instant};
 use crate::args::Options;
 use crate::backoff::{Backoff, Next};
 use crate::event_loop::EventLoop;
-use crate::handshake::{self, Opened, Refusal};
+use crate::handshake::{Handshake, Refusal};
 use crate::log;
 use crate::protocol::close;
 use crate::session::End;
 use crate::sys;
-
-/// Unsent bytes in the kernel that a small message may have to wait for.
-const UNSENT: u32 = 256 << 10;
 
 /// Why no link is tried any more.
 #[derive(Debug, PartialEq, Eq)]
@@ -27,7 +24,7 @@ pub enum Outcome {
 }
 
 /// Keeps the tunnel up until there is a reason not to. Stopping `events` ends it.
-pub fn run(options: &Options, events: &mut EventLoop) -> Outcome {
+pub fn run(options: &Options, events: &EventLoop) -> Outcome {
     let mut backoff = Backoff {
         failures: 0,
         longest: options.reconnect_delay,
@@ -89,18 +86,19 @@ fn explain(end: &End, replaced: &mut bool) -> Option<u16> {
     }
 }
 
-fn attempt(options: &Options, events: &mut EventLoop) -> Result<End, Refusal> {
+fn attempt(options: &Options, events: &EventLoop) -> Result<End, Refusal> {
     let token = read_token(options)?;
-    let opened = handshake::open(&options.url, &options.container, token.as_deref())?;
-    let Opened { sock, early, v2 } = opened;
-    sys::limit_unsent(&sock, UNSENT)?;
+    let handshake = Handshake::new(&options.url, &options.container, token.as_deref())?;
+    let Some(opened) = events.open(&options.url, handshake)? else {
+        return Ok(End::Stopped);
+    };
     log!(
         Info,
         "the tunnel of {} is up (v{})",
         options.container,
-        1 + u8::from(v2)
+        1 + u8::from(opened.granted.v2)
     );
-    Ok(events.serve(sock, &early, v2, &options.settings)?)
+    Ok(events.serve(opened, &options.settings)?)
 }
 
 fn read_token(options: &Options) -> Result<Option<String>, Refusal> {
