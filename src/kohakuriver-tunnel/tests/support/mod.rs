@@ -16,7 +16,7 @@ use std::time::{Duration, Instant};
 use kohakuriver_tunnel::frame::mask;
 use kohakuriver_tunnel::protocol::{HEADER, Header, SUBPROTOCOL_V2, TCP, UDP, kind};
 use kohakuriver_tunnel::sys;
-use socket2::{Domain, Socket, Type};
+use socket2::{Domain, SockRef, Socket, Type};
 use tungstenite::handshake::derive_accept_key;
 
 pub const PATIENCE: Duration = Duration::from_secs(30);
@@ -45,9 +45,12 @@ pub struct Wire {
 
 impl Runner {
     pub fn new() -> Self {
-        Self {
-            listener: TcpListener::bind("127.0.0.1:0").unwrap(),
-        }
+        let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+        // Also of `accept` (socket(7)).
+        SockRef::from(&listener)
+            .set_read_timeout(Some(PATIENCE))
+            .unwrap();
+        Self { listener }
     }
 
     pub fn url(&self) -> String {
@@ -434,6 +437,9 @@ pub fn listener() -> (TcpListener, u16) {
 }
 
 pub fn take(listener: &TcpListener) -> TcpStream {
+    SockRef::from(listener)
+        .set_read_timeout(Some(PATIENCE))
+        .unwrap();
     let (sock, _) = listener.accept().unwrap();
     sock.set_read_timeout(Some(PATIENCE)).unwrap();
     sock
