@@ -13,6 +13,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import MISSING, Field, asdict, dataclass, field, fields
 from typing import Annotated, Any, ClassVar, Literal, Protocol, TypeVar, get_args
 
+from kohakuriver.backends import kind_of, making
 from kohakuriver.images import ImageName
 
 __all__ = [
@@ -37,7 +38,6 @@ __all__ = [
     "taken_from",
 ]
 
-Backend = Literal["docker", "process", "address"]
 Status = Literal["starting", "running", "stopped", "failed", "lost"]
 
 MAX_SSH_KEYS = 100
@@ -94,6 +94,16 @@ def _public_key(text: str) -> str:
     return line
 
 
+def _backend(name: str) -> str:
+    return kind_of(name).name
+
+
+def _making_backend(name: str) -> str:
+    if not kind_of(name).makes:
+        raise ValueError(f"{name!r} starts no tasks; give {' or '.join(making())}")
+    return name
+
+
 def _image(text: str) -> str:
     ImageName.parse(text)
     return text
@@ -110,6 +120,8 @@ NodeName = Annotated[
     str, matching(r"[A-Za-z0-9][A-Za-z0-9._-]{0,62}", "it must be 1 to 63 letters, digits, dots, dashes, underscores")
 ]
 Image = Annotated[str, Check(_image)]
+Backend = Annotated[str, Check(_backend)]
+"""The name of a way of running a task: see backends.py."""
 EnvName = Annotated[str, matching(r"[^=\0]+", "a variable's name has no = in it")]
 NoNul = Annotated[str, matching(r"(?s)[^\0]*", "it has a NUL byte in it")]
 Mount = Annotated[str, matching(r"[^:\0]+:/[^:\0]*(:ro)?", "write SOURCE:/TARGET or SOURCE:/TARGET:ro")]
@@ -150,7 +162,7 @@ class NewTask(TaskSpec):
 
     name: Name | None = None
     node: NodeName | None = None
-    backend: Literal["docker", "process"] | None = None
+    backend: Annotated[str, Check(_making_backend)] | None = None
 
 
 @dataclass(kw_only=True)

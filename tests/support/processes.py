@@ -10,7 +10,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -40,11 +40,14 @@ def eventually(look: Callable[[], T | None], *, within: float = PATIENCE) -> T:
 class Program:
     """`kohakuriver host` or `kohakuriver runner`, ready."""
 
-    def __init__(self, log: Path, *arguments: str, env: dict[str, str] | None = None) -> None:
+    def __init__(
+        self, log: Path, *arguments: str, env: dict[str, str] | None = None, under: Sequence[str] = ()
+    ) -> None:
+        """`under` is a command that starts it, as `nohup` does."""
         self.log = log
         with log.open("ab") as errors:
             self.process = subprocess.Popen(
-                [sys.executable, "-m", "kohakuriver", *arguments, "--json"],
+                [*under, sys.executable, "-m", "kohakuriver", *arguments, "--json"],
                 stdin=subprocess.DEVNULL,
                 stdout=subprocess.PIPE,
                 stderr=errors,
@@ -55,6 +58,12 @@ class Program:
         line = self.process.stdout.readline()
         assert line, f"{arguments[0]} did not start: {log.read_text()}"
         self.ready: dict[str, Any] = json.loads(line)
+
+    def next_event(self) -> dict[str, Any]:
+        """What it prints next; waits for that."""
+        assert self.process.stdout is not None
+        event: dict[str, Any] = json.loads(self.process.stdout.readline())
+        return event
 
     @property
     def pid(self) -> int:
@@ -108,7 +117,9 @@ class Cluster:
         eventually(lambda: _registrations(runner.log) > before)
         return runner
 
-    def start_program(self, name: str, *arguments: str, env: dict[str, str] | None = None) -> Program:
+    def start_program(
+        self, name: str, *arguments: str, env: dict[str, str] | None = None, under: Sequence[str] = ()
+    ) -> Program:
         """Start a runner; back when it serves, whatever the host thinks of it."""
         runner = self.runners[name] = Program(
             self.directory / f"{name}.log",
@@ -116,6 +127,7 @@ class Cluster:
             *("--state-dir", str(self.state_of(name)), "--node-token-file", str(self.host_state / "node-token")),
             *arguments,
             env=env,
+            under=under,
         )
         return runner
 

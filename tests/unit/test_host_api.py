@@ -334,7 +334,7 @@ def test_a_node_stays_online_however_many_tasks_there_are_and_whatever_they_say(
                 NodeIdentity("n1", runner.url, "", host.url, token),
                 State(tmp_path / "runner"),
                 heartbeat=lambda: {"tasks": tasks, "traffic": {}},
-                backends=lambda: ["process"],
+                backends=lambda: {"process": None},
                 remove=removed.put,
             )
             running = asyncio.ensure_future(registration.run())

@@ -13,6 +13,7 @@ PACKAGE = Path(__file__).resolve().parents[2] / "src/kohakuriver"
 
 BASE = {
     "asking",
+    "backends",
     "errors",
     "config",
     "descriptors",
@@ -32,6 +33,7 @@ PROTOCOL = BASE | {"_frame", "tunnel"}
 ALLOWED: dict[str, set[str]] = {
     "_frame": set(),
     "asking": set(),
+    "backends": set(),
     "errors": set(),
     "config": {"errors"},
     "descriptors": set(),
@@ -41,7 +43,7 @@ ALLOWED: dict[str, set[str]] = {
     "rates": set(),
     "resolve": set(),
     "runtime": {"errors"},
-    "task": {"images"},
+    "task": {"backends", "images"},
     "text": set(),
     "tls": {"errors"},
     "tunnel": PROTOCOL,

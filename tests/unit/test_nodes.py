@@ -116,7 +116,11 @@ def test_a_runner_says_in_its_own_log_that_the_host_does_not_reach_it(
                 raise AssertionError
 
             registration = Registration(
-                identity, State(tmp_path / "runner"), heartbeat=heartbeat, backends=lambda: ["process"], remove=remove
+                identity,
+                State(tmp_path / "runner"),
+                heartbeat=heartbeat,
+                backends=lambda: {"process": None},
+                remove=remove,
             )
             running = asyncio.ensure_future(registration.run())
             await beats[0].wait()

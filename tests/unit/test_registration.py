@@ -40,7 +40,11 @@ def test_a_heartbeat_that_fails_is_logged_and_the_next_one_is_sent(
             token = (tmp_path / "host/node-token").read_text().strip()
             identity = NodeIdentity("n1", "http://127.0.0.1:1", "one", host.url, token)
             registration = Registration(
-                identity, State(tmp_path / "runner"), heartbeat=heartbeat, backends=lambda: ["process"], remove=_remove
+                identity,
+                State(tmp_path / "runner"),
+                heartbeat=heartbeat,
+                backends=lambda: {"process": None},
+                remove=_remove,
             )
             running = asyncio.ensure_future(registration.run())
             await asyncio.wait_for(told.wait(), 20)

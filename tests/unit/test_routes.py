@@ -260,7 +260,7 @@ class RunnerUnderTest:
         self.state = State(directory)
         self.state.ticket_key = self.KEY
         identity = NodeIdentity("n1", "http://127.0.0.1:1", "i", "http://127.0.0.1:1", "krn_token")
-        self.registration = Registration(identity, self.state, heartbeat=dict, backends=list, remove=self._remove)
+        self.registration = Registration(identity, self.state, heartbeat=dict, backends=dict, remove=self._remove)
         self.tasks = TaskManager(TaskBook(self.state, lambda: None))
         self.tunnels = TunnelServer(
             allow_anonymous=False,

@@ -14,7 +14,7 @@ import pytest
 import structlog
 
 from kohakuriver.errors import KohakuRiverError, NotFoundError, UnavailableError
-from kohakuriver.runner.backends.base import Backend, ExecRequest, ExecSession
+from kohakuriver.runner.backends.base import Backend, ExecRequest, ExecSession, Surroundings
 from kohakuriver.runner.services import task_book, tasks
 from kohakuriver.runner.services.state import State, TaskRecord
 from kohakuriver.runner.services.task_book import TaskBook
@@ -36,6 +36,10 @@ class Obedient(Backend):
         self.gate.set()
         self.did: list[str] = []
         self.running: set[str] = set()
+
+    @classmethod
+    def made(cls, around: Surroundings) -> Obedient:
+        raise AssertionError("a test makes it itself")
 
     async def open(self, tasks: list[TaskRecord], found: Callable[[TaskRecord], None]) -> None:
         self.did.append(f"open {len(tasks)}")

@@ -11,8 +11,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from kohakuriver.backends import by_default, names
 from kohakuriver.cli import output
-from kohakuriver.cli.options import JsonOption, built, remote
+from kohakuriver.cli.options import JsonOption, built, one_of, remote
 from kohakuriver.cli.signals import caught
 
 if TYPE_CHECKING:
@@ -36,16 +37,6 @@ class LogFormat(str, Enum):
     text = "text"
     json = "json"
 
-
-class Backend(str, Enum):
-    """A way of running tasks that a runner may offer."""
-
-    docker = "docker"
-    process = "process"
-    address = "address"
-
-
-DEFAULT_BACKENDS = (Backend.docker, Backend.address)
 
 AnonymousOption = Annotated[
     bool,
@@ -118,8 +109,13 @@ NodeTokenFileOption = Annotated[
     Path | None, typer.Option("--node-token-file", help="The file that holds it.", show_default=False)
 ]
 BackendsOption = Annotated[
-    list[Backend] | None,
-    typer.Option("--backend", help="What to offer; may be repeated. Default: docker and address.", show_default=False),
+    list[str] | None,
+    typer.Option(
+        "--backend",
+        **one_of(names()),
+        help=f"What to offer; may be repeated. Default: {' and '.join(by_default())}.",
+        show_default=False,
+    ),
 ]
 StopTasksOption = Annotated[bool, typer.Option("--stop-tasks-on-exit", help="End containers too when the runner ends.")]
 
@@ -273,7 +269,7 @@ def runner(
     from kohakuriver.runner import RunnerOptions, serve
 
     more = {"state_dir": common.state_dir or config.config_dir() / "runner", "host_url": config.host_url(host_url)}
-    return serve(built(RunnerOptions, {"backends": DEFAULT_BACKENDS, **_given(ctx)}, **more))
+    return serve(built(RunnerOptions, {"backends": by_default(), **_given(ctx)}, **more))
 
 
 def _given(ctx: typer.Context) -> dict[str, Any]:

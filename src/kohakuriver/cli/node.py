@@ -52,6 +52,9 @@ def list_nodes(at: Remote) -> None:
         ],
     )
     for node in nodes:
+        for backend, reason in node.unavailable.items():
+            output.note(f"Node {node.name} offers no {backend}: {reason}.")
+    for node in nodes:
         if node.reason:
             output.note(f"{node.name}: {node.reason}")
 

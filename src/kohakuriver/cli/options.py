@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import inspect
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass, fields, is_dataclass
 from enum import Enum
 from typing import TYPE_CHECKING, Annotated, Any, TypeVar, get_type_hints
@@ -31,6 +31,7 @@ __all__ = [
     "TasksArgument",
     "built",
     "complete_task",
+    "one_of",
     "pairs",
     "remote",
     "seconds",
@@ -47,6 +48,21 @@ def complete_task(ctx: typer.Context, incomplete: str) -> list[str]:
         return [task.name for task in tasks if task.name.startswith(incomplete)]
     except KohakuRiverError:
         return []
+
+
+def one_of(words: Sequence[str]) -> dict[str, Any]:
+    """What an option takes beside its names, for it to be one of these words."""
+
+    def parse(word: str) -> str:
+        if word not in words:
+            raise typer.BadParameter(f"{word!r} is not one of {', '.join(words)}.")
+        return word
+
+    return {
+        "parser": parse,
+        "metavar": f"[{'|'.join(words)}]",
+        "autocompletion": lambda incomplete: [word for word in words if word.startswith(incomplete)],
+    }
 
 
 TaskArgument = Annotated[

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from kohakuriver.backends import known
 from kohakuriver.cli.behind_dashes import WithSshArguments, command_of
 from kohakuriver.cli.options import Connection, Remote, TaskArgument, remote
 from kohakuriver.cli.ssh_names import alias, task_of
@@ -89,7 +90,7 @@ async def _names(client: HostClient) -> list[str]:
     """
     me = (await client.whoami()).user
     mine = [task for task in await client.tasks() if task.owner == task.creator == me and "." not in task.name]
-    return [task.name for task in mine if task.ssh_host_key or task.backend == "address"]
+    return [task.name for task in mine if task.ssh_host_key or known(task.backend).own_ssh]
 
 
 async def tasks_changed(client: HostClient) -> None:

@@ -5,16 +5,16 @@ from __future__ import annotations
 import shlex
 from collections.abc import Awaitable, Callable
 from dataclasses import asdict
-from enum import Enum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from kohakuriver.backends import kind_of, known, making
 from kohakuriver.cli import output, ssh
 from kohakuriver.cli.app import App
 from kohakuriver.cli.behind_dashes import WithCommand, command_of
-from kohakuriver.cli.options import MaybeTasksArgument, Remote, TaskArgument, TasksArgument, pairs, remote
+from kohakuriver.cli.options import MaybeTasksArgument, Remote, TaskArgument, TasksArgument, one_of, pairs, remote
 from kohakuriver.errors import KohakuRiverError, UsageError
 
 if TYPE_CHECKING:
@@ -30,13 +30,6 @@ app = App(
 WAIT_TIMEOUT = 120.0
 
 
-class Backend(str, Enum):
-    """A way of running a task."""
-
-    docker = "docker"
-    process = "process"
-
-
 NameOption = Annotated[
     str | None, typer.Option("--name", help="A unique name for the task. Default: made up.", show_default=False)
 ]
@@ -44,7 +37,8 @@ NodeOption = Annotated[
     str | None, typer.Option("--node", help="Its node. Default: the host chooses, or finds it.", show_default=False)
 ]
 BackendOption = Annotated[
-    Backend | None, typer.Option("--backend", help="Default: docker, which needs --image.", show_default=False)
+    str | None,
+    typer.Option("--backend", **one_of(making()), help="Default: docker, which needs --image.", show_default=False),
 ]
 ImageOption = Annotated[
     str | None, typer.Option("--image", help="The container image, for the docker backend.", show_default=False)
@@ -102,14 +96,14 @@ def create(
     from kohakuriver.cli.ssh_files import public_keys
     from kohakuriver.client.host import NewTask
 
-    if image is None and backend is not Backend.process:
+    if image is None and (backend is None or kind_of(backend).image):
         raise UsageError(
             "A task needs a container image: name it with --image, or have CMD run on the node by --backend process."
         )
     new = NewTask(
         name=name,
         node=node,
-        backend=backend.value if backend else None,
+        backend=backend,
         image=image,
         command=command_of(ctx) or [],
         env=pairs(env or [], "--env"),
@@ -221,7 +215,7 @@ def list_tasks(
 
 def _tunnel(task: Task) -> str:
     # The runner dials an address itself: it has no tunnel that could be connected or not.
-    return "-" if task.backend == "address" else "connected" if task.tunnel else "no"
+    return "-" if known(task.backend).dialled else "connected" if task.tunnel else "no"
 
 
 @app.command(epilog="Example: kohakuriver vps status web")
@@ -297,7 +291,7 @@ async def _ended(client: HostClient) -> list[str]:
     ended = [task for task in await client.tasks() if task.owner == me and task.status in ("stopped", "failed")]
     if not ended:
         output.note("All of your tasks run.")
-    return [str(task.task_id) for task in ended if task.backend != "address"]
+    return [str(task.task_id) for task in ended if known(task.backend).controls]
 
 
 @app.command(epilog="Example: kohakuriver vps rm web")

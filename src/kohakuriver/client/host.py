@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import MISSING, asdict, dataclass, field, fields
 from types import TracebackType
 from typing import Any, TypeVar
@@ -62,7 +62,7 @@ class Node:
     """A machine with a runner. `last_seen` is ISO 8601, or None when it never was; `tasks` how many it has.
 
     `status` is "online", "offline", or "unreachable" where the host can't dial it, and `reason` then says why. A
-    `cordoned` one gets no new tasks.
+    `cordoned` one gets no new tasks. `unavailable` are backends that it should offer and can't now, with the reasons.
     """
 
     name: str
@@ -70,6 +70,7 @@ class Node:
     status: str
     last_seen: str | None = None
     backends: Sequence[str] = ()
+    unavailable: Mapping[str, str] = field(default_factory=dict)
     tasks: int = 0
     version: str = ""
     traffic: Traffic = field(default_factory=Traffic)

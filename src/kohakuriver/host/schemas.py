@@ -7,11 +7,12 @@ import json
 from datetime import datetime, timezone
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
 from pydantic.dataclasses import dataclass as pydantic_dataclass
 from pydantic_core import ArgsKwargs
 
 from kohakuriver.task import Backend, Name, NewTask, NodeName, TaskReport, Whole, matching
+from kohakuriver.text import printable
 
 __all__ = [
     "AdoptRequest",
@@ -33,6 +34,7 @@ __all__ = [
     "iso_time",
 ]
 
+LONGEST_REASON = 500
 LONGEST_TOKEN_SECONDS = 100 * 366 * 86400.0
 
 Role = Literal["admin", "user"]
@@ -47,6 +49,7 @@ Label = Annotated[
     matching(r"[A-Za-z0-9][A-Za-z0-9 ._@-]{0,62}", "it must be 1 to 63 letters, digits, dots, dashes and the like"),
 ]
 ContainerName = Annotated[str, matching(r"[A-Za-z0-9][A-Za-z0-9._-]*", "give the container's name or id")]
+Reason = Annotated[str, Field(max_length=LONGEST_REASON), AfterValidator(printable)]
 Url = Annotated[str, matching(r"https?://[^\s/?#@]+", "it must be like http://name:port")]
 
 _NO_CHARACTER = "it has half of a surrogate pair in it, which is no character"
@@ -152,11 +155,15 @@ class SshPass(BaseModel):
 
 
 class Registration(_Request):
-    """A runner says that it is there. `instance` stays the same over its restarts and tells it from a namesake."""
+    """A runner says that it is there. `instance` stays the same over its restarts and tells it from a namesake.
+
+    `unavailable`: which backends it should offer and can't now, and why.
+    """
 
     name: NodeName
     url: Url
     backends: list[Backend]
+    unavailable: dict[Backend, Reason] = {}
     version: str = ""
     instance: str = ""
 
@@ -206,6 +213,7 @@ class NodeView(BaseModel):
     cordoned: bool
     last_seen: str
     backends: list[str]
+    unavailable: dict[str, str]
     tasks: int
     traffic: dict[str, int]
     version: str

@@ -33,7 +33,7 @@ from kohakuriver.ssh_proxy.server import SshProxy
 from kohakuriver.store import Accounts, Store, sqlite_url
 from kohakuriver.tls import ServerCertificate, client_context
 from kohakuriver.tunnel.accept import serve_ws
-from kohakuriver.web.app import bind, print_ready, server_certificate, socket_url, warn_if_in_clear
+from kohakuriver.web.app import bind, print_event, server_certificate, socket_url, warn_if_in_clear
 from kohakuriver.web.logging import configure_logging
 from kohakuriver.web.origin import Guard
 from kohakuriver.web.server import Server, stop_at_end_of_stdin
@@ -181,7 +181,7 @@ async def _serve(
         ssh_proxy.start()
         sentence = f"The host is ready at {url}, its SSH proxy at {ssh_address}"
         loops.freeze_heap()
-        print_ready(options.json, sentence, url=url, ssh_proxy=ssh_address)
+        print_event("ready", options.json, sentence, url=url, ssh_proxy=ssh_address)
 
     async def stop() -> None:
         await ssh_proxy.close()

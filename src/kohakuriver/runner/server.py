@@ -23,10 +23,8 @@ from kohakuriver.errors import KohakuRiverError, LocalAddressError, UsageError
 from kohakuriver.limits import from_environment as limits_from_environment
 from kohakuriver.resolve import resolving
 from kohakuriver.runner.app import Services, create_app
-from kohakuriver.runner.backends.address import AddressBackend
-from kohakuriver.runner.backends.base import Backend
-from kohakuriver.runner.backends.docker.tasks import DockerBackend
-from kohakuriver.runner.backends.process.tasks import ProcessBackend
+from kohakuriver.runner.backends.base import Surroundings
+from kohakuriver.runner.backends.registry import made
 from kohakuriver.runner.services.registration import NodeIdentity, Registration
 from kohakuriver.runner.services.ssh_helper import SshHelper
 from kohakuriver.runner.services.state import State
@@ -39,7 +37,7 @@ from kohakuriver.runner.services.tunnel_server import TunnelServer
 from kohakuriver.tls import ServerCertificate, sends_in_clear
 from kohakuriver.tunnel.accept import serve_ws
 from kohakuriver.tunnel.settings import from_environment
-from kohakuriver.web.app import bind, new_app, print_ready, server_certificate, socket_url, warn_if_in_clear
+from kohakuriver.web.app import bind, new_app, print_event, server_certificate, socket_url, warn_if_in_clear
 from kohakuriver.web.logging import configure_logging
 from kohakuriver.web.origin import Guard
 from kohakuriver.web.server import Server, stop_at_end_of_stdin
@@ -119,7 +117,12 @@ class Runner:
         self._sock = sock
         self._identity = identity
         self._registration = Registration(
-            identity, state, heartbeat=self._heartbeat, backends=lambda: self._tasks.offered, remove=self._remove
+            identity,
+            state,
+            heartbeat=self._heartbeat,
+            backends=lambda: self._tasks.backends,
+            remove=self._remove,
+            on_registered=self._registered,
         )
         self._book = TaskBook(state, self._registration.changed)
         self._tasks = TaskManager(self._book)
@@ -156,37 +159,27 @@ class Runner:
         )
         self._certificate = certificate
         self._listening = Listening(sock, self._listen_for_containers, state, tls=certificate is not None)
-        self._backends = self._make_backends(options.backends, state)
+        self._backends = made(options.backends, self._surroundings(state))
         self._background: list[asyncio.Task[None]] = []
 
-    def _make_backends(self, names: Sequence[str], state: State) -> dict[str, Backend]:
-        helper, ssh = TunnelHelper(state), SshHelper(state)
+    def _surroundings(self, state: State) -> Surroundings:
+        helper = TunnelHelper(state)
         if not helper.has_binary:
             log.warning(
                 "there is no static tunnel client here: process tasks use the Python one, which costs more processor "
                 "time, and no container can be started; to have it, install kohakuriver again where cargo is"
             )
-        report = self._book.report
-        made: dict[str, Backend] = {"address": AddressBackend(report)}
-        for name in names:
-            if name == "docker":
-                made[name] = DockerBackend(
-                    node=self._identity.name,
-                    instance=state.instance,
-                    helper=helper,
-                    ssh=ssh,
-                    report=report,
-                    listen_at=self._listening.url_at,
-                    on_availability=self._registration.changed,
-                )
-            elif name == "process":
-                # A child of `up` serves the user who started it alone.
-                if os.geteuid() == 0 and not self._options.exit_with_stdin:
-                    log.warning("process tasks run as root here: every user of this cluster is root on this machine")
-                made[name] = ProcessBackend(state, helper, ssh, report, self._listening.local_url)
-            elif name != "address":
-                raise UsageError(f"There is no backend {name!r}; there are docker, process and address.")
-        return made
+        return Surroundings(
+            node=self._identity.name,
+            state=state,
+            helper=helper,
+            ssh=SshHelper(state),
+            report=self._book.report,
+            listen_at=self._listening.url_at,
+            local_url=self._listening.local_url,
+            on_change=self._registration.changed,
+            serves_others=not self._options.exit_with_stdin,  # a child of `up` serves the user who started it alone
+        )
 
     def _drop(self, container: str, reason: str, *, gone: bool = False) -> None:
         """The task has ended: so do its streams and its terminals."""
@@ -220,7 +213,19 @@ class Runner:
         url = self._identity.url
         sentence = f"The runner of node {self._identity.name} is ready at {url}"
         loops.freeze_heap()
-        print_ready(self._options.json, sentence, url=url, name=self._identity.name)
+        print_event("ready", self._options.json, sentence, url=url, name=self._identity.name)
+
+    def _registered(self) -> None:
+        name, host = self._identity.name, self._identity.host_url
+        with contextlib.suppress(OSError):  # nobody reads any more what this program says
+            print_event(
+                "registered",
+                self._options.json,
+                f"The host {host} has taken in node {name}",
+                url=self._identity.url,
+                name=name,
+                host=host,
+            )
 
     async def _stop(self) -> None:
         await self._terminals.close()

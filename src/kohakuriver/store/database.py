@@ -40,7 +40,7 @@ from kohakuriver.store.models import Base, Meta, Node, Share, Task, Token
 
 __all__ = ["SCHEMA_VERSION", "Store", "sqlite_url"]
 
-SCHEMA_VERSION = 6
+SCHEMA_VERSION = 7
 """Counts up with every change of the tables. An older database is brought up to it, a newer one is refused."""
 
 CHECK_SECONDS = 2.0

@@ -35,6 +35,7 @@ class Node(Base):
 
     `instance` tells two runners apart that were given the same name; `ticket_key` signs what the host shows this node.
     A `cordoned` node gets no new tasks.
+    `unavailable` are backends that it should offer and can't now, with the reasons.
     `traffic` has the node's totals, and under "tasks" those of its tasks by id, as of the last heartbeat.
     """
 
@@ -45,6 +46,7 @@ class Node(Base):
     instance: Mapped[str] = mapped_column(String(64), default="")
     version: Mapped[str] = mapped_column(String(64), default="")
     backends: Mapped[list[str]] = mapped_column(JSON, default=list)
+    unavailable: Mapped[dict[str, str]] = mapped_column(JSON, default=dict)
     ticket_key: Mapped[bytes] = mapped_column(LargeBinary)
     last_seen: Mapped[float] = mapped_column(Float)
     left: Mapped[bool] = mapped_column(Boolean, default=False)

@@ -34,7 +34,7 @@ __all__ = [
     "bearer",
     "bind",
     "new_app",
-    "print_ready",
+    "print_event",
     "server_certificate",
     "services_of",
     "socket_url",
@@ -252,6 +252,6 @@ def warn_if_in_clear(sock: socket.socket, certificate: ServerCertificate | None)
         log.warning("this port speaks plain HTTP to other machines: give --tls-cert and --tls-key, or use a VPN")
 
 
-def print_ready(as_json: bool, sentence: str, **fields: Any) -> None:
-    """The one line on stdout that says that a program serves now."""
-    print(json.dumps({"event": "ready", **fields}) if as_json else sentence, flush=True)
+def print_event(event: str, as_json: bool, sentence: str, **fields: Any) -> None:
+    """One line on stdout: that a program serves now ("ready"), or what else whoever started it waits for."""
+    print(json.dumps({"event": event, **fields}) if as_json else sentence, flush=True)

@@ -25,6 +25,8 @@ from kohakuriver.web.waiting_room import WaitingRoom
 
 DRAIN_SECONDS = 5
 
+_ENDING = tuple(signal.Signals[name] for name in ("SIGINT", "SIGTERM", "SIGHUP", "SIGQUIT") if hasattr(signal, name))
+
 
 class Server(uvicorn.Server):
     """uvicorn, with `on_ready` once it listens, `on_stop` before it drains, and listeners that come and go.
@@ -89,21 +91,24 @@ class Server(uvicorn.Server):
 
     @contextlib.contextmanager
     def capture_signals(self) -> Iterator[None]:
-        """SIGTERM and SIGINT begin a drain that ends with exit code 0, where uvicorn would raise them again.
+        """What ends a program begins a drain that ends with exit code 0, where uvicorn would raise it again.
 
-        SIGHUP has the certificate read again. To a program that was started from a terminal it says that this is gone.
+        Of a program that was not started from a terminal and has a certificate, SIGHUP has that read again. What was
+        ignored at the start stays ignored, as SIGHUP is by `nohup` and SIGINT by a script's `&`; SIGTERM always counts.
         """
         if threading.current_thread() is not threading.main_thread():
             yield
             return
-        before = {number: signal.signal(number, self.handle_exit) for number in (signal.SIGINT, signal.SIGTERM)}
-        if hasattr(signal, "SIGHUP") and not _on_terminal():
-            before[signal.SIGHUP] = signal.signal(signal.SIGHUP, self._read_again)
+        before = {number: signal.signal(number, self._on(number)) for number in _ENDING if _counts(number)}
         try:
             yield
         finally:
             for number, handler in before.items():
                 signal.signal(number, handler)
+
+    def _on(self, number: signal.Signals) -> Callable[[int, FrameType | None], None]:
+        again = number.name == "SIGHUP" and self._certificate is not None and not _on_terminal()
+        return self._read_again if again else self.handle_exit
 
     def _read_again(self, _number: int, _frame: FrameType | None) -> None:
         if self._certificate is not None:
@@ -140,6 +145,10 @@ class Server(uvicorn.Server):
             sock, new_protocol, tls=tls, handshake_timeout=self._limits.handshake_timeout, room=self._room
         )
         self.servers.append(cast(asyncio.Server, acceptor))
+
+
+def _counts(number: signal.Signals) -> bool:
+    return number == signal.SIGTERM or signal.getsignal(number) is not signal.SIG_IGN
 
 
 def _on_terminal() -> bool:

@@ -7,10 +7,11 @@ import base64
 import contextlib
 import secrets
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import structlog
 
+from kohakuriver.backends import kind_of
 from kohakuriver.errors import KohakuRiverError, NotFoundError, UnavailableError
 from kohakuriver.host.schemas import Heartbeat, HeartbeatAnswer, NodeView, Registration, RegistrationAnswer, iso_time
 from kohakuriver.host.services.reach import Reach
@@ -27,6 +28,7 @@ MOST_SHOWN = 10
 """Of how many tasks an error names."""
 
 _TICKET_KEY_BYTES = 32
+_NODES_NAMED = 3
 
 
 class Nodes:
@@ -71,6 +73,7 @@ class Nodes:
             "instance": request.instance,
             "version": request.version,
             "backends": list(request.backends),
+            "unavailable": request.unavailable,
             "last_seen": self._clock(),
             "left": False,
         }
@@ -127,6 +130,7 @@ class Nodes:
             cordoned=node.cordoned,
             last_seen=iso_time(node.last_seen),
             backends=node.backends,
+            unavailable=node.unavailable,
             tasks=tasks,
             traffic={name: count for name, count in node.traffic.items() if name != "tasks"},
             version=node.version,
@@ -178,7 +182,7 @@ class Nodes:
                 code="node_offline",
             )
 
-    async def fitting(self, backends: tuple[str, ...], name: str | None = None) -> list[Node]:
+    async def fitting(self, backends: Sequence[str], name: str | None = None) -> list[Node]:
         """Online nodes that offer one of `backends`, least loaded first; only the node `name` if there is one.
 
         Raises NotFoundError or UnavailableError when there is none, saying why.
@@ -188,14 +192,14 @@ class Nodes:
             if node.cordoned:
                 raise _cordoned(f"Node {name}", name)
             if not set(backends) & set(node.backends):
-                raise _not_offered(f"Node {name} does not offer", backends)
+                raise _not_offered(f"Node {name} does not offer", backends, [node])
             return [node]
         online = [node for node in await self._store.nodes() if self.is_online(node)]
         if not online:
             raise UnavailableError("No node is online; start one with `kohakuriver runner`.", code="no_node")
         fit = [node for node in online if set(backends) & set(node.backends)]
         if not fit:
-            raise _not_offered("No node that is online offers", backends)
+            raise _not_offered("No node that is online offers", backends, online)
         free = [node for node in fit if not node.cordoned]
         if not free:
             raise _cordoned("Every node that could run it", fit[0].name)
@@ -228,11 +232,13 @@ def _would_be_lost(name: str, tasks: list[Task]) -> str:
     )
 
 
-def _not_offered(who_does: str, backends: tuple[str, ...]) -> UnavailableError:
-    advice = {
-        "docker": "check that a Docker engine runs there",
-        "process": "start its runner with `--backend process`",
-        "address": "start its runner with `--backend address`",
-    }[backends[0]]
-    sentence = f"{who_does} the backend {' or '.join(backends)}; {advice}."
-    return UnavailableError(sentence, code="backend_not_offered")
+def _not_offered(who_offers: str, backends: Sequence[str], nodes: Sequence[Node]) -> UnavailableError:
+    """Why a task can be placed nowhere: what the nodes say is in the way there, else what to do there."""
+    said = [(node.name, node.unavailable[name]) for node in nodes for name in backends if name in node.unavailable]
+    told = ", ".join(f"node {node}: {reason}" for node, reason in said[:_NODES_NAMED])
+    more = f" and {len(said) - _NODES_NAMED} more" if len(said) > _NODES_NAMED else ""
+    why = f" ({told}{more})" if said else ""
+    return UnavailableError(
+        f"{who_offers} the backend {' or '.join(backends)}{why}; {kind_of(backends[0]).advice}.",
+        code="backend_not_offered",
+    )

@@ -15,6 +15,7 @@ from typing import Any
 import structlog
 from pydantic import TypeAdapter, ValidationError
 
+from kohakuriver.backends import adopting, kind_of, making
 from kohakuriver.errors import HostUnreachableError, KohakuRiverError, NotFoundError, UnavailableError, UsageError
 from kohakuriver.host.schemas import AdoptRequest, Agent, CreateRequest, iso_time
 from kohakuriver.host.services.audit import LONGEST_TEXT, NOWHERE, Audit, fingerprint
@@ -23,7 +24,6 @@ from kohakuriver.host.services.nodes import Nodes
 from kohakuriver.host.services.runner_client import RunnerClient, makes_no_sense
 from kohakuriver.store import Accounts, Node, Store, Task
 from kohakuriver.task import (
-    Backend,
     TaskOrder,
     TaskReport,
     TaskTraffic,
@@ -39,7 +39,6 @@ __all__ = ["Changes", "Tasks", "container_name", "not_running"]
 
 log = structlog.get_logger("kohakuriver.host")
 
-_CONTAINER_NAMES = {"docker": "kohakuriver-vps-{}", "process": "kohakuriver-task-{}", "address": "vm-{}"}
 _ACTIVE = ("starting", "running")
 _ADOPT = "/api/tasks/adopt"
 
@@ -52,7 +51,7 @@ _POLL_SECONDS = 1.0
 
 def container_name(backend: str, task_id: int) -> str:
     """A task's id on the tunnel. Source: docs/protocol.md §4."""
-    return _CONTAINER_NAMES[backend].format(task_id)
+    return kind_of(backend).container.format(task_id)
 
 
 class Changes:
@@ -139,15 +138,11 @@ class Tasks:
 
     async def create(self, request: CreateRequest, owner: Caller) -> TaskView:
         """Start a new task. One that can't be started leaves nothing behind."""
-        _check_create(request)
+        backends = _fit_for(request)
         if request.mounts and not self._user_mounts:
             owner.need_admin("Mounting what a node has")
-        if request.backend is not None:
-            backends: tuple[Backend, ...] = (request.backend,)
-        else:
-            backends = ("docker",) if request.image is not None else ("process",)
         node = (await self._nodes.fitting(backends, request.node))[0]
-        order = _order(backends[0], request.name, vars(request))
+        order = _order(_offered(node, backends), request.name, vars(request))
         view = await self._begin(await self._add(order, node, owner.name), node)
         self._write("task_created", view, **_asked(order))
         return view
@@ -156,16 +151,16 @@ class Tasks:
         """Make a task of what runs already. Adopting the same container once more gives the task that it is."""
         if request.address is not None:
             node = await self._node_for_address(request.node)
-            order = _order("address", request.name, {"address": request.address, "adopted": True})
+            backend = _offered(node, adopting("address"))
+            order = _order(backend, request.name, {"address": request.address, "adopted": True})
             view = await self._begin(await self._add(order, node, owner), node)
             self._write("task_adopted", view, address=request.address)
             return view
-        nodes = await self._nodes.fitting(("docker",), request.node)
+        nodes = await self._nodes.fitting(adopting("container"), request.node)
         name = request.name or await self._name_of(request.container or "")
         for node in nodes:
-            order = _order(
-                "docker", name, {"engine_name": request.container, "adopted": True, "no_client": request.no_client}
-            )
+            what = {"engine_name": request.container, "adopted": True, "no_client": request.no_client}
+            order = _order(_offered(node, adopting("container")), name, what)
             task = await self._add(order, node, owner)
             try:
                 view = await self._begin(task, node)
@@ -189,7 +184,7 @@ class Tasks:
         return None
 
     async def _node_for_address(self, name: str | None) -> Node:
-        nodes = await self._nodes.fitting(("address",), name)
+        nodes = await self._nodes.fitting(adopting("address"), name)
         if len(nodes) > 1:
             raise UsageError("Several nodes are online; say with --node which one reaches the address.")
         return nodes[0]
@@ -251,7 +246,7 @@ class Tasks:
         return view
 
     async def _control(self, task: Task, node: Node, action: str, container: bool) -> TaskView:
-        if task.adopted and task.backend == "docker" and not container:
+        if task.adopted and kind_of(task.backend).controls and not container:
             raise _somebody_elses(task, action)
         self._nodes.check_online(node)
         path = f"/api/tasks/{task.container}/{action}"
@@ -329,7 +324,7 @@ class Tasks:
                     await asyncio.wait_for(changed.wait(), min(left, _POLL_SECONDS))
 
 
-def _order(backend: Backend, name: str | None, more: dict[str, Any]) -> TaskOrder:
+def _order(backend: str, name: str | None, more: dict[str, Any]) -> TaskOrder:
     """A new task with an id of its own; `more` are what else it has and may have fields that are not the node's."""
     task_id = 10**9 + secrets.randbelow(9 * 10**9)
     identity = {"task_id": task_id, "container": container_name(backend, task_id), "backend": backend}
@@ -357,13 +352,23 @@ def _report(answer: dict[str, Any], node: Node) -> TaskReport:
         raise makes_no_sense(node) from error
 
 
-def _check_create(request: CreateRequest) -> None:
-    if request.backend == "docker" and request.image is None:
-        raise UsageError("A task of the docker backend needs an image; name one with --image.")
-    if request.backend == "process" and request.image is not None:
-        raise UsageError("A task of the process backend runs on the node itself and takes no --image.")
-    if request.mounts and request.image is None:
+def _fit_for(request: CreateRequest) -> list[str]:
+    """The backends that such a task can be made by. Raises UsageError where it asks for what can't go together."""
+    backends = making(image=request.image is not None) if request.backend is None else [request.backend]
+    for kind in map(kind_of, backends):
+        if kind.image and request.image is None:
+            raise UsageError(f"A task of the {kind.name} backend needs an image; name one with --image.")
+        if not kind.image and request.image is not None:
+            raise UsageError(f"A task of the {kind.name} backend runs on the node itself and takes no --image.")
+    if request.mounts and not any(kind_of(name).mounts for name in backends):
         raise UsageError("Only a task in a container takes --mount; a process sees the node's files as they are.")
+
+    return backends
+
+
+def _offered(node: Node, backends: Sequence[str]) -> str:
+    """The first of `backends` that a node offers which fits."""
+    return next(name for name in backends if name in node.backends)
 
 
 def _adopted_already(view: TaskView) -> UsageError:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from kohakuriver.errors import UnavailableError
-from kohakuriver.runner.backends.base import Backend, ExecRequest, ExecSession, Reporter
+from kohakuriver.runner.backends.base import Backend, ExecRequest, ExecSession, Reporter, Surroundings
 from kohakuriver.runner.services.direct import DirectTarget
 from kohakuriver.runner.services.state import TaskRecord
 
@@ -19,6 +19,10 @@ class AddressBackend(Backend):
 
     def __init__(self, report: Reporter) -> None:
         self._report = report
+
+    @classmethod
+    def made(cls, around: Surroundings) -> AddressBackend:
+        return cls(around.report)
 
     async def open(self, tasks: list[TaskRecord], found: Callable[[TaskRecord], None]) -> None:
         for task in tasks:

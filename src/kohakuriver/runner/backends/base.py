@@ -3,14 +3,26 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Final, Protocol
 
 from kohakuriver.runner.services.direct import DirectTarget
-from kohakuriver.runner.services.state import TaskRecord
+from kohakuriver.runner.services.ssh_helper import SshHelper
+from kohakuriver.runner.services.state import State, TaskRecord
+from kohakuriver.runner.services.tunnel_helper import TunnelHelper
 
-__all__ = ["CTRL_D", "STDERR", "STDOUT", "Backend", "ExecRequest", "ExecSession", "Reporter", "locale_for"]
+__all__ = [
+    "CTRL_D",
+    "STDERR",
+    "STDOUT",
+    "Backend",
+    "ExecRequest",
+    "ExecSession",
+    "Reporter",
+    "Surroundings",
+    "locale_for",
+]
 
 STDOUT: Final = 1
 STDERR: Final = 2
@@ -83,6 +95,26 @@ class ExecSession(ABC):
         """Hang up (SIGHUP, as a closed terminal does) if the command still runs, and free what the session holds."""
 
 
+@dataclass(frozen=True)
+class Surroundings:
+    """What a runner gives its backends.
+
+    `node` is its name. `listen_at` makes the runner reachable at one of the node's addresses, for containers, and gives
+    the URL; `local_url` is that for the node's own processes. `on_change` is called when a backend's `trouble` is
+    another. `serves_others`: users of the cluster are not the one who started the runner.
+    """
+
+    node: str
+    state: State
+    helper: TunnelHelper
+    ssh: SshHelper
+    report: Reporter
+    listen_at: Callable[[str], Awaitable[str]]
+    local_url: Callable[[], str]
+    on_change: Callable[[], None]
+    serves_others: bool
+
+
 class Backend(ABC):
     """One way of running tasks.
 
@@ -92,11 +124,17 @@ class Backend(ABC):
     """
 
     name: str
+    """As backends.py of the package declares it."""
+
+    @classmethod
+    @abstractmethod
+    def made(cls, around: Surroundings) -> Backend:
+        """A backend of the runner that has these parts."""
 
     @property
-    def available(self) -> bool:
-        """Whether new tasks can be started now."""
-        return True
+    def trouble(self) -> str | None:
+        """Why new tasks can't be started now, without a full stop; None where they can."""
+        return None
 
     @abstractmethod
     async def open(self, tasks: list[TaskRecord], found: Callable[[TaskRecord], None]) -> None:

@@ -34,6 +34,7 @@ log = structlog.get_logger("kohakuriver.runner")
 
 _ANSWER_SECONDS = 10.0
 _LEAVE_SECONDS = 2.0
+_LONGEST_REASON = 300
 _FIRST_PAUSE, _LONGEST_PAUSE = 1.0, 5.0  # seconds
 
 TASKS_AT_ONCE = 100
@@ -58,7 +59,8 @@ class NodeIdentity:
 class Registration:
     """Registers with the host, sends heartbeats, and registers again whenever the host does not know the node.
 
-    `heartbeat` gives what to tell, `backends` what is offered; `remove` ends a task that the host says is removed.
+    `heartbeat` gives what to tell, `backends` what is offered, or why it is not; `remove` ends a task that the host
+    says is removed. `on_registered` is called when the host has taken the node in, also after it was away.
     """
 
     def __init__(
@@ -67,14 +69,16 @@ class Registration:
         state: State,
         *,
         heartbeat: Callable[[], dict[str, Any]],
-        backends: Callable[[], list[str]],
+        backends: Callable[[], dict[str, str | None]],
         remove: Callable[[int], Awaitable[None]],
+        on_registered: Callable[[], None] = lambda: None,
     ) -> None:
         self._identity = identity
         self._state = state
         self._heartbeat = heartbeat
         self._backends = backends
         self._remove = remove
+        self._on_registered = on_registered
         self._changed = asyncio.Event()
         self._ticket_key = state.ticket_key
         self._used_tickets = UsedTickets(state.directory / "used-tickets")
@@ -131,6 +135,8 @@ class Registration:
                 seconds = await self._register(offered)
                 log.info("registered with the host", host=self._identity.host_url, node=self._identity.name)
                 self._trouble = ""
+                if self._registered_at is None:
+                    self._on_registered()
                 self._registered_at = time.monotonic()
                 with contextlib.suppress(NotFoundError):  # the host has forgotten this node: tell it again
                     offered = await self._beat(seconds, offered)
@@ -140,14 +146,15 @@ class Registration:
             log.exception("a heartbeat could not be made")
             return "this runner could not make a heartbeat; see the error above"
 
-    async def _register(self, offered: list[str]) -> float:
+    async def _register(self, offered: dict[str, str | None]) -> float:
         answer = await self._post(
             "/api/nodes/register",
             {
                 "name": self._identity.name,
                 "url": self._identity.url,
                 "instance": self._identity.instance,
-                "backends": offered,
+                "backends": [name for name, trouble in offered.items() if trouble is None],
+                "unavailable": {name: trouble[:_LONGEST_REASON] for name, trouble in offered.items() if trouble},
                 "version": __version__,
             },
         )
@@ -157,7 +164,7 @@ class Registration:
         self._registered = True
         return float(answer["heartbeat_seconds"])
 
-    async def _beat(self, seconds: float, offered: list[str]) -> list[str]:
+    async def _beat(self, seconds: float, offered: dict[str, str | None]) -> dict[str, str | None]:
         """Send heartbeats until this node offers other backends than `offered`; those."""
         while (now := self._backends()) == offered:
             self._changed.clear()

@@ -8,6 +8,7 @@ from collections.abc import Awaitable, Callable
 
 import structlog
 
+from kohakuriver.backends import kind_of
 from kohakuriver.errors import KohakuRiverError, UnavailableError
 from kohakuriver.runner.backends.base import Backend, ExecRequest, ExecSession
 from kohakuriver.runner.services.direct import DirectTarget
@@ -56,9 +57,9 @@ class TaskManager:
         self.book.write_down()
 
     @property
-    def offered(self) -> list[str]:
-        """The backends that new tasks can be started with now."""
-        return [name for name, backend in self._backends.items() if backend.available]
+    def backends(self) -> dict[str, str | None]:
+        """This runner's backends; why new tasks can't be started with one now, None where they can."""
+        return {name: backend.trouble for name, backend in self._backends.items()}
 
     # What the host asks for
 
@@ -169,9 +170,10 @@ class TaskManager:
     def _backend(self, name: str) -> Backend:
         self._refuse_while_draining()
         backend = self._backends.get(name)
-        if backend is None or not backend.available:
+        trouble = "its runner was started without it" if backend is None else backend.trouble
+        if backend is None or trouble is not None:
             raise UnavailableError(
-                f"This node does not offer the backend {name} now; it offers {', '.join(self.offered) or 'none'}.",
+                f"This node does not offer the backend {name} now ({trouble}); use another node.",
                 code="backend_not_offered",
             )
         return backend
@@ -195,7 +197,7 @@ class TaskManager:
         Raises NotFoundError, or UnavailableError for another kind of task, or where no client can speak to this node.
         """
         task = self.book.get(container)
-        if task.backend != "address":
+        if not kind_of(task.backend).dialled:
             raise UnavailableError(
                 f"Task {task.name} is no machine: it gets its tunnel client by itself.", code="not_supported"
             )

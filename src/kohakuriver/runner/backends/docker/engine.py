@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import os
 from collections.abc import Iterator
 from typing import Any
 
@@ -24,10 +25,15 @@ def new_client() -> aiodocker.Docker:
         raise OSError("there is no engine's socket") from error
 
 
-def why(error: Exception) -> str:
+def why(error: BaseException) -> str:
     """Why there is no engine, where the program that asked knows it: may not, or none runs."""
-    cause = error.__cause__ or error
-    text = getattr(error, "strerror", None) or getattr(cause, "strerror", None) or str(error)
+    text = str(error)
+    cause: BaseException | None = error
+    while cause is not None:
+        system: Any = getattr(cause, "os_error", cause)
+        if isinstance(system, OSError) and system.errno:
+            return os.strerror(system.errno)
+        cause = cause.__cause__ or cause.__context__
     return text or "it did not answer in time"
 
 

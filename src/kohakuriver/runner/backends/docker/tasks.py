@@ -16,7 +16,7 @@ import structlog
 from aiodocker.exceptions import DockerError
 
 from kohakuriver.errors import KohakuRiverError, LocalAddressError, NotFoundError, UnavailableError
-from kohakuriver.runner.backends.base import Backend, ExecRequest, ExecSession, Reporter
+from kohakuriver.runner.backends.base import Backend, ExecRequest, ExecSession, Reporter, Surroundings
 from kohakuriver.runner.backends.docker import exec as docker_exec
 from kohakuriver.runner.backends.docker.describe import Description, ending, of_runner, task_in, task_of
 from kohakuriver.runner.backends.docker.engine import sentences
@@ -38,6 +38,7 @@ STOP_SECONDS = 10
 
 DRAIN_STOP_SECONDS = 3
 
+NO_BINARY = "its kohakuriver was installed without the static tunnel client, which containers need"
 PAUSED = "its container is paused"
 NO_CLIENT = "it has no tunnel client inside; its node dials its ports from the container's network"
 
@@ -76,9 +77,23 @@ class DockerBackend(Backend):
         self._untouched = Untouched(lambda: self._docker)
         self._found: Callable[[TaskRecord], None] = lambda _task: None
 
+    @classmethod
+    def made(cls, around: Surroundings) -> DockerBackend:
+        return cls(
+            node=around.node,
+            instance=around.state.instance,
+            helper=around.helper,
+            ssh=around.ssh,
+            report=around.report,
+            listen_at=around.listen_at,
+            on_availability=around.on_change,
+        )
+
     @property
-    def available(self) -> bool:
-        return self._watch.answers
+    def trouble(self) -> str | None:
+        if not self._watch.answers:
+            return self._watch.trouble
+        return None if self._helper.has_binary else NO_BINARY
 
     @property
     def _docker(self) -> aiodocker.Docker:

@@ -20,7 +20,7 @@ from pathlib import Path
 import structlog
 
 from kohakuriver.errors import KohakuRiverError, UnavailableError
-from kohakuriver.runner.backends.base import Backend, ExecRequest, ExecSession, Reporter
+from kohakuriver.runner.backends.base import Backend, ExecRequest, ExecSession, Reporter, Surroundings
 from kohakuriver.runner.backends.process import reaper as guard
 from kohakuriver.runner.services.ssh_helper import SshHelper, free_port, until_listening
 from kohakuriver.runner.services.state import State, TaskRecord
@@ -65,6 +65,12 @@ class ProcessBackend(Backend):
         self._tunnel_url = tunnel_url
         self._running: dict[str, _Running] = {}
         self._guard: subprocess.Popen[str] | None = None
+
+    @classmethod
+    def made(cls, around: Surroundings) -> ProcessBackend:
+        if os.geteuid() == 0 and around.serves_others:
+            log.warning("process tasks run as root here: every user of this cluster is root on this machine")
+        return cls(around.state, around.helper, around.ssh, around.report, around.local_url)
 
     async def open(self, tasks: list[TaskRecord], found: Callable[[TaskRecord], None]) -> None:
         for task in tasks:

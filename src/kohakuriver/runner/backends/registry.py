@@ -1,0 +1,25 @@
+"""The classes of the backends that backends.py of the package declares."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from kohakuriver.backends import kind_of
+from kohakuriver.errors import UsageError
+from kohakuriver.runner.backends.address import AddressBackend
+from kohakuriver.runner.backends.base import Backend, Surroundings
+from kohakuriver.runner.backends.docker.tasks import DockerBackend
+from kohakuriver.runner.backends.process.tasks import ProcessBackend
+
+__all__ = ["CLASSES", "made"]
+
+CLASSES: dict[str, type[Backend]] = {cls.name: cls for cls in (DockerBackend, ProcessBackend, AddressBackend)}
+
+
+def made(wanted: Sequence[str], around: Surroundings) -> dict[str, Backend]:
+    """The backends of a runner that offers `wanted`; address is always among them. Raises UsageError."""
+    try:
+        names = [kind_of(name).name for name in dict.fromkeys([AddressBackend.name, *wanted])]
+    except ValueError as error:
+        raise UsageError(f"{error}.") from None
+    return {name: CLASSES[name].made(around) for name in names}

@@ -1,0 +1,28 @@
+"""What is declared of the ways of running a task, and what is there."""
+
+from __future__ import annotations
+
+import pytest
+
+from kohakuriver.backends import BACKENDS, adopting, by_default, kind_of, known, making
+from kohakuriver.runner.backends.registry import CLASSES
+
+
+def test_every_backend_that_is_declared_can_be_run_and_no_other() -> None:
+    assert CLASSES.keys() == BACKENDS.keys()
+
+
+def test_tasks_of_different_backends_have_different_ids_on_the_tunnel() -> None:
+    assert len({kind.container.format(7) for kind in BACKENDS.values()}) == len(BACKENDS)
+
+
+def test_a_task_goes_to_a_backend_that_can_make_it() -> None:
+    assert (making(image=True), making(image=False)) == (["docker"], ["process"])
+    assert (adopting("container"), adopting("address")) == (["docker"], ["address"])
+    assert by_default() == ["docker", "address"]
+
+
+def test_a_backend_that_is_none_is_refused_but_a_newer_ones_task_can_be_shown() -> None:
+    with pytest.raises(ValueError, match="there are docker, process, address"):
+        kind_of("slurm")
+    assert known("slurm").dialled is False
