@@ -10,13 +10,18 @@ import asyncio
 import contextlib
 import errno
 import gc
+import math
 import os
-from collections.abc import Coroutine, Iterable, Iterator
+import socket
+import sys
+import time
+from collections.abc import Callable, Coroutine, Iterable, Iterator
 from typing import Any, TypeVar
 
 from kohakuriver.errors import UsageError
 
 __all__ = [
+    "DescriptorWatch",
     "cancel_all",
     "file_limit",
     "freeze_heap",
@@ -26,6 +31,7 @@ __all__ = [
     "out_of_descriptors",
     "raise_file_limit",
     "run",
+    "waiting_connections",
 ]
 
 T = TypeVar("T")
@@ -116,6 +122,55 @@ def out_of_descriptors() -> bool:
     except OSError as error:
         return error.errno in (errno.EMFILE, errno.ENFILE)
     return False
+
+
+_TCPI_UNACKED = slice(24, 28)
+
+
+def waiting_connections(sock: socket.socket) -> int:
+    """How many connections wait to be accepted from a listening socket; 0 where the system does not tell.
+
+    Source: tcp(7); of a listening socket the kernel gives the length of its queue as `tcpi_unacked`.
+    """
+    if sock.type != socket.SOCK_STREAM or not sys.platform.startswith("linux"):
+        return 0
+    try:
+        info = sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, _TCPI_UNACKED.stop)
+    except OSError:
+        return 0
+    return int.from_bytes(info[_TCPI_UNACKED], sys.byteorder)
+
+
+class DescriptorWatch:
+    """Tells that a program can open no file any more: its event loop does not, and connections just wait.
+
+    `tell` gets how many connections wait at the `listeners`, and is called once for each time that it happens, but not
+    again within `AGAIN_SECONDS` of the last; `over` is called when it has passed.
+    """
+
+    AGAIN_SECONDS = 10.0
+
+    def __init__(
+        self,
+        listeners: Callable[[], Iterable[socket.socket]],
+        tell: Callable[[int], None],
+        over: Callable[[], None] = lambda: None,
+    ) -> None:
+        self._listeners = listeners
+        self._tell = tell
+        self._over = over
+        self._told = False
+        self._told_at = -math.inf
+
+    def look(self, *, exhausted: bool | None = None) -> None:
+        """See how it is now, where the caller has not just found out."""
+        exhausted = out_of_descriptors() if exhausted is None else exhausted
+        if not exhausted and self._told:
+            self._told = False
+            self._over()
+        elif exhausted and not self._told and time.monotonic() - self._told_at >= self.AGAIN_SECONDS:
+            self._told, self._told_at = True, time.monotonic()
+            self._tell(sum(map(waiting_connections, self._listeners())))
 
 
 def raise_file_limit() -> int | None:

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import os
+import re
 import socket
 import subprocess
+import sys
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
@@ -105,3 +108,17 @@ def test_an_address_is_known_again_after_a_restart_of_the_runner(tmp_path: Path,
         cluster.connected("vm")
         with cluster.forward("vm", service) as forward:
             assert ask(forward.local_port, b"hello") == b"hello"
+
+
+def test_the_status_of_an_address_says_whether_its_machine_answers(cluster: Cluster) -> None:
+    adopt(cluster, "vm-there")
+    assert cluster.call("GET", "/api/tasks/vm-there/answers") == (200, {"answers": True, "reason": None})
+    environment = {**os.environ, "KOHAKURIVER_HOST": cluster.url, "KOHAKURIVER_TOKEN": cluster.token}
+    command = [sys.executable, "-m", "kohakuriver", "vps", "status", "vm-there"]
+    told = subprocess.run(command, env=environment, capture_output=True, text=True, check=True).stdout
+    assert re.search(r"answers: +yes\n", told)
+
+
+def test_a_task_that_is_no_machine_is_not_knocked_at(cluster: Cluster) -> None:
+    cluster.create("sleep", "1000", name="no-vm")
+    assert cluster.call("GET", "/api/tasks/no-vm/answers")[1]["error"] == "not_supported"

@@ -316,6 +316,35 @@ def test_an_adopted_container_that_is_restarted_gets_its_tunnel_back(shared: Clu
         assert echoes(shared, "readopted")
 
 
+def test_an_adopted_container_that_is_removed_and_made_again_is_the_same_task(shared: Cluster, busybox: str) -> None:
+    name = f"{docker_images.PREFIX}-again"
+    with plain_container(busybox, *ECHO, options=("--name", name)):
+        adopt(shared, name, "again")
+        shared.connected("again")
+    lost = eventually(lambda: task if (task := shared.task("again"))["status"] == "lost" else None)
+    assert "made again" in lost["message"]
+    with plain_container(busybox, *ECHO, options=("--name", name)):
+        eventually(lambda: shared.task("again")["status"] == "running")
+        shared.connected("again")
+        assert echoes(shared, "again")
+        status, task = shared.call("POST", "/api/tasks/adopt", {"container": name})
+        assert (status, task["task_id"]) == (201, lost["task_id"])
+
+
+def test_an_adopted_container_that_is_made_again_while_the_runner_is_away_is_the_same_task(
+    cluster: Cluster, busybox: str
+) -> None:
+    name = f"{docker_images.PREFIX}-away"
+    with plain_container(busybox, *ECHO, options=("--name", name)):
+        adopt(cluster, name, "away")
+        cluster.connected("away")
+        cluster.runners["n1"].end(signal.SIGKILL)
+    with plain_container(busybox, *ECHO, options=("--name", name)):
+        cluster.start_runner("n1", "--backend", "docker")
+        cluster.connected("away")
+        assert echoes(cluster, "away")
+
+
 def test_an_adopted_container_on_a_network_of_its_own_is_reached(shared: Cluster, busybox: str) -> None:
     network = docker("network", "create", f"{docker_images.PREFIX}-net")
     try:

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import os
+import resource
 import signal
+import socket
 from collections.abc import Iterator
+from contextlib import ExitStack
 from pathlib import Path
 
 import httpx
@@ -80,3 +83,20 @@ def test_a_runner_under_nohup_outlives_its_terminal(cluster: Cluster) -> None:
     assert httpx.get(f"{runner.ready['url']}/health", trust_env=False).status_code == 200
     assert runner.next_event()["event"] == "registered"
     assert runner.process.poll() is None
+
+
+@pytest.mark.parametrize("which", ["host", "runner"])
+def test_running_out_of_descriptors_is_said_once_and_passes(cluster: Cluster, which: str) -> None:
+    runner = cluster.start_runner("n1", "--backend", "process")
+    program = cluster.host if which == "host" else runner
+    place = program.ready["url"].removeprefix("http://").split(":")
+    before = resource.prlimit(program.pid, resource.RLIMIT_NOFILE)
+    with ExitStack() as waiting:
+        resource.prlimit(program.pid, resource.RLIMIT_NOFILE, (1, before[1]))
+        for _ in range(3):
+            waiting.enter_context(socket.create_connection((place[0], int(place[1]))))
+        eventually(lambda: "out of file descriptors" in program.log.read_text())
+        resource.prlimit(program.pid, resource.RLIMIT_NOFILE, before)
+        eventually(lambda: "there are file descriptors again" in program.log.read_text())
+    assert httpx.get(f"{program.ready['url']}/health", trust_env=False).status_code == 200
+    assert program.log.read_text().count("out of file descriptors") == 1

@@ -18,7 +18,7 @@ from kohakuriver.cli.options import MaybeTasksArgument, Remote, TaskArgument, Ta
 from kohakuriver.errors import KohakuRiverError, UsageError
 
 if TYPE_CHECKING:
-    from kohakuriver.client.host import HostClient, Task
+    from kohakuriver.client.host import Answers, HostClient, Task
 
 __all__ = ["app"]
 
@@ -28,6 +28,7 @@ app = App(
 )
 
 WAIT_TIMEOUT = 120.0
+_AFTER_STATUS = 3
 
 
 NameOption = Annotated[
@@ -228,8 +229,22 @@ def status(
     ] = False,
 ) -> None:
     """Show one task."""
-    shown = at.ask(lambda client: client.task(task))
-    at.show(shown.to_json(), output.aligned(_about(shown) + (_inside(shown) if verbose else [])))
+    shown, answers = at.ask(lambda client: _looked_at(client, task))
+    rows = _about(shown) + (_inside(shown) if verbose else [])
+    if answers is not None:
+        rows.insert(_AFTER_STATUS, ("answers", "yes" if answers.answers else f"no: {answers.reason}"))
+    at.show({**shown.to_json(), **({} if answers is None else {"answers": asdict(answers)})}, output.aligned(rows))
+
+
+async def _looked_at(client: HostClient, task: str) -> tuple[Task, Answers | None]:
+    """A task and, where it is a machine with an address, whether that answers; None where nobody can say."""
+    shown = await client.task(task)
+    if shown.address is None or shown.status != "running":
+        return shown, None
+    try:
+        return shown, await client.answers(task)
+    except KohakuRiverError:  # its node is away, say, and the status tells of that
+        return shown, None
 
 
 @app.command("agent-command", epilog="Example: kohakuriver vps agent-command vm | ssh vm sh")

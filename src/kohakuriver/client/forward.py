@@ -25,7 +25,7 @@ from kohakuriver.errors import (
     UsageError,
 )
 from kohakuriver.http_proxy import http_proxy
-from kohakuriver.runtime import cancel_all, out_of_descriptors
+from kohakuriver.runtime import DescriptorWatch, cancel_all
 from kohakuriver.tls import client_context
 from kohakuriver.tunnel.backoff import Backoff
 from kohakuriver.tunnel.dial import Server, open_session
@@ -34,7 +34,7 @@ from kohakuriver.tunnel.link import Link
 from kohakuriver.tunnel.ports import ports_query
 from kohakuriver.tunnel.protocol import CloseCode, ErrorText
 from kohakuriver.tunnel.settings import endpoint_config
-from kohakuriver.tunnel.user_endpoint import ListeningSocket, UserEndpoint, waiting_connections
+from kohakuriver.tunnel.user_endpoint import ListeningSocket, UserEndpoint
 
 __all__ = [
     "Closed",
@@ -384,14 +384,13 @@ class Forwarder:
         return await listen(host, local, port.remote)
 
     async def _watch_descriptors(self) -> None:
-        """Tell once when local connections can't be accepted: the event loops don't, and nothing else would."""
-        told = False
+        """Tell when local connections can't be accepted: the event loops don't, and nothing else would."""
+        watch = DescriptorWatch(
+            lambda: [local.sock for local in self.listening], lambda waiting: self._on_event(OutOfDescriptors(waiting))
+        )
         while True:
             await asyncio.sleep(DESCRIPTORS_EVERY)
-            exhausted = out_of_descriptors()
-            if exhausted and not told:
-                self._on_event(OutOfDescriptors(sum(waiting_connections(local.sock) for local in self.listening)))
-            told = exhausted
+            watch.look()
 
     async def _open(self) -> Link:
         first = self.ports[0]

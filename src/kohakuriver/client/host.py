@@ -148,6 +148,14 @@ def _node(answer: Any) -> Node:
 
 
 @dataclass(frozen=True)
+class Answers:
+    """Whether the machine of an address task answers its node; `reason` says why it seems not to."""
+
+    answers: bool
+    reason: str | None = None
+
+
+@dataclass(frozen=True)
 class Agent:
     """What a tunnel client in a machine is started with; `token` is its secret."""
 
@@ -302,6 +310,10 @@ class HostClient:
         wanted["no_client"] = no_client or None
         body = {key: value for key, value in wanted.items() if value is not None}
         return _task(await self._call("POST", "/api/tasks/adopt", body=body))
+
+    async def answers(self, task: str) -> Answers:
+        """Whether the machine of an address task answers; its node looks now."""
+        return _record(Answers, await self._call("GET", _path(task, "answers")))
 
     async def agent(self, task: str) -> Agent:
         """What a tunnel client in the machine of an address task is started with."""

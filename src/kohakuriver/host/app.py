@@ -17,6 +17,7 @@ from kohakuriver.host.api_page import api_page
 from kohakuriver.host.schemas import (
     AdoptRequest,
     Agent,
+    Answers,
     CreateRequest,
     Heartbeat,
     HeartbeatAnswer,
@@ -326,6 +327,12 @@ async def wait_for_task(
 async def make_ssh_pass(host: Host, user: User, found: Usable) -> SshPass:
     """What stands for the caller's token on port 8002, for one connection to this task within a minute."""
     return SshPass.model_validate({"pass": host.forwards.ssh_pass(user, found[0].task_id)})
+
+
+@_api.get("/tasks/{task}/answers")
+async def get_answers(host: Host, found: Usable) -> Answers:
+    """Whether the machine of an address task answers: its node looks when this is asked."""
+    return await host.tasks.answers(*found)
 
 
 @_api.get("/tasks/{task}/agent")

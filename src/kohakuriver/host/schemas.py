@@ -16,6 +16,7 @@ from kohakuriver.text import printable
 
 __all__ = [
     "AdoptRequest",
+    "Answers",
     "CreateRequest",
     "Heartbeat",
     "HeartbeatAnswer",
@@ -146,6 +147,13 @@ class Agent(BaseModel):
     container: str
     runner_url: str
     token: str
+
+
+class Answers(BaseModel):
+    """Whether the machine of an address task answers its node; `reason` says why it seems not to."""
+
+    answers: bool
+    reason: str | None = None
 
 
 class SshPass(BaseModel):

@@ -108,6 +108,12 @@ async def get_agent(runner: Runner, container: str) -> dict[str, str]:
     return runner.tasks.agent(container, runner.url)
 
 
+@_api.get("/tasks/{container}/answers")
+async def get_answers(runner: Runner, container: str) -> dict[str, Any]:
+    """Whether the machine of an address task answers."""
+    return await runner.tasks.answers(container)
+
+
 @_api.post("/tasks/{container}/stop")
 async def stop_task(runner: Runner, container: str) -> dict[str, Any]:
     """Stop a task."""

@@ -7,7 +7,6 @@ import errno
 import itertools
 import os
 import socket
-import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -193,21 +192,6 @@ class UserEndpoint(Endpoint):
         link.on_lost = lambda: None if gone.done() else gone.set_result(None)
         link.close(CloseCode.NORMAL, "the forward has ended")
         await gone
-
-
-# `tcpi_unacked` of Linux' struct tcp_info: how many connections of a listening socket nobody has accepted yet.
-_TCPI_UNACKED = slice(24, 28)
-
-
-def waiting_connections(sock: socket.socket) -> int:
-    """How many connections wait to be accepted from a listening socket; 0 where the system does not tell."""
-    if sock.type != socket.SOCK_STREAM or not sys.platform.startswith("linux"):
-        return 0
-    try:
-        info = sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, _TCPI_UNACKED.stop)
-    except OSError:
-        return 0
-    return int.from_bytes(info[_TCPI_UNACKED], sys.byteorder)
 
 
 def _bind(host: str, port: int, kind: socket.SocketKind) -> socket.socket:

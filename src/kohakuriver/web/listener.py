@@ -37,6 +37,7 @@ class Acceptor:
         tls: what connections begin with; None for plain ones.
         handshake_timeout: seconds that a peer has for its TLS handshake.
         room: where it waits for that.
+        exhausted: called when none can be accepted for want of descriptors or memory.
     """
 
     def __init__(
@@ -47,12 +48,14 @@ class Acceptor:
         tls: ssl.SSLContext | None,
         handshake_timeout: float,
         room: WaitingRoom,
+        exhausted: Callable[[], None] = lambda: None,
     ) -> None:
-        self._sock = sock
+        self.sock = sock
         self._new_protocol = new_protocol
         self._tls = tls
         self._handshake_timeout = handshake_timeout if tls is not None else None
         self._room = room
+        self._exhausted = exhausted
         self._loop = asyncio.get_running_loop()
         self._retry: asyncio.TimerHandle | None = None
         self._beginning: set[asyncio.Task[None]] = set()
@@ -62,11 +65,11 @@ class Acceptor:
 
     def close(self) -> None:
         """Accept nothing more; connections that are set up stay."""
-        if self._sock.fileno() >= 0:
+        if self.sock.fileno() >= 0:
             if self._retry is not None:
                 self._retry.cancel()
-            self._loop.remove_reader(self._sock.fileno())
-            self._sock.close()
+            self._loop.remove_reader(self.sock.fileno())
+            self.sock.close()
 
     async def wait_closed(self) -> None:
         """End the TLS handshakes that are still under way."""
@@ -75,7 +78,7 @@ class Acceptor:
     def _accept(self) -> None:
         for _ in range(ACCEPTED_AT_ONCE):
             try:
-                connection, _address = self._sock.accept()
+                connection, _address = self.sock.accept()
             except (BlockingIOError, InterruptedError):
                 return
             except ConnectionAbortedError:  # it has gone already
@@ -83,8 +86,9 @@ class Acceptor:
             except OSError as error:
                 if error.errno not in _EXHAUSTED:
                     raise
-                self._loop.remove_reader(self._sock.fileno())
+                self._loop.remove_reader(self.sock.fileno())
                 self._retry = self._loop.call_later(RETRY_SECONDS, self._resume)
+                self._exhausted()
                 return
             beginning = self._loop.create_task(self._begin(connection))
             self._beginning.add(beginning)
@@ -97,7 +101,7 @@ class Acceptor:
         self._room.leave(beginning)
 
     def _resume(self) -> None:
-        self._loop.add_reader(self._sock.fileno(), self._accept)
+        self._loop.add_reader(self.sock.fileno(), self._accept)
 
     async def _begin(self, connection: socket.socket) -> None:
         try:

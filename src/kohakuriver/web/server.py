@@ -13,15 +13,19 @@ from collections.abc import Awaitable, Callable, Coroutine, Iterator
 from types import FrameType
 from typing import Any, cast
 
+import structlog
 import uvicorn
 from fastapi import FastAPI
 
 from kohakuriver.limits import Limits
+from kohakuriver.runtime import DescriptorWatch
 from kohakuriver.tls import ServerCertificate
 from kohakuriver.web.background import in_background
 from kohakuriver.web.listener import Acceptor
 from kohakuriver.web.request_limits import BodyBudget, guarded, letting_go
 from kohakuriver.web.waiting_room import WaitingRoom
+
+log = structlog.get_logger("kohakuriver")
 
 DRAIN_SECONDS = 5
 
@@ -55,6 +59,8 @@ class Server(uvicorn.Server):
         self._end = asyncio.Event()
         self._loop = asyncio.get_running_loop()
         self._failed = False
+        self._listeners: list[socket.socket] = []
+        self._descriptors = DescriptorWatch(lambda: self._listeners, _out_of_descriptors, _descriptors_again)
 
     @property
     def exit_code(self) -> int:
@@ -86,6 +92,7 @@ class Server(uvicorn.Server):
             seconds += 1
             with contextlib.suppress(asyncio.TimeoutError):
                 await asyncio.wait_for(self._end.wait(), 1)
+            self._descriptors.look()
             if self._certificate is not None:
                 self._certificate.look()
 
@@ -142,9 +149,27 @@ class Server(uvicorn.Server):
             return protocol
 
         acceptor = Acceptor(
-            sock, new_protocol, tls=tls, handshake_timeout=self._limits.handshake_timeout, room=self._room
+            sock,
+            new_protocol,
+            tls=tls,
+            handshake_timeout=self._limits.handshake_timeout,
+            room=self._room,
+            exhausted=lambda: self._descriptors.look(exhausted=True),
         )
+        self._listeners.append(acceptor.sock)
         self.servers.append(cast(asyncio.Server, acceptor))
+
+
+def _out_of_descriptors(waiting: int) -> None:
+    log.error(
+        "out of file descriptors: new connections wait, and none can be opened; raise the limit (ulimit -Hn, or "
+        "LimitNOFILE of the service)",
+        waiting=waiting,
+    )
+
+
+def _descriptors_again() -> None:
+    log.info("there are file descriptors again, and connections are accepted")
 
 
 def _counts(number: signal.Signals) -> bool:

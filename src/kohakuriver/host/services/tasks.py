@@ -10,14 +10,14 @@ import time
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Any, TypeVar
 
 import structlog
-from pydantic import TypeAdapter, ValidationError
+from pydantic import BaseModel, TypeAdapter, ValidationError
 
 from kohakuriver.backends import adopting, kind_of, making
 from kohakuriver.errors import HostUnreachableError, KohakuRiverError, NotFoundError, UnavailableError, UsageError
-from kohakuriver.host.schemas import AdoptRequest, Agent, CreateRequest, iso_time
+from kohakuriver.host.schemas import AdoptRequest, Agent, Answers, CreateRequest, iso_time
 from kohakuriver.host.services.audit import LONGEST_TEXT, NOWHERE, Audit, fingerprint
 from kohakuriver.host.services.credentials import Caller
 from kohakuriver.host.services.nodes import Nodes
@@ -44,6 +44,9 @@ _ADOPT = "/api/tasks/adopt"
 
 # A stop may take an engine its grace period. Users' programs wait a little longer than this for the host.
 _RUNNER_SECONDS = 45.0
+_LOOK_SECONDS = 10.0
+
+Answer = TypeVar("Answer", bound=BaseModel)
 
 # Another host on the same database hears of changes that this one does not.
 _POLL_SECONDS = 1.0
@@ -253,16 +256,20 @@ class Tasks:
         answer = await self._runners.call(node, "POST", path, container=task.container, timeout=_RUNNER_SECONDS)
         return await self._take_over(_report(answer, node), node, task)
 
+    async def answers(self, task: Task, node: Node) -> Answers:
+        """Whether an address task's machine answers its node, which looks now. Raises what its runner says."""
+        self._nodes.check_online(node)
+        path = f"/api/tasks/{task.container}/answers"
+        answer = await self._runners.call(node, "GET", path, container=task.container, timeout=_LOOK_SECONDS)
+        return _valid(Answers, answer, node)
+
     async def agent(self, task: Task, node: Node) -> Agent:
         """What a tunnel client in an address task's machine is started with. Raises what its runner says."""
         self._nodes.check_online(node)
         path = f"/api/tasks/{task.container}/agent"
         answer = await self._runners.call(node, "GET", path, container=task.container, timeout=_RUNNER_SECONDS)
         self._write("agent_token_shown", await self.get(task, node))
-        try:
-            return Agent.model_validate(answer)
-        except ValidationError as error:
-            raise makes_no_sense(node) from error
+        return _valid(Agent, answer, node)
 
     async def remove(self, task: Task, node: Node) -> TaskView:
         """Remove a task, as it was. A node that can't be reached is told when it is back."""
@@ -343,6 +350,13 @@ def _asked(order: TaskOrder) -> dict[str, Any]:
 
 
 _reports: TypeAdapter[TaskReport] = TypeAdapter(TaskReport)
+
+
+def _valid(model: type[Answer], answer: dict[str, Any], node: Node) -> Answer:
+    try:
+        return model.model_validate(answer)
+    except ValidationError as error:
+        raise makes_no_sense(node) from error
 
 
 def _report(answer: dict[str, Any], node: Node) -> TaskReport:

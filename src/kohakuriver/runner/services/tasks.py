@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections import defaultdict
 from collections.abc import Awaitable, Callable
+from typing import Any
 
 import structlog
 
@@ -12,6 +13,7 @@ from kohakuriver.backends import kind_of
 from kohakuriver.errors import KohakuRiverError, UnavailableError
 from kohakuriver.runner.backends.base import Backend, ExecRequest, ExecSession
 from kohakuriver.runner.services.direct import DirectTarget
+from kohakuriver.runner.services.knock import Knocker
 from kohakuriver.runner.services.state import TaskRecord
 from kohakuriver.runner.services.task_book import TaskBook
 
@@ -32,6 +34,7 @@ class TaskManager:
         self._locks: defaultdict[str, asyncio.Lock] = defaultdict(asyncio.Lock)
         self._starts: dict[str, asyncio.Task[None]] = {}
         self._draining = False
+        self._knocker = Knocker()
 
     # Life of the runner
 
@@ -207,6 +210,17 @@ class TaskManager:
                 code="not_supported",
             )
         return {"container": container, "runner_url": runner_url, "token": self.book.tunnel_token(container)}
+
+    async def answers(self, container: str) -> dict[str, Any]:
+        """Whether the machine of an address task answers: `answers`, and if it does not `reason`.
+
+        Raises NotFoundError, or UnavailableError for another kind of task.
+        """
+        task = self.book.get(container)
+        if task.address is None:
+            raise UnavailableError(f"Task {task.name} is no machine with an address.", code="not_supported")
+        reason = await self._knocker.why_silent(task.address)
+        return {"answers": reason is None, "reason": reason}
 
     def target_of(self, container: str) -> DirectTarget | None:
         """What the runner itself dials for this container, None where a tunnel client does it."""

@@ -39,6 +39,8 @@ STOP_SECONDS = 10
 DRAIN_STOP_SECONDS = 3
 
 NO_BINARY = "its kohakuriver was installed without the static tunnel client, which containers need"
+REMOVED = "its container was removed"
+REMOVED_ADOPTED = "its container was removed; one that is made again under its name is taken up by itself"
 PAUSED = "its container is paused"
 NO_CLIENT = "it has no tunnel client inside; its node dials its ports from the container's network"
 
@@ -138,20 +140,40 @@ class DockerBackend(Backend):
 
     async def _event(self, event: dict[str, Any]) -> None:
         """Look at the tasks that an event is about."""
-        engine_id = event.get("id") or event.get("Actor", {}).get("ID")
+        actor = event.get("Actor", {})
+        engine_id, name = event.get("id") or actor.get("ID"), actor.get("Attributes", {}).get("name")
         for task in list(self._tasks.values()):
-            if task.engine_id == engine_id:
+            if task.engine_id == engine_id or (task.adopted and task.engine_name == name):
                 await self._looker.look_again(task)
 
-    async def _refresh(self, task: TaskRecord) -> None:
-        """Report what the engine says about a task; a container that was started anew gets its tunnel client."""
+    async def _shown(self, container: str) -> dict[str, Any] | None:
+        """What the engine says of a container, by its id or name; None where it has none."""
         try:
-            show = await self._docker.containers.container(task.engine_id or task.container).show()
+            return dict(await self._docker.containers.container(container).show())
         except DockerError as error:
             if error.status != 404:
                 raise
+            return None
+
+    async def _made_again(self, task: TaskRecord) -> dict[str, Any] | None:
+        """The container that has the name of an adopted one, which was removed: it is the task's from now on."""
+        if not task.adopted or task.engine_name is None:
+            return None
+        show = await self._shown(task.engine_name)
+        if show is None or not show["State"]["Running"] or show["Name"] != f"/{task.engine_name}":
+            return None
+        if any(other.engine_id == show["Id"] for other in self._tasks.values()):
+            return None
+        log.info("a container that was made again is taken up", task=task.task_id, container=task.engine_name)
+        task.engine_id, task.image = show["Id"], show["Config"]["Image"]
+        return show
+
+    async def _refresh(self, task: TaskRecord) -> None:
+        """Report what the engine says about a task; a container that was started anew gets its tunnel client."""
+        show = await self._shown(task.engine_id or task.container) or await self._made_again(task)
+        if show is None:
             self._untouched.leave(task)
-            self._report(task.container, "lost", "its container was removed")
+            self._report(task.container, "lost", REMOVED_ADOPTED if task.adopted else REMOVED)
             return
         state = show["State"]
         if not state["Running"]:
@@ -219,15 +241,14 @@ class DockerBackend(Backend):
     async def adopt(self, task: TaskRecord) -> TaskRecord:
         assert task.engine_name is not None
         with self._looker.handling(task), sentences(f"adopt the container {task.engine_name}"):
-            try:
-                show = await self._docker.containers.container(task.engine_name).show()
-            except DockerError as error:
-                if error.status != 404:
-                    raise
+            show = await self._shown(task.engine_name)
+            if show is None:
                 raise NotFoundError(
                     f"Node {self._node} has no container {task.engine_name!r}; `docker ps` there shows what it has."
-                ) from error
+                )
             _check_adoptable(task.engine_name, show)
+            for other in [other for other in self._tasks.values() if f"/{other.engine_name}" == show["Name"]]:
+                await self._looker.look(other)  # the task of a container that had this name takes this one up
             known = next((other for other in self._tasks.values() if other.engine_id == show["Id"]), task)
             known.engine_id = show["Id"]
             known.engine_name = show["Name"].lstrip("/")
@@ -263,7 +284,8 @@ class DockerBackend(Backend):
                 await self._refresh(task)
                 return
         if task.adopted:
-            raise UnavailableError(f"The container {task.engine_name} was removed, so it can't be started again.")
+            gone = f"The container {task.engine_name} was removed; make it again there, and it is this task again."
+            raise UnavailableError(gone)
         await self.start(task)
 
     async def remove(self, task: TaskRecord) -> None:
