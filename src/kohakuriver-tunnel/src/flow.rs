@@ -3,12 +3,12 @@
 use std::time::Instant;
 
 use crate::protocol::{EARLY_DATA, Violation};
-use crate::settings::{LEAST_WINDOW, Settings};
+use crate::settings::{MIN_WINDOW, Settings};
 
 /// A wider window has to have brought this much for the next step.
-const GAIN: f64 = 1.1;
+const WORTHWHILE: f64 = 1.1;
 /// While it does not, PINGs get rarer, to one in this many bytes: each costs every hop two frames.
-const RAREST_PROBE: u64 = 64 << 20;
+const RAREST_PING: u64 = 64 << 20;
 /// While other streams of a short link receive too, a stream has no more under way than so many
 /// times what fills a round trip, or the first window if that is more: what waits beyond that,
 /// small messages of the others wait behind.
@@ -51,60 +51,60 @@ impl Budget {
 /// The receiving side of one stream: what the peer may send, and how far that is raised.
 ///
 /// Offsets count the stream's bytes from 0.
-pub struct Inbound {
-    window: u64,
+pub struct ReceiveWindow {
+    size: u64,
     /// The part of the window that came out of the budget; the minimum is given to anyone.
-    budgeted: u64,
+    paid: u64,
     granted: u64,
     received: u64,
     consumed: u64,
     cap: u64,
     /// The size of what came last.
     newest: u64,
-    probe: Probe,
+    ping: Ping,
 }
 
 /// Measures the rate over one round trip, to see whether the window is what holds the peer back.
 ///
 /// Over a long link a whole window comes as one burst a round trip, and PONGs come ahead of bulk:
-/// right before a burst. So what makes a probe due is part of its sample, and probes become due a
+/// right before a burst. So what makes a PING due is part of its sample, and PINGs become due a
 /// quarter of a window into a burst: one sent at its end would see nothing come until its PONG.
-struct Probe {
-    outstanding: Option<(Instant, u64)>,
-    ended_at: u64,
-    best_rate: f64,
+struct Ping {
+    pinged: Option<(Instant, u64)>,
+    ping_from: u64,
+    best: f64,
     /// The best rate between two PONGs: what comes in one round trip may have waited for it.
-    steady_rate: f64,
-    last_pong: Option<Instant>,
+    steady: f64,
+    ponged_at: Option<Instant>,
     /// The shortest round trip so far, in seconds.
     shortest: f64,
-    /// Bytes between the end of one probe and the next.
+    /// Bytes between the end of one PING and the next.
     pause: u64,
-    /// Bytes of the pause that are whole windows, for which no probe is worth its while.
+    /// Bytes of the pause that are whole windows, for which no PING is worth its while.
     skipped: u64,
 }
 
-impl Inbound {
+impl ReceiveWindow {
     /// A stream's first window, from what the others left of the budget.
     pub fn new(budget: &mut Budget) -> Self {
-        let budgeted = budget.take(budget.first);
-        let window = budgeted.max(LEAST_WINDOW);
+        let paid = budget.take(budget.first);
+        let size = paid.max(MIN_WINDOW);
         Self {
-            window,
-            budgeted,
-            granted: window,
+            size,
+            paid,
+            granted: size,
             received: 0,
             consumed: 0,
             cap: budget.cap,
             newest: 0,
-            probe: Probe {
-                outstanding: None,
-                ended_at: 0,
-                best_rate: 0.0,
-                steady_rate: 0.0,
-                last_pong: None,
+            ping: Ping {
+                pinged: None,
+                ping_from: 0,
+                best: 0.0,
+                steady: 0.0,
+                ponged_at: None,
                 shortest: f64::INFINITY,
-                pause: window / 4,
+                pause: size / 4,
                 skipped: 0,
             },
         }
@@ -128,69 +128,69 @@ impl Inbound {
     /// Counts `n` bytes that the local socket took; the new limit when it is worth a message.
     pub fn consume(&mut self, n: usize, budget: &Budget) -> Option<u64> {
         self.consumed += n as u64;
-        let window = self.in_force(budget);
-        self.raise(window, window / 4)
+        let size = self.in_force(budget);
+        self.grant(size, size / 4)
     }
 
     /// The part of the window that the peer may have under way now.
     fn in_force(&self, budget: &Budget) -> u64 {
-        let probe = &self.probe;
-        if !budget.shared || probe.shortest > SHORT_LINK {
-            return self.window;
+        let ping = &self.ping;
+        if !budget.shared || ping.shortest > SHORT_LINK {
+            return self.size;
         }
-        let needed = (SHARED_PART * probe.steady_rate * probe.shortest) as u64;
-        self.window.min(needed.max(budget.first))
+        let needed = (SHARED_PART * ping.steady * ping.shortest) as u64;
+        self.size.min(needed.max(budget.first))
     }
 
     /// Whether to send a PING on the stream now, to measure its rate.
-    pub fn wants_probe(&mut self, now: Instant) -> bool {
-        let due = self.probe.outstanding.is_none()
-            && self.window < self.cap
-            && self.received - self.probe.ended_at >= self.probe.pause;
+    pub fn wants_ping(&mut self, now: Instant) -> bool {
+        let due = self.ping.pinged.is_none()
+            && self.size < self.cap
+            && self.received - self.ping.ping_from >= self.ping.pause;
         if due {
-            self.probe.outstanding = Some((now, self.received - self.newest));
+            self.ping.pinged = Some((now, self.received - self.newest));
         }
         due
     }
 
-    /// Takes the PONG of the probe and widens the window where that is what limits the rate; the
+    /// Takes the PONG of the PING and widens the window where that is what limits the rate; the
     /// new limit if so.
-    pub fn probe_ended(&mut self, now: Instant, budget: &mut Budget) -> Option<u64> {
-        let (began, before) = self.probe.outstanding.take()?;
-        if let Some(last) = self.probe.last_pong.replace(now) {
-            let came = (self.received - self.probe.ended_at) as f64;
+    pub fn pong(&mut self, now: Instant, budget: &mut Budget) -> Option<u64> {
+        let (ping_at, ping_from) = self.ping.pinged.take()?;
+        if let Some(last) = self.ping.ponged_at.replace(now) {
+            let came = (self.received - self.ping.ping_from) as f64;
             let steady = came / now.duration_since(last).as_secs_f64().max(1e-6);
-            self.probe.steady_rate = steady.max(self.probe.steady_rate);
+            self.ping.steady = steady.max(self.ping.steady);
         }
-        self.probe.ended_at = self.received;
-        let sample = self.received - before;
-        let took = now.duration_since(began).as_secs_f64().max(1e-6);
-        self.probe.shortest = self.probe.shortest.min(took);
+        self.ping.ping_from = self.received;
+        let sample = self.received - ping_from;
+        let took = now.duration_since(ping_at).as_secs_f64().max(1e-6);
+        self.ping.shortest = self.ping.shortest.min(took);
         let rate = sample as f64 / took;
-        let pays = rate > GAIN * self.probe.best_rate;
-        self.probe.best_rate = rate.max(self.probe.best_rate);
-        if !pays || sample * 3 < self.window * 2 {
-            self.probe.skipped = (2 * self.probe.skipped).max(self.window).min(RAREST_PROBE);
-            self.probe.pause = self.probe.skipped + self.window / 4;
+        let pays = rate > WORTHWHILE * self.ping.best;
+        self.ping.best = rate.max(self.ping.best);
+        if !pays || sample * 3 < self.size * 2 {
+            self.ping.skipped = (2 * self.ping.skipped).max(self.size).min(RAREST_PING);
+            self.ping.pause = self.ping.skipped + self.size / 4;
             return None;
         }
-        let in_flight = self.window;
-        let growth = budget.take(self.window.min(self.cap - self.window));
-        self.budgeted += growth;
-        self.window += growth;
-        self.probe.skipped = 0;
+        let in_flight = self.size;
+        let extra = budget.take(self.size.min(self.cap - self.size));
+        self.paid += extra;
+        self.size += extra;
+        self.ping.skipped = 0;
         // What comes first was sent for the smaller window.
-        self.probe.pause = in_flight + self.window / 4;
-        self.raise(self.in_force(budget), 1)
+        self.ping.pause = in_flight + self.size / 4;
+        self.grant(self.in_force(budget), 1)
     }
 
     /// Gives the window back at the stream's end.
-    pub fn release(&mut self, budget: &mut Budget) {
-        budget.left += std::mem::take(&mut self.budgeted);
+    pub fn close(&mut self, budget: &mut Budget) {
+        budget.left += std::mem::take(&mut self.paid);
     }
 
-    fn raise(&mut self, window: u64, least: u64) -> Option<u64> {
-        let limit = self.consumed + window;
+    fn grant(&mut self, size: u64, least: u64) -> Option<u64> {
+        let limit = self.consumed + size;
         // Early data may have been consumed past a small first limit, so the limit can trail.
         if limit < self.granted.saturating_add(least) {
             return None;
@@ -217,53 +217,53 @@ mod tests {
     #[test]
     fn a_limit_rises_by_a_quarter_of_the_window_at_the_least() {
         let mut budget = budget(64 << 20);
-        let mut inbound = Inbound::new(&mut budget);
-        inbound.receive(100_000).unwrap();
-        assert_eq!(inbound.consume(65_535, &budget), None);
-        assert_eq!(inbound.consume(1, &budget), Some(FIRST_WINDOW + 65_536));
+        let mut receiving = ReceiveWindow::new(&mut budget);
+        receiving.receive(100_000).unwrap();
+        assert_eq!(receiving.consume(65_535, &budget), None);
+        assert_eq!(receiving.consume(1, &budget), Some(FIRST_WINDOW + 65_536));
     }
 
     #[test]
     fn bytes_past_the_limit_are_a_violation() {
-        let mut inbound = Inbound::new(&mut budget(64 << 20));
-        inbound.receive(FIRST_WINDOW as usize).unwrap();
-        assert_eq!(inbound.receive(1).unwrap_err().code, 1002);
+        let mut receiving = ReceiveWindow::new(&mut budget(64 << 20));
+        receiving.receive(FIRST_WINDOW as usize).unwrap();
+        assert_eq!(receiving.receive(1).unwrap_err().code, 1002);
     }
 
     #[test]
     fn early_data_is_allowed_whatever_the_budget_left() {
         let mut budget = budget(0);
-        let mut inbound = Inbound::new(&mut budget);
-        assert_eq!(inbound.granted(), LEAST_WINDOW);
-        inbound.receive(EARLY_DATA as usize).unwrap();
-        assert!(inbound.receive(1).is_err());
-        inbound.release(&mut budget);
+        let mut receiving = ReceiveWindow::new(&mut budget);
+        assert_eq!(receiving.granted(), MIN_WINDOW);
+        receiving.receive(EARLY_DATA as usize).unwrap();
+        assert!(receiving.receive(1).is_err());
+        receiving.close(&mut budget);
         assert_eq!(budget.left, 0);
     }
 
     #[test]
     fn a_window_doubles_while_a_round_trip_fills_it_and_the_budget_lasts() {
         let mut budget = budget(FIRST_WINDOW + (1 << 20));
-        let mut inbound = Inbound::new(&mut budget);
-        let (mut now, mut windows) = (Instant::now(), vec![inbound.window]);
+        let mut receiving = ReceiveWindow::new(&mut budget);
+        let (mut now, mut windows) = (Instant::now(), vec![receiving.size]);
         for round in 1..5u32 {
-            while !inbound.wants_probe(now) {
-                inbound.receive(4096).unwrap();
-                inbound.consume(4096, &budget);
+            while !receiving.wants_ping(now) {
+                receiving.receive(4096).unwrap();
+                receiving.consume(4096, &budget);
             }
-            for _ in 0..inbound.window / 4096 {
-                inbound.receive(4096).unwrap();
-                inbound.consume(4096, &budget);
+            for _ in 0..receiving.size / 4096 {
+                receiving.receive(4096).unwrap();
+                receiving.consume(4096, &budget);
             }
             now += Duration::from_millis(10) / round;
-            inbound.probe_ended(now, &mut budget);
-            windows.push(inbound.window);
+            receiving.pong(now, &mut budget);
+            windows.push(receiving.size);
         }
         assert_eq!(
             windows.iter().map(|w| w >> 10).collect::<Vec<_>>(),
             [256, 512, 1024, 1280, 1280]
         );
-        inbound.release(&mut budget);
+        receiving.close(&mut budget);
         assert_eq!(budget.left, FIRST_WINDOW + (1 << 20));
     }
 
@@ -271,28 +271,28 @@ mod tests {
     /// bytes, that the link takes `rate` bytes a second of; PONGs come right before a burst.
     fn window_after(round_trips: u32, read: u64, rate: u64) -> u64 {
         let mut budget = budget(64 << 20);
-        let mut inbound = Inbound::new(&mut budget);
-        let (mut now, mut limit, mut due) = (Instant::now(), inbound.granted(), None);
+        let mut receiving = ReceiveWindow::new(&mut budget);
+        let (mut now, mut limit, mut due) = (Instant::now(), receiving.granted(), None);
         for _ in 0..round_trips {
             now += Duration::from_millis(100);
-            let mut burst = (limit - inbound.received).min(rate / 10);
-            limit = inbound.granted();
+            let mut burst = (limit - receiving.received).min(rate / 10);
+            limit = receiving.granted();
             if due.take().is_some_and(|at| at <= now)
-                && let Some(raised) = inbound.probe_ended(now, &mut budget)
+                && let Some(raised) = receiving.pong(now, &mut budget)
             {
                 limit = raised;
             }
             while burst > 0 {
                 let part = burst.min(read);
-                inbound.receive(part as usize).unwrap();
-                limit = inbound.consume(part as usize, &budget).unwrap_or(limit);
-                if inbound.wants_probe(now) {
+                receiving.receive(part as usize).unwrap();
+                limit = receiving.consume(part as usize, &budget).unwrap_or(limit);
+                if receiving.wants_ping(now) {
                     due = Some(now + Duration::from_millis(100));
                 }
                 burst -= part;
             }
         }
-        inbound.window
+        receiving.size
     }
 
     #[test]
@@ -312,20 +312,20 @@ mod tests {
     #[test]
     fn while_others_receive_too_no_more_is_under_way_than_fills_a_round_trip() {
         let mut budget = budget(64 << 20);
-        let mut inbound = Inbound::new(&mut budget);
-        (inbound.window, inbound.granted) = (4 << 20, 4 << 20);
-        (inbound.probe.steady_rate, inbound.probe.shortest) = (1e9, 4e-4);
+        let mut receiving = ReceiveWindow::new(&mut budget);
+        (receiving.size, receiving.granted) = (4 << 20, 4 << 20);
+        (receiving.ping.steady, receiving.ping.shortest) = (1e9, 4e-4);
         budget.shared = true;
         let needed = 600_000;
-        inbound.receive(4 << 20).unwrap();
-        assert_eq!(inbound.consume((4 << 20) - needed, &budget), None);
+        receiving.receive(4 << 20).unwrap();
+        assert_eq!(receiving.consume((4 << 20) - needed, &budget), None);
         assert_eq!(
-            inbound.consume(needed / 4, &budget),
+            receiving.consume(needed / 4, &budget),
             Some((4 << 20) + 150_000)
         );
         budget.shared = false;
         assert_eq!(
-            inbound.consume(1, &budget),
+            receiving.consume(1, &budget),
             Some((8 << 20) - 3 * needed as u64 / 4 + 1)
         );
     }
@@ -333,16 +333,16 @@ mod tests {
     #[test]
     fn a_window_that_a_round_trip_does_not_fill_stays() {
         let mut budget = budget(64 << 20);
-        let mut inbound = Inbound::new(&mut budget);
+        let mut receiving = ReceiveWindow::new(&mut budget);
         let now = Instant::now();
-        inbound.receive(100_000).unwrap();
-        assert!(inbound.wants_probe(now));
-        assert!(!inbound.wants_probe(now), "one probe at a time");
-        inbound.receive(70_000).unwrap();
+        receiving.receive(100_000).unwrap();
+        assert!(receiving.wants_ping(now));
+        assert!(!receiving.wants_ping(now), "one PING at a time");
+        receiving.receive(70_000).unwrap();
         assert_eq!(
-            inbound.probe_ended(now + Duration::from_millis(1), &mut budget),
+            receiving.pong(now + Duration::from_millis(1), &mut budget),
             None
         );
-        assert_eq!(inbound.window, FIRST_WINDOW);
+        assert_eq!(receiving.size, FIRST_WINDOW);
     }
 }

@@ -4,7 +4,7 @@
 use std::time::Duration;
 
 /// No window is set smaller than this, in bytes.
-pub const LEAST_WINDOW: u64 = 4 << 10;
+pub const MIN_WINDOW: u64 = 4 << 10;
 /// Hops hold no more than this for one session, in bytes.
 const MOST: u64 = 64 << 20;
 /// The longest time that can be set, in seconds.
@@ -65,9 +65,9 @@ fn bytes(env: impl Fn(&str) -> Option<String>, name: &str, default: u64) -> Resu
     };
     text.parse()
         .ok()
-        .filter(|value| (LEAST_WINDOW..=MOST).contains(value))
+        .filter(|value| (MIN_WINDOW..=MOST).contains(value))
         .ok_or_else(|| {
-            format!("{name} is a number of bytes from {LEAST_WINDOW} to {MOST}, not {text:?}")
+            format!("{name} is a number of bytes from {MIN_WINDOW} to {MOST}, not {text:?}")
         })
 }
 

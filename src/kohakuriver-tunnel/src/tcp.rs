@@ -5,7 +5,7 @@ use std::net::{Ipv4Addr, Ipv6Addr, SocketAddr};
 use std::time::{Duration, Instant};
 
 use crate::context::{Context, Fate};
-use crate::flow::Inbound;
+use crate::flow::ReceiveWindow;
 use crate::net::{Network, Ready, TcpSocket};
 use crate::protocol::{Header, TCP, Violation, kind};
 use crate::queue::Queue;
@@ -27,7 +27,7 @@ pub struct Tcp<S> {
     dial: Option<Box<Dialling>>,
     queue: Queue,
     /// Windows, or none under v1 rules.
-    inbound: Option<Inbound>,
+    receiving: Option<ReceiveWindow>,
     sent: u64,
     limit: u64,
     readable: bool,
@@ -134,7 +134,7 @@ impl<S: TcpSocket> Tcp<S> {
             sock,
             dial: Some(dial),
             queue: Queue::default(),
-            inbound: limit.map(|_| Inbound::new(&mut context.budget)),
+            receiving: limit.map(|_| ReceiveWindow::new(&mut context.budget)),
             sent: 0,
             limit: limit.unwrap_or(u64::MAX),
             readable: false,
@@ -208,7 +208,7 @@ impl<S: TcpSocket> Tcp<S> {
         self.enqueue(pieces, written);
         self.count_waiting(context);
         self.consumed(written, context);
-        self.probe(context);
+        self.ping(context);
         self.hold(context);
         Fate::Live
     }
@@ -230,10 +230,10 @@ impl<S: TcpSocket> Tcp<S> {
         }
     }
 
-    /// PONG of the stream's own probe.
+    /// PONG of the stream's own PING.
     pub fn on_pong(&mut self, context: &mut Context) {
-        if let Some(inbound) = &mut self.inbound
-            && let Some(limit) = inbound.probe_ended(context.now, &mut context.budget)
+        if let Some(receiving) = &mut self.receiving
+            && let Some(limit) = receiving.pong(context.now, &mut context.budget)
         {
             context.send(
                 Header::new(kind::WINDOW, TCP, self.id),
@@ -245,7 +245,7 @@ impl<S: TcpSocket> Tcp<S> {
     /// EOF: the user's side sends no more.
     pub fn on_eof(&mut self, context: &mut Context) -> Fate {
         // v1 has no such message.
-        if self.inbound.is_none() {
+        if self.receiving.is_none() {
             context.counters.ignored += 1;
             return Fate::Live;
         }
@@ -255,7 +255,7 @@ impl<S: TcpSocket> Tcp<S> {
 
     /// CLOSE: queued bytes are still delivered; the id is free at once.
     pub fn on_close(&mut self, context: &mut Context) -> Fate {
-        if self.inbound.is_none() {
+        if self.receiving.is_none() {
             context.send(Header::new(kind::CLOSE, TCP, self.id), &[]);
         }
         self.detached = true;
@@ -268,7 +268,7 @@ impl<S: TcpSocket> Tcp<S> {
 
     /// ERROR: the service's connection is reset. In v1 a CLOSE answers, as it answers CLOSE.
     pub fn on_error(&mut self, context: &mut Context) -> Fate {
-        if self.inbound.is_none() {
+        if self.receiving.is_none() {
             context.send(Header::new(kind::CLOSE, TCP, self.id), &[]);
         }
         self.abort()
@@ -333,8 +333,8 @@ impl<S: TcpSocket> Tcp<S> {
 
     /// Gives back what the stream held of shared things.
     pub fn release(&mut self, context: &mut Context) {
-        if let Some(inbound) = &mut self.inbound {
-            inbound.release(&mut context.budget);
+        if let Some(receiving) = &mut self.receiving {
+            receiving.close(&mut context.budget);
         }
         self.queue.clear();
         self.count_waiting(context);
@@ -367,8 +367,8 @@ impl<S: TcpSocket> Tcp<S> {
             return self.arm(context, DRAIN_TIMEOUT);
         }
         let connected = Header::new(kind::CONNECTED, TCP, self.id);
-        match &self.inbound {
-            Some(inbound) => context.send(connected, &inbound.granted().to_be_bytes()),
+        match &self.receiving {
+            Some(receiving) => context.send(connected, &receiving.granted().to_be_bytes()),
             None => context.send(connected, &[]),
         }
     }
@@ -431,7 +431,7 @@ impl<S: TcpSocket> Tcp<S> {
         }
         self.out_done = true;
         self.readable = false;
-        if self.inbound.is_some() {
+        if self.receiving.is_some() {
             context.send(Header::new(kind::EOF, TCP, self.id), &[]);
         } else {
             // v1 has no EOF: the user's side may still have something to say (§3 rule 4).
@@ -448,8 +448,8 @@ impl<S: TcpSocket> Tcp<S> {
 
     fn received(&mut self, length: usize, context: &mut Context) -> Result<(), Violation> {
         context.counters.bytes_to_container += length as u64;
-        if let Some(inbound) = &mut self.inbound {
-            inbound.receive(length)?;
+        if let Some(receiving) = &mut self.receiving {
+            receiving.receive(length)?;
         } else if self.out_done {
             self.deadline = Some(context.now + context.settings.linger);
         }
@@ -460,8 +460,8 @@ impl<S: TcpSocket> Tcp<S> {
         if self.holding && self.queue.len() <= V1_HOLD / 2 {
             self.let_go(context);
         }
-        if let Some(inbound) = &mut self.inbound
-            && let Some(limit) = inbound.consume(length, &context.budget)
+        if let Some(receiving) = &mut self.receiving
+            && let Some(limit) = receiving.consume(length, &context.budget)
             && !self.eof_in
         {
             context.send(
@@ -473,9 +473,9 @@ impl<S: TcpSocket> Tcp<S> {
 
     /// After the WINDOW for the same bytes: what comes before the PONG is then a whole window, if
     /// it is the window that holds the user's side back.
-    fn probe(&mut self, context: &mut Context) {
-        if let Some(inbound) = &mut self.inbound
-            && inbound.wants_probe(context.now)
+    fn ping(&mut self, context: &mut Context) {
+        if let Some(receiving) = &mut self.receiving
+            && receiving.wants_ping(context.now)
         {
             context.send(Header::new(kind::PING, TCP, self.id), &[]);
         }
@@ -504,7 +504,7 @@ impl<S: TcpSocket> Tcp<S> {
     }
 
     fn hold(&mut self, context: &mut Context) {
-        if self.inbound.is_none() && !self.holding && self.queue.len() > V1_HOLD {
+        if self.receiving.is_none() && !self.holding && self.queue.len() > V1_HOLD {
             self.holding = true;
             context.holding += 1;
         }

@@ -6,7 +6,7 @@ use std::time::{Duration, Instant};
 
 use kohakuriver_tunnel::backoff::{Backoff, Next};
 use kohakuriver_tunnel::errors;
-use kohakuriver_tunnel::flow::{Budget, Inbound};
+use kohakuriver_tunnel::flow::{Budget, ReceiveWindow};
 use kohakuriver_tunnel::frame::{ClientHeader, mask, opcode};
 use kohakuriver_tunnel::message::{Item, Reader};
 use kohakuriver_tunnel::protocol::{HEADER, Header, MAX_RECEIVED, MAX_SENT, Violation, limit};
@@ -422,7 +422,7 @@ fn windows_are_granted_as_the_vectors_say() {
 fn play(
     event: &Value,
     budget: &mut Budget,
-    streams: &mut HashMap<u64, Inbound>,
+    streams: &mut HashMap<u64, ReceiveWindow>,
     start: Instant,
     what: &str,
 ) {
@@ -435,7 +435,7 @@ fn play(
     }
     let id = number(&event["stream"]);
     if kind == "open" {
-        let inbound = Inbound::new(budget);
+        let inbound = ReceiveWindow::new(budget);
         assert_eq!(inbound.granted(), number(&event["limit"]), "{what}");
         streams.insert(id, inbound);
         return;
@@ -446,7 +446,7 @@ fn play(
             let ok = inbound.receive(size()).is_ok();
             assert_eq!(Value::from(ok), event["ok"], "{what}");
             assert_eq!(
-                Value::from(ok && inbound.wants_probe(at())),
+                Value::from(ok && inbound.wants_ping(at())),
                 event["ping"],
                 "{what}"
             );
@@ -457,11 +457,11 @@ fn play(
             "{what}"
         ),
         "pong" => assert_eq!(
-            Value::from(inbound.probe_ended(at(), budget)),
+            Value::from(inbound.pong(at(), budget)),
             event["limit"],
             "{what}"
         ),
-        "close" => inbound.release(budget),
+        "close" => inbound.close(budget),
         other => panic!("no such event: {other}"),
     }
 }
