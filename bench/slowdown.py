@@ -68,7 +68,7 @@ def install(hop: SlowDown) -> None:
     if hop.hop not in sys.orig_argv[:5]:
         return
     from kohakuriver.tunnel.link import Link
-    from kohakuriver.tunnel.tcp import TcpStream
+    from kohakuriver.tunnel.local_socket import TcpStream
 
     burner = Burner(hop.percent / 100)
     for protocol in (Link, TcpStream):

@@ -348,7 +348,7 @@ def test_a_peer_that_makes_us_answer_and_never_reads_is_dropped(run: Run, monkey
             ping = bytes(100_000)
             with contextlib.suppress(RuntimeError):
                 while hops.server.hub.sessions:
-                    user.send_message(6, 0, ping)
+                    link.send_message(6, 0, ping, urgent=True)
                     await asyncio.sleep(0)
             link.intake.resume("a user that does not read")
             assert await hops.detached.get()

@@ -11,7 +11,8 @@ from typing import Any
 import pytest
 
 from kohakuriver.tunnel.link import Link
-from kohakuriver.tunnel.tcp import TcpStream
+from kohakuriver.tunnel.local_socket import TcpStream
+from kohakuriver.tunnel.windows import ReceiveWindow
 from tests.support.hops import CLIENTS, asked, chain, dial, echo, service, until
 
 Run = Callable[[Coroutine[Any, Any, None]], None]
@@ -48,10 +49,13 @@ def test_a_stalled_stream_goes_on_where_it_stopped_after_many_keepalive_interval
             local, beside = [(await user.listen_tcp("127.0.0.1", 0, p)).port for p in (port, other)]
             async with dial(local) as (reader, _):
                 got = await reader.readexactly(1 << 16)
-                (stream,) = [stream for stream in user.streams.values() if isinstance(stream, TcpStream)]
-                await until(lambda: stream.held > 0)
-                window = stream.receiving
-                assert window is not None
+                assert user.streams is not None
+                (stream,) = user.streams.by_id.values()
+                assert isinstance(stream, TcpStream)
+                core = stream.core
+                await until(lambda: core.held > 0)
+                window = core.inbound
+                assert isinstance(window, ReceiveWindow)
                 await until(lambda: window.received == window.granted)  # the whole window waits
                 # Ten minutes have forty keepalive intervals: so many pass on every link, by each one's own count.
                 pings.clear()

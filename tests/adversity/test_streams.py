@@ -14,9 +14,10 @@ from typing import Any
 
 import pytest
 
+from kohakuriver.tunnel.local_socket import TcpStream
 from kohakuriver.tunnel.settings import EndpointConfig
-from kohakuriver.tunnel.tcp import TcpStream
 from kohakuriver.tunnel.user_endpoint import UserEndpoint
+from kohakuriver.tunnel.windows import ReceiveWindow
 from tests.support.hops import CLIENTS, asked, chain, dial, echo, service, until
 from tests.support.network.faults import fault_proxy
 
@@ -34,7 +35,14 @@ async def forwarded(user: UserEndpoint, port: int) -> int:
 
 
 def tcp_streams(endpoint: UserEndpoint) -> list[TcpStream]:
-    return [stream for stream in endpoint.streams.values() if isinstance(stream, TcpStream)]
+    members = [] if endpoint.streams is None else endpoint.streams.by_id.values()
+    return [stream for stream in members if isinstance(stream, TcpStream)]
+
+
+def is_full(stream: TcpStream) -> bool:
+    """Whether the peer has sent all that it was granted."""
+    window = stream.core.inbound
+    return isinstance(window, ReceiveWindow) and window.received == window.granted
 
 
 @contextlib.asynccontextmanager
@@ -75,16 +83,14 @@ def test_readers_that_stop_stop_nobody_else_and_go_on_where_they_stopped(run: Ru
             await until(lambda: len(streams) == 20 if (streams := tcp_streams(user)) else False)
             streams = tcp_streams(user)
             # Each has got all that its window allows, and its reader takes nothing.
-            await until(
-                lambda: all(x.receiving is not None and x.receiving.received == x.receiving.granted for x in streams)
-            )
+            await until(lambda: all(is_full(x) for x in streams))
 
             async with dial(local) as (reader, _):
                 assert await reader.readexactly(len(data)) == data
             for endpoint in (user, other):
                 assert await asked(await forwarded(endpoint, echo_port), b"echo" * 50_000) == b"echo" * 50_000
 
-            assert all(stream.held <= SMALL.first_window for stream in streams)
+            assert all(stream.core.held <= SMALL.first_window for stream in streams)
             tunnels, sessions = hops.server.hub.tunnels.values(), hops.server.hub.sessions
             queued = sum(tunnel.link.out.queued for tunnel in tunnels) + sum(user.link.out.queued for user in sessions)
             assert queued <= 20 * SMALL.first_window
@@ -121,7 +127,7 @@ def test_services_that_stop_reading_stop_nobody_else(run: Run, kind: str) -> Non
             local = await forwarded(user, port)
             data = pattern("upload", 8 << 20)
             uploads = [asyncio.ensure_future(upload(local, data)) for _ in range(5)]
-            await until(lambda: user.stalls >= 5)
+            await until(lambda: user.totals.stalls >= 5)
             for endpoint in (user, other):
                 assert await asked(await forwarded(endpoint, echo_port), b"echo" * 50_000) == b"echo" * 50_000
             gate.set()
@@ -268,13 +274,13 @@ def test_5000_connections_leave_nothing_behind(run: Run, kind: str) -> None:
             local = await forwarded(user, port)
             await cycles(local, 3)
             await hops.at_rest()
-            await until(lambda: not user.streams)
+            await until(lambda: user.stream_count == 0)
             before = descriptors(), len(asyncio.all_tasks()), user.budget.left
             await asyncio.gather(*(cycles(local, 100) for _ in range(50)))
             await hops.at_rest()
-            await until(lambda: not user.streams)
+            await until(lambda: user.stream_count == 0)
             await until(lambda: (descriptors(), len(asyncio.all_tasks()), user.budget.left) == before)
-            assert user.opened == 5003
+            assert user.totals.opened == 5003
             assert user.link is not None
             assert not user.link.out._waiters
             assert not user.link.intake._pauses

@@ -126,7 +126,7 @@ def test_a_source_that_is_silent_is_forgotten_counted_from_its_last_datagram(run
                     await one.ask(b"still here")
                     await asyncio.sleep(0.1)  # well within the time, and longer than it in all
                 assert len(echoed.sources) == 1
-                await until(lambda: not user.streams)
+                await until(lambda: user.stream_count == 0)
                 await hops.at_rest()
                 assert await one.ask(b"back") == b"back"
                 assert len(echoed.sources) == 2
@@ -143,7 +143,7 @@ def test_with_too_many_sources_the_one_idle_longest_goes(run: Run, kind: str) ->
             peers = [await stack.enter_async_context(peer(local)) for _ in range(4)]
             for one in (0, 1, 2, 0, 3):  # 1 is the one that was silent longest
                 assert await peers[one].ask(b"x") == b"x"
-            assert len(user.streams) == 3
+            assert user.stream_count == 3
             for one in (2, 0, 3):
                 assert await peers[one].ask(b"y") == b"y"
             assert len(echoed.sources) == 4
@@ -174,8 +174,8 @@ def test_a_service_that_dies_and_comes_back_is_reached_again(run: Run, kind: str
                             return await asyncio.wait_for(one.received.get(), 0.1)
 
                 assert await ask_until_answered() in {b"again", b"into the void"}
-            assert len(user.streams) == 1
-            assert user.opened == 1
+            assert user.stream_count == 1
+            assert user.totals.opened == 1
 
     run(main())
 
@@ -195,7 +195,7 @@ def test_datagrams_that_find_no_room_are_dropped_and_counted_and_stop_no_tcp_str
                 link.send(b"")  # something waits
                 link.out.queued += 1
                 one.sock.send(b"no room")
-                await until(lambda: user.udp_dropped == 1)
+                await until(lambda: user.totals.udp_dropped == 1)
                 link.out.queued -= 1
                 link.resume_writing()
                 assert await one.ask(b"y") == b"y"
@@ -216,6 +216,6 @@ def test_datagrams_that_no_service_takes_are_counted_and_told(run: Run) -> None:
             async with peer(await forwarded(user, unheard)) as one:
                 one.sock.send(b"is anybody there?")
                 assert await told.get() == (unheard, "ECONNREFUSED")
-                assert (user.udp_dropped, user.streams) == (1, {})
+                assert (user.totals.udp_dropped, user.stream_count) == (1, 0)
 
     run(main())

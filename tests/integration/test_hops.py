@@ -66,7 +66,7 @@ def test_two_users_on_one_container_never_see_each_others_bytes(run: Run, kind: 
             users = [await hops.user() for _ in range(2)]
             ports = [await forwarded(user, port) for user in users]
             await asyncio.gather(*(one(i % 2, ports[i % 2], i) for i in range(60)))
-            assert [user.opened for user in users] == [30, 30]  # so both have had the ids 1 to 30
+            assert [user.totals.opened for user in users] == [30, 30]  # so both have had the ids 1 to 30
             await hops.at_rest()
 
     run(main())

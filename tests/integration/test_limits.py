@@ -88,7 +88,7 @@ def test_a_session_with_too_many_streams_is_refused_one_more_until_one_ends(run:
                     for each in (writer, second):
                         each.write(b"x")
                     assert await reader.readexactly(1) == b"x"
-                    await until(lambda: greedy.opened == 2)
+                    await until(lambda: greedy.totals.opened == 2)
                     await reset(local)
                     number, text = await hops.errors.get()
                     assert (number, text.partition(":")[0]) == (port, "EMFILE")

@@ -15,12 +15,11 @@ from hypothesis.stateful import Bundle, RuleBasedStateMachine, initialize, invar
 
 from kohakuriver import runtime as loops
 from kohakuriver._frame import FrameWalker
-from kohakuriver.tunnel import stream as rules
+from kohakuriver.tunnel import windows as rules
 from kohakuriver.tunnel.container_endpoint import ContainerEndpoint
 from kohakuriver.tunnel.link import Link
+from kohakuriver.tunnel.local_socket import TcpStream
 from kohakuriver.tunnel.settings import EndpointConfig
-from kohakuriver.tunnel.stream import State
-from kohakuriver.tunnel.tcp import TcpStream
 from kohakuriver.tunnel.user_endpoint import UserEndpoint
 from tests.support.peers.fake_transport import FakeTransport
 
@@ -33,7 +32,13 @@ class Container(ContainerEndpoint):
     def __init__(self, config: EndpointConfig | None = None) -> None:
         super().__init__(config=config)
         self.dials: list[TcpStream] = []
+        self.ids: dict[object, int] = {}
         self._answers: dict[TcpStream, asyncio.Future[FakeTransport]] = {}
+
+    def accept(self, client_id: int, proto: int, port: int, payload: bytes) -> None:
+        super().accept(client_id, proto, port, payload)
+        assert self.streams is not None
+        self.ids[self.streams.by_id[client_id]] = client_id
 
     async def _try(self, stream: TcpStream, host: str) -> BaseException | None:
         self.dials.append(stream)
@@ -140,6 +145,7 @@ class Story:
     user: Side
     container: Side
     stream: TcpStream
+    number: int  # its id
     acceptor: TcpStream | None = None
     refused: bool = False
 
@@ -180,7 +186,9 @@ class Streams(RuleBasedStateMachine):
 
         def act() -> None:
             self.pair = Pair(config=config, version=version, room=room)
-            self.pair.user._ids = itertools.count(0xFFFFFFFE)  # ids wrap around right away
+            streams = self.pair.user.streams
+            assert streams is not None
+            streams._ids = itertools.count(0xFFFFFFFE)  # ids wrap around right away
 
         self.do(act)
 
@@ -191,7 +199,8 @@ class Streams(RuleBasedStateMachine):
         self.do(lambda: opened.append(self.pair.open()))
         stream, transport = opened[0]
         user = Side(pattern((number, "up"), 400_000), transport)
-        story = Story(user, Side(pattern((number, "down"), 400_000)), stream)
+        assert stream.at is not None
+        story = Story(user, Side(pattern((number, "down"), 400_000)), stream, stream.at.id)
         self.all.append(story)
         return story
 
@@ -199,7 +208,9 @@ class Streams(RuleBasedStateMachine):
         """The container's stream for this story, once its CONNECT has come."""
         if story.acceptor is None:
             for dialled in self.pair.container.dials:
-                if dialled.id == story.stream.id and all(s.acceptor is not dialled for s in self.all):
+                if self.pair.container.ids[dialled] == story.number and all(
+                    s.acceptor is not dialled for s in self.all
+                ):
                     story.acceptor = dialled
         return story.acceptor
 
@@ -263,8 +274,9 @@ class Streams(RuleBasedStateMachine):
     def nothing_holds_more_than_its_window(self) -> None:
         for story in self.all:
             for stream in filter(None, (story.stream, story.acceptor)):
-                if stream.receiving is not None and stream.state is not State.OVER:
-                    assert stream.held <= max(stream.receiving.size, rules.EARLY_DATA)
+                core = stream.core
+                if isinstance(core.inbound, rules.ReceiveWindow) and not core.state.gone:
+                    assert core.held <= max(core.inbound.size, rules.EARLY_DATA)
 
     def teardown(self) -> None:
         try:
@@ -312,7 +324,7 @@ class Streams(RuleBasedStateMachine):
                 assert container.left_by_peer == user.ended
                 assert user.left_by_peer == container.ended
         if all(s.user.left_by_peer and s.container.left_by_peer for s in self.all) or not self.all:
-            assert self.pair.user.streams == self.pair.container.streams == {}
+            assert self.pair.user.stream_count == self.pair.container.stream_count == 0
             assert self.pair.user.budget.left == self.pair.container.budget.left == self.budget
 
 

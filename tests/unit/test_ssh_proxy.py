@@ -27,7 +27,7 @@ from kohakuriver.ssh_proxy.server import SshProxy
 from kohakuriver.ssh_proxy.session import PacedConnection, TaskConnection
 from kohakuriver.ssh_proxy.turnstile import Turnstile
 from kohakuriver.store import Task
-from kohakuriver.tunnel.stream import SendWindow
+from kohakuriver.tunnel.windows import SendWindow
 from tests.support.hops import CLIENTS, CONTAINER, Chain, chain, echo, service, until
 from tests.support.ssh import ours
 
@@ -726,7 +726,7 @@ def test_without_a_rate_nothing_of_it_is_in_a_connections_way(
 
     run(check())
     free, limited = made
-    assert (type(free), type(free.stream.sending)) == (TaskConnection, SendWindow)
+    assert (type(free), type(free.stream.core.sending)) == (TaskConnection, SendWindow)
     assert type(limited) is PacedConnection
 
 

@@ -1,309 +1,447 @@
 from __future__ import annotations
 
-import itertools
 import json
-import random
-from typing import Any
+from collections import deque
+from collections.abc import Callable, Sequence
 
 import pytest
-from hypothesis import given
+from hypothesis import settings
 from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
-from kohakuriver.tunnel import stream as rules
-from kohakuriver.tunnel.stream import Budget, Event, ReceiveWindow, SendWindow, State, next_state
+from kohakuriver.tunnel.protocol import (
+    CLOSE,
+    CONNECT,
+    CONNECTED,
+    DATA,
+    EOF,
+    ERROR,
+    PING,
+    PONG,
+    WINDOW,
+    pack_limit,
+    parse_limit,
+)
+from kohakuriver.tunnel.states import Do, Event, Role, State
+from kohakuriver.tunnel.stream import PIECE, Action, Reading, Rules, Send, StreamCore, accepted
+from kohakuriver.tunnel.v1_rules import V1Rules
+from kohakuriver.tunnel.windows import EARLY_DATA, FIRST_WINDOW, MIN_WINDOW, Budget, ReceiveWindow
 from tests.vectors import generate
 
-WINDOWS = json.loads((generate.HERE / "windows.json").read_text(encoding="utf-8"))
-S, E = State, Event
-EVENTS = st.lists(st.sampled_from(list(Event)), max_size=12)
-
-# Every pair, written out a second time: a change of the table must be meant.
-EXPECTED: dict[State, dict[Event, State]] = {
-    S.OPENING: {
-        E.ESTABLISHED: S.OPEN,
-        E.LOCAL_EOF: S.OPENING_LOCAL_ENDED,
-        E.REMOTE_EOF: S.OPENING_REMOTE_ENDED,
-        E.HALF_CLOSE: S.HALF_CLOSED,
-        E.END: S.OVER,
-    },
-    S.OPENING_LOCAL_ENDED: {E.ESTABLISHED: S.LOCAL_ENDED, E.END: S.OVER},
-    S.OPENING_REMOTE_ENDED: {E.ESTABLISHED: S.REMOTE_ENDED, E.END: S.OVER},
-    S.OPEN: {E.LOCAL_EOF: S.LOCAL_ENDED, E.REMOTE_EOF: S.REMOTE_ENDED, E.HALF_CLOSE: S.HALF_CLOSED, E.END: S.OVER},
-    S.HALF_CLOSED: {E.END: S.OVER},
-    S.LOCAL_ENDED: {E.REMOTE_EOF: S.OVER, E.END: S.OVER},
-    S.REMOTE_ENDED: {E.LOCAL_EOF: S.OVER, E.END: S.OVER},
-    S.OVER: {},
+ROWS = {
+    (row["version"], row["role"], row["state"], row["event"]): (row["to"], row["actions"])
+    for row in json.loads((generate.HERE / "states.json").read_text(encoding="utf-8"))
+}
+HAPPENS: dict[str, Callable[[StreamCore, int], Sequence[Action]]] = {
+    "link": lambda core, version: core.link(version),
+    "local_eof": lambda core, version: core.local_eof(),
+    "remote_eof": lambda core, version: core.remote_eof(),
+    "remote_close": lambda core, version: core.remote_close(),
+    "remote_error": lambda core, version: core.remote_error(),
+    "local_closed": lambda core, version: core.local_lost(),
+    "local_error": lambda core, version: core.local_lost(b"EIO: broken"),
+    "linger_over": lambda core, version: core.linger_over(),
+    "link_lost": lambda core, version: core.link_lost(),
+}
+KINDS = {
+    "send_connect": CONNECT,
+    "send_connected": CONNECTED,
+    "send_eof": EOF,
+    "send_close": CLOSE,
+    "send_error": ERROR,
 }
 
 
-@pytest.mark.parametrize(("state", "event"), list(itertools.product(State, Event)))
-def test_every_event_in_every_state_leads_where_the_table_says(state: State, event: Event) -> None:
-    assert next_state(state, event) == EXPECTED[state].get(event)
+def rules(role: Role = Role.OPENER, budget: Budget | None = None) -> Rules:
+    return Rules(role, budget or Budget(), V1Rules(hold=1000, linger=2.0))
 
 
-@given(events=EVENTS)
-def test_a_stream_ends_by_close_or_error_or_by_both_ends_of_file_and_by_nothing_else(events: list[Event]) -> None:
-    state, seen = State.OPENING, set()
-    for event in events:
-        following = next_state(state, event)
-        if following is None:
+def opened(version: int = 2, limit: int = 1 << 20) -> StreamCore:
+    """An opener's stream that its peer has taken."""
+    core = StreamCore(rules())
+    core.settled()
+    core.link(version)
+    core.connected(limit if version == 2 else None)
+    return core
+
+
+def in_state(version: int, role: str, state: str) -> StreamCore:
+    core = (
+        StreamCore(rules()) if role == "opener" else accepted(rules(Role.ACCEPTOR), 1 << 20 if version == 2 else None)
+    )
+    core.settled()
+    if version == 1 and role == "opener" and state != "waiting":
+        core.link(1)
+    elif role == "opener" and state != "waiting":
+        core.link(2)
+    core.state = State(state)
+    core.reading = Reading.ENDED if core.state.local_done else Reading.FLOWING
+    return core
+
+
+def established(core: StreamCore, role: str, version: int) -> Sequence[Action]:
+    if role == "acceptor":
+        return core.dialled()
+    return core.connected(1 << 20 if version == 2 else None)
+
+
+@pytest.mark.parametrize(("version", "role", "state", "event"), list(ROWS))
+def test_a_stream_does_what_the_vectors_say(version: int, role: str, state: str, event: str) -> None:
+    core = in_state(version, role, state)
+    to, actions = ROWS[version, role, state, event]
+    happens = HAPPENS.get(event)
+    did = happens(core, version) if happens is not None else established(core, role, version)
+    assert core.state.value == to
+    assert [KINDS.get(action, action) for action in actions] == [
+        action.kind if isinstance(action, Send) else action.value for action in did
+    ]
+
+
+@pytest.mark.parametrize("state", [state.value for state in State if state is not State.WAITING])
+@pytest.mark.parametrize(("version", "role"), [(2, "opener"), (2, "acceptor"), (1, "opener"), (1, "acceptor")])
+def test_what_has_no_row_changes_nothing(version: int, role: str, state: str) -> None:
+    for event in Event:
+        happens = HAPPENS.get(event.value)
+        if happens is None or (version, role, state, event.value) in ROWS:
             continue
-        seen.add(event)
-        state = following
-        assert (state is State.OVER) == (Event.END in seen or {Event.LOCAL_EOF, Event.REMOTE_EOF} <= seen)
+        core = in_state(version, role, state)
+        if event is Event.LOCAL_EOF and not core.state.local_done:
+            continue  # it is owed until it can be sent
+        assert list(happens(core, version)) == []
+        assert core.state.value == state
 
 
-@given(events=EVENTS)
-def test_a_side_that_has_ended_stays_ended(events: list[Event]) -> None:
-    state = State.OPENING
-    for event in events:
-        following = next_state(state, event) or state
-        assert (state in rules.LOCAL_DONE) <= (following in rules.LOCAL_DONE)
-        assert (state in rules.REMOTE_DONE) <= (following in rules.REMOTE_DONE)
-        state = following
+def test_what_is_read_before_there_is_a_link_follows_the_connect_and_the_end_of_file_follows_that() -> None:
+    core = StreamCore(rules())
+    core.settled()
+    assert core.local_data(b"early") == ()
+    assert core.flow(blocked=False) is Do.PAUSE_LOCAL
+    assert core.local_eof() == ()
+    assert list(core.link(2)) == [Send(CONNECT, pack_limit(FIRST_WINDOW)), Send(DATA, b"early"), Send(EOF)]
+    assert core.state is State.OPENING_LOCAL_ENDED
 
 
-def test_a_limit_never_shrinks() -> None:
-    window = SendWindow(100)
-    window.sent = 100
-    assert not window.raise_to(50)
-    assert not window.raise_to(100)
-    assert (window.limit, window.room) == (100, 0)
+def test_no_more_than_early_data_is_sent_before_the_peer_has_given_a_limit() -> None:
+    core = StreamCore(rules())
+    core.settled()
+    core.local_data(bytes(EARLY_DATA + 10))
+    sent = core.link(2)
+    assert sum(len(each.payload) for each in sent if isinstance(each, Send) and each.kind == DATA) == EARLY_DATA
+    assert core.flow(blocked=False) is Do.PAUSE_LOCAL
+    assert list(core.connected(EARLY_DATA + 10)) == [Send(DATA, bytes(10))]
 
 
-def test_a_raised_limit_says_whether_there_was_no_room_before() -> None:
-    window = SendWindow(100)
-    window.sent = 99
-    assert not window.raise_to(101)
-    window.sent = 101
-    assert window.raise_to(102)
-    assert window.room == 1
+def test_what_waited_is_sent_in_pieces_that_let_others_through() -> None:
+    core = opened()
+    assert [len(each.payload) for each in core.local_data(bytes(PIECE + 1)) if isinstance(each, Send)] == [PIECE, 1]
 
 
-def test_a_limit_of_64_bits_is_taken() -> None:
-    window = SendWindow(0)
-    assert window.raise_to((1 << 64) - 1)
-    assert window.room == (1 << 64) - 1
+def test_bytes_pass_at_once_only_within_the_window_and_behind_what_waits() -> None:
+    core = opened(limit=100_000)
+    assert core.passes(90_000)
+    assert not core.passes(10_001)
+    assert core.passes(10_000)
+    core.local_data(b"waits")
+    core.sending.raise_to(1 << 20)
+    assert not core.passes(1)
+    assert list(core.flush()) == [Send(DATA, b"waits")]
+    assert core.passes(1)
 
 
-def test_a_v1_stream_has_no_limit() -> None:
-    window = SendWindow(None)
-    window.sent = 1 << 40
-    assert window.room >= 1 << 60
-    assert not window.raise_to(5)
-    assert window.limit is None
+def test_the_local_socket_is_read_only_while_what_is_read_can_be_sent() -> None:
+    core = opened(limit=100_000)
+    assert core.flow(blocked=True) is Do.PAUSE_LOCAL
+    assert core.flow(blocked=True) is None
+    assert core.flow(blocked=False) is Do.RESUME_LOCAL
+    core.passes(100_000)
+    assert core.flow(blocked=False) is Do.PAUSE_LOCAL
+    assert core.sending.raise_to(100_001)
+    assert core.flow(blocked=False) is Do.RESUME_LOCAL
 
 
-def test_the_peer_may_send_what_was_granted_and_not_a_byte_more() -> None:
-    window = ReceiveWindow(Budget(first=100_000, cap=100_000))
-    assert window.receive(100_000)
-    assert not window.receive(1)
+def test_a_socket_that_has_not_settled_is_not_paused() -> None:
+    core = StreamCore(rules())
+    assert core.flow(blocked=False) is None
+    core.settled()
+    assert core.flow(blocked=False) is Do.PAUSE_LOCAL
 
 
-def test_a_small_window_still_lets_early_data_in() -> None:
-    window = ReceiveWindow(Budget(first=1))
-    assert window.receive(rules.EARLY_DATA)
-    assert not window.receive(1)
+def test_more_than_was_granted_ends_the_session_and_is_not_held() -> None:
+    core = opened()
+    assert core.arrive(FIRST_WINDOW, 0.0) in (None, Send(PING))
+    assert core.arrive(1, 0.0) is Do.END_SESSION
+    assert core.held == FIRST_WINDOW
 
 
-def test_credit_is_given_on_consumption_a_quarter_of_the_window_at_a_time() -> None:
-    window = ReceiveWindow(Budget(first=1000, cap=1000))
-    window.receive(1000)
-    assert window.consume(249) is None
-    assert window.consume(1) == 1250
-    assert window.consume(249) is None
-    assert window.consume(501) == 2000
-
-
-@given(sizes=st.lists(st.integers(1, 50), max_size=60))
-def test_a_window_of_one_byte_grants_every_byte_that_is_consumed(sizes: list[int]) -> None:
-    window = ReceiveWindow(Budget(first=1, cap=1))
-    total = 0
-    for size in sizes:
-        window.receive(size)
-        total += size
-        assert window.consume(size) == total + 1
-
-
-@given(
-    first=st.integers(1, 1 << 20),
-    arrivals=st.lists(st.tuples(st.integers(1, 1 << 16), st.booleans(), st.floats(0, 1)), max_size=80),
-)
-def test_the_limit_is_never_more_than_a_window_beyond_what_was_consumed(
-    first: int, arrivals: list[tuple[int, bool, float]]
-) -> None:
-    budget = Budget(first=first)
-    window = ReceiveWindow(budget)
-    now, last = 0.0, window.granted
-    for size, answered, passed in arrivals:
-        size = min(size, window.granted - window.received)
-        now += passed
-        assert window.receive(size)
-        window.wants_ping(now)
-        for limit in (window.consume(size), window.pong(now) if answered else None):
-            if limit is not None:
-                assert limit > last
-                last = limit
-        assert last == window.granted <= window.consumed + window.size
-        assert window.granted > window.received, "the sender would wait for ever"
-        assert window.size <= budget.cap or window.size == first
-
-
-def pumped(
-    window: ReceiveWindow, *, rtt: float, rate: float, rounds: int, read: int = 1 << 14, noise: float = 0.0
-) -> None:
-    """A peer that always has more to send: each round trip brings one burst, in reads of ``read`` bytes.
-
-    A burst is what the limits allow that the peer has heard of, or what the link's rate lets through; it takes
-    ``rtt`` seconds, or as long as the link needs for it. PONGs come ahead of bulk, so right before a burst. ``noise``
-    makes round trips shorter or longer by up to that part.
-    """
-    chance = random.Random(1)
-    now, limit, pinged = 0.0, window.granted, False
-    for _ in range(rounds):
-        burst = limit - window.received
-        limit = window.granted
-        now += max(rtt, burst / rate) * (1 + noise * chance.uniform(-1, 1))
-        if pinged:
-            pinged = False
-            limit = window.pong(now) or limit
-        while burst > 0:
-            window.receive(min(read, burst))
-            limit = window.consume(min(read, burst)) or limit
-            pinged = window.wants_ping(now) or pinged
-            burst -= read
-
-
-@pytest.mark.parametrize("read", [1 << 10, 1 << 14, 1 << 16, 1 << 18, 1 << 20])
-def test_a_window_grows_to_the_bandwidth_delay_product_of_a_long_link(read: int) -> None:
-    window = ReceiveWindow(Budget())
-    pumped(window, rtt=0.1, rate=125e6, rounds=40, read=read)
-    assert window.size >= 12.5e6
-
-
-def test_a_window_does_not_grow_beyond_what_the_link_can_use() -> None:
-    window = ReceiveWindow(Budget())
-    pumped(window, rtt=0.1, rate=1e6, rounds=400)
-    assert window.size <= 2 * rules.FIRST_WINDOW
-
-
-def test_a_window_stays_small_where_a_larger_one_would_only_make_small_messages_wait() -> None:
-    window = ReceiveWindow(Budget())
-    pumped(window, rtt=0.0001, rate=1e9, rounds=20_000, noise=0.5)
-    assert window.size <= 8 * rules.FIRST_WINDOW
-
-
-def test_a_window_grows_to_its_cap_and_asks_for_no_ping_any_more() -> None:
-    window = ReceiveWindow(Budget(first=1 << 16, cap=1 << 18))
-    pumped(window, rtt=0.1, rate=1e12, rounds=20)
-    assert window.size == 1 << 18
-    window.receive(window.granted - window.received)
-    assert not window.wants_ping(1e9)
-
-
-def test_while_others_receive_too_no_more_is_under_way_than_fills_a_round_trip() -> None:
+def test_a_window_stays_paid_for_until_what_it_let_in_is_delivered() -> None:
     budget = Budget()
-    window = ReceiveWindow(budget)
-    pumped(window, rtt=0.0004, rate=1e9, rounds=200)
-    assert window.size >= 1 << 20
-    budget.shared = True
-    ahead = []
-    for _ in range(100):
-        window.receive(1 << 14)
-        window.consume(1 << 14)
-        ahead.append(window.granted - window.consumed)
-        if ahead[-1] < 1 << 14:
-            break
-    most = max(rules.FIRST_WINDOW, rules.SHARED_PART * 1e9 * 0.0004)
-    assert min(ahead) >= most * 3 / 4 - (1 << 14)
-    assert ahead[-1] <= most
-    budget.shared = False
-    window.receive(1 << 14)
-    assert window.consume(1 << 14) == window.consumed + window.size
+    core = accepted(rules(Role.ACCEPTOR, budget), 1 << 20)
+    whole = budget.left + FIRST_WINDOW
+    core.arrive(1000, 0.0)
+    core.remote_close()
+    assert budget.left < whole
+    core.drop()
+    assert budget.left == whole
 
 
-def test_a_window_grows_over_a_long_link_that_others_use_too() -> None:
+def test_a_window_is_given_back_at_once_where_nothing_is_held() -> None:
     budget = Budget()
-    budget.shared = True
-    window = ReceiveWindow(budget)
-    pumped(window, rtt=0.1, rate=125e6, rounds=60)
-    assert window.size >= 12.5e6
+    core = accepted(rules(Role.ACCEPTOR, budget), 1 << 20)
+    core.remote_close()
+    assert budget.left == Budget().left
 
 
-def test_a_pong_that_nobody_asked_for_changes_nothing() -> None:
-    window = ReceiveWindow(Budget())
-    window.receive(rules.FIRST_WINDOW)
-    window.consume(rules.FIRST_WINDOW)
-    assert window.pong(1.0) is None
-    assert window.size == rules.FIRST_WINDOW
+def test_a_dial_that_fails_when_the_user_has_gone_lets_go_of_what_was_held_for_it() -> None:
+    core = accepted(rules(Role.ACCEPTOR), None)
+    core.arrive(5000, 0.0)
+    assert core.link_reading() is Do.HOLD_LINK
+    core.remote_close()
+    assert list(core.local_lost(b"ECONNREFUSED: nobody")) == [Do.RESET_LOCAL]
+    core.drop()
+    assert core.link_reading() is Do.FREE_LINK
 
 
-def test_only_one_ping_is_under_way_at_a_time() -> None:
-    window = ReceiveWindow(Budget())
-    window.receive(rules.FIRST_WINDOW // 2)
-    assert window.wants_ping(0.0)
-    window.receive(rules.FIRST_WINDOW // 2)
-    assert not window.wants_ping(0.1)
+def test_a_peer_of_version_1_takes_a_stream_over_to_its_rules() -> None:
+    budget = Budget()
+    core = StreamCore(rules(budget=budget))
+    core.settled()
+    core.link(2)
+    core.local_data(bytes(EARLY_DATA + 1))
+    assert list(core.connected(None)) == [Send(DATA, bytes(1))]
+    assert budget.left == Budget().left
+    assert core.sending.room > 1 << 60
+    assert list(core.local_eof()) == [Do.LINGER]
 
 
-def test_a_budget_gives_new_streams_less_when_most_is_spent_and_never_nothing() -> None:
-    budget = Budget(total=600_000)
-    sizes = [ReceiveWindow(budget).size for _ in range(5)]
-    assert sizes == [262_144, 262_144, 75_712, rules.MIN_WINDOW, rules.MIN_WINDOW]
-    assert budget.left == 0
+def test_an_end_of_file_that_a_peer_of_version_1_could_not_understand_is_followed_by_a_linger() -> None:
+    core = StreamCore(rules())
+    core.settled()
+    core.link(2)
+    assert list(core.local_eof()) == [Send(EOF)]
+    assert list(core.connected(None)) == [Do.LINGER]
+    assert list(core.linger_over()) == [Send(CLOSE), Do.LINGER]
 
 
-@pytest.mark.parametrize("vector", WINDOWS, ids=[vector["name"] for vector in WINDOWS])
-def test_windows_are_announced_and_paid_for_as_the_vectors_say(vector: dict[str, Any]) -> None:
-    budget = Budget(vector["total"], vector["first"], vector["cap"])
-    windows: dict[int, ReceiveWindow] = {}
-    for event in vector["events"]:
-        assert play(event, budget, windows) == {name: event[name] for name in event if name in RESULTS}, event
-        assert budget.left == event["left"], event
+def test_a_linger_begins_anew_with_data_that_comes() -> None:
+    core = opened(version=1)
+    core.local_eof()
+    assert core.linger_begins(100.0) == 2.0
+    core.arrive(1, 101.5)
+    assert core.linger_left(102.0) == 1.5
+    assert core.linger_left(103.5) == 0.0
 
 
-RESULTS = {"limit", "ok", "ping"}
+# -- two cores on a wire -------------------------------------------------------------------------------------------
 
 
-def play(event: dict[str, Any], budget: Budget, windows: dict[int, ReceiveWindow]) -> dict[str, object]:
-    """What one event leads to."""
-    do, stream, at = event["do"], event.get("stream", 0), event.get("at", 0) / 1e6
-    if do == "shared":
-        budget.shared = event["value"]
-    elif do == "open":
-        windows[stream] = ReceiveWindow(budget)
-        return {"limit": windows[stream].granted}
-    elif do == "recv":
-        ok = windows[stream].receive(event["size"])
-        return {"ok": ok, "ping": ok and windows[stream].wants_ping(at)}
-    elif do == "consume":
-        return {"limit": windows[stream].consume(event["size"])}
-    elif do == "pong":
-        return {"limit": windows[stream].pong(at)}
-    else:
-        windows[stream].close()
-    return {}
+class End:
+    """One core, its local socket as an application sees it, and what is on its way from it."""
+
+    def __init__(self, core: StreamCore) -> None:
+        self.core = core
+        self.wire: deque[Send] = deque()
+        self.written = bytearray()  # by the application
+        self.queued = bytearray()  # for it, in the socket's queue
+        self.read = bytearray()
+        self.app_ended = self.shut = self.closed = self.reset = False
+        self.owed: Do | None = None
+        self.paused = False
+
+    def do(self, actions: Sequence[Action]) -> None:
+        for action in actions:
+            if isinstance(action, Send):
+                assert not (self.wire and self.wire[-1].kind in (CLOSE, ERROR)), "said more behind its end"
+                self.wire.append(action)
+            elif action in (Do.SHUT_LOCAL, Do.CLOSE_LOCAL):
+                self.owed = action
+            elif action is Do.RESET_LOCAL:
+                self.reset = True
+                self.core.drop()
+        self.settle()
+
+    def settle(self) -> None:
+        """What is owed behind the last byte, and whether the application's bytes are read."""
+        if not self.queued and self.owed is not None:
+            self.shut = True
+            self.closed |= self.owed is Do.CLOSE_LOCAL
+            self.owed = None
+            if self.closed:
+                self.do(self.core.local_lost())
+                self.core.drop()
+        change = self.core.flow(blocked=False)
+        if change is not None:
+            assert self.paused == (change is Do.RESUME_LOCAL)
+            self.paused = change is Do.PAUSE_LOCAL
+
+    @property
+    def is_over(self) -> bool:
+        return self.closed or self.reset
 
 
-def test_a_spent_budget_lets_no_window_grow() -> None:
-    budget = Budget(total=300_000)
-    window = ReceiveWindow(budget)
-    ReceiveWindow(budget)
-    pumped(window, rtt=0.1, rate=1e12, rounds=20)
-    assert window.size == rules.FIRST_WINDOW
+class Wire(RuleBasedStateMachine):
+    """Every byte arrives once and in order, or the stream ends on both sides, however things interleave."""
 
+    @initialize(first=st.sampled_from([1, 5000, FIRST_WINDOW]), budget=st.sampled_from([0, 1 << 18, 1 << 26]))
+    def begin(self, first: int, budget: int) -> None:
+        self.budgets = [Budget(budget, first, 1 << 20) for _ in range(2)]
+        self.total = budget
+        self.user = End(StreamCore(rules(Role.OPENER, self.budgets[0])))
+        self.container: End | None = None
+        self.now = 0.0
+        self.dialling = False
+        self.user.core.settled()
+        self.user.settle()
 
-@given(ends=st.lists(st.booleans(), max_size=60))
-def test_the_budget_is_whole_again_when_all_streams_have_ended(ends: list[bool]) -> None:
-    budget = Budget(total=1 << 20)
-    windows: list[ReceiveWindow] = []
-    for end in ends:
-        if end and windows:
-            windows.pop(0).close()
+    def ends(self) -> list[tuple[End, End | None]]:
+        return [(self.user, self.container), *([(self.container, self.user)] if self.container is not None else [])]
+
+    def end(self, up: bool) -> End | None:
+        return self.user if up else self.container
+
+    @precondition(lambda self: self.user.core.state is State.WAITING)
+    @rule()
+    def link_comes(self) -> None:
+        self.user.do(self.user.core.link(2))
+
+    @rule(up=st.booleans(), size=st.sampled_from([1, 30, 5000, 70_000, 300_000]))
+    def application_writes(self, up: bool, size: int) -> None:
+        end = self.end(up)
+        if end is None or end.paused or end.app_ended or end.is_over or (self.dialling and not up):
+            return
+        core = end.core
+        if core.state is State.WAITING:
+            size = min(size, EARLY_DATA - len(core.early))
+        elif core.early:
+            return
         else:
-            windows.append(ReceiveWindow(budget))
-            pumped(windows[-1], rtt=0.1, rate=1e12, rounds=3)
-    for window in windows:
-        window.close()
-        window.close()
-    assert budget.left == 1 << 20
+            size = min(size, max(1, core.sending.room))
+        data = bytes((len(end.written) + i) * 31 % 251 for i in range(size))
+        end.written += data
+        if core.state is not State.WAITING and core.passes(size):
+            end.wire.append(Send(DATA, data))
+            end.settle()
+        else:
+            end.do(core.local_data(data))
+
+    @rule(up=st.booleans())
+    def application_ends(self, up: bool) -> None:
+        end = self.end(up)
+        if end is not None and not (end.paused or end.app_ended or end.is_over or (self.dialling and not up)):
+            end.app_ended = True
+            end.do(end.core.local_eof())
+
+    @rule(up=st.booleans(), size=st.sampled_from([1, 100, 1 << 20]))
+    def application_reads(self, up: bool, size: int) -> None:
+        end = self.end(up)
+        if end is None or end.is_over or (self.dialling and not up):
+            return
+        taken = end.queued[:size]
+        del end.queued[: len(taken)]
+        end.read += taken
+        limit = end.core.consumed(len(taken)) if taken else None
+        if limit is not None:
+            end.wire.append(Send(WINDOW, pack_limit(limit)))
+        end.settle()
+
+    @rule(up=st.booleans())
+    def socket_breaks(self, up: bool) -> None:
+        end = self.end(up)
+        if end is not None and not end.is_over and not (self.dialling and not up):
+            end.do(end.core.local_lost(b"ECONNRESET: reset"))
+            end.reset = True
+            end.core.drop()
+
+    @precondition(lambda self: self.dialling)
+    @rule(succeeds=st.booleans())
+    def dial_ends(self, succeeds: bool) -> None:
+        assert self.container is not None
+        self.dialling = False
+        core = self.container.core
+        core.settled()
+        self.container.do(core.dialled() if succeeds else core.local_lost(b"ECONNREFUSED: nobody"))
+        if not succeeds:
+            self.container.reset = True
+
+    @rule(up=st.booleans())
+    def message_arrives(self, up: bool) -> None:
+        source = self.end(up)
+        if source is None or not source.wire:
+            return
+        message = source.wire.popleft()
+        self.now += 0.001
+        if message.kind == CONNECT:
+            core = accepted(rules(Role.ACCEPTOR, self.budgets[1]), parse_limit(message.payload))
+            self.container = End(core)
+            self.dialling = True
+            return
+        target = self.end(not up)
+        assert target is not None
+        if not target.core.state.gone:  # else its id is free, and the message for nobody
+            self.deliver(target, message)
+
+    def deliver(self, end: End, message: Send) -> None:
+        core, limit = end.core, parse_limit(message.payload)
+        if message.kind == DATA:
+            if not core.state.remote_done:
+                owed = core.arrive(len(message.payload), self.now)
+                assert owed in (None, Send(PING)), "the peer kept its limit"
+                end.queued += message.payload
+                end.do(() if owed is None else (owed,))
+        elif message.kind == WINDOW:
+            core.sending.raise_to(limit or 0)
+            end.do(core.flush())
+        elif message.kind == PING:
+            end.wire.append(Send(PONG))
+        elif message.kind == PONG:
+            granted = core.pong(self.now)
+            end.do(() if granted is None else (Send(WINDOW, pack_limit(granted)),))
+        elif message.kind == CONNECTED:
+            end.do(core.connected(limit))
+        else:
+            end.do({EOF: core.remote_eof, CLOSE: core.remote_close, ERROR: core.remote_error}[message.kind]())
+
+    @invariant()
+    def bytes_arrive_once_and_in_order(self) -> None:
+        for end, other in self.ends() if hasattr(self, "user") else ():
+            if other is not None:
+                whole = end.read + end.queued
+                assert whole == other.written[: len(whole)]
+
+    @invariant()
+    def nothing_holds_more_than_its_window(self) -> None:
+        for end, _ in self.ends() if hasattr(self, "user") else ():
+            window = end.core.inbound
+            if isinstance(window, ReceiveWindow) and not end.core.state.gone:
+                assert end.core.held <= max(window.size, MIN_WINDOW, EARLY_DATA)
+
+    def teardown(self) -> None:
+        if not hasattr(self, "user"):
+            return
+        self.run_dry()
+        user, container = self.user, self.container
+        if container is None:  # it broke before there was a link
+            assert user.is_over
+            return
+        broken = user.reset or container.reset
+        if broken:
+            assert (user.is_over, container.is_over) == (True, True)
+        else:
+            assert (user.read, container.read) == (container.written, user.written)
+            assert (container.shut, user.shut) == (user.app_ended, container.app_ended)
+        if user.is_over and container.is_over:
+            assert [each.left for each in self.budgets] == [self.total, self.total]
+
+    def run_dry(self) -> None:
+        """Everything that is under way arrives, and the applications read on."""
+        if self.user.core.state is State.WAITING:
+            self.link_comes()
+        while any(end.wire or (end.queued and not end.is_over) for end, _ in self.ends()) or self.dialling:
+            if self.dialling:
+                self.dial_ends(succeeds=True)
+            for up in (True, False):
+                self.application_reads(up=up, size=1 << 20)
+                self.message_arrives(up=up)
+
+
+Wire.TestCase.settings = settings(max_examples=200, stateful_step_count=60, deadline=None)
+TestWire = Wire.TestCase

@@ -13,9 +13,11 @@ import pytest
 from kohakuriver._frame import FrameWalker
 from kohakuriver.tunnel.container_endpoint import ContainerEndpoint
 from kohakuriver.tunnel.link import Link
+from kohakuriver.tunnel.local_socket import TcpStream
 from kohakuriver.tunnel.protocol import CLOSE, CONNECT, CONNECTED, EOF, ERROR, PROTO_TCP, pack_limit
 from kohakuriver.tunnel.settings import EndpointConfig
-from kohakuriver.tunnel.tcp import TcpStream
+from kohakuriver.tunnel.states import State
+from kohakuriver.tunnel.streams import Streams
 from kohakuriver.tunnel.user_endpoint import UserEndpoint
 from tests.support.peers.fake_transport import FakeTransport
 from tests.vectors import generate
@@ -73,6 +75,7 @@ class Stage:
         self.wire = FakeTransport()
         self.link = Link(self.endpoint, FrameWalker(masked=not self.opener), masks=self.opener, version=version)
         self.link.start(self.wire)
+        self.streams: Streams | None = None
         self.reader = FrameWalker(masked=self.opener)
         self.local = FakeTransport(room=1 << 20)
         self.limit = pack_limit(1 << 20) if version == 2 else b""
@@ -91,13 +94,13 @@ class Stage:
         return [NAMES[message[0]] for message in messages if message[0] in NAMES]
 
     def _link(self) -> None:
-        if isinstance(self.endpoint, UserEndpoint):
-            self.endpoint.attach(self.link)
-        else:
-            self.endpoint.link = self.link
+        self.endpoint.attach(self.link)
+        streams = self.streams = self.endpoint.streams
+        assert streams is not None
+        if not isinstance(self.endpoint, UserEndpoint):
             self.endpoint._dial_soon = lambda dial: dial.close()  # type: ignore[method-assign]  # the test answers it
             self.endpoint.accept(1, PROTO_TCP, 7, self.limit)
-            stream = self.endpoint.streams[1]
+            stream = streams.by_id[1]
             assert isinstance(stream, TcpStream)
             self.stream = stream
 
@@ -108,7 +111,7 @@ class Stage:
             self.endpoint._tcp_message(self.stream, CONNECTED, self.limit)
 
     def _message(self, kind: int) -> None:
-        if self.endpoint.streams.get(self.stream.id) is self.stream:
+        if self.stream.at is not None:
             self.endpoint._tcp_message(self.stream, kind, b"")
 
     def _remote_eof(self) -> None:
@@ -134,17 +137,17 @@ class Stage:
         if self.opener or self.local.get_protocol() is not None:
             self.local.fail(ConnectionResetError(104, "reset"))
         else:
-            self.stream._local_error(ConnectionRefusedError(111, "refused"))
+            self.stream.failed(ConnectionRefusedError(111, "refused"))
 
     def _linger_over(self) -> None:
-        timer = self.stream._linger
+        timer = self.stream._timer
         assert timer is not None
         timer.cancel()
-        self.stream.last_data -= 3600
-        self.stream._linger_over()
+        self.stream.core.moved_at -= 3600
+        self.stream._waited()
 
     def _link_lost(self) -> None:
-        if isinstance(self.endpoint, UserEndpoint) and self.stream.id == 0:
+        if isinstance(self.endpoint, UserEndpoint) and self.stream.core.state is State.WAITING:
             self.endpoint._waited_too_long(self.stream)
         else:
             self.endpoint.detach("lost")
@@ -152,7 +155,8 @@ class Stage:
     def is_over(self) -> bool:
         """Whether its id is free, or it has none."""
         waits = isinstance(self.endpoint, UserEndpoint) and self.stream in self.endpoint._waiting
-        return self.stream not in self.endpoint.streams.values() and not waits
+        entered = self.streams is not None and self.stream in self.streams.by_id.values()
+        return not entered and not waits
 
 
 Run = Callable[[Coroutine[Any, Any, None]], None]
@@ -187,8 +191,8 @@ def test_a_stream_does_what_the_vectors_say(run: Run, version: int, role: str, s
                 before[1] or bool({"reset_local", "close_local"} & set(actions)),
             )
         if "linger" in actions:
-            assert stage.stream._linger is not None
-        stage.stream.reset()
+            assert stage.stream._timer is not None
+        stage.stream.link_lost()
         stage.link.abort()
         await settle()
 

@@ -7,16 +7,13 @@ none of this in its way: its relay chooses once, when it begins. Source: docs/gu
 from __future__ import annotations
 
 import asyncio
-from typing import TYPE_CHECKING
+from collections.abc import Callable
 
 from kohakuriver.rates import TokenBucket
 from kohakuriver.tunnel.buffers import RECEIVE_SIZE
 from kohakuriver.tunnel.link import Link
 from kohakuriver.tunnel.message_link import MessageLink, size_of
-from kohakuriver.tunnel.stream import SendWindow
-
-if TYPE_CHECKING:
-    from kohakuriver.tunnel.tcp import TcpStream
+from kohakuriver.tunnel.windows import SendWindow
 
 __all__ = ["PacedMessages", "PacedReads", "PacedWindow"]
 
@@ -61,34 +58,51 @@ class PacedReads:
 
 
 class PacedWindow(SendWindow):
-    """A stream's window that has room besides only for what a rate lets through. `rate` is in bytes a second."""
+    """A stream's window whose limit is also never more than a burst ahead of what a rate lets through.
 
-    __slots__ = ("_bucket", "_burst", "_loop", "_paid", "_stream", "_waiting")
+    Args:
+        rate: bytes a second.
+        on_room: called when there is room again that the rate had taken.
+    """
 
-    def __init__(self, stream: TcpStream, rate: int) -> None:
-        super().__init__(None)
-        self._stream = stream
+    __slots__ = ("_bucket", "_burst", "_given", "_loop", "_on_room", "_waiting")
+
+    def __init__(self, rate: int, on_room: Callable[[], None]) -> None:
+        super().__init__()
         self._loop = asyncio.get_running_loop()
         self._bucket = _bucket(rate)
         self._burst = int(rate * BURST_SECONDS)
-        self._paid = 0
+        self._given = 0  # the peer's limit
+        self._on_room = on_room
         self._waiting = False
 
-    @property
-    def room(self) -> int:
-        """Bytes that may be sent now. Where the rate leaves none, the stream is told when it does."""
-        wait = self._bucket.take(self.sent - self._paid, self._loop.time())
-        self._paid = self.sent
-        if wait <= 0:
-            return min(self._burst, super().room)
-        if not self._waiting:
+    def spend(self, size: int) -> None:
+        self.sent += size
+        wait = self._bucket.take(size, self._loop.time())
+        if wait > 0 and not self._waiting:
             self._waiting = True
             self._loop.call_later(wait, self._go_on)
-        return 0
+        self._set_limit()
+
+    def raise_to(self, limit: int) -> bool:
+        if limit <= self._given:
+            return False
+        was_shut = self.sent >= self.limit
+        self._given = limit
+        self._set_limit()
+        return was_shut and self.sent < self.limit
+
+    def _set_limit(self) -> None:
+        self.limit = self.sent if self._waiting else min(self._given, self.sent + self._burst)
 
     def _go_on(self) -> None:
+        wait = self._bucket.take(0, self._loop.time())
+        if wait > 0:
+            self._loop.call_later(wait, self._go_on)
+            return
         self._waiting = False
-        self._stream.update_reading()
+        self._set_limit()
+        self._on_room()
 
 
 class PacedMessages:

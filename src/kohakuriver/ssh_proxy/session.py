@@ -14,10 +14,10 @@ from kohakuriver.limits import Limits
 from kohakuriver.session.carried import NO_CLOSE_FRAME, RUNNER_SECONDS, Carrier, Passed, Route, at_runner
 from kohakuriver.session.pace import PacedReads, PacedWindow
 from kohakuriver.tunnel.dial import open_session
-from kohakuriver.tunnel.endpoint import AnyStream
 from kohakuriver.tunnel.link import Link
+from kohakuriver.tunnel.local_socket import TcpStream
 from kohakuriver.tunnel.protocol import CloseCode, ErrorText
-from kohakuriver.tunnel.tcp import TcpStream
+from kohakuriver.tunnel.stream import StreamCore
 from kohakuriver.tunnel.user_endpoint import UserEndpoint
 
 __all__ = ["Connector", "TaskConnection"]
@@ -36,7 +36,10 @@ class TaskConnection(UserEndpoint):
         self._route = route
         self._peer = peer
         self._opened: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-        self.stream = TcpStream(self, route.port)
+        self.stream = TcpStream(self, route.port, self._core())
+
+    def _core(self) -> StreamCore:
+        return StreamCore(self.rules)
 
     async def open(self) -> None:
         """Open the session and the stream; back once the port in the task has taken the connection.
@@ -64,7 +67,7 @@ class TaskConnection(UserEndpoint):
             link = await open_session(route.runner(path, self._connector.trusted))
         self._carried.begin(self._peer, proto="ssh", port=route.port, ports=[str(route.port)], version=link.version)
         self.attach(link)
-        self._open(self.stream)
+        self.open_tcp(self.stream)
         self._carried.hang_on_right()
 
     def abandon(self, reason: str = "the connection was given up", code: int = CloseCode.NORMAL) -> None:
@@ -75,14 +78,14 @@ class TaskConnection(UserEndpoint):
     def cut(self, code: int, reason: str) -> None:
         """End both at once; `abandon` says who wanted it."""
         self._settle(UnavailableError(f"{reason[:1].upper()}{reason[1:]}."))
-        self.stream.reset()
+        self.stream.link_lost()
         if self.link is not None:
             self.link.close(code, reason)
         self._carried.over()
 
     def passed(self) -> Passed:
         """Bytes so far; the task may have ended while a slow user still takes what it said last."""
-        return self.bytes_sent, self.bytes_received + self.stream.held
+        return self.totals.bytes_sent, self.totals.bytes_received + self.stream.core.held
 
     def _settle(self, error: KohakuRiverError | None) -> None:
         if self._opened.done():
@@ -94,14 +97,13 @@ class TaskConnection(UserEndpoint):
             self._opened.exception()  # whether or not somebody still waits
 
     def socket_ready(self, stream: TcpStream) -> None:
-        stream._pump()  # what the task's side has said already
+        """It is connected once `open` is back: what the task's side has said since is delivered."""
 
     def connected(self, stream: TcpStream, payload: bytes) -> None:
         super().connected(stream, payload)
         self._settle(None)
 
-    def stream_over(self, stream: AnyStream) -> None:
-        super().stream_over(stream)
+    def stream_over(self, stream: TcpStream) -> None:
         self._settle(UnavailableError(f"Task {self._route.task} ended the connection."))
         self._carried.end("user", CloseCode.NORMAL, "the connection has ended")
         if self.link is not None:
@@ -120,9 +122,12 @@ class PacedConnection(TaskConnection):
     """A connection that may take only so many bytes a second, each way."""
 
     def __init__(self, connector: Connector, route: Route, peer: str) -> None:
+        self._rate = connector.rate
         super().__init__(connector, route, peer)
-        self.stream.sending = PacedWindow(self.stream, connector.rate)
         self._pace = PacedReads(connector.rate)
+
+    def _core(self) -> StreamCore:
+        return StreamCore(self.rules, PacedWindow(self._rate, lambda: self.stream.update_reading()))
 
     def attach(self, link: Link) -> None:
         self._pace.begin(link)

@@ -26,9 +26,9 @@ from kohakuriver.tunnel.container_endpoint import ContainerEndpoint
 from kohakuriver.tunnel.dial import Server, open_link
 from kohakuriver.tunnel.error_text import WINDOW_PASSED
 from kohakuriver.tunnel.link import Link
-from kohakuriver.tunnel.protocol import ERROR, CloseCode
+from kohakuriver.tunnel.local_socket import TcpStream
+from kohakuriver.tunnel.protocol import CloseCode
 from kohakuriver.tunnel.settings import EndpointConfig, from_environment
-from kohakuriver.tunnel.tcp import TcpStream
 
 log = logging.getLogger("tunnel-client")
 
@@ -112,8 +112,7 @@ class _Tunnel(ContainerEndpoint):
 
     def window_passed(self, stream: TcpStream) -> None:
         """This link is shared by all users of the container: the runner ends the session of the one that did it."""
-        self.send_message(ERROR, stream.id, WINDOW_PASSED.pack())
-        stream.reset()
+        stream.act(stream.core.local_lost(WINDOW_PASSED.pack()))
 
     def link_closed(self, link: Link, code: int, reason: str) -> None:
         super().link_closed(link, code, reason)

@@ -12,22 +12,21 @@ from collections.abc import Callable, Coroutine, Sequence
 from typing import Any, Protocol
 
 from kohakuriver.resolve import resolving
-from kohakuriver.tunnel import stream as rules
 from kohakuriver.tunnel.endpoint import Endpoint
 from kohakuriver.tunnel.error_text import service_error
-from kohakuriver.tunnel.link import Link
+from kohakuriver.tunnel.local_socket import TcpStream
 from kohakuriver.tunnel.protocol import (
     CONNECTED,
     ERROR,
     PROTO_UDP,
     SESSION_ID,
     ErrorText,
-    pack_limit,
     parse_limit,
 )
 from kohakuriver.tunnel.settings import EndpointConfig
-from kohakuriver.tunnel.stream import State
-from kohakuriver.tunnel.tcp import TcpStream
+from kohakuriver.tunnel.states import Role
+from kohakuriver.tunnel.stream import accepted
+from kohakuriver.tunnel.streams import Streams
 from kohakuriver.tunnel.udp import UdpSocket, UdpStream, connected, connected_datagram_socket, family_of
 
 # After these a service may still listen on another address of its container.
@@ -55,6 +54,8 @@ class ContainerEndpoint(Endpoint):
         network: where to dial from instead of this process's own network; it says itself which addresses.
     """
 
+    role = Role.ACCEPTOR
+
     def __init__(
         self,
         hosts: Sequence[str] = ("127.0.0.1", "::1"),
@@ -73,40 +74,27 @@ class ContainerEndpoint(Endpoint):
         self.default_port = default_port
         self._dialling: set[asyncio.Task[None]] = set()
 
-    def attach(self, link: Link) -> None:
-        """Serve ``link`` from now on."""
-        self.link = link
-        link.hand_over(self)
-
     def accept(self, client_id: int, proto: int, port: int, payload: bytes) -> None:
-        if client_id == SESSION_ID or client_id in self.streams or self.link is None:
-            self.unknown_messages += 1
+        streams = self.streams
+        if client_id == SESSION_ID or streams is None or client_id in streams.by_id:
+            self.totals.unknown_messages += 1
             return
         port = port or self.default_port
-        refusal = self.refuses(port, len(self.streams))
+        refusal = self.refuses(port, len(streams))
         if refusal is not None:
-            self.send_message(ERROR, client_id, refusal.pack(), proto)
-            return
-        if proto == PROTO_UDP:
-            self._dial_soon(self._dial_udp(self._accept_udp(client_id, port)))
+            streams.link.send_message(ERROR, client_id, refusal.pack(), proto=proto)
+        elif proto == PROTO_UDP:
+            self._dial_soon(self._dial_udp(self._accept_udp(streams, client_id, port)))
         else:
-            self._dial_soon(self._dial_tcp(self._accept_tcp(client_id, port, payload)))
+            core = accepted(self.rules, parse_limit(payload))
+            stream = TcpStream(self, port, core)
+            stream.at = streams.enter(stream, client_id)
+            self._dial_soon(self._dial_tcp(stream))
 
-    def _accept_tcp(self, client_id: int, port: int, payload: bytes) -> TcpStream:
-        stream = TcpStream(self, port)
-        stream.id = client_id
-        limit = parse_limit(payload)
-        if limit is not None:
-            stream.receiving = rules.ReceiveWindow(self.budget)
-            stream.sending.limit = limit
-        self.add(stream)
-        return stream
-
-    def _accept_udp(self, client_id: int, port: int) -> UdpStream:
+    def _accept_udp(self, streams: Streams, client_id: int, port: int) -> UdpStream:
         stream = UdpStream(self, port)
-        stream.id = client_id
         stream.hold()  # at once: its first datagrams may have come in the same read
-        self.add(stream)
+        stream.at = streams.enter_udp(stream, client_id)
         return stream
 
     def _dial_soon(self, dial: Coroutine[Any, Any, None]) -> None:
@@ -125,10 +113,7 @@ class ContainerEndpoint(Endpoint):
             first = first if first is not None and elsewhere else failure
             if not elsewhere:
                 break
-        failure = first or OSError(errno.EHOSTUNREACH, "no address")
-        if stream.state is not State.OVER:
-            self.send_message(ERROR, stream.id, service_error(failure, stream.port, self.where).pack())
-            stream.reset()
+        stream.failed(first or OSError(errno.EHOSTUNREACH, "no address"))
 
     async def _addresses(self, port: int, *, udp: bool) -> Sequence[str]:
         """Where to dial; none in a network that has gone."""
@@ -163,18 +148,9 @@ class ContainerEndpoint(Endpoint):
         return None
 
     def socket_ready(self, stream: TcpStream) -> None:
-        if stream.state is State.OVER:  # the user ended it while we dialled: CLOSE delivers, anything else resets
-            if stream._finishing:
-                stream._pump()
-            else:
-                stream.reset()
-            return
-        limit = pack_limit(stream.receiving.granted) if stream.receiving is not None else b""
-        self.send_message(CONNECTED, stream.id, limit)
-        stream.established(None)
-        stream._pump()
+        stream.act(stream.core.dialled())
 
-    def socket_error(self, stream: TcpStream, exc: Exception) -> ErrorText:
+    def socket_error(self, stream: TcpStream, exc: BaseException) -> ErrorText:
         return service_error(exc, stream.port, self.where)
 
     async def _datagram_socket(self, port: int) -> socket.socket:
@@ -189,18 +165,18 @@ class ContainerEndpoint(Endpoint):
             sock = await self._datagram_socket(stream.port)
             transport, _ = await loop.create_datagram_endpoint(lambda: UdpSocket(stream, sock), sock=sock)
         except OSError as exc:
-            self.send_message(ERROR, stream.id, service_error(exc, stream.port, self.where).pack(), PROTO_UDP)
+            stream.send(ERROR, service_error(exc, stream.port, self.where).pack())
             stream.over()
             return
-        if self.streams.get(stream.id) is not stream:
+        if stream.at is None:
             transport.close()
             return
-        self.send_message(CONNECTED, stream.id, proto=PROTO_UDP)
+        stream.send(CONNECTED)
         stream.release()
 
     async def close(self) -> None:
         """End every stream and dial; the link is left to its owner."""
         for task in list(self._dialling):
             task.cancel()
-        for stream in list(self.streams.values()):
-            stream.reset() if isinstance(stream, TcpStream) else stream.over()
+        if self.streams is not None:
+            self.streams.lost()

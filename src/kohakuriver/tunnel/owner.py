@@ -4,64 +4,44 @@ from __future__ import annotations
 
 from typing import Protocol, TypeVar
 
-from kohakuriver.tunnel.link import Link
-from kohakuriver.tunnel.protocol import PROTO_TCP, ErrorText
+from kohakuriver.tunnel.protocol import ErrorText
 from kohakuriver.tunnel.settings import EndpointConfig
+from kohakuriver.tunnel.stream import Rules
+from kohakuriver.tunnel.streams import Totals
 
 S = TypeVar("S", contravariant=True)
 
 
-class StreamOwner(Protocol[S]):
-    """The owner of streams of any kind: a link, counters, and the table of ids."""
+class TcpOwner(Protocol[S]):
+    """The owner of TCP streams: what it does at the turns of a stream's life."""
 
-    config: EndpointConfig
-    link: Link | None
-    bytes_sent: int
-    bytes_received: int
-
-    def send_message(self, kind: int, client_id: int, payload: bytes = b"", proto: int = PROTO_TCP) -> None:
-        """Send one message of a stream, in order with its data."""
-
-    def stream_over(self, stream: S) -> None:
-        """The id is free; the socket may still be delivering."""
-
-
-class TcpOwner(StreamOwner[S], Protocol[S]):
-    """The owner of TCP streams: what it reads at a time, and what it does at the turns of a stream's life."""
-
-    read_size: int
-    stalls: int
-    awaits_replies: bool
-
-    def send_limit(self, client_id: int, limit: int) -> None:
-        """Send WINDOW."""
-
-    def mark_busy(self, stream: S) -> None:
-        """Note which stream sends."""
-
-    def check_hold(self, stream: S) -> None:
-        """v1: see to a stream that holds more, or less, than before."""
+    rules: Rules
+    totals: Totals
 
     def socket_ready(self, stream: S) -> None:
         """A stream's local socket is connected."""
 
-    def socket_error(self, stream: S, exc: Exception) -> ErrorText:
-        """What the other end is told of a local socket that broke."""
+    def socket_gone(self, stream: S) -> None:
+        """A local socket went before its stream had a link."""
 
-    def forget_waiting(self, stream: S) -> None:
-        """A local socket went before its stream was opened."""
+    def socket_error(self, stream: S, exc: BaseException) -> ErrorText:
+        """What the other end is told of a local socket that broke."""
 
     def window_passed(self, stream: S) -> None:
         """More came than was granted."""
 
+    def stream_over(self, stream: S) -> None:
+        """The stream has left its link; the socket may still be delivering."""
 
-class UdpOwner(StreamOwner[S], Protocol[S]):
+
+class UdpOwner(Protocol):
     """The owner of UDP streams."""
 
-    udp_dropped: int
+    config: EndpointConfig
+    totals: Totals
 
 
-class UdpOpener(UdpOwner[S], Protocol[S]):
+class UdpOpener(UdpOwner, Protocol[S]):
     """One that opens them."""
 
     def open_udp(self, stream: S) -> bool:

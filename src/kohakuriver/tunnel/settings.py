@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 from kohakuriver.errors import UsageError
-from kohakuriver.tunnel.stream import FIRST_WINDOW, MAX_WINDOW, MIN_WINDOW, SESSION_BUDGET
+from kohakuriver.tunnel.windows import FIRST_WINDOW, MAX_WINDOW, MIN_WINDOW, SESSION_BUDGET
 
 __all__ = ["NAMES", "EndpointConfig", "endpoint_config", "from_environment", "variables"]
 

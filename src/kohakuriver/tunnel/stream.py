@@ -1,244 +1,281 @@
-"""One stream, without I/O: its states as a table, its windows, and the budget that windows are paid from.
+"""A TCP stream without I/O: bytes and events go in, what is owed comes out.
 
-docs/protocol.md §2–§3. Nothing here touches a socket or a clock that is not handed in, so every rule can be
-tested by itself.
+It knows no socket, no link, no id and no clock: whoever has those (`local_socket.py`) tells it what happened and does
+what it answers. So a stream lives apart from the link that carries it, and every rule can be tested by itself.
+docs/protocol.md §2–§3; the states are in `states.py`, the windows in `windows.py`.
 """
 
 from __future__ import annotations
 
 import enum
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
 
-EARLY_DATA = 64 * 1024
-FIRST_WINDOW = 256 * 1024
-MAX_WINDOW = 16 * 1024 * 1024
-MIN_WINDOW = 4 * 1024
-SESSION_BUDGET = 64 * 1024 * 1024
-# A window grows only while that pays: this much more throughput than the best seen with a smaller one.
-WORTHWHILE = 1.1
-# While it does not, PINGs get rarer, to one in this many bytes: each one costs every hop two small frames.
-RAREST_PING = 64 * 1024 * 1024
-# While other streams of a short link receive too, a stream has no more under way than so many times what fills a round
-# trip, or the first window if that is more: what waits beyond that, small messages of the others wait behind.
-SHARED_PART = 1.5
-SHORT_LINK = 0.002  # seconds there and back; on a longer one, the way takes its time anyway
+from kohakuriver.tunnel.protocol import CLOSE, CONNECT, CONNECTED, DATA, EOF, ERROR, PING, pack_limit
+from kohakuriver.tunnel.states import TRANSITIONS, Do, Event, Role, State, Step
+from kohakuriver.tunnel.v1_rules import V1Rules
+from kohakuriver.tunnel.windows import EARLY_DATA, UNLIMITED, Budget, ReceiveWindow, SendWindow
+
+__all__ = ["Action", "Reading", "Rules", "Send", "StreamCore", "accepted"]
+
+PIECE = 256 * 1024  # the most that one message carries of what waited here
 
 
-class State(enum.Enum):
-    """Where a stream is. "Local" is this endpoint's side, "remote" the other end of the stream."""
+class Send(NamedTuple):
+    """A message of the stream: its type and its payload."""
 
-    OPENING = "opening"  # CONNECT is on its way, or we are dialling
-    OPENING_LOCAL_ENDED = "opening, local ended"
-    OPENING_REMOTE_ENDED = "opening, remote ended"
-    OPEN = "open"
-    LOCAL_ENDED = "local ended"  # we sent EOF
-    REMOTE_ENDED = "remote ended"  # the peer sent EOF
-    HALF_CLOSED = "half closed"  # v1: we sent CLOSE, and take what the peer still has to say
-    OVER = "over"
+    kind: int
+    payload: bytes = b""
 
 
-class Event(enum.Enum):
-    """What can happen to a stream."""
-
-    ESTABLISHED = "established"  # CONNECTED came, or our dial succeeded
-    LOCAL_EOF = "local eof"
-    REMOTE_EOF = "remote eof"
-    HALF_CLOSE = "half close"  # v1's end-of-file: a CLOSE that the peer may answer before its own
-    END = "end"  # CLOSE or ERROR, sent or received
-
-
-_S, _E = State, Event
-TRANSITIONS: dict[tuple[State, Event], State] = {
-    (_S.OPENING, _E.ESTABLISHED): _S.OPEN,
-    (_S.OPENING, _E.LOCAL_EOF): _S.OPENING_LOCAL_ENDED,
-    (_S.OPENING, _E.REMOTE_EOF): _S.OPENING_REMOTE_ENDED,
-    (_S.OPENING_LOCAL_ENDED, _E.ESTABLISHED): _S.LOCAL_ENDED,
-    (_S.OPENING_REMOTE_ENDED, _E.ESTABLISHED): _S.REMOTE_ENDED,
-    (_S.OPEN, _E.LOCAL_EOF): _S.LOCAL_ENDED,
-    (_S.OPEN, _E.REMOTE_EOF): _S.REMOTE_ENDED,
-    (_S.OPENING, _E.HALF_CLOSE): _S.HALF_CLOSED,
-    (_S.OPEN, _E.HALF_CLOSE): _S.HALF_CLOSED,
-    (_S.LOCAL_ENDED, _E.REMOTE_EOF): _S.OVER,
-    (_S.REMOTE_ENDED, _E.LOCAL_EOF): _S.OVER,
-    **{(state, _E.END): _S.OVER for state in _S if state is not _S.OVER},
+Action = Send | Do
+_PING = Send(PING)
+_MESSAGES: dict[Do, Send] = {
+    Do.SEND_CONNECT: Send(CONNECT),
+    Do.SEND_CONNECTED: Send(CONNECTED),
+    Do.SEND_ERROR: Send(ERROR),
+    Do.SEND_EOF: Send(EOF),
+    Do.SEND_CLOSE: Send(CLOSE),
 }
-
-# States in which nothing more comes from one side.
-LOCAL_DONE = frozenset({State.OPENING_LOCAL_ENDED, State.LOCAL_ENDED, State.HALF_CLOSED, State.OVER})
-REMOTE_DONE = frozenset({State.OPENING_REMOTE_ENDED, State.REMOTE_ENDED, State.OVER})
+_GRANTS = frozenset({CONNECT, CONNECTED})  # their payload is the first limit
 
 
-def next_state(state: State, event: Event) -> State | None:
-    """The state that ``event`` leads to; None where it can't happen (the peer's mistake: it is ignored)."""
-    return TRANSITIONS.get((state, event))
+class _Row(NamedTuple):
+    """A row of the tables: what is done is a message and the rest, and only the message may need a payload."""
+
+    to: State
+    message: Send | None
+    rest: tuple[Action, ...]
+    whole: tuple[Action, ...]
 
 
-class Budget:
-    """The bytes of window that all streams of one endpoint share.
+def _row(step: Step) -> _Row:
+    actions = tuple(_MESSAGES.get(do, do) for do in step.do)
+    message = actions[0] if actions and isinstance(actions[0], Send) else None
+    return _Row(step.to, message, actions[1:], actions)
+
+
+_TABLES = {key: {at: _row(step) for at, step in table.items()} for key, table in TRANSITIONS.items()}
+
+
+class Reading(enum.Enum):
+    """What the local socket's reading is doing."""
+
+    SETTLING = "settling"  # it can't be paused yet
+    FLOWING = "flowing"
+    PAUSED = "paused"
+    ENDED = "ended"  # end-of-file was read; what came before it may still wait here
+
+
+@dataclass(frozen=True)
+class Rules:
+    """What all streams of one endpoint share: their role, the budget of their windows, and version 1's settings."""
+
+    role: Role
+    budget: Budget
+    v1: V1Rules
+
+
+class StreamCore:
+    """One TCP stream: its state, its windows, and what was read before it could be sent.
+
+    Methods named after an event return what is to be done, in this order: messages to send, and what becomes of the
+    local socket. Afterwards `flow` says whether that is to be read.
+
+    DATA goes a fast way on which nothing is allocated: `passes` says that bytes read from the local socket may be sent
+    as they lie, `arrive` and `consumed` only count those that the peer sent. `local_data` is the slow way, for bytes
+    that have to wait.
 
     Args:
-        total: bytes for all streams together.
-        first, cap: bytes a new stream starts with, and the most that one may get.
+        rules: what it has in common with the other streams of its end.
+        sending: its window to the peer, for streams that have one of another kind.
     """
 
-    def __init__(self, total: int = SESSION_BUDGET, first: int = FIRST_WINDOW, cap: int = MAX_WINDOW) -> None:
-        self.left = total
-        self.first = first
-        self.cap = cap
-        self.shared = False  # several streams receive by turns
+    __slots__ = ("_rules", "_table", "early", "held", "inbound", "moved_at", "reading", "sending", "state")
 
-    @property
-    def least(self) -> int:
-        """The window (bytes) that every stream gets, whatever is left: the budget does not pay for it."""
-        return min(MIN_WINDOW, self.first)
+    def __init__(self, rules: Rules, sending: SendWindow | None = None) -> None:
+        self._rules = rules
+        self.state = State.WAITING
+        self.sending = sending or SendWindow()
+        self.reading = Reading.SETTLING
+        self.early = b""  # read from the local socket and not sent
+        self.held = 0  # bytes received that the local socket has not taken
+        self.moved_at = 0.0  # when the peer's bytes last came
+        self.inbound: ReceiveWindow | V1Rules = rules.v1
+        self._table = _TABLES[1, rules.role]
 
-    def take(self, wanted: int) -> int:
-        """As many of the ``wanted`` bytes as are left."""
-        got = max(0, min(wanted, self.left))
-        self.left -= got
-        return got
+    def speak(self, version: int) -> None:
+        """Go by the rules of ``version`` from now on."""
+        rules = self._rules
+        self.inbound.close()
+        self.inbound = ReceiveWindow(rules.budget) if version >= 2 else rules.v1
+        self._table = _TABLES[min(version, 2), rules.role]
 
-    def give_back(self, size: int) -> None:
-        """A stream has ended: what its window took goes back."""
-        self.left += size
+    # -- events ------------------------------------------------------------------------------------------------
 
+    def link(self, version: int) -> Sequence[Action]:
+        """There is a link that speaks ``version``: CONNECT, and what was read before."""
+        if self.state is not State.WAITING:
+            return ()
+        self.speak(version)
+        self.sending.raise_to(EARLY_DATA if version >= 2 else UNLIMITED)
+        return [*self._step(Event.LINK), *self.flush()]
 
-class SendWindow:
-    """What we may still send on a v2 stream. ``limit`` None: v1, no limit."""
+    def connected(self, limit: int | None) -> Sequence[Action]:
+        """CONNECTED came, with the peer's limit (bytes); None: it runs the stream under version 1's rules."""
+        if (self.state, Event.ESTABLISHED) not in self._table:
+            return ()
+        late: tuple[Action, ...] = ()
+        if limit is None and isinstance(self.inbound, ReceiveWindow):
+            if self.state is State.OPENING_REMOTE_ENDED:
+                return ()  # it has sent EOF, which version 1 has not
+            self.speak(1)
+            late = (Do.LINGER,) if self.state is State.OPENING_LOCAL_ENDED else ()  # our EOF told it nothing
+        self.sending.raise_to(UNLIMITED if limit is None else limit)
+        return [*self._step(Event.ESTABLISHED), *late, *self.flush()]
 
-    __slots__ = ("limit", "sent")
+    def dialled(self) -> Sequence[Action]:
+        """The acceptor's dial succeeded."""
+        return [*self._step(Event.ESTABLISHED), *self.flush()]
 
-    def __init__(self, limit: int | None) -> None:
-        self.limit = limit
-        self.sent = 0
+    def local_data(self, data: bytes | memoryview) -> Sequence[Action]:
+        """Bytes of the local side: sent as far as there is room, the rest waits."""
+        if not self.state.local_done:
+            self.early += data
+        return self.flush()
 
-    @property
-    def room(self) -> int:
-        """Bytes that may be sent now."""
-        return (1 << 62) if self.limit is None else self.limit - self.sent
+    def local_eof(self) -> Sequence[Action]:
+        """The local socket read end-of-file."""
+        self.reading = Reading.ENDED
+        return self.flush()
 
-    def raise_to(self, limit: int) -> bool:
-        """Take a WINDOW's absolute limit; True if it gave room where there was none. A lower one is ignored."""
-        if self.limit is None or limit <= self.limit:
-            return False
-        was_shut = self.sent >= self.limit
-        self.limit = limit
-        return was_shut
+    def flush(self) -> Sequence[Action]:
+        """Send what waits, as far as the window goes, and the end-of-file behind it."""
+        if self.state is State.WAITING or self.state.local_done:
+            return ()
+        owed: list[Action] = []
+        while self.early and self.sending.room > 0:
+            size = min(len(self.early), self.sending.room, PIECE)
+            owed.append(Send(DATA, self.early[:size]))
+            self.early = self.early[size:]
+            self.sending.spend(size)
+        if self.reading is Reading.ENDED and not self.early:
+            owed += self._step(Event.LOCAL_EOF)
+        return owed
 
+    def local_lost(self, error: bytes | None = None) -> Sequence[Action]:
+        """The local socket is gone; ``error``: it broke, or could not be dialled, and that is what the peer is told."""
+        return self._step(Event.LOCAL_CLOSED if error is None else Event.LOCAL_ERROR, error or b"")
 
-class ReceiveWindow:
-    """What the peer may send us on a v2 stream, and how that limit grows.
+    def remote_eof(self) -> Sequence[Action]:
+        """The peer sends no more."""
+        return self._step(Event.REMOTE_EOF)
 
-    Credit is given on consumption (``consume``) and told to the peer a quarter of the window at a time, and at once
-    when the window has grown. The size follows the bandwidth-delay product: the bytes that arrive between a PING and
-    its PONG.
+    def remote_close(self) -> Sequence[Action]:
+        """CLOSE came: what is queued is still delivered."""
+        return self._step(Event.REMOTE_CLOSE)
 
-    Over a long link a whole window arrives as one burst a round trip, and PONGs come ahead of bulk: right before a
-    burst. So the read that makes a PING due counts as well, and PINGs become due a quarter of a window into a burst:
-    one sent at its end would see nothing arrive until its PONG.
-    """
+    def remote_error(self) -> Sequence[Action]:
+        """ERROR came."""
+        return self._step(Event.REMOTE_ERROR)
 
-    __slots__ = (
-        "_best",
-        "_budget",
-        "_newest",
-        "_paid",
-        "_pause",
-        "_ping_at",
-        "_ping_from",
-        "_pinged",
-        "_ponged",
-        "_ponged_at",
-        "_shortest",
-        "_skipped",
-        "_steady",
-        "consumed",
-        "granted",
-        "received",
-        "size",
-    )
+    def link_lost(self) -> Sequence[Action]:
+        """The link is gone, or none came in time."""
+        return self._step(Event.LINK_LOST)
 
-    def __init__(self, budget: Budget) -> None:
-        self._budget = budget
-        self._paid = budget.take(budget.first)
-        self.size = max(self._paid, budget.least)
-        self.received = 0
-        self.consumed = 0
-        self.granted = self.size
-        self._best = 0.0  # bytes a second, over one round trip
-        self._steady = 0.0  # the most between two PONGs: what comes in one round trip may have waited for it
-        self._ponged = 0
-        self._ponged_at = 0.0
-        self._shortest = 0.0  # seconds of the shortest round trip
-        self._pause = self.size // 4  # bytes between the end of one PING and the next
-        self._skipped = 0  # bytes of that for which no PING is worth its while
-        self._newest = 0  # size of the last read
-        self._pinged = False
-        self._ping_from = 0
-        self._ping_at = 0.0
+    def linger_begins(self, now: float) -> float:
+        """LINGER was asked for: how many seconds to wait before `linger_left` is asked."""
+        self.moved_at = now
+        return self.linger_left(now)
 
-    def receive(self, size: int) -> bool:
-        """Count ``size`` bytes that arrived; False if the peer went over what it was given."""
-        self.received += size
-        self._newest = size
-        return self.received <= max(self.granted, EARLY_DATA)
+    def linger_left(self, now: float) -> float:
+        """v1: how many seconds to wait before `linger_over`, since data that comes makes a linger begin anew."""
+        return self.inbound.linger_left(self.moved_at, now) if isinstance(self.inbound, V1Rules) else 0.0
 
-    def consume(self, size: int) -> int | None:
-        """Count ``size`` bytes that the local socket took; the new limit if it is time to send one."""
-        self.consumed += size
-        size = self.in_force
-        return self._grant(size, size // 4)
-
-    @property
-    def in_force(self) -> int:
-        """The part of the window (bytes) that the peer may have under way now."""
-        if not self._budget.shared or self._shortest > SHORT_LINK:
-            return self.size
-        return min(self.size, max(self._budget.first, int(SHARED_PART * self._steady * self._shortest)))
-
-    def _grant(self, size: int, least: int) -> int | None:
-        limit = self.consumed + size
-        if limit - self.granted < max(1, least):
-            return None
-        self.granted = limit
-        return limit
-
-    def wants_ping(self, now: float) -> bool:
-        """Whether a PING is due (seconds on any steady clock); the caller sends it then."""
-        if self._pinged or self.size >= self._budget.cap or self.received - self._ping_from < self._pause:
-            return False
-        self._pinged = True
-        self._ping_from = self.received - self._newest
-        self._ping_at = now
-        return True
+    def linger_over(self) -> Sequence[Action]:
+        """v1: nothing has moved for the linger time."""
+        return self._step(Event.LINGER_OVER)
 
     def pong(self, now: float) -> int | None:
-        """The PING came back: perhaps grow. The new limit if there is one to send."""
-        if not self._pinged:
-            return None
-        self._pinged = False
-        sample = self.received - self._ping_from
-        if self._ponged_at:
-            self._steady = max(self._steady, (self.received - self._ponged) / max(now - self._ponged_at, 1e-6))
-        self._ponged_at, self._ponged = now, self.received
-        self._ping_from = self.received
-        took = max(now - self._ping_at, 1e-6)
-        self._shortest = min(self._shortest or took, took)
-        rate = sample / took
-        pays = rate > WORTHWHILE * self._best
-        self._best = max(self._best, rate)
-        if not pays or sample * 3 < self.size * 2:
-            self._skipped = min(max(2 * self._skipped, self.size), RAREST_PING)
-            self._pause = self._skipped + self.size // 4
-            return None
-        in_flight = self.size
-        extra = self._budget.take(min(self.size, self._budget.cap - self.size))
-        self._paid += extra
-        self.size += extra
-        self._skipped = 0
-        self._pause = in_flight + self.size // 4  # what comes first was sent for the smaller window
-        return self._grant(self.in_force, 1)
+        """The answer to this stream's PING; a new limit if there is one to announce."""
+        return None if self.state.gone else self.inbound.pong(now)
 
-    def close(self) -> None:
-        """Give what the window took back to the budget."""
-        self._budget.give_back(self._paid)
-        self._paid = self.size = 0
+    # -- the fast way ------------------------------------------------------------------------------------------
+
+    def passes(self, size: int) -> bool:
+        """Whether ``size`` bytes just read may be sent at once, behind all that were read before; they then count."""
+        window = self.sending
+        if self.early or self.state.local_done or window.limit - window.sent < size:
+            return False
+        window.spend(size)
+        return True
+
+    def arrive(self, size: int, now: float) -> Action | None:
+        """``size`` bytes came from the peer and are held from now on: perhaps a PING is due. END_SESSION: too many."""
+        inbound = self.inbound
+        self.held += size
+        self.moved_at = now
+        if not inbound.receive(size):
+            self.held -= size
+            return Do.END_SESSION
+        if self.state is not State.OPENING and inbound.wants_ping(now):
+            return _PING
+        return None
+
+    def consumed(self, size: int) -> int | None:
+        """The local socket took ``size`` bytes; a new limit if it is time to announce one."""
+        self.held -= size
+        limit = self.inbound.consume(size)
+        return None if self.state.remote_done else limit
+
+    # -- reading -----------------------------------------------------------------------------------------------
+
+    def settled(self) -> None:
+        """The local socket can be paused from now on."""
+        if self.reading is Reading.SETTLING:
+            self.reading = Reading.FLOWING
+
+    def flow(self, blocked: bool) -> Do | None:
+        """Whether the local socket is to be read, now that its link is ``blocked`` or not: only what can be sent is."""
+        if self.reading is Reading.SETTLING or self.reading is Reading.ENDED or self.state.local_done:
+            return None
+        may = self.state is not State.WAITING and not blocked and self.sending.room > 0
+        if may == (self.reading is Reading.FLOWING):
+            return None
+        self.reading = Reading.FLOWING if may else Reading.PAUSED
+        return Do.RESUME_LOCAL if may else Do.PAUSE_LOCAL
+
+    def link_reading(self) -> Do | None:
+        """v1: what becomes of the link's reading with what is held (§3 rule 6)."""
+        return self.inbound.link_reading(self.held) if isinstance(self.inbound, V1Rules) else None
+
+    def drop(self) -> None:
+        """Nothing more is delivered: what was held no longer holds anybody up."""
+        self.held = 0
+        self.inbound.close()
+
+    # -- the tables --------------------------------------------------------------------------------------------
+
+    def _step(self, event: Event, text: bytes = b"") -> Sequence[Action]:
+        row = self._table.get((self.state, event))
+        if row is None:
+            return ()
+        self.state = row.to
+        if row.to.gone:
+            self.early = b""
+            if not self.held:
+                self.inbound.close()  # else once it has delivered, so that what it holds stays paid for
+        kind = None if row.message is None else row.message.kind
+        if kind in _GRANTS and self.inbound.granted is not None:
+            text = pack_limit(self.inbound.granted)
+        return (Send(kind, text), *row.rest) if kind is not None and text else row.whole
+
+
+def accepted(rules: Rules, limit: int | None) -> StreamCore:
+    """The stream of a CONNECT that came, with its limit (bytes) or, from a peer of version 1, none."""
+    core = StreamCore(rules)
+    core.state = State.OPENING
+    core.speak(1 if limit is None else 2)
+    core.sending.raise_to(UNLIMITED if limit is None else limit)
+    return core

@@ -10,7 +10,8 @@ from collections.abc import Callable
 from typing import cast
 
 from kohakuriver.tunnel.owner import UdpOpener, UdpOwner
-from kohakuriver.tunnel.protocol import CLOSE, DATA, PROTO_UDP
+from kohakuriver.tunnel.protocol import CLOSE, CONNECT, DATA
+from kohakuriver.tunnel.streams import Attachment
 
 EARLY_DATAGRAMS = 64
 
@@ -34,17 +35,22 @@ def send_datagram(send: Callable[[], int]) -> bool:
 class UdpStream:
     """One UDP stream: on the user side a source address, on the container side a connected socket."""
 
-    __slots__ = ("_early", "_unanswered", "endpoint", "id", "last", "port", "send_local", "shut")
+    __slots__ = ("_early", "_unanswered", "at", "last", "owner", "port", "send_local", "shut")
 
-    def __init__(self, endpoint: UdpOwner[UdpStream], port: int) -> None:
-        self.endpoint = endpoint
+    def __init__(self, owner: UdpOwner, port: int) -> None:
+        self.owner = owner
         self.port = port
-        self.id = 0
         self.last = time.monotonic()
+        self.at: Attachment | None = None
         self._early: deque[bytes] = deque()
         self._unanswered = 0
         self.send_local: Callable[[bytes], bool] = lambda data: False
         self.shut: Callable[[], None] = lambda: None
+
+    def send(self, kind: int, payload: bytes = b"") -> None:
+        """Send one message of the stream, while it has a link."""
+        if self.at is not None:
+            self.at.send(kind, payload, port=self.port if kind == CONNECT else 0)
 
     def hold(self) -> None:
         """Keep what comes until there is a socket; of too many the oldest go."""
@@ -53,7 +59,7 @@ class UdpStream:
     def _keep(self, data: bytes) -> bool:
         if len(self._early) == EARLY_DATAGRAMS:
             self._early.popleft()
-            self.endpoint.udp_dropped += 1
+            self.owner.totals.udp_dropped += 1
         self._early.append(data)
         return True
 
@@ -61,44 +67,54 @@ class UdpStream:
         """Send what was kept."""
         while self._early:
             if not self.send_local(self._early.popleft()):
-                self.endpoint.udp_dropped += 1
+                self.owner.totals.udp_dropped += 1
 
     def from_local(self, data: bytes) -> None:
         """A datagram for the other end."""
         self.last = time.monotonic()
-        link = self.endpoint.link
-        if link is None or link.out.queued > self.endpoint.config.udp_queue:
-            self.endpoint.udp_dropped += 1
+        if self.at is None or self.at.link.out.queued > self.owner.config.udp_queue:
+            self.owner.totals.udp_dropped += 1
             return
-        self.endpoint.bytes_sent += len(data)
+        self.owner.totals.bytes_sent += len(data)
         self._unanswered += 1
-        self.endpoint.send_message(DATA, self.id, data, PROTO_UDP)
+        self.at.send(DATA, data)
 
     def from_link(self, data: bytes) -> None:
         """A datagram from the other end."""
         self.last = time.monotonic()
         self._unanswered = 0
         if not self.send_local(data):
-            self.endpoint.udp_dropped += 1
+            self.owner.totals.udp_dropped += 1
         else:
-            self.endpoint.bytes_received += len(data)
+            self.owner.totals.bytes_received += len(data)
 
     def refused(self) -> None:
         """ERROR came: nothing took the datagrams that were sent since the last answer."""
-        self.endpoint.udp_dropped += self._unanswered
+        self.owner.totals.udp_dropped += self._unanswered
         self.over()
 
     def over(self) -> None:
-        """CLOSE came, or the link went."""
-        self.endpoint.stream_over(self)
+        """CLOSE came."""
+        at, self.at = self.at, None
+        if at is not None:
+            at.leave()
         self.shut()
+
+    def link_lost(self) -> None:
+        """The link is gone."""
+        self.over()
+
+    def expire(self) -> None:
+        """It was silent for too long, or makes room for another."""
+        self.send(CLOSE)
+        self.over()
 
 
 class UdpListener(asyncio.DatagramProtocol):
     """A local UDP port: every source address is a stream; the one idle longest goes when there are too many."""
 
-    def __init__(self, endpoint: UdpOpener[UdpStream], remote_port: int, sock: socket.socket) -> None:
-        self.endpoint = endpoint
+    def __init__(self, owner: UdpOpener[UdpStream], remote_port: int, sock: socket.socket) -> None:
+        self.owner = owner
         self.remote_port = remote_port
         self._sock = sock
         self._peers: OrderedDict[object, UdpStream] = OrderedDict()
@@ -112,20 +128,18 @@ class UdpListener(asyncio.DatagramProtocol):
         if stream is None:
             stream = self._new_peer(addr)
             if stream is None:
-                self.endpoint.udp_dropped += 1
+                self.owner.totals.udp_dropped += 1
                 return
         self._peers.move_to_end(addr)
         stream.from_local(data)
 
     def _new_peer(self, addr: tuple[str | int, ...]) -> UdpStream | None:
-        if len(self._peers) >= self.endpoint.config.udp_peers:
-            oldest = next(iter(self._peers.values()))
-            self.endpoint.send_message(CLOSE, oldest.id, proto=PROTO_UDP)
-            oldest.over()
-        stream = UdpStream(self.endpoint, self.remote_port)
+        if len(self._peers) >= self.owner.config.udp_peers:
+            next(iter(self._peers.values())).expire()
+        stream = UdpStream(self.owner, self.remote_port)
         stream.send_local = lambda data: self._reply(data, addr)
         stream.shut = lambda: self._forget(addr)
-        if not self.endpoint.open_udp(stream):
+        if not self.owner.open_udp(stream):
             return None
         self._peers[addr] = stream
         return stream
@@ -160,7 +174,7 @@ class UdpSocket(asyncio.DatagramProtocol):
         self.stream.from_local(data)
 
     def error_received(self, exc: Exception) -> None:
-        self.stream.endpoint.udp_dropped += 1  # nothing listens just now: the service may come back
+        self.stream.owner.totals.udp_dropped += 1  # nothing listens just now: the service may come back
 
 
 def family_of(host: str) -> socket.AddressFamily:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import errno
-import itertools
 import os
 import socket
 import time
@@ -13,22 +12,12 @@ from dataclasses import dataclass, field
 
 from kohakuriver.errors import LocalAddressError
 from kohakuriver.resolve import resolving
-from kohakuriver.tunnel import stream as rules
 from kohakuriver.tunnel.endpoint import AnyStream, Endpoint
 from kohakuriver.tunnel.link import Link
-from kohakuriver.tunnel.protocol import (
-    CLOSE,
-    CONNECT,
-    PROTO_TCP,
-    PROTO_UDP,
-    CloseCode,
-    ErrorText,
-    pack_limit,
-    parse_limit,
-)
+from kohakuriver.tunnel.local_socket import TcpStream
+from kohakuriver.tunnel.protocol import CLOSE, CONNECT, CloseCode, ErrorText, parse_limit
 from kohakuriver.tunnel.settings import EndpointConfig
-from kohakuriver.tunnel.stream import Event, State
-from kohakuriver.tunnel.tcp import TcpStream
+from kohakuriver.tunnel.states import Role, State
 from kohakuriver.tunnel.udp import UdpListener, UdpStream
 
 LISTEN_BACKLOG = 4096
@@ -53,7 +42,7 @@ class UserEndpoint(Endpoint):
     accepted in between is held for ``reattach_wait`` seconds, then reset; after ``outage`` seconds it is reset at once.
     """
 
-    awaits_replies = True
+    role = Role.OPENER
 
     def __init__(
         self,
@@ -65,19 +54,17 @@ class UserEndpoint(Endpoint):
         super().__init__(config)
         self.on_stream_error = on_stream_error
         self.on_detach = on_detach
-        self._ids = itertools.count(1)
         self._waiting: dict[TcpStream, asyncio.TimerHandle] = {}
         self._detached_at = time.monotonic()
         self._listening: list[ListeningSocket] = []
 
     def attach(self, link: Link) -> None:
         """Use ``link`` from now on; what waits for one is opened."""
-        self.link = link
-        link.hand_over(self)
+        super().attach(link)
         waiting, self._waiting = self._waiting, {}
         for stream, timer in waiting.items():
             timer.cancel()
-            self._open(stream)
+            self.open_tcp(stream)
 
     def detach(self, reason: str) -> None:
         super().detach(reason)
@@ -85,8 +72,7 @@ class UserEndpoint(Endpoint):
         self.on_detach(reason)
 
     def socket_ready(self, stream: TcpStream) -> None:
-        if self.link is not None:
-            self._open(stream)
+        if self.open_tcp(stream):
             return
         outage = time.monotonic() - self._detached_at
         patience = self.config.reattach_wait if outage < self.config.outage else 0.0
@@ -96,55 +82,41 @@ class UserEndpoint(Endpoint):
     def _waited_too_long(self, stream: TcpStream) -> None:
         self._waiting.pop(stream, None)
         self.on_stream_error(stream.port, ErrorText("ENOTCONN", "the connection to the host is lost"))
-        stream.reset()
+        stream.link_lost()
 
-    def forget_waiting(self, stream: TcpStream) -> None:
+    def socket_gone(self, stream: TcpStream) -> None:
         timer = self._waiting.pop(stream, None)
         if timer is not None:
             timer.cancel()
 
-    def _open(self, stream: TcpStream) -> None:
-        link = self.link
-        assert link is not None
-        payload = b""
-        if link.version >= 2:
-            stream.receiving = rules.ReceiveWindow(self.budget)
-            stream.sending.limit = rules.EARLY_DATA
-            payload = pack_limit(stream.receiving.granted)
-        self._connect(stream, PROTO_TCP, payload)
+    def open_tcp(self, stream: TcpStream) -> bool:
+        """Open a stream; False while there is no link."""
+        streams = self.streams
+        if streams is None:
+            return False
+        stream.at = streams.enter(stream, streams.new_id())
+        stream.act(stream.core.link(streams.link.version))
         stream.update_reading()
+        return True
+
+    def open_udp(self, stream: UdpStream) -> bool:
+        """Open a stream for a new source address; False while there is no link."""
+        streams = self.streams
+        if streams is None:
+            return False
+        stream.at = streams.enter_udp(stream, streams.new_id())
+        stream.send(CONNECT)
+        return True
 
     def connected(self, stream: TcpStream, payload: bytes) -> None:
-        if rules.next_state(stream.state, Event.ESTABLISHED) is None:
-            return
-        limit = parse_limit(payload)
-        if limit is None:  # the acceptor runs the stream under v1 rules
-            if stream.receiving is not None:
-                stream.receiving.close()
-                stream.receiving = None
-            stream.sending.limit = None
-        stream.established(limit)
-
-    def _connect(self, stream: AnyStream, proto: int, payload: bytes) -> None:
-        assert self.link is not None
-        stream.id = self._new_id()
-        self.add(stream)
-        self.link.send_message(CONNECT, stream.id, payload, proto=proto, port=stream.port, urgent=True)
-
-    def _new_id(self) -> int:
-        for client_id in self._ids:
-            if client_id > 0xFFFFFFFF:
-                self._ids = itertools.count(1)
-                return self._new_id()
-            if client_id not in self.streams:
-                return client_id
-        raise AssertionError("unreachable: the counter does not end")
+        stream.act(stream.core.connected(parse_limit(payload)))
+        stream.update_reading()
 
     def has_reached(self, source: tuple[str, int]) -> bool:
         """Whether the stream of the local connection from `source` has been opened in the task."""
-        return any(
-            isinstance(stream, TcpStream) and stream.state is State.OPEN and stream.source()[:2] == source[:2]
-            for stream in self.streams.values()
+        return self.streams is not None and any(
+            isinstance(stream, TcpStream) and stream.core.state is State.OPEN and stream.source()[:2] == source[:2]
+            for stream in self.streams.by_id.values()
         )
 
     def stream_failed(self, stream: AnyStream, text: ErrorText) -> None:
@@ -169,28 +141,20 @@ class UserEndpoint(Endpoint):
         self._listening.append(listening)
         return listening
 
-    def open_udp(self, stream: UdpStream) -> bool:
-        """Open a stream for a new source address; False while there is no link."""
-        if self.link is None:
-            return False
-        self._connect(stream, PROTO_UDP, b"")
-        return True
-
     async def close(self) -> None:
         """Stop listening, end every stream, close the link."""
         for listening in self._listening:
             listening.close()
         for stream in list(self._waiting):
-            stream.reset()
-        link = self.link
-        if link is None:
+            stream.link_lost()
+        streams = self.streams
+        if streams is None:
             return
-        for open_stream in list(self.streams.values()):
-            proto = PROTO_TCP if isinstance(open_stream, TcpStream) else PROTO_UDP
-            self.send_message(CLOSE, open_stream.id, proto=proto)
+        for open_stream in list(streams.by_id.values()):
+            open_stream.send(CLOSE)
         gone: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-        link.on_lost = lambda: None if gone.done() else gone.set_result(None)
-        link.close(CloseCode.NORMAL, "the forward has ended")
+        streams.link.on_lost = lambda: None if gone.done() else gone.set_result(None)
+        streams.link.close(CloseCode.NORMAL, "the forward has ended")
         await gone
 
 

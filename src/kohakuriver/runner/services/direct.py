@@ -58,12 +58,12 @@ class DirectSession(ContainerEndpoint):
     def counts(self) -> Counter[str]:
         """What went through it."""
         return Counter(
-            bytes_to_container=self.bytes_received,
-            bytes_to_user=self.bytes_sent,
-            udp_dropped=self.udp_dropped,
-            stalls=self.stalls,
+            bytes_to_container=self.totals.bytes_received,
+            bytes_to_user=self.totals.bytes_sent,
+            udp_dropped=self.totals.udp_dropped,
+            stalls=self.totals.stalls,
         )
 
     def gauges(self) -> Counter[str]:
         """What it has open now."""
-        return Counter(sessions=1, streams=len(self.streams))
+        return Counter(sessions=1, streams=self.stream_count)

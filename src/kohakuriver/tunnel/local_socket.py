@@ -1,0 +1,242 @@
+"""A TCP stream at its local socket: the asyncio protocol around a `StreamCore` (docs/protocol.md §3).
+
+What the core answers is done here: messages go to the link that the stream is attached to, the rest to the socket.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Sequence
+from typing import cast
+
+from kohakuriver._frame import HEADROOM, frame_in_place
+from kohakuriver.tunnel.buffers import receive_buffer
+from kohakuriver.tunnel.link import Link, soon
+from kohakuriver.tunnel.local_writer import LocalWriter
+from kohakuriver.tunnel.owner import TcpOwner
+from kohakuriver.tunnel.protocol import CONNECT, DATA, PROTO_TCP
+from kohakuriver.tunnel.states import Do, State
+from kohakuriver.tunnel.stream import Action, Reading, Send, StreamCore
+from kohakuriver.tunnel.streams import Attachment
+from kohakuriver.tunnel.windows import EARLY_DATA
+
+__all__ = ["TcpStream"]
+
+BLOCKED_READ = 4 * 1024  # a stream that learns only by reading that the link is blocked adds this to what waits
+
+
+class TcpStream(LocalWriter):
+    """One TCP stream: its core, its local socket, and what it is attached to while it has a link.
+
+    Args:
+        owner: the endpoint whose stream it is.
+        port: the port in the container.
+        core: its state, for one that was accepted or has a window of its own kind.
+    """
+
+    __slots__ = ("_holds", "_timer", "at", "core", "owner", "port")
+
+    def __init__(self, owner: TcpOwner[TcpStream], port: int, core: StreamCore | None = None) -> None:
+        super().__init__()
+        self.owner = owner
+        self.port = port
+        self.core = core or StreamCore(owner.rules)
+        self.at: Attachment | None = None
+        self._holds: Link | None = None  # v1: the link whose reading it holds up
+        self._timer: asyncio.TimerHandle | None = None
+
+    def source(self) -> tuple[str, int]:
+        """The other end of the local connection."""
+        peer = None if self._transport is None else self._transport.get_extra_info("peername")
+        return peer or ("", 0)
+
+    # -- local socket → link -----------------------------------------------------------------------------------
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        self.use(cast(asyncio.Transport, transport))
+        if self.core.state is State.OVER:  # the stream ended while it was dialled
+            self.reset()
+            return
+        self.owner.socket_ready(self)
+        self.pump()
+        soon(self._settled)
+
+    def _settled(self) -> None:
+        """uvloop undoes a pause in connection_made, so the first one is made here."""
+        self.core.settled()
+        self.update_reading()
+
+    def get_buffer(self, sizehint: int) -> memoryview:
+        at = self.at
+        if at is None:
+            size = EARLY_DATA - len(self.core.early)
+            return receive_buffer().view[HEADROOM : HEADROOM + (size if size > 0 else 1)]
+        window = self.core.sending
+        size = window.limit - window.sent
+        most = BLOCKED_READ if at.link.out.blocked else at.turns.read_size
+        if size > most:
+            size = most
+        return at.link.loop_buffer.view[HEADROOM : HEADROOM + (size if size > 0 else 1)]
+
+    def buffer_updated(self, nbytes: int) -> None:
+        core, at = self.core, self.at
+        if at is None or not core.passes(nbytes):
+            self.feed(receive_buffer().view[HEADROOM : HEADROOM + nbytes])
+            return
+        link = at.link
+        buffer = link.loop_buffer
+        stop = HEADROOM + nbytes
+        start = frame_in_place(buffer.data, HEADROOM, stop, DATA, PROTO_TCP, at.id, 0, link.next_key())
+        self.owner.totals.bytes_sent += nbytes
+        at.turns.sends(at.id)
+        link.send(buffer.view[start:stop])
+        window = core.sending
+        if link.out.blocked or window.sent >= window.limit:
+            self.update_reading()
+
+    def feed(self, data: bytes | memoryview) -> None:
+        """Take bytes of the local side that can't go the fast way, or came by another than the transport's reading."""
+        self.act(self.core.local_data(data))
+        self.update_reading()
+
+    def eof_received(self) -> bool:
+        self.act(self.core.local_eof())
+        return True
+
+    def link_writable(self) -> None:
+        self.update_reading()
+
+    def update_reading(self) -> None:
+        """Send what waits, and read the local socket only while what is read can be sent."""
+        transport, at = self._transport, self.at
+        if transport is None or transport.is_closing():
+            return
+        core = self.core
+        if core.early or core.reading is Reading.ENDED:
+            self.act(core.flush())
+        blocked = at is not None and at.link.out.blocked
+        change = core.flow(blocked)
+        if change is Do.RESUME_LOCAL:
+            transport.resume_reading()
+        elif change is Do.PAUSE_LOCAL:
+            if at is not None and not blocked:
+                self.owner.totals.stalls += 1
+            transport.pause_reading()
+        if blocked and at is not None and core.reading is Reading.PAUSED:
+            at.link.out.wait_drained(self)
+
+    # -- link → local socket -----------------------------------------------------------------------------------
+
+    def receive(self, views: Sequence[memoryview]) -> None:
+        """Take the stream's next bytes; views are only valid during the call."""
+        core = self.core
+        if core.state.remote_done:
+            return
+        size = sum(map(len, views))
+        owed = core.arrive(size, time.monotonic())
+        if owed is not None:
+            if not isinstance(owed, Send):
+                self.owner.window_passed(self)
+                return
+            self.send(*owed)
+        self.write(views, size)
+        if core.held:
+            self._hold_link()
+
+    def taken(self, size: int) -> None:
+        limit = self.core.consumed(size)
+        self.owner.totals.bytes_received += size
+        if limit is not None and self.at is not None:
+            self.at.announce(limit)
+        if self._holds is not None:
+            self._hold_link()
+
+    def pong(self) -> None:
+        """The answer to this stream's PING."""
+        limit = self.core.pong(time.monotonic())
+        if limit is not None and self.at is not None:
+            self.at.announce(limit)
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        if self.core.state is State.WAITING:
+            self.owner.socket_gone(self)
+        if exc is None:
+            self.act(self.core.local_lost())
+        else:
+            self.failed(exc)
+        self.drop()
+
+    def failed(self, exc: BaseException) -> None:
+        self.act(self.core.local_lost(self.owner.socket_error(self, exc).pack()))
+
+    def drop(self) -> None:
+        super().drop()
+        self.core.drop()
+        if self._holds is not None:
+            self._hold_link()
+
+    # -- what the core wants done ------------------------------------------------------------------------------
+
+    def link_lost(self) -> None:
+        """The link is gone, or none came in time."""
+        self.act(self.core.link_lost())
+
+    def act(self, actions: Sequence[Action]) -> None:
+        """Do what the core answered, in this order; where it is over on the wire then, its id is free."""
+        for action in actions:
+            if isinstance(action, Send):
+                self.send(*action)
+            else:
+                self._act_locally(action)
+        if self.at is not None and self.core.state.gone:
+            self._leave(self.at)
+
+    def send(self, kind: int, payload: bytes = b"") -> None:
+        """Send one message of the stream, while it has a link."""
+        at = self.at
+        if at is None:
+            return
+        if kind == DATA:
+            self.owner.totals.bytes_sent += len(payload)
+            at.turns.sends(at.id)
+        at.send(kind, payload, port=self.port if kind == CONNECT else 0)
+
+    def _act_locally(self, action: Do) -> None:
+        if action is Do.SHUT_LOCAL:
+            self.shut()
+        elif action is Do.CLOSE_LOCAL:
+            self.close()
+        elif action is Do.RESET_LOCAL:
+            if not self.reset():
+                self.drop()
+        elif action is Do.LINGER:
+            self._wait(self.core.linger_begins(time.monotonic()))
+
+    def _leave(self, at: Attachment) -> None:
+        self.at = None
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
+        at.leave()
+        self.owner.stream_over(self)
+
+    def _wait(self, seconds: float) -> None:
+        self._timer = asyncio.get_running_loop().call_later(seconds, self._waited)
+
+    def _waited(self) -> None:
+        left = self.core.linger_left(time.monotonic())
+        if left > 0:
+            self._wait(left)
+        else:
+            self.act(self.core.linger_over())
+
+    def _hold_link(self) -> None:
+        """v1: stop reading the link while this stream holds too much (§3 rule 6)."""
+        act = self.core.link_reading()
+        if act is Do.HOLD_LINK and self._holds is None and self.at is not None:
+            self._holds = self.at.link
+            self._holds.intake.pause(self)
+        elif act is Do.FREE_LINK and self._holds is not None:
+            self._holds.intake.resume(self)
+            self._holds = None

@@ -1,0 +1,236 @@
+"""The streams of one link: their ids, whose turn it is, and what is done for all of them together."""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Protocol
+
+from kohakuriver._frame import HEADROOM
+from kohakuriver.tunnel.link import Link
+from kohakuriver.tunnel.protocol import CONNECT, CONNECTED, PING, PROTO_TCP, PROTO_UDP, WINDOW, pack_limit
+from kohakuriver.tunnel.windows import Budget
+
+__all__ = ["Attachment", "Member", "Streams", "Totals", "Turns"]
+
+BULK_READ = (1 << 20) - HEADROOM
+SHARED_READ = 256 * 1024  # with several busy streams no one of them takes more than this at a time
+SHARED_FOR = 1.0  # seconds in which the streams that receive have to change as often as this
+SHARED_TURNS = 8
+ALONE = 16  # reads in a row of one stream after which it counts as the only busy one
+_URGENT = frozenset({CONNECT, CONNECTED, PING})
+_LARGEST_ID = 0xFFFFFFFF
+
+
+@dataclass
+class Totals:
+    """What an endpoint has counted since it was made, whatever link it was on."""
+
+    opened: int = 0
+    bytes_sent: int = 0
+    bytes_received: int = 0
+    udp_dropped: int = 0
+    stalls: int = 0
+    unknown_messages: int = 0
+
+
+class Member(Protocol):
+    """What the table asks of a stream of any kind."""
+
+    def send(self, kind: int, payload: bytes = b"") -> None:
+        """Send one message of the stream."""
+
+    def link_lost(self) -> None:
+        """The link is gone."""
+
+
+class Expiring(Member, Protocol):
+    """One that silence ends: `last` is when it last carried something (`time.monotonic`)."""
+
+    last: float
+
+    def expire(self) -> None:
+        """It was silent for too long."""
+
+
+class Turns:
+    """Which streams of a link send and receive: while several take turns, bulk leaves small messages more room.
+
+    ``read_size`` is how many bytes a stream may read from its local socket at a time.
+    """
+
+    __slots__ = ("_budget", "_busy", "_changes", "_in_a_row", "_streams", "_timer", "read_size", "receiving")
+
+    def __init__(self, streams: dict[int, Member], budget: Budget) -> None:
+        self.read_size = BULK_READ
+        self.receiving = 0  # the id of the stream that received last
+        self._streams = streams
+        self._budget = budget
+        self._busy = 0  # the id of the stream that sent last
+        self._in_a_row = 0
+        self._changes = 0
+        self._timer: asyncio.TimerHandle | None = None
+
+    def sends(self, stream_id: int) -> None:
+        """A stream sends."""
+        if self._busy != stream_id:
+            self._busy, self._in_a_row = stream_id, 0
+            self.read_size = SHARED_READ if len(self._streams) > 1 else BULK_READ
+        else:
+            self._in_a_row += 1
+            if self._in_a_row == ALONE:
+                self.read_size = BULK_READ
+
+    def left(self, stream_id: int) -> None:
+        """A stream sends no more."""
+        if self._busy == stream_id:
+            self._busy = 0
+            self.read_size = BULK_READ
+
+    def receives(self, stream_id: int) -> None:
+        """Another stream receives than the last one: if that goes on, windows in force become smaller."""
+        self.receiving = stream_id
+        self._changes += 1
+        if self._changes == SHARED_TURNS:
+            self._budget.shared = True
+        elif self._timer is None:
+            self._wait()
+
+    def _wait(self) -> None:
+        self._timer = asyncio.get_running_loop().call_later(SHARED_FOR, self._count)
+
+    def _count(self) -> None:
+        self._timer = None
+        self._budget.shared = self._changes >= SHARED_TURNS
+        if self._changes:
+            self._changes = 0
+            self._wait()
+
+    def stop(self) -> None:
+        """The link is gone."""
+        self._budget.shared = False
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
+
+
+class Attachment:
+    """A stream's place on a link: the id that it has there. A stream that goes on over another link gets another."""
+
+    __slots__ = ("_streams", "id", "link", "proto", "turns")
+
+    def __init__(self, streams: Streams, stream_id: int, proto: int) -> None:
+        self._streams = streams
+        self.link = streams.link
+        self.turns = streams.turns
+        self.id = stream_id
+        self.proto = proto
+
+    def send(self, kind: int, payload: bytes = b"", *, port: int = 0) -> None:
+        """Send one message of the stream, in order with its data."""
+        self.link.send_message(kind, self.id, payload, proto=self.proto, port=port, urgent=kind in _URGENT)
+
+    def announce(self, limit: int) -> None:
+        """Send WINDOW."""
+        self._streams.announce(self.id, limit)
+
+    def leave(self) -> None:
+        """The id is free."""
+        self._streams.leave(self.id)
+
+
+class Streams:
+    """The table of a link's streams, by id.
+
+    Args:
+        link: what carries them.
+        totals: where they are counted.
+        budget: where their windows come from.
+        udp_idle: seconds after which a UDP stream on which nothing came is ended.
+        on_enter: called when a stream has entered.
+    """
+
+    def __init__(
+        self, link: Link, *, totals: Totals, budget: Budget, udp_idle: float, on_enter: Callable[[Link], None]
+    ) -> None:
+        self.link = link
+        self.by_id: dict[int, Member] = {}
+        self.turns = Turns(self.by_id, budget)
+        self._expiring: dict[int, Expiring] = {}
+        self._totals = totals
+        self._udp_idle = udp_idle
+        self._on_enter = on_enter
+        self._ids = itertools.count(1)
+        self._limits: dict[int, int] = {}  # to be sent at the end of this turn of the loop
+        self._sweeper: asyncio.TimerHandle | None = None
+
+    def __len__(self) -> int:
+        return len(self.by_id)
+
+    def new_id(self) -> int:
+        """An id that no stream has."""
+        for stream_id in self._ids:
+            if stream_id > _LARGEST_ID:
+                self._ids = itertools.count(1)
+                return self.new_id()
+            if stream_id not in self.by_id:
+                return stream_id
+        raise AssertionError("unreachable: the counter does not end")
+
+    def enter(self, stream: Member, stream_id: int, proto: int = PROTO_TCP) -> Attachment:
+        """Enter a stream under its id."""
+        self.by_id[stream_id] = stream
+        self._totals.opened += 1
+        self._on_enter(self.link)
+        return Attachment(self, stream_id, proto)
+
+    def enter_udp(self, stream: Expiring, stream_id: int) -> Attachment:
+        """Enter a UDP stream, which ends when nothing has come for a while."""
+        self._expiring[stream_id] = stream
+        if self._sweeper is None:
+            self._sweep()
+        return self.enter(stream, stream_id, PROTO_UDP)
+
+    def leave(self, stream_id: int) -> None:
+        """The id is free again."""
+        del self.by_id[stream_id]
+        self._expiring.pop(stream_id, None)
+        self._limits.pop(stream_id, None)
+        self.turns.left(stream_id)
+
+    def announce(self, stream_id: int, limit: int) -> None:
+        """Send WINDOW: ahead of bulk, since the peer may be waiting for it.
+
+        Those of all streams that have read something in one turn of the loop go out together, as with a thousand
+        streams they would otherwise be most of what is sent and read at every hop.
+        """
+        if not self._limits:
+            asyncio.get_running_loop().call_soon(self._send_limits)
+        self._limits[stream_id] = limit
+
+    def _send_limits(self) -> None:
+        limits, self._limits = self._limits, {}
+        build = self.link.build_message
+        if limits:
+            self.link.post(b"".join(build(WINDOW, each, pack_limit(limit)) for each, limit in limits.items()))
+
+    def lost(self) -> None:
+        """The link is gone: every stream on it is told."""
+        self._limits.clear()
+        self.turns.stop()
+        if self._sweeper is not None:
+            self._sweeper.cancel()
+            self._sweeper = None
+        for stream in list(self.by_id.values()):
+            stream.link_lost()
+
+    def _sweep(self) -> None:
+        """End the UDP streams on which nothing came for a while."""
+        oldest = time.monotonic() - self._udp_idle
+        for stream in [each for each in self._expiring.values() if each.last <= oldest]:
+            stream.expire()
+        loop = asyncio.get_running_loop()
+        self._sweeper = loop.call_later(self._udp_idle / 4, self._sweep) if self._expiring else None

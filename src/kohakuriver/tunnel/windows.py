@@ -1,0 +1,209 @@
+"""Flow control of one direction of a stream: what may be sent, what is granted, and the budget that pays for it.
+
+docs/protocol.md §3, "Windows, exactly". Nothing here touches a socket or a clock that is not handed in.
+"""
+
+from __future__ import annotations
+
+__all__ = [
+    "EARLY_DATA",
+    "FIRST_WINDOW",
+    "MAX_WINDOW",
+    "MIN_WINDOW",
+    "SESSION_BUDGET",
+    "UNLIMITED",
+    "Budget",
+    "ReceiveWindow",
+    "SendWindow",
+]
+
+EARLY_DATA = 64 * 1024
+FIRST_WINDOW = 256 * 1024
+MAX_WINDOW = 16 * 1024 * 1024
+MIN_WINDOW = 4 * 1024
+SESSION_BUDGET = 64 * 1024 * 1024
+# A window grows only while that pays: this much more throughput than the best seen with a smaller one.
+WORTHWHILE = 1.1
+# While it does not, PINGs get rarer, to one in this many bytes: each one costs every hop two small frames.
+RAREST_PING = 64 * 1024 * 1024
+# While other streams of a short link receive too, a stream has no more under way than so many times what fills a round
+# trip, or the first window if that is more: what waits beyond that, small messages of the others wait behind.
+SHARED_PART = 1.5
+SHORT_LINK = 0.002  # seconds there and back; on a longer one, the way takes its time anyway
+UNLIMITED = 1 << 62  # the limit under v1 rules, which have none
+
+
+class Budget:
+    """The bytes of window that all streams of one endpoint share.
+
+    Args:
+        total: bytes for all streams together.
+        first, cap: bytes a new stream starts with, and the most that one may get.
+    """
+
+    def __init__(self, total: int = SESSION_BUDGET, first: int = FIRST_WINDOW, cap: int = MAX_WINDOW) -> None:
+        self.left = total
+        self.first = first
+        self.cap = cap
+        self.shared = False  # several streams receive by turns
+
+    @property
+    def least(self) -> int:
+        """The window (bytes) that every stream gets, whatever is left: the budget does not pay for it."""
+        return min(MIN_WINDOW, self.first)
+
+    def take(self, wanted: int) -> int:
+        """As many of the ``wanted`` bytes as are left."""
+        got = max(0, min(wanted, self.left))
+        self.left -= got
+        return got
+
+    def give_back(self, size: int) -> None:
+        """A stream has ended: what its window took goes back."""
+        self.left += size
+
+
+class SendWindow:
+    """What may still be sent: ``limit`` is the offset up to which, ``sent`` the one that is reached."""
+
+    __slots__ = ("limit", "sent")
+
+    def __init__(self) -> None:
+        self.limit = 0
+        self.sent = 0
+
+    @property
+    def room(self) -> int:
+        """Bytes that may be sent now."""
+        return self.limit - self.sent
+
+    def spend(self, size: int) -> None:
+        """Count ``size`` bytes, for which there was room."""
+        self.sent += size
+
+    def raise_to(self, limit: int) -> bool:
+        """Take an absolute limit; True if it gave room where there was none. A lower one is ignored."""
+        if limit <= self.limit:
+            return False
+        was_shut = self.sent >= self.limit
+        self.limit = limit
+        return was_shut
+
+
+class ReceiveWindow:
+    """What the peer may send us on a v2 stream, and how that limit grows.
+
+    Credit is given on consumption (``consume``) and told to the peer a quarter of the window at a time, and at once
+    when the window has grown. The size follows the bandwidth-delay product: the bytes that arrive between a PING and
+    its PONG.
+
+    Over a long link a whole window arrives as one burst a round trip, and PONGs come ahead of bulk: right before a
+    burst. So the read that makes a PING due counts as well, and PINGs become due a quarter of a window into a burst:
+    one sent at its end would see nothing arrive until its PONG.
+    """
+
+    __slots__ = (
+        "_best",
+        "_budget",
+        "_newest",
+        "_paid",
+        "_pause",
+        "_ping_at",
+        "_ping_from",
+        "_pinged",
+        "_ponged",
+        "_ponged_at",
+        "_shortest",
+        "_skipped",
+        "_steady",
+        "consumed",
+        "granted",
+        "received",
+        "size",
+    )
+
+    def __init__(self, budget: Budget) -> None:
+        self._budget = budget
+        self._paid = budget.take(budget.first)
+        self.size = max(self._paid, budget.least)
+        self.received = 0
+        self.consumed = 0
+        self.granted = self.size
+        self._best = 0.0  # bytes a second, over one round trip
+        self._steady = 0.0  # the most between two PONGs: what comes in one round trip may have waited for it
+        self._ponged = 0
+        self._ponged_at = 0.0
+        self._shortest = 0.0  # seconds of the shortest round trip
+        self._pause = self.size // 4  # bytes between the end of one PING and the next
+        self._skipped = 0  # bytes of that for which no PING is worth its while
+        self._newest = 0  # size of the last read
+        self._pinged = False
+        self._ping_from = 0
+        self._ping_at = 0.0
+
+    def receive(self, size: int) -> bool:
+        """Count ``size`` bytes that arrived; False if the peer went over what it was given."""
+        self.received += size
+        self._newest = size
+        return self.received <= max(self.granted, EARLY_DATA)
+
+    def consume(self, size: int) -> int | None:
+        """Count ``size`` bytes that the local socket took; the new limit if it is time to send one."""
+        self.consumed += size
+        size = self.in_force
+        return self._grant(size, size // 4)
+
+    @property
+    def in_force(self) -> int:
+        """The part of the window (bytes) that the peer may have under way now."""
+        if not self._budget.shared or self._shortest > SHORT_LINK:
+            return self.size
+        return min(self.size, max(self._budget.first, int(SHARED_PART * self._steady * self._shortest)))
+
+    def _grant(self, size: int, least: int) -> int | None:
+        limit = self.consumed + size
+        if limit - self.granted < max(1, least):
+            return None
+        self.granted = limit
+        return limit
+
+    def wants_ping(self, now: float) -> bool:
+        """Whether a PING is due (seconds on any steady clock); the caller sends it then."""
+        if self._pinged or self.size >= self._budget.cap or self.received - self._ping_from < self._pause:
+            return False
+        self._pinged = True
+        self._ping_from = self.received - self._newest
+        self._ping_at = now
+        return True
+
+    def pong(self, now: float) -> int | None:
+        """The PING came back: perhaps grow. The new limit if there is one to send."""
+        if not self._pinged:
+            return None
+        self._pinged = False
+        sample = self.received - self._ping_from
+        if self._ponged_at:
+            self._steady = max(self._steady, (self.received - self._ponged) / max(now - self._ponged_at, 1e-6))
+        self._ponged_at, self._ponged = now, self.received
+        self._ping_from = self.received
+        took = max(now - self._ping_at, 1e-6)
+        self._shortest = min(self._shortest or took, took)
+        rate = sample / took
+        pays = rate > WORTHWHILE * self._best
+        self._best = max(self._best, rate)
+        if not pays or sample * 3 < self.size * 2:
+            self._skipped = min(max(2 * self._skipped, self.size), RAREST_PING)
+            self._pause = self._skipped + self.size // 4
+            return None
+        in_flight = self.size
+        extra = self._budget.take(min(self.size, self._budget.cap - self.size))
+        self._paid += extra
+        self.size += extra
+        self._skipped = 0
+        self._pause = in_flight + self.size // 4  # what comes first was sent for the smaller window
+        return self._grant(self.in_force, 1)
+
+    def close(self) -> None:
+        """Give what the window took back to the budget."""
+        self._budget.give_back(self._paid)
+        self._paid = self.size = 0
