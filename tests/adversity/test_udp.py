@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 
 from kohakuriver.tunnel.settings import EndpointConfig
+from kohakuriver.tunnel.udp import family_of
 from kohakuriver.tunnel.user_endpoint import UserEndpoint
 from tests.support.hops import CLIENTS, Chain, asked, chain, echo, service, until
 
@@ -32,11 +33,11 @@ class Echo(asyncio.DatagramProtocol):
 
 
 @contextlib.asynccontextmanager
-async def udp_echo(port: int = 0) -> AsyncIterator[tuple[Echo, int]]:
-    sock = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
+async def udp_echo(port: int = 0, host: str = "127.0.0.1") -> AsyncIterator[tuple[Echo, int]]:
+    sock = socket.socket(family_of(host), socket.SOCK_DGRAM)
     sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 1 << 20)
     sock.setblocking(False)
-    sock.bind(("127.0.0.1", port))
+    sock.bind((host, port))
     transport, protocol = await asyncio.get_running_loop().create_datagram_endpoint(Echo, sock=sock)
     protocol.sock = sock
     try:
@@ -94,6 +95,17 @@ def test_datagrams_keep_their_borders_up_to_the_largest_and_down_to_the_empty_on
                 for number in range(50):
                     one.sock.send(b"%d" % number)
                 assert [await one.received.get() for _ in range(50)] == [b"%d" % number for number in range(50)]
+
+    run(main())
+
+
+@clients
+@pytest.mark.parametrize("host", ["::1", "127.0.0.77"])
+def test_datagrams_reach_a_service_that_is_bound_to_one_address_alone(run: Run, kind: str, host: str) -> None:
+    async def main() -> None:
+        async with chain() as hops, udp_echo(host=host) as (_, port):
+            async with peer(await forwarded(await ready(hops, kind), port)) as one:
+                assert await one.ask(b"here?") == b"here?"
 
     run(main())
 

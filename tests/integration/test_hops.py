@@ -16,6 +16,7 @@ from websockets.exceptions import ConnectionClosed, InvalidStatus
 from kohakuriver.errors import NotFoundError, UnavailableError
 from kohakuriver.tunnel.dial import Server, open_session
 from kohakuriver.tunnel.protocol import TUNNEL_V2
+from kohakuriver.tunnel.settings import EndpointConfig
 from kohakuriver.tunnel.user_endpoint import UserEndpoint
 from tests.support.hops import CLIENTS, CONTAINER, asked, chain, dial, echo, kill, service, until
 from tests.support.peers import v1
@@ -297,6 +298,18 @@ def test_a_connection_that_finds_no_link_in_time_is_reset(run: Run, kind: str) -
     run(main())
 
 
+@clients
+def test_a_service_that_listens_on_one_other_address_alone_is_reached(run: Run, kind: str) -> None:
+    async def main() -> None:
+        server = await asyncio.start_server(echo, "127.0.0.77", 0)
+        async with chain() as hops, server:
+            await hops.tunnel(kind)
+            local = await forwarded(await hops.user(), server.sockets[0].getsockname()[1])
+            assert await asked(local, b"here?") == b"here?"
+
+    run(main())
+
+
 # -- v1 -----------------------------------------------------------------------------------------------------------
 
 
@@ -309,10 +322,9 @@ def test_an_existing_tunnel_client_serves_our_command_line(run: Run, version: in
             service(echo) as port,
         ):
             await hops.changed(CONTAINER, True)
-            users = [await hops.user(version=version) for _ in range(2)]
+            config = EndpointConfig(v1_linger=0.2)
+            users = [await hops.user(version=version, config=config) for _ in range(2)]
             assert all(user.link is not None and user.link.version == 1 for user in users)
-            for user in users:
-                user.config.v1_linger = 0.2
             ports = [await forwarded(user, port) for user in users]
 
             async def one(number: int) -> None:
@@ -365,8 +377,7 @@ def test_the_reply_to_an_upload_arrives_from_an_existing_tunnel_client(run: Run)
             service(upload) as port,
         ):
             await hops.changed(CONTAINER, True)
-            user = await hops.user()
-            user.config.v1_linger = 0.5
+            user = await hops.user(config=EndpointConfig(v1_linger=0.5))
             assert await asked(await forwarded(user, port), bytes(100_000)) == b"got 100000"
             await hops.at_rest()
             await until(lambda: container.queues == {})
@@ -389,8 +400,7 @@ def test_a_reply_that_does_not_come_is_waited_for_no_longer_than_the_linger(run:
             service(mute) as port,
         ):
             await hops.changed(CONTAINER, True)
-            user = await hops.user()
-            user.config.v1_linger = 0.1
+            user = await hops.user(config=EndpointConfig(v1_linger=0.1))
             assert await asked(await forwarded(user, port), b"hello?") == b""
             await hops.at_rest()  # the runner keeps no id either
             never.set()

@@ -9,6 +9,7 @@ from collections.abc import Callable, Coroutine
 from dataclasses import dataclass, field
 from typing import Any
 
+import pytest
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import Bundle, RuleBasedStateMachine, initialize, invariant, rule
@@ -116,6 +117,13 @@ Run = Callable[[Coroutine[Any, Any, None]], None]
 
 def pattern(seed: object, size: int) -> bytes:
     return random.Random(str(seed)).randbytes(size)
+
+
+def test_a_container_lingers_for_a_fifth_of_a_second_and_a_user_for_two_unless_they_are_told() -> None:
+    ends = (ContainerEndpoint, UserEndpoint)
+    assert [end().rules.v1.linger_left(5.0, 5.0) for end in ends] == pytest.approx([0.2, 2.0])
+    told = EndpointConfig(v1_linger=0.5)
+    assert [end(config=told).rules.v1.linger_left(5.0, 5.0) for end in ends] == [0.5, 0.5]
 
 
 # -- the machine ---------------------------------------------------------------------------------------------------

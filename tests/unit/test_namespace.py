@@ -12,7 +12,8 @@ from pathlib import Path
 
 import pytest
 
-from kohakuriver.runner.backends.namespace import ContainerNetwork, listening
+from kohakuriver.runner.backends.namespace import ContainerNetwork
+from kohakuriver.tunnel.listeners import listening
 
 FREE = 40001  # in a network of one's own nobody else has it
 

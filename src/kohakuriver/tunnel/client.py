@@ -26,6 +26,7 @@ from kohakuriver.tunnel.container_endpoint import ContainerEndpoint
 from kohakuriver.tunnel.dial import Server, open_link
 from kohakuriver.tunnel.error_text import WINDOW_PASSED
 from kohakuriver.tunnel.link import Link
+from kohakuriver.tunnel.listeners import listening
 from kohakuriver.tunnel.local_socket import TcpStream
 from kohakuriver.tunnel.protocol import CloseCode
 from kohakuriver.tunnel.settings import EndpointConfig, from_environment
@@ -109,6 +110,13 @@ class _Tunnel(ContainerEndpoint):
     def __init__(self, gone: asyncio.Future[int], config: EndpointConfig | None) -> None:
         super().__init__(config=config)
         self._gone = gone
+
+    def addresses(self, port: int, *, udp: bool) -> Sequence[str]:
+        """UDP tells of no refusal in time: it goes to where something is bound already, if anything is."""
+        bound = listening(Path("/proc/net"), port, udp=udp)
+        if udp:
+            return bound or self.hosts
+        return [*self.hosts, *(address for address in bound if address not in self.hosts)]
 
     def window_passed(self, stream: TcpStream) -> None:
         """This link is shared by all users of the container: the runner ends the session of the one that did it."""

@@ -55,6 +55,7 @@ class ContainerEndpoint(Endpoint):
     """
 
     role = Role.ACCEPTOR
+    linger = 0.2  # a service that has closed rarely waits for more
 
     def __init__(
         self,
@@ -118,11 +119,15 @@ class ContainerEndpoint(Endpoint):
     async def _addresses(self, port: int, *, udp: bool) -> Sequence[str]:
         """Where to dial; none in a network that has gone."""
         if self.network is None:
-            return self.hosts
+            return self.addresses(port, udp=udp)
         try:
             return await self.network.addresses(port, udp=udp)
         except OSError:
             return ()
+
+    def addresses(self, port: int, *, udp: bool) -> Sequence[str]:
+        """The addresses to try for `port` in this process's own network."""
+        return self.hosts
 
     async def _connect_from(self, network: Network, stream: TcpStream, host: str) -> None:
         loop = asyncio.get_running_loop()
@@ -155,7 +160,7 @@ class ContainerEndpoint(Endpoint):
 
     async def _datagram_socket(self, port: int) -> socket.socket:
         if self.network is None:
-            return connected_datagram_socket(self.hosts[0], port)
+            return connected_datagram_socket(self.addresses(port, udp=True)[0], port)
         host = (await self.network.addresses(port, udp=True))[0]
         return connected(await self.network.open_socket(family_of(host), socket.SOCK_DGRAM), host, port)
 

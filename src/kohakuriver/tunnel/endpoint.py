@@ -56,12 +56,14 @@ class Endpoint:
     """The streams of one link, whichever side opened them."""
 
     role = Role.OPENER
+    linger = 2.0  # seconds, where the configuration does not say (§3 rule 4)
 
     def __init__(self, config: EndpointConfig | None = None) -> None:
         self.config = config or EndpointConfig()
         self.totals = Totals()
         self.budget = Budget(self.config.budget, self.config.first_window, self.config.max_window)
-        self.rules = Rules(self.role, self.budget, V1Rules(self.config.v1_hold, self.config.v1_linger))
+        linger = self.linger if self.config.v1_linger is None else self.config.v1_linger
+        self.rules = Rules(self.role, self.budget, V1Rules(self.config.v1_hold, linger))
         self.streams: Streams | None = None  # while there is a link
         self._assembler = Assembler(MAX_CONTROL)
         self._reporter = Reporter(self._counts, lambda: self.stream_count > 0)

@@ -34,7 +34,7 @@ class EndpointConfig:
     max_window: int = MAX_WINDOW
     budget: int = SESSION_BUDGET
     v1_hold: int = 1 << 20
-    v1_linger: float = 2.0
+    v1_linger: float | None = None  # None: as long as the end at hand lingers
     dial_timeout: float = 10.0
     reattach_wait: float = 5.0
     outage: float = 60.0
@@ -72,7 +72,7 @@ def _whole(name: str, value: object, least: int, most: int, default: int) -> int
     return number
 
 
-def _seconds(name: str, value: object, default: float) -> float:
+def _seconds(name: str, value: object, default: float | None) -> float | None:
     if value is None or value == "":
         return default
     try:
