@@ -31,6 +31,7 @@ from kohakuriver.host.services.tasks import Changes, Tasks
 from kohakuriver.host.services.terminal_proxy import TerminalProxy
 from kohakuriver.host.services.tunnel_proxy import TunnelProxy
 from kohakuriver.limits import Limits
+from kohakuriver.runtime import cancel_all
 from kohakuriver.session import ticket
 from kohakuriver.store import Accounts, Store, sqlite_url
 from kohakuriver.tunnel.accept import TunnelRoute, serve_ws
@@ -230,6 +231,7 @@ async def a_host(
     async with host.stack:
         host.stack.push_async_callback(store.close)
         host.stack.push_async_callback(host.runners.close)
+        host.stack.push_async_callback(cancel_all, [asyncio.ensure_future(host.tasks.run())])
         host.url = await host.stack.enter_async_context(serving(host.app, serve_ws(host.tunnel_routes, host.guard)))
         host.admin_token = (directory / "admin-token").read_text().strip()
         host.user = host.client(host.admin_token)

@@ -7,18 +7,19 @@ import base64
 import re
 import stat
 import threading
-from collections.abc import Callable, Coroutine
+from collections.abc import Callable, Coroutine, Iterable
 from pathlib import Path
 from typing import Any
 
 import httpx
 import pytest
 
-from kohakuriver.errors import KohakuRiverError
+from kohakuriver.errors import KohakuRiverError, UnavailableError
 from kohakuriver.runner.services.registration import TASKS_AT_ONCE, NodeIdentity, Registration
 from kohakuriver.runner.services.state import State
 from kohakuriver.runner.services.task_book import LONGEST_MESSAGE
 from kohakuriver.store import Node, Task
+from tests.support.hops import until
 from tests.support.host_only import HEARTBEAT_SECONDS, FakeRunner, HostUnderTest, a_host
 
 Run = Callable[[Coroutine[Any, Any, None]], None]
@@ -661,6 +662,81 @@ def test_a_host_whose_database_does_not_answer_is_not_ready_and_says_so_soon(
                 answers.set()
             await held
             assert (await host.nobody.get("/ready")).status_code == 200
+
+    run(check())
+
+
+def test_a_nodes_heartbeat_does_not_wait_behind_what_users_ask(run: Run, tmp_path: Path) -> None:
+    async def check() -> None:
+        async with a_host(tmp_path) as host:
+            runner = await host.runner()
+            await host.create(name="web")
+            answers = threading.Event()
+            held = [asyncio.ensure_future(host.store.read(lambda _session: answers.wait())) for _ in range(20)]
+            asked = [asyncio.ensure_future(host.user.get("/api/tasks")) for _ in range(20)]
+            try:
+                assert (await runner.beat()).status_code == 200
+                assert (await runner.register()).status_code == 200
+                assert not any(each.done() for each in asked)
+            finally:
+                answers.set()
+            await asyncio.gather(*held)
+            assert {answer.status_code for answer in await asyncio.gather(*asked)} == {200}
+
+    run(check())
+
+
+def test_many_who_wait_for_a_task_ask_the_database_once_in_a_while_for_all_of_them(
+    run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("kohakuriver.host.services.tasks._LOOK_SECONDS", 0.01)
+
+    async def check() -> None:
+        async with a_host(tmp_path) as host:
+            runner = await host.runner()
+            task = await host.create(name="web")
+            looks, stamps, look, stamp = [], [], host.store.task_and_node, host.store.stamps
+
+            async def counted(reference: str) -> tuple[Task, Node]:
+                looks.append(reference)
+                return await look(reference)
+
+            async def stamped(task_ids: Iterable[int]) -> dict[int, tuple[float, Node]]:
+                stamps.append(1)
+                return await stamp(task_ids)
+
+            monkeypatch.setattr(host.store, "task_and_node", counted)
+            monkeypatch.setattr(host.store, "stamps", stamped)
+            waiting = [asyncio.ensure_future(host.tasks.wait(task["task_id"], 60)) for _ in range(10)]
+            await until(lambda: len(stamps) >= 20)
+            assert len(looks) <= 2 * len(waiting)  # when they began, and once when they were first looked after
+            runner.change(task["container"], tunnel=True)
+            await runner.beat()
+            assert {view.tunnel for view in await asyncio.gather(*waiting)} == {True}
+
+    run(check())
+
+
+@pytest.mark.parametrize("how", ["another host changes it", "its node falls silent"])
+def test_who_waits_for_a_task_hears_of_what_this_host_did_not_do(
+    run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, how: str
+) -> None:
+    monkeypatch.setattr("kohakuriver.host.services.tasks._LOOK_SECONDS", 0.01)
+
+    async def check() -> None:
+        async with a_host(tmp_path) as host:
+            await host.runner()
+            task = await host.create(name="web")
+            waiting = asyncio.ensure_future(host.tasks.wait(task["task_id"], 60))
+            await until(lambda: bool(host.tasks._changes.watched()))
+            if how == "another host changes it":
+                async with a_host(tmp_path) as other:
+                    await other.store.change_task(task["task_id"], {"tunnel": True})
+                    assert (await waiting).tunnel
+            else:
+                host.clock.now += 100
+                with pytest.raises(UnavailableError, match="offline"):
+                    await waiting
 
     run(check())
 

@@ -12,6 +12,8 @@ import pytest
 
 from kohakuriver.runner.services.registration import NodeIdentity, Registration
 from kohakuriver.runner.services.state import State
+from kohakuriver.store import Task
+from tests.support.hops import until
 from tests.support.host_only import a_host
 
 Run = Callable[[Coroutine[Any, Any, None]], None]
@@ -56,3 +58,49 @@ def test_a_heartbeat_that_fails_is_logged_and_the_next_one_is_sent(
     (tmp_path / "host").mkdir()
     run(check())
     assert "a heartbeat could not be made" in capsys.readouterr().out
+
+
+def test_heartbeats_go_on_while_a_removed_task_takes_its_time_to_end(run: Run, tmp_path: Path) -> None:
+    beats = 0
+    removing: list[int] = []
+
+    def heartbeat() -> dict[str, Any]:
+        nonlocal beats
+        beats += 1
+        return {"tasks": [{"task_id": 7, "status": "running", "tunnel": False, "revision": 1}], "traffic": {}}
+
+    async def never_ends(task_id: int) -> None:
+        removing.append(task_id)
+        await asyncio.Event().wait()
+
+    async def check() -> None:
+        async with a_host(tmp_path / "host") as host:
+            token = (tmp_path / "host/node-token").read_text().strip()
+            identity = NodeIdentity("n1", "http://127.0.0.1:1", "one", host.url, token)
+            registration = Registration(
+                identity,
+                State(tmp_path / "runner"),
+                heartbeat=heartbeat,
+                backends=lambda: {"process": None},
+                remove=never_ends,
+            )
+            running = asyncio.ensure_future(registration.run())
+            await until(lambda: beats > 0)
+            moments = {"created_at": 1.0, "changed_at": 1.0}
+            gone = {"task_id": 7, "name": None, "container": "c7", "backend": "process", "removed": True}
+            await host.store.add_task(Task(**gone, node="n1", owner="admin", status="running", **moments))
+            while not removing:
+                registration.changed()
+                await asyncio.sleep(0)
+            for _ in range(3):
+                before = beats
+                registration.changed()
+                await until(lambda: beats > before)  # noqa: B023  # it is waited for here
+            assert removing == [7]
+            running.cancel()
+            with contextlib.suppress(asyncio.CancelledError):
+                await running
+            await registration.close()
+
+    (tmp_path / "host").mkdir()
+    run(check())

@@ -42,7 +42,7 @@ from kohakuriver.host.services.nodes import Nodes
 from kohakuriver.host.services.people import People
 from kohakuriver.host.services.requests import Requests
 from kohakuriver.host.services.tasks import Tasks
-from kohakuriver.store import Node, Task, Token
+from kohakuriver.store import Node, Task, Token, ahead_of_users
 from kohakuriver.task import TaskView
 from kohakuriver.web.app import Checked, bearer, new_app, services_of
 from kohakuriver.web.origin import Guard
@@ -99,8 +99,10 @@ class _OfUsers(Checked):
 
 class _OfNodes(Checked):
     @staticmethod
-    async def check(request: Request) -> None:
+    async def check(request: Request) -> Callable[[], object]:
+        end = ahead_of_users()
         request.state.node = await services_of(request).credentials.node(bearer(request))
+        return end
 
 
 async def _authenticated(request: Request) -> tuple[Caller, Token]:

@@ -201,6 +201,7 @@ async def _serve(
     )
     beside = [
         server.keep(grants.run(), "checking the rights of sessions"),
+        server.keep(tasks.run(), "looking what tasks that are waited for have changed"),
         server.keep(nodes.run(), "looking whether nodes can be reached"),
         server.keep(perimeter.audit.run(), "counting what the audit log leaves out"),
     ]

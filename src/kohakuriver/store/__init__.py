@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from kohakuriver.store.accounts import ANY_NODE, Accounts, Use
-from kohakuriver.store.database import Store, sqlite_url
+from kohakuriver.store.database import Store, ahead_of_users, sqlite_url
 from kohakuriver.store.models import TOKEN_ID_LENGTH, Node, Share, Task, Token, User
 
 __all__ = [
@@ -17,5 +17,6 @@ __all__ = [
     "Token",
     "Use",
     "User",
+    "ahead_of_users",
     "sqlite_url",
 ]

@@ -11,6 +11,7 @@ import os
 import time
 from collections.abc import Callable, Iterable, Mapping, Set
 from concurrent.futures import ThreadPoolExecutor
+from contextvars import ContextVar
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
@@ -38,7 +39,7 @@ from sqlalchemy.orm import Session, sessionmaker
 from kohakuriver.errors import HostUnreachableError, KohakuRiverError, NotFoundError, UsageError
 from kohakuriver.store.models import Base, Meta, Node, Share, Task, Token
 
-__all__ = ["SCHEMA_VERSION", "Store", "sqlite_url"]
+__all__ = ["SCHEMA_VERSION", "Store", "ahead_of_users", "sqlite_url"]
 
 SCHEMA_VERSION = 7
 """Counts up with every change of the tables. An older database is brought up to it, a newer one is refused."""
@@ -51,6 +52,18 @@ _POSTGRESQL_THREADS = 4
 T = TypeVar("T")
 
 log = structlog.get_logger("kohakuriver.store")
+
+
+_of_node: ContextVar[bool] = ContextVar("of_node", default=False)
+
+
+def ahead_of_users() -> Callable[[], object]:
+    """Have what the task that runs now asks of the database not wait for what users have asked.
+
+    That is so until what this gives is called. It is for heartbeats: a node is offline only when it is silent.
+    """
+    before = _of_node.set(True)
+    return lambda: _of_node.reset(before)
 
 
 def sqlite_url(path: Path) -> str:
@@ -105,6 +118,9 @@ class Store:
         # SQLite has one writer at a time: one thread queues what would otherwise wait for locks.
         threads = 1 if engine.dialect.name == "sqlite" else _POSTGRESQL_THREADS
         self._threads = ThreadPoolExecutor(threads, thread_name_prefix="store")
+        # A database in memory is one connection's alone.
+        own = engine.dialect.name != "sqlite" or bool(engine.url.database and engine.url.database != ":memory:")
+        self._node_thread = ThreadPoolExecutor(1, thread_name_prefix="store-nodes") if own else self._threads
 
     @classmethod
     async def open(cls, url: str) -> Store:
@@ -133,7 +149,8 @@ class Store:
 
     async def close(self) -> None:
         """Let go of every connection to the database."""
-        await asyncio.get_running_loop().run_in_executor(None, self._threads.shutdown)
+        for threads in (self._threads, self._node_thread):
+            await asyncio.get_running_loop().run_in_executor(None, threads.shutdown)
         self._engine.dispose()
 
     def _create_tables(self) -> None:
@@ -152,7 +169,8 @@ class Store:
 
     async def _run_in_thread(self, work: Callable[[], T]) -> T:
         try:
-            return await asyncio.get_running_loop().run_in_executor(self._threads, work)
+            threads = self._node_thread if _of_node.get() else self._threads
+            return await asyncio.get_running_loop().run_in_executor(threads, work)
         except IntegrityError:
             raise  # a clash with a constraint: the caller knows which, and what to say
         except DataError as error:  # PostgreSQL holds no text with a NUL, say, nor looks for one
@@ -298,6 +316,12 @@ class Store:
                 code="name_taken",
                 status=409,
             ) from error
+
+    async def stamps(self, task_ids: Iterable[int]) -> dict[int, tuple[float, Node]]:
+        """When each of these tasks last changed, in seconds since the epoch, and its node; none for a removed one."""
+        query = select(Task.task_id, Task.changed_at, Node).join(Node, Node.name == Task.node)
+        wanted = query.where(Task.removed.is_(False), Task.task_id.in_(list(task_ids)))
+        return await self.read(lambda session: {row[0]: (row[1], row[2]) for row in session.execute(wanted)})
 
     async def task_and_node(self, reference: str) -> tuple[Task, Node]:
         """The task with that id or name, and its node. Raises NotFoundError."""

@@ -48,8 +48,8 @@ _LOOK_SECONDS = 10.0
 
 Answer = TypeVar("Answer", bound=BaseModel)
 
-# Another host on the same database hears of changes that this one does not.
-_POLL_SECONDS = 1.0
+# Another host on the same database hears of changes that this one does not, and nobody tells of a node's silence.
+_LOOK_SECONDS = 1.0
 
 
 def container_name(backend: str, task_id: int) -> str:
@@ -68,6 +68,10 @@ class Changes:
         for task_id in task_ids:
             for event in self._events.get(task_id, ()):
                 event.set()
+
+    def watched(self) -> list[int]:
+        """The tasks that somebody watches."""
+        return list(self._events)
 
     @contextlib.contextmanager
     def watch(self, task_id: int) -> Iterator[asyncio.Event]:
@@ -309,6 +313,26 @@ class Tasks:
         except KohakuRiverError as error:
             log.error("a removed task can't be forgotten yet", task=task.task_id, reason=error.message)
 
+    async def run(self) -> None:
+        """Wake those who wait for a task that something else than this host has changed, until cancelled.
+
+        However many wait, the database is asked once for all of them.
+        """
+        seen: dict[int, object] = {}
+        while True:
+            await asyncio.sleep(_LOOK_SECONDS)
+            with contextlib.suppress(KohakuRiverError):  # the database fails, as every request says that needs it
+                seen = await self._look(seen)
+
+    async def _look(self, before: dict[int, object]) -> dict[int, object]:
+        """Tell of the tasks that are waited for and are not as they were before; how they are."""
+        watched = self._changes.watched()
+        found = await self._store.stamps(watched) if watched else {}
+        stamps = {task_id: (changed_at, self._nodes.is_online(node)) for task_id, (changed_at, node) in found.items()}
+        now: dict[int, object] = {task_id: stamps.get(task_id) for task_id in watched}
+        self._changes.notify([task_id for task_id, how in now.items() if before.get(task_id, ...) != how])
+        return now
+
     async def wait(self, task_id: int, timeout: float) -> TaskView:
         """The task once a forward to it would succeed; `timeout` is in seconds.
 
@@ -328,7 +352,7 @@ class Tasks:
                 if left <= 0:
                     raise _too_slow(view, timeout)
                 with contextlib.suppress(asyncio.TimeoutError):
-                    await asyncio.wait_for(changed.wait(), min(left, _POLL_SECONDS))
+                    await asyncio.wait_for(changed.wait(), left)
 
 
 def _order(backend: str, name: str | None, more: dict[str, Any]) -> TaskOrder:

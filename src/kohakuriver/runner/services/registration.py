@@ -6,7 +6,7 @@ import asyncio
 import base64
 import contextlib
 import time
-from collections.abc import Awaitable, Callable, Iterator
+from collections.abc import Awaitable, Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,9 +24,11 @@ from kohakuriver.errors import (
     from_answer,
 )
 from kohakuriver.runner.services.state import State
+from kohakuriver.runtime import cancel_all
 from kohakuriver.session import ticket
 from kohakuriver.session.ticket import Scope, Ticket, UsedTickets
 from kohakuriver.tunnel.backoff import Backoff
+from kohakuriver.web.background import in_background
 
 __all__ = ["NodeIdentity", "Registration"]
 
@@ -86,6 +88,7 @@ class Registration:
         self._registered_at: float | None = None
         self._trouble = ""
         self._unreachable: str | None = None
+        self._removing: dict[int, asyncio.Task[None]] = {}
         self._http = httpx.AsyncClient(
             base_url=identity.host_url,
             headers={"Authorization": f"Bearer {identity.token}"},
@@ -171,11 +174,20 @@ class Registration:
             for part in _parts(self._heartbeat()):
                 answer = await self._post(self._heartbeat_path, part)
                 self._heed(answer.get("unreachable"))
-                for task_id in answer.get("remove", ()):
-                    await self._remove(task_id)
+                self._remove_soon(answer.get("remove", ()))
             with contextlib.suppress(asyncio.TimeoutError):
                 await asyncio.wait_for(self._changed.wait(), seconds)
         return now
+
+    def _remove_soon(self, task_ids: Iterable[int]) -> None:
+        """End tasks that the host says are removed, each once, beside the heartbeats: an engine may take long to."""
+        for task_id in task_ids:
+            if task_id not in self._removing:
+                ending = self._removing[task_id] = in_background(self._end(task_id), "ending a removed task")
+                ending.add_done_callback(lambda _, task_id=task_id: self._removing.pop(task_id))  # type: ignore[misc]
+
+    async def _end(self, task_id: int) -> None:
+        await self._remove(task_id)
 
     def _heed(self, unreachable: str | None) -> None:
         """Say in this node's own log what the host says of the way back."""
@@ -214,6 +226,7 @@ class Registration:
 
     async def close(self) -> None:
         """Tell the host that this node leaves; it would find out by itself a little later."""
+        await cancel_all(self._removing.values())
         if self._registered:
             with contextlib.suppress(KohakuRiverError, asyncio.TimeoutError):
                 await asyncio.wait_for(self._leave(), _LEAVE_SECONDS)
