@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import socket
 import ssl
+import struct
 import subprocess
 from collections.abc import AsyncIterator, Callable, Coroutine, Sequence
 from pathlib import Path
@@ -147,6 +149,21 @@ def test_a_server_that_hangs_up_may_be_one_that_serves_tls(run: Run) -> None:
     async def main() -> None:
         async with answering(b"") as url:
             assert "its URL begins with https://" in str(await error_of(url))
+
+    run(main())
+
+
+def test_a_server_that_resets_the_connection_may_be_one_that_serves_tls(run: Run) -> None:
+    async def reset(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        await reader.read(1)
+        writer.get_extra_info("socket").setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+        writer.transport.abort()
+
+    async def main() -> None:
+        async with await asyncio.start_server(reset, "127.0.0.1", 0) as server:
+            error = str(await error_of(f"ws://127.0.0.1:{server.sockets[0].getsockname()[1]}"))
+            assert "its URL begins with https://" in error
+            assert "Errno" not in error
 
     run(main())
 

@@ -162,7 +162,10 @@ class _Opening(asyncio.Protocol):
             self._check()
 
     def connection_lost(self, exc: Exception | None) -> None:
-        self._fail(str(exc) if exc else hung_up(self.asked.url))
+        if exc is None or isinstance(exc, ConnectionError):
+            self._fail(hung_up(self.asked.url))
+        else:
+            self._fail(tls_reason(exc) or str(exc))
 
     def _fail(self, reason: str) -> None:
         self._done = True
