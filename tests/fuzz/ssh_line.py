@@ -75,7 +75,7 @@ class Proxy:
         """As the host says, but at a node that is really there."""
         target = await self.host.forwards.authorize_ssh(token, task, port)
         url = self.hops.runner_url.replace("http", "ws")
-        ticket = f"ticket {CONTAINER}"
+        ticket = f"ticket {CONTAINER} me"
         return replace(target, port=self.echo_port, runner_ws_url=url, container=CONTAINER, ticket=ticket)
 
     async def fill(self, directory: Path) -> None:

@@ -64,7 +64,7 @@ def test_a_runner_is_ready_when_it_listens_and_registered_when_the_host_has_take
     assert (cluster.node("n1") or {})["status"] != "offline"
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT])
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGQUIT])
 def test_a_signal_that_ends_a_runner_ends_what_it_started(cluster: Cluster, number: signal.Signals) -> None:
     runner = cluster.start_runner("n1", "--backend", "process")
     task = cluster.create("sh", "-c", "echo $$; exec sleep 100000", name="long")

@@ -9,7 +9,9 @@ import pytest
 from kohakuriver import errors
 
 WHERE = "http://host.test:8000"
-ALL = [getattr(errors, name) for name in errors.__all__ if not name.startswith("from_")]
+ALL: list[type[errors.KohakuRiverError]] = [
+    each for name in errors.__all__ if isinstance(each := getattr(errors, name), type)
+]
 
 
 def test_each_class_has_the_exit_code_of_the_manual() -> None:

@@ -45,7 +45,7 @@ class Backlog:
             self._sizes[queue] = held
         else:
             self._sizes.pop(queue, None)
-        if self._most and self.total > self._most:
+        while self._most and self.total > self._most:
             self._evict()
 
     def _evict(self) -> None:

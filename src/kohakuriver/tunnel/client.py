@@ -13,7 +13,7 @@ import os
 import signal
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from urllib.parse import quote
 
@@ -111,12 +111,15 @@ class _Tunnel(ContainerEndpoint):
         super().__init__(config=config)
         self._gone = gone
 
-    def addresses(self, port: int, *, udp: bool) -> Sequence[str]:
-        """UDP tells of no refusal in time: it goes to where something is bound already, if anything is."""
+    def addresses(self, port: int, *, udp: bool) -> Iterator[str]:
+        """UDP tells of no refusal in time: it goes to where something is bound already, if anything is.
+
+        For TCP the kernel is asked only where loopback refuses: it lists every connection of the container.
+        """
+        if not udp:
+            yield from self.hosts
         bound = listening(Path("/proc/net"), port, udp=udp)
-        if udp:
-            return bound or self.hosts
-        return [*self.hosts, *(address for address in bound if address not in self.hosts)]
+        yield from (bound or self.hosts) if udp else (address for address in bound if address not in self.hosts)
 
     def window_passed(self, stream: TcpStream) -> None:
         """This link is shared by all users of the container: the runner ends the session of the one that did it."""

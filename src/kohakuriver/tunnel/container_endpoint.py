@@ -8,7 +8,7 @@ from __future__ import annotations
 import asyncio
 import errno
 import socket
-from collections.abc import Callable, Coroutine, Sequence
+from collections.abc import Callable, Coroutine, Iterable, Sequence
 from typing import Any, Protocol
 
 from kohakuriver.resolve import resolving
@@ -116,7 +116,7 @@ class ContainerEndpoint(Endpoint):
                 break
         stream.failed(first or OSError(errno.EHOSTUNREACH, "no address"))
 
-    async def _addresses(self, port: int, *, udp: bool) -> Sequence[str]:
+    async def _addresses(self, port: int, *, udp: bool) -> Iterable[str]:
         """Where to dial; none in a network that has gone."""
         if self.network is None:
             return self.addresses(port, udp=udp)
@@ -125,8 +125,8 @@ class ContainerEndpoint(Endpoint):
         except OSError:
             return ()
 
-    def addresses(self, port: int, *, udp: bool) -> Sequence[str]:
-        """The addresses to try for `port` in this process's own network."""
+    def addresses(self, port: int, *, udp: bool) -> Iterable[str]:
+        """The addresses to try for `port` in this process's own network, one at least."""
         return self.hosts
 
     async def _connect_from(self, network: Network, stream: TcpStream, host: str) -> None:
@@ -160,7 +160,7 @@ class ContainerEndpoint(Endpoint):
 
     async def _datagram_socket(self, port: int) -> socket.socket:
         if self.network is None:
-            return connected_datagram_socket(self.addresses(port, udp=True)[0], port)
+            return connected_datagram_socket(next(iter(self.addresses(port, udp=True))), port)
         host = (await self.network.addresses(port, udp=True))[0]
         return connected(await self.network.open_socket(family_of(host), socket.SOCK_DGRAM), host, port)
 

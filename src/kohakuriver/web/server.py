@@ -100,8 +100,8 @@ class Server(uvicorn.Server):
     def capture_signals(self) -> Iterator[None]:
         """What ends a program begins a drain that ends with exit code 0, where uvicorn would raise it again.
 
-        Of a program that was not started from a terminal and has a certificate, SIGHUP has that read again. What was
-        ignored at the start stays ignored, as SIGHUP is by `nohup` and SIGINT by a script's `&`; SIGTERM always counts.
+        Without a terminal that could hang up, SIGHUP has the certificate read again. What was ignored at the start
+        stays so, as SIGHUP is by `nohup` and SIGINT by a script's `&`; SIGTERM always counts.
         """
         if threading.current_thread() is not threading.main_thread():
             yield
@@ -114,7 +114,7 @@ class Server(uvicorn.Server):
                 signal.signal(number, handler)
 
     def _on(self, number: signal.Signals) -> Callable[[int, FrameType | None], None]:
-        again = number.name == "SIGHUP" and self._certificate is not None and not _on_terminal()
+        again = number.name == "SIGHUP" and not _on_terminal()
         return self._read_again if again else self.handle_exit
 
     def _read_again(self, _number: int, _frame: FrameType | None) -> None:
