@@ -23,6 +23,19 @@ async def _remove(task_id: int) -> None:
     raise AssertionError(f"nobody removes task {task_id} here")
 
 
+def a_registration(
+    directory: Path,
+    host_url: str,
+    heartbeat: Callable[[], dict[str, Any]],
+    remove: Callable[[int], Coroutine[Any, Any, None]],
+) -> Registration:
+    """A node's registration with the host that has its state in `directory`."""
+    token = (directory / "host/node-token").read_text().strip()
+    identity = NodeIdentity("n1", "http://127.0.0.1:1", "one", host_url, token)
+    state = State(directory / "runner")
+    return Registration(identity, state, heartbeat=heartbeat, backends=lambda: {"process": None}, remove=remove)
+
+
 def test_a_heartbeat_that_fails_is_logged_and_the_next_one_is_sent(
     run: Run, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -39,15 +52,7 @@ def test_a_heartbeat_that_fails_is_logged_and_the_next_one_is_sent(
 
     async def check() -> None:
         async with a_host(tmp_path / "host") as host:
-            token = (tmp_path / "host/node-token").read_text().strip()
-            identity = NodeIdentity("n1", "http://127.0.0.1:1", "one", host.url, token)
-            registration = Registration(
-                identity,
-                State(tmp_path / "runner"),
-                heartbeat=heartbeat,
-                backends=lambda: {"process": None},
-                remove=_remove,
-            )
+            registration = a_registration(tmp_path, host.url, heartbeat, _remove)
             running = asyncio.ensure_future(registration.run())
             await asyncio.wait_for(told.wait(), 20)
             running.cancel()
@@ -75,15 +80,7 @@ def test_heartbeats_go_on_while_a_removed_task_takes_its_time_to_end(run: Run, t
 
     async def check() -> None:
         async with a_host(tmp_path / "host") as host:
-            token = (tmp_path / "host/node-token").read_text().strip()
-            identity = NodeIdentity("n1", "http://127.0.0.1:1", "one", host.url, token)
-            registration = Registration(
-                identity,
-                State(tmp_path / "runner"),
-                heartbeat=heartbeat,
-                backends=lambda: {"process": None},
-                remove=never_ends,
-            )
+            registration = a_registration(tmp_path, host.url, heartbeat, never_ends)
             running = asyncio.ensure_future(registration.run())
             await until(lambda: beats > 0)
             moments = {"created_at": 1.0, "changed_at": 1.0}

@@ -6,7 +6,7 @@ import asyncio
 import base64
 import contextlib
 import time
-from collections.abc import Awaitable, Callable, Iterable, Iterator
+from collections.abc import Callable, Coroutine, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -72,7 +72,7 @@ class Registration:
         *,
         heartbeat: Callable[[], dict[str, Any]],
         backends: Callable[[], dict[str, str | None]],
-        remove: Callable[[int], Awaitable[None]],
+        remove: Callable[[int], Coroutine[Any, Any, None]],
         on_registered: Callable[[], None] = lambda: None,
     ) -> None:
         self._identity = identity
@@ -183,11 +183,8 @@ class Registration:
         """End tasks that the host says are removed, each once, beside the heartbeats: an engine may take long to."""
         for task_id in task_ids:
             if task_id not in self._removing:
-                ending = self._removing[task_id] = in_background(self._end(task_id), "ending a removed task")
+                ending = self._removing[task_id] = in_background(self._remove(task_id), "ending a removed task")
                 ending.add_done_callback(lambda _, task_id=task_id: self._removing.pop(task_id))  # type: ignore[misc]
-
-    async def _end(self, task_id: int) -> None:
-        await self._remove(task_id)
 
     def _heed(self, unreachable: str | None) -> None:
         """Say in this node's own log what the host says of the way back."""
