@@ -13,6 +13,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import IO, Any
 
@@ -181,9 +182,9 @@ class KohakuRiver(Contender):
         self.service = services.service
         self.hops = [self.hop(name) for name in HOPS]
 
-    def forward(self, *ports: int) -> list[int]:
-        """The local ports of a new forward of these."""
-        forward = self.kohakuriver("forward", "bench", *(f"0:{port}" for port in ports), "--json")
+    def forward(self, *ports: int, options: Sequence[str] = ()) -> list[int]:
+        """The local ports of a new forward of these, with such options."""
+        forward = self.kohakuriver("forward", "bench", *(f"0:{port}" for port in ports), "--json", *options)
         entries: dict[int, int] = {}
         while len(entries) < len(ports):
             listening = self.event(forward, "listening")

@@ -12,12 +12,26 @@ import re
 import subprocess
 import sys
 from collections.abc import Callable
+from types import SimpleNamespace
+from typing import Any
 
 from kohakuriver import _frame
+from kohakuriver.tunnel import buffers as _buffers
+from kohakuriver.tunnel.kept import Identity, KeptCore
+from kohakuriver.tunnel.local_socket import TcpStream
+from kohakuriver.tunnel.protocol import ACK, pack_limit
+from kohakuriver.tunnel.protocol import KEY as KEY_SIZE
+from kohakuriver.tunnel.send_queue import SendQueue
+from kohakuriver.tunnel.states import Role, State
+from kohakuriver.tunnel.stream import Reading, Rules, StreamCore
+from kohakuriver.tunnel.streams import Totals, Turns
+from kohakuriver.tunnel.v1_rules import V1Rules
+from kohakuriver.tunnel.windows import Budget
 
 KEY = 0xA1B2C3D4
 FEW, MANY = 1000, 3000
-SIZES = {"64": 64, "64K": 64 * 1024}
+ACKED_AFTER = 1 << 20  # bytes: a quarter of a window that has grown a little
+SIZES = {"64": 64, "32K": 32 * 1024, "64K": 64 * 1024}
 
 
 def frame(size: int, key: int = -1) -> tuple[bytearray, int, int]:
@@ -54,7 +68,61 @@ def forward_receives(size: int) -> Callable[[], object]:
     return lambda: walker.walk(*arguments)
 
 
-CALLS = {call.__name__: call for call in (forward_sends, host_passes_on, runner_passes_on, forward_receives)}
+class TakesAll:
+    """A sink that is never full."""
+
+    def write(self, data: Any) -> int:
+        return len(data)
+
+
+def stream_of(core: StreamCore, rules: Rules) -> TcpStream:
+    """An open stream on a link that takes all it is given."""
+    core.speak(2)
+    core.state, core.reading = State.OPEN, Reading.FLOWING
+    core.sending.raise_to(1 << 60)
+    stream = TcpStream(SimpleNamespace(rules=rules, totals=Totals()), 1, core)
+    out = SendQueue(lambda: None)
+    out.begin(TakesAll())  # type: ignore[arg-type]
+    link = SimpleNamespace(
+        loop_buffer=_buffers.receive_buffer(), next_key=_frame.MaskKeys().next, out=out, send=out.send
+    )
+    stream.at = SimpleNamespace(link=link, turns=Turns({}, rules.budget), id=7)  # type: ignore[assignment]
+    return stream
+
+
+def stream_sends(size: int) -> Callable[[], object]:
+    """A read of a local socket, whole: what the extension does is part of it."""
+    rules = Rules(Role.OPENER, Budget(), V1Rules(1 << 20, 0.0))
+    return read_by(stream_of(StreamCore(rules), rules), size)
+
+
+def read_by(stream: TcpStream, size: int) -> Callable[[], object]:
+    def read() -> None:
+        stream.get_buffer(-1)
+        stream.buffer_updated(size)
+
+    return read
+
+
+def kept_stream_sends(size: int) -> Callable[[], object]:
+    """The same of one that outlives its links, with an acknowledgement for every quarter of a window."""
+    rules = Rules(Role.OPENER, Budget(), V1Rules(1 << 20, 0.0))
+    core = KeptCore(rules, Identity(bytes(KEY_SIZE), 60))
+    core.attached = True
+    read, sending = read_by(stream_of(core, rules), size), core.sending
+
+    def read_and_hear() -> None:
+        read()
+        if sending.sent - core.acked >= ACKED_AFTER:
+            core.take(ACK, pack_limit(sending.sent))
+
+    return read_and_hear
+
+
+CALLS = {
+    call.__name__: call
+    for call in (forward_sends, host_passes_on, runner_passes_on, forward_receives, stream_sends, kept_stream_sends)
+}
 
 
 def count(name: str, size: str, times: int) -> int:

@@ -78,13 +78,14 @@ def resident_kib(pid: int) -> float:
 
 
 @contextmanager
-def started(executable: Path) -> Iterator[Chain]:
+def started(executable: Path, *options: str) -> Iterator[Chain]:
+    """A chain whose forward has these options."""
     services, crowd, chain = Services(), Crowd(), KohakuRiver(executable)
     with ExitStack() as stack:
         for contender in (services, crowd, chain):
             stack.callback(contender.close)
             contender.start(services)
-        [port] = chain.forward(crowd.port)
+        [port] = chain.forward(crowd.port, options=options)
         yield Chain([chain.hop("forward", last=True), *chain.hops[1:]], port)
 
 

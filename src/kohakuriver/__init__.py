@@ -17,6 +17,22 @@ from kohakuriver.errors import (
 
 if TYPE_CHECKING:
     from kohakuriver.client.api import Forward, forward, forward_sync
+    from kohakuriver.client.tasks import (
+        Task,
+        TaskSync,
+        create,
+        create_sync,
+        logs,
+        logs_sync,
+        run,
+        run_sync,
+        status,
+        status_sync,
+        stop,
+        stop_sync,
+        tasks,
+        tasks_sync,
+    )
 
 __version__ = "0.1.0"
 
@@ -27,25 +43,39 @@ __all__ = [
     "LocalAddressError",
     "NotAllowedError",
     "NotFoundError",
+    "Task",
+    "TaskSync",
     "UnauthenticatedError",
     "UnavailableError",
     "UsageError",
     "__version__",
+    "create",
+    "create_sync",
     "forward",
     "forward_sync",
+    "logs",
+    "logs_sync",
+    "run",
+    "run_sync",
+    "status",
+    "status_sync",
+    "stop",
+    "stop_sync",
+    "tasks",
+    "tasks_sync",
 ]
 
-_LAZY = frozenset({"Forward", "forward", "forward_sync"})
+_IN = {"Forward": "api", "forward": "api", "forward_sync": "api"}
 
 
 def __getattr__(name: str) -> Any:
-    # The host, the runner and the command line's --help import this package too, and none of them forwards anything.
-    if name in _LAZY:
-        from kohakuriver.client import api
+    # The host, the runner and the command line's --help import this package too, and none of them needs any of these.
+    if name in __all__:
+        from importlib import import_module
 
-        return getattr(api, name)
+        return getattr(import_module(f"kohakuriver.client.{_IN.get(name, 'tasks')}"), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
 def __dir__() -> list[str]:
-    return sorted({*globals(), *__all__})
+    return sorted({*(name for name in globals() if name.startswith("__")), *__all__})

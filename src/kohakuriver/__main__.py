@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import NoReturn
 
-from kohakuriver import descriptors
+from kohakuriver import descriptors, spared
 
 __all__ = ["main"]
 
@@ -13,6 +13,7 @@ def main() -> NoReturn:
     """Run one command and exit with its code (docs/cli.md "Exit codes")."""
     descriptors.die_by_interrupt()
     descriptors.prepare()
+    spared.spare()
     from kohakuriver.cli.main import main as run
 
     run()

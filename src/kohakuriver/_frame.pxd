@@ -17,6 +17,7 @@ cdef enum:
     C_CONNECTED = 0x02
     C_DATA = 0x03
     C_WINDOW = 0x08
+    C_ACK = 0x0C
     # Of opcodes: those of data frames are 0 to 2, those of control frames 8 to 10 (RFC 6455 section 5.2).
     OP_CONTINUATION = 0
     OP_TEXT = 1

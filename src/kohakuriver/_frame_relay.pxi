@@ -29,7 +29,7 @@ cdef class RelayWalker(FrameWalker):
         """Route what can be routed in buf[start:stop]; return (runs, event, consumed).
 
         A run (target, start, stop) is a range of buf with complete unmasked frames for that target. event is the first
-        message that is not DATA, CONNECTED or WINDOW in one frame (DATA of a TCP stream: in any form), or None; the
+        message that is not DATA, CONNECTED, WINDOW or ACK in one frame (DATA of a TCP stream: in any form), or None; the
         runs come before it. consumed is as for walk(): call again from there until it stands still, after the runs are
         sent or copied, for up to HEADROOM bytes before it may be overwritten. ValueError if start < HEADROOM.
         """
@@ -90,7 +90,7 @@ cdef class RelayWalker(FrameWalker):
 cdef inline bint is_routed(const Found* f) noexcept:
     if f.kind == C_DATA and f.head.proto == C_TCP:
         return True
-    return not f.piece and f.kind in (C_DATA, C_WINDOW, C_CONNECTED)
+    return not f.piece and f.kind in (C_DATA, C_WINDOW, C_CONNECTED, C_ACK)
 
 
 cdef size_t place(uint8_t* b, Found* f, int before, size_t border) noexcept:

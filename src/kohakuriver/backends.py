@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-__all__ = ["BACKENDS", "BackendKind", "adopting", "by_default", "kind_of", "known", "making", "names"]
+__all__ = ["BACKENDS", "BackendKind", "adopting", "by_default", "kind_of", "known", "making", "making_images", "names"]
 
 
 @dataclass(frozen=True)
@@ -23,11 +23,13 @@ class BackendKind:
         adopts: what that runs already it can make a task of, if anything.
         image: whether a new task needs an image; without one it may not have one.
         mounts: whether a new task may see directories of the node.
+        bounded: whether a task can be kept to an amount of memory, processors, processes and shared memory.
         controls: whether it stops and restarts what runs; one that was adopted, only when that is said.
         terminal: whether commands can be run in a task.
         ssh: whether a task can be given an SSH server.
         own_ssh: whether a task is taken to have an SSH server of its own.
         network: whether a task has a network of its own, so that its ports are nobody else's.
+        as_runner: whether its tasks are the runner's own user on the node, with nothing between.
         dialled: whether the runner itself dials a task's ports, always.
         default: whether a runner offers it where nothing else was said.
     """
@@ -39,11 +41,13 @@ class BackendKind:
     adopts: Literal["container", "address"] | None = None
     image: bool = False
     mounts: bool = False
+    bounded: bool = False
     controls: bool = False
     terminal: bool = False
     ssh: bool = False
     own_ssh: bool = False
     network: bool = False
+    as_runner: bool = False
     dialled: bool = False
     default: bool = False
 
@@ -59,6 +63,7 @@ BACKENDS: dict[str, BackendKind] = {
             adopts="container",
             image=True,
             mounts=True,
+            bounded=True,
             controls=True,
             terminal=True,
             ssh=True,
@@ -70,6 +75,7 @@ BACKENDS: dict[str, BackendKind] = {
             container="kohakuriver-task-{}",
             advice="start its runner with `--backend process`",
             makes=True,
+            as_runner=True,
             controls=True,
             terminal=True,
             ssh=True,
@@ -106,9 +112,14 @@ def known(name: str) -> BackendKind:
     return BACKENDS.get(name) or BackendKind(name, "{}", "use a newer kohakuriver")
 
 
-def making(*, image: bool | None = None) -> list[str]:
-    """Those that start new tasks: all, or those of tasks that have an image, or have none."""
-    return [kind.name for kind in BACKENDS.values() if kind.makes and image in (None, kind.image)]
+def making() -> list[str]:
+    """Those that start new tasks."""
+    return [kind.name for kind in BACKENDS.values() if kind.makes]
+
+
+def making_images() -> list[str]:
+    """Those of tasks that have an image: what is meant where an image is given, and no backend."""
+    return [name for name in making() if BACKENDS[name].image]
 
 
 def adopting(what: Literal["container", "address"]) -> list[str]:

@@ -272,10 +272,11 @@ class Settings:
     linger: str | float | None = None
     udp_idle: str | float | None = None
     udp_peers: str | int | None = None
+    resume_for: str | int | None = None
 
 
 _TEXTS = ("host", "token", "ssh_proxy", "ca_file")
-_NUMBERS = ("window_first", "window_max", "window_budget", "linger", "udp_idle", "udp_peers")
+_NUMBERS = ("window_first", "window_max", "window_budget", "linger", "udp_idle", "udp_peers", "resume_for")
 _NAMES = (*_TEXTS, *_NUMBERS)
 
 

@@ -23,6 +23,7 @@ __all__ = [
     "UsageError",
     "from_answer",
     "from_status",
+    "no_text",
     "system_words",
 ]
 
@@ -101,7 +102,7 @@ class LocalAddressError(KohakuRiverError):
 
 
 class HostUnreachableError(KohakuRiverError):
-    """The host can't be reached, or the host can't reach the runner.
+    """The host can't be reached.
 
     `url` is that of the program that can't be reached, None where the error does not say. `reason` is the message's
     part that says why, as a clause, or "".
@@ -153,6 +154,11 @@ NOT_OUR_ANSWER = "not_our_answer"
 
 _REDIRECTS = (301, 302, 303, 307, 308)
 _OF_PROXIES = (502, 503, 504)
+
+
+def no_text(word: str, what: str = "arguments") -> UsageError:
+    """The error for bytes of a command line that are no text; JSON, URLs and files of ours have no way to say them."""
+    return UsageError(f"{os.fsencode(word)!r} is not UTF-8; {what} must be.")
 
 
 def system_words(error: BaseException) -> str:

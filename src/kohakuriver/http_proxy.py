@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from urllib.parse import unquote, urlsplit
 
 from kohakuriver.errors import HostUnreachableError, UsageError
-from kohakuriver.resolve import resolving
+from kohakuriver.resolve import connected, resolving
 from kohakuriver.tls import is_this_machine
 
 __all__ = ["Connect", "HttpProxy", "connect_through", "http_proxy"]
@@ -167,7 +167,7 @@ def connect_through(proxy: HttpProxy, host: str, port: int, timeout: float) -> s
     try:
         connect = Connect(proxy, host, port)
         with resolving():
-            sock = socket.create_connection((proxy.host, proxy.port), timeout=timeout)
+            sock = connected(proxy.host, proxy.port, timeout)
     except OSError as error:
         raise proxy.unreachable(error.strerror or str(error)) from error
     opened = False

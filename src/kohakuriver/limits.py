@@ -21,6 +21,12 @@ class Limits:
     Each is set by its name in the environment: `KOHAKURIVER_MAX_STREAMS`.
     """
 
+    max_tasks: int = 100
+    """Tasks of one user, those that don't run included; this and the next eight can be set for single users."""
+    max_running: int = 50
+    """Tasks of one user that run."""
+    max_tokens: int = 100
+    """Tokens of one user that are good."""
     max_sessions: int = 1000
     """Forward sessions of one user that the host has open at a time."""
     max_requests: int = 100
@@ -31,8 +37,40 @@ class Limits:
     """Credentials that are no good from one address that are answered in a second; four times as many at once."""
     max_streams: int = 32_768
     """Streams of one session that are open at a time."""
+    max_user_streams: int = 65_536
+    """Streams of one user that are open on a node at a time, in all sessions together."""
+    max_node_streams: int = 262_144
+    """Streams of all users together that are open on a node at a time."""
     max_connects: int = 5000
     """Streams that one user may open on a node in a second; as many may come at once."""
+    max_terminals: int = 128
+    """Terminals and commands of one user that are open on a node at a time."""
+    max_task_terminals: int = 64
+    """Those in one task."""
+    max_node_terminals: int = 1024
+    """Those of all users on a node."""
+    pull_timeout: float = 120.0
+    """Seconds without any progress after which the pull of an image is given up."""
+    max_memory: int = 64 << 30
+    """Bytes of memory of one user's running containers together."""
+    max_cpus: float = 32.0
+    """Processors of one user's running containers together."""
+    max_pids: int = 32_768
+    """Processes and threads of one user's running containers together."""
+    max_log: int = 64 << 20
+    """Bytes that are kept of what each of a user's tasks prints."""
+    task_memory: int = 0
+    """Bytes of memory of a container that asks for nothing; 0 stands for half of what the node has."""
+    task_cpus: float = 0.0
+    """Processors of such a container."""
+    task_pids: int = 4096
+    """Processes and threads of such a container."""
+    task_shm: int = 64 << 20
+    """Bytes of shared memory (/dev/shm) of such a container."""
+    task_log: int = 64 << 20
+    """Bytes that are kept of what a task on this node prints."""
+    max_node_logs: int = 1 << 30
+    """Bytes that a node keeps of what process tasks print, of all of them together."""
     max_rate: int = 0
     """Bytes a second of one session, each way."""
     max_message: int = 16 << 20
@@ -45,6 +83,8 @@ class Limits:
     """Bytes of the bodies of all HTTP requests under way in one program: 64 of the largest, as installed."""
     max_backlog: int = 512 << 20
     """Bytes on their way to users that wait in one runner, of all sessions together."""
+    max_user_backlog: int = 128 << 20
+    """Of those, bytes on their way to one user, of all of that user's sessions together."""
     handshake_timeout: float = 10.0
     """Seconds that a peer has for its TLS handshake, and again to send a whole HTTP request."""
     max_waiting: int = 1000
@@ -58,18 +98,38 @@ class Limits:
 
 
 _BOUNDS: dict[str, tuple[float, float]] = {
+    "max_tasks": (0, 1 << 20),
+    "max_running": (0, 1 << 20),
+    "max_tokens": (0, 1 << 20),
+    "max_memory": (16 << 20, 1 << 50),
+    "max_cpus": (0.01, 1 << 20),
+    "max_pids": (16, 1 << 30),
+    "max_log": (64 << 10, 1 << 40),
+    "task_memory": (16 << 20, 1 << 50),
+    "task_cpus": (0.01, 1 << 20),
+    "task_pids": (16, 1 << 22),
+    "task_shm": (64 << 10, 1 << 50),
+    "task_log": (64 << 10, 1 << 40),
     "max_sessions": (0, 1 << 20),
     "max_requests": (0, 1 << 20),
     "max_under_way": (0, 1 << 20),
     "max_failures": (0, 1 << 20),
     "max_streams": (0, 1 << 20),
+    "max_user_streams": (16, 1 << 24),
+    "max_node_streams": (16, 1 << 24),
     "max_connects": (0, 1 << 20),
+    "max_terminals": (1, 1 << 20),
+    "max_task_terminals": (1, 1 << 20),
+    "max_node_terminals": (1, 1 << 20),
+    "pull_timeout": (1, LONGEST),
+    "max_node_logs": (1 << 20, 1 << 50),
     "max_rate": (LEAST_RATE, 1 << 40),
     "max_message": (1 << 20, 16 << 20),
     "max_header": (4 << 10, 1 << 20),
     "max_body": (64 << 10, 64 << 20),
     "max_bodies": (1 << 20, 1 << 40),
     "max_backlog": (96 << 20, 1 << 40),
+    "max_user_backlog": (96 << 20, 1 << 40),
     "handshake_timeout": (0.1, 600),
     "max_waiting": (16, 1 << 20),
     "max_handshakes": (0.1, 10_000),
@@ -77,14 +137,31 @@ _BOUNDS: dict[str, tuple[float, float]] = {
     "idle_timeout": (0.1, LONGEST),
 }
 _MAY_BE_OFF = {
+    "max_tasks",
+    "max_running",
+    "max_tokens",
+    "max_memory",
+    "max_cpus",
+    "max_pids",
+    "max_log",
+    "task_cpus",
+    "task_pids",
     "max_sessions",
     "max_requests",
     "max_under_way",
     "max_failures",
     "max_streams",
+    "max_user_streams",
+    "max_node_streams",
     "max_connects",
+    "max_node_logs",
+    "max_terminals",
+    "max_task_terminals",
+    "max_node_terminals",
+    "pull_timeout",
     "max_rate",
     "max_backlog",
+    "max_user_backlog",
     "max_audit",
     "idle_timeout",
 }

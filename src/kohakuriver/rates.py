@@ -9,10 +9,10 @@ class TokenBucket:
     Times are those of the caller's clock, in seconds.
     """
 
-    __slots__ = ("_burst", "_left", "_rate", "_when")
+    __slots__ = ("_burst", "_left", "_when", "rate")
 
     def __init__(self, rate: float, burst: float, now: float) -> None:
-        self._rate = rate
+        self.rate = rate
         self._burst = burst
         self._left = burst
         self._when = now
@@ -26,7 +26,7 @@ class TokenBucket:
     def wait(self, now: float) -> float:
         """How many seconds until there is something again."""
         self._fill(now)
-        return max(0.0, -self._left / self._rate)
+        return max(0.0, -self._left / self.rate)
 
     def try_take(self, now: float) -> bool:
         """Take one unit if there is one."""
@@ -44,11 +44,17 @@ class TokenBucket:
             return None
         return wait
 
+    def change(self, rate: float, burst: float, now: float) -> None:
+        """Let another rate through from now on; what is left of a burst is not more than before."""
+        self._fill(now)
+        self.rate, self._burst = rate, burst
+        self._left = min(self._left, burst)
+
     def is_full(self, now: float) -> bool:
         """Whether all of a burst is there again."""
         self._fill(now)
         return self._left >= self._burst
 
     def _fill(self, now: float) -> None:
-        self._left = min(self._burst, self._left + (now - self._when) * self._rate)
+        self._left = min(self._burst, self._left + (now - self._when) * self.rate)
         self._when = now

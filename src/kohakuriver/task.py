@@ -15,11 +15,14 @@ from typing import Annotated, Any, ClassVar, Literal, Protocol, TypeVar, get_arg
 
 from kohakuriver.backends import kind_of, making
 from kohakuriver.images import ImageName
+from kohakuriver.quotas import LEAST_MEMORY, LEAST_PIDS
 
 __all__ = [
     "Backend",
     "Check",
     "Declared",
+    "LogLine",
+    "LogStream",
     "Name",
     "NewTask",
     "NodeName",
@@ -39,6 +42,8 @@ __all__ = [
 ]
 
 Status = Literal["starting", "running", "stopped", "failed", "lost"]
+
+LogStream = Literal["stdout", "stderr", "note"]
 
 MAX_SSH_KEYS = 100
 
@@ -66,8 +71,8 @@ def matching(pattern: str, otherwise: str) -> Check:
     return Check(check)
 
 
-def _between(least: int, most: int) -> Check:
-    def check(value: int) -> int:
+def _between(least: float, most: float) -> Check:
+    def check(value: Any) -> Any:
         if not least <= value <= most:
             raise ValueError(f"it must be a number from {least} to {most}")
         return value
@@ -127,6 +132,12 @@ NoNul = Annotated[str, matching(r"(?s)[^\0]*", "it has a NUL byte in it")]
 Mount = Annotated[str, matching(r"[^:\0]+:/[^:\0]*(:ro)?", "write SOURCE:/TARGET or SOURCE:/TARGET:ro")]
 PublicKey = Annotated[str, Check(_public_key)]
 Port = Annotated[int, _between(1, 65535)]
+MemorySize = Annotated[int, _between(LEAST_MEMORY, 1 << 50)]
+"""Bytes."""
+Cpus = Annotated[float, _between(0.01, 1 << 20)]
+Pids = Annotated[int, _between(LEAST_PIDS, 1 << 22)]
+ShmSize = Annotated[int, _between(64 << 10, 1 << 50)]
+"""Bytes."""
 ReportedStatus = Annotated[str, matching("|".join(get_args(Status)), "no task is in such a state")]
 Whole = Annotated[int, _between(0, 2**63 - 1)]
 """What a column of the database holds."""
@@ -147,6 +158,8 @@ class TaskSpec:
     """What a user can ask of a new task: `mounts` are `SRC:DST` or `SRC:DST:ro`.
 
     With `ssh_keys`, public keys as their files have them, it gets an SSH server that lets their owners in.
+    A container gets so many bytes of `memory`, `cpus`, processes and threads (`pids`), and bytes of /dev/shm
+    (`shm_size`, a part of its memory); where that is None, what its node gives by default.
     """
 
     image: Image | None = None
@@ -154,6 +167,10 @@ class TaskSpec:
     env: dict[EnvName, NoNul] = field(default_factory=dict)
     mounts: list[Mount] = field(default_factory=list)
     ssh_keys: Annotated[list[PublicKey], Check(_no_more_keys_than_fit)] = field(default_factory=list)
+    memory: MemorySize | None = None
+    cpus: Cpus | None = None
+    pids: Pids | None = None
+    shm_size: ShmSize | None = None
 
 
 @dataclass(kw_only=True)
@@ -171,6 +188,7 @@ class TaskOrder(TaskSpec):
 
     An `adopted` task is of something that runs already: a container, by its name or id in the engine, `engine_name`; or
     an IP `address`. With `no_client` nothing is put into the container: its node dials from the container's network.
+    Of what it prints `log_size` bytes are kept, where that is None as many as its node does by default.
     """
 
     task_id: int
@@ -181,6 +199,7 @@ class TaskOrder(TaskSpec):
     address: str | None = None
     adopted: bool = False
     no_client: bool = False
+    log_size: Whole | None = None
 
 
 @dataclass(kw_only=True)
@@ -232,7 +251,8 @@ class TaskTraffic:
 class TaskView:
     """A task as users see it: an id and a unique name. `created_at` is ISO 8601; `container` its name on the tunnel.
 
-    `command`, `mounts` and the names of the variables, `env`, are as they were asked for. `exit_code` is what it has
+    `command`, `mounts` and the names of the variables, `env`, are as they were asked for. `memory`, `cpus`, `pids`,
+    `shm_size` and `log_size` are what it was given, None where nothing bounds it. `exit_code` is what it has
     ended with, 128 + N by signal N; None while it runs, and where nobody knows.
     `owner` may do everything with it, `shared_with` may use it; `creator` made it, and is another one where a user was
     removed. `ssh_port` and `ssh_host_key` are those of the SSH server that the task was given, None without one. With
@@ -255,6 +275,11 @@ class TaskView:
     command: list[str] = field(default_factory=list)
     mounts: list[str] = field(default_factory=list)
     env: list[str] = field(default_factory=list)
+    memory: int | None = None
+    cpus: float | None = None
+    pids: int | None = None
+    shm_size: int | None = None
+    log_size: int | None = None
     message: str | None = None
     exit_code: int | None = None
     ssh_port: int | None = None
@@ -264,6 +289,20 @@ class TaskView:
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self)
+
+
+@dataclass(frozen=True)
+class LogLine:
+    """A line that a task printed, or a part of a very long one: only where `text` ends in a line end does the line.
+
+    `stream` is "stdout" or "stderr"; where nobody kept these apart all is "stdout". A "note" is not the task's, but
+    says that something of it is missing here. `time` is when it was printed, in seconds since the epoch, None where
+    nobody knows. What was no UTF-8 has U+FFFD in its place.
+    """
+
+    text: str
+    stream: LogStream = "stdout"
+    time: float | None = None
 
 
 class Declared(Protocol):

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-__all__ = ["printable"]
+__all__ = ["one_line", "printable"]
 
 _LAYOUT = "\n\t"
+LONGEST = 300
+"""Characters of a peer's sentence that are shown."""
 
 
 def printable(text: str, keep: str = _LAYOUT) -> str:
@@ -14,3 +16,9 @@ def printable(text: str, keep: str = _LAYOUT) -> str:
     return "".join(
         each if each.isprintable() or each in keep else each.encode("unicode_escape").decode() for each in text
     )
+
+
+def one_line(text: str) -> str:
+    """What a peer says, shown inside a line of ours: it can't begin one that looks like ours, nor fill a screen."""
+    line = " ".join(text[: 4 * LONGEST].split())
+    return printable(line[:LONGEST] + "…" if len(line) > LONGEST else line, keep="")

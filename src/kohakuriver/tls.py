@@ -15,7 +15,15 @@ from urllib.parse import urlsplit
 
 from kohakuriver.errors import UsageError
 
-__all__ = ["ServerCertificate", "client_context", "hung_up", "is_this_machine", "reason", "sends_in_clear"]
+__all__ = [
+    "ServerCertificate",
+    "client_context",
+    "hung_up",
+    "is_this_machine",
+    "reason",
+    "sends_in_clear",
+    "trusted_at",
+]
 
 _SIGNERS_UNKNOWN = {2, 18, 19, 20, 21, 24, 26}
 _NOT_YET_VALID, _EXPIRED = 9, 10
@@ -36,6 +44,14 @@ def client_context(url: str, ca_file: str | Path | None = None) -> ssl.SSLContex
         raise UsageError(f"The CA file {ca_file} holds no certificate in PEM form.") from error
     except OSError as error:
         raise UsageError(f"The CA file {ca_file} can't be read: {error.strerror}.") from error
+
+
+def trusted_at(url: str, ca_file: str | Path | None = None) -> ssl.SSLContext:
+    """The same for libraries that check every server: for plain HTTP nobody is trusted, and no authorities are read.
+
+    Reading those takes longer than all the rest of a request. Raises UsageError as `client_context` does.
+    """
+    return client_context(url, ca_file) or ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
 
 
 def sends_in_clear(url: str) -> bool:

@@ -30,6 +30,9 @@ class Grant:
     def ran(self, command: list[str]) -> None:
         pass
 
+    def stays(self) -> None:
+        pass
+
     def attach(self, end: Callable[[str], None]) -> None:
         self.end = end
 
@@ -46,7 +49,9 @@ def granting(hops: Chain) -> list[Grant]:
     grants: list[Grant] = []
     authorize = hops.proxy.authorize
 
-    async def with_grant(token: str | None, task: str, port: int, proto: str, ports: frozenset[int] | None) -> Route:
+    async def with_grant(
+        token: str | None, task: str, port: int | None, proto: str, ports: frozenset[int] | None
+    ) -> Route:
         grants.append(Grant())
         return replace(await authorize(token, task, port, proto, ports), grant=grants[-1])
 

@@ -216,18 +216,74 @@ def test_datagrams_that_find_no_room_are_dropped_and_counted_and_stop_no_tcp_str
     run(main())
 
 
-def test_datagrams_that_no_service_takes_are_counted_and_told(run: Run) -> None:
+@clients
+def test_datagrams_that_no_service_takes_are_told_and_each_is_counted_once(run: Run, kind: str) -> None:
     async def main() -> None:
         async with chain() as hops:
-            user = await ready(hops, "rust")
+            user = await ready(hops, kind)
             told: asyncio.Queue[tuple[int, str]] = asyncio.Queue()
             user.on_stream_error = lambda port, text: told.put_nowait((port, text.code))
             with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as freed:
                 freed.bind(("127.0.0.1", 0))
-                unheard = freed.getsockname()[1]
-            async with peer(await forwarded(user, unheard)) as one:
+                port = freed.getsockname()[1]
+            async with peer(await forwarded(user, port)) as one:
                 one.sock.send(b"is anybody there?")
-                assert await told.get() == (unheard, "ECONNREFUSED")
-                assert (user.totals.udp_dropped, user.stream_count) == (1, 0)
+                assert await told.get() == (port, "ECONNREFUSED")
+                assert (user.totals.udp_refused, user.stream_count) == (1, 0)
+                for _ in range(3):
+                    one.sock.send(b"and now?")
+                await until(lambda: user.stream_count == 1)
+                assert await told.get() == (port, "ECONNREFUSED")  # later, and of all three
+                assert (user.totals.udp_refused, user.stream_count) == (4, 0)
+            # What the container's end counts reaches the runner; what it told the user's end is not counted again.
+            assert user.totals.udp_dropped == 0
+            await until(lambda: hops.server.snapshot()["udp_dropped"] == 4)
+
+    run(main())
+
+
+@clients
+def test_the_user_is_told_of_a_service_that_has_answered_and_then_died_and_reaches_the_next_one(
+    run: Run, kind: str
+) -> None:
+    async def main() -> None:
+        async with chain() as hops, contextlib.AsyncExitStack() as stack:
+            user = await ready(hops, kind)
+            told: asyncio.Queue[tuple[int, str]] = asyncio.Queue()
+            user.on_stream_error = lambda port, text: told.put_nowait((port, text.code))
+            async with udp_echo() as (_, port):
+                one = await stack.enter_async_context(peer(await forwarded(user, port)))
+                assert await one.ask(b"first") == b"first"
+            failure = None
+            while failure is None:
+                one.sock.send(b"into the void")
+                with contextlib.suppress(asyncio.TimeoutError):
+                    failure = await asyncio.wait_for(told.get(), 0.1)
+            assert failure == (port, "ECONNREFUSED")
+            assert user.totals.udp_refused >= 2
+            await until(lambda: hops.server.snapshot()["udp_dropped"] >= 2)
+            async with udp_echo(port):
+                assert await one.ask(b"again") == b"again"
+
+    run(main())
+
+
+@clients
+def test_a_service_that_comes_to_another_address_is_found_by_a_stream_that_was_refused(run: Run, kind: str) -> None:
+    async def main() -> None:
+        async with chain() as hops, contextlib.AsyncExitStack() as stack:
+            user = await ready(hops, kind)
+            async with udp_echo(host="127.0.0.7") as (_, port):
+                one = await stack.enter_async_context(peer(await forwarded(user, port)))
+                assert await one.ask(b"first") == b"first"
+            async with udp_echo(port, host="127.0.0.8"):
+
+                async def ask_until_answered() -> bytes:
+                    while True:
+                        one.sock.send(b"again")
+                        with contextlib.suppress(asyncio.TimeoutError):
+                            return await asyncio.wait_for(one.received.get(), 0.1)
+
+                assert await ask_until_answered() == b"again"
 
     run(main())

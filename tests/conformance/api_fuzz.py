@@ -44,6 +44,7 @@ def main() -> int:
         node_token = (cluster.host_state / "node-token").read_text().strip()
         status, task = cluster.call("POST", "/api/tasks/adopt", {"address": "192.0.2.1", "name": "known"})
         assert status == 201, task
+        assert cluster.call("POST", "/api/users", {"name": "n1"})[0] == 201  # as the node: one known name for both
         codes = [run(cluster, token, options.examples) for token in (None, cluster.token, node_token)]
         assert cluster.host.process.poll() is None, "the host has ended"
         print((Path(directory) / "host.log").read_text()[-4000:], file=sys.stderr)

@@ -7,10 +7,11 @@ import os
 import re
 import socket
 import subprocess
-import sys
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pytest
 from websockets.exceptions import InvalidStatus
@@ -18,9 +19,9 @@ from websockets.sync.client import connect
 from websockets.typing import Subprotocol
 
 import kohakuriver
-from kohakuriver.runner.services.hub import QUARREL_TIMES
-from kohakuriver.tunnel.protocol import TUNNEL_V2
-from tests.support.processes import Cluster, a_cluster, ask, eventually
+from kohakuriver.tunnel.protocol import PONG, TUNNEL_V2
+from tests.support import forked
+from tests.support.processes import PATIENCE, Cluster, a_cluster, ask, eventually
 from tests.support.services import echo, port_in
 
 ELSEWHERE = "127.0.0.5"
@@ -58,19 +59,40 @@ def test_a_forward_reaches_a_service_at_the_address(cluster: Cluster, service: i
         assert ask(forward.local_port, b"hello") == b"hello"
 
 
-def test_a_tasks_status_says_that_two_tunnel_clients_run_for_it(cluster: Cluster) -> None:
+def test_a_tasks_status_and_the_audit_log_say_that_a_second_tunnel_client_came(cluster: Cluster) -> None:
     adopt(cluster, "vm-twice")
     agent = cluster.call("GET", "/api/tasks/vm-twice/agent")[1]
     url = f"{agent['runner_url'].replace('http', 'ws', 1)}/ws/tunnel/{agent['container']}"
     headers = {"Authorization": f"Bearer {agent['token']}"}
     client = partial(connect, url, additional_headers=headers, subprotocols=[Subprotocol(TUNNEL_V2)], proxy=None)
-    with contextlib.ExitStack() as clients:
-        for _ in range(1 + QUARREL_TIMES):
-            clients.enter_context(client())
+    with client() as first, ThreadPoolExecutor(1) as answering:
+        question = answering.submit(lambda: first.send(bytes([PONG]) + first.recv(decode=False)[1:]))
         with pytest.raises(InvalidStatus) as refused:
             client()
+        question.result()
         assert refused.value.response.status_code == 409
-        eventually(lambda: "two tunnel clients run for it" in (cluster.task("vm-twice")["message"] or ""))
+        eventually(lambda: "a second tunnel client came" in (cluster.task("vm-twice")["message"] or ""))
+    task = cluster.task("vm-twice")["task_id"]
+
+    def told() -> dict[str, Any] | None:
+        events = cluster.call("GET", f"/api/audit?task={task}")[1]["events"]
+        return next((event for event in events if event["event"] == "tunnel_refused"), None)
+
+    event = eventually(told)
+    assert (event["node"], event["from"], event["count"]) == ("n1", "127.0.0.1", 1)
+
+
+def test_the_token_of_a_machines_tunnel_client_is_worth_nothing_after_an_unshare(cluster: Cluster) -> None:
+    adopt(cluster, "vm-shared")
+    agent = cluster.call("GET", "/api/tasks/vm-shared/agent")[1]
+    assert cluster.call("POST", "/api/users", {"name": "ann"})[0] == 201
+    assert cluster.call("POST", "/api/tasks/vm-shared/shares", {"user": "ann"})[0] == 201
+    assert cluster.call("DELETE", "/api/tasks/vm-shared/shares/ann")[0] == 200
+    url = f"{agent['runner_url'].replace('http', 'ws', 1)}/ws/tunnel/{agent['container']}"
+    with pytest.raises(InvalidStatus) as refused:
+        connect(url, additional_headers={"Authorization": f"Bearer {agent['token']}"}, proxy=None)
+    assert refused.value.response.status_code == 403
+    assert cluster.call("GET", "/api/tasks/vm-shared/agent")[1]["token"] != agent["token"]
 
 
 def test_a_dead_port_at_the_address_ends_the_connection(cluster: Cluster) -> None:
@@ -114,8 +136,7 @@ def test_the_status_of_an_address_says_whether_its_machine_answers(cluster: Clus
     adopt(cluster, "vm-there")
     assert cluster.call("GET", "/api/tasks/vm-there/answers") == (200, {"answers": True, "reason": None})
     environment = {**os.environ, "KOHAKURIVER_HOST": cluster.url, "KOHAKURIVER_TOKEN": cluster.token}
-    command = [sys.executable, "-m", "kohakuriver", "vps", "status", "vm-there"]
-    told = subprocess.run(command, env=environment, capture_output=True, text=True, check=True).stdout
+    told = forked.run(["vps", "status", "vm-there"], env=environment, stdin="", timeout=PATIENCE).stdout
     assert re.search(r"answers: +yes\n", told)
 
 

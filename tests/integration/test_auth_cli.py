@@ -268,3 +268,40 @@ def test_what_a_host_keeps_is_its_users_alone_also_in_a_directory_that_others_re
         commands.close()
     assert modes.keys() >= {"host.db", "host.db-wal", "admin-token", "node-token", "audit.jsonl"}
     assert set(modes.values()) == {0o600}
+
+
+def test_a_users_limits_are_set_shown_and_told_by_a_refusal(cluster: Apart, people: tuple[Person, Person]) -> None:
+    ann, _ = people
+    shown = json.loads(cluster.succeed("user", "limit", "ann", "--tokens", "1", "--memory", "1.5g", "--json"))
+    assert shown["name"] == "ann"
+    assert shown["limits"]["tokens"] == {"limit": 1, "used": 1, "own": True}
+    assert shown["limits"]["memory"] == {"limit": 3 << 29, "used": 0, "own": True}
+    rows = [line.split() for line in cluster.succeed("user", "limit", "ann").splitlines()]
+    assert ["tokens", "1", "1", "own"] in rows
+    assert ["memory", "0", "B", "1.5", "GiB", "own"] in rows
+    assert ["tasks", "0", "100", "default"] in rows
+
+    assert refused(ann.run("token", "create"), "the limit 'tokens' of ann is 1; revoke one", code=4)
+    status = [line.split(maxsplit=1) for line in ann.succeed("auth", "status").splitlines()]
+    assert ["tokens:", "1 of 1"] in status
+    assert ["memory:", "0 B of 1.5 GiB"] in status
+    assert ["connects:", "5000 at most"] in status
+    assert json.loads(ann.succeed("auth", "status", "--json"))["limits"] == shown["limits"]
+    assert refused(ann.run("user", "limit", "ann", "--tokens", "9"), "for admins")
+
+    back = json.loads(cluster.succeed("user", "limit", "ann", "--tokens", "default", "--memory", "none", "--json"))
+    assert back["limits"]["tokens"] == {"limit": 100, "used": 1, "own": False}
+    assert back["limits"]["memory"] == {"limit": None, "used": 0, "own": True}
+    assert ann.succeed("token", "create")
+    assert refused(
+        cluster.run("user", "limit", "ann", "--memory", "much"), "--memory takes a number such as 8g", code=2
+    )
+
+
+def test_a_user_is_added_with_limits(cluster: Apart, tmp_path: Path) -> None:
+    dan = Person(cluster, tmp_path / "dan", "dan", "--tasks", "3", "--cpus", "1.5")
+    assert dan.added["limits"] == {"tasks": 3, "cpus": 1.5}
+    users = json.loads(cluster.succeed("user", "list", "--json"))["users"]
+    assert {user["name"]: user["limits"] for user in users}["dan"] == {"tasks": 3, "cpus": 1.5}
+    dan.close()
+    cluster.succeed("user", "remove", "dan")

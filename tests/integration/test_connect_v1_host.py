@@ -14,7 +14,8 @@ import pexpect
 import pytest
 from websockets.sync.server import ServerConnection, serve
 
-from tests.support.up import PROGRAM, TIMEOUT, Commands
+from tests.support.forked import PROGRAM
+from tests.support.up import TIMEOUT, Commands
 
 
 @pytest.fixture

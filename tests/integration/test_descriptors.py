@@ -13,8 +13,9 @@ from pathlib import Path
 
 import pytest
 
+from tests.support.forked import PROGRAM
 from tests.support.processes import eventually
-from tests.support.up import PROGRAM, TIMEOUT, Cluster, Commands, Service
+from tests.support.up import TIMEOUT, Cluster, Commands, Service
 
 SUBSETS = [subset for count in (1, 2, 3) for subset in itertools.combinations((0, 1, 2), count)]
 LOOPS = ["asyncio", *(["uvloop"] if sys.platform != "win32" else [])]

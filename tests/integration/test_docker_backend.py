@@ -89,7 +89,7 @@ def echoes(cluster: Cluster, reference: str, question: bytes = b"hello") -> bool
 def _asked(port: int, question: bytes) -> bytes | None:
     try:
         return ask(port, question) or None
-    except ConnectionError:
+    except OSError:
         return None
 
 
@@ -176,16 +176,6 @@ def test_a_mount_that_can_not_be_is_refused_and_leaves_nothing(
     assert status in (400, 409)
     assert words in answer["message"]
     assert shared.call("GET", "/api/tasks/unmounted")[0] == 404
-
-
-def test_an_image_that_is_not_there_is_named(shared: Cluster) -> None:
-    with socket.socket() as no_registry:
-        no_registry.bind(("127.0.0.1", 0))
-        image = f"127.0.0.1:{no_registry.getsockname()[1]}/nowhere"
-        status, answer = shared.call("POST", "/api/tasks", {"image": image, "name": "none"})
-    assert (status, answer["error"]) == (404, "image_not_found")
-    assert image in answer["message"]
-    assert shared.call("GET", "/api/tasks/none")[0] == 404
 
 
 def test_a_container_that_exits_leaves_its_exit_code_and_its_last_words(shared: Cluster, busybox: str) -> None:

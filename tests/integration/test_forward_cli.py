@@ -14,14 +14,17 @@ import subprocess
 import sys
 import termios
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 
 import pexpect
 import psutil
 import pytest
 
+from tests.support.forked import PROGRAM
 from tests.support.processes import eventually
-from tests.support.up import PROGRAM, TIMEOUT, Cluster, Service, broken, connect, echoes, refused
+from tests.support.up import TIMEOUT, Cluster, Service, broken, connect, echoes, refused
 
 
 @pytest.fixture(scope="module")
@@ -272,6 +275,46 @@ def test_a_command_gets_the_ports_and_ends_the_forward_with_its_code(cluster: Cl
     assert "Forwarding" in done.stderr
 
 
+def test_what_a_command_sent_before_it_ended_arrives(cluster: Cluster, service: Service) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as server, ThreadPoolExecutor(1) as beside:
+        port = server.getsockname()[1]
+
+        def slowly() -> int:
+            peer, _ = server.accept()
+            with peer:
+                peer.settimeout(60)
+                return sum(len(data) for data in iter(partial(peer.recv, 1 << 16), b""))
+
+        arrived = beside.submit(slowly)
+        code = (
+            "import os, socket\n"
+            f"s = socket.create_connection(('127.0.0.1', int(os.environ['KOHAKURIVER_PORT_{port}'])))\n"
+            "s.sendall(bytes(40_000_000)); s.close()"
+        )
+        done = cluster.run("forward", service.task, f"0:{port}", "--", sys.executable, "-c", code)
+        assert done.returncode == 0
+        assert arrived.result(60) == 40_000_000
+
+
+def test_a_command_does_not_wait_for_connections_of_others_that_say_nothing(cluster: Cluster, service: Service) -> None:
+    code = f"import os, signal; print(os.environ['KOHAKURIVER_PORT_{service.port}'], flush=True); signal.pause()"
+    forward = cluster.start("forward", service.task, f"0:{service.port}", "--", sys.executable, "-c", code)
+    with connect(int(forward.line(""))) as connection:
+        assert echoes(connection)
+        assert forward.stop() == 128 + signal.SIGTERM
+
+
+def test_a_command_can_tell_a_ports_protocols_apart(cluster: Cluster, service: Service) -> None:
+    ports = f"0:{service.port}/tcp", f"0:{service.port}/udp"
+    names = [f"KOHAKURIVER_PORT_{service.port}{which}" for which in ("", "_TCP", "_UDP")]
+    code = f"import os; print(*(os.environ[name] for name in {names}))"
+    done = cluster.run("forward", service.task, *ports, "--", sys.executable, "-c", code)
+    plain, tcp, udp = done.stdout.split()
+    assert plain == tcp
+    assert f"127.0.0.1:{tcp} -> {service.task}:{service.port} (tcp)" in done.stderr
+    assert f"127.0.0.1:{udp} -> {service.task}:{service.port} (udp)" in done.stderr
+
+
 def test_a_command_may_have_options_that_look_like_ours(cluster: Cluster, service: Service) -> None:
     code = "import sys; print(sys.argv[1:])"
     command = [sys.executable, "-c", code, "--json", "--", "--help"]
@@ -428,6 +471,27 @@ def test_running_out_of_descriptors_is_told_and_passes(cluster: Cluster, service
             assert forward.wait(TIMEOUT) == 0
         finally:
             forward.kill()
+
+
+def test_a_rush_that_takes_all_descriptors_is_told_though_it_is_over_at_once(
+    cluster: Cluster, service: Service
+) -> None:
+    limited = ["bash", "-c", 'ulimit -n 40 && exec "$@"', "bash", *PROGRAM]
+    command = [*limited, "forward", service.task, f"0:{service.port}", "--json"]
+    with subprocess.Popen(command, env=cluster.environment, stdout=subprocess.PIPE, text=True) as forward:
+        try:
+            assert forward.stdout is not None
+            events = (json.loads(line) for line in forward.stdout)
+            port = next(event["local_port"] for event in events if event["event"] == "listening")
+            with contextlib.ExitStack() as many:
+                rush = [many.enter_context(connect(port)) for _ in range(60)]
+                for connection in rush:
+                    with contextlib.suppress(ConnectionError, TimeoutError):
+                        connection.settimeout(0.05)
+                        echoes(connection)
+            assert next(event for event in events if event["event"] == "out_of_descriptors")
+        finally:
+            forward.terminate()
 
 
 def test_the_soft_limit_of_descriptors_is_no_limit_for_a_forward_and_stays_one_for_its_command(

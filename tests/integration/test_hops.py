@@ -166,13 +166,13 @@ def test_streams_end_at_once_when_the_tunnel_client_is_killed_and_the_session_go
 def test_a_replaced_tunnels_clean_up_leaves_the_newer_one(run: Run, kind: str) -> None:
     async def main() -> None:
         async with chain() as hops, service(echo) as port:
-            first = await hops.tunnel(kind)
+            first = await hops.tunnel(kind, anonymous=True)
             user = await hops.user()
             local = await forwarded(user, port)
             async with dial(local) as (reader, writer):
                 writer.write(b"1")
                 assert await reader.readexactly(1) == b"1"
-                await hops.tunnel(kind)
+                await hops.tunnel(kind, anonymous=True)
                 await ended(reader)
             assert "replaced by a newer one" in (await hops.errors.get())[1]
             assert await (first if isinstance(first, asyncio.Task) else first.wait()) == 0
@@ -527,7 +527,7 @@ def test_a_v2_command_line_is_refused_with_an_http_status(run: Run, task: str, s
 def test_sessions_of_v2_open_anew_when_an_older_tunnel_client_takes_over(run: Run) -> None:
     async def main() -> None:
         async with chain() as hops, service(echo) as port:
-            await hops.tunnel("python")
+            await hops.tunnel("python", anonymous=True)
             user = await hops.user()
             local = await forwarded(user, port)
             async with v1.v1_tunnel_client(hops.runner_port, CONTAINER):

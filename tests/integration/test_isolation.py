@@ -13,7 +13,7 @@ from typing import Any
 import httpx
 import pytest
 
-from tests.integration.test_docker_backend import ECHO, PORT, STAY, echoes, remove_all
+from tests.integration.test_docker_backend import ECHO, PORT, STAY, echoes, plain_container, remove_all
 from tests.support import docker_images
 from tests.support.docker_images import docker
 from tests.support.processes import Cluster, a_cluster
@@ -54,8 +54,10 @@ def variables(task: dict[str, Any]) -> dict[str, str]:
     return dict(line.split("=", 1) for line in inside(task, BUSYBOX, "env").stdout.splitlines() if "=" in line)
 
 
-def token_of(task: dict[str, Any]) -> str:
-    return inside(task, BUSYBOX, "cat", "/.kohakuriver/token").stdout.strip()
+def token_of(cluster: Cluster, task: dict[str, Any]) -> str:
+    """The task's token, which only its tunnel client and the runner have."""
+    tasks = json.loads((cluster.state_of("n1") / "tasks.json").read_text())
+    return next(str(each["tunnel_token"]) for each in tasks if each["task_id"] == task["task_id"])
 
 
 def address_of(task: dict[str, Any]) -> str:
@@ -75,6 +77,54 @@ def test_a_container_does_not_reach_another(cluster: Cluster, pair: tuple[dict[s
         pass
 
 
+@pytest.mark.skipif(os.geteuid() != 0, reason="rules of the packet filter take root")
+def test_a_container_reaches_nothing_of_its_node_but_the_listener_for_tunnels(
+    cluster: Cluster, pair: tuple[dict[str, Any], dict[str, Any]]
+) -> None:
+    _, hostile = pair
+    near = "169.254.77.7"  # where a cloud's own services would be, one per machine
+    with (
+        socket.create_server(("0.0.0.0", 0)) as service,
+        plain_container(docker_images.busybox_image(), *STAY) as plain,
+    ):
+        port = str(service.getsockname()[1])
+        gateway = docker("network", "inspect", "-f", "{{(index .IPAM.Config 0).Gateway}}", "kohakuriver")
+        with socket.socket(type=socket.SOCK_DGRAM) as sock:
+            sock.connect(("192.0.2.1", 9))  # sends nothing
+            nodes_own = sock.getsockname()[0]
+        subprocess.run(["ip", "address", "add", f"{near}/32", "dev", "lo"], check=True)
+        try:
+            for address in (gateway, nodes_own, near):
+                knock = (BUSYBOX, "timeout", "2", BUSYBOX, "nc", address, port, "-e", BUSYBOX, "true")
+                assert inside(hostile, *knock).returncode != 0, address
+                # It is there for a container on another network: the refusal is no accident.
+                assert subprocess.run(["docker", "exec", plain, *knock], capture_output=True).returncode == 0, address
+        finally:
+            subprocess.run(["ip", "address", "del", f"{near}/32", "dev", "lo"], check=True)
+    assert cluster.connected("hostile")["tunnel"]
+    assert "CONTAINERS CAN REACH THE NODE" not in cluster.runners["n1"].log.read_text()
+
+
+def test_a_runner_on_all_addresses_shows_containers_its_listener_for_tunnels_alone(tmp_path: Path) -> None:
+    docker_images.require_engine()
+    with a_cluster(tmp_path) as cluster:
+        cluster.start_runner("n1", "--backend", "docker", "--bind", "0.0.0.0")
+        try:
+            task = cluster.create(*STAY, image=docker_images.busybox_image(), name="inside")
+            cluster.connected("inside")
+            url = variables(task)["KOHAKURIVER_TUNNEL_URL"]
+            own_port = cluster.runners["n1"].ready["url"].rpartition(":")[2]
+            assert url.rpartition(":")[2] != own_port
+            assert inside(task, BUSYBOX, "wget", "-q", "-O", "-", f"{url}/health").returncode != 0
+            elsewhere = f"{url.rpartition(':')[0]}:{own_port}/health"
+            if os.geteuid() == 0:
+                assert (
+                    inside(task, BUSYBOX, "timeout", "2", BUSYBOX, "wget", "-q", "-O", "-", elsewhere).returncode != 0
+                )
+        finally:
+            remove_all(cluster)
+
+
 def dialled(url: str, container: str, token: str | None) -> int:
     """What a tunnel client for `container` with that token is answered with."""
     headers = {
@@ -89,17 +139,18 @@ def dialled(url: str, container: str, token: str | None) -> int:
         return answer.status_code
 
 
-def test_a_container_can_not_register_as_another(pair: tuple[dict[str, Any], dict[str, Any]]) -> None:
+def test_a_container_can_not_register_as_another(cluster: Cluster, pair: tuple[dict[str, Any], dict[str, Any]]) -> None:
     victim, hostile = pair
     # The node reaches the listener that is there for containers, as they do.
     url = variables(hostile)["KOHAKURIVER_TUNNEL_URL"]
-    own, others = token_of(hostile), token_of(victim)
-    assert len(own) == len(others) == 64
+    own, others = token_of(cluster, hostile), token_of(cluster, victim)
+    assert own
+    assert others
     assert own != others
     assert dialled(url, victim["container"], own) == 403
     assert dialled(url, victim["container"], None) == 401
     assert dialled(url, "kohakuriver-vps-1", own) == 403
-    assert dialled(url, hostile["container"], own) == 101  # and that is all it opens
+    assert dialled(url, hostile["container"], own) == 403  # of its own one too, where it is not there
 
 
 def test_a_container_finds_no_way_to_the_runner_but_its_tunnel(pair: tuple[dict[str, Any], dict[str, Any]]) -> None:
@@ -115,7 +166,7 @@ def test_a_containers_token_is_in_no_place_that_others_see(
     cluster: Cluster, pair: tuple[dict[str, Any], dict[str, Any]]
 ) -> None:
     victim, _ = pair
-    token = token_of(victim)
+    token = token_of(cluster, victim)
     assert token not in docker("inspect", victim["container"])
     assert token not in docker("top", victim["container"], "-eo", "pid,args")
     assert token not in docker("logs", victim["container"])
@@ -128,12 +179,12 @@ def test_a_containers_token_is_in_no_place_that_others_see(
         state = cluster.state_of("n1")
         assert state.stat().st_mode & 0o077 == 0
         found = subprocess.run(["grep", "-rlF", token, str(state)], capture_output=True, text=True, check=False).stdout
-        assert [Path(line).name for line in found.splitlines()] == ["token"]
+        assert [Path(line).name for line in found.splitlines()] == ["tasks.json"]
 
 
 def test_a_removed_tasks_token_opens_nothing(cluster: Cluster) -> None:
     gone = cluster.create(*STAY, image=docker_images.busybox_image(), name="gone")
     cluster.connected("gone")
-    token, url = token_of(gone), variables(gone)["KOHAKURIVER_TUNNEL_URL"]
+    token, url = token_of(cluster, gone), variables(gone)["KOHAKURIVER_TUNNEL_URL"]
     assert cluster.call("DELETE", "/api/tasks/gone")[0] == 200
     assert dialled(url, gone["container"], token) == 403

@@ -16,8 +16,9 @@ from websockets.sync.client import connect
 from websockets.typing import Subprotocol
 
 from kohakuriver.limits import LEAST_RATE
+from tests.support.forked import PROGRAM
 from tests.support.ssh import Users, ours
-from tests.support.up import PROGRAM, TIMEOUT
+from tests.support.up import TIMEOUT
 
 SIZE = 3 * LEAST_RATE
 DATA = random.Random(6).randbytes(SIZE)
@@ -96,7 +97,7 @@ def test_a_command_whose_session_was_idle_for_too_long_ends_with_4_and_says_so(
 
 def test_an_ssh_connection_that_is_idle_for_too_long_is_ended(impatient: Users) -> None:
     assert impatient.ssh("web", "sleep", "1000").returncode == 255
-    written = (impatient.directory / "state" / "audit.jsonl").read_text()
+    written = impatient.run("audit", "--json").stdout
     assert '"proto": "ssh"' in written
     assert f'"ended_by": "host", "code": 4001, "reason": "{IDLE_SENTENCE}"' in written
 

@@ -140,9 +140,12 @@ def unread(host_port: int, port: int, token: str, window: int) -> Wire:
     return wire
 
 
-def test_windows_that_nobody_reads_cost_their_user_the_session_and_no_other(run: Run) -> None:
+@pytest.mark.parametrize(
+    "limits", [Limits(max_backlog=24 << 20), Limits(max_user_backlog=16 << 20)], ids=["all", "one"]
+)
+def test_windows_that_nobody_reads_cost_their_user_the_session_and_no_other(run: Run, limits: Limits) -> None:
     async def main() -> None:
-        async with chain(Limits(max_backlog=24 << 20)) as hops, service(flood) as port:
+        async with chain(limits) as hops, service(flood) as port:
             await hops.tunnel("rust")
             calm = await asyncio.to_thread(unread, hops.host_port, port, "ann", 6 << 20)
             greedy = [await asyncio.to_thread(unread, hops.host_port, port, "eve", 60 << 20) for _ in range(3)]
@@ -321,6 +324,44 @@ def test_a_request_that_never_gets_whole_is_ended(run: Run, sent: bytes) -> None
     run(main())
 
 
+def test_requests_that_come_before_the_first_is_answered_are_few(run: Run) -> None:
+    wait, told = (b"POST /" + path + b" HTTP/1.1\r\nHost: localhost\r\n\r\n" for path in (b"wait", b"tell"))
+
+    async def main() -> None:
+        async with http_server(Limits()) as port:
+            async with dial(port) as (reader, writer):
+                writer.write(wait * 400)
+                status, answer = await answered(reader)
+                assert (status, answer["error"]) == (400, "bad_request")
+            async with dial(port) as (reader, writer), dial(port) as (_, telling):
+                writer.write(wait * 8)
+                telling.write(told)
+                for _ in range(8):
+                    assert (await reader.readuntil(b"\r\n\r\n42")).startswith(b"HTTP/1.1 200 ")
+
+    run(main())
+
+
+def test_who_hangs_up_before_the_answers_is_no_error(run: Run, caplog: pytest.LogCaptureFixture) -> None:
+    hold, held, tell = (
+        b"POST /" + path + b" HTTP/1.1\r\nHost: x\r\nContent-Length: 0\r\n\r\n" for path in (b"hold", b"held", b"tell")
+    )
+
+    async def main() -> None:
+        async with http_server(Limits()) as port:
+            async with dial(port) as (_, writer), dial(port) as (reader, other):
+                writer.write(hold * 3)
+                other.write(held)
+                await reader.readuntil(b"\r\n\r\n1")
+                writer.transport.abort()
+                for answer in (b"1", b"2", b"1"):
+                    other.write(tell if answer == b"2" else held)
+                    await reader.readuntil(b"\r\n\r\n" + answer)
+
+    run(main())
+    assert [record.getMessage() for record in caplog.records] == []
+
+
 @pytest.mark.parametrize(
     ("sent", "status"),
     [
@@ -328,12 +369,25 @@ def test_a_request_that_never_gets_whole_is_ended(run: Run, sent: bytes) -> None
         (POST + b"X: " + b"x" * 5000, 431),
         (b"GET /" + b"x" * 5000, 431),
         (POST + b"".join(b"X-%d: y\r\n" % i for i in range(900)), 431),
+        (POST + b"a:\r\n" * 101, 431),
+        (UPGRADE + b"a:\r\n" * 101, 431),
         (UPGRADE + b"X: " + b"x" * 5000 + b"\r\n\r\n", 431),
         (POST + b"Content-Length: 70000\r\n\r\n" + bytes(70_000), 413),
         (POST + b"Transfer-Encoding: chunked\r\n\r\n11170\r\n" + bytes(70_000), 413),
         (b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03", 400),
     ],
-    ids=["header", "endless header", "endless path", "headers", "handshake", "body", "chunks", "TLS"],
+    ids=[
+        "header",
+        "endless header",
+        "endless path",
+        "headers",
+        "empty ones",
+        "empty ones of a handshake",
+        "handshake",
+        "body",
+        "chunks",
+        "TLS",
+    ],
 )
 def test_a_request_that_is_too_large_is_refused_with_a_sentence(run: Run, sent: bytes, status: int) -> None:
     async def main() -> None:

@@ -8,16 +8,16 @@ import subprocess
 import sys
 from pathlib import Path
 
-from tests.support.processes import Cluster, a_cluster, eventually
+from tests.support import forked
+from tests.support.processes import PATIENCE, Cluster, a_cluster, eventually
 
+ADVICE = "check that its runner runs and that the host can use its address (`kohakuriver runner --advertise-url`)."
 SLEEP = (sys.executable, "-c", "import time; time.sleep(1000)")
 
 
 def run(cluster: Cluster, *arguments: str) -> subprocess.CompletedProcess[str]:
     environment = {**os.environ, "KOHAKURIVER_HOST": cluster.url, "KOHAKURIVER_TOKEN": cluster.token}
-    return subprocess.run(
-        [sys.executable, "-m", "kohakuriver", *arguments], env=environment, capture_output=True, text=True, check=False
-    )
+    return forked.run(arguments, env=environment, stdin="", timeout=PATIENCE)
 
 
 def test_a_runner_that_the_host_can_not_dial_is_shown_unreachable_and_online_when_it_can(
@@ -29,7 +29,7 @@ def test_a_runner_that_the_host_can_not_dial_is_shown_unreachable_and_online_whe
         eventually(lambda: (cluster.node("n1") or {})["status"] == "unreachable")
         shown = run(cluster, "node", "list")
         assert "unreachable" in shown.stdout
-        assert f"n1: The host can't reach node n1 at {wrong}" in shown.stderr
+        assert f"n1 at {wrong}: The host can't reach node n1: Connection refused; {ADVICE}\n" in shown.stderr
         assert "can't be reached from here" in cluster.host.log.read_text()
         eventually(lambda: "the host can't reach this node" in runner.log.read_text())
         runner.end()

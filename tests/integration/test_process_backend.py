@@ -25,7 +25,8 @@ import os, subprocess, sys, time
 sleep = [sys.executable, "-c", "import time; time.sleep(1000)"]
 child = subprocess.Popen(sleep)
 daemon = subprocess.Popen(sleep, start_new_session=True)
-print("family", os.getpid(), child.pid, daemon.pid, flush=True)
+sys.stdout.write(f"family {os.getpid()} {child.pid} {daemon.pid}\\n")
+sys.stdout.flush()
 time.sleep(1000)
 """
 
@@ -69,7 +70,14 @@ def family(cluster: Cluster, task: dict[str, Any]) -> list[psutil.Process]:
 
 
 def all_gone(processes: list[psutil.Process]) -> bool:
-    return all(not process.is_running() or process.status() == psutil.STATUS_ZOMBIE for process in processes)
+    return all(is_gone(process) for process in processes)
+
+
+def is_gone(process: psutil.Process) -> bool:
+    try:
+        return not process.is_running() or process.status() == psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:  # it went between the two looks
+        return True
 
 
 def test_a_forward_reaches_what_the_command_serves(shared: Cluster) -> None:
@@ -80,7 +88,7 @@ def test_a_forward_reaches_what_the_command_serves(shared: Cluster) -> None:
 
 
 def test_the_command_gets_its_own_environment_and_none_of_the_runners_secrets(shared: Cluster) -> None:
-    shows = "import os; [print(k, v) for k, v in os.environ.items()]; print('all', flush=True)"
+    shows = "import os, sys; sys.stdout.write(''.join(f'{k} {v}\\n' for k, v in os.environ.items()) + 'all\\n')"
     task = shared.create(sys.executable, "-c", shows, env={"GREETING": "hello there"})
     # The tunnel client may have a line of its own behind it.
     log = eventually(lambda: text if "all\n" in (text := shared.log_of(task)).splitlines(keepends=True) else None)
@@ -88,6 +96,34 @@ def test_the_command_gets_its_own_environment_and_none_of_the_runners_secrets(sh
     assert f"KOHAKURIVER_CONTAINER_ID {task['container']}\n" in log
     assert "of-the-runner-alone" not in log
     assert shared.token not in log
+
+
+def test_where_users_may_run_processes_it_is_said_to_whoever_lets_one_in(tmp_path: Path) -> None:
+    with a_cluster(tmp_path) as cluster:
+        env = {**os.environ, "KOHAKURIVER_HOST": cluster.url, "KOHAKURIVER_TOKEN": cluster.token}
+
+        def said(*words: str) -> str:
+            command = [sys.executable, "-m", "kohakuriver", *words]
+            return subprocess.run(command, env=env, capture_output=True, text=True, check=True).stderr
+
+        cluster.start_runner("n1", "--backend", "process")
+        assert "processes" not in said("user", "add", "ann")
+        cluster.runners["n1"].end()
+        cluster.start_runner("n1", "--backend", "process", "--user-processes")
+        assert "EVERY USER OF THIS CLUSTER IS " in cluster.runners["n1"].log.read_text()
+        for words in (("user", "add", "bob"), ("token", "create", "--user", "ann")):
+            assert "users may run processes on n1 (--user-processes)" in said(*words)
+        assert "processes" not in said("user", "add", "eve", "--role", "admin")
+
+
+def test_a_task_that_prints_without_end_fills_no_disk_and_its_last_words_are_kept(tmp_path: Path) -> None:
+    with a_cluster(tmp_path) as cluster:
+        cluster.start_runner("n1", "--backend", "process", env={"KOHAKURIVER_TASK_LOG": str(1 << 20)})
+        flood = "head -c 8000000 /dev/zero | tr '\\0' x | fold; echo; echo out of paper >&2; exit 3"
+        task = cluster.create("sh", "-c", flood, name="flood", backend="process")
+        assert cluster.ended("flood")["message"] == "it ended with exit code 3: out of paper"
+        kept = list((cluster.state_of("n1") / "tasks" / task["container"]).glob("log*"))
+        assert 0 < sum(file.stat().st_size for file in kept) <= 1 << 20
 
 
 def test_a_command_that_fails_leaves_its_exit_code_and_its_last_words(shared: Cluster) -> None:
@@ -166,7 +202,7 @@ def test_a_removed_task_leaves_no_process_and_no_file(shared: Cluster) -> None:
     assert directory.exists()
     assert shared.call("DELETE", "/api/tasks/clan1")[0] == 200
     assert all_gone(processes)
-    assert not directory.exists()
+    assert not directory.exists(), list(directory.rglob("*"))
     assert shared.call("GET", "/api/tasks/clan1")[0] == 404
 
 

@@ -9,8 +9,9 @@ from pathlib import Path
 import pytest
 
 from kohakuriver.cli.pki import Authority
+from tests.support.forked import PROGRAM
 from tests.support.network.proxies import Proxy, behind_tls, tinyproxy
-from tests.support.up import PROGRAM, Cluster, Commands, Service, connect, echoes
+from tests.support.up import Cluster, Commands, Service, connect, echoes
 
 HERE = "127.0.0.1"
 
@@ -67,7 +68,7 @@ def test_ssh_goes_through_the_proxy(cluster: Cluster, proxy: Proxy) -> None:
     ssh = ["--ssh", f"--public-key-file={key}.pub"]
     cluster.succeed("vps", "create", "--name=shell", "--backend=process", *ssh, "--", "sleep", "infinity")
     running = subprocess.Popen(
-        [*PROGRAM, "ssh-proxy", "shell"], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+        [*PROGRAM, "ssh-proxy", "--direct", "shell"], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
         env={**cluster.environment, "KOHAKURIVER_PROXY": url(proxy)},
     )  # fmt: skip
     with running:

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import asyncio
+import queue
 import socket
 import threading
 from collections.abc import Callable, Coroutine, Iterator
+from functools import partial
 from typing import Any
 
 import pytest
 
 import kohakuriver
-from tests.support.up import Cluster, Service, connect, echoes
+from tests.support.network.wall import wall
+from tests.support.up import Cluster, Service, broken, connect, echoes
 
 Run = Callable[[Coroutine[Any, Any, Any]], Any]
 
@@ -184,3 +187,22 @@ def test_events_are_told(run: Run, service: Service) -> None:
     run(main())
     # Two addresses are listened on, 127.0.0.1 and ::1, where both can be had.
     assert list(dict.fromkeys(events)) == ["connected", "listening", "stats", "closed"]
+
+
+@pytest.mark.parametrize("resume", [True, False])
+def test_connections_wait_for_a_network_that_went_as_on_the_command_line(
+    cluster: Cluster, service: Service, resume: bool
+) -> None:
+    said: queue.Queue[kohakuriver.Event] = queue.Queue()
+    make = kohakuriver.forward_sync if resume else partial(kohakuriver.forward_sync, resume=False)
+    token = (cluster.directory / "state" / "admin-token").read_text().strip()
+    with wall(int(cluster.ready["host_url"].rpartition(":")[2])) as between:
+        at = f"http://127.0.0.1:{between.port}"
+        with make(service.task, service.port, host=at, token=token, on_event=said.put) as fwd:
+            with connect(fwd.local_port) as connection:
+                assert echoes(connection)
+                between.cut()
+                while said.get(timeout=20).event != "reconnecting":
+                    pass
+                between.open()
+                assert echoes(connection) if resume else broken(connection)

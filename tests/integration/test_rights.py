@@ -21,6 +21,7 @@ from websockets.exceptions import ConnectionClosed, InvalidStatus
 from websockets.sync.client import ClientConnection, connect
 from websockets.typing import Subprotocol
 
+from tests.support import forked
 from tests.support.hops import echo, service
 from tests.support.processes import PATIENCE, Cluster, a_cluster, eventually
 
@@ -71,12 +72,12 @@ class People:
 def people(tmp_path: Path) -> Iterator[People]:
     key = asyncssh.generate_private_key("ssh-ed25519")
     with a_cluster(tmp_path) as cluster:
-        cluster.start_runner("n1", "--backend", "process")
+        cluster.start_runner("n1", "--backend", "process", "--user-processes")
         tokens = {}
         for name in ("ann", "bob", "cid"):
             assert cluster.call("POST", "/api/users", {"name": name})[0] == 201
             tokens[name] = cluster.call("POST", "/api/tokens", {"user": name, "name": "t"})[1]["token"]
-        body = {"name": "here", "ssh_keys": [key.export_public_key().decode().strip()]}
+        body = {"name": "here", "ssh_keys": [key.export_public_key().decode().strip()], "backend": "process"}
         answer = cluster.http.post("/api/tasks", json=body, headers={"Authorization": f"Bearer {tokens['ann']}"})
         assert answer.status_code == 201, answer.text
         cluster.connected("here")
@@ -258,7 +259,8 @@ def sessions(cluster: Cluster) -> list[dict[str, Any]]:
 
 def audited(cluster: Cluster) -> list[dict[str, Any]]:
     """The host's audit log."""
-    return [json.loads(line) for line in (cluster.host_state / "audit.jsonl").read_text().splitlines()]
+    events: list[dict[str, Any]] = cluster.call("GET", "/api/audit")[1]["events"]
+    return events
 
 
 def test_forwards_terminals_and_ssh_connections_of_a_user_are_counted_together(tmp_path: Path) -> None:
@@ -271,7 +273,7 @@ def test_forwards_terminals_and_ssh_connections_of_a_user_are_counted_together(t
         with people.terminal("admin"), cluster.forward("here", 80):
             sock, line = people.request("admin")
             sock.close()
-            assert line == b"ERROR admin has 2 sessions open, as many as this host allows; end one first.\n"
+            assert line == b"ERROR admin has 2 sessions open, and the limit 'sessions' is 2; end one first.\n"
             with pytest.raises(InvalidStatus) as refused, people.terminal("admin"):
                 pass
             assert refused.value.response.status_code == 429
@@ -287,7 +289,8 @@ def test_forwards_terminals_and_ssh_connections_of_a_user_are_counted_together(t
 def test_ssh_knows_nobody_elses_task_by_its_bare_name(people: People) -> None:
     people.share()
     cluster = people.cluster
-    task = {"name": "git.example", "command": ["sleep", "1000"], "ssh_keys": [people.key.export_public_key().decode()]}
+    keys = [people.key.export_public_key().decode()]
+    task = {"name": "git.example", "command": ["sleep", "1000"], "ssh_keys": keys, "backend": "process"}
     as_ann = {"Authorization": f"Bearer {people.tokens['ann']}"}
     assert cluster.http.post("/api/tasks", json=task, headers=as_ann).status_code == 201
     assert eventually(lambda: cluster.task("git.example")["ssh_host_key"])
@@ -306,8 +309,7 @@ def bare_names(people: People, tokens: dict[str, str]) -> dict[str, list[str]]:
     for user, token in tokens.items():
         environment = {**os.environ, "KOHAKURIVER_HOST": people.cluster.url, "KOHAKURIVER_TOKEN": token}
         environment["KOHAKURIVER_CONFIG_DIR"] = str(people.cluster.directory / user)
-        command = [sys.executable, "-m", "kohakuriver", "ssh-config"]
-        printed = subprocess.run(command, env=environment, capture_output=True, text=True, check=True).stdout
+        printed = forked.run(["ssh-config"], env=environment, stdin="", timeout=PATIENCE).stdout
         names[user] = [line for line in printed.splitlines() if line.startswith("Host ")]
     return names
 
@@ -315,15 +317,14 @@ def bare_names(people: People, tokens: dict[str, str]) -> dict[str, list[str]]:
 def test_what_tasks_and_strangers_say_is_for_nobodys_terminal(people: People) -> None:
     cluster = people.cluster
     command = ["sh", "-c", "printf '\\033]52;c;ZXZpbA==\\007\\033[2J\\n'; exit 3"]
-    body = {"name": "rude", "command": command}
+    body = {"name": "rude", "command": command, "backend": "process"}
     answer = cluster.http.post("/api/tasks", json=body, headers={"Authorization": f"Bearer {people.tokens['ann']}"})
     assert answer.status_code == 201, answer.text
     assert "\\x1b]52" in str(cluster.ended("rude")["message"])
     environment = {**os.environ, "KOHAKURIVER_HOST": cluster.url, "KOHAKURIVER_TOKEN": cluster.token}
     environment["KOHAKURIVER_CONFIG_DIR"] = str(cluster.directory / "empty")
     for arguments in (["vps", "status", "rude"], ["forward", "rude", "80"], ["connect", "rude"]):
-        command = [sys.executable, "-m", "kohakuriver", *arguments]
-        said = subprocess.run(command, env=environment, stdin=subprocess.DEVNULL, capture_output=True, check=False)
+        said = forked.run(arguments, env=environment, stdin=b"", timeout=PATIENCE)
         assert b"]52" in said.stdout + said.stderr
         assert not set(said.stdout + said.stderr) & set(b"\x1b\a")
     url = f"ws{cluster.url.removeprefix('http')}/ws/forward/%1b%5d52%07%0a/80"

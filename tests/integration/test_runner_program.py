@@ -2,18 +2,30 @@
 
 from __future__ import annotations
 
+import contextlib
+import json
 import os
-import resource
 import signal
 import socket
+import subprocess
 from collections.abc import Iterator
 from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
+from queue import Queue
 
 import httpx
 import pytest
+from websockets.exceptions import InvalidStatus
+from websockets.sync.client import connect
+from websockets.typing import Subprotocol
 
-from tests.support.processes import Cluster, a_cluster, eventually
+import kohakuriver
+from kohakuriver.client.forward import Event, StreamError
+from kohakuriver.tunnel.protocol import TUNNEL_V2
+from tests.support.descriptors import without_descriptors
+from tests.support.processes import PATIENCE, Cluster, a_cluster, ask, eventually
+from tests.support.services import echo, port_in
 
 NO_ENGINE = {"DOCKER_HOST": "unix:///nowhere/docker.sock"}
 A_TASK = {"image": "busybox", "name": "lab"}
@@ -23,6 +35,22 @@ A_TASK = {"image": "busybox", "name": "lab"}
 def cluster(tmp_path: Path) -> Iterator[Cluster]:
     with a_cluster(tmp_path) as cluster:
         yield cluster
+
+
+@pytest.fixture
+def echo_port() -> Iterator[int]:
+    with subprocess.Popen(echo(), stdout=subprocess.PIPE, text=True) as service:
+        assert service.stdout is not None
+        port = port_in(service.stdout.readline())
+        assert port is not None
+        yield port
+        service.kill()
+
+
+def adopt(cluster: Cluster) -> None:
+    """Make this machine the task `machine`."""
+    status, task = cluster.call("POST", "/api/tasks/adopt", {"address": "127.0.0.1", "name": "machine"})
+    assert status == 201, task
 
 
 def unavailable(cluster: Cluster) -> dict[str, str]:
@@ -85,18 +113,64 @@ def test_a_runner_under_nohup_outlives_its_terminal(cluster: Cluster) -> None:
     assert runner.process.poll() is None
 
 
+def test_a_runner_without_descriptors_tells_the_user_of_each_dial_and_goes_on(cluster: Cluster, echo_port: int) -> None:
+    runner = cluster.start_runner("n1", "--backend", "process")
+    adopt(cluster)
+    told: Queue[Event] = Queue()
+    to = partial(kohakuriver.forward_sync, "machine", host=cluster.url, token=cluster.token, on_event=told.put)
+    with to([f"0:{echo_port}", "0:9/udp"]) as forward:
+        tcp, udp = forward.local_ports[echo_port], forward.local_ports[9]
+        assert ask(tcp, b"before") == b"before"
+        with without_descriptors(runner.pid), socket.socket(type=socket.SOCK_DGRAM) as peer:
+            with contextlib.suppress(ConnectionResetError):
+                ask(tcp, b"lost")
+            assert failure(told) == "EMFILE: this end of the tunnel has too many open files"
+            peer.sendto(b"lost", ("127.0.0.1", udp))
+            assert failure(told) == "EMFILE: this end of the tunnel has too many open files"
+        assert ask(tcp, b"after") == b"after"
+
+
+def failure(told: Queue[Event]) -> str:
+    """Why the next stream that fails does."""
+    while True:
+        event = told.get(timeout=PATIENCE)
+        if isinstance(event, StreamError):
+            return event.message
+
+
+def test_a_host_without_descriptors_tells_the_user_that_it_lacks_them_and_goes_on(
+    cluster: Cluster, echo_port: int
+) -> None:
+    cluster.start_runner("n1", "--backend", "process")
+    adopt(cluster)
+    place = cluster.url.removeprefix("http://").split(":")
+    path = f"{cluster.url.replace('http', 'ws')}/ws/forward/machine/{echo_port}"
+    headers = {"Authorization": f"Bearer {cluster.token}"}
+    opening = partial(connect, path, additional_headers=headers, subprotocols=[Subprotocol(TUNNEL_V2)], proxy=None)
+    with socket.create_connection((place[0], int(place[1])), PATIENCE) as accepted:
+        accepted.sendall(b"GET /health HTTP/1.1\r\nHost: " + place[0].encode() + b"\r\n\r\n")
+        answer = b""
+        while not answer.endswith(b"}"):
+            answer += accepted.recv(4096)
+        with without_descriptors(cluster.host.pid), pytest.raises(InvalidStatus) as refused:
+            opening(sock=accepted)
+    told = json.loads(refused.value.response.body or b"")
+    assert told["error"] == "runner_unreachable"
+    assert told["message"].startswith("The host has too many open files and can't reach node n1;")
+    with opening() as opened:
+        assert opened.recv(PATIENCE) == "CONNECTED"
+
+
 @pytest.mark.parametrize("which", ["host", "runner"])
 def test_running_out_of_descriptors_is_said_once_and_passes(cluster: Cluster, which: str) -> None:
     runner = cluster.start_runner("n1", "--backend", "process")
     program = cluster.host if which == "host" else runner
     place = program.ready["url"].removeprefix("http://").split(":")
-    before = resource.prlimit(program.pid, resource.RLIMIT_NOFILE)
     with ExitStack() as waiting:
-        resource.prlimit(program.pid, resource.RLIMIT_NOFILE, (1, before[1]))
-        for _ in range(3):
-            waiting.enter_context(socket.create_connection((place[0], int(place[1]))))
-        eventually(lambda: "out of file descriptors" in program.log.read_text())
-        resource.prlimit(program.pid, resource.RLIMIT_NOFILE, before)
+        with without_descriptors(program.pid):
+            for _ in range(3):
+                waiting.enter_context(socket.create_connection((place[0], int(place[1]))))
+            eventually(lambda: "out of file descriptors" in program.log.read_text())
         eventually(lambda: "there are file descriptors again" in program.log.read_text())
     assert httpx.get(f"{program.ready['url']}/health", trust_env=False).status_code == 200
     assert program.log.read_text().count("out of file descriptors") == 1

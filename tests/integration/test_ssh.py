@@ -307,7 +307,8 @@ def test_without_a_valid_token_it_is_one_sentence_and_exit_code_5(users: Users) 
 def test_a_proxy_that_is_not_there_is_one_sentence_and_exit_code_7(users: Users) -> None:
     users.environment["KOHAKURIVER_SSH_PROXY"] = f"127.0.0.1:{free_port()}"
     try:
-        done = users.connect("web")
+        done = users.call(sys.executable, "-m", "kohakuriver", "vps", "connect", "--fdpass", "web")
+        assert users.connect("web", "echo without it").stdout == b"without it\n"
     finally:
         del users.environment["KOHAKURIVER_SSH_PROXY"]
     assert (done.returncode, "can't be reached" in refusal(done)) == (7, True)

@@ -53,12 +53,12 @@ class OverTls(Commands):
         files = [f"--tls-cert={made.cert}", f"--tls-key={made.key}"]
         return self.start("host", "--json", f"--bind={HERE}", "--port=0", "--ssh-port=0", *files, **environment)
 
-    def start_runner(self, made: Certificate, *options: str, **environment: str) -> Program:
+    def start_runner(self, made: Certificate, *options: str, host_url: str = "", **environment: str) -> Program:
         files = [f"--tls-cert={made.cert}", f"--tls-key={made.key}"]
         token = f"--node-token-file={self.directory / 'host' / 'node-token'}"
         return self.start(
-            "runner", "--json", f"--host-url={self.url}", f"--bind={HERE}", "--port=0", token, "--backend=process",
-            *files, *options, **environment,
+            "runner", "--json", f"--host-url={host_url or self.url}", f"--bind={HERE}", "--port=0", token,
+            "--backend=process", *files, *options, **environment,
         )  # fmt: skip
 
 
@@ -147,7 +147,7 @@ def test_a_login_keeps_the_authority_that_it_was_made_with(cluster: OverTls, com
     (commands.directory / "lab.pem").write_bytes(cluster.authority.cert.read_bytes())
     login = ("auth", "login", "--host", cluster.url, "--ca-file", str(commands.directory / "lab.pem"))
     assert commands.run(*login, stdin=token + "\n").returncode == 0
-    assert commands.succeed("auth", "status").startswith(f"host:    {cluster.url}\n")
+    assert commands.succeed("auth", "status").split()[:2] == ["host:", cluster.url]
     commands.succeed("auth", "logout")
     refused = commands.run("vps", "list", "--host", cluster.url)
     assert (refused.returncode, "not signed by an authority" in refused.stderr) == (7, True)
@@ -261,9 +261,7 @@ def test_a_runner_that_does_not_trust_its_host_says_so_and_goes_on_trying(cluste
 
 
 def test_a_runner_that_was_told_the_wrong_scheme_says_so(cluster: OverTls) -> None:
-    runner = cluster.start_runner(
-        cluster.issue("plain"), "--name=plain", f"--host-url={cluster.url.replace('https', 'http')}"
-    )
+    runner = cluster.start_runner(cluster.issue("plain"), "--name=plain", host_url=cluster.url.replace("https", "http"))
     runner.event("ready")
     assert "its URL begins with https://" in runner.line("does not take this node in", err=True)
     assert runner.stop() == 0
@@ -348,7 +346,7 @@ def test_a_terminal_and_an_ssh_connection_go_over_tls_to_the_node(cluster: OverT
         assert answer.readline() == b"SUCCESS\n"
         assert answer.readline().startswith(b"SSH-2.0-")
     # What ssh runs asks the host for the task's host key first, so it needs the authority as well.
-    program = [sys.executable, "-m", "kohakuriver.cli.ssh_dial", "shell"]
+    program = [sys.executable, "-m", "kohakuriver.cli.ssh_dial", "--direct", "shell"]
     dialled = subprocess.run(
         program,
         env={**cluster.environment, "KOHAKURIVER_SSH_PROXY": proxy},

@@ -120,16 +120,29 @@ def test_the_other_commands_find_the_cluster_with_nothing_set(cluster: Cluster) 
     assert node["url"] == cluster.ready["runner_url"]
 
 
-def test_a_second_up_on_the_same_state_is_refused(cluster: Cluster) -> None:
-    done = cluster.run("up", "--host-port=0", "--runner-port=0")
+def test_a_second_up_on_the_same_state_is_refused(cluster: Cluster, tmp_path: Path) -> None:
+    state = json.loads((cluster.directory / "cluster.json").read_text())["lock"].removesuffix("/up.lock")
+    more = ["--host-port=0", "--runner-port=0", f"--state-dir={state}"]
+    done = cluster.run("up", *more, KOHAKURIVER_CONFIG_DIR=str(tmp_path))
     assert done.returncode == 1
-    assert "--state-dir" in done.stderr
+    assert "another --state-dir" in done.stderr
+
+
+def test_a_second_up_takes_no_commands_from_the_first(cluster: Cluster, tmp_path: Path) -> None:
+    done = cluster.run("up", "--host-port=0", "--runner-port=0", "--ssh-port=0", f"--state-dir={tmp_path}")
+    assert done.returncode == 1
+    assert done.stderr.count("\n") == 1
+    assert cluster.ready["host_url"] in done.stderr
+    assert "KOHAKURIVER_CONFIG_DIR" in done.stderr
+    assert not list(tmp_path.iterdir())
+    cluster.succeed("vps", "list")
 
 
 def test_up_on_a_taken_port_is_6(cluster: Cluster, tmp_path: Path) -> None:
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
-        done = cluster.run("up", f"--host-port={port}", "--runner-port=0", f"--state-dir={tmp_path}")
+        more = [f"--host-port={port}", "--runner-port=0", f"--state-dir={tmp_path}"]
+        done = cluster.run("up", *more, KOHAKURIVER_CONFIG_DIR=str(tmp_path))
     assert done.returncode == 6
     assert str(port) in done.stderr
 
@@ -141,7 +154,7 @@ def test_a_limit_that_makes_no_sense_is_refused_in_one_line(cluster: Cluster, tm
         "host": ["--port=0", "--ssh-port=0", f"--state-dir={tmp_path}"],
         "runner": ["--port=0", "--host-url=http://127.0.0.1:1", "--node-token=x"],
     }[program]
-    done = cluster.run(program, *options, KOHAKURIVER_MAX_RATE="fast")
+    done = cluster.run(program, *options, KOHAKURIVER_MAX_RATE="fast", KOHAKURIVER_CONFIG_DIR=str(tmp_path))
     assert done.returncode == 2
     assert "KOHAKURIVER_MAX_RATE" in done.stderr
     assert done.stderr.count("\n") == 1
@@ -154,7 +167,8 @@ def test_a_task_goes_through_its_life(cluster: Cluster) -> None:
     assert created["name"] == "life"
     assert created["status"] == "running"
     assert created["tunnel"] is True
-    assert json.loads(cluster.succeed("vps", "status", str(created["task_id"]), "--json")) == created
+    shown = json.loads(cluster.succeed("vps", "status", str(created["task_id"]), "--json"))
+    assert shown == {**created, "sessions": []}
     assert created in json.loads(cluster.succeed("vps", "list", "--json"))["tasks"]
     assert json.loads(cluster.succeed("vps", "stop", "life", "--json"))["status"] == "stopped"
     assert json.loads(cluster.succeed("vps", "restart", "life", "--json"))["tunnel"] is True
@@ -295,22 +309,25 @@ def test_the_demo_stays_until_it_is_stopped_and_leaves_nothing_behind(tmp_path: 
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_forward_comes_back_after_the_host_was_killed_and_started_again(tmp_path: Path) -> None:
+def test_a_forward_and_its_connections_come_back_after_the_host_was_killed_and_started_again(tmp_path: Path) -> None:
     cluster = Apart(tmp_path)
     try:
         service = cluster.service()
         forward = cluster.start("forward", service.task, f"0:{service.port}", "--json")
-        port = forward.listening()
-        with connect(port) as connection:
+        plain = cluster.start("forward", service.task, f"0:{service.port}", "--json", "--no-resume")
+        with connect(forward.listening()) as connection, connect(plain.listening()) as reset:
             assert echoes(connection)
+            assert echoes(reset)
             cluster.host.stop(signal.SIGKILL)
-            broken(connection)
-        forward.event("reconnecting")
-        cluster.start_host()
-        forward.event("resumed")
-        with connect(port) as connection:
+            broken(reset)
+            assert forward.event("reconnecting")["waiting"] == 1
+            assert plain.event("reconnecting")["waiting"] == 0
+            cluster.start_host()
+            assert forward.event("resumed")["waiting"] == 1
+            plain.event("resumed")
             assert echoes(connection)
-        assert forward.stop() == 0
+        for each in (forward, plain):
+            assert each.stop() == 0
     finally:
         cluster.close()
 

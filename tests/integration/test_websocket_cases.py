@@ -18,6 +18,7 @@ from tests.support.peers.wire import (
     BINARY,
     CLOSE,
     CONTINUATION,
+    SAME_CLIENT,
     TEXT,
     WS_PING,
     WS_PONG,
@@ -360,6 +361,6 @@ def test_compression_is_not_taken_up(target: Target, place: str, offer: str) -> 
         "host": (target.host_port, f"/ws/forward/{target.task}/1", target.token),
         "runner": (target.runner_port, f"/ws/tunnel/{target.container}", target.tunnel_token),
     }[place]
-    with Wire(port, path, token, more=f"Sec-WebSocket-Extensions: {offer}\r\n") as wire:
+    with Wire(port, path, token, more=f"{SAME_CLIENT}Sec-WebSocket-Extensions: {offer}\r\n") as wire:
         assert wire.status == 101
         assert b"sec-websocket-extensions" not in wire.head.lower()

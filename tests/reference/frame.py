@@ -22,6 +22,7 @@ PROTO_TCP = 0
 TYPE_CONNECTED = 2
 TYPE_DATA = 3
 TYPE_WINDOW = 8
+TYPE_ACK = 12
 WS_TEXT = 0x101
 WS_CLOSE = 0x108
 WS_PING = 0x109
@@ -499,7 +500,7 @@ class RelayWalker(FrameWalker):
 def is_routed(found: Found) -> bool:
     if found.head[:2] == (TYPE_DATA, PROTO_TCP):
         return True
-    return not found.piece and found.head[0] in (TYPE_DATA, TYPE_WINDOW, TYPE_CONNECTED)
+    return not found.piece and found.head[0] in (TYPE_DATA, TYPE_WINDOW, TYPE_CONNECTED, TYPE_ACK)
 
 
 class SpliceWalker(FrameWalker):

@@ -99,6 +99,13 @@ class Window:
         self.pause = under_way + self.size // 4
         return self.announce(1)
 
+    def attach(self) -> int:
+        """After `close`, which is also what a stream without a link does: there is one again."""
+        self.paid = self.budget.take(max(self.size, self.budget.first))
+        self.size = max(self.paid, LEAST)
+        self.granted = max(self.received, self.consumed + self.size)
+        return self.granted
+
     def close(self) -> None:
         self.budget.left += self.paid
         self.paid = 0

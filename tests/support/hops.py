@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import hashlib
 import os
 import socket
 import ssl
@@ -18,11 +19,12 @@ from typing import Any, cast
 import uvicorn
 
 from kohakuriver.cli.pki import Authority
-from kohakuriver.errors import KohakuRiverError, NotFoundError, UnauthenticatedError
+from kohakuriver.errors import KohakuRiverError, NotAllowedError, NotFoundError, UnauthenticatedError
 from kohakuriver.host.services.credentials import Caller
 from kohakuriver.host.services.grants import Grants
 from kohakuriver.host.services.tunnel_proxy import TunnelProxy
 from kohakuriver.limits import Limits
+from kohakuriver.quotas import Quotas
 from kohakuriver.runner.services.direct import DirectTarget
 from kohakuriver.runner.services.tunnel_server import TunnelServer
 from kohakuriver.runtime import cancel_all
@@ -30,10 +32,11 @@ from kohakuriver.session.carried import Route
 from kohakuriver.session.ticket import Ticket
 from kohakuriver.store import Accounts, Task
 from kohakuriver.tls import ServerCertificate, client_context
-from kohakuriver.tunnel.accept import TunnelRoute, serve_ws
+from kohakuriver.tunnel.accept import Peer, TunnelRoute, serve_ws
 from kohakuriver.tunnel.client import TunnelClient
 from kohakuriver.tunnel.dial import Server, open_session
-from kohakuriver.tunnel.protocol import TUNNEL_V2
+from kohakuriver.tunnel.own_token import OwnToken
+from kohakuriver.tunnel.protocol import MARK, TUNNEL_V2
 from kohakuriver.tunnel.settings import EndpointConfig
 from kohakuriver.tunnel.user_endpoint import UserEndpoint
 
@@ -74,6 +77,10 @@ async def served(routes: list[TunnelRoute], tls: ssl.SSLContext | None = None) -
         await server.shutdown(sockets=[sock])
 
 
+# Where the SSH server of every task here listens.
+SSH_PORT = 2222
+
+
 class Security:
     """Certificates of host and runner, and how they are checked."""
 
@@ -97,18 +104,25 @@ class Chain:
         self.troubles: list[tuple[str, str]] = []
         self.server = TunnelServer(
             allow_anonymous=True,
-            check_tunnel_token=lambda container, token: token == f"token of {container}",
+            check_tunnel=self._check_tunnel,
             check_ticket=self._check_ticket,
+            check_terminal_ticket=self._check_ticket,
             target_of=lambda name: DirectTarget(self.addresses[name]) if name in self.addresses else None,
+            mark=lambda user, container: hashlib.sha256(f"{user} {container}".encode()).digest()[:MARK],
             on_tunnel_change=lambda container, connected: self.changes.put_nowait((container, connected)),
-            on_trouble=lambda container, sentence: self.troubles.append((container, sentence)),
+            on_trouble=lambda container, sentence, _: self.troubles.append((container, sentence)),
             limits=limits,
         )
         self.audit = Lines()
         trusted = self.security.trusted if self.security else None
-        self.proxy = TunnelProxy(authorize=self._authorize, trusted=trusted, limits=limits)
-        most = (limits or Limits()).max_sessions
-        self.grants = Grants(cast(Accounts, None), max_sessions=most, audit=self.audit)
+        self.proxy = TunnelProxy(
+            authorize=self._authorize,
+            authorize_terminal=lambda token, task: self._authorize(token, task, None, "tcp", None),
+            trusted=trusted,
+            limits=limits,
+        )
+        self.quotas = Quotas.by_default(limits or Limits())
+        self.grants = Grants(cast(Accounts, None), audit=self.audit)
         self.runner_port = 0
         self.container_port = 0
         self.host_port = 0
@@ -121,6 +135,12 @@ class Chain:
         self.detached: asyncio.Queue[str] = asyncio.Queue()
 
     @staticmethod
+    async def _check_tunnel(container: str, token: str, client: str, _: Peer) -> str:
+        if token != f"token of {container}":
+            raise NotAllowedError(f"the token is not that of {container}")
+        return client
+
+    @staticmethod
     def _check_ticket(ticket: str) -> Ticket:
         kind, container, user = ticket.split(" ")
         if kind != "ticket":
@@ -128,14 +148,16 @@ class Chain:
         return Ticket("node", "forward", "id", 0.0, 1, container, user, None)
 
     async def _authorize(
-        self, token: str | None, task: str, port: int, proto: str, ports: frozenset[int] | None
+        self, token: str | None, task: str, port: int | None, proto: str, ports: frozenset[int] | None
     ) -> Route:
         if task == "missing":
             raise NotFoundError("no such task: missing")
         container = CONTAINER if task == "1" else task
         url = f"{self.scheme}://127.0.0.1:{self.runner_seen_by_host()}"
-        grant = self.grants.open(Caller(token or "", "user"), Task(task_id=1, node="node", container=container))
-        return Route(url, container, f"ticket {container} {token or 'me'}", grant)
+        grant = self.grants.open(
+            Caller(token or "", "user", quotas=self.quotas), Task(task_id=1, node="node", container=container)
+        )
+        return Route(url, container, f"ticket {container} {token or 'me'}", grant, port=port or SSH_PORT)
 
     @property
     def scheme(self) -> str:
@@ -146,12 +168,16 @@ class Chain:
         return f"http://127.0.0.1:{self.runner_seen_by_container()}"
 
     async def tunnel(
-        self, kind: str, container: str = CONTAINER, *, config: EndpointConfig | None = None
+        self, kind: str, container: str = CONTAINER, *, config: EndpointConfig | None = None, anonymous: bool = False
     ) -> asyncio.Task[int] | asyncio.subprocess.Process:
-        """Start a tunnel client and wait until its tunnel is up. ``config`` is for the Python one."""
+        """Start a tunnel client and wait until its tunnel is up.
+
+        ``config`` is for the Python one, which shows a token unless it is ``anonymous``, as the other is.
+        """
+        token = None if anonymous else f"token of {container}"
         client: asyncio.Task[int] | asyncio.subprocess.Process
         if kind == "python":
-            twin = TunnelClient(self.runner_url, container, token=f"token of {container}", config=config)
+            twin = TunnelClient(self.runner_url, container, token=OwnToken.of(token), config=config)
             client = asyncio.ensure_future(twin.serve())
             self.stack.push_async_callback(_cancelled, client)
         else:

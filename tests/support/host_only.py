@@ -8,6 +8,7 @@ import contextlib
 import ssl
 import time
 from collections.abc import AsyncIterator
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ import httpx
 from fastapi import FastAPI, Request
 from fastapi.responses import JSONResponse, Response
 
+from kohakuriver.changes import Changes
 from kohakuriver.host.app import Services, create_app
 from kohakuriver.host.services.access import Access
 from kohakuriver.host.services.audit import AuditLog
@@ -22,15 +24,17 @@ from kohakuriver.host.services.authorize import Forwards
 from kohakuriver.host.services.credentials import Credentials
 from kohakuriver.host.services.failures import Failures
 from kohakuriver.host.services.grants import Grants
+from kohakuriver.host.services.logs import Logs
 from kohakuriver.host.services.nodes import Nodes
 from kohakuriver.host.services.people import People
 from kohakuriver.host.services.reach import Reach
 from kohakuriver.host.services.requests import Requests
 from kohakuriver.host.services.runner_client import RunnerClient
-from kohakuriver.host.services.tasks import Changes, Tasks
+from kohakuriver.host.services.tasks import Tasks
 from kohakuriver.host.services.terminal_proxy import TerminalProxy
 from kohakuriver.host.services.tunnel_proxy import TunnelProxy
 from kohakuriver.limits import Limits
+from kohakuriver.quotas import Offer, Quotas
 from kohakuriver.runtime import cancel_all
 from kohakuriver.session import ticket
 from kohakuriver.store import Accounts, Store, sqlite_url
@@ -79,9 +83,10 @@ class Clock:
 class FakeRunner:
     """A node that answers the host as told, and remembers what it was asked: (method, path, body)."""
 
-    def __init__(self, host: HostUnderTest, name: str) -> None:
+    def __init__(self, host: HostUnderTest, name: str, *, user_processes: bool = True) -> None:
         self.host = host
         self.name = name
+        self.user_processes = user_processes
         self.url = ""
         self.key = b""
         self.asked: list[tuple[str, str, dict[str, Any]]] = []
@@ -120,9 +125,16 @@ class FakeRunner:
         return self.tasks[container]
 
     async def register(
-        self, *, instance: str = "", backends: tuple[str, ...] = ("process", "docker")
+        self, *, instance: str = "", backends: tuple[str, ...] = ("process", "docker"), offer: Offer | None = None
     ) -> httpx.Response:
-        body = {"name": self.name, "url": self.url, "backends": backends, "version": "1", "instance": instance}
+        body: dict[str, Any] = {
+            "name": self.name,
+            "url": self.url,
+            "backends": backends,
+            "version": "1",
+            "instance": instance,
+        }
+        body |= {"offer": asdict(replace(offer or Offer(), user_processes=self.user_processes))}
         answer = await self.host.node.post("/api/nodes/register", json=body)
         if answer.status_code == 200:
             self.key = base64.b64decode(answer.json()["ticket_key"])
@@ -150,22 +162,31 @@ class HostUnderTest:
         self.audit = audit
         self.clock = clock
         self.stack = contextlib.AsyncExitStack()
-        changes = Changes()
+        changes = Changes[int]()
         self.runners = RunnerClient(ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT))
         self.nodes = Nodes(
-            store, Reach(self.runners), heartbeat_seconds=HEARTBEAT_SECONDS, on_change=changes.notify, clock=clock
+            store,
+            Reach(self.runners),
+            heartbeat_seconds=HEARTBEAT_SECONDS,
+            on_change=changes.notify,
+            audit=audit,
+            clock=clock,
         )
         self.tasks = Tasks(store, accounts, self.nodes, self.runners, changes, audit=audit, clock=clock)
         self.requests = Requests(rate=limits.max_requests, most=limits.max_under_way)
-        self.grants = Grants(accounts, requests=self.requests, audit=audit)
+        self.revoked: list[tuple[str, ...]] = []
+        self.grants = Grants(accounts, requests=self.requests, audit=audit, revoke=self._revoke)
         access = Access(store, accounts)
         self.forwards = Forwards(credentials, access, self.grants, store, self.nodes, self.tasks)
-        self.proxy = TunnelProxy(authorize=self.forwards.authorize)
+        self.proxy = TunnelProxy(authorize=self.forwards.authorize, authorize_terminal=self.forwards.authorize_terminal)
         self.terminals = TerminalProxy(authorize=self.forwards.authorize_terminal)
         self.people = People(accounts, self.grants, clock=clock)
+        self.logs = Logs(self.grants, self.nodes, self.runners)
         self.guard = Guard()
         self.app = create_app(
-            Services(credentials, access, self.people, self.nodes, self.tasks, self.forwards, self.requests, audit),
+            Services(
+                credentials, access, self.people, self.nodes, self.tasks, self.forwards, self.requests, audit, self.logs
+            ),
             self.guard,
         )
         self.url = ""
@@ -173,6 +194,9 @@ class HostUnderTest:
         self.node: httpx.AsyncClient
         self.user: httpx.AsyncClient
         self.nobody: httpx.AsyncClient
+
+    async def _revoke(self, *of: str) -> None:
+        self.revoked.append(of)
 
     @property
     def tunnel_routes(self) -> list[TunnelRoute]:
@@ -199,16 +223,24 @@ class HostUnderTest:
         secret: str = answer.json()["token"]
         return secret
 
-    async def runner(self, name: str = "n1", *, backends: tuple[str, ...] = ("process", "docker")) -> FakeRunner:
+    async def runner(
+        self,
+        name: str = "n1",
+        *,
+        backends: tuple[str, ...] = ("process", "docker"),
+        offer: Offer | None = None,
+        user_processes: bool = True,
+    ) -> FakeRunner:
         """A registered node that serves."""
-        runner = FakeRunner(self, name)
+        runner = FakeRunner(self, name, user_processes=user_processes)
         runner.url = await self.stack.enter_async_context(serving(runner.app))
-        assert (await runner.register(backends=backends)).status_code == 200
+        assert (await runner.register(backends=backends, offer=offer)).status_code == 200
         return runner
 
     async def create(self, **body: Any) -> dict[str, Any]:
-        """A task, made through the API."""
-        answer = await self.user.post("/api/tasks", json=body)
+        """A task, made through the API: a process where no image is given."""
+        how = {} if "image" in body else {"backend": "process"}
+        answer = await self.user.post("/api/tasks", json={**how, **body})
         assert answer.status_code == 201, answer.text
         task: dict[str, Any] = answer.json()
         return task
@@ -221,14 +253,15 @@ async def a_host(
     """A host with its state in `directory`."""
     store = await Store.open(sqlite_url(directory / "host.db"))
     clock = Clock()
-    accounts = Accounts(store, clock=clock)
-    audit = AuditLog(directory / "audit.jsonl")
     limits = limits or Limits(max_requests=0)
+    accounts = Accounts(store, defaults=Quotas.by_default(limits), clock=clock)
+    audit = AuditLog(directory / "audit.jsonl")
     failures = Failures(rate=limits.max_failures)
     credentials = Credentials(accounts, allow_anonymous=allow_anonymous, audit=audit, failures=failures, clock=clock)
     await credentials.load_or_make(directory)
     host = HostUnderTest(store, accounts, credentials, clock, audit, limits)
     async with host.stack:
+        host.stack.callback(audit.close)
         host.stack.push_async_callback(store.close)
         host.stack.push_async_callback(host.runners.close)
         host.stack.push_async_callback(cancel_all, [asyncio.ensure_future(host.tasks.run())])

@@ -8,16 +8,16 @@ import os
 import signal
 import socket
 import subprocess
-import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import IO, Any, TypeVar
 
 import httpx
 
 import kohakuriver
 from kohakuriver.client.api import ForwardSync
+from tests.support import forked
 from tests.support.hops import binary
 
 T = TypeVar("T")
@@ -45,14 +45,12 @@ class Program:
     ) -> None:
         """`under` is a command that starts it, as `nohup` does."""
         self.log = log
+        environment = {**os.environ, "KOHAKURIVER_TUNNEL_CLIENT": str(binary()), **(env or {})}
         with log.open("ab") as errors:
-            self.process = subprocess.Popen(
-                [*under, sys.executable, "-m", "kohakuriver", *arguments, "--json"],
-                stdin=subprocess.DEVNULL,
-                stdout=subprocess.PIPE,
-                stderr=errors,
-                env={**os.environ, "KOHAKURIVER_TUNNEL_CLIENT": str(binary()), **(env or {})},
-                text=True,
+            self.process: forked.Started = (
+                _start_under(under, arguments, environment, errors)
+                if under
+                else forked.start([*arguments, "--json"], env=environment, stderr=errors)
             )
         assert self.process.stdout is not None
         line = self.process.stdout.readline()
@@ -77,6 +75,15 @@ class Program:
                 return self.process.wait(PATIENCE)
             finally:
                 self.process.kill()
+
+
+def _start_under(
+    under: Sequence[str], arguments: Sequence[str], environment: dict[str, str], errors: IO[bytes]
+) -> subprocess.Popen[str]:
+    return subprocess.Popen(
+        [*under, *forked.PROGRAM, *arguments, "--json"],
+        stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=errors, env=environment, text=True,
+    )  # fmt: skip
 
 
 class Cluster:
@@ -154,8 +161,9 @@ class Cluster:
         return dict(task)
 
     def create(self, *command: str, **more: Any) -> dict[str, Any]:
-        """A new task."""
-        status, task = self.call("POST", "/api/tasks", {"command": list(command), **more})
+        """A new task, a process where no image is given."""
+        how = {} if "image" in more else {"backend": "process"}
+        status, task = self.call("POST", "/api/tasks", {"command": list(command), **how, **more})
         assert status == 201, task
         return dict(task)
 

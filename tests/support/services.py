@@ -1,4 +1,7 @@
-"""Small services that tests start inside tasks. Each prints the port that it got, and echoes what it gets."""
+"""Small services that tests start inside tasks. Each prints the port that it got, and echoes what it gets.
+
+They share their output with a tunnel client: a line is one write, which print() of an unbuffered Python is not.
+"""
 
 from __future__ import annotations
 
@@ -7,7 +10,8 @@ import sys
 ECHO_SOURCE = """
 import socket, sys, threading
 server = socket.create_server((sys.argv[1], 0))
-print("port", server.getsockname()[1], flush=True)
+sys.stdout.write(f"port {server.getsockname()[1]}\\n")
+sys.stdout.flush()
 def serve(peer):
     with peer:
         while data := peer.recv(65536):

@@ -7,13 +7,13 @@ import json
 import os
 import shutil
 import subprocess
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from tests.support import forked
 from tests.support.up import Commands
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -96,8 +96,8 @@ class Users(Commands):
         """`vps connect`, as this user and with this user's key."""
         options = ["-F", "/dev/null", "-o", "BatchMode=yes", "-o", "IdentitiesOnly=yes"]
         task, *rest = arguments
-        program = [sys.executable, "-m", "kohakuriver", "vps", "connect", f"--user={USER}", f"--key={self.key}"]
-        return self.call(*program, task, *options, *rest)
+        command = ["vps", "connect", f"--user={USER}", f"--key={self.key}", task, *options, *rest]
+        return forked.run(command, env=self.environment, stdin=b"", timeout=60)
 
     def jump(self, *arguments: str, identity: Path | None = None, token: str = "") -> Sequence[str]:
         """The command line of a plain `ssh -J`."""

@@ -13,8 +13,9 @@ import threading
 from pathlib import Path
 from typing import IO, Any
 
+from tests.support import forked
+
 TIMEOUT = 30.0
-PROGRAM = [sys.executable, "-m", "kohakuriver"]
 
 # Echoes TCP on one port and UDP on the same, tells where through a FIFO, and keeps the port over a restart.
 SERVICE = """
@@ -52,10 +53,7 @@ class Program:
     """One running `kohakuriver` command, whose output can be waited for line by line."""
 
     def __init__(self, *arguments: str, environment: dict[str, str]) -> None:
-        self.process = subprocess.Popen(
-            [*PROGRAM, *arguments], env=environment, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE, text=True,
-        )  # fmt: skip
+        self.process = forked.start(arguments, env=environment)
         self.out: queue.Queue[str | None] = queue.Queue()
         self.err: queue.Queue[str | None] = queue.Queue()
         assert self.process.stdout is not None
@@ -152,10 +150,7 @@ class Commands:
 
     def run(self, *arguments: str, stdin: str = "", **environment: str) -> subprocess.CompletedProcess[str]:
         """Run a command to its end."""
-        return subprocess.run(
-            [*PROGRAM, *arguments], env={**self.environment, **environment}, input=stdin,
-            capture_output=True, text=True, timeout=TIMEOUT,
-        )  # fmt: skip
+        return forked.run(arguments, env={**self.environment, **environment}, stdin=stdin, timeout=TIMEOUT)
 
     def succeed(self, *arguments: str) -> str:
         """Run a command that must succeed; its stdout."""
@@ -193,19 +188,21 @@ class Cluster(Commands):
 class Apart(Commands):
     """A host and a runner started one by one, so that one of them can be killed and started again."""
 
-    def __init__(self, directory: Path) -> None:
+    def __init__(self, directory: Path, *host_options: str) -> None:
         super().__init__(directory)
         self._host_port = 0
+        self._host_options = host_options
         self.start_host()
         self.environment["KOHAKURIVER_TOKEN"] = (directory / "host" / "admin-token").read_text().strip()
         node_token = f"--node-token-file={directory / 'host' / 'node-token'}"
-        options = [f"--host-url={self.url}", node_token, "--backend=process"]
+        options = [f"--host-url={self.url}", node_token, "--backend=process", "--user-processes"]
         self.runner = self.start("runner", "--json", "--bind=127.0.0.1", "--port=0", *options)
         self.runner.event("ready")
 
     def start_host(self) -> None:
         """Start the host; the second time on the port that it had."""
-        self.host = self.start("host", "--json", "--bind=127.0.0.1", f"--port={self._host_port}", "--ssh-port=0")
+        self.host = self.start("host", "--json", "--bind=127.0.0.1", f"--port={self._host_port}", "--ssh-port=0",
+                               *self._host_options)  # fmt: skip
         ready = self.host.event("ready")
         self.url: str = ready["url"]
         self._host_port = int(self.url.rpartition(":")[2])

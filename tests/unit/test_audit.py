@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import os
+import threading
 import time
 from collections.abc import Callable, Coroutine
 from datetime import datetime, timedelta, timezone
@@ -15,8 +17,9 @@ import pytest
 
 from kohakuriver.asking import Asker, asking
 from kohakuriver.errors import UnauthenticatedError, UsageError
-from kohakuriver.host.services import audit_reader
-from kohakuriver.host.services.audit import AuditLog, files_of, fingerprint, ranges
+from kohakuriver.host.services import audit_file, audit_reader
+from kohakuriver.host.services.audit import AuditLog, fingerprint, ranges
+from kohakuriver.host.services.audit_file import files_of
 from kohakuriver.host.services.audit_reader import AuditPage, read_page
 from tests.support.host_only import a_host
 
@@ -25,10 +28,18 @@ Run = Callable[[Coroutine[Any, Any, None]], None]
 OPENSSH_SAYS = "SHA256:mY6b7Ynx2mNHut1BM4ZdXKpy625TJVF5cr8k0qnWR/4"
 
 
+def settled(log: AuditLog) -> AuditLog:
+    """The log, once all that was added is in its file or lost."""
+    asyncio.run(log.written())
+    return log
+
+
 def test_it_grows_by_one_line_of_json_at_a_time_and_only_its_owner_reads_it(tmp_path: Path) -> None:
     path = tmp_path / "audit.jsonl"
-    AuditLog(path).write("one", user="ann\nmallory", port=1)
-    AuditLog(path).write("two")
+    log = AuditLog(path)
+    log.write("one", user="ann\nmallory", port=1)
+    log.write("two")
+    log.close()
     lines = [json.loads(line) for line in path.read_text().splitlines()]
     assert [line.pop("time")[-6:] for line in lines] == ["+00:00", "+00:00"]
     assert lines == [{"event": "one", "user": "ann\nmallory", "port": 1}, {"event": "two"}]
@@ -39,8 +50,10 @@ def test_it_goes_on_in_a_new_file_when_the_old_one_is_renamed(tmp_path: Path) ->
     path = tmp_path / "audit.jsonl"
     log = AuditLog(path)
     log.write("one")
+    settled(log)
     path.rename(tmp_path / "audit.jsonl.1")
     log.write("two")
+    settled(log)
     assert [json.loads(line)["event"] for line in path.read_text().splitlines()] == ["two"]
 
 
@@ -55,12 +68,15 @@ def test_how_many_lines_a_full_disk_has_cost_is_written_down_and_no_line_is_glue
     path = tmp_path / "audit.jsonl"
     log = AuditLog(path)
     log.write("one")
+    settled(log)
     write = os.write
     with monkeypatch.context() as full:
         full.setattr(os, "write", lambda file, data: write(file, data[:10]))
         log.write("two")
         log.write("three")
+        settled(log)
     log.write("four")
+    log.close()
     lines = path.read_text().splitlines()
     whole = [json.loads(line) for line in lines if line.endswith("}")]
     assert [line["event"] for line in whole] == ["one", "lines_lost", "four"]
@@ -69,10 +85,13 @@ def test_how_many_lines_a_full_disk_has_cost_is_written_down_and_no_line_is_glue
 
 def test_half_a_line_from_a_crash_spoils_no_other(tmp_path: Path) -> None:
     path = tmp_path / "audit.jsonl"
-    AuditLog(path).write("one")
-    with path.open("a") as file:
-        file.write('{"time": "20')
-    AuditLog(path).write("two")
+    for event in ("one", "two"):
+        log = AuditLog(path)
+        log.write(event)
+        log.close()
+        if event == "one":
+            with path.open("a") as file:
+                file.write('{"time": "20')
     first, half, second = path.read_text().splitlines()
     assert (json.loads(first)["event"], half, json.loads(second)["event"]) == ("one", '{"time": "20', "two")
 
@@ -86,6 +105,7 @@ def test_a_disk_that_fails_later_ends_nothing_and_is_logged_once(
     (tmp_path / "there").rmdir()
     log.write("one")
     log.write("two")
+    settled(log)
     said = capsys.readouterr()
     assert (said.out + said.err).count("audit log can't be written to") == 1
 
@@ -100,6 +120,7 @@ def test_all_its_files_together_stay_below_the_limit_and_the_oldest_lines_go_fir
     log = AuditLog(path, most=most)
     for number in range(1000):
         log.write("event", number=number, text="x" * 50)
+    log.close()
     assert sum(file.stat().st_size for file in tmp_path.iterdir()) <= most
     numbers = [line["number"] for line in lines_of(path)]
     assert len(files_of(path)) == 8
@@ -114,8 +135,10 @@ def test_it_leaves_the_last_of_a_disk_to_the_database(tmp_path: Path, monkeypatc
     with monkeypatch.context() as full:
         full.setattr(os, "fstatvfs", lambda _: SimpleNamespace(f_frsize=1 << 20, f_blocks=10_000, f_bavail=63))
         log.write("one")
+        settled(log)
     assert path.read_text() == ""
     log.write("two")
+    log.close()
     assert [line["event"] for line in lines_of(path)] == ["lines_lost", "two"]
 
 
@@ -140,7 +163,7 @@ def test_strangers_push_nothing_out_of_the_log_and_their_number_is_told(tmp_path
         with asking(Asker(f"192.0.{number // 250}.{number % 250}:55", "GET /")):
             log.refused(UnauthenticatedError("no"))
     log.tell_left_out()
-    lines = lines_of(log.path)
+    lines = lines_of(settled(log).path)
     told = [line for line in lines if line["event"] == "login_refused"]
     left_out = {line["from"]: line["count"] for line in lines if line["event"] == "refusals_left_out"}
     assert sum(line["from"].startswith("2001:db8:0:1:") for line in told) == 20
@@ -150,7 +173,50 @@ def test_strangers_push_nothing_out_of_the_log_and_their_number_is_told(tmp_path
     now[0] += 3600
     with asking(Asker("192.0.2.7:1", "GET /")):
         log.refused(UnauthenticatedError("no"))
+    log.close()
     assert lines_of(log.path)[-1]["from"] == "192.0.2.7:1"
+
+
+def test_nobody_waits_for_the_disk_and_what_finds_no_room_meanwhile_is_counted_in_its_place(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(audit_file, "WAITING_BYTES", 1000)
+    log = AuditLog(tmp_path / "audit.jsonl")
+    held, begun, write, writers = threading.Event(), threading.Event(), os.write, set()
+
+    def slow(file: int, data: bytes) -> int:
+        writers.add(threading.current_thread())
+        begun.set()
+        held.wait()
+        return write(file, data)
+
+    with monkeypatch.context() as hanging:
+        hanging.setattr(os, "write", slow)
+        log.write("event", number=0)
+        assert begun.wait(60)
+        for number in range(1, 100):  # none of these returns late, though the disk takes nothing
+            log.write("event", number=number)
+        held.set()
+        settled(log)
+    log.write("last")
+    log.close()
+    lines = lines_of(log.path)
+    numbers = [line["number"] for line in lines if line["event"] == "event"]
+    assert numbers == list(range(len(numbers)))
+    assert [line["event"] for line in lines[len(numbers) :]] == ["lines_lost", "last"]
+    assert len(numbers) + lines[-2]["count"] == 100
+    assert len(numbers) >= 10
+    assert threading.current_thread() not in writers
+
+
+def test_what_was_lost_last_is_told_at_the_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    log = AuditLog(tmp_path / "audit.jsonl")
+    with monkeypatch.context() as full:
+        full.setattr(os, "write", lambda file, data: 0)
+        log.write("one")
+        settled(log)
+    log.close()
+    assert [(line["event"], line["count"]) for line in lines_of(log.path)] == [("lines_lost", 1)]
 
 
 async def pages(path: Path, **wanted: Any) -> list[dict[str, Any]]:
@@ -176,6 +242,7 @@ def test_a_reader_gets_every_line_once_also_while_files_are_renamed(
             for _ in range(5):
                 log.write("event", number=written, user="ann" if written % 2 else "bob")
                 written += 1
+            await log.written()
             page = await read_page(log.path, after=after)
             found += page.events
             after = page.after
@@ -188,6 +255,7 @@ def test_a_reader_gets_every_line_once_also_while_files_are_renamed(
         soon = datetime.now(timezone.utc) + timedelta(seconds=2)
         assert await pages(log.path, since=soon) == []
         assert len(await pages(log.path, since=soon - timedelta(hours=1))) == written
+        log.close()
 
     run(check())
 
@@ -202,6 +270,7 @@ def test_everything_that_changes_who_may_do_what_is_written_down_with_who_from_w
             await host.person("bob")
             key = "ssh-ed25519 AAAAC3NzaC1lZDI1NTE5AAAAIFv7M0rrHjlgOIaUNpUSPFm6v0yVvs93DIQ0VWmN2yFC me"
             order = {"name": "web", "command": ["serve", "a b"], "env": {"PASSWORD": "s3cret"}, "ssh_keys": [key]}
+            order["backend"] = "process"
             task = (await ann.post("/api/tasks", json=order)).json()["task_id"]
             await ann.post("/api/tasks/web/shares", json={"user": "bob"})
             await ann.delete("/api/tasks/web/shares/bob")
@@ -212,6 +281,7 @@ def test_everything_that_changes_who_may_do_what_is_written_down_with_who_from_w
             made = (await ann.post("/api/tokens", json={"name": "laptop"})).json()["id"]
             await ann.delete("/api/tokens/laptop")
             await host.user.delete("/api/users/ann")
+            await host.audit.written()
             lines = lines_of(tmp_path / "audit.jsonl")
             assert runner.name in {line.get("node") for line in lines}
         assert "s3cret" not in (tmp_path / "audit.jsonl").read_text()
@@ -249,6 +319,7 @@ def test_refused_logins_and_what_somebody_may_not_do_are_written_down_and_no_sec
             assert (await ann.get("/api/users")).status_code == 403
             await ann.delete("/api/tokens/first")
             assert (await ann.get("/api/tasks")).status_code == 401
+            await host.audit.written()
             lines = lines_of(tmp_path / "audit.jsonl")
             text = (tmp_path / "audit.jsonl").read_text()
         assert "kr_wrong" not in text
@@ -268,7 +339,7 @@ def test_admins_read_it_by_moment_user_and_task(run: Run, tmp_path: Path) -> Non
         async with a_host(tmp_path) as host:
             await host.runner()
             ann, _ = await host.person("ann")
-            task = (await ann.post("/api/tasks", json={"name": "web"})).json()["task_id"]
+            task = (await ann.post("/api/tasks", json={"name": "web", "backend": "process"})).json()["task_id"]
 
             async def events(**query: Any) -> list[str]:
                 answer = (await host.user.get("/api/audit", params=query)).json()
@@ -288,6 +359,7 @@ def test_nobody_says_for_themselves_where_they_come_from(run: Run, tmp_path: Pat
         async with a_host(tmp_path) as host:
             claim = {"X-Forwarded-For": "192.0.2.66"}
             await host.user.post("/api/users", json={"name": "ann"}, headers=claim)
+            await host.audit.written()
             line = lines_of(tmp_path / "audit.jsonl")[-1]
             assert line["from"].startswith("127.0.0.1:")
             assert line["forwarded_for"] == "192.0.2.66"

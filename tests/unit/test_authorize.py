@@ -46,6 +46,7 @@ def test_a_ticket_names_the_ports_that_its_session_does_and_no_others(run: Run, 
             for credential, ports in (
                 ((await forwards.authorize(token, "web", 8080, "tcp")).ticket, None),
                 ((await forwards.authorize(token, "web", 8080, "tcp", named)).ticket, {80, 443, 8080}),
+                ((await forwards.authorize(token, "web", None, "tcp", named)).ticket, {22}),
                 ((await forwards.authorize_ssh(token, "web")).ticket, {22}),
                 ((await forwards.authorize_ssh(token, "web", 5432)).ticket, {5432}),
             ):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from kohakuriver.backends import BACKENDS, adopting, by_default, kind_of, known, making
+from kohakuriver.backends import BACKENDS, adopting, by_default, kind_of, known, making, making_images
 from kohakuriver.runner.backends.registry import CLASSES
 
 
@@ -17,7 +17,7 @@ def test_tasks_of_different_backends_have_different_ids_on_the_tunnel() -> None:
 
 
 def test_a_task_goes_to_a_backend_that_can_make_it() -> None:
-    assert (making(image=True), making(image=False)) == (["docker"], ["process"])
+    assert (making(), making_images()) == (["docker", "process"], ["docker"])
     assert (adopting("container"), adopting("address")) == (["docker"], ["address"])
     assert by_default() == ["docker", "address"]
 

@@ -49,6 +49,23 @@ def test_what_is_freed_of_a_queue_that_went_is_not_counted_again() -> None:
     assert backlog.total == 10
 
 
+def test_the_fullest_queue_goes_of_an_owner_who_has_more_than_a_share_and_of_nobody_else() -> None:
+    backlog = Backlog(0, share=MOST)
+    others = [Queue("ann", backlog), Queue("bob", backlog)]
+    for queue in others:
+        queue.change(MOST)
+    small, big = Queue("eve", backlog), Queue("eve", backlog)
+    small.change(MOST // 4)
+    big.change(MOST - MOST // 4)
+    assert not big.evicted
+    small.change(1)
+    assert (small.evicted, big.evicted) == (False, True)
+    assert not any(queue.evicted for queue in others)
+    assert backlog.total == 2 * MOST + MOST // 4 + 1
+    big.change(-big.queued)
+    assert backlog.total == 2 * MOST + MOST // 4 + 1
+
+
 def test_without_a_bound_nobody_goes() -> None:
     backlog = Backlog(0)
     queue = Queue("eve", backlog)

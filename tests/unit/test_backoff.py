@@ -14,12 +14,12 @@ VECTORS = json.loads((generate.HERE / "reconnect.json").read_text(encoding="utf-
 @pytest.mark.parametrize("vector", VECTORS, ids=[vector["name"] for vector in VECTORS])
 def test_a_tunnel_client_tries_again_or_ends_as_the_vectors_say(vector: dict[str, Any]) -> None:
     client = Reconnect(delay=vector["delay"], most=vector["max"], stays=vector["mode"] == "run")
-    client.backoff.failures = vector["failures"]
+    client.failures = vector["failures"]
     verdict, then = client.after(vector["lived"], vector["code"]), vector["then"]
     assert verdict.end == then.get("end", "")
     if not verdict.end:
         assert [verdict.least, verdict.longest] == then["pause"]
-        assert client.backoff.failures == then["failures"]
+        assert client.failures == then["failures"]
 
 
 def test_a_pause_lies_within_its_bounds_and_is_not_always_the_same() -> None:

@@ -29,6 +29,9 @@ class Grant:
     def ran(self, command: list[str]) -> None:
         pass
 
+    def stays(self) -> None:
+        pass
+
     def attach(self, end: Callable[[str], None]) -> None:
         self.end = end
 
@@ -68,6 +71,16 @@ def test_a_session_is_let_go_of_once_with_the_first_reason_and_its_bytes_count_o
     how = {"ended_by": "user", "code": 1000, "reason": "done", "bytes_to_container": 3, "bytes_to_user": 4}
     assert grant.said == ["opened", how]
     assert carrier.snapshot() == {"sessions": 0, "bytes_to_container": 3, "bytes_to_user": 4}
+
+
+@pytest.mark.parametrize(("code", "lost"), [(1000, False), (1008, False), (4001, False), (1006, True), (1001, True)])
+def test_the_audit_log_tells_a_session_that_was_lost_from_one_that_ended(code: int, lost: bool) -> None:
+    carrier, grant = Carrier[Moved](Limits()), Grant()
+    with carrier.carry(Moved(), Route("", "c", None, grant)) as carried:
+        carried.begin("127.0.0.1:1")
+    carried.end("user", code, "")
+    carried.over()
+    assert grant.said[1].get("lost", False) is lost
 
 
 def test_a_session_is_cut_when_its_right_goes_and_when_the_program_ends() -> None:

@@ -50,6 +50,23 @@ def test_starting_imports_nothing_heavy() -> None:
     assert done.stdout.strip() == "[]"
 
 
+@pytest.mark.parametrize(
+    ("command", "spared"), [("vps list", {"click", "rich.console"}), ("host", {"pydantic.v1.main", "rich.console"})]
+)
+def test_a_program_loads_nothing_of_libraries_that_it_has_no_use_for(
+    command: str, spared: set[str], taken_port: int, unused_port: int
+) -> None:
+    options = {"vps list": f"--host=http://127.0.0.1:{unused_port}", "host": f"--port={taken_port}"}
+    done = subprocess.run(
+        [sys.executable, "-X", "importtime", "-m", "kohakuriver", *command.split(), options[command]],
+        capture_output=True, text=True,
+    )  # fmt: skip
+    loaded = {line.rpartition("|")[2].strip() for line in done.stderr.splitlines() if "|" in line}
+    assert done.returncode in (6, 7), done.stderr
+    assert "httpx._client" in loaded
+    assert not loaded & spared
+
+
 @pytest.mark.parametrize("command", COMMANDS, ids=" ".join)
 def test_every_command_has_help_with_an_example(command: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     assert outcome(*command, "--help") == 0
@@ -133,6 +150,7 @@ def test_python_dash_m_is_the_same_program() -> None:
         (["vps", "create", "g", "--image", "i"], "a name is --name g"),
         (["vps", "create", "--name", "g", "busybox:lab"], "an image is --image busybox:lab"),
         (["vps", "create", "--name", "g", "--image", "i", "ls"], "-- ls"),
+        (["forward", "--wait", "2", "dev", "80"], "--wait=2 dev 80"),
         (["vps", "connect", "-L", "1:a:2", "dev"], "-L is no option of this command"),
         (["vps", "connect", "--user", "me"], "TASK"),
         (["vps", "connect", "dev", "--proxy-port", "0"], "--proxy-port"),
@@ -331,10 +349,15 @@ def test_a_taken_local_address_ends_with_6_before_the_host_is_asked(
     assert f"127.0.0.1:{taken_port} is already in use" in capsys.readouterr().err
 
 
-def test_an_address_of_another_machine_can_not_be_listened_on(unused_port: int) -> None:
+def test_an_address_of_another_machine_can_not_be_listened_on(
+    capsys: pytest.CaptureFixture[str], unused_port: int
+) -> None:
     # 192.0.2.0/24 is for documentation: no machine has it.
     host = f"http://127.0.0.1:{unused_port}"
     assert outcome("forward", "t", "0:80", "--local-host", "192.0.2.1", "--host", host) == 6
+    said = capsys.readouterr().err
+    assert "192.0.2.1 is not an address of this machine" in said
+    assert "--local-port" not in said
 
 
 def test_a_forward_open_to_other_machines_is_warned_about_in_one_line(
@@ -441,6 +464,24 @@ def test_a_host_that_is_not_there_is_told_by_every_command_in_one_sentence(
         assert outcome(*command[:2], f"--host=http://127.0.0.1:{unused_port}", "--token=t", *command[2:]) == 7
         said.add(capfd.readouterr().err)
     assert said == {f"Error: The host at http://127.0.0.1:{unused_port} can't be reached: Connection refused.\n"}
+
+
+def test_what_can_be_no_machines_name_is_told_by_every_command_in_one_sentence(
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    said = set()
+    for command in REMOTE:
+        assert outcome(*command[:2], "--host=https://a..b:1", "--token=t", *command[2:]) == 7
+        said.add(capfd.readouterr().err)
+    assert said == {"Error: The host at https://a..b:1 can't be reached: this can't be the name of a machine.\n"}
+
+
+def test_bytes_behind_the_dashes_are_refused_in_the_words_that_other_arguments_are(
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    command = ["vps", "create", "--host=http://127.0.0.1:1", "--token=t", "--backend=process", "--", "echo"]
+    assert outcome(*command, "a\udcfeb") == 2
+    assert capfd.readouterr().err == "Error: b'a\\xfeb' is not UTF-8; arguments must be.\n"
 
 
 @pytest.mark.parametrize("name", ["HOST", "TOKEN", "SSH_PROXY", "CA_FILE", "the task"])

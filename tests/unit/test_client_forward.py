@@ -154,6 +154,28 @@ def test_a_failure_that_comes_back_later_is_said_with_how_often_it_happened(
     assert said(capsys) == ["t:80: it broke", "t:80: it broke (3 more like this)"]
 
 
+def test_what_waits_for_the_host_is_said_once_and_so_is_that_it_goes_on(capsys: pytest.CaptureFixture[str]) -> None:
+    view = forward_view.PlainView("t")
+    for reason in ("lost", "refused", "refused"):
+        view.show(Reconnecting(reason, 0.1, waiting=12))
+    view.show(Resumed("t", 2, waiting=12, seconds=8.2))
+    assert said(capsys) == [
+        "Connection to the host lost: 12 connections wait.",
+        "Back after 8 s: 12 connections go on.",
+    ]
+
+
+def test_nothing_is_said_again_of_a_link_that_comes_and_goes(capsys: pytest.CaptureFixture[str]) -> None:
+    view = forward_view.PlainView("t")
+    for _ in range(5):
+        view.show(Reconnecting("lost", 0.0, waiting=1))
+        view.show(Resumed("t", 2, waiting=1, seconds=0.3))
+    assert said(capsys) == [
+        "Connection to the host lost: 1 connection waits.",
+        "Back after 0 s: 1 connection goes on.",
+    ]
+
+
 def test_reconnecting_is_said_once_per_reason(capsys: pytest.CaptureFixture[str]) -> None:
     view = forward_view.PlainView("t")
     for reason in ("lost", "lost", "lost", "refused"):
@@ -225,6 +247,7 @@ def test_once_the_host_has_been_away_for_a_minute_a_connection_is_reset_at_once(
 
 
 def test_the_package_shows_what_it_offers_and_with_which_parameters() -> None:
+    assert {name for name in dir(kohakuriver) if not name.startswith("_")} <= set(kohakuriver.__all__)
     assert {"forward", "forward_sync", "Forward"} <= set(dir(kohakuriver))
     parameters = inspect.signature(kohakuriver.forward).parameters
     assert inspect.signature(kohakuriver.forward_sync).parameters == parameters

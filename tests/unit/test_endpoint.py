@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import itertools
 import random
+import socket
 from collections.abc import Callable, Coroutine
 from dataclasses import dataclass, field
 from typing import Any
@@ -117,6 +118,34 @@ Run = Callable[[Coroutine[Any, Any, None]], None]
 
 def pattern(seed: object, size: int) -> bytes:
     return random.Random(str(seed)).randbytes(size)
+
+
+class Itself:
+    """A network in which the kernel chooses to dial from the very port that is dialled."""
+
+    async def addresses(self, port: int, *, udp: bool) -> list[str]:
+        return ["127.0.0.1"]
+
+    async def open_socket(self, family: int, kind: int) -> socket.socket:
+        sock = socket.socket(family, kind)
+        sock.setblocking(False)
+        sock.bind(("127.0.0.1", self.port))
+        return sock
+
+    def __init__(self, port: int) -> None:
+        self.port = port
+
+
+def test_a_dial_that_reaches_itself_is_refused() -> None:
+    with socket.socket() as freed:
+        freed.bind(("127.0.0.1", 0))
+        port = freed.getsockname()[1]
+
+    async def dialled() -> BaseException | None:
+        endpoint = ContainerEndpoint(network=Itself(port))
+        return await endpoint._try(TcpStream(endpoint, port), "127.0.0.1")
+
+    assert isinstance(loops.run(dialled()), ConnectionRefusedError)
 
 
 def test_a_container_lingers_for_a_fifth_of_a_second_and_a_user_for_two_unless_they_are_told() -> None:

@@ -40,6 +40,7 @@ TASK_FIELDS = {"pending_removal"} | {
     ),
     "owner",
     *("creator", "ssh_port", "ssh_host_key", "shared_with", "traffic", "command", "mounts", "env", "exit_code"),
+    *("memory", "cpus", "pids", "shm_size", "log_size"),
 }
 
 
@@ -98,12 +99,13 @@ def test_a_new_task_goes_to_the_least_loaded_node_that_fits(run: Run, tmp_path: 
 
 KEY = base64.b64encode(b"\0\0\0\x0bssh-ed25519\0\0\0\x20" + bytes(32)).decode()
 REFUSED: list[tuple[dict[str, Any], int, str, str]] = [
-    ({"node": "nowhere"}, 404, "not_found", "node list"),
+    ({}, 400, "bad_request", "--image"),
+    ({"node": "nowhere", "image": "x"}, 404, "not_found", "node list"),
     ({"node": "n1", "backend": "docker", "image": "x"}, 409, "backend_not_offered", "Docker engine"),
     ({"image": "x"}, 409, "backend_not_offered", "No node that is online offers"),
     ({"backend": "docker"}, 400, "bad_request", "--image"),
     ({"backend": "process", "image": "x"}, 400, "bad_request", "--image"),
-    ({"mounts": ["/a:/b"]}, 400, "bad_request", "--mount"),
+    ({"mounts": ["/a:/b"], "backend": "process"}, 400, "bad_request", "--mount"),
     ({"image": "x", "mounts": ["a"]}, 400, "bad_request", "SOURCE:/TARGET"),
     ({"name": "123"}, 400, "bad_request", "a number means a task's id"),
     ({"name": "Über"}, 400, "bad_request", "a-z"),
@@ -140,7 +142,7 @@ def test_a_task_that_can_not_be_is_refused_in_a_sentence(
 def test_without_any_node_the_user_is_told_to_start_one(run: Run, tmp_path: Path) -> None:
     async def check() -> None:
         async with a_host(tmp_path) as host:
-            answer = await host.user.post("/api/tasks", json={})
+            answer = await host.user.post("/api/tasks", json={"backend": "process"})
             assert answer.status_code == 409
             assert answer.json()["error"] == "no_node"
             assert "kohakuriver runner" in answer.json()["message"]
@@ -153,7 +155,7 @@ def test_a_name_that_is_taken_is_refused_and_free_again_after_the_removal(run: R
         async with a_host(tmp_path) as host:
             runner = await host.runner()
             await host.create(name="web")
-            answer = await host.user.post("/api/tasks", json={"name": "web"})
+            answer = await host.user.post("/api/tasks", json={"name": "web", "backend": "process"})
             assert (answer.status_code, answer.json()["error"]) == (409, "name_taken")
             assert len(runner.tasks) == 1
             assert (await host.user.delete("/api/tasks/web")).json()["status"] == "running"
@@ -183,9 +185,11 @@ def test_a_node_that_can_not_be_reached_is_named(run: Run, tmp_path: Path, unuse
             gone = FakeRunner(host, "n1")
             gone.url = f"http://127.0.0.1:{unused_port}"
             await gone.register()
-            answer = await host.user.post("/api/tasks", json={"name": "web"})
+            answer = await host.user.post("/api/tasks", json={"name": "web", "backend": "process"})
             assert (answer.status_code, answer.json()["error"]) == (502, "runner_unreachable")
-            assert gone.url in answer.json()["message"]
+            told = answer.json()["message"]
+            assert "n1: Connection refused; check that its runner runs" in told
+            assert gone.url not in told
             assert (await host.user.get("/api/tasks")).json() == []
 
     run(check())
@@ -237,7 +241,7 @@ def test_a_node_is_offline_after_three_missed_heartbeats_and_its_tasks_are_lost_
                 await host.user.post("/api/tasks/web/stop"),
                 await host.user.post("/api/tasks/web/restart"),
                 await host.user.get("/api/tasks/web/wait"),
-                await host.user.post("/api/tasks", json={"node": "n1"}),
+                await host.user.post("/api/tasks", json={"node": "n1", "image": "x"}),
             ):
                 assert (answer.status_code, answer.json()["error"]) == (409, "node_offline")
             await runner.beat()
@@ -300,7 +304,7 @@ def test_a_node_has_a_say_in_its_own_tasks_and_in_nothing_else(run: Run, tmp_pat
             task = {"task_id": 1, "status": "running"}
             answers: list[Any] = [{"status": "none such"}, [], task | {"message": "m" * (1 << 20)}, "end"]
             for nonsense in answers:
-                answer = await ann.post(path, json={"name": "web"})
+                answer = await ann.post(path, json={"name": "web", "backend": "process"})
                 assert (answer.status_code, answer.json()["error"]) == (502, "runner_unreachable")
                 assert "does not understand" in answer.json()["message"]
                 runner.answers[path] = 200, nonsense
@@ -413,6 +417,29 @@ def test_waiting_for_a_task_that_fails_gives_the_reason(run: Run, tmp_path: Path
             answer = await waiting
             assert (answer.status_code, answer.json()["error"]) == (409, "task_not_running")
             assert "exit code 127" in answer.json()["message"]
+
+    run(check())
+
+
+@pytest.mark.parametrize(
+    ("status", "message", "advice"),
+    [
+        ("lost", "its container was removed", "`kohakuriver vps rm ad` ends the task."),
+        ("stopped", None, "`kohakuriver vps restart --container ad` starts the container again."),
+    ],
+)
+def test_the_advice_for_an_adopted_task_that_does_not_run_can_be_followed(
+    run: Run, tmp_path: Path, status: str, message: str | None, advice: str
+) -> None:
+    async def check() -> None:
+        async with a_host(tmp_path) as host:
+            runner = await host.runner()
+            answer = await host.user.post("/api/tasks/adopt", json={"container": "ad", "name": "ad"})
+            runner.change(answer.json()["container"], status=status, message=message)
+            await runner.beat()
+            answer = await host.user.get("/api/tasks/ad/wait?timeout=0")
+            assert answer.json()["error"] == "task_not_running"
+            assert answer.json()["message"].endswith(f"; {advice}")
 
     run(check())
 
@@ -661,6 +688,7 @@ def test_a_host_whose_database_does_not_answer_is_not_ready_and_says_so_soon(
             finally:
                 answers.set()
             await held
+            monkeypatch.setattr("kohakuriver.store.database.CHECK_SECONDS", 60)
             assert (await host.nobody.get("/ready")).status_code == 200
 
     run(check())

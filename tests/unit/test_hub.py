@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 from collections.abc import Callable, Coroutine
 from typing import Any
 
 import pytest
-from websockets.asyncio.client import connect
+from websockets.asyncio.client import ClientConnection, connect
 from websockets.exceptions import InvalidStatus
 from websockets.typing import Subprotocol
 
+from kohakuriver.errors import NotAllowedError
 from kohakuriver.runner.services.hub import QUARREL_TIMES
-from kohakuriver.tunnel.protocol import TUNNEL_V2
-from tests.support.hops import CONTAINER, chain, until
+from kohakuriver.tunnel.protocol import CLIENT_HEADER, PING, PONG, TUNNEL_V2
+from tests.support.hops import CONTAINER, Chain, chain, until
 
 Run = Callable[[Coroutine[Any, Any, None]], None]
 
@@ -53,5 +55,102 @@ def test_of_two_tunnel_clients_that_replace_each_other_the_connected_one_stays_a
                 await hops.changes.get()
             async with dial():
                 assert hops.server.hub.tunnel_of(CONTAINER) is not None
+
+    run(check())
+
+
+def dial(hops: Chain, client: str | None) -> connect:
+    """A tunnel client with the container's token; `client` is the id that it made for itself."""
+    headers = {"Authorization": f"Bearer token of {CONTAINER}"}
+    headers |= {CLIENT_HEADER: client} if client else {}
+    url = f"ws://127.0.0.1:{hops.runner_port}/ws/tunnel/{CONTAINER}"
+    return connect(url, subprotocols=[Subprotocol(TUNNEL_V2)], additional_headers=headers)
+
+
+async def answering(client: ClientConnection) -> None:
+    """Answer every PING of the session, as a tunnel client does."""
+    async for message in client:
+        assert isinstance(message, bytes)
+        if message[0] == PING:
+            await client.send(bytes([PONG]) + message[1:])
+
+
+def test_a_second_client_is_refused_while_the_first_answers_and_the_task_says_from_where_it_came(run: Run) -> None:
+    async def check() -> None:
+        async with chain() as hops, dial(hops, "first") as first:
+            answers = asyncio.ensure_future(answering(first))
+            before = hops.server.hub.tunnel_of(CONTAINER)
+            for client in ("second", None):
+                with pytest.raises(InvalidStatus) as refused:
+                    async with dial(hops, client):
+                        pass
+                assert refused.value.response.status_code == 409
+            assert hops.server.hub.tunnel_of(CONTAINER) is before
+            assert hops.troubles[0][0] == CONTAINER
+            assert "a second tunnel client came from 127.0.0.1 while the first answers" in hops.troubles[0][1]
+            answers.cancel()
+
+    run(check())
+
+
+def test_a_second_client_takes_over_from_one_that_is_silent(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("kohakuriver.runner.services.relay.ANSWER_SECONDS", 0.05)
+
+    async def check() -> None:
+        async with chain() as hops, dial(hops, "first"), dial(hops, "second"):
+            tunnel = hops.server.hub.tunnel_of(CONTAINER)
+            assert tunnel is not None
+            assert tunnel.client == "second"
+            assert not hops.troubles
+
+    run(check())
+
+
+def test_a_client_whose_token_becomes_worthless_while_the_one_before_it_is_asked_is_not_taken_in(
+    run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("kohakuriver.runner.services.relay.ANSWER_SECONDS", 1.0)
+
+    async def check() -> None:
+        async with chain() as hops, dial(hops, "first") as first:
+            before = hops.server.hub.tunnel_of(CONTAINER)
+            second = asyncio.ensure_future(dial(hops, "second").__aenter__())
+            assert (await first.recv())[0] == PING  # from here on the second waits for its answer
+
+            async def worthless(container: str, token: str, client: str, peer: Any) -> str:
+                raise NotAllowedError("the token is not that of any container")
+
+            hops.server._check_tunnel = worthless
+            with pytest.raises(InvalidStatus) as refused:
+                await second
+            assert refused.value.response.status_code == 403
+            assert hops.server.hub.tunnel_of(CONTAINER) is before
+
+    run(check())
+
+
+def test_the_same_client_takes_over_from_itself_at_once_as_often_as_its_link_dies(run: Run) -> None:
+    async def check() -> None:
+        async with chain() as hops, contextlib.AsyncExitStack() as stack:
+            for _ in range(2 * QUARREL_TIMES):  # none of the links before answers; no time passes
+                await asyncio.wait_for(stack.enter_async_context(dial(hops, "one")), 4.0)
+            assert not hops.troubles
+
+    run(check())
+
+
+def test_a_client_without_a_token_takes_nothing_from_one_with_a_token_and_gives_way_to_it(run: Run) -> None:
+    async def check() -> None:
+        async with chain() as hops:
+            bare = connect(f"ws://127.0.0.1:{hops.runner_port}/ws/tunnel/{CONTAINER}")
+            async with bare, dial(hops, "first") as first:
+                tunnel = hops.server.hub.tunnel_of(CONTAINER)
+                assert tunnel is not None
+                assert tunnel.client == "first"
+                answers = asyncio.ensure_future(answering(first))
+                async with connect(f"ws://127.0.0.1:{hops.runner_port}/ws/tunnel/{CONTAINER}") as refused:
+                    assert str(await refused.recv()).startswith("Error: another tunnel client")
+                assert hops.server.hub.tunnel_of(CONTAINER) is tunnel
+                answers.cancel()
 
     run(check())

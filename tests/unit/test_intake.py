@@ -89,6 +89,24 @@ def test_a_turn_that_is_over_stops_reading_and_the_rest_follows_by_itself(run: R
     run(main())
 
 
+def test_a_link_that_fills_its_buffer_again_leaves_others_their_turn(run: Run) -> None:
+    async def main() -> None:
+        reader = Reader([])
+        reader.intake.begin(reader.transport, b"")
+        reader.intake.limit_reads(64)
+        reader.intake._now = lambda: 1.0  # as uvloop's clock in one look at a socket
+        full = bytes(len(reader.intake.space()))
+        for size in (len(full), len(full) - 1, 1):
+            reader.feed(full[:size])
+            assert reader.transport.reading
+        reader.feed(full)
+        assert (len(reader.got), reader.transport.reading) == (3 * len(full), False)
+        await asyncio.sleep(0)
+        assert reader.transport.reading
+
+    run(main())
+
+
 def test_nothing_is_delivered_once_nobody_heeds_it(run: Run) -> None:
     async def main() -> None:
         reader = Reader([1])

@@ -26,8 +26,11 @@ def test_each_variable_changes_its_own_limit() -> None:
             "max_message": 2 << 20,
             "max_body": 1 << 17,
             "max_audit": 2 << 20,
+            "max_node_logs": 2 << 20,
             "max_backlog": 100 << 20,
+            "max_user_backlog": 99 << 20,
             "max_bodies": 2 << 20,
+            **dict.fromkeys(("max_memory", "max_log", "task_memory", "task_shm", "task_log"), 32 << 20),
         }.get(field.name, 5000)
         if field.name == "handshake_timeout":
             value = 3

@@ -371,7 +371,7 @@ async def nobody(*args: object) -> Any:
 def spliced(room: int) -> tuple[ProxySession, FakeTransport, FakeTransport]:
     """A session at the host: its user's side takes ``room`` bytes at a time."""
 
-    session = ProxySession(TunnelProxy(authorize=nobody), Route("", "container", None))
+    session = ProxySession(TunnelProxy(authorize=nobody, authorize_terminal=nobody), Route("", "container", None))
     to_user, to_runner = FakeTransport(room), FakeTransport()
     session.user.walker = SpliceWalker(masked=False)
     session.user.link = Link(session.user, session.user.walker, masks=False)
@@ -481,7 +481,7 @@ def flooded(where: str) -> FakeTransport:
     handler: Any
     walker: FrameWalker = FrameWalker(masked=False)
     if where == "splice":
-        session = ProxySession(TunnelProxy(authorize=nobody), Route("", "container", None))
+        session = ProxySession(TunnelProxy(authorize=nobody, authorize_terminal=nobody), Route("", "container", None))
         handler, walker = session.container_side, session.container_side.walker
         session.user.link = Link(Handler(), FrameWalker(masked=False), masks=False)
     elif where == "relay":

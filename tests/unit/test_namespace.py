@@ -9,11 +9,18 @@ import subprocess
 from collections.abc import Iterator
 from contextlib import closing
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+from kohakuriver._frame import FrameWalker
 from kohakuriver.runner.backends.namespace import ContainerNetwork
+from kohakuriver.tunnel.container_endpoint import ContainerEndpoint
+from kohakuriver.tunnel.link import Link
 from kohakuriver.tunnel.listeners import listening
+from kohakuriver.tunnel.protocol import PROTO_TCP, PROTO_UDP
+from tests.support.descriptors import without_descriptors
+from tests.support.peers.fake_transport import FakeTransport
 
 FREE = 40001  # in a network of one's own nobody else has it
 
@@ -78,3 +85,35 @@ def test_a_process_that_is_gone_has_no_network() -> None:
         process.wait()
     with pytest.raises(OSError, match="No such"):
         ContainerNetwork(process.pid)
+
+
+class Heard(Link):
+    """A link that tells a test what is said on it."""
+
+    def __init__(self, *arguments: Any, **more: Any) -> None:
+        super().__init__(*arguments, **more)
+        self.said: asyncio.Queue[str] = asyncio.Queue()
+
+    def send_message(self, kind: int, stream_id: int, payload: Any = b"", **_: Any) -> None:
+        self.said.put_nowait(bytes(payload).decode())
+
+
+@pytest.mark.parametrize("proto", [PROTO_TCP, PROTO_UDP])
+def test_a_runner_without_descriptors_says_so_of_a_port_in_another_network_and_goes_on(
+    other_network: int, proto: int
+) -> None:
+    async def check() -> None:
+        with closing(ContainerNetwork(other_network)) as network:
+            endpoint = ContainerEndpoint(network=network)
+            link = Heard(endpoint, FrameWalker(masked=True), masks=False)
+            transport = FakeTransport()
+            link.start(transport)
+            endpoint.attach(link)
+            with without_descriptors():
+                endpoint.accept(1, proto, FREE, b"")
+                assert await link.said.get() == "EMFILE: this end of the tunnel has too many open files"
+            endpoint.accept(3, PROTO_TCP, FREE, b"")
+            assert (await link.said.get()).startswith("ECONNREFUSED")
+            transport.abort()
+
+    asyncio.run(check())

@@ -9,8 +9,11 @@ from typing import Any
 
 import pytest
 
+from kohakuriver.host.services.nodes import MISSED_HEARTBEATS, OUTAGE_SECONDS, Nodes
+from kohakuriver.host.services.reach import Reach
 from kohakuriver.runner.services.registration import NodeIdentity, Registration
 from kohakuriver.runner.services.state import State
+from tests.support.hops import until
 from tests.support.host_only import FakeRunner, HostUnderTest, a_host
 
 Run = Callable[[Coroutine[Any, Any, None]], None]
@@ -38,7 +41,7 @@ def test_a_node_that_the_host_can_not_dial_is_unreachable_with_the_reason_until_
             await host.nodes.look()
             seen = await node(host)
             assert seen["status"] == "unreachable"
-            assert f"127.0.0.1:{unused_port}" in seen["reason"]
+            assert "can't reach node n1: Connection refused; check" in seen["reason"]
             assert "--advertise-url" in seen["reason"]
             assert (await away.beat()).json()["unreachable"] == seen["reason"]
             await host.nodes.look()
@@ -96,6 +99,25 @@ def test_a_node_that_registers_is_dialled_at_its_first_heartbeat(run: Run, tmp_p
     run(check())
 
 
+def test_what_comes_of_dialling_a_node_where_it_was_says_nothing_of_where_it_is(
+    run: Run, tmp_path: Path, unused_port: int
+) -> None:
+    async def check() -> None:
+        async with a_host(tmp_path) as host:
+            runner = await host.runner()
+            runner.held.clear()
+            looking = asyncio.ensure_future(host.nodes.look())
+            await until(lambda: bool(runner.asked))
+            runner.url = f"http://127.0.0.1:{unused_port}"
+            await runner.register()
+            runner.held.set()
+            await looking
+            await host.nodes.look()
+            assert (await node(host))["status"] == "unreachable"
+
+    run(check())
+
+
 def test_a_runner_says_in_its_own_log_that_the_host_does_not_reach_it(
     run: Run, tmp_path: Path, unused_port: int, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -143,7 +165,7 @@ def test_a_cordoned_node_gets_no_new_tasks_and_those_that_it_has_go_on(run: Run,
             await host.create(name="old")
             assert (await host.user.post("/api/nodes/n1/cordon")).json()["cordoned"] is True
             for more in ({}, {"node": "n1"}):
-                refused = await host.user.post("/api/tasks", json={"name": "new", **more})
+                refused = await host.user.post("/api/tasks", json={"name": "new", "image": "x", **more})
                 assert (refused.status_code, refused.json()["error"]) == (409, "node_cordoned")
                 assert "node uncordon n1" in refused.json()["message"]
             for action in ("stop", "restart"):
@@ -165,6 +187,39 @@ def test_a_node_stays_cordoned_when_its_runner_registers_again(run: Run, tmp_pat
             await host.user.post("/api/nodes/n1/cordon")
             await runner.register()
             assert (await node(host))["cordoned"] is True
+
+    run(check())
+
+
+def test_a_host_that_has_just_begun_takes_no_node_for_silent_that_was_there_before(run: Run, tmp_path: Path) -> None:
+    async def check() -> None:
+        async with a_host(tmp_path) as host:
+            await host.runner("lately")
+            (known,) = await host.store.nodes()
+            for outage, online in ((OUTAGE_SECONDS - 1, True), (OUTAGE_SECONDS + 1, False)):
+                host.clock.now = known.last_seen + outage
+                assert not host.nodes.is_online(known)
+                after = Nodes(
+                    host.store, Reach(host.runners), heartbeat_seconds=1, on_change=lambda _: None, clock=host.clock
+                )
+                assert after.is_online(known) is online
+                host.clock.now += MISSED_HEARTBEATS + 0.1
+                assert not after.is_online(known)
+
+    run(check())
+
+
+def test_who_waits_for_a_node_hears_when_it_registers_and_of_no_other(run: Run, tmp_path: Path) -> None:
+    async def check() -> None:
+        async with a_host(tmp_path) as host:
+            runner = await host.runner()
+            with host.nodes.coming_back("n1") as back, host.nodes.coming_back("n1") as too:
+                await host.runner("n2")
+                assert not back.is_set()
+                await runner.register()
+                assert back.is_set()
+                assert too.is_set()
+            assert not host.nodes._registered.watched()
 
     run(check())
 

@@ -26,7 +26,7 @@ def test_a_user_sees_and_uses_own_tasks_alone_until_one_is_shared(run: Run, tmp_
             await host.runner()
             ann, _ = await host.person("ann")
             bob, bobs = await host.person("bob")
-            task = (await ann.post("/api/tasks", json={"name": "web"})).json()
+            task = (await ann.post("/api/tasks", json={"name": "web", "backend": "process"})).json()
             assert (task["owner"], task["shared_with"]) == ("ann", [])
             assert (await bob.get("/api/tasks")).json() == []
             for reference in ("web", task["task_id"]):
@@ -57,13 +57,34 @@ def test_a_user_sees_and_uses_own_tasks_alone_until_one_is_shared(run: Run, tmp_
     run(check())
 
 
+def test_processes_on_a_node_are_for_admins_unless_its_runner_opens_them_to_users(run: Run, tmp_path: Path) -> None:
+    async def check() -> None:
+        async with a_host(tmp_path) as host:
+            await host.runner("closed", user_processes=False)
+            ann, _ = await host.person("ann")
+            process = {"backend": "process"}
+            for body in (process, {**process, "node": "closed"}):
+                answer = await ann.post("/api/tasks", json=body)
+                assert (answer.status_code, answer.json()["error"]) == (403, "not_admin")
+                assert "--user-processes" in answer.json()["message"]
+            assert (await ann.post("/api/tasks", json={"image": "x"})).status_code == 201
+            assert (await host.user.post("/api/tasks", json=process)).status_code == 201
+            await host.runner("open")
+            for _ in range(3):
+                assert (await ann.post("/api/tasks", json=process)).json()["node"] == "open"
+            nodes = (await ann.get("/api/nodes")).json()
+            assert {node["name"]: node["user_processes"] for node in nodes} == {"closed": False, "open": True}
+
+    run(check())
+
+
 def test_admins_see_and_change_every_task(run: Run, tmp_path: Path) -> None:
     async def check() -> None:
         async with a_host(tmp_path) as host:
             await host.runner()
             ann, _ = await host.person("ann")
             root, _ = await host.person("root", "admin")
-            await ann.post("/api/tasks", json={"name": "web"})
+            await ann.post("/api/tasks", json={"name": "web", "backend": "process"})
             assert [task["owner"] for task in (await root.get("/api/tasks")).json()] == ["ann"]
             assert (await root.post("/api/tasks/web/stop")).status_code == 200
             assert (await root.delete("/api/tasks/web")).status_code == 200
@@ -78,7 +99,7 @@ def test_a_share_ends_with_its_task(run: Run, tmp_path: Path) -> None:
             ann, _ = await host.person("ann")
             await host.person("bob")
             for away in (False, True):
-                task = (await ann.post("/api/tasks", json={"name": "web"})).json()
+                task = (await ann.post("/api/tasks", json={"name": "web", "backend": "process"})).json()
                 await ann.post("/api/tasks/web/shares", json={"user": "bob"})
                 if away:
                     host.clock.now += 100
@@ -140,7 +161,7 @@ def test_a_token_that_is_not_valid_any_more_opens_nothing_and_says_why(
         async with a_host(tmp_path) as host:
             await host.runner()
             ann, secret = await host.person("ann", expires_in=60)
-            await ann.post("/api/tasks", json={"name": "web"})
+            await ann.post("/api/tasks", json={"name": "web", "backend": "process"})
             if how == "expired":
                 host.clock.now += 60
             elif how == "revoked":
@@ -201,7 +222,7 @@ def test_the_tasks_of_a_user_who_is_removed_pass_to_the_admin_who_does_it(run: R
             await host.runner()
             ann, _ = await host.person("ann")
             root, _ = await host.person("root", "admin")
-            await ann.post("/api/tasks", json={"name": "web"})
+            await ann.post("/api/tasks", json={"name": "web", "backend": "process"})
             assert (await root.delete("/api/users/ann")).json()["name"] == "ann"
             assert (await root.get("/api/tasks/web")).json()["owner"] == "root"
             # Whoever gets the name next gets nothing else with it.
@@ -230,7 +251,7 @@ def test_what_a_user_asks_for_while_being_removed_is_not_there_for_the_next_of_t
                 return found
 
             monkeypatch.setattr(Credentials, "caller", and_then_removed)
-            for path, body in (("/api/tokens", {"name": "late"}), ("/api/tasks", {"name": "late"})):
+            for path, body in (("/api/tokens", {"name": "late"}), ("/api/tasks", {"name": "late", "image": "x"})):
                 answer = await ann.post(path, json=body)
                 assert (answer.status_code, answer.json()["error"]) == (404, "not_found")
                 ann, _ = await host.person("ann")
@@ -304,7 +325,7 @@ async def two_users(host: HostUnderTest) -> tuple[Any, str, Any, str]:
     await host.runner()
     ann, anns = await host.person("ann")
     bob, bobs = await host.person("bob", expires_in=100)
-    await ann.post("/api/tasks", json={"name": "web"})
+    await ann.post("/api/tasks", json={"name": "web", "backend": "process"})
     await ann.post("/api/tasks/web/shares", json={"user": "bob"})
     return ann, anns, bob, bobs
 
@@ -335,6 +356,37 @@ def test_sessions_end_with_the_right_to_them_and_others_go_on(run: Run, tmp_path
             for session in sessions:
                 session.grant.release()
             assert len(host.grants) == 0
+
+    run(check())
+
+
+@pytest.mark.parametrize("left", ["lost", "named"])
+@pytest.mark.parametrize("how", ["revoke", "remove user", "unshare"])
+def test_what_a_session_left_in_its_task_ends_with_the_right_to_it(
+    run: Run, tmp_path: Path, how: str, left: str
+) -> None:
+    async def check() -> None:
+        async with a_host(tmp_path) as host:
+            ann, anns, bob, bobs = await two_users(host)
+            for secret, leaves in ((anns, True), (bobs, True), (host.admin_token, False)):
+                grant = (await host.forwards.authorize(secret, "web", 80, "tcp")).grant
+                grant.opened()
+                if leaves and left == "named":
+                    grant.stays()
+                grant.closed(**({"lost": True} if leaves and left == "lost" else {}))
+            await host.grants.check()
+            assert not host.revoked
+            if how == "revoke":
+                await bob.delete("/api/tokens/first")
+            elif how == "remove user":
+                await host.user.delete("/api/users/bob")
+            else:
+                await ann.delete("/api/tasks/web/shares/bob")
+            ((node, container, user, reason),) = host.revoked
+            assert (node, container.startswith("kohakuriver-"), user) == ("n1", True, "bob")
+            assert reason
+            await host.grants.check()
+            assert len(host.revoked) == 1
 
     run(check())
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import threading
 import time
 from collections.abc import Callable, Coroutine
 from pathlib import Path
@@ -14,6 +15,7 @@ import pytest
 from kohakuriver.errors import UnauthenticatedError, UnavailableError
 from kohakuriver.host.services.credentials import ANONYMOUS, Caller
 from kohakuriver.host.services.failures import LONGEST_WAIT, Failures
+from kohakuriver.host.services.requests import AT_ONCE as BEGUN_AT_ONCE
 from kohakuriver.host.services.requests import BURST_SECONDS, Requests
 from kohakuriver.limits import Limits
 from tests.support.hops import until
@@ -27,6 +29,53 @@ Run = Callable[[Coroutine[Any, Any, None]], None]
 async def statuses(client: httpx.AsyncClient, count: int, path: str = "/api/tasks") -> list[int]:
     """Of so many requests at once."""
     return [answer.status_code for answer in await asyncio.gather(*(client.get(path) for _ in range(count)))]
+
+
+def test_a_request_wakes_no_thread_but_the_databases(run: Run, tmp_path: Path) -> None:
+    async def check() -> None:
+        async with a_host(tmp_path) as host:
+            await host.runner()
+            ann, _ = await host.person("ann")
+            before = set(threading.enumerate())
+            assert await statuses(ann, 20) == [200] * 20
+            begun = {thread.name for thread in set(threading.enumerate()) - before}
+            assert not [name for name in begun if not name.startswith(("store", "audit"))]
+
+    run(check())
+
+
+def test_a_flood_of_one_users_requests_leaves_all_others_their_turns(run: Run) -> None:
+    async def check() -> None:
+        requests, rounds = Requests(), 0
+        done: list[str] = []
+
+        async def ask(who: str) -> None:
+            await requests.turn(who)
+            done.append(who)
+
+        def count() -> None:
+            nonlocal rounds
+            rounds += 1
+            loop.call_soon(count)
+
+        loop = asyncio.get_running_loop()
+        flood = [asyncio.ensure_future(ask("eve")) for _ in range(1000)]
+        await asyncio.sleep(0)
+        flood[500].cancel()  # a peer that goes meanwhile costs no turn
+        loop.call_soon(count)
+        await ask("ann")
+        assert len(done) <= 1 + 4 * BEGUN_AT_ONCE
+        begun = rounds
+        await asyncio.gather(*flood, return_exceptions=True)
+        assert len(done) == 1000
+        assert (
+            rounds - begun >= (1000 - 5 * BEGUN_AT_ONCE) / BEGUN_AT_ONCE
+        )  # what else the loop had to do came in between
+        done.clear()
+        await ask("eve")  # at once, where nobody waits
+        assert done == ["eve"]
+
+    run(check())
 
 
 def test_a_user_who_asks_too_often_is_refused_and_nobody_else_nor_a_heartbeat(run: Run, tmp_path: Path) -> None:
@@ -44,6 +93,7 @@ def test_a_user_who_asks_too_often_is_refused_and_nobody_else_nor_a_heartbeat(ru
             assert (await bob.get("/api/tasks")).status_code == 200
             refused = await first_refused(ann)
             assert (refused.json()["error"], refused.headers["retry-after"]) == ("too_many_requests", "1")
+            await host.audit.written()
             assert '"event": "limit_met"' in (tmp_path / "audit.jsonl").read_text()
 
     run(check())
@@ -61,7 +111,7 @@ def test_a_user_has_so_many_requests_under_way_and_may_ask_again_when_one_has_en
             runner = await host.runner()
             ann, _ = await host.person("ann")
             bob, _ = await host.person("bob")
-            await ann.post("/api/tasks", json={"name": "web"})
+            await ann.post("/api/tasks", json={"name": "web", "backend": "process"})
             runner.held.clear()
             stops = [asyncio.ensure_future(ann.post("/api/tasks/web/stop")) for _ in range(3)]
             await until(lambda: len(runner.asked) == 4)

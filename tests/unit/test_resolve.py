@@ -1,15 +1,18 @@
-"""Wherever a name is resolved, one that can't be a name is an error with a sentence, and no crash."""
+"""Names of machines: one that can't be a name is an error with a sentence, and no look-up outlives Ctrl-C."""
 
 from __future__ import annotations
 
+import gc
+import signal
 import socket
+import threading
 
 import pytest
 
 from kohakuriver.cli import ssh_dial
 from kohakuriver.errors import HostUnreachableError, LocalAddressError
-from kohakuriver.resolve import resolving
-from kohakuriver.tunnel.udp import connected_datagram_socket
+from kohakuriver.resolve import joined, resolving
+from kohakuriver.tunnel.udp import connected
 from kohakuriver.tunnel.user_endpoint import UserEndpoint
 from kohakuriver.web.app import bind
 from tests.unit.test_dial import Run
@@ -42,7 +45,7 @@ def test_a_forward_can_not_listen_on_it(run: Run, name: str) -> None:
 @NAMES
 def test_datagrams_can_not_be_sent_to_it(name: str) -> None:
     with pytest.raises(socket.gaierror):
-        connected_datagram_socket(name, 80)
+        connected(socket.socket(socket.AF_INET, socket.SOCK_DGRAM), name, 80)
 
 
 @NAMES
@@ -51,3 +54,29 @@ def test_ssh_is_told_that_its_proxy_can_not_be_reached(name: str) -> None:
         ssh_dial.dial(f"{name}:22", "7", None)
     with pytest.raises(HostUnreachableError, match=r"can't be reached: this can't be the name of a machine\."):
         ssh_dial.to_show(f"https://{name}", "7", "token", None)
+
+
+def test_a_wait_for_a_thread_ends_by_ctrl_c_though_another_thread_gets_the_signal() -> None:
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    leave, left = threading.Event(), threading.Event()
+
+    def work() -> None:
+        signal.raise_signal(signal.SIGINT)  # this thread's own: it wakes nobody
+        leave.wait(20)
+        left.set()
+
+    def wait() -> None:
+        thread = threading.Thread(target=work)
+        thread.start()
+        joined(thread)
+
+    gc.disable()  # where a finalizer runs just then, KeyboardInterrupt is its own, and lost
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            wait()
+        assert not left.is_set()
+    finally:
+        gc.enable()
+        signal.signal(signal.SIGINT, before)
+        leave.set()
+        left.wait()

@@ -25,10 +25,11 @@ from kohakuriver.runner.services.state import State, TaskRecord
 from kohakuriver.runner.services.task_book import TaskBook
 from kohakuriver.runner.services.tasks import TaskManager
 from kohakuriver.runner.services.terminal import TerminalServer
+from kohakuriver.runner.services.tunnel_guard import TunnelGuard
 from kohakuriver.runner.services.tunnel_server import TunnelServer
 from kohakuriver.session import ticket
-from kohakuriver.tunnel.accept import TunnelRoute, serve_ws
-from kohakuriver.tunnel.protocol import TUNNEL_V2
+from kohakuriver.tunnel.accept import Peer, TunnelRoute, serve_ws
+from kohakuriver.tunnel.protocol import CLIENT_HEADER, TUNNEL_V2
 from kohakuriver.web.origin import Guard
 from tests.support.host_only import HostUnderTest, a_host, serving
 
@@ -57,6 +58,8 @@ HOST_RULES: dict[Route, Rule] = {
     ("GET", "/api/users"): BY_ADMINS,
     ("POST", "/api/users"): BY_ADMINS,
     ("DELETE", "/api/users/{name}"): BY_ADMINS,
+    ("GET", "/api/users/{name}/limits"): BY_ADMINS,
+    ("PATCH", "/api/users/{name}/limits"): BY_ADMINS,
     ("GET", "/api/tokens"): BY_USERS,
     ("POST", "/api/tokens"): BY_USERS,
     ("DELETE", "/api/tokens/{token}"): BY_USERS,
@@ -76,6 +79,7 @@ HOST_RULES: dict[Route, Rule] = {
     ("POST", "/api/tasks/{task}/ssh-pass"): BY_WHO_MAY_USE,
     ("GET", "/api/tasks/{task}/agent"): BY_OWNERS,
     ("GET", "/api/tasks/{task}/answers"): BY_WHO_MAY_USE,
+    ("GET", "/api/tasks/{task}/logs"): BY_WHO_MAY_USE,
     ("POST", "/api/tasks/{task}/stop"): BY_OWNERS,
     ("POST", "/api/tasks/{task}/restart"): BY_OWNERS,
     ("DELETE", "/api/tasks/{task}"): BY_OWNERS,
@@ -101,8 +105,11 @@ RUNNER_RULES: dict[Route, Rule] = {
     ("GET", "/api/tasks/{container}"): CONTROL,
     ("GET", "/api/tasks/{container}/agent"): CONTROL,
     ("GET", "/api/tasks/{container}/answers"): CONTROL,
+    ("GET", "/api/tasks/{container}/logs"): CONTROL,
     ("POST", "/api/tasks/{container}/stop"): CONTROL,
     ("POST", "/api/tasks/{container}/restart"): CONTROL,
+    ("POST", "/api/tasks/{container}/revoke"): CONTROL,
+    ("POST", "/api/tasks/{container}/token"): CONTROL,
     ("DELETE", "/api/tasks/{container}"): CONTROL,
     ("WS", "/ws/forward/{container}/{port}"): {
         "forward": "in",
@@ -135,12 +142,14 @@ BODIES: dict[Route, Any] = {
     ("POST", "/api/nodes/register"): {"name": "n1", "url": "http://n1:1", "backends": []},
     ("POST", "/api/nodes/{name}/heartbeat"): {},
     ("POST", "/api/users"): {"name": "new"},
+    ("PATCH", "/api/users/{name}/limits"): {"tasks": 1},
     ("POST", "/api/tokens"): {"name": "new"},
     ("POST", "/api/tasks/{task}/shares"): {"user": "shared"},
 }
 RUNNER_BODIES: dict[Route, Any] = {
     ("POST", "/api/tasks"): {"task_id": 1, "container": "c1", "backend": "process"},
     ("POST", "/api/tasks/adopt"): {"task_id": 1, "container": "c1", "backend": "address"},
+    ("POST", "/api/tasks/{container}/revoke"): {"user": "ann", "reason": "the task is not shared any more"},
 }
 FILLED_IN = {"task": "web", "task_id": "web", "port": "80", "name": "n1", "user": "shared", "token": "none-such"}
 FILLED_IN |= {"container": "c1", "container_id": "c1", "id": "1"}
@@ -169,7 +178,7 @@ def filled_in(path: str) -> str:
 async def answer(client: httpx.AsyncClient, route: Route, body: Any, secret: str | None) -> str:
     """What a try is answered with: "401", "403", or "in" for whatever else."""
     method, path = route
-    headers = {} if secret is None else {"Authorization": f"Bearer {secret}"}
+    headers = {CLIENT_HEADER: "c"} | ({} if secret is None else {"Authorization": f"Bearer {secret}"})
     if method == "WS":
         status = await websocket_status(
             f"{client.base_url}".replace("http", "ws").rstrip("/") + filled_in(path), headers
@@ -224,7 +233,7 @@ async def host_credentials(host: HostUnderTest, directory: Path) -> dict[str, st
     runner = await host.runner()
     await runner.beat()
     owner = host.client(secrets["owner"])
-    assert (await owner.post("/api/tasks", json={"name": "web"})).status_code == 201
+    assert (await owner.post("/api/tasks", json={"name": "web", "backend": "process"})).status_code == 201
     assert (await owner.post("/api/tasks/web/shares", json={"user": "shared"})).status_code == 201
     return secrets
 
@@ -266,8 +275,9 @@ class RunnerUnderTest:
         self.tasks = TaskManager(TaskBook(self.state, lambda: None))
         self.tunnels = TunnelServer(
             allow_anonymous=False,
-            check_tunnel_token=self.tasks.book.check_tunnel_token,
+            check_tunnel=TunnelGuard(self.tasks.book, self._comes_from, lambda *_: None).check,
             check_ticket=lambda secret: self.registration.check_ticket(secret, "forward"),
+            check_terminal_ticket=lambda secret: self.registration.check_ticket(secret, "terminal"),
             target_of=self.tasks.target_of,
         )
         self.terminals = TerminalServer(
@@ -277,14 +287,19 @@ class RunnerUnderTest:
         )
         self.tunnel_routes = [*self.tunnels.routes(), *self.terminals.routes()]
         self.guard = Guard()
-        services = runner_app.Services(self.tasks, self.registration, "http://127.0.0.1:1")
+        services = runner_app.Services(self.tasks, self.registration, "http://127.0.0.1:1", self.tunnels)
         self.app = runner_app.create_app(services, self.guard)
 
     async def _remove(self, task_id: int) -> None:
         raise AssertionError
 
+    @staticmethod
+    async def _comes_from(task: TaskRecord, peer: Peer) -> bool:
+        return peer.on_this_machine
+
     async def open(self) -> None:
-        records = [TaskRecord(task_id=n, container=f"c{n}", backend="process", status="running") for n in (1, 2)]
+        common: dict[str, Any] = {"backend": "process", "status": "running"}
+        records = [TaskRecord(task_id=n, container=f"c{n}", tunnel_token=f"token{n}", **common) for n in (1, 2)]
         self.state.save_tasks(records)
         await self.tasks.open({})
 
@@ -309,8 +324,8 @@ class RunnerUnderTest:
             "garbage": "garbage",
             "user": "kr_token-of-a-user",
             "node": "krn_token",
-            "container": self.state.tunnel_token("c1"),
-            "container of another": self.state.tunnel_token("c2"),
+            "container": "token1",
+            "container of another": "token2",
             "control": self.issue("control", "c1"),
             "control of another container": self.issue("control", "c2"),
             "forward": self.issue("forward", "c1"),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import json
 import os
 import subprocess
 from collections.abc import Callable, Coroutine
@@ -13,12 +14,16 @@ from typing import Any
 import pytest
 import structlog
 
-from kohakuriver.errors import KohakuRiverError, NotFoundError, UnavailableError
+from kohakuriver.errors import KohakuRiverError, NotAllowedError, NotFoundError, UnavailableError
 from kohakuriver.runner.backends.base import Backend, ExecRequest, ExecSession, Surroundings
+from kohakuriver.runner.backends.printed import LogRequest, Printed
 from kohakuriver.runner.services import task_book, tasks
 from kohakuriver.runner.services.state import State, TaskRecord
 from kohakuriver.runner.services.task_book import TaskBook
 from kohakuriver.runner.services.tasks import TaskManager
+from kohakuriver.runner.services.tunnel_guard import TunnelGuard
+from kohakuriver.runner.services.tunnel_helper import new_token
+from kohakuriver.tunnel.accept import Peer
 from tests.support.hops import until
 
 Run = Callable[[Coroutine[Any, Any, None]], None]
@@ -67,6 +72,12 @@ class Obedient(Backend):
     async def remove(self, task: TaskRecord) -> None:
         self.did.append("remove")
         self.running.discard(task.container)
+
+    async def give_token(self, task: TaskRecord) -> None:
+        self.did.append("give_token")
+
+    async def logs(self, task: TaskRecord, request: LogRequest) -> Printed:
+        raise AssertionError
 
     async def exec(self, task: TaskRecord, request: ExecRequest) -> ExecSession:
         raise UnavailableError(f"There is nothing to run in {task.name}.")
@@ -287,21 +298,113 @@ def test_a_runner_that_is_ending_takes_no_new_task(run: Run, tmp_path: Path) -> 
     run(check())
 
 
+class Guarded:
+    """A manager with two tasks that run, the guard of their tunnels, and what it told; peers are where `here` says."""
+
+    def __init__(self, bench: Bench, *, backend: str = "process") -> None:
+        self.here = True
+        self.told: list[tuple[str, str, str]] = []
+        self.book = bench.manager.book
+        self.guard = TunnelGuard(self.book, self._comes_from, lambda *told: self.told.append(told))
+        for number in (1, 2):
+            self.book.add(TaskRecord(task_id=number, container=f"c{number}", backend=backend, status="running"))
+            new_token(self.book.get(f"c{number}"))
+
+    async def _comes_from(self, task: TaskRecord, peer: Peer) -> bool:
+        return self.here
+
+    def token(self, container: str = "c1") -> str:
+        return self.book.get(container).tunnel_token
+
+    async def lets_in(self, token: str, client: str = "one", container: str = "c1") -> bool:
+        try:
+            return bool(await self.guard.check(container, token, client, Peer("192.0.2.9")))
+        except NotAllowedError:
+            return False
+
+
 def test_a_tunnel_token_is_good_for_its_own_container_and_while_there_is_such_a_task(run: Run, tmp_path: Path) -> None:
     async def check() -> None:
         bench = Bench(tmp_path)
+        await bench.open()
+        here = Guarded(bench)
+        token = here.token()
+        assert await here.lets_in(token)
+        for wrong in (here.token("c2"), "", "ü", token[:-1]):
+            assert not await here.lets_in(wrong)
+        assert not here.told  # who has no good token is nobody's trouble
+        await bench.manager.remove("c1")
+        assert not await here.lets_in(token)
+        assert not await here.lets_in("", container="c3")
+
+    run(check())
+
+
+def test_a_tunnel_token_belongs_to_the_client_that_showed_it_first_and_the_owner_hears_of_another(
+    run: Run, tmp_path: Path
+) -> None:
+    async def check() -> None:
+        bench = Bench(tmp_path)
+        await bench.open()
+        here = Guarded(bench)
+        token = here.token()
+        assert await here.lets_in(token, "one")
+        assert await here.lets_in(token, "one")  # whose link broke
+        assert not await here.lets_in(token, "two")
+        assert not await here.lets_in(token, "")
+        (container, sentence, address) = here.told[0]
+        assert (container, address) == ("c1", "192.0.2.9")
+        assert sentence.startswith("a second tunnel client came from 192.0.2.9 with its token, and was refused")
+        bench.manager.book.write_down()
+        later = Bench(tmp_path)
+        await later.open()
+        again = TunnelGuard(later.manager.book, here._comes_from, lambda *_: None)
+        assert await again.check("c1", token, "one", Peer("?"))  # a runner that was started again knows it
+        with pytest.raises(NotAllowedError):
+            await again.check("c1", token, "two", Peer("?"))
+
+    run(check())
+
+
+def test_a_tunnel_token_is_worth_nothing_where_its_task_does_not_run_and_the_owner_hears_of_it(
+    run: Run, tmp_path: Path
+) -> None:
+    async def check() -> None:
+        bench = Bench(tmp_path)
+        await bench.open()
+        here = Guarded(bench)
+        here.here = False
+        assert not await here.lets_in(here.token())
+        assert "from 192.0.2.9, where it does not run" in here.told[0][1]
+        here.here = True
+        assert await here.lets_in(here.token())  # the thief did not use it up
+
+    run(check())
+
+
+def test_a_machines_token_outlives_the_client_that_showed_it(run: Run, tmp_path: Path) -> None:
+    async def check() -> None:
+        bench = Bench(tmp_path)
+        await bench.open()
+        here = Guarded(bench, backend="address")
+        assert await here.lets_in(here.token(), "before its machine was started again")
+        assert await here.lets_in(here.token(), "after")
+
+    run(check())
+
+
+def test_a_renewed_token_makes_the_old_one_worthless_and_is_laid_down_for_the_client(run: Run, tmp_path: Path) -> None:
+    async def check() -> None:
+        bench = Bench(tmp_path)
         manager = await bench.open()
-        await manager.create(a_task(1))
-        await manager.create(a_task(2))
-        token = bench.state.tunnel_token("c1")
-        assert manager.book.check_tunnel_token("c1", token)
-        assert not manager.book.check_tunnel_token("c2", token)
-        assert not manager.book.check_tunnel_token("c1", "")
-        assert not manager.book.check_tunnel_token("c1", "ü")
-        await manager.remove("c1")
-        assert not manager.book.check_tunnel_token("c1", token)
-        assert State(tmp_path).tunnel_token("c2") == bench.state.tunnel_token("c2")
-        assert State(tmp_path / "other").tunnel_token("c2") != bench.state.tunnel_token("c2")
+        here = Guarded(bench)
+        before = here.token()
+        assert await here.lets_in(before)
+        await manager.renew_token("c1")
+        assert bench.backend.did[-1] == "give_token"
+        assert not await here.lets_in(before)
+        assert await here.lets_in(here.token(), "two")
+        assert json.loads((tmp_path / "tasks.json").read_text())[0]["tunnel_token"] == here.token()
 
     run(check())
 
@@ -314,7 +417,7 @@ def test_the_state_directory_is_for_its_owner_alone(run: Run, tmp_path: Path) ->
         await manager.close(stop_tasks=False)
         bench.state.ticket_key = b"key"
         assert (tmp_path / "state").stat().st_mode & 0o077 == 0
-        for name in ("secret", "tasks.json", "ticket-key"):
+        for name in ("tasks.json", "ticket-key"):
             assert (tmp_path / "state" / name).stat().st_mode & 0o077 == 0
 
     run(check())

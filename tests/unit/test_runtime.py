@@ -16,6 +16,13 @@ async def current() -> str:
     return type(asyncio.get_running_loop()).__module__.partition(".")[0]
 
 
+def test_a_thread_that_computes_lets_the_loop_go_on_soon() -> None:
+    async def check() -> float:
+        return sys.getswitchinterval()
+
+    assert loops.run(check()) == pytest.approx(0.0005)
+
+
 def test_the_stock_loop_can_be_forced(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("KOHAKURIVER_LOOP", "asyncio")
     assert loops.run(current()) == "asyncio"
@@ -88,20 +95,70 @@ def test_a_cancellation_that_comes_together_with_an_event_is_not_lost() -> None:
 
 def test_a_full_collection_passes_by_what_was_there_at_the_start_and_frees_what_came_later() -> None:
     code = """
-import gc, weakref
-from kohakuriver.runtime import freeze_heap
+import asyncio, gc, weakref
+from kohakuriver.runtime import Collector, freeze_heap
 
 class Node:
     pass
 
-before = len(gc.get_objects())
-freeze_heap()
-assert len(gc.get_objects()) < before / 10
-node = Node()
-node.itself = node
-seen = weakref.ref(node)
-del node
-gc.collect()
-assert seen() is None
+async def main():
+    before = len(gc.get_objects())
+    freeze_heap()
+    assert len(gc.get_objects()) < before / 10
+    seen = made()
+    gc.collect()
+    assert seen() is None
+
+def made():
+    node = Node()
+    node.itself = node
+    return weakref.ref(node)
+
+asyncio.run(main())
+"""
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=60)
+
+
+def test_objects_of_many_that_wait_are_not_looked_at_until_they_are_few_or_it_is_time() -> None:
+    code = """
+import asyncio, gc, weakref
+from kohakuriver.runtime import Collector, freeze_heap
+
+full = []
+now = 0.0
+
+class Node:
+    pass
+
+def old_ring():
+    node = Node()
+    node.itself = node
+    gc.collect(1)
+    return weakref.ref(node)
+
+async def main():
+    global now
+    freeze_heap()
+    gc.callbacks.append(lambda phase, info: phase == "stop" and info["generation"] == 2 and full.append(info))
+    collector = Collector(lambda: now)
+    waiting = [[i] for i in range(400_000)]
+    lost = old_ring()
+    collector.look()
+    assert not full
+    assert lost() is not None
+    now += Collector.LONG_SECONDS
+    collector.look()
+    assert len(full) == 1
+    assert lost() is None
+    del waiting
+    collector.look()
+    few = [old_ring() for _ in range(Collector.WORTHWHILE)]
+    assert len(full) == 1
+    assert all(each() for each in few)
+    collector.look()
+    assert len(full) == 2
+    assert not any(each() for each in few)
+
+asyncio.run(main())
 """
     subprocess.run([sys.executable, "-c", code], check=True, timeout=60)

@@ -11,7 +11,7 @@ import pytest
 from kohakuriver.client.forward import Forwarder, PortForward
 from kohakuriver.config import Settings, load_settings
 from kohakuriver.errors import UsageError
-from kohakuriver.tunnel.settings import NAMES, EndpointConfig, from_environment, variables
+from kohakuriver.tunnel.settings import NAMES, EndpointConfig, from_environment, resume_for, variables
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -73,3 +73,15 @@ def test_every_name_is_a_setting_and_documented_and_the_tunnel_client_knows_thos
 def test_a_runner_hands_on_what_is_set_and_nothing_else() -> None:
     environ = {"KOHAKURIVER_WINDOW_MAX": "65536", "KOHAKURIVER_LINGER": "", "KOHAKURIVER_TOKEN": "secret"}
     assert variables(environ) == {"KOHAKURIVER_WINDOW_MAX": "65536"}
+    assert variables({"KOHAKURIVER_KEEP_BUDGET": "65536"}) == {"KOHAKURIVER_KEEP_BUDGET": "65536"}
+
+
+@pytest.mark.parametrize(("value", "seconds"), [(None, 3600), ("", 3600), ("60", 60), (86_400, 86_400)])
+def test_connections_wait_for_an_hour_or_as_long_as_is_set(value: object, seconds: int) -> None:
+    assert resume_for(value) == seconds
+
+
+@pytest.mark.parametrize("value", ["0", "86401", "soon", -1])
+def test_a_time_to_wait_that_makes_no_sense_is_refused_by_name(value: object) -> None:
+    with pytest.raises(UsageError, match="resume_for"):
+        resume_for(value)

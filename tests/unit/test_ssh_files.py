@@ -76,6 +76,7 @@ def test_openssh_understands_it_and_other_hosts_are_left_alone(home: Path) -> No
         assert options["user"] == "root"
         assert "kohakuriver.cli.ssh_dial" in options["proxycommand"]
         assert options["proxyusefdpass"] == "yes"
+        assert "--direct" not in options["proxycommand"]
         assert "ssh/known_hosts" in options["userknownhostsfile"]
     assert "proxycommand" not in ssh_says(home, "example.org")
 

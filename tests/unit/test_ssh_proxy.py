@@ -331,7 +331,7 @@ def test_who_was_refused_and_lingers_is_one_of_those_who_wait(
             strangers = [await proxy.request(request(token="wrong")) for _ in range(15)]
             for reader, _ in strangers[5:]:
                 assert (await reader.readline()).startswith(b"ERROR ")
-            assert proxy.proxy.waiting == 10
+            await until(lambda: proxy.proxy.waiting == 10)
             for _, stranger in strangers:
                 stranger.close()
 

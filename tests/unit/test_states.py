@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from kohakuriver.tunnel.states import TRANSITIONS, Do, Event, Role, State
+from kohakuriver.tunnel.states import KEPT, TRANSITIONS, Do, Event, Role, State
 from tests.vectors import generate
 
 ROWS = json.loads((generate.HERE / "states.json").read_text(encoding="utf-8"))
@@ -28,6 +28,15 @@ def test_the_tables_are_what_the_vectors_say() -> None:
         for (state, event), step in table.items()
     ]
     assert sorted(tables, key=str) == sorted(ROWS, key=str)
+
+
+def test_the_tables_of_kept_streams_are_what_the_vectors_say() -> None:
+    rows = json.loads((generate.HERE / "kept_states.json").read_text(encoding="utf-8"))
+    assert {(row["role"], row["state"], row["event"]): (row["to"], row["actions"]) for row in rows} == {
+        (role.value, state.value, event.value): (step.to.value, [do.value for do in step.do])
+        for role, table in KEPT.items()
+        for (state, event), step in table.items()
+    }
 
 
 @given(kind=KINDS, events=EVENTS)

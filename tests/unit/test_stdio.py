@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import os
+import subprocess
+import sys
 from collections.abc import Callable, Coroutine
 from typing import Any
 
@@ -80,3 +82,53 @@ def test_output_comes_in_order_while_its_reader_is_slow_and_the_loop_goes_on(run
         os.close(theirs)
 
     run(main())
+
+
+def test_input_comes_whole_and_in_order() -> None:
+    content = os.urandom(3_000_000)
+    program = """
+import asyncio, os
+from kohakuriver.cli.stdio import Input
+
+async def main():
+    stdin = Input()
+    while data := await stdin.read():
+        os.write(1, data)
+
+asyncio.run(main())
+"""
+    done = subprocess.run([sys.executable, "-c", program], input=content, capture_output=True, check=True)
+    assert done.stdout == content
+
+
+def test_input_that_comes_when_the_loop_has_ended_is_nobodys_and_nothing_is_said() -> None:
+    program = """
+import asyncio, threading
+from kohakuriver.cli.stdio import Input
+
+class Asked:
+    def get(self):
+        again.set()
+        return asked.get()
+
+async def main():
+    global asked
+    stdin = Input()
+    reading = asyncio.ensure_future(stdin.read())
+    await asyncio.sleep(0)
+    asked, stdin._asked = stdin._asked, Asked()
+
+again = threading.Event()
+asyncio.run(main())
+print("ended", flush=True)
+again.wait()
+"""
+    command = [sys.executable, "-c", program]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as child:
+        assert child.stdout is not None
+        assert child.stdout.readline() == b"ended\n"
+        try:
+            assert child.communicate(b"x", timeout=20) == (b"", b"")
+        finally:
+            child.kill()
+        assert child.returncode == 0

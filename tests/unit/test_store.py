@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from sqlalchemy import event, select
 from sqlalchemy.exc import DataError, OperationalError
 from sqlalchemy.orm import Session
 
@@ -17,6 +18,7 @@ from kohakuriver.errors import HostUnreachableError, KohakuRiverError, NotFoundE
 from kohakuriver.store import ANY_NODE, Accounts, Node, Store, Task, sqlite_url
 from kohakuriver.store.accounts import digest
 from kohakuriver.store.database import find_task
+from kohakuriver.store.models import TaskKey
 
 Run = Callable[[Coroutine[Any, Any, None]], None]
 
@@ -97,6 +99,81 @@ def test_a_public_key_is_found_in_the_tasks_that_have_it_and_no_part_of_it_is(ru
                 assert not await store.lets_in(key)
             await store.remove_task(2)
             assert not await store.lets_in("ssh-rsa BBBB")
+
+    run(check())
+
+
+def test_a_strangers_key_costs_one_look_up_by_an_index_however_many_tasks_there_are(run: Run, tmp_path: Path) -> None:
+    async def check() -> None:
+        async with a_store(tmp_path) as store:
+            await add_node(store)
+            for number in range(50):
+                await store.add_task(
+                    a_task(number, f"t{number}", ssh_keys=[f"ssh-rsa K{number}", "ssh-rsa EVERYWHERE"])
+                )
+            asked: list[str] = []
+            event.listen(store._engine, "before_cursor_execute", lambda *call: asked.append(call[2]))
+            for key, known in (("ssh-rsa K17", True), ("ssh-rsa EVERYWHERE", True), ("ssh-rsa K", False)):
+                asked.clear()
+                assert await store.lets_in(key) is known
+                (query,) = [text for text in asked if text.startswith("SELECT")]
+            plan = await store.read(
+                lambda session: session.connection().exec_driver_sql(f"EXPLAIN QUERY PLAN {query}", ("d", 1, 0)).all()
+            )
+            assert all("SEARCH" in row[3] for row in plan), plan
+            assert not any("SCAN" in row[3] for row in plan), plan
+
+    run(check())
+
+
+def test_a_thousand_requests_with_one_token_at_once_are_two_questions(run: Run, tmp_path: Path) -> None:
+    async def check() -> None:
+        async with a_store(tmp_path) as store:
+            accounts = Accounts(store)
+            await accounts.add_user("ann", "user")
+            await accounts.add_token("secret", kind="user", name="ann", label="one")
+            asked: list[str] = []
+            event.listen(store._engine, "before_cursor_execute", lambda *call: asked.append(call[2]))
+            found = await asyncio.gather(*(accounts.token("secret") for _ in range(1000)), accounts.token("other"))
+            assert {user.name if user else None for _, user in found[:-1]} == {"ann"}
+            assert found[-1] == (None, None)
+            assert sum("FROM tokens" in text for text in asked) <= 3
+
+    run(check())
+
+
+def test_a_token_that_was_just_revoked_is_known_to_be_while_others_still_ask_about_it(run: Run, tmp_path: Path) -> None:
+    async def check() -> None:
+        async with a_store(tmp_path) as store:
+            accounts = Accounts(store)
+            await accounts.add_user("ann", "user")
+            await accounts.add_token("secret", kind="user", name="ann", label="one")
+            before = asyncio.ensure_future(accounts.token("secret"))
+            await asyncio.sleep(0)  # its question is with the database
+            revoking = asyncio.ensure_future(accounts.revoke_token("one", "ann"))
+            await revoking
+            token, _ = await accounts.token("secret")
+            assert token is not None
+            assert token.revoked_at is not None
+            await before
+
+    run(check())
+
+
+def test_a_users_keys_open_nothing_once_the_user_or_the_task_is_gone(run: Run, tmp_path: Path) -> None:
+    async def check() -> None:
+        async with a_store(tmp_path) as store:
+            await add_node(store)
+            accounts = Accounts(store)
+            for name in ("admin", "ann"):
+                await accounts.add_user(name, "admin")
+            await store.add_task(a_task(1, "one", owner="ann", ssh_keys=["ssh-rsa ANN"]))
+            await store.add_task(a_task(2, "two", ssh_keys=["ssh-rsa BOB"]))
+            await accounts.remove_user("ann", "admin")
+            assert not await store.lets_in("ssh-rsa ANN")
+            await store.forget_tasks([2])
+            assert not await store.lets_in("ssh-rsa BOB")
+            assert await store.read(lambda session: list(session.scalars(select(TaskKey)))) == []
 
     run(check())
 

@@ -98,7 +98,7 @@ class Stage:
         streams = self.streams = self.endpoint.streams
         assert streams is not None
         if not isinstance(self.endpoint, UserEndpoint):
-            self.endpoint._dial_soon = lambda dial: dial.close()  # type: ignore[method-assign]  # the test answers it
+            self.endpoint.dial_soon = lambda dial, stream=None: dial.close()  # type: ignore[method-assign]  # the test answers it
             self.endpoint.accept(1, PROTO_TCP, 7, self.limit)
             stream = streams.by_id[1]
             assert isinstance(stream, TcpStream)

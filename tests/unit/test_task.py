@@ -24,6 +24,10 @@ EVERYTHING: Final = NewTask(
     env={"A": "b=c"},
     mounts=["/data:/data:ro"],
     ssh_keys=["ssh-ed25519 AAAAC3NzaC1lZDI1NTE5AAAAIHb/pvVoEGsO+OgH9RvI3c6hTn5ZnQmXSRZ8ZQjyCcQB me"],
+    memory=8 << 30,
+    cpus=1.5,
+    pids=512,
+    shm_size=1 << 30,
 )
 
 

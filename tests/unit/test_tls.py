@@ -11,7 +11,7 @@ from cryptography.hazmat.primitives import serialization
 
 from kohakuriver.cli.pki import Authority
 from kohakuriver.errors import UsageError
-from kohakuriver.tls import ServerCertificate, client_context, reason, sends_in_clear
+from kohakuriver.tls import ServerCertificate, client_context, reason, sends_in_clear, trusted_at
 from tests.support.handshakes import shaken
 
 
@@ -123,3 +123,9 @@ def test_only_plain_http_to_other_machines_is_in_the_clear(url: str, clear: bool
 def test_what_is_not_about_tls_has_no_reason_here() -> None:
     assert reason(ConnectionRefusedError("no")) is None
     assert client_context("http://host") is None
+
+
+def test_for_plain_http_no_authorities_are_read_and_nobody_is_trusted() -> None:
+    assert trusted_at("http://here").get_ca_certs() == []
+    assert trusted_at("http://here").verify_mode == ssl.CERT_REQUIRED
+    assert trusted_at("https://here").cert_store_stats() == ssl.create_default_context().cert_store_stats()

@@ -60,3 +60,18 @@ def test_a_turn_comes_back_though_nobody_waits() -> None:
         assert turn.left == TURN
 
     asyncio.run(main())
+
+
+def test_little_work_asks_nothing_of_the_loop_and_much_gets_no_more_than_a_turn() -> None:
+    async def main() -> None:
+        turn = Turn()
+        for _ in range(TURN // 2):
+            turn.spend(1)
+            await iterations(1)
+        assert turn.left == TURN // 2, "each of these reads has cost a callback"
+        turn.spend(1)
+        assert turn.left == TURN // 2 - 1, "what comes back in the same iteration is no bound"
+        await iterations(2)
+        assert turn.left == TURN
+
+    asyncio.run(main())

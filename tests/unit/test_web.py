@@ -16,6 +16,7 @@ from typing import Any
 import httpx
 import pytest
 import structlog
+from fastapi import APIRouter
 
 from kohakuriver.cli.pki import Authority
 from kohakuriver.errors import LocalAddressError
@@ -24,7 +25,7 @@ from kohakuriver.tunnel.accept import serve_ws
 from kohakuriver.web.app import bind, new_app, socket_url, warn_if_in_clear
 from kohakuriver.web.listener import ACCEPTED_AT_ONCE
 from kohakuriver.web.logging import LONGEST_VALUE, configure_logging
-from kohakuriver.web.repeats import REFUSALS_AT_ONCE, SECONDS, Repeats, _Seen
+from kohakuriver.web.repeats import REFUSALS_AT_ONCE, SECONDS, TUNNELS_AT_ONCE, Repeats, _Seen
 from kohakuriver.web.server import Server
 from tests.support.host_only import serving
 
@@ -81,6 +82,13 @@ def test_a_program_ends_with_an_error_when_work_that_it_is_no_use_without_fails(
 def test_an_ipv6_address_stands_in_brackets() -> None:
     with bind("::1", 0) as sock:
         assert socket_url(sock, "https") == f"https://[::1]:{sock.getsockname()[1]}"
+
+
+def test_the_routes_of_an_application_are_worked_out_once_however_often_it_is_made() -> None:
+    router = APIRouter(prefix="/api")
+    router.add_api_route("/one", lambda: {})
+    for _ in range(2):
+        assert router.routes[0] in new_app("host", "1", routers=[router]).routes
 
 
 def test_a_crash_answers_with_a_sentence_and_no_traceback(run: Run) -> None:
@@ -296,6 +304,20 @@ def test_what_happens_again_in_good_order_is_told_each_time(capsys: pytest.Captu
     for _ in range(50):
         structlog.get_logger().info("tunnel connected", container="c")
     assert len(logged(capsys)) == 50
+
+
+def test_a_container_that_comes_and_goes_does_not_flood_a_log(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    clock = a_log_of_repeats(monkeypatch)
+    log = structlog.get_logger()
+    for number in range(5000):
+        log.info("tunnel connected", container=f"c{number}")
+        log.info("tunnel disconnected", container=f"c{number}", reason="the tunnel client ends")
+    assert len(logged(capsys)) == 2 * TUNNELS_AT_ONCE
+    clock.now += SECONDS
+    log.warning("something else")
+    assert [line.get("left_out") for line in logged(capsys)] == [4000, 4000, None]
 
 
 def test_a_count_is_told_when_its_time_is_over_though_nothing_else_is_logged(

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from kohakuriver.tunnel import windows as rules
-from kohakuriver.tunnel.windows import Budget, ReceiveWindow, SendWindow
+from kohakuriver.tunnel.windows import Budget, Pool, ReceiveWindow, SendWindow
 from tests.vectors import generate
 
 WINDOWS = json.loads((generate.HERE / "windows.json").read_text(encoding="utf-8"))
@@ -237,6 +237,11 @@ def play(event: dict[str, Any], budget: Budget, windows: dict[int, ReceiveWindow
         return {"limit": windows[stream].consume(event["size"])}
     elif do == "pong":
         return {"limit": windows[stream].pong(at)}
+    elif do == "attach":
+        windows[stream].attach(budget)
+        return {"limit": windows[stream].granted}
+    elif do == "detach":
+        windows[stream].detach()
     else:
         windows[stream].close()
     return {}
@@ -264,3 +269,17 @@ def test_the_budget_is_whole_again_when_all_streams_have_ended(ends: list[bool])
         window.close()
         window.close()
     assert budget.left == 1 << 20
+
+
+def test_windows_of_several_endpoints_are_paid_for_from_what_they_have_together() -> None:
+    node = Pool(1000)
+    user = Pool(600, node)
+    first, second = Budget(500, first=400, within=user), Budget(500, first=400, within=user)
+    one, two = ReceiveWindow(first), ReceiveWindow(second)
+    assert [each.left for each in (first, second, user, node)] == [0, 0, 0, 400]
+    assert (one.size, two.size) == (400, 400)  # of which 200 are what each window has at least, whatever is left
+    other = ReceiveWindow(Budget(5000, first=5000, within=Pool(None, node)))
+    assert (other.size, node.left) == (4096, 0)
+    for window in (one, two, other):
+        window.close()
+    assert [each.left for each in (first, second, user, node)] == [500, 500, 600, 1000]

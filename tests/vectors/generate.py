@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from tests.reference import frame
-from tests.vectors import rules
+from tests.vectors import rules, traces
 
 HERE = Path(__file__).parent
 KEY = "a1b2c3d4"
@@ -230,6 +230,8 @@ FILES = {
     "violations.json": violations,
     "windows.json": rules.windows,
     "states.json": rules.states,
+    "kept_states.json": rules.kept_states,
+    "traces.json": traces.traces,
     "reconnect.json": rules.reconnect,
     "errors.json": rules.errors,
 }

@@ -83,8 +83,21 @@ def windows() -> list[Vector]:
             [*(("open", n) for n in range(1, 6)), ("close", 1), ("close", 3), ("open", 7), ("open", 8)],
         ),
         ("while others receive too, less than the window is in force", plenty, shared()),
+        (
+            "without a link a window is the others', and of what they left there is another",
+            (600_000, 256 * KIB, 16 * MIB),
+            gone_for_a_while(),
+        ),
     ]
     return [{"name": name, **play(budget, steps)} for name, budget, steps in cases]
+
+
+def gone_for_a_while() -> list[Step]:
+    return [
+        *[("open", 1), ("recv", 1, 50_000, 0), ("consume", 1, 10_000), ("open", 2), ("detach", 1), ("open", 3)],
+        *[("attach", 1), ("detach", 1), ("open", 4), ("attach", 1), ("detach", 1)],
+        *[("close", 2), ("attach", 1), ("consume", 1, 40_000), ("close", 1), ("close", 3), ("close", 4)],
+    ]
 
 
 def shared() -> list[Step]:
@@ -125,6 +138,8 @@ def act(budget: Budget, streams: dict[int, Window], do: str, stream: int, *about
         return {"size": about[0], "limit": window.consume(*about)}
     if do == "pong":
         return {"at": about[0], "limit": window.pong(*about)}
+    if do == "attach":
+        return {"limit": window.attach()}
     window.close()
     return {}
 
@@ -205,31 +220,62 @@ def rows(version: int, role: str) -> Iterator[Row]:
         yield state, event, to, ["send_connected"] if answers else actions
 
 
+# What a kept stream does instead: it is over when its acceptor says so.
+KEPT_INSTEAD: list[Row] = [
+    ("remote_ended", "local_eof", "ended", ["send_eof", "close_local"]),
+    ("ended", "remote_close", "delivering", []),
+    ("ended", "remote_error", "over", ["reset_local"]),
+    ("ended", "link_lost", "over", ["reset_local"]),
+]
+KEPT_OPENER: list[Row] = [("local_ended", "remote_eof", "ended", ["send_ack", "close_local"])]
+KEPT_ACCEPTOR: list[Row] = [
+    ("local_ended", "remote_eof", "ended", ["close_local"]),
+    ("ended", "acked", "delivering", ["send_close"]),
+]
+
+
+def kept_states() -> list[Vector]:
+    out = []
+    for role, own in (("opener", KEPT_OPENER), ("acceptor", KEPT_ACCEPTOR)):
+        instead = [*KEPT_INSTEAD, *own]
+        changed = {(state, event) for state, event, _, _ in instead}
+        for state, event, to, actions in [*(row for row in rows(2, role) if row[:2] not in changed), *instead]:
+            out.append({"role": role, "state": state, "event": event, "to": to, "actions": actions})
+    return out
+
+
 # -- reconnecting of a tunnel client ------------------------------------------------------------------------------
 
 
 def reconnect() -> list[Vector]:
-    soon, later, longest, refused = (0.0, 0.1), (0.0, 0.4), (0.0, 5.0), (15.0, 30.0)
+    at_once, soon, later, longest = (0.0, 0.0), (0.0, 0.1), (0.0, 0.4), (0.0, 5.0)
+    soonest, refused = (0.0, 0.5), (15.0, 30.0)
     cases: list[tuple[str, Vector, Vector]] = [
         ("the first failure", {}, {"pause": soon, "failures": 1}),
         ("pauses double", {"failures": 2}, {"pause": later, "failures": 3}),
-        ("pauses double up to the longest", {"failures": 90}, {"pause": longest, "failures": 91}),
-        ("the longest is a setting", {"failures": 90, "delay": 1.5}, {"pause": (0.0, 1.5), "failures": 91}),
-        ("a tunnel that lived for 10 s was a good one", {"failures": 7, "lived": 10.0, "code": 1001},
-         {"pause": soon, "failures": 0}),
-        ("one that lived for less is a failure", {"failures": 2, "lived": 9.9, "code": 1006},
+        ("pauses double up to half a second", {"failures": 8}, {"pause": soonest, "failures": 9}),
+        ("they stay there for a minute or so", {"failures": 239}, {"pause": soonest, "failures": 240}),
+        ("pauses double further up to the longest", {"failures": 241}, {"pause": (0.0, 2.0), "failures": 242}),
+        ("the longest that they get", {"failures": 290}, {"pause": longest, "failures": 291}),
+        ("the longest is a setting", {"failures": 290, "delay": 1.5}, {"pause": (0.0, 1.5), "failures": 291}),
+        ("the longest may be short", {"failures": 8, "delay": 0.3}, {"pause": (0.0, 0.3), "failures": 9}),
+        ("a runner that answers and refuses", {"failures": 8, "code": 503}, {"pause": longest, "failures": 9}),
+        ("a tunnel that lived for a second was a good one", {"failures": 7, "lived": 1.0, "code": 1001},
+         {"pause": at_once, "failures": 0}),
+        ("one that lived for less is a failure", {"failures": 2, "lived": 0.9, "code": 1006},
          {"pause": later, "failures": 3}),
         ("wrong credentials", {"code": 401}, {"pause": refused, "failures": 1}),
         ("not allowed", {"code": 403, "failures": 5}, {"pause": refused, "failures": 6}),
         ("a runner that is busy", {"code": 503, "failures": 2}, {"pause": later, "failures": 3}),
         ("replaced by another client", {"lived": 1.0, "code": 4000}, {"end": "replaced", "exit": 0}),
-        ("replaced, as a container's first process", {"lived": 1.0, "code": 4000, "mode": "run"},
+        ("replaced, as a container's first process", {"lived": 0.9, "code": 4000, "mode": "run"},
          {"pause": refused, "failures": 1}),
         ("replaced after long, as a container's first process", {"lived": 3600.0, "code": 4000, "mode": "run"},
          {"pause": refused, "failures": 0}),
         ("the last attempt that is allowed", {"max": 3, "failures": 2}, {"end": "gave_up", "exit": 1}),
         ("the last but one", {"max": 3, "failures": 1}, {"pause": (0.0, 0.2), "failures": 2}),
-        ("a good tunnel counts no failures", {"max": 1, "lived": 60.0, "code": 1006}, {"pause": soon, "failures": 0}),
+        ("a good tunnel counts no failures", {"max": 1, "lived": 60.0, "code": 1006},
+         {"pause": at_once, "failures": 0}),
     ]  # fmt: skip
     default: Vector = {"mode": "serve", "failures": 0, "lived": None, "code": None, "max": 0, "delay": 5.0}
     return [{"name": name, **default, **before, "then": then} for name, before, then in cases]

@@ -90,7 +90,8 @@ pub fn connect_tcp(host: &str, port: u32) -> io::Result<OwnedFd> {
     let port = port_number(port)?;
     let mut last = io::Error::from(io::ErrorKind::NotFound);
     for address in names::resolve(host)? {
-        match TcpStream::connect_timeout(&SocketAddr::new(address, port), CONNECT) {
+        let dialled = TcpStream::connect_timeout(&SocketAddr::new(address, port), CONNECT);
+        match dialled.and_then(not_itself) {
             Ok(stream) => {
                 stream.set_nodelay(true)?;
                 stream.set_nonblocking(true)?;
@@ -100,6 +101,15 @@ pub fn connect_tcp(host: &str, port: u32) -> io::Result<OwnedFd> {
         }
     }
     Err(last)
+}
+
+/// A connection that did not reach itself: where nothing listens the kernel may dial from the very port that it dials
+/// (RFC 9293 §3.5).
+fn not_itself(stream: TcpStream) -> io::Result<TcpStream> {
+    match stream.peer_addr()? == stream.local_addr()? {
+        true => Err(io::ErrorKind::ConnectionRefused.into()),
+        false => Ok(stream),
+    }
 }
 
 /// Connects to a Unix socket.
@@ -237,6 +247,25 @@ impl Drop for Listener {
     fn drop(&mut self) {
         if let Socket::Unix(_, path) = &self.socket {
             let _ = fs::remove_file(path);
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn nobody_is_reached_where_nothing_listens_not_even_oneself() {
+        let port = TcpListener::bind("127.0.0.1:0")
+            .unwrap()
+            .local_addr()
+            .unwrap()
+            .port();
+        // Sooner or later the kernel would choose this very port to dial from.
+        for _ in 0..60_000 {
+            let error = connect_tcp("127.0.0.1", port.into()).unwrap_err();
+            assert_eq!(error.kind(), io::ErrorKind::ConnectionRefused);
         }
     }
 }

@@ -9,6 +9,7 @@ use lexopt::prelude::*;
 use crate::handshake::RunnerUrl;
 use crate::log::Level;
 use crate::settings::Settings;
+use crate::token::Place;
 
 /// What `--help` prints.
 pub const HELP: &str = "\
@@ -23,13 +24,15 @@ Options:
   -r, --runner-url URL    where the runner is   [RUNNER_URL, KOHAKURIVER_TUNNEL_URL]
   -c, --container-id ID   this container's id   [CONTAINER_ID, KOHAKURIVER_CONTAINER_ID]
   --token-file FILE       holds its token       [KOHAKURIVER_TUNNEL_TOKEN_FILE]
+  --take-token FILE       the same; the file is removed once it is read [KOHAKURIVER_TUNNEL_TAKE_TOKEN]
   --reconnect-delay SECS  what the pause between attempts grows to, at random below it [RECONNECT_DELAY, 5]
   --max-reconnect N       give up after N failures in a row, 0 for never [MAX_RECONNECT, 0]
   --log-level LEVEL       error, warn, info or debug [LOG_LEVEL, info]
   --version, --help
 
 Windows and times, bytes and seconds, from the environment: KOHAKURIVER_WINDOW_FIRST,
-KOHAKURIVER_WINDOW_MAX, KOHAKURIVER_WINDOW_BUDGET, KOHAKURIVER_UDP_IDLE, KOHAKURIVER_LINGER.
+KOHAKURIVER_WINDOW_MAX, KOHAKURIVER_WINDOW_BUDGET, KOHAKURIVER_KEEP_BUDGET, KOHAKURIVER_DETACHED_BUDGET,
+KOHAKURIVER_DETACHED_STREAMS and KOHAKURIVER_TERMINALS (numbers), KOHAKURIVER_UDP_IDLE, KOHAKURIVER_LINGER.
 LOG_LEVEL, RECONNECT_DELAY and MAX_RECONNECT may be another program's: what makes no sense in them is ignored.
 ";
 
@@ -40,8 +43,8 @@ pub struct Options {
     pub url: RunnerUrl,
     /// This container's id.
     pub container: String,
-    /// Holds the container's token.
-    pub token_file: Option<PathBuf>,
+    /// Where the container's token is.
+    pub token: Option<Place>,
     /// The longest pause between attempts.
     pub reconnect_delay: Duration,
     /// Failures in a row to give up after.
@@ -58,7 +61,7 @@ pub struct Options {
 #[derive(Debug)]
 pub enum Request {
     /// To work.
-    Work(Options),
+    Work(Box<Options>),
     /// To print this text.
     Print(String),
 }
@@ -71,7 +74,7 @@ pub fn parse(
     let mut parser = lexopt::Parser::from_iter(args);
     let mut url = env("RUNNER_URL").or_else(|| env("KOHAKURIVER_TUNNEL_URL"));
     let mut container = env("CONTAINER_ID").or_else(|| env("KOHAKURIVER_CONTAINER_ID"));
-    let mut token_file = env("KOHAKURIVER_TUNNEL_TOKEN_FILE").map(PathBuf::from);
+    let mut token = place(&env);
     // Names that others use too, with values of their own: those are ignored.
     let mut delay = word(&env, "RECONNECT_DELAY")
         .filter(|delay| Duration::try_from_secs_f64(*delay).is_ok())
@@ -83,7 +86,8 @@ pub fn parse(
         match argument {
             Short('r') | Long("runner-url") => url = Some(value(&mut parser)?),
             Short('c') | Long("container-id") => container = Some(value(&mut parser)?),
-            Long("token-file") => token_file = Some(parser.value().map_err(text)?.into()),
+            Long("token-file") => token = Some(Place::File(file(&mut parser)?)),
+            Long("take-token") => token = Some(Place::Taken(file(&mut parser)?)),
             Long("reconnect-delay") => delay = number(&mut parser)?,
             Long("max-reconnect") => max_reconnect = number(&mut parser)?,
             Long("log-level") => {
@@ -103,19 +107,28 @@ pub fn parse(
     }
     let container = container.ok_or("no container id: give --container-id or set CONTAINER_ID")?;
     check_container(&container)?;
-    Ok(Request::Work(Options {
+    Ok(Request::Work(Box::new(Options {
         url: url
             .ok_or("no runner: give --runner-url or set RUNNER_URL")?
             .parse()?,
         container,
-        token_file,
+        token,
         reconnect_delay: Duration::try_from_secs_f64(delay)
             .map_err(|_| "--reconnect-delay is a number of seconds")?,
         max_reconnect: (max_reconnect > 0).then_some(max_reconnect),
         log_level,
         settings: Settings::from_env(env)?,
         run,
-    }))
+    })))
+}
+
+fn place(env: impl Fn(&str) -> Option<String>) -> Option<Place> {
+    let taken = env("KOHAKURIVER_TUNNEL_TAKE_TOKEN").map(|path| Place::Taken(path.into()));
+    taken.or_else(|| env("KOHAKURIVER_TUNNEL_TOKEN_FILE").map(|path| Place::File(path.into())))
+}
+
+fn file(parser: &mut lexopt::Parser) -> Result<PathBuf, String> {
+    parser.value().map(PathBuf::from).map_err(text)
 }
 
 fn word<T: std::str::FromStr>(env: impl Fn(&str) -> Option<String>, name: &str) -> Option<T> {
@@ -172,7 +185,7 @@ mod tests {
                 .map(|(_, value)| (*value).to_owned())
         };
         match parse(args.iter().map(OsString::from), get)? {
-            Request::Work(options) => Ok(options),
+            Request::Work(options) => Ok(*options),
             Request::Print(text) => Err(text),
         }
     }

@@ -8,8 +8,11 @@ use crate::protocol::close;
 const FIRST_PAUSE: Duration = Duration::from_millis(100);
 /// The pause where trying again soon helps nobody: refused credentials, another client in place.
 const LONG_PAUSE: [Duration; 2] = [Duration::from_secs(15), Duration::from_secs(30)];
-/// A tunnel that lasted this long was none of the failures.
-const STEADY: Duration = Duration::from_secs(10);
+/// A tunnel that lasted this long was none of the failures, and is tried again at once.
+const GOOD: Duration = Duration::from_secs(1);
+/// A runner that answers nothing is tried so often within half a second each: its streams wait for it.
+const EAGER: u32 = 240;
+const EAGER_LONGEST: Duration = Duration::from_millis(500);
 
 /// What to do about a tunnel that is gone.
 #[derive(Debug, PartialEq, Eq)]
@@ -42,8 +45,8 @@ impl Backoff {
         if replaced && !self.returns {
             return Next::Replaced;
         }
-        let steady = lived.is_some_and(|lived| lived >= STEADY);
-        self.failures = if steady {
+        let good = lived.is_some_and(|lived| lived >= GOOD);
+        self.failures = if good {
             0
         } else {
             self.failures.saturating_add(1)
@@ -54,10 +57,20 @@ impl Backoff {
         if replaced || matches!(code, Some(401 | 403)) {
             return Next::Pause(LONG_PAUSE);
         }
-        let doublings = self.failures.saturating_sub(1).min(16);
-        Next::Pause([
-            Duration::ZERO,
-            FIRST_PAUSE.saturating_mul(1 << doublings).min(self.longest),
-        ])
+        let refused = lived.is_none() && code.is_some();
+        Next::Pause([Duration::ZERO, self.ceiling(refused)])
+    }
+
+    fn ceiling(&self, refused: bool) -> Duration {
+        let doubled = |pause: Duration, times: u32| pause.saturating_mul(1 << times.min(16));
+        let Some(doublings) = self.failures.checked_sub(1) else {
+            return Duration::ZERO;
+        };
+        let pause = match self.failures.checked_sub(EAGER) {
+            _ if refused => doubled(FIRST_PAUSE, doublings),
+            Some(beyond @ 1..) => doubled(EAGER_LONGEST, beyond),
+            _ => doubled(FIRST_PAUSE, doublings).min(EAGER_LONGEST),
+        };
+        pause.min(self.longest)
     }
 }

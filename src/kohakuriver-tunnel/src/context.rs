@@ -1,4 +1,4 @@
-//! What the streams of one link share, and what they tell the event loop.
+//! What all streams share, and what they tell the event loop.
 
 use std::cmp::Reverse;
 use std::collections::{BinaryHeap, HashMap, VecDeque};
@@ -12,6 +12,8 @@ use crate::flow::Budget;
 use crate::link::{Link, MAX_PAYLOAD};
 use crate::log;
 use crate::protocol::Header;
+use crate::registry::Registry;
+use crate::retained::Keeping;
 use crate::settings::Settings;
 use crate::streams::Key;
 
@@ -37,7 +39,7 @@ pub enum Fate {
     Over,
 }
 
-/// What happened on one link, for the log.
+/// What has happened, for the log.
 #[derive(Default)]
 #[allow(missing_docs)]
 pub struct Counters {
@@ -74,6 +76,10 @@ pub struct Context {
     pub link: Link,
     /// What windows are taken from.
     pub budget: Budget,
+    /// What is kept until it is acknowledged.
+    pub keeping: Keeping,
+    /// The streams that outlive their link.
+    pub registry: Registry,
     /// How long streams wait.
     pub settings: Settings,
     /// The time as of this turn of the loop.
@@ -99,11 +105,13 @@ pub struct Context {
 }
 
 impl Context {
-    /// What the streams of a new link share.
-    pub fn new(link: Link, settings: &Settings, now: Instant) -> Self {
+    /// What streams share before there is a link.
+    pub fn new(settings: &Settings, now: Instant) -> Self {
         Self {
-            link,
+            link: Link::default(),
             budget: Budget::new(settings),
+            keeping: Keeping::new(settings),
+            registry: Registry::new(settings),
             settings: settings.clone(),
             now,
             counters: Counters::default(),
@@ -130,8 +138,8 @@ impl Context {
         self.link.control(header, payload);
     }
 
-    /// Queues an ERROR that begins with the symbolic code of `error`.
-    pub fn refuse(&mut self, header: Header, port: u16, error: &io::Error) {
+    /// What an ERROR says of `error`, which begins with its symbolic code.
+    pub fn complaint(&self, id: u32, port: u16, error: &io::Error) -> String {
         if matches!(error.raw_os_error(), Some(libc::EMFILE | libc::ENFILE)) {
             OUT_OF_FILES.call_once(|| {
                 log!(
@@ -141,17 +149,22 @@ impl Context {
             });
         }
         let text = errors::text(error, port);
-        log!(Debug, "stream {}: {text}", header.id);
-        self.link.control(header, text.as_bytes());
+        log!(Debug, "stream {id}: {text}");
+        text
     }
 
-    /// Whether to tell now that nothing takes datagrams on `port`.
-    pub fn may_tell_refusal(&mut self, port: u16) -> bool {
+    /// When it may be told that nothing takes datagrams on `port`.
+    pub fn refusal_due(&mut self, port: u16) -> Instant {
         let now = self.now;
         self.refusals.retain(|_, told| now < *told + REFUSALS_APART);
-        let new = !self.refusals.contains_key(&port);
-        self.refusals.entry(port).or_insert(now);
-        new
+        self.refusals
+            .get(&port)
+            .map_or(now, |told| *told + REFUSALS_APART)
+    }
+
+    /// Notes that it is told now.
+    pub fn refusal_told(&mut self, port: u16) {
+        self.refusals.insert(port, self.now);
     }
 
     /// Puts a source in the queue for the link.

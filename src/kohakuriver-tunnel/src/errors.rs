@@ -38,6 +38,14 @@ fn without_port(error: &io::Error, port: u16) -> String {
         Some(libc::ENFILE) => ("ENFILE", "the node has too many open files"),
         Some(libc::EPROTO) => ("EPROTO", "more was sent than the window allows"),
         Some(libc::EPROTONOSUPPORT) => ("EPROTONOSUPPORT", "only TCP and UDP are carried"),
+        Some(libc::EAGAIN) => (
+            "EAGAIN",
+            "the task has as many terminals as it may; end some of them first",
+        ),
+        Some(libc::EDQUOT) => (
+            "EDQUOT",
+            "you have as many sessions in the task as you may; end some of them first",
+        ),
         Some(libc::ENOBUFS | libc::ENOMEM) => ("ENOBUFS", "the node is out of memory"),
         _ => {
             let said = error.to_string();

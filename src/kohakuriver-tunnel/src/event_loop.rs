@@ -1,7 +1,7 @@
 //! All I/O of the tunnel, and all waiting: the one file that knows of Tokio.
 //!
 //! Tokio waits for time, for the end, for the runner while there is no link, and for one file descriptor: the
-//! [`Epoll`] that all sockets of a link are in. Each of them registered with Tokio itself would cost as much memory
+//! [`Epoll`] that all sockets are in. Each of them registered with Tokio itself would cost as much memory
 //! again as an idle stream does (docs/architecture.md, Decisions).
 
 use std::convert::Infallible;
@@ -22,13 +22,15 @@ use tokio::sync::Notify;
 use tokio::time::{self, Sleep};
 
 use crate::handshake::{Granted, Handshake, Refusal, RunnerUrl, wrong};
-use crate::link::Link;
 use crate::listeners;
+use crate::log;
 use crate::net::{self, Network, Ready};
+use crate::protocol::Mark;
 use crate::session::{End, Session};
 use crate::settings::Settings;
 use crate::streams::Key;
 use crate::sys::{self, Epoll};
+use crate::terminal::{Line, Terminals};
 
 /// For the runner to be found, to answer, and to upgrade.
 const OPENING: Duration = Duration::from_secs(10);
@@ -36,8 +38,13 @@ const OPENING: Duration = Duration::from_secs(10);
 const UNSENT: u32 = 256 << 10;
 /// Streams have their slots as tokens.
 const LINK: u64 = u64::MAX;
+/// How many turns are taken while a link is opened before that goes on.
+const TURNS_WITHOUT_LINK: usize = 64;
 /// How many events are taken at once.
 const EVENTS: usize = 256;
+/// How long the sockets of a busy link are waited for without Tokio, which keeps being told to stop waiting.
+/// A shorter one costs more: a timer due before the kernel's tick is set anew for each wait.
+const MOMENT: Duration = Duration::from_millis(100);
 const NO_EVENT: libc::epoll_event = libc::epoll_event { events: 0, u64: 0 };
 /// How long the runner has to take a close frame that tells it of its mistake.
 const LINGER: Duration = Duration::from_secs(1);
@@ -77,10 +84,27 @@ impl EventLoop {
         Ok((events, Stop(stop)))
     }
 
+    /// What lives as long as the process, so that streams outlive their link.
+    pub fn endpoint(&self, settings: &Settings) -> io::Result<Endpoint> {
+        let _inside = self.runtime.enter();
+        let sockets = Sockets::new()?;
+        let services = Services {
+            epoll: Rc::clone(sockets.ready.get_ref()),
+            terminals: Terminals::new(settings.terminals),
+        };
+        let session = Session::new(services, settings);
+        Ok(Endpoint { session, sockets })
+    }
+
     /// Opens the WebSocket to the runner; `None` if it was told to stop instead.
-    pub fn open(&self, url: &RunnerUrl, handshake: Handshake) -> Result<Option<Opened>, Refusal> {
+    pub fn open(
+        &self,
+        endpoint: &mut Endpoint,
+        url: &RunnerUrl,
+        handshake: Handshake,
+    ) -> Result<Option<Opened>, Refusal> {
         let opening = async { time::timeout(OPENING, open(url, handshake)).await };
-        match self.unless_stopped(opening) {
+        match self.unless_stopped(endpoint, opening) {
             None => Ok(None),
             Some(Ok(opened)) => opened.map(Some),
             Some(Err(_)) => Err(io::Error::from(io::ErrorKind::TimedOut).into()),
@@ -88,41 +112,149 @@ impl EventLoop {
     }
 
     /// Sleeps; false if it was told to stop instead.
-    pub fn sleep(&self, pause: Duration) -> bool {
-        self.unless_stopped(async { time::sleep(pause).await })
+    pub fn sleep(&self, endpoint: &mut Endpoint, pause: Duration) -> bool {
+        self.unless_stopped(endpoint, async { time::sleep(pause).await })
             .is_some()
     }
 
-    fn unless_stopped<T>(&self, work: impl Future<Output = T>) -> Option<T> {
+    /// Serves the services while `work` is under way.
+    fn unless_stopped<T>(
+        &self,
+        endpoint: &mut Endpoint,
+        work: impl Future<Output = T>,
+    ) -> Option<T> {
         self.runtime.block_on(async {
             let (mut stop, mut work) = (pin!(self.stop.notified()), pin!(work));
-            poll_fn(|context| match stop.as_mut().poll(context) {
-                Poll::Ready(()) => Poll::Ready(None),
-                Poll::Pending => work.as_mut().poll(context).map(Some),
+            poll_fn(|context| {
+                if stop.as_mut().poll(context).is_ready() {
+                    return Poll::Ready(None);
+                }
+                if let Poll::Ready(done) = work.as_mut().poll(context) {
+                    return Poll::Ready(Some(done));
+                }
+                endpoint.go_on(context);
+                Poll::Pending
             })
             .await
         })
     }
 
-    /// Serves one link until it ends.
-    pub fn serve(&self, opened: Opened, settings: &Settings) -> io::Result<End> {
+    /// Serves one link until it ends; calls `new_token` when the runner says that there is one.
+    pub fn serve(
+        &self,
+        endpoint: &mut Endpoint,
+        opened: Opened,
+        new_token: impl Fn() + 'static,
+    ) -> io::Result<End> {
         let Opened { sock, granted } = opened;
         self.runtime.block_on(async {
-            let mut sockets = Sockets::new()?;
-            let services = Services(Rc::clone(sockets.ready.get_ref()));
-            services
-                .0
-                .add(&sock, LINK, libc::EPOLLIN | libc::EPOLLOUT)?;
-            let link = Link::new(Box::new(Tcp(sock)));
-            let mut session = Session::new(services, link, granted.v2, settings);
-            let turns = turns(&mut session, &mut sockets, &self.stop, &granted.early);
-            let Err(end) = turns.await;
+            let interest = libc::EPOLLIN | libc::EPOLLOUT;
+            endpoint
+                .sockets
+                .ready
+                .get_ref()
+                .add(&sock, LINK, interest)?;
+            endpoint.session.set_now(Instant::now());
+            endpoint
+                .session
+                .attach(Box::new(Tcp::Service(sock)), granted.v2);
+            endpoint.session.on_new_token(Box::new(new_token));
+            let Err(end) = endpoint.turns(&self.stop, &granted.early).await;
             if matches!(end, End::Violated(_)) {
-                let _ = linger(session.link(), &mut sockets).await;
+                let _ = endpoint.linger().await;
             }
-            session.abandon();
+            endpoint.session.unlink();
             Ok(end)
         })
+    }
+}
+
+/// The streams and their sockets.
+pub struct Endpoint {
+    session: Session<Services>,
+    sockets: Sockets,
+}
+
+impl Drop for Endpoint {
+    /// Services are to see that this was no orderly end of their connections.
+    fn drop(&mut self) {
+        self.session.abandon();
+    }
+}
+
+impl Endpoint {
+    /// Turns until the link ends.
+    async fn turns(&mut self, stop: &Notify, early: &[u8]) -> Result<Infallible, End> {
+        self.session.process(early)?;
+        let mut stopped = pin!(stop.notified());
+        loop {
+            let until = self.session.wait_until();
+            let stopping = poll_fn(|context| {
+                let stopping = stopped.as_mut().poll(context).is_ready();
+                match self.sockets.poll(context, until, MOMENT) {
+                    Poll::Pending if !stopping => Poll::Pending,
+                    Poll::Ready(Err(error)) => Poll::Ready(Err(error)),
+                    _ => Poll::Ready(Ok(stopping)),
+                }
+            });
+            let stopping = stopping.await?;
+            self.take_events();
+            if stopping {
+                self.session.stop();
+                stopped.set(stop.notified());
+            }
+            self.session.turn(self.sockets.events().is_empty())?;
+        }
+    }
+
+    /// Notes what has happened to the sockets, and what time it is.
+    fn take_events(&mut self) {
+        self.session.set_now(Instant::now());
+        for event in self.sockets.events() {
+            match event.u64 {
+                LINK => self.session.link_ready(ready(event)),
+                slot => self.session.stream_ready(slot as usize, ready(event)),
+            }
+        }
+    }
+
+    /// Does what there is to do without a link.
+    fn go_on(&mut self, context: &mut Context<'_>) {
+        for _ in 0..TURNS_WITHOUT_LINK {
+            match self
+                .sockets
+                .poll(context, self.session.wait_until(), Duration::ZERO)
+            {
+                Poll::Pending => return,
+                Poll::Ready(Err(error)) => {
+                    log!(Error, "services can't be served: {error}");
+                    return;
+                }
+                Poll::Ready(Ok(())) => self.take_events(),
+            }
+            // Without a link none can end.
+            let _ = self.session.turn(self.sockets.events().is_empty());
+        }
+        context.waker().wake_by_ref();
+    }
+
+    /// Takes what the runner still sends: unread bytes would make our end a reset, and a reset
+    /// overtakes the close frame.
+    async fn linger(&mut self) -> io::Result<()> {
+        let until = Instant::now() + LINGER;
+        let mut buffer = vec![0; 64 << 10];
+        self.session.link().finish_writing()?;
+        while Instant::now() < until {
+            match self.session.link().read(&mut buffer) {
+                Ok(0) => break,
+                Err(error) if error.kind() == io::ErrorKind::WouldBlock => {
+                    poll_fn(|context| self.sockets.poll(context, Some(until), MOMENT)).await?;
+                    self.take_events();
+                }
+                result => drop(result?),
+            }
+        }
+        Ok(())
     }
 }
 
@@ -160,59 +292,7 @@ async fn dial(place: (&str, u16)) -> Result<tokio::net::TcpStream, Refusal> {
     Err(last)
 }
 
-async fn turns(
-    session: &mut Session<Services>,
-    sockets: &mut Sockets,
-    stop: &Notify,
-    early: &[u8],
-) -> Result<Infallible, End> {
-    session.process(early)?;
-    let mut stopped = pin!(stop.notified());
-    loop {
-        let until = session.wait_until();
-        let stopping = poll_fn(|context| {
-            let stopping = stopped.as_mut().poll(context).is_ready();
-            match sockets.poll(context, until) {
-                Poll::Pending if !stopping => Poll::Pending,
-                Poll::Ready(Err(error)) => Poll::Ready(Err(error)),
-                _ => Poll::Ready(Ok(stopping)),
-            }
-        });
-        let stopping = stopping.await?;
-        session.set_now(Instant::now());
-        for event in sockets.events() {
-            match event.u64 {
-                LINK => session.link_ready(ready(event)),
-                slot => session.stream_ready(slot as usize, ready(event)),
-            }
-        }
-        if stopping {
-            session.stop();
-            stopped.set(stop.notified());
-        }
-        session.turn(sockets.events().is_empty())?;
-    }
-}
-
-/// Takes what the runner still sends: unread bytes would make our end a reset, and a reset
-/// overtakes the close frame.
-async fn linger(link: &mut Link, sockets: &mut Sockets) -> io::Result<()> {
-    let until = Instant::now() + LINGER;
-    let mut buffer = vec![0; 64 << 10];
-    link.finish_writing()?;
-    while Instant::now() < until {
-        match link.read(&mut buffer) {
-            Ok(0) => break,
-            Err(error) if error.kind() == io::ErrorKind::WouldBlock => {
-                poll_fn(|context| sockets.poll(context, Some(until))).await?;
-            }
-            result => drop(result?),
-        }
-    }
-    Ok(())
-}
-
-/// The sockets of a link, and what has happened to them.
+/// All sockets, and what has happened to them.
 struct Sockets {
     ready: AsyncFd<Rc<Epoll>>,
     timer: Pin<Box<Sleep>>,
@@ -233,17 +313,27 @@ impl Sockets {
         })
     }
 
-    /// Waits for events, until then at the latest. While they come the sockets are asked first: Tokio costs more.
-    fn poll(&mut self, context: &mut Context<'_>, until: Option<Instant>) -> Poll<io::Result<()>> {
+    /// Waits for events, until then at the latest. While they come the sockets alone are waited for first, for a
+    /// `moment`: Tokio costs more.
+    fn poll(
+        &mut self,
+        context: &mut Context<'_>,
+        until: Option<Instant>,
+        moment: Duration,
+    ) -> Poll<io::Result<()>> {
         if self.count > 0 || until.is_none() {
-            self.count = self.ready.get_ref().events(&mut self.events)?.len();
+            let long = until.is_some_and(|until| until > Instant::now() + moment);
+            let wait = if long { moment } else { Duration::ZERO };
+            let events = self.ready.get_ref().events(&mut self.events, wait);
+            self.count = events?.len();
         }
         let Some(until) = until.filter(|_| self.count == 0) else {
             return Poll::Ready(Ok(()));
         };
         while let Poll::Ready(guard) = self.ready.poll_read_ready(context) {
             let mut guard = guard?;
-            self.count = guard.get_inner().events(&mut self.events)?.len();
+            let events = guard.get_inner().events(&mut self.events, Duration::ZERO);
+            self.count = events?.len();
             if self.count < EVENTS {
                 guard.clear_ready();
             }
@@ -283,7 +373,10 @@ fn ready(event: &libc::epoll_event) -> Ready {
 }
 
 /// The container's services over the system's sockets.
-struct Services(Rc<Epoll>);
+struct Services {
+    epoll: Rc<Epoll>,
+    terminals: Terminals,
+}
 
 impl Network for Services {
     type Tcp = Tcp;
@@ -295,9 +388,9 @@ impl Network for Services {
             Err(error) if error.raw_os_error() != Some(libc::EINPROGRESS) => return Err(error),
             _ => {}
         }
-        self.0
+        self.epoll
             .add(&sock, key.slot.into(), libc::EPOLLIN | libc::EPOLLOUT)?;
-        Ok(Tcp(sock.into()))
+        Ok(Tcp::Service(sock.into()))
     }
 
     fn open(&self, to: SocketAddr, key: Key) -> io::Result<Udp> {
@@ -314,8 +407,19 @@ impl Network for Services {
         }
         sock.connect(to)?;
         sock.set_nonblocking(true)?;
-        self.0.add(&sock, key.slot.into(), libc::EPOLLIN)?;
+        self.epoll.add(&sock, key.slot.into(), libc::EPOLLIN)?;
         Ok(Udp(sock))
+    }
+
+    fn terminal(&self, start: &[u8], mark: &Mark, key: Key) -> io::Result<Tcp> {
+        let line = self.terminals.open(start, mark)?;
+        self.epoll
+            .add(&line, key.slot.into(), libc::EPOLLIN | libc::EPOLLOUT)?;
+        Ok(Tcp::Terminal(line))
+    }
+
+    fn revoke(&self, mark: &Mark) {
+        self.terminals.revoke(mark);
     }
 
     fn listeners(&self, udp: bool, port: u16) -> Vec<SocketAddr> {
@@ -323,21 +427,33 @@ impl Network for Services {
     }
 }
 
-struct Tcp(TcpStream);
+enum Tcp {
+    Service(TcpStream),
+    Terminal(Line),
+}
 
 impl Read for Tcp {
     fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
-        self.0.read(buffer)
+        match self {
+            Self::Service(sock) => sock.read(buffer),
+            Self::Terminal(line) => line.sock().read(buffer),
+        }
     }
 }
 
 impl Write for Tcp {
     fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
-        self.0.write(bytes)
+        match self {
+            Self::Service(sock) => sock.write(bytes),
+            Self::Terminal(line) => line.sock().write(bytes),
+        }
     }
 
     fn write_vectored(&mut self, pieces: &[IoSlice<'_>]) -> io::Result<usize> {
-        self.0.write_vectored(pieces)
+        match self {
+            Self::Service(sock) => sock.write_vectored(pieces),
+            Self::Terminal(line) => line.sock().write_vectored(pieces),
+        }
     }
 
     fn flush(&mut self) -> io::Result<()> {
@@ -347,26 +463,44 @@ impl Write for Tcp {
 
 impl net::TcpSocket for Tcp {
     fn dialled(&mut self) -> io::Result<bool> {
-        if let Some(error) = self.0.take_error()? {
-            return Err(error);
-        }
-        match self.0.peer_addr() {
-            // Where nothing listens the kernel may dial from the very port that it dials (RFC 9293 §3.5).
-            Ok(peer) if peer == self.0.local_addr()? => {
-                Err(io::Error::from_raw_os_error(libc::ECONNREFUSED))
-            }
-            Ok(_) => self.0.set_nodelay(true).map(|()| true),
-            Err(error) if error.kind() == io::ErrorKind::NotConnected => Ok(false),
-            Err(error) => Err(error),
+        match self {
+            Self::Service(sock) => dialled(sock),
+            Self::Terminal(_) => Ok(true),
         }
     }
 
     fn finish_writing(&mut self) -> io::Result<()> {
-        self.0.shutdown(Shutdown::Write)
+        match self {
+            Self::Service(sock) => sock.shutdown(Shutdown::Write),
+            Self::Terminal(line) => line.sock().shutdown(Shutdown::Write),
+        }
     }
 
     fn reset_on_close(&mut self) {
-        sys::reset_on_close(&self.0);
+        if let Self::Service(sock) = self {
+            sys::reset_on_close(sock);
+        }
+    }
+
+    fn attend(&mut self, yes: bool) {
+        if let Self::Terminal(line) = self {
+            line.attend(yes);
+        }
+    }
+}
+
+fn dialled(sock: &TcpStream) -> io::Result<bool> {
+    if let Some(error) = sock.take_error()? {
+        return Err(error);
+    }
+    match sock.peer_addr() {
+        // Where nothing listens the kernel may dial from the very port that it dials (RFC 9293 §3.5).
+        Ok(peer) if peer == sock.local_addr()? => {
+            Err(io::Error::from_raw_os_error(libc::ECONNREFUSED))
+        }
+        Ok(_) => sock.set_nodelay(true).map(|()| true),
+        Err(error) if error.kind() == io::ErrorKind::NotConnected => Ok(false),
+        Err(error) => Err(error),
     }
 }
 
@@ -399,7 +533,7 @@ mod tests {
             let sock = Socket::new(domain, Type::STREAM, None).unwrap();
             sock.bind(&SocketAddr::new(ip, 0).into()).unwrap();
             sock.connect(&sock.local_addr().unwrap()).unwrap();
-            let error = Tcp(sock.into()).dialled().unwrap_err();
+            let error = Tcp::Service(sock.into()).dialled().unwrap_err();
             assert_eq!(error.raw_os_error(), Some(libc::ECONNREFUSED));
         }
     }

@@ -61,7 +61,8 @@ pub struct ReceiveWindow {
     cap: u64,
     /// The size of what came last.
     newest: u64,
-    ping: Ping,
+    /// From the first PING on: most streams never need one.
+    ping: Option<Box<Ping>>,
 }
 
 /// Measures the rate over one round trip, to see whether the window is what holds the peer back.
@@ -84,6 +85,39 @@ struct Ping {
     skipped: u64,
 }
 
+impl Ping {
+    fn new(pause: u64) -> Self {
+        Self {
+            pinged: None,
+            ping_from: 0,
+            best: 0.0,
+            steady: 0.0,
+            ponged_at: None,
+            shortest: f64::INFINITY,
+            pause,
+            skipped: 0,
+        }
+    }
+
+    /// Takes the PONG: the bytes of the sample, and whether it came at a rate that pays.
+    fn sample(&mut self, received: u64, now: Instant) -> Option<(u64, bool)> {
+        let (ping_at, ping_from) = self.pinged.take()?;
+        if let Some(last) = self.ponged_at.replace(now) {
+            let came = (received - self.ping_from) as f64;
+            let steady = came / now.duration_since(last).as_secs_f64().max(1e-6);
+            self.steady = steady.max(self.steady);
+        }
+        self.ping_from = received;
+        let sample = received - ping_from;
+        let took = now.duration_since(ping_at).as_secs_f64().max(1e-6);
+        self.shortest = self.shortest.min(took);
+        let rate = sample as f64 / took;
+        let pays = rate > WORTHWHILE * self.best;
+        self.best = rate.max(self.best);
+        Some((sample, pays))
+    }
+}
+
 impl ReceiveWindow {
     /// A stream's first window, from what the others left of the budget.
     pub fn new(budget: &mut Budget) -> Self {
@@ -97,22 +131,26 @@ impl ReceiveWindow {
             consumed: 0,
             cap: budget.cap,
             newest: 0,
-            ping: Ping {
-                pinged: None,
-                ping_from: 0,
-                best: 0.0,
-                steady: 0.0,
-                ponged_at: None,
-                shortest: f64::INFINITY,
-                pause: size / 4,
-                skipped: 0,
-            },
+            ping: None,
         }
     }
 
     /// The limit that the peer has been given.
     pub fn granted(&self) -> u64 {
         self.granted
+    }
+
+    /// How many bytes have come.
+    pub fn received(&self) -> u64 {
+        self.received
+    }
+
+    /// The link is gone that would have brought the PONG.
+    fn forget_ping(&mut self) {
+        if let Some(ping) = &mut self.ping {
+            (ping.pinged, ping.ponged_at) = (None, None);
+            ping.ping_from = self.received;
+        }
     }
 
     /// Counts `n` bytes from the peer.
@@ -134,7 +172,9 @@ impl ReceiveWindow {
 
     /// The part of the window that the peer may have under way now.
     fn in_force(&self, budget: &Budget) -> u64 {
-        let ping = &self.ping;
+        let Some(ping) = &self.ping else {
+            return self.size;
+        };
         if !budget.shared || ping.shortest > SHORT_LINK {
             return self.size;
         }
@@ -144,11 +184,15 @@ impl ReceiveWindow {
 
     /// Whether to send a PING on the stream now, to measure its rate.
     pub fn wants_ping(&mut self, now: Instant) -> bool {
-        let due = self.ping.pinged.is_none()
-            && self.size < self.cap
-            && self.received - self.ping.ping_from >= self.ping.pause;
+        let (from, pause) = match &self.ping {
+            Some(ping) if ping.pinged.is_some() => return false,
+            Some(ping) => (ping.ping_from, ping.pause),
+            None => (0, self.size / 4),
+        };
+        let due = self.size < self.cap && self.received - from >= pause;
         if due {
-            self.ping.pinged = Some((now, self.received - self.newest));
+            let ping = self.ping.get_or_insert_with(|| Box::new(Ping::new(pause)));
+            ping.pinged = Some((now, self.received - self.newest));
         }
         due
     }
@@ -156,35 +200,33 @@ impl ReceiveWindow {
     /// Takes the PONG of the PING and widens the window where that is what limits the rate; the
     /// new limit if so.
     pub fn pong(&mut self, now: Instant, budget: &mut Budget) -> Option<u64> {
-        let (ping_at, ping_from) = self.ping.pinged.take()?;
-        if let Some(last) = self.ping.ponged_at.replace(now) {
-            let came = (self.received - self.ping.ping_from) as f64;
-            let steady = came / now.duration_since(last).as_secs_f64().max(1e-6);
-            self.ping.steady = steady.max(self.ping.steady);
-        }
-        self.ping.ping_from = self.received;
-        let sample = self.received - ping_from;
-        let took = now.duration_since(ping_at).as_secs_f64().max(1e-6);
-        self.ping.shortest = self.ping.shortest.min(took);
-        let rate = sample as f64 / took;
-        let pays = rate > WORTHWHILE * self.ping.best;
-        self.ping.best = rate.max(self.ping.best);
+        let ping = self.ping.as_mut()?;
+        let (sample, pays) = ping.sample(self.received, now)?;
         if !pays || sample * 3 < self.size * 2 {
-            self.ping.skipped = (2 * self.ping.skipped).max(self.size).min(RAREST_PING);
-            self.ping.pause = self.ping.skipped + self.size / 4;
+            ping.skipped = (2 * ping.skipped).max(self.size).min(RAREST_PING);
+            ping.pause = ping.skipped + self.size / 4;
             return None;
         }
         let in_flight = self.size;
         let extra = budget.take(self.size.min(self.cap - self.size));
         self.paid += extra;
         self.size += extra;
-        self.ping.skipped = 0;
+        ping.skipped = 0;
         // What comes first was sent for the smaller window.
-        self.ping.pause = in_flight + self.size / 4;
+        ping.pause = in_flight + self.size / 4;
         self.grant(self.in_force(budget), 1)
     }
 
-    /// Gives the window back at the stream's end.
+    /// There is a link again: takes a window as large as before, or what is left. The limit is another one.
+    pub fn attach(&mut self, budget: &mut Budget) {
+        self.close(budget);
+        self.paid = budget.take(self.size.max(budget.first));
+        self.size = self.paid.max(MIN_WINDOW);
+        self.granted = self.received.max(self.consumed + self.size);
+        self.forget_ping();
+    }
+
+    /// Gives the window back at the stream's end, and for as long as it has no link: nothing can come then.
     pub fn close(&mut self, budget: &mut Budget) {
         budget.left += std::mem::take(&mut self.paid);
     }
@@ -314,7 +356,9 @@ mod tests {
         let mut budget = budget(64 << 20);
         let mut receiving = ReceiveWindow::new(&mut budget);
         (receiving.size, receiving.granted) = (4 << 20, 4 << 20);
-        (receiving.ping.steady, receiving.ping.shortest) = (1e9, 4e-4);
+        let mut ping = Ping::new(0);
+        (ping.steady, ping.shortest) = (1e9, 4e-4);
+        receiving.ping = Some(Box::new(ping));
         budget.shared = true;
         let needed = 600_000;
         receiving.receive(4 << 20).unwrap();

@@ -265,6 +265,21 @@ pub fn mask(bytes: &mut [u8], key: [u8; 4]) {
     }
 }
 
+/// Puts `bytes`, XORed with `key` as [`mask`] does, into as many of another place.
+pub fn mask_into(bytes: &[u8], key: [u8; 4], into: &mut [u8]) {
+    let wide = u64::from_ne_bytes([
+        key[0], key[1], key[2], key[3], key[0], key[1], key[2], key[3],
+    ]);
+    let (words, tail) = bytes.as_chunks::<8>();
+    let (places, rest) = into.as_chunks_mut::<8>();
+    for (place, word) in places.iter_mut().zip(words) {
+        *place = (u64::from_ne_bytes(*word) ^ wide).to_ne_bytes();
+    }
+    for ((place, byte), key) in rest.iter_mut().zip(tail).zip(key.iter().cycle()) {
+        *place = byte ^ key;
+    }
+}
+
 /// Masking keys from the system's random source, fetched many at a time.
 pub struct MaskKeys {
     pool: [u8; 1024],

@@ -10,7 +10,7 @@ use tungstenite::handshake::derive_accept_key;
 use tungstenite::handshake::machine::TryParse;
 use tungstenite::http::{HeaderMap, StatusCode, Uri};
 
-use crate::protocol::SUBPROTOCOL_V2;
+use crate::protocol::{CLIENT_HEADER, SUBPROTOCOL_V2};
 use crate::sys;
 
 const END_OF_HEAD: &[u8] = b"\r\n\r\n";
@@ -99,6 +99,8 @@ pub enum Refusal {
     Unreachable(String),
     /// The runner doesn't take this token: 401 or 403.
     NotAllowed(u16),
+    /// The runner answered with another HTTP status.
+    Refused(u16),
 }
 
 impl Refusal {
@@ -106,7 +108,7 @@ impl Refusal {
     pub fn status(&self) -> Option<u16> {
         match self {
             Self::Unreachable(_) => None,
-            Self::NotAllowed(status) => Some(*status),
+            Self::NotAllowed(status) | Self::Refused(status) => Some(*status),
         }
     }
 }
@@ -115,6 +117,7 @@ impl fmt::Display for Refusal {
     fn fmt(&self, out: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
             Self::Unreachable(reason) => out.write_str(reason),
+            Self::Refused(status) => write!(out, "the runner answered HTTP {status}"),
             Self::NotAllowed(status) => {
                 write!(
                     out,
@@ -167,14 +170,19 @@ pub struct Handshake {
 }
 
 impl Handshake {
-    /// For the tunnel of `container`.
-    pub fn new(url: &RunnerUrl, container: &str, token: Option<&str>) -> Result<Self, Refusal> {
+    /// For the tunnel of `container`, as the client of that id.
+    pub fn new(
+        url: &RunnerUrl,
+        container: &str,
+        client: &str,
+        token: Option<&str>,
+    ) -> Result<Self, Refusal> {
         // The library's own key needs a /dev, which an image may lack.
         let mut nonce = [0; 16];
         sys::random(&mut nonce);
         let key = BASE64.encode(&nonce);
         Ok(Self {
-            request: request(url, container, token, &key)?,
+            request: request(url, container, client, token, &key)?,
             key,
             answer: Vec::new(),
         })
@@ -213,6 +221,7 @@ impl Handshake {
 fn request(
     url: &RunnerUrl,
     container: &str,
+    client: &str,
     token: Option<&str>,
     key: &str,
 ) -> Result<Vec<u8>, Refusal> {
@@ -228,6 +237,7 @@ fn request(
         .header("Sec-WebSocket-Version", "13")
         .header("Sec-WebSocket-Key", key)
         .header("Sec-WebSocket-Protocol", SUBPROTOCOL_V2)
+        .header(CLIENT_HEADER, client)
         .header(
             "User-Agent",
             concat!("kohakuriver-tunnel/", env!("CARGO_PKG_VERSION")),
@@ -247,12 +257,7 @@ fn check(response: &Response, key: &str) -> Result<bool, Refusal> {
         status @ (StatusCode::UNAUTHORIZED | StatusCode::FORBIDDEN) => {
             return Err(Refusal::NotAllowed(status.as_u16()));
         }
-        status => {
-            return Err(wrong(format!(
-                "the runner answered HTTP {}",
-                status.as_u16()
-            )));
-        }
+        status => return Err(Refusal::Refused(status.as_u16())),
     }
     let headers = response.headers();
     if !has(headers, "upgrade", "websocket") || !has(headers, "connection", "upgrade") {
@@ -354,7 +359,7 @@ mod tests {
     #[test]
     fn an_answer_may_come_byte_by_byte_with_the_first_message_behind_it() {
         let url = "http://runner".parse().unwrap();
-        let mut handshake = Handshake::new(&url, "c", None).unwrap();
+        let mut handshake = Handshake::new(&url, "c", "1f", None).unwrap();
         let accept = format!(
             "Sec-WebSocket-Accept: {}",
             derive_accept_key(handshake.key.as_bytes())
@@ -374,7 +379,7 @@ mod tests {
     #[test]
     fn an_answer_that_ends_early_or_never_is_refused() {
         let url = "http://runner".parse().unwrap();
-        let handshake = || Handshake::new(&url, "c", None).unwrap();
+        let handshake = || Handshake::new(&url, "c", "1f", None).unwrap();
         assert!(handshake().receive(b"").is_err());
         let mut endless = handshake();
         assert!(endless.receive(&[b'x'; MAX_HEAD]).unwrap().is_none());
@@ -386,7 +391,7 @@ mod tests {
         let status = |code| check(format!("HTTP/1.1 {code} No\r\n\r\n").as_bytes(), KEY);
         assert!(matches!(status(401), Err(Refusal::NotAllowed(401))));
         assert!(matches!(status(403), Err(Refusal::NotAllowed(403))));
-        assert!(matches!(status(502), Err(Refusal::Unreachable(_))));
+        assert!(matches!(status(502), Err(Refusal::Refused(502))));
     }
 
     proptest! {
@@ -428,10 +433,10 @@ mod tests {
         #[test]
         fn what_is_taken_for_a_url_fits_into_a_request(text in "\\PC{0,40}|(http|ws)://[a-z.:\\[\\]0-9/]{0,30}") {
             if let Ok(url) = text.parse::<RunnerUrl>() {
-                let request = request(&url, "c", None, KEY).unwrap();
+                let request = request(&url, "c", "1f", None, KEY).unwrap();
                 let (length, parsed) = tungstenite::handshake::server::Request::try_parse(&request).unwrap().unwrap();
                 prop_assert_eq!(length, request.len());
-                prop_assert_eq!(parsed.headers().len(), 7);
+                prop_assert_eq!(parsed.headers().len(), 8);
             }
         }
     }

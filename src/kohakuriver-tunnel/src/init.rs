@@ -5,10 +5,13 @@ use std::io;
 use std::os::unix::process::CommandExt;
 use std::process::{self, Command};
 
+use crate::children;
 use crate::sys::{self, Change, SignalSet};
 
-const NOT_EXECUTABLE: i32 = 126;
-const NOT_FOUND: i32 = 127;
+/// The exit code that shells give for a program that can't be run.
+pub const NOT_EXECUTABLE: i32 = 126;
+/// The one for a program that isn't there.
+pub const NOT_FOUND: i32 = 127;
 
 /// Signals that the command gets as well as we.
 const FORWARDED: [libc::c_int; 7] = [
@@ -95,7 +98,7 @@ pub fn supervise(signals: &SignalSet, command: Option<libc::pid_t>) -> i32 {
 /// Collects all children that have ended; the exit code if `command` is among them.
 fn reap(command: Option<libc::pid_t>) -> Option<i32> {
     let mut code = None;
-    while let Some((pid, change)) = sys::reap_one() {
+    while let Some((pid, change)) = children::reap_one() {
         if Some(pid) == command {
             code = Some(match change {
                 Change::Exited(code) => code,

@@ -2,7 +2,7 @@
 
 use std::io::{self, IoSlice};
 
-use crate::frame::{ClientHeader, MaskKeys, mask, opcode};
+use crate::frame::{ClientHeader, MaskKeys, mask, mask_into, opcode};
 use crate::net::TcpSocket;
 use crate::protocol::{HEADER, Header, MAX_SENT};
 
@@ -14,9 +14,10 @@ pub const MAX_PAYLOAD: usize = MAX_SENT - HEADROOM;
 /// One frame with payload at a time, built where it was read, plus small messages that overtake the
 /// next one.
 pub struct Link {
-    sock: Box<dyn TcpSocket>,
+    /// None between two links.
+    sock: Option<Box<dyn TcpSocket>>,
     /// Set by an edge of readiness, cleared by a short write.
-    pub writable: bool,
+    writable: bool,
     frame: Vec<u8>,
     frame_at: usize,
     frame_end: usize,
@@ -27,12 +28,11 @@ pub struct Link {
     keys: MaskKeys,
 }
 
-impl Link {
-    /// A link on a connected, non-blocking socket whose handshake is done.
-    pub fn new(sock: Box<dyn TcpSocket>) -> Self {
+impl Default for Link {
+    fn default() -> Self {
         Self {
-            sock,
-            writable: true,
+            sock: None,
+            writable: false,
             frame: vec![0; HEADROOM + MAX_PAYLOAD],
             frame_at: 0,
             frame_end: 0,
@@ -42,15 +42,46 @@ impl Link {
             keys: MaskKeys::default(),
         }
     }
+}
+
+impl Link {
+    /// Begins on a connected, non-blocking socket whose handshake is done.
+    pub fn open(&mut self, sock: Box<dyn TcpSocket>) {
+        self.close();
+        (self.sock, self.writable) = (Some(sock), true);
+    }
+
+    /// Forgets the socket and what waited for it. Until the next one all messages are dropped.
+    pub fn close(&mut self) {
+        (self.sock, self.writable) = (None, false);
+        (self.frame_at, self.frame_end, self.frame_begun) = (0, 0, false);
+        self.urgent = Vec::new();
+        self.urgent_at = 0;
+    }
+
+    /// Whether there is a socket.
+    pub fn is_open(&self) -> bool {
+        self.sock.is_some()
+    }
+
+    /// Notes that the socket may take bytes again.
+    pub fn now_writable(&mut self) {
+        self.writable = self.is_open();
+    }
 
     /// Tells the runner that nothing more is sent.
     pub fn finish_writing(&mut self) -> io::Result<()> {
-        self.sock.finish_writing()
+        self.sock
+            .as_mut()
+            .map_or(Ok(()), |sock| sock.finish_writing())
     }
 
     /// Reads once from the socket.
     pub fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
-        self.sock.read(buffer)
+        match &mut self.sock {
+            Some(sock) => sock.read(buffer),
+            None => Err(io::ErrorKind::WouldBlock.into()),
+        }
     }
 
     /// Whether a frame with payload can be sent now. Only then may a source be read.
@@ -67,16 +98,30 @@ impl Link {
     /// Sends the first `length` bytes of [`Link::payload`] under `header`. What the socket doesn't
     /// take stays, and the link is not idle until it is gone.
     pub fn send_payload(&mut self, header: Header, length: usize) -> io::Result<()> {
+        let key = self.begin(header, length);
+        mask(&mut self.frame[HEADROOM..self.frame_end], key);
+        self.flush()
+    }
+
+    /// The same with bytes from elsewhere, which stay as they are; at most [`MAX_PAYLOAD`].
+    pub fn send_copy(&mut self, header: Header, bytes: &[u8]) -> io::Result<()> {
+        let key = self.begin(header, bytes.len());
+        mask_into(bytes, key, &mut self.frame[HEADROOM..self.frame_end]);
+        self.flush()
+    }
+
+    /// Puts both headers in front of `length` bytes of payload; the key that these are to be masked with.
+    fn begin(&mut self, header: Header, length: usize) -> [u8; 4] {
         let key = self.keys.next_key();
         let head = ClientHeader::new(opcode::BINARY, HEADER + length, key);
         let body_at = HEADROOM - HEADER;
         self.frame_end = HEADROOM + length;
         self.frame_at = body_at - head.as_slice().len();
         self.frame_begun = false;
-        self.frame[body_at..HEADROOM].copy_from_slice(&header.pack());
         self.frame[self.frame_at..body_at].copy_from_slice(head.as_slice());
-        mask(&mut self.frame[body_at..self.frame_end], key);
-        self.flush()
+        self.frame[body_at..HEADROOM].copy_from_slice(&header.pack());
+        mask(&mut self.frame[body_at..HEADROOM], key);
+        key
     }
 
     /// Queues a small message. It goes out ahead of the next frame with payload.
@@ -101,19 +146,19 @@ impl Link {
 
     /// Writes what waits, until there is none or the socket takes no more.
     pub fn flush(&mut self) -> io::Result<()> {
-        while self.writable {
+        while self.writable
+            && self.is_waiting()
+            && let Some(sock) = &mut self.sock
+        {
             let urgent = IoSlice::new(&self.urgent[self.urgent_at..]);
             let frame = IoSlice::new(&self.frame[self.frame_at..self.frame_end]);
             let waiting = urgent.len() + frame.len();
-            if waiting == 0 {
-                break;
-            }
             let order = if self.frame_begun {
                 [frame, urgent]
             } else {
                 [urgent, frame]
             };
-            match self.sock.write_vectored(&order) {
+            match sock.write_vectored(&order) {
                 Ok(written) => {
                     self.writable = written == waiting;
                     self.advance(written);
@@ -127,6 +172,9 @@ impl Link {
     }
 
     fn enqueue(&mut self, opcode: u8, parts: &[&[u8]]) {
+        if !self.is_open() {
+            return;
+        }
         let length = parts.iter().map(|part| part.len()).sum();
         let key = self.keys.next_key();
         self.urgent

@@ -4,12 +4,13 @@ use std::env;
 use std::io::{self, Write};
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::process::ExitCode;
-use std::sync::mpsc;
+use std::sync::{Arc, mpsc};
 use std::thread;
 use std::time::Duration;
 
 use kohakuriver_tunnel::args::{self, Options, Request};
 use kohakuriver_tunnel::event_loop::EventLoop;
+use kohakuriver_tunnel::token::Token;
 use kohakuriver_tunnel::tunnel::{self, Outcome};
 use kohakuriver_tunnel::{init, log, sys};
 
@@ -29,7 +30,7 @@ fn main() -> ExitCode {
                 ExitCode::FAILURE
             }
         }
-        Ok(Request::Work(options)) => work(options).unwrap_or_else(|error| {
+        Ok(Request::Work(options)) => work(*options).unwrap_or_else(|error| {
             log!(Error, "can't start: {error}");
             ExitCode::FAILURE
         }),
@@ -47,6 +48,8 @@ fn work(options: Options) -> io::Result<ExitCode> {
     let signals = init::block_signals()?;
     let files = sys::raise_file_limit()?;
     init::adopt_orphans()?;
+    let token = Arc::new(Token::new(options.token.clone()));
+    token.take();
     let command = match options.run.as_deref() {
         None | Some([]) => None,
         Some(command) => match init::start(command, files, &ignored) {
@@ -63,7 +66,7 @@ fn work(options: Options) -> io::Result<ExitCode> {
         .name("tunnel".into())
         .spawn(move || {
             let _ended = ended;
-            carry(&options, events);
+            carry(&options, &token, events);
         })?;
     let code = init::supervise(&signals, command);
     stop.now();
@@ -72,9 +75,9 @@ fn work(options: Options) -> io::Result<ExitCode> {
 }
 
 /// Keeps the tunnel up, also past a mistake of our own: the command beside it knows nothing of it.
-fn carry(options: &Options, events: EventLoop) {
+fn carry(options: &Options, token: &Arc<Token>, events: EventLoop) {
     let outcome = loop {
-        match catch_unwind(AssertUnwindSafe(|| tunnel::run(options, &events))) {
+        match catch_unwind(AssertUnwindSafe(|| tunnel::run(options, token, &events))) {
             Ok(outcome) => break outcome,
             Err(_) => log!(Error, "the tunnel failed, and starts again"),
         }

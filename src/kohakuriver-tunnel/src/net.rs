@@ -4,6 +4,7 @@
 use std::io::{self, Read, Write};
 use std::net::SocketAddr;
 
+use crate::protocol::Mark;
 use crate::streams::Key;
 
 /// Opens sockets towards the container's services.
@@ -17,6 +18,10 @@ pub trait Network {
     fn dial(&self, to: SocketAddr, key: Key) -> io::Result<Self::Tcp>;
     /// A datagram socket that talks to `to` only.
     fn open(&self, to: SocketAddr, key: Key) -> io::Result<Self::Udp>;
+    /// Starts a terminal for the user of this mark; `start` is what its CONNECT says (docs/protocol.md §6).
+    fn terminal(&self, start: &[u8], mark: &Mark, key: Key) -> io::Result<Self::Tcp>;
+    /// The terminals of this user that outlive their streams end.
+    fn revoke(&self, mark: &Mark);
     /// Where else than on 127.0.0.1 and ::1 something listens on `port` (TCP), or takes datagrams.
     fn listeners(&self, udp: bool, port: u16) -> Vec<SocketAddr>;
 }
@@ -29,6 +34,8 @@ pub trait TcpSocket: Read + Write {
     fn finish_writing(&mut self) -> io::Result<()>;
     /// Makes the coming end of the connection a reset.
     fn reset_on_close(&mut self);
+    /// Tells whether a link has the stream, from now on.
+    fn attend(&mut self, yes: bool);
 }
 
 /// A datagram socket with one peer.

@@ -1,4 +1,7 @@
-//! One link's life without its waiting: the streams, and what each message and each turn does.
+//! The streams and the link that carries them, without any waiting: what each message and each turn does. Links come and
+//! go, the session stays.
+
+mod kept;
 
 use std::io::{self, IoSlice};
 use std::time::{Duration, Instant};
@@ -9,11 +12,14 @@ use crate::keepalive::{Due, Keepalive};
 use crate::link::Link;
 use crate::log;
 use crate::message::{Item, Reader};
-use crate::net::{Network, Ready};
-use crate::protocol::{self, HEADER, Header, MAX_SENT, TCP, UDP, Violation, close, kind};
+use crate::net::{Network, Ready, TcpSocket};
+use crate::protocol::{
+    self, HEADER, Header, MAX_SENT, NEW_TOKEN, Opening, TCP, TERMINAL, UDP, Violation, close, kind,
+};
+use crate::registry::Ending;
 use crate::settings::Settings;
 use crate::streams::Streams;
-use crate::tcp::Tcp;
+use crate::tcp::{Rules, Tcp};
 use crate::udp::Udp;
 
 const RECEIVE_BUFFER: usize = 1 << 20;
@@ -32,10 +38,12 @@ const REPORT_EVERY: Duration = Duration::from_secs(2);
 /// left for TCP (`tcp_mem`, tcp(7)) a write fails though nothing is on its way, and then no
 /// acknowledgement comes that would bring an edge of readiness.
 const RETRY_EVERY: Duration = Duration::from_secs(1);
+/// How long to wait for events while there is neither a link nor a timer.
+const WITHOUT_LINK: Duration = Duration::from_secs(3600);
 /// Begins a PING that tells our counts (docs/protocol.md §3).
 const COUNTS_MARK: &[u8] = b"cnt1";
 
-/// How a session ended.
+/// How a link ended.
 #[derive(Debug)]
 pub enum End {
     /// The process is about to end.
@@ -56,7 +64,7 @@ impl From<io::Error> for End {
 
 enum Stream<N: Network> {
     Tcp(Box<Tcp<N::Tcp>>),
-    Udp(Udp<N::Udp>),
+    Udp(Box<Udp<N::Udp>>),
 }
 
 /// Pieces of one TCP stream that lie in the receive buffer, to be written with one call.
@@ -66,7 +74,7 @@ struct Run<'a> {
     used: usize,
 }
 
-/// One link and its streams.
+/// The streams, and the link that there is or is not.
 pub struct Session<N: Network> {
     network: N,
     context: Context,
@@ -83,17 +91,18 @@ pub struct Session<N: Network> {
     next_retry: Instant,
     /// Asked to end, by this time at the latest.
     stopping: Option<Instant>,
+    new_token: Box<dyn Fn()>,
 }
 
 impl<N: Network> Session<N> {
-    /// A session on a link that is open.
-    pub fn new(network: N, link: Link, v2: bool, settings: &Settings) -> Self {
+    /// A session without a link and without streams.
+    pub fn new(network: N, settings: &Settings) -> Self {
         let now = Instant::now();
         Self {
             network,
-            context: Context::new(link, settings, now),
-            v2,
-            readable: true,
+            context: Context::new(settings, now),
+            v2: false,
+            readable: false,
             read_closed: false,
             receive: vec![0; RECEIVE_BUFFER],
             reader: Reader::default(),
@@ -103,19 +112,37 @@ impl<N: Network> Session<N> {
             next_report: now,
             next_retry: now,
             stopping: None,
+            new_token: Box::new(|| {}),
         }
     }
 
-    /// Does what became possible at `now`; `quiet` if that was nothing. An error is why the session ends.
+    /// Has `take` called when the runner says that this container has a new token.
+    pub fn on_new_token(&mut self, take: Box<dyn Fn()>) {
+        self.new_token = take;
+    }
+
+    /// Goes on over a link whose handshake is done.
+    pub fn attach(&mut self, sock: Box<dyn TcpSocket>, v2: bool) {
+        self.context.link.open(sock);
+        (self.v2, self.readable, self.read_closed) = (v2, true, false);
+        self.reader = Reader::default();
+        self.keepalive = Keepalive::new(self.context.now);
+    }
+
+    /// Does what became possible at `now`; `quiet` if that was nothing. An error is why the link ends.
     pub fn turn(&mut self, quiet: bool) -> Result<(), End> {
         self.read_link()?;
         self.pump()?;
         self.fire_timers();
         self.retry();
+        self.pay_acknowledgements();
         self.keep_alive()?;
         self.report();
         self.context.link.flush()?;
         self.streams.recycle();
+        if quiet {
+            self.context.keeping.rest();
+        }
         self.stop_if_done(quiet)
     }
 
@@ -140,7 +167,11 @@ impl<N: Network> Session<N> {
         {
             return None;
         }
-        let keepalive = self.keepalive.next();
+        let keepalive = if context.link.is_open() {
+            self.keepalive.next()
+        } else {
+            context.now + WITHOUT_LINK
+        };
         let report = self.unreported().map(|_| self.next_report);
         let retry = self.is_waiting().then_some(self.next_retry);
         let next = context
@@ -148,13 +179,16 @@ impl<N: Network> Session<N> {
             .into_iter()
             .chain(report)
             .chain(retry)
+            .chain(context.registry.pay_at())
             .fold(keepalive, Instant::min);
         Some(next)
     }
 
     /// Readiness of the link's socket.
     pub fn link_ready(&mut self, ready: Ready) {
-        self.context.link.writable |= ready.writable;
+        if ready.writable {
+            self.context.link.now_writable();
+        }
         self.read_closed |= ready.closed;
         self.readable |= ready.readable || self.read_closed;
     }
@@ -303,8 +337,18 @@ impl<N: Network> Session<N> {
         match header.kind {
             kind::CONNECT => self.connect(header, payload),
             kind::PING => self.pong(header, payload),
-            kind::WINDOW if self.v2 => return self.window(header, payload),
-            kind::EOF if self.v2 => self.with_tcp(header.id, Tcp::on_eof),
+            kind::WINDOW if self.v2 && header.id == 0 => {
+                return Err(Violation::protocol("a WINDOW without a stream"));
+            }
+            kind::WINDOW if self.v2 => {
+                self.with_tcp(header.id, |tcp, context| tcp.on_window(payload, context));
+            }
+            kind::EOF if self.v2 => {
+                self.with_tcp(header.id, |tcp, context| tcp.on_eof(payload, context));
+            }
+            kind::ACK | kind::RESUME | kind::DETACH | kind::REVOKE if self.v2 => {
+                self.of_kept(header, payload);
+            }
             kind::PONG => self.with_tcp(header.id, |tcp, context| {
                 tcp.on_pong(context);
                 Fate::Live
@@ -322,16 +366,28 @@ impl<N: Network> Session<N> {
             self.context.counters.ignored += 1;
             return;
         }
+        let (rules, start) = self.rules(header.proto, payload);
+        if let Rules::Kept(opening) = &rules
+            && self.context.registry.knows(&opening.key)
+        {
+            self.context.counters.ignored += 1;
+            return;
+        }
         let key = self.streams.vacancy();
-        let limit = if self.v2 {
-            protocol::limit(payload)
-        } else {
-            None
-        };
-        let opened = match header.proto {
-            TCP => Tcp::open(key, header, limit, &mut self.context, &self.network)
+        let (context, network) = (&mut self.context, &self.network);
+        let opened = match (header.proto, &rules) {
+            (TERMINAL, Rules::Kept(opening)) => {
+                Tcp::terminal(key, header, (opening.clone(), start), context, network)
+                    .map(|tcp| Stream::Tcp(Box::new(tcp)))
+            }
+            (TERMINAL, _) => Err(io::Error::from_raw_os_error(libc::EPROTONOSUPPORT)),
+            (TCP, _) => Tcp::open(key, header, &rules, context, network)
                 .map(|tcp| Stream::Tcp(Box::new(tcp))),
-            UDP => Udp::open(key, header, &mut self.context, &self.network).map(Stream::Udp),
+            (UDP, Rules::Kept(opening)) => Udp::open(key, header, Some(opening), context, network)
+                .map(|udp| Stream::Udp(Box::new(udp))),
+            (UDP, _) => {
+                Udp::open(key, header, None, context, network).map(|udp| Stream::Udp(Box::new(udp)))
+            }
             _ => Err(io::Error::from_raw_os_error(libc::EPROTONOSUPPORT)),
         };
         match opened {
@@ -342,12 +398,32 @@ impl<N: Network> Session<N> {
             Err(error) => {
                 self.streams.give_back(key);
                 let answer = Header::new(kind::ERROR, header.proto, header.id);
-                self.context.refuse(answer, header.port, &error);
+                let text = self.context.complaint(header.id, header.port, &error);
+                self.context.send(answer, text.as_bytes());
             }
         }
     }
 
+    /// What a CONNECT opens a stream under, and what it starts if that is a terminal.
+    fn rules<'a>(&self, proto: u8, payload: &'a [u8]) -> (Rules, &'a [u8]) {
+        if !self.v2 {
+            return (Rules::V1, &[]);
+        }
+        if proto == TERMINAL {
+            let starting = protocol::starting(payload);
+            return starting.map_or((Rules::V1, &[]), |(opening, start)| {
+                (Rules::Kept(opening), start)
+            });
+        }
+        let kept = Opening::parse(payload).map(Rules::Kept);
+        let rules = kept.or_else(|| protocol::limit(payload).map(Rules::V2));
+        (rules.unwrap_or(Rules::V1), &[])
+    }
+
     fn pong(&mut self, header: Header, payload: &[u8]) {
+        if header.id == 0 && payload == NEW_TOKEN {
+            (self.new_token)();
+        }
         if payload.len() <= MAX_SENT - HEADER && self.context.link.backlog() < PONG_BACKLOG {
             self.context.send(
                 Header {
@@ -358,24 +434,6 @@ impl<N: Network> Session<N> {
             );
         } else {
             self.context.counters.ignored += 1;
-        }
-    }
-
-    fn window(&mut self, header: Header, payload: &[u8]) -> Result<(), Violation> {
-        match protocol::limit(payload) {
-            Some(limit) if header.id != 0 => {
-                self.with_tcp(header.id, |tcp, context| {
-                    tcp.on_window(limit, context);
-                    Fate::Live
-                });
-                Ok(())
-            }
-            // The runner passes on what a user made of it: that may not end all users' link.
-            _ if header.id != 0 => {
-                self.context.counters.ignored += 1;
-                Ok(())
-            }
-            _ => Err(Violation::protocol("a WINDOW without a stream")),
         }
     }
 
@@ -402,7 +460,11 @@ impl<N: Network> Session<N> {
         let slot = key.slot as usize;
         let fate = match self.streams.at(slot) {
             Some(Stream::Tcp(tcp)) => end(tcp, &mut self.context),
-            _ => Fate::Over,
+            Some(Stream::Udp(udp)) => {
+                udp.bury(Ending::WELL, &mut self.context);
+                Fate::Over
+            }
+            None => Fate::Over,
         };
         self.settle(slot, fate);
     }
@@ -469,7 +531,7 @@ impl<N: Network> Session<N> {
             return;
         }
         self.next_retry = self.context.now + RETRY_EVERY;
-        self.context.link.writable = true;
+        self.context.link.now_writable();
         for slot in 0..self.streams.len() {
             if let Some(Stream::Tcp(tcp)) = self.streams.at(slot) {
                 let fate = tcp.retry(&mut self.context);
@@ -479,6 +541,11 @@ impl<N: Network> Session<N> {
     }
 
     fn keep_alive(&mut self) -> Result<(), End> {
+        if !self.context.link.is_open() {
+            return Ok(());
+        }
+        self.keepalive
+            .owes(self.context.keeping.is_owed(), self.context.now);
         // While a v1 stream holds up the reading, silence is our own doing.
         if self.context.holding > 0 {
             self.keepalive.heard(self.context.now);
@@ -495,7 +562,8 @@ impl<N: Network> Session<N> {
     fn unreported(&self) -> Option<[u64; 2]> {
         let counters = &self.context.counters;
         let counts = [counters.udp_dropped + counters.udp_refused, counters.stalls];
-        (self.v2 && counts != self.reported).then_some(counts)
+        let told = self.v2 && self.context.link.is_open();
+        (told && counts != self.reported).then_some(counts)
     }
 
     /// Tells the runner what only an endpoint can count.
@@ -529,7 +597,7 @@ impl<N: Network> Session<N> {
                 tcp.release(&mut self.context);
                 tcp.id()
             }
-            Stream::Udp(udp) => Some(udp.id()),
+            Stream::Udp(udp) => udp.id(),
         };
         if let Some(id) = id {
             self.streams.forget_at(id, slot);
@@ -537,7 +605,7 @@ impl<N: Network> Session<N> {
         self.context.unschedule(slot);
     }
 
-    /// The link is gone: nobody's connection is left hanging.
+    /// The end of all: nobody's connection is left hanging.
     pub fn abandon(&mut self) {
         for stream in self.streams.drain() {
             if let Stream::Tcp(mut tcp) = stream {
@@ -550,7 +618,8 @@ impl<N: Network> Session<N> {
     /// Ends the session once it was asked to end, and what services said last is on its way.
     fn stop_if_done(&mut self, quiet: bool) -> Result<(), End> {
         let link = &self.context.link;
-        let done = quiet && link.is_idle() && link.backlog() == 0 && !self.context.has_sources();
+        let idle = link.is_idle() && link.backlog() == 0 && !self.context.has_sources();
+        let done = quiet && (idle || !link.is_open());
         match self.stopping {
             Some(deadline) if done || self.context.now >= deadline => {
                 self.close(close::GOING_AWAY, "the tunnel client ends");
@@ -562,345 +631,4 @@ impl<N: Network> Session<N> {
 }
 
 #[cfg(test)]
-mod tests {
-    use std::cell::RefCell;
-    use std::io::{Read, Write};
-    use std::net::SocketAddr;
-    use std::rc::Rc;
-
-    use super::*;
-    use crate::frame::mask;
-    use crate::net::{TcpSocket, UdpSocket};
-    use crate::streams::Key;
-
-    /// A socket whose other end the test has: what can be read, what was written, how much is taken.
-    #[derive(Default)]
-    struct Far {
-        readable: Vec<u8>,
-        written: Vec<u8>,
-        room: usize,
-        connecting: bool,
-        ended: bool,
-        broken: Option<i32>,
-        finished: bool,
-        reset: bool,
-    }
-
-    #[derive(Clone, Default)]
-    struct Socket(Rc<RefCell<Far>>);
-
-    impl Read for Socket {
-        fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
-            let mut end = self.0.borrow_mut();
-            let length = end.readable.len().min(buffer.len());
-            if let Some(errno) = end.broken {
-                return Err(io::Error::from_raw_os_error(errno));
-            }
-            if length == 0 && !end.ended {
-                return Err(io::ErrorKind::WouldBlock.into());
-            }
-            buffer[..length].copy_from_slice(&end.readable[..length]);
-            end.readable.drain(..length);
-            Ok(length)
-        }
-    }
-
-    impl Write for Socket {
-        fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
-            let mut end = self.0.borrow_mut();
-            if let Some(errno) = end.broken {
-                return Err(io::Error::from_raw_os_error(errno));
-            }
-            let length = bytes.len().min(end.room);
-            if length == 0 && !bytes.is_empty() {
-                return Err(io::ErrorKind::WouldBlock.into());
-            }
-            end.room -= length;
-            end.written.extend_from_slice(&bytes[..length]);
-            Ok(length)
-        }
-        fn flush(&mut self) -> io::Result<()> {
-            Ok(())
-        }
-    }
-
-    impl TcpSocket for Socket {
-        fn dialled(&mut self) -> io::Result<bool> {
-            let end = self.0.borrow();
-            match end.broken {
-                Some(errno) => Err(io::Error::from_raw_os_error(errno)),
-                None => Ok(!end.connecting),
-            }
-        }
-        fn finish_writing(&mut self) -> io::Result<()> {
-            self.0.borrow_mut().finished = true;
-            Ok(())
-        }
-        fn reset_on_close(&mut self) {
-            self.0.borrow_mut().reset = true;
-        }
-    }
-
-    impl UdpSocket for Socket {
-        fn send(&mut self, datagram: &[u8]) -> io::Result<usize> {
-            self.write(datagram)
-        }
-        fn receive(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
-            self.read(buffer)
-        }
-    }
-
-    /// Every dial gives the same socket.
-    impl Network for Socket {
-        type Tcp = Socket;
-        type Udp = Socket;
-        fn dial(&self, _: SocketAddr, _: Key) -> io::Result<Socket> {
-            Ok(self.clone())
-        }
-        fn open(&self, _: SocketAddr, _: Key) -> io::Result<Socket> {
-            Ok(self.clone())
-        }
-        fn listeners(&self, _: bool, _: u16) -> Vec<SocketAddr> {
-            Vec::new()
-        }
-    }
-
-    const READY: Ready = Ready {
-        readable: true,
-        writable: true,
-        closed: false,
-    };
-
-    /// A session with one stream, the runner's end of its link, and the service's socket.
-    fn with_stream() -> (Session<Socket>, Socket, Socket) {
-        let (session, runner, service) = opened(2, false);
-        let granted = 262_144u64.to_be_bytes().to_vec();
-        assert_eq!(messages(&runner), [(kind::CONNECTED, granted)]);
-        (session, runner, service)
-    }
-
-    fn opened(version: u64, connecting: bool) -> (Session<Socket>, Socket, Socket) {
-        let (runner, service) = (Socket::default(), Socket::default());
-        runner.0.borrow_mut().room = 1 << 20;
-        service.0.borrow_mut().connecting = connecting;
-        let link = Link::new(Box::new(runner.clone()));
-        let v2 = version == 2;
-        let mut session = Session::new(service.clone(), link, v2, &Settings::default());
-        let connect = Header {
-            port: 80,
-            ..Header::new(kind::CONNECT, TCP, 7)
-        };
-        let limit = u64::MAX.to_be_bytes();
-        session
-            .process(&frame(connect, if v2 { &limit } else { &[] }))
-            .unwrap();
-        session.stream_ready(0, READY);
-        session.turn(false).unwrap();
-        (session, runner, service)
-    }
-
-    /// The other end's, or the service's, part in what the vectors call by these names.
-    fn happens(event: &str, session: &mut Session<Socket>, service: &Socket) {
-        let from_user = |kind| frame(Header::new(kind, TCP, 7), &[]);
-        match event {
-            "established" => service.0.borrow_mut().connecting = false,
-            "local_eof" => service.0.borrow_mut().ended = true,
-            "local_error" => service.0.borrow_mut().broken = Some(libc::ECONNRESET),
-            "remote_eof" => session.process(&from_user(kind::EOF)).unwrap(),
-            "remote_close" => session.process(&from_user(kind::CLOSE)).unwrap(),
-            "remote_error" => session.process(&from_user(kind::ERROR)).unwrap(),
-            "linger_over" => session.set_now(Instant::now() + session.context.settings.linger * 2),
-            "link_lost" => return session.abandon(),
-            other => panic!("no such event: {other}"),
-        }
-        if event == "local_error" && session.streams.find(7).is_some() {
-            // Once the service has sent its end-of-file nothing but a write shows it.
-            let data = frame(Header::new(kind::DATA, TCP, 7), b"x");
-            session.process(&data).unwrap();
-        }
-        session.stream_ready(0, READY);
-        session.turn(false).unwrap();
-    }
-
-    fn in_state(version: u64, state: &str) -> (Session<Socket>, Socket, Socket) {
-        let (mut session, runner, service) = opened(version, state.starts_with("opening"));
-        match state {
-            "opening" | "open" => {}
-            "opening_remote_ended" | "remote_ended" => {
-                happens("remote_eof", &mut session, &service)
-            }
-            "local_ended" => happens("local_eof", &mut session, &service),
-            "delivering" => {
-                session
-                    .process(&frame(Header::new(kind::DATA, TCP, 7), b"rest"))
-                    .unwrap();
-                happens("remote_close", &mut session, &service);
-            }
-            other => panic!("no such state: {other}"),
-        }
-        service.0.borrow_mut().room = 100;
-        messages(&runner);
-        (session, runner, service)
-    }
-
-    #[test]
-    fn a_stream_goes_through_the_states_of_the_vectors() {
-        let path = concat!(
-            env!("CARGO_MANIFEST_DIR"),
-            "/../../tests/vectors/states.json"
-        );
-        let path = std::env::var("KOHAKURIVER_VECTORS")
-            .map_or(path.into(), |folder| folder + "/states.json");
-        let rows = std::fs::read_to_string(path).unwrap();
-        let rows: Vec<serde_json::Value> = serde_json::from_str(&rows).unwrap();
-        let mut seen = 0;
-        for row in &rows {
-            let field = |name: &str| row[name].as_str().unwrap();
-            // That a service's connection is gone shows as its end-of-file or as an error.
-            if field("role") != "acceptor" || field("event") == "local_closed" {
-                continue;
-            }
-            let (state, event) = (field("state"), field("event"));
-            let version = row["version"].as_u64().unwrap();
-            if state == "opening" && event == "local_eof" {
-                continue; // nothing is read from a service before it is connected
-            }
-            let (mut session, runner, service) = in_state(version, state);
-            happens(event, &mut session, &service);
-            let actions: Vec<_> = row["actions"]
-                .as_array()
-                .unwrap()
-                .iter()
-                .map(|a| a.as_str().unwrap())
-                .collect();
-            let due: Vec<u8> = actions
-                .iter()
-                .filter_map(|action| sent_for(action))
-                .collect();
-            let sent: Vec<u8> = messages(&runner)
-                .into_iter()
-                .map(|(kind, _)| kind)
-                .collect();
-            assert_eq!(sent, due, "{row}");
-            let alive = Rc::strong_count(&service.0) == 3;
-            assert_eq!(
-                session.streams.find(7).is_some(),
-                !matches!(field("to"), "over" | "delivering"),
-                "{row}"
-            );
-            let early = state.starts_with("opening");
-            if field("to") == "over" || (field("to") == "delivering" && !early) {
-                assert!(!alive, "{row}");
-            }
-            if !early && state != "delivering" {
-                assert_eq!(
-                    service.0.borrow().reset,
-                    actions.contains(&"reset_local"),
-                    "{row}"
-                );
-            }
-            if actions.contains(&"shut_local") && !early {
-                assert!(service.0.borrow().finished, "{row}");
-            }
-            seen += 1;
-        }
-        assert!(seen > 40, "{seen}");
-    }
-
-    fn sent_for(action: &str) -> Option<u8> {
-        match action {
-            "send_connected" => Some(kind::CONNECTED),
-            "send_eof" => Some(kind::EOF),
-            "send_close" => Some(kind::CLOSE),
-            "send_error" => Some(kind::ERROR),
-            _ => None,
-        }
-    }
-
-    fn frame(header: Header, payload: &[u8]) -> Vec<u8> {
-        let start = [0x82, (HEADER + payload.len()) as u8];
-        [&start[..], &header.pack(), payload].concat()
-    }
-
-    /// Type and payload of what the runner was sent since the last time; all frames here are short.
-    fn messages(runner: &Socket) -> Vec<(u8, Vec<u8>)> {
-        let sent = std::mem::take(&mut runner.0.borrow_mut().written);
-        let (mut rest, mut found) = (&sent[..], Vec::new());
-        while let [0x82, length, a, b, c, d, body @ ..] = rest {
-            let length = usize::from(length & 0x7f);
-            let mut message = body[..length].to_vec();
-            mask(&mut message, [*a, *b, *c, *d]);
-            found.push((message[0], message[HEADER..].to_vec()));
-            rest = &body[length..];
-        }
-        assert!(rest.is_empty());
-        found
-    }
-
-    #[test]
-    fn what_a_service_does_not_take_waits_and_its_end_of_file_behind_it() {
-        let (mut session, _, service) = with_stream();
-        service.0.borrow_mut().room = 3;
-        session
-            .process(&frame(Header::new(kind::DATA, TCP, 7), b"abcdef"))
-            .unwrap();
-        session
-            .process(&frame(Header::new(kind::EOF, TCP, 7), &[]))
-            .unwrap();
-        assert_eq!(service.0.borrow().written, b"abc");
-        assert!(!service.0.borrow().finished);
-        service.0.borrow_mut().room = 10;
-        session.stream_ready(0, READY);
-        assert_eq!(service.0.borrow().written, b"abcdef");
-        assert!(service.0.borrow().finished);
-    }
-
-    #[test]
-    fn a_socket_that_was_full_is_tried_again_though_no_event_says_so() {
-        let (mut session, _, service) = with_stream();
-        session
-            .process(&frame(Header::new(kind::DATA, TCP, 7), b"late"))
-            .unwrap();
-        service.0.borrow_mut().room = 10;
-        session.set_now(Instant::now() + RETRY_EVERY);
-        session.turn(true).unwrap();
-        assert_eq!(service.0.borrow().written, b"late");
-    }
-
-    #[test]
-    fn a_source_waits_while_the_link_takes_nothing() {
-        let (mut session, runner, service) = with_stream();
-        runner.0.borrow_mut().room = 0;
-        service.0.borrow_mut().readable = b"first".to_vec();
-        session.stream_ready(0, READY);
-        session.turn(false).unwrap();
-        service.0.borrow_mut().readable = b"second".to_vec();
-        session.stream_ready(0, READY);
-        session.turn(false).unwrap();
-        assert_eq!(service.0.borrow().readable, b"second");
-        runner.0.borrow_mut().room = 100;
-        session.link_ready(READY);
-        session.turn(false).unwrap();
-        session.turn(false).unwrap();
-        let data = |bytes: &[u8]| (kind::DATA, bytes.to_vec());
-        assert_eq!(messages(&runner), [data(b"first"), data(b"second")]);
-    }
-
-    #[test]
-    fn an_error_resets_the_service_and_frees_the_id() {
-        let (mut session, runner, service) = with_stream();
-        session
-            .process(&frame(
-                Header::new(kind::ERROR, TCP, 7),
-                b"ECONNRESET: gone",
-            ))
-            .unwrap();
-        assert!(service.0.borrow().reset);
-        session
-            .process(&frame(Header::new(kind::PING, TCP, 7), b"there?"))
-            .unwrap();
-        session.turn(false).unwrap();
-        assert_eq!(messages(&runner), [(kind::PONG, b"there?".to_vec())]);
-        assert_eq!(session.streams.find(7), None);
-    }
-}
+mod tests;

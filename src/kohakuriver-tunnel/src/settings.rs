@@ -7,6 +7,8 @@ use std::time::Duration;
 pub const MIN_WINDOW: u64 = 4 << 10;
 /// Hops hold no more than this for one session, in bytes.
 const MOST: u64 = 64 << 20;
+/// The most streams that can be allowed to be detached.
+const MOST_DETACHED: u64 = 1 << 20;
 /// The longest time that can be set, in seconds.
 const LONGEST: f64 = 86_400.0;
 
@@ -19,6 +21,14 @@ pub struct Settings {
     pub max_window: u64,
     /// What all streams' windows may come to together, in bytes.
     pub budget: u64,
+    /// What all streams may keep until it is acknowledged, in bytes.
+    pub keep: u64,
+    /// What all detached streams may hold together, in bytes.
+    pub detached_bytes: u64,
+    /// How many streams may be detached.
+    pub detached: usize,
+    /// How many terminals there may be at the same time.
+    pub terminals: usize,
     /// How long a v1 stream waits for data after the service's end-of-file.
     pub linger: Duration,
     /// After how long without a datagram a UDP stream is closed.
@@ -31,6 +41,11 @@ impl Default for Settings {
             first_window: 256 << 10,
             max_window: 16 << 20,
             budget: 64 << 20,
+            keep: 64 << 20,
+            // What may be kept and what windows may bring: a lost link alone ends no stream.
+            detached_bytes: 128 << 20,
+            detached: 16_384,
+            terminals: 64,
             // Less than at the user's end: a service that ends its sending has mostly ended.
             linger: Duration::from_millis(200),
             udp_idle: Duration::from_secs(60),
@@ -46,6 +61,28 @@ impl Settings {
             first_window: bytes(&env, "KOHAKURIVER_WINDOW_FIRST", default.first_window)?,
             max_window: bytes(&env, "KOHAKURIVER_WINDOW_MAX", default.max_window)?,
             budget: bytes(&env, "KOHAKURIVER_WINDOW_BUDGET", default.budget)?,
+            keep: bytes(&env, "KOHAKURIVER_KEEP_BUDGET", default.keep)?,
+            detached_bytes: number(
+                &env,
+                "KOHAKURIVER_DETACHED_BUDGET",
+                default.detached_bytes,
+                [MIN_WINDOW, 4 * MOST],
+                "a number of bytes",
+            )?,
+            detached: number(
+                &env,
+                "KOHAKURIVER_DETACHED_STREAMS",
+                default.detached as u64,
+                [0, MOST_DETACHED],
+                "a number",
+            )? as usize,
+            terminals: number(
+                &env,
+                "KOHAKURIVER_TERMINALS",
+                default.terminals as u64,
+                [1, MOST_DETACHED],
+                "a number",
+            )? as usize,
             linger: seconds(&env, "KOHAKURIVER_LINGER", default.linger)?,
             udp_idle: seconds(&env, "KOHAKURIVER_UDP_IDLE", default.udp_idle)?,
         };
@@ -60,15 +97,23 @@ impl Settings {
 }
 
 fn bytes(env: impl Fn(&str) -> Option<String>, name: &str, default: u64) -> Result<u64, String> {
+    number(env, name, default, [MIN_WINDOW, MOST], "a number of bytes")
+}
+
+fn number(
+    env: impl Fn(&str) -> Option<String>,
+    name: &str,
+    default: u64,
+    [least, most]: [u64; 2],
+    what: &str,
+) -> Result<u64, String> {
     let Some(text) = env(name) else {
         return Ok(default);
     };
     text.parse()
         .ok()
-        .filter(|value| (MIN_WINDOW..=MOST).contains(value))
-        .ok_or_else(|| {
-            format!("{name} is a number of bytes from {MIN_WINDOW} to {MOST}, not {text:?}")
-        })
+        .filter(|value| (least..=most).contains(value))
+        .ok_or_else(|| format!("{name} is {what} from {least} to {most}, not {text:?}"))
 }
 
 fn seconds(
@@ -111,6 +156,10 @@ mod tests {
             ("KOHAKURIVER_WINDOW_FIRST", "4096"),
             ("KOHAKURIVER_WINDOW_MAX", "65536"),
             ("KOHAKURIVER_WINDOW_BUDGET", "1048576"),
+            ("KOHAKURIVER_KEEP_BUDGET", "2097152"),
+            ("KOHAKURIVER_DETACHED_BUDGET", "134217728"),
+            ("KOHAKURIVER_DETACHED_STREAMS", "0"),
+            ("KOHAKURIVER_TERMINALS", "5"),
             ("KOHAKURIVER_LINGER", "0.5"),
             ("KOHAKURIVER_UDP_IDLE", "7"),
         ]);
@@ -118,6 +167,10 @@ mod tests {
             first_window: 4096,
             max_window: 65_536,
             budget: 1 << 20,
+            keep: 2 << 20,
+            detached_bytes: 128 << 20,
+            detached: 0,
+            terminals: 5,
             linger: Duration::from_millis(500),
             udp_idle: Duration::from_secs(7),
         };
@@ -139,6 +192,7 @@ mod tests {
             ("KOHAKURIVER_WINDOW_FIRST", "4095"),
             ("KOHAKURIVER_WINDOW_MAX", "99999999999999999999"),
             ("KOHAKURIVER_WINDOW_BUDGET", "64M"),
+            ("KOHAKURIVER_DETACHED_STREAMS", "all"),
             ("KOHAKURIVER_LINGER", "0"),
             ("KOHAKURIVER_UDP_IDLE", "NaN"),
             ("KOHAKURIVER_UDP_IDLE", "inf"),

@@ -73,6 +73,16 @@ impl<T> Streams<T> {
         self.ids.insert(id, key);
     }
 
+    /// Lets `id` lead to a stream that is there.
+    pub fn name(&mut self, id: u32, key: Key) {
+        self.ids.insert(id, key);
+    }
+
+    /// Forgets all ids: they belonged to a link that is gone.
+    pub fn forget_ids(&mut self) {
+        self.ids.clear();
+    }
+
     /// Where the stream `id` is.
     pub fn find(&self, id: u32) -> Option<Key> {
         self.ids.get(&id).copied()

@@ -1,8 +1,14 @@
 //! The few system calls that no library of ours offers.
 
+use std::fs::File;
 use std::io;
 use std::mem;
 use std::os::fd::{AsRawFd, FromRawFd, OwnedFd, RawFd};
+use std::sync::OnceLock;
+use std::time::Duration;
+
+/// The limit of open files that this process was given.
+static FILES: OnceLock<libc::rlimit> = OnceLock::new();
 
 fn check(result: libc::c_int) -> io::Result<()> {
     number(result).map(drop)
@@ -39,15 +45,22 @@ impl Epoll {
         check(unsafe { libc::epoll_ctl(to, libc::EPOLL_CTL_ADD, fd, &mut event) })
     }
 
-    /// What has changed by now, as much of it as there is room for.
+    /// What has changed by now, or does within `wait` (whole milliseconds), as much of it as there is room for.
     pub fn events<'a>(
         &self,
         room: &'a mut [libc::epoll_event],
+        wait: Duration,
     ) -> io::Result<&'a [libc::epoll_event]> {
+        let wait = wait.as_millis() as libc::c_int;
         let most = libc::c_int::try_from(room.len()).unwrap_or(libc::c_int::MAX);
         // SAFETY: the kernel writes at most `most` events to a valid place.
-        let length = unsafe { libc::epoll_wait(self.0.as_raw_fd(), room.as_mut_ptr(), most, 0) };
-        Ok(&room[..number(length)? as usize])
+        let length = unsafe { libc::epoll_wait(self.0.as_raw_fd(), room.as_mut_ptr(), most, wait) };
+        match number(length) {
+            Ok(length) => Ok(&room[..length as usize]),
+            // A process that was stopped goes on (signal(7)).
+            Err(error) if error.kind() == io::ErrorKind::Interrupted => Ok(&[]),
+            Err(error) => Err(error),
+        }
     }
 }
 
@@ -100,7 +113,118 @@ pub fn raise_file_limit() -> io::Result<libc::rlimit> {
         rlim_cur: limit.rlim_max,
         ..limit
     })?;
+    let _ = FILES.set(limit);
     Ok(limit)
+}
+
+/// The limit of open files as it was before it was raised.
+pub fn file_limit_before() -> Option<libc::rlimit> {
+    FILES.get().copied()
+}
+
+/// Has reads and writes fail that would wait.
+pub fn dont_wait(fd: &impl AsRawFd) -> io::Result<()> {
+    // SAFETY: takes no pointers.
+    let flags = unsafe { number(libc::fcntl(fd.as_raw_fd(), libc::F_GETFL))? };
+    // SAFETY: takes no pointers.
+    check(unsafe { libc::fcntl(fd.as_raw_fd(), libc::F_SETFL, flags | libc::O_NONBLOCK) })
+}
+
+/// What one thread rings and another waits for (eventfd(2)): written to it is readable, until it was read.
+pub fn bell() -> io::Result<File> {
+    let flags = libc::EFD_CLOEXEC | libc::EFD_NONBLOCK;
+    // SAFETY: takes no pointers, and what it returns is nobody else's.
+    let fd = unsafe { number(libc::eventfd(0, flags))? };
+    // SAFETY: as above.
+    Ok(unsafe { OwnedFd::from_raw_fd(fd) }.into())
+}
+
+/// What is waited for at a descriptor.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[allow(missing_docs)]
+pub enum Wish {
+    Read,
+    Write,
+    /// Only that it has ended.
+    End,
+}
+
+/// Waits until one of these descriptors is as wished, or has ended; -1 stands for none.
+pub fn wait<const N: usize>(wishes: &[(RawFd, Wish); N]) -> io::Result<()> {
+    let mut entries = wishes.map(|(fd, wish)| libc::pollfd {
+        fd,
+        events: match wish {
+            Wish::Read => libc::POLLIN,
+            Wish::Write => libc::POLLOUT,
+            Wish::End => libc::POLLRDHUP,
+        },
+        revents: 0,
+    });
+    // SAFETY: the kernel reads and writes `N` entries in a valid place.
+    let ready = unsafe { libc::poll(entries.as_mut_ptr(), N as libc::nfds_t, -1) };
+    match number(ready) {
+        Err(error) if error.kind() != io::ErrorKind::Interrupted => Err(error),
+        _ => Ok(()),
+    }
+}
+
+/// Whether the other end of a socket sends no more.
+pub fn has_ended(socket: &impl AsRawFd) -> bool {
+    let mut entry = libc::pollfd {
+        fd: socket.as_raw_fd(),
+        events: libc::POLLRDHUP,
+        revents: 0,
+    };
+    // SAFETY: the kernel reads and writes one `pollfd` in a valid place.
+    unsafe { libc::poll(&mut entry, 1, 0) > 0 }
+}
+
+/// A pseudo-terminal: our end, and the one for programs (pty(7)). Needs no `/dev/pts`, only `/dev/ptmx`.
+pub fn open_terminal() -> io::Result<(OwnedFd, OwnedFd)> {
+    let flags = libc::O_RDWR | libc::O_NOCTTY | libc::O_CLOEXEC;
+    // SAFETY: takes no pointers, and what it returns is nobody else's.
+    let ours = unsafe { OwnedFd::from_raw_fd(number(libc::posix_openpt(flags))?) };
+    let locked: libc::c_int = 0;
+    // SAFETY: the kernel reads one int from a valid place.
+    check(unsafe { libc::ioctl(ours.as_raw_fd(), libc::TIOCSPTLCK as _, &locked) })?;
+    // SAFETY: takes no pointers, and what it returns is nobody else's.
+    let theirs = unsafe { number(libc::ioctl(ours.as_raw_fd(), libc::TIOCGPTPEER as _, flags))? };
+    // SAFETY: as above.
+    Ok((ours, unsafe { OwnedFd::from_raw_fd(theirs) }))
+}
+
+/// Sets a terminal's size in characters; its programs are told when it is another.
+pub fn set_size(terminal: &impl AsRawFd, rows: u16, cols: u16) -> io::Result<()> {
+    let size = libc::winsize {
+        ws_row: rows,
+        ws_col: cols,
+        ws_xpixel: 0,
+        ws_ypixel: 0,
+    };
+    // SAFETY: the kernel reads one `winsize` from a valid place.
+    check(unsafe { libc::ioctl(terminal.as_raw_fd(), libc::TIOCSWINSZ as _, &size) })
+}
+
+/// Makes this process the leader of a new session, with its stdin as the session's terminal if it is one. Safe between
+/// `fork` and `exec`.
+pub fn lead_a_session(on_terminal: bool) -> io::Result<()> {
+    // SAFETY: takes no pointers.
+    check(unsafe { libc::setsid() })?;
+    if !on_terminal {
+        return Ok(());
+    }
+    // SAFETY: takes no pointers.
+    check(unsafe { libc::ioctl(libc::STDIN_FILENO, libc::TIOCSCTTY as _, 0) })
+}
+
+/// Makes this process another user's. Safe between `fork` and `exec`.
+pub fn become_user(uid: u32, gid: u32, groups: &[u32]) -> io::Result<()> {
+    // SAFETY: the kernel reads as many numbers as there are; the other calls take none.
+    unsafe {
+        check(libc::setgroups(groups.len(), groups.as_ptr()))?;
+        check(libc::setgid(gid))?;
+        check(libc::setuid(uid))
+    }
 }
 
 /// Whether a write to `fd` would not wait now.

@@ -1,5 +1,7 @@
 //! A TCP stream: one connection to a service in the container, and the state of both directions.
 
+mod kept;
+
 use std::io::{self, IoSlice};
 use std::net::{Ipv4Addr, Ipv6Addr, SocketAddr};
 use std::time::{Duration, Instant};
@@ -7,9 +9,10 @@ use std::time::{Duration, Instant};
 use crate::context::{Context, Fate};
 use crate::flow::ReceiveWindow;
 use crate::net::{Network, Ready, TcpSocket};
-use crate::protocol::{Header, TCP, Violation, kind};
+use crate::protocol::{self, Header, Opening, TCP, Violation, kind};
 use crate::queue::Queue;
 use crate::streams::Key;
+use kept::KeptTcp;
 
 const DIAL_TIMEOUT: Duration = Duration::from_secs(10);
 /// How long the last bytes of a closed stream wait for a service that doesn't read.
@@ -20,14 +23,20 @@ const V1_HOLD: usize = 1 << 20;
 /// Which direction "in" and "out" are: *in* is towards the service, *out* is towards the user.
 pub struct Tcp<S> {
     key: Key,
+    /// 0 while no link has the stream.
     id: u32,
     port: u16,
+    /// What it was opened as.
+    proto: u8,
     sock: S,
     /// Until the service is connected.
     dial: Option<Box<Dialling>>,
     queue: Queue,
     /// Windows, or none under v1 rules.
     receiving: Option<ReceiveWindow>,
+    /// Of a stream that outlives its link.
+    kept: Option<Box<KeptTcp>>,
+    /// Over the present link, or before it if it went on from there.
     sent: u64,
     limit: u64,
     readable: bool,
@@ -38,7 +47,7 @@ pub struct Tcp<S> {
     in_done: bool,
     out_done: bool,
     /// CLOSE has come: the id is no longer ours, only queued bytes are still delivered.
-    detached: bool,
+    closed: bool,
     /// Writing failed; what the service sent before is still read, then this is reported.
     failed: Option<io::Error>,
     /// Holds the link's reading up (v1).
@@ -46,6 +55,16 @@ pub struct Tcp<S> {
     /// Counted among the streams whose service has not taken everything.
     waiting: bool,
     deadline: Option<Instant>,
+}
+
+/// The rules that a stream is opened under.
+pub enum Rules {
+    /// Version 1's.
+    V1,
+    /// Version 2's, with the opener's first limit.
+    V2(u64),
+    /// Version 2's, and the stream outlives its link.
+    Kept(Opening),
 }
 
 /// The addresses where a service may listen, and how far they have been tried.
@@ -117,24 +136,59 @@ impl Dialling {
 }
 
 impl<S: TcpSocket> Tcp<S> {
-    /// Starts to connect to `port`. `limit` is the opener's first limit, `None` under v1 rules.
+    /// Starts to connect to the port that `header` names.
     pub fn open(
         key: Key,
         header: Header,
-        limit: Option<u64>,
+        rules: &Rules,
         context: &mut Context,
         network: &impl Network<Tcp = S>,
     ) -> io::Result<Self> {
         let mut dial = Box::new(Dialling::new(header.port));
         let sock = dial.next(key, network)?;
+        Ok(Self::with(sock, dial, key, header, rules, context))
+    }
+
+    /// Starts a terminal; `start` is what its CONNECT says.
+    pub fn terminal(
+        key: Key,
+        header: Header,
+        (opening, start): (Opening, &[u8]),
+        context: &mut Context,
+        network: &impl Network<Tcp = S>,
+    ) -> io::Result<Self> {
+        let sock = network.terminal(start, &opening.mark, key)?;
+        let dial = Box::new(Dialling::new(header.port));
+        let rules = Rules::Kept(opening);
+        Ok(Self::with(sock, dial, key, header, &rules, context))
+    }
+
+    fn with(
+        sock: S,
+        dial: Box<Dialling>,
+        key: Key,
+        header: Header,
+        rules: &Rules,
+        context: &mut Context,
+    ) -> Self {
+        let (limit, kept) = match rules {
+            Rules::V1 => (None, None),
+            Rules::V2(limit) => (Some(*limit), None),
+            Rules::Kept(opening) => {
+                let kept = KeptTcp::new(opening, key, context);
+                (Some(opening.limit), Some(Box::new(kept)))
+            }
+        };
         let mut stream = Self {
             key,
             id: header.id,
             port: header.port,
+            proto: header.proto,
             sock,
             dial: Some(dial),
             queue: Queue::default(),
             receiving: limit.map(|_| ReceiveWindow::new(&mut context.budget)),
+            kept,
             sent: 0,
             limit: limit.unwrap_or(u64::MAX),
             readable: false,
@@ -143,19 +197,19 @@ impl<S: TcpSocket> Tcp<S> {
             eof_in: false,
             in_done: false,
             out_done: false,
-            detached: false,
+            closed: false,
             failed: None,
             holding: false,
             waiting: false,
             deadline: None,
         };
         stream.arm(context, DIAL_TIMEOUT);
-        Ok(stream)
+        stream
     }
 
     /// The stream's id, if it still has one.
     pub fn id(&self) -> Option<u32> {
-        (!self.detached).then_some(self.id)
+        (!self.closed && self.id != 0).then_some(self.id)
     }
 
     /// Readiness of the service's socket.
@@ -192,6 +246,7 @@ impl<S: TcpSocket> Tcp<S> {
             // The link is all users': only the stream ends, and the runner sees to whose it was.
             return self.broken(&io::Error::from_raw_os_error(libc::EPROTO), context);
         }
+        self.owe(context);
         if self.failed.is_some() {
             self.consumed(length, context);
             return Fate::Live;
@@ -222,10 +277,24 @@ impl<S: TcpSocket> Tcp<S> {
         self.drain(context)
     }
 
-    /// WINDOW, or the limit in the peer's CONNECT.
-    pub fn on_window(&mut self, limit: u64, context: &mut Context) {
+    /// WINDOW.
+    pub fn on_window(&mut self, payload: &[u8], context: &mut Context) -> Fate {
+        let limit = match (&self.kept, protocol::limit(payload)) {
+            (Some(_), _) => return self.on_kept_window(payload, context),
+            (None, Some(limit)) => limit,
+            (None, None) => {
+                // The runner passes on what a user made of it: that may not end all users' link.
+                context.counters.ignored += 1;
+                return Fate::Live;
+            }
+        };
+        self.raise(limit, context);
+        Fate::Live
+    }
+
+    fn raise(&mut self, limit: u64, context: &mut Context) {
         self.limit = self.limit.max(limit);
-        if self.readable {
+        if self.readable || self.is_behind() {
             context.schedule(self.key);
         }
     }
@@ -235,15 +304,15 @@ impl<S: TcpSocket> Tcp<S> {
         if let Some(receiving) = &mut self.receiving
             && let Some(limit) = receiving.pong(context.now, &mut context.budget)
         {
-            context.send(
-                Header::new(kind::WINDOW, TCP, self.id),
-                &limit.to_be_bytes(),
-            );
+            self.grant(limit, kind::WINDOW, context);
         }
     }
 
     /// EOF: the user's side sends no more.
-    pub fn on_eof(&mut self, context: &mut Context) -> Fate {
+    pub fn on_eof(&mut self, payload: &[u8], context: &mut Context) -> Fate {
+        if self.kept.is_some() {
+            return self.on_kept_eof(payload, context);
+        }
         // v1 has no such message.
         if self.receiving.is_none() {
             context.counters.ignored += 1;
@@ -258,7 +327,8 @@ impl<S: TcpSocket> Tcp<S> {
         if self.receiving.is_none() {
             context.send(Header::new(kind::CLOSE, TCP, self.id), &[]);
         }
-        self.detached = true;
+        self.bury_well(context);
+        self.closed = true;
         self.eof_in = true;
         if self.dial.is_none() {
             self.arm(context, DRAIN_TIMEOUT);
@@ -271,6 +341,7 @@ impl<S: TcpSocket> Tcp<S> {
         if self.receiving.is_none() {
             context.send(Header::new(kind::CLOSE, TCP, self.id), &[]);
         }
+        self.bury_with("ECONNRESET: the user's end reset the connection", context);
         self.abort()
     }
 
@@ -282,14 +353,20 @@ impl<S: TcpSocket> Tcp<S> {
 
     /// One turn as a source: reads once, sends at most one frame. True if there may be more.
     pub fn pump(&mut self, context: &mut Context) -> io::Result<(Fate, bool)> {
-        let room = self.limit.saturating_sub(self.sent);
-        if !self.readable || self.dial.is_some() || self.out_done || self.detached || room == 0 {
+        if self.is_behind() {
+            return self.resend(context);
+        }
+        let room = self.room(context);
+        if !self.readable || room == 0 {
             return Ok((Fate::Live, false));
         }
         let most = context
             .chunk(self.key)
             .min(usize::try_from(room).unwrap_or(usize::MAX));
-        let length = match self.sock.read(&mut context.link.payload()[..most]) {
+        let most = self.reserve(most, context);
+        let read = self.read(most, context);
+        self.keep(read.as_ref().map_or(0, |length| *length), context);
+        let length = match read {
             Ok(0) => return Ok((self.service_ended(context), false)),
             Ok(length) => length,
             Err(error) if error.kind() == io::ErrorKind::WouldBlock => {
@@ -301,18 +378,36 @@ impl<S: TcpSocket> Tcp<S> {
             }
             Err(error) => return Ok((self.broken(&error, context), false)),
         };
+        self.readable = length == most || self.read_closed;
+        self.send(length, context)?;
+        Ok((Fate::Live, self.readable))
+    }
+
+    /// How much may be read from the service now.
+    fn room(&self, context: &Context) -> u64 {
+        if self.dial.is_some() || self.out_done || self.id().is_none() {
+            return 0;
+        }
+        let room = self.limit.saturating_sub(self.sent);
+        match &self.kept {
+            Some(kept) => room.min(kept.retained.room(&context.keeping)),
+            None => room,
+        }
+    }
+
+    /// Counts what is sent now; under which header.
+    fn count_sent(&mut self, length: usize, context: &mut Context) -> Header {
         self.sent += length as u64;
         context.counters.bytes_to_user += length as u64;
-        self.readable = length == most || self.read_closed;
         context.counters.stalls += u64::from(self.sent == self.limit);
-        context
-            .link
-            .send_payload(Header::new(kind::DATA, TCP, self.id), length)?;
-        Ok((Fate::Live, self.readable))
+        Header::new(kind::DATA, TCP, self.id)
     }
 
     /// A timer of this stream has fired, perhaps early.
     pub fn on_timer(&mut self, context: &mut Context) -> Fate {
+        if self.is_forsaken(context) {
+            return self.forsaken(context);
+        }
         let Some(deadline) = self.deadline else {
             return Fate::Live;
         };
@@ -321,7 +416,7 @@ impl<S: TcpSocket> Tcp<S> {
             return Fate::Live;
         }
         self.deadline = None;
-        if self.detached {
+        if self.closed {
             return self.abort();
         }
         if self.dial.is_some() {
@@ -336,6 +431,7 @@ impl<S: TcpSocket> Tcp<S> {
         if let Some(receiving) = &mut self.receiving {
             receiving.close(&mut context.budget);
         }
+        self.bury_with("ECONNRESET: the connection has ended", context);
         self.queue.clear();
         self.count_waiting(context);
         self.let_go(context);
@@ -363,19 +459,28 @@ impl<S: TcpSocket> Tcp<S> {
 
     fn connected(&mut self, context: &mut Context) {
         self.deadline = None;
-        if self.detached {
+        if self.closed {
             return self.arm(context, DRAIN_TIMEOUT);
         }
-        let connected = Header::new(kind::CONNECTED, TCP, self.id);
         match &self.receiving {
-            Some(receiving) => context.send(connected, &receiving.granted().to_be_bytes()),
-            None => context.send(connected, &[]),
+            Some(receiving) => self.grant(receiving.granted(), kind::CONNECTED, context),
+            None => context.send(Header::new(kind::CONNECTED, TCP, self.id), &[]),
+        }
+    }
+
+    /// CONNECTED or WINDOW of a v2 stream.
+    fn grant(&mut self, limit: u64, kind: u8, context: &mut Context) {
+        if self.kept.is_some() {
+            let told = self.tell_received();
+            self.tell(kind, &protocol::pack([limit, told]), context);
+        } else {
+            context.send(Header::new(kind, TCP, self.id), &limit.to_be_bytes());
         }
     }
 
     fn dial_failed(&mut self, error: &io::Error, context: &mut Context) -> Fate {
-        if !self.detached {
-            context.refuse(Header::new(kind::ERROR, TCP, self.id), self.port, error);
+        if !self.closed {
+            self.complain(error, context);
         }
         Fate::Over
     }
@@ -391,7 +496,7 @@ impl<S: TcpSocket> Tcp<S> {
                     self.writable = self.queue.is_empty();
                     self.count_waiting(context);
                     self.consumed(written, context);
-                    if self.detached {
+                    if self.closed {
                         self.deadline = Some(context.now + DRAIN_TIMEOUT);
                     }
                 }
@@ -403,15 +508,24 @@ impl<S: TcpSocket> Tcp<S> {
             // A socket that is broken will say so when it is read.
             let _ = self.sock.finish_writing();
         }
-        let over = self.in_done && (self.out_done || self.detached);
-        if over { Fate::Over } else { Fate::Live }
+        self.if_over(context)
+    }
+
+    /// Whether both directions have ended, as far as that is ours to know.
+    fn if_over(&mut self, context: &mut Context) -> Fate {
+        let ended = self.in_done && (self.out_done || self.closed);
+        if ended && self.may_end(context) {
+            Fate::Over
+        } else {
+            Fate::Live
+        }
     }
 
     /// The service reads no more. What it wrote before that is still the user's.
     fn write_failed(&mut self, error: io::Error, lost: usize, context: &mut Context) -> Fate {
         self.queue.clear();
         self.count_waiting(context);
-        if self.detached {
+        if self.closed {
             return Fate::Over;
         }
         self.failed = Some(error);
@@ -431,19 +545,34 @@ impl<S: TcpSocket> Tcp<S> {
         }
         self.out_done = true;
         self.readable = false;
-        if self.receiving.is_some() {
+        if self.kept.is_some() {
+            self.send_eof(context);
+        } else if self.receiving.is_some() {
             context.send(Header::new(kind::EOF, TCP, self.id), &[]);
         } else {
             // v1 has no EOF: the user's side may still have something to say (§3 rule 4).
             self.arm(context, context.settings.linger);
         }
-        if self.in_done { Fate::Over } else { Fate::Live }
+        self.if_over(context)
     }
 
     fn broken(&mut self, error: &io::Error, context: &mut Context) -> Fate {
-        let error = self.failed.as_ref().unwrap_or(error);
-        context.refuse(Header::new(kind::ERROR, TCP, self.id), self.port, error);
+        let failed = self.failed.take();
+        self.complain(failed.as_ref().unwrap_or(error), context);
         self.abort()
+    }
+
+    fn complain(&mut self, error: &io::Error, context: &mut Context) {
+        let text = context.complaint(self.id, self.port, error);
+        self.tell(kind::ERROR, text.as_bytes(), context);
+        self.bury_with(&text, context);
+    }
+
+    /// Sends a message without bulk, if there is somebody to send it to.
+    fn tell(&self, kind: u8, payload: &[u8], context: &mut Context) {
+        if let Some(id) = self.id() {
+            context.send(Header::new(kind, TCP, id), payload);
+        }
     }
 
     fn received(&mut self, length: usize, context: &mut Context) -> Result<(), Violation> {
@@ -464,10 +593,7 @@ impl<S: TcpSocket> Tcp<S> {
             && let Some(limit) = receiving.consume(length, &context.budget)
             && !self.eof_in
         {
-            context.send(
-                Header::new(kind::WINDOW, TCP, self.id),
-                &limit.to_be_bytes(),
-            );
+            self.grant(limit, kind::WINDOW, context);
         }
     }
 
@@ -477,7 +603,7 @@ impl<S: TcpSocket> Tcp<S> {
         if let Some(receiving) = &mut self.receiving
             && receiving.wants_ping(context.now)
         {
-            context.send(Header::new(kind::PING, TCP, self.id), &[]);
+            self.tell(kind::PING, &[], context);
         }
     }
 

@@ -1,16 +1,20 @@
-//! Keeps one link up: connect, serve, and again.
+//! Keeps a link up: connect, serve, and again. The streams live beside it.
 
-use std::fs;
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use crate::args::Options;
 use crate::backoff::{Backoff, Next};
-use crate::event_loop::EventLoop;
+use crate::event_loop::{Endpoint, EventLoop};
 use crate::handshake::{Handshake, Refusal};
 use crate::log;
 use crate::protocol::close;
 use crate::session::End;
 use crate::sys;
+use crate::token::Token;
+
+/// How soon a token that a runner lays down is seen by a client that has no good one.
+const LOOK_FOR_TOKEN: Duration = Duration::from_millis(200);
 
 /// Why no link is tried any more.
 #[derive(Debug, PartialEq, Eq)]
@@ -24,7 +28,7 @@ pub enum Outcome {
 }
 
 /// Keeps the tunnel up until there is a reason not to. Stopping `events` ends it.
-pub fn run(options: &Options, events: &EventLoop) -> Outcome {
+pub fn run(options: &Options, token: &Arc<Token>, events: &EventLoop) -> Outcome {
     let mut backoff = Backoff {
         failures: 0,
         longest: options.reconnect_delay,
@@ -32,9 +36,11 @@ pub fn run(options: &Options, events: &EventLoop) -> Outcome {
         returns: options.run.is_some(),
     };
     let mut replaced = false;
+    // Without one there is nothing to do; the caller begins anew.
+    let mut endpoint = events.endpoint(&options.settings).expect("an epoll(7)");
     loop {
         let began = Instant::now();
-        let (lived, code) = match attempt(options, events) {
+        let (lived, code) = match attempt(options, token, events, &mut endpoint) {
             Ok(End::Stopped) => return Outcome::Stopped,
             Ok(end) => {
                 let code = explain(&end, &mut replaced);
@@ -48,7 +54,9 @@ pub fn run(options: &Options, events: &EventLoop) -> Outcome {
         match backoff.next(lived, code) {
             Next::Replaced => return Outcome::Replaced,
             Next::GaveUp => return Outcome::GaveUp,
-            Next::Pause(bounds) if !events.sleep(random_in(bounds)) => return Outcome::Stopped,
+            Next::Pause(bounds) if !pause(bounds, token, events, &mut endpoint) => {
+                return Outcome::Stopped;
+            }
             Next::Pause(_) => {}
         }
     }
@@ -86,10 +94,20 @@ fn explain(end: &End, replaced: &mut bool) -> Option<u16> {
     }
 }
 
-fn attempt(options: &Options, events: &EventLoop) -> Result<End, Refusal> {
-    let token = read_token(options)?;
-    let handshake = Handshake::new(&options.url, &options.container, token.as_deref())?;
-    let Some(opened) = events.open(&options.url, handshake)? else {
+fn attempt(
+    options: &Options,
+    token: &Arc<Token>,
+    events: &EventLoop,
+    endpoint: &mut Endpoint,
+) -> Result<End, Refusal> {
+    let shown = token.now().map_err(Refusal::Unreachable)?;
+    let handshake = Handshake::new(
+        &options.url,
+        &options.container,
+        &token.client,
+        shown.as_deref(),
+    )?;
+    let Some(opened) = events.open(endpoint, &options.url, handshake)? else {
         return Ok(End::Stopped);
     };
     log!(
@@ -98,20 +116,27 @@ fn attempt(options: &Options, events: &EventLoop) -> Result<End, Refusal> {
         options.container,
         1 + u8::from(opened.granted.v2)
     );
-    Ok(events.serve(opened, &options.settings)?)
+    let newer = Arc::clone(token);
+    Ok(events.serve(endpoint, opened, move || newer.take())?)
 }
 
-fn read_token(options: &Options) -> Result<Option<String>, Refusal> {
-    let Some(path) = &options.token_file else {
-        return Ok(None);
-    };
-    let unreadable = |reason: String| Refusal::Unreachable(format!("{}: {reason}", path.display()));
-    let token = fs::read_to_string(path).map_err(|error| unreadable(error.to_string()))?;
-    let token = token.trim();
-    if token.is_empty() || !token.bytes().all(|byte| byte.is_ascii_graphic()) {
-        return Err(unreadable("holds no token".into()));
+/// Waits, but no longer than until there is a new token; false if it was told to stop.
+fn pause(
+    bounds: [Duration; 2],
+    token: &Token,
+    events: &EventLoop,
+    endpoint: &mut Endpoint,
+) -> bool {
+    let until = Instant::now() + random_in(bounds);
+    loop {
+        let left = until.saturating_duration_since(Instant::now());
+        if left.is_zero() || token.is_there() {
+            return true;
+        }
+        if !events.sleep(endpoint, left.min(LOOK_FOR_TOKEN)) {
+            return false;
+        }
     }
-    Ok(Some(token.to_owned()))
 }
 
 /// A random time, so that the clients of a restarted runner don't come all at once.

@@ -6,24 +6,35 @@ use std::time::Instant;
 
 use crate::context::{Context, Fate};
 use crate::errors;
+use crate::kept::Kept;
 use crate::net::{Network, UdpSocket};
-use crate::protocol::{Header, UDP, kind};
+use crate::protocol::{self, Header, Opening, Resuming, UDP, kind};
+use crate::registry::Ending;
 use crate::streams::Key;
 
 /// Datagrams, and bytes of them, that are kept until it is known who takes them.
-const KEPT: usize = 16;
-const KEPT_BYTES: usize = 128 << 10;
+const SEARCHED: usize = 16;
+const SEARCHED_BYTES: usize = 128 << 10;
 
 /// While the link is blocked the socket isn't read: the kernel's bounded queue is the stream's.
 pub struct Udp<S> {
     key: Key,
+    /// 0 while no link has the stream.
     id: u32,
     port: u16,
     sock: S,
     readable: bool,
     deadline: Instant,
+    /// When the timer fires that sees to it.
+    timer: Instant,
+    /// Of a stream that outlives its link.
+    kept: Option<Box<Kept>>,
     /// Until the service has answered or refused nothing for a while.
     search: Option<Box<Search>>,
+    /// Refused since anybody answered, and not told yet.
+    untold: u64,
+    /// When they are to be told: there is a timer for that.
+    tell_at: Option<Instant>,
 }
 
 /// Which of the container's addresses takes the datagrams: each but the last may refuse them.
@@ -33,7 +44,7 @@ struct Search {
     /// Behind 127.0.0.1 and ::1; looked up when both refused.
     others: Vec<SocketAddr>,
     /// What was sent so far, for the next address.
-    kept: Vec<Vec<u8>>,
+    sent: Vec<Vec<u8>>,
     bytes: usize,
 }
 
@@ -61,10 +72,10 @@ impl Search {
     /// Keeps a datagram; false once so many were refused by nobody that there is no need to.
     fn keep(&mut self, datagram: &[u8]) -> bool {
         self.bytes += datagram.len();
-        if self.kept.len() == KEPT || self.bytes > KEPT_BYTES {
+        if self.sent.len() == SEARCHED || self.bytes > SEARCHED_BYTES {
             return false;
         }
-        self.kept.push(datagram.to_vec());
+        self.sent.push(datagram.to_vec());
         true
     }
 }
@@ -74,6 +85,7 @@ impl<S: UdpSocket> Udp<S> {
     pub fn open(
         key: Key,
         header: Header,
+        opening: Option<&Opening>,
         context: &mut Context,
         network: &impl Network<Udp = S>,
     ) -> io::Result<Self> {
@@ -82,6 +94,7 @@ impl<S: UdpSocket> Udp<S> {
             tried: 1,
             ..Search::default()
         };
+        let kept = opening.map(|opening| Box::new(Kept::new(opening, key, context)));
         context.send(Header::new(kind::CONNECTED, UDP, header.id), &[]);
         let deadline = context.now + context.settings.udp_idle;
         context.set_timer(deadline, key);
@@ -92,13 +105,67 @@ impl<S: UdpSocket> Udp<S> {
             sock,
             readable: false,
             deadline,
+            timer: deadline,
+            kept,
             search: Some(Box::new(search)),
+            untold: 0,
+            tell_at: None,
         })
     }
 
-    /// The stream's id.
-    pub fn id(&self) -> u32 {
-        self.id
+    /// The stream's id, if it has one.
+    pub fn id(&self) -> Option<u32> {
+        (self.id != 0).then_some(self.id)
+    }
+
+    /// What the stream has if it outlives its link.
+    pub fn kept(&mut self) -> Option<&mut Kept> {
+        self.kept.as_deref_mut()
+    }
+
+    /// The port that it was opened with.
+    pub fn port(&self) -> u16 {
+        self.port
+    }
+
+    /// RESUME: under `id` from now on, on the same socket. The epoch is higher than the last.
+    pub fn resume(&mut self, id: u32, resuming: &Resuming, context: &mut Context) {
+        self.id = id;
+        if let Some(kept) = &mut self.kept {
+            kept.resume(resuming.epoch, context);
+        }
+        self.deadline = context.now + context.settings.udp_idle;
+        let header = Header::new(kind::RESUMED, UDP, id);
+        context.send(header, &protocol::pack([0, 0, 0]));
+        context.schedule(self.key);
+    }
+
+    /// No link has the stream any more. What the service sends meanwhile waits in the socket, as far as there is room.
+    pub fn detach(&mut self, hold: u32, context: &mut Context) {
+        self.id = 0;
+        if let Some(kept) = &mut self.kept {
+            kept.detach(self.key, hold, 0, 0, context);
+        }
+    }
+
+    /// Ends the stream with this message.
+    pub fn end(&mut self, kind: u8, text: &str, context: &mut Context) -> Fate {
+        if self.id != 0 {
+            context.send(Header::new(kind, UDP, self.id), text.as_bytes());
+        }
+        let ending = match kind {
+            kind::ERROR => Ending::error(text),
+            _ => Ending::WELL,
+        };
+        self.bury(ending, context);
+        Fate::Over
+    }
+
+    /// Notes how the stream ended.
+    pub fn bury(&mut self, ending: Ending, context: &mut Context) {
+        if let Some(mut kept) = self.kept.take() {
+            kept.bury(self.port, UDP, ending, context);
+        }
     }
 
     /// The socket has a datagram, or an error.
@@ -141,12 +208,13 @@ impl<S: UdpSocket> Udp<S> {
         context: &mut Context,
         network: &impl Network<Udp = S>,
     ) -> io::Result<(Fate, bool)> {
-        if !self.readable {
+        if !self.readable || self.id == 0 {
             return Ok((Fate::Live, false));
         }
         match self.sock.receive(context.link.payload()) {
             Ok(length) => {
                 self.search = None;
+                self.untold = 0;
                 self.deadline = context.now + context.settings.udp_idle;
                 context.counters.bytes_to_user += length as u64;
                 let header = Header::new(kind::DATA, UDP, self.id);
@@ -160,14 +228,34 @@ impl<S: UdpSocket> Udp<S> {
         Ok((Fate::Live, self.readable))
     }
 
-    /// Closes the stream if it has been idle for long enough.
+    /// Tells what was refused, or closes the stream if it has been idle, or without a link, for long enough.
     pub fn on_timer(&mut self, context: &mut Context) -> Fate {
+        let key = self.key;
+        if self
+            .kept()
+            .is_some_and(|kept| kept.is_forsaken(key, context))
+        {
+            return self.end(kind::CLOSE, "", context);
+        }
+        if self.tell_at.is_some_and(|due| due <= context.now) {
+            self.tell_at = None;
+            return match self.untold {
+                0 => Fate::Live,
+                _ => self.tell(context),
+            };
+        }
+        if self.timer > context.now {
+            return Fate::Live; // another one fired
+        }
+        if self.id == 0 {
+            self.deadline = context.now + context.settings.udp_idle;
+        }
         if self.deadline > context.now {
-            context.set_timer(self.deadline, self.key);
+            self.timer = self.deadline;
+            context.set_timer(self.timer, self.key);
             return Fate::Live;
         }
-        context.send(Header::new(kind::CLOSE, UDP, self.id), &[]);
-        Fate::Over
+        self.end(kind::CLOSE, "", context)
     }
 
     /// Nothing takes datagrams at the address that was tried, or no longer: what is kept goes to the next one. When all
@@ -180,7 +268,7 @@ impl<S: UdpSocket> Udp<S> {
         while let Some(sock) = search.next(self.port, self.key, network) {
             self.sock = sock;
             if !search
-                .kept
+                .sent
                 .iter()
                 .any(|datagram| is_refusal(&self.sock.send(datagram)))
             {
@@ -188,11 +276,16 @@ impl<S: UdpSocket> Udp<S> {
                 return Fate::Live;
             }
         }
-        context.counters.udp_refused += search.kept.len() as u64;
-        if context.may_tell_refusal(self.port) {
-            let text = errors::nobody_takes_datagrams(self.port);
-            context.send(Header::new(kind::ERROR, UDP, self.id), text.as_bytes());
-            return Fate::Over;
+        let refused = search.sent.len() as u64;
+        context.counters.udp_refused += refused;
+        self.untold += refused;
+        let due = context.refusal_due(self.port);
+        if due <= context.now {
+            return self.tell(context);
+        }
+        if self.tell_at.is_none() {
+            self.tell_at = Some(due);
+            context.set_timer(due, self.key);
         }
         let mut search = Box::<Search>::default();
         if let Some(sock) = search.next(self.port, self.key, network) {
@@ -200,6 +293,13 @@ impl<S: UdpSocket> Udp<S> {
         }
         self.search = Some(search);
         Fate::Live
+    }
+
+    /// Tells the user's end that nothing takes its datagrams; it opens another stream for the next one.
+    fn tell(&mut self, context: &mut Context) -> Fate {
+        context.refusal_told(self.port);
+        let text = errors::nobody_takes_datagrams(self.port);
+        self.end(kind::ERROR, &text, context)
     }
 }
 

@@ -279,3 +279,43 @@ fn no_order_of_messages_harms_the_tunnel_client() {
         "{said:?}"
     );
 }
+
+#[test]
+fn a_token_is_taken_before_the_command_starts_and_renewed_when_the_runner_says_so() {
+    let runner = Runner::new();
+    let folder = tempdir("taken");
+    let file = folder.join("token");
+    std::fs::write(&file, "first").unwrap();
+    let looked = folder.join("looked");
+    let script = format!(
+        "test ! -e {} && : > {} && exec sleep 1000",
+        file.display(),
+        looked.display()
+    );
+    let mut client = Client::with(
+        &runner,
+        &[
+            "--take-token".as_ref(),
+            file.as_os_str(),
+            "run".as_ref(),
+            "--".as_ref(),
+            "sh".as_ref(),
+            "-c".as_ref(),
+            script.as_ref(),
+        ],
+    );
+    let mut wire = runner.accept();
+    let id = wire.header("KohakuRiver-Client").unwrap().to_owned();
+    assert_eq!(wire.header("Authorization"), Some("Bearer first"));
+    until(|| looked.exists());
+    std::fs::write(&file, "second").unwrap();
+    wire.send(Header::new(kind::PING, TCP, 0), b"tok1");
+    wire.expect(kind::PONG, 0);
+    assert!(!file.exists());
+    drop(wire);
+    let wire = runner.accept();
+    assert_eq!(wire.header("Authorization"), Some("Bearer second"));
+    assert_eq!(wire.header("KohakuRiver-Client"), Some(id.as_str()));
+    assert!(client.child.try_wait().unwrap().is_none());
+    std::fs::remove_dir_all(folder).unwrap();
+}

@@ -461,7 +461,11 @@ fn play(
             event["limit"],
             "{what}"
         ),
-        "close" => inbound.close(budget),
+        "close" | "detach" => inbound.close(budget),
+        "attach" => {
+            inbound.attach(budget);
+            assert_eq!(Value::from(inbound.granted()), event["limit"], "{what}");
+        }
         other => panic!("no such event: {other}"),
     }
 }

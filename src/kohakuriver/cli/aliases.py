@@ -17,7 +17,7 @@ _IN = {
         "ls": "vps list", "ps": "vps list", "list": "vps list", "start": "vps restart", "stop": "vps stop",
         "exec": "connect", "ssh": "vps connect", "login": "auth login", "logout": "auth logout",
         "whoami": "auth status", "status": "vps status", "create": "vps create", "run": "vps create",
-        "rm": "vps rm", "restart": "vps restart", "adopt": "vps adopt", "nodes": "node list",
+        "logs": "vps logs", "rm": "vps rm", "restart": "vps restart", "adopt": "vps adopt", "nodes": "node list",
     },
     "vps": {
         "ls": "list", "ps": "list", "start": "restart", "remove": "rm", "delete": "rm", "ssh": "connect",

@@ -12,7 +12,7 @@ from typer.core import TyperCommand
 
 from kohakuriver.cli import output
 from kohakuriver.cli.aliases import WithAliases
-from kohakuriver.errors import UsageError
+from kohakuriver.errors import no_text
 
 __all__ = ["App", "Command"]
 
@@ -59,7 +59,7 @@ def _usage(argument: Any) -> str:
 def _check_texts(words: Sequence[str], what: str) -> None:
     for word in words:
         if any("\udc80" <= character <= "\udcff" for character in word):
-            raise UsageError(f"{os.fsencode(word)!r} is not UTF-8; {what} must be.")
+            raise no_text(word, what)
 
 
 def _texts_in(value: Any) -> list[str]:

@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import asyncio
-from datetime import datetime, timedelta, timezone
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from kohakuriver.cli import output
-from kohakuriver.cli.options import Remote, remote, seconds
-from kohakuriver.errors import UsageError
+from kohakuriver.cli.options import Remote, moment_of, remote
 
 if TYPE_CHECKING:
     from kohakuriver.client.host import HostClient
@@ -39,7 +37,7 @@ def audit(
     follow: Annotated[bool, typer.Option("--follow", "-f", help="Go on with what is done from now on.")] = False,
 ) -> None:
     """What was done on the host: who, from where, with which task. For admins."""
-    moment = _moment(since)
+    moment = moment_of(since, "--since")
 
     async def show(client: HostClient) -> None:
         after: str | None = None
@@ -54,19 +52,6 @@ def audit(
                 await asyncio.sleep(FOLLOW_SECONDS)
 
     at.ask(show)
-
-
-def _moment(since: str) -> str:
-    """What `--since` says, in ISO 8601. Raises UsageError."""
-    try:
-        moment = datetime.fromisoformat(since.replace("Z", "+00:00"))
-    except ValueError:
-        if "T" in since or since.count("-") > 1:
-            raise UsageError(
-                f"--since takes a time like 12h or a moment like 2026-01-31T12:00, not {since!r}."
-            ) from None
-        moment = datetime.now(timezone.utc) - timedelta(seconds=seconds(since, "--since"))
-    return moment.astimezone(timezone.utc).isoformat()
 
 
 def _sentence(event: dict[str, Any]) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import sys
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -16,7 +17,7 @@ from kohakuriver.cli.options import JsonOption, Place, Remote, remote
 from kohakuriver.errors import UnauthenticatedError, UsageError
 
 if TYPE_CHECKING:
-    from kohakuriver.client.host import HostClient
+    from kohakuriver.client.host import HostClient, Limit
     from kohakuriver.config import Settings
 
 __all__ = ["app"]
@@ -120,13 +121,14 @@ def logout(
 @app.command(epilog="Example: kohakuriver auth status --json")
 @remote
 def status(at: Remote) -> None:
-    """Show who you are to the host, and where the token comes from."""
+    """Show who you are to the host, where the token comes from, and how much you may have there."""
     settings = at.resolved(at.token)
     who = at.ask(lambda client: client.whoami())
     source = _source(settings, at.token)
     if at.json:
         shown = {"host": settings.host, "user": who.user, "role": who.role, "token": who.token.to_json()}
-        output.json_line({**shown, "source": source})
+        limits = {name: asdict(limit) for name, limit in who.limits.items()}
+        output.json_line({**shown, "source": source, "limits": limits})
         return
     output.fields(
         [
@@ -136,8 +138,14 @@ def status(at: Remote) -> None:
             ("token", f"{who.token.name} ({who.token.id})"),
             ("expires", who.token.expires_at or "never"),
             ("from", source),
+            *((name, _of_limit(name, limit)) for name, limit in who.limits.items()),
         ]
     )
+
+
+def _of_limit(name: str, limit: Limit) -> str:
+    has, most = output.allowed(name, limit.used, limit.limit)
+    return f"{has} of {most}" if has else f"{most} at most"
 
 
 def _source(settings: Settings, flag: str | None) -> str:

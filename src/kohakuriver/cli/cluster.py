@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import signal
 from dataclasses import dataclass
 from enum import Enum
@@ -15,6 +16,8 @@ from kohakuriver.backends import by_default, names
 from kohakuriver.cli import output
 from kohakuriver.cli.options import JsonOption, built, one_of, remote
 from kohakuriver.cli.signals import caught
+from kohakuriver.errors import KohakuRiverError
+from kohakuriver.spared import without
 
 if TYPE_CHECKING:
     from kohakuriver.cli.local_cluster import LocalCluster
@@ -91,6 +94,10 @@ AuditOption = Annotated[
     Path | None,
     typer.Option("--audit-log", help="Where it goes what was done. Default: in --state-dir.", show_default=False),
 ]
+DrainOption = Annotated[
+    int,
+    typer.Option("--drain", min=0, max=3600, help="Seconds that forwards have to move to another host when it ends."),
+]
 MountsOption = Annotated[
     bool, typer.Option("--user-mounts", help="Let users who are no admins mount directories of the nodes.")
 ]
@@ -114,6 +121,29 @@ BackendsOption = Annotated[
         "--backend",
         **one_of(names()),
         help=f"What to offer; may be repeated. Default: {' and '.join(by_default())}.",
+        show_default=False,
+    ),
+]
+UserProcessesOption = Annotated[
+    bool,
+    typer.Option("--user-processes", help="Let users who are no admins run processes, as the runner's own user."),
+]
+ProcessUserOption = Annotated[
+    str | None,
+    typer.Option(
+        "--process-user",
+        metavar="USER",
+        help="As whom processes run. Default: the runner's own user, who must be root to name another.",
+        show_default=False,
+    ),
+]
+RegistryOption = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--registry",
+        metavar="NAME",
+        envvar="KOHAKURIVER_REGISTRIES",
+        help="Where images may be fetched from; may be repeated, '*' is any. Default: docker.io.",
         show_default=False,
     ),
 ]
@@ -144,6 +174,7 @@ def up(
     ssh_port: SshPortOption = 8002,
     state_dir: StateOption = None,
     allow_anonymous: AnonymousOption = False,
+    user_processes: UserProcessesOption = False,
     log_level: LogLevelOption = LogLevel.warning,
     json: JsonOption = False,
 ) -> int:
@@ -161,6 +192,7 @@ def up(
         runner_port=runner_port,
         ssh_port=ssh_port,
         allow_anonymous=allow_anonymous,
+        user_processes=user_processes,
         log_level=log_level.value,
     )
     return run(_run_up(cluster, json))
@@ -169,6 +201,7 @@ def up(
 async def _run_up(cluster: LocalCluster, json: bool) -> int:
     from kohakuriver.config import remove_cluster, write_cluster
 
+    _check_alone()
     stopped: asyncio.Future[signal.Signals] = asyncio.get_running_loop().create_future()
     with caught(lambda number: None if stopped.done() else stopped.set_result(number)):
         starting = asyncio.ensure_future(cluster.start())
@@ -179,13 +212,26 @@ async def _run_up(cluster: LocalCluster, json: bool) -> int:
             await asyncio.gather(starting, return_exceptions=True)
             return 0
         starting.result()
-        write_cluster(cluster.cluster)
         try:
+            _check_alone()  # another one may have been started at the same time
+            write_cluster(cluster.cluster)
             _say_ready(cluster, json)
             return await _until_end(cluster, stopped)
         finally:
             remove_cluster(cluster.cluster)
             await cluster.stop()
+
+
+def _check_alone() -> None:
+    """Raises KohakuRiverError where commands with nothing set use the cluster of another `up`, which runs."""
+    from kohakuriver.config import config_dir, read_cluster
+
+    other = read_cluster()
+    if other is not None:
+        raise KohakuRiverError(
+            f"The commands that use {config_dir()} have the cluster at {other.host_url}, which `kohakuriver up` runs; "
+            "end that, or give this one a KOHAKURIVER_CONFIG_DIR and a --state-dir of its own."
+        )
 
 
 async def _until_end(cluster: LocalCluster, stopped: asyncio.Future[signal.Signals]) -> int:
@@ -240,11 +286,14 @@ def host(
     database: DatabaseOption = None,
     ca_file: Annotated[Path | None, _ca_file("the runners' certificates")] = None,
     audit_log: AuditOption = None,
+    drain: DrainOption = 0,
     user_mounts: MountsOption = False,
 ) -> int:
     """Run the host alone: the HTTP API, the middle of every forward, and the SSH proxy."""
     from kohakuriver.config import config_dir
-    from kohakuriver.host import HostOptions, serve
+
+    with _plain_logs():
+        from kohakuriver.host import HostOptions, serve
 
     return serve(built(HostOptions, ctx.params, state_dir=common.state_dir or config_dir() / "host"))
 
@@ -253,7 +302,15 @@ def host(
 def runner(
     ctx: typer.Context,
     common: Serving,
-    host_url: Annotated[str, typer.Option("--host-url", metavar="URL", envvar="KOHAKURIVER_HOST", help="The host.")],
+    host_url: Annotated[
+        list[str],
+        typer.Option(
+            "--host-url",
+            metavar="URL",
+            envvar="KOHAKURIVER_HOST",
+            help="The host; again for each other one on its database.",
+        ),
+    ],
     bind: BindOption = "0.0.0.0",
     port: PortOption = 8001,
     advertise_url: AdvertiseOption = None,
@@ -261,15 +318,27 @@ def runner(
     node_token: NodeTokenOption = None,
     node_token_file: NodeTokenFileOption = None,
     backends: BackendsOption = None,
+    registries: RegistryOption = None,
+    user_processes: UserProcessesOption = False,
+    process_user: ProcessUserOption = None,
     ca_file: Annotated[Path | None, _ca_file("the host's certificate")] = None,
     stop_tasks_on_exit: StopTasksOption = False,
 ) -> int:
     """Run a node: start tasks here and reach into them."""
     from kohakuriver import config
-    from kohakuriver.runner import RunnerOptions, serve
 
-    more = {"state_dir": common.state_dir or config.config_dir() / "runner", "host_url": config.host_url(host_url)}
+    with _plain_logs():
+        from kohakuriver.runner import RunnerOptions, serve
+
+    first, *others = map(config.host_url, host_url)
+    more: dict[str, Any] = {"state_dir": common.state_dir or config.config_dir() / "runner"}
+    more |= {"host_url": first, "other_hosts": others}
     return serve(built(RunnerOptions, {"backends": by_default(), **_given(ctx)}, **more))
+
+
+def _plain_logs() -> contextlib.AbstractContextManager[None]:
+    """structlog would load Rich for tracebacks in colours, which our logs have not."""
+    return without("rich")
 
 
 def _given(ctx: typer.Context) -> dict[str, Any]:

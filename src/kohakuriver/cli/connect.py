@@ -5,8 +5,11 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import os
+import re
+import shlex
 import signal
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -14,11 +17,13 @@ import typer
 from kohakuriver.cli.behind_dashes import BehindTask, command_of
 from kohakuriver.cli.options import Connection, TaskArgument, pairs, remote
 from kohakuriver.cli.signals import caught
-from kohakuriver.errors import HostUnreachableError, UnavailableError, UsageError
+from kohakuriver.errors import HostUnreachableError, KohakuRiverError, UnavailableError, UsageError
 
 if TYPE_CHECKING:
     from kohakuriver.cli.local_terminal import RawTerminal
     from kohakuriver.cli.old_terminal import OldTerminal
+    from kohakuriver.client.forward import Event
+    from kohakuriver.client.lasting_terminal import LastingTerminal
     from kohakuriver.config import Settings
     from kohakuriver.tunnel.message_link import MessageLink
     from kohakuriver.tunnel.terminal import Start
@@ -42,6 +47,30 @@ EnvOption = Annotated[
     list[str] | None,
     typer.Option("--env", "-e", metavar="K=V", help="A variable for the shell or CMD; may be repeated."),
 ]
+UserOption = Annotated[
+    str,
+    typer.Option(
+        "--user", "-u", metavar="USER", help="As whom in the container. Default: as the task.", show_default=False
+    ),
+]
+WorkdirOption = Annotated[
+    str,
+    typer.Option("--workdir", "-w", metavar="DIR", help="Where. Default: where the task began.", show_default=False),
+]
+SessionOption = Annotated[
+    str | None,
+    typer.Option(
+        "--session",
+        "-s",
+        metavar="NAME",
+        help="A terminal with a name: it stays when you type ~. or close the window; the same command is back in it.",
+        show_default=False,
+    ),
+]
+NoResumeOption = Annotated[
+    bool,
+    typer.Option("--no-resume", help="End with the connection to the host, in the place of waiting for the next one."),
+]
 InteractiveOption = Annotated[
     bool, typer.Option("--interactive", "-i", hidden=True, help="As it always is; other programs want to be told.")
 ]
@@ -53,6 +82,7 @@ def register(app: typer.Typer) -> None:
         cls=BehindTask,
         epilog="Examples:\n\nkohakuriver connect my-task\n\nkohakuriver connect my-task nvidia-smi -L\n\n"
         "tar c data | kohakuriver connect my-task tar x -C /work\n\n"
+        "kohakuriver connect my-task --session train -- python train.py\n\n"
         "In a terminal, ~. at the start of a line ends the connection, also one that hangs.",
     )(remote(connect))
 
@@ -63,6 +93,10 @@ def connect(
     task: TaskArgument,
     tty: TtyOption = None,
     env: EnvOption = None,
+    user: UserOption = "",
+    workdir: WorkdirOption = "",
+    session: SessionOption = None,
+    no_resume: NoResumeOption = False,
     interactive: InteractiveOption = False,
 ) -> int:
     """Open a terminal in a task, or run CMD there.
@@ -77,24 +111,39 @@ def connect(
     command = command_of(ctx)
     if command is not None and not command:
         raise UsageError("A command must follow '--'.")
+    if workdir[:1] not in ("", "/"):
+        raise UsageError(f"--workdir takes an absolute path, not {workdir!r}.")
+    if session is not None:
+        _check_session(session, {"--user": user, "--no-resume": no_resume, "--no-tty": tty is False})
     variables = pairs(env or [], "--env")
+    wanted = Start(command or [], tty=False, env=variables, user=user, workdir=workdir, session=session or "")
     chosen = at.settings()
-    if not _wants_terminal(tty):
-        return run(Session(chosen, task, Start(command or [], tty=False, env=variables)).run())
-    return _interactive(chosen, task, command or [], variables)
+    if not _wants_terminal(True if session else tty, "--session" if session else "--tty"):
+        return run(Session(chosen, task, wanted, resume=not no_resume).run())
+    return _interactive(chosen, task, wanted, resume=not no_resume)
 
 
-def _wants_terminal(wish: bool | None) -> bool:
-    """Whether CMD gets a terminal: between two, if nothing else is wished. Raises UsageError where it can't."""
+def _check_session(name: str, others: dict[str, object]) -> None:
+    """Raises UsageError for what can't be a session's name, or one of the `others`, by its option, beside a session."""
+    from kohakuriver.tunnel.terminal import SESSION_NAME
+
+    if not SESSION_NAME.fullmatch(name):
+        raise UsageError(f"--session takes letters, digits, '.', '_' and '-', 64 at most, not {name!r}.")
+    for option in (option for option, given in others.items() if given):
+        raise UsageError(f"--session and {option} don't go together; leave one of them out.")
+
+
+def _wants_terminal(wish: bool | None, option: str) -> bool:
+    """Whether CMD gets a terminal: between two, if no option wishes else. Raises UsageError where it can't."""
     between = os.isatty(0) and os.isatty(1)
     if wish and not between:
-        raise UsageError("--tty needs a terminal as stdin and stdout; leave it out to use pipes.")
+        raise UsageError(f"{option} needs a terminal as stdin and stdout; leave it out to use pipes.")
     return between if wish is None else wish
 
 
-def _interactive(chosen: Settings, task: str, command: list[str], variables: dict[str, str]) -> int:
+def _interactive(chosen: Settings, task: str, wanted: Start, *, resume: bool) -> int:
     from kohakuriver.runtime import run
-    from kohakuriver.tunnel.terminal import Start, is_utf8
+    from kohakuriver.tunnel.terminal import is_utf8
 
     try:
         from kohakuriver.cli.local_terminal import Keeper, size
@@ -106,19 +155,23 @@ def _interactive(chosen: Settings, task: str, command: list[str], variables: dic
     rows, cols = size(1)
     env = {name: value for name in PASSED_ON if (value := os.environ.get(name)) and is_utf8(value)}
     with Keeper(0):
-        return run(Session(chosen, task, Start(command, True, rows, cols, {**env, **variables})).run())
+        started = replace(wanted, tty=True, rows=rows, cols=cols, env={**env, **wanted.env})
+        return run(Session(chosen, task, started, resume=resume).run())
 
 
 class Session:
     """One terminal, from its opening to its end."""
 
-    def __init__(self, chosen: Settings, task: str, start: Start) -> None:
+    def __init__(self, chosen: Settings, task: str, start: Start, *, resume: bool) -> None:
+        self._resume = resume
+        self._waits = False
         self._settings = chosen
         self._task = task
         self._start = start
         self._shown = False
         self._exited = False
-        self._link: MessageLink | OldTerminal
+        self._left = False
+        self._link: MessageLink | OldTerminal | LastingTerminal
         self._ended: asyncio.Future[int]
 
     async def run(self) -> int:
@@ -128,16 +181,69 @@ class Session:
         reads the output.
         """
         self._ended = asyncio.get_running_loop().create_future()
-        self._link = await self._open()
+        # As another user the engine, or the runner, starts it: they know whom the task's own processes may become.
+        lasting = await self._open_lasting() if self._resume and not self._start.user else None
+        self._lasts = lasting is not None
+        self._link = lasting or await self._open()
         with caught(self._signalled):
             try:
-                await self._link.send(self._start.to_message())
+                if not self._lasts:
+                    await self._link.send(self._start.to_message())
                 with self._raw() as terminal:
-                    return await self._relay(terminal)
+                    code = await self._relay(terminal)
+                if self._left:
+                    again = shlex.join(["kohakuriver", "connect", self._task, "--session", self._start.session])
+                    self._say(f"The session goes on; `{again}` is back in it.")
+                return code
             finally:
                 self._link.begin_close()
                 with contextlib.suppress(asyncio.TimeoutError):
                     await asyncio.wait_for(self._link.wait_closed(), 0.5)
+
+    async def _open_lasting(self) -> LastingTerminal | None:
+        """A terminal that outlives its connections; None where only another one can be had.
+
+        Raises KohakuRiverError where none can.
+        """
+        from kohakuriver.client.lasting_terminal import NO_LASTING, LastingTerminal
+
+        terminal = LastingTerminal(self._task, self._settings, self._start, self._told)
+        try:
+            await terminal.open()
+        except KohakuRiverError as error:
+            of_old = isinstance(error, UsageError) or (isinstance(error, HostUnreachableError) and error.url is None)
+            if self._start.session:
+                raise self._no_session(error) from error
+            # The task's end has no terminals that outlive connections, or can't start this one.
+            if error.code in (NO_LASTING, "tunnel_not_connected") or of_old:
+                return None
+            raise
+        return terminal
+
+    def _no_session(self, error: KohakuRiverError) -> KohakuRiverError:
+        """The error to show: without terminals that last, a session can't be had in any other way."""
+        from kohakuriver.client.lasting_terminal import NO_LASTING
+
+        if error.code != NO_LASTING:
+            return error
+        why, name = re.sub(r"^.*: E[A-Z]+: ", "", error.message), self._start.session
+        return UnavailableError(f"Task {self._task} can't keep the session {name}: {why}", code=NO_LASTING)
+
+    def _told(self, event: Event) -> None:
+        """Say that the connection is lost, if it does not come back at once, and then that it is back."""
+        from kohakuriver.client.forward import Reconnecting, Resumed
+
+        if isinstance(event, Reconnecting) and event.delay and not self._waits:
+            self._waits = True
+            self._say("Connection to the host lost: the terminal waits.")
+        elif isinstance(event, Resumed) and self._waits:
+            self._waits = False
+            self._say(f"Back after {event.seconds:.0f} s.")
+
+    def _say(self, sentence: str) -> None:
+        end = "\r\n" if self._start.tty else "\n"
+        with contextlib.suppress(OSError):
+            os.write(2, f"{end if self._start.tty else ''}{sentence}{end}".encode())
 
     async def _open(self) -> MessageLink | OldTerminal:
         from kohakuriver.config import path_segment
@@ -237,22 +343,29 @@ class Session:
 
     async def _read(self, keys: asyncio.Queue[str | bytes]) -> None:
         """What is typed, or piped in."""
-        from kohakuriver.cli.stdio import Escapes, read_stdin
+        from kohakuriver.cli.stdio import Escapes, Input
         from kohakuriver.tunnel.terminal import end
 
-        pieces: asyncio.Queue[bytes] = asyncio.Queue(1)
-        read_stdin(pieces)
+        stdin = Input()
         escapes = Escapes() if self._start.tty else None
-        while data := await pieces.get():
+        while data := await stdin.read():
             leave = False
             if escapes is not None:
                 data, leave = escapes.feed(data)
             if data:
                 await keys.put(data)
             if leave:
-                self._end(SIGNALLED + HANG_UP)
+                self._leave()
                 return
         await keys.put(end())
+
+    def _leave(self) -> None:
+        """The user wants out; what is in a session goes on."""
+        if self._start.session:
+            self._left = True
+            self._end(0)
+        else:
+            self._end(SIGNALLED + HANG_UP)
 
     async def _send(self, keys: asyncio.Queue[str | bytes]) -> None:
         with contextlib.suppress(ConnectionError):  # whoever receives hears why

@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import os
 import signal
+from dataclasses import replace
 from enum import Enum
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -71,6 +72,23 @@ WaitOption = Annotated[
 ]
 
 
+NoResumeOption = Annotated[
+    bool,
+    typer.Option("--no-resume", help="Reset connections when the connection to the host is lost; they wait otherwise."),
+]
+ResumeForOption = Annotated[
+    int | None,
+    typer.Option(
+        "--resume-for",
+        min=1,
+        max=86_400,
+        metavar="SECONDS",
+        help="For how long connections wait. Default: 3600, or KOHAKURIVER_RESUME_FOR.",
+        show_default=False,
+    ),
+]
+
+
 class _Forward(WithCommand):
     """Takes `--wait` without a number too."""
 
@@ -98,6 +116,8 @@ def forward(
     local_host: LocalHostOption = "localhost",
     proto: ProtoOption = Proto.tcp,
     wait: WaitOption = None,
+    no_resume: NoResumeOption = False,
+    resume_for: ResumeForOption = None,
 ) -> int:
     """Forward local ports to ports of a task, until Ctrl-C.
 
@@ -109,8 +129,11 @@ def forward(
     files = raise_file_limit()
     command = command_of(ctx)
     _check_command(command, at.json)
+    _check_wait(wait, task, ports)
     wanted = _ports(ports, local_port, proto.value)
     chosen = at.settings()
+    if resume_for is not None:
+        chosen = replace(chosen, resume_for=resume_for)
     _warn_if_exposed(local_host)
 
     async def main() -> int:
@@ -118,7 +141,13 @@ def forward(
 
         with view_for(task, json=at.json, beside_command=command is not None) as view:
             forwarder = Forwarder(
-                task, wanted, settings=chosen, local_host=local_host, patience=wait, on_event=view.tell
+                task,
+                wanted,
+                settings=chosen,
+                local_host=local_host,
+                patience=wait,
+                resume=not no_resume,
+                on_event=view.tell,
             )
             return await _Running(forwarder, view, command, files).run()
 
@@ -130,6 +159,12 @@ def _check_command(command: list[str] | None, json: bool) -> None:
         raise UsageError("A command must follow '--'.")
     if command and json:
         raise UsageError("--json and a command don't go together: stdout is the command's.")
+
+
+def _check_wait(wait: float | None, task: str, ports: list[str]) -> None:
+    """Raises UsageError where the seconds of `--wait` were taken for the task."""
+    if wait is not None and task.isdigit() and len(ports) > 1 and ports[0][:1].isalpha():
+        raise UsageError(f"The seconds of --wait stand behind an equals sign: --wait={task} {' '.join(ports)}")
 
 
 def _ports(texts: list[str], local_port: int | None, proto: str) -> list[PortForward]:
@@ -205,8 +240,9 @@ class _Running:
         from kohakuriver.runtime import lowered_file_limit
 
         environment = dict(os.environ)
-        for local in self._forwarder.listening:
+        for local in sorted(self._forwarder.listening, key=lambda each: each.proto, reverse=True):  # TCP's counts
             environment[f"KOHAKURIVER_PORT_{local.remote_port}"] = str(local.port)
+            environment[f"KOHAKURIVER_PORT_{local.remote_port}_{local.proto.upper()}"] = str(local.port)
         try:
             with lowered_file_limit(self._files):
                 self._child = await asyncio.create_subprocess_exec(*command, env=environment)
@@ -220,6 +256,7 @@ class _Running:
             code = await self._child.wait()
         finally:
             lost.cancel()
+        await self._until_stopped(self._forwarder.close(deliver=True))
         return code if code >= 0 else KILLED_BY - code
 
     async def _say_when_lost(self) -> None:
@@ -229,7 +266,7 @@ class _Running:
             output.note(f"The forward has ended, the command goes on: {error.message}")
 
     def _signalled(self, number: signal.Signals) -> None:
-        if self._child is not None:
+        if self._child is not None and self._child.returncode is None:
             if not (number in BY_KEYS and _shares_a_foreground()):
                 with contextlib.suppress(ProcessLookupError):
                     self._child.send_signal(number)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import enum
 import os
 import queue
 import re
@@ -18,6 +19,7 @@ from kohakuriver.client.forward import (
     LOOPBACKS,
     Event,
     Listening,
+    Moved,
     NotListening,
     OutOfDescriptors,
     Reconnecting,
@@ -32,11 +34,20 @@ STATS_INTERVAL = 5.0
 LIVE_INTERVAL = 0.5
 # The same failure is not said again within this many seconds: a program that retries would flood the terminal.
 QUIET = 5.0
+MOST_SAID = 1000
 # Events that wait for a stdout that is not read; what comes while it is full is counted and left out.
 MOST_WAITING = 1000
 LAST_WORDS = 1.0
 _CONTAINER = re.compile(r"kohakuriver-vps-\d+")
 CLEAR, DIM, PLAIN = "\r\x1b[2K", "\x1b[2m", "\x1b[0m"
+
+
+class _Outage(enum.Enum):
+    """Whether it was said that connections wait for the host."""
+
+    NONE = enum.auto()
+    SAID = enum.auto()
+    UNSAID = enum.auto()  # it was said a moment ago
 
 
 class View:
@@ -91,6 +102,8 @@ class PlainView(View):
         self._task = task
         self._beside_command = beside_command
         self._reason = ""
+        self._outage = _Outage.NONE
+        self._lost_at = self._moved_at = -QUIET
         self._ports: set[tuple[int, int, str]] = set()
         self._said: dict[tuple[int, str], tuple[float, int]] = {}
 
@@ -100,18 +113,47 @@ class PlainView(View):
         elif isinstance(event, StreamError):
             self._stream_error(event)
         elif isinstance(event, Reconnecting):
-            if event.reason != self._reason:
-                self._reason = event.reason
-                self.message(f"Reconnecting: {readable(event.reason, self._task) or 'the connection was lost'}")
+            self._reconnecting(event)
         elif isinstance(event, Resumed):
-            self._reason = ""
-            self.message("Connected again.")
+            self._resumed(event)
+        elif isinstance(event, Moved):
+            self._moved(event)
         elif isinstance(event, NotListening):
             where = f"[{event.local_host}]:{event.local_port}"
             self.message(f"{where} does not lead to {self._task}: {event.reason}; what opens `localhost` may get that.")
         elif isinstance(event, OutOfDescriptors):
             new = f"{event.waiting} connections wait" if event.waiting else "new connections are turned away"
             self.message(f"Out of file descriptors, {new}: raise the limit (ulimit -n), or close some.")
+
+    def _reconnecting(self, event: Reconnecting) -> None:
+        if self._outage is _Outage.SAID or self._outage is _Outage.UNSAID:
+            return  # of connections that wait, once
+        if event.waiting:
+            now = time.monotonic()
+            quiet = now - self._lost_at < QUIET  # a link that comes and goes
+            self._lost_at = now
+            self._outage = _Outage.UNSAID if quiet else _Outage.SAID
+            if not quiet:
+                self.message(f"Connection to the host lost: {_connections(event.waiting, 'wait')}.")
+        elif event.reason != self._reason:
+            self._reason = event.reason
+            self.message(f"Reconnecting: {readable(event.reason, self._task) or 'the connection was lost'}")
+
+    def _resumed(self, event: Resumed) -> None:
+        said, self._outage, self._reason = self._outage, _Outage.NONE, ""
+        if said is _Outage.SAID:
+            count = f"{_connections(event.waiting, 'go')} on" if event.waiting else "no connection is left"
+            self.message(f"Back after {event.seconds:.0f} s: {count}.")
+        elif said is _Outage.NONE:
+            self.message("Connected again.")
+
+    def _moved(self, event: Moved) -> None:
+        now = time.monotonic()
+        if now - self._moved_at >= QUIET:
+            self._moved_at = now
+            reason = readable(event.reason, self._task)
+            count = _connections(event.connections, "go")
+            self.message(f"Connection to the host renewed, since {reason}: {count} on.")
 
     def _listening(self, event: Listening) -> None:
         port = event.local_port, event.remote_port, event.proto
@@ -137,9 +179,18 @@ class PlainView(View):
         if now - last < QUIET:
             self._said[key] = (last, unsaid + 1)
             return
+        if len(self._said) > MOST_SAID:  # the other end chooses the words
+            self._said.clear()
         more = f" ({unsaid} more like this)" if unsaid else ""
         self._said[key] = (now, 0)
         self.message(f"{self._task}:{event.remote_port}: {readable(event.message, self._task)}{more}")
+
+
+def _connections(count: int, verb: str) -> str:
+    """`1 connection waits`, `12 connections wait`"""
+    if count == 1:
+        return f"1 connection {verb}{'es' if verb.endswith('o') else 's'}"
+    return f"{count} connections {verb}"
 
 
 def stamped(text: str) -> str:

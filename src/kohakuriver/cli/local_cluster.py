@@ -113,6 +113,7 @@ class LocalCluster:
         runner_port: int = 0,
         ssh_port: int = 0,
         allow_anonymous: bool = False,
+        user_processes: bool = False,
         log_level: str = "warning",
     ) -> None:
         self.state_dir = state_dir.absolute()
@@ -123,6 +124,7 @@ class LocalCluster:
         self._runner_port = runner_port
         self._ssh_port = ssh_port
         self._common = ["--log-level", log_level, *(["--allow-anonymous"] if allow_anonymous else [])]
+        self._for_runner = ["--user-processes"] if user_processes else []
         self._children: list[_Child] = []
         self._lock: IO[str] | None = None
 
@@ -156,7 +158,7 @@ class LocalCluster:
         self.cluster = Cluster(ready["url"], token, ready["ssh_proxy"], os.getpid(), str(state / LOCK))
         runner = ["--state-dir", str(state / "runner"), "--bind", "127.0.0.1", "--port", str(self._runner_port)]
         runner += ["--host-url", ready["url"], "--node-token-file", str(state / "node-token")]
-        runner += [*(f"--backend={name}" for name in names()), "--stop-tasks-on-exit"]
+        runner += [*(f"--backend={name}" for name in names()), "--stop-tasks-on-exit", *self._for_runner]
         self.runner_url = (await self._start_child("runner", runner))["url"]
 
     async def _start_child(self, role: str, arguments: Sequence[str]) -> dict[str, Any]:

@@ -7,12 +7,13 @@ from __future__ import annotations
 
 import os
 import signal
+import sys
 from collections.abc import Sequence
 from typing import Annotated, NoReturn
 
 import typer
 
-from kohakuriver import __version__, descriptors
+from kohakuriver import __version__, binaries, descriptors
 from kohakuriver.cli import audit, auth, cluster, connect, demo, forward, init, node, output, ssh, token, user, vps
 from kohakuriver.cli.app import App
 from kohakuriver.errors import HostUnreachableError, KohakuRiverError
@@ -35,6 +36,8 @@ app = App(
 def _print_version(wanted: bool) -> None:
     if wanted:
         print(f"kohakuriver {__version__}")
+        if sys.platform.startswith("linux") and (note := binaries.missing()):  # only there are runners
+            output.note(note)
         raise typer.Exit
 
 

@@ -56,7 +56,7 @@ def list_nodes(at: Remote) -> None:
             output.note(f"Node {node.name} offers no {backend}: {reason}.")
     for node in nodes:
         if node.reason:
-            output.note(f"{node.name}: {node.reason}")
+            output.note(f"{node.name} at {node.url}: {node.reason}")
 
 
 @app.command(epilog="Example: kohakuriver node cordon n1")

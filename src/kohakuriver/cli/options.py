@@ -6,6 +6,7 @@ import functools
 import inspect
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass, fields, is_dataclass
+from datetime import datetime, timedelta, timezone
 from enum import Enum
 from typing import TYPE_CHECKING, Annotated, Any, TypeVar, get_type_hints
 
@@ -13,6 +14,7 @@ import typer
 
 from kohakuriver.cli import output
 from kohakuriver.errors import KohakuRiverError, UsageError
+from kohakuriver.quotas import byte_count
 
 if TYPE_CHECKING:
     from kohakuriver.client.host import HostClient
@@ -31,10 +33,12 @@ __all__ = [
     "TasksArgument",
     "built",
     "complete_task",
+    "moment_of",
     "one_of",
     "pairs",
     "remote",
     "seconds",
+    "size_of",
 ]
 
 
@@ -221,6 +225,14 @@ def _warned(chosen: Settings) -> Settings:
     return chosen
 
 
+def size_of(text: str | None, option: str) -> int | None:
+    """A size like `512m` or `8g` in bytes; None where it was not given. Raises UsageError."""
+    try:
+        return None if text is None else byte_count(text)
+    except ValueError:
+        raise UsageError(f"{option} takes a size such as 512m or 8g, not {text!r}.") from None
+
+
 def pairs(values: list[str], option: str) -> dict[str, str]:
     """`["A=1", "B="]` as a mapping. Raises UsageError for one without a name or without `=`."""
     found: dict[str, str] = {}
@@ -245,3 +257,16 @@ def seconds(text: str, option: str) -> float:
     if length > _LONGEST:
         raise UsageError(f"{option} takes 36500d at most, not {text!r}.")
     return float(length)
+
+
+def moment_of(text: str, option: str) -> str:
+    """How long ago, as `12h`, or a moment in ISO 8601; as the latter, in UTC. Raises UsageError."""
+    try:
+        moment = datetime.fromisoformat(text.replace("Z", "+00:00"))
+    except ValueError:
+        if "T" in text or text.count("-") > 1:
+            raise UsageError(
+                f"{option} takes a time like 12h or a moment like 2026-01-31T12:00, not {text!r}."
+            ) from None
+        moment = datetime.now(timezone.utc) - timedelta(seconds=seconds(text, option))
+    return moment.astimezone(timezone.utc).isoformat()

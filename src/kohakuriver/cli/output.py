@@ -15,10 +15,12 @@ from datetime import datetime, timezone
 from typing import IO, Any, NoReturn
 
 from kohakuriver.cli.signals import in_foreground
+from kohakuriver.quotas import in_words
 from kohakuriver.text import printable
 
 __all__ = [
     "age",
+    "allowed",
     "discard_stdout",
     "draws",
     "error",
@@ -208,6 +210,12 @@ def size(count: float) -> str:
             return f"{count:.0f} {unit}" if unit == "B" or count >= 100 else f"{count:.1f} {unit}"
         count /= 1000
     return f"{count:.1f} TB"
+
+
+def allowed(quota: str, used: float | None, most: float | None) -> tuple[str, str]:
+    """How much somebody has of something, and how much they may have, for people; see quotas.py."""
+    has = "" if used is None else in_words(quota, used)
+    return has, "any" if most is None else in_words(quota, most)
 
 
 def age(moment: str | None, *, now: float | None = None) -> str:

@@ -13,7 +13,7 @@ from kohakuriver.backends import known
 from kohakuriver.cli.behind_dashes import WithSshArguments, command_of
 from kohakuriver.cli.options import Connection, Remote, TaskArgument, remote
 from kohakuriver.cli.ssh_names import alias, task_of
-from kohakuriver.errors import KohakuRiverError, UsageError
+from kohakuriver.errors import HostUnreachableError, KohakuRiverError, UsageError
 
 if TYPE_CHECKING:
     from kohakuriver.client.host import HostClient, Task
@@ -29,6 +29,15 @@ PassOption = Annotated[
 ]
 
 
+FdpassOption = Annotated[
+    bool,
+    typer.Option(
+        "--fdpass",
+        help="Hand ssh the connection to the host itself: faster, but it ends with the network, the host or the node.",
+    ),
+]
+
+
 def register(app: typer.Typer) -> None:
     """Add the commands to `app`."""
     app.command("ssh-proxy", epilog="Example: ssh -o ProxyCommand='kohakuriver ssh-proxy %n' root@web")(
@@ -41,6 +50,9 @@ def ssh_proxy(
     at: Connection,
     task: TaskArgument,
     pass_socket: PassOption = False,
+    direct: Annotated[
+        bool, typer.Option("--direct", help="Go by the host's SSH proxy: the connection ends when a hop does.")
+    ] = False,
 ) -> None:
     """Connect stdin and stdout to a task's SSH server: a ProxyCommand for ssh."""
     from kohakuriver.cli import ssh_dial
@@ -53,6 +65,7 @@ def ssh_proxy(
         ca_file=settings.ca_file,
         task=task_of(task),
         pass_socket=pass_socket,
+        direct=direct,
     )
 
 
@@ -62,6 +75,7 @@ def ssh_config(
         bool, typer.Option("--install", help="Write them to a file that ~/.ssh/config includes from now on.")
     ] = False,
     uninstall: Annotated[bool, typer.Option("--uninstall", help="Take back what --install did.")] = False,
+    fdpass: FdpassOption = False,
 ) -> None:
     """Print OpenSSH configuration by which ssh, scp, rsync, git and editors reach tasks by their names."""
     from kohakuriver.cli import ssh_files
@@ -74,10 +88,10 @@ def ssh_config(
         return
     names = at.ask(_names)
     if not install:
-        text = ssh_files.config_text(names)
+        text = ssh_files.config_text(names, direct=fdpass)
         at.show({"config": text}, text.rstrip("\n"))
         return
-    path = ssh_files.install(names)
+    path = ssh_files.install(names, direct=fdpass)
     sentence = f"Wrote {path}, which ~/.ssh/config includes; try `ssh {names[0] if names else 'TASK.kohakuriver'}`."
     at.show({"event": "installed", "file": str(path), "names": names}, sentence)
 
@@ -111,8 +125,15 @@ def connect(
     ] = None,
     proxy_port: Annotated[
         int | None,
-        typer.Option("--proxy-port", min=1, max=65535, help="The SSH proxy's port. Default: 8002.", show_default=False),
+        typer.Option(
+            "--proxy-port",
+            min=1,
+            max=65535,
+            help="With --fdpass: the SSH proxy's port. Default: 8002.",
+            show_default=False,
+        ),
     ] = None,
+    fdpass: FdpassOption = False,
 ) -> int:
     """Log in to a task with the system's ssh.
 
@@ -129,14 +150,19 @@ def connect(
     found = at.ask(lambda client: client.task(task))
     # ssh would say less about why it can't connect, and always exit with 255.
     shown = ssh_dial.to_show(settings.host, str(found.task_id), settings.token, settings.ca_file)
-    ssh_dial.dial(ssh_proxy, str(found.task_id), shown).close()
+    direct = fdpass or proxy_port is not None
+    try:
+        ssh_dial.dial(ssh_proxy, str(found.task_id), shown).close()
+    except HostUnreachableError:
+        if direct:
+            raise
     ssh = shutil.which("ssh")
     if ssh is None:
         raise KohakuRiverError("There is no ssh on this machine; install OpenSSH's client.")
     ssh_files.prepare()
     if found.ssh_host_key:
         ssh_files.learn_host_key(found.task_id, found.name, found.ssh_host_key)
-    arguments = [*_options(found), *_identity(key), f"{user}@{found.name}", *(command_of(ctx) or [])]
+    arguments = [*_options(found, direct=direct), *_identity(key), f"{user}@{found.name}", *(command_of(ctx) or [])]
     return _run(ssh, arguments, {**os.environ, **_environment(settings, ssh_proxy)})
 
 
@@ -152,11 +178,11 @@ def _identity(key: Path | None) -> list[str]:
     return [] if key is None else ["-o", f"IdentityFile {spoken(key)}"]
 
 
-def _options(task: Task) -> list[str]:
+def _options(task: Task, *, direct: bool) -> list[str]:
     from kohakuriver.cli import ssh_files
 
     lines = [
-        *ssh_files.proxy_command(str(task.task_id), known=True),
+        *ssh_files.proxy_command(str(task.task_id), known=True, direct=direct),
         *ssh_files.connection_options(known=bool(task.ssh_host_key)),
         f"HostKeyAlias {alias(task.task_id)}",
     ]

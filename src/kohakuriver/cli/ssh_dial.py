@@ -14,6 +14,7 @@ import socket
 import sys
 import threading
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -26,10 +27,10 @@ from kohakuriver.errors import (
     UsageError,
     from_answer,
 )
-from kohakuriver.resolve import resolving
+from kohakuriver.resolve import connected, joined, resolving
 from kohakuriver.text import printable
 
-__all__ = ["dial", "main", "proxy", "to_show"]
+__all__ = ["dial", "main", "proxy", "relay", "to_show"]
 
 ANSWER_SECONDS = 30.0
 MAX_ANSWER = 8192
@@ -92,7 +93,7 @@ def _connect(url: str, host: str, port: int) -> socket.socket:
 
         if (proxy := http_proxy(url)) is not None:
             return connect_through(proxy, host, port, ANSWER_SECONDS)
-    return socket.create_connection((host, port), timeout=ANSWER_SECONDS)
+    return connected(host, port, ANSWER_SECONDS)
 
 
 def _line(sock: socket.socket) -> str:
@@ -117,11 +118,26 @@ def proxy(
     task: str,
     pass_socket: bool,
     known: bool = False,
+    direct: bool = False,
 ) -> None:
-    """Connect stdin and stdout to the task's SSH server, or with `pass_socket` hand ssh the connection itself.
+    """Connect stdin and stdout to the task's SSH server, or with `pass_socket` hand ssh a socket that leads there.
 
-    With `known` the host is not asked for the task first: ssh knows the host key already. Raises KohakuRiverError.
+    The connection goes on when what lies between went and came back, by a process that stays for that; a `direct` one
+    goes by the host's SSH proxy and needs none. With `known` the host is not asked for the task first: ssh knows the
+    host key already. Raises KohakuRiverError.
     """
+    if not direct:
+        from kohakuriver.cli import ssh_kept
+        from kohakuriver.config import load_settings
+
+        if not known:
+            _learn_host_key(host, task, token, ca_file)
+        settings = replace(load_settings(), host=host, token=token, ca_file=ca_file)
+        if pass_socket:
+            ssh_kept.hand_over(task, settings, _pass_to_parent)
+        else:
+            ssh_kept.between_pipes(task, settings)
+        return
     dialling = _Dialling(lambda: dial(ssh_proxy, task, to_show(host, task, token, ca_file)))
     if not known:
         try:
@@ -135,7 +151,7 @@ def proxy(
     if pass_socket:
         _pass_to_parent(sock)
     else:
-        _relay(sock)
+        relay(sock)
 
 
 class _Dialling(threading.Thread):
@@ -154,7 +170,7 @@ class _Dialling(threading.Thread):
             self._result = error
 
     def result(self) -> socket.socket:
-        self.join()
+        joined(self)
         if isinstance(self._result, BaseException):
             raise self._result
         assert self._result is not None
@@ -162,7 +178,7 @@ class _Dialling(threading.Thread):
 
     def forget(self) -> None:
         """Whatever comes of it is of no use any more."""
-        self.join()
+        joined(self)
         if isinstance(self._result, socket.socket):
             self._result.close()
 
@@ -233,7 +249,7 @@ def _pass_to_parent(sock: socket.socket) -> None:
         ) from error
 
 
-def _relay(sock: socket.socket) -> None:
+def relay(sock: socket.socket) -> None:
     """Copy both ways until the task's side ends."""
 
     def send() -> None:
@@ -266,7 +282,7 @@ def _settings() -> tuple[str, str | None, str, str | None]:
 
 
 def main(arguments: list[str]) -> int:
-    """`[--pass-socket] [--known] HOST_NAME`: what ssh runs; the exit code."""
+    """`[--pass-socket] [--known] [--direct] HOST_NAME`: what ssh runs; the exit code."""
     try:
         host, token, ssh_proxy, ca_file = _settings()
         proxy(
@@ -277,6 +293,7 @@ def main(arguments: list[str]) -> int:
             task=task_of(arguments[-1]),
             pass_socket="--pass-socket" in arguments[:-1],
             known="--known" in arguments[:-1],
+            direct="--direct" in arguments[:-1],
         )
     except KohakuRiverError as error:
         with contextlib.suppress(OSError):

@@ -115,14 +115,20 @@ def public_keys(files: Sequence[Path]) -> list[str]:
     return list(found)
 
 
-def proxy_command(task: str, *, environment: dict[str, str] | None = None, known: bool = False) -> list[str]:
-    """ssh's options for the way to a task (in ssh's configuration `%n` is the name that the user gave)."""
+def proxy_command(
+    task: str, *, environment: dict[str, str] | None = None, known: bool = False, direct: bool = False
+) -> list[str]:
+    """ssh's options for the way to a task (in ssh's configuration `%n` is the name that the user gave).
+
+    A `direct` one goes by the host's SSH proxy: nothing stays in its way, and it ends with what lies between.
+    """
     program = [sys.executable, "-m", "kohakuriver.cli.ssh_dial"]
     if environment:
         program = ["env", *(f"{name}={value}" for name, value in environment.items()), *program]
     import shlex
 
-    command = shlex.join([*program, *(["--known"] if known else []), *(["--pass-socket"] if _can_pass() else [])])
+    flags = {"--known": known, "--direct": direct, "--pass-socket": _can_pass()}
+    command = shlex.join([*program, *(flag for flag, given in flags.items() if given)])
     options = [f"ProxyCommand {command.replace('%', '%%')} {task}"]
     return [*options, "ProxyUseFdpass yes"] if _can_pass() else options
 
@@ -141,15 +147,15 @@ def _can_pass() -> bool:
     return os.name == "posix"
 
 
-def config_text(names: Sequence[str]) -> str:
-    """OpenSSH configuration for these tasks, and for any by its name and `DOMAIN`."""
+def config_text(names: Sequence[str], *, direct: bool = False) -> str:
+    """OpenSSH configuration for these tasks, and for any by its name and `DOMAIN`; `direct` as in `proxy_command`."""
     # A program that was not started from this shell would not find the same cluster by itself. The token stays out.
     kept = {name: os.environ[name] for name in ("KOHAKURIVER_CONFIG_DIR", "KOHAKURIVER_HOST") if os.environ.get(name)}
     if "KOHAKURIVER_CONFIG_DIR" in kept:
         kept["KOHAKURIVER_CONFIG_DIR"] = str(config_dir().absolute())
     options = [
         "User root",
-        *proxy_command("%n", environment=kept),
+        *proxy_command("%n", environment=kept, direct=direct),
         # The host key of a task that was given its SSH server is there before ssh looks; others are learnt once.
         *connection_options(known=False),
     ]
@@ -175,9 +181,15 @@ def installed() -> bool:
         return False
 
 
-def install(names: Sequence[str]) -> Path:
-    """Write our configuration and include it in the user's, at the top, where it is in no `Host` block."""
-    path, include, text = config_file(), _include(), config_text(names)
+def install(names: Sequence[str], *, direct: bool | None = None) -> Path:
+    """Write our configuration and include it in the user's, at the top, where it is in no `Host` block.
+
+    `direct` as in `proxy_command`; None is as it was installed before.
+    """
+    path, include = config_file(), _include()
+    if direct is None:
+        direct = path.exists() and " --direct " in path.read_text("utf-8")
+    text = config_text(names, direct=direct)
     prepare()
     _replace(path, text)
     user = _user_config()

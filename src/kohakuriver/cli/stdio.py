@@ -8,8 +8,9 @@ import os
 import queue
 import select
 import threading
+from typing import TypeVar
 
-__all__ = ["Escapes", "Output", "read_stdin"]
+__all__ = ["Escapes", "Input", "Output"]
 
 PIECE = 64 * 1024
 
@@ -51,23 +52,30 @@ def _next_line_start(data: bytes) -> int:
     return min(places, default=len(data))
 
 
-def read_stdin(into: asyncio.Queue[bytes]) -> None:
-    """Have everything from stdin put into a queue of the running loop, and b"" at its end.
+class Input:
+    """Reads stdin piece by piece, without ever holding the loop up.
 
-    In a thread that nobody waits for at the end of the program: a read can't be interrupted.
+    In a thread that nobody waits for at the end of the program: a read can't be interrupted. So it must not say
+    anything either, not even that it failed: Python aborts at its end where such a thread holds stderr.
     """
-    loop = asyncio.get_running_loop()
 
-    def put(data: bytes) -> None:
-        asyncio.run_coroutine_threadsafe(into.put(data), loop).result()
+    def __init__(self) -> None:
+        self._loop = asyncio.get_running_loop()
+        self._asked: queue.SimpleQueue[asyncio.Future[bytes]] = queue.SimpleQueue()
+        threading.Thread(target=self._run, name="stdin", daemon=True).start()
 
-    def read() -> None:
-        with contextlib.suppress(RuntimeError):  # the loop has ended first
-            while data := _read_piece():
-                put(data)
-            put(b"")
+    async def read(self) -> bytes:
+        """The next piece, of 64 KiB at most; b"" at the end. One that is cancelled takes a piece with it."""
+        read: asyncio.Future[bytes] = self._loop.create_future()
+        self._asked.put(read)
+        return await read
 
-    threading.Thread(target=read, name="stdin", daemon=True).start()
+    def _run(self) -> None:
+        while True:
+            read = self._asked.get()
+            data = _read_piece()
+            with contextlib.suppress(RuntimeError):  # the loop has ended first
+                self._loop.call_soon_threadsafe(_settle, read, data)
 
 
 def _read_piece() -> bytes:
@@ -103,22 +111,25 @@ class Output:
     def _run(self) -> None:
         while True:
             fd, data, written = self._work.get()
-            error: Exception | None = None
+            failure: Exception | None = None
             try:
                 _write_all(fd, data)
-            except OSError as failure:
-                error = failure
+            except OSError as error:
+                failure = error
             with contextlib.suppress(RuntimeError):  # the loop has ended first
-                self._loop.call_soon_threadsafe(_settle, written, error)
+                self._loop.call_soon_threadsafe(_settle, written, None, failure)
 
 
-def _settle(written: asyncio.Future[None], error: Exception | None) -> None:
-    if written.done():
+T = TypeVar("T")
+
+
+def _settle(future: asyncio.Future[T], result: T, failure: Exception | None = None) -> None:
+    if future.done():
         return
-    if error is None:
-        written.set_result(None)
+    if failure is None:
+        future.set_result(result)
     else:
-        written.set_exception(error)
+        future.set_exception(failure)
 
 
 def _write_all(fd: int, data: bytes) -> None:

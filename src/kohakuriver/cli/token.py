@@ -9,6 +9,7 @@ import typer
 from kohakuriver.cli import output
 from kohakuriver.cli.app import App
 from kohakuriver.cli.options import Remote, remote, seconds
+from kohakuriver.cli.processes import warn_of_processes
 from kohakuriver.errors import UsageError
 
 if TYPE_CHECKING:
@@ -47,6 +48,8 @@ def create(
     """Make a token and print it, this once."""
     expires_in = None if expires is None else seconds(expires, "--expires")
     made = at.ask(lambda client: client.make_token(name, user=user, node=node, expires_in=expires_in))
+    if user is not None:
+        warn_of_processes(at)
     if at.json:
         output.json_line(made.to_json())
     else:

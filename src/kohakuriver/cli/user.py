@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict, dataclass
 from enum import Enum
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from kohakuriver.cli import output
 from kohakuriver.cli.app import App
 from kohakuriver.cli.options import Remote, remote, seconds
+from kohakuriver.cli.processes import warn_of_processes
+from kohakuriver.quotas import QUOTAS, QuotaName, parsed
 
 if TYPE_CHECKING:
-    from kohakuriver.client.host import HostClient, Token, User
+    from kohakuriver.client.host import HostClient, Limits, Token, User
 
 __all__ = ["app"]
 
@@ -32,10 +35,36 @@ class Role(str, Enum):
 UserArgument = Annotated[str, typer.Argument(metavar="USER", help="The user's name.", show_default=False)]
 
 
+def _limit(name: QuotaName) -> Any:
+    metavar = {"": "N", "bytes": "SIZE", "CPUs": "N"}[QUOTAS[name].unit]
+    return typer.Option(
+        f"--{name}", metavar=metavar, help=f"At most so many {QUOTAS[name].what}.", rich_help_panel="Limits"
+    )
+
+
+@dataclass(frozen=True)
+class WithLimits(Remote):
+    """A host to ask, and limits of a user, as they were given."""
+
+    tasks: Annotated[str | None, _limit("tasks")] = None
+    running: Annotated[str | None, _limit("running")] = None
+    tokens: Annotated[str | None, _limit("tokens")] = None
+    sessions: Annotated[str | None, _limit("sessions")] = None
+    connects: Annotated[str | None, _limit("connects")] = None
+    memory: Annotated[str | None, _limit("memory")] = None
+    cpus: Annotated[str | None, _limit("cpus")] = None
+    pids: Annotated[str | None, _limit("pids")] = None
+    log: Annotated[str | None, _limit("log")] = None
+
+    def limits(self) -> dict[str, float | None]:
+        """Those that were given, None for the host's default. Raises UsageError."""
+        return {name: parsed(name, text) for name in QUOTAS if (text := getattr(self, name)) is not None}
+
+
 @app.command(epilog="Example: kohakuriver user add ann --expires 90d")
 @remote
 def add(
-    at: Remote,
+    at: WithLimits,
     name: UserArgument,
     role: Annotated[
         Role, typer.Option("--role", help="An admin may do everything, also with others' tasks.")
@@ -46,13 +75,15 @@ def add(
     ] = None,
 ) -> None:
     """Add a user and print their first token, this once; `kohakuriver auth login` takes it."""
-    expires_in = None if expires is None else seconds(expires, "--expires")
+    expires_in, limits = None if expires is None else seconds(expires, "--expires"), at.limits()
 
     async def make(client: HostClient) -> tuple[User, Token]:
-        user = await client.add_user(name, role=role.value)
+        user = await client.add_user(name, role=role.value, limits=limits)
         return user, await client.make_token("first", user=name, expires_in=expires_in)
 
     user, made = at.ask(make)
+    if user.role == Role.user.value:
+        warn_of_processes(at)
     if at.json:
         output.json_line({**user.to_json(), "token": made.token, "expires_at": made.expires_at})
     else:
@@ -70,6 +101,34 @@ def list_users(at: Remote) -> None:
         return
     output.table(
         ["Name", "Role", "Added"], [[user.name, user.role, f"{output.age(user.created_at)} ago"] for user in users]
+    )
+
+
+@app.command(epilog="Example: kohakuriver user limit ann --tasks 20 --memory 128g --cpus default")
+@remote
+def limit(
+    at: WithLimits,
+    name: UserArgument,
+) -> None:
+    """Let a user have more or less, and show how much that is: a number or size, 'none', or 'default'.
+
+    Nothing of theirs ends: who has more than a limit allows keeps it, and gets no more.
+    """
+    changes = at.limits()
+
+    async def change(client: HostClient) -> Limits:
+        return await client.set_limits(name, changes) if changes else await client.limits(name)
+
+    limits = at.ask(change)
+    if at.json:
+        output.json_line({"name": name, "limits": {quota: asdict(each) for quota, each in limits.items()}})
+        return
+    output.table(
+        ["Limit", "Has", "May have", "Set"],
+        [
+            [quota, *output.allowed(quota, each.used, each.limit), "own" if each.own else "default"]
+            for quota, each in limits.items()
+        ],
     )
 
 

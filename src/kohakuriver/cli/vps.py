@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import shlex
 from collections.abc import Awaitable, Callable
 from dataclasses import asdict
@@ -11,14 +12,25 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from kohakuriver.backends import kind_of, known, making
-from kohakuriver.cli import output, ssh
+from kohakuriver.cli import logs, output, ssh
 from kohakuriver.cli.app import App
 from kohakuriver.cli.behind_dashes import WithCommand, command_of
-from kohakuriver.cli.options import MaybeTasksArgument, Remote, TaskArgument, TasksArgument, one_of, pairs, remote
+from kohakuriver.cli.options import (
+    MaybeTasksArgument,
+    Remote,
+    TaskArgument,
+    TasksArgument,
+    one_of,
+    pairs,
+    remote,
+    size_of,
+)
 from kohakuriver.errors import KohakuRiverError, UsageError
+from kohakuriver.quotas import in_words
 
 if TYPE_CHECKING:
     from kohakuriver.client.host import Answers, HostClient, Task
+    from kohakuriver.client.lasting_terminal import NamedSession
 
 __all__ = ["app"]
 
@@ -28,6 +40,7 @@ app = App(
 )
 
 WAIT_TIMEOUT = 120.0
+SESSIONS_SECONDS = 5.0
 _AFTER_STATUS = 3
 
 
@@ -50,6 +63,31 @@ EnvOption = Annotated[
 MountOption = Annotated[
     list[str] | None,
     typer.Option("--mount", metavar="SRC:DST[:ro]", help="A directory of the node to see there; may be repeated."),
+]
+_BOUNDS = "What it gets of its node"
+MemoryOption = Annotated[
+    str | None,
+    typer.Option("--memory", metavar="SIZE", help="Memory, as 8g.", show_default=False, rich_help_panel=_BOUNDS),
+]
+CpusOption = Annotated[
+    float | None,
+    typer.Option("--cpus", metavar="N", help="Processors, as 1.5.", show_default=False, rich_help_panel=_BOUNDS),
+]
+PidsOption = Annotated[
+    int | None,
+    typer.Option(
+        "--pids", metavar="N", help="Processes and threads at a time.", show_default=False, rich_help_panel=_BOUNDS
+    ),
+]
+ShmOption = Annotated[
+    str | None,
+    typer.Option(
+        "--shm-size",
+        metavar="SIZE",
+        help="Shared memory (/dev/shm), a part of its memory.",
+        show_default=False,
+        rich_help_panel=_BOUNDS,
+    ),
 ]
 SshOption = Annotated[
     bool, typer.Option("--ssh", help="Give it an SSH server that lets in the keys of your ~/.ssh/*.pub.")
@@ -88,6 +126,10 @@ def create(
     image: ImageOption = None,
     env: EnvOption = None,
     mount: MountOption = None,
+    memory: MemoryOption = None,
+    cpus: CpusOption = None,
+    pids: PidsOption = None,
+    shm_size: ShmOption = None,
     with_ssh: SshOption = False,
     public_key_file: PublicKeyOption = None,
     no_wait: NoWaitOption = False,
@@ -109,6 +151,10 @@ def create(
         command=command_of(ctx) or [],
         env=pairs(env or [], "--env"),
         mounts=[_mount(text) for text in mount or []],
+        memory=size_of(memory, "--memory"),
+        cpus=cpus,
+        pids=pids,
+        shm_size=size_of(shm_size, "--shm-size"),
         ssh_keys=public_keys(public_key_file or []) if with_ssh or public_key_file else [],
     )
 
@@ -230,10 +276,16 @@ def status(
 ) -> None:
     """Show one task."""
     shown, answers = at.ask(lambda client: _looked_at(client, task))
+    sessions = _sessions(at, shown)
     rows = _about(shown) + (_inside(shown) if verbose else [])
+    if sessions:
+        rows.append(("sessions", ", ".join(map(_session, sessions))))
     if answers is not None:
         rows.insert(_AFTER_STATUS, ("answers", "yes" if answers.answers else f"no: {answers.reason}"))
-    at.show({**shown.to_json(), **({} if answers is None else {"answers": asdict(answers)})}, output.aligned(rows))
+    told: dict[str, Any] = {"sessions": None if sessions is None else [asdict(session) for session in sessions]}
+    if answers is not None:
+        told["answers"] = asdict(answers)
+    at.show({**shown.to_json(), **told}, output.aligned(rows))
 
 
 async def _looked_at(client: HostClient, task: str) -> tuple[Task, Answers | None]:
@@ -245,6 +297,29 @@ async def _looked_at(client: HostClient, task: str) -> tuple[Task, Answers | Non
         return shown, await client.answers(task)
     except KohakuRiverError:  # its node is away, say, and the status tells of that
         return shown, None
+
+
+def _sessions(at: Remote, task: Task) -> list[NamedSession] | None:
+    """The user's own terminals with names in it; None where nobody can say."""
+    from kohakuriver.client.lasting_terminal import named_sessions
+    from kohakuriver.runtime import run
+
+    if task.status != "running":
+        return []
+    if not task.tunnel:
+        return None
+    try:
+        return run(asyncio.wait_for(named_sessions(str(task.task_id), at.settings()), SESSIONS_SECONDS))
+    except (KohakuRiverError, asyncio.TimeoutError):  # its node is away, say, and the status tells of that
+        return None
+
+
+def _session(session: NamedSession) -> str:
+    """One of them, for people."""
+    return f"{session.name} ({'in use' if session.attached else 'nobody in it'})"
+
+
+app.command(epilog="Example: kohakuriver vps logs web --follow --since 10m")(remote(logs.logs))
 
 
 @app.command("agent-command", epilog="Example: kohakuriver vps agent-command vm | ssh vm sh")
@@ -373,6 +448,7 @@ def _about(task: Task) -> list[tuple[str, str]]:
         ("command", shlex.join(task.command)),
         ("mounts", ", ".join(task.mounts)),
         ("variables", ", ".join(task.env)),
+        ("gets", _given(task)),
         ("owner", task.owner),
         ("shared with", ", ".join(task.shared_with)),
         ("ssh server", "yes" if task.ssh_host_key else ""),
@@ -381,6 +457,18 @@ def _about(task: Task) -> list[tuple[str, str]]:
         ("to the task", _flow(traffic.bytes_to_container, traffic.to_container_per_second)),
         ("from the task", _flow(traffic.bytes_to_user, traffic.to_user_per_second)),
     ]
+
+
+def _given(task: Task) -> str:
+    """What it got of its node."""
+    bounds = (
+        ("memory", task.memory, " of memory"),
+        ("cpus", task.cpus, ""),
+        ("pids", task.pids, " processes"),
+        ("shm", task.shm_size, " of /dev/shm"),
+        ("log", task.log_size, " of log"),
+    )
+    return ", ".join(f"{in_words(name, value)}{what}" for name, value, what in bounds if value is not None)
 
 
 def _inside(task: Task) -> list[tuple[str, str]]:

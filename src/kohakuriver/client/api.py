@@ -7,6 +7,7 @@ import functools
 import inspect
 import threading
 from collections.abc import Callable, Generator, Sequence
+from dataclasses import replace
 from types import TracebackType
 from typing import Any, ParamSpec
 
@@ -107,6 +108,8 @@ def forward(
     host: str | None = None,
     token: str | None = None,
     ca_file: str | None = None,
+    resume: bool = True,
+    resume_for: int | None = None,
     on_event: Callable[[Event], None] = lambda event: None,
 ) -> Forward:
     """A forward for `async with`, or for `await`, on the loop that runs.
@@ -115,6 +118,8 @@ def forward(
     `LOCAL:REMOTE[/udp]`.
     `local_host` "localhost" is both loopback addresses. `local_port` 0 is any free one, None the remote port's
     number; another number goes with one remote port only.
+    Connections outlive a session that is lost, for `resume_for` seconds (default: the setting of this name, an hour);
+    without `resume` they are reset.
     `host`, `token` and `ca_file` default to the settings that the command line uses. Opening it raises the same errors
     that the command line exits with: NotFoundError, UnavailableError, NotAllowedError, LocalAddressError,
     HostUnreachableError, UsageError.
@@ -126,7 +131,9 @@ def forward(
 
     def make() -> Forwarder:
         settings = load_settings(host=host, token=token, ca_file=ca_file)
-        return Forwarder(str(task), parsed, settings=settings, local_host=local_host, on_event=on_event)
+        if resume_for is not None:
+            settings = replace(settings, resume_for=resume_for)
+        return Forwarder(str(task), parsed, settings=settings, local_host=local_host, resume=resume, on_event=on_event)
 
     return Forward(str(task), make)
 

@@ -25,16 +25,18 @@ from kohakuriver.errors import (
     UsageError,
 )
 from kohakuriver.http_proxy import http_proxy
-from kohakuriver.runtime import DescriptorWatch, cancel_all
+from kohakuriver.runtime import DescriptorWatch, cancel_all, file_limit, out_of_descriptors
+from kohakuriver.text import one_line
 from kohakuriver.tls import client_context
 from kohakuriver.tunnel.backoff import Backoff
 from kohakuriver.tunnel.dial import Server, open_session
 from kohakuriver.tunnel.endpoint import EndpointStats
 from kohakuriver.tunnel.link import Link
-from kohakuriver.tunnel.ports import ports_query
+from kohakuriver.tunnel.opener import KeptStreams
+from kohakuriver.tunnel.ports import GOES_ON, ports_query
 from kohakuriver.tunnel.protocol import CloseCode, ErrorText
-from kohakuriver.tunnel.settings import endpoint_config
-from kohakuriver.tunnel.user_endpoint import ListeningSocket, UserEndpoint
+from kohakuriver.tunnel.settings import endpoint_config, resume_for
+from kohakuriver.tunnel.user_endpoint import ListeningSocket, UserEndpoint, delivered
 
 __all__ = [
     "Closed",
@@ -42,6 +44,7 @@ __all__ = [
     "Event",
     "Forwarder",
     "Listening",
+    "Moved",
     "NotListening",
     "OutOfDescriptors",
     "PortForward",
@@ -55,6 +58,11 @@ __all__ = [
 
 RETRY_BASE = 0.2
 RETRY_CAP = 5.0
+# A host that is started again is back within seconds, and connections wait for it: so long it is tried more often.
+EAGER_SECONDS = 60.0
+EAGER_CAP = 1.0
+# The longest pause between two tries to leave a host that is going, in seconds.
+MOVE_CAP = 1.0
 # Seconds over which a rate is measured at least, however often it is asked for.
 RATED_OVER = 0.5
 
@@ -64,9 +72,14 @@ LOOPBACKS = ("127.0.0.1", "::1")
 FREE_PORT_TRIES = 20
 # How often it is looked whether this process can still open a file, in seconds.
 DESCRIPTORS_EVERY = 1.0
+# With so few files left for other streams it is looked at each new one: a rush may be over within a second.
+DESCRIPTORS_LEFT = 128
 # How often a service that doesn't listen yet is tried, and how often it is looked whether it does, in seconds.
 KNOCK_EVERY = 0.2
 KNOCK_POLL = 0.02
+
+# What a host says of a task that has ended: its connections have, too.
+NOT_RUNNING = "task_not_running"
 
 PortSpec = int | str
 
@@ -172,20 +185,34 @@ class OutOfDescriptors(Event):
 
 @dataclass(frozen=True)
 class Reconnecting(Event):
-    """The session is lost, and will be opened again in `delay` seconds."""
+    """The session is lost, and will be opened again in `delay` seconds. `waiting` connections wait for that."""
 
     event: ClassVar[str] = "reconnecting"
     reason: str
     delay: float
+    waiting: int = 0
 
 
 @dataclass(frozen=True)
 class Resumed(Event):
-    """The session is open again."""
+    """The session is open again, after `seconds`, and `waiting` connections that waited go on."""
 
     event: ClassVar[str] = "resumed"
     task: str
     version: int
+    waiting: int = 0
+    seconds: float = 0.0
+
+
+@dataclass(frozen=True)
+class Moved(Event):
+    """Another session has taken the place of one that still stood, for a reason: `connections` go on over it."""
+
+    event: ClassVar[str] = "moved"
+    task: str
+    version: int
+    reason: str
+    connections: int
 
 
 @dataclass(frozen=True)
@@ -229,7 +256,8 @@ class Forwarder:
     """One forward: its local listeners, its session, and what brings the session back.
 
     `task` is a numeric id or a unique name. `start`, then `wait` for its end, then `close`. With `patience`, `start`
-    waits so many seconds for somebody to listen on the TCP ports in the task.
+    waits so many seconds for somebody to listen on the TCP ports in the task. With `resume`, connections outlive a
+    session that is lost.
     """
 
     def __init__(
@@ -240,6 +268,7 @@ class Forwarder:
         settings: Settings,
         local_host: str = LOOPBACK,
         patience: float | None = None,
+        resume: bool = True,
         on_event: Callable[[Event], None] = lambda event: None,
     ) -> None:
         _check_distinct(ports)
@@ -253,7 +282,7 @@ class Forwarder:
         self._on_event = on_event
         self._tls = client_context(settings.host, settings.ca_file)
         self._link: Link | None = None
-        self._losses: asyncio.Queue[str] = asyncio.Queue()
+        self._losses: asyncio.Queue[_Loss] = asyncio.Queue()
         self._closing = False
         self._opened_at = 0.0
         self._rated = time.monotonic(), 0, 0
@@ -265,7 +294,17 @@ class Forwarder:
             config=self.endpoint_config,
             on_stream_error=self._stream_failed,
             on_detach=self._detached,
+            on_going_away=self._going_away,
+            kept=KeptStreams(resume_for(settings.resume_for)) if resume else None,
+            on_accept=self._accepted,
         )
+        self._crowded = file_limit() - DESCRIPTORS_LEFT
+        self._was_full = False
+        self._descriptors = DescriptorWatch(
+            lambda: [local.sock for local in self.listening], lambda waiting: self._on_event(OutOfDescriptors(waiting))
+        )
+        if self._endpoint.kept is not None:
+            self._endpoint.kept.on_doubt = self._doubted
 
     async def start(self) -> None:
         """Bind the local addresses, then open the session.
@@ -298,8 +337,13 @@ class Forwarder:
         if self._keeper is not None:
             await asyncio.shield(self._keeper)
 
-    async def close(self, reason: str = "stopped") -> None:
-        """Stop listening, end every stream and the session."""
+    async def close(self, reason: str = "stopped", *, deliver: bool = False) -> None:
+        """Stop listening, end every stream and the session.
+
+        `deliver`: first wait until what local programs have sent has arrived in the task, while it makes progress.
+        """
+        if deliver:
+            await delivered(self._endpoint)
         if self._closing:
             return
         self._closing = True
@@ -316,7 +360,9 @@ class Forwarder:
             sent, received = totals.bytes_sent - self._rated[1], totals.bytes_received - self._rated[2]
             self._rates = round(sent / seconds), round(received / seconds)
             self._rated = time.monotonic(), totals.bytes_sent, totals.bytes_received
-        return Stats(**asdict(totals), sent_per_second=self._rates[0], received_per_second=self._rates[1])
+        shown = asdict(totals)
+        shown["udp_dropped"] += shown.pop("udp_refused")
+        return Stats(**shown, sent_per_second=self._rates[0], received_per_second=self._rates[1])
 
     async def _until_answered(self, seconds: float) -> None:
         """Wait until somebody listens on each TCP port in the task. Raises UnavailableError after `seconds`."""
@@ -385,19 +431,24 @@ class Forwarder:
 
     async def _watch_descriptors(self) -> None:
         """Tell when local connections can't be accepted: the event loops don't, and nothing else would."""
-        watch = DescriptorWatch(
-            lambda: [local.sock for local in self.listening], lambda waiting: self._on_event(OutOfDescriptors(waiting))
-        )
         while True:
             await asyncio.sleep(DESCRIPTORS_EVERY)
-            watch.look()
+            self._descriptors.look(exhausted=True if self._was_full else None)
+            self._was_full = False
+
+    def _accepted(self, streams: int) -> None:
+        if streams >= self._crowded:
+            self._was_full = self._was_full or out_of_descriptors()
 
     async def _open(self) -> Link:
-        first = self.ports[0]
-        base = self._settings.host.replace("http", "ws", 1)
-        path = f"/ws/forward/{path_segment(self.task)}/{first.remote}"
-        url = f"{base}{path}?proto={first.proto}&{ports_query(port.remote for port in self.ports)}"
+        again = f"&{GOES_ON}" if self._link is not None else ""
+        url = f"{self._settings.host.replace('http', 'ws', 1)}{self._path()}{again}"
         return await open_session(Server(url, self._settings.token, self._tls, http_proxy(url)))
+
+    def _path(self) -> str:
+        first = self.ports[0]
+        query = f"proto={first.proto}&{ports_query(port.remote for port in self.ports)}"
+        return f"/ws/forward/{path_segment(self.task)}/{first.remote}?{query}"
 
     def _attach(self, link: Link) -> None:
         self._opened_at = time.monotonic()
@@ -406,38 +457,105 @@ class Forwarder:
 
     def _detached(self, reason: str) -> None:
         if not self._closing:
-            self._losses.put_nowait(reason)
+            self._losses.put_nowait(_Loss(reason, self._link))
+
+    def _going_away(self, reason: str) -> None:
+        """The link will be gone soon: kept connections move to another before that."""
+        if self._endpoint.kept is not None:
+            self._losses.put_nowait(_Loss(reason, self._link, there=True))
+
+    def _doubted(self) -> None:
+        """The link may be dead: another one is tried beside it, and whichever serves first carries on."""
+        self._losses.put_nowait(_Loss("no answer came", self._link, there=True, doubted=True))
 
     def _stream_failed(self, remote_port: int, text: ErrorText) -> None:
         if not self._knocking:
-            self._on_event(StreamError(remote_port, str(text)))
+            self._on_event(StreamError(remote_port, one_line(str(text))))
 
     async def _keep_open(self) -> None:
         backoff = Backoff(RETRY_BASE, RETRY_CAP)
-        while True:
-            reason = await self._losses.get()
-            if self._link is not None and self._link.closing.code == CloseCode.IDLE:
-                raise UnavailableError(f"The host has ended this forward: {reason}.", code="idle")
-            backoff.ended(time.monotonic() - self._opened_at)
-            await self._reopen(reason, backoff)
+        moving: list[asyncio.Task[None]] = []
+        try:
+            while True:
+                loss = await self._losses.get()
+                if loss.there and all(task.done() for task in moving):
+                    moving = [asyncio.get_running_loop().create_task(self._move(loss))]
+                if loss.there:
+                    continue
+                await cancel_all(moving)
+                if loss.link is not self._link:
+                    continue
+                if self._link is not None and self._link.closing.code == CloseCode.IDLE:
+                    raise UnavailableError(f"The host has ended this forward: {loss.reason}.", code="idle")
+                backoff.ended(time.monotonic() - self._opened_at)
+                await self._reopen(loss.reason, backoff)
+        finally:
+            await cancel_all(moving)
+
+    async def _move(self, loss: _Loss) -> None:
+        """Go on over another session while the one before still stands. The next host may not be there yet."""
+        pauses = Backoff(RETRY_BASE, MOVE_CAP)
+        while self._endpoint.link is loss.link and not await self._moved(loss):
+            pauses.ended(None)
+            await asyncio.sleep(pauses.pause())
+
+    async def _moved(self, loss: _Loss) -> bool:
+        """Try to, once. Whether that is done with."""
+        try:
+            link = await self._open()
+        except KohakuRiverError as error:
+            # A link in doubt is doubted again; of a right that is gone its end tells more.
+            return loss.doubted or isinstance(error, (NotFoundError, NotAllowedError))
+        self._go_on_over(link, loss)
+        return True
+
+    def _go_on_over(self, link: Link, loss: _Loss) -> None:
+        kept = self._endpoint.kept
+        if loss.doubted and self._endpoint.link is loss.link and kept is not None and not kept.doubt.doubted:
+            link.close(CloseCode.NORMAL, "the connection before it has answered")
+            return
+        connections = 0 if kept is None else len(kept.streams)
+        self._attach(link)
+        self._on_event(Moved(self.task, link.version, loss.reason, connections))
 
     async def _reopen(self, reason: str, backoff: Backoff) -> None:
-        """Open sessions until one stands."""
+        """Open sessions until one stands: at once, then after pauses."""
+        lost_at = time.monotonic()
+        again = backoff.failures > 1
         while True:
-            delay = backoff.pause()
-            self._on_event(Reconnecting(reason, round(delay, 3)))
+            eager = time.monotonic() - lost_at < EAGER_SECONDS
+            delay = backoff.pause(EAGER_CAP if eager else RETRY_CAP) if again else 0.0
+            self._on_event(Reconnecting(reason, round(delay, 3), self._endpoint.waiting))
             await asyncio.sleep(delay)
             try:
                 link = await self._open()
-            except (NotFoundError, NotAllowedError):
-                raise
             except KohakuRiverError as error:
-                reason = error.message
+                self._refused(error)
+                reason, again = error.message, True
                 backoff.ended(None)
                 continue
+            waiting = self._endpoint.waiting
             self._attach(link)
-            self._on_event(Resumed(self.task, link.version))
+            self._on_event(Resumed(self.task, link.version, waiting, round(time.monotonic() - lost_at, 3)))
             return
+
+    def _refused(self, error: KohakuRiverError) -> None:
+        """No session: what that means for the connections that wait. Raises the error that ends the forward."""
+        ends = isinstance(error, (NotFoundError, NotAllowedError))
+        if ends or error.code == NOT_RUNNING:
+            self._endpoint.end_waiting(ErrorText("ECONNRESET", error.message))
+        if ends:
+            raise error
+
+
+@dataclass(frozen=True)
+class _Loss:
+    """A link is gone, or is still `there` and going."""
+
+    reason: str
+    link: Link | None
+    there: bool = False
+    doubted: bool = False
 
 
 def _check_distinct(ports: Sequence[PortForward]) -> None:

@@ -6,36 +6,53 @@ can't be reached as HostUnreachableError.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
 from dataclasses import MISSING, asdict, dataclass, field, fields
 from types import TracebackType
 from typing import Any, TypeVar
+from urllib.parse import urlsplit
 
 import httpx
 
-from kohakuriver import __version__, tls
+from kohakuriver import tls
 from kohakuriver.config import Settings, path_segment
 from kohakuriver.errors import (
     NOT_OUR_ANSWER,
     HostUnreachableError,
     KohakuRiverError,
     UnavailableError,
-    UsageError,
     from_answer,
-    system_words,
+    from_status,
+    no_text,
 )
 from kohakuriver.http_proxy import HttpProxy, http_proxy
+from kohakuriver.no_connection import reason
 from kohakuriver.resolve import resolving
-from kohakuriver.task import Declared, NewTask, TaskTraffic, asked_for, taken_from
+from kohakuriver.task import Declared, LogLine, NewTask, TaskTraffic, asked_for, taken_from
 from kohakuriver.task import TaskView as Task
-from kohakuriver.text import printable
 
-__all__ = ["AuditPage", "HostClient", "NewTask", "Node", "Task", "TaskTraffic", "Token", "Traffic", "User", "Whoami"]
+__all__ = [
+    "AuditPage",
+    "HostClient",
+    "Limit",
+    "Limits",
+    "LogLine",
+    "NewTask",
+    "Node",
+    "Task",
+    "TaskTraffic",
+    "Token",
+    "Traffic",
+    "User",
+    "Whoami",
+]
 
 CONNECT_TIMEOUT = 10.0
 ANSWER_TIMEOUT = 60.0
+SILENCE = 45.0
 # The longest that the host is asked to hold one `wait` request.
 LONGEST_WAIT = 30.0
 
@@ -62,7 +79,8 @@ class Node:
     """A machine with a runner. `last_seen` is ISO 8601, or None when it never was; `tasks` how many it has.
 
     `status` is "online", "offline", or "unreachable" where the host can't dial it, and `reason` then says why. A
-    `cordoned` one gets no new tasks. `unavailable` are backends that it should offer and can't now, with the reasons.
+    `cordoned` one gets no new tasks. `user_processes`: users who are no admins may run processes there, as the runner's
+    own user. `unavailable` are backends that it should offer and can't now, with the reasons.
     """
 
     name: str
@@ -76,6 +94,7 @@ class Node:
     traffic: Traffic = field(default_factory=Traffic)
     reason: str | None = None
     cordoned: bool = False
+    user_processes: bool = False
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self)
@@ -83,11 +102,15 @@ class Node:
 
 @dataclass(frozen=True)
 class User:
-    """Somebody who may use the host. `role` is "admin" or "user", `created_at` ISO 8601."""
+    """Somebody who may use the host. `role` is "admin" or "user", `created_at` ISO 8601.
+
+    `limits` are those that were set for this user.
+    """
 
     name: str
     role: str
     created_at: str = ""
+    limits: Mapping[str, float] = field(default_factory=dict)
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self)
@@ -115,12 +138,28 @@ class Token:
 
 
 @dataclass(frozen=True)
+class Limit:
+    """How much a user may have of something: a number, bytes or CPUs, None for any amount; see quotas.py.
+
+    `used` is how much that is now, None for rates; `own` says that it was set for this user.
+    """
+
+    limit: float | None = None
+    used: float | None = None
+    own: bool = False
+
+
+Limits = Mapping[str, Limit]
+
+
+@dataclass(frozen=True)
 class Whoami:
-    """Who the host takes the caller for, and by which token."""
+    """Who the host takes the caller for, by which token, and how much they may have."""
 
     user: str
     role: str
     token: Token
+    limits: Limits = field(default_factory=dict)
 
 
 def _record(cls: type[Record], answer: Any) -> Record:
@@ -133,6 +172,11 @@ def _record(cls: type[Record], answer: Any) -> Record:
     if missing:
         raise KohakuRiverError(f"The host's answer lacks {missing[0]!r}: its version and this one don't fit.")
     return taken_from(answer, cls)
+
+
+def _limits(answer: Any) -> Limits:
+    found = answer.get("limits") if isinstance(answer, dict) else None
+    return {name: _record(Limit, limit) for name, limit in (found or {}).items()}
 
 
 def _task(answer: Any) -> Task:
@@ -180,6 +224,8 @@ class HostClient:
     """
 
     def __init__(self, settings: Settings, *, transport: httpx.AsyncBaseTransport | None = None) -> None:
+        from kohakuriver import __version__  # the package names what is beside this
+
         headers = {"User-Agent": f"kohakuriver/{__version__}"}
         if settings.token:
             headers["Authorization"] = f"Bearer {settings.token}"
@@ -192,7 +238,7 @@ class HostClient:
             timeout=httpx.Timeout(ANSWER_TIMEOUT, connect=CONNECT_TIMEOUT),
             transport=transport,
             # As for the WebSockets: the same certificate authorities, and the same HTTP proxy.
-            verify=tls.client_context(settings.host, settings.ca_file) or True,
+            verify=tls.trusted_at(settings.host, settings.ca_file),
             proxy=_httpx_proxy(self._proxy),
             trust_env=False,
         )
@@ -216,14 +262,23 @@ class HostClient:
         """Who the token of the settings makes the caller. Raises UnauthenticatedError."""
         answer = await self._call("GET", "/api/auth")
         if isinstance(answer, dict) and "token" in answer:
-            answer = {**answer, "token": _record(Token, answer["token"])}
+            answer = {**answer, "token": _record(Token, answer["token"]), "limits": _limits(answer)}
         return _record(Whoami, answer)
 
     async def users(self) -> list[User]:
         return [_record(User, item) for item in _list(await self._call("GET", "/api/users"))]
 
-    async def add_user(self, name: str, *, role: str) -> User:
-        return _record(User, await self._call("POST", "/api/users", body={"name": name, "role": role}))
+    async def add_user(self, name: str, *, role: str, limits: Mapping[str, float | None] | None = None) -> User:
+        body = {"name": name, "role": role, "limits": dict(limits or {})}
+        return _record(User, await self._call("POST", "/api/users", body=body))
+
+    async def limits(self, user: str) -> Limits:
+        """How much a user may have, and has."""
+        return _limits(await self._call("GET", f"/api/users/{path_segment(user)}/limits"))
+
+    async def set_limits(self, user: str, limits: Mapping[str, float | None]) -> Limits:
+        """Let a user have more or less of something; None puts a limit back to the host's default."""
+        return _limits(await self._call("PATCH", f"/api/users/{path_segment(user)}/limits", body=dict(limits)))
 
     async def remove_user(self, name: str) -> User:
         """Remove a user; their tokens and sessions end, and their tasks become the caller's."""
@@ -319,6 +374,31 @@ class HostClient:
         """What a tunnel client in the machine of an address task is started with."""
         return _record(Agent, await self._call("GET", _path(task, "agent")))
 
+    async def logs(
+        self, task: str, *, follow: bool = False, tail: int | None = None, since: str | None = None
+    ) -> AsyncIterator[LogLine]:
+        """What a task printed, the oldest first; its last `tail` lines, since a moment in ISO 8601.
+
+        With `follow` also what it prints from now on, until it ends.
+        """
+        wanted = {"follow": "true" if follow else None, "tail": tail, "since": since}
+        params = {name: value for name, value in wanted.items() if value is not None}
+        timeout = httpx.Timeout(SILENCE, connect=CONNECT_TIMEOUT)
+        with self._in_words(), resolving():
+            request = self._http.build_request("GET", _path(task, "logs"), params=params, timeout=timeout)
+            request.extensions["trace"] = self._trace
+        with self._in_words():
+            answer = await self._http.send(request, stream=True)
+            try:
+                if not answer.is_success:
+                    await answer.aread()
+                    raise self._failure(answer)
+                async for line in answer.aiter_lines():
+                    if line:
+                        yield _log_line(line)
+            finally:
+                await answer.aclose()
+
     async def stop(self, task: str, *, container: bool = False) -> Task:
         """Stop a task; an adopted container only with `container`."""
         return _task(await self._call("POST", _path(task, "stop"), params=_asked(container)))
@@ -359,23 +439,32 @@ class HostClient:
         """The JSON of one answer. `hold` is how long, in seconds, the host was asked to take."""
         _check_text([body, params])
         timeout = httpx.Timeout(ANSWER_TIMEOUT + hold, connect=CONNECT_TIMEOUT)
-        try:
-            with resolving():
-                answer = await self._http.request(
-                    method, path, json=body, params=params, timeout=timeout, extensions={"trace": self._trace}
-                )
-        except (httpx.TransportError, httpx.InvalidURL, OSError) as error:
-            raise self._of_proxy(error) or self._unreachable(error) from error
+        with self._in_words(), resolving():
+            (urlsplit(self._url).hostname or "").encode("idna")  # the HTTP library words it in another way
+            answer = await self._http.request(
+                method, path, json=body, params=params, timeout=timeout, extensions={"trace": self._trace}
+            )
         if not answer.is_success:
-            location = answer.headers.get("location", "")
-            failure = from_answer(self._url, answer.status_code, answer.content, location=location)
-            if self._proxy is not None and failure.code == NOT_OUR_ANSWER:  # proxies answer plain HTTP themselves
-                raise self._proxy.refused(answer.status_code, self._url)
-            raise failure
+            raise self._failure(answer)
         try:
             return answer.json()
         except ValueError as error:
             raise from_answer(self._url, answer.status_code, answer.content) from error
+
+    @contextlib.contextmanager
+    def _in_words(self) -> Iterator[None]:
+        try:
+            yield
+        except (httpx.TransportError, httpx.InvalidURL, OSError) as error:
+            raise self._of_proxy(error) or self._unreachable(error) from error
+
+    def _failure(self, answer: httpx.Response) -> KohakuRiverError:
+        """The error that an answer is."""
+        location = answer.headers.get("location", "")
+        failure = from_answer(self._url, answer.status_code, answer.content, location=location)
+        if self._proxy is not None and failure.code == NOT_OUR_ANSWER:  # proxies answer plain HTTP themselves
+            return self._proxy.refused(answer.status_code, self._url)
+        return failure
 
     def _unreachable(self, error: Exception) -> HostUnreachableError:
         if isinstance(error, httpx.TimeoutException):
@@ -383,7 +472,7 @@ class HostClient:
         if isinstance(error, httpx.RemoteProtocolError | httpx.ReadError):
             why = tls.reason(error) or tls.hung_up(self._url)
         else:
-            why = _reason(error)
+            why = reason(error)
         return HostUnreachableError(f"The host at {self._url} can't be reached: {why}.", url=self._url)
 
     async def _trace(self, event: str, about: Any) -> None:
@@ -401,7 +490,20 @@ class HostClient:
             return self._proxy.late(CONNECT_TIMEOUT if isinstance(error, httpx.ConnectTimeout) else ANSWER_TIMEOUT)
         if isinstance(error, httpx.RemoteProtocolError):
             return self._proxy.no_proxy()
-        return self._proxy.unreachable(_reason(error))
+        return self._proxy.unreachable(reason(error))
+
+
+def _log_line(line: str) -> LogLine:
+    """One line of an answer. Raises the error that it is, if it is one."""
+    try:
+        told = json.loads(line)
+    except ValueError:
+        told = None
+    if not isinstance(told, dict):
+        raise KohakuRiverError("This version of kohakuriver does not understand the host's answer.")
+    if "error" in told:
+        raise from_status(int(told.get("status", 500)), str(told.get("message", "")), str(told["error"]))
+    return _record(LogLine, told)
 
 
 def _httpx_proxy(proxy: HttpProxy | None) -> httpx.Proxy | None:
@@ -416,10 +518,8 @@ def _check_text(value: Any) -> None:
     try:
         json.dumps(value, ensure_ascii=False).encode()
     except UnicodeEncodeError as error:
-        wrong = error.object[max(error.start - 20, 0) : error.end].rpartition('"')[2]
-        raise UsageError(
-            f"{printable(wrong)!r} holds bytes that are no UTF-8; the host can be told text only."
-        ) from error
+        begun, rest = error.object[: error.start].rpartition('"')[2], error.object[error.start :].partition('"')[0]
+        raise no_text(begun + rest) from error
 
 
 def _asked(container: bool) -> dict[str, str | int | float] | None:
@@ -435,12 +535,3 @@ def _list(answer: Any) -> list[Any]:
     if not isinstance(answer, list):
         raise KohakuRiverError("This version of kohakuriver does not understand the host's answer.")
     return answer
-
-
-def _reason(error: BaseException) -> str:
-    """The innermost reason of a transport error, without the wrapping of the libraries between."""
-    if distrust := tls.reason(error):
-        return distrust
-    while error.__cause__ is not None or error.__context__ is not None:
-        error = error.__cause__ or error.__context__ or error
-    return (system_words(error) or type(error).__name__).strip().rstrip(".")

@@ -21,6 +21,7 @@ from kohakuriver.host.schemas import (
     CreateRequest,
     Heartbeat,
     HeartbeatAnswer,
+    LimitsView,
     NewToken,
     NewUser,
     NodeView,
@@ -30,6 +31,7 @@ from kohakuriver.host.schemas import (
     SshPass,
     TokenMade,
     TokenView,
+    UserLimits,
     UserView,
     Whoami,
 )
@@ -38,14 +40,16 @@ from kohakuriver.host.services.audit import REFUSALS, AuditLog
 from kohakuriver.host.services.audit_reader import AuditPage, read_page
 from kohakuriver.host.services.authorize import Forwards
 from kohakuriver.host.services.credentials import Caller, Credentials
+from kohakuriver.host.services.logs import Logs
 from kohakuriver.host.services.nodes import Nodes
 from kohakuriver.host.services.people import People
 from kohakuriver.host.services.requests import Requests
 from kohakuriver.host.services.tasks import Tasks
 from kohakuriver.store import Node, Task, Token, ahead_of_users
 from kohakuriver.task import TaskView
-from kohakuriver.web.app import Checked, bearer, new_app, services_of
+from kohakuriver.web.app import Checked, bearer, new_app, services_here, services_of
 from kohakuriver.web.origin import Guard
+from kohakuriver.web.streamed import Streamed
 
 __all__ = ["Services", "create_app"]
 
@@ -64,6 +68,7 @@ class Services:
     forwards: Forwards
     requests: Requests
     audit: AuditLog
+    logs: Logs
 
 
 def create_app(services: Services, guard: Guard | None = None) -> FastAPI:
@@ -86,14 +91,16 @@ def create_app(services: Services, guard: Guard | None = None) -> FastAPI:
     return app
 
 
-Host = Annotated[Services, Depends(services_of)]
+Host = Annotated[Services, Depends(services_here)]
 
 
 class _OfUsers(Checked):
     @staticmethod
     async def check(request: Request) -> Callable[[], object]:
         services: Services = services_of(request)
-        request.state.authenticated = await services.credentials.caller(bearer(request))
+        secret = bearer(request)
+        await services.requests.turn(secret)
+        request.state.authenticated = await services.credentials.caller(secret)
         return services.requests.begin(request.state.authenticated[0])
 
 
@@ -182,8 +189,8 @@ async def docs(request: Request) -> HTMLResponse:
 
 @_api.get("/auth")
 async def whoami(host: Host, authenticated: Authenticated) -> Whoami:
-    """Who the caller is."""
-    return host.people.whoami(*authenticated)
+    """Who the caller is, and how much they may have."""
+    return await host.people.whoami(*authenticated)
 
 
 @_api.get("/users")
@@ -202,6 +209,18 @@ async def add_user(host: Host, _admin: Admin, request: NewUser) -> UserView:
 async def remove_user(host: Host, admin: Admin, name: str) -> UserView:
     """Remove a user: their tokens and sessions end, their tasks pass to the caller."""
     return await host.people.remove_user(name, admin)
+
+
+@_api.get("/users/{name}/limits")
+async def get_limits(host: Host, _admin: Admin, name: str) -> LimitsView:
+    """How much a user may have, and has."""
+    return await host.people.limits(name)
+
+
+@_api.patch("/users/{name}/limits")
+async def set_limits(host: Host, _admin: Admin, name: str, limits: UserLimits) -> LimitsView:
+    """Let a user have more or less of something; who has more already keeps it."""
+    return await host.people.set_limits(name, limits)
 
 
 @_api.get("/tokens")
@@ -237,6 +256,7 @@ async def read_audit(
     after: str | None = None,
 ) -> AuditPage:
     """What was done since a moment, by a user or with a task, the oldest first; `after` of one answer asks for more."""
+    await host.audit.written()
     return await read_page(host.audit.path, since=since, user=user, task=task, after=after)
 
 
@@ -325,6 +345,19 @@ async def wait_for_task(
     return await host.tasks.wait(found[0].task_id, timeout)
 
 
+@_api.get("/tasks/{task}/logs", status_code=200, response_class=Streamed)
+async def read_logs(
+    host: Host,
+    user: User,
+    found: Usable,
+    follow: bool = False,
+    tail: Annotated[int | None, Query(ge=0)] = None,
+    since: datetime | None = None,
+) -> Streamed:
+    """What the task printed, as lines of JSON: the last `tail` lines, since a moment; with `follow` until it ends."""
+    return Streamed(await host.logs.open(user, *found, follow=follow, tail=tail, since=since))
+
+
 @_api.post("/tasks/{task}/ssh-pass", status_code=201)
 async def make_ssh_pass(host: Host, user: User, found: Usable) -> SshPass:
     """What stands for the caller's token on port 8002, for one connection to this task within a minute."""
@@ -372,4 +405,5 @@ async def share_task(host: Host, found: Own, request: ShareRequest) -> TaskView:
 async def unshare_task(host: Host, found: Own, user: str) -> TaskView:
     """Take that back; sessions of that user end."""
     await host.people.unshare(found[0], user)
+    await host.tasks.renew_token(*found)
     return await host.tasks.get(*found)

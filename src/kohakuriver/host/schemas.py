@@ -7,10 +7,12 @@ import json
 from datetime import datetime, timezone
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, RootModel, StringConstraints, model_validator
 from pydantic.dataclasses import dataclass as pydantic_dataclass
 from pydantic_core import ArgsKwargs
 
+from kohakuriver.errors import UsageError
+from kohakuriver.quotas import Offer, QuotaName, checked
 from kohakuriver.task import Backend, Name, NewTask, NodeName, TaskReport, Whole, matching
 from kohakuriver.text import printable
 
@@ -20,6 +22,9 @@ __all__ = [
     "CreateRequest",
     "Heartbeat",
     "HeartbeatAnswer",
+    "Incident",
+    "Limit",
+    "LimitsView",
     "NewToken",
     "NewUser",
     "NodeView",
@@ -30,6 +35,7 @@ __all__ = [
     "SshPass",
     "TokenMade",
     "TokenView",
+    "UserLimits",
     "UserView",
     "Whoami",
     "iso_time",
@@ -110,11 +116,23 @@ class AdoptRequest(_Request):
         return self
 
 
+def _sensible(limits: dict[QuotaName, float | None]) -> dict[QuotaName, float | None]:
+    try:
+        return {name: None if value is None else checked(name, value) for name, value in limits.items()}
+    except UsageError as error:
+        raise ValueError(error.message.rstrip(".")) from None
+
+
+class UserLimits(RootModel[Annotated[dict[QuotaName, float | None], AfterValidator(_sensible)]]):
+    """Limits of one user: numbers, bytes or CPUs, 0 for none; null puts one back to the host's default."""
+
+
 class NewUser(_Request):
-    """Somebody who is to have tasks and tokens."""
+    """Somebody who is to have tasks and tokens, perhaps with other limits than the host's defaults."""
 
     name: UserName
     role: Role = "user"
+    limits: UserLimits = UserLimits({})
 
 
 class NewToken(_Request):
@@ -165,7 +183,8 @@ class SshPass(BaseModel):
 class Registration(_Request):
     """A runner says that it is there. `instance` stays the same over its restarts and tells it from a namesake.
 
-    `unavailable`: which backends it should offer and can't now, and why.
+    `unavailable`: which backends it should offer and can't now, and why. `offer`: what the node has, and what a task
+    gets there that asks for nothing.
     """
 
     name: NodeName
@@ -174,6 +193,7 @@ class Registration(_Request):
     unavailable: dict[Backend, Reason] = {}
     version: str = ""
     instance: str = ""
+    offer: Offer = Offer()
 
 
 class RegistrationAnswer(BaseModel):
@@ -183,10 +203,19 @@ class RegistrationAnswer(BaseModel):
     ticket_key: str
 
 
+class Incident(BaseModel):
+    """A tunnel client that a node refused though it had a task's token: why, from which address, how often."""
+
+    task_id: Whole
+    reason: Annotated[str, StringConstraints(max_length=300)]
+    source: Annotated[str, StringConstraints(max_length=64)]
+    count: Whole
+
+
 class Heartbeat(_Body):
     """A node's tasks and what passed through it so far; `leaving` when the runner is about to end.
 
-    `others` are ids of tasks that are there too, and that another heartbeat tells of.
+    `others` are ids of tasks that are there too, and that another heartbeat tells of. `incidents` are told once.
     """
 
     model_config = ConfigDict(extra="ignore")
@@ -194,6 +223,7 @@ class Heartbeat(_Body):
     tasks: list[TaskReport] = []
     others: list[Whole] = []
     traffic: dict[str, Whole] = {}
+    incidents: Annotated[list[Incident], Field(max_length=100)] = []
     leaving: bool = False
 
 
@@ -211,7 +241,7 @@ class NodeView(BaseModel):
     """A node as users see it.
 
     "unreachable": its heartbeats come, and the host can't dial it; `reason` says why. A `cordoned` one gets no new
-    tasks.
+    tasks. `user_processes`: users who are no admins may run processes there, as the runner's own user.
     """
 
     name: str
@@ -225,14 +255,27 @@ class NodeView(BaseModel):
     tasks: int
     traffic: dict[str, int]
     version: str
+    user_processes: bool
+
+
+class Limit(BaseModel):
+    """How much a user may have of something, null for any amount, and how much of it that is now, null for rates.
+
+    `own`: it was set for this user.
+    """
+
+    limit: float | None
+    used: float | None
+    own: bool
 
 
 class UserView(BaseModel):
-    """A user as admins see it."""
+    """A user as admins see it; `limits` are those that were set for this user."""
 
     name: str
     role: Role
     created_at: str
+    limits: dict[str, float]
 
 
 class TokenView(BaseModel):
@@ -253,12 +296,21 @@ class TokenMade(TokenView):
     token: str
 
 
+class LimitsView(BaseModel):
+    """What a user may have, and has."""
+
+    name: str
+    role: Role
+    limits: dict[str, Limit]
+
+
 class Whoami(BaseModel):
-    """Who the caller is, and by which token."""
+    """Who the caller is, by which token, and how much they may have."""
 
     user: str
     role: Role
     token: TokenView
+    limits: dict[str, Limit]
 
 
 def iso_time(seconds: float) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import socket
 import ssl
@@ -12,6 +13,7 @@ from pathlib import Path
 import structlog
 
 from kohakuriver import runtime as loops
+from kohakuriver.changes import Changes
 from kohakuriver.host.app import Services, create_app
 from kohakuriver.host.services.access import Access
 from kohakuriver.host.services.audit import AuditLog
@@ -19,15 +21,17 @@ from kohakuriver.host.services.authorize import Forwards
 from kohakuriver.host.services.credentials import Credentials
 from kohakuriver.host.services.failures import Failures
 from kohakuriver.host.services.grants import Grants
+from kohakuriver.host.services.logs import Logs
 from kohakuriver.host.services.nodes import Nodes
 from kohakuriver.host.services.people import People
 from kohakuriver.host.services.reach import Reach
 from kohakuriver.host.services.requests import Requests
 from kohakuriver.host.services.runner_client import RunnerClient
-from kohakuriver.host.services.tasks import Changes, Tasks
+from kohakuriver.host.services.tasks import Tasks
 from kohakuriver.host.services.terminal_proxy import TerminalProxy
 from kohakuriver.host.services.tunnel_proxy import TunnelProxy
 from kohakuriver.limits import Limits, from_environment
+from kohakuriver.quotas import Quotas
 from kohakuriver.runtime import raise_file_limit
 from kohakuriver.ssh_proxy.server import SshProxy
 from kohakuriver.store import Accounts, Store, sqlite_url
@@ -50,7 +54,7 @@ class HostOptions:
     `allowed_hosts` and `allowed_origins` are as `Guard` takes them. With `user_mounts` others than admins may mount
     directories of nodes.
     `ca_file` is what runners' certificates are checked by, None the system's authorities; `audit_log` None is a file in
-    `state_dir`.
+    `state_dir`. `drain` is for how many seconds sessions may stay when it ends, so that they move to another host.
     With `exit_with_stdin` it ends when its stdin does, as a child of `up` should.
     """
 
@@ -68,6 +72,7 @@ class HostOptions:
     tls_key: Path | None = None
     ca_file: Path | None = None
     audit_log: Path | None = None
+    drain: int = 0
     json: bool = False
     log_level: str = "info"
     log_format: str = "text"
@@ -121,7 +126,7 @@ async def _run(
 ) -> int:
     runners = RunnerClient(perimeter.trusted)
     try:
-        accounts = Accounts(store)
+        accounts = Accounts(store, defaults=Quotas.by_default(perimeter.limits))
         credentials = Credentials(
             accounts,
             allow_anonymous=options.allow_anonymous,
@@ -140,6 +145,7 @@ async def _run(
     finally:
         await runners.close()
         await store.close()
+        await asyncio.to_thread(perimeter.audit.close)
 
 
 async def _serve(
@@ -152,15 +158,33 @@ async def _serve(
     credentials: Credentials,
     perimeter: Perimeter,
 ) -> int:
-    changes = Changes()
-    nodes = Nodes(store, Reach(runners), heartbeat_seconds=options.heartbeat_seconds, on_change=changes.notify)
+    changes = Changes[int]()
+    nodes = Nodes(
+        store,
+        Reach(runners),
+        heartbeat_seconds=options.heartbeat_seconds,
+        on_change=changes.notify,
+        audit=perimeter.audit,
+    )
     tasks = Tasks(store, accounts, nodes, runners, changes, user_mounts=options.user_mounts, audit=perimeter.audit)
     access = Access(store, accounts)
     limits = perimeter.limits
     requests = Requests(rate=limits.max_requests, most=limits.max_under_way)
-    grants = Grants(accounts, max_sessions=limits.max_sessions, requests=requests, audit=perimeter.audit)
+
+    async def revoke(node: str, container: str, user: str, reason: str) -> None:
+        found = await store.node(node)
+        if found is not None:
+            await runners.revoke(found, container, user, reason)
+
+    grants = Grants(accounts, requests=requests, audit=perimeter.audit, revoke=revoke)
     forwards = Forwards(credentials, access, grants, store, nodes, tasks)
-    proxy = TunnelProxy(authorize=forwards.authorize, trusted=perimeter.trusted, limits=perimeter.limits)
+    proxy = TunnelProxy(
+        authorize=forwards.authorize,
+        authorize_terminal=forwards.authorize_terminal,
+        coming_back=nodes.coming_back,
+        trusted=perimeter.trusted,
+        limits=perimeter.limits,
+    )
     terminals = TerminalProxy(authorize=forwards.authorize_terminal, trusted=perimeter.trusted, limits=perimeter.limits)
     ssh_proxy = SshProxy(
         ssh_sock,
@@ -172,6 +196,7 @@ async def _serve(
         limits=perimeter.limits,
     )
     guard = Guard(names=perimeter.names, hosts=options.allowed_hosts, origins=options.allowed_origins)
+    logs = Logs(grants, nodes, runners)
     url = socket_url(sock, "https" if options.tls_cert else "http")
     ssh_address = socket_url(ssh_sock).removeprefix("http://")
 
@@ -184,13 +209,19 @@ async def _serve(
         print_event("ready", options.json, sentence, url=url, ssh_proxy=ssh_address)
 
     async def stop() -> None:
+        await ssh_proxy.stop_listening()
+        if options.drain:
+            await proxy.drain(options.drain)
         await ssh_proxy.close()
         await terminals.close()
+        logs.close()
         await proxy.close()
 
     server = Server(
         create_app(
-            Services(credentials, access, People(accounts, grants), nodes, tasks, forwards, requests, perimeter.audit),
+            Services(
+                credentials, access, People(accounts, grants), nodes, tasks, forwards, requests, perimeter.audit, logs
+            ),
             guard,
         ),
         ws=serve_ws([*proxy.routes(), *terminals.routes()], guard, max_message=perimeter.limits.max_message),

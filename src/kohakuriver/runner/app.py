@@ -2,31 +2,40 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Annotated, Any
 
-from fastapi import APIRouter, Depends, FastAPI, Request
+from fastapi import APIRouter, Depends, FastAPI, Query, Request
+from pydantic import BaseModel
 
 from kohakuriver import __version__
+from kohakuriver.asking import asker
 from kohakuriver.errors import NotAllowedError
+from kohakuriver.runner.backends.printed import LogRequest
+from kohakuriver.runner.services.log_source import LogSource
 from kohakuriver.runner.services.registration import Registration
 from kohakuriver.runner.services.state import TaskRecord
 from kohakuriver.runner.services.tasks import TaskManager
+from kohakuriver.runner.services.tunnel_server import TunnelServer
 from kohakuriver.session.ticket import Ticket
 from kohakuriver.task import TaskOrder
-from kohakuriver.web.app import Checked, bearer, new_app, services_of
+from kohakuriver.web.app import Checked, bearer, new_app, services_here, services_of
 from kohakuriver.web.origin import Guard
+from kohakuriver.web.streamed import Streamed
 
 __all__ = ["Services", "create_app"]
 
 
 @dataclass(frozen=True)
 class Services:
-    """What the routes work with."""
+    """What the routes work with; `on_new_token` is called with a container id when its token is another."""
 
     tasks: TaskManager
     registration: Registration
     url: str
+    tunnels: TunnelServer
+    on_new_token: Callable[[str], None] = lambda container: None
 
 
 def create_app(services: Services, guard: Guard | None = None) -> FastAPI:
@@ -34,7 +43,14 @@ def create_app(services: Services, guard: Guard | None = None) -> FastAPI:
     return new_app("runner", __version__, guard=guard, services=services, routers=(_open, _api))
 
 
-Runner = Annotated[Services, Depends(services_of)]
+class Revoked(BaseModel):
+    """Whose right has gone, and why, a clause."""
+
+    user: str
+    reason: str
+
+
+Runner = Annotated[Services, Depends(services_here)]
 
 
 class _OfHost(Checked):
@@ -46,6 +62,8 @@ class _OfHost(Checked):
         if "container" in request.path_params:
             _check_container(ticket, request.path_params["container"])
         request.state.ticket = ticket
+        if ticket.user is not None:
+            asker().known["user"] = ticket.user
 
 
 async def _ticket(request: Request) -> Ticket:
@@ -114,6 +132,18 @@ async def get_answers(runner: Runner, container: str) -> dict[str, Any]:
     return await runner.tasks.answers(container)
 
 
+@_api.get("/tasks/{container}/logs", response_class=Streamed)
+async def read_logs(
+    runner: Runner,
+    container: str,
+    follow: bool = False,
+    tail: Annotated[int | None, Query(ge=0)] = None,
+    since: float | None = None,
+) -> Streamed:
+    """What a task printed, as lines of JSON; with `follow` until it ends."""
+    return Streamed(LogSource(await runner.tasks.logs(container, LogRequest(follow, tail, since))))
+
+
 @_api.post("/tasks/{container}/stop")
 async def stop_task(runner: Runner, container: str) -> dict[str, Any]:
     """Stop a task."""
@@ -124,6 +154,21 @@ async def stop_task(runner: Runner, container: str) -> dict[str, Any]:
 async def restart_task(runner: Runner, container: str) -> dict[str, Any]:
     """Start a task again."""
     return (await runner.tasks.restart(container)).report()
+
+
+@_api.post("/tasks/{container}/revoke")
+async def revoke(runner: Runner, container: str, revoked: Revoked) -> dict[str, Any]:
+    """End what is held in a task for a user's next session: the right to it has gone."""
+    runner.tunnels.revoke(container, revoked.user, revoked.reason)
+    return {}
+
+
+@_api.post("/tasks/{container}/token")
+async def renew_token(runner: Runner, container: str) -> dict[str, Any]:
+    """Make the token of a task's tunnel client worthless, and give the client another."""
+    task = await runner.tasks.renew_token(container)
+    runner.on_new_token(container)
+    return task.report()
 
 
 @_api.delete("/tasks/{container}")

@@ -7,8 +7,9 @@ import contextlib
 import os
 import re
 import socket
+import time
 from collections.abc import Awaitable, Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from ipaddress import ip_address
 from pathlib import Path
 from typing import Any
@@ -18,20 +19,27 @@ import structlog
 
 from kohakuriver import __version__
 from kohakuriver import runtime as loops
+from kohakuriver.backends import kind_of
 from kohakuriver.config import clean_token
 from kohakuriver.errors import KohakuRiverError, LocalAddressError, UsageError
+from kohakuriver.images import DEFAULT_REGISTRY, Registries
 from kohakuriver.limits import from_environment as limits_from_environment
 from kohakuriver.resolve import resolving
 from kohakuriver.runner.app import Services, create_app
 from kohakuriver.runner.backends.base import Surroundings
 from kohakuriver.runner.backends.registry import made
+from kohakuriver.runner.services.hub import EXPECTED_SECONDS
+from kohakuriver.runner.services.incidents import Incidents
+from kohakuriver.runner.services.offer import offered
 from kohakuriver.runner.services.registration import NodeIdentity, Registration
 from kohakuriver.runner.services.ssh_helper import SshHelper
 from kohakuriver.runner.services.state import State
 from kohakuriver.runner.services.task_book import TaskBook
 from kohakuriver.runner.services.tasks import TaskManager
 from kohakuriver.runner.services.terminal import TerminalServer
+from kohakuriver.runner.services.terminal_room import TerminalRoom
 from kohakuriver.runner.services.traffic import COUNTS
+from kohakuriver.runner.services.tunnel_guard import TunnelGuard
 from kohakuriver.runner.services.tunnel_helper import TunnelHelper
 from kohakuriver.runner.services.tunnel_server import TunnelServer
 from kohakuriver.tls import ServerCertificate, sends_in_clear
@@ -56,9 +64,12 @@ class RunnerOptions:
     """How a runner runs. `port` 0 is the one it had last, or any free one; `name` None is the machine's name.
 
     `backends` are those it may use beside address; docker is offered while its engine answers. The node's token is
-    given or read from a file. `advertise_url` is how the host reaches this runner, by default found out. `ca_file` is
-    what the host's certificate is checked by. With `exit_with_stdin` it ends when its stdin does, as a child of `up`
-    should. `allowed_hosts` and `allowed_origins` are as `Guard` takes them.
+    given or read from a file. `other_hosts` are on the same database as the one at `host_url`. `advertise_url` is
+    how the host reaches this runner, by default found out. `ca_file` is what the host's certificate is checked by.
+    With `exit_with_stdin` it ends when its stdin does, as a child of `up` should. `allowed_hosts` and
+    `allowed_origins` are as `Guard` takes them. Images that the engine has not got come from `registries` alone.
+    With `user_processes` others than admins may run processes here. Processes are the runner's own user, or
+    `process_user`.
     """
 
     state_dir: Path
@@ -69,6 +80,7 @@ class RunnerOptions:
     port: int = 8001
     advertise_url: str | None = None
     name: str | None = None
+    other_hosts: Sequence[str] = ()
     backends: Sequence[str] = ("docker",)
     tls_cert: Path | None = None
     tls_key: Path | None = None
@@ -76,7 +88,10 @@ class RunnerOptions:
     allow_anonymous: bool = False
     allowed_hosts: Sequence[str] = ()
     allowed_origins: Sequence[str] = ()
+    registries: Sequence[str] = (DEFAULT_REGISTRY,)
     stop_tasks_on_exit: bool = False
+    user_processes: bool = False
+    process_user: str | None = None
     json: bool = False
     log_level: str = "info"
     log_format: str = "text"
@@ -112,7 +127,8 @@ class Runner:
         identity: NodeIdentity,
         certificate: ServerCertificate | None,
     ) -> None:
-        limits = limits_from_environment()
+        limits = self._limits = limits_from_environment()
+        self._began = time.monotonic()
         self._options = options
         self._sock = sock
         self._identity = identity
@@ -120,19 +136,26 @@ class Runner:
             identity,
             state,
             heartbeat=self._heartbeat,
+            told=lambda beat: self._incidents.told(beat["incidents"]),
             backends=lambda: self._tasks.backends,
             remove=self._remove,
             on_registered=self._registered,
         )
+        self._incidents = Incidents()
         self._book = TaskBook(state, self._registration.changed)
         self._tasks = TaskManager(self._book)
+        room = TerminalRoom(limits)
         self._tunnels = TunnelServer(
             allow_anonymous=options.allow_anonymous,
-            check_tunnel_token=self._book.check_tunnel_token,
+            check_tunnel=TunnelGuard(self._book, self._tasks.comes_from, self._say).check,
             check_ticket=lambda credential: self._registration.check_ticket(credential, "forward"),
+            check_terminal_ticket=lambda credential: self._registration.check_ticket(credential, "terminal"),
+            room=room,
             target_of=self._tasks.target_of,
+            mark=state.mark,
+            expected=self._expected,
             on_tunnel_change=self._book.tunnel_changed,
-            on_trouble=self._book.note,
+            on_trouble=self._trouble,
             config=from_environment(),
             limits=limits,
         )
@@ -140,6 +163,7 @@ class Runner:
             allow_anonymous=options.allow_anonymous,
             check_ticket=lambda credential: self._registration.check_ticket(credential, "terminal"),
             exec_in=self._tasks.exec,
+            room=room,
         )
         self._book.drop = self._drop
         self._guard = Guard(
@@ -148,7 +172,9 @@ class Runner:
             origins=options.allowed_origins,
         )
         self._server = Server(
-            create_app(Services(self._tasks, self._registration, identity.url), self._guard),
+            create_app(
+                Services(self._tasks, self._registration, identity.url, self._tunnels, self._new_token), self._guard
+            ),
             ws=serve_ws(
                 [*self._tunnels.routes(), *self._terminals.routes()], self._guard, max_message=limits.max_message
             ),
@@ -163,6 +189,8 @@ class Runner:
         self._background: list[asyncio.Task[None]] = []
 
     def _surroundings(self, state: State) -> Surroundings:
+        if self._options.process_user is not None and "process" not in self._options.backends:
+            raise UsageError("--process-user is about --backend process; give that, too.")
         helper = TunnelHelper(state)
         if not helper.has_binary:
             log.warning(
@@ -178,8 +206,36 @@ class Runner:
             listen_at=self._listening.url_at,
             local_url=self._listening.local_url,
             on_change=self._registration.changed,
-            serves_others=not self._options.exit_with_stdin,  # a child of `up` serves the user who started it alone
+            user_processes=self._options.user_processes,
+            process_user=self._options.process_user,
+            registries=_registries(self._options),
+            limits=self._limits,
         )
+
+    def _say(self, container: str, sentence: str, address: str) -> None:
+        self._tunnels.hub.say(container, sentence, address)
+
+    def _trouble(self, container: str, sentence: str, address: str) -> None:
+        """Something is wrong with a task's tunnel: its owner and the audit log are told."""
+        self._book.note(container, sentence)
+        if sentence and container in self._book:
+            self._incidents.add(self._book.get(container).task_id, sentence, address)
+            self._registration.changed()
+
+    def _expected(self, container: str) -> bool:
+        """Whether a tunnel was there before this runner began, and comes as soon as its client notices that."""
+        if time.monotonic() - self._began > EXPECTED_SECONDS or container not in self._book:
+            return False
+        task = self._book.get(container)
+        return task.active and not task.dialled
+
+    def _new_token(self, container: str) -> None:
+        tunnel = self._tunnels.hub.tunnel_of(container)
+        if tunnel is not None and kind_of(self._book.get(container).backend).dialled:
+            self._tunnels.hub.drop(container, "the token of its tunnel client was changed")
+            self._book.note(container, "its tunnel client needs its new token: `kohakuriver vps agent-command` has it")
+        elif tunnel is not None:
+            tunnel.announce_token()
 
     def _drop(self, container: str, reason: str, *, gone: bool = False) -> None:
         """The task has ended: so do its streams and its terminals."""
@@ -203,7 +259,7 @@ class Runner:
                 "and terminals to every task"
             )
         warn_if_in_clear(self._sock, self._certificate)
-        if sends_in_clear(self._identity.host_url):
+        if any(map(sends_in_clear, (self._identity.host_url, *self._identity.other_hosts))):
             log.warning("the host's URL is plain HTTP: others on the network can read this node's token")
         await self._listening.open()
         await self._tasks.open(self._backends)
@@ -216,7 +272,7 @@ class Runner:
         print_event("ready", self._options.json, sentence, url=url, name=self._identity.name)
 
     def _registered(self) -> None:
-        name, host = self._identity.name, self._identity.host_url
+        name, host = self._identity.name, self._registration.host
         with contextlib.suppress(OSError):  # nobody reads any more what this program says
             print_event(
                 "registered",
@@ -240,7 +296,8 @@ class Runner:
         for task, report in zip(self._book.all(), reports, strict=True):
             seen = snapshot["containers"].get(task.container, {})
             report["traffic"] = {name: seen.get(name, 0) for name in _TASK_TRAFFIC}
-        return {"tasks": reports, "traffic": {name: snapshot[name] for name in _TRAFFIC}}
+        traffic = {name: snapshot[name] for name in _TRAFFIC}
+        return {"tasks": reports, "traffic": traffic, "incidents": self._incidents.pending()}
 
     async def _remove(self, task_id: int) -> None:
         for task in self._book.all():
@@ -267,6 +324,7 @@ class Listening:
         self._host, self._port = sock.getsockname()[:2]
         self._local = socket_url(sock)
         self._more: dict[str, socket.socket] = {}
+        self._opening = asyncio.Lock()
 
     async def open(self) -> None:
         """Listen for the processes of this node. Raises LocalAddressError."""
@@ -280,19 +338,23 @@ class Listening:
     async def url_at(self, address: str) -> str:
         """How a container reaches the runner at `address`, an IP address of this node. Raises LocalAddressError.
 
-        A runner on loopback, or one that serves TLS, listens there too from now on: on the port that it had there last,
-        or its own, or any.
+        It listens just there from now on, for tunnels alone: on the port that it had there last, or its own, or any.
         """
-        own_will_do = not ip_address(self._host).is_loopback or ip_address(address).is_loopback
-        if own_will_do and not self._tls:
-            own = self._host if not ip_address(self._host).is_unspecified else address
-            return _url(own, self._port)
-        if address not in self._more:
-            sock = self._bind(address)
-            await self._listen(sock)
-            self._more[address] = sock
-            self._state.keep_port_at(address, sock.getsockname()[1])
+        if not self._tls and self._own_serves(address):
+            return _url(address if ip_address(self._host).is_unspecified else self._host, self._port)
+        async with self._opening:
+            if address not in self._more:
+                sock = self._bind(address)
+                await self._listen(sock)
+                self._more[address] = sock
+                self._state.keep_port_at(address, sock.getsockname()[1])
         return _url(address, self._more[address].getsockname()[1])
+
+    def _own_serves(self, address: str) -> bool:
+        """Whether the runner's own socket is all right for `address`: no container needs the whole API."""
+        own = ip_address(self._host)
+        is_near = own.is_loopback or own.is_unspecified
+        return self._host == address or (is_near and ip_address(address).is_loopback)
 
     def _bind(self, address: str) -> socket.socket:
         for port in (self._state.port_at(address) or self._port, self._port):
@@ -326,9 +388,18 @@ def _identity(options: RunnerOptions, state: State, sock: socket.socket) -> Node
         url=(options.advertise_url or _reachable_url(sock, options)).rstrip("/"),
         instance=state.instance,
         host_url=options.host_url.rstrip("/"),
+        other_hosts=[url.rstrip("/") for url in options.other_hosts],
         token=_node_token(options),
         ca_file=options.ca_file,
+        offer=replace(offered(limits_from_environment()), user_processes=options.user_processes),
     )
+
+
+def _registries(options: RunnerOptions) -> Registries:
+    try:
+        return Registries(options.registries)
+    except ValueError as error:
+        raise UsageError(f"--registry: {error}.") from None
 
 
 def _node_token(options: RunnerOptions) -> str:

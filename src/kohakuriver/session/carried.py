@@ -6,6 +6,7 @@ here alone. Forwards, terminals and SSH connections keep only what they move.
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import ssl
 from collections.abc import Iterator
@@ -17,8 +18,9 @@ from kohakuriver.errors import HostUnreachableError, NotAllowedError, Unavailabl
 from kohakuriver.limits import Limits
 from kohakuriver.session.grant import NO_GRANT, Grant
 from kohakuriver.session.idle import IdleWatch
+from kohakuriver.session.nodes import node_unreachable, ticket_refused
 from kohakuriver.tunnel.dial import Server
-from kohakuriver.tunnel.protocol import CloseCode
+from kohakuriver.tunnel.protocol import SESSION_ENDED, CloseCode
 
 __all__ = ["NO_CLOSE_FRAME", "RUNNER_SECONDS", "Carried", "Carrier", "Passed", "Route", "Session", "at_runner"]
 
@@ -63,10 +65,8 @@ def at_runner(route: Route) -> Iterator[None]:
     """
     try:
         yield
-    except NotAllowedError as error:  # of the host, not of the user: whose credentials are good
-        raise UnavailableError(
-            f"Node {route.node} did not take the host's ticket: {error}", code="runner_refused", status=502
-        ) from error
+    except NotAllowedError as error:
+        raise ticket_refused(route.node, error.message) from error
     except (HostUnreachableError, UnavailableError) as error:
         if error.code == "tunnel_not_connected":
             sentence = f"Task {route.task} runs, but its tunnel is not connected; is the tunnel client in it alive?"
@@ -74,11 +74,7 @@ def at_runner(route: Route) -> Iterator[None]:
         if error.code not in ("host_unreachable", "timed_out"):
             raise
         why = (isinstance(error, HostUnreachableError) and error.reason) or error.message
-        raise UnavailableError(
-            f"The host can't reach node {route.node}: {why.rstrip('.')}; check that its runner runs.",
-            code="runner_unreachable",
-            status=error.status,
-        ) from error
+        raise node_unreachable(route.node, why, error) from error
 
 
 class Session(Protocol):
@@ -125,6 +121,10 @@ class Carried(Generic[S]):
         """The user asked for a command."""
         self._grant.ran(command)
 
+    def stays(self) -> None:
+        """Something of the session stays in the task when it has ended."""
+        self._grant.stays()
+
     def hang_on_right(self) -> None:
         """From here on the session ends when the right to it does: at once if that has happened already."""
         self._grant.attach(self._withdrawn)
@@ -150,8 +150,9 @@ class Carried(Generic[S]):
         to_container, to_user = self._session.passed()
         self._carrier.ended(self._session, to_container, to_user)
         by, code, reason = self._ending or ("host", NO_CLOSE_FRAME, "")
+        lost = {"lost": True} if code not in SESSION_ENDED else {}
         passed = {"bytes_to_container": to_container, "bytes_to_user": to_user}
-        self._grant.closed(**passed, ended_by=by, code=code, reason=reason)
+        self._grant.closed(**passed, ended_by=by, code=code, reason=reason, **lost)
 
     def _idle(self, reason: str) -> None:
         self.cut(CloseCode.IDLE, reason)
@@ -168,6 +169,7 @@ class Carrier(Generic[S]):
         self.open: dict[S, Carried[S]] = {}
         self._closed_to_container = 0
         self._closed_to_user = 0
+        self._emptied: asyncio.Event | None = None
 
     def carry(self, session: S, route: Route) -> Carried[S]:
         """What `session` will hold. Whoever asks uses the answer as a context manager until it has begun."""
@@ -176,8 +178,17 @@ class Carrier(Generic[S]):
     def ended(self, session: S, to_container: int, to_user: int) -> None:
         """A session is over, with so many bytes passed."""
         del self.open[session]
+        if self._emptied is not None and not self.open:
+            self._emptied.set()
         self._closed_to_container += to_container
         self._closed_to_user += to_user
+
+    async def emptied(self, seconds: float) -> None:
+        """Wait until no session is open, and for so many seconds at most."""
+        self._emptied = asyncio.Event()
+        if self.open:
+            with contextlib.suppress(asyncio.TimeoutError):
+                await asyncio.wait_for(self._emptied.wait(), seconds)
 
     def cut_all(self, reason: str) -> None:
         """End every session."""

@@ -17,11 +17,17 @@ class Grant(Protocol):
     def ran(self, command: list[str]) -> None:
         """A command was asked for in the session; for the audit log."""
 
+    def stays(self) -> None:
+        """Something of the session stays in the task when it has ended, for as long as the right to it."""
+
     def attach(self, end: Callable[[str], None]) -> None:
         """`end` is called with the reason, a clause, once the right is gone: at once if that has happened already."""
 
     def closed(self, **how: Any) -> None:
-        """The session that had begun has ended; `how` is for the audit log. Only the first call counts."""
+        """The session that had begun has ended; `how` is for the audit log. Only the first call counts.
+
+        `lost` in it says that the session was not ended by anybody: its streams are held for the next one.
+        """
 
     def release(self) -> None:
         """The session never began."""
@@ -34,6 +40,9 @@ class _NoGrant:
         pass
 
     def ran(self, command: list[str]) -> None:
+        pass
+
+    def stays(self) -> None:
         pass
 
     def attach(self, end: Callable[[str], None]) -> None:

@@ -35,7 +35,10 @@ _ALGORITHM = "HS256"
 
 @dataclass(frozen=True)
 class Ticket:
-    """What a valid ticket says. `ports` None means any port; `expires_at` is in seconds since the epoch."""
+    """What a valid ticket says. `ports` None means any port; `expires_at` is in seconds since the epoch.
+
+    `connects` is how many streams its user may open in a second, 0 for any number; None where the host does not say.
+    """
 
     node: str
     scope: Scope
@@ -45,6 +48,7 @@ class Ticket:
     container: str | None = None
     user: str | None = None
     ports: frozenset[int] | None = None
+    connects: int | None = None
 
     def allows(self, port: int) -> bool:
         """Whether a stream to this port of the container may be opened."""
@@ -60,12 +64,14 @@ def issue(
     container: str | None = None,
     user: str | None = None,
     ports: Literal["*"] | Sequence[int] = "*",
+    connects: int | None = None,
     ttl: float = MAX_TTL,
 ) -> str:
     """A ticket for `node`, good for `ttl` seconds (0 < ttl <= 60).
 
     A "forward" or "terminal" ticket needs `task`, `container` and `user`; the former names the ports that its session
-    may reach, the latter none. A "control" ticket is about one `container`, or, without one, about none in particular.
+    may reach, the latter none; `connects` is as a Ticket has it. A "control" ticket is about one `container`, or,
+    without one, about none in particular; it names the `user` where somebody asked for it.
     Raises ValueError when it would be longer-lived or less specific than docs/protocol.md §5 allows.
     """
     if not 0 < ttl <= MAX_TTL:
@@ -84,8 +90,10 @@ def issue(
         if task is None or container is None or user is None:
             raise ValueError(f"a {scope} ticket needs a task, a container and a user")
         claims |= {"task": task, "container": container, "user": user, "ports": ports if ports == "*" else list(ports)}
-    elif container is not None:
-        claims["container"] = container
+        if connects is not None:
+            claims["connects"] = connects
+    else:
+        claims |= {name: value for name, value in (("container", container), ("user", user)) if value is not None}
     return jwt.encode(claims, key, algorithm=_ALGORITHM)
 
 
@@ -123,14 +131,16 @@ def _from_claims(claims: dict[str, object]) -> Ticket:
     expires_at = float(cast(int, claims["exp"]))
     common = Ticket(node=str(claims["aud"]), scope=scope, id=str(claims["jti"]), expires_at=expires_at)
     if scope == "control":
-        return replace(common, container=cast("str | None", claims.get("container")))
-    ports = claims["ports"]
+        container, user = (cast("str | None", claims.get(name)) for name in ("container", "user"))
+        return replace(common, container=container, user=user)
+    ports, connects = claims["ports"], claims.get("connects")
     return replace(
         common,
         task=int(cast(int, claims["task"])),
         container=str(claims["container"]),
         user=str(claims["user"]),
         ports=None if ports == "*" else frozenset(int(port) for port in cast("list[int]", ports)),
+        connects=None if connects is None else int(cast(int, connects)),
     )
 
 

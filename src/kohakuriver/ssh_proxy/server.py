@@ -99,10 +99,15 @@ class SshProxy:
         self._sock.listen(BACKLOG)
         self._accepting = asyncio.get_running_loop().create_task(self._accept())
 
+    async def stop_listening(self) -> None:
+        """Accept nothing more: the port is another's. What there is goes on."""
+        await cancel_all([self._accepting] if self._accepting else [])
+        self._sock.close()
+
     async def close(self) -> None:
         """Accept nothing more and end what there is."""
-        await cancel_all([*([self._accepting] if self._accepting else []), *self._serving])
-        self._sock.close()
+        await self.stop_listening()
+        await cancel_all(self._serving)
         self._connector.close()
         await self._jump_host.close()
 

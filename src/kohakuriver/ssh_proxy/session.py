@@ -14,6 +14,7 @@ from kohakuriver.limits import Limits
 from kohakuriver.session.carried import NO_CLOSE_FRAME, RUNNER_SECONDS, Carrier, Passed, Route, at_runner
 from kohakuriver.session.pace import PacedReads, PacedWindow
 from kohakuriver.tunnel.dial import open_session
+from kohakuriver.tunnel.endpoint import AnyStream
 from kohakuriver.tunnel.link import Link
 from kohakuriver.tunnel.local_socket import TcpStream
 from kohakuriver.tunnel.protocol import CloseCode, ErrorText
@@ -103,7 +104,7 @@ class TaskConnection(UserEndpoint):
         super().connected(stream, payload)
         self._settle(None)
 
-    def stream_over(self, stream: TcpStream) -> None:
+    def stream_over(self, stream: AnyStream) -> None:
         self._settle(UnavailableError(f"Task {self._route.task} ended the connection."))
         self._carried.end("user", CloseCode.NORMAL, "the connection has ended")
         if self.link is not None:

@@ -7,15 +7,18 @@ from __future__ import annotations
 
 import hashlib
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import replace
 from typing import NamedTuple
 
 from sqlalchemy import delete, func, select, update
 from sqlalchemy.orm import Session
 
 from kohakuriver.errors import NotFoundError, UsageError
+from kohakuriver.quotas import Quotas, Usage
 from kohakuriver.store.database import Store
-from kohakuriver.store.models import TOKEN_ID_LENGTH, Share, Task, Token, User
+from kohakuriver.store.models import TOKEN_ID_LENGTH, Share, Task, TaskKey, Token, User, usage_of
+from kohakuriver.store.together import Together
 
 __all__ = ["ANY_NODE", "Accounts", "Use", "digest"]
 
@@ -25,6 +28,10 @@ ANY_NODE = "*"
 
 MOST_NAMED = 500
 """How many tasks a query names; databases bound that."""
+
+
+MOST_BAD_TOKENS = 100
+"""Of so many of a user's tokens that are revoked or have expired the host can say so; it does not know older ones."""
 
 
 class Use(NamedTuple):
@@ -44,11 +51,16 @@ def digest(secret: str) -> str:
 
 
 class Accounts:
-    """Who may do what. Every method may raise KohakuRiverError when the database fails."""
+    """Who may do what, and have how much. Every method may raise KohakuRiverError when the database fails.
 
-    def __init__(self, store: Store, *, clock: Callable[[], float] = time.time) -> None:
+    `defaults` are the limits of users for whom no others were set.
+    """
+
+    def __init__(self, store: Store, *, defaults: Quotas | None = None, clock: Callable[[], float] = time.time) -> None:
         self._store = store
         self._clock = clock
+        self.defaults = defaults or Quotas()
+        self._tokens = Together(self._token)
 
     # Users
 
@@ -60,13 +72,13 @@ class Accounts:
         """The user of that name, who is not just being removed. Raises NotFoundError."""
         return await self._store.write(lambda session: _user(session, name))
 
-    async def add_user(self, name: str, role: str) -> User:
-        """Make a user. Raises UsageError "name_taken"."""
+    async def add_user(self, name: str, role: str, limits: Mapping[str, float] | None = None) -> User:
+        """Make a user, with `limits` of their own. Raises UsageError "name_taken"."""
 
         def work(session: Session) -> User:
             if session.get(User, name) is not None:
                 raise UsageError(f"There is a user {name!r} already; choose another name.", code="name_taken")
-            user = User(name=name, role=role, created_at=self._clock())
+            user = User(name=name, role=role, created_at=self._clock(), limits=dict(limits or {}))
             session.add(user)
             return user
 
@@ -88,19 +100,91 @@ class Accounts:
         """
 
         def work(session: Session) -> User:
-            user = _user(session, name, to_go=True)
+            user = _user(session, name, to_change=True)
             _user(session, heir)
             session.execute(
                 update(Token)
                 .where(Token.kind == "user", Token.name == name, Token.revoked_at.is_(None))
                 .values(revoked_at=self._clock())
             )
+            theirs = select(Task.task_id).where(Task.owner == name)
+            session.execute(delete(TaskKey).where(TaskKey.task_id.in_(theirs)))
             session.execute(update(Task).where(Task.owner == name).values(owner=heir, ssh_keys=[]))
             session.execute(delete(Share).where(Share.user == name))
             session.delete(user)
             return user
 
         return await self._store.write(work)
+
+    # How much they may have
+
+    def quotas_of(self, user: User) -> Quotas:
+        """The limits of a user."""
+        return self.defaults.with_own(user.role, user.limits)
+
+    async def quotas(self, name: str) -> Quotas:
+        """The limits of the user of that name; of somebody who is none, the defaults."""
+        user = await self._store.read(lambda session: session.get(User, name))
+        return self.defaults if user is None else self.quotas_of(user)
+
+    async def usage(self, name: str) -> tuple[User, Usage]:
+        """A user, and what they have now. Raises NotFoundError."""
+
+        now = self._clock()
+
+        def work(session: Session) -> tuple[User, Usage]:
+            user = session.get(User, name)
+            if user is None:
+                raise _no_user(name)
+            return user, _in_use(session, name, now) + Usage(tokens=_good_tokens(session, name, now))
+
+        return await self._store.read(work)
+
+    async def set_limits(self, name: str, changes: Mapping[str, float | None]) -> User:
+        """Give a user limits of their own; None takes one back. Raises NotFoundError.
+
+        Who has more already keeps it.
+        """
+
+        def work(session: Session) -> User:
+            user = _user(session, name, to_change=True)
+            user.limits = {key: value for key, value in {**user.limits, **changes}.items() if value is not None}
+            return user
+
+        return await self._store.write(work)
+
+    async def add_task(self, task: Task) -> None:
+        """Keep a new task, if its owner may have it.
+
+        Raises NotFoundError where there is no such user any more, "name_taken" as the store does, and "over_limit".
+        """
+        await self._store.add_task(task, lambda session: self._check_room(session, task, task.usage(self._clock())))
+
+    async def claim(self, task_id: int, seconds: float) -> None:
+        """Have a task count as one that runs for so long, if its owner may have that; 0 ends it.
+
+        Of one that runs nothing is asked: it has what it has. Raises "over_limit".
+        """
+
+        def work(session: Session) -> None:
+            task = session.get(Task, task_id)
+            if task is None:
+                return
+            before = task.usage(self._clock())
+            task.claimed_until = self._clock() + seconds if seconds else 0.0
+            if seconds and not before.running:
+                more = replace(task.usage(self._clock()), tasks=0)
+                self._check_room(session, task, more)
+
+        await self._store.write(work)
+
+    def _check_room(self, session: Session, task: Task, more: Usage) -> None:
+        """Raises "over_limit" where the owner of a task can't have `more` besides their other tasks."""
+        # The lock makes a second host on this database wait until this task counts.
+        user = _user(session, task.owner, to_change=True)
+        quotas = self.quotas_of(user)
+        if quotas != Quotas(sessions=quotas.sessions, connects=quotas.connects):
+            _in_use(session, user.name, self._clock(), besides=task.task_id).check(more, user.name, quotas)
 
     # Tokens
 
@@ -118,13 +202,14 @@ class Accounts:
 
         Raises UsageError "name_taken" when the label must be `unique` and a valid token of this `kind` and `name` has
         it, and NotFoundError for a user who is not there: whoever gets that name one day must not get the token too.
+        Raises "over_limit" where the user has as many as they may.
         """
 
         def work(session: Session) -> Token:
             if known := session.get(Token, digest(secret)):
                 return known
             if kind == "user":
-                _user(session, name)
+                self._make_room_for_token(session, name)
             same = select(Token).where(Token.kind == kind, Token.name == name, Token.label == label)
             if unique and session.scalars(same.where(Token.revoked_at.is_(None))).first() is not None:
                 raise UsageError(
@@ -143,11 +228,24 @@ class Accounts:
 
         return await self._store.write(work)
 
-    async def token(self, secret: str) -> tuple[Token | None, User | None]:
-        """What is known of a token, and whose it is, also where it is not valid any more."""
+    def _make_room_for_token(self, session: Session, name: str) -> None:
+        """Raises NotFoundError for a user who is not there, "over_limit" where they have as many as they may."""
+        user = _user(session, name, to_change=True)
+        if user.role != "admin":  # an admin's may be in a file, which would make it good again
+            _forget_bad_tokens(session, name, self._clock())
+        have = Usage(tokens=_good_tokens(session, name, self._clock()))
+        have.check(Usage(tokens=1), name, self.quotas_of(user))
 
+    async def token(self, secret: str) -> tuple[Token | None, User | None]:
+        """What is known of a token, and whose it is, also where it is not valid any more.
+
+        Thousands of requests with one token that come at once are one or two questions to the database.
+        """
+        return await self._tokens(digest(secret))
+
+    async def _token(self, key: str) -> tuple[Token | None, User | None]:
         def work(session: Session) -> tuple[Token | None, User | None]:
-            token = session.get(Token, digest(secret))
+            token = session.get(Token, key)
             user = session.get(User, token.name) if token is not None and token.kind == "user" else None
             return token, user
 
@@ -235,17 +333,40 @@ class Accounts:
         )
 
 
-def _user(session: Session, name: str, *, to_go: bool = False) -> User:
-    """The user, who stays until this transaction ends. Raises NotFoundError.
+def _user(session: Session, name: str, *, to_change: bool = False) -> User:
+    """The user, who stays until this transaction ends; `to_change` for one transaction at a time. Raises NotFoundError.
 
     Without the lock a database with several writers would let something be made for a user who is just being removed.
     """
-    user = session.get(User, name, with_for_update=True if to_go else {"read": True})
+    user = session.get(User, name, with_for_update=True if to_change else {"read": True}, populate_existing=True)
     if user is None:
-        raise NotFoundError(
-            f"There is no user {name!r}; `kohakuriver user list` shows admins the users that there are."
-        )
+        raise _no_user(name)
     return user
+
+
+def _no_user(name: str) -> NotFoundError:
+    return NotFoundError(f"There is no user {name!r}; `kohakuriver user list` shows admins the users that there are.")
+
+
+def _in_use(session: Session, name: str, now: float, *, besides: int | None = None) -> Usage:
+    """What the tasks of a user take, without the one whose id is `besides`."""
+    columns = select(Task.status, Task.claimed_until, Task.spec, Task.task_id)
+    tasks = session.execute(columns.where(Task.owner == name, Task.removed.is_(False)))
+    return sum((usage_of(row[0], row[1], row[2], now) for row in tasks if row[3] != besides), start=Usage())
+
+
+def _forget_bad_tokens(session: Session, name: str, now: float) -> None:
+    """Delete a user's tokens that have been bad for longest: without that, they could fill the disk with them."""
+    bad = Token.revoked_at.is_not(None) | (Token.expires_at <= now)
+    query = select(Token).where(Token.kind == "user", Token.name == name, bad)
+    for token in session.scalars(query.order_by(Token.created_at.desc(), Token.digest).offset(MOST_BAD_TOKENS)):
+        session.delete(token)
+
+
+def _good_tokens(session: Session, name: str, now: float) -> int:
+    good = (Token.revoked_at.is_(None), Token.expires_at.is_(None) | (Token.expires_at > now))
+    query = select(func.count()).select_from(Token).where(Token.kind == "user", Token.name == name, *good)
+    return session.scalar(query) or 0
 
 
 def _withdrawn(session: Session, use: Use, now: float) -> str | None:

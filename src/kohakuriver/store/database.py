@@ -21,12 +21,11 @@ from sqlalchemy import (
     Column,
     Connection,
     Engine,
-    Text,
-    cast,
     create_engine,
     delete,
     event,
     func,
+    insert,
     inspect,
     select,
     text,
@@ -37,11 +36,11 @@ from sqlalchemy.exc import ArgumentError, DataError, DBAPIError, IntegrityError,
 from sqlalchemy.orm import Session, sessionmaker
 
 from kohakuriver.errors import HostUnreachableError, KohakuRiverError, NotFoundError, UsageError
-from kohakuriver.store.models import Base, Meta, Node, Share, Task, Token
+from kohakuriver.store.models import ACTIVE, Base, Meta, Node, Share, Task, TaskKey, Token
 
 __all__ = ["SCHEMA_VERSION", "Store", "ahead_of_users", "sqlite_url"]
 
-SCHEMA_VERSION = 7
+SCHEMA_VERSION = 9
 """Counts up with every change of the tables. An older database is brought up to it, a newer one is refused."""
 
 CHECK_SECONDS = 2.0
@@ -293,20 +292,23 @@ class Store:
     async def active_tasks_by_node(self) -> dict[str, int]:
         """How many tasks each node is starting or running; a node with none is not in it."""
         query = (
-            select(Task.node, func.count())
-            .where(Task.removed.is_(False), Task.status.in_(("starting", "running")))
-            .group_by(Task.node)
+            select(Task.node, func.count()).where(Task.removed.is_(False), Task.status.in_(ACTIVE)).group_by(Task.node)
         )
         return await self.read(lambda session: {row[0]: row[1] for row in session.execute(query)})
 
     # Tasks
 
-    async def add_task(self, task: Task) -> None:
-        """Keep a new task. Raises KohakuRiverError "name_taken" (409) when another one has its name."""
+    async def add_task(self, task: Task, check: Callable[[Session], object] = lambda _session: None) -> None:
+        """Keep a new task, once `check`, in the same transaction, has raised nothing.
+
+        Raises KohakuRiverError "name_taken" (409) when another one has its name.
+        """
 
         def work(session: Session) -> None:
+            check(session)
             session.add(task)
             session.flush()
+            session.add_all(task.looked_up())
 
         try:
             await self.write(work)
@@ -342,13 +344,14 @@ class Store:
         return await self.read(lambda session: [(row[0], row[1]) for row in session.execute(ordered)])
 
     async def lets_in(self, key: str) -> bool:
-        """Whether a public key, as its type and base64, is one of some task's `ssh_keys`.
-
-        Strangers have this asked, so the database looks through the tasks: to load them all takes far longer.
-        """
-        written = cast(Task.ssh_keys, Text).contains(key.rpartition(" ")[2], autoescape=True)
-        query = select(Task).where(Task.removed.is_(False), written)
-        return await self.read(lambda session: any(task.lets_in(key) for task in session.scalars(query)))
+        """Whether a public key, as its type and base64, is one of some task's `ssh_keys`: one look-up by an index."""
+        query = (
+            select(TaskKey.task_id)
+            .join(Task, Task.task_id == TaskKey.task_id)
+            .where(TaskKey.digest == TaskKey.digest_of(key), Task.removed.is_(False))
+            .limit(1)
+        )
+        return await self.read(lambda session: session.scalar(query) is not None)
 
     async def change_task(self, task_id: int, values: Mapping[str, Any]) -> Task | None:
         """Set columns of a task; None when it is gone. A `revision` older than the row's leaves the row as it is."""
@@ -475,6 +478,10 @@ def _upgrade(connection: Connection, found: int) -> None:
     if found < 3:
         # The one node token of version 1 was good for every node.
         connection.execute(update(Token).where(Token.kind == "node").values(name="*"))
+    if found < 8:
+        for task_id, ssh_keys in connection.execute(select(Task.task_id, Task.ssh_keys)).all():
+            for key in Task(task_id=task_id, ssh_keys=ssh_keys or []).looked_up():
+                connection.execute(insert(TaskKey).values(digest=key.digest, task_id=task_id))
 
 
 def _add_column(connection: Connection, column: Column[Any]) -> None:

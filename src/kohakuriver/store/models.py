@@ -6,15 +6,17 @@ same.
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Mapping, Set
 from typing import Any
 
 from sqlalchemy import JSON, BigInteger, Boolean, Float, ForeignKey, Integer, LargeBinary, String, Text
 from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column
 
+from kohakuriver.quotas import Usage
 from kohakuriver.task import TaskOrder, part_of
 
-__all__ = ["TOKEN_ID_LENGTH", "Base", "Meta", "Node", "Share", "Task", "Token", "User"]
+__all__ = ["ACTIVE", "TOKEN_ID_LENGTH", "Base", "Meta", "Node", "Share", "Task", "TaskKey", "Token", "User", "usage_of"]
 
 
 class Base(DeclarativeBase):
@@ -36,7 +38,8 @@ class Node(Base):
     `instance` tells two runners apart that were given the same name; `ticket_key` signs what the host shows this node.
     A `cordoned` node gets no new tasks.
     `unavailable` are backends that it should offer and can't now, with the reasons.
-    `traffic` has the node's totals, and under "tasks" those of its tasks by id, as of the last heartbeat.
+    `traffic` has the node's totals, and under "tasks" those of its tasks by id, as of the last heartbeat. `offer` are
+    the fields of an Offer: what the node has, and what a task gets there that asks for nothing.
     """
 
     __tablename__ = "nodes"
@@ -52,6 +55,7 @@ class Node(Base):
     left: Mapped[bool] = mapped_column(Boolean, default=False)
     cordoned: Mapped[bool] = mapped_column(Boolean, default=False)
     traffic: Mapped[dict[str, Any]] = mapped_column(JSON, default=dict)
+    offer: Mapped[dict[str, Any]] = mapped_column(JSON, default=dict)
 
     def hear(self, values: Mapping[str, Any], others: Set[int]) -> None:
         """Take over columns that the node tells; what is known of the traffic of the tasks `others` stays."""
@@ -74,6 +78,8 @@ class Task(Base):
     keys there is gone, the host goes by them no more, and `ssh_keys` is empty.
 
     `spec` has what else was ordered of the node: every field of TaskOrder that has no column here.
+
+    A task that is being started again counts as one that runs until `claimed_until`, whatever its node says meanwhile.
     """
 
     __tablename__ = "tasks"
@@ -96,6 +102,7 @@ class Task(Base):
     ssh_port: Mapped[int | None] = mapped_column(Integer)
     ssh_host_key: Mapped[str | None] = mapped_column(Text)
     spec: Mapped[dict[str, Any]] = mapped_column(JSON, default=dict)
+    claimed_until: Mapped[float] = mapped_column(Float, default=0.0)
     adopted: Mapped[bool] = mapped_column(Boolean, default=False)
     revision: Mapped[int] = mapped_column(BigInteger, default=0)
     removed: Mapped[bool] = mapped_column(Boolean, default=False)
@@ -118,9 +125,21 @@ class Task(Base):
             order.engine_name = None  # the node chose it
         return order
 
+    def usage(self, now: float) -> Usage:
+        """What its owner has of it, `now` in seconds since the epoch: memory and the like only while it runs."""
+        return usage_of(self.status, self.claimed_until or 0.0, self.spec, now)  # a new row has no claim yet
+
     def lets_in(self, key: str) -> bool:
         """Whether a public key, as its type and base64, is one of `ssh_keys`."""
-        return key in (" ".join(line.split()[:2]) for line in self.ssh_keys)
+        return key in self._bare_keys()
+
+    def looked_up(self) -> list[TaskKey]:
+        """`ssh_keys` as they are looked up."""
+        return [TaskKey(digest=TaskKey.digest_of(key), task_id=self.task_id) for key in self._bare_keys()]
+
+    def _bare_keys(self) -> set[str]:
+        """`ssh_keys` without their options and comments: types and base64."""
+        return {" ".join(line.split()[:2]) for line in self.ssh_keys}
 
     def change(self, values: dict[str, Any], now: float) -> bool:
         """Take over the values that differ; whether there was one. `now` is in seconds since the epoch."""
@@ -132,14 +151,34 @@ class Task(Base):
         return bool(different)
 
 
+class TaskKey(Base):
+    """That a public key is one of a task's `ssh_keys`: by its digest, so that strangers' keys are looked up at once."""
+
+    __tablename__ = "task_keys"
+
+    digest: Mapped[str] = mapped_column(String(64), primary_key=True)
+    task_id: Mapped[int] = mapped_column(
+        ForeignKey("tasks.task_id", ondelete="CASCADE"), primary_key=True, autoincrement=False, index=True
+    )
+
+    @staticmethod
+    def digest_of(key: str) -> str:
+        """What stands for a public key, as its type and base64."""
+        return hashlib.sha256(key.encode()).hexdigest()
+
+
 class User(Base):
-    """Somebody who has tasks and tokens. `role` is "admin" or "user"."""
+    """Somebody who has tasks and tokens. `role` is "admin" or "user".
+
+    `limits` are those that were set for this user, by their names in quotas.py.
+    """
 
     __tablename__ = "users"
 
     name: Mapped[str] = mapped_column(String(63), primary_key=True)
     role: Mapped[str] = mapped_column(String(16))
     created_at: Mapped[float] = mapped_column(Float)
+    limits: Mapped[dict[str, float]] = mapped_column(JSON, default=dict)
 
 
 class Share(Base):
@@ -173,5 +212,15 @@ class Token(Base):
         """What people call it: enough of the digest to be unique, and of no use as a credential."""
         return self.digest[:TOKEN_ID_LENGTH]
 
+
+def usage_of(status: str, claimed_until: float, spec: Mapping[str, Any], now: float) -> Usage:
+    """`Task.usage` of a task with these columns."""
+    if status not in ACTIVE and claimed_until <= now:
+        return Usage(tasks=1)
+    return Usage(tasks=1, running=1, **{name: spec.get(name) or 0 for name in ("memory", "cpus", "pids")})
+
+
+ACTIVE = ("starting", "running")
+"""What a task's status is while it has what it was ordered to have."""
 
 TOKEN_ID_LENGTH = 12

@@ -14,6 +14,7 @@ import logging
 import re
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass, field
+from ipaddress import ip_address
 from typing import Any, Protocol, cast
 from urllib.parse import parse_qsl, unquote
 
@@ -30,7 +31,8 @@ from kohakuriver.errors import HostUnreachableError, KohakuRiverError, NotAllowe
 from kohakuriver.tunnel.bearer import bearer_token
 from kohakuriver.tunnel.link import Link, LinkHandler
 from kohakuriver.tunnel.message_link import MAX_MESSAGE, MessageLink
-from kohakuriver.tunnel.protocol import REFUSAL_HEADER, TUNNEL_V2, CloseCode, ws_text
+from kohakuriver.tunnel.ports import goes_on
+from kohakuriver.tunnel.protocol import CLIENT_HEADER, REFUSAL_HEADER, TUNNEL_V2, CloseCode, ws_text
 
 MAX_EARLY = 64 * 1024
 
@@ -42,6 +44,19 @@ class OriginCheck(Protocol):
 
     def check(self, hosts: list[str], origins: list[str], local: str | None) -> None:
         """Return where the request may go on; raises NotAllowedError where not."""
+
+
+@dataclass(frozen=True)
+class Peer:
+    """Where a request comes from, and to which of this machine's addresses: without ports, "?" where unknown."""
+
+    address: str
+    local: str = "?"
+
+    @property
+    def on_this_machine(self) -> bool:
+        """Whether it comes from this machine itself."""
+        return self.address != "?" and (self.address == self.local or ip_address(self.address).is_loopback)
 
 
 @dataclass
@@ -60,9 +75,24 @@ class UpgradeRequest:
     _upgrade: Upgrade = field(repr=False)
 
     @property
+    def client(self) -> str:
+        """What a tunnel client says to be itself by, "" where it says nothing."""
+        return ",".join(self.headers.get_all(CLIENT_HEADER))
+
+    @property
+    def whence(self) -> Peer:
+        """Where it comes from."""
+        return self._upgrade.whence
+
+    @property
     def offers_v2(self) -> bool:
         """Whether the peer speaks v2 of the tunnel protocol."""
         return TUNNEL_V2 in self.subprotocols
+
+    @property
+    def goes_on(self) -> bool:
+        """Whether it is for a session that goes on for one that was lost."""
+        return goes_on(self.query)
 
     def accept(self, walker: FrameWalker, handler: LinkHandler, *, version: int = 2) -> Link:
         """Answer 101 with the subprotocol of ``version`` (1: none); the link has started when this returns."""
@@ -144,6 +174,14 @@ def greet(link: Link, text: str) -> None:
     link.send(ws_text(text))
 
 
+def _address(name: object) -> str:
+    """A socket's IP address, one of IPv4 always as such."""
+    if not isinstance(name, tuple):
+        return "?"
+    parsed = ip_address(str(name[0]).partition("%")[0])
+    return str(getattr(parsed, "ipv4_mapped", None) or parsed)
+
+
 class Upgrade(asyncio.Protocol):
     """One connection between uvicorn's HTTP parser and its link."""
 
@@ -171,6 +209,11 @@ class Upgrade(asyncio.Protocol):
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         self._transport = cast(asyncio.Transport, transport)
+
+    @property
+    def whence(self) -> Peer:
+        """Where the connection comes from."""
+        return Peer(*(_address(self._transport.get_extra_info(name)) for name in ("peername", "sockname")))
 
     def data_received(self, data: bytes) -> None:
         if self._task is not None:  # frames before our 101: a client that obeys RFC 6455 sends none

@@ -6,6 +6,7 @@ do not try again at the same moment.
 
 from __future__ import annotations
 
+import math
 import random
 from dataclasses import dataclass
 from typing import ClassVar
@@ -37,9 +38,9 @@ class Backoff:
         """The longest that the next pause may be, in seconds."""
         return min(self.cap, self.first * 2.0 ** min(max(self.failures - 1, 0), 16))
 
-    def pause(self) -> float:
+    def pause(self, at_most: float = math.inf) -> float:
         """How long to wait now, in seconds."""
-        return random.uniform(0.0, self.ceiling)
+        return random.uniform(0.0, min(self.ceiling, at_most))
 
 
 @dataclass(frozen=True)
@@ -65,9 +66,15 @@ class Reconnect:
     """
 
     FIRST: ClassVar[float] = 0.1
+    # A tunnel that lasted this many seconds was none of the failures, and is tried again at once.
+    GOOD: ClassVar[float] = 1.0
+    # A runner that answers nothing is tried so often within half a second each: its streams wait for it.
+    EAGER: ClassVar[int] = 240
+    EAGER_LONGEST: ClassVar[float] = 0.5
 
     def __init__(self, *, delay: float = 5.0, most: int = 0, stays: bool = False) -> None:
-        self.backoff = Backoff(self.FIRST, delay)
+        self.failures = 0
+        self._delay = delay
         self._most = most
         self._stays = stays
 
@@ -75,9 +82,19 @@ class Reconnect:
         """What comes next. `code` is the close code, or the HTTP status of a refusal; None where nobody was reached."""
         if code == CloseCode.REPLACED and not self._stays:
             return Verdict(end="replaced")
-        self.backoff.ended(lived)
-        if self._most and self.backoff.failures >= self._most:
+        self.failures = 0 if lived is not None and lived >= self.GOOD else self.failures + 1
+        if self._most and self.failures >= self._most:
             return Verdict(end="gave_up")
         if code in (401, 403, CloseCode.REPLACED):
             return Verdict(LONG / 2, LONG)
-        return Verdict(0.0, self.backoff.ceiling)
+        return Verdict(0.0, self._ceiling(refused=lived is None and code is not None))
+
+    def _ceiling(self, *, refused: bool) -> float:
+        if self.failures == 0:
+            return 0.0
+        pause = self.FIRST * 2.0 ** min(self.failures - 1, 16)
+        if not refused and self.failures <= self.EAGER:
+            pause = min(pause, self.EAGER_LONGEST)
+        elif not refused:
+            pause = self.EAGER_LONGEST * 2.0 ** min(self.failures - self.EAGER, 16)
+        return min(pause, self._delay)

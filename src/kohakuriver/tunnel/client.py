@@ -25,13 +25,18 @@ from kohakuriver.tunnel.backoff import Reconnect
 from kohakuriver.tunnel.container_endpoint import ContainerEndpoint
 from kohakuriver.tunnel.dial import Server, open_link
 from kohakuriver.tunnel.error_text import WINDOW_PASSED
+from kohakuriver.tunnel.keeper import Keeper
 from kohakuriver.tunnel.link import Link
 from kohakuriver.tunnel.listeners import listening
 from kohakuriver.tunnel.local_socket import TcpStream
-from kohakuriver.tunnel.protocol import CloseCode
+from kohakuriver.tunnel.own_token import OwnToken
+from kohakuriver.tunnel.protocol import NEW_TOKEN, SESSION_ID, CloseCode, ErrorText
 from kohakuriver.tunnel.settings import EndpointConfig, from_environment
 
 log = logging.getLogger("tunnel-client")
+
+LOOK_FOR_TOKEN = 0.2
+"""How soon, in seconds, a token that a runner lays down is seen by a client that has no good one."""
 
 
 class TunnelClient:
@@ -40,7 +45,7 @@ class TunnelClient:
     Args:
         runner_url: ``http``, ``https``, ``ws`` or ``wss`` address of the runner.
         container_id: this container's id on the tunnel.
-        token: its credential, or None.
+        token: its credentials; None for a runner that wants none.
         reconnect_delay: seconds that the pause between attempts grows to.
         max_reconnect: failures in a row to give up after; 0 for never.
         stays: it goes on, after a long pause, where another client has taken over.
@@ -51,7 +56,7 @@ class TunnelClient:
         runner_url: str,
         container_id: str,
         *,
-        token: str | None = None,
+        token: OwnToken | None = None,
         reconnect_delay: float = 5.0,
         max_reconnect: int = 0,
         stays: bool = False,
@@ -62,13 +67,20 @@ class TunnelClient:
             if base.startswith(http):
                 base = ws + base.removeprefix(http)
         self.url = f"{base}/ws/tunnel/{quote(container_id, safe='')}"
-        self.token = token
+        self.token = token or OwnToken(None)
         self._reconnect = Reconnect(delay=reconnect_delay, most=max_reconnect, stays=stays)
         self.config = config
         self.link: Link | None = None
+        self._keeper = Keeper()
 
     async def serve(self) -> int:
-        """Keep the tunnel up until it is replaced (0) or the attempts are used up (1)."""
+        """Keep the tunnel up until it is replaced (0) or the attempts are used up (1); then all streams end."""
+        try:
+            return await self._keep_up()
+        finally:
+            self._keeper.close(ErrorText("ECONNRESET", "the tunnel client has ended"))
+
+    async def _keep_up(self) -> int:
         while True:
             lived: float | None = None
             code: int | None = None
@@ -82,19 +94,26 @@ class TunnelClient:
             verdict = self._reconnect.after(lived, code)
             if verdict.end:
                 return self._ended(verdict.end)
-            await asyncio.sleep(verdict.pause())
+            await self._pause(verdict.pause())
+
+    async def _pause(self, seconds: float) -> None:
+        """Wait, but no longer than until there is a new token."""
+        ends = time.monotonic() + seconds
+        while (left := ends - time.monotonic()) > 0 and not self.token.is_there:  # noqa: ASYNC110 - a file
+            await asyncio.sleep(min(left, LOOK_FOR_TOKEN))
 
     def _ended(self, why: str) -> int:
         if why == "replaced":
             return 0
-        log.error("giving up after %d failures in a row", self._reconnect.backoff.failures)
+        log.error("giving up after %d failures in a row", self._reconnect.failures)
         return 1
 
     async def _once(self) -> tuple[float, int]:
         """One tunnel, from its handshake to its end: how many seconds it was up, and its close code."""
         gone: asyncio.Future[int] = asyncio.get_running_loop().create_future()
-        endpoint = _Tunnel(gone, self.config)
-        self.link = await open_link(Server(self.url, self.token, peer="runner"), FrameWalker(masked=False), endpoint)
+        endpoint = _Tunnel(gone, self.token, self.config, self._keeper)
+        server = Server(self.url, self.token.now(), peer="runner", client=self.token.client)
+        self.link = await open_link(server, FrameWalker(masked=False), endpoint)
         endpoint.attach(self.link)
         began = time.monotonic()
         log.info("tunnel connected, version %d", self.link.version)
@@ -107,9 +126,20 @@ class TunnelClient:
 
 
 class _Tunnel(ContainerEndpoint):
-    def __init__(self, gone: asyncio.Future[int], config: EndpointConfig | None) -> None:
-        super().__init__(config=config)
+    def __init__(
+        self, gone: asyncio.Future[int], token: OwnToken, config: EndpointConfig | None, keeper: Keeper
+    ) -> None:
+        super().__init__(config=config, keeper=keeper)
         self._gone = gone
+        self._token = token
+
+    def pinged(self, client_id: int, payload: bytes) -> None:
+        if client_id == SESSION_ID and payload == NEW_TOKEN:
+            self._token.new_one_is_there()
+
+    def keeps(self, code: int) -> bool:
+        """Whatever closed the tunnel: it comes back, and the streams are users' (rule 9 of kept streams)."""
+        return True
 
     def addresses(self, port: int, *, udp: bool) -> Iterator[str]:
         """UDP tells of no refusal in time: it goes to where something is bound already, if anything is.
@@ -139,6 +169,7 @@ def _arguments(argv: Sequence[str], environ: Mapping[str, str]) -> argparse.Name
     parser.add_argument("--runner-url", default=env("RUNNER_URL", "KOHAKURIVER_TUNNEL_URL"))
     parser.add_argument("--container-id", default=env("CONTAINER_ID", "KOHAKURIVER_CONTAINER_ID"))
     parser.add_argument("--token-file", default=env("KOHAKURIVER_TUNNEL_TOKEN_FILE"))
+    parser.add_argument("--take-token", default=env("KOHAKURIVER_TUNNEL_TAKE_TOKEN"))
     parser.add_argument("--reconnect-delay", type=float, default=5.0)
     parser.add_argument("--max-reconnect", type=int, default=0)
     parser.add_argument("--log-level", default="info", choices=["error", "warn", "info", "debug"])
@@ -157,8 +188,17 @@ def _arguments(argv: Sequence[str], environ: Mapping[str, str]) -> argparse.Name
     return arguments
 
 
+def _own_token(arguments: argparse.Namespace) -> OwnToken:
+    """The credentials; a token that is to be taken is, before a command is started that could read it."""
+    if arguments.take_token is None:
+        return OwnToken(Path(arguments.token_file) if arguments.token_file else None)
+    token = OwnToken(Path(arguments.take_token), take=True)
+    token.new_one_is_there()
+    return token
+
+
 async def _work(arguments: argparse.Namespace) -> int:
-    token = Path(arguments.token_file).read_text().strip() if arguments.token_file else None
+    token = _own_token(arguments)
     client = TunnelClient(
         arguments.runner_url,
         arguments.container_id,

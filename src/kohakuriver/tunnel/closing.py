@@ -38,14 +38,16 @@ class Closing:
     """The end of one WebSocket.
 
     `code` and `reason` say how it ended, by whichever side spoke first; `code` is 1006 where no close frame did.
+    `hung_up` says that the peer's system ended the TCP connection then, as it does when a process is killed.
     """
 
-    __slots__ = ("code", "reason", "state")
+    __slots__ = ("code", "hung_up", "reason", "state")
 
     def __init__(self) -> None:
         self.state = CloseState.OPEN
         self.code = int(CloseCode.ABNORMAL)  # logs show an enum's member by its name
         self.reason = ""
+        self.hung_up = False
 
     def begin(self, code: int, reason: str, *, failed: bool = False) -> bool:
         """We close, `failed` where the peer broke the protocol. False where the end has begun already."""
@@ -74,6 +76,7 @@ class Closing:
         """The TCP connection has ended, by `error` where it broke. False where that was known."""
         if self.state is CloseState.CLOSED:
             return False
+        self.hung_up = self.state is CloseState.OPEN and (error is None or isinstance(error, ConnectionError))
         self.state = CloseState.CLOSED
         if error is not None:
             words = error.strerror if isinstance(error, OSError) else None

@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import errno
+import socket
 import ssl as tls
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -29,16 +30,17 @@ from kohakuriver.errors import (
     UsageError,
     from_answer,
     from_status,
-    system_words,
 )
 from kohakuriver.http_proxy import Connect, HttpProxy
+from kohakuriver.no_connection import reason as why
 from kohakuriver.resolve import resolving
 from kohakuriver.tls import hung_up
 from kohakuriver.tls import reason as tls_reason
 from kohakuriver.tunnel.closing import CLOSE_WAIT
 from kohakuriver.tunnel.link import Link, LinkHandler
 from kohakuriver.tunnel.message_link import MAX_MESSAGE, MessageLink
-from kohakuriver.tunnel.protocol import REFUSAL_HEADER, TUNNEL_V2, CloseCode
+from kohakuriver.tunnel.protocol import CLIENT_HEADER, REFUSAL_HEADER, TUNNEL_V2, CloseCode
+from kohakuriver.tunnel.sockets import not_itself
 
 MAX_HEAD = 64 * 1024
 MAX_GREETING = 4096
@@ -55,6 +57,7 @@ class Server:
         proxy: the HTTP proxy that leads there, None for none. Whoever runs for a user asks `http_proxy` for it.
         timeout: how long opening may take, in seconds.
         peer: what runs there, "host" or "runner", for messages.
+        client: a tunnel client's id, which it made for itself; None for who is none.
     """
 
     url: str
@@ -63,6 +66,7 @@ class Server:
     proxy: HttpProxy | None = None
     timeout: float = 10.0
     peer: str = "host"
+    client: str | None = field(default=None, repr=False)
 
     @property
     def where(self) -> str:
@@ -199,7 +203,7 @@ class _Tunnel(asyncio.Protocol):
 
     def connection_lost(self, exc: Exception | None) -> None:
         if exc is not None and not self.opened.done():
-            self.opened.set_exception(self._proxy.unreachable(_words(exc)))
+            self.opened.set_exception(self._proxy.unreachable(why(exc)))
         self.data_received(b"")
 
 
@@ -242,6 +246,8 @@ async def _dial(server: Server, subprotocols: Sequence[str], max_message: int = 
     headers = {"User-Agent": "kohakuriver"}
     if server.token:
         headers["Authorization"] = f"Bearer {server.token}"
+    if server.client:
+        headers[CLIENT_HEADER] = server.client
     opening = _Opening(server, protocol, headers)
     loop = asyncio.get_running_loop()
     deadline = loop.time() + server.timeout
@@ -259,10 +265,7 @@ async def _tunnel(proxy: HttpProxy, uri: WebSocketURI, timeout: float) -> asynci
     async def connect() -> asyncio.Transport:
         tunnel = _Tunnel(proxy, Connect(proxy, uri.host, uri.port))
         context = tls.create_default_context() if proxy.secure else None
-        with resolving():
-            transport, _ = await asyncio.get_running_loop().create_connection(
-                lambda: tunnel, proxy.host, proxy.port, ssl=context
-            )
+        transport = await _connect(lambda: tunnel, proxy.host, proxy.port, context)
         with _aborting_unless_done(lambda: transport):
             await tunnel.opened
         return transport
@@ -272,7 +275,7 @@ async def _tunnel(proxy: HttpProxy, uri: WebSocketURI, timeout: float) -> asynci
     except asyncio.TimeoutError as exc:
         raise proxy.late(timeout) from exc
     except OSError as exc:
-        raise proxy.unreachable(_words(exc)) from exc
+        raise proxy.unreachable(why(exc)) from exc
 
 
 async def _open(opening: _Opening, uri: WebSocketURI, tunnel: asyncio.Transport | None) -> None:
@@ -285,8 +288,8 @@ async def _open(opening: _Opening, uri: WebSocketURI, tunnel: asyncio.Transport 
     with _aborting_unless_done(lambda: opening.transport):
         try:
             if tunnel is None:
-                with resolving():
-                    await loop.create_connection(lambda: opening, uri.host, uri.port, ssl=context)
+                dialled = await _connect(lambda: opening, uri.host, uri.port, context)
+                not_itself(dialled.get_extra_info("socket"))
             elif tunnel.is_closing():
                 raise ConnectionResetError(errno.ECONNRESET, "")
             elif context is None:
@@ -297,8 +300,41 @@ async def _open(opening: _Opening, uri: WebSocketURI, tunnel: asyncio.Transport 
                 opening.connection_made(cast(asyncio.Transport, secured))
         except OSError as exc:
             opening.answered.cancel()
-            raise server.unreachable(_words(exc)) from exc
+            raise server.unreachable(why(exc)) from exc
         server.check(opening.protocol, await opening.answered)
+
+
+async def _connect(
+    protocol: Callable[[], asyncio.Protocol], host: str, port: int, context: tls.SSLContext | None
+) -> asyncio.Transport:
+    """As the loop's own `create_connection`, of which uvloop's can't be left while it looks a name up."""
+    loop = asyncio.get_running_loop()
+    sock = await _connected(host, port)
+    name = host if context is not None else None
+    transport, _ = await loop.create_connection(protocol, sock=sock, ssl=context, server_hostname=name)
+    return transport
+
+
+async def _connected(host: str, port: int) -> socket.socket:
+    """A socket that is connected to the first address that takes it. Raises OSError."""
+    loop = asyncio.get_running_loop()
+    with resolving():
+        addresses = await loop.getaddrinfo(host, port, type=socket.SOCK_STREAM)
+    failure = OSError(errno.EADDRNOTAVAIL, "it has no address")
+    for family, kind, proto, _, address in addresses:
+        sock = socket.socket(family, kind, proto)
+        sock.setblocking(False)
+        try:
+            await loop.sock_connect(sock, address)
+        except OSError as error:
+            failure = error
+            sock.close()
+        except BaseException:
+            sock.close()
+            raise
+        else:
+            return sock
+    raise failure
 
 
 @contextlib.contextmanager
@@ -309,11 +345,6 @@ def _aborting_unless_done(transport: Callable[[], asyncio.Transport | None]) -> 
         if (left := transport()) is not None:
             left.abort()
         raise
-
-
-def _words(exc: Exception) -> str:
-    """Why there is no connection, as a clause."""
-    return tls_reason(exc) or system_words(exc)
 
 
 class _Greeting:

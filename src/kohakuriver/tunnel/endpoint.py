@@ -15,12 +15,17 @@ from kohakuriver.tunnel.protocol import (
     CONNECT,
     CONNECTED,
     DATA,
+    DETACH,
     EOF,
     ERROR,
+    GOAWAY,
     KNOWN,
     PING,
     PONG,
     PROTO_TCP,
+    RESUME,
+    REVOKE,
+    SESSION_ENDED,
     SESSION_ID,
     WINDOW,
     CloseCode,
@@ -34,12 +39,14 @@ from kohakuriver.tunnel.states import Role
 from kohakuriver.tunnel.stream import Rules
 from kohakuriver.tunnel.streams import Streams, Totals
 from kohakuriver.tunnel.udp import UdpStream
+from kohakuriver.tunnel.unacked import Store
 from kohakuriver.tunnel.v1_rules import V1Rules
-from kohakuriver.tunnel.windows import Budget
+from kohakuriver.tunnel.windows import Budget, Pool
 
-__all__ = ["AnyStream", "Endpoint", "EndpointStats"]
+__all__ = ["AnyStream", "Endpoint", "EndpointStats", "Share"]
 
 MAX_CONTROL = 1 << 20
+_OF_SESSIONS = frozenset({RESUME, REVOKE, GOAWAY})
 
 
 @dataclass
@@ -52,18 +59,36 @@ class EndpointStats(Totals):
 AnyStream: TypeAlias = TcpStream | UdpStream
 
 
+class Share:
+    """What the streams of several endpoints may hold together: bytes for their sockets, and as many for their peers.
+
+    Args:
+        total: bytes each way; None for any number.
+        within: what it is a part of.
+    """
+
+    def __init__(self, total: int | None = None, within: Share | None = None) -> None:
+        self.windows: Pool = Pool(total, None if within is None else within.windows)
+        self.kept: Pool = Pool(total, None if within is None else within.kept)
+
+
 class Endpoint:
-    """The streams of one link, whichever side opened them."""
+    """The streams of one link, whichever side opened them.
+
+    Large because both sides hook in at the same messages: a third of the methods are those hooks.
+    """
 
     role = Role.OPENER
     linger = 2.0  # seconds, where the configuration does not say (§3 rule 4)
 
-    def __init__(self, config: EndpointConfig | None = None) -> None:
+    def __init__(self, config: EndpointConfig | None = None, share: Share | None = None) -> None:
+        """`share` is what its streams may hold together with those of other endpoints."""
         self.config = config or EndpointConfig()
+        self._share = share = share or Share()  # lives as long as its streams, which know this endpoint
         self.totals = Totals()
-        self.budget = Budget(self.config.budget, self.config.first_window, self.config.max_window)
+        self.budget = Budget(self.config.budget, self.config.first_window, self.config.max_window, share.windows)
         linger = self.linger if self.config.v1_linger is None else self.config.v1_linger
-        self.rules = Rules(self.role, self.budget, V1Rules(self.config.v1_hold, linger))
+        self.rules = Rules(self.role, self.budget, V1Rules(self.config.v1_hold, linger), Store(within=share.kept))
         self.streams: Streams | None = None  # while there is a link
         self._assembler = Assembler(MAX_CONTROL)
         self._reporter = Reporter(self._counts, lambda: self.stream_count > 0)
@@ -92,9 +117,13 @@ class Endpoint:
             totals=self.totals,
             budget=self.budget,
             udp_idle=self.config.udp_idle,
-            on_enter=self._reporter.begin,
+            on_enter=self.entered,
         )
         link.hand_over(self)
+
+    def entered(self, link: Link) -> None:
+        """A stream has entered this link."""
+        self._reporter.begin(link)
 
     # -- link handler -----------------------------------------------------------------------------------------
 
@@ -147,9 +176,12 @@ class Endpoint:
             return
         stream = streams.by_id.get(client_id)
         if kind == PING:
+            self.pinged(client_id, payload)
             streams.link.send_message(PONG, client_id, payload, proto=proto, urgent=True)
         elif kind == CONNECT:
             self.accept(client_id, proto, port, payload)
+        elif kind in _OF_SESSIONS:
+            self.kept_message(kind, client_id, proto, port, payload)
         elif isinstance(stream, TcpStream):
             self._tcp_message(stream, kind, payload)
         elif isinstance(stream, UdpStream):
@@ -157,24 +189,36 @@ class Endpoint:
         elif kind not in KNOWN:
             self.totals.unknown_messages += 1
 
+    def pinged(self, client_id: int, payload: bytes) -> None:
+        """A PING came; it is answered whatever is made of it."""
+
     def _tcp_message(self, stream: TcpStream, kind: int, payload: bytes) -> None:
-        core = stream.core
-        if kind == WINDOW and (limit := parse_limit(payload)) is not None:
+        core, kept = stream.core, stream.kept
+        if kind == PONG:
+            stream.pong()
+        elif kind == ERROR:
+            self._stream_error(stream, ErrorText.parse(payload))
+        elif kind == DETACH:
+            self.detach_stream(stream, payload)
+        elif kept is not None:
+            stream.act(kept.take(kind, payload))
+            stream.update_reading()
+        elif kind == WINDOW and (limit := parse_limit(payload)) is not None:
             if core.sending.raise_to(limit):
                 stream.update_reading()
-        elif kind == PONG:
-            stream.pong()
         elif kind == CONNECTED:
             self.connected(stream, payload)
         elif kind == EOF:
             stream.act(core.remote_eof())
         elif kind == CLOSE:
             stream.act(core.remote_close())
-        elif kind == ERROR:
-            self.stream_failed(stream, ErrorText.parse(payload))
-            stream.act(core.remote_error())
         else:
             self.totals.unknown_messages += 1
+
+    def _stream_error(self, stream: TcpStream, text: ErrorText) -> None:
+        if not self.goes_on(stream, text):
+            self.stream_failed(stream, text)
+            stream.act(stream.core.remote_error())
 
     def _udp_message(self, streams: Streams, stream: UdpStream, kind: int, payload: bytes) -> None:
         if kind == DATA:
@@ -184,8 +228,12 @@ class Endpoint:
         elif kind == CLOSE:
             stream.over()
         elif kind == ERROR:
-            self.stream_failed(stream, ErrorText.parse(payload))
-            stream.refused()
+            text = ErrorText.parse(payload)
+            if not self.goes_on(stream, text):
+                self.stream_failed(stream, text)
+                stream.refused()
+        elif kind == DETACH:
+            self.detach_stream(stream, payload)
         elif kind not in KNOWN:
             self.totals.unknown_messages += 1
 
@@ -194,14 +242,18 @@ class Endpoint:
 
     def link_closed(self, link: Link, code: int, reason: str) -> None:
         if self.link is link:
-            self.detach(reason or _why_closed(code))
+            self.detach(reason or _why_closed(code), keeps=self.keeps(code))
 
-    def detach(self, reason: str) -> None:
-        """The link is gone: every stream on it ends at once."""
+    def keeps(self, code: int) -> bool:
+        """Whether kept streams wait for another link when one was closed with this code."""
+        return code not in SESSION_ENDED
+
+    def detach(self, reason: str, *, keeps: bool = True) -> None:
+        """The link is gone: every stream on it ends at once, or waits for another if it can and is to (``keeps``)."""
         streams, self.streams = self.streams, None
         self._reporter.stop()
         if streams is not None:
-            streams.lost()
+            streams.lost(keeps=keeps)
         self._assembler = Assembler(MAX_CONTROL)
 
     # -- what the two sides do differently --------------------------------------------------------------------
@@ -210,8 +262,20 @@ class Endpoint:
         """A CONNECT came."""
         self.totals.unknown_messages += 1
 
+    def kept_message(self, kind: int, client_id: int, proto: int, port: int, payload: bytes) -> None:
+        """A message about kept streams came that is not for a stream of this link: RESUME, REVOKE or GOAWAY."""
+        self.totals.unknown_messages += 1
+
+    def detach_stream(self, stream: AnyStream, payload: bytes) -> None:
+        """A DETACH came."""
+        self.totals.unknown_messages += 1
+
+    def goes_on(self, stream: AnyStream, text: ErrorText) -> bool:
+        """Whether a stream is not over though this ERROR came."""
+        return False
+
     def connected(self, stream: TcpStream, payload: bytes) -> None:
-        """A CONNECTED came."""
+        """A CONNECTED came, of a stream that is not kept."""
         self.totals.unknown_messages += 1
 
     def socket_ready(self, stream: TcpStream) -> None:
@@ -229,8 +293,14 @@ class Endpoint:
         number = stream.at.id if stream.at is not None else SESSION_ID
         raise FrameViolation(CloseCode.PROTOCOL_ERROR, f"stream {number} was sent more than its window allows")
 
-    def stream_over(self, stream: TcpStream) -> None:
-        """A stream has left its link."""
+    def stream_over(self, stream: AnyStream) -> None:
+        """A stream is over on the wire."""
+
+    def stream_detached(self, stream: AnyStream) -> None:
+        """A kept stream waits for another link."""
+
+    def stream_answered(self, stream: TcpStream) -> None:
+        """A PONG has come for a stream."""
 
     def stream_failed(self, stream: AnyStream, text: ErrorText) -> None:
         """An ERROR came."""

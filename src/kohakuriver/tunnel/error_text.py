@@ -8,7 +8,7 @@ import os
 
 from kohakuriver.tunnel.protocol import ErrorText
 
-__all__ = ["WINDOW_PASSED", "service_error", "user_error"]
+__all__ = ["LACKING", "NOT_SENT", "WINDOW_PASSED", "nobody_takes_datagrams", "service_error", "user_error"]
 
 _SENTENCES = {
     errno.ECONNREFUSED: "nothing listens on port {port} {where}",
@@ -25,8 +25,11 @@ _SENTENCES = {
     errno.ENOBUFS: "the node is out of memory",
 }
 _SAME = {errno.ENOMEM: errno.ENOBUFS}
+LACKING = frozenset({errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM})
+"""What the end that dials lacks itself: says nothing of whom it dials."""
 
 WINDOW_PASSED = ErrorText("EPROTO", _SENTENCES[errno.EPROTO])
+NOT_SENT = ErrorText("EPROTO", "what was acknowledged, or ended, is not what was sent")
 
 
 def service_error(exc: BaseException, port: int, where: str) -> ErrorText:
@@ -37,6 +40,11 @@ def service_error(exc: BaseException, port: int, where: str) -> ErrorText:
     if sentence is not None:
         return ErrorText(errno.errorcode[number], sentence.format(port=port, where=where))
     return ErrorText("EIO", f"port {port} {where} can't be reached: {_reason(exc)}")
+
+
+def nobody_takes_datagrams(port: int, where: str) -> ErrorText:
+    """Why datagrams for `port` come to nothing."""
+    return service_error(OSError(errno.ECONNREFUSED, ""), port, f"(udp) {where}")
 
 
 def user_error(exc: BaseException) -> ErrorText:

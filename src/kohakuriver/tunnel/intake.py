@@ -75,10 +75,14 @@ class Intake:
 
     def took(self, size: int) -> None:
         """So many bytes were read into `space`."""
-        watch = self._watch
+        watch, now, stop = self._watch, self._now(), HEADROOM + len(self._rest) + size
         watch.received += size
-        watch.heard_at = self._now()
-        self._consume(HEADROOM + len(self._rest) + size)
+        # libuv reads up to 32 times before it looks at another socket, and its clock stands still meanwhile.
+        again = now == watch.heard_at and stop == len(self.buffer.data)
+        watch.heard_at = now
+        self._consume(stop)
+        if again:
+            self._give_way()
 
     def limit_reads(self, size: int) -> None:
         """Read at most `size` bytes at a time from now on, into a buffer of this link's own."""
@@ -98,10 +102,8 @@ class Intake:
         else:  # other links that share it have had it
             consumed, self._more = HEADROOM, True
         self._rest = bytes(self.buffer.view[consumed:stop]) if consumed < stop else b""
-        if self._more and not self._turn_due:
-            self._turn_due = True
-            self.pause(_TURN)  # what is left may fill the buffer
-            self.turn.wait(self._next_turn)
+        if self._more:
+            self._give_way()
 
     def _deliver_rest(self) -> None:
         if self._rest:
@@ -115,6 +117,13 @@ class Intake:
         self._messages = messages
         self._more = messages >= self.turn.left
         return self._more
+
+    def _give_way(self) -> None:
+        """Read on in the next turn."""
+        if not self._turn_due:
+            self._turn_due = True
+            self.pause(_TURN)  # what is left may fill the buffer
+            self.turn.wait(self._next_turn)
 
     def _next_turn(self) -> None:
         self._turn_due = self._more = False

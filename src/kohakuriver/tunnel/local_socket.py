@@ -12,10 +12,11 @@ from typing import cast
 
 from kohakuriver._frame import HEADROOM, frame_in_place
 from kohakuriver.tunnel.buffers import receive_buffer
+from kohakuriver.tunnel.kept import Identity, KeptCore
 from kohakuriver.tunnel.link import Link, soon
 from kohakuriver.tunnel.local_writer import LocalWriter
 from kohakuriver.tunnel.owner import TcpOwner
-from kohakuriver.tunnel.protocol import CONNECT, DATA, PROTO_TCP
+from kohakuriver.tunnel.protocol import ACK, CONNECT, DATA, PROTO_TCP, RESUME, WINDOW, ErrorText
 from kohakuriver.tunnel.states import Do, State
 from kohakuriver.tunnel.stream import Action, Reading, Send, StreamCore
 from kohakuriver.tunnel.streams import Attachment
@@ -23,11 +24,14 @@ from kohakuriver.tunnel.windows import EARLY_DATA
 
 __all__ = ["TcpStream"]
 
+_DIALLED = frozenset({CONNECT, RESUME})  # they say to which port
 BLOCKED_READ = 4 * 1024  # a stream that learns only by reading that the link is blocked adds this to what waits
 
 
 class TcpStream(LocalWriter):
     """One TCP stream: its core, its local socket, and what it is attached to while it has a link.
+
+    Large because a transport calls half of its methods, and its link the other half.
 
     Args:
         owner: the endpoint whose stream it is.
@@ -35,7 +39,13 @@ class TcpStream(LocalWriter):
         core: its state, for one that was accepted or has a window of its own kind.
     """
 
-    __slots__ = ("_holds", "_timer", "at", "core", "owner", "port")
+    __slots__ = ("_holds", "_left", "_timer", "at", "core", "owner", "port")
+
+    proto = PROTO_TCP
+    """What it is opened as."""
+
+    start = b""
+    """What is started at its other end, where that is a terminal."""
 
     def __init__(self, owner: TcpOwner[TcpStream], port: int, core: StreamCore | None = None) -> None:
         super().__init__()
@@ -43,6 +53,7 @@ class TcpStream(LocalWriter):
         self.port = port
         self.core = core or StreamCore(owner.rules)
         self.at: Attachment | None = None
+        self._left = False
         self._holds: Link | None = None  # v1: the link whose reading it holds up
         self._timer: asyncio.TimerHandle | None = None
 
@@ -68,26 +79,42 @@ class TcpStream(LocalWriter):
         self.update_reading()
 
     def get_buffer(self, sizehint: int) -> memoryview:
-        at = self.at
+        core, at = self.core, self.at
         if at is None:
-            size = EARLY_DATA - len(self.core.early)
+            size = EARLY_DATA - core.waits
             return receive_buffer().view[HEADROOM : HEADROOM + (size if size > 0 else 1)]
-        window = self.core.sending
+        window = core.sending
         size = window.limit - window.sent
         most = BLOCKED_READ if at.link.out.blocked else at.turns.read_size
         if size > most:
             size = most
-        return at.link.loop_buffer.view[HEADROOM : HEADROOM + (size if size > 0 else 1)]
+        elif size < 1:
+            size = 1
+        unacked = core.unacked
+        if unacked is not None and unacked.bulk:
+            return unacked.space(size)
+        return at.link.loop_buffer.view[HEADROOM : HEADROOM + size]
 
     def buffer_updated(self, nbytes: int) -> None:
         core, at = self.core, self.at
-        if at is None or not core.passes(nbytes):
+        if at is None:
             self.feed(receive_buffer().view[HEADROOM : HEADROOM + nbytes])
             return
-        link = at.link
-        buffer = link.loop_buffer
-        stop = HEADROOM + nbytes
-        start = frame_in_place(buffer.data, HEADROOM, stop, DATA, PROTO_TCP, at.id, 0, link.next_key())
+        link, unacked = at.link, core.unacked
+        buffer, start = link.loop_buffer, HEADROOM
+        if unacked is not None and unacked.bulk:
+            buffer, start = unacked.buffer, unacked.at
+        stop = start + nbytes
+        if not core.passes(nbytes):
+            self.feed(buffer.view[start:stop])
+            return
+        key = link.next_key()
+        if unacked is not None:
+            if unacked.bulk:
+                unacked.keep(nbytes, key)
+            else:
+                unacked.add(buffer.view[start:stop])
+        start = frame_in_place(buffer.data, start, stop, DATA, PROTO_TCP, at.id, 0, key)
         self.owner.totals.bytes_sent += nbytes
         at.turns.sends(at.id)
         link.send(buffer.view[start:stop])
@@ -109,13 +136,13 @@ class TcpStream(LocalWriter):
 
     def update_reading(self) -> None:
         """Send what waits, and read the local socket only while what is read can be sent."""
-        transport, at = self._transport, self.at
+        core, transport = self.core, self._transport
+        if core.waits or core.reading is Reading.ENDED:
+            self._send_waiting()
         if transport is None or transport.is_closing():
             return
-        core = self.core
-        if core.early or core.reading is Reading.ENDED:
-            self.act(core.flush())
-        blocked = at is not None and at.link.out.blocked
+        at = self.at
+        blocked = at is None or at.link.out.blocked
         change = core.flow(blocked)
         if change is Do.RESUME_LOCAL:
             transport.resume_reading()
@@ -126,6 +153,16 @@ class TcpStream(LocalWriter):
         if blocked and at is not None and core.reading is Reading.PAUSED:
             at.link.out.wait_drained(self)
 
+    def _send_waiting(self) -> None:
+        """A kept stream may have much to send again: no more at a time than its link takes."""
+        core = self.core
+        self.act(core.flush())
+        while (at := self.at) is not None and core.may_send:
+            if at.link.out.blocked:
+                at.link.out.wait_drained(self)
+                return
+            self.act(core.flush())
+
     # -- link → local socket -----------------------------------------------------------------------------------
 
     def receive(self, views: Sequence[memoryview]) -> None:
@@ -133,13 +170,16 @@ class TcpStream(LocalWriter):
         core = self.core
         if core.state.remote_done:
             return
-        size = sum(map(len, views))
+        size = len(views[0]) if len(views) == 1 else sum(map(len, views))
         owed = core.arrive(size, time.monotonic())
         if owed is not None:
             if not isinstance(owed, Send):
                 self.owner.window_passed(self)
                 return
             self.send(*owed)
+        if not core.owing and self.at is not None:
+            core.will_acknowledge()
+            self.at.owe(self)
         self.write(views, size)
         if core.held:
             self._hold_link()
@@ -148,15 +188,16 @@ class TcpStream(LocalWriter):
         limit = self.core.consumed(size)
         self.owner.totals.bytes_received += size
         if limit is not None and self.at is not None:
-            self.at.announce(limit)
+            self.at.send_soon(WINDOW, self.core.announcement(limit))
         if self._holds is not None:
             self._hold_link()
 
     def pong(self) -> None:
         """The answer to this stream's PING."""
+        self.owner.stream_answered(self)
         limit = self.core.pong(time.monotonic())
         if limit is not None and self.at is not None:
-            self.at.announce(limit)
+            self.at.send_soon(WINDOW, self.core.announcement(limit))
 
     def connection_lost(self, exc: Exception | None) -> None:
         if self.core.state is State.WAITING:
@@ -178,9 +219,53 @@ class TcpStream(LocalWriter):
 
     # -- what the core wants done ------------------------------------------------------------------------------
 
+    @property
+    def kept(self) -> KeptCore | None:
+        """Its core, where it outlives its links."""
+        return self.core if isinstance(self.core, KeptCore) else None
+
+    @property
+    def identity(self) -> Identity | None:
+        """What it is known by, where it outlives its links."""
+        return None if self.kept is None else self.kept.identity
+
     def link_lost(self) -> None:
         """The link is gone, or none came in time."""
         self.act(self.core.link_lost())
+
+    def unlink(self) -> None:
+        """A kept stream leaves its link."""
+        at, self.at = self.at, None
+        if self.kept is not None:
+            self.kept.detach()
+        if at is not None:
+            at.leave()
+        self.update_reading()
+
+    def detach(self) -> bool:
+        if self.kept is None:
+            return False
+        self.unlink()
+        self.owner.stream_detached(self)
+        return True
+
+    def resuming(self, epoch: int) -> bytes:
+        """The payload of the RESUME that attaches a kept stream to another link."""
+        return b"" if self.kept is None else self.kept.resuming(epoch)
+
+    def attach(self, at: Attachment, actions: Sequence[Action]) -> None:
+        """A kept stream goes on there, and begins with these actions."""
+        self.at = at
+        self.act(actions)
+        self.update_reading()
+
+    def acknowledgement(self) -> bytes:
+        return b"" if self.kept is None else self.kept.acknowledgement()
+
+    def end(self, text: ErrorText) -> None:
+        """A kept stream ends, whether it has a link or not."""
+        if self.kept is not None:
+            self.act(self.kept.end(text))
 
     def act(self, actions: Sequence[Action]) -> None:
         """Do what the core answered, in this order; where it is over on the wire then, its id is free."""
@@ -189,18 +274,23 @@ class TcpStream(LocalWriter):
                 self.send(*action)
             else:
                 self._act_locally(action)
-        if self.at is not None and self.core.state.gone:
-            self._leave(self.at)
+        if self.core.state.gone and not self._left:
+            self._leave()
 
-    def send(self, kind: int, payload: bytes = b"") -> None:
-        """Send one message of the stream, while it has a link."""
+    def send(self, kind: int, payload: bytes = b"", soon: bool = False) -> None:
+        """Send one message of the stream, while it has a link; `soon` as `Send` says."""
         at = self.at
         if at is None:
             return
         if kind == DATA:
             self.owner.totals.bytes_sent += len(payload)
             at.turns.sends(at.id)
-        at.send(kind, payload, port=self.port if kind == CONNECT else 0)
+        if soon or kind == ACK:
+            at.send_soon(kind, payload)
+        elif kind in _DIALLED:
+            at.link.send_message(kind, at.id, payload, proto=self.proto, port=self.port, urgent=True)
+        else:
+            at.send(kind, payload)
 
     def _act_locally(self, action: Do) -> None:
         if action is Do.SHUT_LOCAL:
@@ -213,13 +303,16 @@ class TcpStream(LocalWriter):
         elif action is Do.LINGER:
             self._wait(self.core.linger_begins(time.monotonic()))
 
-    def _leave(self, at: Attachment) -> None:
-        self.at = None
+    def _leave(self) -> None:
+        at, self.at = self.at, None
+        self._left = at is not None or self.kept is not None
         if self._timer is not None:
             self._timer.cancel()
             self._timer = None
-        at.leave()
-        self.owner.stream_over(self)
+        if at is not None:
+            at.leave()
+        if self._left:
+            self.owner.stream_over(self)
 
     def _wait(self, seconds: float) -> None:
         self._timer = asyncio.get_running_loop().call_later(seconds, self._waited)

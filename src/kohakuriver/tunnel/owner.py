@@ -31,17 +31,29 @@ class TcpOwner(Protocol[S]):
         """More came than was granted."""
 
     def stream_over(self, stream: S) -> None:
-        """The stream has left its link; the socket may still be delivering."""
+        """The stream is over on the wire; the socket may still be delivering."""
+
+    def stream_detached(self, stream: S) -> None:
+        """A kept stream has left its link, and waits for another."""
+
+    def stream_answered(self, stream: S) -> None:
+        """A PONG has come for it: its other end can be reached."""
 
 
-class UdpOwner(Protocol):
+class UdpOwner(Protocol[S]):
     """The owner of UDP streams."""
 
     config: EndpointConfig
     totals: Totals
 
+    def stream_over(self, stream: S) -> None:
+        """The stream is over."""
 
-class UdpOpener(UdpOwner, Protocol[S]):
+    def stream_detached(self, stream: S) -> None:
+        """A kept stream has left its link, and waits for another."""
+
+
+class UdpOpener(UdpOwner[S], Protocol[S]):
     """One that opens them."""
 
     def open_udp(self, stream: S) -> bool:

@@ -1,4 +1,4 @@
-"""The ports that a forward session names in its URL, and is then confined to (docs/protocol.md §4)."""
+"""What a session says in its URL: the ports that it is confined to, and whether it goes on (docs/protocol.md §4)."""
 
 from __future__ import annotations
 
@@ -6,9 +6,17 @@ from collections.abc import Iterable
 
 from kohakuriver.errors import UsageError
 
-__all__ = ["MAX_PORTS", "port_in", "ports_in", "ports_query"]
+__all__ = ["GOES_ON", "MAX_PORTS", "goes_on", "port_in", "ports_in", "ports_query"]
 
 MAX_PORTS = 256
+
+GOES_ON = "resumed=1"
+"""The session goes on for one that was lost."""
+
+
+def goes_on(query: dict[str, str]) -> bool:
+    """Whether a session's URL says so."""
+    return query.get("resumed") == "1"
 
 
 def ports_query(ports: Iterable[int]) -> str:

@@ -13,7 +13,7 @@ from typing import Final, NamedTuple
 
 import kohakuriver._frame as _frame
 
-# First header byte (docs/protocol.md §3); 0x0A to 0x0F are reserved.
+# First header byte (docs/protocol.md §3); 0x0E is reserved.
 CONNECT: Final = 0x01
 CONNECTED: Final = _frame.TYPE_CONNECTED
 DATA: Final = _frame.TYPE_DATA
@@ -23,12 +23,21 @@ PING: Final = 0x06
 PONG: Final = 0x07
 WINDOW: Final = _frame.TYPE_WINDOW
 EOF: Final = 0x09
+RESUME: Final = 0x0A
+RESUMED: Final = 0x0B
+ACK: Final = 0x0C
+DETACH: Final = 0x0D
+GOAWAY: Final = 0x0F
+REVOKE: Final = 0x10
 
-KNOWN: Final = frozenset({CONNECT, CONNECTED, DATA, CLOSE, ERROR, PING, PONG, WINDOW, EOF})
+KNOWN: Final = frozenset(
+    {CONNECT, CONNECTED, DATA, CLOSE, ERROR, PING, PONG, WINDOW, EOF, RESUME, RESUMED, ACK, DETACH, GOAWAY, REVOKE}
+)
 
 # Second header byte (docs/protocol.md §1).
 PROTO_TCP: Final = _frame.PROTO_TCP
 PROTO_UDP: Final = 0x01
+PROTO_TERMINAL: Final = 0x02  # in CONNECT and RESUME; its other messages are those of a TCP stream
 
 # The ClientID that means the session itself.
 SESSION_ID: Final = 0
@@ -45,9 +54,30 @@ TERMINAL_V2: Final = "kohakuriver.terminal.v2"
 # What a refused v1 session is, in the answer to its handshake: HTTP status and code.
 REFUSAL_HEADER: Final = "KohakuRiver-Error"
 
+# Which tunnel client it is that dials, whatever token it shows: an id that it made at random when it started.
+CLIENT_HEADER: Final = "KohakuRiver-Client"
+# The payload of a runner's PING of the session: a new token lies where the tunnel client's was.
+NEW_TOKEN: Final = b"tok1"
+
 Bytes = bytes | bytearray | memoryview
 
+# Of kept streams: the length of a key, of the part that all keys of one opener begin with, of a mark (bytes).
+KEY: Final = 16
+OPENER: Final = 12
+MARK: Final = 16
+UNKNOWN_TOTAL: Final = (1 << 64) - 1  # no EOF was sent yet
+FULL_HOLD: Final = (1 << 32) - 1  # in DETACH: as long as the stream's own hold
+LONGEST_HOLD: Final = 86_400  # seconds
+# How long the streams of a process are held whose connection ended without a word: most likely it was killed (seconds).
+USER_LOST_HOLD: Final = 120
+
 _LIMIT: Final = struct.Struct(">Q")
+_PAIR: Final = struct.Struct(">QQ")
+_OPENING: Final = struct.Struct(">Q16sIB")
+_RESUMING: Final = struct.Struct(">16sIQQQ")
+_ROLL: Final = struct.Struct(">12sI")
+_ATTACHED: Final = struct.Struct(">QQQ")
+_SECONDS: Final = struct.Struct(">I")
 _CLOSE_CODE: Final = struct.Struct(">H")
 _CONTROL_PAYLOAD: Final = 125  # what a WebSocket control frame may carry (RFC 6455 section 5.5)
 _ERROR_CODE: Final = re.compile(r"(E[A-Z0-9]+): ")
@@ -73,16 +103,167 @@ class CloseCode(IntEnum):
     SERVICE_RESTART = 1012
     REPLACED = 4000  # a second tunnel client took the place of this one
     IDLE = 4001  # nothing passed for longer than the host allows
+    USER_LOST = 4002  # host to runner: the user's connection ended without a close frame
+
+
+# A session that was closed by these has ended, and so have its streams; else it was lost, and kept ones are held (§3).
+SESSION_ENDED: Final = frozenset(
+    {
+        CloseCode.NORMAL,
+        CloseCode.PROTOCOL_ERROR,
+        CloseCode.UNSUPPORTED,
+        CloseCode.POLICY,
+        CloseCode.TOO_BIG,
+        CloseCode.IDLE,
+    }
+)
 
 
 def pack_limit(limit: int) -> bytes:
-    """The payload of WINDOW, and of a CONNECT or CONNECTED of v2: a receive limit in bytes, less than 2^64."""
+    """The payload of WINDOW, CONNECT and CONNECTED of v2, and of ACK: a limit or an offset in bytes, less than 2^64."""
     return _LIMIT.pack(limit)
 
 
 def parse_limit(payload: Bytes) -> int | None:
     """The limit that such a payload holds; None where it holds none, as v1's is empty."""
     return int(_LIMIT.unpack(payload)[0]) if len(payload) == _LIMIT.size else None
+
+
+class Grant(NamedTuple):
+    """CONNECTED and WINDOW of a kept stream: a limit, and what has been received (docs/protocol.md §3)."""
+
+    limit: int
+    received: int
+
+    def pack(self) -> bytes:
+        """The payload."""
+        return _PAIR.pack(self.limit, self.received)
+
+    @classmethod
+    def parse(cls, payload: Bytes) -> Grant | None:
+        """What such a payload holds; None where it is of another length."""
+        return cls(*_PAIR.unpack(payload)) if len(payload) == _PAIR.size else None
+
+
+class Ended(NamedTuple):
+    """EOF of a kept stream: the bytes of the sender's direction, and what it has received."""
+
+    total: int
+    received: int
+
+    def pack(self) -> bytes:
+        """The payload."""
+        return _PAIR.pack(self.total, self.received)
+
+    @classmethod
+    def parse(cls, payload: Bytes) -> Ended | None:
+        """What such a payload holds; None where it is of another length."""
+        return cls(*_PAIR.unpack(payload)) if len(payload) == _PAIR.size else None
+
+
+class Opening(NamedTuple):
+    """CONNECT of a kept stream.
+
+    `key` has KEY bytes, `hold` is in seconds, `mark` has MARK bytes or none: the runner appends it. `start` is a
+    terminal's alone, whose `mark` is never missing.
+    """
+
+    limit: int
+    key: bytes
+    hold: int
+    flags: int = 0
+    mark: bytes = b""
+    start: bytes = b""
+
+    def pack(self) -> bytes:
+        """The payload."""
+        return _OPENING.pack(self.limit, self.key, self.hold, self.flags) + self.mark + self.start
+
+    @classmethod
+    def parse(cls, payload: Bytes, proto: int = PROTO_TCP) -> Opening | None:
+        """What such a payload holds, with a mark or without; None where it is of another length."""
+        size = _OPENING.size + MARK
+        if len(payload) < size if proto == PROTO_TERMINAL else len(payload) not in (_OPENING.size, size):
+            return None
+        limit, key, hold, flags = _OPENING.unpack_from(payload)
+        return cls(limit, key, hold, flags, bytes(payload[_OPENING.size : size]), bytes(payload[size:]))
+
+
+class Resuming(NamedTuple):
+    """RESUME of one stream. `total` is UNKNOWN_TOTAL before the opener's EOF; `mark` as in CONNECT."""
+
+    key: bytes
+    epoch: int
+    received: int
+    limit: int
+    total: int
+    mark: bytes = b""
+
+    def pack(self) -> bytes:
+        """The payload."""
+        return _RESUMING.pack(self.key, self.epoch, self.received, self.limit, self.total) + self.mark
+
+    @classmethod
+    def parse(cls, payload: Bytes) -> Resuming | None:
+        """What such a payload holds, with a mark or without; None where it is of another length."""
+        if len(payload) not in (_RESUMING.size, _RESUMING.size + MARK):
+            return None
+        key, epoch, received, limit, total = _RESUMING.unpack_from(payload)
+        return cls(key, epoch, received, limit, total, bytes(payload[_RESUMING.size :]))
+
+
+class Roll(NamedTuple):
+    """RESUME of ClientID 0: what all keys of this opener begin with, and the epoch that all of its streams have now."""
+
+    opener: bytes
+    epoch: int
+    mark: bytes = b""
+
+    def pack(self) -> bytes:
+        """The payload."""
+        return _ROLL.pack(self.opener, self.epoch) + self.mark
+
+    @classmethod
+    def parse(cls, payload: Bytes) -> Roll | None:
+        """What such a payload holds, with a mark or without; None where it is of another length."""
+        if len(payload) not in (_ROLL.size, _ROLL.size + MARK):
+            return None
+        opener, epoch = _ROLL.unpack_from(payload)
+        return cls(opener, epoch, bytes(payload[_ROLL.size :]))
+
+
+class Attached(NamedTuple):
+    """RESUMED: what the acceptor has received, its limit, and its total or UNKNOWN_TOTAL."""
+
+    received: int
+    limit: int
+    total: int
+
+    def pack(self) -> bytes:
+        """The payload."""
+        return _ATTACHED.pack(self.received, self.limit, self.total)
+
+    @classmethod
+    def parse(cls, payload: Bytes) -> Attached | None:
+        """What such a payload holds; None where it is of another length."""
+        return cls(*_ATTACHED.unpack(payload)) if len(payload) == _ATTACHED.size else None
+
+
+def hold_after(code: int) -> int:
+    """For how many seconds at most the streams of a session are held that was lost with this close code (§3)."""
+    return USER_LOST_HOLD if code == CloseCode.USER_LOST else FULL_HOLD
+
+
+def pack_seconds(seconds: int, reason: str = "") -> bytes:
+    """The payload of DETACH, and of GOAWAY with its reason."""
+    return _SECONDS.pack(seconds) + reason.encode("utf-8", "replace")
+
+
+def parse_seconds(payload: Bytes) -> tuple[int, str] | None:
+    """The seconds and the reason of such a payload; None where it is too short."""
+    if len(payload) < _SECONDS.size:
+        return None
+    return _SECONDS.unpack_from(payload)[0], bytes(payload[_SECONDS.size :]).decode("utf-8", "replace")
 
 
 class ErrorText(NamedTuple):

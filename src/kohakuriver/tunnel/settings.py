@@ -13,10 +13,11 @@ from dataclasses import dataclass
 from kohakuriver.errors import UsageError
 from kohakuriver.tunnel.windows import FIRST_WINDOW, MAX_WINDOW, MIN_WINDOW, SESSION_BUDGET
 
-__all__ = ["NAMES", "EndpointConfig", "endpoint_config", "from_environment", "variables"]
+__all__ = ["NAMES", "RESUME_FOR", "EndpointConfig", "endpoint_config", "from_environment", "resume_for", "variables"]
 
 LONGEST = 86_400.0
 MOST_PEERS = 65_536
+RESUME_FOR = 3600
 
 # Hops hold no more than SESSION_BUDGET for one session, so nothing larger can be given out.
 _BYTES = {"window_first": "first_window", "window_max": "max_window", "window_budget": "budget"}
@@ -24,6 +25,8 @@ _SECONDS = {"linger": "v1_linger", "udp_idle": "udp_idle"}
 _COUNTS = {"udp_peers": "udp_peers"}
 
 NAMES = (*_BYTES, *_SECONDS, *_COUNTS)
+# What the tunnel client in a container alone has (docs/guide/tuning.md).
+CONTAINERS = ("keep_budget", "detached_budget", "detached_streams", "terminals")
 
 
 @dataclass
@@ -60,6 +63,14 @@ def endpoint_config(get: Callable[[str], object]) -> EndpointConfig:
     return config
 
 
+def resume_for(value: object) -> int:
+    """For how many seconds connections wait for a link that is lost; None and an empty text are RESUME_FOR.
+
+    Raises UsageError.
+    """
+    return _whole("resume_for", value, 1, int(LONGEST), RESUME_FOR)
+
+
 def _whole(name: str, value: object, least: int, most: int, default: int) -> int:
     if value is None or value == "":
         return default
@@ -86,7 +97,7 @@ def _seconds(name: str, value: object, default: float | None) -> float | None:
 
 def variables(environ: Mapping[str, str] = os.environ) -> dict[str, str]:
     """Those of our variables that are set: what a runner hands on to the tunnel clients of its tasks."""
-    names = [f"KOHAKURIVER_{name.upper()}" for name in NAMES]
+    names = [f"KOHAKURIVER_{name.upper()}" for name in (*NAMES, *CONTAINERS)]
     return {name: environ[name] for name in names if environ.get(name)}
 
 

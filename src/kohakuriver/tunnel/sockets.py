@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+import errno
 import os
 import socket
 import sys
 from collections.abc import Sequence
 
-__all__ = ["DirectSocket", "TransportSink", "tune_socket"]
+__all__ = ["DirectSocket", "TransportSink", "not_itself", "tune_socket"]
 
 # How many bytes the kernel may hold that it has not yet put on the wire; more only adds delay for small messages.
 NOTSENT_LOWAT = 256 * 1024
@@ -80,6 +81,15 @@ class TransportSink(DirectSocket):
     def close(self) -> None:
         """The transport has closed its socket: its number may soon be another's."""
         self.fd = -1
+
+
+def not_itself(sock: socket.socket) -> None:
+    """Raises ConnectionRefusedError for a dial that reached itself.
+
+    Where nothing listens on this machine the kernel may dial from the very port that it dials (RFC 9293 section 3.5).
+    """
+    if sock.getsockname() == sock.getpeername():
+        raise ConnectionRefusedError(errno.ECONNREFUSED, os.strerror(errno.ECONNREFUSED))
 
 
 def tune_socket(transport: asyncio.Transport) -> None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import enum
 from typing import NamedTuple
 
-__all__ = ["TRANSITIONS", "Do", "Event", "Role", "State", "Step"]
+__all__ = ["KEPT", "TRANSITIONS", "Do", "Event", "Role", "State", "Step"]
 
 
 class Role(enum.Enum):
@@ -39,6 +39,7 @@ class State(_Member):
     LOCAL_ENDED = "local_ended"
     REMOTE_ENDED = "remote_ended"
     HALF_CLOSED = "half_closed"  # v1: CLOSE is sent, and what the peer still says is taken
+    ENDED = "ended"  # kept: both sides have ended, and one of them may not know it yet
     DELIVERING = "delivering"  # over on the wire; the local socket still gets what is queued
     OVER = "over"
 
@@ -48,8 +49,8 @@ class State(_Member):
 
     def __init__(self, name: str) -> None:
         self.gone = name in ("delivering", "over")
-        self.local_done = self.gone or name.endswith("local_ended") or name == "half_closed"
-        self.remote_done = self.gone or name.endswith("remote_ended")
+        self.local_done = self.gone or name.endswith("local_ended") or name in ("half_closed", "ended")
+        self.remote_done = self.gone or name.endswith("remote_ended") or name == "ended"
 
 
 class Event(_Member):
@@ -64,7 +65,8 @@ class Event(_Member):
     LOCAL_CLOSED = "local_closed"
     LOCAL_ERROR = "local_error"  # the local socket broke, or could not be dialled
     LINGER_OVER = "linger_over"  # v1: nothing moved for the linger time
-    LINK_LOST = "link_lost"  # while WAITING: none came in time
+    LINK_LOST = "link_lost"  # while WAITING: none came in time; kept: it is not held any longer
+    ACKED = "acked"  # kept: the peer is known to have our EOF
 
 
 class Do(_Member):
@@ -75,6 +77,7 @@ class Do(_Member):
     SEND_EOF = "send_eof"
     SEND_CLOSE = "send_close"
     SEND_ERROR = "send_error"
+    SEND_ACK = "send_ack"
     SHUT_LOCAL = "shut_local"  # shut down the local socket's write side once all that is queued is written
     CLOSE_LOCAL = "close_local"  # close it once all that is queued is written
     RESET_LOCAL = "reset_local"  # reset it at once
@@ -173,4 +176,25 @@ TRANSITIONS: dict[tuple[int, Role], Table] = {
         Role.OPENER, _V1 + _OPENS_ENDED, (_D.SEND_CLOSE,), _V1_EOF, _V1_OPENER, _ends(_S.HALF_CLOSED, ())
     ),
     (1, Role.ACCEPTOR): _table(Role.ACCEPTOR, _V1, (_D.SEND_CLOSE,), _V1_EOF, _V1_ACCEPTOR),
+}
+
+# Kept streams: one whose both sides have ended is over when the acceptor knows that its own end has arrived; it says so
+# with CLOSE. What becomes of the local socket by then is no longer the peer's business.
+_V2_ENDS = {(_S.LOCAL_ENDED, _E.REMOTE_EOF), (_S.REMOTE_ENDED, _E.LOCAL_EOF)}
+_KEPT_EOF: Table = {at: step for at, step in _V2_EOF.items() if at not in _V2_ENDS} | {
+    (_S.REMOTE_ENDED, _E.LOCAL_EOF): Step(_S.ENDED, (_D.SEND_EOF, _D.CLOSE_LOCAL)),
+    (_S.ENDED, _E.REMOTE_CLOSE): Step(_S.DELIVERING),
+    (_S.ENDED, _E.REMOTE_ERROR): Step(_S.OVER, (_D.RESET_LOCAL,)),
+    (_S.ENDED, _E.LINK_LOST): Step(_S.OVER, (_D.RESET_LOCAL,)),
+}
+_KEPT_OPENER: Table = {(_S.LOCAL_ENDED, _E.REMOTE_EOF): Step(_S.ENDED, (_D.SEND_ACK, _D.CLOSE_LOCAL))}
+_KEPT_ACCEPTOR: Table = {
+    (_S.LOCAL_ENDED, _E.REMOTE_EOF): Step(_S.ENDED, (_D.CLOSE_LOCAL,)),
+    (_S.ENDED, _E.ACKED): Step(_S.DELIVERING, (_D.SEND_CLOSE,)),
+}
+
+# By role.
+KEPT: dict[Role, Table] = {
+    Role.OPENER: _table(Role.OPENER, _V2 + _OPENS_ENDED, (), _KEPT_EOF, _KEPT_OPENER),
+    Role.ACCEPTOR: _table(Role.ACCEPTOR, _V2, (), _KEPT_EOF, _KEPT_ACCEPTOR),
 }

@@ -9,24 +9,26 @@ from __future__ import annotations
 
 import enum
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import NamedTuple
 
-from kohakuriver.tunnel.protocol import CLOSE, CONNECT, CONNECTED, DATA, EOF, ERROR, PING, pack_limit
-from kohakuriver.tunnel.states import TRANSITIONS, Do, Event, Role, State, Step
+from kohakuriver.tunnel.protocol import ACK, CLOSE, CONNECT, CONNECTED, DATA, EOF, ERROR, PING, pack_limit
+from kohakuriver.tunnel.states import TRANSITIONS, Do, Event, Role, State, Step, Table
+from kohakuriver.tunnel.unacked import Store, Unacked
 from kohakuriver.tunnel.v1_rules import V1Rules
 from kohakuriver.tunnel.windows import EARLY_DATA, UNLIMITED, Budget, ReceiveWindow, SendWindow
 
-__all__ = ["Action", "Reading", "Rules", "Send", "StreamCore", "accepted"]
+__all__ = ["PIECE", "Action", "Reading", "Rows", "Rules", "Send", "StreamCore", "accepted", "rows"]
 
 PIECE = 256 * 1024  # the most that one message carries of what waited here
 
 
 class Send(NamedTuple):
-    """A message of the stream: its type and its payload."""
+    """A message of the stream: its type and its payload. `soon`: it need not be in order with data, yet comes last."""
 
     kind: int
     payload: bytes = b""
+    soon: bool = False
 
 
 Action = Send | Do
@@ -37,6 +39,7 @@ _MESSAGES: dict[Do, Send] = {
     Do.SEND_ERROR: Send(ERROR),
     Do.SEND_EOF: Send(EOF),
     Do.SEND_CLOSE: Send(CLOSE),
+    Do.SEND_ACK: Send(ACK),
 }
 _GRANTS = frozenset({CONNECT, CONNECTED})  # their payload is the first limit
 
@@ -56,7 +59,15 @@ def _row(step: Step) -> _Row:
     return _Row(step.to, message, actions[1:], actions)
 
 
-_TABLES = {key: {at: _row(step) for at, step in table.items()} for key, table in TRANSITIONS.items()}
+Rows = dict[tuple[State, Event], _Row]
+
+
+def rows(table: Table) -> Rows:
+    """A table as a stream uses it."""
+    return {at: _row(step) for at, step in table.items()}
+
+
+_TABLES = {key: rows(table) for key, table in TRANSITIONS.items()}
 
 
 class Reading(enum.Enum):
@@ -70,15 +81,21 @@ class Reading(enum.Enum):
 
 @dataclass(frozen=True)
 class Rules:
-    """What all streams of one endpoint share: their role, the budget of their windows, and version 1's settings."""
+    """What all streams of one endpoint share.
+
+    Their role, the budget of their windows, version 1's settings, and where what is kept lies.
+    """
 
     role: Role
     budget: Budget
     v1: V1Rules
+    store: Store = field(default_factory=Store)
 
 
 class StreamCore:
     """One TCP stream: its state, its windows, and what was read before it could be sent.
+
+    Large because it has a method for each event, and what its kept kind does otherwise.
 
     Methods named after an event return what is to be done, in this order: messages to send, and what becomes of the
     local socket. Afterwards `flow` says whether that is to be read.
@@ -93,6 +110,10 @@ class StreamCore:
     """
 
     __slots__ = ("_rules", "_table", "early", "held", "inbound", "moved_at", "reading", "sending", "state")
+
+    # What a kept stream has: the bytes that it may have to send again, and whether it is noted that it owes an ACK.
+    unacked: Unacked | None = None
+    owing: bool = True
 
     def __init__(self, rules: Rules, sending: SendWindow | None = None) -> None:
         self._rules = rules
@@ -223,6 +244,23 @@ class StreamCore:
             return _PING
         return None
 
+    @property
+    def waits(self) -> int:
+        """Bytes that were read from the local socket and not sent."""
+        return len(self.early)
+
+    @property
+    def may_send(self) -> bool:
+        """Whether `flush` would send more, once the link has taken what it sent last."""
+        return False
+
+    def will_acknowledge(self) -> None:
+        """It is noted that an acknowledgement is owed."""
+
+    def announcement(self, limit: int) -> bytes:
+        """The payload of the WINDOW that tells of a new limit."""
+        return pack_limit(limit)
+
     def consumed(self, size: int) -> int | None:
         """The local socket took ``size`` bytes; a new limit if it is time to announce one."""
         self.held -= size
@@ -263,13 +301,22 @@ class StreamCore:
             return ()
         self.state = row.to
         if row.to.gone:
-            self.early = b""
+            self._gone()
             if not self.held:
                 self.inbound.close()  # else once it has delivered, so that what it holds stays paid for
-        kind = None if row.message is None else row.message.kind
-        if kind in _GRANTS and self.inbound.granted is not None:
-            text = pack_limit(self.inbound.granted)
-        return (Send(kind, text), *row.rest) if kind is not None and text else row.whole
+        if row.message is None:
+            return row.whole
+        kind = row.message.kind
+        payload = text or self._payload(kind)
+        return (Send(kind, payload), *row.rest) if payload else row.whole
+
+    def _payload(self, kind: int) -> bytes:
+        """What a message of this type says, but for an ERROR's text."""
+        return pack_limit(self.inbound.granted) if kind in _GRANTS and self.inbound.granted is not None else b""
+
+    def _gone(self) -> None:
+        """Nothing is sent any more."""
+        self.early = b""
 
 
 def accepted(rules: Rules, limit: int | None) -> StreamCore:

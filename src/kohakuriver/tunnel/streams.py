@@ -11,7 +11,7 @@ from typing import Protocol
 
 from kohakuriver._frame import HEADROOM
 from kohakuriver.tunnel.link import Link
-from kohakuriver.tunnel.protocol import CONNECT, CONNECTED, PING, PROTO_TCP, PROTO_UDP, WINDOW, pack_limit
+from kohakuriver.tunnel.protocol import ACK, CONNECT, CONNECTED, PING, PROTO_TCP, PROTO_UDP, WINDOW
 from kohakuriver.tunnel.windows import Budget
 
 __all__ = ["Attachment", "Member", "Streams", "Totals", "Turns"]
@@ -21,18 +21,23 @@ SHARED_READ = 256 * 1024  # with several busy streams no one of them takes more 
 SHARED_FOR = 1.0  # seconds in which the streams that receive have to change as often as this
 SHARED_TURNS = 8
 ALONE = 16  # reads in a row of one stream after which it counts as the only busy one
+ACK_AFTER = 0.9  # seconds after which a kept stream says what came, where nothing else has
 _URGENT = frozenset({CONNECT, CONNECTED, PING})
 _LARGEST_ID = 0xFFFFFFFF
 
 
 @dataclass
 class Totals:
-    """What an endpoint has counted since it was made, whatever link it was on."""
+    """What an endpoint has counted since it was made, whatever link it was on.
+
+    `udp_refused` are datagrams that the other end could hand to nobody, and counts itself as dropped.
+    """
 
     opened: int = 0
     bytes_sent: int = 0
     bytes_received: int = 0
     udp_dropped: int = 0
+    udp_refused: int = 0
     stalls: int = 0
     unknown_messages: int = 0
 
@@ -45,6 +50,18 @@ class Member(Protocol):
 
     def link_lost(self) -> None:
         """The link is gone."""
+
+    def detach(self) -> bool:
+        """The link is gone: leave it, and wait for another; False where this stream does not."""
+
+
+class Acknowledging(Protocol):
+    """A stream that may owe an ACK."""
+
+    at: Attachment | None
+
+    def acknowledgement(self) -> bytes:
+        """The payload of the ACK; none where the peer was told meanwhile."""
 
 
 class Expiring(Member, Protocol):
@@ -133,9 +150,17 @@ class Attachment:
         """Send one message of the stream, in order with its data."""
         self.link.send_message(kind, self.id, payload, proto=self.proto, port=port, urgent=kind in _URGENT)
 
-    def announce(self, limit: int) -> None:
-        """Send WINDOW."""
-        self._streams.announce(self.id, limit)
+    def send_soon(self, kind: int, payload: bytes) -> None:
+        """Send one message that need not be in order with data, at the end of this turn of the loop."""
+        self._streams.send_soon(self.id, kind, payload)
+
+    def owe(self, stream: Acknowledging) -> None:
+        """Something came that `stream` has to acknowledge within a second."""
+        self._streams.owe(stream)
+
+    def on(self, streams: Streams) -> bool:
+        """Whether it is a place on this link."""
+        return self._streams is streams
 
     def leave(self) -> None:
         """The id is free."""
@@ -164,8 +189,10 @@ class Streams:
         self._udp_idle = udp_idle
         self._on_enter = on_enter
         self._ids = itertools.count(1)
-        self._limits: dict[int, int] = {}  # to be sent at the end of this turn of the loop
+        self._soon: dict[tuple[int, int], bytes] = {}  # payloads to be sent at the end of this turn of the loop
         self._sweeper: asyncio.TimerHandle | None = None
+        self._owing: list[Acknowledging] = []
+        self._acknowledger: asyncio.TimerHandle | None = None
 
     def __len__(self) -> int:
         return len(self.by_id)
@@ -180,52 +207,68 @@ class Streams:
                 return stream_id
         raise AssertionError("unreachable: the counter does not end")
 
-    def enter(self, stream: Member, stream_id: int, proto: int = PROTO_TCP) -> Attachment:
-        """Enter a stream under its id."""
+    def enter(self, stream: Member, stream_id: int, proto: int = PROTO_TCP, *, again: bool = False) -> Attachment:
+        """Enter a stream under its id; `again`: it was on another link before."""
         self.by_id[stream_id] = stream
-        self._totals.opened += 1
+        self._totals.opened += not again
         self._on_enter(self.link)
         return Attachment(self, stream_id, proto)
 
-    def enter_udp(self, stream: Expiring, stream_id: int) -> Attachment:
+    def enter_udp(self, stream: Expiring, stream_id: int, *, again: bool = False) -> Attachment:
         """Enter a UDP stream, which ends when nothing has come for a while."""
         self._expiring[stream_id] = stream
         if self._sweeper is None:
             self._sweep()
-        return self.enter(stream, stream_id, PROTO_UDP)
+        return self.enter(stream, stream_id, PROTO_UDP, again=again)
 
     def leave(self, stream_id: int) -> None:
         """The id is free again."""
         del self.by_id[stream_id]
         self._expiring.pop(stream_id, None)
-        self._limits.pop(stream_id, None)
+        self._soon.pop((stream_id, WINDOW), None)
         self.turns.left(stream_id)
 
-    def announce(self, stream_id: int, limit: int) -> None:
-        """Send WINDOW: ahead of bulk, since the peer may be waiting for it.
+    def send_soon(self, stream_id: int, kind: int, payload: bytes) -> None:
+        """Send WINDOW, ACK, or a CLOSE behind which nothing follows: ahead of bulk, the peer may be waiting for it.
 
         Those of all streams that have read something in one turn of the loop go out together, as with a thousand
         streams they would otherwise be most of what is sent and read at every hop.
         """
-        if not self._limits:
-            asyncio.get_running_loop().call_soon(self._send_limits)
-        self._limits[stream_id] = limit
+        if not self._soon:
+            asyncio.get_running_loop().call_soon(self._send_soon)
+        self._soon[stream_id, kind] = payload
 
-    def _send_limits(self) -> None:
-        limits, self._limits = self._limits, {}
+    def _send_soon(self) -> None:
+        soon, self._soon = self._soon, {}
         build = self.link.build_message
-        if limits:
-            self.link.post(b"".join(build(WINDOW, each, pack_limit(limit)) for each, limit in limits.items()))
+        if soon:
+            self.link.post(b"".join(build(kind, each, payload) for (each, kind), payload in soon.items()))
 
-    def lost(self) -> None:
-        """The link is gone: every stream on it is told."""
-        self._limits.clear()
+    def owe(self, stream: Acknowledging) -> None:
+        """Have it acknowledge what came, together with all others that have something to acknowledge by then."""
+        self._owing.append(stream)
+        if self._acknowledger is None:
+            self._acknowledger = asyncio.get_running_loop().call_later(ACK_AFTER, self._acknowledge)
+
+    def _acknowledge(self) -> None:
+        owing, self._owing, self._acknowledger = self._owing, [], None
+        for stream in owing:
+            at = stream.at
+            if at is not None and at.on(self) and (payload := stream.acknowledgement()):
+                self.send_soon(at.id, ACK, payload)
+
+    def lost(self, *, keeps: bool = False) -> None:
+        """The link is gone: every stream on it is told. `keeps`: those wait that can."""
+        self._soon.clear()
+        self._owing.clear()
         self.turns.stop()
-        if self._sweeper is not None:
-            self._sweeper.cancel()
-            self._sweeper = None
+        for timer in (self._sweeper, self._acknowledger):
+            if timer is not None:
+                timer.cancel()
+        self._sweeper = self._acknowledger = None
         for stream in list(self.by_id.values()):
-            stream.link_lost()
+            if not (keeps and stream.detach()):
+                stream.link_lost()
 
     def _sweep(self) -> None:
         """End the UDP streams on which nothing came for a while."""

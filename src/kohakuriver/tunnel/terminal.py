@@ -6,6 +6,8 @@ import base64
 import contextlib
 import json
 import os
+import re
+import struct
 from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any, Final
 
@@ -16,6 +18,8 @@ if TYPE_CHECKING:  # what serves is not what a command line should have to load
     from kohakuriver.tunnel.accept import UpgradeRequest
 
 __all__ = [
+    "LIST_SESSIONS",
+    "SESSION_NAME",
     "Start",
     "asked_for",
     "close_code",
@@ -35,19 +39,66 @@ __all__ = [
 MAX_SIDE: Final = 0xFFFF
 MAX_READ: Final = 64 << 10
 
+_SIZED: Final = struct.Struct(">BHH")
+_ON_TERMINAL: Final = 1
+_NAMED: Final = 2
+_LIST: Final = 4
+_LENGTH: Final = struct.Struct(">I")
+
 
 @dataclass(frozen=True)
 class Start:
-    """What to run: `command` and its arguments, or the best shell; on a terminal of `rows` x `cols`, or on pipes."""
+    """What to run: `command` and its arguments, or the best shell; on a terminal of `rows` x `cols`, or on pipes.
+
+    As whom and where, if not as the task runs itself: `user` is NAME or UID, with `:GROUP` or not, `workdir` absolute.
+    A terminal with a `session` stays when its stream has ended, and is found again by that name.
+    """
 
     command: list[str] = field(default_factory=list)
     tty: bool = True
     rows: int = 24
     cols: int = 80
     env: dict[str, str] = field(default_factory=dict)
+    user: str = ""
+    workdir: str = ""
+    session: str = ""
 
     def to_message(self) -> str:
-        return control("start", **{**asdict(self), "command": [_carried(part) for part in self.command]})
+        """What begins a WebSocket of a terminal, which has no sessions with names."""
+        fields = {**asdict(self), "command": [_carried(part) for part in self.command]}
+        del fields["session"]
+        return control("start", **fields)
+
+    def to_bytes(self) -> bytes:
+        """What CONNECT of a terminal has behind its mark."""
+        env = [f"{name}={value}" for name, value in self.env.items()]
+        texts = [_text(self.user), _text(self.workdir), _texts(self.command), _texts(env)]
+        if self.session:
+            texts.append(_text(self.session))
+        flags = (_ON_TERMINAL if self.tty else 0) | (_NAMED if self.session else 0)
+        return _SIZED.pack(flags, self.rows, self.cols) + b"".join(texts)
+
+    @staticmethod
+    def is_named(start: bytes) -> bool:
+        """Whether such bytes ask for a session with a name, which stays when its stream has ended."""
+        return bool(start and start[0] & _NAMED)
+
+    @staticmethod
+    def command_in(start: bytes) -> list[str]:
+        """The command in such bytes, for people to read; none where that is the shell, or makes no sense."""
+        if len(start) > MAX_READ:
+            return [f"({len(start)} bytes)"]
+        try:
+            _, at = _take(start, _take(start, _SIZED.size)[1])
+            (count,) = _LENGTH.unpack_from(start, at)
+            at += _LENGTH.size
+            command = []
+            for _ in range(count):
+                part, at = _take(start, at)
+                command.append(part.decode("utf-8", "replace"))
+        except struct.error:
+            return []
+        return command
 
     @staticmethod
     def from_message(message: dict[str, Any]) -> Start:
@@ -58,7 +109,33 @@ class Start:
         if not isinstance(env, dict) or not all(_is_text(part) for pair in env.items() for part in pair):
             raise UsageError("the env of a start must give texts by their names")
         rows, cols = size_of({"rows": 24, "cols": 80, **message})
-        return Start([_part(part) for part in command], bool(message.get("tty", True)), rows, cols, env)
+        user, workdir = message.get("user", ""), message.get("workdir", "")
+        if not _is_text(user) or not _is_text(workdir) or workdir[:1] not in ("", "/"):
+            raise UsageError("the user of a start must be a text, and its workdir an absolute path")
+        tty = bool(message.get("tty", True))
+        return Start([_part(part) for part in command], tty, rows, cols, env, user, workdir)
+
+
+LIST_SESSIONS: Final = _SIZED.pack(_LIST, 1, 1) + bytes(4 * _LENGTH.size)
+"""What CONNECT has behind its mark to be told which sessions the user has: lines of name, state and age in seconds."""
+
+SESSION_NAME: Final = re.compile(r"[A-Za-z0-9._-]{1,64}")
+
+
+def _text(text: str) -> bytes:
+    data = os.fsencode(text)
+    return _LENGTH.pack(len(data)) + data
+
+
+def _texts(texts: list[str]) -> bytes:
+    return _LENGTH.pack(len(texts)) + b"".join(map(_text, texts))
+
+
+def _take(start: bytes, at: int) -> tuple[bytes, int]:
+    """The text at a place, and where the next one is. Raises struct.error."""
+    (length,) = _LENGTH.unpack_from(start, at)
+    at += _LENGTH.size
+    return start[at : at + length], at + length
 
 
 def asked_for(message: str | bytes) -> list[str]:

@@ -19,10 +19,14 @@ class Turn:
 
     A link has one for itself, unless it is given one that it shares: a user with a hundred links then gets no more done
     than a user with one. Those that find nothing left wait, and go on in the order in which they came.
+
+    Args:
+        most: how much may be worked off in a turn, in pieces.
     """
 
-    def __init__(self) -> None:
-        self.left = TURN
+    def __init__(self, most: int = TURN) -> None:
+        self.left = most
+        self._most = most
         self._loop = asyncio.get_running_loop()
         self._waiting: list[Callable[[], None]] = []
         self._due = False
@@ -30,12 +34,25 @@ class Turn:
     def spend(self, messages: int) -> None:
         """So many messages were worked off."""
         self.left -= messages
-        self._renew_soon()
+        if self.left < self._most // 2:  # links that send little share one renewal between many reads
+            self._renew_soon()
 
     def wait(self, go_on: Callable[[], None]) -> None:
         """Call `go_on` when there is something left, after all other links were looked at."""
         self._waiting.append(go_on)
         self._renew_soon()
+
+    def begin(self, work: Callable[[], None]) -> None:
+        """Do one piece of work: at once, or when its turn has come."""
+
+        def go_on() -> None:
+            self.spend(1)
+            work()
+
+        if self.left > 0:
+            go_on()
+        else:
+            self.wait(go_on)
 
     def _renew_soon(self) -> None:
         if not self._due:
@@ -44,7 +61,7 @@ class Turn:
 
     def _renew(self) -> None:
         self._due = False
-        self.left = TURN
+        self.left = self._most
         waiting, self._waiting = self._waiting, []
         for i, go_on in enumerate(waiting):
             if self.left <= 0:

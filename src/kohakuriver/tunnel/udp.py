@@ -9,11 +9,12 @@ from collections import OrderedDict, deque
 from collections.abc import Callable
 from typing import cast
 
+from kohakuriver.tunnel.kept import Identity
 from kohakuriver.tunnel.owner import UdpOpener, UdpOwner
-from kohakuriver.tunnel.protocol import CLOSE, CONNECT, DATA
+from kohakuriver.tunnel.protocol import CLOSE, CONNECT, DATA, ERROR, ErrorText, Opening
 from kohakuriver.tunnel.streams import Attachment
 
-EARLY_DATAGRAMS = 64
+EARLY_DATAGRAMS, EARLY_BYTES = 64, 128 * 1024
 
 
 def send_datagram(send: Callable[[], int]) -> bool:
@@ -35,13 +36,15 @@ def send_datagram(send: Callable[[], int]) -> bool:
 class UdpStream:
     """One UDP stream: on the user side a source address, on the container side a connected socket."""
 
-    __slots__ = ("_early", "_unanswered", "at", "last", "owner", "port", "send_local", "shut")
+    __slots__ = ("_early", "_unanswered", "at", "gone", "identity", "last", "owner", "port", "send_local", "shut")
 
-    def __init__(self, owner: UdpOwner, port: int) -> None:
+    def __init__(self, owner: UdpOwner[UdpStream], port: int, identity: Identity | None = None) -> None:
         self.owner = owner
         self.port = port
+        self.identity = identity  # where it outlives its links
         self.last = time.monotonic()
         self.at: Attachment | None = None
+        self.gone = False
         self._early: deque[bytes] = deque()
         self._unanswered = 0
         self.send_local: Callable[[bytes], bool] = lambda data: False
@@ -57,10 +60,10 @@ class UdpStream:
         self.send_local = self._keep
 
     def _keep(self, data: bytes) -> bool:
-        if len(self._early) == EARLY_DATAGRAMS:
+        self._early.append(data)
+        while len(self._early) > EARLY_DATAGRAMS or sum(map(len, self._early)) > EARLY_BYTES:
             self._early.popleft()
             self.owner.totals.udp_dropped += 1
-        self._early.append(data)
         return True
 
     def release(self) -> None:
@@ -89,19 +92,46 @@ class UdpStream:
             self.owner.totals.bytes_received += len(data)
 
     def refused(self) -> None:
-        """ERROR came: nothing took the datagrams that were sent since the last answer."""
-        self.owner.totals.udp_dropped += self._unanswered
+        """ERROR came: nothing took the datagrams that were sent since the last answer, as the other end counts too."""
+        self.owner.totals.udp_refused += self._unanswered
         self.over()
 
     def over(self) -> None:
         """CLOSE came."""
-        at, self.at = self.at, None
-        if at is not None:
-            at.leave()
-        self.shut()
+        if not self.gone:
+            self.gone = True
+            self.unlink()
+            self.shut()
+            self.owner.stream_over(self)
 
     def link_lost(self) -> None:
         """The link is gone."""
+        self.over()
+
+    def unlink(self) -> None:
+        """Leave the link."""
+        at, self.at = self.at, None
+        if at is not None:
+            at.leave()
+
+    def detach(self) -> bool:
+        if self.identity is None:
+            return False
+        self.unlink()
+        self.owner.stream_detached(self)
+        return True
+
+    def opening(self) -> bytes:
+        """The payload of CONNECT."""
+        return b"" if self.identity is None else Opening(0, self.identity.key, self.identity.hold).pack()
+
+    def resuming(self, epoch: int) -> bytes:
+        """The payload of the RESUME that attaches a kept stream to another link."""
+        return b"" if self.identity is None else self.identity.resuming(epoch, 0, 0, 0)
+
+    def end(self, text: ErrorText) -> None:
+        """A kept stream ends, whether it has a link or not."""
+        self.send(ERROR, text.pack())
         self.over()
 
     def expire(self) -> None:
@@ -154,37 +184,9 @@ class UdpListener(asyncio.DatagramProtocol):
         pass  # an ICMP answer to one source address says nothing about the others
 
 
-class UdpSocket(asyncio.DatagramProtocol):
-    """The connected socket of a UDP stream on the container side."""
-
-    def __init__(self, stream: UdpStream, sock: socket.socket) -> None:
-        self.stream = stream
-        self._sock = sock
-        self._transport: asyncio.DatagramTransport = cast(asyncio.DatagramTransport, None)
-
-    def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        self._transport = cast(asyncio.DatagramTransport, transport)
-        self.stream.send_local = self._send
-        self.stream.shut = transport.close
-
-    def _send(self, data: bytes) -> bool:
-        return not self._transport.is_closing() and send_datagram(lambda: self._sock.send(data))
-
-    def datagram_received(self, data: bytes, addr: object) -> None:
-        self.stream.from_local(data)
-
-    def error_received(self, exc: Exception) -> None:
-        self.stream.owner.totals.udp_dropped += 1  # nothing listens just now: the service may come back
-
-
 def family_of(host: str) -> socket.AddressFamily:
     """The family of an IP address."""
     return socket.AF_INET6 if ":" in host else socket.AF_INET
-
-
-def connected_datagram_socket(host: str, port: int) -> socket.socket:
-    """A non-blocking UDP socket that talks to ``host:port`` only. Raises OSError."""
-    return connected(socket.socket(family_of(host), socket.SOCK_DGRAM), host, port)
 
 
 def connected(sock: socket.socket, host: str, port: int) -> socket.socket:

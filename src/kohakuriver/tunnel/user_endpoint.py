@@ -13,14 +13,29 @@ from dataclasses import dataclass, field
 from kohakuriver.errors import LocalAddressError
 from kohakuriver.resolve import resolving
 from kohakuriver.tunnel.endpoint import AnyStream, Endpoint
+from kohakuriver.tunnel.kept import opening_kept
 from kohakuriver.tunnel.link import Link
 from kohakuriver.tunnel.local_socket import TcpStream
-from kohakuriver.tunnel.protocol import CLOSE, CONNECT, CloseCode, ErrorText, parse_limit
+from kohakuriver.tunnel.opener import KeptStreams, is_resuming
+from kohakuriver.tunnel.protocol import (
+    CLOSE,
+    CONNECT,
+    GOAWAY,
+    SESSION_ID,
+    CloseCode,
+    ErrorText,
+    parse_limit,
+    parse_seconds,
+)
 from kohakuriver.tunnel.settings import EndpointConfig
 from kohakuriver.tunnel.states import Role, State
 from kohakuriver.tunnel.udp import UdpListener, UdpStream
 
 LISTEN_BACKLOG = 4096
+LOOK, QUIET = 0.02, 1.0
+"""Seconds between two looks at what is still under way, and after which it counts as standing still."""
+LAST_WORD = 0.5
+"""Seconds that a link has to take another byte of what is left to be said, or to answer the last of it."""
 
 
 @dataclass
@@ -40,6 +55,13 @@ class UserEndpoint(Endpoint):
 
     It outlives its link: ``attach`` gives it the first one and, after a loss, the next. A connection that is
     accepted in between is held for ``reattach_wait`` seconds, then reset; after ``outage`` seconds it is reset at once.
+
+    Args:
+        on_stream_error: is told of a stream that could not be opened, or broke: its port, and why.
+        on_detach: is told that the link is gone.
+        on_going_away: is told, with the reason, that the link will not be there for long.
+        kept: where the streams that outlive links are; without it, none does.
+        on_accept: called with the number of streams after each new local connection.
     """
 
     role = Role.OPENER
@@ -50,29 +72,106 @@ class UserEndpoint(Endpoint):
         config: EndpointConfig | None = None,
         on_stream_error: Callable[[int, ErrorText], None] = lambda port, text: None,
         on_detach: Callable[[str], None] = lambda reason: None,
+        on_accept: Callable[[int], None] = lambda streams: None,
+        on_going_away: Callable[[str], None] = lambda reason: None,
+        kept: KeptStreams | None = None,
     ) -> None:
         super().__init__(config)
+        self.kept = kept
+        self.on_going_away = on_going_away
+        self.on_accept = on_accept
         self.on_stream_error = on_stream_error
         self.on_detach = on_detach
         self._waiting: dict[TcpStream, asyncio.TimerHandle] = {}
         self._detached_at = time.monotonic()
         self._listening: list[ListeningSocket] = []
+        self._closing = False
+
+    @property
+    def stream_count(self) -> int:
+        return super().stream_count if self.streams is not None else self.waiting
+
+    @property
+    def waiting(self) -> int:
+        """How many streams wait for a link."""
+        return 0 if self.kept is None else self.kept.waiting
 
     def attach(self, link: Link) -> None:
-        """Use ``link`` from now on; what waits for one is opened."""
+        """Use ``link`` from now on: kept streams go on over it, then what waits for one is opened."""
+        if self.streams is not None:
+            before = self.streams.link
+            super().detach("it goes on over another connection")
+            before.close(CloseCode.SERVICE_RESTART, "it goes on over another connection")
         super().attach(link)
+        self._attach_kept()
         waiting, self._waiting = self._waiting, {}
         for stream, timer in waiting.items():
             timer.cancel()
             self.open_tcp(stream)
 
-    def detach(self, reason: str) -> None:
-        super().detach(reason)
+    def _attach_kept(self) -> None:
+        if self.kept is not None and self.streams is not None:
+            self.kept.attach(self.streams)
+
+    def keeps(self, code: int) -> bool:
+        return not self._closing and super().keeps(code)
+
+    def detach(self, reason: str, *, keeps: bool = True) -> None:
+        super().detach(reason, keeps=keeps)
         self._detached_at = time.monotonic()
+        if self.kept is not None:
+            self.kept.detach(self._held_for_too_long)
         self.on_detach(reason)
+
+    def _held_for_too_long(self) -> None:
+        self.end_waiting(ErrorText("ETIMEDOUT", "the connection to the host was lost for too long"))
+
+    def end_waiting(self, text: ErrorText) -> None:
+        """No link will come for the streams that wait for one."""
+        for stream in list(self.kept.streams if self.kept is not None else ()):
+            self.stream_failed(stream, text)
+            stream.link_lost()
+
+    def stream_over(self, stream: AnyStream) -> None:
+        if self.kept is not None:
+            self.kept.over(stream)
+
+    def stream_answered(self, stream: TcpStream) -> None:
+        if self.kept is not None:
+            self.kept.doubt.answered(stream)
+
+    def goes_on(self, stream: AnyStream, text: ErrorText) -> bool:
+        """EAGAIN answers a RESUME that is to be tried again; ESTALE may mean that the CONNECT was lost (rule 6)."""
+        kept = self.kept
+        if kept is None or not is_resuming(stream):
+            return False
+        if text.code == "EAGAIN":
+            kept.later(stream)
+            return True
+        if text.code != "ESTALE" or not isinstance(stream, TcpStream) or stream.kept is None:
+            return False
+        if not stream.kept.opens_again(kept.new_key()):
+            return False
+        self._open_again(stream)
+        return True
+
+    def _open_again(self, stream: TcpStream) -> None:
+        streams = self.streams
+        if streams is None:
+            return
+        stream.unlink()
+        stream.attach(streams.enter(stream, streams.new_id(), again=True), stream.core.link(streams.link.version))
+
+    def kept_message(self, kind: int, client_id: int, proto: int, port: int, payload: bytes) -> None:
+        told = parse_seconds(payload) if kind == GOAWAY and client_id == SESSION_ID else None
+        if told is None:
+            self.totals.unknown_messages += 1
+        else:
+            self.on_going_away(told[1])
 
     def socket_ready(self, stream: TcpStream) -> None:
         if self.open_tcp(stream):
+            self.on_accept(self.stream_count)
             return
         outage = time.monotonic() - self._detached_at
         patience = self.config.reattach_wait if outage < self.config.outage else 0.0
@@ -94,9 +193,12 @@ class UserEndpoint(Endpoint):
         streams = self.streams
         if streams is None:
             return False
-        stream.at = streams.enter(stream, streams.new_id())
-        stream.act(stream.core.link(streams.link.version))
-        stream.update_reading()
+        if self.kept is not None and streams.link.version >= 2:
+            identity = self.kept.identity()
+            identity.start = stream.start
+            stream.core = opening_kept(self.rules, identity, stream.core)
+            self.kept.enter(stream)
+        stream.attach(streams.enter(stream, streams.new_id()), stream.core.link(streams.link.version))
         return True
 
     def open_udp(self, stream: UdpStream) -> bool:
@@ -104,8 +206,11 @@ class UserEndpoint(Endpoint):
         streams = self.streams
         if streams is None:
             return False
+        if self.kept is not None and streams.link.version >= 2:
+            stream.identity = self.kept.identity()
+            self.kept.enter(stream)
         stream.at = streams.enter_udp(stream, streams.new_id())
-        stream.send(CONNECT)
+        stream.send(CONNECT, stream.opening())
         return True
 
     def connected(self, stream: TcpStream, payload: bytes) -> None:
@@ -125,7 +230,7 @@ class UserEndpoint(Endpoint):
     async def listen_tcp(self, host: str, port: int, remote_port: int) -> ListeningSocket:
         """Listen on ``host:port`` (0: any free port). Raises LocalAddressError if that can't be had."""
         loop = asyncio.get_running_loop()
-        sock = _bind(host, port, socket.SOCK_STREAM)
+        sock = await _bind(host, port, socket.SOCK_STREAM)
         server = await loop.create_server(lambda: TcpStream(self, remote_port), sock=sock, backlog=LISTEN_BACKLOG)
         listening = ListeningSocket(host, sock.getsockname()[1], remote_port, "tcp", server.close, sock)
         self._listening.append(listening)
@@ -134,7 +239,7 @@ class UserEndpoint(Endpoint):
     async def listen_udp(self, host: str, port: int, remote_port: int) -> ListeningSocket:
         """The same for UDP: one stream per source address (§3 rule 12)."""
         loop = asyncio.get_running_loop()
-        sock = _bind(host, port, socket.SOCK_DGRAM)
+        sock = await _bind(host, port, socket.SOCK_DGRAM)
         address = sock.getsockname()
         transport, _ = await loop.create_datagram_endpoint(lambda: UdpListener(self, remote_port, sock), sock=sock)
         listening = ListeningSocket(host, address[1], remote_port, "udp", transport.close, sock)
@@ -143,38 +248,82 @@ class UserEndpoint(Endpoint):
 
     async def close(self) -> None:
         """Stop listening, end every stream, close the link."""
+        self._closing = True
+        if self.kept is not None:
+            self.kept.doubt.end()
         for listening in self._listening:
             listening.close()
         for stream in list(self._waiting):
             stream.link_lost()
         streams = self.streams
         if streams is None:
+            for kept in list(self.kept.streams if self.kept is not None else ()):
+                kept.link_lost()
             return
         for open_stream in list(streams.by_id.values()):
             open_stream.send(CLOSE)
-        gone: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-        streams.link.on_lost = lambda: None if gone.done() else gone.set_result(None)
         streams.link.close(CloseCode.NORMAL, "the forward has ended")
-        await gone
+        await _gone(streams.link)
 
 
-def _bind(host: str, port: int, kind: socket.SocketKind) -> socket.socket:
+async def delivered(endpoint: UserEndpoint) -> None:
+    """Wait until local TCP connections have ended on both sides, or have sent nothing more for `QUIET` seconds.
+
+    A program that ends leaves behind what the kernel and this end have not passed on yet.
+    """
+    sent, until = -1, 0.0
+    while True:
+        await asyncio.sleep(LOOK)  # first: a connection may not have been accepted yet
+        kept = endpoint.kept.streams if endpoint.kept is not None else ()
+        open_now = kept if endpoint.streams is None else endpoint.streams.by_id.values()
+        if not any(isinstance(stream, TcpStream) for stream in open_now):
+            return
+        if endpoint.totals.bytes_sent != sent:
+            sent, until = endpoint.totals.bytes_sent, time.monotonic() + QUIET
+        elif time.monotonic() >= until:
+            return
+
+
+async def _gone(link: Link) -> None:
+    """Wait until a link that was closed has ended. One that is dead tells nobody, and nobody waits for it."""
+    gone: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+    link.on_lost = lambda: None if gone.done() else gone.set_result(None)
+    while not gone.done():
+        taken = link.out.taken()
+        await asyncio.wait({gone}, timeout=LAST_WORD)
+        if not gone.done() and link.out.taken() == taken:
+            link.abort()
+
+
+async def _bind(host: str, port: int, kind: socket.SocketKind) -> socket.socket:
     try:
         with resolving():
-            info = socket.getaddrinfo(host, port, type=kind, flags=socket.AI_PASSIVE)[0]
+            found = await asyncio.get_running_loop().getaddrinfo(host, port, type=kind, flags=socket.AI_PASSIVE)
     except OSError as exc:
         raise LocalAddressError(f"{host} is not an address of this machine: {exc.strerror or exc}.") from exc
-    sock = socket.socket(info[0], info[1], info[2])
+    family, kind, protocol, _, address = found[0]
+    sock = socket.socket(family, kind, protocol)
     try:
         sock.setblocking(False)
         if kind == socket.SOCK_STREAM and os.name == "posix":
             sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        sock.bind(info[4])
+        sock.bind(address)
         if kind == socket.SOCK_STREAM:
             sock.listen(LISTEN_BACKLOG)
     except OSError as exc:
         sock.close()
-        what = "is already in use" if exc.errno == errno.EADDRINUSE else f"can't be bound ({exc.strerror or exc})"
-        message = f"{host}:{port} {what}; choose another with --local-port (0 takes any free one)."
-        raise LocalAddressError(message) from exc
+        raise LocalAddressError(_not_bound(host, port, exc)) from exc
     return sock
+
+
+def _not_bound(host: str, port: int, why: OSError) -> str:
+    """Why a local address can't be had, and what to do, as a sentence."""
+    where = f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+    another = "choose another local port, as in 0:REMOTE, where 0 takes any free one"
+    if why.errno == errno.EADDRINUSE:
+        return f"{where} is already in use; {another}."
+    if why.errno == errno.EADDRNOTAVAIL:
+        return f"{host} is not an address of this machine; --local-host takes one that is."
+    if why.errno == errno.EACCES:
+        return f"{where} may not be listened on by this user; {another}."
+    return f"{where} can't be bound ({why.strerror or why}); {another}."

@@ -13,6 +13,7 @@ __all__ = [
     "SESSION_BUDGET",
     "UNLIMITED",
     "Budget",
+    "Pool",
     "ReceiveWindow",
     "SendWindow",
 ]
@@ -33,19 +34,55 @@ SHORT_LINK = 0.002  # seconds there and back; on a longer one, the way takes its
 UNLIMITED = 1 << 62  # the limit under v1 rules, which have none
 
 
+class Pool:
+    """Bytes that several have together, and that are a part of what more have.
+
+    Args:
+        total: bytes; None for any number.
+        within: what they are a part of.
+    """
+
+    def __init__(self, total: int | None = None, within: Pool | None = None) -> None:
+        self._left = UNLIMITED if total is None else total
+        self._within = within
+
+    @property
+    def left(self) -> int:
+        """Bytes that nobody has."""
+        return self._left if self._within is None else min(self._left, self._within.left)
+
+    def take(self, size: int) -> None:
+        """Somebody has so many bytes more, or less where `size` is negative; whether they are left is not asked."""
+        self._left -= size
+        if self._within is not None:
+            self._within.take(size)
+
+
 class Budget:
     """The bytes of window that all streams of one endpoint share.
 
     Args:
         total: bytes for all streams together.
         first, cap: bytes a new stream starts with, and the most that one may get.
+        within: what they are a part of, where other endpoints take from that, too.
     """
 
-    def __init__(self, total: int = SESSION_BUDGET, first: int = FIRST_WINDOW, cap: int = MAX_WINDOW) -> None:
-        self.left = total
+    def __init__(
+        self,
+        total: int = SESSION_BUDGET,
+        first: int = FIRST_WINDOW,
+        cap: int = MAX_WINDOW,
+        within: Pool | None = None,
+    ) -> None:
+        self._pool = Pool(total, within)
         self.first = first
         self.cap = cap
         self.shared = False  # several streams receive by turns
+
+    @property
+    def left(self) -> int:
+        """Bytes that no window has."""
+        return self._pool.left
 
     @property
     def least(self) -> int:
@@ -55,12 +92,12 @@ class Budget:
     def take(self, wanted: int) -> int:
         """As many of the ``wanted`` bytes as are left."""
         got = max(0, min(wanted, self.left))
-        self.left -= got
+        self._pool.take(got)
         return got
 
     def give_back(self, size: int) -> None:
         """A stream has ended: what its window took goes back."""
-        self.left += size
+        self._pool.take(-size)
 
 
 class SendWindow:
@@ -145,13 +182,13 @@ class ReceiveWindow:
         """Count ``size`` bytes that arrived; False if the peer went over what it was given."""
         self.received += size
         self._newest = size
-        return self.received <= max(self.granted, EARLY_DATA)
+        return self.received <= self.granted or self.received <= EARLY_DATA
 
     def consume(self, size: int) -> int | None:
         """Count ``size`` bytes that the local socket took; the new limit if it is time to send one."""
         self.consumed += size
-        size = self.in_force
-        return self._grant(size, size // 4)
+        size = self.in_force if self._budget.shared else self.size
+        return self._grant(size, size // 4 or 1)
 
     @property
     def in_force(self) -> int:
@@ -162,7 +199,7 @@ class ReceiveWindow:
 
     def _grant(self, size: int, least: int) -> int | None:
         limit = self.consumed + size
-        if limit - self.granted < max(1, least):
+        if limit - self.granted < least:
             return None
         self.granted = limit
         return limit
@@ -203,7 +240,24 @@ class ReceiveWindow:
         self._pause = in_flight + self.size // 4  # what comes first was sent for the smaller window
         return self._grant(self.in_force, 1)
 
+    def unanswered(self) -> None:
+        """The PING that is under way, if one is, went with its link."""
+        self._pinged = False
+
+    def detach(self) -> None:
+        """There is no link: nothing can come, and others may have what the window took."""
+        self._budget.give_back(self._paid)
+        self._paid = 0
+
+    def attach(self, budget: Budget) -> None:
+        """There is one again: take a window as large as before, or what is left. The limit is another one (rule 2)."""
+        self.detach()
+        self._budget = budget
+        self._paid = budget.take(max(self.size, budget.first))
+        self.size = max(self._paid, budget.least)
+        self.granted = max(self.received, self.consumed + self.size)
+
     def close(self) -> None:
         """Give what the window took back to the budget."""
-        self._budget.give_back(self._paid)
-        self._paid = self.size = 0
+        self.detach()
+        self.size = 0

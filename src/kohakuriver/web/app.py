@@ -154,13 +154,18 @@ def new_app(
 
     app.state.services = services
     for router in routers:
-        app.include_router(router)
+        app.router.routes.extend(router.routes)  # as they are: `include_router` would work out each of them once more
     return app
 
 
 def services_of(request: Request) -> Any:
     """What the routes of the request's application work with."""
     return request.app.state.services
+
+
+async def services_here(request: Request) -> Any:
+    """`services_of` as what a route depends on: for one that is not asynchronous FastAPI wakes a thread each time."""
+    return services_of(request)
 
 
 class Checked(APIRoute):

@@ -22,11 +22,15 @@ SECONDS: Final = 60.0
 """For how long the same line is counted instead of told."""
 
 REFUSALS_AT_ONCE: Final = 20
-REFUSALS_PER_SECOND: Final = 1.0
+PER_SECOND: Final = 1.0
 """How many refusals of a kind are told, whatever differs in them; peers choose names and paths."""
 
 MOST_KNOWN: Final = 1000
 
+TUNNELS_AT_ONCE: Final = 1000
+"""The same of tunnels that come and go, which containers choose; those of a large node may all come back at once."""
+
+_TUNNELS = ("tunnel connected", "tunnel disconnected")
 _TOLD_ALWAYS = ("debug", "info")
 _OF_THE_PEER = ("peer",)
 
@@ -60,13 +64,14 @@ class Repeats:
 
     def __call__(self, _logger: object, method: str, event: Event) -> Event:
         name = str(event.get("event"))
-        refused = name.endswith(" refused")
+        refused = name.endswith(" refused") or name in _TUNNELS
         if "repeated" in event or "left_out" in event or (method in _TOLD_ALWAYS and not refused):
             return event
         self.flush()
         line = ("line", *_key(method, event))
-        if line not in self._seen and (not refused or self._may_refuse(name)):
-            self._remember(line, method, event)
+        if line not in self._seen and (not refused or self._may_tell(name)):
+            if name not in _TUNNELS:
+                self._remember(line, method, event)
             return event
         known = line if line in self._seen else ("kind", name)
         if known not in self._seen:
@@ -89,9 +94,10 @@ class Repeats:
         self._seen[key] = _Seen(self._clock() + SECONDS, method, values)
         self._wake_at_end()
 
-    def _may_refuse(self, name: str) -> bool:
+    def _may_tell(self, name: str) -> bool:
         now = self._clock()
-        bucket = self._refusals.setdefault(name, TokenBucket(REFUSALS_PER_SECOND, REFUSALS_AT_ONCE, now))
+        at_once = TUNNELS_AT_ONCE if name in _TUNNELS else REFUSALS_AT_ONCE
+        bucket = self._refusals.setdefault(name, TokenBucket(PER_SECOND, at_once, now))
         return bucket.try_take(now)
 
     def _wake_at_end(self) -> None:

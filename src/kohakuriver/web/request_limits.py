@@ -15,11 +15,24 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
 from kohakuriver.limits import Limits
+from kohakuriver.tunnel.turns import Turn
 from kohakuriver.web.waiting_room import WaitingRoom
 
 __all__ = ["BodyBudget", "guarded", "letting_go"]
 
 LINGER_SECONDS = 1.0
+
+MAX_FIELDS = 100
+"""Headers of a request: each costs more than its bytes, here and wherever they are looked through."""
+
+STARTED_AT_ONCE = 8
+"""Requests that are begun in one turn of the event loop: some 3 ms of work.
+
+Hundreds of connections may each bring one at the same time, and the streams that pass through here would wait for all.
+"""
+
+MAX_AHEAD = 8
+"""Requests that may come on a connection before the ones ahead of them are answered (RFC 9112, section 9.3.2)."""
 
 SMALL_BODY = 64 << 10
 """Bytes of a body that is let in a little longer than others, as those of heartbeats are."""
@@ -86,6 +99,7 @@ class GuardedHttp(HttpToolsProtocol):
     limits = Limits()
     room: WaitingRoom
     budget: BodyBudget
+    turn: Turn
 
     def __init__(self, *args: Any, **more: Any) -> None:
         super().__init__(*args, **more)
@@ -95,6 +109,7 @@ class GuardedHttp(HttpToolsProtocol):
         self._fed = self._head = self._body = 0
         self._completed = False
         self._bodies: list[Body] = []
+        self._unanswered: list[Any] = []
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
@@ -106,6 +121,7 @@ class GuardedHttp(HttpToolsProtocol):
         for body in self._bodies:
             if not body.worked_on:
                 body.let_go()
+        self._forsake()
         super().connection_lost(exc)
 
     def shutdown(self) -> None:
@@ -146,11 +162,21 @@ class GuardedHttp(HttpToolsProtocol):
 
     def on_header(self, name: bytes, value: bytes) -> None:
         self._count_head(len(name) + len(value))
+        if len(self.headers) >= MAX_FIELDS:
+            self._refusal = 431, "too_large", f"A request may have at most {MAX_FIELDS} headers."
+            raise _Refused
         super().on_header(name, value)
 
     def on_headers_complete(self) -> None:
         self._in_head = False
+        before: Any = self.cycle
         super().on_headers_complete()
+        if self.cycle is not before:
+            self._unanswered = [cycle for cycle in self._unanswered if not cycle.response_complete]
+            self._unanswered.append(self.cycle)
+        if len(self.pipeline) > MAX_AHEAD:
+            self._refusal = 400, "bad_request", f"At most {MAX_AHEAD} requests may come before the first is answered."
+            raise _Refused
         if any(name in (b"content-length", b"transfer-encoding") for name, _ in self.headers):
             self.flow.pause_reading()  # until whoever works on the request asks for its body
 
@@ -182,6 +208,13 @@ class GuardedHttp(HttpToolsProtocol):
         """What uvicorn calls when the parser stops, be it for one of ours."""
         self._refusal = self._refusal or (400, "bad_request", "This is not an HTTP request.")
         self._answer()
+
+    def _start_asgi_task(self, cycle: Any, app: Any) -> None:
+        def start() -> None:
+            if not cycle.disconnected:
+                super(GuardedHttp, self)._start_asgi_task(cycle, app)
+
+        self.turn.begin(start)
 
     # -- the limits --------------------------------------------------------------------------------------------
 
@@ -224,15 +257,25 @@ class GuardedHttp(HttpToolsProtocol):
         assert self._refusal is not None
         self._stop_clock()
         status, code, message = self._refusal
+        under_way = any(cycle.response_started and not cycle.response_complete for cycle in self._unanswered)
         cycle: Any = self.cycle  # None before the first request
-        if cycle is None or not cycle.response_started or (cycle.response_complete and self._in_head):
+        answered = cycle is not None and cycle.response_complete and not self._in_head
+        if not under_way and not answered:
             content = json.dumps({"error": code, "message": message}).encode()
             head = (
                 f"HTTP/1.1 {status} {http.HTTPStatus(status).phrase}\r\nContent-Type: application/json\r\n"
                 f"Content-Length: {len(content)}\r\nX-Content-Type-Options: nosniff\r\nConnection: close\r\n\r\n"
             )
             self.transport.write(head.encode() + content)
+        self._forsake()
         self._close_gently()
+
+    def _forsake(self) -> None:
+        """Nobody gets the answers to what came on this connection: nothing more of it is begun, or sent."""
+        self.pipeline.clear()
+        for cycle in self._unanswered:
+            cycle.disconnected = True  # uvicorn tells the last one alone
+        self._unanswered.clear()
 
     def _close_gently(self) -> None:
         """Close, and for a moment read and forget what the peer still sends: on top of that a close is a reset, and
@@ -256,4 +299,5 @@ def guarded(limits: Limits, room: WaitingRoom, budget: BodyBudget) -> type[async
 
     The bodies of all its requests share `budget`; the application is the one that `letting_go` gives.
     """
-    return type("LimitedHttp", (GuardedHttp,), {"limits": limits, "room": room, "budget": budget})
+    shared = {"limits": limits, "room": room, "budget": budget, "turn": Turn(STARTED_AT_ONCE)}
+    return type("LimitedHttp", (GuardedHttp,), shared)

@@ -13,7 +13,7 @@ from dataclasses import asdict, dataclass
 from typing import TypeAlias
 
 from kohakuriver._frame import mask
-from kohakuriver.tunnel.protocol import TUNNEL_V2
+from kohakuriver.tunnel.protocol import CLIENT_HEADER, TUNNEL_V2
 
 PATIENCE = 30.0
 KEY = base64.b64encode(bytes(16)).decode()
@@ -25,7 +25,9 @@ CONTINUATION, TEXT, BINARY, CLOSE, WS_PING, WS_PONG = 0x0, 0x1, 0x2, 0x8, 0x9, 0
 class Target:
     """Where an attack goes. Both tasks are the attacker's own, and so are the credentials.
 
-    `task` has a service; of `own_task` the attacker speaks on the `container`'s tunnel.
+    `task` has a service; of `own_task` the attacker speaks on the `container`'s tunnel. The tunnel of `silent_task`
+    never comes. `terminal_tasks` are two in which it may have terminals. `victims_token` is what the tunnel client of
+    the container `victim`, somebody else's, has shown.
     """
 
     host_port: int
@@ -37,6 +39,10 @@ class Target:
     own_task: str
     container: str
     tunnel_token: str
+    silent_task: str
+    terminal_tasks: tuple[str, str]
+    victim: str
+    victims_token: str
 
     def to_json(self) -> str:
         return json.dumps(asdict(self))
@@ -71,6 +77,9 @@ def handshake(path: str, token: str | None, *, v2: bool = True, more: str = "") 
     lines += [f"Sec-WebSocket-Protocol: {TUNNEL_V2}"] if v2 else []
     return ("\r\n".join(lines) + "\r\n" + more + "\r\n").encode()
 
+
+SAME_CLIENT = f"{CLIENT_HEADER}: always the same\r\n"
+"""What lets one tunnel of this attacker take the place of another."""
 
 Frame: TypeAlias = tuple[int, bytes]
 """The first byte (FIN, RSV, opcode) and the payload."""
@@ -158,7 +167,7 @@ def session(target: Target, task: str = "", *, v2: bool = True) -> Wire:
 
 def tunnel(target: Target) -> Wire:
     """The attacker's container's tunnel, in place of the one that its tunnel client had."""
-    wire = Wire(target.runner_port, f"/ws/tunnel/{target.container}", target.tunnel_token)
+    wire = Wire(target.runner_port, f"/ws/tunnel/{target.container}", target.tunnel_token, more=SAME_CLIENT)
     assert wire.status == 101, wire.head
     return wire
 
@@ -170,4 +179,7 @@ def raise_file_limit() -> int:
     return hard
 
 
-Attack: TypeAlias = Callable[[Target], Iterator[None]]
+Counts: TypeAlias = dict[str, int]
+"""What an attack has done, as it saw that itself."""
+
+Attack: TypeAlias = Callable[[Target], Iterator[Counts | None]]

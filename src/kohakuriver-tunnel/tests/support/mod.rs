@@ -232,12 +232,16 @@ impl Wire {
         bytes
     }
 
-    /// The next message, of any kind. WebSocket pings before it are answered.
+    /// The next message, of any kind. WebSocket pings before it are answered, for a bounded time: they come for ever.
     pub fn any(&mut self) -> Message {
+        let deadline = Instant::now() + PATIENCE;
         let payload = loop {
             match self.frame().expect("the tunnel is up") {
                 (2, payload) => break payload,
-                (9, payload) => self.write(&frame(10, &payload)),
+                (9, payload) => {
+                    assert!(Instant::now() < deadline, "no message but pings came");
+                    self.write(&frame(10, &payload));
+                }
                 (opcode, payload) => panic!("opcode {opcode}: {payload:?}"),
             }
         };
@@ -552,4 +556,13 @@ pub fn pattern_at(start: usize, length: usize) -> Vec<u8> {
     (start as u32..(start + length) as u32)
         .map(|n| (n.wrapping_mul(2_654_435_761) >> 24) as u8)
         .collect()
+}
+
+/// Waits for what is to come true soon.
+pub fn until(mut what: impl FnMut() -> bool) {
+    let deadline = Instant::now() + PATIENCE;
+    while !what() {
+        assert!(Instant::now() < deadline);
+        thread::sleep(Duration::from_millis(5));
+    }
 }

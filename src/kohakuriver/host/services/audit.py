@@ -1,19 +1,15 @@
 """What was done on this host, by whom, from where: one line of JSON for each event.
 
-The file only ever grows at its end, and a line that was cut short spoils no other. It may be renamed at any time: the
-next line begins a new one in its place. At its share of the limit it is renamed here, and the oldest such file goes.
-Source: docs/guide/limits.md "Audit log", which has the events and their fields.
+What becomes of the lines is audit_file.py's. Source: docs/guide/limits.md "Audit log", which has the events and their
+fields.
 """
 
 from __future__ import annotations
 
 import asyncio
 import base64
-import contextlib
-import errno
 import hashlib
 import json
-import os
 import time
 from collections import OrderedDict
 from collections.abc import Callable, Iterable
@@ -21,21 +17,12 @@ from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any, Final, Protocol
 
-import structlog
-
 from kohakuriver.asking import asker
-from kohakuriver.errors import KohakuRiverError, UnauthenticatedError, UsageError
+from kohakuriver.errors import KohakuRiverError, UnauthenticatedError
+from kohakuriver.host.services.audit_file import FILES, AuditFile
 from kohakuriver.rates import TokenBucket
 
-__all__ = ["LONGEST_TEXT", "NOWHERE", "REFUSALS", "Audit", "AuditLog", "files_of", "fingerprint", "ranges"]
-
-log = structlog.get_logger("kohakuriver.audit")
-
-FILES = 8
-"""In how many files the log is kept, each with as large a share of the limit."""
-
-FREE_BYTES = 64 << 20
-"""What the log leaves of a disk to others, of a small one a sixteenth: the database is beside it, as installed."""
+__all__ = ["LONGEST_TEXT", "NOWHERE", "REFUSALS", "Audit", "AuditLog", "fingerprint", "ranges"]
 
 LONGEST_TEXT = 500
 """Characters of one text. Peers choose paths and names."""
@@ -55,8 +42,6 @@ SOURCES = 4096
 
 TELL_SECONDS = 60.0
 """How often those numbers are written down."""
-
-_FLAGS = os.O_RDWR | os.O_APPEND | os.O_CREAT | getattr(os, "O_NOFOLLOW", 0)
 
 
 class Audit(Protocol):
@@ -92,26 +77,13 @@ class AuditLog:
     def __init__(self, path: Path, *, most: int = 0, clock: Callable[[], float] = time.monotonic) -> None:
         """Raises UsageError where `path` can't be written to."""
         self.path = path
-        self._share = most // FILES
+        self._file = AuditFile(path, most // FILES, _line)
         self._clock = clock
-        self._lost = 0
         self._refusals = _Refusals()
-        try:
-            self._append(b"")
-        except OSError as error:
-            raise UsageError(f"The audit log {path} can't be written to: {error.strerror}.") from error
 
     def write(self, event: str, **fields: Any) -> None:
-        """Add one line. A full disk ends no session: it is logged, and how many lines it cost is added."""
-        try:
-            if self._lost:
-                self._append(_line("lines_lost", {"count": self._lost}))
-                self._lost = 0
-            self._append(_line(event, {**asker().described(), **fields}))
-        except OSError as error:
-            if not self._lost:
-                log.error("the audit log can't be written to", file=str(self.path), reason=error.strerror)
-            self._lost += 1
+        """Add one line, soon. A full disk ends no session: it is logged, and how many lines it cost is added."""
+        self._file.add(_line(event, {**asker().described(), **fields}))
 
     def refused(self, error: KohakuRiverError, **fields: Any) -> None:
         """Add a refusal, unless there were many from this address."""
@@ -129,35 +101,14 @@ class AuditLog:
             await asyncio.sleep(TELL_SECONDS)
             self.tell_left_out()
 
-    def _append(self, line: bytes) -> None:
-        file = os.open(self.path, _FLAGS, 0o600)  # anew each time: it may have been renamed
-        try:
-            size = os.fstat(file).st_size
-            if self._share and size and size + len(line) > self._share:
-                file = self._begin_another(file)
-                size = 0
-            self._leave_room(file)
-            if line and size and os.pread(file, 1, size - 1) != b"\n":
-                line = b"\n" + line  # the machine, or the room on the disk, ended within the last one
-            if os.write(file, line) < len(line):
-                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-        finally:
-            os.close(file)
+    async def written(self) -> None:
+        """Return once all that was added so far is in the file, or lost."""
+        await asyncio.wrap_future(self._file.done())
 
-    def _begin_another(self, full: int) -> int:
-        """Rename the files, each to the next number; the descriptor of a new one. The last file is gone then."""
-        for number in range(FILES - 1, 0, -1):
-            with contextlib.suppress(FileNotFoundError):
-                _numbered(self.path, number - 1).replace(_numbered(self.path, number))
-        fresh = os.open(self.path, _FLAGS, 0o600)
-        os.close(full)
-        return fresh
-
-    def _leave_room(self, file: int) -> None:
-        """Raises OSError where the disk has so little room that others need it more."""
-        disk = os.fstatvfs(file)
-        if disk.f_bavail * disk.f_frsize < min(FREE_BYTES, disk.f_blocks * disk.f_frsize // 16):
-            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+    def close(self) -> None:
+        """Write what is left, and how many refusals were left out. Blocks until that is done."""
+        self.tell_left_out()
+        self._file.close()
 
 
 class _Refusals:
@@ -208,15 +159,6 @@ def _cut(value: Any) -> Any:
     if isinstance(value, str) and len(value) > LONGEST_TEXT:
         return value[:LONGEST_TEXT] + "…"
     return value
-
-
-def _numbered(path: Path, number: int) -> Path:
-    return path.with_name(f"{path.name}.{number}") if number else path
-
-
-def files_of(path: Path) -> list[Path]:
-    """All files of the log that grows at `path`, the oldest first."""
-    return [file for number in range(FILES - 1, -1, -1) if (file := _numbered(path, number)).exists()]
 
 
 def ranges(ports: Iterable[int]) -> list[str]:

@@ -18,7 +18,7 @@ from typing import Any
 from pydantic import BaseModel
 
 from kohakuriver.errors import UsageError
-from kohakuriver.host.services.audit import files_of
+from kohakuriver.host.services.audit_file import files_of
 
 __all__ = ["AuditPage", "read_page"]
 

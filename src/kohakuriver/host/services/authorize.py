@@ -42,17 +42,20 @@ class Forwards:
         self._audit = grants.audit
 
     async def authorize(
-        self, token: str | None, reference: str, port: int, proto: str, ports: frozenset[int] | None = None
+        self, token: str | None, reference: str, port: int | None, proto: str, ports: frozenset[int] | None = None
     ) -> Route:
         """Where a session to `port` (1 to 65535) of a task goes; `proto` is "tcp" or "udp".
 
-        The session reaches `ports` besides, or where that is None all ports. Raises UnauthenticatedError,
+        The session reaches `ports` besides, or where that is None all ports. A `port` of None is that of the task's SSH
+        server, and then the session reaches no other. Raises UnauthenticatedError,
         NotAllowedError, NotFoundError, or UnavailableError "task_not_running", "node_offline" or
         "too_many_sessions". Source: docs/protocol.md §4.
         """
         with self._noting_refusals(reference):
             caller = await self._credentials.session_caller(token)
             task, node = await self._access.usable(caller, reference)
+            if port is None:
+                return await self._ssh_route(task, node, caller, None)
             route = self._route(task, node, caller, "forward", None if ports is None else {port, *ports})
             return replace(route, grant=await self._grants.enter(caller, task))
 
@@ -115,7 +118,7 @@ class Forwards:
                 raise NotFoundError(f"There is no task {reference!r} that lets your key in.")
             # The owner's right was to put the key there; it lasts as long as the key is there.
             with self._noting_refusals(reference):
-                return await self._ssh_route(task, node, Caller(task.owner, "user"), port, key)
+                return await self._ssh_route(task, node, await self._credentials.owner(task.owner), port, key)
 
         if await self._store.lets_in(key):
             return reach
@@ -151,6 +154,7 @@ class Forwards:
             container=task.container,
             user=caller.name,
             ports="*" if ports is None else sorted(ports),
+            connects=caller.quotas.connects,
         )
         return Route(
             runner_ws_url="ws" + node.url.removeprefix("http"),

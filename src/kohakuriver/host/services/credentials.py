@@ -5,7 +5,7 @@ from __future__ import annotations
 import secrets
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from kohakuriver.asking import asker
@@ -13,6 +13,7 @@ from kohakuriver.config import write_private
 from kohakuriver.errors import NotAllowedError, UnauthenticatedError
 from kohakuriver.host.services.audit import NOWHERE, Audit
 from kohakuriver.host.services.failures import Failures
+from kohakuriver.quotas import Quotas
 from kohakuriver.store import ANY_NODE, TOKEN_ID_LENGTH, Accounts, Token
 
 __all__ = ["ADMIN", "ANONYMOUS", "Caller", "Credentials", "new_token"]
@@ -32,12 +33,13 @@ def new_token(kind: str) -> str:
 class Caller:
     """Who asks, and with which token: its digest, or None for a session that needs none.
 
-    `role` is "admin", "user", or for such a session `ANONYMOUS`.
+    `role` is "admin", "user", or for such a session `ANONYMOUS`. `quotas` are how much they may have.
     """
 
     name: str
     role: str
     digest: str | None = None
+    quotas: Quotas = field(default_factory=Quotas)
 
     @property
     def token_id(self) -> str | None:
@@ -92,13 +94,17 @@ class Credentials:
             await self._refused(error, token)
             raise
         asker().known.update(user=user.name, token=token.id)
-        return Caller(user.name, user.role, token.digest), token
+        return Caller(user.name, user.role, token.digest, self._accounts.quotas_of(user)), token
 
     async def session_caller(self, secret: str | None) -> Caller:
         """Like `caller`, for a forward session: without a token, `ANONYMOUS` where the host allows that."""
         if secret is None and self._allow_anonymous:
-            return Caller(ANONYMOUS, ANONYMOUS)
+            return Caller(ANONYMOUS, ANONYMOUS, quotas=self._accounts.defaults)
         return (await self.caller(secret))[0]
+
+    async def owner(self, name: str) -> Caller:
+        """A task's owner, for whom somebody comes with a key that the task lets in: no admin, whoever it is."""
+        return Caller(name, "user", quotas=await self._accounts.quotas(name))
 
     async def node(self, secret: str | None) -> Token:
         """A node's token, once it is clear that it is one. Raises UnauthenticatedError."""

@@ -11,8 +11,9 @@ import asyncio
 import secrets
 import shlex
 import time
-from collections import Counter, deque
-from collections.abc import Callable
+from collections import Counter, OrderedDict, deque
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass, replace
 from typing import Any
 
 import structlog
@@ -23,6 +24,7 @@ from kohakuriver.host.services.audit import NOWHERE, Audit, fingerprint
 from kohakuriver.host.services.credentials import Caller
 from kohakuriver.host.services.requests import Requests
 from kohakuriver.store import Accounts, Task, Use
+from kohakuriver.tunnel.protocol import LONGEST_HOLD
 
 __all__ = ["CHECK_SECONDS", "PASS_SECONDS", "Grant", "Grants", "Passes"]
 
@@ -32,10 +34,35 @@ CHECK_SECONDS = 2.0
 PASS_SECONDS = 60.0
 """How long a pass is good."""
 
+MAX_HELD = 1000
+"""Of how many lost sessions of one user the rights are watched; of more, of the newest."""
+
 MAX_PASSES = 1000
 """How many of one user may wait to be used."""
 
 log = structlog.get_logger("kohakuriver.host")
+
+Revoke = Callable[[str, str, str, str], Awaitable[None]]
+"""(node, container, user, reason): end what is held there for the user's next session."""
+
+
+async def _nothing_is_held(node: str, container: str, user: str, reason: str) -> None:
+    pass
+
+
+@dataclass(frozen=True)
+class Held:
+    """A session that left something in its container, held streams or a terminal with a name.
+
+    It is watched until `until` (monotonic seconds). `told` says that it could not be ended, and that this was said.
+    """
+
+    use: Use
+    node: str
+    container: str
+    user: str
+    until: float
+    told: bool = False
 
 
 class Grant:
@@ -57,6 +84,7 @@ class Grant:
         }
         self._began: float | None = None
         self._over = False
+        self._stays = False
         self._end: Callable[[str], None] | None = None
         self._withdrawn: str | None = None
 
@@ -70,6 +98,10 @@ class Grant:
         """A command was asked for in the session."""
         self._grants.write("session_command", {**self._about, "command": shlex.join(command)})
 
+    def stays(self) -> None:
+        """What it leaves in the task goes when the right does."""
+        self._stays = True
+
     def attach(self, end: Callable[[str], None]) -> None:
         """`end` is called with the reason once the right is gone: at once if that has happened already."""
         self._end = end
@@ -81,7 +113,13 @@ class Grant:
         if not self._over and self._began is not None:
             seconds = round(time.monotonic() - self._began, 3)
             self._grants.write("session_closed", {**self._about, "seconds": seconds, **how})
+            if how.get("lost") or self._stays:
+                self._grants.hold(self._held())
         self.release()
+
+    def _held(self) -> Held:
+        about = self._about
+        return Held(self.use, about["node"], about["container"], about["user"], time.monotonic() + LONGEST_HOLD)
 
     def release(self) -> None:
         """The session has ended, or never began."""
@@ -104,21 +142,22 @@ class Grants:
     """All sessions of this host, whatever they carry.
 
     Args:
-        max_sessions: how many one user may have open at a time; 0 for any number.
         requests: counts them among what their users ask for.
         audit: where sessions are written down.
+        revoke: ends what a lost session left in its container, once the right to it has gone.
     """
 
     def __init__(
         self,
         accounts: Accounts,
         *,
-        max_sessions: int = 0,
         requests: Requests | None = None,
         audit: Audit = NOWHERE,
+        revoke: Revoke = _nothing_is_held,
     ) -> None:
+        self._revoke = revoke
+        self._held: dict[str, OrderedDict[Use, Held]] = {}  # by user
         self._accounts = accounts
-        self._most = max_sessions
         self._requests = requests or Requests()
         self.audit = audit
         self._grants: set[Grant] = set()
@@ -131,10 +170,11 @@ class Grants:
         Raises UnavailableError "too_many_sessions" or "too_many_requests" (429).
         """
         self._requests.count(caller)
-        if self._most and self._of_user[caller.name] >= self._most:
-            sessions = "1 session" if self._most == 1 else f"{self._most} sessions"
+        most, have = caller.quotas.sessions, self._of_user[caller.name]
+        if most and have >= most:
+            sessions = "1 session" if have == 1 else f"{have} sessions"
             raise UnavailableError(
-                f"{caller.name or 'This user'} has {sessions} open, as many as this host allows; end one first.",
+                f"{caller.name or 'This user'} has {sessions} open, and the limit 'sessions' is {most}; end one first.",
                 code="too_many_sessions",
                 status=429,
             )
@@ -165,27 +205,73 @@ class Grants:
         if not self._of_user[grant.caller.name]:
             del self._of_user[grant.caller.name]
 
+    def hold(self, held: Held) -> None:
+        """A session was lost: what it left behind hangs on the same right."""
+        of_user = self._held.setdefault(held.user, OrderedDict())
+        of_user[held.use] = held
+        of_user.move_to_end(held.use)
+        if len(of_user) > MAX_HELD:
+            of_user.popitem(last=False)
+
     def write(self, event: str, about: dict[str, Any]) -> None:
         """Write down what became of a session."""
         self.audit.write(event, **about)
+
+    def open_of(self, user: str) -> int:
+        """How many sessions a user has open."""
+        return self._of_user[user]
 
     def __len__(self) -> int:
         return len(self._grants)
 
     async def check(self) -> None:
         """End every session whose token, user or share is gone. Raises KohakuRiverError when the database fails."""
-        withdrawn = await self._accounts.withdrawn({grant.use for grant in self._grants})
+        now = time.monotonic()
+        for held in [each for each in self._all_held() if each.until <= now]:
+            self._hold_no_more(held)
+        uses = {each.use for each in self._all_held()}
+        withdrawn = await self._accounts.withdrawn({*uses, *(grant.use for grant in self._grants)})
         for grant in list(self._grants):
             if grant.use in withdrawn:
                 self._grants.discard(grant)  # it is told once
                 grant.withdraw(withdrawn[grant.use])
+        await self._let_go(self._without_right(withdrawn), withdrawn)
+
+    def _without_right(self, withdrawn: dict[Use, str]) -> list[Held]:
+        """What is to end now. While the same user has another right to the task, that would end what is its own."""
+        gone = [held for held in self._all_held() if held.use in withdrawn]
+        if not gone:
+            return []
+        entitled = {(grant.caller.name, grant.use.task_id) for grant in self._grants if grant.use not in withdrawn}
+        entitled |= {(held.user, held.use.task_id) for held in self._all_held() if held.use not in withdrawn}
+        return [held for held in gone if (held.user, held.use.task_id) not in entitled]
+
+    async def _let_go(self, gone: list[Held], why: dict[Use, str]) -> None:
+        """End what sessions left behind. Where a node can't be reached it is tried again."""
+        for held in gone:
+            self._hold_no_more(held)
+        calls = (self._revoke(held.node, held.container, held.user, why[held.use]) for held in gone)
+        for held, failure in zip(gone, await asyncio.gather(*calls, return_exceptions=True), strict=True):
+            if failure is not None:
+                self.hold(replace(held, told=True))
+            if failure is not None and not held.told:
+                log.warning("what a user left in a task can't be ended yet", user=held.user, reason=str(failure))
+
+    def _all_held(self) -> list[Held]:
+        return [held for of_user in self._held.values() for held in of_user.values()]
+
+    def _hold_no_more(self, held: Held) -> None:
+        of_user = self._held.get(held.user, OrderedDict())
+        of_user.pop(held.use, None)
+        if not of_user:
+            self._held.pop(held.user, None)
 
     async def run(self) -> None:
         """Check every `CHECK_SECONDS`, until cancelled."""
         trouble = ""
         while True:
             await asyncio.sleep(CHECK_SECONDS)
-            if self._grants:
+            if self._grants or self._held:
                 before, trouble = trouble, await self._trouble_with_check()
                 if trouble != before:
                     _tell(trouble)

@@ -8,21 +8,28 @@ import contextlib
 import secrets
 import time
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import asdict
 
 import structlog
 
 from kohakuriver.backends import kind_of
+from kohakuriver.changes import Changes
 from kohakuriver.errors import KohakuRiverError, NotFoundError, UnavailableError
 from kohakuriver.host.schemas import Heartbeat, HeartbeatAnswer, NodeView, Registration, RegistrationAnswer, iso_time
+from kohakuriver.host.services.audit import NOWHERE, Audit
 from kohakuriver.host.services.reach import Reach
 from kohakuriver.store import Node, Store, Task
 
-__all__ = ["MISSED_HEARTBEATS", "Nodes"]
+__all__ = ["MISSED_HEARTBEATS", "OUTAGE_SECONDS", "Nodes"]
 
 log = structlog.get_logger("kohakuriver.host")
 
 MISSED_HEARTBEATS = 3
 """A node is offline after so many heartbeats did not come."""
+
+OUTAGE_SECONDS = 600.0
+"""A host that has just begun takes a node for online that was heard of in so many seconds before."""
 
 MOST_SHOWN = 10
 """Of how many tasks an error names."""
@@ -46,18 +53,27 @@ class Nodes:
         *,
         heartbeat_seconds: float,
         on_change: Callable[[list[int]], None],
+        audit: Audit = NOWHERE,
         clock: Callable[[], float] = time.time,
     ) -> None:
         self._store = store
+        self._audit = audit
         self._reach = reach
         self._to_look = asyncio.Event()
         self._heartbeat_seconds = heartbeat_seconds
         self._on_change = on_change
         self._clock = clock
+        self._began = clock()
+        self._registered = Changes[str]()
 
     def is_online(self, node: Node) -> bool:
-        """Whether the node was heard of lately and did not say that it leaves."""
-        return not node.left and self._clock() - node.last_seen <= MISSED_HEARTBEATS * self._heartbeat_seconds
+        """Whether the node was heard of lately and did not say that it leaves.
+
+        While no host listened nobody could be heard: one that has begun just now waits for the nodes that there were.
+        """
+        patience, now = MISSED_HEARTBEATS * self._heartbeat_seconds, self._clock()
+        waits = now - self._began <= patience and self._began - node.last_seen <= OUTAGE_SECONDS
+        return not node.left and (waits or now - node.last_seen <= patience)
 
     async def register(self, request: Registration) -> RegistrationAnswer:
         """Take a node in, or back in. Raises KohakuRiverError "name_taken" while another runner has the name."""
@@ -74,15 +90,21 @@ class Nodes:
             "version": request.version,
             "backends": list(request.backends),
             "unavailable": request.unavailable,
+            "offer": asdict(request.offer),
             "last_seen": self._clock(),
             "left": False,
         }
         node = await self._store.put_node(request.name, values, secrets.token_bytes(_TICKET_KEY_BYTES))
         self._reach.forget(node.name)
+        self._registered.notify([node.name])
         log.info("node registered", node=node.name, url=node.url, backends=",".join(node.backends))
         return RegistrationAnswer(
             heartbeat_seconds=self._heartbeat_seconds, ticket_key=base64.b64encode(node.ticket_key).decode()
         )
+
+    def coming_back(self, name: str) -> AbstractContextManager[asyncio.Event]:
+        """Meanwhile the event is set when the node of this name registers here."""
+        return self._registered.watch(name)
 
     async def heartbeat(self, name: str, beat: Heartbeat) -> HeartbeatAnswer:
         """Take over what a node says. Raises NotFoundError for an unknown node, which then registers again."""
@@ -97,6 +119,9 @@ class Nodes:
             quiet=quiet,
         )
         self._on_change(known.changed)
+        for incident in beat.incidents:
+            about = {"task": incident.task_id, "reason": incident.reason, "count": incident.count}
+            self._audit.write("tunnel_refused", node=name, **about, **{"from": incident.source})
         if not self._reach.was_tried(name):  # now the runner has the key that tickets for it are signed with
             self._to_look.set()
         return HeartbeatAnswer(remove=known.remove, unreachable=self._reach.trouble(name))
@@ -107,8 +132,12 @@ class Nodes:
             with contextlib.suppress(asyncio.TimeoutError):
                 await asyncio.wait_for(self._to_look.wait(), self._heartbeat_seconds)
             self._to_look.clear()
-            with contextlib.suppress(KohakuRiverError):  # the database fails, as every request says that needs it
+            try:
                 await self.look()
+            except KohakuRiverError:
+                pass  # the database fails, as every request says that needs it
+            except Exception:  # a host that can't look at its nodes still carries their sessions
+                log.exception("it can't be looked whether nodes can be reached")
 
     async def look(self) -> None:
         """Dial the online nodes that it is time for. Raises KohakuRiverError when the database fails."""
@@ -134,6 +163,7 @@ class Nodes:
             tasks=tasks,
             traffic={name: count for name, count in node.traffic.items() if name != "tasks"},
             version=node.version,
+            user_processes="process" in node.backends and bool(node.offer.get("user_processes")),
         )
 
     async def cordon(self, name: str, cordoned: bool) -> NodeView:
@@ -238,7 +268,8 @@ def _not_offered(who_offers: str, backends: Sequence[str], nodes: Sequence[Node]
     told = ", ".join(f"node {node}: {reason}" for node, reason in said[:_NODES_NAMED])
     more = f" and {len(said) - _NODES_NAMED} more" if len(said) > _NODES_NAMED else ""
     why = f" ({told}{more})" if said else ""
+    advice = "see to that there" if said else kind_of(backends[0]).advice
     return UnavailableError(
-        f"{who_offers} the backend {' or '.join(backends)}{why}; {kind_of(backends[0]).advice}.",
+        f"{who_offers} the backend {' or '.join(backends)}{why}; {advice}.",
         code="backend_not_offered",
     )

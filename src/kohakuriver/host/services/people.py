@@ -8,13 +8,26 @@ from __future__ import annotations
 import secrets
 import time
 from collections.abc import Callable
+from dataclasses import asdict
 
 import structlog
 
 from kohakuriver.errors import NotFoundError, UsageError
-from kohakuriver.host.schemas import NewToken, NewUser, TokenMade, TokenView, UserView, Whoami, iso_time
+from kohakuriver.host.schemas import (
+    Limit,
+    LimitsView,
+    NewToken,
+    NewUser,
+    TokenMade,
+    TokenView,
+    UserLimits,
+    UserView,
+    Whoami,
+    iso_time,
+)
 from kohakuriver.host.services.credentials import ADMIN, Caller, new_token
 from kohakuriver.host.services.grants import Grants
+from kohakuriver.quotas import QUOTAS
 from kohakuriver.store import Accounts, Task, Token, User
 
 __all__ = ["People"]
@@ -31,9 +44,29 @@ class People:
         self._audit = grants.audit
         self._clock = clock
 
-    def whoami(self, caller: Caller, token: Token) -> Whoami:
-        """Who the caller is."""
-        return Whoami.model_validate({"user": caller.name, "role": caller.role, "token": self._view(token)})
+    async def whoami(self, caller: Caller, token: Token) -> Whoami:
+        """Who the caller is, and how much they may have."""
+        limits = (await self.limits(caller.name)).limits
+        who = {"user": caller.name, "role": caller.role, "token": self._view(token), "limits": limits}
+        return Whoami.model_validate(who)
+
+    async def limits(self, name: str) -> LimitsView:
+        """How much a user may have, and has. Raises NotFoundError."""
+        user, usage = await self._accounts.usage(name)
+        most = self._accounts.quotas_of(user)
+        used = {**asdict(usage), "sessions": self._grants.open_of(name)}
+        limits = {
+            quota: Limit(limit=getattr(most, quota) or None, used=used.get(quota), own=quota in user.limits)
+            for quota in QUOTAS
+        }
+        return LimitsView.model_validate({"name": user.name, "role": user.role, "limits": limits})
+
+    async def set_limits(self, name: str, limits: UserLimits) -> LimitsView:
+        """Give a user limits of their own. What they have already they keep. Raises NotFoundError."""
+        user = await self._accounts.set_limits(name, dict(limits.root.items()))
+        log.info("user limited", user=name, limits=user.limits)
+        self._audit.write("user_limited", of_user=name, limits=user.limits)
+        return await self.limits(name)
 
     async def users(self) -> list[UserView]:
         """All users."""
@@ -41,9 +74,10 @@ class People:
 
     async def add_user(self, request: NewUser) -> UserView:
         """Make a user."""
-        user = await self._accounts.add_user(request.name, request.role)
+        limits: dict[str, float] = {quota: value for quota, value in request.limits.root.items() if value is not None}
+        user = await self._accounts.add_user(request.name, request.role, limits)
         log.info("user added", user=user.name, role=user.role)
-        self._audit.write("user_added", of_user=user.name, role=user.role)
+        self._audit.write("user_added", of_user=user.name, role=user.role, limits=limits or None)
         return _user_view(user)
 
     async def remove_user(self, name: str, heir: Caller) -> UserView:
@@ -132,4 +166,5 @@ def _of(token: Token) -> dict[str, str]:
 
 
 def _user_view(user: User) -> UserView:
-    return UserView.model_validate({"name": user.name, "role": user.role, "created_at": iso_time(user.created_at)})
+    shown = {"name": user.name, "role": user.role, "created_at": iso_time(user.created_at), "limits": user.limits}
+    return UserView.model_validate(shown)

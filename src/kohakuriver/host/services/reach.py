@@ -33,6 +33,7 @@ class Reach:
         self._runners = runners
         self._trouble: dict[str, str | None] = {}
         self._again: dict[str, float] = {}
+        self._told: dict[str, object] = {}
         self._few = asyncio.Semaphore(_AT_ONCE)
 
     def trouble(self, name: str) -> str | None:
@@ -46,6 +47,7 @@ class Reach:
     def forget(self, name: str) -> None:
         """The node has registered, maybe at another address, or is gone."""
         self._again.pop(name, None)
+        self._told[name] = object()
 
     async def look(self, nodes: Iterable[Node]) -> None:
         """Dial those nodes that it is time for, and return when each has answered or failed to."""
@@ -54,12 +56,13 @@ class Reach:
 
     async def _dial(self, node: Node) -> None:
         async with self._few:
+            told, trouble = self._told.get(node.name), None
             try:
                 await self._runners.call(node, "GET", "/api/node", container="", timeout=_ANSWER_SECONDS)
             except KohakuRiverError as error:
-                self._take(node, error.message)
-            else:
-                self._take(node, None)
+                trouble = error.message
+            if self._told.get(node.name) is told:  # else it is of where the node was before
+                self._take(node, trouble)
 
     def _take(self, node: Node, trouble: str | None) -> None:
         before, self._trouble[node.name] = self._trouble.get(node.name), trouble

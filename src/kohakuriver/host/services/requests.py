@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import asyncio
 import time
-from collections import OrderedDict
-from collections.abc import Callable
+from collections import OrderedDict, deque
+from collections.abc import Callable, Hashable
 from dataclasses import dataclass
 
 from kohakuriver.asking import asker
@@ -17,6 +18,9 @@ __all__ = ["Requests"]
 BURST_SECONDS = 5
 """How many seconds' worth of requests may come at once."""
 
+AT_ONCE = 4
+"""Requests that are begun before everything else of the host gets its turn: some 3 ms of work."""
+
 KNOWN = 4096
 """Users that are told apart; of more the one that has asked least lately starts anew."""
 
@@ -25,6 +29,41 @@ KNOWN = 4096
 class _Used:
     bucket: TokenBucket
     under_way: int = 0
+
+
+class _Turns:
+    """Who goes on in which round of the event loop."""
+
+    def __init__(self) -> None:
+        self._left = AT_ONCE
+        self._waiting: OrderedDict[Hashable, deque[asyncio.Future[None]]] = OrderedDict()
+        self._due = False
+
+    async def take(self, who: Hashable) -> None:
+        loop = asyncio.get_running_loop()
+        if not self._due:
+            self._due = True
+            loop.call_soon(self._renew, loop)
+        if self._left and not self._waiting:
+            self._left -= 1
+            return
+        turn = loop.create_future()
+        self._waiting.setdefault(who, deque()).append(turn)
+        await turn
+
+    def _renew(self, loop: asyncio.AbstractEventLoop) -> None:
+        self._left = AT_ONCE
+        while self._left and self._waiting:
+            who, turns = self._waiting.popitem(last=False)
+            turn = turns.popleft()
+            if turns:
+                self._waiting[who] = turns
+            if not turn.done():  # whose peer has not gone meanwhile
+                turn.set_result(None)
+                self._left -= 1
+        self._due = self._left < AT_ONCE
+        if self._due:
+            loop.call_soon(self._renew, loop)
 
 
 class Requests:
@@ -40,6 +79,15 @@ class Requests:
         self._most = most
         self._clock = clock
         self._used: OrderedDict[str, _Used] = OrderedDict()
+        self._turns = _Turns()
+
+    async def turn(self, who: Hashable) -> None:
+        """Return when it is the turn of a request of `who`, which nobody has checked yet.
+
+        A thousand requests that come at once are a second's work: it is done a little at a time, and each who has
+        requests gets one of them done in turn.
+        """
+        await self._turns.take(who)
 
     def count(self, caller: Caller) -> None:
         """One more is begun. Raises UnavailableError "too_many_requests" (429)."""

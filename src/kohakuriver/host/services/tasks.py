@@ -7,21 +7,23 @@ import contextlib
 import secrets
 import shlex
 import time
-from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
 from dataclasses import replace
 from typing import Any, TypeVar
 
 import structlog
 from pydantic import BaseModel, TypeAdapter, ValidationError
 
-from kohakuriver.backends import adopting, kind_of, making
+from kohakuriver.backends import adopting, kind_of, making_images
+from kohakuriver.changes import Changes
 from kohakuriver.errors import HostUnreachableError, KohakuRiverError, NotFoundError, UnavailableError, UsageError
 from kohakuriver.host.schemas import AdoptRequest, Agent, Answers, CreateRequest, iso_time
 from kohakuriver.host.services.audit import LONGEST_TEXT, NOWHERE, Audit, fingerprint
+from kohakuriver.host.services.bounds import BOUNDS, give_bounds, offer_of, open_to, roomy
 from kohakuriver.host.services.credentials import Caller
 from kohakuriver.host.services.nodes import Nodes
 from kohakuriver.host.services.runner_client import RunnerClient, makes_no_sense
+from kohakuriver.session.nodes import AWAY
 from kohakuriver.store import Accounts, Node, Store, Task
 from kohakuriver.task import (
     TaskOrder,
@@ -35,7 +37,7 @@ from kohakuriver.task import (
     taken_from,
 )
 
-__all__ = ["Changes", "Tasks", "container_name", "not_running"]
+__all__ = ["Tasks", "container_name", "not_running"]
 
 log = structlog.get_logger("kohakuriver.host")
 
@@ -45,6 +47,7 @@ _ADOPT = "/api/tasks/adopt"
 # A stop may take an engine its grace period. Users' programs wait a little longer than this for the host.
 _RUNNER_SECONDS = 45.0
 _LOOK_SECONDS = 10.0
+_CLAIM_SECONDS = 3 * _RUNNER_SECONDS
 
 Answer = TypeVar("Answer", bound=BaseModel)
 
@@ -55,35 +58,6 @@ _LOOK_SECONDS = 1.0
 def container_name(backend: str, task_id: int) -> str:
     """A task's id on the tunnel. Source: docs/protocol.md §4."""
     return kind_of(backend).container.format(task_id)
-
-
-class Changes:
-    """Wakes the callers that wait for a task to change."""
-
-    def __init__(self) -> None:
-        self._events: defaultdict[int, set[asyncio.Event]] = defaultdict(set)
-
-    def notify(self, task_ids: Iterable[int]) -> None:
-        """Wake everybody who watches one of these tasks."""
-        for task_id in task_ids:
-            for event in self._events.get(task_id, ()):
-                event.set()
-
-    def watched(self) -> list[int]:
-        """The tasks that somebody watches."""
-        return list(self._events)
-
-    @contextlib.contextmanager
-    def watch(self, task_id: int) -> Iterator[asyncio.Event]:
-        """An event that is set when the task changes."""
-        event = asyncio.Event()
-        self._events[task_id].add(event)
-        try:
-            yield event
-        finally:
-            self._events[task_id].discard(event)
-            if not self._events[task_id]:
-                del self._events[task_id]
 
 
 class Tasks:
@@ -98,7 +72,7 @@ class Tasks:
         accounts: Accounts,
         nodes: Nodes,
         runners: RunnerClient,
-        changes: Changes,
+        changes: Changes[int],
         *,
         user_mounts: bool = False,
         audit: Audit = NOWHERE,
@@ -118,8 +92,10 @@ class Tasks:
         lost = task.status in _ACTIVE and not self._nodes.is_online(node)
         traffic = {} if lost else node.traffic.get("tasks", {}).get(str(task.task_id), {})
         ordered = {name: list(task.spec.get(name, ())) for name in ("command", "mounts", "env")}  # names of variables
-        shown = part_of(task, TaskView, without=("shared_with", "traffic", "pending_removal", *ordered)) | {
+        given = {name: task.spec.get(name) for name in BOUNDS}
+        shown = part_of(task, TaskView, without=("shared_with", "traffic", "pending_removal", *ordered, *given)) | {
             **ordered,
+            **given,
             "status": "lost" if lost else task.status,
             "tunnel": task.tunnel and not lost,
             "message": f"node {node.name} is offline" if lost else task.message,
@@ -148,8 +124,10 @@ class Tasks:
         backends = _fit_for(request)
         if request.mounts and not self._user_mounts:
             owner.need_admin("Mounting what a node has")
-        node = (await self._nodes.fitting(backends, request.node))[0]
+        fitting = open_to(owner, await self._nodes.fitting(backends, request.node), backends)
+        node = roomy(fitting, request)
         order = _order(_offered(node, backends), request.name, vars(request))
+        give_bounds(order, offer_of(node), owner.name, owner.quotas)
         view = await self._begin(await self._add(order, node, owner.name), node)
         self._write("task_created", view, **_asked(order))
         return view
@@ -198,12 +176,7 @@ class Tasks:
 
     async def _add(self, order: TaskOrder, node: Node, owner: str) -> Task:
         task = Task.ordered(order, node=node.name, owner=owner, now=self._clock())
-        await self._store.add_task(task)
-        try:
-            await self._accounts.user(owner)
-        except NotFoundError:  # removed meanwhile, too early for this task to pass to the heir with the others
-            await self._store.forget_tasks([task.task_id])
-            raise
+        await self._accounts.add_task(task)
         return task
 
     async def _begin(self, task: Task, node: Node) -> TaskView:
@@ -242,13 +215,15 @@ class Tasks:
     async def restart(self, task: Task, node: Node, *, container: bool = False) -> TaskView:
         """Stop a task if it runs, and start it again: where its node has forgotten it, as it was ordered once.
 
-        An adopted container is restarted only with `container`.
+        An adopted container is restarted only with `container`. Raises "over_limit" where its owner can't have one more
+        that runs.
         """
-        try:
-            view = await self._control(task, node, "restart", container)
-        except NotFoundError:
-            log.info("task made again", task=task.task_id, name=task.name, node=node.name)
-            view = await self._take_over(await self._order(task, node), node, task)
+        async with _claimed(self._accounts, task):
+            try:
+                view = await self._control(task, node, "restart", container)
+            except NotFoundError:
+                log.info("task made again", task=task.task_id, name=task.name, node=node.name)
+                view = await self._take_over(await self._order(task, node), node, task)
         self._write("task_restarted", view)
         return view
 
@@ -275,6 +250,18 @@ class Tasks:
         self._write("agent_token_shown", await self.get(task, node))
         return _valid(Agent, answer, node)
 
+    async def renew_token(self, task: Task, node: Node) -> None:
+        """Make the token worthless that the task's tunnel client has had so far; somebody may know it.
+
+        A node that can't be asked now keeps it: it is of no use but where the task runs, and in its client's hands.
+        """
+        path = f"/api/tasks/{task.container}/token"
+        try:
+            self._nodes.check_online(node)
+            await self._runners.call(node, "POST", path, container=task.container, timeout=_RUNNER_SECONDS)
+        except KohakuRiverError as error:
+            log.warning("a task's tunnel token is still the one it was", task=task.task_id, reason=error.message)
+
     async def remove(self, task: Task, node: Node) -> TaskView:
         """Remove a task, as it was. A node that can't be reached is told when it is back."""
         view = await self.get(task, node)
@@ -289,7 +276,7 @@ class Tasks:
         except NotFoundError:
             await self._forget(task)
         except KohakuRiverError as error:
-            if not isinstance(error, HostUnreachableError) and error.code != "node_offline":
+            if not isinstance(error, HostUnreachableError) and error.code not in AWAY:
                 await self._store.change_task(task.task_id, {"removed": False})
                 raise
             await self._store.remove_task(task.task_id)
@@ -355,6 +342,20 @@ class Tasks:
                     await asyncio.wait_for(changed.wait(), left)
 
 
+@contextlib.asynccontextmanager
+async def _claimed(accounts: Accounts, task: Task) -> AsyncIterator[None]:
+    """Meanwhile the task counts as one that runs: two must not be started again where there is room for one."""
+    await accounts.claim(task.task_id, _CLAIM_SECONDS)
+    try:
+        yield
+    except KohakuRiverError as error:
+        if error.code == "runner_timeout":
+            raise  # it may yet have started
+        await accounts.claim(task.task_id, 0)
+        raise
+    await accounts.claim(task.task_id, 0)
+
+
 def _order(backend: str, name: str | None, more: dict[str, Any]) -> TaskOrder:
     """A new task with an id of its own; `more` are what else it has and may have fields that are not the node's."""
     task_id = 10**9 + secrets.randbelow(9 * 10**9)
@@ -370,6 +371,7 @@ def _asked(order: TaskOrder) -> dict[str, Any]:
         "command": shlex.join(order.command) if order.command else None,
         "mounts": [f"{mount}"[:LONGEST_TEXT] for mount in order.mounts] or None,
         "ssh_keys": [fingerprint(key) for key in order.ssh_keys] or None,
+        **{name: getattr(order, name) for name in BOUNDS},
     }
 
 
@@ -392,7 +394,9 @@ def _report(answer: dict[str, Any], node: Node) -> TaskReport:
 
 def _fit_for(request: CreateRequest) -> list[str]:
     """The backends that such a task can be made by. Raises UsageError where it asks for what can't go together."""
-    backends = making(image=request.image is not None) if request.backend is None else [request.backend]
+    if request.backend is None and request.image is None:
+        raise UsageError("A task needs an image: name one with --image, or use --backend process.")
+    backends = making_images() if request.backend is None else [request.backend]
     for kind in map(kind_of, backends):
         if kind.image and request.image is None:
             raise UsageError(f"A task of the {kind.name} backend needs an image; name one with --image.")
@@ -400,7 +404,9 @@ def _fit_for(request: CreateRequest) -> list[str]:
             raise UsageError(f"A task of the {kind.name} backend runs on the node itself and takes no --image.")
     if request.mounts and not any(kind_of(name).mounts for name in backends):
         raise UsageError("Only a task in a container takes --mount; a process sees the node's files as they are.")
-
+    bounds = [name for name in ("memory", "cpus", "pids", "shm_size") if getattr(request, name) is not None]
+    if bounds and not any(kind_of(name).bounded for name in backends):
+        raise UsageError(f"Only a task in a container takes --{bounds[0].replace('_', '-')}; nothing bounds a process.")
     return backends
 
 
@@ -433,8 +439,18 @@ def not_running(task: Task, view: TaskView) -> UnavailableError:
     why = f": {view.message}" if view.message else ""
     if view.status != task.status:  # its own is what its node said last
         return UnavailableError(f"Task {view.name} {what}{why}; it is back when its node is.", code="node_offline")
-    advice = "" if view.status == "starting" else f"; `kohakuriver vps restart {view.name}` starts it again"
-    return UnavailableError(f"Task {view.name} {what}{why}{advice}.", code="task_not_running")
+    return UnavailableError(f"Task {view.name} {what}{why}{_way_back(task, view)}.", code="task_not_running")
+
+
+def _way_back(task: Task, view: TaskView) -> str:
+    """What its user can do, as a clause."""
+    if view.status == "starting":
+        return ""
+    if not task.adopted:
+        return f"; `kohakuriver vps restart {view.name}` starts it again"
+    if view.status == "lost":  # its container is not there to be started
+        return f"; `kohakuriver vps rm {view.name}` ends the task"
+    return f"; `kohakuriver vps restart --container {view.name}` starts the container again"
 
 
 def _too_slow(view: TaskView, timeout: float) -> UnavailableError:

@@ -6,30 +6,55 @@ frames stay between neighbours and nothing malformed gets through.
 
 from __future__ import annotations
 
+import asyncio
+import contextlib
 import ssl
-from collections.abc import Awaitable, Callable, Collection
+import time
+from collections.abc import Awaitable, Callable, Collection, Iterator
+from contextlib import AbstractContextManager
 from typing import Any
 from urllib.parse import quote
 
 import structlog
 
-from kohakuriver._frame import SpliceWalker
-from kohakuriver.errors import KohakuRiverError, UsageError
+from kohakuriver._frame import FrameWalker, Message, SpliceWalker
+from kohakuriver.errors import KohakuRiverError, UnavailableError, UsageError
 from kohakuriver.host.services.audit import ranges
 from kohakuriver.limits import Limits
 from kohakuriver.session.carried import Carrier, Passed, Route, at_runner
 from kohakuriver.session.pace import PacedReads
 from kohakuriver.tunnel.accept import TunnelRoute, UpgradeRequest, greet
+from kohakuriver.tunnel.buffers import Assembler
 from kohakuriver.tunnel.dial import open_session
 from kohakuriver.tunnel.link import Link
 from kohakuriver.tunnel.message_link import may_close_with
-from kohakuriver.tunnel.ports import port_in, ports_in, ports_query
-from kohakuriver.tunnel.protocol import TUNNEL_V2, CloseCode
+from kohakuriver.tunnel.ports import GOES_ON, port_in, ports_in, ports_query
+from kohakuriver.tunnel.protocol import (
+    CONNECT,
+    GOAWAY,
+    PROTO_TERMINAL,
+    SESSION_ID,
+    TUNNEL_V2,
+    CloseCode,
+    Opening,
+    pack_seconds,
+)
+from kohakuriver.tunnel.terminal import Start
 
 log = structlog.get_logger("kohakuriver.proxy")
 
+SSH = "ssh"
+"""In the place of a port: where the task's SSH server listens."""
 
-Authorize = Callable[["str | None", str, int, str, "frozenset[int] | None"], Awaitable[Route]]
+TERMINAL = "terminal"
+"""In the place of a port: the session is for a terminal."""
+
+MAX_START = 1 << 20
+
+BACK_WITHIN = 4.0
+"""So many seconds a session that goes on waits for a runner that is about to come back."""
+
+Authorize = Callable[["str | None", str, "int | None", str, "frozenset[int] | None"], Awaitable[Route]]
 
 
 class Splice:
@@ -79,7 +104,9 @@ class Splice:
         pass
 
     def link_closed(self, link: Link, code: int, reason: str) -> None:
-        self.other.link.close(may_close_with(code), reason or "the other side of the session went")
+        hung_up = self is self.session.user and link.closing.hung_up
+        told = CloseCode.USER_LOST if hung_up else may_close_with(code)
+        self.other.link.close(told, reason or "the other side of the session went")
         self.session.closed(self, code, reason)
 
 
@@ -96,11 +123,61 @@ class RatedSplice(Splice):
         return consumed
 
 
-class ProxySession:
-    """One user's session through this host."""
+class StartWatch:
+    """Reads along what a user sends in a session for terminals; `started` is told what each is started with."""
 
-    def __init__(self, proxy: TunnelProxy, route: Route) -> None:
+    def __init__(self, max_message: int, started: Callable[[bytes], None]) -> None:
+        self._walker = FrameWalker(masked=True, max_message=max_message)
+        self._assembler = Assembler(MAX_START)
+        self._rest = bytearray()
+        self._started = started
+
+    def read(self, data: bytes) -> None:
+        """The next bytes, which a splice has let through."""
+        self._rest += data
+        done, more = 0, True
+        while more:
+            messages, at = self._walker.walk(self._rest, done, len(self._rest))
+            for message in messages:
+                self._message(message)
+            more, done = bool(messages) and done < at < len(self._rest), at
+        del self._rest[:done]
+
+    def _message(self, message: Message) -> None:
+        if message[0] != CONNECT:
+            return
+        payload = self._assembler.add(memoryview(bytes(self._rest[message[4] : message[5]])), message[6])
+        opening = None if payload is None else Opening.parse(payload, PROTO_TERMINAL)
+        if opening is not None:
+            self._started(opening.start)
+
+
+class _Watching(Splice):
+    """What comes from the user of a terminal."""
+
+    watch: StartWatch
+
+    def link_received(self, link: Link, start: int, stop: int) -> int:
+        seen = bytes(link.intake.buffer.view[start:stop])
+        consumed = super().link_received(link, start, stop)
+        self.watch.read(seen[: consumed - start])
+        return consumed
+
+
+class TerminalSplice(_Watching, Splice):
+    """That, as fast as it comes."""
+
+
+class RatedTerminalSplice(_Watching, RatedSplice):
+    """That, with a rate."""
+
+
+class ProxySession:
+    """One user's session through this host; `terminal` says that it is for one."""
+
+    def __init__(self, proxy: TunnelProxy, route: Route, *, terminal: bool = False) -> None:
         self.limits = proxy.limits
+        self._terminal = terminal
         self.carried = proxy.carrier.carry(self, route)
         self.user = self._side(masked=True)
         self.container_side = self._side(masked=False)
@@ -109,7 +186,18 @@ class ProxySession:
     def _side(self, *, masked: bool) -> Splice:
         walker = SpliceWalker(masked=masked, max_message=self.limits.max_message)
         rate = self.limits.max_rate
+        if masked and self._terminal:
+            side = RatedTerminalSplice(walker, self, rate) if rate else TerminalSplice(walker, self)
+            side.watch = StartWatch(self.limits.max_message, self._started)
+            return side
         return RatedSplice(walker, self, rate) if rate else Splice(walker, self)
+
+    def _started(self, start: bytes) -> None:
+        """The user asked for a terminal; `start` is what CONNECT says of it."""
+        if command := Start.command_in(start):
+            self.carried.ran(command)
+        if Start.is_named(start):
+            self.carried.stays()
 
     def begin(self, user: Link, runner: Link) -> None:
         """Both links are there."""
@@ -123,6 +211,12 @@ class ProxySession:
         for link in (self.user.link, self.container_side.link):
             (link.fail if code == CloseCode.POLICY else link.close)(code, reason)
 
+    def send_away(self, seconds: int) -> None:
+        """Tell the user's end, if it understands that, to go on over another session."""
+        user = self.user.link
+        if user.version >= 2:
+            user.send_message(GOAWAY, SESSION_ID, pack_seconds(seconds, "the host is going"), urgent=True)
+
     def closed(self, side: Splice, code: int, reason: str) -> None:
         """One of the two links has gone; the other follows."""
         self.carried.end("user" if side is self.user else "node", code, reason)
@@ -133,12 +227,19 @@ class ProxySession:
         return self.user.walker.bytes_passed, self.container_side.walker.bytes_passed
 
 
+@contextlib.contextmanager
+def _nobody_comes_back(_node: str) -> Iterator[asyncio.Event]:
+    yield asyncio.Event()
+
+
 class TunnelProxy:
     """All forward sessions of a host.
 
     Args:
-        authorize: (bearer token or None, task's id or name, port, "tcp" or "udp", the ports that it may reach or None
-            for all) → where the session goes. Raises KohakuRiverError.
+        authorize: (bearer token or None, task's id or name, port or None for that of its SSH server, "tcp" or "udp",
+            the ports that it may reach or None for all) → where the session goes. Raises KohakuRiverError.
+        authorize_terminal: (bearer token or None, task's id or name) → where a session for a terminal goes. Raises too.
+        coming_back: node's name → a context in which an event is set when the node registers here.
         trusted: how runners that serve TLS are checked; None for the system's authorities.
         limits: what a session may take.
     """
@@ -147,13 +248,18 @@ class TunnelProxy:
         self,
         *,
         authorize: Authorize,
+        authorize_terminal: Callable[[str | None, str], Awaitable[Route]],
+        coming_back: Callable[[str], AbstractContextManager[asyncio.Event]] = _nobody_comes_back,
         trusted: ssl.SSLContext | None = None,
         limits: Limits | None = None,
     ) -> None:
         self.authorize = authorize
+        self.authorize_terminal = authorize_terminal
+        self._coming_back = coming_back
         self.trusted = trusted
         self.limits = limits or Limits()
         self.carrier: Carrier[ProxySession] = Carrier(self.limits)
+        self._away: float | None = None
 
     @property
     def sessions(self) -> Collection[ProxySession]:
@@ -168,6 +274,13 @@ class TunnelProxy:
         """Sessions now, and bytes of frames' payloads passed since the start."""
         return self.carrier.snapshot()
 
+    async def drain(self, seconds: int) -> None:
+        """Have users go on at a host that takes this one's place; wait for that, for so many seconds at most."""
+        self._away = time.monotonic() + seconds  # for those, too, that are being opened now
+        for session in self.sessions:
+            session.send_away(seconds)
+        await self.carrier.emptied(seconds)
+
     async def close(self) -> None:
         """Close every session."""
         self.carrier.cut_all("the host is shutting down")
@@ -175,23 +288,73 @@ class TunnelProxy:
     async def _open(self, request: UpgradeRequest, task: str, port: str) -> None:
         """Answer a command line or a browser."""
         try:
-            await self._open_session(request, task, port_in(port))
+            if port == TERMINAL:
+                await self._open_terminal(request, task)
+            else:
+                await self._open_session(request, task, None if port == SSH else port_in(port))
         except KohakuRiverError as error:
             log.info("session refused", task=task, port=port, peer=request.peer, reason=str(error))
             raise
 
-    async def _open_session(self, request: UpgradeRequest, task: str, port: int) -> None:
+    async def _open_session(self, request: UpgradeRequest, task: str, named: int | None) -> None:
         """Open the session at the runner first: its answer decides ours, the version included."""
         proto = request.query.get("proto", "tcp")
         if proto not in ("tcp", "udp"):
             raise UsageError(f"proto must be tcp or udp, not {proto!r}")
         ports = ports_in(request.query)
-        route = await self.authorize(request.token, task, port, proto, ports)
-        session = ProxySession(self, route)
         query = f"proto={proto}" if ports is None else f"proto={proto}&{ports_query(ports)}"
-        about = {"proto": proto, "port": port, "ports": None if ports is None else ranges(ports)}
+
+        async def begin(route: Route) -> None:
+            port = named or route.port
+            about = {
+                "proto": SSH if named is None else proto,
+                "port": port,
+                "ports": None if ports is None else ranges(ports),
+            }
+            await self._carry(request, route, f"{port}?{query}", about)
+
+        await self._begin(request, lambda: self.authorize(request.token, task, named, proto, ports), begin)
+
+    async def _open_terminal(self, request: UpgradeRequest, task: str) -> None:
+        """The same for a session that is for a terminal."""
+        await self._begin(
+            request,
+            lambda: self.authorize_terminal(request.token, task),
+            lambda route: self._carry(request, route, f"{TERMINAL}?", {"proto": TERMINAL}),
+        )
+
+    async def _begin(
+        self,
+        request: UpgradeRequest,
+        authorize: Callable[[], Awaitable[Route]],
+        begin: Callable[[Route], Awaitable[None]],
+    ) -> None:
+        """Begin a session. One that goes on waits for a runner that is away: its user would come again, and later."""
+        route = await authorize()
+        if not request.goes_on:
+            await begin(route)
+            return
+        with self._coming_back(route.node) as back:
+            try:
+                await begin(route)
+                return
+            except UnavailableError as error:
+                if error.code != "runner_unreachable":
+                    raise
+                with contextlib.suppress(asyncio.TimeoutError):
+                    await asyncio.wait_for(back.wait(), BACK_WITHIN)
+                if not back.is_set():
+                    raise
+        await begin(await authorize())  # it may be somewhere else now
+
+    async def _carry(self, request: UpgradeRequest, route: Route, port_and_query: str, about: dict[str, Any]) -> None:
+        session = ProxySession(self, route, terminal=about["proto"] == TERMINAL)
+        if request.goes_on:
+            port_and_query, about = f"{port_and_query}&{GOES_ON}", {**about, "resumed": True}
+            if about["proto"] == TERMINAL:
+                session.carried.stays()  # it may have a name, which was told in a session before
         with session.carried:
-            runner = await self._open_at_runner(session, route, request, f"{port}?{query}")
+            runner = await self._open_at_runner(session, route, request, port_and_query)
             self._splice(session, request, runner, about)
 
     async def _open_at_runner(
@@ -215,4 +378,6 @@ class TunnelProxy:
         session.carried.begin(request.peer, **about, version=runner.version)
         greet(user, "CONNECTED")
         runner.hand_over(session.container_side)
+        if self._away is not None:
+            session.send_away(max(0, round(self._away - time.monotonic())))
         session.carried.hang_on_right()

@@ -6,6 +6,7 @@ from collections.abc import Callable
 
 from kohakuriver.errors import UnavailableError
 from kohakuriver.runner.backends.base import Backend, ExecRequest, ExecSession, Reporter, Surroundings
+from kohakuriver.runner.backends.printed import LogRequest, Printed
 from kohakuriver.runner.services.direct import DirectTarget
 from kohakuriver.runner.services.state import TaskRecord
 
@@ -51,6 +52,13 @@ class AddressBackend(Backend):
         raise UnavailableError(
             f"Task {task.name} is the address {task.address}, and kohakuriver runs nothing there; "
             f"if it has an SSH server, use `kohakuriver vps connect {task.name}`.",
+            code="not_supported",
+        )
+
+    async def logs(self, task: TaskRecord, request: LogRequest) -> Printed:
+        raise UnavailableError(
+            f"Task {task.name} is the address {task.address}, and kohakuriver runs nothing there that prints; "
+            "what its services print is in that machine's own logs.",
             code="not_supported",
         )
 

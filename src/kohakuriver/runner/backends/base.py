@@ -7,10 +7,14 @@ from collections.abc import Awaitable, Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Final, Protocol
 
+from kohakuriver.images import Registries
+from kohakuriver.limits import Limits
+from kohakuriver.runner.backends.printed import LogRequest, Printed
 from kohakuriver.runner.services.direct import DirectTarget
 from kohakuriver.runner.services.ssh_helper import SshHelper
 from kohakuriver.runner.services.state import State, TaskRecord
 from kohakuriver.runner.services.tunnel_helper import TunnelHelper
+from kohakuriver.tunnel.accept import Peer
 
 __all__ = [
     "CTRL_D",
@@ -46,7 +50,7 @@ class ExecRequest:
 
     `command` is a program and its arguments, searched for in the task's PATH; empty means the best shell that is
     there. With `tty` it gets a terminal of `rows` x `cols` characters, otherwise three pipes. `env` is added to the
-    task's own environment.
+    task's own environment. `user` and `workdir` are "" for those that the task has itself.
     """
 
     command: Sequence[str] = ()
@@ -54,6 +58,8 @@ class ExecRequest:
     rows: int = 24
     cols: int = 80
     env: Mapping[str, str] = field(default_factory=dict)
+    user: str = ""
+    workdir: str = ""
 
 
 def locale_for(request: ExecRequest, known: Collection[str]) -> dict[str, str]:
@@ -101,7 +107,8 @@ class Surroundings:
 
     `node` is its name. `listen_at` makes the runner reachable at one of the node's addresses, for containers, and gives
     the URL; `local_url` is that for the node's own processes. `on_change` is called when a backend's `trouble` is
-    another. `serves_others`: users of the cluster are not the one who started the runner.
+    another. `user_processes`: others than admins may run processes here. `process_user`: as whom, None for the
+    runner's own user. `registries` are those that images may come from, `limits` what users may take.
     """
 
     node: str
@@ -112,7 +119,10 @@ class Surroundings:
     listen_at: Callable[[str], Awaitable[str]]
     local_url: Callable[[], str]
     on_change: Callable[[], None]
-    serves_others: bool
+    user_processes: bool
+    process_user: str | None
+    registries: Registries
+    limits: Limits
 
 
 class Backend(ABC):
@@ -170,6 +180,21 @@ class Backend(ABC):
         Raises UnavailableError "no_shell" where a shell was asked for and there is none. A command that can't be
         run is no error here: like a shell would, the session says so on stderr and ends with 127 (not found) or 126.
         """
+
+    @abstractmethod
+    async def logs(self, task: TaskRecord, request: LogRequest) -> Printed:
+        """What the task printed, whether it runs or not; the caller closes it.
+
+        Raises UnavailableError where there is nothing that could be read.
+        """
+
+    async def comes_from(self, task: TaskRecord, peer: Peer) -> bool:
+        """Whether a tunnel client that shows the task's token is where the task is."""
+        return True
+
+    async def give_token(self, task: TaskRecord) -> None:
+        """Lay a running task's token down where its tunnel client finds it, if the backend started that."""
+        return
 
     def target(self, task: TaskRecord) -> DirectTarget | None:
         """What the runner itself dials for a task's ports, None where a tunnel client does it."""

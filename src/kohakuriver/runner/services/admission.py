@@ -1,23 +1,24 @@
-"""What a session may open: which ports, how many streams at once, how many a second."""
+"""What a session may open: which ports, how many streams at once, how many a second; and what its user may have."""
 
 from __future__ import annotations
 
 import time
+from collections import Counter
 from collections.abc import Callable, Hashable
 
 from kohakuriver.limits import Limits
 from kohakuriver.rates import TokenBucket
 from kohakuriver.session.ticket import Ticket
-from kohakuriver.tunnel.protocol import ErrorText
+from kohakuriver.tunnel.protocol import PROTO_TCP, PROTO_TERMINAL, ErrorText
 
-__all__ = ["Admission", "ConnectRates"]
+__all__ = ["Admission", "ConnectRates", "OpenStreams"]
 
 
 class ConnectRates:
     """New streams a second, of each user in all sessions together.
 
     Args:
-        rate: streams a second; as many may come at once. 0 is no limit.
+        rate: streams a second of those whose ticket says nothing of it. 0 is no limit.
         clock: seconds.
     """
 
@@ -26,45 +27,108 @@ class ConnectRates:
         self._clock = clock
         self._buckets: dict[Hashable, TokenBucket] = {}
 
-    def try_take(self, who: Hashable) -> bool:
-        """Whether they may open one more stream now."""
-        if not self.rate:
+    def try_take(self, who: Hashable, rate: int) -> bool:
+        """Whether they may open one more stream now, of `rate` a second; as many may come at once. 0 is any number."""
+        if not rate:
             return True
         now = self._clock()
         bucket = self._buckets.get(who)
         if bucket is None:
             # Of those who opened nothing for a second nothing need be remembered.
             self._buckets = {known: each for known, each in self._buckets.items() if not each.is_full(now)}
-            bucket = self._buckets[who] = TokenBucket(self.rate, self.rate, now)
+            bucket = self._buckets[who] = TokenBucket(rate, rate, now)
+        elif bucket.rate != rate:  # it was changed for this user between two sessions
+            bucket.change(rate, rate, now)
         return bucket.try_take(now)
+
+
+class OpenStreams:
+    """How many streams each user has open on this node, in all sessions together.
+
+    Args:
+        most: of all users together, 0 for any number. When there are as many, nobody may open one more who has an equal
+            part of them already.
+        share: of one user, 0 for any number.
+    """
+
+    def __init__(self, most: int = 0, share: int = 0) -> None:
+        self._most = most
+        self._share = share
+        self._of: Counter[Hashable] = Counter()
+        self.total = 0
+
+    def change(self, who: Hashable, by: int) -> None:
+        """They have so many more open, or less where `by` is negative."""
+        self.total += by
+        self._of[who] += by
+        if not self._of[who]:
+            del self._of[who]
+
+    def refusal(self, who: Hashable) -> ErrorText | None:
+        """Why they may not open one more, or None."""
+        have = self._of[who]
+        if self._share and have >= self._share:
+            sentence = f"your forwards have {have} connections open on this node, which is as many as it allows"
+            return ErrorText("EMFILE", sentence)
+        if self._most and self.total >= self._most and have * len(self._of) >= self._most:
+            sentence = f"{self.total} connections are open on this node, which is as many as it allows, {have} of yours"
+            return ErrorText("EMFILE", sentence)
+        return None
 
 
 class Admission:
     """Whether one session may open one more stream."""
 
     def __init__(
-        self, limits: Limits, rates: ConnectRates, ticket: Ticket | None, named: frozenset[int] | None
+        self,
+        limits: Limits,
+        rates: ConnectRates,
+        ticket: Ticket | None,
+        named: frozenset[int] | None,
+        streams: OpenStreams | None = None,
+        *,
+        terminal: bool = False,
     ) -> None:
-        """``named`` are the ports that the session is confined to beside what its ticket says, None for all."""
+        """``named`` are the ports that the session is confined to beside what its ticket says, None for all.
+
+        A ``terminal`` session opens one terminal at a time, and no port; no other session opens any.
+        """
+        self._terminal = terminal
         self._limits = limits
         self._rates = rates
+        self._streams = streams or OpenStreams()
+        self._counted = 0
         self._ticket = ticket
         self._named = named
+        self._rate = rates.rate if ticket is None or ticket.connects is None else ticket.connects
         # Whose share it takes from: of a session of nobody in particular it is its own.
         self.who: Hashable = self if ticket is None else ticket.user
+        self.user = "" if ticket is None or ticket.user is None else ticket.user
 
     def _allows(self, port: int) -> bool:
         by_ticket = self._ticket is None or self._ticket.allows(port)
         return by_ticket and (self._named is None or port in self._named)
 
-    def refusal(self, port: int, streams: int) -> ErrorText | None:
-        """Why a stream to ``port`` may not be opened while ``streams`` are open, or None."""
-        most, rate = self._limits.max_streams, self._rates.rate
-        if not self._allows(port):
+    def count(self, streams: int) -> None:
+        """The session has so many streams now."""
+        if streams != self._counted:
+            self._streams.change(self.who, streams - self._counted)
+            self._counted = streams
+
+    def refusal(self, port: int, streams: int, proto: int = PROTO_TCP) -> ErrorText | None:
+        """Why a stream to ``port`` may not be opened while the session has ``streams``, or None."""
+        most, rate = self._limits.max_streams, self._rate
+        if self._terminal != (proto == PROTO_TERMINAL):
+            return ErrorText("EACCES", f"this session is for {'a terminal' if self._terminal else 'ports'} alone")
+        if self._terminal and streams:
+            return ErrorText("EMFILE", "this session has its terminal already")
+        if not self._terminal and not self._allows(port):
             return ErrorText("EACCES", f"port {port} is not part of this forward")
         if most and streams >= most:
             return ErrorText("EMFILE", f"this forward has {most} connections open, which is as many as the node allows")
-        if not self._rates.try_take(self.who):
+        if (refusal := self._streams.refusal(self.who)) is not None:
+            return refusal
+        if not self._rates.try_take(self.who, rate):
             sentence = f"your forwards open more than {rate} connections a second on this node, which does not allow it"
             return ErrorText("EAGAIN", sentence)
         return None

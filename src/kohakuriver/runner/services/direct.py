@@ -8,10 +8,16 @@ from dataclasses import dataclass
 
 from kohakuriver.runner.services.admission import Admission
 from kohakuriver.tunnel.container_endpoint import ContainerEndpoint, Network
+from kohakuriver.tunnel.endpoint import AnyStream, Share
+from kohakuriver.tunnel.keeper import Keeper
 from kohakuriver.tunnel.link import Link
+from kohakuriver.tunnel.protocol import ErrorText
 from kohakuriver.tunnel.settings import EndpointConfig
 
-__all__ = ["DirectSession", "DirectTarget"]
+__all__ = ["DirectSession", "DirectTarget", "Keepers"]
+
+DIALLED = 8
+"""A stream that the runner dials itself counts as so many: it has a socket here, and bytes that wait at it."""
 
 
 @dataclass(frozen=True)
@@ -20,6 +26,33 @@ class DirectTarget:
 
     address: str | None = None
     network: Network | None = None
+
+
+class Keepers:
+    """The streams that this runner dialled itself and that outlive their sessions, by container."""
+
+    def __init__(self) -> None:
+        self._keepers: dict[str, Keeper] = {}
+
+    def of(self, container: str) -> Keeper:
+        """Those of one container."""
+        return self._keepers.setdefault(container, Keeper())
+
+    def end(self, container: str, reason: str) -> None:
+        """They are dialled no longer."""
+        keeper = self._keepers.pop(container, None)
+        if keeper is not None:
+            keeper.close(ErrorText("ECONNRESET", reason))
+
+    def close(self) -> None:
+        """The runner ends, and it is their other end."""
+        for container in list(self._keepers):
+            self.end(container, "the runner has ended, which had made this connection")
+
+    def revoke(self, container: str, mark: bytes, reason: str) -> None:
+        """A user's right to the container has gone."""
+        if container in self._keepers:
+            self._keepers[container].revoke(mark, ErrorText("EACCES", reason))
 
 
 class DirectSession(ContainerEndpoint):
@@ -33,6 +66,9 @@ class DirectSession(ContainerEndpoint):
         port: int,
         admission: Admission,
         config: EndpointConfig | None,
+        keeper: Keeper,
+        mark: bytes,
+        share: Share,
         on_closed: Callable[[DirectSession], None],
     ) -> None:
         super().__init__(
@@ -42,12 +78,28 @@ class DirectSession(ContainerEndpoint):
             refuses=admission.refusal,
             default_port=port,
             network=target.network,
+            keeper=keeper,
+            mark=mark,
+            share=share,
         )
         self.container = container
+        self._admission = admission
         self._on_closed = on_closed
+
+    def entered(self, link: Link) -> None:
+        super().entered(link)
+        self._count()
+
+    def stream_over(self, stream: AnyStream) -> None:
+        super().stream_over(stream)
+        self._count()
+
+    def _count(self) -> None:
+        self._admission.count(DIALLED * self.stream_count)
 
     def link_closed(self, link: Link, code: int, reason: str) -> None:
         super().link_closed(link, code, reason)
+        self._count()
         self._on_closed(self)
 
     def end(self, code: int, reason: str) -> None:

@@ -6,8 +6,8 @@ import asyncio
 import base64
 import contextlib
 import time
-from collections.abc import Callable, Coroutine, Iterable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Coroutine, Iterable, Iterator, Sequence
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +23,8 @@ from kohakuriver.errors import (
     UnavailableError,
     from_answer,
 )
+from kohakuriver.no_connection import reason
+from kohakuriver.quotas import Offer
 from kohakuriver.runner.services.state import State
 from kohakuriver.runtime import cancel_all
 from kohakuriver.session import ticket
@@ -47,7 +49,9 @@ TASKS_AT_ONCE = 100
 class NodeIdentity:
     """Who this node says it is. `url` is how the host reaches it, `instance` tells it from a namesake.
 
-    `ca_file` holds the authority that signed the host's certificate; None where the system knows it.
+    `other_hosts` are URLs of hosts on the same database, for when the one at `host_url` is away. `ca_file` holds
+    the authority that signed the host's certificate; None where the system knows it. `offer` is what the node has
+    for tasks.
     """
 
     name: str
@@ -56,13 +60,16 @@ class NodeIdentity:
     host_url: str
     token: str
     ca_file: Path | None = None
+    offer: Offer = field(default_factory=Offer)
+    other_hosts: Sequence[str] = ()
 
 
 class Registration:
     """Registers with the host, sends heartbeats, and registers again whenever the host does not know the node.
 
-    `heartbeat` gives what to tell, `backends` what is offered, or why it is not; `remove` ends a task that the host
-    says is removed. `on_registered` is called when the host has taken the node in, also after it was away.
+    `heartbeat` gives what to tell, and `told` is called with it when the host has heard it all; `backends` gives what
+    is offered, or why it is not; `remove` ends a task that the host says is removed. `on_registered` is called when the
+    host has taken the node in, also after it was away.
     """
 
     def __init__(
@@ -71,6 +78,7 @@ class Registration:
         state: State,
         *,
         heartbeat: Callable[[], dict[str, Any]],
+        told: Callable[[dict[str, Any]], None] = lambda beat: None,
         backends: Callable[[], dict[str, str | None]],
         remove: Callable[[int], Coroutine[Any, Any, None]],
         on_registered: Callable[[], None] = lambda: None,
@@ -78,6 +86,7 @@ class Registration:
         self._identity = identity
         self._state = state
         self._heartbeat = heartbeat
+        self._told = told
         self._backends = backends
         self._remove = remove
         self._on_registered = on_registered
@@ -89,13 +98,17 @@ class Registration:
         self._trouble = ""
         self._unreachable: str | None = None
         self._removing: dict[int, asyncio.Task[None]] = {}
-        self._http = httpx.AsyncClient(
-            base_url=identity.host_url,
-            headers={"Authorization": f"Bearer {identity.token}"},
-            timeout=_ANSWER_SECONDS,
-            verify=tls.client_context(identity.host_url, identity.ca_file) or True,
-            trust_env=False,
-        )
+        self._hosts = [_client(url, identity) for url in (identity.host_url, *identity.other_hosts)]
+        self._away = False
+
+    @property
+    def host(self) -> str:
+        """The URL of the host that is told now."""
+        return str(self._http.base_url).rstrip("/")
+
+    @property
+    def _http(self) -> httpx.AsyncClient:
+        return self._hosts[0]
 
     def changed(self) -> None:
         """Have the next heartbeat sent now."""
@@ -117,14 +130,20 @@ class Registration:
     async def run(self) -> None:
         """Keep the host informed, until cancelled."""
         backoff = Backoff(_FIRST_PAUSE, _LONGEST_PAUSE)
+        tried = 0
         while True:
             self._registered_at = None
             trouble = await self._stay_registered()
+            tried = tried + 1 if self._registered_for() is None else 1
             backoff.ended(self._registered_for())
             if trouble != self._trouble:
                 log.warning("the host does not take this node in", reason=trouble)
             self._trouble = trouble
-            await asyncio.sleep(backoff.pause())
+            if self._away:
+                self._hosts.append(self._hosts.pop(0))
+            if not self._away or tried >= len(self._hosts):
+                tried = 0
+                await asyncio.sleep(backoff.pause())
 
     def _registered_for(self) -> float | None:
         """For how many seconds the host has had this node; None where it did not take it in."""
@@ -133,10 +152,11 @@ class Registration:
     async def _stay_registered(self) -> str:
         """Register and send heartbeats until something is in the way; what that is."""
         offered = self._backends()
+        self._away = False
         try:
             while True:
                 seconds = await self._register(offered)
-                log.info("registered with the host", host=self._identity.host_url, node=self._identity.name)
+                log.info("registered with the host", host=self.host, node=self._identity.name)
                 self._trouble = ""
                 if self._registered_at is None:
                     self._on_registered()
@@ -144,6 +164,7 @@ class Registration:
                 with contextlib.suppress(NotFoundError):  # the host has forgotten this node: tell it again
                     offered = await self._beat(seconds, offered)
         except KohakuRiverError as error:
+            self._away = isinstance(error, HostUnreachableError)
             return error.message
         except Exception:  # unheard, it would end the heartbeats, and the host would call this node offline
             log.exception("a heartbeat could not be made")
@@ -159,6 +180,7 @@ class Registration:
                 "backends": [name for name, trouble in offered.items() if trouble is None],
                 "unavailable": {name: trouble[:_LONGEST_REASON] for name, trouble in offered.items() if trouble},
                 "version": __version__,
+                "offer": asdict(self._identity.offer),
             },
         )
         key = base64.b64decode(answer["ticket_key"])
@@ -171,10 +193,11 @@ class Registration:
         """Send heartbeats until this node offers other backends than `offered`; those."""
         while (now := self._backends()) == offered:
             self._changed.clear()
-            for part in _parts(self._heartbeat()):
+            for part in _parts(beat := self._heartbeat()):
                 answer = await self._post(self._heartbeat_path, part)
                 self._heed(answer.get("unreachable"))
                 self._remove_soon(answer.get("remove", ()))
+            self._told(beat)
             with contextlib.suppress(asyncio.TimeoutError):
                 await asyncio.wait_for(self._changed.wait(), seconds)
         return now
@@ -203,23 +226,23 @@ class Registration:
             answer = await self._http.post(path, json=body)
             if answer.status_code >= 400:
                 raise from_answer(
-                    self._identity.host_url,
+                    self.host,
                     answer.status_code,
                     answer.content,
                     location=answer.headers.get("location", ""),
                 )
             content: dict[str, Any] = answer.json()
-        except (httpx.HTTPError, ValueError) as error:
-            raise HostUnreachableError(f"The host at {self._identity.host_url} {self._trouble_with(error)}.") from error
+        except (httpx.HTTPError, OSError, ValueError) as error:  # without descriptors it can fail anywhere
+            raise HostUnreachableError(f"The host at {self.host} {self._trouble_with(error)}.") from error
         return content
 
     def _trouble_with(self, error: Exception) -> str:
         """What it means that no answer came, as the rest of a sentence about the host."""
-        if why := tls.reason(error):
-            return f"can't be reached: {why}"
-        if isinstance(error, (httpx.RemoteProtocolError, httpx.ReadError)):
-            return f"can't be reached: {tls.hung_up(self._identity.host_url)}"
-        return "does not answer"
+        if isinstance(error, httpx.TimeoutException):
+            return f"did not answer within {_ANSWER_SECONDS:g} s"
+        if isinstance(error, (httpx.RemoteProtocolError, httpx.ReadError)) and tls.reason(error) is None:
+            return f"can't be reached: {tls.hung_up(self.host)}"
+        return f"can't be reached: {reason(error)}"
 
     async def close(self) -> None:
         """Tell the host that this node leaves; it would find out by itself a little later."""
@@ -227,12 +250,23 @@ class Registration:
         if self._registered:
             with contextlib.suppress(KohakuRiverError, asyncio.TimeoutError):
                 await asyncio.wait_for(self._leave(), _LEAVE_SECONDS)
-        await self._http.aclose()
+        for host in self._hosts:
+            await host.aclose()
         self._used_tickets.close()
 
     async def _leave(self) -> None:
         for part in _parts(self._heartbeat()):
             await self._post(self._heartbeat_path, {**part, "leaving": True})
+
+
+def _client(host_url: str, identity: NodeIdentity) -> httpx.AsyncClient:
+    return httpx.AsyncClient(
+        base_url=host_url,
+        headers={"Authorization": f"Bearer {identity.token}"},
+        timeout=_ANSWER_SECONDS,
+        verify=tls.trusted_at(host_url, identity.ca_file),
+        trust_env=False,
+    )
 
 
 def _parts(beat: dict[str, Any]) -> Iterator[dict[str, Any]]:
@@ -242,3 +276,4 @@ def _parts(beat: dict[str, Any]) -> Iterator[dict[str, Any]]:
         told = tasks[start : start + TASKS_AT_ONCE]
         others = [task["task_id"] for task in (*tasks[:start], *tasks[start + TASKS_AT_ONCE :])]
         yield {**beat, "tasks": told, "others": others}
+        beat = {**beat, "incidents": []}

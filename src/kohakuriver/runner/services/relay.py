@@ -8,7 +8,9 @@ sees only the messages that open, end or half-close a stream (docs/protocol.md Â
 from __future__ import annotations
 
 import asyncio
+import secrets
 from collections import Counter
+from collections.abc import Callable
 from typing import Any, Generic, Protocol, TypeVar
 
 from kohakuriver._frame import WHOLE, WS_TEXT, Message, RelayWalker, RoutingTable
@@ -16,20 +18,33 @@ from kohakuriver.runner.services.admission import Admission
 from kohakuriver.tunnel.buffers import Assembler
 from kohakuriver.tunnel.link import Link
 from kohakuriver.tunnel.protocol import (
+    ACK,
     CLOSE,
     CONNECT,
     CONNECTED,
     DATA,
+    DETACH,
     EOF,
     ERROR,
+    NEW_TOKEN,
     PING,
     PONG,
     PROTO_TCP,
+    RESUME,
+    RESUMED,
+    REVOKE,
+    SESSION_ENDED,
     SESSION_ID,
     WINDOW,
     CloseCode,
     Counts,
+    Ended,
     ErrorText,
+    Opening,
+    Resuming,
+    Roll,
+    hold_after,
+    pack_seconds,
 )
 
 __all__ = ["V1_BACKLOG", "V2_BACKLOG", "RelayLeg", "RelayOwner", "SessionLeg", "TunnelLeg"]
@@ -41,9 +56,14 @@ V1_BACKLOG = 1 << 20
 V2_BACKLOG = 96 << 20
 # How long after a user's CLOSE a v1 tunnel client may answer it (seconds); users who wait for less say CLOSE again.
 V1_REPLY = 60.0
+# Of how many streams of a v1 session an answer is waited for; of more, the one that has been waited for longest goes.
+MOST_CLOSING = 4096
+# How long the client of a tunnel has to show that it is there when another one comes (seconds).
+ANSWER_SECONDS = 5.0
 # How a container's end says that a user broke a window: it can't close the tunnel, which is all users'.
 PASSED_WINDOW = "EPROTO"
 NO_TUNNEL = ErrorText("ENOTCONN", "the task's tunnel is not connected; is the task running?")
+TUNNEL_AWAY = ErrorText("EAGAIN", "the task's tunnel is not connected at the moment")
 
 Other = TypeVar("Other", bound="RelayLeg[Any]")
 
@@ -126,10 +146,10 @@ class RelayLeg(Generic[Other]):
         if kind in (CLOSE, ERROR):
             self.end(kind, proto, client_id, payload)
         elif kind == EOF:
-            self._half_close(proto, client_id)
+            self._half_close(proto, client_id, payload)
         elif kind in (PING, PONG):
             self._ping(kind, proto, client_id, payload)
-        elif kind in (DATA, WINDOW, CONNECTED):
+        elif kind in (DATA, WINDOW, CONNECTED, ACK, RESUMED):
             self._route(kind, proto, client_id, payload)
         else:
             self.unknown_messages += 1
@@ -156,16 +176,22 @@ class RelayLeg(Generic[Other]):
                 self.reported.update(counts._asdict())
             self.link.send_message(PONG, client_id, payload, proto=proto, urgent=True)
 
-    def _half_close(self, proto: int, client_id: int) -> None:
-        """EOF came from this side; after both, the ids are free."""
+    def _half_close(self, proto: int, client_id: int, payload: bytes) -> None:
+        """EOF came from this side; after both, the ids of a stream that is not kept are free."""
         route = self.table.get(client_id)
         if route is None:
             return
         target, other_id = route
-        target.link.send_message(EOF, other_id, proto=proto)
+        ended = Ended.parse(payload)
+        target.link.send_message(EOF, other_id, b"" if ended is None else payload, proto=proto)
         if self.ended_twice(client_id, target, other_id):
             self.table.remove(client_id)
             target.table.remove(other_id)
+            self.freed()
+            target.freed()
+
+    def freed(self) -> None:
+        """Streams of this leg have ended."""
 
     def counts(self) -> Counter[str]:
         """Totals of what came from this side, and of what its endpoint reported."""
@@ -189,11 +215,39 @@ class RelayLeg(Generic[Other]):
 
 
 class TunnelLeg(RelayLeg["SessionLeg"]):
-    """A container's one link."""
+    """A container's one link.
 
-    def __init__(self, owner: RelayOwner, container: str, max_message: int) -> None:
+    `client` tells its tunnel client from others, "" where nothing does; it is None where that has shown no token.
+    """
+
+    def __init__(self, owner: RelayOwner, container: str, max_message: int, client: str | None = None) -> None:
         super().__init__(owner, container, max_message)
+        self.client = client
         self._last_id = 0
+        self._asked: dict[bytes, asyncio.Future[bool]] = {}
+
+    async def answers(self) -> bool:
+        """Whether its client is there: it answers a PING soon, or at least sends something."""
+        received, mark = self.link.watch.received, secrets.token_bytes(8)
+        answer = self._asked[mark] = asyncio.get_running_loop().create_future()
+        self.link.send_message(PING, SESSION_ID, mark, urgent=True)
+        try:
+            return await asyncio.wait_for(answer, ANSWER_SECONDS)
+        except asyncio.TimeoutError:
+            return self.link.watch.received != received
+        finally:
+            del self._asked[mark]
+
+    def message(self, kind: int, proto: int, client_id: int, port: int, payload: bytes) -> None:
+        if kind == PONG and client_id == SESSION_ID and (asked := self._asked.get(payload)) is not None:
+            if not asked.done():
+                asked.set_result(True)
+            return
+        super().message(kind, proto, client_id, port, payload)
+
+    def announce_token(self) -> None:
+        """Tell its client that a new token lies where the one that it has was."""
+        self.link.send_message(PING, SESSION_ID, NEW_TOKEN, urgent=True)
 
     def counts(self) -> Counter[str]:
         return self.reported + Counter({"bytes_to_user": self.walker.bytes_routed})
@@ -231,17 +285,26 @@ class TunnelLeg(RelayLeg["SessionLeg"]):
     def ended_twice(self, client_id: int, target: SessionLeg, other_id: int) -> bool:
         return target.note_end(other_id, self)
 
+    def revoke(self, mark: bytes, reason: str) -> None:
+        """End what is held here of a user whose right has gone."""
+        if self.version >= 2:
+            self.link.send_message(REVOKE, SESSION_ID, mark + reason.encode(), urgent=True)
+
     def link_drained(self, link: Link) -> None:
         pass  # the sessions that wait are the link's waiters
 
     def link_closed(self, link: Link, code: int, reason: str) -> None:
+        for answer in self._asked.values():
+            if not answer.done():
+                answer.set_result(False)
         self.owner.tunnel_closed(self, reason or "its tunnel client is gone")
 
 
 class SessionLeg(RelayLeg[TunnelLeg]):
     """One user's link to one container.
 
-    What its CONNECTs call port 0 is ``port``; ``newest`` is the latest version that the user's side speaks.
+    What its CONNECTs call port 0 is ``port``; ``newest`` is the latest version that the user's side speaks. ``mark`` is
+    what the container's end knows the user by.
     """
 
     def __init__(
@@ -254,14 +317,19 @@ class SessionLeg(RelayLeg[TunnelLeg]):
         proto: int,
         admission: Admission,
         newest: int,
+        mark: bytes,
     ) -> None:
         super().__init__(owner, container, max_message)
         self.newest = newest
+        self.kept: set[int] = set()
+        self._put_off = False  # a RESUME was: its stream is not one that the opener has no more
+        self._mark = mark
         self._closing: dict[int, asyncio.TimerHandle] = {}
         self.port = port
         self.proto = proto
         self.admission = admission
         self.ended: dict[int, object] = {}
+        self.on_closed: Callable[[], None] = lambda: None
 
     def counts(self) -> Counter[str]:
         return self.reported + Counter({"bytes_to_container": self.walker.bytes_routed})
@@ -281,6 +349,8 @@ class SessionLeg(RelayLeg[TunnelLeg]):
     def message(self, kind: int, proto: int, client_id: int, port: int, payload: bytes) -> None:
         if kind == CONNECT:
             self._connect(proto, client_id, port or self.port, payload)
+        elif kind == RESUME:
+            self._resume(proto, client_id, port or self.port, payload)
         else:
             super().message(kind, proto, client_id, port, payload)
 
@@ -290,18 +360,45 @@ class SessionLeg(RelayLeg[TunnelLeg]):
         if client_id == SESSION_ID or client_id in self.table:
             self.unknown_messages += 1
             return
+        opening = Opening.parse(payload, proto) if self.version >= 2 else None
+        if opening is not None:
+            self.kept.add(client_id)
+            payload = opening._replace(mark=self._mark).pack()
+        self._enter(CONNECT, proto, client_id, port, payload if self.version >= 2 else b"", NO_TUNNEL)
+
+    def _resume(self, proto: int, client_id: int, port: int, payload: bytes) -> None:
+        """RESUME: of one stream, or behind them of an opener who has no others."""
+        resuming = Resuming.parse(payload)
         tunnel = self.owner.tunnel_of(self.container)
-        refusal = self.admission.refusal(port, len(self.table) - len(self._closing))
-        if refusal is not None:
-            self.link.send_message(ERROR, client_id, refusal.pack(), proto=proto)
-        elif tunnel is None:
-            self.link.send_message(ERROR, client_id, NO_TUNNEL.pack(), proto=proto)
+        if self.version < 2 or client_id in self.table:
+            self.unknown_messages += 1
+        elif client_id == SESSION_ID:
+            roll = Roll.parse(payload)
+            if tunnel is not None and roll is not None and not self._put_off:
+                tunnel.link.send_message(RESUME, SESSION_ID, roll._replace(mark=self._mark).pack(), urgent=True)
+        elif resuming is None:
+            self.unknown_messages += 1
         else:
-            tunnel_id = tunnel.new_id()
-            self.table.add(client_id, tunnel, tunnel_id)
-            tunnel.table.add(tunnel_id, self, client_id)
-            payload = payload if self.version >= 2 else b""
-            tunnel.link.send_message(CONNECT, tunnel_id, payload, proto=proto, port=port, urgent=True)
+            self.kept.add(client_id)
+            self._enter(RESUME, proto, client_id, port, resuming._replace(mark=self._mark).pack(), TUNNEL_AWAY)
+
+    def _enter(self, kind: int, proto: int, client_id: int, port: int, payload: bytes, away: ErrorText) -> None:
+        """Give a stream its two ids and tell the container; or say why not, by `away` where there is no tunnel."""
+        tunnel = self.owner.tunnel_of(self.container)
+        refusal = self.admission.refusal(port, len(self.table) - len(self._closing), proto)
+        if tunnel is None and refusal is None:
+            refusal = away
+        if tunnel is None or refusal is not None:
+            text = refusal or away
+            self.kept.discard(client_id)
+            self._put_off = self._put_off or (kind == RESUME and text.code == TUNNEL_AWAY.code)
+            self.link.send_message(ERROR, client_id, text.pack(), proto=proto)
+            return
+        tunnel_id = tunnel.new_id()
+        self.table.add(client_id, tunnel, tunnel_id)
+        self.admission.count(len(self.table))
+        tunnel.table.add(tunnel_id, self, client_id)
+        tunnel.link.send_message(kind, tunnel_id, payload, proto=proto, port=port, urgent=True)
 
     def end(self, kind: int, proto: int, client_id: int, payload: bytes) -> None:
         route = self.table.get(client_id)
@@ -312,6 +409,8 @@ class SessionLeg(RelayLeg[TunnelLeg]):
         if kind == CLOSE and tunnel.version == 1 and proto == PROTO_TCP and not told:
             timer = asyncio.get_running_loop().call_later(V1_REPLY, self._free_both, client_id)
             self._closing[client_id] = timer  # the service may have a reply to the end of its input
+            if len(self._closing) > MOST_CLOSING:
+                self._free_both(next(iter(self._closing)))
         else:
             self._free_both(client_id)
         if tunnel.version >= 2:
@@ -323,10 +422,15 @@ class SessionLeg(RelayLeg[TunnelLeg]):
         """The id names no stream any more; whether the reply to its CLOSE was still waited for."""
         self.table.remove(client_id)
         self.ended.pop(client_id, None)
+        self.kept.discard(client_id)
+        self.freed()
         timer = self._closing.pop(client_id, None)
         if timer is not None:
             timer.cancel()
         return timer is not None
+
+    def freed(self) -> None:
+        self.admission.count(len(self.table))
 
     def _free_both(self, client_id: int) -> None:
         """Let go of a stream's two ids."""
@@ -340,19 +444,27 @@ class SessionLeg(RelayLeg[TunnelLeg]):
         return self.note_end(client_id, self)
 
     def note_end(self, client_id: int, by: object) -> bool:
-        """Of this session's stream, the leg ``by`` has sent EOF: whether both have now."""
+        """Of this session's stream, the leg ``by`` has sent EOF: whether both have now. A kept one ends by CLOSE."""
+        if client_id in self.kept:
+            return False
         others = self.ended.setdefault(client_id, by)
         if others is by:
             return False
         del self.ended[client_id]
         return True
 
-    def lost(self, client_ids: list[int], reason: str) -> None:
-        """The tunnel that these streams ran on is gone."""
-        text = ErrorText("ECONNRESET", f"the task's tunnel went away ({reason})").pack()
-        link = self.link
+    def lost(self, client_ids: list[int], reason: str) -> list[int]:
+        """The tunnel of these streams is gone. The ids of kept ones are answered: their ends are still there."""
+        kept = [client_id for client_id in client_ids if client_id in self.kept]
         for client_id in client_ids:
             self.free(client_id)
+        self.over([client_id for client_id in client_ids if client_id not in kept], reason)
+        return kept
+
+    def over(self, client_ids: list[int], reason: str) -> None:
+        """These streams have ended with the tunnel that they ran on."""
+        text = ErrorText("ECONNRESET", f"the task's tunnel went away ({reason})").pack()
+        link = self.link
         if client_ids:
             link.send(b"".join(link.build_message(ERROR, each, text, proto=self.proto) for each in client_ids))
 
@@ -365,12 +477,16 @@ class SessionLeg(RelayLeg[TunnelLeg]):
         for client_id in list(self._closing):
             self._free_both(client_id)
         closing: dict[TunnelLeg, list[bytes]] = {}
-        for stream in self.table.items():
-            tunnel, tunnel_id = stream[1]
+        hold = pack_seconds(hold_after(code))
+        kept: set[int] | frozenset[int] = frozenset() if code in SESSION_ENDED else self.kept
+        for client_id, (tunnel, tunnel_id) in self.table.items():
             tunnel.table.remove(tunnel_id)
-            closing.setdefault(tunnel, []).append(tunnel.link.build_message(CLOSE, tunnel_id, proto=self.proto))
+            last = (DETACH, tunnel_id, hold) if client_id in kept else (CLOSE, tunnel_id)
+            closing.setdefault(tunnel, []).append(tunnel.link.build_message(*last, proto=self.proto))
         self.table = RoutingTable()
+        self.freed()
         for tunnel, frames in closing.items():
             tunnel.link.send(b"".join(frames))  # at once: one system call each would keep everybody else waiting
         self.link_drained(link)
+        self.on_closed()
         self.owner.session_closed(self)

@@ -18,10 +18,11 @@ from pathlib import Path
 from cryptography.hazmat.primitives import serialization
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
+from kohakuriver.binaries import SSH_SERVER
 from kohakuriver.config import write_private
 from kohakuriver.errors import UnavailableError
 from kohakuriver.runner.services.state import State, TaskRecord
-from kohakuriver.runner.services.tunnel_helper import INSIDE, find_binary, install_binary
+from kohakuriver.runner.services.tunnel_helper import INSIDE, install_binary
 
 __all__ = ["CONTAINER_PORT", "OWN_SSHD", "SshHelper", "free_port", "until_listening"]
 
@@ -34,7 +35,6 @@ OWN_SSHD = ("/usr/sbin/sshd", "/usr/bin/sshd", "/usr/local/sbin/sshd")
 START_SECONDS = 5.0
 _LOOK_AGAIN_SECONDS = 0.02
 
-_BINARY = "tunnel-sshd"
 _FOLDER = f"{INSIDE}/ssh"
 _HOST_KEY = "host_key"
 _AUTHORIZED_KEYS = "authorized_keys"
@@ -65,7 +65,7 @@ class SshHelper:
 
     def __init__(self, state: State) -> None:
         self._state = state
-        self._source = find_binary(_BINARY, "KOHAKURIVER_TUNNEL_SSHD")
+        self._source = SSH_SERVER.find()
 
     def prepare(self, task: TaskRecord) -> None:
         """Lay down a task's host key, made once and kept, and the keys that are let in."""
@@ -89,12 +89,12 @@ class SshHelper:
         """
         if sshd is None:
             self.binary()
-            return [f"{INSIDE}/{_BINARY}", *_options(CONTAINER_PORT, _FOLDER)]
+            return [f"{INSIDE}/{SSH_SERVER.name}", *_options(CONTAINER_PORT, _FOLDER)]
         return [sshd, "-D", "-e", "-f", f"{_FOLDER}/{_CONFIG}"]
 
     def mounts(self) -> list[tuple[Path, str]]:
         """What a new container sees read-only beside the tunnel client, in case its image has no sshd."""
-        return [] if self._source is None else [(self.binary(), f"{INSIDE}/{_BINARY}")]
+        return [] if self._source is None else [(self.binary(), f"{INSIDE}/{SSH_SERVER.name}")]
 
     def archive(self, task: TaskRecord, environment: Mapping[str, str]) -> bytes:
         """A tar archive for a container's root: keys, and what its own sshd needs.
@@ -130,8 +130,12 @@ class SshHelper:
             )
         return install_binary(self._state, self._source)
 
+    def files(self, task: TaskRecord) -> tuple[Path, Path]:
+        """What the SSH server of a process task reads: its host key, and the keys that are let in."""
+        return self._folder(task) / _HOST_KEY, self._folder(task) / _AUTHORIZED_KEYS
+
     def log_file(self, task: TaskRecord) -> Path:
-        """Where the SSH server of a process task says what is the matter; of its last start only."""
+        """Where the SSH server of a process task says what is the matter."""
         return self._folder(task) / "log"
 
     def _folder(self, task: TaskRecord) -> Path:

@@ -1,4 +1,4 @@
-"""What a runner keeps over its restarts: its identity, its secret, its port, and its tasks."""
+"""What a runner keeps over its restarts: its identity, its port, its tasks, and what it marks users with."""
 
 from __future__ import annotations
 
@@ -33,7 +33,13 @@ class TaskRecord(TaskOrder, TaskReport):
 
     `engine_id` is Docker's own id of the container. `tunnel_url` is where the tunnel client that began with the task
     dials; the `exec_*` are about one that was put into a running container, the `ssh_exec_*` about an SSH server there.
-    `stopped` means that the task was stopped on purpose.
+    `stopped` means that the task was stopped on purpose. `user` is who started it last, "" where nobody knows.
+
+    `tunnel_token` opens the tunnel of the task's present start. It belongs to the tunnel client that showed it first,
+    `tunnel_client` (a digest of the id that it made for itself), and is taken from the addresses `tunnel_from` alone,
+    None where these are not known. `token_start` is the start of a tunnel client that it was given to, as the backend
+    tells starts apart; None where one is due. `token_name` is the file in which that client looks for it: one
+    of its own for each that may begin while an older one still runs, since whoever finds a token takes it away.
     """
 
     engine_id: str | None = None
@@ -43,7 +49,13 @@ class TaskRecord(TaskOrder, TaskReport):
     ssh_exec_id: str | None = None
     ssh_exec_start: str | None = None
     stopped: bool = False
+    user: str = ""
     tunnel_url: str | None = None
+    tunnel_token: str = field(default="", repr=False)
+    tunnel_client: str = ""
+    tunnel_from: list[str] | None = None
+    token_start: str | None = None
+    token_name: str = "token"
     status: str = "starting"
     revision: int = field(default_factory=next_revision)
 
@@ -69,8 +81,8 @@ class State:
         self.directory = directory
         directory.mkdir(parents=True, exist_ok=True, mode=0o700)
         directory.chmod(0o700)
-        self._secret = bytes.fromhex(self._keep("secret", secrets.token_hex(32)))
         self.instance = self._keep("instance", secrets.token_hex(16))
+        self._mark_key = bytes.fromhex(self._keep("mark-key", secrets.token_hex(32)))
 
     def _keep(self, name: str, fresh: str) -> str:
         path = self.directory / name
@@ -78,13 +90,9 @@ class State:
             write_private(path, fresh + "\n")
         return path.read_text("utf-8").strip()
 
-    def tunnel_token(self, container: str) -> str:
-        """The container's own token: what its tunnel client shows, good for that id alone."""
-        return hmac.new(self._secret, container.encode(), hashlib.sha256).hexdigest()
-
-    def check_tunnel_token(self, container: str, token: str) -> bool:
-        """Whether `token` is the container's own."""
-        return hmac.compare_digest(self.tunnel_token(container).encode(), token.encode())
+    def mark(self, user: str, container: str) -> bytes:
+        """What the container's end knows a user by, "" for nobody: 16 bytes that tell no more (docs/protocol.md §3)."""
+        return hmac.new(self._mark_key, f"{user}\0{container}".encode(), hashlib.sha256).digest()[:16]
 
     @property
     def last_port(self) -> int:
@@ -142,8 +150,12 @@ class State:
         """Write all tasks down in one step."""
         write_private(self.directory / "tasks.json", json.dumps([asdict(task) for task in tasks], indent=1))
 
+    def task_path(self, container: str) -> Path:
+        """Where the directory of one task is, if there is one."""
+        return self.directory / "tasks" / container
+
     def task_dir(self, container: str) -> Path:
         """The directory of one task, made if need be."""
-        path = self.directory / "tasks" / container
+        path = self.task_path(container)
         path.mkdir(parents=True, exist_ok=True, mode=0o700)
         return path

@@ -121,14 +121,6 @@ class TaskBook:
         if task is not None and task.active:
             self.report(container, task.status, sentence or None, task.exit_code)
 
-    def check_tunnel_token(self, container: str, token: str) -> bool:
-        """Whether a tunnel client may be this container's: it is a task's, and the token is its own."""
-        return container in self._tasks and self._state.check_tunnel_token(container, token)
-
-    def tunnel_token(self, container: str) -> str:
-        """What a tunnel client of that container shows."""
-        return self._state.tunnel_token(container)
-
     def reports(self) -> list[dict[str, Any]]:
         """What the host hears about all tasks."""
         return [task.report() for task in self._tasks.values()]

@@ -12,10 +12,13 @@ import structlog
 from kohakuriver.backends import kind_of
 from kohakuriver.errors import KohakuRiverError, UnavailableError
 from kohakuriver.runner.backends.base import Backend, ExecRequest, ExecSession
+from kohakuriver.runner.backends.printed import LogRequest, Printed
 from kohakuriver.runner.services.direct import DirectTarget
 from kohakuriver.runner.services.knock import Knocker
 from kohakuriver.runner.services.state import TaskRecord
 from kohakuriver.runner.services.task_book import TaskBook
+from kohakuriver.runner.services.tunnel_helper import new_token
+from kohakuriver.tunnel.accept import Peer
 
 __all__ = ["START_SECONDS", "TaskManager"]
 
@@ -23,6 +26,10 @@ log = structlog.get_logger("kohakuriver.runner")
 
 START_SECONDS = 20.0
 """A start that takes longer (an image is being pulled) goes on in the background."""
+
+
+_OPENING_SECONDS = 5.0
+"""How long a tunnel client waits until a runner that was just started knows its tasks."""
 
 
 class TaskManager:
@@ -34,6 +41,7 @@ class TaskManager:
         self._locks: defaultdict[str, asyncio.Lock] = defaultdict(asyncio.Lock)
         self._starts: dict[str, asyncio.Task[None]] = {}
         self._draining = False
+        self._opened = asyncio.Event()
         self._knocker = Knocker()
 
     # Life of the runner
@@ -48,6 +56,7 @@ class TaskManager:
             if task.backend not in backends and task.active:
                 self.book.report(task.container, "lost", f"the runner was started without the backend {task.backend}")
         self.book.changed()
+        self._opened.set()
 
     async def close(self, *, stop_tasks: bool) -> None:
         """Take no new tasks and end the backends, with those of their tasks that don't outlive the runner."""
@@ -147,6 +156,26 @@ class TaskManager:
         self.book.drop(container, f"task {task.name} was removed", gone=True)
         return task
 
+    async def renew_token(self, container: str) -> TaskRecord:
+        """Make the token of a task's tunnel client worthless, and give the client another. Raises NotFoundError."""
+        task = self.book.get(container)
+        backend = self._backend_of(task)
+        async with self._locks[container]:
+            new_token(task)
+            self.book.write_down()  # a runner that ends here makes another when it is back
+            if task.status == "running":
+                await backend.give_token(task)
+            self.book.changed()
+        return task
+
+    async def comes_from(self, task: TaskRecord, peer: Peer) -> bool:
+        """Whether a tunnel client is where the task runs. Raises UnavailableError where that can't be said yet."""
+        try:
+            await asyncio.wait_for(self._opened.wait(), _OPENING_SECONDS)
+        except asyncio.TimeoutError:
+            raise UnavailableError("The runner is still looking at its tasks; try again.", code="not_ready") from None
+        return await self._backend_of(task).comes_from(task, peer)
+
     async def exec(self, task_id: int, request: ExecRequest) -> tuple[str, ExecSession]:
         """Run a command inside a task; the task's container, and the session, which the caller closes.
 
@@ -160,6 +189,11 @@ class TaskManager:
                 code="task_not_running",
             )
         return task.container, await backend.exec(task, request)
+
+    async def logs(self, container: str, request: LogRequest) -> Printed:
+        """What a task printed; the caller closes it. Raises NotFoundError, or UnavailableError with the reason."""
+        task = self.book.get(container)
+        return await self._backend_of(task).logs(task, request)
 
     async def _exclusively(self, task: TaskRecord, action: Callable[[TaskRecord], Awaitable[None]]) -> None:
         async with self._locks[task.container]:
@@ -209,7 +243,9 @@ class TaskManager:
                 "This task's node serves TLS, which no tunnel client speaks; the machine is reached by its address.",
                 code="not_supported",
             )
-        return {"container": container, "runner_url": runner_url, "token": self.book.tunnel_token(container)}
+        token = task.tunnel_token or new_token(task)
+        self.book.changed()
+        return {"container": container, "runner_url": runner_url, "token": token}
 
     async def answers(self, container: str) -> dict[str, Any]:
         """Whether the machine of an address task answers: `answers`, and if it does not `reason`.

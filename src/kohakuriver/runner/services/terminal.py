@@ -14,8 +14,11 @@ from typing import Any
 
 import structlog
 
+from kohakuriver.asking import Asker, asking
 from kohakuriver.errors import KohakuRiverError, NotAllowedError, UnauthenticatedError, UnavailableError, UsageError
+from kohakuriver.limits import Limits
 from kohakuriver.runner.backends.base import STDERR, STDOUT, ExecRequest, ExecSession
+from kohakuriver.runner.services.terminal_room import TerminalRoom
 from kohakuriver.runtime import cancel_all
 from kohakuriver.session.ticket import Ticket
 from kohakuriver.tunnel import terminal
@@ -35,6 +38,7 @@ PIECE = 64 * 1024
 log = structlog.get_logger("kohakuriver.terminal")
 
 Exec = Callable[[int, ExecRequest], Awaitable[tuple[str, ExecSession]]]
+Start = Callable[[ExecRequest], Awaitable[tuple[str, ExecSession]]]
 
 
 class TerminalServer:
@@ -43,12 +47,21 @@ class TerminalServer:
     Args:
         exec_in: (task id, what to run) → the task's container and the session; raises KohakuRiverError.
         check_ticket: the ticket's claims; raises UnauthenticatedError or NotAllowedError.
+        room: how many there may be.
     """
 
-    def __init__(self, *, allow_anonymous: bool, check_ticket: Callable[[str], Ticket], exec_in: Exec) -> None:
+    def __init__(
+        self,
+        *,
+        allow_anonymous: bool,
+        check_ticket: Callable[[str], Ticket],
+        exec_in: Exec,
+        room: TerminalRoom | None = None,
+    ) -> None:
         self._allow_anonymous = allow_anonymous
         self._check_ticket = check_ticket
         self._exec_in = exec_in
+        self._room = room or TerminalRoom(Limits())
         self._terminals: dict[Terminal, asyncio.Task[None]] = {}
 
     def routes(self) -> list[TunnelRoute]:
@@ -57,27 +70,40 @@ class TerminalServer:
 
     async def _open(self, request: UpgradeRequest, task: str) -> None:
         try:
-            task_id = self._check(request, task)
-            link = request.accept_messages(TERMINAL_V2)
+            task_id, user = self._check(request, task)
+            leave = self._room.enter(task_id, user)
         except KohakuRiverError as error:
             await terminal.refuse(request, error)
             return
-        opened = Terminal(link, request.query.get("start") == "1", lambda wanted: self._exec_in(task_id, wanted))
-        running = asyncio.get_running_loop().create_task(opened.run())
+        try:
+            link = request.accept_messages(TERMINAL_V2)
+        except BaseException:
+            leave()
+            raise
+        start: Start = lambda wanted: self._exec_in(task_id, wanted)  # noqa: E731
+        opened = Terminal(link, request.query.get("start") == "1", start)
+        with asking(Asker(request.peer, known={"user": user})):
+            running = asyncio.get_running_loop().create_task(opened.run())
         self._terminals[opened] = running
-        running.add_done_callback(lambda _: self._terminals.pop(opened, None))
+        running.add_done_callback(lambda _: self._ended(opened, leave))
         log.info("terminal opened", task=task_id, peer=request.peer)
 
-    def _check(self, request: UpgradeRequest, named: str) -> int:
+    def _ended(self, opened: Terminal, leave: Callable[[], None]) -> None:
+        self._terminals.pop(opened, None)
+        leave()
+
+    def _check(self, request: UpgradeRequest, named: str) -> tuple[int, str]:
+        """The task, and who wants a terminal there: "" is nobody in particular."""
         if not (named.isascii() and named.isdigit()):
             raise UsageError(f"{named!r} is not a task's id")
         if request.token is None and self._allow_anonymous:
-            return int(named)
+            return int(named), ""
         if request.token is None:
             raise UnauthenticatedError("this runner opens terminals only with its host's ticket")
-        if self._check_ticket(request.token).task != int(named):
+        ticket = self._check_ticket(request.token)
+        if ticket.task != int(named):
             raise NotAllowedError(f"the ticket is not for task {named}")
-        return int(named)
+        return int(named), ticket.user or ""
 
     def drop(self, container: str, reason: str) -> None:
         """The task has ended: so do its terminals."""
@@ -95,12 +121,7 @@ class TerminalServer:
 class Terminal:
     """One user's terminal. `has_start` means that a start message comes first; otherwise it is a shell at once."""
 
-    def __init__(
-        self,
-        link: MessageLink,
-        has_start: bool,
-        start: Callable[[ExecRequest], Awaitable[tuple[str, ExecSession]]],
-    ) -> None:
+    def __init__(self, link: MessageLink, has_start: bool, start: Start) -> None:
         self.container: str | None = None
         self._link = link
         self._has_start = has_start
@@ -232,7 +253,7 @@ async def _write(session: ExecSession, data: bytes) -> None:
 
 def _request(start: terminal.Start) -> ExecRequest:
     env = {"TERM": "xterm-256color", **start.env} if start.tty else start.env
-    return ExecRequest(tuple(start.command), start.tty, start.rows, start.cols, env)
+    return ExecRequest(tuple(start.command), start.tty, start.rows, start.cols, env, start.user, start.workdir)
 
 
 def _task_ended(reason: str) -> UnavailableError:

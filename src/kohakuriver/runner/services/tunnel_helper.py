@@ -7,32 +7,46 @@ from __future__ import annotations
 
 import hashlib
 import io
-import os
+import secrets
 import shutil
 import sys
 import tarfile
 from pathlib import Path
 
-import kohakuriver
+from kohakuriver.binaries import TUNNEL_CLIENT
+from kohakuriver.config import write_private
 from kohakuriver.errors import UnavailableError
-from kohakuriver.runner.services.state import State
+from kohakuriver.runner.services.state import State, TaskRecord
 from kohakuriver.tunnel.settings import variables
 
-__all__ = ["INSIDE", "TunnelHelper", "find_binary", "install_binary"]
+__all__ = ["FIRST_TOKEN", "INSIDE", "TunnelHelper", "install_binary", "name_token", "new_token"]
 
 INSIDE = "/.kohakuriver"
 """Where the tunnel client and its token lie inside a container."""
 
-_BINARY = "tunnel-client"
-_TOKEN = "token"
+_PROGRAM = f"{INSIDE}/{TUNNEL_CLIENT.name}"
+_TOKEN_FOLDER = f"{INSIDE}/tunnel"
+FIRST_TOKEN = "token"
+"""The file's name for the tunnel client that a container begins with: no older one runs then."""
+
+
+def name_token(task: TaskRecord) -> None:
+    """Give the next tunnel client of a task a token file of its own: an older one would take what it finds in its."""
+    task.token_name = f"{FIRST_TOKEN}-{secrets.token_hex(4)}"
+
+
+def new_token(task: TaskRecord) -> str:
+    """Make the token of a task's next start, or a fresh one for this; the one before is worth nothing from now on."""
+    task.tunnel_token, task.tunnel_client, task.token_start = secrets.token_hex(32), "", None
+    return task.tunnel_token
 
 
 class TunnelHelper:
-    """Knows the tunnel client of this installation, and hands out each container's own token."""
+    """Knows the tunnel client of this installation, and lays down each container's own token."""
 
     def __init__(self, state: State) -> None:
         self._state = state
-        self._source = find_binary(_BINARY, "KOHAKURIVER_TUNNEL_CLIENT")
+        self._source = TUNNEL_CLIENT.find()
         self.settings = variables()
         """Windows and times that every task's tunnel client is told, unless the task's own environment has others."""
 
@@ -41,65 +55,76 @@ class TunnelHelper:
         """Whether there is a static tunnel client, which containers need."""
         return self._source is not None
 
-    def process_command(self, command: list[str]) -> list[str]:
-        """The command line that runs `command` beside a tunnel client on the node itself."""
-        program = [sys.executable, "-m", "kohakuriver.tunnel.client"] if self._source is None else [str(self._source)]
+    def process_command(self, command: list[str], *, copied: bool = False) -> list[str]:
+        """The command line that runs `command` beside a tunnel client on the node itself.
+
+        `copied`: by our copy of the tunnel client, for a user who may not reach this installation.
+        """
+        if self._source is None:
+            program = [sys.executable, "-m", "kohakuriver.tunnel.client"]
+        else:
+            program = [str(install_binary(self._state, self._source) if copied else self._source)]
         return [*program, "run", *(["--", *command] if command else [])]
 
     def container_command(self, command: list[str]) -> list[str]:
         """The command line that runs `command` inside a container, with the tunnel client as PID 1."""
-        return [f"{INSIDE}/{_BINARY}", "run", *(["--", *command] if command else [])]
+        return [_PROGRAM, "run", *(["--", *command] if command else [])]
 
-    def adopted_command(self, container: str, tunnel_url: str) -> list[str]:
+    def adopted_command(self, task: TaskRecord, tunnel_url: str) -> list[str]:
         """The command line of a tunnel client that is started inside a container that runs already."""
-        options = {"--runner-url": tunnel_url, "--container-id": container, "--token-file": f"{INSIDE}/{_TOKEN}"}
-        return [f"{INSIDE}/{_BINARY}", *(part for option in options.items() for part in option)]
+        token = f"{_TOKEN_FOLDER}/{task.token_name}"
+        options = {"--runner-url": tunnel_url, "--container-id": task.container, "--take-token": token}
+        return [_PROGRAM, *(part for option in options.items() for part in option)]
 
     def environment(self, container: str, tunnel_url: str, token_file: str) -> dict[str, str]:
         """What a tunnel client reads from its environment."""
         return {
             "KOHAKURIVER_TUNNEL_URL": tunnel_url,
             "KOHAKURIVER_CONTAINER_ID": container,
-            "KOHAKURIVER_TUNNEL_TOKEN_FILE": token_file,
+            "KOHAKURIVER_TUNNEL_TAKE_TOKEN": token_file,
         }
 
     def container_environment(self, container: str, tunnel_url: str) -> dict[str, str]:
         """`environment` for inside a container."""
-        return self.environment(container, tunnel_url, f"{INSIDE}/{_TOKEN}")
+        return self.environment(container, tunnel_url, f"{_TOKEN_FOLDER}/{FIRST_TOKEN}")
 
-    def token_file(self, container: str, *, mode: int = 0o600) -> Path:
-        """The file with the container's own token, in the task's directory, which is the runner's alone."""
-        path = self._state.task_dir(container) / _TOKEN
-        path.write_text(self._state.tunnel_token(container), "utf-8")
-        path.chmod(mode)
+    def token_file(self, task: TaskRecord) -> Path:
+        """A file with a process task's token, in a directory that is the runner's alone; its client takes it away."""
+        path = self._state.task_dir(task.container) / task.token_name
+        for older in path.parent.glob(f"{FIRST_TOKEN}-*"):  # of a client that ended before it took it
+            older.unlink()
+        write_private(path, task.tunnel_token)
         return path
 
     def forget(self, container: str) -> None:
         """Remove what was laid down for a container that is gone."""
         shutil.rmtree(self._state.task_dir(container), ignore_errors=True)
 
-    def mounts(self, container: str) -> list[tuple[Path, str]]:
-        """What a new container sees read-only: files on the node, and their places inside. Raises UnavailableError.
+    def mounts(self) -> list[tuple[Path, str]]:
+        """What a new container sees read-only: files on the node, and their places inside. Raises UnavailableError."""
+        return [(self._installed_binary(), _PROGRAM)]
 
-        The token's mode lets the container's user read it, whichever user that is.
+    def program_archive(self) -> bytes:
+        """A tar archive with the tunnel client, for the root of a container that is there already.
+
+        Raises UnavailableError.
         """
-        token = self.token_file(container, mode=0o644)
-        return [(self._installed_binary(), f"{INSIDE}/{_BINARY}"), (token, f"{INSIDE}/{_TOKEN}")]
+        return _archive(
+            (INSIDE, None, 0o755, 0),
+            (_PROGRAM, self._installed_binary().read_bytes(), 0o755, 0),
+        )
 
-    def archive(self, container: str) -> bytes:
-        """A tar archive of `INSIDE` for a container that is there already. Raises UnavailableError."""
-        binary = self._installed_binary().read_bytes()
-        token = self._state.tunnel_token(container).encode()
-        out = io.BytesIO()
-        with tarfile.open(fileobj=out, mode="w") as tar:
-            folder = tarfile.TarInfo(INSIDE.lstrip("/"))
-            folder.type, folder.mode = tarfile.DIRTYPE, 0o755
-            tar.addfile(folder)
-            for name, content, mode in ((_BINARY, binary, 0o755), (_TOKEN, token, 0o644)):
-                file = tarfile.TarInfo(f"{folder.name}/{name}")
-                file.size, file.mode = len(content), mode
-                tar.addfile(file, io.BytesIO(content))
-        return out.getvalue()
+    def token_archive(self, task: TaskRecord, user: int) -> bytes:
+        """A tar archive with a task's token, for its container's root.
+
+        Only the `user` that its tunnel client runs as, a number as the container counts, can read it and take it away.
+        """
+        token = task.tunnel_token.encode()
+        return _archive(
+            (INSIDE, None, 0o755, 0),
+            (_TOKEN_FOLDER, None, 0o700, user),
+            (f"{_TOKEN_FOLDER}/{task.token_name}", token, 0o400, user),
+        )
 
     def _installed_binary(self) -> Path:
         """Our copy of the tunnel client. Raises UnavailableError."""
@@ -110,6 +135,22 @@ class TunnelHelper:
                 code="no_tunnel_client",
             )
         return install_binary(self._state, self._source)
+
+
+def _archive(*entries: tuple[str, bytes | None, int, int]) -> bytes:
+    """A tar archive of paths, each with its content (None for a folder), mode and owner."""
+    out = io.BytesIO()
+    with tarfile.open(fileobj=out, mode="w") as tar:
+        for path, content, mode, user in entries:
+            entry = tarfile.TarInfo(path.lstrip("/"))
+            entry.mode, entry.uid = mode, user
+            if content is None:
+                entry.type = tarfile.DIRTYPE
+                tar.addfile(entry)
+            else:
+                entry.size = len(content)
+                tar.addfile(entry, io.BytesIO(content))
+    return out.getvalue()
 
 
 def install_binary(state: State, source: Path) -> Path:
@@ -123,11 +164,3 @@ def install_binary(state: State, source: Path) -> Path:
         partial.chmod(0o755)
         partial.replace(target)
     return target
-
-
-def find_binary(name: str, variable: str) -> Path | None:
-    """The program of that name in this installation; the environment's `variable` may name another."""
-    built_in = Path(kohakuriver.__file__).parent / "bin" / name
-    named = os.environ.get(variable)
-    path = Path(named).absolute() if named else built_in
-    return path if os.access(path, os.X_OK) and path.is_file() else None

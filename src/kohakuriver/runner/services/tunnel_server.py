@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from typing import Any
 
 from kohakuriver._frame import FrameWalker
@@ -13,24 +13,34 @@ from kohakuriver.runner.services.direct import DirectSession, DirectTarget
 from kohakuriver.runner.services.hub import Hub
 from kohakuriver.runner.services.relay import SessionLeg, TunnelLeg
 from kohakuriver.runner.services.shares import Shares
+from kohakuriver.runner.services.terminal_room import TerminalRoom
 from kohakuriver.session.ticket import Ticket
-from kohakuriver.tunnel.accept import TunnelRoute, UpgradeRequest, greet
+from kohakuriver.tunnel.accept import Peer, TunnelRoute, UpgradeRequest, greet
 from kohakuriver.tunnel.ports import port_in, ports_in
+from kohakuriver.tunnel.protocol import MARK
 from kohakuriver.tunnel.settings import EndpointConfig
 
 __all__ = ["TunnelServer"]
+
+TERMINAL = "terminal"
+"""In the place of a port: the session is for a terminal."""
 
 
 class TunnelServer:
     """Takes tunnels and sessions in, and enters them in its hub.
 
     Args:
-        check_tunnel_token: (container id, token) → whether the token is that container's own.
+        check_tunnel: (container id, token, the client's id, where it comes from) → what tells it from other clients;
+            raises KohakuRiverError where it may not be this container's.
         check_ticket: the ticket's claims; raises UnauthenticatedError or NotAllowedError.
+        check_terminal_ticket: the same of one that opens terminals.
+        room: how many of those there may be.
         target_of: what the runner dials itself for a container id while no tunnel client is there, None where only
             a tunnel client does it.
+        mark: (user, container id) → what the container's end knows the user by, 16 bytes, the same over restarts.
         on_tunnel_change: called with (container id, connected).
-        on_trouble: called with (container id, sentence) when something is wrong with a task's tunnel.
+        expected: whether the tunnel of a container id is about to come, which was connected before this runner began.
+        on_trouble: called with (container id, sentence, address) when something is wrong with a task's tunnel.
         config: windows and times of the streams that the runner dials itself.
         limits: what a session may take.
     """
@@ -39,21 +49,28 @@ class TunnelServer:
         self,
         *,
         allow_anonymous: bool,
-        check_tunnel_token: Callable[[str, str], bool],
+        check_tunnel: Callable[[str, str, str, Peer], Awaitable[str]],
         check_ticket: Callable[[str], Ticket],
+        check_terminal_ticket: Callable[[str], Ticket],
         target_of: Callable[[str], DirectTarget | None],
+        room: TerminalRoom | None = None,
+        mark: Callable[[str, str], bytes] = lambda user, container: bytes(MARK),
+        expected: Callable[[str], bool] = lambda container: False,
         on_tunnel_change: Callable[[str, bool], None] = lambda container, connected: None,
-        on_trouble: Callable[[str, str], None] = lambda container, sentence: None,
+        on_trouble: Callable[[str, str, str], None] = lambda container, sentence, address: None,
         config: EndpointConfig | None = None,
         limits: Limits | None = None,
     ) -> None:
-        self.hub = Hub(on_tunnel_change, on_trouble, lambda container: target_of(container) is not None)
+        self.hub = Hub(on_tunnel_change, on_trouble, lambda container: target_of(container) is not None, expected)
         self._limits = limits or Limits()
         self._shares = Shares(self._limits)
         self._allow_anonymous = allow_anonymous
-        self._check_tunnel_token = check_tunnel_token
+        self._check_tunnel = check_tunnel
         self._check_ticket = check_ticket
+        self._check_terminal_ticket = check_terminal_ticket
+        self._room = room or TerminalRoom(self._limits)
         self._target_of = target_of
+        self._mark = mark
         self._config = config
 
     def routes(self) -> list[TunnelRoute]:
@@ -68,6 +85,10 @@ class TunnelServer:
         """Counts of now, and totals since the start, of all and of each container that has a tunnel or had traffic."""
         return self.hub.traffic.snapshot()
 
+    def revoke(self, container: str, user: str, reason: str) -> None:
+        """A user's right to a container has gone, while no session of that user was open."""
+        self.hub.revoke(container, self._mark(user, container), reason)
+
     async def close(self) -> None:
         """Close every link; they go as their peers answer."""
         self.hub.close()
@@ -76,39 +97,85 @@ class TunnelServer:
 
     async def _open_tunnel(self, request: UpgradeRequest, container: str) -> None:
         """Take a tunnel client in. Raises KohakuRiverError where that may not be."""
-        if request.token is None and not self._allow_anonymous:
+        client: str | None = None
+        if request.token is not None:
+            client = await self._entitled(request, container, request.token)
+        elif self._allow_anonymous:
+            await self.hub.check_replacement(container, None, request.whence.address)
+        else:
             raise UnauthenticatedError("a tunnel client must show its container's token")
-        if request.token is not None and not self._check_tunnel_token(container, request.token):
-            raise NotAllowedError(f"the token is not that of {container}")
-        self.hub.check_replacement(container)
-        tunnel = TunnelLeg(self.hub, container, self._limits.max_message)
+        tunnel = TunnelLeg(self.hub, container, self._limits.max_message, client)
         tunnel.link = request.accept(tunnel.walker, tunnel)
         tunnel.link.label = request.peer
         self.hub.tunnel_opened(tunnel)
 
+    async def _entitled(self, request: UpgradeRequest, container: str, token: str) -> str:
+        """What tells a tunnel client from others that may be the container's now. Raises KohakuRiverError.
+
+        Another that is connected takes a while to answer, in which the token may become worthless, or a third come.
+        """
+        while True:
+            client = await self._check_tunnel(container, token, request.client, request.whence)
+            there = self.hub.tunnel_of(container)
+            if there is None:
+                return client
+            await self.hub.check_replacement(container, client, request.whence.address)
+            await self._check_tunnel(container, token, request.client, request.whence)
+            if self.hub.tunnel_of(container) in (there, None):
+                return client
+
     async def _open_session(self, request: UpgradeRequest, container: str, named: str) -> None:
         """Take a session in. Raises KohakuRiverError where that may or can not be."""
+        if named == TERMINAL:
+            await self._open_terminal(request, container)
+            return
         port = port_in(named)
         ticket = self._ticket(request, container, port)
-        admission = Admission(self._limits, self._shares.rates, ticket, ports_in(request.query))
+        if request.goes_on and self._target_of(container) is None:
+            await self.hub.back(container)
+        admission = Admission(self._limits, self._shares.rates, ticket, ports_in(request.query), self._shares.streams)
         target = self._target_of(container)
         if target is not None and self.hub.tunnel_of(container) is None:
             self._open_direct(request, container, port, admission, target)
         else:
             self._open_relayed(request, container, port, admission)
 
-    def _ticket(self, request: UpgradeRequest, container: str, port: int) -> Ticket | None:
-        """The request's ticket if it is good for this container and port; None for an anonymous v1 host."""
+    async def _open_terminal(self, request: UpgradeRequest, container: str) -> None:
+        """Take a session in that is for a terminal. Raises KohakuRiverError where that may or can not be."""
+        ticket = self._ticket(request, container, None)
+        admission = Admission(self._limits, self._shares.rates, ticket, None, self._shares.streams, terminal=True)
+        if request.goes_on:
+            await self.hub.back(container)
+        tunnel = self.hub.tunnel_of(container)
+        if tunnel is None or tunnel.version < 2 or not request.offers_v2:
+            sentence = f"no terminal of {container} can be had that outlives its connection"
+            raise UnavailableError(sentence, code="no_lasting_terminal")
+        number = container.rpartition("-")[2]
+        task = ticket.task if ticket is not None else None
+        leave = self._room.enter(task or (int(number) if number.isdecimal() else 0), admission.user)
+        try:
+            session = self._open_relayed(request, container, 0, admission)
+        except BaseException:
+            leave()
+            raise
+        session.on_closed = leave
+
+    def _ticket(self, request: UpgradeRequest, container: str, port: int | None) -> Ticket | None:
+        """The request's ticket if it is good for this container and port, None being that it is for a terminal.
+
+        None for an anonymous v1 host.
+        """
         if request.token is None:
             if self._allow_anonymous:
                 return None
             raise UnauthenticatedError("this runner takes sessions only with its host's ticket")
-        ticket = self._check_ticket(request.token)
-        if ticket.container != container or not ticket.allows(port):
-            raise NotAllowedError(f"the ticket is not for port {port} of {container}")
+        ticket = (self._check_terminal_ticket if port is None else self._check_ticket)(request.token)
+        if ticket.container != container or not (port is None or ticket.allows(port)):
+            what = "a terminal" if port is None else f"port {port}"
+            raise NotAllowedError(f"the ticket is not for {what} of {container}")
         return ticket
 
-    def _open_relayed(self, request: UpgradeRequest, container: str, port: int, admission: Admission) -> None:
+    def _open_relayed(self, request: UpgradeRequest, container: str, port: int, admission: Admission) -> SessionLeg:
         tunnel = self.hub.tunnel_of(container)
         if tunnel is None:
             message = f"the tunnel of {container} is not connected; is the task running?"
@@ -121,11 +188,13 @@ class TunnelServer:
             proto=1 if request.query.get("proto") == "udp" else 0,
             admission=admission,
             newest=2 if request.offers_v2 else 1,
+            mark=self._mark(admission.user, container),
         )
         session.link = request.accept(session.walker, session, version=tunnel.version)
         self._shares.take_part(session.link, admission.who)
         self.hub.sessions[session] = None
         greet(session.link, "CONNECTED")
+        return session
 
     def _open_direct(
         self, request: UpgradeRequest, container: str, port: int, admission: Admission, target: DirectTarget
@@ -136,6 +205,9 @@ class TunnelServer:
             port=port,
             admission=admission,
             config=self._config,
+            keeper=self.hub.keepers.of(container),
+            mark=self._mark(admission.user, container),
+            share=self._shares.held_by(admission.who),
             on_closed=self.hub.direct_closed,
         )
         link = request.accept(FrameWalker(masked=True, max_message=self._limits.max_message), session)

@@ -7,9 +7,11 @@ from dataclasses import dataclass
 from typing import Any
 
 import aiodocker
-from aiodocker.exceptions import DockerError
 
 from kohakuriver.errors import UsageError
+from kohakuriver.quotas import in_words
+from kohakuriver.runner.backends.docker.bounds import bounds_of
+from kohakuriver.runner.backends.docker.engine import TROUBLE, limit
 from kohakuriver.runner.backends.process.tasks import describe_exit, last_words
 from kohakuriver.runner.services.ssh_helper import SshHelper
 from kohakuriver.runner.services.state import TaskRecord
@@ -41,7 +43,7 @@ class Description:
         env = {**self.helper.settings, **task.env, **tunnel}
         mounts = [
             {"Type": "bind", "Source": str(source), "Target": target, "ReadOnly": True}
-            for source, target in [*self.helper.mounts(task.container), *(self.ssh.mounts() if task.ssh_keys else [])]
+            for source, target in [*self.helper.mounts(), *(self.ssh.mounts() if task.ssh_keys else [])]
         ]
         return {
             "Image": task.image,
@@ -56,7 +58,7 @@ class Description:
                 _LABEL_RUNNER: self.instance,
                 _LABEL_URL: task.tunnel_url,
             },
-            "HostConfig": {"Mounts": [*mounts, *map(_mount, task.mounts)], "NetworkMode": network},
+            "HostConfig": {"Mounts": [*mounts, *map(_mount, task.mounts)], "NetworkMode": network, **bounds_of(task)},
         }
 
 
@@ -89,13 +91,16 @@ async def ending(docker: aiodocker.Docker, task: TaskRecord, state: dict[str, An
     if task.stopped:
         return "stopped", None
     if state["OOMKilled"]:
-        return "failed", "it ran out of memory and was ended by the kernel"
+        had = f", of which it had {in_words('memory', task.memory)}; --memory gives a task more" if task.memory else ""
+        return "failed", f"it ran out of memory{had}"
     if state.get("Error"):
         return "failed", str(state["Error"])
     status, message = describe_exit(state["ExitCode"])
-    with contextlib.suppress(DockerError):
+    with contextlib.suppress(*TROUBLE):
         container = docker.containers.container(task.engine_id or task.container)
-        message += last_words(state["ExitCode"], await container.log(stdout=True, stderr=True, tail=20))
+        message += last_words(
+            state["ExitCode"], await container.log(stdout=True, stderr=True, tail=20, timeout=limit())
+        )
     return status, message
 
 

@@ -14,15 +14,44 @@ from aiodocker.exceptions import DockerError
 
 from kohakuriver.errors import KohakuRiverError, UnavailableError
 
-__all__ = ["has", "new_client", "sentences", "transport_of", "why"]
+__all__ = [
+    "ENGINE_SECONDS",
+    "TROUBLE",
+    "has",
+    "limit",
+    "new_client",
+    "own_connection",
+    "sentences",
+    "transport_of",
+    "why",
+]
+
+ENGINE_SECONDS = 60.0
+"""How long the engine may take to answer."""
+
+TROUBLE = (DockerError, aiohttp.ClientError, OSError, asyncio.TimeoutError)
+"""What calls of the engine raise."""
 
 
-def new_client() -> aiodocker.Docker:
+def limit(more: float = 0) -> aiohttp.ClientTimeout:
+    """The time limit of a call in which the engine itself waits for `more` seconds.
+
+    The client has it for every call but those that can last: each of these is given it.
+    """
+    return aiohttp.ClientTimeout(total=ENGINE_SECONDS + more)
+
+
+def new_client(api_version: str = "auto") -> aiodocker.Docker:
     """A client of the engine that the environment names, or of this machine's. Raises OSError without one."""
     try:
-        return aiodocker.Docker()
+        return aiodocker.Docker(timeout=limit(), api_version=api_version)
     except (AssertionError, ValueError) as error:
         raise OSError("there is no engine's socket") from error
+
+
+def own_connection(docker: aiodocker.Docker) -> aiodocker.Docker:
+    """One more client of the engine, for what holds a connection for long: a client has 100, and then all wait."""
+    return new_client(docker.api_version)
 
 
 def why(error: BaseException) -> str:
@@ -45,6 +74,10 @@ def sentences(what: str) -> Iterator[None]:
     except DockerError as error:
         reason = str(error.message).strip().rstrip(".")
         raise KohakuRiverError(f"Docker could not {what}: {reason}.", code="docker", status=409) from error
+    except asyncio.TimeoutError as error:
+        raise UnavailableError(
+            f"Docker could not {what}: the engine of this node took too long; try again.", code="engine_timeout"
+        ) from error
     except (aiohttp.ClientError, OSError) as error:
         raise UnavailableError(
             f"Docker could not {what}: the engine does not answer ({error}).", code="no_engine"

@@ -7,19 +7,28 @@ import contextlib
 import os
 import secrets
 import signal
-from collections.abc import Sequence
-from pathlib import Path
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 import aiodocker
-import aiohttp
 from aiodocker.exceptions import DockerError
 
 from kohakuriver.errors import UnavailableError, UsageError
 from kohakuriver.runner.backends.base import CTRL_D, STDERR, STDOUT, ExecRequest, ExecSession, locale_for
-from kohakuriver.runner.backends.docker.engine import has, transport_of
+from kohakuriver.runner.backends.docker.engine import (
+    ENGINE_SECONDS,
+    TROUBLE,
+    has,
+    limit,
+    own_connection,
+    transport_of,
+)
+from kohakuriver.runner.services.fair_queue import FairQueue
 from kohakuriver.runtime import cancel_all
 from kohakuriver.tunnel.terminal import is_utf8
+from kohakuriver.web.background import in_background
 
 __all__ = ["DockerExec", "start"]
 
@@ -27,7 +36,6 @@ MARK = "KOHAKURIVER_EXEC"
 """Every process of an exec has this in its environment: one value for each."""
 
 NOT_FOUND, NOT_EXECUTABLE = 127, 126
-_RUNTIME_ERROR = b"OCI runtime exec failed:"
 _DEFAULT_PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
 _LOOK_AGAIN_SECONDS = 0.02
 _START_SECONDS = 2.0
@@ -56,18 +64,27 @@ exec "$0"
 _HANG_UP = 'for d in /proc/[0-9]*; do grep -q "$1" "$d/environ" 2>/dev/null && kill -HUP "${d#/proc/}"; done'
 
 
+@dataclass(frozen=True)
+class Engine:
+    """A client of the engine, and the queue in front of it."""
+
+    docker: aiodocker.Docker
+    calls: FairQueue
+
+
 class DockerExec(ExecSession):
-    """`mark` is in the environment of the exec's processes; `command` is what was asked for."""
+    """`env` are the variables of the exec's processes, their mark too; the client of `stream` is for that alone."""
 
     def __init__(
-        self, docker: aiodocker.Docker, container: str, exec_id: str, stream: Any, request: ExecRequest, mark: str
+        self, at: Engine, container: str, exec_id: str, stream: Any, request: ExecRequest, env: Mapping[str, str]
     ) -> None:
-        self._docker = docker
+        self._engine = at
+        self._docker = at.docker
         self._container = container
-        self._exec: Any = docker.containers.exec(exec_id)
+        self._exec: Any = at.docker.containers.exec(exec_id)
         self._stream = stream
         self._request = request
-        self._mark = mark
+        self._env = env
         self._first = True
         self._ended = False
         self._eof = False
@@ -79,30 +96,53 @@ class DockerExec(ExecSession):
         with _lost_engine_is_the_end():
             while (message := await self._stream.read_out()) is not None:
                 stream, data = (STDERR if message.stream == STDERR else STDOUT), bytes(message.data)
-                if self._first and data.startswith(_RUNTIME_ERROR) and await self._never_ran():
+                if not data:
+                    continue
+                if self._first and await self._never_ran():
                     self._ended = True
-                    return (STDOUT if self._request.tty else STDERR), self._why(data)
+                    return (STDOUT if self._request.tty else STDERR), await self._why(data)
                 self._first = False
-                if data:
-                    return stream, data
+                return stream, data
         self._ended = True
         return None
 
     async def _never_ran(self) -> bool:
-        """Whether what came is the engine's word and not a program's, which may print the same."""
-        show = await self._ended_show()
-        return show is not None and not show.get("Pid") and show["ExitCode"] in (NOT_FOUND, NOT_EXECUTABLE)
+        """Whether what came is the engine's word and not a program's, which may print the same.
 
-    def _why(self, data: bytes) -> bytes:
-        text = data.decode("utf-8", "replace").lower()
+        The engine says it last: by then the exec has ended, with a code, and never was a process.
+        """
+        try:
+            show = await self._exec.inspect()
+        except TROUBLE:
+            return False
+        return not show["Running"] and not show.get("Pid") and show["ExitCode"] in (NOT_FOUND, NOT_EXECUTABLE)
+
+    async def _why(self, data: bytes) -> bytes:
+        """What the user reads, and with which exit code: 127 where the program is not there, and nothing else is wrong.
+
+        An engine's code is 126 for that, too, and has only words for the difference; so it is asked for the file. Else
+        the user reads the engine's own words, whichever they are.
+        """
         program = self._request.command[0] if self._request.command else "the shell"
-        if "not found" in text or "no such file" in text:
+        if await self._is_missing(program):
             self._code = NOT_FOUND
             return f"{program}: command not found".encode("utf-8", "surrogateescape") + (
                 b"\r\n" if self._request.tty else b"\n"
             )
         self._code = NOT_EXECUTABLE
         return data
+
+    async def _is_missing(self, program: str) -> bool:
+        """Whether there is no such file, nor one in a folder of the PATH; the engine looks into no tmpfs."""
+        folders = self._env.get("PATH", _DEFAULT_PATH).split(":")
+        if "/" in program:
+            folders = [self._request.workdir or "/"]
+        with contextlib.suppress(*TROUBLE):
+            for folder in folders:
+                if folder and await has(self._docker, self._container, str(PurePosixPath(folder, program))):
+                    return False
+            return True
+        return False
 
     async def write(self, data: bytes) -> None:
         if self._ended or self._eof:
@@ -134,7 +174,7 @@ class DockerExec(ExecSession):
 
     async def resize(self, rows: int, cols: int) -> None:
         if self._request.tty and not self._ended:
-            with contextlib.suppress(DockerError, aiohttp.ClientError, OSError):  # it may just have ended
+            with contextlib.suppress(*TROUBLE):  # it may just have ended
                 await self._exec.resize(h=rows, w=cols)
 
     async def resize_first(self, rows: int, cols: int) -> None:
@@ -161,7 +201,7 @@ class DockerExec(ExecSession):
         for _ in range(int(_END_SECONDS / _LOOK_AGAIN_SECONDS)):
             try:
                 show: dict[str, Any] = await self._exec.inspect()
-            except (DockerError, aiohttp.ClientError, OSError):  # the container, or the engine, has gone
+            except TROUBLE:  # the container, or the engine, has gone
                 return None
             if not show["Running"]:
                 return show
@@ -173,26 +213,36 @@ class DockerExec(ExecSession):
             await self._stream.close()
         except (AssertionError, OSError):
             pass  # the engine has gone
+        await self._stream.docker.close()
         if not self._ended and self._code is None:
-            with contextlib.suppress(DockerError, aiohttp.ClientError, OSError):
-                await self._hang_up()
+            await self.hang_up()
         self._ended = True
 
-    async def _hang_up(self) -> None:
+    async def hang_up(self) -> None:
         """SIGHUP to the command: the engine leaves it running when its streams are closed."""
+        with contextlib.suppress(*TROUBLE):
+            async with self._engine.calls.place():
+                await self._hang_up()
+
+    async def _hang_up(self) -> None:
         show = await self._exec.inspect()
+        for _ in range(int(_START_SECONDS / _LOOK_AGAIN_SECONDS)):
+            if show["Running"] or show["ExitCode"] is not None:
+                break
+            await asyncio.sleep(_LOOK_AGAIN_SECONDS)  # the engine has been told to start it, and is about to
+            show = await self._exec.inspect()
         if not show["Running"]:
             return
         pid = int(show.get("Pid") or 0)
         try:
-            if pid and self._mark.encode() in Path(f"/proc/{pid}/environ").read_bytes():
+            if pid and self._env[MARK].encode() in Path(f"/proc/{pid}/environ").read_bytes():
                 _signal(pid)
                 return
         except OSError:
             pass  # the runner is not root, or sees other processes than the engine does
         container: Any = self._docker.containers.container(self._container)
-        asked = await container.exec(["/bin/sh", "-c", _HANG_UP, "sh", self._mark], stdout=False, stderr=False)
-        await asked.start(detach=True)
+        asked = await container.exec(["/bin/sh", "-c", _HANG_UP, "sh", self._env[MARK]], stdout=False, stderr=False)
+        await asked.start(detach=True, timeout=limit())
 
 
 def _signal(pid: int) -> None:
@@ -205,23 +255,37 @@ def _signal(pid: int) -> None:
 
 @contextlib.contextmanager
 def _lost_engine_is_the_end() -> Any:
-    with contextlib.suppress(aiohttp.ClientError, OSError):
+    with contextlib.suppress(*TROUBLE):
         yield
 
 
-async def start(docker: aiodocker.Docker, container: str, request: ExecRequest) -> DockerExec:
+async def start(at: Engine, container: str, request: ExecRequest) -> DockerExec:
     """Start a command in a container that runs. Raises UnavailableError "no_shell", and the engine's own errors."""
+    async with at.calls.place():
+        return await _started(at, container, request)
+
+
+async def _started(at: Engine, container: str, request: ExecRequest) -> DockerExec:
+    docker = at.docker
     show = await docker.containers.container(container).show()
     image_env = dict(text.partition("=")[::2] for text in show["Config"]["Env"] or ())
     command = await _command_line(docker, container, request, image_env)
-    mark = secrets.token_hex(8)
-    env = {**request.env, **locale_for(request, image_env.keys() | request.env.keys()), MARK: mark}
+    env = {**request.env, **locale_for(request, image_env.keys() | request.env.keys()), MARK: secrets.token_hex(8)}
     in_container: Any = docker.containers.container(container)  # not all annotated
-    created = await in_container.exec(command, stdin=True, tty=request.tty, environment=env)
-    stream = created.start(detach=False)
-    await stream.__aenter__()
-    session = DockerExec(docker, container, created.id, stream, request, mark)
-    await session.resize_first(request.rows, request.cols)
+    place = {"user": request.user, "workdir": request.workdir or None}
+    created = await in_container.exec(command, stdin=True, tty=request.tty, environment=env, **place)
+    own = own_connection(docker)
+    stream: Any = own.containers.exec(created.id).start(detach=False)
+    session = DockerExec(at, container, created.id, stream, request, {**image_env, **env})
+    try:
+        await asyncio.wait_for(stream.__aenter__(), ENGINE_SECONDS)
+        await session.resize_first(request.rows, request.cols)
+    except BaseException as error:
+        # Nobody waits for it, and the engine may start it all the same.
+        if isinstance(error, asyncio.CancelledError | asyncio.TimeoutError):
+            in_background(session.hang_up(), "ending a command that nobody waits for")
+        await own.close()
+        raise
     return session
 
 

@@ -13,12 +13,17 @@ import aiodocker
 from aiodocker.exceptions import DockerError
 
 from kohakuriver.errors import UnavailableError
-from kohakuriver.runner.backends.docker.engine import has, sentences
+from kohakuriver.runner.backends.docker.engine import TROUBLE, has, limit, sentences
+from kohakuriver.runner.backends.docker.users import user_number
 from kohakuriver.runner.services.ssh_helper import CONTAINER_PORT, OWN_SSHD, SshHelper, until_listening
 from kohakuriver.runner.services.state import TaskRecord
-from kohakuriver.runner.services.tunnel_helper import TunnelHelper
+from kohakuriver.runner.services.tunnel_helper import FIRST_TOKEN, TunnelHelper, name_token, new_token
 
 __all__ = ["Inside"]
+
+
+NEXT_START = "next"
+"""The `token_start` of a token that was laid down for a start that has not happened yet."""
 
 
 class Inside:
@@ -38,8 +43,33 @@ class Inside:
         """
         own_dials_it = not task.adopted and task.tunnel_url == url
         put_in_dials_it = task.exec_url == url and task.exec_start == show["State"]["StartedAt"]
-        if not own_dials_it and not (put_in_dials_it and await self._client_runs(task)):
+        if own_dials_it:
+            task.token_name = FIRST_TOKEN
+            await self._ensure_token(task, show, show["State"]["StartedAt"])
+        elif put_in_dials_it and await self._client_runs(task):
+            await self._ensure_token(task, show, task.exec_id)
+        else:
             await self._put_client(task, show, url)
+
+    async def _ensure_token(self, task: TaskRecord, show: dict[str, Any], start: str | None) -> None:
+        """See to it that this start of a tunnel client has its token: it may have begun without us, or one is due."""
+        if task.token_start != NEXT_START and task.token_start != start:
+            new_token(task)
+            await self._give_token(task, show)
+        task.token_start = start
+
+    async def _give_token(self, task: TaskRecord, show: dict[str, Any]) -> None:
+        """Lay the task's token down in its container. May raise DockerError, UnavailableError."""
+        user = await user_number(self._docker(), show["Id"], show["Config"].get("User") or "")
+        container: Any = self._docker().containers.container(show["Id"])  # not all annotated
+        await container.put_archive("/", self._helper.token_archive(task, user))
+
+    async def give_next_token(self, task: TaskRecord, engine_id: str) -> None:
+        """Lay a token down for the start that comes, where no other program of the container runs yet."""
+        new_token(task)
+        task.token_name = FIRST_TOKEN
+        await self._give_token(task, dict(await self._docker().containers.container(engine_id).show()))
+        task.token_start = NEXT_START
 
     async def _client_runs(self, task: TaskRecord) -> bool:
         try:
@@ -51,11 +81,14 @@ class Inside:
         container: Any = self._docker().containers.container(show["Id"])  # not all annotated
         with sentences("put the tunnel client into the container"):
             if task.adopted:
-                await container.put_archive("/", self._helper.archive(task.container))
-            command = self._helper.adopted_command(task.container, url)
+                await container.put_archive("/", self._helper.program_archive())
+            new_token(task)
+            name_token(task)
+            await self._give_token(task, show)
+            command = self._helper.adopted_command(task, url)
             client = await container.exec(command, stdout=False, stderr=False, environment=self._helper.settings)
-            await client.start(detach=True)
-        task.exec_id = client.id
+            await client.start(detach=True, timeout=limit())
+        task.exec_id = task.token_start = client.id
         task.exec_start = show["State"]["StartedAt"]
         task.exec_url = url
 
@@ -63,7 +96,7 @@ class Inside:
         """End the tunnel client in an adopted container, as far as we may: the container itself goes on."""
         if task.exec_id is None:
             return
-        with contextlib.suppress(DockerError, OSError):
+        with contextlib.suppress(*TROUBLE):
             inspected = await self._docker().containers.exec(task.exec_id or "").inspect()
             pid = int(inspected.get("Pid") or 0)
             if inspected["Running"] and pid and task.container.encode() in Path(f"/proc/{pid}/cmdline").read_bytes():
@@ -88,7 +121,7 @@ class Inside:
             server = await container.exec(command, stdout=False, stderr=False, user="0:0")
             # Known before it runs: whoever cuts this look short must not leave a server that the next one starts again.
             task.ssh_exec_id, task.ssh_exec_start, task.ssh_port = server.id, started, CONTAINER_PORT
-            await server.start(detach=True)
+            await server.start(detach=True, timeout=limit())
         pid = await self._exec_pid(server.id)
         if pid is None or not await until_listening(pid, CONTAINER_PORT):
             program = own or "the one that kohakuriver brings"

@@ -11,8 +11,9 @@ import structlog
 from aiodocker.exceptions import DockerError
 
 from kohakuriver.errors import UnavailableError
+from kohakuriver.runner.backends.docker.fence import Fence
 
-__all__ = ["NETWORK", "gateway", "gateway_of", "task_network"]
+__all__ = ["NETWORK", "addresses_of", "fence_in", "gateway", "gateway_of", "task_network"]
 
 log = structlog.get_logger("kohakuriver.runner")
 
@@ -22,8 +23,8 @@ _SHARED = "bridge"
 _BETWEEN_CONTAINERS = "com.docker.network.bridge.enable_icc"
 
 
-async def task_network(docker: aiodocker.Docker) -> str:
-    """The name of the network for a new container, made if need be.
+async def task_network(docker: aiodocker.Docker, fence: Fence) -> str:
+    """The name of the network for a new container, made and fenced in if need be.
 
     Where the engine can't keep containers apart (it takes the kernel's `br_netfilter`), it is the one that all
     containers share, and a warning says so. May raise DockerError.
@@ -35,7 +36,15 @@ async def task_network(docker: aiodocker.Docker) -> str:
         return _SHARED
     if (show.get("Options") or {}).get(_BETWEEN_CONTAINERS) != "false":
         log.warning(f"CONTAINERS CAN REACH EACH OTHER: remove the network {NETWORK}, and a better one will be made")
+    await fence.put_up(show, _gateway(show))
     return NETWORK
+
+
+async def fence_in(docker: aiodocker.Docker, fence: Fence) -> None:
+    """Fence in the containers that are there already: rules don't outlive the machine, nor always its firewall."""
+    with contextlib.suppress(DockerError, UnavailableError):
+        show = dict(await (await docker.networks.get(NETWORK)).show())
+        await fence.put_up(show, _gateway(show))
 
 
 async def _made(docker: aiodocker.Docker) -> dict[str, Any]:
@@ -67,9 +76,23 @@ async def gateway_of(docker: aiodocker.Docker, show: dict[str, Any]) -> str:
     )
 
 
+async def addresses_of(docker: aiodocker.Docker, show: dict[str, Any]) -> list[str]:
+    """From which addresses a container's processes dial the node; none where it has the node's own network."""
+    mode = show["HostConfig"]["NetworkMode"]
+    if mode == "host":
+        return []
+    if mode.startswith("container:"):
+        return await addresses_of(docker, await docker.containers.container(mode.partition(":")[2]).show())
+    networks = show["NetworkSettings"]["Networks"].values()
+    return [network[name] for network in networks for name in ("IPAddress", "GlobalIPv6Address") if network.get(name)]
+
+
 async def gateway(docker: aiodocker.Docker, network: str) -> str:
     """The node's address on a network. Raises UnavailableError "no_gateway"."""
-    show = await (await docker.networks.get(network)).show()
+    return _gateway(await (await docker.networks.get(network)).show())
+
+
+def _gateway(show: dict[str, Any]) -> str:
     for config in (show.get("IPAM") or {}).get("Config") or []:
         if show["Driver"] == "bridge" and ":" not in config["Subnet"]:
             # An engine that has not used the network yet does not always name its gateway.

@@ -8,26 +8,36 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
-from collections.abc import Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable
+from functools import partial
 from typing import Any
 
 import aiodocker
 import structlog
 from aiodocker.exceptions import DockerError
 
+from kohakuriver.config import path_segment
 from kohakuriver.errors import KohakuRiverError, LocalAddressError, NotFoundError, UnavailableError
+from kohakuriver.images import Registries
 from kohakuriver.runner.backends.base import Backend, ExecRequest, ExecSession, Reporter, Surroundings
 from kohakuriver.runner.backends.docker import exec as docker_exec
+from kohakuriver.runner.backends.docker.bounds import warn_of_unbounded
 from kohakuriver.runner.backends.docker.describe import Description, ending, of_runner, task_in, task_of
-from kohakuriver.runner.backends.docker.engine import sentences
+from kohakuriver.runner.backends.docker.engine import limit, sentences
+from kohakuriver.runner.backends.docker.fence import Fence
 from kohakuriver.runner.backends.docker.inside import Inside
-from kohakuriver.runner.backends.docker.network import gateway, gateway_of, task_network
+from kohakuriver.runner.backends.docker.logs import open_logs
+from kohakuriver.runner.backends.docker.network import addresses_of, fence_in, gateway, gateway_of, task_network
+from kohakuriver.runner.backends.docker.pull import Images
 from kohakuriver.runner.backends.docker.untouched import Untouched
 from kohakuriver.runner.backends.docker.watch import EngineWatch, Looker
+from kohakuriver.runner.backends.printed import LogRequest, Printed
 from kohakuriver.runner.services.direct import DirectTarget
+from kohakuriver.runner.services.fair_queue import FairQueue
 from kohakuriver.runner.services.ssh_helper import SshHelper
 from kohakuriver.runner.services.state import TaskRecord
 from kohakuriver.runner.services.tunnel_helper import TunnelHelper
+from kohakuriver.tunnel.accept import Peer
 
 __all__ = ["DockerBackend"]
 
@@ -38,7 +48,10 @@ STOP_SECONDS = 10
 
 DRAIN_STOP_SECONDS = 3
 
-NO_BINARY = "its kohakuriver was installed without the static tunnel client, which containers need"
+CALLS, CALLS_OF_A_USER = 32, 8
+"""What the engine is asked to do at a time, of all users and of one. Its client has connections for 100."""
+
+NO_BINARY = "its kohakuriver was installed without cargo, and lacks the static tunnel client, which containers need"
 REMOVED = "its container was removed"
 REMOVED_ADOPTED = "its container was removed; one that is made again under its name is taken up by itself"
 PAUSED = "its container is paused"
@@ -50,6 +63,8 @@ class DockerBackend(Backend):
 
     `instance` marks containers as this runner's. `listen_at` makes the runner reachable at one of the node's addresses
     and gives the URL; `on_availability` is called when the engine comes or goes.
+
+    Large because a `Backend` is: most methods are one thing that can be asked of it.
     """
 
     name = "docker"
@@ -64,6 +79,8 @@ class DockerBackend(Backend):
         report: Reporter,
         listen_at: Callable[[str], Awaitable[str]],
         on_availability: Callable[[], None],
+        registries: Registries,
+        pull_seconds: float,
     ) -> None:
         self._node = node
         self._instance = instance
@@ -77,6 +94,9 @@ class DockerBackend(Backend):
         self._looker = Looker(self._refresh)
         self._inside = Inside(lambda: self._docker, helper, ssh)
         self._untouched = Untouched(lambda: self._docker)
+        self._fence = Fence()
+        self._calls = FairQueue(CALLS, CALLS_OF_A_USER)
+        self._images = Images(lambda: self._docker, node, registries, seconds=pull_seconds)
         self._found: Callable[[TaskRecord], None] = lambda _task: None
 
     @classmethod
@@ -89,6 +109,8 @@ class DockerBackend(Backend):
             report=around.report,
             listen_at=around.listen_at,
             on_availability=around.on_change,
+            registries=around.registries,
+            pull_seconds=around.limits.pull_timeout,
         )
 
     @property
@@ -128,6 +150,8 @@ class DockerBackend(Backend):
 
     async def _look_around(self) -> None:
         """Report every task's state, also of those that only our labels on their containers tell of."""
+        await warn_of_unbounded(self._docker)
+        await fence_in(self._docker, self._fence)
         filters = json.dumps({"label": [of_runner(self._instance)]})
         for container in await self._docker.containers.list(all=True, filters=filters):
             show = await container.show()
@@ -138,18 +162,18 @@ class DockerBackend(Backend):
         for task in list(self._tasks.values()):
             await self._looker.look(task)
 
-    async def _event(self, event: dict[str, Any]) -> None:
+    def _event(self, event: dict[str, Any]) -> None:
         """Look at the tasks that an event is about."""
         actor = event.get("Actor", {})
         engine_id, name = event.get("id") or actor.get("ID"), actor.get("Attributes", {}).get("name")
         for task in list(self._tasks.values()):
             if task.engine_id == engine_id or (task.adopted and task.engine_name == name):
-                await self._looker.look_again(task)
+                self._looker.look_soon(task)
 
     async def _shown(self, container: str) -> dict[str, Any] | None:
         """What the engine says of a container, by its id or name; None where it has none."""
         try:
-            return dict(await self._docker.containers.container(container).show())
+            return dict(await self._docker.containers.container(path_segment(container)).show())
         except DockerError as error:
             if error.status != 404:
                 raise
@@ -187,6 +211,7 @@ class DockerBackend(Backend):
             return
         self._report(task.container, "running", PAUSED if state["Paused"] else None)
         try:
+            task.tunnel_from = await addresses_of(self._docker, show)
             await self._inside.ensure_client(task, show, await self._url_for(show))
             if task.ssh_keys:
                 await self._inside.ensure_ssh(task, show)
@@ -195,13 +220,21 @@ class DockerBackend(Backend):
 
     # Tasks
 
+    @contextlib.asynccontextmanager
+    async def _doing(self, what: str, task: TaskRecord) -> AsyncIterator[None]:
+        """While the engine is asked, in the turn of whoever wants it, to do something with a task."""
+        with self._looker.handling(task), sentences(what):
+            async with self._calls.place():
+                yield
+
     async def start(self, task: TaskRecord) -> None:
         assert task.image is not None
         if task.ssh_keys:
             self._ssh.prepare(task)
-        with self._looker.handling(task), sentences(f"start the task from image {task.image}"):
-            await self._need_image(task)
-            network = await task_network(self._docker)
+        with sentences(f"pull the image {task.image}"):
+            await self._images.need(task.image, partial(self._report, task.container, "starting"))
+        async with self._doing(f"start the task from image {task.image}", task):
+            network = await task_network(self._docker, self._fence)
             task.tunnel_url = await self._reach(await gateway(self._docker, network))
             try:
                 container = await self._docker.containers.create(
@@ -209,38 +242,24 @@ class DockerBackend(Backend):
                 )
             except DockerError as error:
                 if error.status == 404:
-                    raise _no_image(task.image, self._node) from error
+                    raise self._images.missing(task.image) from error
                 raise
             task.engine_id = container.id
             task.engine_name = task.container
             self._tasks[task.container] = task
             try:
+                await self._inside.give_next_token(task, container.id)
                 await container.start()
             except BaseException:
                 self._tasks.pop(task.container)
                 with contextlib.suppress(DockerError):
-                    await container.delete(force=True)
+                    await container.delete(force=True, timeout=limit())
                 raise
             await self._refresh(task)
 
-    async def _need_image(self, task: TaskRecord) -> None:
-        assert task.image is not None
-        try:
-            await self._docker.images.inspect(task.image)
-        except DockerError as error:
-            if error.status != 404:
-                raise
-        else:
-            return
-        self._report(task.container, "starting", f"pulling the image {task.image}")
-        try:
-            await self._docker.images.pull(task.image)
-        except DockerError as error:
-            raise _no_image(task.image, self._node, error.message) from error
-
     async def adopt(self, task: TaskRecord) -> TaskRecord:
         assert task.engine_name is not None
-        with self._looker.handling(task), sentences(f"adopt the container {task.engine_name}"):
+        async with self._doing(f"adopt the container {task.engine_name}", task):
             show = await self._shown(task.engine_name)
             if show is None:
                 raise NotFoundError(
@@ -260,23 +279,28 @@ class DockerBackend(Backend):
             return known
 
     async def stop(self, task: TaskRecord) -> None:
-        with self._looker.handling(task):
+        async with self._doing("stop the container", task):
             await self._stop(task, STOP_SECONDS)
 
     async def _stop(self, task: TaskRecord, seconds: int) -> None:
         with sentences("stop the container"):
             task.stopped = True
             try:
-                await self._docker.containers.container(task.engine_id or task.container).stop(t=seconds)
+                await self._docker.containers.container(task.engine_id or task.container).stop(
+                    t=seconds, timeout=limit(seconds)
+                )
             except DockerError as error:
                 if error.status != 404:
                     raise
 
     async def start_again(self, task: TaskRecord) -> None:
-        with self._looker.handling(task), sentences("start the container again"):
-            task.stopped = False
+        async with self._doing("start the container again", task):
+            task.stopped, task.tunnel_from = False, None
+            engine_id = task.engine_id or task.container
             try:
-                await self._docker.containers.container(task.engine_id or task.container).start()
+                if not task.adopted:
+                    await self._inside.give_next_token(task, engine_id)
+                await self._docker.containers.container(engine_id).start()
             except DockerError as error:
                 if error.status != 404:
                     raise
@@ -289,13 +313,14 @@ class DockerBackend(Backend):
         await self.start(task)
 
     async def remove(self, task: TaskRecord) -> None:
-        with self._looker.handling(task), sentences("remove the container"):
+        async with self._doing("remove the container", task):
             self._untouched.leave(task)
             if task.adopted:
                 await self._inside.end_client(task)
             else:
                 try:
-                    await self._docker.containers.container(task.engine_id or task.container).delete(force=True, v=True)
+                    container = self._docker.containers.container(task.engine_id or task.container)
+                    await container.delete(force=True, v=True, timeout=limit())
                 except DockerError as error:
                     if error.status != 404:
                         raise
@@ -304,7 +329,18 @@ class DockerBackend(Backend):
 
     async def exec(self, task: TaskRecord, request: ExecRequest) -> ExecSession:
         with sentences("run a command in the container"):
-            return await docker_exec.start(self._docker, task.engine_id or task.container, request)
+            at = docker_exec.Engine(self._docker, self._calls)
+            return await docker_exec.start(at, task.engine_id or task.container, request)
+
+    async def logs(self, task: TaskRecord, request: LogRequest) -> Printed:
+        if task.engine_id is None:
+            raise UnavailableError(
+                f"Task {task.name} has printed nothing yet: its container is still being made; try again in a moment.",
+                code="task_not_running",
+            )
+        with sentences("read what the container printed"):
+            async with self._calls.place():
+                return await open_logs(self._docker, task.engine_id, request)
 
     async def _make_reachable(self, task: TaskRecord, show: dict[str, Any]) -> None:
         """Put the tunnel client in; where that can't be done the runner dials from the container's own network."""
@@ -321,6 +357,20 @@ class DockerBackend(Backend):
                 task.no_client = True
         else:
             await self._untouched.enter(task, show)
+
+    async def comes_from(self, task: TaskRecord, peer: Peer) -> bool:
+        if task.tunnel_from is not None and _among(task.tunnel_from, peer):
+            return True
+        with sentences("say where the container is"):
+            show = await self._shown(task.engine_id or task.container)
+            task.tunnel_from = None if show is None else await addresses_of(self._docker, show)
+        return task.tunnel_from is not None and _among(task.tunnel_from, peer)
+
+    async def give_token(self, task: TaskRecord) -> None:
+        with sentences("give the container a new token"):
+            show = await self._shown(task.engine_id or task.container)
+            if show is not None and not task.no_client:
+                await self._inside.ensure_client(task, show, await self._url_for(show))
 
     def target(self, task: TaskRecord) -> DirectTarget | None:
         return self._untouched.target(task)
@@ -340,12 +390,9 @@ class DockerBackend(Backend):
             ) from error
 
 
-def _no_image(image: str, node: str, reason: str = "") -> NotFoundError:
-    why = f" ({' '.join(reason.split()).rstrip('.')})" if reason else ""
-    return NotFoundError(
-        f"The image {image!r} is not on node {node} and can't be pulled{why}; check its name or load it there.",
-        code="image_not_found",
-    )
+def _among(addresses: list[str], peer: Peer) -> bool:
+    """Whether a peer is at one of a container's addresses, or, where it has none of its own, on the node."""
+    return peer.address in addresses if addresses else peer.on_this_machine
 
 
 def _check_adoptable(name: str, show: dict[str, Any]) -> None:

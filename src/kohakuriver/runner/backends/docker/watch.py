@@ -14,12 +14,10 @@ from datetime import datetime
 from typing import Any
 
 import aiodocker
-import aiohttp
 import structlog
-from aiodocker.exceptions import DockerError
 
 from kohakuriver.errors import KohakuRiverError, UnavailableError
-from kohakuriver.runner.backends.docker.engine import new_client, why
+from kohakuriver.runner.backends.docker.engine import TROUBLE, new_client, why
 from kohakuriver.runner.services.state import TaskRecord
 from kohakuriver.runtime import cancel_all
 from kohakuriver.web.background import in_background
@@ -48,7 +46,7 @@ class EngineWatch:
         node: str,
         *,
         look_around: Callable[[], Awaitable[None]],
-        on_event: Callable[[dict[str, Any]], Awaitable[None]],
+        on_event: Callable[[dict[str, Any]], None],
         on_change: Callable[[], None],
     ) -> None:
         self._node = node
@@ -94,7 +92,7 @@ class EngineWatch:
         while True:
             try:
                 await self._follow()
-            except (aiohttp.ClientError, DockerError, OSError, asyncio.TimeoutError) as error:
+            except TROUBLE as error:
                 self.trouble = f"no Docker engine answers ({why(error)})"
                 if not self._first_look.is_set():
                     log.warning(
@@ -129,7 +127,7 @@ class EngineWatch:
             await self._look_around()
             self._first_look.set()
             while (event := await subscriber.get()) is not None:
-                await self._on_event(event)
+                self._on_event(event)
             await running
         finally:
             await cancel_all([running])
@@ -155,14 +153,32 @@ class Looker:
         self._busy: set[str] = set()
         self._missed: set[str] = set()
         self._looks: set[asyncio.Task[None]] = set()
+        self._due: dict[str, asyncio.Task[None]] = {}
         self._looking: dict[str, asyncio.Task[None]] = {}
 
     async def look_again(self, task: TaskRecord) -> None:
         """`look`, where nobody waits for what comes of it: a failure is logged."""
         try:
             await self.look(task)
-        except (DockerError, KohakuRiverError) as error:
-            log.warning("a container's state could not be read", task=task.task_id, reason=str(error))
+        except (*TROUBLE, KohakuRiverError) as error:
+            log.warning("a container's state could not be read", task=task.task_id, reason=why(error))
+
+    def look_soon(self, task: TaskRecord) -> None:
+        """`look_again`, after what is due for this task: one that takes long keeps no other task waiting."""
+        due = self._due.get(task.container)
+        look = self._due[task.container] = in_background(self._look_after(due, task), "looking at a container")
+        self._looks.add(look)
+        look.add_done_callback(lambda look: self._looked(task, look))
+
+    async def _look_after(self, due: asyncio.Task[None] | None, task: TaskRecord) -> None:
+        if due is not None:
+            await asyncio.wait({due})
+        await self.look_again(task)
+
+    def _looked(self, task: TaskRecord, look: asyncio.Task[None]) -> None:
+        self._looks.discard(look)
+        if self._due.get(task.container) is look:
+            del self._due[task.container]
 
     async def look(self, task: TaskRecord) -> None:
         """Refresh a task, until we begin to change it; then, afterwards. Raises what `refresh` raises."""
@@ -194,9 +210,7 @@ class Looker:
             self._busy.discard(task.container)
             if task.container in self._missed:
                 self._missed.discard(task.container)
-                look = in_background(self.look_again(task), "looking at a container")
-                self._looks.add(look)
-                look.add_done_callback(self._looks.discard)
+                self.look_soon(task)
 
     async def close(self) -> None:
         """Look at nothing more."""

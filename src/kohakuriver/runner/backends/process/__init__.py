@@ -1,3 +1,3 @@
-"""Tasks that are process groups of the runner's own user."""
+"""Tasks that are process groups of the runner's own user, or of another."""
 
 from __future__ import annotations

@@ -15,9 +15,11 @@ import termios
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
-from kohakuriver.errors import KohakuRiverError, UnavailableError
+from kohakuriver.errors import KohakuRiverError, UnavailableError, UsageError
 from kohakuriver.runner.backends.base import CTRL_D, STDERR, STDOUT, ExecRequest, ExecSession, locale_for
 from kohakuriver.runner.backends.process import terminal_child
+from kohakuriver.runner.backends.process.account import Account
+from kohakuriver.text import printable
 
 __all__ = ["ProcessExec", "find_shell", "start"]
 
@@ -197,17 +199,23 @@ _left: set[asyncio.Task[int]] = set()
 """Waits for commands whose session is over: somebody has to reap them."""
 
 
-async def start(request: ExecRequest, environment: Mapping[str, str], cwd: Path) -> ProcessExec:
-    """Start a command on this node, in a session of its own.
+async def start(request: ExecRequest, environment: Mapping[str, str], cwd: Path, account: Account) -> ProcessExec:
+    """Start a command on this node, in a session of its own, as this account.
 
-    Raises KohakuRiverError when the node can't start anything, UnavailableError "no_shell".
+    Raises KohakuRiverError when the node can't start anything, UsageError for a user or a directory that can't be had,
+    UnavailableError "no_shell".
     """
+    if request.user:
+        raise UsageError("All that runs in a process task is one user's, and --user can't change that; leave it out.")
+    cwd = Path(request.workdir or cwd)
+    if not cwd.is_dir() or not account.reaches(cwd):
+        raise UsageError(f"There is no directory {printable(str(cwd))!r} for --workdir.")
     environment = {**environment, **request.env}
     environment.update(locale_for(request, environment))
     command = list(request.command) or [find_shell(environment)]
     run = _on_terminal if request.tty else _on_pipes
     try:
-        return await run(request, command, environment, cwd)
+        return await run(request, command, environment, cwd, account)
     except OSError as error:
         raise KohakuRiverError(f"The node can't start a command: {error.strerror}.") from error
 
@@ -222,12 +230,13 @@ def find_shell(environment: Mapping[str, str]) -> str:
 
 
 async def _on_terminal(
-    request: ExecRequest, command: list[str], environment: Mapping[str, str], cwd: Path
+    request: ExecRequest, command: list[str], environment: Mapping[str, str], cwd: Path, account: Account
 ) -> ProcessExec:
     ours, theirs = os.openpty()
     try:
         _set_size(ours, request.rows, request.cols)
-        process = await _spawn(os.ttyname(theirs), command, environment, cwd)
+        account.gets(theirs)
+        process = await _spawn([os.ttyname(theirs), account.ids or "-", *command], environment, cwd)
     except BaseException:
         os.close(ours)
         os.close(theirs)
@@ -236,13 +245,17 @@ async def _on_terminal(
     return ProcessExec(process, terminal, {STDOUT: terminal}, theirs=theirs)
 
 
-async def _on_pipes(request: ExecRequest, command: list[str], environment: Mapping[str, str], cwd: Path) -> ProcessExec:
+async def _on_pipes(
+    request: ExecRequest, command: list[str], environment: Mapping[str, str], cwd: Path, account: Account
+) -> ProcessExec:
     ends: list[int] = []
     try:
         for _ in range(3):
             ends += os.pipe()
         stdin, to_stdin, from_stdout, stdout, from_stderr, stderr = ends
-        process = await _spawn("-", command, environment, cwd, stdin=stdin, stdout=stdout, stderr=stderr)
+        account.gets(stdin, stdout, stderr)  # a program may open /dev/stdout anew
+        child = ["-", account.ids or "-", *command]
+        process = await _spawn(child, environment, cwd, stdin=stdin, stdout=stdout, stderr=stderr)
     except BaseException:
         for end in ends:
             os.close(end)
@@ -254,8 +267,7 @@ async def _on_pipes(request: ExecRequest, command: list[str], environment: Mappi
 
 
 async def _spawn(
-    terminal: str,
-    command: list[str],
+    child: list[str],
     environment: Mapping[str, str],
     cwd: Path,
     *,
@@ -264,7 +276,7 @@ async def _spawn(
     stderr: int = subprocess.DEVNULL,
 ) -> asyncio.subprocess.Process:
     return await asyncio.create_subprocess_exec(
-        *(sys.executable, "-I", "-S", terminal_child.__file__, terminal, *command),
+        *(sys.executable, "-I", "-S", terminal_child.__file__, *child),
         stdin=stdin,
         stdout=stdout,
         stderr=stderr,

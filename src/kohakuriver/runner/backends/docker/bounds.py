@@ -1,0 +1,63 @@
+"""What keeps a container from taking its node from others: what it gets of it, and what it may not do there."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import aiodocker
+import structlog
+
+from kohakuriver.limits import Limits
+from kohakuriver.runner.services.state import TaskRecord
+
+__all__ = ["LOG_FILES", "OOM_SCORE", "bounds_of", "warn_of_unbounded"]
+
+log = structlog.get_logger("kohakuriver.runner")
+
+LOG_FILES = 4
+"""In how many files the engine keeps what a container prints: when all are full the oldest goes."""
+
+OOM_SCORE = 500
+"""Where a node runs out of memory, the kernel ends a container before it ends the runner or the engine (proc(5))."""
+
+_KEPT = {"MemoryLimit": "memory", "CpuCfsQuota": "cpus", "PidsLimit": "pids"}
+"""What an engine says of its system, and which limit it can't keep without."""
+
+
+def bounds_of(task: TaskRecord) -> dict[str, Any]:
+    """A container's bounds, in the engine's words."""
+    size = task.log_size or Limits().task_log
+    return {
+        "Memory": task.memory or 0,
+        "MemorySwap": task.memory or 0,  # as much as its memory means that none of it is swap
+        "NanoCpus": int((task.cpus or 0) * 1e9),
+        "PidsLimit": task.pids or 0,
+        "ShmSize": task.shm_size or 0,
+        "LogConfig": {
+            "Type": "json-file",
+            "Config": {"max-size": str(size // LOG_FILES), "max-file": str(LOG_FILES)},
+        },
+        "SecurityOpt": ["no-new-privileges"],
+        "CapDrop": ["NET_RAW"],
+        "OomScoreAdj": OOM_SCORE,
+    }
+
+
+async def warn_of_unbounded(docker: aiodocker.Docker) -> None:
+    """Say in the log what this engine does not do that tasks need: limits that it takes, a network that leads here.
+
+    May raise DockerError.
+    """
+    about = await docker.system.info()
+    if any("rootless" in option for option in about.get("SecurityOptions") or ()):
+        log.warning(
+            "THIS ENGINE IS ROOTLESS: its containers' tunnels don't find this runner, because the gateway of their "
+            "network is in a network namespace of the engine; use an engine that runs as root, with user namespaces"
+        )
+    unkept = [limit for fact, limit in _KEPT.items() if not about.get(fact)]
+    if unkept:
+        log.warning(
+            "CONTAINERS ARE NOT BOUNDED: this engine can't keep them to their limits; a rootless one needs cgroups of "
+            "version 2, with these controllers",
+            limits=", ".join(unkept),
+        )

@@ -1,0 +1,55 @@
+"""Commands in containers, by a real engine."""
+
+from __future__ import annotations
+
+import asyncio
+import random
+import uuid
+from collections.abc import Callable, Coroutine, Iterator
+from typing import Any
+
+import aiodocker
+import pytest
+
+from kohakuriver.runner.backends.base import ExecRequest
+from kohakuriver.runner.backends.docker import exec as docker_exec
+from kohakuriver.runner.services.fair_queue import FairQueue
+from tests.support import docker_images
+from tests.support.docker_images import docker
+
+pytestmark = pytest.mark.docker
+
+Run = Callable[[Coroutine[Any, Any, None]], None]
+
+
+@pytest.fixture
+def container() -> Iterator[str]:
+    docker_images.require_engine()
+    name = f"kohakuriver-test-{uuid.uuid4().hex[:8]}"
+    docker("run", "-d", "--name", name, docker_images.busybox_image(), "/bin/busybox", "sleep", "1000")
+    yield name
+    docker("rm", "-f", name)
+
+
+def test_a_command_that_begins_while_its_user_goes_does_not_stay(run: Run, container: str) -> None:
+    request = ExecRequest(["/bin/busybox", "sleep", "300"])
+
+    async def look(at: docker_exec.Engine, cancelled: bool) -> None:
+        starting = asyncio.ensure_future(docker_exec.start(at, container, request))
+        if cancelled:
+            await asyncio.sleep(random.random() * 0.1)
+            starting.cancel()
+            await asyncio.gather(starting, return_exceptions=True)
+        else:
+            await (await starting).close()
+
+    async def main() -> None:
+        async with aiodocker.Docker() as client:
+            at = docker_exec.Engine(client, FairQueue(16, 16))
+            await asyncio.gather(*(look(at, number % 2 == 0) for number in range(30)))
+            deadline = asyncio.get_running_loop().time() + 30
+            while "300" in docker("top", container):
+                assert asyncio.get_running_loop().time() < deadline, "a command stays that nobody waits for"
+                await asyncio.sleep(0.1)
+
+    run(main())

@@ -1,0 +1,137 @@
+"""Terminals with a name (`connect --session`): left, taken up again, taken over, listed."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.support.processes import eventually
+from tests.support.terminals import Terminal, a_terminal
+from tests.support.up import Cluster
+
+TASK = "desk"
+
+
+@pytest.fixture(scope="module")
+def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
+    cluster = Cluster(tmp_path_factory.mktemp("sessions"))
+    try:
+        cluster.succeed("vps", "create", "--backend", "process", "--name", TASK, "-e", "SHELL=/bin/bash")
+        yield cluster
+    finally:
+        cluster.close()
+
+
+def listed(cluster: Cluster) -> dict[str, bool]:
+    """The sessions that `vps status` shows, and whether somebody is in them."""
+    shown: list[dict[str, Any]] = json.loads(cluster.succeed("vps", "status", TASK, "--json"))["sessions"]
+    return {session["name"]: session["attached"] for session in shown}
+
+
+def leave(terminal: Terminal) -> None:
+    terminal.child.send(b"\r~.")
+    assert terminal.ended() == 0
+    assert "The session goes on; `kohakuriver connect desk --session " in terminal.said()
+
+
+def test_a_session_is_left_and_taken_up_again_with_all_that_is_in_it(cluster: Cluster) -> None:
+    with a_terminal(cluster, TASK, "--session", "work") as terminal:
+        terminal.ready()
+        terminal.line("NUMBER=42; echo said-$((NUMBER + 1))-before")
+        terminal.expect("said-43-before")
+        assert listed(cluster) == {"work": True}
+        leave(terminal)
+    eventually(lambda: listed(cluster) == {"work": False})
+    assert "work (nobody in it)" in cluster.succeed("vps", "status", TASK)
+    with a_terminal(cluster, TASK, "--session", "work", rows=31, cols=99) as terminal:
+        terminal.expect("said-43-before")
+        terminal.line('echo "<$NUMBER>" $(stty size)')
+        terminal.expect("<42> 31 99")
+        terminal.line("exit 7")
+        assert terminal.ended() == 7
+    assert listed(cluster) == {}
+
+
+def test_what_runs_in_a_session_runs_on_when_the_window_is_closed(cluster: Cluster, tmp_path: Path) -> None:
+    go, done = tmp_path / "go", tmp_path / "done"
+    job = f"echo begun; until [ -e {go} ]; do sleep 0.05; done; yes | head -c 5000000; touch {done}; sleep 1000"
+    with a_terminal(cluster, TASK, "-s", "job", "--", "sh", "-c", job) as terminal:
+        terminal.expect("begun")
+        terminal.child.close(force=True)
+    go.touch()
+    eventually(done.exists)
+    with a_terminal(cluster, TASK, "-s", "job") as terminal:
+        terminal.expect(r"\[\d+ bytes of output were lost meanwhile\]")
+        terminal.child.send(b"\x03")
+        terminal.ended()
+    assert listed(cluster) == {}
+
+
+def test_who_opens_a_session_takes_it_from_whoever_is_in_it(cluster: Cluster) -> None:
+    with a_terminal(cluster, TASK, "--session", "one") as first:
+        first.ready()
+        with a_terminal(cluster, TASK, "--session", "one") as second:
+            second.ready()
+            assert first.ended() == 4
+            assert "This session was opened elsewhere." in first.said()
+            second.line("exit")
+            assert second.ended() == 0
+
+
+def test_a_session_is_its_users_alone_and_ends_when_the_task_is_shared_no_more(
+    cluster: Cluster, tmp_path: Path
+) -> None:
+    cluster.succeed("user", "add", "bob")
+    bobs = json.loads(cluster.succeed("token", "create", "--user", "bob", "--json"))["token"]
+    cluster.succeed("vps", "share", TASK, "bob")
+    ended = tmp_path / "ended"
+    job = f"trap 'touch {ended}; exit' HUP; echo begun; while :; do sleep 0.05; done"
+    with a_terminal(cluster, TASK, "--token", bobs, "-s", "bobs", "--", "sh", "-c", job) as terminal:
+        terminal.expect("begun")
+        assert listed(cluster) == {}
+        leave(terminal)
+    assert not ended.exists()
+    cluster.succeed("vps", "unshare", TASK, "bob")
+    eventually(ended.exists)
+
+
+@pytest.mark.parametrize(
+    ("options", "sentence"),
+    [
+        (["--session", "a b"], "--session takes letters, digits, '.', '_' and '-', 64 at most, not 'a b'."),
+        (["--session", "a", "--user", "root"], "--session and --user don't go together"),
+        (["--session", "a", "--no-resume"], "--session and --no-resume don't go together"),
+        (["--session", "a", "-T"], "--session and --no-tty don't go together"),
+        (["--session", ""], "--session takes letters"),
+        (["--session", "a"], "--session needs a terminal as stdin and stdout"),
+    ],
+)
+def test_what_a_session_can_not_be_is_said(cluster: Cluster, options: list[str], sentence: str) -> None:
+    done = cluster.run("connect", TASK, *options)
+    assert done.returncode == 2
+    assert sentence in done.stderr
+
+
+def test_a_task_says_that_it_has_as_many_sessions_of_one_user_as_it_may(cluster: Cluster) -> None:
+    cluster.succeed(
+        "vps",
+        "create",
+        "--backend",
+        "process",
+        "--name",
+        "small",
+        "-e",
+        "SHELL=/bin/bash",
+        "-e",
+        "KOHAKURIVER_TERMINALS=4",
+    )
+    with a_terminal(cluster, "small", "-s", "one") as terminal:
+        terminal.ready()
+        with a_terminal(cluster, "small", "-s", "two") as second:
+            assert second.ended() == 4
+            assert "Task small can't keep the session two: " in second.said()
+            assert "two: you have as many sessions in the task as you may; end some of them first." in second.said()

@@ -1,0 +1,62 @@
+"""Questions that many ask at a time."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Coroutine
+from typing import Any
+
+import pytest
+
+from kohakuriver.store.together import Together
+from tests.support.hops import until
+
+Run = Callable[[Coroutine[Any, Any, None]], None]
+
+
+def test_who_comes_while_a_question_is_under_way_shares_the_next_one_and_gets_no_older_answer(run: Run) -> None:
+    async def check() -> None:
+        asked, go_on = 0, asyncio.Event()
+
+        async def ask(key: str) -> tuple[str, int]:
+            nonlocal asked
+            asked += 1
+            number = asked
+            await go_on.wait()
+            return key, number
+
+        together = Together(ask)
+        first = asyncio.ensure_future(together("a"))
+        await until(lambda: asked == 1)
+        others = [asyncio.ensure_future(together("a")) for _ in range(100)]
+        await asyncio.sleep(0)
+        others[0].cancel()  # who asked first of them goes, and the others hear all the same
+        go_on.set()
+        assert await first == ("a", 1)
+        assert {await other for other in others[1:]} == {("a", 2)}
+        assert await together("a") == ("a", 3)  # nothing is kept
+        assert await together("b") == ("b", 4)
+        assert not together._under_way
+        assert not together._next
+
+    run(check())
+
+
+def test_a_question_that_fails_fails_for_those_who_shared_it_and_for_nobody_else(run: Run) -> None:
+    async def check() -> None:
+        failing = True
+
+        async def ask(key: str) -> str:
+            if failing:
+                raise ValueError(key)
+            return key
+
+        together = Together(ask)
+        shared = [asyncio.ensure_future(together("a")) for _ in range(3)]
+        for each in shared:
+            with pytest.raises(ValueError, match="a"):
+                await each
+        failing = False
+        assert await together("a") == "a"
+
+    run(check())
