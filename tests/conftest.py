@@ -24,6 +24,24 @@ for _number in (signal.SIGINT, signal.SIGHUP, signal.SIGQUIT):
         signal.signal(_number, signal.default_int_handler if _number is signal.SIGINT else signal.SIG_DFL)
 
 
+MAX_UNSTEADY = 3
+"""Tests that may fail once in a run of the suite and pass when they are tried again. Each is a fault to be found."""
+
+
+def pytest_terminal_summary(terminalreporter: Any) -> None:
+    if unsteady := terminalreporter.stats.get("rerun"):
+        terminalreporter.section(f"{len(unsteady)} of the tests failed once and were tried again; {MAX_UNSTEADY} may")
+        for report in unsteady:
+            terminalreporter.write_line(f"{report.nodeid}\n{report.longreprtext}")
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_sessionfinish(session: pytest.Session, exitstatus: int) -> None:
+    reporter: Any = session.config.pluginmanager.get_plugin("terminalreporter")
+    if reporter is not None and len(reporter.stats.get("rerun", ())) > MAX_UNSTEADY:
+        session.exitstatus = pytest.ExitCode.TESTS_FAILED
+
+
 @pytest.fixture(autouse=True)
 def _logging_as_before() -> Iterator[None]:
     """A program that a test runs in this process logs to the stderr of that test, which is closed behind it."""
