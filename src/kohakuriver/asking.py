@@ -9,7 +9,18 @@ from dataclasses import dataclass, field
 from ipaddress import IPv6Address, IPv6Network, ip_address
 from typing import Any
 
-__all__ = ["Asker", "asker", "asking", "peer_name"]
+__all__ = ["Asker", "asker", "asking", "origin_of", "peer_name"]
+
+
+def origin_of(address: str) -> str:
+    """Whom a limit for strangers is about: an IP address, of IPv6 the /64, all of which one machine may have."""
+    try:
+        parsed = ip_address(address.partition("%")[0])
+    except ValueError:
+        return address
+    if isinstance(parsed, IPv6Address):
+        return str(parsed.ipv4_mapped or IPv6Network((parsed, 64), strict=False))
+    return str(parsed)
 
 
 @dataclass
@@ -26,16 +37,9 @@ class Asker:
 
     @property
     def origin(self) -> str:
-        """Whom a limit for strangers is about: the address, of IPv6 the /64, all of which one machine may have."""
+        """Whom a limit for strangers is about: see `origin_of`."""
         address = self.source.rpartition(":")[0]
-        try:
-            parsed = ip_address(address.partition("%")[0])
-        except ValueError:
-            return address or self.source
-        if isinstance(parsed, IPv6Address):
-            mapped = parsed.ipv4_mapped
-            return str(mapped or IPv6Network((parsed, 64), strict=False))
-        return str(parsed)
+        return origin_of(address) if address else self.source
 
     def described(self) -> dict[str, Any]:
         """All that is known, as fields of a line; nothing where nobody asks."""

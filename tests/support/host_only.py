@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import base64
 import contextlib
+import socket
 import ssl
 import time
 from collections.abc import AsyncIterator
@@ -38,6 +39,7 @@ from kohakuriver.quotas import Offer, Quotas
 from kohakuriver.runtime import cancel_all
 from kohakuriver.session import ticket
 from kohakuriver.store import Accounts, Store, sqlite_url
+from kohakuriver.tls import ServerCertificate
 from kohakuriver.tunnel.accept import TunnelRoute, serve_ws
 from kohakuriver.web.app import bind, socket_url
 from kohakuriver.web.origin import Guard
@@ -51,23 +53,31 @@ async def _nothing() -> None:
 
 
 @contextlib.asynccontextmanager
-async def serving(app: FastAPI, ws: type[asyncio.Protocol] | None = None) -> AsyncIterator[str]:
-    """Serve an application on a free loopback port; its URL."""
+async def a_server(
+    app: FastAPI, ws: type[asyncio.Protocol] | None = None, certificate: ServerCertificate | None = None
+) -> AsyncIterator[tuple[Server, socket.socket]]:
+    """Serve an application on a free loopback port: the server, which is told to stop at the end, and its socket."""
     sock = bind("127.0.0.1", 0)
     ready = asyncio.Event()
 
     async def is_ready() -> None:
         ready.set()
 
-    server = Server(app, ws=ws or serve_ws([]), on_ready=is_ready, on_stop=_nothing)
-    url = socket_url(sock)
+    server = Server(app, ws=ws or serve_ws([]), on_ready=is_ready, on_stop=_nothing, certificate=certificate)
     running = asyncio.ensure_future(server.serve([sock]))
     await ready.wait()
     try:
-        yield url
+        yield server, sock
     finally:
         server.stop()
         await running
+
+
+@contextlib.asynccontextmanager
+async def serving(app: FastAPI, ws: type[asyncio.Protocol] | None = None) -> AsyncIterator[str]:
+    """Serve an application on a free loopback port; its URL."""
+    async with a_server(app, ws) as (_, sock):
+        yield socket_url(sock)
 
 
 class Clock:

@@ -27,7 +27,7 @@ from kohakuriver.web.listener import ACCEPTED_AT_ONCE
 from kohakuriver.web.logging import LONGEST_VALUE, configure_logging
 from kohakuriver.web.repeats import REFUSALS_AT_ONCE, SECONDS, TUNNELS_AT_ONCE, Repeats, _Seen
 from kohakuriver.web.server import Server
-from tests.support.host_only import serving
+from tests.support.host_only import a_server, serving
 
 Run = Callable[[Coroutine[Any, Any, None]], None]
 
@@ -161,24 +161,10 @@ def test_a_client_that_keeps_a_tls_connection_for_later_does_not_hold_up_the_end
         return connection
 
     async def check() -> None:
-        ready = asyncio.Event()
-
-        async def is_ready() -> None:
-            ready.set()
-
-        async def is_ended() -> None:
-            pass
-
-        sock = bind("127.0.0.1", 0)
         certificate = ServerCertificate(made.cert, made.key)
-        server = Server(
-            new_app("t", "1"), ws=serve_ws([]), on_ready=is_ready, on_stop=is_ended, certificate=certificate
-        )
-        running = asyncio.ensure_future(server.serve([sock]))
-        await ready.wait()
-        with await asyncio.to_thread(keep_one_open, sock.getsockname()[1]):
-            server.stop()
-            await running
+        async with a_server(new_app("t", "1"), certificate=certificate) as (_, sock):
+            connection = await asyncio.to_thread(keep_one_open, sock.getsockname()[1])
+        connection.close()
 
     run(check())
     assert "graceful shutdown exceeded" not in caplog.text
@@ -186,30 +172,17 @@ def test_a_client_that_keeps_a_tls_connection_for_later_does_not_hold_up_the_end
 
 def test_a_crowd_that_connects_at_once_leaves_others_their_turn(run: Run) -> None:
     async def main() -> None:
-        ready = asyncio.Event()
-
-        async def on_ready() -> None:
-            ready.set()
-
-        async def on_stop() -> None:
-            pass
-
-        sock = bind("127.0.0.1", 0)
-        server = Server(new_app("test", "0"), ws=serve_ws([]), on_ready=on_ready, on_stop=on_stop)
-        running = asyncio.ensure_future(server.serve([sock]))
-        await ready.wait()
-        address = sock.getsockname()
-        with contextlib.ExitStack() as stack:
-            for _ in range(500):  # nobody accepts them yet: this thread is the server's
-                stack.enter_context(socket.create_connection(address, 30))
-            seen, most = 0, 0
-            while seen < 500:
-                await asyncio.sleep(0)
-                now = len(server.server_state.connections)
-                seen, most = now, max(most, now - seen)
-            assert most <= ACCEPTED_AT_ONCE
-        server.stop()
-        await running
+        async with a_server(new_app("test", "0")) as (server, sock):
+            address = sock.getsockname()
+            with contextlib.ExitStack() as stack:
+                for _ in range(500):  # nobody accepts them yet: this thread is the server's
+                    stack.enter_context(socket.create_connection(address, 30))
+                seen, most = 0, 0
+                while seen < 500:
+                    await asyncio.sleep(0)
+                    now = len(server.server_state.connections)
+                    seen, most = now, max(most, now - seen)
+                assert most <= ACCEPTED_AT_ONCE
 
     run(main())
 

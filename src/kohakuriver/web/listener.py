@@ -11,7 +11,9 @@ import socket
 import ssl
 from collections.abc import Callable
 
+from kohakuriver.asking import origin_of
 from kohakuriver.runtime import cancel_all
+from kohakuriver.web.handshakes import HandshakeQueue, has_spoken
 from kohakuriver.web.waiting_room import WaitingRoom
 
 __all__ = ["ACCEPTED_AT_ONCE", "Acceptor"]
@@ -53,7 +55,8 @@ class Acceptor:
         self.sock = sock
         self._new_protocol = new_protocol
         self._tls = tls
-        self._handshake_timeout = handshake_timeout if tls is not None else None
+        self._handshake_timeout = handshake_timeout
+        self._handshakes = HandshakeQueue()
         self._room = room
         self._exhausted = exhausted
         self._loop = asyncio.get_running_loop()
@@ -78,7 +81,7 @@ class Acceptor:
     def _accept(self) -> None:
         for _ in range(ACCEPTED_AT_ONCE):
             try:
-                connection, _address = self.sock.accept()
+                connection, address = self.sock.accept()
             except (BlockingIOError, InterruptedError):
                 return
             except ConnectionAbortedError:  # it has gone already
@@ -90,7 +93,7 @@ class Acceptor:
                 self._retry = self._loop.call_later(RETRY_SECONDS, self._resume)
                 self._exhausted()
                 return
-            beginning = self._loop.create_task(self._begin(connection))
+            beginning = self._loop.create_task(self._begin(connection, address[0]))
             self._beginning.add(beginning)
             if self._tls is not None:
                 self._room.enter(beginning, beginning.cancel)
@@ -103,14 +106,27 @@ class Acceptor:
     def _resume(self) -> None:
         self._loop.add_reader(self.sock.fileno(), self._accept)
 
-    async def _begin(self, connection: socket.socket) -> None:
+    async def _begin(self, connection: socket.socket, address: str) -> None:
         try:
             connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-            await self._loop.connect_accepted_socket(
-                self._new_protocol, connection, ssl=self._tls, ssl_handshake_timeout=self._handshake_timeout
-            )
+            if self._tls is None:
+                await self._loop.connect_accepted_socket(self._new_protocol, connection)
+            else:
+                await self._shake_hands(connection, origin_of(address), self._tls)
         except (OSError, asyncio.TimeoutError):
             connection.close()  # a failed handshake of a stranger is not worth a log line
         except BaseException:
             connection.close()
             raise
+
+    async def _shake_hands(self, connection: socket.socket, source: str, tls: ssl.SSLContext) -> None:
+        """Begin with TLS, once the peer has and it is its turn. All of that has the time of a handshake."""
+        until = self._loop.time() + self._handshake_timeout
+        await asyncio.wait_for(self._turn(connection, source), self._handshake_timeout)
+        await self._loop.connect_accepted_socket(
+            self._new_protocol, connection, ssl=tls, ssl_handshake_timeout=max(until - self._loop.time(), 0.001)
+        )
+
+    async def _turn(self, connection: socket.socket, source: str) -> None:
+        await has_spoken(connection)
+        await self._handshakes.turn(source)

@@ -1,0 +1,85 @@
+"""Whose TLS handshake begins, and when."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import socket
+import ssl
+from collections.abc import Callable, Coroutine
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from kohakuriver.cli.pki import Authority
+from kohakuriver.tls import ServerCertificate
+from kohakuriver.web import listener
+from kohakuriver.web.app import new_app
+from kohakuriver.web.handshakes import BURST, HandshakeQueue
+from tests.support.host_only import a_server
+
+Run = Callable[[Coroutine[Any, Any, None]], None]
+
+
+def test_a_source_that_asks_for_more_than_its_turns_waits_for_itself_alone(run: Run) -> None:
+    async def main() -> None:
+        queue, begun, burst_is_over = HandshakeQueue(rate=500), list[str](), asyncio.Event()
+
+        async def one(source: str) -> None:
+            await queue.turn(source)
+            begun.append(source)
+            if len(begun) == BURST:
+                burst_is_over.set()
+
+        rush = [asyncio.ensure_future(one("a")) for _ in range(BURST + 100)]
+        await burst_is_over.wait()
+        await asyncio.gather(one("b"), one("c"))
+        assert begun.count("a") <= BURST + 2  # each other source came after one more of the rush at most
+        for waiting in rush:
+            waiting.cancel()
+
+    run(main())
+
+
+def test_who_gave_up_takes_no_turn(run: Run) -> None:
+    async def main() -> None:
+        queue = HandshakeQueue(rate=500)
+        rush = [asyncio.ensure_future(queue.turn("a")) for _ in range(BURST + 1000)]
+        await asyncio.sleep(0)
+        for waiting in rush:
+            waiting.cancel()
+        await asyncio.wait_for(queue.turn("a"), 1)  # the thousand would have taken two seconds
+
+    run(main())
+
+
+def test_who_connects_under_tls_and_says_nothing_has_no_handshake(
+    run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made = Authority(tmp_path).issue(["localhost"], 1)
+    begun = list[str]()
+
+    class Counted(HandshakeQueue):
+        async def turn(self, source: str) -> None:
+            begun.append(source)
+            await super().turn(source)
+
+    monkeypatch.setattr(listener, "HandshakeQueue", Counted)
+
+    def shake_hands(address: tuple[str, int]) -> None:
+        trusted = ssl.create_default_context(cafile=tmp_path / "ca.pem")
+        with trusted.wrap_socket(socket.create_connection(address, 30), server_hostname="localhost") as connection:
+            connection.sendall(b"GET /none HTTP/1.1\r\nHost: localhost\r\n\r\n")
+            assert connection.recv(100).startswith(b"HTTP/1.1 404")
+
+    async def main() -> None:
+        certificate = ServerCertificate(made.cert, made.key)
+        async with a_server(new_app("t", "1"), certificate=certificate) as (_, sock):
+            with contextlib.ExitStack() as stack:
+                for _ in range(100):
+                    stack.enter_context(socket.create_connection(sock.getsockname(), 30))
+                await asyncio.to_thread(shake_hands, sock.getsockname())
+                assert begun == ["127.0.0.1"]
+
+    run(main())
