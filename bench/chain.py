@@ -22,9 +22,10 @@ from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from bench.contenders import Contender, KohakuRiver, Relay4, Services, Ssh, WebSockets4
-from bench.measures import MEASURES, RUNS, of_hops, run_once
+from bench.measures import MEASURES, RUNS, of_hops, processor_vendor, run_once
 from bench.plot import ratio_plot
 from bench.slowdown import SlowDown
 
@@ -156,9 +157,16 @@ def as_json(results: Results, titles: dict[str, str]) -> dict[str, object]:
 
 
 def read_gates(path: Path) -> tuple[list[Gate], dict[str, float]]:
-    """The gates and the settings (`rounds`, `seconds`) of a gates.toml."""
+    """The gates and the settings (`rounds`, `seconds`) of a gates.toml, with the bounds of this processor's make."""
     document = tomllib.loads(path.read_text())
-    return [Gate(**gate) for gate in document["gate"]], document["settings"]
+    vendor = processor_vendor()
+    gates = [{name: _bound(value, vendor) for name, value in gate.items()} for gate in document["gate"]]
+    return [Gate(**gate) for gate in gates], document["settings"]
+
+
+def _bound(value: Any, vendor: str) -> Any:
+    """Of a bound for each make of processors that of `vendor`; the widest where there is none for it."""
+    return value.get(vendor, max(value.values())) if isinstance(value, dict) else value
 
 
 def check_gates(

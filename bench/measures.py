@@ -80,6 +80,12 @@ def run_once(run: str, contender: Contender, seconds: float) -> dict[str, float]
     return {"connect": connects_per_second(contender.echo, 200)}
 
 
+def processor_vendor() -> str:
+    """Who made this machine's processor, as `AuthenticAMD`; empty where the kernel does not say."""
+    lines = Path("/proc/cpuinfo").read_text().splitlines()
+    return next((line.partition(":")[2].strip() for line in lines if line.startswith("vendor_id")), "")
+
+
 def pin(pids: Sequence[int], cpus: set[int]) -> None:
     for pid in pids:
         for thread in list(Path(f"/proc/{pid}/task").iterdir()):
