@@ -38,7 +38,7 @@ test-sanitized: install ## the tests of the extension on a build with AddressSan
 
 test-rust: ## the own tests of the tunnel client and of the SSH server
 	scripts/system-packages test
-	for crate in $(CRATES); do (cd $$crate && cargo test --locked --no-fail-fast) || exit 1; done
+	for crate in $(CRATES); do scripts/test-crate $$crate || exit 1; done
 
 test-api: install $(STAMPS)/audit ## schemathesis on the HTTP API of a real host
 	$(BIN)/python -m tests.conformance.api_fuzz
