@@ -1,8 +1,11 @@
 //! What a sender keeps of a stream until the other end has told that it arrived (docs/protocol.md §3, "Streams that
 //! outlive links", rule 2), without any I/O.
 
-use std::collections::VecDeque;
+use std::cell::Cell;
+use std::collections::{HashMap, VecDeque};
+use std::rc::{Rc, Weak};
 
+use crate::protocol::Mark;
 use crate::settings::{MIN_WINDOW, Settings};
 
 /// Bulk is kept in pieces of this size, which are used again: fresh memory of that size costs the kernel's zeroing.
@@ -22,7 +25,11 @@ pub struct Keeping {
     /// The part of it that streams without a link keep.
     detached: u64,
     free: Vec<Chunk>,
+    accounts: HashMap<Mark, Weak<Cell<u64>>>,
 }
+
+/// What the streams of one user keep together, in bytes of memory.
+pub type Account = Rc<Cell<u64>>;
 
 /// Memory that is filled from its start on.
 struct Chunk {
@@ -39,7 +46,20 @@ impl Keeping {
             used: 0,
             detached: 0,
             free: Vec::new(),
+            accounts: HashMap::new(),
         }
+    }
+
+    /// The account of the user with this mark, which is there for as long as a stream has it.
+    pub fn account(&mut self, mark: &Mark) -> Account {
+        if let Some(account) = self.accounts.get(mark).and_then(Weak::upgrade) {
+            return account;
+        }
+        self.accounts
+            .retain(|_, account| account.strong_count() > 0);
+        let account = Account::default();
+        self.accounts.insert(*mark, Rc::downgrade(&account));
+        account
     }
 
     /// Whether an acknowledgement is due to come over the link.
@@ -47,10 +67,13 @@ impl Keeping {
         self.used > self.detached
     }
 
-    /// What one stream may keep: no more than is left, so that whoever comes next finds as much as the largest took.
-    fn most(&self) -> u64 {
+    /// How many bytes more a stream of this user may keep. A user has no more than is left, so that whoever comes next
+    /// finds as much as the greediest took, and a stream its window at most.
+    fn room(&self, account: &Account, length: u64) -> u64 {
         let left = self.total.saturating_sub(self.used);
-        self.cap.min(left).max(MIN_WINDOW)
+        let most = self.cap.saturating_sub(length);
+        most.min(left.saturating_sub(account.get()))
+            .max(MIN_WINDOW.saturating_sub(length))
     }
 
     /// Gives back the memory that is at hand, if nothing is kept.
@@ -69,8 +92,9 @@ impl Keeping {
         };
     }
 
-    fn take(&mut self, size: usize) -> Chunk {
+    fn take(&mut self, size: usize, account: &Account) -> Chunk {
         self.used += size as u64;
+        account.set(account.get() + size as u64);
         let again = if size == CHUNK { self.free.pop() } else { None };
         again.unwrap_or_else(|| Chunk {
             data: vec![0; size].into(),
@@ -78,8 +102,9 @@ impl Keeping {
         })
     }
 
-    fn give_back(&mut self, mut chunk: Chunk) {
+    fn give_back(&mut self, mut chunk: Chunk, account: &Account) {
         self.used -= chunk.data.len() as u64;
+        account.set(account.get() - chunk.data.len() as u64);
         if chunk.data.len() == CHUNK && self.free.len() < AT_HAND {
             chunk.filled = 0;
             self.free.push(chunk);
@@ -94,8 +119,8 @@ impl Chunk {
 }
 
 /// The bytes of one direction from the last acknowledged one on. It owns no memory while there are none.
-#[derive(Default)]
 pub struct Retained {
+    account: Account,
     start: u64,
     held: Option<Box<Held>>,
 }
@@ -110,13 +135,22 @@ struct Held {
 }
 
 impl Held {
-    fn add(&mut self, size: usize, keeping: &mut Keeping) {
+    fn add(&mut self, size: usize, keeping: &mut Keeping, account: &Account) {
         self.memory += size as u64;
-        self.chunks.push_back(keeping.take(size));
+        self.chunks.push_back(keeping.take(size, account));
     }
 }
 
 impl Retained {
+    /// Nothing yet, of a user's stream.
+    pub fn new(account: Account) -> Self {
+        Self {
+            account,
+            start: 0,
+            held: None,
+        }
+    }
+
     /// The offset of the first byte that is kept.
     pub fn start(&self) -> u64 {
         self.start
@@ -144,15 +178,16 @@ impl Retained {
 
     /// How many more may be kept.
     pub fn room(&self, keeping: &Keeping) -> u64 {
-        keeping.most().saturating_sub(self.len())
+        keeping.room(&self.account, self.len())
     }
 
     /// Makes room for bulk; how much there is, or 0 if there is not enough left for all. [`Retained::fill`] has to follow.
     pub fn reserve(&mut self, keeping: &mut Keeping) -> usize {
+        let room = self.room(keeping);
         let held = self.held.get_or_insert_default();
         let has_room = |chunk: &Chunk| chunk.data.len() - chunk.filled >= LEAST_ROOM;
-        if !held.chunks.back().is_some_and(has_room) && keeping.most() >= CHUNK as u64 {
-            held.add(CHUNK, keeping);
+        if !held.chunks.back().is_some_and(has_room) && room >= CHUNK as u64 {
+            held.add(CHUNK, keeping, &self.account);
         }
         self.spare().len()
     }
@@ -174,7 +209,7 @@ impl Retained {
             && let Some(empty) = held.chunks.pop_back()
         {
             held.memory -= empty.data.len() as u64;
-            keeping.give_back(empty);
+            keeping.give_back(empty, &self.account);
         }
         self.forget_if_empty();
     }
@@ -193,7 +228,7 @@ impl Retained {
                 bytes = &bytes[part..];
             }
             if !bytes.is_empty() {
-                held.add(size.max(bytes.len()).min(CHUNK), keeping);
+                held.add(size.max(bytes.len()).min(CHUNK), keeping, &self.account);
             }
         }
     }
@@ -211,7 +246,7 @@ impl Retained {
             held.taken -= first.filled;
             held.memory -= first.data.len() as u64;
             if let Some(chunk) = held.chunks.pop_front() {
-                keeping.give_back(chunk);
+                keeping.give_back(chunk, &self.account);
             }
         }
         self.forget_if_empty();
@@ -262,13 +297,23 @@ mod tests {
         })
     }
 
+    fn of(user: u8, keeping: &mut Keeping) -> Retained {
+        Retained::new(keeping.account(&[user; 16]))
+    }
+
+    fn one(keep: u64) -> (Keeping, Retained) {
+        let mut keeping = keeping(keep);
+        let kept = of(0, &mut keeping);
+        (keeping, kept)
+    }
+
     proptest! {
         #![proptest_config(ProptestConfig::with_cases(32))]
         #[test]
         fn what_is_not_acknowledged_can_be_sent_again_from_any_offset(
             steps in prop::collection::vec((0usize..400_000, any::<bool>(), 0.0..1.0f64, 0.0..1.0f64), 1..6),
         ) {
-            let (mut keeping, mut kept, mut all) = (keeping(64 << 20), Retained::default(), Vec::new());
+            let ((mut keeping, mut kept), mut all) = (one(64 << 20), Vec::new());
             for (size, bulk, acked, from) in steps {
                 let bytes: Vec<u8> = (all.len()..all.len() + size).map(|n| (n * 31 % 251) as u8).collect();
                 let mut rest = &bytes[..];
@@ -305,7 +350,7 @@ mod tests {
 
     #[test]
     fn small_messages_share_memory_and_none_stays_when_they_have_arrived() {
-        let (mut keeping, mut kept) = (keeping(64 << 20), Retained::default());
+        let (mut keeping, mut kept) = one(64 << 20);
         for _ in 0..1000 {
             kept.push(b"tiny", &mut keeping);
         }
@@ -316,7 +361,7 @@ mod tests {
 
     #[test]
     fn room_that_was_not_used_is_given_back() {
-        let (mut keeping, mut kept) = (keeping(64 << 20), Retained::default());
+        let (mut keeping, mut kept) = one(64 << 20);
         assert_eq!(kept.reserve(&mut keeping), CHUNK);
         kept.fill(0, &mut keeping);
         assert!(kept.held.is_none() && keeping.used == 0);
@@ -328,13 +373,33 @@ mod tests {
 
     #[test]
     fn whoever_acknowledges_nothing_leaves_room_for_others() {
-        let (mut keeping, mut first) = (keeping(8 << 20), Retained::default());
+        let (mut keeping, mut first) = one(8 << 20);
         first.push(&vec![0; 4 << 20], &mut keeping);
         assert_eq!(first.room(&keeping), 0);
-        let mut second = Retained::default();
+        let mut second = of(1, &mut keeping);
         assert_eq!(second.room(&keeping), 4 << 20);
         second.push(&vec![0; 4 << 20], &mut keeping);
-        let third = Retained::default();
-        assert_eq!(third.room(&keeping), MIN_WINDOW);
+        assert_eq!(of(2, &mut keeping).room(&keeping), MIN_WINDOW);
+    }
+
+    #[test]
+    fn a_user_gets_no_more_by_opening_many_connections() {
+        let (mut keeping, mut first) = one(8 << 20);
+        first.push(&vec![0; 4 << 20], &mut keeping);
+        let mut more = of(0, &mut keeping);
+        assert_eq!(more.room(&keeping), MIN_WINDOW);
+        assert_eq!(more.reserve(&mut keeping), 0);
+        more.fill(0, &mut keeping);
+        first.release(1 << 20, &mut keeping);
+        assert_eq!(more.room(&keeping), 2 << 20);
+        assert_eq!(of(1, &mut keeping).room(&keeping), 5 << 20);
+    }
+
+    #[test]
+    fn an_account_is_there_for_as_long_as_a_stream_has_it() {
+        let (mut keeping, kept) = one(8 << 20);
+        drop(kept);
+        let _other = of(1, &mut keeping);
+        assert_eq!(keeping.accounts.len(), 1);
     }
 }

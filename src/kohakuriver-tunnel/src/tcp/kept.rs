@@ -36,7 +36,7 @@ impl KeptTcp {
     pub(super) fn new(opening: &Opening, key: Key, context: &mut Context) -> Self {
         Self {
             base: Kept::new(opening, key, context),
-            retained: Retained::default(),
+            retained: Retained::new(context.keeping.account(&opening.mark)),
             told: 0,
             listed: false,
             eof_acked: false,
