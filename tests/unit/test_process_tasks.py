@@ -1,4 +1,4 @@
-"""Process tasks that end while something is being started for them: it ends with them."""
+"""What is started beside process tasks: when it counts as started, and that it ends with them."""
 
 from __future__ import annotations
 
@@ -69,6 +69,40 @@ async def one_task(directory: Path, **more: Any) -> AsyncIterator[OneTask]:
         yield one
     finally:
         await one.backend.close([one.task], stop_tasks=True)
+
+
+@pytest.mark.parametrize("tty", [True, False])
+def test_a_command_counts_as_started_once_it_runs_itself_and_inherits_nothing_of_that(
+    run: Run, tmp_path: Path, tty: bool
+) -> None:
+    async def main() -> None:
+        async with one_task(tmp_path) as one:
+            await one.backend.start(one.task)
+            session = await one.backend.exec(one.task, ExecRequest(command=["yes"], tty=tty))
+            mark = one.backend._running[one.task.container].run
+            names = {Path(f"/proc/{pid}/comm").read_text().strip(): pid for pid in one.left(mark)}
+            assert "yes" in names  # a start that is still Python's would hold no place of its user's
+            ours = {str(link.readlink()) for link in Path("/proc/self/fd").glob("*") if link.is_symlink()}
+            inherited = {
+                str(link.readlink()) for link in Path(f"/proc/{names['yes']}/fd").iterdir() if int(link.name) > 2
+            }
+            assert inherited <= ours  # by this process itself, which is not started as a runner is
+            await session.close()
+            await one.end()
+
+    run(main())
+
+
+def test_a_command_that_is_not_there_takes_no_place_from_the_next(run: Run, tmp_path: Path) -> None:
+    async def main() -> None:
+        async with one_task(tmp_path) as one:
+            await one.backend.start(one.task)
+            for _ in range(2):
+                session = await one.backend.exec(one.task, ExecRequest(command=["no-such-program"]))
+                await session.close()
+            await one.end()
+
+    run(main())
 
 
 def test_a_command_that_is_started_in_a_task_which_ends_meanwhile_is_refused_and_leaves_nothing(

@@ -19,11 +19,13 @@ from kohakuriver.errors import KohakuRiverError, UnavailableError, UsageError
 from kohakuriver.runner.backends.base import CTRL_D, STDERR, STDOUT, ExecRequest, ExecSession, locale_for
 from kohakuriver.runner.backends.process import terminal_child
 from kohakuriver.runner.backends.process.account import Account
+from kohakuriver.runner.services.fair_queue import FairQueue
 from kohakuriver.text import printable
 
 __all__ = ["ProcessExec", "find_shell", "start"]
 
 PIECE = 64 * 1024
+STARTING_SECONDS = 5.0  # a command that does not run by then holds up no others
 _NO_SHELLS = ("nologin", "false")
 
 
@@ -199,8 +201,10 @@ _left: set[asyncio.Task[int]] = set()
 """Waits for commands whose session is over: somebody has to reap them."""
 
 
-async def start(request: ExecRequest, environment: Mapping[str, str], cwd: Path, account: Account) -> ProcessExec:
-    """Start a command on this node, in a session of its own, as this account.
+async def start(
+    request: ExecRequest, environment: Mapping[str, str], cwd: Path, account: Account, starts: FairQueue
+) -> ProcessExec:
+    """Start a command on this node, in a session of its own, as this account, when `starts` has a place for it.
 
     Raises KohakuRiverError when the node can't start anything, UsageError for a user or a directory that can't be had,
     UnavailableError "no_shell".
@@ -215,7 +219,8 @@ async def start(request: ExecRequest, environment: Mapping[str, str], cwd: Path,
     command = list(request.command) or [find_shell(environment)]
     run = _on_terminal if request.tty else _on_pipes
     try:
-        return await run(request, command, environment, cwd, account)
+        async with starts.place():
+            return await run(request, command, environment, cwd, account)
     except OSError as error:
         raise KohakuRiverError(f"The node can't start a command: {error.strerror}.") from error
 
@@ -275,12 +280,28 @@ async def _spawn(
     stdout: int = subprocess.DEVNULL,
     stderr: int = subprocess.DEVNULL,
 ) -> asyncio.subprocess.Process:
-    return await asyncio.create_subprocess_exec(
-        *(sys.executable, "-I", "-S", terminal_child.__file__, *child),
-        stdin=stdin,
-        stdout=stdout,
-        stderr=stderr,
-        cwd=cwd,
-        env=environment,
-        start_new_session=True,
-    )
+    """Returns once the command itself runs, or has failed: until then it takes a processor."""
+    tty, user, *command = child
+    runs, starting = os.pipe()
+    with contextlib.closing(Descriptor(runs)) as watched:
+        try:
+            process = await asyncio.create_subprocess_exec(
+                *(sys.executable, "-I", "-S", terminal_child.__file__, tty, user, str(starting), *command),
+                stdin=stdin,
+                stdout=stdout,
+                stderr=stderr,
+                cwd=cwd,
+                env=environment,
+                start_new_session=True,
+                pass_fds=(starting,),
+            )
+        finally:
+            os.close(starting)
+        try:
+            await asyncio.wait_for(watched.read(), STARTING_SECONDS)
+        except asyncio.TimeoutError:
+            pass  # its directory may be on a disk that does not answer
+        except BaseException:
+            process.kill()
+            raise
+    return process

@@ -29,6 +29,7 @@ from kohakuriver.runner.backends.process import terminal_child
 from kohakuriver.runner.backends.process.account import Account, account_named
 from kohakuriver.runner.backends.process.log_reader import LogReader
 from kohakuriver.runner.backends.process.logs import TaskLogs, last_of, tail
+from kohakuriver.runner.services.fair_queue import FairQueue
 from kohakuriver.runner.services.ssh_helper import SshHelper, free_port, until_listening
 from kohakuriver.runner.services.state import State, TaskRecord
 from kohakuriver.runner.services.tunnel_helper import TunnelHelper, name_token, new_token
@@ -43,6 +44,9 @@ STOP_SECONDS = 10.0
 """What a task has between TERM and KILL; when the runner itself ends, less."""
 
 DRAIN_STOP_SECONDS = 3.0
+
+STARTS, STARTS_OF_A_USER = 4, 1
+"""Commands beside tasks that are being started at a time: each start takes a processor for some 20 ms."""
 
 _LONGEST_LOG_LINE = 300
 _SSH_LOG = 1 << 20
@@ -92,6 +96,7 @@ class ProcessBackend(Backend):
         self._tunnel_url = tunnel_url
         self._running: dict[str, _Running] = {}
         self._guard: subprocess.Popen[str] | None = None
+        self._starts = FairQueue(STARTS, STARTS_OF_A_USER)
 
     @classmethod
     def made(cls, around: Surroundings) -> ProcessBackend:
@@ -184,7 +189,7 @@ class ProcessBackend(Backend):
         """Start a program of the task. Raises OSError."""
         self._account.gets(output)
         ids = self._account.ids
-        child = [sys.executable, "-I", "-S", terminal_child.__file__, "-", ids] if ids else []
+        child = [sys.executable, "-I", "-S", terminal_child.__file__, "-", ids, "-"] if ids else []
         return await asyncio.create_subprocess_exec(
             *child,
             *command,
@@ -266,7 +271,9 @@ class ProcessBackend(Backend):
             raise _not_running(task)
         # With the task's mark in its environment, the command ends when the task is stopped.
         environment = _environment(self._account, task, running.run)
-        session = await process_exec.start(request, environment, self._work_dir(task.container), self._account)
+        session = await process_exec.start(
+            request, environment, self._work_dir(task.container), self._account, self._starts
+        )
         if running.over.is_set():
             await session.close()
             await self._end_session(running)

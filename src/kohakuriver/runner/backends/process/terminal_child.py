@@ -1,8 +1,8 @@
 """Becomes a process task, or a command beside one: with the user, and the terminal or the pipes, that it is given.
 
 It runs as a program of its own (standard library only, so that it starts fast), because only the new process itself
-can make a terminal its controlling one, and take on another user: `python -I -S terminal_child.py TTY|- USER|- PROGRAM
-ARGUMENT…`. USER is UID:GID, and the other groups behind that.
+can make a terminal its controlling one, and take on another user: `python -I -S terminal_child.py TTY|- USER|- FD|-
+PROGRAM ARGUMENT…`. USER is UID:GID, and the other groups behind that. FD is closed when PROGRAM runs.
 """
 
 from __future__ import annotations
@@ -18,7 +18,9 @@ NOT_FOUND, NOT_EXECUTABLE = 127, 126  # as shells say it
 
 def main() -> None:
     """Does not return: the process becomes PROGRAM, or says why not on its stderr."""
-    tty, user, *command = sys.argv[1:]
+    tty, user, starting, *command = sys.argv[1:]
+    if starting != "-":
+        os.set_inheritable(int(starting), False)
     # A program inherits what is ignored: by Python the first two, the others by a runner that was started with nohup.
     for number in (signal.SIGPIPE, signal.SIGXFSZ, signal.SIGHUP, signal.SIGINT, signal.SIGQUIT, signal.SIGTERM):
         signal.signal(number, signal.SIG_DFL)
