@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 
-from kohakuriver.tunnel.turns import TURN, Turn
+from kohakuriver.tunnel.turns import REST_SECONDS, TURN, Turn
 
 
 class Busy:
@@ -73,5 +73,25 @@ def test_little_work_asks_nothing_of_the_loop_and_much_gets_no_more_than_a_turn(
         assert turn.left == TURN // 2 - 1, "what comes back in the same iteration is no bound"
         await iterations(2)
         assert turn.left == TURN
+
+    asyncio.run(main())
+
+
+def test_who_went_beyond_a_limit_gets_the_next_turn_after_a_while_and_others_theirs_at_once() -> None:
+    async def main() -> None:
+        over, other, again = Turn(), Turn(), asyncio.Event()
+        done: list[str] = []
+        other.wait(Busy("other", other, done).go_on)
+        over.spend(TURN // 4)
+        over.rest()
+        began = asyncio.get_running_loop().time()
+        over.spend(TURN)
+        over.wait(again.set)
+        await again.wait()
+        assert asyncio.get_running_loop().time() - began >= REST_SECONDS
+        assert len(done) > 1
+        over.spend(TURN)
+        await iterations(2)
+        assert over.left == TURN  # it rested once
 
     asyncio.run(main())

@@ -5,13 +5,16 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable
 
-__all__ = ["TURN", "Turn"]
+__all__ = ["REST_SECONDS", "TURN", "Turn"]
 
 TURN = 256
 """How many messages that are not just relayed may be worked off at a time: a few milliseconds' worth.
 
 A read of 1 MiB can hold 170,000 pings.
 """
+
+REST_SECONDS = 0.05
+"""How long whoever went beyond a limit waits for the next turn; 5,120 messages a second are left to them."""
 
 
 class Turn:
@@ -30,6 +33,11 @@ class Turn:
         self._loop = asyncio.get_running_loop()
         self._waiting: list[Callable[[], None]] = []
         self._due = False
+        self._rests = False
+
+    def rest(self) -> None:
+        """Begin the next turn after a while: something was asked for beyond a limit, and to say so is work, too."""
+        self._rests = True
 
     def spend(self, messages: int) -> None:
         """So many messages were worked off."""
@@ -55,8 +63,13 @@ class Turn:
             self.wait(go_on)
 
     def _renew_soon(self) -> None:
-        if not self._due:
-            self._due = True
+        if self._due:
+            return
+        self._due = True
+        if self._rests:
+            self._rests = False
+            self._loop.call_later(REST_SECONDS, self._renew)
+        else:
             self._loop.call_soon(self._renew)
 
     def _renew(self) -> None:

@@ -10,6 +10,7 @@ from kohakuriver.limits import Limits
 from kohakuriver.rates import TokenBucket
 from kohakuriver.session.ticket import Ticket
 from kohakuriver.tunnel.protocol import PROTO_TCP, PROTO_TERMINAL, ErrorText
+from kohakuriver.tunnel.turns import Turn
 
 __all__ = ["Admission", "ConnectRates", "OpenStreams"]
 
@@ -93,6 +94,7 @@ class Admission:
 
         A ``terminal`` session opens one terminal at a time, and no port; no other session opens any.
         """
+        self.turn: Turn | None = None  # in which what the session asks for is worked off
         self._terminal = terminal
         self._limits = limits
         self._rates = rates
@@ -129,6 +131,8 @@ class Admission:
         if (refusal := self._streams.refusal(self.who)) is not None:
             return refusal
         if not self._rates.try_take(self.who, rate):
+            if self.turn is not None:
+                self.turn.rest()
             sentence = f"your forwards open more than {rate} connections a second on this node, which does not allow it"
             return ErrorText("EAGAIN", sentence)
         return None

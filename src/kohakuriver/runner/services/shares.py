@@ -12,7 +12,7 @@ from weakref import WeakValueDictionary
 import structlog
 
 from kohakuriver.limits import Limits
-from kohakuriver.runner.services.admission import ConnectRates, OpenStreams
+from kohakuriver.runner.services.admission import Admission, ConnectRates, OpenStreams
 from kohakuriver.tunnel.backlog import Backlog, Queue
 from kohakuriver.tunnel.endpoint import Share
 from kohakuriver.tunnel.link import Link
@@ -35,12 +35,13 @@ class Shares:
         self._held: WeakValueDictionary[Hashable, Share] = WeakValueDictionary()
         self._turns: WeakValueDictionary[Hashable, Turn] = WeakValueDictionary()
 
-    def take_part(self, link: Link, who: Hashable) -> None:
+    def take_part(self, link: Link, admission: Admission) -> None:
         """Let a session's link have its user's share, and no more."""
+        who = admission.who
         turn = self._turns.get(who)
         if turn is None:
             turn = self._turns[who] = link.intake.turn
-        link.intake.turn = turn
+        link.intake.turn = admission.turn = turn
         link.out.count_in(self._backlog, who)
 
     def held_by(self, who: Hashable) -> Share:

@@ -191,7 +191,7 @@ class TunnelServer:
             mark=self._mark(admission.user, container),
         )
         session.link = request.accept(session.walker, session, version=tunnel.version)
-        self._shares.take_part(session.link, admission.who)
+        self._shares.take_part(session.link, admission)
         self.hub.sessions[session] = None
         greet(session.link, "CONNECTED")
         return session
@@ -211,7 +211,7 @@ class TunnelServer:
             on_closed=self.hub.direct_closed,
         )
         link = request.accept(FrameWalker(masked=True, max_message=self._limits.max_message), session)
-        self._shares.take_part(link, admission.who)
+        self._shares.take_part(link, admission)
         greet(link, "CONNECTED")
         session.attach(link)
         self.hub.direct[session] = None
