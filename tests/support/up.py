@@ -10,6 +10,7 @@ import socket
 import subprocess
 import sys
 import threading
+from collections.abc import Sequence
 from pathlib import Path
 from typing import IO, Any
 
@@ -186,18 +187,24 @@ class Cluster(Commands):
 
 
 class Apart(Commands):
-    """A host and a runner started one by one, so that one of them can be killed and started again."""
+    """A host and a runner started one by one, so that each of them can be killed and started again.
 
-    def __init__(self, directory: Path, *host_options: str) -> None:
+    The runner runs processes, unless `runner_options` say otherwise.
+    """
+
+    def __init__(
+        self,
+        directory: Path,
+        *host_options: str,
+        runner_options: Sequence[str] = ("--backend=process", "--user-processes"),
+    ) -> None:
         super().__init__(directory)
         self._host_port = 0
         self._host_options = host_options
+        self._runner_options = runner_options
         self.start_host()
         self.environment["KOHAKURIVER_TOKEN"] = (directory / "host" / "admin-token").read_text().strip()
-        node_token = f"--node-token-file={directory / 'host' / 'node-token'}"
-        options = [f"--host-url={self.url}", node_token, "--backend=process", "--user-processes"]
-        self.runner = self.start("runner", "--json", "--bind=127.0.0.1", "--port=0", *options)
-        self.runner.event("ready")
+        self.start_runner()
 
     def start_host(self) -> None:
         """Start the host; the second time on the port that it had."""
@@ -207,6 +214,13 @@ class Apart(Commands):
         self.url: str = ready["url"]
         self._host_port = int(self.url.rpartition(":")[2])
         self.environment |= {"KOHAKURIVER_HOST": self.url, "KOHAKURIVER_SSH_PROXY": ready["ssh_proxy"]}
+
+    def start_runner(self) -> None:
+        """Start the runner; the second time on the port that it had, and with the tasks that live on."""
+        node_token = f"--node-token-file={self.directory / 'host' / 'node-token'}"
+        self.runner = self.start("runner", "--json", "--bind=127.0.0.1", "--port=0", f"--host-url={self.url}",
+                                 node_token, *self._runner_options)  # fmt: skip
+        self.runner.event("ready")
 
 
 def connect(port: int) -> socket.socket:
