@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import math
 from collections.abc import Callable, Coroutine, Iterator
 from typing import Any
 
@@ -12,6 +13,8 @@ import pytest
 from kohakuriver.errors import UnavailableError
 from kohakuriver.host.services import tunnel_proxy
 from kohakuriver.runner.services import hub
+from kohakuriver.session.carried import Route
+from kohakuriver.session.nodes import NodeOfflineError
 from kohakuriver.tunnel.ports import GOES_ON
 from tests.support.hops import CONTAINER, Chain, chain, kill, until
 
@@ -34,6 +37,21 @@ class Returns:
             yield back
         finally:
             self.waiting.remove(back)
+
+
+class Offline:
+    """A node that is away for so many of the times that the host looks, as one that has said that it leaves."""
+
+    def __init__(self, hops: Chain, looks: float) -> None:
+        self.looks = looks
+        self._authorize = hops.proxy.authorize
+        hops.proxy.authorize = self._look
+
+    async def _look(self, *asked: Any) -> Route:
+        self.looks -= 1
+        if self.looks >= 0:
+            raise NodeOfflineError("Task web is unknown; it is back when its node is.", "node")
+        return await self._authorize(*asked)
 
 
 async def lost(hops: Chain) -> None:
@@ -124,5 +142,48 @@ def test_a_runner_that_does_not_come_back_is_told_after_a_while(run: Run, monkey
             hops.runner_seen_by_host = lambda: 1
             with pytest.raises(UnavailableError, match="can't reach node"):
                 await hops.user(query=AGAIN)
+
+    run(check())
+
+
+def test_a_session_that_goes_on_waits_for_a_node_that_has_said_that_it_leaves(run: Run) -> None:
+    async def check() -> None:
+        async with chain() as hops:
+            await hops.tunnel("python")
+            returns, offline = Returns(hops), Offline(hops, math.inf)
+            with pytest.raises(UnavailableError, match="is back when its node is"):
+                await hops.user()
+            waiting = [asyncio.ensure_future(hops.user(query=AGAIN)) for _ in range(3)]
+            await until(lambda: len(returns.waiting) == 3)
+            offline.looks = 0
+            for back in returns.waiting:
+                back.set()
+            await asyncio.gather(*waiting)
+            assert not returns.waiting
+
+    run(check())
+
+
+def test_a_node_that_registers_while_it_is_looked_up_is_not_waited_for(run: Run) -> None:
+    async def check() -> None:
+        async with chain() as hops:
+            await hops.tunnel("python")
+            returns, offline = Returns(hops), Offline(hops, 1)
+            await hops.user(query=AGAIN)
+            assert not returns.waiting
+            assert offline.looks == -1
+
+    run(check())
+
+
+def test_a_node_that_stays_away_is_told_after_a_while(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tunnel_proxy, "BACK_WITHIN", 0.05)
+
+    async def check() -> None:
+        async with chain() as hops:
+            returns, _ = Returns(hops), Offline(hops, math.inf)
+            with pytest.raises(UnavailableError, match="is back when its node is"):
+                await hops.user(query=AGAIN)
+            assert not returns.waiting
 
     run(check())

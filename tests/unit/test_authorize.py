@@ -15,6 +15,7 @@ from websockets.typing import Subprotocol
 from kohakuriver.errors import NotAllowedError, NotFoundError, UnauthenticatedError, UnavailableError
 from kohakuriver.host.services.grants import PASS_SECONDS, Passes
 from kohakuriver.session import ticket
+from kohakuriver.session.nodes import NodeOfflineError
 from kohakuriver.tunnel.protocol import TUNNEL_V2
 from tests.support.host_only import a_host
 
@@ -105,9 +106,9 @@ def test_a_session_to_what_is_not_there_or_does_not_run_is_refused_with_the_reas
             assert caught.value.code == "task_not_running"
             await host.user.post("/api/tasks/web/restart")
             host.clock.now += 100
-            with pytest.raises(UnavailableError, match="offline") as caught:
+            with pytest.raises(NodeOfflineError, match="offline") as away:
                 await authorize(token, "web", 80, "tcp")
-            assert caught.value.code == "node_offline"
+            assert (away.value.code, away.value.node) == ("node_offline", "n1")
 
     run(check())
 

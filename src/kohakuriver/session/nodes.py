@@ -5,10 +5,20 @@ from __future__ import annotations
 from kohakuriver.errors import UnavailableError
 from kohakuriver.no_connection import own_lack
 
-__all__ = ["AWAY", "node_unreachable", "ticket_refused"]
+__all__ = ["AWAY", "NodeOfflineError", "node_unreachable", "ticket_refused"]
 
 AWAY = frozenset({"node_offline", "runner_refused", "runner_timeout", "runner_unreachable"})
 """The codes of errors that say nothing of a task, since its node was not asked or gave no answer that counts."""
+
+
+class NodeOfflineError(UnavailableError):
+    """A node is away, or has said that it leaves: `node` is its name."""
+
+    code = "node_offline"
+
+    def __init__(self, message: str, node: str) -> None:
+        super().__init__(message)
+        self.node = node
 
 
 def node_unreachable(name: str, why: str, error: BaseException) -> UnavailableError:

@@ -19,6 +19,7 @@ from kohakuriver.errors import KohakuRiverError, NotFoundError, UnavailableError
 from kohakuriver.host.schemas import Heartbeat, HeartbeatAnswer, NodeView, Registration, RegistrationAnswer, iso_time
 from kohakuriver.host.services.audit import NOWHERE, Audit
 from kohakuriver.host.services.reach import Reach
+from kohakuriver.session.nodes import NodeOfflineError
 from kohakuriver.store import Node, Store, Task
 
 __all__ = ["MISSED_HEARTBEATS", "OUTAGE_SECONDS", "Nodes"]
@@ -197,7 +198,7 @@ class Nodes:
         return self._view(node, len(tasks))
 
     async def named(self, name: str) -> Node:
-        """The node of that name, which is online. Raises NotFoundError, or UnavailableError "node_offline"."""
+        """The node of that name, which is online. Raises NotFoundError or NodeOfflineError."""
         node = await self._store.node(name)
         if node is None:
             raise _no_node(name)
@@ -205,11 +206,10 @@ class Nodes:
         return node
 
     def check_online(self, node: Node) -> None:
-        """Raises UnavailableError "node_offline"."""
+        """Raises NodeOfflineError."""
         if not self.is_online(node):
-            raise UnavailableError(
-                f"Node {node.name} is offline, last seen {iso_time(node.last_seen)}; start its runner again.",
-                code="node_offline",
+            raise NodeOfflineError(
+                f"Node {node.name} is offline, last seen {iso_time(node.last_seen)}; start its runner again.", node.name
             )
 
     async def fitting(self, backends: Sequence[str], name: str | None = None) -> list[Node]:

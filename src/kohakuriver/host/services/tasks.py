@@ -23,7 +23,7 @@ from kohakuriver.host.services.bounds import BOUNDS, give_bounds, offer_of, open
 from kohakuriver.host.services.credentials import Caller
 from kohakuriver.host.services.nodes import Nodes
 from kohakuriver.host.services.runner_client import RunnerClient, makes_no_sense
-from kohakuriver.session.nodes import AWAY
+from kohakuriver.session.nodes import AWAY, NodeOfflineError
 from kohakuriver.store import Accounts, Node, Store, Task
 from kohakuriver.task import (
     TaskOrder,
@@ -438,7 +438,7 @@ def not_running(task: Task, view: TaskView) -> UnavailableError:
     what = {"starting": "is still starting", "failed": "has failed"}.get(view.status, f"is {view.status}")
     why = f": {view.message}" if view.message else ""
     if view.status != task.status:  # its own is what its node said last
-        return UnavailableError(f"Task {view.name} {what}{why}; it is back when its node is.", code="node_offline")
+        return NodeOfflineError(f"Task {view.name} {what}{why}; it is back when its node is.", task.node)
     return UnavailableError(f"Task {view.name} {what}{why}{_way_back(task, view)}.", code="task_not_running")
 
 

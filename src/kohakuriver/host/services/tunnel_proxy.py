@@ -22,6 +22,7 @@ from kohakuriver.errors import KohakuRiverError, UnavailableError, UsageError
 from kohakuriver.host.services.audit import ranges
 from kohakuriver.limits import Limits
 from kohakuriver.session.carried import Carrier, Passed, Route, at_runner
+from kohakuriver.session.nodes import NodeOfflineError
 from kohakuriver.session.pace import PacedReads
 from kohakuriver.tunnel.accept import TunnelRoute, UpgradeRequest, greet
 from kohakuriver.tunnel.buffers import Assembler
@@ -227,6 +228,14 @@ class ProxySession:
         return self.user.walker.bytes_passed, self.container_side.walker.bytes_passed
 
 
+async def _until_back(back: asyncio.Event, error: UnavailableError) -> None:
+    """Wait until a node is back, which is away by this error. Raises that where the node does not come."""
+    with contextlib.suppress(asyncio.TimeoutError):
+        await asyncio.wait_for(back.wait(), BACK_WITHIN)
+    if not back.is_set():
+        raise error
+
+
 @contextlib.contextmanager
 def _nobody_comes_back(_node: str) -> Iterator[asyncio.Event]:
     yield asyncio.Event()
@@ -330,10 +339,10 @@ class TunnelProxy:
         begin: Callable[[Route], Awaitable[None]],
     ) -> None:
         """Begin a session. One that goes on waits for a runner that is away: its user would come again, and later."""
-        route = await authorize()
         if not request.goes_on:
-            await begin(route)
+            await begin(await authorize())
             return
+        route = await self._authorized_once_online(authorize)
         with self._coming_back(route.node) as back:
             try:
                 await begin(route)
@@ -341,11 +350,21 @@ class TunnelProxy:
             except UnavailableError as error:
                 if error.code != "runner_unreachable":
                     raise
-                with contextlib.suppress(asyncio.TimeoutError):
-                    await asyncio.wait_for(back.wait(), BACK_WITHIN)
-                if not back.is_set():
-                    raise
+                await _until_back(back, error)
         await begin(await authorize())  # it may be somewhere else now
+
+    async def _authorized_once_online(self, authorize: Callable[[], Awaitable[Route]]) -> Route:
+        """Where a session goes; the node of one that goes on may have left to come back, as in a restart."""
+        try:
+            return await authorize()
+        except NodeOfflineError as error:
+            node = error.node
+        with self._coming_back(node) as back:
+            try:
+                return await authorize()  # it may have come before it was waited for
+            except NodeOfflineError as error:
+                await _until_back(back, error)
+        return await authorize()
 
     async def _carry(self, request: UpgradeRequest, route: Route, port_and_query: str, about: dict[str, Any]) -> None:
         session = ProxySession(self, route, terminal=about["proto"] == TERMINAL)
