@@ -12,7 +12,7 @@ import pytest
 
 from kohakuriver.client.forward import Reconnecting, Resumed, StreamError
 from kohakuriver.tunnel import doubt
-from tests.support.hops import CLIENTS, CONTAINER, dial, echo, kill, service
+from tests.support.hops import CLIENTS, CONTAINER, dial, echo, kill, service, until
 from tests.support.stage import LINKS, stage
 
 Run = Callable[[Coroutine[Any, Any, None]], None]
@@ -154,5 +154,35 @@ def test_connections_that_may_not_all_go_on_at_once_all_go_on(run: Run, kind: st
             there.relays["user"].cut()
             await asyncio.gather(*(said(*each, b"behind it") for each in ends))
             assert not [event for event in there.events if isinstance(event, StreamError)]
+
+    run(main())
+
+
+@clients
+def test_a_forward_that_ends_takes_connections_along_that_may_not_go_on_yet(run: Run, kind: str) -> None:
+    served = ended = 0
+
+    async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        nonlocal served, ended
+        served += 1
+        writer.write(b"!")
+        with contextlib.suppress(OSError):
+            await reader.read()
+        ended += 1
+        writer.close()
+
+    async def main() -> None:
+        async with service(serve) as port, stage(kind, port) as there, contextlib.AsyncExitStack() as stack:
+            for _ in range(50):
+                reader, _ = await stack.enter_async_context(dial(there.port))
+                assert await reader.readexactly(1) == b"!"
+            there.hops.server._shares.rates.rate = 10  # from the next session on
+            there.relays["user"].cut()
+            await there.back(1)
+            kept = there.forwarder._endpoint.kept
+            assert kept is not None
+            await until(lambda: kept.waiting > 10)
+            await there.forwarder.close()
+            await until(lambda: ended == served == 50)
 
     run(main())

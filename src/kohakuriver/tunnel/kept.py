@@ -81,6 +81,7 @@ class KeptCore(StreamCore):
         "_eof_came",
         "_eof_owed",
         "_eof_sent",
+        "_last_word",
         "_most",
         "_told",
         "attached",
@@ -105,6 +106,7 @@ class KeptCore(StreamCore):
         self._eof_came = False
         self._eof_sent = False
         self._eof_owed = False  # it went out over a link that is gone, and did not arrive
+        self._last_word: tuple[Event, bytes] | None = None  # how its local socket went while there was no link
 
     def speak(self, version: int) -> None:
         """Kept streams are those of version 2."""
@@ -163,6 +165,25 @@ class KeptCore(StreamCore):
 
     # -- links come and go -------------------------------------------------------------------------------------
 
+    @property
+    def leaving(self) -> bool:
+        """Whether it is over here, and is kept to tell the other end so (rule 7)."""
+        return self._last_word is not None and not self.state.gone
+
+    def local_lost(self, error: bytes | None = None) -> Sequence[Action]:
+        """An opener says it once both ends know of a link: the other one would hold the stream for nothing."""
+        event = Event.LOCAL_CLOSED if error is None else Event.LOCAL_ERROR
+        if self.attached or self._rules.role is not Role.OPENER or self.state not in _KNOWN_THERE:
+            return super().local_lost(error)
+        if self._last_word is None:
+            self._last_word = event, error or b""
+            self.sending.unacked.clear()
+        return () if error is None else (Do.RESET_LOCAL,)
+
+    def _takes_leave(self, event: Event, error: bytes) -> Sequence[Action]:
+        self.attached = True
+        return [action for action in self._step(event, error) if isinstance(action, Send)]
+
     def link(self, version: int) -> Sequence[Action]:
         self.attached = True
         return super().link(version)
@@ -191,6 +212,8 @@ class KeptCore(StreamCore):
         return self.broken() if owed is None else [Send(RESUMED, self.attachment()), *owed, *self.flush()]
 
     def _resumed(self, there: Attached) -> Sequence[Action]:
+        if self._last_word is not None:
+            return self._takes_leave(*self._last_word)
         self.sending.granted = 0  # what was granted over links that are gone holds no longer
         owed = self._go_on(there.received, there.limit)
         return self.broken() if owed is None else [*self._step(Event.ESTABLISHED), *owed, *self.flush()]
@@ -208,7 +231,7 @@ class KeptCore(StreamCore):
 
     def opens_again(self, key: bytes) -> bool:
         """The CONNECT was lost: whether the stream may be opened once more, under another key (rule 6)."""
-        if self.state not in _OPENING or self.received or self._acked:
+        if self.state not in _OPENING or self.received or self._acked or self.leaving:
             return False
         self.detach()
         self.identity.key, self.identity.epoch = key, 0
@@ -352,6 +375,7 @@ class KeptCore(StreamCore):
 
 
 _OPENING = frozenset({State.OPENING, State.OPENING_LOCAL_ENDED})
+_KNOWN_THERE = frozenset(state for state in State if (state, Event.REMOTE_CLOSE) in KEPT[Role.OPENER]) - {State.ENDED}
 
 
 def opening_kept(rules: Rules, identity: Identity, before: StreamCore) -> KeptCore:

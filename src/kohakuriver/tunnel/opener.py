@@ -84,6 +84,14 @@ class KeptStreams:
             frames.append(link.link.build_message(RESUME, SESSION_ID, Roll(self._opener, self._epoch).pack()))
             link.link.send(b"".join(frames))
 
+    def leave(self) -> None:
+        """No other link will come: those that are not on this one end here, and the other end forgets them."""
+        if self._link is not None and any(is_resuming(stream) for stream in self.streams):
+            self._epoch += 1
+            self._link.link.send_message(RESUME, SESSION_ID, Roll(self._opener, self._epoch).pack())
+        for stream in list(self._again):
+            stream.link_lost()
+
     def detach(self, given_up: Callable[[], None]) -> None:
         """The link is gone. Call `given_up` if none comes for as long as the other end holds them."""
         self._link = None

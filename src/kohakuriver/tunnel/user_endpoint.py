@@ -225,7 +225,9 @@ class UserEndpoint(Endpoint):
         )
 
     def stream_failed(self, stream: AnyStream, text: ErrorText) -> None:
-        self.on_stream_error(stream.port, text)
+        kept = stream.kept if isinstance(stream, TcpStream) else None
+        if kept is None or not kept.leaving:  # nobody is there any more who would miss it
+            self.on_stream_error(stream.port, text)
 
     async def listen_tcp(self, host: str, port: int, remote_port: int) -> ListeningSocket:
         """Listen on ``host:port`` (0: any free port). Raises LocalAddressError if that can't be had."""
@@ -262,6 +264,8 @@ class UserEndpoint(Endpoint):
             return
         for open_stream in list(streams.by_id.values()):
             open_stream.send(CLOSE)
+        if self.kept is not None:
+            self.kept.leave()
         streams.link.close(CloseCode.NORMAL, "the forward has ended")
         await _gone(streams.link)
 

@@ -24,6 +24,8 @@ from kohakuriver.tunnel.protocol import (
     PONG,
     RESUME,
     ErrorText,
+    Resuming,
+    Roll,
     pack_seconds,
 )
 from kohakuriver.tunnel.settings import EndpointConfig
@@ -88,6 +90,7 @@ class Session:
     ids: dict[int, int] = field(default_factory=dict)
     lost_by_user: bool = False
     busy: bool = False  # RESUMEs are put off
+    put_off: int = 0  # the epoch of one that was
 
 
 class World:
@@ -241,9 +244,13 @@ class World:
             self._answer(session, PONG, proto, number, payload)
 
     def _begin(self, session: Session, kind: int, proto: int, number: int, port: int, payload: bytes) -> None:
-        if session.busy and kind == RESUME:
-            if number:
-                self._answer(session, ERROR, proto, number, ErrorText("EAGAIN", "too many at once").pack())
+        asked = Resuming.parse(payload) if kind == RESUME else None
+        roll = Roll.parse(payload) if kind == RESUME and not number else None
+        if session.busy and asked is not None:
+            session.put_off = max(session.put_off, asked.epoch)
+            self._answer(session, ERROR, proto, number, ErrorText("EAGAIN", "too many at once").pack())
+            return
+        if roll is not None and roll.epoch <= session.put_off:
             return
         there = 0
         if number:

@@ -322,7 +322,7 @@ class SessionLeg(RelayLeg[TunnelLeg]):
         super().__init__(owner, container, max_message)
         self.newest = newest
         self.kept: set[int] = set()
-        self._put_off = False  # a RESUME was: its stream is not one that the opener has no more
+        self._put_off = 0  # the epoch of a RESUME that was: its stream is not one that the opener has no more
         self._mark = mark
         self._closing: dict[int, asyncio.TimerHandle] = {}
         self.port = port
@@ -374,16 +374,21 @@ class SessionLeg(RelayLeg[TunnelLeg]):
             self.unknown_messages += 1
         elif client_id == SESSION_ID:
             roll = Roll.parse(payload)
-            if tunnel is not None and roll is not None and not self._put_off:
+            if tunnel is not None and roll is not None and roll.epoch > self._put_off:
                 tunnel.link.send_message(RESUME, SESSION_ID, roll._replace(mark=self._mark).pack(), urgent=True)
         elif resuming is None:
             self.unknown_messages += 1
         else:
             self.kept.add(client_id)
-            self._enter(RESUME, proto, client_id, port, resuming._replace(mark=self._mark).pack(), TUNNEL_AWAY)
+            asked = resuming._replace(mark=self._mark).pack()
+            if self._enter(RESUME, proto, client_id, port, asked, TUNNEL_AWAY) == TUNNEL_AWAY.code:
+                self._put_off = max(self._put_off, resuming.epoch)
 
-    def _enter(self, kind: int, proto: int, client_id: int, port: int, payload: bytes, away: ErrorText) -> None:
-        """Give a stream its two ids and tell the container; or say why not, by `away` where there is no tunnel."""
+    def _enter(self, kind: int, proto: int, client_id: int, port: int, payload: bytes, away: ErrorText) -> str:
+        """Give a stream its two ids and tell the container; or say why not, by `away` where there is no tunnel.
+
+        The code of the reason, "" where there was none.
+        """
         tunnel = self.owner.tunnel_of(self.container)
         refusal = self.admission.refusal(port, len(self.table) - len(self._closing), proto)
         if tunnel is None and refusal is None:
@@ -391,14 +396,14 @@ class SessionLeg(RelayLeg[TunnelLeg]):
         if tunnel is None or refusal is not None:
             text = refusal or away
             self.kept.discard(client_id)
-            self._put_off = self._put_off or (kind == RESUME and text.code == TUNNEL_AWAY.code)
             self.link.send_message(ERROR, client_id, text.pack(), proto=proto)
-            return
+            return text.code
         tunnel_id = tunnel.new_id()
         self.table.add(client_id, tunnel, tunnel_id)
         self.admission.count(len(self.table))
         tunnel.table.add(tunnel_id, self, client_id)
         tunnel.link.send_message(kind, tunnel_id, payload, proto=proto, port=port, urgent=True)
+        return ""
 
     def end(self, kind: int, proto: int, client_id: int, payload: bytes) -> None:
         route = self.table.get(client_id)
