@@ -8,7 +8,8 @@ from collections.abc import Callable, Coroutine, Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
-from kohakuriver.runner.services.knock import knock
+from kohakuriver.host.services import tasks
+from kohakuriver.runner.services.knock import KNOCK_SECONDS, knock
 
 Run = Callable[[Coroutine[Any, Any, None]], None]
 
@@ -39,3 +40,7 @@ def test_a_machine_that_refuses_has_answered_and_one_that_is_silent_is_given_up_
             assert told == f"no answer on TCP ports {silent} within 0.2 s"
 
     run(check())
+
+
+def test_a_host_waits_for_longer_than_a_node_knocks() -> None:
+    assert tasks._LOOK_SECONDS > KNOCK_SECONDS

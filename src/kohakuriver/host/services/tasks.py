@@ -52,7 +52,7 @@ _CLAIM_SECONDS = 3 * _RUNNER_SECONDS
 Answer = TypeVar("Answer", bound=BaseModel)
 
 # Another host on the same database hears of changes that this one does not, and nobody tells of a node's silence.
-_LOOK_SECONDS = 1.0
+_CHANGES_SECONDS = 1.0
 
 
 def container_name(backend: str, task_id: int) -> str:
@@ -307,7 +307,7 @@ class Tasks:
         """
         seen: dict[int, object] = {}
         while True:
-            await asyncio.sleep(_LOOK_SECONDS)
+            await asyncio.sleep(_CHANGES_SECONDS)
             with contextlib.suppress(KohakuRiverError):  # the database fails, as every request says that needs it
                 seen = await self._look(seen)
 
