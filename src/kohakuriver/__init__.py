@@ -18,12 +18,15 @@ from kohakuriver.errors import (
 if TYPE_CHECKING:
     from kohakuriver.client.api import Forward, forward, forward_sync
     from kohakuriver.client.tasks import (
+        ListeningPort,
         Task,
         TaskSync,
         create,
         create_sync,
         logs,
         logs_sync,
+        ports,
+        ports_sync,
         run,
         run_sync,
         status,
@@ -40,6 +43,7 @@ __all__ = [
     "Forward",
     "HostUnreachableError",
     "KohakuRiverError",
+    "ListeningPort",
     "LocalAddressError",
     "NotAllowedError",
     "NotFoundError",
@@ -55,6 +59,8 @@ __all__ = [
     "forward_sync",
     "logs",
     "logs_sync",
+    "ports",
+    "ports_sync",
     "run",
     "run_sync",
     "status",

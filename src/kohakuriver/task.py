@@ -11,6 +11,7 @@ import base64
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import MISSING, Field, asdict, dataclass, field, fields
+from ipaddress import ip_address
 from typing import Annotated, Any, ClassVar, Literal, Protocol, TypeVar, get_args
 
 from kohakuriver.backends import kind_of, making
@@ -21,6 +22,7 @@ __all__ = [
     "Backend",
     "Check",
     "Declared",
+    "ListeningPort",
     "LogLine",
     "LogStream",
     "Name",
@@ -303,6 +305,19 @@ class LogLine:
     text: str
     stream: LogStream = "stdout"
     time: float | None = None
+
+
+@dataclass(frozen=True)
+class ListeningPort:
+    """A port that listens in a task, or takes datagrams; `address` is where, "0.0.0.0" and "::" being everywhere.
+
+    `program` is the name of the program that has it, None where that can't be seen.
+    """
+
+    port: Annotated[int, _between(1, 65535)]
+    proto: Literal["tcp", "udp"]
+    address: Annotated[str, Check(lambda text: str(ip_address(text)))]
+    program: str | None = None
 
 
 class Declared(Protocol):

@@ -28,6 +28,7 @@ pytestmark = pytest.mark.docker
 PORT = 7
 ECHO = ("/bin/busybox", "nc", "-ll", "-p", str(PORT), "-e", "/bin/busybox", "cat")
 STAY = ("/bin/busybox", "sleep", "100000")
+KEY = "ssh-ed25519 AAAAC3NzaC1lZDI1NTE5AAAAIJdD7y3aLq454yWBdwLWbieU1ebz9/cu7/QEXn9OIeZJ"
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -418,6 +419,42 @@ def test_a_container_into_which_nothing_can_be_put_is_reached_from_its_own_netwo
         status, answer = shared.call("DELETE", "/api/tasks/untouchable")
         assert status == 200, answer
         assert container_state(container) == "running"
+
+
+def ports_of(cluster: Cluster, reference: str) -> list[dict[str, Any]]:
+    status, answer = cluster.call("GET", f"/api/tasks/{reference}/ports")
+    assert status == 200, answer
+    return list(answer["ports"])
+
+
+def test_the_ports_of_a_container_are_all_that_listen_in_its_network_but_what_we_and_the_engine_have_there(
+    shared: Cluster, busybox: str
+) -> None:
+    shared.create(*ECHO, image=busybox, name="listens", ssh_keys=[KEY])
+    shared.connected("listens")
+    eventually(lambda: shared.task("listens").get("ssh_port"))
+    (found,) = eventually(lambda: ports_of(shared, "listens") or None)
+    assert (found["port"], found["proto"], found["program"]) == (PORT, "tcp", "busybox")
+    with plain_container(busybox, *ECHO) as container:
+        adopt(shared, container, "also-listens")
+        shared.connected("also-listens")
+        assert [port["port"] for port in eventually(lambda: ports_of(shared, "also-listens") or None)] == [PORT]
+
+
+def test_of_a_container_on_the_nodes_network_no_port_of_the_node_is_told(shared: Cluster, busybox: str) -> None:
+    with socket.create_server(("127.0.0.1", 0)), ExitStack() as stack:
+        apart, with_the_nodes_processes = (
+            stack.enter_context(plain_container(busybox, *STAY, options=("--network", "host", *more)))
+            for more in ((), ("--pid", "host"))
+        )
+        adopt(shared, apart, "on-the-node")
+        adopt(shared, with_the_nodes_processes, "in-the-node")
+        for name in ("on-the-node", "in-the-node"):
+            shared.connected(name)
+        assert ports_of(shared, "on-the-node") == []
+        status, answer = shared.call("GET", "/api/tasks/in-the-node/ports")
+        assert (status, answer["error"]) == (409, "ports_unknown")
+        assert "shares its network and its processes with its node" in answer["message"]
 
 
 def test_a_port_that_nothing_listens_on_is_told_as_such_where_the_container_has_no_ipv6(

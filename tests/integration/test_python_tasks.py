@@ -88,6 +88,29 @@ def test_the_sync_twins_work_without_a_loop_and_beside_one_and_leave_no_thread(r
     run(beside_a_loop())
 
 
+LISTEN = "import socket, sys, time; s = socket.create_server(('127.0.0.1', 0)); print(s.getsockname()[1], flush=True); "
+
+
+def test_the_ports_that_listen_in_a_task_are_told(run: Run) -> None:
+    async def main() -> None:
+        command = [sys.executable, "-c", f"{LISTEN}time.sleep(1000)"]
+        task = await kohakuriver.create(command=command, backend="process", name="listens")
+        lines = kohakuriver.logs("listens", follow=True)
+        port = int((await anext(lines)).text)
+        await lines.aclose()  # type: ignore[attr-defined]
+        (found,) = await kohakuriver.ports("listens")
+        assert (found.port, found.proto, found.address) == (port, "tcp", "127.0.0.1")
+        assert await task.ports() == [found]
+        await task.remove()
+        with pytest.raises(kohakuriver.NotFoundError):
+            await task.ports()
+
+    run(main())
+    task = kohakuriver.create_sync(command=STAY, backend="process", name="quiet")
+    assert task.ports() == kohakuriver.ports_sync("quiet") == []
+    task.remove()
+
+
 def test_what_goes_wrong_is_an_error_of_ours(run: Run) -> None:
     with pytest.raises(kohakuriver.NotFoundError):
         kohakuriver.status_sync("nobody")
@@ -102,7 +125,7 @@ def test_what_goes_wrong_is_an_error_of_ours(run: Run) -> None:
 
 
 def test_each_function_and_its_twin_are_listed_and_have_the_same_parameters() -> None:
-    for name in ("create", "run", "status", "stop", "logs", "tasks"):
+    for name in ("create", "run", "status", "stop", "logs", "ports", "tasks"):
         made, twin = getattr(kohakuriver, name), getattr(kohakuriver, f"{name}_sync")
         assert {name, f"{name}_sync"} <= set(dir(kohakuriver))
         assert list(inspect.signature(made).parameters) == list(inspect.signature(twin).parameters)

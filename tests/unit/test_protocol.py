@@ -15,6 +15,8 @@ from kohakuriver.tunnel import protocol
 from tests.vectors import generate
 
 VECTORS = json.loads((generate.HERE / "messages.json").read_text(encoding="utf-8"))
+PORTS = json.loads((generate.HERE / "ports.json").read_text(encoding="utf-8"))
+ports_by_name = pytest.mark.parametrize("vector", PORTS, ids=[vector["name"] for vector in PORTS])
 by_name = pytest.mark.parametrize("vector", VECTORS, ids=[vector["name"] for vector in VECTORS])
 
 
@@ -76,6 +78,33 @@ def test_counts_survive_and_no_more_than_can_be_true_is_believed(dropped: int, s
 @pytest.mark.parametrize("payload", [b"", b"cnt1", b"cnt2" + bytes(16), b"cnt1" + bytes(17)])
 def test_any_other_ping_tells_no_counts(payload: bytes) -> None:
     assert protocol.Counts.parse(payload) is None
+
+
+@ports_by_name
+def test_a_question_for_ports_and_its_answer_are_read_as_the_vectors_say(vector: dict[str, Any]) -> None:
+    payload, fields = bytes.fromhex(vector["hex"]), vector["fields"]
+    question, read = protocol.PortsQuestion.parse(payload), protocol.PortsAnswer.parse(payload)
+    if fields is None:
+        assert (question if vector["what"] == "question" else read) is None
+    elif vector["what"] == "question":
+        assert question is not None
+        assert tuple(question) == (fields["number"], fields["scope"], fields["mark"].encode())
+        assert question.pack() == payload
+    else:
+        assert read is not None
+        assert (read.number, read.more) == (fields["number"], fields["more"])
+        told = [
+            {"proto": p.proto, "port": p.port, "address": str(p.address), "program": p.program.decode()}
+            for p in read.ports
+        ]
+        assert told == fields["ports"]
+        assert read.pack() == payload
+
+
+@given(payload=st.binary(max_size=200))
+def test_any_bytes_are_an_answer_or_none_and_an_answer_is_what_it_was_read_from(payload: bytes) -> None:
+    read = protocol.PortsAnswer.parse(payload)
+    assert read is None or read.pack() == payload
 
 
 @pytest.mark.parametrize(

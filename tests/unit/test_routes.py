@@ -20,6 +20,7 @@ from websockets.asyncio.client import connect
 from websockets.exceptions import InvalidStatus
 
 from kohakuriver.runner import app as runner_app
+from kohakuriver.runner.services.open_ports import OpenPorts
 from kohakuriver.runner.services.registration import NodeIdentity, Registration
 from kohakuriver.runner.services.state import State, TaskRecord
 from kohakuriver.runner.services.task_book import TaskBook
@@ -80,6 +81,7 @@ HOST_RULES: dict[Route, Rule] = {
     ("GET", "/api/tasks/{task}/agent"): BY_OWNERS,
     ("GET", "/api/tasks/{task}/answers"): BY_WHO_MAY_USE,
     ("GET", "/api/tasks/{task}/logs"): BY_WHO_MAY_USE,
+    ("GET", "/api/tasks/{task}/ports"): BY_WHO_MAY_USE,
     ("POST", "/api/tasks/{task}/stop"): BY_OWNERS,
     ("POST", "/api/tasks/{task}/restart"): BY_OWNERS,
     ("DELETE", "/api/tasks/{task}"): BY_OWNERS,
@@ -106,6 +108,7 @@ RUNNER_RULES: dict[Route, Rule] = {
     ("GET", "/api/tasks/{container}/agent"): CONTROL,
     ("GET", "/api/tasks/{container}/answers"): CONTROL,
     ("GET", "/api/tasks/{container}/logs"): CONTROL,
+    ("GET", "/api/tasks/{container}/ports"): CONTROL,
     ("POST", "/api/tasks/{container}/stop"): CONTROL,
     ("POST", "/api/tasks/{container}/restart"): CONTROL,
     ("POST", "/api/tasks/{container}/revoke"): CONTROL,
@@ -287,7 +290,8 @@ class RunnerUnderTest:
         )
         self.tunnel_routes = [*self.tunnels.routes(), *self.terminals.routes()]
         self.guard = Guard()
-        services = runner_app.Services(self.tasks, self.registration, "http://127.0.0.1:1", self.tunnels)
+        ports = OpenPorts(self.tasks.book, self.tasks.sockets, self.tunnels.hub.tunnel_of)
+        services = runner_app.Services(self.tasks, self.registration, "http://127.0.0.1:1", self.tunnels, ports)
         self.app = runner_app.create_app(services, self.guard)
 
     async def _remove(self, task_id: int) -> None:

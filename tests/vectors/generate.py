@@ -222,6 +222,47 @@ def violations() -> list[Vector]:
     ]
 
 
+def ports() -> list[Vector]:
+    """PORTS both ways, written out by hand; what makes no sense has null in the place of its fields."""
+    one = "00 22b8 04 00000000 07 707974686f6e33"
+    six = "01 0035 10 20010db8000000000000000000000001 00"
+    told: list[Vector] = [
+        {"proto": 0, "port": 8888, "address": "0.0.0.0", "program": "python3"},
+        {"proto": 1, "port": 53, "address": "2001:db8::1", "program": ""},
+    ]
+    questions: list[tuple[str, str, Vector | None]] = [
+        ("of the network", "00000007 00", {"number": 7, "scope": 0, "mark": ""}),
+        ("of what is seen", "ffffffff 01", {"number": 2**32 - 1, "scope": 1, "mark": ""}),
+        ("of its own processes", "00000007 02 413d31", {"number": 7, "scope": 2, "mark": "A=1"}),
+        ("without a scope", "00000007", None),
+        ("of an unknown scope", "00000007 03", None),
+        ("with a mark that means nothing", "00000007 00 413d31", None),
+        ("without the mark that it needs", "00000007 02", None),
+        ("with a NUL in its mark", "00000007 02 410031", None),
+    ]
+    answers: list[tuple[str, str, Vector | None]] = [
+        ("of nothing", "00000007 00", {"number": 7, "more": False, "ports": []}),
+        ("of two ports", f"00000007 00 {one} {six}", {"number": 7, "more": False, "ports": told}),
+        ("that there are more", f"00000007 01 {one}", {"number": 7, "more": True, "ports": told[:1]}),
+        ("without flags", "00000007", None),
+        ("with a flag that there is not", "00000007 02", None),
+        ("of port 0", "00000007 00 00 0000 04 00000000 00", None),
+        ("of a protocol that is no transport", "00000007 00 02 0050 04 00000000 00", None),
+        ("with an address of 5 bytes", "00000007 00 00 0050 05 0000000000 00", None),
+        ("with an address that is cut short", "00000007 00 00 0050 10 00000000", None),
+        ("without the length of a name", "00000007 00 00 0050 04 00000000", None),
+        ("with a name that is cut short", "00000007 00 00 0050 04 00000000 03 6162", None),
+        ("with a name of 65 bytes", f"00000007 00 00 0050 04 00000000 41 {'61' * 65}", None),
+        ("with one byte too many", f"00000007 00 {one} 00", None),
+        ("of 1001 ports", f"00000007 00 {one * 1001}", None),
+    ]
+    return [
+        {"name": f"{what} {name}", "what": what, "hex": text.replace(" ", ""), "fields": fields}
+        for what, rows in (("question", questions), ("answer", answers))
+        for name, text, fields in rows
+    ]
+
+
 FILES = {
     "header.json": headers,
     "frames.json": frames,
@@ -232,6 +273,7 @@ FILES = {
     "states.json": rules.states,
     "kept_states.json": rules.kept_states,
     "traces.json": traces.traces,
+    "ports.json": ports,
     "reconnect.json": rules.reconnect,
     "errors.json": rules.errors,
 }

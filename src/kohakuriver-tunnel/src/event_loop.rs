@@ -25,6 +25,7 @@ use crate::handshake::{Granted, Handshake, Refusal, RunnerUrl, wrong};
 use crate::listeners;
 use crate::log;
 use crate::net::{self, Network, Ready};
+use crate::ports::Looker;
 use crate::protocol::Mark;
 use crate::session::{End, Session};
 use crate::settings::Settings;
@@ -38,6 +39,7 @@ const OPENING: Duration = Duration::from_secs(10);
 const UNSENT: u32 = 256 << 10;
 /// Streams have their slots as tokens.
 const LINK: u64 = u64::MAX;
+const LOOKED: u64 = u64::MAX - 1;
 /// How many turns are taken while a link is opened before that goes on.
 const TURNS_WITHOUT_LINK: usize = 64;
 /// How many events are taken at once.
@@ -91,7 +93,10 @@ impl EventLoop {
         let services = Services {
             epoll: Rc::clone(sockets.ready.get_ref()),
             terminals: Terminals::new(settings.terminals),
+            looker: Looker::new()?,
         };
+        let bell = services.looker.bell();
+        services.epoll.add(bell, LOOKED, libc::EPOLLIN)?;
         let session = Session::new(services, settings);
         Ok(Endpoint { session, sockets })
     }
@@ -213,6 +218,7 @@ impl Endpoint {
         for event in self.sockets.events() {
             match event.u64 {
                 LINK => self.session.link_ready(ready(event)),
+                LOOKED => self.session.looked(),
                 slot => self.session.stream_ready(slot as usize, ready(event)),
             }
         }
@@ -376,6 +382,7 @@ fn ready(event: &libc::epoll_event) -> Ready {
 struct Services {
     epoll: Rc<Epoll>,
     terminals: Terminals,
+    looker: Looker,
 }
 
 impl Network for Services {
@@ -420,6 +427,14 @@ impl Network for Services {
 
     fn revoke(&self, mark: &Mark) {
         self.terminals.revoke(mark);
+    }
+
+    fn look(&self, question: &[u8]) {
+        self.looker.begin(question);
+    }
+
+    fn looked(&self) -> Option<Vec<u8>> {
+        self.looker.answer()
     }
 
     fn listeners(&self, udp: bool, port: u16) -> Vec<SocketAddr> {

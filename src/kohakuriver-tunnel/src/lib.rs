@@ -24,6 +24,7 @@ pub mod listeners;
 pub mod log;
 pub mod message;
 pub mod net;
+pub mod ports;
 pub mod protocol;
 pub mod queue;
 pub mod registry;

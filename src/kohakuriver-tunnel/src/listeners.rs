@@ -1,39 +1,66 @@
 //! Where in the container something listens, as the kernel tells it (proc(5), `/proc/net/tcp`).
 
 use std::fs::File;
-use std::io::{BufRead, BufReader};
+use std::io::{BufRead, BufReader, Read};
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr, SocketAddrV6};
 
 /// Of a socket that listens.
 const LISTEN: &str = "0A";
 /// Of a datagram socket without a peer.
 const UNCONNECTED: &str = "07";
-/// A table is read no further than this many lines.
+/// A table is read no further than this many lines, and bytes.
 const MOST: usize = 10_000;
+const MOST_BYTES: u64 = 4 << 20;
+
+/// A socket that listens, or that takes datagrams from everybody.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+#[allow(missing_docs)]
+pub struct Bound {
+    pub at: SocketAddr,
+    /// By which `/proc/PID/fd` names it too; 0 where that is not known.
+    pub inode: u64,
+}
+
+/// All of them.
+pub fn all(udp: bool) -> Vec<Bound> {
+    let mut found = Vec::new();
+    each(udp, |at, line| {
+        let inode = inode(line).unwrap_or(0);
+        found.push(Bound { at, inode });
+    });
+    found
+}
 
 /// The addresses but 127.0.0.1 and ::1 on which something listens on `port`; none where there is no `/proc`.
 pub fn on(udp: bool, port: u16) -> Vec<SocketAddr> {
+    let mut found = Vec::new();
+    each(udp, |at, _| {
+        if at.port() == port && is_other(at.ip()) {
+            found.push(with_scope(at));
+        }
+    });
+    found
+}
+
+/// Where something listens, with its line of the kernel's table.
+fn each(udp: bool, mut take: impl FnMut(SocketAddr, &str)) {
     let (files, state) = if udp {
         (["/proc/net/udp", "/proc/net/udp6"], UNCONNECTED)
     } else {
         (["/proc/net/tcp", "/proc/net/tcp6"], LISTEN)
     };
-    let mut found = Vec::new();
     for file in files {
         let Ok(file) = File::open(file) else { continue };
-        let lines = BufReader::new(file).lines().map_while(Result::ok);
-        let mut lines = lines.skip(1).take(MOST);
-        while let Some(line) = lines.next()
-            // Those that listen come first among TCP's sockets.
-            && let Some((address, its)) = socket(&line)
-            && (udp || its == state)
-        {
-            if address.port() == port && its == state && is_other(address.ip()) {
-                found.push(with_scope(address));
+        let lines = BufReader::new(file.take(MOST_BYTES)).lines();
+        for line in lines.map_while(Result::ok).skip(1).take(MOST) {
+            match socket(&line) {
+                Some((at, its)) if its == state => take(at, &line),
+                // Those that listen come first among TCP's sockets.
+                Some(_) if !udp => break,
+                _ => {}
             }
         }
     }
-    found
 }
 
 /// Not one of those that are tried in any case.
@@ -49,6 +76,11 @@ fn socket(line: &str) -> Option<(SocketAddr, &str)> {
     let state = fields.nth(1)?;
     let port = u16::from_str_radix(port, 16).ok()?;
     Some((SocketAddr::new(ip(address)?, port), state))
+}
+
+/// What stands behind the state, the queues, the timers and the user.
+fn inode(line: &str) -> Option<u64> {
+    line.split_ascii_whitespace().nth(9)?.parse().ok()
 }
 
 /// Words of 32 bits in the machine's own order.
@@ -109,8 +141,43 @@ mod tests {
             socket(line),
             Some(("[fe80::5054:ff:201:feb6]:22".parse().unwrap(), "0A"))
         );
-        assert_eq!(socket("garbage"), None);
-        assert_eq!(socket("0: XY:1 0 0A"), None);
+        for (hex, expected) in [
+            ("00000000000000000000000000000000", "[::]:80"),
+            ("00000000000000000000000001000000", "[::1]:80"),
+            ("0000000000000000FFFF00000100007F", "127.0.0.1:80"),
+            ("B80D0120000000000000000001000000", "[2001:db8::1]:80"),
+        ] {
+            let line = format!("0: {hex}:0050 {hex}:0000 0A");
+            assert_eq!(socket(&line), Some((expected.parse().unwrap(), "0A")));
+        }
+    }
+
+    #[test]
+    fn what_is_no_line_of_the_kernels_tables_is_no_socket() {
+        for line in [
+            "",
+            "garbage",
+            "0: XY:1 0 0A",
+            "0: 0100007F 0 0A",
+            "0: 0100007F:FFFFF 00000000:0000 0A",
+            "0: 0100:0050 00000000:0000 0A",
+            "0: 0100007F:0050",
+            "0: \u{20ac}\u{20ac}\u{20ac}:0050 0 0A",
+        ] {
+            assert_eq!(socket(line), None, "{line:?}");
+        }
+        assert_eq!(inode("0: 0100007F:0050 0 0A 0 0 0 0 0 x"), None);
+        assert_eq!(inode("0: 0100007F:0050 0 0A"), None);
+    }
+
+    #[test]
+    fn a_listener_is_known_by_the_inode_that_its_descriptor_has() {
+        use std::os::fd::AsRawFd;
+        let listener = std::net::TcpListener::bind("[::1]:0").unwrap();
+        let at = listener.local_addr().unwrap();
+        let link = std::fs::read_link(format!("/proc/self/fd/{}", listener.as_raw_fd())).unwrap();
+        let bound = all(false).into_iter().find(|bound| bound.at == at).unwrap();
+        assert_eq!(link.to_str(), Some(&*format!("socket:[{}]", bound.inode)));
     }
 
     #[test]

@@ -22,6 +22,10 @@ pub trait Network {
     fn terminal(&self, start: &[u8], mark: &Mark, key: Key) -> io::Result<Self::Tcp>;
     /// The terminals of this user that outlive their streams end.
     fn revoke(&self, mark: &Mark);
+    /// Begins to look which ports listen, as a PORTS says; not while a look is under way.
+    fn look(&self, question: &[u8]);
+    /// What a look found, once: the payload of the answer.
+    fn looked(&self) -> Option<Vec<u8>>;
     /// Where else than on 127.0.0.1 and ::1 something listens on `port` (TCP), or takes datagrams.
     fn listeners(&self, udp: bool, port: u16) -> Vec<SocketAddr>;
 }

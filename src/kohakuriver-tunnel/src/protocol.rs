@@ -40,6 +40,7 @@ pub mod kind {
     pub const ACK: u8 = 0x0c;
     pub const DETACH: u8 = 0x0d;
     pub const REVOKE: u8 = 0x10;
+    pub const PORTS: u8 = 0x11;
 }
 
 /// WebSocket close codes that this endpoint sends or acts upon.

@@ -206,6 +206,16 @@ impl<N: Network> Session<N> {
         self.settle(slot, fate);
     }
 
+    /// A look at the ports may be over.
+    pub fn looked(&mut self) {
+        if let Some(answer) = self.network.looked()
+            && self.v2
+        {
+            let header = Header::new(kind::PORTS, TCP, 0);
+            self.context.send(header, &answer);
+        }
+    }
+
     // ---- from the link -------------------------------------------------------------------------
 
     /// Reads once. More is read in the loop's next turn, after the sources have had theirs.
@@ -349,6 +359,7 @@ impl<N: Network> Session<N> {
             kind::ACK | kind::RESUME | kind::DETACH | kind::REVOKE if self.v2 => {
                 self.of_kept(header, payload);
             }
+            kind::PORTS if self.v2 && header.id == 0 => self.network.look(payload),
             kind::PONG => self.with_tcp(header.id, |tcp, context| {
                 tcp.on_pong(context);
                 Fate::Live

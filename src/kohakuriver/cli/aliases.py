@@ -18,10 +18,11 @@ _IN = {
         "exec": "connect", "ssh": "vps connect", "login": "auth login", "logout": "auth logout",
         "whoami": "auth status", "status": "vps status", "create": "vps create", "run": "vps create",
         "logs": "vps logs", "rm": "vps rm", "restart": "vps restart", "adopt": "vps adopt", "nodes": "node list",
+        "ports": "vps ports", "port": "vps ports",
     },
     "vps": {
         "ls": "list", "ps": "list", "start": "restart", "remove": "rm", "delete": "rm", "ssh": "connect",
-        "run": "create",
+        "run": "create", "port": "ports",
     },
     "node": {"ls": "list"},
 }  # fmt: skip

@@ -319,6 +319,22 @@ def _session(session: NamedSession) -> str:
     return f"{session.name} ({'in use' if session.attached else 'nobody in it'})"
 
 
+@app.command("ports", epilog="Example: kohakuriver vps ports web")
+@remote
+def list_ports(at: Remote, task: TaskArgument) -> None:
+    """List the ports that listen in a task, with their programs where these can be seen."""
+    told = at.ask(lambda client: client.ports(task))
+    if at.json:
+        output.json_line(told.to_json())
+        return
+    rows = [[str(port.port), port.proto, port.address, port.program or "-"] for port in told.ports]
+    output.table(["Port", "Protocol", "Address", "Program"], rows)
+    if told.more:
+        output.note("There are more ports than these.")
+    elif not rows:
+        output.note(f"Nothing listens in {task}.")
+
+
 app.command(epilog="Example: kohakuriver vps logs web --follow --since 10m")(remote(logs.logs))
 
 

@@ -31,7 +31,7 @@ from kohakuriver.errors import (
 from kohakuriver.http_proxy import HttpProxy, http_proxy
 from kohakuriver.no_connection import reason
 from kohakuriver.resolve import resolving
-from kohakuriver.task import Declared, LogLine, NewTask, TaskTraffic, asked_for, taken_from
+from kohakuriver.task import Declared, ListeningPort, LogLine, NewTask, TaskTraffic, asked_for, taken_from
 from kohakuriver.task import TaskView as Task
 
 __all__ = [
@@ -39,9 +39,11 @@ __all__ = [
     "HostClient",
     "Limit",
     "Limits",
+    "ListeningPort",
     "LogLine",
     "NewTask",
     "Node",
+    "Ports",
     "Task",
     "TaskTraffic",
     "Token",
@@ -197,6 +199,17 @@ class Answers:
 
     answers: bool
     reason: str | None = None
+
+
+@dataclass(frozen=True)
+class Ports:
+    """The ports that listen in a task; `more` says that there are some that are not told."""
+
+    ports: Sequence[ListeningPort]
+    more: bool = False
+
+    def to_json(self) -> dict[str, Any]:
+        return {"ports": [asdict(port) for port in self.ports], "more": self.more}
 
 
 @dataclass(frozen=True)
@@ -369,6 +382,11 @@ class HostClient:
     async def answers(self, task: str) -> Answers:
         """Whether the machine of an address task answers; its node looks now."""
         return _record(Answers, await self._call("GET", _path(task, "answers")))
+
+    async def ports(self, task: str) -> Ports:
+        """The ports that listen in a task now."""
+        told = _record(Ports, await self._call("GET", _path(task, "ports")))
+        return Ports([_record(ListeningPort, port) for port in _list(told.ports)], told.more)
 
     async def agent(self, task: str) -> Agent:
         """What a tunnel client in the machine of an address task is started with."""

@@ -1,4 +1,5 @@
-"""Tasks for Python code, as the command line has them: `kohakuriver.create`, `run`, `status`, `stop`, `logs`, `tasks`.
+"""Tasks for Python code, as the command line has them: `kohakuriver.create`, `run`, `status`, `stop`, `logs`, `ports`,
+`tasks`.
 
 Each has a twin for code without a loop, and for code beside one, as in a notebook: `create_sync` and so on.
 """
@@ -16,7 +17,7 @@ from typing import Any, ParamSpec, TypeVar
 
 from kohakuriver.client.api import Forward, ForwardSync, forward, forward_sync
 from kohakuriver.client.forward import PortSpec
-from kohakuriver.client.host import HostClient, LogLine, NewTask
+from kohakuriver.client.host import HostClient, ListeningPort, LogLine, NewTask
 from kohakuriver.client.host import Task as View
 from kohakuriver.config import Settings, load_settings
 from kohakuriver.errors import UsageError
@@ -24,12 +25,15 @@ from kohakuriver.quotas import byte_count
 from kohakuriver.runtime import cancel_all, new_event_loop
 
 __all__ = [
+    "ListeningPort",
     "Task",
     "TaskSync",
     "create",
     "create_sync",
     "logs",
     "logs_sync",
+    "ports",
+    "ports_sync",
     "run",
     "run_sync",
     "status",
@@ -138,6 +142,10 @@ class Task(_Known):
         """What it printed, as the function `logs` has it."""
         return _logs(self._settings, str(self.id), follow, tail, since)
 
+    async def ports(self) -> list[ListeningPort]:
+        """The ports that listen in it, as the function `ports` has them."""
+        return await _ports(self._settings, str(self.id))
+
     def forward(self, ports: PortSpec | Sequence[PortSpec], **options: Any) -> Forward:
         """A forward to it, with the options of the function `forward`."""
         return forward(self.id, ports, **{**self._place, **options})
@@ -180,6 +188,10 @@ class TaskSync(_Known):
     ) -> Iterator[LogLine]:
         """What it printed, as the function `logs` has it."""
         return _one_by_one(_logs(self._settings, str(self.id), follow, tail, since))
+
+    def ports(self) -> list[ListeningPort]:
+        """The ports that listen in it, as the function `ports` has them."""
+        return _done(_ports(self._settings, str(self.id)))
 
     def forward(self, ports: PortSpec | Sequence[PortSpec], **options: Any) -> ForwardSync:
         """A forward to it, with the options of the function `forward_sync`."""
@@ -289,6 +301,21 @@ async def tasks(*, host: str | None = None, token: str | None = None, ca_file: s
         return [Task(view, settings) for view in await client.tasks()]
 
 
+async def ports(
+    task: str | int, *, host: str | None = None, token: str | None = None, ca_file: str | None = None
+) -> list[ListeningPort]:
+    """The ports that listen in a task now, by number; a thousand at most.
+
+    Raises as `status` does, and UnavailableError where it can't be known.
+    """
+    return await _ports(load_settings(host=host, token=token, ca_file=ca_file), str(task))
+
+
+async def _ports(settings: Settings, task: str) -> list[ListeningPort]:
+    async with HostClient(settings) as client:
+        return list((await client.ports(task)).ports)
+
+
 def logs(
     task: str | int,
     *,
@@ -385,6 +412,10 @@ def _tasks_sync(*args: Any, **options: Any) -> list[TaskSync]:
     return [_twin(task) for task in _done(tasks(*args, **options))]
 
 
+def _ports_sync(*args: Any, **options: Any) -> list[ListeningPort]:
+    return _done(ports(*args, **options))
+
+
 def _logs_sync(*args: Any, **options: Any) -> Iterator[LogLine]:
     return _one_by_one(logs(*args, **options))
 
@@ -394,4 +425,5 @@ run_sync = _sync(run)
 status_sync = _sync(status)
 stop_sync = _sync(stop)
 tasks_sync = _named(_tasks_sync, tasks, "list[TaskSync]")
+ports_sync = _named(_ports_sync, ports, "list[ListeningPort]")
 logs_sync = _named(_logs_sync, logs, "Iterator[LogLine]")

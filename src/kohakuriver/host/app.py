@@ -25,6 +25,7 @@ from kohakuriver.host.schemas import (
     NewToken,
     NewUser,
     NodeView,
+    Ports,
     Registration,
     RegistrationAnswer,
     ShareRequest,
@@ -368,6 +369,12 @@ async def make_ssh_pass(host: Host, user: User, found: Usable) -> SshPass:
 async def get_answers(host: Host, found: Usable) -> Answers:
     """Whether the machine of an address task answers: its node looks when this is asked."""
     return await host.tasks.answers(*found)
+
+
+@_api.get("/tasks/{task}/ports")
+async def get_ports(host: Host, found: Usable) -> Ports:
+    """The ports that listen in a task, with their programs where these can be seen: its tunnel client looks now."""
+    return await host.tasks.ports(*found)
 
 
 @_api.get("/tasks/{task}/agent")

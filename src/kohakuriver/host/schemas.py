@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ipaddress
 import json
+from dataclasses import replace
 from datetime import datetime, timezone
 from typing import Annotated, Any, Literal
 
@@ -13,7 +14,7 @@ from pydantic_core import ArgsKwargs
 
 from kohakuriver.errors import UsageError
 from kohakuriver.quotas import Offer, QuotaName, checked
-from kohakuriver.task import Backend, Name, NewTask, NodeName, TaskReport, Whole, matching
+from kohakuriver.task import Backend, ListeningPort, Name, NewTask, NodeName, TaskReport, Whole, matching
 from kohakuriver.text import printable
 
 __all__ = [
@@ -28,6 +29,7 @@ __all__ = [
     "NewToken",
     "NewUser",
     "NodeView",
+    "Ports",
     "Registration",
     "RegistrationAnswer",
     "Role",
@@ -42,6 +44,8 @@ __all__ = [
 ]
 
 LONGEST_REASON = 500
+MOST_PORTS = 1000
+LONGEST_PROGRAM = 64
 LONGEST_TOKEN_SECONDS = 100 * 366 * 86400.0
 
 Role = Literal["admin", "user"]
@@ -172,6 +176,17 @@ class Answers(BaseModel):
 
     answers: bool
     reason: str | None = None
+
+
+def _with_printable_name(port: ListeningPort) -> ListeningPort:
+    return replace(port, program=port.program and printable(port.program, keep="")[:LONGEST_PROGRAM])
+
+
+class Ports(BaseModel):
+    """The ports that listen in a task; `more` says that there are some that are not told."""
+
+    ports: Annotated[list[Annotated[ListeningPort, AfterValidator(_with_printable_name)]], Field(max_length=MOST_PORTS)]
+    more: bool = False
 
 
 class SshPass(BaseModel):

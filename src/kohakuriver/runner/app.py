@@ -14,6 +14,7 @@ from kohakuriver.asking import asker
 from kohakuriver.errors import NotAllowedError
 from kohakuriver.runner.backends.printed import LogRequest
 from kohakuriver.runner.services.log_source import LogSource
+from kohakuriver.runner.services.open_ports import OpenPorts
 from kohakuriver.runner.services.registration import Registration
 from kohakuriver.runner.services.state import TaskRecord
 from kohakuriver.runner.services.tasks import TaskManager
@@ -35,6 +36,7 @@ class Services:
     registration: Registration
     url: str
     tunnels: TunnelServer
+    ports: OpenPorts
     on_new_token: Callable[[str], None] = lambda container: None
 
 
@@ -130,6 +132,12 @@ async def get_agent(runner: Runner, container: str) -> dict[str, str]:
 async def get_answers(runner: Runner, container: str) -> dict[str, Any]:
     """Whether the machine of an address task answers."""
     return await runner.tasks.answers(container)
+
+
+@_api.get("/tasks/{container}/ports")
+async def get_ports(runner: Runner, container: str) -> dict[str, Any]:
+    """Which ports listen in a task."""
+    return await runner.ports.of(container)
 
 
 @_api.get("/tasks/{container}/logs", response_class=Streamed)

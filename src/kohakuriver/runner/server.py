@@ -31,6 +31,7 @@ from kohakuriver.runner.backends.registry import made
 from kohakuriver.runner.services.hub import EXPECTED_SECONDS
 from kohakuriver.runner.services.incidents import Incidents
 from kohakuriver.runner.services.offer import offered
+from kohakuriver.runner.services.open_ports import OpenPorts
 from kohakuriver.runner.services.registration import NodeIdentity, Registration
 from kohakuriver.runner.services.ssh_helper import SshHelper
 from kohakuriver.runner.services.state import State
@@ -165,6 +166,7 @@ class Runner:
             exec_in=self._tasks.exec,
             room=room,
         )
+        self._ports = OpenPorts(self._book, self._tasks.sockets, self._tunnels.hub.tunnel_of)
         self._book.drop = self._drop
         self._guard = Guard(
             names=[urlsplit(identity.url).hostname or "", *(certificate.names if certificate else ())],
@@ -173,7 +175,8 @@ class Runner:
         )
         self._server = Server(
             create_app(
-                Services(self._tasks, self._registration, identity.url, self._tunnels, self._new_token), self._guard
+                Services(self._tasks, self._registration, identity.url, self._tunnels, self._ports, self._new_token),
+                self._guard,
             ),
             ws=serve_ws(
                 [*self._tunnels.routes(), *self._terminals.routes()], self._guard, max_message=limits.max_message

@@ -29,8 +29,9 @@ from kohakuriver.tunnel.keeper import Keeper
 from kohakuriver.tunnel.link import Link
 from kohakuriver.tunnel.listeners import listening
 from kohakuriver.tunnel.local_socket import TcpStream
+from kohakuriver.tunnel.own_ports import look
 from kohakuriver.tunnel.own_token import OwnToken
-from kohakuriver.tunnel.protocol import NEW_TOKEN, SESSION_ID, CloseCode, ErrorText
+from kohakuriver.tunnel.protocol import NEW_TOKEN, PORTS, SESSION_ID, CloseCode, ErrorText, PortsQuestion
 from kohakuriver.tunnel.settings import EndpointConfig, from_environment
 
 log = logging.getLogger("tunnel-client")
@@ -132,10 +133,26 @@ class _Tunnel(ContainerEndpoint):
         super().__init__(config=config, keeper=keeper)
         self._gone = gone
         self._token = token
+        self._looking: asyncio.Task[None] | None = None
 
     def pinged(self, client_id: int, payload: bytes) -> None:
         if client_id == SESSION_ID and payload == NEW_TOKEN:
             self._token.new_one_is_there()
+
+    def asked_for_ports(self, client_id: int, payload: bytes) -> None:
+        """One look at a time is enough: the runner asks for everybody. It has a thread, since it takes a while."""
+        question = PortsQuestion.parse(payload)
+        link = self.link
+        busy = self._looking is not None and not self._looking.done()
+        if question is None or link is None or link.version < 2 or client_id != SESSION_ID or busy:
+            self.totals.unknown_messages += 1
+        else:
+            self._looking = asyncio.get_running_loop().create_task(self._tell_ports(link, question))
+
+    async def _tell_ports(self, link: Link, question: PortsQuestion) -> None:
+        answer = await asyncio.get_running_loop().run_in_executor(None, look, question)
+        if self.link is link:
+            link.send_message(PORTS, SESSION_ID, answer.pack())
 
     def keeps(self, code: int) -> bool:
         """Whatever closed the tunnel: it comes back, and the streams are users' (rule 9 of kept streams)."""

@@ -22,6 +22,7 @@ from kohakuriver.tunnel.protocol import (
     KNOWN,
     PING,
     PONG,
+    PORTS,
     PROTO_TCP,
     RESUME,
     REVOKE,
@@ -180,6 +181,8 @@ class Endpoint:
             streams.link.send_message(PONG, client_id, payload, proto=proto, urgent=True)
         elif kind == CONNECT:
             self.accept(client_id, proto, port, payload)
+        elif kind == PORTS:
+            self.asked_for_ports(client_id, payload)
         elif kind in _OF_SESSIONS:
             self.kept_message(kind, client_id, proto, port, payload)
         elif isinstance(stream, TcpStream):
@@ -191,6 +194,10 @@ class Endpoint:
 
     def pinged(self, client_id: int, payload: bytes) -> None:
         """A PING came; it is answered whatever is made of it."""
+
+    def asked_for_ports(self, client_id: int, payload: bytes) -> None:
+        """A PORTS came; a tunnel client answers it, to its runner alone."""
+        self.totals.unknown_messages += 1
 
     def _tcp_message(self, stream: TcpStream, kind: int, payload: bytes) -> None:
         core, kept = stream.core, stream.kept

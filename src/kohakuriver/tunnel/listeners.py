@@ -7,28 +7,38 @@ import ipaddress
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import NamedTuple
 
-__all__ = ["LOOPBACK", "listening"]
+__all__ = ["LOOPBACK", "Bound", "bound", "listening"]
 
 LOOPBACK = ("127.0.0.1", "::1")
 _LISTEN, _UNCONNECTED = "0A", "07"  # states in /proc/net/tcp, and of a UDP socket that takes from everybody
 _LOOPBACK_6 = f"{1:032x} "  # as if_inet6 has it
 
 
+class Bound(NamedTuple):
+    """A socket that listens, or takes datagrams from everybody; `inode` is what /proc/PID/fd calls it, too."""
+
+    address: str
+    port: int
+    inode: int
+
+
 def listening(tables: Path, port: int, *, udp: bool) -> list[str]:
     """The addresses that `port` is served on according to the kernel's `tables`, 127.0.0.1 and ::1 first."""
-    found = {
-        address for name in ("", "6") for address in _served(tables / f"{'udp' if udp else 'tcp'}{name}", port, udp)
-    }
+    found = {_dialled(each.address, tables) for each in bound(tables, udp=udp) if each.port == port}
     return sorted(found, key=lambda address: (address not in LOOPBACK, ":" in address, address))
 
 
-def _served(table: Path, port: int, udp: bool) -> Iterator[str]:
-    for line in _lines(table)[1:]:
-        local, state = line.split()[1], line.split()[3]
-        words, _, number = local.partition(":")
-        if int(number, 16) == port and state == (_UNCONNECTED if udp else _LISTEN):
-            yield _dialled(_address(words), table.parent)
+def bound(tables: Path, *, udp: bool) -> Iterator[Bound]:
+    """All that listens (TCP), or takes datagrams from everybody (UDP), according to the kernel's `tables`."""
+    for name in ("", "6"):
+        for line in _lines(tables / f"{'udp' if udp else 'tcp'}{name}")[1:]:
+            with contextlib.suppress(ValueError, IndexError):  # no line of the kernel's
+                fields = line.split()
+                if fields[3] == (_UNCONNECTED if udp else _LISTEN):
+                    words, _, number = fields[1].partition(":")
+                    yield Bound(_address(words), int(number, 16), int(fields[9]))
 
 
 def _dialled(served: str, tables: Path) -> str:
@@ -46,6 +56,8 @@ def _lines(table: Path) -> list[str]:
 
 def _address(words: str) -> str:
     """An address as the kernel prints it: 32-bit words in the machine's own byte order."""
+    if len(words) not in (8, 32):
+        raise ValueError(words)
     order = sys.byteorder
     raw = b"".join(int(words[i : i + 8], 16).to_bytes(4, order) for i in range(0, len(words), 8))
     address = ipaddress.ip_address(raw)

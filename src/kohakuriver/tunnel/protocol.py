@@ -6,6 +6,7 @@ WebSocket's close. `Link.send_message` puts the header, and the mask where one i
 
 from __future__ import annotations
 
+import ipaddress
 import re
 import struct
 from enum import IntEnum
@@ -29,9 +30,11 @@ ACK: Final = 0x0C
 DETACH: Final = 0x0D
 GOAWAY: Final = 0x0F
 REVOKE: Final = 0x10
+PORTS: Final = 0x11
 
 KNOWN: Final = frozenset(
     {CONNECT, CONNECTED, DATA, CLOSE, ERROR, PING, PONG, WINDOW, EOF, RESUME, RESUMED, ACK, DETACH, GOAWAY, REVOKE}
+    | {PORTS}
 )
 
 # Second header byte (docs/protocol.md §1).
@@ -85,6 +88,12 @@ _ERROR_CODE: Final = re.compile(r"(E[A-Z0-9]+): ")
 _COUNTS: Final = struct.Struct(">4sQQ")
 _COUNTS_MARK: Final = b"cnt1"
 _MOST_AT_ONCE: Final = 1 << 32
+MOST_PORTS: Final = 1000  # an answer to PORTS tells no more
+LONGEST_PROGRAM: Final = 64  # bytes of a program's name in it
+_QUESTION: Final = struct.Struct(">IB")
+_ANSWER: Final = struct.Struct(">IB")
+_BOUND: Final = struct.Struct(">BHB")
+_MORE: Final = 1
 
 
 class CloseCode(IntEnum):
@@ -304,6 +313,98 @@ class Counts(NamedTuple):
             return None
         _, udp_dropped, stalls = _COUNTS.unpack(payload)
         return cls(min(udp_dropped, _MOST_AT_ONCE), min(stalls, _MOST_AT_ONCE))
+
+
+class PortScope(IntEnum):
+    """Whose sockets a PORTS asks for (docs/protocol.md §3)."""
+
+    NETWORK = 0  # all of the tunnel client's network
+    SEEN = 1  # those of processes that it can see
+    OWN = 2  # those of its session's processes, and of those that have the mark in their environment
+
+
+class PortsQuestion(NamedTuple):
+    """PORTS to the container. `mark` is `NAME=VALUE`, of scope OWN alone, which needs one."""
+
+    number: int
+    scope: PortScope = PortScope.NETWORK
+    mark: bytes = b""
+
+    def pack(self) -> bytes:
+        """The payload."""
+        return _QUESTION.pack(self.number, self.scope) + self.mark
+
+    @classmethod
+    def parse(cls, payload: Bytes) -> PortsQuestion | None:
+        """What such a payload asks; None where it makes no sense."""
+        if len(payload) < _QUESTION.size:
+            return None
+        number, scope = _QUESTION.unpack_from(payload)
+        mark = bytes(payload[_QUESTION.size :])
+        if scope > PortScope.OWN or bool(mark) != (scope == PortScope.OWN) or 0 in mark:
+            return None
+        return cls(number, PortScope(scope), mark)
+
+
+class BoundPort(NamedTuple):
+    """A port that listens, or takes datagrams: on which address, and the name of the program, b"" where unknown."""
+
+    proto: int
+    port: int
+    address: ipaddress.IPv4Address | ipaddress.IPv6Address
+    program: bytes = b""
+
+    def pack(self) -> bytes:
+        """Its part of an answer."""
+        address, program = self.address.packed, self.program[:LONGEST_PROGRAM]
+        return _BOUND.pack(self.proto, self.port, len(address)) + address + bytes([len(program)]) + program
+
+
+class PortsAnswer(NamedTuple):
+    """PORTS to the runner; `more`: there are ports that it does not tell."""
+
+    number: int
+    more: bool
+    ports: list[BoundPort]
+
+    def pack(self) -> bytes:
+        """The payload."""
+        told = b"".join(port.pack() for port in self.ports[:MOST_PORTS])
+        return _ANSWER.pack(self.number, _MORE if self.more else 0) + told
+
+    @classmethod
+    def parse(cls, payload: Bytes) -> PortsAnswer | None:
+        """What such a payload tells; None where anything in it is not as it must be: a container may send what it
+        likes.
+        """
+        if len(payload) < _ANSWER.size:
+            return None
+        number, flags = _ANSWER.unpack_from(payload)
+        rest = bytes(payload[_ANSWER.size :])
+        ports: list[BoundPort] = []
+        while rest and len(ports) < MOST_PORTS:
+            found = _bound_port(rest)
+            if found is None:
+                return None
+            port, size = found
+            ports.append(port)
+            rest = rest[size:]
+        return None if rest or flags & ~_MORE else cls(number, bool(flags & _MORE), ports)
+
+
+def _bound_port(data: bytes) -> tuple[BoundPort, int] | None:
+    """The port that an answer's rest begins with, and how many bytes that is; None where that is none."""
+    if len(data) < _BOUND.size:
+        return None
+    proto, port, length = _BOUND.unpack_from(data)
+    if proto > PROTO_UDP or port == 0 or length not in (4, 16):
+        return None
+    name_at = _BOUND.size + length
+    size = data[name_at] if len(data) > name_at else LONGEST_PROGRAM + 1
+    end = name_at + 1 + size
+    if size > LONGEST_PROGRAM or len(data) < end:
+        return None
+    return BoundPort(proto, port, ipaddress.ip_address(data[_BOUND.size : name_at]), data[name_at + 1 : end]), end
 
 
 class WsClose(NamedTuple):

@@ -22,6 +22,7 @@ struct Far {
     broken: Option<i32>,
     finished: bool,
     reset: bool,
+    found: Option<Vec<u8>>,
 }
 
 #[derive(Clone, Default)]
@@ -103,6 +104,13 @@ impl Network for Socket {
         Ok(self.clone())
     }
     fn revoke(&self, _: &Mark) {}
+    /// A look ends at once, and finds what was asked.
+    fn look(&self, question: &[u8]) {
+        self.0.borrow_mut().found = Some(question.to_vec());
+    }
+    fn looked(&self) -> Option<Vec<u8>> {
+        self.0.borrow_mut().found.take()
+    }
 
     fn listeners(&self, _: bool, _: u16) -> Vec<SocketAddr> {
         Vec::new()
@@ -617,4 +625,38 @@ fn a_trace_is_answered_as_the_vectors_say() {
             assert_eq!(service.reset, event["reset"].as_bool().unwrap(), "{at}");
         }
     }
+}
+
+#[test]
+fn which_ports_listen_is_told_to_a_runner_of_version_2_that_asks_for_the_session() {
+    for (version, id, answers) in [(2, 0, true), (2, 7, false), (1, 0, false)] {
+        let (mut session, runner, _) = opened(version, false);
+        messages(&runner);
+        session
+            .process(&frame(Header::new(kind::PORTS, TCP, id), b"which?"))
+            .unwrap();
+        session.looked();
+        session.turn(false).unwrap();
+        let expected = if answers {
+            vec![(kind::PORTS, b"which?".to_vec())]
+        } else {
+            vec![]
+        };
+        assert_eq!(messages(&runner), expected, "v{version}, id {id}");
+    }
+}
+
+#[test]
+fn what_a_look_found_for_a_link_that_has_gone_is_not_told_to_a_runner_of_version_1() {
+    let (mut session, runner, _) = opened(2, false);
+    messages(&runner);
+    let question = frame(Header::new(kind::PORTS, TCP, 0), b"which?");
+    session.process(&question).unwrap();
+    session.unlink();
+    let next = Socket::default();
+    next.0.borrow_mut().room = 1 << 20;
+    session.attach(Box::new(next.clone()), false);
+    session.looked();
+    session.turn(false).unwrap();
+    assert_eq!(messages(&next), []);
 }

@@ -17,7 +17,7 @@ from pydantic import BaseModel, TypeAdapter, ValidationError
 from kohakuriver.backends import adopting, kind_of, making_images
 from kohakuriver.changes import Changes
 from kohakuriver.errors import HostUnreachableError, KohakuRiverError, NotFoundError, UnavailableError, UsageError
-from kohakuriver.host.schemas import AdoptRequest, Agent, Answers, CreateRequest, iso_time
+from kohakuriver.host.schemas import AdoptRequest, Agent, Answers, CreateRequest, Ports, iso_time
 from kohakuriver.host.services.audit import LONGEST_TEXT, NOWHERE, Audit, fingerprint
 from kohakuriver.host.services.bounds import BOUNDS, give_bounds, offer_of, open_to, roomy
 from kohakuriver.host.services.credentials import Caller
@@ -64,6 +64,8 @@ class Tasks:
     """What users do with tasks. Every method may raise KohakuRiverError with the reason.
 
     Who may do it was checked before (`host/access.py`). `user_mounts`: others than admins may mount what nodes have.
+
+    Large because users do much with tasks: each method is one thing of that, and most are a question to its runner.
     """
 
     def __init__(
@@ -241,6 +243,15 @@ class Tasks:
         path = f"/api/tasks/{task.container}/answers"
         answer = await self._runners.call(node, "GET", path, container=task.container, timeout=_LOOK_SECONDS)
         return _valid(Answers, answer, node)
+
+    async def ports(self, task: Task, node: Node) -> Ports:
+        """Which ports listen in a task, of which its tunnel client is asked now. Raises what its runner says."""
+        view = self.view(task, node)
+        if view.status != "running":
+            raise not_running(task, view)
+        path = f"/api/tasks/{task.container}/ports"
+        answer = await self._runners.call(node, "GET", path, container=task.container, timeout=_LOOK_SECONDS)
+        return _valid(Ports, answer, node)
 
     async def agent(self, task: Task, node: Node) -> Agent:
         """What a tunnel client in an address task's machine is started with. Raises what its runner says."""

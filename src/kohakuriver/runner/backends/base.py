@@ -15,6 +15,7 @@ from kohakuriver.runner.services.ssh_helper import SshHelper
 from kohakuriver.runner.services.state import State, TaskRecord
 from kohakuriver.runner.services.tunnel_helper import TunnelHelper
 from kohakuriver.tunnel.accept import Peer
+from kohakuriver.tunnel.protocol import PortScope
 
 __all__ = [
     "CTRL_D",
@@ -25,6 +26,7 @@ __all__ = [
     "ExecSession",
     "Reporter",
     "Surroundings",
+    "TaskSockets",
     "locale_for",
 ]
 
@@ -125,6 +127,18 @@ class Surroundings:
     limits: Limits
 
 
+@dataclass(frozen=True)
+class TaskSockets:
+    """Which sockets are a task's, as its tunnel client is asked for them; `mark` is of scope OWN.
+
+    What listens on the addresses `hidden` is there for the container and none of its services.
+    """
+
+    scope: PortScope = PortScope.NETWORK
+    mark: bytes = b""
+    hidden: Collection[str] = ()
+
+
 class Backend(ABC):
     """One way of running tasks.
 
@@ -191,6 +205,10 @@ class Backend(ABC):
     async def comes_from(self, task: TaskRecord, peer: Peer) -> bool:
         """Whether a tunnel client that shows the task's token is where the task is."""
         return True
+
+    async def sockets(self, task: TaskRecord) -> TaskSockets:
+        """Which sockets are a task's that runs. Raises UnavailableError where they can't be told from others."""
+        return TaskSockets()
 
     async def give_token(self, task: TaskRecord) -> None:
         """Lay a running task's token down where its tunnel client finds it, if the backend started that."""

@@ -29,6 +29,7 @@ from kohakuriver.tunnel.protocol import (
     NEW_TOKEN,
     PING,
     PONG,
+    PORTS,
     PROTO_TCP,
     RESUME,
     RESUMED,
@@ -41,6 +42,9 @@ from kohakuriver.tunnel.protocol import (
     Ended,
     ErrorText,
     Opening,
+    PortsAnswer,
+    PortScope,
+    PortsQuestion,
     Resuming,
     Roll,
     hold_after,
@@ -60,6 +64,8 @@ V1_REPLY = 60.0
 MOST_CLOSING = 4096
 # How long the client of a tunnel has to show that it is there when another one comes (seconds).
 ANSWER_SECONDS = 5.0
+# How long it has to look which ports listen (seconds).
+PORTS_SECONDS = 5.0
 # How a container's end says that a user broke a window: it can't close the tunnel, which is all users'.
 PASSED_WINDOW = "EPROTO"
 NO_TUNNEL = ErrorText("ENOTCONN", "the task's tunnel is not connected; is the task running?")
@@ -225,6 +231,8 @@ class TunnelLeg(RelayLeg["SessionLeg"]):
         self.client = client
         self._last_id = 0
         self._asked: dict[bytes, asyncio.Future[bool]] = {}
+        self._last_question = 0
+        self._questions: dict[int, asyncio.Future[PortsAnswer | None]] = {}
 
     async def answers(self) -> bool:
         """Whether its client is there: it answers a PING soon, or at least sends something."""
@@ -243,7 +251,30 @@ class TunnelLeg(RelayLeg["SessionLeg"]):
             if not asked.done():
                 asked.set_result(True)
             return
+        if kind == PORTS and client_id == SESSION_ID:
+            self._tells_ports(payload)
+            return
         super().message(kind, proto, client_id, port, payload)
+
+    async def ask_ports(self, scope: PortScope, mark: bytes = b"") -> PortsAnswer | None:
+        """Which ports its client says that listen; None for an answer that makes no sense.
+
+        Raises asyncio.TimeoutError where it does not answer in time, and ConnectionError where it has gone.
+        """
+        self._last_question = number = (self._last_question + 1) & 0xFFFFFFFF
+        answer = self._questions[number] = asyncio.get_running_loop().create_future()
+        self.link.send_message(PORTS, SESSION_ID, PortsQuestion(number, scope, mark).pack(), urgent=True)
+        try:
+            return await asyncio.wait_for(answer, PORTS_SECONDS)
+        finally:
+            del self._questions[number]
+
+    def _tells_ports(self, payload: bytes) -> None:
+        """An answer to the question of its number; what cannot be read is the answer to all that there are."""
+        answer = PortsAnswer.parse(payload)
+        for number, question in self._questions.items():
+            if not question.done() and (answer is None or answer.number == number):
+                question.set_result(answer)
 
     def announce_token(self) -> None:
         """Tell its client that a new token lies where the one that it has was."""
@@ -297,6 +328,9 @@ class TunnelLeg(RelayLeg["SessionLeg"]):
         for answer in self._asked.values():
             if not answer.done():
                 answer.set_result(False)
+        for question in self._questions.values():
+            if not question.done():
+                question.set_exception(ConnectionResetError("the tunnel client has gone"))
         self.owner.tunnel_closed(self, reason or "its tunnel client is gone")
 
 

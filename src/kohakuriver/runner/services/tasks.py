@@ -11,7 +11,7 @@ import structlog
 
 from kohakuriver.backends import kind_of
 from kohakuriver.errors import KohakuRiverError, UnavailableError
-from kohakuriver.runner.backends.base import Backend, ExecRequest, ExecSession
+from kohakuriver.runner.backends.base import Backend, ExecRequest, ExecSession, TaskSockets
 from kohakuriver.runner.backends.printed import LogRequest, Printed
 from kohakuriver.runner.services.direct import DirectTarget
 from kohakuriver.runner.services.knock import Knocker
@@ -175,6 +175,10 @@ class TaskManager:
         except asyncio.TimeoutError:
             raise UnavailableError("The runner is still looking at its tasks; try again.", code="not_ready") from None
         return await self._backend_of(task).comes_from(task, peer)
+
+    async def sockets(self, task: TaskRecord) -> TaskSockets:
+        """Which sockets are a task's. Raises UnavailableError where they can't be told from others."""
+        return await self._backend_of(task).sockets(task)
 
     async def exec(self, task_id: int, request: ExecRequest) -> tuple[str, ExecSession]:
         """Run a command inside a task; the task's container, and the session, which the caller closes.

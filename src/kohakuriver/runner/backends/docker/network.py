@@ -13,11 +13,23 @@ from aiodocker.exceptions import DockerError
 from kohakuriver.errors import UnavailableError
 from kohakuriver.runner.backends.docker.fence import Fence
 
-__all__ = ["NETWORK", "addresses_of", "fence_in", "gateway", "gateway_of", "task_network"]
+__all__ = [
+    "ENGINE_DNS",
+    "NETWORK",
+    "addresses_of",
+    "fence_in",
+    "gateway",
+    "gateway_of",
+    "has_node_network",
+    "task_network",
+]
 
 log = structlog.get_logger("kohakuriver.runner")
 
 NETWORK = "kohakuriver"
+
+ENGINE_DNS = frozenset({"127.0.0.11"})
+"""Where the engine itself listens in a container's network, for the names of other containers."""
 
 _SHARED = "bridge"
 _BETWEEN_CONTAINERS = "com.docker.network.bridge.enable_icc"
@@ -85,6 +97,14 @@ async def addresses_of(docker: aiodocker.Docker, show: dict[str, Any]) -> list[s
         return await addresses_of(docker, await docker.containers.container(mode.partition(":")[2]).show())
     networks = show["NetworkSettings"]["Networks"].values()
     return [network[name] for network in networks for name in ("IPAddress", "GlobalIPv6Address") if network.get(name)]
+
+
+async def has_node_network(docker: aiodocker.Docker, show: dict[str, Any]) -> bool:
+    """Whether a container has the node's own network, by itself or by another container whose network it shares."""
+    mode = show["HostConfig"]["NetworkMode"]
+    if mode.startswith("container:"):
+        return await has_node_network(docker, await docker.containers.container(mode.partition(":")[2]).show())
+    return bool(mode == "host")
 
 
 async def gateway(docker: aiodocker.Docker, network: str) -> str:

@@ -19,7 +19,14 @@ from aiodocker.exceptions import DockerError
 from kohakuriver.config import path_segment
 from kohakuriver.errors import KohakuRiverError, LocalAddressError, NotFoundError, UnavailableError
 from kohakuriver.images import Registries
-from kohakuriver.runner.backends.base import Backend, ExecRequest, ExecSession, Reporter, Surroundings
+from kohakuriver.runner.backends.base import (
+    Backend,
+    ExecRequest,
+    ExecSession,
+    Reporter,
+    Surroundings,
+    TaskSockets,
+)
 from kohakuriver.runner.backends.docker import exec as docker_exec
 from kohakuriver.runner.backends.docker.bounds import warn_of_unbounded
 from kohakuriver.runner.backends.docker.describe import Description, ending, of_runner, task_in, task_of
@@ -27,7 +34,15 @@ from kohakuriver.runner.backends.docker.engine import limit, sentences
 from kohakuriver.runner.backends.docker.fence import Fence
 from kohakuriver.runner.backends.docker.inside import Inside
 from kohakuriver.runner.backends.docker.logs import open_logs
-from kohakuriver.runner.backends.docker.network import addresses_of, fence_in, gateway, gateway_of, task_network
+from kohakuriver.runner.backends.docker.network import (
+    ENGINE_DNS,
+    addresses_of,
+    fence_in,
+    gateway,
+    gateway_of,
+    has_node_network,
+    task_network,
+)
 from kohakuriver.runner.backends.docker.pull import Images
 from kohakuriver.runner.backends.docker.untouched import Untouched
 from kohakuriver.runner.backends.docker.watch import EngineWatch, Looker
@@ -38,6 +53,7 @@ from kohakuriver.runner.services.ssh_helper import SshHelper
 from kohakuriver.runner.services.state import TaskRecord
 from kohakuriver.runner.services.tunnel_helper import TunnelHelper
 from kohakuriver.tunnel.accept import Peer
+from kohakuriver.tunnel.protocol import PortScope
 
 __all__ = ["DockerBackend"]
 
@@ -365,6 +381,23 @@ class DockerBackend(Backend):
             show = await self._shown(task.engine_id or task.container)
             task.tunnel_from = None if show is None else await addresses_of(self._docker, show)
         return task.tunnel_from is not None and _among(task.tunnel_from, peer)
+
+    async def sockets(self, task: TaskRecord) -> TaskSockets:
+        """All of its network; where that is the node's, those of the container's own processes."""
+        if not task.adopted:
+            return TaskSockets(hidden=ENGINE_DNS)
+        with sentences("say what the container shares with its node"):
+            show = await self._shown(task.engine_id or task.container)
+            on_the_node = show is not None and await has_node_network(self._docker, show)
+        if show is None or not on_the_node:
+            return TaskSockets(hidden=ENGINE_DNS)
+        if show["HostConfig"].get("PidMode"):
+            raise UnavailableError(
+                f"Task {task.name} shares its network and its processes with its node: which ports are its own can't "
+                "be told from the node's; forward one by its number.",
+                code="ports_unknown",
+            )
+        return TaskSockets(PortScope.SEEN)
 
     async def give_token(self, task: TaskRecord) -> None:
         with sentences("give the container a new token"):

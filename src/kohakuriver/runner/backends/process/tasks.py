@@ -22,7 +22,14 @@ import structlog
 from kohakuriver.asking import asker
 from kohakuriver.errors import KohakuRiverError, UnavailableError
 from kohakuriver.limits import Limits
-from kohakuriver.runner.backends.base import Backend, ExecRequest, ExecSession, Reporter, Surroundings
+from kohakuriver.runner.backends.base import (
+    Backend,
+    ExecRequest,
+    ExecSession,
+    Reporter,
+    Surroundings,
+    TaskSockets,
+)
 from kohakuriver.runner.backends.printed import CLIENT_CHATTER, LogRequest, Printed
 from kohakuriver.runner.backends.process import reaper as guard
 from kohakuriver.runner.backends.process import terminal_child
@@ -34,6 +41,7 @@ from kohakuriver.runner.services.ssh_helper import SshHelper, free_port, until_l
 from kohakuriver.runner.services.state import State, TaskRecord
 from kohakuriver.runner.services.tunnel_helper import TunnelHelper, name_token, new_token
 from kohakuriver.tunnel.accept import Peer
+from kohakuriver.tunnel.protocol import PortScope
 from kohakuriver.web.background import in_background
 
 __all__ = ["ProcessBackend", "describe_exit", "last_words"]
@@ -249,6 +257,13 @@ class ProcessBackend(Backend):
 
     async def comes_from(self, task: TaskRecord, peer: Peer) -> bool:
         return peer.on_this_machine
+
+    async def sockets(self, task: TaskRecord) -> TaskSockets:
+        """Those of its own processes, as the reaper knows them: all else in this network is the node's, or others'."""
+        running = self._running.get(task.container)
+        if running is None:
+            raise _not_running(task)
+        return TaskSockets(PortScope.OWN, f"{guard.MARK}={running.run}".encode())
 
     async def give_token(self, task: TaskRecord) -> None:
         self._lay_token(task)

@@ -1,0 +1,171 @@
+"""`kohakuriver vps ports`: a real cluster, and services that come and go."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Iterator
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.support.processes import eventually
+from tests.support.up import Cluster, Commands
+
+# Listens on each port of which there is a file, 0 being any, and echoes; writes into the file which port that is.
+SERVICES = """
+import pathlib, select, socket, sys, threading
+directory = pathlib.Path(sys.argv[1])
+open_now = {}
+def echo(peer):
+    with peer:
+        while data := peer.recv(65536):
+            peer.sendall(data)
+def accept(server):
+    while True:
+        threading.Thread(target=echo, args=(server.accept()[0],), daemon=True).start()
+while True:
+    there = {path.name for path in directory.glob("*.service")}
+    for name in there - open_now.keys():
+        wanted = (directory / name).read_text()
+        server = open_now[name] = socket.create_server(("127.0.0.1", int(wanted or 0)))
+        threading.Thread(target=accept, args=(server,), daemon=True).start()
+        (directory / f"{name}.port").write_text(str(server.getsockname()[1]))
+    for name in open_now.keys() - there:
+        server = open_now.pop(name)
+        server.shutdown(socket.SHUT_RDWR)
+        server.close()
+        (directory / f"{name}.port").unlink()
+    select.select([], [], [], 0.02)
+"""
+
+
+class Services:
+    """A process task, and services in it that a test has come and go."""
+
+    def __init__(self, commands: Commands, name: str, *options: str) -> None:
+        self.name = name
+        self.directory = commands.directory / f"services-{name}"
+        self.directory.mkdir()
+        command = [sys.executable, "-c", SERVICES, str(self.directory)]
+        commands.succeed("vps", "create", "--name", name, "--backend", "process", *options, "--", *command)
+
+    def begin(self, name: str, port: int = 0) -> int:
+        """Have a service listen; its port."""
+        unfinished = self.directory / f"{name}.new"
+        unfinished.write_text(str(port))
+        unfinished.rename(self.directory / f"{name}.service")
+        told = self.directory / f"{name}.service.port"
+        return int(eventually(lambda: told.read_text() or None if told.exists() else None))
+
+    def end(self, name: str) -> None:
+        """Have it listen no more."""
+        (self.directory / f"{name}.service").unlink()
+        told = self.directory / f"{name}.service.port"
+        eventually(lambda: not told.exists())
+
+
+@pytest.fixture(scope="module")
+def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
+    cluster = Cluster(tmp_path_factory.mktemp("ports"), "--user-processes")
+    try:
+        yield cluster
+    finally:
+        cluster.close()
+
+
+@pytest.fixture(scope="module")
+def services(cluster: Cluster) -> Services:
+    return Services(cluster, "lab")
+
+
+def user(cluster: Cluster, name: str) -> str:
+    """A new user's token."""
+    cluster.succeed("user", "add", name)
+    return str(json.loads(cluster.succeed("token", "create", "--user", name, "--json"))["token"])
+
+
+def ports_of(commands: Commands, task: str, *options: str) -> list[dict[str, Any]]:
+    told: list[dict[str, Any]] = json.loads(commands.succeed("vps", "ports", task, "--json", *options))["ports"]
+    return told
+
+
+def numbers(commands: Commands, task: str, *options: str) -> set[int]:
+    return {port["port"] for port in ports_of(commands, task, *options)}
+
+
+def listens(commands: Commands, task: str, port: int) -> bool:
+    return port in numbers(commands, task)
+
+
+def test_a_port_of_a_task_is_listed_while_it_listens(cluster: Cluster, services: Services) -> None:
+    port = services.begin("web")
+    eventually(lambda: port in numbers(cluster, "lab"))
+    (found,) = [each for each in ports_of(cluster, "lab") if each["port"] == port]
+    assert found["address"] == "127.0.0.1"
+    assert found["proto"] == "tcp"
+    assert found["program"].startswith("python")
+    lines = cluster.succeed("vps", "ports", "lab").splitlines()
+    assert lines[0].split() == ["PORT", "PROTOCOL", "ADDRESS", "PROGRAM"]
+    assert [str(port), "tcp", "127.0.0.1", found["program"]] in [line.split() for line in lines]
+    services.end("web")
+    eventually(lambda: port not in numbers(cluster, "lab"))
+
+
+def test_neither_of_two_users_sees_the_others_ports_nor_the_nodes(cluster: Cluster, tmp_path: Path) -> None:
+    tokens = {name: user(cluster, name) for name in ("ann", "bob")}
+    tasks, found = {}, {}
+    for name, token in tokens.items():
+        commands = Commands(tmp_path / name)
+        commands.directory.mkdir()
+        commands.environment |= {"KOHAKURIVER_HOST": cluster.ready["host_url"], "KOHAKURIVER_TOKEN": token}
+        tasks[name] = Services(commands, f"of-{name}"), commands
+        found[name] = tasks[name][0].begin("web")
+    for name, (services, commands) in tasks.items():
+        eventually(partial(listens, commands, services.name, found[name]))
+        assert numbers(commands, services.name) == {found[name]}
+    done = tasks["ann"][1].run("vps", "ports", "of-bob")
+    assert done.returncode == 5
+    cluster.succeed("vps", "share", "of-bob", "ann")
+    assert numbers(tasks["ann"][1], "of-bob") == {found["bob"]}
+
+
+def test_what_a_process_that_left_its_session_listens_on_is_the_tasks(cluster: Cluster, tmp_path: Path) -> None:
+    told = tmp_path / "port"
+    listens = (
+        "import os, pathlib, socket, time\n"
+        "if os.fork():\n    time.sleep(1000)\n"
+        "os.setsid()\n"
+        "server = socket.create_server(('127.0.0.1', 0))\n"
+        f"pathlib.Path({str(told)!r}).write_text(str(server.getsockname()[1]))\n"
+        "time.sleep(1000)\n"
+    )
+    cluster.succeed("vps", "create", "--name", "daemon", "--backend", "process", "--", sys.executable, "-c", listens)
+    port = int(eventually(lambda: told.read_text() or None if told.exists() else None))
+    eventually(lambda: numbers(cluster, "daemon") == {port})
+
+
+def test_the_ssh_server_that_we_gave_a_task_is_not_among_its_ports(cluster: Cluster, tmp_path: Path) -> None:
+    key = tmp_path / "key.pub"
+    key.write_text("ssh-ed25519 AAAAC3NzaC1lZDI1NTE5AAAAIJdD7y3aLq454yWBdwLWbieU1ebz9/cu7/QEXn9OIeZJ\n")
+    services = Services(cluster, "with-ssh", "--public-key-file", str(key))
+    assert json.loads(cluster.succeed("vps", "status", "with-ssh", "--json"))["ssh_port"]
+    port = services.begin("web")
+    eventually(lambda: numbers(cluster, "with-ssh") == {port})
+
+
+def test_where_it_can_not_be_known_what_listens_one_sentence_says_why(cluster: Cluster, services: Services) -> None:
+    cluster.succeed("vps", "adopt", "--address", "127.0.0.1", "--name", "vm")
+    cluster.succeed("vps", "create", "--name", "over", "--backend", "process")
+    cluster.succeed("vps", "stop", "over")
+    for task, code, sentence in (
+        ("vm", 4, "no tunnel client runs that could look which ports listen"),
+        ("over", 4, "Task over is stopped"),
+        ("nobody", 3, "There is no task 'nobody'"),
+    ):
+        done = cluster.run("vps", "ports", task)
+        assert done.returncode == code
+        (line,) = done.stderr.splitlines()
+        assert sentence in line
