@@ -1,4 +1,4 @@
-"""`kohakuriver vps ports`: a real cluster, and services that come and go."""
+"""`kohakuriver vps ports` and `forward --all`: a real cluster, and services that come and go."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from tests.support.processes import eventually
-from tests.support.up import Cluster, Commands
+from tests.support.up import Cluster, Commands, connect, echoes
 
 # Listens on each port of which there is a file, 0 being any, and echoes; writes into the file which port that is.
 SERVICES = """
@@ -165,7 +165,82 @@ def test_where_it_can_not_be_known_what_listens_one_sentence_says_why(cluster: C
         ("over", 4, "Task over is stopped"),
         ("nobody", 3, "There is no task 'nobody'"),
     ):
-        done = cluster.run("vps", "ports", task)
-        assert done.returncode == code
-        (line,) = done.stderr.splitlines()
-        assert sentence in line
+        for words in (["vps", "ports", task], ["forward", task, "--all"]):
+            done = cluster.run(*words)
+            assert done.returncode == code
+            (line,) = done.stderr.splitlines()
+            assert sentence in line
+
+
+def test_all_forwards_what_listens_and_follows_it_as_it_comes_and_goes(cluster: Cluster, services: Services) -> None:
+    first = services.begin("first")
+    forward = cluster.start("forward", "lab", "--all")
+    # The task is a process of this machine: its ports are taken here.
+    line = forward.line(f"-> lab:{first} (tcp), since {first} is in use here")
+    with connect(int(line.split()[1].rpartition(":")[2])) as kept:
+        assert echoes(kept)
+        second = services.begin("second")
+        line = forward.line(f"-> lab:{second} (tcp)")
+        local = int(line.split()[1].rpartition(":")[2])
+        with connect(local) as connection:
+            assert echoes(connection)
+        services.end("first")
+        assert forward.line(f"-> lab:{first} (tcp)").startswith("No longer forwarding 127.0.0.1:")
+        assert echoes(kept)  # its listener has gone, the connection has not
+        services.end("second")
+        forward.line(f"No longer forwarding 127.0.0.1:{local} -> lab:{second} (tcp)")
+        with pytest.raises(ConnectionRefusedError):
+            connect(local)
+        services.begin("second", second)
+        forward.line(f"Forwarding 127.0.0.1:{local} -> lab:{second} (tcp)")
+    services.end("second")
+    assert forward.stop() == 0
+
+
+def test_all_tells_programs_of_ports_that_come_and_go_and_leaves_given_ports_as_they_are(
+    cluster: Cluster, services: Services
+) -> None:
+    given = services.begin("given")
+    eventually(lambda: numbers(cluster, "lab") == {given})
+    forward = cluster.start("forward", "lab", f"0:{given}", "--all", "--json", "--local-host", "127.0.0.1")
+    listening = forward.event("listening")
+    assert listening["remote_port"] == given
+    assert "reason" not in listening
+    other = services.begin("other")
+    came = forward.event("listening")
+    assert came == {
+        "event": "listening",
+        "local_host": "127.0.0.1",
+        "local_port": came["local_port"],
+        "remote_port": other,
+        "proto": "tcp",
+        "reason": f"{other} is in use here",
+    }
+    services.end("given")
+    services.end("other")
+    gone = forward.event("gone")
+    assert gone == {**{key: came[key] for key in came if key != "reason"}, "event": "gone"}
+    assert forward.stop() == 0
+    assert all(json.loads(line)["event"] in ("stats", "closed") for line in forward.rest())
+
+
+def test_all_lets_go_of_the_ports_of_a_task_that_is_stopped_and_is_back_with_it(cluster: Cluster) -> None:
+    services = Services(cluster, "stopped")
+    services.begin("web")
+    forward = cluster.start("forward", "stopped", "--all")
+    forward.line("Forwarding")
+    cluster.succeed("vps", "stop", "stopped")
+    forward.line("No longer forwarding")
+    (services.directory / "web.service.port").unlink()
+    cluster.succeed("vps", "restart", "stopped")
+    forward.line("Forwarding")
+    cluster.succeed("vps", "rm", "stopped")
+    assert forward.ended() == 3
+
+
+def test_all_says_where_nothing_listens_yet(cluster: Cluster) -> None:
+    Services(cluster, "empty")
+    assert cluster.succeed("vps", "ports", "empty").split() == ["PORT", "PROTOCOL", "ADDRESS", "PROGRAM"]
+    forward = cluster.start("forward", "empty", "--all")
+    forward.line("Nothing listens in empty yet; its ports are forwarded as they come.", err=True)
+    assert forward.stop() == 0

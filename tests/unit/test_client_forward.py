@@ -17,6 +17,7 @@ from kohakuriver.cli import forward_view
 from kohakuriver.client import forward as forwarding
 from kohakuriver.client.forward import (
     Event,
+    Gone,
     Listening,
     NotListening,
     OutOfDescriptors,
@@ -254,3 +255,27 @@ def test_the_package_shows_what_it_offers_and_with_which_parameters() -> None:
     assert all(
         f"`{name}`" in (kohakuriver.forward_sync.__doc__ or "") for name in ("task", "ports", "token", "on_event")
     )
+
+
+def test_a_port_that_goes_is_told_once_of_both_addresses_and_again_when_it_comes_back(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    view = forward_view.PlainView("lab")
+    for _ in range(2):
+        for host in ("127.0.0.1", "::1"):
+            view.show(Listening(host, 40000, 8888, "tcp", "8888 is in use here"))
+        for host in ("127.0.0.1", "::1"):
+            view.show(Gone(host, 40000, 8888, "tcp"))
+    assert (
+        capsys.readouterr().out.splitlines()
+        == [
+            "Forwarding 127.0.0.1:40000 -> lab:8888 (tcp), since 8888 is in use here",
+            "No longer forwarding 127.0.0.1:40000 -> lab:8888 (tcp)",
+        ]
+        * 2
+    )
+
+
+def test_an_event_has_a_reason_for_another_port_only_where_there_is_one() -> None:
+    assert "reason" not in Listening("::1", 1, 1, "tcp").to_json()
+    assert Listening("::1", 2, 1, "tcp", "1 is in use here").to_json()["reason"] == "1 is in use here"

@@ -20,6 +20,7 @@ from kohakuriver.errors import KohakuRiverError, UsageError
 
 if TYPE_CHECKING:
     from kohakuriver.cli.forward_view import Aside
+    from kohakuriver.client.every_port import EveryPort
     from kohakuriver.client.forward import Forwarder, PortForward
 
 __all__ = ["register"]
@@ -36,10 +37,10 @@ class Proto(str, Enum):
 
 
 PortsArgument = Annotated[
-    list[str],
+    list[str] | None,
     typer.Argument(
         metavar="REMOTE_PORT",
-        help="Ports of the task; also LOCAL:REMOTE, and with /udp. LOCAL 0 is any free port.",
+        help="Ports of the task; also LOCAL:REMOTE, and with /udp. LOCAL 0 is any free port. Needed without --all.",
         show_default=False,
     ),
 ]
@@ -72,6 +73,10 @@ WaitOption = Annotated[
 ]
 
 
+AllOption = Annotated[
+    bool,
+    typer.Option("--all", "-a", help="Every TCP port that listens in the task, as they come and go."),
+]
 NoResumeOption = Annotated[
     bool,
     typer.Option("--no-resume", help="Reset connections when the connection to the host is lost; they wait otherwise."),
@@ -103,6 +108,7 @@ def register(app: typer.Typer) -> None:
     app.command(
         cls=_Forward,
         epilog="Examples:\n\nkohakuriver forward my-task 8888\n\nkohakuriver forward my-task 9999:8888 5060/udp\n\n"
+        "kohakuriver forward my-task --all\n\n"
         "kohakuriver forward my-task 0:5432 -- sh -c 'psql -h 127.0.0.1 -p $KOHAKURIVER_PORT_5432'",
     )(remote(forward))
 
@@ -111,7 +117,8 @@ def forward(
     ctx: typer.Context,
     at: Remote,
     task: TaskArgument,
-    ports: PortsArgument,
+    ports: PortsArgument = None,
+    every: AllOption = False,
     local_port: LocalPortOption = None,
     local_host: LocalHostOption = "localhost",
     proto: ProtoOption = Proto.tcp,
@@ -123,13 +130,16 @@ def forward(
 
     With CMD, run it once every port listens, with KOHAKURIVER_PORT_<remote> in its environment; its exit code is ours.
     """
+    from kohakuriver.client.every_port import EveryPort
     from kohakuriver.client.forward import Forwarder
     from kohakuriver.runtime import raise_file_limit, run
 
     files = raise_file_limit()
     command = command_of(ctx)
+    ports = ports or []
     _check_command(command, at.json)
     _check_wait(wait, task, ports)
+    _check_all(every, ports, local_port, wait, command)
     wanted = _ports(ports, local_port, proto.value)
     chosen = at.settings()
     if resume_for is not None:
@@ -147,9 +157,11 @@ def forward(
                 local_host=local_host,
                 patience=wait,
                 resume=not no_resume,
+                any_port=every,
                 on_event=view.tell,
             )
-            return await _Running(forwarder, view, command, files).run()
+            following = EveryPort(forwarder, chosen) if every else None
+            return await _Running(forwarder, view, command, files, following).run()
 
     return run(main())
 
@@ -165,6 +177,20 @@ def _check_wait(wait: float | None, task: str, ports: list[str]) -> None:
     """Raises UsageError where the seconds of `--wait` were taken for the task."""
     if wait is not None and task.isdigit() and len(ports) > 1 and ports[0][:1].isalpha():
         raise UsageError(f"The seconds of --wait stand behind an equals sign: --wait={task} {' '.join(ports)}")
+
+
+def _check_all(
+    every: bool, ports: list[str], local_port: int | None, wait: float | None, command: list[str] | None
+) -> None:
+    """Raises UsageError for what goes without ports only with --all, and for what does not go with it."""
+    if not every and not ports:
+        raise UsageError("Give at least one REMOTE_PORT, or --all for every port that listens.")
+    if every and local_port is not None:
+        raise UsageError("--all and --local-port don't go together; give LOCAL:REMOTE for one of the ports.")
+    if every and wait is not None and not ports:
+        raise UsageError("--wait waits for ports that are named; --all alone forwards what listens when it does.")
+    if every and command is not None:
+        raise UsageError("--all and a command don't go together: the ports that it would be told come and go.")
 
 
 def _ports(texts: list[str], local_port: int | None, proto: str) -> list[PortForward]:
@@ -187,14 +213,22 @@ def _warn_if_exposed(local_host: str) -> None:
 class _Running:
     """A forward from its opening to its end, with the command that it was started for, if any.
 
-    `files` is how many files that command may open.
+    `files` is how many files that command may open. `following` is what adds ports that come, if they are to be.
     """
 
-    def __init__(self, forwarder: Forwarder, view: Aside, command: list[str] | None, files: int | None) -> None:
+    def __init__(
+        self,
+        forwarder: Forwarder,
+        view: Aside,
+        command: list[str] | None,
+        files: int | None,
+        following: EveryPort | None,
+    ) -> None:
         self._forwarder = forwarder
         self._view = view
         self._command = command
         self._files = files
+        self._following = following
         self._child: asyncio.subprocess.Process | None = None
         self._stopped: asyncio.Future[str] = asyncio.get_running_loop().create_future()
 
@@ -211,19 +245,28 @@ class _Running:
             await self._forwarder.close(reason)
 
     async def _opened_and_ended(self) -> int:
-        if not await self._until_stopped(self._forwarder.start()):
+        if not await self._until_stopped(self._begin()):
             return 0
-        from kohakuriver.runtime import freeze_heap
+        from kohakuriver.runtime import cancel_all, freeze_heap
 
         freeze_heap()
-        ticking = asyncio.ensure_future(self._tick())
+        beside = [asyncio.ensure_future(self._tick())]
+        if self._following is not None:
+            beside.append(asyncio.ensure_future(self._following.follow()))
         try:
             if self._command is not None:
                 return await self._run_command(self._command)
             await self._until_stopped(self._forwarder.wait())
             return 0
         finally:
-            ticking.cancel()
+            await cancel_all(beside)
+
+    async def _begin(self) -> None:
+        """Open the forward, after a first look at what listens where that is followed."""
+        listens = self._following is None or await self._following.begin()
+        await self._forwarder.start()
+        if not listens:
+            output.note(f"Nothing listens in {self._forwarder.task} yet; its ports are forwarded as they come.")
 
     async def _until_stopped(self, doing: Any) -> bool:
         """Whether `doing` came to its end before Ctrl-C or SIGTERM. What it raises is raised."""

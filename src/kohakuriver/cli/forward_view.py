@@ -18,6 +18,7 @@ from kohakuriver.cli import output
 from kohakuriver.client.forward import (
     LOOPBACKS,
     Event,
+    Gone,
     Listening,
     Moved,
     NotListening,
@@ -110,6 +111,8 @@ class PlainView(View):
     def show(self, event: Event) -> None:
         if isinstance(event, Listening):
             self._listening(event)
+        elif isinstance(event, Gone):
+            self._gone(event)
         elif isinstance(event, StreamError):
             self._stream_error(event)
         elif isinstance(event, Reconnecting):
@@ -161,6 +164,12 @@ class PlainView(View):
             self.result(self.listening_line(event))
         self._ports.add(port)
 
+    def _gone(self, event: Gone) -> None:
+        port = event.local_port, event.remote_port, event.proto
+        if port in self._ports:  # the other loopback address was told of with the first
+            self._ports.remove(port)
+            self.result(f"No longer forwarding {_way(self._task, event)}")
+
     def listening_line(self, event: Listening) -> str:
         return listening_line(self._task, event)
 
@@ -199,9 +208,13 @@ def stamped(text: str) -> str:
 
 
 def listening_line(task: str, event: Listening) -> str:
-    """`Forwarding 127.0.0.1:8888 -> task:8888 (tcp)`"""
+    """`Forwarding 127.0.0.1:8888 -> task:8888 (tcp)`, and why it is another local port than was to be had."""
+    return f"Forwarding {_way(task, event)}" + (f", since {event.reason}" if event.reason else "")
+
+
+def _way(task: str, event: Listening | Gone) -> str:
     host = f"[{event.local_host}]" if ":" in event.local_host else event.local_host
-    return f"Forwarding {host}:{event.local_port} -> {task}:{event.remote_port} ({event.proto})"
+    return f"{host}:{event.local_port} -> {task}:{event.remote_port} ({event.proto})"
 
 
 def readable(text: str, task: str) -> str:

@@ -36,13 +36,14 @@ from kohakuriver.tunnel.opener import KeptStreams
 from kohakuriver.tunnel.ports import GOES_ON, ports_query
 from kohakuriver.tunnel.protocol import CloseCode, ErrorText
 from kohakuriver.tunnel.settings import endpoint_config, resume_for
-from kohakuriver.tunnel.user_endpoint import ListeningSocket, UserEndpoint, delivered
+from kohakuriver.tunnel.user_endpoint import ListeningSocket, UserEndpoint, delivered, stop_listening
 
 __all__ = [
     "Closed",
     "Connected",
     "Event",
     "Forwarder",
+    "Gone",
     "Listening",
     "Moved",
     "NotListening",
@@ -77,6 +78,9 @@ DESCRIPTORS_LEFT = 128
 # How often a service that doesn't listen yet is tried, and how often it is looked whether it does, in seconds.
 KNOCK_EVERY = 0.2
 KNOCK_POLL = 0.02
+
+# The port in the path of a session that may have any: every CONNECT names its own.
+ANY_PORT = 1
 
 # What a host says of a task that has ended: its connections have, too.
 NOT_RUNNING = "task_not_running"
@@ -153,9 +157,25 @@ class Connected(Event):
 
 @dataclass(frozen=True)
 class Listening(Event):
-    """A local port leads to the task's port."""
+    """A local port leads to the task's port. `reason` says, as a clause, why it is not the one that was to be had."""
 
     event: ClassVar[str] = "listening"
+    local_host: str
+    local_port: int
+    remote_port: int
+    proto: str
+    reason: str | None = None
+
+    def to_json(self) -> dict[str, Any]:
+        told = super().to_json()
+        return told if self.reason is not None else {key: value for key, value in told.items() if key != "reason"}
+
+
+@dataclass(frozen=True)
+class Gone(Event):
+    """A local port leads there no longer: nothing listens on the task's port any more. What is open goes on."""
+
+    event: ClassVar[str] = "gone"
     local_host: str
     local_port: int
     remote_port: int
@@ -257,7 +277,9 @@ class Forwarder:
 
     `task` is a numeric id or a unique name. `start`, then `wait` for its end, then `close`. With `patience`, `start`
     waits so many seconds for somebody to listen on the TCP ports in the task. With `resume`, connections outlive a
-    session that is lost.
+    session that is lost. With `any_port`, ports may be added and dropped while it is open, and none need be there.
+
+    Large because all that a forward is to its user is asked of it; what it is made of is elsewhere.
     """
 
     def __init__(
@@ -269,11 +291,13 @@ class Forwarder:
         local_host: str = LOOPBACK,
         patience: float | None = None,
         resume: bool = True,
+        any_port: bool = False,
         on_event: Callable[[Event], None] = lambda event: None,
     ) -> None:
-        _check_distinct(ports)
+        _check_distinct(ports, any_port)
         self.task = task
         self.ports = list(ports)
+        self._any_port = any_port
         self._local_host = local_host
         self._patience = patience
         self._knocking = False
@@ -327,6 +351,31 @@ class Forwarder:
         loop = asyncio.get_running_loop()
         self._keeper = loop.create_task(self._keep_open())
         self._watcher = loop.create_task(self._watch_descriptors())
+
+    async def add(self, remote: int, local: int) -> int:
+        """Forward one more TCP port, at the local port `local` where that is free, else at any free one: at which.
+
+        Raises LocalAddressError where none can be had, or OSError where this process lacks something.
+        """
+        reason = None
+        try:
+            added = await self._listen_at(PortForward(local, remote))
+        except LocalAddressError as error:
+            reason = _why_not(local, error)
+            added = await self._listen_at(PortForward(0, remote))
+        self.listening += added
+        for each in added:
+            self._on_event(Listening(each.host, each.port, remote, each.proto, reason))
+        return added[0].port
+
+    def drop(self, remote: int, local: int) -> None:
+        """Take back what `add` did; connections that are open end by themselves."""
+        for each in [
+            each for each in self.listening if (each.remote_port, each.port, each.proto) == (remote, local, "tcp")
+        ]:
+            self.listening.remove(each)
+            stop_listening(self._endpoint, each)
+            self._on_event(Gone(each.host, each.port, remote, each.proto))
 
     async def wait(self) -> None:
         """Wait until the forward can't go on.
@@ -397,15 +446,18 @@ class Forwarder:
 
     async def _listen_everywhere(self) -> None:
         """Bind all local addresses: those that must be had first, so that `listening` begins with them."""
-        if self._local_host != LOOPBACK:
-            self.listening = [await self._listen(self._local_host, port.local, port) for port in self.ports]
-            return
         seconds = []
         for port in self.ports:
-            first, second = await self._listen_on_loopback(port)
+            first, *second = await self._listen_at(port)
             self.listening.append(first)
-            seconds += [] if second is None else [second]
+            seconds += second
         self.listening += seconds
+
+    async def _listen_at(self, port: PortForward) -> list[ListeningSocket]:
+        """Bind the local addresses of one port, the one that must be had first. Raises LocalAddressError."""
+        if self._local_host != LOOPBACK:
+            return [await self._listen(self._local_host, port.local, port)]
+        return [each for each in await self._listen_on_loopback(port) if each is not None]
 
     async def _listen_on_loopback(self, port: PortForward) -> tuple[ListeningSocket, ListeningSocket | None]:
         """The same port number on 127.0.0.1 and, where that can be had, on ::1. Raises LocalAddressError."""
@@ -446,6 +498,8 @@ class Forwarder:
         return await open_session(Server(url, self._settings.token, self._tls, http_proxy(url)))
 
     def _path(self) -> str:
+        if self._any_port:
+            return f"/ws/forward/{path_segment(self.task)}/{ANY_PORT}?proto=tcp"
         first = self.ports[0]
         query = f"proto={first.proto}&{ports_query(port.remote for port in self.ports)}"
         return f"/ws/forward/{path_segment(self.task)}/{first.remote}?{query}"
@@ -558,8 +612,16 @@ class _Loss:
     doubted: bool = False
 
 
-def _check_distinct(ports: Sequence[PortForward]) -> None:
-    if not ports:
+def _why_not(port: int, error: LocalAddressError) -> str:
+    """Why a local port can't be had, as a clause."""
+    why = error.__cause__
+    if isinstance(why, OSError) and why.errno == errno.EACCES:
+        return f"{port} may not be listened on by this user"
+    return f"{port} is in use here"
+
+
+def _check_distinct(ports: Sequence[PortForward], any_port: bool) -> None:
+    if not ports and not any_port:
         raise UsageError("Give at least one remote port.")
     taken = [(port.local, port.proto) for port in ports if port.local]
     for local, proto in taken:

@@ -84,7 +84,7 @@ class UserEndpoint(Endpoint):
         self.on_detach = on_detach
         self._waiting: dict[TcpStream, asyncio.TimerHandle] = {}
         self._detached_at = time.monotonic()
-        self._listening: list[ListeningSocket] = []
+        self.listening: list[ListeningSocket] = []
         self._closing = False
 
     @property
@@ -235,7 +235,7 @@ class UserEndpoint(Endpoint):
         sock = await _bind(host, port, socket.SOCK_STREAM)
         server = await loop.create_server(lambda: TcpStream(self, remote_port), sock=sock, backlog=LISTEN_BACKLOG)
         listening = ListeningSocket(host, sock.getsockname()[1], remote_port, "tcp", server.close, sock)
-        self._listening.append(listening)
+        self.listening.append(listening)
         return listening
 
     async def listen_udp(self, host: str, port: int, remote_port: int) -> ListeningSocket:
@@ -245,7 +245,7 @@ class UserEndpoint(Endpoint):
         address = sock.getsockname()
         transport, _ = await loop.create_datagram_endpoint(lambda: UdpListener(self, remote_port, sock), sock=sock)
         listening = ListeningSocket(host, address[1], remote_port, "udp", transport.close, sock)
-        self._listening.append(listening)
+        self.listening.append(listening)
         return listening
 
     async def close(self) -> None:
@@ -253,7 +253,7 @@ class UserEndpoint(Endpoint):
         self._closing = True
         if self.kept is not None:
             self.kept.doubt.end()
-        for listening in self._listening:
+        for listening in self.listening:
             listening.close()
         for stream in list(self._waiting):
             stream.link_lost()
@@ -268,6 +268,12 @@ class UserEndpoint(Endpoint):
             self.kept.leave()
         streams.link.close(CloseCode.NORMAL, "the forward has ended")
         await _gone(streams.link)
+
+
+def stop_listening(endpoint: UserEndpoint, listening: ListeningSocket) -> None:
+    """Take no new connections there; those that are open go on."""
+    listening.close()
+    endpoint.listening.remove(listening)
 
 
 async def delivered(endpoint: UserEndpoint) -> None:
