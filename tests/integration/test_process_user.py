@@ -141,6 +141,20 @@ def test_its_ssh_server_runs_as_that_user(cluster: Cluster, tmp_path: Path) -> N
     assert [each.username() for each in servers] == [NOBODY]
 
 
+def test_its_ports_are_those_of_that_users_processes_which_are_of_this_task(cluster: Cluster) -> None:
+    def port_of(name: str) -> int | None:
+        """The one port that its task has, by the task's own busybox."""
+        status, told = cluster.call("GET", f"/api/tasks/{name}/ports")
+        assert status == 200, told
+        assert {each["program"] for each in told["ports"]} <= {"busybox"}
+        return told["ports"][0]["port"] if len(told["ports"]) == 1 else None
+
+    for name in ("one", "two"):
+        cluster.create("/bin/busybox", "nc", "-ll", "-e", "/bin/busybox", "cat", name=name)
+        cluster.connected(name)
+    assert eventually(lambda: port_of("one")) != eventually(lambda: port_of("two"))
+
+
 def test_a_task_of_another_time_keeps_its_files(cluster: Cluster) -> None:
     task = cluster.create("sh", "-c", "echo more >> notes/kept && exec sleep 1000", name="moved")
     cluster.ended("moved")

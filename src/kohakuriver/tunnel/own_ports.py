@@ -10,6 +10,7 @@ import ipaddress
 import os
 import time
 from dataclasses import dataclass, field
+from itertools import islice
 from pathlib import Path
 
 from kohakuriver.tunnel.listeners import bound
@@ -29,6 +30,9 @@ __all__ = ["look"]
 _PROC = Path("/proc")
 LONGEST = 1.0
 """Seconds that are spent on processes at most."""
+
+MOST_DESCRIPTORS = 100_000
+"""Of a process no more are looked at."""
 
 
 @dataclass
@@ -89,10 +93,10 @@ def _is_own(process: Path, session: int, mark: bytes) -> bool:
 def _open_in(process: Path) -> set[int]:
     """The inodes of the sockets that a process has open."""
     found = set()
-    with contextlib.suppress(OSError):
-        for name in os.listdir(process / "fd"):  # noqa: PTH208 - names are all that is needed
+    with contextlib.suppress(OSError), os.scandir(process / "fd") as descriptors:
+        for each in islice(descriptors, MOST_DESCRIPTORS):
             with contextlib.suppress(OSError, ValueError):
-                link = os.readlink(f"{process}/fd/{name}")  # noqa: PTH115 - the same
+                link = os.readlink(each.path)  # noqa: PTH115 - a path made of each would cost more than the look
                 if link.startswith("socket:["):
                     found.add(int(link[8:-1]))
     return found

@@ -12,6 +12,8 @@ use super::Scope;
 const LONGEST: Duration = Duration::from_secs(1);
 /// Of an environment, or another file of a process, no more is read.
 const MOST_BYTES: u64 = 2 << 20;
+/// Of a process no more descriptors are looked at.
+const MOST_DESCRIPTORS: usize = 100_000;
 /// Of a program's name.
 const LONGEST_NAME: usize = 64;
 
@@ -80,6 +82,7 @@ fn descriptors(process: &Path, wanted: &HashSet<u64>) -> HashSet<u64> {
     let open = fs::read_dir(process.join("fd"));
     let links = open.into_iter().flatten().flatten();
     links
+        .take(MOST_DESCRIPTORS)
         .filter_map(|link| socket(fs::read_link(link.path()).ok()?.to_str()?))
         .filter(|inode| wanted.contains(inode))
         .collect()
