@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import asyncio
+import atexit
 import contextlib
 import logging
+import os
+import shutil
 import signal
 import socket
+import tempfile
 from collections.abc import Callable, Coroutine, Iterator
 from typing import Any, TypeVar
 
@@ -16,6 +20,11 @@ import structlog
 from kohakuriver import runtime as loops
 
 T = TypeVar("T")
+
+# A shell that a test starts reads no start files of whoever runs the tests: those may take seconds, or wait for a lock
+# that a shell which another test has ended still holds.
+os.environ["HOME"] = tempfile.mkdtemp(prefix="kohakuriver-home-")
+atexit.register(shutil.rmtree, os.environ["HOME"], ignore_errors=True)
 
 # Programs leave a signal ignored that was ignored when they started, as `nohup` and a shell's `&` have it. What the
 # tests start is to end when it is told to, however the tests themselves were started.
