@@ -314,7 +314,7 @@ class ListeningPort:
     `program` is the name of the program that has it, None where that can't be seen.
     """
 
-    port: Annotated[int, _between(1, 65535)]
+    port: Port
     proto: Literal["tcp", "udp"]
     address: Annotated[str, Check(lambda text: str(ip_address(text)))]
     program: str | None = None

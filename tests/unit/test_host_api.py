@@ -223,6 +223,40 @@ def test_a_task_that_its_node_has_forgotten_can_still_be_removed(run: Run, tmp_p
     run(check())
 
 
+def test_the_ports_that_a_node_tells_of_a_task_are_believed_only_where_they_can_be(run: Run, tmp_path: Path) -> None:
+    good: dict[str, Any] = {"port": 8888, "proto": "tcp", "address": "::", "program": "python3"}
+
+    async def check() -> None:
+        async with a_host(tmp_path) as host:
+            runner = await host.runner()
+            path = f"/api/tasks/{(await host.create(name='web'))['container']}/ports"
+            runner.answers[path] = (
+                200,
+                {"ports": [good | {"program": "a\x1b[2J"}, good | {"program": None}], "more": True},
+            )
+            told = (await host.user.get("/api/tasks/web/ports")).json()
+            assert told == {"ports": [good | {"program": "a\\x1b[2J"}, good | {"program": None}], "more": True}
+            wrong: list[dict[str, Any]] = [
+                {"port": 0},
+                {"port": 65536},
+                {"proto": "sctp"},
+                {"address": "here"},
+                {"program": 1},
+            ]
+            nonsense: list[Any] = [*([good | each] for each in wrong), [good] * 1001, None]
+            for ports in nonsense:
+                runner.answers[path] = 200, {"ports": ports}
+                answer = await host.user.get("/api/tasks/web/ports")
+                assert (answer.status_code, answer.json()["error"]) == (502, "runner_unreachable")
+            asked = len(runner.asked)
+            await host.user.post("/api/tasks/web/stop")
+            answer = await host.user.get("/api/tasks/web/ports")
+            assert (answer.status_code, answer.json()["error"]) == (409, "task_not_running")
+            assert len(runner.asked) == asked + 1  # to stop it
+
+    run(check())
+
+
 def test_a_node_is_offline_after_three_missed_heartbeats_and_its_tasks_are_lost_until_it_is_back(
     run: Run, tmp_path: Path
 ) -> None:
