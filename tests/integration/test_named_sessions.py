@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
-from collections.abc import Iterator
+import os
+import pty
+import subprocess
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -69,6 +73,52 @@ def test_what_runs_in_a_session_runs_on_when_the_window_is_closed(cluster: Clust
         terminal.child.send(b"\x03")
         terminal.ended()
     assert listed(cluster) == {}
+
+
+FLOOD = "yes | head -c 32M"  # a kernel's terminal may take no more than ten of them a second
+
+
+def seconds_of(flood: Callable[[str], object], directory: Path) -> float:
+    """How long a flood took that a terminal ran as this command says."""
+    began, ended = directory / "began", directory / "ended"
+    for path in (began, ended):
+        path.unlink(missing_ok=True)
+    flood(f"date +%s%N >{began}; {FLOOD}; date +%s%N >{ended}.new; mv {ended}.new {ended}")
+    eventually(ended.exists, within=100)
+    return (int(ended.read_text()) - int(began.read_text())) / 1e9
+
+
+def to_a_plain_reader(command: str) -> None:
+    """Run a command on a terminal whose output is read and thrown away."""
+    ours, its = pty.openpty()
+    with subprocess.Popen(["sh", "-c", command], stdin=its, stdout=its, stderr=its, start_new_session=True):
+        os.close(its)
+        with contextlib.suppress(OSError):  # EIO: the last program on it has ended
+            while os.read(ours, 1 << 16):
+                pass
+    os.close(ours)
+
+
+@pytest.mark.alone
+@pytest.mark.timeout(300)
+def test_a_job_that_prints_when_nobody_is_there_runs_as_fast_as_before_a_reader_that_throws_all_away(
+    cluster: Cluster, tmp_path: Path
+) -> None:
+    go = tmp_path / "go"
+
+    def to_nobody(command: str) -> None:
+        go.unlink(missing_ok=True)
+        eventually(lambda: not listed(cluster))
+        job = f"echo begun; until [ -e {go} ]; do sleep 0.05; done; {command}"
+        with a_terminal(cluster, TASK, "-s", "flood", "--", "sh", "-c", job) as terminal:
+            terminal.expect("begun")
+            terminal.child.close(force=True)
+        eventually(lambda: listed(cluster) == {"flood": False})
+        go.touch()
+
+    rounds = [(seconds_of(to_nobody, tmp_path), seconds_of(to_a_plain_reader, tmp_path)) for _ in range(3)]
+    alone, read = (min(each) for each in zip(*rounds, strict=True))
+    assert alone <= 1.2 * read, rounds
 
 
 def test_who_opens_a_session_takes_it_from_whoever_is_in_it(cluster: Cluster) -> None:
