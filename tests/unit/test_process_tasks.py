@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator, Callable, Coroutine
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -61,6 +61,13 @@ class OneTask:
         return reaper.members(-2, run)
 
 
+def name_of(pid: int) -> str:
+    """Of a process that runs; empty where it has ended."""
+    with suppress(OSError):
+        return Path(f"/proc/{pid}/comm").read_text().strip()
+    return ""
+
+
 @asynccontextmanager
 async def one_task(directory: Path, **more: Any) -> AsyncIterator[OneTask]:
     one = OneTask(directory, **more)
@@ -80,7 +87,7 @@ def test_a_command_counts_as_started_once_it_runs_itself_and_inherits_nothing_of
             await one.backend.start(one.task)
             session = await one.backend.exec(one.task, ExecRequest(command=["yes"], tty=tty))
             mark = one.backend._running[one.task.container].run
-            names = {Path(f"/proc/{pid}/comm").read_text().strip(): pid for pid in one.left(mark)}
+            names = {name: pid for pid in one.left(mark) if (name := name_of(pid))}
             assert "yes" in names  # a start that is still Python's would hold no place of its user's
             ours = {str(link.readlink()) for link in Path("/proc/self/fd").glob("*") if link.is_symlink()}
             inherited = {
