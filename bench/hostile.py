@@ -248,6 +248,7 @@ def main() -> int:
     print(ROW.format("attack", *HEADS.values()))
     print(ROW.format("bound", *(f"{BOUNDS[name]:g}" if name in BOUNDS else "" for name in HEADS)))
     with tempfile.TemporaryDirectory(prefix="kohakuriver-hostile-") as directory, a_cluster(Path(directory)) as cluster:
+        os.environ["HOME"] = directory  # what a user's start files do costs as much as a shell, and is none of ours
         backends = ["process", *(["docker"] if options.docker else [])]
         cluster.start_runner("n1", "--user-processes", *(f"--backend={each}" for each in backends))
         image = busybox_image() if options.docker else ""
