@@ -2,10 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
-import contextlib
-import os
-import signal
 from dataclasses import replace
 from enum import Enum
 from typing import TYPE_CHECKING, Annotated, Any
@@ -14,18 +10,15 @@ import typer
 
 from kohakuriver.cli import output
 from kohakuriver.cli.behind_dashes import WithCommand, command_of
-from kohakuriver.cli.options import Remote, TaskArgument, remote
-from kohakuriver.cli.signals import BY_KEYS, caught, in_foreground, suspended
+from kohakuriver.cli.options import Remote, complete_task, remote
 from kohakuriver.errors import KohakuRiverError, UsageError
 
 if TYPE_CHECKING:
-    from kohakuriver.cli.forward_view import Aside
-    from kohakuriver.client.forward import Forwarder, PortForward
+    from kohakuriver.client.forward import PortForward
 
 __all__ = ["register"]
 
 WAIT_SECONDS = 60
-NOT_FOUND, NOT_EXECUTABLE, KILLED_BY = 127, 126, 128  # as shells say it
 
 
 class Proto(str, Enum):
@@ -35,8 +28,17 @@ class Proto(str, Enum):
     udp = "udp"
 
 
+TaskArgument = Annotated[
+    str | None,
+    typer.Argument(
+        metavar="TASK",
+        help="The task's numeric id or its unique name.",
+        autocompletion=complete_task,
+        show_default=False,
+    ),
+]
 PortsArgument = Annotated[
-    list[str],
+    list[str] | None,
     typer.Argument(
         metavar="REMOTE_PORT",
         help="Ports of the task; also LOCAL:REMOTE, and with /udp. LOCAL 0 is any free port.",
@@ -89,6 +91,14 @@ ResumeForOption = Annotated[
 ]
 
 
+DetachOption = Annotated[bool, typer.Option("--detach", "-d", help="Go on in the background once every port listens.")]
+ListOption = Annotated[bool, typer.Option("--list", help="Show the forwards in the background.")]
+StopOption = Annotated[
+    bool, typer.Option("--stop", help="End the forwards in the background with these ids, or to these tasks.")
+]
+AllOption = Annotated[bool, typer.Option("--all", help="With --stop: all of them.")]
+
+
 class _Forward(WithCommand):
     """Takes `--wait` without a number too."""
 
@@ -110,53 +120,110 @@ def register(app: typer.Typer) -> None:
 def forward(
     ctx: typer.Context,
     at: Remote,
-    task: TaskArgument,
-    ports: PortsArgument,
+    task: TaskArgument = None,
+    ports: PortsArgument = None,
     local_port: LocalPortOption = None,
     local_host: LocalHostOption = "localhost",
     proto: ProtoOption = Proto.tcp,
     wait: WaitOption = None,
     no_resume: NoResumeOption = False,
     resume_for: ResumeForOption = None,
+    detach: DetachOption = False,
+    list_them: ListOption = False,
+    stop: StopOption = False,
+    everything: AllOption = False,
 ) -> int:
     """Forward local ports to ports of a task, until Ctrl-C.
 
     With CMD, run it once every port listens, with KOHAKURIVER_PORT_<remote> in its environment; its exit code is ours.
     """
-    from kohakuriver.client.forward import Forwarder
-    from kohakuriver.runtime import raise_file_limit, run
-
-    files = raise_file_limit()
     command = command_of(ctx)
-    _check_command(command, at.json)
+    if list_them or stop or everything:
+        names = [*([task] if task is not None else []), *(ports or [])]
+        return _look_after(names, list_them=list_them, stop=stop, everything=everything, json=at.json)
+    if task is None or not ports:
+        missing = "the TASK, and" if task is None else "the ports, each as REMOTE_PORT or LOCAL:REMOTE_PORT,"
+        raise UsageError(f"Give {missing} as in: kohakuriver forward my-task 8888")
+    _check_command(command, json=at.json, detach=detach)
     _check_wait(wait, task, ports)
     wanted = _ports(ports, local_port, proto.value)
     chosen = at.settings()
     if resume_for is not None:
         chosen = replace(chosen, resume_for=resume_for)
     _warn_if_exposed(local_host)
+    from kohakuriver.cli.forward_run import Wanted, behind, in_front
 
-    async def main() -> int:
-        from kohakuriver.cli.forward_view import view_for
-
-        with view_for(task, json=at.json, beside_command=command is not None) as view:
-            forwarder = Forwarder(
-                task,
-                wanted,
-                settings=chosen,
-                local_host=local_host,
-                patience=wait,
-                resume=not no_resume,
-                on_event=view.tell,
-            )
-            return await _Running(forwarder, view, command, files).run()
-
-    return run(main())
+    made = Wanted(task, wanted, chosen, local_host, patience=wait, resume=not no_resume, json=at.json)
+    return behind(made) if detach else in_front(made, command)
 
 
-def _check_command(command: list[str] | None, json: bool) -> None:
+def _look_after(names: list[str], *, list_them: bool, stop: bool, everything: bool, json: bool) -> int:
+    """`--list` and `--stop`."""
+    from kohakuriver.cli.background import needs_unix
+
+    needs_unix()
+    if list_them and (stop or everything or names):
+        raise UsageError("--list takes no TASK, and goes without --stop: it shows all forwards in the background.")
+    if list_them:
+        return _list(json)
+    if bool(names) == everything or not stop:
+        raise UsageError("Give --stop and which forwards to end, by their ids or TASKs; or --stop --all.")
+    return _stop(names, json)
+
+
+def _list(json: bool) -> int:
+    from kohakuriver.cli.detached import listed
+
+    forwards = listed()
+    if json:
+        output.json_line({"forwards": forwards})
+        return 0
+    output.table(["Id", "Task", "Ports", "Process", "Since", "Connections", "State"], [_row(each) for each in forwards])
+    if not forwards:
+        output.note("No forward runs in the background; `kohakuriver forward TASK PORT --detach` starts one.")
+    return 0
+
+
+def _row(told: dict[str, Any]) -> list[str]:
+    leads = {f"{local['local_port']}:{local['remote_port']}/{local['proto']}" for local in told["ports"]}
+    numbers = ["-" if told[name] is None else str(told[name]) for name in ("pid", "connections")]
+    since = "-" if told["since"] is None else output.age(told["since"])
+    return [told["id"], told["task"] or "-", " ".join(sorted(leads)), numbers[0], since, numbers[1], told["state"]]
+
+
+def _stop(names: list[str], json: bool) -> int:
+    """End those with these ids or to these tasks, or all where none is named; each is tried."""
+    from kohakuriver.cli import detached
+
+    failed: list[KohakuRiverError] = []
+    found: dict[str, dict[str, Any]] = {} if names else {each["id"]: each for each in detached.listed()}
+    for name in names:
+        try:
+            found |= {each["id"]: each for each in detached.find(name)}
+        except KohakuRiverError as error:  # noqa: PERF203 - the others are to be tried all the same
+            failed.append(error)
+    for each in found:
+        try:
+            told = detached.stop(each)
+        except KohakuRiverError as error:
+            failed.append(error)
+            continue
+        if json:
+            output.json_line(told)
+        else:
+            output.line(f"Stopped {told['id']} ({told['task']}).")
+    for other in failed[1:]:
+        output.failure(other.code, other.message)
+    if failed:
+        raise failed[0]
+    return 0
+
+
+def _check_command(command: list[str] | None, *, json: bool, detach: bool) -> None:
     if command is not None and not command:
         raise UsageError("A command must follow '--'.")
+    if command and detach:
+        raise UsageError("--detach and a command don't go together: who should wait for its end?")
     if command and json:
         raise UsageError("--json and a command don't go together: stdout is the command's.")
 
@@ -182,112 +249,3 @@ def _warn_if_exposed(local_host: str) -> None:
 
     if exposes(local_host):
         output.note(f"Warning: anybody who reaches this machine on {local_host} can use this forward.")
-
-
-class _Running:
-    """A forward from its opening to its end, with the command that it was started for, if any.
-
-    `files` is how many files that command may open.
-    """
-
-    def __init__(self, forwarder: Forwarder, view: Aside, command: list[str] | None, files: int | None) -> None:
-        self._forwarder = forwarder
-        self._view = view
-        self._command = command
-        self._files = files
-        self._child: asyncio.subprocess.Process | None = None
-        self._stopped: asyncio.Future[str] = asyncio.get_running_loop().create_future()
-
-    async def run(self) -> int:
-        """The exit code: the command's, or 0 when stopped. Raises KohakuRiverError when the forward can't go on."""
-        reason = "stopped"
-        try:
-            with caught(self._signalled), suspended(self._view.rest):
-                return await self._opened_and_ended()
-        except KohakuRiverError as error:
-            reason = error.message
-            raise
-        finally:
-            await self._forwarder.close(reason)
-
-    async def _opened_and_ended(self) -> int:
-        if not await self._until_stopped(self._forwarder.start()):
-            return 0
-        from kohakuriver.runtime import freeze_heap
-
-        freeze_heap()
-        ticking = asyncio.ensure_future(self._tick())
-        try:
-            if self._command is not None:
-                return await self._run_command(self._command)
-            await self._until_stopped(self._forwarder.wait())
-            return 0
-        finally:
-            ticking.cancel()
-
-    async def _until_stopped(self, doing: Any) -> bool:
-        """Whether `doing` came to its end before Ctrl-C or SIGTERM. What it raises is raised."""
-        task = asyncio.ensure_future(doing)
-        await asyncio.wait({task, self._stopped}, return_when=asyncio.FIRST_COMPLETED)
-        if task.done():
-            task.result()
-            return True
-        task.cancel()
-        await asyncio.gather(task, return_exceptions=True)
-        return False
-
-    async def _run_command(self, command: list[str]) -> int:
-        from kohakuriver.runtime import lowered_file_limit
-
-        environment = dict(os.environ)
-        for local in sorted(self._forwarder.listening, key=lambda each: each.proto, reverse=True):  # TCP's counts
-            environment[f"KOHAKURIVER_PORT_{local.remote_port}"] = str(local.port)
-            environment[f"KOHAKURIVER_PORT_{local.remote_port}_{local.proto.upper()}"] = str(local.port)
-        try:
-            with lowered_file_limit(self._files):
-                self._child = await asyncio.create_subprocess_exec(*command, env=environment)
-        except OSError as error:
-            output.error(f"{command[0]} can't be run: {error.strerror}.")
-            return NOT_FOUND if isinstance(error, FileNotFoundError) else NOT_EXECUTABLE
-        if self._stopped.done():  # while it was being started
-            self._child.send_signal(signal.Signals[self._stopped.result()])
-        lost = asyncio.ensure_future(self._say_when_lost())
-        try:
-            code = await self._child.wait()
-        finally:
-            lost.cancel()
-        await self._until_stopped(self._forwarder.close(deliver=True))
-        return code if code >= 0 else KILLED_BY - code
-
-    async def _say_when_lost(self) -> None:
-        try:
-            await self._forwarder.wait()
-        except KohakuRiverError as error:
-            output.note(f"The forward has ended, the command goes on: {error.message}")
-
-    def _signalled(self, number: signal.Signals) -> None:
-        if self._child is not None and self._child.returncode is None:
-            if not (number in BY_KEYS and _shares_a_foreground()):
-                with contextlib.suppress(ProcessLookupError):
-                    self._child.send_signal(number)
-        elif not self._stopped.done():
-            self._stopped.set_result(number.name)
-
-    async def _tick(self) -> None:
-        while True:
-            await asyncio.sleep(self._view.interval)
-            self._view.tick(self._forwarder.stats())
-
-
-def _shares_a_foreground() -> bool:
-    """Whether a Ctrl-C on our terminal reaches our child by itself: it is of the same process group."""
-    if os.name == "nt":  # one console, one Ctrl-C for all on it
-        return True
-    try:
-        terminal = os.open("/dev/tty", os.O_RDONLY | os.O_NOCTTY)
-    except OSError:
-        return False
-    try:
-        return in_foreground(terminal)
-    finally:
-        os.close(terminal)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import enum
+import logging
 import os
 import queue
 import re
@@ -11,12 +12,15 @@ import sys
 import threading
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from datetime import datetime
 from types import TracebackType
+from typing import ClassVar
 
 from kohakuriver.cli import output
 from kohakuriver.client.forward import (
     LOOPBACKS,
+    Closed,
     Event,
     Listening,
     Moved,
@@ -27,8 +31,9 @@ from kohakuriver.client.forward import (
     Stats,
     StreamError,
 )
+from kohakuriver.text import printable
 
-__all__ = ["Aside", "JsonView", "LiveView", "PlainView", "View", "view_for"]
+__all__ = ["Aside", "Detached", "JsonView", "LeavingView", "LiveView", "PlainView", "View", "view_for"]
 
 STATS_INTERVAL = 5.0
 LIVE_INTERVAL = 0.5
@@ -40,6 +45,16 @@ MOST_WAITING = 1000
 LAST_WORDS = 1.0
 _CONTAINER = re.compile(r"kohakuriver-vps-\d+")
 CLEAR, DIM, PLAIN = "\r\x1b[2K", "\x1b[2m", "\x1b[0m"
+
+
+@dataclass(frozen=True)
+class Detached(Event):
+    """The forward goes on in the background, as the process `pid`, with this id; what happens to it is in `log`."""
+
+    event: ClassVar[str] = "detached"
+    id: str
+    pid: int
+    log: str
 
 
 class _Outage(enum.Enum):
@@ -78,6 +93,9 @@ class View:
 
     def rest(self) -> None:
         """Leave the terminal as others expect it: this program is about to be stopped."""
+
+    def leave(self) -> None:
+        """Show nothing on the terminal from now on."""
 
 
 class JsonView(View):
@@ -124,6 +142,8 @@ class PlainView(View):
         elif isinstance(event, OutOfDescriptors):
             new = f"{event.waiting} connections wait" if event.waiting else "new connections are turned away"
             self.message(f"Out of file descriptors, {new}: raise the limit (ulimit -n), or close some.")
+        elif isinstance(event, Detached):
+            self.detached(event)
 
     def _reconnecting(self, event: Reconnecting) -> None:
         if self._outage is _Outage.SAID or self._outage is _Outage.UNSAID:
@@ -167,6 +187,10 @@ class PlainView(View):
     def result(self, text: str) -> None:
         """Show a line that a script may wait for."""
         (output.note if self._beside_command else output.line)(text)
+
+    def detached(self, event: Detached) -> None:
+        """Show how to end what is on no terminal any more."""
+        output.note(f"In the background as {event.id}: `kohakuriver forward --stop {event.id}` ends it.")
 
     def message(self, text: str) -> None:
         """Show a line for a person, with the time: it may be read the next morning."""
@@ -285,6 +309,50 @@ def status_line(before: Stats, stats: Stats, seconds: float) -> str:
     )
 
 
+class LogView(PlainView):
+    """The same lines in a log, which has the time of each."""
+
+    def __init__(self, task: str, logger: logging.Logger) -> None:
+        super().__init__(task)
+        self._logger = logger
+
+    def show(self, event: Event) -> None:
+        super().show(event)
+        if isinstance(event, Closed):
+            self.result(f"The forward has ended: {event.reason}")
+
+    def result(self, text: str) -> None:
+        self._logger.info("%s", printable(text, keep=""))
+
+    message = result
+
+    def detached(self, event: Detached) -> None:
+        self.result(f"In the background as {event.id}, process {event.pid}.")
+
+
+class LeavingView(View):
+    """Shows a forward that is about to leave the terminal: there and in a log, then in the log alone."""
+
+    def __init__(self, task: str, logger: logging.Logger, *, json: bool) -> None:
+        self._there: View | None = _view(task, json=json, beside_command=False)
+        self._log = LogView(task, logger)
+
+    def show(self, event: Event) -> None:
+        if self._there is not None:
+            try:
+                self._there.show(event)
+            except BrokenPipeError:
+                output.discard_stdout()
+        self._log.show(event)
+
+    def rest(self) -> None:
+        if self._there is not None:
+            self._there.rest()
+
+    def leave(self) -> None:
+        self._there = None
+
+
 class Aside:
     """Shows on a thread of its own what a view shows: a terminal on hold (Ctrl-S), or a pipe that nobody empties,
     holds up the showing and not the forward.
@@ -324,13 +392,20 @@ class Aside:
 
     def rest(self) -> None:
         """Have the terminal left as others expect it, and wait until it is; not for long if it takes nothing."""
+        self._wait_for(self._view.rest)
+
+    def leave(self) -> None:
+        """Have nothing shown on the terminal any more once all that is to be was; not for long if it takes nothing."""
+        self._wait_for(self._view.leave)
+
+    def _wait_for(self, act: Callable[[], None]) -> None:
         done = threading.Event()
 
-        def rest() -> None:
-            self._view.rest()
+        def acted() -> None:
+            act()
             done.set()
 
-        self._put(rest)
+        self._put(acted)
         done.wait(LAST_WORDS)
 
     def _put(self, show: Callable[[], None]) -> None:
@@ -346,8 +421,12 @@ class Aside:
 
 def view_for(task: str, *, json: bool, beside_command: bool) -> Aside:
     """The view that fits where stdout goes."""
+    return Aside(_view(task, json=json, beside_command=beside_command))
+
+
+def _view(task: str, *, json: bool, beside_command: bool) -> View:
     if json:
-        return Aside(JsonView())
+        return JsonView()
     if output.paints(sys.stdout) and not beside_command:
-        return Aside(LiveView(task))
-    return Aside(PlainView(task, beside_command=beside_command))
+        return LiveView(task)
+    return PlainView(task, beside_command=beside_command)

@@ -328,6 +328,11 @@ class Forwarder:
         self._keeper = loop.create_task(self._keep_open())
         self._watcher = loop.create_task(self._watch_descriptors())
 
+    @property
+    def connected(self) -> bool:
+        """Whether the session stands just now."""
+        return self._endpoint.streams is not None
+
     async def wait(self) -> None:
         """Wait until the forward can't go on.
 

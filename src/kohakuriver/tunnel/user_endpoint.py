@@ -312,7 +312,9 @@ async def _bind(host: str, port: int, kind: socket.SocketKind) -> socket.socket:
             sock.listen(LISTEN_BACKLOG)
     except OSError as exc:
         sock.close()
-        raise LocalAddressError(_not_bound(host, port, exc)) from exc
+        proto = "tcp" if kind == socket.SOCK_STREAM else "udp"
+        taken = (host, port, proto) if exc.errno == errno.EADDRINUSE else None
+        raise LocalAddressError(_not_bound(host, port, exc), taken=taken) from exc
     return sock
 
 

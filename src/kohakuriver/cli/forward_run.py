@@ -1,0 +1,271 @@
+"""`kohakuriver forward` from its start to its end: on a terminal, around a command, or in the background."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import signal
+from dataclasses import dataclass
+from datetime import datetime, timezone
+from typing import Any
+
+from kohakuriver.cli import detached, output
+from kohakuriver.cli.background import Front, in_background, log_to
+from kohakuriver.cli.forward_view import Aside, Detached, LeavingView, view_for
+from kohakuriver.cli.signals import BY_KEYS, caught, in_foreground, suspended
+from kohakuriver.client.forward import Forwarder, PortForward
+from kohakuriver.config import Settings
+from kohakuriver.errors import KohakuRiverError, LocalAddressError
+from kohakuriver.runtime import cancel_all, freeze_heap, lowered_file_limit, raise_file_limit, run
+
+__all__ = ["Wanted", "behind", "in_front"]
+
+NOT_FOUND, NOT_EXECUTABLE, KILLED_BY = 127, 126, 128  # as shells say it
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """A forward that is to be opened. The fields after `ports` are those of Forwarder; `json` is how it is shown."""
+
+    task: str
+    ports: list[PortForward]
+    settings: Settings
+    local_host: str
+    patience: float | None = None
+    resume: bool = True
+    json: bool = False
+
+    def made(self, view: Aside) -> Forwarder:
+        """It, not yet started, and telling `view` what happens."""
+        return Forwarder(
+            self.task,
+            self.ports,
+            settings=self.settings,
+            local_host=self.local_host,
+            patience=self.patience,
+            resume=self.resume,
+            on_event=view.tell,
+        )
+
+
+def in_front(wanted: Wanted, command: list[str] | None) -> int:
+    """The exit code of a forward that runs until it is stopped, or the command has ended that it is for."""
+    files = raise_file_limit()
+
+    async def main() -> int:
+        with view_for(wanted.task, json=wanted.json, beside_command=command is not None) as view:
+            return await Running(wanted.made(view), view, command, files).run()
+
+    return run(main())
+
+
+def behind(wanted: Wanted) -> int:
+    """The exit code of the start of a forward that goes on in the background."""
+
+    def work(front: Front) -> int:
+        raise_file_limit()
+        place = detached.Place()
+        try:
+            return run(_behind(wanted, front, place))
+        finally:
+            place.leave()
+
+    return in_background(work)
+
+
+async def _behind(wanted: Wanted, front: Front, place: detached.Place) -> int:
+    logger = log_to(place.log)
+    with Aside(LeavingView(wanted.task, logger, json=wanted.json)) as view:
+        running = Detaching(wanted.made(view), view, front, place)
+        try:
+            code = await running.run()
+        except KohakuRiverError as error:
+            if not running.left:
+                raise
+            return error.exit_code  # what happened is in the log
+        except Exception:
+            if running.left:
+                logger.exception("The forward broke:")
+            raise
+        finally:
+            place.leave(log=not running.left)
+        return code
+
+
+class Running:
+    """A forward from its opening to its end, with the command that it was started for, if any.
+
+    `files` is how many files that command may open.
+    """
+
+    def __init__(self, forwarder: Forwarder, view: Aside, command: list[str] | None, files: int | None) -> None:
+        self._forwarder = forwarder
+        self._view = view
+        self._command = command
+        self._files = files
+        self._child: asyncio.subprocess.Process | None = None
+        self._stopped: asyncio.Future[str] = asyncio.get_running_loop().create_future()
+
+    async def run(self) -> int:
+        """The exit code: the command's, or 0 when stopped. Raises KohakuRiverError when the forward can't go on."""
+        reason = "stopped"
+        try:
+            with caught(self._signalled), suspended(self._view.rest):
+                return await self._opened_and_ended()
+        except LocalAddressError as error:
+            raise _told_who(error) from error
+        except KohakuRiverError as error:
+            reason = error.message
+            raise
+        finally:
+            await self._forwarder.close(reason)
+
+    async def _opened_and_ended(self) -> int:
+        if not await self._until_stopped(self._forwarder.start()):
+            return 0
+        freeze_heap()
+        ticking = asyncio.ensure_future(self._tick())
+        try:
+            return await self._opened()
+        finally:
+            ticking.cancel()
+
+    async def _opened(self) -> int:
+        """The exit code, once every port listens."""
+        if self._command is not None:
+            return await self._run_command(self._command)
+        await self._until_stopped(self._forwarder.wait())
+        return 0
+
+    async def _until_stopped(self, doing: Any) -> bool:
+        """Whether `doing` came to its end before Ctrl-C or SIGTERM. What it raises is raised."""
+        task = asyncio.ensure_future(doing)
+        await asyncio.wait({task, self._stopped}, return_when=asyncio.FIRST_COMPLETED)
+        if task.done():
+            task.result()
+            return True
+        task.cancel()
+        await asyncio.gather(task, return_exceptions=True)
+        return False
+
+    async def _run_command(self, command: list[str]) -> int:
+        environment = dict(os.environ)
+        for local in sorted(self._forwarder.listening, key=lambda each: each.proto, reverse=True):  # TCP's counts
+            environment[f"KOHAKURIVER_PORT_{local.remote_port}"] = str(local.port)
+            environment[f"KOHAKURIVER_PORT_{local.remote_port}_{local.proto.upper()}"] = str(local.port)
+        try:
+            with lowered_file_limit(self._files):
+                self._child = await asyncio.create_subprocess_exec(*command, env=environment)
+        except OSError as error:
+            output.error(f"{command[0]} can't be run: {error.strerror}.")
+            return NOT_FOUND if isinstance(error, FileNotFoundError) else NOT_EXECUTABLE
+        if self._stopped.done():  # while it was being started
+            self._child.send_signal(signal.Signals[self._stopped.result()])
+        lost = asyncio.ensure_future(self._say_when_lost())
+        try:
+            code = await self._child.wait()
+        finally:
+            lost.cancel()
+        await self._until_stopped(self._forwarder.close(deliver=True))
+        return code if code >= 0 else KILLED_BY - code
+
+    async def _say_when_lost(self) -> None:
+        try:
+            await self._forwarder.wait()
+        except KohakuRiverError as error:
+            output.note(f"The forward has ended, the command goes on: {error.message}")
+
+    def _signalled(self, number: signal.Signals) -> None:
+        if self._child is not None and self._child.returncode is None:
+            if not (number in BY_KEYS and _shares_a_foreground()):
+                with contextlib.suppress(ProcessLookupError):
+                    self._child.send_signal(number)
+        else:
+            self.stop(number.name)
+
+    def stop(self, why: str) -> None:
+        """Have it end; nothing where it does already."""
+        if not self._stopped.done():
+            self._stopped.set_result(why)
+
+    async def _tick(self) -> None:
+        while True:
+            await asyncio.sleep(self._view.interval)
+            self._view.tick(self._forwarder.stats())
+
+
+class Detaching(Running):
+    """A forward that goes on in the background once every port listens, as `place` tells whoever asks.
+
+    `left` is whether it does.
+    """
+
+    def __init__(self, forwarder: Forwarder, view: Aside, front: Front, place: detached.Place) -> None:
+        super().__init__(forwarder, view, None, None)
+        self._front = front
+        self._place = place
+        self._since = datetime.now(timezone.utc).isoformat(timespec="seconds")
+        self._watching = asyncio.ensure_future(self._ended_in_front())
+        self.left = False
+
+    async def _ended_in_front(self) -> None:
+        await self._front.gone()
+        self.stop("in front")
+
+    async def _opened(self) -> int:
+        if not await self._until_stopped(self._place.open(self.state, lambda: self.stop("told to"))):
+            return 0
+        self._view.tell(Detached(self._place.id, os.getpid(), str(self._place.log)))
+        self._view.leave()
+        await cancel_all([self._watching])
+        if self._stopped.done() or not await self._front.leave():
+            return 0
+        self.left = True
+        return await super()._opened()
+
+    def state(self) -> dict[str, Any]:
+        """What it tells of itself; see `detached.listed`."""
+        return {
+            "id": self._place.id,
+            "task": self._forwarder.task,
+            "ports": [
+                {"local_host": at.host, "local_port": at.port, "remote_port": at.remote_port, "proto": at.proto}
+                for at in self._forwarder.listening
+            ],
+            "pid": os.getpid(),
+            "since": self._since,
+            "connections": self._forwarder.stats().streams,
+            "state": "connected" if self._forwarder.connected else "reconnecting",
+            "log": str(self._place.log),
+        }
+
+
+def _told_who(error: LocalAddressError) -> LocalAddressError:
+    """The error with what has the port, where that is a forward in the background."""
+    if error.taken is None:
+        return error
+    host, port, proto = error.taken
+    other = detached.who_has(port, proto)
+    if other is None:
+        return error
+    where = f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+    return LocalAddressError(
+        f"{where} is already in use by the forward {other['id']} to {other['task']} in the background; "
+        f"`kohakuriver forward --stop {other['id']}` ends it, or choose another local port, as in 0:REMOTE.",
+        taken=error.taken,
+    )
+
+
+def _shares_a_foreground() -> bool:
+    """Whether a Ctrl-C on our terminal reaches our child by itself: it is of the same process group."""
+    if os.name == "nt":  # one console, one Ctrl-C for all on it
+        return True
+    try:
+        terminal = os.open("/dev/tty", os.O_RDONLY | os.O_NOCTTY)
+    except OSError:
+        return False
+    try:
+        return in_foreground(terminal)
+    finally:
+        os.close(terminal)
