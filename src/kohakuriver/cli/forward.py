@@ -10,7 +10,7 @@ import typer
 
 from kohakuriver.cli import output
 from kohakuriver.cli.behind_dashes import WithCommand, command_of
-from kohakuriver.cli.options import Remote, complete_task, remote
+from kohakuriver.cli.options import MaybeTaskArgument, Remote, remote
 from kohakuriver.errors import KohakuRiverError, UsageError
 
 if TYPE_CHECKING:
@@ -28,15 +28,6 @@ class Proto(str, Enum):
     udp = "udp"
 
 
-TaskArgument = Annotated[
-    str | None,
-    typer.Argument(
-        metavar="TASK",
-        help="The task's numeric id or its unique name.",
-        autocompletion=complete_task,
-        show_default=False,
-    ),
-]
 PortsArgument = Annotated[
     list[str] | None,
     typer.Argument(
@@ -120,7 +111,7 @@ def register(app: typer.Typer) -> None:
 def forward(
     ctx: typer.Context,
     at: Remote,
-    task: TaskArgument = None,
+    task: MaybeTaskArgument = None,
     ports: PortsArgument = None,
     local_port: LocalPortOption = None,
     local_host: LocalHostOption = "localhost",

@@ -8,21 +8,19 @@ session's link breaks: it opens a new session, with backoff and jitter. Sources:
 from __future__ import annotations
 
 import asyncio
-import errno
-import ipaddress
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, ClassVar
 
+from kohakuriver.client.local_side import LocalSide
+from kohakuriver.client.ports import LOOPBACK, LOOPBACKS, PortForward, PortSpec, check_distinct, exposes, parse_port
 from kohakuriver.config import Settings, path_segment
 from kohakuriver.errors import (
     KohakuRiverError,
-    LocalAddressError,
     NotAllowedError,
     NotFoundError,
     UnavailableError,
-    UsageError,
 )
 from kohakuriver.http_proxy import http_proxy
 from kohakuriver.runtime import DescriptorWatch, cancel_all, file_limit, out_of_descriptors
@@ -39,6 +37,8 @@ from kohakuriver.tunnel.settings import endpoint_config, resume_for
 from kohakuriver.tunnel.user_endpoint import ListeningSocket, UserEndpoint, delivered
 
 __all__ = [
+    "LOOPBACK",
+    "LOOPBACKS",
     "Closed",
     "Connected",
     "Event",
@@ -48,6 +48,7 @@ __all__ = [
     "NotListening",
     "OutOfDescriptors",
     "PortForward",
+    "PortSpec",
     "Reconnecting",
     "Resumed",
     "Stats",
@@ -66,10 +67,6 @@ MOVE_CAP = 1.0
 # Seconds over which a rate is measured at least, however often it is asked for.
 RATED_OVER = 0.5
 
-# Both loopback addresses: a program that is told `localhost` may take either.
-LOOPBACK = "localhost"
-LOOPBACKS = ("127.0.0.1", "::1")
-FREE_PORT_TRIES = 20
 # How often it is looked whether this process can still open a file, in seconds.
 DESCRIPTORS_EVERY = 1.0
 # With so few files left for other streams it is looked at each new one: a rush may be over within a second.
@@ -80,56 +77,6 @@ KNOCK_POLL = 0.02
 
 # What a host says of a task that has ended: its connections have, too.
 NOT_RUNNING = "task_not_running"
-
-PortSpec = int | str
-
-
-@dataclass(frozen=True)
-class PortForward:
-    """One local port that leads to a port of the task. `local` 0 is any free port; `proto` is `tcp` or `udp`."""
-
-    local: int
-    remote: int
-    proto: str = "tcp"
-
-
-def parse_port(spec: PortSpec, *, proto: str = "tcp", local: int | None = None) -> PortForward:
-    """`REMOTE` or `LOCAL:REMOTE`, either with `/tcp` or `/udp`, as a PortForward.
-
-    `proto` and `local` stand where the text names none; a `local` of None is the remote port's number.
-    Raises UsageError for ports outside 1..65535 (0 only as LOCAL) and unknown protocols.
-    """
-    text = str(spec)
-    ports, slash, suffix = text.partition("/")
-    left, colon, right = ports.rpartition(":")
-    remote = _port_number(right, text)
-    given = _port_number(left, text, least=0) if colon else local
-    if given is not None and not 0 <= given <= 65535:
-        raise UsageError(f"The local port must be between 0 (any free one) and 65535, not {given}.")
-    kind = suffix if slash else proto
-    if kind not in ("tcp", "udp"):
-        raise UsageError(f"The protocol must be tcp or udp, not {kind!r}.")
-    return PortForward(remote if given is None else given, remote, kind)
-
-
-def _port_number(text: str, whole: str, *, least: int = 1) -> int:
-    if not text.isascii() or not text.isdigit():
-        raise UsageError(f"{whole!r} is not a port: give REMOTE or LOCAL:REMOTE, as in 8888 or 9999:8888.")
-    number = int(text) if len(text) <= 6 else 1_000_000
-    if not least <= number <= 65535:
-        place = "a local port must be between 0 (any free one) and 65535" if least == 0 else "must be 1 to 65535"
-        raise UsageError(f"Port {text} is out of range: {place}.")
-    return number
-
-
-def exposes(local_host: str) -> bool:
-    """Whether listening on `local_host` lets other machines in."""
-    if local_host == "localhost":
-        return False
-    try:
-        return not ipaddress.ip_address(local_host).is_loopback
-    except ValueError:
-        return True
 
 
 @dataclass(frozen=True)
@@ -271,7 +218,7 @@ class Forwarder:
         resume: bool = True,
         on_event: Callable[[Event], None] = lambda event: None,
     ) -> None:
-        _check_distinct(ports)
+        check_distinct(ports)
         self.task = task
         self.ports = list(ports)
         self._local_host = local_host
@@ -401,38 +348,11 @@ class Forwarder:
             writer.close()
 
     async def _listen_everywhere(self) -> None:
-        """Bind all local addresses: those that must be had first, so that `listening` begins with them."""
-        if self._local_host != LOOPBACK:
-            self.listening = [await self._listen(self._local_host, port.local, port) for port in self.ports]
-            return
-        seconds = []
-        for port in self.ports:
-            first, second = await self._listen_on_loopback(port)
-            self.listening.append(first)
-            seconds += [] if second is None else [second]
-        self.listening += seconds
+        """Bind all local addresses, those that must be had first."""
+        self.listening = await LocalSide(self._endpoint, self._local_host, self._half_listening).listen(self.ports)
 
-    async def _listen_on_loopback(self, port: PortForward) -> tuple[ListeningSocket, ListeningSocket | None]:
-        """The same port number on 127.0.0.1 and, where that can be had, on ::1. Raises LocalAddressError."""
-        first = await self._listen(LOOPBACKS[0], port.local, port)
-        for _ in range(FREE_PORT_TRIES):
-            try:
-                return first, await self._listen(LOOPBACKS[1], first.port, port)
-            except LocalAddressError as error:
-                taken = isinstance(error.__cause__, OSError) and error.__cause__.errno == errno.EADDRINUSE
-                if not taken:
-                    return first, None  # this machine has no IPv6
-                if port.local:
-                    self._on_event(NotListening(LOOPBACKS[1], first.port, "another program listens there"))
-                    return first, None
-            another = await self._listen(LOOPBACKS[0], 0, port)  # before the first is closed, so that it is another
-            first.close()
-            first = another
-        return first, None
-
-    async def _listen(self, host: str, local: int, port: PortForward) -> ListeningSocket:
-        listen = self._endpoint.listen_udp if port.proto == "udp" else self._endpoint.listen_tcp
-        return await listen(host, local, port.remote)
+    def _half_listening(self, host: str, port: int) -> None:
+        self._on_event(NotListening(host, port, "another program listens there"))
 
     async def _watch_descriptors(self) -> None:
         """Tell when local connections can't be accepted: the event loops don't, and nothing else would."""
@@ -561,12 +481,3 @@ class _Loss:
     link: Link | None
     there: bool = False
     doubted: bool = False
-
-
-def _check_distinct(ports: Sequence[PortForward]) -> None:
-    if not ports:
-        raise UsageError("Give at least one remote port.")
-    taken = [(port.local, port.proto) for port in ports if port.local]
-    for local, proto in taken:
-        if taken.count((local, proto)) > 1:
-            raise UsageError(f"The local port {local} ({proto}) is given more than once.")

@@ -1,0 +1,75 @@
+"""Which ports a forward is of, and where it listens, as its user says it."""
+
+from __future__ import annotations
+
+import ipaddress
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from kohakuriver.errors import UsageError
+
+__all__ = ["LOOPBACK", "LOOPBACKS", "PortForward", "PortSpec", "check_distinct", "exposes", "parse_port"]
+
+# Both loopback addresses: a program that is told `localhost` may take either.
+LOOPBACK = "localhost"
+LOOPBACKS = ("127.0.0.1", "::1")
+
+PortSpec = int | str
+
+
+@dataclass(frozen=True)
+class PortForward:
+    """One local port that leads to a port of the task. `local` 0 is any free port; `proto` is `tcp` or `udp`."""
+
+    local: int
+    remote: int
+    proto: str = "tcp"
+
+
+def parse_port(spec: PortSpec, *, proto: str = "tcp", local: int | None = None) -> PortForward:
+    """`REMOTE` or `LOCAL:REMOTE`, either with `/tcp` or `/udp`, as a PortForward.
+
+    `proto` and `local` stand where the text names none; a `local` of None is the remote port's number.
+    Raises UsageError for ports outside 1..65535 (0 only as LOCAL) and unknown protocols.
+    """
+    text = str(spec)
+    ports, slash, suffix = text.partition("/")
+    left, colon, right = ports.rpartition(":")
+    remote = _port_number(right, text)
+    given = _port_number(left, text, least=0) if colon else local
+    if given is not None and not 0 <= given <= 65535:
+        raise UsageError(f"The local port must be between 0 (any free one) and 65535, not {given}.")
+    kind = suffix if slash else proto
+    if kind not in ("tcp", "udp"):
+        raise UsageError(f"The protocol must be tcp or udp, not {kind!r}.")
+    return PortForward(remote if given is None else given, remote, kind)
+
+
+def _port_number(text: str, whole: str, *, least: int = 1) -> int:
+    if not text.isascii() or not text.isdigit():
+        raise UsageError(f"{whole!r} is not a port: give REMOTE or LOCAL:REMOTE, as in 8888 or 9999:8888.")
+    number = int(text) if len(text) <= 6 else 1_000_000
+    if not least <= number <= 65535:
+        place = "a local port must be between 0 (any free one) and 65535" if least == 0 else "must be 1 to 65535"
+        raise UsageError(f"Port {text} is out of range: {place}.")
+    return number
+
+
+def exposes(local_host: str) -> bool:
+    """Whether listening on `local_host` lets other machines in."""
+    if local_host == "localhost":
+        return False
+    try:
+        return not ipaddress.ip_address(local_host).is_loopback
+    except ValueError:
+        return True
+
+
+def check_distinct(ports: Sequence[PortForward]) -> None:
+    """Raises UsageError where there are none, or two want the same local port."""
+    if not ports:
+        raise UsageError("Give at least one remote port.")
+    taken = [(port.local, port.proto) for port in ports if port.local]
+    for local, proto in taken:
+        if taken.count((local, proto)) > 1:
+            raise UsageError(f"The local port {local} ({proto}) is given more than once.")
