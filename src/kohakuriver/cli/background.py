@@ -28,6 +28,7 @@ from kohakuriver.errors import UsageError
 __all__ = ["Front", "in_background", "log_to", "needs_unix"]
 
 _BEGUN = b"b"
+_LONGEST_NAME = 64
 _KILLED_BY = 128
 _STANDARD = (0, 1, 2)
 
@@ -55,8 +56,8 @@ class Front:
         while await asyncio.get_running_loop().sock_recv(self._channel, 1):
             pass
 
-    async def leave(self) -> bool:
-        """Leave the terminal, and have the one in front end with 0; False where it has ended before.
+    async def leave(self, name: str) -> bool:
+        """Leave the terminal, and have the one in front go on with this name; False where it has ended before.
 
         To be called once `gone` is waited for no longer.
         """
@@ -67,16 +68,17 @@ class Front:
         os.close(nothing)
         loop = asyncio.get_running_loop()
         with contextlib.suppress(OSError):
-            await loop.sock_sendall(self._channel, _BEGUN)
+            await loop.sock_sendall(self._channel, name.encode())
             if await loop.sock_recv(self._channel, 1):
                 self._channel.close()
                 return True
         return False
 
 
-def in_background(work: Callable[[Front], int]) -> int:
-    """The exit code of `work`, which goes on in another process where it calls `leave`; 0 then.
+def in_background(work: Callable[[Front], int]) -> tuple[int, str]:
+    """0 and the name that `work` has given itself where it goes on in another process, having called `leave`.
 
+    Else the exit code that it ended with, and "". The other process ends with that; it never comes back from here.
     To be called before there are threads, loops or files to share.
     """
     needs_unix()
@@ -86,7 +88,7 @@ def in_background(work: Callable[[Front], int]) -> int:
     pid = os.fork()
     if pid == 0:
         _keep_only(theirs.fileno())
-        return work(Front(theirs))
+        output.leave(work(Front(theirs)))
     theirs.close()
     return _until_begun(pid, ours)
 
@@ -103,7 +105,7 @@ def _keep_only(channel: int) -> None:
     os.close(nothing)
 
 
-def _until_begun(pid: int, channel: socket.socket) -> int:
+def _until_begun(pid: int, channel: socket.socket) -> tuple[int, str]:
     """What a process in front does."""
 
     def end(*_: object) -> None:
@@ -112,14 +114,14 @@ def _until_begun(pid: int, channel: socket.socket) -> int:
 
     with channel, _on_end(end):
         with contextlib.suppress(OSError):
-            if channel.recv(1):
+            if name := channel.recv(_LONGEST_NAME):
                 channel.sendall(_BEGUN)
-                return 0
+                return 0, name.decode()
         _, status = os.waitpid(pid, 0)
     code = os.waitstatus_to_exitcode(status)
     if code < 0:
         output.error(f"The process that was to go on in the background was ended by {signal.Signals(-code).name}.")
-    return code if code >= 0 else _KILLED_BY - code
+    return (code if code >= 0 else _KILLED_BY - code), ""
 
 
 @contextlib.contextmanager

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from enum import Enum
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -14,7 +16,10 @@ from kohakuriver.cli.options import MaybeTaskArgument, Remote, remote
 from kohakuriver.errors import KohakuRiverError, UsageError
 
 if TYPE_CHECKING:
-    from kohakuriver.client.forward import PortForward
+    from kohakuriver.cli.forward_run import Wanted
+    from kohakuriver.cli.profile import Entry
+    from kohakuriver.client.ports import PortForward
+    from kohakuriver.config import Settings
 
 __all__ = ["register"]
 
@@ -41,7 +46,7 @@ LocalPortOption = Annotated[
     typer.Option("--local-port", "-l", help="Default: the remote port. 0 is any free port.", show_default=False),
 ]
 LocalHostOption = Annotated[
-    str,
+    str | None,
     typer.Option(
         "--local-host",
         "-H",
@@ -82,6 +87,15 @@ ResumeForOption = Annotated[
 ]
 
 
+ProfileOption = Annotated[
+    str | None,
+    typer.Option(
+        "--profile",
+        metavar="NAME",
+        help="Of the forwards that kohakuriver.toml names, those with this name. Default: all.",
+        show_default=False,
+    ),
+]
 DetachOption = Annotated[bool, typer.Option("--detach", "-d", help="Go on in the background once every port listens.")]
 ListOption = Annotated[bool, typer.Option("--list", help="Show the forwards in the background.")]
 StopOption = Annotated[
@@ -113,8 +127,9 @@ def forward(
     at: Remote,
     task: MaybeTaskArgument = None,
     ports: PortsArgument = None,
+    profile: ProfileOption = None,
     local_port: LocalPortOption = None,
-    local_host: LocalHostOption = "localhost",
+    local_host: LocalHostOption = None,
     proto: ProtoOption = Proto.tcp,
     wait: WaitOption = None,
     no_resume: NoResumeOption = False,
@@ -124,7 +139,7 @@ def forward(
     stop: StopOption = False,
     everything: AllOption = False,
 ) -> int:
-    """Forward local ports to ports of a task, until Ctrl-C.
+    """Forward local ports to ports of a task, until Ctrl-C. Without TASK: all that kohakuriver.toml names.
 
     With CMD, run it once every port listens, with KOHAKURIVER_PORT_<remote> in its environment; its exit code is ours.
     """
@@ -132,20 +147,79 @@ def forward(
     if list_them or stop or everything:
         names = [*([task] if task is not None else []), *(ports or [])]
         return _look_after(names, list_them=list_them, stop=stop, everything=everything, json=at.json)
-    if task is None or not ports:
-        missing = "the TASK, and" if task is None else "the ports, each as REMOTE_PORT or LOCAL:REMOTE_PORT,"
-        raise UsageError(f"Give {missing} as in: kohakuriver forward my-task 8888")
     _check_command(command, json=at.json, detach=detach)
     _check_wait(wait, task, ports)
-    wanted = _ports(ports, local_port, proto.value)
+    entries = _of_project(profile, local_port) if task is None else [_entry(task, ports, profile)]
+    how = _How(local_port, local_host, proto.value, wait, no_resume, resume_for, at.json)
     chosen = at.settings()
-    if resume_for is not None:
-        chosen = replace(chosen, resume_for=resume_for)
-    _warn_if_exposed(local_host)
-    from kohakuriver.cli.forward_run import Wanted, behind, in_front
+    if local_host is not None:
+        _warn_if_exposed(local_host)
+    return _open(entries, how, chosen, command, detach=detach)
 
-    made = Wanted(task, wanted, chosen, local_host, patience=wait, resume=not no_resume, json=at.json)
-    return behind(made) if detach else in_front(made, command)
+
+@dataclass(frozen=True)
+class _How:
+    """What the command line says of all forwards that it opens; None where it does not say."""
+
+    local_port: int | None
+    local_host: str | None
+    proto: str
+    wait: float | None
+    no_resume: bool
+    resume_for: int | None
+    json: bool
+
+    def applied(self, entry: Entry, settings: Settings) -> Wanted:
+        """The forward that is wanted: as the command line says, else as the entry does."""
+        from kohakuriver.cli.forward_run import Wanted
+        from kohakuriver.client.ports import LOOPBACK
+
+        resume_for = entry.resume_for if self.resume_for is None else self.resume_for
+        return Wanted(
+            entry.task,
+            _ports(list(entry.ports), self.local_port, self.proto),
+            settings if resume_for is None else replace(settings, resume_for=resume_for),
+            self.local_host or entry.local_host or LOOPBACK,
+            patience=entry.wait if self.wait is None else self.wait,
+            resume=entry.resume and not self.no_resume,
+            json=self.json,
+        )
+
+
+def _open(entries: Sequence[Entry], how: _How, settings: Settings, command: list[str] | None, *, detach: bool) -> int:
+    from kohakuriver.cli.forward_run import opened
+    from kohakuriver.client.ports import check_distinct
+
+    wanted = [(how.applied(each, settings), command is None and (detach or each.detach)) for each in entries]
+    check_distinct([port for each, _ in wanted for port in each.ports])
+    return opened([each for each, behind in wanted if not behind], [each for each, behind in wanted if behind], command)
+
+
+def _entry(task: str, ports: list[str] | None, profile: str | None) -> Entry:
+    from kohakuriver.cli.profile import FILE, Entry
+
+    if profile is not None:
+        raise UsageError(f"--profile opens what {FILE} names: it goes without a TASK.")
+    if not ports:
+        raise UsageError(f"Give a REMOTE_PORT or LOCAL:REMOTE_PORT, too: kohakuriver forward {task} 8888")
+    return Entry(task, tuple(ports))
+
+
+def _of_project(profile: str | None, local_port: int | None) -> list[Entry]:
+    """What the project's file names. Raises UsageError where there is none, or it makes no sense."""
+    from pathlib import Path
+
+    from kohakuriver.cli.profile import FILE, chosen, found, read
+
+    home = os.path.expanduser("~")  # noqa: PTH111 - a user without one is no failure here
+    path = found(Path.cwd(), Path(home).resolve())
+    if path is None:
+        raise UsageError(
+            f"Give a TASK and its ports, as in `kohakuriver forward my-task 8888`; no {FILE} here names any."
+        )
+    if local_port is not None:
+        raise UsageError(f"--local-port goes with a TASK and one port; {FILE} has local ports as LOCAL:REMOTE.")
+    return chosen(path, read(path), profile)
 
 
 def _look_after(names: list[str], *, list_them: bool, stop: bool, everything: bool, json: bool) -> int:
@@ -219,14 +293,14 @@ def _check_command(command: list[str] | None, *, json: bool, detach: bool) -> No
         raise UsageError("--json and a command don't go together: stdout is the command's.")
 
 
-def _check_wait(wait: float | None, task: str, ports: list[str]) -> None:
+def _check_wait(wait: float | None, task: str | None, ports: list[str] | None) -> None:
     """Raises UsageError where the seconds of `--wait` were taken for the task."""
-    if wait is not None and task.isdigit() and len(ports) > 1 and ports[0][:1].isalpha():
+    if wait is not None and task is not None and ports and task.isdigit() and len(ports) > 1 and ports[0][:1].isalpha():
         raise UsageError(f"The seconds of --wait stand behind an equals sign: --wait={task} {' '.join(ports)}")
 
 
 def _ports(texts: list[str], local_port: int | None, proto: str) -> list[PortForward]:
-    from kohakuriver.client.forward import parse_port
+    from kohakuriver.client.ports import parse_port
 
     if local_port is not None and len(texts) > 1:
         raise UsageError("--local-port goes with one remote port; give several as LOCAL:REMOTE.")
@@ -236,7 +310,7 @@ def _ports(texts: list[str], local_port: int | None, proto: str) -> list[PortFor
 
 
 def _warn_if_exposed(local_host: str) -> None:
-    from kohakuriver.client.forward import exposes
+    from kohakuriver.client.ports import exposes
 
     if exposes(local_host):
         output.note(f"Warning: anybody who reaches this machine on {local_host} can use this forward.")

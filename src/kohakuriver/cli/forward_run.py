@@ -6,20 +6,23 @@ import asyncio
 import contextlib
 import os
 import signal
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
 from datetime import datetime, timezone
+from functools import partial
 from typing import Any
 
 from kohakuriver.cli import detached, output
 from kohakuriver.cli.background import Front, in_background, log_to
-from kohakuriver.cli.forward_view import Aside, Detached, LeavingView, view_for
+from kohakuriver.cli.forward_view import Aside, Detached, LeavingView, Together, views_for
 from kohakuriver.cli.signals import BY_KEYS, caught, in_foreground, suspended
-from kohakuriver.client.forward import Forwarder, PortForward
+from kohakuriver.client.forward import STOPPED, Event, Forwarder, PortForward, Stats
 from kohakuriver.config import Settings
 from kohakuriver.errors import KohakuRiverError, LocalAddressError
 from kohakuriver.runtime import cancel_all, freeze_heap, lowered_file_limit, raise_file_limit, run
+from kohakuriver.tunnel.user_endpoint import ListeningSocket
 
-__all__ = ["Wanted", "behind", "in_front"]
+__all__ = ["Wanted", "opened"]
 
 NOT_FOUND, NOT_EXECUTABLE, KILLED_BY = 127, 126, 128  # as shells say it
 
@@ -36,8 +39,8 @@ class Wanted:
     resume: bool = True
     json: bool = False
 
-    def made(self, view: Aside) -> Forwarder:
-        """It, not yet started, and telling `view` what happens."""
+    def made(self, tell: Callable[[Event], None]) -> Forwarder:
+        """It, not yet started; `tell` is called with what happens."""
         return Forwarder(
             self.task,
             self.ports,
@@ -45,23 +48,52 @@ class Wanted:
             local_host=self.local_host,
             patience=self.patience,
             resume=self.resume,
-            on_event=view.tell,
+            on_event=tell,
         )
 
 
-def in_front(wanted: Wanted, command: list[str] | None) -> int:
-    """The exit code of a forward that runs until it is stopped, or the command has ended that it is for."""
+def opened(front: Sequence[Wanted], behind: Sequence[Wanted], command: list[str] | None) -> int:
+    """The exit code of forwards, of which some go on in the background: all are opened, or none stays open."""
+    begun: list[str] = []
+
+    def undo() -> None:
+        for each in begun:
+            with contextlib.suppress(KohakuRiverError):
+                detached.stop(each)
+
+    for wanted in behind:
+        code, name = _begun(wanted)
+        if not name:
+            undo()
+            return code
+        begun.append(name)
+    return _in_front(front, command, undo) if front else 0
+
+
+def _in_front(several: Sequence[Wanted], command: list[str] | None, undo: Callable[[], None]) -> int:
+    """The exit code of what runs until it is stopped, or the command has ended that it is for.
+
+    `undo` is called where it could not be opened.
+    """
     files = raise_file_limit()
+    beside = command is not None
 
     async def main() -> int:
-        with view_for(wanted.task, json=wanted.json, beside_command=command is not None) as view:
-            return await Running(wanted.made(view), view, command, files).run()
+        views = views_for([each.task for each in several], json=several[0].json, beside_command=beside)
+        with Aside(Together(views)) as view:
+            made = [each.made(partial(view.tell_in, shown)) for each, shown in zip(several, views, strict=True)]
+            running = Running(made[0] if len(made) == 1 else Several(made, view.message), view, command, files)
+            try:
+                return await running.run()
+            finally:
+                if not running.listens:
+                    undo()
 
     return run(main())
 
 
-def behind(wanted: Wanted) -> int:
-    """The exit code of the start of a forward that goes on in the background."""
+def _begun(wanted: Wanted) -> tuple[int, str]:
+    """0 and the id of a forward that goes on in the background, or the exit code of its start and ""."""
 
     def work(front: Front) -> int:
         raise_file_limit()
@@ -77,7 +109,7 @@ def behind(wanted: Wanted) -> int:
 async def _behind(wanted: Wanted, front: Front, place: detached.Place) -> int:
     logger = log_to(place.log)
     with Aside(LeavingView(wanted.task, logger, json=wanted.json)) as view:
-        running = Detaching(wanted.made(view), view, front, place)
+        running = Detaching(wanted.made(view.tell), view, front, place)
         try:
             code = await running.run()
         except KohakuRiverError as error:
@@ -93,14 +125,68 @@ async def _behind(wanted: Wanted, front: Front, place: detached.Place) -> int:
         return code
 
 
+class Several:
+    """Several forwards as one: it is open when all are, and ends when none can go on.
+
+    `say` is called with a sentence for a person when one has ended and others go on.
+    """
+
+    def __init__(self, forwarders: Sequence[Forwarder], say: Callable[[str], None]) -> None:
+        self._forwarders = forwarders
+        self._say = say
+        self._started: list[Forwarder] = []
+
+    @property
+    def listening(self) -> list[ListeningSocket]:
+        return [local for each in self._forwarders for local in each.listening]
+
+    async def start(self) -> None:
+        """Open one after the other. Raises what the first raises that can't be opened."""
+        for each in self._forwarders:
+            await each.start()
+            self._started.append(each)
+
+    async def wait(self) -> None:
+        """Wait until none can go on; one that can't alone is closed. Raises what the last one raised."""
+        waiting = {asyncio.ensure_future(each.wait()): each for each in self._forwarders}
+        try:
+            while waiting:
+                ended, _ = await asyncio.wait(waiting, return_when=asyncio.FIRST_COMPLETED)
+                for task in ended:
+                    await self._ended(waiting.pop(task), task, last=not waiting)
+        finally:
+            await cancel_all(waiting)
+
+    async def _ended(self, forwarder: Forwarder, how: asyncio.Future[None], *, last: bool) -> None:
+        try:
+            how.result()
+        except KohakuRiverError as error:
+            if last:
+                raise
+            self._say(f"The forward to {forwarder.task} has ended: {error.message}")
+            await forwarder.close(error.message)
+
+    async def close(self, reason: str = STOPPED, *, deliver: bool = False) -> None:
+        """Close all that were opened; see Forwarder."""
+        await asyncio.gather(*(each.close(reason, deliver=deliver) for each in self._started))
+
+    def stats(self) -> Stats:
+        """The sums of theirs."""
+        each = [asdict(one.stats()) for one in self._forwarders]
+        return Stats(**{name: sum(one[name] for one in each) for name in each[0]})
+
+
 class Running:
     """A forward from its opening to its end, with the command that it was started for, if any.
 
-    `files` is how many files that command may open.
+    `files` is how many files that command may open. `listens` is whether every port does, or did.
     """
 
-    def __init__(self, forwarder: Forwarder, view: Aside, command: list[str] | None, files: int | None) -> None:
+    def __init__(
+        self, forwarder: Forwarder | Several, view: Aside, command: list[str] | None, files: int | None
+    ) -> None:
         self._forwarder = forwarder
+        self.listens = False
         self._view = view
         self._command = command
         self._files = files
@@ -109,14 +195,14 @@ class Running:
 
     async def run(self) -> int:
         """The exit code: the command's, or 0 when stopped. Raises KohakuRiverError when the forward can't go on."""
-        reason = "stopped"
+        reason = STOPPED
         try:
             with caught(self._signalled), suspended(self._view.rest):
                 return await self._opened_and_ended()
         except LocalAddressError as error:
             raise _told_who(error) from error
         except KohakuRiverError as error:
-            reason = error.message
+            reason = error.message if self.listens else STOPPED
             raise
         finally:
             await self._forwarder.close(reason)
@@ -124,6 +210,7 @@ class Running:
     async def _opened_and_ended(self) -> int:
         if not await self._until_stopped(self._forwarder.start()):
             return 0
+        self.listens = True
         freeze_heap()
         ticking = asyncio.ensure_future(self._tick())
         try:
@@ -203,6 +290,7 @@ class Detaching(Running):
 
     def __init__(self, forwarder: Forwarder, view: Aside, front: Front, place: detached.Place) -> None:
         super().__init__(forwarder, view, None, None)
+        self._one = forwarder
         self._front = front
         self._place = place
         self._since = datetime.now(timezone.utc).isoformat(timespec="seconds")
@@ -216,10 +304,10 @@ class Detaching(Running):
     async def _opened(self) -> int:
         if not await self._until_stopped(self._place.open(self.state, lambda: self.stop("told to"))):
             return 0
-        self._view.tell(Detached(self._place.id, os.getpid(), str(self._place.log)))
+        self._view.tell(Detached(self._one.task, self._place.id, os.getpid(), str(self._place.log)))
         self._view.leave()
         await cancel_all([self._watching])
-        if self._stopped.done() or not await self._front.leave():
+        if self._stopped.done() or not await self._front.leave(self._place.id):
             return 0
         self.left = True
         return await super()._opened()
@@ -228,7 +316,7 @@ class Detaching(Running):
         """What it tells of itself; see `detached.listed`."""
         return {
             "id": self._place.id,
-            "task": self._forwarder.task,
+            "task": self._one.task,
             "ports": [
                 {"local_host": at.host, "local_port": at.port, "remote_port": at.remote_port, "proto": at.proto}
                 for at in self._forwarder.listening
@@ -236,7 +324,7 @@ class Detaching(Running):
             "pid": os.getpid(),
             "since": self._since,
             "connections": self._forwarder.stats().streams,
-            "state": "connected" if self._forwarder.connected else "reconnecting",
+            "state": "connected" if self._one.connected else "reconnecting",
             "log": str(self._place.log),
         }
 

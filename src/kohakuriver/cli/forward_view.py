@@ -11,7 +11,7 @@ import re
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from types import TracebackType
@@ -33,7 +33,7 @@ from kohakuriver.client.forward import (
 )
 from kohakuriver.text import printable
 
-__all__ = ["Aside", "Detached", "JsonView", "LeavingView", "LiveView", "PlainView", "View", "view_for"]
+__all__ = ["Aside", "Detached", "JsonView", "LeavingView", "LiveView", "PlainView", "Together", "View", "views_for"]
 
 STATS_INTERVAL = 5.0
 LIVE_INTERVAL = 0.5
@@ -52,6 +52,7 @@ class Detached(Event):
     """The forward goes on in the background, as the process `pid`, with this id; what happens to it is in `log`."""
 
     event: ClassVar[str] = "detached"
+    task: str
     id: str
     pid: int
     log: str
@@ -91,6 +92,9 @@ class View:
     def tick(self, stats: Stats) -> None:
         pass
 
+    def message(self, text: str) -> None:
+        """Show a line for a person; programs have the events."""
+
     def rest(self) -> None:
         """Leave the terminal as others expect it: this program is about to be stopped."""
 
@@ -99,13 +103,14 @@ class View:
 
 
 class JsonView(View):
-    """One event a line on stdout; statistics whenever they have changed."""
+    """One event a line on stdout; statistics whenever they have changed. With a `task`, each tells of which it is."""
 
-    def __init__(self) -> None:
+    def __init__(self, task: str | None = None) -> None:
+        self._of = {} if task is None else {"task": task}
         self._last: Stats | None = None
 
     def show(self, event: Event) -> None:
-        output.json_line(event.to_json())
+        output.json_line({**event.to_json(), **self._of})
 
     def tick(self, stats: Stats) -> None:
         if stats != self._last:
@@ -236,6 +241,33 @@ def readable(text: str, task: str) -> str:
     return _CONTAINER.sub(task.replace("\\", ""), text)
 
 
+class LiveLine:
+    """The last line of a terminal, which shows open streams and rates, and is drawn anew below what is printed."""
+
+    def __init__(self) -> None:
+        self._shown = False
+        self._before: tuple[float, Stats] | None = None
+
+    def rest(self) -> None:
+        """Leave the place for another line."""
+        if self._shown and output.draws(sys.stdout):
+            _write(CLEAR)
+        self._shown = False
+
+    def draw(self, stats: Stats) -> None:
+        """Show what went on since the last time."""
+        now = time.monotonic()
+        before, self._before = self._before, (now, stats)
+        if before is None:
+            return
+        self._shown = self._shown and output.draws(sys.stdout)
+        if output.draws(sys.stdout):
+            line = status_line(before[1], stats, now - before[0])
+            with contextlib.suppress(BrokenPipeError):
+                _write(f"{CLEAR}{DIM}{line[: _columns() - 1]}{PLAIN}")
+            self._shown = True
+
+
 class LiveView(PlainView):
     """The same lines, above one that shows open streams and rates while the forward runs.
 
@@ -245,10 +277,9 @@ class LiveView(PlainView):
 
     interval = LIVE_INTERVAL
 
-    def __init__(self, task: str) -> None:
+    def __init__(self, task: str, line: LiveLine | None = None) -> None:
         super().__init__(task)
-        self._shown = False
-        self._before: tuple[float, Stats] | None = None
+        self._line = line or LiveLine()
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
@@ -263,9 +294,7 @@ class LiveView(PlainView):
         return super().listening_line(event) + (url if local else "")
 
     def rest(self) -> None:
-        if self._shown and output.draws(sys.stdout):
-            _write(CLEAR)
-        self._shown = False
+        self._line.rest()
 
     def result(self, text: str) -> None:
         self.rest()
@@ -275,16 +304,29 @@ class LiveView(PlainView):
         self.result(stamped(text))
 
     def tick(self, stats: Stats) -> None:
-        now = time.monotonic()
-        before, self._before = self._before, (now, stats)
-        if before is None:
-            return
-        self._shown = self._shown and output.draws(sys.stdout)
-        if output.draws(sys.stdout):
-            line = status_line(before[1], stats, now - before[0])
-            with contextlib.suppress(BrokenPipeError):
-                _write(f"{CLEAR}{DIM}{line[: _columns() - 1]}{PLAIN}")
-            self._shown = True
+        self._line.draw(stats)
+
+
+class Together(View):
+    """The views of several forwards, each of which is told for itself; statistics are those of all."""
+
+    def __init__(self, views: Sequence[View]) -> None:
+        self._views = views
+        self.interval = views[0].interval
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._views[0].__exit__(kind, error, trace)
+
+    def tick(self, stats: Stats) -> None:
+        self._views[0].tick(stats)
+
+    def message(self, text: str) -> None:
+        self._views[0].message(text)
+
+    def rest(self) -> None:
+        self._views[0].rest()
 
 
 def _write(text: str) -> None:
@@ -334,7 +376,7 @@ class LeavingView(View):
     """Shows a forward that is about to leave the terminal: there and in a log, then in the log alone."""
 
     def __init__(self, task: str, logger: logging.Logger, *, json: bool) -> None:
-        self._there: View | None = _view(task, json=json, beside_command=False)
+        self._there: View | None = views_for([task], json=json, beside_command=False)[0]
         self._log = LogView(task, logger)
 
     def show(self, event: Event) -> None:
@@ -383,7 +425,15 @@ class Aside:
 
     def tell(self, event: Event) -> None:
         """Have an event shown."""
-        self._put(lambda: self._view.tell(event))
+        self.tell_in(self._view, event)
+
+    def tell_in(self, view: View, event: Event) -> None:
+        """Have an event shown by one of the views that this one is made of."""
+        self._put(lambda: view.tell(event))
+
+    def message(self, text: str) -> None:
+        """Have a line for a person shown."""
+        self._put(lambda: self._view.message(text))
 
     def tick(self, stats: Stats) -> None:
         """Have statistics shown, unless what came before them is still to be."""
@@ -419,14 +469,11 @@ class Aside:
             show()
 
 
-def view_for(task: str, *, json: bool, beside_command: bool) -> Aside:
-    """The view that fits where stdout goes."""
-    return Aside(_view(task, json=json, beside_command=beside_command))
-
-
-def _view(task: str, *, json: bool, beside_command: bool) -> View:
+def views_for(tasks: Sequence[str], *, json: bool, beside_command: bool) -> list[View]:
+    """A view of each forward, by its task, that fits where stdout goes. Several are to be put Together."""
     if json:
-        return JsonView()
+        return [JsonView(task if len(tasks) > 1 else None) for task in tasks]
     if output.paints(sys.stdout) and not beside_command:
-        return LiveView(task)
-    return PlainView(task, beside_command=beside_command)
+        line = LiveLine()
+        return [LiveView(task, line) for task in tasks]
+    return [PlainView(task, beside_command=beside_command) for task in tasks]

@@ -39,6 +39,7 @@ from kohakuriver.tunnel.user_endpoint import ListeningSocket, UserEndpoint, deli
 __all__ = [
     "LOOPBACK",
     "LOOPBACKS",
+    "STOPPED",
     "Closed",
     "Connected",
     "Event",
@@ -77,6 +78,9 @@ KNOCK_POLL = 0.02
 
 # What a host says of a task that has ended: its connections have, too.
 NOT_RUNNING = "task_not_running"
+
+STOPPED = "stopped"
+"""Why a forward is over that was told to end."""
 
 
 @dataclass(frozen=True)
@@ -289,7 +293,7 @@ class Forwarder:
         if self._keeper is not None:
             await asyncio.shield(self._keeper)
 
-    async def close(self, reason: str = "stopped", *, deliver: bool = False) -> None:
+    async def close(self, reason: str = STOPPED, *, deliver: bool = False) -> None:
         """Stop listening, end every stream and the session.
 
         `deliver`: first wait until what local programs have sent has arrived in the task, while it makes progress.
