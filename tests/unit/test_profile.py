@@ -20,11 +20,11 @@ def test_an_entry_names_a_task_its_ports_and_how_they_are_opened(file: Path) -> 
     file.write_text(
         '[[forward]]\ntask = "lab"\nports = ["8888", 6006, "5432:5432", "53/udp"]\n\n'
         '[[forward]]\nname = "db"\ntask = 17\nports = "0:5432"\nlocal_host = "127.0.0.1"\n'
-        "wait = 5\nresume = false\nresume_for = 60\ndetach = true\n"
+        "local_port_fallback = true\nwait = 5\nresume = false\nresume_for = 60\ndetach = true\n"
     )
     assert profile.read(file) == [
         Entry("lab", ("8888", "6006", "5432:5432", "53/udp")),
-        Entry("17", ("0:5432",), "db", "127.0.0.1", 5, False, 60, True),
+        Entry("17", ("0:5432",), "db", "127.0.0.1", True, 5, False, 60, True),
     ]
 
 
@@ -58,6 +58,7 @@ def test_whom_the_token_goes_to_and_what_runs_is_not_the_files_to_say(file: Path
         ('task = "lab"\nports = 70000', "'ports' in .*70000 is out of range"),
         ('task = "lab"\nports = 80\nlocal_host = "0.0.0.0"', "'local_host' in .* must be a loopback address"),
         ('task = "lab"\nports = 80\nlocal_host = "name"', "'local_host' in"),
+        ('task = "lab"\nports = 80\nlocal_port_fallback = 1', "'local_port_fallback' in .* must be true or false"),
         ('task = "lab"\nports = 80\nwait = -1', "'wait' in .* must be true, false or a number of seconds"),
         ('task = "lab"\nports = 80\nwait = inf', "'wait' in"),
         ('task = "lab"\nports = 80\nwait = "5"', "'wait' in"),

@@ -45,6 +45,9 @@ LocalPortOption = Annotated[
     int | None,
     typer.Option("--local-port", "-l", help="Default: the remote port. 0 is any free port.", show_default=False),
 ]
+FallbackOption = Annotated[
+    bool, typer.Option("--local-port-fallback", help="Take the next free local port where one is taken.")
+]
 LocalHostOption = Annotated[
     str | None,
     typer.Option(
@@ -129,6 +132,7 @@ def forward(
     ports: PortsArgument = None,
     profile: ProfileOption = None,
     local_port: LocalPortOption = None,
+    fallback: FallbackOption = False,
     local_host: LocalHostOption = None,
     proto: ProtoOption = Proto.tcp,
     wait: WaitOption = None,
@@ -150,7 +154,7 @@ def forward(
     _check_command(command, json=at.json, detach=detach)
     _check_wait(wait, task, ports)
     entries = _of_project(profile, local_port) if task is None else [_entry(task, ports, profile)]
-    how = _How(local_port, local_host, proto.value, wait, no_resume, resume_for, at.json)
+    how = _How(local_port, fallback, local_host, proto.value, wait, no_resume, resume_for, at.json)
     chosen = at.settings()
     if local_host is not None:
         _warn_if_exposed(local_host)
@@ -162,6 +166,7 @@ class _How:
     """What the command line says of all forwards that it opens; None where it does not say."""
 
     local_port: int | None
+    fallback: bool
     local_host: str | None
     proto: str
     wait: float | None
@@ -182,6 +187,7 @@ class _How:
             self.local_host or entry.local_host or LOOPBACK,
             patience=entry.wait if self.wait is None else self.wait,
             resume=entry.resume and not self.no_resume,
+            fallback=entry.local_port_fallback or self.fallback,
             json=self.json,
         )
 

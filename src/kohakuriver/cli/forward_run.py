@@ -15,6 +15,7 @@ from typing import Any
 from kohakuriver.cli import detached, output
 from kohakuriver.cli.background import Front, in_background, log_to
 from kohakuriver.cli.forward_view import Aside, Detached, LeavingView, Together, views_for
+from kohakuriver.cli.port_owner import owner
 from kohakuriver.cli.signals import BY_KEYS, caught, in_foreground, suspended
 from kohakuriver.client.forward import STOPPED, Event, Forwarder, PortForward, Stats
 from kohakuriver.config import Settings
@@ -37,6 +38,7 @@ class Wanted:
     local_host: str
     patience: float | None = None
     resume: bool = True
+    fallback: bool = False
     json: bool = False
 
     def made(self, tell: Callable[[Event], None]) -> Forwarder:
@@ -48,6 +50,7 @@ class Wanted:
             local_host=self.local_host,
             patience=self.patience,
             resume=self.resume,
+            fallback=self.fallback,
             on_event=tell,
         )
 
@@ -330,19 +333,23 @@ class Detaching(Running):
 
 
 def _told_who(error: LocalAddressError) -> LocalAddressError:
-    """The error with what has the port, where that is a forward in the background."""
+    """The error with what has the port, as far as that can be known, and with what to do about it."""
     if error.taken is None:
         return error
     host, port, proto = error.taken
+    where = f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
     other = detached.who_has(port, proto)
     if other is None:
-        return error
-    where = f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
-    return LocalAddressError(
-        f"{where} is already in use by the forward {other['id']} to {other['task']} in the background; "
-        f"`kohakuriver forward --stop {other['id']}` ends it, or choose another local port, as in 0:REMOTE.",
-        taken=error.taken,
+        who, end = owner(port, proto), ""
+        by = f" by {who}" if who else ""
+    else:
+        by = f" by the forward {other['id']} to {other['task']} in the background"
+        end = f"`kohakuriver forward --stop {other['id']}` ends it, "
+    message = (
+        f"{where} is already in use{by}; {end}--local-port-fallback takes the next free port, or choose another, as in "
+        "0:REMOTE, where 0 takes any free one."
     )
+    return LocalAddressError(message, taken=error.taken)
 
 
 def _shares_a_foreground() -> bool:

@@ -228,9 +228,10 @@ def stamped(text: str) -> str:
 
 
 def listening_line(task: str, event: Listening) -> str:
-    """`Forwarding 127.0.0.1:8888 -> task:8888 (tcp)`"""
+    """`Forwarding 127.0.0.1:8888 -> task:8888 (tcp)`, and the local port that was wanted where it is another."""
     host = f"[{event.local_host}]" if ":" in event.local_host else event.local_host
-    return f"Forwarding {host}:{event.local_port} -> {task}:{event.remote_port} ({event.proto})"
+    why = "" if event.instead_of is None else f", since {event.instead_of} is in use"
+    return f"Forwarding {host}:{event.local_port} -> {task}:{event.remote_port} ({event.proto}){why}"
 
 
 def readable(text: str, task: str) -> str:

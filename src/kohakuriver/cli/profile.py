@@ -32,6 +32,7 @@ class Entry:
     ports: tuple[str, ...]
     name: str | None = None
     local_host: str | None = None
+    local_port_fallback: bool = False
     wait: float | None = None
     resume: bool = True
     resume_for: int | None = None
@@ -152,6 +153,7 @@ _KEYS: dict[str, tuple[str, Callable[[Any], bool]]] = {
     "ports": ('ports, as in ["8888", "5432:5432", "53/udp"]', _ports),
     "name": ("text", _text),
     "local_host": ("a loopback address; --local-host opens a forward to other machines", _local_host),
+    "local_port_fallback": ("true or false", _yes_or_no),
     "wait": ("true, false or a number of seconds", _wait),
     "resume": ("true or false", _yes_or_no),
     "resume_for": ("a number of seconds, at most 86400", lambda value: _whole(value) and 0 < value <= _LONGEST_RESUME),

@@ -104,13 +104,20 @@ class Connected(Event):
 
 @dataclass(frozen=True)
 class Listening(Event):
-    """A local port leads to the task's port."""
+    """A local port leads to the task's port. `instead_of` is the one that was wanted, where that was taken."""
 
     event: ClassVar[str] = "listening"
     local_host: str
     local_port: int
     remote_port: int
     proto: str
+    instead_of: int | None = None
+
+    def to_json(self) -> dict[str, Any]:
+        shown = super().to_json()
+        if self.instead_of is None:
+            del shown["instead_of"]
+        return shown
 
 
 @dataclass(frozen=True)
@@ -208,7 +215,7 @@ class Forwarder:
 
     `task` is a numeric id or a unique name. `start`, then `wait` for its end, then `close`. With `patience`, `start`
     waits so many seconds for somebody to listen on the TCP ports in the task. With `resume`, connections outlive a
-    session that is lost.
+    session that is lost. With `fallback`, the next free local port is taken where one is not free.
     """
 
     def __init__(
@@ -220,12 +227,14 @@ class Forwarder:
         local_host: str = LOOPBACK,
         patience: float | None = None,
         resume: bool = True,
+        fallback: bool = False,
         on_event: Callable[[Event], None] = lambda event: None,
     ) -> None:
         check_distinct(ports)
         self.task = task
         self.ports = list(ports)
         self._local_host = local_host
+        self._fallback = fallback
         self._patience = patience
         self._knocking = False
         self.listening: list[ListeningSocket] = []
@@ -274,7 +283,7 @@ class Forwarder:
             await self._until_answered(self._patience)
         self._on_event(Connected(self.task, link.version))
         for local in self.listening:
-            self._on_event(Listening(local.host, local.port, local.remote_port, local.proto))
+            self._on_event(Listening(local.host, local.port, local.remote_port, local.proto, local.instead_of))
         loop = asyncio.get_running_loop()
         self._keeper = loop.create_task(self._keep_open())
         self._watcher = loop.create_task(self._watch_descriptors())
@@ -353,7 +362,9 @@ class Forwarder:
 
     async def _listen_everywhere(self) -> None:
         """Bind all local addresses, those that must be had first."""
-        self.listening = await LocalSide(self._endpoint, self._local_host, self._half_listening).listen(self.ports)
+        half = self._half_listening
+        local = LocalSide(self._endpoint, self._local_host, half, fallback=self._fallback)
+        self.listening = await local.listen(self.ports)
 
     def _half_listening(self, host: str, port: int) -> None:
         self._on_event(NotListening(host, port, "another program listens there"))

@@ -10,41 +10,78 @@ from kohakuriver.tunnel.user_endpoint import ListeningSocket, UserEndpoint
 
 __all__ = ["LocalSide"]
 
+_Pair = tuple[ListeningSocket, ListeningSocket | None]
+
 FREE_PORT_TRIES = 20
+NEXT_PORT_TRIES = 100
+"""How many ports are tried, from the one that is wanted on, where the next free one will do."""
 
 
 class LocalSide:
     """Listens for `endpoint` on `host`, where "localhost" is both loopback addresses.
 
-    `half` is told of an address and port of the second one that another program has; the first is enough.
+    `half` is told of an address and port of the second one that another program has; the first is enough. With
+    `fallback` a port is passed over that is taken, and the next free one listens instead of it.
     """
 
-    def __init__(self, endpoint: UserEndpoint, host: str, half: Callable[[str, int], None]) -> None:
+    def __init__(
+        self, endpoint: UserEndpoint, host: str, half: Callable[[str, int], None], *, fallback: bool = False
+    ) -> None:
         self._endpoint = endpoint
         self._host = host
         self._half = half
+        self._fallback = fallback
 
     async def listen(self, ports: Sequence[PortForward]) -> list[ListeningSocket]:
         """Bind all: those that must be had first, one for each port. Raises LocalAddressError."""
-        if self._host != LOOPBACK:
-            return [await self._listen(self._host, port.local, port) for port in ports]
         firsts, seconds = [], []
         for port in ports:
-            first, second = await self._listen_on_loopback(port)
+            others = {(each.local, each.proto) for each in ports if each is not port}
+            first, second = await self._listen_or_fall_back(port, others)
             firsts.append(first)
             seconds += [] if second is None else [second]
         return firsts + seconds
 
-    async def _listen_on_loopback(self, port: PortForward) -> tuple[ListeningSocket, ListeningSocket | None]:
+    async def _listen_or_fall_back(self, port: PortForward, others: set[tuple[int, str]]) -> _Pair:
+        """Listen for `port`, passing over those that are for `others`. Raises LocalAddressError."""
+        if not self._fallback or not port.local:
+            return await self._listen_at(port.local, port)
+        last = min(port.local + NEXT_PORT_TRIES, 65536)
+        for local in range(port.local, last):
+            if (local, port.proto) in others:
+                continue
+            try:
+                pair = await self._listen_at(local, port)
+            except LocalAddressError as error:
+                if error.taken is None:
+                    raise
+                continue
+            for each in pair:
+                if each is not None and local != port.local:
+                    each.instead_of = port.local
+            return pair
+        raise LocalAddressError(
+            f"None of the ports {port.local} to {last - 1} is free on {self._host}; choose another one, or 0 for any."
+        )
+
+    async def _listen_at(self, local: int, port: PortForward) -> _Pair:
+        if self._host == LOOPBACK:
+            return await self._listen_on_loopback(local, port)
+        return await self._listen(self._host, local, port), None
+
+    async def _listen_on_loopback(self, local: int, port: PortForward) -> _Pair:
         """The same port number on 127.0.0.1 and, where that can be had, on ::1. Raises LocalAddressError."""
-        first = await self._listen(LOOPBACKS[0], port.local, port)
+        first = await self._listen(LOOPBACKS[0], local, port)
         for _ in range(FREE_PORT_TRIES):
             try:
                 return first, await self._listen(LOOPBACKS[1], first.port, port)
             except LocalAddressError as error:
                 if error.taken is None:
                     return first, None  # this machine has no IPv6
-                if port.local:
+                if local and self._fallback:
+                    first.close()
+                    raise
+                if local:
                     self._half(LOOPBACKS[1], first.port)
                     return first, None
             another = await self._listen(LOOPBACKS[0], 0, port)  # before the first is closed, so that it is another

@@ -40,7 +40,7 @@ LAST_WORD = 0.5
 
 @dataclass
 class ListeningSocket:
-    """A local address that leads to a port of the task."""
+    """A local address that leads to a port of the task. `instead_of` is the local port that was wanted, if another."""
 
     host: str
     port: int
@@ -48,6 +48,7 @@ class ListeningSocket:
     proto: str
     close: Callable[[], None] = field(repr=False)
     sock: socket.socket = field(repr=False)
+    instead_of: int | None = None
 
 
 class UserEndpoint(Endpoint):
