@@ -34,7 +34,7 @@ def test_to_wait_takes_a_time_or_the_usual_one(file: Path, said: str, seconds: f
     assert profile.read(file)[0].wait == seconds
 
 
-@pytest.mark.parametrize("key", ["host", "token", "ca_file", "proxy", "command"])
+@pytest.mark.parametrize("key", ["host", "token", "ca_file", "proxy", "command", "on_connect"])
 @pytest.mark.parametrize("where", ["", '[[forward]]\ntask = "lab"\nports = 80\n'], ids=["file", "entry"])
 def test_whom_the_token_goes_to_and_what_runs_is_not_the_files_to_say(file: Path, key: str, where: str) -> None:
     file.write_text(f'{where}{key} = "http://elsewhere"\n')

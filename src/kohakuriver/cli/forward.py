@@ -90,6 +90,15 @@ ResumeForOption = Annotated[
 ]
 
 
+OnConnectOption = Annotated[
+    str | None,
+    typer.Option(
+        "--on-connect",
+        metavar="CMD",
+        help="Run this by the shell each time the forward is connected, with KOHAKURIVER_PORT_<remote> set.",
+        show_default=False,
+    ),
+]
 ProfileOption = Annotated[
     str | None,
     typer.Option(
@@ -138,6 +147,7 @@ def forward(
     wait: WaitOption = None,
     no_resume: NoResumeOption = False,
     resume_for: ResumeForOption = None,
+    on_connect: OnConnectOption = None,
     detach: DetachOption = False,
     list_them: ListOption = False,
     stop: StopOption = False,
@@ -154,7 +164,7 @@ def forward(
     _check_command(command, json=at.json, detach=detach)
     _check_wait(wait, task, ports)
     entries = _of_project(profile, local_port) if task is None else [_entry(task, ports, profile)]
-    how = _How(local_port, fallback, local_host, proto.value, wait, no_resume, resume_for, at.json)
+    how = _How(local_port, fallback, local_host, proto.value, wait, no_resume, resume_for, on_connect, at.json)
     chosen = at.settings()
     if local_host is not None:
         _warn_if_exposed(local_host)
@@ -172,6 +182,7 @@ class _How:
     wait: float | None
     no_resume: bool
     resume_for: int | None
+    on_connect: str | None
     json: bool
 
     def applied(self, entry: Entry, settings: Settings) -> Wanted:
@@ -188,6 +199,7 @@ class _How:
             patience=entry.wait if self.wait is None else self.wait,
             resume=entry.resume and not self.no_resume,
             fallback=entry.local_port_fallback or self.fallback,
+            on_connect=self.on_connect,
             json=self.json,
         )
 

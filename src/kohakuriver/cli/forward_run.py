@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import os
 import signal
+import sys
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from datetime import datetime, timezone
@@ -15,6 +16,7 @@ from typing import Any
 from kohakuriver.cli import detached, output
 from kohakuriver.cli.background import Front, in_background, log_to
 from kohakuriver.cli.forward_view import Aside, Detached, LeavingView, Together, views_for
+from kohakuriver.cli.on_connect import OnConnect, ports_in_environment
 from kohakuriver.cli.port_owner import owner
 from kohakuriver.cli.signals import BY_KEYS, caught, in_foreground, suspended
 from kohakuriver.client.forward import STOPPED, Event, Forwarder, PortForward, Stats
@@ -39,6 +41,7 @@ class Wanted:
     patience: float | None = None
     resume: bool = True
     fallback: bool = False
+    on_connect: str | None = None
     json: bool = False
 
     def made(self, tell: Callable[[Event], None]) -> Forwarder:
@@ -53,6 +56,19 @@ class Wanted:
             fallback=self.fallback,
             on_event=tell,
         )
+
+    def hooked(self, tell: Callable[[Event], None], **how: Any) -> tuple[Forwarder, list[OnConnect]]:
+        """The same, with the command that is run when it is connected, if any; `how` is for OnConnect."""
+        if self.on_connect is None:
+            return self.made(tell), []
+
+        def happened(event: Event) -> None:
+            tell(event)
+            hook.happened(event)
+
+        forwarder = self.made(happened)
+        hook = OnConnect(self.on_connect, self.task, lambda: forwarder.listening, tell, **how)
+        return forwarder, [hook]
 
 
 def opened(front: Sequence[Wanted], behind: Sequence[Wanted], command: list[str] | None) -> int:
@@ -84,8 +100,14 @@ def _in_front(several: Sequence[Wanted], command: list[str] | None, undo: Callab
     async def main() -> int:
         views = views_for([each.task for each in several], json=several[0].json, beside_command=beside)
         with Aside(Together(views)) as view:
-            made = [each.made(partial(view.tell_in, shown)) for each, shown in zip(several, views, strict=True)]
-            running = Running(made[0] if len(made) == 1 else Several(made, view.message), view, command, files)
+            out = sys.stderr if beside or several[0].json else None  # stdout is somebody else's
+            made = [
+                each.hooked(partial(view.tell_in, shown), files=files, out=out)
+                for each, shown in zip(several, views, strict=True)
+            ]
+            forwarders, hooks = [each for each, _ in made], [hook for _, some in made for hook in some]
+            forwarder = forwarders[0] if len(forwarders) == 1 else Several(forwarders, view.message)
+            running = Running(forwarder, view, command, files, hooks)
             try:
                 return await running.run()
             finally:
@@ -99,20 +121,21 @@ def _begun(wanted: Wanted) -> tuple[int, str]:
     """0 and the id of a forward that goes on in the background, or the exit code of its start and ""."""
 
     def work(front: Front) -> int:
-        raise_file_limit()
+        files = raise_file_limit()
         place = detached.Place()
         try:
-            return run(_behind(wanted, front, place))
+            return run(_behind(wanted, front, place, files))
         finally:
             place.leave()
 
     return in_background(work)
 
 
-async def _behind(wanted: Wanted, front: Front, place: detached.Place) -> int:
+async def _behind(wanted: Wanted, front: Front, place: detached.Place, files: int | None) -> int:
     logger = log_to(place.log)
     with Aside(LeavingView(wanted.task, logger, json=wanted.json)) as view:
-        running = Detaching(wanted.made(view.tell), view, front, place)
+        forwarder, hooks = wanted.hooked(view.tell, files=files, silent=True)
+        running = Detaching(forwarder, view, front, place, hooks)
         try:
             code = await running.run()
         except KohakuRiverError as error:
@@ -182,13 +205,20 @@ class Several:
 class Running:
     """A forward from its opening to its end, with the command that it was started for, if any.
 
-    `files` is how many files that command may open. `listens` is whether every port does, or did.
+    `files` is how many files that command may open; `hooks` end with the forward. `listens` is whether every port
+    does, or did.
     """
 
     def __init__(
-        self, forwarder: Forwarder | Several, view: Aside, command: list[str] | None, files: int | None
+        self,
+        forwarder: Forwarder | Several,
+        view: Aside,
+        command: list[str] | None,
+        files: int | None,
+        hooks: Sequence[OnConnect] = (),
     ) -> None:
         self._forwarder = forwarder
+        self._hooks = hooks
         self.listens = False
         self._view = view
         self._command = command
@@ -208,6 +238,7 @@ class Running:
             reason = error.message if self.listens else STOPPED
             raise
         finally:
+            await asyncio.gather(*(hook.close() for hook in self._hooks))
             await self._forwarder.close(reason)
 
     async def _opened_and_ended(self) -> int:
@@ -240,10 +271,7 @@ class Running:
         return False
 
     async def _run_command(self, command: list[str]) -> int:
-        environment = dict(os.environ)
-        for local in sorted(self._forwarder.listening, key=lambda each: each.proto, reverse=True):  # TCP's counts
-            environment[f"KOHAKURIVER_PORT_{local.remote_port}"] = str(local.port)
-            environment[f"KOHAKURIVER_PORT_{local.remote_port}_{local.proto.upper()}"] = str(local.port)
+        environment = {**os.environ, **ports_in_environment(self._forwarder.listening)}
         try:
             with lowered_file_limit(self._files):
                 self._child = await asyncio.create_subprocess_exec(*command, env=environment)
@@ -291,8 +319,10 @@ class Detaching(Running):
     `left` is whether it does.
     """
 
-    def __init__(self, forwarder: Forwarder, view: Aside, front: Front, place: detached.Place) -> None:
-        super().__init__(forwarder, view, None, None)
+    def __init__(
+        self, forwarder: Forwarder, view: Aside, front: Front, place: detached.Place, hooks: Sequence[OnConnect]
+    ) -> None:
+        super().__init__(forwarder, view, None, None, hooks)
         self._one = forwarder
         self._front = front
         self._place = place

@@ -33,7 +33,18 @@ from kohakuriver.client.forward import (
 )
 from kohakuriver.text import printable
 
-__all__ = ["Aside", "Detached", "JsonView", "LeavingView", "LiveView", "PlainView", "Together", "View", "views_for"]
+__all__ = [
+    "Aside",
+    "Detached",
+    "JsonView",
+    "LeavingView",
+    "LiveView",
+    "OnConnectFailed",
+    "PlainView",
+    "Together",
+    "View",
+    "views_for",
+]
 
 STATS_INTERVAL = 5.0
 LIVE_INTERVAL = 0.5
@@ -56,6 +67,15 @@ class Detached(Event):
     id: str
     pid: int
     log: str
+
+
+@dataclass(frozen=True)
+class OnConnectFailed(Event):
+    """The command that is run on each connect ended with `code`, or could not be run (None); `message` says so."""
+
+    event: ClassVar[str] = "on_connect_failed"
+    code: int | None
+    message: str
 
 
 class _Outage(enum.Enum):
@@ -149,6 +169,8 @@ class PlainView(View):
             self.message(f"Out of file descriptors, {new}: raise the limit (ulimit -n), or close some.")
         elif isinstance(event, Detached):
             self.detached(event)
+        elif isinstance(event, OnConnectFailed):
+            self.message(event.message)
 
     def _reconnecting(self, event: Reconnecting) -> None:
         if self._outage is _Outage.SAID or self._outage is _Outage.UNSAID:

@@ -21,7 +21,7 @@ FILE = "kohakuriver.toml"
 _WAIT_SECONDS = 60.0
 _LONGEST_RESUME = 86_400
 _LARGEST = 1 << 20
-_OF_THE_USER = ("host", "token", "ca_file", "ssh_proxy", "proxy", "command")
+_OF_THE_USER = ("host", "token", "ca_file", "ssh_proxy", "proxy", "command", "on_connect")
 
 
 @dataclass(frozen=True)
