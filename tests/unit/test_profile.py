@@ -77,6 +77,19 @@ def test_what_an_entry_can_not_have_is_told_with_the_file_and_the_key(file: Path
     assert f"[[forward]] 1 of {file}" in raised.value.message
 
 
+def test_a_unix_socket_is_below_the_directory_of_the_file(file: Path) -> None:
+    file.write_text('[forward]\ntask = "lab"\nports = "unix:run/../x.sock:80"\n')
+    assert profile.read(file)[0].ports == (f"unix:{file.parent}/x.sock:80",)
+
+
+@pytest.mark.parametrize("path", ["/tmp/x.sock", "../x.sock", "out/x.sock"])
+def test_a_unix_socket_elsewhere_is_not_the_files_to_name(file: Path, path: str) -> None:
+    (file.parent / "out").symlink_to("..")
+    file.write_text(f'[forward]\ntask = "lab"\nports = "unix:{path}:80"\n')
+    with pytest.raises(UsageError, match="is not below the file's directory"):
+        profile.read(file)
+
+
 @pytest.mark.parametrize("content", [b"forward = 1", b"forward = [1]", b"other = 1", b"[[forward", b"\xff"])
 def test_a_file_that_makes_no_sense_is_told_by_its_name(file: Path, content: bytes) -> None:
     file.write_bytes(content)

@@ -18,12 +18,13 @@ import stat
 import struct
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from kohakuriver.config import state_dir
 from kohakuriver.errors import KohakuRiverError, NotFoundError, UnavailableError, UsageError
+from kohakuriver.unix_sockets import address_of, is_left
 
 __all__ = ["SILENT", "Place", "find", "listed", "stop", "who_has"]
 
@@ -41,7 +42,6 @@ KEPT_LOGS = 20
 """Logs of forwards that have ended, of which the newest are kept."""
 
 _LETTERS = "bcdfghjkmnpqrstvwxz23456789"  # no vowels: no words, and nothing that is a task's number
-_LONGEST_NAME = 100  # bytes of a socket's path that every system takes (unix(7): 107 on Linux, 103 on macOS)
 _BEING_MADE_SECONDS = 60.0
 
 
@@ -62,24 +62,6 @@ def _directory() -> Path:
     return directory
 
 
-@contextlib.contextmanager
-def _address(path: Path) -> Iterator[str]:
-    """What `path` is called where it is bound or connected to: long paths have no room in a socket's address.
-
-    Raises UsageError where there is no shorter name for it.
-    """
-    if len(os.fsencode(path)) <= _LONGEST_NAME:
-        yield str(path)
-        return
-    if not Path("/proc/self/fd").is_dir():
-        raise UsageError(f"The path of {path} is too long for a socket; set KOHAKURIVER_CONFIG_DIR to a shorter one.")
-    directory = os.open(path.parent, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        yield f"/proc/self/fd/{directory}/{path.name}"
-    finally:
-        os.close(directory)
-
-
 class Place:
     """One forward's own place among them, until `leave`: its id, its log, and the socket that it is asked on.
 
@@ -97,7 +79,7 @@ class Place:
         unfinished = directory / f"{self.id}.new"
         self._sock = socket.socket(socket.AF_UNIX)
         try:
-            with _address(unfinished) as address:
+            with address_of(unfinished) as address:
                 self._sock.bind(address)
             unfinished.chmod(0o600)
             self._sock.listen(16)
@@ -163,7 +145,7 @@ def _new_log(directory: Path) -> tuple[str, Path]:
 def _clean(directory: Path) -> None:
     """Remove what forwards left that could not do it themselves, and the oldest logs of those that have ended."""
     for path in directory.glob("*.new"):
-        if time.time() - _age(path) > _BEING_MADE_SECONDS and _refuses(path):
+        if time.time() - _age(path) > _BEING_MADE_SECONDS and is_left(path):
             _remove(path)
     logs = [path for path in directory.glob("*.log") if not path.with_suffix(".sock").exists()]
     for path in sorted(logs, key=_age, reverse=True)[KEPT_LOGS:]:
@@ -183,22 +165,12 @@ def _remove(path: Path) -> None:
         path.unlink()
 
 
-def _refuses(path: Path) -> bool:
-    try:
-        _asked(path, "state").close()
-    except (ConnectionRefusedError, FileNotFoundError):
-        return True
-    except OSError:
-        pass
-    return False
-
-
 def _asked(path: Path, want: str) -> socket.socket:
     """The connection on which the forward at `path` will answer. Raises OSError."""
     sock = socket.socket(socket.AF_UNIX)
     try:
         sock.settimeout(ANSWER_SECONDS)
-        with _address(path) as address:
+        with address_of(path) as address:
             sock.connect(address)
         sock.sendall(json.dumps({"want": want}).encode() + b"\n")
     except BaseException:
@@ -308,13 +280,15 @@ def _ended(sock: socket.socket) -> bool:
         return False
 
 
-def who_has(port: int, proto: str) -> dict[str, Any] | None:
-    """The forward in the background that listens on this local port, None where none does."""
+def who_has(local: str | int, proto: str) -> dict[str, Any] | None:
+    """The forward in the background that listens on this local port, or this path; None where none does."""
+    if not hasattr(os, "fork"):  # Windows, where there are none
+        return None
     try:
         forwards = listed()
     except KohakuRiverError:
         return None
     for each in forwards:
-        if any((local["local_port"], local["proto"]) == (port, proto) for local in each["ports"]):
+        if any(at["proto"] == proto and local in (at.get("local_port"), at.get("local_path")) for at in each["ports"]):
             return each
     return None

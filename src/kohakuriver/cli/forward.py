@@ -37,7 +37,7 @@ PortsArgument = Annotated[
     list[str] | None,
     typer.Argument(
         metavar="REMOTE_PORT",
-        help="Ports of the task; also LOCAL:REMOTE, and with /udp. LOCAL 0 is any free port.",
+        help="Ports of the task; also LOCAL:REMOTE, and with /udp. LOCAL 0 is any free port, unix:PATH a Unix socket.",
         show_default=False,
     ),
 ]
@@ -268,7 +268,10 @@ def _list(json: bool) -> int:
 
 
 def _row(told: dict[str, Any]) -> list[str]:
-    leads = {f"{local['local_port']}:{local['remote_port']}/{local['proto']}" for local in told["ports"]}
+    leads = {
+        f"{local.get('local_path') or local['local_port']}:{local['remote_port']}/{local['proto']}"
+        for local in told["ports"]
+    }
     numbers = ["-" if told[name] is None else str(told[name]) for name in ("pid", "connections")]
     since = "-" if told["since"] is None else output.age(told["since"])
     return [told["id"], told["task"] or "-", " ".join(sorted(leads)), numbers[0], since, numbers[1], told["state"]]

@@ -7,6 +7,7 @@ import contextlib
 import os
 import signal
 import sys
+import threading
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from datetime import datetime, timezone
@@ -19,11 +20,11 @@ from kohakuriver.cli.forward_view import Aside, Detached, LeavingView, Together,
 from kohakuriver.cli.on_connect import OnConnect, ports_in_environment
 from kohakuriver.cli.port_owner import owner
 from kohakuriver.cli.signals import BY_KEYS, caught, in_foreground, suspended
-from kohakuriver.client.forward import STOPPED, Event, Forwarder, PortForward, Stats
+from kohakuriver.client.forward import STOPPED, Event, Forwarder, Listening, PortForward, Stats
 from kohakuriver.config import Settings
 from kohakuriver.errors import KohakuRiverError, LocalAddressError
 from kohakuriver.runtime import cancel_all, freeze_heap, lowered_file_limit, raise_file_limit, run
-from kohakuriver.tunnel.user_endpoint import ListeningSocket
+from kohakuriver.tunnel.local_listeners import ListeningSocket
 
 __all__ = ["Wanted", "opened"]
 
@@ -74,25 +75,30 @@ class Wanted:
 def opened(front: Sequence[Wanted], behind: Sequence[Wanted], command: list[str] | None) -> int:
     """The exit code of forwards, of which some go on in the background: all are opened, or none stays open."""
     begun: list[str] = []
+    complete = threading.Event()
+    this = os.getpid()
+    try:
+        for wanted in behind:
+            code, name = _begun(wanted)
+            if not name:
+                return code
+            begun.append(name)
+        if front:
+            return _in_front(front, command, complete)
+        complete.set()
+        return 0
+    finally:
+        # Those in the background pass here, too, when they end: what they are beside is not theirs to end.
+        if os.getpid() == this and not complete.is_set():
+            for each in begun:
+                with contextlib.suppress(KohakuRiverError):
+                    detached.stop(each)
 
-    def undo() -> None:
-        for each in begun:
-            with contextlib.suppress(KohakuRiverError):
-                detached.stop(each)
 
-    for wanted in behind:
-        code, name = _begun(wanted)
-        if not name:
-            undo()
-            return code
-        begun.append(name)
-    return _in_front(front, command, undo) if front else 0
-
-
-def _in_front(several: Sequence[Wanted], command: list[str] | None, undo: Callable[[], None]) -> int:
+def _in_front(several: Sequence[Wanted], command: list[str] | None, complete: threading.Event) -> int:
     """The exit code of what runs until it is stopped, or the command has ended that it is for.
 
-    `undo` is called where it could not be opened.
+    `complete` is set where every port has listened.
     """
     files = raise_file_limit()
     beside = command is not None
@@ -111,8 +117,8 @@ def _in_front(several: Sequence[Wanted], command: list[str] | None, undo: Callab
             try:
                 return await running.run()
             finally:
-                if not running.listens:
-                    undo()
+                if running.listens:
+                    complete.set()
 
     return run(main())
 
@@ -350,10 +356,7 @@ class Detaching(Running):
         return {
             "id": self._place.id,
             "task": self._one.task,
-            "ports": [
-                {"local_host": at.host, "local_port": at.port, "remote_port": at.remote_port, "proto": at.proto}
-                for at in self._forwarder.listening
-            ],
+            "ports": [_place(each) for each in self._forwarder.listening],
             "pid": os.getpid(),
             "since": self._since,
             "connections": self._forwarder.stats().streams,
@@ -362,24 +365,34 @@ class Detaching(Running):
         }
 
 
+def _place(local: ListeningSocket) -> dict[str, Any]:
+    told = Listening.of(local).to_json()
+    return {name: value for name, value in told.items() if name not in ("event", "instead_of")}
+
+
 def _told_who(error: LocalAddressError) -> LocalAddressError:
     """The error with what has the port, as far as that can be known, and with what to do about it."""
     if error.taken is None:
         return error
     host, port, proto = error.taken
-    where = f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
-    other = detached.who_has(port, proto)
-    if other is None:
-        who, end = owner(port, proto), ""
-        by = f" by {who}" if who else ""
-    else:
-        by = f" by the forward {other['id']} to {other['task']} in the background"
-        end = f"`kohakuriver forward --stop {other['id']}` ends it, "
-    message = (
-        f"{where} is already in use{by}; {end}--local-port-fallback takes the next free port, or choose another, as in "
-        "0:REMOTE, where 0 takes any free one."
+    where = host if not port else f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+    by, end = _who_and_end(host, port, proto)
+    another = (
+        "--local-port-fallback takes the next free port, or choose another, as in 0:REMOTE, where 0 takes any free one"
+        if port
+        else "or choose another path"
     )
-    return LocalAddressError(message, taken=error.taken)
+    return LocalAddressError(f"{where} is already in use{by}; {end}{another}.".replace("; or", ";"), taken=error.taken)
+
+
+def _who_and_end(host: str, port: int, proto: str) -> tuple[str, str]:
+    """By what a local address is taken, and how that is ended where it is a forward in the background."""
+    other = detached.who_has(port or host, proto)
+    if other is not None:
+        by = f" by the forward {other['id']} to {other['task']} in the background"
+        return by, f"`kohakuriver forward --stop {other['id']}` ends it, "
+    who = owner(port, proto) if port else None
+    return (f" by {who}" if who else ""), ""
 
 
 def _shares_a_foreground() -> bool:

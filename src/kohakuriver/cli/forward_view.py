@@ -31,6 +31,7 @@ from kohakuriver.client.forward import (
     Stats,
     StreamError,
 )
+from kohakuriver.client.ports import UNIX
 from kohakuriver.text import printable
 
 __all__ = [
@@ -147,7 +148,7 @@ class PlainView(View):
         self._reason = ""
         self._outage = _Outage.NONE
         self._lost_at = self._moved_at = -QUIET
-        self._ports: set[tuple[int, int, str]] = set()
+        self._ports: set[tuple[int, int, str, str | None]] = set()
         self._said: dict[tuple[int, str], tuple[float, int]] = {}
 
     def show(self, event: Event) -> None:
@@ -203,7 +204,7 @@ class PlainView(View):
             self.message(f"Connection to the host renewed, since {reason}: {count} on.")
 
     def _listening(self, event: Listening) -> None:
-        port = event.local_port, event.remote_port, event.proto
+        port = event.local_port, event.remote_port, event.proto, event.local_path
         if port not in self._ports:  # the same on the other loopback address is no news
             self.result(self.listening_line(event))
         self._ports.add(port)
@@ -252,8 +253,9 @@ def stamped(text: str) -> str:
 def listening_line(task: str, event: Listening) -> str:
     """`Forwarding 127.0.0.1:8888 -> task:8888 (tcp)`, and the local port that was wanted where it is another."""
     host = f"[{event.local_host}]" if ":" in event.local_host else event.local_host
+    local = f"{host}:{event.local_port}" if event.local_path is None else f"{UNIX}{event.local_path}"
     why = "" if event.instead_of is None else f", since {event.instead_of} is in use"
-    return f"Forwarding {host}:{event.local_port} -> {task}:{event.remote_port} ({event.proto}){why}"
+    return f"Forwarding {local} -> {task}:{event.remote_port} ({event.proto}){why}"
 
 
 def readable(text: str, task: str) -> str:
@@ -336,6 +338,7 @@ class Together(View):
     def __init__(self, views: Sequence[View]) -> None:
         self._views = views
         self.interval = views[0].interval
+        self._of_all = JsonView() if len(views) > 1 and isinstance(views[0], JsonView) else views[0]
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
@@ -343,7 +346,7 @@ class Together(View):
         self._views[0].__exit__(kind, error, trace)
 
     def tick(self, stats: Stats) -> None:
-        self._views[0].tick(stats)
+        self._of_all.tick(stats)
 
     def message(self, text: str) -> None:
         self._views[0].message(text)

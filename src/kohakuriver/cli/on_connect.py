@@ -12,7 +12,7 @@ from typing import IO, Any
 from kohakuriver.cli.forward_view import OnConnectFailed
 from kohakuriver.client.forward import Connected, Event, Resumed
 from kohakuriver.runtime import cancel_all, lowered_file_limit
-from kohakuriver.tunnel.user_endpoint import ListeningSocket
+from kohakuriver.tunnel.local_listeners import ListeningSocket
 
 __all__ = ["OnConnect", "ports_in_environment"]
 
@@ -21,9 +21,15 @@ END_SECONDS = 2.0
 
 
 def ports_in_environment(listening: Sequence[ListeningSocket]) -> dict[str, str]:
-    """The variables that tell a command the local ports: `KOHAKURIVER_PORT_<remote>`, and one for each protocol."""
+    """The variables that tell a command the local ports: `KOHAKURIVER_PORT_<remote>`, and one for each protocol.
+
+    Of a Unix socket it is `KOHAKURIVER_SOCKET_<remote>`, its path.
+    """
     found = {}
     for local in sorted(listening, key=lambda each: each.proto, reverse=True):  # TCP's counts
+        if local.path is not None:
+            found[f"KOHAKURIVER_SOCKET_{local.remote_port}"] = local.path
+            continue
         found[f"KOHAKURIVER_PORT_{local.remote_port}"] = str(local.port)
         found[f"KOHAKURIVER_PORT_{local.remote_port}_{local.proto.upper()}"] = str(local.port)
     return found

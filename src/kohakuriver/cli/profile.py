@@ -103,21 +103,30 @@ def _entry(path: Path, number: int, given: dict[str, Any]) -> Entry:
         if key not in given:
             raise UsageError(f"{where} lacks {key!r}, which must be {_KEYS[key][0]}.")
     ports = given["ports"] if isinstance(given["ports"], list) else [given["ports"]]
-    for port in ports:
-        _check_port(where, port)
+    ports = [_checked_port(path, where, port) for port in ports]
     wait = given.get("wait")
     seconds = {True: _WAIT_SECONDS, False: None}[wait] if isinstance(wait, bool) else wait
     made = {**given, "task": str(given["task"]), "ports": tuple(map(str, ports)), "wait": seconds}
     return Entry(**made)
 
 
-def _check_port(where: str, port: int | str) -> None:
-    from kohakuriver.client.ports import parse_port
+def _checked_port(path: Path, where: str, port: int | str) -> str:
+    """The port, with the path of a Unix socket made whole. Raises UsageError for one outside of the file's directory.
+
+    Elsewhere it could stand in for another program's.
+    """
+    from kohakuriver.client.ports import UNIX, parse_port
 
     try:
-        parse_port(port)
+        parsed = parse_port(port)
     except UsageError as error:
         raise UsageError(f"'ports' in {where}: {error.message}") from error
+    if parsed.path is None:
+        return str(port)
+    place = (path.parent / parsed.path).resolve()
+    if not place.is_relative_to(path.parent.resolve()):
+        raise UsageError(f"'ports' in {where}: the Unix socket {parsed.path} is not below the file's directory.")
+    return f"{UNIX}{place}:{parsed.remote}"
 
 
 def _text(value: Any) -> bool:

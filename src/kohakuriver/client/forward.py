@@ -11,6 +11,7 @@ import asyncio
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any, ClassVar
 
 from kohakuriver.client.local_side import LocalSide
@@ -30,11 +31,13 @@ from kohakuriver.tunnel.backoff import Backoff
 from kohakuriver.tunnel.dial import Server, open_session
 from kohakuriver.tunnel.endpoint import EndpointStats
 from kohakuriver.tunnel.link import Link
+from kohakuriver.tunnel.local_listeners import ListeningSocket
 from kohakuriver.tunnel.opener import KeptStreams
 from kohakuriver.tunnel.ports import GOES_ON, ports_query
 from kohakuriver.tunnel.protocol import CloseCode, ErrorText
 from kohakuriver.tunnel.settings import endpoint_config, resume_for
-from kohakuriver.tunnel.user_endpoint import ListeningSocket, UserEndpoint, delivered
+from kohakuriver.tunnel.user_endpoint import UserEndpoint, delivered
+from kohakuriver.unix_sockets import address_of
 
 __all__ = [
     "LOOPBACK",
@@ -104,7 +107,10 @@ class Connected(Event):
 
 @dataclass(frozen=True)
 class Listening(Event):
-    """A local port leads to the task's port. `instead_of` is the one that was wanted, where that was taken."""
+    """A local port leads to the task's port. `instead_of` is the one that was wanted, where that was taken.
+
+    Of a Unix socket there is `local_path`, and neither host nor port.
+    """
 
     event: ClassVar[str] = "listening"
     local_host: str
@@ -112,12 +118,17 @@ class Listening(Event):
     remote_port: int
     proto: str
     instead_of: int | None = None
+    local_path: str | None = None
+
+    @classmethod
+    def of(cls, at: ListeningSocket) -> Listening:
+        """The event for a local address."""
+        return cls(at.host, at.port, at.remote_port, at.proto, at.instead_of, at.path)
 
     def to_json(self) -> dict[str, Any]:
-        shown = super().to_json()
-        if self.instead_of is None:
-            del shown["instead_of"]
-        return shown
+        without = {"local_path"} if self.local_path is None else {"local_host", "local_port"}
+        without |= {"instead_of"} if self.instead_of is None else set()
+        return {name: value for name, value in super().to_json().items() if name not in without}
 
 
 @dataclass(frozen=True)
@@ -283,7 +294,7 @@ class Forwarder:
             await self._until_answered(self._patience)
         self._on_event(Connected(self.task, link.version))
         for local in self.listening:
-            self._on_event(Listening(local.host, local.port, local.remote_port, local.proto, local.instead_of))
+            self._on_event(Listening.of(local))
         loop = asyncio.get_running_loop()
         self._keeper = loop.create_task(self._keep_open())
         self._watcher = loop.create_task(self._watch_descriptors())
@@ -344,13 +355,13 @@ class Forwarder:
     async def _answers(self, local: ListeningSocket) -> bool:
         """Whether a connection to this port reaches somebody in the task."""
         try:
-            reader, writer = await asyncio.open_connection(local.host, local.port)
+            reader, writer = await _connected(local)
         except OSError:
             return False
         ended = asyncio.ensure_future(reader.read(1))
         try:
             while not ended.done():
-                if self._endpoint.has_reached(writer.get_extra_info("sockname")):
+                if self._endpoint.has_reached(writer.get_extra_info("sockname"), local.remote_port):
                     return True
                 await asyncio.wait({ended}, timeout=KNOCK_POLL)
             return (
@@ -486,6 +497,13 @@ class Forwarder:
             self._endpoint.end_waiting(ErrorText("ECONNRESET", error.message))
         if ends:
             raise error
+
+
+async def _connected(local: ListeningSocket) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
+    if local.path is None:
+        return await asyncio.open_connection(local.host, local.port)
+    with address_of(Path(local.path)) as address:
+        return await asyncio.open_unix_connection(address)
 
 
 @dataclass(frozen=True)

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from pathlib import Path
 
 from kohakuriver.client.ports import LOOPBACK, LOOPBACKS, PortForward
 from kohakuriver.errors import LocalAddressError
-from kohakuriver.tunnel.user_endpoint import ListeningSocket, UserEndpoint
+from kohakuriver.tunnel.local_listeners import ListeningSocket, listen_unix
+from kohakuriver.tunnel.local_socket import TcpStream
+from kohakuriver.tunnel.user_endpoint import UserEndpoint
 
 __all__ = ["LocalSide"]
 
@@ -44,6 +47,8 @@ class LocalSide:
 
     async def _listen_or_fall_back(self, port: PortForward, others: set[tuple[int, str]]) -> _Pair:
         """Listen for `port`, passing over those that are for `others`. Raises LocalAddressError."""
+        if port.path is not None:
+            return await self._listen_unix(Path(port.path).expanduser().absolute(), port.remote), None
         if not self._fallback or not port.local:
             return await self._listen_at(port.local, port)
         last = min(port.local + NEXT_PORT_TRIES, 65536)
@@ -63,6 +68,11 @@ class LocalSide:
         raise LocalAddressError(
             f"None of the ports {port.local} to {last - 1} is free on {self._host}; choose another one, or 0 for any."
         )
+
+    async def _listen_unix(self, path: Path, remote: int) -> ListeningSocket:
+        listening = await listen_unix(path, remote, lambda: TcpStream(self._endpoint, remote))
+        self._endpoint.listening.append(listening)
+        return listening
 
     async def _listen_at(self, local: int, port: PortForward) -> _Pair:
         if self._host == LOOPBACK:

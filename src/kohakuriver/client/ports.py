@@ -8,31 +8,39 @@ from dataclasses import dataclass
 
 from kohakuriver.errors import UsageError
 
-__all__ = ["LOOPBACK", "LOOPBACKS", "PortForward", "PortSpec", "check_distinct", "exposes", "parse_port"]
+__all__ = ["LOOPBACK", "LOOPBACKS", "UNIX", "PortForward", "PortSpec", "check_distinct", "exposes", "parse_port"]
 
 # Both loopback addresses: a program that is told `localhost` may take either.
 LOOPBACK = "localhost"
 LOOPBACKS = ("127.0.0.1", "::1")
 
 PortSpec = int | str
+UNIX = "unix:"
+"""What a local side begins with that is the path of a Unix socket."""
 
 
 @dataclass(frozen=True)
 class PortForward:
-    """One local port that leads to a port of the task. `local` 0 is any free port; `proto` is `tcp` or `udp`."""
+    """One local port that leads to a port of the task. `local` 0 is any free port; `proto` is `tcp` or `udp`.
+
+    With `path`, a Unix socket there is in the place of the local port, for TCP.
+    """
 
     local: int
     remote: int
     proto: str = "tcp"
+    path: str | None = None
 
 
 def parse_port(spec: PortSpec, *, proto: str = "tcp", local: int | None = None) -> PortForward:
-    """`REMOTE` or `LOCAL:REMOTE`, either with `/tcp` or `/udp`, as a PortForward.
+    """`REMOTE`, `LOCAL:REMOTE` or `unix:PATH:REMOTE`, each with `/tcp` or `/udp`, as a PortForward.
 
     `proto` and `local` stand where the text names none; a `local` of None is the remote port's number.
     Raises UsageError for ports outside 1..65535 (0 only as LOCAL) and unknown protocols.
     """
     text = str(spec)
+    if text.startswith(UNIX):
+        return _unix(text, proto)
     ports, slash, suffix = text.partition("/")
     left, colon, right = ports.rpartition(":")
     remote = _port_number(right, text)
@@ -43,6 +51,16 @@ def parse_port(spec: PortSpec, *, proto: str = "tcp", local: int | None = None) 
     if kind not in ("tcp", "udp"):
         raise UsageError(f"The protocol must be tcp or udp, not {kind!r}.")
     return PortForward(remote if given is None else given, remote, kind)
+
+
+def _unix(text: str, proto: str) -> PortForward:
+    path, _, port = text.removeprefix(UNIX).rpartition(":")
+    remote, slash, suffix = port.partition("/")
+    if not path or "\0" in path:
+        raise UsageError(f"{text!r} lacks the path or the port: a Unix socket is unix:PATH:REMOTE.")
+    if (suffix if slash else proto) != "tcp":
+        raise UsageError(f"{text!r} can't be had: a Unix socket leads to a TCP port.")
+    return PortForward(0, _port_number(remote, text), "tcp", path)
 
 
 def _port_number(text: str, whole: str, *, least: int = 1) -> int:
@@ -73,3 +91,7 @@ def check_distinct(ports: Sequence[PortForward]) -> None:
     for local, proto in taken:
         if taken.count((local, proto)) > 1:
             raise UsageError(f"The local port {local} ({proto}) is given more than once.")
+    paths = [port.path for port in ports if port.path is not None]
+    for path in paths:
+        if paths.count(path) > 1:
+            raise UsageError(f"The Unix socket {path} is given more than once.")
