@@ -66,6 +66,8 @@ def test_whom_the_token_goes_to_and_what_runs_is_not_the_files_to_say(file: Path
         ('task = "lab"\nports = 80\nresume_for = true', "'resume_for' in"),
         ('task = "lab"\nports = 80\nresume_for = 86401', "'resume_for' in"),
         ('task = "lab"\nports = 80\ndetach = "yes"', "'detach' in .* must be true or false"),
+        ('task = "lab"\nsocks = 65536', "'socks' in .* must be a local port"),
+        ('task = "lab"\nsocks = true', "'socks' in"),
         ('task = "lab"\nports = 80\nname = 1', "'name' in .* must be text"),
         ('task = "lab"\nports = 80\nports_ = 81', "may not have 'ports_'; it may have task, ports,"),
     ],
@@ -88,6 +90,11 @@ def test_a_unix_socket_elsewhere_is_not_the_files_to_name(file: Path, path: str)
     file.write_text(f'[forward]\ntask = "lab"\nports = "unix:{path}:80"\n')
     with pytest.raises(UsageError, match="is not below the file's directory"):
         profile.read(file)
+
+
+def test_socks_needs_no_other_port(file: Path) -> None:
+    file.write_text('[forward]\ntask = "lab"\nsocks = 1080\n')
+    assert profile.read(file) == [Entry("lab", (), socks=1080)]
 
 
 @pytest.mark.parametrize("content", [b"forward = 1", b"forward = [1]", b"other = 1", b"[[forward", b"\xff"])

@@ -289,6 +289,7 @@ def who_has(local: str | int, proto: str) -> dict[str, Any] | None:
     except KohakuRiverError:
         return None
     for each in forwards:
-        if any(at["proto"] == proto and local in (at.get("local_port"), at.get("local_path")) for at in each["ports"]):
+        of_kind = [at for at in each["ports"] if (at["proto"] == "udp") == (proto == "udp")]
+        if any(local in (at.get("local_port"), at.get("local_path")) for at in of_kind):
             return each
     return None

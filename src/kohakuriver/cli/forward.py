@@ -6,7 +6,7 @@ import os
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from enum import Enum
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar
 
 import typer
 
@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 __all__ = ["register"]
 
 WAIT_SECONDS = 60
+SOCKS_PORT = 1080  # as IANA has it
 
 
 class Proto(str, Enum):
@@ -44,6 +45,17 @@ PortsArgument = Annotated[
 LocalPortOption = Annotated[
     int | None,
     typer.Option("--local-port", "-l", help="Default: the remote port. 0 is any free port.", show_default=False),
+]
+SocksOption = Annotated[
+    int | None,
+    typer.Option(
+        "--socks",
+        min=0,
+        max=65535,
+        metavar="[=PORT]",
+        help=f"Also a SOCKS5 port for all TCP ports of the task; {SOCKS_PORT}, or any free one with 0.",
+        show_default=False,
+    ),
 ]
 FallbackOption = Annotated[
     bool, typer.Option("--local-port-fallback", help="Take the next free local port where one is taken.")
@@ -117,11 +129,16 @@ AllOption = Annotated[bool, typer.Option("--all", help="With --stop: all of them
 
 
 class _Forward(WithCommand):
-    """Takes `--wait` without a number too."""
+    """Takes `--wait` and `--socks` without a number too."""
+
+    _USUAL: ClassVar = {
+        **dict.fromkeys(("--wait", "-w"), f"--wait={WAIT_SECONDS}"),
+        "--socks": f"--socks={SOCKS_PORT}",
+    }
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
         ours = args.index("--") if "--" in args else len(args)
-        filled = [f"--wait={WAIT_SECONDS}" if each in ("--wait", "-w") else each for each in args[:ours]]
+        filled = [self._USUAL.get(each, each) for each in args[:ours]]
         return super().parse_args(ctx, [*filled, *args[ours:]])
 
 
@@ -142,6 +159,7 @@ def forward(
     profile: ProfileOption = None,
     local_port: LocalPortOption = None,
     fallback: FallbackOption = False,
+    socks: SocksOption = None,
     local_host: LocalHostOption = None,
     proto: ProtoOption = Proto.tcp,
     wait: WaitOption = None,
@@ -163,7 +181,9 @@ def forward(
         return _look_after(names, list_them=list_them, stop=stop, everything=everything, json=at.json)
     _check_command(command, json=at.json, detach=detach)
     _check_wait(wait, task, ports)
-    entries = _of_project(profile, local_port) if task is None else [_entry(task, ports, profile)]
+    if task is None and socks is not None:
+        raise UsageError("--socks is for one task: kohakuriver forward my-task --socks")
+    entries = _of_project(profile, local_port) if task is None else [_entry(task, ports, profile, socks)]
     how = _How(local_port, fallback, local_host, proto.value, wait, no_resume, resume_for, on_connect, at.json)
     chosen = at.settings()
     if local_host is not None:
@@ -193,7 +213,7 @@ class _How:
         resume_for = entry.resume_for if self.resume_for is None else self.resume_for
         return Wanted(
             entry.task,
-            _ports(list(entry.ports), self.local_port, self.proto),
+            _ports(list(entry.ports), self.local_port, self.proto, entry.socks),
             settings if resume_for is None else replace(settings, resume_for=resume_for),
             self.local_host or entry.local_host or LOOPBACK,
             patience=entry.wait if self.wait is None else self.wait,
@@ -213,14 +233,14 @@ def _open(entries: Sequence[Entry], how: _How, settings: Settings, command: list
     return opened([each for each, behind in wanted if not behind], [each for each, behind in wanted if behind], command)
 
 
-def _entry(task: str, ports: list[str] | None, profile: str | None) -> Entry:
+def _entry(task: str, ports: list[str] | None, profile: str | None, socks: int | None) -> Entry:
     from kohakuriver.cli.profile import FILE, Entry
 
     if profile is not None:
         raise UsageError(f"--profile opens what {FILE} names: it goes without a TASK.")
-    if not ports:
+    if not ports and socks is None:
         raise UsageError(f"Give a REMOTE_PORT or LOCAL:REMOTE_PORT, too: kohakuriver forward {task} 8888")
-    return Entry(task, tuple(ports))
+    return Entry(task, tuple(ports or ()), socks=socks)
 
 
 def _of_project(profile: str | None, local_port: int | None) -> list[Entry]:
@@ -269,7 +289,7 @@ def _list(json: bool) -> int:
 
 def _row(told: dict[str, Any]) -> list[str]:
     leads = {
-        f"{local.get('local_path') or local['local_port']}:{local['remote_port']}/{local['proto']}"
+        f"{local.get('local_path') or local['local_port']}:{local.get('remote_port', '*')}/{local['proto']}"
         for local in told["ports"]
     }
     numbers = ["-" if told[name] is None else str(told[name]) for name in ("pid", "connections")]
@@ -320,14 +340,15 @@ def _check_wait(wait: float | None, task: str | None, ports: list[str] | None) -
         raise UsageError(f"The seconds of --wait stand behind an equals sign: --wait={task} {' '.join(ports)}")
 
 
-def _ports(texts: list[str], local_port: int | None, proto: str) -> list[PortForward]:
-    from kohakuriver.client.ports import parse_port
+def _ports(texts: list[str], local_port: int | None, proto: str, socks: int | None) -> list[PortForward]:
+    from kohakuriver.client.ports import SOCKS, PortForward, parse_port
 
-    if local_port is not None and len(texts) > 1:
+    if local_port is not None and len(texts) != 1:
         raise UsageError("--local-port goes with one remote port; give several as LOCAL:REMOTE.")
     if local_port is not None and ":" in texts[0]:
         raise UsageError(f"{texts[0]!r} names the local port already: leave --local-port out.")
-    return [parse_port(text, proto=proto, local=local_port) for text in texts]
+    named = [parse_port(text, proto=proto, local=local_port) for text in texts]
+    return named if socks is None else [*named, PortForward(socks, 0, SOCKS)]
 
 
 def _warn_if_exposed(local_host: str) -> None:

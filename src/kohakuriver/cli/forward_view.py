@@ -31,7 +31,7 @@ from kohakuriver.client.forward import (
     Stats,
     StreamError,
 )
-from kohakuriver.client.ports import UNIX
+from kohakuriver.client.ports import SOCKS, UNIX
 from kohakuriver.text import printable
 
 __all__ = [
@@ -255,7 +255,8 @@ def listening_line(task: str, event: Listening) -> str:
     host = f"[{event.local_host}]" if ":" in event.local_host else event.local_host
     local = f"{host}:{event.local_port}" if event.local_path is None else f"{UNIX}{event.local_path}"
     why = "" if event.instead_of is None else f", since {event.instead_of} is in use"
-    return f"Forwarding {local} -> {task}:{event.remote_port} ({event.proto}){why}"
+    remote = task if event.proto == SOCKS else f"{task}:{event.remote_port}"
+    return f"Forwarding {local} -> {remote} ({event.proto}){why}"
 
 
 def readable(text: str, task: str) -> str:

@@ -11,6 +11,7 @@ from typing import IO, Any
 
 from kohakuriver.cli.forward_view import OnConnectFailed
 from kohakuriver.client.forward import Connected, Event, Resumed
+from kohakuriver.client.ports import SOCKS
 from kohakuriver.runtime import cancel_all, lowered_file_limit
 from kohakuriver.tunnel.local_listeners import ListeningSocket
 
@@ -23,12 +24,15 @@ END_SECONDS = 2.0
 def ports_in_environment(listening: Sequence[ListeningSocket]) -> dict[str, str]:
     """The variables that tell a command the local ports: `KOHAKURIVER_PORT_<remote>`, and one for each protocol.
 
-    Of a Unix socket it is `KOHAKURIVER_SOCKET_<remote>`, its path.
+    Of a Unix socket it is `KOHAKURIVER_SOCKET_<remote>`, its path, and of a SOCKS port `KOHAKURIVER_SOCKS`.
     """
     found = {}
     for local in sorted(listening, key=lambda each: each.proto, reverse=True):  # TCP's counts
         if local.path is not None:
             found[f"KOHAKURIVER_SOCKET_{local.remote_port}"] = local.path
+            continue
+        if local.proto == SOCKS:
+            found["KOHAKURIVER_SOCKS"] = str(local.port)
             continue
         found[f"KOHAKURIVER_PORT_{local.remote_port}"] = str(local.port)
         found[f"KOHAKURIVER_PORT_{local.remote_port}_{local.proto.upper()}"] = str(local.port)

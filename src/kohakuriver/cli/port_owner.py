@@ -11,15 +11,16 @@ from kohakuriver.text import one_line
 __all__ = ["owner"]
 
 _PROC = Path("/proc")
-_STATES = {"tcp": "0A", "udp": "07"}  # listens; takes from everybody
+_LISTENS, _TAKES_FROM_ALL = "0A", "07"
 
 
 def owner(port: int, proto: str) -> str | None:
-    """`name (process 123)` of a program that has the port for `proto`, tcp or udp, on whichever address.
+    """`name (process 123)` of a program that has the port, UDP's for `proto` udp, else TCP's, on whichever address.
 
     None where nobody tells: other users' programs are shown to root alone, and other systems have no such files.
     """
-    wanted = {f"socket:[{inode}]" for name in (proto, f"{proto}6") for inode in _inodes(name, port, _STATES[proto])}
+    table, state = ("udp", _TAKES_FROM_ALL) if proto == "udp" else ("tcp", _LISTENS)
+    wanted = {f"socket:[{inode}]" for name in (table, f"{table}6") for inode in _inodes(name, port, state)}
     if not wanted:
         return None
     for process in _PROC.glob("[0-9]*"):

@@ -26,7 +26,10 @@ _OF_THE_USER = ("host", "token", "ca_file", "ssh_proxy", "proxy", "command", "on
 
 @dataclass(frozen=True)
 class Entry:
-    """One `[[forward]]` of the file. `name` is the profile's, None for what has none; `wait` is seconds."""
+    """One `[[forward]]` of the file. `name` is the profile's, None for what has none; `wait` is seconds.
+
+    `socks` is the local port of a SOCKS server.
+    """
 
     task: str
     ports: tuple[str, ...]
@@ -37,6 +40,7 @@ class Entry:
     resume: bool = True
     resume_for: int | None = None
     detach: bool = False
+    socks: int | None = None
 
 
 def found(directory: Path, home: Path | None) -> Path | None:
@@ -100,9 +104,10 @@ def _entry(path: Path, number: int, given: dict[str, Any]) -> Entry:
         if not fits(value):
             raise UsageError(f"{key!r} in {where} must be {wanted}.")
     for key in ("task", "ports"):
-        if key not in given:
+        if key not in given and not (key == "ports" and "socks" in given):
             raise UsageError(f"{where} lacks {key!r}, which must be {_KEYS[key][0]}.")
-    ports = given["ports"] if isinstance(given["ports"], list) else [given["ports"]]
+    ports = given.get("ports", [])
+    ports = ports if isinstance(ports, list) else [ports]
     ports = [_checked_port(path, where, port) for port in ports]
     wait = given.get("wait")
     seconds = {True: _WAIT_SECONDS, False: None}[wait] if isinstance(wait, bool) else wait
@@ -167,4 +172,5 @@ _KEYS: dict[str, tuple[str, Callable[[Any], bool]]] = {
     "resume": ("true or false", _yes_or_no),
     "resume_for": ("a number of seconds, at most 86400", lambda value: _whole(value) and 0 < value <= _LONGEST_RESUME),
     "detach": ("true or false", _yes_or_no),
+    "socks": ("a local port, 0 for any free one", lambda value: _whole(value) and 0 <= value <= 65535),
 }

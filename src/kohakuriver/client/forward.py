@@ -15,7 +15,17 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 from kohakuriver.client.local_side import LocalSide
-from kohakuriver.client.ports import LOOPBACK, LOOPBACKS, PortForward, PortSpec, check_distinct, exposes, parse_port
+from kohakuriver.client.ports import (
+    LOOPBACK,
+    LOOPBACKS,
+    SOCKS,
+    PortForward,
+    PortSpec,
+    check_distinct,
+    exposes,
+    parse_port,
+)
+from kohakuriver.client.socks import SocksServer
 from kohakuriver.config import Settings, path_segment
 from kohakuriver.errors import (
     KohakuRiverError,
@@ -82,6 +92,9 @@ KNOCK_POLL = 0.02
 # What a host says of a task that has ended: its connections have, too.
 NOT_RUNNING = "task_not_running"
 
+ANY_PORT = 1
+"""What stands in the path of a session that is for whatever ports will be wanted."""
+
 STOPPED = "stopped"
 """Why a forward is over that was told to end."""
 
@@ -128,6 +141,7 @@ class Listening(Event):
     def to_json(self) -> dict[str, Any]:
         without = {"local_path"} if self.local_path is None else {"local_host", "local_port"}
         without |= {"instead_of"} if self.instead_of is None else set()
+        without |= {"remote_port"} if self.proto == SOCKS else set()
         return {name: value for name, value in super().to_json().items() if name not in without}
 
 
@@ -374,7 +388,8 @@ class Forwarder:
     async def _listen_everywhere(self) -> None:
         """Bind all local addresses, those that must be had first."""
         half = self._half_listening
-        local = LocalSide(self._endpoint, self._local_host, half, fallback=self._fallback)
+        socks = SocksServer(self._endpoint, self.task, lambda port, why: self._on_event(StreamError(port, why))).serve
+        local = LocalSide(self._endpoint, self._local_host, half, fallback=self._fallback, socks=socks)
         self.listening = await local.listen(self.ports)
 
     def _half_listening(self, host: str, port: int) -> None:
@@ -397,8 +412,11 @@ class Forwarder:
         return await open_session(Server(url, self._settings.token, self._tls, http_proxy(url)))
 
     def _path(self) -> str:
-        first = self.ports[0]
-        query = f"proto={first.proto}&{ports_query(port.remote for port in self.ports)}"
+        named = [port for port in self.ports if port.proto != SOCKS]
+        first = named[0] if named else PortForward(0, ANY_PORT)
+        query = f"proto={first.proto}"
+        if len(named) == len(self.ports):  # else programs will say which ports they want
+            query += f"&{ports_query(port.remote for port in named)}"
         return f"/ws/forward/{path_segment(self.task)}/{first.remote}?{query}"
 
     def _attach(self, link: Link) -> None:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import socket
+from collections.abc import Callable, Coroutine, Sequence
 from pathlib import Path
+from typing import Any
 
-from kohakuriver.client.ports import LOOPBACK, LOOPBACKS, PortForward
+from kohakuriver.client.ports import LOOPBACK, LOOPBACKS, SOCKS, PortForward, is_udp
 from kohakuriver.errors import LocalAddressError
-from kohakuriver.tunnel.local_listeners import ListeningSocket, listen_unix
+from kohakuriver.tunnel.local_listeners import ListeningSocket, listen_for, listen_unix
 from kohakuriver.tunnel.local_socket import TcpStream
 from kohakuriver.tunnel.user_endpoint import UserEndpoint
 
@@ -20,32 +22,44 @@ NEXT_PORT_TRIES = 100
 """How many ports are tried, from the one that is wanted on, where the next free one will do."""
 
 
+async def _nobody(sock: socket.socket) -> None:
+    sock.close()
+
+
 class LocalSide:
     """Listens for `endpoint` on `host`, where "localhost" is both loopback addresses.
 
     `half` is told of an address and port of the second one that another program has; the first is enough. With
-    `fallback` a port is passed over that is taken, and the next free one listens instead of it.
+    `fallback` a port is passed over that is taken, and the next free one listens instead of it. `socks` serves the
+    connections to a SOCKS port.
     """
 
     def __init__(
-        self, endpoint: UserEndpoint, host: str, half: Callable[[str, int], None], *, fallback: bool = False
+        self,
+        endpoint: UserEndpoint,
+        host: str,
+        half: Callable[[str, int], None],
+        *,
+        fallback: bool = False,
+        socks: Callable[[socket.socket], Coroutine[Any, Any, None]] = _nobody,
     ) -> None:
         self._endpoint = endpoint
         self._host = host
         self._half = half
         self._fallback = fallback
+        self._socks = socks
 
     async def listen(self, ports: Sequence[PortForward]) -> list[ListeningSocket]:
         """Bind all: those that must be had first, one for each port. Raises LocalAddressError."""
         firsts, seconds = [], []
         for port in ports:
-            others = {(each.local, each.proto) for each in ports if each is not port}
+            others = {each.local for each in ports if each is not port and is_udp(each) == is_udp(port)}
             first, second = await self._listen_or_fall_back(port, others)
             firsts.append(first)
             seconds += [] if second is None else [second]
         return firsts + seconds
 
-    async def _listen_or_fall_back(self, port: PortForward, others: set[tuple[int, str]]) -> _Pair:
+    async def _listen_or_fall_back(self, port: PortForward, others: set[int]) -> _Pair:
         """Listen for `port`, passing over those that are for `others`. Raises LocalAddressError."""
         if port.path is not None:
             return await self._listen_unix(Path(port.path).expanduser().absolute(), port.remote), None
@@ -53,7 +67,7 @@ class LocalSide:
             return await self._listen_at(port.local, port)
         last = min(port.local + NEXT_PORT_TRIES, 65536)
         for local in range(port.local, last):
-            if (local, port.proto) in others:
+            if local in others:
                 continue
             try:
                 pair = await self._listen_at(local, port)
@@ -100,5 +114,9 @@ class LocalSide:
         return first, None
 
     async def _listen(self, host: str, local: int, port: PortForward) -> ListeningSocket:
+        if port.proto == SOCKS:
+            listening = await listen_for(host, local, SOCKS, self._socks)
+            self._endpoint.listening.append(listening)
+            return listening
         listen = self._endpoint.listen_udp if port.proto == "udp" else self._endpoint.listen_tcp
         return await listen(host, local, port.remote)

@@ -8,7 +8,18 @@ from dataclasses import dataclass
 
 from kohakuriver.errors import UsageError
 
-__all__ = ["LOOPBACK", "LOOPBACKS", "UNIX", "PortForward", "PortSpec", "check_distinct", "exposes", "parse_port"]
+__all__ = [
+    "LOOPBACK",
+    "LOOPBACKS",
+    "SOCKS",
+    "UNIX",
+    "PortForward",
+    "PortSpec",
+    "check_distinct",
+    "exposes",
+    "is_udp",
+    "parse_port",
+]
 
 # Both loopback addresses: a program that is told `localhost` may take either.
 LOOPBACK = "localhost"
@@ -17,19 +28,27 @@ LOOPBACKS = ("127.0.0.1", "::1")
 PortSpec = int | str
 UNIX = "unix:"
 """What a local side begins with that is the path of a Unix socket."""
+SOCKS = "socks5"
+"""What a local port speaks on which programs say themselves where they want to go."""
 
 
 @dataclass(frozen=True)
 class PortForward:
     """One local port that leads to a port of the task. `local` 0 is any free port; `proto` is `tcp` or `udp`.
 
-    With `path`, a Unix socket there is in the place of the local port, for TCP.
+    With `path`, a Unix socket there is in the place of the local port, for TCP. With SOCKS for `proto` who connects
+    says which port it is, and `remote` is 0.
     """
 
     local: int
     remote: int
     proto: str = "tcp"
     path: str | None = None
+
+
+def is_udp(port: PortForward) -> bool:
+    """Whether its local port is one of UDP's; all others are TCP's."""
+    return port.proto == "udp"
 
 
 def parse_port(spec: PortSpec, *, proto: str = "tcp", local: int | None = None) -> PortForward:
@@ -87,7 +106,7 @@ def check_distinct(ports: Sequence[PortForward]) -> None:
     """Raises UsageError where there are none, or two want the same local port."""
     if not ports:
         raise UsageError("Give at least one remote port.")
-    taken = [(port.local, port.proto) for port in ports if port.local]
+    taken = [(port.local, "udp" if is_udp(port) else "tcp") for port in ports if port.local]
     for local, proto in taken:
         if taken.count((local, proto)) > 1:
             raise UsageError(f"The local port {local} ({proto}) is given more than once.")

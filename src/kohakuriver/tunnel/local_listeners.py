@@ -8,17 +8,22 @@ import errno
 import os
 import socket
 import stat
-from collections.abc import Callable
+from collections.abc import Callable, Coroutine
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from kohakuriver.errors import LocalAddressError
 from kohakuriver.resolve import resolving
 from kohakuriver.unix_sockets import address_of, is_left
 
-__all__ = ["LISTEN_BACKLOG", "ListeningSocket", "bind", "listen_unix"]
+__all__ = ["LISTEN_BACKLOG", "ListeningSocket", "bind", "listen_for", "listen_unix"]
 
 LISTEN_BACKLOG = 4096
+MOST_SERVED = 256
+"""Connections to one port that may be about to say what they want."""
+ACCEPT_AGAIN = 1.0
+"""Seconds until it is tried again to accept a connection that no descriptor was left for."""
 
 
 @dataclass
@@ -54,6 +59,44 @@ async def listen_unix(path: Path, remote_port: int, accepted: Callable[[], async
                 path.unlink()
 
     return ListeningSocket("", 0, remote_port, "tcp", close, sock, path=str(path))
+
+
+async def listen_for(
+    host: str, port: int, proto: str, serve: Callable[[socket.socket], Coroutine[Any, Any, None]]
+) -> ListeningSocket:
+    """Listen for TCP where `serve` makes of each connection what that wants; `proto` names what it does.
+
+    Raises LocalAddressError.
+    """
+    sock = await bind(host, port, socket.SOCK_STREAM)
+    accepting = asyncio.get_running_loop().create_task(_serve_all(sock, serve))
+
+    def close() -> None:
+        accepting.cancel()
+
+    return ListeningSocket(host, sock.getsockname()[1], 0, proto, close, sock)
+
+
+async def _serve_all(listener: socket.socket, serve: Callable[[socket.socket], Coroutine[Any, Any, None]]) -> None:
+    """Accept connections and have each served, no more than MOST_SERVED at a time, until this is cancelled."""
+    loop = asyncio.get_running_loop()
+    serving: set[asyncio.Task[None]] = set()
+    try:
+        while True:
+            if len(serving) >= MOST_SERVED:
+                await asyncio.wait(serving, return_when=asyncio.FIRST_COMPLETED)
+            try:
+                sock, _ = await loop.sock_accept(listener)
+            except OSError:  # no descriptors are left: the connection waits
+                await asyncio.sleep(ACCEPT_AGAIN)
+                continue
+            task = loop.create_task(serve(sock))
+            serving.add(task)
+            task.add_done_callback(serving.discard)
+    finally:
+        listener.close()
+        for task in serving:
+            task.cancel()
 
 
 async def bind(host: str, port: int, kind: socket.SocketKind) -> socket.socket:

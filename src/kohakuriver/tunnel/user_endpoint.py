@@ -213,6 +213,8 @@ class UserEndpoint(Endpoint):
         )
 
     def stream_failed(self, stream: AnyStream, text: ErrorText) -> None:
+        if isinstance(stream, TcpStream):
+            stream.refused(text)
         self.on_stream_error(stream.port, text)
 
     async def listen_tcp(self, host: str, port: int, remote_port: int) -> ListeningSocket:
