@@ -38,6 +38,7 @@ __all__ = [
     "read_logins",
     "remove_cluster",
     "set_by",
+    "state_dir",
     "write_cluster",
     "write_logins",
     "write_private",
@@ -63,6 +64,19 @@ def config_dir() -> Path:
         return Path(platformdirs.user_config_dir("kohakuriver", appauthor=False))
     except RuntimeError as error:
         raise UsageError("This user has no home directory; set HOME or KOHAKURIVER_CONFIG_DIR.") from error
+
+
+def state_dir() -> Path:
+    """The directory for what commands keep for themselves, as logs; `KOHAKURIVER_CONFIG_DIR` moves it, too.
+
+    Raises UsageError for a user without a home directory.
+    """
+    moved = config_dir()
+    if os.environ.get("KOHAKURIVER_CONFIG_DIR"):
+        return moved
+    import platformdirs
+
+    return Path(platformdirs.user_state_dir("kohakuriver", appauthor=False))
 
 
 def host_url(text: str, port: int = DEFAULT_HOST_PORT) -> str:

@@ -95,10 +95,17 @@ class UnauthenticatedError(NotAllowedError):
 
 
 class LocalAddressError(KohakuRiverError):
-    """The local address is in use or may not be bound."""
+    """The local address is in use or may not be bound.
+
+    `taken` is the address, port and protocol, as `("127.0.0.1", 8888, "tcp")`, where another program has it.
+    """
 
     exit_code = 6
     code = "local_address"
+
+    def __init__(self, message: str, *, code: str | None = None, taken: tuple[str, int, str] | None = None) -> None:
+        super().__init__(message, code=code)
+        self.taken = taken
 
 
 class HostUnreachableError(KohakuRiverError):

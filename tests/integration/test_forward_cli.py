@@ -258,10 +258,48 @@ def test_a_wrong_token_is_5(cluster: Cluster, command: list[str]) -> None:
     assert "token" in done.stderr
 
 
-def test_a_taken_local_port_is_6_and_names_it(cluster: Cluster, service: Service) -> None:
-    done = cluster.run("forward", service.task, str(service.port))
-    assert (done.returncode, done.stdout) == (6, "")
-    assert f"127.0.0.1:{service.port} is already in use" in done.stderr
+@pytest.mark.parametrize("proto", ["tcp", "udp"])
+def test_a_taken_local_port_is_6_and_names_what_has_it_and_what_to_do(
+    cluster: Cluster, service: Service, proto: str
+) -> None:
+    kind = socket.SOCK_STREAM if proto == "tcp" else socket.SOCK_DGRAM
+    with socket.socket(socket.AF_INET, kind) as taken:
+        taken.bind(("127.0.0.1", 0))
+        if proto == "tcp":
+            taken.listen()
+        port = taken.getsockname()[1]
+        done = cluster.run("forward", service.task, f"{port}:{service.port}/{proto}")
+        assert (done.returncode, done.stdout) == (6, "")
+        name = Path("/proc/self/comm").read_text().strip()
+        assert f"127.0.0.1:{port} is already in use by {name} (process {os.getpid()}); " in done.stderr
+        assert "--local-port-fallback takes the next free port" in done.stderr
+        assert done.stderr.count("\n") == 1
+
+
+def test_the_next_free_port_is_taken_and_said_where_that_is_wanted(cluster: Cluster, service: Service) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        wanted = ("forward", service.task, f"{port}:{service.port}", "--local-port-fallback")
+        forward = cluster.start(*wanted, "--json")
+        listening = forward.event("listening")
+        assert listening["instead_of"] == port
+        assert port < listening["local_port"] < port + 100
+        with connect(listening["local_port"]) as connection:
+            assert echoes(connection)
+        other = cluster.start(*wanted)
+        assert other.line("Forwarding").endswith(f" -> {service.task}:{service.port} (tcp), since {port} can't be had")
+        assert forward.stop() == 0
+        assert other.stop() == 0
+
+
+def test_a_port_that_is_free_is_no_other_though_another_would_do(cluster: Cluster, service: Service) -> None:
+    forward = cluster.start("forward", service.task, f"0:{service.port}", "--local-port-fallback", "--json")
+    first = forward.event("listening")
+    assert forward.stop() == 0
+    port = first["local_port"]
+    again = cluster.start("forward", service.task, f"{port}:{service.port}", "--local-port-fallback", "--json")
+    assert again.event("listening") == {**first, "local_port": port}
+    assert again.stop() == 0
 
 
 def test_a_command_gets_the_ports_and_ends_the_forward_with_its_code(cluster: Cluster, service: Service) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 from collections.abc import Iterator
 from functools import partial
@@ -73,6 +74,7 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
     try:
         yield cluster
     finally:
+        cluster.run("forward", "--stop", "--all")
         cluster.close()
 
 
@@ -176,7 +178,7 @@ def test_all_forwards_what_listens_and_follows_it_as_it_comes_and_goes(cluster: 
     first = services.begin("first")
     forward = cluster.start("forward", "lab", "--all")
     # The task is a process of this machine: its ports are taken here.
-    line = forward.line(f"-> lab:{first} (tcp), since {first} is in use here")
+    line = forward.line(f"-> lab:{first} (tcp), since {first} can't be had")
     with connect(int(line.split()[1].rpartition(":")[2])) as kept:
         assert echoes(kept)
         second = services.begin("second")
@@ -205,7 +207,7 @@ def test_all_tells_programs_of_ports_that_come_and_go_and_leaves_given_ports_as_
     forward = cluster.start("forward", "lab", f"0:{given}", "--all", "--json", "--local-host", "127.0.0.1")
     listening = forward.event("listening")
     assert listening["remote_port"] == given
-    assert "reason" not in listening
+    assert "instead_of" not in listening
     other = services.begin("other")
     came = forward.event("listening")
     assert came == {
@@ -214,12 +216,12 @@ def test_all_tells_programs_of_ports_that_come_and_go_and_leaves_given_ports_as_
         "local_port": came["local_port"],
         "remote_port": other,
         "proto": "tcp",
-        "reason": f"{other} is in use here",
+        "instead_of": other,
     }
     services.end("given")
     services.end("other")
     gone = forward.event("gone")
-    assert gone == {**{key: came[key] for key in came if key != "reason"}, "event": "gone"}
+    assert gone == {**{key: came[key] for key in came if key != "instead_of"}, "event": "gone"}
     assert forward.stop() == 0
     assert all(json.loads(line)["event"] in ("stats", "closed") for line in forward.rest())
 
@@ -243,4 +245,67 @@ def test_all_says_where_nothing_listens_yet(cluster: Cluster) -> None:
     assert cluster.succeed("vps", "ports", "empty").split() == ["PORT", "PROTOCOL", "ADDRESS", "PROGRAM"]
     forward = cluster.start("forward", "empty", "--all")
     forward.line("Nothing listens in empty yet; its ports are forwarded as they come.", err=True)
+    assert forward.stop() == 0
+
+
+def test_all_goes_on_in_the_background_and_the_list_has_the_ports_that_there_are(cluster: Cluster) -> None:
+    services = Services(cluster, "behind")
+    first = services.begin("first")
+    done = cluster.run("forward", "behind", "--all", "--detach", "--json")
+    assert done.returncode == 0, done.stderr
+    events = [json.loads(line) for line in done.stdout.splitlines()]
+    assert first in {event.get("remote_port") for event in events if event["event"] == "listening"}
+    second = services.begin("second")
+    local = eventually(lambda: in_background(cluster, "behind").get(second))
+    with connect(local) as connection:
+        assert echoes(connection)
+    services.end("first")
+    eventually(lambda: set(in_background(cluster, "behind")) == {second})
+    cluster.succeed("forward", "--stop", "behind")
+    with pytest.raises(ConnectionRefusedError):
+        connect(local)
+
+
+def in_background(commands: Commands, task: str) -> dict[int, int]:
+    """The local port of each port of a forward in the background."""
+    (forward,) = [
+        each for each in json.loads(commands.succeed("forward", "--list", "--json"))["forwards"] if each["task"] == task
+    ]
+    return {port["remote_port"]: port["local_port"] for port in forward["ports"]}
+
+
+def test_a_command_on_connect_finds_the_ports_that_all_has_found(cluster: Cluster, tmp_path: Path) -> None:
+    services = Services(cluster, "told")
+    port = services.begin("web")
+    told = tmp_path / "told"
+    os.mkfifo(told)
+    command = f"echo $KOHAKURIVER_PORT_{port} >{told}"
+    forward = cluster.start("forward", "told", "--all", "--on-connect", command)
+    local = int(told.read_text())
+    with connect(local) as connection:
+        assert echoes(connection)
+    assert forward.stop() == 0
+
+
+def test_a_project_may_have_all_ports_of_a_task_but_not_for_a_command(
+    cluster: Cluster, services: Services, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "kohakuriver.toml").write_text('[[forward]]\ntask = "lab"\nall = true\n')
+    port = services.begin("of-a-project")
+    forward = cluster.start("forward")
+    line = forward.line(f"-> lab:{port} (tcp)")
+    with connect(int(line.split()[1].rpartition(":")[2])) as connection:
+        assert echoes(connection)
+    assert forward.stop() == 0
+    services.end("of-a-project")
+    done = cluster.run("forward", "--", "true")
+    assert done.returncode == 2
+    assert "--all and a command don't go together" in done.stderr
+
+
+def test_all_goes_with_a_socks_port(cluster: Cluster) -> None:
+    port = Services(cluster, "proxied").begin("web")
+    forward = cluster.start("forward", "proxied", "--all", "--socks=0", "--json", "--local-host", "127.0.0.1")
+    assert [forward.event("listening").get("remote_port") for _ in range(2)] == [None, port]
     assert forward.stop() == 0

@@ -13,7 +13,7 @@ import pytest
 
 import kohakuriver
 from kohakuriver import runtime
-from kohakuriver.cli import forward_view
+from kohakuriver.cli import forward_view, output
 from kohakuriver.client import forward as forwarding
 from kohakuriver.client.forward import (
     Event,
@@ -45,6 +45,8 @@ NOTHING = Stats(streams=0, opened=0, bytes_sent=0, bytes_received=0, udp_dropped
         ("5060/udp", PortForward(5060, 5060, "udp")),
         ("0:5060/udp", PortForward(0, 5060, "udp")),
         ("1:65535/tcp", PortForward(1, 65535)),
+        ("unix:/a/x.sock:80", PortForward(0, 80, "tcp", "/a/x.sock")),
+        ("unix:a:b:80/tcp", PortForward(0, 80, "tcp", "a:b")),
     ],
 )
 def test_a_port_is_remote_or_local_and_remote_and_may_say_its_protocol(spec: int | str, port: PortForward) -> None:
@@ -57,7 +59,26 @@ def test_the_protocol_that_a_port_names_beats_the_default() -> None:
 
 
 @pytest.mark.parametrize(
-    "spec", ["", "0", "-1", "65536", "x", ":80", "80:", "1:2:3", "80/", "80/icmp", "٨٠", "1" * 5000]
+    "spec",
+    [
+        "",
+        "0",
+        "-1",
+        "65536",
+        "x",
+        ":80",
+        "80:",
+        "1:2:3",
+        "80/",
+        "80/icmp",
+        "٨٠",
+        "1" * 5000,
+        "unix:80",
+        "unix::80",
+        "unix:/x:",
+        "unix:/x:0:",
+        "unix:/x:80/udp",
+    ],
 )
 def test_what_is_no_port_is_refused(spec: str) -> None:
     with pytest.raises(UsageError):
@@ -200,6 +221,42 @@ def test_json_is_one_event_a_line_and_statistics_only_when_they_change(capsys: p
     assert stats["event"] == "stats"
 
 
+def test_events_of_several_forwards_tell_of_which_they_are_and_statistics_are_of_all(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    views = forward_view.views_for(["one", "two"], json=True, beside_command=False)
+    together = forward_view.Together(views)
+    views[1].show(Listening("127.0.0.1", 8888, 80, "tcp"))
+    together.tick(NOTHING)
+    listening, stats = map(json.loads, capsys.readouterr().out.splitlines())
+    assert listening["task"] == "two"
+    assert "task" not in stats
+
+
+def test_lines_of_several_forwards_share_the_live_line_below_them(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(output, "paints", lambda stream: True)
+    monkeypatch.setattr(output, "draws", lambda stream: True)
+    views = forward_view.views_for(["one", "two"], json=False, beside_command=False)
+    together = forward_view.Together(views)
+    together.tick(NOTHING)
+    together.tick(NOTHING)
+    views[1].show(Listening("127.0.0.1", 8888, 80, "tcp"))
+    drawn = capsys.readouterr().out
+    assert "0 open" in drawn
+    assert f"{forward_view.CLEAR}Forwarding 127.0.0.1:8888 -> two:80 (tcp)" in drawn
+
+
+def test_a_unix_socket_is_told_by_its_path(capsys: pytest.CaptureFixture[str]) -> None:
+    event = Listening("", 0, 80, "tcp", None, "/run/x.sock")
+    assert event.to_json() == {
+        "event": "listening", "local_path": "/run/x.sock", "remote_port": 80, "proto": "tcp",
+    }  # fmt: skip
+    forward_view.PlainView("t").show(event)
+    assert capsys.readouterr().out == "Forwarding unix:/run/x.sock -> t:80 (tcp)\n"
+
+
 def test_the_live_line_says_streams_and_rates() -> None:
     later = Stats(2, 5, 1000, 3_000_000, 0, 0, 0)
     line = forward_view.status_line(NOTHING, later, 2.0)
@@ -263,19 +320,19 @@ def test_a_port_that_goes_is_told_once_of_both_addresses_and_again_when_it_comes
     view = forward_view.PlainView("lab")
     for _ in range(2):
         for host in ("127.0.0.1", "::1"):
-            view.show(Listening(host, 40000, 8888, "tcp", "8888 is in use here"))
+            view.show(Listening(host, 40000, 8888, "tcp", 8888))
         for host in ("127.0.0.1", "::1"):
             view.show(Gone(host, 40000, 8888, "tcp"))
     assert (
         capsys.readouterr().out.splitlines()
         == [
-            "Forwarding 127.0.0.1:40000 -> lab:8888 (tcp), since 8888 is in use here",
+            "Forwarding 127.0.0.1:40000 -> lab:8888 (tcp), since 8888 can't be had",
             "No longer forwarding 127.0.0.1:40000 -> lab:8888 (tcp)",
         ]
         * 2
     )
 
 
-def test_an_event_has_a_reason_for_another_port_only_where_there_is_one() -> None:
-    assert "reason" not in Listening("::1", 1, 1, "tcp").to_json()
-    assert Listening("::1", 2, 1, "tcp", "1 is in use here").to_json()["reason"] == "1 is in use here"
+def test_an_event_has_the_port_that_was_wanted_only_where_it_is_another() -> None:
+    assert "instead_of" not in Listening("::1", 1, 1, "tcp").to_json()
+    assert Listening("::1", 2, 1, "tcp", 1).to_json()["instead_of"] == 1

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import socket
 from collections.abc import AsyncIterator, Callable, Coroutine
 from contextlib import asynccontextmanager
@@ -12,7 +11,7 @@ import pytest
 
 from kohakuriver.client import every_port
 from kohakuriver.client.every_port import EveryPort
-from kohakuriver.client.forward import Event, Forwarder, Gone, Listening, PortForward
+from kohakuriver.client.forward import Connected, Event, Forwarder, Gone, Listening, PortForward
 from kohakuriver.client.host import HostClient, ListeningPort, Ports
 from kohakuriver.config import Settings
 from kohakuriver.errors import HostUnreachableError, KohakuRiverError, UnavailableError
@@ -52,29 +51,24 @@ def ports(*numbers: int, proto: Any = "tcp", more: bool = False) -> Ports:
 
 
 @asynccontextmanager
-async def following(*given: PortForward) -> AsyncIterator[tuple[Forwarder, list[Event]]]:
+async def following(*given: PortForward, fallback: bool = False) -> AsyncIterator[tuple[Forwarder, list[Event]]]:
     """A forward of a container's ports that follows them; what it tells."""
     events: list[Event] = []
     async with chain() as hops:
         await hops.tunnel("python")
         settings = Settings(f"http://127.0.0.1:{hops.host_port}")
-        forwarder = Forwarder(
-            "1", given, settings=settings, local_host="127.0.0.1", any_port=True, on_event=events.append
+        forwarder = EveryPort(
+            "1", given, settings=settings, local_host="127.0.0.1", fallback=fallback, on_event=events.append
         )
-        every = EveryPort(forwarder, settings)
-        await every.begin()
         await forwarder.start()
-        follows = asyncio.ensure_future(every.follow())
         try:
             yield forwarder, events
         finally:
-            follows.cancel()
-            await asyncio.gather(follows, return_exceptions=True)
             await forwarder.close()
 
 
-def listened(events: list[Event]) -> list[tuple[int, str | None]]:
-    return [(event.remote_port, event.reason) for event in events if isinstance(event, Listening)]
+def listened(events: list[Event]) -> list[tuple[int, int | None]]:
+    return [(event.remote_port, event.instead_of) for event in events if isinstance(event, Listening)]
 
 
 def gone(events: list[Event]) -> list[int]:
@@ -90,7 +84,7 @@ def test_a_port_has_the_same_number_here_where_that_is_free_and_leads_there(run:
             told.answer = ports(port, number)
             async with following() as (forwarder, events):
                 await until(lambda: len(listened(events)) == 2)
-                assert sorted(listened(events)) == sorted([(port, f"{port} is in use here"), (number, None)])
+                assert sorted(listened(events), key=lambda each: each[0] == number) == [(port, port), (number, None)]
                 locals_of = {each.remote_port: each.port for each in forwarder.listening}
                 assert locals_of[number] == number
                 assert await asked(locals_of[port], b"hello") == b"hello"
@@ -98,6 +92,28 @@ def test_a_port_has_the_same_number_here_where_that_is_free_and_leads_there(run:
                 await until(lambda: gone(events) == [number])
                 with socket.create_server(("127.0.0.1", number)):
                     pass  # nobody has it any more
+
+    run(main())
+
+
+def test_a_forward_is_connected_once_all_that_was_found_at_first_has_a_local_port(run: Run, told: Told) -> None:
+    async def main() -> None:
+        async with service(echo) as port:
+            told.answer = ports(port)
+            async with following() as (forwarder, events):
+                assert [type(event) for event in events] == [Connected, Listening]
+                assert [each.remote_port for each in forwarder.listening] == [port]
+
+    run(main())
+
+
+def test_with_a_fallback_it_is_the_next_free_local_port(run: Run, told: Told) -> None:
+    async def main() -> None:
+        async with service(echo) as port:
+            told.answer = ports(port)
+            async with following(fallback=True) as (forwarder, events):
+                assert listened(events) == [(port, port)]
+                assert port < forwarder.listening[0].port <= port + 100
 
     run(main())
 

@@ -31,6 +31,7 @@ BASE = {
     "task",
     "text",
     "tls",
+    "unix_sockets",
 }
 PROTOCOL = BASE | {"_frame", "tunnel"}
 
@@ -56,6 +57,7 @@ ALLOWED: dict[str, set[str]] = {
     "task": {"backends", "images", "quotas"},
     "text": set(),
     "tls": {"errors"},
+    "unix_sockets": {"errors"},
     "tunnel": PROTOCOL,
     "session": PROTOCOL,
     "store": BASE,

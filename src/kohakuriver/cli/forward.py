@@ -2,31 +2,29 @@
 
 from __future__ import annotations
 
-import asyncio
-import contextlib
 import os
-import signal
-from dataclasses import replace
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from enum import Enum
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar
 
 import typer
 
 from kohakuriver.cli import output
 from kohakuriver.cli.behind_dashes import WithCommand, command_of
-from kohakuriver.cli.options import Remote, TaskArgument, remote
-from kohakuriver.cli.signals import BY_KEYS, caught, in_foreground, suspended
+from kohakuriver.cli.options import MaybeTaskArgument, Remote, remote
 from kohakuriver.errors import KohakuRiverError, UsageError
 
 if TYPE_CHECKING:
-    from kohakuriver.cli.forward_view import Aside
-    from kohakuriver.client.every_port import EveryPort
-    from kohakuriver.client.forward import Forwarder, PortForward
+    from kohakuriver.cli.forward_run import Wanted
+    from kohakuriver.cli.profile import Entry
+    from kohakuriver.client.ports import PortForward
+    from kohakuriver.config import Settings
 
 __all__ = ["register"]
 
 WAIT_SECONDS = 60
-NOT_FOUND, NOT_EXECUTABLE, KILLED_BY = 127, 126, 128  # as shells say it
+SOCKS_PORT = 1080  # as IANA has it
 
 
 class Proto(str, Enum):
@@ -40,16 +38,39 @@ PortsArgument = Annotated[
     list[str] | None,
     typer.Argument(
         metavar="REMOTE_PORT",
-        help="Ports of the task; also LOCAL:REMOTE, and with /udp. LOCAL 0 is any free port. Needed without --all.",
+        help="Ports of the task; also LOCAL:REMOTE, and with /udp. LOCAL 0 is any free port, unix:PATH a Unix socket. "
+        "Needed without --all.",
         show_default=False,
+    ),
+]
+AllOption = Annotated[
+    bool,
+    typer.Option(
+        "--all",
+        "-a",
+        help="Every TCP port that listens in the task, as they come and go. With --stop: all in the background.",
     ),
 ]
 LocalPortOption = Annotated[
     int | None,
     typer.Option("--local-port", "-l", help="Default: the remote port. 0 is any free port.", show_default=False),
 ]
+SocksOption = Annotated[
+    int | None,
+    typer.Option(
+        "--socks",
+        min=0,
+        max=65535,
+        metavar="[=PORT]",
+        help=f"Also a SOCKS5 port for all TCP ports of the task; {SOCKS_PORT}, or any free one with 0.",
+        show_default=False,
+    ),
+]
+FallbackOption = Annotated[
+    bool, typer.Option("--local-port-fallback", help="Take the next free local port where one is taken.")
+]
 LocalHostOption = Annotated[
-    str,
+    str | None,
     typer.Option(
         "--local-host",
         "-H",
@@ -73,10 +94,6 @@ WaitOption = Annotated[
 ]
 
 
-AllOption = Annotated[
-    bool,
-    typer.Option("--all", "-a", help="Every TCP port that listens in the task, as they come and go."),
-]
 NoResumeOption = Annotated[
     bool,
     typer.Option("--no-resume", help="Reset connections when the connection to the host is lost; they wait otherwise."),
@@ -94,12 +111,42 @@ ResumeForOption = Annotated[
 ]
 
 
+OnConnectOption = Annotated[
+    str | None,
+    typer.Option(
+        "--on-connect",
+        metavar="CMD",
+        help="Run this by the shell each time the forward is connected, with KOHAKURIVER_PORT_<remote> set.",
+        show_default=False,
+    ),
+]
+ProfileOption = Annotated[
+    str | None,
+    typer.Option(
+        "--profile",
+        metavar="NAME",
+        help="Of the forwards that kohakuriver.toml names, those with this name. Default: all.",
+        show_default=False,
+    ),
+]
+DetachOption = Annotated[bool, typer.Option("--detach", "-d", help="Go on in the background once every port listens.")]
+ListOption = Annotated[bool, typer.Option("--list", help="Show the forwards in the background.")]
+StopOption = Annotated[
+    bool, typer.Option("--stop", help="End the forwards in the background with these ids, or to these tasks.")
+]
+
+
 class _Forward(WithCommand):
-    """Takes `--wait` without a number too."""
+    """Takes `--wait` and `--socks` without a number too."""
+
+    _USUAL: ClassVar = {
+        **dict.fromkeys(("--wait", "-w"), f"--wait={WAIT_SECONDS}"),
+        "--socks": f"--socks={SOCKS_PORT}",
+    }
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
         ours = args.index("--") if "--" in args else len(args)
-        filled = [f"--wait={WAIT_SECONDS}" if each in ("--wait", "-w") else each for each in args[:ours]]
+        filled = [self._USUAL.get(each, each) for each in args[:ours]]
         return super().parse_args(ctx, [*filled, *args[ours:]])
 
 
@@ -116,221 +163,232 @@ def register(app: typer.Typer) -> None:
 def forward(
     ctx: typer.Context,
     at: Remote,
-    task: TaskArgument,
+    task: MaybeTaskArgument = None,
     ports: PortsArgument = None,
     every: AllOption = False,
+    profile: ProfileOption = None,
     local_port: LocalPortOption = None,
-    local_host: LocalHostOption = "localhost",
+    fallback: FallbackOption = False,
+    socks: SocksOption = None,
+    local_host: LocalHostOption = None,
     proto: ProtoOption = Proto.tcp,
     wait: WaitOption = None,
     no_resume: NoResumeOption = False,
     resume_for: ResumeForOption = None,
+    on_connect: OnConnectOption = None,
+    detach: DetachOption = False,
+    list_them: ListOption = False,
+    stop: StopOption = False,
 ) -> int:
-    """Forward local ports to ports of a task, until Ctrl-C.
+    """Forward local ports to ports of a task, until Ctrl-C. Without TASK: all that kohakuriver.toml names.
 
     With CMD, run it once every port listens, with KOHAKURIVER_PORT_<remote> in its environment; its exit code is ours.
     """
-    from kohakuriver.client.every_port import EveryPort
-    from kohakuriver.client.forward import Forwarder
-    from kohakuriver.runtime import raise_file_limit, run
-
-    files = raise_file_limit()
     command = command_of(ctx)
-    ports = ports or []
-    _check_command(command, at.json)
+    if list_them or stop:
+        names = [*([task] if task is not None else []), *(ports or [])]
+        return _look_after(names, list_them=list_them, stop=stop, everything=every, json=at.json)
+    _check_command(command, json=at.json, detach=detach)
     _check_wait(wait, task, ports)
-    _check_all(every, ports, local_port, wait, command)
-    wanted = _ports(ports, local_port, proto.value)
+    if task is None:
+        _check_without_task(every=every, socks=socks)
+        entries = _of_project(profile, local_port)
+    else:
+        _check_all(every, ports, local_port, wait)
+        entries = [_entry(task, ports, profile, socks, every=every)]
+    how = _How(local_port, fallback, local_host, proto.value, wait, no_resume, resume_for, on_connect, at.json)
     chosen = at.settings()
-    if resume_for is not None:
-        chosen = replace(chosen, resume_for=resume_for)
-    _warn_if_exposed(local_host)
-
-    async def main() -> int:
-        from kohakuriver.cli.forward_view import view_for
-
-        with view_for(task, json=at.json, beside_command=command is not None) as view:
-            forwarder = Forwarder(
-                task,
-                wanted,
-                settings=chosen,
-                local_host=local_host,
-                patience=wait,
-                resume=not no_resume,
-                any_port=every,
-                on_event=view.tell,
-            )
-            following = EveryPort(forwarder, chosen) if every else None
-            return await _Running(forwarder, view, command, files, following).run()
-
-    return run(main())
+    if local_host is not None:
+        _warn_if_exposed(local_host)
+    return _open(entries, how, chosen, command, detach=detach)
 
 
-def _check_command(command: list[str] | None, json: bool) -> None:
-    if command is not None and not command:
-        raise UsageError("A command must follow '--'.")
-    if command and json:
-        raise UsageError("--json and a command don't go together: stdout is the command's.")
+@dataclass(frozen=True)
+class _How:
+    """What the command line says of all forwards that it opens; None where it does not say."""
+
+    local_port: int | None
+    fallback: bool
+    local_host: str | None
+    proto: str
+    wait: float | None
+    no_resume: bool
+    resume_for: int | None
+    on_connect: str | None
+    json: bool
+
+    def applied(self, entry: Entry, settings: Settings) -> Wanted:
+        """The forward that is wanted: as the command line says, else as the entry does."""
+        from kohakuriver.cli.forward_run import Wanted
+        from kohakuriver.client.ports import LOOPBACK
+
+        resume_for = entry.resume_for if self.resume_for is None else self.resume_for
+        return Wanted(
+            entry.task,
+            _ports(list(entry.ports), self.local_port, self.proto, entry.socks),
+            settings if resume_for is None else replace(settings, resume_for=resume_for),
+            self.local_host or entry.local_host or LOOPBACK,
+            patience=entry.wait if self.wait is None else self.wait,
+            resume=entry.resume and not self.no_resume,
+            fallback=entry.local_port_fallback or self.fallback,
+            on_connect=self.on_connect,
+            json=self.json,
+            every=entry.every,
+        )
 
 
-def _check_wait(wait: float | None, task: str, ports: list[str]) -> None:
-    """Raises UsageError where the seconds of `--wait` were taken for the task."""
-    if wait is not None and task.isdigit() and len(ports) > 1 and ports[0][:1].isalpha():
-        raise UsageError(f"The seconds of --wait stand behind an equals sign: --wait={task} {' '.join(ports)}")
+def _open(entries: Sequence[Entry], how: _How, settings: Settings, command: list[str] | None, *, detach: bool) -> int:
+    from kohakuriver.cli.forward_run import opened
+    from kohakuriver.client.ports import check_distinct
+
+    every = any(each.every for each in entries)
+    if every and command is not None:
+        raise UsageError("--all and a command don't go together: the ports that it would be told come and go.")
+    wanted = [(how.applied(each, settings), command is None and (detach or each.detach)) for each in entries]
+    check_distinct([port for each, _ in wanted for port in each.ports], any_port=every)
+    return opened([each for each, behind in wanted if not behind], [each for each, behind in wanted if behind], command)
 
 
-def _check_all(
-    every: bool, ports: list[str], local_port: int | None, wait: float | None, command: list[str] | None
-) -> None:
-    """Raises UsageError for what goes without ports only with --all, and for what does not go with it."""
-    if not every and not ports:
-        raise UsageError("Give at least one REMOTE_PORT, or --all for every port that listens.")
+def _entry(task: str, ports: list[str] | None, profile: str | None, socks: int | None, *, every: bool) -> Entry:
+    from kohakuriver.cli.profile import FILE, Entry
+
+    if profile is not None:
+        raise UsageError(f"--profile opens what {FILE} names: it goes without a TASK.")
+    if not ports and socks is None and not every:
+        raise UsageError(
+            f"Give at least one REMOTE_PORT, or --all for every port that listens: kohakuriver forward {task} 8888"
+        )
+    return Entry(task, tuple(ports or ()), socks=socks, every=every)
+
+
+def _of_project(profile: str | None, local_port: int | None) -> list[Entry]:
+    """What the project's file names. Raises UsageError where there is none, or it makes no sense."""
+    from pathlib import Path
+
+    from kohakuriver.cli.profile import FILE, chosen, found, read
+
+    home = os.path.expanduser("~")  # noqa: PTH111 - a user without one is no failure here
+    path = found(Path.cwd(), Path(home).resolve())
+    if path is None:
+        raise UsageError(
+            f"Give a TASK and its ports, as in `kohakuriver forward my-task 8888`; no {FILE} here names any."
+        )
+    if local_port is not None:
+        raise UsageError(f"--local-port goes with a TASK and one port; {FILE} has local ports as LOCAL:REMOTE.")
+    return chosen(path, read(path), profile)
+
+
+def _check_without_task(*, every: bool, socks: int | None) -> None:
+    """Raises UsageError for what a project's file says for each forward by itself."""
+    if every:
+        raise UsageError(
+            "--all is for one task: kohakuriver forward my-task --all; with --stop it ends all in the background."
+        )
+    if socks is not None:
+        raise UsageError("--socks is for one task: kohakuriver forward my-task --socks")
+
+
+def _check_all(every: bool, ports: list[str] | None, local_port: int | None, wait: float | None) -> None:
+    """Raises UsageError for what does not go with --all."""
     if every and local_port is not None:
         raise UsageError("--all and --local-port don't go together; give LOCAL:REMOTE for one of the ports.")
     if every and wait is not None and not ports:
         raise UsageError("--wait waits for ports that are named; --all alone forwards what listens when it does.")
-    if every and command is not None:
-        raise UsageError("--all and a command don't go together: the ports that it would be told come and go.")
 
 
-def _ports(texts: list[str], local_port: int | None, proto: str) -> list[PortForward]:
-    from kohakuriver.client.forward import parse_port
+def _look_after(names: list[str], *, list_them: bool, stop: bool, everything: bool, json: bool) -> int:
+    """`--list` and `--stop`."""
+    from kohakuriver.cli.background import needs_unix
 
-    if local_port is not None and len(texts) > 1:
+    needs_unix()
+    if list_them and (stop or everything or names):
+        raise UsageError("--list takes no TASK, and goes without --stop and --all: it shows all in the background.")
+    if list_them:
+        return _list(json)
+    if bool(names) == everything:
+        raise UsageError("Give --stop and which forwards to end, by their ids or TASKs; or --stop --all.")
+    return _stop(names, json)
+
+
+def _list(json: bool) -> int:
+    from kohakuriver.cli.detached import listed
+
+    forwards = listed()
+    if json:
+        output.json_line({"forwards": forwards})
+        return 0
+    output.table(["Id", "Task", "Ports", "Process", "Since", "Connections", "State"], [_row(each) for each in forwards])
+    if not forwards:
+        output.note("No forward runs in the background; `kohakuriver forward TASK PORT --detach` starts one.")
+    return 0
+
+
+def _row(told: dict[str, Any]) -> list[str]:
+    leads = {
+        f"{local.get('local_path') or local['local_port']}:{local.get('remote_port', '*')}/{local['proto']}"
+        for local in told["ports"]
+    }
+    numbers = ["-" if told[name] is None else str(told[name]) for name in ("pid", "connections")]
+    since = "-" if told["since"] is None else output.age(told["since"])
+    return [told["id"], told["task"] or "-", " ".join(sorted(leads)), numbers[0], since, numbers[1], told["state"]]
+
+
+def _stop(names: list[str], json: bool) -> int:
+    """End those with these ids or to these tasks, or all where none is named; each is tried."""
+    from kohakuriver.cli import detached
+
+    failed: list[KohakuRiverError] = []
+    found: dict[str, dict[str, Any]] = {} if names else {each["id"]: each for each in detached.listed()}
+    for name in names:
+        try:
+            found |= {each["id"]: each for each in detached.find(name)}
+        except KohakuRiverError as error:  # noqa: PERF203 - the others are to be tried all the same
+            failed.append(error)
+    for each in found:
+        try:
+            told = detached.stop(each)
+        except KohakuRiverError as error:
+            failed.append(error)
+            continue
+        if json:
+            output.json_line(told)
+        else:
+            output.line(f"Stopped {told['id']} ({told['task']}).")
+    for other in failed[1:]:
+        output.failure(other.code, other.message)
+    if failed:
+        raise failed[0]
+    return 0
+
+
+def _check_command(command: list[str] | None, *, json: bool, detach: bool) -> None:
+    if command is not None and not command:
+        raise UsageError("A command must follow '--'.")
+    if command and detach:
+        raise UsageError("--detach and a command don't go together: who should wait for its end?")
+    if command and json:
+        raise UsageError("--json and a command don't go together: stdout is the command's.")
+
+
+def _check_wait(wait: float | None, task: str | None, ports: list[str] | None) -> None:
+    """Raises UsageError where the seconds of `--wait` were taken for the task."""
+    if wait is not None and task is not None and ports and task.isdigit() and len(ports) > 1 and ports[0][:1].isalpha():
+        raise UsageError(f"The seconds of --wait stand behind an equals sign: --wait={task} {' '.join(ports)}")
+
+
+def _ports(texts: list[str], local_port: int | None, proto: str, socks: int | None) -> list[PortForward]:
+    from kohakuriver.client.ports import SOCKS, PortForward, parse_port
+
+    if local_port is not None and len(texts) != 1:
         raise UsageError("--local-port goes with one remote port; give several as LOCAL:REMOTE.")
     if local_port is not None and ":" in texts[0]:
         raise UsageError(f"{texts[0]!r} names the local port already: leave --local-port out.")
-    return [parse_port(text, proto=proto, local=local_port) for text in texts]
+    named = [parse_port(text, proto=proto, local=local_port) for text in texts]
+    return named if socks is None else [*named, PortForward(socks, 0, SOCKS)]
 
 
 def _warn_if_exposed(local_host: str) -> None:
-    from kohakuriver.client.forward import exposes
+    from kohakuriver.client.ports import exposes
 
     if exposes(local_host):
         output.note(f"Warning: anybody who reaches this machine on {local_host} can use this forward.")
-
-
-class _Running:
-    """A forward from its opening to its end, with the command that it was started for, if any.
-
-    `files` is how many files that command may open. `following` is what adds ports that come, if they are to be.
-    """
-
-    def __init__(
-        self,
-        forwarder: Forwarder,
-        view: Aside,
-        command: list[str] | None,
-        files: int | None,
-        following: EveryPort | None,
-    ) -> None:
-        self._forwarder = forwarder
-        self._view = view
-        self._command = command
-        self._files = files
-        self._following = following
-        self._child: asyncio.subprocess.Process | None = None
-        self._stopped: asyncio.Future[str] = asyncio.get_running_loop().create_future()
-
-    async def run(self) -> int:
-        """The exit code: the command's, or 0 when stopped. Raises KohakuRiverError when the forward can't go on."""
-        reason = "stopped"
-        try:
-            with caught(self._signalled), suspended(self._view.rest):
-                return await self._opened_and_ended()
-        except KohakuRiverError as error:
-            reason = error.message
-            raise
-        finally:
-            await self._forwarder.close(reason)
-
-    async def _opened_and_ended(self) -> int:
-        if not await self._until_stopped(self._begin()):
-            return 0
-        from kohakuriver.runtime import cancel_all, freeze_heap
-
-        freeze_heap()
-        beside = [asyncio.ensure_future(self._tick())]
-        if self._following is not None:
-            beside.append(asyncio.ensure_future(self._following.follow()))
-        try:
-            if self._command is not None:
-                return await self._run_command(self._command)
-            await self._until_stopped(self._forwarder.wait())
-            return 0
-        finally:
-            await cancel_all(beside)
-
-    async def _begin(self) -> None:
-        """Open the forward, after a first look at what listens where that is followed."""
-        listens = self._following is None or await self._following.begin()
-        await self._forwarder.start()
-        if not listens:
-            output.note(f"Nothing listens in {self._forwarder.task} yet; its ports are forwarded as they come.")
-
-    async def _until_stopped(self, doing: Any) -> bool:
-        """Whether `doing` came to its end before Ctrl-C or SIGTERM. What it raises is raised."""
-        task = asyncio.ensure_future(doing)
-        await asyncio.wait({task, self._stopped}, return_when=asyncio.FIRST_COMPLETED)
-        if task.done():
-            task.result()
-            return True
-        task.cancel()
-        await asyncio.gather(task, return_exceptions=True)
-        return False
-
-    async def _run_command(self, command: list[str]) -> int:
-        from kohakuriver.runtime import lowered_file_limit
-
-        environment = dict(os.environ)
-        for local in sorted(self._forwarder.listening, key=lambda each: each.proto, reverse=True):  # TCP's counts
-            environment[f"KOHAKURIVER_PORT_{local.remote_port}"] = str(local.port)
-            environment[f"KOHAKURIVER_PORT_{local.remote_port}_{local.proto.upper()}"] = str(local.port)
-        try:
-            with lowered_file_limit(self._files):
-                self._child = await asyncio.create_subprocess_exec(*command, env=environment)
-        except OSError as error:
-            output.error(f"{command[0]} can't be run: {error.strerror}.")
-            return NOT_FOUND if isinstance(error, FileNotFoundError) else NOT_EXECUTABLE
-        if self._stopped.done():  # while it was being started
-            self._child.send_signal(signal.Signals[self._stopped.result()])
-        lost = asyncio.ensure_future(self._say_when_lost())
-        try:
-            code = await self._child.wait()
-        finally:
-            lost.cancel()
-        await self._until_stopped(self._forwarder.close(deliver=True))
-        return code if code >= 0 else KILLED_BY - code
-
-    async def _say_when_lost(self) -> None:
-        try:
-            await self._forwarder.wait()
-        except KohakuRiverError as error:
-            output.note(f"The forward has ended, the command goes on: {error.message}")
-
-    def _signalled(self, number: signal.Signals) -> None:
-        if self._child is not None and self._child.returncode is None:
-            if not (number in BY_KEYS and _shares_a_foreground()):
-                with contextlib.suppress(ProcessLookupError):
-                    self._child.send_signal(number)
-        elif not self._stopped.done():
-            self._stopped.set_result(number.name)
-
-    async def _tick(self) -> None:
-        while True:
-            await asyncio.sleep(self._view.interval)
-            self._view.tick(self._forwarder.stats())
-
-
-def _shares_a_foreground() -> bool:
-    """Whether a Ctrl-C on our terminal reaches our child by itself: it is of the same process group."""
-    if os.name == "nt":  # one console, one Ctrl-C for all on it
-        return True
-    try:
-        terminal = os.open("/dev/tty", os.O_RDONLY | os.O_NOCTTY)
-    except OSError:
-        return False
-    try:
-        return in_foreground(terminal)
-    finally:
-        os.close(terminal)

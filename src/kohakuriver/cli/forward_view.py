@@ -4,19 +4,23 @@ from __future__ import annotations
 
 import contextlib
 import enum
+import logging
 import os
 import queue
 import re
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from datetime import datetime
 from types import TracebackType
+from typing import ClassVar
 
 from kohakuriver.cli import output
 from kohakuriver.client.forward import (
     LOOPBACKS,
+    Closed,
     Event,
     Gone,
     Listening,
@@ -28,8 +32,21 @@ from kohakuriver.client.forward import (
     Stats,
     StreamError,
 )
+from kohakuriver.client.ports import SOCKS, UNIX
+from kohakuriver.text import printable
 
-__all__ = ["Aside", "JsonView", "LiveView", "PlainView", "View", "view_for"]
+__all__ = [
+    "Aside",
+    "Detached",
+    "JsonView",
+    "LeavingView",
+    "LiveView",
+    "OnConnectFailed",
+    "PlainView",
+    "Together",
+    "View",
+    "views_for",
+]
 
 STATS_INTERVAL = 5.0
 LIVE_INTERVAL = 0.5
@@ -41,6 +58,26 @@ MOST_WAITING = 1000
 LAST_WORDS = 1.0
 _CONTAINER = re.compile(r"kohakuriver-vps-\d+")
 CLEAR, DIM, PLAIN = "\r\x1b[2K", "\x1b[2m", "\x1b[0m"
+
+
+@dataclass(frozen=True)
+class Detached(Event):
+    """The forward goes on in the background, as the process `pid`, with this id; what happens to it is in `log`."""
+
+    event: ClassVar[str] = "detached"
+    task: str
+    id: str
+    pid: int
+    log: str
+
+
+@dataclass(frozen=True)
+class OnConnectFailed(Event):
+    """The command that is run on each connect ended with `code`, or could not be run (None); `message` says so."""
+
+    event: ClassVar[str] = "on_connect_failed"
+    code: int | None
+    message: str
 
 
 class _Outage(enum.Enum):
@@ -77,18 +114,25 @@ class View:
     def tick(self, stats: Stats) -> None:
         pass
 
+    def message(self, text: str) -> None:
+        """Show a line for a person; programs have the events."""
+
     def rest(self) -> None:
         """Leave the terminal as others expect it: this program is about to be stopped."""
 
+    def leave(self) -> None:
+        """Show nothing on the terminal from now on."""
+
 
 class JsonView(View):
-    """One event a line on stdout; statistics whenever they have changed."""
+    """One event a line on stdout; statistics whenever they have changed. With a `task`, each tells of which it is."""
 
-    def __init__(self) -> None:
+    def __init__(self, task: str | None = None) -> None:
+        self._of = {} if task is None else {"task": task}
         self._last: Stats | None = None
 
     def show(self, event: Event) -> None:
-        output.json_line(event.to_json())
+        output.json_line({**event.to_json(), **self._of})
 
     def tick(self, stats: Stats) -> None:
         if stats != self._last:
@@ -105,7 +149,7 @@ class PlainView(View):
         self._reason = ""
         self._outage = _Outage.NONE
         self._lost_at = self._moved_at = -QUIET
-        self._ports: set[tuple[int, int, str]] = set()
+        self._ports: set[tuple[int, int, str, str | None]] = set()
         self._said: dict[tuple[int, str], tuple[float, int]] = {}
 
     def show(self, event: Event) -> None:
@@ -127,6 +171,10 @@ class PlainView(View):
         elif isinstance(event, OutOfDescriptors):
             new = f"{event.waiting} connections wait" if event.waiting else "new connections are turned away"
             self.message(f"Out of file descriptors, {new}: raise the limit (ulimit -n), or close some.")
+        elif isinstance(event, Detached):
+            self.detached(event)
+        elif isinstance(event, OnConnectFailed):
+            self.message(event.message)
 
     def _reconnecting(self, event: Reconnecting) -> None:
         if self._outage is _Outage.SAID or self._outage is _Outage.UNSAID:
@@ -159,13 +207,13 @@ class PlainView(View):
             self.message(f"Connection to the host renewed, since {reason}: {count} on.")
 
     def _listening(self, event: Listening) -> None:
-        port = event.local_port, event.remote_port, event.proto
+        port = event.local_port, event.remote_port, event.proto, event.local_path
         if port not in self._ports:  # the same on the other loopback address is no news
             self.result(self.listening_line(event))
         self._ports.add(port)
 
     def _gone(self, event: Gone) -> None:
-        port = event.local_port, event.remote_port, event.proto
+        port = event.local_port, event.remote_port, event.proto, None
         if port in self._ports:  # the other loopback address was told of with the first
             self._ports.remove(port)
             self.result(f"No longer forwarding {_way(self._task, event)}")
@@ -176,6 +224,10 @@ class PlainView(View):
     def result(self, text: str) -> None:
         """Show a line that a script may wait for."""
         (output.note if self._beside_command else output.line)(text)
+
+    def detached(self, event: Detached) -> None:
+        """Show how to end what is on no terminal any more."""
+        output.note(f"In the background as {event.id}: `kohakuriver forward --stop {event.id}` ends it.")
 
     def message(self, text: str) -> None:
         """Show a line for a person, with the time: it may be read the next morning."""
@@ -208,13 +260,17 @@ def stamped(text: str) -> str:
 
 
 def listening_line(task: str, event: Listening) -> str:
-    """`Forwarding 127.0.0.1:8888 -> task:8888 (tcp)`, and why it is another local port than was to be had."""
-    return f"Forwarding {_way(task, event)}" + (f", since {event.reason}" if event.reason else "")
+    """`Forwarding 127.0.0.1:8888 -> task:8888 (tcp)`, and the local port that was wanted where it is another."""
+    why = "" if event.instead_of is None else f", since {event.instead_of} can't be had"
+    return f"Forwarding {_way(task, event)}{why}"
 
 
 def _way(task: str, event: Listening | Gone) -> str:
     host = f"[{event.local_host}]" if ":" in event.local_host else event.local_host
-    return f"{host}:{event.local_port} -> {task}:{event.remote_port} ({event.proto})"
+    path = event.local_path if isinstance(event, Listening) else None
+    local = f"{host}:{event.local_port}" if path is None else f"{UNIX}{path}"
+    remote = task if event.proto == SOCKS else f"{task}:{event.remote_port}"
+    return f"{local} -> {remote} ({event.proto})"
 
 
 def readable(text: str, task: str) -> str:
@@ -223,6 +279,33 @@ def readable(text: str, task: str) -> str:
     if colon and code.isupper() and code.isalnum():
         text = words
     return _CONTAINER.sub(task.replace("\\", ""), text)
+
+
+class LiveLine:
+    """The last line of a terminal, which shows open streams and rates, and is drawn anew below what is printed."""
+
+    def __init__(self) -> None:
+        self._shown = False
+        self._before: tuple[float, Stats] | None = None
+
+    def rest(self) -> None:
+        """Leave the place for another line."""
+        if self._shown and output.draws(sys.stdout):
+            _write(CLEAR)
+        self._shown = False
+
+    def draw(self, stats: Stats) -> None:
+        """Show what went on since the last time."""
+        now = time.monotonic()
+        before, self._before = self._before, (now, stats)
+        if before is None:
+            return
+        self._shown = self._shown and output.draws(sys.stdout)
+        if output.draws(sys.stdout):
+            line = status_line(before[1], stats, now - before[0])
+            with contextlib.suppress(BrokenPipeError):
+                _write(f"{CLEAR}{DIM}{line[: _columns() - 1]}{PLAIN}")
+            self._shown = True
 
 
 class LiveView(PlainView):
@@ -234,10 +317,9 @@ class LiveView(PlainView):
 
     interval = LIVE_INTERVAL
 
-    def __init__(self, task: str) -> None:
+    def __init__(self, task: str, line: LiveLine | None = None) -> None:
         super().__init__(task)
-        self._shown = False
-        self._before: tuple[float, Stats] | None = None
+        self._line = line or LiveLine()
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
@@ -252,9 +334,7 @@ class LiveView(PlainView):
         return super().listening_line(event) + (url if local else "")
 
     def rest(self) -> None:
-        if self._shown and output.draws(sys.stdout):
-            _write(CLEAR)
-        self._shown = False
+        self._line.rest()
 
     def result(self, text: str) -> None:
         self.rest()
@@ -264,16 +344,30 @@ class LiveView(PlainView):
         self.result(stamped(text))
 
     def tick(self, stats: Stats) -> None:
-        now = time.monotonic()
-        before, self._before = self._before, (now, stats)
-        if before is None:
-            return
-        self._shown = self._shown and output.draws(sys.stdout)
-        if output.draws(sys.stdout):
-            line = status_line(before[1], stats, now - before[0])
-            with contextlib.suppress(BrokenPipeError):
-                _write(f"{CLEAR}{DIM}{line[: _columns() - 1]}{PLAIN}")
-            self._shown = True
+        self._line.draw(stats)
+
+
+class Together(View):
+    """The views of several forwards, each of which is told for itself; statistics are those of all."""
+
+    def __init__(self, views: Sequence[View]) -> None:
+        self._views = views
+        self.interval = views[0].interval
+        self._of_all = JsonView() if len(views) > 1 and isinstance(views[0], JsonView) else views[0]
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._views[0].__exit__(kind, error, trace)
+
+    def tick(self, stats: Stats) -> None:
+        self._of_all.tick(stats)
+
+    def message(self, text: str) -> None:
+        self._views[0].message(text)
+
+    def rest(self) -> None:
+        self._views[0].rest()
 
 
 def _write(text: str) -> None:
@@ -296,6 +390,50 @@ def status_line(before: Stats, stats: Stats, seconds: float) -> str:
         f"{stats.streams} open, {stats.opened} so far | down {output.size(down)}/s, up {output.size(up)}/s | "
         f"total down {output.size(stats.bytes_received)}, up {output.size(stats.bytes_sent)} | Ctrl-C ends it"
     )
+
+
+class LogView(PlainView):
+    """The same lines in a log, which has the time of each."""
+
+    def __init__(self, task: str, logger: logging.Logger) -> None:
+        super().__init__(task)
+        self._logger = logger
+
+    def show(self, event: Event) -> None:
+        super().show(event)
+        if isinstance(event, Closed):
+            self.result(f"The forward has ended: {event.reason}")
+
+    def result(self, text: str) -> None:
+        self._logger.info("%s", printable(text, keep=""))
+
+    message = result
+
+    def detached(self, event: Detached) -> None:
+        self.result(f"In the background as {event.id}, process {event.pid}.")
+
+
+class LeavingView(View):
+    """Shows a forward that is about to leave the terminal: there and in a log, then in the log alone."""
+
+    def __init__(self, task: str, logger: logging.Logger, *, json: bool) -> None:
+        self._there: View | None = views_for([task], json=json, beside_command=False)[0]
+        self._log = LogView(task, logger)
+
+    def show(self, event: Event) -> None:
+        if self._there is not None:
+            try:
+                self._there.show(event)
+            except BrokenPipeError:
+                output.discard_stdout()
+        self._log.show(event)
+
+    def rest(self) -> None:
+        if self._there is not None:
+            self._there.rest()
+
+    def leave(self) -> None:
+        self._there = None
 
 
 class Aside:
@@ -328,7 +466,15 @@ class Aside:
 
     def tell(self, event: Event) -> None:
         """Have an event shown."""
-        self._put(lambda: self._view.tell(event))
+        self.tell_in(self._view, event)
+
+    def tell_in(self, view: View, event: Event) -> None:
+        """Have an event shown by one of the views that this one is made of."""
+        self._put(lambda: view.tell(event))
+
+    def message(self, text: str) -> None:
+        """Have a line for a person shown."""
+        self._put(lambda: self._view.message(text))
 
     def tick(self, stats: Stats) -> None:
         """Have statistics shown, unless what came before them is still to be."""
@@ -337,13 +483,20 @@ class Aside:
 
     def rest(self) -> None:
         """Have the terminal left as others expect it, and wait until it is; not for long if it takes nothing."""
+        self._wait_for(self._view.rest)
+
+    def leave(self) -> None:
+        """Have nothing shown on the terminal any more once all that is to be was; not for long if it takes nothing."""
+        self._wait_for(self._view.leave)
+
+    def _wait_for(self, act: Callable[[], None]) -> None:
         done = threading.Event()
 
-        def rest() -> None:
-            self._view.rest()
+        def acted() -> None:
+            act()
             done.set()
 
-        self._put(rest)
+        self._put(acted)
         done.wait(LAST_WORDS)
 
     def _put(self, show: Callable[[], None]) -> None:
@@ -357,10 +510,11 @@ class Aside:
             show()
 
 
-def view_for(task: str, *, json: bool, beside_command: bool) -> Aside:
-    """The view that fits where stdout goes."""
+def views_for(tasks: Sequence[str], *, json: bool, beside_command: bool) -> list[View]:
+    """A view of each forward, by its task, that fits where stdout goes. Several are to be put Together."""
     if json:
-        return Aside(JsonView())
+        return [JsonView(task if len(tasks) > 1 else None) for task in tasks]
     if output.paints(sys.stdout) and not beside_command:
-        return Aside(LiveView(task))
-    return Aside(PlainView(task, beside_command=beside_command))
+        line = LiveLine()
+        return [LiveView(task, line) for task in tasks]
+    return [PlainView(task, beside_command=beside_command) for task in tasks]

@@ -26,6 +26,7 @@ Record = TypeVar("Record")
 __all__ = [
     "Connection",
     "JsonOption",
+    "MaybeTaskArgument",
     "MaybeTasksArgument",
     "Place",
     "Remote",
@@ -69,15 +70,11 @@ def one_of(words: Sequence[str]) -> dict[str, Any]:
     }
 
 
-TaskArgument = Annotated[
-    str,
-    typer.Argument(
-        metavar="TASK",
-        help="The task's numeric id or its unique name.",
-        autocompletion=complete_task,
-        show_default=False,
-    ),
-]
+_TASK = typer.Argument(
+    metavar="TASK", help="The task's numeric id or its unique name.", autocompletion=complete_task, show_default=False
+)
+TaskArgument = Annotated[str, _TASK]
+MaybeTaskArgument = Annotated[str | None, _TASK]
 
 
 JsonOption = Annotated[bool, typer.Option("--json", help="JSON on stdout, and nothing else there.")]

@@ -128,6 +128,8 @@ def forward(
     if local_port and len(wanted) != 1:
         raise UsageError("local_port goes with one remote port; give several as LOCAL:REMOTE.")
     parsed = [parse_port(spec, proto=proto, local=local_port) for spec in wanted]
+    if any(port.path is not None for port in parsed):
+        raise UsageError("Unix sockets are for the command line; here a port is REMOTE or LOCAL:REMOTE.")
 
     def make() -> Forwarder:
         settings = load_settings(host=host, token=token, ca_file=ca_file)

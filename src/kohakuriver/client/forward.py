@@ -8,21 +8,30 @@ session's link breaks: it opens a new session, with backoff and jitter. Sources:
 from __future__ import annotations
 
 import asyncio
-import errno
-import ipaddress
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any, ClassVar
 
+from kohakuriver.client.local_side import LocalSide
+from kohakuriver.client.ports import (
+    LOOPBACK,
+    LOOPBACKS,
+    SOCKS,
+    PortForward,
+    PortSpec,
+    check_distinct,
+    exposes,
+    parse_port,
+)
+from kohakuriver.client.socks import SocksServer
 from kohakuriver.config import Settings, path_segment
 from kohakuriver.errors import (
     KohakuRiverError,
-    LocalAddressError,
     NotAllowedError,
     NotFoundError,
     UnavailableError,
-    UsageError,
 )
 from kohakuriver.http_proxy import http_proxy
 from kohakuriver.runtime import DescriptorWatch, cancel_all, file_limit, out_of_descriptors
@@ -32,13 +41,18 @@ from kohakuriver.tunnel.backoff import Backoff
 from kohakuriver.tunnel.dial import Server, open_session
 from kohakuriver.tunnel.endpoint import EndpointStats
 from kohakuriver.tunnel.link import Link
+from kohakuriver.tunnel.local_listeners import ListeningSocket
 from kohakuriver.tunnel.opener import KeptStreams
 from kohakuriver.tunnel.ports import GOES_ON, ports_query
 from kohakuriver.tunnel.protocol import CloseCode, ErrorText
 from kohakuriver.tunnel.settings import endpoint_config, resume_for
-from kohakuriver.tunnel.user_endpoint import ListeningSocket, UserEndpoint, delivered, stop_listening
+from kohakuriver.tunnel.user_endpoint import UserEndpoint, delivered
+from kohakuriver.unix_sockets import address_of
 
 __all__ = [
+    "LOOPBACK",
+    "LOOPBACKS",
+    "STOPPED",
     "Closed",
     "Connected",
     "Event",
@@ -49,6 +63,7 @@ __all__ = [
     "NotListening",
     "OutOfDescriptors",
     "PortForward",
+    "PortSpec",
     "Reconnecting",
     "Resumed",
     "Stats",
@@ -67,10 +82,6 @@ MOVE_CAP = 1.0
 # Seconds over which a rate is measured at least, however often it is asked for.
 RATED_OVER = 0.5
 
-# Both loopback addresses: a program that is told `localhost` may take either.
-LOOPBACK = "localhost"
-LOOPBACKS = ("127.0.0.1", "::1")
-FREE_PORT_TRIES = 20
 # How often it is looked whether this process can still open a file, in seconds.
 DESCRIPTORS_EVERY = 1.0
 # With so few files left for other streams it is looked at each new one: a rush may be over within a second.
@@ -79,61 +90,14 @@ DESCRIPTORS_LEFT = 128
 KNOCK_EVERY = 0.2
 KNOCK_POLL = 0.02
 
-# The port in the path of a session that may have any: every CONNECT names its own.
-ANY_PORT = 1
-
 # What a host says of a task that has ended: its connections have, too.
 NOT_RUNNING = "task_not_running"
 
-PortSpec = int | str
+ANY_PORT = 1
+"""What stands in the path of a session that is for whatever ports will be wanted."""
 
-
-@dataclass(frozen=True)
-class PortForward:
-    """One local port that leads to a port of the task. `local` 0 is any free port; `proto` is `tcp` or `udp`."""
-
-    local: int
-    remote: int
-    proto: str = "tcp"
-
-
-def parse_port(spec: PortSpec, *, proto: str = "tcp", local: int | None = None) -> PortForward:
-    """`REMOTE` or `LOCAL:REMOTE`, either with `/tcp` or `/udp`, as a PortForward.
-
-    `proto` and `local` stand where the text names none; a `local` of None is the remote port's number.
-    Raises UsageError for ports outside 1..65535 (0 only as LOCAL) and unknown protocols.
-    """
-    text = str(spec)
-    ports, slash, suffix = text.partition("/")
-    left, colon, right = ports.rpartition(":")
-    remote = _port_number(right, text)
-    given = _port_number(left, text, least=0) if colon else local
-    if given is not None and not 0 <= given <= 65535:
-        raise UsageError(f"The local port must be between 0 (any free one) and 65535, not {given}.")
-    kind = suffix if slash else proto
-    if kind not in ("tcp", "udp"):
-        raise UsageError(f"The protocol must be tcp or udp, not {kind!r}.")
-    return PortForward(remote if given is None else given, remote, kind)
-
-
-def _port_number(text: str, whole: str, *, least: int = 1) -> int:
-    if not text.isascii() or not text.isdigit():
-        raise UsageError(f"{whole!r} is not a port: give REMOTE or LOCAL:REMOTE, as in 8888 or 9999:8888.")
-    number = int(text) if len(text) <= 6 else 1_000_000
-    if not least <= number <= 65535:
-        place = "a local port must be between 0 (any free one) and 65535" if least == 0 else "must be 1 to 65535"
-        raise UsageError(f"Port {text} is out of range: {place}.")
-    return number
-
-
-def exposes(local_host: str) -> bool:
-    """Whether listening on `local_host` lets other machines in."""
-    if local_host == "localhost":
-        return False
-    try:
-        return not ipaddress.ip_address(local_host).is_loopback
-    except ValueError:
-        return True
+STOPPED = "stopped"
+"""Why a forward is over that was told to end."""
 
 
 @dataclass(frozen=True)
@@ -157,18 +121,29 @@ class Connected(Event):
 
 @dataclass(frozen=True)
 class Listening(Event):
-    """A local port leads to the task's port. `reason` says, as a clause, why it is not the one that was to be had."""
+    """A local port leads to the task's port. `instead_of` is the one that was wanted, where that can't be had.
+
+    Of a Unix socket there is `local_path`, and neither host nor port.
+    """
 
     event: ClassVar[str] = "listening"
     local_host: str
     local_port: int
     remote_port: int
     proto: str
-    reason: str | None = None
+    instead_of: int | None = None
+    local_path: str | None = None
+
+    @classmethod
+    def of(cls, at: ListeningSocket) -> Listening:
+        """The event for a local address."""
+        return cls(at.host, at.port, at.remote_port, at.proto, at.instead_of, at.path)
 
     def to_json(self) -> dict[str, Any]:
-        told = super().to_json()
-        return told if self.reason is not None else {key: value for key, value in told.items() if key != "reason"}
+        without = {"local_path"} if self.local_path is None else {"local_host", "local_port"}
+        without |= {"instead_of"} if self.instead_of is None else set()
+        without |= {"remote_port"} if self.proto == SOCKS else set()
+        return {name: value for name, value in super().to_json().items() if name not in without}
 
 
 @dataclass(frozen=True)
@@ -180,6 +155,11 @@ class Gone(Event):
     local_port: int
     remote_port: int
     proto: str
+
+    @classmethod
+    def of(cls, at: ListeningSocket) -> Gone:
+        """The event for a local address."""
+        return cls(at.host, at.port, at.remote_port, at.proto)
 
 
 @dataclass(frozen=True)
@@ -277,9 +257,8 @@ class Forwarder:
 
     `task` is a numeric id or a unique name. `start`, then `wait` for its end, then `close`. With `patience`, `start`
     waits so many seconds for somebody to listen on the TCP ports in the task. With `resume`, connections outlive a
-    session that is lost. With `any_port`, ports may be added and dropped while it is open, and none need be there.
-
-    Large because all that a forward is to its user is asked of it; what it is made of is elsewhere.
+    session that is lost. With `fallback`, the next free local port is taken where one is not free. With `any_port` the
+    session may reach all ports of the task, and none need be given (`every_port`).
     """
 
     def __init__(
@@ -291,14 +270,14 @@ class Forwarder:
         local_host: str = LOOPBACK,
         patience: float | None = None,
         resume: bool = True,
+        fallback: bool = False,
         any_port: bool = False,
         on_event: Callable[[Event], None] = lambda event: None,
     ) -> None:
-        _check_distinct(ports, any_port)
+        check_distinct(ports, any_port=any_port)
         self.task = task
         self.ports = list(ports)
-        self._any_port = any_port
-        self._local_host = local_host
+        self._any_port = any_port or any(port.proto == SOCKS for port in ports)
         self._patience = patience
         self._knocking = False
         self.listening: list[ListeningSocket] = []
@@ -322,6 +301,8 @@ class Forwarder:
             kept=KeptStreams(resume_for(settings.resume_for)) if resume else None,
             on_accept=self._accepted,
         )
+        socks = SocksServer(self._endpoint, task, lambda port, why: on_event(StreamError(port, why))).serve
+        self._local = LocalSide(self._endpoint, local_host, self._half_listening, fallback=fallback, socks=socks)
         self._crowded = file_limit() - DESCRIPTORS_LEFT
         self._was_full = False
         self._descriptors = DescriptorWatch(
@@ -347,35 +328,15 @@ class Forwarder:
             await self._until_answered(self._patience)
         self._on_event(Connected(self.task, link.version))
         for local in self.listening:
-            self._on_event(Listening(local.host, local.port, local.remote_port, local.proto))
+            self._on_event(Listening.of(local))
         loop = asyncio.get_running_loop()
         self._keeper = loop.create_task(self._keep_open())
         self._watcher = loop.create_task(self._watch_descriptors())
 
-    async def add(self, remote: int, local: int) -> int:
-        """Forward one more TCP port, at the local port `local` where that is free, else at any free one: at which.
-
-        Raises LocalAddressError where none can be had, or OSError where this process lacks something.
-        """
-        reason = None
-        try:
-            added = await self._listen_at(PortForward(local, remote))
-        except LocalAddressError as error:
-            reason = _why_not(local, error)
-            added = await self._listen_at(PortForward(0, remote))
-        self.listening += added
-        for each in added:
-            self._on_event(Listening(each.host, each.port, remote, each.proto, reason))
-        return added[0].port
-
-    def drop(self, remote: int, local: int) -> None:
-        """Take back what `add` did; connections that are open end by themselves."""
-        for each in [
-            each for each in self.listening if (each.remote_port, each.port, each.proto) == (remote, local, "tcp")
-        ]:
-            self.listening.remove(each)
-            stop_listening(self._endpoint, each)
-            self._on_event(Gone(each.host, each.port, remote, each.proto))
+    @property
+    def connected(self) -> bool:
+        """Whether the session stands just now."""
+        return self._endpoint.streams is not None
 
     async def wait(self) -> None:
         """Wait until the forward can't go on.
@@ -386,7 +347,7 @@ class Forwarder:
         if self._keeper is not None:
             await asyncio.shield(self._keeper)
 
-    async def close(self, reason: str = "stopped", *, deliver: bool = False) -> None:
+    async def close(self, reason: str = STOPPED, *, deliver: bool = False) -> None:
         """Stop listening, end every stream and the session.
 
         `deliver`: first wait until what local programs have sent has arrived in the task, while it makes progress.
@@ -428,13 +389,13 @@ class Forwarder:
     async def _answers(self, local: ListeningSocket) -> bool:
         """Whether a connection to this port reaches somebody in the task."""
         try:
-            reader, writer = await asyncio.open_connection(local.host, local.port)
+            reader, writer = await _connected(local)
         except OSError:
             return False
         ended = asyncio.ensure_future(reader.read(1))
         try:
             while not ended.done():
-                if self._endpoint.has_reached(writer.get_extra_info("sockname")):
+                if self._endpoint.has_reached(writer.get_extra_info("sockname"), local.remote_port):
                     return True
                 await asyncio.wait({ended}, timeout=KNOCK_POLL)
             return (
@@ -445,41 +406,11 @@ class Forwarder:
             writer.close()
 
     async def _listen_everywhere(self) -> None:
-        """Bind all local addresses: those that must be had first, so that `listening` begins with them."""
-        seconds = []
-        for port in self.ports:
-            first, *second = await self._listen_at(port)
-            self.listening.append(first)
-            seconds += second
-        self.listening += seconds
+        """Bind all local addresses, those that must be had first."""
+        self.listening = await self._local.listen(self.ports)
 
-    async def _listen_at(self, port: PortForward) -> list[ListeningSocket]:
-        """Bind the local addresses of one port, the one that must be had first. Raises LocalAddressError."""
-        if self._local_host != LOOPBACK:
-            return [await self._listen(self._local_host, port.local, port)]
-        return [each for each in await self._listen_on_loopback(port) if each is not None]
-
-    async def _listen_on_loopback(self, port: PortForward) -> tuple[ListeningSocket, ListeningSocket | None]:
-        """The same port number on 127.0.0.1 and, where that can be had, on ::1. Raises LocalAddressError."""
-        first = await self._listen(LOOPBACKS[0], port.local, port)
-        for _ in range(FREE_PORT_TRIES):
-            try:
-                return first, await self._listen(LOOPBACKS[1], first.port, port)
-            except LocalAddressError as error:
-                taken = isinstance(error.__cause__, OSError) and error.__cause__.errno == errno.EADDRINUSE
-                if not taken:
-                    return first, None  # this machine has no IPv6
-                if port.local:
-                    self._on_event(NotListening(LOOPBACKS[1], first.port, "another program listens there"))
-                    return first, None
-            another = await self._listen(LOOPBACKS[0], 0, port)  # before the first is closed, so that it is another
-            first.close()
-            first = another
-        return first, None
-
-    async def _listen(self, host: str, local: int, port: PortForward) -> ListeningSocket:
-        listen = self._endpoint.listen_udp if port.proto == "udp" else self._endpoint.listen_tcp
-        return await listen(host, local, port.remote)
+    def _half_listening(self, host: str, port: int) -> None:
+        self._on_event(NotListening(host, port, "another program listens there"))
 
     async def _watch_descriptors(self) -> None:
         """Tell when local connections can't be accepted: the event loops don't, and nothing else would."""
@@ -498,10 +429,11 @@ class Forwarder:
         return await open_session(Server(url, self._settings.token, self._tls, http_proxy(url)))
 
     def _path(self) -> str:
-        if self._any_port:
-            return f"/ws/forward/{path_segment(self.task)}/{ANY_PORT}?proto=tcp"
-        first = self.ports[0]
-        query = f"proto={first.proto}&{ports_query(port.remote for port in self.ports)}"
+        named = [port for port in self.ports if port.proto != SOCKS]
+        first = named[0] if named else PortForward(0, ANY_PORT)
+        query = f"proto={first.proto}"
+        if not self._any_port:  # else it is said later on which ports are wanted
+            query += f"&{ports_query(port.remote for port in named)}"
         return f"/ws/forward/{path_segment(self.task)}/{first.remote}?{query}"
 
     def _attach(self, link: Link) -> None:
@@ -602,6 +534,13 @@ class Forwarder:
             raise error
 
 
+async def _connected(local: ListeningSocket) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
+    if local.path is None:
+        return await asyncio.open_connection(local.host, local.port)
+    with address_of(Path(local.path)) as address:
+        return await asyncio.open_unix_connection(address)
+
+
 @dataclass(frozen=True)
 class _Loss:
     """A link is gone, or is still `there` and going."""
@@ -610,20 +549,3 @@ class _Loss:
     link: Link | None
     there: bool = False
     doubted: bool = False
-
-
-def _why_not(port: int, error: LocalAddressError) -> str:
-    """Why a local port can't be had, as a clause."""
-    why = error.__cause__
-    if isinstance(why, OSError) and why.errno == errno.EACCES:
-        return f"{port} may not be listened on by this user"
-    return f"{port} is in use here"
-
-
-def _check_distinct(ports: Sequence[PortForward], any_port: bool) -> None:
-    if not ports and not any_port:
-        raise UsageError("Give at least one remote port.")
-    taken = [(port.local, port.proto) for port in ports if port.local]
-    for local, proto in taken:
-        if taken.count((local, proto)) > 1:
-            raise UsageError(f"The local port {local} ({proto}) is given more than once.")

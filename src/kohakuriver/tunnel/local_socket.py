@@ -62,6 +62,9 @@ class TcpStream(LocalWriter):
         peer = None if self._transport is None else self._transport.get_extra_info("peername")
         return peer or ("", 0)
 
+    def refused(self, text: ErrorText) -> None:
+        """Told why it could not be opened, or broke, before its local socket hears of it."""
+
     # -- local socket → link -----------------------------------------------------------------------------------
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:

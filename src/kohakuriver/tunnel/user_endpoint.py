@@ -3,18 +3,14 @@
 from __future__ import annotations
 
 import asyncio
-import errno
-import os
 import socket
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
 
-from kohakuriver.errors import LocalAddressError
-from kohakuriver.resolve import resolving
 from kohakuriver.tunnel.endpoint import AnyStream, Endpoint
 from kohakuriver.tunnel.kept import opening_kept
 from kohakuriver.tunnel.link import Link
+from kohakuriver.tunnel.local_listeners import LISTEN_BACKLOG, ListeningSocket, bind
 from kohakuriver.tunnel.local_socket import TcpStream
 from kohakuriver.tunnel.opener import KeptStreams, is_resuming
 from kohakuriver.tunnel.protocol import (
@@ -31,23 +27,10 @@ from kohakuriver.tunnel.settings import EndpointConfig
 from kohakuriver.tunnel.states import Role, State
 from kohakuriver.tunnel.udp import UdpListener, UdpStream
 
-LISTEN_BACKLOG = 4096
 LOOK, QUIET = 0.02, 1.0
 """Seconds between two looks at what is still under way, and after which it counts as standing still."""
 LAST_WORD = 0.5
 """Seconds that a link has to take another byte of what is left to be said, or to answer the last of it."""
-
-
-@dataclass
-class ListeningSocket:
-    """A local address that leads to a port of the task."""
-
-    host: str
-    port: int
-    remote_port: int
-    proto: str
-    close: Callable[[], None] = field(repr=False)
-    sock: socket.socket = field(repr=False)
 
 
 class UserEndpoint(Endpoint):
@@ -84,7 +67,7 @@ class UserEndpoint(Endpoint):
         self.on_detach = on_detach
         self._waiting: dict[TcpStream, asyncio.TimerHandle] = {}
         self._detached_at = time.monotonic()
-        self.listening: list[ListeningSocket] = []
+        self.listening: list[ListeningSocket] = []  # what is closed with this end
         self._closing = False
 
     @property
@@ -217,22 +200,29 @@ class UserEndpoint(Endpoint):
         stream.act(stream.core.connected(parse_limit(payload)))
         stream.update_reading()
 
-    def has_reached(self, source: tuple[str, int]) -> bool:
-        """Whether the stream of the local connection from `source` has been opened in the task."""
+    def has_reached(self, source: tuple[str, int] | str, port: int) -> bool:
+        """Whether the stream of the local connection from `source` to this port has been opened in the task.
+
+        By a Unix socket nobody comes from anywhere, and any stream to the port will do.
+        """
         return self.streams is not None and any(
-            isinstance(stream, TcpStream) and stream.core.state is State.OPEN and stream.source()[:2] == source[:2]
+            isinstance(stream, TcpStream)
+            and stream.core.state is State.OPEN
+            and (stream.port == port if isinstance(source, (str, bytes)) else stream.source()[:2] == source[:2])
             for stream in self.streams.by_id.values()
         )
 
     def stream_failed(self, stream: AnyStream, text: ErrorText) -> None:
-        kept = stream.kept if isinstance(stream, TcpStream) else None
-        if kept is None or not kept.leaving:  # nobody is there any more who would miss it
-            self.on_stream_error(stream.port, text)
+        if isinstance(stream, TcpStream):
+            stream.refused(text)
+            if stream.kept is not None and stream.kept.leaving:
+                return  # nobody is there any more who would miss it
+        self.on_stream_error(stream.port, text)
 
     async def listen_tcp(self, host: str, port: int, remote_port: int) -> ListeningSocket:
         """Listen on ``host:port`` (0: any free port). Raises LocalAddressError if that can't be had."""
         loop = asyncio.get_running_loop()
-        sock = await _bind(host, port, socket.SOCK_STREAM)
+        sock = await bind(host, port, socket.SOCK_STREAM)
         server = await loop.create_server(lambda: TcpStream(self, remote_port), sock=sock, backlog=LISTEN_BACKLOG)
         listening = ListeningSocket(host, sock.getsockname()[1], remote_port, "tcp", server.close, sock)
         self.listening.append(listening)
@@ -241,7 +231,7 @@ class UserEndpoint(Endpoint):
     async def listen_udp(self, host: str, port: int, remote_port: int) -> ListeningSocket:
         """The same for UDP: one stream per source address (§3 rule 12)."""
         loop = asyncio.get_running_loop()
-        sock = await _bind(host, port, socket.SOCK_DGRAM)
+        sock = await bind(host, port, socket.SOCK_DGRAM)
         address = sock.getsockname()
         transport, _ = await loop.create_datagram_endpoint(lambda: UdpListener(self, remote_port, sock), sock=sock)
         listening = ListeningSocket(host, address[1], remote_port, "udp", transport.close, sock)
@@ -303,37 +293,3 @@ async def _gone(link: Link) -> None:
         await asyncio.wait({gone}, timeout=LAST_WORD)
         if not gone.done() and link.out.taken() == taken:
             link.abort()
-
-
-async def _bind(host: str, port: int, kind: socket.SocketKind) -> socket.socket:
-    try:
-        with resolving():
-            found = await asyncio.get_running_loop().getaddrinfo(host, port, type=kind, flags=socket.AI_PASSIVE)
-    except OSError as exc:
-        raise LocalAddressError(f"{host} is not an address of this machine: {exc.strerror or exc}.") from exc
-    family, kind, protocol, _, address = found[0]
-    sock = socket.socket(family, kind, protocol)
-    try:
-        sock.setblocking(False)
-        if kind == socket.SOCK_STREAM and os.name == "posix":
-            sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        sock.bind(address)
-        if kind == socket.SOCK_STREAM:
-            sock.listen(LISTEN_BACKLOG)
-    except OSError as exc:
-        sock.close()
-        raise LocalAddressError(_not_bound(host, port, exc)) from exc
-    return sock
-
-
-def _not_bound(host: str, port: int, why: OSError) -> str:
-    """Why a local address can't be had, and what to do, as a sentence."""
-    where = f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
-    another = "choose another local port, as in 0:REMOTE, where 0 takes any free one"
-    if why.errno == errno.EADDRINUSE:
-        return f"{where} is already in use; {another}."
-    if why.errno == errno.EADDRNOTAVAIL:
-        return f"{host} is not an address of this machine; --local-host takes one that is."
-    if why.errno == errno.EACCES:
-        return f"{where} may not be listened on by this user; {another}."
-    return f"{where} can't be bound ({why.strerror or why}); {another}."

@@ -1,0 +1,94 @@
+"""The forwards in the background: what is left of those that are gone, and who may get at them."""
+
+from __future__ import annotations
+
+import os
+import socket
+import threading
+from pathlib import Path
+
+import pytest
+
+from kohakuriver.cli import detached
+from kohakuriver.errors import NotFoundError, UsageError
+
+
+@pytest.fixture(autouse=True)
+def directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("KOHAKURIVER_CONFIG_DIR", str(tmp_path))
+    return tmp_path / "forwards"
+
+
+def of_the_dead(path: Path, *, age: float = 0.0) -> Path:
+    """The socket of a process that is gone."""
+    with socket.socket(socket.AF_UNIX) as sock:
+        sock.bind(str(path))
+    _grow_old(path, age)
+    return path
+
+
+def _grow_old(path: Path, age: float) -> None:
+    then = path.stat().st_mtime - age
+    os.utime(path, (then, then))
+
+
+def test_what_a_process_left_that_is_gone_is_no_forward_and_is_removed(directory: Path) -> None:
+    assert detached.listed() == []
+    left = of_the_dead(directory / "gone.sock")
+    assert detached.listed() == []
+    assert not left.exists()
+    with pytest.raises(NotFoundError):
+        detached.find("gone")
+
+
+@pytest.mark.parametrize("answer", [b"", b"\n", b"no JSON\n", b"[]\n", b"{}", b"x" * 1000 + b"\n"])
+def test_one_that_answers_nonsense_is_there_and_does_not_answer(directory: Path, answer: bytes) -> None:
+    detached.listed()
+    with socket.socket(socket.AF_UNIX) as server:
+        server.bind(str(directory / "odd.sock"))
+        server.listen()
+
+        def talk() -> None:
+            peer, _ = server.accept()
+            with peer:
+                peer.recv(100)
+                peer.sendall(answer)
+
+        talking = threading.Thread(target=talk)
+        talking.start()
+        (found,) = detached.listed()
+        talking.join()
+    assert (found["id"], found["pid"]) == ("odd", os.getpid())
+    assert found["state"] == ("not answering" if answer != b"{}" else found["state"])
+    assert found["ports"] == []
+
+
+def test_the_newest_logs_of_those_that_have_ended_are_kept_and_those_of_others(directory: Path) -> None:
+    detached.listed()
+    for number in range(30):
+        log = directory / f"log{number}.log"
+        log.touch()
+        (directory / f"log{number}.log.1").touch()
+        _grow_old(log, 100 + number)
+    of_the_dead(directory / "log29.sock")  # as if it still ran: only asking would tell
+    place = detached.Place()
+    kept = {path.stem for path in directory.glob("*.log")}
+    assert kept == {*(f"log{number}" for number in range(20)), "log29", place.id}
+    assert len(list(directory.glob("*.log.1"))) == 21
+    place.leave()
+    assert place.log.exists()
+
+
+def test_what_was_being_made_when_its_process_ended_is_removed_and_what_is_being_made_is_not(directory: Path) -> None:
+    detached.listed()
+    old, new = of_the_dead(directory / "old.new", age=3600), of_the_dead(directory / "new.new")
+    place = detached.Place()
+    assert (old.exists(), new.exists()) == (False, True)
+    place.leave(log=True)
+    assert [path.name for path in directory.iterdir()] == ["new.new"]
+
+
+def test_a_directory_that_can_not_be_made_is_told_in_one_sentence(directory: Path) -> None:
+    directory.write_text("a file")
+    with pytest.raises(UsageError, match="can't be used for what runs in the background"):
+        detached.Place()
