@@ -24,7 +24,14 @@ T = TypeVar("T")
 # A shell that a test starts reads no start files of whoever runs the tests: those may take seconds, or wait for a lock
 # that a shell which another test has ended still holds.
 os.environ["HOME"] = tempfile.mkdtemp(prefix="kohakuriver-home-")
-atexit.register(shutil.rmtree, os.environ["HOME"], ignore_errors=True)
+_HOME, _OWNER = os.environ["HOME"], os.getpid()
+
+
+@atexit.register
+def _leave() -> None:
+    if os.getpid() == _OWNER:  # and not a process that a test forked
+        shutil.rmtree(_HOME, ignore_errors=True)
+
 
 # Programs leave a signal ignored that was ignored when they started, as `nohup` and a shell's `&` have it. What the
 # tests start is to end when it is told to, however the tests themselves were started.
