@@ -379,8 +379,13 @@ class DockerBackend(Backend):
             return True
         with sentences("say where the container is"):
             show = await self._shown(task.engine_id or task.container)
-            task.tunnel_from = None if show is None else await addresses_of(self._docker, show)
-        return task.tunnel_from is not None and _among(task.tunnel_from, peer)
+            if show is not None and show["State"]["Running"]:
+                task.tunnel_from = await addresses_of(self._docker, show)
+                return _among(task.tunnel_from, peer)
+        if task.tunnel_from is None:
+            # It ended before anybody asked, and its addresses are forgotten: that is no theft.
+            raise UnavailableError(f"The container {task.container} has ended.", code="task_not_running")
+        return False
 
     async def sockets(self, task: TaskRecord) -> TaskSockets:
         """All of its network; where that is the node's, those of the container's own processes."""
