@@ -320,6 +320,20 @@ def test_other_programs_words_for_a_command_are_understood(
 
 
 @pytest.mark.parametrize(
+    ("typed", "said"),
+    [("lsit", "No such command 'lsit'."), ("vps staus x", "Did you mean 'status'"),
+     ("forwad t 1", "Did you mean 'forward'?"), ("vps rename a b", "No such command 'rename'."), ("vps", "COMMAND")],
+)  # fmt: skip
+def test_a_wrong_word_suggests_what_is_near_to_it_and_nothing_else(
+    typed: str, said: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert outcome(*typed.split()) == 2
+    captured = capsys.readouterr()
+    assert said in captured.err + captured.out
+    assert "'create'" not in captured.err
+
+
+@pytest.mark.parametrize(
     ("typed", "shown"), [("help", "COMMAND"), ("help vps list", "vps list"), ("vps help rm", "vps rm")]
 )
 def test_help_may_be_asked_for_as_a_command(typed: str, shown: str, capsys: pytest.CaptureFixture[str]) -> None:

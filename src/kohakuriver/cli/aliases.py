@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from difflib import get_close_matches
 from typing import Any
 
 from typer.core import TyperGroup
@@ -11,6 +12,7 @@ from kohakuriver.errors import UsageError
 
 __all__ = ["WithAliases"]
 
+_MEANT = 0.7  # `create` is as near to `rename` as 0.67
 _EVERYWHERE = {"ls": "list", "delete": "remove"}
 _IN = {
     "kohakuriver": {
@@ -60,3 +62,10 @@ class WithAliases(TyperGroup):
         for word in (words or "").split():
             command = command and command.commands.get(word)
         return command
+
+    def resolve_command(self, ctx: Any, args: list[str]) -> Any:
+        word = args[0] if args else ""
+        if not word or word.startswith("-") or ctx.resilient_parsing or self.get_command(ctx, word) is not None:
+            return super().resolve_command(ctx, args)
+        near = ", ".join(repr(name) for name in get_close_matches(word, self.commands, cutoff=_MEANT))
+        return ctx.fail(f"No such command {word!r}." + (f" Did you mean {near}?" if near else ""))

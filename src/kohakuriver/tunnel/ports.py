@@ -48,5 +48,5 @@ def ports_in(query: dict[str, str]) -> frozenset[int] | None:
         raise UsageError(f"ports must be numbers from 1 to 65535 with commas between them, not {text[:100]!r}")
     ports = frozenset(map(int, words))
     if len(ports) > MAX_PORTS:
-        raise UsageError(f"A session may name {MAX_PORTS} ports; forward these {len(ports)} with several commands")
+        raise UsageError(f"A session may name {MAX_PORTS} ports; forward these {len(ports)} with several commands.")
     return ports
