@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import queue
 import signal
 import socket
@@ -305,6 +306,24 @@ def test_an_adopted_container_that_is_restarted_gets_its_tunnel_back(shared: Clu
         assert shared.call("POST", "/api/tasks/readopted/restart?container=true")[0] == 200
         shared.connected("readopted")
         assert echoes(shared, "readopted")
+
+
+def test_a_tunnel_client_that_was_killed_in_an_adopted_container_is_started_again(
+    shared: Cluster, busybox: str
+) -> None:
+    with plain_container(busybox, *ECHO) as container:
+        adopt(shared, container, "client-killed")
+        shared.connected("client-killed")
+        (before,) = clients_in(container)
+        os.kill(before, signal.SIGKILL)
+        eventually(lambda: [each for each in clients_in(container) if each != before])
+        shared.connected("client-killed")
+        assert echoes(shared, "client-killed")
+
+
+def clients_in(container: str) -> list[int]:
+    """The tunnel clients in a container, as this machine numbers them."""
+    return [int(line.split()[1]) for line in docker("top", container).splitlines() if "tunnel-client" in line]
 
 
 def test_an_adopted_container_that_is_removed_and_made_again_is_the_same_task(shared: Cluster, busybox: str) -> None:

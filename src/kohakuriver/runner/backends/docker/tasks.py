@@ -68,6 +68,8 @@ CALLS, CALLS_OF_A_USER = 32, 8
 """What the engine is asked to do at a time, of all users and of one. Its client has connections for 100."""
 
 NO_BINARY = "its kohakuriver was installed without cargo, and lacks the static tunnel client, which containers need"
+CLIENT_AGAIN_SECONDS = 2.0
+"""After how long a tunnel client that was put into a container, and has ended, is started again."""
 REMOVED = "its container was removed"
 REMOVED_ADOPTED = "its container was removed; one that is made again under its name is taken up by itself"
 PAUSED = "its container is paused"
@@ -181,10 +183,18 @@ class DockerBackend(Backend):
     def _event(self, event: dict[str, Any]) -> None:
         """Look at the tasks that an event is about."""
         actor = event.get("Actor", {})
-        engine_id, name = event.get("id") or actor.get("ID"), actor.get("Attributes", {}).get("name")
+        engine_id, attributes = event.get("id") or actor.get("ID"), actor.get("Attributes", {})
+        command = attributes.get("execID")  # of those that have ended in a container, the tunnel client counts
         for task in list(self._tasks.values()):
-            if task.engine_id == engine_id or (task.adopted and task.engine_name == name):
+            if task.engine_id != engine_id and not (task.adopted and task.engine_name == attributes.get("name")):
+                continue
+            if command is None:
                 self._looker.look_soon(task)
+            elif command == task.exec_id:
+                self._looker.look_later(task, CLIENT_AGAIN_SECONDS, partial(self._has, task))
+
+    def _has(self, task: TaskRecord) -> bool:
+        return self._tasks.get(task.container) is task
 
     async def _shown(self, container: str) -> dict[str, Any] | None:
         """What the engine says of a container, by its id or name; None where it has none."""

@@ -28,7 +28,7 @@ log = structlog.get_logger("kohakuriver.runner")
 
 _ENGINE_SECONDS = 5.0
 _RETRY_SECONDS = 5.0
-_EVENTS = ("start", "die", "destroy", "pause", "unpause")
+_EVENTS = ("start", "die", "destroy", "pause", "unpause", "exec_die")
 
 
 class EngineWatch:
@@ -169,6 +169,18 @@ class Looker:
         look = self._due[task.container] = in_background(self._look_after(due, task), "looking at a container")
         self._looks.add(look)
         look.add_done_callback(lambda look: self._looked(task, look))
+
+    def look_later(self, task: TaskRecord, seconds: float, wanted: Callable[[], bool]) -> None:
+        """`look_soon`, in so many seconds, and if it is still `wanted` then."""
+
+        def waited(pause: asyncio.Task[None]) -> None:
+            self._looks.discard(pause)
+            if not pause.cancelled() and wanted():
+                self.look_soon(task)
+
+        pause = in_background(asyncio.sleep(seconds), "waiting to look at a container")
+        self._looks.add(pause)
+        pause.add_done_callback(waited)
 
     async def _look_after(self, due: asyncio.Task[None] | None, task: TaskRecord) -> None:
         if due is not None:
