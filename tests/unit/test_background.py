@@ -36,4 +36,5 @@ def test_what_libraries_complain_of_is_in_the_log_too(tmp_path: Path) -> None:
         alone.setattr(logging.root, "handlers", [])  # a report of the test with half a character in it can't be sent
         background.log_to(tmp_path / "it.log")
         logging.getLogger("asyncio").error("it broke\udcff")
+        logging.root.handlers[0].close()
     assert "it broke" in (tmp_path / "it.log").read_text()
