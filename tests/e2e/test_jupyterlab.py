@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -31,8 +32,8 @@ def notebook(source: str) -> str:
 
 
 @pytest.fixture
-def jupyter(cluster: Cluster, tmp_path: Path) -> str:
-    """The URL of a JupyterLab in a task, through a forward; its folder has one notebook."""
+def jupyter(cluster: Cluster, tmp_path: Path) -> Iterator[int]:
+    """The port of a JupyterLab in the task `jupyter`, with nothing configured but that; its folder has one notebook."""
     require(importlib.util.find_spec("jupyterlab"), "jupyterlab")
     folder = tmp_path / "notebooks"
     folder.mkdir()
@@ -52,10 +53,24 @@ def jupyter(cluster: Cluster, tmp_path: Path) -> str:
     environment = ("env", "WHERE=in the task", *(f"{name}={value}" for name, value in own.items()))
     flags = (f"--{name}={value}" for name, value in settings.items())
     cluster.create("jupyter", *environment, sys.executable, "-m", "jupyterlab", "--allow-root", *flags)
-    return f"http://127.0.0.1:{cluster.forward('jupyter', port)}"
+    yield port
+    cluster.remove("jupyter")
 
 
-def test_a_notebook_cell_runs_in_the_kernel_of_a_forwarded_jupyterlab(jupyter: str, browser: Any) -> None:
+def test_a_notebook_cell_runs_in_the_kernel_of_a_forwarded_jupyterlab(
+    cluster: Cluster, jupyter: int, browser: Any
+) -> None:
+    runs_a_cell(f"http://127.0.0.1:{cluster.forward('jupyter', jupyter)}", browser)
+
+
+def test_a_notebook_cell_runs_under_an_address_of_jupyterlabs_own(cluster: Cluster, jupyter: int, browser: Any) -> None:
+    served = cluster.event(cluster.start("open", "jupyter", str(jupyter), "--json"), "served")
+    browser.get(served["link"])
+    runs_a_cell(served["url"].rstrip("/"), browser)
+
+
+def runs_a_cell(jupyter: str, browser: Any) -> None:
+    """Open the notebook of the JupyterLab at this address, run its cell, and find the output."""
     from selenium.common.exceptions import WebDriverException
     from selenium.webdriver import ActionChains
     from selenium.webdriver.common.by import By

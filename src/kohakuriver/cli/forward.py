@@ -8,6 +8,7 @@ import os
 import signal
 from dataclasses import replace
 from enum import Enum
+from functools import partial
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -22,7 +23,7 @@ if TYPE_CHECKING:
     from kohakuriver.cli.forward_view import Aside
     from kohakuriver.client.forward import Forwarder, PortForward
 
-__all__ = ["register"]
+__all__ = ["Running", "register"]
 
 WAIT_SECONDS = 60
 NOT_FOUND, NOT_EXECUTABLE, KILLED_BY = 127, 126, 128  # as shells say it
@@ -89,6 +90,14 @@ ResumeForOption = Annotated[
 ]
 
 
+WebOption = Annotated[
+    bool,
+    typer.Option(
+        "--web", help="Also give each TCP port an address of its own for the browser: http://TASK-PORT.localhost."
+    ),
+]
+
+
 class _Forward(WithCommand):
     """Takes `--wait` without a number too."""
 
@@ -118,12 +127,14 @@ def forward(
     wait: WaitOption = None,
     no_resume: NoResumeOption = False,
     resume_for: ResumeForOption = None,
+    web: WebOption = False,
 ) -> int:
     """Forward local ports to ports of a task, until Ctrl-C.
 
     With CMD, run it once every port listens, with KOHAKURIVER_PORT_<remote> in its environment; its exit code is ours.
     """
     from kohakuriver.client.forward import Forwarder
+    from kohakuriver.client.web import WebForwarder, label_of
     from kohakuriver.runtime import raise_file_limit, run
 
     files = raise_file_limit()
@@ -139,8 +150,9 @@ def forward(
     async def main() -> int:
         from kohakuriver.cli.forward_view import view_for
 
+        made = partial(WebForwarder, label=await label_of(task, chosen)) if web else Forwarder
         with view_for(task, json=at.json, beside_command=command is not None) as view:
-            forwarder = Forwarder(
+            forwarder = made(
                 task,
                 wanted,
                 settings=chosen,
@@ -149,7 +161,7 @@ def forward(
                 resume=not no_resume,
                 on_event=view.tell,
             )
-            return await _Running(forwarder, view, command, files).run()
+            return await Running(forwarder, view, command, files).run()
 
     return run(main())
 
@@ -184,7 +196,7 @@ def _warn_if_exposed(local_host: str) -> None:
         output.note(f"Warning: anybody who reaches this machine on {local_host} can use this forward.")
 
 
-class _Running:
+class Running:
     """A forward from its opening to its end, with the command that it was started for, if any.
 
     `files` is how many files that command may open.

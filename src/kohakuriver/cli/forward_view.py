@@ -27,8 +27,9 @@ from kohakuriver.client.forward import (
     Stats,
     StreamError,
 )
+from kohakuriver.client.web import Served
 
-__all__ = ["Aside", "JsonView", "LiveView", "PlainView", "View", "view_for"]
+__all__ = ["Aside", "JsonView", "LiveView", "OpenView", "PlainView", "View", "view_for"]
 
 STATS_INTERVAL = 5.0
 LIVE_INTERVAL = 0.5
@@ -110,6 +111,8 @@ class PlainView(View):
     def show(self, event: Event) -> None:
         if isinstance(event, Listening):
             self._listening(event)
+        elif isinstance(event, Served):
+            self.result(served_line(self._task, event))
         elif isinstance(event, StreamError):
             self._stream_error(event)
         elif isinstance(event, Reconnecting):
@@ -204,6 +207,11 @@ def listening_line(task: str, event: Listening) -> str:
     return f"Forwarding {host}:{event.local_port} -> {task}:{event.remote_port} ({event.proto})"
 
 
+def served_line(task: str, event: Served) -> str:
+    """`Serving http://task-8888.localhost:40001/… -> task:8888`, with a link that lets a browser in."""
+    return f"Serving {event.link} -> {task}:{event.remote_port} (the link is good once, for a minute)"
+
+
 def readable(text: str, task: str) -> str:
     """What programs say of `task`, for people: without symbolic codes (`--json` has them), and with the task's name."""
     code, colon, words = text.partition(": ")
@@ -283,6 +291,22 @@ def status_line(before: Stats, stats: Stats, seconds: float) -> str:
         f"{stats.streams} open, {stats.opened} so far | down {output.size(down)}/s, up {output.size(up)}/s | "
         f"total down {output.size(stats.bytes_received)}, up {output.size(stats.bytes_sent)} | Ctrl-C ends it"
     )
+
+
+class OpenView(PlainView):
+    """What `kohakuriver open` says: the address; or the link alone, on stdout, and all else on stderr."""
+
+    def __init__(self, task: str, *, print_link: bool) -> None:
+        super().__init__(task)
+        self._print_link = print_link
+
+    def show(self, event: Event) -> None:
+        if not isinstance(event, Served):
+            super().show(event)
+        elif self._print_link:
+            output.line(event.link)
+        else:
+            self.result(f"Serving {event.url} -> {self._task}:{event.remote_port}; Ctrl-C ends it.")
 
 
 class Aside:

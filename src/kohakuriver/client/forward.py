@@ -11,8 +11,9 @@ import asyncio
 import errno
 import ipaddress
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from typing import Any, ClassVar
 
 from kohakuriver.config import Settings, path_segment
@@ -82,6 +83,7 @@ KNOCK_POLL = 0.02
 NOT_RUNNING = "task_not_running"
 
 PortSpec = int | str
+Listen = Callable[[str, int], Awaitable[ListeningSocket]]
 
 
 @dataclass(frozen=True)
@@ -278,6 +280,7 @@ class Forwarder:
         self._patience = patience
         self._knocking = False
         self.listening: list[ListeningSocket] = []
+        self._beside: list[ListeningSocket] = []  # what listens for something else than a port of the task
         self._settings = settings
         self._on_event = on_event
         self._tls = client_context(settings.host, settings.ca_file)
@@ -285,6 +288,7 @@ class Forwarder:
         self._losses: asyncio.Queue[_Loss] = asyncio.Queue()
         self._closing = False
         self._opened_at = 0.0
+        self._not_running: str | None = None  # what the host says of a task that has ended
         self._rated = time.monotonic(), 0, 0
         self._rates = 0, 0
         self._keeper: asyncio.Task[None] | None = None
@@ -301,7 +305,8 @@ class Forwarder:
         self._crowded = file_limit() - DESCRIPTORS_LEFT
         self._was_full = False
         self._descriptors = DescriptorWatch(
-            lambda: [local.sock for local in self.listening], lambda waiting: self._on_event(OutOfDescriptors(waiting))
+            lambda: [local.sock for local in (*self.listening, *self._beside)],
+            lambda waiting: self._on_event(OutOfDescriptors(waiting)),
         )
         if self._endpoint.kept is not None:
             self._endpoint.kept.on_doubt = self._doubted
@@ -402,25 +407,25 @@ class Forwarder:
             return
         seconds = []
         for port in self.ports:
-            first, second = await self._listen_on_loopback(port)
+            first, second = await self._listen_on_loopback(port.local, partial(self._listen, port=port))
             self.listening.append(first)
             seconds += [] if second is None else [second]
         self.listening += seconds
 
-    async def _listen_on_loopback(self, port: PortForward) -> tuple[ListeningSocket, ListeningSocket | None]:
+    async def _listen_on_loopback(self, local: int, listen: Listen) -> tuple[ListeningSocket, ListeningSocket | None]:
         """The same port number on 127.0.0.1 and, where that can be had, on ::1. Raises LocalAddressError."""
-        first = await self._listen(LOOPBACKS[0], port.local, port)
+        first = await listen(LOOPBACKS[0], local)
         for _ in range(FREE_PORT_TRIES):
             try:
-                return first, await self._listen(LOOPBACKS[1], first.port, port)
+                return first, await listen(LOOPBACKS[1], first.port)
             except LocalAddressError as error:
                 taken = isinstance(error.__cause__, OSError) and error.__cause__.errno == errno.EADDRINUSE
                 if not taken:
                     return first, None  # this machine has no IPv6
-                if port.local:
+                if local:
                     self._on_event(NotListening(LOOPBACKS[1], first.port, "another program listens there"))
                     return first, None
-            another = await self._listen(LOOPBACKS[0], 0, port)  # before the first is closed, so that it is another
+            another = await listen(LOOPBACKS[0], 0)  # before the first is closed, so that it is another
             first.close()
             first = another
         return first, None
@@ -452,6 +457,7 @@ class Forwarder:
 
     def _attach(self, link: Link) -> None:
         self._opened_at = time.monotonic()
+        self._not_running = None
         self._link = link
         self._endpoint.attach(link)
 
@@ -542,7 +548,8 @@ class Forwarder:
     def _refused(self, error: KohakuRiverError) -> None:
         """No session: what that means for the connections that wait. Raises the error that ends the forward."""
         ends = isinstance(error, (NotFoundError, NotAllowedError))
-        if ends or error.code == NOT_RUNNING:
+        self._not_running = error.message if ends or error.code == NOT_RUNNING else None
+        if self._not_running:
             self._endpoint.end_waiting(ErrorText("ECONNRESET", error.message))
         if ends:
             raise error

@@ -211,6 +211,9 @@ class TcpStream(LocalWriter):
     def failed(self, exc: BaseException) -> None:
         self.act(self.core.local_lost(self.owner.socket_error(self, exc).pack()))
 
+    def explain(self, text: ErrorText) -> None:
+        """Why it is refused, or broken, in a moment."""
+
     def drop(self) -> None:
         super().drop()
         self.core.drop()
