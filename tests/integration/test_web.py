@@ -502,7 +502,9 @@ def test_a_container_without_its_tunnel_is_told(run: Run) -> None:
             await kill(addresses.client)
             await addresses.hops.changed(CONTAINER, False)
             async with addresses.visitor(port) as browser:
-                assert (await browser.ask("GET /")).status == 503
+                answer = await browser.ask("GET /")
+                assert answer.status == 503
+                assert b"is the task running?</p>" in answer.body
 
     run(main())
 

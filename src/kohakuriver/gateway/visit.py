@@ -401,7 +401,8 @@ class Visit(LocalWriter):
             return 502, f"Nothing listens on port {place.port} of task {place.label}."
         words = one_line(why.message) or "the connection to the host is lost"
         status = 503 if why.code in ("", "ENOTCONN", "ETIMEDOUT") else 502
-        return status, f"Port {place.port} of task {place.label} can't be reached: {words}."
+        end = "" if words.endswith(("?", ".", "…")) else "."
+        return status, f"Port {place.port} of task {place.label} can't be reached: {words}{end}"
 
     def service_failed(self, status: int, sentence: str) -> None:
         """The answer will not come, or not all of it."""
