@@ -236,6 +236,61 @@ def test_a_download_waits_for_a_browser_that_does_not_read(visited: Visited) -> 
     visited(scene)
 
 
+@pytest.mark.parametrize("chunked", [False, True])
+def test_an_upload_waits_for_a_service_that_does_not_read(run: Run, chunked: bool) -> None:
+    reads = asyncio.Event()
+    piece = b"%x\r\n%s\r\n" % (len(PIECE), PIECE) if chunked else PIECE
+    framing = "Transfer-Encoding: chunked" if chunked else f"Content-Length: {SIZE}"
+
+    async def slow(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        await reads.wait()
+        await reader.readuntil(b"\r\n\r\n")
+        left = len(piece) * (SIZE // len(PIECE)) + (5 if chunked else 0)
+        while left:
+            left -= len(await reader.read(1 << 20))
+        writer.write(OK)
+        writer.close()
+
+    async def main() -> None:
+        async with service(slow) as port, web(port) as addresses, addresses.visitor(port) as browser:
+            browser.send(browser.head("POST /", framing, "Sec-Fetch-Site: same-origin"))
+            sent = 0
+
+            async def upload() -> None:
+                nonlocal sent
+                for _ in range(SIZE // len(PIECE)):
+                    browser.send(piece)
+                    await browser.writer.drain()
+                    sent += 1
+                browser.send(b"0\r\n\r\n" if chunked else b"")
+
+            uploading, before = asyncio.ensure_future(upload()), -1
+            while sent != before:
+                before = sent
+                await asyncio.sleep(0.3)
+            assert sent * len(PIECE) < SIZE // 2
+            reads.set()
+            await uploading
+            assert (await browser.answer()).body == b"ok"
+
+    run(main())
+
+
+def test_many_browsers_at_a_time_get_their_own_answers(visited: Visited) -> None:
+    async def scene(app: App, addresses: Web, port: int) -> None:
+        cookie = await addresses.login(port)
+
+        async def one(number: int) -> None:
+            async with addresses.stranger(port, cookie) as browser:
+                for turn in range(5):
+                    answer = await browser.ask(f"GET /{number}/{turn}")
+                    assert json.loads(answer.body)["path"] == f"/{number}/{turn}"
+
+        await asyncio.gather(*(one(number) for number in range(150)))
+
+    visited(scene)
+
+
 def test_an_event_arrives_at_once_and_a_browser_that_leaves_is_missed(visited: Visited) -> None:
     async def scene(app: App, addresses: Web, port: int) -> None:
         async with addresses.visitor(port) as browser:
