@@ -167,7 +167,8 @@ class KohakuRiver(Contender):
         if slow_down is not None:
             self.env |= slow_down.environment(Path(self.directory.name))
 
-    def start(self, services: Services) -> None:
+    def begin(self) -> None:
+        """Start the cluster and its task."""
         ports = ("--host-port", "0", "--runner-port", "0", "--ssh-port", "0")
         up = self.kohakuriver("up", "--json", *ports, "--state-dir", f"{self.directory.name}/state")
         self.event(up, "ready")
@@ -177,6 +178,9 @@ class KohakuRiver(Contender):
         )  # fmt: skip
         if created.returncode:
             raise RuntimeError(f"`vps create` ended with {created.returncode}: {created.stderr[-1000:]}")
+
+    def start(self, services: Services) -> None:
+        self.begin()
         targets = (services.iperf, services.echo, services.take, services.give)
         self.iperf, self.echo, self.take, self.give = self.forward(*targets)
         self.service = services.service

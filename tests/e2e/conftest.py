@@ -95,7 +95,14 @@ class Cluster:
 
     def create(self, name: str, *command: str) -> None:
         """A process task that runs `command`."""
-        argv = [*KOHAKURIVER, "vps", "create", "--name", name, "--backend", "process", "--", *command]
+        self._succeed("create", "--name", name, "--backend", "process", "--", *command)
+
+    def remove(self, name: str) -> None:
+        """End the task."""
+        self._succeed("rm", name)
+
+    def _succeed(self, *args: str) -> None:
+        argv = [*KOHAKURIVER, "vps", *args]
         result = subprocess.run(
             argv, env=self.env, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=60, check=False
         )

@@ -82,11 +82,12 @@ def lab_in(directory: Path, source: str, port: int) -> list[str]:
 
 
 @pytest.fixture
-def jupyter(cluster: Cluster, tmp_path: Path) -> str:
-    """The URL of a JupyterLab in a task, through a forward."""
+def jupyter(cluster: Cluster, tmp_path: Path) -> Iterator[int]:
+    """The port of a JupyterLab in the task `jupyter`, with nothing configured but that; its folder has one notebook."""
     port = free_port()
     cluster.create("jupyter", *lab_in(tmp_path, SOURCE, port))
-    return f"http://127.0.0.1:{cluster.forward('jupyter', port)}"
+    yield port
+    cluster.remove("jupyter")
 
 
 class Page:
@@ -134,8 +135,18 @@ class Page:
         return "" if output is None else str(output.text)
 
 
-def test_a_notebook_cell_runs_in_the_kernel_of_a_forwarded_jupyterlab(jupyter: str, browser: Any) -> None:
-    page = Page(browser, jupyter)
+def test_a_notebook_cell_runs_in_the_kernel_of_a_forwarded_jupyterlab(
+    cluster: Cluster, jupyter: int, browser: Any
+) -> None:
+    page = Page(browser, f"http://127.0.0.1:{cluster.forward('jupyter', jupyter)}")
+    page.run_cell()
+    until(lambda: "computed 500500 in the task" in page.output(), "the output is the kernel's")
+
+
+def test_a_notebook_cell_runs_under_an_address_of_jupyterlabs_own(cluster: Cluster, jupyter: int, browser: Any) -> None:
+    served = cluster.event(cluster.start("open", "jupyter", str(jupyter), "--json"), "served")
+    browser.get(served["link"])
+    page = Page(browser, served["url"].rstrip("/"))
     page.run_cell()
     until(lambda: "computed 500500 in the task" in page.output(), "the output is the kernel's")
 

@@ -111,6 +111,9 @@ ResumeForOption = Annotated[
 ]
 
 
+WebOption = Annotated[
+    bool, typer.Option("--web", help="Also give each TCP port an address of its own, for the browser.")
+]
 OnConnectOption = Annotated[
     str | None,
     typer.Option(
@@ -176,6 +179,7 @@ def forward(
     no_resume: NoResumeOption = False,
     resume_for: ResumeForOption = None,
     on_connect: OnConnectOption = None,
+    web: WebOption = False,
     detach: DetachOption = False,
     list_them: ListOption = False,
     stop: StopOption = False,
@@ -196,7 +200,7 @@ def forward(
     else:
         _check_all(every, ports, local_port, wait)
         entries = [_entry(task, ports, profile, socks, every=every)]
-    how = _How(local_port, fallback, local_host, proto.value, wait, no_resume, resume_for, on_connect, at.json)
+    how = _How(local_port, fallback, local_host, proto.value, wait, no_resume, resume_for, on_connect, web, at.json)
     chosen = at.settings()
     if local_host is not None:
         _warn_if_exposed(local_host)
@@ -215,6 +219,7 @@ class _How:
     no_resume: bool
     resume_for: int | None
     on_connect: str | None
+    web: bool
     json: bool
 
     def applied(self, entry: Entry, settings: Settings) -> Wanted:
@@ -234,6 +239,7 @@ class _How:
             on_connect=self.on_connect,
             json=self.json,
             every=entry.every,
+            web=self.web,
         )
 
 
@@ -244,6 +250,8 @@ def _open(entries: Sequence[Entry], how: _How, settings: Settings, command: list
     every = any(each.every for each in entries)
     if every and command is not None:
         raise UsageError("--all and a command don't go together: the ports that it would be told come and go.")
+    if every and how.web:
+        raise UsageError("--all and --web don't go together: name the ports that speak HTTP.")
     wanted = [(how.applied(each, settings), command is None and (detach or each.detach)) for each in entries]
     check_distinct([port for each, _ in wanted for port in each.ports], any_port=every)
     return opened([each for each, behind in wanted if not behind], [each for each, behind in wanted if behind], command)

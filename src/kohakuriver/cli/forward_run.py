@@ -22,13 +22,17 @@ from kohakuriver.cli.port_owner import owner
 from kohakuriver.cli.signals import BY_KEYS, caught, in_foreground, suspended
 from kohakuriver.client.every_port import EveryPort
 from kohakuriver.client.forward import STOPPED, Event, Forwarder, Listening, PortForward, Stats
+from kohakuriver.client.web import WebForwarder
 from kohakuriver.config import Settings
 from kohakuriver.errors import KohakuRiverError, LocalAddressError
 from kohakuriver.runtime import cancel_all, freeze_heap, lowered_file_limit, raise_file_limit, run
 from kohakuriver.tunnel.local_listeners import ListeningSocket
 
-__all__ = ["Wanted", "opened"]
+__all__ = ["Running", "Wanted", "opened"]
 
+ANOTHER_PORT = (
+    "--local-port-fallback takes the next free port, or choose another, as in 0:REMOTE, where 0 takes any free one"
+)
 NOT_FOUND, NOT_EXECUTABLE, KILLED_BY = 127, 126, 128  # as shells say it
 
 
@@ -36,7 +40,7 @@ NOT_FOUND, NOT_EXECUTABLE, KILLED_BY = 127, 126, 128  # as shells say it
 class Wanted:
     """A forward that is to be opened. The fields after `ports` are those of Forwarder; `json` is how it is shown.
 
-    With `every` it is one of all ports that listen.
+    With `every` it is one of all ports that listen, with `web` one whose ports have addresses of their own.
     """
 
     task: str
@@ -49,11 +53,12 @@ class Wanted:
     on_connect: str | None = None
     json: bool = False
     every: bool = False
+    web: bool = False
 
     def made(self, tell: Callable[[Event], None]) -> Forwarder:
         """It, not yet started; `tell` is called with what happens."""
-        kind: Callable[..., Forwarder] = partial(EveryPort, say=output.note) if self.every else Forwarder
-        return kind(
+        kind: Callable[..., Forwarder] = WebForwarder if self.web else Forwarder
+        return (partial(EveryPort, say=output.note) if self.every else kind)(
             self.task,
             self.ports,
             settings=self.settings,
@@ -218,7 +223,7 @@ class Running:
     """A forward from its opening to its end, with the command that it was started for, if any.
 
     `files` is how many files that command may open; `hooks` end with the forward. `listens` is whether every port
-    does, or did.
+    does, or did. `another` says what to do where a local port is taken.
     """
 
     def __init__(
@@ -228,8 +233,10 @@ class Running:
         command: list[str] | None,
         files: int | None,
         hooks: Sequence[OnConnect] = (),
+        another: str = ANOTHER_PORT,
     ) -> None:
         self._forwarder = forwarder
+        self._another = another
         self._hooks = hooks
         self.listens = False
         self._view = view
@@ -245,7 +252,7 @@ class Running:
             with caught(self._signalled), suspended(self._view.rest):
                 return await self._opened_and_ended()
         except LocalAddressError as error:
-            raise _told_who(error) from error
+            raise _told_who(error, self._another) from error
         except KohakuRiverError as error:
             reason = error.message if self.listens else STOPPED
             raise
@@ -376,18 +383,14 @@ def _place(local: ListeningSocket) -> dict[str, Any]:
     return {name: value for name, value in told.items() if name not in ("event", "instead_of")}
 
 
-def _told_who(error: LocalAddressError) -> LocalAddressError:
+def _told_who(error: LocalAddressError, another: str) -> LocalAddressError:
     """The error with what has the port, as far as that can be known, and with what to do about it."""
     if error.taken is None:
         return error
     host, port, proto = error.taken
     where = host if not port else f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
     by, end = _who_and_end(host, port, proto)
-    another = (
-        "--local-port-fallback takes the next free port, or choose another, as in 0:REMOTE, where 0 takes any free one"
-        if port
-        else "or choose another path"
-    )
+    another = another if port else "or choose another path"
     return LocalAddressError(f"{where} is already in use{by}; {end}{another}.".replace("; or", ";"), taken=error.taken)
 
 

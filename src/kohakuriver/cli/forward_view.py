@@ -33,6 +33,7 @@ from kohakuriver.client.forward import (
     StreamError,
 )
 from kohakuriver.client.ports import SOCKS, UNIX
+from kohakuriver.client.web import Served
 from kohakuriver.text import printable
 
 __all__ = [
@@ -42,6 +43,7 @@ __all__ = [
     "LeavingView",
     "LiveView",
     "OnConnectFailed",
+    "OpenView",
     "PlainView",
     "Together",
     "View",
@@ -157,6 +159,8 @@ class PlainView(View):
             self._listening(event)
         elif isinstance(event, Gone):
             self._gone(event)
+        elif isinstance(event, Served):
+            self.served(event)
         elif isinstance(event, StreamError):
             self._stream_error(event)
         elif isinstance(event, Reconnecting):
@@ -217,6 +221,11 @@ class PlainView(View):
         if port in self._ports:  # the other loopback address was told of with the first
             self._ports.remove(port)
             self.result(f"No longer forwarding {_way(self._task, event)}")
+
+    def served(self, event: Served) -> None:
+        """Show an address, with a link that lets a browser in."""
+        where = f"{event.link} -> {self._task}:{event.remote_port}"
+        self.result(f"Serving {where} (the link is good once, for a minute)")
 
     def listening_line(self, event: Listening) -> str:
         return listening_line(self._task, event)
@@ -392,6 +401,20 @@ def status_line(before: Stats, stats: Stats, seconds: float) -> str:
     )
 
 
+class OpenView(PlainView):
+    """What `kohakuriver open` says: the address; or the link alone, on stdout, and all else on stderr."""
+
+    def __init__(self, task: str, *, print_link: bool) -> None:
+        super().__init__(task)
+        self._print_link = print_link
+
+    def served(self, event: Served) -> None:
+        if self._print_link:
+            output.line(event.link)
+        else:
+            self.result(f"Serving {event.url} -> {self._task}:{event.remote_port}; Ctrl-C ends it.")
+
+
 class LogView(PlainView):
     """The same lines in a log, which has the time of each."""
 
@@ -408,6 +431,10 @@ class LogView(PlainView):
         self._logger.info("%s", printable(text, keep=""))
 
     message = result
+
+    def served(self, event: Served) -> None:
+        """Without the link: logs are no place for what lets in."""
+        self.result(f"Serving {event.url} -> {self._task}:{event.remote_port}")
 
     def detached(self, event: Detached) -> None:
         self.result(f"In the background as {event.id}, process {event.pid}.")

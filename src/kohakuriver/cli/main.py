@@ -14,7 +14,22 @@ from typing import Annotated, NoReturn
 import typer
 
 from kohakuriver import __version__, binaries, descriptors
-from kohakuriver.cli import audit, auth, cluster, connect, demo, forward, init, node, output, ssh, token, user, vps
+from kohakuriver.cli import (
+    audit,
+    auth,
+    browser,
+    cluster,
+    connect,
+    demo,
+    forward,
+    init,
+    node,
+    output,
+    ssh,
+    token,
+    user,
+    vps,
+)
 from kohakuriver.cli.app import App
 from kohakuriver.errors import HostUnreachableError, KohakuRiverError
 
@@ -52,6 +67,7 @@ def _options(
 
 forward.register(app)
 connect.register(app)
+browser.register(app)
 app.add_typer(vps.app, name="vps")
 app.add_typer(node.app, name="node")
 app.add_typer(auth.app, name="auth")

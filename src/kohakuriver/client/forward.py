@@ -281,6 +281,7 @@ class Forwarder:
         self._patience = patience
         self._knocking = False
         self.listening: list[ListeningSocket] = []
+        self._beside: list[ListeningSocket] = []  # what listens for something else than a port of the task
         self._settings = settings
         self._on_event = on_event
         self._tls = client_context(settings.host, settings.ca_file)
@@ -288,6 +289,7 @@ class Forwarder:
         self._losses: asyncio.Queue[_Loss] = asyncio.Queue()
         self._closing = False
         self._opened_at = 0.0
+        self._not_running: str | None = None  # what the host says of a task that has ended
         self._rated = time.monotonic(), 0, 0
         self._rates = 0, 0
         self._keeper: asyncio.Task[None] | None = None
@@ -306,7 +308,8 @@ class Forwarder:
         self._crowded = file_limit() - DESCRIPTORS_LEFT
         self._was_full = False
         self._descriptors = DescriptorWatch(
-            lambda: [local.sock for local in self.listening], lambda waiting: self._on_event(OutOfDescriptors(waiting))
+            lambda: [local.sock for local in (*self.listening, *self._beside)],
+            lambda waiting: self._on_event(OutOfDescriptors(waiting)),
         )
         if self._endpoint.kept is not None:
             self._endpoint.kept.on_doubt = self._doubted
@@ -438,6 +441,7 @@ class Forwarder:
 
     def _attach(self, link: Link) -> None:
         self._opened_at = time.monotonic()
+        self._not_running = None
         self._link = link
         self._endpoint.attach(link)
 
@@ -528,7 +532,8 @@ class Forwarder:
     def _refused(self, error: KohakuRiverError) -> None:
         """No session: what that means for the connections that wait. Raises the error that ends the forward."""
         ends = isinstance(error, (NotFoundError, NotAllowedError))
-        if ends or error.code == NOT_RUNNING:
+        self._not_running = error.message if ends or error.code == NOT_RUNNING else None
+        if self._not_running:
             self._endpoint.end_waiting(ErrorText("ECONNRESET", error.message))
         if ends:
             raise error

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import socket
 from collections.abc import Callable, Coroutine, Sequence
 from pathlib import Path
@@ -31,7 +32,7 @@ class LocalSide:
 
     `half` is told of an address and port of the second one that another program has; the first is enough. With
     `fallback` a port is passed over that is taken, and the next free one listens instead of it. `socks` serves the
-    connections to a SOCKS port.
+    connections to a SOCKS port. `made` makes what a connection to a TCP port is, in the place of a stream.
     """
 
     def __init__(
@@ -42,12 +43,14 @@ class LocalSide:
         *,
         fallback: bool = False,
         socks: Callable[[socket.socket], Coroutine[Any, Any, None]] = _nobody,
+        made: Callable[[], asyncio.BaseProtocol] | None = None,
     ) -> None:
         self._endpoint = endpoint
         self._host = host
         self._half = half
         self._fallback = fallback
         self._socks = socks
+        self._made = made
 
     async def listen(self, ports: Sequence[PortForward]) -> list[ListeningSocket]:
         """Bind all: those that must be had first, one for each port. Raises LocalAddressError."""
@@ -126,8 +129,9 @@ class LocalSide:
             listening = await listen_for(host, local, SOCKS, self._socks)
             self._endpoint.listening.append(listening)
             return listening
-        listen = self._endpoint.listen_udp if port.proto == "udp" else self._endpoint.listen_tcp
-        return await listen(host, local, port.remote)
+        if port.proto == "udp":
+            return await self._endpoint.listen_udp(host, local, port.remote)
+        return await self._endpoint.listen_tcp(host, local, port.remote, self._made)
 
 
 def _instead_of(wanted: int, pair: _Pair) -> _Pair:

@@ -163,7 +163,7 @@ class UserEndpoint(Endpoint):
 
     def _waited_too_long(self, stream: TcpStream) -> None:
         self._waiting.pop(stream, None)
-        self.on_stream_error(stream.port, ErrorText("ENOTCONN", "the connection to the host is lost"))
+        self.stream_failed(stream, ErrorText("ENOTCONN", "the connection to the host is lost"))
         stream.link_lost()
 
     def socket_gone(self, stream: TcpStream) -> None:
@@ -219,11 +219,18 @@ class UserEndpoint(Endpoint):
                 return  # nobody is there any more who would miss it
         self.on_stream_error(stream.port, text)
 
-    async def listen_tcp(self, host: str, port: int, remote_port: int) -> ListeningSocket:
-        """Listen on ``host:port`` (0: any free port). Raises LocalAddressError if that can't be had."""
+    async def listen_tcp(
+        self, host: str, port: int, remote_port: int, made: Callable[[], asyncio.BaseProtocol] | None = None
+    ) -> ListeningSocket:
+        """Listen on ``host:port`` (0: any free port). Raises LocalAddressError if that can't be had.
+
+        Each connection is a stream, or what ``made`` makes of it.
+        """
         loop = asyncio.get_running_loop()
         sock = await bind(host, port, socket.SOCK_STREAM)
-        server = await loop.create_server(lambda: TcpStream(self, remote_port), sock=sock, backlog=LISTEN_BACKLOG)
+        server = await loop.create_server(
+            made or (lambda: TcpStream(self, remote_port)), sock=sock, backlog=LISTEN_BACKLOG
+        )
         listening = ListeningSocket(host, sock.getsockname()[1], remote_port, "tcp", server.close, sock)
         self.listening.append(listening)
         return listening

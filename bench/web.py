@@ -1,0 +1,178 @@
+"""How fast a port's own address is, beside the plain forward in the same process, and beside configurable-http-proxy.
+
+    npm install --prefix /tmp/chp configurable-http-proxy
+    python -m bench.web --kohakuriver .venv/bin/kohakuriver --proxy /tmp/chp/node_modules/.bin/configurable-http-proxy
+
+All lead to one HTTP service, on Node.js, and are measured in turns: a download of so many megabytes over one
+connection, and small requests, one after another on each of a few connections that are kept. configurable-http-proxy
+stands right in front of the service ("chp"), and in front of the plain forward ("chp+forward"), where it has the same
+hops behind it as the address. A figure is the median of the rounds, a ratio that of the ratios of runs side by side.
+"""
+
+from __future__ import annotations
+
+import argparse
+import http.client
+import json
+import selectors
+import socket
+import statistics
+import sys
+import time
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from urllib.parse import urlsplit
+
+from bench.contenders import Contender, KohakuRiver, free_port, ports_of, wait_for_port
+
+SERVICE = """
+const piece = Buffer.alloc(1 << 18);
+const server = require("http").createServer((request, response) => {
+  const left = {bytes: Number(request.url.slice(1)) || 0};
+  if (!left.bytes) { response.end("some words of an answer"); return; }
+  response.setHeader("Content-Length", left.bytes);
+  const write = () => {
+    while (left.bytes > 0) {
+      const next = left.bytes < piece.length ? piece.subarray(0, left.bytes) : piece;
+      left.bytes -= next.length;
+      if (!response.write(next)) { response.once("drain", write); return; }
+    }
+    response.end();
+  };
+  write();
+});
+server.keepAliveTimeout = 600000;
+server.listen(0, "127.0.0.1", () => console.log(server.address().port));
+"""
+FIELDS = "User-Agent: bench\r\nAccept: */*\r\nAccept-Encoding: gzip\r\nSec-Fetch-Site: same-origin"
+
+
+@dataclass
+class Way:
+    """One way to the service: a local port, and what a request says to be let in."""
+
+    name: str
+    port: int
+    host: str
+    cookie: str = "a=b"
+
+    def request(self, path: str) -> bytes:
+        return f"GET {path} HTTP/1.1\r\nHost: {self.host}\r\nCookie: {self.cookie}\r\n{FIELDS}\r\n\r\n".encode()
+
+
+class Web(Contender):
+    """The service."""
+
+    name = title = "service"
+
+    def begin(self) -> None:
+        [self.port] = ports_of(self.spawn("node", "-e", SERVICE, piped=True))
+
+
+class Served(KohakuRiver):
+    """A chain whose one forward serves the port's address, too."""
+
+    def serve(self, port: int) -> list[Way]:
+        forward = self.kohakuriver("forward", "bench", f"0:{port}", "--web", "--json")
+        local = self.event(forward, "listening")["local_port"]
+        served = self.event(forward, "served")
+        link = urlsplit(served["link"])
+        assert link.port
+        connection = http.client.HTTPConnection("127.0.0.1", link.port)
+        connection.request("GET", f"{link.path}?{link.query}", headers={"Host": link.netloc})
+        cookie = str(connection.getresponse().getheader("Set-Cookie")).partition(";")[0]
+        connection.close()
+        return [Way("forward", local, "localhost"), Way("address", link.port, link.netloc, cookie)]
+
+
+class HttpProxy(Contender):
+    """configurable-http-proxy with one target."""
+
+    name = title = "configurable-http-proxy"
+
+    def run(self, executable: str, target: int) -> int:
+        port, api = free_port(), free_port()
+        where = ("--ip", "127.0.0.1", "--port", str(port), "--api-ip", "127.0.0.1", "--api-port", str(api))
+        proxy = self.spawn(executable, *where, "--default-target", f"http://127.0.0.1:{target}", "--log-level", "error")
+        wait_for_port(port, proxy)
+        return port
+
+
+def download(way: Way, size: int) -> float:
+    """MB/s of one download."""
+    began = time.perf_counter()
+    with socket.create_connection(("127.0.0.1", way.port)) as connection:
+        connection.sendall(way.request(f"/{size}"))
+        head = b""
+        while b"\r\n\r\n" not in head:
+            head += connection.recv(1 << 16)
+        assert b" 200 " in head[:20], head
+        left = size - len(head.partition(b"\r\n\r\n")[2])
+        buffer = bytearray(1 << 20)
+        while left:
+            count = connection.recv_into(buffer)
+            assert count, "it ended too early"
+            left -= count
+    return size / 1e6 / (time.perf_counter() - began)
+
+
+def requests(way: Way, seconds: float, connections: int) -> float:
+    """Small requests a second, over so many connections."""
+    request, answers = way.request("/"), 0
+    with ExitStack() as stack, selectors.DefaultSelector() as selector:
+        for _ in range(connections):
+            each = stack.enter_context(socket.create_connection(("127.0.0.1", way.port)))
+            each.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+            selector.register(each, selectors.EVENT_READ, each)
+            each.sendall(request)
+        began = time.perf_counter()
+        parts: dict[int, bytes] = {}
+        while (took := time.perf_counter() - began) < seconds:
+            for key, _ in selector.select():
+                data = parts.pop(key.fd, b"") + key.data.recv(1 << 16)
+                assert data.startswith(b"HTTP/1.1 200"[: len(data)]), data
+                if not data.endswith((b"some words of an answer", b"some words of an answer\r\n0\r\n\r\n")):
+                    parts[key.fd] = data
+                    continue
+                answers += 1
+                key.data.sendall(request)
+    return answers / took
+
+
+def main() -> int:
+    """The command line; returns the exit code."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--kohakuriver", type=Path, required=True)
+    parser.add_argument("--proxy", help="the program configurable-http-proxy; left out, it is not measured")
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--seconds", type=float, default=2.0, help="of requests, in each round")
+    parser.add_argument("--megabytes", type=int, default=512)
+    parser.add_argument("--connections", type=int, default=8)
+    arguments = parser.parse_args()
+    with ExitStack() as stack:
+        service, chain, proxy = Web(), Served(arguments.kohakuriver), HttpProxy()
+        for contender in (service, chain, proxy):
+            stack.callback(contender.close)
+        service.begin()
+        chain.begin()
+        ways = [Way("service", service.port, "localhost"), *chain.serve(service.port)]
+        if arguments.proxy:
+            ways.append(Way("chp", proxy.run(arguments.proxy, service.port), "localhost"))
+            ways.append(Way("chp+forward", proxy.run(arguments.proxy, ways[1].port), "localhost"))
+        samples: dict[str, dict[str, list[float]]] = {"MB/s": {}, "requests/s": {}}
+        for number in range(arguments.rounds):
+            for way in ways if number % 2 else ways[::-1]:
+                rate = requests(way, arguments.seconds, arguments.connections)
+                samples["requests/s"].setdefault(way.name, []).append(rate)
+                samples["MB/s"].setdefault(way.name, []).append(download(way, arguments.megabytes * 1_000_000))
+    for unit, rates in samples.items():
+        for name, each in rates.items():
+            ratio = statistics.median(ours / other for ours, other in zip(rates["address"], each, strict=True))
+            print(f"{name:12} {statistics.median(each):9.0f} {unit:11} address / {name}: {ratio:.2f}")
+    print(json.dumps(samples))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

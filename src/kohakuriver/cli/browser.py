@@ -1,0 +1,115 @@
+"""`kohakuriver open`: a port of a task in the browser, under an address of its own."""
+
+from __future__ import annotations
+
+import threading
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from kohakuriver.cli import output
+from kohakuriver.cli.options import Remote, TaskArgument, remote
+from kohakuriver.errors import UsageError
+
+if TYPE_CHECKING:
+    from kohakuriver.client.forward import Event
+
+__all__ = ["register"]
+
+ANOTHER_PORT = "choose another one, or leave --local-port out for any free one"
+
+PortArgument = Annotated[
+    str | None, typer.Argument(metavar="PORT", help="The port of the task that speaks HTTP.", show_default=False)
+]
+LocalPortOption = Annotated[
+    int,
+    typer.Option(
+        "--local-port",
+        "-l",
+        min=0,
+        max=65535,
+        help="The port of this machine in the address. Default: any free port.",
+        show_default=False,
+    ),
+]
+PrintOption = Annotated[bool, typer.Option("--print", help="Open no browser: the link on stdout, and nothing else.")]
+PreserveHostOption = Annotated[
+    bool,
+    typer.Option(
+        "--preserve-host",
+        help="Tell the service the address as the browser has it. Otherwise it is told localhost and its own port.",
+    ),
+]
+
+
+def register(app: typer.Typer) -> None:
+    """Add the command to `app`."""
+    app.command(
+        "open",
+        epilog="Examples:\n\nkohakuriver open lab 8888\n\nkohakuriver open --print --local-port 7777 lab 6006",
+    )(remote(open_task))
+
+
+def open_task(
+    at: Remote,
+    task: TaskArgument,
+    port: PortArgument = None,
+    local_port: LocalPortOption = 0,
+    print_link: PrintOption = False,
+    preserve_host: PreserveHostOption = False,
+) -> int:
+    """Open a task's HTTP port in the browser, under an address of its own, until Ctrl-C."""
+    from kohakuriver.client.ports import PortForward, parse_port
+    from kohakuriver.client.web import Served, WebForwarder
+    from kohakuriver.runtime import raise_file_limit, run
+
+    if port is None:
+        raise UsageError(f"Say which port of {task} to open, as in `kohakuriver open {task} 8888`.")
+    if not port.isascii() or not port.isdigit():
+        raise UsageError(f"{port!r} is not a port: give its number, as in 8888.")
+    if print_link and at.json:
+        raise UsageError("--print and --json don't go together: the `served` event has the link.")
+    files = raise_file_limit()
+    settings = at.settings()
+    wanted = PortForward(0, parse_port(port).remote)
+
+    async def main() -> int:
+        from kohakuriver.cli.forward_run import Running
+        from kohakuriver.cli.forward_view import Aside, JsonView, OpenView
+
+        view = Aside(JsonView() if at.json else OpenView(task, print_link=print_link))
+
+        def tell(event: Event) -> None:
+            view.tell(event)
+            if isinstance(event, Served) and not at.json and not print_link:
+                _browse(event.link)
+
+        with view:
+            forwarder = WebForwarder(
+                task,
+                [wanted],
+                settings=settings,
+                plain=False,
+                web_port=local_port,
+                preserve_host=preserve_host,
+                on_event=tell,
+            )
+            return await Running(forwarder, view, None, files, another=ANOTHER_PORT).run()
+
+    return run(main())
+
+
+def _browse(link: str) -> None:
+    """Open the browser, on a thread of its own: some return only when they are closed."""
+    threading.Thread(target=_open_browser, args=(link,), name="browser", daemon=True).start()
+
+
+def _open_browser(link: str) -> None:
+    import webbrowser
+
+    try:
+        opened = webbrowser.open(link)
+    except (OSError, webbrowser.Error):
+        opened = False
+    if not opened:
+        output.note(f"No browser could be started here. Open this within a minute, it is good once: {link}")

@@ -1,0 +1,92 @@
+"""Who may come in: links with a code that is good once, and the cookie that it is exchanged for. No I/O.
+
+A gateway elsewhere may have another entrance; all that it asks is `admits` and `enter`.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import hmac
+import secrets
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+__all__ = ["CODE_SECONDS", "Entrance", "is_ours", "without_ours"]
+
+CODE_SECONDS = 60.0
+MOST_CODES = 64
+_PREFIX = b"kohakuriver-web-"
+
+
+def _digest(text: bytes) -> bytes:
+    return hashlib.sha256(text).digest()
+
+
+@dataclass
+class _Code:
+    digest: bytes
+    until: float
+    cookie: bytes | None = None  # whom it let in
+
+
+class Entrance:
+    """The entrance to one address.
+
+    A browser sends cookies whatever the port, so the cookie's name has the port that the address is served on.
+    A code that is used again shows that somebody has seen it: whoever came in with it is out.
+    """
+
+    def __init__(self, served_on: int, clock: Callable[[], float] = time.monotonic) -> None:
+        self.cookie_name = b"%s%d" % (_PREFIX, served_on)
+        self._clock = clock
+        self._codes: list[_Code] = []
+        self._cookies: list[bytes] = []  # digests: comparing them tells nothing of the cookies
+
+    def code(self) -> str:
+        """A new code."""
+        code = secrets.token_urlsafe(24)
+        self._codes = [*self._codes[1 - MOST_CODES :], _Code(_digest(code.encode()), self._clock() + CODE_SECONDS)]
+        return code
+
+    def enter(self, code: bytes) -> bytes | None:
+        """The Set-Cookie that lets in whoever has this code; None where it is not good, or no longer."""
+        digest = _digest(code)
+        found = None
+        for each in self._codes:
+            if hmac.compare_digest(each.digest, digest):
+                found = each
+        if found is None:
+            return None
+        if found.cookie is not None:
+            self._cookies = [each for each in self._cookies if each != found.cookie]
+            return None
+        if self._clock() > found.until:
+            return None
+        cookie = secrets.token_urlsafe(32).encode()
+        found.cookie = _digest(cookie)
+        self._cookies.append(found.cookie)
+        return b"%s=%s; Path=/; HttpOnly; SameSite=Lax" % (self.cookie_name, cookie)
+
+    def admits(self, cookies: list[bytes]) -> bool:
+        """Whether these Cookie fields have one that it gave."""
+        given = [_digest(value) for name, value in _pairs(cookies) if name == self.cookie_name]
+        return any(hmac.compare_digest(one, known) for one in given for known in self._cookies)
+
+
+def _pairs(cookies: list[bytes]) -> list[tuple[bytes, bytes]]:
+    pairs = [each.strip(b" \t").partition(b"=") for field in cookies for each in field.split(b";")]
+    return [(name.strip(b" \t"), value.strip(b" \t")) for name, equals, value in pairs if equals]
+
+
+def is_ours(pair: bytes) -> bool:
+    """Whether a cookie's name is one of an entrance, this one's or another's, or could be taken for one."""
+    return pair.lstrip(b" \t=").lower().startswith(_PREFIX)
+
+
+def without_ours(cookies: bytes) -> bytes:
+    """A Cookie field without those of entrances, which no service is to see."""
+    if _PREFIX not in cookies.lower():
+        return cookies
+    pairs = [each.strip(b" \t") for each in cookies.split(b";")]
+    return b"; ".join(pair for pair in pairs if pair and not is_ours(pair))

@@ -1,0 +1,57 @@
+"""The gateway of one session: browsers' connections on one side, its streams on the other."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+
+from kohakuriver.gateway.gate import Gate
+from kohakuriver.gateway.visit import Visit
+from kohakuriver.tunnel.user_endpoint import UserEndpoint
+
+__all__ = ["Gateway"]
+
+LOOK_EVERY = 1.0
+
+
+class Gateway:
+    """Makes a `Visit` of each connection.
+
+    Args:
+        endpoint: whose streams lead to the services.
+        gate: which addresses there are, and who may go where.
+        trouble: why nothing can be reached now, as a sentence; None where something may be.
+    """
+
+    def __init__(self, endpoint: UserEndpoint, gate: Gate, trouble: Callable[[], str | None]) -> None:
+        self.endpoint = endpoint
+        self.gate = gate
+        self.visits: set[Visit] = set()
+        self._trouble = trouble
+        self._timer: asyncio.TimerHandle | None = None
+        self._look()
+
+    def visit(self) -> Visit:
+        """The protocol of a new connection."""
+        return Visit(self)
+
+    def now(self) -> float:
+        """The loop's time, in seconds."""
+        return asyncio.get_running_loop().time()
+
+    def trouble(self) -> str | None:
+        """Why nothing can be reached now, as a sentence; None where something may be."""
+        return self._trouble()
+
+    def _look(self) -> None:
+        now = self.now()
+        for visit in list(self.visits):
+            visit.overdue(now)
+        self._timer = asyncio.get_running_loop().call_later(LOOK_EVERY, self._look)
+
+    def close(self) -> None:
+        """End all connections."""
+        if self._timer is not None:
+            self._timer.cancel()
+        for visit in list(self.visits):
+            visit.reset()

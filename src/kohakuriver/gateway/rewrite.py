@@ -1,0 +1,126 @@
+"""What the service sees of a request, and the browser of a response: heads alone, bodies are never touched. No I/O."""
+
+from __future__ import annotations
+
+import re
+from functools import lru_cache
+
+from kohakuriver.gateway.entrance import is_ours, without_ours
+from kohakuriver.gateway.heads import CHUNKED, RequestHead, ResponseHead, words
+from kohakuriver.gateway.names import Place
+
+__all__ = ["request", "response"]
+
+# What is between two neighbours and not between the ends (RFC 9110 section 7.6.1). Framing is written anew.
+_HOP = frozenset(
+    {
+        b"connection",
+        b"keep-alive",
+        b"proxy-connection",
+        b"proxy-authenticate",
+        b"proxy-authentication-info",
+        b"proxy-authorization",
+        b"te",
+        b"trailer",
+        b"transfer-encoding",
+        b"upgrade",
+    }
+)
+_TOLD_BY_US = frozenset(
+    {
+        b"forwarded",
+        b"x-forwarded-for",
+        b"x-forwarded-host",
+        b"x-forwarded-port",
+        b"x-forwarded-prefix",
+        b"x-forwarded-proto",
+        b"x-forwarded-server",
+        b"x-real-ip",
+    }
+)
+_NEVER_NAMED = frozenset({b"host", b"cookie", b"authorization", b"content-length", b"origin"})
+# What programs of the service's side take for the same field: to WSGI and CGI dash and underscore are one.
+_REQUEST_DROPPED = _HOP | _TOLD_BY_US
+
+
+def request(head: RequestHead, place: Place, peer: str, *, body: int, upgrade: bool) -> bytes:
+    """The head that the service gets, from a browser at the address `peer`. `body`: its length, or CHUNKED."""
+    named = set(words(head.fields.named.get(b"connection"))) - _NEVER_NAMED
+    inner = place.inner_host.encode()
+    lines = [b"%s %s HTTP/1.%d" % (head.method, head.target, head.minor), b"Host: " + inner]
+    for lower, name, value in head.fields.listed:
+        if lower == b"host" or lower in named or lower.replace(b"_", b"-") in _REQUEST_DROPPED:
+            continue
+        if lower == b"cookie":
+            value = without_ours(value)
+            if not value:
+                continue
+        elif lower in (b"origin", b"referer") and not place.preserve_host:
+            value = _inside(value, place.origin.encode(), inner)
+        lines.append(b"%s: %s" % (name, value))
+    if upgrade:
+        lines += [b"Connection: Upgrade", b"Upgrade: websocket"]
+    elif head.minor == 0:
+        lines.append(b"Connection: close")
+    if body == CHUNKED:
+        lines.append(b"Transfer-Encoding: chunked")
+    lines += [
+        b"X-Forwarded-For: " + peer.encode(),
+        b"X-Forwarded-Host: " + place.host.encode(),
+        b"X-Forwarded-Proto: http",
+        b"\r\n",
+    ]
+    return b"\r\n".join(lines)
+
+
+def _inside(url: bytes, origin: bytes, inner: bytes) -> bytes:
+    """An Origin, or a Referer, as it is inside."""
+    if url == origin or url.startswith(origin + b"/"):
+        return b"http://" + inner + url[len(origin) :]
+    return url
+
+
+def response(head: ResponseHead, place: Place, *, body: int, close: bool, upgrade: bool = False) -> bytes:
+    """The head that the browser gets. `close`: the connection ends with this response."""
+    named = set(words(head.fields.named.get(b"connection"))) - {b"set-cookie", b"content-length", b"location"}
+    lines = [b"HTTP/1.1 %d %s" % (head.status, head.reason)]
+    for lower, name, value in head.fields.listed:
+        if lower in _HOP or lower in named:
+            continue
+        if lower == b"set-cookie":
+            value = _host_only(value)
+            if not value:
+                continue
+        elif lower == b"location":
+            value = _outside(value, place)
+        lines.append(b"%s: %s" % (name, value))
+    if upgrade:
+        lines += [b"Connection: Upgrade", b"Upgrade: websocket"]
+    elif head.status >= 200:
+        if body == CHUNKED:
+            lines.append(b"Transfer-Encoding: chunked")
+        if close:
+            lines.append(b"Connection: close")
+    lines.append(b"\r\n")
+    return b"\r\n".join(lines)
+
+
+def _host_only(cookie: bytes) -> bytes:
+    """A Set-Cookie for this address alone, whatever Domain it names; nothing where it is like an entrance's."""
+    pair, *attributes = cookie.split(b";")
+    if is_ours(pair):
+        return b""
+    kept = [each for each in attributes if each.split(b"=")[0].strip(b" \t").lower() != b"domain"]
+    return b";".join([pair, *kept])
+
+
+@lru_cache(maxsize=256)
+def _inner_addresses(port: int) -> re.Pattern[bytes]:
+    number = rb"(?::80)?" if port == 80 else b":%d" % port
+    return re.compile(rb"(?i)(?:https?:)?//(?:localhost|127\.0\.0\.1|\[::1\]|0\.0\.0\.0)" + number + rb"(?=[/?#]|$)")
+
+
+def _outside(location: bytes, place: Place) -> bytes:
+    """A Location as it is outside, where it names the service by an address that it has inside."""
+    match = _inner_addresses(place.port).match(location)
+    return location if match is None else place.origin.encode() + location[match.end() :]

@@ -1,0 +1,435 @@
+"""One connection of a browser: its requests are judged, changed and passed to a service, one after another.
+
+Bodies whose length is known, and what follows an upgrade, are read right into the stream's buffer and sent as they lie,
+as a forward does; nothing is held here but heads and what the kernel has not taken yet.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import enum
+from typing import Protocol, cast
+
+from kohakuriver._frame import HEADROOM
+from kohakuriver.gateway import rewrite
+from kohakuriver.gateway.chunks import Chunks
+from kohakuriver.gateway.gate import Gate
+from kohakuriver.gateway.heads import (
+    CHUNKED,
+    MAX_HEAD,
+    UNTIL_CLOSE,
+    Malformed,
+    RequestHead,
+    head_end,
+    read_request,
+    request_body,
+    wants_websocket,
+)
+from kohakuriver.gateway.names import Place
+from kohakuriver.gateway.pages import page
+from kohakuriver.gateway.upstream import Phase, Upstream
+from kohakuriver.text import one_line
+from kohakuriver.tunnel.buffers import receive_buffer
+from kohakuriver.tunnel.link import soon
+from kohakuriver.tunnel.local_writer import LocalWriter
+from kohakuriver.tunnel.user_endpoint import UserEndpoint
+
+__all__ = ["Owner", "Visit"]
+
+READ = 64 << 10
+HEAD_SECONDS, IDLE_SECONDS, REST_SECONDS = 15.0, 90.0, 2.0
+"""How long a head may take, a connection be without one, and what is left of a refused request be thrown away."""
+
+
+class _Mode(enum.Enum):
+    """What is read from the browser."""
+
+    HEAD = enum.auto()
+    BODY = enum.auto()
+    CHUNKS = enum.auto()
+    SENT = enum.auto()  # the request is passed on; what comes before its answer is over waits
+    RAW = enum.auto()
+    REST = enum.auto()  # thrown away: the last answer is given
+
+
+_WITH_STREAM = frozenset({_Mode.BODY, _Mode.RAW})
+
+
+class _Socket(asyncio.Transport):
+    """What a stream sees of the browser's connection: it can be told to wait."""
+
+    def __init__(self, visit: Visit) -> None:
+        super().__init__()
+        self._visit = visit
+
+    def is_closing(self) -> bool:
+        return self._visit.gone
+
+    def pause_reading(self) -> None:
+        self._visit.hold(stream=True)
+
+    def resume_reading(self) -> None:
+        self._visit.hold(stream=False)
+
+
+class Owner(Protocol):
+    """What a connection asks of its gateway."""
+
+    endpoint: UserEndpoint
+    gate: Gate
+    visits: set[Visit]
+
+    def now(self) -> float:
+        """The loop's time, in seconds."""
+
+    def trouble(self) -> str | None:
+        """Why nothing can be reached now, as a sentence; None where something may be."""
+
+
+class Visit(LocalWriter):
+    """A browser's connection. `gateway` has the addresses and makes the streams.
+
+    Large because a transport calls a third of its methods, and its stream another.
+    """
+
+    def __init__(self, gateway: Owner) -> None:
+        super().__init__()
+        self.peer: tuple[str, int] = ("", 0)
+        self.uncounted = 0  # bytes to be written that no window knows of
+        self._gateway = gateway
+        self._mode = _Mode.HEAD
+        self._since = 0.0
+        self._head = bytearray()
+        self._known = 0  # bytes of it that have no end in them
+        self._left = 0
+        self._chunks = Chunks()
+        self._stream: Upstream | None = None
+        self._answering = False
+        self._closes = False  # with the present answer
+        self._half_closed = False
+        self._minor = 1
+        self._held_by_stream = False
+        self._held_by_queue = False
+        self._paused = False
+
+    # -- the browser's connection ------------------------------------------------------------------------------
+
+    @property
+    def gone(self) -> bool:
+        """Whether the connection has ended, or is about to."""
+        return self._transport is None or self._transport.is_closing()
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        self.use(cast(asyncio.Transport, transport))
+        self.peer = (transport.get_extra_info("peername") or ("", 0))[:2]
+        self._since = self._gateway.now()
+        self._gateway.visits.add(self)
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self._gateway.visits.discard(self)
+        self._release()
+        self.drop()
+
+    def failed(self, exc: BaseException) -> None:
+        self._abort()
+
+    def _abort(self) -> None:
+        """Whoever waits for the rest of an answer is to see that it was cut off."""
+        self._release()
+        self.reset()
+
+    def get_buffer(self, sizehint: int) -> memoryview:
+        stream = self._stream
+        if stream is not None and self._mode in _WITH_STREAM:
+            view = stream.get_buffer(sizehint)
+            return view if self._mode is _Mode.RAW else view[: self._left]
+        return receive_buffer().view[HEADROOM : HEADROOM + READ]
+
+    def buffer_updated(self, nbytes: int) -> None:
+        mode, stream = self._mode, self._stream
+        if stream is not None and mode in _WITH_STREAM:
+            if mode is _Mode.BODY:
+                self._left -= nbytes
+            stream.buffer_updated(nbytes)
+            if mode is _Mode.BODY and not self._left and self._mode is _Mode.BODY:
+                self._sent()
+            return
+        data = receive_buffer().view[HEADROOM : HEADROOM + nbytes]
+        if mode is _Mode.CHUNKS:
+            self._pass_chunks(data)
+        elif mode is not _Mode.REST:
+            self._collect(data)
+
+    def eof_received(self) -> bool:
+        stream = self._stream
+        if self._mode is _Mode.RAW and stream is not None:
+            return stream.eof_received()
+        self._half_closed = True
+        if self._mode in (_Mode.BODY, _Mode.CHUNKS):
+            self._abort()
+        elif self._mode is not _Mode.SENT:
+            self.close()
+        elif stream is not None:  # a browser that has left looks like this, too: the service hears of it
+            stream.ended = True
+            stream.eof_received()
+        return True
+
+    def overdue(self, now: float) -> None:
+        """Called now and then: end what takes too long."""
+        if self._mode is _Mode.REST:
+            if self._queue or self._blocked:
+                self._since = now
+            elif now - self._since > REST_SECONDS and self._transport is not None:
+                self._transport.abort()
+        elif self._mode is _Mode.HEAD and now - self._since > (HEAD_SECONDS if self._head else IDLE_SECONDS):
+            if self._head:
+                self._refuse(Malformed("The head of the request did not come in time.", 408))
+            else:
+                self.close()
+
+    def hold(self, *, stream: bool | None = None, queue: bool | None = None) -> None:
+        """Whether the browser is to wait for its stream, or with its next request: it is read while neither says so."""
+        self._held_by_stream = self._held_by_stream if stream is None else stream
+        self._held_by_queue = self._held_by_queue if queue is None else queue
+        held = self._held_by_stream or self._held_by_queue
+        if self._transport is None or self._transport.is_closing() or held == self._paused:
+            return
+        self._paused = held
+        if held:
+            self._transport.pause_reading()
+        else:
+            self._transport.resume_reading()
+
+    # -- requests ----------------------------------------------------------------------------------------------
+
+    def _collect(self, data: memoryview) -> None:
+        if not self._head and self._mode is _Mode.HEAD:
+            self._since = self._gateway.now()
+        self._head += data
+        if self._mode is _Mode.HEAD:
+            self._look()
+        elif len(self._head) >= MAX_HEAD:
+            self.hold(queue=True)
+
+    def _look(self) -> None:
+        """Begin with the next request, if its head is there and the last answer is written."""
+        if self._mode is not _Mode.HEAD or self._queue or self._blocked or self.gone:
+            return
+        try:
+            end = head_end(self._head, self._known)
+            self._known = len(self._head)
+            if end < 0:
+                return
+            whole = bytes(self._head[:end])
+            del self._head[:end]
+            self._known = 0
+            self._begin(read_request(whole))
+        except Malformed as why:
+            self._refuse(why)
+
+    def _begin(self, head: RequestHead) -> None:
+        """Raises Malformed."""
+        body, upgrade = request_body(head), wants_websocket(head)
+        if upgrade and body:
+            raise Malformed("A request that asks for a WebSocket has no body.")
+        self._minor = head.minor
+        self._closes = head.minor == 0 or _asks_to_close(head)
+        place = self._gateway.gate.judge(head, close=self._closes or body != 0)
+        if isinstance(place, Place):
+            self._pass(head, place, body, upgrade)
+        else:
+            self._answer(place, close=self._closes or body != 0)
+
+    def _pass(self, head: RequestHead, place: Place, body: int, upgrade: bool) -> None:
+        trouble = self._gateway.trouble()
+        if trouble is not None:
+            self._closes = self._closes or body != 0
+            self._answer(page(503, trouble, close=self._closes, head_only=head.method == b"HEAD"), close=self._closes)
+            return
+        stream = self._stream_to(place)
+        self._answering = True
+        stream.expect(head.method, head.minor, upgrade=upgrade)
+        self._mode = _Mode.SENT if body == 0 else _Mode.CHUNKS if body == CHUNKED else _Mode.BODY
+        self._left, self._chunks = body, Chunks()
+        stream.feed(rewrite.request(head, place, self.peer[0], body=body, upgrade=upgrade))
+        self._pass_begun()
+
+    def _stream_to(self, place: Place) -> Upstream:
+        stream = self._stream
+        if stream is not None and (stream.ended or stream.place != place or stream.phase is not Phase.IDLE):
+            self._release()
+            stream = None
+        if stream is None:
+            stream = self._stream = Upstream(self._gateway.endpoint, self, place)
+            stream.connection_made(_Socket(self))
+        return stream
+
+    def _pass_begun(self) -> None:
+        """Pass on what came of the body together with the head."""
+        if not self._head or self._mode is _Mode.SENT:
+            return
+        if self._mode is _Mode.CHUNKS:
+            came, self._head = memoryview(bytes(self._head)), bytearray()
+            self._pass_chunks(came)
+        elif self._mode is _Mode.BODY and self._stream is not None:
+            came = memoryview(bytes(self._head[: self._left]))
+            del self._head[: self._left]
+            self._left -= len(came)
+            self._stream.feed(came)
+            if not self._left and self._mode is _Mode.BODY:
+                self._sent()
+
+    def _pass_chunks(self, data: memoryview) -> None:
+        try:
+            consumed, pieces = self._chunks.walk(data)
+        except Malformed as why:
+            if self._stream is not None and self._stream.begun:
+                self._abort()
+            else:
+                self._refuse(why)
+            return
+        for piece in pieces:
+            if self._stream is not None and self._mode is _Mode.CHUNKS:
+                self._stream.feed(piece)
+        if self._chunks.over and self._mode is _Mode.CHUNKS:
+            self._sent()
+            if consumed < len(data):
+                self._collect(data[consumed:])
+
+    def _sent(self) -> None:
+        """All of the request is passed on."""
+        self._mode = _Mode.SENT
+        if not self._answering:
+            self._next()
+
+    def _next(self) -> None:
+        """The answer is given, the request was taken: the next one may come."""
+        if self._half_closed:
+            self.close()
+            return
+        self._mode = _Mode.HEAD
+        self._since = self._gateway.now()
+        self.hold(stream=False, queue=False)
+        if self._head or (self._stream is not None and self._stream.ended):
+            soon(self._settled)
+
+    def _settled(self) -> None:
+        """All that was answered is written."""
+        if self._mode is not _Mode.HEAD or self._queue or self._blocked:
+            return
+        if self._stream is not None and self._stream.ended:
+            self._release()
+        if self._head:
+            self._look()
+
+    def _refuse(self, why: Malformed) -> None:
+        self._answer(page(why.status, why.sentence, close=True), close=True)
+
+    def _answer(self, response: bytes, *, close: bool) -> None:
+        """Answer a request without its service."""
+        self.uncounted += len(response)
+        self.write([memoryview(response)], len(response))
+        self._answering = False
+        if close:
+            self._finish()
+        else:
+            self._next()
+
+    def _finish(self) -> None:
+        """The last answer is given. What is still sent is thrown away: else the browser might not get to read it."""
+        self._release()
+        self._mode = _Mode.REST
+        self._since = self._gateway.now()
+        self._head.clear()
+        self.hold(stream=False, queue=False)
+        if self._half_closed:
+            self.close()
+        else:
+            self.shut()
+
+    def _release(self) -> None:
+        """Let go of the stream."""
+        stream, self._stream = self._stream, None
+        if stream is not None:
+            stream.connection_lost(None)
+            self.hold(stream=False)
+
+    # -- what the stream tells ---------------------------------------------------------------------------------
+
+    def serves(self, stream: Upstream) -> bool:
+        """Whether the stream is still this connection's."""
+        return self._stream is stream
+
+    def closes(self, body: int) -> bool:
+        """Whether the connection ends with an answer that has such a body."""
+        self._closes = self._closes or body == UNTIL_CLOSE
+        return self._closes
+
+    def switched(self) -> None:
+        """The service speaks another protocol from now on, and so does the browser."""
+        self._mode = _Mode.RAW
+        self._answering = False
+        self.hold(queue=False)
+        came, self._head = bytes(self._head), bytearray()
+        if came and self._stream is not None:
+            self._stream.feed(came)
+
+    def answered(self) -> None:
+        """The answer is complete."""
+        self._answering = False
+        if self._closes:
+            self._finish()
+        elif self._mode is _Mode.SENT:
+            self._next()
+
+    def service_left(self, stream: Upstream) -> None:
+        """A service that owed nothing has ended its connection."""
+        if self._stream is not stream:
+            return
+        if self._mode in (_Mode.BODY, _Mode.CHUNKS):  # it has answered, and takes no more of the request
+            self._finish()
+        else:
+            soon(self._settled)
+
+    def failure(self, stream: Upstream) -> tuple[int, str]:
+        """What the browser is told of a stream that broke: a status, and a sentence."""
+        place, why = stream.place, stream.why
+        trouble = self._gateway.trouble()
+        if trouble is not None:
+            return 503, trouble
+        if why.code == "ECONNREFUSED":
+            return 502, f"Nothing listens on port {place.port} of task {place.label}."
+        words = one_line(why.message) or "the connection to the host is lost"
+        status = 503 if why.code in ("", "ENOTCONN", "ETIMEDOUT") else 502
+        end = "" if words.endswith(("?", ".", "…")) else "."
+        return status, f"Port {place.port} of task {place.label} can't be reached: {words}{end}"
+
+    def service_failed(self, status: int, sentence: str) -> None:
+        """The answer will not come, or not all of it."""
+        stream = self._stream
+        if stream is None:
+            return
+        if stream.phase is Phase.RAW or stream.begun:
+            self._abort()
+        elif stream.again and stream.silent and stream.why.code != "ECONNREFUSED" and self._gateway.trouble() is None:
+            # The service has ended a connection that stood idle, as the request was on its way: to the browser it is
+            # the same, and it knows which requests may be sent again.
+            self._release()
+            self.close()
+        else:
+            close = self._closes or self._mode is not _Mode.SENT
+            self._release()
+            self._answer(page(status, sentence, close=close), close=close)
+
+    def taken(self, size: int) -> None:
+        own = min(self.uncounted, size)
+        self.uncounted -= own
+        if self._stream is not None and size > own:
+            self._stream.taken(size - own)
+        if not self._queue and self._mode is _Mode.HEAD and (self._head or self._stream is not None):
+            soon(self._settled)
+
+
+def _asks_to_close(head: RequestHead) -> bool:
+    values = head.fields.named.get(b"connection")
+    return values is not None and any(b"close" in value.lower() for value in values)

@@ -1,0 +1,182 @@
+"""`kohakuriver open` and `forward --web`, with real programs at both ends."""
+
+from __future__ import annotations
+
+import http.client
+import json
+import os
+import stat
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from urllib.parse import urlsplit
+
+import pytest
+
+from tests.support.processes import eventually
+from tests.support.up import TIMEOUT, Cluster, connect
+
+SERVER = """
+import http.server, sys
+class Handler(http.server.BaseHTTPRequestHandler):
+    protocol_version = "HTTP/1.1"
+    def do_GET(self):
+        body = f"{self.headers['Host']} {self.path}".encode()
+        self.send_response(200)
+        self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        self.wfile.write(body)
+server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+with open(sys.argv[1], "w") as fifo:
+    fifo.write(str(server.server_port))
+server.serve_forever()
+"""
+
+
+@pytest.fixture(scope="module")
+def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
+    cluster = Cluster(tmp_path_factory.mktemp("cluster"))
+    yield cluster
+    cluster.run("forward", "--stop", "--all")
+    cluster.close()
+
+
+def served(cluster: Cluster, name: str) -> int:
+    """The port of a new task that serves HTTP."""
+    fifo = cluster.directory / f"{name}.fifo"
+    os.mkfifo(fifo)
+    command = [sys.executable, "-c", SERVER, str(fifo)]
+    cluster.succeed("vps", "create", "--name", name, "--backend", "process", "--", *command)
+    return int(fifo.read_text())
+
+
+@pytest.fixture(scope="module")
+def port(cluster: Cluster) -> int:
+    return served(cluster, "page")
+
+
+def got(url: str, cookie: str = "") -> tuple[int, str, str]:
+    """The status, the body and the Set-Cookie of an address on this machine; no name is looked up."""
+    parts = urlsplit(url)
+    connection = http.client.HTTPConnection("127.0.0.1", parts.port, timeout=TIMEOUT)
+    try:
+        path = parts._replace(scheme="", netloc="").geturl()
+        connection.request("GET", path, headers={"Host": parts.netloc, "Cookie": cookie})
+        answer = connection.getresponse()
+        return answer.status, answer.read().decode(), answer.getheader("Set-Cookie", "")
+    finally:
+        connection.close()
+
+
+def entered(link: str) -> str:
+    """The cookie of whoever follows the link."""
+    status, _, cookie = got(link)
+    assert status == 303
+    return cookie.partition(";")[0]
+
+
+def test_print_gives_the_link_alone_and_it_lets_in(cluster: Cluster, port: int) -> None:
+    program = cluster.start("open", "--print", "page", str(port))
+    link = program.line("")
+    origin = link.partition("/.kohakuriver/")[0]
+    assert origin.startswith(f"http://page-{port}.localhost:")
+    assert got(origin + "/")[0] == 403
+    assert got(origin + "/x?y", entered(link)) == (200, f"localhost:{port} /x?y", "")
+    assert got(link)[0] == 403
+    assert program.stop() == 0
+    assert program.rest() == []
+
+
+def test_the_browser_is_started_with_the_link(cluster: Cluster, port: int, tmp_path: Path) -> None:
+    seen = tmp_path / "seen"
+    os.mkfifo(seen)
+    browser = tmp_path / "browser"
+    browser.write_text(f'#!/bin/sh\necho "$1" > {seen}\n')
+    browser.chmod(browser.stat().st_mode | stat.S_IXUSR)
+    program = cluster.start("open", "page", str(port), "--preserve-host", BROWSER=f"{browser} %s")
+    line = program.line("Serving")
+    url = line.split()[1]
+    assert line == f"Serving {url} -> page:{port}; Ctrl-C ends it."
+    link = seen.read_text().strip()
+    assert link.startswith(f"{url}.kohakuriver/login?code=")
+    assert got(url, entered(link)) == (200, f"{urlsplit(url).netloc} /", "")
+    assert program.stop() == 0
+
+
+def test_where_there_is_no_browser_the_link_is_told(cluster: Cluster, port: int) -> None:
+    program = cluster.start("open", "page", str(port), BROWSER="/nonexistent/browser %s", PATH="/nonexistent")
+    assert "/.kohakuriver/login?code=" in program.line("No browser could be started here.", err=True)
+    assert program.stop() == 0
+
+
+def test_web_gives_each_tcp_port_an_address_beside_its_forward(cluster: Cluster, port: int) -> None:
+    ports = [f"0:{port}", "0:9/udp", "0:7"]
+    program = cluster.start("forward", "page", *ports, "--web", "--json")
+    listening = program.event("listening")
+    first, second = program.event("served"), program.event("served")
+    assert [event["remote_port"] for event in (first, second)] == [port, 7]
+    assert first["url"] == f"http://page-{port}.localhost:{urlsplit(first['url']).port}/"
+    assert urlsplit(first["url"]).port == urlsplit(second["url"]).port
+    assert got(first["url"], entered(first["link"])) == (200, f"localhost:{port} /", "")
+    status, body, _ = got(second["url"], entered(second["link"]))
+    assert (status, "Nothing listens on port 7 of task page." in body) == (502, True)
+    connect(listening["local_port"]).close()
+    assert program.stop() == 0
+
+
+def test_addresses_go_on_in_the_background_and_its_log_has_no_link(cluster: Cluster, port: int) -> None:
+    done = cluster.run("forward", "page", f"0:{port}", "--web", "--detach", "--json")
+    assert done.returncode == 0, done.stderr
+    events = {event["event"]: event for event in map(json.loads, done.stdout.splitlines())}
+    served, detached = events["served"], events["detached"]
+    assert got(served["url"], entered(served["link"])) == (200, f"localhost:{port} /", "")
+    log = Path(detached["log"]).read_text()
+    assert served["url"] in log
+    assert "code=" not in log
+    cluster.succeed("forward", "--stop", detached["id"])
+
+
+def test_a_task_whose_name_is_no_label_is_called_by_its_id(cluster: Cluster) -> None:
+    port = served(cluster, "a_page.two")
+    number = json.loads(cluster.succeed("vps", "status", "a_page.two", "--json"))["task_id"]
+    program = cluster.start("open", "a_page.two", str(port), "--json")
+    event = program.event("served")
+    assert event["url"].startswith(f"http://{number}-{port}.localhost:")
+    assert got(event["url"], entered(event["link"]))[0] == 200
+    assert program.stop() == 0
+
+
+def test_a_task_that_was_stopped_is_told_and_works_again_when_it_is_back(cluster: Cluster) -> None:
+    port = served(cluster, "stopped")
+    program = cluster.start("open", "stopped", str(port), "--json")
+    event = program.event("served")
+    cookie = entered(event["link"])
+    assert got(event["url"], cookie)[0] == 200
+    cluster.succeed("vps", "stop", "stopped")
+    status, body, _ = got(event["url"], cookie)
+    assert status == 503
+    assert "task stopped" in body.lower()
+    assert program.stop() == 0
+
+
+def test_the_local_port_can_be_chosen_and_one_that_is_taken_is_told(cluster: Cluster, port: int) -> None:
+    program = cluster.start("open", "page", str(port), "--json")
+    taken = urlsplit(program.event("served")["url"]).port
+    second = cluster.start("open", "page", str(port), "--local-port", str(taken))
+    line = second.line("Error", err=True)
+    assert f"127.0.0.1:{taken} is already in use" in line
+    assert line.endswith("; choose another one, or leave --local-port out for any free one.")
+    assert second.ended() == 6
+    assert program.stop() == 0
+    third = cluster.start("open", "page", str(port), "--local-port", str(taken), "--json")
+    assert urlsplit(third.event("served")["url"]).port == taken
+    assert third.stop() == 0
+
+
+def test_it_ends_with_the_task(cluster: Cluster) -> None:
+    port = served(cluster, "removed")
+    program = cluster.start("open", "removed", str(port), "--json")
+    program.event("served")
+    cluster.succeed("vps", "rm", "removed")
+    eventually(lambda: program.process.poll() is not None)
+    assert program.ended() == 3
