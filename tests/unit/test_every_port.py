@@ -181,3 +181,18 @@ def test_a_first_look_that_fails_is_why_there_is_no_forward(run: Run, told: Told
                 pass
 
     run(main())
+
+
+def test_a_task_that_tells_other_ports_at_each_look_gets_no_more_than_one_look_tells_of(
+    run: Run, told: Told, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(every_port, "MOST_AT_ONCE", 2)
+
+    async def main() -> None:
+        async with following() as (forwarder, _):
+            for first in (41001, 41101, 41201):
+                told.answer = ports(first, first + 1, first + 2, more=True)
+                await told.looked()
+                assert {local.remote_port for local in forwarder.listening} == {first, first + 1}
+
+    run(main())

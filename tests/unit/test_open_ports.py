@@ -156,12 +156,31 @@ def test_a_name_that_a_terminal_would_obey_is_cut_and_shown_as_escapes(run: Run,
     run(check())
 
 
+def test_what_nobody_asked_for_is_not_even_parsed(run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    parsed: list[int] = []
+    parse = PortsAnswer.parse
+
+    def counted(payload: bytes) -> PortsAnswer | None:
+        parsed.append(len(payload))
+        return parse(payload)
+
+    async def check() -> None:
+        async with a_client(tmp_path, told(BoundPort(PROTO_TCP, 80, ANYWHERE))) as (runner, client):
+            monkeypatch.setattr(PortsAnswer, "parse", counted)
+            for _ in range(100):
+                await client.say(told(BoundPort(PROTO_TCP, 81, ANYWHERE))(12345))
+            assert [port["port"] for port in (await runner.ask())["ports"]] == [80]
+            assert len(parsed) == 1
+
+    run(check())
+
+
 @pytest.mark.parametrize("payload", [each for _, each in NONSENSE], ids=[name for name, _ in NONSENSE])
 def test_an_answer_that_makes_no_sense_is_one_sentence_and_the_tunnel_goes_on(
     run: Run, tmp_path: Path, payload: bytes
 ) -> None:
     async def check() -> None:
-        async with a_client(tmp_path, lambda number: payload) as (runner, client):
+        async with a_client(tmp_path, lambda number: number.to_bytes(4, "big") + payload[4:]) as (runner, client):
             error = await runner.why_not()
             assert (error.code, error.status) == ("ports_unknown", 409)
             assert "an answer that makes no sense" in error.message

@@ -21,6 +21,9 @@ __all__ = ["LOOK_EVERY", "EveryPort"]
 LOOK_EVERY = 2.0
 """Seconds between two looks at what listens."""
 
+MOST_AT_ONCE = 1000
+"""How many ports are followed: as many as one look tells of. A task may tell others each time."""
+
 
 class EveryPort(Forwarder):
     """A forward of what listens in its task; the ports that are given, if any, stay as they are.
@@ -78,7 +81,7 @@ class EveryPort(Forwarder):
                 except KohakuRiverError as error:
                     whole = error.code == NOT_RUNNING
                     self._found = set() if whole else self._found
-                if whole:
+                if whole or len(self._followed) >= MOST_AT_ONCE:
                     self._let_go()
                 for local in await self._take_up():
                     self._on_event(Listening.of(local))
@@ -91,7 +94,8 @@ class EveryPort(Forwarder):
     async def _take_up(self) -> list[ListeningSocket]:
         """Listen for what was found and has no local port yet; the local addresses that came by that."""
         came = []
-        for remote in sorted(self._found - self._followed.keys()):
+        room = max(0, MOST_AT_ONCE - len(self._followed))
+        for remote in sorted(self._found - self._followed.keys())[:room]:
             with contextlib.suppress(LocalAddressError, OSError):  # no file or port is left: it is tried again
                 # A service that comes back is found where it was.
                 wanted = PortForward(self._last.get(remote, remote), remote)

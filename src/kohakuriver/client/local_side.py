@@ -119,6 +119,9 @@ class LocalSide:
                 if local:
                     self._half(LOOPBACKS[1], first.port)
                     return first, None
+            except OSError:  # no file is left for it
+                stop_listening(self._endpoint, first)
+                raise
             another = await self._listen(LOOPBACKS[0], 0, port)  # before the first is closed, so that it is another
             stop_listening(self._endpoint, first)
             first = another

@@ -68,7 +68,7 @@ def _owners(sockets: set[int], question: PortsQuestion) -> _Owners:
     owners = _Owners(ours=_open_in(_PROC / "self") & sockets)
     wanted = sockets - owners.ours
     session = os.getsid(0)
-    for process in _PROC.iterdir():
+    for process in _processes(owners):
         if len(owners.programs) == len(wanted):
             break
         if time.monotonic() >= until:
@@ -82,6 +82,15 @@ def _owners(sockets: set[int], question: PortsQuestion) -> _Owners:
         if theirs:
             owners.programs.update(dict.fromkeys(theirs, _read(process / "comm").rstrip()[:LONGEST_PROGRAM]))
     return owners
+
+
+def _processes(owners: _Owners) -> list[Path]:
+    """All that can be seen; where none can be, what is found is not all."""
+    try:
+        return list(_PROC.iterdir())
+    except OSError:
+        owners.whole = False
+        return []
 
 
 def _is_own(process: Path, session: int, mark: bytes) -> bool:

@@ -94,6 +94,7 @@ _QUESTION: Final = struct.Struct(">IB")
 _ANSWER: Final = struct.Struct(">IB")
 _BOUND: Final = struct.Struct(">BHB")
 _MORE: Final = 1
+_LONGEST_ANSWER: Final = _ANSWER.size + MOST_PORTS * (_BOUND.size + 16 + 1 + LONGEST_PROGRAM)
 
 
 class CloseCode(IntEnum):
@@ -377,34 +378,39 @@ class PortsAnswer(NamedTuple):
         """What such a payload tells; None where anything in it is not as it must be: a container may send what it
         likes.
         """
-        if len(payload) < _ANSWER.size:
+        if not _ANSWER.size <= len(payload) <= _LONGEST_ANSWER:
             return None
         number, flags = _ANSWER.unpack_from(payload)
-        rest = bytes(payload[_ANSWER.size :])
+        data, at = bytes(payload), _ANSWER.size
         ports: list[BoundPort] = []
-        while rest and len(ports) < MOST_PORTS:
-            found = _bound_port(rest)
+        while at < len(data) and len(ports) < MOST_PORTS:
+            found = _bound_port(data, at)
             if found is None:
                 return None
-            port, size = found
+            port, at = found
             ports.append(port)
-            rest = rest[size:]
-        return None if rest or flags & ~_MORE else cls(number, bool(flags & _MORE), ports)
+        return None if at < len(data) or flags & ~_MORE else cls(number, bool(flags & _MORE), ports)
+
+    @staticmethod
+    def number_of(payload: Bytes) -> int | None:
+        """Which question such a payload answers; None where it is too short to say."""
+        return int.from_bytes(payload[:4], "big") if len(payload) >= 4 else None
 
 
-def _bound_port(data: bytes) -> tuple[BoundPort, int] | None:
-    """The port that an answer's rest begins with, and how many bytes that is; None where that is none."""
-    if len(data) < _BOUND.size:
+def _bound_port(data: bytes, at: int) -> tuple[BoundPort, int] | None:
+    """The port that stands at this offset of an answer, and the offset behind it; None where that is none."""
+    if len(data) < at + _BOUND.size:
         return None
-    proto, port, length = _BOUND.unpack_from(data)
+    proto, port, length = _BOUND.unpack_from(data, at)
     if proto > PROTO_UDP or port == 0 or length not in (4, 16):
         return None
-    name_at = _BOUND.size + length
+    address_at = at + _BOUND.size
+    name_at = address_at + length
     size = data[name_at] if len(data) > name_at else LONGEST_PROGRAM + 1
     end = name_at + 1 + size
     if size > LONGEST_PROGRAM or len(data) < end:
         return None
-    return BoundPort(proto, port, ipaddress.ip_address(data[_BOUND.size : name_at]), data[name_at + 1 : end]), end
+    return BoundPort(proto, port, ipaddress.ip_address(data[address_at:name_at]), data[name_at + 1 : end]), end
 
 
 class WsClose(NamedTuple):

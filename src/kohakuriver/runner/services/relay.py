@@ -270,11 +270,18 @@ class TunnelLeg(RelayLeg["SessionLeg"]):
             del self._questions[number]
 
     def _tells_ports(self, payload: bytes) -> None:
-        """An answer to the question of its number; what cannot be read is the answer to all that there are."""
+        """An answer to the question of its number, or to all that there are where it is too short to have one.
+
+        What nobody asked for is not looked at.
+        """
+        number = PortsAnswer.number_of(payload)
+        asked = [each for known, each in self._questions.items() if number in (None, known) and not each.done()]
+        if not asked:
+            self.unknown_messages += 1
+            return
         answer = PortsAnswer.parse(payload)
-        for number, question in self._questions.items():
-            if not question.done() and (answer is None or answer.number == number):
-                question.set_result(answer)
+        for question in asked:
+            question.set_result(answer)
 
     def announce_token(self) -> None:
         """Tell its client that a new token lies where the one that it has was."""
