@@ -98,6 +98,17 @@ def test_all_that_it_started_ends_with_the_forward_even_what_ignores_to_be_told(
     eventually(lambda: all(map(_gone, pids)))
 
 
+def test_what_the_shell_started_has_time_to_clean_up_though_the_shell_itself_has_ended(
+    cluster: Apart, service: Service, told: Path, tmp_path: Path
+) -> None:
+    cleaned = tmp_path / "cleaned"
+    inner = f"trap 'sleep 0.3; touch {cleaned}; exit' TERM; echo ready >{told}; while :; do sleep 0.05; done"
+    forward = cluster.start("forward", service.task, f"0:{service.port}", "--on-connect", f'sh -c "{inner}"; true')
+    assert told.read_text() == "ready\n"
+    assert forward.stop() == 0
+    assert cleaned.exists()
+
+
 def test_its_failure_is_told_and_ends_nothing(cluster: Apart, service: Service) -> None:
     forward = cluster.start("forward", service.task, f"0:{service.port}", "--on-connect", "exit 3")
     port = int(forward.line("Forwarding").split()[1].rpartition(":")[2])

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import pytest
 
 from kohakuriver.cli import profile
-from kohakuriver.cli.profile import FILE, Entry
+from kohakuriver.cli.profile import FILE, Entry, found, read
 from kohakuriver.errors import UsageError
 
 
@@ -135,6 +136,21 @@ def test_outside_of_repository_and_home_only_the_directory_itself_counts(tmp_pat
     (tmp_path / FILE).touch()
     assert profile.found(inside, tmp_path / "home") is None
     assert profile.found(tmp_path, None) == tmp_path / FILE
+
+
+def test_a_file_of_another_user_does_not_count(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    file.write_text('[[forward]]\ntask = "lab"\nports = ["8888"]\n')
+    assert found(file.parent, None) == file
+    monkeypatch.setattr("os.geteuid", lambda: 12345)
+    os.chown(file, os.getuid() or 54321, -1)  # neither this one's nor root's
+    with pytest.raises(UsageError, match=rf"{FILE} belongs to another user"):
+        found(file.parent, None)
+
+
+def test_a_file_that_is_nested_without_end_is_told_by_its_name(file: Path) -> None:
+    file.write_bytes(b"a=" + b"[" * 100_000)
+    with pytest.raises(UsageError, match="nested too deeply"):
+        read(file)
 
 
 def test_a_profile_is_all_entries_of_its_name_and_without_one_all_are_meant(file: Path) -> None:

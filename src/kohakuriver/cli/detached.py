@@ -24,6 +24,7 @@ from typing import Any
 
 from kohakuriver.config import state_dir
 from kohakuriver.errors import KohakuRiverError, NotFoundError, UnavailableError, UsageError
+from kohakuriver.tunnel.local_listeners import KEEP_PATH
 from kohakuriver.unix_sockets import address_of, is_left
 
 __all__ = ["SILENT", "Place", "find", "listed", "stop", "who_has"]
@@ -102,7 +103,7 @@ class Place:
                     return
             writer.close()
 
-        self._server = await asyncio.start_unix_server(answer, sock=self._sock, limit=MAX_LINE)
+        self._server = await asyncio.start_unix_server(answer, sock=self._sock, limit=MAX_LINE, **KEEP_PATH)
         self._unfinished.replace(self._path)
 
     def leave(self, *, log: bool = False) -> None:

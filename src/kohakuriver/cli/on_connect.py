@@ -20,6 +20,8 @@ __all__ = ["OnConnect", "ports_in_environment"]
 END_SECONDS = 2.0
 """How long a command that is told to end may take, before it is killed."""
 
+_LOOK_SECONDS = 0.02
+
 
 def ports_in_environment(listening: Sequence[ListeningSocket]) -> dict[str, str]:
     """The variables that tell a command the local ports: `KOHAKURIVER_PORT_<remote>`, and one for each protocol.
@@ -115,14 +117,20 @@ class OnConnect:
             self._tell(OnConnectFailed(code, f"The command of --on-connect {_how(code)}: {self._command}"))
 
     async def _end(self) -> None:
-        child, self._child = self._child, None
+        """End the command, and all that it has started; what does not go by itself is killed."""
+        child = self._child
         if child is None or child.returncode is not None:
             return
         _signal(child, signal.SIGTERM)
-        with contextlib.suppress(asyncio.TimeoutError):
-            await asyncio.wait_for(child.wait(), END_SECONDS)
-        _signal(child, getattr(signal, "SIGKILL", signal.SIGTERM))
+        try:
+            until = asyncio.get_running_loop().time() + END_SECONDS
+            while _is_left(child) and asyncio.get_running_loop().time() < until:  # noqa: ASYNC110 - no event tells
+                await asyncio.sleep(_LOOK_SECONDS)
+        finally:
+            if _is_left(child):
+                _signal(child, getattr(signal, "SIGKILL", signal.SIGTERM))
         await child.wait()
+        self._child = None
 
 
 def _signal(child: asyncio.subprocess.Process, number: signal.Signals) -> None:
@@ -132,6 +140,19 @@ def _signal(child: asyncio.subprocess.Process, number: signal.Signals) -> None:
             child.send_signal(number)
         else:
             os.killpg(child.pid, number)
+
+
+def _is_left(child: asyncio.subprocess.Process) -> bool:
+    """Whether anything of its process group is."""
+    if os.name == "nt":
+        return child.returncode is None
+    try:
+        os.killpg(child.pid, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        pass
+    return True
 
 
 def _how(code: int) -> str:

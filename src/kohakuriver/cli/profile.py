@@ -6,6 +6,7 @@ for them, what to show there, or what to run; and what it opens is open to this 
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -53,8 +54,16 @@ def found(directory: Path, home: Path | None) -> Path | None:
     ends = [number for number, each in enumerate(upwards) if each == home or (each / ".git").exists()]
     for each in upwards[: ends[0] + 1 if ends else 1]:
         if (each / FILE).is_file():
-            return each / FILE
+            return _own(each / FILE)
     return None
+
+
+def _own(path: Path) -> Path:
+    """The file, where it is the user's or root's. Raises UsageError for another's: it would open the user's tasks."""
+    owner = path.stat().st_uid
+    if os.name != "nt" and owner not in (os.geteuid(), 0):
+        raise UsageError(f"{path} belongs to another user (uid {owner}) and does not count; copy it to have it count.")
+    return path
 
 
 def read(path: Path) -> list[Entry]:
@@ -68,6 +77,8 @@ def read(path: Path) -> list[Entry]:
             content: dict[str, Any] = tomllib.loads(file.read(_LARGEST).decode())
     except (OSError, ValueError) as error:
         raise UsageError(f"{path} can't be read: {getattr(error, 'strerror', None) or error}.") from error
+    except RecursionError as error:
+        raise UsageError(f"{path} can't be read: it is nested too deeply.") from error
     for key in content:
         if key != "forward":
             raise UsageError(f"{path} may not have {key!r}{_why_not(key)}; it may have [[forward]].")

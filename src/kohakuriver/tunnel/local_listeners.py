@@ -8,6 +8,7 @@ import errno
 import os
 import socket
 import stat
+import sys
 from collections.abc import Callable, Coroutine
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -43,6 +44,10 @@ class ListeningSocket:
     path: str | None = None
 
 
+KEEP_PATH: dict[str, Any] = {"cleanup_socket": False} if sys.version_info >= (3, 13) else {}
+"""For a server on a Unix socket whose path is ours to remove: a loop can't, where it was bound by another path."""
+
+
 async def listen_unix(path: Path, remote_port: int, accepted: Callable[[], asyncio.BaseProtocol]) -> ListeningSocket:
     """Listen on a Unix socket, for its owner alone, which goes when it is closed; `accepted` makes a stream.
 
@@ -50,7 +55,9 @@ async def listen_unix(path: Path, remote_port: int, accepted: Callable[[], async
     """
     sock = _bind_unix(path)
     made = path.lstat()
-    server = await asyncio.get_running_loop().create_unix_server(accepted, sock=sock, backlog=LISTEN_BACKLOG)
+    server = await asyncio.get_running_loop().create_unix_server(
+        accepted, sock=sock, backlog=LISTEN_BACKLOG, **KEEP_PATH
+    )
 
     def close() -> None:
         server.close()
