@@ -81,3 +81,45 @@ def test_where_none_of_the_next_ports_is_free_that_is_told(run: Run, monkeypatch
         await endpoint.close()
 
     run(listen())
+
+
+def test_where_both_loopback_addresses_are_asked_for_one_that_another_program_has_is_an_error(run: Run) -> None:
+    async def listen() -> None:
+        endpoint = UserEndpoint()
+        with socket.create_server(("::1", 0), family=socket.AF_INET6) as taken:
+            port = taken.getsockname()[1]
+            side = LocalSide(endpoint, "localhost", lambda host, port: None, both=True)
+            with pytest.raises(LocalAddressError) as refused:
+                await side.listen([PortForward(port, 80)])
+        assert refused.value.taken == ("::1", port, "tcp")
+        assert endpoint.listening == []
+        await endpoint.close()
+
+    run(listen())
+
+
+@pytest.mark.parametrize("taken", [("::1", 1, "tcp"), None])
+def test_one_loopback_address_is_enough_only_where_the_machine_has_no_other(
+    run: Run, monkeypatch: pytest.MonkeyPatch, taken: tuple[str, int, str] | None
+) -> None:
+    async def listen() -> None:
+        endpoint = UserEndpoint()
+        listen_tcp = endpoint.listen_tcp
+
+        async def without_the_second(host: str, *args: Any) -> Any:
+            if host == "::1":
+                raise LocalAddressError("It can't be had.", taken=taken)
+            return await listen_tcp(host, *args)
+
+        monkeypatch.setattr(endpoint, "listen_tcp", without_the_second)
+        side = LocalSide(endpoint, "localhost", lambda host, port: None, both=True)
+        if taken is None:
+            (only,) = await side.listen([PortForward(0, 80)])
+            assert only.host == "127.0.0.1"
+        else:
+            with pytest.raises(LocalAddressError, match=r"free on both 127\.0\.0\.1 and ::1"):
+                await side.listen([PortForward(0, 80)])
+            assert endpoint.listening == []
+        await endpoint.close()
+
+    run(listen())

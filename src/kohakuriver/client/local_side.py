@@ -32,7 +32,8 @@ class LocalSide:
 
     `half` is told of an address and port of the second one that another program has; the first is enough. With
     `fallback` a port is passed over that is taken, and the next free one listens instead of it. `socks` serves the
-    connections to a SOCKS port. `made` makes what a connection to a TCP port is, in the place of a stream.
+    connections to a SOCKS port. `made` makes what a connection to a TCP port is, in the place of a stream. With `both`
+    one loopback address is not enough where another program has the other.
     """
 
     def __init__(
@@ -44,6 +45,7 @@ class LocalSide:
         fallback: bool = False,
         socks: Callable[[socket.socket], Coroutine[Any, Any, None]] = _nobody,
         made: Callable[[], asyncio.BaseProtocol] | None = None,
+        both: bool = False,
     ) -> None:
         self._endpoint = endpoint
         self._host = host
@@ -51,6 +53,7 @@ class LocalSide:
         self._fallback = fallback
         self._socks = socks
         self._made = made
+        self._both = both
 
     async def listen(self, ports: Sequence[PortForward]) -> list[ListeningSocket]:
         """Bind all: those that must be had first, one for each port. Raises LocalAddressError."""
@@ -113,7 +116,7 @@ class LocalSide:
             except LocalAddressError as error:
                 if error.taken is None:
                     return first, None  # this machine has no IPv6
-                if local and self._fallback:
+                if local and (self._fallback or self._both):
                     stop_listening(self._endpoint, first)
                     raise
                 if local:
@@ -125,6 +128,9 @@ class LocalSide:
             another = await self._listen(LOOPBACKS[0], 0, port)  # before the first is closed, so that it is another
             stop_listening(self._endpoint, first)
             first = another
+        if self._both:
+            stop_listening(self._endpoint, first)
+            raise LocalAddressError(f"No port was found that is free on both {' and '.join(LOOPBACKS)}; choose one.")
         return first, None
 
     async def _listen(self, host: str, local: int, port: PortForward) -> ListeningSocket:

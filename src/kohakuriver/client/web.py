@@ -119,7 +119,8 @@ class WebForwarder(Forwarder):
             await super()._listen_everywhere()
         gate = Gate(self._another)
         gateway = self._gateway = Gateway(self._endpoint, gate, lambda: self._not_running)
-        local = LocalSide(self._endpoint, LOOPBACK, self._half_listening, made=gateway.visit)
+        # Whoever had the other loopback address would be sent the browser's link, and its cookie.
+        local = LocalSide(self._endpoint, LOOPBACK, self._half_listening, made=gateway.visit, both=True)
         self._beside = await local.listen([PortForward(self._web_port, 0)])
         served_on = self._beside[0].port
         label = self._label or self.task
