@@ -7,6 +7,7 @@ import contextlib
 import hashlib
 import http.server
 import json
+import socket
 import threading
 from collections.abc import AsyncIterator, Callable, Coroutine, Iterator
 from pathlib import Path
@@ -20,6 +21,7 @@ from websockets.asyncio.client import connect
 from websockets.exceptions import InvalidStatus
 
 from kohakuriver.client.web import Served
+from kohakuriver.errors import LocalAddressError
 from kohakuriver.gateway import gateway, visit
 from tests.support.hops import CLIENTS, CONTAINER, kill, service, until
 from tests.support.web import Visitor, Web, web
@@ -767,6 +769,18 @@ def test_another_name_gets_nothing_from_a_service(run: Run) -> None:
                 assert answer.status == 421
                 assert (b"lab-" in answer.body) == (str(addresses.port) in host)
             assert said.heard == b""
+
+    run(main())
+
+
+def test_no_address_is_served_beside_a_stranger_on_the_other_loopback_address(run: Run) -> None:
+    async def main() -> None:
+        with socket.create_server(("::1", 0), family=socket.AF_INET6) as taken:
+            port = taken.getsockname()[1]
+            with pytest.raises(LocalAddressError) as refused:
+                async with web(80, web_port=port):
+                    pass
+        assert refused.value.taken == ("::1", port, "tcp")
 
     run(main())
 

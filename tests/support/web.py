@@ -131,6 +131,7 @@ async def web(
     *ports: int,
     kind: str = "python",
     plain: bool = False,
+    web_port: int = 0,
 ) -> AsyncIterator[Web]:
     """Addresses for these ports of a container that has a tunnel client of this kind."""
     async with chain() as hops, relay(lambda: hops.host_port) as link:
@@ -142,6 +143,7 @@ async def web(
             label="lab",
             settings=Settings(f"http://127.0.0.1:{link.port}"),
             plain=plain,
+            web_port=web_port,
             on_event=events.append,
         )
         await forwarder.start()
