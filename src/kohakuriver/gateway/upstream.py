@@ -22,6 +22,8 @@ from kohakuriver.tunnel.user_endpoint import UserEndpoint
 __all__ = ["Browser", "Phase", "Upstream"]
 
 ENDLESS = 1 << 62
+MOST_INTERIM = 16
+"""How many heads of the 1xx kind may come before one answer."""
 
 
 class Phase(enum.Enum):
@@ -77,6 +79,7 @@ class Upstream(TcpStream):
     __slots__ = (
         "_chunks",
         "_head",
+        "_interim",
         "_method",
         "_minor",
         "_pieces",
@@ -99,6 +102,7 @@ class Upstream(TcpStream):
         self.why = ErrorText("", "")
         self._visit = visit
         self._head = bytearray()
+        self._interim = 0  # heads before the present answer
         self._rest = 0  # bytes that go on as they lie
         self._chunks = Chunks()
         self._pieces: list[memoryview] = []
@@ -117,6 +121,7 @@ class Upstream(TcpStream):
         """A request is sent: an answer will come."""
         self._method, self._minor, self._upgrade = method, minor, upgrade
         self.phase = Phase.HEAD
+        self._interim = 0
 
     @property
     def begun(self) -> bool:
@@ -131,6 +136,8 @@ class Upstream(TcpStream):
     # -- what comes --------------------------------------------------------------------------------------------
 
     def write(self, views: Sequence[memoryview], size: int) -> None:
+        if not size:
+            return
         if self._rest >= size:
             self._rest -= size
             self._visit.write(views, size)
@@ -145,6 +152,7 @@ class Upstream(TcpStream):
             if self.phase is Phase.IDLE:
                 self._visit.service_left(self)
                 return
+            self.again = False  # it did take the request: a browser is not to send that once more
             self._visit.service_failed(502, f"Port {self.port} did not answer as HTTP asks for: {why.sentence}")
 
     def _take(self, view: memoryview, *, size: int = 0) -> None:
@@ -187,6 +195,10 @@ class Upstream(TcpStream):
             self._switched(rewrite.response(head, self.place, body=0, close=False, upgrade=True))
             return
         if head.status < 200:
+            self.again = False  # it did take the request
+            self._interim += 1
+            if self._interim > MOST_INTERIM:
+                raise Malformed(f"More than {MOST_INTERIM} heads came before its answer.")
             if self._minor:
                 self._emit_own(rewrite.response(head, self.place, body=0, close=False))
             return

@@ -1,0 +1,199 @@
+"""A browser's connection and its stream, without sockets: what is held, what is dropped, and what is told."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Coroutine
+from typing import Any
+
+import pytest
+
+from kohakuriver.gateway.gate import Door, Gate
+from kohakuriver.gateway.gateway import Gateway
+from kohakuriver.gateway.names import Place
+from kohakuriver.gateway.upstream import MOST_INTERIM, Phase, Upstream
+from kohakuriver.gateway.visit import Visit
+from kohakuriver.tunnel.user_endpoint import UserEndpoint
+
+Run = Callable[[Coroutine[Any, Any, None]], None]
+LAB, OTHER = Place("lab", 8888, 7777), Place("lab", 6006, 7777)
+OK = b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\nok"
+STRANGE = b"GET / HTTP/1.1\r\nHost: lab-8888.localhost:7777\r\n\r\n"
+
+
+class Transport(asyncio.Transport):
+    """The browser's socket: what is written to it, and whether it is read."""
+
+    def __init__(self, *, reads: bool = True) -> None:
+        super().__init__()
+        self.protocol: Visit | None = None
+        self.reads = reads
+        self.written = b""
+        self.paused = False
+        self.closed = False
+        self.aborted = False
+
+    def set_write_buffer_limits(self, high: int | None = None, low: int | None = None) -> None:
+        pass
+
+    def write(self, data: Any) -> None:
+        self.written += bytes(data)
+        if not self.reads and self.protocol is not None:
+            self.protocol.pause_writing()
+
+    def write_eof(self) -> None:
+        pass
+
+    def is_closing(self) -> bool:
+        return self.closed or self.aborted
+
+    def pause_reading(self) -> None:
+        self.paused = True
+
+    def resume_reading(self) -> None:
+        self.paused = False
+
+    def close(self) -> None:
+        self.closed = True
+
+    def abort(self) -> None:
+        self.aborted = True
+
+
+class Scene:
+    """A gateway with two addresses, of which nothing is reached: its streams wait for a link."""
+
+    def __init__(self) -> None:
+        gate = Gate(lambda place: "Run it again.")
+        self.gateway = Gateway(UserEndpoint(), gate, lambda: None)
+        self.doors = gate.add([LAB, OTHER])
+        self.time = 0.0
+        self.gateway.now = lambda: self.time  # type: ignore[method-assign]
+
+    def visit(self, *, reads: bool = True) -> tuple[Visit, Transport]:
+        visit, transport = self.gateway.visit(), Transport(reads=reads)
+        transport.protocol = visit
+        visit.connection_made(transport)
+        return visit, transport
+
+    def path(self, door: Door) -> bytes:
+        return door.link().removeprefix(door.place.origin).encode()
+
+    def cookie(self, door: Door) -> bytes:
+        cookie = door.entrance.enter(door.entrance.code().encode())
+        assert cookie
+        return cookie.split(b";")[0]
+
+
+def request(scene: Scene, line: bytes = b"GET /", fields: bytes = b"", *, door: int = 0) -> bytes:
+    """The head of a request of a browser that is in."""
+    host = scene.doors[door].place.host.encode()
+    cookie = scene.cookie(scene.doors[door])
+    return line + b" HTTP/1.1\r\nHost: " + host + b"\r\nCookie: " + cookie + b"\r\n" + fields + b"\r\n"
+
+
+def come(visit: Visit, data: bytes) -> None:
+    """Have the browser's bytes read."""
+    while data:
+        view = visit.get_buffer(-1)
+        size = min(len(view), len(data))
+        view[:size] = data[:size]
+        visit.buffer_updated(size)
+        data = data[size:]
+
+
+def stream_of(visit: Visit) -> Upstream:
+    assert visit._stream is not None
+    return visit._stream
+
+
+def say(stream: Upstream, *pieces: bytes) -> None:
+    """Have the service's bytes arrive."""
+    stream.write([memoryview(piece) for piece in pieces], sum(map(len, pieces)))
+
+
+@pytest.fixture
+def within(run: Run, monkeypatch: pytest.MonkeyPatch) -> Callable[[Callable[[Scene], Coroutine[Any, Any, None]]], None]:
+    """Run something with a scene. What a service's bytes cost its window is not looked at."""
+    monkeypatch.setattr(Upstream, "taken", lambda stream, size: None)
+
+    def within(check: Callable[[Scene], Coroutine[Any, Any, None]]) -> None:
+        async def main() -> None:
+            scene = Scene()
+            try:
+                await check(scene)
+            finally:
+                scene.gateway.close()
+                await scene.gateway.endpoint.close()
+
+        run(main())
+
+    return within
+
+
+Within = Callable[[Callable[[Scene], Coroutine[Any, Any, None]]], None]
+
+
+async def turns() -> None:
+    for _ in range(5):
+        await asyncio.sleep(0)
+
+
+@pytest.mark.parametrize("answer", [b"NONSENSE\r\n\r\n", b"HTTP/1.1 103 Early Hints\r\n\r\n"])
+def test_a_service_that_has_said_something_did_take_the_request(within: Within, answer: bytes) -> None:
+    async def check(scene: Scene) -> None:
+        visit, transport = scene.visit()
+        come(visit, request(scene))
+        say(stream_of(visit), OK)
+        await turns()
+        come(visit, request(scene))
+        say(stream := stream_of(visit), answer)
+        stream.reset()
+        await turns()
+        assert b"HTTP/1.1 50" in transport.written
+
+    within(check)
+
+
+def test_a_service_that_left_while_it_stood_idle_looks_so(within: Within) -> None:
+    async def check(scene: Scene) -> None:
+        visit, transport = scene.visit()
+        come(visit, request(scene))
+        say(stream_of(visit), OK)
+        await turns()
+        come(visit, request(scene))
+        stream_of(visit).reset()
+        await turns()
+        assert transport.written == OK
+        assert transport.closed
+
+    within(check)
+
+
+def test_heads_before_an_answer_are_bounded(within: Within) -> None:
+    async def check(scene: Scene) -> None:
+        visit, transport = scene.visit()
+        for _ in range(2):
+            come(visit, request(scene))
+            say(stream_of(visit), b"HTTP/1.1 103 Early Hints\r\n\r\n" * MOST_INTERIM + OK)
+            await turns()
+        assert transport.written.count(b"200 OK") == 2
+        come(visit, request(scene))
+        say(stream_of(visit), b"HTTP/1.1 103 Early Hints\r\n\r\n" * (MOST_INTERIM + 1))
+        await turns()
+        assert b"HTTP/1.1 502 " in transport.written
+
+    within(check)
+
+
+def test_nothing_ends_no_answer(within: Within) -> None:
+    async def check(scene: Scene) -> None:
+        visit, transport = scene.visit()
+        come(visit, request(scene))
+        say(stream := stream_of(visit))
+        say(stream, b"")
+        assert stream.phase is Phase.HEAD
+        say(stream, OK)
+        assert transport.written == OK
+
+    within(check)
