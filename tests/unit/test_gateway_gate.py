@@ -6,7 +6,7 @@ import re
 
 import pytest
 
-from kohakuriver.gateway.entrance import CODE_SECONDS, Entrance, without_ours
+from kohakuriver.gateway.entrance import CODE_SECONDS, SEEN_SECONDS, Entrance, without_ours
 from kohakuriver.gateway.gate import Door, Gate
 from kohakuriver.gateway.heads import Malformed, read_request
 from kohakuriver.gateway.names import Place, is_label
@@ -147,6 +147,20 @@ def test_a_code_is_good_once_and_whoever_came_in_with_it_is_out_when_it_is_used_
     assert entrance.enter(code) is None
     assert not entrance.admits([first.split(b";")[0]])
     assert entrance.admits([second.split(b";")[0]])
+
+
+@pytest.mark.parametrize(("late", "out"), [(0.0, True), (0.1, False)])
+def test_an_old_code_puts_nobody_out(late: float, out: bool) -> None:
+    clock, told = Clock(), list[str]()
+    entrance = Entrance(7777, clock, lambda: told.append("out"))
+    code = entrance.code().encode()
+    cookie = entrance.enter(code)
+    assert cookie
+    clock.now = CODE_SECONDS + SEEN_SECONDS + late
+    for _ in range(2):
+        assert entrance.enter(code) is None
+    assert entrance.admits([cookie.split(b";")[0]]) is not out
+    assert told == ["out"] * out
 
 
 def test_a_code_is_good_for_a_minute() -> None:

@@ -139,6 +139,31 @@ async def turns() -> None:
         await asyncio.sleep(0)
 
 
+def test_what_is_open_ends_when_its_link_is_used_again(within: Within) -> None:
+    async def check(scene: Scene) -> None:
+        path = scene.path(scene.doors[0])
+        stranger, heard = scene.visit()
+        login = b"GET " + path + b" HTTP/1.1\r\nHost: " + LAB.host.encode() + b"\r\n\r\n"
+        come(stranger, login)
+        await turns()
+        assert heard.written.startswith(b"HTTP/1.1 303 ")
+        inside, beside = scene.visit(), scene.visit()
+        come(inside[0], request(scene))
+        come(beside[0], request(scene, door=1))
+        come(stranger, login)
+        await turns()
+        assert b"HTTP/1.1 403 " in heard.written
+        assert inside[1].aborted
+        assert not beside[1].aborted
+        again = scene.visit()
+        come(again[0], request(scene))
+        come(stranger, login)
+        await turns()
+        assert not again[1].aborted
+
+    within(check)
+
+
 @pytest.mark.parametrize("answer", [b"NONSENSE\r\n\r\n", b"HTTP/1.1 103 Early Hints\r\n\r\n"])
 def test_a_service_that_has_said_something_did_take_the_request(within: Within, answer: bytes) -> None:
     async def check(scene: Scene) -> None:

@@ -15,6 +15,8 @@ from dataclasses import dataclass
 __all__ = ["CODE_SECONDS", "Entrance", "is_ours", "without_ours"]
 
 CODE_SECONDS = 60.0
+SEEN_SECONDS = 2 * CODE_SECONDS
+"""How long after its end the use of a used code shows that somebody has seen it; later it is just no code."""
 MOST_CODES = 64
 _PREFIX = b"kohakuriver-web-"
 
@@ -34,12 +36,15 @@ class Entrance:
     """The entrance to one address.
 
     A browser sends cookies whatever the port, so the cookie's name has the port that the address is served on.
-    A code that is used again shows that somebody has seen it: whoever came in with it is out.
+    A code that is used again shows that somebody has seen it: whoever came in with it is out, and `revoked` is called.
     """
 
-    def __init__(self, served_on: int, clock: Callable[[], float] = time.monotonic) -> None:
+    def __init__(
+        self, served_on: int, clock: Callable[[], float] = time.monotonic, revoked: Callable[[], None] = lambda: None
+    ) -> None:
         self.cookie_name = b"%s%d" % (_PREFIX, served_on)
         self._clock = clock
+        self._revoked = revoked
         self._codes: list[_Code] = []
         self._cookies: list[bytes] = []  # digests: comparing them tells nothing of the cookies
 
@@ -59,7 +64,9 @@ class Entrance:
         if found is None:
             return None
         if found.cookie is not None:
-            self._cookies = [each for each in self._cookies if each != found.cookie]
+            if found.cookie in self._cookies and self._clock() <= found.until + SEEN_SECONDS:
+                self._cookies.remove(found.cookie)
+                self._revoked()
             return None
         if self._clock() > found.until:
             return None

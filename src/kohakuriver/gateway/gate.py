@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from urllib.parse import quote
 
 from kohakuriver.gateway.entrance import Entrance
@@ -36,22 +37,28 @@ class Gate:
 
     Args:
         another: what to do, as a sentence, to get another link to an address.
+
+    `revoked` is called with an address from which somebody was put out who had come in.
     """
 
     def __init__(self, another: Callable[[Place], str]) -> None:
         self._another = another
+        self.revoked: Callable[[Place], None] = lambda place: None
         self._doors: dict[bytes, Door] = {}
         self._by_hand: frozenset[bytes] = frozenset()
 
     def add(self, places: Sequence[Place]) -> list[Door]:
         """Have these addresses served."""
-        doors = [Door(place, Entrance(place.served_on)) for place in places]
+        doors = [Door(place, Entrance(place.served_on, revoked=partial(self._revoked, place))) for place in places]
         for door in doors:
             self._doors[door.place.host.encode()] = door
         self._by_hand = frozenset(
             authority(name, door.place.served_on).encode() for name in LOOPBACK_NAMES for door in self._doors.values()
         )
         return doors
+
+    def _revoked(self, place: Place) -> None:
+        self.revoked(place)
 
     def judge(self, head: RequestHead, *, close: bool) -> Place | bytes:
         """The port that a request may go to; else what is answered, by a connection that ends then if `close`.

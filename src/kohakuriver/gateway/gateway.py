@@ -6,7 +6,9 @@ import asyncio
 from collections.abc import Callable
 
 from kohakuriver.gateway.gate import Gate
+from kohakuriver.gateway.names import Place
 from kohakuriver.gateway.visit import Visit
+from kohakuriver.tunnel.link import soon
 from kohakuriver.tunnel.user_endpoint import UserEndpoint
 
 __all__ = ["Gateway"]
@@ -26,6 +28,7 @@ class Gateway:
     def __init__(self, endpoint: UserEndpoint, gate: Gate, trouble: Callable[[], str | None]) -> None:
         self.endpoint = endpoint
         self.gate = gate
+        gate.revoked = self._put_out
         self.visits: set[Visit] = set()
         self._trouble = trouble
         self._timer: asyncio.TimerHandle | None = None
@@ -48,6 +51,12 @@ class Gateway:
         for visit in list(self.visits):
             visit.overdue(now)
         self._timer = asyncio.get_running_loop().call_later(LOOK_EVERY, self._look)
+
+    def _put_out(self, place: Place) -> None:
+        """End what is open to an address: whose it is, is not known, and who may go on comes back with the cookie."""
+        for visit in list(self.visits):
+            if visit.place == place:
+                soon(visit.abort)  # one of them may be asking at this moment
 
     def close(self) -> None:
         """End all connections."""

@@ -112,6 +112,11 @@ class Visit(LocalWriter):
         self._held_by_queue = False
         self._paused = False
 
+    @property
+    def place(self) -> Place | None:
+        """Where its stream leads."""
+        return None if self._stream is None else self._stream.place
+
     # -- the browser's connection ------------------------------------------------------------------------------
 
     @property
@@ -131,9 +136,9 @@ class Visit(LocalWriter):
         self.drop()
 
     def failed(self, exc: BaseException) -> None:
-        self._abort()
+        self.abort()
 
-    def _abort(self) -> None:
+    def abort(self) -> None:
         """Whoever waits for the rest of an answer is to see that it was cut off."""
         self._release()
         self.reset()
@@ -166,7 +171,7 @@ class Visit(LocalWriter):
             return stream.eof_received()
         self._half_closed = True
         if self._mode in (_Mode.BODY, _Mode.CHUNKS):
-            self._abort()
+            self.abort()
         elif self._mode is not _Mode.SENT:
             self.close()
         elif stream is not None:  # a browser that has left looks like this, too: the service hears of it
@@ -284,7 +289,7 @@ class Visit(LocalWriter):
             consumed, pieces = self._chunks.walk(data)
         except Malformed as why:
             if self._stream is not None and self._stream.begun:
-                self._abort()
+                self.abort()
             else:
                 self._refuse(why)
             return
@@ -410,7 +415,7 @@ class Visit(LocalWriter):
         if stream is None:
             return
         if stream.phase is Phase.RAW or stream.begun:
-            self._abort()
+            self.abort()
         elif stream.again and stream.silent and stream.why.code != "ECONNREFUSED" and self._gateway.trouble() is None:
             # The service has ended a connection that stood idle, as the request was on its way: to the browser it is
             # the same, and it knows which requests may be sent again.
