@@ -8,11 +8,15 @@ from typing import Any
 
 import pytest
 
+from kohakuriver.gateway import visit as visits
 from kohakuriver.gateway.gate import Door, Gate
 from kohakuriver.gateway.gateway import Gateway
+from kohakuriver.gateway.heads import MAX_HEAD
 from kohakuriver.gateway.names import Place
 from kohakuriver.gateway.upstream import MOST_INTERIM, Phase, Upstream
 from kohakuriver.gateway.visit import Visit
+from kohakuriver.tunnel.protocol import ErrorText
+from kohakuriver.tunnel.stream import Reading
 from kohakuriver.tunnel.user_endpoint import UserEndpoint
 
 Run = Callable[[Coroutine[Any, Any, None]], None]
@@ -139,6 +143,66 @@ async def turns() -> None:
         await asyncio.sleep(0)
 
 
+@pytest.mark.parametrize("reads", [True, False])
+def test_a_stranger_who_asks_faster_than_is_answered_is_not_read(within: Within, reads: bool) -> None:
+    async def check(scene: Scene) -> None:
+        visit, transport = scene.visit(reads=reads)
+        come(visit, STRANGE * (2 * MAX_HEAD // len(STRANGE)))
+        assert transport.paused
+        assert len(visit._head) < 3 * MAX_HEAD
+        while reads and len(visit._head) >= MAX_HEAD:
+            assert transport.paused
+            await asyncio.sleep(0)
+        await turns()
+        assert transport.paused is not reads
+
+    within(check)
+
+
+def test_a_body_that_came_with_its_head_does_not_stop_the_rest_of_it(within: Within) -> None:
+    async def check(scene: Scene) -> None:
+        visit, transport = scene.visit()
+        come(visit, request(scene))
+        come(visit, request(scene, b"POST /", b"Content-Length: 200000\r\nSec-Fetch-Site: none\r\n") + b"x" * MAX_HEAD)
+        assert transport.paused
+        stream = stream_of(visit)
+        say(stream, OK)
+        await turns()
+        assert visit._left == 200_000 - MAX_HEAD
+        assert not visit._held_by_queue
+
+    within(check)
+
+
+@pytest.mark.parametrize("sent", [STRANGE, STRANGE * 2, b"GARBAGE\r\n\r\n"])
+def test_who_never_reads_a_page_of_the_gateway_is_dropped(within: Within, sent: bytes) -> None:
+    async def check(scene: Scene) -> None:
+        visit, transport = scene.visit(reads=False)
+        come(visit, sent)
+        scene.time = visits.UNREAD_SECONDS
+        visit.overdue(scene.time)
+        assert not transport.aborted
+        scene.time += 0.1
+        visit.overdue(scene.time)
+        assert transport.aborted
+
+    within(check)
+
+
+def test_who_reads_an_answer_of_a_service_slowly_is_waited_for(within: Within) -> None:
+    async def check(scene: Scene) -> None:
+        visit, transport = scene.visit(reads=False)
+        come(visit, request(scene) + request(scene))
+        say(stream_of(visit), OK)
+        for _ in range(5):
+            scene.time += 100
+            visit.overdue(scene.time)
+        assert not transport.is_closing()
+        assert b"408" not in transport.written
+
+    within(check)
+
+
 def test_what_is_open_ends_when_its_link_is_used_again(within: Within) -> None:
     async def check(scene: Scene) -> None:
         path = scene.path(scene.doors[0])
@@ -160,6 +224,55 @@ def test_what_is_open_ends_when_its_link_is_used_again(within: Within) -> None:
         come(stranger, login)
         await turns()
         assert not again[1].aborted
+
+    within(check)
+
+
+@pytest.mark.parametrize("fields", [b"Content-Length: 5\r\n", b"Transfer-Encoding: chunked\r\n"])
+def test_an_upload_waits_for_a_stream_that_was_waiting_before_it(within: Within, fields: bytes) -> None:
+    async def check(scene: Scene) -> None:
+        visit, transport = scene.visit()
+        come(visit, request(scene))
+        await turns()
+        say(stream_of(visit), OK)
+        await turns()
+        stream_of(visit).core.reading = Reading.PAUSED
+        come(visit, request(scene, b"POST /", fields + b"Sec-Fetch-Site: none\r\n"))
+        assert transport.paused
+
+    within(check)
+
+
+def test_a_websocket_waits_for_a_stream_that_was_waiting_before_it(within: Within) -> None:
+    async def check(scene: Scene) -> None:
+        visit, transport = scene.visit()
+        come(visit, request(scene))
+        say(stream_of(visit), OK)
+        await turns()
+        stream_of(visit).core.reading = Reading.PAUSED
+        upgrade = b"Connection: Upgrade\r\nUpgrade: websocket\r\n"
+        come(visit, request(scene, fields=upgrade + b"Origin: " + LAB.origin.encode() + b"\r\n"))
+        say(stream := stream_of(visit), b"HTTP/1.1 101 Switching Protocols\r\n" + upgrade + b"\r\n")
+        assert stream.phase is Phase.RAW
+        assert transport.paused
+
+    within(check)
+
+
+def test_a_failure_that_answers_head_has_no_body(within: Within) -> None:
+    async def check(scene: Scene) -> None:
+        visit, transport = scene.visit()
+        come(visit, request(scene, b"HEAD /"))
+        stream_of(visit).refused(ErrorText("ECONNREFUSED", ""))
+        stream_of(visit).reset()
+        await turns()
+        assert transport.written.startswith(b"HTTP/1.1 502 ")
+        assert transport.written.endswith(b"\r\n\r\n")
+        come(visit, request(scene))
+        stream_of(visit).refused(ErrorText("ECONNREFUSED", ""))
+        stream_of(visit).reset()
+        await turns()
+        assert transport.written.endswith(b"</html>\n")
 
     within(check)
 
@@ -220,5 +333,38 @@ def test_nothing_ends_no_answer(within: Within) -> None:
         assert stream.phase is Phase.HEAD
         say(stream, OK)
         assert transport.written == OK
+
+    within(check)
+
+
+@pytest.mark.parametrize("early", [True, False])
+def test_what_was_asked_before_a_half_close_is_answered(within: Within, early: bool) -> None:
+    async def check(scene: Scene) -> None:
+        visit, transport = scene.visit()
+        come(visit, (STRANGE if early else request(scene)) + request(scene) + STRANGE + b"GET /cut")
+        assert visit.eof_received()
+        await turns()
+        if not early:
+            say(stream_of(visit), OK)
+            await turns()
+        assert not transport.closed
+        say(stream_of(visit), OK)
+        await turns()
+        assert transport.written.count(b"HTTP/1.1 ") == 3
+        assert transport.written.endswith(b"</html>\n")
+        assert transport.closed
+
+    within(check)
+
+
+def test_half_a_body_before_a_half_close_is_cut_off(within: Within) -> None:
+    async def check(scene: Scene) -> None:
+        visit, transport = scene.visit()
+        half = request(scene, b"POST /", b"Content-Length: 9\r\nSec-Fetch-Site: none\r\n") + b"half"
+        come(visit, request(scene) + half)
+        visit.eof_received()
+        say(stream_of(visit), OK)
+        await turns()
+        assert transport.aborted
 
     within(check)

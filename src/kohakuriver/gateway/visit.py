@@ -32,13 +32,16 @@ from kohakuriver.text import one_line
 from kohakuriver.tunnel.buffers import receive_buffer
 from kohakuriver.tunnel.link import soon
 from kohakuriver.tunnel.local_writer import LocalWriter
+from kohakuriver.tunnel.stream import Reading
 from kohakuriver.tunnel.user_endpoint import UserEndpoint
 
 __all__ = ["Owner", "Visit"]
 
 READ = 64 << 10
-HEAD_SECONDS, IDLE_SECONDS, REST_SECONDS = 15.0, 90.0, 2.0
-"""How long a head may take, a connection be without one, and what is left of a refused request be thrown away."""
+HEAD_SECONDS, IDLE_SECONDS, REST_SECONDS, UNREAD_SECONDS = 15.0, 90.0, 2.0, 30.0
+"""How long a head may take, a connection be without one, what is left of a refused request be thrown away, and a page
+of ours not be read."""
+_END = b"\r\n\r\n"
 
 
 class _Mode(enum.Enum):
@@ -108,6 +111,8 @@ class Visit(LocalWriter):
         self._closes = False  # with the present answer
         self._half_closed = False
         self._minor = 1
+        self._head_only = False  # the present request asks for no body
+        self._own = False  # the last answer is the gateway's
         self._held_by_stream = False
         self._held_by_queue = False
         self._paused = False
@@ -172,21 +177,32 @@ class Visit(LocalWriter):
         self._half_closed = True
         if self._mode in (_Mode.BODY, _Mode.CHUNKS):
             self.abort()
-        elif self._mode is not _Mode.SENT:
+        elif self._mode is _Mode.SENT:
+            self._leave()
+        elif self._mode is _Mode.REST or _END not in self._head:
             self.close()
-        elif stream is not None:  # a browser that has left looks like this, too: the service hears of it
-            stream.ended = True
-            stream.eof_received()
         return True
+
+    def _leave(self) -> None:
+        """The browser sends no more. One that has left looks like this, too: the service hears of it."""
+        if self._stream is not None:
+            self._stream.ended = True
+            self._stream.eof_received()
 
     def overdue(self, now: float) -> None:
         """Called now and then: end what takes too long."""
-        if self._mode is _Mode.REST:
-            if self._queue or self._blocked:
+        if self._mode not in (_Mode.HEAD, _Mode.REST):
+            return
+        waited = now - self._since
+        if self._queue or self._blocked:
+            if not self._own:
                 self._since = now
-            elif now - self._since > REST_SECONDS and self._transport is not None:
+            elif waited > UNREAD_SECONDS:
+                self.abort()
+        elif self._mode is _Mode.REST:
+            if waited > REST_SECONDS and self._transport is not None:
                 self._transport.abort()
-        elif self._mode is _Mode.HEAD and now - self._since > (HEAD_SECONDS if self._head else IDLE_SECONDS):
+        elif waited > (HEAD_SECONDS if self._head else IDLE_SECONDS):
             if self._head:
                 self._refuse(Malformed("The head of the request did not come in time.", 408))
             else:
@@ -213,8 +229,11 @@ class Visit(LocalWriter):
         self._head += data
         if self._mode is _Mode.HEAD:
             self._look()
-        elif len(self._head) >= MAX_HEAD:
-            self.hold(queue=True)
+        self._throttle()
+
+    def _throttle(self) -> None:
+        """Read no more than this while requests wait for their turn."""
+        self.hold(queue=len(self._head) >= MAX_HEAD)
 
     def _look(self) -> None:
         """Begin with the next request, if its head is there and the last answer is written."""
@@ -228,9 +247,11 @@ class Visit(LocalWriter):
             whole = bytes(self._head[:end])
             del self._head[:end]
             self._known = 0
+            self._head_only = False
             self._begin(read_request(whole))
         except Malformed as why:
             self._refuse(why)
+        self._throttle()
 
     def _begin(self, head: RequestHead) -> None:
         """Raises Malformed."""
@@ -238,6 +259,7 @@ class Visit(LocalWriter):
         if upgrade and body:
             raise Malformed("A request that asks for a WebSocket has no body.")
         self._minor = head.minor
+        self._head_only = head.method == b"HEAD"
         self._closes = head.minor == 0 or _asks_to_close(head)
         place = self._gateway.gate.judge(head, close=self._closes or body != 0)
         if isinstance(place, Place):
@@ -249,15 +271,25 @@ class Visit(LocalWriter):
         trouble = self._gateway.trouble()
         if trouble is not None:
             self._closes = self._closes or body != 0
-            self._answer(page(503, trouble, close=self._closes, head_only=head.method == b"HEAD"), close=self._closes)
+            self._answer(page(503, trouble, close=self._closes, head_only=self._head_only), close=self._closes)
             return
         stream = self._stream_to(place)
-        self._answering = True
+        self._answering, self._own = True, False
         stream.expect(head.method, head.minor, upgrade=upgrade)
         self._mode = _Mode.SENT if body == 0 else _Mode.CHUNKS if body == CHUNKED else _Mode.BODY
         self._left, self._chunks = body, Chunks()
         stream.feed(rewrite.request(head, place, self.peer[0], body=body, upgrade=upgrade))
+        if self._mode in (_Mode.BODY, _Mode.CHUNKS):  # one that was used before may be waiting, and says so but once
+            self.hold(stream=self._waits())
         self._pass_begun()
+        if self._half_closed and self._mode in (_Mode.BODY, _Mode.CHUNKS):
+            self.abort()
+        elif self._half_closed and self._mode is _Mode.SENT:
+            self._leave()
+
+    def _waits(self) -> bool:
+        """Whether its stream takes nothing now."""
+        return self._stream is not None and self._stream.core.reading is Reading.PAUSED
 
     def _stream_to(self, place: Place) -> Upstream:
         stream = self._stream
@@ -309,12 +341,14 @@ class Visit(LocalWriter):
 
     def _next(self) -> None:
         """The answer is given, the request was taken: the next one may come."""
-        if self._half_closed:
+        if self._half_closed and _END not in self._head:
             self.close()
             return
         self._mode = _Mode.HEAD
+        self._head_only = False
         self._since = self._gateway.now()
-        self.hold(stream=False, queue=False)
+        self.hold(stream=False)
+        self._throttle()
         if self._head or (self._stream is not None and self._stream.ended):
             soon(self._settled)
 
@@ -328,11 +362,12 @@ class Visit(LocalWriter):
             self._look()
 
     def _refuse(self, why: Malformed) -> None:
-        self._answer(page(why.status, why.sentence, close=True), close=True)
+        self._answer(page(why.status, why.sentence, close=True, head_only=self._head_only), close=True)
 
     def _answer(self, response: bytes, *, close: bool) -> None:
         """Answer a request without its service."""
         self.uncounted += len(response)
+        self._own = True
         self.write([memoryview(response)], len(response))
         self._answering = False
         if close:
@@ -374,7 +409,7 @@ class Visit(LocalWriter):
         """The service speaks another protocol from now on, and so does the browser."""
         self._mode = _Mode.RAW
         self._answering = False
-        self.hold(queue=False)
+        self.hold(stream=self._waits(), queue=False)
         came, self._head = bytes(self._head), bytearray()
         if came and self._stream is not None:
             self._stream.feed(came)
@@ -424,7 +459,7 @@ class Visit(LocalWriter):
         else:
             close = self._closes or self._mode is not _Mode.SENT
             self._release()
-            self._answer(page(status, sentence, close=close), close=close)
+            self._answer(page(status, sentence, close=close, head_only=self._head_only), close=close)
 
     def taken(self, size: int) -> None:
         own = min(self.uncounted, size)
