@@ -780,7 +780,8 @@ def test_no_address_is_served_beside_a_stranger_on_the_other_loopback_address(ru
             with pytest.raises(LocalAddressError) as refused:
                 async with web(80, web_port=port):
                     pass
-        assert refused.value.taken == ("::1", port, "tcp")
+        assert refused.value.taken is not None
+        assert refused.value.taken[1:] == (port, "tcp")  # of ::1; of both where yet another program has the first
 
     run(main())
 

@@ -91,7 +91,8 @@ def test_where_both_loopback_addresses_are_asked_for_one_that_another_program_ha
             side = LocalSide(endpoint, "localhost", lambda host, port: None, both=True)
             with pytest.raises(LocalAddressError) as refused:
                 await side.listen([PortForward(port, 80)])
-        assert refused.value.taken == ("::1", port, "tcp")
+        assert refused.value.taken is not None
+        assert refused.value.taken[1:] == (port, "tcp")  # of ::1; of both where yet another program has the first
         assert endpoint.listening == []
         await endpoint.close()
 
