@@ -22,7 +22,7 @@ from tests.support.hops import binary
 
 T = TypeVar("T")
 
-PATIENCE = 20.0
+PATIENCE = 40.0
 """Seconds after which what was waited for is taken not to happen."""
 
 

@@ -16,7 +16,7 @@ from typing import IO, Any
 
 from tests.support import forked
 
-TIMEOUT = 30.0
+TIMEOUT = 60.0
 
 # Echoes TCP on one port and UDP on the same, tells where through a FIFO, and keeps the port over a restart.
 SERVICE = """
@@ -183,7 +183,11 @@ class Cluster(Commands):
     def __init__(self, directory: Path, *options: str) -> None:
         super().__init__(directory)
         self.up = self.start("up", "--json", "--host-port=0", "--runner-port=0", "--ssh-port=0", *options)
-        self.ready = self.up.event("ready")
+        try:
+            self.ready = self.up.event("ready")
+        except BaseException:
+            self.close()
+            raise
 
 
 class Apart(Commands):
@@ -202,9 +206,13 @@ class Apart(Commands):
         self._host_port = 0
         self._host_options = host_options
         self._runner_options = runner_options
-        self.start_host()
-        self.environment["KOHAKURIVER_TOKEN"] = (directory / "host" / "admin-token").read_text().strip()
-        self.start_runner()
+        try:
+            self.start_host()
+            self.environment["KOHAKURIVER_TOKEN"] = (directory / "host" / "admin-token").read_text().strip()
+            self.start_runner()
+        except BaseException:
+            self.close()
+            raise
 
     def start_host(self) -> None:
         """Start the host; the second time on the port that it had."""
