@@ -16,7 +16,7 @@ from typing import IO, Any
 
 from tests.support import forked
 
-TIMEOUT = 60.0
+TIMEOUT = 90.0
 
 # Echoes TCP on one port and UDP on the same, tells where through a FIFO, and keeps the port over a restart.
 SERVICE = """

@@ -15,7 +15,7 @@ from typing import TypeAlias
 from kohakuriver._frame import mask
 from kohakuriver.tunnel.protocol import CLIENT_HEADER, TUNNEL_V2
 
-PATIENCE = 30.0
+PATIENCE = 60.0
 KEY = base64.b64encode(bytes(16)).decode()
 
 CONTINUATION, TEXT, BINARY, CLOSE, WS_PING, WS_PONG = 0x0, 0x1, 0x2, 0x8, 0x9, 0xA
