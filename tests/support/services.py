@@ -7,17 +7,24 @@ from __future__ import annotations
 
 import sys
 
+# One thread for all connections: a thread for each takes all processors once an attack has made hundreds.
 ECHO_SOURCE = """
-import socket, sys, threading
-server = socket.create_server((sys.argv[1], 0))
-sys.stdout.write(f"port {server.getsockname()[1]}\\n")
-sys.stdout.flush()
-def serve(peer):
-    with peer:
-        while data := peer.recv(65536):
-            peer.sendall(data)
-while True:
-    threading.Thread(target=serve, args=(server.accept()[0],), daemon=True).start()
+import asyncio, socket, sys
+class Echo(asyncio.Protocol):
+    def connection_made(self, transport):
+        self.transport = transport
+    def data_received(self, data):
+        self.transport.write(data)
+    def pause_writing(self):
+        self.transport.pause_reading()
+    def resume_writing(self):
+        self.transport.resume_reading()
+async def main():
+    server = await asyncio.get_running_loop().create_server(Echo, sock=socket.create_server((sys.argv[1], 0)))
+    sys.stdout.write(f"port {server.sockets[0].getsockname()[1]}\\n")
+    sys.stdout.flush()
+    await server.serve_forever()
+asyncio.run(main())
 """
 
 
