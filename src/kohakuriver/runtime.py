@@ -32,6 +32,7 @@ __all__ = [
     "out_of_descriptors",
     "raise_file_limit",
     "run",
+    "until_readable",
     "waiting_connections",
 ]
 
@@ -114,6 +115,17 @@ async def cancel_all(tasks: Iterable[asyncio.Future[Any]]) -> None:
 async def _cancel_rest() -> None:
     this = asyncio.current_task()
     await cancel_all(task for task in asyncio.all_tasks() if task is not this)
+
+
+async def until_readable(sock: socket.socket) -> None:
+    """Wait until a peer has sent something, or has gone; what it sent stays where it is. `sock` does not block."""
+    loop = asyncio.get_running_loop()
+    readable: asyncio.Future[None] = loop.create_future()
+    loop.add_reader(sock.fileno(), lambda: None if readable.done() else readable.set_result(None))
+    try:
+        await readable
+    finally:
+        loop.remove_reader(sock.fileno())
 
 
 def freeze_heap() -> None:

@@ -20,7 +20,7 @@ import structlog
 from kohakuriver.asking import Asker, asking, peer_name
 from kohakuriver.errors import KohakuRiverError, UsageError
 from kohakuriver.limits import Limits
-from kohakuriver.runtime import cancel_all
+from kohakuriver.runtime import cancel_all, until_readable
 from kohakuriver.session.carried import Route
 from kohakuriver.ssh_proxy.jump import JumpHost, Keyholders
 from kohakuriver.ssh_proxy.session import Connector, TaskConnection
@@ -296,17 +296,12 @@ class Greeting(asyncio.Protocol):
 
 async def _first_byte(peer: socket.socket, timeout: float) -> bytes:
     """The first byte that a peer sends, left where it is; empty when it sends none within `timeout` seconds."""
-    loop = asyncio.get_running_loop()
-    readable: asyncio.Future[None] = loop.create_future()
     peer.setblocking(False)
-    loop.add_reader(peer.fileno(), lambda: None if readable.done() else readable.set_result(None))
     try:
-        await asyncio.wait_for(readable, timeout)
+        await asyncio.wait_for(until_readable(peer), timeout)
         return peer.recv(1, socket.MSG_PEEK)
     except asyncio.TimeoutError:
         return b""
-    finally:
-        loop.remove_reader(peer.fileno())
 
 
 def _keep_alive(peer: socket.socket) -> None:

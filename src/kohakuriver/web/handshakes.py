@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import asyncio
-import socket
 from collections import OrderedDict, deque
 
 from kohakuriver.rates import TokenBucket
 
-__all__ = ["HANDSHAKES_A_SECOND", "HandshakeQueue", "has_spoken"]
+__all__ = ["HANDSHAKES_A_SECOND", "HandshakeQueue"]
 
 HANDSHAKES_A_SECOND = 200
 """A fifth of a processor. 500 clients of a host that starts again are in within three seconds."""
@@ -62,20 +61,3 @@ class HandshakeQueue:
         self._waiting[source].popleft()
         self._waiting.move_to_end(source)
         future.set_result(None)
-
-
-async def has_spoken(connection: socket.socket) -> None:
-    """Wait until a peer has sent something, or has gone. Until then it costs its descriptor alone."""
-    loop = asyncio.get_running_loop()
-    spoken: asyncio.Future[None] = loop.create_future()
-
-    def readable() -> None:
-        loop.remove_reader(connection)
-        if not spoken.done():
-            spoken.set_result(None)
-
-    loop.add_reader(connection, readable)
-    try:
-        await spoken
-    finally:
-        loop.remove_reader(connection)

@@ -12,8 +12,8 @@ import ssl
 from collections.abc import Callable
 
 from kohakuriver.asking import origin_of
-from kohakuriver.runtime import cancel_all
-from kohakuriver.web.handshakes import HandshakeQueue, has_spoken
+from kohakuriver.runtime import cancel_all, until_readable
+from kohakuriver.web.handshakes import HandshakeQueue
 from kohakuriver.web.waiting_room import WaitingRoom
 
 __all__ = ["ACCEPTED_AT_ONCE", "Acceptor"]
@@ -128,5 +128,5 @@ class Acceptor:
         )
 
     async def _turn(self, connection: socket.socket, source: str) -> None:
-        await has_spoken(connection)
+        await until_readable(connection)  # until then it costs its descriptor alone
         await self._handshakes.turn(source)
