@@ -9,6 +9,7 @@ import secrets
 import signal
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from http import HTTPStatus
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -37,7 +38,7 @@ MARK = "KOHAKURIVER_EXEC"
 
 NOT_FOUND, NOT_EXECUTABLE = 127, 126
 _DEFAULT_PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
-_LOOK_AGAIN_SECONDS = 0.02
+_LOOK_AGAIN_SECONDS, _LOOK_SELDOM_SECONDS = 0.02, 1.0
 _START_SECONDS = 2.0
 _END_SECONDS = 5.0
 _BLOCKED_SECONDS = 0.1
@@ -215,25 +216,39 @@ class DockerExec(ExecSession):
             pass  # the engine has gone
         await self._stream.docker.close()
         if not self._ended and self._code is None:
-            await self.hang_up()
+            ending = in_background(self.hang_up(), "ending a command that nobody waits for")
+            await asyncio.wait({ending}, timeout=_START_SECONDS)  # a runner that ends does not wait for it
         self._ended = True
 
     async def hang_up(self) -> None:
-        """SIGHUP to the command: the engine leaves it running when its streams are closed."""
-        with contextlib.suppress(*TROUBLE):
-            async with self._engine.calls.place():
-                await self._hang_up()
+        """SIGHUP to the command: the engine leaves it running when its streams are closed.
 
-    async def _hang_up(self) -> None:
-        show = await self._exec.inspect()
-        for _ in range(int(_START_SECONDS / _LOOK_AGAIN_SECONDS)):
-            if show["Running"] or show["ExitCode"] is not None:
-                break
-            await asyncio.sleep(_LOOK_AGAIN_SECONDS)  # the engine has been told to start it, and is about to
+        A busy engine starts what it was told to start seconds later, so it is asked until it has. No place is held
+        between two looks.
+        """
+        loop = asyncio.get_running_loop()
+        until, pause = loop.time() + ENGINE_SECONDS, _LOOK_AGAIN_SECONDS
+        while loop.time() < until:
+            async with self._engine.calls.place():
+                if await self._is_hung_up():
+                    return
+            await asyncio.sleep(pause)
+            pause = min(2 * pause, _LOOK_SELDOM_SECONDS)
+
+    async def _is_hung_up(self) -> bool:
+        """Signal the command where it runs; False where it does not run yet, or the engine gave no answer."""
+        try:
             show = await self._exec.inspect()
-        if not show["Running"]:
-            return
-        pid = int(show.get("Pid") or 0)
+            if not show["Running"]:
+                return show["ExitCode"] is not None
+            await self._signal(int(show.get("Pid") or 0))
+        except DockerError as error:
+            return error.status in (HTTPStatus.NOT_FOUND, HTTPStatus.CONFLICT)  # its container has gone, or is down
+        except TROUBLE:
+            return False
+        return True
+
+    async def _signal(self, pid: int) -> None:
         try:
             if pid and self._env[MARK].encode() in Path(f"/proc/{pid}/environ").read_bytes():
                 _signal(pid)
