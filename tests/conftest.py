@@ -41,12 +41,12 @@ for _number in (signal.SIGINT, signal.SIGHUP, signal.SIGQUIT):
 
 
 MAX_UNSTEADY = 8
-"""Tests that may fail once in a run of the suite and pass when they are tried again. Each is a fault to be found."""
+"""Tests that may fail in a run of the suite and pass when they are tried again. Each is a fault to be found."""
 
 
 def pytest_terminal_summary(terminalreporter: Any) -> None:
     if unsteady := terminalreporter.stats.get("rerun"):
-        terminalreporter.section(f"{len(unsteady)} of the tests failed once and were tried again; {MAX_UNSTEADY} may")
+        terminalreporter.section(f"{len(unsteady)} tries of tests failed and were followed by others; {MAX_UNSTEADY} may")
         for report in unsteady:
             terminalreporter.write_line(f"{report.nodeid}\n{report.longreprtext}")
 
