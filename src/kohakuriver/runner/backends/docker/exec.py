@@ -42,6 +42,7 @@ _LOOK_AGAIN_SECONDS, _LOOK_SELDOM_SECONDS = 0.02, 1.0
 _START_SECONDS = 2.0
 _END_SECONDS = 5.0
 _BLOCKED_SECONDS = 0.1
+_PATIENT_SECONDS = 0.1  # a pause as long as that, and the command was long a program that the runner could signal
 
 # Run by the `sh` that there is, with $1 and $2 the terminal's rows and columns (0: no terminal). An engine gives the
 # terminal its size only once the program runs, which may have asked for it by then.
@@ -61,8 +62,14 @@ done
 exec "$0"
 """
 )
-# Run in the container where the runner may not signal its processes itself.
-_HANG_UP = 'for d in /proc/[0-9]*; do grep -q "$1" "$d/environ" 2>/dev/null && kill -HUP "${d#/proc/}"; done'
+# Run in the container where the runner may not signal its processes itself; exits 0 when it found one.
+_HANG_UP = """\
+found=1
+for d in /proc/[0-9]*; do
+    grep -q "$1" "$d/environ" 2>/dev/null && kill -HUP "${d#/proc/}" && found=0
+done
+exit $found
+"""
 
 
 @dataclass(frozen=True)
@@ -230,34 +237,47 @@ class DockerExec(ExecSession):
         until, pause = loop.time() + ENGINE_SECONDS, _LOOK_AGAIN_SECONDS
         while loop.time() < until:
             async with self._engine.calls.place():
-                if await self._is_hung_up():
+                if await self._is_hung_up(inside=pause > _PATIENT_SECONDS):
                     return
             await asyncio.sleep(pause)
             pause = min(2 * pause, _LOOK_SELDOM_SECONDS)
 
-    async def _is_hung_up(self) -> bool:
-        """Signal the command where it runs; False where it does not run yet, or the engine gave no answer."""
+    async def _is_hung_up(self, inside: bool) -> bool:
+        """Signal the command where it runs; False where it does not run yet, or the engine gave no answer.
+
+        `inside`: also by a shell of the container's.
+        """
         try:
             show = await self._exec.inspect()
             if not show["Running"]:
                 return show["ExitCode"] is not None
-            await self._signal(int(show.get("Pid") or 0))
+            return self._signalled(int(show.get("Pid") or 0)) or (inside and await self._signalled_inside())
         except DockerError as error:
             return error.status in (HTTPStatus.NOT_FOUND, HTTPStatus.CONFLICT)  # its container has gone, or is down
         except TROUBLE:
             return False
+
+    def _signalled(self, pid: int) -> bool:
+        """Whether the runner may signal the command, and did. What has not its mark is another's, or no program yet."""
+        try:
+            if not pid or self._env[MARK].encode() not in Path(f"/proc/{pid}/environ").read_bytes():
+                return False
+            _signal(pid)
+        except OSError:
+            return False  # the runner is not root, or sees other processes than the engine does
         return True
 
-    async def _signal(self, pid: int) -> None:
-        try:
-            if pid and self._env[MARK].encode() in Path(f"/proc/{pid}/environ").read_bytes():
-                _signal(pid)
-                return
-        except OSError:
-            pass  # the runner is not root, or sees other processes than the engine does
+    async def _signalled_inside(self) -> bool:
+        """The same by a shell in the container, where there is one."""
         container: Any = self._docker.containers.container(self._container)
         asked = await container.exec(["/bin/sh", "-c", _HANG_UP, "sh", self._env[MARK]], stdout=False, stderr=False)
         await asked.start(detach=True, timeout=limit())
+        for _ in range(int(_START_SECONDS / _LOOK_AGAIN_SECONDS)):
+            show = await asked.inspect()
+            if not show["Running"] and show["ExitCode"] is not None:
+                return bool(show["ExitCode"] == 0)
+            await asyncio.sleep(_LOOK_AGAIN_SECONDS)
+        return False
 
 
 def _signal(pid: int) -> None:
