@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, field, fields, replace
 from typing import Literal
 
 from kohakuriver.errors import NotAllowedError, UnavailableError, UsageError
@@ -98,7 +98,8 @@ class Quotas:
 class Offer:
     """What a node has, and what a container or process gets there that asks for nothing; 0 where there is no limit.
 
-    `user_processes`: users who are no admins may run processes there, as the runner's own user.
+    `user_processes`: users who are no admins may run processes there, as the runner's own user. `mount_roots` are the
+    directories that they may mount, as `mount_roots.py` reads them.
     """
 
     memory: int = 0
@@ -109,6 +110,7 @@ class Offer:
     task_shm: int = 0
     task_log: int = 0
     user_processes: bool = False
+    mount_roots: list[str] = field(default_factory=list)
 
 
 @dataclass(frozen=True)
@@ -130,11 +132,11 @@ class Usage:
 
         Raises UnavailableError "over_limit" (429), or NotAllowedError (403) for what could never be.
         """
-        for field in fields(Usage):
-            wanted, most = getattr(more, field.name), getattr(quotas, field.name)
-            used = getattr(self, field.name)
+        for each in fields(Usage):
+            wanted, most = getattr(more, each.name), getattr(quotas, each.name)
+            used = getattr(self, each.name)
             if wanted and most and round(used + wanted, 6) > most:  # CPUs are sums of fractions
-                raise over_limit(field.name, user, used=used, wanted=wanted, most=most)
+                raise over_limit(each.name, user, used=used, wanted=wanted, most=most)
 
 
 _ADVICE = {

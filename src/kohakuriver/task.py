@@ -190,7 +190,8 @@ class TaskOrder(TaskSpec):
 
     An `adopted` task is of something that runs already: a container, by its name or id in the engine, `engine_name`; or
     an IP `address`. With `no_client` nothing is put into the container: its node dials from the container's network.
-    Of what it prints `log_size` bytes are kept, where that is None as many as its node does by default.
+    Of what it prints `log_size` bytes are kept, where that is None as many as its node does by default. `mounts_for` is
+    the user whom the node lets mount its mount roots alone, None where its mounts are not bound to these.
     """
 
     task_id: int
@@ -202,6 +203,7 @@ class TaskOrder(TaskSpec):
     adopted: bool = False
     no_client: bool = False
     log_size: Whole | None = None
+    mounts_for: str | None = None
 
 
 @dataclass(kw_only=True)

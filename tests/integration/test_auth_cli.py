@@ -204,6 +204,32 @@ def test_a_task_is_its_makers_alone_until_it_is_shared(people: tuple[Person, Per
     assert refused(ann.run("vps", "share", task, "nobody"), "no user", 3)
 
 
+def test_a_task_is_shared_with_a_group_and_what_a_member_has_open_ends_when_it_leaves(
+    cluster: Apart, people: tuple[Person, Person]
+) -> None:
+    ann, bob = people
+    task = ann.service().task
+    assert refused(ann.run("group", "add", "lab"), "for admins")
+    assert refused(ann.run("vps", "share", task, "--group", "lab"), "no group 'lab'", 3)
+    assert refused(ann.run("vps", "share", task), "either a USER or --group", 2)
+    assert cluster.succeed("group", "add", "lab", "bob") == "Added lab: bob.\n"
+    try:
+        assert ann.succeed("vps", "share", task, "--group", "lab").startswith("@lab may now use")
+        assert "@lab" in ann.succeed("vps", "status", task)
+        listed = json.loads(bob.succeed("group", "list", "--json"))["groups"]
+        assert [(group["name"], group["members"]) for group in listed] == [("lab", ["bob"])]
+        bobs = bob.start("forward", task, "0:80", "--json")
+        bobs.listening()
+        assert cluster.succeed("group", "member", "lab", "--remove", "bob") == "In lab: nobody.\n"
+        assert bobs.ended() == 5
+        assert any("not yours" in line for line in bobs.rest(err=True))
+        audit = [json.loads(line) for line in cluster.succeed("audit", "--since", "1h", "--json").splitlines()]
+        assert [line for line in audit if line["event"] == "group_changed"][-1]["removed"] == ["bob"]
+        assert ann.succeed("vps", "unshare", task, "@lab").startswith("@lab may no longer use")
+    finally:
+        cluster.succeed("group", "rm", "lab")
+
+
 def until_ended(connection: socket.socket) -> None:
     """Wait for the end of a connection, in good order or by a reset."""
     with contextlib.suppress(ConnectionError):

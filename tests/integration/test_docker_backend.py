@@ -180,6 +180,41 @@ def test_a_mount_that_can_not_be_is_refused_and_leaves_nothing(
     assert shared.call("GET", "/api/tasks/unmounted")[0] == 404
 
 
+def test_a_user_mounts_what_the_administrator_of_the_node_allows_and_no_symlink_leads_out_of_it(
+    tmp_path: Path, busybox: str
+) -> None:
+    data, home = tmp_path / "data", tmp_path / "home/ann"
+    for directory in (data / "set", home):
+        directory.mkdir(parents=True)
+    (data / "set/one").write_text("a set")
+    (data / "out").symlink_to("/etc")
+    roots = ("--mount-root", f"{data}:ro", "--mount-root", f"{tmp_path}/home/{{user}}")
+    with a_cluster(tmp_path) as cluster, ExitStack() as stack:
+        stack.callback(remove_all, cluster)
+        cluster.start_runner("n1", "--backend", "docker", *roots)
+        assert cluster.call("POST", "/api/users", {"name": "ann"})[0] == 201
+        token = cluster.call("POST", "/api/tokens", {"user": "ann"})[1]["token"]
+        ann = {"Authorization": f"Bearer {token}"}
+        script = "cat /set/one > /mine/copy; echo no > /set/one"
+        body = {"image": busybox, "name": "mounted", "command": ["/bin/sh", "-c", script]}
+        body["mounts"] = [f"{data}/set:/set:ro", f"{home}:/mine"]
+        assert cluster.http.post("/api/tasks", json=body, headers=ann).status_code == 201
+        cluster.ended("mounted")
+        assert ((home / "copy").read_text(), (data / "set/one").read_text()) == ("a set", "a set")
+
+        body |= {"name": "out", "mounts": [f"{data}/out:/set:ro"]}
+        answer = cluster.http.post("/api/tasks", json=body, headers=ann)
+        assert (answer.status_code, answer.json()["error"]) == (403, "mount_not_allowed")
+        assert f"{data}/out leads out of {data}" in answer.json()["message"]
+        assert cluster.call("GET", "/api/tasks/out")[0] == 404
+
+        (data / "set/one").unlink()  # a task that is started again is checked again
+        (data / "set").rmdir()
+        (data / "set").symlink_to("/etc")
+        again = cluster.http.post("/api/tasks/mounted/restart", headers=ann)
+        assert again.status_code == 403, again.text
+
+
 def test_a_container_that_exits_leaves_its_exit_code_and_its_last_words(shared: Cluster, busybox: str) -> None:
     shared.create("/bin/sh", "-c", "echo no more cheese >&2; exit 3", image=busybox, name="shop")
     task = shared.ended("shop")

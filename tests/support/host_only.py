@@ -25,6 +25,7 @@ from kohakuriver.host.services.authorize import Forwards
 from kohakuriver.host.services.credentials import Credentials
 from kohakuriver.host.services.failures import Failures
 from kohakuriver.host.services.grants import Grants
+from kohakuriver.host.services.groups import GroupsOfUsers
 from kohakuriver.host.services.logs import Logs
 from kohakuriver.host.services.nodes import Nodes
 from kohakuriver.host.services.people import People
@@ -38,7 +39,7 @@ from kohakuriver.limits import Limits
 from kohakuriver.quotas import Offer, Quotas
 from kohakuriver.runtime import cancel_all
 from kohakuriver.session import ticket
-from kohakuriver.store import Accounts, Store, sqlite_url
+from kohakuriver.store import Accounts, Groups, Store, sqlite_url
 from kohakuriver.tls import ServerCertificate
 from kohakuriver.tunnel.accept import TunnelRoute, serve_ws
 from kohakuriver.web.app import bind, socket_url
@@ -195,7 +196,16 @@ class HostUnderTest:
         self.guard = Guard()
         self.app = create_app(
             Services(
-                credentials, access, self.people, self.nodes, self.tasks, self.forwards, self.requests, audit, self.logs
+                credentials,
+                access,
+                self.people,
+                GroupsOfUsers(Groups(store, clock=clock), self.grants),
+                self.nodes,
+                self.tasks,
+                self.forwards,
+                self.requests,
+                audit,
+                self.logs,
             ),
             self.guard,
         )

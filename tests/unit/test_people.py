@@ -13,7 +13,7 @@ from kohakuriver.errors import KohakuRiverError, NotAllowedError, NotFoundError,
 from kohakuriver.host.services.authorize import Forwards
 from kohakuriver.host.services.credentials import Caller, Credentials
 from kohakuriver.session.carried import Route
-from kohakuriver.store import Task, Token
+from kohakuriver.store import Groups, Task, Token
 from tests.support.hops import until
 from tests.support.host_only import HostUnderTest, a_host
 
@@ -551,5 +551,100 @@ def test_a_token_without_a_name_is_named_after_its_day(run: Run, tmp_path: Path)
             made = [(await host.user.post("/api/tokens", json={})).json()["name"] for _ in range(2)]
             assert all(name.startswith("cli-20") for name in made)
             assert len(set(made)) == 2
+
+    run(check())
+
+
+def test_who_is_in_a_group_may_use_what_is_shared_with_it_and_who_leaves_may_not(run: Run, tmp_path: Path) -> None:
+    async def check() -> None:
+        async with a_host(tmp_path) as host:
+            runner = await host.runner()
+            ann, _ = await host.person("ann")
+            bob, bobs = await host.person("bob")
+            cid, cids = await host.person("cid")
+            admin = host.user
+            made = await admin.post("/api/groups", json={"name": "lab", "members": ["bob"]})
+            assert (made.status_code, made.json()["members"]) == (201, ["bob"])
+            await ann.post("/api/tasks", json={"name": "web", "backend": "process"})
+            assert (await bob.get("/api/tasks/web")).status_code == 403
+            shared = await ann.post("/api/tasks/web/shares", json={"group": "lab"})
+            assert (shared.status_code, shared.json()["shared_with"]) == (201, ["@lab"])
+
+            assert [task["name"] for task in (await bob.get("/api/tasks")).json()] == ["web"]
+            assert (await bob.get("/api/tasks/web")).status_code == 200
+            assert (await bob.post("/api/tasks/web/stop")).status_code == 403
+            assert (await cid.get("/api/tasks")).json() == []
+            assert (await cid.get("/api/tasks/web")).status_code == 403
+            seen = [[group["name"] for group in (await who.get("/api/groups")).json()] for who in (admin, bob, cid)]
+            assert seen == [["lab"], ["lab"], []]
+
+            ended: dict[str, str] = {}
+            for name, secret in (("bob", bobs), ("cid", cids)):
+                if name == "cid":
+                    changed = await admin.patch("/api/groups/lab", json={"add": ["cid"]})
+                    assert changed.json()["members"] == ["bob", "cid"]
+                route = await host.forwards.authorize(secret, "web", 80, "tcp")
+                route.grant.attach(lambda reason, name=name: ended.update({name: reason}))  # type: ignore[misc]
+            asked = len(runner.asked)
+            left = await admin.patch("/api/groups/lab", json={"remove": ["bob"]})
+            assert left.json()["members"] == ["cid"]
+            assert ended == {"bob": "the task is not shared with bob any more"}  # before the answer
+            assert [path.rpartition("/")[2] for _, path, _ in runner.asked[asked:]] == ["token"]
+            assert (await bob.get("/api/tasks/web")).status_code == 403
+
+            await ann.post("/api/tasks/web/shares", json={"user": "cid"})
+            assert (await admin.delete("/api/groups/lab")).json()["members"] == ["cid"]
+            assert "cid" not in ended  # there is another right to it
+            assert (await ann.get("/api/tasks/web")).json()["shared_with"] == ["cid"]
+
+    run(check())
+
+
+def test_another_host_takes_a_member_that_left_out_within_its_next_look(run: Run, tmp_path: Path) -> None:
+    async def check() -> None:
+        async with a_host(tmp_path) as host:
+            await host.runner()
+            ann, _ = await host.person("ann")
+            _, bobs = await host.person("bob")
+            await host.user.post("/api/groups", json={"name": "lab", "members": ["bob"]})
+            await ann.post("/api/tasks", json={"name": "web", "backend": "process"})
+            await ann.post("/api/tasks/web/shares", json={"group": "lab"})
+            route = await host.forwards.authorize(bobs, "web", 80, "tcp")
+            ended: list[str] = []
+            route.grant.attach(ended.append)
+            await Groups(host.store).change("lab", remove=["bob"])  # as the other one does
+            assert not ended
+            await host.grants.check()  # which every host does every two seconds
+            assert ended == ["the task is not shared with bob any more"]
+
+    run(check())
+
+
+def test_what_is_no_group_or_no_member_is_refused_and_changes_nothing(run: Run, tmp_path: Path) -> None:
+    async def check() -> None:
+        async with a_host(tmp_path) as host:
+            await host.runner()
+            await host.person("ann")
+            _, _ = await host.person("bob")
+            admin = host.user
+            await admin.post("/api/groups", json={"name": "lab", "members": ["ann"]})
+            await host.create(name="web")
+            for method, path, body, status, words in (
+                ("POST", "/api/groups", {"name": "lab"}, 400, "group 'lab' already"),
+                ("POST", "/api/groups", {"name": "@lab"}, 422, "1 to 62"),
+                ("POST", "/api/groups", {"name": "new", "members": ["nobody"]}, 404, "no user 'nobody'"),
+                ("PATCH", "/api/groups/lab", {"add": ["bob"], "remove": ["nobody"]}, 404, "'nobody' is not in"),
+                ("PATCH", "/api/groups/other", {"add": ["bob"]}, 404, "no group 'other'"),
+                ("DELETE", "/api/groups/other", None, 404, "no group 'other'"),
+                ("POST", "/api/tasks/web/shares", {"group": "other"}, 404, "no group 'other'"),
+                ("POST", "/api/tasks/web/shares", {"group": "lab", "user": "ann"}, 422, "either a user or a group"),
+                ("DELETE", "/api/tasks/web/shares/@lab", None, 404, "not shared with '@lab'"),
+            ):
+                answer = await admin.request(method, path, json=body)
+                assert (answer.status_code in (status, 400), words in answer.json()["message"]) == (True, True), path
+            groups = (await admin.get("/api/groups")).json()
+            assert [(group["name"], group["members"]) for group in groups] == [("lab", ["ann"])]
+            await admin.delete("/api/users/ann")  # who gets the name one day is not in it
+            assert (await admin.get("/api/groups")).json()[0]["members"] == []
 
     run(check())

@@ -61,6 +61,10 @@ HOST_RULES: dict[Route, Rule] = {
     ("DELETE", "/api/users/{name}"): BY_ADMINS,
     ("GET", "/api/users/{name}/limits"): BY_ADMINS,
     ("PATCH", "/api/users/{name}/limits"): BY_ADMINS,
+    ("GET", "/api/groups"): BY_USERS,
+    ("POST", "/api/groups"): BY_ADMINS,
+    ("PATCH", "/api/groups/{group}"): BY_ADMINS,
+    ("DELETE", "/api/groups/{group}"): BY_ADMINS,
     ("GET", "/api/tokens"): BY_USERS,
     ("POST", "/api/tokens"): BY_USERS,
     ("DELETE", "/api/tokens/{token}"): BY_USERS,
@@ -146,6 +150,8 @@ BODIES: dict[Route, Any] = {
     ("POST", "/api/nodes/{name}/heartbeat"): {},
     ("POST", "/api/users"): {"name": "new"},
     ("PATCH", "/api/users/{name}/limits"): {"tasks": 1},
+    ("POST", "/api/groups"): {"name": "lab"},
+    ("PATCH", "/api/groups/{group}"): {"add": ["shared"]},
     ("POST", "/api/tokens"): {"name": "new"},
     ("POST", "/api/tasks/{task}/shares"): {"user": "shared"},
 }
@@ -155,7 +161,7 @@ RUNNER_BODIES: dict[Route, Any] = {
     ("POST", "/api/tasks/{container}/revoke"): {"user": "ann", "reason": "the task is not shared any more"},
 }
 FILLED_IN = {"task": "web", "task_id": "web", "port": "80", "name": "n1", "user": "shared", "token": "none-such"}
-FILLED_IN |= {"container": "c1", "container_id": "c1", "id": "1"}
+FILLED_IN |= {"group": "lab", "container": "c1", "container_id": "c1", "id": "1"}
 
 
 def http_routes(routes: Iterable[Any]) -> Iterator[Route]:

@@ -137,6 +137,15 @@ ProcessUserOption = Annotated[
         show_default=False,
     ),
 ]
+MountRootOption = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--mount-root",
+        metavar="DIR[:ro]",
+        help="What users who are no admins may mount, as /data:ro or /home/{user}; may be repeated.",
+        show_default=False,
+    ),
+]
 RegistryOption = Annotated[
     list[str] | None,
     typer.Option(
@@ -321,6 +330,7 @@ def runner(
     registries: RegistryOption = None,
     user_processes: UserProcessesOption = False,
     process_user: ProcessUserOption = None,
+    mount_roots: MountRootOption = None,
     ca_file: Annotated[Path | None, _ca_file("the host's certificate")] = None,
     stop_tasks_on_exit: StopTasksOption = False,
 ) -> int:

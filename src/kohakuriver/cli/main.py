@@ -22,6 +22,7 @@ from kohakuriver.cli import (
     connect,
     demo,
     forward,
+    group,
     init,
     node,
     output,
@@ -73,6 +74,7 @@ app.add_typer(node.app, name="node")
 app.add_typer(auth.app, name="auth")
 app.add_typer(token.app, name="token")
 app.add_typer(user.app, name="user")
+app.add_typer(group.app, name="group")
 app.add_typer(init.app, name="init")
 audit.register(app)
 cluster.register(app)

@@ -422,7 +422,18 @@ app.command(cls=ssh.WithSshArguments, epilog="Example: kohakuriver vps connect w
 )
 
 
-UserArgument = Annotated[str, typer.Argument(metavar="USER", help="The user's name.", show_default=False)]
+UserArgument = Annotated[
+    str | None, typer.Argument(metavar="USER", help="The user's name, or a group's as @GROUP.", show_default=False)
+]
+GroupOption = Annotated[
+    str | None, typer.Option("--group", metavar="GROUP", help="Instead: all who are in a group.", show_default=False)
+]
+
+
+def _whom(user: str | None, group: str | None) -> str:
+    if (user is None) == (group is None):
+        raise UsageError("Give either a USER or --group GROUP.")
+    return user if user is not None else f"@{group}"
 
 
 @app.command(epilog="Example: kohakuriver vps share web ann")
@@ -430,10 +441,12 @@ UserArgument = Annotated[str, typer.Argument(metavar="USER", help="The user's na
 def share(
     at: Remote,
     task: TaskArgument,
-    user: UserArgument,
+    user: UserArgument = None,
+    group: GroupOption = None,
 ) -> None:
-    """Let another user look at a task, reach its ports and open terminals in it."""
-    _print_done(f"{user} may now use", at.ask(lambda client: client.share(task, user)), at.json)
+    """Let another user, or a group, look at a task, reach its ports and open terminals in it."""
+    whom = _whom(user, group)
+    _print_done(f"{whom} may now use", at.ask(lambda client: client.share(task, whom)), at.json)
 
 
 @app.command(epilog="Example: kohakuriver vps unshare web ann")
@@ -441,10 +454,12 @@ def share(
 def unshare(
     at: Remote,
     task: TaskArgument,
-    user: UserArgument,
+    user: UserArgument = None,
+    group: GroupOption = None,
 ) -> None:
-    """Take that back; what that user has open to the task ends."""
-    _print_done(f"{user} may no longer use", at.ask(lambda client: client.unshare(task, user)), at.json)
+    """Take that back; what that user, or that group, has open to the task ends."""
+    whom = _whom(user, group)
+    _print_done(f"{whom} may no longer use", at.ask(lambda client: client.unshare(task, whom)), at.json)
 
 
 def _about(task: Task) -> list[tuple[str, str]]:

@@ -119,6 +119,18 @@ class User:
 
 
 @dataclass(frozen=True)
+class Group:
+    """Users whom a task can be shared with at once. `created_at` is ISO 8601."""
+
+    name: str
+    members: Sequence[str] = ()
+    created_at: str = ""
+
+    def to_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+@dataclass(frozen=True)
 class Token:
     """A token of a `user` or a `node` ("*": any). `name` is what its owner calls it; the moments are ISO 8601.
 
@@ -297,6 +309,22 @@ class HostClient:
         """Remove a user; their tokens and sessions end, and their tasks become the caller's."""
         return _record(User, await self._call("DELETE", f"/api/users/{path_segment(name)}"))
 
+    async def groups(self) -> list[Group]:
+        """The groups that the caller is in; for admins all."""
+        return [_record(Group, item) for item in _list(await self._call("GET", "/api/groups"))]
+
+    async def add_group(self, name: str, members: Sequence[str]) -> Group:
+        return _record(Group, await self._call("POST", "/api/groups", body={"name": name, "members": list(members)}))
+
+    async def change_group(self, name: str, *, add: Sequence[str], remove: Sequence[str]) -> Group:
+        """Put users into a group and take others out; what these have open by it ends."""
+        body = {"add": list(add), "remove": list(remove)}
+        return _record(Group, await self._call("PATCH", f"/api/groups/{path_segment(name)}", body=body))
+
+    async def remove_group(self, name: str) -> Group:
+        """Forget a group; what was shared with it is not any more."""
+        return _record(Group, await self._call("DELETE", f"/api/groups/{path_segment(name)}"))
+
     async def tokens(self, *, user: str | None = None, every: bool = False) -> list[Token]:
         """The caller's tokens, those of another user, or every one."""
         params = {**({"user": user} if user is not None else {}), **({"all": True} if every else {})}
@@ -320,11 +348,12 @@ class HostClient:
         return _record(Token, await self._call("DELETE", f"/api/tokens/{path_segment(token)}"))
 
     async def share(self, task: str, user: str) -> Task:
-        """Let a user use a task."""
-        return _task(await self._call("POST", _path(task, "shares"), body={"user": user}))
+        """Let a user use a task, or a group, @NAME."""
+        whom = {"group": user[1:]} if user.startswith("@") else {"user": user}
+        return _task(await self._call("POST", _path(task, "shares"), body=whom))
 
     async def unshare(self, task: str, user: str) -> Task:
-        """Take that back; the sessions of that user to the task end."""
+        """Take that back; the sessions of that user, or of that group's, to the task end."""
         return _task(await self._call("DELETE", f"{_path(task, 'shares')}/{path_segment(user)}"))
 
     async def audit(

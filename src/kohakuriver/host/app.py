@@ -19,9 +19,12 @@ from kohakuriver.host.schemas import (
     Agent,
     Answers,
     CreateRequest,
+    GroupChange,
+    GroupView,
     Heartbeat,
     HeartbeatAnswer,
     LimitsView,
+    NewGroup,
     NewToken,
     NewUser,
     NodeView,
@@ -41,6 +44,7 @@ from kohakuriver.host.services.audit import REFUSALS, AuditLog
 from kohakuriver.host.services.audit_reader import AuditPage, read_page
 from kohakuriver.host.services.authorize import Forwards
 from kohakuriver.host.services.credentials import Caller, Credentials
+from kohakuriver.host.services.groups import GroupsOfUsers
 from kohakuriver.host.services.logs import Logs
 from kohakuriver.host.services.nodes import Nodes
 from kohakuriver.host.services.people import People
@@ -64,6 +68,7 @@ class Services:
     credentials: Credentials
     access: Access
     people: People
+    groups: GroupsOfUsers
     nodes: Nodes
     tasks: Tasks
     forwards: Forwards
@@ -222,6 +227,34 @@ async def get_limits(host: Host, _admin: Admin, name: str) -> LimitsView:
 async def set_limits(host: Host, _admin: Admin, name: str, limits: UserLimits) -> LimitsView:
     """Let a user have more or less of something; who has more already keeps it."""
     return await host.people.set_limits(name, limits)
+
+
+@_api.get("/groups")
+async def list_groups(host: Host, user: User) -> list[GroupView]:
+    """The groups that the caller is in; for admins all."""
+    return await host.groups.views(user)
+
+
+@_api.post("/groups", status_code=201)
+async def add_group(host: Host, _admin: Admin, request: NewGroup) -> GroupView:
+    """Make a group of users, whom tasks can be shared with."""
+    return await host.groups.add(request)
+
+
+@_api.patch("/groups/{group}")
+async def change_group(host: Host, _admin: Admin, group: str, change: GroupChange) -> GroupView:
+    """Put users into a group and take others out; what these have open by it ends."""
+    view, tasks = await host.groups.change(group, change)
+    await host.tasks.renew_tokens(tasks)
+    return view
+
+
+@_api.delete("/groups/{group}")
+async def remove_group(host: Host, _admin: Admin, group: str) -> GroupView:
+    """Forget a group; what was shared with it is not any more, and what is open by that ends."""
+    view, tasks = await host.groups.remove(group)
+    await host.tasks.renew_tokens(tasks)
+    return view
 
 
 @_api.get("/tokens")
@@ -403,14 +436,14 @@ async def remove_task(host: Host, found: Own) -> TaskView:
 
 @_api.post("/tasks/{task}/shares", status_code=201)
 async def share_task(host: Host, found: Own, request: ShareRequest) -> TaskView:
-    """Let another user look at a task and open sessions to it."""
-    await host.people.share(found[0], request.user)
+    """Let another user, or all who are in a group, look at a task and open sessions to it."""
+    await host.people.share(found[0], request.whom)
     return await host.tasks.get(*found)
 
 
 @_api.delete("/tasks/{task}/shares/{user}")
 async def unshare_task(host: Host, found: Own, user: str) -> TaskView:
-    """Take that back; sessions of that user end."""
+    """Take that back; sessions of that user, or of those in the group that is named as @NAME, end."""
     await host.people.unshare(found[0], user)
     await host.tasks.renew_token(*found)
     return await host.tasks.get(*found)

@@ -21,11 +21,14 @@ __all__ = [
     "AdoptRequest",
     "Answers",
     "CreateRequest",
+    "GroupChange",
+    "GroupView",
     "Heartbeat",
     "HeartbeatAnswer",
     "Incident",
     "Limit",
     "LimitsView",
+    "NewGroup",
     "NewToken",
     "NewUser",
     "NodeView",
@@ -45,6 +48,7 @@ __all__ = [
 
 LONGEST_REASON = 500
 MOST_PORTS = 1000
+MOST_MEMBERS = 1000
 LONGEST_PROGRAM = 64
 LONGEST_TOKEN_SECONDS = 100 * 366 * 86400.0
 
@@ -54,6 +58,9 @@ UserName = Annotated[
     str,
     matching(r"[a-z0-9][a-z0-9._-]{0,62}", "it must be 1 to 63 of a-z, 0-9, dot, dash and underscore"),
     matching(r"(?!anonymous$).*", "it stands for those without a token"),
+]
+GroupName = Annotated[
+    str, matching(r"[a-z0-9][a-z0-9._-]{0,61}", "it must be 1 to 62 of a-z, 0-9, dot, dash and underscore")
 ]
 Label = Annotated[
     str,
@@ -158,9 +165,43 @@ class NewToken(_Request):
 
 
 class ShareRequest(_Request):
-    """Who else may use a task."""
+    """Who else may use a task: a user, or all who are in a group."""
 
-    user: UserName
+    user: UserName | None = None
+    group: GroupName | None = None
+
+    @model_validator(mode="after")
+    def _one_of_two(self) -> ShareRequest:
+        if (self.user is None) == (self.group is None):
+            raise ValueError("name either a user or a group")
+        return self
+
+    @property
+    def whom(self) -> str:
+        """The user's name, or the group's as @NAME."""
+        return self.user or f"@{self.group}"
+
+
+class NewGroup(_Request):
+    """A group, and who is in it."""
+
+    name: GroupName
+    members: Annotated[list[UserName], Field(max_length=MOST_MEMBERS)] = []
+
+
+class GroupChange(_Request):
+    """Who is put into a group, and who is taken out."""
+
+    add: Annotated[list[UserName], Field(max_length=MOST_MEMBERS)] = []
+    remove: Annotated[list[UserName], Field(max_length=MOST_MEMBERS)] = []
+
+
+class GroupView(BaseModel):
+    """Users whom a task can be shared with at once."""
+
+    name: str
+    members: list[str]
+    created_at: str
 
 
 class Agent(BaseModel):

@@ -21,6 +21,7 @@ from kohakuriver.host.services.authorize import Forwards
 from kohakuriver.host.services.credentials import Credentials
 from kohakuriver.host.services.failures import Failures
 from kohakuriver.host.services.grants import Grants
+from kohakuriver.host.services.groups import GroupsOfUsers
 from kohakuriver.host.services.logs import Logs
 from kohakuriver.host.services.nodes import Nodes
 from kohakuriver.host.services.people import People
@@ -34,7 +35,7 @@ from kohakuriver.limits import Limits, from_environment
 from kohakuriver.quotas import Quotas
 from kohakuriver.runtime import raise_file_limit
 from kohakuriver.ssh_proxy.server import SshProxy
-from kohakuriver.store import Accounts, Store, sqlite_url
+from kohakuriver.store import Accounts, Groups, Store, sqlite_url
 from kohakuriver.tls import ServerCertificate, client_context
 from kohakuriver.tunnel.accept import serve_ws
 from kohakuriver.web.app import bind, print_event, server_certificate, socket_url, warn_if_in_clear
@@ -220,7 +221,16 @@ async def _serve(
     server = Server(
         create_app(
             Services(
-                credentials, access, People(accounts, grants), nodes, tasks, forwards, requests, perimeter.audit, logs
+                credentials,
+                access,
+                People(accounts, grants),
+                GroupsOfUsers(Groups(store), grants),
+                nodes,
+                tasks,
+                forwards,
+                requests,
+                perimeter.audit,
+                logs,
             ),
             guard,
         ),

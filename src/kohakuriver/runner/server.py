@@ -24,6 +24,7 @@ from kohakuriver.config import clean_token
 from kohakuriver.errors import KohakuRiverError, LocalAddressError, UsageError
 from kohakuriver.images import DEFAULT_REGISTRY, Registries
 from kohakuriver.limits import from_environment as limits_from_environment
+from kohakuriver.mount_roots import MountRoots
 from kohakuriver.resolve import resolving
 from kohakuriver.runner.app import Services, create_app
 from kohakuriver.runner.backends.base import Surroundings
@@ -69,8 +70,8 @@ class RunnerOptions:
     how the host reaches this runner, by default found out. `ca_file` is what the host's certificate is checked by.
     With `exit_with_stdin` it ends when its stdin does, as a child of `up` should. `allowed_hosts` and
     `allowed_origins` are as `Guard` takes them. Images that the engine has not got come from `registries` alone.
-    With `user_processes` others than admins may run processes here. Processes are the runner's own user, or
-    `process_user`.
+    With `user_processes` others than admins may run processes here, and they may mount `mount_roots`. Processes are the
+    runner's own user, or `process_user`.
     """
 
     state_dir: Path
@@ -93,6 +94,7 @@ class RunnerOptions:
     stop_tasks_on_exit: bool = False
     user_processes: bool = False
     process_user: str | None = None
+    mount_roots: Sequence[str] = ()
     json: bool = False
     log_level: str = "info"
     log_format: str = "text"
@@ -212,6 +214,7 @@ class Runner:
             user_processes=self._options.user_processes,
             process_user=self._options.process_user,
             registries=_registries(self._options),
+            mount_roots=_mount_roots(self._options),
             limits=self._limits,
         )
 
@@ -394,7 +397,11 @@ def _identity(options: RunnerOptions, state: State, sock: socket.socket) -> Node
         other_hosts=[url.rstrip("/") for url in options.other_hosts],
         token=_node_token(options),
         ca_file=options.ca_file,
-        offer=replace(offered(limits_from_environment()), user_processes=options.user_processes),
+        offer=replace(
+            offered(limits_from_environment()),
+            user_processes=options.user_processes,
+            mount_roots=list(options.mount_roots),
+        ),
     )
 
 
@@ -403,6 +410,13 @@ def _registries(options: RunnerOptions) -> Registries:
         return Registries(options.registries)
     except ValueError as error:
         raise UsageError(f"--registry: {error}.") from None
+
+
+def _mount_roots(options: RunnerOptions) -> MountRoots:
+    try:
+        return MountRoots(options.mount_roots)
+    except ValueError as error:
+        raise UsageError(f"--mount-root: {error}.") from None
 
 
 def _node_token(options: RunnerOptions) -> str:

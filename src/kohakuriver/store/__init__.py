@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from kohakuriver.store.accounts import ANY_NODE, Accounts, Use
 from kohakuriver.store.database import Store, ahead_of_users, sqlite_url
+from kohakuriver.store.groups import Groups
 from kohakuriver.store.models import TOKEN_ID_LENGTH, Node, Share, Task, Token, User
 
 __all__ = [
     "ANY_NODE",
     "TOKEN_ID_LENGTH",
     "Accounts",
+    "Groups",
     "Node",
     "Share",
     "Store",

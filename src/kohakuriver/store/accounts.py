@@ -17,6 +17,7 @@ from sqlalchemy.orm import Session
 from kohakuriver.errors import NotFoundError, UsageError
 from kohakuriver.quotas import Quotas, Usage
 from kohakuriver.store.database import Store
+from kohakuriver.store.groups import check_sharee, forget_memberships, groups_of, is_shared_with, share_name
 from kohakuriver.store.models import TOKEN_ID_LENGTH, Share, Task, TaskKey, Token, User, usage_of
 from kohakuriver.store.together import Together
 
@@ -111,6 +112,7 @@ class Accounts:
             session.execute(delete(TaskKey).where(TaskKey.task_id.in_(theirs)))
             session.execute(update(Task).where(Task.owner == name).values(owner=heir, ssh_keys=[]))
             session.execute(delete(Share).where(Share.user == name))
+            forget_memberships(session, name)
             session.delete(user)
             return user
 
@@ -287,10 +289,15 @@ class Accounts:
     # Sharing
 
     async def share(self, task_id: int, user: str) -> None:
-        """Let a user use a task that is not theirs. Raises NotFoundError where there is no such user, or UsageError."""
+        """Let a user use a task that is not theirs, or the members of a group, @NAME.
+
+        Raises NotFoundError where there is no such user or group, or UsageError.
+        """
 
         def work(session: Session) -> None:
-            _user(session, user)
+            check_sharee(session, user)
+            if not user.startswith("@"):
+                _user(session, user)
             task = session.get(Task, task_id)
             if task is not None and task.owner == user:
                 raise UsageError(f"The task is {user}'s own already; share it with somebody else.")
@@ -324,6 +331,14 @@ class Accounts:
             return found
 
         return await self._store.read(work)
+
+    async def may_use(self, task_id: int, user: str) -> bool:
+        """Whether a task is shared with a user, or with a group that the user is in."""
+        return await self._store.read(lambda session: is_shared_with(session, task_id, user))
+
+    async def names_of(self, user: str) -> set[str]:
+        """What a user is called where tasks are shared: the name, and the groups that the user is in, as @NAME."""
+        return await self._store.read(lambda session: {user, *map(share_name, groups_of(session, user))})
 
     async def withdrawn(self, uses: Iterable[Use]) -> dict[Use, str]:
         """Which of these rights are gone, and why, as a sentence for their user."""
@@ -386,6 +401,6 @@ def _withdrawn(session: Session, use: Use, now: float) -> str | None:
     task = session.get(Task, use.task_id)
     if task is None or user.role == "admin" or task.owner == user.name:
         return None
-    if session.get(Share, (use.task_id, user.name)) is None:
+    if not is_shared_with(session, use.task_id, user.name):
         return f"the task is not shared with {user.name} any more"
     return None

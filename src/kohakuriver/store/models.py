@@ -16,7 +16,21 @@ from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column
 from kohakuriver.quotas import Usage
 from kohakuriver.task import TaskOrder, part_of
 
-__all__ = ["ACTIVE", "TOKEN_ID_LENGTH", "Base", "Meta", "Node", "Share", "Task", "TaskKey", "Token", "User", "usage_of"]
+__all__ = [
+    "ACTIVE",
+    "TOKEN_ID_LENGTH",
+    "Base",
+    "Group",
+    "Member",
+    "Meta",
+    "Node",
+    "Share",
+    "Task",
+    "TaskKey",
+    "Token",
+    "User",
+    "usage_of",
+]
 
 
 class Base(DeclarativeBase):
@@ -181,8 +195,26 @@ class User(Base):
     limits: Mapped[dict[str, float]] = mapped_column(JSON, default=dict)
 
 
+class Group(Base):
+    """Users whom a task can be shared with at once."""
+
+    __tablename__ = "groups"
+
+    name: Mapped[str] = mapped_column(String(62), primary_key=True)
+    created_at: Mapped[float] = mapped_column(Float)
+
+
+class Member(Base):
+    """That a user is in a group."""
+
+    __tablename__ = "members"
+
+    group: Mapped[str] = mapped_column(String(62), primary_key=True)
+    user: Mapped[str] = mapped_column(String(63), primary_key=True, index=True)
+
+
 class Share(Base):
-    """That a user who does not own a task may use it."""
+    """That a user who does not own a task may use it, or all who are in a group: that is the user @NAME."""
 
     __tablename__ = "shares"
 

@@ -33,8 +33,7 @@ class Access:
         """Raises NotAllowedError unless the caller may look at the task and open sessions to it."""
         if _owns(caller, task) or caller.role == ANONYMOUS:
             return
-        shares = await self._accounts.shares([task.task_id])
-        if caller.name not in shares.get(task.task_id, ()):
+        if not await self._accounts.may_use(task.task_id, caller.name):
             raise NotAllowedError(
                 f"Task {task.name} is not yours; its owner can share it with `kohakuriver vps share {task.name} "
                 f"{caller.name}`.",

@@ -135,16 +135,16 @@ class People:
         return self._view(token)
 
     async def share(self, task: Task, user: str) -> None:
-        """Let a user use a task."""
+        """Let a user use a task, or a group, @NAME."""
         await self._accounts.share(task.task_id, user)
         log.info("task shared", task=task.task_id, user=user)
-        self._audit.write("task_shared", task=task.task_id, of_user=user)
+        self._audit.write("task_shared", task=task.task_id, **_whom(user))
 
     async def unshare(self, task: Task, user: str) -> None:
         """Take that back."""
         await self._accounts.unshare(task.task_id, user)
         log.info("task no longer shared", task=task.task_id, user=user)
-        self._audit.write("task_unshared", task=task.task_id, of_user=user)
+        self._audit.write("task_unshared", task=task.task_id, **_whom(user))
         await self._grants.check()
 
     def _view(self, token: Token) -> TokenView:
@@ -163,6 +163,11 @@ class People:
 def _of(token: Token) -> dict[str, str]:
     """Which token an event is about, and whose it is."""
     return {"of_token": token.id, "label": token.label, f"of_{token.kind}": token.name}
+
+
+def _whom(sharee: str) -> dict[str, str]:
+    """Whom an event of a share is about."""
+    return {"of_group": sharee[1:]} if sharee.startswith("@") else {"of_user": sharee}
 
 
 def _user_view(user: User) -> UserView:

@@ -13,6 +13,7 @@ import httpx
 
 from kohakuriver.asking import asker
 from kohakuriver.errors import UnavailableError, from_answer
+from kohakuriver.mount_roots import MOUNT_NOT_ALLOWED
 from kohakuriver.no_connection import reason
 from kohakuriver.session import ticket
 from kohakuriver.session.nodes import node_unreachable, ticket_refused
@@ -138,10 +139,12 @@ def in_words(node: Node, timeout: float) -> Iterator[None]:
 
 def _check(node: Node, answer: httpx.Response, content: bytes) -> None:
     """Raises the error that an answer is, if it is one."""
-    if answer.status_code in (401, 403):
-        raise ticket_refused(node.name, from_answer(node.url, answer.status_code, content).message)
-    if answer.status_code >= 400:
-        raise from_answer(node.url, answer.status_code, content)
+    if answer.status_code < 400:
+        return
+    failure = from_answer(node.url, answer.status_code, content)
+    if answer.status_code in (401, 403) and failure.code != MOUNT_NOT_ALLOWED:
+        raise ticket_refused(node.name, failure.message)
+    raise failure
 
 
 async def _read(answer: httpx.Response, node: Node) -> bytes:

@@ -21,6 +21,7 @@ from kohakuriver.host.schemas import AdoptRequest, Agent, Answers, CreateRequest
 from kohakuriver.host.services.audit import LONGEST_TEXT, NOWHERE, Audit, fingerprint
 from kohakuriver.host.services.bounds import BOUNDS, give_bounds, offer_of, open_to, roomy
 from kohakuriver.host.services.credentials import Caller
+from kohakuriver.host.services.mounts import mountable
 from kohakuriver.host.services.nodes import Nodes
 from kohakuriver.host.services.runner_client import RunnerClient, makes_no_sense
 from kohakuriver.session.nodes import AWAY, NodeOfflineError
@@ -47,6 +48,7 @@ _ADOPT = "/api/tasks/adopt"
 # A stop may take an engine its grace period. Users' programs wait a little longer than this for the host.
 _RUNNER_SECONDS = 45.0
 _LOOK_SECONDS = 10.0
+_RENEWED_AT_ONCE = 20
 _CLAIM_SECONDS = 3 * _RUNNER_SECONDS
 
 Answer = TypeVar("Answer", bound=BaseModel)
@@ -114,7 +116,10 @@ class Tasks:
         found = await self._store.tasks_and_nodes()
         shares = await self._accounts.shares(task.task_id for task, _ in found)
         views = [self.view(task, node, shares.get(task.task_id, [])) for task, node in found]
-        return [view for view in views if caller.is_admin or caller.name in (view.owner, *view.shared_with)]
+        if caller.is_admin:
+            return views
+        names = await self._accounts.names_of(caller.name)
+        return [view for view in views if not names.isdisjoint((view.owner, *view.shared_with))]
 
     async def get(self, task: Task, node: Node) -> TaskView:
         """One task, with who else may use it."""
@@ -124,12 +129,14 @@ class Tasks:
     async def create(self, request: CreateRequest, owner: Caller) -> TaskView:
         """Start a new task. One that can't be started leaves nothing behind."""
         backends = _fit_for(request)
-        if request.mounts and not self._user_mounts:
-            owner.need_admin("Mounting what a node has")
         fitting = open_to(owner, await self._nodes.fitting(backends, request.node), backends)
+        bound = bool(request.mounts) and not owner.is_admin and not self._user_mounts
+        if bound:
+            fitting = mountable(owner, fitting, request.mounts)
         node = roomy(fitting, request)
         order = _order(_offered(node, backends), request.name, vars(request))
         give_bounds(order, offer_of(node), owner.name, owner.quotas)
+        order.mounts_for = owner.name if bound else None
         view = await self._begin(await self._add(order, node, owner.name), node)
         self._write("task_created", view, **_asked(order))
         return view
@@ -272,6 +279,16 @@ class Tasks:
             await self._runners.call(node, "POST", path, container=task.container, timeout=_RUNNER_SECONDS)
         except KohakuRiverError as error:
             log.warning("a task's tunnel token is still the one it was", task=task.task_id, reason=error.message)
+
+    async def renew_tokens(self, task_ids: Sequence[int]) -> None:
+        """`renew_token` of several tasks; some may be gone."""
+        for start in range(0, len(task_ids), _RENEWED_AT_ONCE):
+            some = task_ids[start : start + _RENEWED_AT_ONCE]
+            await asyncio.gather(*map(self._renew_token_of, some))
+
+    async def _renew_token_of(self, task_id: int) -> None:
+        with contextlib.suppress(NotFoundError):
+            await self.renew_token(*await self._store.task_and_node(str(task_id)))
 
     async def remove(self, task: Task, node: Node) -> TaskView:
         """Remove a task, as it was. A node that can't be reached is told when it is back."""

@@ -9,6 +9,7 @@ from typing import Final, Protocol
 
 from kohakuriver.images import Registries
 from kohakuriver.limits import Limits
+from kohakuriver.mount_roots import MountRoots
 from kohakuriver.runner.backends.printed import LogRequest, Printed
 from kohakuriver.runner.services.direct import DirectTarget
 from kohakuriver.runner.services.ssh_helper import SshHelper
@@ -110,7 +111,8 @@ class Surroundings:
     `node` is its name. `listen_at` makes the runner reachable at one of the node's addresses, for containers, and gives
     the URL; `local_url` is that for the node's own processes. `on_change` is called when a backend's `trouble` is
     another. `user_processes`: others than admins may run processes here. `process_user`: as whom, None for the
-    runner's own user. `registries` are those that images may come from, `limits` what users may take.
+    runner's own user. `registries` are those that images may come from, `mount_roots` what users may mount and
+    `limits` what they may take.
     """
 
     node: str
@@ -124,6 +126,7 @@ class Surroundings:
     user_processes: bool
     process_user: str | None
     registries: Registries
+    mount_roots: MountRoots
     limits: Limits
 
 

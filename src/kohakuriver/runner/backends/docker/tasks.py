@@ -9,6 +9,7 @@ import asyncio
 import contextlib
 import json
 from collections.abc import AsyncIterator, Awaitable, Callable
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -19,6 +20,7 @@ from aiodocker.exceptions import DockerError
 from kohakuriver.config import path_segment
 from kohakuriver.errors import KohakuRiverError, LocalAddressError, NotFoundError, UnavailableError
 from kohakuriver.images import Registries
+from kohakuriver.mount_roots import MountRoots
 from kohakuriver.runner.backends.base import (
     Backend,
     ExecRequest,
@@ -98,6 +100,7 @@ class DockerBackend(Backend):
         listen_at: Callable[[str], Awaitable[str]],
         on_availability: Callable[[], None],
         registries: Registries,
+        mount_roots: MountRoots,
         pull_seconds: float,
     ) -> None:
         self._node = node
@@ -106,6 +109,7 @@ class DockerBackend(Backend):
         self._ssh = ssh
         self._report = report
         self._listen_at = listen_at
+        self._mount_roots = mount_roots
         self._description = Description(node, instance, helper, ssh)
         self._tasks: dict[str, TaskRecord] = {}
         self._watch = EngineWatch(node, look_around=self._look_around, on_event=self._event, on_change=on_availability)
@@ -128,6 +132,7 @@ class DockerBackend(Backend):
             listen_at=around.listen_at,
             on_availability=around.on_change,
             registries=around.registries,
+            mount_roots=around.mount_roots,
             pull_seconds=around.limits.pull_timeout,
         )
 
@@ -253,8 +258,13 @@ class DockerBackend(Backend):
             async with self._calls.place():
                 yield
 
+    async def _mounts(self, task: TaskRecord) -> list[str]:
+        """What is mounted in a task, once more checked. Raises NotAllowedError or UsageError."""
+        return await asyncio.to_thread(self._mount_roots.resolved, task.mounts, task.mounts_for)
+
     async def start(self, task: TaskRecord) -> None:
         assert task.image is not None
+        await self._mounts(task)
         if task.ssh_keys:
             self._ssh.prepare(task)
         with sentences(f"pull the image {task.image}"):
@@ -262,9 +272,10 @@ class DockerBackend(Backend):
         async with self._doing(f"start the task from image {task.image}", task):
             network = await task_network(self._docker, self._fence)
             task.tunnel_url = await self._reach(await gateway(self._docker, network))
+            described = replace(task, mounts=await self._mounts(task))
             try:
                 container = await self._docker.containers.create(
-                    self._description.config(task, network), name=task.container
+                    self._description.config(described, network), name=task.container
                 )
             except DockerError as error:
                 if error.status == 404:
@@ -320,6 +331,7 @@ class DockerBackend(Backend):
                     raise
 
     async def start_again(self, task: TaskRecord) -> None:
+        await self._mounts(task)
         async with self._doing("start the container again", task):
             task.stopped, task.tunnel_from = False, None
             engine_id = task.engine_id or task.container
