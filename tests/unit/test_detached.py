@@ -41,7 +41,31 @@ def test_what_a_process_left_that_is_gone_is_no_forward_and_is_removed(directory
         detached.find("gone")
 
 
-@pytest.mark.parametrize("answer", [b"", b"\n", b"no JSON\n", b"[]\n", b"{}", b"x" * 1000 + b"\n"])
+@pytest.mark.parametrize("reset", [False, True])
+def test_one_that_ends_while_it_is_asked_is_no_forward_any_more(directory: Path, reset: bool) -> None:
+    detached.listed()
+    with socket.socket(socket.AF_UNIX) as server:
+        server.bind(str(directory / "ends.sock"))
+        server.listen()
+
+        def end() -> None:
+            peer, _ = server.accept()
+            if not reset:  # else what it was sent lies there unread, and its end resets the connection
+                peer.recv(100)
+            peer.close()
+
+        for ask in (detached.listed, lambda: detached.stop("ends")):
+            ending = threading.Thread(target=end)
+            ending.start()
+            if ask is detached.listed:
+                assert ask() == []
+            else:
+                with pytest.raises(NotFoundError, match="has ended meanwhile"):
+                    ask()
+            ending.join()
+
+
+@pytest.mark.parametrize("answer", [b"\n", b"no JSON\n", b"[]\n", b"{}", b"x" * 1000 + b"\n"])
 def test_one_that_answers_nonsense_is_there_and_does_not_answer(directory: Path, answer: bytes) -> None:
     detached.listed()
     with socket.socket(socket.AF_UNIX) as server:

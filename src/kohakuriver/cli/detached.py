@@ -180,13 +180,21 @@ def _asked(path: Path, want: str) -> socket.socket:
     return sock
 
 
-def _answered(path: Path, sock: socket.socket, until: float) -> dict[str, Any]:
-    """What it says of itself; only that it is there, where it says nothing."""
+def _answered(path: Path, sock: socket.socket, until: float) -> dict[str, Any] | None:
+    """What it says of itself; only that it is there, where it says nothing. None where it is just ending.
+
+    One that goes on lets nobody go without a word: where the connection ends like that, so does the process.
+    """
     said = b""
     with contextlib.suppress(OSError, ValueError):
         while not said.endswith(b"\n"):
             sock.settimeout(max(until - time.monotonic(), 0.01))
-            more = sock.recv(MAX_LINE)
+            try:
+                more = sock.recv(MAX_LINE)
+            except ConnectionError:
+                more = b""
+            if not more and not said:
+                return None
             if not more:
                 break
             said += more
@@ -215,15 +223,21 @@ def _other_process(sock: socket.socket) -> int | None:
 
 
 def _ask(path: Path, want: str = "state") -> tuple[socket.socket, dict[str, Any]] | None:
-    """A connection to the forward at `path` and what it said of itself, or None where its process is gone."""
+    """A connection to the forward at `path` and what it said of itself, or None where its process is gone or ends."""
     try:
         sock = _asked(path, want)
     except (ConnectionRefusedError, FileNotFoundError):
         _remove(path)
         return None
+    except ConnectionError:  # it has just ended
+        return None
     except OSError:  # too many wait for it to listen
         return socket.socket(socket.AF_UNIX), _silent(path)
-    return sock, _answered(path, sock, time.monotonic() + ANSWER_SECONDS)
+    told = _answered(path, sock, time.monotonic() + ANSWER_SECONDS)
+    if told is None:
+        sock.close()
+        return None
+    return sock, told
 
 
 def listed() -> list[dict[str, Any]]:
