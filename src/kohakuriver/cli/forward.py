@@ -202,8 +202,6 @@ def forward(
         entries = [_entry(task, ports, profile, socks, every=every)]
     how = _How(local_port, fallback, local_host, proto.value, wait, no_resume, resume_for, on_connect, web, at.json)
     chosen = at.settings()
-    if local_host is not None:
-        _warn_if_exposed(local_host)
     return _open(entries, how, chosen, command, detach=detach)
 
 
@@ -393,10 +391,3 @@ def _ports(texts: list[str], local_port: int | None, proto: str, socks: int | No
         raise UsageError(f"{texts[0]!r} names the local port already: leave --local-port out.")
     named = [parse_port(text, proto=proto, local=local_port) for text in texts]
     return named if socks is None else [*named, PortForward(socks, 0, SOCKS)]
-
-
-def _warn_if_exposed(local_host: str) -> None:
-    from kohakuriver.client.ports import exposes
-
-    if exposes(local_host):
-        output.note(f"Warning: anybody who reaches this machine on {local_host} can use this forward.")

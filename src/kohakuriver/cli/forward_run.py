@@ -22,7 +22,8 @@ from kohakuriver.cli.port_owner import owner
 from kohakuriver.cli.signals import BY_KEYS, caught, in_foreground, suspended
 from kohakuriver.client.every_port import EveryPort
 from kohakuriver.client.forward import STOPPED, Event, Forwarder, Listening, PortForward, Stats
-from kohakuriver.client.web import WebForwarder
+from kohakuriver.client.ports import exposes
+from kohakuriver.client.web import Served, WebForwarder
 from kohakuriver.config import Settings
 from kohakuriver.errors import KohakuRiverError, LocalAddressError
 from kohakuriver.runtime import cancel_all, freeze_heap, lowered_file_limit, raise_file_limit, run
@@ -57,6 +58,12 @@ class Wanted:
 
     def made(self, tell: Callable[[Event], None]) -> Forwarder:
         """It, not yet started; `tell` is called with what happens."""
+
+        def happened(event: Event) -> None:
+            if isinstance(event, (Listening, Served)):
+                _warn_if_exposed(self.local_host)
+            tell(event)
+
         kind: Callable[..., Forwarder] = WebForwarder if self.web else Forwarder
         return (partial(EveryPort, say=output.note) if self.every else kind)(
             self.task,
@@ -66,7 +73,7 @@ class Wanted:
             patience=self.patience,
             resume=self.resume,
             fallback=self.fallback,
-            on_event=tell,
+            on_event=happened,
         )
 
     def hooked(self, tell: Callable[[Event], None], **how: Any) -> tuple[Forwarder, list[OnConnect]]:
@@ -81,6 +88,16 @@ class Wanted:
         forwarder = self.made(happened)
         hook = OnConnect(self.on_connect, self.task, lambda: forwarder.listening, tell, **how)
         return forwarder, [hook]
+
+
+_warned: set[str] = set()
+
+
+def _warn_if_exposed(local_host: str) -> None:
+    """Say once that others can use what listens there."""
+    if exposes(local_host) and local_host not in _warned:
+        _warned.add(local_host)
+        output.note(f"Warning: anybody who reaches this machine on {local_host} can use this forward.")
 
 
 def opened(front: Sequence[Wanted], behind: Sequence[Wanted], command: list[str] | None) -> int:
