@@ -22,7 +22,7 @@ class Limits:
     """
 
     max_tasks: int = 100
-    """Tasks of one user, those that don't run included; this and the next eight can be set for single users."""
+    """Tasks of one user, those that don't run included; it and the next ten can be set for single users."""
     max_running: int = 50
     """Tasks of one user that run."""
     max_tokens: int = 100
@@ -59,6 +59,10 @@ class Limits:
     """Processes and threads of one user's running containers together."""
     max_log: int = 64 << 20
     """Bytes that are kept of what each of a user's tasks prints."""
+    max_ttl: int = 0
+    """Seconds that each task of a user runs before it is stopped, where it asks for less or nothing."""
+    max_idle_stop: int = 0
+    """Seconds without anybody connected after which each task of a user is stopped."""
     task_memory: int = 0
     """Bytes of memory of a container that asks for nothing; 0 stands for half of what the node has."""
     task_cpus: float = 0.0
@@ -105,6 +109,8 @@ _BOUNDS: dict[str, tuple[float, float]] = {
     "max_cpus": (0.01, 1 << 20),
     "max_pids": (16, 1 << 30),
     "max_log": (64 << 10, 1 << 40),
+    "max_ttl": (60, LONGEST),
+    "max_idle_stop": (60, LONGEST),
     "task_memory": (16 << 20, 1 << 50),
     "task_cpus": (0.01, 1 << 20),
     "task_pids": (16, 1 << 22),
@@ -144,6 +150,8 @@ _MAY_BE_OFF = {
     "max_cpus",
     "max_pids",
     "max_log",
+    "max_ttl",
+    "max_idle_stop",
     "task_cpus",
     "task_pids",
     "max_sessions",

@@ -6,7 +6,7 @@ The command line loads this too, so it needs only the standard library.
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields, replace
 from typing import Literal
 
@@ -16,6 +16,7 @@ from kohakuriver.limits import Limits
 __all__ = [
     "LEAST_MEMORY",
     "LEAST_PIDS",
+    "LONGEST_TIME",
     "QUOTAS",
     "Offer",
     "Quota",
@@ -27,9 +28,13 @@ __all__ = [
     "in_words",
     "over_limit",
     "parsed",
+    "seconds_in",
+    "time_in_words",
 ]
 
-QuotaName = Literal["tasks", "running", "tokens", "sessions", "connects", "memory", "cpus", "pids", "log"]
+QuotaName = Literal[
+    "tasks", "running", "tokens", "sessions", "connects", "memory", "cpus", "pids", "log", "ttl", "idle_stop"
+]
 
 LEAST_MEMORY = 16 << 20
 """Bytes of memory that a container gets at least: its tunnel client and SSH server need some of it."""
@@ -45,12 +50,15 @@ SHARE = 8
 class Quota:
     """One limit. `what` is what it counts, in the words of a help text; `most` the largest that makes sense."""
 
-    unit: Literal["", "bytes", "CPUs"]
+    unit: Literal["", "bytes", "CPUs", "seconds"]
     most: float
     what: str
 
 
 _MANY = 1 << 20
+
+LONGEST_TIME = 36_500 * 86_400
+"""Seconds that a time may be long."""
 
 QUOTAS: dict[QuotaName, Quota] = {
     "tasks": Quota("", _MANY, "tasks, those that don't run included"),
@@ -62,6 +70,8 @@ QUOTAS: dict[QuotaName, Quota] = {
     "cpus": Quota("CPUs", _MANY, "processors of all running containers together"),
     "pids": Quota("", 1 << 30, "processes of all running containers together"),
     "log": Quota("bytes", 1 << 40, "bytes that are kept of what each task prints"),
+    "ttl": Quota("seconds", LONGEST_TIME, "time that each task runs until it is stopped"),
+    "idle_stop": Quota("seconds", LONGEST_TIME, "time without anybody connected until a task is stopped"),
 }
 
 _OF_ADMINS = ("sessions", "connects")
@@ -81,6 +91,8 @@ class Quotas:
     cpus: float = 0
     pids: int = 0
     log: int = 0
+    ttl: int = 0
+    idle_stop: int = 0
 
     @classmethod
     def by_default(cls, limits: Limits) -> Quotas:
@@ -168,6 +180,8 @@ _UNITS = ("B", "KiB", "MiB", "GiB", "TiB", "PiB")
 def in_words(name: str, value: float) -> str:
     """How much of something, for people: `64 GiB`, `2 CPUs`, `12`."""
     unit = _unit(name)
+    if unit == "seconds":
+        return time_in_words(value)
     if unit != "bytes":
         return f"{value:.15g} {unit}".rstrip()
     power = 0
@@ -181,6 +195,29 @@ def _unit(name: str) -> str:
     return QUOTAS[name].unit if name in QUOTAS else "bytes"
 
 
+_TIMES = {"d": 86_400, "h": 3600, "min": 60, "s": 1}
+_TIME_UNITS = {"s": 1, "m": 60, "h": 3600, "d": 86_400, "w": 7 * 86_400}
+
+
+def time_in_words(seconds: float) -> str:
+    """A time for people, by its two largest units: `8 h`, `1 h 30 min`."""
+    left = max(round(seconds), 0)
+    words = []
+    for unit, length in _TIMES.items():
+        if left >= length:
+            words.append(f"{left // length} {unit}")
+            left %= length
+    return " ".join(words[:2]) or "0 s"
+
+
+def seconds_in(text: str) -> int:
+    """A time like `90s`, `15m`, `12h`, `30d` or `4w` in seconds. Raises ValueError."""
+    number, unit = text[:-1], text[-1:]
+    if unit not in _TIME_UNITS or not (number.isascii() and number.isdigit()) or not int(number[:12]) > 0:
+        raise ValueError(f"{text!r} is no time: write a number and s, m, h, d or w, such as 12h")
+    return int(number[:12]) * _TIME_UNITS[unit]
+
+
 _SIZE = re.compile(r"([0-9]{1,16}(?:\.[0-9]{1,6})?) ?(?:([kmgtp])?(?:i?b)?)", re.IGNORECASE)
 
 
@@ -192,6 +229,10 @@ def byte_count(text: str) -> int:
     return int(float(found[1]) * 1024 ** " kmgtp".index((found[2] or " ").lower()))
 
 
+_WRITTEN: dict[str, tuple[Callable[[str], float], str]] = {"bytes": (byte_count, "8g"), "seconds": (seconds_in, "12h")}
+"""How a limit is read, by its unit, and an example."""
+
+
 def parsed(name: str, text: str) -> float | None:
     """A limit as it is written on a command line: a number or size, `none` for 0, `default` for None.
 
@@ -199,11 +240,12 @@ def parsed(name: str, text: str) -> float | None:
     """
     if text in ("default", "none"):
         return None if text == "default" else 0
+    read, example = _WRITTEN.get(_unit(name), (float, "12"))
     try:
-        return checked(name, byte_count(text) if _unit(name) == "bytes" else float(text))
+        return checked(name, read(text))
     except ValueError:
-        example = "8g" if _unit(name) == "bytes" else "12"
-        raise UsageError(f"--{name} takes a number such as {example}, or none, or default, not {text!r}.") from None
+        option = name.replace("_", "-")
+        raise UsageError(f"--{option} takes a number such as {example}, or none, or default, not {text!r}.") from None
 
 
 def checked(name: str, value: float) -> float:

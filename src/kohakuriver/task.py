@@ -16,7 +16,7 @@ from typing import Annotated, Any, ClassVar, Literal, Protocol, TypeVar, get_arg
 
 from kohakuriver.backends import kind_of, making
 from kohakuriver.images import ImageName
-from kohakuriver.quotas import LEAST_MEMORY, LEAST_PIDS
+from kohakuriver.quotas import LEAST_MEMORY, LEAST_PIDS, LONGEST_TIME
 
 __all__ = [
     "Backend",
@@ -140,6 +140,7 @@ Cpus = Annotated[float, _between(0.01, 1 << 20)]
 Pids = Annotated[int, _between(LEAST_PIDS, 1 << 22)]
 ShmSize = Annotated[int, _between(64 << 10, 1 << 50)]
 """Bytes."""
+Seconds = Annotated[int, _between(1, LONGEST_TIME)]
 ReportedStatus = Annotated[str, matching("|".join(get_args(Status)), "no task is in such a state")]
 Whole = Annotated[int, _between(0, 2**63 - 1)]
 """What a column of the database holds."""
@@ -162,6 +163,7 @@ class TaskSpec:
     With `ssh_keys`, public keys as their files have them, it gets an SSH server that lets their owners in.
     A container gets so many bytes of `memory`, `cpus`, processes and threads (`pids`), and bytes of /dev/shm
     (`shm_size`, a part of its memory); where that is None, what its node gives by default.
+    It is stopped `ttl` seconds after its start, and when nobody was connected to it for `idle_stop` seconds.
     """
 
     image: Image | None = None
@@ -173,6 +175,8 @@ class TaskSpec:
     cpus: Cpus | None = None
     pids: Pids | None = None
     shm_size: ShmSize | None = None
+    ttl: Seconds | None = None
+    idle_stop: Seconds | None = None
 
 
 @dataclass(kw_only=True)
@@ -211,8 +215,9 @@ class TaskReport:
     """What a runner says about a task; `revision` grows with every change, `traffic` is no change.
 
     `engine_name` is what the engine of its backend calls it, `exit_code` what a task has ended with, 128 + N by signal
-    N. `ssh_port` and `ssh_host_key` are those of the SSH server
-    that it was given; users' programs write the latter into a known_hosts.
+    N. `ssh_port` and `ssh_host_key` are those of the SSH server that it was given; users' programs write the latter
+    into a known_hosts. `ends_at` is when its time to live is over, in seconds since the epoch, None where it has none
+    or does not run.
     """
 
     task_id: Whole
@@ -225,6 +230,7 @@ class TaskReport:
     image: str | None = None
     ssh_port: Port | None = None
     ssh_host_key: PublicKey | None = None
+    ends_at: float | None = None
     traffic: dict[str, Whole] = field(default_factory=dict)
 
     def changes(self) -> dict[str, Any]:
@@ -256,10 +262,11 @@ class TaskView:
     """A task as users see it: an id and a unique name. `created_at` is ISO 8601; `container` its name on the tunnel.
 
     `command`, `mounts` and the names of the variables, `env`, are as they were asked for. `memory`, `cpus`, `pids`,
-    `shm_size` and `log_size` are what it was given, None where nothing bounds it. `exit_code` is what it has
-    ended with, 128 + N by signal N; None while it runs, and where nobody knows.
-    `owner` may do everything with it, `shared_with` may use it; `creator` made it, and is another one where a user was
-    removed. `ssh_port` and `ssh_host_key` are those of the SSH server that the task was given, None without one. With
+    `shm_size` and `log_size` are what it was given, None where nothing bounds it. `exit_code` is what it has ended
+    with, 128 + N by signal N; None while it runs, and where nobody knows. `owner` may do everything with it,
+    `shared_with` may use it; `creator` made it, and is another one where a user was removed. `ttl` and `idle_stop`, in
+    seconds, are as it was given them, and `ends_at`, in ISO 8601, is when the first is over, None while it does not
+    run. `ssh_port` and `ssh_host_key` are those of the SSH server that the task was given, None without one. With
     `pending_removal` its node ends it once it is back.
     """
 
@@ -284,6 +291,9 @@ class TaskView:
     pids: int | None = None
     shm_size: int | None = None
     log_size: int | None = None
+    ttl: int | None = None
+    idle_stop: int | None = None
+    ends_at: str | None = None
     message: str | None = None
     exit_code: int | None = None
     ssh_port: int | None = None

@@ -583,6 +583,22 @@ def test_what_happens_while_the_runner_is_away_is_known_when_it_is_back(cluster:
     assert cluster.connected("stays")["container"] == stays["container"]
 
 
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
+def test_a_time_to_live_that_ends_while_no_runner_is_there_is_over_when_one_is(
+    cluster: Cluster, busybox: str, number: signal.Signals
+) -> None:
+    task = cluster.create(*STAY, image=busybox, name="short", ttl=3)
+    stays = cluster.create(*STAY, image=busybox, name="long", ttl=3600)
+    ends = cluster.connected("long")["ends_at"]
+    cluster.runners["n1"].end(number)
+    assert container_state(task["container"]) == "running"
+    cluster.start_runner("n1", "--backend", "docker")
+    assert cluster.ended("short")["message"] == "its time to live of 3 s is over"
+    assert container_state(task["container"]) == "exited"
+    assert cluster.connected("long")["ends_at"] == ends
+    assert container_state(stays["container"]) == "running"
+
+
 def test_a_runner_that_listens_elsewhere_now_still_reaches_its_containers(cluster: Cluster, busybox: str) -> None:
     cluster.create(*ECHO, image=busybox, name="web")
     cluster.connected("web")

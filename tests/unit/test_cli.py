@@ -16,6 +16,7 @@ import pytest
 from typer.main import get_command
 
 from kohakuriver import config
+from kohakuriver.cli import vps
 from kohakuriver.cli.behind_dashes import command_of
 from kohakuriver.cli.main import app, main
 
@@ -401,13 +402,12 @@ def test_an_address_of_another_machine_can_not_be_listened_on(
     assert "--local-port" not in said
 
 
-def test_a_forward_open_to_other_machines_is_warned_about_in_one_line(
-    capsys: pytest.CaptureFixture[str], unused_port: int
+@pytest.mark.parametrize("name", ["0.0.0.0", "a..b"])
+def test_a_forward_that_never_listens_is_not_warned_about(
+    capsys: pytest.CaptureFixture[str], unused_port: int, name: str
 ) -> None:
-    outcome("forward", "t", "0:80", "--local-host", "0.0.0.0", "--host", f"http://127.0.0.1:{unused_port}")
-    warnings = [line for line in capsys.readouterr().err.splitlines() if line.startswith("Warning")]
-    assert len(warnings) == 1
-    assert "0.0.0.0" in warnings[0]
+    outcome("forward", "t", "0:80", "--local-host", name, "--host", f"http://127.0.0.1:{unused_port}")
+    assert [line[:6] for line in capsys.readouterr().err.splitlines()] == ["Error:"]
 
 
 def test_a_reader_that_goes_away_is_no_crash(tmp_path: Path) -> None:
@@ -537,3 +537,19 @@ def test_the_way_that_ssh_starts_refuses_what_is_no_text_and_names_it(name: str)
     assert done.returncode == 2
     assert done.stderr.count(b"\n") == 1
     assert (b"udcff" if name == "the task" else name.lower().encode()) in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("runner", "host", "shown"),
+    [
+        ("http://127.0.0.1:8001", "http://gpu.lab:8000", "http://gpu.lab:8001"),
+        ("http://localhost:8001", "https://gpu.lab", "http://gpu.lab:8001"),
+        ("http://[::1]:8001", "http://[2001:db8::1]:8000", "http://[2001:db8::1]:8001"),
+        ("http://n1.lab:8001", "http://gpu.lab:8000", "http://n1.lab:8001"),  # as --advertise-url has it
+        ("http://127.0.0.1:8001", "http://localhost:8000", "http://127.0.0.1:8001"),
+    ],
+)
+def test_an_agent_is_told_a_url_that_leads_to_its_runner_from_another_machine(
+    runner: str, host: str, shown: str
+) -> None:
+    assert vps._from_elsewhere(runner, host) == shown

@@ -187,6 +187,13 @@ def test_what_waits_for_the_host_is_said_once_and_so_is_that_it_goes_on(capsys: 
     ]
 
 
+def test_what_was_lost_is_said_as_it_is(capsys: pytest.CaptureFixture[str]) -> None:
+    view = forward_view.PlainView("t")
+    view.show(Reconnecting("the task's tunnel went away", 0.1, waiting=12, lost="task"))
+    view.show(Resumed("t", 2, waiting=12, seconds=0.4))
+    assert said(capsys)[0] == "The task's tunnel went away: 12 connections wait."
+
+
 def test_nothing_is_said_again_of_a_link_that_comes_and_goes(capsys: pytest.CaptureFixture[str]) -> None:
     view = forward_view.PlainView("t")
     for _ in range(5):

@@ -21,6 +21,7 @@ from kohakuriver.tunnel import windows as rules
 from kohakuriver.tunnel.container_endpoint import ContainerEndpoint
 from kohakuriver.tunnel.link import Link
 from kohakuriver.tunnel.local_socket import TcpStream
+from kohakuriver.tunnel.protocol import NOTICE, SESSION_ID
 from kohakuriver.tunnel.settings import EndpointConfig
 from kohakuriver.tunnel.user_endpoint import UserEndpoint
 from tests.support.peers.fake_transport import FakeTransport
@@ -369,3 +370,22 @@ Streams.TestCase.settings = settings(
     max_examples=60, stateful_step_count=60, deadline=None, suppress_health_check=list(HealthCheck)
 )
 TestStreams = Streams.TestCase
+
+
+def test_a_sentence_for_the_user_is_told_in_one_harmless_line_and_touches_no_stream(run: Run) -> None:
+    async def check() -> None:
+        pair = Pair()
+        said: list[str] = []
+        pair.user.on_notice = said.append
+        pair.open()
+        pair.container_link.send_message(NOTICE, SESSION_ID, b"stopped in 5 min\n\x1b[2J\xff" + b"x" * 1000)
+        pair.container_link.send_message(NOTICE, 1, b"of a stream")
+        await pair.settle()
+        (line,) = said
+        assert line.startswith("stopped in 5 min")
+        assert line.isprintable()
+        assert len(line) < 1000
+        assert pair.user.totals.unknown_messages == 1
+        assert pair.user.stream_count == 1
+
+    run(check())

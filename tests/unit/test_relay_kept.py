@@ -26,6 +26,7 @@ from kohakuriver.tunnel.protocol import (
     FULL_HOLD,
     GOAWAY,
     MARK,
+    NOTICE,
     OPENER,
     PROTO_TERMINAL,
     RESUME,
@@ -465,5 +466,15 @@ def test_what_the_node_dials_itself_counts_for_more_and_its_sessions_share_what_
             await users[0].say(CONNECT, 2, pack_limit(65_536))
             assert (await users[0].hear()).kind == CONNECTED
         server.close()
+
+    run(check())
+
+
+def test_everybody_who_is_connected_to_a_task_hears_what_its_node_has_to_say(run: Run) -> None:
+    async def check() -> None:
+        async with chain() as hops, tunnel(hops), session(hops) as one, session(hops) as other:
+            hops.server.hub.tell(CONTAINER, "Task web is stopped in 5 min.")
+            for user in (one, other):
+                assert await user.hear() == (NOTICE, SESSION_ID, b"Task web is stopped in 5 min.", 0)
 
     run(check())

@@ -88,6 +88,7 @@ HOST_RULES: dict[Route, Rule] = {
     ("GET", "/api/tasks/{task}/ports"): BY_WHO_MAY_USE,
     ("POST", "/api/tasks/{task}/stop"): BY_OWNERS,
     ("POST", "/api/tasks/{task}/restart"): BY_OWNERS,
+    ("POST", "/api/tasks/{task}/extend"): BY_OWNERS,
     ("DELETE", "/api/tasks/{task}"): BY_OWNERS,
     ("POST", "/api/tasks/{task}/shares"): BY_OWNERS,
     ("DELETE", "/api/tasks/{task}/shares/{user}"): BY_OWNERS,
@@ -115,6 +116,7 @@ RUNNER_RULES: dict[Route, Rule] = {
     ("GET", "/api/tasks/{container}/ports"): CONTROL,
     ("POST", "/api/tasks/{container}/stop"): CONTROL,
     ("POST", "/api/tasks/{container}/restart"): CONTROL,
+    ("POST", "/api/tasks/{container}/extend"): CONTROL,
     ("POST", "/api/tasks/{container}/revoke"): CONTROL,
     ("POST", "/api/tasks/{container}/token"): CONTROL,
     ("DELETE", "/api/tasks/{container}"): CONTROL,
@@ -154,10 +156,12 @@ BODIES: dict[Route, Any] = {
     ("PATCH", "/api/groups/{group}"): {"add": ["shared"]},
     ("POST", "/api/tokens"): {"name": "new"},
     ("POST", "/api/tasks/{task}/shares"): {"user": "shared"},
+    ("POST", "/api/tasks/{task}/extend"): {"seconds": 60},
 }
 RUNNER_BODIES: dict[Route, Any] = {
     ("POST", "/api/tasks"): {"task_id": 1, "container": "c1", "backend": "process"},
     ("POST", "/api/tasks/adopt"): {"task_id": 1, "container": "c1", "backend": "address"},
+    ("POST", "/api/tasks/{container}/extend"): {"seconds": 60},
     ("POST", "/api/tasks/{container}/revoke"): {"user": "ann", "reason": "the task is not shared any more"},
 }
 FILLED_IN = {"task": "web", "task_id": "web", "port": "80", "name": "n1", "user": "shared", "token": "none-such"}

@@ -28,6 +28,8 @@ EVERYTHING: Final = NewTask(
     cpus=1.5,
     pids=512,
     shm_size=1 << 30,
+    ttl=8 * 3600,
+    idle_stop=1800,
 )
 
 

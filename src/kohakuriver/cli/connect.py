@@ -231,14 +231,16 @@ class Session:
 
     def _told(self, event: Event) -> None:
         """Say that the connection is lost, if it does not come back at once, and then that it is back."""
-        from kohakuriver.client.forward import Reconnecting, Resumed
+        from kohakuriver.client.forward import Notice, Reconnecting, Resumed
 
         if isinstance(event, Reconnecting) and event.delay and not self._waits:
             self._waits = True
-            self._say("Connection to the host lost: the terminal waits.")
+            self._say(f"{event.what}: the terminal waits.")
         elif isinstance(event, Resumed) and self._waits:
             self._waits = False
             self._say(f"Back after {event.seconds:.0f} s.")
+        elif isinstance(event, Notice):
+            self._say(event.message)
 
     def _say(self, sentence: str) -> None:
         end = "\r\n" if self._start.tty else "\n"

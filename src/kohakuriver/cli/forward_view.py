@@ -25,6 +25,7 @@ from kohakuriver.client.forward import (
     Gone,
     Listening,
     Moved,
+    Notice,
     NotListening,
     OutOfDescriptors,
     Reconnecting,
@@ -177,7 +178,7 @@ class PlainView(View):
             self.message(f"Out of file descriptors, {new}: raise the limit (ulimit -n), or close some.")
         elif isinstance(event, Detached):
             self.detached(event)
-        elif isinstance(event, OnConnectFailed):
+        elif isinstance(event, (OnConnectFailed, Notice)):
             self.message(event.message)
 
     def _reconnecting(self, event: Reconnecting) -> None:
@@ -189,7 +190,7 @@ class PlainView(View):
             self._lost_at = now
             self._outage = _Outage.UNSAID if quiet else _Outage.SAID
             if not quiet:
-                self.message(f"Connection to the host lost: {_connections(event.waiting, 'wait')}.")
+                self.message(f"{readable(event.what, self._task)}: {_connections(event.waiting, 'wait')}.")
         elif event.reason != self._reason:
             self._reason = event.reason
             self.message(f"Reconnecting: {readable(event.reason, self._task) or 'the connection was lost'}")

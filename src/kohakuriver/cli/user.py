@@ -36,9 +36,13 @@ UserArgument = Annotated[str, typer.Argument(metavar="USER", help="The user's na
 
 
 def _limit(name: QuotaName) -> Any:
-    metavar = {"": "N", "bytes": "SIZE", "CPUs": "N"}[QUOTAS[name].unit]
+    metavar = {"": "N", "bytes": "SIZE", "CPUs": "N", "seconds": "TIME"}[QUOTAS[name].unit]
+    most = "so much" if metavar == "TIME" else "so many"
     return typer.Option(
-        f"--{name}", metavar=metavar, help=f"At most so many {QUOTAS[name].what}.", rich_help_panel="Limits"
+        f"--{name.replace('_', '-')}",
+        metavar=metavar,
+        help=f"At most {most} {QUOTAS[name].what}.",
+        rich_help_panel="Limits",
     )
 
 
@@ -55,6 +59,8 @@ class WithLimits(Remote):
     cpus: Annotated[str | None, _limit("cpus")] = None
     pids: Annotated[str | None, _limit("pids")] = None
     log: Annotated[str | None, _limit("log")] = None
+    ttl: Annotated[str | None, _limit("ttl")] = None
+    idle_stop: Annotated[str | None, _limit("idle_stop")] = None
 
     def limits(self) -> dict[str, float | None]:
         """Those that were given, None for the host's default. Raises UsageError."""

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import shlex
+import time
 from collections.abc import Awaitable, Callable
-from dataclasses import asdict
+from dataclasses import asdict, replace
+from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
+from urllib.parse import urlsplit
 
 import typer
 
@@ -23,10 +26,11 @@ from kohakuriver.cli.options import (
     one_of,
     pairs,
     remote,
+    seconds,
     size_of,
 )
 from kohakuriver.errors import KohakuRiverError, UsageError
-from kohakuriver.quotas import in_words
+from kohakuriver.quotas import in_words, time_in_words
 
 if TYPE_CHECKING:
     from kohakuriver.client.host import Answers, HostClient, Task
@@ -89,6 +93,23 @@ ShmOption = Annotated[
         rich_help_panel=_BOUNDS,
     ),
 ]
+_TIMES = "When it is stopped"
+TtlOption = Annotated[
+    str | None,
+    typer.Option(
+        "--ttl", metavar="TIME", help="So long after its start, as 8h.", show_default=False, rich_help_panel=_TIMES
+    ),
+]
+IdleOption = Annotated[
+    str | None,
+    typer.Option(
+        "--idle-stop",
+        metavar="TIME",
+        help="When nobody was connected to it for so long, as 30m.",
+        show_default=False,
+        rich_help_panel=_TIMES,
+    ),
+]
 SshOption = Annotated[
     bool, typer.Option("--ssh", help="Give it an SSH server that lets in the keys of your ~/.ssh/*.pub.")
 ]
@@ -130,6 +151,8 @@ def create(
     cpus: CpusOption = None,
     pids: PidsOption = None,
     shm_size: ShmOption = None,
+    ttl: TtlOption = None,
+    idle_stop: IdleOption = None,
     with_ssh: SshOption = False,
     public_key_file: PublicKeyOption = None,
     no_wait: NoWaitOption = False,
@@ -155,6 +178,8 @@ def create(
         cpus=cpus,
         pids=pids,
         shm_size=size_of(shm_size, "--shm-size"),
+        ttl=None if ttl is None else int(seconds(ttl, "--ttl")),
+        idle_stop=None if idle_stop is None else int(seconds(idle_stop, "--idle-stop")),
         ssh_keys=public_keys(public_key_file or []) if with_ssh or public_key_file else [],
     )
 
@@ -227,6 +252,10 @@ def _print_id(task: Task, json: bool) -> None:
 def list_tasks(
     at: Remote,
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="The names alone, for scripts.")] = False,
+    verbose: Annotated[
+        bool,
+        typer.Option("--verbose", "-v", help="When they end by themselves, and what there is to say of them, too."),
+    ] = False,
 ) -> None:
     """List the tasks that are yours or shared with you; for admins all."""
     if quiet and at.json:
@@ -240,7 +269,18 @@ def list_tasks(
         output.json_line({"tasks": [task.to_json() for task in tasks]})
         return
     output.table(
-        ["Id", "Name", "Owner", "Node", "Backend", "Status", "Tunnel", "Image or address", "Age"],
+        [
+            "Id",
+            "Name",
+            "Owner",
+            "Node",
+            "Backend",
+            "Status",
+            "Tunnel",
+            "Image or address",
+            "Age",
+            *(_MORE if verbose else []),
+        ],
         [
             [
                 str(task.task_id),
@@ -252,12 +292,25 @@ def list_tasks(
                 _tunnel(task),
                 task.image or task.address or "-",
                 output.age(task.created_at),
+                *([_left(task) or "-", _idle(task) or "-", task.message or "-"] if verbose else []),
             ]
             for task in tasks
         ],
     )
     if not tasks:
         output.note("There are no tasks; `kohakuriver vps create --image IMAGE -- CMD` makes one.")
+
+
+_MORE = ["Ends in", "Idle stop", "Message"]
+
+
+def _left(task: Task) -> str:
+    """In how long its time to live is over."""
+    return "" if task.ends_at is None else time_in_words(datetime.fromisoformat(task.ends_at).timestamp() - time.time())
+
+
+def _idle(task: Task) -> str:
+    return "" if task.idle_stop is None else time_in_words(task.idle_stop)
 
 
 def _tunnel(task: Task) -> str:
@@ -343,6 +396,7 @@ app.command(epilog="Example: kohakuriver vps logs web --follow --since 10m")(rem
 def agent_command(at: Remote, task: TaskArgument) -> None:
     """Print the command that starts the tunnel client in the machine of an address task."""
     agent = at.ask(lambda client: client.agent(task))
+    agent = replace(agent, runner_url=_from_elsewhere(agent.runner_url, at.settings().host))
     if at.json:
         output.json_line(asdict(agent))
         return
@@ -351,6 +405,17 @@ def agent_command(at: Remote, task: TaskArgument) -> None:
         "the token in it opens this task's tunnel, so show it to nobody."
     )
     output.line(_START_AGENT.format(**asdict(agent)))
+
+
+def _from_elsewhere(runner_url: str, host_url: str) -> str:
+    """A runner's URL for another machine: one that the host reaches by loopback is on the host's own machine."""
+    from kohakuriver.client.ports import exposes
+
+    runner, host = urlsplit(runner_url), urlsplit(host_url)
+    if not runner.hostname or not host.hostname or exposes(runner.hostname) or not exposes(host.hostname):
+        return runner_url
+    name = f"[{host.hostname}]" if ":" in host.hostname else host.hostname
+    return runner._replace(netloc=f"{name}:{runner.port}" if runner.port else name).geturl()
 
 
 _START_AGENT = """\
@@ -398,6 +463,19 @@ async def _ended(client: HostClient) -> list[str]:
     if not ended:
         output.note("All of your tasks run.")
     return [str(task.task_id) for task in ended if known(task.backend).controls]
+
+
+@app.command(epilog="Example: kohakuriver vps extend web 4h")
+@remote
+def extend(
+    at: Remote,
+    task: TaskArgument,
+    by: Annotated[str, typer.Argument(metavar="TIME", help="By how long, as 4h.", show_default=False)],
+) -> None:
+    """Have the time to live of a task be over later."""
+    more = int(seconds(by, "TIME"))
+    extended = at.ask(lambda client: client.extend(task, more))
+    at.show(extended.to_json(), f"Task {extended.name} ends in {_left(extended)}.")
 
 
 @app.command(epilog="Example: kohakuriver vps rm web")
@@ -480,6 +558,8 @@ def _about(task: Task) -> list[tuple[str, str]]:
         ("mounts", ", ".join(task.mounts)),
         ("variables", ", ".join(task.env)),
         ("gets", _given(task)),
+        ("ends", f"in {_left(task)}: time to live" if task.ends_at else _ttl(task)),
+        ("idle stop", f"when nobody was connected for {_idle(task)}" if task.idle_stop else ""),
         ("owner", task.owner),
         ("shared with", ", ".join(task.shared_with)),
         ("ssh server", "yes" if task.ssh_host_key else ""),
@@ -488,6 +568,10 @@ def _about(task: Task) -> list[tuple[str, str]]:
         ("to the task", _flow(traffic.bytes_to_container, traffic.to_container_per_second)),
         ("from the task", _flow(traffic.bytes_to_user, traffic.to_user_per_second)),
     ]
+
+
+def _ttl(task: Task) -> str:
+    return f"{time_in_words(task.ttl)} after its start" if task.ttl else ""
 
 
 def _given(task: Task) -> str:

@@ -12,7 +12,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 from kohakuriver.client.local_side import LocalSide
 from kohakuriver.client.ports import (
@@ -61,6 +61,7 @@ __all__ = [
     "Listening",
     "Moved",
     "NotListening",
+    "Notice",
     "OutOfDescriptors",
     "PortForward",
     "PortSpec",
@@ -185,12 +186,21 @@ class OutOfDescriptors(Event):
 
 @dataclass(frozen=True)
 class Reconnecting(Event):
-    """The session is lost, and will be opened again in `delay` seconds. `waiting` connections wait for that."""
+    """The session is lost, and will be opened again in `delay` seconds. `waiting` connections wait for that.
+
+    `lost` is "host", or "task" where the host is there and told the reason: what lies behind it went.
+    """
 
     event: ClassVar[str] = "reconnecting"
     reason: str
     delay: float
     waiting: int = 0
+    lost: Literal["host", "task"] = "host"
+
+    @property
+    def what(self) -> str:
+        """What was lost, as the beginning of a sentence."""
+        return "Connection to the host lost" if self.lost == "host" else f"{self.reason[:1].upper()}{self.reason[1:]}"
 
 
 @dataclass(frozen=True)
@@ -242,6 +252,14 @@ class Stats(Event):
     unknown_messages: int
     sent_per_second: int = 0
     received_per_second: int = 0
+
+
+@dataclass(frozen=True)
+class Notice(Event):
+    """The task's node has something to say to whoever is connected: that the task is about to be stopped, say."""
+
+    event: ClassVar[str] = "notice"
+    message: str
 
 
 @dataclass(frozen=True)
@@ -300,6 +318,7 @@ class Forwarder:
             on_stream_error=self._stream_failed,
             on_detach=self._detached,
             on_going_away=self._going_away,
+            on_notice=lambda sentence: self._on_event(Notice(sentence)),
             kept=KeptStreams(resume_for(settings.resume_for)) if resume else None,
             on_accept=self._accepted,
         )
@@ -478,7 +497,7 @@ class Forwarder:
                 if self._link is not None and self._link.closing.code == CloseCode.IDLE:
                     raise UnavailableError(f"The host has ended this forward: {loss.reason}.", code="idle")
                 backoff.ended(time.monotonic() - self._opened_at)
-                await self._reopen(loss.reason, backoff)
+                await self._reopen(loss.reason, backoff, _lost(self._link))
         finally:
             await cancel_all(moving)
 
@@ -508,14 +527,14 @@ class Forwarder:
         self._attach(link)
         self._on_event(Moved(self.task, link.version, loss.reason, connections))
 
-    async def _reopen(self, reason: str, backoff: Backoff) -> None:
+    async def _reopen(self, reason: str, backoff: Backoff, lost: Literal["host", "task"]) -> None:
         """Open sessions until one stands: at once, then after pauses."""
         lost_at = time.monotonic()
         again = backoff.failures > 1
         while True:
             eager = time.monotonic() - lost_at < EAGER_SECONDS
             delay = backoff.pause(EAGER_CAP if eager else RETRY_CAP) if again else 0.0
-            self._on_event(Reconnecting(reason, round(delay, 3), self._endpoint.waiting))
+            self._on_event(Reconnecting(reason, round(delay, 3), self._endpoint.waiting, lost))
             await asyncio.sleep(delay)
             try:
                 link = await self._open()
@@ -537,6 +556,16 @@ class Forwarder:
             self._endpoint.end_waiting(ErrorText("ECONNRESET", error.message))
         if ends:
             raise error
+
+
+_OF_HOST = ("the host ", "the server ")
+
+
+def _lost(link: Link | None) -> Literal["host", "task"]:
+    """What went: where the host itself closed the link, and not because it ends, that lies behind it."""
+    if link is None or link.closing.code == CloseCode.ABNORMAL or link.closing.reason.startswith(_OF_HOST):
+        return "host"
+    return "task"
 
 
 async def _connected(local: ListeningSocket) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:

@@ -454,6 +454,10 @@ class HostClient:
         """Start a task again; an adopted container only with `container`."""
         return _task(await self._call("POST", _path(task, "restart"), params=_asked(container)))
 
+    async def extend(self, task: str, seconds: int) -> Task:
+        """Have the time to live of a task be over so many seconds later."""
+        return _task(await self._call("POST", _path(task, "extend"), body={"seconds": seconds}))
+
     async def remove(self, task: str) -> Task:
         """End the task and forget it; the answer is the task as it was."""
         return _task(await self._call("DELETE", _path(task)))

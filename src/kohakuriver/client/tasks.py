@@ -21,7 +21,7 @@ from kohakuriver.client.host import HostClient, ListeningPort, LogLine, NewTask
 from kohakuriver.client.host import Task as View
 from kohakuriver.config import Settings, load_settings
 from kohakuriver.errors import UsageError
-from kohakuriver.quotas import byte_count
+from kohakuriver.quotas import byte_count, seconds_in
 from kohakuriver.runtime import cancel_all, new_event_loop
 
 __all__ = [
@@ -217,6 +217,8 @@ async def create(
     cpus: float | None = None,
     pids: int | None = None,
     shm_size: int | str | None = None,
+    ttl: int | str | None = None,
+    idle_stop: int | str | None = None,
     ssh_keys: Sequence[str] = (),
     wait: float | None = WAIT_SECONDS,
     host: str | None = None,
@@ -235,6 +237,8 @@ async def create(
         memory: bytes, or a size such as "8g"; `shm_size` (/dev/shm) too.
         cpus: processors, as 1.5.
         pids: processes and threads at a time.
+        ttl: how long after its start it is stopped, in seconds or as "8h".
+        idle_stop: it is stopped when nobody was connected for so long; likewise.
         ssh_keys: public keys that its SSH server lets in; without one it has no SSH server.
         host: as `token` and `ca_file` by default what the command line's settings say.
 
@@ -256,6 +260,8 @@ async def create(
         cpus=cpus,
         pids=pids,
         shm_size=_size(shm_size, "shm_size"),
+        ttl=_time(ttl, "ttl"),
+        idle_stop=_time(idle_stop, "idle_stop"),
         ssh_keys=list(ssh_keys),
     )
     settings = load_settings(host=host, token=token, ca_file=ca_file)
@@ -350,6 +356,13 @@ def _size(value: int | str | None, name: str) -> int | None:
         return byte_count(value) if isinstance(value, str) else value
     except ValueError:
         raise UsageError(f"{name} takes bytes, or a size such as '8g', not {value!r}.") from None
+
+
+def _time(value: int | str | None, name: str) -> int | None:
+    try:
+        return seconds_in(value) if isinstance(value, str) else value
+    except ValueError:
+        raise UsageError(f"{name} takes seconds, or a time such as '8h', not {value!r}.") from None
 
 
 @contextmanager

@@ -19,6 +19,7 @@ from kohakuriver.host.schemas import (
     Agent,
     Answers,
     CreateRequest,
+    ExtendRequest,
     GroupChange,
     GroupView,
     Heartbeat,
@@ -426,6 +427,12 @@ async def stop_task(host: Host, found: Own, container: bool = False) -> TaskView
 async def restart_task(host: Host, found: Own, container: bool = False) -> TaskView:
     """Start a task again; an adopted container only with `container`."""
     return await host.tasks.restart(*found, container=container)
+
+
+@_api.post("/tasks/{task}/extend")
+async def extend_task(host: Host, user: User, found: Own, request: ExtendRequest) -> TaskView:
+    """Have the time to live of a task be over later."""
+    return await host.tasks.extend(*found, request.seconds, user)
 
 
 @_api.delete("/tasks/{task}")

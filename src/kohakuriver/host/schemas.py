@@ -13,7 +13,7 @@ from pydantic.dataclasses import dataclass as pydantic_dataclass
 from pydantic_core import ArgsKwargs
 
 from kohakuriver.errors import UsageError
-from kohakuriver.quotas import Offer, QuotaName, checked
+from kohakuriver.quotas import LONGEST_TIME, Offer, QuotaName, checked
 from kohakuriver.task import Backend, ListeningPort, Name, NewTask, NodeName, TaskReport, Whole, matching
 from kohakuriver.text import printable
 
@@ -21,6 +21,7 @@ __all__ = [
     "AdoptRequest",
     "Answers",
     "CreateRequest",
+    "ExtendRequest",
     "GroupChange",
     "GroupView",
     "Heartbeat",
@@ -202,6 +203,12 @@ class GroupView(BaseModel):
     name: str
     members: list[str]
     created_at: str
+
+
+class ExtendRequest(_Request):
+    """By how many seconds the time to live of a task is to be over later."""
+
+    seconds: Annotated[int, Field(ge=1, le=LONGEST_TIME)]
 
 
 class Agent(BaseModel):

@@ -52,6 +52,13 @@ class Revoked(BaseModel):
     reason: str
 
 
+class Extension(BaseModel):
+    """By how many seconds, and how many may be left then at most, 0 being any number."""
+
+    seconds: int
+    most: int = 0
+
+
 Runner = Annotated[Services, Depends(services_here)]
 
 
@@ -162,6 +169,12 @@ async def stop_task(runner: Runner, container: str) -> dict[str, Any]:
 async def restart_task(runner: Runner, container: str) -> dict[str, Any]:
     """Start a task again."""
     return (await runner.tasks.restart(container)).report()
+
+
+@_api.post("/tasks/{container}/extend")
+async def extend_task(runner: Runner, container: str, extension: Extension) -> dict[str, Any]:
+    """Have the time to live of a task be over later."""
+    return runner.tasks.extend(container, extension.seconds, extension.most).report()
 
 
 @_api.post("/tasks/{container}/revoke")

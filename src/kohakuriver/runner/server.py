@@ -145,7 +145,7 @@ class Runner:
             on_registered=self._registered,
         )
         self._incidents = Incidents()
-        self._book = TaskBook(state, self._registration.changed)
+        self._book = TaskBook(state, self._changed)
         self._tasks = TaskManager(self._book)
         room = TerminalRoom(limits)
         self._tunnels = TunnelServer(
@@ -159,6 +159,8 @@ class Runner:
             expected=self._expected,
             on_tunnel_change=self._book.tunnel_changed,
             on_trouble=self._trouble,
+            on_entered=self._tasks.lifetimes.entered,
+            on_left=self._tasks.lifetimes.left,
             config=from_environment(),
             limits=limits,
         )
@@ -167,9 +169,12 @@ class Runner:
             check_ticket=lambda credential: self._registration.check_ticket(credential, "terminal"),
             exec_in=self._tasks.exec,
             room=room,
+            on_entered=self._of_id(self._tasks.lifetimes.entered),
+            on_left=self._of_id(self._tasks.lifetimes.left),
         )
         self._ports = OpenPorts(self._book, self._tasks.sockets, self._tunnels.hub.tunnel_of)
         self._book.drop = self._drop
+        self._tasks.lifetimes.tell = self._tunnels.hub.tell
         self._guard = Guard(
             names=[urlsplit(identity.url).hostname or "", *(certificate.names if certificate else ())],
             hosts=options.allowed_hosts,
@@ -217,6 +222,20 @@ class Runner:
             mount_roots=_mount_roots(self._options),
             limits=self._limits,
         )
+
+    def _changed(self) -> None:
+        """Something about a task is another."""
+        self._registration.changed()
+        self._tasks.lifetimes.changed()
+
+    def _of_id(self, told: Callable[[str], None]) -> Callable[[int], None]:
+        """What is told of a container, of the task with that id."""
+
+        def of_id(task_id: int) -> None:
+            with contextlib.suppress(KohakuRiverError):  # it was removed meanwhile
+                told(self._book.of_id(task_id).container)
+
+        return of_id
 
     def _say(self, container: str, sentence: str, address: str) -> None:
         self._tunnels.hub.say(container, sentence, address)
@@ -270,6 +289,7 @@ class Runner:
         await self._listening.open()
         await self._tasks.open(self._backends)
         self._background.append(self._server.keep(self._registration.run(), "keeping the host informed"))
+        self._background.append(self._server.keep(self._tasks.lifetimes.run(), "stopping tasks whose time has come"))
         if self._options.exit_with_stdin:
             stop_at_end_of_stdin(self._server)
         url = self._identity.url

@@ -111,6 +111,7 @@ class Task(Base):
     status: Mapped[str] = mapped_column(String(16))
     message: Mapped[str | None] = mapped_column(Text)
     exit_code: Mapped[int | None] = mapped_column(BigInteger)
+    ends_at: Mapped[float | None] = mapped_column(Float)
     tunnel: Mapped[bool] = mapped_column(Boolean, default=False)
     ssh_keys: Mapped[list[str]] = mapped_column(JSON, default=list)
     ssh_port: Mapped[int | None] = mapped_column(Integer)
@@ -133,7 +134,8 @@ class Task(Base):
 
     def order(self) -> TaskOrder:
         """What its node is ordered to run."""
-        columns = {name: getattr(self, name) for name in TaskOrder.__dataclass_fields__ if name not in self.spec}
+        named = [name for name in TaskOrder.__dataclass_fields__ if name in self.__table__.columns]
+        columns = {name: getattr(self, name) for name in named if name not in self.spec}
         order = TaskOrder(**self.spec, **columns)
         if not self.adopted:
             order.engine_name = None  # the node chose it

@@ -20,6 +20,7 @@ from kohakuriver.tunnel.protocol import (
     ERROR,
     GOAWAY,
     KNOWN,
+    NOTICE,
     PING,
     PONG,
     PORTS,
@@ -47,7 +48,7 @@ from kohakuriver.tunnel.windows import Budget, Pool
 __all__ = ["AnyStream", "Endpoint", "EndpointStats", "Share"]
 
 MAX_CONTROL = 1 << 20
-_OF_SESSIONS = frozenset({RESUME, REVOKE, GOAWAY})
+_OF_SESSIONS = frozenset({RESUME, REVOKE, GOAWAY, NOTICE})
 
 
 @dataclass
@@ -270,7 +271,7 @@ class Endpoint:
         self.totals.unknown_messages += 1
 
     def kept_message(self, kind: int, client_id: int, proto: int, port: int, payload: bytes) -> None:
-        """A message about kept streams came that is not for a stream of this link: RESUME, REVOKE or GOAWAY."""
+        """A message came that is for no stream of this link: RESUME, REVOKE, GOAWAY or NOTICE."""
         self.totals.unknown_messages += 1
 
     def detach_stream(self, stream: AnyStream, payload: bytes) -> None:

@@ -31,10 +31,11 @@ DETACH: Final = 0x0D
 GOAWAY: Final = 0x0F
 REVOKE: Final = 0x10
 PORTS: Final = 0x11
+NOTICE: Final = 0x12
 
 KNOWN: Final = frozenset(
     {CONNECT, CONNECTED, DATA, CLOSE, ERROR, PING, PONG, WINDOW, EOF, RESUME, RESUMED, ACK, DETACH, GOAWAY, REVOKE}
-    | {PORTS}
+    | {PORTS, NOTICE}
 )
 
 # Second header byte (docs/protocol.md §1).

@@ -7,6 +7,7 @@ import socket
 import time
 from collections.abc import Callable
 
+from kohakuriver.text import one_line
 from kohakuriver.tunnel.endpoint import AnyStream, Endpoint
 from kohakuriver.tunnel.kept import opening_kept
 from kohakuriver.tunnel.link import Link
@@ -17,6 +18,7 @@ from kohakuriver.tunnel.protocol import (
     CLOSE,
     CONNECT,
     GOAWAY,
+    NOTICE,
     SESSION_ID,
     CloseCode,
     ErrorText,
@@ -33,6 +35,10 @@ LAST_WORD = 0.5
 """Seconds that a link has to take another byte of what is left to be said, or to answer the last of it."""
 
 
+LONGEST_NOTICE = 500
+"""Bytes of a sentence that are shown."""
+
+
 class UserEndpoint(Endpoint):
     """Hop 1: listens on local addresses and opens a stream for each connection.
 
@@ -43,6 +49,7 @@ class UserEndpoint(Endpoint):
         on_stream_error: is told of a stream that could not be opened, or broke: its port, and why.
         on_detach: is told that the link is gone.
         on_going_away: is told, with the reason, that the link will not be there for long.
+        on_notice: is told a sentence for the user.
         kept: where the streams that outlive links are; without it, none does.
         on_accept: called with the number of streams after each new local connection.
     """
@@ -57,11 +64,13 @@ class UserEndpoint(Endpoint):
         on_detach: Callable[[str], None] = lambda reason: None,
         on_accept: Callable[[int], None] = lambda streams: None,
         on_going_away: Callable[[str], None] = lambda reason: None,
+        on_notice: Callable[[str], None] = lambda sentence: None,
         kept: KeptStreams | None = None,
     ) -> None:
         super().__init__(config)
         self.kept = kept
         self.on_going_away = on_going_away
+        self.on_notice = on_notice
         self.on_accept = on_accept
         self.on_stream_error = on_stream_error
         self.on_detach = on_detach
@@ -146,6 +155,9 @@ class UserEndpoint(Endpoint):
         stream.attach(streams.enter(stream, streams.new_id(), again=True), stream.core.link(streams.link.version))
 
     def kept_message(self, kind: int, client_id: int, proto: int, port: int, payload: bytes) -> None:
+        if kind == NOTICE and client_id == SESSION_ID:
+            self.on_notice(one_line(payload[:LONGEST_NOTICE].decode("utf-8", "replace")))
+            return
         told = parse_seconds(payload) if kind == GOAWAY and client_id == SESSION_ID else None
         if told is None:
             self.totals.unknown_messages += 1

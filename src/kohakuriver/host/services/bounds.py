@@ -9,16 +9,19 @@ from collections.abc import Sequence
 from typing import Final
 
 from kohakuriver.backends import kind_of
-from kohakuriver.errors import UnavailableError, UsageError
+from kohakuriver.errors import NotAllowedError, UnavailableError, UsageError
 from kohakuriver.host.services.credentials import Caller
 from kohakuriver.quotas import LEAST_MEMORY, LEAST_PIDS, SHARE, Offer, Quotas, in_words, over_limit
 from kohakuriver.store import Node
 from kohakuriver.task import NewTask, TaskOrder, taken_from
 
-__all__ = ["BOUNDS", "give_bounds", "offer_of", "open_to", "roomy"]
+__all__ = ["BOUNDS", "TIMES", "give_bounds", "give_times", "offer_of", "open_to", "roomy"]
 
 BOUNDS: Final = ("memory", "cpus", "pids", "shm_size", "log_size")
 """The fields of an order that say how much."""
+
+TIMES: Final = ("ttl", "idle_stop")
+"""The fields of an order that say when a task is stopped."""
 
 _OF_NODE = ("memory", "cpus")
 _SUMMED: Final[dict[str, float]] = {"memory": LEAST_MEMORY, "cpus": 0.01, "pids": LEAST_PIDS}
@@ -78,6 +81,23 @@ def give_bounds(order: TaskOrder, offer: Offer, user: str, quotas: Quotas) -> No
             f"Shared memory is a part of a task's memory, which is {in_words('memory', order.memory)}; "
             "give less by --shm-size, or more by --memory."
         )
+
+
+def give_times(order: TaskOrder, user: str, quotas: Quotas) -> None:
+    """Fill in when the task is stopped: as it was asked for, or as its user's limits have it.
+
+    Raises NotAllowedError "over_limit" for a longer time than these.
+    """
+    for name in TIMES:
+        most, asked = getattr(quotas, name), getattr(order, name)
+        if asked is None:
+            setattr(order, name, most or None)
+        elif most and asked > most:
+            raise NotAllowedError(
+                f"The limit {name!r} of {user} is {in_words(name, most)}, and this task asks for "
+                f"{in_words(name, asked)}; give less by --{name.replace('_', '-')}.",
+                code="over_limit",
+            )
 
 
 def _by_default(name: str, offer: Offer, most: float, least: float) -> float | None:

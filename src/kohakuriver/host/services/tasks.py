@@ -19,7 +19,7 @@ from kohakuriver.changes import Changes
 from kohakuriver.errors import HostUnreachableError, KohakuRiverError, NotFoundError, UnavailableError, UsageError
 from kohakuriver.host.schemas import AdoptRequest, Agent, Answers, CreateRequest, Ports, iso_time
 from kohakuriver.host.services.audit import LONGEST_TEXT, NOWHERE, Audit, fingerprint
-from kohakuriver.host.services.bounds import BOUNDS, give_bounds, offer_of, open_to, roomy
+from kohakuriver.host.services.bounds import BOUNDS, TIMES, give_bounds, give_times, offer_of, open_to, roomy
 from kohakuriver.host.services.credentials import Caller
 from kohakuriver.host.services.mounts import mountable
 from kohakuriver.host.services.nodes import Nodes
@@ -96,12 +96,13 @@ class Tasks:
         lost = task.status in _ACTIVE and not self._nodes.is_online(node)
         traffic = {} if lost else node.traffic.get("tasks", {}).get(str(task.task_id), {})
         ordered = {name: list(task.spec.get(name, ())) for name in ("command", "mounts", "env")}  # names of variables
-        given = {name: task.spec.get(name) for name in BOUNDS}
+        given = {name: task.spec.get(name) for name in (*BOUNDS, *TIMES)}
         shown = part_of(task, TaskView, without=("shared_with", "traffic", "pending_removal", *ordered, *given)) | {
             **ordered,
             **given,
             "status": "lost" if lost else task.status,
             "tunnel": task.tunnel and not lost,
+            "ends_at": None if task.ends_at is None or task.status not in _ACTIVE else iso_time(task.ends_at),
             "message": f"node {node.name} is offline" if lost else task.message,
             "created_at": iso_time(task.created_at),
         }
@@ -136,6 +137,7 @@ class Tasks:
         node = roomy(fitting, request)
         order = _order(_offered(node, backends), request.name, vars(request))
         give_bounds(order, offer_of(node), owner.name, owner.quotas)
+        give_times(order, owner.name, owner.quotas)
         order.mounts_for = owner.name if bound else None
         view = await self._begin(await self._add(order, node, owner.name), node)
         self._write("task_created", view, **_asked(order))
@@ -234,6 +236,20 @@ class Tasks:
                 log.info("task made again", task=task.task_id, name=task.name, node=node.name)
                 view = await self._take_over(await self._order(task, node), node, task)
         self._write("task_restarted", view)
+        return view
+
+    async def extend(self, task: Task, node: Node, seconds: int, caller: Caller) -> TaskView:
+        """Have the time to live of a task that runs be over so many seconds later than it would.
+
+        Who is no admin can have no more left than the owner's limit `ttl`. Raises what its runner says.
+        """
+        self._nodes.check_online(node)
+        most = 0 if caller.is_admin else (await self._accounts.quotas(task.owner)).ttl
+        path = f"/api/tasks/{task.container}/extend"
+        body = {"seconds": seconds, "most": most}
+        answer = await self._runners.call(node, "POST", path, body, container=task.container, timeout=_LOOK_SECONDS)
+        view = await self._take_over(_report(answer, node), node, task)
+        self._write("task_extended", view, seconds=seconds)
         return view
 
     async def _control(self, task: Task, node: Node, action: str, container: bool) -> TaskView:
@@ -399,7 +415,7 @@ def _asked(order: TaskOrder) -> dict[str, Any]:
         "command": shlex.join(order.command) if order.command else None,
         "mounts": [f"{mount}"[:LONGEST_TEXT] for mount in order.mounts] or None,
         "ssh_keys": [fingerprint(key) for key in order.ssh_keys] or None,
-        **{name: getattr(order, name) for name in BOUNDS},
+        **{name: getattr(order, name) for name in (*BOUNDS, *TIMES)},
     }
 
 

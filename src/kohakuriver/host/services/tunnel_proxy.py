@@ -107,7 +107,9 @@ class Splice:
     def link_closed(self, link: Link, code: int, reason: str) -> None:
         hung_up = self is self.session.user and link.closing.hung_up
         told = CloseCode.USER_LOST if hung_up else may_close_with(code)
-        self.other.link.close(told, reason or "the other side of the session went")
+        went = "the user went" if self is self.session.user else "the connection to the task's node was lost"
+        # Of a node that says nothing the user is not told how its TCP connection ended.
+        self.other.link.close(told, went if code == CloseCode.ABNORMAL else reason or went)
         self.session.closed(self, code, reason)
 
 

@@ -16,7 +16,7 @@ from kohakuriver.errors import UnavailableError
 from kohakuriver.runner.services.direct import DirectSession, Keepers
 from kohakuriver.runner.services.relay import SessionLeg, TunnelLeg
 from kohakuriver.runner.services.traffic import Counted, Traffic
-from kohakuriver.tunnel.protocol import CloseCode
+from kohakuriver.tunnel.protocol import NOTICE, SESSION_ID, CloseCode
 
 __all__ = ["EXPECTED_SECONDS", "QUARREL_SECONDS", "QUARREL_TIMES", "Hub"]
 
@@ -89,6 +89,7 @@ class Hub:
         self.keepers = Keepers()
         self.direct: dict[DirectSession, None] = {}
         self.traffic = Traffic(self._parts)
+        self.on_left: Callable[[str], None] = lambda container: None
 
     def _parts(self) -> list[Counted]:
         return [*self.sessions, *self.tunnels.values(), *self.direct]
@@ -226,11 +227,13 @@ class Hub:
         """A user's link has gone."""
         if self.sessions.pop(session, self) is None:
             self.traffic.keep(session)
+            self.on_left(session.container)
 
     def direct_closed(self, session: DirectSession) -> None:
         """The link of a session that this runner serves by itself has gone."""
         if self.direct.pop(session, self) is None:
             self.traffic.keep(session)
+            self.on_left(session.container)
 
     def drop(self, container: str, reason: str, *, gone: bool = False) -> None:
         """The task has ended: its streams end at once. ``gone``: for good, so its sessions end too."""
@@ -251,6 +254,13 @@ class Hub:
             direct.end(CloseCode.POLICY if gone else RENEGOTIATE, reason)
         if gone:
             self.traffic.forget(container)
+
+    def tell(self, container: str, sentence: str) -> None:
+        """Say something to everybody who has a session open and can be told."""
+        relayed, direct = self._sessions_of(container), self._direct_of(container)
+        for link in [*(each.link for each in relayed), *(each.link for each in direct)]:
+            if link is not None and link.version >= 2:
+                link.send_message(NOTICE, SESSION_ID, sentence.encode(), urgent=True)
 
     def revoke(self, container: str, mark: bytes, reason: str) -> None:
         """A user's right to the container has gone: what the user left there ends, as soon as a tunnel is there."""

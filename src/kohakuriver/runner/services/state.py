@@ -33,7 +33,9 @@ class TaskRecord(TaskOrder, TaskReport):
 
     `engine_id` is Docker's own id of the container. `tunnel_url` is where the tunnel client that began with the task
     dials; the `exec_*` are about one that was put into a running container, the `ssh_exec_*` about an SSH server there.
-    `stopped` means that the task was stopped on purpose. `user` is who started it last, "" where nobody knows.
+    `stopped` means that the task was stopped on purpose, by `stop_reason` where that was nobody. `deadline` is when its
+    time to live is over, and `idle_deadline` how long it may go on being idle, as a runner that ended kept it. `user`
+    is who started it last, "" where nobody knows.
 
     `tunnel_token` opens the tunnel of the task's present start. It belongs to the tunnel client that showed it first,
     `tunnel_client` (a digest of the id that it made for itself), and is taken from the addresses `tunnel_from` alone,
@@ -49,6 +51,9 @@ class TaskRecord(TaskOrder, TaskReport):
     ssh_exec_id: str | None = None
     ssh_exec_start: str | None = None
     stopped: bool = False
+    stop_reason: str | None = None
+    deadline: list[str | float] | None = None
+    idle_deadline: list[str | float] | None = None
     user: str = ""
     tunnel_url: str | None = None
     tunnel_token: str = field(default="", repr=False)

@@ -115,6 +115,11 @@ class TaskBook:
             task.revision = next_revision()
             self._on_change()
 
+    def touch(self, task: TaskRecord) -> None:
+        """Something else of a task is another."""
+        task.revision = next_revision()
+        self.changed()
+
     def note(self, container: str, sentence: str) -> None:
         """Say with a task what is wrong with it, though it goes on as it does; nothing any more if it is empty."""
         task = self._tasks.get(container)

@@ -10,11 +10,13 @@ from typing import Any
 import structlog
 
 from kohakuriver.backends import kind_of
-from kohakuriver.errors import KohakuRiverError, UnavailableError
+from kohakuriver.errors import KohakuRiverError, UnavailableError, UsageError
+from kohakuriver.quotas import time_in_words
 from kohakuriver.runner.backends.base import Backend, ExecRequest, ExecSession, TaskSockets
 from kohakuriver.runner.backends.printed import LogRequest, Printed
 from kohakuriver.runner.services.direct import DirectTarget
 from kohakuriver.runner.services.knock import Knocker
+from kohakuriver.runner.services.lifetimes import Lifetimes
 from kohakuriver.runner.services.state import TaskRecord
 from kohakuriver.runner.services.task_book import TaskBook
 from kohakuriver.runner.services.tunnel_helper import new_token
@@ -33,10 +35,14 @@ _OPENING_SECONDS = 5.0
 
 
 class TaskManager:
-    """What the host asks of this node's tasks, whatever runs them; `book` has their records."""
+    """What the host asks of this node's tasks, whatever runs them.
+
+    `book` has their records, `lifetimes` stops them when their time has come.
+    """
 
     def __init__(self, book: TaskBook) -> None:
         self.book = book
+        self.lifetimes = Lifetimes(book, self._stop_by_time)
         self._backends: dict[str, Backend] = {}
         self._locks: defaultdict[str, asyncio.Lock] = defaultdict(asyncio.Lock)
         self._starts: dict[str, asyncio.Task[None]] = {}
@@ -50,6 +56,7 @@ class TaskManager:
         """Take up the tasks from before the restart."""
         self._backends = backends
         self.book.load()
+        self.lifetimes.take_up()
         for name, backend in backends.items():
             await backend.open(self.book.of_backend(name), self.book.add)
         for task in self.book.all():
@@ -66,6 +73,7 @@ class TaskManager:
         await asyncio.gather(*self._starts.values(), return_exceptions=True)
         for name, backend in self._backends.items():
             await backend.close(self.book.of_backend(name), stop_tasks=stop_tasks)
+        self.lifetimes.write_down()
         self.book.write_down()
 
     @property
@@ -80,6 +88,7 @@ class TaskManager:
         if task.container in self.book:
             return self.book.get(task.container)
         backend = self._backend(task.backend)
+        self.lifetimes.begin(task)
         self.book.add(task)
         start = asyncio.get_running_loop().create_task(self._exclusively(task, backend.start))
         self._starts[task.container] = start
@@ -117,14 +126,48 @@ class TaskManager:
 
     async def stop(self, container: str) -> TaskRecord:
         """Stop a task on purpose."""
-        task = self.book.get(container)
+        return await self._stop(self.book.get(container), None, lambda: True)
+
+    async def _stop_by_time(self, container: str, why: str, still: Callable[[], bool]) -> None:
+        await self._stop(self.book.get(container), why, still)
+
+    async def _stop(self, task: TaskRecord, why: str | None, still: Callable[[], bool]) -> TaskRecord:
+        """Stop a task, for the reason `why`, if that is `still` to be once it is its turn."""
         await self._cancel_start(task)
         backend = self._backend_of(task)
-        async with self._locks[container]:
+        async with self._locks[task.container]:
+            if not still():
+                return task
             was_active = task.active
+            task.stop_reason = why
             await backend.stop(task)
             if was_active:
-                self.book.report(container, "stopped")
+                self.book.report(task.container, "stopped", why)
+        return task
+
+    def extend(self, container: str, seconds: int, most: int) -> TaskRecord:
+        """Have a task's time to live be over later, with `most` seconds left at most, 0 being any number.
+
+        Raises NotFoundError, UsageError, or UnavailableError "task_not_running".
+        """
+        task = self.book.get(container)
+        if task.deadline is None:
+            raise UsageError(f"Task {task.name} has no time to live: nothing is to be extended.", code="no_ttl")
+        if not task.active:
+            raise UnavailableError(
+                f"Task {task.name} is not running; `kohakuriver vps restart {task.name}` gives it its time anew.",
+                code="task_not_running",
+            )
+        left = self.lifetimes.left_of(task) + seconds
+        if most and left > most:
+            more = time_in_words(max(most - left + seconds, 0))
+            raise UsageError(
+                f"Task {task.name} would have {time_in_words(left)} left, and its owner's limit 'ttl' is "
+                f"{time_in_words(most)}; extend it by {more} at most.",
+                code="over_limit",
+            )
+        self.lifetimes.extend(task, seconds)
+        self.book.touch(task)
         return task
 
     async def restart(self, container: str) -> TaskRecord:
@@ -138,6 +181,7 @@ class TaskManager:
             # Only now: a tunnel client that still runs would be back at once, and pass for the new one.
             self.book.drop(container, f"task {task.name} is restarted")
             self.book.report(container, "starting")
+            self.lifetimes.begin(task)
             try:
                 await backend.start_again(task)
             except KohakuRiverError as error:

@@ -48,6 +48,7 @@ class TerminalServer:
         exec_in: (task id, what to run) → the task's container and the session; raises KohakuRiverError.
         check_ticket: the ticket's claims; raises UnauthenticatedError or NotAllowedError.
         room: how many there may be.
+        on_entered, on_left: called with a task id when a terminal is opened there, and when it has ended.
     """
 
     def __init__(
@@ -57,11 +58,14 @@ class TerminalServer:
         check_ticket: Callable[[str], Ticket],
         exec_in: Exec,
         room: TerminalRoom | None = None,
+        on_entered: Callable[[int], None] = lambda task_id: None,
+        on_left: Callable[[int], None] = lambda task_id: None,
     ) -> None:
         self._allow_anonymous = allow_anonymous
         self._check_ticket = check_ticket
         self._exec_in = exec_in
         self._room = room or TerminalRoom(Limits())
+        self._on_entered, self._on_left = on_entered, on_left
         self._terminals: dict[Terminal, asyncio.Task[None]] = {}
 
     def routes(self) -> list[TunnelRoute]:
@@ -85,7 +89,13 @@ class TerminalServer:
         with asking(Asker(request.peer, known={"user": user})):
             running = asyncio.get_running_loop().create_task(opened.run())
         self._terminals[opened] = running
-        running.add_done_callback(lambda _: self._ended(opened, leave))
+        self._on_entered(task_id)
+
+        def ended(_: object) -> None:
+            self._ended(opened, leave)
+            self._on_left(task_id)
+
+        running.add_done_callback(ended)
         log.info("terminal opened", task=task_id, peer=request.peer)
 
     def _ended(self, opened: Terminal, leave: Callable[[], None]) -> None:

@@ -38,6 +38,7 @@ class TunnelServer:
         target_of: what the runner dials itself for a container id while no tunnel client is there, None where only
             a tunnel client does it.
         mark: (user, container id) → what the container's end knows the user by, 16 bytes, the same over restarts.
+        on_entered, on_left: called with a container id when a session is opened there, and when it has ended.
         on_tunnel_change: called with (container id, connected).
         expected: whether the tunnel of a container id is about to come, which was connected before this runner began.
         on_trouble: called with (container id, sentence, address) when something is wrong with a task's tunnel.
@@ -58,10 +59,14 @@ class TunnelServer:
         expected: Callable[[str], bool] = lambda container: False,
         on_tunnel_change: Callable[[str, bool], None] = lambda container, connected: None,
         on_trouble: Callable[[str, str, str], None] = lambda container, sentence, address: None,
+        on_entered: Callable[[str], None] = lambda container: None,
+        on_left: Callable[[str], None] = lambda container: None,
         config: EndpointConfig | None = None,
         limits: Limits | None = None,
     ) -> None:
         self.hub = Hub(on_tunnel_change, on_trouble, lambda container: target_of(container) is not None, expected)
+        self.hub.on_left = on_left
+        self._on_entered = on_entered
         self._limits = limits or Limits()
         self._shares = Shares(self._limits)
         self._allow_anonymous = allow_anonymous
@@ -193,6 +198,7 @@ class TunnelServer:
         session.link = request.accept(session.walker, session, version=tunnel.version)
         self._shares.take_part(session.link, admission)
         self.hub.sessions[session] = None
+        self._on_entered(container)
         greet(session.link, "CONNECTED")
         return session
 
@@ -215,3 +221,4 @@ class TunnelServer:
         greet(link, "CONNECTED")
         session.attach(link)
         self.hub.direct[session] = None
+        self._on_entered(container)

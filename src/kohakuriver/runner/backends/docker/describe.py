@@ -89,7 +89,7 @@ def task_of(labels: dict[str, str], show: dict[str, Any]) -> TaskRecord:
 async def ending(docker: aiodocker.Docker, task: TaskRecord, state: dict[str, Any]) -> tuple[str, str | None]:
     """Status and message of a task whose container does not run."""
     if task.stopped:
-        return "stopped", None
+        return "stopped", task.stop_reason
     if state["OOMKilled"]:
         had = f", of which it had {in_words('memory', task.memory)}; --memory gives a task more" if task.memory else ""
         return "failed", f"it ran out of memory{had}"

@@ -220,7 +220,7 @@ class ProcessBackend(Backend):
         await last_of([running.written])
         del self._running[task.container]
         if task.stopped:
-            self._report(task.container, "stopped", exit_code=code)
+            self._report(task.container, "stopped", task.stop_reason, code)
             return
         status, message = describe_exit(code)
         self._report(task.container, status, message + last_words(code, tail(self.log_file(task.container))), code)
