@@ -162,6 +162,8 @@ class TaskSpec:
     With `ssh_keys`, public keys as their files have them, it gets an SSH server that lets their owners in.
     A container gets so many bytes of `memory`, `cpus`, processes and threads (`pids`), and bytes of /dev/shm
     (`shm_size`, a part of its memory); where that is None, what its node gives by default.
+    Without a `command` a container runs its image's own; `entrypoint` takes the place of the image's own, and without
+    a command of its CMD, too, so that with neither the container just stays up.
     """
 
     image: Image | None = None
@@ -173,6 +175,7 @@ class TaskSpec:
     cpus: Cpus | None = None
     pids: Pids | None = None
     shm_size: ShmSize | None = None
+    entrypoint: list[NoNul] | None = None
 
 
 @dataclass(kw_only=True)
@@ -253,9 +256,9 @@ class TaskTraffic:
 class TaskView:
     """A task as users see it: an id and a unique name. `created_at` is ISO 8601; `container` its name on the tunnel.
 
-    `command`, `mounts` and the names of the variables, `env`, are as they were asked for. `memory`, `cpus`, `pids`,
-    `shm_size` and `log_size` are what it was given, None where nothing bounds it. `exit_code` is what it has
-    ended with, 128 + N by signal N; None while it runs, and where nobody knows.
+    `command`, `entrypoint`, `mounts` and the names of the variables, `env`, are as they were asked for. `memory`,
+    `cpus`, `pids`, `shm_size` and `log_size` are what it was given, None where nothing bounds it. `exit_code` is what
+    it has ended with, 128 + N by signal N; None while it runs, and where nobody knows.
     `owner` may do everything with it, `shared_with` may use it; `creator` made it, and is another one where a user was
     removed. `ssh_port` and `ssh_host_key` are those of the SSH server that the task was given, None without one. With
     `pending_removal` its node ends it once it is back.
@@ -282,6 +285,7 @@ class TaskView:
     pids: int | None = None
     shm_size: int | None = None
     log_size: int | None = None
+    entrypoint: list[str] | None = None
     message: str | None = None
     exit_code: int | None = None
     ssh_port: int | None = None

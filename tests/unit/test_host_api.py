@@ -41,6 +41,7 @@ TASK_FIELDS = {"pending_removal"} | {
     "owner",
     *("creator", "ssh_port", "ssh_host_key", "shared_with", "traffic", "command", "mounts", "env", "exit_code"),
     *("memory", "cpus", "pids", "shm_size", "log_size"),
+    "entrypoint",
 }
 
 
@@ -106,6 +107,7 @@ REFUSED: list[tuple[dict[str, Any], int, str, str]] = [
     ({"backend": "docker"}, 400, "bad_request", "--image"),
     ({"backend": "process", "image": "x"}, 400, "bad_request", "--image"),
     ({"mounts": ["/a:/b"], "backend": "process"}, 400, "bad_request", "--mount"),
+    ({"entrypoint": ["x"], "backend": "process"}, 400, "bad_request", "--entrypoint"),
     ({"image": "x", "mounts": ["a"]}, 400, "bad_request", "SOURCE:/TARGET"),
     ({"name": "123"}, 400, "bad_request", "a number means a task's id"),
     ({"name": "Über"}, 400, "bad_request", "a-z"),

@@ -57,6 +57,10 @@ BackendOption = Annotated[
 ImageOption = Annotated[
     str | None, typer.Option("--image", help="The container image, for the docker backend.", show_default=False)
 ]
+EntrypointOption = Annotated[
+    str | None,
+    typer.Option("--entrypoint", metavar="PROGRAM", help="In place of the image's own.", show_default=False),
+]
 EnvOption = Annotated[
     list[str] | None, typer.Option("--env", "-e", metavar="K=V", help="A variable for CMD; may be repeated.")
 ]
@@ -124,6 +128,7 @@ def create(
     node: NodeOption = None,
     backend: BackendOption = None,
     image: ImageOption = None,
+    entrypoint: EntrypointOption = None,
     env: EnvOption = None,
     mount: MountOption = None,
     memory: MemoryOption = None,
@@ -135,7 +140,7 @@ def create(
     no_wait: NoWaitOption = False,
     timeout: TimeoutOption = WAIT_TIMEOUT,
 ) -> None:
-    """Start a task, wait until its tunnel is connected, and print its id. Without CMD the task just stays up."""
+    """Start a task, wait until its tunnel is connected, and print its id. Without CMD its image's own command runs."""
     from kohakuriver.cli.ssh_files import public_keys
     from kohakuriver.client.host import NewTask
 
@@ -149,6 +154,7 @@ def create(
         backend=backend,
         image=image,
         command=command_of(ctx) or [],
+        entrypoint=None if entrypoint is None else [entrypoint] if entrypoint else [],
         env=pairs(env or [], "--env"),
         mounts=[_mount(text) for text in mount or []],
         memory=size_of(memory, "--memory"),
@@ -461,6 +467,7 @@ def _about(task: Task) -> list[tuple[str, str]]:
         ("backend", task.backend),
         ("image", task.image or ""),
         ("address", task.address or ""),
+        ("entrypoint", "" if task.entrypoint is None else shlex.join(task.entrypoint) or "none"),
         ("command", shlex.join(task.command)),
         ("mounts", ", ".join(task.mounts)),
         ("variables", ", ".join(task.env)),

@@ -217,6 +217,7 @@ async def create(
     cpus: float | None = None,
     pids: int | None = None,
     shm_size: int | str | None = None,
+    entrypoint: Sequence[str] | None = None,
     ssh_keys: Sequence[str] = (),
     wait: float | None = WAIT_SECONDS,
     host: str | None = None,
@@ -227,7 +228,7 @@ async def create(
 
     Args:
         image: the container image; None with the backend "process", whose command runs on the node.
-        command: the program and its arguments; without one the task just stays up.
+        command: the program and its arguments; without one a container runs its image's own.
         name: unique; None has one made up.
         node: the node's name; None for the least loaded one that fits.
         env: variables for the command.
@@ -235,6 +236,7 @@ async def create(
         memory: bytes, or a size such as "8g"; `shm_size` (/dev/shm) too.
         cpus: processors, as 1.5.
         pids: processes and threads at a time.
+        entrypoint: in place of the image's own; () for none.
         ssh_keys: public keys that its SSH server lets in; without one it has no SSH server.
         host: as `token` and `ca_file` by default what the command line's settings say.
 
@@ -256,6 +258,7 @@ async def create(
         cpus=cpus,
         pids=pids,
         shm_size=_size(shm_size, "shm_size"),
+        entrypoint=None if entrypoint is None else list(entrypoint),
         ssh_keys=list(ssh_keys),
     )
     settings = load_settings(host=host, token=token, ca_file=ca_file)

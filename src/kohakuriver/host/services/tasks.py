@@ -9,7 +9,7 @@ import shlex
 import time
 from collections.abc import AsyncIterator, Callable, Sequence
 from dataclasses import replace
-from typing import Any, TypeVar
+from typing import Any, Final, TypeVar
 
 import structlog
 from pydantic import BaseModel, TypeAdapter, ValidationError
@@ -43,6 +43,9 @@ log = structlog.get_logger("kohakuriver.host")
 
 _ACTIVE = ("starting", "running")
 _ADOPT = "/api/tasks/adopt"
+
+OF_CONTAINERS: Final = ("entrypoint",)
+"""The fields of an order that are about a container and its image, None where nothing was said."""
 
 # A stop may take an engine its grace period. Users' programs wait a little longer than this for the host.
 _RUNNER_SECONDS = 45.0
@@ -94,7 +97,7 @@ class Tasks:
         lost = task.status in _ACTIVE and not self._nodes.is_online(node)
         traffic = {} if lost else node.traffic.get("tasks", {}).get(str(task.task_id), {})
         ordered = {name: list(task.spec.get(name, ())) for name in ("command", "mounts", "env")}  # names of variables
-        given = {name: task.spec.get(name) for name in BOUNDS}
+        given = {name: task.spec.get(name) for name in (*BOUNDS, *OF_CONTAINERS)}
         shown = part_of(task, TaskView, without=("shared_with", "traffic", "pending_removal", *ordered, *given)) | {
             **ordered,
             **given,
@@ -380,6 +383,7 @@ def _asked(order: TaskOrder) -> dict[str, Any]:
         "backend": order.backend,
         "image": order.image,
         "command": shlex.join(order.command) if order.command else None,
+        **{name: getattr(order, name) for name in OF_CONTAINERS},
         "mounts": [f"{mount}"[:LONGEST_TEXT] for mount in order.mounts] or None,
         "ssh_keys": [fingerprint(key) for key in order.ssh_keys] or None,
         **{name: getattr(order, name) for name in BOUNDS},
@@ -418,6 +422,9 @@ def _fit_for(request: CreateRequest) -> list[str]:
     bounds = [name for name in ("memory", "cpus", "pids", "shm_size") if getattr(request, name) is not None]
     if bounds and not any(kind_of(name).bounded for name in backends):
         raise UsageError(f"Only a task in a container takes --{bounds[0].replace('_', '-')}; nothing bounds a process.")
+    own = [name for name in OF_CONTAINERS if getattr(request, name) is not None]
+    if own and not any(kind_of(name).image for name in backends):
+        raise UsageError(f"Only a task in a container takes --{own[0]}; name an image with --image, or leave it out.")
     return backends
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,6 +13,7 @@ from kohakuriver.errors import UsageError
 from kohakuriver.quotas import in_words
 from kohakuriver.runner.backends.docker.bounds import bounds_of
 from kohakuriver.runner.backends.docker.engine import TROUBLE, limit
+from kohakuriver.runner.backends.docker.program import program_of
 from kohakuriver.runner.backends.process.tasks import describe_exit, last_words
 from kohakuriver.runner.services.ssh_helper import SshHelper
 from kohakuriver.runner.services.state import TaskRecord
@@ -36,9 +38,13 @@ class Description:
     helper: TunnelHelper
     ssh: SshHelper
 
-    def config(self, task: TaskRecord, network: str) -> dict[str, Any]:
-        """What the engine makes the task's container of, on that network. Raises UnavailableError, UsageError."""
+    def config(self, task: TaskRecord, image: Mapping[str, Any], network: str) -> dict[str, Any]:
+        """What the engine makes the task's container of, on that network; `image` is its image's configuration.
+
+        Raises UnavailableError, UsageError.
+        """
         assert task.tunnel_url is not None
+        program = program_of(task, image)
         tunnel = self.helper.container_environment(task.container, task.tunnel_url)
         env = {**self.helper.settings, **task.env, **tunnel}
         mounts = [
@@ -47,7 +53,7 @@ class Description:
         ]
         return {
             "Image": task.image,
-            "Entrypoint": self.helper.container_command(task.command),
+            "Entrypoint": self.helper.container_command(program.words, open_stdin=program.open_stdin),
             "Cmd": [],
             "Env": [f"{name}={value}" for name, value in env.items()],
             "Labels": {

@@ -49,8 +49,8 @@ class Images:
         self._seconds = seconds
         self._pulls = FairQueue(PULLS, PULLS_OF_A_USER)
 
-    async def need(self, image: str, on_pull: Callable[[str], None]) -> None:
-        """See to it that the engine has an image. `on_pull` is told when that takes a pull.
+    async def need(self, image: str, on_pull: Callable[[str], None]) -> dict[str, Any]:
+        """See to it that the engine has an image; its configuration. `on_pull` is told when that takes a pull.
 
         Raises UsageError for what is no image's name, KohakuRiverError "registry_not_allowed" (409), and what
         `missing` gives.
@@ -59,12 +59,8 @@ class Images:
             name = ImageName.parse(image)
         except ValueError as error:
             raise UsageError(f"{error}.") from None
-        try:
-            await self._docker().images.inspect(quote(image, safe="/:@"))
-            return
-        except DockerError as error:
-            if error.status != 404:
-                raise
+        if (there := await self._configuration(image)) is not None:
+            return there
         if name.registry is None:
             raise self.missing(image)
         if not self._registries.allow(name.registry):
@@ -78,6 +74,19 @@ class Images:
         async with self._pulls.place():
             on_pull(f"pulling the image {image}")
             await self._pull(image)
+        if (pulled := await self._configuration(image)) is None:
+            raise self.missing(image)
+        return pulled
+
+    async def _configuration(self, image: str) -> dict[str, Any] | None:
+        """What an image says of the containers that are made of it; None where the engine has no such image."""
+        try:
+            shown = await self._docker().images.inspect(quote(image, safe="/:@"))
+        except DockerError as error:
+            if error.status != 404:
+                raise
+            return None
+        return dict(shown.get("Config") or {})
 
     async def _pull(self, image: str) -> None:
         own = own_connection(self._docker())

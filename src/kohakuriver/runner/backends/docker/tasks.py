@@ -258,13 +258,13 @@ class DockerBackend(Backend):
         if task.ssh_keys:
             self._ssh.prepare(task)
         with sentences(f"pull the image {task.image}"):
-            await self._images.need(task.image, partial(self._report, task.container, "starting"))
+            image = await self._images.need(task.image, partial(self._report, task.container, "starting"))
         async with self._doing(f"start the task from image {task.image}", task):
             network = await task_network(self._docker, self._fence)
             task.tunnel_url = await self._reach(await gateway(self._docker, network))
             try:
                 container = await self._docker.containers.create(
-                    self._description.config(task, network), name=task.container
+                    self._description.config(task, image, network), name=task.container
                 )
             except DockerError as error:
                 if error.status == 404:
