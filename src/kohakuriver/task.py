@@ -28,6 +28,7 @@ __all__ = [
     "Name",
     "NewTask",
     "NodeName",
+    "Pull",
     "Status",
     "TaskOrder",
     "TaskReport",
@@ -140,6 +141,22 @@ Cpus = Annotated[float, _between(0.01, 1 << 20)]
 Pids = Annotated[int, _between(LEAST_PIDS, 1 << 22)]
 ShmSize = Annotated[int, _between(64 << 10, 1 << 50)]
 """Bytes."""
+Directory = Annotated[str, matching(r"(?s)/[^\0]*", "it must be a whole path")]
+UserInside = Annotated[str, matching(r"[^\0:]+(:[^\0:]+)?", "write USER or USER:GROUP, names or numbers")]
+Pull = Literal["missing", "always", "never"]
+Device = Annotated[
+    str,
+    matching(
+        r"/dev/[^:\0]+(:/[^:\0]+)?(:[rwm]{1,3})?", "write /dev/NAME, /dev/NAME:/dev/INSIDE or with :rwm behind it"
+    ),
+]
+Restart = Annotated[
+    str,
+    matching(
+        "no|on-failure(:[1-9][0-9]{0,3})?|always|unless-stopped",
+        "it must be no, on-failure, on-failure:N, always or unless-stopped",
+    ),
+]
 ReportedStatus = Annotated[str, matching("|".join(get_args(Status)), "no task is in such a state")]
 Whole = Annotated[int, _between(0, 2**63 - 1)]
 """What a column of the database holds."""
@@ -163,7 +180,9 @@ class TaskSpec:
     A container gets so many bytes of `memory`, `cpus`, processes and threads (`pids`), and bytes of /dev/shm
     (`shm_size`, a part of its memory); where that is None, what its node gives by default.
     Without a `command` a container runs its image's own; `entrypoint` takes the place of the image's own, and without
-    a command of its CMD, too, so that with neither the container just stays up.
+    a command of its CMD, too, so that with neither the container just stays up. It runs in `workdir` and `run_as` a
+    user, None for those of the image. When the image is fetched `pull` says, None for where it is missing.
+    `restart` says when what has ended runs again, None for never.
     """
 
     image: Image | None = None
@@ -176,6 +195,11 @@ class TaskSpec:
     pids: Pids | None = None
     shm_size: ShmSize | None = None
     entrypoint: list[NoNul] | None = None
+    workdir: Directory | None = None
+    run_as: UserInside | None = None
+    pull: Pull | None = None
+    devices: list[Device] = field(default_factory=list)
+    restart: Restart | None = None
 
 
 @dataclass(kw_only=True)
@@ -256,9 +280,10 @@ class TaskTraffic:
 class TaskView:
     """A task as users see it: an id and a unique name. `created_at` is ISO 8601; `container` its name on the tunnel.
 
-    `command`, `entrypoint`, `mounts` and the names of the variables, `env`, are as they were asked for. `memory`,
-    `cpus`, `pids`, `shm_size` and `log_size` are what it was given, None where nothing bounds it. `exit_code` is what
-    it has ended with, 128 + N by signal N; None while it runs, and where nobody knows.
+    `command`, `entrypoint`, `workdir`, `run_as`, `pull`, `restart`, `mounts`, `devices` and the names of the
+    variables, `env`, are as they were asked for. `memory`, `cpus`, `pids`, `shm_size` and `log_size` are what it was
+    given, None where nothing bounds it. `exit_code` is what it has ended with, 128 + N by signal N; None while it runs,
+    and where nobody knows.
     `owner` may do everything with it, `shared_with` may use it; `creator` made it, and is another one where a user was
     removed. `ssh_port` and `ssh_host_key` are those of the SSH server that the task was given, None without one. With
     `pending_removal` its node ends it once it is back.
@@ -286,6 +311,11 @@ class TaskView:
     shm_size: int | None = None
     log_size: int | None = None
     entrypoint: list[str] | None = None
+    workdir: str | None = None
+    run_as: str | None = None
+    pull: str | None = None
+    devices: list[str] = field(default_factory=list)
+    restart: str | None = None
     message: str | None = None
     exit_code: int | None = None
     ssh_port: int | None = None

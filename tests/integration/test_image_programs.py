@@ -121,3 +121,19 @@ def test_a_program_that_ends_is_told_with_its_exit_code_and_last_words_and_a_res
 
 def _errors(container: str) -> str:
     return subprocess.run(["docker", "logs", container], capture_output=True, text=True, check=True).stderr
+
+
+def test_a_program_runs_where_and_as_whom_it_was_asked_for(cluster: Cluster) -> None:
+    image = image_of('ENTRYPOINT ["/start"]', script='echo "$(/bin/busybox id -u):$(/bin/busybox id -g) $PWD"')
+    cluster.create(image=image, name="there", workdir="/made/for/it", run_as="12:34")
+    assert cluster.ended("there")["status"] == "stopped"
+    assert printed(cluster, "there")[-1] == "12:34 /made/for/it"
+
+
+def test_a_device_of_the_node_is_in_the_container_with_its_rights(cluster: Cluster) -> None:
+    image = image_of('ENTRYPOINT ["/start"]', script="test -c /dev/bin && echo x > /dev/bin")
+    cluster.create(image=image, name="device", devices=["/dev/null:/dev/bin:w"], run_as="0")
+    task = cluster.ended("device")
+    assert task["status"] == "stopped", printed(cluster, "device")
+    given = docker("inspect", "-f", "{{json .HostConfig.Devices}}", task["container"])
+    assert '"CgroupPermissions":"w"' in given

@@ -29,6 +29,11 @@ EVERYTHING: Final = NewTask(
     pids=512,
     shm_size=1 << 30,
     entrypoint=[],
+    workdir="/work",
+    run_as="me:staff",
+    pull="never",
+    devices=["/dev/null:/dev/nothing:r"],
+    restart="on-failure:3",
 )
 
 

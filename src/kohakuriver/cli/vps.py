@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import re
 import shlex
 from collections.abc import Awaitable, Callable
 from dataclasses import asdict
@@ -24,6 +25,7 @@ from kohakuriver.cli.options import (
     pairs,
     remote,
     size_of,
+    variables_in,
 )
 from kohakuriver.errors import KohakuRiverError, UsageError
 from kohakuriver.quotas import in_words
@@ -60,6 +62,37 @@ ImageOption = Annotated[
 EntrypointOption = Annotated[
     str | None,
     typer.Option("--entrypoint", metavar="PROGRAM", help="In place of the image's own.", show_default=False),
+]
+WorkdirOption = Annotated[
+    str | None,
+    typer.Option("--workdir", metavar="DIR", help="Where CMD runs, in place of the image's.", show_default=False),
+]
+UserOption = Annotated[
+    str | None,
+    typer.Option("--user", metavar="USER[:GROUP]", help="As whom, in place of the image's.", show_default=False),
+]
+PullOption = Annotated[
+    str | None,
+    typer.Option(
+        "--pull", **one_of(["missing", "always", "never"]), help="When to fetch the image.", show_default=False
+    ),
+]
+RestartOption = Annotated[
+    str | None,
+    typer.Option(
+        "--restart",
+        metavar="POLICY",
+        help="When it runs again: no, on-failure[:N], always, unless-stopped.",
+        show_default=False,
+    ),
+]
+EnvFileOption = Annotated[
+    list[Path] | None,
+    typer.Option("--env-file", metavar="FILE", help="Variables for CMD, as K=V lines; may be repeated."),
+]
+DeviceOption = Annotated[
+    list[str] | None,
+    typer.Option("--device", metavar="/dev/X[:/dev/Y][:rwm]", help="A device of the node; may be repeated."),
 ]
 EnvOption = Annotated[
     list[str] | None, typer.Option("--env", "-e", metavar="K=V", help="A variable for CMD; may be repeated.")
@@ -129,8 +162,14 @@ def create(
     backend: BackendOption = None,
     image: ImageOption = None,
     entrypoint: EntrypointOption = None,
+    pull: PullOption = None,
     env: EnvOption = None,
+    env_file: EnvFileOption = None,
+    workdir: WorkdirOption = None,
+    user: UserOption = None,
     mount: MountOption = None,
+    device: DeviceOption = None,
+    restart: RestartOption = None,
     memory: MemoryOption = None,
     cpus: CpusOption = None,
     pids: PidsOption = None,
@@ -155,7 +194,12 @@ def create(
         image=image,
         command=command_of(ctx) or [],
         entrypoint=None if entrypoint is None else [entrypoint] if entrypoint else [],
-        env=pairs(env or [], "--env"),
+        env={**_in_files(env_file or []), **pairs(env or [], "--env")},
+        workdir=_whole_path(workdir, "--workdir"),
+        run_as=user,
+        pull=pull,  # type: ignore[arg-type]
+        restart=_policy(restart),
+        devices=[_device(text) for text in device or []],
         mounts=[_mount(text) for text in mount or []],
         memory=size_of(memory, "--memory"),
         cpus=cpus,
@@ -171,6 +215,28 @@ def create(
         return await _settled(client, task, wait=not no_wait, timeout=timeout)
 
     _print_id(at.ask(start), at.json)
+
+
+def _in_files(files: list[Path]) -> dict[str, str]:
+    return {name: value for file in files for name, value in variables_in(file, "--env-file").items()}
+
+
+def _whole_path(path: str | None, option: str) -> str | None:
+    if path is not None and not path.startswith("/"):
+        raise UsageError(f"{option} takes a whole path in the container, such as /work, not {path!r}.")
+    return path
+
+
+def _policy(text: str | None) -> str | None:
+    if text is not None and not re.fullmatch(r"no|on-failure(:[1-9][0-9]{0,3})?|always|unless-stopped", text):
+        raise UsageError(f"--restart takes no, on-failure, on-failure:N, always or unless-stopped, not {text!r}.")
+    return text
+
+
+def _device(text: str) -> str:
+    if not text.startswith("/dev/"):
+        raise UsageError(f"--device takes a device of the node, such as /dev/dri/renderD128, not {text!r}.")
+    return text
 
 
 def _mount(text: str) -> str:
@@ -469,7 +535,11 @@ def _about(task: Task) -> list[tuple[str, str]]:
         ("address", task.address or ""),
         ("entrypoint", "" if task.entrypoint is None else shlex.join(task.entrypoint) or "none"),
         ("command", shlex.join(task.command)),
+        ("restarts", task.restart or ""),
+        ("directory", task.workdir or ""),
+        ("user", task.run_as or ""),
         ("mounts", ", ".join(task.mounts)),
+        ("devices", ", ".join(task.devices)),
         ("variables", ", ".join(task.env)),
         ("gets", _given(task)),
         ("owner", task.owner),

@@ -23,6 +23,7 @@ from kohakuriver.config import Settings, load_settings
 from kohakuriver.errors import UsageError
 from kohakuriver.quotas import byte_count
 from kohakuriver.runtime import cancel_all, new_event_loop
+from kohakuriver.task import Pull
 
 __all__ = [
     "ListeningPort",
@@ -218,6 +219,11 @@ async def create(
     pids: int | None = None,
     shm_size: int | str | None = None,
     entrypoint: Sequence[str] | None = None,
+    workdir: str | None = None,
+    run_as: str | None = None,
+    pull: Pull | None = None,
+    devices: Sequence[str] = (),
+    restart: str | None = None,
     ssh_keys: Sequence[str] = (),
     wait: float | None = WAIT_SECONDS,
     host: str | None = None,
@@ -237,6 +243,10 @@ async def create(
         cpus: processors, as 1.5.
         pids: processes and threads at a time.
         entrypoint: in place of the image's own; () for none.
+        workdir: where the command runs in the container, `run_as` the user, `USER[:GROUP]`; None for the image's own.
+        pull: when the image is fetched: "missing", as for None, "always" or "never".
+        devices: `/dev/NAME[:/dev/INSIDE][:rwm]` each, of the node; for admins.
+        restart: when it runs again: "no", "on-failure", "on-failure:N", "always" or "unless-stopped".
         ssh_keys: public keys that its SSH server lets in; without one it has no SSH server.
         host: as `token` and `ca_file` by default what the command line's settings say.
 
@@ -259,6 +269,11 @@ async def create(
         pids=pids,
         shm_size=_size(shm_size, "shm_size"),
         entrypoint=None if entrypoint is None else list(entrypoint),
+        workdir=workdir,
+        run_as=run_as,
+        pull=pull,
+        devices=list(devices),
+        restart=restart,
         ssh_keys=list(ssh_keys),
     )
     settings = load_settings(host=host, token=token, ca_file=ca_file)

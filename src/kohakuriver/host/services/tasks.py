@@ -44,7 +44,7 @@ log = structlog.get_logger("kohakuriver.host")
 _ACTIVE = ("starting", "running")
 _ADOPT = "/api/tasks/adopt"
 
-OF_CONTAINERS: Final = ("entrypoint",)
+OF_CONTAINERS: Final = ("entrypoint", "workdir", "run_as", "pull")
 """The fields of an order that are about a container and its image, None where nothing was said."""
 
 # A stop may take an engine its grace period. Users' programs wait a little longer than this for the host.
@@ -96,8 +96,10 @@ class Tasks:
         """A task as users see it: one on a node that is offline is lost until the node is back."""
         lost = task.status in _ACTIVE and not self._nodes.is_online(node)
         traffic = {} if lost else node.traffic.get("tasks", {}).get(str(task.task_id), {})
-        ordered = {name: list(task.spec.get(name, ())) for name in ("command", "mounts", "env")}  # names of variables
-        given = {name: task.spec.get(name) for name in (*BOUNDS, *OF_CONTAINERS)}
+        ordered = {
+            name: list(task.spec.get(name, ())) for name in ("command", "mounts", "devices", "env")
+        }  # names of variables
+        given = {name: task.spec.get(name) for name in (*BOUNDS, *OF_CONTAINERS, "restart")}
         shown = part_of(task, TaskView, without=("shared_with", "traffic", "pending_removal", *ordered, *given)) | {
             **ordered,
             **given,
@@ -129,6 +131,8 @@ class Tasks:
         backends = _fit_for(request)
         if request.mounts and not self._user_mounts:
             owner.need_admin("Mounting what a node has")
+        if request.devices:
+            owner.need_admin("Giving a task a device of its node")
         fitting = open_to(owner, await self._nodes.fitting(backends, request.node), backends)
         node = roomy(fitting, request)
         order = _order(_offered(node, backends), request.name, vars(request))
@@ -385,6 +389,8 @@ def _asked(order: TaskOrder) -> dict[str, Any]:
         "command": shlex.join(order.command) if order.command else None,
         **{name: getattr(order, name) for name in OF_CONTAINERS},
         "mounts": [f"{mount}"[:LONGEST_TEXT] for mount in order.mounts] or None,
+        "restart": order.restart,
+        "devices": order.devices or None,
         "ssh_keys": [fingerprint(key) for key in order.ssh_keys] or None,
         **{name: getattr(order, name) for name in BOUNDS},
     }
@@ -423,9 +429,16 @@ def _fit_for(request: CreateRequest) -> list[str]:
     if bounds and not any(kind_of(name).bounded for name in backends):
         raise UsageError(f"Only a task in a container takes --{bounds[0].replace('_', '-')}; nothing bounds a process.")
     own = [name for name in OF_CONTAINERS if getattr(request, name) is not None]
+    own += ["device"] if request.devices else []
     if own and not any(kind_of(name).image for name in backends):
-        raise UsageError(f"Only a task in a container takes --{own[0]}; name an image with --image, or leave it out.")
+        raise UsageError(
+            f"Only a task in a container takes --{_OPTIONS.get(own[0], own[0])}; name an image with --image."
+        )
     return backends
+
+
+_OPTIONS = {"run_as": "user"}
+"""What the command line calls a field that has another name here."""
 
 
 def _offered(node: Node, backends: Sequence[str]) -> str:

@@ -35,6 +35,9 @@ class TaskRecord(TaskOrder, TaskReport):
     dials; the `exec_*` are about one that was put into a running container, the `ssh_exec_*` about an SSH server there.
     `stopped` means that the task was stopped on purpose. `user` is who started it last, "" where nobody knows.
 
+    For its restart policy, `halted` means that somebody has stopped it, `cut_off` that it ended with its node, and
+    `failures` are those in a row after which it was to run again.
+
     `tunnel_token` opens the tunnel of the task's present start. It belongs to the tunnel client that showed it first,
     `tunnel_client` (a digest of the id that it made for itself), and is taken from the addresses `tunnel_from` alone,
     None where these are not known. `token_start` is the start of a tunnel client that it was given to, as the backend
@@ -49,6 +52,9 @@ class TaskRecord(TaskOrder, TaskReport):
     ssh_exec_id: str | None = None
     ssh_exec_start: str | None = None
     stopped: bool = False
+    halted: bool = False
+    cut_off: bool = False
+    failures: int = 0
     user: str = ""
     tunnel_url: str | None = None
     tunnel_token: str = field(default="", repr=False)

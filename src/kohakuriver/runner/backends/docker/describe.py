@@ -55,6 +55,7 @@ class Description:
             "Image": task.image,
             "Entrypoint": self.helper.container_command(program.words, open_stdin=program.open_stdin),
             "Cmd": [],
+            **{key: said for key, said in (("WorkingDir", task.workdir), ("User", task.run_as)) if said},
             "Env": [f"{name}={value}" for name, value in env.items()],
             "Labels": {
                 _LABEL_TASK: str(task.task_id),
@@ -64,7 +65,12 @@ class Description:
                 _LABEL_RUNNER: self.instance,
                 _LABEL_URL: task.tunnel_url,
             },
-            "HostConfig": {"Mounts": [*mounts, *map(_mount, task.mounts)], "NetworkMode": network, **bounds_of(task)},
+            "HostConfig": {
+                "Mounts": [*mounts, *map(_mount, task.mounts)],
+                "Devices": list(map(_device, task.devices)),
+                "NetworkMode": network,
+                **bounds_of(task),
+            },
         }
 
 
@@ -117,3 +123,11 @@ def _mount(text: str) -> dict[str, Any]:
         raise UsageError(f"--mount {text}: {source!r} must be a whole path on the node, or a volume's name.")
     kind = "bind" if source.startswith("/") else "volume"
     return {"Type": kind, "Source": source, "Target": target, "ReadOnly": mode == ["ro"]}
+
+
+def _device(text: str) -> dict[str, str]:
+    """`/dev/NAME[:/dev/INSIDE][:rwm]` in the engine's words."""
+    there, *more = text.split(":")
+    inside = [part for part in more if part.startswith("/")]
+    rights = [part for part in more if not part.startswith("/")]
+    return {"PathOnHost": there, "PathInContainer": (inside or [there])[0], "CgroupPermissions": (rights or ["rwm"])[0]}

@@ -258,7 +258,9 @@ class DockerBackend(Backend):
         if task.ssh_keys:
             self._ssh.prepare(task)
         with sentences(f"pull the image {task.image}"):
-            image = await self._images.need(task.image, partial(self._report, task.container, "starting"))
+            image = await self._images.need(
+                task.image, partial(self._report, task.container, "starting"), task.pull or "missing"
+            )
         async with self._doing(f"start the task from image {task.image}", task):
             network = await task_network(self._docker, self._fence)
             task.tunnel_url = await self._reach(await gateway(self._docker, network))
