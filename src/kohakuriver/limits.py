@@ -57,6 +57,8 @@ class Limits:
     """Processors of one user's running containers together."""
     max_pids: int = 32_768
     """Processes and threads of one user's running containers together."""
+    max_gpus: int = 8
+    """GPUs of one user's running containers together."""
     max_log: int = 64 << 20
     """Bytes that are kept of what each of a user's tasks prints."""
     task_memory: int = 0
@@ -104,6 +106,7 @@ _BOUNDS: dict[str, tuple[float, float]] = {
     "max_memory": (16 << 20, 1 << 50),
     "max_cpus": (0.01, 1 << 20),
     "max_pids": (16, 1 << 30),
+    "max_gpus": (0, 1 << 20),
     "max_log": (64 << 10, 1 << 40),
     "task_memory": (16 << 20, 1 << 50),
     "task_cpus": (0.01, 1 << 20),
@@ -143,6 +146,7 @@ _MAY_BE_OFF = {
     "max_memory",
     "max_cpus",
     "max_pids",
+    "max_gpus",
     "max_log",
     "task_cpus",
     "task_pids",

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, field, fields, replace
 from typing import Literal
 
 from kohakuriver.errors import NotAllowedError, UnavailableError, UsageError
@@ -29,7 +29,7 @@ __all__ = [
     "parsed",
 ]
 
-QuotaName = Literal["tasks", "running", "tokens", "sessions", "connects", "memory", "cpus", "pids", "log"]
+QuotaName = Literal["tasks", "running", "tokens", "sessions", "connects", "memory", "cpus", "pids", "gpus", "log"]
 
 LEAST_MEMORY = 16 << 20
 """Bytes of memory that a container gets at least: its tunnel client and SSH server need some of it."""
@@ -61,6 +61,7 @@ QUOTAS: dict[QuotaName, Quota] = {
     "memory": Quota("bytes", 1 << 50, "memory of all running containers together"),
     "cpus": Quota("CPUs", _MANY, "processors of all running containers together"),
     "pids": Quota("", 1 << 30, "processes of all running containers together"),
+    "gpus": Quota("", _MANY, "GPUs of all running containers together"),
     "log": Quota("bytes", 1 << 40, "bytes that are kept of what each task prints"),
 }
 
@@ -80,6 +81,7 @@ class Quotas:
     memory: int = 0
     cpus: float = 0
     pids: int = 0
+    gpus: int = 0
     log: int = 0
 
     @classmethod
@@ -98,7 +100,8 @@ class Quotas:
 class Offer:
     """What a node has, and what a container or process gets there that asks for nothing; 0 where there is no limit.
 
-    `user_processes`: users who are no admins may run processes there, as the runner's own user.
+    `user_processes`: users who are no admins may run processes there, as the runner's own user. `gpus` are the numbers
+    of its GPUs.
     """
 
     memory: int = 0
@@ -109,6 +112,7 @@ class Offer:
     task_shm: int = 0
     task_log: int = 0
     user_processes: bool = False
+    gpus: list[str] = field(default_factory=list)
 
 
 @dataclass(frozen=True)
@@ -121,6 +125,7 @@ class Usage:
     memory: int = 0
     cpus: float = 0
     pids: int = 0
+    gpus: int = 0
 
     def __add__(self, other: Usage) -> Usage:
         return Usage(**{f.name: getattr(self, f.name) + getattr(other, f.name) for f in fields(Usage)})
@@ -130,11 +135,11 @@ class Usage:
 
         Raises UnavailableError "over_limit" (429), or NotAllowedError (403) for what could never be.
         """
-        for field in fields(Usage):
-            wanted, most = getattr(more, field.name), getattr(quotas, field.name)
-            used = getattr(self, field.name)
+        for each in fields(Usage):
+            wanted, most = getattr(more, each.name), getattr(quotas, each.name)
+            used = getattr(self, each.name)
             if wanted and most and round(used + wanted, 6) > most:  # CPUs are sums of fractions
-                raise over_limit(field.name, user, used=used, wanted=wanted, most=most)
+                raise over_limit(each.name, user, used=used, wanted=wanted, most=most)
 
 
 _ADVICE = {

@@ -15,6 +15,7 @@ from ipaddress import ip_address
 from typing import Annotated, Any, ClassVar, Literal, Protocol, TypeVar, get_args
 
 from kohakuriver.backends import kind_of, making
+from kohakuriver.gpus import GPUS
 from kohakuriver.images import ImageName
 from kohakuriver.quotas import LEAST_MEMORY, LEAST_PIDS
 
@@ -157,6 +158,7 @@ Restart = Annotated[
         "it must be no, on-failure, on-failure:N, always or unless-stopped",
     ),
 ]
+Gpus = Annotated[str, matching(GPUS, "write how many, all, or numbers as in 0,1 or device=0")]
 ReportedStatus = Annotated[str, matching("|".join(get_args(Status)), "no task is in such a state")]
 Whole = Annotated[int, _between(0, 2**63 - 1)]
 """What a column of the database holds."""
@@ -182,7 +184,8 @@ class TaskSpec:
     Without a `command` a container runs its image's own; `entrypoint` takes the place of the image's own, and without
     a command of its CMD, too, so that with neither the container just stays up. It runs in `workdir` and `run_as` a
     user, None for those of the image. When the image is fetched `pull` says, None for where it is missing.
-    `restart` says when what has ended runs again, None for never.
+    `restart` says when what has ended runs again, None for never. `gpus` are a number, "all", or those with the numbers
+    "0,1" or "device=0".
     """
 
     image: Image | None = None
@@ -200,6 +203,7 @@ class TaskSpec:
     pull: Pull | None = None
     devices: list[Device] = field(default_factory=list)
     restart: Restart | None = None
+    gpus: Gpus | None = None
 
 
 @dataclass(kw_only=True)
@@ -217,7 +221,8 @@ class TaskOrder(TaskSpec):
 
     An `adopted` task is of something that runs already: a container, by its name or id in the engine, `engine_name`; or
     an IP `address`. With `no_client` nothing is put into the container: its node dials from the container's network.
-    Of what it prints `log_size` bytes are kept, where that is None as many as its node does by default.
+    Of what it prints `log_size` bytes are kept, where that is None as many as its node does by default. It gets the
+    node's GPUs with the numbers `gpu_ids`.
     """
 
     task_id: int
@@ -229,6 +234,7 @@ class TaskOrder(TaskSpec):
     adopted: bool = False
     no_client: bool = False
     log_size: Whole | None = None
+    gpu_ids: list[str] = field(default_factory=list)
 
 
 @dataclass(kw_only=True)
@@ -280,7 +286,7 @@ class TaskTraffic:
 class TaskView:
     """A task as users see it: an id and a unique name. `created_at` is ISO 8601; `container` its name on the tunnel.
 
-    `command`, `entrypoint`, `workdir`, `run_as`, `pull`, `restart`, `mounts`, `devices` and the names of the
+    `command`, `entrypoint`, `workdir`, `run_as`, `pull`, `restart`, `gpus`, `mounts`, `devices` and the names of the
     variables, `env`, are as they were asked for. `memory`, `cpus`, `pids`, `shm_size` and `log_size` are what it was
     given, None where nothing bounds it. `exit_code` is what it has ended with, 128 + N by signal N; None while it runs,
     and where nobody knows.
@@ -316,6 +322,8 @@ class TaskView:
     pull: str | None = None
     devices: list[str] = field(default_factory=list)
     restart: str | None = None
+    gpus: str | None = None
+    gpu_ids: list[str] = field(default_factory=list)
     message: str | None = None
     exit_code: int | None = None
     ssh_port: int | None = None

@@ -145,6 +145,7 @@ def test_python_dash_m_is_the_same_program() -> None:
         (["vps", "create", "--image", "i", "--env-file", "/no/such/file"], "/no/such/file can't be read: No such file"),
         (["vps", "create", "--image", "i", "--workdir", "work"], "--workdir takes a whole path"),
         (["vps", "create", "--image", "i", "--device", "null"], "--device takes a device of the node"),
+        (["vps", "create", "--image", "i", "--gpus", "-1"], "--gpus takes a number, all"),
         (["vps", "create", "--image", "i", "--restart", "sometimes"], "on-failure:N, always"),
         (["vps", "create", "--image", "i", "--pull", "maybe"], "missing, always, never"),
         (["vps", "create", "--image", "i", "--mount", "/a:/b:rx"], "SRC:DST"),

@@ -41,7 +41,7 @@ TASK_FIELDS = {"pending_removal"} | {
     "owner",
     *("creator", "ssh_port", "ssh_host_key", "shared_with", "traffic", "command", "mounts", "env", "exit_code"),
     *("memory", "cpus", "pids", "shm_size", "log_size"),
-    *("entrypoint", "workdir", "run_as", "pull", "devices", "restart"),
+    *("entrypoint", "workdir", "run_as", "pull", "devices", "restart", "gpus", "gpu_ids"),
 }
 
 
@@ -112,6 +112,8 @@ REFUSED: list[tuple[dict[str, Any], int, str, str]] = [
     ({"devices": ["/dev/null"], "backend": "process"}, 400, "bad_request", "--device"),
     ({"image": "x", "workdir": "a/b"}, 400, "bad_request", "whole path"),
     ({"image": "x", "run_as": "a:b:c"}, 400, "bad_request", "USER:GROUP"),
+    ({"image": "x", "gpus": "some"}, 400, "bad_request", "how many, all, or numbers"),
+    ({"gpus": "1", "backend": "process"}, 400, "bad_request", "--gpus"),
     ({"image": "x", "restart": "on-failure:0"}, 400, "bad_request", "on-failure:N"),
     ({"image": "x", "pull": "sometimes"}, 400, "bad_request", "'always'"),
     ({"image": "x", "devices": ["/etc/passwd"]}, 400, "bad_request", "/dev/NAME"),

@@ -34,6 +34,7 @@ EVERYTHING: Final = NewTask(
     pull="never",
     devices=["/dev/null:/dev/nothing:r"],
     restart="on-failure:3",
+    gpus="device=0,1",
 )
 
 

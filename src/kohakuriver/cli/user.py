@@ -54,6 +54,7 @@ class WithLimits(Remote):
     memory: Annotated[str | None, _limit("memory")] = None
     cpus: Annotated[str | None, _limit("cpus")] = None
     pids: Annotated[str | None, _limit("pids")] = None
+    gpus: Annotated[str | None, _limit("gpus")] = None
     log: Annotated[str | None, _limit("log")] = None
 
     def limits(self) -> dict[str, float | None]:

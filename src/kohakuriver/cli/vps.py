@@ -28,6 +28,7 @@ from kohakuriver.cli.options import (
     variables_in,
 )
 from kohakuriver.errors import KohakuRiverError, UsageError
+from kohakuriver.gpus import GPUS, count
 from kohakuriver.quotas import in_words
 
 if TYPE_CHECKING:
@@ -126,6 +127,16 @@ ShmOption = Annotated[
         rich_help_panel=_BOUNDS,
     ),
 ]
+GpusOption = Annotated[
+    str | None,
+    typer.Option(
+        "--gpus",
+        metavar="N|all|IDS",
+        help="GPUs: how many, all, or which, as 0,1 or device=0.",
+        show_default=False,
+        rich_help_panel=_BOUNDS,
+    ),
+]
 SshOption = Annotated[
     bool, typer.Option("--ssh", help="Give it an SSH server that lets in the keys of your ~/.ssh/*.pub.")
 ]
@@ -174,6 +185,7 @@ def create(
     cpus: CpusOption = None,
     pids: PidsOption = None,
     shm_size: ShmOption = None,
+    gpus: GpusOption = None,
     with_ssh: SshOption = False,
     public_key_file: PublicKeyOption = None,
     no_wait: NoWaitOption = False,
@@ -199,6 +211,7 @@ def create(
         run_as=user,
         pull=pull,  # type: ignore[arg-type]
         restart=_policy(restart),
+        gpus=_gpus(gpus),
         devices=[_device(text) for text in device or []],
         mounts=[_mount(text) for text in mount or []],
         memory=size_of(memory, "--memory"),
@@ -230,6 +243,12 @@ def _whole_path(path: str | None, option: str) -> str | None:
 def _policy(text: str | None) -> str | None:
     if text is not None and not re.fullmatch(r"no|on-failure(:[1-9][0-9]{0,3})?|always|unless-stopped", text):
         raise UsageError(f"--restart takes no, on-failure, on-failure:N, always or unless-stopped, not {text!r}.")
+    return text
+
+
+def _gpus(text: str | None) -> str | None:
+    if text is not None and not re.fullmatch(GPUS, text):
+        raise UsageError(f"--gpus takes a number, all, or the numbers of GPUs as in 0,1 or device=0, not {text!r}.")
     return text
 
 
@@ -561,7 +580,10 @@ def _given(task: Task) -> str:
         ("shm", task.shm_size, " of /dev/shm"),
         ("log", task.log_size, " of log"),
     )
-    return ", ".join(f"{in_words(name, value)}{what}" for name, value, what in bounds if value is not None)
+    given = [f"{in_words(name, value)}{what}" for name, value, what in bounds if value is not None]
+    if task.gpu_ids:
+        given.append(f"{count(task.gpu_ids)} ({', '.join(task.gpu_ids)})")
+    return ", ".join(given)
 
 
 def _inside(task: Task) -> list[tuple[str, str]]:

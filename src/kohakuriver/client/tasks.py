@@ -224,6 +224,7 @@ async def create(
     pull: Pull | None = None,
     devices: Sequence[str] = (),
     restart: str | None = None,
+    gpus: int | str | None = None,
     ssh_keys: Sequence[str] = (),
     wait: float | None = WAIT_SECONDS,
     host: str | None = None,
@@ -246,6 +247,7 @@ async def create(
         workdir: where the command runs in the container, `run_as` the user, `USER[:GROUP]`; None for the image's own.
         pull: when the image is fetched: "missing", as for None, "always" or "never".
         devices: `/dev/NAME[:/dev/INSIDE][:rwm]` each, of the node; for admins.
+        gpus: how many, "all", or those with the numbers "0,1" or "device=0".
         restart: when it runs again: "no", "on-failure", "on-failure:N", "always" or "unless-stopped".
         ssh_keys: public keys that its SSH server lets in; without one it has no SSH server.
         host: as `token` and `ca_file` by default what the command line's settings say.
@@ -274,6 +276,7 @@ async def create(
         pull=pull,
         devices=list(devices),
         restart=restart,
+        gpus=None if gpus is None else str(gpus),
         ssh_keys=list(ssh_keys),
     )
     settings = load_settings(host=host, token=token, ca_file=ca_file)

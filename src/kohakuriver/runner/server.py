@@ -28,6 +28,7 @@ from kohakuriver.resolve import resolving
 from kohakuriver.runner.app import Services, create_app
 from kohakuriver.runner.backends.base import Surroundings
 from kohakuriver.runner.backends.registry import made
+from kohakuriver.runner.services.gpus import found as found_gpus
 from kohakuriver.runner.services.hub import EXPECTED_SECONDS
 from kohakuriver.runner.services.incidents import Incidents
 from kohakuriver.runner.services.offer import offered
@@ -70,7 +71,7 @@ class RunnerOptions:
     With `exit_with_stdin` it ends when its stdin does, as a child of `up` should. `allowed_hosts` and
     `allowed_origins` are as `Guard` takes them. Images that the engine has not got come from `registries` alone.
     With `user_processes` others than admins may run processes here. Processes are the runner's own user, or
-    `process_user`.
+    `process_user`. Its GPUs are those at `gpus`, by default NVIDIA's.
     """
 
     state_dir: Path
@@ -93,6 +94,7 @@ class RunnerOptions:
     stop_tasks_on_exit: bool = False
     user_processes: bool = False
     process_user: str | None = None
+    gpus: Sequence[str] = ()
     json: bool = False
     log_level: str = "info"
     log_format: str = "text"
@@ -213,6 +215,7 @@ class Runner:
             process_user=self._options.process_user,
             registries=_registries(self._options),
             limits=self._limits,
+            gpus=found_gpus(self._options.gpus),
         )
 
     def _say(self, container: str, sentence: str, address: str) -> None:
@@ -386,6 +389,7 @@ def _identity(options: RunnerOptions, state: State, sock: socket.socket) -> Node
     name = options.name or socket.gethostname()
     if not _NAME.fullmatch(name):
         raise UsageError(f"{name!r} can't be a node's name; give one of letters, digits, dots and dashes with --name.")
+    gpus = [gpu.number for gpu in found_gpus(options.gpus)]
     return NodeIdentity(
         name=name,
         url=(options.advertise_url or _reachable_url(sock, options)).rstrip("/"),
@@ -394,7 +398,7 @@ def _identity(options: RunnerOptions, state: State, sock: socket.socket) -> Node
         other_hosts=[url.rstrip("/") for url in options.other_hosts],
         token=_node_token(options),
         ca_file=options.ca_file,
-        offer=replace(offered(limits_from_environment()), user_processes=options.user_processes),
+        offer=replace(offered(limits_from_environment()), user_processes=options.user_processes, gpus=gpus),
     )
 
 

@@ -19,7 +19,7 @@ from kohakuriver.changes import Changes
 from kohakuriver.errors import HostUnreachableError, KohakuRiverError, NotFoundError, UnavailableError, UsageError
 from kohakuriver.host.schemas import AdoptRequest, Agent, Answers, CreateRequest, Ports, iso_time
 from kohakuriver.host.services.audit import LONGEST_TEXT, NOWHERE, Audit, fingerprint
-from kohakuriver.host.services.bounds import BOUNDS, give_bounds, offer_of, open_to, roomy
+from kohakuriver.host.services.bounds import BOUNDS, give_bounds, offer_of, open_to, roomy, with_gpus
 from kohakuriver.host.services.credentials import Caller
 from kohakuriver.host.services.nodes import Nodes
 from kohakuriver.host.services.runner_client import RunnerClient, makes_no_sense
@@ -44,7 +44,7 @@ log = structlog.get_logger("kohakuriver.host")
 _ACTIVE = ("starting", "running")
 _ADOPT = "/api/tasks/adopt"
 
-OF_CONTAINERS: Final = ("entrypoint", "workdir", "run_as", "pull")
+OF_CONTAINERS: Final = ("entrypoint", "workdir", "run_as", "pull", "gpus")
 """The fields of an order that are about a container and its image, None where nothing was said."""
 
 # A stop may take an engine its grace period. Users' programs wait a little longer than this for the host.
@@ -96,9 +96,8 @@ class Tasks:
         """A task as users see it: one on a node that is offline is lost until the node is back."""
         lost = task.status in _ACTIVE and not self._nodes.is_online(node)
         traffic = {} if lost else node.traffic.get("tasks", {}).get(str(task.task_id), {})
-        ordered = {
-            name: list(task.spec.get(name, ())) for name in ("command", "mounts", "devices", "env")
-        }  # names of variables
+        lists = ("command", "mounts", "devices", "gpu_ids", "env")  # of the variables the names
+        ordered = {name: list(task.spec.get(name, ())) for name in lists}
         given = {name: task.spec.get(name) for name in (*BOUNDS, *OF_CONTAINERS, "restart")}
         shown = part_of(task, TaskView, without=("shared_with", "traffic", "pending_removal", *ordered, *given)) | {
             **ordered,
@@ -134,6 +133,8 @@ class Tasks:
         if request.devices:
             owner.need_admin("Giving a task a device of its node")
         fitting = open_to(owner, await self._nodes.fitting(backends, request.node), backends)
+        if request.gpus is not None:
+            fitting = with_gpus(fitting, request.gpus, await self._store.gpus_in_use(self._clock()))
         node = roomy(fitting, request)
         order = _order(_offered(node, backends), request.name, vars(request))
         give_bounds(order, offer_of(node), owner.name, owner.quotas)

@@ -11,6 +11,7 @@ from kohakuriver.images import Registries
 from kohakuriver.limits import Limits
 from kohakuriver.runner.backends.printed import LogRequest, Printed
 from kohakuriver.runner.services.direct import DirectTarget
+from kohakuriver.runner.services.gpus import Gpu
 from kohakuriver.runner.services.ssh_helper import SshHelper
 from kohakuriver.runner.services.state import State, TaskRecord
 from kohakuriver.runner.services.tunnel_helper import TunnelHelper
@@ -110,7 +111,8 @@ class Surroundings:
     `node` is its name. `listen_at` makes the runner reachable at one of the node's addresses, for containers, and gives
     the URL; `local_url` is that for the node's own processes. `on_change` is called when a backend's `trouble` is
     another. `user_processes`: others than admins may run processes here. `process_user`: as whom, None for the
-    runner's own user. `registries` are those that images may come from, `limits` what users may take.
+    runner's own user. `registries` are those that images may come from, `limits` what users may take. `gpus` are
+    the node's.
     """
 
     node: str
@@ -125,6 +127,7 @@ class Surroundings:
     process_user: str | None
     registries: Registries
     limits: Limits
+    gpus: Sequence[Gpu] = ()
 
 
 @dataclass(frozen=True)

@@ -15,11 +15,14 @@ from kohakuriver.runner.backends.docker.bounds import bounds_of
 from kohakuriver.runner.backends.docker.engine import TROUBLE, limit
 from kohakuriver.runner.backends.docker.program import program_of
 from kohakuriver.runner.backends.process.tasks import describe_exit, last_words
+from kohakuriver.runner.services.gpus import Grant
 from kohakuriver.runner.services.ssh_helper import SshHelper
 from kohakuriver.runner.services.state import TaskRecord
 from kohakuriver.runner.services.tunnel_helper import TunnelHelper
 
 __all__ = ["Description", "ending", "of_runner", "task_in", "task_of"]
+
+NO_GPUS = Grant()
 
 _LABEL_TASK = "kohakuriver.task"
 _LABEL_NODE = "kohakuriver.node"
@@ -38,7 +41,7 @@ class Description:
     helper: TunnelHelper
     ssh: SshHelper
 
-    def config(self, task: TaskRecord, image: Mapping[str, Any], network: str) -> dict[str, Any]:
+    def config(self, task: TaskRecord, image: Mapping[str, Any], network: str, gpus: Grant = NO_GPUS) -> dict[str, Any]:
         """What the engine makes the task's container of, on that network; `image` is its image's configuration.
 
         Raises UnavailableError, UsageError.
@@ -67,7 +70,8 @@ class Description:
             },
             "HostConfig": {
                 "Mounts": [*mounts, *map(_mount, task.mounts)],
-                "Devices": list(map(_device, task.devices)),
+                "Devices": [*map(_device, task.devices), *gpus.devices],
+                "DeviceRequests": gpus.requests,
                 "NetworkMode": network,
                 **bounds_of(task),
             },

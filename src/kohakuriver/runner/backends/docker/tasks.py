@@ -8,7 +8,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from functools import partial
 from typing import Any
 
@@ -49,6 +49,7 @@ from kohakuriver.runner.backends.docker.watch import EngineWatch, Looker
 from kohakuriver.runner.backends.printed import LogRequest, Printed
 from kohakuriver.runner.services.direct import DirectTarget
 from kohakuriver.runner.services.fair_queue import FairQueue
+from kohakuriver.runner.services.gpus import Gpu, Grant, granted
 from kohakuriver.runner.services.ssh_helper import SshHelper
 from kohakuriver.runner.services.state import TaskRecord
 from kohakuriver.runner.services.tunnel_helper import TunnelHelper
@@ -99,7 +100,9 @@ class DockerBackend(Backend):
         on_availability: Callable[[], None],
         registries: Registries,
         pull_seconds: float,
+        gpus: Sequence[Gpu] = (),
     ) -> None:
+        self._gpus = gpus
         self._node = node
         self._instance = instance
         self._helper = helper
@@ -128,6 +131,7 @@ class DockerBackend(Backend):
             listen_at=around.listen_at,
             on_availability=around.on_change,
             registries=around.registries,
+            gpus=around.gpus,
             pull_seconds=around.limits.pull_timeout,
         )
 
@@ -266,7 +270,7 @@ class DockerBackend(Backend):
             task.tunnel_url = await self._reach(await gateway(self._docker, network))
             try:
                 container = await self._docker.containers.create(
-                    self._description.config(task, image, network), name=task.container
+                    self._description.config(task, image, network, await self._grant(task)), name=task.container
                 )
             except DockerError as error:
                 if error.status == 404:
@@ -284,6 +288,10 @@ class DockerBackend(Backend):
                     await container.delete(force=True, timeout=limit())
                 raise
             await self._refresh(task)
+
+    async def _grant(self, task: TaskRecord) -> Grant:
+        """What gives a task's container its GPUs. May raise DockerError, UnavailableError."""
+        return granted(task.gpu_ids, self._gpus, await self._docker.system.info() if task.gpu_ids else {}, self._node)
 
     async def adopt(self, task: TaskRecord) -> TaskRecord:
         assert task.engine_name is not None
