@@ -57,6 +57,8 @@ class Limits:
     """Processors of one user's running containers together."""
     max_pids: int = 32_768
     """Processes and threads of one user's running containers together."""
+    max_gpus: int = 8
+    """GPUs of one user's running containers together."""
     max_log: int = 64 << 20
     """Bytes that are kept of what each of a user's tasks prints."""
     max_ttl: int = 0
@@ -108,6 +110,7 @@ _BOUNDS: dict[str, tuple[float, float]] = {
     "max_memory": (16 << 20, 1 << 50),
     "max_cpus": (0.01, 1 << 20),
     "max_pids": (16, 1 << 30),
+    "max_gpus": (0, 1 << 20),
     "max_log": (64 << 10, 1 << 40),
     "max_ttl": (60, LONGEST),
     "max_idle_stop": (60, LONGEST),
@@ -149,6 +152,7 @@ _MAY_BE_OFF = {
     "max_memory",
     "max_cpus",
     "max_pids",
+    "max_gpus",
     "max_log",
     "max_ttl",
     "max_idle_stop",

@@ -33,7 +33,7 @@ __all__ = [
 ]
 
 QuotaName = Literal[
-    "tasks", "running", "tokens", "sessions", "connects", "memory", "cpus", "pids", "log", "ttl", "idle_stop"
+    "tasks", "running", "tokens", "sessions", "connects", "memory", "cpus", "pids", "gpus", "log", "ttl", "idle_stop"
 ]
 
 LEAST_MEMORY = 16 << 20
@@ -69,6 +69,7 @@ QUOTAS: dict[QuotaName, Quota] = {
     "memory": Quota("bytes", 1 << 50, "memory of all running containers together"),
     "cpus": Quota("CPUs", _MANY, "processors of all running containers together"),
     "pids": Quota("", 1 << 30, "processes of all running containers together"),
+    "gpus": Quota("", _MANY, "GPUs of all running containers together"),
     "log": Quota("bytes", 1 << 40, "bytes that are kept of what each task prints"),
     "ttl": Quota("seconds", LONGEST_TIME, "time that each task runs until it is stopped"),
     "idle_stop": Quota("seconds", LONGEST_TIME, "time without anybody connected until a task is stopped"),
@@ -90,6 +91,7 @@ class Quotas:
     memory: int = 0
     cpus: float = 0
     pids: int = 0
+    gpus: int = 0
     log: int = 0
     ttl: int = 0
     idle_stop: int = 0
@@ -111,7 +113,7 @@ class Offer:
     """What a node has, and what a container or process gets there that asks for nothing; 0 where there is no limit.
 
     `user_processes`: users who are no admins may run processes there, as the runner's own user. `mount_roots` are the
-    directories that they may mount, as `mount_roots.py` reads them.
+    directories that they may mount, as `mount_roots.py` reads them, `gpus` the numbers of its GPUs.
     """
 
     memory: int = 0
@@ -123,6 +125,7 @@ class Offer:
     task_log: int = 0
     user_processes: bool = False
     mount_roots: list[str] = field(default_factory=list)
+    gpus: list[str] = field(default_factory=list)
 
 
 @dataclass(frozen=True)
@@ -135,6 +138,7 @@ class Usage:
     memory: int = 0
     cpus: float = 0
     pids: int = 0
+    gpus: int = 0
 
     def __add__(self, other: Usage) -> Usage:
         return Usage(**{f.name: getattr(self, f.name) + getattr(other, f.name) for f in fields(Usage)})

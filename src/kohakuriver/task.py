@@ -15,6 +15,7 @@ from ipaddress import ip_address
 from typing import Annotated, Any, ClassVar, Literal, Protocol, TypeVar, get_args
 
 from kohakuriver.backends import kind_of, making
+from kohakuriver.gpus import GPUS
 from kohakuriver.images import ImageName
 from kohakuriver.quotas import LEAST_MEMORY, LEAST_PIDS, LONGEST_TIME
 
@@ -28,6 +29,7 @@ __all__ = [
     "Name",
     "NewTask",
     "NodeName",
+    "Pull",
     "Status",
     "TaskOrder",
     "TaskReport",
@@ -141,6 +143,23 @@ Pids = Annotated[int, _between(LEAST_PIDS, 1 << 22)]
 ShmSize = Annotated[int, _between(64 << 10, 1 << 50)]
 """Bytes."""
 Seconds = Annotated[int, _between(1, LONGEST_TIME)]
+Directory = Annotated[str, matching(r"(?s)/[^\0]*", "it must be a whole path")]
+UserInside = Annotated[str, matching(r"[^\0:]+(:[^\0:]+)?", "write USER or USER:GROUP, names or numbers")]
+Pull = Literal["missing", "always", "never"]
+Device = Annotated[
+    str,
+    matching(
+        r"/dev/[^:\0]+(:/[^:\0]+)?(:[rwm]{1,3})?", "write /dev/NAME, /dev/NAME:/dev/INSIDE or with :rwm behind it"
+    ),
+]
+Restart = Annotated[
+    str,
+    matching(
+        "no|on-failure(:[1-9][0-9]{0,3})?|always|unless-stopped",
+        "it must be no, on-failure, on-failure:N, always or unless-stopped",
+    ),
+]
+Gpus = Annotated[str, matching(GPUS, "write how many, all, or numbers as in 0,1 or device=0")]
 ReportedStatus = Annotated[str, matching("|".join(get_args(Status)), "no task is in such a state")]
 Whole = Annotated[int, _between(0, 2**63 - 1)]
 """What a column of the database holds."""
@@ -164,6 +183,11 @@ class TaskSpec:
     A container gets so many bytes of `memory`, `cpus`, processes and threads (`pids`), and bytes of /dev/shm
     (`shm_size`, a part of its memory); where that is None, what its node gives by default.
     It is stopped `ttl` seconds after its start, and when nobody was connected to it for `idle_stop` seconds.
+    Without a `command` a container runs its image's own; `entrypoint` takes the place of the image's own, and without
+    a command of its CMD, too, so that with neither the container just stays up. It runs in `workdir` and `run_as` a
+    user, None for those of the image. When the image is fetched `pull` says, None for where it is missing.
+    `restart` says when what has ended runs again, None for never. `gpus` are a number, "all", or those with the numbers
+    "0,1" or "device=0".
     """
 
     image: Image | None = None
@@ -177,6 +201,13 @@ class TaskSpec:
     shm_size: ShmSize | None = None
     ttl: Seconds | None = None
     idle_stop: Seconds | None = None
+    entrypoint: list[NoNul] | None = None
+    workdir: Directory | None = None
+    run_as: UserInside | None = None
+    pull: Pull | None = None
+    devices: list[Device] = field(default_factory=list)
+    restart: Restart | None = None
+    gpus: Gpus | None = None
 
 
 @dataclass(kw_only=True)
@@ -196,6 +227,7 @@ class TaskOrder(TaskSpec):
     an IP `address`. With `no_client` nothing is put into the container: its node dials from the container's network.
     Of what it prints `log_size` bytes are kept, where that is None as many as its node does by default. `mounts_for` is
     the user whom the node lets mount its mount roots alone, None where its mounts are not bound to these.
+    It gets the node's GPUs with the numbers `gpu_ids`.
     """
 
     task_id: int
@@ -208,6 +240,7 @@ class TaskOrder(TaskSpec):
     no_client: bool = False
     log_size: Whole | None = None
     mounts_for: str | None = None
+    gpu_ids: list[str] = field(default_factory=list)
 
 
 @dataclass(kw_only=True)
@@ -261,13 +294,15 @@ class TaskTraffic:
 class TaskView:
     """A task as users see it: an id and a unique name. `created_at` is ISO 8601; `container` its name on the tunnel.
 
-    `command`, `mounts` and the names of the variables, `env`, are as they were asked for. `memory`, `cpus`, `pids`,
-    `shm_size` and `log_size` are what it was given, None where nothing bounds it. `exit_code` is what it has ended
-    with, 128 + N by signal N; None while it runs, and where nobody knows. `owner` may do everything with it,
-    `shared_with` may use it; `creator` made it, and is another one where a user was removed. `ttl` and `idle_stop`, in
-    seconds, are as it was given them, and `ends_at`, in ISO 8601, is when the first is over, None while it does not
-    run. `ssh_port` and `ssh_host_key` are those of the SSH server that the task was given, None without one. With
-    `pending_removal` its node ends it once it is back.
+    `command`, `entrypoint`, `workdir`, `run_as`, `pull`, `restart`, `gpus`, `mounts`, `devices` and the names of the
+    variables, `env`, are as they were asked for. `memory`, `cpus`, `pids`, `shm_size` and `log_size` are what it was
+    given, None where nothing bounds it. `exit_code` is what it has ended with, 128 + N by signal N; None while it runs,
+    and where nobody knows.
+
+    `owner` may do everything with it, `shared_with` may use it; `creator` made it, and is another one where a user was
+    removed. `ttl` and `idle_stop`, in seconds, are as it was given them, and `ends_at`, in ISO 8601, is when the first
+    is over, None while it does not run. `ssh_port` and `ssh_host_key` are those of the SSH server that the task was
+    given, None without one. With `pending_removal` its node ends it once it is back.
     """
 
     task_id: int
@@ -294,6 +329,14 @@ class TaskView:
     ttl: int | None = None
     idle_stop: int | None = None
     ends_at: str | None = None
+    entrypoint: list[str] | None = None
+    workdir: str | None = None
+    run_as: str | None = None
+    pull: str | None = None
+    devices: list[str] = field(default_factory=list)
+    restart: str | None = None
+    gpus: str | None = None
+    gpu_ids: list[str] = field(default_factory=list)
     message: str | None = None
     exit_code: int | None = None
     ssh_port: int | None = None

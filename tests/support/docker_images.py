@@ -49,10 +49,25 @@ def make_image(name: str, files: dict[str, bytes], *changes: str) -> str:
     return image
 
 
+def built(image: str, *lines: str) -> str:
+    """An image made of another by the `lines` of a Dockerfile, which may say more than an import; its id."""
+    recipe = "\n".join([f"FROM {image}", *lines]).encode()
+    # The builder that needs no plugin.
+    env = {**os.environ, "DOCKER_BUILDKIT": "0"}
+    done = subprocess.run(["docker", "build", "-q", "-"], input=recipe, env=env, capture_output=True, check=False)
+    assert done.returncode == 0, done.stderr.decode()
+    return done.stdout.decode().strip()
+
+
 def busybox_image() -> str:
     """busybox, with `sh` among its names."""
+    return make_image("busybox", busybox_files())
+
+
+def busybox_files() -> dict[str, bytes]:
+    """What it is made of."""
     busybox = Path(shutil.which("busybox") or "/bin/busybox").read_bytes()
-    return make_image("busybox", {"bin/busybox": busybox, "bin/sh": busybox})
+    return {"bin/busybox": busybox, "bin/sh": busybox}
 
 
 def single_binary_image() -> str:
@@ -62,8 +77,7 @@ def single_binary_image() -> str:
 
 def unprivileged_image() -> str:
     """busybox, run by a user without a name."""
-    busybox = Path(shutil.which("busybox") or "/bin/busybox").read_bytes()
-    return make_image("unprivileged", {"bin/busybox": busybox, "bin/sh": busybox}, "USER 12345:12345")
+    return make_image("unprivileged", busybox_files(), "USER 12345:12345")
 
 
 def debian_image(directory: Path) -> str:

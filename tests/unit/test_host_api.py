@@ -41,6 +41,7 @@ TASK_FIELDS = {"pending_removal"} | {
     "owner",
     *("creator", "ssh_port", "ssh_host_key", "shared_with", "traffic", "command", "mounts", "env", "exit_code"),
     *("memory", "cpus", "pids", "shm_size", "log_size", "ttl", "idle_stop", "ends_at"),
+    *("entrypoint", "workdir", "run_as", "pull", "devices", "restart", "gpus", "gpu_ids"),
 }
 
 
@@ -106,6 +107,16 @@ REFUSED: list[tuple[dict[str, Any], int, str, str]] = [
     ({"backend": "docker"}, 400, "bad_request", "--image"),
     ({"backend": "process", "image": "x"}, 400, "bad_request", "--image"),
     ({"mounts": ["/a:/b"], "backend": "process"}, 400, "bad_request", "--mount"),
+    ({"entrypoint": ["x"], "backend": "process"}, 400, "bad_request", "--entrypoint"),
+    ({"run_as": "x", "backend": "process"}, 400, "bad_request", "takes --user;"),
+    ({"devices": ["/dev/null"], "backend": "process"}, 400, "bad_request", "--device"),
+    ({"image": "x", "workdir": "a/b"}, 400, "bad_request", "whole path"),
+    ({"image": "x", "run_as": "a:b:c"}, 400, "bad_request", "USER:GROUP"),
+    ({"image": "x", "gpus": "some"}, 400, "bad_request", "how many, all, or numbers"),
+    ({"gpus": "1", "backend": "process"}, 400, "bad_request", "--gpus"),
+    ({"image": "x", "restart": "on-failure:0"}, 400, "bad_request", "on-failure:N"),
+    ({"image": "x", "pull": "sometimes"}, 400, "bad_request", "'always'"),
+    ({"image": "x", "devices": ["/etc/passwd"]}, 400, "bad_request", "/dev/NAME"),
     ({"image": "x", "mounts": ["a"]}, 400, "bad_request", "SOURCE:/TARGET"),
     ({"name": "123"}, 400, "bad_request", "a number means a task's id"),
     ({"name": "Über"}, 400, "bad_request", "a-z"),

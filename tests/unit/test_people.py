@@ -117,6 +117,7 @@ def test_what_reaches_beyond_a_users_own_containers_is_for_admins(run: Run, tmp_
             ann, _ = await host.person("ann")
             for path, body in (
                 ("/api/tasks", {"image": "x", "mounts": ["/etc:/etc"]}),
+                ("/api/tasks", {"image": "x", "devices": ["/dev/mem"]}),
                 ("/api/tasks/adopt", {"container": "somebodys"}),
                 ("/api/tasks/adopt", {"address": "127.0.0.1"}),
             ):
@@ -125,6 +126,7 @@ def test_what_reaches_beyond_a_users_own_containers_is_for_admins(run: Run, tmp_
             assert (await host.user.post("/api/tasks", json={"image": "x", "mounts": ["/etc:/etc"]})).status_code == 201
             host.tasks._user_mounts = True
             assert (await ann.post("/api/tasks", json={"image": "x", "mounts": ["/etc:/etc"]})).status_code == 201
+            assert (await ann.post("/api/tasks", json={"image": "x", "devices": ["/dev/mem"]})).status_code == 403
 
     run(check())
 

@@ -30,6 +30,13 @@ EVERYTHING: Final = NewTask(
     shm_size=1 << 30,
     ttl=8 * 3600,
     idle_stop=1800,
+    entrypoint=[],
+    workdir="/work",
+    run_as="me:staff",
+    pull="never",
+    devices=["/dev/null:/dev/nothing:r"],
+    restart="on-failure:3",
+    gpus="device=0,1",
 )
 
 

@@ -27,6 +27,7 @@ Options:
   --take-token FILE       the same; the file is removed once it is read [KOHAKURIVER_TUNNEL_TAKE_TOKEN]
   --reconnect-delay SECS  what the pause between attempts grows to, at random below it [RECONNECT_DELAY, 5]
   --max-reconnect N       give up after N failures in a row, 0 for never [MAX_RECONNECT, 0]
+  --open-stdin            give COMMAND an input that stays open and empty, where a shell or an interpreter waits
   --log-level LEVEL       error, warn, info or debug [LOG_LEVEL, info]
   --version, --help
 
@@ -53,6 +54,8 @@ pub struct Options {
     pub log_level: Level,
     /// What streams may hold, and how long they wait.
     pub settings: Settings,
+    /// Whether the command's input stays open and empty.
+    pub open_stdin: bool,
     /// `run`, with its command, which may be empty.
     pub run: Option<Vec<OsString>>,
 }
@@ -81,6 +84,7 @@ pub fn parse(
         .unwrap_or(5.0);
     let mut max_reconnect = word(&env, "MAX_RECONNECT").unwrap_or(0);
     let mut log_level = word(&env, "LOG_LEVEL").unwrap_or(Level::Info);
+    let mut open_stdin = false;
     let mut run = None;
     while let Some(argument) = parser.next().map_err(text)? {
         match argument {
@@ -95,6 +99,7 @@ pub fn parse(
                     .parse()
                     .map_err(|()| "--log-level is error, warn, info or debug")?;
             }
+            Long("open-stdin") => open_stdin = true,
             Short('h') | Long("help") => return Ok(Request::Print(HELP.into())),
             Short('V') | Long("version") => {
                 return Ok(Request::Print(
@@ -118,6 +123,7 @@ pub fn parse(
         max_reconnect: (max_reconnect > 0).then_some(max_reconnect),
         log_level,
         settings: Settings::from_env(env)?,
+        open_stdin,
         run,
     })))
 }

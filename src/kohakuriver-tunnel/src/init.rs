@@ -2,8 +2,9 @@
 
 use std::ffi::OsString;
 use std::io;
+use std::mem;
 use std::os::unix::process::CommandExt;
-use std::process::{self, Command};
+use std::process::{self, Command, Stdio};
 
 use crate::children;
 use crate::sys::{self, Change, SignalSet};
@@ -40,15 +41,19 @@ pub fn block_signals() -> io::Result<SignalSet> {
     SignalSet::block(FORWARDED.iter().copied().chain([libc::SIGCHLD]))
 }
 
-/// Starts `command`, with the limit of open files and the ignored signals that we were given ourselves; its process id.
+/// Starts `command`, with our own input or, with `open_stdin`, one that stays open and empty, with the limit of open files and the ignored signals that we were given ourselves; its process id.
 /// An error is the exit code that a shell would give, and a sentence.
 pub fn start(
     command: &[OsString],
+    open_stdin: bool,
     files: libc::rlimit,
     ignored: &[libc::c_int],
 ) -> Result<libc::pid_t, (i32, String)> {
     let mut process = Command::new(&command[0]);
     process.args(&command[1..]);
+    if open_stdin {
+        process.stdin(Stdio::piped());
+    }
     let ignored = ignored.to_vec();
     // SAFETY: only calls system calls, which are safe between fork and exec.
     unsafe {
@@ -61,7 +66,10 @@ pub fn start(
     };
     match process.spawn() {
         // It is reaped by `supervise` along with every orphan, not through `Child`.
-        Ok(child) => Ok(child.id() as libc::pid_t),
+        Ok(mut child) => {
+            mem::forget(child.stdin.take()); // our end is never closed
+            Ok(child.id() as libc::pid_t)
+        }
         Err(error) => {
             let code = if error.kind() == io::ErrorKind::NotFound {
                 NOT_FOUND

@@ -52,7 +52,7 @@ fn work(options: Options) -> io::Result<ExitCode> {
     token.take();
     let command = match options.run.as_deref() {
         None | Some([]) => None,
-        Some(command) => match init::start(command, files, &ignored) {
+        Some(command) => match init::start(command, options.open_stdin, files, &ignored) {
             Ok(pid) => Some(pid),
             Err((code, sentence)) => {
                 log!(Error, "{sentence}");

@@ -75,6 +75,21 @@ fn signals_reach_the_command() {
 }
 
 #[test]
+fn a_commands_input_can_stay_open_and_empty_whatever_ours_is() {
+    let mut command = client_command(&format!("http://127.0.0.1:{}", NOWHERE.port));
+    let script = "test -p /dev/fd/0 && echo a pipe; cat; exit 1";
+    command
+        .args(["--open-stdin", "run", "--", "sh", "-c", script])
+        .stdin(Stdio::null())
+        .stdout(Stdio::piped());
+    let mut client = Client::spawn(command);
+    let mut lines = BufReader::new(client.child.stdout.take().unwrap()).lines();
+    assert_eq!(lines.next().unwrap().unwrap(), "a pipe");
+    client.signal(libc::SIGTERM);
+    assert_eq!(client.wait().code(), Some(128 + libc::SIGTERM));
+}
+
+#[test]
 fn an_orphan_is_reaped() {
     // The orphan's parent is gone before it ends; its zombie would still be in /proc.
     let script = "pid=$( (sh -c 'read -r go < /dev/fd/3' 3<&0 >/dev/null & echo $!) ); echo $pid; \

@@ -156,6 +156,15 @@ RegistryOption = Annotated[
         show_default=False,
     ),
 ]
+GpuOption = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--gpu",
+        metavar="/dev/X",
+        help="A GPU of this node by its device; may be repeated. Default: NVIDIA's.",
+        show_default=False,
+    ),
+]
 StopTasksOption = Annotated[bool, typer.Option("--stop-tasks-on-exit", help="End containers too when the runner ends.")]
 
 
@@ -331,6 +340,7 @@ def runner(
     user_processes: UserProcessesOption = False,
     process_user: ProcessUserOption = None,
     mount_roots: MountRootOption = None,
+    gpus: GpuOption = None,
     ca_file: Annotated[Path | None, _ca_file("the host's certificate")] = None,
     stop_tasks_on_exit: StopTasksOption = False,
 ) -> int:

@@ -29,13 +29,13 @@ def _group() -> None:
 @app.command("list", epilog="Example: kohakuriver node list --json")
 @remote
 def list_nodes(at: Remote) -> None:
-    """List the nodes: state, last seen, tasks, traffic."""
+    """List the nodes: state, last seen, tasks, GPUs, traffic."""
     nodes = at.ask(lambda client: client.nodes())
     if at.json:
         output.json_line({"nodes": [node.to_json() for node in nodes]})
         return
     output.table(
-        ["Name", "Status", "Last seen", "Backends", "Tasks", "Sessions", "Streams", "To tasks", "From tasks"],
+        ["Name", "Status", "Last seen", "Backends", "Tasks", "GPUs", "Sessions", "Streams", "To tasks", "From tasks"],
         [
             [
                 node.name,
@@ -43,6 +43,7 @@ def list_nodes(at: Remote) -> None:
                 output.age(node.last_seen),
                 ",".join(node.backends) or "-",
                 str(node.tasks),
+                f"{len(node.gpus_free)} of {len(node.gpus)} free" if node.gpus else "-",
                 str(node.traffic.sessions),
                 str(node.traffic.streams),
                 output.size(node.traffic.bytes_to_container),

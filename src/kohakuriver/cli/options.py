@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import functools
 import inspect
+import os
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass, fields, is_dataclass
 from datetime import datetime, timedelta, timezone
 from enum import Enum
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, TypeVar, get_type_hints
 
 import typer
@@ -40,6 +42,7 @@ __all__ = [
     "remote",
     "seconds",
     "size_of",
+    "variables_in",
 ]
 
 
@@ -238,6 +241,30 @@ def pairs(values: list[str], option: str) -> dict[str, str]:
         if not name or not equals:
             raise UsageError(f"{option} takes NAME=VALUE, not {value!r}.")
         found[name] = content
+    return found
+
+
+def variables_in(file: Path, option: str) -> dict[str, str]:
+    """The variables of a file as docker reads it: `NAME=VALUE` in each line, as it stands, or a NAME of our own.
+
+    Lines that are empty or begin with # count nothing. Raises UsageError.
+    """
+    try:
+        lines = file.read_text("utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        reason = error.strerror if isinstance(error, OSError) else "it is no UTF-8"
+        raise UsageError(f"{option}: {file} can't be read: {reason}.") from None
+    found: dict[str, str] = {}
+    for number, line in enumerate(lines, 1):
+        name, equals, value = line.lstrip().partition("=")
+        if (not name and not equals) or name.startswith("#"):
+            continue
+        if not name or any(map(str.isspace, name)):
+            raise UsageError(f"{option}: line {number} of {file} is not NAME=VALUE.")
+        if equals:
+            found[name] = value
+        elif name in os.environ:
+            found[name] = os.environ[name]
     return found
 
 

@@ -58,6 +58,7 @@ class WithLimits(Remote):
     memory: Annotated[str | None, _limit("memory")] = None
     cpus: Annotated[str | None, _limit("cpus")] = None
     pids: Annotated[str | None, _limit("pids")] = None
+    gpus: Annotated[str | None, _limit("gpus")] = None
     log: Annotated[str | None, _limit("log")] = None
     ttl: Annotated[str | None, _limit("ttl")] = None
     idle_stop: Annotated[str | None, _limit("idle_stop")] = None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import re
 import shlex
 import time
 from collections.abc import Awaitable, Callable
@@ -28,8 +29,10 @@ from kohakuriver.cli.options import (
     remote,
     seconds,
     size_of,
+    variables_in,
 )
 from kohakuriver.errors import KohakuRiverError, UsageError
+from kohakuriver.gpus import GPUS, count
 from kohakuriver.quotas import in_words, time_in_words
 
 if TYPE_CHECKING:
@@ -60,6 +63,41 @@ BackendOption = Annotated[
 ]
 ImageOption = Annotated[
     str | None, typer.Option("--image", help="The container image, for the docker backend.", show_default=False)
+]
+EntrypointOption = Annotated[
+    str | None,
+    typer.Option("--entrypoint", metavar="PROGRAM", help="In place of the image's own.", show_default=False),
+]
+WorkdirOption = Annotated[
+    str | None,
+    typer.Option("--workdir", metavar="DIR", help="Where CMD runs, in place of the image's.", show_default=False),
+]
+UserOption = Annotated[
+    str | None,
+    typer.Option("--user", metavar="USER[:GROUP]", help="As whom, in place of the image's.", show_default=False),
+]
+PullOption = Annotated[
+    str | None,
+    typer.Option(
+        "--pull", **one_of(["missing", "always", "never"]), help="When to fetch the image.", show_default=False
+    ),
+]
+RestartOption = Annotated[
+    str | None,
+    typer.Option(
+        "--restart",
+        metavar="POLICY",
+        help="When it runs again: no, on-failure[:N], always, unless-stopped.",
+        show_default=False,
+    ),
+]
+EnvFileOption = Annotated[
+    list[Path] | None,
+    typer.Option("--env-file", metavar="FILE", help="Variables for CMD, as K=V lines; may be repeated."),
+]
+DeviceOption = Annotated[
+    list[str] | None,
+    typer.Option("--device", metavar="/dev/X[:/dev/Y][:rwm]", help="A device of the node; may be repeated."),
 ]
 EnvOption = Annotated[
     list[str] | None, typer.Option("--env", "-e", metavar="K=V", help="A variable for CMD; may be repeated.")
@@ -110,6 +148,16 @@ IdleOption = Annotated[
         rich_help_panel=_TIMES,
     ),
 ]
+GpusOption = Annotated[
+    str | None,
+    typer.Option(
+        "--gpus",
+        metavar="N|all|IDS",
+        help="GPUs: how many, all, or which, as 0,1 or device=0.",
+        show_default=False,
+        rich_help_panel=_BOUNDS,
+    ),
+]
 SshOption = Annotated[
     bool, typer.Option("--ssh", help="Give it an SSH server that lets in the keys of your ~/.ssh/*.pub.")
 ]
@@ -145,20 +193,28 @@ def create(
     node: NodeOption = None,
     backend: BackendOption = None,
     image: ImageOption = None,
+    entrypoint: EntrypointOption = None,
+    pull: PullOption = None,
     env: EnvOption = None,
+    env_file: EnvFileOption = None,
+    workdir: WorkdirOption = None,
+    user: UserOption = None,
     mount: MountOption = None,
+    device: DeviceOption = None,
+    restart: RestartOption = None,
     memory: MemoryOption = None,
     cpus: CpusOption = None,
     pids: PidsOption = None,
     shm_size: ShmOption = None,
     ttl: TtlOption = None,
     idle_stop: IdleOption = None,
+    gpus: GpusOption = None,
     with_ssh: SshOption = False,
     public_key_file: PublicKeyOption = None,
     no_wait: NoWaitOption = False,
     timeout: TimeoutOption = WAIT_TIMEOUT,
 ) -> None:
-    """Start a task, wait until its tunnel is connected, and print its id. Without CMD the task just stays up."""
+    """Start a task, wait until its tunnel is connected, and print its id. Without CMD its image's own command runs."""
     from kohakuriver.cli.ssh_files import public_keys
     from kohakuriver.client.host import NewTask
 
@@ -172,7 +228,14 @@ def create(
         backend=backend,
         image=image,
         command=command_of(ctx) or [],
-        env=pairs(env or [], "--env"),
+        entrypoint=None if entrypoint is None else [entrypoint] if entrypoint else [],
+        env={**_in_files(env_file or []), **pairs(env or [], "--env")},
+        workdir=_whole_path(workdir, "--workdir"),
+        run_as=user,
+        pull=pull,  # type: ignore[arg-type]
+        restart=_policy(restart),
+        gpus=_gpus(gpus),
+        devices=[_device(text) for text in device or []],
         mounts=[_mount(text) for text in mount or []],
         memory=size_of(memory, "--memory"),
         cpus=cpus,
@@ -190,6 +253,34 @@ def create(
         return await _settled(client, task, wait=not no_wait, timeout=timeout)
 
     _print_id(at.ask(start), at.json)
+
+
+def _in_files(files: list[Path]) -> dict[str, str]:
+    return {name: value for file in files for name, value in variables_in(file, "--env-file").items()}
+
+
+def _whole_path(path: str | None, option: str) -> str | None:
+    if path is not None and not path.startswith("/"):
+        raise UsageError(f"{option} takes a whole path in the container, such as /work, not {path!r}.")
+    return path
+
+
+def _policy(text: str | None) -> str | None:
+    if text is not None and not re.fullmatch(r"no|on-failure(:[1-9][0-9]{0,3})?|always|unless-stopped", text):
+        raise UsageError(f"--restart takes no, on-failure, on-failure:N, always or unless-stopped, not {text!r}.")
+    return text
+
+
+def _gpus(text: str | None) -> str | None:
+    if text is not None and not re.fullmatch(GPUS, text):
+        raise UsageError(f"--gpus takes a number, all, or the numbers of GPUs as in 0,1 or device=0, not {text!r}.")
+    return text
+
+
+def _device(text: str) -> str:
+    if not text.startswith("/dev/"):
+        raise UsageError(f"--device takes a device of the node, such as /dev/dri/renderD128, not {text!r}.")
+    return text
 
 
 def _mount(text: str) -> str:
@@ -554,8 +645,13 @@ def _about(task: Task) -> list[tuple[str, str]]:
         ("backend", task.backend),
         ("image", task.image or ""),
         ("address", task.address or ""),
+        ("entrypoint", "" if task.entrypoint is None else shlex.join(task.entrypoint) or "none"),
         ("command", shlex.join(task.command)),
+        ("restarts", task.restart or ""),
+        ("directory", task.workdir or ""),
+        ("user", task.run_as or ""),
         ("mounts", ", ".join(task.mounts)),
+        ("devices", ", ".join(task.devices)),
         ("variables", ", ".join(task.env)),
         ("gets", _given(task)),
         ("ends", f"in {_left(task)}: time to live" if task.ends_at else _ttl(task)),
@@ -583,7 +679,10 @@ def _given(task: Task) -> str:
         ("shm", task.shm_size, " of /dev/shm"),
         ("log", task.log_size, " of log"),
     )
-    return ", ".join(f"{in_words(name, value)}{what}" for name, value, what in bounds if value is not None)
+    given = [f"{in_words(name, value)}{what}" for name, value, what in bounds if value is not None]
+    if task.gpu_ids:
+        given.append(f"{count(task.gpu_ids)} ({', '.join(task.gpu_ids)})")
+    return ", ".join(given)
 
 
 def _inside(task: Task) -> list[tuple[str, str]]:

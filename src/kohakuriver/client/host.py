@@ -82,7 +82,8 @@ class Node:
 
     `status` is "online", "offline", or "unreachable" where the host can't dial it, and `reason` then says why. A
     `cordoned` one gets no new tasks. `user_processes`: users who are no admins may run processes there, as the runner's
-    own user. `unavailable` are backends that it should offer and can't now, with the reasons.
+    own user. `unavailable` are backends that it should offer and can't now, with the reasons. `gpus` are the numbers of
+    its GPUs, `gpus_free` of those that no task has.
     """
 
     name: str
@@ -97,6 +98,8 @@ class Node:
     reason: str | None = None
     cordoned: bool = False
     user_processes: bool = False
+    gpus: Sequence[str] = ()
+    gpus_free: Sequence[str] = ()
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self)

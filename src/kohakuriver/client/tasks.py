@@ -23,6 +23,7 @@ from kohakuriver.config import Settings, load_settings
 from kohakuriver.errors import UsageError
 from kohakuriver.quotas import byte_count, seconds_in
 from kohakuriver.runtime import cancel_all, new_event_loop
+from kohakuriver.task import Pull
 
 __all__ = [
     "ListeningPort",
@@ -219,6 +220,13 @@ async def create(
     shm_size: int | str | None = None,
     ttl: int | str | None = None,
     idle_stop: int | str | None = None,
+    entrypoint: Sequence[str] | None = None,
+    workdir: str | None = None,
+    run_as: str | None = None,
+    pull: Pull | None = None,
+    devices: Sequence[str] = (),
+    restart: str | None = None,
+    gpus: int | str | None = None,
     ssh_keys: Sequence[str] = (),
     wait: float | None = WAIT_SECONDS,
     host: str | None = None,
@@ -229,7 +237,7 @@ async def create(
 
     Args:
         image: the container image; None with the backend "process", whose command runs on the node.
-        command: the program and its arguments; without one the task just stays up.
+        command: the program and its arguments; without one a container runs its image's own.
         name: unique; None has one made up.
         node: the node's name; None for the least loaded one that fits.
         env: variables for the command.
@@ -239,6 +247,12 @@ async def create(
         pids: processes and threads at a time.
         ttl: how long after its start it is stopped, in seconds or as "8h".
         idle_stop: it is stopped when nobody was connected for so long; likewise.
+        entrypoint: in place of the image's own; () for none.
+        workdir: where the command runs in the container, `run_as` the user, `USER[:GROUP]`; None for the image's own.
+        pull: when the image is fetched: "missing", as for None, "always" or "never".
+        devices: `/dev/NAME[:/dev/INSIDE][:rwm]` each, of the node; for admins.
+        gpus: how many, "all", or those with the numbers "0,1" or "device=0".
+        restart: when it runs again: "no", "on-failure", "on-failure:N", "always" or "unless-stopped".
         ssh_keys: public keys that its SSH server lets in; without one it has no SSH server.
         host: as `token` and `ca_file` by default what the command line's settings say.
 
@@ -262,6 +276,13 @@ async def create(
         shm_size=_size(shm_size, "shm_size"),
         ttl=_time(ttl, "ttl"),
         idle_stop=_time(idle_stop, "idle_stop"),
+        entrypoint=None if entrypoint is None else list(entrypoint),
+        workdir=workdir,
+        run_as=run_as,
+        pull=pull,
+        devices=list(devices),
+        restart=restart,
+        gpus=None if gpus is None else str(gpus),
         ssh_keys=list(ssh_keys),
     )
     settings = load_settings(host=host, token=token, ca_file=ca_file)

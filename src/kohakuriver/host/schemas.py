@@ -304,7 +304,8 @@ class NodeView(BaseModel):
     """A node as users see it.
 
     "unreachable": its heartbeats come, and the host can't dial it; `reason` says why. A `cordoned` one gets no new
-    tasks. `user_processes`: users who are no admins may run processes there, as the runner's own user.
+    tasks. `user_processes`: users who are no admins may run processes there, as the runner's own user. `gpus` are the
+    numbers of its GPUs, `gpus_free` of those that no task has.
     """
 
     name: str
@@ -319,6 +320,8 @@ class NodeView(BaseModel):
     traffic: dict[str, int]
     version: str
     user_processes: bool
+    gpus: list[str]
+    gpus_free: list[str]
 
 
 class Limit(BaseModel):

@@ -29,6 +29,7 @@ from kohakuriver.resolve import resolving
 from kohakuriver.runner.app import Services, create_app
 from kohakuriver.runner.backends.base import Surroundings
 from kohakuriver.runner.backends.registry import made
+from kohakuriver.runner.services.gpus import found as found_gpus
 from kohakuriver.runner.services.hub import EXPECTED_SECONDS
 from kohakuriver.runner.services.incidents import Incidents
 from kohakuriver.runner.services.offer import offered
@@ -71,7 +72,7 @@ class RunnerOptions:
     With `exit_with_stdin` it ends when its stdin does, as a child of `up` should. `allowed_hosts` and
     `allowed_origins` are as `Guard` takes them. Images that the engine has not got come from `registries` alone.
     With `user_processes` others than admins may run processes here, and they may mount `mount_roots`. Processes are the
-    runner's own user, or `process_user`.
+    runner's own user, or `process_user`. Its GPUs are those at `gpus`, by default NVIDIA's.
     """
 
     state_dir: Path
@@ -95,6 +96,7 @@ class RunnerOptions:
     user_processes: bool = False
     process_user: str | None = None
     mount_roots: Sequence[str] = ()
+    gpus: Sequence[str] = ()
     json: bool = False
     log_level: str = "info"
     log_format: str = "text"
@@ -221,6 +223,7 @@ class Runner:
             registries=_registries(self._options),
             mount_roots=_mount_roots(self._options),
             limits=self._limits,
+            gpus=found_gpus(self._options.gpus),
         )
 
     def _changed(self) -> None:
@@ -409,6 +412,7 @@ def _identity(options: RunnerOptions, state: State, sock: socket.socket) -> Node
     name = options.name or socket.gethostname()
     if not _NAME.fullmatch(name):
         raise UsageError(f"{name!r} can't be a node's name; give one of letters, digits, dots and dashes with --name.")
+    gpus = [gpu.number for gpu in found_gpus(options.gpus)]
     return NodeIdentity(
         name=name,
         url=(options.advertise_url or _reachable_url(sock, options)).rstrip("/"),
@@ -421,6 +425,7 @@ def _identity(options: RunnerOptions, state: State, sock: socket.socket) -> Node
             offered(limits_from_environment()),
             user_processes=options.user_processes,
             mount_roots=list(options.mount_roots),
+            gpus=gpus,
         ),
     )
 

@@ -14,11 +14,12 @@ from typing import NamedTuple
 from sqlalchemy import delete, func, select, update
 from sqlalchemy.orm import Session
 
-from kohakuriver.errors import NotFoundError, UsageError
+from kohakuriver.errors import NotFoundError, UnavailableError, UsageError
+from kohakuriver.gpus import NotThereError, choose, refusal
 from kohakuriver.quotas import Quotas, Usage
-from kohakuriver.store.database import Store
+from kohakuriver.store.database import Store, gpus_in_use
 from kohakuriver.store.groups import check_sharee, forget_memberships, groups_of, is_shared_with, share_name
-from kohakuriver.store.models import TOKEN_ID_LENGTH, Share, Task, TaskKey, Token, User, usage_of
+from kohakuriver.store.models import TOKEN_ID_LENGTH, Node, Share, Task, TaskKey, Token, User, usage_of
 from kohakuriver.store.together import Together
 
 __all__ = ["ANY_NODE", "Accounts", "Use", "digest"]
@@ -160,7 +161,12 @@ class Accounts:
 
         Raises NotFoundError where there is no such user any more, "name_taken" as the store does, and "over_limit".
         """
-        await self._store.add_task(task, lambda session: self._check_room(session, task, task.usage(self._clock())))
+
+        def admit(session: Session) -> None:
+            _give_gpus(session, task, self._clock())
+            self._check_room(session, task, task.usage(self._clock()))
+
+        await self._store.add_task(task, admit)
 
     async def claim(self, task_id: int, seconds: float) -> None:
         """Have a task count as one that runs for so long, if its owner may have that; 0 ends it.
@@ -175,6 +181,7 @@ class Accounts:
             before = task.usage(self._clock())
             task.claimed_until = self._clock() + seconds if seconds else 0.0
             if seconds and not before.running:
+                _check_gpus(session, task, self._clock())
                 more = replace(task.usage(self._clock()), tasks=0)
                 self._check_room(session, task, more)
 
@@ -368,6 +375,32 @@ def _in_use(session: Session, name: str, now: float, *, besides: int | None = No
     columns = select(Task.status, Task.claimed_until, Task.spec, Task.task_id)
     tasks = session.execute(columns.where(Task.owner == name, Task.removed.is_(False)))
     return sum((usage_of(row[0], row[1], row[2], now) for row in tasks if row[3] != besides), start=Usage())
+
+
+def _give_gpus(session: Session, task: Task, now: float) -> None:
+    """Choose the GPUs of a new task. Raises UnavailableError."""
+    asked = task.spec.get("gpus")
+    if asked:
+        # The lock makes a second host on this database wait until this task has them.
+        node = session.get(Node, task.node, with_for_update=True)
+        there = node.offer.get("gpus") or () if node is not None else ()
+        try:
+            given = choose(asked, there, gpus_in_use(session, now).get(task.node, ()), task.node)
+        except NotThereError as error:
+            raise refusal([error]) from None
+        task.spec = {**task.spec, "gpu_ids": given}
+
+
+def _check_gpus(session: Session, task: Task, now: float) -> None:
+    """Raises UnavailableError "gpus_taken" where another task has the GPUs by now that this one had."""
+    mine = task.spec.get("gpu_ids") or ()
+    taken = gpus_in_use(session, now, besides=task.task_id).get(task.node, set()) if mine else set()
+    if busy := [gpu for gpu in mine if gpu in taken]:
+        raise UnavailableError(
+            f"GPU {busy[0]} of node {task.node}, which task {task.name} had, is another task's now; restart it when "
+            "that one has ended, or make a new task.",
+            code="gpus_taken",
+        )
 
 
 def _forget_bad_tokens(session: Session, name: str, now: float) -> None:

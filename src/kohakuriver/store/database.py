@@ -38,7 +38,7 @@ from sqlalchemy.orm import Session, sessionmaker
 from kohakuriver.errors import HostUnreachableError, KohakuRiverError, NotFoundError, UsageError
 from kohakuriver.store.models import ACTIVE, Base, Meta, Node, Share, Task, TaskKey, Token
 
-__all__ = ["SCHEMA_VERSION", "Store", "ahead_of_users", "sqlite_url"]
+__all__ = ["SCHEMA_VERSION", "Store", "ahead_of_users", "gpus_in_use", "sqlite_url"]
 
 SCHEMA_VERSION = 10
 """Counts up with every change of the tables. An older database is brought up to it, a newer one is refused."""
@@ -296,6 +296,10 @@ class Store:
         )
         return await self.read(lambda session: {row[0]: row[1] for row in session.execute(query)})
 
+    async def gpus_in_use(self, now: float) -> dict[str, set[str]]:
+        """The numbers of the GPUs, by their nodes, that tasks have; `now` is in seconds since the epoch."""
+        return await self.read(lambda session: gpus_in_use(session, now))
+
     # Tasks
 
     async def add_task(self, task: Task, check: Callable[[Session], object] = lambda _session: None) -> None:
@@ -400,6 +404,19 @@ def _hear_tasks(session: Session, tasks: Iterable[Task], told: Told) -> Heard:
         elif (news := told.news_of(task)) and task.change(news, told.now):
             heard.changed.append(task.task_id)
     return heard
+
+
+def gpus_in_use(session: Session, now: float, *, besides: int | None = None) -> dict[str, set[str]]:
+    """The numbers of the GPUs, by their nodes, that tasks have, without that whose id is `besides`.
+
+    `now` is in seconds since the epoch. A task that was removed has what it has until its node has ended it.
+    """
+    active = Task.status.in_(ACTIVE) | (Task.claimed_until > now)
+    taken: dict[str, set[str]] = {}
+    for task_id, node, spec in session.execute(select(Task.task_id, Task.node, Task.spec).where(active)):
+        if task_id != besides and spec.get("gpu_ids"):
+            taken.setdefault(node, set()).update(spec["gpu_ids"])
+    return taken
 
 
 def find_task(session: Session, reference: str) -> Task | None:

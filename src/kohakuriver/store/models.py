@@ -251,7 +251,8 @@ def usage_of(status: str, claimed_until: float, spec: Mapping[str, Any], now: fl
     """`Task.usage` of a task with these columns."""
     if status not in ACTIVE and claimed_until <= now:
         return Usage(tasks=1)
-    return Usage(tasks=1, running=1, **{name: spec.get(name) or 0 for name in ("memory", "cpus", "pids")})
+    sums = {name: spec.get(name) or 0 for name in ("memory", "cpus", "pids")}
+    return Usage(tasks=1, running=1, gpus=len(spec.get("gpu_ids") or ()), **sums)
 
 
 ACTIVE = ("starting", "running")

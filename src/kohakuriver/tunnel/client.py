@@ -189,6 +189,7 @@ def _arguments(argv: Sequence[str], environ: Mapping[str, str]) -> argparse.Name
     parser.add_argument("--take-token", default=env("KOHAKURIVER_TUNNEL_TAKE_TOKEN"))
     parser.add_argument("--reconnect-delay", type=float, default=5.0)
     parser.add_argument("--max-reconnect", type=int, default=0)
+    parser.add_argument("--open-stdin", action="store_true")
     parser.add_argument("--log-level", default="info", choices=["error", "warn", "info", "debug"])
     parser.add_argument("mode", nargs="?", choices=["run"])
     options, command = argv, None
@@ -229,7 +230,7 @@ async def _work(arguments: argparse.Namespace) -> int:
     stopped: asyncio.Future[int] = asyncio.get_running_loop().create_future()
     waiting: list[asyncio.Future[int]] = [stopped]
     if arguments.command:
-        waiting.append(asyncio.ensure_future(_command(arguments.command)))
+        waiting.append(asyncio.ensure_future(_command(arguments.command, open_stdin=arguments.open_stdin)))
     else:
 
         def stop(number: int) -> None:
@@ -250,10 +251,13 @@ def _on_signals(act: Callable[[int], None]) -> None:
         loop.add_signal_handler(number, act, number)
 
 
-async def _command(command: Sequence[str]) -> int:
-    """Run ``command``, pass signals on, and return its exit code (128 + n where a signal ended it)."""
+async def _command(command: Sequence[str], *, open_stdin: bool) -> int:
+    """Run ``command``, pass signals on, and return its exit code (128 + n where a signal ended it).
+
+    With ``open_stdin`` its input stays open and empty, else it has ours.
+    """
     try:
-        process = await asyncio.create_subprocess_exec(*command)
+        process = await asyncio.create_subprocess_exec(*command, stdin=asyncio.subprocess.PIPE if open_stdin else None)
     except OSError as exc:
         print(f"tunnel-client: {command[0]} can't be started: {exc.strerror}", file=sys.stderr)
         return 127 if isinstance(exc, FileNotFoundError) else 126

@@ -5,17 +5,18 @@ Source: docs/guide/limits.md.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Final
 
 from kohakuriver.backends import kind_of
 from kohakuriver.errors import NotAllowedError, UnavailableError, UsageError
+from kohakuriver.gpus import NotThereError, choose, refusal
 from kohakuriver.host.services.credentials import Caller
 from kohakuriver.quotas import LEAST_MEMORY, LEAST_PIDS, SHARE, Offer, Quotas, in_words, over_limit
 from kohakuriver.store import Node
 from kohakuriver.task import NewTask, TaskOrder, taken_from
 
-__all__ = ["BOUNDS", "TIMES", "give_bounds", "give_times", "offer_of", "open_to", "roomy"]
+__all__ = ["BOUNDS", "TIMES", "give_bounds", "give_times", "offer_of", "open_to", "roomy", "with_gpus"]
 
 BOUNDS: Final = ("memory", "cpus", "pids", "shm_size", "log_size")
 """The fields of an order that say how much."""
@@ -57,6 +58,25 @@ def roomy(nodes: Sequence[Node], request: NewTask) -> Node:
         name = lacks[0]
         reason = reason or f"node {node.name} has {in_words(name, getattr(offer, name))}; ask for less by --{name}"
     raise UnavailableError(f"No node has as much as this task asks for: {reason}.", code="node_too_small")
+
+
+def with_gpus(nodes: Sequence[Node], asked: str, taken: Mapping[str, Collection[str]]) -> list[Node]:
+    """The nodes that have the GPUs that are asked for, and free. `taken` are those of tasks, by node.
+
+    Raises UnavailableError "no_gpus" where none ever has them, "gpus_taken" where some have and all are in use.
+    """
+    fitting: list[Node] = []
+    reasons: list[NotThereError] = []
+    for node in nodes:
+        try:
+            choose(asked, offer_of(node).gpus, taken.get(node.name, ()), node.name)
+        except NotThereError as error:  # noqa: PERF203 - the others are asked all the same
+            reasons.append(error)
+        else:
+            fitting.append(node)
+    if not fitting:
+        raise refusal(reasons)
+    return fitting
 
 
 def give_bounds(order: TaskOrder, offer: Offer, user: str, quotas: Quotas) -> None:

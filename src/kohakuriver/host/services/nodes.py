@@ -7,7 +7,7 @@ import base64
 import contextlib
 import secrets
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import asdict
 
@@ -147,11 +147,15 @@ class Nodes:
     async def views(self) -> list[NodeView]:
         """All nodes as users see them."""
         counts = await self._store.active_tasks_by_node()
-        return [self._view(node, counts.get(node.name, 0)) for node in await self._store.nodes()]
+        taken = await self._store.gpus_in_use(self._clock())
+        return [
+            self._view(node, counts.get(node.name, 0), taken.get(node.name, ())) for node in await self._store.nodes()
+        ]
 
-    def _view(self, node: Node, tasks: int) -> NodeView:
+    def _view(self, node: Node, tasks: int, taken: Collection[str]) -> NodeView:
         online = self.is_online(node)
         trouble = self._reach.trouble(node.name) if online else None
+        gpus = list(node.offer.get("gpus") or ())
         return NodeView(
             name=node.name,
             url=node.url,
@@ -165,6 +169,8 @@ class Nodes:
             traffic={name: count for name, count in node.traffic.items() if name != "tasks"},
             version=node.version,
             user_processes="process" in node.backends and bool(node.offer.get("user_processes")),
+            gpus=gpus,
+            gpus_free=[gpu for gpu in gpus if gpu not in taken],
         )
 
     async def cordon(self, name: str, cordoned: bool) -> NodeView:
@@ -173,7 +179,8 @@ class Nodes:
         if node is None:
             raise _no_node(name)
         log.info("node cordoned" if cordoned else "node uncordoned", node=name)
-        return self._view(node, (await self._store.active_tasks_by_node()).get(name, 0))
+        taken = await self._store.gpus_in_use(self._clock())
+        return self._view(node, (await self._store.active_tasks_by_node()).get(name, 0), taken.get(name, ()))
 
     async def remove(self, name: str, *, force: bool) -> NodeView:
         """Forget a node, as it was. With `force` its tasks are forgotten with it.
@@ -195,7 +202,7 @@ class Nodes:
         self._reach.forget(name)
         self._on_change([task.task_id for task in tasks])
         log.info("node removed", node=name, tasks=len(tasks))
-        return self._view(node, len(tasks))
+        return self._view(node, len(tasks), ())
 
     async def named(self, name: str) -> Node:
         """The node of that name, which is online. Raises NotFoundError or NodeOfflineError."""

@@ -9,7 +9,7 @@ import shlex
 import time
 from collections.abc import AsyncIterator, Callable, Sequence
 from dataclasses import replace
-from typing import Any, TypeVar
+from typing import Any, Final, TypeVar
 
 import structlog
 from pydantic import BaseModel, TypeAdapter, ValidationError
@@ -19,7 +19,16 @@ from kohakuriver.changes import Changes
 from kohakuriver.errors import HostUnreachableError, KohakuRiverError, NotFoundError, UnavailableError, UsageError
 from kohakuriver.host.schemas import AdoptRequest, Agent, Answers, CreateRequest, Ports, iso_time
 from kohakuriver.host.services.audit import LONGEST_TEXT, NOWHERE, Audit, fingerprint
-from kohakuriver.host.services.bounds import BOUNDS, TIMES, give_bounds, give_times, offer_of, open_to, roomy
+from kohakuriver.host.services.bounds import (
+    BOUNDS,
+    TIMES,
+    give_bounds,
+    give_times,
+    offer_of,
+    open_to,
+    roomy,
+    with_gpus,
+)
 from kohakuriver.host.services.credentials import Caller
 from kohakuriver.host.services.mounts import mountable
 from kohakuriver.host.services.nodes import Nodes
@@ -44,6 +53,9 @@ log = structlog.get_logger("kohakuriver.host")
 
 _ACTIVE = ("starting", "running")
 _ADOPT = "/api/tasks/adopt"
+
+OF_CONTAINERS: Final = ("entrypoint", "workdir", "run_as", "pull", "gpus")
+"""The fields of an order that are about a container and its image, None where nothing was said."""
 
 # A stop may take an engine its grace period. Users' programs wait a little longer than this for the host.
 _RUNNER_SECONDS = 45.0
@@ -95,8 +107,9 @@ class Tasks:
         """A task as users see it: one on a node that is offline is lost until the node is back."""
         lost = task.status in _ACTIVE and not self._nodes.is_online(node)
         traffic = {} if lost else node.traffic.get("tasks", {}).get(str(task.task_id), {})
-        ordered = {name: list(task.spec.get(name, ())) for name in ("command", "mounts", "env")}  # names of variables
-        given = {name: task.spec.get(name) for name in (*BOUNDS, *TIMES)}
+        lists = ("command", "mounts", "devices", "gpu_ids", "env")  # of the variables the names
+        ordered = {name: list(task.spec.get(name, ())) for name in lists}
+        given = {name: task.spec.get(name) for name in (*BOUNDS, *TIMES, *OF_CONTAINERS, "restart")}
         shown = part_of(task, TaskView, without=("shared_with", "traffic", "pending_removal", *ordered, *given)) | {
             **ordered,
             **given,
@@ -134,6 +147,10 @@ class Tasks:
         bound = bool(request.mounts) and not owner.is_admin and not self._user_mounts
         if bound:
             fitting = mountable(owner, fitting, request.mounts)
+        if request.devices:
+            owner.need_admin("Giving a task a device of its node")
+        if request.gpus is not None:
+            fitting = with_gpus(fitting, request.gpus, await self._store.gpus_in_use(self._clock()))
         node = roomy(fitting, request)
         order = _order(_offered(node, backends), request.name, vars(request))
         give_bounds(order, offer_of(node), owner.name, owner.quotas)
@@ -413,7 +430,10 @@ def _asked(order: TaskOrder) -> dict[str, Any]:
         "backend": order.backend,
         "image": order.image,
         "command": shlex.join(order.command) if order.command else None,
+        **{name: getattr(order, name) for name in OF_CONTAINERS},
         "mounts": [f"{mount}"[:LONGEST_TEXT] for mount in order.mounts] or None,
+        "restart": order.restart,
+        "devices": order.devices or None,
         "ssh_keys": [fingerprint(key) for key in order.ssh_keys] or None,
         **{name: getattr(order, name) for name in (*BOUNDS, *TIMES)},
     }
@@ -451,7 +471,17 @@ def _fit_for(request: CreateRequest) -> list[str]:
     bounds = [name for name in ("memory", "cpus", "pids", "shm_size") if getattr(request, name) is not None]
     if bounds and not any(kind_of(name).bounded for name in backends):
         raise UsageError(f"Only a task in a container takes --{bounds[0].replace('_', '-')}; nothing bounds a process.")
+    own = [name for name in OF_CONTAINERS if getattr(request, name) is not None]
+    own += ["device"] if request.devices else []
+    if own and not any(kind_of(name).image for name in backends):
+        raise UsageError(
+            f"Only a task in a container takes --{_OPTIONS.get(own[0], own[0])}; name an image with --image."
+        )
     return backends
+
+
+_OPTIONS = {"run_as": "user"}
+"""What the command line calls a field that has another name here."""
 
 
 def _offered(node: Node, backends: Sequence[str]) -> str:

@@ -12,6 +12,7 @@ from kohakuriver.limits import Limits
 from kohakuriver.mount_roots import MountRoots
 from kohakuriver.runner.backends.printed import LogRequest, Printed
 from kohakuriver.runner.services.direct import DirectTarget
+from kohakuriver.runner.services.gpus import Gpu
 from kohakuriver.runner.services.ssh_helper import SshHelper
 from kohakuriver.runner.services.state import State, TaskRecord
 from kohakuriver.runner.services.tunnel_helper import TunnelHelper
@@ -112,7 +113,7 @@ class Surroundings:
     the URL; `local_url` is that for the node's own processes. `on_change` is called when a backend's `trouble` is
     another. `user_processes`: others than admins may run processes here. `process_user`: as whom, None for the
     runner's own user. `registries` are those that images may come from, `mount_roots` what users may mount and
-    `limits` what they may take.
+    `limits` what they may take. `gpus` are the node's.
     """
 
     node: str
@@ -128,6 +129,7 @@ class Surroundings:
     registries: Registries
     mount_roots: MountRoots
     limits: Limits
+    gpus: Sequence[Gpu] = ()
 
 
 @dataclass(frozen=True)

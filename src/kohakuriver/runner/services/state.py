@@ -37,6 +37,9 @@ class TaskRecord(TaskOrder, TaskReport):
     time to live is over, and `idle_deadline` how long it may go on being idle, as a runner that ended kept it. `user`
     is who started it last, "" where nobody knows.
 
+    For its restart policy, `halted` means that somebody has stopped it, `cut_off` that it ended with its node, and
+    `failures` are those in a row after which it was to run again.
+
     `tunnel_token` opens the tunnel of the task's present start. It belongs to the tunnel client that showed it first,
     `tunnel_client` (a digest of the id that it made for itself), and is taken from the addresses `tunnel_from` alone,
     None where these are not known. `token_start` is the start of a tunnel client that it was given to, as the backend
@@ -54,6 +57,9 @@ class TaskRecord(TaskOrder, TaskReport):
     stop_reason: str | None = None
     deadline: list[str | float] | None = None
     idle_deadline: list[str | float] | None = None
+    halted: bool = False
+    cut_off: bool = False
+    failures: int = 0
     user: str = ""
     tunnel_url: str | None = None
     tunnel_token: str = field(default="", repr=False)

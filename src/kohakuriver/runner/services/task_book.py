@@ -35,7 +35,8 @@ def _drop_nothing(container: str, reason: str, *, gone: bool = False) -> None:
 class TaskBook:
     """The records of all tasks of a node.
 
-    `on_change` is called after every change. `drop` is set once the tunnel server is there.
+    `on_change` is called after every change. `drop` is set once the tunnel server is there. `on_end` is called with
+    each task that runs no more, whatever the reason.
     """
 
     def __init__(self, state: State, on_change: Callable[[], None]) -> None:
@@ -45,6 +46,7 @@ class TaskBook:
         self._saving = False
         self._unsaved = False
         self.drop: Drop = _drop_nothing
+        self.on_end: Callable[[TaskRecord], None] = lambda _task: None
 
     def load(self) -> None:
         """Take up the tasks from before the restart."""
@@ -104,6 +106,8 @@ class TaskBook:
             task.tunnel = status == "running"
         log.info("task", task=task.task_id, name=task.name, status=status, **({"message": message} if message else {}))
         self.changed()
+        if ended:
+            self.on_end(task)
 
     def tunnel_changed(self, container: str, connected: bool) -> None:
         """A tunnel client came or went."""

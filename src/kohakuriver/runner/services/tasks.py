@@ -17,6 +17,7 @@ from kohakuriver.runner.backends.printed import LogRequest, Printed
 from kohakuriver.runner.services.direct import DirectTarget
 from kohakuriver.runner.services.knock import Knocker
 from kohakuriver.runner.services.lifetimes import Lifetimes
+from kohakuriver.runner.services.restarts import Restarts
 from kohakuriver.runner.services.state import TaskRecord
 from kohakuriver.runner.services.task_book import TaskBook
 from kohakuriver.runner.services.tunnel_helper import new_token
@@ -49,6 +50,7 @@ class TaskManager:
         self._draining = False
         self._opened = asyncio.Event()
         self._knocker = Knocker()
+        self._restarts = Restarts(book, self._run_again)
 
     # Life of the runner
 
@@ -62,12 +64,14 @@ class TaskManager:
         for task in self.book.all():
             if task.backend not in backends and task.active:
                 self.book.report(task.container, "lost", f"the runner was started without the backend {task.backend}")
+        self._restarts.open()
         self.book.changed()
         self._opened.set()
 
     async def close(self, *, stop_tasks: bool) -> None:
         """Take no new tasks and end the backends, with those of their tasks that don't outlive the runner."""
         self._draining = True
+        await self._restarts.close()
         for start in list(self._starts.values()):
             start.cancel()
         await asyncio.gather(*self._starts.values(), return_exceptions=True)
@@ -135,9 +139,12 @@ class TaskManager:
         """Stop a task, for the reason `why`, if that is `still` to be once it is its turn."""
         await self._cancel_start(task)
         backend = self._backend_of(task)
+        if why is None:
+            self._restarts.leave(task)  # and what was to run again does not get the lock first
         async with self._locks[task.container]:
             if not still():
                 return task
+            self._restarts.leave(task)
             was_active = task.active
             task.stop_reason = why
             await backend.stop(task)
@@ -176,10 +183,12 @@ class TaskManager:
         self._refuse_while_draining()
         await self._cancel_start(task)
         backend = self._backend_of(task)
+        self._restarts.leave(task)
         async with self._locks[container]:
             await backend.stop(task)
             # Only now: a tunnel client that still runs would be back at once, and pass for the new one.
             self.book.drop(container, f"task {task.name} is restarted")
+            self._restarts.take_up(task)
             self.book.report(container, "starting")
             self.lifetimes.begin(task)
             try:
@@ -189,10 +198,18 @@ class TaskManager:
                 raise
         return task
 
+    async def _run_again(self, task: TaskRecord) -> None:
+        """Start a task as its restart policy wants it, if nobody has done otherwise meanwhile."""
+        async with self._locks[task.container]:
+            if task.container in self.book and not task.halted and task.status == "starting":
+                task.cut_off = False
+                await self._backend_of(task).start_again(task)
+
     async def remove(self, container: str) -> TaskRecord:
         """Stop a task and forget it. Raises NotFoundError."""
         task = self.book.get(container)
         await self._cancel_start(task)
+        self._restarts.leave(task)
         backend = self._backends.get(task.backend)
         if backend is not None:
             await self._exclusively(task, backend.remove)

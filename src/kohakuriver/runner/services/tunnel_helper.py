@@ -66,9 +66,13 @@ class TunnelHelper:
             program = [str(install_binary(self._state, self._source) if copied else self._source)]
         return [*program, "run", *(["--", *command] if command else [])]
 
-    def container_command(self, command: list[str]) -> list[str]:
-        """The command line that runs `command` inside a container, with the tunnel client as PID 1."""
-        return [_PROGRAM, "run", *(["--", *command] if command else [])]
+    def container_command(self, command: list[str], *, open_stdin: bool = False) -> list[str]:
+        """The command line that runs `command` inside a container, with the tunnel client as PID 1.
+
+        With `open_stdin` the command's input stays open and empty.
+        """
+        options = ["--open-stdin"] if open_stdin else []
+        return [_PROGRAM, *options, "run", "--", *command] if command else [_PROGRAM, "run"]
 
     def adopted_command(self, task: TaskRecord, tunnel_url: str) -> list[str]:
         """The command line of a tunnel client that is started inside a container that runs already."""

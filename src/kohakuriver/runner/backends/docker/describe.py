@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,12 +13,16 @@ from kohakuriver.errors import UsageError
 from kohakuriver.quotas import in_words
 from kohakuriver.runner.backends.docker.bounds import bounds_of
 from kohakuriver.runner.backends.docker.engine import TROUBLE, limit
+from kohakuriver.runner.backends.docker.program import program_of
 from kohakuriver.runner.backends.process.tasks import describe_exit, last_words
+from kohakuriver.runner.services.gpus import Grant
 from kohakuriver.runner.services.ssh_helper import SshHelper
 from kohakuriver.runner.services.state import TaskRecord
 from kohakuriver.runner.services.tunnel_helper import TunnelHelper
 
 __all__ = ["Description", "ending", "of_runner", "task_in", "task_of"]
+
+NO_GPUS = Grant()
 
 _LABEL_TASK = "kohakuriver.task"
 _LABEL_NODE = "kohakuriver.node"
@@ -36,9 +41,13 @@ class Description:
     helper: TunnelHelper
     ssh: SshHelper
 
-    def config(self, task: TaskRecord, network: str) -> dict[str, Any]:
-        """What the engine makes the task's container of, on that network. Raises UnavailableError, UsageError."""
+    def config(self, task: TaskRecord, image: Mapping[str, Any], network: str, gpus: Grant = NO_GPUS) -> dict[str, Any]:
+        """What the engine makes the task's container of, on that network; `image` is its image's configuration.
+
+        Raises UnavailableError, UsageError.
+        """
         assert task.tunnel_url is not None
+        program = program_of(task, image)
         tunnel = self.helper.container_environment(task.container, task.tunnel_url)
         env = {**self.helper.settings, **task.env, **tunnel}
         mounts = [
@@ -47,8 +56,9 @@ class Description:
         ]
         return {
             "Image": task.image,
-            "Entrypoint": self.helper.container_command(task.command),
+            "Entrypoint": self.helper.container_command(program.words, open_stdin=program.open_stdin),
             "Cmd": [],
+            **{key: said for key, said in (("WorkingDir", task.workdir), ("User", task.run_as)) if said},
             "Env": [f"{name}={value}" for name, value in env.items()],
             "Labels": {
                 _LABEL_TASK: str(task.task_id),
@@ -58,7 +68,13 @@ class Description:
                 _LABEL_RUNNER: self.instance,
                 _LABEL_URL: task.tunnel_url,
             },
-            "HostConfig": {"Mounts": [*mounts, *map(_mount, task.mounts)], "NetworkMode": network, **bounds_of(task)},
+            "HostConfig": {
+                "Mounts": [*mounts, *map(_mount, task.mounts)],
+                "Devices": [*map(_device, task.devices), *gpus.devices],
+                "DeviceRequests": gpus.requests,
+                "NetworkMode": network,
+                **bounds_of(task),
+            },
         }
 
 
@@ -111,3 +127,11 @@ def _mount(text: str) -> dict[str, Any]:
         raise UsageError(f"--mount {text}: {source!r} must be a whole path on the node, or a volume's name.")
     kind = "bind" if source.startswith("/") else "volume"
     return {"Type": kind, "Source": source, "Target": target, "ReadOnly": mode == ["ro"]}
+
+
+def _device(text: str) -> dict[str, str]:
+    """`/dev/NAME[:/dev/INSIDE][:rwm]` in the engine's words."""
+    there, *more = text.split(":")
+    inside = [part for part in more if part.startswith("/")]
+    rights = [part for part in more if not part.startswith("/")]
+    return {"PathOnHost": there, "PathInContainer": (inside or [there])[0], "CgroupPermissions": (rights or ["rwm"])[0]}

@@ -16,9 +16,10 @@ import structlog
 from aiodocker.exceptions import DockerError
 
 from kohakuriver.errors import KohakuRiverError, NotFoundError, UsageError
-from kohakuriver.images import ImageName, Registries
+from kohakuriver.images import DEFAULT_REGISTRY, ImageName, Registries
 from kohakuriver.runner.backends.docker.engine import own_connection
 from kohakuriver.runner.services.fair_queue import FairQueue
+from kohakuriver.task import Pull
 
 __all__ = ["Images"]
 
@@ -49,37 +50,67 @@ class Images:
         self._seconds = seconds
         self._pulls = FairQueue(PULLS, PULLS_OF_A_USER)
 
-    async def need(self, image: str, on_pull: Callable[[str], None]) -> None:
-        """See to it that the engine has an image. `on_pull` is told when that takes a pull.
+    async def need(self, image: str, on_pull: Callable[[str], None], when: Pull = "missing") -> dict[str, Any]:
+        """See to it that the engine has an image; its configuration. `on_pull` is told when that takes a pull.
 
-        Raises UsageError for what is no image's name, KohakuRiverError "registry_not_allowed" (409), and what
-        `missing` gives.
+        Raises UsageError for what is no image's name, KohakuRiverError "registry_not_allowed" or "image_is_local"
+        (409), and what `missing` gives.
         """
         try:
             name = ImageName.parse(image)
         except ValueError as error:
             raise UsageError(f"{error}.") from None
-        try:
-            await self._docker().images.inspect(quote(image, safe="/:@"))
-            return
-        except DockerError as error:
-            if error.status != 404:
-                raise
+        there = await self._shown(image)
+        if there is None or (when == "always" and name.registry is not None):
+            self._check(image, name, there, when)
+            on_pull(f"waiting for other images, then pulling {image}")
+            async with self._pulls.place():
+                on_pull(f"pulling the image {image}")
+                await self._pull(image, anew=there is not None)
+            there = await self._shown(image)
+        if there is None:
+            raise self.missing(image)
+        return dict(there.get("Config") or {})
+
+    def _check(self, image: str, name: ImageName, there: dict[str, Any] | None, when: Pull) -> None:
+        """Raises what is against a pull; `there` is what the engine has under that name."""
+        if when == "never":
+            raise NotFoundError(
+                f"The image {image!r} is not on node {self._node}, and `--pull never` fetches none; load it there, or "
+                "leave that out.",
+                code="image_not_found",
+            )
         if name.registry is None:
             raise self.missing(image)
         if not self._registries.allow(name.registry):
             raise KohakuRiverError(
                 f"The image {image!r} is not on node {self._node}, which fetches none from {name.registry}; load it "
-                f"there, or start its runner with --registry {name.registry}.",
+                f"there, or start its runner with --registry {name.registry}."
+                if there is None
+                else f"Node {self._node} fetches no images from {name.registry}; leave `--pull always` out, or start "
+                f"its runner with --registry {name.registry}.",
                 code="registry_not_allowed",
                 status=409,
             )
-        on_pull(f"waiting for other images, then pulling {image}")
-        async with self._pulls.place():
-            on_pull(f"pulling the image {image}")
-            await self._pull(image)
+        if there is not None and not any(_same(name, digest) for digest in there.get("RepoDigests") or ()):
+            # Others on this node mean their own by this name: nobody's registry takes its place.
+            raise KohakuRiverError(
+                f"The image {image!r} was made on node {self._node} or loaded there, and `--pull always` would put "
+                "another one in its place; leave that out.",
+                code="image_is_local",
+                status=409,
+            )
 
-    async def _pull(self, image: str) -> None:
+    async def _shown(self, image: str) -> dict[str, Any] | None:
+        """What the engine says of an image; None where it has no such image."""
+        try:
+            return dict(await self._docker().images.inspect(quote(image, safe="/:@")))
+        except DockerError as error:
+            if error.status != 404:
+                raise
+            return None
+
+    async def _pull(self, image: str, *, anew: bool) -> None:
         own = own_connection(self._docker())
         try:
             progress: AsyncIterator[Any] = own.images.pull(image, stream=True)
@@ -88,22 +119,41 @@ class Images:
         except asyncio.TimeoutError:
             log.warning("an image's pull is given up: its registry is too slow", image=image, seconds=self._seconds)
             why = f"nothing has come from its registry for {self._seconds:g} s"
-            raise self.missing(image, why, code="image_pull_stalled") from None
+            raise self.missing(image, why, code="image_pull_stalled", anew=anew) from None
         except DockerError as error:
             # Registries say what they like, and how an address that is none answers is nothing for users to find out.
             log.warning("an image could not be pulled", image=image, reason=str(error.message))
             if error.status == 404 or any(words in str(error.message).lower() for words in _NOT_THERE):
-                raise self.missing(image, "its registry does not give it to this node") from None
+                raise self.missing(image, "its registry does not give it to this node", anew=anew) from None
             why = "its registry can't be asked, and the runner's log says why"
-            raise self.missing(image, why, code="image_pull_failed") from None
+            raise self.missing(image, why, code="image_pull_failed", anew=anew) from None
         finally:
             await own.close()
 
-    def missing(self, image: str, why: str = "", *, code: str = "image_not_found") -> NotFoundError:
-        """The error for an image that is not there, nor comes."""
+    def missing(self, image: str, why: str = "", *, code: str = "image_not_found", anew: bool = False) -> NotFoundError:
+        """The error for an image that is not there, nor comes; `anew`: one is there, and no newer one comes."""
         reason = f" ({why})" if why else ""
+        if anew:
+            return NotFoundError(
+                f"The image {image!r} can't be pulled again to node {self._node}{reason}; leave `--pull always` out to "
+                "use the one that is there.",
+                code=code,
+            )
         return NotFoundError(
             f"The image {image!r} is not on node {self._node} and can't be pulled{reason}; check its name or load it "
             "there.",
             code=code,
         )
+
+
+def _same(name: ImageName, digest: str) -> bool:
+    """Whether this digest, as an engine tells it, is of an image from where `name` leads."""
+    try:
+        known = ImageName.parse(digest)
+    except ValueError:
+        return False
+    return (known.registry, _short(known)) == (name.registry, _short(name))
+
+
+def _short(name: ImageName) -> str:
+    return name.path.removeprefix("library/") if name.registry == DEFAULT_REGISTRY else name.path

@@ -8,7 +8,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -51,6 +51,7 @@ from kohakuriver.runner.backends.docker.watch import EngineWatch, Looker
 from kohakuriver.runner.backends.printed import LogRequest, Printed
 from kohakuriver.runner.services.direct import DirectTarget
 from kohakuriver.runner.services.fair_queue import FairQueue
+from kohakuriver.runner.services.gpus import Gpu, Grant, granted
 from kohakuriver.runner.services.ssh_helper import SshHelper
 from kohakuriver.runner.services.state import TaskRecord
 from kohakuriver.runner.services.tunnel_helper import TunnelHelper
@@ -102,7 +103,9 @@ class DockerBackend(Backend):
         registries: Registries,
         mount_roots: MountRoots,
         pull_seconds: float,
+        gpus: Sequence[Gpu] = (),
     ) -> None:
+        self._gpus = gpus
         self._node = node
         self._instance = instance
         self._helper = helper
@@ -133,6 +136,7 @@ class DockerBackend(Backend):
             on_availability=around.on_change,
             registries=around.registries,
             mount_roots=around.mount_roots,
+            gpus=around.gpus,
             pull_seconds=around.limits.pull_timeout,
         )
 
@@ -268,14 +272,17 @@ class DockerBackend(Backend):
         if task.ssh_keys:
             self._ssh.prepare(task)
         with sentences(f"pull the image {task.image}"):
-            await self._images.need(task.image, partial(self._report, task.container, "starting"))
+            image = await self._images.need(
+                task.image, partial(self._report, task.container, "starting"), task.pull or "missing"
+            )
         async with self._doing(f"start the task from image {task.image}", task):
             network = await task_network(self._docker, self._fence)
             task.tunnel_url = await self._reach(await gateway(self._docker, network))
             described = replace(task, mounts=await self._mounts(task))
             try:
                 container = await self._docker.containers.create(
-                    self._description.config(described, network), name=task.container
+                    self._description.config(described, image, network, await self._grant(task)),
+                    name=task.container,
                 )
             except DockerError as error:
                 if error.status == 404:
@@ -293,6 +300,10 @@ class DockerBackend(Backend):
                     await container.delete(force=True, timeout=limit())
                 raise
             await self._refresh(task)
+
+    async def _grant(self, task: TaskRecord) -> Grant:
+        """What gives a task's container its GPUs. May raise DockerError, UnavailableError."""
+        return granted(task.gpu_ids, self._gpus, await self._docker.system.info() if task.gpu_ids else {}, self._node)
 
     async def adopt(self, task: TaskRecord) -> TaskRecord:
         assert task.engine_name is not None

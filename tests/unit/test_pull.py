@@ -1,0 +1,106 @@
+"""When a node fetches an image, and what it says where it does not."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Coroutine
+from types import SimpleNamespace
+from typing import Any, cast
+
+import aiodocker
+import pytest
+from aiodocker.exceptions import DockerError
+
+from kohakuriver.errors import KohakuRiverError
+from kohakuriver.images import Registries
+from kohakuriver.runner.backends.docker import pull
+from kohakuriver.runner.backends.docker.pull import Images
+from kohakuriver.task import Pull
+
+Run = Callable[[Coroutine[Any, Any, object]], object]
+ORIGIN = "python@sha256:" + "0" * 64
+
+
+class Engine:
+    """An engine with images by their names, and with what a registry would give it."""
+
+    def __init__(self, there: dict[str, list[str]], registry: dict[str, list[str]]) -> None:
+        self.there, self.registry = there, registry
+        self.pulled: list[str] = []
+        self.images = self
+
+    async def inspect(self, name: str) -> dict[str, Any]:
+        if name not in self.there:
+            raise DockerError(404, "no such image")
+        return {"RepoDigests": self.there[name], "Config": {"Cmd": [name]}}
+
+    async def pull(self, name: str, *, stream: bool) -> Any:
+        self.pulled.append(name)
+        if name not in self.registry:
+            raise DockerError(404, "not found")
+        self.there[name] = self.registry[name]
+        yield {"status": "done"}
+
+    async def close(self) -> None:
+        pass
+
+
+def images(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> Images:
+    docker = cast("aiodocker.Docker", SimpleNamespace(images=engine))
+    monkeypatch.setattr(pull, "own_connection", lambda _docker: engine)
+    return Images(lambda: docker, "n1", Registries(["docker.io"]), seconds=0)
+
+
+def nothing(_: str) -> None:
+    pass
+
+
+@pytest.mark.parametrize(
+    ("when", "there", "pulled"),
+    [
+        ("missing", True, False),
+        ("missing", False, True),
+        ("always", True, True),
+        ("always", False, True),
+        ("never", True, False),
+    ],
+)
+def test_an_image_is_fetched_when_that_was_asked_for(
+    run: Run, monkeypatch: pytest.MonkeyPatch, when: Pull, there: bool, pulled: bool
+) -> None:
+    async def check() -> None:
+        engine = Engine({"library/python": [ORIGIN]} if there else {}, {"library/python": [ORIGIN]})
+        found = await images(engine, monkeypatch).need("library/python", nothing, when)
+        assert found == {"Cmd": ["library/python"]}
+        assert engine.pulled == (["library/python"] if pulled else [])
+
+    run(check())
+
+
+@pytest.mark.parametrize(
+    ("image", "there", "when", "code", "words"),
+    [
+        ("python", {}, "never", "image_not_found", "`--pull never` fetches none"),
+        ("python", {"python": [ORIGIN]}, "always", "image_not_found", "leave `--pull always` out to use the one"),
+        ("python", {"python": []}, "always", "image_is_local", "was made on node n1"),
+        ("python", {"python": ["other@sha256:" + "0" * 64]}, "always", "image_is_local", "was made on node n1"),
+        ("ghcr.io/a", {"ghcr.io/a": []}, "always", "registry_not_allowed", "fetches no images from ghcr.io"),
+    ],
+)
+def test_what_can_not_be_fetched_is_refused_in_a_sentence_and_what_is_there_stays(
+    run: Run,
+    monkeypatch: pytest.MonkeyPatch,
+    image: str,
+    there: dict[str, list[str]],
+    when: Pull,
+    code: str,
+    words: str,
+) -> None:
+    async def check() -> None:
+        engine = Engine(dict(there), {})
+        with pytest.raises(KohakuRiverError, match=words) as caught:
+            await images(engine, monkeypatch).need(image, nothing, when)
+        assert caught.value.code == code
+        assert engine.there == there
+        assert engine.pulled == ([image] if code == "image_not_found" and when == "always" else [])
+
+    run(check())
