@@ -138,6 +138,7 @@ MemorySize = Annotated[int, _between(LEAST_MEMORY, 1 << 50)]
 """Bytes."""
 Cpus = Annotated[float, _between(0.01, 1 << 20)]
 Pids = Annotated[int, _between(LEAST_PIDS, 1 << 22)]
+Network = Annotated[str, matching("none", "a task's network is none, or left out")]
 ShmSize = Annotated[int, _between(64 << 10, 1 << 50)]
 """Bytes."""
 ReportedStatus = Annotated[str, matching("|".join(get_args(Status)), "no task is in such a state")]
@@ -161,7 +162,8 @@ class TaskSpec:
 
     With `ssh_keys`, public keys as their files have them, it gets an SSH server that lets their owners in.
     A container gets so many bytes of `memory`, `cpus`, processes and threads (`pids`), and bytes of /dev/shm
-    (`shm_size`, a part of its memory); where that is None, what its node gives by default.
+    (`shm_size`, a part of its memory); where that is None, what its node gives by default. With the `network` "none" a
+    container has no network but its own loopback.
     """
 
     image: Image | None = None
@@ -173,6 +175,7 @@ class TaskSpec:
     cpus: Cpus | None = None
     pids: Pids | None = None
     shm_size: ShmSize | None = None
+    network: Network | None = None
 
 
 @dataclass(kw_only=True)
@@ -254,7 +257,8 @@ class TaskView:
     """A task as users see it: an id and a unique name. `created_at` is ISO 8601; `container` its name on the tunnel.
 
     `command`, `mounts` and the names of the variables, `env`, are as they were asked for. `memory`, `cpus`, `pids`,
-    `shm_size` and `log_size` are what it was given, None where nothing bounds it. `exit_code` is what it has
+    `shm_size` and `log_size` are what it was given, None where nothing bounds it. `network` is "none" where it has none
+    but its own loopback. `exit_code` is what it has
     ended with, 128 + N by signal N; None while it runs, and where nobody knows.
     `owner` may do everything with it, `shared_with` may use it; `creator` made it, and is another one where a user was
     removed. `ssh_port` and `ssh_host_key` are those of the SSH server that the task was given, None without one. With
@@ -282,6 +286,7 @@ class TaskView:
     pids: int | None = None
     shm_size: int | None = None
     log_size: int | None = None
+    network: str | None = None
     message: str | None = None
     exit_code: int | None = None
     ssh_port: int | None = None

@@ -40,7 +40,7 @@ TASK_FIELDS = {"pending_removal"} | {
     ),
     "owner",
     *("creator", "ssh_port", "ssh_host_key", "shared_with", "traffic", "command", "mounts", "env", "exit_code"),
-    *("memory", "cpus", "pids", "shm_size", "log_size"),
+    *("memory", "cpus", "pids", "shm_size", "log_size", "network"),
 }
 
 

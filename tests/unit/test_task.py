@@ -28,6 +28,7 @@ EVERYTHING: Final = NewTask(
     cpus=1.5,
     pids=512,
     shm_size=1 << 30,
+    network="none",
 )
 
 

@@ -89,6 +89,16 @@ ShmOption = Annotated[
         rich_help_panel=_BOUNDS,
     ),
 ]
+NetworkOption = Annotated[
+    str | None,
+    typer.Option(
+        "--network",
+        metavar="none",
+        help="No network but its own loopback: it is reached all the same, and reaches nothing.",
+        show_default=False,
+        rich_help_panel=_BOUNDS,
+    ),
+]
 SshOption = Annotated[
     bool, typer.Option("--ssh", help="Give it an SSH server that lets in the keys of your ~/.ssh/*.pub.")
 ]
@@ -130,6 +140,7 @@ def create(
     cpus: CpusOption = None,
     pids: PidsOption = None,
     shm_size: ShmOption = None,
+    network: NetworkOption = None,
     with_ssh: SshOption = False,
     public_key_file: PublicKeyOption = None,
     no_wait: NoWaitOption = False,
@@ -155,6 +166,7 @@ def create(
         cpus=cpus,
         pids=pids,
         shm_size=size_of(shm_size, "--shm-size"),
+        network=network,
         ssh_keys=public_keys(public_key_file or []) if with_ssh or public_key_file else [],
     )
 
@@ -465,6 +477,7 @@ def _about(task: Task) -> list[tuple[str, str]]:
         ("mounts", ", ".join(task.mounts)),
         ("variables", ", ".join(task.env)),
         ("gets", _given(task)),
+        ("network", task.network or ""),
         ("owner", task.owner),
         ("shared with", ", ".join(task.shared_with)),
         ("ssh server", "yes" if task.ssh_host_key else ""),

@@ -217,6 +217,7 @@ async def create(
     cpus: float | None = None,
     pids: int | None = None,
     shm_size: int | str | None = None,
+    network: str | None = None,
     ssh_keys: Sequence[str] = (),
     wait: float | None = WAIT_SECONDS,
     host: str | None = None,
@@ -235,6 +236,7 @@ async def create(
         memory: bytes, or a size such as "8g"; `shm_size` (/dev/shm) too.
         cpus: processors, as 1.5.
         pids: processes and threads at a time.
+        network: "none" for a container that reaches nothing; forwards and terminals reach it all the same.
         ssh_keys: public keys that its SSH server lets in; without one it has no SSH server.
         host: as `token` and `ca_file` by default what the command line's settings say.
 
@@ -256,6 +258,7 @@ async def create(
         cpus=cpus,
         pids=pids,
         shm_size=_size(shm_size, "shm_size"),
+        network=network,
         ssh_keys=list(ssh_keys),
     )
     settings = load_settings(host=host, token=token, ca_file=ca_file)

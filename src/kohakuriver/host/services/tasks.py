@@ -94,7 +94,7 @@ class Tasks:
         lost = task.status in _ACTIVE and not self._nodes.is_online(node)
         traffic = {} if lost else node.traffic.get("tasks", {}).get(str(task.task_id), {})
         ordered = {name: list(task.spec.get(name, ())) for name in ("command", "mounts", "env")}  # names of variables
-        given = {name: task.spec.get(name) for name in BOUNDS}
+        given = {name: task.spec.get(name) for name in (*BOUNDS, "network")}
         shown = part_of(task, TaskView, without=("shared_with", "traffic", "pending_removal", *ordered, *given)) | {
             **ordered,
             **given,
@@ -382,7 +382,7 @@ def _asked(order: TaskOrder) -> dict[str, Any]:
         "command": shlex.join(order.command) if order.command else None,
         "mounts": [f"{mount}"[:LONGEST_TEXT] for mount in order.mounts] or None,
         "ssh_keys": [fingerprint(key) for key in order.ssh_keys] or None,
-        **{name: getattr(order, name) for name in BOUNDS},
+        **{name: getattr(order, name) for name in (*BOUNDS, "network")},
     }
 
 
@@ -415,6 +415,8 @@ def _fit_for(request: CreateRequest) -> list[str]:
             raise UsageError(f"A task of the {kind.name} backend runs on the node itself and takes no --image.")
     if request.mounts and not any(kind_of(name).mounts for name in backends):
         raise UsageError("Only a task in a container takes --mount; a process sees the node's files as they are.")
+    if request.network and not any(kind_of(name).network for name in backends):
+        raise UsageError("Only a task in a container takes --network; a process has that of its node.")
     bounds = [name for name in ("memory", "cpus", "pids", "shm_size") if getattr(request, name) is not None]
     if bounds and not any(kind_of(name).bounded for name in backends):
         raise UsageError(f"Only a task in a container takes --{bounds[0].replace('_', '-')}; nothing bounds a process.")

@@ -11,6 +11,7 @@ from kohakuriver.images import Registries
 from kohakuriver.limits import Limits
 from kohakuriver.runner.backends.printed import LogRequest, Printed
 from kohakuriver.runner.services.direct import DirectTarget
+from kohakuriver.runner.services.doors import Doors
 from kohakuriver.runner.services.ssh_helper import SshHelper
 from kohakuriver.runner.services.state import State, TaskRecord
 from kohakuriver.runner.services.tunnel_helper import TunnelHelper
@@ -107,10 +108,11 @@ class ExecSession(ABC):
 class Surroundings:
     """What a runner gives its backends.
 
-    `node` is its name. `listen_at` makes the runner reachable at one of the node's addresses, for containers, and gives
-    the URL; `local_url` is that for the node's own processes. `on_change` is called when a backend's `trouble` is
-    another. `user_processes`: others than admins may run processes here. `process_user`: as whom, None for the
-    runner's own user. `registries` are those that images may come from, `limits` what users may take.
+    `node` is its name. `doors` are the tasks' own Unix sockets; where one can't be had, `listen_at` makes the runner
+    reachable at one of the node's addresses, for containers, and gives the URL, and `local_url` is that for the node's
+    own processes. `on_change` is called when a backend's `trouble` is another. `user_processes`: others than admins may
+    run processes here. `process_user`: as whom, None for the runner's own user. `registries` are those that images may
+    come from, `limits` what users may take.
     """
 
     node: str
@@ -118,6 +120,7 @@ class Surroundings:
     helper: TunnelHelper
     ssh: SshHelper
     report: Reporter
+    doors: Doors
     listen_at: Callable[[str], Awaitable[str]]
     local_url: Callable[[], str]
     on_change: Callable[[], None]
