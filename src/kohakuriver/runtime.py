@@ -195,7 +195,8 @@ def waiting_connections(sock: socket.socket) -> int:
 
     Source: tcp(7); of a listening socket the kernel gives the length of its queue as `tcpi_unacked`.
     """
-    if sock.type != socket.SOCK_STREAM or not sys.platform.startswith("linux"):
+    is_tcp = sock.family in (socket.AF_INET, socket.AF_INET6) and sock.type == socket.SOCK_STREAM
+    if not is_tcp or not sys.platform.startswith("linux"):
         return 0
     try:
         info = sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, _TCPI_UNACKED.stop)

@@ -140,6 +140,7 @@ MemorySize = Annotated[int, _between(LEAST_MEMORY, 1 << 50)]
 """Bytes."""
 Cpus = Annotated[float, _between(0.01, 1 << 20)]
 Pids = Annotated[int, _between(LEAST_PIDS, 1 << 22)]
+Network = Annotated[str, matching("none", "a task's network is none, or left out")]
 ShmSize = Annotated[int, _between(64 << 10, 1 << 50)]
 """Bytes."""
 Seconds = Annotated[int, _between(1, LONGEST_TIME)]
@@ -181,7 +182,8 @@ class TaskSpec:
 
     With `ssh_keys`, public keys as their files have them, it gets an SSH server that lets their owners in.
     A container gets so many bytes of `memory`, `cpus`, processes and threads (`pids`), and bytes of /dev/shm
-    (`shm_size`, a part of its memory); where that is None, what its node gives by default.
+    (`shm_size`, a part of its memory); where that is None, what its node gives by default. With the `network` "none" a
+    container has no network but its own loopback.
     It is stopped `ttl` seconds after its start, and when nobody was connected to it for `idle_stop` seconds.
     Without a `command` a container runs its image's own; `entrypoint` takes the place of the image's own, and without
     a command of its CMD, too, so that with neither the container just stays up. It runs in `workdir` and `run_as` a
@@ -208,6 +210,7 @@ class TaskSpec:
     devices: list[Device] = field(default_factory=list)
     restart: Restart | None = None
     gpus: Gpus | None = None
+    network: Network | None = None
 
 
 @dataclass(kw_only=True)
@@ -296,8 +299,8 @@ class TaskView:
 
     `command`, `entrypoint`, `workdir`, `run_as`, `pull`, `restart`, `gpus`, `mounts`, `devices` and the names of the
     variables, `env`, are as they were asked for. `memory`, `cpus`, `pids`, `shm_size` and `log_size` are what it was
-    given, None where nothing bounds it. `exit_code` is what it has ended with, 128 + N by signal N; None while it runs,
-    and where nobody knows.
+    given, None where nothing bounds it. `network` is "none" where it has none but its own loopback. `exit_code` is what
+    it has ended with, 128 + N by signal N; None while it runs, and where nobody knows.
 
     `owner` may do everything with it, `shared_with` may use it; `creator` made it, and is another one where a user was
     removed. `ttl` and `idle_stop`, in seconds, are as it was given them, and `ends_at`, in ISO 8601, is when the first
@@ -337,6 +340,7 @@ class TaskView:
     restart: str | None = None
     gpus: str | None = None
     gpu_ids: list[str] = field(default_factory=list)
+    network: str | None = None
     message: str | None = None
     exit_code: int | None = None
     ssh_port: int | None = None

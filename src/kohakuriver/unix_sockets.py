@@ -27,7 +27,8 @@ def address_of(path: Path) -> Iterator[str]:
         return
     if not Path("/proc/self/fd").is_dir():
         raise UsageError(f"The path of {path} is too long for a socket; choose a shorter one.")
-    directory = os.open(path.parent, os.O_RDONLY | os.O_DIRECTORY)
+    # To pass a directory takes less than to read it; not every system can open one just for that.
+    directory = os.open(path.parent, getattr(os, "O_PATH", os.O_RDONLY) | os.O_DIRECTORY)
     try:
         yield f"/proc/self/fd/{directory}/{path.name}"
     finally:

@@ -19,6 +19,7 @@ import pytest
 import kohakuriver
 from kohakuriver.cli.pki import Authority
 from kohakuriver.client.forward import Event, StreamError
+from kohakuriver.errors import UnavailableError
 from tests.support import docker_images
 from tests.support.docker_images import docker
 from tests.support.processes import PATIENCE, Cluster, a_cluster, ask, eventually
@@ -86,6 +87,18 @@ def echoes(cluster: Cluster, reference: str, question: bytes = b"hello") -> bool
     with cluster.forward(reference, PORT) as forward:
         # The tunnel may be up before the service listens.
         return eventually(lambda: _asked(forward.local_port, question)) == question
+
+
+def echoes_again(cluster: Cluster, reference: str) -> bool:
+    """The same of one that was started past the runner: its host may yet have to hear that it runs."""
+
+    def tried() -> bool:
+        try:
+            return echoes(cluster, reference)
+        except UnavailableError:
+            return False
+
+    return eventually(tried)
 
 
 def _asked(port: int, question: bytes) -> bytes | None:
@@ -622,17 +635,21 @@ def test_a_runner_told_to_do_so_ends_its_containers_and_only_those_it_made(tmp_p
         assert cluster.task("web")["status"] == "stopped"
 
 
-def test_containers_reach_nothing_of_a_runner_on_loopback_but_their_tunnel(shared: Cluster, busybox: str) -> None:
-    task = shared.create(*STAY, image=busybox, name="curious")
-    shared.connected("curious")
-    url = docker("exec", task["container"], "/bin/sh", "-c", "echo $KOHAKURIVER_TUNNEL_URL")
+def test_adopted_containers_reach_nothing_of_a_runner_on_loopback_but_their_tunnel(
+    shared: Cluster, busybox: str
+) -> None:
+    with plain_container(busybox, *STAY) as container:
+        adopt(shared, container, "curious")
+        shared.connected("curious")
+        command = docker("top", container, "-eo", "pid,args")
+        url = next(word for word in command.split() if word.startswith("http://"))
 
-    def status_of(path: str) -> str:
-        ask_for = f"/bin/busybox wget -S -O - {url}{path} 2>&1 | /bin/busybox head -3"
-        return docker("exec", task["container"], "/bin/sh", "-c", ask_for)
+        def status_of(path: str) -> str:
+            ask_for = f"/bin/busybox wget -S -O - {url}{path} 2>&1 | /bin/busybox head -3"
+            return docker("exec", container, "/bin/sh", "-c", ask_for)
 
-    assert "404" in status_of("/api/tasks")
-    assert "404" in status_of("/health")
+        assert "404" in status_of("/api/tasks")
+        assert "404" in status_of("/health")
 
 
 def test_docker_is_offered_from_when_the_engine_answers(tmp_path: Path, busybox: str) -> None:

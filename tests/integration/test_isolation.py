@@ -10,12 +10,12 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import httpx
 import pytest
 
 from tests.integration.test_docker_backend import ECHO, PORT, STAY, echoes, plain_container, remove_all
 from tests.support import docker_images
 from tests.support.docker_images import docker
+from tests.support.doors import door_of, knock
 from tests.support.processes import Cluster, a_cluster
 
 pytestmark = pytest.mark.docker
@@ -78,9 +78,7 @@ def test_a_container_does_not_reach_another(cluster: Cluster, pair: tuple[dict[s
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="rules of the packet filter take root")
-def test_a_container_reaches_nothing_of_its_node_but_the_listener_for_tunnels(
-    cluster: Cluster, pair: tuple[dict[str, Any], dict[str, Any]]
-) -> None:
+def test_a_container_reaches_nothing_of_its_node(cluster: Cluster, pair: tuple[dict[str, Any], dict[str, Any]]) -> None:
     _, hostile = pair
     near = "169.254.77.7"  # where a cloud's own services would be, one per machine
     with (
@@ -105,61 +103,57 @@ def test_a_container_reaches_nothing_of_its_node_but_the_listener_for_tunnels(
     assert "CONTAINERS CAN REACH THE NODE" not in cluster.runners["n1"].log.read_text()
 
 
-def test_a_runner_on_all_addresses_shows_containers_its_listener_for_tunnels_alone(tmp_path: Path) -> None:
+def listening(pid: int) -> set[str]:
+    """Where a process listens over TCP: hexadecimal addresses and ports, as the kernel writes them."""
+    links = [str(each.readlink()) for each in Path(f"/proc/{pid}/fd").iterdir() if each.is_symlink()]
+    table = [
+        line.split() for name in ("tcp", "tcp6") for line in Path(f"/proc/{pid}/net/{name}").read_text().splitlines()
+    ]
+    return {words[1] for words in table if words[3] == "0A" and f"socket:[{words[9]}]" in links}
+
+
+def test_a_runner_listens_on_no_network_for_the_containers_that_it_made(tmp_path: Path) -> None:
     docker_images.require_engine()
     with a_cluster(tmp_path) as cluster:
-        cluster.start_runner("n1", "--backend", "docker", "--bind", "0.0.0.0")
+        runner = cluster.start_runner("n1", "--backend", "docker", "--bind", "0.0.0.0")
         try:
             task = cluster.create(*STAY, image=docker_images.busybox_image(), name="inside")
             cluster.connected("inside")
-            url = variables(task)["KOHAKURIVER_TUNNEL_URL"]
-            own_port = cluster.runners["n1"].ready["url"].rpartition(":")[2]
-            assert url.rpartition(":")[2] != own_port
-            assert inside(task, BUSYBOX, "wget", "-q", "-O", "-", f"{url}/health").returncode != 0
-            elsewhere = f"{url.rpartition(':')[0]}:{own_port}/health"
+            own_port = runner.ready["url"].rpartition(":")[2]
+            assert listening(runner.pid) == {f"00000000:{int(own_port):04X}"}
+            gateway = docker("network", "inspect", "-f", "{{(index .IPAM.Config 0).Gateway}}", "kohakuriver")
             if os.geteuid() == 0:
-                assert (
-                    inside(task, BUSYBOX, "timeout", "2", BUSYBOX, "wget", "-q", "-O", "-", elsewhere).returncode != 0
-                )
+                knock = (BUSYBOX, "timeout", "2", BUSYBOX, "nc", gateway, own_port, "-e", BUSYBOX, "true")
+                assert inside(task, *knock).returncode != 0
         finally:
             remove_all(cluster)
 
 
-def dialled(url: str, container: str, token: str | None) -> int:
-    """What a tunnel client for `container` with that token is answered with."""
-    headers = {
-        "Connection": "Upgrade",
-        "Upgrade": "websocket",
-        "Sec-WebSocket-Version": "13",
-        "Sec-WebSocket-Key": "dGhlIHNhbXBsZSBub25jZQ==",
-    } | ({} if token is None else {"Authorization": f"Bearer {token}"})
-    with httpx.stream(
-        "GET", f"{url}/ws/tunnel/{container}", headers=headers, trust_env=False, verify=False, timeout=20
-    ) as answer:
-        return answer.status_code
-
-
 def test_a_container_can_not_register_as_another(cluster: Cluster, pair: tuple[dict[str, Any], dict[str, Any]]) -> None:
     victim, hostile = pair
-    # The node reaches the listener that is there for containers, as they do.
-    url = variables(hostile)["KOHAKURIVER_TUNNEL_URL"]
     own, others = token_of(cluster, hostile), token_of(cluster, victim)
     assert own
     assert others
     assert own != others
-    assert dialled(url, victim["container"], own) == 403
-    assert dialled(url, victim["container"], None) == 401
-    assert dialled(url, "kohakuriver-vps-1", own) == 403
-    assert dialled(url, hostile["container"], own) == 403  # of its own one too, where it is not there
+    door = door_of(cluster, hostile["container"])
+    assert knock(door, victim["container"], own) == 403
+    assert knock(door, victim["container"], others) == 403
+    assert knock(door, victim["container"], None) == 401
+    assert knock(door, "kohakuriver-vps-1", own) == 403
+    assert knock(door, hostile["container"], own) == 403  # nor twice as itself
 
 
-def test_a_container_finds_no_way_to_the_runner_but_its_tunnel(pair: tuple[dict[str, Any], dict[str, Any]]) -> None:
+def test_a_container_finds_its_own_door_alone_and_can_put_nothing_there(
+    cluster: Cluster, pair: tuple[dict[str, Any], dict[str, Any]]
+) -> None:
     _, hostile = pair
     url = variables(hostile)["KOHAKURIVER_TUNNEL_URL"]
-    for path in ("/health", "/api/tasks", "/docs", "/openapi.json", f"/ws/forward/{hostile['container']}/80"):
-        tried = inside(hostile, BUSYBOX, "wget", "-q", "-O", "-", f"{url}{path}")
-        assert tried.returncode != 0, path
-        assert ("426" if path.startswith("/ws/") else "404") in tried.stderr, path
+    assert url == "unix:/.kohakuriver/runner/tunnel.sock"
+    assert inside(hostile, BUSYBOX, "ls", "-A", "/.kohakuriver/runner").stdout.split() == ["tunnel.sock"]
+    for change in (("touch", "/.kohakuriver/runner/more"), ("rm", "-f", "/.kohakuriver/runner/tunnel.sock")):
+        tried = inside(hostile, BUSYBOX, *change)
+        assert tried.returncode != 0
+        assert "Read-only" in tried.stderr
 
 
 def test_a_containers_token_is_in_no_place_that_others_see(
@@ -182,9 +176,10 @@ def test_a_containers_token_is_in_no_place_that_others_see(
         assert [Path(line).name for line in found.splitlines()] == ["tasks.json"]
 
 
-def test_a_removed_tasks_token_opens_nothing(cluster: Cluster) -> None:
+def test_a_removed_tasks_token_opens_nothing(cluster: Cluster, pair: tuple[dict[str, Any], dict[str, Any]]) -> None:
     gone = cluster.create(*STAY, image=docker_images.busybox_image(), name="gone")
     cluster.connected("gone")
-    token, url = token_of(cluster, gone), variables(gone)["KOHAKURIVER_TUNNEL_URL"]
+    token, door = token_of(cluster, gone), door_of(cluster, gone["container"])
     assert cluster.call("DELETE", "/api/tasks/gone")[0] == 200
-    assert dialled(url, gone["container"], token) == 403
+    assert not door.parent.parent.exists()
+    assert knock(door_of(cluster, pair[1]["container"]), gone["container"], token) == 403

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import pwd
 import shutil
+import stat
 import subprocess
 import sys
 import tempfile
@@ -16,6 +17,7 @@ import psutil
 import pytest
 
 from tests.support import forked
+from tests.support.doors import door_of
 from tests.support.forked import PROGRAM
 from tests.support.processes import Cluster, a_cluster, eventually
 
@@ -99,6 +101,13 @@ def test_its_tunnel_clients_token_is_taken_away_also_one_that_is_renewed(
     assert cluster.call("DELETE", "/api/tasks/who/shares/ann")[0] == 200
     eventually(lambda: not list(own.iterdir()))
     assert cluster.task("who")["message"] is None
+
+
+def test_its_socket_of_the_runner_is_that_users_alone(cluster: Cluster, task: dict[str, Any]) -> None:
+    cluster.connected("who")
+    door = door_of(cluster, task["container"])
+    found = [(each.stat().st_uid, stat.S_IMODE(each.stat().st_mode)) for each in (door.parent, door)]
+    assert found == [(0, 0o710), (pwd.getpwnam(NOBODY).pw_uid, 0o600)]
 
 
 @pytest.mark.parametrize("tty", [False, True])

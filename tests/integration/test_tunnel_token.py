@@ -10,13 +10,22 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
-from urllib.parse import urlsplit
 
 import pytest
 
-from tests.integration.test_docker_backend import ECHO, PORT, STAY, adopt, echoes, plain_container, with_docker
+from tests.integration.test_docker_backend import (
+    ECHO,
+    PORT,
+    STAY,
+    adopt,
+    echoes,
+    echoes_again,
+    plain_container,
+    with_docker,
+)
 from tests.support import docker_images
 from tests.support.docker_images import docker, make_image
+from tests.support.doors import door_of, knock
 from tests.support.processes import Cluster, ask, eventually
 
 pytestmark = pytest.mark.docker
@@ -57,15 +66,7 @@ def token_of(cluster: Cluster, container: str) -> str:
 
 def shown(cluster: Cluster, container: str, token: str, *, place: str) -> int:
     """The status that a tunnel client in the container `place` gets, which has the token of `container`."""
-    # The address that it was made with, of the node on the network of all tasks.
-    url = urlsplit(record_of(cluster, place)["tunnel_url"])
-    lines = [f"GET /ws/tunnel/{container} HTTP/1.1", f"Host: {url.netloc}", "Upgrade: websocket", "Connection: Upgrade"]
-    lines += ["Sec-WebSocket-Key: dGhlIHNhbXBsZSBub25jZQ==", "Sec-WebSocket-Version: 13"]
-    lines += [f"Authorization: Bearer {token}", "Sec-WebSocket-Protocol: kohakuriver.tunnel.v2"]
-    lines += ["KohakuRiver-Client: somebody-else", "", ""]
-    script = "{ /bin/busybox cat; /bin/busybox sleep 5; } | /bin/busybox nc $0 $1"
-    done = in_container(place, "sh", "-c", script, str(url.hostname), str(url.port), given="\r\n".join(lines))
-    return int(done.stdout.split()[1])
+    return knock(door_of(cluster, place), container, token)
 
 
 def refusals(cluster: Cluster, task_id: int) -> list[dict[str, Any]]:
@@ -125,7 +126,7 @@ def test_a_stolen_token_opens_nothing_in_another_container_and_the_owner_hears_o
         assert shown(cluster, victim["container"], token, place=thief["container"]) == 403
         still_echoes(sock)
         message = eventually(lambda: cluster.task("victim")["message"])
-        address = docker("inspect", "-f", "{{.NetworkSettings.Networks.kohakuriver.IPAddress}}", thief["container"])
+        address = f"the socket of {thief['container']}"
         assert f"its tunnel's token was used from {address}, where it does not run" in message
         (event,) = eventually(lambda: refusals(cluster, victim["task_id"]))
         assert (event["node"], event["from"]) == ("n1", address)
@@ -152,8 +153,7 @@ def test_a_container_that_is_restarted_past_us_gets_a_new_token(cluster: Cluster
     before = token_of(cluster, task["container"])
     docker("restart", "-t", "0", task["container"])
     eventually(lambda: token_of(cluster, task["container"]) != before)
-    cluster.connected("past-us")
-    assert echoes(cluster, "past-us")
+    assert echoes_again(cluster, "past-us")
     assert in_container(task["container"], "cat", TOKEN).returncode != 0
 
 

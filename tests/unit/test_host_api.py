@@ -40,7 +40,7 @@ TASK_FIELDS = {"pending_removal"} | {
     ),
     "owner",
     *("creator", "ssh_port", "ssh_host_key", "shared_with", "traffic", "command", "mounts", "env", "exit_code"),
-    *("memory", "cpus", "pids", "shm_size", "log_size", "ttl", "idle_stop", "ends_at"),
+    *("memory", "cpus", "pids", "shm_size", "log_size", "ttl", "idle_stop", "ends_at", "network"),
     *("entrypoint", "workdir", "run_as", "pull", "devices", "restart", "gpus", "gpu_ids"),
 }
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import socket
 from collections.abc import AsyncIterator, Callable, Coroutine
 from contextlib import asynccontextmanager, suppress
 from pathlib import Path
@@ -17,6 +18,7 @@ from kohakuriver.runner.backends.process import exec as process_exec
 from kohakuriver.runner.backends.process import reaper
 from kohakuriver.runner.backends.process.account import Account
 from kohakuriver.runner.backends.process.tasks import ProcessBackend
+from kohakuriver.runner.services.doors import Doors
 from kohakuriver.runner.services.ssh_helper import SshHelper
 from kohakuriver.runner.services.state import State, TaskRecord
 from kohakuriver.runner.services.tunnel_helper import TunnelHelper
@@ -25,6 +27,11 @@ Run = Callable[[Coroutine[Any, Any, None]], None]
 
 KEY = "ssh-ed25519 AAAAC3NzaC1lZDI1NTE5AAAAIJdD7y3aLq454yWBdwLWbieU1ebz9/cu7/QEXn9OIeZJ"
 FOR_LONG = ["sh", "-c", "trap '' HUP; echo here; sleep 1000"]
+
+
+def _nobody_listens(sock: socket.socket, container: str) -> Callable[[], None]:
+    sock.close()
+    return lambda: None
 
 
 class OneTask:
@@ -37,6 +44,7 @@ class OneTask:
             TunnelHelper(state),
             SshHelper(state),
             self._report,
+            Doors(state, _nobody_listens),
             lambda: "http://127.0.0.1:1",
             Limits(),
             Account(),

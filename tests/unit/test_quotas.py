@@ -394,6 +394,8 @@ def test_a_task_that_asks_for_much_goes_to_a_node_that_has_it_or_nowhere(run: Ru
         ({"image": "x", "memory": 1 << 30, "shm_size": 2 << 30}, "part of a task's memory, which is 1 GiB"),
         ({"backend": "process", "memory": 1 << 30}, "Only a task in a container takes --memory"),
         ({"backend": "process", "shm_size": 1 << 20}, "Only a task in a container takes --shm-size"),
+        ({"backend": "process", "network": "none"}, "Only a task in a container takes --network"),
+        ({"image": "x", "network": "host"}, "a task's network is none, or left out"),
     ],
 )
 def test_amounts_that_make_no_sense_are_refused(run: Run, tmp_path: Path, body: dict[str, Any], said: str) -> None:

@@ -37,6 +37,7 @@ EVERYTHING: Final = NewTask(
     devices=["/dev/null:/dev/nothing:r"],
     restart="on-failure:3",
     gpus="device=0,1",
+    network="none",
 )
 
 

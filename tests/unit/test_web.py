@@ -135,7 +135,7 @@ def test_one_more_listener_serves_its_own_application_until_the_end(run: Run) ->
         running = asyncio.ensure_future(server.serve([first]))
         await ready.wait()
         url = socket_url(second)
-        await server.add_listener(second, new_app("other", "1", documented=True), serve_ws([]))
+        server.add_listener(second, new_app("other", "1", documented=True), serve_ws([]))
         async with httpx.AsyncClient(trust_env=False, verify=False) as client:
             assert (await client.get(f"{socket_url(first)}/openapi.json")).json()["info"]["title"] == "one"
             assert (await client.get(f"{url}/openapi.json")).json()["info"]["title"] == "other"

@@ -21,7 +21,7 @@ Usage: tunnel-client [OPTIONS] [run [-- COMMAND...]]
                           tunnel up beside it; without COMMAND stay until told to stop
 
 Options:
-  -r, --runner-url URL    where the runner is   [RUNNER_URL, KOHAKURIVER_TUNNEL_URL]
+  -r, --runner-url URL    where the runner is, http://… or unix:/PATH [RUNNER_URL, KOHAKURIVER_TUNNEL_URL]
   -c, --container-id ID   this container's id   [CONTAINER_ID, KOHAKURIVER_CONTAINER_ID]
   --token-file FILE       holds its token       [KOHAKURIVER_TUNNEL_TOKEN_FILE]
   --take-token FILE       the same; the file is removed once it is read [KOHAKURIVER_TUNNEL_TAKE_TOKEN]

@@ -5,23 +5,28 @@
 //! again as an idle stream does (docs/architecture.md, Decisions).
 
 use std::convert::Infallible;
+use std::fs::{File, OpenOptions};
 use std::future::{Future, poll_fn};
 use std::io::{self, IoSlice, Read, Write};
 use std::net::{Ipv4Addr, Shutdown, SocketAddr, TcpStream, UdpSocket};
+use std::os::fd::{AsRawFd, RawFd};
+use std::os::unix::fs::OpenOptionsExt;
+use std::os::unix::net::UnixStream;
+use std::path::{Path, PathBuf};
 use std::pin::{Pin, pin};
 use std::rc::Rc;
 use std::sync::Arc;
 use std::task::{Context, Poll};
 use std::time::{Duration, Instant};
 
-use socket2::{Domain, Socket, Type};
+use socket2::{Domain, SockRef, Socket, Type};
 use tokio::io::unix::AsyncFd;
-use tokio::io::{AsyncReadExt, AsyncWriteExt, Interest};
+use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt, Interest};
 use tokio::runtime::{Builder, Runtime};
 use tokio::sync::Notify;
 use tokio::time::{self, Sleep};
 
-use crate::handshake::{Granted, Handshake, Refusal, RunnerUrl, wrong};
+use crate::handshake::{Granted, Handshake, Place, Refusal, RunnerUrl, wrong};
 use crate::listeners;
 use crate::log;
 use crate::net::{self, Network, Ready};
@@ -38,8 +43,14 @@ const OPENING: Duration = Duration::from_secs(10);
 /// What is not answered for so long is asked again. A node drops what comes while its runner is away, and the kernel by
 /// itself asks again after 1 s, 3 s, 7 s.
 const KNOCK: Duration = Duration::from_millis(300);
+/// How often a socket on which nobody listens is asked within one attempt: its runner is away, and may be back at once.
+const KNOCKS: u32 = 30;
+/// Paths that are longer have no room in a socket's address (unix(7)).
+const LONGEST_PATH: usize = 100;
 /// Unsent bytes in the kernel that a small message may have to wait for.
 const UNSENT: u32 = 256 << 10;
+/// What a Unix socket may hold, which the kernel doubles for its own use and never tunes.
+const UNIX_BUFFER: usize = 512 << 10;
 /// Streams have their slots as tokens.
 const LINK: u64 = u64::MAX;
 const LOOKED: u64 = u64::MAX - 1;
@@ -72,7 +83,7 @@ impl Stop {
 
 /// A WebSocket that is open.
 pub struct Opened {
-    sock: TcpStream,
+    sock: Tcp,
     /// On which terms.
     pub granted: Granted,
 }
@@ -163,9 +174,7 @@ impl EventLoop {
                 .get_ref()
                 .add(&sock, LINK, interest)?;
             endpoint.session.set_now(Instant::now());
-            endpoint
-                .session
-                .attach(Box::new(Tcp::Service(sock)), granted.v2);
+            endpoint.session.attach(Box::new(sock), granted.v2);
             endpoint.session.on_new_token(Box::new(new_token));
             let Err(end) = endpoint.turns(&self.stop, &granted.early).await;
             if matches!(end, End::Violated(_)) {
@@ -267,19 +276,77 @@ impl Endpoint {
     }
 }
 
-async fn open(url: &RunnerUrl, mut handshake: Handshake) -> Result<Opened, Refusal> {
-    let mut sock = dial(url.place()).await?;
-    sock.set_nodelay(true)?;
-    sys::limit_unsent(&sock, UNSENT)?;
+async fn open(url: &RunnerUrl, handshake: Handshake) -> Result<Opened, Refusal> {
+    match url.place() {
+        Place::Network(host, port) => {
+            let mut sock = dial((host, port)).await?;
+            sock.set_nodelay(true)?;
+            sys::limit_unsent(&sock, UNSENT)?;
+            let granted = shake_hands(&mut sock, handshake).await?;
+            let sock = Tcp::Service(sock.into_std()?);
+            Ok(Opened { sock, granted })
+        }
+        Place::Socket(path) => {
+            let mut sock = dial_socket(path).await?;
+            SockRef::from(&sock).set_send_buffer_size(UNIX_BUFFER)?;
+            let granted = shake_hands(&mut sock, handshake).await?;
+            let sock = Tcp::Runner(sock.into_std()?);
+            Ok(Opened { sock, granted })
+        }
+    }
+}
+
+async fn shake_hands(
+    sock: &mut (impl AsyncRead + AsyncWrite + Unpin),
+    mut handshake: Handshake,
+) -> Result<Granted, Refusal> {
     sock.write_all(&handshake.request).await?;
     let mut piece = [0; 4096];
     loop {
         let length = sock.read(&mut piece).await?;
         if let Some(granted) = handshake.receive(&piece[..length])? {
-            let sock = sock.into_std()?;
-            return Ok(Opened { sock, granted });
+            return Ok(granted);
         }
     }
+}
+
+/// Connects to a socket of this machine. While its runner is away nobody listens there, and that is said at once.
+async fn dial_socket(path: &Path) -> Result<tokio::net::UnixStream, Refusal> {
+    let failed = |error| wrong(format!("{}: {error}", path.display()));
+    let mut last = failed(io::ErrorKind::NotFound.into());
+    for _ in 0..KNOCKS {
+        let (name, _directory) = address_of(path).map_err(failed)?;
+        last = match tokio::net::UnixStream::connect(name).await {
+            Ok(sock) => return Ok(sock),
+            Err(error) if is_away(&error) => failed(error),
+            Err(error) => return Err(failed(error)),
+        };
+        time::sleep(KNOCK).await;
+    }
+    Err(last)
+}
+
+/// Whether it is for a while only that a socket can't be connected to.
+fn is_away(error: &io::Error) -> bool {
+    use io::ErrorKind::{ConnectionRefused, NotFound, WouldBlock};
+    matches!(error.kind(), ConnectionRefused | NotFound | WouldBlock)
+}
+
+/// What a socket is called where it is connected to; by its directory, which is open until then, where its path is long.
+fn address_of(path: &Path) -> io::Result<(PathBuf, Option<File>)> {
+    let (Some(folder), Some(name)) = (path.parent(), path.file_name()) else {
+        return Err(io::ErrorKind::InvalidInput.into());
+    };
+    if path.as_os_str().len() <= LONGEST_PATH {
+        return Ok((path.to_owned(), None));
+    }
+    let flags = libc::O_PATH | libc::O_DIRECTORY;
+    let folder = OpenOptions::new()
+        .read(true)
+        .custom_flags(flags)
+        .open(folder)?;
+    let known = PathBuf::from(format!("/proc/self/fd/{}", folder.as_raw_fd()));
+    Ok((known.join(name), Some(folder)))
 }
 
 /// Connects to the first of the runner's addresses that answers; none of them has all the time.
@@ -463,13 +530,26 @@ impl Network for Services {
 
 enum Tcp {
     Service(TcpStream),
+    /// The link, where it is no TCP connection.
+    Runner(UnixStream),
     Terminal(Line),
+}
+
+impl AsRawFd for Tcp {
+    fn as_raw_fd(&self) -> RawFd {
+        match self {
+            Self::Service(sock) => sock.as_raw_fd(),
+            Self::Runner(sock) => sock.as_raw_fd(),
+            Self::Terminal(line) => line.as_raw_fd(),
+        }
+    }
 }
 
 impl Read for Tcp {
     fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
         match self {
             Self::Service(sock) => sock.read(buffer),
+            Self::Runner(sock) => sock.read(buffer),
             Self::Terminal(line) => line.sock().read(buffer),
         }
     }
@@ -479,6 +559,7 @@ impl Write for Tcp {
     fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
         match self {
             Self::Service(sock) => sock.write(bytes),
+            Self::Runner(sock) => sock.write(bytes),
             Self::Terminal(line) => line.sock().write(bytes),
         }
     }
@@ -486,6 +567,7 @@ impl Write for Tcp {
     fn write_vectored(&mut self, pieces: &[IoSlice<'_>]) -> io::Result<usize> {
         match self {
             Self::Service(sock) => sock.write_vectored(pieces),
+            Self::Runner(sock) => sock.write_vectored(pieces),
             Self::Terminal(line) => line.sock().write_vectored(pieces),
         }
     }
@@ -499,13 +581,14 @@ impl net::TcpSocket for Tcp {
     fn dialled(&mut self) -> io::Result<bool> {
         match self {
             Self::Service(sock) => dialled(sock),
-            Self::Terminal(_) => Ok(true),
+            Self::Runner(_) | Self::Terminal(_) => Ok(true),
         }
     }
 
     fn finish_writing(&mut self) -> io::Result<()> {
         match self {
             Self::Service(sock) => sock.shutdown(Shutdown::Write),
+            Self::Runner(sock) => sock.shutdown(Shutdown::Write),
             Self::Terminal(line) => line.sock().shutdown(Shutdown::Write),
         }
     }
@@ -591,6 +674,29 @@ mod tests {
             listener.accept().unwrap();
             assert!(dialled.await.is_ok());
         });
+    }
+
+    #[test]
+    fn a_socket_is_connected_to_as_soon_as_somebody_listens_there() {
+        let folder = std::env::temp_dir().join(format!("knock-{}", std::process::id()));
+        let deep = folder.join("a".repeat(60)).join("b".repeat(60));
+        std::fs::create_dir_all(&deep).unwrap();
+        let runtime = Builder::new_current_thread().enable_all().build().unwrap();
+        for path in [folder.join("s"), deep.join("s")] {
+            runtime.block_on(async {
+                let mut dialled = pin!(dial_socket(&path));
+                let early = time::timeout(Duration::ZERO, &mut dialled).await;
+                assert!(early.is_err(), "there is no such socket");
+                let listener = Socket::new(Domain::UNIX, Type::STREAM, None).unwrap();
+                let (name, _folder) = address_of(&path).unwrap();
+                listener
+                    .bind(&socket2::SockAddr::unix(name).unwrap())
+                    .unwrap();
+                listener.listen(1).unwrap();
+                assert!(dialled.await.is_ok());
+            });
+        }
+        std::fs::remove_dir_all(folder).unwrap();
     }
 
     #[test]

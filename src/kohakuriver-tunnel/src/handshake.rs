@@ -3,6 +3,7 @@
 use std::fmt;
 use std::io;
 use std::net::Ipv6Addr;
+use std::path::{Path, PathBuf};
 
 use data_encoding::BASE64;
 use tungstenite::handshake::client::{Request, Response, generate_request};
@@ -16,19 +17,34 @@ use crate::sys;
 const END_OF_HEAD: &[u8] = b"\r\n\r\n";
 const MAX_HEAD: usize = 64 * 1024;
 
-/// Where the runner is: `http`/`ws` URL in parts.
+/// Where the runner is: `http`/`ws` URL in parts, or `unix:` and the path of a socket.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct RunnerUrl {
     host: String,
     port: u16,
     /// Without a trailing slash.
     path: String,
+    socket: Option<PathBuf>,
+}
+
+/// What is dialled.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Place<'a> {
+    /// A name or an address, and a port.
+    Network(&'a str, u16),
+    /// A Unix socket.
+    Socket(&'a Path),
 }
 
 impl std::str::FromStr for RunnerUrl {
     type Err = String;
 
     fn from_str(url: &str) -> Result<Self, String> {
+        if let Some(path) = url.strip_prefix("unix:") {
+            return Self::of_socket(path).ok_or_else(|| {
+                format!("{url}: unix: takes the whole path of a socket, as unix:/run/runner.sock")
+            });
+        }
         let whole = if url.contains("://") {
             url.to_owned()
         } else {
@@ -53,6 +69,7 @@ impl std::str::FromStr for RunnerUrl {
             host,
             port,
             path: uri.path().trim_end_matches('/').to_owned(),
+            socket: None,
         })
     }
 }
@@ -74,13 +91,26 @@ fn split(authority: &str, host: &str) -> Option<(String, u16)> {
 }
 
 impl RunnerUrl {
-    /// Name or address, and port.
-    pub fn place(&self) -> (&str, u16) {
+    fn of_socket(path: &str) -> Option<Self> {
+        let named = path.starts_with('/') && !path.ends_with('/');
+        named.then(|| Self {
+            host: "localhost".into(),
+            port: 80,
+            path: String::new(),
+            socket: Some(path.into()),
+        })
+    }
+
+    /// What leads there.
+    pub fn place(&self) -> Place<'_> {
+        if let Some(socket) = &self.socket {
+            return Place::Socket(socket);
+        }
         // An image may have no /etc/hosts.
         if self.host.eq_ignore_ascii_case("localhost") {
-            return ("127.0.0.1", self.port);
+            return Place::Network("127.0.0.1", self.port);
         }
-        (&self.host, self.port)
+        Place::Network(&self.host, self.port)
     }
 
     fn authority(&self) -> String {
@@ -336,6 +366,17 @@ mod tests {
             "http://r/?q",
         ] {
             assert!(url(bad).is_err(), "{bad}");
+        }
+    }
+
+    #[test]
+    fn a_url_may_be_the_path_of_a_socket() {
+        let url: RunnerUrl = "unix:/run/runner.sock".parse().unwrap();
+        assert_eq!(url.place(), Place::Socket(Path::new("/run/runner.sock")));
+        assert_eq!(url.authority(), "localhost:80");
+        for bad in ["unix:", "unix:run/runner.sock", "unix:/run/", "unix:/"] {
+            let error = bad.parse::<RunnerUrl>().unwrap_err();
+            assert!(error.contains("the whole path of a socket"), "{error}");
         }
     }
 

@@ -158,6 +158,16 @@ GpusOption = Annotated[
         rich_help_panel=_BOUNDS,
     ),
 ]
+NetworkOption = Annotated[
+    str | None,
+    typer.Option(
+        "--network",
+        metavar="none",
+        help="No network but its own loopback: it is reached all the same, and reaches nothing.",
+        show_default=False,
+        rich_help_panel=_BOUNDS,
+    ),
+]
 SshOption = Annotated[
     bool, typer.Option("--ssh", help="Give it an SSH server that lets in the keys of your ~/.ssh/*.pub.")
 ]
@@ -209,6 +219,7 @@ def create(
     ttl: TtlOption = None,
     idle_stop: IdleOption = None,
     gpus: GpusOption = None,
+    network: NetworkOption = None,
     with_ssh: SshOption = False,
     public_key_file: PublicKeyOption = None,
     no_wait: NoWaitOption = False,
@@ -243,6 +254,7 @@ def create(
         shm_size=size_of(shm_size, "--shm-size"),
         ttl=None if ttl is None else int(seconds(ttl, "--ttl")),
         idle_stop=None if idle_stop is None else int(seconds(idle_stop, "--idle-stop")),
+        network=network,
         ssh_keys=public_keys(public_key_file or []) if with_ssh or public_key_file else [],
     )
 
@@ -656,6 +668,7 @@ def _about(task: Task) -> list[tuple[str, str]]:
         ("gets", _given(task)),
         ("ends", f"in {_left(task)}: time to live" if task.ends_at else _ttl(task)),
         ("idle stop", f"when nobody was connected for {_idle(task)}" if task.idle_stop else ""),
+        ("network", task.network or ""),
         ("owner", task.owner),
         ("shared with", ", ".join(task.shared_with)),
         ("ssh server", "yes" if task.ssh_host_key else ""),

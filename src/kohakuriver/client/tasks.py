@@ -227,6 +227,7 @@ async def create(
     devices: Sequence[str] = (),
     restart: str | None = None,
     gpus: int | str | None = None,
+    network: str | None = None,
     ssh_keys: Sequence[str] = (),
     wait: float | None = WAIT_SECONDS,
     host: str | None = None,
@@ -253,6 +254,7 @@ async def create(
         devices: `/dev/NAME[:/dev/INSIDE][:rwm]` each, of the node; for admins.
         gpus: how many, "all", or those with the numbers "0,1" or "device=0".
         restart: when it runs again: "no", "on-failure", "on-failure:N", "always" or "unless-stopped".
+        network: "none" for a container that reaches nothing; forwards and terminals reach it all the same.
         ssh_keys: public keys that its SSH server lets in; without one it has no SSH server.
         host: as `token` and `ca_file` by default what the command line's settings say.
 
@@ -283,6 +285,7 @@ async def create(
         devices=list(devices),
         restart=restart,
         gpus=None if gpus is None else str(gpus),
+        network=network,
         ssh_keys=list(ssh_keys),
     )
     settings = load_settings(host=host, token=token, ca_file=ca_file)

@@ -29,6 +29,7 @@ from kohakuriver.resolve import resolving
 from kohakuriver.runner.app import Services, create_app
 from kohakuriver.runner.backends.base import Surroundings
 from kohakuriver.runner.backends.registry import made
+from kohakuriver.runner.services.doors import Doors
 from kohakuriver.runner.services.gpus import found as found_gpus
 from kohakuriver.runner.services.hub import EXPECTED_SECONDS
 from kohakuriver.runner.services.incidents import Incidents
@@ -196,6 +197,7 @@ class Runner:
             limits=limits,
         )
         self._certificate = certificate
+        self._container_app = new_app("runner", __version__, guard=self._guard)
         self._listening = Listening(sock, self._listen_for_containers, state, tls=certificate is not None)
         self._backends = made(options.backends, self._surroundings(state))
         self._background: list[asyncio.Task[None]] = []
@@ -215,6 +217,7 @@ class Runner:
             helper=helper,
             ssh=SshHelper(state),
             report=self._book.report,
+            doors=Doors(state, self._open_door),
             listen_at=self._listening.url_at,
             local_url=self._listening.local_url,
             on_change=self._registration.changed,
@@ -277,8 +280,12 @@ class Runner:
 
     async def _listen_for_containers(self, sock: socket.socket) -> None:
         """Serve tunnel clients, and nothing else, on one more socket: containers have no business with the rest."""
-        app = new_app("runner", __version__, guard=self._guard)
-        await self._server.add_listener(sock, app, serve_ws(self._tunnels.container_routes(), self._guard))
+        self._server.add_listener(sock, self._container_app, serve_ws(self._tunnels.container_routes(), self._guard))
+
+    def _open_door(self, sock: socket.socket, container: str) -> Callable[[], None]:
+        """The same on a container's own socket."""
+        ws = serve_ws(self._tunnels.container_routes(), self._guard, door=container)
+        return self._server.add_listener(sock, self._container_app, ws)
 
     async def _ready(self) -> None:
         if self._options.allow_anonymous:
@@ -340,8 +347,9 @@ class Runner:
 class Listening:
     """Where tunnel clients reach the runner, with a listener on one more address where one is needed.
 
-    Tunnel clients don't speak TLS, for what they send stays on the node: it goes over loopback, or to the node's own
-    address on a bridge network. Where the runner serves TLS they have listeners of their own.
+    That is for those that have no socket of their own (`Doors`). Tunnel clients don't speak TLS, for what they send
+    stays on the node: it goes over loopback, or to the node's own address on a bridge network. Where the runner serves
+    TLS they have listeners of their own.
     """
 
     def __init__(

@@ -48,14 +48,25 @@ class OriginCheck(Protocol):
 
 @dataclass(frozen=True)
 class Peer:
-    """Where a request comes from, and to which of this machine's addresses: without ports, "?" where unknown."""
+    """Where a request comes from, and to which of this machine's addresses: without ports, "?" where unknown.
+
+    `door` is the id of the container on whose own Unix socket it came, "" where it came over the network.
+    """
 
     address: str
     local: str = "?"
+    door: str = ""
+
+    @classmethod
+    def at_door(cls, container: str) -> Peer:
+        """One that came by a container's own socket."""
+        return cls(f"the socket of {container}", door=container)
 
     @property
     def on_this_machine(self) -> bool:
         """Whether it comes from this machine itself."""
+        if self.door:
+            return True
         return self.address != "?" and (self.address == self.local or ip_address(self.address).is_loopback)
 
 
@@ -191,8 +202,10 @@ class Upgrade(asyncio.Protocol):
         guard: OriginCheck | None,
         state: ServerState,
         max_message: int,
+        door: str,
     ) -> None:
         self._routes = routes
+        self._door = door
         self._guard = guard
         self._state = state
         self._handshake = ServerProtocol(
@@ -213,6 +226,8 @@ class Upgrade(asyncio.Protocol):
     @property
     def whence(self) -> Peer:
         """Where the connection comes from."""
+        if self._door:
+            return Peer.at_door(self._door)
         return Peer(*(_address(self._transport.get_extra_info(name)) for name in ("peername", "sockname")))
 
     def data_received(self, data: bytes) -> None:
@@ -230,7 +245,7 @@ class Upgrade(asyncio.Protocol):
         self._task = asyncio.get_running_loop().create_task(self._open(unquote(path), query, data))
 
     async def _open(self, path: str, query: str, data: bytes) -> None:
-        peer = peer_name(self._transport.get_extra_info("peername"))
+        peer = self.whence.address if self._door else peer_name(self._transport.get_extra_info("peername"))
         try:
             with asking(Asker(peer, f"GET {path}")):
                 await self._answer_request(self._read_request(path, query, data, peer))
@@ -359,16 +374,21 @@ class Upgrade(asyncio.Protocol):
 
 
 def serve_ws(
-    routes: Sequence[TunnelRoute], guard: OriginCheck | None = None, *, max_message: int = MAX_MESSAGE
+    routes: Sequence[TunnelRoute],
+    guard: OriginCheck | None = None,
+    *,
+    max_message: int = MAX_MESSAGE,
+    door: str = "",
 ) -> type[asyncio.Protocol]:
     """The class for ``uvicorn.Config(ws=…)`` that serves ``routes`` and answers 404 for other WebSockets.
 
     ``guard`` says which Host and Origin headers are taken; without it, all. ``max_message`` is the most
-    bytes that a message may have where whole ones are received; a link's walker has a limit of its own.
+    bytes that a message may have where whole ones are received; a link's walker has a limit of its own. ``door`` is the
+    id of the container whose own Unix socket they are served on.
     """
 
     class RoutedUpgrade(Upgrade):
         def __init__(self, config: Config, server_state: ServerState, app_state: dict[str, Any]) -> None:
-            super().__init__(routes, guard, server_state, max_message)
+            super().__init__(routes, guard, server_state, max_message, door)
 
     return RoutedUpgrade

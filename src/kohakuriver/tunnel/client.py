@@ -44,7 +44,7 @@ class TunnelClient:
     """Keeps a container's tunnel up.
 
     Args:
-        runner_url: ``http``, ``https``, ``ws`` or ``wss`` address of the runner.
+        runner_url: ``http``, ``https``, ``ws`` or ``wss`` address of the runner, or ``unix:`` and a socket's path.
         container_id: this container's id on the tunnel.
         token: its credentials; None for a runner that wants none.
         reconnect_delay: seconds that the pause between attempts grows to.
@@ -63,7 +63,8 @@ class TunnelClient:
         stays: bool = False,
         config: EndpointConfig | None = None,
     ) -> None:
-        base = runner_url.rstrip("/")
+        self.socket = _socket_in(runner_url)
+        base = "ws://localhost" if self.socket else runner_url.rstrip("/")
         for http, ws in (("http://", "ws://"), ("https://", "wss://")):
             if base.startswith(http):
                 base = ws + base.removeprefix(http)
@@ -113,7 +114,7 @@ class TunnelClient:
         """One tunnel, from its handshake to its end: how many seconds it was up, and its close code."""
         gone: asyncio.Future[int] = asyncio.get_running_loop().create_future()
         endpoint = _Tunnel(gone, self.token, self.config, self._keeper)
-        server = Server(self.url, self.token.now(), peer="runner", client=self.token.client)
+        server = Server(self.url, self.token.now(), peer="runner", client=self.token.client, socket=self.socket)
         self.link = await open_link(server, FrameWalker(masked=False), endpoint)
         endpoint.attach(self.link)
         began = time.monotonic()
@@ -176,6 +177,16 @@ class _Tunnel(ContainerEndpoint):
         super().link_closed(link, code, reason)
         if not self._gone.done():
             self._gone.set_result(code)
+
+
+def _socket_in(url: str) -> Path | None:
+    """The path in ``unix:PATH``, None for another URL. Raises UsageError."""
+    scheme, _, path = url.partition(":")
+    if scheme != "unix":
+        return None
+    if not path.startswith("/") or path.endswith("/"):
+        raise UsageError(f"{url}: unix: takes the whole path of a socket, as unix:/run/runner.sock")
+    return Path(path)
 
 
 def _arguments(argv: Sequence[str], environ: Mapping[str, str]) -> argparse.Namespace:

@@ -13,6 +13,7 @@ import socket
 import ssl as tls
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import cast
 from urllib.parse import urlsplit
 
@@ -41,6 +42,7 @@ from kohakuriver.tunnel.link import Link, LinkHandler
 from kohakuriver.tunnel.message_link import MAX_MESSAGE, MessageLink
 from kohakuriver.tunnel.protocol import CLIENT_HEADER, REFUSAL_HEADER, TUNNEL_V2, CloseCode
 from kohakuriver.tunnel.sockets import not_itself
+from kohakuriver.unix_sockets import address_of
 
 MAX_HEAD = 64 * 1024
 MAX_GREETING = 4096
@@ -58,6 +60,7 @@ class Server:
         timeout: how long opening may take, in seconds.
         peer: what runs there, "host" or "runner", for messages.
         client: a tunnel client's id, which it made for itself; None for who is none.
+        socket: the Unix socket that leads there instead of what the url names.
     """
 
     url: str
@@ -67,10 +70,13 @@ class Server:
     timeout: float = 10.0
     peer: str = "host"
     client: str | None = field(default=None, repr=False)
+    socket: Path | None = None
 
     @property
     def where(self) -> str:
-        """The server as people write it: with http and https."""
+        """The server as people write it: with http and https, or its socket."""
+        if self.socket is not None:
+            return f"unix:{self.socket}"
         parts = urlsplit(self.url)
         return f"{parts.scheme.replace('ws', 'http', 1)}://{parts.netloc}"
 
@@ -287,7 +293,9 @@ async def _open(opening: _Opening, uri: WebSocketURI, tunnel: asyncio.Transport 
         opening.transport = tunnel
     with _aborting_unless_done(lambda: opening.transport):
         try:
-            if tunnel is None:
+            if server.socket is not None:
+                await _connect_to_socket(lambda: opening, server.socket)
+            elif tunnel is None:
                 dialled = await _connect(lambda: opening, uri.host, uri.port, context)
                 not_itself(dialled.get_extra_info("socket"))
             elif tunnel.is_closing():
@@ -313,6 +321,19 @@ async def _connect(
     name = host if context is not None else None
     transport, _ = await loop.create_connection(protocol, sock=sock, ssl=context, server_hostname=name)
     return transport
+
+
+async def _connect_to_socket(protocol: Callable[[], asyncio.Protocol], path: Path) -> None:
+    loop = asyncio.get_running_loop()
+    sock = socket.socket(socket.AF_UNIX)
+    try:
+        sock.setblocking(False)
+        with address_of(path) as address:
+            await loop.sock_connect(sock, address)
+        await loop.create_unix_connection(protocol, sock=sock)
+    except BaseException:
+        sock.close()
+        raise
 
 
 async def _connected(host: str, port: int) -> socket.socket:

@@ -14,6 +14,10 @@ __all__ = ["DirectSocket", "TransportSink", "not_itself", "tune_socket"]
 # How many bytes the kernel may hold that it has not yet put on the wire; more only adds delay for small messages.
 NOTSENT_LOWAT = 256 * 1024
 
+# What a Unix socket may hold (the kernel doubles that, for its own use). It tunes none of these, and as they come they
+# hold less than one read of ours.
+UNIX_BUFFER = 512 * 1024
+
 if sys.platform == "win32":  # sockets are no file descriptors there: everything goes through the transport
     _write = None
     _writev = None
@@ -93,11 +97,14 @@ def not_itself(sock: socket.socket) -> None:
 
 
 def tune_socket(transport: asyncio.Transport) -> None:
-    """TCP_NODELAY, and a small not-yet-sent queue; buffer sizes stay with the kernel's autotuning."""
+    """TCP_NODELAY, and a small not-yet-sent queue; buffer sizes stay with the kernel's autotuning, where it has one."""
     sock: socket.socket | None = transport.get_extra_info("socket")
-    if sock is None or sock.family not in (socket.AF_INET, socket.AF_INET6):
+    if sock is None or sock.family not in (socket.AF_INET, socket.AF_INET6, getattr(socket, "AF_UNIX", None)):
         return
     try:
+        if sock.family not in (socket.AF_INET, socket.AF_INET6):
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, UNIX_BUFFER)
+            return
         sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         if hasattr(socket, "TCP_NOTSENT_LOWAT"):
             sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NOTSENT_LOWAT, NOTSENT_LOWAT)

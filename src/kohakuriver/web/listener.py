@@ -93,7 +93,7 @@ class Acceptor:
                 self._retry = self._loop.call_later(RETRY_SECONDS, self._resume)
                 self._exhausted()
                 return
-            beginning = self._loop.create_task(self._begin(connection, address[0]))
+            beginning = self._loop.create_task(self._begin(connection, address[0] if address else ""))
             self._beginning.add(beginning)
             if self._tls is not None:
                 self._room.enter(beginning, beginning.cancel)
@@ -108,7 +108,8 @@ class Acceptor:
 
     async def _begin(self, connection: socket.socket, address: str) -> None:
         try:
-            connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+            if connection.family in (socket.AF_INET, socket.AF_INET6):
+                connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
             if self._tls is None:
                 await self._loop.connect_accepted_socket(self._new_protocol, connection)
             else:

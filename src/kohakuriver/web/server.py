@@ -134,13 +134,24 @@ class Server(uvicorn.Server):
         await self._on_stop()
         await super().shutdown(sockets)
 
-    async def add_listener(self, sock: socket.socket, app: FastAPI, ws: type[asyncio.Protocol]) -> None:
-        """Serve another application on one more bound socket, without TLS, until the end. Raises OSError."""
+    def add_listener(self, sock: socket.socket, app: FastAPI, ws: type[asyncio.Protocol]) -> Callable[[], None]:
+        """Serve another application on one more bound socket, without TLS; what is returned ends that. Raises OSError.
+
+        Connections that are set up stay.
+        """
         config = _config(app, ws, self._http)
         config.load()
-        self._listen(config, sock, None)
+        acceptor = self._listen(config, sock, None)
 
-    def _listen(self, config: uvicorn.Config, sock: socket.socket, tls: ssl.SSLContext | None) -> None:
+        def end() -> None:
+            acceptor.close()
+            if acceptor.sock in self._listeners:
+                self._listeners.remove(acceptor.sock)
+                self.servers.remove(cast(asyncio.Server, acceptor))
+
+        return end
+
+    def _listen(self, config: uvicorn.Config, sock: socket.socket, tls: ssl.SSLContext | None) -> Acceptor:
         def new_protocol() -> asyncio.Protocol:
             make: Any = config.http_protocol_class
             protocol: asyncio.Protocol = make(
@@ -158,6 +169,7 @@ class Server(uvicorn.Server):
         )
         self._listeners.append(acceptor.sock)
         self.servers.append(cast(asyncio.Server, acceptor))
+        return acceptor
 
 
 def _out_of_descriptors(waiting: int) -> None:

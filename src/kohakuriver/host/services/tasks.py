@@ -109,7 +109,7 @@ class Tasks:
         traffic = {} if lost else node.traffic.get("tasks", {}).get(str(task.task_id), {})
         lists = ("command", "mounts", "devices", "gpu_ids", "env")  # of the variables the names
         ordered = {name: list(task.spec.get(name, ())) for name in lists}
-        given = {name: task.spec.get(name) for name in (*BOUNDS, *TIMES, *OF_CONTAINERS, "restart")}
+        given = {name: task.spec.get(name) for name in (*BOUNDS, *TIMES, *OF_CONTAINERS, "restart", "network")}
         shown = part_of(task, TaskView, without=("shared_with", "traffic", "pending_removal", *ordered, *given)) | {
             **ordered,
             **given,
@@ -435,7 +435,7 @@ def _asked(order: TaskOrder) -> dict[str, Any]:
         "restart": order.restart,
         "devices": order.devices or None,
         "ssh_keys": [fingerprint(key) for key in order.ssh_keys] or None,
-        **{name: getattr(order, name) for name in (*BOUNDS, *TIMES)},
+        **{name: getattr(order, name) for name in (*BOUNDS, *TIMES, "network")},
     }
 
 
@@ -468,6 +468,8 @@ def _fit_for(request: CreateRequest) -> list[str]:
             raise UsageError(f"A task of the {kind.name} backend runs on the node itself and takes no --image.")
     if request.mounts and not any(kind_of(name).mounts for name in backends):
         raise UsageError("Only a task in a container takes --mount; a process sees the node's files as they are.")
+    if request.network and not any(kind_of(name).network for name in backends):
+        raise UsageError("Only a task in a container takes --network; a process has that of its node.")
     bounds = [name for name in ("memory", "cpus", "pids", "shm_size") if getattr(request, name) is not None]
     if bounds and not any(kind_of(name).bounded for name in backends):
         raise UsageError(f"Only a task in a container takes --{bounds[0].replace('_', '-')}; nothing bounds a process.")

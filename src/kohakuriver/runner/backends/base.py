@@ -12,6 +12,7 @@ from kohakuriver.limits import Limits
 from kohakuriver.mount_roots import MountRoots
 from kohakuriver.runner.backends.printed import LogRequest, Printed
 from kohakuriver.runner.services.direct import DirectTarget
+from kohakuriver.runner.services.doors import Doors
 from kohakuriver.runner.services.gpus import Gpu
 from kohakuriver.runner.services.ssh_helper import SshHelper
 from kohakuriver.runner.services.state import State, TaskRecord
@@ -109,11 +110,11 @@ class ExecSession(ABC):
 class Surroundings:
     """What a runner gives its backends.
 
-    `node` is its name. `listen_at` makes the runner reachable at one of the node's addresses, for containers, and gives
-    the URL; `local_url` is that for the node's own processes. `on_change` is called when a backend's `trouble` is
-    another. `user_processes`: others than admins may run processes here. `process_user`: as whom, None for the
-    runner's own user. `registries` are those that images may come from, `mount_roots` what users may mount and
-    `limits` what they may take. `gpus` are the node's.
+    `node` is its name. `doors` are the tasks' own Unix sockets; where one can't be had, `listen_at` makes the runner
+    reachable at one of the node's addresses, for containers, and gives the URL, and `local_url` is that for the node's
+    own processes. `on_change` is called when a backend's `trouble` is another. `user_processes`: others than admins may
+    run processes here. `process_user`: as whom, None for the runner's own user. `registries` are those that images may
+    come from, `mount_roots` what users may mount and `limits` what they may take. `gpus` are the node's.
     """
 
     node: str
@@ -121,6 +122,7 @@ class Surroundings:
     helper: TunnelHelper
     ssh: SshHelper
     report: Reporter
+    doors: Doors
     listen_at: Callable[[str], Awaitable[str]]
     local_url: Callable[[], str]
     on_change: Callable[[], None]

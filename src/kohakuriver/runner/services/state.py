@@ -76,6 +76,11 @@ class TaskRecord(TaskOrder, TaskReport):
         return self.status in ("starting", "running")
 
     @property
+    def has_door(self) -> bool:
+        """Whether its tunnel client comes by a Unix socket that is the task's own, and from nowhere else."""
+        return (self.tunnel_url or "").startswith("unix:")
+
+    @property
     def dialled(self) -> bool:
         """Whether the runner itself dials the task's ports, with no tunnel client inside."""
         return self.no_client or self.address is not None

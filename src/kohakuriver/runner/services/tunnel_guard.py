@@ -48,7 +48,7 @@ class TunnelGuard:
             client: the id that it made for itself, "" where it said none.
         """
         task = self._task(container, token)
-        if not await self._comes_from(task, peer):
+        if not await self._is_there(task, peer):
             self._refuse(task, peer, f"its tunnel's token was used from {peer.address}, where it does not run")
         self._task(container, token)  # it may have been replaced meanwhile
         who = hashlib.sha256(client.encode()).hexdigest() if client else ""
@@ -62,6 +62,12 @@ class TunnelGuard:
         elif task.tunnel_client != who:
             self._refuse(task, peer, f"a second tunnel client came from {peer.address} with its token")
         return who
+
+    async def _is_there(self, task: TaskRecord, peer: Peer) -> bool:
+        """Whether it comes from where the task is: by its door, where it has one."""
+        if peer.door or task.has_door:
+            return peer.door == task.container
+        return await self._comes_from(task, peer)
 
     def _task(self, container: str, token: str) -> TaskRecord:
         task = self._book.get(container) if container in self._book else None

@@ -19,10 +19,13 @@ from kohakuriver.errors import UnavailableError
 from kohakuriver.runner.services.state import State, TaskRecord
 from kohakuriver.tunnel.settings import variables
 
-__all__ = ["FIRST_TOKEN", "INSIDE", "TunnelHelper", "install_binary", "name_token", "new_token"]
+__all__ = ["DOOR", "FIRST_TOKEN", "INSIDE", "TunnelHelper", "install_binary", "name_token", "new_token"]
 
 INSIDE = "/.kohakuriver"
 """Where the tunnel client and its token lie inside a container."""
+
+DOOR = f"{INSIDE}/runner"
+"""Where a container finds the directory with its own socket of the runner."""
 
 _PROGRAM = f"{INSIDE}/{TUNNEL_CLIENT.name}"
 _TOKEN_FOLDER = f"{INSIDE}/tunnel"

@@ -106,6 +106,8 @@ class TunnelServer:
         if request.token is not None:
             client = await self._entitled(request, container, request.token)
         elif self._allow_anonymous:
+            if request.whence.door not in ("", container):
+                raise NotAllowedError(f"this is not the socket of {container}")
             await self.hub.check_replacement(container, None, request.whence.address)
         else:
             raise UnauthenticatedError("a tunnel client must show its container's token")

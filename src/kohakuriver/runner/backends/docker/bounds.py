@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
-import aiodocker
 import structlog
 
 from kohakuriver.limits import Limits
@@ -43,17 +43,8 @@ def bounds_of(task: TaskRecord) -> dict[str, Any]:
     }
 
 
-async def warn_of_unbounded(docker: aiodocker.Docker) -> None:
-    """Say in the log what this engine does not do that tasks need: limits that it takes, a network that leads here.
-
-    May raise DockerError.
-    """
-    about = await docker.system.info()
-    if any("rootless" in option for option in about.get("SecurityOptions") or ()):
-        log.warning(
-            "THIS ENGINE IS ROOTLESS: its containers' tunnels don't find this runner, because the gateway of their "
-            "network is in a network namespace of the engine; use an engine that runs as root, with user namespaces"
-        )
+def warn_of_unbounded(about: Mapping[str, Any]) -> None:
+    """Say in the log which limits that tasks need this engine does not keep, as it says `about` itself."""
     unkept = [limit for fact, limit in _KEPT.items() if not about.get(fact)]
     if unkept:
         log.warning(

@@ -15,10 +15,11 @@ from kohakuriver.runner.backends.docker.bounds import bounds_of
 from kohakuriver.runner.backends.docker.engine import TROUBLE, limit
 from kohakuriver.runner.backends.docker.program import program_of
 from kohakuriver.runner.backends.process.tasks import describe_exit, last_words
+from kohakuriver.runner.services.doors import Doors
 from kohakuriver.runner.services.gpus import Grant
 from kohakuriver.runner.services.ssh_helper import SshHelper
 from kohakuriver.runner.services.state import TaskRecord
-from kohakuriver.runner.services.tunnel_helper import TunnelHelper
+from kohakuriver.runner.services.tunnel_helper import DOOR, TunnelHelper
 
 __all__ = ["Description", "ending", "of_runner", "task_in", "task_of"]
 
@@ -40,6 +41,7 @@ class Description:
     instance: str
     helper: TunnelHelper
     ssh: SshHelper
+    doors: Doors
 
     def config(self, task: TaskRecord, image: Mapping[str, Any], network: str, gpus: Grant = NO_GPUS) -> dict[str, Any]:
         """What the engine makes the task's container of, on that network; `image` is its image's configuration.
@@ -50,9 +52,11 @@ class Description:
         program = program_of(task, image)
         tunnel = self.helper.container_environment(task.container, task.tunnel_url)
         env = {**self.helper.settings, **task.env, **tunnel}
+        ours = [*self.helper.mounts(), *(self.ssh.mounts() if task.ssh_keys else [])]
+        if task.has_door:
+            ours.append((self.doors.folder(task.container).absolute(), DOOR))
         mounts = [
-            {"Type": "bind", "Source": str(source), "Target": target, "ReadOnly": True}
-            for source, target in [*self.helper.mounts(), *(self.ssh.mounts() if task.ssh_keys else [])]
+            {"Type": "bind", "Source": str(source), "Target": target, "ReadOnly": True} for source, target in ours
         ]
         return {
             "Image": task.image,

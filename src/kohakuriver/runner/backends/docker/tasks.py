@@ -8,9 +8,10 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
-from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import aiodocker
@@ -48,13 +49,15 @@ from kohakuriver.runner.backends.docker.network import (
 from kohakuriver.runner.backends.docker.pull import Images
 from kohakuriver.runner.backends.docker.untouched import Untouched
 from kohakuriver.runner.backends.docker.watch import EngineWatch, Looker
+from kohakuriver.runner.backends.docker.whose_kernel import is_rootless, why_no_sockets
 from kohakuriver.runner.backends.printed import LogRequest, Printed
 from kohakuriver.runner.services.direct import DirectTarget
+from kohakuriver.runner.services.doors import SOCKET, Doors
 from kohakuriver.runner.services.fair_queue import FairQueue
 from kohakuriver.runner.services.gpus import Gpu, Grant, granted
 from kohakuriver.runner.services.ssh_helper import SshHelper
 from kohakuriver.runner.services.state import TaskRecord
-from kohakuriver.runner.services.tunnel_helper import TunnelHelper
+from kohakuriver.runner.services.tunnel_helper import DOOR, TunnelHelper
 from kohakuriver.tunnel.accept import Peer
 from kohakuriver.tunnel.protocol import PortScope
 
@@ -82,8 +85,9 @@ NO_CLIENT = "it has no tunnel client inside; its node dials its ports from the c
 class DockerBackend(Backend):
     """Containers on the engine of this node.
 
-    `instance` marks containers as this runner's. `listen_at` makes the runner reachable at one of the node's addresses
-    and gives the URL; `on_availability` is called when the engine comes or goes.
+    `instance` marks containers as this runner's; `doors` are their sockets, by which those that it made reach it where
+    the engine lets them. For others `listen_at` makes the runner reachable at one of the node's addresses and gives the
+    URL. `on_availability` is called when the engine comes or goes.
 
     Large because a `Backend` is: most methods are one thing that can be asked of it.
     """
@@ -98,6 +102,7 @@ class DockerBackend(Backend):
         helper: TunnelHelper,
         ssh: SshHelper,
         report: Reporter,
+        doors: Doors,
         listen_at: Callable[[str], Awaitable[str]],
         on_availability: Callable[[], None],
         registries: Registries,
@@ -111,9 +116,11 @@ class DockerBackend(Backend):
         self._helper = helper
         self._ssh = ssh
         self._report = report
+        self._doors = doors
+        self._no_doors: str | None = None
         self._listen_at = listen_at
         self._mount_roots = mount_roots
-        self._description = Description(node, instance, helper, ssh)
+        self._description = Description(node, instance, helper, ssh, doors)
         self._tasks: dict[str, TaskRecord] = {}
         self._watch = EngineWatch(node, look_around=self._look_around, on_event=self._event, on_change=on_availability)
         self._looker = Looker(self._refresh)
@@ -132,6 +139,7 @@ class DockerBackend(Backend):
             helper=around.helper,
             ssh=around.ssh,
             report=around.report,
+            doors=around.doors,
             listen_at=around.listen_at,
             on_availability=around.on_change,
             registries=around.registries,
@@ -155,6 +163,9 @@ class DockerBackend(Backend):
     async def open(self, tasks: list[TaskRecord], found: Callable[[TaskRecord], None]) -> None:
         self._tasks = {task.container: task for task in tasks}
         self._found = found
+        for task in tasks:
+            if task.active:
+                self._open_door(task)
         await self._watch.open()
 
     async def close(self, tasks: list[TaskRecord], *, stop_tasks: bool) -> None:
@@ -177,7 +188,9 @@ class DockerBackend(Backend):
 
     async def _look_around(self) -> None:
         """Report every task's state, also of those that only our labels on their containers tell of."""
-        await warn_of_unbounded(self._docker)
+        about = await self._docker.system.info()
+        warn_of_unbounded(about)
+        self._judge_doors(about)
         await fence_in(self._docker, self._fence)
         filters = json.dumps({"label": [of_runner(self._instance)]})
         for container in await self._docker.containers.list(all=True, filters=filters):
@@ -188,6 +201,19 @@ class DockerBackend(Backend):
                 self._found(task)
         for task in list(self._tasks.values()):
             await self._looker.look(task)
+
+    def _judge_doors(self, about: Mapping[str, Any]) -> None:
+        """Find out whether containers can have doors, and say so where they can't."""
+        before, self._no_doors = self._no_doors, why_no_sockets(self._docker, about)
+        if self._no_doors is None or self._no_doors == before:
+            return
+        log.info("containers reach this runner over TCP", reason=self._no_doors)
+        if is_rootless(about):
+            log.warning(
+                "THIS ENGINE IS ROOTLESS: its containers' tunnels don't find this runner, because the gateway of their "
+                "network is in a network namespace of the engine; run the runner as the engine's user, or use an "
+                "engine that runs as root, with user namespaces"
+            )
 
     def _event(self, event: dict[str, Any]) -> None:
         """Look at the tasks that an event is about."""
@@ -247,7 +273,7 @@ class DockerBackend(Backend):
         self._report(task.container, "running", PAUSED if state["Paused"] else None)
         try:
             task.tunnel_from = await addresses_of(self._docker, show)
-            await self._inside.ensure_client(task, show, await self._url_for(show))
+            await self._inside.ensure_client(task, show, await self._url_for(task, show))
             if task.ssh_keys:
                 await self._inside.ensure_ssh(task, show)
         except KohakuRiverError as error:
@@ -276,34 +302,51 @@ class DockerBackend(Backend):
                 task.image, partial(self._report, task.container, "starting"), task.pull or "missing"
             )
         async with self._doing(f"start the task from image {task.image}", task):
-            network = await task_network(self._docker, self._fence)
-            task.tunnel_url = await self._reach(await gateway(self._docker, network))
-            described = replace(task, mounts=await self._mounts(task))
-            try:
-                container = await self._docker.containers.create(
-                    self._description.config(described, image, network, await self._grant(task)),
-                    name=task.container,
-                )
-            except DockerError as error:
-                if error.status == 404:
-                    raise self._images.missing(task.image) from error
-                raise
-            task.engine_id = container.id
-            task.engine_name = task.container
-            self._tasks[task.container] = task
-            try:
-                await self._inside.give_next_token(task, container.id)
-                await container.start()
-            except BaseException:
-                self._tasks.pop(task.container)
-                with contextlib.suppress(DockerError):
-                    await container.delete(force=True, timeout=limit())
-                raise
+            with self._doors.unless_it_fails(task.container):
+                await self._start(task, image)
             await self._refresh(task)
 
     async def _grant(self, task: TaskRecord) -> Grant:
         """What gives a task's container its GPUs. May raise DockerError, UnavailableError."""
         return granted(task.gpu_ids, self._gpus, await self._docker.system.info() if task.gpu_ids else {}, self._node)
+
+    async def _start(self, task: TaskRecord, image: Mapping[str, Any]) -> None:
+        """Make its container and start that; one that can't be started is gone again."""
+        assert task.image is not None
+        network = await self._network_for(task)
+        described = replace(task, mounts=await self._mounts(task))
+        try:
+            container = await self._docker.containers.create(
+                self._description.config(described, image, network, await self._grant(task)), name=task.container
+            )
+        except DockerError as error:
+            if error.status == 404:
+                raise self._images.missing(task.image) from error
+            raise
+        task.engine_id = container.id
+        task.engine_name = task.container
+        self._tasks[task.container] = task
+        try:
+            await self._inside.give_next_token(task, container.id)
+            await container.start()
+        except BaseException:
+            self._tasks.pop(task.container)
+            with contextlib.suppress(DockerError):
+                await container.delete(force=True, timeout=limit())
+            raise
+
+    async def _network_for(self, task: TaskRecord) -> str:
+        """The network of a container that is about to be made, and how that reaches the runner."""
+        network = task.network or await task_network(self._docker, self._fence)
+        task.tunnel_url = self._new_door(task)
+        if task.tunnel_url is None and task.network:
+            raise UnavailableError(
+                f"A container without a network does not reach the runner of node {self._node} "
+                f"({self._no_doors or 'there are no Unix sockets'}); leave --network out, or use another node.",
+                code="no_door",
+            )
+        task.tunnel_url = task.tunnel_url or await self._reach(await gateway(self._docker, network))
+        return network
 
     async def adopt(self, task: TaskRecord) -> TaskRecord:
         assert task.engine_name is not None
@@ -345,6 +388,7 @@ class DockerBackend(Backend):
         await self._mounts(task)
         async with self._doing("start the container again", task):
             task.stopped, task.tunnel_from = False, None
+            self._open_door(task)
             engine_id = task.engine_id or task.container
             try:
                 if not task.adopted:
@@ -374,6 +418,7 @@ class DockerBackend(Backend):
                     if error.status != 404:
                         raise
         self._tasks.pop(task.container, None)
+        self._doors.close(task.container)
         self._helper.forget(task.container)
 
     async def exec(self, task: TaskRecord, request: ExecRequest) -> ExecSession:
@@ -395,7 +440,7 @@ class DockerBackend(Backend):
         """Put the tunnel client in; where that can't be done the runner dials from the container's own network."""
         if not task.no_client:
             try:
-                await self._inside.ensure_client(task, show, await self._url_for(show))
+                await self._inside.ensure_client(task, show, await self._url_for(task, show))
                 return
             except KohakuRiverError as error:
                 try:
@@ -441,13 +486,28 @@ class DockerBackend(Backend):
         with sentences("give the container a new token"):
             show = await self._shown(task.engine_id or task.container)
             if show is not None and not task.no_client:
-                await self._inside.ensure_client(task, show, await self._url_for(show))
+                await self._inside.ensure_client(task, show, await self._url_for(task, show))
 
     def target(self, task: TaskRecord) -> DirectTarget | None:
         return self._untouched.target(task)
 
-    async def _url_for(self, show: dict[str, Any]) -> str:
-        """How a container reaches the runner."""
+    def _new_door(self, task: TaskRecord) -> str | None:
+        """How a container that is about to be made reaches its own door, None where it has to go over TCP."""
+        if self._no_doors is not None or self._doors.open(task.container, _for_all) is None:
+            return None
+        return f"unix:{DOOR}/{SOCKET}"
+
+    def _open_door(self, task: TaskRecord) -> None:
+        """See that somebody listens at the door of a task that was made with one."""
+        if task.has_door:
+            self._doors.open(task.container, _for_all)
+
+    async def _url_for(self, task: TaskRecord, show: dict[str, Any]) -> str:
+        """How a container reaches the runner. One that was made with a door keeps it."""
+        if task.tunnel_url is not None and task.has_door:
+            if self._doors.open(task.container, _for_all) is None:
+                raise UnavailableError("its socket of the runner can't be made; the log says why.", code="no_door")
+            return task.tunnel_url
         return await self._reach(await gateway_of(self._docker, show))
 
     async def _reach(self, address: str) -> str:
@@ -459,6 +519,12 @@ class DockerBackend(Backend):
                 "start the runner with --bind 0.0.0.0.",
                 code="no_gateway",
             ) from error
+
+
+def _for_all(folder: Path, path: Path) -> None:
+    """A container's programs may be anybody. On the node nobody gets that far: the task's directory is closed."""
+    folder.chmod(0o755)
+    path.chmod(0o666)
 
 
 def _among(addresses: list[str], peer: Peer) -> bool:

@@ -36,6 +36,7 @@ from kohakuriver.runner.backends.process import terminal_child
 from kohakuriver.runner.backends.process.account import Account, account_named
 from kohakuriver.runner.backends.process.log_reader import LogReader
 from kohakuriver.runner.backends.process.logs import TaskLogs, last_of, tail
+from kohakuriver.runner.services.doors import Doors
 from kohakuriver.runner.services.fair_queue import FairQueue
 from kohakuriver.runner.services.ssh_helper import SshHelper, free_port, until_listening
 from kohakuriver.runner.services.state import State, TaskRecord
@@ -90,7 +91,8 @@ class ProcessBackend(Backend):
         helper: TunnelHelper,
         ssh: SshHelper,
         report: Reporter,
-        tunnel_url: Callable[[], str],
+        doors: Doors,
+        local_url: Callable[[], str],
         limits: Limits,
         account: Account,
     ) -> None:
@@ -101,7 +103,8 @@ class ProcessBackend(Backend):
         self._helper = helper
         self._ssh = ssh
         self._report = report
-        self._tunnel_url = tunnel_url
+        self._doors = doors
+        self._local_url = local_url
         self._running: dict[str, _Running] = {}
         self._guard: subprocess.Popen[str] | None = None
         self._starts = FairQueue(STARTS, STARTS_OF_A_USER)
@@ -112,7 +115,16 @@ class ProcessBackend(Backend):
         if around.user_processes:
             whose = account.whose.upper()
             log.warning(f"EVERY USER OF THIS CLUSTER IS {whose} ON THIS MACHINE: process tasks are open to all")
-        return cls(around.state, around.helper, around.ssh, around.report, around.local_url, around.limits, account)
+        return cls(
+            around.state,
+            around.helper,
+            around.ssh,
+            around.report,
+            around.doors,
+            around.local_url,
+            around.limits,
+            account,
+        )
 
     async def open(self, tasks: list[TaskRecord], found: Callable[[TaskRecord], None]) -> None:
         self._logs = TaskLogs(self._limits.max_node_logs)
@@ -130,7 +142,6 @@ class ProcessBackend(Backend):
 
     async def start(self, task: TaskRecord) -> None:
         task.stopped = False
-        task.tunnel_url = self._tunnel_url()
         if task.ssh_keys:
             self._ssh.binary()  # before anything is started: without one it can't be done
             self._ssh.prepare(task)
@@ -138,6 +149,7 @@ class ProcessBackend(Backend):
         name_token(task)
         command = self._helper.process_command(task.command, copied=bool(self._account.ids))
         await asyncio.get_running_loop().run_in_executor(None, self._make_room, task)
+        task.tunnel_url = self._reach(task)
         tunnel = self._helper.environment(task.container, task.tunnel_url, str(self._lay_token(task)))
         run = secrets.token_hex(8)
         task.user = str(asker().known.get("user", task.user))
@@ -148,6 +160,7 @@ class ProcessBackend(Backend):
             environment = {**self._helper.settings, **_environment(self._account, task, run), **tunnel}
             process = await self._spawn(task, command, output, environment)
         except OSError as error:
+            self._doors.close(task.container)
             raise KohakuRiverError(f"The node can't start {command[0]!r}: {error.strerror}.") from error
         finally:
             os.close(output)
@@ -186,6 +199,15 @@ class ProcessBackend(Backend):
             keys = self._ssh.files(task)
             account.lets_through(keys[0].parent)
             account.gets(*keys)
+
+    def _reach(self, task: TaskRecord) -> str:
+        """How the task's tunnel client reaches the runner: by a door that its user alone can pass."""
+        door = self._doors.open(task.container, self._admit)
+        return self._local_url() if door is None else f"unix:{door.absolute()}"
+
+    def _admit(self, folder: Path, path: Path) -> None:
+        self._account.lets_through(folder)
+        self._account.gets(path)
 
     def _lay_token(self, task: TaskRecord) -> Path:
         """Lay the task's token down where its tunnel client takes it away."""
@@ -275,6 +297,7 @@ class ProcessBackend(Backend):
         await self.stop(task)
         directory = self._state.task_path(task.container)
         await self._logs.forget(directory)
+        self._doors.close(task.container)
         await asyncio.get_running_loop().run_in_executor(None, lambda: shutil.rmtree(directory, ignore_errors=True))
 
     async def exec(self, task: TaskRecord, request: ExecRequest) -> ExecSession:
