@@ -46,7 +46,9 @@ MAX_UNSTEADY = 8
 
 def pytest_terminal_summary(terminalreporter: Any) -> None:
     if unsteady := terminalreporter.stats.get("rerun"):
-        terminalreporter.section(f"{len(unsteady)} tries of tests failed and were followed by others; {MAX_UNSTEADY} may")
+        terminalreporter.section(
+            f"{len(unsteady)} tries of tests failed and were followed by others; {MAX_UNSTEADY} may"
+        )
         for report in unsteady:
             terminalreporter.write_line(f"{report.nodeid}\n{report.longreprtext}")
 
