@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import stat
 from collections.abc import Iterator
 from pathlib import Path
@@ -13,7 +14,7 @@ import pytest
 
 from kohakuriver.client.copying.plan import part_name
 from kohakuriver.tunnel.files import PIECE, Entry
-from tests.support.up import Cluster
+from tests.support.up import Apart, Cluster
 
 TASK = "data"
 OLD = 1_000_000_000_123_456_789
@@ -133,6 +134,26 @@ def test_a_copy_that_is_killed_goes_on_where_it_stopped(cluster: Cluster, tmp_pa
     assert 10 * PIECE < done["resumed_bytes"] < 400 * PIECE
     assert target.read_bytes() == source.read_bytes()
     assert [each.name for each in tmp_path.glob(".target*")] == []
+
+
+def test_a_copy_goes_on_by_itself_when_the_host_was_killed_and_is_back(tmp_path: Path) -> None:
+    (tmp_path / "cluster").mkdir()
+    apart = Apart(tmp_path / "cluster")
+    try:
+        apart.succeed("vps", "create", "--backend", "process", "--name", TASK, "--", "sleep", "1000000")
+        source, target = tmp_path / "source", tmp_path / "target"
+        source.write_bytes(os.urandom(1 << 20) * 400)
+        copy = apart.start("cp", "--json", str(source), in_task(target))
+        while not any(each.stat().st_blocks * 512 > 20 * PIECE for each in tmp_path.glob(".target.kohakuriver-*")):
+            assert copy.process.poll() is None
+        apart.host.stop(signal.SIGKILL)
+        assert not target.exists()
+        apart.start_host()
+        done = json.loads(copy.line("{"))
+        assert (copy.ended(), done["bytes"], done["resumed_bytes"]) == (0, 400 * PIECE, 0)
+        assert target.read_bytes() == source.read_bytes()
+    finally:
+        apart.close()
 
 
 def test_delete_takes_away_what_the_source_has_not_and_nothing_else(cluster: Cluster, tmp_path: Path) -> None:

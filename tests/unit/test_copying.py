@@ -13,9 +13,12 @@ from pathlib import Path
 
 import pytest
 
+from kohakuriver.cli import cp
+from kohakuriver.client.copying.engine import Copied
 from kohakuriver.client.copying.local_tree import LocalTree
 from kohakuriver.client.copying.plan import Options, part_name, plan
 from kohakuriver.client.copying.remote_tree import RemoteTree, StreamGone
+from kohakuriver.client.copying.session import Place, Progress
 from kohakuriver.client.copying.sides import FileError
 from kohakuriver.errors import UnavailableError
 from kohakuriver.tunnel.files import HEAD, Answer, Attributes, Entry, entries_in, files_start, is_safe
@@ -208,6 +211,30 @@ def test_a_part_of_another_state_of_a_file_has_another_name() -> None:
     names = {part_name(b"d/f", a_file(b"f", mtime, size)) for mtime, size in ((1, 2), (1, 3), (2, 2))}
     assert len(names) == 3
     assert all(name.startswith(b"d/.f.kohakuriver-") for name in names)
+
+
+@pytest.mark.parametrize(
+    ("text", "task", "path"),
+    [
+        ("lab:/data", "lab", b"/data"),
+        ("lab:", "lab", b""),
+        ("lab:a:b", "lab", b"a:b"),
+        ("./a:b", None, b"./a:b"),
+        ("/a:b", None, b"/a:b"),
+        (":a", None, b":a"),
+        ("data", None, b"data"),
+    ],
+)
+def test_what_has_a_slash_before_its_colon_is_of_this_machine(text: str, task: str | None, path: bytes) -> None:
+    assert cp._place(text) == Place(task, path)
+
+
+def test_how_far_a_copy_is_says_what_is_done_how_fast_and_how_long_it_takes_still() -> None:
+    made = plan([a_file(b"a", size=3_000_000_000), a_file(b"b", size=1_000_000_000)], [], b"", None, Options())
+    done = Copied(files=1, size=2_000_000_000, kept_size=1_000_000_000)
+    assert cp._line(Progress(made, done), 10.0) == "2.0 GB of 4.0 GB, 1 of 2 files, 100 MB/s, 20 s left"
+    assert cp._line(Progress(made, Copied()), 0.0) == "0 B of 4.0 GB, 0 of 2 files"
+    assert cp._clock(3725) == "1:02:05"
 
 
 def test_the_host_reads_which_files_a_stream_is_for() -> None:

@@ -11,7 +11,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import TypeVar
 
-from kohakuriver.client.copying.engine import Copied, Copy
+from kohakuriver.client.copying.engine import Copied, Copy, Worker
 from kohakuriver.client.copying.local_tree import LocalTree
 from kohakuriver.client.copying.plan import Options, Plan, plan
 from kohakuriver.client.copying.remote_tree import RemoteTree, StreamGone
@@ -21,7 +21,7 @@ from kohakuriver.client.lasting_terminal import NO_LASTING, Carrier
 from kohakuriver.config import Settings
 from kohakuriver.errors import KohakuRiverError, NotFoundError, UnavailableError, UsageError
 from kohakuriver.runtime import cancel_all
-from kohakuriver.tunnel.files import Entry, files_start
+from kohakuriver.tunnel.files import PIECE, Entry, files_start
 
 __all__ = ["STREAMS", "Place", "Progress", "copy_files"]
 
@@ -142,10 +142,12 @@ async def copy_files(
     task = source.task or target.task
     assert task is not None
     lines = _Streams(task, settings, told)
+    opened = contextlib.ExitStack()  # what is open outlives the threads
     try:
-        with ThreadPoolExecutor(streams, thread_name_prefix="copy") as pool:
+        with opened, ThreadPoolExecutor(streams, thread_name_prefix="copy") as pool:
+            session = _Session(source, target, lines, pool, opened, folder, options, streams, on_progress, every)
             try:
-                return await _Session(source, target, lines, pool, folder, options, streams, on_progress, every).run()
+                return await session.run()
             except StreamGone:
                 raise await lines.why() from None
             finally:
@@ -171,6 +173,7 @@ class _Session:
     target: Place
     lines: _Streams
     pool: ThreadPoolExecutor
+    opened: contextlib.ExitStack
     folder: bool
     options: Options
     streams: int
@@ -187,12 +190,9 @@ class _Session:
         except FileError as error:
             raise self._no_place(self.source if is_down else self.target, error) from None
         if here is None:
-            listed = await self._listed(first)
             here = self._local(self.target, is_source=False, folder=first.only is None)
-        else:
-            listed = await self._listed(here)
         source, target = (first, here) if is_down else (here, first)
-        made = await self._planned(source, target, listed)
+        made = await self._planned(source, target, await self._listed(source))
         return await self._carry_out(made, first, here, is_down)
 
     def _local(self, place: Place, *, is_source: bool, folder: bool = False) -> LocalTree:
@@ -202,8 +202,8 @@ class _Session:
             tree = LocalTree.of(place.path, writes=not is_source, folder=folder)
         except FileError as error:
             raise self._no_place(place, error) from None
+        self.opened.callback(tree.close)
         if is_source and tree.only is None and not self.folder:
-            tree.close()
             raise self._is_folder()
         return tree
 
@@ -218,8 +218,8 @@ class _Session:
         sentence = f"{place}: {error.why}."
         return NotFoundError(sentence) if error.code == "ENOENT" else UnavailableError(sentence, code="no_file")
 
-    async def _in_thread(self, call: Callable[[], T]) -> T:
-        return await asyncio.get_running_loop().run_in_executor(self.pool, call)
+    def _in_thread(self, call: Callable[[], T]) -> asyncio.Future[T]:
+        return asyncio.get_running_loop().run_in_executor(self.pool, call)
 
     async def _listed(self, side: Side) -> list[Entry]:
         return await self._in_thread(lambda: side.entries(b""))
@@ -247,38 +247,32 @@ class _Session:
 
     async def _carry_out(self, made: Plan, first: RemoteTree, here: LocalTree, is_down: bool) -> Progress:
         copy = Copy(made, self.options)
-        sides = [(first, here)]
-        lead = copy.worker(first, here) if is_down else copy.worker(here, first)
+
+        def worker(remote: RemoteTree, local: LocalTree) -> Worker:
+            return copy.worker(remote, local) if is_down else copy.worker(local, remote)
+
+        lead = worker(first, here)
+        start = self._start(self.source if is_down else self.target, not is_down, here)
         async with self._shown(copy):
             await self._in_thread(lead.prepare)
-            more = min(self.streams, 1 + made.size // (1 << 20) + len(made.files) // 64) - 1
-            start = self._start(self.source if is_down else self.target, not is_down, here)
-            others = []
-            for _ in range(more):
-                remote, local = self.lines.begin(start), here.another()
-                sides.append((remote, local))
-                worker = copy.worker(remote, local) if is_down else copy.worker(local, remote)
-                others.append((remote, worker))
-
-            def helped(remote: RemoteTree, run: Callable[[], None]) -> None:
-                remote.open()
-                run()
-
             threads = [self._in_thread(lead.run)]
-            threads += [self._in_thread(lambda r=r, w=w: helped(r, w.run)) for r, w in others]  # type: ignore[misc]
-            try:
-                await asyncio.gather(*threads)
-            except BaseException:
-                self.lines.hang_up()  # the other threads end, too
-                await asyncio.gather(*threads, return_exceptions=True)
-                raise
+            for _ in range(min(self.streams, 1 + made.size // PIECE + len(made.files) // 64) - 1):
+                remote, local = self.lines.begin(start), here.another()
+                self.opened.callback(local.close)
+                threads.append(self._in_thread(_helping(remote, worker(remote, local))))
+            await self._until_done(threads)
             await self._in_thread(lead.conclude)
-        for remote, local in sides:
-            remote.hang_up()
-            local.close()
         for path, why in made.failed:
             lead.done.fail(path, why)
         return Progress(made, copy.so_far())
+
+    async def _until_done(self, threads: list[asyncio.Future[None]]) -> None:
+        """Wait for all; where one fails the others end, too."""
+        try:
+            await asyncio.gather(*threads)
+        except BaseException:
+            self.lines.hang_up()
+            raise
 
     @contextlib.asynccontextmanager
     async def _shown(self, copy: Copy) -> AsyncIterator[None]:
@@ -294,3 +288,16 @@ class _Session:
             yield
         finally:
             await cancel_all([telling])
+
+
+def _helping(remote: RemoteTree, worker: Worker) -> Callable[[], None]:
+    """What the thread of one more stream does. Where there can't be one more, the others do."""
+
+    def help_out() -> None:
+        try:
+            remote.open()
+        except (FileError, StreamGone):
+            return
+        worker.run()
+
+    return help_out
