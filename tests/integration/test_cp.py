@@ -14,9 +14,11 @@ import pytest
 
 from kohakuriver.client.copying.plan import part_name
 from kohakuriver.tunnel.files import PIECE, Entry
+from tests.support import docker_images
 from tests.support.up import Apart, Cluster
 
 TASK = "data"
+STAY = ("/bin/busybox", "sleep", "1000000")
 OLD = 1_000_000_000_123_456_789
 
 
@@ -134,6 +136,16 @@ def test_a_copy_that_is_killed_goes_on_where_it_stopped(cluster: Cluster, tmp_pa
     assert 10 * PIECE < done["resumed_bytes"] < 400 * PIECE
     assert target.read_bytes() == source.read_bytes()
     assert [each.name for each in tmp_path.glob(".target*")] == []
+
+
+def test_ctrl_c_ends_a_copy_with_one_sentence(cluster: Cluster, tmp_path: Path) -> None:
+    source, target = tmp_path / "source", tmp_path / "target"
+    source.write_bytes(os.urandom(1 << 20) * 400)
+    copy = cluster.start("cp", str(source), in_task(target))
+    while not any(each.stat().st_blocks * 512 > 20 * PIECE for each in tmp_path.glob(".target.kohakuriver-*")):
+        assert copy.process.poll() is None
+    assert copy.stop(signal.SIGINT) == 128 + signal.SIGINT
+    assert copy.rest(err=True) == ["Stopped; the same command goes on from here."]
 
 
 def test_a_copy_goes_on_by_itself_when_the_host_was_killed_and_is_back(tmp_path: Path) -> None:
@@ -270,3 +282,31 @@ def test_the_audit_log_says_what_was_copied(cluster: Cluster, tmp_path: Path) ->
     (tmp_path / "file").write_text("content")
     copied(cluster, str(tmp_path / "file"), in_task(tmp_path / "there"))
     assert f"cp to {tmp_path / 'there'}" in cluster.succeed("audit", "--task", TASK).replace("'", "").replace('"', "")
+
+
+@pytest.mark.docker
+def test_an_image_with_one_program_in_it_needs_no_other(cluster: Cluster, tmp_path: Path) -> None:
+    docker_images.require_engine()
+    source, back = a_tree(tmp_path / "source"), tmp_path / "back"
+    cluster.succeed("vps", "create", "--image", docker_images.single_binary_image(), "--name", "bare")
+    try:
+        copied(cluster, "-r", str(source), "bare:/made")
+        copied(cluster, "-r", "bare:/made/source/", str(back))
+        assert shape(back) == shape(source)
+    finally:
+        cluster.succeed("vps", "rm", "bare")
+
+
+@pytest.mark.docker
+def test_files_are_those_of_the_images_user(cluster: Cluster, tmp_path: Path) -> None:
+    docker_images.require_engine()
+    (tmp_path / "file").write_text("content")
+    cluster.succeed("vps", "create", "--image", docker_images.unprivileged_image(), "--name", "nobody", "--", *STAY)
+    try:
+        copied(cluster, str(tmp_path / "file"), "nobody:/dev/shm/file")
+        told = cluster.succeed("connect", "nobody", "--", "/bin/busybox", "stat", "-c", "%u:%g", "/dev/shm/file")
+        assert told == "12345:12345\n"
+        refused = cluster.run("cp", str(tmp_path / "file"), "nobody:/file")
+        assert (refused.returncode, refused.stderr.splitlines()[0]) == (1, "Error: file: Permission denied.")
+    finally:
+        cluster.succeed("vps", "rm", "nobody")

@@ -21,7 +21,7 @@ from kohakuriver.client.copying.remote_tree import RemoteTree, StreamGone
 from kohakuriver.client.copying.session import Place, Progress
 from kohakuriver.client.copying.sides import FileError
 from kohakuriver.errors import UnavailableError
-from kohakuriver.tunnel.files import HEAD, Answer, Attributes, Entry, entries_in, files_start, is_safe
+from kohakuriver.tunnel.files import HEAD, PIECE, Answer, Attributes, Entry, entries_in, files_start, is_safe
 from kohakuriver.tunnel.terminal import Start
 
 PLAIN = Attributes(0o644, None, 1_000_000_000)
@@ -116,6 +116,16 @@ def test_what_a_stranger_says_is_shown_without_what_a_terminal_obeys() -> None:
         with pytest.raises(FileError) as raised:
             tree.open()
     assert raised.value.why == "\\x1b[2Jgone Error: forged"
+
+
+def test_what_was_sent_counts_while_more_is_sent() -> None:
+    told: list[int | FileError] = []
+    with a_peer(answer(Answer.DONE, b"\0") * 20) as (tree, far):
+        threading.Thread(target=lambda: [None for _ in iter(lambda: far.recv(1 << 20), b"")], daemon=True).start()
+        for number in range(20):
+            tree.write(b"f", number * PIECE, memoryview(bytes(PIECE)), told.append)
+        assert len(told) >= 10
+        tree.hang_up()
 
 
 def test_a_stream_that_ends_is_told_to_whoever_waits() -> None:

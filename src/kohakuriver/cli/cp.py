@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
 import sys
 import time
-from typing import TYPE_CHECKING, Annotated
+from collections.abc import Coroutine
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from kohakuriver.cli import output
 from kohakuriver.cli.options import Connection, JsonOption, remote
+from kohakuriver.cli.signals import caught
 
 if TYPE_CHECKING:
     from kohakuriver.client.copying.session import Place, Progress
@@ -19,6 +22,7 @@ if TYPE_CHECKING:
 __all__ = ["register"]
 
 MOST_NAMED = 20  # failures that are named for a person
+SIGNALLED = 128  # plus the signal's number, as shells say it
 
 
 def register(app: typer.Typer) -> None:
@@ -79,20 +83,40 @@ def cp(
     view = _View(quiet=quiet or as_json, began=began)
     try:
         result = run(
-            copy_files(
-                _place(source),
-                _place(target),
-                settings=at.settings(),
-                folder=recursive,
-                options=Options(delete=delete, update=update, owner=owner),
-                streams=streams,
-                on_progress=view.show,
-                told=view.told,
+            _unless_signalled(
+                copy_files(
+                    _place(source),
+                    _place(target),
+                    settings=at.settings(),
+                    folder=recursive,
+                    options=Options(delete=delete, update=update, owner=owner),
+                    streams=streams,
+                    on_progress=view.show,
+                    told=view.told,
+                )
             )
         )
     finally:
         view.clear()
+    if isinstance(result, int):
+        output.note("Stopped; the same command goes on from here.")
+        return result
     return _summary(result, time.monotonic() - began, quiet=quiet, as_json=as_json)
+
+
+async def _unless_signalled(copying: Coroutine[Any, Any, Progress]) -> Progress | int:
+    """What came of it, or 128 + N where signal N ended it."""
+    from kohakuriver.runtime import cancel_all
+
+    signalled: asyncio.Future[int] = asyncio.get_running_loop().create_future()
+    copy = asyncio.ensure_future(copying)
+    with caught(lambda number: None if signalled.done() else signalled.set_result(SIGNALLED + number)):
+        either: set[asyncio.Future[Any]] = {copy, signalled}
+        await asyncio.wait(either, return_when=asyncio.FIRST_COMPLETED)
+        if copy.done():
+            return copy.result()
+        await cancel_all([copy])
+        return signalled.result()
 
 
 def _place(text: str) -> Place:
@@ -172,6 +196,8 @@ def _summary(result: Progress, seconds: float, *, quiet: bool, as_json: bool) ->
         left_out = len(plan.left_out)
         more = {"links": done.links, "removed": done.removed, "left_out": left_out, "failed": done.failures}
         output.json_line({**shown, **more, "seconds": round(seconds, 3)})
+    elif not quiet and not (done.files or done.links or done.removed or done.failures):
+        output.note(f"Nothing to copy: {plan.same} {'is' if plan.same == 1 else 'are'} there already.")
     elif not quiet:
         rate = output.size((done.size - done.kept_size) / seconds)
         same = f", {plan.same} unchanged" if plan.same else ""

@@ -33,7 +33,7 @@ _TOGETHER: Final = 128 << 10  # small requests are sent together
 # What may be on its way at once. Requests for data are few enough never to be waited for while data waits for us.
 _MOST: Final = 256
 _MOST_ASKED: Final = 128 << 10
-_MOST_EXPECTED: Final = 8 << 20
+_MOST_EXPECTED: Final = 8 << 20  # bytes of files, either way
 _MOST_ENTRIES: Final = 10_000_000
 _MOST_LISTED: Final = 2 << 30  # bytes of a list
 
@@ -83,13 +83,14 @@ class RemoteTree:
     # -- requests ----------------------------------------------------------------------------------------------
 
     def _ask(self, kind: int, request: bytes, heard: Heard, data: memoryview | None = None, expected: int = 0) -> None:
+        size = len(request) + (0 if data is None else len(data))
+        expected = max(expected, size - len(request))  # what was sent is done when that is answered, and not before
         while self._waiting and (
             len(self._waiting) >= _MOST
             or self._expected + expected > _MOST_EXPECTED
             or (self._expected and self._asked + len(request) > _MOST_ASKED)
         ):
             self._hear()
-        size = len(request) + (0 if data is None else len(data))
         self._out += HEAD.pack(kind, size)
         self._out += request
         if data is not None and len(data) > _TOGETHER:
