@@ -13,6 +13,7 @@ pub mod children;
 pub mod context;
 pub mod errors;
 pub mod event_loop;
+pub mod files;
 pub mod flow;
 pub mod frame;
 pub mod handshake;

@@ -22,6 +22,7 @@ use std::thread;
 use socket2::SockRef;
 
 use crate::protocol::Mark;
+use crate::{files, log};
 use control::Attachment;
 pub use control::{Control, Line};
 use frames::tag;
@@ -71,6 +72,9 @@ impl Terminals {
         if start.list {
             return self.list(mark);
         }
+        if start.files {
+            return self.files(start);
+        }
         if !start.session.is_empty() && !start.on_terminal {
             return Err(nonsense());
         }
@@ -119,7 +123,24 @@ impl Terminals {
         output.frame(tag::OUTPUT, self.named.listed(mark).as_bytes());
         output.frame(tag::EXIT, &0u32.to_be_bytes());
         output.write_to(&far)?;
-        Ok(Line::last_words(near))
+        Ok(Line::plain(near))
+    }
+
+    /// Files are read or written for whoever has the stream, by a thread that ends with it.
+    fn files(&self, start: Start) -> io::Result<Line> {
+        let place = self.place()?;
+        let (near, far) = line()?;
+        far.set_nonblocking(false)?;
+        thread::Builder::new()
+            .name("files".into())
+            .stack_size(STACK)
+            .spawn(move || {
+                let _place = place;
+                if let Err(error) = files::serve(&start.command, &start.workdir, &far) {
+                    log!(Debug, "a stream of files ended: {error}");
+                }
+            })?;
+        Ok(Line::plain(near))
     }
 
     /// The sessions of this user end.

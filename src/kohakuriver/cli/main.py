@@ -20,6 +20,7 @@ from kohakuriver.cli import (
     browser,
     cluster,
     connect,
+    cp,
     demo,
     forward,
     group,
@@ -68,6 +69,7 @@ def _options(
 
 forward.register(app)
 connect.register(app)
+cp.register(app)
 browser.register(app)
 app.add_typer(vps.app, name="vps")
 app.add_typer(node.app, name="node")

@@ -22,7 +22,7 @@ from kohakuriver.runtime import cancel_all
 from kohakuriver.tunnel.protocol import PROTO_TERMINAL, CloseCode
 from kohakuriver.tunnel.terminal import LIST_SESSIONS, SESSION_NAME, Start, control, exited, read_control
 
-__all__ = ["NO_LASTING", "LastingTerminal", "NamedSession", "named_sessions"]
+__all__ = ["NO_LASTING", "Carrier", "LastingTerminal", "NamedSession", "named_sessions"]
 
 NO_LASTING = "no_lasting_terminal"
 """The code of the error that says that only another kind of terminal can be had."""
@@ -78,8 +78,8 @@ class _Stream(PipeStream):
     proto = PROTO_TERMINAL
 
 
-class _Carrier(Pipe):
-    """The stream of one terminal, and the session that it is in."""
+class Carrier(Pipe):
+    """The stream of one terminal, and the session that it is in. `start` says what is at its other end."""
 
     place = "terminal"
 
@@ -150,7 +150,7 @@ class LastingTerminal:
         self._started = False
         self._stderr = False
         self._later: list[str | bytes] = []
-        self._carrier = asyncio.ensure_future(_Carrier(task, settings, far, start, told).run())
+        self._carrier = asyncio.ensure_future(Carrier(task, settings, far, start, told).run())
         self._carrier.add_done_callback(lambda _: far.close())  # also where it was never used
         self._reader: asyncio.StreamReader
         self._writer: asyncio.StreamWriter

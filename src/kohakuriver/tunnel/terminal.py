@@ -43,6 +43,7 @@ _SIZED: Final = struct.Struct(">BHH")
 _ON_TERMINAL: Final = 1
 _NAMED: Final = 2
 _LIST: Final = 4
+_FILES: Final = 8
 _LENGTH: Final = struct.Struct(">I")
 
 
@@ -78,6 +79,10 @@ class Start:
         flags = (_ON_TERMINAL if self.tty else 0) | (_NAMED if self.session else 0)
         return _SIZED.pack(flags, self.rows, self.cols) + b"".join(texts)
 
+    def for_files(self) -> bytes:
+        """What CONNECT has where files are read or written, and the command says which (§6, "Files")."""
+        return bytes([_FILES]) + self.to_bytes()[1:]
+
     @staticmethod
     def is_named(start: bytes) -> bool:
         """Whether such bytes ask for a session with a name, which stays when its stream has ended."""
@@ -85,7 +90,10 @@ class Start:
 
     @staticmethod
     def command_in(start: bytes) -> list[str]:
-        """The command in such bytes, for people to read; none where that is the shell, or makes no sense."""
+        """The command in such bytes, for people to read; none where that is the shell, or makes no sense.
+
+        Where files are copied it is `cp`, `from` or `to`, and the path.
+        """
         if len(start) > MAX_READ:
             return [f"({len(start)} bytes)"]
         try:
@@ -98,7 +106,7 @@ class Start:
                 command.append(part.decode("utf-8", "replace"))
         except struct.error:
             return []
-        return command
+        return ["cp", *command] if start[0] & _FILES else command
 
     @staticmethod
     def from_message(message: dict[str, Any]) -> Start:

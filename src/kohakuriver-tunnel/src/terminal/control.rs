@@ -115,7 +115,7 @@ impl Watcher for Control {
 /// The stream's end of a terminal.
 pub struct Line {
     sock: UnixStream,
-    /// None where all has been said.
+    /// None where the other end need not know whether there is a link.
     terminal: Option<(Arc<AtomicBool>, Arc<Control>)>,
 }
 
@@ -127,8 +127,8 @@ impl Line {
         }
     }
 
-    /// A line at whose other end nobody is any more.
-    pub(super) fn last_words(sock: UnixStream) -> Self {
+    /// A line at whose other end nobody is any more, or somebody who waits until it can be written.
+    pub(super) fn plain(sock: UnixStream) -> Self {
         Self {
             sock,
             terminal: None,

@@ -11,6 +11,8 @@ const ON_TERMINAL: u8 = 1;
 const NAMED: u8 = 2;
 /// Nothing is started: the user's sessions are told.
 const LIST: u8 = 4;
+/// Nothing is started: files are read or written, which the command says.
+const FILES: u8 = 8;
 const LONGEST_NAME: usize = 64;
 
 /// What is to be run.
@@ -20,6 +22,8 @@ pub struct Start {
     pub on_terminal: bool,
     /// Only the names of the sessions that there are.
     pub list: bool,
+    /// No command: what stands in its place says which files are read or written.
+    pub files: bool,
     pub rows: u16,
     pub cols: u16,
     /// `NAME`, `NUMBER`, either with `:GROUP`, or nothing for the client's own.
@@ -39,12 +43,15 @@ impl Start {
     pub fn parse(mut bytes: &[u8]) -> Option<Self> {
         let rest = &mut bytes;
         let [flags] = take(rest)?;
-        if flags & !(ON_TERMINAL | NAMED | LIST) != 0 {
+        if flags & !(ON_TERMINAL | NAMED | LIST | FILES) != 0
+            || (flags & FILES != 0 && flags != FILES)
+        {
             return None;
         }
         let start = Self {
             on_terminal: flags & ON_TERMINAL != 0,
             list: flags & LIST != 0,
+            files: flags & FILES != 0,
             rows: u16::from_be_bytes(take(rest)?),
             cols: u16::from_be_bytes(take(rest)?),
             user: text(rest)?,
@@ -120,6 +127,20 @@ mod tests {
         assert_eq!(named(b"train-1.a_B"), Some("train-1.a_B".into()));
         for wrong in [&b""[..], b"a b", b"a\n", b"\xff", b"\xc3\xa4", &[b'a'; 65]] {
             assert_eq!(named(wrong), None, "{wrong:?}");
+        }
+    }
+
+    #[test]
+    fn files_are_no_terminal_and_no_session() {
+        let flagged = |flags: u8| {
+            let mut bytes = bytes();
+            bytes[0] = flags;
+            Start::parse(&bytes).map(|start| start.files)
+        };
+        assert_eq!(flagged(FILES), Some(true));
+        assert_eq!(flagged(0), Some(false));
+        for other in [ON_TERMINAL, NAMED, LIST, 16] {
+            assert_eq!(flagged(FILES | other), None, "{other}");
         }
     }
 

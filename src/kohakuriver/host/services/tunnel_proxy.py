@@ -33,6 +33,8 @@ from kohakuriver.tunnel.ports import GOES_ON, port_in, ports_in, ports_query
 from kohakuriver.tunnel.protocol import (
     CONNECT,
     GOAWAY,
+    OP_CLOSE,
+    OP_TEXT,
     PROTO_TERMINAL,
     SESSION_ID,
     TUNNEL_V2,
@@ -51,6 +53,11 @@ TERMINAL = "terminal"
 """In the place of a port: the session is for a terminal."""
 
 MAX_START = 1 << 20
+
+FIRST_OPCODES = (OP_TEXT, 0x2)
+SHORTEST, KEY = 2, 4
+LONGER = {126: 2, 127: 8}
+"""Of a frame's header (RFC 6455 section 5.2): its first bytes, its key, and what a long length takes more."""
 
 BACK_WITHIN = 4.0
 """So many seconds a session that goes on waits for a runner that is about to come back."""
@@ -127,17 +134,53 @@ class RatedSplice(Splice):
 
 
 class StartWatch:
-    """Reads along what a user sends in a session for terminals; `started` is told what each is started with."""
+    """Reads along what a user sends in a session for terminals; `started` is told what each is started with.
+
+    What is no CONNECT is stepped over by its frames' headers: it may be a data set.
+    """
 
     def __init__(self, max_message: int, started: Callable[[bytes], None]) -> None:
         self._walker = FrameWalker(masked=True, max_message=max_message)
         self._assembler = Assembler(MAX_START)
+        self._head = bytearray()
+        self._connects = False  # whether the message that has begun may be a CONNECT
+        self._kept = False  # whether the frame that is under way is of such a message
+        self._left = 0  # bytes of that frame
         self._rest = bytearray()
         self._started = started
 
-    def read(self, data: bytes) -> None:
-        """The next bytes, which a splice has let through."""
-        self._rest += data
+    def read(self, data: memoryview) -> None:
+        """The next bytes, which a splice has let through and so are frames."""
+        at = 0
+        while at < len(data):
+            if self._left:
+                step = min(self._left, len(data) - at)
+                if self._kept:
+                    self._rest += data[at : at + step]
+                self._left -= step
+            else:
+                step = min(_head_size(self._head) - len(self._head), len(data) - at)
+                self._head += data[at : at + step]
+                if len(self._head) == _head_size(self._head):
+                    self._begin_frame()
+            at += step
+        if self._rest:
+            self._walk()
+
+    def _begin_frame(self) -> None:
+        """All is there that tells what a frame is."""
+        head, opcode = self._head, self._head[0] & 0x0F
+        size, length = _frame_size(head)
+        if opcode in FIRST_OPCODES:
+            # Of a first frame that is empty it is not known yet.
+            self._connects = len(head) == size or head[size] ^ head[size - KEY] == CONNECT
+        self._kept = opcode < OP_CLOSE and self._connects
+        self._left = size + length - len(head)
+        if self._kept:
+            self._rest += head
+        head.clear()
+
+    def _walk(self) -> None:
         done, more = 0, True
         while more:
             messages, at = self._walker.walk(self._rest, done, len(self._rest))
@@ -155,15 +198,31 @@ class StartWatch:
             self._started(opening.start)
 
 
+def _frame_size(head: bytearray) -> tuple[int, int]:
+    """Bytes of a masked frame's header and of its payload (RFC 6455 section 5.2), or what is known of them so far."""
+    if len(head) < SHORTEST:
+        return SHORTEST, 0
+    length = head[1] & 0x7F
+    longer = LONGER.get(length, 0)
+    size = SHORTEST + longer + KEY
+    return size, int.from_bytes(head[SHORTEST : SHORTEST + longer], "big") if longer else length
+
+
+def _head_size(head: bytearray) -> int:
+    """How much of a frame has to be there to tell what it is: its header, and of a first frame a byte more."""
+    size, length = _frame_size(head)
+    return size + (len(head) >= size > SHORTEST and head[0] & 0x0F in FIRST_OPCODES and length > 0)
+
+
 class _Watching(Splice):
     """What comes from the user of a terminal."""
 
     watch: StartWatch
 
     def link_received(self, link: Link, start: int, stop: int) -> int:
-        seen = bytes(link.intake.buffer.view[start:stop])
+        view = link.intake.buffer.view  # what is passed on stays there until more is read
         consumed = super().link_received(link, start, stop)
-        self.watch.read(seen[: consumed - start])
+        self.watch.read(view[start:consumed])
         return consumed
 
 

@@ -1,0 +1,304 @@
+//! Files as a user's end reads and writes them, over a real line and in real folders (docs/protocol.md §6, "Files").
+
+use std::ffi::OsString;
+use std::fs;
+use std::io::{Read, Write};
+use std::os::unix::fs::{MetadataExt, PermissionsExt, symlink};
+use std::os::unix::net::UnixStream;
+use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicU32, Ordering};
+use std::thread::{self, JoinHandle};
+
+use kohakuriver_tunnel::files;
+
+const LIST: u8 = 0x21;
+const READ: u8 = 0x22;
+const MAP: u8 = 0x23;
+const SUMS: u8 = 0x24;
+const PUT: u8 = 0x25;
+const WRITE: u8 = 0x26;
+const PART: u8 = 0x27;
+const FINISH: u8 = 0x28;
+const FOLDER: u8 = 0x29;
+const SYMLINK: u8 = 0x2a;
+const LINK: u8 = 0x2b;
+const ATTRIBUTES: u8 = 0x2c;
+const REMOVE: u8 = 0x2d;
+const HELLO: u8 = 0x40;
+const DONE: u8 = 0x41;
+const ENTRIES: u8 = 0x42;
+const DATA: u8 = 0x43;
+const ERROR: u8 = 0x4f;
+
+static FOLDERS: AtomicU32 = AtomicU32::new(0);
+
+/// A folder of a test's own, for as long as it runs.
+struct Folder(PathBuf);
+
+impl Folder {
+    fn new() -> Self {
+        let number = FOLDERS.fetch_add(1, Ordering::SeqCst);
+        let name = format!("kohakuriver-files-{}-{number}", std::process::id());
+        let path = std::env::temp_dir().join(name);
+        fs::create_dir_all(path.join("in")).unwrap();
+        Self(path)
+    }
+
+    /// What is copied.
+    fn inside(&self, name: &str) -> PathBuf {
+        self.0.join("in").join(name)
+    }
+
+    /// What is beside it, and nobody's business.
+    fn outside(&self, name: &str) -> PathBuf {
+        self.0.join(name)
+    }
+}
+
+impl Drop for Folder {
+    fn drop(&mut self) {
+        let _ = fs::remove_dir_all(&self.0);
+    }
+}
+
+/// The user's end of one stream.
+struct User {
+    line: UnixStream,
+    served: JoinHandle<std::io::Result<()>>,
+}
+
+impl User {
+    fn open(access: &str, path: &Path) -> (Self, u8, Vec<u8>) {
+        let (line, far) = UnixStream::pair().unwrap();
+        let asked: Vec<OsString> = vec![access.into(), path.into()];
+        let served = thread::spawn(move || files::serve(&asked, &OsString::new(), &far));
+        let mut user = Self { line, served };
+        let (tag, payload) = user.hear();
+        (user, tag, payload)
+    }
+
+    fn to(folder: &Folder) -> Self {
+        let (user, tag, payload) = Self::open("to", &folder.0.join("in"));
+        assert_eq!((tag, payload), (HELLO, vec![1]));
+        user
+    }
+
+    fn hear(&mut self) -> (u8, Vec<u8>) {
+        let mut head = [0; 5];
+        self.line.read_exact(&mut head).unwrap();
+        let mut payload = vec![0; u32::from_be_bytes(head[1..].try_into().unwrap()) as usize];
+        self.line.read_exact(&mut payload).unwrap();
+        (head[0], payload)
+    }
+
+    fn say(&mut self, tag: u8, payload: &[u8]) {
+        let head = [&[tag][..], &(payload.len() as u32).to_be_bytes()].concat();
+        self.line.write_all(&[&head, payload].concat()).unwrap();
+    }
+
+    fn ask(&mut self, tag: u8, path: &str, rest: &[u8]) -> (u8, Vec<u8>) {
+        self.say(tag, &[&text(path), rest].concat());
+        self.hear()
+    }
+
+    fn succeeds(&mut self, tag: u8, path: &str, rest: &[u8]) {
+        let (answer, payload) = self.ask(tag, path, rest);
+        assert_eq!(answer, DONE, "{}", String::from_utf8_lossy(&payload));
+    }
+
+    fn refuses(&mut self, tag: u8, path: &str, rest: &[u8]) -> String {
+        let (answer, payload) = self.ask(tag, path, rest);
+        assert_eq!(answer, ERROR, "{tag:#x} {path}");
+        String::from_utf8(payload).unwrap()
+    }
+}
+
+fn text(path: &str) -> Vec<u8> {
+    [&(path.len() as u16).to_be_bytes()[..], path.as_bytes()].concat()
+}
+
+fn attributes(mode: u32) -> Vec<u8> {
+    [
+        &mode.to_be_bytes()[..],
+        &[0; 9],
+        &1_000_000_000i64.to_be_bytes(),
+        &7u32.to_be_bytes(),
+    ]
+    .concat()
+}
+
+fn summed(data: &[u8]) -> Vec<u8> {
+    [&crc32fast::hash(data).to_be_bytes()[..], data].concat()
+}
+
+fn range(offset: u64, length: u32) -> Vec<u8> {
+    [&offset.to_be_bytes()[..], &length.to_be_bytes()].concat()
+}
+
+#[test]
+fn a_file_that_is_put_has_its_bytes_its_mode_and_its_time() {
+    let folder = Folder::new();
+    let mut user = User::to(&folder);
+    user.succeeds(FOLDER, "a", b"");
+    let rest = [attributes(0o640), summed(b"hello")].concat();
+    for _ in 0..2 {
+        // The second time it is there already.
+        user.succeeds(PUT, "a/f", &rest);
+        let about = fs::metadata(folder.inside("a/f")).unwrap();
+        assert_eq!(fs::read(folder.inside("a/f")).unwrap(), b"hello");
+        assert_eq!(about.permissions().mode() & 0o7777, 0o640);
+        assert_eq!((about.mtime(), about.mtime_nsec()), (1_000_000_000, 7));
+    }
+    assert_eq!(fs::read_dir(folder.inside("a")).unwrap().count(), 1);
+}
+
+#[test]
+fn a_file_in_pieces_has_its_name_once_it_is_whole() {
+    let folder = Folder::new();
+    let mut user = User::to(&folder);
+    let part = ".f.kohakuriver-1";
+    assert_eq!(user.ask(PART, part, &9u64.to_be_bytes()), (DONE, vec![0]));
+    for (offset, data) in [(5u64, &b"data"[..]), (0, b"some ")] {
+        user.succeeds(
+            WRITE,
+            part,
+            &[&offset.to_be_bytes()[..], &summed(data)].concat(),
+        );
+    }
+    assert!(!folder.inside("f").exists());
+    assert_eq!(user.ask(PART, part, &9u64.to_be_bytes()), (DONE, vec![2]));
+    let (_, sums) = user.ask(SUMS, part, &[0u64, 9].map(u64::to_be_bytes).concat());
+    assert_eq!(sums, crc32fast::hash(b"some data").to_be_bytes());
+    user.succeeds(FINISH, part, &[text("f"), attributes(0o600)].concat());
+    assert_eq!(fs::read(folder.inside("f")).unwrap(), b"some data");
+    assert!(!folder.inside(part).exists());
+}
+
+#[test]
+fn nothing_is_read_or_written_by_way_of_a_symbolic_link() {
+    let folder = Folder::new();
+    fs::create_dir(folder.outside("secret")).unwrap();
+    fs::write(folder.outside("secret/f"), b"secret").unwrap();
+    symlink("../secret", folder.inside("way")).unwrap();
+    symlink("../secret/f", folder.inside("file")).unwrap();
+    let put = [attributes(0o600), summed(b"x")].concat();
+    let mut user = User::to(&folder);
+    for path in ["way/f", "file"] {
+        user.refuses(READ, path, &range(0, 6));
+        user.refuses(MAP, path, &[0; 8]);
+        user.refuses(PART, path, &[0; 8]);
+        user.refuses(ATTRIBUTES, path, &attributes(0o777));
+    }
+    user.refuses(LIST, "way/f", b"");
+    user.refuses(PUT, "way/new", &put);
+    user.refuses(REMOVE, "way/f", &[0]);
+    user.refuses(FOLDER, "way/new", b"");
+    user.refuses(SYMLINK, "way/new", &[text("/"), attributes(0o777)].concat());
+    user.refuses(LINK, "here", &text("way/f"));
+    user.refuses(LINK, "here", &text("file"));
+    // The link itself goes, and not what it leads to.
+    user.succeeds(PUT, "file", &put);
+    user.succeeds(FOLDER, "way", b"");
+    assert_eq!(fs::read(folder.outside("secret/f")).unwrap(), b"secret");
+    assert_eq!(fs::read_dir(folder.outside("secret")).unwrap().count(), 1);
+}
+
+#[test]
+fn no_path_leads_out_of_the_folder() {
+    let folder = Folder::new();
+    fs::write(folder.outside("f"), b"outside").unwrap();
+    let mut user = User::to(&folder);
+    for path in [
+        "../f",
+        "/etc/passwd",
+        "a/../../f",
+        ".",
+        "..",
+        "",
+        "a//f",
+        "./f",
+    ] {
+        user.refuses(READ, path, &range(0, 1));
+        user.refuses(PUT, path, &[attributes(0o600), summed(b"x")].concat());
+        user.refuses(REMOVE, path, &[0]);
+    }
+    assert_eq!(fs::read(folder.outside("f")).unwrap(), b"outside");
+}
+
+#[test]
+fn who_names_a_file_gets_that_and_its_parts_alone() {
+    let folder = Folder::new();
+    fs::write(folder.inside("f"), b"mine").unwrap();
+    fs::write(folder.inside("g"), b"other").unwrap();
+    let (mut user, tag, payload) = User::open("to", &folder.inside("f"));
+    assert_eq!((tag, &payload[..]), (HELLO, &b"\0f"[..]));
+    let (tag, data) = user.ask(READ, "f", &range(0, 10));
+    assert_eq!((tag, &data[4..]), (DATA, &b"mine"[..]));
+    user.succeeds(PART, ".f.kohakuriver-12", &[0; 8]);
+    for path in ["g", ".g.kohakuriver-12", "f/x", ".fx", "in/f"] {
+        user.refuses(READ, path, &range(0, 10));
+        user.refuses(PUT, path, &[attributes(0o600), summed(b"x")].concat());
+    }
+    let (tag, entries) = user.ask(LIST, "", b"");
+    assert_eq!((tag, entries[0]), (ENTRIES, b'f'));
+}
+
+#[test]
+fn who_came_to_read_writes_nothing() {
+    let folder = Folder::new();
+    fs::write(folder.inside("f"), b"mine").unwrap();
+    let (mut user, tag, _) = User::open("from", &folder.0.join("in"));
+    assert_eq!(tag, HELLO);
+    for (tag, rest) in [
+        (PUT, [attributes(0o600), summed(b"x")].concat()),
+        (WRITE, [vec![0; 8], summed(b"x")].concat()),
+        (PART, vec![0; 8]),
+        (FINISH, [text("g"), attributes(0o600)].concat()),
+        (FOLDER, vec![]),
+        (SYMLINK, [text("g"), attributes(0o600)].concat()),
+        (LINK, text("g")),
+        (ATTRIBUTES, attributes(0o600)),
+        (REMOVE, vec![0]),
+    ] {
+        assert!(user.refuses(tag, "f", &rest).starts_with("EROFS: "));
+    }
+    assert_eq!(fs::read(folder.inside("f")).unwrap(), b"mine");
+}
+
+#[test]
+fn the_holes_of_a_file_are_told() {
+    let folder = Folder::new();
+    let file = fs::File::create(folder.inside("f")).unwrap();
+    file.set_len(64 << 20).unwrap();
+    std::os::unix::fs::FileExt::write_all_at(&file, b"data", 32 << 20).unwrap();
+    let mut user = User::to(&folder);
+    let (_, segments) = user.ask(MAP, "f", &[0; 8]);
+    assert_eq!(segments.len(), 16);
+    assert_eq!(segments[..8], (32u64 << 20).to_be_bytes());
+}
+
+#[test]
+fn a_place_that_is_not_there_is_told_and_the_stream_ends() {
+    let folder = Folder::new();
+    let (user, tag, payload) = User::open("from", &folder.inside("nothing"));
+    assert_eq!(tag, ERROR);
+    assert!(payload.starts_with(b"ENOENT: "));
+    user.served.join().unwrap().unwrap();
+}
+
+#[test]
+fn a_request_that_makes_no_sense_or_is_too_long_ends_the_stream() {
+    let folder = Folder::new();
+    for (tag, payload) in [
+        (0x20, text("f")),
+        (READ, text("f")),
+        (WRITE, vec![0xff; 40]),
+    ] {
+        let mut user = User::to(&folder);
+        user.say(tag, &payload);
+        assert!(user.served.join().unwrap().is_err());
+    }
+    let mut user = User::to(&folder);
+    user.line.write_all(&[PUT, 0xff, 0xff, 0xff, 0xff]).unwrap();
+    assert!(user.served.join().unwrap().is_err());
+}

@@ -1,0 +1,141 @@
+"""What is to be done to make one tree like the other: pure decisions about two lists of entries."""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass, field
+from typing import Final
+
+from kohakuriver.client.copying.local_tree import PART
+from kohakuriver.tunnel.files import PIECE, Attributes, Entry
+
+__all__ = ["SMALL", "Options", "Plan", "part_name", "plan"]
+
+SMALL: Final = PIECE - 1
+"""Files of up to so many bytes are sent whole, many together; larger ones in pieces, by several streams.
+
+One byte more than that is read, which must be one piece.
+"""
+
+_SECOND: Final = 1_000_000_000
+
+
+@dataclass(frozen=True)
+class Options:
+    """How to copy: `delete` what the source has not, leave alone what is newer (`update`), keep owners (`owner`)."""
+
+    delete: bool = False
+    update: bool = False
+    owner: bool = False
+
+    def attributes(self, entry: Entry) -> Attributes:
+        """What the copy of an entry is given. The bits that lend an owner's rights are kept with the owner alone."""
+        if self.owner:
+            return Attributes(entry.mode, (entry.uid, entry.gid), entry.mtime)
+        return Attributes(entry.mode & 0o1777, None, entry.mtime)
+
+
+@dataclass
+class Plan:
+    """What is to be done, by kind; each with the path that it has at the other end. `size` is in bytes."""
+
+    folders: list[tuple[Entry, bytes]] = field(default_factory=list)
+    files: list[tuple[Entry, bytes]] = field(default_factory=list)
+    touched: list[tuple[Entry, bytes]] = field(default_factory=list)
+    symlinks: list[tuple[Entry, bytes]] = field(default_factory=list)
+    links: list[tuple[bytes, bytes]] = field(default_factory=list)
+    removed: list[tuple[bytes, bool]] = field(default_factory=list)
+    failed: list[tuple[bytes, str]] = field(default_factory=list)
+    left_out: list[bytes] = field(default_factory=list)
+    same: int = 0
+    size: int = 0
+
+
+def part_name(path: bytes, entry: Entry) -> bytes:
+    """What the copy of a file is called while it is only partly there: another name for another state of the file."""
+    parent, slash, name = path.rpartition(b"/")
+    state = hashlib.sha256(b"%d %d" % (entry.size, entry.mtime)).hexdigest()[:12]
+    return parent + slash + b"." + name[:200] + PART + state.encode()
+
+
+def plan(source: list[Entry], there: list[Entry], prefix: bytes, name: bytes | None, options: Options) -> Plan:
+    """What makes `there` like `source`.
+
+    Args:
+        prefix: what the paths of the source have before them at the other end, with a slash, or nothing.
+        name: what the one file that is copied is called there; None for a tree.
+    """
+    made = Plan()
+    has = {entry.path: entry for entry in there}
+    wanted: set[bytes] = set()
+    first: dict[tuple[int, int], bytes] = {}
+    copied: set[bytes] = set()
+    for entry in source:
+        path = name if name is not None else prefix + entry.path if entry.path else prefix[:-1]
+        if path in wanted:
+            continue  # a peer that says a name twice
+        wanted.add(path)
+        before = has.get(path)
+        if entry.kind == "e":
+            made.failed.append((entry.path, entry.target.decode("utf-8", "replace")))
+        elif entry.kind == "o":
+            made.left_out.append(entry.path)
+        elif entry.kind == "d":
+            made.folders.append((entry, path))
+        elif before is not None and before.kind == "d":
+            made.failed.append((path, "a folder has that name there"))
+        elif before is not None and options.update and before.mtime > entry.mtime:
+            made.same += 1
+        elif entry.kind == "l":
+            _symlink(made, entry, path, before)
+        elif entry.link in first:
+            to = first[entry.link]
+            if to in copied or before is None or has[to].link is None or before.link != has[to].link:
+                made.links.append((path, to))
+            else:
+                made.same += 1
+        else:
+            if entry.link is not None:
+                first[entry.link] = path
+            if _file(made, entry, path, before, options):
+                copied.add(path)
+    if options.delete and not made.failed:
+        made.removed = _extra(there, wanted, made)
+    return made
+
+
+def _symlink(made: Plan, entry: Entry, path: bytes, before: Entry | None) -> None:
+    if before is not None and before.kind == "l" and before.target == entry.target:
+        made.same += 1
+    else:
+        made.symlinks.append((entry, path))
+
+
+def _file(made: Plan, entry: Entry, path: bytes, before: Entry | None, options: Options) -> bool:
+    """Whether its bytes have to be copied."""
+    if before is not None and _is_same(entry, before):
+        given = options.attributes(entry)
+        if before.mode != given.mode or (given.owner is not None and given.owner != (before.uid, before.gid)):
+            made.touched.append((entry, path))
+        else:
+            made.same += 1
+        return False
+    made.files.append((entry, path))
+    made.size += entry.size
+    return True
+
+
+def _is_same(entry: Entry, before: Entry) -> bool:
+    """As large and of the same time; a file system may keep whole seconds only."""
+    if before.kind != "f" or before.size != entry.size:
+        return False
+    return before.mtime == entry.mtime or (
+        before.mtime % _SECOND == 0 and before.mtime // _SECOND == entry.mtime // _SECOND
+    )
+
+
+def _extra(there: list[Entry], wanted: set[bytes], made: Plan) -> list[tuple[bytes, bool]]:
+    """What the source has not, what is in a folder before it. Parts of files that are copied now are of use."""
+    parts = {part_name(path, entry) for entry, path in made.files}
+    extra = (entry for entry in there if entry.path not in wanted and entry.path not in parts and entry.kind != "e")
+    return [(entry.path, entry.kind == "d") for entry in sorted(extra, key=lambda each: each.path, reverse=True)]

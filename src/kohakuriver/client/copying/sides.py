@@ -1,0 +1,83 @@
+"""What both ends of a copy can do, so that whoever copies need not know which of them is in the task.
+
+Each operation tells its result by calling `then`, at once or later, with the result or with a FileError. Whoever is
+told must not ask the same side for anything in that call: it may come from the middle of reading answers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Protocol, TypeVar
+
+from kohakuriver.tunnel.files import Attributes, Entry
+
+__all__ = ["Done", "FileError", "Side", "Told"]
+
+T = TypeVar("T")
+
+
+class FileError(Exception):
+    """One file could not be read or written; `code` is the name of a POSIX error. All others go on."""
+
+    def __init__(self, code: str, why: str) -> None:
+        super().__init__(why)
+        self.code = code
+        self.why = why
+
+    def __str__(self) -> str:
+        return self.why
+
+
+Told = Callable[["T | FileError"], None]
+Done = Callable[["int | FileError"], None]
+
+
+class Side(Protocol):
+    """A folder, or one name in it (`only`). Paths are bytes, relative, and never lead out of it."""
+
+    only: bytes | None
+
+    def entries(self, path: bytes) -> list[Entry]:
+        """All below a path, or what a file is, each folder before what is in it; b"" is the root. Raises FileError."""
+
+    def segments(self, path: bytes) -> list[tuple[int, int]]:
+        """Offsets and lengths of what a file with holes has. Raises FileError."""
+
+    def read(self, path: bytes, offset: int, length: int, then: Told[memoryview]) -> None:
+        """Bytes of a file, fewer where it ends. They are there for as long as `then` runs."""
+
+    def sums(self, path: bytes, offset: int, length: int, then: Told[list[int]]) -> None:
+        """The checksum of each PIECE of a file from an offset on."""
+
+    def put(self, path: bytes, attributes: Attributes, data: memoryview, then: Done) -> None:
+        """Write a whole small file."""
+
+    def part(self, path: bytes, size: int, then: Done) -> None:
+        """Make sure that there is a file that is written in pieces; BEFORE where it was there."""
+
+    def write(self, path: bytes, offset: int, data: memoryview, then: Done) -> None:
+        """Write one piece of it."""
+
+    def finish(self, part: bytes, path: bytes, attributes: Attributes, then: Done) -> None:
+        """Give it its attributes and its name."""
+
+    def folder(self, path: bytes, then: Done) -> None:
+        """Make a folder, in the place of what is none."""
+
+    def symlink(self, path: bytes, target: bytes, attributes: Attributes, then: Done) -> None:
+        """Make a symbolic link, in the place of what is there."""
+
+    def link(self, path: bytes, existing: bytes, then: Done) -> None:
+        """Give a file another name."""
+
+    def attributes(self, path: bytes, attributes: Attributes, then: Done) -> None:
+        """Set those of a folder or file."""
+
+    def remove(self, path: bytes, folder: bool, then: Done) -> None:
+        """Take a name away; a folder must be empty."""
+
+    def settle(self, *, all_of_it: bool = False) -> None:
+        """Wait until there is room for more requests, or until all have been answered."""
+
+    def close(self) -> None:
+        """Let go of what is open."""
