@@ -112,13 +112,18 @@ def test_over_tls_no_cookie_counts_that_a_page_without_it_could_have_set(on_host
     on_host(check)
 
 
-def test_only_a_hash_of_the_cookie_is_kept(on_host: Callable[..., None], tmp_path: Path) -> None:
+def test_only_a_hash_of_cookies_and_links_is_kept_and_none_of_it_in_the_audit_log(
+    on_host: Callable[..., None], tmp_path: Path
+) -> None:
     async def check(host: HostUnderTest) -> None:
         browser = Browser(host)
         await browser.log_in(host.admin_token)
         link = await link_of(host.user)
         (secret,) = browser.cookies.values()
-        kept = b"".join(path.read_bytes() for path in tmp_path.glob("host.db*"))
+        await Browser(host).open(link, site="cross-site")
+        await Browser(host).open("/login?code=x")
+        await host.audit.written()
+        kept = b"".join(path.read_bytes() for path in (*tmp_path.glob("host.db*"), tmp_path / "audit.jsonl"))
         assert secret.encode() not in kept
         assert link.partition("code=")[2].encode() not in kept
 
@@ -312,6 +317,38 @@ def test_nothing_leads_from_the_login_to_another_site(on_host: Callable[..., Non
             answer = await browser.ask("POST", f"/login{query}", data={"token": host.admin_token})
             assert answer.headers["location"] == "/"
             assert (await browser.ask("POST", f"/logout{query}")).headers["location"] == "/login"
+
+    on_host(check)
+
+
+# -- what there is ---------------------------------------------------------------------------------------------------
+
+
+def test_the_page_shows_the_tasks_that_the_user_may_use_and_the_ports_that_listen_in_them(
+    on_host: Callable[..., None],
+) -> None:
+    async def check(host: HostUnderTest) -> None:
+        runner = await host.runner()
+        await runner.beat()
+        ann, token = await host.person("ann")
+        browser = Browser(host)
+        await browser.log_in(token)
+        assert "There is no task yet" in (await browser.open("/")).text
+        await host.create(name="hidden")
+        for name in ("lab", "silent"):
+            assert (await ann.post("/api/tasks", json={"name": name, "backend": "process"})).status_code == 201
+        container = (await ann.get("/api/tasks/lab")).json()["container"]
+        port = {"port": 8888, "proto": "tcp", "address": "0.0.0.0", "program": "<i>jupyter"}
+        others = [{**port, "address": "::"}, {**port, "port": 53, "proto": "udp"}]
+        runner.answers[f"/api/tasks/{container}/ports"] = (200, {"ports": [port, *others]})
+        silent = (await ann.get("/api/tasks/silent")).json()["container"]
+        runner.answers[f"/api/tasks/{silent}/ports"] = (503, {"error": "no_tunnel", "message": "It is not connected."})
+        text = (await browser.open("/")).text
+        assert text.count("kohakuriver open lab 8888") == 1
+        assert "(&lt;i&gt;jupyter)" in text
+        assert " 53<" not in text
+        assert "silent" in text
+        assert "hidden" not in text
 
     on_host(check)
 

@@ -25,6 +25,7 @@ _HEAD = f'<!doctype html>\n<html lang="en">\n<meta charset="utf-8">\n<title>HTTP
 _BEGIN = (
     "<p>Every request but <code>/health</code> and <code>/ready</code> carries "
     "<code>Authorization: Bearer TOKEN</code>. "
+    "From a page of this host the cookie of a browser that is logged in is as good. "
     'An error is <code>{"error": code, "message": sentence}</code>. For programs all this is in '
     '<a href="/openapi.json">openapi.json</a>.</p>\n'
 )

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
 from datetime import datetime
 from typing import Annotated, Any
 
@@ -16,6 +15,7 @@ from kohakuriver.errors import KohakuRiverError
 from kohakuriver.host.api_page import api_page
 from kohakuriver.host.browser import pages
 from kohakuriver.host.cookies import need_own_page, shown_cookie
+from kohakuriver.host.parts import Services
 from kohakuriver.host.schemas import (
     AdoptRequest,
     Agent,
@@ -39,42 +39,18 @@ from kohakuriver.host.schemas import (
     UserView,
     Whoami,
 )
-from kohakuriver.host.services.access import Access
-from kohakuriver.host.services.audit import REFUSALS, AuditLog
+from kohakuriver.host.services.audit import REFUSALS
 from kohakuriver.host.services.audit_reader import AuditPage, read_page
-from kohakuriver.host.services.authorize import Forwards
-from kohakuriver.host.services.credentials import Caller, Credentials
-from kohakuriver.host.services.logins import Logins
-from kohakuriver.host.services.logs import Logs
-from kohakuriver.host.services.nodes import Nodes
-from kohakuriver.host.services.people import People
-from kohakuriver.host.services.requests import Requests
-from kohakuriver.host.services.tasks import Tasks
+from kohakuriver.host.services.credentials import Caller
 from kohakuriver.store import Node, Task, Token, ahead_of_users
 from kohakuriver.task import TaskView
 from kohakuriver.web.app import Checked, bearer, new_app, services_here, services_of
 from kohakuriver.web.origin import Guard
 from kohakuriver.web.streamed import Streamed
 
-__all__ = ["Services", "create_app"]
+__all__ = ["create_app"]
 
 MAX_WAIT_SECONDS = 600
-
-
-@dataclass(frozen=True)
-class Services:
-    """What the routes work with."""
-
-    credentials: Credentials
-    access: Access
-    people: People
-    nodes: Nodes
-    tasks: Tasks
-    forwards: Forwards
-    requests: Requests
-    audit: AuditLog
-    logs: Logs
-    logins: Logins
 
 
 def create_app(services: Services, guard: Guard | None = None) -> FastAPI:

@@ -1,10 +1,10 @@
-"""The host's pages for people: logging in, by a token or by a link, and out. They work without JavaScript."""
+"""The host's pages for people: logging in and out, and what there is. They work without JavaScript."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Coroutine
 from html import escape
-from typing import TYPE_CHECKING, Any
+from typing import Any
 from urllib.parse import parse_qsl
 
 from fastapi import APIRouter, Request
@@ -17,14 +17,13 @@ from kohakuriver.config import NAME_IN_BROWSERS, browser_url
 from kohakuriver.errors import KohakuRiverError, NotAllowedError, UnauthenticatedError, UsageError
 from kohakuriver.host.cookies import clear_cookie, is_tls, need_own_page, set_cookie, shown_cookie
 from kohakuriver.host.html import form, page
+from kohakuriver.host.index import table_of
+from kohakuriver.host.parts import Services
 from kohakuriver.host.schemas import iso_time
 from kohakuriver.host.services.audit import REFUSALS
 from kohakuriver.host.services.credentials import Caller
 from kohakuriver.store import Token
 from kohakuriver.web.app import services_of
-
-if TYPE_CHECKING:
-    from kohakuriver.host.app import Services
 
 __all__ = ["pages"]
 
@@ -69,7 +68,7 @@ def _is_browser(request: Request) -> bool:
 
 @pages.get("/", include_in_schema=False)
 async def root(request: Request) -> Response:
-    """What this is; for a browser, who is logged in."""
+    """What this is; for a browser, who is logged in, and the tasks that they may use."""
     if not _is_browser(request):
         about = {"name": "KohakuRiver host", "version": __version__, "api": "/docs", "health": "/health"}
         return JSONResponse(about, headers={"Vary": "Accept"})
@@ -79,7 +78,8 @@ async def root(request: Request) -> Response:
     caller, browser = found
     until = f", until {iso_time(browser.ends_at)} at the latest" if browser.ends_at else ""
     body = f"<p>Logged in as <strong>{escape(caller.name)}</strong> ({escape(caller.role)}){until}.</p>\n"
-    return page("KohakuRiver", body + '<p><a href="/docs">HTTP API</a></p>\n' + form("/logout", "", "Log out"))
+    body += await table_of(_services(request).tasks, caller)
+    return page("Tasks", body + '<p><a href="/docs">HTTP API</a></p>\n' + form("/logout", "", "Log out"))
 
 
 @pages.get("/login", include_in_schema=False)

@@ -15,9 +15,11 @@ __all__ = ["form", "page", "policy"]
 
 _STYLE = (
     ":root{color-scheme:light dark}"
-    "body{font:16px/1.5 system-ui,sans-serif;max-width:32em;margin:3em auto;padding:0 1em}"
+    "body{font:16px/1.5 system-ui,sans-serif;max-width:44em;margin:3em auto;padding:0 1em}"
     "h1{font-size:1.4em}label{display:block}input{font:inherit;box-sizing:border-box;width:100%;padding:.4em;"
     "margin:.3em 0 1em}button{font:inherit;padding:.4em 1.2em}code{overflow-wrap:anywhere}"
+    "table{border-collapse:collapse;margin:1em 0}th,td{text-align:left;vertical-align:top;padding:.2em 1em .2em 0}"
+    "ul{margin:0;padding:0;list-style:none}"
 )
 
 

@@ -111,10 +111,14 @@ class Tasks:
 
     async def views(self, caller: Caller) -> list[TaskView]:
         """All tasks that the caller may use, oldest first."""
+        return [view for _, _, view in await self.used_by(caller)]
+
+    async def used_by(self, caller: Caller) -> list[tuple[Task, Node, TaskView]]:
+        """The same tasks, with their nodes, and as the caller sees them."""
         found = await self._store.tasks_and_nodes()
         shares = await self._accounts.shares(task.task_id for task, _ in found)
-        views = [self.view(task, node, shares.get(task.task_id, [])) for task, node in found]
-        return [view for view in views if caller.is_admin or caller.name in (view.owner, *view.shared_with)]
+        used = [(task, node, self.view(task, node, shares.get(task.task_id, []))) for task, node in found]
+        return [each for each in used if caller.is_admin or caller.name in (each[2].owner, *each[2].shared_with)]
 
     async def get(self, task: Task, node: Node) -> TaskView:
         """One task, with who else may use it."""
