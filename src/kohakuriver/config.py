@@ -23,11 +23,13 @@ __all__ = [
     "DEFAULT_HOST_PORT",
     "DEFAULT_RUNNER_PORT",
     "DEFAULT_SSH_PORT",
+    "NAME_IN_BROWSERS",
     "Cluster",
     "Logins",
     "Settings",
     "accept_plain_http",
     "accepts_plain_http",
+    "browser_url",
     "clean_token",
     "config_dir",
     "host_url",
@@ -48,6 +50,15 @@ DEFAULT_HOST_PORT = 8000
 DEFAULT_RUNNER_PORT = 8001
 DEFAULT_SSH_PORT = 8002
 DEFAULT_HOST = f"http://127.0.0.1:{DEFAULT_HOST_PORT}"
+
+NAME_IN_BROWSERS = "kohakuriver.localhost"
+"""As what a browser goes to a host on its own machine, without TLS.
+
+It sends cookies to every port of a name, and at 127.0.0.1 and localhost others listen, forwards of tasks' ports too.
+"""
+
+SHARED_NAMES = ("127.0.0.1", "::1", "localhost")
+"""The names at which they do."""
 
 
 def config_dir() -> Path:
@@ -98,6 +109,15 @@ def host_url(text: str, port: int = DEFAULT_HOST_PORT) -> str:
     if not valid or parts.query or parts.fragment or parts.username or any(c.isspace() for c in bare):
         raise UsageError(f"The host must be a URL like http://name:8000 or a host name, not {text!r}.")
     return bare
+
+
+def browser_url(url: str) -> str:
+    """A host's URL as a browser should have it."""
+    parts = urlsplit(url)
+    if parts.scheme != "http" or parts.hostname not in SHARED_NAMES:
+        return url
+    port = "" if parts.port is None else f":{parts.port}"
+    return parts._replace(netloc=NAME_IN_BROWSERS + port).geturl()
 
 
 def path_segment(name: str) -> str:

@@ -1,4 +1,4 @@
-"""`kohakuriver open` and `forward --web`, with real programs at both ends."""
+"""`kohakuriver open`, of the host and of a task's port, and `forward --web`, with real programs at both ends."""
 
 from __future__ import annotations
 
@@ -180,3 +180,47 @@ def test_it_ends_with_the_task(cluster: Cluster) -> None:
     cluster.succeed("vps", "rm", "removed")
     eventually(lambda: program.process.poll() is not None)
     assert program.ended() == 3
+
+
+def logged_in(link: str) -> str:
+    """As whom a link logs a browser in that it is opened with."""
+    parts = urlsplit(link)
+    said = {"Host": parts.netloc, "Sec-Fetch-Site": "none", "Sec-Fetch-Mode": "navigate"}
+    connection = http.client.HTTPConnection("127.0.0.1", parts.port, timeout=TIMEOUT)
+    try:
+        connection.request("GET", f"{parts.path}?{parts.query}", headers=said)
+        answer = connection.getresponse()
+        answer.read()
+        assert answer.status == 303
+        cookie = answer.getheader("Set-Cookie", "").partition(";")[0]
+        connection.request("GET", "/api/auth", headers={"Host": parts.netloc, "Cookie": cookie})
+        user: str = json.loads(connection.getresponse().read())["user"]
+        return user
+    finally:
+        connection.close()
+
+
+def test_open_without_a_task_logs_a_browser_in_to_the_host_and_ends(cluster: Cluster, tmp_path: Path) -> None:
+    port = urlsplit(cluster.ready["host_url"]).port
+    link = cluster.succeed("open", "--print").strip()
+    assert link.startswith(f"http://kohakuriver.localhost:{port}/login?code=")
+    assert logged_in(link) == "admin"
+    told = json.loads(cluster.succeed("open", "--json"))
+    assert set(told) == {"url", "expires_at"}
+    assert logged_in(told["url"]) == "admin"
+    seen, browser = tmp_path / "seen", tmp_path / "browser"
+    browser.write_text(f'#!/bin/sh\necho "$1" > {seen}\n')
+    browser.chmod(browser.stat().st_mode | stat.S_IXUSR)
+    done = cluster.run("open", BROWSER=f"{browser} %s")
+    assert (done.returncode, done.stdout) == (0, "Logging a browser in.\n")
+    assert logged_in(seen.read_text().strip()) == "admin"
+    listed = json.loads(cluster.succeed("token", "list", "--json"))["tokens"]
+    assert [token["kind"] for token in listed].count("browser") == 3
+
+
+def test_up_prints_a_link_that_logs_in(tmp_path: Path) -> None:
+    cluster = Cluster(tmp_path)
+    try:
+        assert logged_in(cluster.ready["browser"]) == "admin"
+    finally:
+        cluster.close()

@@ -16,9 +16,12 @@ from typing import Any
 import httpx
 from fastapi import FastAPI, Request
 from fastapi.responses import JSONResponse, Response
+from websockets.asyncio.client import connect
+from websockets.exceptions import InvalidStatus
 
 from kohakuriver.changes import Changes
-from kohakuriver.host.app import Services, create_app
+from kohakuriver.host.app import create_app
+from kohakuriver.host.parts import Services
 from kohakuriver.host.services.access import Access
 from kohakuriver.host.services.audit import AuditLog
 from kohakuriver.host.services.authorize import Forwards
@@ -26,6 +29,7 @@ from kohakuriver.host.services.credentials import Credentials
 from kohakuriver.host.services.failures import Failures
 from kohakuriver.host.services.grants import Grants
 from kohakuriver.host.services.groups import GroupsOfUsers
+from kohakuriver.host.services.logins import Logins
 from kohakuriver.host.services.logs import Logs
 from kohakuriver.host.services.nodes import Nodes
 from kohakuriver.host.services.people import People
@@ -39,9 +43,10 @@ from kohakuriver.limits import Limits
 from kohakuriver.quotas import Offer, Quotas
 from kohakuriver.runtime import cancel_all
 from kohakuriver.session import ticket
-from kohakuriver.store import Accounts, Groups, Store, sqlite_url
+from kohakuriver.store import Accounts, Browsers, Groups, Store, sqlite_url
 from kohakuriver.tls import ServerCertificate
 from kohakuriver.tunnel.accept import TunnelRoute, serve_ws
+from kohakuriver.tunnel.protocol import TUNNEL_V2
 from kohakuriver.web.app import bind, socket_url
 from kohakuriver.web.origin import Guard
 from kohakuriver.web.server import Server
@@ -79,6 +84,15 @@ async def serving(app: FastAPI, ws: type[asyncio.Protocol] | None = None) -> Asy
     """Serve an application on a free loopback port; its URL."""
     async with a_server(app, ws) as (_, sock):
         yield socket_url(sock)
+
+
+async def websocket_status(url: str, headers: dict[str, str]) -> int:
+    """What who asks for a WebSocket is answered with."""
+    try:
+        async with connect(url, additional_headers=headers, subprotocols=[TUNNEL_V2], proxy=None):  # type: ignore[list-item]
+            return 101
+    except InvalidStatus as error:
+        return error.response.status_code
 
 
 class Clock:
@@ -192,6 +206,7 @@ class HostUnderTest:
         self.proxy = TunnelProxy(authorize=self.forwards.authorize, authorize_terminal=self.forwards.authorize_terminal)
         self.terminals = TerminalProxy(authorize=self.forwards.authorize_terminal)
         self.people = People(accounts, self.grants, clock=clock)
+        self.logins = Logins(credentials, Browsers(store, clock=clock), self.grants)
         self.logs = Logs(self.grants, self.nodes, self.runners)
         self.guard = Guard()
         self.app = create_app(
@@ -206,6 +221,7 @@ class HostUnderTest:
                 self.requests,
                 audit,
                 self.logs,
+                self.logins,
             ),
             self.guard,
         )

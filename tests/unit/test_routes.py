@@ -16,8 +16,6 @@ import httpx
 import jwt
 import pytest
 from fastapi import FastAPI
-from websockets.asyncio.client import connect
-from websockets.exceptions import InvalidStatus
 
 from kohakuriver.runner import app as runner_app
 from kohakuriver.runner.services.open_ports import OpenPorts
@@ -30,9 +28,10 @@ from kohakuriver.runner.services.tunnel_guard import TunnelGuard
 from kohakuriver.runner.services.tunnel_server import TunnelServer
 from kohakuriver.session import ticket
 from kohakuriver.tunnel.accept import Peer, TunnelRoute, serve_ws
-from kohakuriver.tunnel.protocol import CLIENT_HEADER, TUNNEL_V2
+from kohakuriver.tunnel.protocol import CLIENT_HEADER
 from kohakuriver.web.origin import Guard
-from tests.support.host_only import HostUnderTest, a_host, serving
+from tests.support.browser import Browser, link_of
+from tests.support.host_only import HostUnderTest, a_host, serving, websocket_status
 
 Run = Callable[[Coroutine[Any, Any, None]], None]
 Route = tuple[str, str]
@@ -47,15 +46,22 @@ BY_USERS: Rule = dict.fromkeys(ALL_USERS, "in")
 BY_ADMINS: Rule = BY_USERS | dict.fromkeys(("owner", "shared", "stranger"), "403")
 BY_WHO_MAY_USE: Rule = BY_USERS | {"stranger": "403"}
 BY_OWNERS: Rule = BY_USERS | {"stranger": "403", "shared": "403"}
+# Of the host's pages: only a form of its own changes something, whatever credential comes along.
+BY_OWN_PAGES: Rule = {"own page": "in"}
+BY_TOKENS: Rule = BY_USERS | {f"{who}'s browser": "403" for who in ALL_USERS}
 BY_NODES: Rule = {"node": "in", "this node": "in", "other node": "403"}
 
 HOST_RULES: dict[Route, Rule] = {
     ("GET", "/health"): OPEN,
     ("GET", "/ready"): OPEN,
     ("GET", "/"): OPEN,
+    ("GET", "/login"): OPEN,
+    ("POST", "/login"): BY_OWN_PAGES,
+    ("POST", "/logout"): BY_OWN_PAGES,
     ("GET", "/openapi.json"): OPEN,
     ("GET", "/docs"): OPEN,
     ("GET", "/api/auth"): BY_USERS,
+    ("POST", "/api/auth/link"): BY_TOKENS,
     ("GET", "/api/users"): BY_ADMINS,
     ("POST", "/api/users"): BY_ADMINS,
     ("DELETE", "/api/users/{name}"): BY_ADMINS,
@@ -188,11 +194,13 @@ def filled_in(path: str) -> str:
     return re.sub(r"\{(\w+)\}", lambda name: FILLED_IN[name[1]], path)
 
 
-async def answer(client: httpx.AsyncClient, route: Route, body: Any, secret: str | None) -> str:
-    """What a try is answered with: "401", "403", or "in" for whatever else."""
+async def answer(client: httpx.AsyncClient, route: Route, body: Any, secret: str | dict[str, str] | None) -> str:
+    """What a try is answered with: "401", "403", or "in" for whatever else. A `secret` may be a request's headers."""
     method, path = route
-    headers = {CLIENT_HEADER: "c"} | ({} if secret is None else {"Authorization": f"Bearer {secret}"})
+    shown = {"Authorization": f"Bearer {secret}"} if isinstance(secret, str) else secret or {}
+    headers = {CLIENT_HEADER: "c", **shown}
     if method == "WS":
+        headers.pop("Host", None)  # there is one already
         status = await websocket_status(
             f"{client.base_url}".replace("http", "ws").rstrip("/") + filled_in(path), headers
         )
@@ -200,18 +208,10 @@ async def answer(client: httpx.AsyncClient, route: Route, body: Any, secret: str
         query = {"timeout": 0} if path.endswith("/wait") else None
         reply = await client.request(method, filled_in(path), json=body, headers=headers, params=query)
         status = reply.status_code
-        if status in (401, 403):
+        if status in (401, 403) and path.startswith("/api/"):
             assert set(reply.json()) == {"error", "message"}
     assert status != 500
     return str(status) if status in (401, 403) else "in"
-
-
-async def websocket_status(url: str, headers: dict[str, str]) -> int:
-    try:
-        async with connect(url, additional_headers=headers, subprotocols=[TUNNEL_V2], proxy=None):  # type: ignore[list-item]
-            return 101
-    except InvalidStatus as error:
-        return error.response.status_code
 
 
 async def refused_without_a_rule(client: httpx.AsyncClient, rules: dict[Route, Rule]) -> None:
@@ -227,9 +227,54 @@ async def refused_without_a_rule(client: httpx.AsyncClient, rules: dict[Route, R
             assert await websocket_status(url, {}) in (403, 404)
 
 
-async def host_credentials(host: HostUnderTest, directory: Path) -> dict[str, str | None]:
+OWN_PAGE = {"Sec-Fetch-Site": "same-origin"}
+OTHER_PAGES = {"sibling": {"Sec-Fetch-Site": "same-site"}, "stranger's page": {"Sec-Fetch-Site": "cross-site"}}
+
+
+async def browser_of(host: HostUnderTest, token: str | None) -> dict[str, str]:
+    """What a browser sends to this host, once it is logged in with a token."""
+    browser = Browser(host)
+    assert token is not None
+    assert (await browser.log_in(token)).status_code == 303
+    ((name, value),) = browser.cookies.items()
+    return {"Host": browser.authority, "Cookie": f"{name}={value}"}
+
+
+async def host_browsers(host: HostUnderTest, secrets: dict[str, Any]) -> dict[str, dict[str, str]]:
+    """Browsers that are logged in, have been, or say to be, each with a page of the host open, or another's."""
+    found = {f"{who}'s browser": {**await browser_of(host, secrets[who]), **OWN_PAGE} for who in ALL_USERS}
+    ours = found["owner's browser"]
+    found |= {f"owner's browser from {where}": {**ours, **page} for where, page in OTHER_PAGES.items()}
+    out = await browser_of(host, secrets["owner"])
+    origin = {"Origin": f"http://{out['Host']}"}
+    assert (await host.nobody.post("/logout", headers={**out, **origin})).status_code == 303
+    found["browser that was logged out"] = {**out, **OWN_PAGE}
+    cookie, _, value = ours["Cookie"].partition("=")
+    found["a browser's cookie as a token"] = {"Authorization": f"Bearer {value}"}
+    found["a token as a browser's cookie"] = {**ours, "Cookie": f"{cookie}={secrets['owner']}"}
+    code = (await link_of(host.client(secrets["owner"]))).partition("code=")[2]
+    found["a link's code as a token"] = {"Authorization": f"Bearer {code}"}
+    found["a link's code as a browser's cookie"] = {**ours, "Cookie": f"{cookie}={code}"}
+    return found
+
+
+def expected_of(route: Route, rule: Rule, who: str, secret: str | dict[str, str] | None) -> str:
+    """What a credential is answered with by a rule of the host."""
+    if rule is OPEN:
+        return "in"
+    if rule is BY_OWN_PAGES:
+        return "in" if isinstance(secret, dict) and OWN_PAGE.items() <= secret.items() else "403"
+    user, _, from_where = who.partition("'s browser")
+    if user == who or user not in ALL_USERS:
+        return rule.get(who, "401")
+    if route[0] == "WS" or rule is BY_NODES:  # there, a browser's login is nothing
+        return "401"
+    return "403" if from_where else rule.get(who, rule[user])
+
+
+async def host_credentials(host: HostUnderTest, directory: Path) -> dict[str, str | dict[str, str] | None]:
     """One of each kind, by what it is. The task is the owner's."""
-    secrets: dict[str, str | None] = {"none": None, "garbage": "kr_garbage", "admin": host.admin_token}
+    secrets: dict[str, Any] = {"none": None, "garbage": "kr_garbage", "admin": host.admin_token}
     for name in ("owner", "shared", "stranger"):
         secrets[name] = (await host.person(name))[1]
     _, secrets["removed user"] = await host.person("removed")
@@ -248,7 +293,7 @@ async def host_credentials(host: HostUnderTest, directory: Path) -> dict[str, st
     owner = host.client(secrets["owner"])
     assert (await owner.post("/api/tasks", json={"name": "web", "backend": "process"})).status_code == 201
     assert (await owner.post("/api/tasks/web/shares", json={"user": "shared"})).status_code == 201
-    return secrets
+    return secrets | await host_browsers(host, secrets)
 
 
 @pytest.mark.parametrize("route", sorted(HOST_RULES), ids=" ".join)
@@ -258,7 +303,7 @@ def test_the_host_lets_in_whom_its_rule_names_and_nobody_else(run: Run, tmp_path
             secrets = await host_credentials(host, tmp_path)
             assert routes_of(host.app, host.tunnel_routes) == set(HOST_RULES)
             rule = HOST_RULES[route]
-            expected = {who: "in" if rule is OPEN else rule.get(who, "401") for who in secrets}
+            expected = {who: expected_of(route, rule, who, secrets[who]) for who in secrets}
             # Those who are refused first: what the others do may end the task.
             for who in sorted(secrets, key=lambda who: expected[who] == "in"):
                 got = await answer(host.nobody, route, BODIES.get(route), secrets[who])

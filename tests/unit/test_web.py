@@ -22,7 +22,7 @@ from kohakuriver.cli.pki import Authority
 from kohakuriver.errors import LocalAddressError
 from kohakuriver.tls import ServerCertificate
 from kohakuriver.tunnel.accept import serve_ws
-from kohakuriver.web.app import bind, new_app, socket_url, warn_if_in_clear
+from kohakuriver.web.app import bind, bind_with_loopback, new_app, socket_url, warn_if_in_clear
 from kohakuriver.web.listener import ACCEPTED_AT_ONCE
 from kohakuriver.web.logging import LONGEST_VALUE, configure_logging
 from kohakuriver.web.repeats import REFUSALS_AT_ONCE, SECONDS, TUNNELS_AT_ONCE, Repeats, _Seen
@@ -46,6 +46,29 @@ def test_an_address_that_is_not_ours_is_named(host: str) -> None:
 def test_a_socket_on_every_address_is_reached_through_loopback() -> None:
     with bind("0.0.0.0", 0) as sock:
         assert socket_url(sock) == f"http://127.0.0.1:{sock.getsockname()[1]}"
+
+
+@pytest.mark.parametrize(
+    ("host", "addresses"),
+    [("127.0.0.1", ["127.0.0.1", "::1"]), ("0.0.0.0", ["0.0.0.0", "::1"]), ("::1", ["::1", "127.0.0.1"])],
+)
+def test_the_port_is_on_both_loopback_addresses_so_that_nobody_else_gets_what_browsers_send(
+    host: str, addresses: list[str]
+) -> None:
+    with contextlib.ExitStack() as stack:
+        socks = [stack.enter_context(sock) for sock in bind_with_loopback(host, 0)]
+        assert [sock.getsockname()[0] for sock in socks] == addresses
+        assert len({sock.getsockname()[1] for sock in socks}) == 1
+
+
+def test_where_another_program_has_the_port_on_the_other_loopback_address_that_is_said() -> None:
+    with bind("::1", 0) as other:
+        other.listen()
+        port = other.getsockname()[1]
+        with pytest.raises(LocalAddressError, match=f"::1:{port}"):
+            bind_with_loopback("127.0.0.1", port)
+    with bind("127.0.0.1", port) as free:
+        assert free.getsockname()[1] == port
 
 
 @pytest.mark.parametrize(("host", "said"), [("0.0.0.0", 1), ("127.0.0.1", 0), ("::1", 0)])

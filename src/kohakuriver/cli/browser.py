@@ -1,4 +1,4 @@
-"""`kohakuriver open`: a port of a task in the browser, under an address of its own."""
+"""`kohakuriver open`: the host in the browser, logged in, or a port of a task, under an address of its own."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from kohakuriver.cli import output
-from kohakuriver.cli.options import Remote, TaskArgument, remote
+from kohakuriver.cli.options import MaybeTaskArgument, Remote, remote
 from kohakuriver.errors import UsageError
 
 if TYPE_CHECKING:
@@ -46,19 +46,46 @@ def register(app: typer.Typer) -> None:
     """Add the command to `app`."""
     app.command(
         "open",
-        epilog="Examples:\n\nkohakuriver open lab 8888\n\nkohakuriver open --print --local-port 7777 lab 6006",
+        epilog="Examples:\n\nkohakuriver open\n\nkohakuriver open lab 8888\n\n"
+        "kohakuriver open --print --local-port 7777 lab 6006",
     )(remote(open_task))
 
 
 def open_task(
     at: Remote,
-    task: TaskArgument,
+    task: MaybeTaskArgument = None,
     port: PortArgument = None,
     local_port: LocalPortOption = 0,
     print_link: PrintOption = False,
     preserve_host: PreserveHostOption = False,
 ) -> int:
-    """Open a task's HTTP port in the browser, under an address of its own, until Ctrl-C."""
+    """Open the host in the browser, logged in; or a task's HTTP port, under an address of its own, until Ctrl-C."""
+    if print_link and at.json:
+        raise UsageError("--print and --json don't go together: the JSON has the link.")
+    if task is None:
+        if local_port or preserve_host:
+            raise UsageError(
+                "--local-port and --preserve-host are for a task's port, as in `kohakuriver open lab 8888`."
+            )
+        return _open_host(at, print_link=print_link)
+    return _open_port(at, task, port, local_port, print_link=print_link, preserve_host=preserve_host)
+
+
+def _open_host(at: Remote, *, print_link: bool) -> int:
+    link = at.ask(lambda client: client.login_link())
+    if at.json:
+        output.json_line(link.to_json())
+    elif print_link:
+        output.line(link.url)
+    else:
+        output.line("Logging a browser in.")
+        _open_browser(link.url)
+    return 0
+
+
+def _open_port(
+    at: Remote, task: str, port: str | None, local_port: int, *, print_link: bool, preserve_host: bool
+) -> int:
     from kohakuriver.client.ports import PortForward, parse_port
     from kohakuriver.client.web import Served, WebForwarder
     from kohakuriver.runtime import raise_file_limit, run
@@ -67,8 +94,6 @@ def open_task(
         raise UsageError(f"Say which port of {task} to open, as in `kohakuriver open {task} 8888`.")
     if not port.isascii() or not port.isdigit():
         raise UsageError(f"{port!r} is not a port: give its number, as in 8888.")
-    if print_link and at.json:
-        raise UsageError("--print and --json don't go together: the `served` event has the link.")
     files = raise_file_limit()
     settings = at.settings()
     wanted = PortForward(0, parse_port(port).remote)

@@ -233,7 +233,7 @@ async def _run_up(cluster: LocalCluster, json: bool) -> int:
         try:
             _check_alone()  # another one may have been started at the same time
             write_cluster(cluster.cluster)
-            _say_ready(cluster, json)
+            await _say_ready(cluster, json)
             return await _until_end(cluster, stopped)
         finally:
             remove_cluster(cluster.cluster)
@@ -266,16 +266,21 @@ async def _first_of(*waited_for: asyncio.Future[Any]) -> None:
     await asyncio.wait(waited_for, return_when=asyncio.FIRST_COMPLETED)
 
 
-def _say_ready(cluster: LocalCluster, json: bool) -> None:
+async def _say_ready(cluster: LocalCluster, json: bool) -> None:
+    from kohakuriver.client.host import HostClient
+
     host_url = cluster.cluster.host_url
     node = cluster.node
+    async with HostClient(cluster.settings) as client:
+        link = (await client.login_link()).url
     if json:
         ready = {"event": "ready", "host_url": host_url, "runner_url": cluster.runner_url}
-        output.json_line({**ready, "ssh_proxy": cluster.cluster.ssh_proxy})
+        output.json_line({**ready, "ssh_proxy": cluster.cluster.ssh_proxy, "browser": link})
     else:
         backends = ", ".join(node.backends) if node else ""
         ssh = f", SSH proxy {cluster.cluster.ssh_proxy}"
         output.line(f"ready: host {host_url}, runner {cluster.runner_url} ({backends}){ssh}; Ctrl-C ends it")
+        output.line(f"in a browser, within a minute: {link} (later: kohakuriver open)")
 
 
 @dataclass(frozen=True)

@@ -18,7 +18,7 @@ from urllib.parse import urlsplit
 import httpx
 
 from kohakuriver import tls
-from kohakuriver.config import Settings, path_segment
+from kohakuriver.config import Settings, browser_url, path_segment
 from kohakuriver.errors import (
     NOT_OUR_ANSWER,
     HostUnreachableError,
@@ -41,6 +41,7 @@ __all__ = [
     "Limits",
     "ListeningPort",
     "LogLine",
+    "LoginLink",
     "NewTask",
     "Node",
     "Ports",
@@ -134,15 +135,28 @@ class Group:
 
 
 @dataclass(frozen=True)
+class LoginLink:
+    """A link that logs one browser in, once, until `expires_at` (ISO 8601)."""
+
+    url: str = field(repr=False)
+    expires_at: str
+
+    def to_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+@dataclass(frozen=True)
 class Token:
     """A token of a `user` or a `node` ("*": any). `name` is what its owner calls it; the moments are ISO 8601.
 
-    `token` is the secret itself, in the answer to `make_token` alone. `status` is "valid" or "expired", or "revoked" in
+    `kind` is "user" or "node", or "browser" for one that is logged in. `token` is the secret itself, in the answer to
+    `make_token` alone. `status` is "valid" or "expired", or "revoked" in
     the answer to `revoke_token`.
     """
 
     id: str
     name: str
+    kind: str = "user"
     user: str | None = None
     node: str | None = None
     status: str = "valid"
@@ -292,6 +306,14 @@ class HostClient:
         if isinstance(answer, dict) and "token" in answer:
             answer = {**answer, "token": _record(Token, answer["token"]), "limits": _limits(answer)}
         return _record(Whoami, answer)
+
+    async def login_link(self) -> LoginLink:
+        """A link that logs one browser in as the caller, once, within a minute."""
+        made = await self._call("POST", "/api/auth/link")
+        path = made.get("path") if isinstance(made, dict) else None
+        if not isinstance(path, str) or not path.startswith("/login?"):
+            raise KohakuRiverError("This version of kohakuriver does not understand the host's answer.")
+        return LoginLink(browser_url(self._url) + path, str(made.get("expires_at", "")))
 
     async def users(self) -> list[User]:
         return [_record(User, item) for item in _list(await self._call("GET", "/api/users"))]

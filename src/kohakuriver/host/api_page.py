@@ -6,13 +6,13 @@ It is as readable where there is no internet, and no page of ours asks for a tok
 
 from __future__ import annotations
 
-import base64
-import hashlib
 from collections.abc import Iterable, Iterator
 from html import escape
 from typing import Any
 
 from fastapi.responses import HTMLResponse
+
+from kohakuriver.host.html import policy
 
 __all__ = ["api_page"]
 
@@ -20,14 +20,12 @@ _STYLE = (
     "body{font:15px/1.5 system-ui,sans-serif;max-width:60em;margin:2em auto;padding:0 1em}"
     "h3{margin:2em 0 0;font-size:1em}table{border-collapse:collapse}td{padding:.1em 1em .1em 0;vertical-align:top}"
 )
-_POLICY = (
-    f"default-src 'none'; style-src 'sha256-{base64.b64encode(hashlib.sha256(_STYLE.encode()).digest()).decode()}'; "
-    "base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
-)
+_POLICY = policy(_STYLE)
 _HEAD = f'<!doctype html>\n<html lang="en">\n<meta charset="utf-8">\n<title>HTTP API</title>\n<style>{_STYLE}</style>\n'
 _BEGIN = (
     "<p>Every request but <code>/health</code> and <code>/ready</code> carries "
     "<code>Authorization: Bearer TOKEN</code>. "
+    "From a page of this host the cookie of a browser that is logged in is as good. "
     'An error is <code>{"error": code, "message": sentence}</code>. For programs all this is in '
     '<a href="/openapi.json">openapi.json</a>.</p>\n'
 )

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
 from datetime import datetime
 from typing import Annotated, Any
 
@@ -14,6 +13,9 @@ from fastapi.security import HTTPBearer
 from kohakuriver import __version__
 from kohakuriver.errors import KohakuRiverError
 from kohakuriver.host.api_page import api_page
+from kohakuriver.host.browser import pages
+from kohakuriver.host.cookies import need_own_page, shown_cookie
+from kohakuriver.host.parts import Services
 from kohakuriver.host.schemas import (
     AdoptRequest,
     Agent,
@@ -25,6 +27,7 @@ from kohakuriver.host.schemas import (
     Heartbeat,
     HeartbeatAnswer,
     LimitsView,
+    LoginLink,
     NewGroup,
     NewToken,
     NewUser,
@@ -40,42 +43,18 @@ from kohakuriver.host.schemas import (
     UserView,
     Whoami,
 )
-from kohakuriver.host.services.access import Access
-from kohakuriver.host.services.audit import REFUSALS, AuditLog
+from kohakuriver.host.services.audit import REFUSALS
 from kohakuriver.host.services.audit_reader import AuditPage, read_page
-from kohakuriver.host.services.authorize import Forwards
-from kohakuriver.host.services.credentials import Caller, Credentials
-from kohakuriver.host.services.groups import GroupsOfUsers
-from kohakuriver.host.services.logs import Logs
-from kohakuriver.host.services.nodes import Nodes
-from kohakuriver.host.services.people import People
-from kohakuriver.host.services.requests import Requests
-from kohakuriver.host.services.tasks import Tasks
+from kohakuriver.host.services.credentials import Caller
 from kohakuriver.store import Node, Task, Token, ahead_of_users
 from kohakuriver.task import TaskView
 from kohakuriver.web.app import Checked, bearer, new_app, services_here, services_of
 from kohakuriver.web.origin import Guard
 from kohakuriver.web.streamed import Streamed
 
-__all__ = ["Services", "create_app"]
+__all__ = ["create_app"]
 
 MAX_WAIT_SECONDS = 600
-
-
-@dataclass(frozen=True)
-class Services:
-    """What the routes work with."""
-
-    credentials: Credentials
-    access: Access
-    people: People
-    groups: GroupsOfUsers
-    nodes: Nodes
-    tasks: Tasks
-    forwards: Forwards
-    requests: Requests
-    audit: AuditLog
-    logs: Logs
 
 
 def create_app(services: Services, guard: Guard | None = None) -> FastAPI:
@@ -91,7 +70,7 @@ def create_app(services: Services, guard: Guard | None = None) -> FastAPI:
         guard=guard,
         documented=True,
         services=services,
-        routers=(_open, _api, _nodes),
+        routers=(_open, pages, _api, _nodes),
         on_error=note,
     )
     app.title = "KohakuRiver host"
@@ -106,8 +85,13 @@ class _OfUsers(Checked):
     async def check(request: Request) -> Callable[[], object]:
         services: Services = services_of(request)
         secret = bearer(request)
-        await services.requests.turn(secret)
-        request.state.authenticated = await services.credentials.caller(secret)
+        cookie = shown_cookie(request) if secret is None else None
+        await services.requests.turn(secret or cookie)
+        if cookie is None:
+            request.state.authenticated = await services.credentials.caller(secret)
+        else:
+            need_own_page(request)
+            request.state.authenticated = await services.logins.visitor(cookie)
         return services.requests.begin(request.state.authenticated[0])
 
 
@@ -182,12 +166,6 @@ async def ready(host: Host) -> dict[str, str]:
     return {"status": "ok", "version": __version__}
 
 
-@_open.get("/", include_in_schema=False)
-async def root() -> dict[str, str]:
-    """What this is."""
-    return {"name": "KohakuRiver host", "version": __version__, "api": "/docs", "health": "/health"}
-
-
 @_open.get("/docs", include_in_schema=False)
 async def docs(request: Request) -> HTMLResponse:
     """The API, for people."""
@@ -198,6 +176,12 @@ async def docs(request: Request) -> HTMLResponse:
 async def whoami(host: Host, authenticated: Authenticated) -> Whoami:
     """Who the caller is, and how much they may have."""
     return await host.people.whoami(*authenticated)
+
+
+@_api.post("/auth/link", status_code=201)
+async def make_login_link(host: Host, authenticated: Authenticated) -> LoginLink:
+    """What logs one browser in as the caller, once, within a minute: where on this host it goes."""
+    return await host.logins.link(authenticated[1])
 
 
 @_api.get("/users")

@@ -29,6 +29,7 @@ __all__ = [
     "Incident",
     "Limit",
     "LimitsView",
+    "LoginLink",
     "NewGroup",
     "NewToken",
     "NewUser",
@@ -39,6 +40,7 @@ __all__ = [
     "Role",
     "ShareRequest",
     "SshPass",
+    "TokenKind",
     "TokenMade",
     "TokenView",
     "UserLimits",
@@ -54,6 +56,7 @@ LONGEST_PROGRAM = 64
 LONGEST_TOKEN_SECONDS = 100 * 366 * 86400.0
 
 Role = Literal["admin", "user"]
+TokenKind = Literal["user", "node", "browser"]
 
 UserName = Annotated[
     str,
@@ -345,9 +348,13 @@ class UserView(BaseModel):
 
 
 class TokenView(BaseModel):
-    """A token, without the secret. `user` or `node` is whose it is; node "*" is every node."""
+    """A token, without the secret. `user` or `node` is whose it is; node "*" is every node.
+
+    Of the kind "browser" it is a browser that is logged in.
+    """
 
     id: str
+    kind: TokenKind
     name: str
     user: str | None
     node: str | None
@@ -360,6 +367,13 @@ class TokenMade(TokenView):
     """A token that was just made: the one time that the secret is shown."""
 
     token: str
+
+
+class LoginLink(BaseModel):
+    """What lets one browser in as the caller, once: it goes to `path` of this host, the code included."""
+
+    path: str
+    expires_at: str
 
 
 class LimitsView(BaseModel):

@@ -14,7 +14,8 @@ import structlog
 
 from kohakuriver import runtime as loops
 from kohakuriver.changes import Changes
-from kohakuriver.host.app import Services, create_app
+from kohakuriver.host.app import create_app
+from kohakuriver.host.parts import Services
 from kohakuriver.host.services.access import Access
 from kohakuriver.host.services.audit import AuditLog
 from kohakuriver.host.services.authorize import Forwards
@@ -22,6 +23,7 @@ from kohakuriver.host.services.credentials import Credentials
 from kohakuriver.host.services.failures import Failures
 from kohakuriver.host.services.grants import Grants
 from kohakuriver.host.services.groups import GroupsOfUsers
+from kohakuriver.host.services.logins import Logins
 from kohakuriver.host.services.logs import Logs
 from kohakuriver.host.services.nodes import Nodes
 from kohakuriver.host.services.people import People
@@ -35,10 +37,10 @@ from kohakuriver.limits import Limits, from_environment
 from kohakuriver.quotas import Quotas
 from kohakuriver.runtime import raise_file_limit
 from kohakuriver.ssh_proxy.server import SshProxy
-from kohakuriver.store import Accounts, Groups, Store, sqlite_url
+from kohakuriver.store import Accounts, Browsers, Groups, Store, sqlite_url
 from kohakuriver.tls import ServerCertificate, client_context
 from kohakuriver.tunnel.accept import serve_ws
-from kohakuriver.web.app import bind, print_event, server_certificate, socket_url, warn_if_in_clear
+from kohakuriver.web.app import bind, bind_with_loopback, print_event, server_certificate, socket_url, warn_if_in_clear
 from kohakuriver.web.logging import configure_logging
 from kohakuriver.web.origin import Guard
 from kohakuriver.web.server import Server, stop_at_end_of_stdin
@@ -116,14 +118,14 @@ async def main(options: HostOptions) -> int:
     options.state_dir.mkdir(parents=True, exist_ok=True, mode=0o700)
     perimeter = Perimeter.of(options)
     with contextlib.ExitStack() as stack:
-        sock = stack.enter_context(bind(options.bind, options.port))
+        socks = [stack.enter_context(sock) for sock in bind_with_loopback(options.bind, options.port)]
         ssh_sock = stack.enter_context(bind(options.bind, options.ssh_port))
         store = await Store.open(options.database or sqlite_url(options.state_dir / "host.db"))
-        return await _run(options, sock, ssh_sock, store, perimeter)
+        return await _run(options, socks, ssh_sock, store, perimeter)
 
 
 async def _run(
-    options: HostOptions, sock: socket.socket, ssh_sock: socket.socket, store: Store, perimeter: Perimeter
+    options: HostOptions, socks: list[socket.socket], ssh_sock: socket.socket, store: Store, perimeter: Perimeter
 ) -> int:
     runners = RunnerClient(perimeter.trusted)
     try:
@@ -141,8 +143,8 @@ async def _run(
                 "ANONYMOUS ACCESS IS ON: anybody who reaches this port can open forwards, terminals and SSH "
                 "connections to every task"
             )
-        warn_if_in_clear(sock, perimeter.certificate)
-        return await _serve(options, sock, ssh_sock, store, accounts, runners, credentials, perimeter)
+        warn_if_in_clear(socks[0], perimeter.certificate)
+        return await _serve(options, socks, ssh_sock, store, accounts, runners, credentials, perimeter)
     finally:
         await runners.close()
         await store.close()
@@ -151,7 +153,7 @@ async def _run(
 
 async def _serve(
     options: HostOptions,
-    sock: socket.socket,
+    socks: list[socket.socket],
     ssh_sock: socket.socket,
     store: Store,
     accounts: Accounts,
@@ -198,7 +200,7 @@ async def _serve(
     )
     guard = Guard(names=perimeter.names, hosts=options.allowed_hosts, origins=options.allowed_origins)
     logs = Logs(grants, nodes, runners)
-    url = socket_url(sock, "https" if options.tls_cert else "http")
+    url = socket_url(socks[0], "https" if options.tls_cert else "http")
     ssh_address = socket_url(ssh_sock).removeprefix("http://")
 
     async def ready() -> None:
@@ -231,6 +233,7 @@ async def _serve(
                 requests,
                 perimeter.audit,
                 logs,
+                Logins(credentials, Browsers(store), grants),
             ),
             guard,
         ),
@@ -247,7 +250,7 @@ async def _serve(
         server.keep(perimeter.audit.run(), "counting what the audit log leaves out"),
     ]
     try:
-        await server.serve([sock])
+        await server.serve(socks)
     finally:
         await loops.cancel_all(beside)
     return server.exit_code

@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 from kohakuriver.store.accounts import ANY_NODE, Accounts, Use
+from kohakuriver.store.browsers import Browsers, Opened
 from kohakuriver.store.database import Store, ahead_of_users, sqlite_url
 from kohakuriver.store.groups import Groups
-from kohakuriver.store.models import TOKEN_ID_LENGTH, Node, Share, Task, Token, User
+from kohakuriver.store.models import OF_USERS, TOKEN_ID_LENGTH, Node, Share, Task, Token, User
 
 __all__ = [
     "ANY_NODE",
+    "OF_USERS",
     "TOKEN_ID_LENGTH",
     "Accounts",
+    "Browsers",
     "Groups",
     "Node",
+    "Opened",
     "Share",
     "Store",
     "Task",

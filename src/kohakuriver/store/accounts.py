@@ -19,10 +19,10 @@ from kohakuriver.gpus import NotThereError, choose, refusal
 from kohakuriver.quotas import Quotas, Usage
 from kohakuriver.store.database import Store, gpus_in_use
 from kohakuriver.store.groups import check_sharee, forget_memberships, groups_of, is_shared_with, share_name
-from kohakuriver.store.models import TOKEN_ID_LENGTH, Node, Share, Task, TaskKey, Token, User, usage_of
+from kohakuriver.store.models import OF_USERS, TOKEN_ID_LENGTH, Node, Share, Task, TaskKey, Token, User, usage_of
 from kohakuriver.store.together import Together
 
-__all__ = ["ANY_NODE", "Accounts", "Use", "digest"]
+__all__ = ["ANY_NODE", "Accounts", "Use", "digest", "forget_bad_tokens", "revoke"]
 
 ANY_NODE = "*"
 """The name in a node token that is good for every node."""
@@ -106,7 +106,7 @@ class Accounts:
             _user(session, heir)
             session.execute(
                 update(Token)
-                .where(Token.kind == "user", Token.name == name, Token.revoked_at.is_(None))
+                .where(Token.kind.in_(OF_USERS), Token.name == name, Token.revoked_at.is_(None))
                 .values(revoked_at=self._clock())
             )
             theirs = select(Task.task_id).where(Task.owner == name)
@@ -241,7 +241,7 @@ class Accounts:
         """Raises NotFoundError for a user who is not there, "over_limit" where they have as many as they may."""
         user = _user(session, name, to_change=True)
         if user.role != "admin":  # an admin's may be in a file, which would make it good again
-            _forget_bad_tokens(session, name, self._clock())
+            forget_bad_tokens(session, "user", name, self._clock())
         have = Usage(tokens=_good_tokens(session, name, self._clock()))
         have.check(Usage(tokens=1), name, self.quotas_of(user))
 
@@ -255,20 +255,21 @@ class Accounts:
     async def _token(self, key: str) -> tuple[Token | None, User | None]:
         def work(session: Session) -> tuple[Token | None, User | None]:
             token = session.get(Token, key)
-            user = session.get(User, token.name) if token is not None and token.kind == "user" else None
+            user = session.get(User, token.name) if token is not None and token.kind in OF_USERS else None
             return token, user
 
         return await self._store.read(work)
 
     async def tokens(self, owner: str | None = None) -> list[Token]:
-        """The tokens that were not revoked, oldest first: those of one user, or all."""
-        query = select(Token).where(Token.revoked_at.is_(None)).order_by(Token.created_at, Token.digest)
+        """The tokens that were not revoked, and browsers that are logged in, oldest first: one user's, or all."""
+        listed = (Token.kind != "browser") | (Token.expires_at > self._clock())
+        query = select(Token).where(Token.revoked_at.is_(None), listed).order_by(Token.created_at, Token.digest)
         if owner is not None:
-            query = query.where(Token.kind == "user", Token.name == owner)
+            query = query.where(Token.kind.in_(OF_USERS), Token.name == owner)
         return await self._store.read(lambda session: list(session.scalars(query)))
 
     async def revoke_token(self, reference: str, owner: str | None = None) -> Token:
-        """Revoke the token with that id, or that label among those of the user `owner`.
+        """Revoke the token with that id, or that label among those of the user `owner`, and log out its browsers.
 
         `owner` None reaches every token by its id, and by their labels those of nodes: two users may call theirs the
         same. Raises NotFoundError, or UsageError for a label that several tokens have.
@@ -277,7 +278,7 @@ class Accounts:
         def work(session: Session) -> Token:
             query = select(Token).where(Token.revoked_at.is_(None))
             if owner is not None:
-                query = query.where(Token.kind == "user", Token.name == owner)
+                query = query.where(Token.kind.in_(OF_USERS), Token.name == owner)
             is_id = func.substr(Token.digest, 1, TOKEN_ID_LENGTH) == reference
             found = list(session.scalars(query.where(is_id)))
             labelled = query.where(Token.label == reference)
@@ -288,7 +289,7 @@ class Accounts:
                 raise NotFoundError(f"There is no token {reference!r}; `kohakuriver token list` shows what there is.")
             if len(found) > 1:
                 raise UsageError(f"Several tokens are named {reference!r}; name one by its id.")
-            found[0].revoked_at = self._clock()
+            revoke(session, found[0], self._clock())
             return found[0]
 
         return await self._store.write(work)
@@ -403,10 +404,17 @@ def _check_gpus(session: Session, task: Task, now: float) -> None:
         )
 
 
-def _forget_bad_tokens(session: Session, name: str, now: float) -> None:
+def revoke(session: Session, token: Token, now: float) -> None:
+    """Make a token worthless, and with it every browser that it let in."""
+    token.revoked_at = now
+    theirs = update(Token).where(Token.parent == token.digest, Token.revoked_at.is_(None))
+    session.execute(theirs.values(revoked_at=now))
+
+
+def forget_bad_tokens(session: Session, kind: str, name: str, now: float) -> None:
     """Delete a user's tokens that have been bad for longest: without that, they could fill the disk with them."""
     bad = Token.revoked_at.is_not(None) | (Token.expires_at <= now)
-    query = select(Token).where(Token.kind == "user", Token.name == name, bad)
+    query = select(Token).where(Token.kind == kind, Token.name == name, bad)
     for token in session.scalars(query.order_by(Token.created_at.desc(), Token.digest).offset(MOST_BAD_TOKENS)):
         session.delete(token)
 
@@ -415,6 +423,14 @@ def _good_tokens(session: Session, name: str, now: float) -> int:
     good = (Token.revoked_at.is_(None), Token.expires_at.is_(None) | (Token.expires_at > now))
     query = select(func.count()).select_from(Token).where(Token.kind == "user", Token.name == name, *good)
     return session.scalar(query) or 0
+
+
+def _end_of(token: Token) -> str:
+    """Why a token is no good any more."""
+    if token.kind == "browser":
+        return "the browser of this session is not logged in any more"
+    how = "has expired" if token.revoked_at is None else "was revoked"
+    return f"the token of this session {how}"
 
 
 def _withdrawn(session: Session, use: Use, now: float) -> str | None:
@@ -427,10 +443,8 @@ def _withdrawn(session: Session, use: Use, now: float) -> str | None:
     user = session.get(User, token.name) if token is not None else None
     if token is None or user is None:
         return "the user of this session was removed"
-    if token.revoked_at is not None:
-        return "the token of this session was revoked"
-    if token.expires_at is not None and token.expires_at <= now:
-        return "the token of this session has expired"
+    if not token.is_good(now):
+        return _end_of(token)
     task = session.get(Task, use.task_id)
     if task is None or user.role == "admin" or task.owner == user.name:
         return None

@@ -18,9 +18,11 @@ from kohakuriver.task import TaskOrder, part_of
 
 __all__ = [
     "ACTIVE",
+    "OF_USERS",
     "TOKEN_ID_LENGTH",
     "Base",
     "Group",
+    "LoginCode",
     "Member",
     "Meta",
     "Node",
@@ -227,8 +229,11 @@ class Share(Base):
 class Token(Base):
     """A credential, kept as its SHA-256 alone.
 
-    `kind` is "user" or "node"; `name` the user whose it is, or the node that it is for ("*": any). `label` is what its
-    owner calls it. A token that was revoked keeps its row, so that nothing makes it valid again.
+    `kind` is "user", "node" or "browser"; `name` the user whose it is, or the node that it is for ("*": any).
+    `label` is what its owner calls it. A token that was revoked keeps its row, so that nothing makes it valid again.
+
+    Of a browser that is logged in, `parent` is the digest of the token that let it in, with which it ends. Its
+    `expires_at` moves on while it is used, up to `ends_at`.
     """
 
     __tablename__ = "tokens"
@@ -240,11 +245,36 @@ class Token(Base):
     created_at: Mapped[float] = mapped_column(Float)
     expires_at: Mapped[float | None] = mapped_column(Float)
     revoked_at: Mapped[float | None] = mapped_column(Float)
+    parent: Mapped[str | None] = mapped_column(String(64))
+    ends_at: Mapped[float | None] = mapped_column(Float)
+
+    def is_good(self, now: float) -> bool:
+        """Whether it opens something, `now` in seconds since the epoch."""
+        return self.revoked_at is None and (self.expires_at is None or self.expires_at > now)
+
+    @property
+    def latest_end(self) -> float | None:
+        """When it ends at the latest, in seconds since the epoch; None for one that is good for ever."""
+        return self.expires_at if self.ends_at is None else self.ends_at
 
     @property
     def id(self) -> str:
         """What people call it: enough of the digest to be unique, and of no use as a credential."""
         return self.digest[:TOKEN_ID_LENGTH]
+
+
+class LoginCode(Base):
+    """What lets a browser in, once; kept as its SHA-256. `token` is the digest of the token that it stands for.
+
+    `used_by` is the digest of the browser that came in with it, "" while there is none.
+    """
+
+    __tablename__ = "login_codes"
+
+    digest: Mapped[str] = mapped_column(String(64), primary_key=True)
+    token: Mapped[str] = mapped_column(String(64), index=True)
+    expires_at: Mapped[float] = mapped_column(Float)
+    used_by: Mapped[str] = mapped_column(String(64), default="")
 
 
 def usage_of(status: str, claimed_until: float, spec: Mapping[str, Any], now: float) -> Usage:
@@ -257,5 +287,8 @@ def usage_of(status: str, claimed_until: float, spec: Mapping[str, Any], now: fl
 
 ACTIVE = ("starting", "running")
 """What a task's status is while it has what it was ordered to have."""
+
+OF_USERS = ("user", "browser")
+"""Kinds of tokens that are a user's."""
 
 TOKEN_ID_LENGTH = 12

@@ -5,6 +5,7 @@ Both serve HTTP and tunnel WebSockets on one port through uvicorn. Sources: docs
 
 from __future__ import annotations
 
+import errno
 import json
 import socket
 from collections.abc import Callable, Coroutine, Iterable
@@ -33,6 +34,7 @@ __all__ = [
     "Checked",
     "bearer",
     "bind",
+    "bind_with_loopback",
     "new_app",
     "print_event",
     "server_certificate",
@@ -232,6 +234,33 @@ def bind(host: str, port: int) -> socket.socket:
         sock.close()
         raise LocalAddressError(f"{host}:{port} can't be listened on: {error.strerror}.") from error
     return sock
+
+
+_OTHER_LOOPBACK = {"127.0.0.1": "::1", "0.0.0.0": "::1", "::1": "127.0.0.1"}
+_BIND_TRIES = 10
+
+
+def bind_with_loopback(host: str, port: int) -> list[socket.socket]:
+    """Like `bind`, and the same port of the loopback address that is not in it, where this machine has that.
+
+    Browsers take a name under localhost for both. Who had the other one would be sent what is meant for us.
+    """
+    for tries_left in reversed(range(_BIND_TRIES)):
+        first = bind(host, port)
+        address, bound = first.getsockname()[:2]
+        try:
+            other = _OTHER_LOOPBACK.get(address)
+            return [first] if other is None else [first, bind(other, bound)]
+        except LocalAddressError as error:
+            if isinstance(error.__cause__, OSError) and error.__cause__.errno != errno.EADDRINUSE:
+                return [first]  # there is no such address here, for nobody
+            first.close()
+            if port or not tries_left:
+                raise
+        except BaseException:
+            first.close()
+            raise
+    raise AssertionError  # the last try returns or raises
 
 
 def socket_url(sock: socket.socket, scheme: str = "http") -> str:

@@ -14,10 +14,12 @@ from urllib.parse import SplitResult, urlsplit
 
 from kohakuriver.errors import NotAllowedError
 
-__all__ = ["Guard"]
+__all__ = ["Guard", "is_own_page"]
 
 _DEFAULT_PORTS = {"http": 80, "https": 443}
 _LONGEST_SHOWN = 100
+_OWN_SITES = frozenset({"same-origin", "none"})
+_SAFE = frozenset({"GET", "HEAD", "OPTIONS"})
 
 
 class Guard:
@@ -58,6 +60,12 @@ class Guard:
         if origin in self._origins:
             return
         parts = _parts(origin)
+        if parts is not None and parts.netloc == host.lower() and not self._knows(parts.hostname or ""):
+            raise NotAllowedError(
+                f"Pages of this server may not use it by the name {host[:_LONGEST_SHOWN]!r}, which it does not know: "
+                "use its address, or start it with --allowed-host and that name.",
+                code="origin_not_allowed",
+            )
         if parts is None or not self._is_same(parts.scheme, parts.netloc, host):
             raise NotAllowedError(
                 f"A page of {origin[:_LONGEST_SHOWN]!r} may not use this server; if it should, start the server with "
@@ -78,6 +86,24 @@ class Guard:
 
     def _knows(self, name: str) -> bool:
         return self._any_host or name in self._names or name.endswith(".localhost") or _is_address(name)
+
+
+def is_own_page(method: str, host: str, origins: list[str], sites: list[str], *, tls: bool) -> bool:
+    """Whether a page of this very origin sent a request, or the user without a page, as far as the browser says.
+
+    What comes with a cookie is judged by this. To a browser all ports of a name, and the names of one domain, are one
+    site: it sends cookies to them from each other's pages (Fetch Metadata, RFC 6265bis section 5.2).
+
+    Args:
+        host: what `Host` says, which a `Guard` has let through.
+        origins: all `Origin` headers.
+        sites: all `Sec-Fetch-Site` headers. Browsers send none to a name without TLS that is not this machine's.
+        tls: whether it came over TLS. Where it did not, there may be a proxy before us to which it did.
+    """
+    own = {f"https://{host.lower()}", *([] if tls else [f"http://{host.lower()}"])}
+    if any(origin.lower() not in own for origin in origins) or not _OWN_SITES.issuperset(sites):
+        return False
+    return bool(origins or sites) or method in _SAFE
 
 
 def _parts(origin: str) -> SplitResult | None:

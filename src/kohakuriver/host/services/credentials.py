@@ -1,7 +1,8 @@
-"""Who is asking: API tokens of users, tokens of nodes, and the first ones of a new cluster."""
+"""Who is asking: API tokens of users, browsers that are logged in, tokens of nodes; the first ones of a new cluster."""
 
 from __future__ import annotations
 
+import contextlib
 import secrets
 import time
 from collections.abc import Callable
@@ -14,7 +15,7 @@ from kohakuriver.errors import NotAllowedError, UnauthenticatedError
 from kohakuriver.host.services.audit import NOWHERE, Audit
 from kohakuriver.host.services.failures import Failures
 from kohakuriver.quotas import Quotas
-from kohakuriver.store import ANY_NODE, TOKEN_ID_LENGTH, Accounts, Token
+from kohakuriver.store import ANY_NODE, OF_USERS, TOKEN_ID_LENGTH, Accounts, Token
 
 __all__ = ["ADMIN", "ANONYMOUS", "Caller", "Credentials", "new_token"]
 
@@ -24,9 +25,15 @@ ANONYMOUS = "anonymous"
 _NODE_TOKEN_HELP = "use the one in the host's state directory, or have one made with `kohakuriver token create --node`"
 
 
+_UNKNOWN = {
+    "user": "The host does not know this token; ask its administrator for a valid one.",
+    "browser": "This browser is not logged in here; log in at /login.",
+}
+
+
 def new_token(kind: str) -> str:
     """A fresh secret of 256 random bits; programs that look for leaked secrets know it by its prefix."""
-    return {"user": "kr_", "node": "krn_"}[kind] + secrets.token_urlsafe(32)
+    return {"user": "kr_", "node": "krn_", "browser": "krb_"}[kind] + secrets.token_urlsafe(32)
 
 
 @dataclass(frozen=True)
@@ -82,16 +89,25 @@ class Credentials:
                 "This needs a token; use `kohakuriver auth login`, set KOHAKURIVER_TOKEN, or use the cluster that `up` "
                 "started."
             )
-        async with self._failures.looking(asker().origin):
+        return await self._known(secret, "user")
+
+    async def visitor(self, secret: str) -> tuple[Caller, Token]:
+        """Like `caller`, of a browser that is logged in: whose it is. Raises UnauthenticatedError."""
+        found = await self._known(secret, "browser")
+        asker().known["via"] = "browser"
+        return found
+
+    async def _known(self, secret: str, kind: str) -> tuple[Caller, Token]:
+        async with self.looking():
             token, user = await self._accounts.token(secret)
         try:
-            if token is None or token.kind != "user":
-                raise UnauthenticatedError("The host does not know this token; ask its administrator for a valid one.")
+            if token is None or token.kind != kind:
+                raise UnauthenticatedError(_UNKNOWN[kind])
             self._check_valid(token)
             if user is None:
                 raise UnauthenticatedError("The user of this token was removed; ask the host's administrator.")
         except UnauthenticatedError as error:
-            await self._refused(error, token)
+            await self.refuse(error, token)
             raise
         asker().known.update(user=user.name, token=token.id)
         return Caller(user.name, user.role, token.digest, self._accounts.quotas_of(user)), token
@@ -110,7 +126,7 @@ class Credentials:
         """A node's token, once it is clear that it is one. Raises UnauthenticatedError."""
         token = None
         if secret is not None:
-            async with self._failures.looking(asker().origin):
+            async with self.looking():
                 token = (await self._accounts.token(secret))[0]
         try:
             if token is None or token.kind != "node":
@@ -118,17 +134,21 @@ class Credentials:
             self._check_valid(token)
         except UnauthenticatedError as error:
             if secret is not None:
-                await self._refused(error, token)
+                await self.refuse(error, token)
             raise
         asker().known.update(token=token.id)
         return token
 
-    async def _refused(self, error: UnauthenticatedError, token: Token | None) -> None:
+    def looking(self) -> contextlib.AbstractAsyncContextManager[None]:
+        """While a credential of who asks is looked at: see `Failures.looking`."""
+        return self._failures.looking(asker().origin)
+
+    async def refuse(self, error: UnauthenticatedError, token: Token | None = None) -> None:
         """Write down that a credential was no good, and whose it was where that is known; back when it may be said.
 
         Raises UnavailableError "too_many_failures" (429).
         """
-        whose = {} if token is None else {"token": token.id, "user" if token.kind == "user" else "node": token.name}
+        whose = {} if token is None else {"token": token.id, "user" if token.kind in OF_USERS else "node": token.name}
         self._audit.refused(error, **whose)
         await self._failures.failed(asker().origin, error)
 
@@ -142,6 +162,8 @@ class Credentials:
             )
 
     def _check_valid(self, token: Token) -> None:
+        if token.kind == "browser" and not token.is_good(self._clock()):
+            raise UnauthenticatedError("This browser was logged out; log in again at /login.", code="logged_out")
         if token.revoked_at is not None:
             raise UnauthenticatedError("This token was revoked; ask for another one.", code="token_revoked")
         if token.expires_at is not None and token.expires_at <= self._clock():

@@ -9,6 +9,7 @@ import secrets
 import time
 from collections.abc import Callable
 from dataclasses import asdict
+from typing import cast
 
 import structlog
 
@@ -18,6 +19,7 @@ from kohakuriver.host.schemas import (
     LimitsView,
     NewToken,
     NewUser,
+    TokenKind,
     TokenMade,
     TokenView,
     UserLimits,
@@ -28,7 +30,7 @@ from kohakuriver.host.schemas import (
 from kohakuriver.host.services.credentials import ADMIN, Caller, new_token
 from kohakuriver.host.services.grants import Grants
 from kohakuriver.quotas import QUOTAS
-from kohakuriver.store import Accounts, Task, Token, User
+from kohakuriver.store import OF_USERS, Accounts, Task, Token, User
 
 __all__ = ["People"]
 
@@ -111,8 +113,8 @@ class People:
         if kind == "node" or name != caller.name:
             caller.need_admin("Making tokens for others")
         expires_at = None if request.expires_in is None else self._clock() + request.expires_in
-        if kind == "user" and name == caller.name and shown.expires_at is not None:
-            expires_at = min(expires_at or shown.expires_at, shown.expires_at)
+        if kind == "user" and name == caller.name and shown.latest_end is not None:
+            expires_at = min(expires_at or shown.latest_end, shown.latest_end)
         secret = new_token(kind)
         label = request.name or f"cli-{iso_time(self._clock())[:10]}-{secrets.token_hex(2)}"
         token = await self._accounts.add_token(secret, kind=kind, name=name, label=label, expires_at=expires_at)
@@ -131,7 +133,7 @@ class People:
             token = await self._accounts.revoke_token(reference)
         self._audit.write("token_revoked", **_of(token))
         await self._grants.check()
-        log.info("token revoked", id=token.id, kind=token.kind, owner=token.name, by=caller.name)
+        log.info("token revoked", id=token.id, kind=cast(TokenKind, token.kind), owner=token.name, by=caller.name)
         return self._view(token)
 
     async def share(self, task: Task, user: str) -> None:
@@ -151,8 +153,9 @@ class People:
         expired = token.expires_at is not None and token.expires_at <= self._clock()
         return TokenView(
             id=token.id,
+            kind=cast(TokenKind, token.kind),
             name=token.label,
-            user=token.name if token.kind == "user" else None,
+            user=token.name if token.kind in OF_USERS else None,
             node=token.name if token.kind == "node" else None,
             status="revoked" if token.revoked_at is not None else "expired" if expired else "valid",
             created_at=iso_time(token.created_at),
@@ -162,7 +165,8 @@ class People:
 
 def _of(token: Token) -> dict[str, str]:
     """Which token an event is about, and whose it is."""
-    return {"of_token": token.id, "label": token.label, f"of_{token.kind}": token.name}
+    whose = "of_user" if token.kind in OF_USERS else "of_node"
+    return {"of_token": token.id, "label": token.label, whose: token.name}
 
 
 def _whom(sharee: str) -> dict[str, str]:

@@ -127,13 +127,17 @@ class Tasks:
 
     async def views(self, caller: Caller) -> list[TaskView]:
         """All tasks that the caller may use, oldest first."""
+        return [view for _, _, view in await self.used_by(caller)]
+
+    async def used_by(self, caller: Caller) -> list[tuple[Task, Node, TaskView]]:
+        """The same tasks, with their nodes, and as the caller sees them."""
         found = await self._store.tasks_and_nodes()
         shares = await self._accounts.shares(task.task_id for task, _ in found)
-        views = [self.view(task, node, shares.get(task.task_id, [])) for task, node in found]
+        used = [(task, node, self.view(task, node, shares.get(task.task_id, []))) for task, node in found]
         if caller.is_admin:
-            return views
+            return used
         names = await self._accounts.names_of(caller.name)
-        return [view for view in views if not names.isdisjoint((view.owner, *view.shared_with))]
+        return [each for each in used if not names.isdisjoint((each[2].owner, *each[2].shared_with))]
 
     async def get(self, task: Task, node: Node) -> TaskView:
         """One task, with who else may use it."""

@@ -1,0 +1,213 @@
+"""The host's pages for people: logging in and out, and what there is. They work without JavaScript."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Coroutine
+from html import escape
+from typing import Any
+from urllib.parse import parse_qsl
+
+from fastapi import APIRouter, Request
+from fastapi.responses import HTMLResponse, JSONResponse, RedirectResponse, Response
+from fastapi.routing import APIRoute
+
+from kohakuriver import __version__
+from kohakuriver.asking import asker
+from kohakuriver.config import NAME_IN_BROWSERS, browser_url
+from kohakuriver.errors import KohakuRiverError, NotAllowedError, UnauthenticatedError, UsageError
+from kohakuriver.host.cookies import clear_cookie, is_tls, need_own_page, set_cookie, shown_cookie
+from kohakuriver.host.html import form, page
+from kohakuriver.host.index import table_of
+from kohakuriver.host.parts import Services
+from kohakuriver.host.schemas import iso_time
+from kohakuriver.host.services.audit import REFUSALS
+from kohakuriver.host.services.credentials import Caller
+from kohakuriver.store import Token
+from kohakuriver.web.app import services_of
+
+__all__ = ["pages"]
+
+LONGEST_FORM = 4096
+_FORM = "application/x-www-form-urlencoded"
+
+
+class _Page(APIRoute):
+    """A route whose errors are pages, too."""
+
+    def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
+        answer = super().get_route_handler()
+
+        async def shown(request: Request) -> Response:
+            try:
+                return _elsewhere(request) or await answer(request)
+            except KohakuRiverError as error:
+                if error.status in REFUSALS:
+                    services_of(request).audit.refused(error)
+                return _sorry(error)
+
+        return shown
+
+
+pages = APIRouter(route_class=_Page)
+
+
+def _elsewhere(request: Request) -> Response | None:
+    """Where a browser is sent that came by a name at which others listen, too. Raises NotAllowedError for a form."""
+    came = str(request.url)
+    there = browser_url(came)
+    if there == came or is_tls(request) or not _is_browser(request):
+        return None
+    if request.method != "GET":
+        raise NotAllowedError(f"Do this at {there}: what listens on other ports here would get the cookie, too.")
+    return RedirectResponse(there, 303)
+
+
+def _is_browser(request: Request) -> bool:
+    return request.method != "GET" or request.url.path != "/" or "text/html" in request.headers.get("accept", "")
+
+
+@pages.get("/", include_in_schema=False)
+async def root(request: Request) -> Response:
+    """What this is; for a browser, who is logged in, and the tasks that they may use."""
+    if not _is_browser(request):
+        about = {"name": "KohakuRiver host", "version": __version__, "api": "/docs", "health": "/health"}
+        return JSONResponse(about, headers={"Vary": "Accept"})
+    found = await _visitor(request)
+    if found is None:
+        return _to_login(request)
+    caller, browser = found
+    until = f", until {iso_time(browser.ends_at)} at the latest" if browser.ends_at else ""
+    body = f"<p>Logged in as <strong>{escape(caller.name)}</strong> ({escape(caller.role)}){until}.</p>\n"
+    body += await table_of(_services(request).tasks, caller)
+    return page("Tasks", body + '<p><a href="/docs">HTTP API</a></p>\n' + form("/logout", "", "Log out"))
+
+
+@pages.get("/login", include_in_schema=False)
+async def login_page(request: Request) -> Response:
+    """The page that asks for a token; with the code of a link, the way in."""
+    code = request.query_params.get("code")
+    if code is None:
+        return _login_form() if await _visitor(request) is None else RedirectResponse("/", 303)
+    services, cookie = _services(request), shown_cookie(request)
+    await services.requests.turn(asker().origin)
+    opened = await services.logins.opened_by(code)
+    if services.logins.came_in_by(opened, cookie):
+        return RedirectResponse("/", 303)
+    found = await _visitor(request)
+    if not opened.used_by and not (_typed_in(request) and (found is None or found[0].name == opened.user)):
+        return _ask(code, opened.user, found)
+    return await _enter(request, code)
+
+
+@pages.post("/login", include_in_schema=False)
+async def log_in(request: Request) -> Response:
+    """Log in with a token, or with the code of a link."""
+    need_own_page(request)
+    services = _services(request)
+    await services.requests.turn(asker().origin)
+    fields = await _fields(request)
+    if "code" in fields:
+        return await _enter(request, fields["code"])
+    token = fields.get("token", "").strip()
+    try:
+        if not token:
+            raise UnauthenticatedError("Type a token; `kohakuriver token create` makes one.")
+        return _came_in(request, *await services.logins.log_in(token, shown_cookie(request)))
+    except KohakuRiverError as error:
+        return _login_form(error)
+
+
+@pages.post("/logout", include_in_schema=False)
+async def log_out(request: Request) -> Response:
+    """Log this browser out."""
+    need_own_page(request)
+    cookie = shown_cookie(request)
+    if cookie is not None:
+        async with _services(request).credentials.looking():
+            await _services(request).logins.log_out(cookie)
+    return _to_login(request)
+
+
+async def _enter(request: Request, code: str) -> Response:
+    return _came_in(request, *await _services(request).logins.enter(code, shown_cookie(request)))
+
+
+def _came_in(request: Request, cookie: str, browser: Token) -> Response:
+    response = RedirectResponse("/", 303)
+    set_cookie(request, response, cookie, (browser.ends_at or browser.created_at) - browser.created_at)
+    return response
+
+
+def _to_login(request: Request) -> Response:
+    response = RedirectResponse("/login", 303)
+    if shown_cookie(request) is not None:
+        clear_cookie(request, response)
+    return response
+
+
+async def _visitor(request: Request) -> tuple[Caller, Token] | None:
+    """Who is logged in with the browser that asks; None for nobody."""
+    cookie = shown_cookie(request)
+    if cookie is None:
+        return None
+    services = _services(request)
+    await services.requests.turn(cookie)
+    try:
+        found: tuple[Caller, Token] = await services.logins.visitor(cookie)
+    except UnauthenticatedError:
+        return None
+    services.requests.count(found[0])
+    return found
+
+
+def _typed_in(request: Request) -> bool:
+    """Whether the user, or a program of theirs, has opened a link, and no page did: nobody else may log them in.
+
+    A browser that loads what the user might open next opens nothing yet.
+    """
+    headers = request.headers
+    here = request.url.scheme == "https" or request.url.hostname == NAME_IN_BROWSERS
+    said = headers.getlist("sec-fetch-site"), headers.get("sec-fetch-mode")
+    return here and said == (["none"], "navigate") and not {"sec-purpose", "purpose"} & set(headers.keys())
+
+
+async def _fields(request: Request) -> dict[str, str]:
+    """A form's fields. Raises UsageError for what is none, or is too long."""
+    if request.headers.get("content-type", "").partition(";")[0].strip().lower() != _FORM:
+        raise UsageError(f"A form is sent as {_FORM}.")
+    body = b""
+    async for piece in request.stream():
+        body += piece
+        if len(body) > LONGEST_FORM:
+            raise UsageError(f"A form may have at most {LONGEST_FORM} bytes.", status=413)
+    try:
+        return dict(parse_qsl(body.decode("ascii"), keep_blank_values=True, max_num_fields=8, errors="strict"))
+    except ValueError as error:
+        raise UsageError("This is no form that can be read.") from error
+
+
+def _login_form(error: KohakuRiverError | None = None) -> HTMLResponse:
+    why = "" if error is None else f'<p role="alert">{escape(error.message)}</p>\n'
+    field = (
+        '<label for="token">Token</label>\n<input id="token" name="token" type="password" '
+        'autocomplete="current-password" spellcheck="false" required autofocus>\n'
+    )
+    hint = "<p>Or have <code>kohakuriver open</code> log this browser in.</p>\n"
+    return page("Log in", why + form("/login", field, "Log in") + hint, 200 if error is None else error.status)
+
+
+def _ask(code: str, user: str, found: tuple[Caller, Token] | None) -> HTMLResponse:
+    """The page that asks whether to come in by a link: another page may have sent the browser there."""
+    now = "" if found is None else f" You are logged in as <strong>{escape(found[0].name)}</strong> now."
+    body = f"<p>This link logs this browser in as <strong>{escape(user)}</strong>.{now}</p>\n"
+    field = f'<input type="hidden" name="code" value="{escape(code)}">\n'
+    return page("Log in?", body + form("/login", field, f"Log in as {user}"))
+
+
+def _sorry(error: KohakuRiverError) -> HTMLResponse:
+    return page("Sorry", f'<p>{escape(error.message)}</p>\n<p><a href="/login">Log in</a></p>\n', error.status)
+
+
+def _services(request: Request) -> Services:
+    services: Services = services_of(request)
+    return services

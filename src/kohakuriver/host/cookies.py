@@ -1,0 +1,72 @@
+"""The cookie of a browser that is logged in: how it is called, set and read (RFC 6265bis).
+
+Under TLS its name begins with `__Host-`: no page of another name in the same domain can set it, nor one without TLS.
+Browsers send cookies to every port of a name, so the port is a part of it, for hosts side by side.
+"""
+
+from __future__ import annotations
+
+from fastapi import Request
+from fastapi.responses import Response
+
+from kohakuriver.errors import NotAllowedError
+from kohakuriver.web.origin import is_own_page
+
+__all__ = ["clear_cookie", "is_tls", "need_own_page", "set_cookie", "shown_cookie"]
+
+_NAME = "kohakuriver-host"
+
+
+def is_tls(request: Request) -> bool:
+    """Whether the browser came over TLS, be it to a proxy before us: then the page that sent this says so."""
+    return request.url.scheme == "https" or request.headers.get("origin", "").lower().startswith("https://")
+
+
+def set_cookie(request: Request, response: Response, secret: str, seconds: float) -> None:
+    """Have the browser keep the cookie for so long. The host itself forgets it sooner, perhaps."""
+    _set(request, response, secret, int(seconds))
+
+
+def clear_cookie(request: Request, response: Response) -> None:
+    """Have the browser forget it."""
+    _set(request, response, "", 0)
+
+
+def shown_cookie(request: Request) -> str | None:
+    """The cookie that came with a request. Where there are several and they differ, none is taken: one is somebody's
+    who wants this browser to act for them."""
+    pairs = [pair.strip().partition("=") for field in request.headers.getlist("cookie") for pair in field.split(";")]
+    names = [_name(request, tls=True)] + ([] if request.url.scheme == "https" else [_name(request, tls=False)])
+    for name in names:
+        values = {value for key, _, value in pairs if key == name and value}
+        if values:
+            return values.pop() if len(values) == 1 else None
+    return None
+
+
+def need_own_page(request: Request) -> None:
+    """Raises NotAllowedError unless a page of this host, or the user without a page, sent a request with a cookie."""
+    headers = request.headers
+    if not is_own_page(
+        request.method,
+        headers.get("host", ""),
+        headers.getlist("origin"),
+        headers.getlist("sec-fetch-site"),
+        tls=request.url.scheme == "https",
+    ):
+        raise NotAllowedError(
+            "Only a page of this very host may do this with a browser's login; a program shows a token.",
+            code="origin_not_allowed",
+        )
+
+
+def _name(request: Request, *, tls: bool) -> str:
+    port = request.headers.get("host", "").rpartition("]")[2].partition(":")[2]
+    return f"{'__Host-' if tls else ''}{_NAME}{f'-{port}' if port.isascii() and port.isdigit() else ''}"
+
+
+def _set(request: Request, response: Response, secret: str, seconds: int) -> None:
+    tls = is_tls(request)
+    response.set_cookie(
+        _name(request, tls=tls), secret, max_age=seconds, path="/", httponly=True, samesite="lax", secure=tls
+    )

@@ -1,0 +1,64 @@
+"""What a browser that is logged in sees first: the user's tasks, and the ports that listen in them."""
+
+from __future__ import annotations
+
+import asyncio
+from html import escape
+
+from kohakuriver.errors import KohakuRiverError
+from kohakuriver.host.schemas import Ports
+from kohakuriver.host.services.credentials import Caller
+from kohakuriver.host.services.tasks import Tasks
+from kohakuriver.store import Node, Task
+from kohakuriver.task import TaskView
+
+__all__ = ["table_of"]
+
+MOST_SHOWN = 200
+"""Tasks that are shown, the newest; `kohakuriver vps list` shows all."""
+
+MOST_LOOKED_INTO = 20
+"""Of so many of them it is asked which ports listen; each is a question to a node."""
+
+LOOK_SECONDS = 3.0
+"""How long that may take, before the page goes out without it."""
+
+Used = tuple[Task, Node, TaskView]
+
+
+async def table_of(tasks: Tasks, caller: Caller) -> str:
+    """The tasks that a user may use, as HTML."""
+    used = (await tasks.used_by(caller))[::-1]
+    if not used:
+        return "<p>There is no task yet: <code>kohakuriver vps create</code> makes one.</p>\n"
+    running = [each for each in used if each[2].status == "running"][:MOST_LOOKED_INTO]
+    listening = await asyncio.gather(*(_look(tasks, task, node) for task, node, _ in running))
+    ports = {view.task_id: found for (_, _, view), found in zip(running, listening, strict=True)}
+    rows = "".join(_row(view, ports.get(view.task_id)) for _, _, view in used[:MOST_SHOWN])
+    more = f"<p>And {len(used) - MOST_SHOWN} older ones.</p>\n" if len(used) > MOST_SHOWN else ""
+    head = "<tr><th scope=col>Task</th><th scope=col>Status</th><th scope=col>Node</th><th scope=col>Ports</th></tr>\n"
+    return f"<table>\n{head}{rows}</table>\n{more}"
+
+
+async def _look(tasks: Tasks, task: Task, node: Node) -> Ports | None:
+    """What listens in a task; None where that can't be told soon."""
+    try:
+        return await asyncio.wait_for(tasks.ports(task, node), LOOK_SECONDS)
+    except (KohakuRiverError, asyncio.TimeoutError):
+        return None
+
+
+def _row(view: TaskView, found: Ports | None) -> str:
+    commands = "".join(
+        f"<li><code>kohakuriver open {escape(view.name)} {port}</code>{escape(f' ({program})' if program else '')}</li>"
+        for port, program in _tcp(found)
+    )
+    ports = f"<ul>{commands}</ul>" if commands else "" if found is None else "none"
+    cells = (escape(view.name), escape(view.status), escape(view.node), ports)
+    return f"<tr>{''.join(f'<td>{cell}</td>' for cell in cells)}</tr>\n"
+
+
+def _tcp(found: Ports | None) -> list[tuple[int, str]]:
+    """TCP ports, each once, with the program that has it, "" where that is not known."""
+    listening = [] if found is None else [port for port in found.ports if port.proto == "tcp"]
+    return sorted({port.port: port.program or "" for port in listening}.items())

@@ -1,0 +1,36 @@
+"""What the host's routes work with."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from kohakuriver.host.services.access import Access
+from kohakuriver.host.services.audit import AuditLog
+from kohakuriver.host.services.authorize import Forwards
+from kohakuriver.host.services.credentials import Credentials
+from kohakuriver.host.services.groups import GroupsOfUsers
+from kohakuriver.host.services.logins import Logins
+from kohakuriver.host.services.logs import Logs
+from kohakuriver.host.services.nodes import Nodes
+from kohakuriver.host.services.people import People
+from kohakuriver.host.services.requests import Requests
+from kohakuriver.host.services.tasks import Tasks
+
+__all__ = ["Services"]
+
+
+@dataclass(frozen=True)
+class Services:
+    """All of it."""
+
+    credentials: Credentials
+    access: Access
+    people: People
+    groups: GroupsOfUsers
+    nodes: Nodes
+    tasks: Tasks
+    forwards: Forwards
+    requests: Requests
+    audit: AuditLog
+    logs: Logs
+    logins: Logins

@@ -1,0 +1,106 @@
+"""How browsers come in and go: by a token, or by a link whose code is good once, and out again."""
+
+from __future__ import annotations
+
+import secrets
+from typing import Literal, NoReturn
+
+import structlog
+
+from kohakuriver.errors import NotAllowedError, UnauthenticatedError
+from kohakuriver.host.schemas import LoginLink, iso_time
+from kohakuriver.host.services.credentials import Caller, Credentials, new_token
+from kohakuriver.host.services.grants import Grants
+from kohakuriver.store import Browsers, Opened, Token
+from kohakuriver.store.accounts import digest
+
+__all__ = ["Logins"]
+
+log = structlog.get_logger("kohakuriver.host")
+
+USED = "This link has been used, or is older than a minute; `kohakuriver open` opens a new one."
+
+
+class Logins:
+    """Who is logged in with a browser. A cookie is the secret of one, as the browser has it."""
+
+    def __init__(self, credentials: Credentials, browsers: Browsers, grants: Grants) -> None:
+        self._credentials = credentials
+        self._browsers = browsers
+        self._grants = grants
+        self._audit = grants.audit
+
+    async def visitor(self, cookie: str) -> tuple[Caller, Token]:
+        """Whose browser this is; it stays logged in for another while. Raises UnauthenticatedError."""
+        caller, browser = await self._credentials.visitor(cookie)
+        await self._browsers.used(browser)
+        return caller, browser
+
+    async def log_in(self, token: str, before: str | None) -> tuple[str, Token]:
+        """The cookie of a browser that comes in with a token, in the place of the one that it has had.
+
+        Raises what `Credentials.caller` raises.
+        """
+        _, shown = await self._credentials.caller(token)
+        cookie = new_token("browser")
+        browser = await self._browsers.add(cookie, shown.digest)
+        await self._came_in(browser, "token", before)
+        return cookie, browser
+
+    async def link(self, token: Token) -> LoginLink:
+        """What lets a browser in as the owner of a token. Raises NotAllowedError for a browser.
+
+        One that could, would let itself in again whenever its time is up.
+        """
+        if token.kind != "user":
+            raise NotAllowedError("A browser can't make links that log in another one; use a token.", code="no_token")
+        code = secrets.token_urlsafe(24)
+        until = await self._browsers.add_code(code, token.digest)
+        self._audit.write("login_link_made")
+        return LoginLink(path=f"/login?code={code}", expires_at=iso_time(until))
+
+    async def opened_by(self, code: str) -> Opened:
+        """What a code leads to; nothing becomes of it by that. Raises UnauthenticatedError."""
+        async with self._credentials.looking():
+            found = await self._browsers.opened_by(code)
+        if found is None:
+            await self._refuse_code()
+        return found
+
+    async def enter(self, code: str, before: str | None) -> tuple[str, Token]:
+        """The cookie of a browser that comes in by a link. Raises UnauthenticatedError."""
+        cookie = new_token("browser")
+        async with self._credentials.looking():
+            browser, put_out = await self._browsers.enter(code, cookie)
+        if put_out is not None:
+            log.warning("a login link was used twice: who came in first is out", user=put_out.name, browser=put_out.id)
+            self._audit.write("login_link_used_twice", user=put_out.name, token=put_out.id)
+            await self._grants.check()
+        if browser is None:
+            await self._refuse_code()
+        await self._came_in(browser, "link", before)
+        return cookie, browser
+
+    async def log_out(self, cookie: str) -> None:
+        """End what a browser was let in for; what it has open ends too."""
+        browser = await self._browsers.end(cookie)
+        if browser is not None:
+            self._audit.write("browser_logged_out", user=browser.name, token=browser.id, via="browser")
+            await self._grants.check()
+            log.info("browser logged out", user=browser.name, id=browser.id)
+
+    def came_in_by(self, opened: Opened, cookie: str | None) -> bool:
+        """Whether it is this very browser that a link has let in."""
+        return bool(opened.used_by) and cookie is not None and digest(cookie) == opened.used_by
+
+    async def _came_in(self, browser: Token, by: Literal["token", "link"], before: str | None) -> None:
+        self._audit.write("browser_logged_in", user=browser.name, token=browser.id, via="browser", by=by)
+        log.info("browser logged in", user=browser.name, id=browser.id, by=by)
+        if before is not None:
+            await self.log_out(before)
+
+    async def _refuse_code(self) -> NoReturn:
+        """Raises UnauthenticatedError, or UnavailableError "too_many_failures" (429)."""
+        error = UnauthenticatedError(USED, code="link_used")
+        await self._credentials.refuse(error)
+        raise error

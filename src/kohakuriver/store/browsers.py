@@ -1,0 +1,169 @@
+"""Browsers that are logged in, and the codes of links that let one in.
+
+A browser is a row among the tokens, so it is listed, expires and is revoked as they are, and what it opens hangs on it
+as what a token opens hangs on that. It ends with the token that let it in.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from datetime import datetime, timezone
+from typing import NamedTuple
+
+from sqlalchemy import delete, select, update
+from sqlalchemy.orm import Session
+
+from kohakuriver.errors import UnauthenticatedError
+from kohakuriver.store.accounts import digest, forget_bad_tokens, revoke
+from kohakuriver.store.database import Store
+from kohakuriver.store.models import LoginCode, Token, User
+
+__all__ = ["CODE_SECONDS", "IDLE_SECONDS", "LONGEST_SECONDS", "SEEN_SECONDS", "Browsers", "Opened"]
+
+IDLE_SECONDS = 12 * 3600.0
+"""A browser that has asked for nothing so long is logged out."""
+
+LONGEST_SECONDS = 7 * 86400.0
+"""After so long it is logged out in any case."""
+
+RENEW_SECONDS = 60.0
+"""How often at most it is written down that a browser is used: most requests are to write nothing."""
+
+CODE_SECONDS = 60.0
+"""How long a code is good."""
+
+SEEN_SECONDS = 120.0
+"""How long after its end the use of a used code shows that somebody has seen it; later it is just no code."""
+
+MOST_BROWSERS = 50
+"""Of one user; of more, the one that will be logged out first anyway."""
+
+MOST_CODES = 50
+"""Of one token; of more, the oldest goes."""
+
+
+class Opened(NamedTuple):
+    """What a code leads to: the user's name, and the browser that has come in with it already, "" for none."""
+
+    user: str
+    used_by: str
+
+
+class Browsers:
+    """Who is logged in with a browser. Every method may raise KohakuRiverError when the database fails."""
+
+    def __init__(self, store: Store, *, clock: Callable[[], float] = time.time) -> None:
+        self._store = store
+        self._clock = clock
+
+    async def add(self, secret: str, token: str) -> Token:
+        """Have `secret` stand for a browser that was let in by the token with the digest `token`.
+
+        Raises UnauthenticatedError where that is no good any more.
+        """
+        return await self._store.write(lambda session: self._add(session, secret, token))
+
+    def _add(self, session: Session, secret: str, token: str) -> Token:
+        now = self._clock()
+        # The lock makes whoever revokes the token wait, and then finds this browser.
+        parent = session.get(Token, token, with_for_update={"read": True}, populate_existing=True)
+        if parent is None or parent.kind != "user" or not parent.is_good(now) or session.get(User, parent.name) is None:
+            raise UnauthenticatedError("The token behind this is no good any more; use another one.")
+        forget_bad_tokens(session, "browser", parent.name, now)
+        self._make_room(session, parent.name, now)
+        ends_at = min(now + LONGEST_SECONDS, parent.expires_at or now + LONGEST_SECONDS)
+        key = digest(secret)
+        browser = Token(
+            digest=key,
+            kind="browser",
+            name=parent.name,
+            label=f"browser-{datetime.fromtimestamp(now, timezone.utc):%Y-%m-%d}-{key[:4]}",
+            created_at=now,
+            expires_at=min(now + IDLE_SECONDS, ends_at),
+            parent=parent.digest,
+            ends_at=ends_at,
+        )
+        session.add(browser)
+        return browser
+
+    def _make_room(self, session: Session, user: str, now: float) -> None:
+        theirs = select(Token).where(Token.kind == "browser", Token.name == user, Token.revoked_at.is_(None))
+        newest = theirs.order_by(Token.expires_at.desc(), Token.digest)
+        for browser in session.scalars(newest.offset(MOST_BROWSERS - 1)):
+            browser.revoked_at = now
+
+    async def used(self, browser: Token) -> None:
+        """It asks for something now, so it stays for another while."""
+        expires_at = min(self._clock() + IDLE_SECONDS, browser.ends_at or 0.0)
+        if browser.expires_at is None or expires_at - browser.expires_at < RENEW_SECONDS:
+            return
+        row = update(Token).where(Token.digest == browser.digest, Token.revoked_at.is_(None))
+        await self._store.write(lambda session: session.execute(row.values(expires_at=expires_at)))
+
+    async def end(self, secret: str) -> Token | None:
+        """Log a browser out: which it was, None where it is not logged in."""
+
+        def work(session: Session) -> Token | None:
+            browser = session.get(Token, digest(secret))
+            if browser is None or browser.kind != "browser" or browser.revoked_at is not None:
+                return None
+            revoke(session, browser, self._clock())
+            return browser
+
+        return await self._store.write(work)
+
+    async def add_code(self, code: str, token: str) -> float:
+        """Have `code` let one browser in, once, for the token with that digest; until when, in seconds since the epoch.
+
+        Codes that are worth nothing any more are forgotten.
+        """
+        now = self._clock()
+
+        def work(session: Session) -> None:
+            session.execute(delete(LoginCode).where(LoginCode.expires_at < now - SEEN_SECONDS))
+            known = select(LoginCode).where(LoginCode.token == token)
+            for old in session.scalars(known.order_by(LoginCode.expires_at.desc()).offset(MOST_CODES - 1)):
+                session.delete(old)
+            session.add(LoginCode(digest=digest(code), token=token, expires_at=now + CODE_SECONDS, used_by=""))
+
+        await self._store.write(work)
+        return now + CODE_SECONDS
+
+    async def opened_by(self, code: str) -> Opened | None:
+        """What a code leads to; None for one that is not known, or has run out and was not used."""
+
+        def work(session: Session) -> Opened | None:
+            found = session.get(LoginCode, digest(code))
+            token = None if found is None else session.get(Token, found.token)
+            if found is None or token is None or (not found.used_by and found.expires_at <= self._clock()):
+                return None
+            return Opened(token.name, found.used_by)
+
+        return await self._store.read(work)
+
+    async def enter(self, code: str, secret: str) -> tuple[Token | None, Token | None]:
+        """Let a browser in by a code: (the browser that `secret` now stands for, one that was put out).
+
+        A code that is used again has been seen by somebody: who came in with it is out, and nobody comes in. Both are
+        None for a code that is not good. Raises UnauthenticatedError where the token behind it is not.
+        """
+
+        def work(session: Session) -> tuple[Token | None, Token | None]:
+            now = self._clock()
+            found = session.get(LoginCode, digest(code), with_for_update=True, populate_existing=True)
+            if found is None:
+                return None, None
+            if found.used_by:
+                first = session.get(Token, found.used_by) if now <= found.expires_at + SEEN_SECONDS else None
+                if first is None or not first.is_good(now):
+                    return None, None
+                revoke(session, first, now)
+                return None, first
+            if found.expires_at <= now:
+                return None, None
+            browser = self._add(session, secret, found.token)
+            found.used_by = browser.digest
+            return browser, None
+
+        return await self._store.write(work)
