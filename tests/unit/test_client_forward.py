@@ -8,6 +8,8 @@ import json
 import re
 import threading
 import time
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
@@ -29,6 +31,7 @@ from kohakuriver.client.forward import (
     parse_port,
 )
 from kohakuriver.errors import UsageError
+from kohakuriver.tunnel.protocol import CloseCode
 from kohakuriver.tunnel.settings import EndpointConfig
 from kohakuriver.tunnel.user_endpoint import UserEndpoint
 
@@ -192,6 +195,26 @@ def test_what_was_lost_is_said_as_it_is(capsys: pytest.CaptureFixture[str]) -> N
     view.show(Reconnecting("the task's tunnel went away", 0.1, waiting=12, lost="task"))
     view.show(Resumed("t", 2, waiting=12, seconds=0.4))
     assert said(capsys)[0] == "The task's tunnel went away: 12 connections wait."
+
+
+@pytest.mark.parametrize(
+    ("code", "reason", "lost"),
+    [
+        (CloseCode.SERVICE_RESTART, "the task's tunnel went away", "task"),
+        (CloseCode.GOING_AWAY, "the runner is shutting down", "task"),
+        (CloseCode.INTERNAL_ERROR, "the connection to the task's node was lost", "task"),
+        (CloseCode.GOING_AWAY, "the host is shutting down", "host"),
+        (CloseCode.GOING_AWAY, "the server is shutting down", "host"),
+        (CloseCode.ABNORMAL, "", "host"),
+        (CloseCode.ABNORMAL, "no answer to a ping for 20 s", "host"),
+    ],
+)
+def test_it_is_the_host_that_was_lost_unless_it_said_that_something_behind_it_was(
+    code: CloseCode, reason: str, lost: str
+) -> None:
+    link: Any = SimpleNamespace(closing=SimpleNamespace(code=int(code), reason=reason))
+    assert forwarding._lost(link) == lost
+    assert forwarding._lost(None) == "host"
 
 
 def test_nothing_is_said_again_of_a_link_that_comes_and_goes(capsys: pytest.CaptureFixture[str]) -> None:
