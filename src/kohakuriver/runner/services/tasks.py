@@ -39,6 +39,8 @@ class TaskManager:
     """What the host asks of this node's tasks, whatever runs them.
 
     `book` has their records, `lifetimes` stops them when their time has come.
+
+    Large because hosts ask much: each method is one thing of that.
     """
 
     def __init__(self, book: TaskBook) -> None:
