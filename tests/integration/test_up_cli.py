@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import re
 import signal
 import socket
 import sys
@@ -300,6 +301,7 @@ def test_the_demo_checks_real_bytes_and_ends_with_0(tmp_path: Path) -> None:
 def test_the_demo_stays_until_it_is_stopped_and_leaves_nothing_behind(tmp_path: Path) -> None:
     demo = Program("demo", "--size", "1", "--json", environment={**os.environ, "TMPDIR": str(tmp_path)})
     url = demo.event("open")["url"]
+    assert re.fullmatch(r"http://kohakuriver\.localhost:\d+/login\?code=\S+", demo.event("login")["url"])
     with connect(int(url.rstrip("/").rpartition(":")[2])) as connection:
         connection.sendall(b"GET / HTTP/1.0\r\nHost: here\r\n\r\n")
         assert b"200 OK" in connection.recv(4096)

@@ -90,7 +90,7 @@ class _Demo:
                 await self._check(forward)
                 self._say(f"Open {forward.url('http')}/ in a browser.", "open", url=forward.url("http") + "/")
                 if not self._once:
-                    self._say_more()
+                    await self._say_more(settings)
                     await forward.wait()
 
     @contextlib.asynccontextmanager
@@ -165,7 +165,12 @@ class _Demo:
         text = f"{output.size(result['bytes'])} {where} in {result['seconds']:.2f} s: {output.size(speed)}/s, {verdict}"
         self._say(text, "transfer", **result)
 
-    def _say_more(self) -> None:
+    async def _say_more(self, settings: Settings) -> None:
+        from kohakuriver.client.host import HostClient
+
+        async with HostClient(settings) as host:
+            link = (await host.login_link()).url
+        self._say(f"The host itself, in a browser, within a minute: {link}", "login", url=link)
         if not self._json:
             output.line(f"From another terminal: KOHAKURIVER_CONFIG_DIR={self._directory} kohakuriver vps list")
             output.line("Ctrl-C ends it all.")
