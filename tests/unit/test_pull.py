@@ -20,6 +20,19 @@ Run = Callable[[Coroutine[Any, Any, object]], object]
 ORIGIN = "python@sha256:" + "0" * 64
 
 
+EVENTS: list[dict[str, Any]] = [
+    {"status": "Pulling from library/python", "id": "3.12"},
+    {"status": "Pulling fs layer", "progressDetail": {}, "id": "a"},
+    {"status": "Downloading", "progressDetail": {"current": 1 << 20, "total": 3 << 20}, "id": "a"},
+    {"status": "Downloading", "progressDetail": {"current": 1 << 20, "total": 5 << 20}, "id": "b"},
+    {"status": "Download complete", "progressDetail": {}, "id": "a"},
+    {"status": "Extracting", "progressDetail": {"current": 1, "total": 3 << 20}, "id": "a"},
+    {"status": "Downloading", "progressDetail": {"current": 5, "total": -1}, "id": "c"},
+    {"status": "Pull complete", "progressDetail": {}, "id": "b"},
+    {"status": "Digest: sha256:0"},
+]
+
+
 class Engine:
     """An engine with images by their names, and with what a registry would give it."""
 
@@ -38,7 +51,8 @@ class Engine:
         if name not in self.registry:
             raise DockerError(404, "not found")
         self.there[name] = self.registry[name]
-        yield {"status": "done"}
+        for event in EVENTS:
+            yield event
 
     async def close(self) -> None:
         pass
@@ -102,5 +116,18 @@ def test_what_can_not_be_fetched_is_refused_in_a_sentence_and_what_is_there_stay
         assert caught.value.code == code
         assert engine.there == there
         assert engine.pulled == ([image] if code == "image_not_found" and when == "always" else [])
+
+    run(check())
+
+
+def test_a_pull_tells_how_much_of_the_image_is_there(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(pull, "TOLD_SECONDS", 0.0)
+
+    async def check() -> None:
+        told: list[str] = []
+        await images(Engine({}, {"python": [ORIGIN]}), monkeypatch).need("python", told.append)
+        assert told[:2] == ["waiting for other images, then pulling python", "pulling the image python"]
+        parts = [words.removeprefix("pulling the image python: ") for words in dict.fromkeys(told[2:])]
+        assert parts == ["1 MiB of 3 MiB", "2 MiB of 8 MiB", "4 MiB of 8 MiB", "8 MiB of 8 MiB"]
 
     run(check())

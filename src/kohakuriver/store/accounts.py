@@ -56,6 +56,8 @@ class Accounts:
     """Who may do what, and have how much. Every method may raise KohakuRiverError when the database fails.
 
     `defaults` are the limits of users for whom no others were set.
+
+    Large because each method is one transaction that has to see rights and limits together.
     """
 
     def __init__(self, store: Store, *, defaults: Quotas | None = None, clock: Callable[[], float] = time.time) -> None:

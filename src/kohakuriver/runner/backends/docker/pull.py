@@ -7,7 +7,8 @@ that the node's administrator trusts, and what a registry has to say goes into t
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Callable
+import time
+from collections.abc import AsyncIterator, Callable, Mapping
 from typing import Any
 from urllib.parse import quote
 
@@ -17,13 +18,17 @@ from aiodocker.exceptions import DockerError
 
 from kohakuriver.errors import KohakuRiverError, NotFoundError, UsageError
 from kohakuriver.images import DEFAULT_REGISTRY, ImageName, Registries
+from kohakuriver.quotas import in_words
 from kohakuriver.runner.backends.docker.engine import own_connection
 from kohakuriver.runner.services.fair_queue import FairQueue
 from kohakuriver.task import Pull
 
-__all__ = ["Images"]
+__all__ = ["Fetched", "Images"]
 
 PULLS, PULLS_OF_A_USER = 8, 2
+
+TOLD_SECONDS = 5.0
+"""How often is told how far a pull is."""
 
 log = structlog.get_logger("kohakuriver.runner")
 
@@ -66,7 +71,7 @@ class Images:
             on_pull(f"waiting for other images, then pulling {image}")
             async with self._pulls.place():
                 on_pull(f"pulling the image {image}")
-                await self._pull(image, anew=there is not None)
+                await self._pull(image, on_pull, anew=there is not None)
             there = await self._shown(image)
         if there is None:
             raise self.missing(image)
@@ -110,12 +115,16 @@ class Images:
                 raise
             return None
 
-    async def _pull(self, image: str, *, anew: bool) -> None:
+    async def _pull(self, image: str, on_pull: Callable[[str], None], *, anew: bool) -> None:
         own = own_connection(self._docker())
         try:
             progress: AsyncIterator[Any] = own.images.pull(image, stream=True)
-            while await asyncio.wait_for(anext(progress, None), self._seconds or None) is not None:
-                pass
+            fetched, told = Fetched(), time.monotonic()
+            while (event := await asyncio.wait_for(anext(progress, None), self._seconds or None)) is not None:
+                fetched.take(event)
+                if time.monotonic() - told >= TOLD_SECONDS and fetched.words:
+                    told = time.monotonic()
+                    on_pull(f"pulling the image {image}: {fetched.words}")
         except asyncio.TimeoutError:
             log.warning("an image's pull is given up: its registry is too slow", image=image, seconds=self._seconds)
             why = f"nothing has come from its registry for {self._seconds:g} s"
@@ -144,6 +153,27 @@ class Images:
             "there.",
             code=code,
         )
+
+
+class Fetched:
+    """How much of an image is there, by what its engine tells of its layers."""
+
+    def __init__(self) -> None:
+        self._layers: dict[str, tuple[int, int]] = {}
+
+    def take(self, event: Mapping[str, Any]) -> None:
+        """One event of a pull, in the engine's words."""
+        layer, status, detail = str(event.get("id", "")), event.get("status"), event.get("progressDetail") or {}
+        if status == "Downloading" and detail.get("total", 0) > 0:
+            self._layers[layer] = (int(detail.get("current", 0)), int(detail["total"]))
+        elif status in ("Download complete", "Pull complete") and layer in self._layers:
+            self._layers[layer] = (self._layers[layer][1],) * 2
+
+    @property
+    def words(self) -> str:
+        """For people; "" where nothing is known yet. The whole is that of the layers whose size is known."""
+        there, whole = (sum(column) for column in zip(*self._layers.values(), strict=True)) if self._layers else (0, 0)
+        return f"{in_words('memory', there)} of {in_words('memory', whole)}" if whole else ""
 
 
 def _same(name: ImageName, digest: str) -> bool:
