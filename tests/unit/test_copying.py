@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 
 from kohakuriver.cli import cp
+from kohakuriver.client.copying import remote_tree
 from kohakuriver.client.copying.engine import Copied
 from kohakuriver.client.copying.local_tree import LocalTree
 from kohakuriver.client.copying.plan import Options, part_name, plan
@@ -65,11 +66,21 @@ def test_an_entry_that_makes_no_sense_is_none(payload: bytes) -> None:
         entries(payload)
 
 
+def aside(call: Callable[[], object]) -> None:
+    """Make a call in a thread, until it has ended or its socket has gone."""
+
+    def made() -> None:
+        with contextlib.suppress(OSError):
+            call()
+
+    threading.Thread(target=made, daemon=True).start()
+
+
 @contextlib.contextmanager
 def a_peer(*answers: bytes) -> Iterator[tuple[RemoteTree, socket.socket]]:
     """The near end of a stream whose other end says these things, and then nothing more."""
     near, far = socket.socketpair()
-    threading.Thread(target=far.sendall, args=(b"".join(answers),), daemon=True).start()
+    aside(lambda: far.sendall(b"".join(answers)))
     tree = RemoteTree(near)
     try:
         yield tree, far
@@ -93,6 +104,13 @@ def answer(tag: int, payload: bytes) -> bytes:
 )
 def test_a_list_that_makes_no_sense_ends_the_copy(said: bytes) -> None:
     with a_peer(said) as (tree, _), pytest.raises(UnavailableError, match="makes no sense"):
+        tree.entries(b"")
+
+
+def test_a_list_without_end_is_too_long(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(remote_tree, "_MOST_ENTRIES", 1000)
+    said = answer(Answer.ENTRIES, b"".join(packed(b"%d" % number) for number in range(1001)))
+    with a_peer(said) as (tree, _), pytest.raises(UnavailableError, match="more than 1000 files"):
         tree.entries(b"")
 
 
@@ -121,7 +139,7 @@ def test_what_a_stranger_says_is_shown_without_what_a_terminal_obeys() -> None:
 def test_what_was_sent_counts_while_more_is_sent() -> None:
     told: list[int | FileError] = []
     with a_peer(answer(Answer.DONE, b"\0") * 20) as (tree, far):
-        threading.Thread(target=lambda: [None for _ in iter(lambda: far.recv(1 << 20), b"")], daemon=True).start()
+        aside(lambda: [None for _ in iter(lambda: far.recv(1 << 20), b"")])
         for number in range(20):
             tree.write(b"f", number * PIECE, memoryview(bytes(PIECE)), told.append)
         assert len(told) >= 10

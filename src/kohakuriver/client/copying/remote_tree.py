@@ -34,8 +34,8 @@ _TOGETHER: Final = 128 << 10  # small requests are sent together
 _MOST: Final = 256
 _MOST_ASKED: Final = 128 << 10
 _MOST_EXPECTED: Final = 8 << 20  # bytes of files, either way
-_MOST_ENTRIES: Final = 10_000_000
-_MOST_LISTED: Final = 2 << 30  # bytes of a list
+_MOST_ENTRIES = 4_000_000  # half a kilobyte of memory each
+_MOST_LISTED: Final = 1 << 30  # bytes of a list
 
 _READ: Final = struct.Struct(">QI")
 _NUMBER: Final = struct.Struct(">Q")
@@ -183,12 +183,15 @@ class RemoteTree:
             if tag == Answer.ERROR:
                 raise _failure(payload)
             listed += len(payload)
-            if tag != Answer.ENTRIES or listed > _MOST_LISTED or len(found) > _MOST_ENTRIES:
+            if tag != Answer.ENTRIES:
                 self._nonsense()
             try:
                 found.extend(entries_in(payload))
             except (ValueError, struct.error):
                 self._nonsense()
+            if listed > _MOST_LISTED or len(found) > _MOST_ENTRIES:
+                sentence = f"The task tells of more than {_MOST_ENTRIES} files, which is too many for one copy; copy"
+                raise UnavailableError(f"{sentence} the folders in it one by one.", code="too_many_files")
 
     def segments(self, path: bytes) -> list[tuple[int, int]]:
         found: list[tuple[int, int]] = []
