@@ -163,6 +163,7 @@ Restart = Annotated[
 Gpus = Annotated[str, matching(GPUS, "write how many, all, or numbers as in 0,1 or device=0")]
 ReportedStatus = Annotated[str, matching("|".join(get_args(Status)), "no task is in such a state")]
 Whole = Annotated[int, _between(0, 2**63 - 1)]
+Moment = Annotated[float, _between(0, 253_402_300_799)]  # up to the year 9999
 """What a column of the database holds."""
 
 
@@ -266,7 +267,7 @@ class TaskReport:
     image: str | None = None
     ssh_port: Port | None = None
     ssh_host_key: PublicKey | None = None
-    ends_at: float | None = None
+    ends_at: Moment | None = None
     traffic: dict[str, Whole] = field(default_factory=dict)
 
     def changes(self) -> dict[str, Any]:

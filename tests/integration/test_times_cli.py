@@ -6,7 +6,6 @@ import json
 import os
 import subprocess
 import sys
-import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -80,16 +79,15 @@ def test_a_task_whose_time_is_over_is_stopped_and_not_removed_and_says_why(clust
 
 
 def test_a_forward_keeps_a_task_from_being_idle_and_is_told_of_its_end(cluster: Cluster) -> None:
-    task = cluster.create(name="used", ttl=4, idle_stop=1)
+    task = cluster.create(name="used", ttl=12, idle_stop=5)
     cluster.connected("used")
-    began = time.monotonic()
     said: list[str] = []
     with forward_sync(
         "used", 80, local_port=0, host=cluster.url, token=cluster.token,
         on_event=lambda event: said.append(event.to_json().get("message", "")),
     ):  # fmt: skip
-        assert cluster.ended(task["task_id"])["message"] == "its time to live of 4 s is over"
-        assert time.monotonic() - began > 1
+        ended = cluster.ended(task["task_id"])["message"]
+        assert ended == "its time to live of 12 s is over", "it was idle"
         eventually(lambda: [line for line in said if "with `kohakuriver vps extend used 1h`" in line])
 
 

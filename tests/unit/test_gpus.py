@@ -111,6 +111,16 @@ def test_a_nodes_gpus_are_nvidias_devices_with_the_names_that_the_driver_tells(t
         found(["/no/such"])
 
 
+def test_gpus_that_are_named_by_their_devices_are_these_also_for_nvidias_tools() -> None:
+    named = [Gpu("0", "/dev/nvidia2"), Gpu("1", "/dev/nvidia3", "GPU-3")]
+    by_runtime = granted(["0", "1"], named, {"Runtimes": {"nvidia": {}}}, "n")
+    assert by_runtime.requests[0]["DeviceIDs"] == ["2", "GPU-3"]
+    for names in (["2", "3"], ["2", "GPU-3"]):
+        devices = [{"Source": "cdi", "ID": f"nvidia.com/gpu={name}"} for name in ("0", "1", *names)]
+        by_cdi = granted(["0", "1"], named, {"DiscoveredDevices": devices}, "n")
+        assert by_cdi.requests == [{"Driver": "cdi", "DeviceIDs": [f"nvidia.com/gpu={name}" for name in names]}]
+
+
 NVIDIA = [Gpu("0", "/dev/nvidia0", "GPU-0"), Gpu("1", "/dev/nvidia1")]
 
 

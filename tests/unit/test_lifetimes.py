@@ -9,14 +9,18 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from pydantic import TypeAdapter, ValidationError
 
 from kohakuriver.errors import KohakuRiverError, UnavailableError, UsageError
-from kohakuriver.quotas import seconds_in, time_in_words
+from kohakuriver.quotas import LONGEST_TIME, seconds_in, time_in_words
 from kohakuriver.runner.services.lifetimes import AGAIN_SECONDS, BootClock, Deadline
 from kohakuriver.runner.services.state import TaskRecord
 from kohakuriver.runtime import cancel_all
+from kohakuriver.task import Moment
 from tests.support.host_only import a_host
 from tests.unit.test_runner_tasks import Bench, a_task
+
+MOMENT: TypeAdapter[float] = TypeAdapter(Moment)
 
 Run = Callable[[Coroutine[Any, Any, None]], None]
 HOUR = 3600
@@ -203,6 +207,25 @@ def test_idle_time_goes_on_over_a_restart_and_begins_anew_where_a_runner_was_kil
             assert task.message == "idle for 1 h"
 
     run(check())
+
+
+def test_no_time_to_live_is_longer_than_calendars_go(run: Run, tmp_path: Path) -> None:
+    async def check() -> None:
+        async with timed(tmp_path) as one:
+            task = await one.manager.create(a_task(1, ttl=HOUR))
+            one.manager.extend("c1", LONGEST_TIME - 2 * HOUR, most=0)
+            with pytest.raises(UsageError, match="No task can have more than"):
+                one.manager.extend("c1", 2 * HOUR, most=0)
+            assert task.ends_at is not None
+            assert MOMENT.validate_python(task.ends_at)
+
+    run(check())
+
+
+@pytest.mark.parametrize("moment", [float("nan"), float("inf"), -1.0, 1e300])
+def test_a_node_can_name_no_moment_that_no_calendar_has(moment: float) -> None:
+    with pytest.raises(ValidationError, match="it must be a number"):
+        MOMENT.validate_python(moment)
 
 
 def test_a_time_to_live_is_extended_within_what_its_owner_may_have(run: Run, tmp_path: Path) -> None:

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from kohakuriver.errors import KohakuRiverError, UnavailableError
+from kohakuriver.errors import UnavailableError
 from kohakuriver.runner.services import restarts
 from kohakuriver.runner.services.restarts import Restarts
 from kohakuriver.runner.services.state import State, TaskRecord
@@ -26,7 +26,7 @@ class Node:
         self.task = TaskRecord(
             **{"task_id": 1, "container": "c1", "backend": "process", "status": "running", "restart": policy, **more}
         )
-        self.errors: list[KohakuRiverError] = []
+        self.errors: list[Exception] = []
         self.begin([self.task])
         self.restarts.open()
 
@@ -118,6 +118,40 @@ def test_a_start_that_fails_is_a_failure_but_not_where_the_engine_is_away(run: R
     run(check())
 
 
+def test_a_start_that_fails_as_nobody_foresaw_is_tried_again(run: Run, tmp_path: Path) -> None:
+    async def check() -> None:
+        node = Node(tmp_path, "always")
+        node.errors = [OSError(28, "No space left on device")]
+        node.end(1)
+        assert await node.started() == "c1"
+        assert node.task.status == "running"
+
+    run(check())
+
+
+def test_what_is_being_started_when_somebody_stops_it_or_its_runner_is_not_waited_for(
+    run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def check(end: Callable[[Node], Coroutine[Any, Any, object]]) -> None:
+        node = Node(tmp_path, "always")
+        begun = asyncio.Event()
+
+        async def for_ever(task: TaskRecord) -> None:
+            begun.set()
+            await asyncio.Event().wait()
+
+        monkeypatch.setattr(node.restarts, "_start", for_ever)
+        node.end(1)
+        await asyncio.wait_for(begun.wait(), 30)
+        starting = node.restarts._courses["c1"].starting
+        await asyncio.wait_for(end(node), 30)
+        assert starting is not None
+        assert starting.cancelled()
+
+    run(check(lambda node: node.restarts.interrupt(node.task)))
+    run(check(lambda node: node.restarts.close()))
+
+
 def test_what_somebody_stops_while_it_waits_stays_stopped(
     run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -145,7 +179,7 @@ def test_what_somebody_stops_while_it_waits_stays_stopped(
         ("unless-stopped", False, True),
         ("unless-stopped", True, False),
         ("always", False, True),
-        ("always", True, True),
+        ("always", True, False),
     ],
 )
 def test_what_ended_with_its_node_is_back_with_it(

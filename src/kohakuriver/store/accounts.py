@@ -180,6 +180,9 @@ class Accounts:
             task = session.get(Task, task_id)
             if task is None:
                 return
+            if seconds and task.spec.get("gpu_ids"):
+                # The lock makes a second host on this database wait until this task has them.
+                session.get(Node, task.node, with_for_update=True)
             before = task.usage(self._clock())
             task.claimed_until = self._clock() + seconds if seconds else 0.0
             if seconds and not before.running:

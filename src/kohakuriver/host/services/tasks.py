@@ -133,11 +133,10 @@ class Tasks:
         """The same tasks, with their nodes, and as the caller sees them."""
         found = await self._store.tasks_and_nodes()
         shares = await self._accounts.shares(task.task_id for task, _ in found)
-        used = [(task, node, self.view(task, node, shares.get(task.task_id, []))) for task, node in found]
-        if caller.is_admin:
-            return used
-        names = await self._accounts.names_of(caller.name)
-        return [each for each in used if not names.isdisjoint((each[2].owner, *each[2].shared_with))]
+        if not caller.is_admin:
+            names = await self._accounts.names_of(caller.name)
+            found = [each for each in found if not names.isdisjoint((each[0].owner, *shares.get(each[0].task_id, ())))]
+        return [(task, node, self.view(task, node, shares.get(task.task_id, []))) for task, node in found]
 
     async def get(self, task: Task, node: Node) -> TaskView:
         """One task, with who else may use it."""

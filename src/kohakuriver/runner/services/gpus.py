@@ -27,9 +27,10 @@ class Gpu:
     uuid: str = ""
 
     @property
-    def nvidia(self) -> bool:
-        """Whether NVIDIA's tools know it."""
-        return _NVIDIA.fullmatch(Path(self.path).name) is not None and Path(self.path).parent.name == "dev"
+    def nvidia(self) -> list[str]:
+        """What NVIDIA's tools know it by, the surest first, whatever users call it; empty where they don't."""
+        named = _NVIDIA.fullmatch(Path(self.path).name) if Path(self.path).parent.name == "dev" else None
+        return [name for name in (self.uuid, named[1]) if name] if named is not None else []
 
 
 @dataclass(frozen=True)
@@ -51,9 +52,13 @@ def found(
             is_device = False
         if not is_device:
             raise UsageError(f"--gpu {path}: there is no such device on this machine.")
-    if paths:
-        return [Gpu(str(number), path) for number, path in enumerate(paths)]
     uuids = _uuids(proc)
+    if paths:
+        named = [_NVIDIA.fullmatch(Path(path).name) for path in paths]
+        return [
+            Gpu(str(number), path, uuids.get(match[1], "") if match is not None else "")
+            for number, (path, match) in enumerate(zip(paths, named, strict=True))
+        ]
     numbers = sorted(int(match[1]) for path in dev.glob("nvidia*") if (match := _NVIDIA.fullmatch(path.name)))
     return [Gpu(str(number), str(dev / f"nvidia{number}"), uuids.get(str(number), "")) for number in numbers]
 
@@ -77,15 +82,15 @@ def granted(numbers: Sequence[str], gpus: Sequence[Gpu], engine: Mapping[str, An
     if lacking := [number for number in numbers if number not in known]:
         raise UnavailableError(f"Node {node} has no GPU {lacking[0]} any more; make a new task.", code="no_gpus")
     mine = [known[number] for number in numbers]
-    if not all(gpu.nvidia for gpu in mine) or not mine:
+    theirs = [gpu.nvidia for gpu in mine]
+    if not all(theirs) or not mine:
         return Grant(devices=[_device(gpu.path) for gpu in mine])
     if "nvidia" in (engine.get("Runtimes") or {}):
-        ids = [gpu.uuid or gpu.number for gpu in mine]
-        return Grant(requests=[{"Driver": "", "DeviceIDs": ids, "Capabilities": [["gpu"]]}])
+        return Grant(requests=[{"Driver": "", "DeviceIDs": [names[0] for names in theirs], "Capabilities": [["gpu"]]}])
     cdi = {device.get("ID") for device in engine.get("DiscoveredDevices") or ()}
-    ids = [f"{_CDI}={gpu.number}" for gpu in mine]
-    if cdi.issuperset(ids):
-        return Grant(requests=[{"Driver": "cdi", "DeviceIDs": ids}])
+    named = [[f"{_CDI}={name}" for name in names if f"{_CDI}={name}" in cdi] for names in theirs]
+    if all(named):
+        return Grant(requests=[{"Driver": "cdi", "DeviceIDs": [each[0] for each in named]}])
     beside = [str(path) for name in _BESIDE_NVIDIA if (path := Path(mine[0].path).with_name(name)).exists()]
     return Grant(devices=[_device(path) for path in (*(gpu.path for gpu in mine), *beside)])
 

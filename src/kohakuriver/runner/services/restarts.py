@@ -32,7 +32,13 @@ class _Course:
     backoff: Backoff = field(default_factory=lambda: Backoff(FIRST_PAUSE, LONGEST_PAUSE))
     began: float = -math.inf
     due: asyncio.Task[None] | None = None
+    starting: asyncio.Task[None] | None = None
     said: str = ""
+
+    @property
+    def under_way(self) -> list[asyncio.Task[None]]:
+        """The work that waits, or that is done now."""
+        return [work for work in (self.due, self.starting) if work is not None]
 
 
 class Restarts:
@@ -49,17 +55,22 @@ class Restarts:
         """The tasks from before the restart are known: those run again that ended with their node."""
         self._open = True
         for task in self._book.all():
-            policy = _policy(task)
-            halted_by_hand = task.halted and task.stop_reason is None
-            back = policy == "always" if halted_by_hand else policy != "no" and task.cut_off
-            if back and not task.active:
+            if _policy(task) != "no" and task.cut_off and not task.halted and not task.active:
                 self.take_up(task)
                 self._have_back(task, self._courses.setdefault(task.container, _Course()))
 
     async def close(self) -> None:
         """From now on tasks end because their node does, and run again with it."""
         self._closed = True
-        await cancel_all([course.due for course in self._courses.values() if course.due is not None])
+        await cancel_all([work for course in self._courses.values() for work in course.under_way])
+
+    async def interrupt(self, task: TaskRecord) -> bool:
+        """Somebody wants something else of a task that is just being started, if it is."""
+        course = self._courses.get(task.container)
+        if course is None or course.starting is None:
+            return False
+        await cancel_all([course.starting])
+        return True
 
     def leave(self, task: TaskRecord) -> None:
         """Somebody ends the task: it is not to run again by itself."""
@@ -80,7 +91,7 @@ class Restarts:
         if self._closed:
             task.cut_off = True
         elif not self._open:
-            task.cut_off = task.exit_code is None or _wants(task)
+            task.cut_off = task.status != "lost" and (task.exit_code is None or _wants(task))
         elif course.due is not None:  # an engine that tells late how it ended
             self._book.report(task.container, "starting", course.said)
         elif task.exit_code is not None and _wants(task):
@@ -107,15 +118,24 @@ class Restarts:
         course.due, course.began = None, time.monotonic()
         if self._courses.get(task.container) is not course or task.halted:
             return
+        course.starting = asyncio.current_task()
         try:
             await self._start(task)
         except KohakuRiverError as error:
-            self._book.report(task.container, "failed", error.message.rstrip("."))
-            if error.code == "no_engine":  # which is no fault of the task
-                course.backoff.ended(None)
-                self._have_back(task, course)
-            elif self._courses.get(task.container) is course and not task.halted:
-                self._count(task, course, None)
+            self._not_started(task, course, error.message.rstrip("."), its_fault=error.code != "no_engine")
+        except Exception as error:  # as a disk that is full
+            log.error("a task could not be started again", task=task.task_id, exc_info=error)
+            self._not_started(task, course, f"it could not be started: {error}", its_fault=True)
+        finally:
+            course.starting = None
+
+    def _not_started(self, task: TaskRecord, course: _Course, why: str, *, its_fault: bool) -> None:
+        self._book.report(task.container, "failed", why)
+        if not its_fault:
+            course.backoff.ended(None)
+            self._have_back(task, course)
+        elif self._courses.get(task.container) is course and not task.halted:
+            self._count(task, course, None)
 
 
 def _policy(task: TaskRecord) -> str:

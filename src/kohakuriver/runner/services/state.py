@@ -57,6 +57,7 @@ class TaskRecord(TaskOrder, TaskReport):
     stop_reason: str | None = None
     deadline: list[str | float] | None = None
     idle_deadline: list[str | float] | None = None
+    mounted: list[str] = field(default_factory=list)
     halted: bool = False
     cut_off: bool = False
     failures: int = 0

@@ -11,7 +11,7 @@ import structlog
 
 from kohakuriver.backends import kind_of
 from kohakuriver.errors import KohakuRiverError, UnavailableError, UsageError
-from kohakuriver.quotas import time_in_words
+from kohakuriver.quotas import LONGEST_TIME, time_in_words
 from kohakuriver.runner.backends.base import Backend, ExecRequest, ExecSession, TaskSockets
 from kohakuriver.runner.backends.printed import LogRequest, Printed
 from kohakuriver.runner.services.direct import DirectTarget
@@ -94,9 +94,8 @@ class TaskManager:
         if task.container in self.book:
             return self.book.get(task.container)
         backend = self._backend(task.backend)
-        self.lifetimes.begin(task)
         self.book.add(task)
-        start = asyncio.get_running_loop().create_task(self._exclusively(task, backend.start))
+        start = asyncio.get_running_loop().create_task(self._first_start(task, backend))
         self._starts[task.container] = start
         start.add_done_callback(lambda _: self._starts.pop(task.container, None))
         done, _ = await asyncio.wait({start}, timeout=START_SECONDS)
@@ -107,6 +106,11 @@ class TaskManager:
             raise error
         self.book.changed()
         return task
+
+    async def _first_start(self, task: TaskRecord, backend: Backend) -> None:
+        await self._exclusively(task, backend.start)
+        self.lifetimes.begin(task)  # only now: an image may have been fetched before
+        self.book.touch(task)
 
     def _started_late(self, task: TaskRecord, start: asyncio.Task[None]) -> None:
         if error := _failure(start):
@@ -139,15 +143,17 @@ class TaskManager:
 
     async def _stop(self, task: TaskRecord, why: str | None, still: Callable[[], bool]) -> TaskRecord:
         """Stop a task, for the reason `why`, if that is `still` to be once it is its turn."""
-        await self._cancel_start(task)
         backend = self._backend_of(task)
+        was_active = task.active
+        if not still():
+            return task
+        interrupted = await self._cancel_start(task)
         if why is None:
             self._restarts.leave(task)  # and what was to run again does not get the lock first
         async with self._locks[task.container]:
-            if not still():
+            if not interrupted and not still():
                 return task
             self._restarts.leave(task)
-            was_active = task.active
             task.stop_reason = why
             await backend.stop(task)
             if was_active:
@@ -168,6 +174,8 @@ class TaskManager:
                 code="task_not_running",
             )
         left = self.lifetimes.left_of(task) + seconds
+        if left > LONGEST_TIME:
+            raise UsageError(f"No task can have more than {time_in_words(LONGEST_TIME)} left.", code="over_limit")
         if most and left > most:
             more = time_in_words(max(most - left + seconds, 0))
             raise UsageError(
@@ -197,6 +205,9 @@ class TaskManager:
                 await backend.start_again(task)
             except KohakuRiverError as error:
                 self.book.report(container, "failed", error.message.rstrip("."))
+                raise
+            except Exception as error:  # as a disk that is full
+                self.book.report(container, "failed", f"it could not be started: {error}")
                 raise
         return task
 
@@ -266,10 +277,12 @@ class TaskManager:
         async with self._locks[task.container]:
             await action(task)
 
-    async def _cancel_start(self, task: TaskRecord) -> None:
+    async def _cancel_start(self, task: TaskRecord) -> bool:
+        """End a start of the task that is under way; whether one was."""
         if start := self._starts.get(task.container):
             start.cancel()
             await asyncio.wait({start})
+        return await self._restarts.interrupt(task) or start is not None
 
     def _backend(self, name: str) -> Backend:
         self._refuse_while_draining()

@@ -315,6 +315,7 @@ class DockerBackend(Backend):
         assert task.image is not None
         network = await self._network_for(task)
         described = replace(task, mounts=await self._mounts(task))
+        task.mounted = described.mounts
         try:
             container = await self._docker.containers.create(
                 self._description.config(described, image, network, await self._grant(task)), name=task.container
@@ -332,7 +333,7 @@ class DockerBackend(Backend):
         except BaseException:
             self._tasks.pop(task.container)
             with contextlib.suppress(DockerError):
-                await container.delete(force=True, timeout=limit())
+                await container.delete(force=True, v=True, timeout=limit())
             raise
 
     async def _network_for(self, task: TaskRecord) -> str:
@@ -385,7 +386,11 @@ class DockerBackend(Backend):
                     raise
 
     async def start_again(self, task: TaskRecord) -> None:
-        await self._mounts(task)
+        if await self._mounts(task) != task.mounted and task.mounted:
+            raise UnavailableError(
+                f"What task {task.name} mounts leads elsewhere than when its container was made; make a new task.",
+                code="mount_moved",
+            )
         async with self._doing("start the container again", task):
             task.stopped, task.tunnel_from = False, None
             self._open_door(task)

@@ -141,6 +141,10 @@ class ProcessBackend(Backend):
         return self._state.task_dir(container) / "work"
 
     async def start(self, task: TaskRecord) -> None:
+        with self._doors.unless_it_fails(task.container):
+            await self._start(task)
+
+    async def _start(self, task: TaskRecord) -> None:
         task.stopped = False
         if task.ssh_keys:
             self._ssh.binary()  # before anything is started: without one it can't be done
@@ -160,7 +164,6 @@ class ProcessBackend(Backend):
             environment = {**self._helper.settings, **_environment(self._account, task, run), **tunnel}
             process = await self._spawn(task, command, output, environment)
         except OSError as error:
-            self._doors.close(task.container)
             raise KohakuRiverError(f"The node can't start {command[0]!r}: {error.strerror}.") from error
         finally:
             os.close(output)
