@@ -183,6 +183,20 @@ def test_delete_takes_away_what_the_source_has_not_and_nothing_else(cluster: Clu
     assert (there / "beside").exists()
 
 
+@pytest.mark.parametrize("down", [False, True])
+def test_delete_takes_nothing_away_where_a_folder_can_not_be_opened(
+    cluster: Cluster, tmp_path: Path, down: bool
+) -> None:
+    source, there = tmp_path / "source", tmp_path / "there"
+    (source / ("d/" * 201)).mkdir(parents=True)  # deeper than either end opens folders, as root too
+    there.mkdir()
+    (there / "old").touch()
+    ends = (f"{in_task(source)}/", str(there)) if down else (f"{source}/", in_task(there))
+    done = cluster.run("cp", "-r", "--delete", *ends)
+    assert (done.returncode, "File name too long" in done.stderr) == (1, True), done.stderr
+    assert (there / "old").exists()
+
+
 def test_update_leaves_alone_what_is_newer(cluster: Cluster, tmp_path: Path) -> None:
     source, there = tmp_path / "source", tmp_path / "there"
     for root, names in ((source, "ab"), (there, "ab")):

@@ -72,13 +72,15 @@ def plan(source: list[Entry], there: list[Entry], prefix: bytes, name: bytes | N
     copied: set[bytes] = set()
     for entry in source:
         path = name if name is not None else prefix + entry.path if entry.path else prefix[:-1]
+        if entry.kind == "e":  # first: a folder that can't be opened has been told as a folder before
+            made.failed.append((entry.path, entry.target.decode("utf-8", "replace")))
+            wanted.add(path)
+            continue
         if path in wanted:
             continue  # a peer that says a name twice
         wanted.add(path)
         before = has.get(path)
-        if entry.kind == "e":
-            made.failed.append((entry.path, entry.target.decode("utf-8", "replace")))
-        elif entry.kind == "o":
+        if entry.kind == "o":
             made.left_out.append(entry.path)
         elif entry.kind == "d":
             made.folders.append((entry, path))
