@@ -10,6 +10,7 @@ import threading
 import zlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -205,6 +206,33 @@ def test_a_file_that_can_not_be_written_whole_leaves_nothing(tmp_path: Path) -> 
     assert [each.name for each in tmp_path.iterdir()] == ["f"]
 
 
+def test_files_whose_long_names_begin_alike_are_written_beside_each_other(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    names = [b"n" * 254 + end for end in (b"1", b"2")]
+    tree = LocalTree.of(os.fsencode(tmp_path), writes=True)
+    other = tree.another()
+    rename = os.rename
+
+    def put(each: LocalTree, name: bytes) -> int | FileError:
+        return result(lambda then: each.put(name, PLAIN, memoryview(name[-1:]), then))
+
+    def renamed(*arguments: Any, **more: Any) -> None:
+        monkeypatch.setattr(os, "rename", rename)
+        assert put(other, names[1]) == Answer.ALL  # meanwhile, in another thread
+        rename(*arguments, **more)
+
+    try:
+        for name in names:
+            assert put(tree, name) == Answer.ALL
+        monkeypatch.setattr(os, "rename", renamed)
+        assert put(tree, names[0]) == Answer.ALL
+    finally:
+        other.close()
+        tree.close()
+    assert {path.name[-1]: path.read_text() for path in tmp_path.iterdir()} == {"1": "1", "2": "2"}
+
+
 # -- what is decided -----------------------------------------------------------------------------------------------
 
 
@@ -254,6 +282,12 @@ def test_a_part_of_another_state_of_a_file_has_another_name() -> None:
 )
 def test_what_has_a_slash_before_its_colon_is_of_this_machine(text: str, task: str | None, path: bytes) -> None:
     assert cp._place(text) == Place(task, path)
+
+def test_parts_of_files_whose_long_names_begin_alike_have_names_of_their_own() -> None:
+    names = [part_name(b"d/" + b"n" * 254 + end, a_file(b"")) for end in (b"1", b"2")]
+    assert names[0] != names[1]
+    assert all(is_safe(name) for name in names)
+
 
 
 def test_how_far_a_copy_is_says_what_is_done_how_fast_and_how_long_it_takes_still() -> None:

@@ -175,6 +175,32 @@ fn a_file_in_pieces_has_its_name_once_it_is_whole() {
 }
 
 #[test]
+#[test]
+fn files_whose_long_names_begin_alike_get_each_its_own_bytes() {
+    let folder = Folder::new();
+    let names = ["1", "2"].map(|end| "n".repeat(240) + end);
+    for name in &names {
+        fs::write(folder.inside(name), b"old").unwrap();
+    }
+    // Two streams that write over them, again and again, as those of one copy do.
+    let writers = names.clone().map(|name| {
+        let mut user = User::to(&folder);
+        thread::spawn(move || {
+            let rest = [attributes(0o600), summed(name.as_bytes())].concat();
+            for _ in 0..500 {
+                user.succeeds(PUT, &name, &rest);
+            }
+        })
+    });
+    for writer in writers {
+        writer.join().unwrap();
+    }
+    for name in &names {
+        assert_eq!(fs::read(folder.inside(name)).unwrap(), name.as_bytes());
+    }
+    assert_eq!(fs::read_dir(folder.inside("")).unwrap().count(), 2);
+}
+
 fn nothing_is_read_or_written_by_way_of_a_symbolic_link() {
     let folder = Folder::new();
     fs::create_dir(folder.outside("secret")).unwrap();

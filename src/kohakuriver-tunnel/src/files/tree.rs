@@ -3,6 +3,7 @@
 use std::env;
 use std::ffi::{CString, OsStr, OsString};
 use std::fs::{self, File};
+use std::hash::{DefaultHasher, Hash, Hasher};
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::os::unix::ffi::OsStrExt;
@@ -240,9 +241,7 @@ impl Tree {
         let made = |name: &OsStr| sys::openat(folder, name, flags, Mode::from_raw_mode(PRIVATE));
         let (file, beside) = match made(name) {
             Err(Errno::EXIST) => {
-                let short = &name.as_bytes()[..name.len().min(200)];
-                let beside =
-                    OsString::from_iter([&b"."[..], short, PART, b"new"].map(OsStr::from_bytes));
+                let beside = beside(name.as_bytes());
                 let _ = sys::unlinkat(folder, &beside, AtFlags::empty());
                 (made(&beside)?, Some(beside))
             }
@@ -398,6 +397,16 @@ impl Tree {
         };
         Ok(sys::unlinkat(folder, name, flags)?)
     }
+}
+
+/// What a whole file is called until it takes the place of what has its name. Another stream may write a file whose long
+/// name begins like this one.
+fn beside(name: &[u8]) -> OsString {
+    let mut hasher = DefaultHasher::new();
+    name.hash(&mut hasher);
+    let mine = format!("{:016x}-new", hasher.finish());
+    let short = &name[..name.len().min(200)];
+    OsString::from_iter([b".", short, PART, mine.as_bytes()].map(OsStr::from_bytes))
 }
 
 /// Nothing that leads anywhere else.

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import hashlib
 import os
 import stat
 import zlib
@@ -245,7 +246,8 @@ class LocalTree:
         try:
             opened = os.open(name, os.O_WRONLY | _NEW, 0o600, dir_fd=folder)
         except FileExistsError:
-            made = b"." + name[:200] + PART + b"new"
+            # Another thread may write a file whose long name begins like this one.
+            made = b"." + name[:200] + PART + hashlib.sha256(name).hexdigest()[:16].encode() + b"-new"
             with contextlib.suppress(FileNotFoundError):
                 os.unlink(made, dir_fd=folder)
             opened = os.open(made, os.O_WRONLY | _NEW, 0o600, dir_fd=folder)

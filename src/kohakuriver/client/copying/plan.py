@@ -20,6 +20,8 @@ One byte more than that is read, which must be one piece.
 _SECOND: Final = 1_000_000_000
 
 
+_STATE: Final = 16  # hexadecimal digits in the name of a part
+_ADDED: Final = len(b"." + PART) + _STATE
 @dataclass(frozen=True)
 class Options:
     """How to copy: `delete` what the source has not, leave alone what is newer (`update`), keep owners (`owner`)."""
@@ -52,9 +54,12 @@ class Plan:
 
 
 def part_name(path: bytes, entry: Entry) -> bytes:
-    """What the copy of a file is called while it is only partly there: another name for another state of the file."""
+    """What the copy of a file is called while it is only partly there: another name for another state of the file.
+
+    And for another file: names may be as long as any may be, and begin alike, so the whole name counts.
+    """
     parent, slash, name = path.rpartition(b"/")
-    state = hashlib.sha256(b"%d %d" % (entry.size, entry.mtime)).hexdigest()[:12]
+    state = hashlib.sha256(b"%d %d " % (entry.size, entry.mtime) + name).hexdigest()[:_STATE]
     return parent + slash + b"." + name[:200] + PART + state.encode()
 
 
