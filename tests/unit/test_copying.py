@@ -256,6 +256,21 @@ def test_nothing_is_taken_away_where_the_source_could_not_be_read() -> None:
     assert (made.removed, made.failed) == ([], [(b"folder", "Permission denied")])
 
 
+def test_a_path_that_is_too_long_is_told_and_holds_up_no_other() -> None:
+    long = b"/".join([b"n" * 250] * 300)  # more than any length field has room for, too
+    source = [Entry(long, "d"), a_file(long[:4095]), Entry(long[:4094], "l"), a_file(b"f")]
+    made = plan(source, [a_file(b"other")], b"under/", None, Options(delete=True))
+    assert made.failed == [(path, "File name too long") for path in (long, long[:4095], long[:4094])]
+    assert ([path for _, path in made.files], made.removed) == ([b"under/f"], [])
+
+
+def test_the_part_of_any_file_that_is_copied_has_a_path_that_can_be_asked_for() -> None:
+    for length in range(4000, 4097):
+        path = b"d/" * 1990 + b"n" * (length - 3980)
+        made = plan([a_file(path)], [], b"", None, Options())
+        assert all(is_safe(part_name(there, entry)) for entry, there in made.files)
+
+
 def test_what_is_in_a_folder_is_taken_away_before_it() -> None:
     there = [Entry(b"a", "d"), Entry(b"a/b", "d"), a_file(b"a/b/c"), a_file(b"a-b")]
     made = plan([], there, b"", None, Options(delete=True))
@@ -266,6 +281,12 @@ def test_a_part_of_another_state_of_a_file_has_another_name() -> None:
     names = {part_name(b"d/f", a_file(b"f", mtime, size)) for mtime, size in ((1, 2), (1, 3), (2, 2))}
     assert len(names) == 3
     assert all(name.startswith(b"d/.f.kohakuriver-") for name in names)
+
+
+def test_parts_of_files_whose_long_names_begin_alike_have_names_of_their_own() -> None:
+    names = [part_name(b"d/" + b"n" * 254 + end, a_file(b"")) for end in (b"1", b"2")]
+    assert names[0] != names[1]
+    assert all(is_safe(name) for name in names)
 
 
 @pytest.mark.parametrize(
@@ -282,12 +303,6 @@ def test_a_part_of_another_state_of_a_file_has_another_name() -> None:
 )
 def test_what_has_a_slash_before_its_colon_is_of_this_machine(text: str, task: str | None, path: bytes) -> None:
     assert cp._place(text) == Place(task, path)
-
-def test_parts_of_files_whose_long_names_begin_alike_have_names_of_their_own() -> None:
-    names = [part_name(b"d/" + b"n" * 254 + end, a_file(b"")) for end in (b"1", b"2")]
-    assert names[0] != names[1]
-    assert all(is_safe(name) for name in names)
-
 
 
 def test_how_far_a_copy_is_says_what_is_done_how_fast_and_how_long_it_takes_still() -> None:

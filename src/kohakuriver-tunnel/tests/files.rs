@@ -10,6 +10,7 @@ use std::sync::atomic::{AtomicU32, Ordering};
 use std::thread::{self, JoinHandle};
 
 use kohakuriver_tunnel::files;
+use rustix::fs::{Mode, OFlags};
 
 const LIST: u8 = 0x21;
 const READ: u8 = 0x22;
@@ -175,7 +176,6 @@ fn a_file_in_pieces_has_its_name_once_it_is_whole() {
 }
 
 #[test]
-#[test]
 fn files_whose_long_names_begin_alike_get_each_its_own_bytes() {
     let folder = Folder::new();
     let names = ["1", "2"].map(|end| "n".repeat(240) + end);
@@ -201,6 +201,7 @@ fn files_whose_long_names_begin_alike_get_each_its_own_bytes() {
     assert_eq!(fs::read_dir(folder.inside("")).unwrap().count(), 2);
 }
 
+#[test]
 fn nothing_is_read_or_written_by_way_of_a_symbolic_link() {
     let folder = Folder::new();
     fs::create_dir(folder.outside("secret")).unwrap();
@@ -301,6 +302,26 @@ fn the_holes_of_a_file_are_told() {
     let (_, segments) = user.ask(MAP, "f", &[0; 8]);
     assert_eq!(segments.len(), 16);
     assert_eq!(segments[..8], (32u64 << 20).to_be_bytes());
+}
+
+#[test]
+fn what_has_too_long_a_path_is_told_by_its_folder() {
+    let folder = Folder::new();
+    // No path that is given to the system may be so long.
+    let way = vec!["n".repeat(255); 16];
+    let mut at = fs::File::open(folder.inside("")).unwrap();
+    for name in &way {
+        rustix::fs::mkdirat(&at, name.as_str(), Mode::RWXU).unwrap();
+        at = rustix::fs::openat(&at, name.as_str(), OFlags::DIRECTORY, Mode::empty())
+            .unwrap()
+            .into();
+    }
+    rustix::fs::mkdirat(&at, "below", Mode::RWXU).unwrap();
+    let mut user = User::to(&folder);
+    let (tag, entries) = user.ask(LIST, "", b"");
+    assert_eq!(tag, ENTRIES);
+    let why = text("ENAMETOOLONG: File name too long");
+    assert!(entries.ends_with(&[text(&way.join("/")), why].concat()));
 }
 
 #[test]

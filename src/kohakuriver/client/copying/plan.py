@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
+import os
 from dataclasses import dataclass, field
 from typing import Final
 
 from kohakuriver.client.copying.local_tree import PART
-from kohakuriver.tunnel.files import PIECE, Attributes, Entry
+from kohakuriver.tunnel.files import LONGEST_PATH, PIECE, Attributes, Entry
 
 __all__ = ["SMALL", "Options", "Plan", "part_name", "plan"]
 
@@ -18,10 +20,10 @@ One byte more than that is read, which must be one piece.
 """
 
 _SECOND: Final = 1_000_000_000
-
-
 _STATE: Final = 16  # hexadecimal digits in the name of a part
 _ADDED: Final = len(b"." + PART) + _STATE
+
+
 @dataclass(frozen=True)
 class Options:
     """How to copy: `delete` what the source has not, leave alone what is newer (`update`), keep owners (`owner`)."""
@@ -87,6 +89,8 @@ def plan(source: list[Entry], there: list[Entry], prefix: bytes, name: bytes | N
         before = has.get(path)
         if entry.kind == "o":
             made.left_out.append(entry.path)
+        elif len(path) > LONGEST_PATH - (_ADDED if entry.kind == "f" else 0):
+            made.failed.append((entry.path, os.strerror(errno.ENAMETOOLONG)))
         elif entry.kind == "d":
             made.folders.append((entry, path))
         elif before is not None and before.kind == "d":
