@@ -15,8 +15,8 @@ from typing import Any
 import pytest
 
 from kohakuriver.cli import cp
-from kohakuriver.client.copying import remote_tree
-from kohakuriver.client.copying.engine import Copied
+from kohakuriver.client.copying import local_tree, remote_tree
+from kohakuriver.client.copying.engine import Copied, Copy
 from kohakuriver.client.copying.local_tree import LocalTree
 from kohakuriver.client.copying.plan import Options, part_name, plan
 from kohakuriver.client.copying.remote_tree import RemoteTree, StreamGone
@@ -231,6 +231,32 @@ def test_files_whose_long_names_begin_alike_are_written_beside_each_other(
         other.close()
         tree.close()
     assert {path.name[-1]: path.read_text() for path in tmp_path.iterdir()} == {"1": "1", "2": "2"}
+
+
+def test_with_update_a_small_file_has_its_name_when_it_is_whole_and_not_before(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_all, seen = local_tree._write_all, []
+
+    def watched(*arguments: Any) -> None:
+        seen.append((tmp_path / "there/f").exists())
+        write_all(*arguments)
+
+    monkeypatch.setattr(local_tree, "_write_all", watched)
+    for name in ("source", "there"):
+        (tmp_path / name).mkdir()
+    (tmp_path / "source/f").write_text("all of it")
+    options = Options(update=True)
+    source = LocalTree.of(os.fsencode(tmp_path / "source"), writes=False)
+    there = LocalTree.of(os.fsencode(tmp_path / "there"), writes=True)
+    try:
+        worker = Copy(plan(source.entries(b""), [], b"", None, options), options).worker(source, there)
+        worker.run()
+    finally:
+        source.close()
+        there.close()
+    assert (seen, worker.done.files, worker.done.failed) == ([False], 1, [])
+    assert {each.name: each.read_text() for each in (tmp_path / "there").iterdir()} == {"f": "all of it"}
 
 
 # -- what is decided -----------------------------------------------------------------------------------------------
