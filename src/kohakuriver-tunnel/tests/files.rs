@@ -266,6 +266,15 @@ fn who_names_a_file_gets_that_and_its_parts_alone() {
         user.refuses(READ, path, &range(0, 10));
         user.refuses(PUT, path, &[attributes(0o600), summed(b"x")].concat());
     }
+    let mode = || {
+        fs::metadata(folder.inside(""))
+            .unwrap()
+            .permissions()
+            .mode()
+    };
+    let before = mode();
+    let said = user.refuses(ATTRIBUTES, "", &attributes(0o777));
+    assert_eq!((&said[..8], mode()), ("EACCES: ", before));
     let (tag, entries) = user.ask(LIST, "", b"");
     assert_eq!((tag, entries[0]), (ENTRIES, b'f'));
 }

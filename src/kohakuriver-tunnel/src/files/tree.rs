@@ -374,8 +374,11 @@ impl Tree {
         }
     }
 
-    /// Mode, times and owner of a folder or a file; of an empty path, those of the root.
+    /// Mode, times and owner of a folder or a file; of an empty path, those of the root, unless it only has one name.
     pub fn attributes(&mut self, path: &[u8], attributes: &Attributes) -> io::Result<Taken> {
+        if path.is_empty() && self.only.is_some() {
+            return Err(Errno::ACCESS.into());
+        }
         let flags = OFlags::RDONLY | OFlags::NOFOLLOW | OFlags::NONBLOCK | OFlags::CLOEXEC;
         let opened = if path.is_empty() {
             self.inside(path)?.try_clone_to_owned()?
