@@ -233,6 +233,37 @@ def test_files_whose_long_names_begin_alike_are_written_beside_each_other(
     assert {path.name[-1]: path.read_text() for path in tmp_path.iterdir()} == {"1": "1", "2": "2"}
 
 
+def test_a_part_that_another_has_too_is_made_anew(tmp_path: Path) -> None:
+    part, theirs = tmp_path / ".f.kohakuriver-1", tmp_path / "theirs"
+    part.write_bytes(b"theirs")
+    theirs.hardlink_to(part)
+    tree = LocalTree.of(os.fsencode(tmp_path), writes=True)
+    name = os.fsencode(part.name)
+    try:
+        assert result(lambda then: tree.part(name, 4, then)) == Answer.ALL
+        assert result(lambda then: tree.write(name, 0, memoryview(b"mine"), then)) == Answer.ALL
+        if os.geteuid() == 0:
+            os.chown(part, 12345, -1)
+            assert result(lambda then: tree.part(name, 4, then)) == Answer.ALL
+            assert part.stat().st_uid == 0
+        assert result(lambda then: tree.part(name, 4, then)) == Answer.BEFORE
+    finally:
+        tree.close()
+    assert theirs.read_bytes() == b"theirs"
+
+
+def test_what_is_no_file_any_more_is_read_as_none_the_second_time_either(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "f")
+    tree = LocalTree.of(os.fsencode(tmp_path), writes=False)
+    try:
+        for _ in range(2):
+            told: list[memoryview | FileError] = []
+            tree.read(b"f", 0, 1, told.append)
+            assert str(told[0]) == "It is no regular file any more"
+    finally:
+        tree.close()
+
+
 def test_with_update_a_small_file_has_its_name_when_it_is_whole_and_not_before(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -176,6 +176,24 @@ fn a_file_in_pieces_has_its_name_once_it_is_whole() {
 }
 
 #[test]
+fn a_part_that_another_has_too_is_made_anew() {
+    let folder = Folder::new();
+    let part = ".f.kohakuriver-1";
+    fs::write(folder.inside(part), b"theirs").unwrap();
+    fs::hard_link(folder.inside(part), folder.inside("theirs")).unwrap();
+    let mut user = User::to(&folder);
+    assert_eq!(user.ask(PART, part, &4u64.to_be_bytes()), (DONE, vec![0]));
+    let rest = [&[0; 8][..], &summed(b"mine")].concat();
+    user.succeeds(WRITE, part, &rest);
+    assert_eq!(fs::read(folder.inside("theirs")).unwrap(), b"theirs");
+    if rustix::process::geteuid().is_root() {
+        std::os::unix::fs::chown(folder.inside(part), Some(12345), None).unwrap();
+        assert_eq!(user.ask(PART, part, &4u64.to_be_bytes()), (DONE, vec![0]));
+        assert_eq!(fs::metadata(folder.inside(part)).unwrap().uid(), 0);
+    }
+}
+
+#[test]
 fn files_whose_long_names_begin_alike_get_each_its_own_bytes() {
     let folder = Folder::new();
     let names = ["1", "2"].map(|end| "n".repeat(240) + end);

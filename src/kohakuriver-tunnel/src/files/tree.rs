@@ -14,6 +14,7 @@ use rustix::fs::{
     self as sys, AtFlags, FileType, Gid, Mode, OFlags, SeekFrom, Timespec, Timestamps, Uid,
 };
 use rustix::io::Errno;
+use rustix::process::geteuid;
 
 use super::wire::{Attributes, PIECE, Taken};
 
@@ -265,18 +266,32 @@ impl Tree {
 
     /// A file that is written in pieces, of this size.
     pub fn part(&mut self, path: &[u8], size: u64) -> io::Result<Taken> {
-        let taken = match self.file(path, true) {
-            Ok(_) => Taken::Before,
-            Err(error) if error.kind() == io::ErrorKind::NotFound => {
-                let (folder, name) = self.place(path)?;
-                let flags = OFlags::RDWR | OFlags::CREATE | OFlags::EXCL | OFlags::CLOEXEC;
-                sys::openat(folder, name, flags, Mode::from_raw_mode(PRIVATE))?;
-                Taken::All
-            }
-            Err(error) => return Err(error),
+        let taken = if self.has_part(path)? {
+            Taken::Before
+        } else {
+            let (folder, name) = self.place(path)?;
+            let flags = OFlags::RDWR | OFlags::CREATE | OFlags::EXCL | OFlags::CLOEXEC;
+            sys::openat(folder, name, flags, Mode::from_raw_mode(PRIVATE))?;
+            Taken::All
         };
         self.file(path, true)?.set_len(size)?;
         Ok(taken)
+    }
+
+    /// Whether there is one that is ours alone. Another user's, who would go on having it, is taken away.
+    fn has_part(&mut self, path: &[u8]) -> io::Result<bool> {
+        let about = match self.file(path, true) {
+            Ok(file) => sys::fstat(file)?,
+            Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(false),
+            Err(error) => return Err(error),
+        };
+        if about.st_uid == geteuid().as_raw() && about.st_nlink == 1 {
+            return Ok(true);
+        }
+        self.open = None;
+        let (folder, name) = self.place(path)?;
+        sys::unlinkat(folder, name, AtFlags::empty())?;
+        Ok(false)
     }
 
     /// One piece of it.

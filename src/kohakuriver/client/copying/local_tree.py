@@ -135,9 +135,10 @@ class LocalTree:
         self._forget()
         folder, name = self._place(path)
         opened = os.open(name, _FILE | (os.O_RDWR if writes else os.O_RDONLY), dir_fd=folder)
-        self._open = path, writes, opened
         if not stat.S_ISREG(os.fstat(opened).st_mode):
+            os.close(opened)
             raise OSError(errno.EINVAL, "It is no regular file any more")
+        self._open = path, writes, opened
         return opened
 
     # -- reading -----------------------------------------------------------------------------------------------
@@ -266,18 +267,28 @@ class LocalTree:
 
     def part(self, path: bytes, size: int, then: Done) -> None:
         try:
-            taken = Answer.BEFORE
-            try:
-                opened = self._file(path, True)
-            except FileNotFoundError:
+            taken = Answer.BEFORE if self._has_part(path) else Answer.ALL
+            if taken == Answer.ALL:
                 folder, name = self._place(path)
                 os.close(os.open(name, os.O_RDWR | _NEW, 0o600, dir_fd=folder))
-                opened, taken = self._file(path, True), Answer.ALL
-            os.ftruncate(opened, size)
+            os.ftruncate(self._file(path, True), size)
         except OSError as error:
             then(_error(error))
             return
         then(taken)
+
+    def _has_part(self, path: bytes) -> bool:
+        """Whether there is one that is ours alone. Another user's, who would go on having it, is taken away."""
+        try:
+            about = os.fstat(self._file(path, True))
+        except FileNotFoundError:
+            return False
+        if about.st_uid == os.geteuid() and about.st_nlink == 1:
+            return True
+        self._forget()
+        folder, name = self._place(path)
+        os.unlink(name, dir_fd=folder)
+        return False
 
     def write(self, path: bytes, offset: int, data: memoryview, then: Done) -> None:
         try:
