@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import os
 import socket
@@ -15,13 +16,14 @@ from typing import Any
 import pytest
 
 from kohakuriver.cli import cp
-from kohakuriver.client.copying import local_tree, remote_tree
+from kohakuriver.client.copying import local_tree, remote_tree, session
 from kohakuriver.client.copying.engine import Copied, Copy
 from kohakuriver.client.copying.local_tree import LocalTree
 from kohakuriver.client.copying.plan import Options, part_name, plan
-from kohakuriver.client.copying.remote_tree import RemoteTree, StreamGone
+from kohakuriver.client.copying.remote_tree import RemoteTree
 from kohakuriver.client.copying.session import Place, Progress
-from kohakuriver.client.copying.sides import FileError
+from kohakuriver.client.copying.sides import FileError, StreamGone
+from kohakuriver.config import Settings
 from kohakuriver.errors import UnavailableError
 from kohakuriver.tunnel.files import HEAD, PIECE, Answer, Attributes, Entry, entries_in, files_start, is_safe
 from kohakuriver.tunnel.terminal import Start
@@ -155,6 +157,38 @@ def test_a_stream_that_ends_is_told_to_whoever_waits() -> None:
         del far
 
 
+def test_who_ends_a_copy_does_not_wait_until_this_machines_tree_is_listed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    near, far = socket.socketpair()
+    far.sendall(answer(Answer.HELLO, b"\1"))
+    begun, listed, many = threading.Event(), 0, 3_000_000
+
+    def begin(streams: session._Streams, start: bytes) -> RemoteTree:
+        streams._trees.append(RemoteTree(near))
+        return streams._trees[0]
+
+    def one_more(tree: LocalTree, path: bytes, found: list[Entry]) -> list[bytes]:
+        nonlocal listed
+        begun.set()
+        listed += 1
+        return [path] if listed < many else []
+
+    async def end_it() -> None:
+        ends = Place(None, os.fsencode(tmp_path) + b"/"), Place("lab", b"/data")
+        copying = asyncio.ensure_future(session.copy_files(*ends, settings=Settings("http://lab:8000"), folder=True))
+        await asyncio.to_thread(begun.wait)
+        copying.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await copying
+
+    monkeypatch.setattr(session._Streams, "begin", begin)
+    monkeypatch.setattr(LocalTree, "_list", one_more)
+    asyncio.run(end_it())
+    far.close()
+    assert listed < many
+
+
 # -- what is written here ------------------------------------------------------------------------------------------
 
 
@@ -262,6 +296,23 @@ def test_what_is_no_file_any_more_is_read_as_none_the_second_time_either(tmp_pat
             assert str(told[0]) == "It is no regular file any more"
     finally:
         tree.close()
+
+
+def test_a_tree_that_was_hung_up_is_changed_no_more(tmp_path: Path) -> None:
+    (tmp_path / "f").touch()
+    tree = LocalTree.of(os.fsencode(tmp_path), writes=True)
+    other = tree.another()
+    try:
+        tree.hang_up()
+        for each in (tree, other):
+            with pytest.raises(StreamGone):
+                each.entries(b"")
+            with pytest.raises(StreamGone):
+                each.remove(b"f", False, lambda told: None)
+    finally:
+        other.close()
+        tree.close()
+    assert (tmp_path / "f").exists()
 
 
 def test_with_update_a_small_file_has_its_name_when_it_is_whole_and_not_before(

@@ -11,12 +11,13 @@ import errno
 import hashlib
 import os
 import stat
+import threading
 import zlib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Final
 
-from kohakuriver.client.copying.sides import Done, FileError, Told
+from kohakuriver.client.copying.sides import Done, FileError, StreamGone, Told
 from kohakuriver.tunnel.files import PIECE, Answer, Attributes, Entry, is_safe
 
 __all__ = ["PART", "LocalTree"]
@@ -50,9 +51,10 @@ class LocalTree:
     Large because it is all that a Side can be asked for, and what is open is asked with it.
     """
 
-    def __init__(self, root: int, only: bytes | None) -> None:
+    def __init__(self, root: int, only: bytes | None, hung_up: threading.Event | None = None) -> None:
         self._root = root
         self.only = only
+        self._hung_up = hung_up or threading.Event()
         self._way: list[tuple[bytes, int]] = []
         self._open: tuple[bytes, bool, int] | None = None
         self._buffer = bytearray(PIECE)
@@ -85,8 +87,16 @@ class LocalTree:
             return cls(os.open(parent or b".", _FOLDER), name)
 
     def another(self) -> LocalTree:
-        """The same folder, for another thread."""
-        return LocalTree(os.dup(self._root), self.only)
+        """The same folder, for another thread; it is hung up with this one."""
+        return LocalTree(os.dup(self._root), self.only, self._hung_up)
+
+    def hang_up(self) -> None:
+        self._hung_up.set()
+
+    def _check(self) -> None:
+        """Before whatever may take its time. Raises StreamGone."""
+        if self._hung_up.is_set():
+            raise StreamGone("The copy has been ended.")
 
     def close(self) -> None:
         self._forget()
@@ -117,7 +127,8 @@ class LocalTree:
         return way[-1][1] if way else self._root
 
     def _place(self, path: bytes) -> tuple[int, bytes]:
-        """The folder that a path is in, and its name there. Raises OSError."""
+        """The folder that a path is in, and its name there. Raises OSError, and StreamGone."""
+        self._check()
         if not is_safe(path):
             raise OSError(errno.EINVAL, os.strerror(errno.EINVAL))
         parent, _, name = path.rpartition(b"/")
@@ -157,6 +168,7 @@ class LocalTree:
             else:
                 found.append(_entry(b"", os.fstat(self._root), self._root, b""))
         while folders:
+            self._check()
             here = folders.pop()
             try:
                 below = self._list(here, found)
@@ -174,6 +186,7 @@ class LocalTree:
         with os.scandir(folder) as scanned:
             each = sorted(scanned, key=lambda one: one.name)
         for one in each:
+            self._check()
             name = os.fsencode(one.name)
             try:
                 entry = _entry(prefix + name, one.stat(follow_symlinks=False), folder, name)
