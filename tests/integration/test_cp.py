@@ -15,16 +15,29 @@ import pytest
 from kohakuriver.client.copying.plan import part_name
 from kohakuriver.tunnel.files import PIECE, Entry
 from tests.support import docker_images
-from tests.support.up import Apart, Cluster
+from tests.support.processes import eventually
+from tests.support.up import Apart, Cluster, Commands, Program
 
 TASK = "data"
+RATE = {"KOHAKURIVER_MAX_RATE": str(8 << 20)}
+"""Bytes a second of each of four streams: a copy of a LARGE file still runs when it is seen to have begun."""
+LARGE = 160 * PIECE
 STAY = ("/bin/busybox", "sleep", "1000000")
 OLD = 1_000_000_000_123_456_789
 
 
 @pytest.fixture(scope="module")
 def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
-    cluster = Cluster(tmp_path_factory.mktemp("copies"))
+    yield from with_task(Cluster(tmp_path_factory.mktemp("copies")))
+
+
+@pytest.fixture(scope="module")
+def slow(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
+    """One in which a large copy takes its time."""
+    yield from with_task(Cluster(tmp_path_factory.mktemp("slow"), **RATE))
+
+
+def with_task(cluster: Cluster) -> Iterator[Cluster]:
     try:
         cluster.succeed("vps", "create", "--backend", "process", "--name", TASK, "--", "sleep", "1000000")
         yield cluster
@@ -40,6 +53,25 @@ def copied(cluster: Cluster, *arguments: str) -> dict[str, Any]:
 
 def in_task(path: Path) -> str:
     return f"{TASK}:{path}"
+
+
+def begun(commands: Commands, source: Path, target: Path, *options: str) -> Program:
+    """A copy of a large file, part of which is there."""
+    source.write_bytes(os.urandom(PIECE) * (LARGE // PIECE))
+    copy = commands.start("cp", *options, str(source), in_task(target))
+
+    def size() -> int:
+        try:
+            return sum(each.stat().st_blocks * 512 for each in target.parent.glob(f".{target.name}.kohakuriver-*"))
+        except FileNotFoundError:  # it has got its name
+            return 0
+
+    def is_under_way() -> bool:
+        assert copy.process.poll() is None, copy.rest(err=True)
+        return size() > 20 * PIECE
+
+    eventually(is_under_way)
+    return copy
 
 
 def a_tree(root: Path) -> Path:
@@ -123,46 +155,36 @@ def test_a_file_that_is_partly_there_is_gone_on_with(cluster: Cluster, tmp_path:
     assert not part.exists()
 
 
-def test_a_copy_that_is_killed_goes_on_where_it_stopped(cluster: Cluster, tmp_path: Path) -> None:
+def test_a_copy_that_is_killed_goes_on_where_it_stopped(slow: Cluster, tmp_path: Path) -> None:
     source, target = tmp_path / "source", tmp_path / "target"
-    source.write_bytes(os.urandom(1 << 20) * 400)
-    first = cluster.start("cp", str(source), in_task(target))
-    while not any(each.stat().st_blocks * 512 > 20 * PIECE for each in tmp_path.glob(".target.kohakuriver-*")):
-        assert first.process.poll() is None
+    first = begun(slow, source, target)
     first.process.kill()
     first.ended()
     assert not target.exists()
-    done = copied(cluster, str(source), in_task(target))
-    assert 10 * PIECE < done["resumed_bytes"] < 400 * PIECE
+    done = copied(slow, str(source), in_task(target))
+    assert 10 * PIECE < done["resumed_bytes"] < LARGE
     assert target.read_bytes() == source.read_bytes()
     assert [each.name for each in tmp_path.glob(".target*")] == []
 
 
-def test_ctrl_c_ends_a_copy_with_one_sentence(cluster: Cluster, tmp_path: Path) -> None:
-    source, target = tmp_path / "source", tmp_path / "target"
-    source.write_bytes(os.urandom(1 << 20) * 400)
-    copy = cluster.start("cp", str(source), in_task(target))
-    while not any(each.stat().st_blocks * 512 > 20 * PIECE for each in tmp_path.glob(".target.kohakuriver-*")):
-        assert copy.process.poll() is None
+def test_ctrl_c_ends_a_copy_with_one_sentence(slow: Cluster, tmp_path: Path) -> None:
+    copy = begun(slow, tmp_path / "source", tmp_path / "target")
     assert copy.stop(signal.SIGINT) == 128 + signal.SIGINT
     assert copy.rest(err=True) == ["Stopped; the same command goes on from here."]
 
 
 def test_a_copy_goes_on_by_itself_when_the_host_was_killed_and_is_back(tmp_path: Path) -> None:
     (tmp_path / "cluster").mkdir()
-    apart = Apart(tmp_path / "cluster")
+    apart = Apart(tmp_path / "cluster", **RATE)
     try:
         apart.succeed("vps", "create", "--backend", "process", "--name", TASK, "--", "sleep", "1000000")
         source, target = tmp_path / "source", tmp_path / "target"
-        source.write_bytes(os.urandom(1 << 20) * 400)
-        copy = apart.start("cp", "--json", str(source), in_task(target))
-        while not any(each.stat().st_blocks * 512 > 20 * PIECE for each in tmp_path.glob(".target.kohakuriver-*")):
-            assert copy.process.poll() is None
+        copy = begun(apart, source, target, "--json")
         apart.host.stop(signal.SIGKILL)
         assert not target.exists()
         apart.start_host()
         done = json.loads(copy.line("{"))
-        assert (copy.ended(), done["bytes"], done["resumed_bytes"]) == (0, 400 * PIECE, 0)
+        assert (copy.ended(), done["bytes"], done["resumed_bytes"]) == (0, LARGE, 0)
         assert target.read_bytes() == source.read_bytes()
     finally:
         apart.close()
@@ -181,6 +203,20 @@ def test_delete_takes_away_what_the_source_has_not_and_nothing_else(cluster: Clu
     assert copied(cluster, "-r", "--delete", str(source), in_task(there))["removed"] == 4
     assert shape(there / "source") == shape(source)
     assert (there / "beside").exists()
+
+
+@pytest.mark.parametrize("down", [False, True])
+def test_delete_takes_nothing_away_where_a_folder_can_not_be_opened(
+    cluster: Cluster, tmp_path: Path, down: bool
+) -> None:
+    source, there = tmp_path / "source", tmp_path / "there"
+    (source / ("d/" * 201)).mkdir(parents=True)  # deeper than either end opens folders, as root too
+    there.mkdir()
+    (there / "old").touch()
+    ends = (f"{in_task(source)}/", str(there)) if down else (f"{source}/", in_task(there))
+    done = cluster.run("cp", "-r", "--delete", *ends)
+    assert (done.returncode, "File name too long" in done.stderr) == (1, True), done.stderr
+    assert (there / "old").exists()
 
 
 def test_update_leaves_alone_what_is_newer(cluster: Cluster, tmp_path: Path) -> None:

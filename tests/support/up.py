@@ -180,9 +180,11 @@ class Commands:
 class Cluster(Commands):
     """A host and a runner by `kohakuriver up`."""
 
-    def __init__(self, directory: Path, *options: str) -> None:
+    def __init__(self, directory: Path, *options: str, **environment: str) -> None:
+        """`environment` is that of the host and the runner alone."""
         super().__init__(directory)
-        self.up = self.start("up", "--json", "--host-port=0", "--runner-port=0", "--ssh-port=0", *options)
+        ports = ("--host-port=0", "--runner-port=0", "--ssh-port=0")
+        self.up = self.start("up", "--json", *ports, *options, **environment)
         try:
             self.ready = self.up.event("ready")
         except BaseException:
@@ -201,8 +203,10 @@ class Apart(Commands):
         directory: Path,
         *host_options: str,
         runner_options: Sequence[str] = ("--backend=process", "--user-processes"),
+        **host_environment: str,
     ) -> None:
         super().__init__(directory)
+        self._host_environment = host_environment
         self._host_port = 0
         self._host_options = host_options
         self._runner_options = runner_options
@@ -217,7 +221,7 @@ class Apart(Commands):
     def start_host(self) -> None:
         """Start the host; the second time on the port that it had."""
         self.host = self.start("host", "--json", "--bind=127.0.0.1", f"--port={self._host_port}", "--ssh-port=0",
-                               *self._host_options)  # fmt: skip
+                               *self._host_options, **self._host_environment)  # fmt: skip
         ready = self.host.event("ready")
         self.url: str = ready["url"]
         self._host_port = int(self.url.rpartition(":")[2])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import os
 import socket
@@ -10,17 +11,19 @@ import threading
 import zlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from kohakuriver.cli import cp
-from kohakuriver.client.copying import remote_tree
-from kohakuriver.client.copying.engine import Copied
+from kohakuriver.client.copying import local_tree, remote_tree, session
+from kohakuriver.client.copying.engine import Copied, Copy
 from kohakuriver.client.copying.local_tree import LocalTree
 from kohakuriver.client.copying.plan import Options, part_name, plan
-from kohakuriver.client.copying.remote_tree import RemoteTree, StreamGone
+from kohakuriver.client.copying.remote_tree import RemoteTree
 from kohakuriver.client.copying.session import Place, Progress
-from kohakuriver.client.copying.sides import FileError
+from kohakuriver.client.copying.sides import FileError, StreamGone
+from kohakuriver.config import Settings
 from kohakuriver.errors import UnavailableError
 from kohakuriver.tunnel.files import HEAD, PIECE, Answer, Attributes, Entry, entries_in, files_start, is_safe
 from kohakuriver.tunnel.terminal import Start
@@ -154,6 +157,38 @@ def test_a_stream_that_ends_is_told_to_whoever_waits() -> None:
         del far
 
 
+def test_who_ends_a_copy_does_not_wait_until_this_machines_tree_is_listed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    near, far = socket.socketpair()
+    far.sendall(answer(Answer.HELLO, b"\1"))
+    begun, listed, many = threading.Event(), 0, 3_000_000
+
+    def begin(streams: session._Streams, start: bytes) -> RemoteTree:
+        streams._trees.append(RemoteTree(near))
+        return streams._trees[0]
+
+    def one_more(tree: LocalTree, path: bytes, found: list[Entry]) -> list[bytes]:
+        nonlocal listed
+        begun.set()
+        listed += 1
+        return [path] if listed < many else []
+
+    async def end_it() -> None:
+        ends = Place(None, os.fsencode(tmp_path) + b"/"), Place("lab", b"/data")
+        copying = asyncio.ensure_future(session.copy_files(*ends, settings=Settings("http://lab:8000"), folder=True))
+        await asyncio.to_thread(begun.wait)
+        copying.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await copying
+
+    monkeypatch.setattr(session._Streams, "begin", begin)
+    monkeypatch.setattr(LocalTree, "_list", one_more)
+    asyncio.run(end_it())
+    far.close()
+    assert listed < many
+
+
 # -- what is written here ------------------------------------------------------------------------------------------
 
 
@@ -205,6 +240,107 @@ def test_a_file_that_can_not_be_written_whole_leaves_nothing(tmp_path: Path) -> 
     assert [each.name for each in tmp_path.iterdir()] == ["f"]
 
 
+def test_files_whose_long_names_begin_alike_are_written_beside_each_other(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    names = [b"n" * 254 + end for end in (b"1", b"2")]
+    tree = LocalTree.of(os.fsencode(tmp_path), writes=True)
+    other = tree.another()
+    rename = os.rename
+
+    def put(each: LocalTree, name: bytes) -> int | FileError:
+        return result(lambda then: each.put(name, PLAIN, memoryview(name[-1:]), then))
+
+    def renamed(*arguments: Any, **more: Any) -> None:
+        monkeypatch.setattr(os, "rename", rename)
+        assert put(other, names[1]) == Answer.ALL  # meanwhile, in another thread
+        rename(*arguments, **more)
+
+    try:
+        for name in names:
+            assert put(tree, name) == Answer.ALL
+        monkeypatch.setattr(os, "rename", renamed)
+        assert put(tree, names[0]) == Answer.ALL
+    finally:
+        other.close()
+        tree.close()
+    assert {path.name[-1]: path.read_text() for path in tmp_path.iterdir()} == {"1": "1", "2": "2"}
+
+
+def test_a_part_that_another_has_too_is_made_anew(tmp_path: Path) -> None:
+    part, theirs = tmp_path / ".f.kohakuriver-1", tmp_path / "theirs"
+    part.write_bytes(b"theirs")
+    theirs.hardlink_to(part)
+    tree = LocalTree.of(os.fsencode(tmp_path), writes=True)
+    name = os.fsencode(part.name)
+    try:
+        assert result(lambda then: tree.part(name, 4, then)) == Answer.ALL
+        assert result(lambda then: tree.write(name, 0, memoryview(b"mine"), then)) == Answer.ALL
+        if os.geteuid() == 0:
+            os.chown(part, 12345, -1)
+            assert result(lambda then: tree.part(name, 4, then)) == Answer.ALL
+            assert part.stat().st_uid == 0
+        assert result(lambda then: tree.part(name, 4, then)) == Answer.BEFORE
+    finally:
+        tree.close()
+    assert theirs.read_bytes() == b"theirs"
+
+
+def test_what_is_no_file_any_more_is_read_as_none_the_second_time_either(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "f")
+    tree = LocalTree.of(os.fsencode(tmp_path), writes=False)
+    try:
+        for _ in range(2):
+            told: list[memoryview | FileError] = []
+            tree.read(b"f", 0, 1, told.append)
+            assert str(told[0]) == "It is no regular file any more"
+    finally:
+        tree.close()
+
+
+def test_a_tree_that_was_hung_up_is_changed_no_more(tmp_path: Path) -> None:
+    (tmp_path / "f").touch()
+    tree = LocalTree.of(os.fsencode(tmp_path), writes=True)
+    other = tree.another()
+    try:
+        tree.hang_up()
+        for each in (tree, other):
+            with pytest.raises(StreamGone):
+                each.entries(b"")
+            with pytest.raises(StreamGone):
+                each.remove(b"f", False, lambda told: None)
+    finally:
+        other.close()
+        tree.close()
+    assert (tmp_path / "f").exists()
+
+
+def test_with_update_a_small_file_has_its_name_when_it_is_whole_and_not_before(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_all, seen = local_tree._write_all, []
+
+    def watched(*arguments: Any) -> None:
+        seen.append((tmp_path / "there/f").exists())
+        write_all(*arguments)
+
+    monkeypatch.setattr(local_tree, "_write_all", watched)
+    for name in ("source", "there"):
+        (tmp_path / name).mkdir()
+    (tmp_path / "source/f").write_text("all of it")
+    options = Options(update=True)
+    source = LocalTree.of(os.fsencode(tmp_path / "source"), writes=False)
+    there = LocalTree.of(os.fsencode(tmp_path / "there"), writes=True)
+    try:
+        worker = Copy(plan(source.entries(b""), [], b"", None, options), options).worker(source, there)
+        worker.run()
+    finally:
+        source.close()
+        there.close()
+    assert (seen, worker.done.files, worker.done.failed) == ([False], 1, [])
+    assert {each.name: each.read_text() for each in (tmp_path / "there").iterdir()} == {"f": "all of it"}
+
+
 # -- what is decided -----------------------------------------------------------------------------------------------
 
 
@@ -224,9 +360,23 @@ def test_a_file_system_that_keeps_whole_seconds_has_the_same_file() -> None:
 
 def test_nothing_is_taken_away_where_the_source_could_not_be_read() -> None:
     source = [Entry(b"folder", "d"), Entry(b"folder", "e", target=b"Permission denied")]
-    source[1] = source[1]._replace(path=b"folder/x")
-    made = plan(source, [a_file(b"other")], b"", None, Options(delete=True))
-    assert (made.removed, made.failed) == ([], [(b"folder/x", "Permission denied")])
+    made = plan(source, [a_file(b"other"), a_file(b"folder/x")], b"", None, Options(delete=True))
+    assert (made.removed, made.failed) == ([], [(b"folder", "Permission denied")])
+
+
+def test_a_path_that_is_too_long_is_told_and_holds_up_no_other() -> None:
+    long = b"/".join([b"n" * 250] * 300)  # more than any length field has room for, too
+    source = [Entry(long, "d"), a_file(long[:4095]), Entry(long[:4094], "l"), a_file(b"f")]
+    made = plan(source, [a_file(b"other")], b"under/", None, Options(delete=True))
+    assert made.failed == [(path, "File name too long") for path in (long, long[:4095], long[:4094])]
+    assert ([path for _, path in made.files], made.removed) == ([b"under/f"], [])
+
+
+def test_the_part_of_any_file_that_is_copied_has_a_path_that_can_be_asked_for() -> None:
+    for length in range(4000, 4097):
+        path = b"d/" * 1990 + b"n" * (length - 3980)
+        made = plan([a_file(path)], [], b"", None, Options())
+        assert all(is_safe(part_name(there, entry)) for entry, there in made.files)
 
 
 def test_what_is_in_a_folder_is_taken_away_before_it() -> None:
@@ -239,6 +389,12 @@ def test_a_part_of_another_state_of_a_file_has_another_name() -> None:
     names = {part_name(b"d/f", a_file(b"f", mtime, size)) for mtime, size in ((1, 2), (1, 3), (2, 2))}
     assert len(names) == 3
     assert all(name.startswith(b"d/.f.kohakuriver-") for name in names)
+
+
+def test_parts_of_files_whose_long_names_begin_alike_have_names_of_their_own() -> None:
+    names = [part_name(b"d/" + b"n" * 254 + end, a_file(b"")) for end in (b"1", b"2")]
+    assert names[0] != names[1]
+    assert all(is_safe(name) for name in names)
 
 
 @pytest.mark.parametrize(

@@ -10,6 +10,7 @@ use std::sync::atomic::{AtomicU32, Ordering};
 use std::thread::{self, JoinHandle};
 
 use kohakuriver_tunnel::files;
+use rustix::fs::{Mode, OFlags};
 
 const LIST: u8 = 0x21;
 const READ: u8 = 0x22;
@@ -175,6 +176,50 @@ fn a_file_in_pieces_has_its_name_once_it_is_whole() {
 }
 
 #[test]
+fn a_part_that_another_has_too_is_made_anew() {
+    let folder = Folder::new();
+    let part = ".f.kohakuriver-1";
+    fs::write(folder.inside(part), b"theirs").unwrap();
+    fs::hard_link(folder.inside(part), folder.inside("theirs")).unwrap();
+    let mut user = User::to(&folder);
+    assert_eq!(user.ask(PART, part, &4u64.to_be_bytes()), (DONE, vec![0]));
+    let rest = [&[0; 8][..], &summed(b"mine")].concat();
+    user.succeeds(WRITE, part, &rest);
+    assert_eq!(fs::read(folder.inside("theirs")).unwrap(), b"theirs");
+    if rustix::process::geteuid().is_root() {
+        std::os::unix::fs::chown(folder.inside(part), Some(12345), None).unwrap();
+        assert_eq!(user.ask(PART, part, &4u64.to_be_bytes()), (DONE, vec![0]));
+        assert_eq!(fs::metadata(folder.inside(part)).unwrap().uid(), 0);
+    }
+}
+
+#[test]
+fn files_whose_long_names_begin_alike_get_each_its_own_bytes() {
+    let folder = Folder::new();
+    let names = ["1", "2"].map(|end| "n".repeat(240) + end);
+    for name in &names {
+        fs::write(folder.inside(name), b"old").unwrap();
+    }
+    // Two streams that write over them, again and again, as those of one copy do.
+    let writers = names.clone().map(|name| {
+        let mut user = User::to(&folder);
+        thread::spawn(move || {
+            let rest = [attributes(0o600), summed(name.as_bytes())].concat();
+            for _ in 0..500 {
+                user.succeeds(PUT, &name, &rest);
+            }
+        })
+    });
+    for writer in writers {
+        writer.join().unwrap();
+    }
+    for name in &names {
+        assert_eq!(fs::read(folder.inside(name)).unwrap(), name.as_bytes());
+    }
+    assert_eq!(fs::read_dir(folder.inside("")).unwrap().count(), 2);
+}
+
+#[test]
 fn nothing_is_read_or_written_by_way_of_a_symbolic_link() {
     let folder = Folder::new();
     fs::create_dir(folder.outside("secret")).unwrap();
@@ -239,6 +284,15 @@ fn who_names_a_file_gets_that_and_its_parts_alone() {
         user.refuses(READ, path, &range(0, 10));
         user.refuses(PUT, path, &[attributes(0o600), summed(b"x")].concat());
     }
+    let mode = || {
+        fs::metadata(folder.inside(""))
+            .unwrap()
+            .permissions()
+            .mode()
+    };
+    let before = mode();
+    let said = user.refuses(ATTRIBUTES, "", &attributes(0o777));
+    assert_eq!((&said[..8], mode()), ("EACCES: ", before));
     let (tag, entries) = user.ask(LIST, "", b"");
     assert_eq!((tag, entries[0]), (ENTRIES, b'f'));
 }
@@ -275,6 +329,26 @@ fn the_holes_of_a_file_are_told() {
     let (_, segments) = user.ask(MAP, "f", &[0; 8]);
     assert_eq!(segments.len(), 16);
     assert_eq!(segments[..8], (32u64 << 20).to_be_bytes());
+}
+
+#[test]
+fn what_has_too_long_a_path_is_told_by_its_folder() {
+    let folder = Folder::new();
+    // No path that is given to the system may be so long.
+    let way = vec!["n".repeat(255); 16];
+    let mut at = fs::File::open(folder.inside("")).unwrap();
+    for name in &way {
+        rustix::fs::mkdirat(&at, name.as_str(), Mode::RWXU).unwrap();
+        at = rustix::fs::openat(&at, name.as_str(), OFlags::DIRECTORY, Mode::empty())
+            .unwrap()
+            .into();
+    }
+    rustix::fs::mkdirat(&at, "below", Mode::RWXU).unwrap();
+    let mut user = User::to(&folder);
+    let (tag, entries) = user.ask(LIST, "", b"");
+    assert_eq!(tag, ENTRIES);
+    let why = text("ENAMETOOLONG: File name too long");
+    assert!(entries.ends_with(&[text(&way.join("/")), why].concat()));
 }
 
 #[test]

@@ -11,6 +11,7 @@ from kohakuriver.tunnel.terminal import Start
 
 __all__ = [
     "HEAD",
+    "LONGEST_PATH",
     "PIECE",
     "SUM",
     "SUMMED",
@@ -30,6 +31,7 @@ PIECE: Final = 1 << 20
 SUMMED: Final = 64 << 20
 """Bytes that one request for checksums may cover."""
 LONGEST_PATH: Final = 4096
+"""Bytes that a path in a request has at most."""
 LONGEST_NAME: Final = 255
 
 HEAD: Final = struct.Struct(">BI")

@@ -3,6 +3,7 @@
 use std::io::{self, Write};
 
 use rustix::fs::{self as sys, AtFlags, Dir, FileType, Stat};
+use rustix::io::Errno;
 
 use super::tree::Tree;
 use super::wire::{LONGEST_PATH, Taken, reply, sentence, tag};
@@ -57,12 +58,14 @@ fn inside(
     };
     names.sort_unstable();
     let first = folders.len();
+    let mut too_long = false;
     for name in names {
         let path = match folder {
             b"" => name,
             folder => [folder, &name].join(&b'/'),
         };
         if path.len() > LONGEST_PATH {
+            too_long = true;
             continue;
         }
         match entry(tree, &path, told) {
@@ -77,7 +80,12 @@ fn inside(
         }
     }
     folders[first..].reverse();
-    Ok(Ok(()))
+    // The path itself can't be told.
+    Ok(if too_long {
+        Err(Errno::NAMETOOLONG.into())
+    } else {
+        Ok(())
+    })
 }
 
 fn names(tree: &mut Tree, folder: &[u8]) -> io::Result<Vec<Vec<u8>>> {

@@ -3,6 +3,7 @@
 use std::env;
 use std::ffi::{CString, OsStr, OsString};
 use std::fs::{self, File};
+use std::hash::{DefaultHasher, Hash, Hasher};
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::os::unix::ffi::OsStrExt;
@@ -13,6 +14,7 @@ use rustix::fs::{
     self as sys, AtFlags, FileType, Gid, Mode, OFlags, SeekFrom, Timespec, Timestamps, Uid,
 };
 use rustix::io::Errno;
+use rustix::process::geteuid;
 
 use super::wire::{Attributes, PIECE, Taken};
 
@@ -240,9 +242,7 @@ impl Tree {
         let made = |name: &OsStr| sys::openat(folder, name, flags, Mode::from_raw_mode(PRIVATE));
         let (file, beside) = match made(name) {
             Err(Errno::EXIST) => {
-                let short = &name.as_bytes()[..name.len().min(200)];
-                let beside =
-                    OsString::from_iter([&b"."[..], short, PART, b"new"].map(OsStr::from_bytes));
+                let beside = beside(name.as_bytes());
                 let _ = sys::unlinkat(folder, &beside, AtFlags::empty());
                 (made(&beside)?, Some(beside))
             }
@@ -266,18 +266,32 @@ impl Tree {
 
     /// A file that is written in pieces, of this size.
     pub fn part(&mut self, path: &[u8], size: u64) -> io::Result<Taken> {
-        let taken = match self.file(path, true) {
-            Ok(_) => Taken::Before,
-            Err(error) if error.kind() == io::ErrorKind::NotFound => {
-                let (folder, name) = self.place(path)?;
-                let flags = OFlags::RDWR | OFlags::CREATE | OFlags::EXCL | OFlags::CLOEXEC;
-                sys::openat(folder, name, flags, Mode::from_raw_mode(PRIVATE))?;
-                Taken::All
-            }
-            Err(error) => return Err(error),
+        let taken = if self.has_part(path)? {
+            Taken::Before
+        } else {
+            let (folder, name) = self.place(path)?;
+            let flags = OFlags::RDWR | OFlags::CREATE | OFlags::EXCL | OFlags::CLOEXEC;
+            sys::openat(folder, name, flags, Mode::from_raw_mode(PRIVATE))?;
+            Taken::All
         };
         self.file(path, true)?.set_len(size)?;
         Ok(taken)
+    }
+
+    /// Whether there is one that is ours alone. Another user's, who would go on having it, is taken away.
+    fn has_part(&mut self, path: &[u8]) -> io::Result<bool> {
+        let about = match self.file(path, true) {
+            Ok(file) => sys::fstat(file)?,
+            Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(false),
+            Err(error) => return Err(error),
+        };
+        if about.st_uid == geteuid().as_raw() && about.st_nlink == 1 {
+            return Ok(true);
+        }
+        self.open = None;
+        let (folder, name) = self.place(path)?;
+        sys::unlinkat(folder, name, AtFlags::empty())?;
+        Ok(false)
     }
 
     /// One piece of it.
@@ -375,8 +389,11 @@ impl Tree {
         }
     }
 
-    /// Mode, times and owner of a folder or a file; of an empty path, those of the root.
+    /// Mode, times and owner of a folder or a file; of an empty path, those of the root, unless it only has one name.
     pub fn attributes(&mut self, path: &[u8], attributes: &Attributes) -> io::Result<Taken> {
+        if path.is_empty() && self.only.is_some() {
+            return Err(Errno::ACCESS.into());
+        }
         let flags = OFlags::RDONLY | OFlags::NOFOLLOW | OFlags::NONBLOCK | OFlags::CLOEXEC;
         let opened = if path.is_empty() {
             self.inside(path)?.try_clone_to_owned()?
@@ -398,6 +415,16 @@ impl Tree {
         };
         Ok(sys::unlinkat(folder, name, flags)?)
     }
+}
+
+/// What a whole file is called until it takes the place of what has its name. Another stream may write a file whose long
+/// name begins like this one.
+fn beside(name: &[u8]) -> OsString {
+    let mut hasher = DefaultHasher::new();
+    name.hash(&mut hasher);
+    let mine = format!("{:016x}-new", hasher.finish());
+    let short = &name[..name.len().min(200)];
+    OsString::from_iter([b".", short, PART, mine.as_bytes()].map(OsStr::from_bytes))
 }
 
 /// Nothing that leads anywhere else.

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from typing import Final
 
 from kohakuriver.client.copying.plan import SMALL, Options, Plan, part_name
-from kohakuriver.client.copying.sides import FileError, Side
+from kohakuriver.client.copying.sides import Done, FileError, Side
 from kohakuriver.tunnel.files import PIECE, Answer, Attributes, Entry
 
 __all__ = ["Copied", "Copy", "Worker"]
@@ -226,11 +226,30 @@ class Worker:
                 self.done.fail(entry.path, data.why)
             elif len(data) != entry.size:
                 self.done.fail(entry.path, _CHANGED)
+            elif self._options.update:
+                self._put_beside(part_name(path, entry), path, attributes, data, written)
             else:
                 self._target.put(path, attributes, data, written)
 
         # One byte more tells of a file that has grown.
         self.source.read(entry.path, 0, entry.size + 1, read)
+
+    def _put_beside(self, part: bytes, path: bytes, attributes: Attributes, data: memoryview, then: Done) -> None:
+        """Write a small file that has its name when it has its bytes and its time, and not before.
+
+        Whatever else ends halfway is newer than its source, which is what --update leaves alone ever after.
+        """
+        made: list[int | FileError] = []
+
+        def filled(result: int | FileError) -> None:
+            failed = next((each for each in (*made, result) if isinstance(each, FileError)), None)
+            if failed is not None:
+                then(failed)
+            else:
+                self._later.append(lambda: self._target.finish(part, path, attributes, then))
+
+        self._target.part(part, len(data), made.append)
+        self._target.write(part, 0, data, filled)
 
     def _range(self, job: _Range) -> None:
         file = job.file

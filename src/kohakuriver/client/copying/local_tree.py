@@ -8,14 +8,16 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import hashlib
 import os
 import stat
+import threading
 import zlib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Final
 
-from kohakuriver.client.copying.sides import Done, FileError, Told
+from kohakuriver.client.copying.sides import Done, FileError, StreamGone, Told
 from kohakuriver.tunnel.files import PIECE, Answer, Attributes, Entry, is_safe
 
 __all__ = ["PART", "LocalTree"]
@@ -49,9 +51,10 @@ class LocalTree:
     Large because it is all that a Side can be asked for, and what is open is asked with it.
     """
 
-    def __init__(self, root: int, only: bytes | None) -> None:
+    def __init__(self, root: int, only: bytes | None, hung_up: threading.Event | None = None) -> None:
         self._root = root
         self.only = only
+        self._hung_up = hung_up or threading.Event()
         self._way: list[tuple[bytes, int]] = []
         self._open: tuple[bytes, bool, int] | None = None
         self._buffer = bytearray(PIECE)
@@ -84,8 +87,16 @@ class LocalTree:
             return cls(os.open(parent or b".", _FOLDER), name)
 
     def another(self) -> LocalTree:
-        """The same folder, for another thread."""
-        return LocalTree(os.dup(self._root), self.only)
+        """The same folder, for another thread; it is hung up with this one."""
+        return LocalTree(os.dup(self._root), self.only, self._hung_up)
+
+    def hang_up(self) -> None:
+        self._hung_up.set()
+
+    def _check(self) -> None:
+        """Before whatever may take its time. Raises StreamGone."""
+        if self._hung_up.is_set():
+            raise StreamGone("The copy has been ended.")
 
     def close(self) -> None:
         self._forget()
@@ -116,7 +127,8 @@ class LocalTree:
         return way[-1][1] if way else self._root
 
     def _place(self, path: bytes) -> tuple[int, bytes]:
-        """The folder that a path is in, and its name there. Raises OSError."""
+        """The folder that a path is in, and its name there. Raises OSError, and StreamGone."""
+        self._check()
         if not is_safe(path):
             raise OSError(errno.EINVAL, os.strerror(errno.EINVAL))
         parent, _, name = path.rpartition(b"/")
@@ -134,9 +146,10 @@ class LocalTree:
         self._forget()
         folder, name = self._place(path)
         opened = os.open(name, _FILE | (os.O_RDWR if writes else os.O_RDONLY), dir_fd=folder)
-        self._open = path, writes, opened
         if not stat.S_ISREG(os.fstat(opened).st_mode):
+            os.close(opened)
             raise OSError(errno.EINVAL, "It is no regular file any more")
+        self._open = path, writes, opened
         return opened
 
     # -- reading -----------------------------------------------------------------------------------------------
@@ -155,6 +168,7 @@ class LocalTree:
             else:
                 found.append(_entry(b"", os.fstat(self._root), self._root, b""))
         while folders:
+            self._check()
             here = folders.pop()
             try:
                 below = self._list(here, found)
@@ -172,6 +186,7 @@ class LocalTree:
         with os.scandir(folder) as scanned:
             each = sorted(scanned, key=lambda one: one.name)
         for one in each:
+            self._check()
             name = os.fsencode(one.name)
             try:
                 entry = _entry(prefix + name, one.stat(follow_symlinks=False), folder, name)
@@ -245,7 +260,8 @@ class LocalTree:
         try:
             opened = os.open(name, os.O_WRONLY | _NEW, 0o600, dir_fd=folder)
         except FileExistsError:
-            made = b"." + name[:200] + PART + b"new"
+            # Another thread may write a file whose long name begins like this one.
+            made = b"." + name[:200] + PART + hashlib.sha256(name).hexdigest()[:16].encode() + b"-new"
             with contextlib.suppress(FileNotFoundError):
                 os.unlink(made, dir_fd=folder)
             opened = os.open(made, os.O_WRONLY | _NEW, 0o600, dir_fd=folder)
@@ -264,18 +280,28 @@ class LocalTree:
 
     def part(self, path: bytes, size: int, then: Done) -> None:
         try:
-            taken = Answer.BEFORE
-            try:
-                opened = self._file(path, True)
-            except FileNotFoundError:
+            taken = Answer.BEFORE if self._has_part(path) else Answer.ALL
+            if taken == Answer.ALL:
                 folder, name = self._place(path)
                 os.close(os.open(name, os.O_RDWR | _NEW, 0o600, dir_fd=folder))
-                opened, taken = self._file(path, True), Answer.ALL
-            os.ftruncate(opened, size)
+            os.ftruncate(self._file(path, True), size)
         except OSError as error:
             then(_error(error))
             return
         then(taken)
+
+    def _has_part(self, path: bytes) -> bool:
+        """Whether there is one that is ours alone. Another user's, who would go on having it, is taken away."""
+        try:
+            about = os.fstat(self._file(path, True))
+        except FileNotFoundError:
+            return False
+        if about.st_uid == os.geteuid() and about.st_nlink == 1:
+            return True
+        self._forget()
+        folder, name = self._place(path)
+        os.unlink(name, dir_fd=folder)
+        return False
 
     def write(self, path: bytes, offset: int, data: memoryview, then: Done) -> None:
         try:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
+import os
 from dataclasses import dataclass, field
 from typing import Final
 
 from kohakuriver.client.copying.local_tree import PART
-from kohakuriver.tunnel.files import PIECE, Attributes, Entry
+from kohakuriver.tunnel.files import LONGEST_PATH, PIECE, Attributes, Entry
 
 __all__ = ["SMALL", "Options", "Plan", "part_name", "plan"]
 
@@ -18,6 +20,8 @@ One byte more than that is read, which must be one piece.
 """
 
 _SECOND: Final = 1_000_000_000
+_STATE: Final = 16  # hexadecimal digits in the name of a part
+_ADDED: Final = len(b"." + PART) + _STATE
 
 
 @dataclass(frozen=True)
@@ -52,9 +56,12 @@ class Plan:
 
 
 def part_name(path: bytes, entry: Entry) -> bytes:
-    """What the copy of a file is called while it is only partly there: another name for another state of the file."""
+    """What the copy of a file is called while it is only partly there: another name for another state of the file.
+
+    And for another file: names may be as long as any may be, and begin alike, so the whole name counts.
+    """
     parent, slash, name = path.rpartition(b"/")
-    state = hashlib.sha256(b"%d %d" % (entry.size, entry.mtime)).hexdigest()[:12]
+    state = hashlib.sha256(b"%d %d " % (entry.size, entry.mtime) + name).hexdigest()[:_STATE]
     return parent + slash + b"." + name[:200] + PART + state.encode()
 
 
@@ -72,14 +79,18 @@ def plan(source: list[Entry], there: list[Entry], prefix: bytes, name: bytes | N
     copied: set[bytes] = set()
     for entry in source:
         path = name if name is not None else prefix + entry.path if entry.path else prefix[:-1]
+        if entry.kind == "e":  # first: a folder that can't be opened has been told as a folder before
+            made.failed.append((entry.path, entry.target.decode("utf-8", "replace")))
+            wanted.add(path)
+            continue
         if path in wanted:
             continue  # a peer that says a name twice
         wanted.add(path)
         before = has.get(path)
-        if entry.kind == "e":
-            made.failed.append((entry.path, entry.target.decode("utf-8", "replace")))
-        elif entry.kind == "o":
+        if entry.kind == "o":
             made.left_out.append(entry.path)
+        elif len(path) > LONGEST_PATH - (_ADDED if entry.kind == "f" else 0):
+            made.failed.append((entry.path, os.strerror(errno.ENAMETOOLONG)))
         elif entry.kind == "d":
             made.folders.append((entry, path))
         elif before is not None and before.kind == "d":

@@ -9,8 +9,8 @@ from collections import deque
 from collections.abc import Callable
 from typing import Final, NoReturn
 
-from kohakuriver.client.copying.sides import Done, FileError, Told
-from kohakuriver.errors import KohakuRiverError, UnavailableError
+from kohakuriver.client.copying.sides import Done, FileError, StreamGone, Told
+from kohakuriver.errors import UnavailableError
 from kohakuriver.text import one_line
 from kohakuriver.tunnel.files import (
     HEAD,
@@ -25,7 +25,7 @@ from kohakuriver.tunnel.files import (
     segments_in,
 )
 
-__all__ = ["RemoteTree", "StreamGone"]
+__all__ = ["RemoteTree"]
 
 _BUFFER: Final = 4 << 20
 _LONGEST: Final = PIECE + 4096  # no answer is longer
@@ -42,10 +42,6 @@ _NUMBER: Final = struct.Struct(">Q")
 _RANGE: Final = struct.Struct(">QQ")
 
 Heard = Callable[[int, memoryview], None]
-
-
-class StreamGone(KohakuRiverError):
-    """The stream has ended; who carries it knows why."""
 
 
 class RemoteTree:

@@ -14,8 +14,8 @@ from typing import TypeVar
 from kohakuriver.client.copying.engine import Copied, Copy, Worker
 from kohakuriver.client.copying.local_tree import LocalTree
 from kohakuriver.client.copying.plan import Options, Plan, plan
-from kohakuriver.client.copying.remote_tree import RemoteTree, StreamGone
-from kohakuriver.client.copying.sides import FileError, Side
+from kohakuriver.client.copying.remote_tree import RemoteTree
+from kohakuriver.client.copying.sides import FileError, Side, StreamGone
 from kohakuriver.client.forward import Event
 from kohakuriver.client.lasting_terminal import NO_LASTING, Carrier
 from kohakuriver.config import Settings
@@ -151,7 +151,7 @@ async def copy_files(
             except StreamGone:
                 raise await lines.why() from None
             finally:
-                lines.hang_up()
+                session.hang_up()  # else the threads would be waited for until all is done
     finally:
         await lines.close()
 
@@ -179,6 +179,13 @@ class _Session:
     streams: int
     on_progress: Callable[[Progress], None]
     every: float
+    _here: LocalTree | None = None
+
+    def hang_up(self) -> None:
+        """End what the threads do at either end: they get StreamGone."""
+        self.lines.hang_up()
+        if self._here is not None:
+            self._here.hang_up()
 
     async def run(self) -> Progress:
         is_down = self.source.task is not None
@@ -203,6 +210,7 @@ class _Session:
         except FileError as error:
             raise self._no_place(place, error) from None
         self.opened.callback(tree.close)
+        self._here = tree
         if is_source and tree.only is None and not self.folder:
             raise self._is_folder()
         return tree
@@ -271,7 +279,7 @@ class _Session:
         try:
             await asyncio.gather(*threads)
         except BaseException:
-            self.lines.hang_up()
+            self.hang_up()
             raise
 
     @contextlib.asynccontextmanager

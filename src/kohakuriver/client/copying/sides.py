@@ -9,9 +9,10 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Protocol, TypeVar
 
+from kohakuriver.errors import KohakuRiverError
 from kohakuriver.tunnel.files import Attributes, Entry
 
-__all__ = ["Done", "FileError", "Side", "Told"]
+__all__ = ["Done", "FileError", "Side", "StreamGone", "Told"]
 
 T = TypeVar("T")
 
@@ -26,6 +27,10 @@ class FileError(Exception):
 
     def __str__(self) -> str:
         return self.why
+
+
+class StreamGone(KohakuRiverError):
+    """A side can be asked nothing more: its stream has ended, and who carries that knows why, or it was hung up."""
 
 
 Told = Callable[["T | FileError"], None]
@@ -78,6 +83,9 @@ class Side(Protocol):
 
     def settle(self, *, all_of_it: bool = False) -> None:
         """Wait until there is room for more requests, or until all have been answered."""
+
+    def hang_up(self) -> None:
+        """From any thread: whoever asks for something, or waits for it, gets StreamGone."""
 
     def close(self) -> None:
         """Let go of what is open."""
