@@ -13,6 +13,7 @@ import httpx
 import pytest
 
 from kohakuriver.config import browser_url
+from kohakuriver.host.schemas import iso_time
 from kohakuriver.limits import Limits
 from kohakuriver.store.browsers import CODE_SECONDS, IDLE_SECONDS, LONGEST_SECONDS, MOST_BROWSERS, SEEN_SECONDS
 from kohakuriver.web.origin import is_own_page
@@ -306,6 +307,38 @@ def test_a_browser_makes_no_links_so_none_stays_beyond_its_time(on_host: Callabl
         host.clock.now += LONGEST_SECONDS
         assert (await host.client(made["token"]).get("/api/auth")).status_code == 401
         assert browser_row["user"] == "admin"
+
+    on_host(check)
+
+
+def test_nothing_that_an_admins_browser_makes_outlives_its_last_day(on_host: Callable[..., None]) -> None:
+    """A stolen cookie does not renew itself: not by a token for another admin or a node, nor by one of such a token."""
+
+    async def check(host: HostUnderTest) -> None:
+        browser = Browser(host)
+        await browser.log_in(host.admin_token)
+        for name in ("eve", "mallory"):
+            assert (await browser.ask("POST", "/api/users", json={"name": name, "role": "admin"})).status_code == 201
+        last = host.clock.now + LONGEST_SECONDS
+        asked: list[dict[str, Any]] = [{"user": "eve"}, {"user": "eve", "expires_in": 9e6}, {"node": "n1"}]
+        made = [
+            (await browser.ask("POST", "/api/tokens", json={"name": f"t{n}", **body})).json()
+            for n, body in enumerate(asked)
+        ]
+        eve = host.client(made[0]["token"])
+        of_eve: list[dict[str, Any]] = [{}, {"user": "mallory"}, {"node": "n2"}]
+        host.clock.now += 100
+        made += [
+            (await eve.post("/api/tokens", json={"name": f"of eve {n}", **body})).json()
+            for n, body in enumerate(of_eve)
+        ]
+        assert {each["expires_at"] for each in made} == {iso_time(last)}
+        sooner = await browser.ask("POST", "/api/tokens", json={"name": "sooner", "user": "eve", "expires_in": 10})
+        assert sooner.json()["expires_at"] == iso_time(host.clock.now + 10)
+        by_token = await host.user.post("/api/tokens", json={"name": "by a token", "node": "n3"})
+        assert by_token.json()["expires_at"] is None
+        host.clock.now = last
+        assert (await host.client(made[4]["token"]).get("/api/auth")).status_code == 401
 
     on_host(check)
 
