@@ -13,7 +13,9 @@ import httpx
 import pytest
 
 from kohakuriver.config import browser_url
+from kohakuriver.errors import UnauthenticatedError, UnavailableError
 from kohakuriver.host.schemas import iso_time
+from kohakuriver.host.services.failures import TOO_MANY_FAILURES, Failures
 from kohakuriver.limits import Limits
 from kohakuriver.store.browsers import CODE_SECONDS, IDLE_SECONDS, LONGEST_SECONDS, MOST_BROWSERS, SEEN_SECONDS
 from kohakuriver.web.origin import is_own_page
@@ -181,6 +183,62 @@ def test_wrong_tokens_at_the_page_are_answered_ever_later(on_host: Callable[...,
         assert (await browser.log_in(host.admin_token)).status_code == 303
 
     on_host(check, limits=Limits(max_requests=0, max_failures=1))
+
+
+@pytest.mark.parametrize("path", ["/login", "/"])
+def test_a_browser_with_an_old_cookie_gets_the_form_however_many_bad_credentials_its_address_has_shown(
+    on_host: Callable[..., None], path: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def too_many(failures: Failures, origin: str, error: UnauthenticatedError) -> None:
+        raise UnavailableError("too many", code=TOO_MANY_FAILURES, status=429)
+
+    async def check(host: HostUnderTest) -> None:
+        browser = Browser(host)
+        await browser.log_in(host.admin_token)
+        (name,) = browser.cookies
+        monkeypatch.setattr(Failures, "failed", too_many)
+        browser.cookies = {name: "krb_forgotten"}
+        answer = await browser.open(path)
+        assert answer.status_code == (200 if path == "/login" else 303)
+        assert browser.cookies == {}
+        assert 'name="token"' in (await browser.open("/login")).text
+
+    on_host(check)
+
+
+def test_a_browser_that_was_logged_out_has_guessed_nothing(on_host: Callable[..., None]) -> None:
+    async def check(host: HostUnderTest) -> None:
+        browser = Browser(host)
+        await browser.log_in(host.admin_token)
+        cookies = dict(browser.cookies)
+        await browser.ask("POST", "/logout")
+        browser.cookies = cookies
+        answers = await asyncio.gather(*(browser.ask("GET", "/api/auth") for _ in range(12)))
+        assert {answer.status_code for answer in answers} == {401}
+        assert (await Browser(host).log_in("kr_wrong")).status_code == 401
+
+    on_host(check, limits=Limits(max_requests=0, max_failures=1))
+
+
+@pytest.mark.parametrize("path", ["/login", "/"])
+def test_a_cookie_that_is_no_good_is_cleared_under_the_name_with_which_it_came(
+    on_host: Callable[..., None], path: str
+) -> None:
+    """No request for a page tells that it came over TLS to a proxy, and `__Host-` goes with `Secure` alone."""
+
+    async def check(host: HostUnderTest) -> None:
+        browser = Browser(host, "river.localhost")
+        port = browser.authority.rpartition(":")[2]
+        for prefix in ("__Host-", ""):
+            name = f"{prefix}kohakuriver-host-{port}"
+            browser.cookies = {name: "krb_x", "other": "1"}
+            (cleared,) = (await browser.open(path)).headers.get_list("set-cookie")
+            parts = {part.strip().lower() for part in cleared.split(";")}
+            assert {f'{name.lower()}=""', "max-age=0", "path=/"} <= parts
+            assert ("secure" in parts) == bool(prefix)
+        assert "set-cookie" not in (await Browser(host).open(path)).headers
+
+    on_host(check)
 
 
 @pytest.mark.parametrize(

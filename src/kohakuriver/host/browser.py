@@ -14,7 +14,7 @@ from fastapi.routing import APIRoute
 from kohakuriver import __version__
 from kohakuriver.asking import asker
 from kohakuriver.config import NAME_IN_BROWSERS, browser_url
-from kohakuriver.errors import KohakuRiverError, NotAllowedError, UnauthenticatedError, UsageError
+from kohakuriver.errors import KohakuRiverError, NotAllowedError, UnauthenticatedError, UnavailableError, UsageError
 from kohakuriver.host.cookies import clear_cookie, is_tls, need_own_page, set_cookie, shown_cookie
 from kohakuriver.host.html import form, page
 from kohakuriver.host.index import table_of
@@ -22,6 +22,7 @@ from kohakuriver.host.parts import Services
 from kohakuriver.host.schemas import iso_time
 from kohakuriver.host.services.audit import REFUSALS
 from kohakuriver.host.services.credentials import Caller
+from kohakuriver.host.services.failures import TOO_MANY_FAILURES
 from kohakuriver.store import Token
 from kohakuriver.web.app import services_of
 
@@ -87,7 +88,11 @@ async def login_page(request: Request) -> Response:
     """The page that asks for a token; with the code of a link, the way in."""
     code = request.query_params.get("code")
     if code is None:
-        return _login_form() if await _visitor(request) is None else RedirectResponse("/", 303)
+        if await _visitor(request) is not None:
+            return RedirectResponse("/", 303)
+        blank = _login_form()
+        clear_cookie(request, blank)
+        return blank
     services, cookie = _services(request), shown_cookie(request)
     await services.requests.turn(asker().origin)
     opened = await services.logins.opened_by(code)
@@ -140,8 +145,7 @@ def _came_in(request: Request, cookie: str, browser: Token) -> Response:
 
 def _to_login(request: Request) -> Response:
     response = RedirectResponse("/login", 303)
-    if shown_cookie(request) is not None:
-        clear_cookie(request, response)
+    clear_cookie(request, response)
     return response
 
 
@@ -155,6 +159,11 @@ async def _visitor(request: Request) -> tuple[Caller, Token] | None:
     try:
         found: tuple[Caller, Token] = await services.logins.visitor(cookie)
     except UnauthenticatedError:
+        return None
+    except UnavailableError as error:
+        # Nor is anybody where others behind this address have shown too many that are no good: the form is for all.
+        if error.code != TOO_MANY_FAILURES:
+            raise
         return None
     services.requests.count(found[0])
     return found
