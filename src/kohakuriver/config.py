@@ -54,7 +54,8 @@ DEFAULT_HOST = f"http://127.0.0.1:{DEFAULT_HOST_PORT}"
 NAME_IN_BROWSERS = "kohakuriver.localhost"
 """As what a browser goes to a host on its own machine, without TLS.
 
-It sends cookies to every port of a name, and at 127.0.0.1 and localhost others listen, forwards of tasks' ports too.
+It sends cookies to every port of a name, and at 127.0.0.1 and localhost forwards of tasks' ports are opened. A page
+that knows this name can send it to another port of it, too.
 """
 
 SHARED_NAMES = ("127.0.0.1", "::1", "localhost")

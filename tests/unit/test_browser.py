@@ -661,7 +661,7 @@ def test_a_websocket_is_not_opened_by_a_cookie(on_host: Callable[..., None]) -> 
 
 
 @pytest.mark.parametrize("name", ["127.0.0.1", "localhost", "LOCALHOST"])
-def test_a_browser_on_this_machine_is_sent_to_a_name_at_which_nothing_else_listens(
+def test_a_browser_on_this_machine_is_sent_to_a_name_at_which_no_forward_is_opened(
     on_host: Callable[..., None], name: str
 ) -> None:
     async def check(host: HostUnderTest) -> None:

@@ -53,7 +53,7 @@ pages = APIRouter(route_class=_Page)
 
 
 def _elsewhere(request: Request) -> Response | None:
-    """Where a browser is sent that came by a name at which others listen, too. Raises NotAllowedError for a form."""
+    """Where a browser is sent that came by a name at which forwards are opened. Raises NotAllowedError for a form."""
     came = str(request.url)
     there = browser_url(came)
     if there == came or is_tls(request) or not _is_browser(request):
