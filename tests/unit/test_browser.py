@@ -12,10 +12,11 @@ from typing import Any
 import httpx
 import pytest
 
-from kohakuriver.config import browser_url
+from kohakuriver.config import NAME_IN_BROWSERS, browser_url
 from kohakuriver.errors import UnauthenticatedError, UnavailableError
 from kohakuriver.host.schemas import iso_time
 from kohakuriver.host.services.failures import TOO_MANY_FAILURES, Failures
+from kohakuriver.host.services.logins import name_in_browsers
 from kohakuriver.limits import Limits
 from kohakuriver.store.browsers import CODE_SECONDS, IDLE_SECONDS, LONGEST_SECONDS, MOST_BROWSERS, SEEN_SECONDS
 from kohakuriver.web.origin import is_own_page
@@ -661,28 +662,63 @@ def test_a_websocket_is_not_opened_by_a_cookie(on_host: Callable[..., None]) -> 
 
 
 @pytest.mark.parametrize("name", ["127.0.0.1", "localhost", "LOCALHOST"])
-def test_a_browser_on_this_machine_is_sent_to_a_name_at_which_no_forward_is_opened(
+def test_by_a_name_that_others_share_no_browser_comes_in_nor_hears_of_the_right_one(
     on_host: Callable[..., None], name: str
 ) -> None:
     async def check(host: HostUnderTest) -> None:
         browser = Browser(host, name)
-        there = f"http://kohakuriver.localhost:{browser.authority.rpartition(':')[2]}"
-        assert (await browser.open("/login?code=a%2Fb")).headers["location"] == f"{there}/login?code=a%2Fb"
-        assert (await browser.open("/")).headers["location"] == f"{there}/"
-        answer = await browser.log_in(host.admin_token)
-        assert (answer.status_code, browser.cookies) == (403, {})
-        assert f"{there}/login" in answer.text
+        link = await link_of(host.user)
+        answers = [await browser.open(path) for path in ("/", "/login", link)]
+        answers += [await browser.log_in(host.admin_token)]
+        for answer in answers:
+            assert (answer.status_code, browser.cookies) == (403, {})
+            assert "kohakuriver open" in answer.text
+            assert host.logins.name not in answer.text + str(answer.headers)
         assert (await browser.ask("GET", "/", headers={"Accept": "*/*"})).json()["name"] == "KohakuRiver host"
 
     on_host(check)
 
 
+@pytest.mark.parametrize("name", ["kohakuriver.localhost", "kr-a.localhost"])
+def test_no_cookie_is_set_without_tls_at_a_local_name_that_a_page_can_choose(
+    on_host: Callable[..., None], name: str
+) -> None:
+    async def check(host: HostUnderTest) -> None:
+        browser = Browser(host, name)
+        page = await browser.open(await link_of(host.user))
+        assert (page.status_code, browser.cookies) == (200, {})
+        assert (await browser.log_in(host.admin_token)).status_code == 403
+        assert browser.cookies == {}
+        assert host.logins.name not in page.text
+
+    on_host(check)
+
+
+def test_the_pages_of_a_browser_that_is_logged_in_do_not_show_the_hosts_name(on_host: Callable[..., None]) -> None:
+    async def check(host: HostUnderTest) -> None:
+        browser = Browser(host)
+        await browser.log_in(host.admin_token)
+        for path in ("/", "/login", "/docs", "/openapi.json"):
+            answer = await browser.open(path)
+            assert host.logins.name not in answer.text + str(answer.headers)
+
+    on_host(check)
+
+
+def test_a_host_makes_its_name_in_browsers_once_and_nobody_else_reads_it(tmp_path: Path) -> None:
+    names = {name_in_browsers(tmp_path / each / "browser-name") for each in ("a", "a", "b")}
+    assert len(names) == 2
+    assert all(NAME_IN_BROWSERS.fullmatch(name) for name in names)
+    assert (tmp_path / "a" / "browser-name").stat().st_mode & 0o777 == 0o600
+
+
 def test_the_url_for_a_browser_has_that_name_too() -> None:
-    assert browser_url("http://127.0.0.1:8000") == "http://kohakuriver.localhost:8000"
-    assert browser_url("http://[::1]:8000/x") == "http://kohakuriver.localhost:8000/x"
-    assert browser_url("http://localhost") == "http://kohakuriver.localhost"
+    name = "kr-x.localhost"
+    assert browser_url("http://127.0.0.1:8000", name) == "http://kr-x.localhost:8000"
+    assert browser_url("http://[::1]:8000/x", name) == "http://kr-x.localhost:8000/x"
+    assert browser_url("http://localhost", name) == "http://kr-x.localhost"
     for other in ("https://localhost:8000", "http://river.localhost:8000", "http://127.0.0.2:1"):
-        assert browser_url(other) == other
+        assert browser_url(other, name) == other
 
 
 def test_audit_lines_say_that_a_browser_did_it(on_host: Callable[..., None], tmp_path: Path) -> None:

@@ -13,7 +13,7 @@ from fastapi.routing import APIRoute
 
 from kohakuriver import __version__
 from kohakuriver.asking import asker
-from kohakuriver.config import NAME_IN_BROWSERS, browser_url
+from kohakuriver.config import SHARED_NAMES
 from kohakuriver.errors import KohakuRiverError, NotAllowedError, UnauthenticatedError, UnavailableError, UsageError
 from kohakuriver.host.cookies import clear_cookie, is_tls, need_own_page, set_cookie, shown_cookie
 from kohakuriver.host.html import form, page
@@ -40,7 +40,8 @@ class _Page(APIRoute):
 
         async def shown(request: Request) -> Response:
             try:
-                return _elsewhere(request) or await answer(request)
+                _need_own_name(request)
+                return await answer(request)
             except KohakuRiverError as error:
                 if error.status in REFUSALS:
                     services_of(request).audit.refused(error)
@@ -52,15 +53,18 @@ class _Page(APIRoute):
 pages = APIRouter(route_class=_Page)
 
 
-def _elsewhere(request: Request) -> Response | None:
-    """Where a browser is sent that came by a name at which forwards are opened. Raises NotAllowedError for a form."""
-    came = str(request.url)
-    there = browser_url(came)
-    if there == came or is_tls(request) or not _is_browser(request):
-        return None
-    if request.method != "GET":
-        raise NotAllowedError(f"Do this at {there}: what listens on other ports here would get the cookie, too.")
-    return RedirectResponse(there, 303)
+def _need_own_name(request: Request) -> None:
+    """Raises NotAllowedError for a browser on this machine that came by a name at which others listen or can be had.
+
+    Which name is the right one is not said: who asks may be a page, or its visitor.
+    """
+    name = request.url.hostname or ""
+    local = name in SHARED_NAMES or (name.endswith(".localhost") and request.method != "GET")
+    if local and name != _services(request).logins.name and not is_tls(request) and _is_browser(request):
+        raise NotAllowedError(
+            "Run `kohakuriver open`, which opens this host by a name of its own: what listens on other ports of this "
+            "name would get the cookie, too."
+        )
 
 
 def _is_browser(request: Request) -> bool:
@@ -175,7 +179,7 @@ def _typed_in(request: Request) -> bool:
     A browser that loads what the user might open next opens nothing yet.
     """
     headers = request.headers
-    here = request.url.scheme == "https" or request.url.hostname == NAME_IN_BROWSERS
+    here = request.url.scheme == "https" or request.url.hostname == _services(request).logins.name
     said = headers.getlist("sec-fetch-site"), headers.get("sec-fetch-mode")
     return here and said == (["none"], "navigate") and not {"sec-purpose", "purpose"} & set(headers.keys())
 
