@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import re
 import sys
 import tempfile
 from dataclasses import asdict, dataclass, field
@@ -51,10 +52,11 @@ DEFAULT_RUNNER_PORT = 8001
 DEFAULT_SSH_PORT = 8002
 DEFAULT_HOST = f"http://127.0.0.1:{DEFAULT_HOST_PORT}"
 
-NAME_IN_BROWSERS = "kohakuriver.localhost"
-"""As what a browser goes to a host on its own machine, without TLS.
+NAME_IN_BROWSERS = re.compile(r"kr-[a-z2-7]{26}\.localhost")
+"""As what a browser goes to a host on its own machine, without TLS: a name that the host makes up.
 
-It sends cookies to every port of a name, and at 127.0.0.1 and localhost others listen, forwards of tasks' ports too.
+A browser sends cookies to every port of a name. At 127.0.0.1 and localhost forwards of tasks' ports are opened, and to
+any port of a name that a page can guess it can send the browser.
 """
 
 SHARED_NAMES = ("127.0.0.1", "::1", "localhost")
@@ -111,13 +113,13 @@ def host_url(text: str, port: int = DEFAULT_HOST_PORT) -> str:
     return bare
 
 
-def browser_url(url: str) -> str:
-    """A host's URL as a browser should have it."""
+def browser_url(url: str, name: str) -> str:
+    """A host's URL as a browser should have it; `name` is what the host calls itself there."""
     parts = urlsplit(url)
     if parts.scheme != "http" or parts.hostname not in SHARED_NAMES:
         return url
     port = "" if parts.port is None else f":{parts.port}"
-    return parts._replace(netloc=NAME_IN_BROWSERS + port).geturl()
+    return parts._replace(netloc=name + port).geturl()
 
 
 def path_segment(name: str) -> str:

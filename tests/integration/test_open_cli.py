@@ -5,6 +5,7 @@ from __future__ import annotations
 import http.client
 import json
 import os
+import re
 import stat
 import sys
 from collections.abc import Iterator
@@ -203,10 +204,11 @@ def logged_in(link: str) -> str:
 def test_open_without_a_task_logs_a_browser_in_to_the_host_and_ends(cluster: Cluster, tmp_path: Path) -> None:
     port = urlsplit(cluster.ready["host_url"]).port
     link = cluster.succeed("open", "--print").strip()
-    assert link.startswith(f"http://kohakuriver.localhost:{port}/login?code=")
+    assert re.match(rf"http://kr-[a-z2-7]{{26}}\.localhost:{port}/login\?code=", link)
     assert logged_in(link) == "admin"
     told = json.loads(cluster.succeed("open", "--json"))
     assert set(told) == {"url", "expires_at"}
+    assert urlsplit(told["url"]).hostname == urlsplit(link).hostname
     assert logged_in(told["url"]) == "admin"
     seen, browser = tmp_path / "seen", tmp_path / "browser"
     browser.write_text(f'#!/bin/sh\necho "$1" > {seen}\n')

@@ -7,17 +7,19 @@ from urllib.parse import urlsplit
 
 import httpx
 
-from kohakuriver.config import NAME_IN_BROWSERS
 from tests.support.host_only import HostUnderTest
 
 __all__ = ["Browser", "link_of"]
 
 
 class Browser:
-    """One browser. `site` of a request is what it says of the page that sent it, as Fetch Metadata has it."""
+    """One browser, which goes to the host by `name`, "" for that of its links.
 
-    def __init__(self, host: HostUnderTest, name: str = NAME_IN_BROWSERS) -> None:
-        self.authority = f"{name}:{urlsplit(host.url).port}"
+    `site` of a request is what it says of the page that sent it, as Fetch Metadata has it.
+    """
+
+    def __init__(self, host: HostUnderTest, name: str = "") -> None:
+        self.authority = f"{name or host.logins.name}:{urlsplit(host.url).port}"
         self.origin = f"http://{self.authority}"
         self.cookies: dict[str, str] = {}
         self._http = host.client(None)

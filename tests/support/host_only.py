@@ -206,7 +206,9 @@ class HostUnderTest:
         self.proxy = TunnelProxy(authorize=self.forwards.authorize, authorize_terminal=self.forwards.authorize_terminal)
         self.terminals = TerminalProxy(authorize=self.forwards.authorize_terminal)
         self.people = People(accounts, self.grants, clock=clock)
-        self.logins = Logins(credentials, Browsers(store, clock=clock), self.grants)
+        self.logins = Logins(
+            credentials, Browsers(store, clock=clock), self.grants, "kr-abcdefghijklmnopqrstuvwxyz.localhost"
+        )
         self.logs = Logs(self.grants, self.nodes, self.runners)
         self.guard = Guard()
         self.app = create_app(

@@ -12,7 +12,11 @@ from typing import Any
 import httpx
 import pytest
 
-from kohakuriver.config import browser_url
+from kohakuriver.config import NAME_IN_BROWSERS, browser_url
+from kohakuriver.errors import UnauthenticatedError, UnavailableError
+from kohakuriver.host.schemas import iso_time
+from kohakuriver.host.services.failures import TOO_MANY_FAILURES, Failures
+from kohakuriver.host.services.logins import name_in_browsers
 from kohakuriver.limits import Limits
 from kohakuriver.store.browsers import CODE_SECONDS, IDLE_SECONDS, LONGEST_SECONDS, MOST_BROWSERS, SEEN_SECONDS
 from kohakuriver.web.origin import is_own_page
@@ -182,6 +186,62 @@ def test_wrong_tokens_at_the_page_are_answered_ever_later(on_host: Callable[...,
     on_host(check, limits=Limits(max_requests=0, max_failures=1))
 
 
+@pytest.mark.parametrize("path", ["/login", "/"])
+def test_a_browser_with_an_old_cookie_gets_the_form_however_many_bad_credentials_its_address_has_shown(
+    on_host: Callable[..., None], path: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def too_many(failures: Failures, origin: str, error: UnauthenticatedError) -> None:
+        raise UnavailableError("too many", code=TOO_MANY_FAILURES, status=429)
+
+    async def check(host: HostUnderTest) -> None:
+        browser = Browser(host)
+        await browser.log_in(host.admin_token)
+        (name,) = browser.cookies
+        monkeypatch.setattr(Failures, "failed", too_many)
+        browser.cookies = {name: "krb_forgotten"}
+        answer = await browser.open(path)
+        assert answer.status_code == (200 if path == "/login" else 303)
+        assert browser.cookies == {}
+        assert 'name="token"' in (await browser.open("/login")).text
+
+    on_host(check)
+
+
+def test_a_browser_that_was_logged_out_has_guessed_nothing(on_host: Callable[..., None]) -> None:
+    async def check(host: HostUnderTest) -> None:
+        browser = Browser(host)
+        await browser.log_in(host.admin_token)
+        cookies = dict(browser.cookies)
+        await browser.ask("POST", "/logout")
+        browser.cookies = cookies
+        answers = await asyncio.gather(*(browser.ask("GET", "/api/auth") for _ in range(12)))
+        assert {answer.status_code for answer in answers} == {401}
+        assert (await Browser(host).log_in("kr_wrong")).status_code == 401
+
+    on_host(check, limits=Limits(max_requests=0, max_failures=1))
+
+
+@pytest.mark.parametrize("path", ["/login", "/"])
+def test_a_cookie_that_is_no_good_is_cleared_under_the_name_with_which_it_came(
+    on_host: Callable[..., None], path: str
+) -> None:
+    """No request for a page tells that it came over TLS to a proxy, and `__Host-` goes with `Secure` alone."""
+
+    async def check(host: HostUnderTest) -> None:
+        browser = Browser(host, "river.localhost")
+        port = browser.authority.rpartition(":")[2]
+        for prefix in ("__Host-", ""):
+            name = f"{prefix}kohakuriver-host-{port}"
+            browser.cookies = {name: "krb_x", "other": "1"}
+            (cleared,) = (await browser.open(path)).headers.get_list("set-cookie")
+            parts = {part.strip().lower() for part in cleared.split(";")}
+            assert {f'{name.lower()}=""', "max-age=0", "path=/"} <= parts
+            assert ("secure" in parts) == bool(prefix)
+        assert "set-cookie" not in (await Browser(host).open(path)).headers
+
+    on_host(check)
+
+
 @pytest.mark.parametrize(
     ("headers", "content", "status"),
     [
@@ -306,6 +366,38 @@ def test_a_browser_makes_no_links_so_none_stays_beyond_its_time(on_host: Callabl
         host.clock.now += LONGEST_SECONDS
         assert (await host.client(made["token"]).get("/api/auth")).status_code == 401
         assert browser_row["user"] == "admin"
+
+    on_host(check)
+
+
+def test_nothing_that_an_admins_browser_makes_outlives_its_last_day(on_host: Callable[..., None]) -> None:
+    """A stolen cookie does not renew itself: not by a token for another admin or a node, nor by one of such a token."""
+
+    async def check(host: HostUnderTest) -> None:
+        browser = Browser(host)
+        await browser.log_in(host.admin_token)
+        for name in ("eve", "mallory"):
+            assert (await browser.ask("POST", "/api/users", json={"name": name, "role": "admin"})).status_code == 201
+        last = host.clock.now + LONGEST_SECONDS
+        asked: list[dict[str, Any]] = [{"user": "eve"}, {"user": "eve", "expires_in": 9e6}, {"node": "n1"}]
+        made = [
+            (await browser.ask("POST", "/api/tokens", json={"name": f"t{n}", **body})).json()
+            for n, body in enumerate(asked)
+        ]
+        eve = host.client(made[0]["token"])
+        of_eve: list[dict[str, Any]] = [{}, {"user": "mallory"}, {"node": "n2"}]
+        host.clock.now += 100
+        made += [
+            (await eve.post("/api/tokens", json={"name": f"of eve {n}", **body})).json()
+            for n, body in enumerate(of_eve)
+        ]
+        assert {each["expires_at"] for each in made} == {iso_time(last)}
+        sooner = await browser.ask("POST", "/api/tokens", json={"name": "sooner", "user": "eve", "expires_in": 10})
+        assert sooner.json()["expires_at"] == iso_time(host.clock.now + 10)
+        by_token = await host.user.post("/api/tokens", json={"name": "by a token", "node": "n3"})
+        assert by_token.json()["expires_at"] is None
+        host.clock.now = last
+        assert (await host.client(made[4]["token"]).get("/api/auth")).status_code == 401
 
     on_host(check)
 
@@ -570,28 +662,63 @@ def test_a_websocket_is_not_opened_by_a_cookie(on_host: Callable[..., None]) -> 
 
 
 @pytest.mark.parametrize("name", ["127.0.0.1", "localhost", "LOCALHOST"])
-def test_a_browser_on_this_machine_is_sent_to_a_name_at_which_nothing_else_listens(
+def test_by_a_name_that_others_share_no_browser_comes_in_nor_hears_of_the_right_one(
     on_host: Callable[..., None], name: str
 ) -> None:
     async def check(host: HostUnderTest) -> None:
         browser = Browser(host, name)
-        there = f"http://kohakuriver.localhost:{browser.authority.rpartition(':')[2]}"
-        assert (await browser.open("/login?code=a%2Fb")).headers["location"] == f"{there}/login?code=a%2Fb"
-        assert (await browser.open("/")).headers["location"] == f"{there}/"
-        answer = await browser.log_in(host.admin_token)
-        assert (answer.status_code, browser.cookies) == (403, {})
-        assert f"{there}/login" in answer.text
+        link = await link_of(host.user)
+        answers = [await browser.open(path) for path in ("/", "/login", link)]
+        answers += [await browser.log_in(host.admin_token)]
+        for answer in answers:
+            assert (answer.status_code, browser.cookies) == (403, {})
+            assert "kohakuriver open" in answer.text
+            assert host.logins.name not in answer.text + str(answer.headers)
         assert (await browser.ask("GET", "/", headers={"Accept": "*/*"})).json()["name"] == "KohakuRiver host"
 
     on_host(check)
 
 
+@pytest.mark.parametrize("name", ["kohakuriver.localhost", "kr-a.localhost"])
+def test_no_cookie_is_set_without_tls_at_a_local_name_that_a_page_can_choose(
+    on_host: Callable[..., None], name: str
+) -> None:
+    async def check(host: HostUnderTest) -> None:
+        browser = Browser(host, name)
+        page = await browser.open(await link_of(host.user))
+        assert (page.status_code, browser.cookies) == (200, {})
+        assert (await browser.log_in(host.admin_token)).status_code == 403
+        assert browser.cookies == {}
+        assert host.logins.name not in page.text
+
+    on_host(check)
+
+
+def test_the_pages_of_a_browser_that_is_logged_in_do_not_show_the_hosts_name(on_host: Callable[..., None]) -> None:
+    async def check(host: HostUnderTest) -> None:
+        browser = Browser(host)
+        await browser.log_in(host.admin_token)
+        for path in ("/", "/login", "/docs", "/openapi.json"):
+            answer = await browser.open(path)
+            assert host.logins.name not in answer.text + str(answer.headers)
+
+    on_host(check)
+
+
+def test_a_host_makes_its_name_in_browsers_once_and_nobody_else_reads_it(tmp_path: Path) -> None:
+    names = {name_in_browsers(tmp_path / each / "browser-name") for each in ("a", "a", "b")}
+    assert len(names) == 2
+    assert all(NAME_IN_BROWSERS.fullmatch(name) for name in names)
+    assert (tmp_path / "a" / "browser-name").stat().st_mode & 0o777 == 0o600
+
+
 def test_the_url_for_a_browser_has_that_name_too() -> None:
-    assert browser_url("http://127.0.0.1:8000") == "http://kohakuriver.localhost:8000"
-    assert browser_url("http://[::1]:8000/x") == "http://kohakuriver.localhost:8000/x"
-    assert browser_url("http://localhost") == "http://kohakuriver.localhost"
+    name = "kr-x.localhost"
+    assert browser_url("http://127.0.0.1:8000", name) == "http://kr-x.localhost:8000"
+    assert browser_url("http://[::1]:8000/x", name) == "http://kr-x.localhost:8000/x"
+    assert browser_url("http://localhost", name) == "http://kr-x.localhost"
     for other in ("https://localhost:8000", "http://river.localhost:8000", "http://127.0.0.2:1"):
-        assert browser_url(other) == other
+        assert browser_url(other, name) == other
 
 
 def test_audit_lines_say_that_a_browser_did_it(on_host: Callable[..., None], tmp_path: Path) -> None:

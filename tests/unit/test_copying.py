@@ -423,3 +423,21 @@ def test_how_far_a_copy_is_says_what_is_done_how_fast_and_how_long_it_takes_stil
 
 def test_the_host_reads_which_files_a_stream_is_for() -> None:
     assert Start.command_in(files_start("to", b"/data", folder=True)) == ["cp", "to", "/data", "folder"]
+
+
+@pytest.mark.parametrize(
+    ("workdir", "path", "said"),
+    [
+        ("/etc", ".", "/etc/."),
+        ("/etc", "", "/etc/."),
+        ("/etc/", "shadow", "/etc/shadow"),
+        ("/etc", "~x", "/etc/~x"),
+        ("/etc", "/data", "/data"),
+        ("/etc", "~/x", "~/x"),
+        ("/etc", "~", "~"),
+        ("", "x", "x"),
+        ("", "", "."),
+    ],
+)
+def test_the_host_reads_a_copys_path_with_the_folder_that_it_begins_in(workdir: str, path: str, said: str) -> None:
+    assert Start.command_in(Start(["from", path], workdir=workdir).for_files()) == ["cp", "from", said]

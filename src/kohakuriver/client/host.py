@@ -18,7 +18,7 @@ from urllib.parse import urlsplit
 import httpx
 
 from kohakuriver import tls
-from kohakuriver.config import Settings, browser_url, path_segment
+from kohakuriver.config import NAME_IN_BROWSERS, Settings, browser_url, path_segment
 from kohakuriver.errors import (
     NOT_OUR_ANSWER,
     HostUnreachableError,
@@ -310,10 +310,12 @@ class HostClient:
     async def login_link(self) -> LoginLink:
         """A link that logs one browser in as the caller, once, within a minute."""
         made = await self._call("POST", "/api/auth/link")
-        path = made.get("path") if isinstance(made, dict) else None
-        if not isinstance(path, str) or not path.startswith("/login?"):
+        path, name = (made.get("path"), made.get("name")) if isinstance(made, dict) else (None, None)
+        if not (isinstance(path, str) and path.startswith("/login?")) or not (
+            isinstance(name, str) and NAME_IN_BROWSERS.fullmatch(name)
+        ):
             raise KohakuRiverError("This version of kohakuriver does not understand the host's answer.")
-        return LoginLink(browser_url(self._url) + path, str(made.get("expires_at", "")))
+        return LoginLink(browser_url(self._url, name) + path, str(made.get("expires_at", "")))
 
     async def users(self) -> list[User]:
         return [_record(User, item) for item in _list(await self._call("GET", "/api/users"))]

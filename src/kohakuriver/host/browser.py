@@ -13,8 +13,8 @@ from fastapi.routing import APIRoute
 
 from kohakuriver import __version__
 from kohakuriver.asking import asker
-from kohakuriver.config import NAME_IN_BROWSERS, browser_url
-from kohakuriver.errors import KohakuRiverError, NotAllowedError, UnauthenticatedError, UsageError
+from kohakuriver.config import SHARED_NAMES
+from kohakuriver.errors import KohakuRiverError, NotAllowedError, UnauthenticatedError, UnavailableError, UsageError
 from kohakuriver.host.cookies import clear_cookie, is_tls, need_own_page, set_cookie, shown_cookie
 from kohakuriver.host.html import form, page
 from kohakuriver.host.index import table_of
@@ -22,6 +22,7 @@ from kohakuriver.host.parts import Services
 from kohakuriver.host.schemas import iso_time
 from kohakuriver.host.services.audit import REFUSALS
 from kohakuriver.host.services.credentials import Caller
+from kohakuriver.host.services.failures import TOO_MANY_FAILURES
 from kohakuriver.store import Token
 from kohakuriver.web.app import services_of
 
@@ -39,7 +40,8 @@ class _Page(APIRoute):
 
         async def shown(request: Request) -> Response:
             try:
-                return _elsewhere(request) or await answer(request)
+                _need_own_name(request)
+                return await answer(request)
             except KohakuRiverError as error:
                 if error.status in REFUSALS:
                     services_of(request).audit.refused(error)
@@ -51,15 +53,18 @@ class _Page(APIRoute):
 pages = APIRouter(route_class=_Page)
 
 
-def _elsewhere(request: Request) -> Response | None:
-    """Where a browser is sent that came by a name at which others listen, too. Raises NotAllowedError for a form."""
-    came = str(request.url)
-    there = browser_url(came)
-    if there == came or is_tls(request) or not _is_browser(request):
-        return None
-    if request.method != "GET":
-        raise NotAllowedError(f"Do this at {there}: what listens on other ports here would get the cookie, too.")
-    return RedirectResponse(there, 303)
+def _need_own_name(request: Request) -> None:
+    """Raises NotAllowedError for a browser on this machine that came by a name at which others listen or can be had.
+
+    Which name is the right one is not said: who asks may be a page, or its visitor.
+    """
+    name = request.url.hostname or ""
+    local = name in SHARED_NAMES or (name.endswith(".localhost") and request.method != "GET")
+    if local and name != _services(request).logins.name and not is_tls(request) and _is_browser(request):
+        raise NotAllowedError(
+            "Run `kohakuriver open`, which opens this host by a name of its own: what listens on other ports of this "
+            "name would get the cookie, too."
+        )
 
 
 def _is_browser(request: Request) -> bool:
@@ -87,7 +92,11 @@ async def login_page(request: Request) -> Response:
     """The page that asks for a token; with the code of a link, the way in."""
     code = request.query_params.get("code")
     if code is None:
-        return _login_form() if await _visitor(request) is None else RedirectResponse("/", 303)
+        if await _visitor(request) is not None:
+            return RedirectResponse("/", 303)
+        blank = _login_form()
+        clear_cookie(request, blank)
+        return blank
     services, cookie = _services(request), shown_cookie(request)
     await services.requests.turn(asker().origin)
     opened = await services.logins.opened_by(code)
@@ -140,8 +149,7 @@ def _came_in(request: Request, cookie: str, browser: Token) -> Response:
 
 def _to_login(request: Request) -> Response:
     response = RedirectResponse("/login", 303)
-    if shown_cookie(request) is not None:
-        clear_cookie(request, response)
+    clear_cookie(request, response)
     return response
 
 
@@ -156,6 +164,11 @@ async def _visitor(request: Request) -> tuple[Caller, Token] | None:
         found: tuple[Caller, Token] = await services.logins.visitor(cookie)
     except UnauthenticatedError:
         return None
+    except UnavailableError as error:
+        # Nor is anybody where others behind this address have shown too many that are no good: the form is for all.
+        if error.code != TOO_MANY_FAILURES:
+            raise
+        return None
     services.requests.count(found[0])
     return found
 
@@ -166,7 +179,7 @@ def _typed_in(request: Request) -> bool:
     A browser that loads what the user might open next opens nothing yet.
     """
     headers = request.headers
-    here = request.url.scheme == "https" or request.url.hostname == NAME_IN_BROWSERS
+    here = request.url.scheme == "https" or request.url.hostname == _services(request).logins.name
     said = headers.getlist("sec-fetch-site"), headers.get("sec-fetch-mode")
     return here and said == (["none"], "navigate") and not {"sec-purpose", "purpose"} & set(headers.keys())
 

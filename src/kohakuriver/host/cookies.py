@@ -15,6 +15,7 @@ from kohakuriver.web.origin import is_own_page
 __all__ = ["clear_cookie", "is_tls", "need_own_page", "set_cookie", "shown_cookie"]
 
 _NAME = "kohakuriver-host"
+_UNDER_TLS = "__Host-"
 
 
 def is_tls(request: Request) -> bool:
@@ -24,21 +25,25 @@ def is_tls(request: Request) -> bool:
 
 def set_cookie(request: Request, response: Response, secret: str, seconds: float) -> None:
     """Have the browser keep the cookie for so long. The host itself forgets it sooner, perhaps."""
-    _set(request, response, secret, int(seconds))
+    _set(response, _name(request, tls=is_tls(request)), secret, int(seconds))
 
 
 def clear_cookie(request: Request, response: Response) -> None:
-    """Have the browser forget it."""
-    _set(request, response, "", 0)
+    """Have the browser forget each of ours that came with a request, under the name with which it came.
+
+    Behind a proxy with TLS not every request says that it was sent over that; the cookie's name does.
+    """
+    came = {key for key, _, _ in _cookies(request)}
+    for name in _names(request):
+        if name in came:
+            _set(response, name, "", 0)
 
 
 def shown_cookie(request: Request) -> str | None:
     """The cookie that came with a request. Where there are several and they differ, none is taken: one is somebody's
     who wants this browser to act for them."""
-    pairs = [pair.strip().partition("=") for field in request.headers.getlist("cookie") for pair in field.split(";")]
-    names = [_name(request, tls=True)] + ([] if request.url.scheme == "https" else [_name(request, tls=False)])
-    for name in names:
-        values = {value for key, _, value in pairs if key == name and value}
+    for name in _names(request):
+        values = {value for key, _, value in _cookies(request) if key == name and value}
         if values:
             return values.pop() if len(values) == 1 else None
     return None
@@ -60,13 +65,21 @@ def need_own_page(request: Request) -> None:
         )
 
 
+def _cookies(request: Request) -> list[tuple[str, str, str]]:
+    """All that came, as (name, "=", value)."""
+    return [pair.strip().partition("=") for field in request.headers.getlist("cookie") for pair in field.split(";")]
+
+
+def _names(request: Request) -> list[str]:
+    """As what ours may come; the first that did counts."""
+    return [_name(request, tls=True)] + ([] if request.url.scheme == "https" else [_name(request, tls=False)])
+
+
 def _name(request: Request, *, tls: bool) -> str:
     port = request.headers.get("host", "").rpartition("]")[2].partition(":")[2]
-    return f"{'__Host-' if tls else ''}{_NAME}{f'-{port}' if port.isascii() and port.isdigit() else ''}"
+    return f"{_UNDER_TLS if tls else ''}{_NAME}{f'-{port}' if port.isascii() and port.isdigit() else ''}"
 
 
-def _set(request: Request, response: Response, secret: str, seconds: int) -> None:
-    tls = is_tls(request)
-    response.set_cookie(
-        _name(request, tls=tls), secret, max_age=seconds, path="/", httponly=True, samesite="lax", secure=tls
-    )
+def _set(response: Response, name: str, secret: str, seconds: int) -> None:
+    secure = name.startswith(_UNDER_TLS)
+    response.set_cookie(name, secret, max_age=seconds, path="/", httponly=True, samesite="lax", secure=secure)

@@ -370,9 +370,13 @@ class TokenMade(TokenView):
 
 
 class LoginLink(BaseModel):
-    """What lets one browser in as the caller, once: it goes to `path` of this host, the code included."""
+    """What lets one browser in as the caller, once: it goes to `path` of this host, the code included.
+
+    Where that is on the browser's own machine, and without TLS, it goes there by `name`, which no page can guess.
+    """
 
     path: str
+    name: str
     expires_at: str
 
 

@@ -23,7 +23,7 @@ from kohakuriver.host.services.credentials import Credentials
 from kohakuriver.host.services.failures import Failures
 from kohakuriver.host.services.grants import Grants
 from kohakuriver.host.services.groups import GroupsOfUsers
-from kohakuriver.host.services.logins import Logins
+from kohakuriver.host.services.logins import Logins, name_in_browsers
 from kohakuriver.host.services.logs import Logs
 from kohakuriver.host.services.nodes import Nodes
 from kohakuriver.host.services.people import People
@@ -233,7 +233,7 @@ async def _serve(
                 requests,
                 perimeter.audit,
                 logs,
-                Logins(credentials, Browsers(store), grants),
+                Logins(credentials, Browsers(store), grants, name_in_browsers(options.state_dir / "browser-name")),
             ),
             guard,
         ),

@@ -210,9 +210,11 @@ class Accounts:
         name: str,
         label: str,
         expires_at: float | None = None,
+        ends_at: float | None = None,
         unique: bool = True,
     ) -> Token:
-        """Make `secret` valid; what it was made before, revoked for example, it stays.
+        """Make `secret` valid; what it was made before, revoked for example, it stays. No token that is made with it
+        outlives `ends_at`.
 
         Raises UsageError "name_taken" when the label must be `unique` and a valid token of this `kind` and `name` has
         it, and NotFoundError for a user who is not there: whoever gets that name one day must not get the token too.
@@ -236,6 +238,7 @@ class Accounts:
                 label=label,
                 created_at=self._clock(),
                 expires_at=expires_at,
+                ends_at=ends_at,
             )
             session.add(token)
             return token

@@ -233,7 +233,8 @@ class Token(Base):
     `label` is what its owner calls it. A token that was revoked keeps its row, so that nothing makes it valid again.
 
     Of a browser that is logged in, `parent` is the digest of the token that let it in, with which it ends. Its
-    `expires_at` moves on while it is used, up to `ends_at`.
+    `expires_at` moves on while it is used, up to `ends_at`. A token that was made with a browser's login, or with such
+    a token, has the browser's `ends_at`.
     """
 
     __tablename__ = "tokens"
@@ -255,7 +256,7 @@ class Token(Base):
     @property
     def latest_end(self) -> float | None:
         """When it ends at the latest, in seconds since the epoch; None for one that is good for ever."""
-        return self.expires_at if self.ends_at is None else self.ends_at
+        return self.ends_at if self.kind == "browser" else self.expires_at
 
     @property
     def id(self) -> str:

@@ -6,6 +6,7 @@ import base64
 import contextlib
 import json
 import os
+import posixpath
 import re
 import struct
 from dataclasses import asdict, dataclass, field
@@ -92,12 +93,12 @@ class Start:
     def command_in(start: bytes) -> list[str]:
         """The command in such bytes, for people to read; none where that is the shell, or makes no sense.
 
-        Where files are copied it is `cp`, `from` or `to`, and the path.
+        Where files are copied it is `cp`, `from` or `to`, and the path, with the folder that it begins in.
         """
         if len(start) > MAX_READ:
             return [f"({len(start)} bytes)"]
         try:
-            _, at = _take(start, _take(start, _SIZED.size)[1])
+            workdir, at = _take(start, _take(start, _SIZED.size)[1])
             (count,) = _LENGTH.unpack_from(start, at)
             at += _LENGTH.size
             command = []
@@ -106,7 +107,9 @@ class Start:
                 command.append(part.decode("utf-8", "replace"))
         except struct.error:
             return []
-        return ["cp", *command] if start[0] & _FILES else command
+        if start[0] & _FILES:
+            return ["cp", *command[:1], *(_begun_in(workdir, path) for path in command[1:2]), *command[2:]]
+        return command
 
     @staticmethod
     def from_message(message: dict[str, Any]) -> Start:
@@ -144,6 +147,13 @@ def _take(start: bytes, at: int) -> tuple[bytes, int]:
     (length,) = _LENGTH.unpack_from(start, at)
     at += _LENGTH.size
     return start[at : at + length], at + length
+
+
+def _begun_in(workdir: bytes, path: str) -> str:
+    """A path of the container's, as the tunnel client takes it."""
+    if path.partition("/")[0] == "~":
+        return path
+    return posixpath.join(workdir.decode("utf-8", "replace"), path or ".")
 
 
 def asked_for(message: str | bytes) -> list[str]:

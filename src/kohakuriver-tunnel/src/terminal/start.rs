@@ -14,6 +14,8 @@ const LIST: u8 = 4;
 /// Nothing is started: files are read or written, which the command says.
 const FILES: u8 = 8;
 const LONGEST_NAME: usize = 64;
+/// Of a start that is for files: the host writes down all of it that says what is read or written.
+const LONGEST_FOR_FILES: usize = 16 << 10;
 
 /// What is to be run.
 #[derive(Debug, PartialEq, Eq)]
@@ -41,6 +43,7 @@ pub struct Start {
 impl Start {
     /// What these bytes say; `None` where they say nothing.
     pub fn parse(mut bytes: &[u8]) -> Option<Self> {
+        let size = bytes.len();
         let rest = &mut bytes;
         let [flags] = take(rest)?;
         if flags & !(ON_TERMINAL | NAMED | LIST | FILES) != 0
@@ -64,7 +67,9 @@ impl Start {
                 name(rest)?
             },
         };
-        rest.is_empty().then_some(start)
+        let good = !start.files
+            || (start.user.is_empty() && start.env.is_empty() && size <= LONGEST_FOR_FILES);
+        (rest.is_empty() && good).then_some(start)
     }
 }
 
@@ -93,6 +98,21 @@ mod tests {
 
     fn packed(text: &[u8]) -> Vec<u8> {
         [&(text.len() as u32).to_be_bytes()[..], text].concat()
+    }
+
+    fn for_files(user: &[u8], path: &[u8], env: &[&[u8]]) -> Vec<u8> {
+        let env: Vec<u8> = env.iter().flat_map(|each| packed(each)).collect();
+        [
+            &[FILES, 0, 24, 0, 80][..],
+            &packed(user),
+            &packed(b"/etc"),
+            &[0, 0, 0, 2],
+            &packed(b"from"),
+            &packed(path),
+            &[0, 0, 0, u8::from(!env.is_empty())],
+            &env,
+        ]
+        .concat()
     }
 
     fn bytes() -> Vec<u8> {
@@ -133,7 +153,7 @@ mod tests {
     #[test]
     fn files_are_no_terminal_and_no_session() {
         let flagged = |flags: u8| {
-            let mut bytes = bytes();
+            let mut bytes = for_files(b"", b".", &[]);
             bytes[0] = flags;
             Start::parse(&bytes).map(|start| start.files)
         };
@@ -142,6 +162,16 @@ mod tests {
         for other in [ON_TERMINAL, NAMED, LIST, 16] {
             assert_eq!(flagged(FILES | other), None, "{other}");
         }
+    }
+
+    #[test]
+    fn a_start_for_files_has_nothing_to_hide_its_path_behind() {
+        let fits = |bytes: &[u8]| Start::parse(bytes).is_some();
+        let longest = LONGEST_FOR_FILES - for_files(b"", b"", &[]).len();
+        assert!(fits(&for_files(b"", &vec![b'x'; longest], &[])));
+        assert!(!fits(&for_files(b"", &vec![b'x'; longest + 1], &[])));
+        assert!(!fits(&for_files(b"me", b".", &[])));
+        assert!(!fits(&for_files(b"", b".", &[b"A=1"])));
     }
 
     #[test]

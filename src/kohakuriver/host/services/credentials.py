@@ -146,11 +146,12 @@ class Credentials:
     async def refuse(self, error: UnauthenticatedError, token: Token | None = None) -> None:
         """Write down that a credential was no good, and whose it was where that is known; back when it may be said.
 
-        Raises UnavailableError "too_many_failures" (429).
+        A browser that was logged in once has guessed nothing. Raises UnavailableError "too_many_failures" (429).
         """
         whose = {} if token is None else {"token": token.id, "user" if token.kind in OF_USERS else "node": token.name}
         self._audit.refused(error, **whose)
-        await self._failures.failed(asker().origin, error)
+        if token is None or token.kind != "browser":
+            await self._failures.failed(asker().origin, error)
 
     @staticmethod
     def check_node(token: Token, name: str) -> None:

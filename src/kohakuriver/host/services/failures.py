@@ -24,6 +24,9 @@ BURST_SECONDS = 4
 LONGEST_WAIT = 2.0
 """Seconds that an answer is kept back; where it would be longer, the source is told to come back later instead."""
 
+TOO_MANY_FAILURES = "too_many_failures"
+"""The code of the error."""
+
 SOURCES = 4096
 """Sources that are told apart; of more the one that has failed least lately starts anew."""
 
@@ -64,7 +67,7 @@ class Failures:
         if source.bucket.wait(now) > LONGEST_WAIT:
             raise UnavailableError(
                 f"{error.message.rstrip('.')}; wait a moment: {origin} has shown too many that are no good.",
-                code="too_many_failures",
+                code=TOO_MANY_FAILURES,
                 status=429,
             ) from error
         await asyncio.sleep(source.bucket.take(1, now))

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import base64
 import secrets
+from pathlib import Path
 from typing import Literal, NoReturn
 
 import structlog
 
+from kohakuriver.config import NAME_IN_BROWSERS, write_private
 from kohakuriver.errors import NotAllowedError, UnauthenticatedError
 from kohakuriver.host.schemas import LoginLink, iso_time
 from kohakuriver.host.services.credentials import Caller, Credentials, new_token
@@ -14,17 +17,30 @@ from kohakuriver.host.services.grants import Grants
 from kohakuriver.store import Browsers, Opened, Token
 from kohakuriver.store.accounts import digest
 
-__all__ = ["Logins"]
+__all__ = ["Logins", "name_in_browsers"]
 
 log = structlog.get_logger("kohakuriver.host")
 
 USED = "This link has been used, or is older than a minute; `kohakuriver open` opens a new one."
 
 
-class Logins:
-    """Who is logged in with a browser. A cookie is the secret of one, as the browser has it."""
+def name_in_browsers(path: Path) -> str:
+    """The name in a file, which is made where it is not there: 128 random bits, readable by its owner alone."""
+    name = path.read_text("utf-8").strip() if path.exists() else ""
+    if not NAME_IN_BROWSERS.fullmatch(name):
+        name = f"kr-{base64.b32encode(secrets.token_bytes(16)).decode().rstrip('=').lower()}.localhost"
+        write_private(path, name + "\n")
+    return name
 
-    def __init__(self, credentials: Credentials, browsers: Browsers, grants: Grants) -> None:
+
+class Logins:
+    """Who is logged in with a browser. A cookie is the secret of one, as the browser has it.
+
+    `name` is what browsers on this machine call the host; it is told in login links alone.
+    """
+
+    def __init__(self, credentials: Credentials, browsers: Browsers, grants: Grants, name: str) -> None:
+        self.name = name
         self._credentials = credentials
         self._browsers = browsers
         self._grants = grants
@@ -57,7 +73,7 @@ class Logins:
         code = secrets.token_urlsafe(24)
         until = await self._browsers.add_code(code, token.digest)
         self._audit.write("login_link_made")
-        return LoginLink(path=f"/login?code={code}", expires_at=iso_time(until))
+        return LoginLink(path=f"/login?code={code}", name=self.name, expires_at=iso_time(until))
 
     async def opened_by(self, code: str) -> Opened:
         """What a code leads to; nothing becomes of it by that. Raises UnauthenticatedError."""

@@ -107,17 +107,21 @@ class People:
     async def make_token(self, caller: Caller, shown: Token, request: NewToken) -> TokenMade:
         """A new token: of the caller, or for admins of another user or a node. `shown` is the caller's own.
 
-        A token that expires makes none that outlives it for the same user.
+        A token that expires makes none that outlives it for the same user. A browser makes none at all that outlives
+        its last day, and neither do the tokens that it made: whoever stole a cookie would stay for ever.
         """
         kind, name = ("node", request.node) if request.node is not None else ("user", request.user or caller.name)
         if kind == "node" or name != caller.name:
             caller.need_admin("Making tokens for others")
         expires_at = None if request.expires_in is None else self._clock() + request.expires_in
-        if kind == "user" and name == caller.name and shown.latest_end is not None:
-            expires_at = min(expires_at or shown.latest_end, shown.latest_end)
+        latest = shown.latest_end if kind == "user" and name == caller.name else shown.ends_at
+        if latest is not None:
+            expires_at = min(expires_at or latest, latest)
         secret = new_token(kind)
         label = request.name or f"cli-{iso_time(self._clock())[:10]}-{secrets.token_hex(2)}"
-        token = await self._accounts.add_token(secret, kind=kind, name=name, label=label, expires_at=expires_at)
+        token = await self._accounts.add_token(
+            secret, kind=kind, name=name, label=label, expires_at=expires_at, ends_at=shown.ends_at
+        )
         log.info("token made", id=token.id, kind=kind, owner=name, by=caller.name)
         expires = None if expires_at is None else iso_time(expires_at)
         self._audit.write("token_made", **_of(token), expires_at=expires)

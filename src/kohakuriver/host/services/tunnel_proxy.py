@@ -150,7 +150,10 @@ class StartWatch:
         self._started = started
 
     def read(self, data: memoryview) -> None:
-        """The next bytes, which a splice has let through and so are frames."""
+        """The next bytes, of frames that a splice lets through.
+
+        Raises FrameViolation (1009) where a CONNECT is longer than what is read of one: nothing is to pass then.
+        """
         at = 0
         while at < len(data):
             if self._left:
@@ -215,15 +218,13 @@ def _head_size(head: bytearray) -> int:
 
 
 class _Watching(Splice):
-    """What comes from the user of a terminal."""
+    """What comes from the user of a terminal. Nothing is passed on that was not read, whatever comes behind it."""
 
     watch: StartWatch
 
-    def link_received(self, link: Link, start: int, stop: int) -> int:
-        view = link.intake.buffer.view  # what is passed on stays there until more is read
-        consumed = super().link_received(link, start, stop)
-        self.watch.read(view[start:consumed])
-        return consumed
+    def _pass(self, target: Link, view: memoryview, start: int, end: int) -> None:
+        self.watch.read(view[start:end])
+        super()._pass(target, view, start, end)
 
 
 class TerminalSplice(_Watching, Splice):
