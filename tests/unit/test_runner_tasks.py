@@ -204,6 +204,21 @@ def test_a_task_that_is_still_starting_can_be_removed(
     run(check())
 
 
+def test_a_task_that_fails_while_its_stop_waits_has_failed(run: Run, tmp_path: Path) -> None:
+    async def check() -> None:
+        bench = Bench(tmp_path)
+        manager = await bench.open()
+        task = await manager.create(a_task())
+        async with manager._locks[task.container]:
+            stopping = asyncio.ensure_future(manager.stop(task.container))
+            await asyncio.sleep(0)
+            manager.book.report(task.container, "failed", "oh no", 3)
+        await stopping
+        assert (task.status, task.message, task.exit_code) == ("failed", "oh no", 3)
+
+    run(check())
+
+
 def test_streams_end_with_the_reason_as_soon_as_a_task_does(run: Run, tmp_path: Path) -> None:
     async def check() -> None:
         bench = Bench(tmp_path)

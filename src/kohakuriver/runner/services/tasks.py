@@ -144,7 +144,6 @@ class TaskManager:
     async def _stop(self, task: TaskRecord, why: str | None, still: Callable[[], bool]) -> TaskRecord:
         """Stop a task, for the reason `why`, if that is `still` to be once it is its turn."""
         backend = self._backend_of(task)
-        was_active = task.active
         if not still():
             return task
         interrupted = await self._cancel_start(task)
@@ -154,6 +153,7 @@ class TaskManager:
             if not interrupted and not still():
                 return task
             self._restarts.leave(task)
+            was_active = interrupted or task.active
             task.stop_reason = why
             await backend.stop(task)
             if was_active:
