@@ -24,23 +24,13 @@ from tests.support import docker_images
 from tests.support.docker_images import docker
 from tests.support.processes import PATIENCE, Cluster, a_cluster, ask, eventually
 
-pytestmark = pytest.mark.docker
+pytestmark = [pytest.mark.docker, pytest.mark.usefixtures("engine")]
 
 # A port inside a container is nobody else's.
 PORT = 7
 ECHO = ("/bin/busybox", "nc", "-ll", "-p", str(PORT), "-e", "/bin/busybox", "cat")
 STAY = ("/bin/busybox", "sleep", "100000")
 KEY = "ssh-ed25519 AAAAC3NzaC1lZDI1NTE5AAAAIJdD7y3aLq454yWBdwLWbieU1ebz9/cu7/QEXn9OIeZJ"
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _engine() -> None:
-    docker_images.require_engine()
-
-
-@pytest.fixture(scope="module")
-def busybox() -> str:
-    return docker_images.busybox_image()
 
 
 @pytest.fixture(scope="module")

@@ -23,17 +23,7 @@ from tests.support.ssh import Users, ours
 from tests.support.up import connect
 from tests.support.up import echoes as service_echoes
 
-pytestmark = pytest.mark.docker
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _engine() -> None:
-    docker_images.require_engine()
-
-
-@pytest.fixture(scope="module")
-def busybox() -> str:
-    return docker_images.busybox_image()
+pytestmark = [pytest.mark.docker, pytest.mark.usefixtures("engine")]
 
 
 @pytest.fixture(scope="module")

@@ -20,24 +20,13 @@ from websockets.exceptions import InvalidStatus
 from websockets.sync.client import ClientConnection, connect
 from websockets.typing import Subprotocol
 
-from tests.support import docker_images
 from tests.support.processes import PATIENCE, Cluster, a_cluster, eventually
 
-pytestmark = pytest.mark.docker
+pytestmark = [pytest.mark.docker, pytest.mark.usefixtures("engine")]
 
 STAY = ("/bin/busybox", "sleep", "100000")
 NORMAL = 10.0
 """Seconds; alone each of these takes one or two."""
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _engine() -> None:
-    docker_images.require_engine()
-
-
-@pytest.fixture(scope="module")
-def busybox() -> str:
-    return docker_images.busybox_image()
 
 
 class Person:

@@ -23,24 +23,13 @@ from tests.integration.test_docker_backend import (
     plain_container,
     with_docker,
 )
-from tests.support import docker_images
 from tests.support.docker_images import docker, make_image
 from tests.support.doors import door_of, knock
 from tests.support.processes import Cluster, ask, eventually
 
-pytestmark = pytest.mark.docker
+pytestmark = [pytest.mark.docker, pytest.mark.usefixtures("engine")]
 
 TOKEN = "/.kohakuriver/tunnel/token"
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _engine() -> None:
-    docker_images.require_engine()
-
-
-@pytest.fixture(scope="module")
-def busybox() -> str:
-    return docker_images.busybox_image()
 
 
 @pytest.fixture(scope="module")
