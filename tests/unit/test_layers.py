@@ -85,6 +85,7 @@ ONLY_IN = {
     "asyncssh": {"ssh_proxy"},
     "cryptography": {"cli", "runner", "ssh_proxy", "tls"},
     "httptools": {"gateway"},
+    "prometheus_client": {"web", "host", "runner"},
     "fastapi": {"web", "host", "runner"},
     "sqlalchemy": {"store"},
     "starlette": {"web", "host", "runner"},

@@ -84,6 +84,15 @@ TlsCertOption = Annotated[
 TlsKeyOption = Annotated[
     Path | None, typer.Option("--tls-key", help="The key that belongs to --tls-cert.", show_default=False)
 ]
+MetricsOption = Annotated[
+    str | None,
+    typer.Option(
+        "--metrics",
+        metavar="[ADDRESS:]PORT",
+        help="Where Prometheus may read measures, at /metrics, without a token. Default: nowhere.",
+        show_default=False,
+    ),
+]
 StdinOption = Annotated[bool, typer.Option("--exit-with-stdin", hidden=True)]
 BindOption = Annotated[str, typer.Option("--bind", help="The address to listen on.")]
 DatabaseOption = Annotated[
@@ -295,6 +304,7 @@ class Serving:
     allowed_origins: AllowedOriginOption = None
     log_level: LogLevelOption = LogLevel.info
     log_format: LogFormatOption = LogFormat.text
+    metrics: MetricsOption = None
     json: JsonOption = False
     exit_with_stdin: StdinOption = False
 

@@ -6,9 +6,10 @@ import asyncio
 import contextlib
 import socket
 import ssl
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import structlog
 
@@ -42,6 +43,7 @@ from kohakuriver.tls import ServerCertificate, client_context
 from kohakuriver.tunnel.accept import serve_ws
 from kohakuriver.web.app import bind, bind_with_loopback, print_event, server_certificate, socket_url, warn_if_in_clear
 from kohakuriver.web.logging import configure_logging
+from kohakuriver.web.measuring import Measures, measures_at
 from kohakuriver.web.origin import Guard
 from kohakuriver.web.server import Server, stop_at_end_of_stdin
 
@@ -57,7 +59,8 @@ class HostOptions:
     `allowed_hosts` and `allowed_origins` are as `Guard` takes them. With `user_mounts` others than admins may mount
     directories of nodes.
     `ca_file` is what runners' certificates are checked by, None the system's authorities; `audit_log` None is a file in
-    `state_dir`. `drain` is for how many seconds sessions may stay when it ends, so that they move to another host.
+    `state_dir`. Its measures are read at `metrics`, as `metrics_address` takes it. `drain` is for how many seconds
+    sessions may stay when it ends, so that they move to another host.
     With `exit_with_stdin` it ends when its stdin does, as a child of `up` should.
     """
 
@@ -75,6 +78,7 @@ class HostOptions:
     tls_key: Path | None = None
     ca_file: Path | None = None
     audit_log: Path | None = None
+    metrics: str | None = None
     drain: int = 0
     json: bool = False
     log_level: str = "info"
@@ -90,15 +94,17 @@ class Perimeter:
     trusted: ssl.SSLContext
     limits: Limits
     audit: AuditLog
+    measures: Measures
 
     @classmethod
     def of(cls, options: HostOptions) -> Perimeter:
-        """As the options and the environment have it. Raises UsageError."""
+        """As the options and the environment have it. Raises UsageError or LocalAddressError."""
         trusted = client_context("https:", options.ca_file)
         assert trusted is not None
         limits = from_environment()
         audit = AuditLog(options.audit_log or options.state_dir / "audit.jsonl", most=limits.max_audit)
-        return cls(server_certificate(options.tls_cert, options.tls_key), trusted, limits, audit)
+        certificate = server_certificate(options.tls_cert, options.tls_key)
+        return cls(certificate, trusted, limits, audit, measures_at(options.metrics, "host"))
 
     @property
     def names(self) -> list[str]:
@@ -118,6 +124,7 @@ async def main(options: HostOptions) -> int:
     options.state_dir.mkdir(parents=True, exist_ok=True, mode=0o700)
     perimeter = Perimeter.of(options)
     with contextlib.ExitStack() as stack:
+        stack.callback(perimeter.measures.close)
         socks = [stack.enter_context(sock) for sock in bind_with_loopback(options.bind, options.port)]
         ssh_sock = stack.enter_context(bind(options.bind, options.ssh_port))
         store = await Store.open(options.database or sqlite_url(options.state_dir / "host.db"))
@@ -171,7 +178,7 @@ async def _serve(
     )
     tasks = Tasks(store, accounts, nodes, runners, changes, user_mounts=options.user_mounts, audit=perimeter.audit)
     access = Access(store, accounts)
-    limits = perimeter.limits
+    limits, measures = perimeter.limits, perimeter.measures
     requests = Requests(rate=limits.max_requests, most=limits.max_under_way)
 
     async def revoke(node: str, container: str, user: str, reason: str) -> None:
@@ -197,7 +204,9 @@ async def _serve(
         host_key=options.state_dir / "ssh_host_ed25519_key",
         trusted=perimeter.trusted,
         limits=perimeter.limits,
+        opened=lambda seconds, error: measures.opened("ssh", seconds, error),
     )
+    carriers = {"forward": proxy, "terminal": terminals, "ssh": ssh_proxy}
     guard = Guard(names=perimeter.names, hosts=options.allowed_hosts, origins=options.allowed_origins)
     logs = Logs(grants, nodes, runners)
     url = socket_url(socks[0], "https" if options.tls_cert else "http")
@@ -208,8 +217,11 @@ async def _serve(
             stop_at_end_of_stdin(server)
         ssh_proxy.start()
         sentence = f"The host is ready at {url}, its SSH proxy at {ssh_address}"
+        _show(measures, carriers, nodes, store)
+        measures.begin(server)
         loops.freeze_heap()
-        print_event("ready", options.json, sentence, url=url, ssh_proxy=ssh_address)
+        said = {"metrics": measures.url} if measures.url else {}
+        print_event("ready", options.json, sentence, url=url, ssh_proxy=ssh_address, **said)
 
     async def stop() -> None:
         await ssh_proxy.stop_listening()
@@ -220,24 +232,25 @@ async def _serve(
         logs.close()
         await proxy.close()
 
+    services = Services(
+        credentials,
+        access,
+        People(accounts, grants),
+        GroupsOfUsers(Groups(store), grants),
+        nodes,
+        tasks,
+        forwards,
+        requests,
+        perimeter.audit,
+        logs,
+        Logins(credentials, Browsers(store), grants, name_in_browsers(options.state_dir / "browser-name")),
+    )
+    ways = [
+        (kind, route) for kind, carrier in (("forward", proxy), ("terminal", terminals)) for route in carrier.routes()
+    ]
     server = Server(
-        create_app(
-            Services(
-                credentials,
-                access,
-                People(accounts, grants),
-                GroupsOfUsers(Groups(store), grants),
-                nodes,
-                tasks,
-                forwards,
-                requests,
-                perimeter.audit,
-                logs,
-                Logins(credentials, Browsers(store), grants, name_in_browsers(options.state_dir / "browser-name")),
-            ),
-            guard,
-        ),
-        ws=serve_ws([*proxy.routes(), *terminals.routes()], guard, max_message=perimeter.limits.max_message),
+        measures.requests(create_app(services, guard)),
+        ws=serve_ws([measures.route(*way) for way in ways], guard, max_message=limits.max_message),
         on_ready=ready,
         on_stop=stop,
         certificate=perimeter.certificate,
@@ -254,3 +267,14 @@ async def _serve(
     finally:
         await loops.cancel_all(beside)
     return server.exit_code
+
+
+def _show(measures: Measures, carriers: Mapping[str, Any], nodes: Nodes, store: Store) -> None:
+    """Have what the host counts itself among its measures, where somebody may read them."""
+    if measures.url is None:
+        return
+    from kohakuriver.host.services.measures import HostMeasures
+
+    own = HostMeasures(carriers, nodes, store)
+    measures.show(own.look)
+    measures.ask_database(own.refresh)

@@ -51,6 +51,7 @@ from kohakuriver.tunnel.accept import serve_ws
 from kohakuriver.tunnel.settings import from_environment
 from kohakuriver.web.app import bind, new_app, print_event, server_certificate, socket_url, warn_if_in_clear
 from kohakuriver.web.logging import configure_logging
+from kohakuriver.web.measuring import Measures, measures_at
 from kohakuriver.web.origin import Guard
 from kohakuriver.web.server import Server, stop_at_end_of_stdin
 
@@ -73,7 +74,8 @@ class RunnerOptions:
     With `exit_with_stdin` it ends when its stdin does, as a child of `up` should. `allowed_hosts` and
     `allowed_origins` are as `Guard` takes them. Images that the engine has not got come from `registries` alone.
     With `user_processes` others than admins may run processes here, and they may mount `mount_roots`. Processes are the
-    runner's own user, or `process_user`. Its GPUs are those at `gpus`, by default NVIDIA's.
+    runner's own user, or `process_user`. Its GPUs are those at `gpus`, by default NVIDIA's. Its measures are read at
+    `metrics`, as `metrics_address` takes it.
     """
 
     state_dir: Path
@@ -98,6 +100,7 @@ class RunnerOptions:
     process_user: str | None = None
     mount_roots: Sequence[str] = ()
     gpus: Sequence[str] = ()
+    metrics: str | None = None
     json: bool = False
     log_level: str = "info"
     log_format: str = "text"
@@ -114,12 +117,12 @@ async def main(options: RunnerOptions) -> int:
     """What `serve` runs on an event loop."""
     certificate = server_certificate(options.tls_cert, options.tls_key)
     state = State(options.state_dir)
-    sock = _bind(options, state)
-    try:
+    with contextlib.ExitStack() as stack:
+        sock = stack.enter_context(_bind(options, state))
+        measures = measures_at(options.metrics, "runner")
+        stack.callback(measures.close)
         identity = _identity(options, state, sock)
-        return await Runner(options, state, sock, identity, certificate).run()
-    finally:
-        sock.close()
+        return await Runner(options, state, sock, identity, certificate, measures).run()
 
 
 class Runner:
@@ -132,6 +135,7 @@ class Runner:
         sock: socket.socket,
         identity: NodeIdentity,
         certificate: ServerCertificate | None,
+        measures: Measures,
     ) -> None:
         limits = self._limits = limits_from_environment()
         self._began = time.monotonic()
@@ -183,14 +187,13 @@ class Runner:
             hosts=options.allowed_hosts,
             origins=options.allowed_origins,
         )
+        self._measures = measures
+        services = Services(self._tasks, self._registration, identity.url, self._tunnels, self._ports, self._new_token)
+        ways = [("forward", self._tunnels.session_route()), *(("terminal", way) for way in self._terminals.routes())]
+        routes = [*self._tunnels.container_routes(), *(measures.route(*way) for way in ways)]
         self._server = Server(
-            create_app(
-                Services(self._tasks, self._registration, identity.url, self._tunnels, self._ports, self._new_token),
-                self._guard,
-            ),
-            ws=serve_ws(
-                [*self._tunnels.routes(), *self._terminals.routes()], self._guard, max_message=limits.max_message
-            ),
+            measures.requests(create_app(services, self._guard)),
+            ws=serve_ws(routes, self._guard, max_message=limits.max_message),
             on_ready=self._ready,
             on_stop=self._stop,
             certificate=certificate,
@@ -302,10 +305,20 @@ class Runner:
         self._background.append(self._server.keep(self._tasks.lifetimes.run(), "stopping tasks whose time has come"))
         if self._options.exit_with_stdin:
             stop_at_end_of_stdin(self._server)
+        self._show_measures()
         url = self._identity.url
         sentence = f"The runner of node {self._identity.name} is ready at {url}"
         loops.freeze_heap()
-        print_event("ready", self._options.json, sentence, url=url, name=self._identity.name)
+        said = {"metrics": self._measures.url} if self._measures.url else {}
+        print_event("ready", self._options.json, sentence, url=url, name=self._identity.name, **said)
+
+    def _show_measures(self) -> None:
+        """Have what the runner counts itself among its measures, where somebody may read them."""
+        if self._measures.url is not None:
+            from kohakuriver.runner.services.measures import runner_measures
+
+            self._measures.show(runner_measures(self._tunnels.snapshot, self._book, lambda: self._tasks.backends))
+        self._measures.begin(self._server)
 
     def _registered(self) -> None:
         name, host = self._identity.name, self._registration.host

@@ -23,7 +23,7 @@ from kohakuriver.limits import Limits
 from kohakuriver.runtime import cancel_all, until_readable
 from kohakuriver.session.carried import Route
 from kohakuriver.ssh_proxy.jump import JumpHost, Keyholders
-from kohakuriver.ssh_proxy.session import Connector, TaskConnection
+from kohakuriver.ssh_proxy.session import Connector, Opened, TaskConnection
 from kohakuriver.text import printable
 from kohakuriver.web.waiting_room import WaitingRoom
 
@@ -69,12 +69,13 @@ class SshProxy:
         host_key: Path,
         trusted: ssl.SSLContext | None = None,
         limits: Limits | None = None,
+        opened: Opened = lambda _seconds, _error: None,
     ) -> None:
         limits = limits or Limits()
         self._sock = sock
         self._authorize = authorize
         self._greeting_seconds = limits.handshake_timeout
-        self._connector = Connector(trusted=trusted, limits=limits)
+        self._connector = Connector(trusted=trusted, limits=limits, opened=opened)
         self._jump_host = JumpHost(
             host_key,
             authorize=authorize,
@@ -92,6 +93,10 @@ class SshProxy:
     def waiting(self) -> int:
         """How many peers have not shown yet that they may come in; those who may not, and linger, among them."""
         return len(self._room)
+
+    def snapshot(self) -> dict[str, int]:
+        """Connections now, and bytes passed since the start."""
+        return self._connector.carrier.snapshot()
 
     def start(self) -> None:
         """Begin to accept connections."""

@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import asyncio
 import ssl
+import time
+from collections.abc import Callable
 from urllib.parse import quote
 
 from kohakuriver.errors import KohakuRiverError, UnavailableError
@@ -21,7 +23,9 @@ from kohakuriver.tunnel.protocol import CloseCode, ErrorText
 from kohakuriver.tunnel.stream import StreamCore
 from kohakuriver.tunnel.user_endpoint import UserEndpoint
 
-__all__ = ["Connector", "TaskConnection"]
+__all__ = ["Connector", "Opened", "TaskConnection"]
+
+Opened = Callable[[float, "KohakuRiverError | None"], None]
 
 
 class TaskConnection(UserEndpoint):
@@ -47,6 +51,15 @@ class TaskConnection(UserEndpoint):
 
         Raises UnavailableError when nothing listens there, or what `open_session` raises.
         """
+        began = time.perf_counter()
+        try:
+            await self._open()
+        except KohakuRiverError as error:
+            self._connector.opened(time.perf_counter() - began, error)
+            raise
+        self._connector.opened(time.perf_counter() - began, None)
+
+    async def _open(self) -> None:
         try:
             await self._open_session()
             await asyncio.wait_for(asyncio.shield(self._opened), RUNNER_SECONDS)
@@ -143,11 +156,13 @@ class PacedConnection(TaskConnection):
 class Connector:
     """Makes the connections of one proxy, within its limits, and keeps an eye on those that are open.
 
-    `trusted` is how runners that serve TLS are checked, None for the system's authorities.
+    `trusted` is how runners that serve TLS are checked, None for the system's authorities. `opened` is told how many
+    seconds each took to open, and why it could not be.
     """
 
-    def __init__(self, *, trusted: ssl.SSLContext | None, limits: Limits) -> None:
+    def __init__(self, *, trusted: ssl.SSLContext | None, limits: Limits, opened: Opened = lambda _s, _e: None) -> None:
         self.trusted = trusted
+        self.opened = opened
         self.rate = limits.max_rate
         self.carrier: Carrier[TaskConnection] = Carrier(limits)
 

@@ -144,10 +144,10 @@ class TunnelRoute:
     Args:
         path: how the family is written down, each part that differs in braces: "/ws/forward/{task}/{port}".
         answer: answers a request (accept, reject or fail); called with it and the parts that the path has in the place
-            of braces. A KohakuRiverError that it raises is passed to ``fail``.
+            of braces. A KohakuRiverError that it raises is passed to ``fail``; one that it returns was told already.
     """
 
-    def __init__(self, path: str, answer: Callable[..., Awaitable[None]]) -> None:
+    def __init__(self, path: str, answer: Callable[..., Awaitable[object]]) -> None:
         self.path = path
         self.answer = answer
         self._pattern = re.compile(re.sub(r"\{\w+\}", "([^/]+)", path))

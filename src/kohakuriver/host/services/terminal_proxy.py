@@ -54,13 +54,16 @@ class TerminalProxy:
         """The WebSocket paths that this proxy answers."""
         return [TunnelRoute("/ws/task/{task_id}/terminal", self._open)]
 
-    async def _open(self, request: UpgradeRequest, task: str) -> None:
-        """Open the terminal at the runner first: its answer decides ours, the version included."""
+    async def _open(self, request: UpgradeRequest, task: str) -> KohakuRiverError | None:
+        """Open the terminal at the runner first: its answer decides ours, the version included.
+
+        An error is told on the WebSocket, and returned.
+        """
         try:
             route = await self._authorize(request.token, task)
         except KohakuRiverError as error:
             await self._refuse(request, task, error)
-            return
+            return error
         relay = _Relay(self._carrier, route)
         with relay.carried:
             try:
@@ -68,8 +71,9 @@ class TerminalProxy:
             except KohakuRiverError as error:
                 relay.carried.over()
                 await self._refuse(request, task, error)
-                return
+                return error
             await self._begin(relay, request, runner)
+        return None
 
     @staticmethod
     async def _refuse(request: UpgradeRequest, task: str, error: KohakuRiverError) -> None:
@@ -103,6 +107,10 @@ class TerminalProxy:
         if request.query.get("tty") != "0":
             runner.limit_window()
         return runner
+
+    def snapshot(self) -> dict[str, int]:
+        """Terminals now, and bytes of their messages passed since the start."""
+        return self._carrier.snapshot()
 
     async def close(self) -> None:
         """Close every terminal."""

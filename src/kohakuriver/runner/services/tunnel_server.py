@@ -80,11 +80,15 @@ class TunnelServer:
 
     def routes(self) -> list[TunnelRoute]:
         """The WebSocket paths that this server answers."""
-        return [*self.container_routes(), TunnelRoute("/ws/forward/{container}/{port}", self._open_session)]
+        return [*self.container_routes(), self.session_route()]
 
     def container_routes(self) -> list[TunnelRoute]:
-        """Those of them that tunnel clients dial; the host dials the others."""
+        """Those of them that tunnel clients dial."""
         return [TunnelRoute("/ws/tunnel/{container_id}", self._open_tunnel)]
+
+    def session_route(self) -> TunnelRoute:
+        """The one that the host dials."""
+        return TunnelRoute("/ws/forward/{container}/{port}", self._open_session)
 
     def snapshot(self) -> dict[str, Any]:
         """Counts of now, and totals since the start, of all and of each container that has a tunnel or had traffic."""
