@@ -17,6 +17,7 @@ __all__ = [
     "LEAST_MEMORY",
     "LEAST_PIDS",
     "LONGEST_TIME",
+    "NOTHING",
     "QUOTAS",
     "Offer",
     "Quota",
@@ -75,13 +76,19 @@ QUOTAS: dict[QuotaName, Quota] = {
     "idle_stop": Quota("seconds", LONGEST_TIME, "time without anybody connected until a task is stopped"),
 }
 
+NOTHING = -1
+"""As a limit: nothing of it, where 0 is any number."""
+
+_CAN_BE_NOTHING = ("tasks", "running", "tokens", "gpus")
+"""What is counted one by one. Of the others nothing at all would be no limit but a way to break every task."""
+
 _OF_ADMINS = ("sessions", "connects")
 """What admins have a default of, too: it keeps a mistake in a script from everybody else."""
 
 
 @dataclass(frozen=True)
 class Quotas:
-    """How much a user may have of each; 0 is any number."""
+    """How much a user may have of each; 0 is any number, NOTHING none at all."""
 
     tasks: int = 0
     running: int = 0
@@ -149,9 +156,9 @@ class Usage:
         Raises UnavailableError "over_limit" (429), or NotAllowedError (403) for what could never be.
         """
         for each in fields(Usage):
-            wanted, most = getattr(more, each.name), getattr(quotas, each.name)
-            used = getattr(self, each.name)
-            if wanted and most and round(used + wanted, 6) > most:  # CPUs are sums of fractions
+            wanted, limit = getattr(more, each.name), getattr(quotas, each.name)
+            used, most = getattr(self, each.name), max(limit, 0)
+            if wanted and limit and round(used + wanted, 6) > most:  # CPUs are sums of fractions
                 raise over_limit(each.name, user, used=used, wanted=wanted, most=most)
 
 
@@ -165,6 +172,8 @@ _ADVICE = {
 def over_limit(name: str, user: str, *, used: float, wanted: float, most: float) -> UnavailableError | NotAllowedError:
     """The error for a user who has `used` of something and wants more than `most`; it names the limit."""
     limit = f"the limit {name!r} of {user} is {in_words(name, most)}"
+    if not most:
+        return NotAllowedError(f"There is never room: {limit}; ask an administrator for more.", code="over_limit")
     if advice := _ADVICE.get(name):
         return UnavailableError(f"There is no room: {limit}; {advice} first.", code="over_limit", status=429)
     asks = f"this task asks for {in_words(name, wanted)}"
@@ -238,26 +247,35 @@ _WRITTEN: dict[str, tuple[Callable[[str], float], str]] = {"bytes": (byte_count,
 
 
 def parsed(name: str, text: str) -> float | None:
-    """A limit as it is written on a command line: a number or size, `none` for 0, `default` for None.
+    """A limit as it is written on a command line: a number or size, `none` for no limit, `default` for None.
 
     Raises UsageError.
     """
     if text in ("default", "none"):
         return None if text == "default" else 0
     read, example = _WRITTEN.get(_unit(name), (float, "12"))
+    option = name.replace("_", "-")
     try:
-        return checked(name, read(text))
+        value = read(text)
+        if value == NOTHING:
+            raise ValueError(text)
+        if value:
+            return checked(name, value)
+        if name in _CAN_BE_NOTHING:
+            return NOTHING
+        raise UsageError(f"--{option} can't be 0; write none for no limit, or a number such as {example}.")
     except ValueError:
-        option = name.replace("_", "-")
         raise UsageError(f"--{option} takes a number such as {example}, or none, or default, not {text!r}.") from None
 
 
 def checked(name: str, value: float) -> float:
-    """A value for the limit `name`: 0, which is no limit, or more. Raises UsageError."""
+    """A value for the limit `name`: 0, which is no limit, or more, or NOTHING. Raises UsageError."""
     if name not in QUOTAS:
         raise UsageError(f"There is no limit {name!r}; there are {', '.join(QUOTAS)}.")
     quota = QUOTAS[name]
     whole = quota.unit != "CPUs"
+    if value == NOTHING and name in _CAN_BE_NOTHING:
+        return NOTHING
     if not 0 <= value <= quota.most or (whole and value != int(value)):
         kind = "a whole number" if whole else "a number"
         raise UsageError(f"The limit {name!r} must be {kind} from 0 (no limit) to {quota.most:.15g}, not {value!r}.")

@@ -12,9 +12,9 @@ import httpx
 import pytest
 from sqlalchemy import select
 
-from kohakuriver.errors import UnavailableError, UsageError
+from kohakuriver.errors import NotAllowedError, UnavailableError, UsageError
 from kohakuriver.limits import Limits
-from kohakuriver.quotas import QUOTAS, Offer, QuotaName, Quotas, Usage, byte_count, checked, in_words, parsed
+from kohakuriver.quotas import NOTHING, QUOTAS, Offer, QuotaName, Quotas, Usage, byte_count, checked, in_words, parsed
 from kohakuriver.session import ticket
 from kohakuriver.store import Token
 from kohakuriver.store.accounts import MOST_BAD_TOKENS
@@ -81,9 +81,38 @@ def test_what_is_no_limit_is_refused_by_its_name(name: str, text: str) -> None:
 
 
 def test_none_is_no_limit_and_default_is_none_of_ones_own() -> None:
-    assert (parsed("tasks", "none"), parsed("tasks", "0"), parsed("tasks", "default")) == (0, 0, None)
+    assert (parsed("tasks", "none"), parsed("tasks", "default")) == (0, None)
     with pytest.raises(UsageError, match="no limit 'taks'"):
         checked("taks", 1)
+
+
+@pytest.mark.parametrize("name", ["tasks", "running", "tokens", "gpus"])
+def test_who_writes_0_gets_nothing_and_not_everything(name: str) -> None:
+    assert parsed(name, "0") == NOTHING
+    with pytest.raises(NotAllowedError, match=f"the limit {name!r} of ann is 0; ask an administrator for more"):
+        Usage().check(Usage(**{name: 1}), "ann", Quotas(**{name: NOTHING}))
+    Usage().check(Usage(), "ann", Quotas(**{name: NOTHING}))
+
+
+@pytest.mark.parametrize("name", sorted(set(QUOTAS) - {"tasks", "running", "tokens", "gpus"}))
+def test_of_what_no_task_can_do_without_0_is_refused(name: QuotaName) -> None:
+    with pytest.raises(UsageError, match=f"--{name.replace('_', '-')} "):
+        parsed(name, "0s" if QUOTAS[name].unit == "seconds" else "0")
+    with pytest.raises(UsageError, match=name):
+        checked(name, NOTHING)
+
+
+def test_a_user_who_may_have_nothing_is_shown_0_and_refused(run: Run, tmp_path: Path) -> None:
+    async def check() -> None:
+        async with a_host(tmp_path) as host:
+            await host.runner()
+            _, secret = await host.person("ann")
+            await limit(host, tasks=NOTHING)
+            client = host.client(secret)
+            assert (await client.get("/api/auth")).json()["limits"]["tasks"] == {"limit": 0, "used": 0, "own": True}
+            refusal(await client.post("/api/tasks", json=PROCESS), 403, "'tasks' of ann is 0", "administrator")
+
+    run(check())
 
 
 def test_sums_of_fractions_of_a_processor_fill_a_limit_to_the_brim() -> None:
@@ -300,7 +329,7 @@ def test_limits_are_for_admins_to_set_and_are_in_the_audit_log(run: Run, tmp_pat
             ann, _ = await host.person("ann")
             assert (await ann.patch("/api/users/ann/limits", json={"tasks": 1000})).status_code == 403
             assert (await host.user.patch("/api/users/nobody/limits", json={"tasks": 1})).status_code == 404
-            bodies: list[Any] = [{"taks": 1}, {"tasks": -1}, {"tasks": 1.5}, {"tasks": "x"}, {"memory": 1e30}, [], 1]
+            bodies: list[Any] = [{"taks": 1}, {"memory": -1}, {"tasks": 1.5}, {"tasks": "x"}, {"memory": 1e30}, [], 1]
             for body in bodies:
                 assert (await host.user.patch("/api/users/ann/limits", json=body)).status_code in (400, 422), body
             await limit(host, tasks=3, memory=GIB)

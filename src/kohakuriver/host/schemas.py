@@ -139,7 +139,7 @@ def _sensible(limits: dict[QuotaName, float | None]) -> dict[QuotaName, float | 
 
 
 class UserLimits(RootModel[Annotated[dict[QuotaName, float | None], AfterValidator(_sensible)]]):
-    """Limits of one user: numbers, bytes or CPUs, 0 for none; null puts one back to the host's default."""
+    """Limits of one user: numbers, bytes or CPUs, 0 for no limit, -1 for nothing at all; null is the host's default."""
 
 
 class NewUser(_Request):

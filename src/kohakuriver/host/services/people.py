@@ -58,7 +58,7 @@ class People:
         most = self._accounts.quotas_of(user)
         used = {**asdict(usage), "sessions": self._grants.open_of(name)}
         limits = {
-            quota: Limit(limit=getattr(most, quota) or None, used=used.get(quota), own=quota in user.limits)
+            quota: Limit(limit=_shown(getattr(most, quota)), used=used.get(quota), own=quota in user.limits)
             for quota in QUOTAS
         }
         return LimitsView.model_validate({"name": user.name, "role": user.role, "limits": limits})
@@ -181,3 +181,8 @@ def _whom(sharee: str) -> dict[str, str]:
 def _user_view(user: User) -> UserView:
     shown = {"name": user.name, "role": user.role, "created_at": iso_time(user.created_at), "limits": user.limits}
     return UserView.model_validate(shown)
+
+
+def _shown(limit: float) -> float | None:
+    """A limit as users see it: None is any number."""
+    return max(limit, 0) if limit else None
