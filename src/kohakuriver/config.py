@@ -64,14 +64,14 @@ SHARED_NAMES = ("127.0.0.1", "::1", "localhost")
 
 
 def config_dir() -> Path:
-    """The directory that holds everything a user's commands keep; `KOHAKURIVER_CONFIG_DIR` moves it.
+    """The directory that holds everything a user's commands keep, absolute; `KOHAKURIVER_CONFIG_DIR` moves it.
 
     Raises UsageError for a user without a home directory.
     """
     moved = os.environ.get("KOHAKURIVER_CONFIG_DIR")
     try:
         if moved:
-            return Path(moved).expanduser()
+            return Path(moved).expanduser().absolute()
         import platformdirs
 
         return Path(platformdirs.user_config_dir("kohakuriver", appauthor=False))

@@ -268,3 +268,11 @@ def test_who_was_told_of_plain_http_is_not_told_again() -> None:
     config.accept_plain_http("http://lab:8000")
     assert config.accepts_plain_http("http://lab:8000")
     assert not config.accepts_plain_http("http://other:8000")
+
+
+def test_a_relative_directory_is_taken_from_where_the_program_began(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("KOHAKURIVER_CONFIG_DIR", "settings")
+    assert config.config_dir() == config.state_dir() == tmp_path / "settings"

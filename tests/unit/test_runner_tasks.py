@@ -486,3 +486,10 @@ def test_a_full_disk_is_said_once_leaves_no_file_behind_and_is_tried_again(
         run(check())
     finally:
         subprocess.run(["umount", disk], check=True)
+
+
+def test_a_relative_state_directory_is_one_that_engines_and_tasks_find(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert State(Path("state")).directory == tmp_path / "state"

@@ -48,7 +48,7 @@ _BEING_MADE_SECONDS = 60.0
 
 def _directory() -> Path:
     """Where they all are, made for this user alone. Raises UsageError where somebody else could get at it."""
-    directory = state_dir().expanduser().absolute() / "forwards"
+    directory = state_dir() / "forwards"
     try:
         directory.mkdir(mode=0o700, parents=True, exist_ok=True)
         found = directory.stat()

@@ -33,7 +33,7 @@ HEADING = "# Written by `kohakuriver ssh-config --install`; `kohakuriver ssh-con
 
 
 def _directory() -> Path:
-    return config_dir().absolute() / "ssh"
+    return config_dir() / "ssh"
 
 
 def prepare() -> None:
@@ -152,7 +152,7 @@ def config_text(names: Sequence[str], *, direct: bool = False) -> str:
     # A program that was not started from this shell would not find the same cluster by itself. The token stays out.
     kept = {name: os.environ[name] for name in ("KOHAKURIVER_CONFIG_DIR", "KOHAKURIVER_HOST") if os.environ.get(name)}
     if "KOHAKURIVER_CONFIG_DIR" in kept:
-        kept["KOHAKURIVER_CONFIG_DIR"] = str(config_dir().absolute())
+        kept["KOHAKURIVER_CONFIG_DIR"] = str(config_dir())
     options = [
         "User root",
         *proxy_command("%n", environment=kept, direct=direct),

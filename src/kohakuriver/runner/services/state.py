@@ -95,7 +95,7 @@ class State:
     """The runner's state directory; everything in it is for the runner's user alone."""
 
     def __init__(self, directory: Path) -> None:
-        self.directory = directory
+        self.directory = directory = directory.absolute()  # engines and tasks have other working directories
         directory.mkdir(parents=True, exist_ok=True, mode=0o700)
         directory.chmod(0o700)
         self.instance = self._keep("instance", secrets.token_hex(16))

@@ -54,7 +54,7 @@ class Description:
         env = {**self.helper.settings, **task.env, **tunnel}
         ours = [*self.helper.mounts(), *(self.ssh.mounts() if task.ssh_keys else [])]
         if task.has_door:
-            ours.append((self.doors.folder(task.container).absolute(), DOOR))
+            ours.append((self.doors.folder(task.container), DOOR))
         mounts = [
             {"Type": "bind", "Source": str(source), "Target": target, "ReadOnly": True} for source, target in ours
         ]

@@ -206,7 +206,7 @@ class ProcessBackend(Backend):
     def _reach(self, task: TaskRecord) -> str:
         """How the task's tunnel client reaches the runner: by a door that its user alone can pass."""
         door = self._doors.open(task.container, self._admit)
-        return self._local_url() if door is None else f"unix:{door.absolute()}"
+        return self._local_url() if door is None else f"unix:{door}"
 
     def _admit(self, folder: Path, path: Path) -> None:
         self._account.lets_through(folder)
