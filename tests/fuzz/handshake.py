@@ -25,7 +25,7 @@ from kohakuriver.tunnel.accept import Ignore, TunnelRoute, UpgradeRequest, greet
 from kohakuriver.tunnel.dial import Server, open_session
 from kohakuriver.web.app import new_app
 from tests.fuzz.mutation import fuzz
-from tests.support.host_only import serving
+from tests.support.serving import serving
 
 # 403, 426 and texts are for WebSockets that are none of ours: those are left to uvicorn.
 STATUSES = {101, 200, 307, 400, 403, 404, 405, 426}

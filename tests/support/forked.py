@@ -271,16 +271,25 @@ def _become(order: dict[str, Any], descriptors: Sequence[int]) -> None:
         setattr(sys, f"__{name}__", stream)
 
 
+# What programs import later, at the first thing that they are asked: whoever forks with it there does not pay for it.
+_LATER = (
+    *("anyio._backends._asyncio", "certifi", "encodings.idna", "httpcore", "platformdirs.unix", "resource", "sqlite3"),
+    *("sqlalchemy.dialects.sqlite", "typer._adapters", "typer._click.decorators", "uvicorn.lifespan.off"),
+    *("uvicorn.protocols.http.httptools_impl", "uvloop"),
+)
+
+
 def _load() -> None:
-    """What programs import at their start, or at the first thing that they are asked."""
-    for name in ("kohakuriver.host", "kohakuriver.runner", "kohakuriver.cli"):
+    """What programs import and build at their start, or at the first thing that they are asked."""
+    for name in ("kohakuriver.host", "kohakuriver.runner", "kohakuriver.client", "kohakuriver.cli"):
         package = importlib.import_module(name)
         for module in pkgutil.walk_packages(package.__path__, f"{name}."):
             if not module.name.endswith(("terminal_child", "__main__")):
                 importlib.import_module(module.name)
-    for name in ("uvloop", "sqlalchemy.dialects.sqlite", "uvicorn.protocols.http.httptools_impl", "typer._adapters"):
+    for name in _LATER:
         with contextlib.suppress(ImportError):
             importlib.import_module(name)
+    importlib.import_module("kohakuriver.cli.main").command()
     gc.collect()
     gc.freeze()
 

@@ -10,13 +10,9 @@ import asyncio
 import contextlib
 import hashlib
 import os
-import socket
-import ssl
 from collections.abc import AsyncIterator, Callable
 from pathlib import Path
 from typing import Any, cast
-
-import uvicorn
 
 from kohakuriver.cli.pki import Authority
 from kohakuriver.errors import KohakuRiverError, NotAllowedError, NotFoundError, UnauthenticatedError
@@ -39,6 +35,8 @@ from kohakuriver.tunnel.own_token import OwnToken
 from kohakuriver.tunnel.protocol import MARK, TUNNEL_V2
 from kohakuriver.tunnel.settings import EndpointConfig
 from kohakuriver.tunnel.user_endpoint import UserEndpoint
+from kohakuriver.web.app import new_app
+from tests.support.serving import a_server
 
 ROOT = Path(__file__).resolve().parents[2]
 CONTAINER = "kohakuriver-vps-1"
@@ -57,24 +55,15 @@ def binary() -> Path:
     raise FileNotFoundError("the tunnel client is not built: run `make build`")
 
 
-async def _no_app(scope: object, receive: object, send: Callable[[dict[str, object]], object]) -> None:
-    raise AssertionError("only WebSockets are served here")
+_NO_APP = new_app("hops", "1")
 
 
 @contextlib.asynccontextmanager
-async def served(routes: list[TunnelRoute], tls: ssl.SSLContext | None = None) -> AsyncIterator[int]:
-    """Serve ``routes`` on a free loopback port, which is yielded."""
-    sock = socket.create_server(("127.0.0.1", 0), backlog=2048)
-    config = uvicorn.Config(_no_app, ws=serve_ws(routes), lifespan="off", log_config=None, timeout_graceful_shutdown=1)
-    server = uvicorn.Server(config)
-    config.load()
-    config.ssl = tls
-    server.lifespan = config.lifespan_class(config)
-    await server.startup(sockets=[sock])
-    try:
+async def served(routes: list[TunnelRoute], certificate: ServerCertificate | None = None) -> AsyncIterator[int]:
+    """Serve ``routes``, and nothing else, on a free loopback port, which is yielded."""
+    async with a_server(_NO_APP, serve_ws(routes), certificate) as (server, sock):
+        server.config.timeout_graceful_shutdown = 1
         yield sock.getsockname()[1]
-    finally:
-        await server.shutdown(sockets=[sock])
 
 
 # Where the SSH server of every task here listens.
@@ -86,7 +75,7 @@ class Security:
 
     def __init__(self, directory: Path) -> None:
         made = Authority(directory).issue(["127.0.0.1"], 1)
-        self.served = ServerCertificate(made.cert, made.key).context
+        self.served = ServerCertificate(made.cert, made.key)
         self.trusted = client_context("https:", directory / "ca.pem")
 
 
@@ -269,12 +258,12 @@ async def _killed(process: asyncio.subprocess.Process) -> None:
 async def chain(limits: Limits | None = None) -> AsyncIterator[Chain]:
     """Host and runner, each on a free port; all that was started on them ends with them."""
     hops = Chain(limits)
-    tls = hops.security.served if hops.security else None
+    certificate = hops.security.served if hops.security else None
     async with hops.stack as stack:
         hops.container_port = await stack.enter_async_context(served(hops.server.routes()))
-        hops.runner_port = await stack.enter_async_context(served(hops.server.routes(), tls))
+        hops.runner_port = await stack.enter_async_context(served(hops.server.routes(), certificate))
         stack.push_async_callback(hops.server.close)
-        hops.host_port = await stack.enter_async_context(served(hops.proxy.routes(), tls))
+        hops.host_port = await stack.enter_async_context(served(hops.proxy.routes(), certificate))
         stack.push_async_callback(hops.proxy.close)
         yield hops
 

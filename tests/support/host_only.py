@@ -5,8 +5,9 @@ from __future__ import annotations
 import asyncio
 import base64
 import contextlib
-import socket
+import shutil
 import ssl
+import tempfile
 import time
 from collections.abc import AsyncIterator
 from dataclasses import asdict, replace
@@ -44,46 +45,12 @@ from kohakuriver.quotas import Offer, Quotas
 from kohakuriver.runtime import cancel_all
 from kohakuriver.session import ticket
 from kohakuriver.store import Accounts, Browsers, Groups, Store, sqlite_url
-from kohakuriver.tls import ServerCertificate
 from kohakuriver.tunnel.accept import TunnelRoute, serve_ws
 from kohakuriver.tunnel.protocol import TUNNEL_V2
-from kohakuriver.web.app import bind, socket_url
 from kohakuriver.web.origin import Guard
-from kohakuriver.web.server import Server
+from tests.support.serving import serving
 
 HEARTBEAT_SECONDS = 5.0
-
-
-async def _nothing() -> None:
-    pass
-
-
-@contextlib.asynccontextmanager
-async def a_server(
-    app: FastAPI, ws: type[asyncio.Protocol] | None = None, certificate: ServerCertificate | None = None
-) -> AsyncIterator[tuple[Server, socket.socket]]:
-    """Serve an application on a free loopback port: the server, which is told to stop at the end, and its socket."""
-    sock = bind("127.0.0.1", 0)
-    ready = asyncio.Event()
-
-    async def is_ready() -> None:
-        ready.set()
-
-    server = Server(app, ws=ws or serve_ws([]), on_ready=is_ready, on_stop=_nothing, certificate=certificate)
-    running = asyncio.ensure_future(server.serve([sock]))
-    await ready.wait()
-    try:
-        yield server, sock
-    finally:
-        server.stop()
-        await running
-
-
-@contextlib.asynccontextmanager
-async def serving(app: FastAPI, ws: type[asyncio.Protocol] | None = None) -> AsyncIterator[str]:
-    """Serve an application on a free loopback port; its URL."""
-    async with a_server(app, ws) as (_, sock):
-        yield socket_url(sock)
 
 
 async def websocket_status(url: str, headers: dict[str, str]) -> int:
@@ -284,11 +251,28 @@ class HostUnderTest:
         return task
 
 
+async def _begin(directory: Path) -> None:
+    """The tables and the first tokens: to make them takes longer than most tests."""
+    if not _new:
+        made = Path(tempfile.mkdtemp(dir=Path.home()))
+        store = await Store.open(sqlite_url(made / "host.db"))
+        await Credentials(Accounts(store, defaults=Quotas())).load_or_make(made)
+        await store.close()
+        _new.extend(made.iterdir())
+    if not (directory / "host.db").exists():
+        for path in _new:
+            shutil.copy2(path, directory)
+
+
+_new: list[Path] = []
+
+
 @contextlib.asynccontextmanager
 async def a_host(
     directory: Path, *, allow_anonymous: bool = False, limits: Limits | None = None
 ) -> AsyncIterator[HostUnderTest]:
-    """A host with its state in `directory`."""
+    """A host with its state in `directory`; a new one begins with a copy of what the first of this process made."""
+    await _begin(directory)
     store = await Store.open(sqlite_url(directory / "host.db"))
     clock = Clock()
     limits = limits or Limits(max_requests=0)

@@ -9,7 +9,6 @@ from collections.abc import AsyncIterator, Callable, Coroutine
 from typing import Any
 
 import pytest
-import uvicorn
 from fastapi import Request
 from websockets.asyncio.client import connect
 from websockets.exceptions import ConnectionClosed, InvalidStatus
@@ -21,7 +20,9 @@ from kohakuriver.tunnel.accept import Ignore, TunnelRoute, UpgradeRequest, greet
 from kohakuriver.tunnel.link import Link
 from kohakuriver.tunnel.protocol import DATA, TUNNEL_V2
 from kohakuriver.web.app import bearer, new_app
+from kohakuriver.web.server import Server
 from tests.support.hops import dial, until
+from tests.support.serving import a_server
 
 Run = Callable[[Coroutine[Any, Any, None]], None]
 V2 = [Subprotocol(TUNNEL_V2)]
@@ -85,17 +86,9 @@ class Gate(Ignore):
 
 
 @contextlib.asynccontextmanager
-async def serving(gate: Gate) -> AsyncIterator[tuple[uvicorn.Server, int]]:
-    config = uvicorn.Config(app, port=0, ws=serve_ws(gate.routes), lifespan="off", log_config=None)
-    config.timeout_graceful_shutdown = 2
-    server = uvicorn.Server(config)
-    config.load()
-    server.lifespan = config.lifespan_class(config)
-    await server.startup()
-    try:
-        yield server, server.servers[0].sockets[0].getsockname()[1]
-    finally:
-        await server.shutdown()
+async def serving(gate: Gate) -> AsyncIterator[tuple[Server, int]]:
+    async with a_server(app, serve_ws(gate.routes)) as (server, sock):
+        yield server, sock.getsockname()[1]
 
 
 async def answer(port: int, request: bytes) -> tuple[int, bytes]:

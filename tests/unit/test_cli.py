@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 from typer.main import get_command
 
-from kohakuriver import config
+from kohakuriver import __version__, config
 from kohakuriver.cli import vps
 from kohakuriver.cli.behind_dashes import command_of
 from kohakuriver.cli.main import app, main
@@ -79,6 +79,31 @@ def test_every_command_has_help_with_an_example(command: list[str], capsys: pyte
 def test_the_version_is_printed(capsys: pytest.CaptureFixture[str]) -> None:
     assert outcome("--version") == 0
     assert capsys.readouterr().out.startswith("kohakuriver ")
+
+
+END = """
+import os, sys, threading
+from kohakuriver import __main__
+
+class Kept:
+    def __del__(self, write=os.write):
+        write(1, b"taken apart\\n")
+
+def wait():
+    threading.main_thread().join()
+    print("the thread has ended", flush=True)
+
+sys.kept = Kept()
+threading.Thread(target=wait, daemon=sys.argv.pop() == "daemon").start()
+__main__.main()
+"""
+
+
+@pytest.mark.parametrize(("thread", "more"), [("daemon", []), ("needed", ["the thread has ended", "taken apart"])])
+def test_a_program_ends_without_being_taken_apart_unless_a_thread_has_work_to_do(thread: str, more: list[str]) -> None:
+    command = [sys.executable, "-c", END, "--version", thread]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60, stdin=subprocess.DEVNULL)
+    assert (done.returncode, done.stdout.splitlines()) == (0, [f"kohakuriver {__version__}", *more])
 
 
 def test_python_dash_m_is_the_same_program() -> None:

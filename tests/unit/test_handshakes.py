@@ -17,7 +17,7 @@ from kohakuriver.tls import ServerCertificate
 from kohakuriver.web import listener
 from kohakuriver.web.app import new_app
 from kohakuriver.web.handshakes import BURST, HandshakeQueue
-from tests.support.host_only import a_server
+from tests.support.serving import a_server
 
 Run = Callable[[Coroutine[Any, Any, None]], None]
 

@@ -762,7 +762,7 @@ def test_a_nodes_heartbeat_does_not_wait_behind_what_users_ask(run: Run, tmp_pat
 def test_many_who_wait_for_a_task_ask_the_database_once_in_a_while_for_all_of_them(
     run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("kohakuriver.host.services.tasks._LOOK_SECONDS", 0.01)
+    monkeypatch.setattr("kohakuriver.host.services.tasks._CHANGES_SECONDS", 0.01)
 
     async def check() -> None:
         async with a_host(tmp_path) as host:
@@ -794,7 +794,7 @@ def test_many_who_wait_for_a_task_ask_the_database_once_in_a_while_for_all_of_th
 def test_who_waits_for_a_task_hears_of_what_this_host_did_not_do(
     run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, how: str
 ) -> None:
-    monkeypatch.setattr("kohakuriver.host.services.tasks._LOOK_SECONDS", 0.01)
+    monkeypatch.setattr("kohakuriver.host.services.tasks._CHANGES_SECONDS", 0.01)
 
     async def check() -> None:
         async with a_host(tmp_path) as host:

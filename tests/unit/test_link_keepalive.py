@@ -13,7 +13,7 @@ from kohakuriver._frame import WS_PING, FrameWalker, Message
 from kohakuriver.tunnel.accept import Ignore, TunnelRoute, UpgradeRequest, serve_ws
 from kohakuriver.tunnel.dial import Server, open_link
 from kohakuriver.tunnel.link import Link
-from tests.support.host_only import serving
+from tests.support.serving import serving
 
 Run = Callable[[Coroutine[Any, Any, None]], None]
 

@@ -16,7 +16,7 @@ from kohakuriver.tunnel.accept import TunnelRoute, UpgradeRequest, serve_ws
 from kohakuriver.tunnel.dial import Server, open_messages
 from kohakuriver.tunnel.message_link import MessageLink, size_of
 from kohakuriver.tunnel.protocol import TERMINAL_V2
-from tests.support.host_only import serving
+from tests.support.serving import serving
 
 Run = Callable[[Coroutine[Any, Any, None]], None]
 

@@ -31,7 +31,8 @@ from kohakuriver.tunnel.accept import Peer, TunnelRoute, serve_ws
 from kohakuriver.tunnel.protocol import CLIENT_HEADER
 from kohakuriver.web.origin import Guard
 from tests.support.browser import Browser, link_of
-from tests.support.host_only import HostUnderTest, a_host, serving, websocket_status
+from tests.support.host_only import HostUnderTest, a_host, websocket_status
+from tests.support.serving import serving
 
 Run = Callable[[Coroutine[Any, Any, None]], None]
 Route = tuple[str, str]

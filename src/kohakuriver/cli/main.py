@@ -5,11 +5,12 @@ Starting must stay fast: nothing here, nor in the command modules, imports a hea
 
 from __future__ import annotations
 
+import functools
 import os
 import signal
 import sys
 from collections.abc import Sequence
-from typing import Annotated, NoReturn
+from typing import Annotated, Any, NoReturn
 
 import typer
 
@@ -84,6 +85,12 @@ demo.register(app)
 ssh.register(app)
 
 
+@functools.cache
+def command() -> Any:
+    """All commands, as the parser has them: what is made of their signatures, once in a process."""
+    return typer.main.get_command(app)
+
+
 def main(arguments: Sequence[str] | None = None) -> NoReturn:
     """Run one command and exit with its code (docs/cli.md "Exit codes")."""
     descriptors.prepare()
@@ -98,7 +105,7 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
 def _run(arguments: Sequence[str] | None) -> int:
     output.errors_as_json(False)
     try:
-        code = app(args=arguments, prog_name="kohakuriver", standalone_mode=False)
+        code = command().main(args=arguments, prog_name="kohakuriver", standalone_mode=False)
         output.flush()
     except KohakuRiverError as error:
         output.failure(error.code, error.message + _advice(error))

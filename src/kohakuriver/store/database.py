@@ -160,8 +160,10 @@ class Store:
                     f"The database has tables of version {found}, and this kohakuriver knows up to version "
                     f"{SCHEMA_VERSION}; use the kohakuriver that made it, or another database."
                 )
+            if found == SCHEMA_VERSION:
+                return
             Base.metadata.create_all(connection)
-            if 0 < found < SCHEMA_VERSION:
+            if found:
                 _upgrade(connection, found)
         with self._writing.begin() as session:
             session.merge(Meta(key="schema", value=str(SCHEMA_VERSION)))
