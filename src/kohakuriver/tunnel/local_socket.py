@@ -115,7 +115,9 @@ class TcpStream(LocalWriter):
         else:
             frame = unacked.frame(buffer.view, nbytes, at.id, key)
         self.owner.totals.bytes_sent += nbytes
-        at.turns.sends(at.id)
+        turns = at.turns
+        if turns.alone != at.id:
+            turns.sends(at.id)
         link.send(frame)
         window = core.sending
         if link.out.blocked or window.sent >= window.limit:

@@ -47,5 +47,8 @@ class KeptWindow(SendWindow):
     def renew(self) -> bool:
         """Something was acknowledged; True if that gave room where there was none."""
         was_shut = self.sent >= self.limit
-        self.limit = min(self.granted, self.unacked.start + self._store.share)
-        return was_shut and self.sent < self.limit
+        start, limit = self.unacked.start, self.granted
+        if limit > start + EARLY_DATA:  # less than that it may keep, whatever is left
+            limit = min(limit, start + self._store.share)
+        self.limit = limit
+        return was_shut and self.sent < limit
