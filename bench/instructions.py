@@ -8,23 +8,38 @@ takes, the loop around it included. Needs valgrind.
 
 from __future__ import annotations
 
+import asyncio
 import re
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from types import SimpleNamespace
 from typing import Any
 
 from kohakuriver import _frame
+from kohakuriver.runtime import new_event_loop
 from kohakuriver.tunnel import buffers as _buffers
 from kohakuriver.tunnel.kept import Identity, KeptCore
+from kohakuriver.tunnel.link import Link
 from kohakuriver.tunnel.local_socket import TcpStream
-from kohakuriver.tunnel.protocol import ACK, pack_limit
+from kohakuriver.tunnel.opener import KeptStreams
+from kohakuriver.tunnel.protocol import (
+    ACK,
+    CLOSE,
+    CONNECTED,
+    DATA,
+    EOF,
+    PROTO_TCP,
+    Ended,
+    Grant,
+    pack_limit,
+)
 from kohakuriver.tunnel.protocol import KEY as KEY_SIZE
 from kohakuriver.tunnel.send_queue import SendQueue
 from kohakuriver.tunnel.states import Role, State
 from kohakuriver.tunnel.stream import Reading, Rules, StreamCore
 from kohakuriver.tunnel.streams import Totals, Turns
+from kohakuriver.tunnel.user_endpoint import UserEndpoint
 from kohakuriver.tunnel.v1_rules import V1Rules
 from kohakuriver.tunnel.windows import Budget
 
@@ -119,10 +134,74 @@ def kept_stream_sends(size: int) -> Callable[[], object]:
     return read_and_hear
 
 
-CALLS = {
-    call.__name__: call
-    for call in (forward_sends, host_passes_on, runner_passes_on, forward_receives, stream_sends, kept_stream_sends)
-}
+class Still(asyncio.Transport):
+    """A transport that does nothing."""
+
+    def get_extra_info(self, name: str, default: Any = None) -> Any:
+        return default
+
+    def set_write_buffer_limits(self, high: int | None = None, low: int | None = None) -> None:
+        pass
+
+    def set_protocol(self, protocol: asyncio.BaseProtocol) -> None:
+        pass
+
+    def is_closing(self) -> bool:
+        return False
+
+    def close(self) -> None:
+        pass
+
+    def write(self, data: Any) -> None:
+        pass
+
+    def write_eof(self) -> None:
+        pass
+
+
+def one_connection(kept: bool) -> Callable[[], Awaitable[object]]:
+    """A connection as forward sees it, to its end: opened, a byte there and back, ended here and then there."""
+    endpoint = UserEndpoint(kept=KeptStreams(60) if kept else None)
+    link = Link(endpoint, _frame.FrameWalker(masked=False), masks=True)
+    link.start(Still())
+    link.out.begin(TakesAll())  # type: ignore[arg-type]
+    endpoint.attach(link)
+
+    def hear(stream: TcpStream, kind: int, payload: bytes) -> None:
+        assert stream.at is not None
+        frame = _frame.build_frame(kind, PROTO_TCP, stream.at.id, 0, payload)
+        link.get_buffer(-1)[: len(frame)] = frame
+        link.buffer_updated(len(frame))
+
+    async def connect() -> None:
+        stream = TcpStream(endpoint, 7)
+        stream.connection_made(Still())
+        await asyncio.sleep(0)
+        stream.get_buffer(-1)
+        stream.buffer_updated(1)
+        hear(stream, CONNECTED, Grant(1 << 18, 0).pack() if kept else pack_limit(1 << 18))
+        hear(stream, DATA, b"x")
+        stream.eof_received()
+        hear(stream, EOF, Ended(1, 2).pack() if kept else b"")
+        await asyncio.sleep(0)
+        if kept:
+            hear(stream, CLOSE, b"")
+        stream.connection_lost(None)
+
+    return connect
+
+
+def connection(size: int) -> Callable[[], Awaitable[object]]:
+    return one_connection(False)
+
+
+def kept_connection(size: int) -> Callable[[], Awaitable[object]]:
+    return one_connection(True)
+
+
+READS = (forward_sends, host_passes_on, runner_passes_on, forward_receives, stream_sends, kept_stream_sends)
+CONNECTIONS = (connection, kept_connection)
+CALLS: dict[str, Callable[[int], Callable[[], Any]]] = {call.__name__: call for call in (*READS, *CONNECTIONS)}
 
 
 def count(name: str, size: str, times: int) -> int:
@@ -142,15 +221,23 @@ def count(name: str, size: str, times: int) -> int:
     return int(found[1])
 
 
+async def repeat(name: str, size: str, times: int) -> None:
+    call = CALLS[name](SIZES[size])
+    if CALLS[name] in CONNECTIONS:
+        for _ in range(times):
+            await call()
+    else:
+        for _ in range(times):
+            call()
+
+
 def main() -> None:
     if len(sys.argv) == 4:
-        call = CALLS[sys.argv[1]](SIZES[sys.argv[2]])
-        for _ in range(int(sys.argv[3])):
-            call()
+        new_event_loop().run_until_complete(repeat(sys.argv[1], sys.argv[2], int(sys.argv[3])))
         return
     count("forward_sends", "64", 1)  # the first run also compiles what it imports
     for name in CALLS:
-        for size in SIZES:
+        for size in SIZES if CALLS[name] in READS else ["64"]:
             each = (count(name, size, MANY) - count(name, size, FEW)) / (MANY - FEW)
             print(f"{name:<17} {size:>4} bytes {each:10,.0f} instructions")
 

@@ -30,6 +30,15 @@ cdef enum:
     PIECE_MAX = C_MAX_SEND - 10 - C_HEADER_SIZE
     SMALL = 16 << 10
     MAX_RUNS = 1024
+    # What is kept of a stream: the size of a block, and of a read that is kept where it lies; the next one is then made
+    # where it can be. After CALM small reads in a row no bulk is expected. With less than LEAST_ROOM left in a block, bulk
+    # is read into the next. COPIES bytes of small writes are kept in one piece, and SPARE blocks that nobody has.
+    C_BLOCK = 1 << 20
+    C_BULK = 16 << 10
+    CALM = 8
+    LEAST_ROOM = 256 << 10
+    COPIES = 64 << 10
+    SPARE = 16
     # What a peer that broke the protocol is owed (RFC 6455 section 7.4.1).
     CLOSE_PROTOCOL_ERROR = 1002
     CLOSE_UNSUPPORTED = 1003

@@ -82,7 +82,8 @@ def unpack_header(data: Buffer, offset: int = 0) -> tuple[int, int, int, int]:
 
 
 def masked_bytes(data: Buffer, key: bytes, phase: int = 0) -> bytes:
-    return bytes(byte ^ key[(i + phase) % 4] for i, byte in enumerate(data))
+    pattern = (key * (len(data) // 4 + 2))[phase % 4 :][: len(data)]
+    return (int.from_bytes(data, "big") ^ int.from_bytes(pattern, "big")).to_bytes(len(data), "big")
 
 
 def mask(buf: Writable, start: int, stop: int, key: int, phase: int = 0) -> None:

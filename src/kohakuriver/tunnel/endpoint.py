@@ -140,7 +140,7 @@ class Endpoint:
             start = consumed
             self._dispatch(link, messages, view)
             count += len(messages)
-            if link.intake.turn_over(count):
+            if link.intake.turn_over(count) or consumed == stop:
                 return consumed
 
     def _dispatch(self, link: Link, messages: list[Message], view: memoryview) -> None:

@@ -173,6 +173,7 @@ class KeptCore(StreamCore):
     def local_lost(self, error: bytes | None = None) -> Sequence[Action]:
         """An opener says it once both ends know of a link: the other one would hold the stream for nothing."""
         event = Event.LOCAL_CLOSED if error is None else Event.LOCAL_ERROR
+        self.error = self.error or error or b""
         if self.attached or self._rules.role is not Role.OPENER or self.state not in _KNOWN_THERE:
             return super().local_lost(error)
         if self._last_word is None:
@@ -324,12 +325,17 @@ class KeptCore(StreamCore):
         """Send what waits, as far as the window goes: one message of it, and the end-of-file where that was all."""
         if not self.attached or self.state.gone or self.state is State.WAITING:
             return ()
-        window, owed = self.sending, []
-        size = min(self.waits, window.room, PIECE)
-        if size > 0:
-            owed.append(Send(DATA, window.unacked.read(window.sent, size)))
-            window.sent += size
-        return [*owed, *self._end_of_file()] if not self.waits else owed
+        window = self.sending
+        sent = window.sent
+        waiting = window.unacked.end - sent
+        if not waiting:
+            return self._end_of_file()
+        size = min(waiting, window.limit - sent, PIECE)
+        if size <= 0:
+            return ()
+        data = Send(DATA, window.unacked.read(sent, size))
+        window.sent = sent + size
+        return (data,) if size < waiting else (data, *self._end_of_file())
 
     def _end_of_file(self) -> Sequence[Action]:
         if self._eof_owed:
@@ -364,11 +370,6 @@ class KeptCore(StreamCore):
         if kind == EOF:
             return Ended(self.sending.unacked.end, self._told).pack()
         return pack_limit(self._told) if kind == ACK else b""
-
-    def _step(self, event: Event, text: bytes = b"") -> Sequence[Action]:
-        if event is Event.LOCAL_ERROR:
-            self.error = self.error or text
-        return super()._step(event, text)
 
     def _gone(self) -> None:
         self.sending.unacked.clear()

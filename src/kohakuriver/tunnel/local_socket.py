@@ -94,8 +94,8 @@ class TcpStream(LocalWriter):
         elif size < 1:
             size = 1
         unacked = core.unacked
-        if unacked is not None and unacked.bulk:
-            return unacked.space(size)
+        if unacked is not None and (space := unacked.space(size)) is not None:
+            return space
         return at.link.loop_buffer.view[HEADROOM : HEADROOM + size]
 
     def buffer_updated(self, nbytes: int) -> None:
@@ -104,23 +104,21 @@ class TcpStream(LocalWriter):
             self.feed(receive_buffer().view[HEADROOM : HEADROOM + nbytes])
             return
         link, unacked = at.link, core.unacked
-        buffer, start = link.loop_buffer, HEADROOM
-        if unacked is not None and unacked.bulk:
-            buffer, start = unacked.buffer, unacked.at
-        stop = start + nbytes
+        buffer, stop = link.loop_buffer, HEADROOM + nbytes
         if not core.passes(nbytes):
-            self.feed(buffer.view[start:stop])
+            self.feed(buffer.view[HEADROOM:stop] if unacked is None else unacked.came(buffer.view, nbytes))
             return
         key = link.next_key()
-        if unacked is not None:
-            if unacked.bulk:
-                unacked.keep(nbytes, key)
-            else:
-                unacked.add(buffer.view[start:stop])
-        start = frame_in_place(buffer.data, start, stop, DATA, PROTO_TCP, at.id, 0, key)
+        if unacked is None:
+            start = frame_in_place(buffer.data, HEADROOM, stop, DATA, PROTO_TCP, at.id, 0, key)
+            frame = buffer.view[start:stop]
+        else:
+            frame = unacked.frame(buffer.view, nbytes, at.id, key)
         self.owner.totals.bytes_sent += nbytes
-        at.turns.sends(at.id)
-        link.send(buffer.view[start:stop])
+        turns = at.turns
+        if turns.alone != at.id:
+            turns.sends(at.id)
+        link.send(frame)
         window = core.sending
         if link.out.blocked or window.sent >= window.limit:
             self.update_reading()

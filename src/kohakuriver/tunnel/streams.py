@@ -76,14 +76,16 @@ class Expiring(Member, Protocol):
 class Turns:
     """Which streams of a link send and receive: while several take turns, bulk leaves small messages more room.
 
-    ``read_size`` is how many bytes a stream may read from its local socket at a time.
+    ``read_size`` is how many bytes a stream may read from its local socket at a time; ``alone`` is the id of the only
+    busy stream, which need not say that it sends.
     """
 
-    __slots__ = ("_budget", "_busy", "_changes", "_in_a_row", "_streams", "_timer", "read_size", "receiving")
+    __slots__ = ("_budget", "_busy", "_changes", "_in_a_row", "_streams", "_timer", "alone", "read_size", "receiving")
 
     def __init__(self, streams: dict[int, Member], budget: Budget) -> None:
         self.read_size = BULK_READ
         self.receiving = 0  # the id of the stream that received last
+        self.alone = 0
         self._streams = streams
         self._budget = budget
         self._busy = 0  # the id of the stream that sent last
@@ -94,17 +96,17 @@ class Turns:
     def sends(self, stream_id: int) -> None:
         """A stream sends."""
         if self._busy != stream_id:
-            self._busy, self._in_a_row = stream_id, 0
+            self._busy, self._in_a_row, self.alone = stream_id, 0, 0
             self.read_size = SHARED_READ if len(self._streams) > 1 else BULK_READ
         else:
             self._in_a_row += 1
-            if self._in_a_row == ALONE:
-                self.read_size = BULK_READ
+            if self._in_a_row >= ALONE:
+                self.alone, self.read_size = stream_id, BULK_READ
 
     def left(self, stream_id: int) -> None:
         """A stream sends no more."""
         if self._busy == stream_id:
-            self._busy = 0
+            self._busy = self.alone = 0
             self.read_size = BULK_READ
 
     def receives(self, stream_id: int) -> None:
