@@ -252,9 +252,9 @@ class TaskReport:
     """What a runner says about a task; `revision` grows with every change, `traffic` is no change.
 
     `engine_name` is what the engine of its backend calls it, `exit_code` what a task has ended with, 128 + N by signal
-    N. `ssh_port` and `ssh_host_key` are those of the SSH server that it was given; users' programs write the latter
-    into a known_hosts. `ends_at` is when its time to live is over, in seconds since the epoch, None where it has none
-    or does not run.
+    N. `ssh_port`, `ssh_host_key` and `ssh_host_key_ecdsa` are those of the SSH server that it was given; users'
+    programs write the keys into a known_hosts. `ends_at` is when its time to live is over, in seconds since the epoch,
+    None where it has none or does not run.
     """
 
     task_id: Whole
@@ -267,6 +267,7 @@ class TaskReport:
     image: str | None = None
     ssh_port: Port | None = None
     ssh_host_key: PublicKey | None = None
+    ssh_host_key_ecdsa: PublicKey | None = None
     ends_at: Moment | None = None
     traffic: dict[str, Whole] = field(default_factory=dict)
 
@@ -305,8 +306,9 @@ class TaskView:
 
     `owner` may do everything with it, `shared_with` may use it; `creator` made it, and is another one where a user was
     removed. `ttl` and `idle_stop`, in seconds, are as it was given them, and `ends_at`, in ISO 8601, is when the first
-    is over, None while it does not run. `ssh_port` and `ssh_host_key` are those of the SSH server that the task was
-    given, None without one. With `pending_removal` its node ends it once it is back.
+    is over, None while it does not run. `ssh_port`, `ssh_host_key` (Ed25519) and `ssh_host_key_ecdsa` (on P-256, for
+    clients that take no other) are those of the SSH server that the task was given, None without one. With
+    `pending_removal` its node ends it once it is back.
     """
 
     task_id: int
@@ -346,6 +348,7 @@ class TaskView:
     exit_code: int | None = None
     ssh_port: int | None = None
     ssh_host_key: str | None = None
+    ssh_host_key_ecdsa: str | None = None
     traffic: TaskTraffic = field(default_factory=TaskTraffic)
     pending_removal: bool = False
 

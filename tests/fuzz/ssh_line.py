@@ -65,7 +65,7 @@ class Proxy:
             authorize=self._authorize,
             keyholders=host.forwards.keyholder,
             check_user=self._check_user,
-            host_key=directory / "host_key",
+            host_keys=directory,
         )
 
     async def _check_user(self, token: str) -> object:

@@ -14,12 +14,14 @@ from typing import Any
 import asyncssh
 import pytest
 
+from kohakuriver import host_keys
 from tests.support.ssh import ours
 
 Run = Callable[[Coroutine[Any, Any, Any]], Any]
 
-EXCHANGES = ("mlkem768x25519-sha256", "curve25519-sha256", "curve25519-sha256@libssh.org")
+EXCHANGES = ("mlkem768x25519-sha256", "curve25519-sha256", "curve25519-sha256@libssh.org", "ecdh-sha2-nistp256")
 CIPHERS = ("aes256-gcm@openssh.com", "aes128-gcm@openssh.com", "chacha20-poly1305@openssh.com")
+MACS = ("hmac-sha2-256-etm@openssh.com", "hmac-sha2-512-etm@openssh.com", "hmac-sha2-256", "hmac-sha2-512")
 DATA = os.urandom(3_000_000)
 
 
@@ -30,15 +32,17 @@ class Server:
         self.key = asyncssh.generate_private_key("ssh-ed25519")
         authorized = directory / "authorized"
         authorized.write_bytes(self.key.export_public_key())
+        ecdsa = host_keys.ecdsa(directory / "ecdsa")
         self.process = subprocess.Popen(
-            [ours(), "--listen=127.0.0.1:0", f"--host-key={directory / 'key'}", f"--authorized-keys={authorized}",
-             "--rekey-bytes=1000000"],
+            [ours(), "--listen=127.0.0.1:0", f"--host-key={directory / 'key'}", f"--host-key={directory / 'ecdsa'}",
+             f"--authorized-keys={authorized}", "--rekey-bytes=1000000"],
             stdout=subprocess.PIPE, stderr=subprocess.DEVNULL,
         )  # fmt: skip
         assert self.process.stdout is not None
         ready = json.loads(self.process.stdout.readline())
         self.port = int(ready["address"].rpartition(":")[2])
-        self.known_hosts = asyncssh.import_known_hosts(f"[127.0.0.1]:{self.port} {ready['host_key']}\n")
+        lines = [f"[127.0.0.1]:{self.port} {key}\n" for key in (ready["host_key"], ecdsa)]
+        self.known_hosts = asyncssh.import_known_hosts("".join(lines))
 
     def connect(self, username: str = "root", **options: Any) -> Any:
         return asyncssh.connect(
@@ -74,6 +78,28 @@ def test_every_cipher_is_understood(run: Run, server: Server, cipher: str) -> No
         async with server.connect(encryption_algs=[cipher]) as connection:
             done = await connection.run("cat", input=DATA, encoding=None)
             assert done.stdout == DATA
+
+    run(main())
+
+
+@pytest.mark.parametrize("cipher", ["aes128-ctr", "aes256-ctr"])
+@pytest.mark.parametrize("mac", MACS)
+def test_ciphers_that_prove_nothing_themselves_are_understood_with_every_mac(
+    run: Run, server: Server, cipher: str, mac: str
+) -> None:
+    async def main() -> None:
+        async with server.connect(encryption_algs=[cipher], mac_algs=[mac], rekey_bytes="500k") as connection:
+            done = await connection.run("cat", input=DATA, encoding=None)
+            assert done.stdout == DATA
+
+    run(main())
+
+
+@pytest.mark.parametrize("kind", ["ssh-ed25519", "ecdsa-sha2-nistp256"])
+def test_the_client_chooses_the_kind_of_host_key(run: Run, server: Server, kind: str) -> None:
+    async def main() -> None:
+        async with server.connect(server_host_key_algs=[kind]) as connection:
+            assert connection.get_server_host_key().get_algorithm() == kind
 
     run(main())
 

@@ -22,10 +22,14 @@ USER = getpass.getuser()
 # OpenSSH's server behind the command line of ours: what the tests of the way there need is any server.
 STAND_IN = """#!/bin/sh
 while [ $# -gt 0 ]; do
-    case $1 in --listen) listen=$2 ;; --host-key) host_key=$2 ;; --authorized-keys) keys=$2 ;; esac
+    case $1 in
+        --listen) listen=$2 ;;
+        --host-key) host_keys="$host_keys -o HostKey=$2" ;;
+        --authorized-keys) keys=$2 ;;
+    esac
     shift 2
 done
-exec "{sshd}" -D -e -f /dev/null -o ListenAddress=$listen -o HostKey=$host_key -o AuthorizedKeysFile=$keys \\
+exec "{sshd}" -D -e -f /dev/null -o ListenAddress=$listen $host_keys -o AuthorizedKeysFile=$keys \\
     -o PidFile=none -o StrictModes=no -o PasswordAuthentication=no -o KbdInteractiveAuthentication=no \\
     -o "Subsystem=sftp internal-sftp" -o MaxStartups=100 -o MaxSessions=100
 """

@@ -81,25 +81,28 @@ def test_openssh_understands_it_and_other_hosts_are_left_alone(home: Path) -> No
     assert "proxycommand" not in ssh_says(home, "example.org")
 
 
-def test_a_host_key_is_known_under_every_name_of_the_task() -> None:
-    ssh_files.learn_host_key(123, "web", "ssh-ed25519 AAAA")
+def test_both_host_keys_are_known_under_every_name_of_the_task() -> None:
+    ssh_files.learn_host_keys(123, "web", ["ssh-ed25519 AAAA", "ecdsa-sha2-nistp256 BBBB"])
     for name in ("web", "web.kohakuriver", "123", "123.kohakuriver", alias(123)):
         found = subprocess.run(
             ["ssh-keygen", "-F", name, "-f", str(ssh_files.known_hosts_file())], capture_output=True, text=True
         )
         assert "ssh-ed25519 AAAA" in found.stdout
+        assert "ecdsa-sha2-nistp256 BBBB" in found.stdout
 
 
 def test_a_new_task_of_an_old_name_replaces_its_host_key_and_no_other() -> None:
-    ssh_files.learn_host_key(1, "web", "ssh-ed25519 AAAA")
-    ssh_files.learn_host_key(2, "lab", "ssh-ed25519 BBBB")
-    ssh_files.learn_host_key(3, "web", "ssh-ed25519 CCCC")
+    ssh_files.learn_host_keys(1, "web", ["ssh-ed25519 AAAA", "ecdsa-sha2-nistp256 DDDD"])
+    ssh_files.learn_host_keys(2, "lab", ["ssh-ed25519 BBBB"])
+    ssh_files.learn_host_keys(3, "web", ["ssh-ed25519 CCCC"])
     lines = ssh_files.known_hosts_file().read_text().splitlines()
     assert [line.split()[2] for line in lines] == ["BBBB", "CCCC"]
 
 
 def test_many_that_learn_host_keys_at_once_lose_none() -> None:
-    code = "import sys, kohakuriver.cli.ssh_files as files; n = sys.argv[1]; files.learn_host_key(int(n), 't' + n, 'k')"
+    code = (
+        "import sys, kohakuriver.cli.ssh_files as files; n = sys.argv[1]; files.learn_host_keys(int(n), 't' + n, 'k')"
+    )
     programs = [subprocess.Popen([sys.executable, "-c", code, str(number)]) for number in range(10)]
     assert [program.wait() for program in programs] == [0] * 10
     assert len(ssh_files.known_hosts_file().read_text().splitlines()) == 10

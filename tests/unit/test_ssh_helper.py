@@ -31,7 +31,11 @@ def test_in_a_container_root_alone_reads_the_host_key_and_the_environment(helper
         files = {member: file.read() for member, file in content.items() if file is not None}
         owners = {(member.uid, member.gid) for member in tar.getmembers()}
     telling = {member for member, text in files.items() if b"secret" in text or b"PRIVATE KEY" in text}
-    assert {member.name for member in telling} == {".kohakuriver/ssh/host_key", ".kohakuriver/ssh/sshd_config"}
+    assert {member.name for member in telling} == {
+        ".kohakuriver/ssh/host_key",
+        ".kohakuriver/ssh/host_key_ecdsa",
+        ".kohakuriver/ssh/sshd_config",
+    }
     assert all(member.mode == 0o600 for member in telling)
     assert owners == {(0, 0)}
 
@@ -49,10 +53,13 @@ def test_a_variable_that_would_be_another_line_of_the_configuration_is_left_out(
     assert "PermitEmptyPasswords" not in text
 
 
-def test_the_host_key_is_made_once_and_private_on_the_node(helper: SshHelper, task: TaskRecord, tmp_path: Path) -> None:
-    first = task.ssh_host_key
+def test_the_host_keys_are_made_once_and_are_private_on_the_node(
+    helper: SshHelper, task: TaskRecord, tmp_path: Path
+) -> None:
+    first = task.ssh_host_key, task.ssh_host_key_ecdsa
     helper.prepare(task)
-    assert task.ssh_host_key == first
+    assert (task.ssh_host_key, task.ssh_host_key_ecdsa) == first
+    assert [str(key).split()[0] for key in first] == ["ssh-ed25519", "ecdsa-sha2-nistp256"]
     for path in (tmp_path / "state").rglob("ssh/*"):
         assert path.stat().st_mode & 0o077 == 0
         assert path.parent.stat().st_mode & 0o077 == 0

@@ -16,6 +16,7 @@ import asyncssh
 import pytest
 from asyncssh.kex import get_kex_algs
 
+from kohakuriver import host_keys
 from kohakuriver.errors import NotFoundError, UnauthenticatedError
 from kohakuriver.host.services.credentials import Caller
 from kohakuriver.limits import LEAST_RATE, Limits
@@ -49,7 +50,7 @@ class Proxy:
             authorize=self._authorize,
             keyholders=self._keyholder,
             check_user=self._check_user,
-            host_key=directory / "host_key",
+            host_keys=directory,
             limits=limits,
         )
         self.proxy.start()
@@ -150,7 +151,9 @@ async def offered(port: int) -> list[list[str]]:
 async def a_task_server(directory: Path) -> AsyncIterator[int]:
     """The SSH server that is put into tasks, and its port."""
     (directory / "keys").touch()
-    files = ["--host-key", str(directory / "task_key"), "--authorized-keys", str(directory / "keys")]
+    host_keys.ecdsa(directory / "task_ecdsa_key")
+    files = [*("--host-key", str(directory / "task_key")), *("--host-key", str(directory / "task_ecdsa_key"))]
+    files += ["--authorized-keys", str(directory / "keys")]
     process = await asyncio.create_subprocess_exec(
         ours(), "--listen", "127.0.0.1:0", *files, stdout=asyncio.subprocess.PIPE
     )
@@ -641,18 +644,21 @@ def test_the_jump_host_has_no_shell_and_forwards_nothing_else(run: Run, tmp_path
     run(check())
 
 
-def test_the_jump_hosts_own_key_stays_the_same(run: Run, tmp_path: Path) -> None:
-    async def key() -> bytes:
-        async with a_proxy(tmp_path) as proxy, proxy.jump(password=TOKEN) as connection:
+def test_the_jump_hosts_own_keys_stay_the_same(run: Run, tmp_path: Path) -> None:
+    async def key(kind: str) -> bytes:
+        async with a_proxy(tmp_path) as proxy, proxy.jump(password=TOKEN, server_host_key_algs=[kind]) as connection:
             found = connection.get_server_host_key()
             assert found is not None
             return found.export_public_key()
 
     async def check() -> None:
-        assert await key() == await key()
+        for kind in ("ssh-ed25519", "ecdsa-sha2-nistp256"):
+            assert await key(kind) == await key(kind)
 
     run(check())
-    assert (tmp_path / "host_key").stat().st_mode & 0o077 == 0
+    made = sorted(tmp_path.glob("ssh_host_*"))
+    assert [path.name for path in made] == ["ssh_host_ecdsa_key", "ssh_host_ed25519_key"]
+    assert all(path.stat().st_mode & 0o077 == 0 for path in made)
 
 
 @contextlib.asynccontextmanager

@@ -14,7 +14,8 @@ Usage: tunnel-sshd --listen ADDRESS:PORT --host-key FILE --authorized-keys FILE 
 
 Options:
   --listen ADDRESS:PORT   where to listen; port 0 is any free one
-  --host-key FILE         its Ed25519 key, made if the file is missing
+  --host-key FILE         its key, made (Ed25519) if the file is missing; can be given again for
+                          one of another kind: ECDSA on P-256, for clients under FIPS 140
   --authorized-keys FILE  the public keys that are let in; read again at every login
   --shell PATH            the shell, instead of the first of $SHELL, the one in /etc/passwd,
                           /bin/bash, /bin/ash and /bin/sh
@@ -38,8 +39,8 @@ const LEAST_REKEY_BYTES: u64 = 64 * 1024;
 pub struct Options {
     /// Where to listen.
     pub listen: SocketAddr,
-    /// Holds the host key.
-    pub host_key: PathBuf,
+    /// Hold the host keys, at least one.
+    pub host_keys: Vec<PathBuf>,
     /// Holds the users' keys.
     pub authorized_keys: PathBuf,
     /// The shell that was asked for.
@@ -64,12 +65,13 @@ pub enum Request {
 /// Reads arguments, of which the first is the program's name; an error is one sentence.
 pub fn parse(args: impl IntoIterator<Item = OsString>) -> Result<Request, String> {
     let mut parser = lexopt::Parser::from_iter(args);
-    let (mut listen, mut host_key, mut authorized_keys, mut shell) = (None, None, None, None);
-    let (mut logins, mut most, mut rekey_bytes) = (Vec::new(), MOST, REKEY_BYTES);
+    let (mut listen, mut authorized_keys, mut shell) = (None, None, None);
+    let (mut host_keys, mut logins) = (Vec::new(), Vec::new());
+    let (mut most, mut rekey_bytes) = (MOST, REKEY_BYTES);
     while let Some(argument) = parser.next().map_err(text)? {
         match argument {
             Long("listen") => listen = Some(parsed(&mut parser, "an address and a port")?),
-            Long("host-key") => host_key = Some(path(&mut parser)?),
+            Long("host-key") => host_keys.push(path(&mut parser)?),
             Long("authorized-keys") => authorized_keys = Some(path(&mut parser)?),
             Long("shell") => shell = Some(path(&mut parser)?),
             Long("login") => logins.push(parsed(&mut parser, "a login name")?),
@@ -84,9 +86,13 @@ pub fn parse(args: impl IntoIterator<Item = OsString>) -> Result<Request, String
             other => return Err(text(other.unexpected())),
         }
     }
+    let listen = listen.ok_or("--listen is missing")?;
+    if host_keys.is_empty() {
+        return Err("--host-key is missing".into());
+    }
     Ok(Request::Work(Options {
-        listen: listen.ok_or("--listen is missing")?,
-        host_key: host_key.ok_or("--host-key is missing")?,
+        listen,
+        host_keys,
         authorized_keys: authorized_keys.ok_or("--authorized-keys is missing")?,
         shell,
         logins,

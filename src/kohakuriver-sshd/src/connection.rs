@@ -89,7 +89,7 @@ impl Connection {
         stream.set_nodelay(true)?;
         let (sender, events) = channel();
         Ok(Self {
-            transport: Transport::new(shared.host_key.clone(), shared.rekey_bytes),
+            transport: Transport::new(shared.host_keys.clone(), shared.rekey_bytes),
             shared,
             stream,
             peer: ends[0].to_string(),

@@ -1,25 +1,32 @@
-//! Packet ciphers, key exchange and key derivation (RFC 4253, RFC 5647, RFC 8731) on ring's primitives.
+//! Packet ciphers, key exchange and key derivation (RFC 4253, RFC 5647, RFC 5656, RFC 8731) on ring's primitives.
 
 use ml_kem::kem::TryKeyInit;
 use ml_kem::{B32, ml_kem_768};
 use ring::aead::chacha20_poly1305_openssh as chacha;
 use ring::aead::{AES_128_GCM, AES_256_GCM, Aad, LessSafeKey, Nonce, UnboundKey};
-use ring::agreement::{EphemeralPrivateKey, UnparsedPublicKey, X25519, agree_ephemeral};
+use ring::agreement::{
+    Algorithm, ECDH_P256, EphemeralPrivateKey, UnparsedPublicKey, X25519, agree_ephemeral,
+};
 use ring::digest::{Context, SHA256, digest};
 use ring::rand::{SecureRandom, SystemRandom};
 use zeroize::{Zeroize, Zeroizing};
 
 use crate::wire::Put;
 
-/// Every cipher here ends a packet with 16 bytes that prove it.
-pub const TAG: usize = 16;
+mod counter;
+
+use counter::Counter;
+pub use counter::Mac;
+
+/// Ciphers that prove their packets themselves end one with so many bytes.
+const TAG: usize = 16;
 const LENGTH: usize = 4;
 /// RFC 4253 §6: padding has at least four bytes.
 pub const LEAST_PADDING: usize = 4;
 /// RFC 4253 §6: what is ciphered is a whole number of blocks, of 8 bytes where the cipher has none.
 const CLEAR_BLOCK: usize = 8;
 const CHACHA_BLOCK: usize = 8;
-const GCM_BLOCK: usize = 16;
+const AES_BLOCK: usize = 16;
 /// What AES-GCM begins to count from.
 const IV: usize = 12;
 /// What SHA-256 makes.
@@ -38,24 +45,40 @@ pub enum Cipher {
     Aes128,
     /// `aes256-gcm@openssh.com`
     Aes256,
+    /// `aes128-ctr`, and the MAC that goes with it
+    Aes128Counter(Mac),
+    /// `aes256-ctr`, and the MAC that goes with it
+    Aes256Counter(Mac),
 }
 
 impl Cipher {
-    /// The cipher of that name, if it is one of ours.
-    pub fn named(name: &str) -> Option<Self> {
-        match name {
+    /// The cipher of that name, if it is one of ours. `mac` is asked for the MAC of one that needs one.
+    pub fn named<E>(
+        name: &str,
+        mac: impl FnOnce() -> Result<Option<Mac>, E>,
+    ) -> Result<Option<Self>, E> {
+        Ok(match name {
             "chacha20-poly1305@openssh.com" => Some(Self::ChaCha20),
             "aes128-gcm@openssh.com" => Some(Self::Aes128),
             "aes256-gcm@openssh.com" => Some(Self::Aes256),
+            "aes128-ctr" => mac()?.map(Self::Aes128Counter),
+            "aes256-ctr" => mac()?.map(Self::Aes256Counter),
             _ => None,
-        }
+        })
     }
 
     fn key_length(self) -> usize {
         match self {
             Self::ChaCha20 => chacha::KEY_LEN,
-            Self::Aes128 => 16,
-            Self::Aes256 => 32,
+            Self::Aes128 | Self::Aes128Counter(_) => 16,
+            Self::Aes256 | Self::Aes256Counter(_) => 32,
+        }
+    }
+
+    fn mac_length(self) -> usize {
+        match self {
+            Self::Aes128Counter(mac) | Self::Aes256Counter(mac) => mac.length(),
+            _ => 0,
         }
     }
 }
@@ -103,6 +126,7 @@ enum Sealing {
     Clear,
     ChaCha20(Box<chacha::SealingKey>),
     Gcm(Box<Gcm>),
+    Counter(Counter),
 }
 
 impl Sealer {
@@ -113,19 +137,20 @@ impl Sealer {
 
     /// What is added behind a packet.
     pub fn tag(&self) -> usize {
-        if matches!(self.0, Sealing::Clear) {
-            0
-        } else {
-            TAG
+        match &self.0 {
+            Sealing::Clear => 0,
+            Sealing::ChaCha20(_) | Sealing::Gcm(_) => TAG,
+            Sealing::Counter(counter) => counter.tag(),
         }
     }
 
     /// What has to fill whole blocks: with the length in front where that is part of what is ciphered. And the block.
     fn blocks(&self, behind_length: usize) -> (usize, usize) {
-        match self.0 {
+        match &self.0 {
             Sealing::Clear => (LENGTH + behind_length, CLEAR_BLOCK),
             Sealing::ChaCha20(_) => (behind_length, CHACHA_BLOCK),
-            Sealing::Gcm(_) => (behind_length, GCM_BLOCK),
+            Sealing::Gcm(_) => (behind_length, AES_BLOCK),
+            Sealing::Counter(counter) => (counter.covered(behind_length), AES_BLOCK),
         }
     }
 
@@ -160,6 +185,7 @@ impl Sealer {
                     .expect("a packet is shorter than the cipher's limit");
                 tag.copy_from_slice(made.as_ref());
             }
+            Sealing::Counter(counter) => counter.seal(sequence, packet),
         }
     }
 }
@@ -171,6 +197,7 @@ enum Opening {
     Clear,
     ChaCha20(Box<chacha::OpeningKey>),
     Gcm(Box<Gcm>),
+    Counter(Counter),
 }
 
 impl Opener {
@@ -181,10 +208,10 @@ impl Opener {
 
     /// What follows a packet's last byte of padding.
     pub fn tag(&self) -> usize {
-        if matches!(self.0, Opening::Clear) {
-            0
-        } else {
-            TAG
+        match &self.0 {
+            Opening::Clear => 0,
+            Opening::ChaCha20(_) | Opening::Gcm(_) => TAG,
+            Opening::Counter(counter) => counter.tag(),
         }
     }
 
@@ -192,16 +219,18 @@ impl Opener {
     pub fn length(&self, sequence: u32, head: [u8; LENGTH]) -> u32 {
         u32::from_be_bytes(match &self.0 {
             Opening::ChaCha20(key) => key.decrypt_packet_length(sequence, head),
+            Opening::Counter(counter) => counter.length(head),
             _ => head,
         })
     }
 
     /// May a packet have this length? RFC 4253 §6: whole blocks, and room for the padding and at least one byte more.
     pub fn is_length(&self, length: usize) -> bool {
-        let (covered, block) = match self.0 {
+        let (covered, block) = match &self.0 {
             Opening::Clear => (LENGTH + length, CLEAR_BLOCK),
             Opening::ChaCha20(_) => (length, CHACHA_BLOCK),
-            Opening::Gcm(_) => (length, GCM_BLOCK),
+            Opening::Gcm(_) => (length, AES_BLOCK),
+            Opening::Counter(counter) => (counter.covered(length), AES_BLOCK),
         };
         covered % block == 0 && length > 1 + LEAST_PADDING
     }
@@ -222,6 +251,7 @@ impl Opener {
                 let opened = gcm.key.open_in_place(nonce, Aad::from(&*length), ciphered);
                 opened.map_err(|_| Forged)?;
             }
+            Opening::Counter(counter) => counter.open(sequence, packet)?,
         }
         Ok(())
     }
@@ -232,6 +262,8 @@ impl Opener {
 pub enum Exchange {
     /// `curve25519-sha256` (RFC 8731)
     Curve25519,
+    /// `ecdh-sha2-nistp256` (RFC 5656), for clients that FIPS 140 leaves no other
+    NistP256,
     /// `mlkem768x25519-sha256`: the same, joined with ML-KEM-768 against recordings that a quantum computer may open
     MlKem768,
 }
@@ -242,6 +274,7 @@ impl Exchange {
         match name {
             "mlkem768x25519-sha256" => Some(Self::MlKem768),
             "curve25519-sha256" | "curve25519-sha256@libssh.org" => Some(Self::Curve25519),
+            "ecdh-sha2-nistp256" => Some(Self::NistP256),
             _ => None,
         }
     }
@@ -249,22 +282,29 @@ impl Exchange {
     /// The server's half: its answer to the client's `share`, and the secret as it enters hashes.
     pub fn answer(self, share: &[u8]) -> Result<(Vec<u8>, Secret), Forged> {
         match self {
-            Self::Curve25519 => {
-                let (public, shared) = curve25519(share)?;
-                Ok((public, Secret::number(&*shared)))
-            }
+            Self::Curve25519 => number(&X25519, share),
+            Self::NistP256 => number(&ECDH_P256, share),
             Self::MlKem768 => hybrid(share),
         }
     }
 }
 
-fn curve25519(share: &[u8]) -> Result<(Vec<u8>, Zeroizing<[u8; 32]>), Forged> {
-    let private =
-        EphemeralPrivateKey::generate(&X25519, &SystemRandom::new()).map_err(|_| Forged)?;
+/// A curve's exchange alone, whose secret is hashed as a number.
+fn number(curve: &'static Algorithm, share: &[u8]) -> Result<(Vec<u8>, Secret), Forged> {
+    let (public, shared) = on_curve(curve, share)?;
+    Ok((public, Secret::number(&*shared)))
+}
+
+fn on_curve(
+    curve: &'static Algorithm,
+    share: &[u8],
+) -> Result<(Vec<u8>, Zeroizing<[u8; 32]>), Forged> {
+    let private = EphemeralPrivateKey::generate(curve, &SystemRandom::new()).map_err(|_| Forged)?;
     let public = private.compute_public_key().map_err(|_| Forged)?;
-    // ring refuses a share that leads to the all-zero secret, as RFC 8731 §3 asks.
-    let shared = agree_ephemeral(private, &UnparsedPublicKey::new(&X25519, share), |shared| {
-        Zeroizing::new(shared.try_into().expect("X25519 makes 32 bytes"))
+    // ring refuses a share that leads to the all-zero secret, as RFC 8731 §3 asks, and one that is no point of its
+    // curve, as RFC 5656 §4 does.
+    let shared = agree_ephemeral(private, &UnparsedPublicKey::new(curve, share), |shared| {
+        Zeroizing::new(shared.try_into().expect("both curves make 32 bytes"))
     })
     .map_err(|_| Forged)?;
     Ok((public.as_ref().to_vec(), shared))
@@ -282,7 +322,7 @@ fn hybrid(share: &[u8]) -> Result<(Vec<u8>, Secret), Forged> {
     SystemRandom::new().fill(&mut random).map_err(|_| Forged)?;
     let (ciphertext, mut quantum) = key.encapsulate_deterministic(&random);
     random.zeroize();
-    let (public, classic) = curve25519(point)?;
+    let (public, classic) = on_curve(&X25519, point)?;
     let mut answer = ciphertext.to_vec();
     answer.put_raw(&public);
     let mut context = Context::new(&SHA256);
@@ -323,20 +363,20 @@ impl Secret {
         key
     }
 
-    /// The initial vector and the key of one direction.
+    /// The initial vector, the key and the MAC's key of one direction.
     fn keys(
         &self,
         cipher: Cipher,
         hash: &[u8],
         session: &[u8],
         direction: Direction,
-    ) -> [Zeroizing<Vec<u8>>; 2] {
+    ) -> [Zeroizing<Vec<u8>>; 3] {
         let letters = match direction {
-            Direction::ToServer => [b'A', b'C'],
-            Direction::ToClient => [b'B', b'D'],
+            Direction::ToServer => [b'A', b'C', b'E'],
+            Direction::ToClient => [b'B', b'D', b'F'],
         };
-        let lengths = [IV, cipher.key_length()];
-        [0, 1].map(|each| self.derive(hash, session, letters[each], lengths[each]))
+        let lengths = [AES_BLOCK, cipher.key_length(), cipher.mac_length()];
+        [0, 1, 2].map(|each| self.derive(hash, session, letters[each], lengths[each]))
     }
 
     /// What opens the packets of a direction.
@@ -347,7 +387,7 @@ impl Secret {
         session: &[u8],
         direction: Direction,
     ) -> Opener {
-        let [iv, key] = self.keys(cipher, hash, session, direction);
+        let [iv, key, mac_key] = self.keys(cipher, hash, session, direction);
         Opener(match cipher {
             Cipher::ChaCha20 => {
                 let key = key.as_slice().try_into().expect("64 bytes");
@@ -355,6 +395,9 @@ impl Secret {
             }
             Cipher::Aes128 => Opening::Gcm(Box::new(Gcm::new(&AES_128_GCM, &key, &iv))),
             Cipher::Aes256 => Opening::Gcm(Box::new(Gcm::new(&AES_256_GCM, &key, &iv))),
+            Cipher::Aes128Counter(mac) | Cipher::Aes256Counter(mac) => {
+                Opening::Counter(Counter::new(&key, &iv, mac, &mac_key).opening())
+            }
         })
     }
 
@@ -366,7 +409,7 @@ impl Secret {
         session: &[u8],
         direction: Direction,
     ) -> Sealer {
-        let [iv, key] = self.keys(cipher, hash, session, direction);
+        let [iv, key, mac_key] = self.keys(cipher, hash, session, direction);
         Sealer(match cipher {
             Cipher::ChaCha20 => {
                 let key = key.as_slice().try_into().expect("64 bytes");
@@ -374,6 +417,9 @@ impl Secret {
             }
             Cipher::Aes128 => Sealing::Gcm(Box::new(Gcm::new(&AES_128_GCM, &key, &iv))),
             Cipher::Aes256 => Sealing::Gcm(Box::new(Gcm::new(&AES_256_GCM, &key, &iv))),
+            Cipher::Aes128Counter(mac) | Cipher::Aes256Counter(mac) => {
+                Sealing::Counter(Counter::new(&key, &iv, mac, &mac_key))
+            }
         })
     }
 }
@@ -400,4 +446,74 @@ pub fn random<const N: usize>() -> [u8; N] {
         .fill(&mut bytes)
         .expect("the kernel has randomness");
     bytes
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const CIPHERS: [Cipher; 9] = [
+        Cipher::ChaCha20,
+        Cipher::Aes128,
+        Cipher::Aes256,
+        Cipher::Aes128Counter(Mac::Sha256Behind),
+        Cipher::Aes256Counter(Mac::Sha512Behind),
+        Cipher::Aes128Counter(Mac::Sha256),
+        Cipher::Aes128Counter(Mac::Sha512),
+        Cipher::Aes256Counter(Mac::Sha256),
+        Cipher::Aes256Counter(Mac::Sha512),
+    ];
+
+    fn pair(cipher: Cipher) -> (Sealer, Opener) {
+        let (secret, hash) = (Secret::number(&[7; 32]), [9; 32]);
+        (
+            secret.sealer(cipher, &hash, &hash, Direction::ToServer),
+            secret.opener(cipher, &hash, &hash, Direction::ToServer),
+        )
+    }
+
+    fn packet(sealer: &mut Sealer, sequence: u32, payload: &[u8]) -> Vec<u8> {
+        let padding = sealer.padding(payload.len());
+        let mut packet = Vec::new();
+        packet.put_u32((1 + payload.len() + padding) as u32);
+        packet.put_u8(padding as u8);
+        packet.put_raw(payload);
+        packet.resize(packet.len() + padding + sealer.tag(), 0);
+        sealer.seal(sequence, &mut packet);
+        packet
+    }
+
+    #[test]
+    fn packets_of_every_length_are_opened_one_after_the_other() {
+        for cipher in CIPHERS {
+            let (mut sealer, mut opener) = pair(cipher);
+            for size in 1..100 {
+                let sequence = size as u32;
+                let payload = vec![size as u8; size];
+                let mut sealed = packet(&mut sealer, sequence, &payload);
+                let length = opener.length(sequence, sealed[..4].try_into().unwrap()) as usize;
+                assert_eq!(sealed.len(), 4 + length + opener.tag(), "{cipher:?}");
+                assert!(opener.is_length(length), "{cipher:?}, {size}");
+                assert_eq!(opener.open(sequence, &mut sealed), Ok(()), "{cipher:?}");
+                assert_eq!(sealed[5..5 + size], payload, "{cipher:?}");
+            }
+        }
+    }
+
+    #[test]
+    fn a_packet_with_any_bit_changed_or_in_another_place_is_forged() {
+        for cipher in CIPHERS {
+            let sealed = packet(&mut pair(cipher).0, 3, b"some payload");
+            for bit in 0..8 * sealed.len() {
+                let mut changed = sealed.clone();
+                changed[bit / 8] ^= 1 << (bit % 8);
+                let opened = pair(cipher).1.open(3, &mut changed);
+                assert_eq!(opened, Err(Forged), "{cipher:?}, bit {bit}");
+            }
+            // AES-GCM counts packets itself, and the number in the connection is nothing to it.
+            if !matches!(cipher, Cipher::Aes128 | Cipher::Aes256) {
+                assert_eq!(pair(cipher).1.open(4, &mut sealed.clone()), Err(Forged));
+            }
+        }
+    }
 }

@@ -7,7 +7,7 @@ use std::process::ExitCode;
 use std::sync::Arc;
 
 use kohakuriver_sshd::args::{self, Options, Request};
-use kohakuriver_sshd::keys::{HostKey, cannot_read};
+use kohakuriver_sshd::keys::{HostKeys, cannot_read};
 use kohakuriver_sshd::server::serve;
 use kohakuriver_sshd::shared::Shared;
 use kohakuriver_sshd::user::User;
@@ -41,7 +41,7 @@ fn main() -> ExitCode {
 
 fn work(options: Options) -> io::Result<std::convert::Infallible> {
     sys::keep_ends_of_children();
-    let host_key = HostKey::load_or_make(&options.host_key)?;
+    let host_keys = HostKeys::load_or_make(&options.host_keys)?;
     // It is read at every login; that nobody could get in is better told now.
     sys::read_file(&options.authorized_keys)
         .map_err(|error| cannot_read(&options.authorized_keys, &error))?;
@@ -61,9 +61,12 @@ fn work(options: Options) -> io::Result<std::convert::Infallible> {
         connections: Default::default(),
         strangers: Default::default(),
         sessions: Default::default(),
-        host_key: Arc::new(host_key),
+        host_keys: Arc::new(host_keys),
     });
-    let (address, key) = (listener.local_addr()?, shared.host_key.public_line());
+    let (address, key) = (
+        listener.local_addr()?,
+        shared.host_keys.first().public_line(),
+    );
     log::detach()?;
     // Neither needs escaping in JSON. Who started this server may not listen, which is no reason to fail.
     let _ = writeln!(

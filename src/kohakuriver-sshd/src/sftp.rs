@@ -151,6 +151,7 @@ impl Server {
             b"posix-rename@openssh.com" => fs::rename(self.path(reader)?, self.path(reader)?)?,
             b"hardlink@openssh.com" => fs::hard_link(self.path(reader)?, self.path(reader)?)?,
             b"fsync@openssh.com" => self.file(reader)?.0.sync_all()?,
+            b"copy-data" => self.copy_data(reader)?,
             b"lsetstat@openssh.com" => self.set_attributes(reader, false)?,
             b"statvfs@openssh.com" => return file_system(&self.place(reader)?, reply),
             b"fstatvfs@openssh.com" => return file_system(self.file(reader)?.0, reply),
@@ -189,6 +190,60 @@ mod tests {
     use std::os::unix::fs::PermissionsExt;
 
     use super::*;
+
+    fn asked(server: &mut Server, request: &[u8]) -> Vec<u8> {
+        let mut reply = Vec::new();
+        server.answer(request, &mut reply).unwrap();
+        reply.split_off(9)
+    }
+
+    #[test]
+    fn a_part_of_a_file_is_copied_over_another_part_unless_they_overlap() {
+        let home = std::env::temp_dir().join(format!(
+            "sftp-{:016x}",
+            u64::from_be_bytes(crate::crypto::random())
+        ));
+        fs::create_dir(&home).unwrap();
+        fs::write(home.join("a"), b"0123456789").unwrap();
+        let mut server = Server {
+            home: home.clone(),
+            handles: HashMap::new(),
+            next: 0,
+            users: Names::default(),
+        };
+        let mut open = vec![kind::OPEN, 0, 0, 0, 1];
+        open.put_string(b"a");
+        open.put_u32(3); // to read and to write
+        open.put_u32(0); // no attributes
+        let handle = Reader::new(&asked(&mut server, &open))
+            .string()
+            .unwrap()
+            .to_vec();
+        let mut copied = |from: u64, length: u64, to: u64| {
+            let mut request = vec![kind::EXTENDED, 0, 0, 0, 2];
+            request.put_string(b"copy-data");
+            request.put_string(&handle);
+            request.put_u64(from);
+            request.put_u64(length);
+            request.put_string(&handle);
+            request.put_u64(to);
+            let answer = asked(&mut server, &request);
+            (
+                Reader::new(&answer).u32().unwrap(),
+                fs::read(home.join("a")).unwrap(),
+            )
+        };
+        assert_eq!(copied(0, 3, 5), (status::OK, b"0123401289".to_vec()));
+        assert_eq!(copied(0, 3, 2), (status::FAILURE, b"0123401289".to_vec()));
+        assert_eq!(copied(0, 0, 4), (status::FAILURE, b"0123401289".to_vec()));
+        assert_eq!(copied(8, 0, 10), (status::OK, b"012340128989".to_vec()));
+        assert_eq!(copied(10, 9, 0), (status::EOF, b"892340128989".to_vec()));
+        assert_eq!(copied(99, 0, 0), (status::OK, b"892340128989".to_vec()));
+        assert_eq!(copied(u64::MAX, 1, u64::MAX).0, status::EOF);
+        assert_eq!(copied(0, 1, u64::MAX).0, status::FAILURE);
+        drop(server);
+        fs::remove_dir_all(&home).unwrap();
+    }
 
     proptest! {
         #![proptest_config(ProptestConfig { cases: 2000, failure_persistence: None, ..ProptestConfig::default() })]

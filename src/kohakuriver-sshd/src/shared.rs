@@ -6,7 +6,7 @@ use std::net::{Shutdown, TcpStream};
 use std::path::PathBuf;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
 
-use crate::keys::HostKey;
+use crate::keys::HostKeys;
 use crate::user::User;
 
 /// How many clients may be there that have not logged in.
@@ -15,7 +15,7 @@ const MOST_STRANGERS: usize = 64;
 /// What all connections have in common.
 pub struct Shared {
     /// What the server proves itself with.
-    pub host_key: Arc<HostKey>,
+    pub host_keys: Arc<HostKeys>,
     /// The file of keys that are let in.
     pub authorized_keys: PathBuf,
     /// Who everything runs as.

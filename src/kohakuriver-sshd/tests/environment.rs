@@ -198,12 +198,19 @@ fn a_host_key_that_can_not_be_used_is_told_in_one_sentence() {
     let (code, said) = fail(&directory, listen);
     assert!(said.contains("Is a directory"), "{said}");
     assert_eq!(code, Some(1));
+    fs::remove_dir(&key).unwrap();
     let nowhere = |command: &mut Command| {
         listen(command);
         command.args(["--host-key", "/no/such/key"]);
     };
     let (_, said) = fail(&directory, nowhere);
     assert!(said.contains("can't write /no/such/key"), "{said}");
+    let twice = |command: &mut Command| {
+        listen(command);
+        command.args(["--host-key", &directory.text("id")]);
+    };
+    let (_, said) = fail(&directory, twice);
+    assert!(said.contains("a second ssh-ed25519 key"), "{said}");
 }
 
 #[test]

@@ -205,3 +205,16 @@ fn a_device_takes_what_is_sent_to_it() {
     let (done, said) = sftp(&server, &format!("put {content} /dev/null\n"));
     assert!(done, "{said}");
 }
+
+/// OpenSSH's `cp` has the server do it, where that can.
+#[test]
+fn a_file_is_copied_in_the_task_without_coming_here_and_a_device_is_not() {
+    let server = Server::start(&[]);
+    let [file, copy] = ["file", "copy"].map(|name| server.directory.text(name));
+    fs::write(&file, noise(3 << 20)).unwrap();
+    let (done, said) = sftp(&server, &format!("cp {file} {copy}\n"));
+    assert!(done, "{said}");
+    assert!(fs::read(&file).unwrap() == fs::read(&copy).unwrap());
+    let (done, said) = sftp(&server, &format!("cp /dev/zero {copy}\n"));
+    assert!(!done, "{said}");
+}

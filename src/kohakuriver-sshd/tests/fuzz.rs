@@ -9,7 +9,7 @@ use std::sync::{Arc, LazyLock};
 use common::client::{Client, STRICT, message};
 use common::{Directory, Server};
 use kohakuriver_sshd::auth::{Answer, Attempts};
-use kohakuriver_sshd::keys::{HostKey, is_authorized, verify};
+use kohakuriver_sshd::keys::{HostKey, HostKeys, is_authorized, verify};
 use kohakuriver_sshd::transport::Transport;
 use kohakuriver_sshd::wire::{Put, Reader};
 use proptest::collection::vec;
@@ -18,9 +18,9 @@ use proptest::prelude::*;
 /// Far more than a connection needs, far less than what its messages can claim.
 const MOST_MEMORY: usize = 4 << 20;
 
-static KEY: LazyLock<Arc<HostKey>> = LazyLock::new(|| {
+static KEY: LazyLock<Arc<HostKeys>> = LazyLock::new(|| {
     let directory = Directory::new();
-    Arc::new(HostKey::load_or_make(&directory.file("key")).unwrap())
+    Arc::new(HostKeys::load_or_make(&[directory.file("key")]).unwrap())
 });
 
 /// Changes to a sequence of bytes: flipped, inserted, removed, doubled.
@@ -206,12 +206,12 @@ proptest! {
     #[test]
     fn a_request_to_log_in_that_was_changed_lets_nobody_in(damage in changes(5)) {
         let session = [3; 32];
-        let mut request = Client::request("root", "ssh-ed25519", KEY.public(), true);
+        let mut request = Client::request("root", "ssh-ed25519", KEY.first().public(), true);
         let mut covered = Vec::new();
         covered.put_string(&session);
         covered.put_raw(&request);
-        request.put_string(&KEY.sign(&covered));
-        let asked = |user: &[u8], blob: &[u8]| user == b"root" && blob == KEY.public();
+        request.put_string(&KEY.first().sign(&covered));
+        let asked = |user: &[u8], blob: &[u8]| user == b"root" && blob == KEY.first().public();
         let whole = Attempts::default().judge(&request, &session, asked);
         prop_assert_eq!(whole, Ok(Answer::Success("root".into())));
         let damaged = changed(&request, &damage);

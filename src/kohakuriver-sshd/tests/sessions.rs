@@ -433,12 +433,12 @@ fn a_host_key_that_ssh_keygen_made_is_used() {
 
 #[test]
 fn programs_with_their_full_path_work_in_a_task_without_a_shell() {
-    use kohakuriver_sshd::{keys::HostKey, server, shared::Shared, user::User};
+    use kohakuriver_sshd::{keys::HostKeys, server, shared::Shared, user::User};
     use std::sync::Arc;
     // A real server lends its keys and configuration; this one differs in its user alone.
     let mut lender = Server::start(&[]);
     let shared = Shared {
-        host_key: Arc::new(HostKey::load_or_make(&lender.directory.file("host_key")).unwrap()),
+        host_keys: Arc::new(HostKeys::load_or_make(&[lender.directory.file("host_key")]).unwrap()),
         authorized_keys: lender.directory.file("authorized"),
         user: User {
             name: "root".into(),

@@ -161,7 +161,8 @@ def connect(
         raise KohakuRiverError("There is no ssh on this machine; install OpenSSH's client.")
     ssh_files.prepare()
     if found.ssh_host_key:
-        ssh_files.learn_host_key(found.task_id, found.name, found.ssh_host_key)
+        keys = [key for key in (found.ssh_host_key, found.ssh_host_key_ecdsa) if key]
+        ssh_files.learn_host_keys(found.task_id, found.name, keys)
     arguments = [*_options(found, direct=direct), *_identity(key), f"{user}@{found.name}", *(command_of(ctx) or [])]
     return _run(ssh, arguments, {**os.environ, **_environment(settings, ssh_proxy)})
 

@@ -131,7 +131,7 @@ def proxy(
         from kohakuriver.config import load_settings
 
         if not known:
-            _learn_host_key(host, task, token, ca_file)
+            _learn_host_keys(host, task, token, ca_file)
         settings = replace(load_settings(), host=host, token=token, ca_file=ca_file)
         if pass_socket:
             ssh_kept.hand_over(task, settings, _pass_to_parent)
@@ -141,7 +141,7 @@ def proxy(
     dialling = _Dialling(lambda: dial(ssh_proxy, task, to_show(host, task, token, ca_file)))
     if not known:
         try:
-            _learn_host_key(host, task, token, ca_file)
+            _learn_host_keys(host, task, token, ca_file)
         except HostUnreachableError:
             pass  # it may be that only the proxy can be reached from here: ssh checks what it knows already
         except KohakuRiverError:
@@ -183,15 +183,15 @@ class _Dialling(threading.Thread):
             self._result.close()
 
 
-def _learn_host_key(host: str, task: str, token: str | None, ca_file: str | None) -> None:
-    """Ask the host for the task's host key and write it down. Raises KohakuRiverError, also when it does not run."""
-    from kohakuriver.cli.ssh_files import learn_host_key, prepare
+def _learn_host_keys(host: str, task: str, token: str | None, ca_file: str | None) -> None:
+    """Ask the host for the task's host keys and write them down. Raises KohakuRiverError, also when it does not run."""
+    from kohakuriver.cli.ssh_files import learn_host_keys, prepare
 
     prepare()  # ssh writes down a host key that nobody told it, where it finds the directory
     found = _ask(host, _path(task), token, ca_file)
-    key = found.get("ssh_host_key")
-    if key:
-        learn_host_key(int(found["task_id"]), str(found["name"]), str(key))
+    keys = [str(key) for name in ("ssh_host_key", "ssh_host_key_ecdsa") if (key := found.get(name))]
+    if keys:
+        learn_host_keys(int(found["task_id"]), str(found["name"]), keys)
 
 
 def _path(task: str) -> str:

@@ -21,7 +21,7 @@ __all__ = [
     "install",
     "installed",
     "known_hosts_file",
-    "learn_host_key",
+    "learn_host_keys",
     "prepare",
     "proxy_command",
     "public_keys",
@@ -65,17 +65,16 @@ def config_file() -> Path:
     return _directory() / "config"
 
 
-def learn_host_key(task_id: int, name: str, key: str) -> None:
-    """Take down a task's host key, under every name that ssh may know the task by."""
+def learn_host_keys(task_id: int, name: str, keys: Sequence[str]) -> None:
+    """Take down a task's host keys, under every name that ssh may know the task by."""
     names = [alias(task_id), name, f"{name}{DOMAIN}", str(task_id), f"{task_id}{DOMAIN}"]
-    fresh = f"{','.join(names)} {key}"
+    fresh = [f"{','.join(names)} {key}" for key in keys]
     path = known_hosts_file()
     with _locked(path):
         lines = path.read_text("utf-8").splitlines() if path.exists() else []
-        if fresh in lines:
-            return
         kept = [line for line in lines if not set(line.partition(" ")[0].split(",")) & set(names)]
-        _replace(path, "".join(f"{line}\n" for line in [*kept, fresh]))
+        if [line for line in lines if line not in kept] != fresh:
+            _replace(path, "".join(f"{line}\n" for line in [*kept, *fresh]))
 
 
 @contextlib.contextmanager

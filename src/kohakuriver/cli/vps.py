@@ -705,6 +705,7 @@ def _inside(task: Task) -> list[tuple[str, str]]:
         ("container", task.container),
         ("protocol", f"version {traffic.version}" if traffic.version else ""),
         ("ssh host key", task.ssh_host_key or ""),
+        ("and by ECDSA", task.ssh_host_key_ecdsa or ""),
         ("waits", f"{traffic.stalls} for a window"),
         ("dropped", _count(traffic.udp_dropped, "datagram")),
     ]

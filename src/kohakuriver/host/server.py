@@ -201,7 +201,7 @@ async def _serve(
         authorize=forwards.authorize_ssh,
         keyholders=forwards.keyholder,
         check_user=credentials.caller,
-        host_key=options.state_dir / "ssh_host_ed25519_key",
+        host_keys=options.state_dir,
         trusted=perimeter.trusted,
         limits=perimeter.limits,
         opened=lambda seconds, error: measures.opened("ssh", seconds, error),

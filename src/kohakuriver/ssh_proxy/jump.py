@@ -16,11 +16,9 @@ from collections.abc import Awaitable, Callable
 from pathlib import Path
 
 import structlog
-from cryptography.hazmat.primitives import serialization
-from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
+from kohakuriver import host_keys as keys
 from kohakuriver.asking import Asker, asking
-from kohakuriver.config import write_private
 from kohakuriver.errors import KohakuRiverError, UnauthenticatedError, UnavailableError
 from kohakuriver.runtime import cancel_all
 from kohakuriver.session.carried import Route
@@ -73,7 +71,7 @@ class JumpHost:
     """The part of the SSH proxy that is an SSH server; `serve` takes its connections one by one.
 
     Args:
-        host_key: the file with its own key, made if need be.
+        host_keys: the directory with its own keys, made if need be. OSError or ValueError where one can't be read.
         authorize, keyholders, check_user, connector: as for `SshProxy`.
         login_seconds: how long a login may take.
         handshakes: how many connections a second one source may make.
@@ -81,7 +79,7 @@ class JumpHost:
 
     def __init__(
         self,
-        host_key: Path,
+        host_keys: Path,
         *,
         authorize: Callable[[str | None, str, int | None], Awaitable[Route]],
         keyholders: Keyholders,
@@ -90,9 +88,10 @@ class JumpHost:
         login_seconds: float,
         handshakes: float,
     ) -> None:
-        _check_or_make(host_key)
         self.keyholders = keyholders
-        self._host_key = host_key
+        self._host_keys = [host_keys / "ssh_host_ed25519_key", host_keys / "ssh_host_ecdsa_key"]
+        for make, path in zip((keys.ed25519, keys.ecdsa), self._host_keys, strict=True):
+            make(path)
         self._authorize = authorize
         self._check_user = check_user
         self._connector = connector
@@ -251,7 +250,7 @@ class _Process:
         await self._end()
         ours, theirs = pair()
         with theirs:
-            arguments = [str(theirs.fileno()), str(self._host._host_key), str(self._host._login_seconds)]
+            arguments = [str(theirs.fileno()), str(self._host._login_seconds), *map(str, self._host._host_keys)]
             try:
                 self._process = await asyncio.create_subprocess_exec(
                     *[sys.executable, "-m", "kohakuriver.ssh_proxy.jump_process", *arguments],
@@ -293,13 +292,3 @@ def _environment() -> dict[str, str]:
     """What is the host's own, its tokens for one, is none of that process's business."""
     kept = ("KOHAKURIVER_LOOP",)
     return {name: value for name, value in os.environ.items() if name in kept or not name.startswith("KOHAKURIVER_")}
-
-
-def _check_or_make(path: Path) -> None:
-    """The host key; OSError or ValueError where there is one that can't be read."""
-    if path.exists():
-        serialization.load_ssh_private_key(path.read_bytes(), None)
-        return
-    key = Ed25519PrivateKey.generate()
-    form = serialization.Encoding.PEM, serialization.PrivateFormat.OpenSSH, serialization.NoEncryption()
-    write_private(path, key.private_bytes(*form).decode())

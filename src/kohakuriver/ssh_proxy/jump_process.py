@@ -1,4 +1,4 @@
-"""The jump host's process: ``python -m kohakuriver.ssh_proxy.jump_process CONTROL HOST_KEY LOGIN_SECONDS``.
+"""The jump host's process: ``python -m kohakuriver.ssh_proxy.jump_process CONTROL LOGIN_SECONDS HOST_KEY…``.
 
 It speaks SSH with whoever the host hands over, and asks the host about the rest (`kohakuriver.ssh_proxy.control`).
 It opens connections to tasks and does nothing else: no shell, no forwarding of any other kind.
@@ -28,9 +28,10 @@ LONGEST_NAME = 1024
 KEEPALIVE_SECONDS = 30
 
 # What `tunnel-sshd` takes too: no client that can talk to a task is refused here, and nothing older is offered.
-KEY_EXCHANGES = ["mlkem768x25519-sha256", "curve25519-sha256", "curve25519-sha256@libssh.org"]
+KEY_EXCHANGES = ["mlkem768x25519-sha256", "curve25519-sha256", "curve25519-sha256@libssh.org", "ecdh-sha2-nistp256"]
 CIPHERS = ["aes256-gcm@openssh.com", "aes128-gcm@openssh.com", "chacha20-poly1305@openssh.com"]
-MACS = ["hmac-sha2-256-etm@openssh.com"]
+CIPHERS += ["aes256-ctr", "aes128-ctr"]
+MACS = ["hmac-sha2-256-etm@openssh.com", "hmac-sha2-512-etm@openssh.com", "hmac-sha2-256", "hmac-sha2-512"]
 USER_KEYS = [
     "ssh-ed25519",
     "sk-ssh-ed25519@openssh.com",
@@ -47,8 +48,8 @@ NO_SHELL = "this is only a jump host: use `ssh -J` with it, and a task's name as
 class _Server:
     """All connections, and the questions to the host that are not answered yet."""
 
-    def __init__(self, host_key: str, login_seconds: float) -> None:
-        self._host_key = asyncssh.read_private_key(host_key)
+    def __init__(self, host_keys: list[str], login_seconds: float) -> None:
+        self._host_keys = [asyncssh.read_private_key(path) for path in host_keys]
         self._login_seconds = login_seconds
         self._control: Control | None = None
         self._questions: dict[int, asyncio.Future[socket.socket | None]] = {}
@@ -104,7 +105,7 @@ class _Server:
             connection = await asyncssh.run_server(
                 peer,
                 server_factory=lambda: _Login(self, number),
-                server_host_keys=[self._host_key],
+                server_host_keys=self._host_keys,
                 login_timeout=self._login_seconds,
                 keepalive_interval=KEEPALIVE_SECONDS,
                 kex_algs=_known_exchanges(),
@@ -284,13 +285,13 @@ def _known_exchanges() -> list[str]:
 
 def main() -> None:
     """Run the process."""
-    control, host_key, login_seconds = sys.argv[1:]
+    control, login_seconds, *host_keys = sys.argv[1:]
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # of a terminal: the host ends, and this process with it
     # What strangers send to an open port is no news; what is refused is told by the host's log.
     logging.getLogger("asyncssh").setLevel(logging.CRITICAL)
 
     async def serve() -> None:
-        server = _Server(host_key, float(login_seconds))
+        server = _Server(host_keys, float(login_seconds))
         runtime.freeze_heap()
         await server.run(socket.socket(fileno=int(control)))
 

@@ -54,7 +54,7 @@ class SshProxy:
             server. Raises KohakuRiverError.
         keyholders: who a jump host lets in by a public key, and where to.
         check_user: the same for a token as password; raises KohakuRiverError for one that is not valid.
-        host_key: the file with the jump host's own key, made if need be.
+        host_keys: the directory with the jump host's own keys, made if need be.
         trusted: how runners that serve TLS are checked; None for the system's authorities.
         limits: what a connection may take.
     """
@@ -66,7 +66,7 @@ class SshProxy:
         authorize: Authorize,
         keyholders: Keyholders,
         check_user: Callable[[str], Awaitable[object]],
-        host_key: Path,
+        host_keys: Path,
         trusted: ssl.SSLContext | None = None,
         limits: Limits | None = None,
         opened: Opened = lambda _seconds, _error: None,
@@ -77,7 +77,7 @@ class SshProxy:
         self._greeting_seconds = limits.handshake_timeout
         self._connector = Connector(trusted=trusted, limits=limits, opened=opened)
         self._jump_host = JumpHost(
-            host_key,
+            host_keys,
             authorize=authorize,
             keyholders=keyholders,
             check_user=check_user,

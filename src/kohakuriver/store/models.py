@@ -90,8 +90,8 @@ class Task(Base):
     `owner` is who has it now, `creator` the user who named it and ordered what runs there.
 
     `ssh_keys` are the public keys that were put into the SSH server that a task was given; `ssh_port` is where that
-    listens in the task and `ssh_host_key` what it shows, both None for a task without one. Where the user who put the
-    keys there is gone, the host goes by them no more, and `ssh_keys` is empty.
+    listens in the task, `ssh_host_key` and `ssh_host_key_ecdsa` what it shows, all None for a task without one. Where
+    the user who put the keys there is gone, the host goes by them no more, and `ssh_keys` is empty.
 
     `spec` has what else was ordered of the node: every field of TaskOrder that has no column here.
 
@@ -118,6 +118,7 @@ class Task(Base):
     ssh_keys: Mapped[list[str]] = mapped_column(JSON, default=list)
     ssh_port: Mapped[int | None] = mapped_column(Integer)
     ssh_host_key: Mapped[str | None] = mapped_column(Text)
+    ssh_host_key_ecdsa: Mapped[str | None] = mapped_column(Text)
     spec: Mapped[dict[str, Any]] = mapped_column(JSON, default=dict)
     claimed_until: Mapped[float] = mapped_column(Float, default=0.0)
     adopted: Mapped[bool] = mapped_column(Boolean, default=False)

@@ -5,7 +5,7 @@ use std::fs::{self, File, Metadata, OpenOptions, ReadDir};
 use std::io::{self, Write};
 use std::os::fd::AsRawFd;
 use std::os::unix::ffi::OsStrExt;
-use std::os::unix::fs::{FileExt, FileTypeExt, OpenOptionsExt};
+use std::os::unix::fs::{FileExt, FileTypeExt, MetadataExt, OpenOptionsExt};
 use std::path::PathBuf;
 
 use super::Server;
@@ -15,6 +15,8 @@ use super::protocol::{
     DATA, Done, MOST_HANDLES, NAMES_AT_ONCE, Refused, done, kind, no_handle, status,
 };
 use crate::wire::{Malformed, Put, Reader};
+
+const COPIED_AT_ONCE: usize = 256 << 10;
 
 /// What a client has open.
 pub(super) enum Handle {
@@ -122,6 +124,47 @@ impl Server {
         }
         reply[place..place + 4].copy_from_slice(&count.to_be_bytes());
         Ok(kind::NAME)
+    }
+
+    /// Copies from one open file into another, or within one (draft-ietf-secsh-filexfer-extensions-00 §7): 0 bytes are
+    /// all that there are.
+    pub(super) fn copy_data(&self, reader: &mut Reader<'_>) -> Result<(), Refused> {
+        let from = self.file(reader)?.0;
+        let (start, wanted) = (reader.u64()?, reader.u64()?);
+        let to = self.file(reader)?.0;
+        let target = reader.u64()?;
+        let (source, destination) = (from.metadata()?, to.metadata()?);
+        if !source.is_file() || !destination.is_file() {
+            return Err(Refused::Status(status::FAILURE, "only a file is copied"));
+        }
+        // What is there now: a file that is copied behind its own end would never end.
+        let there = source.len().saturating_sub(start);
+        let count = if wanted == 0 {
+            there
+        } else {
+            wanted.min(there)
+        };
+        let is_same = (source.dev(), source.ino()) == (destination.dev(), destination.ino());
+        if is_same && start.abs_diff(target) < count {
+            return Err(Refused::Status(status::FAILURE, "the two parts overlap"));
+        }
+        let mut buffer = vec![0; COPIED_AT_ONCE];
+        let mut copied = 0;
+        while copied < count {
+            let most = buffer
+                .len()
+                .min(usize::try_from(count - copied).unwrap_or(usize::MAX));
+            let length = from.read_at(&mut buffer[..most], start.saturating_add(copied))?;
+            if length == 0 {
+                break;
+            }
+            to.write_all_at(&buffer[..length], target.saturating_add(copied))?;
+            copied += length as u64;
+        }
+        if copied < wanted {
+            return Err(Refused::Status(status::EOF, "end of file"));
+        }
+        Ok(())
     }
 
     fn keep(&mut self, handle: Handle, reply: &mut Vec<u8>) -> Done {

@@ -51,7 +51,7 @@ pub(super) mod status {
     pub const UNSUPPORTED: u32 = 8;
 }
 
-pub(super) const EXTENSIONS: [(&str, &str); 8] = [
+pub(super) const EXTENSIONS: [(&str, &str); 9] = [
     ("posix-rename@openssh.com", "1"),
     ("statvfs@openssh.com", "2"),
     ("fstatvfs@openssh.com", "2"),
@@ -60,6 +60,7 @@ pub(super) const EXTENSIONS: [(&str, &str); 8] = [
     ("lsetstat@openssh.com", "1"),
     ("limits@openssh.com", "1"),
     ("expand-path@openssh.com", "1"),
+    ("copy-data", "1"),
 ];
 
 /// Why a request isn't done.

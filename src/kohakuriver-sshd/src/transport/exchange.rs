@@ -3,22 +3,27 @@
 use std::ops::Range;
 
 use super::{Fatal, Transport, VERSION, number, protocol_error, reason};
-use crate::crypto::{Cipher, Direction, Exchange, random, sha256};
-use crate::keys::{ED25519_NAME, SIGNATURES};
+use crate::crypto::{Cipher, Direction, Exchange, Mac, random, sha256};
+use crate::keys::{HostKey, SIGNATURES};
 use crate::wire::{Malformed, Put, Reader};
 
-const EXCHANGES: &str = "mlkem768x25519-sha256,curve25519-sha256,curve25519-sha256@libssh.org";
+const EXCHANGES: &str =
+    "mlkem768x25519-sha256,curve25519-sha256,curve25519-sha256@libssh.org,ecdh-sha2-nistp256";
 /// Stands among the exchanges and is none: sequence numbers begin anew with each key, and nothing else may come between.
 const STRICT_SERVER: &str = "kex-strict-s-v00@openssh.com";
 const STRICT_CLIENT: &str = "kex-strict-c-v00@openssh.com";
 const EXT_INFO_CLIENT: &str = "ext-info-c";
-const CIPHERS: &str = "aes256-gcm@openssh.com,aes128-gcm@openssh.com,chacha20-poly1305@openssh.com";
-/// Never used, as every cipher proves its packets itself; some clients want a name all the same.
-const MACS: &str = "hmac-sha2-256-etm@openssh.com";
+const CIPHERS: &str = "aes256-gcm@openssh.com,aes128-gcm@openssh.com,chacha20-poly1305@openssh.com,\
+     aes256-ctr,aes128-ctr";
+/// For the last two ciphers alone: the others prove their packets themselves. Some clients want a name all the same.
+const MACS: &str =
+    "hmac-sha2-256-etm@openssh.com,hmac-sha2-512-etm@openssh.com,hmac-sha2-256,hmac-sha2-512";
 
 /// What the two KEXINIT messages agree on.
 pub(super) struct Agreed {
     exchange: Exchange,
+    /// The name of the host key that the client wants.
+    host_key: String,
     inbound: Cipher,
     outbound: Cipher,
     peer_init: Vec<u8>,
@@ -33,9 +38,10 @@ impl Transport {
         let mut init = vec![number::KEXINIT];
         init.put_raw(&random::<16>());
         let exchanges = format!("{EXCHANGES},{STRICT_SERVER}");
+        let host_keys = self.host_keys.names();
         for list in [
             exchanges.as_str(),
-            ED25519_NAME,
+            &host_keys,
             CIPHERS,
             CIPHERS,
             MACS,
@@ -62,7 +68,7 @@ impl Transport {
         }
         let init = self.input[range].to_vec();
         let first = self.session.is_none();
-        let agreed = agree(init)?;
+        let agreed = agree(init, &self.host_keys.names())?;
         if first {
             self.strict = agreed.strict;
             if self.strict && self.received != 1 {
@@ -86,10 +92,13 @@ impl Transport {
             )
         };
         let (answer, secret) = agreed.exchange.answer(&share).map_err(failed)?;
-        let mut hashed = self.hashed(&agreed.peer_init, &own_init, &share, &answer);
+        let host_keys = self.host_keys.clone();
+        let host_key = host_keys.named(&agreed.host_key).ok_or(Malformed)?;
+        let shared = [host_key.public(), &share, &answer];
+        let mut hashed = self.hashed(&agreed.peer_init, &own_init, shared);
         hashed.put_raw(secret.encoded());
         let hash = sha256(&[&hashed]);
-        self.prove(&hash, &answer);
+        self.prove(host_key, &hash, &answer);
         let first = self.session.is_none();
         let session = *self.session.get_or_insert(hash);
         self.sealer = secret.sealer(agreed.outbound, &hash, &session, Direction::ToClient);
@@ -108,26 +117,19 @@ impl Transport {
     }
 
     /// What both sides hash, up to the secret (RFC 5656 §4).
-    fn hashed(&self, peer_init: &[u8], own_init: &[u8], share: &[u8], answer: &[u8]) -> Vec<u8> {
+    fn hashed(&self, peer_init: &[u8], own_init: &[u8], shared: [&[u8]; 3]) -> Vec<u8> {
         let peer_version = self.peer_version.as_deref();
+        let peer_version = peer_version.expect("the version came first");
+        let inits = [peer_version, VERSION.as_bytes(), peer_init, own_init];
         let mut hashed = Vec::new();
-        for part in [
-            peer_version.expect("the version came first"),
-            VERSION.as_bytes(),
-            peer_init,
-            own_init,
-            self.host_key.public(),
-            share,
-            answer,
-        ] {
+        for part in inits.into_iter().chain(shared) {
             hashed.put_string(part);
         }
         hashed
     }
 
     /// Signs what was hashed. The last packet under the old keys follows.
-    fn prove(&mut self, hash: &[u8; 32], answer: &[u8]) {
-        let host_key = self.host_key.clone();
+    fn prove(&mut self, host_key: &HostKey, hash: &[u8; 32], answer: &[u8]) {
         let signature = host_key.sign(hash);
         self.send(number::ECDH_REPLY, |message| {
             message.put_string(host_key.public());
@@ -176,7 +178,7 @@ fn offers(names: &str, name: &str) -> bool {
 }
 
 /// RFC 4253 §7.1: of each list, the client's first that the server has too.
-fn agree(init: Vec<u8>) -> Result<Agreed, Fatal> {
+fn agree(init: Vec<u8>, host_keys: &str) -> Result<Agreed, Fatal> {
     let choose = |position: usize, ours: &str, what: &str| -> Result<String, Fatal> {
         let theirs = names(&init, position)?;
         let common = theirs.split(',').find(|name| offers(ours, name));
@@ -186,9 +188,13 @@ fn agree(init: Vec<u8>) -> Result<Agreed, Fatal> {
         })
     };
     let exchange = choose(0, EXCHANGES, "key exchange")?;
-    choose(1, ED25519_NAME, "kind of host key")?;
-    let inbound = choose(2, CIPHERS, "cipher")?;
-    let outbound = choose(3, CIPHERS, "cipher")?;
+    let host_key = choose(1, host_keys, "kind of host key")?;
+    let cipher = |direction: usize| -> Result<Cipher, Fatal> {
+        let name = choose(2 + direction, CIPHERS, "cipher")?;
+        let mac = || choose(4 + direction, MACS, "MAC").map(|name| Mac::named(&name));
+        Ok(Cipher::named(&name, mac)?.ok_or(Malformed)?)
+    };
+    let (inbound, outbound) = (cipher(0)?, cipher(1)?);
     choose(6, "none", "compression")?;
     choose(7, "none", "compression")?;
     let mut reader = Reader::new(&init);
@@ -200,12 +206,13 @@ fn agree(init: Vec<u8>) -> Result<Agreed, Fatal> {
     // A guess is right where both sides like the same best (RFC 4253 §7), which need not be what is agreed on.
     let is_best = |theirs: &str, ours: &str| theirs.split(',').next() == ours.split(',').next();
     let wrong_guess =
-        reader.bool()? && !(is_best(offered, EXCHANGES) && is_best(names(&init, 1)?, ED25519_NAME));
+        reader.bool()? && !(is_best(offered, EXCHANGES) && is_best(names(&init, 1)?, host_keys));
     Ok(Agreed {
         strict: offers(offered, STRICT_CLIENT),
         exchange: Exchange::named(&exchange).ok_or(Malformed)?,
-        inbound: Cipher::named(&inbound).ok_or(Malformed)?,
-        outbound: Cipher::named(&outbound).ok_or(Malformed)?,
+        host_key,
+        inbound,
+        outbound,
         wrong_guess,
         peer_init: init,
     })

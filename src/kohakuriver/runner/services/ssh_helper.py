@@ -1,4 +1,4 @@
-"""Giving a task an SSH server: which program it is, its host key, the keys it lets in, and how to see that it serves.
+"""Giving a task an SSH server: which program it is, its host keys, the keys it lets in, and how to see that it serves.
 
 A container's own sshd is used where its image has one; a process, and any other container, gets `tunnel-sshd`, a
 static binary that needs nothing of its surroundings. Source: docs/architecture.md.
@@ -15,9 +15,7 @@ import time
 from collections.abc import Mapping
 from pathlib import Path
 
-from cryptography.hazmat.primitives import serialization
-from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
-
+from kohakuriver import host_keys
 from kohakuriver.binaries import SSH_SERVER
 from kohakuriver.config import write_private
 from kohakuriver.errors import UnavailableError
@@ -37,6 +35,7 @@ _LOOK_AGAIN_SECONDS = 0.02
 
 _FOLDER = f"{INSIDE}/ssh"
 _HOST_KEY = "host_key"
+_ECDSA_HOST_KEY = "host_key_ecdsa"
 _AUTHORIZED_KEYS = "authorized_keys"
 _CONFIG = "sshd_config"
 
@@ -44,6 +43,7 @@ _CONFIG = "sshd_config"
 _SSHD_CONFIG = f"""\
 ListenAddress 127.0.0.1:{CONTAINER_PORT}
 HostKey {_FOLDER}/{_HOST_KEY}
+HostKey {_FOLDER}/{_ECDSA_HOST_KEY}
 AuthorizedKeysFile {_FOLDER}/{_AUTHORIZED_KEYS} .ssh/authorized_keys
 PidFile none
 PermitRootLogin prohibit-password
@@ -61,21 +61,17 @@ MaxStartups 64
 
 
 class SshHelper:
-    """Knows the SSH server of this installation, and keeps each task's host key in its directory."""
+    """Knows the SSH server of this installation, and keeps each task's host keys in its directory."""
 
     def __init__(self, state: State) -> None:
         self._state = state
         self._source = SSH_SERVER.find()
 
     def prepare(self, task: TaskRecord) -> None:
-        """Lay down a task's host key, made once and kept, and the keys that are let in."""
+        """Lay down a task's host keys, made once and kept, and the keys that are let in."""
         folder = self._folder(task)
-        key_file = folder / _HOST_KEY
-        if not key_file.exists():
-            write_private(key_file, _new_key())
-        key = serialization.load_ssh_private_key(key_file.read_bytes(), None)
-        public = key.public_key().public_bytes(serialization.Encoding.OpenSSH, serialization.PublicFormat.OpenSSH)
-        task.ssh_host_key = public.decode()
+        task.ssh_host_key = host_keys.ed25519(folder / _HOST_KEY)
+        task.ssh_host_key_ecdsa = host_keys.ecdsa(folder / _ECDSA_HOST_KEY)
         write_private(folder / _AUTHORIZED_KEYS, "".join(f"{line}\n" for line in task.ssh_keys))
 
     def process_command(self, task: TaskRecord, port: int) -> list[str]:
@@ -112,6 +108,7 @@ class SshHelper:
                 tar.addfile(entry)
             for name, content, mode in (
                 (_HOST_KEY, (folder / _HOST_KEY).read_bytes(), 0o600),
+                (_ECDSA_HOST_KEY, (folder / _ECDSA_HOST_KEY).read_bytes(), 0o600),
                 (_AUTHORIZED_KEYS, (folder / _AUTHORIZED_KEYS).read_bytes(), 0o644),
                 (_CONFIG, config.encode(), 0o600),  # with the container's environment, which may have secrets
             ):
@@ -130,9 +127,9 @@ class SshHelper:
             )
         return install_binary(self._state, self._source)
 
-    def files(self, task: TaskRecord) -> tuple[Path, Path]:
-        """What the SSH server of a process task reads: its host key, and the keys that are let in."""
-        return self._folder(task) / _HOST_KEY, self._folder(task) / _AUTHORIZED_KEYS
+    def files(self, task: TaskRecord) -> list[Path]:
+        """What the SSH server of a process task reads: its host keys, and the keys that are let in."""
+        return [self._folder(task) / name for name in (_HOST_KEY, _ECDSA_HOST_KEY, _AUTHORIZED_KEYS)]
 
     def log_file(self, task: TaskRecord) -> Path:
         """Where the SSH server of a process task says what is the matter."""
@@ -145,16 +142,8 @@ class SshHelper:
 
 
 def _options(port: int, folder: str) -> list[str]:
-    keys = ["--host-key", f"{folder}/{_HOST_KEY}", "--authorized-keys", f"{folder}/{_AUTHORIZED_KEYS}"]
-    return ["--listen", f"127.0.0.1:{port}", *keys]
-
-
-def _new_key() -> str:
-    return (
-        Ed25519PrivateKey.generate()
-        .private_bytes(serialization.Encoding.PEM, serialization.PrivateFormat.OpenSSH, serialization.NoEncryption())
-        .decode()
-    )
+    keys = [*("--host-key", f"{folder}/{_HOST_KEY}"), *("--host-key", f"{folder}/{_ECDSA_HOST_KEY}")]
+    return ["--listen", f"127.0.0.1:{port}", *keys, "--authorized-keys", f"{folder}/{_AUTHORIZED_KEYS}"]
 
 
 def _set_env(environment: Mapping[str, str]) -> str:
