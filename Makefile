@@ -25,11 +25,11 @@ help: ## this list
 demo: install ## a small cluster on this machine, a task with a web page, and a forward to it; until Ctrl-C
 	$(BIN)/kohakuriver demo
 
-test: install ## the whole suite but the browser tests (those: make e2e)
+test: install $(STAMPS)/idp ## the whole suite but the browser tests (those: make e2e)
 	scripts/system-packages test
 	scripts/with-engine scripts/run-tests $(BIN)/python $(PYTEST_WORKERS) $(TESTS) $(PYTEST_ARGS)
 
-test-asyncio: install ## the same suite on the standard library's event loop
+test-asyncio: install $(STAMPS)/idp ## the same suite on the standard library's event loop
 	scripts/system-packages test
 	KOHAKURIVER_LOOP=asyncio scripts/with-engine scripts/run-tests $(BIN)/python $(PYTEST_WORKERS) $(TESTS) $(PYTEST_ARGS)
 
@@ -104,6 +104,11 @@ clean: ## everything that these commands made
 	find src tests bench -name __pycache__ -type d -prune -exec rm -rf {} +
 
 install: $(STAMPS)/package $(STAMPS)/extension $(STAMPS)/client $(STAMPS)/sshd
+
+IDP := tests/support/idp
+$(STAMPS)/idp: $(STAMPS)/venv $(IDP)/package.json $(IDP)/package-lock.json
+	@if command -v npm >/dev/null; then npm ci --prefix $(IDP) --silent && touch $@; \
+	else echo "npm is missing: no test will log in at a real OpenID provider" >&2; fi
 
 $(STAMPS)/venv:
 	PYTHON=$(PYTHON) scripts/system-packages build

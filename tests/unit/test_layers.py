@@ -82,9 +82,11 @@ STARTED_BY_CLI = {"kohakuriver.host", "kohakuriver.runner"}
 # Packages that only the named layers may import: what keeps the command line light and the protocol free of policy.
 ONLY_IN = {
     "aiodocker": {"runner"},
+    "authlib": {"host"},
     "asyncssh": {"ssh_proxy"},
     "cryptography": {"cli", "runner", "ssh_proxy", "tls"},
     "httptools": {"gateway"},
+    "joserfc": {"host"},
     "fastapi": {"web", "host", "runner"},
     "sqlalchemy": {"store"},
     "starlette": {"web", "host", "runner"},

@@ -40,7 +40,7 @@ from kohakuriver.store.models import ACTIVE, Base, Meta, Node, Share, Task, Task
 
 __all__ = ["SCHEMA_VERSION", "Store", "ahead_of_users", "gpus_in_use", "sqlite_url"]
 
-SCHEMA_VERSION = 10
+SCHEMA_VERSION = 11
 """Counts up with every change of the tables. An older database is brought up to it, a newer one is refused."""
 
 CHECK_SECONDS = 2.0
