@@ -19,7 +19,7 @@ _STYLE = (
     "h1{font-size:1.4em}label{display:block}input{font:inherit;box-sizing:border-box;width:100%;padding:.4em;"
     "margin:.3em 0 1em}button{font:inherit;padding:.4em 1.2em}code{overflow-wrap:anywhere}"
     "table{border-collapse:collapse;margin:1em 0}th,td{text-align:left;vertical-align:top;padding:.2em 1em .2em 0}"
-    "ul{margin:0;padding:0;list-style:none}"
+    "form{margin:.6em 0}ul{margin:0;padding:0;list-style:none}"
 )
 
 
