@@ -5,6 +5,7 @@ Names and e-mail addresses change hands; a subject at an issuer never does (Open
 
 from __future__ import annotations
 
+import contextlib
 import re
 import time
 import unicodedata
@@ -65,10 +66,10 @@ class Identities:
                 user.role = role
             return Came(user.name, user.role, key, False, changed)
 
-        try:
-            return await self._store.write(work)
-        except IntegrityError:  # two first logins at once, of one subject or with one name
-            return await self._store.write(work)
+        for _ in range(TRIES):
+            with contextlib.suppress(IntegrityError):  # first logins at the same time, of one subject or with one name
+                return await self._store.write(work)
+        return await self._store.write(work)
 
     async def leave(self, issuer: str, subject: str) -> str | None:
         """Log out what came in as that subject, who may not any more; the user's name, None for nobody's subject."""
