@@ -177,7 +177,7 @@ class FakeProvider:
             "jwks_uri": f"{issuer}/jwks",
             "response_types_supported": ["code"],
             "subject_types_supported": ["public"],
-            "id_token_signing_alg_values_supported": ["RS256"],
+            "id_token_signing_alg_values_supported": ["RS256", "ES256"],
         }
         self.claims: dict[str, Any] = dict(CLAIMS)
         self.userinfo: dict[str, Any] = {}
@@ -199,9 +199,9 @@ class FakeProvider:
         usual = {"iss": self.issuer, "aud": CLIENT, "nonce": nonce, "iat": now, "exp": now + 60}
         return {name: value for name, value in {**usual, **self.claims}.items() if value is not None}
 
-    def signed(self, claims: dict[str, Any]) -> str:
-        """As it should be."""
-        key = self.keys[-1]
+    def signed(self, claims: dict[str, Any], key: RSAKey | ECKey | None = None) -> str:
+        """As it should be, unless by another `key`."""
+        key = key or self.keys[-1]
         return jwt.encode({"alg": key.alg or "RS256", "kid": key.kid}, claims, key, algorithms=[key.alg or "RS256"])
 
     def signed_text(self, text: str) -> str:
@@ -221,9 +221,9 @@ class FakeProvider:
 
     def by_a_key_of_its_own(self, claims: dict[str, Any]) -> str:
         """With a key that is nobody's, in the head of the token."""
-        key = another_key("1")
-        head = {"alg": "RS256", "kid": "1", "jwk": key.as_dict(private=False)}
-        return jwt.encode(head, claims, key, algorithms=["RS256"])
+        key = ECKey.generate_key("P-256", {"kid": "1"})
+        head = {"alg": "ES256", "kid": "1", "jwk": key.as_dict(private=False)}
+        return jwt.encode(head, claims, key, algorithms=["ES256"])
 
     async def _answer(self, request: Request, path: str) -> Response:
         if self.held is not None:

@@ -237,7 +237,10 @@ def test_what_a_command_line_says_of_itself_is_shown_as_text_and_bounded(on_host
         _, browser = await logged_in(host)
         headers = {"X-Forwarded-For": "<i>1.2.3.4"}
         asked = (await host.nobody.post("/api/auth/device", json={"machine": "m"}, headers=headers)).json()
-        assert "a proxy that says it is for &lt;i&gt;1.2.3.4" in (await question(browser, asked)).text
+        assert (
+            "127.0.0.1, which says that it is a proxy and asks for &lt;i&gt;1.2.3.4"
+            in (await question(browser, asked)).text
+        )
 
     on_host(check)
 

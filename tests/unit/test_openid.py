@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import json
 import ssl
+import sys
 from collections.abc import AsyncIterator, Callable, Coroutine
 from pathlib import Path
 from typing import Any
@@ -101,10 +102,12 @@ BAD_TOKENS: list[tuple[str, Callable[[FakeProvider], None], str]] = [
     ("alg=none", signed_by(FakeProvider.unsigned), NOT_SIGNED),
     ("HS256 with the public key", signed_by(FakeProvider.with_the_public_key_as_a_secret), NOT_SIGNED),
     ("a key in its own head", signed_by(FakeProvider.by_a_key_of_its_own), NOT_SIGNED),
+    ("another's key", signed_by(lambda fake, claims: fake.signed(claims, another_key("1"))), NOT_SIGNED),
     ("another's signature", signed_by(lambda fake, claims: fake.signed(claims)[:-8] + "AAAAAAAA"), NOT_SIGNED),
     ("no token", signed_by(lambda fake, claims: "a.b"), NOT_SIGNED),
     ("claims that are none", signed_by(lambda fake, claims: fake.signed_text("[1]")), NOT_SIGNED),
     ("nothing", lambda fake: fake.raw.update(token=JSONResponse({"access_token": "a"})), "sent no ID token"),
+    ("groups without an end", changed(groups=["x" * 100] * 2000), "too large"),
     ("another issuer", changed(iss="https://evil.example"), "another issuer&#x27;s"),
     ("no issuer", changed(iss=None), "another issuer&#x27;s"),
     ("another audience", changed(aud="others"), "for another client"),
@@ -556,6 +559,14 @@ def test_options_that_make_no_sense_are_refused_in_one_sentence(given: dict[str,
         asyncio.run(start())
     assert words in told.value.message
     assert told.value.message.count(". ") == 0
+
+
+def test_a_host_without_the_packages_for_it_says_which_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delitem(sys.modules, "kohakuriver.host.services.oidc_provider")
+    monkeypatch.setitem(sys.modules, "authlib.common.security", None)
+    options = HostOptions(Path(), oidc_issuer="https://i", oidc_client_id="r", oidc_allowed_groups=["x"])
+    with pytest.raises(UsageError, match=r"needs the Python package 'authlib': install .* the extra 'oidc'\.$"):
+        provider_of(options)
 
 
 def test_a_secret_that_others_may_read_is_taken_and_warned_of(

@@ -58,8 +58,9 @@ def provider_of(options: OidcOptions) -> Provider | None:
     try:
         from kohakuriver.host.services.oidc_provider import Provider
     except ModuleNotFoundError as error:
+        package = (error.name or "").partition(".")[0]
         raise UsageError(
-            f"--oidc-issuer needs the Python package {error.name!r}: install kohakuriver with the extra 'oidc'."
+            f"--oidc-issuer needs the Python package {package!r}: install kohakuriver with the extra 'oidc'."
         ) from error
     trusted = client_context("https:", options.oidc_ca_file)
     assert trusted is not None

@@ -63,7 +63,7 @@ class DeviceLogins:
         code, typed = secrets.token_urlsafe(32), "".join(secrets.choice(_LETTERS) for _ in range(8))
         source = asker().source.rpartition(":")[0] or "?"
         if proxied := asker().known.get("forwarded_for"):
-            source = f"{source}, a proxy that says it is for {proxied}"
+            source = f"{source}, which says that it is a proxy and asks for {proxied}"
         await self._codes.add(code, typed, origin=asker().origin, source=source[:300], machine=machine)
         return DeviceAsked(
             device_code=code,

@@ -171,7 +171,8 @@ class OidcLogins:
                 "This browser has begun no such login here, or another one since; log in once more.",
                 code="oidc_refused",
             )
-        if not (began.isascii() and began.isdigit() and self._clock() - int(began[:12]) < TRY_SECONDS):
+        since = self._clock() - int(began[:12]) if began.isascii() and began.isdigit() else TRY_SECONDS
+        if not -TRY_SECONDS < since < TRY_SECONDS:
             raise UnauthenticatedError("This login took too long; log in once more.", code="oidc_refused")
         return Try(*rest[:3]), rest[3]
 

@@ -27,7 +27,7 @@ from authlib.oauth2.rfc6749.parameters import prepare_token_request
 from authlib.oidc.core import CodeIDToken
 from authlib.oidc.discovery import OpenIDProviderMetadata
 from joserfc import jwt
-from joserfc.errors import ClaimError, ExpiredTokenError, InvalidKeyIdError, JoseError
+from joserfc.errors import ClaimError, ExceededSizeError, ExpiredTokenError, InvalidKeyIdError, JoseError
 from joserfc.jwk import KeySet, import_key
 from joserfc.jws import JWSRegistry
 
@@ -229,6 +229,8 @@ class Provider:
             claims.validate(int(self._clock()), LEEWAY)
         except ExpiredTokenError:
             raise self._refused("sent an ID token whose time is over: compare the clocks of both machines") from None
+        except ExceededSizeError:
+            raise self._refused("sent an ID token that is too large; have it name fewer groups") from None
         except ClaimError as error:
             raise self._refused(f"sent an ID token that is {_wrong(error)}") from error
         except (JoseError, ValueError, TypeError, AttributeError, KeyError, RecursionError) as error:
