@@ -6,6 +6,7 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 STAMPS := $(VENV)/.stamps
+IDP := tests/support/idp
 CRATES := src/kohakuriver-tunnel src/kohakuriver-sshd
 TESTS ?= tests --ignore=tests/e2e
 PYTEST_ARGS ?=
@@ -27,10 +28,12 @@ demo: install ## a small cluster on this machine, a task with a web page, and a 
 
 test: install ## the whole suite but the browser tests (those: make e2e)
 	scripts/system-packages test
+	@$(MAKE) --no-print-directory $(STAMPS)/idp
 	scripts/with-engine scripts/run-tests $(BIN)/python $(PYTEST_WORKERS) $(TESTS) $(PYTEST_ARGS)
 
 test-asyncio: install ## the same suite on the standard library's event loop
 	scripts/system-packages test
+	@$(MAKE) --no-print-directory $(STAMPS)/idp
 	KOHAKURIVER_LOOP=asyncio scripts/with-engine scripts/run-tests $(BIN)/python $(PYTEST_WORKERS) $(TESTS) $(PYTEST_ARGS)
 
 test-sanitized: install ## the tests of the extension on a build with AddressSanitizer and UndefinedBehaviorSanitizer
@@ -56,6 +59,7 @@ sbom: install $(STAMPS)/audit ## what the package and the programs in it are mad
 
 e2e: install $(STAMPS)/e2e ## JupyterLab and TensorBoard through a forward, in a real browser
 	scripts/system-packages test e2e
+	@$(MAKE) --no-print-directory $(STAMPS)/idp
 	scripts/with-engine $(BIN)/python -m pytest tests/e2e $(PYTEST_ARGS)
 
 lint: install ## ruff, mypy, stubs against the extension, rustfmt, clippy
@@ -99,11 +103,16 @@ build: ## sdist and wheel in dist/, by the tools that scripts/build-requirements
 	$(VENV)-build/bin/python -m build --no-isolation
 
 clean: ## everything that these commands made
-	rm -rf .venv* build dist sbom src/*.egg-info bench/results .pytest_cache .mypy_cache .ruff_cache .hypothesis .benchmarks .schemathesis
+	rm -rf $(IDP)/node_modules .venv* build dist sbom src/*.egg-info bench/results .pytest_cache .mypy_cache .ruff_cache .hypothesis .benchmarks .schemathesis
 	rm -rf src/kohakuriver/bin src/kohakuriver/*.c src/kohakuriver/*.so $(CRATES:=/target)
 	find src tests bench -name __pycache__ -type d -prune -exec rm -rf {} +
 
 install: $(STAMPS)/package $(STAMPS)/extension $(STAMPS)/client $(STAMPS)/sshd
+
+# After scripts/system-packages, which knows where npm comes from.
+$(STAMPS)/idp: $(IDP)/package.json $(IDP)/package-lock.json
+	npm ci --prefix $(IDP) --silent
+	touch $@
 
 $(STAMPS)/venv:
 	PYTHON=$(PYTHON) scripts/system-packages build

@@ -149,6 +149,8 @@ _BY_STATUS: dict[int, type[KohakuRiverError]] = {
 # Some errors have a status for the sake of HTTP; to the caller they mean something else.
 _OF_THE_TASK = ("runner_refused", "runner_timeout", "runner_unreachable", "timed_out", "tunnel_not_connected")
 _BY_CODE: dict[str, type[KohakuRiverError]] = {
+    "access_denied": NotAllowedError,
+    "expired_token": UnauthenticatedError,
     "name_taken": UsageError,
     "node_has_tasks": KohakuRiverError,
     "node_online": KohakuRiverError,

@@ -141,6 +141,7 @@ def browser(tmp_path: Path) -> Iterator[Any]:
 
     options = webdriver.ChromeOptions()
     options.binary_location = chromium
+    options.accept_insecure_certs = True  # tests' own authorities are in no browser
     for flag in (*CHROMIUM_FLAGS, f"--user-data-dir={tmp_path / 'profile'}"):
         options.add_argument(flag)
     service = webdriver.ChromeService(executable_path=driver)

@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import contextlib
 import json
+import re
 import socket
 import stat
 import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import httpx
+import pexpect
 import pytest
 
 from tests.support.up import Apart, Commands, connect, echoes
@@ -99,6 +103,88 @@ def test_a_login_is_kept_for_its_host_in_a_file_of_ones_own(cluster: Apart, tmp_
     )
     assert cat.succeed("auth", "logout", "--revoke") == f"Logged out of {cat.url}.\n"
     cluster.succeed("user", "remove", "cat")
+
+
+class PageOfHost:
+    """A browser that is logged in to a real host, as far as forms go."""
+
+    def __init__(self, cluster: Apart, token: str) -> None:
+        name = (cluster.directory / "host" / "browser-name").read_text().strip()
+        authority = f"{name}:{httpx.URL(cluster.url).port}"
+        sent = {"Host": authority, "Origin": f"http://{authority}", "Sec-Fetch-Site": "same-origin"}
+        self.http = httpx.Client(base_url=cluster.url, headers=sent, trust_env=False)
+        (cookie,) = self.http.post("/login", data={"token": token}).headers.get_list("set-cookie")
+        self.http.headers["Cookie"] = cookie.partition(";")[0]
+
+    def answer(self, code: str, answer: str) -> None:
+        """Type the code that a command line shows, and answer."""
+        page = self.http.post("/device", data={"code": code}).text
+        sent = dict(re.findall(r'name="(code|asked)" value="([^"]+)"', page))
+        assert self.http.post("/device", data={**sent, "answer": answer}).status_code == 200
+
+
+def test_a_command_line_is_logged_in_by_a_browser_with_no_token_typed_or_shown(
+    cluster: Apart, people: tuple[Person, Person], tmp_path: Path
+) -> None:
+    ann, _ = people
+    browser = PageOfHost(cluster, ann.token)
+    new = Commands(tmp_path / "new")
+    login = ("auth", "login", "--web", "--host", cluster.url)
+    for answer in ("no", "yes"):
+        program = new.start(*login)
+        assert "its page /device" in program.line("kohakuriver open", err=True)
+        code = program.line("Type this code there, within 10 minutes: ", err=True).rpartition(" ")[2]
+        browser.answer(code.strip(), answer)
+        said = program.rest(), program.rest(err=True)
+        if answer == "no":
+            assert said == ([], ["Error: This login was refused in the browser."])
+            assert program.ended() == 5
+        else:
+            assert said == ([f"Logged in to {cluster.url} as ann (user)."], [])
+            assert program.ended() == 0
+    status = json.loads(new.succeed("auth", "status", "--json"))
+    assert (status["user"], status["source"]) == ("ann", "auth login")
+    assert socket.gethostname()[:20] in status["token"]["name"]
+    assert status["token"]["expires_at"] is not None
+    assert refused(new.run(*login, "--token", "kr_x"), "give none with it", 2)
+    assert refused(new.run("auth", "login", "--with-token", "--host", cluster.url, stdin="\n"), "Give a token", 2)
+    assert new.succeed("auth", "logout", "--revoke") == f"Logged out of {cluster.url}.\n"
+    browser.http.close()
+
+
+def test_who_types_no_token_at_a_terminal_is_logged_in_by_a_browser(
+    cluster: Apart, people: tuple[Person, Person], tmp_path: Path
+) -> None:
+    _, bob = people
+    browser = PageOfHost(cluster, bob.token)
+    new = Commands(tmp_path / "new")
+    argv = ["-m", "kohakuriver", "auth", "login", "--host", cluster.url]
+    terminal = pexpect.spawn(sys.executable, argv, env=new.environment, timeout=60, encoding="utf-8")
+    terminal.expect("or Enter to log in with a browser: ")
+    terminal.sendline("")
+    terminal.expect("within 10 minutes: ([A-Z]{4}-[A-Z]{4})")
+    browser.answer(terminal.match[1], "yes")
+    terminal.expect(r"as bob \(user\)")
+    terminal.expect(pexpect.EOF)
+    terminal.close()
+    assert terminal.exitstatus == 0
+    browser.http.close()
+
+
+def test_a_command_line_that_waits_for_a_browser_outlives_a_restart_of_the_host(
+    cluster: Apart, people: tuple[Person, Person], tmp_path: Path
+) -> None:
+    ann, _ = people
+    new = Commands(tmp_path / "new")
+    program = new.start("auth", "login", "--web", "--host", cluster.url)
+    code = program.line("Type this code there", err=True).rpartition(" ")[2].strip()
+    cluster.host.stop()
+    cluster.start_host()
+    browser = PageOfHost(cluster, ann.token)
+    browser.answer(code, "yes")
+    assert program.rest() == [f"Logged in to {cluster.url} as ann (user)."]
+    assert program.ended() == 0
+    browser.http.close()
 
 
 def test_an_admin_reads_and_follows_what_was_done(cluster: Apart, people: tuple[Person, Person]) -> None:

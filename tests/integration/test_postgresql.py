@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
 import shutil
 import signal
 import socket
 import subprocess
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Coroutine, Iterator
 from pathlib import Path
+from typing import Any
 
 import httpx
 import pytest
 
+from kohakuriver.store import Accounts, Browsers, DeviceCodes, Identities, Store
 from tests.support import forked
 from tests.support.processes import PATIENCE, Program, a_cluster, eventually
 
@@ -111,6 +114,51 @@ def test_a_host_without_its_database_lives_is_not_ready_and_tells_users_a_senten
         eventually(lambda: listed()[0] == 0)
         eventually(lambda: (cluster.node("n1") or {})["status"] == "online")
         assert plain.get("/ready").status_code == 200
+
+
+def test_first_logins_at_once_make_one_user_of_a_subject_and_of_a_name_as_many_as_there_are(
+    postgres: Postgres, run: Callable[[Coroutine[Any, Any, None]], None]
+) -> None:
+    async def check() -> None:
+        stores = [await Store.open(postgres.url) for _ in range(2)]
+        hosts = [Identities(store) for store in stores]
+        try:
+            same = await asyncio.gather(*(host.enter("https://id", "1", "ann", "user") for host in hosts * 4))
+            assert {came.user for came in same} == {"ann"}
+            assert sum(came.is_new for came in same) == 1
+            others = (host.enter("https://id", f"{n}", "ann", "user") for n, host in enumerate(hosts * 4, 2))
+            names = {came.user for came in await asyncio.gather(*others)}
+            assert names == {f"ann-{n}" for n in range(2, 10)}
+        finally:
+            for store in stores:
+                await store.close()
+
+    run(check())
+
+
+def test_a_command_line_that_asks_two_hosts_at_once_for_its_token_has_one(
+    postgres: Postgres, run: Callable[[Coroutine[Any, Any, None]], None]
+) -> None:
+    async def check() -> None:
+        stores = [await Store.open(postgres.url) for _ in range(2)]
+        accounts = [Accounts(store) for store in stores]
+        hosts = [DeviceCodes(store, each) for store, each in zip(stores, accounts, strict=True)]
+        try:
+            await accounts[0].add_user("ann", "user")
+            token = await accounts[0].add_token("kr_x", kind="user", name="ann", label="x")
+            browser = await Browsers(stores[0]).add("krb_x", token.digest)
+            await hosts[0].add("code", "TYPED", origin="o", source="s", machine="m")
+            waiting = await hosts[1].typed("TYPED")
+            assert waiting is not None
+            answers = (host.answer("TYPED", waiting.id, browser, allow=True) for host in hosts * 2)
+            assert sum(answer is not None for answer in await asyncio.gather(*answers)) == 1
+            given = await asyncio.gather(*(host.take("code", f"kr_{n}") for n, host in enumerate(hosts * 2)))
+            assert sorted(each.what for each in given) == ["given", "gone", "gone", "gone"]
+        finally:
+            for store in stores:
+                await store.close()
+
+    run(check())
 
 
 def test_a_node_whose_host_dies_goes_on_with_another_host_on_the_same_database(

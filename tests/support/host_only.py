@@ -27,12 +27,15 @@ from kohakuriver.host.services.access import Access
 from kohakuriver.host.services.audit import AuditLog
 from kohakuriver.host.services.authorize import Forwards
 from kohakuriver.host.services.credentials import Credentials
+from kohakuriver.host.services.device_logins import DeviceLogins
 from kohakuriver.host.services.failures import Failures
 from kohakuriver.host.services.grants import Grants
 from kohakuriver.host.services.groups import GroupsOfUsers
 from kohakuriver.host.services.logins import Logins
 from kohakuriver.host.services.logs import Logs
 from kohakuriver.host.services.nodes import Nodes
+from kohakuriver.host.services.oidc import OidcLogins, Rules
+from kohakuriver.host.services.oidc_provider import Provider
 from kohakuriver.host.services.people import People
 from kohakuriver.host.services.reach import Reach
 from kohakuriver.host.services.requests import Requests
@@ -44,7 +47,7 @@ from kohakuriver.limits import Limits
 from kohakuriver.quotas import Offer, Quotas
 from kohakuriver.runtime import cancel_all
 from kohakuriver.session import ticket
-from kohakuriver.store import Accounts, Browsers, Groups, Store, sqlite_url
+from kohakuriver.store import Accounts, Browsers, DeviceCodes, Groups, Identities, Store, sqlite_url
 from kohakuriver.tunnel.accept import TunnelRoute, serve_ws
 from kohakuriver.tunnel.protocol import TUNNEL_V2
 from kohakuriver.web.origin import Guard
@@ -149,8 +152,10 @@ class HostUnderTest:
         clock: Clock,
         audit: AuditLog,
         limits: Limits,
+        oidc: tuple[Provider, Rules] | None = None,
     ) -> None:
         self.store = store
+        self.credentials = credentials
         self.audit = audit
         self.clock = clock
         self.stack = contextlib.AsyncExitStack()
@@ -172,10 +177,13 @@ class HostUnderTest:
         self.forwards = Forwards(credentials, access, self.grants, store, self.nodes, self.tasks)
         self.proxy = TunnelProxy(authorize=self.forwards.authorize, authorize_terminal=self.forwards.authorize_terminal)
         self.terminals = TerminalProxy(authorize=self.forwards.authorize_terminal)
-        self.people = People(accounts, self.grants, clock=clock)
+        self.identities = Identities(store, clock=clock)
+        self.people = People(accounts, self.identities, self.grants, clock=clock)
         self.logins = Logins(
             credentials, Browsers(store, clock=clock), self.grants, "kr-abcdefghijklmnopqrstuvwxyz.localhost"
         )
+        self.devices = DeviceLogins(DeviceCodes(store, accounts, clock=clock), credentials, audit)
+        self.oidc = oidc and OidcLogins(*oidc, self.identities, self.logins, credentials, self.grants, clock=clock)
         self.logs = Logs(self.grants, self.nodes, self.runners)
         self.guard = Guard()
         self.app = create_app(
@@ -191,6 +199,8 @@ class HostUnderTest:
                 audit,
                 self.logs,
                 self.logins,
+                self.devices,
+                self.oidc,
             ),
             self.guard,
         )
@@ -269,9 +279,16 @@ _new: list[Path] = []
 
 @contextlib.asynccontextmanager
 async def a_host(
-    directory: Path, *, allow_anonymous: bool = False, limits: Limits | None = None
+    directory: Path,
+    *,
+    allow_anonymous: bool = False,
+    limits: Limits | None = None,
+    oidc: tuple[Provider, Rules] | None = None,
 ) -> AsyncIterator[HostUnderTest]:
-    """A host with its state in `directory`; a new one begins with a copy of what the first of this process made."""
+    """A host with its state in `directory`, and perhaps an OpenID provider.
+
+    A new one begins with a copy of what the first of this process made.
+    """
     await _begin(directory)
     store = await Store.open(sqlite_url(directory / "host.db"))
     clock = Clock()
@@ -281,7 +298,7 @@ async def a_host(
     failures = Failures(rate=limits.max_failures)
     credentials = Credentials(accounts, allow_anonymous=allow_anonymous, audit=audit, failures=failures, clock=clock)
     await credentials.load_or_make(directory)
-    host = HostUnderTest(store, accounts, credentials, clock, audit, limits)
+    host = HostUnderTest(store, accounts, credentials, clock, audit, limits, oidc)
     async with host.stack:
         host.stack.callback(audit.close)
         host.stack.push_async_callback(store.close)

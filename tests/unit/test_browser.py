@@ -661,6 +661,20 @@ def test_a_websocket_is_not_opened_by_a_cookie(on_host: Callable[..., None]) -> 
     on_host(check)
 
 
+def test_no_answer_leads_to_an_address_that_the_request_names(on_host: Callable[..., None]) -> None:
+    async def check(host: HostUnderTest) -> None:
+        browser = Browser(host, "river.localhost")
+        for path in ("/login/", "/device/", "/api/users/", "//evil.example/login/", "/login//", "/docs/"):
+            answer = await browser.open(path)
+            assert (answer.status_code, answer.headers.get("location")) == (404, None), path
+        for path in ("/", "/device", "/login?next=//evil.example", "/login?next=device"):
+            where = (await browser.open(path)).headers.get("location", "/")
+            assert where.startswith("/")
+            assert not where.startswith("//")
+
+    on_host(check)
+
+
 @pytest.mark.parametrize("name", ["127.0.0.1", "localhost", "LOCALHOST"])
 def test_by_a_name_that_others_share_no_browser_comes_in_nor_hears_of_the_right_one(
     on_host: Callable[..., None], name: str

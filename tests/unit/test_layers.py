@@ -84,10 +84,12 @@ STARTED_BY_CLI = {"kohakuriver.host", "kohakuriver.runner"}
 # Packages that only the named layers may import: what keeps the command line light and the protocol free of policy.
 ONLY_IN = {
     "aiodocker": {"runner"},
+    "authlib": {"host"},
     "asyncssh": {"ssh_proxy"},
     "cryptography": {"cli", "host_keys", "runner", "tls"},
     "httptools": {"gateway"},
     "prometheus_client": {"web", "host", "runner"},
+    "joserfc": {"host"},
     "fastapi": {"web", "host", "runner"},
     "sqlalchemy": {"store"},
     "starlette": {"web", "host", "runner"},

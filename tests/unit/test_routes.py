@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import re
+import ssl
 import time
 from collections.abc import AsyncIterator, Callable, Coroutine, Iterable, Iterator
 from pathlib import Path
@@ -17,6 +18,8 @@ import jwt
 import pytest
 from fastapi import FastAPI
 
+from kohakuriver.host.services.oidc import EVERYBODY, Rules
+from kohakuriver.host.services.oidc_provider import Provider
 from kohakuriver.runner import app as runner_app
 from kohakuriver.runner.services.open_ports import OpenPorts
 from kohakuriver.runner.services.registration import NodeIdentity, Registration
@@ -43,6 +46,7 @@ METHODS = ("GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS", "TRACE")
 Rule = dict[str, str]
 OPEN: Rule = {}
 ALL_USERS = ("admin", "owner", "shared", "stranger")
+NOBODY: Rule = {}  # 401 for all: what opens it is no credential
 BY_USERS: Rule = dict.fromkeys(ALL_USERS, "in")
 BY_ADMINS: Rule = BY_USERS | dict.fromkeys(("owner", "shared", "stranger"), "403")
 BY_WHO_MAY_USE: Rule = BY_USERS | {"stranger": "403"}
@@ -59,6 +63,12 @@ HOST_RULES: dict[Route, Rule] = {
     ("GET", "/login"): OPEN,
     ("POST", "/login"): BY_OWN_PAGES,
     ("POST", "/logout"): BY_OWN_PAGES,
+    ("POST", "/login/oidc"): BY_OWN_PAGES,
+    ("GET", "/login/oidc/back"): NOBODY,
+    ("GET", "/device"): OPEN,
+    ("POST", "/device"): BY_OWN_PAGES,
+    ("POST", "/api/auth/device"): OPEN,
+    ("POST", "/api/auth/device/token"): OPEN,
     ("GET", "/openapi.json"): OPEN,
     ("GET", "/docs"): OPEN,
     ("GET", "/api/auth"): BY_USERS,
@@ -66,6 +76,8 @@ HOST_RULES: dict[Route, Rule] = {
     ("GET", "/api/users"): BY_ADMINS,
     ("POST", "/api/users"): BY_ADMINS,
     ("DELETE", "/api/users/{name}"): BY_ADMINS,
+    ("PUT", "/api/users/{name}/oidc"): BY_ADMINS,
+    ("DELETE", "/api/users/{name}/oidc"): BY_ADMINS,
     ("GET", "/api/users/{name}/limits"): BY_ADMINS,
     ("PATCH", "/api/users/{name}/limits"): BY_ADMINS,
     ("GET", "/api/groups"): BY_USERS,
@@ -158,6 +170,7 @@ BODIES: dict[Route, Any] = {
     ("POST", "/api/nodes/register"): {"name": "n1", "url": "http://n1:1", "backends": []},
     ("POST", "/api/nodes/{name}/heartbeat"): {},
     ("POST", "/api/users"): {"name": "new"},
+    ("PUT", "/api/users/{name}/oidc"): {"subject": "248289761001"},
     ("PATCH", "/api/users/{name}/limits"): {"tasks": 1},
     ("POST", "/api/groups"): {"name": "lab"},
     ("PATCH", "/api/groups/{group}"): {"add": ["shared"]},
@@ -263,6 +276,8 @@ def expected_of(route: Route, rule: Rule, who: str, secret: str | dict[str, str]
     """What a credential is answered with by a rule of the host."""
     if rule is OPEN:
         return "in"
+    if rule is NOBODY:
+        return "401"
     if rule is BY_OWN_PAGES:
         return "in" if isinstance(secret, dict) and OWN_PAGE.items() <= secret.items() else "403"
     user, _, from_where = who.partition("'s browser")
@@ -297,10 +312,16 @@ async def host_credentials(host: HostUnderTest, directory: Path) -> dict[str, st
     return secrets | await host_browsers(host, secrets)
 
 
+def no_provider() -> tuple[Provider, Rules]:
+    """An OpenID provider that nobody asks here."""
+    trusted = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+    return Provider("https://id.invalid", "river", None, trusted=trusted), Rules(frozenset({EVERYBODY}))
+
+
 @pytest.mark.parametrize("route", sorted(HOST_RULES), ids=" ".join)
 def test_the_host_lets_in_whom_its_rule_names_and_nobody_else(run: Run, tmp_path: Path, route: Route) -> None:
     async def check() -> None:
-        async with a_host(tmp_path) as host:
+        async with a_host(tmp_path, oidc=no_provider()) as host:
             secrets = await host_credentials(host, tmp_path)
             assert routes_of(host.app, host.tunnel_routes) == set(HOST_RULES)
             rule = HOST_RULES[route]

@@ -32,22 +32,26 @@ app = App(
 @remote
 def login(
     at: Remote,
+    web: Annotated[bool, typer.Option("--web", help="Log in with a browser, here or elsewhere: no token.")] = False,
+    with_token: Annotated[bool, typer.Option("--with-token", help="Take a token, typed or from stdin.")] = False,
     plain_http: Annotated[
         bool, typer.Option("--plain-http", help="It is known that others can read what goes to a host by plain HTTP.")
     ] = False,
 ) -> None:
     """Keep a token for a host, once the host has taken it; commands then use that host and token by themselves.
 
-    The token is asked for, or read from stdin where that is no terminal.
+    The token is asked for, or read from stdin where that is no terminal. Who types none is logged in with a browser.
     """
     from kohakuriver.config import Logins, accept_plain_http, clean_token, read_logins, write_logins
 
+    if web and (with_token or at.token):
+        raise UsageError("--web gets a token from the host; give none with it.")
     settings = at.resolved()
     url = settings.host
     if plain_http:
         accept_plain_http(url)
     at.ask_as(None, lambda client: client.health())
-    secret = clean_token(at.token or _read_token(url))
+    secret = clean_token(at.token or (None if web else _read_token(url, or_browser=not with_token)) or _by_browser(at))
     who = at.ask_as(secret, lambda client: client.whoami())
     logins = read_logins()
     ca_files = _without(url, logins.ca_files)
@@ -77,11 +81,21 @@ def _warn_if_overruled(url: str, secret: str) -> None:
         output.note(f"Note: commands use another token for {url}, because of {set_by('token')}.")
 
 
-def _read_token(url: str) -> str:
+def _by_browser(at: Remote) -> str:
+    from kohakuriver.cli.device_login import token_by_browser
+
+    made = at.ask_as(None, token_by_browser)
+    return made.token or ""
+
+
+def _read_token(url: str, *, or_browser: bool) -> str | None:
+    """The token that is typed or piped; None for a user at a terminal who types none, and may go by a browser."""
     if output.is_terminal(sys.stdin):
         from getpass import getpass
 
-        secret = getpass(f"Token for {url}: ")
+        secret = getpass(f"Token for {url}{', or Enter to log in with a browser' if or_browser else ''}: ")
+        if or_browser and not secret.strip():
+            return None
     else:
         secret = sys.stdin.readline()
     if not secret.strip():

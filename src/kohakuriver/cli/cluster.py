@@ -110,6 +110,13 @@ DrainOption = Annotated[
 MountsOption = Annotated[
     bool, typer.Option("--user-mounts", help="Let users who are no admins mount directories of the nodes.")
 ]
+_OIDC = "OpenID Connect"
+
+
+def _oidc(name: str, metavar: str, text: str) -> Any:
+    return typer.Option(name, metavar=metavar, help=text, show_default=False, rich_help_panel=_OIDC)
+
+
 AdvertiseOption = Annotated[
     str | None,
     typer.Option("--advertise-url", metavar="URL", help="How the host reaches this runner.", show_default=False),
@@ -309,10 +316,46 @@ class Serving:
     exit_with_stdin: StdinOption = False
 
 
+@dataclass(frozen=True)
+class HostServing(Serving):
+    """What a host has besides, with an OpenID provider."""
+
+    oidc_issuer: Annotated[
+        str | None, _oidc("--oidc-issuer", "URL", "Let people log in at this OpenID provider, by its issuer URL.")
+    ] = None
+    oidc_client_id: Annotated[
+        str | None, _oidc("--oidc-client-id", "ID", "As which client the provider knows this host.")
+    ] = None
+    oidc_client_secret_file: Annotated[
+        Path | None, _oidc("--oidc-client-secret-file", "FILE", "The file that holds that client's secret.")
+    ] = None
+    oidc_allowed_groups: Annotated[
+        list[str] | None,
+        _oidc("--oidc-allowed-group", "GROUP", "Who may come in; may be repeated. '*': whom the provider knows."),
+    ] = None
+    oidc_allowed_domains: Annotated[
+        list[str] | None,
+        _oidc("--oidc-allowed-domain", "DOMAIN", "The domain that a verified e-mail must have; may be repeated."),
+    ] = None
+    oidc_admin_groups: Annotated[
+        list[str] | None, _oidc("--oidc-admin-group", "GROUP", "Who comes in as an admin; may be repeated.")
+    ] = None
+    oidc_group_claim: Annotated[
+        str | None, _oidc("--oidc-group-claim", "CLAIM", "The claim that has the groups. Default: groups.")
+    ] = None
+    oidc_scopes: Annotated[
+        list[str] | None,
+        _oidc("--oidc-scope", "SCOPE", "What else to ask for, where the groups need that; may be repeated."),
+    ] = None
+    oidc_ca_file: Annotated[
+        Path | None, _oidc("--oidc-ca-file", "FILE", "Who signed its certificate. Default: the system's authorities.")
+    ] = None
+
+
 @remote
 def host(
     ctx: typer.Context,
-    common: Serving,
+    common: HostServing,
     bind: BindOption = "0.0.0.0",
     port: PortOption = 8000,
     ssh_port: SshPortOption = 8002,

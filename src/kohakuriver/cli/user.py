@@ -106,9 +106,38 @@ def list_users(at: Remote) -> None:
     if at.json:
         output.json_line({"users": [user.to_json() for user in users]})
         return
-    output.table(
-        ["Name", "Role", "Added"], [[user.name, user.role, f"{output.age(user.created_at)} ago"] for user in users]
-    )
+    columns = ["Name", "Role", "Added"]
+    rows = [[user.name, user.role, f"{output.age(user.created_at)} ago"] for user in users]
+    if any(user.oidc for user in users):
+        columns.append("OpenID subject")
+        rows = [[*row, user.oidc or ""] for row, user in zip(rows, users, strict=True)]
+    output.table(columns, rows)
+
+
+@app.command(epilog="Example: kohakuriver user link ann --oidc 248289761001")
+@remote
+def link(
+    at: Remote,
+    name: UserArgument,
+    oidc: Annotated[
+        str,
+        typer.Option("--oidc", metavar="SUB", help="The subject: the 'sub' by which the provider knows them."),
+    ],
+) -> None:
+    """Have whom the host's OpenID provider knows as SUB log in as this user, and nobody else from there."""
+    linked = at.ask(lambda client: client.link_user(name, oidc))
+    at.show(linked.to_json(), f"{linked.oidc} logs in as {linked.name}.")
+
+
+@app.command(epilog="Example: kohakuriver user unlink ann")
+@remote
+def unlink(
+    at: Remote,
+    name: UserArgument,
+) -> None:
+    """Take that back; browsers that came in so are logged out, and the command lines that these logged in."""
+    unlinked = at.ask(lambda client: client.unlink_user(name))
+    at.show(unlinked.to_json(), f"Nobody at the provider logs in as {unlinked.name} any more.")
 
 
 @app.command(epilog="Example: kohakuriver user limit ann --tasks 20 --memory 128g --cpus default")

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import re
 import time
 from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
 from dataclasses import MISSING, asdict, dataclass, field, fields
@@ -110,16 +111,27 @@ class Node:
 class User:
     """Somebody who may use the host. `role` is "admin" or "user", `created_at` ISO 8601.
 
-    `limits` are those that were set for this user.
+    `limits` are those that were set for this user, `oidc` the subject as which they log in at an OpenID provider.
     """
 
     name: str
     role: str
     created_at: str = ""
     limits: Mapping[str, float] = field(default_factory=dict)
+    oidc: str | None = None
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self)
+
+
+@dataclass(frozen=True)
+class DeviceAsked:
+    """A login that waits for its user, who types `user_code` at `url` within `expires_in` seconds."""
+
+    device_code: str = field(repr=False)
+    user_code: str
+    url: str
+    expires_in: float
 
 
 @dataclass(frozen=True)
@@ -316,6 +328,33 @@ class HostClient:
         ):
             raise KohakuRiverError("This version of kohakuriver does not understand the host's answer.")
         return LoginLink(browser_url(self._url, name) + path, str(made.get("expires_at", "")))
+
+    async def ask_for_login(self, machine: str) -> DeviceAsked:
+        """Begin a login that somebody confirms in a browser; asks for no credential."""
+        answer = await self._call("POST", "/api/auth/device", body={"machine": machine})
+        shown = [answer.get(name) for name in ("verification_path", "user_code")] if isinstance(answer, dict) else []
+        # Both are shown on a terminal, and one is opened.
+        if not re.fullmatch(r"/[a-z]+ [A-Z]{4}-[A-Z]{4}", " ".join(map(str, shown))):
+            raise KohakuRiverError("This version of kohakuriver does not understand the host's answer.")
+        return _record(DeviceAsked, {**answer, "url": f"{self._url}{shown[0]}"})
+
+    async def take_login(self, asked: DeviceAsked) -> Token:
+        """The token of a login that was confirmed, with its secret.
+
+        Raises UsageError "authorization_pending" after some seconds, and "slow_down"; UnauthenticatedError where the
+        time is up, NotAllowedError where it was refused.
+        """
+        body = {"device_code": asked.device_code}
+        return _record(Token, await self._call("POST", "/api/auth/device/token", body=body))
+
+    async def link_user(self, name: str, subject: str) -> User:
+        """Have whom the host's OpenID provider knows as `subject` log in as a user."""
+        path = f"/api/users/{path_segment(name)}/oidc"
+        return _record(User, await self._call("PUT", path, body={"subject": subject}))
+
+    async def unlink_user(self, name: str) -> User:
+        """Take that back."""
+        return _record(User, await self._call("DELETE", f"/api/users/{path_segment(name)}/oidc"))
 
     async def users(self) -> list[User]:
         return [_record(User, item) for item in _list(await self._call("GET", "/api/users"))]

@@ -11,16 +11,22 @@ from fastapi.responses import HTMLResponse
 from fastapi.security import HTTPBearer
 
 from kohakuriver import __version__
+from kohakuriver.asking import asker
 from kohakuriver.errors import KohakuRiverError
 from kohakuriver.host.api_page import api_page
 from kohakuriver.host.browser import pages
 from kohakuriver.host.cookies import need_own_page, shown_cookie
+from kohakuriver.host.device_login import device_pages
+from kohakuriver.host.oidc import oidc_pages, provider_of
 from kohakuriver.host.parts import Services
 from kohakuriver.host.schemas import (
     AdoptRequest,
     Agent,
     Answers,
     CreateRequest,
+    DeviceAsked,
+    DeviceCodeShown,
+    DeviceRequest,
     ExtendRequest,
     GroupChange,
     GroupView,
@@ -32,6 +38,7 @@ from kohakuriver.host.schemas import (
     NewToken,
     NewUser,
     NodeView,
+    OidcSubject,
     Ports,
     Registration,
     RegistrationAnswer,
@@ -70,7 +77,7 @@ def create_app(services: Services, guard: Guard | None = None) -> FastAPI:
         guard=guard,
         documented=True,
         services=services,
-        routers=(_open, pages, _api, _nodes),
+        routers=(_open, pages, oidc_pages, device_pages, _api, _nodes),
         on_error=note,
     )
     app.title = "KohakuRiver host"
@@ -184,6 +191,20 @@ async def make_login_link(host: Host, authenticated: Authenticated) -> LoginLink
     return await host.logins.link(authenticated[1])
 
 
+@_open.post("/api/auth/device", status_code=201)
+async def ask_for_login(host: Host, request: DeviceRequest) -> DeviceAsked:
+    """A command line asks to be logged in: its user types a code into a page of this host, and confirms."""
+    await host.requests.turn(asker().origin)
+    return await host.devices.ask(request.machine)
+
+
+@_open.post("/api/auth/device/token", status_code=201)
+async def take_login(host: Host, request: DeviceCodeShown) -> TokenMade:
+    """The token, once its user has confirmed; until then "authorization_pending" after some seconds (RFC 8628)."""
+    await host.requests.turn(asker().origin)
+    return host.people.made(*await host.devices.take(request.device_code))
+
+
 @_api.get("/users")
 async def list_users(host: Host, _admin: Admin) -> list[UserView]:
     """All users."""
@@ -200,6 +221,20 @@ async def add_user(host: Host, _admin: Admin, request: NewUser) -> UserView:
 async def remove_user(host: Host, admin: Admin, name: str) -> UserView:
     """Remove a user: their tokens and sessions end, their tasks pass to the caller."""
     return await host.people.remove_user(name, admin)
+
+
+@_api.put("/users/{name}/oidc")
+async def link_user(host: Host, _admin: Admin, name: str, subject: OidcSubject) -> UserView:
+    """Have whom the OpenID provider knows as this subject log in as a user, and nobody else from there."""
+    await provider_of(host).link(name, subject.subject)
+    return await host.people.user(name)
+
+
+@_api.delete("/users/{name}/oidc")
+async def unlink_user(host: Host, _admin: Admin, name: str) -> UserView:
+    """Take that back; the browsers that came in so are logged out."""
+    await provider_of(host).unlink(name)
+    return await host.people.user(name)
 
 
 @_api.get("/users/{name}/limits")

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable, Coroutine
 from html import escape
 from typing import Any
-from urllib.parse import parse_qsl
 
 from fastapi import APIRouter, Request
 from fastapi.responses import HTMLResponse, JSONResponse, RedirectResponse, Response
@@ -14,8 +13,9 @@ from fastapi.routing import APIRoute
 from kohakuriver import __version__
 from kohakuriver.asking import asker
 from kohakuriver.config import SHARED_NAMES
-from kohakuriver.errors import KohakuRiverError, NotAllowedError, UnauthenticatedError, UnavailableError, UsageError
+from kohakuriver.errors import KohakuRiverError, NotAllowedError, UnauthenticatedError, UnavailableError
 from kohakuriver.host.cookies import clear_cookie, is_tls, need_own_page, set_cookie, shown_cookie
+from kohakuriver.host.forms import fields_of
 from kohakuriver.host.html import form, page
 from kohakuriver.host.index import table_of
 from kohakuriver.host.parts import Services
@@ -26,13 +26,13 @@ from kohakuriver.host.services.failures import TOO_MANY_FAILURES
 from kohakuriver.store import Token
 from kohakuriver.web.app import services_of
 
-__all__ = ["pages"]
+__all__ = ["Page", "log_in_first", "pages", "path_of", "visitor_of"]
 
-LONGEST_FORM = 4096
-_FORM = "application/x-www-form-urlencoded"
+PLACES = {"device": "/device"}
+"""Where a login can lead beside the host's page, by the names that requests have for it: no address comes in."""
 
 
-class _Page(APIRoute):
+class Page(APIRoute):
     """A route whose errors are pages, too."""
 
     def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
@@ -43,14 +43,29 @@ class _Page(APIRoute):
                 _need_own_name(request)
                 return await answer(request)
             except KohakuRiverError as error:
-                if error.status in REFUSALS:
-                    services_of(request).audit.refused(error)
-                return _sorry(error)
+                return self.sorry(request, error)
 
         return shown
 
+    @staticmethod
+    def sorry(request: Request, error: KohakuRiverError) -> HTMLResponse:
+        """The page that an error is, which is written down where errors of the API are, too."""
+        if error.status in REFUSALS:
+            services_of(request).audit.refused(error)
+        return page("Sorry", f'<p>{escape(error.message)}</p>\n<p><a href="/login">Log in</a></p>\n', error.status)
 
-pages = APIRouter(route_class=_Page)
+
+pages = APIRouter(route_class=Page)
+
+
+def path_of(place: str) -> str:
+    """Where on this host a login leads that was begun for this place; a name that is none leads to the first page."""
+    return PLACES.get(place, "/")
+
+
+def log_in_first(place: str) -> Response:
+    """The way to a place for a browser that is not logged in."""
+    return RedirectResponse(f"/login?next={place}", 303)
 
 
 def _need_own_name(request: Request) -> None:
@@ -77,14 +92,15 @@ async def root(request: Request) -> Response:
     if not _is_browser(request):
         about = {"name": "KohakuRiver host", "version": __version__, "api": "/docs", "health": "/health"}
         return JSONResponse(about, headers={"Vary": "Accept"})
-    found = await _visitor(request)
+    found = await visitor_of(request)
     if found is None:
         return _to_login(request)
     caller, browser = found
     until = f", until {iso_time(browser.ends_at)} at the latest" if browser.ends_at else ""
     body = f"<p>Logged in as <strong>{escape(caller.name)}</strong> ({escape(caller.role)}){until}.</p>\n"
     body += await table_of(_services(request).tasks, caller)
-    return page("Tasks", body + '<p><a href="/docs">HTTP API</a></p>\n' + form("/logout", "", "Log out"))
+    links = '<p><a href="/device">Log in a command line</a>, <a href="/docs">HTTP API</a></p>\n'
+    return page("Tasks", body + links + form("/logout", "", "Log out"))
 
 
 @pages.get("/login", include_in_schema=False)
@@ -92,9 +108,10 @@ async def login_page(request: Request) -> Response:
     """The page that asks for a token; with the code of a link, the way in."""
     code = request.query_params.get("code")
     if code is None:
-        if await _visitor(request) is not None:
-            return RedirectResponse("/", 303)
-        blank = _login_form()
+        place = request.query_params.get("next", "")
+        if await visitor_of(request) is not None:
+            return RedirectResponse(path_of(place), 303)
+        blank = _login_form(request, place)
         clear_cookie(request, blank)
         return blank
     services, cookie = _services(request), shown_cookie(request)
@@ -102,7 +119,7 @@ async def login_page(request: Request) -> Response:
     opened = await services.logins.opened_by(code)
     if services.logins.came_in_by(opened, cookie):
         return RedirectResponse("/", 303)
-    found = await _visitor(request)
+    found = await visitor_of(request)
     if not opened.used_by and not (_typed_in(request) and (found is None or found[0].name == opened.user)):
         return _ask(code, opened.user, found)
     return await _enter(request, code)
@@ -114,16 +131,16 @@ async def log_in(request: Request) -> Response:
     need_own_page(request)
     services = _services(request)
     await services.requests.turn(asker().origin)
-    fields = await _fields(request)
+    fields = await fields_of(request)
     if "code" in fields:
         return await _enter(request, fields["code"])
-    token = fields.get("token", "").strip()
+    token, place = fields.get("token", "").strip(), fields.get("next", "")
     try:
         if not token:
             raise UnauthenticatedError("Type a token; `kohakuriver token create` makes one.")
-        return _came_in(request, *await services.logins.log_in(token, shown_cookie(request)))
+        return _came_in(request, *await services.logins.log_in(token, shown_cookie(request)), path_of(place))
     except KohakuRiverError as error:
-        return _login_form(error)
+        return _login_form(request, place, error)
 
 
 @pages.post("/logout", include_in_schema=False)
@@ -131,18 +148,35 @@ async def log_out(request: Request) -> Response:
     """Log this browser out."""
     need_own_page(request)
     cookie = shown_cookie(request)
+    browser = None
     if cookie is not None:
         async with _services(request).credentials.looking():
-            await _services(request).logins.log_out(cookie)
-    return _to_login(request)
+            browser = await _services(request).logins.log_out(cookie)
+    return await _out_there_too(request, browser) or _to_login(request)
+
+
+async def _out_there_too(request: Request, browser: Token | None) -> Response | None:
+    """For a browser that came in by an OpenID provider the way out of that: there, it is logged in still."""
+    oidc = _services(request).oidc
+    if oidc is None or browser is None:
+        return None
+    scheme = "https" if is_tls(request) else "http"
+    url = await oidc.logout_url(browser, f"{scheme}://{request.headers.get('host', '')}/login")
+    if url is None:
+        return None
+    there = f'<a href="{escape(url)}">log out there, too</a>'
+    body = f"<p>You are logged out here. At {escape(oidc.name)} you may be logged in still: {there}.</p>\n"
+    response = page("Logged out", body + '<p><a href="/login">Log in again</a></p>\n')
+    clear_cookie(request, response)
+    return response
 
 
 async def _enter(request: Request, code: str) -> Response:
     return _came_in(request, *await _services(request).logins.enter(code, shown_cookie(request)))
 
 
-def _came_in(request: Request, cookie: str, browser: Token) -> Response:
-    response = RedirectResponse("/", 303)
+def _came_in(request: Request, cookie: str, browser: Token, path: str = "/") -> Response:
+    response = RedirectResponse(path, 303)
     set_cookie(request, response, cookie, (browser.ends_at or browser.created_at) - browser.created_at)
     return response
 
@@ -153,7 +187,7 @@ def _to_login(request: Request) -> Response:
     return response
 
 
-async def _visitor(request: Request) -> tuple[Caller, Token] | None:
+async def visitor_of(request: Request) -> tuple[Caller, Token] | None:
     """Who is logged in with the browser that asks; None for nobody."""
     cookie = shown_cookie(request)
     if cookie is None:
@@ -184,24 +218,13 @@ def _typed_in(request: Request) -> bool:
     return here and said == (["none"], "navigate") and not {"sec-purpose", "purpose"} & set(headers.keys())
 
 
-async def _fields(request: Request) -> dict[str, str]:
-    """A form's fields. Raises UsageError for what is none, or is too long."""
-    if request.headers.get("content-type", "").partition(";")[0].strip().lower() != _FORM:
-        raise UsageError(f"A form is sent as {_FORM}.")
-    body = b""
-    async for piece in request.stream():
-        body += piece
-        if len(body) > LONGEST_FORM:
-            raise UsageError(f"A form may have at most {LONGEST_FORM} bytes.", status=413)
-    try:
-        return dict(parse_qsl(body.decode("ascii"), keep_blank_values=True, max_num_fields=8, errors="strict"))
-    except ValueError as error:
-        raise UsageError("This is no form that can be read.") from error
-
-
-def _login_form(error: KohakuRiverError | None = None) -> HTMLResponse:
+def _login_form(request: Request, place: str, error: KohakuRiverError | None = None) -> HTMLResponse:
     why = "" if error is None else f'<p role="alert">{escape(error.message)}</p>\n'
-    field = (
+    oidc = _services(request).oidc
+    after = f'<input type="hidden" name="next" value="{place}">\n' if path_of(place) != "/" else ""
+    if oidc is not None:
+        why += form("/login/oidc", after, f"Log in with {oidc.name}") + "<p>Or with a token of this host:</p>\n"
+    field = after + (
         '<label for="token">Token</label>\n<input id="token" name="token" type="password" '
         'autocomplete="current-password" spellcheck="false" required autofocus>\n'
     )
@@ -215,10 +238,6 @@ def _ask(code: str, user: str, found: tuple[Caller, Token] | None) -> HTMLRespon
     body = f"<p>This link logs this browser in as <strong>{escape(user)}</strong>.{now}</p>\n"
     field = f'<input type="hidden" name="code" value="{escape(code)}">\n'
     return page("Log in?", body + form("/login", field, f"Log in as {user}"))
-
-
-def _sorry(error: KohakuRiverError) -> HTMLResponse:
-    return page("Sorry", f'<p>{escape(error.message)}</p>\n<p><a href="/login">Log in</a></p>\n', error.status)
 
 
 def _services(request: Request) -> Services:

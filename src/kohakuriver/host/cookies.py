@@ -12,9 +12,19 @@ from fastapi.responses import Response
 from kohakuriver.errors import NotAllowedError
 from kohakuriver.web.origin import is_own_page
 
-__all__ = ["clear_cookie", "is_tls", "need_own_page", "set_cookie", "shown_cookie"]
+__all__ = [
+    "clear_cookie",
+    "clear_try",
+    "is_tls",
+    "need_own_page",
+    "set_cookie",
+    "set_try",
+    "shown_cookie",
+    "shown_try",
+]
 
 _NAME = "kohakuriver-host"
+_TRY = "kohakuriver-login"
 _UNDER_TLS = "__Host-"
 
 
@@ -23,9 +33,27 @@ def is_tls(request: Request) -> bool:
     return request.url.scheme == "https" or request.headers.get("origin", "").lower().startswith("https://")
 
 
-def set_cookie(request: Request, response: Response, secret: str, seconds: float) -> None:
-    """Have the browser keep the cookie for so long. The host itself forgets it sooner, perhaps."""
-    _set(response, _name(request, tls=is_tls(request)), secret, int(seconds))
+def set_cookie(request: Request, response: Response, secret: str, seconds: float, *, tls: bool = False) -> None:
+    """Have the browser keep the cookie for so long. The host itself forgets it sooner, perhaps.
+
+    `tls`: it is known that the browser came over TLS, though this request does not say so.
+    """
+    _set(response, _name(request, tls=tls or is_tls(request)), secret, int(seconds))
+
+
+def set_try(request: Request, response: Response, kept: str, seconds: float) -> None:
+    """Have a browser that came over TLS keep what it needs to come back from an OpenID provider."""
+    _set(response, _name(request, tls=True, what=_TRY), kept, int(seconds))
+
+
+def clear_try(request: Request, response: Response) -> None:
+    """Have the browser forget that: a login is finished once."""
+    _set(response, _name(request, tls=True, what=_TRY), "", 0)
+
+
+def shown_try(request: Request) -> str | None:
+    """What the browser has kept of it. Only the host itself can have set it."""
+    return _value(request, _name(request, tls=True, what=_TRY))
 
 
 def clear_cookie(request: Request, response: Response) -> None:
@@ -42,11 +70,8 @@ def clear_cookie(request: Request, response: Response) -> None:
 def shown_cookie(request: Request) -> str | None:
     """The cookie that came with a request. Where there are several and they differ, none is taken: one is somebody's
     who wants this browser to act for them."""
-    for name in _names(request):
-        values = {value for key, _, value in _cookies(request) if key == name and value}
-        if values:
-            return values.pop() if len(values) == 1 else None
-    return None
+    came = {key for key, _, value in _cookies(request) if value}
+    return next((_value(request, name) for name in _names(request) if name in came), None)
 
 
 def need_own_page(request: Request) -> None:
@@ -70,14 +95,19 @@ def _cookies(request: Request) -> list[tuple[str, str, str]]:
     return [pair.strip().partition("=") for field in request.headers.getlist("cookie") for pair in field.split(";")]
 
 
+def _value(request: Request, name: str) -> str | None:
+    values = {value for key, _, value in _cookies(request) if key == name and value}
+    return values.pop() if len(values) == 1 else None
+
+
 def _names(request: Request) -> list[str]:
     """As what ours may come; the first that did counts."""
     return [_name(request, tls=True)] + ([] if request.url.scheme == "https" else [_name(request, tls=False)])
 
 
-def _name(request: Request, *, tls: bool) -> str:
+def _name(request: Request, *, tls: bool, what: str = _NAME) -> str:
     port = request.headers.get("host", "").rpartition("]")[2].partition(":")[2]
-    return f"{_UNDER_TLS if tls else ''}{_NAME}{f'-{port}' if port.isascii() and port.isdigit() else ''}"
+    return f"{_UNDER_TLS if tls else ''}{what}{f'-{port}' if port.isascii() and port.isdigit() else ''}"
 
 
 def _set(response: Response, name: str, secret: str, seconds: int) -> None:

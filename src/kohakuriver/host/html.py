@@ -11,7 +11,7 @@ from html import escape
 
 from fastapi.responses import HTMLResponse
 
-__all__ = ["form", "page", "policy"]
+__all__ = ["form", "onward", "page", "policy"]
 
 _STYLE = (
     ":root{color-scheme:light dark}"
@@ -19,7 +19,7 @@ _STYLE = (
     "h1{font-size:1.4em}label{display:block}input{font:inherit;box-sizing:border-box;width:100%;padding:.4em;"
     "margin:.3em 0 1em}button{font:inherit;padding:.4em 1.2em}code{overflow-wrap:anywhere}"
     "table{border-collapse:collapse;margin:1em 0}th,td{text-align:left;vertical-align:top;padding:.2em 1em .2em 0}"
-    "ul{margin:0;padding:0;list-style:none}"
+    "form{margin:.6em 0}ul{margin:0;padding:0;list-style:none}"
 )
 
 
@@ -33,10 +33,19 @@ def policy(style: str, *, forms: bool = False) -> str:
     )
 
 
-def page(title: str, body: str, status: int = 200) -> HTMLResponse:
-    """A page with a title, which is text, and a body, which is HTML."""
+def onward(title: str, url: str, link: str) -> HTMLResponse:
+    """A page that leads to another site at once, by `link` where a browser does not go by itself.
+
+    The answer to a form can't redirect there: to browsers that is where the form was sent, and ours go to this host.
+    """
+    refresh = f'<meta http-equiv="refresh" content="0;url={escape(url)}">\n'
+    return page(title, f'<p><a href="{escape(url)}">{escape(link)}</a></p>\n', head=refresh)
+
+
+def page(title: str, body: str, status: int = 200, *, head: str = "") -> HTMLResponse:
+    """A page with a title, which is text, and a body, which is HTML, as is what its `head` has besides."""
     text = (
-        f'<!doctype html>\n<html lang="en">\n<meta charset="utf-8">\n'
+        f'<!doctype html>\n<html lang="en">\n<meta charset="utf-8">\n{head}'
         f'<meta name="viewport" content="width=device-width">\n<title>{escape(title)} - KohakuRiver</title>\n'
         f"<style>{_STYLE}</style>\n<main>\n<h1>{escape(title)}</h1>\n{body}</main>\n</html>\n"
     )

@@ -21,6 +21,9 @@ __all__ = [
     "AdoptRequest",
     "Answers",
     "CreateRequest",
+    "DeviceAsked",
+    "DeviceCodeShown",
+    "DeviceRequest",
     "ExtendRequest",
     "GroupChange",
     "GroupView",
@@ -34,6 +37,7 @@ __all__ = [
     "NewToken",
     "NewUser",
     "NodeView",
+    "OidcSubject",
     "Ports",
     "Registration",
     "RegistrationAnswer",
@@ -339,12 +343,22 @@ class Limit(BaseModel):
 
 
 class UserView(BaseModel):
-    """A user as admins see it; `limits` are those that were set for this user."""
+    """A user as admins see it; `limits` are those that were set for this user.
+
+    `oidc` is the subject as which they log in at the OpenID provider, null for a user who doesn't.
+    """
 
     name: str
     role: Role
     created_at: str
     limits: dict[str, float]
+    oidc: str | None = None
+
+
+class OidcSubject(_Request):
+    """As whom the OpenID provider knows somebody: the `sub` in its ID tokens."""
+
+    subject: Annotated[str, matching(r"[\x20-\x7e]{1,255}", "it must be 1 to 255 printable characters of ASCII")]
 
 
 class TokenView(BaseModel):
@@ -367,6 +381,30 @@ class TokenMade(TokenView):
     """A token that was just made: the one time that the secret is shown."""
 
     token: str
+
+
+class DeviceRequest(_Request):
+    """A command line that wants a token; `machine` is what it is to be called, as the machine that it runs on."""
+
+    machine: Label
+
+
+class DeviceAsked(BaseModel):
+    """What such a command line has (RFC 8628, section 3.2): `device_code` for itself, `user_code` to show its user.
+
+    The user types that into the page `verification_path` of this host, within `expires_in` seconds.
+    """
+
+    device_code: str
+    user_code: str
+    verification_path: str
+    expires_in: float
+
+
+class DeviceCodeShown(_Request):
+    """The command line asks for its token."""
+
+    device_code: Annotated[str, Field(max_length=200)]
 
 
 class LoginLink(BaseModel):

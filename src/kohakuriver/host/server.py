@@ -16,17 +16,20 @@ import structlog
 from kohakuriver import runtime as loops
 from kohakuriver.changes import Changes
 from kohakuriver.host.app import create_app
+from kohakuriver.host.oidc_options import provider_of, rules_of
 from kohakuriver.host.parts import Services
 from kohakuriver.host.services.access import Access
 from kohakuriver.host.services.audit import AuditLog
 from kohakuriver.host.services.authorize import Forwards
 from kohakuriver.host.services.credentials import Credentials
+from kohakuriver.host.services.device_logins import DeviceLogins
 from kohakuriver.host.services.failures import Failures
 from kohakuriver.host.services.grants import Grants
 from kohakuriver.host.services.groups import GroupsOfUsers
 from kohakuriver.host.services.logins import Logins, name_in_browsers
 from kohakuriver.host.services.logs import Logs
 from kohakuriver.host.services.nodes import Nodes
+from kohakuriver.host.services.oidc import OidcLogins
 from kohakuriver.host.services.people import People
 from kohakuriver.host.services.reach import Reach
 from kohakuriver.host.services.requests import Requests
@@ -38,7 +41,7 @@ from kohakuriver.limits import Limits, from_environment
 from kohakuriver.quotas import Quotas
 from kohakuriver.runtime import raise_file_limit
 from kohakuriver.ssh_proxy.server import SshProxy
-from kohakuriver.store import Accounts, Browsers, Groups, Store, sqlite_url
+from kohakuriver.store import Accounts, Browsers, DeviceCodes, Groups, Identities, Store, sqlite_url
 from kohakuriver.tls import ServerCertificate, client_context
 from kohakuriver.tunnel.accept import serve_ws
 from kohakuriver.web.app import bind, bind_with_loopback, print_event, server_certificate, socket_url, warn_if_in_clear
@@ -62,6 +65,9 @@ class HostOptions:
     `state_dir`. Its measures are read at `metrics`, as `metrics_address` takes it. `drain` is for how many seconds
     sessions may stay when it ends, so that they move to another host.
     With `exit_with_stdin` it ends when its stdin does, as a child of `up` should.
+
+    `oidc_issuer` and what begins like it are the OpenID provider at which people log in, and who may come in: as
+    `Provider` and `Rules` take them. `oidc_ca_file` is what its certificate is checked by.
     """
 
     state_dir: Path
@@ -84,6 +90,15 @@ class HostOptions:
     log_level: str = "info"
     log_format: str = "text"
     exit_with_stdin: bool = False
+    oidc_issuer: str | None = None
+    oidc_client_id: str | None = None
+    oidc_client_secret_file: Path | None = None
+    oidc_allowed_groups: Sequence[str] = ()
+    oidc_allowed_domains: Sequence[str] = ()
+    oidc_admin_groups: Sequence[str] = ()
+    oidc_group_claim: str = "groups"
+    oidc_scopes: Sequence[str] = ()
+    oidc_ca_file: Path | None = None
 
 
 @dataclass(frozen=True)
@@ -207,6 +222,12 @@ async def _serve(
         opened=lambda seconds, error: measures.opened("ssh", seconds, error),
     )
     carriers = {"forward": proxy, "terminal": terminals, "ssh": ssh_proxy}
+    logins = Logins(credentials, Browsers(store), grants, name_in_browsers(options.state_dir / "browser-name"))
+    devices = DeviceLogins(DeviceCodes(store, accounts), credentials, perimeter.audit)
+    identities = Identities(store)
+    oidc = None
+    if provider := provider_of(options):
+        oidc = OidcLogins(provider, rules_of(options), identities, logins, credentials, grants)
     guard = Guard(names=perimeter.names, hosts=options.allowed_hosts, origins=options.allowed_origins)
     logs = Logs(grants, nodes, runners)
     url = socket_url(socks[0], "https" if options.tls_cert else "http")
@@ -230,12 +251,13 @@ async def _serve(
         await ssh_proxy.close()
         await terminals.close()
         logs.close()
+        devices.close()
         await proxy.close()
 
     services = Services(
         credentials,
         access,
-        People(accounts, grants),
+        People(accounts, identities, grants),
         GroupsOfUsers(Groups(store), grants),
         nodes,
         tasks,
@@ -243,7 +265,9 @@ async def _serve(
         requests,
         perimeter.audit,
         logs,
-        Logins(credentials, Browsers(store), grants, name_in_browsers(options.state_dir / "browser-name")),
+        logins,
+        devices,
+        oidc,
     )
     ways = [
         (kind, route) for kind, carrier in (("forward", proxy), ("terminal", terminals)) for route in carrier.routes()
@@ -266,6 +290,8 @@ async def _serve(
         await server.serve(socks)
     finally:
         await loops.cancel_all(beside)
+        if oidc is not None:
+            await oidc.close()
     return server.exit_code
 
 

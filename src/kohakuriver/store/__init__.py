@@ -5,7 +5,9 @@ from __future__ import annotations
 from kohakuriver.store.accounts import ANY_NODE, Accounts, Use
 from kohakuriver.store.browsers import Browsers, Opened
 from kohakuriver.store.database import Store, ahead_of_users, sqlite_url
+from kohakuriver.store.device_codes import DeviceCodes
 from kohakuriver.store.groups import Groups
+from kohakuriver.store.identities import Identities
 from kohakuriver.store.models import OF_USERS, TOKEN_ID_LENGTH, Node, Share, Task, Token, User
 
 __all__ = [
@@ -14,7 +16,9 @@ __all__ = [
     "TOKEN_ID_LENGTH",
     "Accounts",
     "Browsers",
+    "DeviceCodes",
     "Groups",
+    "Identities",
     "Node",
     "Opened",
     "Share",

@@ -19,7 +19,18 @@ from kohakuriver.gpus import NotThereError, choose, refusal
 from kohakuriver.quotas import Quotas, Usage
 from kohakuriver.store.database import Store, gpus_in_use
 from kohakuriver.store.groups import check_sharee, forget_memberships, groups_of, is_shared_with, share_name
-from kohakuriver.store.models import OF_USERS, TOKEN_ID_LENGTH, Node, Share, Task, TaskKey, Token, User, usage_of
+from kohakuriver.store.models import (
+    OF_USERS,
+    TOKEN_ID_LENGTH,
+    Identity,
+    Node,
+    Share,
+    Task,
+    TaskKey,
+    Token,
+    User,
+    usage_of,
+)
 from kohakuriver.store.together import Together
 
 __all__ = ["ANY_NODE", "Accounts", "Use", "digest", "forget_bad_tokens", "revoke"]
@@ -116,6 +127,7 @@ class Accounts:
             session.execute(update(Task).where(Task.owner == name).values(owner=heir, ssh_keys=[]))
             session.execute(delete(Share).where(Share.user == name))
             forget_memberships(session, name)
+            session.execute(delete(Identity).where(Identity.user == name))
             session.delete(user)
             return user
 
@@ -211,10 +223,11 @@ class Accounts:
         label: str,
         expires_at: float | None = None,
         ends_at: float | None = None,
+        parent: str | None = None,
         unique: bool = True,
     ) -> Token:
         """Make `secret` valid; what it was made before, revoked for example, it stays. No token that is made with it
-        outlives `ends_at`.
+        outlives `ends_at`. It ends with the identity whose digest `parent` is.
 
         Raises UsageError "name_taken" when the label must be `unique` and a valid token of this `kind` and `name` has
         it, and NotFoundError for a user who is not there: whoever gets that name one day must not get the token too.
@@ -225,7 +238,7 @@ class Accounts:
             if known := session.get(Token, digest(secret)):
                 return known
             if kind == "user":
-                self._make_room_for_token(session, name)
+                self.make_room_for_token(session, name)
             same = select(Token).where(Token.kind == kind, Token.name == name, Token.label == label)
             if unique and session.scalars(same.where(Token.revoked_at.is_(None))).first() is not None:
                 raise UsageError(
@@ -239,13 +252,14 @@ class Accounts:
                 created_at=self._clock(),
                 expires_at=expires_at,
                 ends_at=ends_at,
+                parent=parent,
             )
             session.add(token)
             return token
 
         return await self._store.write(work)
 
-    def _make_room_for_token(self, session: Session, name: str) -> None:
+    def make_room_for_token(self, session: Session, name: str) -> None:
         """Raises NotFoundError for a user who is not there, "over_limit" where they have as many as they may."""
         user = _user(session, name, to_change=True)
         if user.role != "admin":  # an admin's may be in a file, which would make it good again

@@ -1,7 +1,7 @@
 """Browsers that are logged in, and the codes of links that let one in.
 
 A browser is a row among the tokens, so it is listed, expires and is revoked as they are, and what it opens hangs on it
-as what a token opens hangs on that. It ends with the token that let it in.
+as what a token opens hangs on that. It ends with the token, or the identity, that let it in.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from sqlalchemy.orm import Session
 from kohakuriver.errors import UnauthenticatedError
 from kohakuriver.store.accounts import digest, forget_bad_tokens, revoke
 from kohakuriver.store.database import Store
-from kohakuriver.store.models import LoginCode, Token, User
+from kohakuriver.store.models import Identity, LoginCode, Token, User
 
 __all__ = ["CODE_SECONDS", "IDLE_SECONDS", "LONGEST_SECONDS", "SEEN_SECONDS", "Browsers", "Opened"]
 
@@ -64,24 +64,43 @@ class Browsers:
         """
         return await self._store.write(lambda session: self._add(session, secret, token))
 
+    async def add_of(self, identity: str, secret: str) -> Token:
+        """Have `secret` stand for a browser that was let in by the identity with the digest `identity`.
+
+        Raises UnauthenticatedError where that is nobody's any more.
+        """
+
+        def work(session: Session) -> Token:
+            # The lock makes whoever unbinds it wait, and then finds this browser.
+            found = session.get(Identity, identity, with_for_update={"read": True}, populate_existing=True)
+            if found is None or session.get(User, found.user) is None:
+                raise UnauthenticatedError("The user of this login was removed; log in again.")
+            return self._let_in(session, secret, found.user, identity, None)
+
+        return await self._store.write(work)
+
     def _add(self, session: Session, secret: str, token: str) -> Token:
         now = self._clock()
         # The lock makes whoever revokes the token wait, and then finds this browser.
         parent = session.get(Token, token, with_for_update={"read": True}, populate_existing=True)
         if parent is None or parent.kind != "user" or not parent.is_good(now) or session.get(User, parent.name) is None:
             raise UnauthenticatedError("The token behind this is no good any more; use another one.")
-        forget_bad_tokens(session, "browser", parent.name, now)
-        self._make_room(session, parent.name, now)
-        ends_at = min(now + LONGEST_SECONDS, parent.expires_at or now + LONGEST_SECONDS)
+        return self._let_in(session, secret, parent.name, parent.digest, parent.expires_at)
+
+    def _let_in(self, session: Session, secret: str, user: str, parent: str, until: float | None) -> Token:
+        now = self._clock()
+        forget_bad_tokens(session, "browser", user, now)
+        self._make_room(session, user, now)
+        ends_at = min(now + LONGEST_SECONDS, until or now + LONGEST_SECONDS)
         key = digest(secret)
         browser = Token(
             digest=key,
             kind="browser",
-            name=parent.name,
+            name=user,
             label=f"browser-{datetime.fromtimestamp(now, timezone.utc):%Y-%m-%d}-{key[:4]}",
             created_at=now,
             expires_at=min(now + IDLE_SECONDS, ends_at),
-            parent=parent.digest,
+            parent=parent,
             ends_at=ends_at,
         )
         session.add(browser)

@@ -21,7 +21,9 @@ __all__ = [
     "OF_USERS",
     "TOKEN_ID_LENGTH",
     "Base",
+    "DeviceCode",
     "Group",
+    "Identity",
     "LoginCode",
     "Member",
     "Meta",
@@ -200,6 +202,26 @@ class User(Base):
     limits: Mapped[dict[str, float]] = mapped_column(JSON, default=dict)
 
 
+class Identity(Base):
+    """That a user logs in at an OpenID provider: `subject` is as whom its `issuer` knows them, and no name of theirs.
+
+    `digest` is of these two. `made`: the first login made the user, so the provider decides on their role, too.
+    """
+
+    __tablename__ = "identities"
+
+    digest: Mapped[str] = mapped_column(String(64), primary_key=True)
+    issuer: Mapped[str] = mapped_column(Text)
+    subject: Mapped[str] = mapped_column(String(255))
+    user: Mapped[str] = mapped_column(String(63), index=True)
+    made: Mapped[bool] = mapped_column(Boolean, default=False)
+
+    @staticmethod
+    def digest_of(issuer: str, subject: str) -> str:
+        """What stands for an identity: nobody's token has that digest."""
+        return hashlib.sha256(f"{issuer}\n{subject}".encode()).hexdigest()
+
+
 class Group(Base):
     """Users whom a task can be shared with at once."""
 
@@ -233,9 +255,10 @@ class Token(Base):
     `kind` is "user", "node" or "browser"; `name` the user whose it is, or the node that it is for ("*": any).
     `label` is what its owner calls it. A token that was revoked keeps its row, so that nothing makes it valid again.
 
-    Of a browser that is logged in, `parent` is the digest of the token that let it in, with which it ends. Its
-    `expires_at` moves on while it is used, up to `ends_at`. A token that was made with a browser's login, or with such
-    a token, has the browser's `ends_at`.
+    Of a browser that is logged in, `parent` is the digest of the token or of the identity that let it in, with which
+    it ends. Its `expires_at` moves on while it is used, up to `ends_at`. A token that was made with a browser's login,
+    or with such a token, has the browser's `ends_at`, and where its owner made it and came in by an identity, that as
+    `parent`.
     """
 
     __tablename__ = "tokens"
@@ -277,6 +300,26 @@ class LoginCode(Base):
     token: Mapped[str] = mapped_column(String(64), index=True)
     expires_at: Mapped[float] = mapped_column(Float)
     used_by: Mapped[str] = mapped_column(String(64), default="")
+
+
+class DeviceCode(Base):
+    """A command line that waits for a token; what it has is kept as its SHA-256 alone, and so is what its user types.
+
+    `origin` is whom the limit for strangers is about; `source` the address and `machine` what it says of itself, for
+    the user to see. `browser` is the digest of the browser that let it have the token, "" while nobody has, and `no`
+    where somebody refused.
+    """
+
+    __tablename__ = "device_codes"
+
+    digest: Mapped[str] = mapped_column(String(64), primary_key=True)
+    typed: Mapped[str] = mapped_column(String(64), unique=True)
+    origin: Mapped[str] = mapped_column(String(64), index=True)
+    source: Mapped[str] = mapped_column(Text)
+    machine: Mapped[str] = mapped_column(String(63))
+    created_at: Mapped[float] = mapped_column(Float)
+    expires_at: Mapped[float] = mapped_column(Float)
+    browser: Mapped[str] = mapped_column(String(64), default="")
 
 
 def usage_of(status: str, claimed_until: float, spec: Mapping[str, Any], now: float) -> Usage:

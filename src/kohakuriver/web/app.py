@@ -122,7 +122,11 @@ def new_app(
     `on_error` is told of the errors of ours that are answered.
     """
     described = "/openapi.json" if documented else None
-    app = FastAPI(title=title, version=version, openapi_url=described, docs_url=None, redoc_url=None)
+    # A path with a slash too many is none: a redirect would name the scheme and the name that the request came with,
+    # and before us there may be a proxy that has others.
+    app = FastAPI(
+        title=title, version=version, openapi_url=described, docs_url=None, redoc_url=None, redirect_slashes=False
+    )
     if guard is not None:
         app.add_middleware(GuardMiddleware, guard=guard)
     app.add_middleware(AskerMiddleware)

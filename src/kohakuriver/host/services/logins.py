@@ -97,19 +97,27 @@ class Logins:
         await self._came_in(browser, "link", before)
         return cookie, browser
 
-    async def log_out(self, cookie: str) -> None:
-        """End what a browser was let in for; what it has open ends too."""
+    async def enter_by(self, identity: str, before: str | None) -> tuple[str, Token]:
+        """The cookie of a browser that comes in by an identity. Raises UnauthenticatedError."""
+        cookie = new_token("browser")
+        browser = await self._browsers.add_of(identity, cookie)
+        await self._came_in(browser, "oidc", before)
+        return cookie, browser
+
+    async def log_out(self, cookie: str) -> Token | None:
+        """End what a browser was let in for, and what it has open; which browser that was, None where it was out."""
         browser = await self._browsers.end(cookie)
         if browser is not None:
             self._audit.write("browser_logged_out", user=browser.name, token=browser.id, via="browser")
             await self._grants.check()
             log.info("browser logged out", user=browser.name, id=browser.id)
+        return browser
 
     def came_in_by(self, opened: Opened, cookie: str | None) -> bool:
         """Whether it is this very browser that a link has let in."""
         return bool(opened.used_by) and cookie is not None and digest(cookie) == opened.used_by
 
-    async def _came_in(self, browser: Token, by: Literal["token", "link"], before: str | None) -> None:
+    async def _came_in(self, browser: Token, by: Literal["token", "link", "oidc"], before: str | None) -> None:
         self._audit.write("browser_logged_in", user=browser.name, token=browser.id, via="browser", by=by)
         log.info("browser logged in", user=browser.name, id=browser.id, by=by)
         if before is not None:

@@ -30,7 +30,7 @@ from kohakuriver.host.schemas import (
 from kohakuriver.host.services.credentials import ADMIN, Caller, new_token
 from kohakuriver.host.services.grants import Grants
 from kohakuriver.quotas import QUOTAS
-from kohakuriver.store import OF_USERS, Accounts, Task, Token, User
+from kohakuriver.store import OF_USERS, Accounts, Identities, Task, Token, User
 
 __all__ = ["People"]
 
@@ -40,8 +40,11 @@ log = structlog.get_logger("kohakuriver.host")
 class People:
     """Who may use this host. Methods that take a caller check what that caller may do; the others are for admins."""
 
-    def __init__(self, accounts: Accounts, grants: Grants, *, clock: Callable[[], float] = time.time) -> None:
+    def __init__(
+        self, accounts: Accounts, identities: Identities, grants: Grants, *, clock: Callable[[], float] = time.time
+    ) -> None:
         self._accounts = accounts
+        self._identities = identities
         self._grants = grants
         self._audit = grants.audit
         self._clock = clock
@@ -72,7 +75,12 @@ class People:
 
     async def users(self) -> list[UserView]:
         """All users."""
-        return [_user_view(user) for user in await self._accounts.users()]
+        subjects = await self._identities.subjects()
+        return [_user_view(user, subjects.get(user.name)) for user in await self._accounts.users()]
+
+    async def user(self, name: str) -> UserView:
+        """One of them. Raises NotFoundError."""
+        return _user_view(await self._accounts.user(name), (await self._identities.subjects()).get(name))
 
     async def add_user(self, request: NewUser) -> UserView:
         """Make a user."""
@@ -108,7 +116,8 @@ class People:
         """A new token: of the caller, or for admins of another user or a node. `shown` is the caller's own.
 
         A token that expires makes none that outlives it for the same user. A browser makes none at all that outlives
-        its last day, and neither do the tokens that it made: whoever stole a cookie would stay for ever.
+        its last day, and neither do the tokens that it made: whoever stole a cookie would stay for ever. What
+        somebody makes for themselves who came in by an OpenID provider ends when they may not come in any more.
         """
         kind, name = ("node", request.node) if request.node is not None else ("user", request.user or caller.name)
         if kind == "node" or name != caller.name:
@@ -117,14 +126,25 @@ class People:
         latest = shown.latest_end if kind == "user" and name == caller.name else shown.ends_at
         if latest is not None:
             expires_at = min(expires_at or latest, latest)
+        own = kind == "user" and name == caller.name and await self._identities.has(shown.parent)
         secret = new_token(kind)
         label = request.name or f"cli-{iso_time(self._clock())[:10]}-{secrets.token_hex(2)}"
         token = await self._accounts.add_token(
-            secret, kind=kind, name=name, label=label, expires_at=expires_at, ends_at=shown.ends_at
+            secret,
+            kind=kind,
+            name=name,
+            label=label,
+            expires_at=expires_at,
+            ends_at=shown.ends_at,
+            parent=shown.parent if own else None,
         )
         log.info("token made", id=token.id, kind=kind, owner=name, by=caller.name)
         expires = None if expires_at is None else iso_time(expires_at)
         self._audit.write("token_made", **_of(token), expires_at=expires)
+        return self.made(token, secret)
+
+    def made(self, token: Token, secret: str) -> TokenMade:
+        """A token that was just made, with its secret."""
         return TokenMade.model_validate({**self._view(token).model_dump(), "token": secret})
 
     async def revoke_token(self, caller: Caller, reference: str) -> TokenView:
@@ -178,9 +198,9 @@ def _whom(sharee: str) -> dict[str, str]:
     return {"of_group": sharee[1:]} if sharee.startswith("@") else {"of_user": sharee}
 
 
-def _user_view(user: User) -> UserView:
+def _user_view(user: User, subject: str | None = None) -> UserView:
     shown = {"name": user.name, "role": user.role, "created_at": iso_time(user.created_at), "limits": user.limits}
-    return UserView.model_validate(shown)
+    return UserView.model_validate({**shown, "oidc": subject})
 
 
 def _shown(limit: float) -> float | None:
