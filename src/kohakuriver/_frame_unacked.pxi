@@ -144,7 +144,7 @@ cdef class Unacked:
         self.reading = None
         if not self.bulk:
             return None
-        if self.block is not None and C_BLOCK - self.free >= LEAST_ROOM:
+        if self.block is not None and self.free + LEAST_ROOM <= C_BLOCK:     # free may lie behind the block's end
             self.reading, self.at = self.block, self.free
         else:
             self.reading, self.at = self.blocks.next(), C_HEADROOM

@@ -19,7 +19,10 @@ from tests.reference import unacked as twin
 KEY = 0xA1B2C3D4
 PATTERN = random.Random(5).randbytes(1 << 20)
 SMALL = 64 * 1024 + BULK  # what a stream may keep beside its budget is less
-SIZES = st.one_of(st.integers(1, 100), st.integers(BULK - 1, BULK + 1), st.integers(1, 300_000))
+LARGEST = BLOCK - HEADROOM
+SIZES = st.one_of(
+    st.integers(1, 100), st.integers(BULK - 1, BULK + 1), st.integers(1, 300_000), st.integers(LARGEST - 70, LARGEST)
+)
 PARTS = st.one_of(st.just(0.0), st.just(1.0), st.floats(0, 1))
 STEPS = st.lists(
     st.one_of(
@@ -40,7 +43,7 @@ class Sender:
 
     kept: Any
     all: bytearray = field(default_factory=bytearray)
-    buffer: bytearray = field(default_factory=lambda: bytearray(HEADROOM + 300_001))
+    buffer: bytearray = field(default_factory=lambda: bytearray(BLOCK))
 
     def new(self, size: int) -> bytes:
         at = len(self.all) * 7919 % len(PATTERN)
@@ -153,6 +156,16 @@ def test_bulk_stays_where_it_was_read() -> None:
     frame = sender.kept.frame(memoryview(b""), 100_000, 7, KEY)
     assert sender.kept.memory == BLOCK
     assert bytes(space) == bytes(frame[-100_000:]) != sender.new(100_000), "it is masked there"
+
+
+def test_behind_a_block_that_is_full_to_its_end_the_next_one_begins(kept: Any) -> None:
+    for left in range(70):
+        blocks = kept.Blocks(Pool())
+        sender = bulk(blocks, kept)
+        sender.read(LARGEST - left)
+        sender.read(BULK)
+        assert blocks.used == 2 * BLOCK
+        sender.again((0.0, 1.0))
 
 
 def test_small_reads_hold_no_blocks(kept: Any) -> None:
