@@ -15,7 +15,8 @@ from sqlalchemy.orm import Session
 from kohakuriver.errors import UnavailableError
 from kohakuriver.store.accounts import Accounts, digest
 from kohakuriver.store.database import Store
-from kohakuriver.store.models import DeviceCode, Identity, Token, User
+from kohakuriver.store.identities import identity_behind
+from kohakuriver.store.models import DeviceCode, Token, User
 
 __all__ = ["CODE_SECONDS", "DeviceCodes", "Given", "Waiting"]
 
@@ -145,7 +146,6 @@ class DeviceCodes:
         if browser is None or not browser.is_good(now) or session.get(User, browser.name) is None:
             return Given("refused")
         self._accounts.make_room_for_token(session, browser.name)
-        by_identity = browser.parent is not None and session.get(Identity, browser.parent) is not None
         token = Token(
             digest=digest(secret),
             kind="user",
@@ -154,7 +154,7 @@ class DeviceCodes:
             created_at=now,
             expires_at=browser.ends_at,
             ends_at=browser.ends_at,
-            parent=browser.parent if by_identity else None,
+            parent=identity_behind(session, browser),
         )
         session.add(token)
         return Given("given", token)

@@ -21,7 +21,7 @@ from kohakuriver.store.accounts import revoke
 from kohakuriver.store.database import Store
 from kohakuriver.store.models import Identity, Token, User
 
-__all__ = ["Came", "Identities"]
+__all__ = ["Came", "Identities", "identity_behind"]
 
 LONGEST_NAME = 50
 TRIES = 100
@@ -126,9 +126,19 @@ class Identities:
         found = await self._store.read(lambda session: list(session.scalars(select(Identity))))
         return {identity.user: identity.subject for identity in found}
 
-    async def has(self, digest: str | None) -> bool:
-        """Whether this is the digest of an identity, rather than of a token."""
-        return digest is not None and await self._store.read(lambda session: session.get(Identity, digest) is not None)
+    async def behind(self, token: Token) -> str | None:
+        """The digest of the identity that a token, or a browser, hangs on; None for one that hangs on none."""
+        return await self._store.read(lambda session: identity_behind(session, token))
+
+
+def identity_behind(session: Session, token: Token) -> str | None:
+    """`Identities.behind`: a browser may have come in by a link of a token that another one has made."""
+    above: Token | None = token
+    while above is not None and above.parent is not None:
+        if session.get(Identity, above.parent) is not None:
+            return above.parent
+        above = session.get(Token, above.parent)
+    return None
 
 
 def _log_out(session: Session, identity: str, now: float) -> None:

@@ -185,7 +185,7 @@ class OidcLogins:
 
     async def logout_url(self, browser: Token, back: str) -> str | None:
         """Where a browser that came in here can log out of the provider, too; None for one that did not."""
-        if not await self._identities.has(browser.parent):
+        if browser.parent is None or await self._identities.behind(browser) != browser.parent:
             return None
         return await self._provider.logout_url(back)
 

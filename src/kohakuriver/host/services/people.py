@@ -126,7 +126,7 @@ class People:
         latest = shown.latest_end if kind == "user" and name == caller.name else shown.ends_at
         if latest is not None:
             expires_at = min(expires_at or latest, latest)
-        own = kind == "user" and name == caller.name and await self._identities.has(shown.parent)
+        own = kind == "user" and name == caller.name
         secret = new_token(kind)
         label = request.name or f"cli-{iso_time(self._clock())[:10]}-{secrets.token_hex(2)}"
         token = await self._accounts.add_token(
@@ -136,7 +136,7 @@ class People:
             label=label,
             expires_at=expires_at,
             ends_at=shown.ends_at,
-            parent=shown.parent if own else None,
+            parent=await self._identities.behind(shown) if own else None,
         )
         log.info("token made", id=token.id, kind=kind, owner=name, by=caller.name)
         expires = None if expires_at is None else iso_time(expires_at)
