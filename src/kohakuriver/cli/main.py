@@ -22,6 +22,7 @@ from kohakuriver.cli import (
     connect,
     cp,
     demo,
+    doctor,
     forward,
     group,
     init,
@@ -81,6 +82,7 @@ app.add_typer(init.app, name="init")
 audit.register(app)
 cluster.register(app)
 demo.register(app)
+doctor.register(app)
 ssh.register(app)
 
 
