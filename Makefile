@@ -18,7 +18,7 @@ PIP_INSTALL := PYTHONWARNINGS=ignore $(BIN)/python -m pip install -q --disable-p
 crate_sources = $(shell find $(1)/src $(1)/.cargo $(1)/Cargo.toml $(1)/Cargo.lock -type f 2>/dev/null)
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-asyncio test-sanitized test-api test-rust e2e lint house audit audit-online sbom bench bench-micro bench-gate soak build clean install
+.PHONY: help demo test test-asyncio test-sanitized test-api test-rust e2e lint docs house audit audit-online sbom bench bench-micro bench-gate soak build clean install
 
 help: ## this list
 	@sed -n 's/^\([a-z][a-z-]*\):.*## /  make \1\t/p' $(MAKEFILE_LIST) | expand -t 20
@@ -70,6 +70,9 @@ lint: install ## ruff, mypy, stubs against the extension, rustfmt, clippy
 	for crate in $(CRATES); do \
 		(cd $$crate && cargo fmt --check && cargo clippy --locked --all-targets -- -D warnings) || exit 1; done
 
+docs: install $(STAMPS)/docs ## the documentation as a site, in site/; a link or an anchor that leads nowhere fails
+	PYTHONPATH=. $(BIN)/mkdocs build --strict --quiet
+
 house: install ## import circles, large classes, long functions, code that stands twice, tests without a name
 	$(BIN)/python scripts/house.py
 
@@ -103,7 +106,7 @@ build: ## sdist and wheel in dist/, by the tools that scripts/build-requirements
 	$(VENV)-build/bin/python -m build --no-isolation
 
 clean: ## everything that these commands made
-	rm -rf $(IDP)/node_modules .venv* build dist sbom src/*.egg-info bench/results .pytest_cache .mypy_cache .ruff_cache .hypothesis .benchmarks .schemathesis
+	rm -rf $(IDP)/node_modules .venv* build dist sbom site src/*.egg-info bench/results .pytest_cache .mypy_cache .ruff_cache .hypothesis .benchmarks .schemathesis
 	rm -rf src/kohakuriver/bin src/kohakuriver/*.c src/kohakuriver/*.so $(CRATES:=/target)
 	find src tests bench -name __pycache__ -type d -prune -exec rm -rf {} +
 
@@ -140,6 +143,10 @@ $(STAMPS)/sshd: $(STAMPS)/venv setup.py $(call crate_sources,src/kohakuriver-ssh
 
 $(STAMPS)/audit: $(STAMPS)/package
 	KOHAKURIVER_SKIP_CARGO=1 $(PIP_INSTALL) --no-build-isolation -e '.[audit]'
+	touch $@
+
+$(STAMPS)/docs: $(STAMPS)/package
+	KOHAKURIVER_SKIP_CARGO=1 $(PIP_INSTALL) --no-build-isolation -e '.[docs]'
 	touch $@
 
 $(STAMPS)/e2e: $(STAMPS)/package

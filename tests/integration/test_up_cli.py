@@ -366,3 +366,10 @@ def _without_a_runner(apart: Apart) -> None:
         assert done.stderr.count("\n") == 1
         assert node["name"] in done.stderr or service.task in done.stderr
         assert node["url"] not in done.stderr or command[0] == "vps"  # where an admin has to see to it
+
+
+def test_up_hands_its_mount_roots_to_the_runner_whose_words_it_ends_with(tmp_path: Path) -> None:
+    commands = Commands(tmp_path)
+    done = commands.run("up", "--host-port=0", "--runner-port=0", "--ssh-port=0", "--mount-root=data")
+    assert done.returncode == 1
+    assert "'data' is no directory that users could mount" in done.stderr

@@ -106,7 +106,7 @@ class Chain:
         trusted = self.security.trusted if self.security else None
         self.proxy = TunnelProxy(
             authorize=self._authorize,
-            authorize_terminal=lambda token, task: self._authorize(token, task, None, "tcp", None),
+            authorize_terminal=lambda token, task, _: self._authorize(token, task, None, "tcp", None),
             trusted=trusted,
             limits=limits,
         )

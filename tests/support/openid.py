@@ -27,7 +27,8 @@ from kohakuriver.cli.pki import Authority
 from kohakuriver.host.services.oidc_provider import Provider
 from kohakuriver.tls import client_context
 from tests.support.browser import Browser
-from tests.support.host_only import HostUnderTest, serving
+from tests.support.host_only import HostUnderTest
+from tests.support.serving import serving
 
 __all__ = [
     "BACK",

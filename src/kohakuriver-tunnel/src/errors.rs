@@ -1,9 +1,27 @@
 //! The texts of ERROR: a symbolic code, then a sentence for a person (docs/protocol.md §3).
 
-use std::io;
+use std::{error, fmt, io};
+
+/// An error whose text is made already.
+#[derive(Debug)]
+pub struct Told(pub String);
+
+impl fmt::Display for Told {
+    fn fmt(&self, out: &mut fmt::Formatter<'_>) -> fmt::Result {
+        out.write_str(&self.0)
+    }
+}
+
+impl error::Error for Told {}
 
 /// What an ERROR says of a stream to `port` that failed with `error`.
 pub fn text(error: &io::Error, port: u16) -> String {
+    if let Some(Told(text)) = error
+        .get_ref()
+        .and_then(|inner| inner.downcast_ref::<Told>())
+    {
+        return text.clone();
+    }
     let (code, sentence) = match error.raw_os_error() {
         Some(libc::ECONNREFUSED) => (
             "ECONNREFUSED",

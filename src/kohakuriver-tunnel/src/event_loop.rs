@@ -550,7 +550,7 @@ impl Read for Tcp {
         match self {
             Self::Service(sock) => sock.read(buffer),
             Self::Runner(sock) => sock.read(buffer),
-            Self::Terminal(line) => line.sock().read(buffer),
+            Self::Terminal(line) => line.read(buffer),
         }
     }
 }
@@ -581,7 +581,8 @@ impl net::TcpSocket for Tcp {
     fn dialled(&mut self) -> io::Result<bool> {
         match self {
             Self::Service(sock) => dialled(sock),
-            Self::Runner(_) | Self::Terminal(_) => Ok(true),
+            Self::Terminal(line) => line.dialled(),
+            Self::Runner(_) => Ok(true),
         }
     }
 
@@ -594,8 +595,10 @@ impl net::TcpSocket for Tcp {
     }
 
     fn reset_on_close(&mut self) {
-        if let Self::Service(sock) = self {
-            sys::reset_on_close(sock);
+        match self {
+            Self::Service(sock) => sys::reset_on_close(sock),
+            Self::Terminal(line) => line.reset_on_close(),
+            Self::Runner(_) => {}
         }
     }
 

@@ -147,6 +147,8 @@ pub enum Wish {
     Write,
     /// Only that it has ended.
     End,
+    /// Only that it has ended in both directions.
+    Gone,
 }
 
 /// Waits until one of these descriptors is as wished, or has ended; -1 stands for none.
@@ -157,6 +159,7 @@ pub fn wait<const N: usize>(wishes: &[(RawFd, Wish); N]) -> io::Result<()> {
             Wish::Read => libc::POLLIN,
             Wish::Write => libc::POLLOUT,
             Wish::End => libc::POLLRDHUP,
+            Wish::Gone => 0,
         },
         revents: 0,
     });
@@ -170,9 +173,18 @@ pub fn wait<const N: usize>(wishes: &[(RawFd, Wish); N]) -> io::Result<()> {
 
 /// Whether the other end of a socket sends no more.
 pub fn has_ended(socket: &impl AsRawFd) -> bool {
+    tells(socket, libc::POLLRDHUP)
+}
+
+/// Whether a socket has ended in both directions.
+pub fn has_gone(socket: &impl AsRawFd) -> bool {
+    tells(socket, 0)
+}
+
+fn tells(socket: &impl AsRawFd, events: libc::c_short) -> bool {
     let mut entry = libc::pollfd {
         fd: socket.as_raw_fd(),
-        events: libc::POLLRDHUP,
+        events,
         revents: 0,
     };
     // SAFETY: the kernel reads and writes one `pollfd` in a valid place.

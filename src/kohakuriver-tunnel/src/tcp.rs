@@ -9,7 +9,7 @@ use std::time::{Duration, Instant};
 use crate::context::{Context, Fate};
 use crate::flow::ReceiveWindow;
 use crate::net::{Network, Ready, TcpSocket};
-use crate::protocol::{self, Header, Opening, TCP, Violation, kind};
+use crate::protocol::{self, Header, Opening, TCP, TERMINAL, Violation, kind};
 use crate::queue::Queue;
 use crate::streams::Key;
 use kept::KeptTcp;
@@ -449,6 +449,8 @@ impl<S: TcpSocket> Tcp<S> {
                 }
                 Ok(connected)
             }
+            // What is started for the stream is nowhere else.
+            Err(error) if self.proto == TERMINAL => Err(error),
             Err(error) => {
                 dial.failed(error)?;
                 self.sock = dial.next(self.key, network)?;

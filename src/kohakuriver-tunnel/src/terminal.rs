@@ -4,6 +4,7 @@
 //! A terminal has a thread of its own, which talks to its stream over a pair of sockets: to the stream it is a service
 //! like any other, so windows, acknowledgements and resumption are those of every stream.
 
+mod beyond;
 mod control;
 mod frames;
 mod named;
@@ -23,6 +24,7 @@ use socket2::SockRef;
 
 use crate::protocol::Mark;
 use crate::{files, log};
+use beyond::{Asked, Beyond};
 use control::Attachment;
 pub use control::{Control, Line};
 use frames::tag;
@@ -37,14 +39,40 @@ const ON_ITS_WAY: usize = 32 << 10;
 /// A user's terminals with names are this part of all terminals at most: they stay when nobody looks at them.
 const NAMED_PART: usize = 4;
 
+/// For each terminal that there may be, so many connections may lead beyond the task: they start nothing.
+const BEYOND_FOR_EACH: usize = 4;
+
 /// All terminals of this client.
 pub struct Terminals {
-    most: usize,
-    open: Arc<AtomicUsize>,
+    places: Places,
     named: Named,
+    beyond: Beyond,
 }
 
-/// One more terminal, until it is dropped.
+/// How many there may be at the same time.
+struct Places {
+    most: usize,
+    taken: Arc<AtomicUsize>,
+}
+
+impl Places {
+    fn new(most: usize) -> Self {
+        let taken = Arc::default();
+        Self { most, taken }
+    }
+
+    /// One more; the error is `EAGAIN`.
+    fn take(&self) -> io::Result<Place> {
+        let place = Place(Arc::clone(&self.taken));
+        if self.taken.fetch_add(1, Ordering::SeqCst) < self.most {
+            Ok(place)
+        } else {
+            Err(io::Error::from_raw_os_error(libc::EAGAIN))
+        }
+    }
+}
+
+/// One more, until it is dropped.
 struct Place(Arc<AtomicUsize>);
 
 impl Drop for Place {
@@ -57,9 +85,9 @@ impl Terminals {
     /// None yet, and no more than `most`.
     pub fn new(most: usize) -> Self {
         Self {
-            most,
-            open: Arc::default(),
+            places: Places::new(most),
             named: Named::default(),
+            beyond: Beyond::new(most * BEYOND_FOR_EACH),
         }
     }
 
@@ -74,6 +102,10 @@ impl Terminals {
         }
         if start.files {
             return self.files(start);
+        }
+        if start.beyond {
+            let asked = Asked::parse(&start.command).ok_or_else(nonsense)?;
+            return self.beyond.open(asked, mark);
         }
         if !start.session.is_empty() && !start.on_terminal {
             return Err(nonsense());
@@ -92,12 +124,12 @@ impl Terminals {
     }
 
     fn begin(&self, start: Start, at: Attachment, mark: &Mark) -> io::Result<Arc<Control>> {
-        let place = self.place()?;
+        let place = self.places.take()?;
         let control = Arc::new(Control::new()?);
         let registered = if start.session.is_empty() {
             None
         } else {
-            let most = (self.most / NAMED_PART).max(1);
+            let most = (self.places.most / NAMED_PART).max(1);
             let registered = self
                 .named
                 .register(mark, &start.session, &at, &control, most);
@@ -128,7 +160,7 @@ impl Terminals {
 
     /// Files are read or written for whoever has the stream, by a thread that ends with it.
     fn files(&self, start: Start) -> io::Result<Line> {
-        let place = self.place()?;
+        let place = self.places.take()?;
         let (near, far) = line()?;
         far.set_nonblocking(false)?;
         thread::Builder::new()
@@ -146,15 +178,6 @@ impl Terminals {
     /// The sessions of this user end.
     pub fn revoke(&self, mark: &Mark) {
         self.named.revoke(mark);
-    }
-
-    fn place(&self) -> io::Result<Place> {
-        let place = Place(Arc::clone(&self.open));
-        if self.open.fetch_add(1, Ordering::SeqCst) < self.most {
-            Ok(place)
-        } else {
-            Err(io::Error::from_raw_os_error(libc::EAGAIN))
-        }
     }
 }
 

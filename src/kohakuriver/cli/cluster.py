@@ -209,6 +209,7 @@ def up(
     state_dir: StateOption = None,
     allow_anonymous: AnonymousOption = False,
     user_processes: UserProcessesOption = False,
+    mount_roots: MountRootOption = None,
     log_level: LogLevelOption = LogLevel.warning,
     json: JsonOption = False,
 ) -> int:
@@ -227,6 +228,7 @@ def up(
         ssh_port=ssh_port,
         allow_anonymous=allow_anonymous,
         user_processes=user_processes,
+        mount_roots=mount_roots or (),
         log_level=log_level.value,
     )
     return run(_run_up(cluster, json))

@@ -18,6 +18,7 @@ from kohakuriver.errors import KohakuRiverError, UsageError
 if TYPE_CHECKING:
     from kohakuriver.cli.forward_run import Wanted
     from kohakuriver.cli.profile import Entry
+    from kohakuriver.client.beyond import Address, Back
     from kohakuriver.client.ports import PortForward
     from kohakuriver.config import Settings
 
@@ -39,7 +40,7 @@ PortsArgument = Annotated[
     typer.Argument(
         metavar="REMOTE_PORT",
         help="Ports of the task; also LOCAL:REMOTE, and with /udp. LOCAL 0 is any free port, unix:PATH a Unix socket. "
-        "Needed without --all.",
+        "LOCAL:HOST:PORT leads to another address that the task reaches. Needed without --all.",
         show_default=False,
     ),
 ]
@@ -63,6 +64,17 @@ SocksOption = Annotated[
         max=65535,
         metavar="[=PORT]",
         help=f"Also a SOCKS5 port for all TCP ports of the task; {SOCKS_PORT}, or any free one with 0.",
+        show_default=False,
+    ),
+]
+ReverseOption = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--reverse",
+        "-R",
+        metavar="REMOTE:LOCAL",
+        help="A port of the task's loopback that leads to a port of this machine, or as REMOTE:HOST:PORT to one that "
+        "this machine reaches; may be repeated.",
         show_default=False,
     ),
 ]
@@ -173,6 +185,7 @@ def forward(
     local_port: LocalPortOption = None,
     fallback: FallbackOption = False,
     socks: SocksOption = None,
+    reverse: ReverseOption = None,
     local_host: LocalHostOption = None,
     proto: ProtoOption = Proto.tcp,
     wait: WaitOption = None,
@@ -194,15 +207,16 @@ def forward(
         return _look_after(names, list_them=list_them, stop=stop, everything=every, json=at.json)
     _check_command(command, json=at.json, detach=detach)
     _check_wait(wait, task, ports)
+    beyond, ports = _beyond(reverse, ports)
     if task is None:
-        _check_without_task(every=every, socks=socks)
+        _check_without_task(every=every, socks=socks, reverse=reverse)
         entries = _of_project(profile, local_port)
     else:
         _check_all(every, ports, local_port, wait)
-        entries = [_entry(task, ports, profile, socks, every=every)]
+        entries = [_entry(task, ports, profile, socks, every=every, beyond=beyond)]
     how = _How(local_port, fallback, local_host, proto.value, wait, no_resume, resume_for, on_connect, web, at.json)
     chosen = at.settings()
-    return _open(entries, how, chosen, command, detach=detach)
+    return _open(entries, how, chosen, command, detach=detach, beyond=beyond)
 
 
 @dataclass(frozen=True)
@@ -241,7 +255,52 @@ class _How:
         )
 
 
-def _open(entries: Sequence[Entry], how: _How, settings: Settings, command: list[str] | None, *, detach: bool) -> int:
+@dataclass(frozen=True)
+class _Beyond:
+    """What leads beyond the task: local ports to other addresses, and ports of the task back to this machine."""
+
+    addresses: list[Address]
+    backs: list[Back]
+
+    def __bool__(self) -> bool:
+        return bool(self.addresses or self.backs)
+
+    def apart(self, wanted: Wanted) -> list[Wanted]:
+        """The forwards that are to be opened: a session is for the task's own ports, for others, or for ways back."""
+        if self and not wanted.resume:
+            raise UsageError(
+                "--no-resume is for ports of the task: what leads beyond it waits for the host in any case."
+            )
+        if self and (wanted.web or wanted.patience is not None):
+            raise UsageError(
+                "--web and --wait are for ports of the task alone; open those with a forward of their own."
+            )
+        own = [wanted] if wanted.ports or wanted.every else []
+        onward = [replace(wanted, ports=[], every=False, addresses=self.addresses)] if self.addresses else []
+        back = [replace(wanted, ports=[], every=False, backs=self.backs)] if self.backs else []
+        return [*own, *onward, *back]
+
+
+def _beyond(reverse: list[str] | None, ports: list[str] | None) -> tuple[_Beyond, list[str] | None]:
+    """What leads beyond the task, and the ports that don't. Raises UsageError."""
+    from kohakuriver.client.beyond import parse_address, parse_back
+
+    found = [(text, parse_address(text)) for text in ports or ()]
+    addresses = [address for _, address in found if address is not None]
+    return _Beyond(addresses, [parse_back(text) for text in reverse or ()]), [
+        text for text, address in found if address is None
+    ]
+
+
+def _open(
+    entries: Sequence[Entry],
+    how: _How,
+    settings: Settings,
+    command: list[str] | None,
+    *,
+    detach: bool,
+    beyond: _Beyond,
+) -> int:
     from kohakuriver.cli.forward_run import opened
     from kohakuriver.client.ports import check_distinct
 
@@ -250,17 +309,23 @@ def _open(entries: Sequence[Entry], how: _How, settings: Settings, command: list
         raise UsageError("--all and a command don't go together: the ports that it would be told come and go.")
     if every and how.web:
         raise UsageError("--all and --web don't go together: name the ports that speak HTTP.")
-    wanted = [(how.applied(each, settings), command is None and (detach or each.detach)) for each in entries]
-    check_distinct([port for each, _ in wanted for port in each.ports], any_port=every)
+    wanted = [
+        (one, command is None and (detach or each.detach))
+        for each in entries
+        for one in beyond.apart(how.applied(each, settings))
+    ]
+    check_distinct([port for each, _ in wanted for port in each.ports], any_port=every or bool(beyond))
     return opened([each for each, behind in wanted if not behind], [each for each, behind in wanted if behind], command)
 
 
-def _entry(task: str, ports: list[str] | None, profile: str | None, socks: int | None, *, every: bool) -> Entry:
+def _entry(
+    task: str, ports: list[str] | None, profile: str | None, socks: int | None, *, every: bool, beyond: _Beyond
+) -> Entry:
     from kohakuriver.cli.profile import FILE, Entry
 
     if profile is not None:
         raise UsageError(f"--profile opens what {FILE} names: it goes without a TASK.")
-    if not ports and socks is None and not every:
+    if not ports and socks is None and not every and not beyond:
         raise UsageError(
             f"Give at least one REMOTE_PORT, or --all for every port that listens: kohakuriver forward {task} 8888"
         )
@@ -284,7 +349,7 @@ def _of_project(profile: str | None, local_port: int | None) -> list[Entry]:
     return chosen(path, read(path), profile)
 
 
-def _check_without_task(*, every: bool, socks: int | None) -> None:
+def _check_without_task(*, every: bool, socks: int | None, reverse: list[str] | None) -> None:
     """Raises UsageError for what a project's file says for each forward by itself."""
     if every:
         raise UsageError(
@@ -292,6 +357,8 @@ def _check_without_task(*, every: bool, socks: int | None) -> None:
         )
     if socks is not None:
         raise UsageError("--socks is for one task: kohakuriver forward my-task --socks")
+    if reverse:
+        raise UsageError("--reverse is for one task: kohakuriver forward my-task --reverse 9000:3000")
 
 
 def _check_all(every: bool, ports: list[str] | None, local_port: int | None, wait: float | None) -> None:

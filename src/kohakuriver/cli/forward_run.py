@@ -9,7 +9,7 @@ import signal
 import sys
 import threading
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from datetime import datetime, timezone
 from functools import partial
 from typing import Any
@@ -20,6 +20,7 @@ from kohakuriver.cli.forward_view import Aside, Detached, LeavingView, Together,
 from kohakuriver.cli.on_connect import OnConnect, ports_in_environment
 from kohakuriver.cli.port_owner import owner
 from kohakuriver.cli.signals import BY_KEYS, caught, in_foreground, suspended
+from kohakuriver.client.beyond import Address, Back, BackForwarder, BeyondForwarder
 from kohakuriver.client.every_port import EveryPort
 from kohakuriver.client.forward import STOPPED, Event, Forwarder, Listening, PortForward, Stats
 from kohakuriver.client.ports import exposes
@@ -41,7 +42,8 @@ NOT_FOUND, NOT_EXECUTABLE, KILLED_BY = 127, 126, 128  # as shells say it
 class Wanted:
     """A forward that is to be opened. The fields after `ports` are those of Forwarder; `json` is how it is shown.
 
-    With `every` it is one of all ports that listen, with `web` one whose ports have addresses of their own.
+    With `every` it is one of all ports that listen, with `web` one whose ports have addresses of their own. With
+    `addresses` it leads on to these and to no port of the task, with `backs` from ports of the task back to here.
     """
 
     task: str
@@ -55,6 +57,8 @@ class Wanted:
     json: bool = False
     every: bool = False
     web: bool = False
+    addresses: list[Address] = field(default_factory=list)
+    backs: list[Back] = field(default_factory=list)
 
     def made(self, tell: Callable[[Event], None]) -> Forwarder:
         """It, not yet started; `tell` is called with what happens."""
@@ -64,6 +68,17 @@ class Wanted:
                 _warn_if_exposed(self.local_host)
             tell(event)
 
+        if self.backs:
+            return BackForwarder(self.task, self.backs, settings=self.settings, on_event=happened)
+        if self.addresses:
+            return BeyondForwarder(
+                self.task,
+                self.addresses,
+                settings=self.settings,
+                local_host=self.local_host,
+                fallback=self.fallback,
+                on_event=happened,
+            )
         kind: Callable[..., Forwarder] = WebForwarder if self.web else Forwarder
         return (partial(EveryPort, say=output.note) if self.every else kind)(
             self.task,

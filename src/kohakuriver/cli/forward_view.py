@@ -18,6 +18,7 @@ from types import TracebackType
 from typing import ClassVar
 
 from kohakuriver.cli import output
+from kohakuriver.client.beyond import Reversed
 from kohakuriver.client.forward import (
     LOOPBACKS,
     Closed,
@@ -158,6 +159,10 @@ class PlainView(View):
     def show(self, event: Event) -> None:
         if isinstance(event, Listening):
             self._listening(event)
+        elif isinstance(event, Reversed):
+            self.result(
+                f"Forwarding {self._task}:{event.remote_port} -> {_at(event.local_host, event.local_port)} (tcp)"
+            )
         elif isinstance(event, Gone):
             self._gone(event)
         elif isinstance(event, Served):
@@ -254,7 +259,9 @@ class PlainView(View):
             self._said.clear()
         more = f" ({unsaid} more like this)" if unsaid else ""
         self._said[key] = (now, 0)
-        self.message(f"{self._task}:{event.remote_port}: {readable(event.message, self._task)}{more}")
+        # What leads beyond the task says itself where to.
+        where = f"{self._task}:{event.remote_port}" if event.remote_port else self._task
+        self.message(f"{where}: {readable(event.message, self._task)}{more}")
 
 
 def _connections(count: int, verb: str) -> str:
@@ -276,11 +283,16 @@ def listening_line(task: str, event: Listening) -> str:
 
 
 def _way(task: str, event: Listening | Gone) -> str:
-    host = f"[{event.local_host}]" if ":" in event.local_host else event.local_host
     path = event.local_path if isinstance(event, Listening) else None
-    local = f"{host}:{event.local_port}" if path is None else f"{UNIX}{path}"
+    local = _at(event.local_host, event.local_port) if path is None else f"{UNIX}{path}"
     remote = task if event.proto == SOCKS else f"{task}:{event.remote_port}"
+    if isinstance(event, Listening) and event.remote_host is not None:
+        remote = f"{_at(event.remote_host, event.remote_port)} through {task}"
     return f"{local} -> {remote} ({event.proto})"
+
+
+def _at(host: str, port: int) -> str:
+    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
 
 
 def readable(text: str, task: str) -> str:

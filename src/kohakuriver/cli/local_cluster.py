@@ -114,6 +114,7 @@ class LocalCluster:
         ssh_port: int = 0,
         allow_anonymous: bool = False,
         user_processes: bool = False,
+        mount_roots: Sequence[str] = (),
         log_level: str = "warning",
     ) -> None:
         self.state_dir = state_dir.absolute()
@@ -124,7 +125,8 @@ class LocalCluster:
         self._runner_port = runner_port
         self._ssh_port = ssh_port
         self._common = ["--log-level", log_level, *(["--allow-anonymous"] if allow_anonymous else [])]
-        self._for_runner = ["--user-processes"] if user_processes else []
+        self._for_runner = [f"--mount-root={root}" for root in mount_roots]
+        self._for_runner += ["--user-processes"] if user_processes else []
         self._children: list[_Child] = []
         self._lock: IO[str] | None = None
 

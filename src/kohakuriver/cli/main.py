@@ -23,6 +23,7 @@ from kohakuriver.cli import (
     connect,
     cp,
     demo,
+    doctor,
     forward,
     group,
     init,
@@ -82,6 +83,7 @@ app.add_typer(init.app, name="init")
 audit.register(app)
 cluster.register(app)
 demo.register(app)
+doctor.register(app)
 ssh.register(app)
 
 

@@ -124,7 +124,7 @@ class Connected(Event):
 class Listening(Event):
     """A local port leads to the task's port. `instead_of` is the one that was wanted, where that can't be had.
 
-    Of a Unix socket there is `local_path`, and neither host nor port.
+    Of a Unix socket there is `local_path`, and neither host nor port. With a `remote_host` it leads to that one's port.
     """
 
     event: ClassVar[str] = "listening"
@@ -134,16 +134,18 @@ class Listening(Event):
     proto: str
     instead_of: int | None = None
     local_path: str | None = None
+    remote_host: str | None = None
 
     @classmethod
     def of(cls, at: ListeningSocket) -> Listening:
         """The event for a local address."""
-        return cls(at.host, at.port, at.remote_port, at.proto, at.instead_of, at.path)
+        return cls(at.host, at.port, at.remote_port, at.proto, at.instead_of, at.path, at.remote_host)
 
     def to_json(self) -> dict[str, Any]:
         without = {"local_path"} if self.local_path is None else {"local_host", "local_port"}
         without |= {"instead_of"} if self.instead_of is None else set()
         without |= {"remote_port"} if self.proto == SOCKS else set()
+        without |= {"remote_host"} if self.remote_host is None else set()
         return {name: value for name, value in super().to_json().items() if name not in without}
 
 

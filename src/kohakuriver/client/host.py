@@ -312,6 +312,14 @@ class HostClient:
             raise HostUnreachableError(f"What answers at {self._url} is no KohakuRiver host; check the host's URL.")
         return answer
 
+    async def raw(self, path: str, headers: Mapping[str, str]) -> tuple[Mapping[str, str], bytes]:
+        """The headers, by names in lower case, and the body of what answers to a GET with these headers besides."""
+        with self._in_words(), resolving():
+            answer = await self._http.get(path, headers=dict(headers), extensions={"trace": self._trace})
+        if not answer.is_success:
+            raise self._failure(answer)
+        return answer.headers, answer.content
+
     async def whoami(self) -> Whoami:
         """Who the token of the settings makes the caller. Raises UnauthenticatedError."""
         answer = await self._call("GET", "/api/auth")

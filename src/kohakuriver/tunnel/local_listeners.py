@@ -31,7 +31,7 @@ ACCEPT_AGAIN = 1.0
 class ListeningSocket:
     """A local address that leads to a port of the task. `instead_of` is the local port that was wanted, if another.
 
-    Of a Unix socket there is `path`, and neither host nor port.
+    Of a Unix socket there is `path`, and neither host nor port. With a `remote_host` it leads to that one's port.
     """
 
     host: str
@@ -42,6 +42,7 @@ class ListeningSocket:
     sock: socket.socket = field(repr=False)
     instead_of: int | None = None
     path: str | None = None
+    remote_host: str | None = None
 
 
 KEEP_PATH: dict[str, Any] = {"cleanup_socket": False} if sys.version_info >= (3, 13) else {}

@@ -6,12 +6,27 @@ from collections.abc import Iterable
 
 from kohakuriver.errors import UsageError
 
-__all__ = ["GOES_ON", "MAX_PORTS", "goes_on", "port_in", "ports_in", "ports_query"]
+__all__ = ["BEYOND", "GOES_ON", "MAX_PORTS", "beyond_of", "goes_on", "port_in", "ports_in", "ports_query"]
 
 MAX_PORTS = 256
 
 GOES_ON = "resumed=1"
 """The session goes on for one that was lost."""
+
+
+BEYOND = "beyond"
+"""What says in a session's URL which way its connections lead beyond the task."""
+
+
+def beyond_of(query: dict[str, str]) -> str:
+    """Which way that is, "to" other addresses or "on" a port of the task; "" where it is no such session.
+
+    Raises UsageError.
+    """
+    way = query.get(BEYOND, "")
+    if way not in ("", "to", "on"):
+        raise UsageError(f"{BEYOND} must be to or on, not {way[:100]!r}")
+    return way
 
 
 def goes_on(query: dict[str, str]) -> bool:

@@ -23,6 +23,8 @@ __all__ = [
     "SESSION_NAME",
     "Start",
     "asked_for",
+    "beyond",
+    "beyond_in",
     "close_code",
     "control",
     "end",
@@ -45,6 +47,7 @@ _ON_TERMINAL: Final = 1
 _NAMED: Final = 2
 _LIST: Final = 4
 _FILES: Final = 8
+_BEYOND: Final = 16
 _LENGTH: Final = struct.Struct(">I")
 
 
@@ -93,7 +96,8 @@ class Start:
     def command_in(start: bytes) -> list[str]:
         """The command in such bytes, for people to read; none where that is the shell, or makes no sense.
 
-        Where files are copied it is `cp`, `from` or `to`, and the path, with the folder that it begins in.
+        Where files are copied it is `cp`, `from` or `to`, and the path, with the folder that it begins in. What leads
+        beyond the task is `forward`, and `to` with a host and a port, or `on` with a port.
         """
         if len(start) > MAX_READ:
             return [f"({len(start)} bytes)"]
@@ -109,7 +113,7 @@ class Start:
             return []
         if start[0] & _FILES:
             return ["cp", *command[:1], *(_begun_in(workdir, path) for path in command[1:2]), *command[2:]]
-        return command
+        return ["forward", *command] if start[0] & _BEYOND else command
 
     @staticmethod
     def from_message(message: dict[str, Any]) -> Start:
@@ -125,6 +129,21 @@ class Start:
             raise UsageError("the user of a start must be a text, and its workdir an absolute path")
         tty = bool(message.get("tty", True))
         return Start([_part(part) for part in command], tty, rows, cols, env, user, workdir)
+
+
+def beyond(*words: str) -> bytes:
+    """What CONNECT has behind its mark for a connection that leads beyond the task (§6, "Beyond the task").
+
+    `words` are "to", a host and a port; or "on" and a port.
+    """
+    return bytes([_BEYOND]) + Start(list(words)).to_bytes()[1:]
+
+
+def beyond_in(start: bytes) -> str:
+    """Which way such a connection leads, "to" or "on"; "" where such bytes are for something else."""
+    if not start or not start[0] & _BEYOND:
+        return ""
+    return (Start.command_in(start)[1:] or ["?"])[0]
 
 
 LIST_SESSIONS: Final = _SIZED.pack(_LIST, 1, 1) + bytes(4 * _LENGTH.size)

@@ -7,9 +7,11 @@ use std::os::unix::net::UnixStream;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
+use super::beyond::{Outcome, STANDS};
 use super::frames::tag;
 use super::output::Output;
 use crate::children::Watcher;
+use crate::errors::Told;
 use crate::sys::{self, Change};
 
 /// Wakes the thread of one terminal, and says why.
@@ -117,13 +119,69 @@ pub struct Line {
     sock: UnixStream,
     /// None where the other end need not know whether there is a link.
     terminal: Option<(Arc<AtomicBool>, Arc<Control>)>,
+    /// Of a connection that leads beyond the task.
+    beyond: Option<Arc<Outcome>>,
 }
+
+/// Of the reason why such a connection does not stand.
+const LONGEST_REASON: usize = 1 << 10;
 
 impl Line {
     pub(super) fn new(sock: UnixStream, attended: Arc<AtomicBool>, control: Arc<Control>) -> Self {
         Self {
             sock,
             terminal: Some((attended, control)),
+            beyond: None,
+        }
+    }
+
+    /// A connection that leads beyond the task. It says first whether it stands.
+    pub(super) fn beyond(
+        sock: UnixStream,
+        attended: Arc<AtomicBool>,
+        control: Arc<Control>,
+        outcome: Arc<Outcome>,
+    ) -> Self {
+        Self {
+            sock,
+            terminal: Some((attended, control)),
+            beyond: Some(outcome),
+        }
+    }
+
+    /// Whether what it leads to is there. Raises why it is not.
+    pub fn dialled(&mut self) -> io::Result<bool> {
+        if self.beyond.is_none() {
+            return Ok(true);
+        }
+        let mut first = [0];
+        match self.sock.read(&mut first) {
+            Ok(0) => Err(io::ErrorKind::ConnectionAborted.into()),
+            Ok(_) if first == [STANDS] => Ok(true),
+            Ok(_) => {
+                let mut reason = vec![0; LONGEST_REASON];
+                let length = self.sock.read(&mut reason)?;
+                let reason = String::from_utf8_lossy(&reason[..length]).into_owned();
+                Err(io::Error::other(Told(reason)))
+            }
+            Err(error) if error.kind() == io::ErrorKind::WouldBlock => Ok(false),
+            Err(error) => Err(error),
+        }
+    }
+
+    /// Reads what comes from the other end. Raises what broke the connection behind it.
+    pub fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
+        let length = self.sock.read(buffer)?;
+        match &self.beyond {
+            Some(outcome) if length == 0 => outcome.broken().map(|()| 0),
+            _ => Ok(length),
+        }
+    }
+
+    /// The end that is coming is to be told as a break.
+    pub fn reset_on_close(&self) {
+        if let Some(outcome) = &self.beyond {
+            outcome.reset();
         }
     }
 
@@ -132,6 +190,7 @@ impl Line {
         Self {
             sock,
             terminal: None,
+            beyond: None,
         }
     }
 

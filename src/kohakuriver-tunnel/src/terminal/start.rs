@@ -13,8 +13,10 @@ const NAMED: u8 = 2;
 const LIST: u8 = 4;
 /// Nothing is started: files are read or written, which the command says.
 const FILES: u8 = 8;
+/// Nothing is started: a connection leads beyond the task, as the command says.
+const BEYOND: u8 = 16;
 const LONGEST_NAME: usize = 64;
-/// Of a start that is for files: the host writes down all of it that says what is read or written.
+/// Of a start that is for files or leads beyond the task: the host writes down all of it that says what, or where to.
 const LONGEST_FOR_FILES: usize = 16 << 10;
 
 /// What is to be run.
@@ -26,6 +28,8 @@ pub struct Start {
     pub list: bool,
     /// No command: what stands in its place says which files are read or written.
     pub files: bool,
+    /// No command: what stands in its place says where a connection leads to, or which port it is waited for at.
+    pub beyond: bool,
     pub rows: u16,
     pub cols: u16,
     /// `NAME`, `NUMBER`, either with `:GROUP`, or nothing for the client's own.
@@ -46,8 +50,9 @@ impl Start {
         let size = bytes.len();
         let rest = &mut bytes;
         let [flags] = take(rest)?;
-        if flags & !(ON_TERMINAL | NAMED | LIST | FILES) != 0
-            || (flags & FILES != 0 && flags != FILES)
+        let alone = flags & (FILES | BEYOND);
+        if flags & !(ON_TERMINAL | NAMED | LIST | FILES | BEYOND) != 0
+            || (alone != 0 && flags != FILES && flags != BEYOND)
         {
             return None;
         }
@@ -55,6 +60,7 @@ impl Start {
             on_terminal: flags & ON_TERMINAL != 0,
             list: flags & LIST != 0,
             files: flags & FILES != 0,
+            beyond: flags & BEYOND != 0,
             rows: u16::from_be_bytes(take(rest)?),
             cols: u16::from_be_bytes(take(rest)?),
             user: text(rest)?,
@@ -67,7 +73,7 @@ impl Start {
                 name(rest)?
             },
         };
-        let good = !start.files
+        let good = alone == 0
             || (start.user.is_empty() && start.env.is_empty() && size <= LONGEST_FOR_FILES);
         (rest.is_empty() && good).then_some(start)
     }
@@ -158,8 +164,9 @@ mod tests {
             Start::parse(&bytes).map(|start| start.files)
         };
         assert_eq!(flagged(FILES), Some(true));
+        assert_eq!(flagged(BEYOND), Some(false));
         assert_eq!(flagged(0), Some(false));
-        for other in [ON_TERMINAL, NAMED, LIST, 16] {
+        for other in [ON_TERMINAL, NAMED, LIST, BEYOND, 32] {
             assert_eq!(flagged(FILES | other), None, "{other}");
         }
     }

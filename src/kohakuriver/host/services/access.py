@@ -6,11 +6,12 @@ Where a host lets sessions without a token in, those reach every task: who opens
 
 from __future__ import annotations
 
+from kohakuriver.backends import known
 from kohakuriver.errors import NotAllowedError
 from kohakuriver.host.services.credentials import ANONYMOUS, Caller
 from kohakuriver.store import Accounts, Node, Store, Task
 
-__all__ = ["Access"]
+__all__ = ["Access", "check_onward"]
 
 
 class Access:
@@ -49,6 +50,27 @@ class Access:
                 code="not_your_task",
             )
         return task, node
+
+
+def check_onward(caller: Caller, task: Task) -> None:
+    """Raises NotAllowedError unless the caller may forward through the task to what it reaches.
+
+    That goes by the task's network and in its name, so it is its owner's. A task without a network of its own reaches
+    what its node does, the node's own services with it.
+    """
+    if caller.is_admin:
+        return
+    if caller.name != task.owner:
+        raise NotAllowedError(
+            f"Task {task.name} is shared with you: through it to other addresses only its owner, {task.owner}, may "
+            "forward.",
+            code="not_your_task",
+        )
+    if not known(task.backend).network:
+        raise NotAllowedError(
+            f"Task {task.name} is on its node's own network: through it to other addresses only admins may forward.",
+            code="on_node_network",
+        )
 
 
 def _owns(caller: Caller, task: Task) -> bool:

@@ -9,7 +9,7 @@ from typing import Literal
 
 from kohakuriver.asking import asker
 from kohakuriver.errors import KohakuRiverError, NotAllowedError, NotFoundError, UnauthenticatedError
-from kohakuriver.host.services.access import Access
+from kohakuriver.host.services.access import Access, check_onward
 from kohakuriver.host.services.audit import REFUSALS, fingerprint
 from kohakuriver.host.services.credentials import Caller, Credentials
 from kohakuriver.host.services.grants import Grants, Passes
@@ -59,11 +59,16 @@ class Forwards:
             route = self._route(task, node, caller, "forward", None if ports is None else {port, *ports})
             return replace(route, grant=await self._grants.enter(caller, task))
 
-    async def authorize_terminal(self, token: str | None, reference: str) -> Route:
-        """Where a terminal of a task is opened. Raises as `authorize` does. Source: docs/protocol.md §6."""
+    async def authorize_terminal(self, token: str | None, reference: str, beyond: str = "") -> Route:
+        """Where a terminal of a task is opened, or connections lead `beyond` it, "to" others or "on" a port there.
+
+        Raises as `authorize` does. Source: docs/protocol.md §6.
+        """
         with self._noting_refusals(reference):
             caller = await self._credentials.session_caller(token)
             task, node = await self._access.usable(caller, reference)
+            if beyond == "to":
+                check_onward(caller, task)
             route = self._route(task, node, caller, "terminal")
             return replace(route, grant=await self._grants.enter(caller, task))
 

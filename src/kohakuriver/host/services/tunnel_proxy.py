@@ -17,7 +17,7 @@ from urllib.parse import quote
 
 import structlog
 
-from kohakuriver._frame import FrameWalker, Message, SpliceWalker
+from kohakuriver._frame import FrameViolation, FrameWalker, Message, SpliceWalker
 from kohakuriver.errors import KohakuRiverError, UnavailableError, UsageError
 from kohakuriver.host.services.audit import ranges
 from kohakuriver.limits import Limits
@@ -29,7 +29,7 @@ from kohakuriver.tunnel.buffers import Assembler
 from kohakuriver.tunnel.dial import open_session
 from kohakuriver.tunnel.link import Link
 from kohakuriver.tunnel.message_link import may_close_with
-from kohakuriver.tunnel.ports import GOES_ON, port_in, ports_in, ports_query
+from kohakuriver.tunnel.ports import BEYOND, GOES_ON, beyond_of, port_in, ports_in, ports_query
 from kohakuriver.tunnel.protocol import (
     CONNECT,
     GOAWAY,
@@ -42,7 +42,7 @@ from kohakuriver.tunnel.protocol import (
     Opening,
     pack_seconds,
 )
-from kohakuriver.tunnel.terminal import Start
+from kohakuriver.tunnel.terminal import Start, beyond_in
 
 log = structlog.get_logger("kohakuriver.proxy")
 
@@ -53,6 +53,9 @@ TERMINAL = "terminal"
 """In the place of a port: the session is for a terminal."""
 
 MAX_START = 1 << 20
+
+MOST_TOLD = 256
+"""So many destinations of a session are remembered as written down; what leads to others is written down each time."""
 
 FIRST_OPCODES = (OP_TEXT, 0x2)
 SHORTEST, KEY = 2, 4
@@ -236,11 +239,13 @@ class RatedTerminalSplice(_Watching, RatedSplice):
 
 
 class ProxySession:
-    """One user's session through this host; `terminal` says that it is for one."""
+    """One user's session through this host; `terminal` says that it is for one, or for ways `beyond` the task."""
 
-    def __init__(self, proxy: TunnelProxy, route: Route, *, terminal: bool = False) -> None:
+    def __init__(self, proxy: TunnelProxy, route: Route, *, terminal: bool = False, beyond: str = "") -> None:
         self.limits = proxy.limits
         self._terminal = terminal
+        self._beyond = beyond
+        self._told: set[tuple[str, ...]] = set()
         self.carried = proxy.carrier.carry(self, route)
         self.user = self._side(masked=True)
         self.container_side = self._side(masked=False)
@@ -256,9 +261,17 @@ class ProxySession:
         return RatedSplice(walker, self, rate) if rate else Splice(walker, self)
 
     def _started(self, start: bytes) -> None:
-        """The user asked for a terminal; `start` is what CONNECT says of it."""
-        if command := Start.command_in(start):
+        """The user asked for a terminal; `start` is what CONNECT says of it.
+
+        Raises FrameViolation (1008) where the session is not for that. Where a connection leads is written down once.
+        """
+        if beyond_in(start) != self._beyond:
+            raise FrameViolation(CloseCode.POLICY, "this session is not for that")
+        command = Start.command_in(start)
+        if command and tuple(command) not in self._told:
             self.carried.ran(command)
+        if self._beyond and len(self._told) < MOST_TOLD:
+            self._told.add(tuple(command))
         if Start.is_named(start):
             self.carried.stays()
 
@@ -309,7 +322,8 @@ class TunnelProxy:
     Args:
         authorize: (bearer token or None, task's id or name, port or None for that of its SSH server, "tcp" or "udp",
             the ports that it may reach or None for all) → where the session goes. Raises KohakuRiverError.
-        authorize_terminal: (bearer token or None, task's id or name) → where a session for a terminal goes. Raises too.
+        authorize_terminal: (bearer token or None, task's id or name, which way beyond the task or "") → where a session
+            for a terminal goes. Raises too.
         coming_back: node's name → a context in which an event is set when the node registers here.
         trusted: how runners that serve TLS are checked; None for the system's authorities.
         limits: what a session may take.
@@ -319,7 +333,7 @@ class TunnelProxy:
         self,
         *,
         authorize: Authorize,
-        authorize_terminal: Callable[[str | None, str], Awaitable[Route]],
+        authorize_terminal: Callable[[str | None, str, str], Awaitable[Route]],
         coming_back: Callable[[str], AbstractContextManager[asyncio.Event]] = _nobody_comes_back,
         trusted: ssl.SSLContext | None = None,
         limits: Limits | None = None,
@@ -387,11 +401,13 @@ class TunnelProxy:
         await self._begin(request, lambda: self.authorize(request.token, task, named, proto, ports), begin)
 
     async def _open_terminal(self, request: UpgradeRequest, task: str) -> None:
-        """The same for a session that is for a terminal."""
+        """The same for a session that is for a terminal, or for connections beyond the task."""
+        beyond = beyond_of(request.query)
+        query, about = (f"{BEYOND}={beyond}", {BEYOND: beyond}) if beyond else ("", {})
         await self._begin(
             request,
-            lambda: self.authorize_terminal(request.token, task),
-            lambda route: self._carry(request, route, f"{TERMINAL}?", {"proto": TERMINAL}),
+            lambda: self.authorize_terminal(request.token, task, beyond),
+            lambda route: self._carry(request, route, f"{TERMINAL}?{query}", {"proto": TERMINAL, **about}),
         )
 
     async def _begin(
@@ -429,10 +445,10 @@ class TunnelProxy:
         return await authorize()
 
     async def _carry(self, request: UpgradeRequest, route: Route, port_and_query: str, about: dict[str, Any]) -> None:
-        session = ProxySession(self, route, terminal=about["proto"] == TERMINAL)
+        session = ProxySession(self, route, terminal=about["proto"] == TERMINAL, beyond=about.get(BEYOND, ""))
         if request.goes_on:
             port_and_query, about = f"{port_and_query}&{GOES_ON}", {**about, "resumed": True}
-            if about["proto"] == TERMINAL:
+            if about["proto"] == TERMINAL and BEYOND not in about:
                 session.carried.stays()  # it may have a name, which was told in a session before
         with session.carried:
             runner = await self._open_at_runner(session, route, request, port_and_query)

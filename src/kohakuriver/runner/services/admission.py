@@ -89,13 +89,16 @@ class Admission:
         streams: OpenStreams | None = None,
         *,
         terminal: bool = False,
+        beyond: str = "",
     ) -> None:
         """``named`` are the ports that the session is confined to beside what its ticket says, None for all.
 
-        A ``terminal`` session opens one terminal at a time, and no port; no other session opens any.
+        A ``terminal`` session opens one terminal at a time, and no port; no other session opens any. Where it is for
+        connections ``beyond`` the task, it opens any number of those, of this kind alone.
         """
         self.turn: Turn | None = None  # in which what the session asks for is worked off
         self._terminal = terminal
+        self.beyond = beyond
         self._limits = limits
         self._rates = rates
         self._streams = streams or OpenStreams()
@@ -122,7 +125,7 @@ class Admission:
         most, rate = self._limits.max_streams, self._rate
         if self._terminal != (proto == PROTO_TERMINAL):
             return ErrorText("EACCES", f"this session is for {'a terminal' if self._terminal else 'ports'} alone")
-        if self._terminal and streams:
+        if self._terminal and streams and not self.beyond:
             return ErrorText("EMFILE", "this session has its terminal already")
         if not self._terminal and not self._allows(port):
             return ErrorText("EACCES", f"port {port} is not part of this forward")

@@ -50,6 +50,7 @@ from kohakuriver.tunnel.protocol import (
     hold_after,
     pack_seconds,
 )
+from kohakuriver.tunnel.terminal import beyond_in
 
 __all__ = ["V1_BACKLOG", "V2_BACKLOG", "RelayLeg", "RelayOwner", "SessionLeg", "TunnelLeg"]
 
@@ -69,6 +70,7 @@ PORTS_SECONDS = 5.0
 # How a container's end says that a user broke a window: it can't close the tunnel, which is all users'.
 PASSED_WINDOW = "EPROTO"
 NO_TUNNEL = ErrorText("ENOTCONN", "the task's tunnel is not connected; is the task running?")
+NOT_FOR_THAT = ErrorText("EACCES", "this session is not for that")
 TUNNEL_AWAY = ErrorText("EAGAIN", "the task's tunnel is not connected at the moment")
 
 Other = TypeVar("Other", bound="RelayLeg[Any]")
@@ -402,6 +404,9 @@ class SessionLeg(RelayLeg[TunnelLeg]):
             self.unknown_messages += 1
             return
         opening = Opening.parse(payload, proto) if self.version >= 2 else None
+        if opening is not None and beyond_in(opening.start) != self.admission.beyond:
+            self.link.send_message(ERROR, client_id, NOT_FOR_THAT.pack(), proto=proto)
+            return
         if opening is not None:
             self.kept.add(client_id)
             payload = opening._replace(mark=self._mark).pack()

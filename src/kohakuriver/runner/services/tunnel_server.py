@@ -16,7 +16,7 @@ from kohakuriver.runner.services.shares import Shares
 from kohakuriver.runner.services.terminal_room import TerminalRoom
 from kohakuriver.session.ticket import Ticket
 from kohakuriver.tunnel.accept import Peer, TunnelRoute, UpgradeRequest, greet
-from kohakuriver.tunnel.ports import port_in, ports_in
+from kohakuriver.tunnel.ports import beyond_of, port_in, ports_in
 from kohakuriver.tunnel.protocol import MARK
 from kohakuriver.tunnel.settings import EndpointConfig
 
@@ -154,7 +154,10 @@ class TunnelServer:
     async def _open_terminal(self, request: UpgradeRequest, container: str) -> None:
         """Take a session in that is for a terminal. Raises KohakuRiverError where that may or can not be."""
         ticket = self._ticket(request, container, None)
-        admission = Admission(self._limits, self._shares.rates, ticket, None, self._shares.streams, terminal=True)
+        beyond = beyond_of(request.query)
+        admission = Admission(
+            self._limits, self._shares.rates, ticket, None, self._shares.streams, terminal=True, beyond=beyond
+        )
         if request.goes_on:
             await self.hub.back(container)
         tunnel = self.hub.tunnel_of(container)

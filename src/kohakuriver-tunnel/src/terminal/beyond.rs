@@ -1,0 +1,372 @@
+//! Connections that go on from the container to another address, and those that its programs make to a port that a user
+//! has taken there (docs/protocol.md §6, "Beyond the task").
+//!
+//! Each has a thread, and while bytes pass a second one: they copy between the connection and the line of its stream.
+
+use std::collections::HashMap;
+use std::ffi::OsString;
+use std::io::{self, Read, Write};
+use std::net::{IpAddr, Ipv4Addr, Shutdown, TcpListener, TcpStream, ToSocketAddrs};
+use std::os::fd::AsRawFd;
+use std::os::unix::net::UnixStream;
+use std::sync::atomic::{AtomicBool, AtomicI32, Ordering};
+use std::sync::{Arc, Mutex, PoisonError, Weak};
+use std::thread;
+use std::time::{Duration, Instant};
+
+use super::control::{Control, Line};
+use super::{Places, STACK, line};
+use crate::errors::Told;
+use crate::log;
+use crate::protocol::Mark;
+use crate::sys::{self, Wish};
+
+/// For all addresses of a name together: less than a stream waits for its connection.
+const PATIENCE: Duration = Duration::from_secs(9);
+const BUFFER: usize = 64 << 10;
+/// What a line begins with: it stands, or a text follows that says why it does not.
+pub(super) const STANDS: u8 = 0;
+/// The first bytes of a stream that waits for somebody in the container: it does, and then, they have come.
+const LISTENS: u8 = 0;
+const CAME: u8 = 1;
+
+/// What a stream and its threads tell each other beside the bytes.
+#[derive(Default)]
+pub struct Outcome {
+    /// The system's number of what broke the connection, 0 where nothing did.
+    broke: AtomicI32,
+    /// The stream ended by an error: the connection is to, too.
+    reset: AtomicBool,
+}
+
+impl Outcome {
+    /// What broke the connection.
+    pub fn broken(&self) -> io::Result<()> {
+        match self.broke.load(Ordering::SeqCst) {
+            0 => Ok(()),
+            number => Err(io::Error::from_raw_os_error(number)),
+        }
+    }
+
+    /// The connection is to end by a reset.
+    pub fn reset(&self) {
+        self.reset.store(true, Ordering::SeqCst);
+    }
+
+    fn breaks(&self, error: &io::Error) {
+        let number = error.raw_os_error().unwrap_or(libc::EIO);
+        self.broke.store(number, Ordering::SeqCst);
+    }
+}
+
+/// What a start asks for.
+#[derive(Debug, PartialEq, Eq)]
+pub enum Asked {
+    /// A connection to this port of a host.
+    To(String, u16),
+    /// The next connection that is made to this port of the container's loopback.
+    On(u16),
+}
+
+impl Asked {
+    /// What stands in the place of a command: `to`, a host and a port, or `on` and a port.
+    pub fn parse(command: &[OsString]) -> Option<Self> {
+        let words: Vec<&str> = command
+            .iter()
+            .map(|word| word.to_str())
+            .collect::<Option<_>>()?;
+        let port = |word: &str| word.parse::<u16>().ok().filter(|port| *port > 0);
+        match words[..] {
+            ["to", host, number] if !host.is_empty() => {
+                Some(Self::To(host.to_owned(), port(number)?))
+            }
+            ["on", number] => Some(Self::On(port(number)?)),
+            _ => None,
+        }
+    }
+}
+
+/// All of a client, and which ports are taken for whom.
+pub struct Beyond {
+    places: Places,
+    taken: Mutex<HashMap<(Mark, u16), Weak<TcpListener>>>,
+}
+
+impl Beyond {
+    /// None yet, and no more than `most`.
+    pub fn new(most: usize) -> Self {
+        Self {
+            places: Places::new(most),
+            taken: Mutex::default(),
+        }
+    }
+
+    /// Begins what is asked for by the user of this mark. What goes wrong from here on is the first that the line says.
+    pub fn open(&self, asked: Asked, mark: &Mark) -> io::Result<Line> {
+        let place = self.places.take().map_err(|_| {
+            told("EAGAIN: as many connections lead beyond the task as its tunnel client allows")
+        })?;
+        let (near, far) = line()?;
+        far.set_nonblocking(false)?;
+        let outcome = Arc::new(Outcome::default());
+        let attended = Arc::new(AtomicBool::new(true));
+        let control = Arc::new(Control::new()?);
+        let line = Line::beyond(
+            near,
+            Arc::clone(&attended),
+            Arc::clone(&control),
+            Arc::clone(&outcome),
+        );
+        let work: Box<dyn FnOnce() -> io::Result<()> + Send> = match asked {
+            Asked::To(host, port) => Box::new(move || go_to(&host, port, &far, &outcome)),
+            Asked::On(port) => {
+                let listener = self.listener(mark, port)?;
+                Box::new(move || {
+                    let came = until_somebody_comes(&listener, &far, &attended, &control)?;
+                    came.map_or(Ok(()), |sock| carry(&far, &sock, &outcome))
+                })
+            }
+        };
+        thread::Builder::new()
+            .name("beyond".into())
+            .stack_size(STACK)
+            .spawn(move || {
+                let _place = place;
+                if let Err(error) = work() {
+                    log!(Debug, "a connection beyond the task ended: {error}");
+                }
+            })?;
+        Ok(line)
+    }
+
+    /// The one listener of this port for this user: it is there for as long as a stream waits at it, or is used.
+    fn listener(&self, mark: &Mark, port: u16) -> io::Result<Arc<TcpListener>> {
+        let mut taken = self.taken.lock().unwrap_or_else(PoisonError::into_inner);
+        taken.retain(|_, listener| listener.strong_count() > 0);
+        if let Some(listener) = taken.get(&(*mark, port)).and_then(Weak::upgrade) {
+            return Ok(listener);
+        }
+        let listener = TcpListener::bind((Ipv4Addr::LOCALHOST, port))
+            .map_err(|error| told(&not_taken(&error, port)))?;
+        listener.set_nonblocking(true)?;
+        let listener = Arc::new(listener);
+        taken.insert((*mark, port), Arc::downgrade(&listener));
+        Ok(listener)
+    }
+}
+
+fn told(text: &str) -> io::Error {
+    io::Error::other(Told(text.to_owned()))
+}
+
+fn not_taken(error: &io::Error, port: u16) -> String {
+    match error.raw_os_error() {
+        Some(libc::EADDRINUSE) => format!("EADDRINUSE: port {port} is in use in the task"),
+        Some(libc::EACCES) => {
+            format!("EACCES: the task's tunnel client may not listen on port {port}")
+        }
+        _ => format!("EIO: port {port} of the task can't be listened on: {error}"),
+    }
+}
+
+/// Waits for the next connection to a port, for as long as the stream is there. While that has no link, whoever
+/// connects waits in the listener's queue, which another stream may have a look at.
+fn until_somebody_comes(
+    listener: &TcpListener,
+    mut far: &UnixStream,
+    attended: &AtomicBool,
+    control: &Control,
+) -> io::Result<Option<TcpStream>> {
+    far.write_all(&[STANDS, LISTENS])?;
+    loop {
+        let listens = attended.load(Ordering::SeqCst);
+        let door = if listens { listener.as_raw_fd() } else { -1 };
+        let bell = (control.bell(), Wish::Read);
+        sys::wait(&[bell, (far.as_raw_fd(), Wish::End), (door, Wish::Read)])?;
+        control.hush();
+        if sys::has_ended(far) {
+            return Ok(None);
+        }
+        if !listens || !attended.load(Ordering::SeqCst) {
+            continue;
+        }
+        match listener.accept() {
+            Ok((sock, _)) => {
+                sock.set_nonblocking(false)?;
+                far.write_all(&[CAME])?;
+                return Ok(Some(sock));
+            }
+            // Another stream's thread was faster, or whoever came has gone.
+            Err(error) if error.kind() == io::ErrorKind::WouldBlock => {}
+            Err(error) if error.kind() == io::ErrorKind::ConnectionAborted => {}
+            Err(error) => return Err(error),
+        }
+    }
+}
+
+fn go_to(host: &str, port: u16, mut far: &UnixStream, outcome: &Outcome) -> io::Result<()> {
+    match connect(host, port) {
+        Ok(sock) => {
+            far.write_all(&[STANDS])?;
+            carry(far, &sock, outcome)
+        }
+        Err(text) => far.write_all(&[&[!STANDS], text.as_bytes()].concat()),
+    }
+}
+
+/// The first address of a host that takes a connection. The error is the text of an ERROR.
+fn connect(host: &str, port: u16) -> Result<TcpStream, String> {
+    let until = Instant::now() + PATIENCE;
+    let known = (host, port)
+        .to_socket_addrs()
+        .map_err(|_| format!("ENOENT: the task finds no address for {host}"))?;
+    let mut why = format!("EACCES: {host} is no address that a forward may go on to");
+    for address in known.filter(|address| may_be_reached(address.ip())) {
+        let left = until.saturating_duration_since(Instant::now());
+        if left.is_zero() {
+            break;
+        }
+        match TcpStream::connect_timeout(&address, left) {
+            Ok(sock) => return Ok(sock),
+            Err(error) => why = not_reached(&error, host, port),
+        }
+    }
+    Err(why)
+}
+
+fn not_reached(error: &io::Error, host: &str, port: u16) -> String {
+    match (error.kind(), error.raw_os_error()) {
+        (io::ErrorKind::TimedOut, _) => {
+            format!("ETIMEDOUT: {host} did not answer the task on port {port}")
+        }
+        (_, Some(libc::ECONNREFUSED)) => {
+            format!("ECONNREFUSED: nothing listens on port {port} of {host}")
+        }
+        (_, Some(libc::EHOSTUNREACH)) => {
+            format!("EHOSTUNREACH: the task has no route to {host}")
+        }
+        (_, Some(libc::ENETUNREACH)) => {
+            format!("ENETUNREACH: the task has no network that leads to {host}")
+        }
+        _ => format!("EIO: the task can't reach {host}: {error}"),
+    }
+}
+
+/// Not the container itself, whose ports have forwards of their own; nor what is on its link alone, where clouds keep a
+/// machine's identity; nor many at once.
+fn may_be_reached(ip: IpAddr) -> bool {
+    match ip {
+        IpAddr::V4(ip) => {
+            !(ip.is_loopback()
+                || ip.is_link_local()
+                || ip.is_unspecified()
+                || ip.is_multicast()
+                || ip.is_broadcast())
+        }
+        IpAddr::V6(ip) => match ip.to_ipv4_mapped() {
+            Some(mapped) => may_be_reached(mapped.into()),
+            None => {
+                !(ip.is_loopback()
+                    || ip.is_unspecified()
+                    || ip.is_multicast()
+                    || ip.is_unicast_link_local())
+            }
+        },
+    }
+}
+
+/// Copies both ways until both have ended, or one of the two has gone.
+fn carry(far: &UnixStream, sock: &TcpStream, outcome: &Outcome) -> io::Result<()> {
+    sock.set_nodelay(true)?;
+    thread::scope(|scope| {
+        let down = || {
+            if let Err(error) = copy(sock, far) {
+                outcome.breaks(&error);
+                let _ = far.shutdown(Shutdown::Both);
+            } else {
+                let _ = far.shutdown(Shutdown::Write);
+            }
+        };
+        let builder = thread::Builder::new().name("beyond".into());
+        builder.stack_size(STACK).spawn_scoped(scope, down)?;
+        if let Err(error) = copy(far, sock) {
+            outcome.breaks(&error);
+            let _ = far.shutdown(Shutdown::Both);
+        } else if !sys::has_gone(far) {
+            let _ = sock.shutdown(Shutdown::Write);
+            sys::wait(&[(far.as_raw_fd(), Wish::Gone)])?;
+        }
+        // Whoever still reads from the connection is to stop, and where it is reset, to send nothing before that.
+        if outcome.reset.load(Ordering::SeqCst) {
+            sys::reset_on_close(sock);
+            let _ = sock.shutdown(Shutdown::Read);
+        } else {
+            let _ = sock.shutdown(Shutdown::Both);
+        }
+        Ok(())
+    })
+}
+
+/// Copies until the end of `from`. The error is of `sock`'s side alone: that the line has gone is its end.
+fn copy(mut from: impl Read, mut to: impl Write) -> io::Result<()> {
+    let mut buffer = vec![0; BUFFER];
+    loop {
+        match from.read(&mut buffer) {
+            Ok(0) => return Ok(()),
+            Ok(length) => to.write_all(&buffer[..length])?,
+            Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
+            Err(error) => return Err(error),
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn only_a_host_with_a_port_or_a_port_is_asked_for() {
+        let parsed = |words: &[&str]| {
+            let words: Vec<OsString> = words.iter().map(OsString::from).collect();
+            Asked::parse(&words)
+        };
+        let there = Asked::To("db".into(), 5432);
+        assert_eq!(parsed(&["to", "db", "5432"]), Some(there));
+        assert_eq!(parsed(&["on", "9000"]), Some(Asked::On(9000)));
+        for wrong in [
+            &["to", "db"][..],
+            &["to", "", "1"],
+            &["to", "db", "0"],
+            &["to", "db", "65536"],
+            &["on", "x"],
+            &["on"],
+            &["from", "db", "1"],
+            &[],
+        ] {
+            assert_eq!(parsed(wrong), None, "{wrong:?}");
+        }
+    }
+
+    #[test]
+    fn what_is_the_containers_own_or_on_its_link_is_not_reached() {
+        for own in [
+            "127.0.0.1",
+            "127.9.9.9",
+            "::1",
+            "0.0.0.0",
+            "::",
+            "169.254.169.254",
+            "fe80::1",
+            "224.0.0.1",
+            "ff02::1",
+            "255.255.255.255",
+            "::ffff:127.0.0.1",
+            "::ffff:169.254.169.254",
+        ] {
+            assert!(!may_be_reached(own.parse().unwrap()), "{own}");
+        }
+        for other in ["10.0.0.1", "192.0.2.7", "2001:db8::1", "fd00::1"] {
+            assert!(may_be_reached(other.parse().unwrap()), "{other}");
+        }
+    }
+}

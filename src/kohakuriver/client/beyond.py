@@ -1,0 +1,294 @@
+"""Forwards that lead beyond a task: on from it to another address, or back from it to this machine.
+
+Both are streams that the task's tunnel client opens connections for, in sessions of their own (docs/protocol.md §6,
+"Beyond the task").
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import re
+import socket
+import struct
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import ClassVar
+
+from kohakuriver.client.forward import Event, Forwarder, PortForward
+from kohakuriver.client.local_side import LocalSide
+from kohakuriver.client.ports import LOOPBACK
+from kohakuriver.config import Settings, path_segment
+from kohakuriver.errors import KohakuRiverError, UnavailableError, UsageError
+from kohakuriver.runtime import cancel_all
+from kohakuriver.tunnel.link import Link
+from kohakuriver.tunnel.local_socket import TcpStream
+from kohakuriver.tunnel.protocol import PROTO_TERMINAL, ErrorText
+from kohakuriver.tunnel.terminal import beyond
+from kohakuriver.tunnel.user_endpoint import UserEndpoint
+
+__all__ = ["Address", "Back", "BackForwarder", "BeyondForwarder", "Reversed", "parse_address", "parse_back"]
+
+NO_WAY = "no_lasting_terminal"
+WAITING = 8
+"""How many streams wait for somebody in the task, for each port there: so many may come at the same moment."""
+AGAIN_SECONDS = 1.0
+"""After a stream that could not wait: the task's end has as many as it may, or has been restarted."""
+PIECE = 64 << 10
+_LISTENS, _CAME = b"\0", b"\1"
+_RESET = struct.pack("ii", 1, 0)  # SO_LINGER
+
+_ADDRESS = re.compile(r"(\d+):(?!\d+:)(\[[0-9A-Fa-f:.]+\]|[^:\[\]/\s]+):(\d+)")
+_BACK = re.compile(r"(\d+)(?::(?:(\[[0-9A-Fa-f:.]+\]|[^:\[\]/\s]+):)?(\d+))?")
+
+
+@dataclass(frozen=True)
+class Address:
+    """A local port, 0 being any free one, that leads to `port` of `host` as the task knows and reaches it."""
+
+    local: int
+    host: str
+    port: int
+
+
+@dataclass(frozen=True)
+class Back:
+    """A port of the task's loopback that leads to `port` of `host` as this machine knows and reaches it."""
+
+    remote: int
+    host: str
+    port: int
+
+
+def parse_address(text: str) -> Address | None:
+    """`LOCAL:HOST:PORT`, None where it is another kind of port. Raises UsageError."""
+    found = _ADDRESS.fullmatch(text)
+    if found is None:
+        return None
+    local, host, port = found.groups()
+    return Address(_number(local, text, least=0), host.strip("[]"), _number(port, text))
+
+
+def parse_back(text: str) -> Back:
+    """`REMOTE`, `REMOTE:LOCAL` or `REMOTE:HOST:LOCAL`. Raises UsageError."""
+    found = _BACK.fullmatch(text)
+    if found is None:
+        raise UsageError(f"{text!r} is not REMOTE:LOCAL, as in --reverse 9000:3000, or REMOTE:HOST:PORT.")
+    remote, host, port = found.groups()
+    return Back(_number(remote, text), (host or "127.0.0.1").strip("[]"), _number(port or remote, text))
+
+
+def _number(digits: str, text: str, *, least: int = 1) -> int:
+    number = int(digits) if len(digits) <= 6 else 1_000_000
+    if not least <= number <= 65535:
+        raise UsageError(f"Port {digits} of {text!r} is out of range: it must be {least} to 65535.")
+    return number
+
+
+@dataclass(frozen=True)
+class Reversed(Event):
+    """A port of the task's loopback leads to this machine, or to what this machine reaches."""
+
+    event: ClassVar[str] = "reversed"
+    remote_port: int
+    local_host: str
+    local_port: int
+
+
+class _Stream(TcpStream):
+    """A stream whose far end is what `start` says. `broken` is why it could not be opened, or broke."""
+
+    __slots__ = ("broken", "start")
+
+    proto = PROTO_TERMINAL
+
+    def __init__(self, endpoint: UserEndpoint, start: bytes) -> None:
+        super().__init__(endpoint, 0)
+        self.start = start
+        self.broken: ErrorText | None = None
+
+    def refused(self, text: ErrorText) -> None:
+        self.broken = text
+
+
+class _Beyond(Forwarder):
+    """What both have in common: the session, which only a tunnel client that is connected can have."""
+
+    kind: ClassVar[str]
+
+    def _path(self) -> str:
+        return f"/ws/forward/{path_segment(self.task)}/terminal?beyond={self.kind}"
+
+    async def _open(self) -> Link:
+        try:
+            link = await super()._open()
+        except UnavailableError as error:
+            if error.code != NO_WAY:
+                raise
+            raise self._no_way() from error
+        if link.version < 2:
+            link.close()
+            raise self._no_way()
+        return link
+
+    def _no_way(self) -> UnavailableError:
+        return UnavailableError(
+            f"Nothing leads beyond task {self.task}: it has no tunnel client of this version that is connected.",
+            code="no_way_beyond",
+        )
+
+
+class BeyondForwarder(_Beyond):
+    """Local ports that lead to other addresses which the task reaches. `how` is as for Forwarder."""
+
+    kind = "to"
+
+    def __init__(
+        self,
+        task: str,
+        addresses: Sequence[Address],
+        *,
+        settings: Settings,
+        local_host: str = LOOPBACK,
+        fallback: bool = False,
+        on_event: Callable[[Event], None] = lambda event: None,
+    ) -> None:
+        ports = [PortForward(address.local, address.port) for address in addresses]
+        super().__init__(
+            task, ports, settings=settings, local_host=local_host, fallback=fallback, on_event=on_event, any_port=True
+        )
+        self._addresses = list(addresses)
+        self._at = local_host, fallback
+
+    async def _listen_everywhere(self) -> None:
+        host, fallback = self._at
+        for address, port in zip(self._addresses, self.ports, strict=True):
+            local = LocalSide(
+                self._endpoint, host, self._half_listening, fallback=fallback, made=self._made_for(address)
+            )
+            for listening in await local.listen([port]):
+                listening.remote_host = address.host
+                self.listening.append(listening)
+
+    def _made_for(self, address: Address) -> Callable[[], TcpStream]:
+        start = beyond("to", address.host, str(address.port))
+        return lambda: _Stream(self._endpoint, start)
+
+
+class BackForwarder(_Beyond):
+    """Ports of the task's loopback that lead back to this machine.
+
+    For each some streams wait in the task for somebody to connect; one that has got somebody is the connection.
+    """
+
+    kind = "on"
+
+    def __init__(
+        self,
+        task: str,
+        backs: Sequence[Back],
+        *,
+        settings: Settings,
+        on_event: Callable[[Event], None] = lambda event: None,
+    ) -> None:
+        super().__init__(task, [], settings=settings, on_event=on_event, any_port=True)
+        self._tell = on_event
+        self._started = False
+        self._backs = list(backs)
+        self._serving: set[asyncio.Task[None]] = set()
+
+    async def _listen_everywhere(self) -> None:
+        """Nothing listens here."""
+
+    def _stream_failed(self, remote_port: int, text: ErrorText) -> None:
+        if self._started:  # else `start` raises it
+            super()._stream_failed(remote_port, text)
+
+    async def start(self) -> None:
+        """Open the session, and have each port listened on. Raises UnavailableError where one can't be."""
+        await super().start()
+        for back in self._backs:
+            listens: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+            self._begin(back, listens)
+            await listens
+            self._tell(Reversed(back.remote, back.host, back.port))
+            for _ in range(WAITING - 1):
+                self._begin(back)
+        self._started = True
+
+    async def close(self, reason: str = "stopped", *, deliver: bool = False) -> None:
+        await cancel_all(self._serving)
+        await super().close(reason, deliver=deliver)
+
+    def _begin(self, back: Back, listens: asyncio.Future[None] | None = None) -> None:
+        """Have one more stream wait."""
+        task = asyncio.get_running_loop().create_task(self._one(back, listens))
+        self._serving.add(task)
+        task.add_done_callback(self._serving.discard)
+
+    async def _one(self, back: Back, listens: asyncio.Future[None] | None) -> None:
+        while True:
+            stream, reader, writer = await self._stream(beyond("on", str(back.remote)))
+            try:
+                came = await self._until_somebody_comes(reader, stream, listens)
+                if came:
+                    self._begin(back)  # who takes the place of this one
+                    await _carry(back, stream, reader, writer)
+                    return
+            except KohakuRiverError as error:
+                if listens is not None and not listens.done():
+                    listens.set_exception(error)
+                    return
+            finally:
+                writer.close()
+            await asyncio.sleep(AGAIN_SECONDS)
+
+    async def _stream(self, start: bytes) -> tuple[_Stream, asyncio.StreamReader, asyncio.StreamWriter]:
+        near, far = socket.socketpair()
+        loop = asyncio.get_running_loop()
+        stream = _Stream(self._endpoint, start)
+        if near.family == socket.AF_INET:
+            await loop.create_connection(lambda: stream, sock=far)
+            return stream, *await asyncio.open_connection(sock=near)
+        await loop.create_unix_connection(lambda: stream, sock=far)
+        return stream, *await asyncio.open_unix_connection(sock=near)
+
+    async def _until_somebody_comes(
+        self, reader: asyncio.StreamReader, stream: _Stream, listens: asyncio.Future[None] | None
+    ) -> bool:
+        """Whether they have. Raises UnavailableError where the port is not listened on."""
+        if await reader.read(1) != _LISTENS:
+            why = str(stream.broken).partition(": ")[2] if stream.broken else "it has ended"
+            raise UnavailableError(f"Task {self.task} does not take connections for you: {why}.", code="not_taken")
+        if listens is not None and not listens.done():
+            listens.set_result(None)
+        return await reader.read(1) == _CAME
+
+
+async def _carry(back: Back, stream: _Stream, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+    """Copy between a stream and what it leads back to, until both ways have ended or one side has gone."""
+    try:
+        there, here = await asyncio.open_connection(back.host, back.port)
+    except OSError as error:
+        stream.failed(error)
+        stream.reset()
+        return
+    try:
+        await asyncio.gather(_copy(reader, here), _copy(there, writer))
+    except OSError as error:
+        stream.failed(error)
+        stream.reset()
+    finally:
+        if stream.broken is not None:
+            with contextlib.suppress(OSError):
+                here.get_extra_info("socket").setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, _RESET)
+        here.close()
+
+
+async def _copy(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+    """Raises OSError where one of the two breaks."""
+    while data := await reader.read(PIECE):
+        writer.write(data)
+        await writer.drain()
+    if writer.can_write_eof():
+        writer.write_eof()
