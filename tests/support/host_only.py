@@ -21,6 +21,7 @@ from websockets.exceptions import InvalidStatus
 
 from kohakuriver.changes import Changes
 from kohakuriver.host.app import create_app
+from kohakuriver.host.apps.serving import AppServer, Where
 from kohakuriver.host.parts import Services
 from kohakuriver.host.services.access import Access
 from kohakuriver.host.services.audit import AuditLog
@@ -49,7 +50,7 @@ from kohakuriver.tunnel.accept import TunnelRoute, serve_ws
 from kohakuriver.tunnel.protocol import TUNNEL_V2
 from kohakuriver.web.app import bind, socket_url
 from kohakuriver.web.origin import Guard
-from kohakuriver.web.server import Server
+from kohakuriver.web.server import Front, Server
 
 HEARTBEAT_SECONDS = 5.0
 
@@ -60,7 +61,10 @@ async def _nothing() -> None:
 
 @contextlib.asynccontextmanager
 async def a_server(
-    app: FastAPI, ws: type[asyncio.Protocol] | None = None, certificate: ServerCertificate | None = None
+    app: FastAPI,
+    ws: type[asyncio.Protocol] | None = None,
+    certificate: ServerCertificate | None = None,
+    front: Front | None = None,
 ) -> AsyncIterator[tuple[Server, socket.socket]]:
     """Serve an application on a free loopback port: the server, which is told to stop at the end, and its socket."""
     sock = bind("127.0.0.1", 0)
@@ -69,7 +73,9 @@ async def a_server(
     async def is_ready() -> None:
         ready.set()
 
-    server = Server(app, ws=ws or serve_ws([]), on_ready=is_ready, on_stop=_nothing, certificate=certificate)
+    server = Server(
+        app, ws=ws or serve_ws([]), on_ready=is_ready, on_stop=_nothing, certificate=certificate, front=front
+    )
     running = asyncio.ensure_future(server.serve([sock]))
     await ready.wait()
     try:
@@ -80,9 +86,11 @@ async def a_server(
 
 
 @contextlib.asynccontextmanager
-async def serving(app: FastAPI, ws: type[asyncio.Protocol] | None = None) -> AsyncIterator[str]:
+async def serving(
+    app: FastAPI, ws: type[asyncio.Protocol] | None = None, front: Front | None = None
+) -> AsyncIterator[str]:
     """Serve an application on a free loopback port; its URL."""
-    async with a_server(app, ws) as (_, sock):
+    async with a_server(app, ws, front=front) as (_, sock):
         yield socket_url(sock)
 
 
@@ -182,6 +190,8 @@ class HostUnderTest:
         clock: Clock,
         audit: AuditLog,
         limits: Limits,
+        key: bytes,
+        where: Where | None,
     ) -> None:
         self.store = store
         self.audit = audit
@@ -210,7 +220,20 @@ class HostUnderTest:
             credentials, Browsers(store, clock=clock), self.grants, "kr-abcdefghijklmnopqrstuvwxyz.localhost"
         )
         self.logs = Logs(self.grants, self.nodes, self.runners)
-        self.guard = Guard()
+        trusted = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+        self.app_server = AppServer(
+            key,
+            where or Where(),
+            store=store,
+            credentials=credentials,
+            logins=self.logins,
+            forwards=self.forwards,
+            trusted=trusted,
+            limits=limits,
+            tls=False,
+            clock=clock,
+        )
+        self.guard = Guard(elsewhere=self.app_server.owns, names=where.names if where else ())
         self.app = create_app(
             Services(
                 credentials,
@@ -224,6 +247,7 @@ class HostUnderTest:
                 audit,
                 self.logs,
                 self.logins,
+                self.app_server.apps,
             ),
             self.guard,
         )
@@ -286,9 +310,9 @@ class HostUnderTest:
 
 @contextlib.asynccontextmanager
 async def a_host(
-    directory: Path, *, allow_anonymous: bool = False, limits: Limits | None = None
+    directory: Path, *, allow_anonymous: bool = False, limits: Limits | None = None, where: Where | None = None
 ) -> AsyncIterator[HostUnderTest]:
-    """A host with its state in `directory`."""
+    """A host with its state in `directory`; `where` browsers find it and its apps."""
     store = await Store.open(sqlite_url(directory / "host.db"))
     clock = Clock()
     limits = limits or Limits(max_requests=0)
@@ -297,13 +321,15 @@ async def a_host(
     failures = Failures(rate=limits.max_failures)
     credentials = Credentials(accounts, allow_anonymous=allow_anonymous, audit=audit, failures=failures, clock=clock)
     await credentials.load_or_make(directory)
-    host = HostUnderTest(store, accounts, credentials, clock, audit, limits)
+    host = HostUnderTest(store, accounts, credentials, clock, audit, limits, await store.apps_key(), where)
     async with host.stack:
         host.stack.callback(audit.close)
         host.stack.push_async_callback(store.close)
         host.stack.push_async_callback(host.runners.close)
         host.stack.push_async_callback(cancel_all, [asyncio.ensure_future(host.tasks.run())])
-        host.url = await host.stack.enter_async_context(serving(host.app, serve_ws(host.tunnel_routes, host.guard)))
+        ws = serve_ws(host.tunnel_routes, host.guard)
+        host.url = await host.stack.enter_async_context(serving(host.app, ws, host.app_server.front))
+        host.stack.push_async_callback(host.app_server.close)
         host.admin_token = (directory / "admin-token").read_text().strip()
         host.user = host.client(host.admin_token)
         host.node = host.client((directory / "node-token").read_text().strip())

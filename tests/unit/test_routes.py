@@ -48,6 +48,8 @@ BY_WHO_MAY_USE: Rule = BY_USERS | {"stranger": "403"}
 BY_OWNERS: Rule = BY_USERS | {"stranger": "403", "shared": "403"}
 # Of the host's pages: only a form of its own changes something, whatever credential comes along.
 BY_OWN_PAGES: Rule = {"own page": "in"}
+# Whoever is not logged in with a browser is sent to do that, and then it is asked whose the task is.
+BY_VISITORS: Rule = {"stranger's browser": "403"}
 BY_TOKENS: Rule = BY_USERS | {f"{who}'s browser": "403" for who in ALL_USERS}
 BY_NODES: Rule = {"node": "in", "this node": "in", "other node": "403"}
 
@@ -58,6 +60,8 @@ HOST_RULES: dict[Route, Rule] = {
     ("GET", "/login"): OPEN,
     ("POST", "/login"): BY_OWN_PAGES,
     ("POST", "/logout"): BY_OWN_PAGES,
+    ("GET", "/open/{task}/{port}"): BY_VISITORS,
+    ("GET", "/enter-app"): OPEN,
     ("GET", "/openapi.json"): OPEN,
     ("GET", "/docs"): OPEN,
     ("GET", "/api/auth"): BY_USERS,
@@ -262,6 +266,8 @@ def expected_of(route: Route, rule: Rule, who: str, secret: str | dict[str, str]
     """What a credential is answered with by a rule of the host."""
     if rule is OPEN:
         return "in"
+    if rule is BY_VISITORS:
+        return rule.get(who, "in")
     if rule is BY_OWN_PAGES:
         return "in" if isinstance(secret, dict) and OWN_PAGE.items() <= secret.items() else "403"
     user, _, from_where = who.partition("'s browser")

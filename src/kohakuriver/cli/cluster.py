@@ -101,6 +101,24 @@ DrainOption = Annotated[
 MountsOption = Annotated[
     bool, typer.Option("--user-mounts", help="Let users who are no admins mount directories of the nodes.")
 ]
+AppsDomainOption = Annotated[
+    str | None,
+    typer.Option(
+        "--apps-domain",
+        metavar="DOMAIN",
+        help="Tasks' HTTP ports have addresses in it, as lab-8888-….DOMAIN; its names, *.DOMAIN, have to lead here.",
+        show_default=False,
+    ),
+]
+PublicUrlOption = Annotated[
+    str | None,
+    typer.Option(
+        "--public-url",
+        metavar="URL",
+        help="Where browsers find this host. Default with --apps-domain: by the first name in its certificate.",
+        show_default=False,
+    ),
+]
 AdvertiseOption = Annotated[
     str | None,
     typer.Option("--advertise-url", metavar="URL", help="How the host reaches this runner.", show_default=False),
@@ -311,6 +329,8 @@ def host(
     audit_log: AuditOption = None,
     drain: DrainOption = 0,
     user_mounts: MountsOption = False,
+    apps_domain: AppsDomainOption = None,
+    public_url: PublicUrlOption = None,
 ) -> int:
     """Run the host alone: the HTTP API, the middle of every forward, and the SSH proxy."""
     from kohakuriver.config import config_dir

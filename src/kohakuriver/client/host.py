@@ -307,14 +307,18 @@ class HostClient:
             answer = {**answer, "token": _record(Token, answer["token"]), "limits": _limits(answer)}
         return _record(Whoami, answer)
 
-    async def login_link(self) -> LoginLink:
-        """A link that logs one browser in as the caller, once, within a minute."""
+    async def login_link(self, there: str = "") -> LoginLink:
+        """A link that logs one browser in as the caller, once, within a minute; from there it goes to `there`.
+
+        `there` is a path of the host that leads to a port of a task, /open/TASK/PORT.
+        """
         made = await self._call("POST", "/api/auth/link")
         path, name = (made.get("path"), made.get("name")) if isinstance(made, dict) else (None, None)
         if not (isinstance(path, str) and path.startswith("/login?")) or not (
             isinstance(name, str) and NAME_IN_BROWSERS.fullmatch(name)
         ):
             raise KohakuRiverError("This version of kohakuriver does not understand the host's answer.")
+        path = there + path.removeprefix("/login") if there else path
         return LoginLink(browser_url(self._url, name) + path, str(made.get("expires_at", "")))
 
     async def users(self) -> list[User]:

@@ -13,6 +13,7 @@ from fastapi.security import HTTPBearer
 from kohakuriver import __version__
 from kohakuriver.errors import KohakuRiverError
 from kohakuriver.host.api_page import api_page
+from kohakuriver.host.apps.entry import entry
 from kohakuriver.host.browser import pages
 from kohakuriver.host.cookies import need_own_page, shown_cookie
 from kohakuriver.host.parts import Services
@@ -70,7 +71,7 @@ def create_app(services: Services, guard: Guard | None = None) -> FastAPI:
         guard=guard,
         documented=True,
         services=services,
-        routers=(_open, pages, _api, _nodes),
+        routers=(_open, pages, entry, _api, _nodes),
         on_error=note,
     )
     app.title = "KohakuRiver host"

@@ -15,6 +15,7 @@ from kohakuriver import __version__
 from kohakuriver.asking import asker
 from kohakuriver.config import SHARED_NAMES
 from kohakuriver.errors import KohakuRiverError, NotAllowedError, UnauthenticatedError, UnavailableError, UsageError
+from kohakuriver.host.apps.then import forget, remembered
 from kohakuriver.host.cookies import clear_cookie, is_tls, need_own_page, set_cookie, shown_cookie
 from kohakuriver.host.html import form, page
 from kohakuriver.host.index import table_of
@@ -26,13 +27,17 @@ from kohakuriver.host.services.failures import TOO_MANY_FAILURES
 from kohakuriver.store import Token
 from kohakuriver.web.app import services_of
 
-__all__ = ["pages"]
+__all__ = ["Page", "pages", "visitor_of"]
 
 LONGEST_FORM = 4096
 _FORM = "application/x-www-form-urlencoded"
 
 
-class _Page(APIRoute):
+OTHER_NAME = "other_name"
+"""The code of the error for a browser that came by a name at which it is not let in: no page there helps it."""
+
+
+class Page(APIRoute):
     """A route whose errors are pages, too."""
 
     def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
@@ -50,7 +55,7 @@ class _Page(APIRoute):
         return shown
 
 
-pages = APIRouter(route_class=_Page)
+pages = APIRouter(route_class=Page)
 
 
 def _need_own_name(request: Request) -> None:
@@ -63,7 +68,8 @@ def _need_own_name(request: Request) -> None:
     if local and name != _services(request).logins.name and not is_tls(request) and _is_browser(request):
         raise NotAllowedError(
             "Run `kohakuriver open`, which opens this host by a name of its own: what listens on other ports of this "
-            "name would get the cookie, too."
+            "name would get the cookie, too.",
+            code=OTHER_NAME,
         )
 
 
@@ -77,13 +83,17 @@ async def root(request: Request) -> Response:
     if not _is_browser(request):
         about = {"name": "KohakuRiver host", "version": __version__, "api": "/docs", "health": "/health"}
         return JSONResponse(about, headers={"Vary": "Accept"})
-    found = await _visitor(request)
+    found = await visitor_of(request)
     if found is None:
         return _to_login(request)
+    if place := remembered(request):
+        onward = RedirectResponse(place, 303)
+        forget(request, onward)
+        return onward
     caller, browser = found
     until = f", until {iso_time(browser.ends_at)} at the latest" if browser.ends_at else ""
     body = f"<p>Logged in as <strong>{escape(caller.name)}</strong> ({escape(caller.role)}){until}.</p>\n"
-    body += await table_of(_services(request).tasks, caller)
+    body += await table_of(_services(request), caller, request.headers.get("host", ""))
     return page("Tasks", body + '<p><a href="/docs">HTTP API</a></p>\n' + form("/logout", "", "Log out"))
 
 
@@ -92,7 +102,7 @@ async def login_page(request: Request) -> Response:
     """The page that asks for a token; with the code of a link, the way in."""
     code = request.query_params.get("code")
     if code is None:
-        if await _visitor(request) is not None:
+        if await visitor_of(request) is not None:
             return RedirectResponse("/", 303)
         blank = _login_form()
         clear_cookie(request, blank)
@@ -102,7 +112,7 @@ async def login_page(request: Request) -> Response:
     opened = await services.logins.opened_by(code)
     if services.logins.came_in_by(opened, cookie):
         return RedirectResponse("/", 303)
-    found = await _visitor(request)
+    found = await visitor_of(request)
     if not opened.used_by and not (_typed_in(request) and (found is None or found[0].name == opened.user)):
         return _ask(code, opened.user, found)
     return await _enter(request, code)
@@ -153,7 +163,7 @@ def _to_login(request: Request) -> Response:
     return response
 
 
-async def _visitor(request: Request) -> tuple[Caller, Token] | None:
+async def visitor_of(request: Request) -> tuple[Caller, Token] | None:
     """Who is logged in with the browser that asks; None for nobody."""
     cookie = shown_cookie(request)
     if cookie is None:
@@ -218,7 +228,8 @@ def _ask(code: str, user: str, found: tuple[Caller, Token] | None) -> HTMLRespon
 
 
 def _sorry(error: KohakuRiverError) -> HTMLResponse:
-    return page("Sorry", f'<p>{escape(error.message)}</p>\n<p><a href="/login">Log in</a></p>\n', error.status)
+    link = "" if error.code == OTHER_NAME else '<p><a href="/login">Log in</a></p>\n'
+    return page("Sorry", f"<p>{escape(error.message)}</p>\n{link}", error.status)
 
 
 def _services(request: Request) -> Services:

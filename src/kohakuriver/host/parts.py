@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from kohakuriver.host.apps.apps import Apps
 from kohakuriver.host.services.access import Access
 from kohakuriver.host.services.audit import AuditLog
 from kohakuriver.host.services.authorize import Forwards
@@ -34,3 +35,4 @@ class Services:
     audit: AuditLog
     logs: Logs
     logins: Logins
+    apps: Apps

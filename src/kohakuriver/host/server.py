@@ -15,6 +15,7 @@ import structlog
 from kohakuriver import runtime as loops
 from kohakuriver.changes import Changes
 from kohakuriver.host.app import create_app
+from kohakuriver.host.apps.serving import AppServer, where_in
 from kohakuriver.host.parts import Services
 from kohakuriver.host.services.access import Access
 from kohakuriver.host.services.audit import AuditLog
@@ -54,6 +55,7 @@ log = structlog.get_logger("kohakuriver.host")
 class HostOptions:
     """How a host runs. `port` and `ssh_port` 0 are any free one; `database` None is a SQLite file in `state_dir`.
 
+    `apps_domain` is what is behind the names of apps, and `public_url` where browsers find the host.
     `allowed_hosts` and `allowed_origins` are as `Guard` takes them. With `user_mounts` others than admins may mount
     directories of nodes.
     `ca_file` is what runners' certificates are checked by, None the system's authorities; `audit_log` None is a file in
@@ -69,6 +71,8 @@ class HostOptions:
     allow_anonymous: bool = False
     allowed_hosts: Sequence[str] = ()
     allowed_origins: Sequence[str] = ()
+    apps_domain: str | None = None
+    public_url: str | None = None
     user_mounts: bool = False
     heartbeat_seconds: float = 5.0
     tls_cert: Path | None = None
@@ -198,7 +202,25 @@ async def _serve(
         trusted=perimeter.trusted,
         limits=perimeter.limits,
     )
-    guard = Guard(names=perimeter.names, hosts=options.allowed_hosts, origins=options.allowed_origins)
+    where = where_in(options.apps_domain, options.public_url, perimeter.names, socks[0].getsockname()[1])
+    logins = Logins(credentials, Browsers(store), grants, name_in_browsers(options.state_dir / "browser-name"))
+    app_server = AppServer(
+        await store.apps_key(),
+        where,
+        store=store,
+        credentials=credentials,
+        logins=logins,
+        forwards=forwards,
+        trusted=perimeter.trusted,
+        limits=limits,
+        tls=perimeter.certificate is not None,
+    )
+    guard = Guard(
+        names=[*perimeter.names, *where.names],
+        hosts=options.allowed_hosts,
+        origins=options.allowed_origins,
+        elsewhere=app_server.owns,
+    )
     logs = Logs(grants, nodes, runners)
     url = socket_url(socks[0], "https" if options.tls_cert else "http")
     ssh_address = socket_url(ssh_sock).removeprefix("http://")
@@ -218,6 +240,7 @@ async def _serve(
         await ssh_proxy.close()
         await terminals.close()
         logs.close()
+        await app_server.close()
         await proxy.close()
 
     server = Server(
@@ -233,7 +256,8 @@ async def _serve(
                 requests,
                 perimeter.audit,
                 logs,
-                Logins(credentials, Browsers(store), grants, name_in_browsers(options.state_dir / "browser-name")),
+                logins,
+                app_server.apps,
             ),
             guard,
         ),
@@ -242,6 +266,7 @@ async def _serve(
         on_stop=stop,
         certificate=perimeter.certificate,
         limits=perimeter.limits,
+        front=app_server.front,
     )
     beside = [
         server.keep(grants.run(), "checking the rights of sessions"),

@@ -260,6 +260,10 @@ class Accounts:
         """
         return await self._tokens(digest(secret))
 
+    async def token_of(self, key: str) -> tuple[Token | None, User | None]:
+        """The same of the token with that digest."""
+        return await self._tokens(key)
+
     async def _token(self, key: str) -> tuple[Token | None, User | None]:
         def work(session: Session) -> tuple[Token | None, User | None]:
             token = session.get(Token, key)

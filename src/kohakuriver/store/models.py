@@ -20,6 +20,7 @@ __all__ = [
     "ACTIVE",
     "OF_USERS",
     "TOKEN_ID_LENGTH",
+    "AppCode",
     "Base",
     "Group",
     "LoginCode",
@@ -276,6 +277,24 @@ class LoginCode(Base):
     token: Mapped[str] = mapped_column(String(64), index=True)
     expires_at: Mapped[float] = mapped_column(Float)
     used_by: Mapped[str] = mapped_column(String(64), default="")
+
+
+class AppCode(Base):
+    """What lets a browser in at the address of an app, once; kept as its SHA-256.
+
+    `browser` is the digest of the login that it stands for, `host` the address that it is for, `state` the hash of what
+    that address has given the browser.
+    """
+
+    __tablename__ = "app_codes"
+
+    digest: Mapped[str] = mapped_column(String(64), primary_key=True)
+    browser: Mapped[str] = mapped_column(String(64), index=True)
+    task_id: Mapped[int] = mapped_column(BigInteger)
+    port: Mapped[int] = mapped_column(Integer)
+    host: Mapped[str] = mapped_column(Text)
+    state: Mapped[str] = mapped_column(String(64))
+    expires_at: Mapped[float] = mapped_column(Float)
 
 
 def usage_of(status: str, claimed_until: float, spec: Mapping[str, Any], now: float) -> Usage:

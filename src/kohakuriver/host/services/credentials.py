@@ -15,7 +15,7 @@ from kohakuriver.errors import NotAllowedError, UnauthenticatedError
 from kohakuriver.host.services.audit import NOWHERE, Audit
 from kohakuriver.host.services.failures import Failures
 from kohakuriver.quotas import Quotas
-from kohakuriver.store import ANY_NODE, OF_USERS, TOKEN_ID_LENGTH, Accounts, Token
+from kohakuriver.store import ANY_NODE, OF_USERS, TOKEN_ID_LENGTH, Accounts, Token, User
 
 __all__ = ["ADMIN", "ANONYMOUS", "Caller", "Credentials", "new_token"]
 
@@ -97,18 +97,29 @@ class Credentials:
         asker().known["via"] = "browser"
         return found
 
+    async def logged_in(self, browser: str) -> tuple[Caller, Token]:
+        """Like `visitor`, by the digest of the browser's secret, which is no credential: who asks has shown another.
+
+        Raises UnauthenticatedError.
+        """
+        token, user = await self._accounts.token_of(browser)
+        return self._checked(token, user, "browser")
+
     async def _known(self, secret: str, kind: str) -> tuple[Caller, Token]:
         async with self.looking():
             token, user = await self._accounts.token(secret)
         try:
-            if token is None or token.kind != kind:
-                raise UnauthenticatedError(_UNKNOWN[kind])
-            self._check_valid(token)
-            if user is None:
-                raise UnauthenticatedError("The user of this token was removed; ask the host's administrator.")
+            return self._checked(token, user, kind)
         except UnauthenticatedError as error:
             await self.refuse(error, token)
             raise
+
+    def _checked(self, token: Token | None, user: User | None, kind: str) -> tuple[Caller, Token]:
+        if token is None or token.kind != kind:
+            raise UnauthenticatedError(_UNKNOWN[kind])
+        self._check_valid(token)
+        if user is None:
+            raise UnauthenticatedError("The user of this token was removed; ask the host's administrator.")
         asker().known.update(user=user.name, token=token.id)
         return Caller(user.name, user.role, token.digest, self._accounts.quotas_of(user)), token
 
