@@ -19,9 +19,14 @@ import pytest
 from aiohttp import web as server
 from websockets.exceptions import ConnectionClosed, InvalidStatus
 
+from kohakuriver.cli.pki import Authority
+from kohakuriver.client.host import HostClient
+from kohakuriver.config import Settings
 from kohakuriver.host.apps import sessions, signed
+from kohakuriver.host.apps.serving import where_in
 from kohakuriver.limits import Limits
 from kohakuriver.store.apps import APP_CODE_SECONDS
+from kohakuriver.tls import ServerCertificate
 from tests.support.apps import Stage, Surfer, apps
 from tests.support.hops import until
 
@@ -402,6 +407,65 @@ def test_the_path_that_somebody_came_for_is_where_they_get(scene: Callable[..., 
     scene(check)
 
 
+def test_who_has_to_log_in_first_gets_to_the_app_after_that(scene: Callable[..., None]) -> None:
+    async def check(made: Scene) -> None:
+        stranger = Surfer(made.stage.host)
+        await stranger.go(made.link)
+        assert stranger.been[-1].endswith("/login")
+        await stranger.log_in(made.stage.host.admin_token)
+        assert (await stranger.go(f"{stranger.main}/")).json()["path"] == "/"
+        assert (await stranger.go(f"{stranger.main}/")).status_code == 200
+        assert stranger.been[-1] == f"GET {stranger.main}/"  # once, and not each time that the page is opened
+        port = urlsplit(stranger.main).port
+        for place in ("//evil.example", "/logout", "/open/lab/1/../..", "/enter-app?app=x", "https://evil.example"):
+            stranger.cookies(stranger.main)[f"kohakuriver-then-{port}"] = place
+            assert (await stranger.ask(f"{stranger.main}/")).status_code == 200
+
+    scene(check, there=False)
+
+
+def test_a_link_of_the_command_line_logs_in_and_leads_to_the_app(scene: Callable[..., None]) -> None:
+    async def check(made: Scene) -> None:
+        host = made.stage.host
+        async with HostClient(Settings(host.url, host.admin_token)) as client:
+            link = await client.login_link(f"/open/lab/{made.app.port}")
+        assert link.url.startswith(f"{made.surfer.main}/open/lab/{made.app.port}?code=")
+        assert (await Surfer(host).go(link.url)).json()["path"] == "/"
+
+    scene(check, there=False)
+
+
+def test_under_a_domain_with_tls_all_of_it_works_and_cookies_are_of_one_address_alone(
+    scene: Callable[..., None], tmp_path: Path
+) -> None:
+    made_for = Authority(tmp_path / "ca").issue(["river.example.org", "*.apps.example.org"], 1)
+    certificate = ServerCertificate(made_for.cert, made_for.key)
+
+    async def check(made: Scene) -> None:
+        assert made.origin.startswith(f"https://lab-{made.app.port}-")
+        assert made.origin.endswith(".apps.example.org")
+        assert list(made.surfer.cookies(made.origin)) == ["__Host-kohakuriver-app"]
+        fields = dict((await made.get()).json()["fields"])
+        assert (fields["X-Forwarded-Proto"], "Cookie" in fields) == ("https", False)
+        assert len((await made.get("/large")).content) == SIZE
+        async with made.stage.websocket(made.surfer, f"{made.origin}/socket") as ws:
+            await ws.send("there")
+            assert await ws.recv() == "there"
+        short = f"https://lab-{made.app.port}.apps.example.org/"
+        assert (await made.surfer.go(short)).json()["path"] == "/"
+        stranger = Surfer(made.stage.host)
+        await stranger.go(f"{made.origin}/lab/tree?x=1")
+        assert stranger.been[-1] == "GET https://river.example.org/login"
+        await stranger.log_in(made.stage.host.admin_token)
+        assert (await stranger.go(stranger.main + "/")).json()["path"] == "/lab/tree?x=1"
+        for name in ("apps.example.org", "x.apps.example.org", f"x.{made.host}", "lab-1-aaaaaaaaaaaa.apps.example.org"):
+            answer = await made.surfer.ask(f"https://{name}/")
+            assert answer.status_code in (303, 421)
+            assert len(made.app.asked) == len([each for each in made.app.asked if each.host.startswith("localhost")])
+
+    scene(check, certificate=certificate, where=where_in("apps.example.org", None, certificate.names, 443))
+
+
 # -- who may do what at an address -----------------------------------------------------------------------------------
 
 
@@ -631,6 +695,107 @@ def test_what_the_host_alone_serves_is_not_at_an_address_and_the_other_way_round
         assert answer.status_code == 403
 
     scene(check)
+
+
+# -- links -----------------------------------------------------------------------------------------------------------
+
+
+async def come_by(surfer: Surfer, url: str) -> Any:
+    """Open a link: its page sends what is behind the # itself. The answer to that."""
+    page, _, secret = url.partition("#")
+    shown = await surfer.ask(page)
+    assert shown.status_code == 200
+    assert secret not in shown.text
+    return await surfer.ask(page, "POST", site="same-origin", data={"code": secret})
+
+
+async def a_link(made: Scene, **how: Any) -> dict[str, Any]:
+    answer = await made.stage.host.user.post("/api/tasks/lab/links", json={"port": made.app.port, **how})
+    assert answer.status_code == 201, answer.text
+    link: dict[str, Any] = answer.json()
+    return link
+
+
+def test_whoever_has_a_link_opens_that_port_and_nothing_else_until_it_is_taken_back(scene: Callable[..., None]) -> None:
+    async def check(made: Scene) -> None:
+        host, guest = made.stage.host, Surfer(made.stage.host)
+        link = await a_link(made)
+        assert link["url"].startswith(f"{made.origin}/.kohakuriver/link#krl_")
+        answer = await come_by(guest, link["url"])
+        assert (answer.status_code, answer.headers["location"]) == (303, "/")
+        assert (await guest.ask(made.origin)).json()["path"] == "/"
+        secret = link["url"].partition("#")[2]
+        for url in (f"{guest.main}/api/auth", f"{guest.main}/api/tasks"):
+            assert (await host.client(secret).get(urlsplit(url).path)).status_code == 401
+            assert (await guest.ask(url, site="same-origin")).status_code == 401
+        assert (
+            await guest.ask(
+                f"{guest.main}/login",
+                "POST",
+                site="same-origin",
+                data={"token": secret},
+                headers={"Origin": guest.main},
+            )
+        ).status_code == 401
+        other = made.stage.app(made.task, made.app.port - 1)
+        answer = await guest.ask(f"{other}/.kohakuriver/link", "POST", site="same-origin", data={"code": secret})
+        assert (answer.status_code, guest.cookies(other)) == (401, {})
+        async with made.stage.websocket(guest, f"{made.origin}/socket") as ws:
+            await ws.send("there")
+            assert await ws.recv() == "there"
+            [listed] = (await host.user.get("/api/tasks/lab/links")).json()
+            assert (listed["id"], "url" in listed) == (link["id"], False)
+            assert (await host.user.delete(f"/api/tasks/lab/links/{link['id']}")).status_code == 200
+            with pytest.raises(ConnectionClosed):
+                await ws.recv()
+        gone = await guest.ask(made.origin)
+        assert (gone.status_code, guest.cookies(made.origin)) == (401, {})
+        assert host.logins.name not in gone.text + str(gone.headers)
+        assert (await come_by(Surfer(host), link["url"])).status_code == 401
+        await host.audit.written()
+        lines = {event["event"]: event for event in made.events()}
+        assert {"link_made", "link_ended"} <= set(lines)
+        assert (lines["session_opened"]["via"], lines["session_opened"]["token"]) == ("link", link["id"])
+        kept = b"".join(path.read_bytes() for path in host.audit.path.parent.glob("*") if path.is_file())
+        assert secret.encode() not in kept
+
+    scene(check, there=False)
+
+
+def test_a_link_is_good_for_its_time_and_no_longer_than_the_token_that_made_it(scene: Callable[..., None]) -> None:
+    async def check(made: Scene) -> None:
+        host, guest = made.stage.host, Surfer(made.stage.host)
+        ann, _ = await host.person("ann")
+        await ann.post("/api/tasks", json={"name": "anns", "backend": "process", "command": ["true"]})
+        url = (await ann.post("/api/tasks/anns/links", json={"port": made.app.port})).json()["url"]
+        own = (await ann.get("/api/auth")).json()["token"]["id"]
+        assert (await ann.delete(f"/api/tokens/{own}")).status_code == 200
+        assert (await come_by(guest, url)).status_code == 401
+        link = await a_link(made, expires_in=7200)
+        await come_by(guest, link["url"])
+        assert (await guest.ask(made.origin)).status_code == 200
+        host.clock.now += signed.COOKIE_SECONDS + 1  # nobody is asked again: who has the link could come by it anyway
+        assert (await guest.ask(made.origin)).status_code == 200
+        host.clock.now += 7200
+        assert (await come_by(Surfer(host), link["url"])).status_code == 401
+
+    scene(check, there=False)
+
+
+def test_a_link_is_sent_by_its_own_page_alone(scene: Callable[..., None]) -> None:
+    async def check(made: Scene) -> None:
+        page, _, secret = (await a_link(made))["url"].partition("#")
+        guest = Surfer(made.stage.host)
+        for site in ("cross-site", "same-site"):
+            answer = await guest.ask(page, "POST", site=site, data={"code": secret})
+            assert (answer.status_code, guest.cookies(made.origin)) == (403, {})
+        shown = await guest.ask(page)
+        policy = shown.headers["content-security-policy"]
+        assert f"form-action {made.origin};" in policy
+        assert "frame-ancestors 'none'" in policy
+        assert "unsafe" not in policy
+
+    scene(check, there=False)
 
 
 # -- sessions --------------------------------------------------------------------------------------------------------

@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import hashlib
 import re
+import ssl
 from collections.abc import AsyncIterator
 from dataclasses import dataclass, field
 from html import unescape
@@ -16,8 +17,6 @@ from urllib.parse import urljoin, urlsplit
 import httpx
 from websockets.asyncio.client import ClientConnection, connect
 
-from kohakuriver.host.apps.serving import Where
-from kohakuriver.limits import Limits
 from kohakuriver.runner.services.direct import DirectTarget
 from kohakuriver.runner.services.tunnel_server import TunnelServer
 from kohakuriver.session import ticket
@@ -26,7 +25,7 @@ from kohakuriver.tunnel.protocol import MARK
 from tests.support.host_only import FakeRunner, HostUnderTest, a_host, serving
 from tests.support.peers.cuttable import Relay, relay
 
-__all__ = ["Stage", "Surfer", "apps"]
+__all__ = ["Stage", "Surfer", "apps", "unchecked"]
 
 
 async def _no_tunnels(*_: object) -> str:
@@ -41,7 +40,7 @@ class Surfer:
 
     def __init__(self, host: HostUnderTest) -> None:
         self.host = host
-        self.main = f"http://{host.logins.name}:{urlsplit(host.url).port}"
+        self.main = host.public or f"http://{host.logins.name}:{urlsplit(host.url).port}"
         self.jar: dict[str, dict[str, str]] = {}
         self.been: list[str] = []
         self._http: dict[str, httpx.AsyncClient] = {}
@@ -98,7 +97,8 @@ class Surfer:
                 return answer
             before, url = url, urljoin(url, there)
             same = urlsplit(before).netloc == urlsplit(url).netloc
-            site = "same-origin" if same and site in ("none", "same-origin") else "cross-site"
+            if site != "none":  # what a person has asked for stays that, wherever it leads
+                site = "same-origin" if same and site == "same-origin" else "cross-site"
             if form is None or answer.is_redirect:
                 answer = await self.ask(url, site=site)
                 continue
@@ -111,6 +111,14 @@ class Surfer:
             f"{self.main}/login", "POST", site="same-origin", headers={"Origin": self.main}, data={"token": token}
         )
         assert answer.status_code == 303, answer.text
+
+
+def unchecked() -> ssl.SSLContext:
+    """TLS that asks for no certificate: whose it is, other tests look at."""
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+    context.check_hostname = False
+    context.verify_mode = ssl.CERT_NONE
+    return context
 
 
 @dataclass
@@ -132,8 +140,10 @@ class Stage:
 
     def app(self, task: dict[str, Any], port: int) -> str:
         """The origin of an app."""
-        tag = self.host.app_server.apps.addresses.tag(task["task_id"], port)
-        return f"http://{task['name']}-{port}-{tag}.localhost:{self.port}"
+        main = f"{self.host.logins.name}:{self.port}"
+        address = self.host.app_server.apps.addresses.of(task["task_id"], task["name"], port, main)
+        assert address
+        return address.place.origin
 
     async def surfer(self, token: str | None = None) -> Surfer:
         """A browser that is logged in, as an admin where no token is given."""
@@ -148,8 +158,10 @@ class Stage:
         fields = {"Host": parts.netloc, "Origin": f"{parts.scheme}://{parts.netloc}"} | headers
         if surfer.cookies(url):
             fields["Cookie"] = "; ".join(f"{name}={value}" for name, value in surfer.cookies(url).items())
-        uri = f"ws://{parts.netloc}{parts.path}"
+        uri = f"{parts.scheme.replace('http', 'ws')}://{parts.netloc}{parts.path}"
         at: dict[str, Any] = {"host": "127.0.0.1", "port": self.port}
+        if parts.scheme == "https":
+            at["ssl"] = unchecked()
         origin = fields.pop("Origin")
         del fields["Host"]
         async with connect(uri, additional_headers=fields, origin=origin or None, proxy=None, **at) as opened:  # type: ignore[arg-type]
@@ -157,9 +169,9 @@ class Stage:
 
 
 @contextlib.asynccontextmanager
-async def apps(directory: Path, *, limits: Limits | None = None, where: Where | None = None) -> AsyncIterator[Stage]:
-    """All of that."""
-    async with a_host(directory, limits=limits, where=where) as host:
+async def apps(directory: Path, **how: Any) -> AsyncIterator[Stage]:
+    """All of that; `how` is as `a_host` takes it."""
+    async with a_host(directory, **how) as host:
         runner = FakeRunner(host, "n1")
         server = TunnelServer(
             allow_anonymous=False,

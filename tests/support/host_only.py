@@ -30,6 +30,7 @@ from kohakuriver.host.services.credentials import Credentials
 from kohakuriver.host.services.failures import Failures
 from kohakuriver.host.services.grants import Grants
 from kohakuriver.host.services.groups import GroupsOfUsers
+from kohakuriver.host.services.links import AppLinks
 from kohakuriver.host.services.logins import Logins
 from kohakuriver.host.services.logs import Logs
 from kohakuriver.host.services.nodes import Nodes
@@ -45,6 +46,7 @@ from kohakuriver.quotas import Offer, Quotas
 from kohakuriver.runtime import cancel_all
 from kohakuriver.session import ticket
 from kohakuriver.store import Accounts, Browsers, Groups, Store, sqlite_url
+from kohakuriver.store.links import Links as StoredLinks
 from kohakuriver.tls import ServerCertificate
 from kohakuriver.tunnel.accept import TunnelRoute, serve_ws
 from kohakuriver.tunnel.protocol import TUNNEL_V2
@@ -87,11 +89,14 @@ async def a_server(
 
 @contextlib.asynccontextmanager
 async def serving(
-    app: FastAPI, ws: type[asyncio.Protocol] | None = None, front: Front | None = None
+    app: FastAPI,
+    ws: type[asyncio.Protocol] | None = None,
+    front: Front | None = None,
+    certificate: ServerCertificate | None = None,
 ) -> AsyncIterator[str]:
     """Serve an application on a free loopback port; its URL."""
-    async with a_server(app, ws, front=front) as (_, sock):
-        yield socket_url(sock)
+    async with a_server(app, ws, certificate, front) as (_, sock):
+        yield socket_url(sock, "http" if certificate is None else "https")
 
 
 async def websocket_status(url: str, headers: dict[str, str]) -> int:
@@ -192,7 +197,9 @@ class HostUnderTest:
         limits: Limits,
         key: bytes,
         where: Where | None,
+        tls: bool,
     ) -> None:
+        self.public = None if where is None or where.public is None else where.public.geturl()
         self.store = store
         self.audit = audit
         self.clock = clock
@@ -230,7 +237,7 @@ class HostUnderTest:
             forwards=self.forwards,
             trusted=trusted,
             limits=limits,
-            tls=False,
+            tls=tls,
             clock=clock,
         )
         self.guard = Guard(elsewhere=self.app_server.owns, names=where.names if where else ())
@@ -248,6 +255,7 @@ class HostUnderTest:
                 self.logs,
                 self.logins,
                 self.app_server.apps,
+                AppLinks(StoredLinks(store, clock=clock), self.app_server.apps, self.grants, clock=clock),
             ),
             self.guard,
         )
@@ -310,7 +318,12 @@ class HostUnderTest:
 
 @contextlib.asynccontextmanager
 async def a_host(
-    directory: Path, *, allow_anonymous: bool = False, limits: Limits | None = None, where: Where | None = None
+    directory: Path,
+    *,
+    allow_anonymous: bool = False,
+    limits: Limits | None = None,
+    where: Where | None = None,
+    certificate: ServerCertificate | None = None,
 ) -> AsyncIterator[HostUnderTest]:
     """A host with its state in `directory`; `where` browsers find it and its apps."""
     store = await Store.open(sqlite_url(directory / "host.db"))
@@ -321,14 +334,15 @@ async def a_host(
     failures = Failures(rate=limits.max_failures)
     credentials = Credentials(accounts, allow_anonymous=allow_anonymous, audit=audit, failures=failures, clock=clock)
     await credentials.load_or_make(directory)
-    host = HostUnderTest(store, accounts, credentials, clock, audit, limits, await store.apps_key(), where)
+    tls = certificate is not None
+    host = HostUnderTest(store, accounts, credentials, clock, audit, limits, await store.apps_key(), where, tls)
     async with host.stack:
         host.stack.callback(audit.close)
         host.stack.push_async_callback(store.close)
         host.stack.push_async_callback(host.runners.close)
         host.stack.push_async_callback(cancel_all, [asyncio.ensure_future(host.tasks.run())])
         ws = serve_ws(host.tunnel_routes, host.guard)
-        host.url = await host.stack.enter_async_context(serving(host.app, ws, host.app_server.front))
+        host.url = await host.stack.enter_async_context(serving(host.app, ws, host.app_server.front, certificate))
         host.stack.push_async_callback(host.app_server.close)
         host.admin_token = (directory / "admin-token").read_text().strip()
         host.user = host.client(host.admin_token)

@@ -102,6 +102,9 @@ HOST_RULES: dict[Route, Rule] = {
     ("DELETE", "/api/tasks/{task}"): BY_OWNERS,
     ("POST", "/api/tasks/{task}/shares"): BY_OWNERS,
     ("DELETE", "/api/tasks/{task}/shares/{user}"): BY_OWNERS,
+    ("POST", "/api/tasks/{task}/links"): BY_OWNERS,
+    ("GET", "/api/tasks/{task}/links"): BY_OWNERS,
+    ("DELETE", "/api/tasks/{task}/links/{link}"): BY_OWNERS,
     ("WS", "/ws/forward/{task_id}/{port}"): BY_WHO_MAY_USE,
     ("WS", "/ws/task/{task_id}/terminal"): BY_WHO_MAY_USE,
 }
@@ -167,6 +170,7 @@ BODIES: dict[Route, Any] = {
     ("POST", "/api/tokens"): {"name": "new"},
     ("POST", "/api/tasks/{task}/shares"): {"user": "shared"},
     ("POST", "/api/tasks/{task}/extend"): {"seconds": 60},
+    ("POST", "/api/tasks/{task}/links"): {"port": 80},
 }
 RUNNER_BODIES: dict[Route, Any] = {
     ("POST", "/api/tasks"): {"task_id": 1, "container": "c1", "backend": "process"},
@@ -175,7 +179,7 @@ RUNNER_BODIES: dict[Route, Any] = {
     ("POST", "/api/tasks/{container}/revoke"): {"user": "ann", "reason": "the task is not shared any more"},
 }
 FILLED_IN = {"task": "web", "task_id": "web", "port": "80", "name": "n1", "user": "shared", "token": "none-such"}
-FILLED_IN |= {"group": "lab", "container": "c1", "container_id": "c1", "id": "1"}
+FILLED_IN |= {"group": "lab", "link": "none-such", "container": "c1", "container_id": "c1", "id": "1"}
 
 
 def http_routes(routes: Iterable[Any]) -> Iterator[Route]:

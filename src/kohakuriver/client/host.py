@@ -146,6 +146,24 @@ class LoginLink:
 
 
 @dataclass(frozen=True)
+class Link:
+    """A link to one `port` of a task. `user` is who made it; the moments are ISO 8601.
+
+    `url` is its address, in the answer to `make_link` alone: whoever has that opens the port.
+    """
+
+    id: str
+    user: str
+    port: int
+    created_at: str = ""
+    expires_at: str | None = None
+    url: str | None = field(default=None, repr=False)
+
+    def to_json(self) -> dict[str, Any]:
+        return {name: value for name, value in asdict(self).items() if name != "url" or value is not None}
+
+
+@dataclass(frozen=True)
 class Token:
     """A token of a `user` or a `node` ("*": any). `name` is what its owner calls it; the moments are ISO 8601.
 
@@ -386,6 +404,19 @@ class HostClient:
     async def unshare(self, task: str, user: str) -> Task:
         """Take that back; the sessions of that user, or of that group's, to the task end."""
         return _task(await self._call("DELETE", f"{_path(task, 'shares')}/{path_segment(user)}"))
+
+    async def make_link(self, task: str, port: int, *, expires_in: float | None = None) -> Link:
+        """Make a link that opens one port of a task, for whoever has it. The answer has its address."""
+        body = {"port": port} | ({} if expires_in is None else {"expires_in": expires_in})
+        return _record(Link, await self._call("POST", _path(task, "links"), body=body))
+
+    async def links(self, task: str) -> list[Link]:
+        """The links of a task that are good, without their addresses."""
+        return [_record(Link, each) for each in await self._call("GET", _path(task, "links"))]
+
+    async def end_link(self, task: str, link: str) -> Link:
+        """Take the link with that id back; what is open by it ends."""
+        return _record(Link, await self._call("DELETE", f"{_path(task, 'links')}/{path_segment(link)}"))
 
     async def audit(
         self, *, since: str | None = None, user: str | None = None, task: str | None = None, after: str | None = None

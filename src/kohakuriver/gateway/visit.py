@@ -201,6 +201,11 @@ class Visit(LocalWriter):
         elif mode is not _Mode.REST:
             self._collect(data)
 
+    def resume_writing(self) -> None:
+        super().resume_writing()
+        if self._mode is _Mode.HEAD and self._head:  # TLS has words of its own to send, before the first answer too
+            soon(self._settled)
+
     def eof_received(self) -> bool:
         stream = self._stream
         if self._mode is _Mode.RAW and stream is not None:

@@ -28,8 +28,11 @@ from kohakuriver.host.schemas import (
     Heartbeat,
     HeartbeatAnswer,
     LimitsView,
+    LinkMade,
+    LinkView,
     LoginLink,
     NewGroup,
+    NewLink,
     NewToken,
     NewUser,
     NodeView,
@@ -439,3 +442,21 @@ async def unshare_task(host: Host, found: Own, user: str) -> TaskView:
     await host.people.unshare(found[0], user)
     await host.tasks.renew_token(*found)
     return await host.tasks.get(*found)
+
+
+@_api.post("/tasks/{task}/links", status_code=201)
+async def make_link(host: Host, authenticated: Authenticated, found: Own, request: NewLink, http: Request) -> LinkMade:
+    """Make a link: whoever has it opens one port of the task in a browser, and nothing else."""
+    return await host.links.make(authenticated[1], found[0], request, http.headers.get("host", ""))
+
+
+@_api.get("/tasks/{task}/links")
+async def list_links(host: Host, found: Own) -> list[LinkView]:
+    """The links of a task that are good."""
+    return await host.links.of_task(found[0])
+
+
+@_api.delete("/tasks/{task}/links/{link}")
+async def end_link(host: Host, found: Own, link: str) -> LinkView:
+    """Take a link back; what is open by it ends."""
+    return await host.links.end(found[0], link)

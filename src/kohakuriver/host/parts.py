@@ -10,6 +10,7 @@ from kohakuriver.host.services.audit import AuditLog
 from kohakuriver.host.services.authorize import Forwards
 from kohakuriver.host.services.credentials import Credentials
 from kohakuriver.host.services.groups import GroupsOfUsers
+from kohakuriver.host.services.links import AppLinks
 from kohakuriver.host.services.logins import Logins
 from kohakuriver.host.services.logs import Logs
 from kohakuriver.host.services.nodes import Nodes
@@ -36,3 +37,4 @@ class Services:
     logs: Logs
     logins: Logins
     apps: Apps
+    links: AppLinks

@@ -24,6 +24,7 @@ from kohakuriver.host.services.credentials import Credentials
 from kohakuriver.host.services.failures import Failures
 from kohakuriver.host.services.grants import Grants
 from kohakuriver.host.services.groups import GroupsOfUsers
+from kohakuriver.host.services.links import AppLinks
 from kohakuriver.host.services.logins import Logins, name_in_browsers
 from kohakuriver.host.services.logs import Logs
 from kohakuriver.host.services.nodes import Nodes
@@ -39,6 +40,7 @@ from kohakuriver.quotas import Quotas
 from kohakuriver.runtime import raise_file_limit
 from kohakuriver.ssh_proxy.server import SshProxy
 from kohakuriver.store import Accounts, Browsers, Groups, Store, sqlite_url
+from kohakuriver.store.links import Links as StoredLinks
 from kohakuriver.tls import ServerCertificate, client_context
 from kohakuriver.tunnel.accept import serve_ws
 from kohakuriver.web.app import bind, bind_with_loopback, print_event, server_certificate, socket_url, warn_if_in_clear
@@ -258,6 +260,7 @@ async def _serve(
                 logs,
                 logins,
                 app_server.apps,
+                AppLinks(StoredLinks(store), app_server.apps, grants),
             ),
             guard,
         ),

@@ -441,6 +441,8 @@ def _end_of(token: Token) -> str:
     """Why a token is no good any more."""
     if token.kind == "browser":
         return "the browser of this session is not logged in any more"
+    if token.kind == "link":
+        return "the link of this session was taken back, or its time is up"
     how = "has expired" if token.revoked_at is None else "was revoked"
     return f"the token of this session {how}"
 

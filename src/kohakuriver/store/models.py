@@ -230,12 +230,12 @@ class Share(Base):
 class Token(Base):
     """A credential, kept as its SHA-256 alone.
 
-    `kind` is "user", "node" or "browser"; `name` the user whose it is, or the node that it is for ("*": any).
+    `kind` is "user", "node", "browser" or "link"; `name` the user whose it is, or the node that it is for ("*": any).
     `label` is what its owner calls it. A token that was revoked keeps its row, so that nothing makes it valid again.
 
     Of a browser that is logged in, `parent` is the digest of the token that let it in, with which it ends. Its
     `expires_at` moves on while it is used, up to `ends_at`. A token that was made with a browser's login, or with such
-    a token, has the browser's `ends_at`.
+    a token, has the browser's `ends_at`. A link opens one `port` of the task `task_id`, by the right of its user.
     """
 
     __tablename__ = "tokens"
@@ -249,6 +249,8 @@ class Token(Base):
     revoked_at: Mapped[float | None] = mapped_column(Float)
     parent: Mapped[str | None] = mapped_column(String(64))
     ends_at: Mapped[float | None] = mapped_column(Float)
+    task_id: Mapped[int | None] = mapped_column(BigInteger)
+    port: Mapped[int | None] = mapped_column(Integer)
 
     def is_good(self, now: float) -> bool:
         """Whether it opens something, `now` in seconds since the epoch."""
@@ -308,7 +310,7 @@ def usage_of(status: str, claimed_until: float, spec: Mapping[str, Any], now: fl
 ACTIVE = ("starting", "running")
 """What a task's status is while it has what it was ordered to have."""
 
-OF_USERS = ("user", "browser")
+OF_USERS = ("user", "browser", "link")
 """Kinds of tokens that are a user's."""
 
 TOKEN_ID_LENGTH = 12

@@ -76,10 +76,30 @@ class Apps:
     async def authorize(self, key: Key) -> tuple[str, Route]:
         """Whose session it is, and where it goes. Raises as `Forwards.authorize` does."""
         caller, browser = await self._credentials.logged_in(key.browser)
-        await self._logins.used(browser)
-        asker().known["via"] = "browser"
+        if browser.kind == "link" and (browser.task_id, browser.port) != (key.task_id, key.port):
+            raise UnauthenticatedError("This link opens another port.", code="link_used")
+        if browser.kind == "browser":
+            await self._logins.used(browser)
+        asker().known["via"] = browser.kind
         return caller.name, await self._forwards.authorize_app(caller, key.task_id, key.port)
 
     async def used(self, browser: str) -> None:
         """A browser's login is used now. Raises UnauthenticatedError where it is none any more."""
-        await self._logins.used((await self._credentials.logged_in(browser))[1])
+        found = (await self._credentials.logged_in(browser))[1]
+        if found.kind == "browser":
+            await self._logins.used(found)
+
+    async def opened_by(self, secret: str, address: Address) -> Ticket:
+        """What a link opens at an address. Raises UnauthenticatedError, or UnavailableError "too_many_failures"."""
+        link = await self._credentials.link(secret)
+        here = link.task_id is not None and address.tag == self.addresses.tag(link.task_id, address.port)
+        if link.task_id is None or not here or address.port != link.port:
+            raise UnauthenticatedError("This link opens another address.", code="link_used")
+        return Ticket(link.digest, link.task_id, address.port)
+
+    def link_at(self, task: Task, port: int, host: str, secret: str) -> str | None:
+        """The URL of a link, for whoever asks the host by what `Host` says; None where no browser gets there."""
+        on = host.rpartition("]")[2].partition(":")[2]
+        there = f"{self._logins.name}:{on}" if on else self._logins.name
+        address = self.addresses.of(task.task_id, task.name, port, there)
+        return None if address is None else f"{address.place.origin}/.kohakuriver/link#{secret}"

@@ -27,7 +27,7 @@ from kohakuriver.gateway.pages import page, redirect
 from kohakuriver.gateway.visit import Visit
 from kohakuriver.gateway.ways import Way
 from kohakuriver.host.apps.addresses import Address, Addresses
-from kohakuriver.host.apps.pages import form_page
+from kohakuriver.host.apps.pages import form_page, link_page
 from kohakuriver.host.apps.sessions import AppSession, Key, Sessions
 from kohakuriver.host.apps.signed import Admission, Signed
 from kohakuriver.store.apps import Ticket
@@ -40,7 +40,7 @@ __all__ = ["AppGate", "state_of"]
 log = structlog.get_logger("kohakuriver.host")
 
 OWN = b"/.kohakuriver/"
-BEGIN, ENTER = OWN + b"begin", OWN + b"enter"
+BEGIN, ENTER, LINK = OWN + b"begin", OWN + b"enter", OWN + b"link"
 STATE_SECONDS = 300
 KEPT_SECONDS = 7 * 86400
 """How long a browser keeps an app's cookie. When its hour is over it still says that the browser has been here."""
@@ -63,6 +63,7 @@ class AppGate:
     Args:
         sessions: the sessions by which requests go on; it is made with `put_out`.
         redeem: (a code, the address, its state) → what the code stands for, once. Raises UnauthenticatedError.
+        opened_by: (the secret of a link, the address) → what the link opens there. Raises UnauthenticatedError.
         used: (the digest of a browser's login) → it is used now.
     """
 
@@ -71,6 +72,7 @@ class AppGate:
         addresses: Addresses,
         signed: Signed,
         redeem: Callable[[str, str, str], Awaitable[Ticket]],
+        opened_by: Callable[[str, Address], Awaitable[Ticket]],
         used: Callable[[str], Coroutine[Any, Any, None]],
     ) -> None:
         self.sessions: Sessions
@@ -78,6 +80,7 @@ class AppGate:
         self._addresses = addresses
         self._signed = signed
         self._redeem = redeem
+        self._opened_by = opened_by
         self._used = used
         self._rooms: dict[Visit, WaitingRoom] = {}
         self._noting: set[asyncio.Task[None]] = set()
@@ -148,12 +151,13 @@ class AppGate:
         if head.target.startswith(OWN):
             return self._own(asked, form)
         admission = self._admission(asked) if address.tag else None
-        if admission is None or not self._signed.is_good(admission):
+        if admission is None or not (self._signed.is_good(admission) or admission.by_link):
             return self._stranger(asked, was_here=admission is not None)
         why = refusal(head, address.place.origin.encode())
         if why is not None:
             return asked.page(403, why)
-        session = self.sessions.get(_key(admission))
+        # Of a link whose hour is over it is asked whether it is good, as if its browser came with it again.
+        session = self.sessions.get(_key(admission)) if self._signed.is_good(admission) else None
         if session is not None:
             return self._way(asked, admission, session)
         return _told(asked, self._open(asked, admission))
@@ -167,7 +171,9 @@ class AppGate:
     async def _open(self, asked: _Asked, admission: Admission) -> Answer:
         try:
             return self._way(asked, admission, await self.sessions.opened(_key(admission), asked.asker()))
-        except UnauthenticatedError:
+        except UnauthenticatedError as error:
+            if admission.by_link:  # the host itself is none of its business
+                return asked.page(401, error.message, _set_cookie(asked.address, _COOKIE, "", 0))
             return self._stranger(asked, was_here=True)
         except KohakuRiverError as error:
             return asked.page(error.status if error.status >= 400 else 500, error.message)
@@ -175,7 +181,7 @@ class AppGate:
     def _way(self, asked: _Asked, admission: Admission, session: AppSession) -> Way:
         more = b""
         if self._signed.is_old(admission):
-            more = self._cookie(asked.address, admission.browser, admission.task_id, admission.port)
+            more = self._cookie(asked.address, _ticket(admission), by_link=admission.by_link)
             noting = asyncio.get_running_loop().create_task(self._used(admission.browser))
             self._noting.add(noting)
             noting.add_done_callback(self._noted)
@@ -186,8 +192,8 @@ class AppGate:
         if not task.cancelled() and (error := task.exception()) is not None:
             log.warning("that a browser is used can't be written down", reason=str(error))
 
-    def _cookie(self, address: Address, browser: str, task_id: int, port: int) -> bytes:
-        value = self._signed.admit(address.host, browser, task_id, port)
+    def _cookie(self, address: Address, ticket: Ticket, *, by_link: bool) -> bytes:
+        value = self._signed.admit(address.host, *ticket, by_link=by_link)
         return _set_cookie(address, _COOKIE, value, KEPT_SECONDS)
 
     # -- the way in --------------------------------------------------------------------------------------------
@@ -227,7 +233,25 @@ class AppGate:
             return asked.page(403, "This link is older than half a minute: open the port again on the host's page.")
         if path == ENTER and asked.head.method == b"POST" and asked.address.tag:
             return self._enter(asked, form)
+        if path == LINK and asked.head.method in (b"GET", b"POST") and asked.address.tag:
+            return self._link(asked, form)
         return asked.page(404, "There is no such page.")
+
+    def _link(self, asked: _Asked, form: bytes) -> bytes | Awaitable[Answer]:
+        """A browser comes by a link; what is secret in it is sent by a page of this very address."""
+        if asked.head.method == b"GET":
+            return asked.html(*link_page(LINK.decode(), asked.address.place.origin))
+        why = refusal(asked.head, asked.address.place.origin.encode())
+        return asked.page(403, why) if why is not None else _told(asked, self._came_by_link(asked, form))
+
+    async def _came_by_link(self, asked: _Asked, form: bytes) -> Answer:
+        secret = dict(parse_qsl(form.decode("latin-1"), max_num_fields=8)).get("code", "")
+        try:
+            with asking(asked.asker()):
+                ticket = await self._opened_by(secret.rpartition("#")[2].strip(), asked.address)
+        except KohakuRiverError as error:
+            return asked.page(error.status, error.message)
+        return asked.redirect("/", self._cookie(asked.address, ticket, by_link=True))
 
     def _enter(self, asked: _Asked, form: bytes) -> bytes | Awaitable[Answer]:
         """A browser comes with a code.
@@ -253,7 +277,7 @@ class AppGate:
                 ticket = await self._redeem(code, asked.address.host, state_of(secret))
         except KohakuRiverError as error:
             return asked.page(error.status, error.message, clear)
-        cookie = self._cookie(asked.address, ticket.browser, ticket.task_id, ticket.port)
+        cookie = self._cookie(asked.address, ticket, by_link=False)
         return asked.redirect(_own_path(path), cookie + clear)
 
 
@@ -310,6 +334,10 @@ async def _told(asked: _Asked, answer: Awaitable[Answer]) -> Answer:
     except Exception:
         log.exception("a browser's request to an app failed", host=asked.address.host)
         return asked.page(500, "The host failed at this request; its log says why.")
+
+
+def _ticket(admission: Admission) -> Ticket:
+    return Ticket(admission.browser, admission.task_id, admission.port)
 
 
 def _key(admission: Admission) -> Key:

@@ -6,10 +6,13 @@ import base64
 import hashlib
 from html import escape
 
-__all__ = ["form_page"]
+__all__ = ["form_page", "link_page"]
 
 _SCRIPT = "document.forms[0].submit()"
-_ALLOWED = base64.b64encode(hashlib.sha256(_SCRIPT.encode()).digest()).decode()
+_LINK_SCRIPT = (
+    "const form = document.forms[0], code = location.hash.slice(1);"
+    'if (code) { history.replaceState(null, "", location.pathname); form.elements.code.value = code; form.submit(); }'
+)
 
 
 def form_page(action: str, origin: str, code: str, *, referrer: str) -> tuple[str, dict[str, str]]:
@@ -21,14 +24,25 @@ def form_page(action: str, origin: str, code: str, *, referrer: str) -> tuple[st
         code: what it carries.
         referrer: the policy that says what the other end hears of the page's own address.
     """
+    field = f'<input type="hidden" name="code" value="{escape(code)}">\n'
+    return _page(action, origin, field, _SCRIPT, referrer)
+
+
+def link_page(action: str, origin: str) -> tuple[str, dict[str, str]]:
+    """The page that a link to a task's port leads to; what is behind its # no server hears of before that sends it."""
+    field = '<label>Link: <input name="code" autocomplete="off" required></label>\n'
+    return _page(action, origin, field, _LINK_SCRIPT, "same-origin")
+
+
+def _page(action: str, origin: str, field: str, script: str, referrer: str) -> tuple[str, dict[str, str]]:
+    allowed = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
     body = (
         '<!doctype html>\n<html lang="en">\n<meta charset="utf-8">\n<title>One moment - KohakuRiver</title>\n'
-        f'<form method="post" action="{escape(action)}">\n'
-        f'<input type="hidden" name="code" value="{escape(code)}">\n<button>Go on</button>\n</form>\n'
-        f"<script>{_SCRIPT}</script>\n</html>\n"
+        f'<form method="post" action="{escape(action)}">\n{field}<button>Go on</button>\n</form>\n'
+        f"<script>{script}</script>\n</html>\n"
     )
     policy = (
-        f"default-src 'none'; script-src 'sha256-{_ALLOWED}'; base-uri 'none'; form-action {origin}; "
+        f"default-src 'none'; script-src 'sha256-{allowed}'; base-uri 'none'; form-action {origin}; "
         "frame-ancestors 'none'"
     )
     return body, {

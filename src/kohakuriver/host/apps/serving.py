@@ -79,7 +79,7 @@ class AppServer:
         addresses = Addresses(key, logins.name, tls=tls, domain=where.domain, public=where.public)
         signed = Signed(key, clock=clock)
         self.apps = Apps(addresses, signed, AppCodes(store, clock=clock), credentials, logins, forwards)
-        self._gate = AppGate(addresses, signed, self.apps.redeem, self.apps.used)
+        self._gate = AppGate(addresses, signed, self.apps.redeem, self.apps.opened_by, self.apps.used)
         self.sessions = self._gate.sessions = Sessions(
             authorize=self.apps.authorize, put_out=self._gate.put_out, trusted=trusted, limits=limits
         )

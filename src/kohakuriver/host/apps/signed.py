@@ -24,7 +24,8 @@ _ALGORITHM = "HS256"
 class Admission:
     """That a browser was let in at an address.
 
-    `browser` is the digest of the login that it hangs on, `until` is in seconds since the epoch.
+    `browser` is the digest of the login that it hangs on, or of the link where `by_link`; `until` is in seconds since
+    the epoch.
     """
 
     host: str
@@ -32,6 +33,7 @@ class Admission:
     task_id: int
     port: int
     until: float
+    by_link: bool = False
 
 
 class Signed:
@@ -41,9 +43,9 @@ class Signed:
         self._key = key
         self._clock = clock
 
-    def admit(self, host: str, browser: str, task_id: int, port: int) -> str:
+    def admit(self, host: str, browser: str, task_id: int, port: int, *, by_link: bool = False) -> str:
         """What says that a browser was let in, for `COOKIE_SECONDS`."""
-        return self._sign("app", COOKIE_SECONDS, host=host, sub=browser, task=task_id, port=port)
+        return self._sign("app", COOKIE_SECONDS, host=host, sub=browser, task=task_id, port=port, link=int(by_link))
 
     def admission(self, shown: str) -> Admission | None:
         """What such a text says, be its time over or not; None for one that this host has not signed."""
@@ -51,7 +53,8 @@ class Signed:
         if claims is None:
             return None
         until = float(claims["exp"])
-        return Admission(claims["host"], claims["sub"], int(claims["task"]), int(claims["port"]), until)
+        by_link = bool(claims.get("link"))
+        return Admission(claims["host"], claims["sub"], int(claims["task"]), int(claims["port"]), until, by_link)
 
     def begin(self, host: str) -> str:
         """What says that a browser comes from the host's own page, for `BEGIN_SECONDS`. It lets nobody in."""
