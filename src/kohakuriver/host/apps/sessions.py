@@ -234,8 +234,8 @@ class Sessions:
     Args:
         authorize: whose session → where it goes, with its right to go on. Raises KohakuRiverError.
         put_out: ends the connections that use an endpoint.
-        trusted: how runners that serve TLS are checked; None for the system's authorities.
         limits: what a session may take.
+        trusted: how runners that serve TLS are checked; None for the system's authorities.
     """
 
     def __init__(
