@@ -6,7 +6,8 @@
 All lead to one HTTP service, on Node.js, and are measured in turns: a download of so many megabytes over one
 connection, and small requests, one after another on each of a few connections that are kept. configurable-http-proxy
 stands right in front of the service ("chp"), and in front of the plain forward ("chp+forward"), where it has the same
-hops behind it as the address. A figure is the median of the rounds, a ratio that of the ratios of runs side by side.
+hops behind it as the address. "host" is the address that the host itself gives the port, with the host's process in the
+place of the forward's. A figure is the median of the rounds, a ratio that of the ratios of runs side by side.
 """
 
 from __future__ import annotations
@@ -14,15 +15,17 @@ from __future__ import annotations
 import argparse
 import http.client
 import json
+import re
 import selectors
 import socket
 import statistics
+import subprocess
 import sys
 import time
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
-from urllib.parse import urlsplit
+from urllib.parse import urljoin, urlsplit
 
 from bench.contenders import Contender, KohakuRiver, free_port, ports_of, wait_for_port
 
@@ -45,6 +48,13 @@ const server = require("http").createServer((request, response) => {
 server.keepAliveTimeout = 600000;
 server.listen(0, "127.0.0.1", () => console.log(server.address().port));
 """
+NAVIGATES = {
+    "Sec-Fetch-Site": "none",
+    "Sec-Fetch-Mode": "navigate",
+    "Sec-Fetch-Dest": "document",
+    "Accept": "text/html",
+}
+NAVIGATES["Content-Type"] = "application/x-www-form-urlencoded"
 FIELDS = "User-Agent: bench\r\nAccept: */*\r\nAccept-Encoding: gzip\r\nSec-Fetch-Site: same-origin"
 
 
@@ -83,7 +93,37 @@ class Served(KohakuRiver):
         connection.request("GET", f"{link.path}?{link.query}", headers={"Host": link.netloc})
         cookie = str(connection.getresponse().getheader("Set-Cookie")).partition(";")[0]
         connection.close()
-        return [Way("forward", local, "localhost"), Way("address", link.port, link.netloc, cookie)]
+        return [Way("forward", local, "localhost"), Way("address", link.port, link.netloc, cookie), self.at_host(port)]
+
+    def at_host(self, port: int) -> Way:
+        """The host's own address of the port, for a browser that has come in by a link."""
+        argv = [self.executable, "open", "bench", str(port), "--at-host", "--print"]
+        url = subprocess.run(argv, env=self.env, capture_output=True, text=True, timeout=60, check=True).stdout.strip()
+        jar: dict[str, dict[str, str]] = {}
+        form = None
+        while True:
+            parts = urlsplit(url)
+            assert parts.port
+            cookies = jar.setdefault(parts.netloc, {})
+            sent = {"Host": parts.netloc, **NAVIGATES, "Cookie": "; ".join(map("=".join, cookies.items())) or "a=b"}
+            connection = http.client.HTTPConnection("127.0.0.1", parts.port)
+            path = f"{parts.path}?{parts.query}" if parts.query else parts.path
+            connection.request("GET" if form is None else "POST", path, form, sent)
+            answer = connection.getresponse()
+            text = answer.read().decode()
+            for field in answer.headers.get_all("Set-Cookie") or ():
+                name, _, value = field.partition(";")[0].partition("=")
+                cookies[name] = value
+            connection.close()
+            found = re.search(r'action="([^"]*)">\s*<input[^>]* name="code" value="([^"]*)"', text)
+            there, form = answer.getheader("Location") or (found[1] if found else None), None
+            if there is None:
+                assert answer.status == 200, text
+                app = next(name for name in cookies if "app" in name)
+                return Way("host", parts.port, parts.netloc, f"{app}={cookies[app]}")
+            if found:
+                form = f"code={found[2]}"
+            url = urljoin(url, there)
 
 
 class HttpProxy(Contender):
@@ -168,8 +208,12 @@ def main() -> int:
                 samples["MB/s"].setdefault(way.name, []).append(download(way, arguments.megabytes * 1_000_000))
     for unit, rates in samples.items():
         for name, each in rates.items():
-            ratio = statistics.median(ours / other for ours, other in zip(rates["address"], each, strict=True))
-            print(f"{name:12} {statistics.median(each):9.0f} {unit:11} address / {name}: {ratio:.2f}")
+            ratios = {
+                ours: statistics.median(one / other for one, other in zip(rates[ours], each, strict=True))
+                for ours in ("address", "host")
+            }
+            told = "  ".join(f"{ours} / {name}: {ratio:.2f}" for ours, ratio in ratios.items())
+            print(f"{name:12} {statistics.median(each):9.0f} {unit:11} {told}")
     print(json.dumps(samples))
     return 0
 

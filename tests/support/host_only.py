@@ -22,6 +22,7 @@ from websockets.exceptions import InvalidStatus
 
 from kohakuriver.changes import Changes
 from kohakuriver.host.app import create_app
+from kohakuriver.host.apps.serving import AppServer, Where
 from kohakuriver.host.parts import Services
 from kohakuriver.host.services.access import Access
 from kohakuriver.host.services.audit import AuditLog
@@ -31,6 +32,7 @@ from kohakuriver.host.services.device_logins import DeviceLogins
 from kohakuriver.host.services.failures import Failures
 from kohakuriver.host.services.grants import Grants
 from kohakuriver.host.services.groups import GroupsOfUsers
+from kohakuriver.host.services.links import AppLinks
 from kohakuriver.host.services.logins import Logins
 from kohakuriver.host.services.logs import Logs
 from kohakuriver.host.services.nodes import Nodes
@@ -48,6 +50,8 @@ from kohakuriver.quotas import Offer, Quotas
 from kohakuriver.runtime import cancel_all
 from kohakuriver.session import ticket
 from kohakuriver.store import Accounts, Browsers, DeviceCodes, Groups, Identities, Store, sqlite_url
+from kohakuriver.store.links import Links as StoredLinks
+from kohakuriver.tls import ServerCertificate
 from kohakuriver.tunnel.accept import TunnelRoute, serve_ws
 from kohakuriver.tunnel.protocol import TUNNEL_V2
 from kohakuriver.web.origin import Guard
@@ -152,8 +156,12 @@ class HostUnderTest:
         clock: Clock,
         audit: AuditLog,
         limits: Limits,
-        oidc: tuple[Provider, Rules] | None = None,
+        oidc: tuple[Provider, Rules] | None,
+        key: bytes,
+        where: Where | None,
+        tls: bool,
     ) -> None:
+        self.public = None if where is None or where.public is None else where.public.geturl()
         self.store = store
         self.credentials = credentials
         self.audit = audit
@@ -185,7 +193,20 @@ class HostUnderTest:
         self.devices = DeviceLogins(DeviceCodes(store, accounts, clock=clock), credentials, audit)
         self.oidc = oidc and OidcLogins(*oidc, self.identities, self.logins, credentials, self.grants, clock=clock)
         self.logs = Logs(self.grants, self.nodes, self.runners)
-        self.guard = Guard()
+        trusted = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+        self.app_server = AppServer(
+            key,
+            where or Where(),
+            store=store,
+            credentials=credentials,
+            logins=self.logins,
+            forwards=self.forwards,
+            trusted=trusted,
+            limits=limits,
+            tls=tls,
+            clock=clock,
+        )
+        self.guard = Guard(elsewhere=self.app_server.owns, names=where.names if where else ())
         self.app = create_app(
             Services(
                 credentials,
@@ -201,6 +222,8 @@ class HostUnderTest:
                 self.logins,
                 self.devices,
                 self.oidc,
+                self.app_server.apps,
+                AppLinks(StoredLinks(store, clock=clock), self.app_server.apps, self.grants, clock=clock),
             ),
             self.guard,
         )
@@ -284,8 +307,10 @@ async def a_host(
     allow_anonymous: bool = False,
     limits: Limits | None = None,
     oidc: tuple[Provider, Rules] | None = None,
+    where: Where | None = None,
+    certificate: ServerCertificate | None = None,
 ) -> AsyncIterator[HostUnderTest]:
-    """A host with its state in `directory`, and perhaps an OpenID provider.
+    """A host with its state in `directory`, perhaps with an OpenID provider; `where` browsers find it and its apps.
 
     A new one begins with a copy of what the first of this process made.
     """
@@ -298,13 +323,16 @@ async def a_host(
     failures = Failures(rate=limits.max_failures)
     credentials = Credentials(accounts, allow_anonymous=allow_anonymous, audit=audit, failures=failures, clock=clock)
     await credentials.load_or_make(directory)
-    host = HostUnderTest(store, accounts, credentials, clock, audit, limits, oidc)
+    tls = certificate is not None
+    host = HostUnderTest(store, accounts, credentials, clock, audit, limits, oidc, await store.apps_key(), where, tls)
     async with host.stack:
         host.stack.callback(audit.close)
         host.stack.push_async_callback(store.close)
         host.stack.push_async_callback(host.runners.close)
         host.stack.push_async_callback(cancel_all, [asyncio.ensure_future(host.tasks.run())])
-        host.url = await host.stack.enter_async_context(serving(host.app, serve_ws(host.tunnel_routes, host.guard)))
+        ws = serve_ws(host.tunnel_routes, host.guard)
+        host.url = await host.stack.enter_async_context(serving(host.app, ws, host.app_server.front, certificate))
+        host.stack.push_async_callback(host.app_server.close)
         host.admin_token = (directory / "admin-token").read_text().strip()
         host.user = host.client(host.admin_token)
         host.node = host.client((directory / "node-token").read_text().strip())

@@ -12,7 +12,7 @@ from fastapi import FastAPI
 from kohakuriver.tls import ServerCertificate
 from kohakuriver.tunnel.accept import serve_ws
 from kohakuriver.web.app import bind, socket_url
-from kohakuriver.web.server import Server
+from kohakuriver.web.server import Front, Server
 
 __all__ = ["a_server", "serving"]
 
@@ -23,11 +23,16 @@ async def _nothing() -> None:
 
 @contextlib.asynccontextmanager
 async def a_server(
-    app: FastAPI, ws: type[asyncio.Protocol] | None = None, certificate: ServerCertificate | None = None
+    app: FastAPI,
+    ws: type[asyncio.Protocol] | None = None,
+    certificate: ServerCertificate | None = None,
+    front: Front | None = None,
 ) -> AsyncIterator[tuple[Server, socket.socket]]:
     """Serve an application until the end of the block: the server, and its socket. Signals stay whose they are."""
     sock = bind("127.0.0.1", 0)
-    server = Server(app, ws=ws or serve_ws([]), on_ready=_nothing, on_stop=_nothing, certificate=certificate)
+    server = Server(
+        app, ws=ws or serve_ws([]), on_ready=_nothing, on_stop=_nothing, certificate=certificate, front=front
+    )
     server.config.load()
     server.lifespan = server.config.lifespan_class(server.config)
     await server.startup([sock])
@@ -38,7 +43,12 @@ async def a_server(
 
 
 @contextlib.asynccontextmanager
-async def serving(app: FastAPI, ws: type[asyncio.Protocol] | None = None) -> AsyncIterator[str]:
+async def serving(
+    app: FastAPI,
+    ws: type[asyncio.Protocol] | None = None,
+    front: Front | None = None,
+    certificate: ServerCertificate | None = None,
+) -> AsyncIterator[str]:
     """Serve an application; its URL."""
-    async with a_server(app, ws) as (_, sock):
-        yield socket_url(sock)
+    async with a_server(app, ws, certificate, front) as (_, sock):
+        yield socket_url(sock, "http" if certificate is None else "https")

@@ -436,7 +436,7 @@ def test_the_page_shows_the_tasks_that_the_user_may_use_and_the_ports_that_liste
         silent = (await ann.get("/api/tasks/silent")).json()["container"]
         runner.answers[f"/api/tasks/{silent}/ports"] = (503, {"error": "no_tunnel", "message": "It is not connected."})
         text = (await browser.open("/")).text
-        assert text.count("kohakuriver open lab 8888") == 1
+        assert text.count('href="/open/lab/8888"') == 1
         assert "(&lt;i&gt;jupyter)" in text
         assert " 53<" not in text
         assert "silent" in text

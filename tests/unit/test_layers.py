@@ -69,7 +69,7 @@ ALLOWED: dict[str, set[str]] = {
     "store": BASE,
     "web": PROTOCOL | {"session", "__init__"},
     "ssh_proxy": PROTOCOL | {"session", "web"},
-    "host": PROTOCOL | {"session", "store", "web", "ssh_proxy", "__init__"},
+    "host": PROTOCOL | {"session", "store", "web", "ssh_proxy", "gateway", "__init__"},
     "runner": PROTOCOL | {"session", "web", "__init__"},
     "gateway": PROTOCOL,
     "client": PROTOCOL | {"gateway", "__init__"},

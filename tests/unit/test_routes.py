@@ -53,6 +53,8 @@ BY_WHO_MAY_USE: Rule = BY_USERS | {"stranger": "403"}
 BY_OWNERS: Rule = BY_USERS | {"stranger": "403", "shared": "403"}
 # Of the host's pages: only a form of its own changes something, whatever credential comes along.
 BY_OWN_PAGES: Rule = {"own page": "in"}
+# Whoever is not logged in with a browser is sent to do that, and then it is asked whose the task is.
+BY_VISITORS: Rule = {"stranger's browser": "403"}
 BY_TOKENS: Rule = BY_USERS | {f"{who}'s browser": "403" for who in ALL_USERS}
 BY_NODES: Rule = {"node": "in", "this node": "in", "other node": "403"}
 
@@ -69,6 +71,8 @@ HOST_RULES: dict[Route, Rule] = {
     ("POST", "/device"): BY_OWN_PAGES,
     ("POST", "/api/auth/device"): OPEN,
     ("POST", "/api/auth/device/token"): OPEN,
+    ("GET", "/open/{task}/{port}"): BY_VISITORS,
+    ("GET", "/enter-app"): OPEN,
     ("GET", "/openapi.json"): OPEN,
     ("GET", "/docs"): OPEN,
     ("GET", "/api/auth"): BY_USERS,
@@ -111,6 +115,9 @@ HOST_RULES: dict[Route, Rule] = {
     ("DELETE", "/api/tasks/{task}"): BY_OWNERS,
     ("POST", "/api/tasks/{task}/shares"): BY_OWNERS,
     ("DELETE", "/api/tasks/{task}/shares/{user}"): BY_OWNERS,
+    ("POST", "/api/tasks/{task}/links"): BY_OWNERS,
+    ("GET", "/api/tasks/{task}/links"): BY_OWNERS,
+    ("DELETE", "/api/tasks/{task}/links/{link}"): BY_OWNERS,
     ("WS", "/ws/forward/{task_id}/{port}"): BY_WHO_MAY_USE,
     ("WS", "/ws/task/{task_id}/terminal"): BY_WHO_MAY_USE,
 }
@@ -177,6 +184,7 @@ BODIES: dict[Route, Any] = {
     ("POST", "/api/tokens"): {"name": "new"},
     ("POST", "/api/tasks/{task}/shares"): {"user": "shared"},
     ("POST", "/api/tasks/{task}/extend"): {"seconds": 60},
+    ("POST", "/api/tasks/{task}/links"): {"port": 80},
 }
 RUNNER_BODIES: dict[Route, Any] = {
     ("POST", "/api/tasks"): {"task_id": 1, "container": "c1", "backend": "process"},
@@ -185,7 +193,7 @@ RUNNER_BODIES: dict[Route, Any] = {
     ("POST", "/api/tasks/{container}/revoke"): {"user": "ann", "reason": "the task is not shared any more"},
 }
 FILLED_IN = {"task": "web", "task_id": "web", "port": "80", "name": "n1", "user": "shared", "token": "none-such"}
-FILLED_IN |= {"group": "lab", "container": "c1", "container_id": "c1", "id": "1"}
+FILLED_IN |= {"group": "lab", "link": "none-such", "container": "c1", "container_id": "c1", "id": "1"}
 
 
 def http_routes(routes: Iterable[Any]) -> Iterator[Route]:
@@ -278,6 +286,8 @@ def expected_of(route: Route, rule: Rule, who: str, secret: str | dict[str, str]
         return "in"
     if rule is NOBODY:
         return "401"
+    if rule is BY_VISITORS:
+        return rule.get(who, "in")
     if rule is BY_OWN_PAGES:
         return "in" if isinstance(secret, dict) and OWN_PAGE.items() <= secret.items() else "403"
     user, _, from_where = who.partition("'s browser")

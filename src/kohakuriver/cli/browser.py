@@ -9,6 +9,7 @@ import typer
 
 from kohakuriver.cli import output
 from kohakuriver.cli.options import MaybeTaskArgument, Remote, remote
+from kohakuriver.config import path_segment
 from kohakuriver.errors import UsageError
 
 if TYPE_CHECKING:
@@ -42,6 +43,15 @@ PreserveHostOption = Annotated[
 ]
 
 
+AtHostOption = Annotated[
+    bool,
+    typer.Option(
+        "--at-host",
+        help="Open the address that the port has at the host, logged in: nothing has to go on running here.",
+    ),
+]
+
+
 def register(app: typer.Typer) -> None:
     """Add the command to `app`."""
     app.command(
@@ -58,21 +68,25 @@ def open_task(
     local_port: LocalPortOption = 0,
     print_link: PrintOption = False,
     preserve_host: PreserveHostOption = False,
+    at_host: AtHostOption = False,
 ) -> int:
     """Open the host in the browser, logged in; or a task's HTTP port, under an address of its own, until Ctrl-C."""
     if print_link and at.json:
         raise UsageError("--print and --json don't go together: the JSON has the link.")
-    if task is None:
-        if local_port or preserve_host:
+    if task is None or at_host:
+        if local_port or preserve_host or (at_host and task is None):
             raise UsageError(
-                "--local-port and --preserve-host are for a task's port, as in `kohakuriver open lab 8888`."
+                "--local-port and --preserve-host are for a task's port that is opened here, as in "
+                "`kohakuriver open lab 8888`, and --at-host for one that is not."
             )
-        return _open_host(at, print_link=print_link)
+        there = "" if task is None else f"/open/{path_segment(task)}/{_port(task, port)}"
+        return _open_host(at, there, print_link=print_link)
     return _open_port(at, task, port, local_port, print_link=print_link, preserve_host=preserve_host)
 
 
-def _open_host(at: Remote, *, print_link: bool) -> int:
-    link = at.ask(lambda client: client.login_link())
+def _open_host(at: Remote, there: str, *, print_link: bool) -> int:
+    """Open the host, or what is `there` on it."""
+    link = at.ask(lambda client: client.login_link(there))
     if at.json:
         output.json_line(link.to_json())
     elif print_link:
@@ -86,17 +100,14 @@ def _open_host(at: Remote, *, print_link: bool) -> int:
 def _open_port(
     at: Remote, task: str, port: str | None, local_port: int, *, print_link: bool, preserve_host: bool
 ) -> int:
-    from kohakuriver.client.ports import PortForward, parse_port
+    from kohakuriver.client.ports import PortForward
     from kohakuriver.client.web import Served, WebForwarder
     from kohakuriver.runtime import raise_file_limit, run
 
-    if port is None:
-        raise UsageError(f"Say which port of {task} to open, as in `kohakuriver open {task} 8888`.")
-    if not port.isascii() or not port.isdigit():
-        raise UsageError(f"{port!r} is not a port: give its number, as in 8888.")
+    number = _port(task, port)
     files = raise_file_limit()
     settings = at.settings()
-    wanted = PortForward(0, parse_port(port).remote)
+    wanted = PortForward(0, number)
 
     async def main() -> int:
         from kohakuriver.cli.forward_run import Running
@@ -122,6 +133,16 @@ def _open_port(
             return await Running(forwarder, view, None, files, another=ANOTHER_PORT).run()
 
     return run(main())
+
+
+def _port(task: str, port: str | None) -> int:
+    from kohakuriver.client.ports import parse_port
+
+    if port is None:
+        raise UsageError(f"Say which port of {task} to open, as in `kohakuriver open {task} 8888`.")
+    if not port.isascii() or not port.isdigit():
+        raise UsageError(f"{port!r} is not a port: give its number, as in 8888.")
+    return parse_port(port).remote
 
 
 def _browse(link: str) -> None:

@@ -117,6 +117,24 @@ def _oidc(name: str, metavar: str, text: str) -> Any:
     return typer.Option(name, metavar=metavar, help=text, show_default=False, rich_help_panel=_OIDC)
 
 
+AppsDomainOption = Annotated[
+    str | None,
+    typer.Option(
+        "--apps-domain",
+        metavar="DOMAIN",
+        help="Tasks' HTTP ports have addresses in it, as lab-8888-….DOMAIN; its names, *.DOMAIN, have to lead here.",
+        show_default=False,
+    ),
+]
+PublicUrlOption = Annotated[
+    str | None,
+    typer.Option(
+        "--public-url",
+        metavar="URL",
+        help="Where browsers find this host. Default with --apps-domain: by the first name in its certificate.",
+        show_default=False,
+    ),
+]
 AdvertiseOption = Annotated[
     str | None,
     typer.Option("--advertise-url", metavar="URL", help="How the host reaches this runner.", show_default=False),
@@ -366,6 +384,8 @@ def host(
     audit_log: AuditOption = None,
     drain: DrainOption = 0,
     user_mounts: MountsOption = False,
+    apps_domain: AppsDomainOption = None,
+    public_url: PublicUrlOption = None,
 ) -> int:
     """Run the host alone: the HTTP API, the middle of every forward, and the SSH proxy."""
     from kohakuriver.config import config_dir

@@ -611,6 +611,41 @@ GroupOption = Annotated[
 ]
 
 
+LinkOption = Annotated[
+    int | None,
+    typer.Option(
+        "--link",
+        metavar="PORT",
+        min=1,
+        max=65535,
+        help="Instead: make a link that opens this port in the browser of whoever has it, and nothing else.",
+        show_default=False,
+    ),
+]
+LinkExpiresOption = Annotated[
+    str | None,
+    typer.Option("--expires", metavar="TIME", help="How long the link is good, as 1d.", show_default=False),
+]
+
+
+def _make_link(at: Remote, task: str, port: int, expires: str | None) -> None:
+    lasts = None if expires is None else seconds(expires, "--expires")
+    made = at.ask(lambda client: client.make_link(task, port, expires_in=lasts))
+    if not at.json:
+        until = f"until {made.expires_at}" if made.expires_at else "until it is taken back"
+        output.note(f"Whoever has this link opens port {port} of {task}, {until} ({made.id}):")
+    at.show(made.to_json(), made.url or "")
+
+
+def _show_links(at: Remote, task: str) -> None:
+    links = at.ask(lambda client: client.links(task))
+    if at.json:
+        output.json_line({"links": [link.to_json() for link in links]})
+        return
+    rows = [[each.id, str(each.port), each.user, each.created_at, each.expires_at or "never"] for each in links]
+    output.table(["Id", "Port", "Made by", "Made", "Expires"], rows)
+
+
 def _whom(user: str | None, group: str | None) -> str:
     if (user is None) == (group is None):
         raise UsageError("Give either a USER or --group GROUP.")
@@ -624,8 +659,18 @@ def share(
     task: TaskArgument,
     user: UserArgument = None,
     group: GroupOption = None,
+    link: LinkOption = None,
+    expires: LinkExpiresOption = None,
+    listed: Annotated[bool, typer.Option("--list", help="Show the links that there are.")] = False,
 ) -> None:
-    """Let another user, or a group, look at a task, reach its ports and open terminals in it."""
+    """Let another user, or a group, look at a task, reach its ports and open terminals in it; or make a link."""
+    if listed or link is not None:
+        if user is not None or group is not None or (listed and (link is not None or expires is not None)):
+            raise UsageError("Give --link PORT or --list by itself.")
+        _show_links(at, task) if listed else _make_link(at, task, link or 0, expires)
+        return
+    if expires is not None:
+        raise UsageError("--expires is for a link: give --link PORT, too.")
     whom = _whom(user, group)
     _print_done(f"{whom} may now use", at.ask(lambda client: client.share(task, whom)), at.json)
 
@@ -637,8 +682,17 @@ def unshare(
     task: TaskArgument,
     user: UserArgument = None,
     group: GroupOption = None,
+    link: Annotated[
+        str | None, typer.Option("--link", metavar="ID", help="Instead: a link, by its id.", show_default=False)
+    ] = None,
 ) -> None:
-    """Take that back; what that user, or that group, has open to the task ends."""
+    """Take that back; what that user, that group, or whoever has that link, has open to the task ends."""
+    if link is not None:
+        if user is not None or group is not None:
+            raise UsageError("Give --link ID by itself.")
+        ended = at.ask(lambda client: client.end_link(task, link))
+        at.show(ended.to_json(), f"The link {ended.id} to port {ended.port} opens nothing any more.")
+        return
     whom = _whom(user, group)
     _print_done(f"{whom} may no longer use", at.ask(lambda client: client.unshare(task, whom)), at.json)
 

@@ -158,6 +158,24 @@ class LoginLink:
 
 
 @dataclass(frozen=True)
+class Link:
+    """A link to one `port` of a task. `user` is who made it; the moments are ISO 8601.
+
+    `url` is its address, in the answer to `make_link` alone: whoever has that opens the port.
+    """
+
+    id: str
+    user: str
+    port: int
+    created_at: str = ""
+    expires_at: str | None = None
+    url: str | None = field(default=None, repr=False)
+
+    def to_json(self) -> dict[str, Any]:
+        return {name: value for name, value in asdict(self).items() if name != "url" or value is not None}
+
+
+@dataclass(frozen=True)
 class Token:
     """A token of a `user` or a `node` ("*": any). `name` is what its owner calls it; the moments are ISO 8601.
 
@@ -327,14 +345,18 @@ class HostClient:
             answer = {**answer, "token": _record(Token, answer["token"]), "limits": _limits(answer)}
         return _record(Whoami, answer)
 
-    async def login_link(self) -> LoginLink:
-        """A link that logs one browser in as the caller, once, within a minute."""
+    async def login_link(self, there: str = "") -> LoginLink:
+        """A link that logs one browser in as the caller, once, within a minute; from there it goes to `there`.
+
+        `there` is a path of the host that leads to a port of a task, /open/TASK/PORT.
+        """
         made = await self._call("POST", "/api/auth/link")
         path, name = (made.get("path"), made.get("name")) if isinstance(made, dict) else (None, None)
         if not (isinstance(path, str) and path.startswith("/login?")) or not (
             isinstance(name, str) and NAME_IN_BROWSERS.fullmatch(name)
         ):
             raise KohakuRiverError("This version of kohakuriver does not understand the host's answer.")
+        path = there + path.removeprefix("/login") if there else path
         return LoginLink(browser_url(self._url, name) + path, str(made.get("expires_at", "")))
 
     async def ask_for_login(self, machine: str) -> DeviceAsked:
@@ -429,6 +451,19 @@ class HostClient:
     async def unshare(self, task: str, user: str) -> Task:
         """Take that back; the sessions of that user, or of that group's, to the task end."""
         return _task(await self._call("DELETE", f"{_path(task, 'shares')}/{path_segment(user)}"))
+
+    async def make_link(self, task: str, port: int, *, expires_in: float | None = None) -> Link:
+        """Make a link that opens one port of a task, for whoever has it. The answer has its address."""
+        body = {"port": port} | ({} if expires_in is None else {"expires_in": expires_in})
+        return _record(Link, await self._call("POST", _path(task, "links"), body=body))
+
+    async def links(self, task: str) -> list[Link]:
+        """The links of a task that are good, without their addresses."""
+        return [_record(Link, each) for each in await self._call("GET", _path(task, "links"))]
+
+    async def end_link(self, task: str, link: str) -> Link:
+        """Take the link with that id back; what is open by it ends."""
+        return _record(Link, await self._call("DELETE", f"{_path(task, 'links')}/{path_segment(link)}"))
 
     async def audit(
         self, *, since: str | None = None, user: str | None = None, task: str | None = None, after: str | None = None

@@ -12,13 +12,14 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 
-__all__ = ["CODE_SECONDS", "Entrance", "is_ours", "without_ours"]
+__all__ = ["CODE_SECONDS", "Entrance", "is_ours", "pairs_of", "without_ours"]
 
 CODE_SECONDS = 60.0
 SEEN_SECONDS = 2 * CODE_SECONDS
 """How long after its end the use of a used code shows that somebody has seen it; later it is just no code."""
 MOST_CODES = 64
 _PREFIX = b"kohakuriver-web-"
+_OURS = (b"kohakuriver-", b"__host-kohakuriver-", b"__secure-kohakuriver-")
 
 
 def _digest(text: bytes) -> bytes:
@@ -77,23 +78,24 @@ class Entrance:
 
     def admits(self, cookies: list[bytes]) -> bool:
         """Whether these Cookie fields have one that it gave."""
-        given = [_digest(value) for name, value in _pairs(cookies) if name == self.cookie_name]
+        given = [_digest(value) for name, value in pairs_of(cookies) if name == self.cookie_name]
         return any(hmac.compare_digest(one, known) for one in given for known in self._cookies)
 
 
-def _pairs(cookies: list[bytes]) -> list[tuple[bytes, bytes]]:
+def pairs_of(cookies: list[bytes]) -> list[tuple[bytes, bytes]]:
+    """The cookies in these Cookie fields, as (name, value)."""
     pairs = [each.strip(b" \t").partition(b"=") for field in cookies for each in field.split(b";")]
     return [(name.strip(b" \t"), value.strip(b" \t")) for name, equals, value in pairs if equals]
 
 
 def is_ours(pair: bytes) -> bool:
-    """Whether a cookie's name is one of an entrance, this one's or another's, or could be taken for one."""
-    return pair.lstrip(b" \t=").lower().startswith(_PREFIX)
+    """Whether a cookie's name is one of ours, be it of another address or of a host, or could be taken for one."""
+    return pair.lstrip(b" \t=").lower().startswith(_OURS)
 
 
 def without_ours(cookies: bytes) -> bytes:
-    """A Cookie field without those of entrances, which no service is to see."""
-    if _PREFIX not in cookies.lower():
+    """A Cookie field without ours, which no service is to see."""
+    if b"kohakuriver-" not in cookies.lower():
         return cookies
     pairs = [each.strip(b" \t") for each in cookies.split(b";")]
     return b"; ".join(pair for pair in pairs if pair and not is_ours(pair))

@@ -6,8 +6,10 @@ import asyncio
 from collections.abc import Callable
 
 from kohakuriver.gateway.gate import Gate
+from kohakuriver.gateway.heads import RequestHead
 from kohakuriver.gateway.names import Place
 from kohakuriver.gateway.visit import Visit
+from kohakuriver.gateway.ways import Way
 from kohakuriver.tunnel.link import soon
 from kohakuriver.tunnel.user_endpoint import UserEndpoint
 
@@ -42,9 +44,17 @@ class Gateway:
         """The loop's time, in seconds."""
         return asyncio.get_running_loop().time()
 
-    def trouble(self) -> str | None:
-        """Why nothing can be reached now, as a sentence; None where something may be."""
-        return self._trouble()
+    def judge(self, visit: Visit, head: RequestHead, form: bytes, *, close: bool) -> Way | bytes:
+        """Where a request may go, else what is answered. Raises Malformed."""
+        answer = self.gate.judge(head, close=close)
+        return Way(answer, self.endpoint, self._trouble) if isinstance(answer, Place) else answer
+
+    def takes_form(self, head: RequestHead) -> bool:
+        """Whether the body of a request is for the gateway itself: it has no forms."""
+        return False
+
+    def waits(self, visit: Visit, *, waits: bool) -> None:
+        """Whether a browser has no request under way: those of this machine may stay."""
 
     def _look(self) -> None:
         now = self.now()
@@ -55,7 +65,7 @@ class Gateway:
     def _put_out(self, place: Place) -> None:
         """End what is open to an address: whose it is, is not known, and who may go on comes back with the cookie."""
         for visit in list(self.visits):
-            if visit.place == place:
+            if visit.way is not None and visit.way.place == place:
                 soon(visit.abort)  # one of them may be asking at this moment
 
     def close(self) -> None:

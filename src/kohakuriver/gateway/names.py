@@ -1,4 +1,4 @@
-"""The addresses of tasks' ports: `http://lab-8888.localhost:PORT/`. No I/O.
+"""The addresses of tasks' ports, as `http://lab-8888.localhost:PORT/`. No I/O.
 
 One label has both the task and the port, so each port is an origin of its own to a browser.
 """
@@ -14,7 +14,7 @@ __all__ = ["LOOPBACK_NAMES", "Place", "authority", "is_label"]
 _LABEL = re.compile(r"(?!..--)[a-z0-9](?:[a-z0-9-]{0,55}[a-z0-9])?")
 LOOPBACK_NAMES = ("localhost", "127.0.0.1", "[::1]")
 """What a browser on this machine may have asked for by hand."""
-HTTP_PORT = 80
+_PORT_OF = {"http": 80, "https": 443}
 
 
 def is_label(task: str) -> bool:
@@ -22,9 +22,9 @@ def is_label(task: str) -> bool:
     return _LABEL.fullmatch(task) is not None
 
 
-def authority(host: str, port: int) -> str:
-    """`host:port` as browsers write it: without the port that http has anyway."""
-    return host if port == HTTP_PORT else f"{host}:{port}"
+def authority(host: str, port: int, scheme: str = "http") -> str:
+    """`host:port` as browsers write it: without the port that the scheme has anyway."""
+    return host if port == _PORT_OF[scheme] else f"{host}:{port}"
 
 
 @dataclass(frozen=True)
@@ -36,21 +36,25 @@ class Place:
         port: its port.
         served_on: the port that its address is served on.
         preserve_host: the service is told the address as it is, not that it is on localhost.
+        name: how it is called in its address; "" for a name under localhost.
+        scheme: that of its address, http or https.
     """
 
     label: str
     port: int
     served_on: int
     preserve_host: bool = False
+    name: str = ""
+    scheme: str = "http"
 
     @property
     def host(self) -> str:
         """What a browser puts into Host."""
-        return authority(f"{self.label}-{self.port}.localhost", self.served_on)
+        return authority(self.name or f"{self.label}-{self.port}.localhost", self.served_on, self.scheme)
 
     @property
     def origin(self) -> str:
-        return f"http://{self.host}"
+        return f"{self.scheme}://{self.host}"
 
     @property
     def url(self) -> str:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from kohakuriver.gateway.heads import RequestHead, wants_websocket
 
-__all__ = ["refusal"]
+__all__ = ["is_followed_link", "refusal"]
 
 _SAFE = frozenset({b"GET", b"HEAD", b"OPTIONS"})
 _OWN_SITES = frozenset({b"same-origin", b"none"})
@@ -23,12 +23,12 @@ def refusal(head: RequestHead, origin: bytes) -> str | None:
     if site is None:  # an old browser, or none: such a browser tells the origin of all that may change something
         allowed = own == origin if own is not None else head.method in _SAFE
         return None if allowed else "Another page, or nobody knows who, sent this request; it is not passed on."
-    if site in _OWN_SITES or _is_followed_link(head):
+    if site in _OWN_SITES or is_followed_link(head):
         return None
     return "A page of another address sent this request; only a link may lead here."
 
 
-def _is_followed_link(head: RequestHead) -> bool:
+def is_followed_link(head: RequestHead) -> bool:
     """Whether a person goes to the address, in a window and not in a frame of somebody's page."""
     fields = head.fields
     return (

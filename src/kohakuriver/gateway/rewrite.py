@@ -67,7 +67,7 @@ def request(head: RequestHead, place: Place, peer: str, *, body: int, upgrade: b
     lines += [
         b"X-Forwarded-For: " + peer.encode(),
         b"X-Forwarded-Host: " + place.host.encode(),
-        b"X-Forwarded-Proto: http",
+        b"X-Forwarded-Proto: " + place.scheme.encode(),
         b"\r\n",
     ]
     return b"\r\n".join(lines)
@@ -80,8 +80,10 @@ def _inside(url: bytes, origin: bytes, inner: bytes) -> bytes:
     return url
 
 
-def response(head: ResponseHead, place: Place, *, body: int, close: bool, upgrade: bool = False) -> bytes:
-    """The head that the browser gets. `close`: the connection ends with this response."""
+def response(
+    head: ResponseHead, place: Place, *, body: int, close: bool, upgrade: bool = False, more: bytes = b""
+) -> bytes:
+    """The head that the browser gets. `close`: the connection ends with this response; `more`: fields of our own."""
     named = set(words(head.fields.named.get(b"connection"))) - {b"set-cookie", b"content-length", b"location"}
     lines = [b"HTTP/1.1 %d %s" % (head.status, head.reason)]
     for lower, name, value in head.fields.listed:
@@ -101,7 +103,7 @@ def response(head: ResponseHead, place: Place, *, body: int, close: bool, upgrad
             lines.append(b"Transfer-Encoding: chunked")
         if close:
             lines.append(b"Connection: close")
-    lines.append(b"\r\n")
+    lines.append(more + b"\r\n")
     return b"\r\n".join(lines)
 
 

@@ -15,9 +15,9 @@ from kohakuriver.gateway import rewrite
 from kohakuriver.gateway.chunks import Chunks
 from kohakuriver.gateway.heads import CHUNKED, UNTIL_CLOSE, Malformed, head_end, read_response, response_body, words
 from kohakuriver.gateway.names import Place
+from kohakuriver.gateway.ways import Way
 from kohakuriver.tunnel.local_socket import TcpStream
 from kohakuriver.tunnel.protocol import ErrorText
-from kohakuriver.tunnel.user_endpoint import UserEndpoint
 
 __all__ = ["Browser", "Phase", "Upstream"]
 
@@ -82,6 +82,7 @@ class Upstream(TcpStream):
         "_interim",
         "_method",
         "_minor",
+        "_more",
         "_pieces",
         "_rest",
         "_upgrade",
@@ -89,13 +90,13 @@ class Upstream(TcpStream):
         "again",
         "ended",
         "phase",
-        "place",
+        "way",
         "why",
     )
 
-    def __init__(self, endpoint: UserEndpoint, visit: Browser, place: Place) -> None:
-        super().__init__(endpoint, place.port)
-        self.place = place
+    def __init__(self, way: Way, visit: Browser) -> None:
+        super().__init__(way.endpoint, way.place.port)
+        self.way = way
         self.phase = Phase.IDLE
         self.again = False  # it has answered before
         self.ended = False  # it takes no other request
@@ -108,6 +109,7 @@ class Upstream(TcpStream):
         self._pieces: list[memoryview] = []
         self._method = b""
         self._minor = 1
+        self._more = b""
         self._upgrade = False
 
     def use(self, transport: asyncio.Transport) -> None:
@@ -117,9 +119,14 @@ class Upstream(TcpStream):
     def source(self) -> tuple[str, int]:
         return self._visit.peer
 
-    def expect(self, method: bytes, minor: int, *, upgrade: bool) -> None:
-        """A request is sent: an answer will come."""
-        self._method, self._minor, self._upgrade = method, minor, upgrade
+    @property
+    def place(self) -> Place:
+        """Where it leads."""
+        return self.way.place
+
+    def expect(self, method: bytes, minor: int, *, upgrade: bool, more: bytes = b"") -> None:
+        """A request is sent: an answer will come, whose head gets `more`."""
+        self._method, self._minor, self._upgrade, self._more = method, minor, upgrade, more
         self.phase = Phase.HEAD
         self._interim = 0
 
@@ -192,7 +199,7 @@ class Upstream(TcpStream):
     def _read_head(self, whole: bytes) -> None:
         head = read_response(whole)
         if head.status == 101:
-            self._switched(rewrite.response(head, self.place, body=0, close=False, upgrade=True))
+            self._switched(rewrite.response(head, self.place, body=0, close=False, upgrade=True, more=self._more))
             return
         if head.status < 200:
             self.again = False  # it did take the request
@@ -205,7 +212,8 @@ class Upstream(TcpStream):
         body = response_body(head, self._method)
         if body == UNTIL_CLOSE or head.minor == 0 or b"close" in words(head.fields.named.get(b"connection")):
             self.ended = True
-        self._emit_own(rewrite.response(head, self.place, body=body, close=self._visit.closes(body)))
+        closes = self._visit.closes(body)
+        self._emit_own(rewrite.response(head, self.place, body=body, close=closes, more=self._more))
         if body == CHUNKED:
             self.phase, self._chunks = Phase.CHUNKS, Chunks()
         else:

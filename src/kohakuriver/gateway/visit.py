@@ -8,12 +8,12 @@ from __future__ import annotations
 
 import asyncio
 import enum
+from collections.abc import Awaitable
 from typing import Protocol, cast
 
 from kohakuriver._frame import HEADROOM
 from kohakuriver.gateway import rewrite
 from kohakuriver.gateway.chunks import Chunks
-from kohakuriver.gateway.gate import Gate
 from kohakuriver.gateway.heads import (
     CHUNKED,
     MAX_HEAD,
@@ -25,15 +25,14 @@ from kohakuriver.gateway.heads import (
     request_body,
     wants_websocket,
 )
-from kohakuriver.gateway.names import Place
 from kohakuriver.gateway.pages import page
 from kohakuriver.gateway.upstream import Phase, Upstream
+from kohakuriver.gateway.ways import Way
 from kohakuriver.text import one_line
 from kohakuriver.tunnel.buffers import receive_buffer
 from kohakuriver.tunnel.link import soon
 from kohakuriver.tunnel.local_writer import LocalWriter
 from kohakuriver.tunnel.stream import Reading
-from kohakuriver.tunnel.user_endpoint import UserEndpoint
 
 __all__ = ["Owner", "Visit"]
 
@@ -41,6 +40,8 @@ READ = 64 << 10
 HEAD_SECONDS, IDLE_SECONDS, REST_SECONDS, UNREAD_SECONDS = 15.0, 90.0, 2.0, 30.0
 """How long a head may take, a connection be without one, what is left of a refused request be thrown away, and a page
 of ours not be read."""
+LONGEST_FORM = 4096
+"""Bytes of a body that is the gateway's own."""
 _END = b"\r\n\r\n"
 
 
@@ -48,6 +49,8 @@ class _Mode(enum.Enum):
     """What is read from the browser."""
 
     HEAD = enum.auto()
+    FORM = enum.auto()  # a body that is the gateway's own
+    ASKED = enum.auto()  # it is being found out where the request goes; what comes waits
     BODY = enum.auto()
     CHUNKS = enum.auto()
     SENT = enum.auto()  # the request is passed on; what comes before its answer is over waits
@@ -78,19 +81,28 @@ class _Socket(asyncio.Transport):
 class Owner(Protocol):
     """What a connection asks of its gateway."""
 
-    endpoint: UserEndpoint
-    gate: Gate
     visits: set[Visit]
 
     def now(self) -> float:
         """The loop's time, in seconds."""
 
-    def trouble(self) -> str | None:
-        """Why nothing can be reached now, as a sentence; None where something may be."""
+    def judge(
+        self, visit: Visit, head: RequestHead, form: bytes, *, close: bool
+    ) -> Way | bytes | Awaitable[Way | bytes]:
+        """Where a request may go, else what is answered, by a connection that ends then if `close`; or what tells.
+
+        `form` is its body where that is the gateway's own. Raises Malformed, at once.
+        """
+
+    def takes_form(self, head: RequestHead) -> bool:
+        """Whether the body of a request is for the gateway itself."""
+
+    def waits(self, visit: Visit, *, waits: bool) -> None:
+        """Whether a browser has no request under way."""
 
 
 class Visit(LocalWriter):
-    """A browser's connection. `gateway` has the addresses and makes the streams.
+    """A browser's connection. `gateway` says where its requests go.
 
     Large because a transport calls a third of its methods, and its stream another.
     """
@@ -115,12 +127,15 @@ class Visit(LocalWriter):
         self._own = False  # the last answer is the gateway's
         self._held_by_stream = False
         self._held_by_queue = False
+        self._held_by_pace = False
         self._paused = False
+        self._form: tuple[RequestHead, int] | None = None
+        self._asking: asyncio.Task[None] | None = None
 
     @property
-    def place(self) -> Place | None:
+    def way(self) -> Way | None:
         """Where its stream leads."""
-        return None if self._stream is None else self._stream.place
+        return None if self._stream is None else self._stream.way
 
     # -- the browser's connection ------------------------------------------------------------------------------
 
@@ -134,9 +149,23 @@ class Visit(LocalWriter):
         self.peer = (transport.get_extra_info("peername") or ("", 0))[:2]
         self._since = self._gateway.now()
         self._gateway.visits.add(self)
+        self._gateway.waits(self, waits=True)
+
+    def begin(self, data: bytes) -> None:
+        """Take what came before the connection was this one's."""
+        rest = memoryview(data)
+        while rest and not self.gone:
+            view = self.get_buffer(-1)
+            size = min(len(view), len(rest))
+            view[:size] = rest[:size]
+            self.buffer_updated(size)
+            rest = rest[size:]
 
     def connection_lost(self, exc: Exception | None) -> None:
         self._gateway.visits.discard(self)
+        self._gateway.waits(self, waits=False)
+        if self._asking is not None:
+            self._asking.cancel()
         self._release()
         self.drop()
 
@@ -161,6 +190,8 @@ class Visit(LocalWriter):
             if mode is _Mode.BODY:
                 self._left -= nbytes
             stream.buffer_updated(nbytes)
+            if stream.way.pace is not None:
+                self._slow_down(stream.way.pace.took(nbytes))
             if mode is _Mode.BODY and not self._left and self._mode is _Mode.BODY:
                 self._sent()
             return
@@ -169,6 +200,11 @@ class Visit(LocalWriter):
             self._pass_chunks(data)
         elif mode is not _Mode.REST:
             self._collect(data)
+
+    def resume_writing(self) -> None:
+        super().resume_writing()
+        if self._mode is _Mode.HEAD and self._head:  # TLS has words of its own to send, before the first answer too
+            soon(self._settled)
 
     def eof_received(self) -> bool:
         stream = self._stream
@@ -179,7 +215,7 @@ class Visit(LocalWriter):
             self.abort()
         elif self._mode is _Mode.SENT:
             self._leave()
-        elif self._mode is _Mode.REST or _END not in self._head:
+        elif self._mode is not _Mode.ASKED and (self._mode is not _Mode.HEAD or _END not in self._head):
             self.close()
         return True
 
@@ -191,7 +227,7 @@ class Visit(LocalWriter):
 
     def overdue(self, now: float) -> None:
         """Called now and then: end what takes too long."""
-        if self._mode not in (_Mode.HEAD, _Mode.REST):
+        if self._mode not in (_Mode.HEAD, _Mode.FORM, _Mode.REST):
             return
         waited = now - self._since
         if self._queue or self._blocked:
@@ -202,17 +238,19 @@ class Visit(LocalWriter):
         elif self._mode is _Mode.REST:
             if waited > REST_SECONDS and self._transport is not None:
                 self._transport.abort()
-        elif waited > (HEAD_SECONDS if self._head else IDLE_SECONDS):
-            if self._head:
-                self._refuse(Malformed("The head of the request did not come in time.", 408))
+        elif waited > (HEAD_SECONDS if self._head or self._form else IDLE_SECONDS):
+            if self._head or self._form:
+                self._refuse(Malformed("The request did not come in time.", 408))
             else:
                 self.close()
 
-    def hold(self, *, stream: bool | None = None, queue: bool | None = None) -> None:
-        """Whether the browser is to wait for its stream, or with its next request: it is read while neither says so."""
+    def hold(self, *, stream: bool | None = None, queue: bool | None = None, pace: bool | None = None) -> None:
+        """Whether the browser is to wait for its stream, with its next request, or for its rate: it is read while none
+        says so."""
         self._held_by_stream = self._held_by_stream if stream is None else stream
         self._held_by_queue = self._held_by_queue if queue is None else queue
-        held = self._held_by_stream or self._held_by_queue
+        self._held_by_pace = self._held_by_pace if pace is None else pace
+        held = self._held_by_stream or self._held_by_queue or self._held_by_pace
         if self._transport is None or self._transport.is_closing() or held == self._paused:
             return
         self._paused = held
@@ -220,6 +258,14 @@ class Visit(LocalWriter):
             self._transport.pause_reading()
         else:
             self._transport.resume_reading()
+
+    def _slow_down(self, seconds: float) -> None:
+        if seconds > 0 and not self._held_by_pace:
+            self.hold(pace=True)
+            asyncio.get_running_loop().call_later(seconds, self._go_on)
+
+    def _go_on(self) -> None:
+        self.hold(pace=False)
 
     # -- requests ----------------------------------------------------------------------------------------------
 
@@ -229,6 +275,11 @@ class Visit(LocalWriter):
         self._head += data
         if self._mode is _Mode.HEAD:
             self._look()
+        elif self._mode is _Mode.FORM:
+            try:
+                self._take_form()
+            except Malformed as why:
+                self._refuse(why)
         self._throttle()
 
     def _throttle(self) -> None:
@@ -261,24 +312,59 @@ class Visit(LocalWriter):
         self._minor = head.minor
         self._head_only = head.method == b"HEAD"
         self._closes = head.minor == 0 or _asks_to_close(head)
-        place = self._gateway.gate.judge(head, close=self._closes or body != 0)
-        if isinstance(place, Place):
-            self._pass(head, place, body, upgrade)
-        else:
-            self._answer(place, close=self._closes or body != 0)
+        self._gateway.waits(self, waits=False)
+        if body and self._gateway.takes_form(head):
+            if not 0 < body <= LONGEST_FORM:
+                raise Malformed(f"A form is sent with its length, which is {LONGEST_FORM} bytes at most.", 413)
+            self._mode, self._form = _Mode.FORM, (head, body)
+            self._take_form()
+            return
+        self._judge(head, b"", body, upgrade)
 
-    def _pass(self, head: RequestHead, place: Place, body: int, upgrade: bool) -> None:
-        trouble = self._gateway.trouble()
+    def _take_form(self) -> None:
+        """Go on with a request whose body is the gateway's own, once that is there."""
+        assert self._form is not None
+        head, size = self._form
+        if len(self._head) < size:
+            return
+        form = bytes(self._head[:size])
+        del self._head[:size]
+        self._form = None
+        self._judge(head, form, 0, upgrade=False)
+
+    def _judge(self, head: RequestHead, form: bytes, body: int, upgrade: bool) -> None:
+        """Find out where a request goes. Raises Malformed."""
+        answer = self._gateway.judge(self, head, form, close=self._closes or body != 0)
+        if isinstance(answer, (Way, bytes)):
+            self._go(head, answer, body, upgrade)
+            return
+        self._mode = _Mode.ASKED
+        self._asking = asyncio.ensure_future(self._ask(answer, head, body, upgrade))
+
+    async def _ask(self, answer: Awaitable[Way | bytes], head: RequestHead, body: int, upgrade: bool) -> None:
+        told = await answer
+        self._asking = None
+        if not self.gone:
+            self._go(head, told, body, upgrade)
+
+    def _go(self, head: RequestHead, answer: Way | bytes, body: int, upgrade: bool) -> None:
+        if isinstance(answer, Way):
+            self._pass(head, answer, body, upgrade)
+        else:
+            self._answer(answer, close=self._closes or body != 0)
+
+    def _pass(self, head: RequestHead, way: Way, body: int, upgrade: bool) -> None:
+        trouble = way.trouble()
         if trouble is not None:
             self._closes = self._closes or body != 0
             self._answer(page(503, trouble, close=self._closes, head_only=self._head_only), close=self._closes)
             return
-        stream = self._stream_to(place)
+        stream = self._stream_to(way)
         self._answering, self._own = True, False
-        stream.expect(head.method, head.minor, upgrade=upgrade)
+        stream.expect(head.method, head.minor, upgrade=upgrade, more=way.more)
         self._mode = _Mode.SENT if body == 0 else _Mode.CHUNKS if body == CHUNKED else _Mode.BODY
         self._left, self._chunks = body, Chunks()
-        stream.feed(rewrite.request(head, place, self.peer[0], body=body, upgrade=upgrade))
+        stream.feed(rewrite.request(head, way.place, self.peer[0], body=body, upgrade=upgrade))
         if self._mode in (_Mode.BODY, _Mode.CHUNKS):  # one that was used before may be waiting, and says so but once
             self.hold(stream=self._waits())
         self._pass_begun()
@@ -291,13 +377,13 @@ class Visit(LocalWriter):
         """Whether its stream takes nothing now."""
         return self._stream is not None and self._stream.core.reading is Reading.PAUSED
 
-    def _stream_to(self, place: Place) -> Upstream:
+    def _stream_to(self, way: Way) -> Upstream:
         stream = self._stream
-        if stream is not None and (stream.ended or stream.place != place or stream.phase is not Phase.IDLE):
+        if stream is not None and (stream.ended or stream.phase is not Phase.IDLE or not _same(stream.way, way)):
             self._release()
             stream = None
         if stream is None:
-            stream = self._stream = Upstream(self._gateway.endpoint, self, place)
+            stream = self._stream = Upstream(way, self)
             stream.connection_made(_Socket(self))
         return stream
 
@@ -347,6 +433,7 @@ class Visit(LocalWriter):
         self._mode = _Mode.HEAD
         self._head_only = False
         self._since = self._gateway.now()
+        self._gateway.waits(self, waits=True)
         self.hold(stream=False)
         self._throttle()
         if self._head or (self._stream is not None and self._stream.ended):
@@ -379,6 +466,7 @@ class Visit(LocalWriter):
         """The last answer is given. What is still sent is thrown away: else the browser might not get to read it."""
         self._release()
         self._mode = _Mode.REST
+        self._form = None
         self._since = self._gateway.now()
         self._head.clear()
         self.hold(stream=False, queue=False)
@@ -434,7 +522,7 @@ class Visit(LocalWriter):
     def failure(self, stream: Upstream) -> tuple[int, str]:
         """What the browser is told of a stream that broke: a status, and a sentence."""
         place, why = stream.place, stream.why
-        trouble = self._gateway.trouble()
+        trouble = stream.way.trouble()
         if trouble is not None:
             return 503, trouble
         if why.code == "ECONNREFUSED":
@@ -451,7 +539,7 @@ class Visit(LocalWriter):
             return
         if stream.phase is Phase.RAW or stream.begun:
             self.abort()
-        elif stream.again and stream.silent and stream.why.code != "ECONNREFUSED" and self._gateway.trouble() is None:
+        elif stream.again and stream.silent and stream.why.code != "ECONNREFUSED" and not stream.way.trouble():
             # The service has ended a connection that stood idle, as the request was on its way: to the browser it is
             # the same, and it knows which requests may be sent again.
             self._release()
@@ -468,6 +556,10 @@ class Visit(LocalWriter):
             self._stream.taken(size - own)
         if not self._queue and self._mode is _Mode.HEAD and (self._head or self._stream is not None):
             soon(self._settled)
+
+
+def _same(before: Way, now: Way) -> bool:
+    return before.endpoint is now.endpoint and before.place == now.place
 
 
 def _asks_to_close(head: RequestHead) -> bool:

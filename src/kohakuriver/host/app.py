@@ -14,6 +14,7 @@ from kohakuriver import __version__
 from kohakuriver.asking import asker
 from kohakuriver.errors import KohakuRiverError
 from kohakuriver.host.api_page import api_page
+from kohakuriver.host.apps.entry import entry
 from kohakuriver.host.browser import pages
 from kohakuriver.host.cookies import need_own_page, shown_cookie
 from kohakuriver.host.device_login import device_pages
@@ -33,8 +34,11 @@ from kohakuriver.host.schemas import (
     Heartbeat,
     HeartbeatAnswer,
     LimitsView,
+    LinkMade,
+    LinkView,
     LoginLink,
     NewGroup,
+    NewLink,
     NewToken,
     NewUser,
     NodeView,
@@ -77,7 +81,7 @@ def create_app(services: Services, guard: Guard | None = None) -> FastAPI:
         guard=guard,
         documented=True,
         services=services,
-        routers=(_open, pages, oidc_pages, device_pages, _api, _nodes),
+        routers=(_open, pages, entry, oidc_pages, device_pages, _api, _nodes),
         on_error=note,
     )
     app.title = "KohakuRiver host"
@@ -473,3 +477,21 @@ async def unshare_task(host: Host, found: Own, user: str) -> TaskView:
     await host.people.unshare(found[0], user)
     await host.tasks.renew_token(*found)
     return await host.tasks.get(*found)
+
+
+@_api.post("/tasks/{task}/links", status_code=201)
+async def make_link(host: Host, authenticated: Authenticated, found: Own, request: NewLink, http: Request) -> LinkMade:
+    """Make a link: whoever has it opens one port of the task in a browser, and nothing else."""
+    return await host.links.make(authenticated[1], found[0], request, http.headers.get("host", ""))
+
+
+@_api.get("/tasks/{task}/links")
+async def list_links(host: Host, found: Own) -> list[LinkView]:
+    """The links of a task that are good."""
+    return await host.links.of_task(found[0])
+
+
+@_api.delete("/tasks/{task}/links/{link}")
+async def end_link(host: Host, found: Own, link: str) -> LinkView:
+    """Take a link back; what is open by it ends."""
+    return await host.links.end(found[0], link)

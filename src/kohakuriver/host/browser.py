@@ -14,6 +14,7 @@ from kohakuriver import __version__
 from kohakuriver.asking import asker
 from kohakuriver.config import SHARED_NAMES
 from kohakuriver.errors import KohakuRiverError, NotAllowedError, UnauthenticatedError, UnavailableError
+from kohakuriver.host.apps.then import forget, remembered
 from kohakuriver.host.cookies import clear_cookie, is_tls, need_own_page, set_cookie, shown_cookie
 from kohakuriver.host.forms import fields_of
 from kohakuriver.host.html import form, page
@@ -30,6 +31,10 @@ __all__ = ["Page", "log_in_first", "pages", "path_of", "visitor_of"]
 
 PLACES = {"device": "/device"}
 """Where a login can lead beside the host's page, by the names that requests have for it: no address comes in."""
+
+
+OTHER_NAME = "other_name"
+"""The code of the error for a browser that came by a name at which it is not let in: no page there helps it."""
 
 
 class Page(APIRoute):
@@ -52,7 +57,8 @@ class Page(APIRoute):
         """The page that an error is, which is written down where errors of the API are, too."""
         if error.status in REFUSALS:
             services_of(request).audit.refused(error)
-        return page("Sorry", f'<p>{escape(error.message)}</p>\n<p><a href="/login">Log in</a></p>\n', error.status)
+        link = "" if error.code == OTHER_NAME else '<p><a href="/login">Log in</a></p>\n'
+        return page("Sorry", f"<p>{escape(error.message)}</p>\n{link}", error.status)
 
 
 pages = APIRouter(route_class=Page)
@@ -78,7 +84,8 @@ def _need_own_name(request: Request) -> None:
     if local and name != _services(request).logins.name and not is_tls(request) and _is_browser(request):
         raise NotAllowedError(
             "Run `kohakuriver open`, which opens this host by a name of its own: what listens on other ports of this "
-            "name would get the cookie, too."
+            "name would get the cookie, too.",
+            code=OTHER_NAME,
         )
 
 
@@ -95,10 +102,14 @@ async def root(request: Request) -> Response:
     found = await visitor_of(request)
     if found is None:
         return _to_login(request)
+    if place := remembered(request):
+        onward = RedirectResponse(place, 303)
+        forget(request, onward)
+        return onward
     caller, browser = found
     until = f", until {iso_time(browser.ends_at)} at the latest" if browser.ends_at else ""
     body = f"<p>Logged in as <strong>{escape(caller.name)}</strong> ({escape(caller.role)}){until}.</p>\n"
-    body += await table_of(_services(request).tasks, caller)
+    body += await table_of(_services(request), caller, request.headers.get("host", ""))
     links = '<p><a href="/device">Log in a command line</a>, <a href="/docs">HTTP API</a></p>\n'
     return page("Tasks", body + links + form("/logout", "", "Log out"))
 

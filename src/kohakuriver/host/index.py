@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import asyncio
 from html import escape
+from urllib.parse import quote
 
 from kohakuriver.errors import KohakuRiverError
+from kohakuriver.host.parts import Services
 from kohakuriver.host.schemas import Ports
 from kohakuriver.host.services.credentials import Caller
 from kohakuriver.host.services.tasks import Tasks
@@ -26,15 +28,17 @@ LOOK_SECONDS = 3.0
 Used = tuple[Task, Node, TaskView]
 
 
-async def table_of(tasks: Tasks, caller: Caller) -> str:
-    """The tasks that a user may use, as HTML."""
+async def table_of(services: Services, caller: Caller, host: str) -> str:
+    """The tasks that a user may use, as HTML, for a browser that is at the host by what `Host` says."""
+    tasks = services.tasks
     used = (await tasks.used_by(caller))[::-1]
     if not used:
         return "<p>There is no task yet: <code>kohakuriver vps create</code> makes one.</p>\n"
     running = [each for each in used if each[2].status == "running"][:MOST_LOOKED_INTO]
     listening = await asyncio.gather(*(_look(tasks, task, node) for task, node, _ in running))
     ports = {view.task_id: found for (_, _, view), found in zip(running, listening, strict=True)}
-    rows = "".join(_row(view, ports.get(view.task_id)) for _, _, view in used[:MOST_SHOWN])
+    there = services.apps.reached_from(host)
+    rows = "".join(_row(view, ports.get(view.task_id), there=there) for _, _, view in used[:MOST_SHOWN])
     more = f"<p>And {len(used) - MOST_SHOWN} older ones.</p>\n" if len(used) > MOST_SHOWN else ""
     head = "<tr><th scope=col>Task</th><th scope=col>Status</th><th scope=col>Node</th><th scope=col>Ports</th></tr>\n"
     return f"<table>\n{head}{rows}</table>\n{more}"
@@ -48,14 +52,21 @@ async def _look(tasks: Tasks, task: Task, node: Node) -> Ports | None:
         return None
 
 
-def _row(view: TaskView, found: Ports | None) -> str:
-    commands = "".join(
-        f"<li><code>kohakuriver open {escape(view.name)} {port}</code>{escape(f' ({program})' if program else '')}</li>"
+def _row(view: TaskView, found: Ports | None, *, there: bool) -> str:
+    ways = "".join(
+        f"<li>{_way_to(view, port, there=there)}{escape(f' ({program})' if program else '')}</li>"
         for port, program in _tcp(found)
     )
-    ports = f"<ul>{commands}</ul>" if commands else "" if found is None else "none"
+    ports = f"<ul>{ways}</ul>" if ways else "" if found is None else "none"
     cells = (escape(view.name), escape(view.status), escape(view.node), ports)
     return f"<tr>{''.join(f'<td>{cell}</td>' for cell in cells)}</tr>\n"
+
+
+def _way_to(view: TaskView, port: int, *, there: bool) -> str:
+    """A link to the address of a port at the host; where none leads there, the command that opens it."""
+    if there:
+        return f'<a href="/open/{quote(view.name, safe="")}/{port}">Open {port}</a>'
+    return f"<code>kohakuriver open {escape(view.name)} {port}</code>"
 
 
 def _tcp(found: Ports | None) -> list[tuple[int, str]]:

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from kohakuriver.host.apps.apps import Apps
 from kohakuriver.host.services.access import Access
 from kohakuriver.host.services.audit import AuditLog
 from kohakuriver.host.services.authorize import Forwards
 from kohakuriver.host.services.credentials import Credentials
 from kohakuriver.host.services.device_logins import DeviceLogins
 from kohakuriver.host.services.groups import GroupsOfUsers
+from kohakuriver.host.services.links import AppLinks
 from kohakuriver.host.services.logins import Logins
 from kohakuriver.host.services.logs import Logs
 from kohakuriver.host.services.nodes import Nodes
@@ -38,3 +40,5 @@ class Services:
     logins: Logins
     devices: DeviceLogins
     oidc: OidcLogins | None
+    apps: Apps
+    links: AppLinks

@@ -32,8 +32,11 @@ __all__ = [
     "Incident",
     "Limit",
     "LimitsView",
+    "LinkMade",
+    "LinkView",
     "LoginLink",
     "NewGroup",
+    "NewLink",
     "NewToken",
     "NewUser",
     "NodeView",
@@ -60,7 +63,7 @@ LONGEST_PROGRAM = 64
 LONGEST_TOKEN_SECONDS = 100 * 366 * 86400.0
 
 Role = Literal["admin", "user"]
-TokenKind = Literal["user", "node", "browser"]
+TokenKind = Literal["user", "node", "browser", "link"]
 
 UserName = Annotated[
     str,
@@ -170,6 +173,13 @@ class NewToken(_Request):
         if self.user is not None and self.node is not None:
             raise ValueError("a token is for a user or for a node, not for both")
         return self
+
+
+class NewLink(_Request):
+    """A link to be made that opens one port of a task. `expires_in` is in seconds; without it, it is good for ever."""
+
+    port: Annotated[int, Field(ge=1, le=65535)]
+    expires_in: Annotated[float, Field(gt=0, le=LONGEST_TOKEN_SECONDS)] | None = None
 
 
 class ShareRequest(_Request):
@@ -364,7 +374,7 @@ class OidcSubject(_Request):
 class TokenView(BaseModel):
     """A token, without the secret. `user` or `node` is whose it is; node "*" is every node.
 
-    Of the kind "browser" it is a browser that is logged in.
+    Of the kind "browser" it is a browser that is logged in, of the kind "link" a link to one port of one task.
     """
 
     id: str
@@ -405,6 +415,22 @@ class DeviceCodeShown(_Request):
     """The command line asks for its token."""
 
     device_code: Annotated[str, Field(max_length=200)]
+
+
+class LinkView(BaseModel):
+    """A link to one `port` of a task, without what opens it. `user` is who made it."""
+
+    id: str
+    user: str
+    port: int
+    created_at: str
+    expires_at: str | None
+
+
+class LinkMade(LinkView):
+    """A link that was just made: the one time that its address is shown."""
+
+    url: str
 
 
 class LoginLink(BaseModel):

@@ -16,6 +16,7 @@ import structlog
 from kohakuriver import runtime as loops
 from kohakuriver.changes import Changes
 from kohakuriver.host.app import create_app
+from kohakuriver.host.apps.serving import AppServer, where_in
 from kohakuriver.host.oidc_options import provider_of, rules_of
 from kohakuriver.host.parts import Services
 from kohakuriver.host.services.access import Access
@@ -26,6 +27,7 @@ from kohakuriver.host.services.device_logins import DeviceLogins
 from kohakuriver.host.services.failures import Failures
 from kohakuriver.host.services.grants import Grants
 from kohakuriver.host.services.groups import GroupsOfUsers
+from kohakuriver.host.services.links import AppLinks
 from kohakuriver.host.services.logins import Logins, name_in_browsers
 from kohakuriver.host.services.logs import Logs
 from kohakuriver.host.services.nodes import Nodes
@@ -42,6 +44,7 @@ from kohakuriver.quotas import Quotas
 from kohakuriver.runtime import raise_file_limit
 from kohakuriver.ssh_proxy.server import SshProxy
 from kohakuriver.store import Accounts, Browsers, DeviceCodes, Groups, Identities, Store, sqlite_url
+from kohakuriver.store.links import Links as StoredLinks
 from kohakuriver.tls import ServerCertificate, client_context
 from kohakuriver.tunnel.accept import serve_ws
 from kohakuriver.web.app import bind, bind_with_loopback, print_event, server_certificate, socket_url, warn_if_in_clear
@@ -59,6 +62,7 @@ log = structlog.get_logger("kohakuriver.host")
 class HostOptions:
     """How a host runs. `port` and `ssh_port` 0 are any free one; `database` None is a SQLite file in `state_dir`.
 
+    `apps_domain` is what is behind the names of apps, and `public_url` where browsers find the host.
     `allowed_hosts` and `allowed_origins` are as `Guard` takes them. With `user_mounts` others than admins may mount
     directories of nodes.
     `ca_file` is what runners' certificates are checked by, None the system's authorities; `audit_log` None is a file in
@@ -78,6 +82,8 @@ class HostOptions:
     allow_anonymous: bool = False
     allowed_hosts: Sequence[str] = ()
     allowed_origins: Sequence[str] = ()
+    apps_domain: str | None = None
+    public_url: str | None = None
     user_mounts: bool = False
     heartbeat_seconds: float = 5.0
     tls_cert: Path | None = None
@@ -228,7 +234,24 @@ async def _serve(
     oidc = None
     if provider := provider_of(options):
         oidc = OidcLogins(provider, rules_of(options), identities, logins, credentials, grants)
-    guard = Guard(names=perimeter.names, hosts=options.allowed_hosts, origins=options.allowed_origins)
+    where = where_in(options.apps_domain, options.public_url, perimeter.names, socks[0].getsockname()[1])
+    app_server = AppServer(
+        await store.apps_key(),
+        where,
+        store=store,
+        credentials=credentials,
+        logins=logins,
+        forwards=forwards,
+        trusted=perimeter.trusted,
+        limits=limits,
+        tls=perimeter.certificate is not None,
+    )
+    guard = Guard(
+        names=[*perimeter.names, *where.names],
+        hosts=options.allowed_hosts,
+        origins=options.allowed_origins,
+        elsewhere=app_server.owns,
+    )
     logs = Logs(grants, nodes, runners)
     url = socket_url(socks[0], "https" if options.tls_cert else "http")
     ssh_address = socket_url(ssh_sock).removeprefix("http://")
@@ -252,6 +275,7 @@ async def _serve(
         await terminals.close()
         logs.close()
         devices.close()
+        await app_server.close()
         await proxy.close()
 
     services = Services(
@@ -268,6 +292,8 @@ async def _serve(
         logins,
         devices,
         oidc,
+        app_server.apps,
+        AppLinks(StoredLinks(store), app_server.apps, grants),
     )
     ways = [
         (kind, route) for kind, carrier in (("forward", proxy), ("terminal", terminals)) for route in carrier.routes()
@@ -279,6 +305,7 @@ async def _serve(
         on_stop=stop,
         certificate=perimeter.certificate,
         limits=perimeter.limits,
+        front=app_server.front,
     )
     beside = [
         server.keep(grants.run(), "checking the rights of sessions"),

@@ -274,6 +274,10 @@ class Accounts:
         """
         return await self._tokens(digest(secret))
 
+    async def token_of(self, key: str) -> tuple[Token | None, User | None]:
+        """The same of the token with that digest."""
+        return await self._tokens(key)
+
     async def _token(self, key: str) -> tuple[Token | None, User | None]:
         def work(session: Session) -> tuple[Token | None, User | None]:
             token = session.get(Token, key)
@@ -451,6 +455,8 @@ def _end_of(token: Token) -> str:
     """Why a token is no good any more."""
     if token.kind == "browser":
         return "the browser of this session is not logged in any more"
+    if token.kind == "link":
+        return "the link of this session was taken back, or its time is up"
     how = "has expired" if token.revoked_at is None else "was revoked"
     return f"the token of this session {how}"
 

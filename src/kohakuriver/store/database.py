@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import os
+import secrets
 import time
 from collections.abc import Callable, Iterable, Mapping, Set
 from concurrent.futures import ThreadPoolExecutor
@@ -42,6 +43,8 @@ __all__ = ["SCHEMA_VERSION", "Store", "ahead_of_users", "gpus_in_use", "sqlite_u
 
 SCHEMA_VERSION = 11
 """Counts up with every change of the tables. An older database is brought up to it, a newer one is refused."""
+
+_APPS_KEY = "apps_key"
 
 CHECK_SECONDS = 2.0
 """How soon the database has to answer when it is asked whether it does."""
@@ -167,6 +170,8 @@ class Store:
                 _upgrade(connection, found)
         with self._writing.begin() as session:
             session.merge(Meta(key="schema", value=str(SCHEMA_VERSION)))
+            if session.get(Meta, _APPS_KEY) is None:
+                session.add(Meta(key=_APPS_KEY, value=secrets.token_hex(32)))
 
     async def _run_in_thread(self, work: Callable[[], T]) -> T:
         try:
@@ -215,6 +220,11 @@ class Store:
             raise HostUnreachableError(text, code="database_down", status=503) from error
 
     # Nodes
+
+    async def apps_key(self) -> bytes:
+        """What all hosts of this database sign with what they give browsers at the addresses of apps."""
+        found = await self.read(lambda session: session.get_one(Meta, _APPS_KEY))
+        return bytes.fromhex(found.value)
 
     async def nodes(self) -> list[Node]:
         """All nodes, by name."""

@@ -20,6 +20,7 @@ __all__ = [
     "ACTIVE",
     "OF_USERS",
     "TOKEN_ID_LENGTH",
+    "AppCode",
     "Base",
     "DeviceCode",
     "Group",
@@ -252,13 +253,13 @@ class Share(Base):
 class Token(Base):
     """A credential, kept as its SHA-256 alone.
 
-    `kind` is "user", "node" or "browser"; `name` the user whose it is, or the node that it is for ("*": any).
+    `kind` is "user", "node", "browser" or "link"; `name` the user whose it is, or the node that it is for ("*": any).
     `label` is what its owner calls it. A token that was revoked keeps its row, so that nothing makes it valid again.
 
     Of a browser that is logged in, `parent` is the digest of the token or of the identity that let it in, with which
     it ends. Its `expires_at` moves on while it is used, up to `ends_at`. A token that was made with a browser's login,
     or with such a token, has the browser's `ends_at`, and where its owner made it and came in by an identity, that as
-    `parent`.
+    `parent`. A link opens one `port` of the task `task_id`, by the right of its user.
     """
 
     __tablename__ = "tokens"
@@ -272,6 +273,8 @@ class Token(Base):
     revoked_at: Mapped[float | None] = mapped_column(Float)
     parent: Mapped[str | None] = mapped_column(String(64))
     ends_at: Mapped[float | None] = mapped_column(Float)
+    task_id: Mapped[int | None] = mapped_column(BigInteger)
+    port: Mapped[int | None] = mapped_column(Integer)
 
     def is_good(self, now: float) -> bool:
         """Whether it opens something, `now` in seconds since the epoch."""
@@ -322,6 +325,24 @@ class DeviceCode(Base):
     browser: Mapped[str] = mapped_column(String(64), default="")
 
 
+class AppCode(Base):
+    """What lets a browser in at the address of an app, once; kept as its SHA-256.
+
+    `browser` is the digest of the login that it stands for, `host` the address that it is for, `state` the hash of what
+    that address has given the browser.
+    """
+
+    __tablename__ = "app_codes"
+
+    digest: Mapped[str] = mapped_column(String(64), primary_key=True)
+    browser: Mapped[str] = mapped_column(String(64), index=True)
+    task_id: Mapped[int] = mapped_column(BigInteger)
+    port: Mapped[int] = mapped_column(Integer)
+    host: Mapped[str] = mapped_column(Text)
+    state: Mapped[str] = mapped_column(String(64))
+    expires_at: Mapped[float] = mapped_column(Float)
+
+
 def usage_of(status: str, claimed_until: float, spec: Mapping[str, Any], now: float) -> Usage:
     """`Task.usage` of a task with these columns."""
     if status not in ACTIVE and claimed_until <= now:
@@ -333,7 +354,7 @@ def usage_of(status: str, claimed_until: float, spec: Mapping[str, Any], now: fl
 ACTIVE = ("starting", "running")
 """What a task's status is while it has what it was ordered to have."""
 
-OF_USERS = ("user", "browser")
+OF_USERS = ("user", "browser", "link")
 """Kinds of tokens that are a user's."""
 
 TOKEN_ID_LENGTH = 12

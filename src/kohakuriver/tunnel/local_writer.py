@@ -53,7 +53,8 @@ class LocalWriter(asyncio.BufferedProtocol):
     def use(self, transport: asyncio.Transport) -> None:
         """Write to ``transport`` from now on."""
         self._transport = transport
-        transport.set_write_buffer_limits(high=0)
+        # TLS transports pause at the mark itself, plain ones above it: a mark of 0 would pause those for ever.
+        transport.set_write_buffer_limits(high=0 if transport.get_extra_info("sslcontext") is None else 1)
         tune_socket(transport)
         self._direct = DirectSocket(transport)
 
@@ -132,6 +133,9 @@ class LocalWriter(asyncio.BufferedProtocol):
 
     def _shut_down(self) -> None:
         if self._transport is None or self._transport.is_closing():
+            return
+        if not self._transport.can_write_eof():  # TLS has no half of a connection
+            self._transport.close()
             return
         try:
             self._transport.write_eof()

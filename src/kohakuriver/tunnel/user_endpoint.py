@@ -8,7 +8,7 @@ import time
 from collections.abc import Callable
 
 from kohakuriver.text import one_line
-from kohakuriver.tunnel.endpoint import AnyStream, Endpoint
+from kohakuriver.tunnel.endpoint import AnyStream, Endpoint, Share
 from kohakuriver.tunnel.kept import opening_kept
 from kohakuriver.tunnel.link import Link
 from kohakuriver.tunnel.local_listeners import LISTEN_BACKLOG, ListeningSocket, bind
@@ -51,6 +51,7 @@ class UserEndpoint(Endpoint):
         on_going_away: is told, with the reason, that the link will not be there for long.
         on_notice: is told a sentence for the user.
         kept: where the streams that outlive links are; without it, none does.
+        share: what its streams may hold together with those of other endpoints; None for one of its own.
         on_accept: called with the number of streams after each new local connection.
     """
 
@@ -66,8 +67,9 @@ class UserEndpoint(Endpoint):
         on_going_away: Callable[[str], None] = lambda reason: None,
         on_notice: Callable[[str], None] = lambda sentence: None,
         kept: KeptStreams | None = None,
+        share: Share | None = None,
     ) -> None:
-        super().__init__(config)
+        super().__init__(config, share)
         self.kept = kept
         self.on_going_away = on_going_away
         self.on_notice = on_notice

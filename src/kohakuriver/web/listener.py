@@ -45,7 +45,7 @@ class Acceptor:
     def __init__(
         self,
         sock: socket.socket,
-        new_protocol: Callable[[], asyncio.Protocol],
+        new_protocol: Callable[[], asyncio.BaseProtocol],
         *,
         tls: ssl.SSLContext | None,
         handshake_timeout: float,

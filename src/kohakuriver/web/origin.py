@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import ipaddress
 import socket
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from urllib.parse import SplitResult, urlsplit
 
 from kohakuriver.errors import NotAllowedError
@@ -31,9 +31,18 @@ class Guard:
         hosts: the same, named by the server's administrator: they are asked for wherever a request arrives, while
             otherwise only what arrives over loopback must have a known name. "*" stands for every name.
         origins: other sites whose pages may connect, as `https://name[:port]`.
+        elsewhere: whether what `Host` says is served by something else here, and never by this server.
     """
 
-    def __init__(self, *, names: Iterable[str] = (), hosts: Iterable[str] = (), origins: Iterable[str] = ()) -> None:
+    def __init__(
+        self,
+        *,
+        names: Iterable[str] = (),
+        hosts: Iterable[str] = (),
+        origins: Iterable[str] = (),
+        elsewhere: Callable[[str], bool] = lambda host: False,
+    ) -> None:
+        self._elsewhere = elsewhere
         named = {name.lower() for name in hosts}
         self._any_host = "*" in named
         self._always = bool(named)
@@ -43,9 +52,16 @@ class Guard:
     def check(self, hosts: list[str], origins: list[str], local: str | None) -> None:
         """Judge a request by all its Host and Origin headers; `local` is the address of ours that it came to.
 
-        Raises NotAllowedError "host_not_allowed" or "origin_not_allowed".
+        Raises NotAllowedError "host_not_allowed" or "origin_not_allowed", or "misdirected" (421).
         """
         host = hosts[0] if len(hosts) == 1 else ""
+        if any(map(self._elsewhere, hosts)):
+            raise NotAllowedError(
+                "This connection began with a request to another name; a proxy has to keep connections for the "
+                "addresses of apps apart.",
+                code="misdirected",
+                status=421,
+            )
         name = _name(host)
         if name is None or ((self._always or _is_loopback(local)) and not self._knows(name)):
             raise NotAllowedError(

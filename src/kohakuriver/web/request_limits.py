@@ -18,7 +18,7 @@ from kohakuriver.limits import Limits
 from kohakuriver.tunnel.turns import Turn
 from kohakuriver.web.waiting_room import WaitingRoom
 
-__all__ = ["BodyBudget", "guarded", "letting_go"]
+__all__ = ["BodyBudget", "GuardedHttp", "guarded", "letting_go"]
 
 LINGER_SECONDS = 1.0
 
@@ -229,7 +229,7 @@ class GuardedHttp(HttpToolsProtocol):
 
     def _start_clock(self) -> None:
         if self._clock is None:
-            self._clock = self.loop.call_later(self.limits.handshake_timeout, self._too_slow)
+            self._clock = self.loop.call_later(self.limits.handshake_timeout, self.too_slow)
             self.room.enter(self, self._dismiss)
 
     def _stop_clock(self) -> None:
@@ -243,7 +243,8 @@ class GuardedHttp(HttpToolsProtocol):
         self._stop_clock()
         self.transport.abort()
 
-    def _too_slow(self) -> None:
+    def too_slow(self) -> None:
+        """The request is not there in time."""
         self._stop_clock()
         if self.flow.read_paused:  # it is us who don't read
             self._start_clock()

@@ -22,10 +22,13 @@ from kohakuriver.runtime import DescriptorWatch
 from kohakuriver.tls import ServerCertificate
 from kohakuriver.web.background import in_background
 from kohakuriver.web.listener import Acceptor
-from kohakuriver.web.request_limits import BodyBudget, guarded, letting_go
+from kohakuriver.web.request_limits import BodyBudget, GuardedHttp, guarded, letting_go
 from kohakuriver.web.waiting_room import WaitingRoom
 
 log = structlog.get_logger("kohakuriver")
+
+Front = Callable[[Callable[[], GuardedHttp], WaitingRoom, Limits], asyncio.BaseProtocol]
+"""(what makes the protocol of HTTP, who waits with no request under way, limits) → a connection's first protocol."""
 
 DRAIN_SECONDS = 5
 
@@ -48,8 +51,11 @@ class Server(uvicorn.Server):
         on_stop: Callable[[], Awaitable[None]],
         certificate: ServerCertificate | None = None,
         limits: Limits | None = None,
+        front: Front | None = None,
     ) -> None:
+        """`front` makes the protocol that each connection to a listener of `serve` begins with."""
         self._limits = limits or Limits()
+        self._front = front
         self._room = WaitingRoom(self._limits.max_waiting)
         self._http = guarded(self._limits, self._room, BodyBudget(self._limits.max_bodies))
         super().__init__(_config(app, ws, self._http))
@@ -129,7 +135,7 @@ class Server(uvicorn.Server):
         await super().startup([])  # the sockets are ours to listen on: uvicorn sets no time for a TLS handshake
         tls = None if self._certificate is None else self._certificate.context
         for sock in sockets or []:
-            self._listen(self.config, sock, tls)
+            self._listen(self.config, sock, tls, self._front)
         await self._on_ready()
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
@@ -171,17 +177,21 @@ class Server(uvicorn.Server):
 
         return end
 
-    def _listen(self, config: uvicorn.Config, sock: socket.socket, tls: ssl.SSLContext | None) -> Acceptor:
-        def new_protocol() -> asyncio.Protocol:
+    def _listen(
+        self,
+        config: uvicorn.Config,
+        sock: socket.socket,
+        tls: ssl.SSLContext | None,
+        front: Front | None = None,
+    ) -> Acceptor:
+        def http() -> GuardedHttp:
             make: Any = config.http_protocol_class
-            protocol: asyncio.Protocol = make(
-                config=config, server_state=self.server_state, app_state=self.lifespan.state
-            )
+            protocol: GuardedHttp = make(config=config, server_state=self.server_state, app_state=self.lifespan.state)
             return protocol
 
         acceptor = Acceptor(
             sock,
-            new_protocol,
+            http if front is None else lambda: front(http, self._room, self._limits),
             tls=tls,
             handshake_timeout=self._limits.handshake_timeout,
             room=self._room,

@@ -59,6 +59,13 @@ class Forwards:
             route = self._route(task, node, caller, "forward", None if ports is None else {port, *ports})
             return replace(route, grant=await self._grants.enter(caller, task))
 
+    async def authorize_app(self, caller: Caller, task_id: int, port: int) -> Route:
+        """Where a browser's session to one port of a task goes. Raises as `authorize` does."""
+        with self._noting_refusals(str(task_id)):
+            task, node = await self._access.usable(caller, str(task_id))
+            route = self._route(task, node, caller, "forward", {port})
+            return replace(route, port=port, grant=await self._grants.enter(caller, task))
+
     async def authorize_terminal(self, token: str | None, reference: str, beyond: str = "") -> Route:
         """Where a terminal of a task is opened, or connections lead `beyond` it, "to" others or "on" a port there.
 

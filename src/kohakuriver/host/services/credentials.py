@@ -15,7 +15,7 @@ from kohakuriver.errors import NotAllowedError, UnauthenticatedError
 from kohakuriver.host.services.audit import NOWHERE, Audit
 from kohakuriver.host.services.failures import Failures
 from kohakuriver.quotas import Quotas
-from kohakuriver.store import ANY_NODE, OF_USERS, TOKEN_ID_LENGTH, Accounts, Token
+from kohakuriver.store import ANY_NODE, OF_USERS, TOKEN_ID_LENGTH, Accounts, Token, User
 
 __all__ = ["ADMIN", "ANONYMOUS", "Caller", "Credentials", "new_token"]
 
@@ -28,12 +28,13 @@ _NODE_TOKEN_HELP = "use the one in the host's state directory, or have one made 
 _UNKNOWN = {
     "user": "The host does not know this token; ask its administrator for a valid one.",
     "browser": "This browser is not logged in here; log in at /login.",
+    "link": "There is no such link; ask whoever gave it to you for another one.",
 }
 
 
 def new_token(kind: str) -> str:
     """A fresh secret of 256 random bits; programs that look for leaked secrets know it by its prefix."""
-    return {"user": "kr_", "node": "krn_", "browser": "krb_"}[kind] + secrets.token_urlsafe(32)
+    return {"user": "kr_", "node": "krn_", "browser": "krb_", "link": "krl_"}[kind] + secrets.token_urlsafe(32)
 
 
 @dataclass(frozen=True)
@@ -97,18 +98,33 @@ class Credentials:
         asker().known["via"] = "browser"
         return found
 
+    async def logged_in(self, browser: str) -> tuple[Caller, Token]:
+        """Like `visitor`, by the digest of the browser's secret, which is no credential: who asks has shown another.
+
+        So it is with who has a link, and its digest. Raises UnauthenticatedError.
+        """
+        token, user = await self._accounts.token_of(browser)
+        return self._checked(token, user, "link" if token is not None and token.kind == "link" else "browser")
+
+    async def link(self, secret: str) -> Token:
+        """The link that a secret is of. Raises UnauthenticatedError."""
+        return (await self._known(secret, "link"))[1]
+
     async def _known(self, secret: str, kind: str) -> tuple[Caller, Token]:
         async with self.looking():
             token, user = await self._accounts.token(secret)
         try:
-            if token is None or token.kind != kind:
-                raise UnauthenticatedError(_UNKNOWN[kind])
-            self._check_valid(token)
-            if user is None:
-                raise UnauthenticatedError("The user of this token was removed; ask the host's administrator.")
+            return self._checked(token, user, kind)
         except UnauthenticatedError as error:
             await self.refuse(error, token)
             raise
+
+    def _checked(self, token: Token | None, user: User | None, kind: str) -> tuple[Caller, Token]:
+        if token is None or token.kind != kind:
+            raise UnauthenticatedError(_UNKNOWN[kind])
+        self._check_valid(token)
+        if user is None:
+            raise UnauthenticatedError("The user of this token was removed; ask the host's administrator.")
         asker().known.update(user=user.name, token=token.id)
         return Caller(user.name, user.role, token.digest, self._accounts.quotas_of(user)), token
 
@@ -165,6 +181,8 @@ class Credentials:
     def _check_valid(self, token: Token) -> None:
         if token.kind == "browser" and not token.is_good(self._clock()):
             raise UnauthenticatedError("This browser was logged out; log in again at /login.", code="logged_out")
+        if token.kind == "link" and not token.is_good(self._clock()):
+            raise UnauthenticatedError("This link was taken back, or its time is up.", code="link_used")
         if token.revoked_at is not None:
             raise UnauthenticatedError("This token was revoked; ask for another one.", code="token_revoked")
         if token.expires_at is not None and token.expires_at <= self._clock():

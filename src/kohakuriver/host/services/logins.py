@@ -49,8 +49,12 @@ class Logins:
     async def visitor(self, cookie: str) -> tuple[Caller, Token]:
         """Whose browser this is; it stays logged in for another while. Raises UnauthenticatedError."""
         caller, browser = await self._credentials.visitor(cookie)
-        await self._browsers.used(browser)
+        await self.used(browser)
         return caller, browser
+
+    async def used(self, browser: Token) -> None:
+        """A browser asks for something now, so it stays logged in for another while."""
+        await self._browsers.used(browser)
 
     async def log_in(self, token: str, before: str | None) -> tuple[str, Token]:
         """The cookie of a browser that comes in with a token, in the place of the one that it has had.

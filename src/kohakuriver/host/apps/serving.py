@@ -1,0 +1,94 @@
+"""Apps as a part of the host's program: made of its other parts, put in front of its listeners, and ended."""
+
+from __future__ import annotations
+
+import ssl
+import time
+from collections.abc import Callable, Sequence
+from urllib.parse import SplitResult
+
+from kohakuriver.errors import UsageError
+from kohakuriver.gateway.names import authority
+from kohakuriver.host.apps.addresses import Addresses, domain_in, url_in
+from kohakuriver.host.apps.apps import Apps
+from kohakuriver.host.apps.front import Front
+from kohakuriver.host.apps.gate import AppGate
+from kohakuriver.host.apps.sessions import Sessions
+from kohakuriver.host.apps.signed import Signed
+from kohakuriver.host.services.authorize import Forwards
+from kohakuriver.host.services.credentials import Credentials
+from kohakuriver.host.services.logins import Logins
+from kohakuriver.limits import Limits
+from kohakuriver.store import Store
+from kohakuriver.store.apps import AppCodes
+from kohakuriver.web.request_limits import GuardedHttp
+from kohakuriver.web.waiting_room import WaitingRoom
+
+__all__ = ["AppServer", "Where", "where_in"]
+
+
+class Where:
+    """Where browsers find the host and its apps: None and None where nothing was set up."""
+
+    def __init__(self, domain: str | None = None, public: SplitResult | None = None) -> None:
+        self.domain = domain
+        self.public = public
+
+    @property
+    def names(self) -> Sequence[str]:
+        """What browsers call the host."""
+        return () if self.public is None or not self.public.hostname else (self.public.hostname,)
+
+
+def where_in(domain: str | None, public: str | None, certificate: Sequence[str], port: int) -> Where:
+    """What was said of that; the name of a certificate says where the host is, too. Raises UsageError.
+
+    Args:
+        certificate: the names in it.
+        port: the one that the host listens on.
+    """
+    if domain is None:
+        return Where(None, None if public is None else url_in(public))
+    domain = domain_in(domain)
+    if public is not None:
+        return Where(domain, url_in(public))
+    named = (name for name in certificate if name[:1].isalpha() and not name.endswith(f".{domain}") and name != domain)
+    name = next(named, None)
+    if name is None:
+        raise UsageError("--apps-domain needs the host's own address: give --public-url https://NAME.")
+    return Where(domain, url_in(f"https://{authority(name, port, 'https')}"))
+
+
+class AppServer:
+    """All of it. `tls` says whether the host serves TLS, `trusted` how runners that do are checked."""
+
+    def __init__(
+        self,
+        key: bytes,
+        where: Where,
+        *,
+        store: Store,
+        credentials: Credentials,
+        logins: Logins,
+        forwards: Forwards,
+        trusted: ssl.SSLContext,
+        limits: Limits,
+        tls: bool,
+        clock: Callable[[], float] = time.time,
+    ) -> None:
+        addresses = Addresses(key, logins.name, tls=tls, domain=where.domain, public=where.public)
+        signed = Signed(key, clock=clock)
+        self.apps = Apps(addresses, signed, AppCodes(store, clock=clock), credentials, logins, forwards)
+        self._gate = AppGate(addresses, signed, self.apps.redeem, self.apps.opened_by, self.apps.used)
+        self.sessions = self._gate.sessions = Sessions(
+            authorize=self.apps.authorize, put_out=self._gate.put_out, trusted=trusted, limits=limits
+        )
+        self.owns = addresses.owns
+
+    def front(self, http: Callable[[], GuardedHttp], room: WaitingRoom, limits: Limits) -> Front:
+        """What a connection to the host begins with."""
+        return Front(self.owns, self._gate.visit, http, room, limits)
+
+    async def close(self) -> None:
+        """End all sessions and connections."""
+        await self._gate.close()

@@ -1,0 +1,130 @@
+"""Ports of tasks in Chromium by the host's own addresses for them: no command line, and nobody's page in between."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit
+
+import pytest
+
+from tests.e2e.conftest import Cluster, free_port, until
+from tests.e2e.test_jupyterlab import Page, jupyter
+from tests.e2e.test_login import link_of, text_of
+
+__all__ = ["jupyter"]
+
+pytestmark = [pytest.mark.e2e, pytest.mark.timeout(300)]
+
+# A service whose page tells how its tries with another address went, which stands behind the # of its own.
+TRYING = """
+import http.server, sys
+PAGE = b'''<!doctype html><title>trying</title><script>
+const told = {cookies: document.cookie, referrer: document.referrer};
+document.cookie = "tossed=1; Domain=localhost";
+document.cookie = "tossed=1; Domain=" + location.hostname.split(".").slice(-1)[0];
+const other = location.hash.slice(1);
+async function tries() {
+  for (const how of [{}, {mode: "no-cors"}, {method: "POST", mode: "no-cors", body: "x"}])
+    told[JSON.stringify(how)] = await fetch(other + "/asked", {credentials: "include", ...how})
+      .then((answer) => answer.text(), () => "failed");
+  told.socket = await new Promise((done) => {
+    const socket = new WebSocket(other.replace("http", "ws") + "/socket");
+    socket.onopen = () => done("open");
+    socket.onerror = () => done("failed");
+  });
+  told.frame = await new Promise((done) => {
+    const frame = document.createElement("iframe");
+    frame.onload = () => { try { done(frame.contentDocument ? "empty" : "other"); } catch { done("other"); } };
+    frame.src = other + "/framed";
+    document.body.append(frame);
+  });
+  document.title = JSON.stringify(told);
+}
+if (other) addEventListener("load", tries);
+</script><body></body>'''
+class Handler(http.server.BaseHTTPRequestHandler):
+    def do_GET(self):
+        self.log_message(self.command + " " + self.path)
+        self.send_response(200)
+        self.send_header("Content-Type", "text/html")
+        self.send_header("Content-Length", str(len(PAGE)))
+        self.end_headers()
+        self.wfile.write(PAGE)
+    do_POST = do_GET
+    def log_message(self, line, *_):
+        with open(sys.argv[2], "a") as log:
+            log.write(line + "\\n")
+http.server.ThreadingHTTPServer(("127.0.0.1", int(sys.argv[1])), Handler).serve_forever()
+"""
+
+
+def log_in(cluster: Cluster, browser: Any) -> str:
+    """Log in to the host; its origin."""
+    link = link_of(cluster)
+    browser.get(link)
+    return link.partition("/login")[0]
+
+
+def open_by_hand(main: str, browser: Any, port: int) -> str:
+    """Follow the link to a port on the host's page; the origin to which that leads."""
+    browser.get(main)
+
+    def link() -> Any:
+        browser.refresh()
+        return next(iter(browser.find_elements("link text", f"Open {port}")), None)
+
+    until(link, f"the link to port {port}").click()
+    until(lambda: browser.current_url.split("/")[2] != main.split("/")[2], "the address of the port")
+    until(lambda: "/.kohakuriver/" not in browser.current_url and "/enter-app" not in browser.current_url, "the app")
+    parts = urlsplit(browser.current_url)
+    return f"{parts.scheme}://{parts.netloc}"
+
+
+def test_a_notebook_cell_runs_after_a_click_on_the_hosts_page(cluster: Cluster, jupyter: int, browser: Any) -> None:
+    main = log_in(cluster, browser)
+    origin = open_by_hand(main, browser, jupyter)
+    name = urlsplit(origin).hostname or ""
+    assert name.startswith(f"jupyter-{jupyter}-")
+    page = Page(browser, origin)
+    page.run_cell()
+    until(lambda: "computed 500500 in the task" in page.output(), "the output is the kernel's")
+    assert "kohakuriver" not in browser.execute_script("return document.cookie")
+    browser.switch_to.new_window("tab")
+    browser.get(main)
+    browser.find_element("tag name", "button").click()
+    until(lambda: browser.current_url.endswith("/login"), "the log out")
+    browser.get(f"{origin}/lab")
+    until(lambda: browser.current_url == f"{main}/login", "the host asks who that is")
+    assert "Log in" in text_of(browser)
+
+
+def test_the_page_of_one_app_gets_nowhere_in_another(cluster: Cluster, browser: Any, tmp_path: Path) -> None:
+    service = tmp_path / "trying.py"
+    service.write_text(TRYING)
+    origins, logs = [], []
+    main = log_in(cluster, browser)
+    for name in ("mallorys", "anns"):
+        port, log = free_port(), tmp_path / f"{name}.log"
+        log.touch()
+        cluster.create(name, sys.executable, str(service), str(port), str(log))
+        origins.append(open_by_hand(main, browser, port))
+        logs.append(log)
+    browser.get(f"{origins[0]}/#{origins[1]}")
+    browser.refresh()
+    until(lambda: browser.title.startswith("{"), "the tries")
+    told = json.loads(browser.title)
+    assert (told["cookies"], told["referrer"], told["socket"], told["frame"]) == ("", "", "failed", "other")
+    assert {told["{}"], told['{"mode":"no-cors"}']} <= {"failed", ""}
+    asked = logs[1].read_text()
+    assert "/asked" not in asked
+    assert "/socket" not in asked
+    assert "/framed" not in asked
+    browser.get(origins[1])
+    assert "tossed" not in browser.execute_script("return document.cookie")
+    browser.get(main)
+    assert "tossed" not in str(browser.get_cookies())
+    for name in ("mallorys", "anns"):
+        cluster.remove(name)
