@@ -279,11 +279,13 @@ class TaskReport:
 class TaskTraffic:
     """What went through a task since its runner started, as of its node's last heartbeat.
 
-    Bytes are what messages carried. `sessions` and `streams` are open now, `version` is what the tunnel speaks, 0 where
+    Bytes are what messages carried. `sessions` and `streams` are open now; `straight` of the sessions go past the host.
+    `version` is what the tunnel speaks, 0 where
     there is none. `udp_dropped` counts datagrams, `stalls` how often a stream had to wait for a window.
     """
 
     sessions: int = 0
+    straight: int = 0
     streams: int = 0
     bytes_to_container: int = 0
     bytes_to_user: int = 0
@@ -306,7 +308,8 @@ class TaskView:
     `owner` may do everything with it, `shared_with` may use it; `creator` made it, and is another one where a user was
     removed. `ttl` and `idle_stop`, in seconds, are as it was given them, and `ends_at`, in ISO 8601, is when the first
     is over, None while it does not run. `ssh_port` and `ssh_host_key` are those of the SSH server that the task was
-    given, None without one. With `pending_removal` its node ends it once it is back.
+    given, None without one. With `pending_removal` its node ends it once it is back. `no_direct` is why forwards can't
+    go past the host to its node, a clause; empty where they may try.
     """
 
     task_id: int
@@ -348,6 +351,7 @@ class TaskView:
     ssh_host_key: str | None = None
     traffic: TaskTraffic = field(default_factory=TaskTraffic)
     pending_removal: bool = False
+    no_direct: str = ""
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self)

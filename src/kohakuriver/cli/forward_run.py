@@ -21,7 +21,7 @@ from kohakuriver.cli.on_connect import OnConnect, ports_in_environment
 from kohakuriver.cli.port_owner import owner
 from kohakuriver.cli.signals import BY_KEYS, caught, in_foreground, suspended
 from kohakuriver.client.every_port import EveryPort
-from kohakuriver.client.forward import STOPPED, Event, Forwarder, Listening, PortForward, Stats
+from kohakuriver.client.forward import STOPPED, Event, Forwarder, Listening, PortForward, Stats, Way
 from kohakuriver.client.ports import exposes
 from kohakuriver.client.web import Served, WebForwarder
 from kohakuriver.config import Settings
@@ -51,6 +51,7 @@ class Wanted:
     patience: float | None = None
     resume: bool = True
     fallback: bool = False
+    path: Way | None = None
     on_connect: str | None = None
     json: bool = False
     every: bool = False
@@ -73,6 +74,7 @@ class Wanted:
             patience=self.patience,
             resume=self.resume,
             fallback=self.fallback,
+            path=self.path,
             on_event=happened,
         )
 
