@@ -20,6 +20,7 @@ from kohakuriver.http_proxy import http_proxy
 from kohakuriver.runtime import cancel_all
 from kohakuriver.tls import client_context, is_this_machine
 from kohakuriver.tunnel.backoff import STEADY, Backoff
+from kohakuriver.tunnel.closing import Closing
 from kohakuriver.tunnel.dial import Server, open_session
 from kohakuriver.tunnel.link import Link
 from kohakuriver.tunnel.protocol import PING, SESSION_ID, STRAIGHT, StraightOffer, straight_greeting
@@ -105,6 +106,7 @@ class StraightPath:
         self._lost: asyncio.Future[str] | None = None
         self._first: asyncio.Future[str] | None = None  # how the first try went
         self.link: Link | None = None  # the straight one, while it carries
+        self.closing: Closing | None = None  # how the last one ended that did
         self.reason = "it is not tried yet"  # why it does not
         endpoint.on_straight = self._answered
 
@@ -130,11 +132,12 @@ class StraightPath:
 
     def gone(self, reason: str) -> None:
         """The straight link, which carried, is gone: the host's does from now on, where it is there."""
+        self.closing = None if self.link is None else self.link.closing
         self.link, self.reason = None, reason
         if self._lost is not None and not self._lost.done():
             self._lost.set_result(reason)
         line = self._endpoint.line
-        if line is not None:
+        if line is not None and not line.closing.state:  # else it goes, too, and the next one is on its way
             self._endpoint.attach(line)
             self._say("host", reason)
 
