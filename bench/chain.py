@@ -24,7 +24,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from bench.contenders import Contender, KohakuRiver, Relay4, Services, Ssh, WebSockets4
+from bench.contenders import Contender, KohakuRiver, Relay4, Services, Ssh, Straight, WebSockets4
 from bench.measures import MEASURES, RUNS, of_hops, processor_vendor, run_once
 from bench.plot import ratio_plot
 from bench.slowdown import SlowDown
@@ -40,19 +40,23 @@ OTHER_HOPS = "other hops"
 
 @dataclass(frozen=True)
 class Gate:
-    """A bound of a ratio: ours to `baseline`, a hop's to the "other hops", or without a baseline of our own median."""
+    """A bound of a ratio: ours to `baseline`, a hop's to the "other hops", or without a baseline of our own median.
+
+    `of` is which of our paths is meant: through the host ("kohakuriver"), or past it ("straight").
+    """
 
     measure: str
+    of: str = OURS
     baseline: str | None = None
     at_least: float | None = None
     at_most: float | None = None
 
     def value(self, results: Results) -> float:
         if self.baseline is None:
-            return results.median(self.measure, OURS)
+            return results.median(self.measure, self.of)
         if self.baseline == OTHER_HOPS:
             return results.share(self.measure)
-        return results.ratio(self.measure, self.baseline)
+        return results.ratio(self.measure, self.baseline, self.of)
 
     def holds(self, results: Results) -> bool:
         value = self.value(results)
@@ -64,7 +68,8 @@ class Gate:
     def line(self, results: Results) -> str:
         verdict = "ok    " if self.holds(results) else "FAILED"
         of = f"of {self.baseline}" if self.baseline else ""
-        return f"{verdict} {self.measure:<19} {self.value(results):6.2f} {of:<13} (gate {self})"
+        path = " straight" if self.of == Straight.name else ""
+        return f"{verdict} {self.measure + path:<19} {self.value(results):6.2f} {of:<13} (gate {self})"
 
 
 @dataclass
@@ -92,12 +97,12 @@ class Results:
         )
         return own / statistics.mean(others)
 
-    def ratio(self, measure: str, baseline: str) -> float:
-        pairs = zip(self.samples[measure][OURS], self.samples[measure][baseline], strict=True)
+    def ratio(self, measure: str, baseline: str, of: str = OURS) -> float:
+        pairs = zip(self.samples[measure][of], self.samples[measure][baseline], strict=True)
         return statistics.median(ours / base for ours, base in pairs)
 
     def baselines(self, measure: str) -> list[str]:
-        return [name for name in self.samples[measure] if name != OURS]
+        return [name for name in self.samples[measure] if name not in (OURS, Straight.name)]
 
 
 @contextmanager
@@ -125,11 +130,14 @@ def table(results: Results, titles: dict[str, str]) -> str:
     for measure, by_contender in results.samples.items():
         unit = MEASURES[measure].unit
         lines.append(f"{measure:<19} {titles[OURS]:<26} {results.median(measure, OURS):>10.2f} {unit}")
+        straight = Straight.name in by_contender
+        if straight:
+            lines.append(f"{'':<19} {titles[Straight.name]:<26} {results.median(measure, Straight.name):>10.2f} {unit}")
         lines += [
             f"{'':<19} {titles[name]:<26} {results.median(measure, name):>10.2f} {unit:<7}"
             f" ratio {results.ratio(measure, name):.2f}"
-            for name in by_contender
-            if name != OURS
+            + (f", straight {results.ratio(measure, name, Straight.name):.2f}" if straight else "")
+            for name in results.baselines(measure)
         ]
     return "\n".join(lines)
 
@@ -150,6 +158,11 @@ def as_json(results: Results, titles: dict[str, str]) -> dict[str, object]:
                 "samples": by_contender,
                 "median": {name: results.median(measure, name) for name in by_contender},
                 "ratio": {name: results.ratio(measure, name) for name in results.baselines(measure)},
+                "straight_ratio": {
+                    name: results.ratio(measure, name, Straight.name)
+                    for name in results.baselines(measure)
+                    if Straight.name in by_contender
+                },
             }
             for measure, by_contender in results.samples.items()
         },
@@ -221,7 +234,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--only", default="", metavar="RUN,…", help=f"of {', '.join(RUNS)}")
     parser.add_argument("--rounds", type=int, default=5, help="turns of each contender (default 5)")
     parser.add_argument("--seconds", type=float, default=3, help="length of one bulk run (default 3)")
-    parser.add_argument("--baselines", default="relay4,websockets4,ssh", metavar="NAME,…")
+    parser.add_argument("--baselines", default="straight,relay4,websockets4,ssh", metavar="NAME,…")
     parser.add_argument(
         "--slow-down", type=SlowDown.parse, metavar="HOP=PERCENT",
         help="make forward, host or runner burn so much more CPU time than it needs: shows what a gate can see",
@@ -233,7 +246,10 @@ def make_contenders(executable: Path, baselines: set[str], slow_down: SlowDown |
     for program in ("iperf3", "socat"):
         if shutil.which(program) is None:
             raise SystemExit(f"{program} is missing: scripts/system-packages bench")
-    contenders: list[Contender] = [KohakuRiver(executable, slow_down)]
+    ours = KohakuRiver(executable, slow_down)
+    contenders: list[Contender] = [ours]
+    if Straight.name in baselines:
+        contenders.append(Straight(ours))
     if "relay4" in baselines:
         contenders.append(Relay4())
     if "websockets4" in baselines:
@@ -253,7 +269,9 @@ def main() -> int:
         every_gate, settings = read_gates(arguments.gate)
         gates = [gate for gate in every_gate if gate.measure in MEASURES]
         contenders = make_contenders(
-            arguments.kohakuriver, {gate.baseline for gate in gates if gate.baseline}, arguments.slow_down
+            arguments.kohakuriver,
+            {name for gate in gates for name in (gate.baseline, gate.of) if name},
+            arguments.slow_down,
         )
         with started(contenders):
             good = check_gates(gates, results, contenders, settings)

@@ -153,7 +153,7 @@ def ports_of(process: subprocess.Popen[str]) -> list[int]:
 
 
 class KohakuRiver(Contender):
-    """`kohakuriver up`, one process task, and one forward of both ports."""
+    """`kohakuriver up`, one process task, and one forward of both ports, through the host."""
 
     name, title = "kohakuriver", "KohakuRiver"
     is_ours = True
@@ -186,9 +186,10 @@ class KohakuRiver(Contender):
         self.service = services.service
         self.hops = [self.hop(name) for name in HOPS]
 
-    def forward(self, *ports: int, options: Sequence[str] = ()) -> list[int]:
-        """The local ports of a new forward of these, with such options."""
-        forward = self.kohakuriver("forward", "bench", *(f"0:{port}" for port in ports), "--json", *options)
+    def forward(self, *ports: int, options: Sequence[str] = (), path: str = "host") -> list[int]:
+        """The local ports of a new forward of these, by this path, with such options."""
+        named = [f"0:{port}" for port in ports]
+        forward = self.kohakuriver("forward", "bench", *named, "--json", "--path", path, *options)
         entries: dict[int, int] = {}
         while len(entries) < len(ports):
             listening = self.event(forward, "listening")
@@ -214,6 +215,24 @@ class KohakuRiver(Contender):
             if event.get("event") == name:
                 return event
         raise RuntimeError(f"{process.args!r} ended with {process.wait()} before {name!r}:\n{self.log()}")
+
+
+class Straight(Contender):
+    """Another forward to the task of `chain`, past its host."""
+
+    name, title = "straight", "KohakuRiver, past the host"
+
+    def __init__(self, chain: KohakuRiver) -> None:
+        super().__init__()
+        self._chain = chain
+
+    def start(self, services: Services) -> None:
+        self.iperf, self.echo = self._chain.forward(services.iperf, services.echo, path="direct")
+        self.processes.append(self._chain.processes.pop())
+
+    def cpu_seconds(self) -> float:
+        """That of its own forward, and of the cluster, which does nothing else meanwhile."""
+        return super().cpu_seconds() + cpu_seconds(self._chain.processes[0].pid)
 
 
 class Relay4(Contender):

@@ -199,7 +199,7 @@ def busy() -> Iterator[Counts]:
 def forwarded(cluster: Cluster) -> Iterator[int]:
     """A local port, of a `kohakuriver forward` that somebody else runs."""
     task, _, port = process_task(cluster, *echo())
-    argv = [sys.executable, "-m", "kohakuriver", "forward", task, f"0:{port}", "--json"]
+    argv = [sys.executable, "-m", "kohakuriver", "forward", task, f"0:{port}", "--path", "host", "--json"]
     environment = {**os.environ, "KOHAKURIVER_HOST": cluster.url, "KOHAKURIVER_TOKEN": cluster.token}
     with subprocess.Popen(argv, env=environment, stdout=subprocess.PIPE, text=True) as process:
         assert process.stdout is not None

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
 COLUMNS = 3
 PANEL_WIDTH, BAR_WIDTH, BAR_HEIGHT, HEADING = 260, 165, 18, 34
-COLOURS = ("#c2410c", "#475569", "#94a3b8", "#0e7490")
+COLOURS = ("#c2410c", "#ea9a6b", "#475569", "#94a3b8", "#0e7490")
 
 STYLE = """
 text { font: 12px system-ui, sans-serif; fill: #1e293b }

@@ -301,6 +301,7 @@ class Settings:
     token: str | None = field(default=None, repr=False)
     ssh_proxy: str = ""
     ca_file: str | None = None
+    path: str | None = None  # "auto", "direct" or "host"; checked where it is used
     # What a forward's streams may hold and how long they wait; None is the default. Checked where they are used.
     window_first: str | int | None = None
     window_max: str | int | None = None
@@ -311,7 +312,7 @@ class Settings:
     resume_for: str | int | None = None
 
 
-_TEXTS = ("host", "token", "ssh_proxy", "ca_file")
+_TEXTS = ("host", "token", "ssh_proxy", "ca_file", "path")
 _NUMBERS = ("window_first", "window_max", "window_budget", "linger", "udp_idle", "udp_peers", "resume_for")
 _NAMES = (*_TEXTS, *_NUMBERS)
 
@@ -394,7 +395,8 @@ def _filled_in(given: dict[str, Any]) -> Settings:
     numbers = {name: given[name] for name in _NUMBERS if name in given}
     ssh_proxy = ssh_proxy or f"{urlsplit(host).hostname}:{DEFAULT_SSH_PORT}"
     ca_file = given.get("ca_file") or _of_host(logins.ca_files, host)
-    return Settings(host, None if token is None else clean_token(token), ssh_proxy, ca_file, **numbers)
+    token = None if token is None else clean_token(token)
+    return Settings(host, token, ssh_proxy, ca_file, given.get("path"), **numbers)
 
 
 def _port_of(variable: str) -> int | None:

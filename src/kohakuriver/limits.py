@@ -99,6 +99,8 @@ class Limits:
     """SSH handshakes a second that one address may begin at the jump host; five times as many all together."""
     max_audit: int = 256 << 20
     """Bytes of the host's audit log, its rotated files included."""
+    lease: float = 60.0
+    """Seconds that a straight path may go on while its runner hears nothing from the host."""
     idle_timeout: float = 0.0
     """Seconds without a byte of payload after which a session is closed."""
 
@@ -143,6 +145,7 @@ _BOUNDS: dict[str, tuple[float, float]] = {
     "max_waiting": (16, 1 << 20),
     "max_handshakes": (0.1, 10_000),
     "max_audit": (1 << 20, 1 << 40),
+    "lease": (1, LONGEST),
     "idle_timeout": (0.1, LONGEST),
 }
 _MAY_BE_OFF = {

@@ -120,7 +120,8 @@ class Offer:
     """What a node has, and what a container or process gets there that asks for nothing; 0 where there is no limit.
 
     `user_processes`: users who are no admins may run processes there, as the runner's own user. `mount_roots` are the
-    directories that they may mount, as `mount_roots.py` reads them, `gpus` the numbers of its GPUs.
+    directories that they may mount, as `mount_roots.py` reads them, `gpus` the numbers of its GPUs. `no_direct` is why
+    users can't reach its runner past the host, a clause; empty where they can.
     """
 
     memory: int = 0
@@ -133,6 +134,7 @@ class Offer:
     user_processes: bool = False
     mount_roots: list[str] = field(default_factory=list)
     gpus: list[str] = field(default_factory=list)
+    no_direct: str = "its runner is of a version that has no such path"
 
 
 @dataclass(frozen=True)

@@ -280,11 +280,13 @@ class TaskReport:
 class TaskTraffic:
     """What went through a task since its runner started, as of its node's last heartbeat.
 
-    Bytes are what messages carried. `sessions` and `streams` are open now, `version` is what the tunnel speaks, 0 where
+    Bytes are what messages carried. `sessions` and `streams` are open now; `straight` of the sessions go past the host.
+    `version` is what the tunnel speaks, 0 where
     there is none. `udp_dropped` counts datagrams, `stalls` how often a stream had to wait for a window.
     """
 
     sessions: int = 0
+    straight: int = 0
     streams: int = 0
     bytes_to_container: int = 0
     bytes_to_user: int = 0
@@ -308,7 +310,8 @@ class TaskView:
     removed. `ttl` and `idle_stop`, in seconds, are as it was given them, and `ends_at`, in ISO 8601, is when the first
     is over, None while it does not run. `ssh_port`, `ssh_host_key` (Ed25519) and `ssh_host_key_ecdsa` (on P-256, for
     clients that take no other) are those of the SSH server that the task was given, None without one. With
-    `pending_removal` its node ends it once it is back.
+    `pending_removal` its node ends it once it is back. `no_direct` is why forwards can't
+    go past the host to its node, a clause; empty where they may try.
     """
 
     task_id: int
@@ -351,6 +354,7 @@ class TaskView:
     ssh_host_key_ecdsa: str | None = None
     traffic: TaskTraffic = field(default_factory=TaskTraffic)
     pending_removal: bool = False
+    no_direct: str = ""
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self)

@@ -224,7 +224,7 @@ def test_psql_commits_the_transaction_that_it_was_in(lab: Lab) -> None:
             psql.expect_exact("*# ")  # the prompt inside a transaction
             lab.restart(hop, lambda: psql.isalive())
             say(f"INSERT INTO kept VALUES ('after the {hop}');", "INSERT 0 1")
-            assert forward.event("resumed")["waiting"] == 1
+            forward.event("resumed")
         assert say("SELECT 'n' || txid_current();", r"n\d+").split()[0] == number
         say("COMMIT;", "COMMIT")
     with started(lab, "psql", "-X", "-At", url, "-c", "SELECT * FROM kept") as another:

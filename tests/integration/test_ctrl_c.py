@@ -120,7 +120,9 @@ def test_a_command_ends_at_once_whose_connection_is_not_answered(commands: Comma
 
 
 def test_a_forward_ends_at_once_whose_link_is_dead(cluster: Apart, service: Service, before_host: Wall) -> None:
-    forward = cluster.start("forward", service.task, f"0:{service.port}", "--json", through(before_host))
+    forward = cluster.start(
+        "forward", service.task, f"0:{service.port}", "--json", "--path", "host", through(before_host)
+    )
     with connect(forward.listening()) as connection:
         assert echoes(connection)
         before_host.stop()
@@ -131,7 +133,9 @@ def test_a_forward_ends_at_once_whose_link_is_dead(cluster: Apart, service: Serv
 def test_a_forward_ends_at_once_whose_link_is_dead_while_it_sends(
     cluster: Apart, service: Service, before_host: Wall
 ) -> None:
-    forward = cluster.start("forward", service.task, f"0:{service.port}", "--json", through(before_host))
+    forward = cluster.start(
+        "forward", service.task, f"0:{service.port}", "--json", "--path", "host", through(before_host)
+    )
     with connect(forward.listening()) as connection:
         assert echoes(connection)
         before_host.stop()
@@ -144,7 +148,9 @@ def test_a_forward_ends_at_once_whose_link_is_dead_while_it_sends(
 def test_a_forward_ends_at_once_while_its_host_does_not_answer_the_next_session(
     cluster: Apart, service: Service, before_host: Wall
 ) -> None:
-    forward = cluster.start("forward", service.task, f"0:{service.port}", "--json", through(before_host))
+    forward = cluster.start(
+        "forward", service.task, f"0:{service.port}", "--json", "--path", "host", through(before_host)
+    )
     with connect(forward.listening()) as connection:
         assert echoes(connection)
         before_host.cut()
@@ -154,7 +160,9 @@ def test_a_forward_ends_at_once_while_its_host_does_not_answer_the_next_session(
 
 
 def test_a_forward_ends_at_once_between_two_tries(cluster: Apart, service: Service, before_host: Wall) -> None:
-    forward = cluster.start("forward", service.task, f"0:{service.port}", "--json", through(before_host))
+    forward = cluster.start(
+        "forward", service.task, f"0:{service.port}", "--json", "--path", "host", through(before_host)
+    )
     with connect(forward.listening()) as connection:
         assert echoes(connection)
         before_host.close()

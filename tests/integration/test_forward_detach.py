@@ -145,7 +145,9 @@ def test_the_list_tells_of_each_its_task_ports_process_age_connections_and_state
 
 def test_one_whose_host_is_away_is_listed_as_reconnecting(user: Commands, cluster: Apart, service: Service) -> None:
     with wall(int(cluster.url.rpartition(":")[2])) as before_host:
-        name, port = detach(user, service, KOHAKURIVER_HOST=f"http://127.0.0.1:{before_host.port}")
+        name, port = detach(
+            user, service, KOHAKURIVER_HOST=f"http://127.0.0.1:{before_host.port}", KOHAKURIVER_PATH="host"
+        )
         with connect(port) as connection:
             assert echoes(connection)
             before_host.close()

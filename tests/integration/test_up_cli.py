@@ -315,7 +315,7 @@ def test_a_forward_and_its_connections_come_back_after_the_host_was_killed_and_s
     cluster = Apart(tmp_path)
     try:
         service = cluster.service()
-        forward = cluster.start("forward", service.task, f"0:{service.port}", "--json")
+        forward = cluster.start("forward", service.task, f"0:{service.port}", "--json", "--path", "host")
         plain = cluster.start("forward", service.task, f"0:{service.port}", "--json", "--no-resume")
         with connect(forward.listening()) as connection, connect(plain.listening()) as reset:
             assert echoes(connection)

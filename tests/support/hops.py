@@ -18,10 +18,11 @@ from kohakuriver.cli.pki import Authority
 from kohakuriver.errors import KohakuRiverError, NotAllowedError, NotFoundError, UnauthenticatedError
 from kohakuriver.host.services.credentials import Caller
 from kohakuriver.host.services.grants import Grants
-from kohakuriver.host.services.tunnel_proxy import TunnelProxy
+from kohakuriver.host.services.tunnel_proxy import TunnelProxy, straight_tells
 from kohakuriver.limits import Limits
 from kohakuriver.quotas import Quotas
 from kohakuriver.runner.services.direct import DirectTarget
+from kohakuriver.runner.services.straight import Straights
 from kohakuriver.runner.services.tunnel_server import TunnelServer
 from kohakuriver.runtime import cancel_all
 from kohakuriver.session.carried import Route
@@ -91,6 +92,9 @@ class Chain:
         self.changes: asyncio.Queue[tuple[str, bool]] = asyncio.Queue()
         self.addresses: dict[str, str] = {}
         self.troubles: list[tuple[str, str]] = []
+        # Where users find the runner past the host; nobody does where there is a refusal.
+        self.straights = Straights("", "this runner is not for users", lease=(limits or Limits()).lease)
+        self.tells = straight_tells(limits or Limits())
         self.server = TunnelServer(
             allow_anonymous=True,
             check_tunnel=self._check_tunnel,
@@ -101,6 +105,7 @@ class Chain:
             on_tunnel_change=lambda container, connected: self.changes.put_nowait((container, connected)),
             on_trouble=lambda container, sentence, _: self.troubles.append((container, sentence)),
             limits=limits,
+            straights=self.straights,
         )
         self.audit = Lines()
         trusted = self.security.trusted if self.security else None
@@ -129,12 +134,11 @@ class Chain:
             raise NotAllowedError(f"the token is not that of {container}")
         return client
 
-    @staticmethod
-    def _check_ticket(ticket: str) -> Ticket:
+    def _check_ticket(self, ticket: str) -> Ticket:
         kind, container, user = ticket.split(" ")
         if kind != "ticket":
             raise UnauthenticatedError("no such ticket")
-        return Ticket("node", "forward", "id", 0.0, 1, container, user, None)
+        return Ticket("node", "forward", "id", 0.0, 1, container, user, None, tells=self.tells)
 
     async def _authorize(
         self, token: str | None, task: str, port: int | None, proto: str, ports: frozenset[int] | None

@@ -7,20 +7,23 @@ from collections.abc import AsyncIterator
 from dataclasses import dataclass
 from typing import Any
 
-from kohakuriver.client.forward import Event, Forwarder, PortForward, Resumed
+from kohakuriver.client.forward import Event, Forwarder, PathTaken, PortForward, Resumed
+from kohakuriver.client.straight import Way
 from kohakuriver.config import Settings
+from kohakuriver.limits import Limits
 from tests.support.hops import CONTAINER, Chain, chain, until
 from tests.support.peers.cuttable import Relay, relay
 
-__all__ = ["DIRECT", "LINKS", "Stage", "stage"]
+__all__ = ["DIRECT", "LINKS", "STRAIGHT", "Stage", "stage"]
 
 LINKS = ("user", "host", "container")
+STRAIGHT = "straight"
 DIRECT = "direct"
 
 
 @dataclass
 class Stage:
-    """Four hops, with a relay in front of the host, the runner, and the runner as the container sees it."""
+    """Four hops, with a relay in front of the host, the runner, and the runner as container and users see it."""
 
     hops: Chain
     relays: dict[str, Relay]
@@ -36,16 +39,41 @@ class Stage:
         """Wait until the forward has come back so often."""
         await until(lambda: sum(isinstance(event, Resumed) for event in self.events) >= times)
 
+    @property
+    def paths(self) -> list[PathTaken]:
+        """What was said of paths."""
+        return [event for event in self.events if isinstance(event, PathTaken)]
+
+    async def goes(self, path: str, times: int = 1) -> PathTaken:
+        """Wait until this path was taken so often; what was said of it then."""
+        await until(lambda: sum(each.path == path for each in self.paths) >= times)
+        return [each for each in self.paths if each.path == path][-1]
+
 
 @contextlib.asynccontextmanager
-async def stage(kind: str, port: int, *, proto: str = "tcp", resume_for: int = 3600) -> AsyncIterator[Stage]:
-    """A forward to a port of a container, whose tunnel client is of this kind; a runner dials a `direct` one itself."""
-    async with chain() as hops, contextlib.AsyncExitStack() as stack:
+async def stage(
+    kind: str,
+    port: int,
+    *,
+    proto: str = "tcp",
+    resume_for: int = 3600,
+    straight: bool = False,
+    limits: Limits | None = None,
+    path: Way = "auto",
+) -> AsyncIterator[Stage]:
+    """A forward to a port of a container, whose tunnel client is of this kind; a runner dials a `direct` one itself.
+
+    With `straight` the runner can be reached by users, too.
+    """
+    async with chain(limits) as hops, contextlib.AsyncExitStack() as stack:
         relays = {
             "user": await stack.enter_async_context(relay(lambda: hops.host_port)),
             "host": await stack.enter_async_context(relay(lambda: hops.runner_port)),
             "container": await stack.enter_async_context(relay(lambda: hops.container_port)),
         }
+        relays[STRAIGHT] = await stack.enter_async_context(relay(lambda: hops.runner_port))
+        if straight:
+            hops.straights.url, hops.straights.refusal = f"http://127.0.0.1:{relays[STRAIGHT].port}", ""
         hops.host_seen_by_user = lambda: relays["user"].port
         hops.runner_seen_by_host = lambda: relays["host"].port
         hops.runner_seen_by_container = lambda: relays["container"].port
@@ -59,6 +87,7 @@ async def stage(kind: str, port: int, *, proto: str = "tcp", resume_for: int = 3
             settings=Settings(f"http://127.0.0.1:{relays['user'].port}", resume_for=resume_for),
             local_host="127.0.0.1",
             resume=True,
+            path=path,
             on_event=events.append,
         )
         await forwarder.start()

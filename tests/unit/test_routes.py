@@ -152,6 +152,7 @@ RUNNER_RULES: dict[Route, Rule] = {
         **dict.fromkeys(("control", "control of another container"), "403"),
         **dict.fromkeys(("terminal", "terminal of another container"), "403"),
     },
+    ("WS", "/ws/straight/{container}"): {},  # only what a session was given just now
     ("WS", "/ws/task/{id}/terminal"): {
         "terminal": "in",
         "terminal of another container": "403",

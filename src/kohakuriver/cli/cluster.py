@@ -199,6 +199,14 @@ GpuOption = Annotated[
         show_default=False,
     ),
 ]
+DirectOption = Annotated[
+    bool | None,
+    typer.Option(
+        "--direct/--no-direct",
+        help="Let users' forwards connect here, past the host. Default: where it serves TLS, or is on loopback.",
+        show_default=False,
+    ),
+]
 StopTasksOption = Annotated[bool, typer.Option("--stop-tasks-on-exit", help="End containers too when the runner ends.")]
 
 
@@ -423,6 +431,7 @@ def runner(
     gpus: GpuOption = None,
     ca_file: Annotated[Path | None, _ca_file("the host's certificate")] = None,
     stop_tasks_on_exit: StopTasksOption = False,
+    direct: DirectOption = None,
 ) -> int:
     """Run a node: start tasks here and reach into them."""
     from kohakuriver import config

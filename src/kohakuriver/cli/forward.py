@@ -35,6 +35,14 @@ class Proto(str, Enum):
     udp = "udp"
 
 
+class Path(str, Enum):
+    """Whether connections go past the host."""
+
+    auto = "auto"
+    direct = "direct"
+    host = "host"
+
+
 PortsArgument = Annotated[
     list[str] | None,
     typer.Argument(
@@ -123,6 +131,16 @@ ResumeForOption = Annotated[
 ]
 
 
+PathOption = Annotated[
+    Path | None,
+    typer.Option(
+        "--path",
+        case_sensitive=False,
+        help="direct: past the host, straight to the task's node, or not at all. host: never so. auto: where that can "
+        "be had. Default: auto, or KOHAKURIVER_PATH.",
+        show_default=False,
+    ),
+]
 WebOption = Annotated[
     bool, typer.Option("--web", help="Also give each TCP port an address of its own, for the browser.")
 ]
@@ -191,6 +209,7 @@ def forward(
     wait: WaitOption = None,
     no_resume: NoResumeOption = False,
     resume_for: ResumeForOption = None,
+    path: PathOption = None,
     on_connect: OnConnectOption = None,
     web: WebOption = False,
     detach: DetachOption = False,
@@ -214,7 +233,9 @@ def forward(
     else:
         _check_all(every, ports, local_port, wait)
         entries = [_entry(task, ports, profile, socks, every=every, beyond=beyond)]
-    how = _How(local_port, fallback, local_host, proto.value, wait, no_resume, resume_for, on_connect, web, at.json)
+    how = _How(
+        local_port, fallback, local_host, proto.value, wait, no_resume, resume_for, path, on_connect, web, at.json
+    )
     chosen = at.settings()
     return _open(entries, how, chosen, command, detach=detach, beyond=beyond)
 
@@ -230,6 +251,7 @@ class _How:
     wait: float | None
     no_resume: bool
     resume_for: int | None
+    path: Path | None
     on_connect: str | None
     web: bool
     json: bool
@@ -248,6 +270,7 @@ class _How:
             patience=entry.wait if self.wait is None else self.wait,
             resume=entry.resume and not self.no_resume,
             fallback=entry.local_port_fallback or self.fallback,
+            path=entry.path if self.path is None else self.path.value,
             on_connect=self.on_connect,
             json=self.json,
             every=entry.every,

@@ -22,7 +22,7 @@ from kohakuriver.cli.port_owner import owner
 from kohakuriver.cli.signals import BY_KEYS, caught, in_foreground, suspended
 from kohakuriver.client.beyond import Address, Back, BackForwarder, BeyondForwarder
 from kohakuriver.client.every_port import EveryPort
-from kohakuriver.client.forward import STOPPED, Event, Forwarder, Listening, PortForward, Stats
+from kohakuriver.client.forward import STOPPED, Event, Forwarder, Listening, PortForward, Stats, Way
 from kohakuriver.client.ports import exposes
 from kohakuriver.client.web import Served, WebForwarder
 from kohakuriver.config import Settings
@@ -53,6 +53,7 @@ class Wanted:
     patience: float | None = None
     resume: bool = True
     fallback: bool = False
+    path: Way | None = None
     on_connect: str | None = None
     json: bool = False
     every: bool = False
@@ -88,6 +89,7 @@ class Wanted:
             patience=self.patience,
             resume=self.resume,
             fallback=self.fallback,
+            path=self.path,
             on_event=happened,
         )
 

@@ -15,7 +15,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from types import TracebackType
-from typing import ClassVar
+from typing import ClassVar, Literal
 
 from kohakuriver.cli import output
 from kohakuriver.client.beyond import Reversed
@@ -29,6 +29,7 @@ from kohakuriver.client.forward import (
     Notice,
     NotListening,
     OutOfDescriptors,
+    PathTaken,
     Reconnecting,
     Resumed,
     Stats,
@@ -155,6 +156,8 @@ class PlainView(View):
         self._lost_at = self._moved_at = -QUIET
         self._ports: set[tuple[int, int, str, str | None]] = set()
         self._said: dict[tuple[int, str], tuple[float, int]] = {}
+        self._path: Literal["direct", "host"] = "host"
+        self._left = False  # it was said that the straight path is lost
 
     def show(self, event: Event) -> None:
         if isinstance(event, Listening):
@@ -175,6 +178,8 @@ class PlainView(View):
             self._resumed(event)
         elif isinstance(event, Moved):
             self._moved(event)
+        elif isinstance(event, PathTaken):
+            self._path_taken(event)
         elif isinstance(event, NotListening):
             where = f"[{event.local_host}]:{event.local_port}"
             self.message(f"{where} does not lead to {self._task}: {event.reason}; what opens `localhost` may get that.")
@@ -215,6 +220,18 @@ class PlainView(View):
             reason = readable(event.reason, self._task)
             count = _connections(event.connections, "go")
             self.message(f"Connection to the host renewed, since {reason}: {count} on.")
+
+    def _path_taken(self, event: PathTaken) -> None:
+        """Say it when the straight path is left, and when it is taken again. Before it was lost it is no news."""
+        before, self._path = self._path, event.path
+        if before == event.path or (event.path == "direct" and not self._left):
+            return
+        self._left = True
+        if event.path == "direct":
+            what = f"Straight to the node of {self._task} again"
+        else:
+            what = f"Through the host again, since {readable(event.reason, self._task)}"
+        self.message(f"{what}: {_connections(event.connections, 'go')} on." if event.connections else f"{what}.")
 
     def _listening(self, event: Listening) -> None:
         port = event.local_port, event.remote_port, event.proto, event.local_path
@@ -405,11 +422,12 @@ def _columns() -> int:
 
 
 def status_line(before: Stats, stats: Stats, seconds: float) -> str:
-    """Open streams, rates and totals; `seconds` lie between the two statistics."""
+    """Open streams, by which path, rates and totals; `seconds` lie between the two statistics."""
     down = (stats.bytes_received - before.bytes_received) / seconds
     up = (stats.bytes_sent - before.bytes_sent) / seconds
     return (
-        f"{stats.streams} open, {stats.opened} so far | down {output.size(down)}/s, up {output.size(up)}/s | "
+        f"{stats.streams} open, {stats.opened} so far, {'direct' if stats.direct else 'by the host'} | "
+        f"down {output.size(down)}/s, up {output.size(up)}/s | "
         f"total down {output.size(stats.bytes_received)}, up {output.size(stats.bytes_sent)} | Ctrl-C ends it"
     )
 

@@ -11,9 +11,12 @@ import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from kohakuriver.errors import UsageError
+
+if TYPE_CHECKING:
+    from kohakuriver.client.straight import Way
 
 __all__ = ["FILE", "Entry", "chosen", "found", "read"]
 
@@ -29,7 +32,7 @@ _OF_THE_USER = ("host", "token", "ca_file", "ssh_proxy", "proxy", "command", "on
 class Entry:
     """One `[[forward]]` of the file. `name` is the profile's, None for what has none; `wait` is seconds.
 
-    `socks` is the local port of a SOCKS server; `every` is the key `all`.
+    `socks` is the local port of a SOCKS server; `every` is the key `all`; `path` is None where the file does not say.
     """
 
     task: str
@@ -43,6 +46,7 @@ class Entry:
     detach: bool = False
     socks: int | None = None
     every: bool = False
+    path: Way | None = None
 
 
 def found(directory: Path, home: Path | None) -> Path | None:
@@ -184,6 +188,7 @@ _KEYS: dict[str, tuple[str, Callable[[Any], bool]]] = {
     "wait": ("true, false or a number of seconds", _wait),
     "resume": ("true or false", _yes_or_no),
     "resume_for": ("a number of seconds, at most 86400", lambda value: _whole(value) and 0 < value <= _LONGEST_RESUME),
+    "path": ("auto, direct or host", lambda value: value in ("auto", "direct", "host")),
     "detach": ("true or false", _yes_or_no),
     "all": ("true or false", _yes_or_no),
     "socks": ("a local port, 0 for any free one", lambda value: _whole(value) and 0 <= value <= 65535),

@@ -728,9 +728,18 @@ def _about(task: Task) -> list[tuple[str, str]]:
         ("ssh server", "yes" if task.ssh_host_key else ""),
         ("created", f"{task.created_at} ({output.age(task.created_at)} ago)"),
         ("open", f"{_count(traffic.streams, 'stream')} in {_count(traffic.sessions, 'session')}"),
+        ("path", _path(task)),
         ("to the task", _flow(traffic.bytes_to_container, traffic.to_container_per_second)),
         ("from the task", _flow(traffic.bytes_to_user, traffic.to_user_per_second)),
     ]
+
+
+def _path(task: Task) -> str:
+    """Which way sessions go, and why not the straight one."""
+    traffic = task.traffic
+    if traffic.straight:
+        return f"direct, {traffic.straight} of {_count(traffic.sessions, 'session')}"
+    return f"through the host: {task.no_direct}" if task.no_direct else "direct, from where its node can be reached"
 
 
 def _ttl(task: Task) -> str:

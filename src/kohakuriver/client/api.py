@@ -11,7 +11,7 @@ from dataclasses import replace
 from types import TracebackType
 from typing import Any, ParamSpec
 
-from kohakuriver.client.forward import LOOPBACK, Event, Forwarder, PortSpec, Stats, parse_port
+from kohakuriver.client.forward import LOOPBACK, Event, Forwarder, PortSpec, Stats, Way, parse_port
 from kohakuriver.config import load_settings
 from kohakuriver.errors import UsageError
 from kohakuriver.runtime import new_event_loop
@@ -110,6 +110,7 @@ def forward(
     ca_file: str | None = None,
     resume: bool = True,
     resume_for: int | None = None,
+    path: Way | None = None,
     on_event: Callable[[Event], None] = lambda event: None,
 ) -> Forward:
     """A forward for `async with`, or for `await`, on the loop that runs.
@@ -120,6 +121,8 @@ def forward(
     number; another number goes with one remote port only.
     Connections outlive a session that is lost, for `resume_for` seconds (default: the setting of this name, an hour);
     without `resume` they are reset.
+    `path` is whether they go past the host, to the task's node itself: "auto" where that can be had, "direct" or not at
+    all, "host" never (default: the setting of this name, "auto").
     `host`, `token` and `ca_file` default to the settings that the command line uses. Opening it raises the same errors
     that the command line exits with: NotFoundError, UnavailableError, NotAllowedError, LocalAddressError,
     HostUnreachableError, UsageError.
@@ -135,7 +138,15 @@ def forward(
         settings = load_settings(host=host, token=token, ca_file=ca_file)
         if resume_for is not None:
             settings = replace(settings, resume_for=resume_for)
-        return Forwarder(str(task), parsed, settings=settings, local_host=local_host, resume=resume, on_event=on_event)
+        return Forwarder(
+            str(task),
+            parsed,
+            settings=settings,
+            local_host=local_host,
+            resume=resume,
+            path=path,
+            on_event=on_event,
+        )
 
     return Forward(str(task), make)
 

@@ -119,6 +119,9 @@ class _Beyond(Forwarder):
     def _path(self) -> str:
         return f"/ws/forward/{path_segment(self.task)}/terminal?beyond={self.kind}"
 
+    def _may_go_straight(self) -> bool:
+        return False  # the host says of each of its connections whether it may be
+
     async def _open(self) -> Link:
         try:
             link = await super()._open()

@@ -12,8 +12,9 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, cast
 
+from kohakuriver.client.events import Event
 from kohakuriver.client.local_side import LocalSide
 from kohakuriver.client.ports import (
     LOOPBACK,
@@ -26,12 +27,14 @@ from kohakuriver.client.ports import (
     parse_port,
 )
 from kohakuriver.client.socks import SocksServer
+from kohakuriver.client.straight import PathTaken, StraightPath, Way
 from kohakuriver.config import Settings, path_segment
 from kohakuriver.errors import (
     KohakuRiverError,
     NotAllowedError,
     NotFoundError,
     UnavailableError,
+    UsageError,
 )
 from kohakuriver.http_proxy import http_proxy
 from kohakuriver.runtime import DescriptorWatch, cancel_all, file_limit, out_of_descriptors
@@ -63,12 +66,14 @@ __all__ = [
     "NotListening",
     "Notice",
     "OutOfDescriptors",
+    "PathTaken",
     "PortForward",
     "PortSpec",
     "Reconnecting",
     "Resumed",
     "Stats",
     "StreamError",
+    "Way",
     "exposes",
     "parse_port",
 ]
@@ -99,16 +104,6 @@ ANY_PORT = 1
 
 STOPPED = "stopped"
 """Why a forward is over that was told to end."""
-
-
-@dataclass(frozen=True)
-class Event:
-    """Something that happened to a forward. `to_json` is one line of `forward --json`."""
-
-    event: ClassVar[str]
-
-    def to_json(self) -> dict[str, Any]:
-        return {"event": self.event, **asdict(self)}
 
 
 @dataclass(frozen=True)
@@ -241,7 +236,8 @@ class Stats(Event):
     """Totals since the forward began; `streams` is the number open now. Bytes are as seen from here.
 
     `udp_dropped` counts datagrams, `stalls` how often a stream had to wait for the task's window, and
-    `unknown_messages` what a newer peer sent. The rates are bytes a second since a while ago, a second or so.
+    `unknown_messages` what a newer peer sent. The rates are bytes a second since a while ago, a second or so. `direct`
+    is 1 while connections go past the host; of several forwards together it is how many do.
     """
 
     event: ClassVar[str] = "stats"
@@ -254,6 +250,7 @@ class Stats(Event):
     unknown_messages: int
     sent_per_second: int = 0
     received_per_second: int = 0
+    direct: int = 0
 
 
 @dataclass(frozen=True)
@@ -278,7 +275,11 @@ class Forwarder:
     `task` is a numeric id or a unique name. `start`, then `wait` for its end, then `close`. With `patience`, `start`
     waits so many seconds for somebody to listen on the TCP ports in the task. With `resume`, connections outlive a
     session that is lost. With `fallback`, the next free local port is taken where one is not free. With `any_port` the
-    session may reach all ports of the task, and none need be given (`every_port`).
+    session may reach all ports of the task, and none need be given (`every_port`). `path` is the setting of this name:
+    whether connections go past the host, to the task's node itself. Raises UsageError for another one, and for "direct"
+    without `resume`.
+
+    Large because everything that can happen to its listeners and to the links that it may be on is decided here.
     """
 
     def __init__(
@@ -292,6 +293,7 @@ class Forwarder:
         resume: bool = True,
         fallback: bool = False,
         any_port: bool = False,
+        path: Way | None = None,
         on_event: Callable[[Event], None] = lambda event: None,
     ) -> None:
         check_distinct(ports, any_port=any_port)
@@ -321,6 +323,7 @@ class Forwarder:
             on_detach=self._detached,
             on_going_away=self._going_away,
             on_notice=lambda sentence: self._on_event(Notice(sentence)),
+            on_line_lost=self._line_lost,
             kept=KeptStreams(resume_for(settings.resume_for)) if resume else None,
             on_accept=self._accepted,
         )
@@ -334,6 +337,12 @@ class Forwarder:
         )
         if self._endpoint.kept is not None:
             self._endpoint.kept.on_doubt = self._doubted
+        self._way = way(path or settings.path, keeps=resume)
+        self._straight: StraightPath | None = None
+        if self._way != "host":
+            self._straight = StraightPath(
+                self._endpoint, task, settings, ready=self._may_go_straight, tell=lambda event: self._on_event(event)
+            )
 
     async def start(self) -> None:
         """Bind the local addresses, then open the session.
@@ -348,8 +357,14 @@ class Forwarder:
             await self._endpoint.close()
             raise
         self._attach(link)
-        if self._patience is not None:
-            await self._until_answered(self._patience)
+        try:
+            if self._way == "direct" and self._straight is not None:
+                await self._straight.first()
+            if self._patience is not None:
+                await self._until_answered(self._patience)
+        except BaseException:
+            await self._end()
+            raise
         self._on_event(Connected(self.task, link.version))
         for local in self.listening:
             self._on_event(Listening.of(local))
@@ -380,11 +395,25 @@ class Forwarder:
             await delivered(self._endpoint)
         if self._closing:
             return
-        self._closing = True
-        await cancel_all([task for task in (self._keeper, self._watcher) if task is not None])
-        await self._endpoint.close()
+        await self._end()
         self._on_event(self.stats())
         self._on_event(Closed(reason))
+
+    async def _end(self) -> None:
+        self._closing = True
+        await cancel_all([task for task in (self._keeper, self._watcher) if task is not None])
+        if self._straight is not None:
+            await self._straight.close()
+        await self._endpoint.close()
+
+    @property
+    def straight(self) -> bool:
+        """Whether the connections go past the host just now."""
+        return self._straight is not None and self._straight.link is not None
+
+    def _may_go_straight(self) -> bool:
+        """Whether the connections may leave the host's link."""
+        return True
 
     def stats(self) -> Stats:
         """Totals and rates of now."""
@@ -396,7 +425,8 @@ class Forwarder:
             self._rated = time.monotonic(), totals.bytes_sent, totals.bytes_received
         shown = asdict(totals)
         shown["udp_dropped"] += shown.pop("udp_refused")
-        return Stats(**shown, sent_per_second=self._rates[0], received_per_second=self._rates[1])
+        sent, received = self._rates
+        return Stats(**shown, sent_per_second=sent, received_per_second=received, direct=int(self.straight))
 
     async def _until_answered(self, seconds: float) -> None:
         """Wait until somebody listens on each TCP port in the task. Raises UnavailableError after `seconds`."""
@@ -465,8 +495,19 @@ class Forwarder:
         self._not_running = None
         self._link = link
         self._endpoint.attach(link)
+        if self._straight is not None:
+            self._straight.begin(link)
 
     def _detached(self, reason: str) -> None:
+        if self._closing:
+            return
+        if self._straight is not None and self._straight.link is not None:
+            self._straight.gone(reason)
+        else:
+            self._losses.put_nowait(_Loss(reason, self._link))
+
+    def _line_lost(self, reason: str) -> None:
+        """The session's own link is gone, while the connections go straight: they may for a while."""
         if not self._closing:
             self._losses.put_nowait(_Loss(reason, self._link))
 
@@ -477,6 +518,9 @@ class Forwarder:
 
     def _doubted(self) -> None:
         """The link may be dead: another one is tried beside it, and whichever serves first carries on."""
+        if self.straight and self._straight is not None:
+            self._straight.give_up("no answer came")
+            return
         self._losses.put_nowait(_Loss("no answer came", self._link, there=True, doubted=True))
 
     def _stream_failed(self, remote_port: int, text: ErrorText) -> None:
@@ -506,7 +550,7 @@ class Forwarder:
     async def _move(self, loss: _Loss) -> None:
         """Go on over another session while the one before still stands. The next host may not be there yet."""
         pauses = Backoff(RETRY_BASE, MOVE_CAP)
-        while self._endpoint.link is loss.link and not await self._moved(loss):
+        while self._link is loss.link and not await self._moved(loss):
             pauses.ended(None)
             await asyncio.sleep(pauses.pause())
 
@@ -558,6 +602,15 @@ class Forwarder:
             self._endpoint.end_waiting(ErrorText("ECONNRESET", error.message))
         if ends:
             raise error
+
+
+def way(path: str | None, *, keeps: bool) -> Way:
+    """The setting `path`, for a forward that `keeps` its connections or does not. Raises UsageError."""
+    if path not in (None, "", "auto", "direct", "host"):
+        raise UsageError(f"The setting 'path' must be auto, direct or host, not {path!r}.")
+    if path == "direct" and not keeps:
+        raise UsageError("The direct path needs connections that go on over another link: leave --no-resume out.")
+    return cast(Way, path or "auto") if keeps else "host"
 
 
 _OF_HOST = ("the host ", "the server ")

@@ -67,7 +67,8 @@ Record = TypeVar("Record", bound=Declared)
 class Traffic:
     """What went through a node since its runner started, in bytes, and the sessions and streams open now.
 
-    `udp_dropped` counts datagrams, `stalls` how often a stream had to wait for a window.
+    `straight` of the sessions go past the host. `udp_dropped` counts datagrams, `stalls` how often a stream had to wait
+    for a window.
     """
 
     bytes_to_container: int = 0
@@ -75,6 +76,7 @@ class Traffic:
     udp_dropped: int = 0
     stalls: int = 0
     sessions: int = 0
+    straight: int = 0
     streams: int = 0
 
 

@@ -117,11 +117,12 @@ class Carrier(Pipe):
 
     def _explain(self) -> None:
         """Raise why the host has ended it, where it has."""
-        closing = None if self._link is None else self._link.closing
-        if closing is not None and closing.code == CloseCode.POLICY:
-            raise NotAllowedError(f"This terminal was ended: {closing.reason}.")
-        if closing is not None and closing.code == CloseCode.IDLE:
-            raise UnavailableError(f"The host has ended this terminal: {closing.reason}.", code="idle")
+        ends = [None if each is None else each.closing for each in (self._link, self._straight)]
+        for closing in filter(None, ends):  # of two links either may tell first
+            if closing.code == CloseCode.POLICY:
+                raise NotAllowedError(f"This terminal was ended: {closing.reason}.")
+            if closing.code == CloseCode.IDLE:
+                raise UnavailableError(f"The host has ended this terminal: {closing.reason}.", code="idle")
 
     def broken(self, why: str) -> UnavailableError:
         code, _, sentence = why.partition(": ")

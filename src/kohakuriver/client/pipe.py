@@ -12,14 +12,17 @@ import socket
 from collections.abc import Coroutine
 from typing import Any
 
-from kohakuriver.client.forward import Event, Forwarder, PortForward, StreamError
+from kohakuriver.client.forward import Event, Forwarder, PortForward, StreamError, Way
 from kohakuriver.config import Settings
 from kohakuriver.errors import UnavailableError
 from kohakuriver.runtime import cancel_all
 from kohakuriver.tunnel.local_socket import TcpStream
+from kohakuriver.tunnel.states import State
 from kohakuriver.tunnel.user_endpoint import UserEndpoint
 
 __all__ = ["Pipe"]
+
+_OPENING = frozenset({State.WAITING, State.OPENING, State.OPENING_LOCAL_ENDED})
 
 SSH_PORT = 22
 """Its number is not told: the host takes the port that the task's SSH server has."""
@@ -52,7 +55,10 @@ class Pipe(Forwarder):
     """What stands in the place of a port in the session's path."""
 
     def __init__(self, task: str, settings: Settings, sock: socket.socket) -> None:
-        super().__init__(task, [PortForward(0, SSH_PORT)], settings=settings, resume=True, on_event=self.happened)
+        # It is opened through the host, whatever is wanted later.
+        path: Way | None = "auto" if settings.path == "direct" else None
+        ports = [PortForward(0, SSH_PORT)]
+        super().__init__(task, ports, settings=settings, resume=True, path=path, on_event=self.happened)
         self._sock = sock
         self._failure: str | None = None
 
@@ -98,6 +104,12 @@ class Pipe(Forwarder):
                 await asyncio.wait_for(stream.gone.wait(), LAST_WORD)
 
         await _first_of(carrying, left())
+
+    def _may_go_straight(self) -> bool:
+        """The host is to see what is started: the connection is opened through it, and the other end has answered."""
+        kept = self._endpoint.kept
+        streams = () if kept is None else kept.streams
+        return any(isinstance(each, TcpStream) and each.core.state not in _OPENING for each in streams)
 
     async def _listen_everywhere(self) -> None:
         """Nothing listens: there is one connection, and it is there."""

@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
-from kohakuriver.client.forward import STOPPED, Event, Forwarder
+from kohakuriver.client.forward import STOPPED, Event, Forwarder, Way
 from kohakuriver.client.host import HostClient
 from kohakuriver.client.local_side import LocalSide
 from kohakuriver.client.ports import LOOPBACK, PortForward
@@ -70,6 +70,7 @@ class WebForwarder(Forwarder):
         patience: float | None = None,
         resume: bool = True,
         fallback: bool = False,
+        path: Way | None = None,
         on_event: Callable[[Event], None] = lambda event: None,
     ) -> None:
         super().__init__(
@@ -80,6 +81,7 @@ class WebForwarder(Forwarder):
             patience=patience,
             resume=resume,
             fallback=fallback,
+            path=path,
             on_event=on_event,
         )
         self._label = label

@@ -38,7 +38,7 @@ from kohakuriver.host.services.requests import Requests
 from kohakuriver.host.services.runner_client import RunnerClient
 from kohakuriver.host.services.tasks import Tasks
 from kohakuriver.host.services.terminal_proxy import TerminalProxy
-from kohakuriver.host.services.tunnel_proxy import TunnelProxy
+from kohakuriver.host.services.tunnel_proxy import TunnelProxy, straight_tells
 from kohakuriver.limits import Limits, from_environment
 from kohakuriver.quotas import Quotas
 from kohakuriver.runtime import raise_file_limit
@@ -208,7 +208,7 @@ async def _serve(
             await runners.revoke(found, container, user, reason)
 
     grants = Grants(accounts, requests=requests, audit=perimeter.audit, revoke=revoke)
-    forwards = Forwards(credentials, access, grants, store, nodes, tasks)
+    forwards = Forwards(credentials, access, grants, store, nodes, tasks, straight_tells(limits))
     proxy = TunnelProxy(
         authorize=forwards.authorize,
         authorize_terminal=forwards.authorize_terminal,

@@ -38,6 +38,7 @@ from kohakuriver.runner.services.open_ports import OpenPorts
 from kohakuriver.runner.services.registration import NodeIdentity, Registration
 from kohakuriver.runner.services.ssh_helper import SshHelper
 from kohakuriver.runner.services.state import State
+from kohakuriver.runner.services.straight import Straights
 from kohakuriver.runner.services.task_book import TaskBook
 from kohakuriver.runner.services.tasks import TaskManager
 from kohakuriver.runner.services.terminal import TerminalServer
@@ -46,7 +47,7 @@ from kohakuriver.runner.services.traffic import COUNTS
 from kohakuriver.runner.services.tunnel_guard import TunnelGuard
 from kohakuriver.runner.services.tunnel_helper import TunnelHelper
 from kohakuriver.runner.services.tunnel_server import TunnelServer
-from kohakuriver.tls import ServerCertificate, sends_in_clear
+from kohakuriver.tls import ServerCertificate, is_this_machine, sends_in_clear
 from kohakuriver.tunnel.accept import serve_ws
 from kohakuriver.tunnel.settings import from_environment
 from kohakuriver.web.app import bind, new_app, print_event, server_certificate, socket_url, warn_if_in_clear
@@ -60,7 +61,7 @@ __all__ = ["RunnerOptions", "main", "serve"]
 log = structlog.get_logger("kohakuriver.runner")
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,62}")
-_TRAFFIC = (*COUNTS, "sessions", "streams")
+_TRAFFIC = (*COUNTS, "sessions", "straight", "streams")
 _TASK_TRAFFIC = (*_TRAFFIC, "version", "to_container_per_second", "to_user_per_second")
 
 
@@ -75,7 +76,8 @@ class RunnerOptions:
     `allowed_origins` are as `Guard` takes them. Images that the engine has not got come from `registries` alone.
     With `user_processes` others than admins may run processes here, and they may mount `mount_roots`. Processes are the
     runner's own user, or `process_user`. Its GPUs are those at `gpus`, by default NVIDIA's. Its measures are read at
-    `metrics`, as `metrics_address` takes it.
+    `metrics`, as `metrics_address` takes it. `direct` is whether users may reach this runner themselves, at the address
+    at which the host does; None for where it serves TLS, or is on loopback.
     """
 
     state_dir: Path
@@ -96,6 +98,7 @@ class RunnerOptions:
     allowed_origins: Sequence[str] = ()
     registries: Sequence[str] = (DEFAULT_REGISTRY,)
     stop_tasks_on_exit: bool = False
+    direct: bool | None = None
     user_processes: bool = False
     process_user: str | None = None
     mount_roots: Sequence[str] = ()
@@ -170,6 +173,7 @@ class Runner:
             on_left=self._tasks.lifetimes.left,
             config=from_environment(),
             limits=limits,
+            straights=Straights(identity.url, identity.offer.no_direct, lease=limits.lease),
         )
         self._terminals = TerminalServer(
             allow_anonymous=options.allow_anonymous,
@@ -189,7 +193,10 @@ class Runner:
         )
         self._measures = measures
         services = Services(self._tasks, self._registration, identity.url, self._tunnels, self._ports, self._new_token)
-        ways = [("forward", self._tunnels.session_route()), *(("terminal", way) for way in self._terminals.routes())]
+        ways = [
+            *zip(("forward", "straight"), self._tunnels.session_routes(), strict=True),
+            *(("terminal", way) for way in self._terminals.routes()),
+        ]
         routes = [*self._tunnels.container_routes(), *(measures.route(*way) for way in ways)]
         self._server = Server(
             measures.requests(create_app(services, self._guard)),
@@ -434,9 +441,10 @@ def _identity(options: RunnerOptions, state: State, sock: socket.socket) -> Node
     if not _NAME.fullmatch(name):
         raise UsageError(f"{name!r} can't be a node's name; give one of letters, digits, dots and dashes with --name.")
     gpus = [gpu.number for gpu in found_gpus(options.gpus)]
+    url = (options.advertise_url or _reachable_url(sock, options)).rstrip("/")
     return NodeIdentity(
         name=name,
-        url=(options.advertise_url or _reachable_url(sock, options)).rstrip("/"),
+        url=url,
         instance=state.instance,
         host_url=options.host_url.rstrip("/"),
         other_hosts=[url.rstrip("/") for url in options.other_hosts],
@@ -447,8 +455,19 @@ def _identity(options: RunnerOptions, state: State, sock: socket.socket) -> Node
             user_processes=options.user_processes,
             mount_roots=list(options.mount_roots),
             gpus=gpus,
+            no_direct=_no_direct(options, url),
         ),
     )
+
+
+def _no_direct(options: RunnerOptions, url: str) -> str:
+    """Why users may not reach this runner, at `url`, past the host; empty where they may."""
+    parts = urlsplit(url)
+    if options.direct is None and parts.scheme != "https" and not is_this_machine(parts.hostname or ""):
+        return "its node serves no TLS, and takes connections of users only with `kohakuriver runner --direct`"
+    if options.direct is False:
+        return "its node takes no connections of users (`kohakuriver runner --no-direct`)"
+    return ""
 
 
 def _registries(options: RunnerOptions) -> Registries:

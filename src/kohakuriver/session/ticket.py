@@ -38,6 +38,7 @@ class Ticket:
     """What a valid ticket says. `ports` None means any port; `expires_at` is in seconds since the epoch.
 
     `connects` is how many streams its user may open in a second, 0 for any number; None where the host does not say.
+    `tells` is every how many seconds the host wants to hear what went past it; None where nothing may.
     """
 
     node: str
@@ -49,6 +50,7 @@ class Ticket:
     user: str | None = None
     ports: frozenset[int] | None = None
     connects: int | None = None
+    tells: float | None = None
 
     def allows(self, port: int) -> bool:
         """Whether a stream to this port of the container may be opened."""
@@ -65,13 +67,14 @@ def issue(
     user: str | None = None,
     ports: Literal["*"] | Sequence[int] = "*",
     connects: int | None = None,
+    tells: float | None = None,
     ttl: float = MAX_TTL,
 ) -> str:
     """A ticket for `node`, good for `ttl` seconds (0 < ttl <= 60).
 
     A "forward" or "terminal" ticket needs `task`, `container` and `user`; the former names the ports that its session
-    may reach, the latter none; `connects` is as a Ticket has it. A "control" ticket is about one `container`, or,
-    without one, about none in particular; it names the `user` where somebody asked for it.
+    may reach, the latter none; `connects` and `tells` are as a Ticket has them. A "control" ticket is about one
+    `container`, or, without one, about none in particular; it names the `user` where somebody asked for it.
     Raises ValueError when it would be longer-lived or less specific than docs/protocol.md §5 allows.
     """
     if not 0 < ttl <= MAX_TTL:
@@ -92,6 +95,8 @@ def issue(
         claims |= {"task": task, "container": container, "user": user, "ports": ports if ports == "*" else list(ports)}
         if connects is not None:
             claims["connects"] = connects
+        if tells is not None:
+            claims["tells"] = tells
     else:
         claims |= {name: value for name, value in (("container", container), ("user", user)) if value is not None}
     return jwt.encode(claims, key, algorithm=_ALGORITHM)
@@ -133,7 +138,7 @@ def _from_claims(claims: dict[str, object]) -> Ticket:
     if scope == "control":
         container, user = (cast("str | None", claims.get(name)) for name in ("container", "user"))
         return replace(common, container=container, user=user)
-    ports, connects = claims["ports"], claims.get("connects")
+    ports, connects, tells = claims["ports"], claims.get("connects"), claims.get("tells")
     return replace(
         common,
         task=int(cast(int, claims["task"])),
@@ -141,6 +146,7 @@ def _from_claims(claims: dict[str, object]) -> Ticket:
         user=str(claims["user"]),
         ports=None if ports == "*" else frozenset(int(port) for port in cast("list[int]", ports)),
         connects=None if connects is None else int(cast(int, connects)),
+        tells=None if tells is None else float(cast(float, tells)),
     )
 
 

@@ -143,7 +143,7 @@ class PacedConnection(TaskConnection):
     def _core(self) -> StreamCore:
         return StreamCore(self.rules, PacedWindow(self._rate, lambda: self.stream.update_reading()))
 
-    def attach(self, link: Link) -> None:
+    def attach(self, link: Link, *, line: Link | None = None) -> None:
         self._pace.begin(link)
         super().attach(link)
 

@@ -371,8 +371,9 @@ def _aborting_unless_done(transport: Callable[[], asyncio.Transport | None]) -> 
 class _Greeting:
     """Holds a fresh session link until its first message: the text ``CONNECTED``, or ``Error: …`` and a close."""
 
-    def __init__(self) -> None:
+    def __init__(self, wanted: str) -> None:
         loop = asyncio.get_running_loop()
+        self._wanted = wanted
         self.text: asyncio.Future[str] = loop.create_future()
         self.ended: asyncio.Future[int] = loop.create_future()
         self._opened = False
@@ -405,7 +406,7 @@ class _Greeting:
             self._told(link, self._parts.decode("utf-8", "replace"))
 
     def _told(self, link: Link, text: str) -> None:
-        self._opened = text == "CONNECTED"
+        self._opened = text == self._wanted
         if self._opened:
             link.walker.allow_text = False
             link.intake.pause(self)
@@ -422,26 +423,32 @@ class _Greeting:
 
 
 async def open_session(
-    server: Server, *, subprotocols: Sequence[str] = (TUNNEL_V2,), walker: FrameWalker | None = None
+    server: Server,
+    *,
+    subprotocols: Sequence[str] = (TUNNEL_V2,),
+    walker: FrameWalker | None = None,
+    greeting: str = "CONNECTED",
 ) -> Link:
-    """Open a forward session and wait for its ``CONNECTED``.
+    """Open a forward session and wait for its first message, which is to be ``greeting``.
 
     The link that is returned reads nothing until ``hand_over`` gives it its handler. Raises KohakuRiverError: from the
     HTTP status (v2), or from what comes with the ``Error: …`` text (v1).
     """
-    greeting = _Greeting()
+    first = _Greeting(greeting)
     walker = walker or FrameWalker(masked=False)
     walker.allow_text = True
     loop = asyncio.get_running_loop()
     deadline = loop.time() + server.timeout
     opening = await _dial(server, subprotocols)
-    link = _link(opening, walker, greeting)
+    link = _link(opening, walker, first)
     opened = False
     try:
-        text = await asyncio.wait_for(greeting.text, max(0.0, deadline - loop.time()))
-        if text != "CONNECTED":
+        text = await asyncio.wait_for(first.text, max(0.0, deadline - loop.time()))
+        if text != greeting:
+            if text.startswith("CONNECTED"):
+                raise server.unreachable("what answers there is not the one that was meant")
             refusal = (await opening.answered).headers.get(REFUSAL_HEADER)
-            raise greeting_error(text, refusal or await _close_code(greeting))
+            raise greeting_error(text, refusal or await _close_code(first))
         opened = True
     except asyncio.TimeoutError as exc:
         raise server.late("open the session") from exc
@@ -451,9 +458,9 @@ async def open_session(
     return link
 
 
-async def _close_code(greeting: _Greeting) -> int:
-    await asyncio.wait({greeting.ended}, timeout=CLOSE_WAIT)
-    return greeting.ended.result() if greeting.ended.done() else CloseCode.ABNORMAL
+async def _close_code(first: _Greeting) -> int:
+    await asyncio.wait({first.ended}, timeout=CLOSE_WAIT)
+    return first.ended.result() if first.ended.done() else CloseCode.ABNORMAL
 
 
 def greeting_error(text: str, how: str | int) -> KohakuRiverError:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import asdict, dataclass
 from typing import TypeAlias
 
@@ -29,6 +30,7 @@ from kohakuriver.tunnel.protocol import (
     REVOKE,
     SESSION_ENDED,
     SESSION_ID,
+    STRAIGHT,
     WINDOW,
     CloseCode,
     Counts,
@@ -48,7 +50,7 @@ from kohakuriver.tunnel.windows import Budget, Pool
 __all__ = ["AnyStream", "Endpoint", "EndpointStats", "Share"]
 
 MAX_CONTROL = 1 << 20
-_OF_SESSIONS = frozenset({RESUME, REVOKE, GOAWAY, NOTICE})
+_OF_SESSIONS = frozenset({RESUME, REVOKE, GOAWAY, NOTICE, STRAIGHT})
 
 
 @dataclass
@@ -92,6 +94,7 @@ class Endpoint:
         linger = self.linger if self.config.v1_linger is None else self.config.v1_linger
         self.rules = Rules(self.role, self.budget, V1Rules(self.config.v1_hold, linger), Store(within=share.kept))
         self.streams: Streams | None = None  # while there is a link
+        self._ids = itertools.count(1)  # of all links: what comes late over one of them is for no other stream
         self._assembler = Assembler(MAX_CONTROL)
         self._reporter = Reporter(self._counts, lambda: self.stream_count > 0)
 
@@ -119,6 +122,7 @@ class Endpoint:
             totals=self.totals,
             budget=self.budget,
             udp_idle=self.config.udp_idle,
+            ids=self._ids,
             on_enter=self.entered,
         )
         link.hand_over(self)
@@ -145,10 +149,12 @@ class Endpoint:
 
     def _dispatch(self, link: Link, messages: list[Message], view: memoryview) -> None:
         streams = self.streams
-        if streams is None or streams.link is not link:  # not in use yet, or given up
+        if streams is None or streams.link is not link:  # not in use yet, or not any more
             for message in messages:
                 if message[0] >= WS_TEXT:
                     link.control(message)
+                else:
+                    self.beside(link, message, view)
             return
         turns = streams.turns
         count, i = len(messages), 0
@@ -192,6 +198,9 @@ class Endpoint:
             self._udp_message(streams, stream, kind, payload)
         elif kind not in KNOWN:
             self.totals.unknown_messages += 1
+
+    def beside(self, link: Link, message: Message, view: memoryview) -> None:
+        """A message came over another link than that which carries the streams."""
 
     def pinged(self, client_id: int, payload: bytes) -> None:
         """A PING came; it is answered whatever is made of it."""
@@ -250,7 +259,7 @@ class Endpoint:
 
     def link_closed(self, link: Link, code: int, reason: str) -> None:
         if self.link is link:
-            self.detach(reason or _why_closed(code), keeps=self.keeps(code))
+            self.detach(reason or why_closed(code), keeps=self.keeps(code))
 
     def keeps(self, code: int) -> bool:
         """Whether kept streams wait for another link when one was closed with this code."""
@@ -271,7 +280,7 @@ class Endpoint:
         self.totals.unknown_messages += 1
 
     def kept_message(self, kind: int, client_id: int, proto: int, port: int, payload: bytes) -> None:
-        """A message came that is for no stream of this link: RESUME, REVOKE, GOAWAY or NOTICE."""
+        """A message came that is for no stream of this link: RESUME, REVOKE, GOAWAY, NOTICE or STRAIGHT."""
         self.totals.unknown_messages += 1
 
     def detach_stream(self, stream: AnyStream, payload: bytes) -> None:
@@ -314,7 +323,7 @@ class Endpoint:
         """An ERROR came."""
 
 
-def _why_closed(code: int) -> str:
+def why_closed(code: int) -> str:
     """A close without a reason, in words."""
     return (
         "the connection was lost"

@@ -81,6 +81,7 @@ class Link(asyncio.BufferedProtocol):
         self.watch = PeerWatch(self.idle_ping, self.pong_wait, ping=self._ping, written=self.out.taken, drop=self.abort)
         self.intake = Intake(self._deliver, self.watch)
         self.on_lost: Callable[[], None] | None = None
+        self.on_peer_closes: Callable[[], None] | None = None  # what is to be said before that is answered
         self.label = ""
         self._transport: asyncio.Transport = cast(asyncio.Transport, None)
         self._sink: TransportSink = cast(TransportSink, None)
@@ -159,6 +160,8 @@ class Link(asyncio.BufferedProtocol):
 
     def _peer_closes(self, payload: bytes) -> None:
         code, reason = parse_ws_close(payload)
+        if self.on_peer_closes is not None:
+            self.on_peer_closes()
         if self.closing.peer_closes(code, reason):
             self._send_close(code, "")
         self.watch.end_within(CLOSE_WAIT)

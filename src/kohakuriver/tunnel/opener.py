@@ -80,7 +80,7 @@ class KeptStreams:
             self._forget(stream)
         self._epoch += 1
         frames = [self._resume(stream, link) for stream in self.streams]
-        if self._any:
+        if self._any or (self._epoch > 1 and link.link.version >= 2):  # a runner is to know which link is in use
             frames.append(link.link.build_message(RESUME, SESSION_ID, Roll(self._opener, self._epoch).pack()))
             link.link.send(b"".join(frames))
 

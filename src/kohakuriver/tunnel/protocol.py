@@ -32,10 +32,11 @@ GOAWAY: Final = 0x0F
 REVOKE: Final = 0x10
 PORTS: Final = 0x11
 NOTICE: Final = 0x12
+STRAIGHT: Final = 0x13
 
 KNOWN: Final = frozenset(
     {CONNECT, CONNECTED, DATA, CLOSE, ERROR, PING, PONG, WINDOW, EOF, RESUME, RESUMED, ACK, DETACH, GOAWAY, REVOKE}
-    | {PORTS, NOTICE}
+    | {PORTS, NOTICE, STRAIGHT}
 )
 
 # Second header byte (docs/protocol.md §1).
@@ -75,6 +76,9 @@ LONGEST_HOLD: Final = 86_400  # seconds
 # How long the streams of a process are held whose connection ended without a word: most likely it was killed (seconds).
 USER_LOST_HOLD: Final = 120
 
+# Of a ticket for the straight path: what is shown to the runner, and what it proves itself by (bytes each).
+STRAIGHT_SECRET: Final = 16
+
 _LIMIT: Final = struct.Struct(">Q")
 _PAIR: Final = struct.Struct(">QQ")
 _OPENING: Final = struct.Struct(">Q16sIB")
@@ -89,6 +93,10 @@ _ERROR_CODE: Final = re.compile(r"(E[A-Z0-9]+): ")
 _COUNTS: Final = struct.Struct(">4sQQ")
 _COUNTS_MARK: Final = b"cnt1"
 _MOST_AT_ONCE: Final = 1 << 32
+# What a runner tells its host of a straight path, in a WebSocket ping: a mark, then two numbers.
+_WENT: Final = struct.Struct(">4sQQ")
+_WENT_MARK: Final = b"str1"
+_OFFER: Final = struct.Struct(f">B{STRAIGHT_SECRET}s{STRAIGHT_SECRET}s")
 MOST_PORTS: Final = 1000  # an answer to PORTS tells no more
 LONGEST_PROGRAM: Final = 64  # bytes of a program's name in it
 _QUESTION: Final = struct.Struct(">IB")
@@ -315,6 +323,61 @@ class Counts(NamedTuple):
             return None
         _, udp_dropped, stalls = _COUNTS.unpack(payload)
         return cls(min(udp_dropped, _MOST_AT_ONCE), min(stalls, _MOST_AT_ONCE))
+
+
+class WentStraight(NamedTuple):
+    """Bytes of a session that went past the host: the payload of a runner's WebSocket ping (docs/protocol.md §4)."""
+
+    to_container: int
+    to_user: int
+
+    def pack(self) -> bytes:
+        """The ping's payload."""
+        return _WENT.pack(_WENT_MARK, self.to_container, self.to_user)
+
+    @classmethod
+    def parse(cls, payload: Bytes) -> WentStraight | None:
+        """What a ping tells; None where it is any other ping."""
+        if len(payload) != _WENT.size or bytes(payload[:4]) != _WENT_MARK:
+            return None
+        return cls(*_WENT.unpack(payload)[1:])
+
+
+class StraightOffer(NamedTuple):
+    """STRAIGHT to the user: where the session's runner is, and a ticket for there; or why it can't be had, a clause.
+
+    `shown` is shown to the runner, which proves by `proof` that it is the one that gave the ticket.
+    """
+
+    url: str = ""
+    shown: bytes = b""
+    proof: bytes = b""
+    refusal: str = ""
+
+    def pack(self) -> bytes:
+        """The payload."""
+        if not self.url:
+            return b"\0" + self.refusal.encode("utf-8", "replace")
+        return _OFFER.pack(1, self.shown, self.proof) + self.url.encode()
+
+    @classmethod
+    def parse(cls, payload: Bytes) -> StraightOffer | None:
+        """What such a payload says; None where it makes no sense."""
+        data = bytes(payload)
+        if data[:1] == b"\0":
+            return cls(refusal=data[1:].decode("utf-8", "replace"))
+        if data[:1] != b"\1" or len(data) <= _OFFER.size:
+            return None
+        _, shown, proof = _OFFER.unpack_from(data)
+        try:
+            return cls(data[_OFFER.size :].decode(), shown, proof)
+        except UnicodeDecodeError:
+            return None
+
+
+def straight_greeting(proof: bytes) -> str:
+    """The first message on a straight path, by which the runner shows that it is the one that gave the ticket."""
+    return f"CONNECTED {proof.hex()}"
 
 
 class PortScope(IntEnum):

@@ -133,6 +133,11 @@ class SendQueue:
         """Whether what was sent so far ends inside a frame."""
         return self._queue[-1][1] if self._queue else self._inside
 
+    @property
+    def given(self) -> int:
+        """Bytes that were sent so far, or wait here."""
+        return self._given + self.queued
+
     def taken(self) -> int:
         """Bytes that the sink has passed on so far."""
         return self._given - self._sink.kept()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import itertools
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -177,11 +177,19 @@ class Streams:
         totals: where they are counted.
         budget: where their windows come from.
         udp_idle: seconds after which a UDP stream on which nothing came is ended.
+        ids: where new ids come from; by default they begin with 1.
         on_enter: called when a stream has entered.
     """
 
     def __init__(
-        self, link: Link, *, totals: Totals, budget: Budget, udp_idle: float, on_enter: Callable[[Link], None]
+        self,
+        link: Link,
+        *,
+        totals: Totals,
+        budget: Budget,
+        udp_idle: float,
+        on_enter: Callable[[Link], None],
+        ids: Iterator[int] | None = None,
     ) -> None:
         self.link = link
         self.by_id: dict[int, Member] = {}
@@ -190,7 +198,7 @@ class Streams:
         self._totals = totals
         self._udp_idle = udp_idle
         self._on_enter = on_enter
-        self._ids = itertools.count(1)
+        self._ids = itertools.count(1) if ids is None else ids
         self._soon: dict[tuple[int, int], bytes] = {}  # payloads to be sent at the end of this turn of the loop
         self._sweeper: asyncio.TimerHandle | None = None
         self._owing: list[Acknowledging] = []

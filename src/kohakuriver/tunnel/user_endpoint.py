@@ -7,8 +7,11 @@ import socket
 import time
 from collections.abc import Callable
 
+from kohakuriver._frame import FIRST, LAST, Message
 from kohakuriver.text import one_line
-from kohakuriver.tunnel.endpoint import AnyStream, Endpoint, Share
+from kohakuriver.tunnel.buffers import Assembler
+from kohakuriver.tunnel.closing import CloseState
+from kohakuriver.tunnel.endpoint import MAX_CONTROL, AnyStream, Endpoint, Share, why_closed
 from kohakuriver.tunnel.kept import opening_kept
 from kohakuriver.tunnel.link import Link
 from kohakuriver.tunnel.local_listeners import LISTEN_BACKLOG, ListeningSocket, bind
@@ -17,9 +20,13 @@ from kohakuriver.tunnel.opener import KeptStreams, is_resuming
 from kohakuriver.tunnel.protocol import (
     CLOSE,
     CONNECT,
+    DATA,
     GOAWAY,
     NOTICE,
+    PING,
+    PONG,
     SESSION_ID,
+    STRAIGHT,
     CloseCode,
     ErrorText,
     parse_limit,
@@ -45,11 +52,15 @@ class UserEndpoint(Endpoint):
     It outlives its link: ``attach`` gives it the first one and, after a loss, the next. A connection that is
     accepted in between is held for ``reattach_wait`` seconds, then reset; after ``outage`` seconds it is reset at once.
 
+    Large because streams, listeners and the two links that a session may have each tell it of themselves.
+
     Args:
         on_stream_error: is told of a stream that could not be opened, or broke: its port, and why.
         on_detach: is told that the link is gone.
         on_going_away: is told, with the reason, that the link will not be there for long.
         on_notice: is told a sentence for the user.
+        on_straight: is told what a runner answers to who asks for a straight path.
+        on_line_lost: is told, with the reason, that the link of the session is gone while another carries the streams.
         kept: where the streams that outlive links are; without it, none does.
         share: what its streams may hold together with those of other endpoints; None for one of its own.
         on_accept: called with the number of streams after each new local connection.
@@ -66,6 +77,8 @@ class UserEndpoint(Endpoint):
         on_accept: Callable[[int], None] = lambda streams: None,
         on_going_away: Callable[[str], None] = lambda reason: None,
         on_notice: Callable[[str], None] = lambda sentence: None,
+        on_straight: Callable[[bytes], None] = lambda payload: None,
+        on_line_lost: Callable[[str], None] = lambda reason: None,
         kept: KeptStreams | None = None,
         share: Share | None = None,
     ) -> None:
@@ -73,6 +86,11 @@ class UserEndpoint(Endpoint):
         self.kept = kept
         self.on_going_away = on_going_away
         self.on_notice = on_notice
+        self.on_straight = on_straight
+        self.on_line_lost = on_line_lost
+        self.line: Link | None = None  # the session's link, while another one carries the streams
+        self._said = Assembler(MAX_CONTROL)  # on it
+        self._late: dict[int, UdpStream] = {}  # by the ids that they had there
         self.on_accept = on_accept
         self.on_stream_error = on_stream_error
         self.on_detach = on_detach
@@ -90,13 +108,23 @@ class UserEndpoint(Endpoint):
         """How many streams wait for a link."""
         return 0 if self.kept is None else self.kept.waiting
 
-    def attach(self, link: Link) -> None:
-        """Use ``link`` from now on: kept streams go on over it, then what waits for one is opened."""
+    def attach(self, link: Link, *, line: Link | None = None) -> None:
+        """Use ``link`` from now on: kept streams go on over it, then what waits for one is opened.
+
+        Where it is a straight path, ``line`` is the session's own link, which stays for what is said of that. Links
+        that were used before, and are neither, are closed.
+        """
+        before, self.line = (self.link, self.line), line
+        self._said = Assembler(MAX_CONTROL)
+        # Nothing of UDP is sent again: what is still on its way over the session's own link counts.
+        streams = {} if self.streams is None or self.link is not line else self.streams.by_id
+        self._late = {number: each for number, each in streams.items() if isinstance(each, UdpStream)}
         if self.streams is not None:
-            before = self.streams.link
             super().detach("it goes on over another connection")
-            before.close(CloseCode.SERVICE_RESTART, "it goes on over another connection")
         super().attach(link)
+        for each in before:
+            if each is not None and each not in (link, line):
+                each.close(CloseCode.SERVICE_RESTART, "it goes on over another connection")
         self._attach_kept()
         waiting, self._waiting = self._waiting, {}
         for stream, timer in waiting.items():
@@ -106,6 +134,28 @@ class UserEndpoint(Endpoint):
     def _attach_kept(self) -> None:
         if self.kept is not None and self.streams is not None:
             self.kept.attach(self.streams)
+
+    def beside(self, link: Link, message: Message, view: memoryview) -> None:
+        """Of the session's own link what is said of the session counts while another one carries the streams."""
+        kind, proto, client_id, _, start, stop, flags = message
+        if link is not self.line:
+            return
+        if client_id != SESSION_ID:
+            late = self._late.get(client_id)
+            if late is not None and not late.gone and kind == DATA and flags & FIRST and flags & LAST:
+                late.from_link(bytes(view[start:stop]))
+            return
+        payload = self._said.add(view[start:stop], flags)
+        if payload is not None and kind == PING:
+            link.send_message(PONG, SESSION_ID, payload, proto=proto, urgent=True)
+        elif payload is not None and kind in (NOTICE, GOAWAY, STRAIGHT):
+            self.kept_message(kind, SESSION_ID, proto, 0, payload)
+
+    def link_closed(self, link: Link, code: int, reason: str) -> None:
+        if link is self.line:
+            self.line = None
+            self.on_line_lost(reason or why_closed(code))
+        super().link_closed(link, code, reason)
 
     def keeps(self, code: int) -> bool:
         return not self._closing and super().keeps(code)
@@ -159,6 +209,9 @@ class UserEndpoint(Endpoint):
     def kept_message(self, kind: int, client_id: int, proto: int, port: int, payload: bytes) -> None:
         if kind == NOTICE and client_id == SESSION_ID:
             self.on_notice(one_line(payload[:LONGEST_NOTICE].decode("utf-8", "replace")))
+            return
+        if kind == STRAIGHT and client_id == SESSION_ID:
+            self.on_straight(payload)
             return
         told = parse_seconds(payload) if kind == GOAWAY and client_id == SESSION_ID else None
         if told is None:
@@ -268,7 +321,7 @@ class UserEndpoint(Endpoint):
             listening.close()
         for stream in list(self._waiting):
             stream.link_lost()
-        streams = self.streams
+        streams, line = self.streams, self.line
         if streams is None:
             for kept in list(self.kept.streams if self.kept is not None else ()):
                 kept.link_lost()
@@ -279,6 +332,11 @@ class UserEndpoint(Endpoint):
             self.kept.leave()
         streams.link.close(CloseCode.NORMAL, "the forward has ended")
         await _gone(streams.link)
+        if (
+            line is not None and line.closing.state is not CloseState.CLOSED
+        ):  # after it, so that the host is told in time what went straight
+            line.close(CloseCode.NORMAL, "the forward has ended")
+            await _gone(line)
 
 
 def stop_listening(endpoint: UserEndpoint, listening: ListeningSocket) -> None:

@@ -79,10 +79,10 @@ class _Endpoint(UserEndpoint):
         super().__init__(config=config, kept=KeptStreams(HOLD), share=share, on_detach=on_detach)
         self._pace = PacedReads(rate) if rate else None
 
-    def attach(self, link: Link) -> None:
+    def attach(self, link: Link, *, line: Link | None = None) -> None:
         if self._pace is not None:
             self._pace.begin(link)
-        super().attach(link)
+        super().attach(link, line=line)
 
     def link_received(self, link: Link, start: int, stop: int) -> int:
         consumed = super().link_received(link, start, stop)

@@ -27,11 +27,22 @@ SSH_PORT = 22
 
 
 class Forwards:
-    """Turns a user's request for a session into a ticket for the task's node, and a grant for as long as it lasts."""
+    """Turns a user's request for a session into a ticket for the task's node, and a grant for as long as it lasts.
+
+    `tells` is every how many seconds runners are to tell what sessions carry past this host; None where none may.
+    """
 
     def __init__(
-        self, credentials: Credentials, access: Access, grants: Grants, store: Store, nodes: Nodes, tasks: Tasks
+        self,
+        credentials: Credentials,
+        access: Access,
+        grants: Grants,
+        store: Store,
+        nodes: Nodes,
+        tasks: Tasks,
+        tells: float | None = None,
     ) -> None:
+        self._tells = tells
         self._credentials = credentials
         self._access = access
         self._grants = grants
@@ -167,6 +178,7 @@ class Forwards:
             user=caller.name,
             ports="*" if ports is None else sorted(ports),
             connects=caller.quotas.connects,
+            tells=self._tells,
         )
         return Route(
             runner_ws_url="ws" + node.url.removeprefix("http"),

@@ -51,6 +51,9 @@ __all__ = ["Tasks", "container_name", "not_running"]
 
 log = structlog.get_logger("kohakuriver.host")
 
+_OF_OTHERS = ("shared_with", "traffic", "pending_removal", "no_direct")
+"""What of a view its record in the database does not have."""
+
 _ACTIVE = ("starting", "running")
 _ADOPT = "/api/tasks/adopt"
 
@@ -110,7 +113,7 @@ class Tasks:
         lists = ("command", "mounts", "devices", "gpu_ids", "env")  # of the variables the names
         ordered = {name: list(task.spec.get(name, ())) for name in lists}
         given = {name: task.spec.get(name) for name in (*BOUNDS, *TIMES, *OF_CONTAINERS, "restart", "network")}
-        shown = part_of(task, TaskView, without=("shared_with", "traffic", "pending_removal", *ordered, *given)) | {
+        shown = part_of(task, TaskView, without=(*_OF_OTHERS, *ordered, *given)) | {
             **ordered,
             **given,
             "status": "lost" if lost else task.status,
@@ -118,6 +121,7 @@ class Tasks:
             "ends_at": None if task.ends_at is None or task.status not in _ACTIVE else iso_time(task.ends_at),
             "message": f"node {node.name} is offline" if lost else task.message,
             "created_at": iso_time(task.created_at),
+            "no_direct": offer_of(node).no_direct,
         }
         return TaskView(**shown, shared_with=list(shared_with), traffic=taken_from(traffic, TaskTraffic))
 

@@ -17,7 +17,7 @@ from urllib.parse import quote
 
 import structlog
 
-from kohakuriver._frame import FrameViolation, FrameWalker, Message, SpliceWalker
+from kohakuriver._frame import WS_PING, FrameViolation, FrameWalker, Message, SpliceWalker
 from kohakuriver.errors import KohakuRiverError, UnavailableError, UsageError
 from kohakuriver.host.services.audit import ranges
 from kohakuriver.limits import Limits
@@ -40,6 +40,7 @@ from kohakuriver.tunnel.protocol import (
     TUNNEL_V2,
     CloseCode,
     Opening,
+    WentStraight,
     pack_seconds,
 )
 from kohakuriver.tunnel.terminal import Start, beyond_in
@@ -65,7 +66,20 @@ LONGER = {126: 2, 127: 8}
 BACK_WITHIN = 4.0
 """So many seconds a session that goes on waits for a runner that is about to come back."""
 
+TELLS_SECONDS = 5.0
+"""How often a runner tells what went past the host, where nothing makes it more often."""
+
 Authorize = Callable[["str | None", str, "int | None", str, "frozenset[int] | None"], Awaitable[Route]]
+
+
+def straight_tells(limits: Limits) -> float | None:
+    """Every how many seconds runners tell what sessions carry past this host; None where none may.
+
+    Only what comes through the host can be slowed down here.
+    """
+    if limits.max_rate:
+        return None
+    return min(TELLS_SECONDS, limits.idle_timeout / 8) if limits.idle_timeout else TELLS_SECONDS
 
 
 class Splice:
@@ -85,7 +99,7 @@ class Splice:
             if end > start:
                 self._pass(target, view, start, end)
             if event is not None:
-                link.control(event)
+                self._control(link, event, view)
                 events += 1
                 if link.intake.turn_over(events):
                     break
@@ -96,6 +110,13 @@ class Splice:
             link.intake.pause(self)
             target.out.wait_drained(self)
         return consumed
+
+    def _control(self, link: Link, event: Message, view: memoryview) -> None:
+        """Neighbours alone talk in control frames: a runner tells in a ping what went past this host."""
+        went = WentStraight.parse(view[event[4] : event[5]]) if event[0] == WS_PING else None
+        if went is not None and self is self.session.container_side:
+            self.session.went_straight(went)
+        link.control(event)
 
     def _pass(self, target: Link, view: memoryview, start: int, end: int) -> None:
         """Pass a range on; a small frame that waits for a frame border goes in at the first one."""
@@ -117,6 +138,8 @@ class Splice:
     def link_closed(self, link: Link, code: int, reason: str) -> None:
         hung_up = self is self.session.user and link.closing.hung_up
         told = CloseCode.USER_LOST if hung_up else may_close_with(code)
+        if self is self.session.user and told == CloseCode.GOING_AWAY:  # of a host's own end alone a runner is told so
+            told = CloseCode.SERVICE_RESTART
         went = "the user went" if self is self.session.user else "the connection to the task's node was lost"
         # Of a node that says nothing the user is not told how its TCP connection ended.
         self.other.link.close(told, went if code == CloseCode.ABNORMAL else reason or went)
@@ -247,6 +270,9 @@ class ProxySession:
         self._beyond = beyond
         self._told: set[tuple[str, ...]] = set()
         self.carried = proxy.carrier.carry(self, route)
+        self._straight: WentStraight | None = (
+            None  # what went past this host, as of now; None where there is no such way
+        )
         self.user = self._side(masked=True)
         self.container_side = self._side(masked=False)
         self.user.other, self.container_side.other = self.container_side, self.user
@@ -285,7 +311,9 @@ class ProxySession:
     def cut(self, code: int, reason: str) -> None:
         """Close both links. Where the right to go on is gone nothing more is passed, either way."""
         for link in (self.user.link, self.container_side.link):
-            (link.fail if code == CloseCode.POLICY else link.close)(code, reason)
+            # What a runner says last, how much went past us, is heeded.
+            heeds = link is self.container_side.link and self._straight is not None
+            (link.fail if code == CloseCode.POLICY and not heeds else link.close)(code, reason)
 
     def send_away(self, seconds: int) -> None:
         """Tell the user's end, if it understands that, to go on over another session."""
@@ -296,11 +324,18 @@ class ProxySession:
     def closed(self, side: Splice, code: int, reason: str) -> None:
         """One of the two links has gone; the other follows."""
         self.carried.end("user" if side is self.user else "node", code, reason)
-        self.carried.over()
+        if side is self.container_side or self._straight is None:  # else it is known soon how much went past us
+            self.carried.over()
+
+    def went_straight(self, went: WentStraight) -> None:
+        """The runner has told how many bytes of the session went past this host; never less than before."""
+        before = self._straight or WentStraight(0, 0)
+        self._straight = WentStraight(*map(max, before, went))
 
     def passed(self) -> Passed:
-        """Bytes of frames' payloads so far."""
-        return self.user.walker.bytes_passed, self.container_side.walker.bytes_passed
+        """Bytes of frames' payloads so far, with those that went past this host."""
+        to_container, to_user = self._straight or (0, 0)
+        return self.user.walker.bytes_passed + to_container, self.container_side.walker.bytes_passed + to_user
 
 
 async def _until_back(back: asyncio.Event, error: UnavailableError) -> None:

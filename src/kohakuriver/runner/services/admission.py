@@ -97,21 +97,25 @@ class Admission:
         connections ``beyond`` the task, it opens any number of those, of this kind alone.
         """
         self.turn: Turn | None = None  # in which what the session asks for is worked off
-        self._terminal = terminal
+        self.terminal = terminal
         self.beyond = beyond
+        self.ticket = ticket
         self._limits = limits
         self._rates = rates
         self._streams = streams or OpenStreams()
         self._counted = 0
-        self._ticket = ticket
         self._named = named
         self._rate = rates.rate if ticket is None or ticket.connects is None else ticket.connects
         # Whose share it takes from: of a session of nobody in particular it is its own.
         self.who: Hashable = self if ticket is None else ticket.user
         self.user = "" if ticket is None or ticket.user is None else ticket.user
 
+    def again(self) -> Admission:
+        """That of another link of the same session."""
+        return Admission(self._limits, self._rates, self.ticket, self._named, self._streams, terminal=self.terminal)
+
     def _allows(self, port: int) -> bool:
-        by_ticket = self._ticket is None or self._ticket.allows(port)
+        by_ticket = self.ticket is None or self.ticket.allows(port)
         return by_ticket and (self._named is None or port in self._named)
 
     def count(self, streams: int) -> None:
@@ -123,11 +127,11 @@ class Admission:
     def refusal(self, port: int, streams: int, proto: int = PROTO_TCP) -> ErrorText | None:
         """Why a stream to ``port`` may not be opened while the session has ``streams``, or None."""
         most, rate = self._limits.max_streams, self._rate
-        if self._terminal != (proto == PROTO_TERMINAL):
-            return ErrorText("EACCES", f"this session is for {'a terminal' if self._terminal else 'ports'} alone")
-        if self._terminal and streams and not self.beyond:
+        if self.terminal != (proto == PROTO_TERMINAL):
+            return ErrorText("EACCES", f"this session is for {'a terminal' if self.terminal else 'ports'} alone")
+        if self.terminal and streams and not self.beyond:
             return ErrorText("EMFILE", "this session has its terminal already")
-        if not self._terminal and not self._allows(port):
+        if not self.terminal and not self._allows(port):
             return ErrorText("EACCES", f"port {port} is not part of this forward")
         if most and streams >= most:
             return ErrorText("EMFILE", f"this forward has {most} connections open, which is as many as the node allows")

@@ -7,11 +7,12 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from kohakuriver.runner.services.admission import Admission
+from kohakuriver.runner.services.straight import Paths
 from kohakuriver.tunnel.container_endpoint import ContainerEndpoint, Network
 from kohakuriver.tunnel.endpoint import AnyStream, Share
 from kohakuriver.tunnel.keeper import Keeper
 from kohakuriver.tunnel.link import Link
-from kohakuriver.tunnel.protocol import ErrorText
+from kohakuriver.tunnel.protocol import SESSION_ID, STRAIGHT, ErrorText
 from kohakuriver.tunnel.settings import EndpointConfig
 
 __all__ = ["DirectSession", "DirectTarget", "Keepers"]
@@ -56,7 +57,10 @@ class Keepers:
 
 
 class DirectSession(ContainerEndpoint):
-    """One user's link to what the runner itself reaches: the runner is the container-side endpoint."""
+    """One user's link to what the runner itself reaches: the runner is the container-side endpoint.
+
+    `paths` are the links of its session, where it may have another.
+    """
 
     def __init__(
         self,
@@ -83,8 +87,53 @@ class DirectSession(ContainerEndpoint):
             share=share,
         )
         self.container = container
-        self._admission = admission
+        self.admission = admission
+        self.paths: Paths | None = None
+        self._target = target
+        self.mark = mark
+        self._shared = share
         self._on_closed = on_closed
+
+    def again(self, keeper: Keeper) -> DirectSession:
+        """Another link of the same session."""
+        return DirectSession(
+            self.container,
+            self._target,
+            port=self.default_port,
+            admission=self.admission.again(),
+            config=self.config,
+            keeper=keeper,
+            mark=self.mark,
+            share=self._shared,
+            on_closed=self._on_closed,
+        )
+
+    @property
+    def beyond(self) -> bool:
+        return False
+
+    @property
+    def is_straight(self) -> bool:
+        """Whether it comes from its user, past the host."""
+        return self.paths is not None and self.paths.through is not self
+
+    @property
+    def user_link(self) -> Link | None:
+        """Its link, None where that has gone."""
+        return self.link
+
+    def let_go(self) -> None:
+        """Its streams leave it by themselves as they are resumed elsewhere."""
+
+    def passed(self) -> tuple[int, int]:
+        """Bytes of streams that went through it."""
+        return self.totals.bytes_received, self.totals.bytes_sent
+
+    def kept_message(self, kind: int, client_id: int, proto: int, port: int, payload: bytes) -> None:
+        if kind != STRAIGHT or client_id != SESSION_ID:
+            super().kept_message(kind, client_id, proto, port, payload)
+        elif self.link is not None and self.paths is not None and not self.is_straight:
+            self.link.send_message(STRAIGHT, SESSION_ID, self.paths.offer().pack(), urgent=True)
 
     def entered(self, link: Link) -> None:
         super().entered(link)
@@ -95,11 +144,15 @@ class DirectSession(ContainerEndpoint):
         self._count()
 
     def _count(self) -> None:
-        self._admission.count(DIALLED * self.stream_count)
+        self.admission.count(DIALLED * self.stream_count)
 
     def link_closed(self, link: Link, code: int, reason: str) -> None:
         super().link_closed(link, code, reason)
         self._count()
+        if self.paths is not None and self.is_straight:
+            self.paths.straight_closed(self)
+        elif self.paths is not None:
+            self.paths.through_closed(code, reason)
         self._on_closed(self)
 
     def end(self, code: int, reason: str) -> None:
@@ -118,4 +171,5 @@ class DirectSession(ContainerEndpoint):
 
     def gauges(self) -> Counter[str]:
         """What it has open now."""
-        return Counter(sessions=1, streams=self.stream_count)
+        which = "straight" if self.is_straight else "sessions"
+        return Counter({which: 1, "streams": self.stream_count})

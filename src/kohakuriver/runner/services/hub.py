@@ -214,7 +214,10 @@ class Hub:
     def _send_back(self, container: str) -> None:
         """Kept streams without a tunnel: their users open a session again, and resume (docs/protocol.md §3)."""
         for session in self._take_orphans(container):
-            session.link.close(RENEGOTIATE, "the task's tunnel went away")
+            through = session.paths.through.user_link if session.paths is not None else None
+            for link in (through, session.link):
+                if link is not None:
+                    link.close(RENEGOTIATE, "the task's tunnel went away")
 
     def _take_orphans(self, container: str) -> dict[SessionLeg, list[int]]:
         orphans = self._orphans.pop(container, None)
@@ -257,9 +260,9 @@ class Hub:
 
     def tell(self, container: str, sentence: str) -> None:
         """Say something to everybody who has a session open and can be told."""
-        relayed, direct = self._sessions_of(container), self._direct_of(container)
-        for link in [*(each.link for each in relayed), *(each.link for each in direct)]:
-            if link is not None and link.version >= 2:
+        for each in self._all_of(container):
+            link = each.user_link
+            if link is not None and link.version >= 2 and not each.is_straight:
                 link.send_message(NOTICE, SESSION_ID, sentence.encode(), urgent=True)
 
     def revoke(self, container: str, mark: bytes, reason: str) -> None:
@@ -273,6 +276,12 @@ class Hub:
             if len(revoked) > MAX_REVOKED:
                 del revoked[next(iter(revoked))]
         self.keepers.revoke(container, mark, reason)
+
+    def end_orphans(self, container: str, mark: bytes, reason: str) -> None:
+        """End a user's straight paths whose host has gone: another one says that the right to them has."""
+        for session in self._all_of(container):
+            if session.is_straight and session.paths is not None and session.paths.orphaned and session.mark == mark:
+                session.paths.end_straight(CloseCode.POLICY, reason)
 
     def close(self) -> None:
         """Close every link; they go as their peers answer."""
@@ -288,6 +297,9 @@ class Hub:
 
     def _sessions_of(self, container: str) -> list[SessionLeg]:
         return [session for session in self.sessions if session.container == container]
+
+    def _all_of(self, container: str) -> list[SessionLeg | DirectSession]:
+        return [*self._sessions_of(container), *self._direct_of(container)]
 
     def _direct_of(self, container: str) -> list[DirectSession]:
         return [session for session in self.direct if session.container == container]

@@ -15,7 +15,9 @@ from typing import Any, Generic, Protocol, TypeVar
 
 from kohakuriver._frame import WHOLE, WS_TEXT, Message, RelayWalker, RoutingTable
 from kohakuriver.runner.services.admission import Admission
+from kohakuriver.runner.services.straight import Paths
 from kohakuriver.tunnel.buffers import Assembler
+from kohakuriver.tunnel.closing import CloseState
 from kohakuriver.tunnel.link import Link
 from kohakuriver.tunnel.protocol import (
     ACK,
@@ -36,6 +38,7 @@ from kohakuriver.tunnel.protocol import (
     REVOKE,
     SESSION_ENDED,
     SESSION_ID,
+    STRAIGHT,
     WINDOW,
     CloseCode,
     Counts,
@@ -97,6 +100,7 @@ class RelayLeg(Generic[Other]):
     def __init__(self, owner: RelayOwner, container: str, max_message: int) -> None:
         self.owner = owner
         self.container = container
+        self._max_message = max_message
         self.walker = RelayWalker(masked=True, max_message=max_message)
         self.table: RoutingTable[Other] = RoutingTable()
         self.unknown_messages = 0
@@ -347,7 +351,7 @@ class SessionLeg(RelayLeg[TunnelLeg]):
     """One user's link to one container.
 
     What its CONNECTs call port 0 is ``port``; ``newest`` is the latest version that the user's side speaks. ``mark`` is
-    what the container's end knows the user by.
+    what the container's end knows the user by. ``paths`` are the links of its session, where it may have another.
     """
 
     def __init__(
@@ -366,19 +370,51 @@ class SessionLeg(RelayLeg[TunnelLeg]):
         self.newest = newest
         self.kept: set[int] = set()
         self._put_off = 0  # the epoch of a RESUME that was: its stream is not one that the opener has no more
-        self._mark = mark
         self._closing: dict[int, asyncio.TimerHandle] = {}
         self.port = port
         self.proto = proto
         self.admission = admission
+        self.mark = mark
+        self.paths: Paths | None = None
         self.ended: dict[int, object] = {}
         self.on_closed: Callable[[], None] = lambda: None
+
+    def again(self) -> SessionLeg:
+        """Another link of the same session."""
+        return SessionLeg(
+            self.owner,
+            self.container,
+            self._max_message,
+            port=self.port,
+            proto=self.proto,
+            admission=self.admission.again(),
+            newest=self.newest,
+            mark=self.mark,
+        )
 
     def counts(self) -> Counter[str]:
         return self.reported + Counter({"bytes_to_container": self.walker.bytes_routed})
 
     def gauges(self) -> Counter[str]:
-        return Counter(sessions=1)
+        return Counter(straight=1) if self.is_straight else Counter(sessions=1)
+
+    @property
+    def beyond(self) -> bool:
+        return bool(self.admission.beyond)
+
+    @property
+    def is_straight(self) -> bool:
+        """Whether it comes from its user, past the host."""
+        return self.paths is not None and self.paths.through is not self
+
+    @property
+    def user_link(self) -> Link | None:
+        """Its link, None where that has gone."""
+        return None if self.link.closing.state is CloseState.CLOSED else self.link
+
+    def passed(self) -> tuple[int, int]:
+        """Bytes that came, and bytes that its user's system took."""
+        return self.walker.bytes_routed, self.link.out.taken()
 
     def passed_to(self, target: TunnelLeg) -> None:
         if target.link.out.blocked:
@@ -394,14 +430,21 @@ class SessionLeg(RelayLeg[TunnelLeg]):
             self._connect(proto, client_id, port or self.port, payload)
         elif kind == RESUME:
             self._resume(proto, client_id, port or self.port, payload)
+        elif kind == STRAIGHT and client_id == SESSION_ID and self.paths is not None and not self.is_straight:
+            self.link.send_message(STRAIGHT, SESSION_ID, self.paths.offer().pack(), urgent=True)
         else:
             super().message(kind, proto, client_id, port, payload)
 
     def _connect(self, proto: int, client_id: int, port: int, payload: bytes) -> None:
         if client_id in self._closing:  # its user waits for no reply
             self._free_both(client_id)
-        if client_id == SESSION_ID or client_id in self.table:
+        late = self.paths is not None and self.paths.in_use is not self  # it was overtaken by the other link
+        if client_id == SESSION_ID or client_id in self.table or late:
             self.unknown_messages += 1
+            return
+        if self.is_straight and self.admission.terminal:  # the host writes down what is started
+            text = ErrorText("EACCES", "a terminal is opened through the host")
+            self.link.send_message(ERROR, client_id, text.pack(), proto=proto)
             return
         opening = Opening.parse(payload, proto) if self.version >= 2 else None
         if opening is not None and beyond_in(opening.start) != self.admission.beyond:
@@ -409,25 +452,27 @@ class SessionLeg(RelayLeg[TunnelLeg]):
             return
         if opening is not None:
             self.kept.add(client_id)
-            payload = opening._replace(mark=self._mark).pack()
+            payload = opening._replace(mark=self.mark).pack()
         self._enter(CONNECT, proto, client_id, port, payload if self.version >= 2 else b"", NO_TUNNEL)
 
     def _resume(self, proto: int, client_id: int, port: int, payload: bytes) -> None:
         """RESUME: of one stream, or behind them of an opener who has no others."""
         resuming = Resuming.parse(payload)
+        roll = Roll.parse(payload) if client_id == SESSION_ID else None
+        asked = roll or resuming
+        late = asked is None or (self.paths is not None and not self.paths.resumes(self, asked.epoch))
         tunnel = self.owner.tunnel_of(self.container)
-        if self.version < 2 or client_id in self.table:
+        if self.version < 2 or client_id in self.table or late:
             self.unknown_messages += 1
         elif client_id == SESSION_ID:
-            roll = Roll.parse(payload)
             if tunnel is not None and roll is not None and roll.epoch > self._put_off:
-                tunnel.link.send_message(RESUME, SESSION_ID, roll._replace(mark=self._mark).pack(), urgent=True)
+                tunnel.link.send_message(RESUME, SESSION_ID, roll._replace(mark=self.mark).pack(), urgent=True)
         elif resuming is None:
             self.unknown_messages += 1
         else:
             self.kept.add(client_id)
-            asked = resuming._replace(mark=self._mark).pack()
-            if self._enter(RESUME, proto, client_id, port, asked, TUNNEL_AWAY) == TUNNEL_AWAY.code:
+            marked = resuming._replace(mark=self.mark).pack()
+            if self._enter(RESUME, proto, client_id, port, marked, TUNNEL_AWAY) == TUNNEL_AWAY.code:
                 self._put_off = max(self._put_off, resuming.epoch)
 
     def _enter(self, kind: int, proto: int, client_id: int, port: int, payload: bytes, away: ErrorText) -> str:
@@ -525,6 +570,22 @@ class SessionLeg(RelayLeg[TunnelLeg]):
             tunnel.link.intake.resume(self)
 
     def link_closed(self, link: Link, code: int, reason: str) -> None:
+        if self.paths is not None and self.is_straight:
+            self.paths.straight_closed(self)
+        elif self.paths is not None:
+            self.paths.through_closed(code, reason)
+        self._leave(code)
+        self.link_drained(link)
+        self.on_closed()
+        self.owner.session_closed(self)
+
+    def let_go(self) -> None:
+        if len(self.table):
+            self._leave(CloseCode.SERVICE_RESTART)
+            self.kept.clear()
+
+    def _leave(self, code: int) -> None:
+        """No stream is on this link any more, as after its end with this code."""
         for client_id in list(self._closing):
             self._free_both(client_id)
         closing: dict[TunnelLeg, list[bytes]] = {}
@@ -538,6 +599,3 @@ class SessionLeg(RelayLeg[TunnelLeg]):
         self.freed()
         for tunnel, frames in closing.items():
             tunnel.link.send(b"".join(frames))  # at once: one system call each would keep everybody else waiting
-        self.link_drained(link)
-        self.on_closed()
-        self.owner.session_closed(self)

@@ -16,7 +16,7 @@ __all__ = ["COUNTS", "Counted", "Rates", "Traffic"]
 COUNTS = ("bytes_to_container", "bytes_to_user", "udp_dropped", "stalls")
 """What is counted for each container."""
 
-_GAUGES = ("version", "sessions", "streams", "unknown_messages")
+_GAUGES = ("version", "sessions", "straight", "streams", "unknown_messages")
 
 # A rate is taken over at least so many seconds.
 SHORTEST = 1.0
@@ -60,7 +60,7 @@ class Counted(Protocol):
         """Totals of what went through it."""
 
     def gauges(self) -> Counter[str]:
-        """What it has now: sessions, streams, the version of a tunnel, messages that it did not know."""
+        """What it has now: sessions, straight paths, streams, a tunnel's version, messages that it did not know."""
 
 
 class Traffic:
@@ -96,7 +96,7 @@ class Traffic:
             if name
         }
         return {
-            **{key: sum(gauge[key] for gauge in gauges.values()) for key in ("sessions", "streams")},
+            **{key: sum(gauge[key] for gauge in gauges.values()) for key in ("sessions", "straight", "streams")},
             **{key: sum(c[key] for c in counts.values()) for key in COUNTS},
             "containers": containers,
         }

@@ -13,11 +13,12 @@ from kohakuriver.runner.services.direct import DirectSession, DirectTarget
 from kohakuriver.runner.services.hub import Hub
 from kohakuriver.runner.services.relay import SessionLeg, TunnelLeg
 from kohakuriver.runner.services.shares import Shares
+from kohakuriver.runner.services.straight import Paths, Straights
 from kohakuriver.runner.services.terminal_room import TerminalRoom
 from kohakuriver.session.ticket import Ticket
 from kohakuriver.tunnel.accept import Peer, TunnelRoute, UpgradeRequest, greet
 from kohakuriver.tunnel.ports import beyond_of, port_in, ports_in
-from kohakuriver.tunnel.protocol import MARK
+from kohakuriver.tunnel.protocol import MARK, straight_greeting
 from kohakuriver.tunnel.settings import EndpointConfig
 
 __all__ = ["TunnelServer"]
@@ -44,6 +45,7 @@ class TunnelServer:
         on_trouble: called with (container id, sentence, address) when something is wrong with a task's tunnel.
         config: windows and times of the streams that the runner dials itself.
         limits: what a session may take.
+        straights: the straight paths; without it, there are none.
     """
 
     def __init__(
@@ -63,7 +65,9 @@ class TunnelServer:
         on_left: Callable[[str], None] = lambda container: None,
         config: EndpointConfig | None = None,
         limits: Limits | None = None,
+        straights: Straights | None = None,
     ) -> None:
+        self._straights = straights or Straights("", "its node has none", lease=0.0)
         self.hub = Hub(on_tunnel_change, on_trouble, lambda container: target_of(container) is not None, expected)
         self.hub.on_left = on_left
         self._on_entered = on_entered
@@ -80,15 +84,18 @@ class TunnelServer:
 
     def routes(self) -> list[TunnelRoute]:
         """The WebSocket paths that this server answers."""
-        return [*self.container_routes(), self.session_route()]
+        return [*self.container_routes(), *self.session_routes()]
 
     def container_routes(self) -> list[TunnelRoute]:
         """Those of them that tunnel clients dial."""
         return [TunnelRoute("/ws/tunnel/{container_id}", self._open_tunnel)]
 
-    def session_route(self) -> TunnelRoute:
-        """The one that the host dials."""
-        return TunnelRoute("/ws/forward/{container}/{port}", self._open_session)
+    def session_routes(self) -> list[TunnelRoute]:
+        """Those that the host dials, and users who go straight to this runner."""
+        return [
+            TunnelRoute("/ws/forward/{container}/{port}", self._open_session),
+            TunnelRoute("/ws/straight/{container}", self._open_straight),
+        ]
 
     def snapshot(self) -> dict[str, Any]:
         """Counts of now, and totals since the start, of all and of each container that has a tunnel or had traffic."""
@@ -96,7 +103,9 @@ class TunnelServer:
 
     def revoke(self, container: str, user: str, reason: str) -> None:
         """A user's right to a container has gone, while no session of that user was open."""
-        self.hub.revoke(container, self._mark(user, container), reason)
+        mark = self._mark(user, container)
+        self.hub.end_orphans(container, mark, reason)
+        self.hub.revoke(container, mark, reason)
 
     async def close(self) -> None:
         """Close every link; they go as their peers answer."""
@@ -189,6 +198,20 @@ class TunnelServer:
             raise NotAllowedError(f"the ticket is not for {what} of {container}")
         return ticket
 
+    async def _open_straight(self, request: UpgradeRequest, container: str) -> None:
+        """Take the straight path of a session in. Raises KohakuRiverError where that may or can not be."""
+        paths, proof = self._straights.take(request.token, container)
+        greeting, through = straight_greeting(proof), paths.through
+        if through.user_link is None or not request.offers_v2:
+            raise UnavailableError("the session that this is for has ended", code="session_over")
+        if isinstance(through, DirectSession):
+            self._serve_direct(request, through.again(self.hub.keepers.of(container)), paths, greeting)
+        elif isinstance(through, SessionLeg):
+            self._serve_relayed(request, through.again(), paths, greeting)
+
+    def _paths(self, through: SessionLeg | DirectSession, ticket: Ticket | None) -> Paths:
+        return Paths(self._straights, through, ticket)
+
     def _open_relayed(self, request: UpgradeRequest, container: str, port: int, admission: Admission) -> SessionLeg:
         tunnel = self.hub.tunnel_of(container)
         if tunnel is None:
@@ -204,12 +227,21 @@ class TunnelServer:
             newest=2 if request.offers_v2 else 1,
             mark=self._mark(admission.user, container),
         )
-        session.link = request.accept(session.walker, session, version=tunnel.version)
-        self._shares.take_part(session.link, admission)
-        self.hub.sessions[session] = None
-        self._on_entered(container)
-        greet(session.link, "CONNECTED")
+        self._serve_relayed(request, session, None, "CONNECTED", tunnel.version)
         return session
+
+    def _serve_relayed(
+        self, request: UpgradeRequest, session: SessionLeg, paths: Paths | None, greeting: str, version: int = 2
+    ) -> None:
+        session.link = request.accept(session.walker, session, version=version)
+        if paths is not None or session.link.version >= 2:
+            session.paths = paths or self._paths(session, session.admission.ticket)
+        self._shares.take_part(session.link, session.admission)
+        self.hub.sessions[session] = None
+        self._on_entered(session.container)
+        greet(session.link, greeting)
+        if paths is not None:
+            paths.begin(session)
 
     def _open_direct(
         self, request: UpgradeRequest, container: str, port: int, admission: Admission, target: DirectTarget
@@ -225,9 +257,18 @@ class TunnelServer:
             share=self._shares.held_by(admission.who),
             on_closed=self.hub.direct_closed,
         )
+        self._serve_direct(request, session, None, "CONNECTED")
+
+    def _serve_direct(
+        self, request: UpgradeRequest, session: DirectSession, paths: Paths | None, greeting: str
+    ) -> None:
         link = request.accept(FrameWalker(masked=True, max_message=self._limits.max_message), session)
-        self._shares.take_part(link, admission)
-        greet(link, "CONNECTED")
+        if paths is not None or link.version >= 2:
+            session.paths = paths or self._paths(session, session.admission.ticket)
+        self._shares.take_part(link, session.admission)
+        greet(link, greeting)
         session.attach(link)
         self.hub.direct[session] = None
-        self._on_entered(container)
+        self._on_entered(session.container)
+        if paths is not None:
+            paths.begin(session)

@@ -1,0 +1,289 @@
+"""The straight path of a forward: its streams go to the task's node itself, and no more through the host.
+
+The session through the host is there first, and stays: it is the line by which the straight path is asked for, by which
+its right to be is kept, and over which the streams go on when it fails. Sources: docs/protocol.md §4, "The straight
+path"; docs/guide/forward.md.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import ClassVar, Literal
+
+from kohakuriver.client.events import Event
+from kohakuriver.config import Settings
+from kohakuriver.errors import KohakuRiverError, UnavailableError, UsageError
+from kohakuriver.http_proxy import http_proxy
+from kohakuriver.runtime import cancel_all
+from kohakuriver.tls import client_context, is_this_machine
+from kohakuriver.tunnel.backoff import STEADY, Backoff
+from kohakuriver.tunnel.closing import Closing
+from kohakuriver.tunnel.dial import Server, open_session
+from kohakuriver.tunnel.link import Link
+from kohakuriver.tunnel.protocol import PING, SESSION_ID, STRAIGHT, StraightOffer, straight_greeting
+from kohakuriver.tunnel.udp import UdpStream
+from kohakuriver.tunnel.user_endpoint import UserEndpoint
+
+__all__ = ["PathTaken", "StraightPath", "Way", "checked_url"]
+
+Way = Literal["auto", "direct", "host"]
+"""Which path a forward takes: the straight one where it can be had, that one or none at its begin, never."""
+
+NO_STRAIGHT = "no_direct_path"
+ANSWER_SECONDS = 10.0
+"""How long the node may take to say where it is."""
+DIAL_SECONDS = 5.0
+"""How long connecting to it may take."""
+FIRST_AGAIN, LOST_AGAIN, LONGEST_AGAIN = 30.0, 1.0, 600.0
+"""Seconds, of which a random part is waited before it is tried again: after it never was there, after it was lost."""
+
+SETTLE, ONE_QUESTION = 20, 32
+"""How often it is tried to go over while no datagram is on its way; bytes that asking for that takes."""
+
+LOOK, QUIET, PATIENCE = 0.1, 0.4, 0.9
+"""Seconds between two looks at whether the node answers; without a byte of it after which it is asked; to answer."""
+
+
+@dataclass(frozen=True)
+class PathTaken(Event):
+    """The connections go on over another path, `direct` or `host`, or that `host` is the one, for a reason."""
+
+    event: ClassVar[str] = "path"
+    task: str
+    path: Literal["direct", "host"]
+    reason: str
+    connections: int
+
+
+def checked_url(url: str, host: str) -> str:
+    """The address of a node's straight path, where a user of `host` (its URL) may go there.
+
+    Raises UnavailableError: for plain HTTP where the host speaks TLS, and for what is on the node's loopback while the
+    host is not on this machine.
+    """
+    if not url.startswith("wss://") and (host.startswith("https://") or not url.startswith("ws://")):
+        raise _none("its node does not serve TLS, as the host does")
+    if _on_this_machine(url) and not _on_this_machine(host):
+        raise _none("its node can only be reached on its own machine")
+    return url
+
+
+def _on_this_machine(url: str) -> bool:
+    from urllib.parse import urlsplit
+
+    return is_this_machine(urlsplit(url).hostname or "")
+
+
+def _none(why: str) -> UnavailableError:
+    return UnavailableError(why, code=NO_STRAIGHT)
+
+
+class StraightPath:
+    """Takes an endpoint's streams to the straight path while that works.
+
+    `ready` says whether they may leave the host's link now. `tell` is called with what happens.
+    """
+
+    def __init__(
+        self,
+        endpoint: UserEndpoint,
+        task: str,
+        settings: Settings,
+        *,
+        ready: Callable[[], bool] = lambda: True,
+        tell: Callable[[Event], None],
+    ) -> None:
+        self._endpoint = endpoint
+        self._task = task
+        self._settings = settings
+        self._ready = ready
+        self._tell = tell
+        self._keeping: asyncio.Task[None] | None = None
+        self._answer: asyncio.Future[bytes] | None = None
+        self._lost: asyncio.Future[str] | None = None
+        self._first: asyncio.Future[str] | None = None  # how the first try went
+        self.link: Link | None = None  # the straight one, while it carries
+        self.closing: Closing | None = None  # how the last one ended that did
+        self.reason = "it is not tried yet"  # why it does not
+        endpoint.on_straight = self._answered
+
+    async def first(self) -> None:
+        """Wait until it carries. Raises UnavailableError where the first try showed that it can't be had."""
+        assert self._first is not None
+        if reason := await asyncio.shield(self._first):
+            raise UnavailableError(f"The direct path to task {self._task} can't be had: {reason}.", code=NO_STRAIGHT)
+
+    def begin(self, line: Link) -> None:
+        """There is a session through the host, by this link: try to go past it from now on."""
+        if self._keeping is not None:
+            self._keeping.cancel()
+        self.link = None
+        loop = asyncio.get_running_loop()
+        self._first = self._first or loop.create_future()
+        self._keeping = loop.create_task(self._keep(line))
+
+    async def close(self) -> None:
+        """Try no more."""
+        if self._keeping is not None:
+            await cancel_all([self._keeping])
+
+    def gone(self, reason: str) -> None:
+        """The straight link, which carried, is gone: the host's does from now on, where it is there."""
+        self.closing = None if self.link is None else self.link.closing
+        self.link, self.reason = None, reason
+        if self._lost is not None and not self._lost.done():
+            self._lost.set_result(reason)
+        line = self._endpoint.line
+        if line is not None and not line.closing.state:  # else it goes, too, and the next one is on its way
+            self._endpoint.attach(line)
+            self._say("host", reason)
+
+    def give_up(self, reason: str) -> None:
+        """The straight link leads nowhere any more; nothing is changed while there is no other."""
+        if self.link is not None and self._endpoint.line is not None:
+            self.gone(reason)
+
+    def _say(self, path: Literal["direct", "host"], reason: str) -> None:
+        kept = self._endpoint.kept
+        self._tell(PathTaken(self._task, path, reason, 0 if kept is None else len(kept.streams)))
+
+    # -- the straight path, again and again ------------------------------------------------------------------------
+
+    async def _keep(self, line: Link) -> None:
+        pauses = Backoff(FIRST_AGAIN, LONGEST_AGAIN)
+        while True:
+            began = time.monotonic()
+            try:
+                link = await self._open(line)
+            except KohakuRiverError as error:
+                self._refused(_clause(error))
+                pauses.ended(None)
+            else:
+                reason = await self._carry(link, line)
+                if time.monotonic() - began >= STEADY:
+                    pauses = Backoff(LOST_AGAIN, LONGEST_AGAIN)
+                else:
+                    pauses.first = LOST_AGAIN
+                pauses.ended(None)
+                self.reason = reason
+            await asyncio.sleep(pauses.pause())
+
+    def _refused(self, reason: str) -> None:
+        if reason != self.reason:
+            self.reason = reason
+            self._say("host", reason)
+        self._tried(reason)
+
+    def _tried(self, reason: str) -> None:
+        if self._first is not None and not self._first.done():
+            self._first.set_result(reason)
+
+    async def _open(self, line: Link) -> Link:
+        """A link to the node itself. Raises KohakuRiverError."""
+        if line.version < 2:
+            raise _none("the task's tunnel client speaks version 1 alone")
+        offer = StraightOffer.parse(await self._ask(line))
+        if offer is None:
+            raise _none("its node answers what this version does not understand")
+        if offer.refusal:
+            raise _none(offer.refusal)
+        url = checked_url(offer.url, self._settings.host)
+        try:
+            trusted = client_context(url, self._settings.ca_file)
+        except UsageError as error:
+            raise _none(error.message) from error
+        server = Server(url, offer.shown.hex(), trusted, http_proxy(url), timeout=DIAL_SECONDS, peer="node")
+        link = await open_session(server, greeting=straight_greeting(offer.proof))
+        try:
+            await self._settled(line)
+        except BaseException:
+            link.abort()
+            raise
+        return link
+
+    async def _ask(self, line: Link) -> bytes:
+        while not self._ready():  # noqa: ASYNC110  # streams tell nobody that they have been opened
+            await asyncio.sleep(LOOK)
+        self._answer = asyncio.get_running_loop().create_future()
+        line.send_message(STRAIGHT, SESSION_ID, urgent=True)
+        try:
+            return await asyncio.wait_for(self._answer, ANSWER_SECONDS)
+        except asyncio.TimeoutError:
+            raise _none("its node is of a version that has none") from None
+
+    def _answered(self, payload: bytes) -> None:
+        if self._answer is not None and not self._answer.done():
+            self._answer.set_result(payload)
+
+    async def _settled(self, line: Link) -> None:
+        """Wait until nothing is on its way to the node over `line`: of UDP it would be lost. Not for long."""
+        kept = self._endpoint.kept
+        for _ in range(SETTLE):
+            if kept is None or not any(isinstance(stream, UdpStream) for stream in kept.streams):
+                return
+            before = line.out.given
+            await self._ask(line)  # what was sent before has arrived when the answer comes
+            if line.out.given - before <= ONE_QUESTION:
+                return
+
+    async def _carry(self, link: Link, line: Link) -> str:
+        """Have the streams go over `link`, until it fails; why it did."""
+        if line not in (self._endpoint.link, self._endpoint.line) or link.version < 2:
+            link.close(reason="the session that it is for has gone")
+            return "the session through the host was another one by then"
+        self._lost = asyncio.get_running_loop().create_future()
+        self.link = link
+        self._endpoint.attach(link, line=line)
+        self.reason = ""
+        self._say("direct", "")
+        self._tried("")
+        return await self._watch(link, self._lost)
+
+    async def _watch(self, link: Link, lost: asyncio.Future[str]) -> str:
+        """Wait until the link is lost, or the node does not answer though something was sent."""
+        silence = _Silence(link)
+        while not lost.done():
+            await asyncio.wait({lost}, timeout=LOOK)
+            if not lost.done() and silence.look():
+                self.give_up("its node does not answer")
+                silence = _Silence(link)  # there may be nothing to go back to yet
+        return lost.result()
+
+
+def _clause(error: KohakuRiverError) -> str:
+    return error.message.rstrip(".")
+
+
+class _Silence:
+    """Whether a link leads anywhere: who is sent something soon sends something, an acknowledgement at least."""
+
+    def __init__(self, link: Link) -> None:
+        self._link = link
+        self._looked_at = time.monotonic()
+        self._sent_then = link.out.given
+        self._begin()
+
+    def _begin(self) -> None:
+        self._received = self._link.watch.received
+        self._sent = self._sent_then  # what was sent since the last look may have been sent after this came
+        self._since: float | None = None
+        self._asked_at: float | None = None
+
+    def look(self) -> bool:
+        """Whether nothing came for too long. Asks the other side on the way there."""
+        now, before = time.monotonic(), self._looked_at
+        self._looked_at = now
+        if self._link.watch.received != self._received or now - before > QUIET:  # else it may be us who were asleep
+            self._begin()
+        elif self._since is None:
+            self._since = now if self._link.out.given != self._sent else None
+        elif self._asked_at is not None:
+            return now - self._asked_at >= PATIENCE
+        elif now - self._since >= QUIET:
+            self._asked_at = now
+            self._link.send_message(PING, SESSION_ID, urgent=True)
+        self._sent_then = self._link.out.given
+        return False

@@ -1,0 +1,203 @@
+"""The straight path without its links: tickets, where a user may go, and what is said of it."""
+
+from __future__ import annotations
+
+from typing import Any, cast
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from kohakuriver.cli import forward_view
+from kohakuriver.client.forward import way
+from kohakuriver.client.straight import PathTaken, checked_url
+from kohakuriver.errors import UnauthenticatedError, UnavailableError, UsageError
+from kohakuriver.host.services.tunnel_proxy import straight_tells
+from kohakuriver.limits import Limits
+from kohakuriver.runner.services.straight import GOOD_SECONDS, Leg, Paths, Straights
+from kohakuriver.session import ticket
+from kohakuriver.session.ticket import Ticket
+from kohakuriver.tunnel.protocol import StraightOffer, WentStraight
+
+TICKET = Ticket("node", "forward", "id", 0.0, 1, "c", "ann", None, tells=5.0)
+KEY = b"k" * 32
+
+
+class OneLeg:
+    """A session's link through the host, of which nothing is used here."""
+
+    container = "c"
+    user_link = None
+
+    def let_go(self) -> None:
+        pass
+
+    def passed(self) -> tuple[int, int]:
+        return 0, 0
+
+
+class Clock:
+    now = 0.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+def straights(refusal: str = "", clock: Clock | None = None) -> Straights:
+    return Straights("https://node:8001", refusal, lease=60.0, clock=clock or Clock())
+
+
+def paths(of: Straights, shown: Ticket | None = TICKET) -> Paths:
+    return Paths(of, cast(Leg, OneLeg()), shown)
+
+
+def test_a_ticket_names_the_runner_and_opens_the_session_that_it_was_given_to() -> None:
+    known = straights()
+    session = paths(known)
+    offer = session.offer()
+    assert offer.url == "wss://node:8001/ws/straight/c"
+    assert known.take(offer.shown.hex(), "c") == (session, offer.proof)
+
+
+def test_a_ticket_is_good_once() -> None:
+    known = straights()
+    shown = paths(known).offer().shown.hex()
+    known.take(shown, "c")
+    with pytest.raises(UnauthenticatedError):
+        known.take(shown, "c")
+
+
+def test_a_ticket_is_for_its_own_task_alone() -> None:
+    known = straights()
+    shown = paths(known).offer().shown.hex()
+    with pytest.raises(UnauthenticatedError):
+        known.take(shown, "another")
+
+
+def test_a_ticket_runs_out() -> None:
+    clock = Clock()
+    known = straights(clock=clock)
+    shown = paths(known).offer().shown.hex()
+    clock.now = GOOD_SECONDS + 0.1
+    with pytest.raises(UnauthenticatedError):
+        known.take(shown, "c")
+
+
+def test_of_a_sessions_tickets_the_last_is_good_and_none_when_it_has_ended() -> None:
+    known = straights()
+    session = paths(known)
+    first, second = session.offer().shown.hex(), session.offer().shown.hex()
+    with pytest.raises(UnauthenticatedError):
+        known.take(first, "c")
+    session.through_closed(1000, "the forward has ended")
+    with pytest.raises(UnauthenticatedError):
+        known.take(second, "c")
+
+
+@pytest.mark.parametrize("shown", [None, "", "00" * 16, "\ud800"])
+def test_what_is_no_ticket_opens_nothing(shown: str | None) -> None:
+    with pytest.raises(UnauthenticatedError):
+        straights().take(shown, "c")
+
+
+def test_a_runner_that_is_not_for_users_says_why_and_gives_no_ticket() -> None:
+    assert paths(straights("it is not for users")).offer() == StraightOffer(refusal="it is not for users")
+
+
+@pytest.mark.parametrize("shown", [None, Ticket("node", "forward", "id", 0.0, 1, "c", "ann", None)])
+def test_what_the_host_did_not_allow_is_not_offered(shown: Ticket | None) -> None:
+    assert "host" in paths(straights(), shown).offer().refusal
+
+
+def test_the_hosts_ticket_says_how_often_it_wants_to_hear() -> None:
+    made: dict[str, Any] = {"node": "n", "scope": "forward", "task": 1, "container": "c", "user": "ann"}
+    told = ticket.issue(KEY, **made, tells=2.5)
+    assert ticket.check(KEY, told, node="n", scope="forward").tells == 2.5
+    assert ticket.check(KEY, ticket.issue(KEY, **made), node="n", scope="forward").tells is None
+
+
+def test_a_session_whose_rate_is_limited_stays_with_the_host_and_an_idle_one_is_told_of_in_time() -> None:
+    assert straight_tells(Limits(max_rate=1 << 20)) is None
+    assert straight_tells(Limits(idle_timeout=4.0)) == 0.5
+    assert straight_tells(Limits()) == 5.0
+
+
+@given(st.integers(0, 2**64 - 1), st.integers(0, 2**64 - 1), st.binary(max_size=60))
+def test_what_went_straight_is_read_as_it_was_told_and_nothing_else_is(there: int, back: int, noise: bytes) -> None:
+    told = WentStraight(there, back)
+    assert WentStraight.parse(told.pack()) == told
+    assert len(noise) == len(told.pack()) or WentStraight.parse(noise) is None
+
+
+@given(st.binary(max_size=80))
+def test_any_bytes_are_an_offer_or_none(data: bytes) -> None:
+    offer = StraightOffer.parse(data)
+    assert offer is None or offer.url or not offer.shown
+
+
+def test_an_offer_is_read_as_it_was_made() -> None:
+    for offer in (StraightOffer("ws://n:1/x", b"s" * 16, b"p" * 16), StraightOffer(refusal="för nobody")):
+        assert StraightOffer.parse(offer.pack()) == offer
+
+
+@pytest.mark.parametrize(
+    ("url", "host"),
+    [
+        ("wss://node:8001/x", "https://host"),
+        ("wss://node:8001/x", "http://host:8000"),
+        ("ws://node:8001/x", "http://host:8000"),
+        ("ws://127.0.0.1:8001/x", "http://127.0.0.1:8000"),
+        ("ws://localhost:8001/x", "http://[::1]:8000"),
+    ],
+)
+def test_a_node_is_gone_to_as_safely_as_the_host_or_more_so(url: str, host: str) -> None:
+    assert checked_url(url, host) == url
+
+
+@pytest.mark.parametrize(
+    ("url", "host", "why"),
+    [
+        ("ws://node:8001/x", "https://host", "TLS"),
+        ("ws://127.0.0.1:8001/x", "https://127.0.0.1", "TLS"),
+        ("http://node:8001/x", "http://host", "TLS"),
+        ("file:///etc/passwd", "http://host", "TLS"),
+        ("ws://127.0.0.1:8001/x", "http://host:8000", "own machine"),
+        ("wss://localhost:8001/x", "https://host", "own machine"),
+    ],
+)
+def test_a_login_by_tls_never_goes_in_plain_text_and_no_strangers_loopback_is_dialled(
+    url: str, host: str, why: str
+) -> None:
+    with pytest.raises(UnavailableError, match=why):
+        checked_url(url, host)
+
+
+def test_the_setting_is_one_of_three_and_direct_needs_connections_that_are_kept() -> None:
+    assert [way(each, keeps=True) for each in (None, "", "auto", "direct", "host")] == [
+        "auto", "auto", "auto", "direct", "host",
+    ]  # fmt: skip
+    assert way("auto", keeps=False) == "host"
+    with pytest.raises(UsageError, match="'path'"):
+        way("fast", keeps=True)
+    with pytest.raises(UsageError, match="--no-resume"):
+        way("direct", keeps=False)
+
+
+def test_a_straight_path_that_is_lost_or_comes_back_is_said_in_one_line_and_its_begin_in_none(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    view = forward_view.PlainView("lab")
+    view.show(PathTaken("lab", "host", "its node serves no TLS", 0))
+    view.show(PathTaken("lab", "direct", "", 0))
+    view.show(PathTaken("lab", "host", "its node does not answer", 1))
+    view.show(PathTaken("lab", "host", "nobody answers", 1))
+    view.show(PathTaken("lab", "direct", "", 12))
+    view.show(PathTaken("lab", "host", "its node has ended", 0))
+    assert [line[9:] for line in capsys.readouterr().err.splitlines()] == [
+        "Through the host again, since its node does not answer: 1 connection goes on.",
+        "Straight to the node of lab again: 12 connections go on.",
+        "Through the host again, since its node has ended.",
+    ]
+    assert PathTaken("lab", "direct", "", 12).to_json() == {
+        "event": "path", "task": "lab", "path": "direct", "reason": "", "connections": 12,
+    }  # fmt: skip
