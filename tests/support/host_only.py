@@ -21,17 +21,20 @@ from websockets.exceptions import InvalidStatus
 
 from kohakuriver.changes import Changes
 from kohakuriver.host.app import create_app
+from kohakuriver.host.cookies import credential_of
 from kohakuriver.host.parts import Services
 from kohakuriver.host.services.access import Access
 from kohakuriver.host.services.audit import AuditLog
 from kohakuriver.host.services.authorize import Forwards
 from kohakuriver.host.services.credentials import Credentials
 from kohakuriver.host.services.failures import Failures
+from kohakuriver.host.services.feed import Feed
 from kohakuriver.host.services.grants import Grants
 from kohakuriver.host.services.groups import GroupsOfUsers
 from kohakuriver.host.services.logins import Logins
 from kohakuriver.host.services.logs import Logs
 from kohakuriver.host.services.nodes import Nodes
+from kohakuriver.host.services.open_sessions import OpenSessions
 from kohakuriver.host.services.people import People
 from kohakuriver.host.services.reach import Reach
 from kohakuriver.host.services.requests import Requests
@@ -203,13 +206,19 @@ class HostUnderTest:
         self.grants = Grants(accounts, requests=self.requests, audit=audit, revoke=self._revoke)
         access = Access(store, accounts)
         self.forwards = Forwards(credentials, access, self.grants, store, self.nodes, self.tasks)
-        self.proxy = TunnelProxy(authorize=self.forwards.authorize, authorize_terminal=self.forwards.authorize_terminal)
-        self.terminals = TerminalProxy(authorize=self.forwards.authorize_terminal)
+        self.proxy = TunnelProxy(
+            authorize=self.forwards.authorize,
+            authorize_terminal=self.forwards.authorize_terminal,
+            credential=credential_of,
+        )
+        self.terminals = TerminalProxy(authorize=self.forwards.authorize_terminal, credential=credential_of)
         self.people = People(accounts, self.grants, clock=clock)
         self.logins = Logins(
             credentials, Browsers(store, clock=clock), self.grants, "kr-abcdefghijklmnopqrstuvwxyz.localhost"
         )
         self.logs = Logs(self.grants, self.nodes, self.runners)
+        self.sessions = OpenSessions(self.grants)
+        self.feed = Feed(store, accounts, self.tasks, self.nodes, self.sessions, changes)
         self.guard = Guard()
         self.app = create_app(
             Services(
@@ -224,6 +233,8 @@ class HostUnderTest:
                 audit,
                 self.logs,
                 self.logins,
+                self.sessions,
+                self.feed,
             ),
             self.guard,
         )
@@ -302,7 +313,8 @@ async def a_host(
         host.stack.callback(audit.close)
         host.stack.push_async_callback(store.close)
         host.stack.push_async_callback(host.runners.close)
-        host.stack.push_async_callback(cancel_all, [asyncio.ensure_future(host.tasks.run())])
+        running = [asyncio.ensure_future(host.tasks.run()), asyncio.ensure_future(host.feed.run())]
+        host.stack.push_async_callback(cancel_all, running)
         host.url = await host.stack.enter_async_context(serving(host.app, serve_ws(host.tunnel_routes, host.guard)))
         host.admin_token = (directory / "admin-token").read_text().strip()
         host.user = host.client(host.admin_token)

@@ -8,10 +8,12 @@ from kohakuriver.host.services.access import Access
 from kohakuriver.host.services.audit import AuditLog
 from kohakuriver.host.services.authorize import Forwards
 from kohakuriver.host.services.credentials import Credentials
+from kohakuriver.host.services.feed import Feed
 from kohakuriver.host.services.groups import GroupsOfUsers
 from kohakuriver.host.services.logins import Logins
 from kohakuriver.host.services.logs import Logs
 from kohakuriver.host.services.nodes import Nodes
+from kohakuriver.host.services.open_sessions import OpenSessions
 from kohakuriver.host.services.people import People
 from kohakuriver.host.services.requests import Requests
 from kohakuriver.host.services.tasks import Tasks
@@ -34,3 +36,5 @@ class Services:
     audit: AuditLog
     logs: Logs
     logins: Logins
+    sessions: OpenSessions
+    feed: Feed

@@ -15,17 +15,20 @@ import structlog
 from kohakuriver import runtime as loops
 from kohakuriver.changes import Changes
 from kohakuriver.host.app import create_app
+from kohakuriver.host.cookies import credential_of
 from kohakuriver.host.parts import Services
 from kohakuriver.host.services.access import Access
 from kohakuriver.host.services.audit import AuditLog
 from kohakuriver.host.services.authorize import Forwards
 from kohakuriver.host.services.credentials import Credentials
 from kohakuriver.host.services.failures import Failures
+from kohakuriver.host.services.feed import Feed
 from kohakuriver.host.services.grants import Grants
 from kohakuriver.host.services.groups import GroupsOfUsers
 from kohakuriver.host.services.logins import Logins, name_in_browsers
 from kohakuriver.host.services.logs import Logs
 from kohakuriver.host.services.nodes import Nodes
+from kohakuriver.host.services.open_sessions import OpenSessions
 from kohakuriver.host.services.people import People
 from kohakuriver.host.services.reach import Reach
 from kohakuriver.host.services.requests import Requests
@@ -184,11 +187,14 @@ async def _serve(
     proxy = TunnelProxy(
         authorize=forwards.authorize,
         authorize_terminal=forwards.authorize_terminal,
+        credential=credential_of,
         coming_back=nodes.coming_back,
         trusted=perimeter.trusted,
         limits=perimeter.limits,
     )
-    terminals = TerminalProxy(authorize=forwards.authorize_terminal, trusted=perimeter.trusted, limits=perimeter.limits)
+    terminals = TerminalProxy(
+        authorize=forwards.authorize_terminal, credential=credential_of, trusted=perimeter.trusted, limits=limits
+    )
     ssh_proxy = SshProxy(
         ssh_sock,
         authorize=forwards.authorize_ssh,
@@ -200,6 +206,8 @@ async def _serve(
     )
     guard = Guard(names=perimeter.names, hosts=options.allowed_hosts, origins=options.allowed_origins)
     logs = Logs(grants, nodes, runners)
+    sessions = OpenSessions(grants)
+    feed = Feed(store, accounts, tasks, nodes, sessions, changes)
     url = socket_url(socks[0], "https" if options.tls_cert else "http")
     ssh_address = socket_url(ssh_sock).removeprefix("http://")
 
@@ -218,6 +226,7 @@ async def _serve(
         await ssh_proxy.close()
         await terminals.close()
         logs.close()
+        feed.close()
         await proxy.close()
 
     server = Server(
@@ -234,6 +243,8 @@ async def _serve(
                 perimeter.audit,
                 logs,
                 Logins(credentials, Browsers(store), grants, name_in_browsers(options.state_dir / "browser-name")),
+                sessions,
+                feed,
             ),
             guard,
         ),
@@ -246,6 +257,7 @@ async def _serve(
     beside = [
         server.keep(grants.run(), "checking the rights of sessions"),
         server.keep(tasks.run(), "looking what tasks that are waited for have changed"),
+        server.keep(feed.run(), "telling what changes"),
         server.keep(nodes.run(), "looking whether nodes can be reached"),
         server.keep(perimeter.audit.run(), "counting what the audit log leaves out"),
     ]
