@@ -139,13 +139,22 @@ class BuildPrograms(Command):
 
 
 WEB = "src/kohakuriver-web"
+OLDEST_NODE = (20, 19)
+"""Of Node.js, as package.json says it."""
 
 
 def why_no_npm_build() -> str | None:
     """The reason not to build the dashboard here, or None when it is to be built."""
     if os.environ.get("KOHAKURIVER_SKIP_NPM", "0") not in ("", "0"):
         return "KOHAKURIVER_SKIP_NPM is set"
-    return "npm was not found" if shutil.which("npm") is None else None
+    node = shutil.which("node")
+    if node is None or shutil.which("npm") is None:
+        return "npm was not found"
+    said = subprocess.run([node, "--version"], stdout=subprocess.PIPE, text=True, check=False).stdout.strip()
+    version = tuple(int(part) for part in said.lstrip("v").split(".")[:2] if part.isdigit())
+    if version < OLDEST_NODE:
+        return f"it takes Node.js {'.'.join(map(str, OLDEST_NODE))} or newer, and this is {said or 'none'}"
+    return None
 
 
 def npm(*args: str, **environment: str) -> None:

@@ -6,6 +6,8 @@ import gzip
 import json
 import os
 import re
+import subprocess
+import sys
 from collections.abc import Callable, Coroutine, Iterator
 from pathlib import Path
 from typing import Any
@@ -178,3 +180,25 @@ def test_all_that_it_is_built_of_is_locked_by_hash() -> None:
     assert len(packages) > 10
     for name, about in packages.items():
         assert about["integrity"].startswith("sha512-"), name
+
+
+@pytest.mark.parametrize(
+    ("programs", "reason"),
+    [
+        ({}, "npm was not found"),
+        ({"npm": "exit 1", "node": "echo v18.19.0"}, "it takes Node.js 20.19 or newer, and this is v18.19.0"),
+    ],
+)
+def test_an_installation_without_npm_succeeds_and_says_what_is_missing(
+    tmp_path: Path, programs: dict[str, str], reason: str
+) -> None:
+    for name, line in programs.items():
+        (tmp_path / name).write_text(f"#!/bin/sh\n{line}\n")
+        (tmp_path / name).chmod(0o755)
+    argv = [sys.executable, "setup.py", "-q", "build_dashboard"]
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("KOHAKURIVER_")}
+    done = subprocess.run(
+        argv, cwd=ROOT, env={**environment, "PATH": str(tmp_path)}, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    assert f"installing without the dashboard ({reason}): a host shows browsers a plain page." in done.stderr

@@ -32,6 +32,9 @@ function Tokens({ all }: { all: boolean }): JSX.Element {
           New token
         </button>
       </div>
+      <p class="hint">
+        With a token, the command line and scripts do what this page does, by the <a href="/docs">HTTP API</a>. Browsers that are logged in are listed, too.
+      </p>
       {value && (
         <Table label="Tokens and browsers">
           <thead>

@@ -32,8 +32,10 @@ from kohakuriver.task import TaskView
 __all__ = ["Feed"]
 
 TICK_SECONDS = 1.0
-LOOK_SECONDS = 2.0
-"""How often all is looked at, and with it whether those who look on still may."""
+"""How often sessions are looked at, and whether those who look on are still logged in."""
+
+LOOK_SECONDS = 1.9
+"""How often all is looked at, on the first tick after it: within two seconds."""
 
 SOONEST_SECONDS = 0.2
 """Changes that come closer together are told together."""
@@ -115,6 +117,7 @@ class Feed:
         due = time.monotonic()
         while self._followers:
             self._begun.clear()
+            await self._check_logins()
             if changed.is_set() or time.monotonic() >= due:
                 changed.clear()
                 due = time.monotonic() + LOOK_SECONDS
@@ -137,9 +140,8 @@ class Feed:
             changed.set()
 
     async def _look(self) -> None:
-        """Look at all that is in the database, and at who may go on. A database that fails changes nothing."""
+        """Look at all that is in the database. One that fails changes nothing."""
         try:
-            await self._check_logins()
             everything = await self._tasks.all()
             callers = {follower.caller.name: follower.caller for follower in self._followers}
             self._of_user = {
@@ -157,7 +159,10 @@ class Feed:
 
     async def _check_logins(self) -> None:
         uses = {Use(follower.caller.digest, _NO_TASK) for follower in self._followers}
-        withdrawn = await self._accounts.withdrawn(uses)
+        try:
+            withdrawn = await self._accounts.withdrawn(uses)
+        except KohakuRiverError:
+            return  # the database fails, as every request says that needs it
         for follower in list(self._followers):
             if Use(follower.caller.digest, _NO_TASK) in withdrawn:
                 follower.end(UnauthenticatedError("You are not logged in here any more.", code="logged_out"))
