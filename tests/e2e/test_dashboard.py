@@ -33,7 +33,7 @@ document.addEventListener(
 # What has the keyboard, as a screen reader would say it.
 FOCUSED = """
 const e = document.activeElement;
-const label = e.id && document.querySelector(`label[for="${e.id}"]`);
+const label = e.labels && e.labels[0];
 return e.getAttribute("aria-label") || (label && label.innerText) || e.innerText || e.id || e.tagName;
 """
 
@@ -44,6 +44,8 @@ axe.run(document, {resultTypes: ["violations"]}).then(
 );
 """
 
+KIND = "return document.querySelector('[name=kind]:checked').value;"
+LIVE = "return document.querySelector('.live:not(.off)') !== null;"
 SCREEN = "const rows = document.querySelector('.xterm-rows'); return rows ? rows.innerText : '';"
 COLOURS_SHOWN = "return [...document.querySelectorAll('.xterm-rows span')].map(e => getComputedStyle(e).color);"
 
@@ -70,6 +72,7 @@ class Page:
     def open(self, link: str) -> None:
         self.browser.get(link)
         self.shows("Log out")
+        until(lambda: self.browser.execute_script(LIVE), "the host tells how all is")
         self.host = link.partition("/login")[0]
 
     def go(self, where: str) -> None:
@@ -154,6 +157,10 @@ def test_by_keyboard_alone_a_task_is_made_its_port_found_a_terminal_used_and_the
     page.tab_to("New task")
     page.type(Keys.ENTER)
     page.shows("What it is")
+    if page.browser.execute_script(KIND) == "docker":  # as it is where there is an engine
+        page.tab_to("A container")
+        page.type(Keys.ARROW_DOWN)
+    assert page.browser.execute_script(KIND) == "process"
     page.tab_to("Name")
     page.type("keys")
     page.tab_to("Command")

@@ -9,7 +9,9 @@ import { wish } from "../wish";
 
 export function NewTask({ close }: { close: () => void }): JSX.Element {
   const offered = new Set([...nodes.value.values()].filter((node) => node.status === "online").flatMap((node) => node.backends));
-  const [kind, setKind] = useState(offered.has("docker") || !offered.has("process") ? "docker" : "process");
+  const [chosen, setKind] = useState("");
+  // Which nodes there are may not have been told yet when this is opened.
+  const kind = chosen || (offered.has("docker") || !offered.has("process") ? "docker" : "process");
   const [wrong, setWrong] = useState("");
   const [busy, setBusy] = useState(false);
 

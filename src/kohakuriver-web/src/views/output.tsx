@@ -13,15 +13,28 @@ interface Line {
   text: string;
 }
 
+/** Whether somebody sees this window: one that nobody sees holds no connection, of which a browser has few to a host. */
+function useSeen(): boolean {
+  const [seen, setSeen] = useState(document.visibilityState === "visible");
+  useEffect(() => {
+    const look = (): void => setSeen(document.visibilityState === "visible");
+    document.addEventListener("visibilitychange", look);
+    return () => document.removeEventListener("visibilitychange", look);
+  }, []);
+  return seen;
+}
+
 /** What the task prints, as it does: the last lines, shown without what a terminal would obey. */
 export function Output({ task }: { task: Task }): JSX.Element {
   const [lines, setLines] = useState<Line[]>([]);
   const [why, setWhy] = useState("");
   const box = useRef<HTMLDivElement>(null);
   const atEnd = useRef(true);
+  const seen = useSeen();
   const alive = task.status === "running" || task.status === "starting";
 
   useEffect(() => {
+    if (!seen) return;
     const ended = new AbortController();
     let key = 0;
     let fresh: Line[] = [];
@@ -47,7 +60,7 @@ export function Output({ task }: { task: Task }): JSX.Element {
       ended.abort();
       cancelAnimationFrame(drawing);
     };
-  }, [task.task_id, alive]);
+  }, [task.task_id, alive, seen]);
 
   useEffect(() => {
     if (atEnd.current && box.current) box.current.scrollTop = box.current.scrollHeight;
