@@ -250,3 +250,17 @@ def test_a_user_has_so_many_of_them_open_at_most(on_host: Callable[..., None]) -
             assert told.last["status"] == 503
 
     on_host(check)
+
+
+def test_who_comes_and_leaves_at_once_while_the_last_one_leaves_holds_nothing_up(on_host: Callable[..., None]) -> None:
+    async def check(host: HostUnderTest) -> None:
+        caller = await host.forwards._credentials.session_caller(host.admin_token)
+        last = host.feed.open(caller, None)
+        assert await last.read()
+        await host.feed.open(caller, None).close()
+        await last.close()
+        await asyncio.sleep(TICK_SECONDS)  # after which it is seen that nobody looks on
+        async with followed(host.user) as told:
+            await told.more()
+
+    on_host(check)

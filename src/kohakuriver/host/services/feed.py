@@ -109,6 +109,7 @@ class Feed:
             try:
                 while True:
                     await self._begun.wait()
+                    self._begun.clear()  # who has come may have left already
                     await self._run_while_followed(changed)
             finally:
                 await cancel_all(list(self._looking))
