@@ -8,17 +8,20 @@ BIN := $(VENV)/bin
 STAMPS := $(VENV)/.stamps
 IDP := tests/support/idp
 CRATES := src/kohakuriver-tunnel src/kohakuriver-sshd
+WEB := src/kohakuriver-web
 TESTS ?= tests --ignore=tests/e2e
 PYTEST_ARGS ?=
 PYTEST_WORKERS ?= 3
 # The suite starts hundreds of programs: each would compile its modules anew.
 unexport PYTHONDONTWRITEBYTECODE
+# What is compiled has steps of its own.
+ALONE := KOHAKURIVER_SKIP_CARGO=1 KOHAKURIVER_SKIP_NPM=1
 PIP_INSTALL := PYTHONWARNINGS=ignore $(BIN)/python -m pip install -q --disable-pip-version-check
 
 crate_sources = $(shell find $(1)/src $(1)/.cargo $(1)/Cargo.toml $(1)/Cargo.lock -type f 2>/dev/null)
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-asyncio test-sanitized test-api test-rust e2e lint docs house audit audit-online sbom bench bench-micro bench-gate soak build clean install
+.PHONY: help demo test test-asyncio test-sanitized test-api test-rust test-web e2e lint docs house audit audit-online sbom bench bench-micro bench-gate soak build clean install
 
 help: ## this list
 	@sed -n 's/^\([a-z][a-z-]*\):.*## /  make \1\t/p' $(MAKEFILE_LIST) | expand -t 20
@@ -43,30 +46,35 @@ test-rust: ## the own tests of the tunnel client and of the SSH server
 	scripts/system-packages test
 	for crate in $(CRATES); do scripts/test-crate $$crate || exit 1; done
 
+test-web: install ## the own tests of the dashboard
+	cd $(WEB) && npm test --silent
+
 test-api: install $(STAMPS)/audit ## schemathesis on the HTTP API of a real host
 	$(BIN)/python -m tests.conformance.api_fuzz
 
 audit: install $(STAMPS)/audit ## what needs no network: bandit on our code
 	$(BIN)/bandit -q -c pyproject.toml -r src/kohakuriver
 
-audit-online: install $(STAMPS)/audit ## known weaknesses of what we depend on: pip-audit, and cargo-deny (which must be installed)
+audit-online: install $(STAMPS)/audit ## known weaknesses of what we depend on: pip-audit, npm audit, and cargo-deny (which must be installed)
 	$(BIN)/python -m pip freeze --exclude-editable | grep -v '^kohakuriver' >$(STAMPS)/frozen.txt
 	$(BIN)/pip-audit --strict --disable-pip --no-deps -r $(STAMPS)/frozen.txt
+	cd $(WEB) && npm audit
 	for crate in $(CRATES); do (cd $$crate && cargo deny --locked --config ../../deny.toml check) || exit 1; done
 
 sbom: install $(STAMPS)/audit ## what the package and the programs in it are made of: CycloneDX, in sbom/
 	scripts/sbom $(BIN)/python
 
-e2e: install $(STAMPS)/e2e ## JupyterLab and TensorBoard through a forward, in a real browser
+e2e: install $(STAMPS)/e2e ## the dashboard, JupyterLab and TensorBoard in a real browser
 	scripts/system-packages test e2e
 	@$(MAKE) --no-print-directory $(STAMPS)/idp
 	scripts/with-engine $(BIN)/python -m pytest tests/e2e $(PYTEST_ARGS)
 
-lint: install ## ruff, mypy, stubs against the extension, rustfmt, clippy
+lint: install ## ruff, mypy, stubs against the extension, tsc, rustfmt, clippy
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/python -m mypy.stubtest kohakuriver._frame
+	cd $(WEB) && npm run --silent check
 	for crate in $(CRATES); do \
 		(cd $$crate && cargo fmt --check && cargo clippy --locked --all-targets -- -D warnings) || exit 1; done
 
@@ -107,10 +115,11 @@ build: ## sdist and wheel in dist/, by the tools that scripts/build-requirements
 
 clean: ## everything that these commands made
 	rm -rf $(IDP)/node_modules .venv* build dist sbom site src/*.egg-info bench/results .pytest_cache .mypy_cache .ruff_cache .hypothesis .benchmarks .schemathesis
-	rm -rf src/kohakuriver/bin src/kohakuriver/*.c src/kohakuriver/*.so $(CRATES:=/target)
+	rm -rf src/kohakuriver/bin src/kohakuriver/dashboard src/kohakuriver/*.c src/kohakuriver/*.so $(CRATES:=/target)
+	rm -rf $(WEB)/node_modules $(WEB)/dist
 	find src tests bench -name __pycache__ -type d -prune -exec rm -rf {} +
 
-install: $(STAMPS)/package $(STAMPS)/extension $(STAMPS)/client $(STAMPS)/sshd
+install: $(STAMPS)/package $(STAMPS)/extension $(STAMPS)/client $(STAMPS)/sshd $(STAMPS)/dashboard
 
 # After scripts/system-packages, which knows where npm comes from.
 $(STAMPS)/idp: $(IDP)/package.json $(IDP)/package-lock.json
@@ -126,7 +135,7 @@ $(STAMPS)/venv:
 
 # The compiled parts have stamps of their own: a changed source file needs no new installation.
 $(STAMPS)/package: $(STAMPS)/venv pyproject.toml setup.py Makefile
-	KOHAKURIVER_SKIP_CARGO=1 $(PIP_INSTALL) --no-build-isolation -e '.[dev]'
+	$(ALONE) $(PIP_INSTALL) --no-build-isolation -e '.[dev]'
 	touch $@
 
 $(STAMPS)/extension: $(STAMPS)/package setup.py $(wildcard src/kohakuriver/_frame*.p[xy][xdi])
@@ -141,8 +150,12 @@ $(STAMPS)/sshd: $(STAMPS)/venv setup.py $(call crate_sources,src/kohakuriver-ssh
 	$(BIN)/python setup.py -q build_programs --inplace --only=tunnel-sshd
 	touch $@
 
+$(STAMPS)/dashboard: $(STAMPS)/venv setup.py $(shell find $(WEB) -name node_modules -prune -o -name dist -prune -o -type f -print 2>/dev/null)
+	$(BIN)/python setup.py -q build_dashboard --inplace
+	touch $@
+
 $(STAMPS)/audit: $(STAMPS)/package
-	KOHAKURIVER_SKIP_CARGO=1 $(PIP_INSTALL) --no-build-isolation -e '.[audit]'
+	$(ALONE) $(PIP_INSTALL) --no-build-isolation -e '.[audit]'
 	touch $@
 
 $(STAMPS)/docs: $(STAMPS)/package
@@ -150,5 +163,5 @@ $(STAMPS)/docs: $(STAMPS)/package
 	touch $@
 
 $(STAMPS)/e2e: $(STAMPS)/package
-	KOHAKURIVER_SKIP_CARGO=1 $(PIP_INSTALL) --no-build-isolation -e '.[e2e]'
+	$(ALONE) $(PIP_INSTALL) --no-build-isolation -e '.[e2e]'
 	touch $@

@@ -1,4 +1,4 @@
-"""The compiled parts of KohakuRiver: the C hot path (Cython), the tunnel client and the SSH server (Rust).
+"""The built parts of KohakuRiver: the C hot path (Cython), tunnel client and SSH server (Rust), dashboard (TypeScript).
 
 Everything else about the package stands in pyproject.toml.
 """
@@ -22,6 +22,7 @@ from setuptools.errors import ExecError
 ROOT = Path(__file__).resolve().parent
 SOURCE = ROOT / "src"
 BIN = Path("kohakuriver", "bin")
+DASHBOARD = Path("kohakuriver", "dashboard")
 
 
 class Program(NamedTuple):
@@ -137,8 +138,85 @@ class BuildPrograms(Command):
         return {}
 
 
+WEB = "src/kohakuriver-web"
+OLDEST_NODE = (20, 19)
+"""Of Node.js, as package.json says it."""
+
+
+def why_no_npm_build() -> str | None:
+    """The reason not to build the dashboard here, or None when it is to be built."""
+    if os.environ.get("KOHAKURIVER_SKIP_NPM", "0") not in ("", "0"):
+        return "KOHAKURIVER_SKIP_NPM is set"
+    node = shutil.which("node")
+    if node is None or shutil.which("npm") is None:
+        return "npm was not found"
+    said = subprocess.run([node, "--version"], stdout=subprocess.PIPE, text=True, check=False).stdout.strip()
+    version = tuple(int(part) for part in said.lstrip("v").split(".")[:2] if part.isdigit())
+    if version < OLDEST_NODE:
+        return f"it takes Node.js {'.'.join(map(str, OLDEST_NODE))} or newer, and this is {said or 'none'}"
+    return None
+
+
+def npm(*args: str, **environment: str) -> None:
+    """Run npm where the dashboard's source is. Raises ExecError when it fails."""
+    program = shutil.which("npm")
+    assert program is not None
+    argv = [program, *args]
+    result = subprocess.run(
+        argv, cwd=ROOT / WEB, env={**os.environ, **environment}, stdout=subprocess.DEVNULL, check=False
+    )
+    if result.returncode:
+        raise ExecError(
+            f"`npm {' '.join(args)}` failed in {WEB}/; set KOHAKURIVER_SKIP_NPM=1 to install without the dashboard"
+        )
+
+
+class BuildDashboard(Command):
+    """`npm run build` of the dashboard, put into the package as kohakuriver/dashboard/."""
+
+    description = "build the dashboard (TypeScript) into the package"
+    user_options: ClassVar[list[tuple[str, str | None, str]]] = [("inplace", "i", "put it into the source tree")]
+    boolean_options: ClassVar[list[str]] = ["inplace"]
+
+    def initialize_options(self) -> None:
+        self.build_lib: str | None = None
+        self.inplace = False
+        self.editable_mode = False
+
+    def finalize_options(self) -> None:
+        self.set_undefined_options("build_py", ("build_lib", "build_lib"))
+
+    def run(self) -> None:
+        if reason := why_no_npm_build():
+            note = f"kohakuriver: installing without the dashboard ({reason}): a host shows browsers a plain page."
+            print(note, file=sys.stderr, flush=True)
+            return
+        target = self._target()
+        fresh = target.with_name(f".{target.name}.{os.getpid()}")
+        npm("ci", "--no-audit", "--no-fund", "--ignore-scripts")
+        npm("run", "build", KOHAKURIVER_DASHBOARD=str(fresh.resolve()))
+        shutil.rmtree(target, ignore_errors=True)
+        fresh.replace(target)
+
+    def _target(self) -> Path:
+        if self.inplace or self.editable_mode:
+            return SOURCE / DASHBOARD
+        assert self.build_lib is not None
+        return Path(self.build_lib) / DASHBOARD
+
+    def get_source_files(self) -> list[str]:
+        wanted = ("package.json", "package-lock.json", "tsconfig.json", "vite.config.ts", "index.html", "src/**/*.*")
+        return [str(path.relative_to(ROOT)) for pattern in wanted for path in (ROOT / WEB).glob(pattern)]
+
+    def get_outputs(self) -> list[str]:
+        return [str(path) for path in self._target().rglob("*") if path.is_file()]
+
+    def get_output_mapping(self) -> dict[str, str]:
+        return {}
+
+
 class Build(build):
-    sub_commands: ClassVar = [*build.sub_commands, ("build_programs", None)]
+    sub_commands: ClassVar = [*build.sub_commands, ("build_programs", None), ("build_dashboard", None)]
 
 
 extension = Extension(
@@ -148,6 +226,6 @@ extension = Extension(
 )
 
 setup(
-    cmdclass={"build": Build, "build_programs": BuildPrograms},
+    cmdclass={"build": Build, "build_programs": BuildPrograms, "build_dashboard": BuildDashboard},
     ext_modules=cythonize([extension], language_level=3),  # type: ignore[no-untyped-call]
 )

@@ -18,10 +18,13 @@ class Changes(Generic[K]):
 
     def __init__(self) -> None:
         self._events: defaultdict[K, set[asyncio.Event]] = defaultdict(set)
+        self._all: set[asyncio.Event] = set()
 
     def notify(self, things: Iterable[K]) -> None:
-        """Wake everybody who watches one of these."""
+        """Wake everybody who watches one of these, or all."""
         for thing in things:
+            for event in self._all:
+                event.set()
             for event in self._events.get(thing, ()):
                 event.set()
 
@@ -40,3 +43,13 @@ class Changes(Generic[K]):
             self._events[thing].discard(event)
             if not self._events[thing]:
                 del self._events[thing]
+
+    @contextlib.contextmanager
+    def watch_all(self) -> Iterator[asyncio.Event]:
+        """An event that is set when anything changes. It is in nobody's way: `watched` does not have it."""
+        event = asyncio.Event()
+        self._all.add(event)
+        try:
+            yield event
+        finally:
+            self._all.discard(event)

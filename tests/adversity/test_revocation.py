@@ -27,6 +27,9 @@ class Grant:
     def opened(self, **about: object) -> None:
         pass
 
+    def counted(self, passed: Callable[[], tuple[int, int]]) -> None:
+        pass
+
     def ran(self, command: list[str]) -> None:
         pass
 

@@ -23,6 +23,7 @@ from websockets.exceptions import InvalidStatus
 from kohakuriver.changes import Changes
 from kohakuriver.host.app import create_app
 from kohakuriver.host.apps.serving import AppServer, Where
+from kohakuriver.host.cookies import credential_of
 from kohakuriver.host.parts import Services
 from kohakuriver.host.services.access import Access
 from kohakuriver.host.services.audit import AuditLog
@@ -30,6 +31,7 @@ from kohakuriver.host.services.authorize import Forwards
 from kohakuriver.host.services.credentials import Credentials
 from kohakuriver.host.services.device_logins import DeviceLogins
 from kohakuriver.host.services.failures import Failures
+from kohakuriver.host.services.feed import Feed
 from kohakuriver.host.services.grants import Grants
 from kohakuriver.host.services.groups import GroupsOfUsers
 from kohakuriver.host.services.links import AppLinks
@@ -38,6 +40,7 @@ from kohakuriver.host.services.logs import Logs
 from kohakuriver.host.services.nodes import Nodes
 from kohakuriver.host.services.oidc import OidcLogins, Rules
 from kohakuriver.host.services.oidc_provider import Provider
+from kohakuriver.host.services.open_sessions import OpenSessions
 from kohakuriver.host.services.people import People
 from kohakuriver.host.services.reach import Reach
 from kohakuriver.host.services.requests import Requests
@@ -183,8 +186,12 @@ class HostUnderTest:
         self.grants = Grants(accounts, requests=self.requests, audit=audit, revoke=self._revoke)
         access = Access(store, accounts)
         self.forwards = Forwards(credentials, access, self.grants, store, self.nodes, self.tasks)
-        self.proxy = TunnelProxy(authorize=self.forwards.authorize, authorize_terminal=self.forwards.authorize_terminal)
-        self.terminals = TerminalProxy(authorize=self.forwards.authorize_terminal)
+        self.proxy = TunnelProxy(
+            authorize=self.forwards.authorize,
+            authorize_terminal=self.forwards.authorize_terminal,
+            credential=credential_of,
+        )
+        self.terminals = TerminalProxy(authorize=self.forwards.authorize_terminal, credential=credential_of)
         self.identities = Identities(store, clock=clock)
         self.people = People(accounts, self.identities, self.grants, clock=clock)
         self.logins = Logins(
@@ -206,6 +213,8 @@ class HostUnderTest:
             tls=tls,
             clock=clock,
         )
+        self.sessions = OpenSessions(self.grants)
+        self.feed = Feed(store, accounts, self.tasks, self.nodes, self.sessions, changes)
         self.guard = Guard(elsewhere=self.app_server.owns, names=where.names if where else ())
         self.app = create_app(
             Services(
@@ -224,6 +233,8 @@ class HostUnderTest:
                 self.oidc,
                 self.app_server.apps,
                 AppLinks(StoredLinks(store, clock=clock), self.app_server.apps, self.grants, clock=clock),
+                self.sessions,
+                self.feed,
             ),
             self.guard,
         )
@@ -329,7 +340,8 @@ async def a_host(
         host.stack.callback(audit.close)
         host.stack.push_async_callback(store.close)
         host.stack.push_async_callback(host.runners.close)
-        host.stack.push_async_callback(cancel_all, [asyncio.ensure_future(host.tasks.run())])
+        running = [asyncio.ensure_future(host.tasks.run()), asyncio.ensure_future(host.feed.run())]
+        host.stack.push_async_callback(cancel_all, running)
         ws = serve_ws(host.tunnel_routes, host.guard)
         host.url = await host.stack.enter_async_context(serving(host.app, ws, host.app_server.front, certificate))
         host.stack.push_async_callback(host.app_server.close)

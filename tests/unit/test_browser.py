@@ -57,7 +57,7 @@ def test_a_token_logs_a_browser_in_and_the_button_out(on_host: Callable[..., Non
         assert 'type="password"' in (await browser.open("/login")).text
         answer = await browser.log_in(f" {token}\n")
         assert (answer.status_code, answer.headers["location"]) == (303, "/")
-        assert "ann" in (await browser.open("/")).text
+        assert "ann" in (await browser.open("/plain")).text
         assert await browser.user() == "ann"
         out = await browser.ask("POST", "/logout")
         assert (out.status_code, out.headers["location"], browser.cookies) == (303, "/login", {})
@@ -141,7 +141,7 @@ def test_the_pages_run_no_script_load_nothing_and_are_in_nobodys_frame(on_host: 
         pages = [await browser.open("/login"), await browser.open(link, site="cross-site")]
         pages.append(await browser.log_in("kr_wrong"))
         await browser.log_in(host.admin_token)
-        pages.append(await browser.open("/"))
+        pages.append(await browser.open("/plain"))
         for page in pages:
             policy = page.headers["content-security-policy"]
             assert {"default-src 'none'", "frame-ancestors 'none'", "form-action 'self'"} <= set(policy.split("; "))
@@ -425,7 +425,7 @@ def test_the_page_shows_the_tasks_that_the_user_may_use_and_the_ports_that_liste
         ann, token = await host.person("ann")
         browser = Browser(host)
         await browser.log_in(token)
-        assert "There is no task yet" in (await browser.open("/")).text
+        assert "There is no task yet" in (await browser.open("/plain")).text
         await host.create(name="hidden")
         for name in ("lab", "silent"):
             assert (await ann.post("/api/tasks", json={"name": name, "backend": "process"})).status_code == 201
@@ -435,7 +435,7 @@ def test_the_page_shows_the_tasks_that_the_user_may_use_and_the_ports_that_liste
         runner.answers[f"/api/tasks/{container}/ports"] = (200, {"ports": [port, *others]})
         silent = (await ann.get("/api/tasks/silent")).json()["container"]
         runner.answers[f"/api/tasks/{silent}/ports"] = (503, {"error": "no_tunnel", "message": "It is not connected."})
-        text = (await browser.open("/")).text
+        text = (await browser.open("/plain")).text
         assert text.count('href="/open/lab/8888"') == 1
         assert "(&lt;i&gt;jupyter)" in text
         assert " 53<" not in text
@@ -646,17 +646,43 @@ def test_a_name_that_leads_here_by_a_trick_gets_no_page(on_host: Callable[..., N
     on_host(check)
 
 
-def test_a_websocket_is_not_opened_by_a_cookie(on_host: Callable[..., None]) -> None:
+TERMINALS = ("/ws/forward/web/terminal", "/ws/task/web/terminal")
+
+
+def test_a_page_of_the_host_opens_terminals_with_the_cookie_and_no_port(on_host: Callable[..., None]) -> None:
     async def check(host: HostUnderTest) -> None:
         await (await host.runner()).beat()
         await host.create(name="web")
         browser = Browser(host)
         await browser.log_in(host.admin_token)
         ((name, value),) = browser.cookies.items()
-        for path in ("/ws/forward/web/80", "/ws/task/web/terminal"):
-            for origin, status in ((host.url, 401), ("http://lab-8888.localhost:1", 403)):
-                headers = {"Cookie": f"{name}={value}", "Origin": origin}
-                assert await websocket_status(host.url.replace("http", "ws") + path, headers) == status
+        cookie, url = {"Cookie": f"{name}={value}"}, host.url.replace("http", "ws")
+        for path in TERMINALS:
+            # This runner has no terminals; that it was asked for one shows that the browser may.
+            assert await websocket_status(url + path, {**cookie, "Origin": host.url}) in (101, 404)
+        for path in ("/ws/forward/web/80", "/ws/forward/web/ssh"):
+            assert await websocket_status(url + path, {**cookie, "Origin": host.url}) == 401
+        await browser.ask("POST", "/logout")
+        for path in TERMINALS:
+            assert await websocket_status(url + path, {**cookie, "Origin": host.url}) == 401
+
+    on_host(check)
+
+
+@pytest.mark.parametrize("origin", [None, "null", "http://lab-8888.localhost:1", "http://127.0.0.1:1", "https://{}"])
+def test_no_other_page_opens_a_terminal_with_the_cookie_nor_does_a_program(
+    on_host: Callable[..., None], origin: str | None
+) -> None:
+    async def check(host: HostUnderTest) -> None:
+        await (await host.runner()).beat()
+        await host.create(name="web")
+        browser = Browser(host)
+        await browser.log_in(host.admin_token)
+        ((name, value),) = browser.cookies.items()
+        headers = {"Cookie": f"{name}={value}", "Sec-Fetch-Site": "cross-site"}
+        for sent in ({}, {"Origin": host.url}) if origin is None else ({"Origin": origin.format("127.0.0.1")},):
+            for path in TERMINALS:
+                assert await websocket_status(host.url.replace("http", "ws") + path, {**headers, **sent}) == 403
 
     on_host(check)
 

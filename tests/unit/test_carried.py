@@ -29,6 +29,9 @@ class Grant:
     def ran(self, command: list[str]) -> None:
         pass
 
+    def counted(self, passed: Callable[[], tuple[int, int]]) -> None:
+        pass
+
     def stays(self) -> None:
         pass
 

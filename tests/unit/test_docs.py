@@ -197,7 +197,9 @@ def test_no_file_speaks_of_a_machine_an_unfinished_thought_or_a_promise_that_no_
         ".",
     ):
         for path in (ROOT / folder).glob("*" if folder == "." else "**/*"):
-            built = {"target", "bin", "results", "__pycache__", ".git"}.intersection(path.parts)
+            built = {"target", "bin", "results", "__pycache__", ".git", "node_modules", "dashboard"}.intersection(
+                path.parts
+            )
             if path.is_file() and path.suffix in suffixes and not built and path != Path(__file__):
                 found = forbidden.search(path.read_text("utf-8", errors="replace"))
                 assert found is None, f"{path}: {found[0]}"

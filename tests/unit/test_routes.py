@@ -62,6 +62,8 @@ HOST_RULES: dict[Route, Rule] = {
     ("GET", "/health"): OPEN,
     ("GET", "/ready"): OPEN,
     ("GET", "/"): OPEN,
+    ("GET", "/plain"): OPEN,
+    ("GET", "/assets/{name}"): OPEN,
     ("GET", "/login"): OPEN,
     ("POST", "/login"): BY_OWN_PAGES,
     ("POST", "/logout"): BY_OWN_PAGES,
@@ -92,6 +94,8 @@ HOST_RULES: dict[Route, Rule] = {
     ("POST", "/api/tokens"): BY_USERS,
     ("DELETE", "/api/tokens/{token}"): BY_USERS,
     ("GET", "/api/audit"): BY_ADMINS,
+    ("GET", "/api/sessions"): BY_USERS,
+    ("GET", "/api/events"): BY_USERS,
     ("GET", "/api/nodes"): BY_USERS,
     ("POST", "/api/nodes/register"): BY_NODES,
     ("POST", "/api/nodes/{name}/heartbeat"): BY_NODES,
@@ -217,13 +221,26 @@ def filled_in(path: str) -> str:
     return re.sub(r"\{(\w+)\}", lambda name: FILLED_IN[name[1]], path)
 
 
+async def answer_that_goes_on(client: httpx.AsyncClient, path: str, secret: str | dict[str, str] | None) -> str:
+    """The same of an answer of which no more than its head is read, and that it is one."""
+    shown = {"Authorization": f"Bearer {secret}"} if isinstance(secret, str) else secret or {}
+    async with client.stream("GET", path, headers=shown) as reply:
+        if reply.status_code == 200:
+            assert await anext(reply.aiter_lines())
+        return str(reply.status_code) if reply.status_code in (401, 403) else "in"
+
+
 async def answer(client: httpx.AsyncClient, route: Route, body: Any, secret: str | dict[str, str] | None) -> str:
     """What a try is answered with: "401", "403", or "in" for whatever else. A `secret` may be a request's headers."""
     method, path = route
+    if path == "/api/events":  # which goes on for as long as somebody listens
+        return await answer_that_goes_on(client, filled_in(path), secret)
     shown = {"Authorization": f"Bearer {secret}"} if isinstance(secret, str) else secret or {}
     headers = {CLIENT_HEADER: "c", **shown}
     if method == "WS":
         headers.pop("Host", None)  # there is one already
+        if headers.get("Sec-Fetch-Site") == "same-origin":
+            headers["Origin"] = f"{client.base_url}".rstrip("/")
         status = await websocket_status(
             f"{client.base_url}".replace("http", "ws").rstrip("/") + filled_in(path), headers
         )
@@ -294,7 +311,7 @@ def expected_of(route: Route, rule: Rule, who: str, secret: str | dict[str, str]
     user, _, from_where = who.partition("'s browser")
     if user == who or user not in ALL_USERS:
         return rule.get(who, "401")
-    if route[0] == "WS" or rule is BY_NODES:  # there, a browser's login is nothing
+    if rule is BY_NODES or route == ("WS", "/ws/forward/{task_id}/{port}"):  # there, a browser's login is nothing
         return "401"
     return "403" if from_where else rule.get(who, rule[user])
 

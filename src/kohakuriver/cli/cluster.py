@@ -324,7 +324,7 @@ async def _say_ready(cluster: LocalCluster, json: bool) -> None:
         backends = ", ".join(node.backends) if node else ""
         ssh = f", SSH proxy {cluster.cluster.ssh_proxy}"
         output.line(f"ready: host {host_url}, runner {cluster.runner_url} ({backends}){ssh}; Ctrl-C ends it")
-        output.line(f"in a browser, within a minute: {link} (later: kohakuriver open)")
+        output.line(f"dashboard, in a browser within a minute: {link} (later: kohakuriver open)")
 
 
 @dataclass(frozen=True)

@@ -170,7 +170,7 @@ class _Demo:
 
         async with HostClient(settings) as host:
             link = (await host.login_link()).url
-        self._say(f"The host itself, in a browser, within a minute: {link}", "login", url=link)
+        self._say(f"The dashboard, in a browser, within a minute, once: {link}", "login", url=link)
         if not self._json:
             output.line(f"From another terminal: KOHAKURIVER_CONFIG_DIR={self._directory} kohakuriver vps list")
             output.line("Ctrl-C ends it all.")

@@ -17,6 +17,7 @@ from kohakuriver.host.api_page import api_page
 from kohakuriver.host.apps.entry import entry
 from kohakuriver.host.browser import pages
 from kohakuriver.host.cookies import need_own_page, shown_cookie
+from kohakuriver.host.dashboard import assets
 from kohakuriver.host.device_login import device_pages
 from kohakuriver.host.oidc import oidc_pages, provider_of
 from kohakuriver.host.parts import Services
@@ -46,6 +47,7 @@ from kohakuriver.host.schemas import (
     Ports,
     Registration,
     RegistrationAnswer,
+    SessionView,
     ShareRequest,
     SshPass,
     TokenMade,
@@ -81,7 +83,7 @@ def create_app(services: Services, guard: Guard | None = None) -> FastAPI:
         guard=guard,
         documented=True,
         services=services,
-        routers=(_open, pages, entry, oidc_pages, device_pages, _api, _nodes),
+        routers=(_open, pages, assets, entry, oidc_pages, device_pages, _api, _nodes),
         on_error=note,
     )
     app.title = "KohakuRiver host"
@@ -362,6 +364,22 @@ async def remove_node(host: Host, _admin: Admin, name: str, force: bool = False)
     view = await host.nodes.remove(name, force=force)
     host.audit.write("node_removed", node=name, tasks=view.tasks)
     return view
+
+
+@_api.get("/sessions")
+async def list_sessions(host: Host, user: User) -> list[SessionView]:
+    """Sessions that are open on this host now: the caller's, those to the caller's tasks, and for admins all."""
+    return host.sessions.of(user)
+
+
+@_api.get("/events", status_code=200, response_class=Streamed)
+async def follow_events(host: Host, user: User, ports: str | None = None) -> Streamed:
+    """Tasks, nodes, sessions and rates that the caller may see, and then what changes, as lines of JSON.
+
+    With `ports` of a task, by id or name, those that listen in it, too.
+    """
+    task = None if ports is None else (await host.access.usable(user, ports))[0]
+    return Streamed(host.feed.open(user, None if task is None else str(task.task_id)))
 
 
 @_api.get("/tasks")

@@ -16,6 +16,7 @@ from kohakuriver.config import SHARED_NAMES
 from kohakuriver.errors import KohakuRiverError, NotAllowedError, UnauthenticatedError, UnavailableError
 from kohakuriver.host.apps.then import forget, remembered
 from kohakuriver.host.cookies import clear_cookie, is_tls, need_own_page, set_cookie, shown_cookie
+from kohakuriver.host.dashboard import dashboard
 from kohakuriver.host.forms import fields_of
 from kohakuriver.host.html import form, page
 from kohakuriver.host.index import table_of
@@ -95,10 +96,18 @@ def _is_browser(request: Request) -> bool:
 
 @pages.get("/", include_in_schema=False)
 async def root(request: Request) -> Response:
-    """What this is; for a browser, who is logged in, and the tasks that they may use."""
+    """What this is; for a browser that is logged in, the dashboard."""
     if not _is_browser(request):
         about = {"name": "KohakuRiver host", "version": __version__, "api": "/docs", "health": "/health"}
         return JSONResponse(about, headers={"Vary": "Accept"})
+    if await visitor_of(request) is None:
+        return _to_login(request)
+    return dashboard(request) or await plain(request)
+
+
+@pages.get("/plain", include_in_schema=False)
+async def plain(request: Request) -> Response:
+    """Who is logged in, and the tasks that they may use, for browsers without scripts."""
     found = await visitor_of(request)
     if found is None:
         return _to_login(request)

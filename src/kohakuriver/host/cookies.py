@@ -10,11 +10,14 @@ from fastapi import Request
 from fastapi.responses import Response
 
 from kohakuriver.errors import NotAllowedError
+from kohakuriver.host.services.credentials import Cookie
+from kohakuriver.tunnel.accept import UpgradeRequest
 from kohakuriver.web.origin import is_own_page
 
 __all__ = [
     "clear_cookie",
     "clear_try",
+    "credential_of",
     "is_tls",
     "need_own_page",
     "set_cookie",
@@ -88,6 +91,38 @@ def need_own_page(request: Request) -> None:
             "Only a page of this very host may do this with a browser's login; a program shows a token.",
             code="origin_not_allowed",
         )
+
+
+def credential_of(request: UpgradeRequest) -> str | None:
+    """What the opening of a WebSocket shows: a token, or a browser's cookie. None where it shows neither.
+
+    Pages of others can open WebSockets, too, and a browser always names the page (RFC 6455 section 10.2). Raises
+    NotAllowedError where a cookie comes from another page than this host's, or from none.
+    """
+    if request.token is not None:
+        return request.token
+    asked = Request(
+        {
+            "type": "http",
+            "method": "GET",
+            "scheme": "https" if request.over_tls else "http",
+            "path": request.path,
+            "query_string": b"",
+            "headers": [
+                (name.lower().encode(), value.encode("latin-1")) for name, value in request.headers.raw_items()
+            ],
+        }
+    )
+    cookie = shown_cookie(asked)
+    if cookie is None:
+        return None
+    need_own_page(asked)
+    if not asked.headers.getlist("origin"):
+        raise NotAllowedError(
+            "Only a page of this very host may open this with a browser's login; a program shows a token.",
+            code="origin_not_allowed",
+        )
+    return Cookie(cookie)
 
 
 def _cookies(request: Request) -> list[tuple[str, str, str]]:

@@ -10,12 +10,14 @@ from kohakuriver.host.services.audit import AuditLog
 from kohakuriver.host.services.authorize import Forwards
 from kohakuriver.host.services.credentials import Credentials
 from kohakuriver.host.services.device_logins import DeviceLogins
+from kohakuriver.host.services.feed import Feed
 from kohakuriver.host.services.groups import GroupsOfUsers
 from kohakuriver.host.services.links import AppLinks
 from kohakuriver.host.services.logins import Logins
 from kohakuriver.host.services.logs import Logs
 from kohakuriver.host.services.nodes import Nodes
 from kohakuriver.host.services.oidc import OidcLogins
+from kohakuriver.host.services.open_sessions import OpenSessions
 from kohakuriver.host.services.people import People
 from kohakuriver.host.services.requests import Requests
 from kohakuriver.host.services.tasks import Tasks
@@ -42,3 +44,5 @@ class Services:
     oidc: OidcLogins | None
     apps: Apps
     links: AppLinks
+    sessions: OpenSessions
+    feed: Feed

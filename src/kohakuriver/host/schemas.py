@@ -45,6 +45,7 @@ __all__ = [
     "Registration",
     "RegistrationAnswer",
     "Role",
+    "SessionView",
     "ShareRequest",
     "SshPass",
     "TokenKind",
@@ -339,6 +340,30 @@ class NodeView(BaseModel):
     user_processes: bool
     gpus: list[str]
     gpus_free: list[str]
+
+
+class SessionView(BaseModel):
+    """A session that is open on this host now: a user's forward, terminal, SSH connection or look at a task's output.
+
+    `proto` is "tcp", "udp", "terminal", "ssh" or "logs"; a forward's other ports are not told. `via` is "browser" where
+    one opened it. `source` is the address that it comes from, told to admins and to the user whose it is. Bytes are
+    what has passed so far, and in the last second or so.
+    """
+
+    id: str
+    user: str
+    task_id: int
+    task: str
+    node: str
+    proto: str
+    port: int | None
+    via: str | None
+    source: str | None
+    began_at: str
+    bytes_to_container: int
+    bytes_to_user: int
+    to_container_per_second: int
+    to_user_per_second: int
 
 
 class Limit(BaseModel):

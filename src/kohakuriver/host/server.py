@@ -17,6 +17,7 @@ from kohakuriver import runtime as loops
 from kohakuriver.changes import Changes
 from kohakuriver.host.app import create_app
 from kohakuriver.host.apps.serving import AppServer, where_in
+from kohakuriver.host.cookies import credential_of
 from kohakuriver.host.oidc_options import provider_of, rules_of
 from kohakuriver.host.parts import Services
 from kohakuriver.host.services.access import Access
@@ -25,6 +26,7 @@ from kohakuriver.host.services.authorize import Forwards
 from kohakuriver.host.services.credentials import Credentials
 from kohakuriver.host.services.device_logins import DeviceLogins
 from kohakuriver.host.services.failures import Failures
+from kohakuriver.host.services.feed import Feed
 from kohakuriver.host.services.grants import Grants
 from kohakuriver.host.services.groups import GroupsOfUsers
 from kohakuriver.host.services.links import AppLinks
@@ -32,6 +34,7 @@ from kohakuriver.host.services.logins import Logins, name_in_browsers
 from kohakuriver.host.services.logs import Logs
 from kohakuriver.host.services.nodes import Nodes
 from kohakuriver.host.services.oidc import OidcLogins
+from kohakuriver.host.services.open_sessions import OpenSessions
 from kohakuriver.host.services.people import People
 from kohakuriver.host.services.reach import Reach
 from kohakuriver.host.services.requests import Requests
@@ -212,11 +215,14 @@ async def _serve(
     proxy = TunnelProxy(
         authorize=forwards.authorize,
         authorize_terminal=forwards.authorize_terminal,
+        credential=credential_of,
         coming_back=nodes.coming_back,
         trusted=perimeter.trusted,
         limits=perimeter.limits,
     )
-    terminals = TerminalProxy(authorize=forwards.authorize_terminal, trusted=perimeter.trusted, limits=perimeter.limits)
+    terminals = TerminalProxy(
+        authorize=forwards.authorize_terminal, credential=credential_of, trusted=perimeter.trusted, limits=limits
+    )
     ssh_proxy = SshProxy(
         ssh_sock,
         authorize=forwards.authorize_ssh,
@@ -253,6 +259,8 @@ async def _serve(
         elsewhere=app_server.owns,
     )
     logs = Logs(grants, nodes, runners)
+    sessions = OpenSessions(grants)
+    feed = Feed(store, accounts, tasks, nodes, sessions, changes)
     url = socket_url(socks[0], "https" if options.tls_cert else "http")
     ssh_address = socket_url(ssh_sock).removeprefix("http://")
 
@@ -276,6 +284,7 @@ async def _serve(
         logs.close()
         devices.close()
         await app_server.close()
+        feed.close()
         await proxy.close()
 
     services = Services(
@@ -294,6 +303,8 @@ async def _serve(
         oidc,
         app_server.apps,
         AppLinks(StoredLinks(store), app_server.apps, grants),
+        sessions,
+        feed,
     )
     ways = [
         (kind, route) for kind, carrier in (("forward", proxy), ("terminal", terminals)) for route in carrier.routes()
@@ -310,6 +321,7 @@ async def _serve(
     beside = [
         server.keep(grants.run(), "checking the rights of sessions"),
         server.keep(tasks.run(), "looking what tasks that are waited for have changed"),
+        server.keep(feed.run(), "telling what changes"),
         server.keep(nodes.run(), "looking whether nodes can be reached"),
         server.keep(perimeter.audit.run(), "counting what the audit log leaves out"),
     ]

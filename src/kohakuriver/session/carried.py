@@ -113,6 +113,7 @@ class Carried(Generic[S]):
     def begin(self, peer: str, **about: Any) -> None:
         """Both sides are there; `about` is for the audit log."""
         self._begun = True
+        self._grant.counted(self._session.passed)
         self._grant.opened(**{"from": peer}, **about)
         self._carrier.open[self._session] = self
         self._carrier.idle.add(self, lambda: sum(self._session.passed()), self._idle)

@@ -14,6 +14,9 @@ class Grant(Protocol):
     def opened(self, **about: Any) -> None:
         """The session has begun; `about` is for the audit log."""
 
+    def counted(self, passed: Callable[[], tuple[int, int]]) -> None:
+        """`passed` says how many bytes have gone to the container and to the user so far."""
+
     def ran(self, command: list[str]) -> None:
         """A command was asked for in the session; for the audit log."""
 
@@ -37,6 +40,9 @@ class _NoGrant:
     """A grant without accounting."""
 
     def opened(self, **about: Any) -> None:
+        pass
+
+    def counted(self, passed: Callable[[], tuple[int, int]]) -> None:
         pass
 
     def ran(self, command: list[str]) -> None:

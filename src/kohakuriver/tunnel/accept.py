@@ -96,6 +96,11 @@ class UpgradeRequest:
         return self._upgrade.whence
 
     @property
+    def over_tls(self) -> bool:
+        """Whether it came over TLS of ours."""
+        return self._upgrade.over_tls
+
+    @property
     def offers_v2(self) -> bool:
         """Whether the peer speaks v2 of the tunnel protocol."""
         return TUNNEL_V2 in self.subprotocols
@@ -229,6 +234,11 @@ class Upgrade(asyncio.Protocol):
         if self._door:
             return Peer.at_door(self._door)
         return Peer(*(_address(self._transport.get_extra_info(name)) for name in ("peername", "sockname")))
+
+    @property
+    def over_tls(self) -> bool:
+        """Whether the connection is one of TLS."""
+        return self._transport.get_extra_info("ssl_object") is not None
 
     def data_received(self, data: bytes) -> None:
         if self._task is not None:  # frames before our 101: a client that obeys RFC 6455 sends none

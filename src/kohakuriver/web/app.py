@@ -71,6 +71,8 @@ _HEADERS_OF_TLS = {**_HEADERS, "Strict-Transport-Security": "max-age=31536000"}
 class AnswerMiddleware:
     """Adds to every answer what browsers and caches should know: tokens and tasks are nothing to keep.
 
+    An answer that may be kept says so itself.
+
     Sources: RFC 9111 section 5.2.2.5, RFC 6797 section 7.2 (over TLS alone).
     """
 
@@ -82,7 +84,9 @@ class AnswerMiddleware:
 
         async def add(message: Message) -> None:
             if message["type"] == "http.response.start":
-                MutableHeaders(scope=message).update(headers)
+                told = MutableHeaders(scope=message)
+                for name, value in headers.items():
+                    told.setdefault(name, value)
             await send(message)
 
         await self._app(scope, receive, add)

@@ -17,7 +17,7 @@ from kohakuriver.host.services.failures import Failures
 from kohakuriver.quotas import Quotas
 from kohakuriver.store import ANY_NODE, OF_USERS, TOKEN_ID_LENGTH, Accounts, Token, User
 
-__all__ = ["ADMIN", "ANONYMOUS", "Caller", "Credentials", "new_token"]
+__all__ = ["ADMIN", "ANONYMOUS", "Caller", "Cookie", "Credentials", "new_token"]
 
 ADMIN = "admin"
 ANONYMOUS = "anonymous"
@@ -35,6 +35,10 @@ _UNKNOWN = {
 def new_token(kind: str) -> str:
     """A fresh secret of 256 random bits; programs that look for leaked secrets know it by its prefix."""
     return {"user": "kr_", "node": "krn_", "browser": "krb_", "link": "krl_"}[kind] + secrets.token_urlsafe(32)
+
+
+class Cookie(str):
+    """The secret of a browser that is logged in, as it came in its cookie: shown as a token it is worth nothing."""
 
 
 @dataclass(frozen=True)
@@ -129,7 +133,12 @@ class Credentials:
         return Caller(user.name, user.role, token.digest, self._accounts.quotas_of(user)), token
 
     async def session_caller(self, secret: str | None) -> Caller:
-        """Like `caller`, for a forward session: without a token, `ANONYMOUS` where the host allows that."""
+        """Like `caller`, for a session: without a token, `ANONYMOUS` where the host allows that.
+
+        With a `Cookie` it is who is logged in with that browser.
+        """
+        if isinstance(secret, Cookie):
+            return (await self.visitor(secret))[0]
         if secret is None and self._allow_anonymous:
             return Caller(ANONYMOUS, ANONYMOUS, quotas=self._accounts.defaults)
         return (await self.caller(secret))[0]

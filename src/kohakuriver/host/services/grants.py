@@ -12,9 +12,9 @@ import secrets
 import shlex
 import time
 from collections import Counter, OrderedDict, deque
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import structlog
 
@@ -26,7 +26,7 @@ from kohakuriver.host.services.requests import Requests
 from kohakuriver.store import Accounts, Task, Use
 from kohakuriver.tunnel.protocol import LONGEST_HOLD
 
-__all__ = ["CHECK_SECONDS", "PASS_SECONDS", "Grant", "Grants", "Passes"]
+__all__ = ["CHECK_SECONDS", "PASS_SECONDS", "Grant", "Grants", "Passes", "UnderWay"]
 
 CHECK_SECONDS = 2.0
 """How often the sessions under way are checked when nothing is known to have changed."""
@@ -65,11 +65,28 @@ class Held:
     told: bool = False
 
 
+class UnderWay(NamedTuple):
+    """A session that is open for `seconds`: `owner` is the task's, `about` what the audit log has of it.
+
+    `passed` are the bytes so far, to the container and to the user.
+    """
+
+    owner: str
+    seconds: float
+    about: Mapping[str, Any]
+    passed: tuple[int, int]
+
+
+def _nothing() -> tuple[int, int]:
+    return 0, 0
+
+
 class Grant:
     """One session's right to go on; see `kohakuriver.session.grant`."""
 
     def __init__(self, grants: Grants, caller: Caller, task: Task, use: Use) -> None:
         self.caller = caller
+        self.owner = task.owner
         self.use = use
         self._grants = grants
         self._about: dict[str, Any] = {
@@ -83,6 +100,7 @@ class Grant:
             "container": task.container,
         }
         self._began: float | None = None
+        self._passed: Callable[[], tuple[int, int]] = _nothing
         self._over = False
         self._stays = False
         self._end: Callable[[str], None] | None = None
@@ -93,6 +111,17 @@ class Grant:
         self._about |= about
         self._began = time.monotonic()
         self._grants.write("session_opened", self._about)
+
+    def counted(self, passed: Callable[[], tuple[int, int]]) -> None:
+        """`passed` says how many bytes have gone to the container and to the user so far."""
+        self._passed = passed
+
+    @property
+    def under_way(self) -> UnderWay | None:
+        """What can be told of it; None before it has begun, and once it is over."""
+        if self._began is None or self._over:
+            return None
+        return UnderWay(self.owner, time.monotonic() - self._began, self._about, self._passed())
 
     def ran(self, command: list[str]) -> None:
         """A command was asked for in the session."""
@@ -220,6 +249,10 @@ class Grants:
     def open_of(self, user: str) -> int:
         """How many sessions a user has open."""
         return self._of_user[user]
+
+    def under_way(self) -> list[UnderWay]:
+        """All sessions that are open on this host now."""
+        return [found for grant in self._grants if (found := grant.under_way) is not None]
 
     def __len__(self) -> int:
         return len(self._grants)

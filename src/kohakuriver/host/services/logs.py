@@ -78,6 +78,8 @@ class _PassedOn:
         self._coming = answer.aiter_raw()
         self._rest = b""
         self._cut: asyncio.Future[KohakuRiverError] = asyncio.get_running_loop().create_future()
+        self._said = 0
+        grant.counted(lambda: (0, self._said))
         grant.attach(lambda reason: self.cut(NotAllowedError(f"This was ended: {reason}.")))
 
     def cut(self, error: KohakuRiverError) -> None:
@@ -92,7 +94,9 @@ class _PassedOn:
             await asyncio.wait(ends, return_when=asyncio.FIRST_COMPLETED)
             if self._cut.done():
                 raise self._cut.result()
-            return next_lines.result()
+            lines = next_lines.result()
+            self._said += len(lines or b"")
+            return lines
         finally:
             await cancel_all([next_lines])
 

@@ -9,7 +9,7 @@ import shlex
 import time
 from collections.abc import AsyncIterator, Callable, Sequence
 from dataclasses import replace
-from typing import Any, Final, TypeVar
+from typing import Any, Final, NamedTuple, TypeVar
 
 import structlog
 from pydantic import BaseModel, TypeAdapter, ValidationError
@@ -47,7 +47,7 @@ from kohakuriver.task import (
     taken_from,
 )
 
-__all__ = ["Tasks", "container_name", "not_running"]
+__all__ = ["AllTasks", "Tasks", "container_name", "not_running"]
 
 log = structlog.get_logger("kohakuriver.host")
 
@@ -75,6 +75,13 @@ _CHANGES_SECONDS = 1.0
 def container_name(backend: str, task_id: int) -> str:
     """A task's id on the tunnel. Source: docs/protocol.md §4."""
     return kind_of(backend).container.format(task_id)
+
+
+class AllTasks(NamedTuple):
+    """Every task and its node, and with whom else each is shared, by its id."""
+
+    found: list[tuple[Task, Node]]
+    shares: dict[int, list[str]]
 
 
 class Tasks:
@@ -135,8 +142,16 @@ class Tasks:
 
     async def used_by(self, caller: Caller) -> list[tuple[Task, Node, TaskView]]:
         """The same tasks, with their nodes, and as the caller sees them."""
+        return await self.of_these(await self.all(), caller)
+
+    async def all(self) -> AllTasks:
+        """Everybody's tasks, oldest first."""
         found = await self._store.tasks_and_nodes()
-        shares = await self._accounts.shares(task.task_id for task, _ in found)
+        return AllTasks(found, await self._accounts.shares(task.task_id for task, _ in found))
+
+    async def of_these(self, tasks: AllTasks, caller: Caller) -> list[tuple[Task, Node, TaskView]]:
+        """Those that the caller may use, with their nodes, and as the caller sees them."""
+        found, shares = tasks
         if not caller.is_admin:
             names = await self._accounts.names_of(caller.name)
             found = [each for each in found if not names.isdisjoint((each[0].owner, *shares.get(each[0].task_id, ())))]

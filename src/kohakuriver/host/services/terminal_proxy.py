@@ -35,16 +35,19 @@ class TerminalProxy:
         authorize: (bearer token or None, task's id or name) → where it goes. Raises KohakuRiverError.
         trusted: how runners that serve TLS are checked; None for the system's authorities.
         limits: what a terminal may take.
+        credential: what an opening handshake shows: `authorize` is asked with that. Raises NotAllowedError.
     """
 
     def __init__(
         self,
         *,
         authorize: Callable[[str | None, str], Awaitable[Route]],
+        credential: Callable[[UpgradeRequest], str | None] = lambda request: request.token,
         trusted: ssl.SSLContext | None = None,
         limits: Limits | None = None,
     ) -> None:
         self._authorize = authorize
+        self._credential = credential
         self._trusted = trusted
         self._limits = limits or Limits()
         self._carrier: Carrier[_Relay] = Carrier(self._limits)
@@ -60,7 +63,7 @@ class TerminalProxy:
         An error is told on the WebSocket, and returned.
         """
         try:
-            route = await self._authorize(request.token, task)
+            route = await self._authorize(self._credential(request), task)
         except KohakuRiverError as error:
             await self._refuse(request, task, error)
             return error

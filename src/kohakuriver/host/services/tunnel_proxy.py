@@ -362,6 +362,8 @@ class TunnelProxy:
         coming_back: node's name → a context in which an event is set when the node registers here.
         trusted: how runners that serve TLS are checked; None for the system's authorities.
         limits: what a session may take.
+        credential: what the opening handshake of a terminal shows: `authorize_terminal` is asked with that. Raises
+            NotAllowedError.
     """
 
     def __init__(
@@ -369,12 +371,14 @@ class TunnelProxy:
         *,
         authorize: Authorize,
         authorize_terminal: Callable[[str | None, str, str], Awaitable[Route]],
+        credential: Callable[[UpgradeRequest], str | None] = lambda request: request.token,
         coming_back: Callable[[str], AbstractContextManager[asyncio.Event]] = _nobody_comes_back,
         trusted: ssl.SSLContext | None = None,
         limits: Limits | None = None,
     ) -> None:
         self.authorize = authorize
         self.authorize_terminal = authorize_terminal
+        self._credential = credential
         self._coming_back = coming_back
         self.trusted = trusted
         self.limits = limits or Limits()
@@ -441,7 +445,7 @@ class TunnelProxy:
         query, about = (f"{BEYOND}={beyond}", {BEYOND: beyond}) if beyond else ("", {})
         await self._begin(
             request,
-            lambda: self.authorize_terminal(request.token, task, beyond),
+            lambda: self.authorize_terminal(self._credential(request), task, beyond),
             lambda route: self._carry(request, route, f"{TERMINAL}?{query}", {"proto": TERMINAL, **about}),
         )
 

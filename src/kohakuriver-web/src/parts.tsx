@@ -1,0 +1,192 @@
+/** Small things that several pages are made of. */
+
+import { useEffect, useRef, useState } from "preact/hooks";
+import type { ComponentChildren, JSX } from "preact";
+import { signal } from "@preact/signals";
+
+/** What was last done, or went wrong: read out, and shown until the next or a click. */
+export const notice = signal<{ text: string; bad: boolean } | null>(null);
+
+export function tell(text: string): void {
+  notice.value = { text, bad: false };
+}
+
+export function complain(error: unknown): void {
+  notice.value = { text: error instanceof Error ? error.message : String(error), bad: true };
+}
+
+export function Notice(): JSX.Element {
+  const shown = notice.value;
+  return (
+    <div role="status" aria-live="polite" class="notices">
+      {shown && (
+        <div class={`notice ${shown.bad ? "bad" : ""}`}>
+          <span>{shown.text}</span>
+          <button type="button" class="quiet" onClick={() => (notice.value = null)} aria-label="Close this message">
+            ✕
+          </button>
+        </div>
+      )}
+    </div>
+  );
+}
+
+interface ButtonProps {
+  act: () => Promise<unknown> | void;
+  done?: string;
+  kind?: string;
+  disabled?: boolean;
+  label?: string;
+  children: ComponentChildren;
+}
+
+/** A button that can't be pressed again while what it does is under way. */
+export function Act({ act, done, kind = "", disabled = false, label, children }: ButtonProps): JSX.Element {
+  const [busy, setBusy] = useState(false);
+  async function press(): Promise<void> {
+    setBusy(true);
+    try {
+      await act();
+      if (done) tell(done);
+    } catch (error) {
+      complain(error);
+    } finally {
+      setBusy(false);
+    }
+  }
+  return (
+    <button type="button" class={kind} disabled={disabled || busy} aria-busy={busy} aria-label={label} onClick={() => void press()}>
+      {children}
+    </button>
+  );
+}
+
+/** A line to copy. */
+export function Copy({ text, what }: { text: string; what: string }): JSX.Element {
+  const [copied, setCopied] = useState(false);
+  async function copy(): Promise<void> {
+    try {
+      await navigator.clipboard.writeText(text);
+      setCopied(true);
+      window.setTimeout(() => setCopied(false), 2000);
+    } catch {
+      complain(new Error("This browser lets no page copy here: select the line and copy it."));
+    }
+  }
+  return (
+    <span class="copy">
+      <code tabIndex={0} role="group" aria-label={what}>
+        {text}
+      </code>
+      <button type="button" class="small" onClick={() => void copy()} aria-label={`Copy ${what}`}>
+        {copied ? "Copied" : "Copy"}
+      </button>
+    </span>
+  );
+}
+
+interface DialogProps {
+  title: string;
+  close: () => void;
+  children: ComponentChildren;
+}
+
+/** A dialog, which keeps the keyboard and gives it back. */
+export function Dialog({ title, close, children }: DialogProps): JSX.Element {
+  const element = useRef<HTMLDialogElement>(null);
+  useEffect(() => {
+    const dialog = element.current!;
+    dialog.showModal();
+    return () => dialog.close();
+  }, []);
+  return (
+    <dialog ref={element} aria-label={title} onCancel={(event) => (event.preventDefault(), close())}>
+      <h2>{title}</h2>
+      {children}
+    </dialog>
+  );
+}
+
+interface ConfirmProps {
+  title: string;
+  button: string;
+  act: () => Promise<unknown>;
+  close: () => void;
+  children: ComponentChildren;
+}
+
+export function Confirm({ title, button, act, close, children }: ConfirmProps): JSX.Element {
+  return (
+    <Dialog title={title} close={close}>
+      {children}
+      <div class="buttons">
+        <button type="button" onClick={close}>
+          Cancel
+        </button>
+        <Act kind="danger" act={async () => (await act(), close())}>
+          {button}
+        </Act>
+      </div>
+    </Dialog>
+  );
+}
+
+interface FieldProps {
+  label: string;
+  name: string;
+  hint?: string;
+  value?: string;
+  type?: string;
+  placeholder?: string;
+  required?: boolean;
+  rows?: number;
+}
+
+export function Field({ label, name, hint, rows, ...input }: FieldProps): JSX.Element {
+  const described = hint ? { "aria-describedby": `${name}-hint` } : {};
+  const common = { id: `field-${name}`, name, autocomplete: "off", spellcheck: false, ...described };
+  return (
+    <div class="field">
+      <label for={`field-${name}`}>{label}</label>
+      {rows ? <textarea rows={rows} {...common} {...input} /> : <input {...common} {...input} />}
+      {hint && (
+        <small id={`${name}-hint`} class="hint">
+          {hint}
+        </small>
+      )}
+    </div>
+  );
+}
+
+/** What was typed into a form, by the names of its fields. */
+export function typed(form: HTMLFormElement): (name: string) => string {
+  const data = new FormData(form);
+  return (name) => String(data.get(name) ?? "").trim();
+}
+
+/** What an admin's page shows once it has come; `load` is called again by what changes it. */
+export function useLoaded<T>(load: () => Promise<T>): { value: T | null; reload: () => void } {
+  const [value, setValue] = useState<T | null>(null);
+  const [turn, setTurn] = useState(0);
+  useEffect(() => {
+    let wanted = true;
+    load().then((loaded) => wanted && setValue(loaded), complain);
+    return () => {
+      wanted = false;
+    };
+  }, [turn]);
+  return { value, reload: () => setTurn((before) => before + 1) };
+}
+
+/** A table that scrolls by itself where the window is narrow, also by keyboard. */
+export function Table({ label, children }: { label: string; children: ComponentChildren }): JSX.Element {
+  return (
+    <div class="scroll" role="region" aria-label={label} tabIndex={0}>
+      <table>{children}</table>
+    </div>
+  );
+}
+
+export function StatusMark({ status }: { status: string }): JSX.Element {
+  return <span class={`status ${status}`}>{status}</span>;
+}

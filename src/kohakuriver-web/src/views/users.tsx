@@ -1,0 +1,192 @@
+import type { JSX } from "preact";
+import { useState } from "preact/hooks";
+import { ask, get } from "../api";
+import { bytes, moment, parseBytes, parseSpan, span } from "../format";
+import { me } from "../me";
+import { Confirm, Dialog, Field, Table, tell, typed, useLoaded } from "../parts";
+import type { Limit, User } from "../types";
+
+const SIZES = new Set(["memory", "log"]);
+const SPANS = new Set(["ttl", "idle_stop"]);
+
+export function limitText(name: string, value: number): string {
+  return SIZES.has(name) ? bytes(value) : SPANS.has(name) ? span(value) : String(value);
+}
+
+export function limitOf(name: string, text: string): number {
+  if (SIZES.has(name)) return parseBytes(text);
+  if (SPANS.has(name)) return text === "0" ? 0 : parseSpan(text);
+  const value = Number(text);
+  if (!Number.isFinite(value)) throw new Error(`${text} is no number.`);
+  return value;
+}
+
+export default function UsersPage(): JSX.Element {
+  const { value, reload } = useLoaded(() => get<User[]>("/api/users"));
+  const [adding, setAdding] = useState(false);
+  const [removing, setRemoving] = useState<User | null>(null);
+  const [limiting, setLimiting] = useState<User | null>(null);
+  return (
+    <>
+      <div class="heading">
+        <h1>Users</h1>
+        <button type="button" class="primary" onClick={() => setAdding(true)}>
+          New user
+        </button>
+      </div>
+      {value && (
+        <Table label="Users">
+          <thead>
+            <tr>
+              <th scope="col">Name</th>
+              <th scope="col">Role</th>
+              <th scope="col">Made</th>
+              <th scope="col">Own limits</th>
+              <th scope="col">Do</th>
+            </tr>
+          </thead>
+          <tbody>
+            {value.map((user) => (
+              <tr key={user.name}>
+                <th scope="row">{user.name}</th>
+                <td>{user.role}</td>
+                <td>{moment(user.created_at)}</td>
+                <td class="wrap">
+                  {Object.entries(user.limits)
+                    .map(([name, most]) => `${name} ${limitText(name, most)}`)
+                    .join(", ")}
+                </td>
+                <td>
+                  <div class="buttons">
+                    <button type="button" class="small" aria-label={`Limits of ${user.name}`} onClick={() => setLimiting(user)}>
+                      Limits
+                    </button>
+                    {user.name !== me.value?.user && (
+                      <button type="button" class="small danger" aria-label={`Remove ${user.name}`} onClick={() => setRemoving(user)}>
+                        Remove
+                      </button>
+                    )}
+                  </div>
+                </td>
+              </tr>
+            ))}
+          </tbody>
+        </Table>
+      )}
+      {adding && <NewUser close={() => (setAdding(false), reload())} />}
+      {limiting && <Limits user={limiting} close={() => (setLimiting(null), reload())} />}
+      {removing && (
+        <Confirm
+          title={`Remove ${removing.name}?`}
+          button="Remove"
+          close={() => setRemoving(null)}
+          act={async () => {
+            await ask("DELETE", `/api/users/${encodeURIComponent(removing.name)}`);
+            tell(`${removing.name} was removed.`);
+            reload();
+          }}
+        >
+          <p>Tokens and sessions of {removing.name} end; tasks become yours.</p>
+        </Confirm>
+      )}
+    </>
+  );
+}
+
+function NewUser({ close }: { close: () => void }): JSX.Element {
+  const [wrong, setWrong] = useState("");
+  async function make(event: SubmitEvent): Promise<void> {
+    event.preventDefault();
+    const field = typed(event.target as HTMLFormElement);
+    try {
+      await ask("POST", "/api/users", { name: field("name"), role: field("role") });
+      tell(`${field("name")} was added; a token made on the page of tokens lets them in.`);
+      close();
+    } catch (error) {
+      setWrong(error instanceof Error ? error.message : String(error));
+    }
+  }
+  return (
+    <Dialog title="New user" close={close}>
+      <form onSubmit={(event) => void make(event)}>
+        <Field label="Name" name="name" required />
+        <div class="field">
+          <label for="field-role">Role</label>
+          <select id="field-role" name="role">
+            <option value="user">user</option>
+            <option value="admin">admin</option>
+          </select>
+        </div>
+        {wrong && (
+          <p role="alert" class="wrong">
+            {wrong}
+          </p>
+        )}
+        <div class="buttons">
+          <button type="button" onClick={close}>
+            Cancel
+          </button>
+          <button class="primary">Add</button>
+        </div>
+      </form>
+    </Dialog>
+  );
+}
+
+function Limits({ user, close }: { user: User; close: () => void }): JSX.Element {
+  const path = `/api/users/${encodeURIComponent(user.name)}/limits`;
+  const { value } = useLoaded(() => get<{ limits: Record<string, Limit> }>(path));
+  const [wrong, setWrong] = useState("");
+  async function set(event: SubmitEvent): Promise<void> {
+    event.preventDefault();
+    const field = typed(event.target as HTMLFormElement);
+    try {
+      const changes: Record<string, number | null> = {};
+      for (const [name, now] of Object.entries(value!.limits)) {
+        if (field(name)) changes[name] = limitOf(name, field(name));
+        else if (now.own) changes[name] = null;
+      }
+      await ask("PATCH", path, changes);
+      tell(`The limits of ${user.name} are set.`);
+      close();
+    } catch (error) {
+      setWrong(error instanceof Error ? error.message : String(error));
+    }
+  }
+  return (
+    <Dialog title={`Limits of ${user.name}`} close={close}>
+      <form onSubmit={(event) => void set(event)}>
+        <div class="fields">
+          {value &&
+            Object.entries(value.limits).map(([name, now]) => (
+              <Field
+                key={name}
+                label={name.replace("_", " ")}
+                name={name}
+                value={now.own && now.limit !== null ? plainLimit(name, now.limit) : ""}
+                placeholder={now.limit === null ? "no limit" : limitText(name, now.limit)}
+                {...(now.used === null ? {} : { hint: `${limitText(name, now.used)} used` })}
+              />
+            ))}
+        </div>
+        <p class="hint">Empty is what this host gives everybody, 0 no limit.</p>
+        {wrong && (
+          <p role="alert" class="wrong">
+            {wrong}
+          </p>
+        )}
+        <div class="buttons">
+          <button type="button" onClick={close}>
+            Cancel
+          </button>
+          <button class="primary">Set</button>
+        </div>
+      </form>
+    </Dialog>
+  );
+}
+
+/** As it can be read again, and nothing is lost. */
+function plainLimit(name: string, value: number): string {
+  return SPANS.has(name) && value ? `${value}s` : String(value);
+}
