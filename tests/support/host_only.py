@@ -29,6 +29,7 @@ from kohakuriver.host.services.credentials import Credentials
 from kohakuriver.host.services.failures import Failures
 from kohakuriver.host.services.grants import Grants
 from kohakuriver.host.services.groups import GroupsOfUsers
+from kohakuriver.host.services.hosts import Hosts, Readiness
 from kohakuriver.host.services.logins import Logins
 from kohakuriver.host.services.logs import Logs
 from kohakuriver.host.services.nodes import Nodes
@@ -43,13 +44,14 @@ from kohakuriver.limits import Limits
 from kohakuriver.quotas import Offer, Quotas
 from kohakuriver.runtime import cancel_all
 from kohakuriver.session import ticket
-from kohakuriver.store import Accounts, Browsers, Groups, Store, sqlite_url
+from kohakuriver.store import Accounts, Browsers, Groups, SessionCounts, Store
 from kohakuriver.tls import ServerCertificate
 from kohakuriver.tunnel.accept import TunnelRoute, serve_ws
 from kohakuriver.tunnel.protocol import TUNNEL_V2
 from kohakuriver.web.app import bind, socket_url
 from kohakuriver.web.origin import Guard
 from kohakuriver.web.server import Server
+from tests.support.databases import database_url
 
 HEARTBEAT_SECONDS = 5.0
 
@@ -200,7 +202,10 @@ class HostUnderTest:
         self.tasks = Tasks(store, accounts, self.nodes, self.runners, changes, audit=audit, clock=clock)
         self.requests = Requests(rate=limits.max_requests, most=limits.max_under_way)
         self.revoked: list[tuple[str, ...]] = []
-        self.grants = Grants(accounts, requests=self.requests, audit=audit, revoke=self._revoke)
+        self.counts = SessionCounts(store)
+        self.grants = Grants(accounts, requests=self.requests, audit=audit, revoke=self._revoke, counts=self.counts)
+        self.hosts = Hosts(store, self.grants, self.nodes, changes, clock=clock)
+        self.readiness = Readiness(store)
         access = Access(store, accounts)
         self.forwards = Forwards(credentials, access, self.grants, store, self.nodes, self.tasks)
         self.proxy = TunnelProxy(authorize=self.forwards.authorize, authorize_terminal=self.forwards.authorize_terminal)
@@ -224,6 +229,7 @@ class HostUnderTest:
                 audit,
                 self.logs,
                 self.logins,
+                self.readiness,
             ),
             self.guard,
         )
@@ -289,7 +295,7 @@ async def a_host(
     directory: Path, *, allow_anonymous: bool = False, limits: Limits | None = None
 ) -> AsyncIterator[HostUnderTest]:
     """A host with its state in `directory`."""
-    store = await Store.open(sqlite_url(directory / "host.db"))
+    store = await Store.open(database_url(directory))
     clock = Clock()
     limits = limits or Limits(max_requests=0)
     accounts = Accounts(store, defaults=Quotas.by_default(limits), clock=clock)

@@ -82,6 +82,7 @@ STARTED_BY_CLI = {"kohakuriver.host", "kohakuriver.runner"}
 # Packages that only the named layers may import: what keeps the command line light and the protocol free of policy.
 ONLY_IN = {
     "aiodocker": {"runner"},
+    "alembic": {"store"},
     "asyncssh": {"ssh_proxy"},
     "cryptography": {"cli", "runner", "ssh_proxy", "tls"},
     "httptools": {"gateway"},
@@ -89,6 +90,7 @@ ONLY_IN = {
     "sqlalchemy": {"store"},
     "starlette": {"web", "host", "runner"},
     "typer": {"cli"},
+    "psycopg": {"store"},
     "rich": {"cli"},
     "uvicorn": {"web", "host", "runner", "tunnel"},
     "httpx": {"client", "web", "host", "runner", "cli"},

@@ -9,6 +9,7 @@ from kohakuriver.host.services.audit import AuditLog
 from kohakuriver.host.services.authorize import Forwards
 from kohakuriver.host.services.credentials import Credentials
 from kohakuriver.host.services.groups import GroupsOfUsers
+from kohakuriver.host.services.hosts import Readiness
 from kohakuriver.host.services.logins import Logins
 from kohakuriver.host.services.logs import Logs
 from kohakuriver.host.services.nodes import Nodes
@@ -34,3 +35,4 @@ class Services:
     audit: AuditLog
     logs: Logs
     logins: Logins
+    readiness: Readiness

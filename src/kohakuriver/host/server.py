@@ -23,6 +23,8 @@ from kohakuriver.host.services.credentials import Credentials
 from kohakuriver.host.services.failures import Failures
 from kohakuriver.host.services.grants import Grants
 from kohakuriver.host.services.groups import GroupsOfUsers
+from kohakuriver.host.services.host_key import shared_host_key
+from kohakuriver.host.services.hosts import Hosts, Readiness
 from kohakuriver.host.services.logins import Logins, name_in_browsers
 from kohakuriver.host.services.logs import Logs
 from kohakuriver.host.services.nodes import Nodes
@@ -37,10 +39,11 @@ from kohakuriver.limits import Limits, from_environment
 from kohakuriver.quotas import Quotas
 from kohakuriver.runtime import raise_file_limit
 from kohakuriver.ssh_proxy.server import SshProxy
-from kohakuriver.store import Accounts, Browsers, Groups, Store, sqlite_url
+from kohakuriver.store import Accounts, Browsers, Groups, SessionCounts, Store, sqlite_url
 from kohakuriver.tls import ServerCertificate, client_context
 from kohakuriver.tunnel.accept import serve_ws
 from kohakuriver.web.app import bind, bind_with_loopback, print_event, server_certificate, socket_url, warn_if_in_clear
+from kohakuriver.web.background import in_background
 from kohakuriver.web.logging import configure_logging
 from kohakuriver.web.origin import Guard
 from kohakuriver.web.server import Server, stop_at_end_of_stdin
@@ -57,7 +60,8 @@ class HostOptions:
     `allowed_hosts` and `allowed_origins` are as `Guard` takes them. With `user_mounts` others than admins may mount
     directories of nodes.
     `ca_file` is what runners' certificates are checked by, None the system's authorities; `audit_log` None is a file in
-    `state_dir`. `drain` is for how many seconds sessions may stay when it ends, so that they move to another host.
+    `state_dir`. `drain` is for how many seconds sessions may stay when it ends, so that they move to another host;
+    before that it takes new ones for `drain_notice` seconds, while it is not ready, so that a balancer sees that.
     With `exit_with_stdin` it ends when its stdin does, as a child of `up` should.
     """
 
@@ -76,6 +80,7 @@ class HostOptions:
     ca_file: Path | None = None
     audit_log: Path | None = None
     drain: int = 0
+    drain_notice: int = 0
     json: bool = False
     log_level: str = "info"
     log_format: str = "text"
@@ -179,7 +184,10 @@ async def _serve(
         if found is not None:
             await runners.revoke(found, container, user, reason)
 
-    grants = Grants(accounts, requests=requests, audit=perimeter.audit, revoke=revoke)
+    counts = SessionCounts(store)
+    grants = Grants(accounts, requests=requests, audit=perimeter.audit, revoke=revoke, counts=counts)
+    hosts = Hosts(store, grants, nodes, changes)
+    readiness = Readiness(store)
     forwards = Forwards(credentials, access, grants, store, nodes, tasks)
     proxy = TunnelProxy(
         authorize=forwards.authorize,
@@ -194,7 +202,7 @@ async def _serve(
         authorize=forwards.authorize_ssh,
         keyholders=forwards.keyholder,
         check_user=credentials.caller,
-        host_key=options.state_dir / "ssh_host_ed25519_key",
+        host_key=await shared_host_key(store, options.state_dir / "ssh_host_ed25519_key"),
         trusted=perimeter.trusted,
         limits=perimeter.limits,
     )
@@ -211,14 +219,22 @@ async def _serve(
         loops.freeze_heap()
         print_event("ready", options.json, sentence, url=url, ssh_proxy=ssh_address)
 
+    async def leave() -> None:
+        readiness.leaving = True
+        if options.drain_notice:
+            log.info("this host says that it is about to end", seconds=options.drain_notice)
+            await asyncio.sleep(options.drain_notice)
+
     async def stop() -> None:
         await ssh_proxy.stop_listening()
+        left = in_background(counts.leave(), "telling other hosts that this one ends")
         if options.drain:
             await proxy.drain(options.drain)
         await ssh_proxy.close()
         await terminals.close()
         logs.close()
         await proxy.close()
+        await left
 
     server = Server(
         create_app(
@@ -234,17 +250,22 @@ async def _serve(
                 perimeter.audit,
                 logs,
                 Logins(credentials, Browsers(store), grants, name_in_browsers(options.state_dir / "browser-name")),
+                readiness,
             ),
             guard,
         ),
         ws=serve_ws([*proxy.routes(), *terminals.routes()], guard, max_message=perimeter.limits.max_message),
         on_ready=ready,
+        on_leave=leave,
         on_stop=stop,
         certificate=perimeter.certificate,
         limits=perimeter.limits,
     )
     beside = [
         server.keep(grants.run(), "checking the rights of sessions"),
+        server.keep(counts.run(), "counting sessions for other hosts"),
+        server.keep(hosts.run(), "listening to other hosts"),
+        server.keep(hosts.care(), "deleting what has run out"),
         server.keep(tasks.run(), "looking what tasks that are waited for have changed"),
         server.keep(nodes.run(), "looking whether nodes can be reached"),
         server.keep(perimeter.audit.run(), "counting what the audit log leaves out"),

@@ -29,7 +29,7 @@ from kohakuriver.ssh_proxy.session import Connector
 from kohakuriver.ssh_proxy.turnstile import Turnstile
 from kohakuriver.web.waiting_room import WaitingRoom
 
-__all__ = ["JumpHost", "Keyholders", "Reach"]
+__all__ = ["JumpHost", "Keyholders", "Reach", "check_or_make_key"]
 
 log = structlog.get_logger("kohakuriver.ssh_proxy")
 
@@ -90,7 +90,7 @@ class JumpHost:
         login_seconds: float,
         handshakes: float,
     ) -> None:
-        _check_or_make(host_key)
+        check_or_make_key(host_key)
         self.keyholders = keyholders
         self._host_key = host_key
         self._authorize = authorize
@@ -295,7 +295,7 @@ def _environment() -> dict[str, str]:
     return {name: value for name, value in os.environ.items() if name in kept or not name.startswith("KOHAKURIVER_")}
 
 
-def _check_or_make(path: Path) -> None:
+def check_or_make_key(path: Path) -> None:
     """The host key; OSError or ValueError where there is one that can't be read."""
     if path.exists():
         serialization.load_ssh_private_key(path.read_bytes(), None)

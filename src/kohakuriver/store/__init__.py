@@ -7,6 +7,9 @@ from kohakuriver.store.browsers import Browsers, Opened
 from kohakuriver.store.database import Store, ahead_of_users, sqlite_url
 from kohakuriver.store.groups import Groups
 from kohakuriver.store.models import OF_USERS, TOKEN_ID_LENGTH, Node, Share, Task, Token, User
+from kohakuriver.store.news import News
+from kohakuriver.store.passes import Passes
+from kohakuriver.store.session_counts import SessionCounts
 
 __all__ = [
     "ANY_NODE",
@@ -15,8 +18,11 @@ __all__ = [
     "Accounts",
     "Browsers",
     "Groups",
+    "News",
     "Node",
     "Opened",
+    "Passes",
+    "SessionCounts",
     "Share",
     "Store",
     "Task",

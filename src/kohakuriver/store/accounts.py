@@ -20,6 +20,7 @@ from kohakuriver.quotas import Quotas, Usage
 from kohakuriver.store.database import Store, gpus_in_use
 from kohakuriver.store.groups import check_sharee, forget_memberships, groups_of, is_shared_with, share_name
 from kohakuriver.store.models import OF_USERS, TOKEN_ID_LENGTH, Node, Share, Task, TaskKey, Token, User, usage_of
+from kohakuriver.store.news import note
 from kohakuriver.store.together import Together
 
 __all__ = ["ANY_NODE", "Accounts", "Use", "digest", "forget_bad_tokens", "revoke"]
@@ -117,6 +118,7 @@ class Accounts:
             session.execute(delete(Share).where(Share.user == name))
             forget_memberships(session, name)
             session.delete(user)
+            note(session, rights=True)
             return user
 
         return await self._store.write(work)
@@ -329,6 +331,7 @@ class Accounts:
             if row is None:
                 raise NotFoundError(f"The task is not shared with {user!r}; `kohakuriver vps status` shows with whom.")
             session.delete(row)
+            note(session, rights=True)
 
         await self._store.write(work)
 
@@ -417,6 +420,7 @@ def revoke(session: Session, token: Token, now: float) -> None:
     token.revoked_at = now
     theirs = update(Token).where(Token.parent == token.digest, Token.revoked_at.is_(None))
     session.execute(theirs.values(revoked_at=now))
+    note(session, rights=True)
 
 
 def forget_bad_tokens(session: Session, kind: str, name: str, now: float) -> None:

@@ -15,7 +15,7 @@ from kohakuriver.errors import NotAllowedError, UnauthenticatedError
 from kohakuriver.host.services.audit import NOWHERE, Audit
 from kohakuriver.host.services.failures import Failures
 from kohakuriver.quotas import Quotas
-from kohakuriver.store import ANY_NODE, OF_USERS, TOKEN_ID_LENGTH, Accounts, Token
+from kohakuriver.store import ANY_NODE, OF_USERS, TOKEN_ID_LENGTH, Accounts, Token, User
 
 __all__ = ["ADMIN", "ANONYMOUS", "Caller", "Credentials", "new_token"]
 
@@ -110,7 +110,11 @@ class Credentials:
             await self.refuse(error, token)
             raise
         asker().known.update(user=user.name, token=token.id)
-        return Caller(user.name, user.role, token.digest, self._accounts.quotas_of(user)), token
+        return self.of_token(token, user), token
+
+    def of_token(self, token: Token, user: User) -> Caller:
+        """Who asks with a token of this user."""
+        return Caller(user.name, user.role, token.digest, self._accounts.quotas_of(user))
 
     async def session_caller(self, secret: str | None) -> Caller:
         """Like `caller`, for a forward session: without a token, `ANONYMOUS` where the host allows that."""
