@@ -15,11 +15,11 @@ import pytest
 from tests.support.docker_images import busybox_image, require_engine
 from tests.support.postgres import Postgres
 from tests.support.processes import eventually
+from tests.support.services import echo
 from tests.support.two_hosts import NAMES, Asking, Traffic, TwoHosts, balancer, two_hosts
 
-pytestmark = [pytest.mark.docker, pytest.mark.timeout(240)]
-
-PORT = 7
+OUTSIDE = ("/bin/busybox", "chroot", "/host")
+"""What leads from the container's image to this machine's programs."""
 SIZES = (64, 64, 4096, 1 << 20)
 BACK = 3.0
 """Seconds within which everything goes on after a host was killed."""
@@ -27,6 +27,8 @@ STALL = 2.0
 """Seconds that a round may take while a hop is replaced in good order, on a busy machine."""
 ROUNDS = int(os.environ.get("KOHAKURIVER_TEST_ROUNDS", "1"))
 """How often everything is restarted; by hand it may be for minutes."""
+
+pytestmark = [pytest.mark.docker, pytest.mark.timeout(240 + 30 * ROUNDS)]
 
 
 @pytest.fixture
@@ -37,10 +39,8 @@ def hosts(postgres: Postgres, tmp_path: Path) -> Iterator[TwoHosts]:
         for node in ("n1", "n2"):
             hosts.start_runner(node, "--backend=docker")
             eventually(partial(hosts.online, node))
-            command = ["/bin/busybox", "nc", "-lk", "-p", str(PORT), "-e", "/bin/busybox", "cat"]
-            order = {"image": busybox_image(), "name": f"on-{node}", "node": node, "command": command}
-            assert hosts.http["a"].post("/api/tasks", json=order).status_code == 201
-            assert hosts.http["a"].get(f"/api/tasks/on-{node}/wait?timeout=40").status_code == 200
+            more = {"node": node, "backend": "docker", "image": busybox_image(), "mounts": ["/:/host"]}
+            hosts.ports[node] = hosts.echo_task(f"on-{node}", **more, command=[*OUTSIDE, *echo()])
         yield hosts
         for node in ("n1", "n2"):
             hosts.http["a"].delete(f"/api/tasks/on-{node}")
@@ -53,7 +53,7 @@ def traffic(hosts: TwoHosts, *ways: str) -> Iterator[list[Traffic]]:
         flows = []
         for way in ways:
             for node in ("n1", "n2"):
-                forward = stack.enter_context(hosts.forward(f"on-{node}", PORT, host=way))
+                forward = stack.enter_context(hosts.forward(f"on-{node}", hosts.ports[node], host=way))
                 flows += [Traffic(forward.local_port, size) for size in SIZES]
         try:
             assert all(each.goes_on() for each in flows)

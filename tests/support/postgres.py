@@ -135,7 +135,7 @@ class Postgres:
         return "database system is ready to accept connections" in said
 
     def end(self, number: signal.Signals = signal.SIGINT) -> None:
-        """Stop it; SIGINT is a fast shutdown, which waits for no client, SIGQUIT one that leaves a log to go through."""
+        """Stop it; SIGINT is a fast shutdown, which waits for no client, SIGQUIT leaves things as they are."""
         process, self._process = self._process, None
         if process is not None:
             self._log.write_text("")

@@ -40,6 +40,7 @@ class TwoHosts(Commands):
         self.urls: dict[str, str] = {}
         self.ssh: dict[str, str] = {}
         self.runners: dict[str, Program] = {}
+        self.ports: dict[str, int] = {}  # of services, as a test likes to call them
         self._runner_options: dict[str, Sequence[str]] = {}
         self._stack = contextlib.ExitStack()
         try:
@@ -153,6 +154,7 @@ HAPROXY = """
 defaults
     mode http
     timeout connect 2s
+    timeout check 5s
     timeout client 1h
     timeout server 1h
     option redispatch 1
