@@ -213,6 +213,27 @@ def test_the_jump_host_has_one_key_whichever_host_it_is_of(hosts: TwoHosts) -> N
     assert "PRIVATE KEY" in keys.pop()
 
 
+def test_a_users_commands_go_by_the_next_host_when_one_is_gone(hosts: TwoHosts, port: int) -> None:
+    """After one login for both."""
+    alone = {"KOHAKURIVER_HOST": "", "KOHAKURIVER_TOKEN": ""}
+    both = ",".join(hosts.urls.values())
+    done = hosts.run("auth", "login", "--host", both, stdin=hosts.token, **alone)
+    assert done.stdout == f"Logged in to {both} as admin (admin).\n", done.stderr
+    hosts.hosts["a"].stop(signal.SIGKILL)
+    try:
+        for command in (["vps", "list"], ["auth", "status"], ["connect", "web", "--", "printf", "web"]):
+            done = hosts.run(*command, **alone)
+            assert done.returncode == 0, done.stderr
+            assert "web" in done.stdout or both in done.stdout
+        pipe = hosts.start("forward", "web", f"0:{port}", "--json", **alone)
+        with connect(pipe.listening()) as connection:
+            assert echoes(connection)
+        assert pipe.stop() == 0
+    finally:
+        hosts.start_host("a")
+    assert hosts.run("auth", "logout", "--host", both, **alone).stdout == f"Logged out of {both}.\n"
+
+
 def test_one_host_cares_for_all_and_the_next_one_when_it_dies(hosts: TwoHosts, postgres: Postgres) -> None:
     def carer() -> int | None:
         held = postgres.ask(

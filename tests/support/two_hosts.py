@@ -79,7 +79,7 @@ class TwoHosts(Commands):
         state = self.directory / f"runner-{name}"
         self.runners[name] = self.start(
             *("runner", "--json", f"--name={name}", "--bind=127.0.0.1", "--port=0", f"--state-dir={state}"),
-            *(f"--host-url={url}" for url in self.urls.values()),
+            f"--host-url={','.join(self.urls.values())}",
             *(f"--node-token-file={self.directory / 'host-a' / 'node-token'}", *given),
         )
         self.runners[name].event("ready")

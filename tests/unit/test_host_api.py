@@ -762,6 +762,7 @@ def test_a_nodes_heartbeat_does_not_wait_behind_what_users_ask(run: Run, tmp_pat
     run(check())
 
 
+@pytest.mark.sqlite_only
 def test_many_who_wait_for_a_task_ask_the_database_once_in_a_while_for_all_of_them(
     run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -14,9 +14,10 @@ from sqlalchemy.exc import DBAPIError
 from sqlalchemy.orm import Session
 
 from kohakuriver.errors import HostUnreachableError, KohakuRiverError
-from kohakuriver.store import Accounts, SessionCounts, Store
-from kohakuriver.store.models import SessionCount
+from kohakuriver.store import Accounts, Browsers, Passes, SessionCounts, Store, forget_what_has_run_out, kept
+from kohakuriver.store.models import LoginCode, SessionCount, SshPass
 from kohakuriver.store.news import EVERYTHING, LONGEST, News, note
+from kohakuriver.store.passes import PASS_SECONDS
 from kohakuriver.store.postgresql import CONNECTIONS
 from tests.support.postgres import Postgres
 
@@ -254,5 +255,37 @@ def test_a_user_is_given_no_more_tokens_than_they_may_have_by_several_hosts_at_a
                 return_exceptions=True,
             )
             assert sum(not isinstance(each, BaseException) for each in made) == 3
+
+    run(main())
+
+
+def test_what_has_run_out_is_forgotten_and_what_is_good_is_not(run: Run, postgres: Postgres) -> None:
+    async def main() -> None:
+        async with hosts(postgres.new_database()) as (a, _):
+            accounts, browsers, passes = Accounts(a.store), Browsers(a.store), Passes(a.store)
+            await accounts.add_user("ann", "user")
+            token = await accounts.add_token("s", kind="user", name="ann", label="one")
+            await browsers.add_code("code", token.digest)
+            await passes.issue("ann", token.digest, 1)
+
+            def left(session: Session) -> tuple[int, int]:
+                return session.query(LoginCode).count(), session.query(SshPass).count()
+
+            await forget_what_has_run_out(a.store, time.time())
+            assert await a.store.read(left) == (1, 1)
+            await forget_what_has_run_out(a.store, time.time() + PASS_SECONDS)
+            assert await a.store.read(left) == (1, 0)
+            await forget_what_has_run_out(a.store, time.time() + 3600)
+            assert await a.store.read(left) == (0, 0)
+
+    run(main())
+
+
+def test_hosts_that_start_at_a_time_agree_on_what_they_share(run: Run, postgres: Postgres) -> None:
+    async def main() -> None:
+        async with hosts(postgres.new_database()) as (a, b):
+            said = await asyncio.gather(*(kept(each.store, "key", str(n)) for n, each in enumerate([a, b] * 5)))
+            assert len(set(said)) == 1
+            assert await kept(b.store, "key", "later") == said[0]
 
     run(main())

@@ -3,6 +3,7 @@ from __future__ import annotations
 import asyncio
 import os
 import sqlite3
+import sys
 import threading
 from collections.abc import AsyncIterator, Callable, Coroutine
 from contextlib import asynccontextmanager, closing
@@ -383,6 +384,18 @@ def test_a_database_that_is_neither_sqlite_nor_postgresql_is_refused_in_a_senten
     async def check() -> None:
         with pytest.raises(UsageError, match="must be sqlite:///FILE or postgresql://"):
             await Store.open(url)
+
+    run(check())
+
+
+@pytest.mark.sqlite_only
+def test_who_lacks_the_driver_of_postgresql_is_told_what_to_install(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "psycopg", None)
+    monkeypatch.delitem(sys.modules, "kohakuriver.store.postgresql", raising=False)
+
+    async def check() -> None:
+        with pytest.raises(UsageError, match=r"Python package 'psycopg'; `pip install 'kohakuriver\[postgresql\]'`"):
+            await Store.open("postgresql://ann:hunter2@db/kr")
 
     run(check())
 

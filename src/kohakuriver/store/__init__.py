@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from kohakuriver.store.accounts import ANY_NODE, Accounts, Use
 from kohakuriver.store.browsers import Browsers, Opened
+from kohakuriver.store.common import forget_what_has_run_out, kept
 from kohakuriver.store.database import Store, ahead_of_users, sqlite_url
 from kohakuriver.store.groups import Groups
 from kohakuriver.store.models import OF_USERS, TOKEN_ID_LENGTH, Node, Share, Task, Token, User
@@ -30,5 +31,7 @@ __all__ = [
     "Use",
     "User",
     "ahead_of_users",
+    "forget_what_has_run_out",
+    "kept",
     "sqlite_url",
 ]

@@ -19,9 +19,8 @@ from sqlalchemy.exc import ArgumentError, DataError, DBAPIError, IntegrityError,
 from sqlalchemy.orm import Session
 
 from kohakuriver.errors import HostUnreachableError, KohakuRiverError, NotFoundError, UsageError
-from kohakuriver.store.models import ACTIVE, SEEN_SECONDS, LoginCode, Meta, Node, Share, SshPass, Task, TaskKey
+from kohakuriver.store.models import ACTIVE, Meta, Node, Share, Task, TaskKey
 from kohakuriver.store.news import note
-from kohakuriver.store.schema import GOOD_FOR
 from kohakuriver.store.transactions import Database, SilentError
 
 if TYPE_CHECKING:
@@ -273,31 +272,6 @@ class Store:
     async def gpus_in_use(self, now: float) -> dict[str, set[str]]:
         """The numbers of the GPUs, by their nodes, that tasks have; `now` is in seconds since the epoch."""
         return await self.read(lambda session: gpus_in_use(session, now))
-
-    # What all hosts have in common
-
-    async def kept(self, key: str, offered: str) -> str:
-        """A text that all hosts on the database have, by its name: what the first of them offered."""
-
-        def work(session: Session) -> str:
-            # Two hosts that start at a time: the second waits for the first, and then finds it.
-            session.execute(update(Meta).where(Meta.key == GOOD_FOR).values(key=GOOD_FOR))
-            row = session.get(Meta, key)
-            if row is None:
-                row = Meta(key=key, value=offered)
-                session.add(row)
-            return row.value
-
-        return await self.write(work)
-
-    async def forget_what_has_run_out(self, now: float) -> None:
-        """Delete what was good for a while only; `now` is in seconds since the epoch."""
-
-        def work(session: Session) -> None:
-            session.execute(delete(SshPass).where(SshPass.expires_at <= now))
-            session.execute(delete(LoginCode).where(LoginCode.expires_at <= now - SEEN_SECONDS))
-
-        await self.write(work)
 
     # Tasks
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from kohakuriver.config import write_private
 from kohakuriver.ssh_proxy.jump import check_or_make_key
-from kohakuriver.store import Store
+from kohakuriver.store import Store, kept
 
 __all__ = ["shared_host_key"]
 
@@ -19,7 +19,7 @@ async def shared_host_key(store: Store, path: Path) -> Path:
     """
     await asyncio.to_thread(check_or_make_key, path)
     own = path.read_text("utf-8")
-    kept = await store.kept("ssh_host_key", own)
-    if kept != own:
-        write_private(path, kept)
+    shared = await kept(store, "ssh_host_key", own)
+    if shared != own:
+        write_private(path, shared)
     return path

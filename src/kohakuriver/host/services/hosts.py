@@ -12,7 +12,7 @@ from kohakuriver.changes import Changes
 from kohakuriver.errors import KohakuRiverError, UnavailableError
 from kohakuriver.host.services.grants import Grants
 from kohakuriver.host.services.nodes import Nodes
-from kohakuriver.store import News, Store
+from kohakuriver.store import News, Store, forget_what_has_run_out
 
 __all__ = ["Hosts", "Readiness"]
 
@@ -75,7 +75,7 @@ class Hosts:
     async def clean(self) -> None:
         """Do that once, if it is for this host to do. Raises KohakuRiverError when the database fails."""
         if self.leads:
-            await self._store.forget_what_has_run_out(self._clock())
+            await forget_what_has_run_out(self._store, self._clock())
             await self._grants.counts.forget_the_dead()
 
 
