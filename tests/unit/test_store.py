@@ -114,7 +114,7 @@ def test_a_strangers_key_costs_one_look_up_by_an_index_however_many_tasks_there_
                     a_task(number, f"t{number}", ssh_keys=[f"ssh-rsa K{number}", "ssh-rsa EVERYWHERE"])
                 )
             asked: list[str] = []
-            event.listen(store._engine, "before_cursor_execute", lambda *call: asked.append(call[2]))
+            event.listen(store._database.engine, "before_cursor_execute", lambda *call: asked.append(call[2]))
             for key, known in (("ssh-rsa K17", True), ("ssh-rsa EVERYWHERE", True), ("ssh-rsa K", False)):
                 asked.clear()
                 assert await store.lets_in(key) is known
@@ -135,7 +135,7 @@ def test_a_thousand_requests_with_one_token_at_once_are_two_questions(run: Run, 
             await accounts.add_user("ann", "user")
             await accounts.add_token("secret", kind="user", name="ann", label="one")
             asked: list[str] = []
-            event.listen(store._engine, "before_cursor_execute", lambda *call: asked.append(call[2]))
+            event.listen(store._database.engine, "before_cursor_execute", lambda *call: asked.append(call[2]))
             found = await asyncio.gather(*(accounts.token("secret") for _ in range(1000)), accounts.token("other"))
             assert {user.name if user else None for _, user in found[:-1]} == {"ann"}
             assert found[-1] == (None, None)
@@ -409,7 +409,7 @@ def test_a_database_that_is_down_is_told_without_the_drivers_words(
 
     async def main() -> None:
         async with a_store(tmp_path) as store:
-            monkeypatch.setattr(store._engine.dialect, "name", "postgresql")
+            monkeypatch.setattr(store._database.engine.dialect, "name", "postgresql")
             with pytest.raises(HostUnreachableError, match="database is down") as caught:
                 await store.read(refuse)
             assert "10.0.0.7" not in caught.value.message

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn, TypeVar, cast
 
 import structlog
-from sqlalchemy import Engine, delete, func, select, update
+from sqlalchemy import delete, func, select, update
 from sqlalchemy.engine import URL, make_url
 from sqlalchemy.exc import ArgumentError, DataError, DBAPIError, IntegrityError, InterfaceError, OperationalError
 from sqlalchemy.orm import Session
@@ -112,10 +112,6 @@ class Store:
         return store
 
     @property
-    def _engine(self) -> Engine:
-        return self._database.engine
-
-    @property
     def server(self) -> PostgresServer | None:
         """The database where other hosts may work on it, too, else None."""
         return cast("PostgresServer", self._database) if self._database.shared else None
@@ -133,7 +129,7 @@ class Store:
         except DataError as error:  # PostgreSQL holds no text with a NUL, say, nor looks for one
             raise UsageError(f"The database can't hold what was given: {_reason(error)}.") from error
         except DBAPIError as error:
-            if isinstance(error, (OperationalError, InterfaceError)) and self._engine.dialect.name != "sqlite":
+            if isinstance(error, (OperationalError, InterfaceError)) and self._database.engine.dialect.name != "sqlite":
                 self._is_down(_reason(error), error)
             raise KohakuRiverError(f"The database failed: {_reason(error)}.", code="database") from error
         except SilentError as error:
