@@ -104,6 +104,20 @@ def test_hosts_of_which_none_answers_are_all_named_in_one_sentence(run: Run) -> 
     run(main())
 
 
+def test_what_all_hosts_say_is_said_once(run: Run) -> None:
+    async def main() -> None:
+        down = HostUnreachableError("The host's database is down.", code="database_down", status=503)
+
+        async def open_at(server: Server) -> None:
+            raise down
+
+        with pytest.raises(HostUnreachableError) as caught:
+            await Hosts(SETTINGS).reach("/x", open_at)
+        assert caught.value is down
+
+    run(main())
+
+
 def test_a_session_goes_by_the_first_host_that_is_there_and_the_next_one_when_that_goes(run: Run) -> None:
     async def main() -> None:
         hosts, down, tried = Hosts(SETTINGS), {"ws://a:8000"}, []

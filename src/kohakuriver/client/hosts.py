@@ -43,8 +43,8 @@ class Hosts:
 
 def nobody_answers(failures: list[HostUnreachableError]) -> HostUnreachableError:
     """The error for hosts of which none could be reached, each for its reason."""
-    if len(failures) == 1:
-        return failures[0]
-    last = failures[-1]
-    reasons = "; ".join(f"{each.message[:1].lower()}{each.message[1:].rstrip('.')}" for each in failures)
+    last, said = failures[-1], list(dict.fromkeys(each.message for each in failures))
+    if len(said) == 1:  # there is one host, or one database behind them
+        return last
+    reasons = "; ".join(f"{each[:1].lower()}{each[1:].rstrip('.')}" for each in said)
     return HostUnreachableError(f"No host answers: {reasons}.", code=last.code, status=last.status)
