@@ -18,7 +18,7 @@ from urllib.parse import urlsplit
 import httpx
 
 from kohakuriver.client.hosts import nobody_answers
-from kohakuriver.client.way import ANSWER_TIMEOUT, CONNECT_TIMEOUT, Way, unheard
+from kohakuriver.client.way import CONNECT_TIMEOUT, Way, time_for, unheard
 from kohakuriver.config import NAME_IN_BROWSERS, Settings, browser_url, path_segment
 from kohakuriver.errors import (
     HostUnreachableError,
@@ -512,7 +512,7 @@ class HostClient:
     ) -> Any:
         """The JSON of one answer. `hold` is how long, in seconds, the host was asked to take."""
         _check_text([body, params])
-        timeout = httpx.Timeout(ANSWER_TIMEOUT + hold, connect=CONNECT_TIMEOUT)
+        timeout = time_for(hold)
 
         async def ask(way: Way) -> httpx.Response:
             with way.in_words(), resolving():

@@ -13,10 +13,15 @@ from kohakuriver.errors import NOT_OUR_ANSWER, HostUnreachableError, KohakuRiver
 from kohakuriver.http_proxy import HttpProxy, http_proxy
 from kohakuriver.no_connection import reason
 
-__all__ = ["ANSWER_TIMEOUT", "CONNECT_TIMEOUT", "Way", "unheard"]
+__all__ = ["ANSWER_TIMEOUT", "CONNECT_TIMEOUT", "Way", "time_for", "unheard"]
 
 CONNECT_TIMEOUT = 10.0
 ANSWER_TIMEOUT = 60.0
+
+
+def time_for(hold: float) -> httpx.Timeout:
+    """How long an answer may take that the host was asked to hold back for so many seconds."""
+    return httpx.Timeout(ANSWER_TIMEOUT + hold, connect=CONNECT_TIMEOUT)
 
 
 class Way:
@@ -31,7 +36,7 @@ class Way:
         self.http = httpx.AsyncClient(
             base_url=url,
             headers=headers,
-            timeout=httpx.Timeout(ANSWER_TIMEOUT, connect=CONNECT_TIMEOUT),
+            timeout=time_for(0),
             transport=transport,
             # As for the WebSockets: the same certificate authorities, and the same HTTP proxy.
             verify=tls.trusted_at(url, ca_file),
