@@ -89,6 +89,8 @@ def test_a_host_that_is_killed_stalls_its_sessions_for_seconds_alone(hosts: TwoH
         hosts.hosts["a"].stop(signal.SIGKILL)
         began = time.monotonic()
         assert all(each.goes_on() for each in flows), [each.broken for each in flows]
-        assert time.monotonic() - began < BACK
+        seconds = time.monotonic() - began
         hosts.start_host("a")
+    print(f"all go on {seconds:.2f} s after the kill, slowest round {max(each.slowest for each in flows):.2f} s")
+    assert seconds < BACK
     assert max(each.slowest for each in flows) < BACK
