@@ -19,6 +19,7 @@ import pytest
 import structlog
 
 from kohakuriver import runtime as loops
+from tests.support.postgres import Postgres, a_server
 
 T = TypeVar("T")
 
@@ -91,6 +92,13 @@ async def _watched(main: Coroutine[Any, Any, T]) -> T:
     for context in unseen:
         raise AssertionError(f"the loop saw: {context}") from context.get("exception")
     return result
+
+
+@pytest.fixture(scope="session")
+def postgres() -> Iterator[Postgres]:
+    """A server that tests share, each with databases of its own."""
+    with a_server() as server:
+        yield server
 
 
 @pytest.fixture

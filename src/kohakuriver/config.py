@@ -34,6 +34,7 @@ __all__ = [
     "clean_token",
     "config_dir",
     "host_url",
+    "host_urls",
     "left_cluster",
     "load_settings",
     "path_segment",
@@ -111,6 +112,15 @@ def host_url(text: str, port: int = DEFAULT_HOST_PORT) -> str:
     if not valid or parts.query or parts.fragment or parts.username or any(c.isspace() for c in bare):
         raise UsageError(f"The host must be a URL like http://name:8000 or a host name, not {text!r}.")
     return bare
+
+
+def host_urls(text: str, port: int = DEFAULT_HOST_PORT) -> tuple[str, ...]:
+    """The URLs of one host, or of several that work on the same database, with commas or spaces between.
+
+    Raises UsageError.
+    """
+    parts = [part for each in text.split(",") for part in each.split() or [""]]
+    return tuple(dict.fromkeys(host_url(part, port) for part in parts))
 
 
 def browser_url(url: str, name: str) -> str:
@@ -217,7 +227,7 @@ def remove_cluster(cluster: Cluster) -> None:
 
 @dataclass(frozen=True)
 class Logins:
-    """What `kohakuriver auth login` keeps, by the host's URL; `current` is the host of the last login.
+    """What `kohakuriver auth login` keeps, by the host's URL; `current` is the host of the last login, or its hosts.
 
     `ca_files` are the authorities by which a host was trusted then, for hosts that needed a file.
     """
@@ -295,7 +305,11 @@ def _private_to_append(path: Path) -> IO[str]:
 
 @dataclass(frozen=True)
 class Settings:
-    """The resolved settings of a user's command. Build it with `load_settings`."""
+    """The resolved settings of a user's command. Build it with `load_settings`.
+
+    `other_hosts` are asked when the one at `host` does not answer: they work on the same database. `ssh_proxy` are the
+    addresses of their SSH proxies, in the same order, with commas between.
+    """
 
     host: str
     token: str | None = field(default=None, repr=False)
@@ -310,6 +324,17 @@ class Settings:
     udp_idle: str | float | None = None
     udp_peers: str | int | None = None
     resume_for: str | int | None = None
+    other_hosts: tuple[str, ...] = ()
+
+    @property
+    def hosts(self) -> tuple[str, ...]:
+        """The URLs of all hosts, in the order in which they are asked."""
+        return (self.host, *self.other_hosts)
+
+    @property
+    def named(self) -> str:
+        """The hosts, as the setting `host` takes them."""
+        return ",".join(self.hosts)
 
 
 _TEXTS = ("host", "token", "ssh_proxy", "ca_file", "path")
@@ -381,22 +406,27 @@ def _filled_in(given: dict[str, Any]) -> Settings:
     if port is not None and not named:
         named = "127.0.0.1"
     known = cluster.host_url if cluster else logins.current or DEFAULT_HOST
-    host = host_url(named, port or DEFAULT_HOST_PORT) if named else known
+    hosts = host_urls(named, port or DEFAULT_HOST_PORT) if named else tuple(known.split(","))
+    host, *others = hosts
     token, ssh_proxy = given.get("token"), given.get("ssh_proxy")
     if token is None:
-        token = _of_host(logins.tokens, host)
+        token = next((kept for each in hosts if (kept := _of_host(logins.tokens, each)) is not None), None)
     ssh_port = _port_of("KOHAKURIVER_SSH_PROXY_PORT")
     if ssh_port is not None:
-        ssh_proxy = ssh_proxy or f"{urlsplit(host).hostname}:{ssh_port}"
+        ssh_proxy = ssh_proxy or _ssh_proxies(hosts, ssh_port)
     # The token of the cluster on this machine is for that cluster alone: never sent to any other host.
     if cluster is not None and _same_host(host, cluster.host_url):
         token = cluster.token if token is None else token
         ssh_proxy = ssh_proxy or cluster.ssh_proxy
     numbers = {name: given[name] for name in _NUMBERS if name in given}
-    ssh_proxy = ssh_proxy or f"{urlsplit(host).hostname}:{DEFAULT_SSH_PORT}"
+    ssh_proxy = ssh_proxy or _ssh_proxies(hosts, DEFAULT_SSH_PORT)
     ca_file = given.get("ca_file") or _of_host(logins.ca_files, host)
     token = None if token is None else clean_token(token)
-    return Settings(host, token, ssh_proxy, ca_file, given.get("path"), **numbers)
+    return Settings(host, token, ssh_proxy, ca_file, given.get("path"), other_hosts=tuple(others), **numbers)
+
+
+def _ssh_proxies(hosts: tuple[str, ...], port: int) -> str:
+    return ",".join(f"{urlsplit(host).hostname}:{port}" for host in hosts)
 
 
 def _port_of(variable: str) -> int | None:

@@ -93,8 +93,8 @@ class Proxy:
         """The input with what it can't know filled in, and the passes among that."""
         passes: set[str] = set()
         while b"{pass}" in data:
-            caller = await self.host.forwards._credentials.session_caller(self.token)
-            one = self.host.forwards.ssh_pass(caller, int(self.ids[MINE]))
+            _, token = await self.host.forwards._credentials.caller(self.token)
+            one = await self.host.forwards.ssh_pass(token, int(self.ids[MINE]))
             passes.add(one)
             data = data.replace(b"{pass}", one.encode(), 1)
         known = {b"{token}": self.token.encode(), b"{id}": self.ids[MINE].encode(), b"{long}": LONG}

@@ -847,7 +847,7 @@ def test_a_session_that_nobody_uses_ends(scene: Callable[..., None], monkeypatch
     async def check(made: Scene) -> None:
         await made.surfer.connections(made.origin).aclose()
         await until(lambda: not made.stage.host.app_server.sessions.carrier.open)
-        assert made.stage.host.grants.open_of("admin") == 0
+        assert await made.stage.host.grants.open_of("admin") == 0
 
     scene(check)
 

@@ -34,6 +34,7 @@ from kohakuriver.host.services.failures import Failures
 from kohakuriver.host.services.feed import Feed
 from kohakuriver.host.services.grants import Grants
 from kohakuriver.host.services.groups import GroupsOfUsers
+from kohakuriver.host.services.hosts import Hosts, Readiness
 from kohakuriver.host.services.links import AppLinks
 from kohakuriver.host.services.logins import Logins
 from kohakuriver.host.services.logs import Logs
@@ -52,12 +53,23 @@ from kohakuriver.limits import Limits
 from kohakuriver.quotas import Offer, Quotas
 from kohakuriver.runtime import cancel_all
 from kohakuriver.session import ticket
-from kohakuriver.store import Accounts, Browsers, DeviceCodes, Groups, Identities, Store, sqlite_url
+from kohakuriver.store import (
+    Accounts,
+    Browsers,
+    DeviceCodes,
+    Groups,
+    Identities,
+    SessionCounts,
+    Store,
+    apps_key,
+    sqlite_url,
+)
 from kohakuriver.store.links import Links as StoredLinks
 from kohakuriver.tls import ServerCertificate
 from kohakuriver.tunnel.accept import TunnelRoute, serve_ws
 from kohakuriver.tunnel.protocol import TUNNEL_V2
 from kohakuriver.web.origin import Guard
+from tests.support.databases import database_url
 from tests.support.serving import serving
 
 HEARTBEAT_SECONDS = 5.0
@@ -183,7 +195,10 @@ class HostUnderTest:
         self.tasks = Tasks(store, accounts, self.nodes, self.runners, changes, audit=audit, clock=clock)
         self.requests = Requests(rate=limits.max_requests, most=limits.max_under_way)
         self.revoked: list[tuple[str, ...]] = []
-        self.grants = Grants(accounts, requests=self.requests, audit=audit, revoke=self._revoke)
+        self.counts = SessionCounts(store)
+        self.grants = Grants(accounts, requests=self.requests, audit=audit, revoke=self._revoke, counts=self.counts)
+        self.hosts = Hosts(store, self.grants, self.nodes, changes, clock=clock)
+        self.readiness = Readiness(store)
         access = Access(store, accounts)
         self.forwards = Forwards(credentials, access, self.grants, store, self.nodes, self.tasks)
         self.proxy = TunnelProxy(
@@ -235,6 +250,7 @@ class HostUnderTest:
                 AppLinks(StoredLinks(store, clock=clock), self.app_server.apps, self.grants, clock=clock),
                 self.sessions,
                 self.feed,
+                self.readiness,
             ),
             self.guard,
         )
@@ -323,10 +339,12 @@ async def a_host(
 ) -> AsyncIterator[HostUnderTest]:
     """A host with its state in `directory`, perhaps with an OpenID provider; `where` browsers find it and its apps.
 
-    A new one begins with a copy of what the first of this process made.
+    On SQLite a new one begins with a copy of what the first of this process made.
     """
-    await _begin(directory)
-    store = await Store.open(sqlite_url(directory / "host.db"))
+    url = database_url(directory)
+    if url == sqlite_url(directory / "host.db"):
+        await _begin(directory)
+    store = await Store.open(url)
     clock = Clock()
     limits = limits or Limits(max_requests=0)
     accounts = Accounts(store, defaults=Quotas.by_default(limits), clock=clock)
@@ -335,7 +353,7 @@ async def a_host(
     credentials = Credentials(accounts, allow_anonymous=allow_anonymous, audit=audit, failures=failures, clock=clock)
     await credentials.load_or_make(directory)
     tls = certificate is not None
-    host = HostUnderTest(store, accounts, credentials, clock, audit, limits, oidc, await store.apps_key(), where, tls)
+    host = HostUnderTest(store, accounts, credentials, clock, audit, limits, oidc, await apps_key(store), where, tls)
     async with host.stack:
         host.stack.callback(audit.close)
         host.stack.push_async_callback(store.close)

@@ -7,6 +7,40 @@ from collections.abc import Iterator
 
 import pytest
 
+from tests.support import databases
+from tests.support.postgres import Postgres
+
+ON_EACH_DATABASE = {
+    "test_authorize",
+    "test_browser",
+    "test_host_api",
+    "test_nodes",
+    "test_people",
+    "test_schema",
+    "test_store",
+}
+"""Modules whose tests run on each kind of database, but for those marked `sqlite_only`."""
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    """A database for each kind."""
+    module = metafunc.module.__name__.rpartition(".")[2]
+    if module in ON_EACH_DATABASE:
+        only = metafunc.definition.get_closest_marker("sqlite_only") is not None
+        metafunc.parametrize("_database", databases.KINDS[:1] if only else databases.KINDS, indirect=True)
+
+
+@pytest.fixture(autouse=True)
+def _database(request: pytest.FixtureRequest) -> Iterator[None]:
+    if getattr(request, "param", "sqlite") == "sqlite":
+        yield
+        return
+    server: Postgres = request.getfixturevalue("postgres")
+    with server.lent_database() as lend:
+        databases.use(lend)
+        yield
+        databases.use(None)
+
 
 @pytest.fixture
 def taken_port() -> Iterator[int]:

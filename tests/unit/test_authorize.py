@@ -13,9 +13,10 @@ from websockets.exceptions import InvalidStatus
 from websockets.typing import Subprotocol
 
 from kohakuriver.errors import NotAllowedError, NotFoundError, UnauthenticatedError, UnavailableError
-from kohakuriver.host.services.grants import PASS_SECONDS, Passes
 from kohakuriver.session import ticket
 from kohakuriver.session.nodes import NodeOfflineError
+from kohakuriver.store import Passes
+from kohakuriver.store.passes import PASS_SECONDS
 from kohakuriver.tunnel.protocol import TUNNEL_V2
 from tests.support.host_only import a_host
 
@@ -67,7 +68,7 @@ def test_a_pass_stands_for_a_token_for_one_ssh_connection_to_one_task_within_a_m
             for name in ("web", "other"):
                 await host.create(name=name)
             now = 0.0
-            host.forwards._passes = Passes(clock=lambda: now)
+            host.forwards._passes = Passes(host.store, clock=lambda: now)
 
             async def a_pass() -> str:
                 answer = await host.user.post("/api/tasks/web/ssh-pass")

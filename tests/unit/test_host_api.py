@@ -650,6 +650,7 @@ def test_a_body_that_is_no_json_is_refused_in_a_sentence(run: Run, tmp_path: Pat
     run(check())
 
 
+@pytest.mark.sqlite_only
 def test_the_tokens_are_for_their_owner_alone_and_stay_good_with_a_new_database(run: Run, tmp_path: Path) -> None:
     async def check() -> None:
         async with a_host(tmp_path) as host:
@@ -726,6 +727,7 @@ def test_the_description_of_the_api_asks_for_a_token_wherever_one_is_needed(run:
     run(check())
 
 
+@pytest.mark.sqlite_only
 def test_a_host_whose_database_does_not_answer_is_not_ready_and_says_so_soon(
     run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -736,21 +738,22 @@ def test_a_host_whose_database_does_not_answer_is_not_ready_and_says_so_soon(
             answers = threading.Event()
             held = asyncio.ensure_future(host.store.read(lambda _session: answers.wait(60)))
             try:
-                refused = await asyncio.gather(*(host.nobody.get("/ready") for _ in range(10)))
+                refused = await asyncio.gather(*(host.nobody.get("/health/ready") for _ in range(10)))
                 assert {answer.status_code for answer in refused} == {503}
                 assert {answer.json()["error"] for answer in refused} == {"database_down"}
                 assert "does not answer" in refused[0].json()["message"]
-                assert host.store._threads._work_queue.qsize() == 1
+                assert host.store._database._thread._work_queue.qsize() == 1  # type: ignore[attr-defined]
                 assert (await host.nobody.get("/health")).status_code == 200
             finally:
                 answers.set()
             await held
             monkeypatch.setattr("kohakuriver.store.database.CHECK_SECONDS", 60)
-            assert (await host.nobody.get("/ready")).status_code == 200
+            assert (await host.nobody.get("/health/ready")).status_code == 200
 
     run(check())
 
 
+@pytest.mark.sqlite_only
 def test_a_nodes_heartbeat_does_not_wait_behind_what_users_ask(run: Run, tmp_path: Path) -> None:
     async def check() -> None:
         async with a_host(tmp_path) as host:
@@ -771,6 +774,7 @@ def test_a_nodes_heartbeat_does_not_wait_behind_what_users_ask(run: Run, tmp_pat
     run(check())
 
 
+@pytest.mark.sqlite_only
 def test_many_who_wait_for_a_task_ask_the_database_once_in_a_while_for_all_of_them(
     run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -917,9 +921,9 @@ def test_the_host_says_what_it_is_and_whether_its_database_works(
     async def check() -> None:
         async with a_host(tmp_path) as host:
             assert (await host.nobody.get("/")).json()["name"] == "KohakuRiver host"
-            assert (await host.nobody.get("/ready")).status_code == 200
+            assert (await host.nobody.get("/health/ready")).status_code == 200
             monkeypatch.setattr(host.store, "read", Full(host).fails)
-            down = await host.nobody.get("/ready")
+            down = await host.nobody.get("/health/ready")
             assert (down.status_code, down.json()["error"]) == (503, "database_down")
             assert "disk is full" in down.json()["message"]
 

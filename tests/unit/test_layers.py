@@ -85,6 +85,7 @@ STARTED_BY_CLI = {"kohakuriver.host", "kohakuriver.runner"}
 ONLY_IN = {
     "aiodocker": {"runner"},
     "authlib": {"host"},
+    "alembic": {"store"},
     "asyncssh": {"ssh_proxy"},
     "cryptography": {"cli", "host_keys", "runner", "tls"},
     "httptools": {"gateway"},
@@ -94,6 +95,7 @@ ONLY_IN = {
     "sqlalchemy": {"store"},
     "starlette": {"web", "host", "runner"},
     "typer": {"cli"},
+    "psycopg": {"store"},
     "rich": {"cli"},
     "uvicorn": {"web", "host", "runner", "tunnel"},
     "httpx": {"client", "web", "host", "runner", "cli"},

@@ -123,6 +123,29 @@ def test_sites_that_were_named_are_taken() -> None:
     assert not taken(guard, "localhost:8000", "https://portal.example.evil.example")
 
 
+async def status_of(url: str, *request: bytes) -> int:
+    """Of the answer to a request that has these lines alone."""
+    async with dial(int(url.rpartition(":")[2])) as (reader, writer):
+        writer.write(b"\r\n".join(request) + b"\r\n\r\n")
+        return int((await reader.readline()).split()[1])
+
+
+def test_a_balancer_that_names_no_host_hears_how_the_host_is_and_nothing_else(run: Run, tmp_path: Path) -> None:
+    """As HTTP/1.0 does, and no browser: a page gets nowhere by it."""
+
+    async def check() -> None:
+        async with a_host(tmp_path) as host:
+            for path in (b"/health", b"/health/live", b"/health/ready"):
+                assert await status_of(host.url, b"GET %s HTTP/1.0" % path) == 200
+                assert await status_of(host.url, b"GET %s HTTP/1.1" % path, b"Host: evil.example") == 403
+                assert await status_of(host.url, b"GET %s HTTP/1.0" % path, b"Origin: http://evil.example") == 403
+                assert await status_of(host.url, b"GET %s HTTP/1.1" % path) == 403
+            for path in (b"/", b"/docs", b"/login", b"/api/tasks", b"/health/", b"/health/../docs"):
+                assert await status_of(host.url, b"GET %s HTTP/1.0" % path) == 403
+
+    run(check())
+
+
 async def websocket_status(url: str, **headers: str) -> int:
     try:
         async with connect(url, additional_headers=headers, proxy=None):

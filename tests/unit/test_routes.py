@@ -60,7 +60,8 @@ BY_NODES: Rule = {"node": "in", "this node": "in", "other node": "403"}
 
 HOST_RULES: dict[Route, Rule] = {
     ("GET", "/health"): OPEN,
-    ("GET", "/ready"): OPEN,
+    ("GET", "/health/live"): OPEN,
+    ("GET", "/health/ready"): OPEN,
     ("GET", "/"): OPEN,
     ("GET", "/plain"): OPEN,
     ("GET", "/assets/{name}"): OPEN,

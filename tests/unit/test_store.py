@@ -3,6 +3,7 @@ from __future__ import annotations
 import asyncio
 import os
 import sqlite3
+import sys
 import threading
 from collections.abc import AsyncIterator, Callable, Coroutine
 from contextlib import asynccontextmanager, closing
@@ -15,10 +16,10 @@ from sqlalchemy.exc import DataError, OperationalError
 from sqlalchemy.orm import Session
 
 from kohakuriver.errors import HostUnreachableError, KohakuRiverError, NotFoundError, UsageError
-from kohakuriver.store import ANY_NODE, Accounts, Node, Store, Task, sqlite_url
-from kohakuriver.store.accounts import digest
+from kohakuriver.store import Accounts, Node, Store, Task, sqlite_url
 from kohakuriver.store.database import find_task
 from kohakuriver.store.models import TaskKey
+from tests.support.databases import database_url
 
 Run = Callable[[Coroutine[Any, Any, None]], None]
 
@@ -40,7 +41,7 @@ def a_task(task_id: int, name: str | None, **changes: Any) -> Task:
 
 @asynccontextmanager
 async def a_store(directory: Path) -> AsyncIterator[Store]:
-    store = await Store.open(sqlite_url(directory / "host.db"))
+    store = await Store.open(database_url(directory))
     try:
         yield store
     finally:
@@ -103,6 +104,7 @@ def test_a_public_key_is_found_in_the_tasks_that_have_it_and_no_part_of_it_is(ru
     run(check())
 
 
+@pytest.mark.sqlite_only
 def test_a_strangers_key_costs_one_look_up_by_an_index_however_many_tasks_there_are(run: Run, tmp_path: Path) -> None:
     async def check() -> None:
         async with a_store(tmp_path) as store:
@@ -112,7 +114,7 @@ def test_a_strangers_key_costs_one_look_up_by_an_index_however_many_tasks_there_
                     a_task(number, f"t{number}", ssh_keys=[f"ssh-rsa K{number}", "ssh-rsa EVERYWHERE"])
                 )
             asked: list[str] = []
-            event.listen(store._engine, "before_cursor_execute", lambda *call: asked.append(call[2]))
+            event.listen(store._database.engine, "before_cursor_execute", lambda *call: asked.append(call[2]))
             for key, known in (("ssh-rsa K17", True), ("ssh-rsa EVERYWHERE", True), ("ssh-rsa K", False)):
                 asked.clear()
                 assert await store.lets_in(key) is known
@@ -133,7 +135,7 @@ def test_a_thousand_requests_with_one_token_at_once_are_two_questions(run: Run, 
             await accounts.add_user("ann", "user")
             await accounts.add_token("secret", kind="user", name="ann", label="one")
             asked: list[str] = []
-            event.listen(store._engine, "before_cursor_execute", lambda *call: asked.append(call[2]))
+            event.listen(store._database.engine, "before_cursor_execute", lambda *call: asked.append(call[2]))
             found = await asyncio.gather(*(accounts.token("secret") for _ in range(1000)), accounts.token("other"))
             assert {user.name if user else None for _, user in found[:-1]} == {"ann"}
             assert found[-1] == (None, None)
@@ -216,6 +218,7 @@ def test_an_older_report_never_undoes_a_newer_one(run: Run, tmp_path: Path) -> N
     run(check())
 
 
+@pytest.mark.sqlite_only
 def test_a_token_is_kept_as_its_digest_alone(run: Run, tmp_path: Path) -> None:
     async def check() -> None:
         async with a_store(tmp_path) as store:
@@ -266,6 +269,7 @@ def test_database_work_leaves_the_event_loop_free(run: Run, tmp_path: Path) -> N
     run(check())
 
 
+@pytest.mark.sqlite_only
 def test_what_is_read_together_is_from_one_moment_whoever_writes_meanwhile(run: Run, tmp_path: Path) -> None:
     async def check() -> None:
         async with a_store(tmp_path) as store:
@@ -287,6 +291,7 @@ def test_what_is_read_together_is_from_one_moment_whoever_writes_meanwhile(run: 
     run(check())
 
 
+@pytest.mark.sqlite_only
 def test_nobody_writes_between_the_look_at_a_row_and_the_change_of_it(run: Run, tmp_path: Path) -> None:
     async def check() -> None:
         async with a_store(tmp_path) as store:
@@ -308,6 +313,7 @@ def test_nobody_writes_between_the_look_at_a_row_and_the_change_of_it(run: Run, 
     run(check())
 
 
+@pytest.mark.sqlite_only
 @pytest.mark.parametrize("before", ["nothing", "a database that others can read"])
 def test_nobody_else_can_read_the_file_whatever_the_umask_is(run: Run, tmp_path: Path, before: str) -> None:
     async def check() -> None:
@@ -328,6 +334,7 @@ def test_nobody_else_can_read_the_file_whatever_the_umask_is(run: Run, tmp_path:
         os.umask(umask)
 
 
+@pytest.mark.sqlite_only
 def test_the_file_is_in_wal_mode_so_that_readers_never_wait_for_a_writer(run: Run, tmp_path: Path) -> None:
     async def check() -> None:
         async with a_store(tmp_path):
@@ -338,75 +345,7 @@ def test_the_file_is_in_wal_mode_so_that_readers_never_wait_for_a_writer(run: Ru
     run(check())
 
 
-VERSION_1 = """
-CREATE TABLE meta ("key" VARCHAR(64) NOT NULL, value TEXT NOT NULL, PRIMARY KEY ("key"));
-INSERT INTO meta VALUES ('schema', '1');
-CREATE TABLE nodes (name VARCHAR(63) NOT NULL, url TEXT NOT NULL, instance VARCHAR(64) NOT NULL,
-    version VARCHAR(64) NOT NULL, backends JSON NOT NULL, ticket_key BLOB NOT NULL, last_seen FLOAT NOT NULL,
-    "left" BOOLEAN NOT NULL, traffic JSON NOT NULL, PRIMARY KEY (name));
-INSERT INTO nodes VALUES ('n1', 'http://n:1', 'i', '0.1', '["process"]', x'6b6579', 1.0, 0, '{}');
-CREATE TABLE tasks (task_id BIGINT NOT NULL, name VARCHAR(63), node VARCHAR(63) NOT NULL, backend VARCHAR(16) NOT NULL,
-    container VARCHAR(128) NOT NULL, engine_name TEXT, image TEXT, address TEXT, owner VARCHAR(63) NOT NULL,
-    status VARCHAR(16) NOT NULL, message TEXT, tunnel BOOLEAN NOT NULL, revision BIGINT NOT NULL,
-    removed BOOLEAN NOT NULL, created_at FLOAT NOT NULL, changed_at FLOAT NOT NULL, PRIMARY KEY (task_id),
-    UNIQUE (name), UNIQUE (container), FOREIGN KEY(node) REFERENCES nodes (name));
-INSERT INTO tasks
-    VALUES (1, 'web', 'n1', 'process', 'c1', NULL, NULL, NULL, 'admin', 'running', NULL, 1, 5, 0, 1.0, 1.0);
-CREATE TABLE tokens (digest VARCHAR(64) NOT NULL, kind VARCHAR(16) NOT NULL, name VARCHAR(63) NOT NULL,
-    created_at FLOAT NOT NULL, PRIMARY KEY (digest));
-"""
-
-
-def test_a_database_of_the_first_version_is_brought_up_to_date_with_all_that_is_in_it(run: Run, tmp_path: Path) -> None:
-    """The tables are written out as version 1 made them: what made them is gone."""
-    connection = sqlite3.connect(tmp_path / "host.db")
-    connection.executescript(VERSION_1)
-    for secret, kind, name in (("of-admin", "user", "admin"), ("of-nodes", "node", "nodes")):
-        connection.execute("INSERT INTO tokens VALUES (?, ?, ?, 1.0)", (digest(secret), kind, name))
-    connection.commit()
-    connection.close()
-
-    async def check() -> None:
-        for _ in range(2):  # the second time there is nothing left to do
-            async with a_store(tmp_path) as store:
-                accounts = Accounts(store)
-                await accounts.ensure_user("admin", "admin")
-                token, user = await accounts.token("of-admin")
-                assert token is not None
-                assert user is not None
-                assert (token.label, token.expires_at, token.revoked_at, user.role) == ("", None, None, "admin")
-                node_token, _ = await accounts.token("of-nodes")
-                assert node_token is not None
-                assert node_token.name == ANY_NODE
-                task, node = await store.task_and_node("web")
-                assert (task.owner, node.ticket_key) == ("admin", b"key")
-        async with a_store(tmp_path) as store:
-            await accounts_work(store)
-
-    async def accounts_work(store: Store) -> None:
-        accounts = Accounts(store)
-        await accounts.add_user("ann", "user")
-        await accounts.share(1, "ann")
-        assert await accounts.shares([1]) == {1: ["ann"]}
-        await accounts.add_token("new", kind="user", name="ann", label="laptop", expires_at=5.0)
-
-    run(check())
-
-
-def test_a_database_of_a_later_version_is_refused_rather_than_misread(run: Run, tmp_path: Path) -> None:
-    async def check() -> None:
-        async with a_store(tmp_path):
-            pass
-        connection = sqlite3.connect(tmp_path / "host.db")
-        connection.execute("UPDATE meta SET value = '99' WHERE key = 'schema'")
-        connection.commit()
-        connection.close()
-        with pytest.raises(UsageError, match="version 99"):
-            await Store.open(sqlite_url(tmp_path / "host.db"))
-
-    run(check())
-
-
+@pytest.mark.sqlite_only
 @pytest.mark.parametrize("url", ["nonsense", "nosuchdatabase://ann:hunter2@db/kr"])
 def test_a_database_that_can_not_be_used_is_refused_without_showing_its_password(run: Run, url: str) -> None:
     async def check() -> None:
@@ -417,6 +356,7 @@ def test_a_database_that_can_not_be_used_is_refused_without_showing_its_password
     run(check())
 
 
+@pytest.mark.sqlite_only
 def test_a_file_that_is_no_database_fails_in_a_sentence(run: Run, tmp_path: Path) -> None:
     async def check() -> None:
         (tmp_path / "host.db").write_text("this is a letter to my aunt, and longer than a page header\n" * 40)
@@ -438,14 +378,29 @@ def test_what_the_database_cannot_hold_is_the_callers_mistake(run: Run, tmp_path
     run(main())
 
 
-def test_a_driver_for_asynchronous_programs_is_refused_in_a_sentence(run: Run) -> None:
+@pytest.mark.sqlite_only
+@pytest.mark.parametrize("url", ["sqlite+aiosqlite:///x", "mysql://ann@db/kr", "postgresql+asyncpg://db/kr"])
+def test_a_database_that_is_neither_sqlite_nor_postgresql_is_refused_in_a_sentence(run: Run, url: str) -> None:
     async def check() -> None:
-        with pytest.raises(UsageError, match="write sqlite:// without it"):
-            await Store.open("sqlite+aiosqlite:///x")
+        with pytest.raises(UsageError, match="must be sqlite:///FILE or postgresql://"):
+            await Store.open(url)
 
     run(check())
 
 
+@pytest.mark.sqlite_only
+def test_who_lacks_the_driver_of_postgresql_is_told_what_to_install(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "psycopg", None)
+    monkeypatch.delitem(sys.modules, "kohakuriver.store.postgresql", raising=False)
+
+    async def check() -> None:
+        with pytest.raises(UsageError, match=r"Python package 'psycopg'; `pip install 'kohakuriver\[postgresql\]'`"):
+            await Store.open("postgresql://ann:hunter2@db/kr")
+
+    run(check())
+
+
+@pytest.mark.sqlite_only
 def test_a_database_that_is_down_is_told_without_the_drivers_words(
     run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -454,7 +409,7 @@ def test_a_database_that_is_down_is_told_without_the_drivers_words(
 
     async def main() -> None:
         async with a_store(tmp_path) as store:
-            monkeypatch.setattr(store._engine.dialect, "name", "postgresql")
+            monkeypatch.setattr(store._database.engine.dialect, "name", "postgresql")
             with pytest.raises(HostUnreachableError, match="database is down") as caught:
                 await store.read(refuse)
             assert "10.0.0.7" not in caught.value.message

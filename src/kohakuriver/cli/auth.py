@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import sys
+from collections.abc import Collection
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -47,17 +48,19 @@ def login(
     if web and (with_token or at.token):
         raise UsageError("--web gets a token from the host; give none with it.")
     settings = at.resolved()
-    url = settings.host
+    url = settings.named
     if plain_http:
-        accept_plain_http(url)
+        for host in settings.hosts:
+            accept_plain_http(host)
     at.ask_as(None, lambda client: client.health())
     secret = clean_token(at.token or (None if web else _read_token(url, or_browser=not with_token)) or _by_browser(at))
     who = at.ask_as(secret, lambda client: client.whoami())
     logins = read_logins()
-    ca_files = _without(url, logins.ca_files)
-    if settings.ca_file is not None and url.startswith("https:"):
-        ca_files[url] = str(Path(settings.ca_file).expanduser().absolute())
-    write_logins(Logins(url, {**logins.tokens, url: secret}, ca_files))
+    ca_files = _without(settings.hosts, logins.ca_files)
+    if settings.ca_file is not None:
+        file = str(Path(settings.ca_file).expanduser().absolute())
+        ca_files |= {host: file for host in settings.hosts if host.startswith("https:")}
+    write_logins(Logins(url, {**logins.tokens, **dict.fromkeys(settings.hosts, secret)}, ca_files))
     if at.json:
         output.json_line({"host": url, "user": who.user, "role": who.role})
     else:
@@ -65,8 +68,8 @@ def login(
     _warn_if_overruled(url, secret)
 
 
-def _without(url: str, kept: dict[str, str]) -> dict[str, str]:
-    return {host: text for host, text in kept.items() if host != url}
+def _without(hosts: Collection[str], kept: dict[str, str]) -> dict[str, str]:
+    return {host: text for host, text in kept.items() if host not in hosts}
 
 
 def _warn_if_overruled(url: str, secret: str) -> None:
@@ -74,9 +77,9 @@ def _warn_if_overruled(url: str, secret: str) -> None:
     from kohakuriver.config import load_settings, read_cluster, set_by
 
     settings = load_settings()
-    if settings.host != url:
+    if settings.named != url:
         by = set_by("host") or ("the cluster that `up` started" if read_cluster() else "another login")
-        output.note(f"Note: without --host {url} commands use {settings.host}, because of {by}.")
+        output.note(f"Note: without --host {url} commands use {settings.named}, because of {by}.")
     elif settings.token != secret:
         output.note(f"Note: commands use another token for {url}, because of {set_by('token')}.")
 
@@ -113,8 +116,9 @@ def logout(
     """Forget the token that was kept for a host."""
     from kohakuriver.config import Logins, read_logins, set_by, write_logins
 
-    url, logins = at.resolved().host, read_logins()
-    secret = logins.tokens.get(url)
+    settings, logins = at.resolved(), read_logins()
+    url, hosts = settings.named, settings.hosts
+    secret = logins.tokens.get(settings.host)
     if secret is not None and revoke:
 
         async def revoke_own(client: HostClient) -> None:
@@ -123,7 +127,7 @@ def logout(
         with contextlib.suppress(UnauthenticatedError):  # it is worth nothing already
             at.ask_as(secret, revoke_own)
     current = None if logins.current == url else logins.current
-    write_logins(Logins(current, _without(url, logins.tokens), _without(url, logins.ca_files)))
+    write_logins(Logins(current, _without(hosts, logins.tokens), _without(hosts, logins.ca_files)))
     if by := set_by("token"):
         output.note(f"Note: commands still show a token, because of {by}.")
     if json:
@@ -140,13 +144,13 @@ def status(at: Remote) -> None:
     who = at.ask(lambda client: client.whoami())
     source = _source(settings, at.token)
     if at.json:
-        shown = {"host": settings.host, "user": who.user, "role": who.role, "token": who.token.to_json()}
+        shown = {"host": settings.named, "user": who.user, "role": who.role, "token": who.token.to_json()}
         limits = {name: asdict(limit) for name, limit in who.limits.items()}
         output.json_line({**shown, "source": source, "limits": limits})
         return
     output.fields(
         [
-            ("host", settings.host),
+            ("host", settings.named),
             ("user", who.user),
             ("role", who.role),
             ("token", f"{who.token.name} ({who.token.id})"),

@@ -107,6 +107,15 @@ DrainOption = Annotated[
     int,
     typer.Option("--drain", min=0, max=3600, help="Seconds that forwards have to move to another host when it ends."),
 ]
+DrainNoticeOption = Annotated[
+    int,
+    typer.Option(
+        "--drain-notice",
+        min=0,
+        max=3600,
+        help="Seconds before that in which a host that ends is not ready, for a balancer to see, and still serves all.",
+    ),
+]
 MountsOption = Annotated[
     bool, typer.Option("--user-mounts", help="Let users who are no admins mount directories of the nodes.")
 ]
@@ -391,6 +400,7 @@ def host(
     ca_file: Annotated[Path | None, _ca_file("the runners' certificates")] = None,
     audit_log: AuditOption = None,
     drain: DrainOption = 0,
+    drain_notice: DrainNoticeOption = 0,
     user_mounts: MountsOption = False,
     apps_domain: AppsDomainOption = None,
     public_url: PublicUrlOption = None,
@@ -439,7 +449,7 @@ def runner(
     with _plain_logs():
         from kohakuriver.runner import RunnerOptions, serve
 
-    first, *others = map(config.host_url, host_url)
+    first, *others = dict.fromkeys(url for given in host_url for url in config.host_urls(given))
     more: dict[str, Any] = {"state_dir": common.state_dir or config.config_dir() / "runner"}
     more |= {"host_url": first, "other_hosts": others}
     return serve(built(RunnerOptions, {"backends": by_default(), **_given(ctx)}, **more))

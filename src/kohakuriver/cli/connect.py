@@ -10,6 +10,7 @@ import shlex
 import signal
 from collections.abc import Iterator
 from dataclasses import replace
+from functools import partial
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -248,18 +249,14 @@ class Session:
             os.write(2, f"{end if self._start.tty else ''}{sentence}{end}".encode())
 
     async def _open(self) -> MessageLink | OldTerminal:
+        from kohakuriver.client.hosts import Hosts
         from kohakuriver.config import path_segment
-        from kohakuriver.http_proxy import http_proxy
-        from kohakuriver.tls import client_context
-        from kohakuriver.tunnel.dial import Server, open_messages
+        from kohakuriver.tunnel.dial import open_messages
         from kohakuriver.tunnel.protocol import TERMINAL_V2
 
-        base = self._settings.host.replace("http", "ws", 1)
         tty = "1" if self._start.tty else "0"
-        url = f"{base}/ws/task/{path_segment(self._task)}/terminal?start=1&tty={tty}"
-        trusted = client_context(self._settings.host, self._settings.ca_file)
-        server = Server(url, self._settings.token, trusted, http_proxy(url))
-        link = await open_messages(server, subprotocols=(TERMINAL_V2,))
+        path = f"/ws/task/{path_segment(self._task)}/terminal?start=1&tty={tty}"
+        link = await Hosts(self._settings).reach(path, partial(open_messages, subprotocols=(TERMINAL_V2,)))
         if self._start.tty:
             link.limit_window()
         return link if link.subprotocol == TERMINAL_V2 else self._old(link)

@@ -128,7 +128,7 @@ class _Demo:
     async def _forward(self, settings: Settings, port: int) -> AsyncIterator[Forward]:
         from kohakuriver.client.api import forward
 
-        opened = forward(TASK_NAME, port, host=settings.host, token=settings.token, on_event=self._on_event)
+        opened = forward(TASK_NAME, port, host=settings.named, token=settings.token, on_event=self._on_event)
         async with opened as fwd:
             await asyncio.wait_for(_until_served(fwd), SERVICE_TIMEOUT)
             yield fwd

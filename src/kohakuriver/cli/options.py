@@ -100,7 +100,8 @@ class Place:
         typer.Option(
             "--host",
             metavar="URL",
-            help="The host: a URL or a name. Default: KOHAKURIVER_HOST, config.toml, the cluster that 'up' started.",
+            help="The host: a URL or a name, or several with commas between, of which the first that answers is asked. "
+            "Default: KOHAKURIVER_HOST, config.toml, the cluster that 'up' started.",
             show_default=False,
             rich_help_panel=_PANEL,
         ),
@@ -217,11 +218,12 @@ def _warned(chosen: Settings) -> Settings:
     from kohakuriver.config import accept_plain_http, accepts_plain_http
     from kohakuriver.tls import sends_in_clear
 
-    if sends_in_clear(chosen.host) and not accepts_plain_http(chosen.host):
-        output.note(
-            f"Warning: {chosen.host} is plain HTTP: others on the network can read what goes there. This is said once."
-        )
-        accept_plain_http(chosen.host)
+    for host in chosen.hosts:
+        if sends_in_clear(host) and not accepts_plain_http(host):
+            output.note(
+                f"Warning: {host} is plain HTTP: others on the network can read what goes there. This is said once."
+            )
+            accept_plain_http(host)
     return chosen
 
 

@@ -59,7 +59,7 @@ def ssh_proxy(
 
     settings = at.resolved(at.token)
     ssh_dial.proxy(
-        host=settings.host,
+        host=settings.named,
         token=settings.token,
         ssh_proxy=settings.ssh_proxy,
         ca_file=settings.ca_file,
@@ -146,10 +146,10 @@ def connect(
     settings = at.settings()
     ssh_proxy = settings.ssh_proxy
     if proxy_port is not None:
-        ssh_proxy = f"{ssh_proxy.rpartition(':')[0]}:{proxy_port}"
+        ssh_proxy = ",".join(f"{each.rpartition(':')[0]}:{proxy_port}" for each in ssh_proxy.split(","))
     found = at.ask(lambda client: client.task(task))
     # ssh would say less about why it can't connect, and always exit with 255.
-    shown = ssh_dial.to_show(settings.host, str(found.task_id), settings.token, settings.ca_file)
+    shown = ssh_dial.to_show(settings.named, str(found.task_id), settings.token, settings.ca_file)
     direct = fdpass or proxy_port is not None
     try:
         ssh_dial.dial(ssh_proxy, str(found.task_id), shown).close()
@@ -169,7 +169,7 @@ def connect(
 
 def _environment(settings: Settings, ssh_proxy: str) -> dict[str, str]:
     """What the program that ssh starts for the connection goes by."""
-    given = {"HOST": settings.host, "SSH_PROXY": ssh_proxy, "TOKEN": settings.token, "CA_FILE": settings.ca_file}
+    given = {"HOST": settings.named, "SSH_PROXY": ssh_proxy, "TOKEN": settings.token, "CA_FILE": settings.ca_file}
     return {f"KOHAKURIVER_{name}": value for name, value in given.items() if value}
 
 

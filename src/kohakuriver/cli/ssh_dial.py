@@ -15,7 +15,7 @@ import sys
 import threading
 from collections.abc import Callable
 from dataclasses import replace
-from typing import Any
+from typing import Any, TypeVar
 from urllib.parse import urlsplit
 
 from kohakuriver.cli.ssh_names import task_of
@@ -36,13 +36,28 @@ ANSWER_SECONDS = 30.0
 MAX_ANSWER = 8192
 PIECE = 256 * 1024
 
+Answer = TypeVar("Answer")
+
 
 def dial(ssh_proxy: str, task: str, token: str | None) -> socket.socket:
-    """A connection to the task's SSH server through the SSH proxy, `host:port`.
+    """A connection to the task's SSH server through the SSH proxy, `host:port`, or the first of several that answers.
 
     Raises HostUnreachableError when the proxy does not answer, UnavailableError with its reason when it refuses, and
     UsageError for an address or a task that can't be one.
     """
+    return _of_first(ssh_proxy, lambda one: _dial(one, task, token))
+
+
+def _of_first(several: str, ask: Callable[[str], Answer]) -> Answer:
+    """The answer of the first that gives one, of several with commas between. Raises what the last raises."""
+    *others, last = several.split(",")
+    for one in others:
+        with contextlib.suppress(HostUnreachableError):
+            return ask(one)
+    return ask(last)
+
+
+def _dial(ssh_proxy: str, task: str, token: str | None) -> socket.socket:
     host, colon, port = ssh_proxy.rpartition(":")
     if not colon or not port.isdigit():
         raise UsageError(f"The SSH proxy must be given as host:port, not {ssh_proxy!r}.")
@@ -132,7 +147,8 @@ def proxy(
 
         if not known:
             _learn_host_keys(host, task, token, ca_file)
-        settings = replace(load_settings(), host=host, token=token, ca_file=ca_file)
+        first, *others = host.split(",")
+        settings = replace(load_settings(), host=first, other_hosts=tuple(others), token=token, ca_file=ca_file)
         if pass_socket:
             ssh_kept.hand_over(task, settings, _pass_to_parent)
         else:
@@ -200,7 +216,11 @@ def _path(task: str) -> str:
     return f"/api/tasks/{path_segment(task)}"
 
 
-def _ask(host: str, path: str, token: str | None, ca_file: str | None, *, method: str = "GET") -> dict[str, Any]:
+def _ask(hosts: str, path: str, token: str | None, ca_file: str | None, *, method: str = "GET") -> dict[str, Any]:
+    return _of_first(hosts, lambda host: _ask_one(host, path, token, ca_file, method))
+
+
+def _ask_one(host: str, path: str, token: str | None, ca_file: str | None, method: str) -> dict[str, Any]:
     parts = urlsplit(host)
     connection = http.client.HTTPConnection(parts.netloc, timeout=ANSWER_SECONDS)
     trusted = None
@@ -268,17 +288,19 @@ def relay(sock: socket.socket) -> None:
 
 
 def _settings() -> tuple[str, str | None, str, str | None]:
-    """Host, token, SSH proxy and CA file. Where the environment has what is needed there is nothing to be looked up."""
+    """Hosts, token, SSH proxies and CA file. Where the environment has all that, nothing is looked up."""
     host, token, ssh_proxy, ca_file = (
         os.environ.get(f"KOHAKURIVER_{name}", "") for name in ("HOST", "TOKEN", "SSH_PROXY", "CA_FILE")
     )
     plain = f"{host}{token}{ssh_proxy}{ca_file}".isprintable() and " " not in token  # else it is told what is wrong
-    if plain and token and ssh_proxy and (host.startswith("http://") or (host.startswith("https://") and ca_file)):
-        return host.rstrip("/"), token, ssh_proxy, ca_file or None
+    hosts = [each.rstrip("/") for each in host.split(",")]
+    known = all(each.startswith("http://") or (each.startswith("https://") and ca_file) for each in hosts)
+    if plain and token and ssh_proxy and known:
+        return ",".join(hosts), token, ssh_proxy, ca_file or None
     from kohakuriver.config import load_settings
 
     settings = load_settings()
-    return settings.host, settings.token, settings.ssh_proxy, settings.ca_file
+    return settings.named, settings.token, settings.ssh_proxy, settings.ca_file
 
 
 def main(arguments: list[str]) -> int:

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any, ClassVar, Literal, cast
 
 from kohakuriver.client.events import Event
+from kohakuriver.client.hosts import Hosts
 from kohakuriver.client.local_side import LocalSide
 from kohakuriver.client.ports import (
     LOOPBACK,
@@ -36,12 +37,10 @@ from kohakuriver.errors import (
     UnavailableError,
     UsageError,
 )
-from kohakuriver.http_proxy import http_proxy
 from kohakuriver.runtime import DescriptorWatch, cancel_all, file_limit, out_of_descriptors
 from kohakuriver.text import one_line
-from kohakuriver.tls import client_context
 from kohakuriver.tunnel.backoff import Backoff
-from kohakuriver.tunnel.dial import Server, open_session
+from kohakuriver.tunnel.dial import open_session
 from kohakuriver.tunnel.endpoint import EndpointStats
 from kohakuriver.tunnel.link import Link
 from kohakuriver.tunnel.local_listeners import ListeningSocket
@@ -306,7 +305,7 @@ class Forwarder:
         self._beside: list[ListeningSocket] = []  # what listens for something else than a port of the task
         self._settings = settings
         self._on_event = on_event
-        self._tls = client_context(settings.host, settings.ca_file)
+        self._hosts = Hosts(settings)
         self._link: Link | None = None
         self._losses: asyncio.Queue[_Loss] = asyncio.Queue()
         self._closing = False
@@ -479,8 +478,7 @@ class Forwarder:
 
     async def _open(self) -> Link:
         again = f"&{GOES_ON}" if self._link is not None else ""
-        url = f"{self._settings.host.replace('http', 'ws', 1)}{self._path()}{again}"
-        return await open_session(Server(url, self._settings.token, self._tls, http_proxy(url)))
+        return await self._hosts.reach(self._path() + again, open_session)
 
     def _path(self) -> str:
         named = [port for port in self.ports if port.proto != SOCKS]
@@ -550,6 +548,7 @@ class Forwarder:
     async def _move(self, loss: _Loss) -> None:
         """Go on over another session while the one before still stands. The next host may not be there yet."""
         pauses = Backoff(RETRY_BASE, MOVE_CAP)
+        self._hosts.turn()
         while self._link is loss.link and not await self._moved(loss):
             pauses.ended(None)
             await asyncio.sleep(pauses.pause())
@@ -577,6 +576,8 @@ class Forwarder:
         """Open sessions until one stands: at once, then after pauses."""
         lost_at = time.monotonic()
         again = backoff.failures > 1
+        if lost == "host":
+            self._hosts.turn()
         while True:
             eager = time.monotonic() - lost_at < EAGER_SECONDS
             delay = backoff.pause(EAGER_CAP if eager else RETRY_CAP) if again else 0.0

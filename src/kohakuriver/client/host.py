@@ -6,11 +6,11 @@ can't be reached as HostUnreachableError.
 
 from __future__ import annotations
 
-import contextlib
 import json
 import re
 import time
-from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
+from collections import deque
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from dataclasses import MISSING, asdict, dataclass, field, fields
 from types import TracebackType
 from typing import Any, TypeVar
@@ -18,10 +18,10 @@ from urllib.parse import urlsplit
 
 import httpx
 
-from kohakuriver import tls
+from kohakuriver.client.hosts import nobody_answers
+from kohakuriver.client.way import CONNECT_TIMEOUT, Way, time_for, unheard
 from kohakuriver.config import NAME_IN_BROWSERS, Settings, browser_url, path_segment
 from kohakuriver.errors import (
-    NOT_OUR_ANSWER,
     HostUnreachableError,
     KohakuRiverError,
     UnavailableError,
@@ -29,8 +29,6 @@ from kohakuriver.errors import (
     from_status,
     no_text,
 )
-from kohakuriver.http_proxy import HttpProxy, http_proxy
-from kohakuriver.no_connection import reason
 from kohakuriver.resolve import resolving
 from kohakuriver.task import Declared, ListeningPort, LogLine, NewTask, TaskTraffic, asked_for, taken_from
 from kohakuriver.task import TaskView as Task
@@ -54,12 +52,11 @@ __all__ = [
     "Whoami",
 ]
 
-CONNECT_TIMEOUT = 10.0
-ANSWER_TIMEOUT = 60.0
 SILENCE = 45.0
 # The longest that the host is asked to hold one `wait` request.
 LONGEST_WAIT = 30.0
 
+T = TypeVar("T")
 Record = TypeVar("Record", bound=Declared)
 
 
@@ -303,19 +300,12 @@ class HostClient:
         headers = {"User-Agent": f"kohakuriver/{__version__}"}
         if settings.token:
             headers["Authorization"] = f"Bearer {settings.token}"
-        self._url = settings.host
-        self._proxy = http_proxy(settings.host)
-        self._proxy_answered: int | None = None  # the HTTP status
-        self._http = httpx.AsyncClient(
-            base_url=settings.host,
-            headers=headers,
-            timeout=httpx.Timeout(ANSWER_TIMEOUT, connect=CONNECT_TIMEOUT),
-            transport=transport,
-            # As for the WebSockets: the same certificate authorities, and the same HTTP proxy.
-            verify=tls.trusted_at(settings.host, settings.ca_file),
-            proxy=_httpx_proxy(self._proxy),
-            trust_env=False,
-        )
+        self._ways = deque(Way(url, settings.ca_file, headers, transport) for url in settings.hosts)
+
+    @property
+    def _url(self) -> str:
+        """Of the host that was asked last, and is asked next."""
+        return self._ways[0].url
 
     async def __aenter__(self) -> HostClient:
         return self
@@ -323,7 +313,8 @@ class HostClient:
     async def __aexit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        await self._http.aclose()
+        for way in self._ways:
+            await way.http.aclose()
 
     async def health(self) -> dict[str, Any]:
         """`{"status": "ok", "version": …}`; asks for no credential."""
@@ -334,10 +325,11 @@ class HostClient:
 
     async def raw(self, path: str, headers: Mapping[str, str]) -> tuple[Mapping[str, str], bytes]:
         """The headers, by names in lower case, and the body of what answers to a GET with these headers besides."""
-        with self._in_words(), resolving():
-            answer = await self._http.get(path, headers=dict(headers), extensions={"trace": self._trace})
+        way = self._ways[0]
+        with way.in_words(), resolving():
+            answer = await way.http.get(path, headers=dict(headers), extensions={"trace": way.trace})
         if not answer.is_success:
-            raise self._failure(answer)
+            raise way.failure(answer)
         return answer.headers, answer.content
 
     async def whoami(self) -> Whoami:
@@ -542,20 +534,25 @@ class HostClient:
         wanted = {"follow": "true" if follow else None, "tail": tail, "since": since}
         params = {name: value for name, value in wanted.items() if value is not None}
         timeout = httpx.Timeout(SILENCE, connect=CONNECT_TIMEOUT)
-        with self._in_words(), resolving():
-            request = self._http.build_request("GET", _path(task, "logs"), params=params, timeout=timeout)
-            request.extensions["trace"] = self._trace
-        with self._in_words():
-            answer = await self._http.send(request, stream=True)
-            try:
-                if not answer.is_success:
-                    await answer.aread()
-                    raise self._failure(answer)
+
+        async def begin(way: Way) -> httpx.Response:
+            with way.in_words(), resolving():
+                request = way.http.build_request("GET", _path(task, "logs"), params=params, timeout=timeout)
+                request.extensions["trace"] = way.trace
+            with way.in_words():
+                return await way.http.send(request, stream=True)
+
+        answer = await self._of_first(begin, again=True)
+        try:
+            if not answer.is_success:
+                await answer.aread()
+                raise self._ways[0].failure(answer)
+            with self._ways[0].in_words():
                 async for line in answer.aiter_lines():
                     if line:
                         yield _log_line(line)
-            finally:
-                await answer.aclose()
+        finally:
+            await answer.aclose()
 
     async def stop(self, task: str, *, container: bool = False) -> Task:
         """Stop a task; an adopted container only with `container`."""
@@ -600,59 +597,39 @@ class HostClient:
     ) -> Any:
         """The JSON of one answer. `hold` is how long, in seconds, the host was asked to take."""
         _check_text([body, params])
-        timeout = httpx.Timeout(ANSWER_TIMEOUT + hold, connect=CONNECT_TIMEOUT)
-        with self._in_words(), resolving():
-            (urlsplit(self._url).hostname or "").encode("idna")  # the HTTP library words it in another way
-            answer = await self._http.request(
-                method, path, json=body, params=params, timeout=timeout, extensions={"trace": self._trace}
-            )
-        if not answer.is_success:
-            raise self._failure(answer)
+        timeout = time_for(hold)
+
+        async def ask(way: Way) -> httpx.Response:
+            with way.in_words(), resolving():
+                (urlsplit(way.url).hostname or "").encode("idna")  # the HTTP library words it in another way
+                answer = await way.http.request(
+                    method, path, json=body, params=params, timeout=timeout, extensions={"trace": way.trace}
+                )
+            if not answer.is_success:
+                raise way.failure(answer)
+            return answer
+
+        answer = await self._of_first(ask, again=method == "GET")
         try:
             return answer.json()
         except ValueError as error:
             raise from_answer(self._url, answer.status_code, answer.content) from error
 
-    @contextlib.contextmanager
-    def _in_words(self) -> Iterator[None]:
-        try:
-            yield
-        except (httpx.TransportError, httpx.InvalidURL, OSError) as error:
-            raise self._of_proxy(error) or self._unreachable(error) from error
+    async def _of_first(self, ask: Callable[[Way], Awaitable[T]], *, again: bool) -> T:
+        """The answer of the first host that gives one; that is asked first from then on.
 
-    def _failure(self, answer: httpx.Response) -> KohakuRiverError:
-        """The error that an answer is."""
-        location = answer.headers.get("location", "")
-        failure = from_answer(self._url, answer.status_code, answer.content, location=location)
-        if self._proxy is not None and failure.code == NOT_OUR_ANSWER:  # proxies answer plain HTTP themselves
-            return self._proxy.refused(answer.status_code, self._url)
-        return failure
-
-    def _unreachable(self, error: Exception) -> HostUnreachableError:
-        if isinstance(error, httpx.TimeoutException):
-            return HostUnreachableError(f"The host at {self._url} did not answer in time.")
-        if isinstance(error, httpx.RemoteProtocolError | httpx.ReadError):
-            why = tls.reason(error) or tls.hung_up(self._url)
-        else:
-            why = reason(error)
-        return HostUnreachableError(f"The host at {self._url} can't be reached: {why}.", url=self._url)
-
-    async def _trace(self, event: str, about: Any) -> None:
-        """Heed what a proxy says to CONNECT: the HTTP library tells of it in words alone."""
-        if self._proxy is not None and event == "http11.receive_response_headers.complete":
-            self._proxy_answered = about["return_value"][1]
-
-    def _of_proxy(self, error: Exception) -> HostUnreachableError | None:
-        """The error for a proxy that opened no way to the host; None where it did, or there is none."""
-        if self._proxy is None or (self._proxy_answered is not None and 200 <= self._proxy_answered < 300):
-            return None
-        if self._proxy_answered is not None:
-            return self._proxy.refused(self._proxy_answered, self._url)
-        if isinstance(error, httpx.TimeoutException):
-            return self._proxy.late(CONNECT_TIMEOUT if isinstance(error, httpx.ConnectTimeout) else ANSWER_TIMEOUT)
-        if isinstance(error, httpx.RemoteProtocolError):
-            return self._proxy.no_proxy()
-        return self._proxy.unreachable(reason(error))
+        What may be asked only once is not asked `again` where a host may have heard it.
+        """
+        failures = []
+        for way in list(self._ways):
+            try:
+                return await ask(way)
+            except HostUnreachableError as error:  # noqa: PERF203  # hosts are few
+                failures.append(error)
+                if not (again or unheard(error)):
+                    break
+                self._ways.rotate(-1)
+        raise nobody_answers(failures)
 
 
 def _log_line(line: str) -> LogLine:
@@ -666,13 +643,6 @@ def _log_line(line: str) -> LogLine:
     if "error" in told:
         raise from_status(int(told.get("status", 500)), str(told.get("message", "")), str(told["error"]))
     return _record(LogLine, told)
-
-
-def _httpx_proxy(proxy: HttpProxy | None) -> httpx.Proxy | None:
-    if proxy is None:
-        return None
-    context = tls.client_context(proxy.url)
-    return httpx.Proxy(proxy.url, auth=proxy.credentials, ssl_context=context)
 
 
 def _check_text(value: Any) -> None:

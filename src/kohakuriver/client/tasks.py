@@ -98,7 +98,7 @@ class _Known:
     def _place(self) -> dict[str, Any]:
         """The host that it was asked of, as the arguments of a forward."""
         ca_file = self._settings.ca_file
-        return {"host": self._settings.host, "token": self._settings.token, "ca_file": ca_file and str(ca_file)}
+        return {"host": self._settings.named, "token": self._settings.token, "ca_file": ca_file and str(ca_file)}
 
 
 class Task(_Known):

@@ -23,7 +23,7 @@ _STYLE = (
 _POLICY = policy(_STYLE)
 _HEAD = f'<!doctype html>\n<html lang="en">\n<meta charset="utf-8">\n<title>HTTP API</title>\n<style>{_STYLE}</style>\n'
 _BEGIN = (
-    "<p>Every request but <code>/health</code> and <code>/ready</code> carries "
+    "<p>Every request but those below <code>/health</code> carries "
     "<code>Authorization: Bearer TOKEN</code>. "
     "From a page of this host the cookie of a browser that is logged in is as good. "
     'An error is <code>{"error": code, "message": sentence}</code>. For programs all this is in '

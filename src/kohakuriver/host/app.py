@@ -172,10 +172,16 @@ async def health() -> dict[str, str]:
     return {"status": "ok", "version": __version__}
 
 
-@_open.get("/ready")
+@_open.get("/health/live")
+async def live() -> dict[str, str]:
+    """Whether the host answers, whatever else is down: one that does not is to be started again."""
+    return {"status": "ok", "version": __version__}
+
+
+@_open.get("/health/ready")
 async def ready(host: Host) -> dict[str, str]:
-    """Whether the host can work: 503 while its database is down."""
-    await host.tasks.check()
+    """Whether users should be sent to this host: 503 while its database is down, and once it is about to end."""
+    await host.readiness.check()
     return {"status": "ok", "version": __version__}
 
 
@@ -435,9 +441,9 @@ async def read_logs(
 
 
 @_api.post("/tasks/{task}/ssh-pass", status_code=201)
-async def make_ssh_pass(host: Host, user: User, found: Usable) -> SshPass:
+async def make_ssh_pass(host: Host, authenticated: Authenticated, found: Usable) -> SshPass:
     """What stands for the caller's token on port 8002, for one connection to this task within a minute."""
-    return SshPass.model_validate({"pass": host.forwards.ssh_pass(user, found[0].task_id)})
+    return SshPass.model_validate({"pass": await host.forwards.ssh_pass(authenticated[1], found[0].task_id)})
 
 
 @_api.get("/tasks/{task}/answers")

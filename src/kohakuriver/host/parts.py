@@ -12,6 +12,7 @@ from kohakuriver.host.services.credentials import Credentials
 from kohakuriver.host.services.device_logins import DeviceLogins
 from kohakuriver.host.services.feed import Feed
 from kohakuriver.host.services.groups import GroupsOfUsers
+from kohakuriver.host.services.hosts import Readiness
 from kohakuriver.host.services.links import AppLinks
 from kohakuriver.host.services.logins import Logins
 from kohakuriver.host.services.logs import Logs
@@ -46,3 +47,4 @@ class Services:
     links: AppLinks
     sessions: OpenSessions
     feed: Feed
+    readiness: Readiness

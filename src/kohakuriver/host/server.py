@@ -29,6 +29,8 @@ from kohakuriver.host.services.failures import Failures
 from kohakuriver.host.services.feed import Feed
 from kohakuriver.host.services.grants import Grants
 from kohakuriver.host.services.groups import GroupsOfUsers
+from kohakuriver.host.services.host_key import shared_host_keys
+from kohakuriver.host.services.hosts import Hosts, Readiness
 from kohakuriver.host.services.links import AppLinks
 from kohakuriver.host.services.logins import Logins, name_in_browsers
 from kohakuriver.host.services.logs import Logs
@@ -46,11 +48,22 @@ from kohakuriver.limits import Limits, from_environment
 from kohakuriver.quotas import Quotas
 from kohakuriver.runtime import raise_file_limit
 from kohakuriver.ssh_proxy.server import SshProxy
-from kohakuriver.store import Accounts, Browsers, DeviceCodes, Groups, Identities, Store, sqlite_url
+from kohakuriver.store import (
+    Accounts,
+    Browsers,
+    DeviceCodes,
+    Groups,
+    Identities,
+    SessionCounts,
+    Store,
+    apps_key,
+    sqlite_url,
+)
 from kohakuriver.store.links import Links as StoredLinks
 from kohakuriver.tls import ServerCertificate, client_context
 from kohakuriver.tunnel.accept import serve_ws
 from kohakuriver.web.app import bind, bind_with_loopback, print_event, server_certificate, socket_url, warn_if_in_clear
+from kohakuriver.web.background import in_background
 from kohakuriver.web.logging import configure_logging
 from kohakuriver.web.measuring import Measures, measures_at
 from kohakuriver.web.origin import Guard
@@ -70,7 +83,8 @@ class HostOptions:
     directories of nodes.
     `ca_file` is what runners' certificates are checked by, None the system's authorities; `audit_log` None is a file in
     `state_dir`. Its measures are read at `metrics`, as `metrics_address` takes it. `drain` is for how many seconds
-    sessions may stay when it ends, so that they move to another host.
+    sessions may stay when it ends, so that they move to another host;
+    before that it takes new ones for `drain_notice` seconds, while it is not ready, so that a balancer sees that.
     With `exit_with_stdin` it ends when its stdin does, as a child of `up` should.
 
     `oidc_issuer` and what begins like it are the OpenID provider at which people log in, and who may come in: as
@@ -95,6 +109,7 @@ class HostOptions:
     audit_log: Path | None = None
     metrics: str | None = None
     drain: int = 0
+    drain_notice: int = 0
     json: bool = False
     log_level: str = "info"
     log_format: str = "text"
@@ -210,7 +225,10 @@ async def _serve(
         if found is not None:
             await runners.revoke(found, container, user, reason)
 
-    grants = Grants(accounts, requests=requests, audit=perimeter.audit, revoke=revoke)
+    counts = SessionCounts(store)
+    grants = Grants(accounts, requests=requests, audit=perimeter.audit, revoke=revoke, counts=counts)
+    hosts = Hosts(store, grants, nodes, changes)
+    readiness = Readiness(store)
     forwards = Forwards(credentials, access, grants, store, nodes, tasks, straight_tells(limits))
     proxy = TunnelProxy(
         authorize=forwards.authorize,
@@ -228,7 +246,7 @@ async def _serve(
         authorize=forwards.authorize_ssh,
         keyholders=forwards.keyholder,
         check_user=credentials.caller,
-        host_keys=options.state_dir,
+        host_keys=await shared_host_keys(store, options.state_dir),
         trusted=perimeter.trusted,
         limits=perimeter.limits,
         opened=lambda seconds, error: measures.opened("ssh", seconds, error),
@@ -242,7 +260,7 @@ async def _serve(
         oidc = OidcLogins(provider, rules_of(options), identities, logins, credentials, grants)
     where = where_in(options.apps_domain, options.public_url, perimeter.names, socks[0].getsockname()[1])
     app_server = AppServer(
-        await store.apps_key(),
+        await apps_key(store),
         where,
         store=store,
         credentials=credentials,
@@ -275,8 +293,15 @@ async def _serve(
         said = {"metrics": measures.url} if measures.url else {}
         print_event("ready", options.json, sentence, url=url, ssh_proxy=ssh_address, **said)
 
+    async def leave() -> None:
+        readiness.leaving = True
+        if options.drain_notice:
+            log.info("this host says that it is about to end", seconds=options.drain_notice)
+            await asyncio.sleep(options.drain_notice)
+
     async def stop() -> None:
         await ssh_proxy.stop_listening()
+        left = in_background(counts.leave(), "telling other hosts that this one ends")
         if options.drain:
             await proxy.drain(options.drain)
         await ssh_proxy.close()
@@ -286,6 +311,7 @@ async def _serve(
         await app_server.close()
         feed.close()
         await proxy.close()
+        await left
 
     services = Services(
         credentials,
@@ -305,6 +331,7 @@ async def _serve(
         AppLinks(StoredLinks(store), app_server.apps, grants),
         sessions,
         feed,
+        readiness,
     )
     ways = [
         (kind, route) for kind, carrier in (("forward", proxy), ("terminal", terminals)) for route in carrier.routes()
@@ -313,6 +340,7 @@ async def _serve(
         measures.requests(create_app(services, guard)),
         ws=serve_ws([measures.route(*way) for way in ways], guard, max_message=limits.max_message),
         on_ready=ready,
+        on_leave=leave,
         on_stop=stop,
         certificate=perimeter.certificate,
         limits=perimeter.limits,
@@ -320,6 +348,9 @@ async def _serve(
     )
     beside = [
         server.keep(grants.run(), "checking the rights of sessions"),
+        server.keep(counts.run(), "counting sessions for other hosts"),
+        server.keep(hosts.run(), "listening to other hosts"),
+        server.keep(hosts.care(), "deleting what has run out"),
         server.keep(tasks.run(), "looking what tasks that are waited for have changed"),
         server.keep(feed.run(), "telling what changes"),
         server.keep(nodes.run(), "looking whether nodes can be reached"),

@@ -4,11 +4,15 @@ from __future__ import annotations
 
 from kohakuriver.store.accounts import ANY_NODE, Accounts, Use
 from kohakuriver.store.browsers import Browsers, Opened
+from kohakuriver.store.common import apps_key, forget_what_has_run_out, kept
 from kohakuriver.store.database import Store, ahead_of_users, sqlite_url
 from kohakuriver.store.device_codes import DeviceCodes
 from kohakuriver.store.groups import Groups
 from kohakuriver.store.identities import Identities
 from kohakuriver.store.models import OF_USERS, TOKEN_ID_LENGTH, Node, Share, Task, Token, User
+from kohakuriver.store.news import News
+from kohakuriver.store.passes import Passes
+from kohakuriver.store.session_counts import SessionCounts
 
 __all__ = [
     "ANY_NODE",
@@ -19,8 +23,11 @@ __all__ = [
     "DeviceCodes",
     "Groups",
     "Identities",
+    "News",
     "Node",
     "Opened",
+    "Passes",
+    "SessionCounts",
     "Share",
     "Store",
     "Task",
@@ -28,5 +35,8 @@ __all__ = [
     "Use",
     "User",
     "ahead_of_users",
+    "apps_key",
+    "forget_what_has_run_out",
+    "kept",
     "sqlite_url",
 ]

@@ -31,6 +31,7 @@ from kohakuriver.store.models import (
     User,
     usage_of,
 )
+from kohakuriver.store.news import note
 from kohakuriver.store.together import Together
 
 __all__ = ["ANY_NODE", "Accounts", "Use", "digest", "forget_bad_tokens", "revoke"]
@@ -129,6 +130,7 @@ class Accounts:
             forget_memberships(session, name)
             session.execute(delete(Identity).where(Identity.user == name))
             session.delete(user)
+            note(session, rights=True)
             return user
 
         return await self._store.write(work)
@@ -347,6 +349,7 @@ class Accounts:
             if row is None:
                 raise NotFoundError(f"The task is not shared with {user!r}; `kohakuriver vps status` shows with whom.")
             session.delete(row)
+            note(session, rights=True)
 
         await self._store.write(work)
 
@@ -435,6 +438,7 @@ def revoke(session: Session, token: Token, now: float) -> None:
     token.revoked_at = now
     theirs = update(Token).where(Token.parent == token.digest, Token.revoked_at.is_(None))
     session.execute(theirs.values(revoked_at=now))
+    note(session, rights=True)
 
 
 def forget_bad_tokens(session: Session, kind: str, name: str, now: float) -> None:

@@ -17,7 +17,8 @@ from sqlalchemy.orm import Session
 from kohakuriver.errors import UnauthenticatedError
 from kohakuriver.store.accounts import digest, forget_bad_tokens, revoke
 from kohakuriver.store.database import Store
-from kohakuriver.store.models import Identity, LoginCode, Token, User
+from kohakuriver.store.models import SEEN_SECONDS, Identity, LoginCode, Token, User
+from kohakuriver.store.news import note
 
 __all__ = ["CODE_SECONDS", "IDLE_SECONDS", "LONGEST_SECONDS", "SEEN_SECONDS", "Browsers", "Opened"]
 
@@ -32,9 +33,6 @@ RENEW_SECONDS = 60.0
 
 CODE_SECONDS = 60.0
 """How long a code is good."""
-
-SEEN_SECONDS = 120.0
-"""How long after its end the use of a used code shows that somebody has seen it; later it is just no code."""
 
 MOST_BROWSERS = 50
 """Of one user; of more, the one that will be logged out first anyway."""
@@ -111,6 +109,7 @@ class Browsers:
         newest = theirs.order_by(Token.expires_at.desc(), Token.digest)
         for browser in session.scalars(newest.offset(MOST_BROWSERS - 1)):
             browser.revoked_at = now
+            note(session, rights=True)
 
     async def used(self, browser: Token) -> None:
         """It asks for something now, so it stays for another while."""

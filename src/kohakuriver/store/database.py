@@ -1,4 +1,4 @@
-"""The database behind a host: opened once, asked from the event loop, answered in a thread.
+"""The database behind a host: opened once, asked from the event loop, answered beside it.
 
 Rows come back detached and complete: reading one never touches the database, changing one changes nothing there.
 """
@@ -6,50 +6,30 @@ Rows come back detached and complete: reading one never touches the database, ch
 from __future__ import annotations
 
 import asyncio
-import contextlib
-import os
-import secrets
 import time
-from collections.abc import Callable, Iterable, Mapping, Set
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Awaitable, Callable, Iterable, Mapping, Set
 from contextvars import ContextVar
-from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple, TypeVar
+from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn, TypeVar, cast
 
 import structlog
-from sqlalchemy import (
-    Column,
-    Connection,
-    Engine,
-    create_engine,
-    delete,
-    event,
-    func,
-    insert,
-    inspect,
-    select,
-    text,
-    update,
-)
+from sqlalchemy import delete, func, select, update
 from sqlalchemy.engine import URL, make_url
-from sqlalchemy.exc import ArgumentError, DataError, DBAPIError, IntegrityError, NoSuchModuleError, OperationalError
-from sqlalchemy.orm import Session, sessionmaker
+from sqlalchemy.exc import ArgumentError, DataError, DBAPIError, IntegrityError, InterfaceError, OperationalError
+from sqlalchemy.orm import Session
 
 from kohakuriver.errors import HostUnreachableError, KohakuRiverError, NotFoundError, UsageError
-from kohakuriver.store.models import ACTIVE, Base, Meta, Node, Share, Task, TaskKey, Token
+from kohakuriver.store.models import ACTIVE, Meta, Node, Share, Task, TaskKey
+from kohakuriver.store.news import note
+from kohakuriver.store.transactions import Database, SilentError
 
-__all__ = ["SCHEMA_VERSION", "Store", "ahead_of_users", "gpus_in_use", "sqlite_url"]
+if TYPE_CHECKING:
+    from kohakuriver.store.postgresql import PostgresServer
 
-SCHEMA_VERSION = 11
-"""Counts up with every change of the tables. An older database is brought up to it, a newer one is refused."""
-
-_APPS_KEY = "apps_key"
+__all__ = ["Store", "ahead_of_users", "gpus_in_use", "sqlite_url"]
 
 CHECK_SECONDS = 2.0
 """How soon the database has to answer when it is asked whether it does."""
-
-_POSTGRESQL_THREADS = 4
 
 T = TypeVar("T")
 
@@ -112,17 +92,10 @@ class Store:
     Every method may raise KohakuRiverError when the database fails.
     """
 
-    def __init__(self, engine: Engine) -> None:
-        self._engine = engine
-        self._question: asyncio.Future[int] | None = None
-        self._writing = sessionmaker(engine, expire_on_commit=False)
-        self._reading = sessionmaker(_for_reading(engine), expire_on_commit=False)
-        # SQLite has one writer at a time: one thread queues what would otherwise wait for locks.
-        threads = 1 if engine.dialect.name == "sqlite" else _POSTGRESQL_THREADS
-        self._threads = ThreadPoolExecutor(threads, thread_name_prefix="store")
-        # A database in memory is one connection's alone.
-        own = engine.dialect.name != "sqlite" or bool(engine.url.database and engine.url.database != ":memory:")
-        self._node_thread = ThreadPoolExecutor(1, thread_name_prefix="store-nodes") if own else self._threads
+    def __init__(self, database: Database) -> None:
+        self._database = database
+        self._question: asyncio.Future[str | None] | None = None
+        self._down = False
 
     @classmethod
     async def open(cls, url: str) -> Store:
@@ -130,77 +103,62 @@ class Store:
 
         Raises UsageError when the URL is invalid or names a database that this installation has no driver for.
         """
+        store = cls(_database(url))
         try:
-            _check_driver(make_url(url))
-            engine = create_engine(make_url(url), pool_pre_ping=not url.startswith("sqlite"))
-        except (ArgumentError, NoSuchModuleError) as error:
-            raise UsageError(f"The database {_without_password(url)!r} can't be used: {error}.") from error
-        except ModuleNotFoundError as error:
-            raise UsageError(f"The database needs the Python package {error.name!r}; install it first.") from error
-        if engine.dialect.name == "sqlite":
-            _make_private(engine.url.database)
-            event.listen(engine, "connect", _prepare_sqlite)
-            event.listen(engine, "begin", _begin_sqlite)
-        store = cls(engine)
-        try:
-            await store._run_in_thread(store._create_tables)
+            await store._within(store._database.prepare())
         except BaseException:
             await store.close()
             raise
         return store
 
+    @property
+    def server(self) -> PostgresServer | None:
+        """The database where other hosts may work on it, too, else None."""
+        return cast("PostgresServer", self._database) if self._database.shared else None
+
     async def close(self) -> None:
         """Let go of every connection to the database."""
-        for threads in (self._threads, self._node_thread):
-            await asyncio.get_running_loop().run_in_executor(None, threads.shutdown)
-        self._engine.dispose()
+        await self._database.close()
 
-    def _create_tables(self) -> None:
-        with self._engine.begin() as connection:
-            found = _version(connection) if inspect(connection).has_table(Meta.__tablename__) else 0
-            if found > SCHEMA_VERSION:
-                raise UsageError(
-                    f"The database has tables of version {found}, and this kohakuriver knows up to version "
-                    f"{SCHEMA_VERSION}; use the kohakuriver that made it, or another database."
-                )
-            if found == SCHEMA_VERSION:
-                return
-            Base.metadata.create_all(connection)
-            if found:
-                _upgrade(connection, found)
-        with self._writing.begin() as session:
-            session.merge(Meta(key="schema", value=str(SCHEMA_VERSION)))
-            if session.get(Meta, _APPS_KEY) is None:
-                session.add(Meta(key=_APPS_KEY, value=secrets.token_hex(32)))
-
-    async def _run_in_thread(self, work: Callable[[], T]) -> T:
+    async def _within(self, answer: Awaitable[T]) -> T:
+        """An answer of the database; what it fails with in words of ours."""
         try:
-            threads = self._node_thread if _of_node.get() else self._threads
-            return await asyncio.get_running_loop().run_in_executor(threads, work)
+            answered = await answer
         except IntegrityError:
             raise  # a clash with a constraint: the caller knows which, and what to say
         except DataError as error:  # PostgreSQL holds no text with a NUL, say, nor looks for one
             raise UsageError(f"The database can't hold what was given: {_reason(error)}.") from error
         except DBAPIError as error:
-            if isinstance(error, OperationalError) and self._engine.dialect.name != "sqlite":
-                log.error("the database is down", reason=_reason(error))
-                raise HostUnreachableError(
-                    "The host's database is down; its administrator finds the reason in the host's log.",
-                    code="database_down",
-                    status=503,
-                ) from error
+            if isinstance(error, (OperationalError, InterfaceError)) and self._database.engine.dialect.name != "sqlite":
+                self._is_down(_reason(error), error)
             raise KohakuRiverError(f"The database failed: {_reason(error)}.", code="database") from error
+        except SilentError as error:
+            self._is_down(str(error), error)
+        if self._down:
+            self._down = False
+            log.info("the database answers again")
+        return answered
+
+    def _is_down(self, reason: str, error: Exception) -> NoReturn:
+        if not self._down:
+            log.error("the database is down", reason=reason)
+        self._down = True
+        raise HostUnreachableError(
+            "The host's database is down; its administrator finds the reason in the host's log.",
+            code="database_down",
+            status=503,
+        ) from error
 
     async def read(self, work: Callable[[Session], T]) -> T:
-        """What `work` returns, called in a thread with a session that changes nothing.
+        """What `work` returns, called in another thread with a session that changes nothing.
 
         All that it reads is from one moment, whatever other hosts on the same database write meanwhile.
         """
-        return await self._run_in_thread(partial(_transaction, self._reading, work))
+        return await self._within(self._database.run(work, write=False, ahead=_of_node.get()))
 
     async def write(self, work: Callable[[Session], T]) -> T:
-        """What `work` returns, called in a thread with a session, in one transaction."""
-        return await self._run_in_thread(partial(_transaction, self._writing, work))
+        """What `work` returns, called in another thread with a session, in one transaction."""
+        return await self._within(self._database.run(work, write=True, ahead=_of_node.get()))
 
     async def check(self) -> None:
         """Raises HostUnreachableError "database_down" (503) unless the database answers soon.
@@ -209,7 +167,7 @@ class Store:
         """
         question = self._question
         if question is None or question.done():
-            question = self._question = asyncio.ensure_future(self.read(_version))
+            question = self._question = asyncio.ensure_future(self.read(_look))
         await asyncio.wait({question}, timeout=CHECK_SECONDS)
         error = question.exception() if question.done() else None
         if not question.done():
@@ -220,11 +178,6 @@ class Store:
             raise HostUnreachableError(text, code="database_down", status=503) from error
 
     # Nodes
-
-    async def apps_key(self) -> bytes:
-        """What all hosts of this database sign with what they give browsers at the addresses of apps."""
-        found = await self.read(lambda session: session.get_one(Meta, _APPS_KEY))
-        return bytes.fromhex(found.value)
 
     async def nodes(self) -> list[Node]:
         """All nodes, by name."""
@@ -251,6 +204,7 @@ class Store:
             for key, value in values.items():
                 setattr(node, key, value)
             session.execute(update(Task).where(Task.node == name, Task.address.is_(None)).values(tunnel=False))
+            note(session, nodes=[name])
             return node
 
         return await self.write(work)
@@ -277,6 +231,7 @@ class Store:
                     _forget_task(session, task.task_id)
                 session.flush()
                 session.execute(delete(Node).where(Node.name == name))
+                note(session, tasks=[task.task_id for task in tasks])
             return tasks
 
         return await self.write(work)
@@ -297,7 +252,9 @@ class Store:
                 raise NotFoundError(f"There is no node {name!r}; register first.")
             node.hear(values, others)
             tasks = session.scalars(select(Task).where(Task.node == name))
-            return _hear_tasks(session, tasks, Told(reports, others, quiet, node.last_seen))
+            heard = _hear_tasks(session, tasks, Told(reports, others, quiet, node.last_seen))
+            note(session, tasks=heard.changed)
+            return heard
 
         return await self.write(work)
 
@@ -381,6 +338,7 @@ class Store:
             task = session.get(Task, task_id)
             if task is not None and values.get("revision", task.revision) >= task.revision:
                 task.change(dict(values), time.time())
+                note(session, tasks=[task_id])
             return task
 
         return await self.write(work)
@@ -393,16 +351,14 @@ class Store:
     async def forget_tasks(self, task_ids: Iterable[int]) -> None:
         """Delete the rows."""
 
+        forgotten = list(task_ids)
+
         def work(session: Session) -> None:
-            for task_id in task_ids:
+            for task_id in forgotten:
                 _forget_task(session, task_id)
+            note(session, tasks=forgotten)
 
         await self.write(work)
-
-
-def _transaction(sessions: sessionmaker[Session], work: Callable[[Session], T]) -> T:
-    with sessions.begin() as session:
-        return work(session)
 
 
 def _forget_task(session: Session, task_id: int) -> None:
@@ -448,85 +404,37 @@ def no_such_task(reference: str) -> NotFoundError:
     return NotFoundError(f"There is no task {reference!r}; `kohakuriver vps list` shows the tasks that there are.")
 
 
-def _check_driver(url: URL) -> None:
-    dialect = url.get_dialect()
-    if dialect.is_async:
+def _database(url: str) -> Database:
+    """The database at a URL, not asked yet. Raises UsageError."""
+    try:
+        made = make_url(url)
+        return _of_kind(made)
+    except ArgumentError as error:
+        raise UsageError(f"The database {_without_password(url)!r} can't be used: {error}.") from error
+    except ModuleNotFoundError as error:
         raise UsageError(
-            f"The database driver {dialect.driver} is for asynchronous programs; write {dialect.name}:// without it."
-        )
+            f"The database needs the Python package {error.name!r}; `pip install 'kohakuriver[postgresql]'` has it."
+        ) from error
 
 
-def _make_private(path: str | None) -> None:
-    """Let only this user read the file at `path`, and what SQLite has beside it: the nodes' ticket keys are in there.
+def _of_kind(url: URL) -> Database:
+    if url.drivername in ("sqlite", "sqlite+pysqlite"):
+        from kohakuriver.store.sqlite import SqliteFile
 
-    SQLite itself makes files as the umask has it, and those beside the first like that.
-    """
-    if not path or path == ":memory:" or path.startswith("file:"):
-        return
-    # Only a new file is opened: to close one that is there would let go of all locks that this process has on it.
-    with contextlib.suppress(OSError):  # SQLite says what is wrong with it
-        os.close(os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o600))
-    for name in (path, f"{path}-wal", f"{path}-shm"):
-        with contextlib.suppress(OSError):
-            Path(name).chmod(0o600)
+        return SqliteFile(url)
+    if url.drivername in ("postgresql", "postgres", "postgresql+psycopg"):
+        from kohakuriver.store.postgresql import PostgresServer
 
-
-def _for_reading(engine: Engine) -> Engine:
-    """The same database and connections, in transactions that see it as it was when they began."""
-    if engine.dialect.name == "sqlite":
-        return engine.execution_options(**{_BEGIN: "BEGIN"})
-    return engine.execution_options(isolation_level="REPEATABLE READ", postgresql_readonly=True)
+        return PostgresServer(url)
+    raise UsageError(
+        f"The database {url.render_as_string(hide_password=True)!r} can't be used: it must be sqlite:///FILE or "
+        "postgresql://USER:PASSWORD@MACHINE/NAME."
+    )
 
 
-_BEGIN = "kohakuriver_begin"
-
-
-def _begin_sqlite(connection: Connection) -> None:
-    # Who is going to write waits for the lock first. To ask for it after reading would fail, without a wait, where
-    # somebody else wrote in between.
-    connection.exec_driver_sql(connection.get_execution_options().get(_BEGIN, "BEGIN IMMEDIATE"))
-
-
-def _prepare_sqlite(connection: Any, _record: object) -> None:
-    connection.isolation_level = None  # the driver would begin no transaction before the first change
-    cursor = connection.cursor()
-    for pragma in ("journal_mode=WAL", "synchronous=NORMAL", "busy_timeout=5000", "foreign_keys=ON"):
-        cursor.execute(f"PRAGMA {pragma}")
-    cursor.close()
-
-
-def _version(connection: Connection | Session) -> int:
-    """Of which version the tables are that the database has."""
-    found = connection.scalar(select(Meta.value).where(Meta.key == "schema"))
-    return int(found) if found is not None else 0
-
-
-def _upgrade(connection: Connection, found: int) -> None:
-    """Bring tables of the version `found` up to ours: columns that are missing, then what their rows should say."""
-    inspector = inspect(connection)
-    for table in Base.metadata.sorted_tables:
-        there = {column["name"] for column in inspector.get_columns(table.name)}
-        for column in table.columns:
-            if column.name not in there:
-                _add_column(connection, column)
-    if found < 3:
-        # The one node token of version 1 was good for every node.
-        connection.execute(update(Token).where(Token.kind == "node").values(name="*"))
-    if found < 8:
-        for task_id, ssh_keys in connection.execute(select(Task.task_id, Task.ssh_keys)).all():
-            for key in Task(task_id=task_id, ssh_keys=ssh_keys or []).looked_up():
-                connection.execute(insert(TaskKey).values(digest=key.digest, task_id=task_id))
-
-
-def _add_column(connection: Connection, column: Column[Any]) -> None:
-    """Add a column. Rows that are there get the default that new ones get; without one the column may be empty."""
-    quote = connection.dialect.identifier_preparer.quote
-    kind = column.type.compile(connection.dialect)
-    connection.execute(text(f"ALTER TABLE {quote(column.table.name)} ADD COLUMN {quote(column.name)} {kind}"))
-    default: Any = column.default
-    if default is not None:
-        value = default.arg(None) if default.is_callable else default.arg
-        connection.execute(update(column.table).values({column: value}))
+def _look(session: Session) -> str | None:
+    """Something that needs the database itself to answer."""
+    return session.scalar(select(Meta.value).limit(1))
 
 
 def _without_password(url: str) -> str:

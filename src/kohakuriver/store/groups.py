@@ -15,6 +15,7 @@ from sqlalchemy.orm import Session
 from kohakuriver.errors import NotFoundError, UsageError
 from kohakuriver.store.database import Store
 from kohakuriver.store.models import Group, Member, Share, User
+from kohakuriver.store.news import note
 
 __all__ = ["GroupRow", "Groups", "check_sharee", "forget_memberships", "groups_of", "is_shared_with", "share_name"]
 
@@ -80,6 +81,7 @@ class Groups:
                 if member is None:
                     raise NotFoundError(f"{user!r} is not in the group {name}; `kohakuriver group list` shows who is.")
                 session.delete(member)
+                note(session, rights=True)
             _put_in(session, name, add)
             session.flush()
             return _row(session, group)
@@ -95,6 +97,7 @@ class Groups:
             session.execute(delete(Member).where(Member.group == name))
             session.execute(delete(Share).where(Share.user == share_name(name)))
             session.delete(group)
+            note(session, rights=True)
             return row
 
         return await self._store.write(work)

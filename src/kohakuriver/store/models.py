@@ -19,6 +19,7 @@ from kohakuriver.task import TaskOrder, part_of
 __all__ = [
     "ACTIVE",
     "OF_USERS",
+    "SEEN_SECONDS",
     "TOKEN_ID_LENGTH",
     "AppCode",
     "Base",
@@ -29,7 +30,9 @@ __all__ = [
     "Member",
     "Meta",
     "Node",
+    "SessionCount",
     "Share",
+    "SshPass",
     "Task",
     "TaskKey",
     "Token",
@@ -43,7 +46,7 @@ class Base(DeclarativeBase):
 
 
 class Meta(Base):
-    """Facts about the database itself, e.g. the version of its tables."""
+    """What there is one of for all hosts: whose tables these are good for, the key of the jump host."""
 
     __tablename__ = "meta"
 
@@ -343,6 +346,31 @@ class AppCode(Base):
     expires_at: Mapped[float] = mapped_column(Float)
 
 
+class SshPass(Base):
+    """What stands for a user's token on port 8002, once, for one task; kept as its SHA-256, as `token` is."""
+
+    __tablename__ = "ssh_passes"
+
+    digest: Mapped[str] = mapped_column(String(64), primary_key=True)
+    token: Mapped[str] = mapped_column(String(64))
+    user: Mapped[str] = mapped_column(String(63), index=True)
+    task_id: Mapped[int] = mapped_column(BigInteger)
+    expires_at: Mapped[float] = mapped_column(Float)
+
+
+class SessionCount(Base):
+    """How many sessions of a user a host has open, where several hosts work on the database.
+
+    It counts while the host lives, which a lock of its says (`postgresql.py`).
+    """
+
+    __tablename__ = "session_counts"
+
+    host: Mapped[int] = mapped_column(BigInteger, primary_key=True, autoincrement=False)
+    user: Mapped[str] = mapped_column(String(63), primary_key=True, index=True)
+    sessions: Mapped[int] = mapped_column(Integer)
+
+
 def usage_of(status: str, claimed_until: float, spec: Mapping[str, Any], now: float) -> Usage:
     """`Task.usage` of a task with these columns."""
     if status not in ACTIVE and claimed_until <= now:
@@ -353,6 +381,9 @@ def usage_of(status: str, claimed_until: float, spec: Mapping[str, Any], now: fl
 
 ACTIVE = ("starting", "running")
 """What a task's status is while it has what it was ordered to have."""
+
+SEEN_SECONDS = 120.0
+"""How long after its end the use of a used login code shows that somebody has seen it; later it is just no code."""
 
 OF_USERS = ("user", "browser", "link")
 """Kinds of tokens that are a user's."""

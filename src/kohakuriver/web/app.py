@@ -46,8 +46,15 @@ __all__ = [
 log = structlog.get_logger("kohakuriver")
 
 
+HEALTH = ("/health", "/health/live", "/health/ready")
+"""What tells strangers whether a program is well."""
+
+
 class GuardMiddleware:
-    """Lets through what the guard takes."""
+    """Lets through what the guard takes, and a balancer's question how we are.
+
+    Balancers ask by HTTP/1.0, without a Host header. No browser does: it sends one with every request.
+    """
 
     def __init__(self, app: ASGIApp, guard: Guard) -> None:
         self._app = app
@@ -56,8 +63,11 @@ class GuardMiddleware:
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "http":
             headers = Headers(scope=scope)
+            hosts, origins = headers.getlist("host"), headers.getlist("origin")
             try:
-                self._guard.check(headers.getlist("host"), headers.getlist("origin"), (scope["server"] or (None,))[0])
+                nameless = scope["http_version"] == "1.0" and not (hosts or origins)
+                if not nameless or scope["path"] not in HEALTH:
+                    self._guard.check(hosts, origins, (scope["server"] or (None,))[0])
             except NotAllowedError as error:
                 await JSONResponse(error.to_json(), status_code=error.status)(scope, receive, send)
                 return

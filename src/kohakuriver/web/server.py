@@ -38,6 +38,7 @@ _ENDING = tuple(signal.Signals[name] for name in ("SIGINT", "SIGTERM", "SIGHUP",
 class Server(uvicorn.Server):
     """uvicorn, with `on_ready` once it listens, `on_stop` before it drains, and listeners that come and go.
 
+    `on_leave` comes before that, while it listens.
     `on_stop` ends what never ends by itself (tunnels, sessions); after it only HTTP answers that are under way are
     waited for.
     """
@@ -49,6 +50,7 @@ class Server(uvicorn.Server):
         ws: type[asyncio.Protocol],
         on_ready: Callable[[], Awaitable[None]],
         on_stop: Callable[[], Awaitable[None]],
+        on_leave: Callable[[], Awaitable[None]] | None = None,
         certificate: ServerCertificate | None = None,
         limits: Limits | None = None,
         front: Front | None = None,
@@ -65,6 +67,7 @@ class Server(uvicorn.Server):
         self._certificate = certificate
         self._on_ready = on_ready
         self._on_stop = on_stop
+        self._on_leave = on_leave
         self._end = asyncio.Event()
         self._loop = asyncio.get_running_loop()
         self._failed = False
@@ -140,6 +143,8 @@ class Server(uvicorn.Server):
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         """End everything; uvicorn would look ten times a second whether it has ended."""
+        if self._on_leave is not None:
+            await self._on_leave()
         for server in self.servers:
             server.close()
         await self._on_stop()

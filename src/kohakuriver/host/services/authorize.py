@@ -12,13 +12,13 @@ from kohakuriver.errors import KohakuRiverError, NotAllowedError, NotFoundError,
 from kohakuriver.host.services.access import Access, check_onward
 from kohakuriver.host.services.audit import REFUSALS, fingerprint
 from kohakuriver.host.services.credentials import Caller, Credentials
-from kohakuriver.host.services.grants import Grants, Passes
+from kohakuriver.host.services.grants import Grants
 from kohakuriver.host.services.nodes import Nodes
 from kohakuriver.host.services.tasks import Tasks, not_running
 from kohakuriver.session import ticket
 from kohakuriver.session.carried import Route
 from kohakuriver.ssh_proxy.jump import Reach
-from kohakuriver.store import Node, Store, Task
+from kohakuriver.store import Node, Passes, Store, Task, Token
 
 __all__ = ["Forwards"]
 
@@ -41,6 +41,7 @@ class Forwards:
         nodes: Nodes,
         tasks: Tasks,
         tells: float | None = None,
+        passes: Passes | None = None,
     ) -> None:
         self._tells = tells
         self._credentials = credentials
@@ -49,7 +50,7 @@ class Forwards:
         self._store = store
         self._nodes = nodes
         self._tasks = tasks
-        self._passes = Passes()
+        self._passes = passes or Passes(store)
         self._audit = grants.audit
 
     async def authorize(
@@ -98,7 +99,7 @@ class Forwards:
         only: int | None = None
         with self._noting_refusals(reference):
             if token is not None and token.startswith(Passes.PREFIX):
-                caller, only = self._take_pass(token)
+                caller, only = await self._take_pass(token)
             else:
                 caller = await self._credentials.session_caller(token)
             task, node = await self._access.usable(caller, reference)
@@ -106,14 +107,16 @@ class Forwards:
                 raise NotAllowedError("This pass is for another task; get a new one.")
             return await self._ssh_route(task, node, caller, port)
 
-    def _take_pass(self, shown: str) -> tuple[Caller, int]:
-        try:
-            caller, task_id = self._passes.take(shown)
-        except UnauthenticatedError as error:
-            self._audit.refused(error)
-            raise
+    async def _take_pass(self, shown: str) -> tuple[Caller, int]:
+        async with self._credentials.looking():
+            passed = await self._passes.take(shown)
+        if passed is None:
+            error = UnauthenticatedError("This pass was used or has run out; get a new one.")
+            await self._credentials.refuse(error)
+            raise error
+        caller = self._credentials.of_token(passed.token, passed.user)
         asker().known.update(user=caller.name, token=caller.token_id)
-        return caller, task_id
+        return caller, passed.task_id
 
     @contextlib.contextmanager
     def _noting_refusals(self, reference: str) -> Iterator[None]:
@@ -125,9 +128,9 @@ class Forwards:
                 self._audit.refused(error, name=reference)
             raise
 
-    def ssh_pass(self, caller: Caller, task_id: int) -> str:
-        """What `authorize_ssh` takes once in the place of the caller's token, for this task."""
-        return self._passes.issue(caller, task_id)
+    async def ssh_pass(self, token: Token, task_id: int) -> str:
+        """What `authorize_ssh` takes once in the place of a token, for this task."""
+        return await self._passes.issue(token.name, token.digest, task_id)
 
     async def keyholder(self, key: str) -> Reach | None:
         """What the holder of a public key (type and base64) may reach: the tasks that it was put into.

@@ -130,7 +130,11 @@ class Credentials:
         if user is None:
             raise UnauthenticatedError("The user of this token was removed; ask the host's administrator.")
         asker().known.update(user=user.name, token=token.id)
-        return Caller(user.name, user.role, token.digest, self._accounts.quotas_of(user)), token
+        return self.of_token(token, user), token
+
+    def of_token(self, token: Token, user: User) -> Caller:
+        """Who asks with a token of this user."""
+        return Caller(user.name, user.role, token.digest, self._accounts.quotas_of(user))
 
     async def session_caller(self, secret: str | None) -> Caller:
         """Like `caller`, for a session: without a token, `ANONYMOUS` where the host allows that.

@@ -1,17 +1,18 @@
 """Sessions under way of every kind, the right of each to go on, and what is written down about them.
 
-A session is checked when it is opened and whenever a right was taken away here; besides every few seconds, because a
-token expires by itself and another host on the same database may have revoked it. The bytes of a session are no part of
-that: all that a session pays is one entry in a set.
+A session is checked when it is opened, whenever a right was taken away here, and when another host on the same database
+tells of one; besides every few seconds, because a token expires by itself and what is told may be lost. The bytes of a
+session are no part of that: all that a session pays is one entry in a set.
 """
 
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import secrets
 import shlex
 import time
-from collections import Counter, OrderedDict, deque
+from collections import OrderedDict
 from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
@@ -19,26 +20,20 @@ from typing import Any, NamedTuple
 import structlog
 
 from kohakuriver.asking import asker
-from kohakuriver.errors import KohakuRiverError, NotAllowedError, UnauthenticatedError, UnavailableError
+from kohakuriver.errors import KohakuRiverError, NotAllowedError, UnavailableError
 from kohakuriver.host.services.audit import NOWHERE, Audit, fingerprint
 from kohakuriver.host.services.credentials import Caller
 from kohakuriver.host.services.requests import Requests
-from kohakuriver.store import Accounts, Task, Use
+from kohakuriver.store import Accounts, SessionCounts, Task, Use
 from kohakuriver.tunnel.protocol import LONGEST_HOLD
 
-__all__ = ["CHECK_SECONDS", "PASS_SECONDS", "Grant", "Grants", "Passes", "UnderWay"]
+__all__ = ["CHECK_SECONDS", "Grant", "Grants", "UnderWay"]
 
 CHECK_SECONDS = 2.0
 """How often the sessions under way are checked when nothing is known to have changed."""
 
-PASS_SECONDS = 60.0
-"""How long a pass is good."""
-
 MAX_HELD = 1000
 """Of how many lost sessions of one user the rights are watched; of more, of the newest."""
-
-MAX_PASSES = 1000
-"""How many of one user may wait to be used."""
 
 log = structlog.get_logger("kohakuriver.host")
 
@@ -174,6 +169,7 @@ class Grants:
         requests: counts them among what their users ask for.
         audit: where sessions are written down.
         revoke: ends what a lost session left in its container, once the right to it has gone.
+        counts: how many sessions each user has, here and at other hosts.
     """
 
     def __init__(
@@ -183,6 +179,7 @@ class Grants:
         requests: Requests | None = None,
         audit: Audit = NOWHERE,
         revoke: Revoke = _nothing_is_held,
+        counts: SessionCounts | None = None,
     ) -> None:
         self._revoke = revoke
         self._held: dict[str, OrderedDict[Use, Held]] = {}  # by user
@@ -190,7 +187,8 @@ class Grants:
         self._requests = requests or Requests()
         self.audit = audit
         self._grants: set[Grant] = set()
-        self._of_user: Counter[str] = Counter()
+        self.counts = counts or SessionCounts()
+        self._to_look = asyncio.Event()
 
     def open(self, caller: Caller, task: Task, key: str | None = None) -> Grant:
         """Enter a session that `caller` opens to a task, before anything is done for it.
@@ -199,17 +197,10 @@ class Grants:
         Raises UnavailableError "too_many_sessions" or "too_many_requests" (429).
         """
         self._requests.count(caller)
-        most, have = caller.quotas.sessions, self._of_user[caller.name]
-        if most and have >= most:
-            sessions = "1 session" if have == 1 else f"{have} sessions"
-            raise UnavailableError(
-                f"{caller.name or 'This user'} has {sessions} open, and the limit 'sessions' is {most}; end one first.",
-                code="too_many_sessions",
-                status=429,
-            )
+        _check_room(caller, self.counts.here(caller.name))
         grant = Grant(self, caller, task, Use(caller.digest, task.task_id, key))
         self._grants.add(grant)
-        self._of_user[caller.name] += 1
+        self.counts.add(caller.name, 1)
         return grant
 
     async def enter(self, caller: Caller, task: Task, key: str | None = None) -> Grant:
@@ -219,6 +210,9 @@ class Grants:
         """
         grant = self.open(caller, task, key)
         try:
+            if caller.quotas.sessions:
+                elsewhere = await self.counts.enter(caller.name)
+                _check_room(caller, elsewhere + self.counts.here(caller.name) - 1)
             reason = (await self._accounts.withdrawn([grant.use])).get(grant.use)
             if reason is not None:
                 raise NotAllowedError(f"This can't be opened: {reason}.")
@@ -230,9 +224,7 @@ class Grants:
     def forget(self, grant: Grant) -> None:
         """The session has ended."""
         self._grants.discard(grant)
-        self._of_user[grant.caller.name] -= 1
-        if not self._of_user[grant.caller.name]:
-            del self._of_user[grant.caller.name]
+        self.counts.add(grant.caller.name, -1)
 
     def hold(self, held: Held) -> None:
         """A session was lost: what it left behind hangs on the same right."""
@@ -246,9 +238,13 @@ class Grants:
         """Write down what became of a session."""
         self.audit.write(event, **about)
 
-    def open_of(self, user: str) -> int:
-        """How many sessions a user has open."""
-        return self._of_user[user]
+    async def open_of(self, user: str) -> int:
+        """How many sessions a user has open, at all hosts. Raises KohakuRiverError when the database fails."""
+        return self.counts.here(user) + await self.counts.elsewhere(user)
+
+    def look_now(self) -> None:
+        """A right may have ended elsewhere: have `run` check at once."""
+        self._to_look.set()
 
     def under_way(self) -> list[UnderWay]:
         """All sessions that are open on this host now."""
@@ -300,10 +296,12 @@ class Grants:
             self._held.pop(held.user, None)
 
     async def run(self) -> None:
-        """Check every `CHECK_SECONDS`, until cancelled."""
+        """Check every `CHECK_SECONDS`, and when `look_now` was called, until cancelled."""
         trouble = ""
         while True:
-            await asyncio.sleep(CHECK_SECONDS)
+            with contextlib.suppress(asyncio.TimeoutError):
+                await asyncio.wait_for(self._to_look.wait(), CHECK_SECONDS)
+            self._to_look.clear()
             if self._grants or self._held:
                 before, trouble = trouble, await self._trouble_with_check()
                 if trouble != before:
@@ -320,37 +318,20 @@ class Grants:
         return ""
 
 
+def _check_room(caller: Caller, have: int) -> None:
+    """Raises UnavailableError "too_many_sessions" (429) where a user with so many sessions may have no more."""
+    most = caller.quotas.sessions
+    if most and have >= most:
+        sessions = "1 session" if have == 1 else f"{have} sessions"
+        raise UnavailableError(
+            f"{caller.name or 'This user'} has {sessions} open, and the limit 'sessions' is {most}; end one first.",
+            code="too_many_sessions",
+            status=429,
+        )
+
+
 def _tell(trouble: str) -> None:
     if trouble:
         log.error("the rights of sessions can't be checked: those that are open go on", reason=trouble)
     else:
         log.info("the rights of sessions are checked again")
-
-
-class Passes:
-    """Stand-ins for tokens where others may listen: each opens one SSH connection to one task, within a minute."""
-
-    PREFIX = "krp_"
-
-    def __init__(self, *, clock: Callable[[], float] = time.monotonic) -> None:
-        self._clock = clock
-        self._passes: dict[str, tuple[float, Caller, int]] = {}
-        self._of_user: dict[str, deque[str]] = {}
-
-    def issue(self, caller: Caller, task_id: int) -> str:
-        """A pass for what `caller` may reach; of too many that were not used the user's oldest goes."""
-        now = self._clock()
-        known = self._of_user.setdefault(caller.name, deque())
-        while known and (len(known) >= MAX_PASSES or self._passes.get(known[0], (0.0,))[0] <= now):
-            self._passes.pop(known.popleft(), None)
-        made = self.PREFIX + secrets.token_urlsafe(32)
-        self._passes[made] = now + PASS_SECONDS, caller, task_id
-        known.append(made)
-        return made
-
-    def take(self, shown: str) -> tuple[Caller, int]:
-        """Whose pass this is and for which task; it is used up with that. Raises UnauthenticatedError."""
-        found = self._passes.pop(shown, None)
-        if found is None or found[0] <= self._clock():
-            raise UnauthenticatedError("This pass was used or has run out; get a new one.")
-        return found[1:]

@@ -7,7 +7,7 @@ import base64
 import contextlib
 import secrets
 import time
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import asdict
 
@@ -106,6 +106,12 @@ class Nodes:
     def coming_back(self, name: str) -> AbstractContextManager[asyncio.Event]:
         """Meanwhile the event is set when the node of this name registers here."""
         return self._registered.watch(name)
+
+    def came_back(self, names: Iterable[str]) -> None:
+        """Nodes of these names have registered at another host."""
+        for name in names:
+            self._reach.forget(name)
+            self._registered.notify([name])
 
     async def heartbeat(self, name: str, beat: Heartbeat) -> HeartbeatAnswer:
         """Take over what a node says. Raises NotFoundError for an unknown node, which then registers again."""

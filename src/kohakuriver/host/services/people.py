@@ -59,7 +59,7 @@ class People:
         """How much a user may have, and has. Raises NotFoundError."""
         user, usage = await self._accounts.usage(name)
         most = self._accounts.quotas_of(user)
-        used = {**asdict(usage), "sessions": self._grants.open_of(name)}
+        used = {**asdict(usage), "sessions": await self._grants.open_of(name)}
         limits = {
             quota: Limit(limit=_shown(getattr(most, quota)), used=used.get(quota), own=quota in user.limits)
             for quota in QUOTAS

@@ -132,10 +132,6 @@ class Tasks:
         }
         return TaskView(**shown, shared_with=list(shared_with), traffic=taken_from(traffic, TaskTraffic))
 
-    async def check(self) -> None:
-        """Raises KohakuRiverError when the database can't be asked."""
-        await self._store.check()
-
     async def views(self, caller: Caller) -> list[TaskView]:
         """All tasks that the caller may use, oldest first."""
         return [view for _, _, view in await self.used_by(caller)]

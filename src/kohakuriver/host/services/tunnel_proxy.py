@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import math
 import ssl
 import time
 from collections.abc import Awaitable, Callable, Collection, Iterator
@@ -68,6 +69,9 @@ BACK_WITHIN = 4.0
 
 TELLS_SECONDS = 5.0
 """How often a runner tells what went past the host, where nothing makes it more often."""
+
+AWAY_EVERY, AWAY_AT_ONCE = 0.1, 20
+"""Of a host that ends, so many sessions are told each so many seconds; more where time would not do."""
 
 Authorize = Callable[["str | None", str, "int | None", str, "frozenset[int] | None"], Awaitable[Route]]
 
@@ -399,11 +403,22 @@ class TunnelProxy:
         return self.carrier.snapshot()
 
     async def drain(self, seconds: int) -> None:
-        """Have users go on at a host that takes this one's place; wait for that, for so many seconds at most."""
-        self._away = time.monotonic() + seconds  # for those, too, that are being opened now
-        for session in self.sessions:
-            session.send_away(seconds)
-        await self.carrier.emptied(seconds)
+        """Have users go on at a host that takes this one's place; wait for that, for so many seconds at most.
+
+        They are told one after the other, over half of that time where they are many: the next host is not to get all
+        of them at once.
+        """
+        began = time.monotonic()
+        self._away = began + seconds  # for those, too, that are being opened now
+        told = list(self.sessions)
+        most_at_once = max(AWAY_AT_ONCE, math.ceil(len(told) * 2 * AWAY_EVERY / seconds))
+        for start in range(0, len(told), most_at_once):
+            for session in told[start : start + most_at_once]:
+                if session in self.carrier.open:
+                    session.send_away(max(0, round(self._away - time.monotonic())))
+            if start + most_at_once < len(told):
+                await asyncio.sleep(AWAY_EVERY)
+        await self.carrier.emptied(self._away - time.monotonic())
 
     async def close(self) -> None:
         """Close every session."""
