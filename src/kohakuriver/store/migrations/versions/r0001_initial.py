@@ -13,11 +13,53 @@ depends_on = None
 
 def upgrade() -> None:
     op.create_table(
+        "app_codes",
+        sa.Column("digest", sa.String(length=64), nullable=False),
+        sa.Column("browser", sa.String(length=64), nullable=False),
+        sa.Column("task_id", sa.BigInteger(), nullable=False),
+        sa.Column("port", sa.Integer(), nullable=False),
+        sa.Column("host", sa.Text(), nullable=False),
+        sa.Column("state", sa.String(length=64), nullable=False),
+        sa.Column("expires_at", sa.Float(), nullable=False),
+        sa.PrimaryKeyConstraint("digest"),
+    )
+    with op.batch_alter_table("app_codes", schema=None) as batch_op:
+        batch_op.create_index(batch_op.f("ix_app_codes_browser"), ["browser"], unique=False)
+
+    op.create_table(
+        "device_codes",
+        sa.Column("digest", sa.String(length=64), nullable=False),
+        sa.Column("typed", sa.String(length=64), nullable=False),
+        sa.Column("origin", sa.String(length=64), nullable=False),
+        sa.Column("source", sa.Text(), nullable=False),
+        sa.Column("machine", sa.String(length=63), nullable=False),
+        sa.Column("created_at", sa.Float(), nullable=False),
+        sa.Column("expires_at", sa.Float(), nullable=False),
+        sa.Column("browser", sa.String(length=64), nullable=False),
+        sa.PrimaryKeyConstraint("digest"),
+        sa.UniqueConstraint("typed"),
+    )
+    with op.batch_alter_table("device_codes", schema=None) as batch_op:
+        batch_op.create_index(batch_op.f("ix_device_codes_origin"), ["origin"], unique=False)
+
+    op.create_table(
         "groups",
         sa.Column("name", sa.String(length=62), nullable=False),
         sa.Column("created_at", sa.Float(), nullable=False),
         sa.PrimaryKeyConstraint("name"),
     )
+    op.create_table(
+        "identities",
+        sa.Column("digest", sa.String(length=64), nullable=False),
+        sa.Column("issuer", sa.Text(), nullable=False),
+        sa.Column("subject", sa.String(length=255), nullable=False),
+        sa.Column("user", sa.String(length=63), nullable=False),
+        sa.Column("made", sa.Boolean(), nullable=False),
+        sa.PrimaryKeyConstraint("digest"),
+    )
+    with op.batch_alter_table("identities", schema=None) as batch_op:
+        batch_op.create_index(batch_op.f("ix_identities_user"), ["user"], unique=False)
+
     op.create_table(
         "login_codes",
         sa.Column("digest", sa.String(length=64), nullable=False),
@@ -26,7 +68,8 @@ def upgrade() -> None:
         sa.Column("used_by", sa.String(length=64), nullable=False),
         sa.PrimaryKeyConstraint("digest"),
     )
-    op.create_index("ix_login_codes_token", "login_codes", ["token"])
+    with op.batch_alter_table("login_codes", schema=None) as batch_op:
+        batch_op.create_index(batch_op.f("ix_login_codes_token"), ["token"], unique=False)
 
     op.create_table(
         "members",
@@ -34,7 +77,8 @@ def upgrade() -> None:
         sa.Column("user", sa.String(length=63), nullable=False),
         sa.PrimaryKeyConstraint("group", "user"),
     )
-    op.create_index("ix_members_user", "members", ["user"])
+    with op.batch_alter_table("members", schema=None) as batch_op:
+        batch_op.create_index(batch_op.f("ix_members_user"), ["user"], unique=False)
 
     op.create_table(
         "meta",
@@ -65,7 +109,8 @@ def upgrade() -> None:
         sa.Column("sessions", sa.Integer(), nullable=False),
         sa.PrimaryKeyConstraint("host", "user"),
     )
-    op.create_index("ix_session_counts_user", "session_counts", ["user"])
+    with op.batch_alter_table("session_counts", schema=None) as batch_op:
+        batch_op.create_index(batch_op.f("ix_session_counts_user"), ["user"], unique=False)
 
     op.create_table(
         "shares",
@@ -82,7 +127,8 @@ def upgrade() -> None:
         sa.Column("expires_at", sa.Float(), nullable=False),
         sa.PrimaryKeyConstraint("digest"),
     )
-    op.create_index("ix_ssh_passes_user", "ssh_passes", ["user"])
+    with op.batch_alter_table("ssh_passes", schema=None) as batch_op:
+        batch_op.create_index(batch_op.f("ix_ssh_passes_user"), ["user"], unique=False)
 
     op.create_table(
         "tokens",
@@ -95,6 +141,8 @@ def upgrade() -> None:
         sa.Column("revoked_at", sa.Float(), nullable=True),
         sa.Column("parent", sa.String(length=64), nullable=True),
         sa.Column("ends_at", sa.Float(), nullable=True),
+        sa.Column("task_id", sa.BigInteger(), nullable=True),
+        sa.Column("port", sa.Integer(), nullable=True),
         sa.PrimaryKeyConstraint("digest"),
     )
     op.create_table(
@@ -125,6 +173,7 @@ def upgrade() -> None:
         sa.Column("ssh_keys", sa.JSON(), nullable=False),
         sa.Column("ssh_port", sa.Integer(), nullable=True),
         sa.Column("ssh_host_key", sa.Text(), nullable=True),
+        sa.Column("ssh_host_key_ecdsa", sa.Text(), nullable=True),
         sa.Column("spec", sa.JSON(), nullable=False),
         sa.Column("claimed_until", sa.Float(), nullable=False),
         sa.Column("adopted", sa.Boolean(), nullable=False),
@@ -140,7 +189,8 @@ def upgrade() -> None:
         sa.UniqueConstraint("container"),
         sa.UniqueConstraint("name"),
     )
-    op.create_index("ix_tasks_node", "tasks", ["node"])
+    with op.batch_alter_table("tasks", schema=None) as batch_op:
+        batch_op.create_index(batch_op.f("ix_tasks_node"), ["node"], unique=False)
 
     op.create_table(
         "task_keys",
@@ -149,4 +199,5 @@ def upgrade() -> None:
         sa.ForeignKeyConstraint(["task_id"], ["tasks.task_id"], ondelete="CASCADE"),
         sa.PrimaryKeyConstraint("digest", "task_id"),
     )
-    op.create_index("ix_task_keys_task_id", "task_keys", ["task_id"])
+    with op.batch_alter_table("task_keys", schema=None) as batch_op:
+        batch_op.create_index(batch_op.f("ix_task_keys_task_id"), ["task_id"], unique=False)
