@@ -28,6 +28,7 @@ class OneLeg:
 
     container = "c"
     user_link = None
+    beyond = False
 
     def let_go(self) -> None:
         pass
@@ -102,6 +103,12 @@ def test_what_is_no_ticket_opens_nothing(shown: str | None) -> None:
 
 def test_a_runner_that_is_not_for_users_says_why_and_gives_no_ticket() -> None:
     assert paths(straights("it is not for users")).offer() == StraightOffer(refusal="it is not for users")
+
+
+def test_a_session_that_leads_beyond_the_task_is_offered_none() -> None:
+    session = paths(straights())
+    session.through.beyond = True  # type: ignore[misc]
+    assert "beyond the task" in session.offer().refusal
 
 
 @pytest.mark.parametrize("shown", [None, Ticket("node", "forward", "id", 0.0, 1, "c", "ann", None)])

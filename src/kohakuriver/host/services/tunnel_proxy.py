@@ -411,7 +411,7 @@ class TunnelProxy:
         began = time.monotonic()
         self._away = began + seconds  # for those, too, that are being opened now
         told = list(self.sessions)
-        most_at_once = max(AWAY_AT_ONCE, math.ceil(len(told) * 2 * AWAY_EVERY / seconds))
+        most_at_once = max(AWAY_AT_ONCE, math.ceil(len(told) * 2 * AWAY_EVERY / seconds) if seconds else len(told))
         for start in range(0, len(told), most_at_once):
             for session in told[start : start + most_at_once]:
                 if session in self.carrier.open:
