@@ -107,7 +107,7 @@ def test_a_runner_that_is_not_for_users_says_why_and_gives_no_ticket() -> None:
 
 def test_a_session_that_leads_beyond_the_task_is_offered_none() -> None:
     session = paths(straights())
-    session.through.beyond = True  # type: ignore[misc]
+    session.through.beyond = True
     assert "beyond the task" in session.offer().refusal
 
 

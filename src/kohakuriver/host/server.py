@@ -6,17 +6,16 @@ import asyncio
 import contextlib
 import socket
 import ssl
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import structlog
 
 from kohakuriver import runtime as loops
 from kohakuriver.changes import Changes
 from kohakuriver.host.app import create_app
-from kohakuriver.host.apps.serving import AppServer, where_in
+from kohakuriver.host.apps.serving import AppServer, Where, where_in
 from kohakuriver.host.cookies import credential_of
 from kohakuriver.host.oidc_options import provider_of, rules_of
 from kohakuriver.host.parts import Services
@@ -167,210 +166,244 @@ async def main(options: HostOptions) -> int:
         socks = [stack.enter_context(sock) for sock in bind_with_loopback(options.bind, options.port)]
         ssh_sock = stack.enter_context(bind(options.bind, options.ssh_port))
         store = await Store.open(options.database or sqlite_url(options.state_dir / "host.db"))
-        return await _run(options, socks, ssh_sock, store, perimeter)
+        runners = RunnerClient(perimeter.trusted)
+        try:
+            host = Host(options, socks, ssh_sock, store, runners, perimeter)
+            await host.begin()
+            return await host.run()
+        finally:
+            await runners.close()
+            await store.close()
+            await asyncio.to_thread(perimeter.audit.close)
 
 
-async def _run(
-    options: HostOptions, socks: list[socket.socket], ssh_sock: socket.socket, store: Store, perimeter: Perimeter
-) -> int:
-    runners = RunnerClient(perimeter.trusted)
-    try:
-        accounts = Accounts(store, defaults=Quotas.by_default(perimeter.limits))
-        credentials = Credentials(
-            accounts,
+class Host:
+    """The parts of one host, and how they hear of one another. `begin`, then `run`."""
+
+    def __init__(
+        self,
+        options: HostOptions,
+        socks: list[socket.socket],
+        ssh_sock: socket.socket,
+        store: Store,
+        runners: RunnerClient,
+        perimeter: Perimeter,
+    ) -> None:
+        self._options, self._perimeter, self._measures = options, perimeter, perimeter.measures
+        self._socks, self._ssh_sock = socks, ssh_sock
+        self._store, self._runners = store, runners
+        limits, audit = perimeter.limits, perimeter.audit
+        self._accounts = Accounts(store, defaults=Quotas.by_default(limits))
+        self._credentials = Credentials(
+            self._accounts,
             allow_anonymous=options.allow_anonymous,
-            audit=perimeter.audit,
-            failures=Failures(rate=perimeter.limits.max_failures),
+            audit=audit,
+            failures=Failures(rate=limits.max_failures),
         )
-        for path in await credentials.load_or_make(options.state_dir):
+        self._changes = Changes[int]()
+        self._nodes = Nodes(
+            store,
+            Reach(runners),
+            heartbeat_seconds=options.heartbeat_seconds,
+            on_change=self._changes.notify,
+            audit=audit,
+        )
+        self._tasks = Tasks(
+            store, self._accounts, self._nodes, runners, self._changes, user_mounts=options.user_mounts, audit=audit
+        )
+        self._access = Access(store, self._accounts)
+        self._requests = Requests(rate=limits.max_requests, most=limits.max_under_way)
+        self._counts = SessionCounts(store)
+        self._grants = Grants(
+            self._accounts, requests=self._requests, audit=audit, revoke=self._revoke, counts=self._counts
+        )
+        self._forwards = Forwards(
+            self._credentials, self._access, self._grants, store, self._nodes, self._tasks, straight_tells(limits)
+        )
+        self._hosts = Hosts(store, self._grants, self._nodes, self._changes)
+        self._readiness = Readiness(store)
+        self._logs = Logs(self._grants, self._nodes, runners)
+        self._sessions = OpenSessions(self._grants)
+        self._feed = Feed(store, self._accounts, self._tasks, self._nodes, self._sessions, self._changes)
+        self._make_logins()
+        self._make_proxies()
+
+    def _make_logins(self) -> None:
+        """The ways in for browsers, and for command lines by a browser."""
+        name = name_in_browsers(self._options.state_dir / "browser-name")
+        self._logins = Logins(self._credentials, Browsers(self._store), self._grants, name)
+        codes = DeviceCodes(self._store, self._accounts)
+        self._devices = DeviceLogins(codes, self._credentials, self._perimeter.audit)
+        self._identities = Identities(self._store)
+        self._oidc: OidcLogins | None = None
+        if provider := provider_of(self._options):
+            rules = rules_of(self._options)
+            self._oidc = OidcLogins(provider, rules, self._identities, self._logins, self._credentials, self._grants)
+
+    def _make_proxies(self) -> None:
+        """What carries forwards and terminals."""
+        trusted, limits = self._perimeter.trusted, self._perimeter.limits
+        self._proxy = TunnelProxy(
+            authorize=self._forwards.authorize,
+            authorize_terminal=self._forwards.authorize_terminal,
+            credential=credential_of,
+            coming_back=self._nodes.coming_back,
+            trusted=trusted,
+            limits=limits,
+        )
+        self._terminals = TerminalProxy(
+            authorize=self._forwards.authorize_terminal, credential=credential_of, trusted=trusted, limits=limits
+        )
+
+    async def begin(self) -> None:
+        """What needs the database. Raises KohakuRiverError, OSError or ValueError where the host can't start."""
+        options, perimeter = self._options, self._perimeter
+        for path in await self._credentials.load_or_make(options.state_dir):
             log.info("made a token", file=str(path))
         if options.allow_anonymous:
             log.warning(
                 "ANONYMOUS ACCESS IS ON: anybody who reaches this port can open forwards, terminals and SSH "
                 "connections to every task"
             )
-        warn_if_in_clear(socks[0], perimeter.certificate)
-        return await _serve(options, socks, ssh_sock, store, accounts, runners, credentials, perimeter)
-    finally:
-        await runners.close()
-        await store.close()
-        await asyncio.to_thread(perimeter.audit.close)
+        warn_if_in_clear(self._socks[0], perimeter.certificate)
+        self._ssh_proxy = SshProxy(
+            self._ssh_sock,
+            authorize=self._forwards.authorize_ssh,
+            keyholders=self._forwards.keyholder,
+            check_user=self._credentials.caller,
+            host_keys=await shared_host_keys(self._store, options.state_dir),
+            trusted=perimeter.trusted,
+            limits=perimeter.limits,
+            opened=lambda seconds, error: self._measures.opened("ssh", seconds, error),
+        )
+        port = self._socks[0].getsockname()[1]
+        where = where_in(options.apps_domain, options.public_url, perimeter.names, port)
+        self._app_server = AppServer(
+            await apps_key(self._store),
+            where,
+            store=self._store,
+            credentials=self._credentials,
+            logins=self._logins,
+            forwards=self._forwards,
+            trusted=perimeter.trusted,
+            limits=perimeter.limits,
+            tls=perimeter.certificate is not None,
+        )
+        self._server = self._serving(where)
 
+    def _serving(self, where: Where) -> Server:
+        options, perimeter = self._options, self._perimeter
+        guard = Guard(
+            names=[*perimeter.names, *where.names],
+            hosts=options.allowed_hosts,
+            origins=options.allowed_origins,
+            elsewhere=self._app_server.owns,
+        )
+        measure = self._measures.route
+        routes = [
+            *(measure("forward", route) for route in self._proxy.routes()),
+            *(measure("terminal", route) for route in self._terminals.routes()),
+        ]
+        return Server(
+            self._measures.requests(create_app(self._services(), guard)),
+            ws=serve_ws(routes, guard, max_message=perimeter.limits.max_message),
+            on_ready=self._ready,
+            on_leave=self._leave,
+            on_stop=self._stop,
+            certificate=perimeter.certificate,
+            limits=perimeter.limits,
+            front=self._app_server.front,
+        )
 
-async def _serve(
-    options: HostOptions,
-    socks: list[socket.socket],
-    ssh_sock: socket.socket,
-    store: Store,
-    accounts: Accounts,
-    runners: RunnerClient,
-    credentials: Credentials,
-    perimeter: Perimeter,
-) -> int:
-    changes = Changes[int]()
-    nodes = Nodes(
-        store,
-        Reach(runners),
-        heartbeat_seconds=options.heartbeat_seconds,
-        on_change=changes.notify,
-        audit=perimeter.audit,
-    )
-    tasks = Tasks(store, accounts, nodes, runners, changes, user_mounts=options.user_mounts, audit=perimeter.audit)
-    access = Access(store, accounts)
-    limits, measures = perimeter.limits, perimeter.measures
-    requests = Requests(rate=limits.max_requests, most=limits.max_under_way)
+    def _services(self) -> Services:
+        return Services(
+            credentials=self._credentials,
+            access=self._access,
+            people=People(self._accounts, self._identities, self._grants),
+            groups=GroupsOfUsers(Groups(self._store), self._grants),
+            nodes=self._nodes,
+            tasks=self._tasks,
+            forwards=self._forwards,
+            requests=self._requests,
+            audit=self._perimeter.audit,
+            logs=self._logs,
+            logins=self._logins,
+            devices=self._devices,
+            oidc=self._oidc,
+            apps=self._app_server.apps,
+            links=AppLinks(StoredLinks(self._store), self._app_server.apps, self._grants),
+            sessions=self._sessions,
+            feed=self._feed,
+            readiness=self._readiness,
+        )
 
-    async def revoke(node: str, container: str, user: str, reason: str) -> None:
-        found = await store.node(node)
-        if found is not None:
-            await runners.revoke(found, container, user, reason)
+    async def run(self) -> int:
+        """Serve until the end; the exit code."""
+        keep = self._server.keep
+        beside = [
+            keep(self._grants.run(), "checking the rights of sessions"),
+            keep(self._counts.run(), "counting sessions for other hosts"),
+            keep(self._hosts.run(), "listening to other hosts"),
+            keep(self._hosts.care(), "deleting what has run out"),
+            keep(self._tasks.run(), "looking what tasks that are waited for have changed"),
+            keep(self._feed.run(), "telling what changes"),
+            keep(self._nodes.run(), "looking whether nodes can be reached"),
+            keep(self._perimeter.audit.run(), "counting what the audit log leaves out"),
+        ]
+        try:
+            await self._server.serve(self._socks)
+        finally:
+            await loops.cancel_all(beside)
+            if self._oidc is not None:
+                await self._oidc.close()
+        return self._server.exit_code
 
-    counts = SessionCounts(store)
-    grants = Grants(accounts, requests=requests, audit=perimeter.audit, revoke=revoke, counts=counts)
-    hosts = Hosts(store, grants, nodes, changes)
-    readiness = Readiness(store)
-    forwards = Forwards(credentials, access, grants, store, nodes, tasks, straight_tells(limits))
-    proxy = TunnelProxy(
-        authorize=forwards.authorize,
-        authorize_terminal=forwards.authorize_terminal,
-        credential=credential_of,
-        coming_back=nodes.coming_back,
-        trusted=perimeter.trusted,
-        limits=perimeter.limits,
-    )
-    terminals = TerminalProxy(
-        authorize=forwards.authorize_terminal, credential=credential_of, trusted=perimeter.trusted, limits=limits
-    )
-    ssh_proxy = SshProxy(
-        ssh_sock,
-        authorize=forwards.authorize_ssh,
-        keyholders=forwards.keyholder,
-        check_user=credentials.caller,
-        host_keys=await shared_host_keys(store, options.state_dir),
-        trusted=perimeter.trusted,
-        limits=perimeter.limits,
-        opened=lambda seconds, error: measures.opened("ssh", seconds, error),
-    )
-    carriers = {"forward": proxy, "terminal": terminals, "ssh": ssh_proxy}
-    logins = Logins(credentials, Browsers(store), grants, name_in_browsers(options.state_dir / "browser-name"))
-    devices = DeviceLogins(DeviceCodes(store, accounts), credentials, perimeter.audit)
-    identities = Identities(store)
-    oidc = None
-    if provider := provider_of(options):
-        oidc = OidcLogins(provider, rules_of(options), identities, logins, credentials, grants)
-    where = where_in(options.apps_domain, options.public_url, perimeter.names, socks[0].getsockname()[1])
-    app_server = AppServer(
-        await apps_key(store),
-        where,
-        store=store,
-        credentials=credentials,
-        logins=logins,
-        forwards=forwards,
-        trusted=perimeter.trusted,
-        limits=limits,
-        tls=perimeter.certificate is not None,
-    )
-    guard = Guard(
-        names=[*perimeter.names, *where.names],
-        hosts=options.allowed_hosts,
-        origins=options.allowed_origins,
-        elsewhere=app_server.owns,
-    )
-    logs = Logs(grants, nodes, runners)
-    sessions = OpenSessions(grants)
-    feed = Feed(store, accounts, tasks, nodes, sessions, changes)
-    url = socket_url(socks[0], "https" if options.tls_cert else "http")
-    ssh_address = socket_url(ssh_sock).removeprefix("http://")
-
-    async def ready() -> None:
-        if options.exit_with_stdin:
-            stop_at_end_of_stdin(server)
-        ssh_proxy.start()
+    async def _ready(self) -> None:
+        if self._options.exit_with_stdin:
+            stop_at_end_of_stdin(self._server)
+        self._ssh_proxy.start()
+        self._show_measures()
+        url = socket_url(self._socks[0], "https" if self._options.tls_cert else "http")
+        ssh_address = socket_url(self._ssh_sock).removeprefix("http://")
         sentence = f"The host is ready at {url}, its SSH proxy at {ssh_address}"
-        _show(measures, carriers, nodes, store)
-        measures.begin(server)
         loops.freeze_heap()
-        said = {"metrics": measures.url} if measures.url else {}
-        print_event("ready", options.json, sentence, url=url, ssh_proxy=ssh_address, **said)
+        said = {"metrics": self._measures.url} if self._measures.url else {}
+        print_event("ready", self._options.json, sentence, url=url, ssh_proxy=ssh_address, **said)
 
-    async def leave() -> None:
-        readiness.leaving = True
-        if options.drain_notice:
-            log.info("this host says that it is about to end", seconds=options.drain_notice)
-            await asyncio.sleep(options.drain_notice)
+    def _show_measures(self) -> None:
+        """Have what the host counts itself among its measures, where somebody may read them."""
+        if self._measures.url is not None:
+            from kohakuriver.host.services.measures import HostMeasures
 
-    async def stop() -> None:
-        await ssh_proxy.stop_listening()
-        left = in_background(counts.leave(), "telling other hosts that this one ends")
-        if options.drain:
-            await proxy.drain(options.drain)
-        await ssh_proxy.close()
-        await terminals.close()
-        logs.close()
-        devices.close()
-        await app_server.close()
-        feed.close()
-        await proxy.close()
+            own = HostMeasures(
+                {"forward": self._proxy, "terminal": self._terminals, "ssh": self._ssh_proxy}, self._nodes, self._store
+            )
+            self._measures.show(own.look)
+            self._measures.ask_database(own.refresh)
+        self._measures.begin(self._server)
+
+    async def _leave(self) -> None:
+        self._readiness.leaving = True
+        if seconds := self._options.drain_notice:
+            log.info("this host says that it is about to end", seconds=seconds)
+            await asyncio.sleep(seconds)
+
+    async def _stop(self) -> None:
+        await self._ssh_proxy.stop_listening()
+        left = in_background(self._counts.leave(), "telling other hosts that this one ends")
+        if self._options.drain:
+            await self._proxy.drain(self._options.drain)
+        await self._ssh_proxy.close()
+        await self._terminals.close()
+        self._logs.close()
+        self._devices.close()
+        await self._app_server.close()
+        self._feed.close()
+        await self._proxy.close()
         await left
 
-    services = Services(
-        credentials,
-        access,
-        People(accounts, identities, grants),
-        GroupsOfUsers(Groups(store), grants),
-        nodes,
-        tasks,
-        forwards,
-        requests,
-        perimeter.audit,
-        logs,
-        logins,
-        devices,
-        oidc,
-        app_server.apps,
-        AppLinks(StoredLinks(store), app_server.apps, grants),
-        sessions,
-        feed,
-        readiness,
-    )
-    ways = [
-        (kind, route) for kind, carrier in (("forward", proxy), ("terminal", terminals)) for route in carrier.routes()
-    ]
-    server = Server(
-        measures.requests(create_app(services, guard)),
-        ws=serve_ws([measures.route(*way) for way in ways], guard, max_message=limits.max_message),
-        on_ready=ready,
-        on_leave=leave,
-        on_stop=stop,
-        certificate=perimeter.certificate,
-        limits=perimeter.limits,
-        front=app_server.front,
-    )
-    beside = [
-        server.keep(grants.run(), "checking the rights of sessions"),
-        server.keep(counts.run(), "counting sessions for other hosts"),
-        server.keep(hosts.run(), "listening to other hosts"),
-        server.keep(hosts.care(), "deleting what has run out"),
-        server.keep(tasks.run(), "looking what tasks that are waited for have changed"),
-        server.keep(feed.run(), "telling what changes"),
-        server.keep(nodes.run(), "looking whether nodes can be reached"),
-        server.keep(perimeter.audit.run(), "counting what the audit log leaves out"),
-    ]
-    try:
-        await server.serve(socks)
-    finally:
-        await loops.cancel_all(beside)
-        if oidc is not None:
-            await oidc.close()
-    return server.exit_code
-
-
-def _show(measures: Measures, carriers: Mapping[str, Any], nodes: Nodes, store: Store) -> None:
-    """Have what the host counts itself among its measures, where somebody may read them."""
-    if measures.url is None:
-        return
-    from kohakuriver.host.services.measures import HostMeasures
-
-    own = HostMeasures(carriers, nodes, store)
-    measures.show(own.look)
-    measures.ask_database(own.refresh)
+    async def _revoke(self, node: str, container: str, user: str, reason: str) -> None:
+        """Have what a user left in a container end."""
+        found = await self._store.node(node)
+        if found is not None:
+            await self._runners.revoke(found, container, user, reason)

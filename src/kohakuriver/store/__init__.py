@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from kohakuriver.store.accounts import ANY_NODE, Accounts, Use
 from kohakuriver.store.browsers import Browsers, Opened
-from kohakuriver.store.common import apps_key, forget_what_has_run_out, kept
+from kohakuriver.store.common import apps_key, forget_what_has_run_out, kept, tasks_by_status
 from kohakuriver.store.database import Store, ahead_of_users, sqlite_url
 from kohakuriver.store.device_codes import DeviceCodes
 from kohakuriver.store.groups import Groups
@@ -39,4 +39,5 @@ __all__ = [
     "forget_what_has_run_out",
     "kept",
     "sqlite_url",
+    "tasks_by_status",
 ]

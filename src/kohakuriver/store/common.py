@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import secrets
 
-from sqlalchemy import delete, update
+from sqlalchemy import delete, func, select, update
 from sqlalchemy.orm import Session
 
 from kohakuriver.store.database import Store
-from kohakuriver.store.models import SEEN_SECONDS, LoginCode, Meta, SshPass
+from kohakuriver.store.models import SEEN_SECONDS, LoginCode, Meta, SshPass, Task
 from kohakuriver.store.schema import GOOD_FOR
 
-__all__ = ["apps_key", "forget_what_has_run_out", "kept"]
+__all__ = ["apps_key", "forget_what_has_run_out", "kept", "tasks_by_status"]
 
 
 async def kept(store: Store, key: str, offered: str) -> str:
@@ -35,6 +35,12 @@ async def kept(store: Store, key: str, offered: str) -> str:
 async def apps_key(store: Store) -> bytes:
     """What all hosts of this database sign with what they give browsers at the addresses of apps."""
     return bytes.fromhex(await kept(store, "apps_key", secrets.token_hex(32)))
+
+
+async def tasks_by_status(store: Store) -> dict[str, int]:
+    """How many tasks have each status; one that none has is not in it. Raises KohakuRiverError."""
+    query = select(Task.status, func.count()).where(Task.removed.is_(False)).group_by(Task.status)
+    return await store.read(lambda session: {row[0]: row[1] for row in session.execute(query)})
 
 
 async def forget_what_has_run_out(store: Store, now: float) -> None:

@@ -265,11 +265,6 @@ class Store:
         )
         return await self.read(lambda session: {row[0]: row[1] for row in session.execute(query)})
 
-    async def tasks_by_status(self) -> dict[str, int]:
-        """How many tasks have each status; one that none has is not in it."""
-        query = select(Task.status, func.count()).where(Task.removed.is_(False)).group_by(Task.status)
-        return await self.read(lambda session: {row[0]: row[1] for row in session.execute(query)})
-
     async def gpus_in_use(self, now: float) -> dict[str, set[str]]:
         """The numbers of the GPUs, by their nodes, that tasks have; `now` is in seconds since the epoch."""
         return await self.read(lambda session: gpus_in_use(session, now))

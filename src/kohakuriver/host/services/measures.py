@@ -9,7 +9,7 @@ from typing import Protocol
 from prometheus_client.core import Metric
 
 from kohakuriver.host.services.nodes import Nodes
-from kohakuriver.store import Store
+from kohakuriver.store import Store, tasks_by_status
 from kohakuriver.web.metrics import counter, gauge
 
 __all__ = ["HostMeasures", "Snapshots"]
@@ -36,7 +36,7 @@ class HostMeasures:
 
     async def refresh(self) -> None:
         """Ask the database. Raises KohakuRiverError when it fails."""
-        self._by_status = await self._store.tasks_by_status()
+        self._by_status = await tasks_by_status(self._store)
         self._by_state = Counter(view.status for view in await self._nodes.views())
 
     def look(self) -> Iterable[Metric]:

@@ -87,6 +87,7 @@ class DirectSession(ContainerEndpoint):
             share=share,
         )
         self.container = container
+        self.beyond = False
         self.admission = admission
         self.paths: Paths | None = None
         self._target = target
@@ -107,10 +108,6 @@ class DirectSession(ContainerEndpoint):
             share=self._shared,
             on_closed=self._on_closed,
         )
-
-    @property
-    def beyond(self) -> bool:
-        return False
 
     @property
     def is_straight(self) -> bool:

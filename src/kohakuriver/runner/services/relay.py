@@ -374,6 +374,7 @@ class SessionLeg(RelayLeg[TunnelLeg]):
         self.port = port
         self.proto = proto
         self.admission = admission
+        self.beyond = bool(admission.beyond)
         self.mark = mark
         self.paths: Paths | None = None
         self.ended: dict[int, object] = {}
@@ -397,10 +398,6 @@ class SessionLeg(RelayLeg[TunnelLeg]):
 
     def gauges(self) -> Counter[str]:
         return Counter(straight=1) if self.is_straight else Counter(sessions=1)
-
-    @property
-    def beyond(self) -> bool:
-        return bool(self.admission.beyond)
 
     @property
     def is_straight(self) -> bool:

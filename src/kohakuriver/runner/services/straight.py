@@ -42,10 +42,8 @@ class Leg(Protocol):
     """What a runner has of one link of a session."""
 
     container: str
-
-    @property
-    def beyond(self) -> bool:
-        """Whether its streams lead beyond the task."""
+    beyond: bool
+    """Whether its streams lead beyond the task."""
 
     @property
     def user_link(self) -> Link | None:
