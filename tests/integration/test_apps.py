@@ -164,7 +164,8 @@ def test_a_click_on_the_hosts_page_leads_to_the_service_under_its_own_address(sc
         listening = {"port": made.app.port, "proto": "tcp", "address": "0.0.0.0", "program": "python"}
         [container] = made.stage.runner.tasks
         made.stage.runner.answers[f"/api/tasks/{container}/ports"] = (200, {"ports": [listening]})
-        page = await made.surfer.ask(f"{made.surfer.main}/", site="none")
+        page = await made.surfer.ask(f"{made.surfer.main}/plain", site="none")
+        assert (await made.surfer.ask(f"{made.surfer.main}/api/auth", site="same-origin")).json()["apps"] is True
         assert f'href="/open/lab/{made.app.port}"' in page.text
         answer = await made.surfer.go(made.link, site="same-origin")
         told = answer.json()

@@ -72,13 +72,11 @@ export interface Session {
   to_user_per_second: number;
 }
 
-/** `url` is the address of a port, where the host gives ports addresses. */
 export interface Port {
   port: number;
   proto: "tcp" | "udp";
   address: string;
   program: string | null;
-  url?: string | null;
 }
 
 export interface PortsOfTask {
@@ -130,6 +128,8 @@ export interface Whoami {
   role: "admin" | "user";
   token: Token;
   limits: Record<string, Limit>;
+  /** Whether ports of tasks have addresses at this host, by the name by which the page is at it. */
+  apps: boolean;
 }
 
 export interface User {

@@ -192,9 +192,10 @@ async def docs(request: Request) -> HTMLResponse:
 
 
 @_api.get("/auth")
-async def whoami(host: Host, authenticated: Authenticated) -> Whoami:
+async def whoami(host: Host, request: Request, authenticated: Authenticated) -> Whoami:
     """Who the caller is, and how much they may have."""
-    return await host.people.whoami(*authenticated)
+    apps = host.apps.reached_from(request.headers.get("host", ""))
+    return (await host.people.whoami(*authenticated)).model_copy(update={"apps": apps})
 
 
 @_api.post("/auth/link", status_code=201)

@@ -102,6 +102,10 @@ async def root(request: Request) -> Response:
         return JSONResponse(about, headers={"Vary": "Accept"})
     if await visitor_of(request) is None:
         return _to_login(request)
+    if place := remembered(request):
+        onward = RedirectResponse(place, 303)
+        forget(request, onward)
+        return onward
     return dashboard(request) or await plain(request)
 
 
@@ -111,10 +115,6 @@ async def plain(request: Request) -> Response:
     found = await visitor_of(request)
     if found is None:
         return _to_login(request)
-    if place := remembered(request):
-        onward = RedirectResponse(place, 303)
-        forget(request, onward)
-        return onward
     caller, browser = found
     until = f", until {iso_time(browser.ends_at)} at the latest" if browser.ends_at else ""
     body = f"<p>Logged in as <strong>{escape(caller.name)}</strong> ({escape(caller.role)}){until}.</p>\n"

@@ -478,12 +478,16 @@ class LimitsView(BaseModel):
 
 
 class Whoami(BaseModel):
-    """Who the caller is, by which token, and how much they may have."""
+    """Who the caller is, by which token, and how much they may have.
+
+    `apps`: ports of tasks have addresses of their own at this host, for a browser that is at it by the same name.
+    """
 
     user: str
     role: Role
     token: TokenView
     limits: dict[str, Limit]
+    apps: bool = False
 
 
 def iso_time(seconds: float) -> str:

@@ -4,7 +4,7 @@ import { useEffect, useState } from "preact/hooks";
 import { ask, get, taskPath } from "../api";
 import { bytes, moment, parseSpan, quoted, rate, since, span } from "../format";
 import { ports, rates, sessions, state, tasks, traffic, watchPorts } from "../feed";
-import { owns } from "../me";
+import { me, owns } from "../me";
 import { Act, Confirm, Copy, Dialog, Field, StatusMark, Table, tell, typed } from "../parts";
 import { go, href } from "../route";
 import type { Group, Port, Task } from "../types";
@@ -252,11 +252,10 @@ function once(found: Port[]): Port[] {
 
 function Open({ task, port }: { task: Task; port: Port }): JSX.Element {
   const command = port.proto === "udp" ? `kohakuriver forward ${task.name} ${port.port}/udp` : `kohakuriver open ${task.name} ${port.port}`;
-  const safe = typeof port.url === "string" && /^https?:\/\//.test(port.url);
   return (
     <>
-      {safe && (
-        <a class="button small" href={port.url!} target="_blank" rel="noopener">
+      {port.proto === "tcp" && me.value?.apps && (
+        <a class="button small" href={`/open/${encodeURIComponent(task.name)}/${port.port}`} target="_blank" rel="noopener">
           Open
         </a>
       )}

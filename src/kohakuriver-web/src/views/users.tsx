@@ -9,16 +9,24 @@ import type { Limit, User } from "../types";
 const SIZES = new Set(["memory", "log"]);
 const SPANS = new Set(["ttl", "idle_stop"]);
 
+/** Of these 0 is none at all; of the others it makes no sense. */
+const COUNTED = new Set(["tasks", "running", "tokens", "gpus"]);
+/** As the API has it: none at all, where 0 is no limit. */
+const NOTHING = -1;
+const NO_LIMIT = "none";
+
 export function limitText(name: string, value: number): string {
+  if (value === NOTHING) return "0";
   return SIZES.has(name) ? bytes(value) : SPANS.has(name) ? span(value) : String(value);
 }
 
 export function limitOf(name: string, text: string): number {
-  if (SIZES.has(name)) return parseBytes(text);
-  if (SPANS.has(name)) return text === "0" ? 0 : parseSpan(text);
-  const value = Number(text);
-  if (!Number.isFinite(value)) throw new Error(`${text} is no number.`);
-  return value;
+  if (text === NO_LIMIT) return 0;
+  const value = SIZES.has(name) ? parseBytes(text) : SPANS.has(name) ? (text === "0" ? 0 : parseSpan(text)) : Number(text);
+  if (!Number.isFinite(value) || value < 0) throw new Error(`${text} is no number.`);
+  if (value) return value;
+  if (COUNTED.has(name)) return NOTHING;
+  throw new Error(`The limit ${name} can't be 0; write ${NO_LIMIT} for no limit.`);
 }
 
 export default function UsersPage(): JSX.Element {
@@ -53,7 +61,7 @@ export default function UsersPage(): JSX.Element {
                 <td>{moment(user.created_at)}</td>
                 <td class="wrap">
                   {Object.entries(user.limits)
-                    .map(([name, most]) => `${name} ${limitText(name, most)}`)
+                    .map(([name, most]) => `${name} ${most ? limitText(name, most) : "no limit"}`)
                     .join(", ")}
                 </td>
                 <td>
@@ -163,13 +171,13 @@ function Limits({ user, close }: { user: User; close: () => void }): JSX.Element
                 key={name}
                 label={name.replace("_", " ")}
                 name={name}
-                value={now.own && now.limit !== null ? plainLimit(name, now.limit) : ""}
+                value={now.own ? plainLimit(name, now.limit) : ""}
                 placeholder={now.limit === null ? "no limit" : limitText(name, now.limit)}
                 {...(now.used === null ? {} : { hint: `${limitText(name, now.used)} used` })}
               />
             ))}
         </div>
-        <p class="hint">Empty is what this host gives everybody, 0 no limit.</p>
+        <p class="hint">Empty is what this host gives everybody, {NO_LIMIT} no limit.</p>
         {wrong && (
           <p role="alert" class="wrong">
             {wrong}
@@ -187,6 +195,7 @@ function Limits({ user, close }: { user: User; close: () => void }): JSX.Element
 }
 
 /** As it can be read again, and nothing is lost. */
-function plainLimit(name: string, value: number): string {
+function plainLimit(name: string, value: number | null): string {
+  if (value === null) return NO_LIMIT;
   return SPANS.has(name) && value ? `${value}s` : String(value);
 }
