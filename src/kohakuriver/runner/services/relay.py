@@ -82,6 +82,9 @@ class RelayOwner(Protocol):
     def tunnel_of(self, container: str) -> TunnelLeg | None:
         """The container's tunnel, None where none is connected."""
 
+    def expected_within(self, container: str) -> float:
+        """For how many seconds more it is worth waiting for the container's tunnel; 0 where it is there."""
+
     def tunnel_closed(self, tunnel: TunnelLeg, reason: str) -> None:
         """A tunnel's link has gone."""
 
@@ -367,6 +370,8 @@ class SessionLeg(RelayLeg[TunnelLeg]):
         self.kept: set[int] = set()
         self._put_off = 0  # the epoch of a RESUME that was: its stream is not one that the opener has no more
         self._mark = mark
+        self._held: tuple[int, int, int, bytes] | None = None  # the CONNECT that waits for the tunnel
+        self._patience: asyncio.TimerHandle | None = None
         self._closing: dict[int, asyncio.TimerHandle] = {}
         self.port = port
         self.proto = proto
@@ -391,11 +396,42 @@ class SessionLeg(RelayLeg[TunnelLeg]):
 
     def message(self, kind: int, proto: int, client_id: int, port: int, payload: bytes) -> None:
         if kind == CONNECT:
-            self._connect(proto, client_id, port or self.port, payload)
+            if not self._waits((proto, client_id, port, payload)):
+                self._connect(proto, client_id, port or self.port, payload)
         elif kind == RESUME:
             self._resume(proto, client_id, port or self.port, payload)
         else:
             super().message(kind, proto, client_id, port, payload)
+
+    def _waits(self, connect: tuple[int, int, int, bytes]) -> bool:
+        """Whether a CONNECT has to wait, and all that comes behind it, since the tunnel is about to be back (rule 10).
+
+        Nothing else can be served here meanwhile, and what waits stays with those who sent it.
+        """
+        if self.version < 2 or self.link.closing.state:
+            return False
+        seconds = self.owner.expected_within(self.container)
+        if seconds <= 0:
+            return False
+        self._held = connect
+        self._patience = asyncio.get_running_loop().call_later(seconds, self.go_on)
+        self.link.intake.hold()
+        return True
+
+    def go_on(self) -> None:
+        """The tunnel is there, or is not waited for any longer."""
+        held = self._let_go()
+        if held is not None and not self.link.closing.state:  # else it is sent again over the next link
+            self.message(CONNECT, *held)
+        if self._held is None:
+            self.link.intake.release()
+
+    def _let_go(self) -> tuple[int, int, int, bytes] | None:
+        held, self._held = self._held, None
+        if self._patience is not None:
+            self._patience.cancel()
+            self._patience = None
+        return held
 
     def _connect(self, proto: int, client_id: int, port: int, payload: bytes) -> None:
         if client_id in self._closing:  # its user waits for no reply
@@ -525,6 +561,7 @@ class SessionLeg(RelayLeg[TunnelLeg]):
             tunnel.link.intake.resume(self)
 
     def link_closed(self, link: Link, code: int, reason: str) -> None:
+        self._let_go()
         for client_id in list(self._closing):
             self._free_both(client_id)
         closing: dict[TunnelLeg, list[bytes]] = {}
