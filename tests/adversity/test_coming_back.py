@@ -1,11 +1,12 @@
-"""A session that goes on waits where something is about to come back, and only such a session does."""
+"""Who waits where something is about to come back: sessions that go on, and what is opened in those that stay."""
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
 import math
-from collections.abc import Callable, Coroutine, Iterator
+import struct
+from collections.abc import AsyncIterator, Callable, Coroutine, Iterator
 from typing import Any
 
 import pytest
@@ -16,7 +17,23 @@ from kohakuriver.runner.services import hub
 from kohakuriver.session.carried import Route
 from kohakuriver.session.nodes import NodeOfflineError
 from kohakuriver.tunnel.ports import GOES_ON
+from kohakuriver.tunnel.protocol import (
+    CLOSE,
+    CONNECT,
+    DATA,
+    ERROR,
+    MARK,
+    PROTO_TCP,
+    PROTO_TERMINAL,
+    PROTO_UDP,
+    CloseCode,
+    ErrorText,
+    Opening,
+    pack_limit,
+)
+from kohakuriver.tunnel.terminal import Start
 from tests.support.hops import CONTAINER, Chain, chain, kill, until
+from tests.unit.test_relay_kept import OPEN, Peer, opened, session, tunnel
 
 Run = Callable[[Coroutine[Any, Any, None]], None]
 AGAIN = f"?{GOES_ON}"
@@ -185,5 +202,167 @@ def test_a_node_that_stays_away_is_told_after_a_while(run: Run, monkeypatch: pyt
             with pytest.raises(UnavailableError, match="is back when its node is"):
                 await hops.user(query=AGAIN)
             assert not returns.waiting
+
+    run(check())
+
+
+# What is opened in a session that stays. The runner is the one that waits, so what it is told is said byte by byte.
+
+LONG = 60.0
+_TERMINAL = Opening(65_536, bytes(16), 3600, mark=bytes(MARK), start=Start(["ls"]).to_bytes()).pack()
+kinds = pytest.mark.parametrize(
+    ("proto", "port", "payload"),
+    [
+        pytest.param(PROTO_TCP, "80", OPEN, id="kept"),
+        pytest.param(PROTO_TCP, "80", pack_limit(65_536), id="not kept"),
+        pytest.param(PROTO_UDP, "80", Opening(0, bytes(16), 3600).pack(), id="udp"),
+        pytest.param(PROTO_TERMINAL, "terminal", _TERMINAL, id="terminal"),
+    ],
+)
+
+
+async def connect(peer: Peer, stream: int, payload: bytes = OPEN, proto: int = PROTO_TCP) -> None:
+    await peer.socket.send(struct.pack(">BBIH", CONNECT, proto, stream, 0) + payload)
+
+
+def held(hops: Chain) -> list[bool]:
+    """Of each session whether it waits for its tunnel."""
+    return [each._held is not None for each in hops.server.hub.sessions]
+
+
+async def refusal(peer: Peer, stream: int) -> str:
+    """The code of the ERROR that comes for a stream."""
+    got = await peer.hear()
+    assert (got.kind, got.stream) == (ERROR, stream)
+    return ErrorText.parse(got.payload).code
+
+
+@contextlib.asynccontextmanager
+async def without_tunnel(hops: Chain, port: str = "80") -> AsyncIterator[Peer]:
+    """A session that has stayed though its tunnel has gone."""
+    async with tunnel(hops) as container, session(hops, port=port) as user:
+        container.socket.transport.abort()
+        await hops.changed(CONTAINER, False)
+        yield user
+
+
+@kinds
+def test_what_is_opened_while_the_tunnel_is_away_is_opened_once_it_is_back(
+    run: Run, monkeypatch: pytest.MonkeyPatch, proto: int, port: str, payload: bytes
+) -> None:
+    monkeypatch.setattr(hub, "BACK_WITHIN", LONG)
+
+    async def check() -> None:
+        async with chain() as hops, without_tunnel(hops, port) as user:
+            await connect(user, 1, payload, proto)
+            await user.say(DATA, 1, b"early")
+            await until(lambda: held(hops) == [True])
+            async with tunnel(hops) as container:
+                got = await container.hear()
+                assert got.kind == CONNECT
+                assert await container.hear() == (DATA, got.stream, b"early", 0)
+                await container.say(DATA, got.stream, b"answer")
+                assert await user.hear() == (DATA, 1, b"answer", 0)
+
+    run(check())
+
+
+@kinds
+def test_what_is_opened_without_a_tunnel_is_refused_once_that_has_been_away_for_too_long(
+    run: Run, monkeypatch: pytest.MonkeyPatch, proto: int, port: str, payload: bytes
+) -> None:
+    monkeypatch.setattr(hub, "BACK_WITHIN", 0.2)
+
+    async def check() -> None:
+        async with chain() as hops, without_tunnel(hops, port) as user:
+            for stream in (1, 2):  # the second one waits for nothing
+                await connect(user, stream, payload, proto)
+                assert await refusal(user, stream) == "ENOTCONN"
+                assert hops.server.hub.expected_within(CONTAINER) == 0.0
+                assert held(hops) == [False]
+
+    run(check())
+
+
+@kinds
+def test_what_waits_for_a_tunnel_is_told_at_once_that_its_task_has_ended(
+    run: Run, monkeypatch: pytest.MonkeyPatch, proto: int, port: str, payload: bytes
+) -> None:
+    monkeypatch.setattr(hub, "BACK_WITHIN", LONG)
+
+    async def check() -> None:
+        async with chain() as hops, without_tunnel(hops, port) as user:
+            await connect(user, 1, payload, proto)
+            await until(lambda: held(hops) == [True])
+            hops.server.hub.drop(CONTAINER, "it was stopped")
+            assert await refusal(user, 1) == "ENOTCONN"
+            await connect(user, 2, payload, proto)
+            assert await refusal(user, 2) == "ENOTCONN"
+
+    run(check())
+
+
+def test_thousands_that_wait_for_a_tunnel_are_held_by_those_who_sent_them_and_opened_in_their_order(
+    run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(hub, "BACK_WITHIN", LONG)
+
+    async def check() -> None:
+        async with chain() as hops, without_tunnel(hops) as user:
+            for stream in range(1, 5001):
+                await connect(user, stream, pack_limit(stream))
+                await user.say(CLOSE, stream)  # who gives up meanwhile
+            await until(lambda: held(hops) == [True])
+            (leg,) = hops.server.hub.sessions
+            assert not leg.table.items()
+            async with tunnel(hops) as container:
+                for stream in range(1, 5001):
+                    got = await container.hear()
+                    assert got[::2] == (CONNECT, pack_limit(stream))
+                    assert (await container.hear())[:2] == (CLOSE, got.stream)
+            assert not leg.table.items()
+
+    run(check())
+
+
+def test_a_session_that_is_sent_back_is_gone_at_once_though_it_waits_for_its_tunnel(
+    run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(hub, "BACK_WITHIN", LONG)
+    monkeypatch.setattr("kohakuriver.tunnel.link.CLOSE_WAIT", LONG)
+
+    async def check() -> None:
+        async with chain() as hops, tunnel(hops) as container, session(hops) as user:
+            await opened(user, container)
+            container.socket.transport.abort()
+            await hops.changed(CONTAINER, False)
+            await connect(user, 2, OPEN[::-1])
+            await user.socket.wait_closed()
+            assert user.socket.close_code == CloseCode.SERVICE_RESTART
+            await until(lambda: not hops.server.hub.sessions)
+            async with tunnel(hops) as back, session(hops) as again:  # and nothing of it is left to be opened
+                await connect(again, 1, pack_limit(1))
+                assert (await back.hear())[::2] == (CONNECT, pack_limit(1))
+
+    run(check())
+
+
+def test_a_session_of_version_1_is_told_at_once_that_there_is_no_tunnel(
+    run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(hub, "BACK_WITHIN", LONG)
+
+    async def check() -> None:
+        async with chain() as hops:
+            client = await hops.tunnel("python")
+            user = await hops.user(version=1)
+            await kill(client)
+            await hops.changed(CONTAINER, False)
+            local = await user.listen_tcp("127.0.0.1", 0, 80)
+            reader, writer = await asyncio.open_connection("127.0.0.1", local.port)
+            with pytest.raises(ConnectionResetError):
+                await reader.read()
+            writer.close()
+            assert "the task's tunnel is not connected" in (await hops.errors.get())[1]
 
     run(check())

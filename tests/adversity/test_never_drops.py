@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 
 from kohakuriver.client.forward import Reconnecting, Resumed, StreamError
+from kohakuriver.runner.services import hub
 from kohakuriver.tunnel import doubt
 from tests.support.hops import CLIENTS, CONTAINER, dial, echo, kill, service, until
 from tests.support.stage import LINKS, stage
@@ -50,6 +51,28 @@ def test_a_connection_goes_on_when_a_link_is_cut(run: Run, kind: str, link: str)
             assert resumed.waiting == 1
             writer.write_eof()
             assert await reader.read() == b""
+            await there.hops.at_rest()
+
+    run(main())
+
+
+@clients
+def test_a_connection_that_is_opened_while_the_tunnel_is_away_works_once_it_is_back(
+    run: Run, kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(hub, "BACK_WITHIN", 60.0)
+
+    async def main() -> None:
+        async with service(echo) as port, stage(kind, port) as there:
+            there.relays["container"].lets_in = False
+            there.relays["container"].cut()
+            await there.hops.changed(CONTAINER, False)
+            answer = asyncio.ensure_future(back_and_forth(there.port, b"hello" * 50_000))
+            (session,) = there.hops.server.hub.sessions
+            await until(lambda: session._held is not None)
+            there.relays["container"].lets_in = True
+            assert await answer == b"hello" * 50_000
+            assert not [event for event in there.events if isinstance(event, (Reconnecting, StreamError))]
             await there.hops.at_rest()
 
     run(main())

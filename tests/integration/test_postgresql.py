@@ -75,7 +75,8 @@ def test_first_logins_at_once_make_one_user_of_a_subject_and_of_a_name_as_many_a
     postgres: Postgres, run: Callable[[Coroutine[Any, Any, None]], None]
 ) -> None:
     async def check() -> None:
-        stores = [await Store.open(postgres.url) for _ in range(2)]
+        database = postgres.new_database()
+        stores = [await Store.open(database) for _ in range(2)]
         hosts = [Identities(store) for store in stores]
         try:
             same = await asyncio.gather(*(host.enter("https://id", "1", "ann", "user") for host in hosts * 4))
@@ -95,7 +96,8 @@ def test_a_command_line_that_asks_two_hosts_at_once_for_its_token_has_one(
     postgres: Postgres, run: Callable[[Coroutine[Any, Any, None]], None]
 ) -> None:
     async def check() -> None:
-        stores = [await Store.open(postgres.url) for _ in range(2)]
+        database = postgres.new_database()
+        stores = [await Store.open(database) for _ in range(2)]
         accounts = [Accounts(store) for store in stores]
         hosts = [DeviceCodes(store, each) for store, each in zip(stores, accounts, strict=True)]
         try:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -77,8 +78,8 @@ def lab_of(cluster: Cluster) -> Lab:
     answer = cluster.http.post("/api/tasks", json=body, headers={"Authorization": f"Bearer {tokens['ann']}"})
     assert answer.status_code == 201, answer.text
     task = cluster.connected("lab")
-    words = eventually(lambda: words if "PORT" in (words := cluster.log_of(task).split()) else None, within=90)
-    return Lab(cluster, int(words[words.index("PORT") + 1]), tokens)
+    told = eventually(lambda: re.search(r"PORT (\d+)\n", cluster.log_of(task)), within=90)
+    return Lab(cluster, int(told[1]), tokens)
 
 
 class Forward:

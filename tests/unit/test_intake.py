@@ -89,6 +89,27 @@ def test_a_turn_that_is_over_stops_reading_and_the_rest_follows_by_itself(run: R
     run(main())
 
 
+def test_what_is_held_is_delivered_from_where_it_was_left_once_it_is_released(run: Run) -> None:
+    async def main() -> None:
+        reader = Reader([1])
+        reader.intake.begin(reader.transport, b"")
+        reader.feed(b"abc")
+        reader.intake.hold()
+        assert reader.intake.turn_over(1)
+        reader.feed(b"def")  # TLS may have read on
+        await asyncio.sleep(0)
+        assert (reader.got, reader.transport.reading) == (b"a", False)
+        reader.intake.release()
+        assert (reader.got, reader.transport.reading) == (b"a", False)
+        await asyncio.sleep(0)
+        assert (reader.got, reader.transport.reading) == (b"abcdef", True)
+        reader.intake.release()  # of what is not held nothing becomes
+        assert reader.transport.reading
+        assert not reader.intake.turn_over(1)
+
+    run(main())
+
+
 def test_a_link_that_fills_its_buffer_again_leaves_others_their_turn(run: Run) -> None:
     async def main() -> None:
         reader = Reader([])

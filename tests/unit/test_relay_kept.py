@@ -14,6 +14,7 @@ from websockets.exceptions import ConnectionClosed
 from websockets.typing import Subprotocol
 
 from kohakuriver.limits import Limits
+from kohakuriver.runner.services import hub
 from kohakuriver.tunnel.protocol import (
     ACK,
     CLOSE,
@@ -278,7 +279,11 @@ def test_what_is_said_under_the_old_id_of_a_resumed_stream_goes_to_nobody_else(r
     run(check())
 
 
-def test_users_of_a_tunnel_that_broke_open_their_session_again_where_they_have_kept_streams(run: Run) -> None:
+def test_users_of_a_tunnel_that_broke_open_their_session_again_where_they_have_kept_streams(
+    run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(hub, "BACK_WITHIN", 0.0)
+
     async def check() -> None:
         async with chain() as hops, tunnel(hops) as container, session(hops) as kept, session(hops) as plain:
             await opened(kept, container)

@@ -34,6 +34,7 @@ class PacedReads:
         self._bucket = _bucket(rate)
         self._burst = int(rate * BURST_SECONDS)
         self._waiting = False
+        self._over = False
 
     def begin(self, link: Link) -> None:
         """Read no more at once than a burst is, where that is little: a long wait would follow."""
@@ -43,10 +44,15 @@ class PacedReads:
     def took(self, link: Link, size: int) -> None:
         """So many bytes were read; read no more before their time has passed."""
         wait = self._bucket.take(size, self._loop.time())
-        if wait > 0 and not self._waiting:
+        if wait > 0 and not self._waiting and not self._over:
             self._waiting = True
             link.intake.pause(self)
             self._loop.call_later(wait, self._go_on, link)
+
+    def end(self, link: Link) -> None:
+        """The link is being closed: what its peer still says is for nobody, and its close frame is behind that."""
+        self._over = True
+        link.intake.resume(self)
 
     def _go_on(self, link: Link) -> None:
         wait = self._bucket.take(0, self._loop.time())

@@ -17,6 +17,7 @@ from kohakuriver.tunnel.turns import Turn
 __all__ = ["Intake"]
 
 _TURN = object()
+_HELD = object()
 
 
 class Intake:
@@ -42,6 +43,7 @@ class Intake:
         self._messages = 0  # of this delivery
         self._more = False  # a handler has returned before it was through
         self._turn_due = False
+        self._held = False
 
     def begin(self, transport: asyncio.Transport, early: bytes) -> None:
         """Read from `transport`, behind the bytes that came `early`."""
@@ -58,6 +60,7 @@ class Intake:
     def discard(self) -> None:
         """Throw away what is there and what still comes."""
         self._rest = b""
+        self._held = False
         self._deliver = _discard
 
     # -- reading ---------------------------------------------------------------------------------------------------
@@ -94,7 +97,9 @@ class Intake:
         self._free = buffer.view[HEADROOM:]
 
     def _consume(self, stop: int) -> None:
-        if self.turn.left > 0:
+        if self._held:
+            consumed = HEADROOM
+        elif self.turn.left > 0:
             consumed = self._deliver(HEADROOM, stop)
             if self._messages:
                 self.turn.spend(self._messages)
@@ -116,7 +121,7 @@ class Intake:
         """Whether a handler that has worked off so many messages in this call is to return; it is soon called again."""
         self._messages = messages
         self._more = messages >= self.turn.left
-        return self._more
+        return self._more or self._held
 
     def _give_way(self) -> None:
         """Read on in the next turn."""
@@ -145,6 +150,21 @@ class Intake:
             if not self._pauses and self._transport is not None:
                 self._watch.resumed()
                 self._transport.resume_reading()
+
+    def hold(self) -> None:
+        """Stop reading, and deliver nothing of what is there either, until `release`.
+
+        A handler that calls it returns behind the message that it is at, as `turn_over` tells it to.
+        """
+        self._held = True
+        self.pause(_HELD)
+
+    def release(self) -> None:
+        """Go on where `hold` has stopped."""
+        if self._held:
+            self._held = False
+            self._give_way()
+        self.resume(_HELD)
 
     def hand_over(self) -> None:
         """Somebody else takes what is delivered: what is left is his, and the pauses of the one before are void."""

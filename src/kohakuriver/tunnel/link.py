@@ -134,6 +134,7 @@ class Link(asyncio.BufferedProtocol):
         if self.closing.begin(code, reason):
             self._send_close(code, reason)
             self.watch.end_within(CLOSE_WAIT)
+            self.intake.release()  # the peer's close frame is to be read
 
     def fail(self, code: int, reason: str) -> None:
         """The peer broke the protocol: say so, and heed nothing more of it (RFC 6455 §7.1.7).
@@ -145,6 +146,7 @@ class Link(asyncio.BufferedProtocol):
             self.abort()
             return
         self.intake.discard()
+        self.intake.release()
         self._send_close(code, reason)
         self.watch.end_within(CLOSE_WAIT)
         self._end_output()

@@ -139,6 +139,9 @@ class Splice:
     def link_drained(self, link: Link) -> None:
         pass
 
+    def end_pace(self) -> None:
+        """Its link is being closed: it is read as fast as it comes."""
+
     def link_closed(self, link: Link, code: int, reason: str) -> None:
         hung_up = self is self.session.user and link.closing.hung_up
         told = CloseCode.USER_LOST if hung_up else may_close_with(code)
@@ -146,6 +149,7 @@ class Splice:
             told = CloseCode.SERVICE_RESTART
         went = "the user went" if self is self.session.user else "the connection to the task's node was lost"
         # Of a node that says nothing the user is not told how its TCP connection ended.
+        self.other.end_pace()
         self.other.link.close(told, went if code == CloseCode.ABNORMAL else reason or went)
         self.session.closed(self, code, reason)
 
@@ -161,6 +165,9 @@ class RatedSplice(Splice):
         consumed = super().link_received(link, start, stop)
         self.pace.took(link, consumed - start)
         return consumed
+
+    def end_pace(self) -> None:
+        self.pace.end(self.link)
 
 
 class StartWatch:
@@ -314,6 +321,8 @@ class ProxySession:
 
     def cut(self, code: int, reason: str) -> None:
         """Close both links. Where the right to go on is gone nothing more is passed, either way."""
+        for side in (self.user, self.container_side):
+            side.end_pace()
         for link in (self.user.link, self.container_side.link):
             # What a runner says last, how much went past us, is heeded.
             heeds = link is self.container_side.link and self._straight is not None

@@ -41,7 +41,10 @@ EXPECTED_SECONDS = 30.0
 """For so long a tunnel is expected back after it was lost."""
 
 BACK_WITHIN = 2.0
-"""So many seconds a session waits for a tunnel that is expected back. Its user would only come again, and later."""
+"""So many seconds a session waits for a tunnel that is expected back. Its user would only come again, and later.
+
+A connection that is opened through a session which stays waits until the tunnel was gone for so long.
+"""
 
 
 MAX_REVOKED = 1000
@@ -107,10 +110,19 @@ class Hub:
         with self._returning.watch(container) as came, contextlib.suppress(asyncio.TimeoutError):
             await asyncio.wait_for(came.wait(), BACK_WITHIN)
 
+    def expected_within(self, container: str) -> float:
+        """For how many seconds more it is worth waiting for the container's tunnel; 0 where it is there."""
+        lost = self._lost.get(container)
+        if lost is None or container in self.tunnels:
+            return 0.0
+        return max(0.0, lost + BACK_WITHIN - self._clock())
+
     def _wait_no_more(self, container: str) -> None:
         """The tunnel has come, or none comes."""
         self._lost.pop(container, None)
         self._returning.notify([container])
+        for session in self._sessions_of(container):
+            session.go_on()
 
     # Coming
 

@@ -85,6 +85,9 @@ class RelayOwner(Protocol):
     def tunnel_of(self, container: str) -> TunnelLeg | None:
         """The container's tunnel, None where none is connected."""
 
+    def expected_within(self, container: str) -> float:
+        """For how many seconds more it is worth waiting for the container's tunnel; 0 where it is there."""
+
     def tunnel_closed(self, tunnel: TunnelLeg, reason: str) -> None:
         """A tunnel's link has gone."""
 
@@ -370,6 +373,8 @@ class SessionLeg(RelayLeg[TunnelLeg]):
         self.newest = newest
         self.kept: set[int] = set()
         self._put_off = 0  # the epoch of a RESUME that was: its stream is not one that the opener has no more
+        self._held: tuple[int, int, int, bytes] | None = None  # the CONNECT that waits for the tunnel
+        self._patience: asyncio.TimerHandle | None = None
         self._closing: dict[int, asyncio.TimerHandle] = {}
         self.port = port
         self.proto = proto
@@ -424,13 +429,44 @@ class SessionLeg(RelayLeg[TunnelLeg]):
 
     def message(self, kind: int, proto: int, client_id: int, port: int, payload: bytes) -> None:
         if kind == CONNECT:
-            self._connect(proto, client_id, port or self.port, payload)
+            if not self._waits((proto, client_id, port, payload)):
+                self._connect(proto, client_id, port or self.port, payload)
         elif kind == RESUME:
             self._resume(proto, client_id, port or self.port, payload)
         elif kind == STRAIGHT and client_id == SESSION_ID and self.paths is not None and not self.is_straight:
             self.link.send_message(STRAIGHT, SESSION_ID, self.paths.offer().pack(), urgent=True)
         else:
             super().message(kind, proto, client_id, port, payload)
+
+    def _waits(self, connect: tuple[int, int, int, bytes]) -> bool:
+        """Whether a CONNECT has to wait, and all that comes behind it, since the tunnel is about to be back (rule 10).
+
+        Nothing else can be served here meanwhile, and what waits stays with those who sent it.
+        """
+        if self.version < 2 or self.link.closing.state:
+            return False
+        seconds = self.owner.expected_within(self.container)
+        if seconds <= 0:
+            return False
+        self._held = connect
+        self._patience = asyncio.get_running_loop().call_later(seconds, self.go_on)
+        self.link.intake.hold()
+        return True
+
+    def go_on(self) -> None:
+        """The tunnel is there, or is not waited for any longer."""
+        held = self._take_held()
+        if held is not None and not self.link.closing.state:  # else it is sent again over the next link
+            self.message(CONNECT, *held)
+        if self._held is None:
+            self.link.intake.release()
+
+    def _take_held(self) -> tuple[int, int, int, bytes] | None:
+        held, self._held = self._held, None
+        if self._patience is not None:
+            self._patience.cancel()
+            self._patience = None
+        return held
 
     def _connect(self, proto: int, client_id: int, port: int, payload: bytes) -> None:
         if client_id in self._closing:  # its user waits for no reply
@@ -577,12 +613,15 @@ class SessionLeg(RelayLeg[TunnelLeg]):
         self.owner.session_closed(self)
 
     def let_go(self) -> None:
+        if self._take_held() is not None:  # its stream is opened over the other link
+            self.link.intake.release()
         if len(self.table):
             self._leave(CloseCode.SERVICE_RESTART)
             self.kept.clear()
 
     def _leave(self, code: int) -> None:
         """No stream is on this link any more, as after its end with this code."""
+        self._take_held()
         for client_id in list(self._closing):
             self._free_both(client_id)
         closing: dict[TunnelLeg, list[bytes]] = {}
