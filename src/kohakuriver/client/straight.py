@@ -195,7 +195,9 @@ class StraightPath:
             trusted = client_context(url, self._settings.ca_file)
         except UsageError as error:
             raise _none(error.message) from error
-        server = Server(url, offer.shown.hex(), trusted, http_proxy(url), timeout=DIAL_SECONDS, peer="node")
+        if http_proxy(url) is not None:
+            raise _none("an HTTP proxy stands before its node")
+        server = Server(url, offer.shown.hex(), trusted, timeout=DIAL_SECONDS, peer="node")
         link = await open_session(server, greeting=straight_greeting(offer.proof))
         try:
             await self._settled(line)
