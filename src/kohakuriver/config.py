@@ -415,7 +415,7 @@ def _filled_in(given: dict[str, Any]) -> Settings:
     if ssh_port is not None:
         ssh_proxy = ssh_proxy or _ssh_proxies(hosts, ssh_port)
     # The token of the cluster on this machine is for that cluster alone: never sent to any other host.
-    if cluster is not None and _same_host(host, cluster.host_url):
+    if cluster is not None and all(_same_host(each, cluster.host_url) for each in hosts):
         token = cluster.token if token is None else token
         ssh_proxy = ssh_proxy or cluster.ssh_proxy
     numbers = {name: given[name] for name in _NUMBERS if name in given}

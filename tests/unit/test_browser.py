@@ -360,6 +360,10 @@ def test_a_browser_makes_no_links_so_none_stays_beyond_its_time(on_host: Callabl
         await browser.log_in(host.admin_token)
         answer = await browser.ask("POST", "/api/auth/link")
         assert (answer.status_code, answer.json()["error"]) == (403, "no_token")
+        await (await host.runner()).beat()
+        await host.create(name="web")
+        passed = await browser.ask("POST", "/api/tasks/web/ssh-pass")
+        assert (passed.status_code, "SSH" in passed.json()["message"]) == (403, True)
         made = (await browser.ask("POST", "/api/tokens", json={"name": "kept"})).json()
         (browser_row,) = [row for row in (await host.user.get("/api/tokens")).json() if row["kind"] == "browser"]
         assert made["expires_at"] is not None

@@ -15,7 +15,7 @@ import pytest
 from kohakuriver.host.services import feed
 from kohakuriver.host.services.feed import LOOK_SECONDS, MOST_FOLLOWERS, TICK_SECONDS
 from kohakuriver.host.services.open_sessions import SHORTEST_SECONDS
-from kohakuriver.store import Task
+from kohakuriver.store import Task, User
 from tests.support.browser import Browser
 from tests.support.host_only import HostUnderTest, a_host
 
@@ -158,6 +158,24 @@ def test_who_is_not_logged_in_any_more_is_told_nothing_but_that(on_host: Callabl
             assert (of_browser.last["error"], of_browser.last["status"]) == ("logged_out", 401)
             assert (await host.user.delete("/api/users/ann")).status_code == 200
             await of_token.until(lambda told: "error" in told.last)
+
+    on_host(check)
+
+
+def test_an_admin_who_becomes_a_user_is_told_no_more_as_an_admin(on_host: Callable[..., None]) -> None:
+    async def check(host: HostUnderTest) -> None:
+        await (await host.runner()).beat()
+        await host.create(name="of-another")
+        _, token = await host.person("ann")
+        await host.store.write(lambda session: setattr(session.get_one(User, "ann"), "role", "admin"))
+        async with followed(host.client(token)) as before:
+            await before.until(lambda told: bool(told.parts.get("tasks")))
+            await host.store.write(lambda session: setattr(session.get_one(User, "ann"), "role", "user"))
+            await before.until(lambda told: "error" in told.last)
+            assert before.last["error"] == "role_changed"
+            async with followed(host.client(token)) as after:
+                await after.more()
+                assert not after.parts.get("tasks")
 
     on_host(check)
 

@@ -253,9 +253,12 @@ def test_what_a_user_asks_for_while_being_removed_is_not_there_for_the_next_of_t
                 return found
 
             monkeypatch.setattr(Credentials, "caller", and_then_removed)
-            for path, body in (("/api/tokens", {"name": "late"}), ("/api/tasks", {"name": "late", "image": "x"})):
+            for path, body, told in (
+                ("/api/tokens", {"name": "late"}, (401, "not_authenticated")),
+                ("/api/tasks", {"name": "late", "image": "x"}, (404, "not_found")),
+            ):
                 answer = await ann.post(path, json=body)
-                assert (answer.status_code, answer.json()["error"]) == (404, "not_found")
+                assert (answer.status_code, answer.json()["error"]) == told
                 ann, _ = await host.person("ann")
             assert [token["name"] for token in (await host.user.get("/api/tokens?user=ann")).json()] == ["first"]
             assert (await host.user.get("/api/tasks")).json() == []

@@ -15,9 +15,10 @@ from sqlalchemy import event, select
 from sqlalchemy.exc import DataError, OperationalError
 from sqlalchemy.orm import Session
 
-from kohakuriver.errors import HostUnreachableError, KohakuRiverError, NotFoundError, UsageError
-from kohakuriver.store import Accounts, Node, Store, Task, sqlite_url
+from kohakuriver.errors import HostUnreachableError, KohakuRiverError, NotFoundError, UnauthenticatedError, UsageError
+from kohakuriver.store import Accounts, Browsers, Node, Store, Task, sqlite_url
 from kohakuriver.store.database import find_task
+from kohakuriver.store.links import Links
 from kohakuriver.store.models import TaskKey
 from tests.support.databases import database_url
 
@@ -230,6 +231,38 @@ def test_a_token_is_kept_as_its_digest_alone(run: Run, tmp_path: Path) -> None:
             assert (found.kind, found.name) == ("user", "ann")
             assert (await accounts.token("very-secre"))[0] is None
         assert all(b"very-secret" not in file.read_bytes() for file in tmp_path.iterdir())
+
+    run(check())
+
+
+def test_a_credential_that_has_ended_since_it_was_shown_makes_no_token(run: Run, tmp_path: Path) -> None:
+    async def check() -> None:
+        async with a_store(tmp_path) as store:
+            accounts = Accounts(store)
+            await accounts.add_user("ann", "user")
+            shown = await accounts.add_token("s", kind="user", name="ann", label="laptop")
+            browser = await Browsers(store).add("krb_x", shown.digest)
+            await accounts.add_token("t", kind="user", name="ann", label="second", maker=browser)
+            await accounts.revoke_token("laptop", "ann")
+            for number, maker in enumerate((shown, browser)):
+                with pytest.raises(UnauthenticatedError):
+                    await accounts.add_token(f"u{number}", kind="user", name="ann", label=f"u{number}", maker=maker)
+            assert not {"u0", "u1"} & {token.label for token in await accounts.tokens("ann")}
+
+    run(check())
+
+
+def test_a_link_goes_with_its_task(run: Run, tmp_path: Path) -> None:
+    async def check() -> None:
+        async with a_store(tmp_path) as store:
+            accounts, links = Accounts(store), Links(store)
+            await accounts.add_user("ann", "user")
+            shown = await accounts.add_token("s", kind="user", name="ann", label="laptop")
+            await add_node(store)
+            await store.add_task(a_task(1, "web"))
+            await links.add("krl_x", 1, 8888, shown, None)
+            await store.remove_task(1)
+            assert [token.kind for token in await accounts.tokens("ann")] == ["user"]
 
     run(check())
 

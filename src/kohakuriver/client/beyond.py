@@ -13,7 +13,7 @@ import socket
 import struct
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import ClassVar, Final
 
 from kohakuriver.client.forward import Event, Forwarder, PortForward
 from kohakuriver.client.local_side import LocalSide
@@ -111,6 +111,10 @@ class _Stream(TcpStream):
         self.broken = text
 
 
+BY_HOST: Final = "host"
+"""The path of such connections: the host says of each of them whether it may be."""
+
+
 class _Beyond(Forwarder):
     """What both have in common: the session, which only a tunnel client that is connected can have."""
 
@@ -118,9 +122,6 @@ class _Beyond(Forwarder):
 
     def _path(self) -> str:
         return f"/ws/forward/{path_segment(self.task)}/terminal?beyond={self.kind}"
-
-    def _may_go_straight(self) -> bool:
-        return False  # the host says of each of its connections whether it may be
 
     async def _open(self) -> Link:
         try:
@@ -158,8 +159,9 @@ class BeyondForwarder(_Beyond):
     ) -> None:
         ports = [PortForward(address.local, address.port) for address in addresses]
         super().__init__(
-            task, ports, settings=settings, local_host=local_host, fallback=fallback, on_event=on_event, any_port=True
-        )
+            task, ports, settings=settings, local_host=local_host, fallback=fallback, on_event=on_event, any_port=True,
+            path=BY_HOST,
+        )  # fmt: skip
         self._addresses = list(addresses)
         self._at = local_host, fallback
 
@@ -194,7 +196,7 @@ class BackForwarder(_Beyond):
         settings: Settings,
         on_event: Callable[[Event], None] = lambda event: None,
     ) -> None:
-        super().__init__(task, [], settings=settings, on_event=on_event, any_port=True)
+        super().__init__(task, [], settings=settings, on_event=on_event, any_port=True, path=BY_HOST)
         self._tell = on_event
         self._started = False
         self._backs = list(backs)
@@ -231,20 +233,26 @@ class BackForwarder(_Beyond):
 
     async def _one(self, back: Back, listens: asyncio.Future[None] | None) -> None:
         while True:
-            stream, reader, writer = await self._stream(beyond("on", str(back.remote)))
             try:
-                came = await self._until_somebody_comes(reader, stream, listens)
-                if came:
-                    self._begin(back)  # who takes the place of this one
-                    await _carry(back, stream, reader, writer)
+                if await self._waited(back, listens):
                     return
-            except KohakuRiverError as error:
+            except (KohakuRiverError, OSError) as error:  # out of descriptors, say: later there are some
                 if listens is not None and not listens.done():
-                    listens.set_exception(error)
+                    listens.set_exception(error if isinstance(error, KohakuRiverError) else _no_way_here(error))
                     return
-            finally:
-                writer.close()
             await asyncio.sleep(AGAIN_SECONDS)
+
+    async def _waited(self, back: Back, listens: asyncio.Future[None] | None) -> bool:
+        """Have one stream wait for a connection, and carry that. Whether there was one."""
+        stream, reader, writer = await self._stream(beyond("on", str(back.remote)))
+        try:
+            came = await self._until_somebody_comes(reader, stream, listens)
+            if came:
+                self._begin(back)  # who takes the place of this one
+                await _carry(back, stream, reader, writer)
+            return came
+        finally:
+            writer.close()
 
     async def _stream(self, start: bytes) -> tuple[_Stream, asyncio.StreamReader, asyncio.StreamWriter]:
         near, far = socket.socketpair()
@@ -277,7 +285,7 @@ async def _carry(back: Back, stream: _Stream, reader: asyncio.StreamReader, writ
         stream.reset()
         return
     try:
-        await asyncio.gather(_copy(reader, here), _copy(there, writer))
+        await asyncio.gather(_copy(reader, here, stream), _copy(there, writer))
     except OSError as error:
         stream.failed(error)
         stream.reset()
@@ -288,10 +296,16 @@ async def _carry(back: Back, stream: _Stream, reader: asyncio.StreamReader, writ
         here.close()
 
 
-async def _copy(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-    """Raises OSError where one of the two breaks."""
+def _no_way_here(error: OSError) -> UnavailableError:
+    return UnavailableError(f"No connection can be waited for: {error.strerror or error}.", code="not_taken")
+
+
+async def _copy(reader: asyncio.StreamReader, writer: asyncio.StreamWriter, of: _Stream | None = None) -> None:
+    """Raises OSError where one of the two breaks; `of` is the stream that is read, whose end may be a break, too."""
     while data := await reader.read(PIECE):
         writer.write(data)
         await writer.drain()
+    if of is not None and of.broken is not None:
+        raise ConnectionResetError(str(of.broken))
     if writer.can_write_eof():
         writer.write_eof()

@@ -190,7 +190,8 @@ class StraightPath:
             raise _none("its node answers what this version does not understand")
         if offer.refusal:
             raise _none(offer.refusal)
-        url = checked_url(offer.url, self._settings.host)
+        for host in self._settings.hosts:  # whichever of them the session goes by
+            url = checked_url(offer.url, host)
         try:
             trusted = client_context(url, self._settings.ca_file)
         except UsageError as error:

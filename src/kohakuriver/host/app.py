@@ -12,7 +12,7 @@ from fastapi.security import HTTPBearer
 
 from kohakuriver import __version__
 from kohakuriver.asking import asker
-from kohakuriver.errors import KohakuRiverError
+from kohakuriver.errors import KohakuRiverError, NotAllowedError
 from kohakuriver.host.api_page import api_page
 from kohakuriver.host.apps.entry import entry
 from kohakuriver.host.browser import pages
@@ -444,6 +444,8 @@ async def read_logs(
 @_api.post("/tasks/{task}/ssh-pass", status_code=201)
 async def make_ssh_pass(host: Host, authenticated: Authenticated, found: Usable) -> SshPass:
     """What stands for the caller's token on port 8002, for one connection to this task within a minute."""
+    if authenticated[1].kind != "user":
+        raise NotAllowedError("A browser's login opens no SSH connection; a program shows a token.")
     return SshPass.model_validate({"pass": await host.forwards.ssh_pass(authenticated[1], found[0].task_id)})
 
 

@@ -21,19 +21,28 @@ __all__ = [
     "is_tls",
     "need_own_page",
     "set_cookie",
+    "set_place",
     "set_try",
     "shown_cookie",
+    "shown_place",
     "shown_try",
 ]
 
 _NAME = "kohakuriver-host"
 _TRY = "kohakuriver-login"
+_PLACE = "kohakuriver-then"
 _UNDER_TLS = "__Host-"
 
 
 def is_tls(request: Request) -> bool:
     """Whether the browser came over TLS, be it to a proxy before us: then the page that sent this says so."""
-    return request.url.scheme == "https" or request.headers.get("origin", "").lower().startswith("https://")
+    return _surely_tls(request) or request.headers.get("origin", "").lower().startswith("https://")
+
+
+def _surely_tls(request: Request) -> bool:
+    """Whether browsers come to this host over TLS alone, so that a cookie without its mark is somebody else's."""
+    app = request.scope.get("app")
+    return request.url.scheme == "https" or bool(app is not None and getattr(app.state, "by_tls", False))
 
 
 def set_cookie(request: Request, response: Response, secret: str, seconds: float, *, tls: bool = False) -> None:
@@ -47,6 +56,16 @@ def set_cookie(request: Request, response: Response, secret: str, seconds: float
 def set_try(request: Request, response: Response, kept: str, seconds: float) -> None:
     """Have a browser that came over TLS keep what it needs to come back from an OpenID provider."""
     _set(response, _name(request, tls=True, what=_TRY), kept, int(seconds))
+
+
+def set_place(request: Request, response: Response, place: str, seconds: int) -> None:
+    """Have the browser keep for so long where it was going."""
+    _set(response, _name(request, tls=is_tls(request), what=_PLACE), place, seconds)
+
+
+def shown_place(request: Request) -> str | None:
+    """Where it was going; under TLS only the host itself can have set it."""
+    return _value(request, _name(request, tls=is_tls(request), what=_PLACE))
 
 
 def clear_try(request: Request, response: Response) -> None:
@@ -85,7 +104,7 @@ def need_own_page(request: Request) -> None:
         headers.get("host", ""),
         headers.getlist("origin"),
         headers.getlist("sec-fetch-site"),
-        tls=request.url.scheme == "https",
+        tls=_surely_tls(request),
     ):
         raise NotAllowedError(
             "Only a page of this very host may do this with a browser's login; a program shows a token.",
@@ -93,7 +112,7 @@ def need_own_page(request: Request) -> None:
         )
 
 
-def credential_of(request: UpgradeRequest) -> str | None:
+def credential_of(request: UpgradeRequest, *, by_tls: bool = False) -> str | None:
     """What the opening of a WebSocket shows: a token, or a browser's cookie. None where it shows neither.
 
     Pages of others can open WebSockets, too, and a browser always names the page (RFC 6455 section 10.2). Raises
@@ -105,7 +124,7 @@ def credential_of(request: UpgradeRequest) -> str | None:
         {
             "type": "http",
             "method": "GET",
-            "scheme": "https" if request.over_tls else "http",
+            "scheme": "https" if request.over_tls or by_tls else "http",
             "path": request.path,
             "query_string": b"",
             "headers": [
@@ -137,7 +156,7 @@ def _value(request: Request, name: str) -> str | None:
 
 def _names(request: Request) -> list[str]:
     """As what ours may come; the first that did counts."""
-    return [_name(request, tls=True)] + ([] if request.url.scheme == "https" else [_name(request, tls=False)])
+    return [_name(request, tls=True)] + ([] if _surely_tls(request) else [_name(request, tls=False)])
 
 
 def _name(request: Request, *, tls: bool, what: str = _NAME) -> str:

@@ -60,7 +60,7 @@ from kohakuriver.store import (
 )
 from kohakuriver.store.links import Links as StoredLinks
 from kohakuriver.tls import ServerCertificate, client_context
-from kohakuriver.tunnel.accept import serve_ws
+from kohakuriver.tunnel.accept import UpgradeRequest, serve_ws
 from kohakuriver.web.app import bind, bind_with_loopback, print_event, server_certificate, socket_url, warn_if_in_clear
 from kohakuriver.web.background import in_background
 from kohakuriver.web.logging import configure_logging
@@ -208,6 +208,8 @@ class Host:
             on_change=self._changes.notify,
             audit=audit,
         )
+        # Where the name that browsers use is of https, they come over TLS, be it to a proxy before this host.
+        self._by_tls = (options.public_url or "").lower().startswith("https://")
         self._tasks = Tasks(
             store, self._accounts, self._nodes, runners, self._changes, user_mounts=options.user_mounts, audit=audit
         )
@@ -246,14 +248,17 @@ class Host:
         self._proxy = TunnelProxy(
             authorize=self._forwards.authorize,
             authorize_terminal=self._forwards.authorize_terminal,
-            credential=credential_of,
+            credential=self._credential_of,
             coming_back=self._nodes.coming_back,
             trusted=trusted,
             limits=limits,
         )
         self._terminals = TerminalProxy(
-            authorize=self._forwards.authorize_terminal, credential=credential_of, trusted=trusted, limits=limits
+            authorize=self._forwards.authorize_terminal, credential=self._credential_of, trusted=trusted, limits=limits
         )
+
+    def _credential_of(self, request: UpgradeRequest) -> str | None:
+        return credential_of(request, by_tls=self._by_tls)
 
     async def begin(self) -> None:
         """What needs the database. Raises KohakuRiverError, OSError or ValueError where the host can't start."""
@@ -304,8 +309,10 @@ class Host:
             *(measure("forward", route) for route in self._proxy.routes()),
             *(measure("terminal", route) for route in self._terminals.routes()),
         ]
+        app = create_app(self._services(), guard)
+        app.state.by_tls = self._by_tls
         return Server(
-            self._measures.requests(create_app(self._services(), guard)),
+            self._measures.requests(app),
             ws=serve_ws(routes, guard, max_message=perimeter.limits.max_message),
             on_ready=self._ready,
             on_leave=self._leave,

@@ -5,16 +5,18 @@ A token is 256 random bits, so one round of SHA-256 keeps it: there is nothing t
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import time
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 from sqlalchemy import delete, func, select, update
+from sqlalchemy.exc import IntegrityError
 from sqlalchemy.orm import Session
 
-from kohakuriver.errors import NotFoundError, UnavailableError, UsageError
+from kohakuriver.errors import NotFoundError, UnauthenticatedError, UnavailableError, UsageError
 from kohakuriver.gpus import NotThereError, choose, refusal
 from kohakuriver.quotas import Quotas, Usage
 from kohakuriver.store.database import Store, gpus_in_use
@@ -51,12 +53,14 @@ MOST_BAD_TOKENS = 100
 class Use(NamedTuple):
     """What a session's right hangs on: a token's digest and a task's id, or a public key that was put into the task.
 
-    With neither, which is a session without a token, only the end of the task can end it.
+    With neither, which is a session without a token, only the end of the task can end it. One that leads `onward` from
+    the task hangs on its user's being that, too.
     """
 
     digest: str | None
     task_id: int
     key: str | None = None
+    onward: Literal["", "admin", "owner"] = ""
 
 
 def digest(secret: str) -> str:
@@ -107,7 +111,13 @@ class Accounts:
             if session.get(User, name) is None:
                 session.add(User(name=name, role=role, created_at=self._clock()))
 
-        await self._store.write(work)
+        with contextlib.suppress(IntegrityError):  # another host on this database makes it at the same time
+            await self._store.write(work)
+
+    async def roles(self, names: Iterable[str]) -> dict[str, str]:
+        """The roles of those users who are there."""
+        query = select(User.name, User.role).where(User.name.in_(set(names)))
+        return await self._store.read(lambda session: {row[0]: row[1] for row in session.execute(query)})
 
     async def remove_user(self, name: str, heir: str) -> User:
         """Forget a user and revoke their tokens; their tasks pass to the user `heir`. Raises NotFoundError for either.
@@ -227,18 +237,23 @@ class Accounts:
         ends_at: float | None = None,
         parent: str | None = None,
         unique: bool = True,
+        maker: Token | None = None,
     ) -> Token:
         """Make `secret` valid; what it was made before, revoked for example, it stays. No token that is made with it
-        outlives `ends_at`. It ends with the identity whose digest `parent` is.
+        outlives `ends_at`. It ends with the identity whose digest `parent` is. `maker` is the credential by whose right
+        it is made, None for the host's own.
 
         Raises UsageError "name_taken" when the label must be `unique` and a valid token of this `kind` and `name` has
         it, and NotFoundError for a user who is not there: whoever gets that name one day must not get the token too.
-        Raises "over_limit" where the user has as many as they may.
+        Raises "over_limit" where the user has as many as they may, and UnauthenticatedError where `maker` has ended
+        since it was shown.
         """
 
         def work(session: Session) -> Token:
             if known := session.get(Token, digest(secret)):
                 return known
+            if maker is not None:
+                check_good(session, maker, self._clock())
             if kind == "user":
                 self.make_room_for_token(session, name)
             same = select(Token).where(Token.kind == kind, Token.name == name, Token.label == label)
@@ -478,8 +493,29 @@ def _withdrawn(session: Session, use: Use, now: float) -> str | None:
     if not token.is_good(now):
         return _end_of(token)
     task = session.get(Task, use.task_id)
+    if use.onward == "admin" and user.role != "admin":
+        return f"{user.name} is no admin any more"
+    if use.onward == "owner" and task is not None and task.owner != user.name and user.role != "admin":
+        return f"the task is not {user.name}'s any more"
     if task is None or user.role == "admin" or task.owner == user.name:
         return None
     if not is_shared_with(session, use.task_id, user.name):
         return f"the task is not shared with {user.name} any more"
     return None
+
+
+def check_good(session: Session, shown: Token, now: float) -> Token:
+    """A credential as it is now. Raises UnauthenticatedError where it, or what it hangs on, has ended since.
+
+    The locks make whoever ends it wait, and then find what is made by it now.
+    """
+    held = {"read": True}
+    token = session.get(Token, shown.digest, with_for_update=held, populate_existing=True)
+    good = token is not None and token.is_good(now) and session.get(User, token.name, with_for_update=held) is not None
+    if good and token is not None and token.parent is not None:
+        parent = session.get(Token, token.parent, with_for_update=held, populate_existing=True)
+        identity = session.get(Identity, token.parent, with_for_update=held) if parent is None else None
+        good = identity is not None or (parent is not None and parent.is_good(now))
+    if token is None or not good:
+        raise UnauthenticatedError("The credential behind this is no good any more; use another one.")
+    return token

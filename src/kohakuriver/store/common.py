@@ -8,7 +8,7 @@ from sqlalchemy import delete, func, select, update
 from sqlalchemy.orm import Session
 
 from kohakuriver.store.database import Store
-from kohakuriver.store.models import SEEN_SECONDS, LoginCode, Meta, SshPass, Task
+from kohakuriver.store.models import SEEN_SECONDS, AppCode, DeviceCode, LoginCode, Meta, SshPass, Task
 from kohakuriver.store.schema import GOOD_FOR
 
 __all__ = ["apps_key", "forget_what_has_run_out", "kept", "tasks_by_status"]
@@ -52,5 +52,7 @@ async def forget_what_has_run_out(store: Store, now: float) -> None:
     def work(session: Session) -> None:
         session.execute(delete(SshPass).where(SshPass.expires_at <= now))
         session.execute(delete(LoginCode).where(LoginCode.expires_at <= now - SEEN_SECONDS))
+        session.execute(delete(DeviceCode).where(DeviceCode.expires_at <= now))
+        session.execute(delete(AppCode).where(AppCode.expires_at <= now))
 
     await store.write(work)

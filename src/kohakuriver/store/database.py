@@ -15,11 +15,19 @@ from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn, TypeVar, cast
 import structlog
 from sqlalchemy import delete, func, select, update
 from sqlalchemy.engine import URL, make_url
-from sqlalchemy.exc import ArgumentError, DataError, DBAPIError, IntegrityError, InterfaceError, OperationalError
+from sqlalchemy.exc import (
+    ArgumentError,
+    DataError,
+    DBAPIError,
+    IntegrityError,
+    InterfaceError,
+    OperationalError,
+    SQLAlchemyError,
+)
 from sqlalchemy.orm import Session
 
 from kohakuriver.errors import HostUnreachableError, KohakuRiverError, NotFoundError, UsageError
-from kohakuriver.store.models import ACTIVE, Meta, Node, Share, Task, TaskKey
+from kohakuriver.store.models import ACTIVE, Meta, Node, Share, Task, TaskKey, Token
 from kohakuriver.store.news import note
 from kohakuriver.store.transactions import Database, SilentError
 
@@ -132,6 +140,8 @@ class Store:
             if isinstance(error, (OperationalError, InterfaceError)) and self._database.engine.dialect.name != "sqlite":
                 self._is_down(_reason(error), error)
             raise KohakuRiverError(f"The database failed: {_reason(error)}.", code="database") from error
+        except SQLAlchemyError as error:  # a row went while it was written, say
+            raise KohakuRiverError(f"The database failed: {error}.", code="database") from error
         except SilentError as error:
             self._is_down(str(error), error)
         if self._down:
@@ -341,7 +351,7 @@ class Store:
     async def remove_task(self, task_id: int) -> None:
         """Hide a task and free its name, until `forget_tasks`."""
         await self.change_task(task_id, {"removed": True, "name": None})
-        await self.write(lambda session: session.execute(delete(Share).where(Share.task_id == task_id)))
+        await self.write(lambda session: _end_rights(session, task_id))
 
     async def forget_tasks(self, task_ids: Iterable[int]) -> None:
         """Delete the rows."""
@@ -359,7 +369,13 @@ class Store:
 def _forget_task(session: Session, task_id: int) -> None:
     if task := session.get(Task, task_id):
         session.delete(task)
+    _end_rights(session, task_id)
+
+
+def _end_rights(session: Session, task_id: int) -> None:
+    """Nobody may use the task by a share or a link any more."""
     session.execute(delete(Share).where(Share.task_id == task_id))
+    session.execute(delete(Token).where(Token.kind == "link", Token.task_id == task_id))
 
 
 def _hear_tasks(session: Session, tasks: Iterable[Task], told: Told) -> Heard:

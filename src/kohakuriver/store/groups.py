@@ -92,7 +92,7 @@ class Groups:
         """Forget a group, as it was; what is shared with it is so no more. Raises NotFoundError."""
 
         def work(session: Session) -> GroupRow:
-            group = _group(session, name)
+            group = _group(session, name, to_remove=True)
             row = _row(session, group)
             session.execute(delete(Member).where(Member.group == name))
             session.execute(delete(Share).where(Share.user == share_name(name)))
@@ -132,8 +132,9 @@ def forget_memberships(session: Session, user: str) -> None:
     session.execute(delete(Member).where(Member.user == user))
 
 
-def _group(session: Session, name: str) -> Group:
-    group = session.get(Group, name)
+def _group(session: Session, name: str, *, to_remove: bool = False) -> Group:
+    """The group, which nobody removes before this transaction has ended. Raises NotFoundError."""
+    group = session.get(Group, name, with_for_update=True if to_remove else {"read": True}, populate_existing=True)
     if group is None:
         raise NotFoundError(f"There is no group {name!r}; an admin makes one with `kohakuriver group add {name}`.")
     return group

@@ -20,6 +20,7 @@ from kohakuriver.errors import NotFoundError, UsageError
 from kohakuriver.store.accounts import revoke
 from kohakuriver.store.database import Store
 from kohakuriver.store.models import Identity, Token, User
+from kohakuriver.store.news import note
 
 __all__ = ["Came", "Identities", "identity_behind"]
 
@@ -59,11 +60,15 @@ class Identities:
             if found is None or user is None:
                 user = User(name=_free_name(session, wanted), role=role, created_at=self._clock(), limits={})
                 session.add(user)
-                session.merge(Identity(digest=key, issuer=issuer, subject=subject, user=user.name, made=True))
+                if found is None:  # of two first logins at once the second fails here, and finds this one then
+                    session.add(Identity(digest=key, issuer=issuer, subject=subject, user=user.name, made=True))
+                else:
+                    found.user, found.made = user.name, True
                 return Came(user.name, role, key, True, False)
             changed = found.made and user.role != role
             if changed:
                 user.role = role
+                note(session, rights=True)
             return Came(user.name, user.role, key, False, changed)
 
         for _ in range(TRIES):
@@ -76,7 +81,7 @@ class Identities:
         key = Identity.digest_of(issuer, subject)
 
         def work(session: Session) -> str | None:
-            found = session.get(Identity, key)
+            found = session.get(Identity, key, with_for_update=True, populate_existing=True)
             _log_out(session, key, self._clock())
             return None if found is None else found.user
 
@@ -115,7 +120,7 @@ class Identities:
 
     def _unlink(self, session: Session, issuer: str, name: str, besides: str = "") -> int:
         theirs = select(Identity).where(Identity.user == name, Identity.issuer == issuer, Identity.digest != besides)
-        found = list(session.scalars(theirs))
+        found = list(session.scalars(theirs.with_for_update()))
         for identity in found:
             _log_out(session, identity.digest, self._clock())
             session.delete(identity)

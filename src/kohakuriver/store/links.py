@@ -13,10 +13,10 @@ from typing import Any
 from sqlalchemy import Select, func, select
 from sqlalchemy.orm import Session
 
-from kohakuriver.errors import NotFoundError, UnauthenticatedError, UsageError
-from kohakuriver.store.accounts import digest, forget_bad_tokens, revoke
+from kohakuriver.errors import NotFoundError, UsageError
+from kohakuriver.store.accounts import check_good, digest, forget_bad_tokens, revoke
 from kohakuriver.store.database import Store
-from kohakuriver.store.models import TOKEN_ID_LENGTH, Token, User
+from kohakuriver.store.models import TOKEN_ID_LENGTH, Token
 
 __all__ = ["MOST_LINKS", "Links"]
 
@@ -40,10 +40,7 @@ class Links:
 
         def work(session: Session) -> Token:
             now = self._clock()
-            # The lock makes whoever revokes it wait, and then finds this link.
-            shown = session.get(Token, maker.digest, with_for_update={"read": True}, populate_existing=True)
-            if shown is None or not shown.is_good(now) or session.get(User, shown.name) is None:
-                raise UnauthenticatedError("The token behind this is no good any more; use another one.")
+            shown = check_good(session, maker, now)
             forget_bad_tokens(session, "link", shown.name, now)
             if len(session.scalars(self._good(task_id)).all()) >= MOST_LINKS:
                 raise UsageError(f"A task has {MOST_LINKS} links at most; `kohakuriver vps unshare --link` ends one.")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 from collections import Counter
+from functools import partial
 from typing import Literal
 
 from sqlalchemy import BigInteger, delete, func, select, text
@@ -19,6 +20,9 @@ __all__ = ["SessionCounts"]
 
 _USER = 0x6B74
 """First key of the advisory lock under which a user's sessions are counted; the second is of the user's name."""
+
+AT_ONCE = 100
+"""Of so many users in one transaction: it holds a lock for each of them until it ends."""
 
 AGAIN_SECONDS = 1.0
 """How long after the database failed it is tried again to write a count."""
@@ -92,12 +96,19 @@ class SessionCounts:
                 await asyncio.sleep(AGAIN_SECONDS)
 
     async def _write_all(self, users: list[str]) -> None:
-        def work(session: Session) -> None:
-            for user in users:  # in the order of their names, so that two hosts never wait for each other
-                self._write(session, user)
+        for start in range(0, len(users), AT_ONCE):
+            some = users[start : start + AT_ONCE]
+            if self._shared is not None:
+                await self._shared.write(partial(self._write_some, some))
 
-        if self._shared is not None:
-            await self._shared.write(work)
+    def _write_some(self, users: list[str], session: Session) -> None:
+        for user in users:  # in the order of their names, so that two hosts never wait for each other
+            self._write(session, user)
+
+    def write_again(self) -> None:
+        """Another host may have taken this one for dead, and have deleted what it had written."""
+        self._changed.update(self._here)
+        self._wake.set()
 
     async def leave(self) -> None:
         """This host ends: what it has moves to others, where it counts anew."""

@@ -77,6 +77,7 @@ class Link(asyncio.BufferedProtocol):
         # reads may one day need a buffer of its own.
         self.loop_buffer = receive_buffer()
         self.closing = Closing()
+        self.posted = 0  # bytes of what goes ahead of all else, which keeps the link alive and carries nothing
         self.out = SendQueue(partial(self.abort, "the peer does not read what it asked for"))
         self.watch = PeerWatch(self.idle_ping, self.pong_wait, ping=self._ping, written=self.out.taken, drop=self.abort)
         self.intake = Intake(self._deliver, self.watch)
@@ -251,6 +252,7 @@ class Link(asyncio.BufferedProtocol):
     def post(self, frame: bytes) -> None:
         """Send a small frame ahead of all queued bulk, at the next frame border."""
         if not self.closing.state:
+            self.posted += len(frame)
             self.out.post(frame)
 
     def pause_writing(self) -> None:

@@ -28,7 +28,7 @@ entry = APIRouter(route_class=Page)
 async def open_port(request: Request, task: str, port: str, code: str = "") -> Response:
     """Go to the address of a task's port; with the code of a link, by way of the login."""
     found = await visitor_of(request)
-    if found is None:
+    if found is None or code:  # the code is used up, whoever is logged in
         return _log_in_first(request, code)
     services: Services = services_of(request)
     usable, _ = await services.access.usable(found[0], task)

@@ -47,6 +47,7 @@ def _page(action: str, origin: str, field: str, script: str, referrer: str) -> t
     )
     return body, {
         "Content-Security-Policy": policy,
+        "Cross-Origin-Opener-Policy": "same-origin",  # who opened this page is not to read the code in it
         "Referrer-Policy": referrer,
         "X-Content-Type-Options": "nosniff",
         "X-Frame-Options": "DENY",

@@ -89,7 +89,10 @@ class Forwards:
             if beyond == "to":
                 check_onward(caller, task)
             route = self._route(task, node, caller, "terminal")
-            return replace(route, grant=await self._grants.enter(caller, task))
+            onward: Literal["", "admin", "owner"] = ""
+            if beyond == "to":
+                onward = "admin" if caller.is_admin else "owner"
+            return replace(route, grant=await self._grants.enter(caller, task, onward=onward))
 
     async def authorize_ssh(self, token: str | None, reference: str, port: int | None = None) -> Route:
         """Where a connection to a port of a task goes, None being where its SSH server listens.

@@ -74,7 +74,7 @@ class Feed:
         self._changes = changes
         self._followers: set[_Follower] = set()
         self._begun = asyncio.Event()
-        self._of_user: dict[str, Parts] = {}
+        self._of_user: dict[tuple[str, str], Parts] = {}
         self._node_views: Part = {}
         self._open: list[OpenSession] = []
         self._rates: Part = {}
@@ -126,7 +126,7 @@ class Feed:
             self._open = self._sessions.look()
             self._rates = _rates(self._open)
             for follower in list(self._followers):
-                if follower.caller.name in self._of_user:
+                if _who(follower.caller) in self._of_user:
                     follower.show(self._seen_by(follower))
             await self._pause(changed)
         self._of_user, self._ports = {}, {}
@@ -144,10 +144,10 @@ class Feed:
         """Look at all that is in the database. One that fails changes nothing."""
         try:
             everything = await self._tasks.all()
-            callers = {follower.caller.name: follower.caller for follower in self._followers}
+            callers = {_who(follower.caller): follower.caller for follower in self._followers}
             self._of_user = {
-                name: _of_tasks([view for _, _, view in await self._tasks.of_these(everything, caller)])
-                for name, caller in callers.items()
+                who: _of_tasks([view for _, _, view in await self._tasks.of_these(everything, caller)])
+                for who, caller in callers.items()
             }
             self._node_views = {view.name: _steady(view) for view in await self._nodes.views()}
         except KohakuRiverError:
@@ -162,11 +162,14 @@ class Feed:
         uses = {Use(follower.caller.digest, _NO_TASK) for follower in self._followers}
         try:
             withdrawn = await self._accounts.withdrawn(uses)
+            roles = await self._accounts.roles(follower.caller.name for follower in self._followers)
         except KohakuRiverError:
             return  # the database fails, as every request says that needs it
         for follower in list(self._followers):
             if Use(follower.caller.digest, _NO_TASK) in withdrawn:
                 follower.end(UnauthenticatedError("You are not logged in here any more.", code="logged_out"))
+            elif roles.get(follower.caller.name, follower.caller.role) != follower.caller.role:
+                follower.end(UnavailableError("Your role is another one now; look again.", code="role_changed"))
 
     def _wanted_ports(self) -> set[str]:
         wanted = {follower.ports_of for follower in self._followers if follower.ports_of is not None}
@@ -191,7 +194,7 @@ class Feed:
 
     def _seen_by(self, follower: _Follower) -> Parts:
         """All that there is to be told to one who looks on."""
-        caller, usable = follower.caller, self._of_user[follower.caller.name]
+        caller, usable = follower.caller, self._of_user[_who(follower.caller)]
         sessions = [each for each in self._open if each.may_be_seen_by(caller)][:MOST_SESSIONS]
         return usable | {
             "nodes": self._node_views,
@@ -201,6 +204,11 @@ class Feed:
                 of: found for of, found in self._ports.items() if of == follower.ports_of and of in usable["tasks"]
             },
         }
+
+
+def _who(caller: Caller) -> tuple[str, str]:
+    """Whose view it is: an admin who becomes a user sees less at once."""
+    return caller.name, caller.role
 
 
 def _rates(sessions: list[OpenSession]) -> Part:

@@ -15,7 +15,7 @@ import time
 from collections import OrderedDict
 from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass, replace
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import structlog
 
@@ -137,7 +137,8 @@ class Grant:
         if not self._over and self._began is not None:
             seconds = round(time.monotonic() - self._began, 3)
             self._grants.write("session_closed", {**self._about, "seconds": seconds, **how})
-            if how.get("lost") or self._stays:
+            # What goes past this host may not have ended with it: whose right has gone is ended there, too.
+            if how.get("lost") or self._stays or self._withdrawn is not None:
                 self._grants.hold(self._held())
         self.release()
 
@@ -203,12 +204,16 @@ class Grants:
         self.counts.add(caller.name, 1)
         return grant
 
-    async def enter(self, caller: Caller, task: Task, key: str | None = None) -> Grant:
+    async def enter(
+        self, caller: Caller, task: Task, key: str | None = None, *, onward: Literal["", "admin", "owner"] = ""
+    ) -> Grant:
         """`open`, and then ask whether the right is still there; it may be some time since the caller was looked up.
 
+        A session that leads `onward` from the task hangs on the caller's being that, too.
         Whatever is taken away from here on finds the session among those under way. Raises NotAllowedError besides.
         """
         grant = self.open(caller, task, key)
+        grant.use = grant.use._replace(onward=onward)
         try:
             if caller.quotas.sessions:
                 elsewhere = await self.counts.enter(caller.name)

@@ -60,6 +60,8 @@ class Hosts:
         """Another host has told something: look at once, where a look every few seconds would find it."""
         if news.rights or news.all:
             self._grants.look_now()
+        if news.all:
+            self._grants.counts.write_again()
         self._changes.notify(self._changes.watched() if news.all else news.tasks)
         self._nodes.came_back(news.nodes)
 

@@ -137,6 +137,7 @@ class People:
             expires_at=expires_at,
             ends_at=shown.ends_at,
             parent=await self._identities.behind(shown) if own else None,
+            maker=shown,
         )
         log.info("token made", id=token.id, kind=kind, owner=name, by=caller.name)
         expires = None if expires_at is None else iso_time(expires_at)

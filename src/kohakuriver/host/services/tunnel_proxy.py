@@ -469,7 +469,7 @@ class TunnelProxy:
         query, about = (f"{BEYOND}={beyond}", {BEYOND: beyond}) if beyond else ("", {})
         await self._begin(
             request,
-            lambda: self.authorize_terminal(self._credential(request), task, beyond),
+            lambda: self.authorize_terminal(request.token if beyond else self._credential(request), task, beyond),
             lambda route: self._carry(request, route, f"{TERMINAL}?{query}", {"proto": TERMINAL, **about}),
         )
 

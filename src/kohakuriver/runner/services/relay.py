@@ -70,6 +70,8 @@ MOST_CLOSING = 4096
 ANSWER_SECONDS = 5.0
 # How long it has to look which ports listen (seconds).
 PORTS_SECONDS = 5.0
+# How long a CONNECT may wait for the tunnel on a straight path (seconds): less than its user's patience with the node.
+STRAIGHT_HOLD = 0.8
 # How a container's end says that a user broke a window: it can't close the tunnel, which is all users'.
 PASSED_WINDOW = "EPROTO"
 NO_TUNNEL = ErrorText("ENOTCONN", "the task's tunnel is not connected; is the task running?")
@@ -416,7 +418,7 @@ class SessionLeg(RelayLeg[TunnelLeg]):
 
     def passed(self) -> tuple[int, int]:
         """Bytes that came, and bytes that its user's system took."""
-        return self.walker.bytes_routed, self.link.out.taken()
+        return self.walker.bytes_routed, max(0, self.link.out.taken() - self.link.posted)
 
     def passed_to(self, target: TunnelLeg) -> None:
         if target.link.out.blocked:
@@ -446,6 +448,8 @@ class SessionLeg(RelayLeg[TunnelLeg]):
         if self.version < 2 or self.link.closing.state:
             return False
         seconds = self.owner.expected_within(self.container)
+        if self.is_straight:  # its user takes a node for gone that answers nothing
+            seconds = min(seconds, STRAIGHT_HOLD)
         if seconds <= 0:
             return False
         self._held = connect
@@ -611,6 +615,9 @@ class SessionLeg(RelayLeg[TunnelLeg]):
         self.link_drained(link)
         self.on_closed()
         self.owner.session_closed(self)
+
+    def recount(self) -> None:
+        """Its streams leave it by `let_go`."""
 
     def let_go(self) -> None:
         if self._take_held() is not None:  # its stream is opened over the other link
