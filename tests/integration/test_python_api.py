@@ -186,7 +186,8 @@ def test_events_are_told(run: Run, service: Service) -> None:
 
     run(main())
     # Two addresses are listened on, 127.0.0.1 and ::1, where both can be had.
-    assert list(dict.fromkeys(events)) == ["connected", "listening", "stats", "closed"]
+    # Which path is taken may be known before the end, or not.
+    assert [each for each in dict.fromkeys(events) if each != "path"] == ["connected", "listening", "stats", "closed"]
 
 
 @pytest.mark.parametrize("resume", [True, False])

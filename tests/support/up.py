@@ -23,11 +23,21 @@ SERVICE = """
 import os, pathlib, socket, sys, threading
 directory = pathlib.Path(sys.argv[1])
 kept = directory / "port"
-listener = socket.create_server(("127.0.0.1", int(kept.read_text()) if kept.exists() else 0), backlog=1024)
+def bound(port):
+    while True:
+        listener = socket.create_server(("127.0.0.1", port), backlog=1024)
+        datagrams = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
+        try:
+            datagrams.bind(listener.getsockname())
+            return listener, datagrams
+        except OSError:  # for UDP somebody has the port that nobody has for TCP
+            listener.close(), datagrams.close()
+            if port:
+                raise
+
+listener, datagrams = bound(int(kept.read_text()) if kept.exists() else 0)
 port = listener.getsockname()[1]
 kept.write_text(str(port))
-datagrams = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
-datagrams.bind(("127.0.0.1", port))
 
 def echo_datagrams():
     while True:
