@@ -116,7 +116,7 @@ BAD_TOKENS: list[tuple[str, Callable[[FakeProvider], None], str]] = [
     ("no audience", changed(aud=None), "for another client"),
     ("another nonce", changed(nonce="n"), "for another login"),
     ("no nonce", changed(nonce=None), "for another login"),
-    ("expired", at(-LEEWAY, "exp"), "time is over"),
+    ("expired", at(-LEEWAY - 1, "exp"), "time is over"),
     ("no end", changed(exp=None), "not complete"),
     ("an end that is no time", changed(exp="later"), "not complete"),
     ("from the future", at(LEEWAY + 1, "iat"), "compare the clocks"),

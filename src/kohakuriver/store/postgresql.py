@@ -60,6 +60,9 @@ _DEFAULTS = {
 }
 """How a connection is made, but for what the database's URL says itself."""
 
+LAST_ANSWER_SECONDS = 1.0
+"""How long what is under way may take when everything ends."""
+
 T = TypeVar("T")
 
 log = structlog.get_logger("kohakuriver.store")
@@ -155,10 +158,18 @@ class PostgresServer:
     async def close(self) -> None:
         if self._thread.is_alive():
             with contextlib.suppress(asyncio.TimeoutError):
-                await asyncio.wait_for(self._in_thread(self._engine.dispose()), ANSWER_SECONDS)
+                await asyncio.wait_for(self._in_thread(self._end()), ANSWER_SECONDS)
             self._loop.call_soon_threadsafe(self._loop.stop)
             await asyncio.get_running_loop().run_in_executor(None, self._thread.join)
             self._loop.close()
+
+    async def _end(self) -> None:
+        """Let go of every connection; what is asked just now has a moment to be through with."""
+        if under_way := set(self._open):
+            await asyncio.wait(under_way, timeout=LAST_ANSWER_SECONDS)
+        for connection in self._open.values():
+            hang_up(connection)
+        await self._engine.dispose()
 
 
 async def _commit(session: AsyncSession) -> None:
