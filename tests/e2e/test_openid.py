@@ -59,7 +59,7 @@ def test_a_user_logs_in_at_the_provider_then_a_command_line_by_that_and_out_of_b
     browser.find_element("name", "password").send_keys("-\n")
     until(lambda: "Authorize" in browser.title or "Continue" in text_of(browser), "the question for consent")
     browser.find_element("css selector", "button[type=submit]").click()
-    until(lambda: "Logged in as ann" in text_of(browser), "the host's page")
+    until(lambda: {"ann", "Log out"} <= set(text_of(browser).split("\n")), "the dashboard")
     assert browser.current_url == f"{url}/"
     cookies = {each["name"].rpartition("-")[0]: each for each in browser.get_cookies()}
     assert set(cookies) == {"__Host-kohakuriver-host"}
