@@ -107,6 +107,56 @@ export function Dialog({ title, close, children }: DialogProps): JSX.Element {
   );
 }
 
+interface FormDialogProps extends DialogProps {
+  /** What is done with what was typed; an error that it throws is shown, and the dialog stays. */
+  send: (field: (name: string) => string, form: HTMLFormElement) => Promise<unknown>;
+  submit: string;
+  /** What the button says while that is under way. */
+  sending?: string;
+  leave?: string;
+  above?: ComponentChildren;
+}
+
+/** A dialog with fields. What is under way is not sent again. */
+export function FormDialog({ title, close, send, submit, sending = submit, leave = "Cancel", above, children }: FormDialogProps): JSX.Element {
+  const [wrong, setWrong] = useState("");
+  const [busy, setBusy] = useState(false);
+  async function sent(event: SubmitEvent): Promise<void> {
+    event.preventDefault();
+    const form = event.target as HTMLFormElement;
+    setBusy(true);
+    setWrong("");
+    try {
+      await send(typed(form), form);
+    } catch (error) {
+      setWrong(error instanceof Error ? error.message : String(error));
+    } finally {
+      setBusy(false);
+    }
+  }
+  return (
+    <Dialog title={title} close={close}>
+      {above}
+      <form onSubmit={(event) => void sent(event)}>
+        {children}
+        {wrong && (
+          <p role="alert" class="wrong">
+            {wrong}
+          </p>
+        )}
+        <div class="buttons">
+          <button type="button" onClick={close}>
+            {leave}
+          </button>
+          <button class="primary" disabled={busy} aria-busy={busy}>
+            {busy ? sending : submit}
+          </button>
+        </div>
+      </form>
+    </Dialog>
+  );
+}
+
 interface ConfirmProps {
   title: string;
   button: string;

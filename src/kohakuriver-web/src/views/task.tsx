@@ -5,7 +5,7 @@ import { ask, get, taskPath } from "../api";
 import { bytes, moment, parseSpan, quoted, rate, since, span } from "../format";
 import { ports, rates, sessions, state, tasks, traffic, watchPorts } from "../feed";
 import { me, owns } from "../me";
-import { Act, Confirm, Copy, Dialog, Field, StatusMark, Table, tell, typed } from "../parts";
+import { Act, Confirm, Copy, Field, FormDialog, StatusMark, Table, tell } from "../parts";
 import { go, href } from "../route";
 import type { Group, Port, Task } from "../types";
 import { Output } from "./output";
@@ -142,21 +142,13 @@ function Share({ task, close }: { task: Task; close: () => void }): JSX.Element 
   useEffect(() => {
     get<Group[]>("/api/groups").then(setGroups, () => undefined);
   }, []);
-  const [wrong, setWrong] = useState("");
-  async function share(event: SubmitEvent): Promise<void> {
-    event.preventDefault();
-    const form = event.target as HTMLFormElement;
-    const whom = typed(form)("whom");
-    try {
-      await ask("POST", taskPath(task, "/shares"), whom.startsWith("@") ? { group: whom.slice(1) } : { user: whom });
-      setWrong("");
-      form.reset();
-    } catch (error) {
-      setWrong(error instanceof Error ? error.message : String(error));
-    }
+  async function share(field: (name: string) => string, form: HTMLFormElement): Promise<void> {
+    const whom = field("whom");
+    await ask("POST", taskPath(task, "/shares"), whom.startsWith("@") ? { group: whom.slice(1) } : { user: whom });
+    form.reset();
   }
-  return (
-    <Dialog title={`Share ${task.name}`} close={close}>
+  const above = (
+    <>
       <p>Whom it is shared with may reach its ports and open terminals in it, and so do there what you can.</p>
       {task.shared_with.length > 0 && (
         <ul class="plainlist">
@@ -170,53 +162,25 @@ function Share({ task, close }: { task: Task; close: () => void }): JSX.Element 
           ))}
         </ul>
       )}
-      <form onSubmit={(event) => void share(event)}>
-        <Field label="With" name="whom" required hint={`A user's name${groups.length ? `, or a group: ${groups.map((each) => `@${each.name}`).join(", ")}` : ", or a group as @NAME"}.`} />
-        {wrong && (
-          <p role="alert" class="wrong">
-            {wrong}
-          </p>
-        )}
-        <div class="buttons">
-          <button type="button" onClick={close}>
-            Close
-          </button>
-          <button class="primary">Share</button>
-        </div>
-      </form>
-    </Dialog>
+    </>
+  );
+  return (
+    <FormDialog title={`Share ${task.name}`} close={close} above={above} send={share} submit="Share" leave="Close">
+      <Field label="With" name="whom" required hint={`A user's name${groups.length ? `, or a group: ${groups.map((each) => `@${each.name}`).join(", ")}` : ", or a group as @NAME"}.`} />
+    </FormDialog>
   );
 }
 
 function Extend({ task, close }: { task: Task; close: () => void }): JSX.Element {
-  const [wrong, setWrong] = useState("");
-  async function extend(event: SubmitEvent): Promise<void> {
-    event.preventDefault();
-    try {
-      await ask("POST", taskPath(task, "/extend"), { seconds: parseSpan(typed(event.target as HTMLFormElement)("by")) });
-      tell(`Task ${task.name} ends later.`);
-      close();
-    } catch (error) {
-      setWrong(error instanceof Error ? error.message : String(error));
-    }
+  async function extend(field: (name: string) => string): Promise<void> {
+    await ask("POST", taskPath(task, "/extend"), { seconds: parseSpan(field("by")) });
+    tell(`Task ${task.name} ends later.`);
+    close();
   }
   return (
-    <Dialog title={`Extend ${task.name}`} close={close}>
-      <form onSubmit={(event) => void extend(event)}>
-        <Field label="By" name="by" placeholder="4h" required />
-        {wrong && (
-          <p role="alert" class="wrong">
-            {wrong}
-          </p>
-        )}
-        <div class="buttons">
-          <button type="button" onClick={close}>
-            Cancel
-          </button>
-          <button class="primary">Extend</button>
-        </div>
-      </form>
-    </Dialog>
+    <FormDialog title={`Extend ${task.name}`} close={close} send={extend} submit="Extend">
+      <Field label="By" name="by" placeholder="4h" required />
+    </FormDialog>
   );
 }
 

@@ -3,7 +3,7 @@ import { useState } from "preact/hooks";
 import { ask, get } from "../api";
 import { moment, parseSpan } from "../format";
 import { isAdmin, me } from "../me";
-import { Confirm, Copy, Dialog, Field, StatusMark, Table, tell, typed, useLoaded } from "../parts";
+import { Confirm, Copy, Dialog, Field, FormDialog, StatusMark, Table, tell, useLoaded } from "../parts";
 import type { Token, TokenMade } from "../types";
 
 export default function TokensPage(): JSX.Element {
@@ -94,20 +94,13 @@ function Tokens({ all }: { all: boolean }): JSX.Element {
 
 function NewToken({ close }: { close: () => void }): JSX.Element {
   const [made, setMade] = useState<TokenMade | null>(null);
-  const [wrong, setWrong] = useState("");
-  async function make(event: SubmitEvent): Promise<void> {
-    event.preventDefault();
-    const field = typed(event.target as HTMLFormElement);
+  async function make(field: (name: string) => string): Promise<void> {
     const asked: Record<string, unknown> = {};
-    try {
-      if (field("name")) asked["name"] = field("name");
-      if (field("user")) asked["user"] = field("user");
-      if (field("node")) asked["node"] = field("node");
-      if (field("expires")) asked["expires_in"] = parseSpan(field("expires"));
-      setMade(await ask<TokenMade>("POST", "/api/tokens", asked));
-    } catch (error) {
-      setWrong(error instanceof Error ? error.message : String(error));
-    }
+    if (field("name")) asked["name"] = field("name");
+    if (field("user")) asked["user"] = field("user");
+    if (field("node")) asked["node"] = field("node");
+    if (field("expires")) asked["expires_in"] = parseSpan(field("expires"));
+    setMade(await ask<TokenMade>("POST", "/api/tokens", asked));
   }
   if (made) {
     return (
@@ -123,29 +116,15 @@ function NewToken({ close }: { close: () => void }): JSX.Element {
     );
   }
   return (
-    <Dialog title="New token" close={close}>
-      <form onSubmit={(event) => void make(event)}>
-        <Field label="Name" name="name" hint="One is made up if empty." />
-        <Field label="Good for" name="expires" placeholder="90d" hint="Until it is revoked if empty. One made in a browser ends with the browser's login at the latest." />
-        {isAdmin() && (
-          <div class="fields">
-            <Field label="For another user" name="user" />
-            <Field label="Or for a node" name="node" />
-          </div>
-        )}
-        {wrong && (
-          <p role="alert" class="wrong">
-            {wrong}
-          </p>
-        )}
-        <div class="buttons">
-          <button type="button" onClick={close}>
-            Cancel
-          </button>
-          <button class="primary">Make it</button>
+    <FormDialog title="New token" close={close} send={make} submit="Make it">
+      <Field label="Name" name="name" hint="One is made up if empty." />
+      <Field label="Good for" name="expires" placeholder="90d" hint="Until it is revoked if empty. One made in a browser ends with the browser's login at the latest." />
+      {isAdmin() && (
+        <div class="fields">
+          <Field label="For another user" name="user" />
+          <Field label="Or for a node" name="node" />
         </div>
-      </form>
-    </Dialog>
+      )}
+    </FormDialog>
   );
 }
-

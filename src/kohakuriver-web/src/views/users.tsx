@@ -3,7 +3,7 @@ import { useState } from "preact/hooks";
 import { ask, get } from "../api";
 import { bytes, moment, parseBytes, parseSpan, span } from "../format";
 import { me } from "../me";
-import { Confirm, Dialog, Field, Table, tell, typed, useLoaded } from "../parts";
+import { Confirm, Field, FormDialog, Table, tell, useLoaded } from "../parts";
 import type { Limit, User } from "../types";
 
 const SIZES = new Set(["memory", "log"]);
@@ -102,95 +102,55 @@ export default function UsersPage(): JSX.Element {
 }
 
 function NewUser({ close }: { close: () => void }): JSX.Element {
-  const [wrong, setWrong] = useState("");
-  async function make(event: SubmitEvent): Promise<void> {
-    event.preventDefault();
-    const field = typed(event.target as HTMLFormElement);
-    try {
-      await ask("POST", "/api/users", { name: field("name"), role: field("role") });
-      tell(`${field("name")} was added; a token made on the page of tokens lets them in.`);
-      close();
-    } catch (error) {
-      setWrong(error instanceof Error ? error.message : String(error));
-    }
+  async function make(field: (name: string) => string): Promise<void> {
+    await ask("POST", "/api/users", { name: field("name"), role: field("role") });
+    tell(`${field("name")} was added; a token made on the page of tokens lets them in.`);
+    close();
   }
   return (
-    <Dialog title="New user" close={close}>
-      <form onSubmit={(event) => void make(event)}>
-        <Field label="Name" name="name" required />
-        <div class="field">
-          <label for="field-role">Role</label>
-          <select id="field-role" name="role">
-            <option value="user">user</option>
-            <option value="admin">admin</option>
-          </select>
-        </div>
-        {wrong && (
-          <p role="alert" class="wrong">
-            {wrong}
-          </p>
-        )}
-        <div class="buttons">
-          <button type="button" onClick={close}>
-            Cancel
-          </button>
-          <button class="primary">Add</button>
-        </div>
-      </form>
-    </Dialog>
+    <FormDialog title="New user" close={close} send={make} submit="Add">
+      <Field label="Name" name="name" required />
+      <div class="field">
+        <label for="field-role">Role</label>
+        <select id="field-role" name="role">
+          <option value="user">user</option>
+          <option value="admin">admin</option>
+        </select>
+      </div>
+    </FormDialog>
   );
 }
 
 function Limits({ user, close }: { user: User; close: () => void }): JSX.Element {
   const path = `/api/users/${encodeURIComponent(user.name)}/limits`;
   const { value } = useLoaded(() => get<{ limits: Record<string, Limit> }>(path));
-  const [wrong, setWrong] = useState("");
-  async function set(event: SubmitEvent): Promise<void> {
-    event.preventDefault();
-    const field = typed(event.target as HTMLFormElement);
-    try {
-      const changes: Record<string, number | null> = {};
-      for (const [name, now] of Object.entries(value!.limits)) {
-        if (field(name)) changes[name] = limitOf(name, field(name));
-        else if (now.own) changes[name] = null;
-      }
-      await ask("PATCH", path, changes);
-      tell(`The limits of ${user.name} are set.`);
-      close();
-    } catch (error) {
-      setWrong(error instanceof Error ? error.message : String(error));
+  async function set(field: (name: string) => string): Promise<void> {
+    const changes: Record<string, number | null> = {};
+    for (const [name, now] of Object.entries(value!.limits)) {
+      if (field(name)) changes[name] = limitOf(name, field(name));
+      else if (now.own) changes[name] = null;
     }
+    await ask("PATCH", path, changes);
+    tell(`The limits of ${user.name} are set.`);
+    close();
   }
   return (
-    <Dialog title={`Limits of ${user.name}`} close={close}>
-      <form onSubmit={(event) => void set(event)}>
-        <div class="fields">
-          {value &&
-            Object.entries(value.limits).map(([name, now]) => (
-              <Field
-                key={name}
-                label={name.replace("_", " ")}
-                name={name}
-                value={now.own ? plainLimit(name, now.limit) : ""}
-                placeholder={now.limit === null ? "no limit" : limitText(name, now.limit)}
-                {...(now.used === null ? {} : { hint: `${limitText(name, now.used)} used` })}
-              />
-            ))}
-        </div>
-        <p class="hint">Empty is what this host gives everybody, {NO_LIMIT} no limit.</p>
-        {wrong && (
-          <p role="alert" class="wrong">
-            {wrong}
-          </p>
-        )}
-        <div class="buttons">
-          <button type="button" onClick={close}>
-            Cancel
-          </button>
-          <button class="primary">Set</button>
-        </div>
-      </form>
-    </Dialog>
+    <FormDialog title={`Limits of ${user.name}`} close={close} send={set} submit="Set">
+      <div class="fields">
+        {value &&
+          Object.entries(value.limits).map(([name, now]) => (
+            <Field
+              key={name}
+              label={name.replace("_", " ")}
+              name={name}
+              value={now.own ? plainLimit(name, now.limit) : ""}
+              placeholder={now.limit === null ? "no limit" : limitText(name, now.limit)}
+              {...(now.used === null ? {} : { hint: `${limitText(name, now.used)} used` })}
+            />
+          ))}
+      </div>
+      <p class="hint">Empty is what this host gives everybody, {NO_LIMIT} no limit.</p>
+    </FormDialog>
   );
 }
 
