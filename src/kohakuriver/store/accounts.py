@@ -253,7 +253,7 @@ class Accounts:
             if known := session.get(Token, digest(secret)):
                 return known
             if maker is not None:
-                check_good(session, maker, self._clock())
+                check_good(session, maker.digest, self._clock())
             if kind == "user":
                 self.make_room_for_token(session, name)
             same = select(Token).where(Token.kind == kind, Token.name == name, Token.label == label)
@@ -504,18 +504,26 @@ def _withdrawn(session: Session, use: Use, now: float) -> str | None:
     return None
 
 
-def check_good(session: Session, shown: Token, now: float) -> Token:
-    """A credential as it is now. Raises UnauthenticatedError where it, or what it hangs on, has ended since.
+def check_good(session: Session, key: str, now: float, *, kind: str | None = None) -> Token:
+    """The credential with the digest `key`, of that `kind` where one is named, by which something is to be made.
 
-    The locks make whoever ends it wait, and then find what is made by it now.
+    Raises UnauthenticatedError where it, or what it hangs on, has ended. The locks make whoever ends it wait until
+    this transaction is over, and then find what was made in it.
     """
     held = {"read": True}
-    token = session.get(Token, shown.digest, with_for_update=held, populate_existing=True)
-    good = token is not None and token.is_good(now) and session.get(User, token.name, with_for_update=held) is not None
-    if good and token is not None and token.parent is not None:
+    token = session.get(Token, key, with_for_update=held, populate_existing=True)
+    if token is None or kind not in (None, token.kind) or not token.is_good(now):
+        raise _ended()
+    if session.get(User, token.name, with_for_update=held) is None:
+        raise _ended()
+    if token.parent is not None:
         parent = session.get(Token, token.parent, with_for_update=held, populate_existing=True)
-        identity = session.get(Identity, token.parent, with_for_update=held) if parent is None else None
-        good = identity is not None or (parent is not None and parent.is_good(now))
-    if token is None or not good:
-        raise UnauthenticatedError("The credential behind this is no good any more; use another one.")
+        if parent is None and session.get(Identity, token.parent, with_for_update=held) is None:
+            raise _ended()
+        if parent is not None and not parent.is_good(now):
+            raise _ended()
     return token
+
+
+def _ended() -> UnauthenticatedError:
+    return UnauthenticatedError("The credential behind this is no good any more; use another one.")

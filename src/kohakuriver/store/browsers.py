@@ -15,7 +15,7 @@ from sqlalchemy import delete, select, update
 from sqlalchemy.orm import Session
 
 from kohakuriver.errors import UnauthenticatedError
-from kohakuriver.store.accounts import digest, forget_bad_tokens, revoke
+from kohakuriver.store.accounts import check_good, digest, forget_bad_tokens, revoke
 from kohakuriver.store.database import Store
 from kohakuriver.store.models import SEEN_SECONDS, Identity, LoginCode, Token, User
 from kohakuriver.store.news import note
@@ -78,11 +78,7 @@ class Browsers:
         return await self._store.write(work)
 
     def _add(self, session: Session, secret: str, token: str) -> Token:
-        now = self._clock()
-        # The lock makes whoever revokes the token wait, and then finds this browser.
-        parent = session.get(Token, token, with_for_update={"read": True}, populate_existing=True)
-        if parent is None or parent.kind != "user" or not parent.is_good(now) or session.get(User, parent.name) is None:
-            raise UnauthenticatedError("The token behind this is no good any more; use another one.")
+        parent = check_good(session, token, self._clock(), kind="user")
         return self._let_in(session, secret, parent.name, parent.digest, parent.expires_at)
 
     def _let_in(self, session: Session, secret: str, user: str, parent: str, until: float | None) -> Token:

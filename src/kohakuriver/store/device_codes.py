@@ -12,11 +12,11 @@ from typing import NamedTuple
 from sqlalchemy import delete, func, select
 from sqlalchemy.orm import Session
 
-from kohakuriver.errors import UnavailableError
-from kohakuriver.store.accounts import Accounts, digest
+from kohakuriver.errors import UnauthenticatedError, UnavailableError
+from kohakuriver.store.accounts import Accounts, check_good, digest
 from kohakuriver.store.database import Store
 from kohakuriver.store.identities import identity_behind
-from kohakuriver.store.models import DeviceCode, Token, User
+from kohakuriver.store.models import DeviceCode, Token
 
 __all__ = ["CODE_SECONDS", "DeviceCodes", "Given", "Waiting"]
 
@@ -141,9 +141,9 @@ class DeviceCodes:
         session.delete(found)
         if found.expires_at <= now:
             return Given("gone")
-        # Whoever logs the browser out meanwhile waits, and then finds this token made, or it finds that.
-        browser = session.get(Token, found.browser, with_for_update={"read": True}, populate_existing=True)
-        if browser is None or not browser.is_good(now) or session.get(User, browser.name) is None:
+        try:
+            browser = check_good(session, found.browser, now)
+        except UnauthenticatedError:
             return Given("refused")
         self._accounts.make_room_for_token(session, browser.name)
         token = Token(

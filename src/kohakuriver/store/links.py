@@ -40,7 +40,7 @@ class Links:
 
         def work(session: Session) -> Token:
             now = self._clock()
-            shown = check_good(session, maker, now)
+            shown = check_good(session, maker.digest, now)
             forget_bad_tokens(session, "link", shown.name, now)
             if len(session.scalars(self._good(task_id)).all()) >= MOST_LINKS:
                 raise UsageError(f"A task has {MOST_LINKS} links at most; `kohakuriver vps unshare --link` ends one.")
