@@ -5,13 +5,13 @@ from __future__ import annotations
 import json
 import signal
 import socket
-import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
+from tests.support.echoing import Traffic
 from tests.support.processes import eventually
 from tests.support.up import Apart, Service, connect, echoes
 
@@ -30,49 +30,6 @@ def cluster(tmp_path: Path) -> Iterator[Apart]:
 def service(cluster: Apart) -> Service:
     eventually(lambda: json.loads(cluster.run("node", "list", "--json").stdout)["nodes"])
     return cluster.service()
-
-
-class Echo(threading.Thread):
-    """Messages to and fro on one connection, until it is to end; `slowest` is what one of them took, in seconds."""
-
-    def __init__(self, port: int, size: int) -> None:
-        super().__init__()
-        self.slowest = 0.0
-        self.rounds = 0
-        self.broken: Exception | None = None
-        self._connection = connect(port)
-        self._said = bytes(range(256)) * (size // 256)
-        self._over = threading.Event()
-        self.start()
-
-    def run(self) -> None:
-        try:
-            with self._connection as connection:
-                while not self._over.is_set():
-                    began = time.monotonic()
-                    self._once(connection)
-                    self.slowest = max(self.slowest, time.monotonic() - began)
-                    self.rounds += 1
-        except Exception as error:
-            self.broken = error
-
-    def _once(self, connection: socket.socket) -> None:
-        writing = threading.Thread(target=connection.sendall, args=(self._said,))
-        writing.start()
-        back = bytearray()
-        while len(back) < len(self._said) and (data := connection.recv(1 << 20)):
-            back += data
-        writing.join()
-        assert back == self._said
-
-    def more(self) -> bool:
-        """Whether two rounds have been done since now."""
-        rounds = self.rounds
-        return eventually(lambda: self.rounds >= rounds + 2 or self.broken is not None) and self.broken is None
-
-    def end(self) -> None:
-        self._over.set()
-        self.join()
 
 
 def replace_host(cluster: Apart) -> None:
@@ -96,12 +53,12 @@ def test_connections_move_to_the_host_that_takes_the_place_of_a_drained_one(clus
     told = cluster.start("forward", service.task, f"0:{service.port}", "--json")
     shown = cluster.start("forward", service.task, f"0:{service.port}")
     ports = told.listening(), int(shown.line("Forwarding").split()[1].rpartition(":")[2])
-    small = [Echo(ports[0], 256) for _ in range(20)] + [Echo(ports[1], 256)]
-    bulk = Echo(ports[0], 16 << 20)
+    small = [Traffic(ports[0], 256) for _ in range(20)] + [Traffic(ports[1], 256)]
+    bulk = Traffic(ports[0], 16 << 20)
     try:
-        assert all(each.more() for each in small)
+        assert all(each.goes_on() for each in small)
         replace_host(cluster)
-        assert all(each.more() for each in [*small, bulk])
+        assert all(each.goes_on() for each in [*small, bulk])
     finally:
         for each in [*small, bulk]:
             each.end()

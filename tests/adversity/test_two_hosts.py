@@ -13,10 +13,11 @@ from pathlib import Path
 import pytest
 
 from tests.support.docker_images import busybox_image, require_engine
+from tests.support.echoing import Traffic
 from tests.support.postgres import Postgres
 from tests.support.processes import eventually
 from tests.support.services import echo
-from tests.support.two_hosts import NAMES, Asking, Traffic, TwoHosts, balancer, two_hosts
+from tests.support.two_hosts import NAMES, Asking, TwoHosts, balancer, two_hosts
 
 OUTSIDE = ("/bin/busybox", "chroot", "/host")
 """What leads from the container's image to this machine's programs."""
