@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import socket
-from collections.abc import Iterator
+from collections.abc import Callable, Coroutine, Iterator
+from pathlib import Path
+from typing import Any
 
 import pytest
 
 from tests.support import databases
+from tests.support.host_only import HostUnderTest, a_host
 from tests.support.postgres import Postgres
 
 ON_EACH_DATABASE = {
@@ -40,6 +43,20 @@ def _database(request: pytest.FixtureRequest) -> Iterator[None]:
         databases.use(lend)
         yield
         databases.use(None)
+
+
+@pytest.fixture
+def on_host(run: Callable[[Coroutine[Any, Any, None]], None], tmp_path: Path) -> Callable[..., None]:
+    """Run a check with a host of its own; what is said besides is for `a_host`."""
+
+    def go(check: Callable[[HostUnderTest], Coroutine[Any, Any, None]], **how: Any) -> None:
+        async def main() -> None:
+            async with a_host(tmp_path, **how) as host:
+                await check(host)
+
+        run(main())
+
+    return go
 
 
 @pytest.fixture

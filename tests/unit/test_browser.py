@@ -21,24 +21,10 @@ from kohakuriver.limits import Limits
 from kohakuriver.store.browsers import CODE_SECONDS, IDLE_SECONDS, LONGEST_SECONDS, MOST_BROWSERS, SEEN_SECONDS
 from kohakuriver.web.origin import is_own_page
 from tests.support.browser import Browser, link_of
-from tests.support.host_only import HostUnderTest, a_host, websocket_status
+from tests.support.host_only import HostUnderTest, websocket_status
 
 Run = Callable[[Coroutine[Any, Any, None]], None]
 Check = Callable[[HostUnderTest], Coroutine[Any, Any, None]]
-
-
-@pytest.fixture
-def on_host(run: Run, tmp_path: Path) -> Callable[..., None]:
-    """Run a check with a host of its own."""
-
-    def go(check: Check, **how: Any) -> None:
-        async def main() -> None:
-            async with a_host(tmp_path, **how) as host:
-                await check(host)
-
-        run(main())
-
-    return go
 
 
 def events(directory: Path) -> list[dict[str, Any]]:

@@ -16,7 +16,7 @@ import pytest
 
 from kohakuriver.host import dashboard
 from tests.support.browser import Browser
-from tests.support.host_only import HostUnderTest, a_host
+from tests.support.host_only import HostUnderTest
 
 Run = Callable[[Coroutine[Any, Any, None]], None]
 Check = Callable[[HostUnderTest], Coroutine[Any, Any, None]]
@@ -45,20 +45,6 @@ def parts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     (directory / "assets" / "notes.txt").write_text("no part of it")
     monkeypatch.setattr(dashboard, "DIRECTORY", directory)
     return directory
-
-
-@pytest.fixture
-def on_host(run: Run, tmp_path: Path) -> Callable[[Check], None]:
-    """Run a check with a host of its own."""
-
-    def go(check: Check) -> None:
-        async def main() -> None:
-            async with a_host(tmp_path) as host:
-                await check(host)
-
-        run(main())
-
-    return go
 
 
 def test_the_page_runs_only_scripts_of_this_host_no_inline_style_and_in_nobodys_frame(

@@ -21,24 +21,10 @@ from kohakuriver.store import DeviceCodes
 from kohakuriver.store.browsers import LONGEST_SECONDS
 from kohakuriver.store.device_codes import CODE_SECONDS, MOST_OF_ONE
 from tests.support.browser import Browser
-from tests.support.host_only import HostUnderTest, a_host
+from tests.support.host_only import HostUnderTest
 
 Run = Callable[[Coroutine[Any, Any, None]], None]
 Check = Callable[[HostUnderTest], Coroutine[Any, Any, None]]
-
-
-@pytest.fixture
-def on_host(run: Run, tmp_path: Path) -> Callable[..., None]:
-    """Run a check with a host of its own."""
-
-    def go(check: Check, **how: Any) -> None:
-        async def main() -> None:
-            async with a_host(tmp_path, **how) as host:
-                await check(host)
-
-        run(main())
-
-    return go
 
 
 @pytest.fixture

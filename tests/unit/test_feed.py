@@ -6,7 +6,6 @@ import asyncio
 import contextlib
 import json
 from collections.abc import AsyncIterator, Callable, Coroutine
-from pathlib import Path
 from typing import Any
 
 import httpx
@@ -17,26 +16,12 @@ from kohakuriver.host.services.feed import LOOK_SECONDS, MOST_FOLLOWERS, TICK_SE
 from kohakuriver.host.services.open_sessions import SHORTEST_SECONDS
 from kohakuriver.store import Task, User
 from tests.support.browser import Browser
-from tests.support.host_only import HostUnderTest, a_host
+from tests.support.host_only import HostUnderTest
 
 Run = Callable[[Coroutine[Any, Any, None]], None]
 Check = Callable[[HostUnderTest], Coroutine[Any, Any, None]]
 
 PATIENCE = 30.0
-
-
-@pytest.fixture
-def on_host(run: Run, tmp_path: Path) -> Callable[..., None]:
-    """Run a check with a host of its own, on which a runner serves."""
-
-    def go(check: Check) -> None:
-        async def main() -> None:
-            async with a_host(tmp_path) as host:
-                await check(host)
-
-        run(main())
-
-    return go
 
 
 class Told:
