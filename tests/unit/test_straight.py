@@ -158,7 +158,7 @@ def test_an_offer_is_read_as_it_was_made() -> None:
     ],
 )
 def test_a_node_is_gone_to_as_safely_as_the_host_or_more_so(url: str, host: str) -> None:
-    assert checked_url(url, host) == url
+    assert checked_url(url, (host,)) == url
 
 
 @pytest.mark.parametrize(
@@ -176,7 +176,7 @@ def test_a_login_by_tls_never_goes_in_plain_text_and_no_strangers_loopback_is_di
     url: str, host: str, why: str
 ) -> None:
     with pytest.raises(UnavailableError, match=why):
-        checked_url(url, host)
+        checked_url(url, (host,))
 
 
 def test_the_setting_is_one_of_three_and_direct_needs_connections_that_are_kept() -> None:

@@ -14,12 +14,13 @@ import socket
 import ssl
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any, TypeVar
 from urllib.parse import urlsplit
 
 from kohakuriver import tls
 from kohakuriver.client.host import HostClient, Task
+from kohakuriver.client.hosts import Hosts
 from kohakuriver.config import Settings, path_segment
 from kohakuriver.errors import (
     NOT_OUR_ANSWER,
@@ -32,7 +33,7 @@ from kohakuriver.errors import (
 from kohakuriver.http_proxy import HttpProxy, connect_through, http_proxy
 from kohakuriver.no_connection import reason
 from kohakuriver.resolve import connected, resolving
-from kohakuriver.tunnel.dial import Server, open_session
+from kohakuriver.tunnel.dial import open_session
 
 __all__ = ["Finding", "examine"]
 
@@ -318,9 +319,7 @@ class _Way:
 
     async def _session(self, task: str, port: str) -> None:
         path = f"/ws/forward/{path_segment(task)}/{port}?proto=tcp&ports={port}"
-        url = self._settings.host.replace("http", "ws", 1) + path
-        trusted = tls.client_context(url, self._settings.ca_file)
-        link = await open_session(Server(url, self._settings.token, trusted, http_proxy(url)))
+        link = await Hosts(replace(self._settings, other_hosts=())).reach(path, open_session)
         link.close()
 
     async def _get(self, path: str, headers: Mapping[str, str] | None = None) -> bytes:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
@@ -58,15 +58,16 @@ class PathTaken(Event):
     connections: int
 
 
-def checked_url(url: str, host: str) -> str:
-    """The address of a node's straight path, where a user of `host` (its URL) may go there.
+def checked_url(url: str, hosts: Sequence[str]) -> str:
+    """The address of a node's straight path, where users of `hosts` (their URLs) may go there by any of them.
 
-    Raises UnavailableError: for plain HTTP where the host speaks TLS, and for what is on the node's loopback while the
+    Raises UnavailableError: for plain HTTP where a host speaks TLS, and for what is on the node's loopback while a
     host is not on this machine.
     """
-    if not url.startswith("wss://") and (host.startswith("https://") or not url.startswith("ws://")):
+    over_tls = any(host.startswith("https://") for host in hosts)
+    if not url.startswith("wss://") and (over_tls or not url.startswith("ws://")):
         raise _none("its node does not serve TLS, as the host does")
-    if _on_this_machine(url) and not _on_this_machine(host):
+    if _on_this_machine(url) and not all(map(_on_this_machine, hosts)):
         raise _none("its node can only be reached on its own machine")
     return url
 
@@ -190,8 +191,7 @@ class StraightPath:
             raise _none("its node answers what this version does not understand")
         if offer.refusal:
             raise _none(offer.refusal)
-        for host in self._settings.hosts:  # whichever of them the session goes by
-            url = checked_url(offer.url, host)
+        url = checked_url(offer.url, self._settings.hosts)
         try:
             trusted = client_context(url, self._settings.ca_file)
         except UsageError as error:

@@ -100,22 +100,24 @@ async def root(request: Request) -> Response:
     if not _is_browser(request):
         about = {"name": "KohakuRiver host", "version": __version__, "api": "/docs", "health": "/health"}
         return JSONResponse(about, headers={"Vary": "Accept"})
-    if await visitor_of(request) is None:
+    found = await visitor_of(request)
+    if found is None:
         return _to_login(request)
     if place := remembered(request):
         onward = RedirectResponse(place, 303)
         forget(request, onward)
         return onward
-    return dashboard(request) or await plain(request)
+    return dashboard(request) or await _plain(request, *found)
 
 
 @pages.get("/plain", include_in_schema=False)
 async def plain(request: Request) -> Response:
     """Who is logged in, and the tasks that they may use, for browsers without scripts."""
     found = await visitor_of(request)
-    if found is None:
-        return _to_login(request)
-    caller, browser = found
+    return _to_login(request) if found is None else await _plain(request, *found)
+
+
+async def _plain(request: Request, caller: Caller, browser: Token) -> Response:
     until = f", until {iso_time(browser.ends_at)} at the latest" if browser.ends_at else ""
     body = f"<p>Logged in as <strong>{escape(caller.name)}</strong> ({escape(caller.role)}){until}.</p>\n"
     body += await table_of(_services(request), caller, request.headers.get("host", ""))

@@ -1,4 +1,4 @@
-"""What a browser that is logged in sees first: the user's tasks, and the ports that listen in them."""
+"""The user's tasks and the ports that listen in them, as HTML, for the page without scripts."""
 
 from __future__ import annotations
 

@@ -135,15 +135,11 @@ class DirectSession(ContainerEndpoint):
     def entered(self, link: Link) -> None:
         super().entered(link)
         self._count()
-        if self.is_straight and self.paths is not None:  # what went over has left the other one
-            self.paths.through.recount()
+        if self.paths is not None and isinstance(self.paths.through, DirectSession):
+            self.paths.through._count()  # what went over has left that one
 
     def stream_over(self, stream: AnyStream) -> None:
         super().stream_over(stream)
-        self._count()
-
-    def recount(self) -> None:
-        """Streams may have left it for the session's other link."""
         self._count()
 
     def _count(self) -> None:

@@ -616,9 +616,6 @@ class SessionLeg(RelayLeg[TunnelLeg]):
         self.on_closed()
         self.owner.session_closed(self)
 
-    def recount(self) -> None:
-        """Its streams leave it by `let_go`."""
-
     def let_go(self) -> None:
         if self._take_held() is not None:  # its stream is opened over the other link
             self.link.intake.release()

@@ -49,9 +49,6 @@ class Leg(Protocol):
     def user_link(self) -> Link | None:
         """The link, None where it has gone."""
 
-    def recount(self) -> None:
-        """Streams may have left it by themselves for another link."""
-
     def let_go(self) -> None:
         """Another link carries the session's streams: they are on this one no more."""
 
