@@ -75,19 +75,23 @@ log = structlog.get_logger("kohakuriver.host")
 
 @dataclass(frozen=True)
 class HostOptions:
-    """How a host runs. `port` and `ssh_port` 0 are any free one; `database` None is a SQLite file in `state_dir`.
+    """How a host runs.
 
-    `apps_domain` is what is behind the names of apps, and `public_url` where browsers find the host.
-    `allowed_hosts` and `allowed_origins` are as `Guard` takes them. With `user_mounts` others than admins may mount
-    directories of nodes.
-    `ca_file` is what runners' certificates are checked by, None the system's authorities; `audit_log` None is a file in
-    `state_dir`. Its measures are read at `metrics`, as `metrics_address` takes it. `drain` is for how many seconds
-    sessions may stay when it ends, so that they move to another host;
-    before that it takes new ones for `drain_notice` seconds, while it is not ready, so that a balancer sees that.
-    With `exit_with_stdin` it ends when its stdin does, as a child of `up` should.
-
-    `oidc_issuer` and what begins like it are the OpenID provider at which people log in, and who may come in: as
-    `Provider` and `Rules` take them. `oidc_ca_file` is what its certificate is checked by.
+    Args:
+        port, ssh_port: TCP ports; 0 is any free one.
+        database: its URL; None is a SQLite file in `state_dir`.
+        allowed_hosts, allowed_origins: as `Guard` takes them.
+        apps_domain: the domain in which tasks' ports have names.
+        public_url: where browsers find this host. If it begins with https://, only cookies that TLS protects count.
+        user_mounts: others than admins may mount directories of nodes.
+        ca_file: what runners' certificates are checked by; None is the system's authorities.
+        audit_log: a file; None is one in `state_dir`.
+        metrics: where its measures are read, as `metrics_address` takes it.
+        drain_notice: seconds. A host that is told to end first says for so long that it is not ready, and serves on.
+        drain: seconds. Then its sessions have so long to move to another host.
+        exit_with_stdin: it ends when its stdin does, as a child of `up` should.
+        oidc_issuer: the OpenID provider at which people log in; None is no such login. The other `oidc_` options are as
+            `Provider` and `Rules` take them. `oidc_ca_file` is what the provider's certificate is checked by.
     """
 
     state_dir: Path

@@ -1,9 +1,11 @@
 """What changes, told to those who look on: their tasks, nodes, sessions, rates, and the ports that listen in a task.
 
-However many look on, there is one look for all of them: at once when this host hears of a change, and every two seconds
-besides, because another host on the same database may have made one, nobody tells of a node's silence, and rights and
-logins end. Sessions and rates are this host's own, and are looked at once a second. Who looks on gets what is not as it
-was told before, so that one who reads slowly misses steps and no outcome, and holds nothing up.
+The host looks once for all who look on. It looks at once when it hears of a change. It also looks every two seconds:
+another host on the same database may have changed something, a node may have gone silent, a right or a login may have
+ended. Sessions and rates are this host's own; it looks at them once a second.
+
+Each follower is told the difference to what it was told last. A follower that reads slowly misses steps in between, but
+never the outcome, and it holds nobody up.
 """
 
 from __future__ import annotations
