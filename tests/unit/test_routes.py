@@ -55,7 +55,8 @@ BY_OWNERS: Rule = BY_USERS | {"stranger": "403", "shared": "403"}
 BY_OWN_PAGES: Rule = {"own page": "in"}
 # Whoever is not logged in with a browser is sent to do that, and then it is asked whose the task is.
 BY_VISITORS: Rule = {"stranger's browser": "403"}
-BY_TOKENS: Rule = BY_USERS | {f"{who}'s browser": "403" for who in ALL_USERS}
+NO_BROWSER: Rule = {f"{who}'s browser": "403" for who in ALL_USERS}
+BY_TOKENS: Rule = BY_USERS | NO_BROWSER
 BY_NODES: Rule = {"node": "in", "this node": "in", "other node": "403"}
 
 HOST_RULES: dict[Route, Rule] = {
@@ -109,7 +110,7 @@ HOST_RULES: dict[Route, Rule] = {
     ("GET", "/api/tasks/{task}"): BY_WHO_MAY_USE,
     ("GET", "/api/status/{task}"): BY_WHO_MAY_USE,
     ("GET", "/api/tasks/{task}/wait"): BY_WHO_MAY_USE,
-    ("POST", "/api/tasks/{task}/ssh-pass"): BY_WHO_MAY_USE,
+    ("POST", "/api/tasks/{task}/ssh-pass"): BY_WHO_MAY_USE | NO_BROWSER,
     ("GET", "/api/tasks/{task}/agent"): BY_OWNERS,
     ("GET", "/api/tasks/{task}/answers"): BY_WHO_MAY_USE,
     ("GET", "/api/tasks/{task}/logs"): BY_WHO_MAY_USE,
