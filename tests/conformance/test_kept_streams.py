@@ -78,8 +78,8 @@ class Model(RuleBasedStateMachine):
         self.loop.set_exception_handler(lambda loop, context: self.unseen.append(context))
         self.all: list[Story] = []
         self.serial = itertools.count()
-        self.before = streams.ACK_AFTER, opener.AGAIN_AFTER
-        opener.AGAIN_AFTER = 0.0
+        self.before = streams.ACK_AFTER, streams.LATE, opener.AGAIN_AFTER
+        streams.LATE = opener.AGAIN_AFTER = 0.0
 
     def do(self, act: Callable[[], object]) -> Any:
         async def main() -> object:
@@ -245,7 +245,7 @@ class Model(RuleBasedStateMachine):
             if hasattr(self, "world"):
                 self.heals()
         finally:
-            streams.ACK_AFTER, opener.AGAIN_AFTER = self.before
+            streams.ACK_AFTER, streams.LATE, opener.AGAIN_AFTER = self.before
             self.loop.close()
 
     def heals(self) -> None:

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 from kohakuriver._frame import FrameWalker, build_frame
+from kohakuriver.tunnel import streams
 from kohakuriver.tunnel.keeper import Keeper
 from kohakuriver.tunnel.link import Link
 from kohakuriver.tunnel.local_socket import TcpStream
@@ -89,7 +90,11 @@ async def settled() -> None:
 
 
 @pytest.mark.parametrize("trace", TRACES, ids=lambda trace: trace["name"])
-def test_a_trace_is_answered_as_the_vectors_say(run: Run, trace: dict[str, Any]) -> None:
+def test_a_trace_is_answered_as_the_vectors_say(
+    run: Run, trace: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(streams, "LATE", 0.0)
+
     async def main() -> None:
         end = End()
         for number, event in enumerate(trace["events"]):

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
 from kohakuriver.tunnel.protocol import Bytes
-from kohakuriver.tunnel.send_queue import SendQueue
+from kohakuriver.tunnel.send_queue import GATHERED, SendQueue
 
 
 class ByteSink:
@@ -106,6 +106,25 @@ def test_ranges_go_with_one_write_and_in_order_whatever_the_sink_takes() -> None
         assert sink.queue.taken() == 15
 
 
+def test_small_frames_that_are_gathered_go_with_one_write_and_in_order() -> None:
+    sink = ByteSink(100_000)
+    large = b"L" * (GATHERED + 1)
+    assert sink.queue.gather()
+    assert not sink.queue.gather(), "somebody else scatters them"
+    sink.queue.send(b"a")
+    sink.queue.post(b"b")
+    sink.queue.send_many([memoryview(b"c"), memoryview(b"d")])
+    assert sink.writes == 0
+    sink.queue.send(large)
+    assert sink.writes == 2, "a large one is not copied"
+    sink.queue.send(b"e")
+    sink.queue.send(b"f")
+    sink.queue.scatter()
+    assert (sink.writes, bytes(sink.got)) == (3, b"abcd" + large + b"ef")
+    sink.queue.send(b"g")
+    assert sink.writes == 4
+
+
 @pytest.mark.parametrize("lane", ["bulk", "urgent"])
 def test_a_peer_that_reads_nothing_is_noticed_at_the_limit(lane: str) -> None:
     sink = ByteSink(0)
@@ -161,6 +180,18 @@ class AnyOrder(RuleBasedStateMachine):
         frames = [b"[" + b"a" * size + b"]" for size in sizes]
         self.bulk += b"".join(frames)
         self.queue.send_many([memoryview(frame) for frame in frames])
+
+    @precondition(lambda self: not self.open)
+    @rule(steps=st.lists(st.integers(-1, 12), max_size=5))
+    def gathered(self, steps: list[int]) -> None:
+        """Frames, or urgent ones at -1, that are sent while one read is worked off."""
+        self.queue.gather()
+        for size in steps:
+            if size < 0:
+                self.urgent()
+            else:
+                self.whole([size])
+        self.queue.scatter()
 
     @rule()
     def urgent(self) -> None:

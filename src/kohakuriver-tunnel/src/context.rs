@@ -26,6 +26,8 @@ const SHARED_TURNS: u32 = 8;
 /// A user's end is told no more often than this that nothing takes datagrams on a port: it opens a stream for the next
 /// one.
 const REFUSALS_APART: Duration = Duration::from_secs(5);
+/// How long a message that nobody waits for may wait for others.
+const LATE: Duration = Duration::from_millis(50);
 /// Said once: it would be said for every stream.
 static OUT_OF_FILES: Once = Once::new();
 
@@ -100,6 +102,8 @@ pub struct Context {
     turns: u32,
     turns_until: Instant,
     receivers_until: Instant,
+    /// Until when the messages wait that nobody waits for, if there are any.
+    late_until: Instant,
     /// By port: when it was told last that nothing takes datagrams there.
     refusals: HashMap<u16, Instant>,
 }
@@ -129,6 +133,7 @@ impl Context {
             turns: 0,
             turns_until: now,
             receivers_until: now,
+            late_until: now,
             refusals: HashMap::new(),
         }
     }
@@ -136,6 +141,27 @@ impl Context {
     /// Queues a message without bulk.
     pub fn send(&mut self, header: Header, payload: &[u8]) {
         self.link.control(header, payload);
+    }
+
+    /// Queues a message without payload that nobody waits for. It goes with others that are sent soon: where connections
+    /// follow each other it would be one more by itself for each of them, at every hop.
+    pub fn send_late(&mut self, header: Header) {
+        if !self.link.is_late() {
+            self.late_until = self.now + LATE;
+        }
+        self.link.late(header);
+    }
+
+    /// Until when such messages wait.
+    pub fn late_until(&self) -> Option<Instant> {
+        self.link.is_late().then_some(self.late_until)
+    }
+
+    /// Sends them if they have waited for long enough.
+    pub fn end_lateness(&mut self) {
+        if self.late_until().is_some_and(|until| until <= self.now) {
+            self.link.send_late();
+        }
     }
 
     /// What an ERROR says of `error`, which begins with its symbolic code.

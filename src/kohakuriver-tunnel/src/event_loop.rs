@@ -112,7 +112,11 @@ impl EventLoop {
         let bell = services.looker.bell();
         services.epoll.add(bell, LOOKED, libc::EPOLLIN)?;
         let session = Session::new(services, settings);
-        Ok(Endpoint { session, sockets })
+        Ok(Endpoint {
+            session,
+            sockets,
+            room: Room::Told,
+        })
     }
 
     /// Opens the WebSocket to the runner; `None` if it was told to stop instead.
@@ -173,6 +177,7 @@ impl EventLoop {
                 .ready
                 .get_ref()
                 .add(&sock, LINK, interest)?;
+            endpoint.room = Room::of(&sock);
             endpoint.session.set_now(Instant::now());
             endpoint.session.attach(Box::new(sock), granted.v2);
             endpoint.session.on_new_token(Box::new(new_token));
@@ -190,6 +195,43 @@ impl EventLoop {
 pub struct Endpoint {
     session: Session<Services>,
     sockets: Sockets,
+    room: Room,
+}
+
+/// Whether the link's socket tells when it has room.
+///
+/// A Unix socket tells so each time its peer reads, also one that was never full (unix_stream_read_generic in Linux):
+/// the loop would wake up for each message that it has sent. So it is asked only from when it was full on, until it has
+/// told of room that nobody waited for.
+enum Room {
+    Told,
+    /// Of this Unix socket.
+    Untold(RawFd),
+    Asked(RawFd),
+}
+
+impl Room {
+    fn of(sock: &Tcp) -> Self {
+        match sock {
+            Tcp::Runner(sock) => Self::Asked(sock.as_raw_fd()),
+            _ => Self::Told,
+        }
+    }
+
+    /// The link is full, or has room: it is asked for what is waited for alone.
+    fn heed(&mut self, full: bool, epoll: &Epoll) -> io::Result<()> {
+        match *self {
+            Self::Untold(sock) if full => {
+                *self = Self::Asked(sock);
+                epoll.change(sock, LINK, libc::EPOLLIN | libc::EPOLLOUT)
+            }
+            Self::Asked(sock) if !full => {
+                *self = Self::Untold(sock);
+                epoll.change(sock, LINK, libc::EPOLLIN)
+            }
+            _ => Ok(()),
+        }
+    }
 }
 
 impl Drop for Endpoint {
@@ -221,6 +263,9 @@ impl Endpoint {
                 stopped.set(stop.notified());
             }
             self.session.turn(self.sockets.events().is_empty())?;
+            if self.session.link().is_full() {
+                self.room.heed(true, self.sockets.ready.get_ref())?;
+            }
         }
     }
 
@@ -229,7 +274,14 @@ impl Endpoint {
         self.session.set_now(Instant::now());
         for event in self.sockets.events() {
             match event.u64 {
-                LINK => self.session.link_ready(ready(event)),
+                LINK => {
+                    let ready = ready(event);
+                    if ready.writable && !self.session.link().is_full() {
+                        // Where that fails, it goes on telling.
+                        let _ = self.room.heed(false, self.sockets.ready.get_ref());
+                    }
+                    self.session.link_ready(ready);
+                }
                 LOOKED => self.session.looked(),
                 slot => self.session.stream_ready(slot as usize, ready(event)),
             }

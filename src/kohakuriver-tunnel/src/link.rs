@@ -25,6 +25,8 @@ pub struct Link {
     frame_begun: bool,
     urgent: Vec<u8>,
     urgent_at: usize,
+    /// Frames that nobody waits for: they go with the next that are sent.
+    late: Vec<u8>,
     keys: MaskKeys,
 }
 
@@ -39,6 +41,7 @@ impl Default for Link {
             frame_begun: false,
             urgent: Vec::new(),
             urgent_at: 0,
+            late: Vec::new(),
             keys: MaskKeys::default(),
         }
     }
@@ -55,13 +58,18 @@ impl Link {
     pub fn close(&mut self) {
         (self.sock, self.writable) = (None, false);
         (self.frame_at, self.frame_end, self.frame_begun) = (0, 0, false);
-        self.urgent = Vec::new();
+        (self.urgent, self.late) = (Vec::new(), Vec::new());
         self.urgent_at = 0;
     }
 
     /// Whether there is a socket.
     pub fn is_open(&self) -> bool {
         self.sock.is_some()
+    }
+
+    /// Whether the socket has to tell when it takes bytes again.
+    pub fn is_full(&self) -> bool {
+        self.is_open() && !self.writable
     }
 
     /// Notes that the socket may take bytes again.
@@ -112,6 +120,7 @@ impl Link {
 
     /// Puts both headers in front of `length` bytes of payload; the key that these are to be masked with.
     fn begin(&mut self, header: Header, length: usize) -> [u8; 4] {
+        self.send_late();
         let key = self.keys.next_key();
         let head = ClientHeader::new(opcode::BINARY, HEADER + length, key);
         let body_at = HEADROOM - HEADER;
@@ -127,6 +136,26 @@ impl Link {
     /// Queues a small message. It goes out ahead of the next frame with payload.
     pub fn control(&mut self, header: Header, payload: &[u8]) {
         self.enqueue(opcode::BINARY, &[&header.pack(), payload]);
+    }
+
+    /// The same of a message that nobody waits for: it goes with the next that is sent, or by [`Link::send_late`].
+    pub fn late(&mut self, header: Header) {
+        if self.is_open() {
+            let key = self.keys.next_key();
+            push_frame(&mut self.late, opcode::BINARY, &[&header.pack()], key);
+        }
+    }
+
+    /// Whether such messages wait.
+    pub fn is_late(&self) -> bool {
+        !self.late.is_empty()
+    }
+
+    /// They wait no longer.
+    pub fn send_late(&mut self) {
+        if self.is_late() {
+            self.urgent.append(&mut self.late);
+        }
     }
 
     /// Queues a WebSocket control frame, `payload` at most 125 bytes.
@@ -175,15 +204,9 @@ impl Link {
         if !self.is_open() {
             return;
         }
-        let length = parts.iter().map(|part| part.len()).sum();
+        self.send_late();
         let key = self.keys.next_key();
-        self.urgent
-            .extend_from_slice(ClientHeader::new(opcode, length, key).as_slice());
-        let body_at = self.urgent.len();
-        for part in parts {
-            self.urgent.extend_from_slice(part);
-        }
-        mask(&mut self.urgent[body_at..], key);
+        push_frame(&mut self.urgent, opcode, parts, key);
     }
 
     fn advance(&mut self, written: usize) {
@@ -203,4 +226,15 @@ impl Link {
             self.urgent_at = 0;
         }
     }
+}
+
+/// Appends a whole frame, masked.
+fn push_frame(out: &mut Vec<u8>, opcode: u8, parts: &[&[u8]], key: [u8; 4]) {
+    let length = parts.iter().map(|part| part.len()).sum();
+    out.extend_from_slice(ClientHeader::new(opcode, length, key).as_slice());
+    let body_at = out.len();
+    for part in parts {
+        out.extend_from_slice(part);
+    }
+    mask(&mut out[body_at..], key);
 }

@@ -138,6 +138,7 @@ impl<N: Network> Session<N> {
         self.pay_acknowledgements();
         self.keep_alive()?;
         self.report();
+        self.context.end_lateness();
         self.context.link.flush()?;
         self.streams.recycle();
         if quiet {
@@ -180,6 +181,7 @@ impl<N: Network> Session<N> {
             .chain(report)
             .chain(retry)
             .chain(context.registry.pay_at())
+            .chain(context.late_until())
             .fold(keepalive, Instant::min);
         Some(next)
     }

@@ -36,13 +36,27 @@ impl Epoll {
 
     /// Tells of each change of `socket` to a state of `interest` under `token`, until it is closed.
     pub fn add(&self, socket: &impl AsRawFd, token: u64, interest: libc::c_int) -> io::Result<()> {
+        self.control(libc::EPOLL_CTL_ADD, socket.as_raw_fd(), token, interest)
+    }
+
+    /// Tells of another interest in a socket that was added, from now on; of a state that it is in already, at once.
+    pub fn change(&self, socket: RawFd, token: u64, interest: libc::c_int) -> io::Result<()> {
+        self.control(libc::EPOLL_CTL_MOD, socket, token, interest)
+    }
+
+    fn control(
+        &self,
+        what: libc::c_int,
+        socket: RawFd,
+        token: u64,
+        interest: libc::c_int,
+    ) -> io::Result<()> {
         let mut event = libc::epoll_event {
             events: (interest | libc::EPOLLRDHUP | libc::EPOLLET) as u32,
             u64: token,
         };
-        let (to, fd) = (self.0.as_raw_fd(), socket.as_raw_fd());
         // SAFETY: the kernel reads one `epoll_event` from a valid place.
-        check(unsafe { libc::epoll_ctl(to, libc::EPOLL_CTL_ADD, fd, &mut event) })
+        check(unsafe { libc::epoll_ctl(self.0.as_raw_fd(), what, socket, &mut event) })
     }
 
     /// What has changed by now, or does within `wait` (whole milliseconds), as much of it as there is room for.

@@ -161,7 +161,7 @@ class KeptCore(StreamCore):
         """An acceptor is through once the peer has all, the end-of-file included (rule 4)."""
         if not self._eof_sent or self._acked <= self.sending.unacked.end or not self._step(Event.ACKED):
             return ()
-        return (Send(CLOSE, soon=True),)
+        return (Send(CLOSE, late=True),)
 
     # -- links come and go -------------------------------------------------------------------------------------
 

@@ -16,6 +16,7 @@ from typing import Any
 
 from kohakuriver.errors import LocalAddressError
 from kohakuriver.resolve import resolving
+from kohakuriver.tunnel.sockets import tune_listener
 from kohakuriver.unix_sockets import address_of, is_left
 
 __all__ = ["LISTEN_BACKLOG", "ListeningSocket", "bind", "listen_for", "listen_unix"]
@@ -122,6 +123,7 @@ async def bind(host: str, port: int, kind: socket.SocketKind) -> socket.socket:
             sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         sock.bind(address)
         if kind == socket.SOCK_STREAM:
+            tune_listener(sock)
             sock.listen(LISTEN_BACKLOG)
     except OSError as exc:
         sock.close()

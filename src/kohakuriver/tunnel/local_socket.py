@@ -16,8 +16,8 @@ from kohakuriver.tunnel.kept import Identity, KeptCore
 from kohakuriver.tunnel.link import Link, soon
 from kohakuriver.tunnel.local_writer import LocalWriter
 from kohakuriver.tunnel.owner import TcpOwner
-from kohakuriver.tunnel.protocol import ACK, CONNECT, DATA, PROTO_TCP, RESUME, WINDOW, ErrorText
-from kohakuriver.tunnel.states import Do, State
+from kohakuriver.tunnel.protocol import CONNECT, DATA, PROTO_TCP, RESUME, WINDOW, ErrorText
+from kohakuriver.tunnel.states import Do, Role, State
 from kohakuriver.tunnel.stream import Action, Reading, Send, StreamCore
 from kohakuriver.tunnel.streams import Attachment
 from kohakuriver.tunnel.windows import EARLY_DATA
@@ -75,6 +75,17 @@ class TcpStream(LocalWriter):
         self.owner.socket_ready(self)
         self.pump()
         soon(self._settled)
+
+    def tune(self, transport: asyncio.Transport) -> None:
+        if self.owner.rules.role is Role.ACCEPTOR or not isinstance(transport.get_extra_info("sockname"), tuple):
+            super().tune(transport)  # else it began as our listener is, and asking costs as much as the rest of it
+
+    def read_early(self) -> None:
+        """Take what came with the connection: programs that speak first have mostly spoken by now (§3 rule 2)."""
+        space = receive_buffer().view[HEADROOM : HEADROOM + EARLY_DATA]
+        size = self._direct.read_into(space)
+        if size:
+            self.core.local_data(space[:size])
 
     def _settled(self) -> None:
         """uvloop undoes a pause in connection_made, so the first one is made here."""
@@ -278,18 +289,18 @@ class TcpStream(LocalWriter):
         if self.core.state.gone and not self._left:
             self._leave()
 
-    def send(self, kind: int, payload: bytes = b"", soon: bool = False) -> None:
-        """Send one message of the stream, while it has a link; `soon` as `Send` says."""
+    def send(self, kind: int, payload: bytes = b"", late: bool = False) -> None:
+        """Send one message of the stream, while it has a link; `late` as `Send` says."""
         at = self.at
         if at is None:
             return
         if kind == DATA:
             self.owner.totals.bytes_sent += len(payload)
             at.turns.sends(at.id)
-        if soon or kind == ACK:
-            at.send_soon(kind, payload)
+        if late:
+            at.send_late(kind, payload)
         elif kind in _DIALLED:
-            at.link.send_message(kind, at.id, payload, proto=self.proto, port=self.port, urgent=True)
+            at.open(kind, payload, self.proto, self.port)
         else:
             at.send(kind, payload)
 

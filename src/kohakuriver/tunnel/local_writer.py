@@ -55,8 +55,12 @@ class LocalWriter(asyncio.BufferedProtocol):
         self._transport = transport
         # TLS transports pause at the mark itself, plain ones above it: a mark of 0 would pause those for ever.
         transport.set_write_buffer_limits(high=0 if transport.get_extra_info("sslcontext") is None else 1)
-        tune_socket(transport)
+        self.tune(transport)
         self._direct = DirectSocket(transport)
+
+    def tune(self, transport: asyncio.Transport) -> None:
+        """See to the options of its socket."""
+        tune_socket(transport)
 
     def write(self, views: Sequence[memoryview], size: int) -> None:
         """Take ``size`` bytes, which are only valid during the call."""

@@ -18,6 +18,8 @@ __all__ = ["Pausable", "SendQueue", "Sink"]
 # A peer that makes us answer and never reads is dropped when this much waits for it: more than any window gives out.
 MAX_QUEUED = 128 << 20
 MAX_URGENT = 8 << 20
+# Frames of up to so many bytes are gathered; to copy a larger one costs more than a system call.
+GATHERED = 4 << 10
 
 _IOV_MAX = 512
 
@@ -70,6 +72,7 @@ class SendQueue:
         self.urgent: list[bytes] = []
         self._urgent_size = 0
         self._waiters: dict[Pausable, None] = {}
+        self._gathered: list[bytes] | None = None
         self._over = False
         self._on_overrun = on_overrun
         self.owner: Hashable = None
@@ -93,6 +96,9 @@ class SendQueue:
         Args:
             inside: whether `data` ends inside a frame, whose rest will be sent next.
         """
+        gathered = self._gathered
+        if gathered is not None and self._gather(gathered, data, inside):
+            return
         if self.blocked:
             self._wait(data, inside)
             return
@@ -108,7 +114,7 @@ class SendQueue:
     def send_many(self, views: Sequence[memoryview]) -> None:
         """Send whole frames that lie in several ranges, with one system call where the kernel has room."""
         sent = 0
-        if not self.blocked and len(views) <= _IOV_MAX:
+        if self._gathered is None and not self.blocked and len(views) <= _IOV_MAX:
             sent = self._sink.writev(views)
             self._given += sent
         for view in views:
@@ -127,6 +133,31 @@ class SendQueue:
         self._urgent_size += len(frame)
         if self._urgent_size > self.max_urgent:
             self._on_overrun()
+
+    def gather(self) -> bool:
+        """Let small frames wait for each other until `scatter`, so that one system call sends them.
+
+        For who works off a read that has several messages: a call for each would wake up the peer for each. False where
+        they do already.
+        """
+        if self._gathered is not None:
+            return False
+        self._gathered = []
+        return True
+
+    def scatter(self) -> None:
+        """Send what was gathered, and each frame by itself from now on."""
+        gathered, self._gathered = self._gathered, None
+        if gathered:
+            self.send(gathered[0] if len(gathered) == 1 else b"".join(gathered))
+
+    def _gather(self, gathered: list[bytes], data: Bytes, inside: bool) -> bool:
+        if inside or self._inside or self.blocked or len(data) > GATHERED:
+            self.scatter()
+            self.gather()
+            return False
+        gathered.append(bytes(data))
+        return True
 
     @property
     def inside(self) -> bool:
@@ -171,6 +202,7 @@ class SendQueue:
         self.blocked = False
         self._count(-self.queued)
         self._queue.clear()
+        self._gathered = None
         self.urgent.clear()
         self._urgent_size = 0
 

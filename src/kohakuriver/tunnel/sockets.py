@@ -9,7 +9,7 @@ import socket
 import sys
 from collections.abc import Sequence
 
-__all__ = ["DirectSocket", "TransportSink", "not_itself", "tune_socket"]
+__all__ = ["DirectSocket", "TransportSink", "not_itself", "tune_listener", "tune_socket"]
 
 # How many bytes the kernel may hold that it has not yet put on the wire; more only adds delay for small messages.
 NOTSENT_LOWAT = 256 * 1024
@@ -18,12 +18,16 @@ NOTSENT_LOWAT = 256 * 1024
 # hold less than one read of ours.
 UNIX_BUFFER = 512 * 1024
 
+_TCP = (socket.AF_INET, socket.AF_INET6)
+
 if sys.platform == "win32":  # sockets are no file descriptors there: everything goes through the transport
     _write = None
     _writev = None
+    _readv = None
 else:
     _write = os.write
     _writev = os.writev
+    _readv = os.readv
 
 
 class DirectSocket:
@@ -52,6 +56,15 @@ class DirectSocket:
             return 0
         try:
             return _writev(self.fd, views)
+        except OSError:
+            return 0
+
+    def read_into(self, space: memoryview) -> int:
+        """How many bytes were there already; an end or an error is left for the transport to find."""
+        if self.fd < 0 or _readv is None:
+            return 0
+        try:
+            return _readv(self.fd, (space,))
         except OSError:
             return 0
 
@@ -99,14 +112,26 @@ def not_itself(sock: socket.socket) -> None:
 def tune_socket(transport: asyncio.Transport) -> None:
     """TCP_NODELAY, and a small not-yet-sent queue; buffer sizes stay with the kernel's autotuning, where it has one."""
     sock: socket.socket | None = transport.get_extra_info("socket")
-    if sock is None or sock.family not in (socket.AF_INET, socket.AF_INET6, getattr(socket, "AF_UNIX", None)):
+    if sock is None or sock.family not in (*_TCP, getattr(socket, "AF_UNIX", None)):
         return
     try:
-        if sock.family not in (socket.AF_INET, socket.AF_INET6):
+        if sock.family in _TCP:
+            _tune(sock)
+        else:
             sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, UNIX_BUFFER)
-            return
-        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        if hasattr(socket, "TCP_NOTSENT_LOWAT"):
-            sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NOTSENT_LOWAT, NOTSENT_LOWAT)
     except OSError:
         pass  # the peer may be gone already; the first read says so
+
+
+def tune_listener(sock: socket.socket) -> None:
+    """The same for all connections that a TCP listener accepts from now on: they begin as it is (Linux, BSD).
+
+    Raises OSError.
+    """
+    _tune(sock)
+
+
+def _tune(sock: socket.socket) -> None:
+    sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+    if hasattr(socket, "TCP_NOTSENT_LOWAT"):
+        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NOTSENT_LOWAT, NOTSENT_LOWAT)

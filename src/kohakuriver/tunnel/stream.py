@@ -24,11 +24,11 @@ PIECE = 256 * 1024  # the most that one message carries of what waited here
 
 
 class Send(NamedTuple):
-    """A message of the stream: its type and its payload. `soon`: it need not be in order with data, yet comes last."""
+    """A message of the stream: its type and its payload. `late`: it comes last, and nobody waits for it."""
 
     kind: int
     payload: bytes = b""
-    soon: bool = False
+    late: bool = False
 
 
 Action = Send | Do
@@ -39,7 +39,7 @@ _MESSAGES: dict[Do, Send] = {
     Do.SEND_ERROR: Send(ERROR),
     Do.SEND_EOF: Send(EOF),
     Do.SEND_CLOSE: Send(CLOSE),
-    Do.SEND_ACK: Send(ACK),
+    Do.SEND_ACK: Send(ACK, late=True),
 }
 _GRANTS = frozenset({CONNECT, CONNECTED})  # their payload is the first limit
 
@@ -308,7 +308,7 @@ class StreamCore:
             return row.whole
         kind = row.message.kind
         payload = text or self._payload(kind)
-        return (Send(kind, payload), *row.rest) if payload else row.whole
+        return (Send(kind, payload, row.message.late), *row.rest) if payload else row.whole
 
     def _payload(self, kind: int) -> bytes:
         """What a message of this type says, but for an ERROR's text."""

@@ -22,6 +22,7 @@ SHARED_FOR = 1.0  # seconds in which the streams that receive have to change as 
 SHARED_TURNS = 8
 ALONE = 16  # reads in a row of one stream after which it counts as the only busy one
 ACK_AFTER = 0.9  # seconds after which a kept stream says what came, where nothing else has
+LATE = 0.05  # seconds that a message which nobody waits for may wait for others
 _URGENT = frozenset({CONNECT, CONNECTED, PING})
 _LARGEST_ID = 0xFFFFFFFF
 
@@ -156,6 +157,14 @@ class Attachment:
         """Send one message that need not be in order with data, at the end of this turn of the loop."""
         self._streams.send_soon(self.id, kind, payload)
 
+    def send_late(self, kind: int, payload: bytes) -> None:
+        """Send one message that nobody waits for, together with others that are sent soon."""
+        self._streams.send_late(self.id, kind, payload)
+
+    def open(self, kind: int, payload: bytes, proto: int, port: int) -> None:
+        """Send the message that the stream begins with here."""
+        self._streams.open(self.id, kind, payload, proto, port)
+
     def owe(self, stream: Acknowledging) -> None:
         """Something came that `stream` has to acknowledge within a second."""
         self._streams.owe(stream)
@@ -200,6 +209,8 @@ class Streams:
         self._on_enter = on_enter
         self._ids = itertools.count(1) if ids is None else ids
         self._soon: dict[tuple[int, int], bytes] = {}  # payloads to be sent at the end of this turn of the loop
+        self._late: list[bytes] = []  # frames that go with the next ones
+        self._late_timer: asyncio.TimerHandle | None = None
         self._sweeper: asyncio.TimerHandle | None = None
         self._owing: list[Acknowledging] = []
         self._acknowledger: asyncio.TimerHandle | None = None
@@ -239,7 +250,7 @@ class Streams:
         self.turns.left(stream_id)
 
     def send_soon(self, stream_id: int, kind: int, payload: bytes) -> None:
-        """Send WINDOW, ACK, or a CLOSE behind which nothing follows: ahead of bulk, the peer may be waiting for it.
+        """Send WINDOW or ACK: ahead of bulk, the peer may be waiting for it.
 
         Those of all streams that have read something in one turn of the loop go out together, as with a thousand
         streams they would otherwise be most of what is sent and read at every hop.
@@ -252,7 +263,31 @@ class Streams:
         soon, self._soon = self._soon, {}
         build = self.link.build_message
         if soon:
-            self.link.post(b"".join(build(kind, each, payload) for (each, kind), payload in soon.items()))
+            self._post([build(kind, each, payload) for (each, kind), payload in soon.items()])
+
+    def send_late(self, stream_id: int, kind: int, payload: bytes) -> None:
+        """Send what a kept stream ends with, its last ACK or its CLOSE: with a CONNECT, WINDOWs or others of its kind.
+
+        Where connections follow each other it would be one more message by itself for each of them, at every hop.
+        """
+        self._late.append(self.link.build_message(kind, stream_id, payload))
+        if self._late_timer is None:  # one for all that come until then, whether they are still there or not
+            self._late_timer = asyncio.get_running_loop().call_later(LATE, self._send_late)
+
+    def _send_late(self) -> None:
+        self._late_timer = None
+        if self._late:
+            self._post([])
+
+    def open(self, stream_id: int, kind: int, payload: bytes, proto: int, port: int) -> None:
+        """Send CONNECT or RESUME, ahead of bulk, and what goes with it."""
+        self._post([self.link.build_message(kind, stream_id, payload, proto=proto, port=port)])
+
+    def _post(self, frames: list[bytes]) -> None:
+        if self._late:
+            frames += self._late
+            self._late = []
+        self.link.post(frames[0] if len(frames) == 1 else b"".join(frames))
 
     def owe(self, stream: Acknowledging) -> None:
         """Have it acknowledge what came, together with all others that have something to acknowledge by then."""
@@ -270,12 +305,13 @@ class Streams:
     def lost(self, *, keeps: bool = False) -> None:
         """The link is gone: every stream on it is told. `keeps`: those wait that can."""
         self._soon.clear()
+        self._late.clear()
         self._owing.clear()
         self.turns.stop()
-        for timer in (self._sweeper, self._acknowledger):
+        for timer in (self._sweeper, self._acknowledger, self._late_timer):
             if timer is not None:
                 timer.cancel()
-        self._sweeper = self._acknowledger = None
+        self._sweeper = self._acknowledger = self._late_timer = None
         for stream in list(self.by_id.values()):
             if not (keeps and stream.detach()):
                 stream.link_lost()

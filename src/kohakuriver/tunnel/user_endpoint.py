@@ -220,6 +220,7 @@ class UserEndpoint(Endpoint):
             self.on_going_away(told[1])
 
     def socket_ready(self, stream: TcpStream) -> None:
+        stream.read_early()
         if self.open_tcp(stream):
             self.on_accept(self.stream_count)
             return
@@ -248,7 +249,12 @@ class UserEndpoint(Endpoint):
             identity.start = stream.start
             stream.core = opening_kept(self.rules, identity, stream.core)
             self.kept.enter(stream)
-        stream.attach(streams.enter(stream, streams.new_id()), stream.core.link(streams.link.version))
+        at = streams.enter(stream, streams.new_id())
+        out = streams.link.out
+        gathers = out.gather()  # what came early goes with the CONNECT
+        stream.attach(at, stream.core.link(streams.link.version))
+        if gathers:
+            out.scatter()
         return True
 
     def open_udp(self, stream: UdpStream) -> bool:

@@ -566,6 +566,10 @@ fn trace_event(
         session.link_ready(READY);
         session.turn(false).unwrap();
     }
+    if let Some(until) = session.context.late_until() {
+        session.set_now(until);
+        session.turn(false).unwrap();
+    }
 }
 
 fn hex(value: &serde_json::Value) -> Vec<u8> {
@@ -659,4 +663,52 @@ fn what_a_look_found_for_a_link_that_has_gone_is_not_told_to_a_runner_of_version
     session.looked();
     session.turn(false).unwrap();
     assert_eq!(messages(&next), []);
+}
+
+/// A stream whose both directions have ended, and whose user is known to have everything.
+fn ended_at_both_sides() -> (Session<Socket>, Socket) {
+    let (mut session, runner, service) = opened_to_stay(false, &Settings::default());
+    let message = |kind, numbers: &[u8]| frame(Header::new(kind, TCP, 7), numbers);
+    session
+        .process(&message(kind::EOF, &protocol::pack([0, 0])))
+        .unwrap();
+    service.0.borrow_mut().ended = true;
+    session.stream_ready(0, READY);
+    assert_eq!(told(&mut session, &runner).pop().unwrap().0, kind::EOF);
+    session
+        .process(&message(kind::ACK, &protocol::pack([1])))
+        .unwrap();
+    session.turn(false).unwrap();
+    assert!(kinds(&runner).is_empty());
+    (session, runner)
+}
+
+#[test]
+fn a_close_that_nobody_waits_for_goes_with_what_is_sent_next() {
+    let (mut session, runner) = ended_at_both_sides();
+    session
+        .process(&frame(Header::new(kind::PING, TCP, 0), b"?"))
+        .unwrap();
+    session.turn(false).unwrap();
+    assert_eq!(kinds(&runner), [kind::CLOSE, kind::PONG]);
+    assert!(session.wait_until().unwrap() > session.context.now + Duration::from_millis(500));
+}
+
+#[test]
+fn a_close_that_nobody_waits_for_goes_soon_by_itself() {
+    let (mut session, runner) = ended_at_both_sides();
+    let until = session.wait_until().unwrap();
+    assert!(until <= session.context.now + Duration::from_millis(50));
+    session.set_now(until);
+    session.turn(true).unwrap();
+    assert_eq!(kinds(&runner), [kind::CLOSE]);
+}
+
+#[test]
+fn a_close_that_waits_goes_with_its_link() {
+    let (mut session, _) = ended_at_both_sides();
+    let runner = relinked(&mut session);
+    session.set_now(session.context.now + Duration::from_secs(1));
+    session.turn(true).unwrap();
+    assert!(kinds(&runner).is_empty());
 }

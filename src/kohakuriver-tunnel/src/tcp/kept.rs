@@ -322,7 +322,11 @@ impl<S: TcpSocket> Tcp<S> {
     pub(super) fn may_end(&mut self, context: &mut Context) -> bool {
         match &self.kept {
             Some(kept) if !kept.eof_acked => return false,
-            Some(_) => self.tell(kind::CLOSE, &[], context),
+            Some(_) => {
+                if let Some(id) = self.id() {
+                    context.send_late(Header::new(kind::CLOSE, TCP, id));
+                }
+            }
             None => {}
         }
         self.bury_well(context);

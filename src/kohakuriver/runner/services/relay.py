@@ -53,6 +53,7 @@ from kohakuriver.tunnel.protocol import (
     hold_after,
     pack_seconds,
 )
+from kohakuriver.tunnel.send_queue import SendQueue
 from kohakuriver.tunnel.terminal import beyond_in
 
 __all__ = ["V1_BACKLOG", "V2_BACKLOG", "RelayLeg", "RelayOwner", "SessionLeg", "TunnelLeg"]
@@ -119,10 +120,23 @@ class RelayLeg(Generic[Other]):
         return self.link.version
 
     def link_received(self, link: Link, start: int, stop: int) -> int:
+        gathering: list[SendQueue] = []
+        try:
+            return self._relay(link, start, stop, gathering)
+        finally:
+            for out in gathering:
+                out.scatter()
+
+    def _relay(self, link: Link, start: int, stop: int, gathering: list[SendQueue]) -> int:
+        """Work off a read, as far as it goes; what it has for one of `gathering` waits until all of it is there."""
         data, view, relay = link.intake.buffer.data, link.intake.buffer.view, self.walker.relay
         events = 0
         while True:
             runs, event, consumed = relay(data, start, stop, self.table)
+            if event is not None and (runs or consumed < stop):
+                for target in (*(run[0] for run in runs), self.target_of(event[2])):
+                    if target is not None and target.link.out.gather():
+                        gathering.append(target.link.out)
             if runs:
                 self._pass(runs, view)
             if event is not None:
@@ -133,6 +147,11 @@ class RelayLeg(Generic[Other]):
             elif consumed == start or consumed >= stop:
                 return consumed
             start = consumed
+
+    def target_of(self, client_id: int) -> Other | None:
+        """Where what is said under this id goes, if that is known."""
+        route = self.table.get(client_id)
+        return None if route is None else route[0]
 
     def _pass(self, runs: list[tuple[Other, int, int]], view: memoryview) -> None:
         """Send the runs, those of one target together."""
@@ -424,6 +443,9 @@ class SessionLeg(RelayLeg[TunnelLeg]):
         if target.link.out.blocked:
             self.link.intake.pause(self)
             target.link.out.wait_drained(self)
+
+    def target_of(self, client_id: int) -> TunnelLeg | None:
+        return self.owner.tunnel_of(self.container)
 
     def link_writable(self) -> None:
         """The tunnel takes more."""
