@@ -116,6 +116,10 @@ DrainNoticeOption = Annotated[
         help="Seconds before that in which a host that ends is not ready, for a balancer to see, and still serves all.",
     ),
 ]
+WorkersOption = Annotated[
+    int,
+    typer.Option("--workers", min=1, max=64, help="Processes that serve together; more than one needs PostgreSQL."),
+]
 MountsOption = Annotated[
     bool, typer.Option("--user-mounts", help="Let users who are no admins mount directories of the nodes.")
 ]
@@ -401,6 +405,7 @@ def host(
     audit_log: AuditOption = None,
     drain: DrainOption = 0,
     drain_notice: DrainNoticeOption = 0,
+    workers: WorkersOption = 1,
     user_mounts: MountsOption = False,
     apps_domain: AppsDomainOption = None,
     public_url: PublicUrlOption = None,

@@ -6,14 +6,16 @@ import asyncio
 import contextlib
 import socket
 import ssl
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import structlog
 
 from kohakuriver import runtime as loops
 from kohakuriver.changes import Changes
+from kohakuriver.errors import UsageError
 from kohakuriver.host.app import create_app
 from kohakuriver.host.apps.serving import AppServer, Where, where_in
 from kohakuriver.host.cookies import credential_of
@@ -43,6 +45,7 @@ from kohakuriver.host.services.runner_client import RunnerClient
 from kohakuriver.host.services.tasks import Tasks
 from kohakuriver.host.services.terminal_proxy import TerminalProxy
 from kohakuriver.host.services.tunnel_proxy import TunnelProxy, straight_tells
+from kohakuriver.host.workers import Ready, serve_together
 from kohakuriver.limits import Limits, from_environment
 from kohakuriver.quotas import Quotas
 from kohakuriver.runtime import raise_file_limit
@@ -56,6 +59,7 @@ from kohakuriver.store import (
     SessionCounts,
     Store,
     apps_key,
+    is_shared,
     sqlite_url,
 )
 from kohakuriver.store.links import Links as StoredLinks
@@ -64,7 +68,7 @@ from kohakuriver.tunnel.accept import UpgradeRequest, serve_ws
 from kohakuriver.web.app import bind, bind_with_loopback, print_event, server_certificate, socket_url, warn_if_in_clear
 from kohakuriver.web.background import in_background
 from kohakuriver.web.logging import configure_logging
-from kohakuriver.web.measuring import Measures, measures_at
+from kohakuriver.web.measuring import Measures, counted_up, measures_at
 from kohakuriver.web.origin import Guard
 from kohakuriver.web.server import Server, stop_at_end_of_stdin
 
@@ -89,6 +93,7 @@ class HostOptions:
         metrics: where its measures are read, as `metrics_address` takes it.
         drain_notice: seconds. A host that is told to end first says for so long that it is not ready, and serves on.
         drain: seconds. Then its sessions have so long to move to another host.
+        workers: processes that serve together, each a host of its own to the others; more than one needs PostgreSQL.
         exit_with_stdin: it ends when its stdin does, as a child of `up` should.
         oidc_issuer: the OpenID provider at which people log in; None is no such login. The other `oidc_` options are as
             `Provider` and `Rules` take them. `oidc_ca_file` is what the provider's certificate is checked by.
@@ -113,6 +118,7 @@ class HostOptions:
     metrics: str | None = None
     drain: int = 0
     drain_notice: int = 0
+    workers: int = 1
     json: bool = False
     log_level: str = "info"
     log_format: str = "text"
@@ -154,25 +160,94 @@ class Perimeter:
         return [] if self.certificate is None else self.certificate.names
 
 
+class Doors:
+    """The sockets that a host listens on: for HTTP, and for SSH. Closed at the end of a `with` block."""
+
+    def __init__(self, http: list[socket.socket], ssh: socket.socket) -> None:
+        self.http, self.ssh = http, ssh
+
+    @classmethod
+    def of(cls, options: HostOptions, port: int, ssh_port: int) -> Doors:
+        """Bound, and not listening yet. Raises LocalAddressError."""
+        shared = options.workers > 1
+        http = bind_with_loopback(options.bind, port, shared=shared)
+        try:
+            return cls(http, bind(options.bind, ssh_port, shared=shared))
+        except BaseException:
+            for sock in http:
+                sock.close()
+            raise
+
+    @property
+    def ports(self) -> tuple[int, int]:
+        """Of HTTP, and of SSH."""
+        return self.http[0].getsockname()[1], self.ssh.getsockname()[1]
+
+    def close(self) -> None:
+        """Nobody is let in by this process any more."""
+        for sock in (*self.http, self.ssh):
+            sock.close()
+
+    def __enter__(self) -> Doors:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
 def serve(options: HostOptions) -> int:
     """Run a host until SIGTERM or SIGINT; the exit code. Raises KohakuRiverError when it can't start."""
     configure_logging(options.log_level, options.log_format)
     raise_file_limit()
-    return loops.run(main(options))
-
-
-async def main(options: HostOptions) -> int:
-    """What `serve` runs on an event loop."""
     options.state_dir.mkdir(parents=True, exist_ok=True, mode=0o700)
+    with contextlib.ExitStack() as stack:
+        doors = [stack.enter_context(Doors.of(options, options.port, options.ssh_port))]
+        # Each worker has sockets of its own, so that connections spread evenly. They stay open here: what waits to be
+        # accepted by a worker that has ended is there for the one that takes its place.
+        doors += [stack.enter_context(Doors.of(options, *doors[0].ports)) for _ in range(1, options.workers)]
+        if options.workers > 1:
+            return _serve_together(options, doors, stack.close)
+        return loops.run(main(options, doors[0], lambda said: _print_ready(options, [said])))
+
+
+def _serve_together(options: HostOptions, doors: list[Doors], close: Callable[[], None]) -> int:
+    if not is_shared(options.database):
+        raise UsageError(
+            "--workers needs a database that several processes can share; give one of PostgreSQL by --database."
+        )
+
+    def serve_one(number: int, ready: Callable[[Ready], None]) -> int:
+        metrics = None if options.metrics is None else counted_up(options.metrics, number)
+        for others in (*doors[:number], *doors[number + 1 :]):
+            others.close()
+        return loops.run(main(replace(options, metrics=metrics, exit_with_stdin=True), doors[number], ready))
+
+    return serve_together(options.workers, serve_one, lambda said: _print_ready(options, said), close)
+
+
+def _print_ready(options: HostOptions, workers: list[Ready]) -> None:
+    """Say that this host serves, of all whose words these are."""
+    url, ssh_proxy = workers[0]["url"], workers[0]["ssh_proxy"]
+    sentence = f"The host is ready at {url}, its SSH proxy at {ssh_proxy}"
+    said: dict[str, Any] = {}
+    metrics = [word["metrics"] for word in workers if word["metrics"]]
+    if metrics:
+        said["metrics"] = metrics[0] if options.workers == 1 else metrics
+    if options.workers > 1:
+        sentence += f", with {options.workers} workers"
+        said["workers"] = options.workers
+    print_event("ready", options.json, sentence, url=url, ssh_proxy=ssh_proxy, **said)
+
+
+async def main(options: HostOptions, doors: Doors, ready: Callable[[Ready], None]) -> int:
+    """What `serve` runs on an event loop; `ready` is called once it serves."""
     perimeter = Perimeter.of(options)
     with contextlib.ExitStack() as stack:
         stack.callback(perimeter.measures.close)
-        socks = [stack.enter_context(sock) for sock in bind_with_loopback(options.bind, options.port)]
-        ssh_sock = stack.enter_context(bind(options.bind, options.ssh_port))
         store = await Store.open(options.database or sqlite_url(options.state_dir / "host.db"))
         runners = RunnerClient(perimeter.trusted)
         try:
-            host = Host(options, socks, ssh_sock, store, runners, perimeter)
+            host = Host(options, doors, store, runners, perimeter, ready)
             await host.begin()
             return await host.run()
         finally:
@@ -187,14 +262,15 @@ class Host:
     def __init__(
         self,
         options: HostOptions,
-        socks: list[socket.socket],
-        ssh_sock: socket.socket,
+        doors: Doors,
         store: Store,
         runners: RunnerClient,
         perimeter: Perimeter,
+        ready: Callable[[Ready], None],
     ) -> None:
         self._options, self._perimeter, self._measures = options, perimeter, perimeter.measures
-        self._socks, self._ssh_sock = socks, ssh_sock
+        self._socks, self._ssh_sock = doors.http, doors.ssh
+        self._tell_ready = ready
         self._store, self._runners = store, runners
         limits, audit = perimeter.limits, perimeter.audit
         self._accounts = Accounts(store, defaults=Quotas.by_default(limits))
@@ -376,10 +452,8 @@ class Host:
         self._show_measures()
         url = socket_url(self._socks[0], "https" if self._options.tls_cert else "http")
         ssh_address = socket_url(self._ssh_sock).removeprefix("http://")
-        sentence = f"The host is ready at {url}, its SSH proxy at {ssh_address}"
         loops.freeze_heap()
-        said = {"metrics": self._measures.url} if self._measures.url else {}
-        print_event("ready", self._options.json, sentence, url=url, ssh_proxy=ssh_address, **said)
+        self._tell_ready({"url": url, "ssh_proxy": ssh_address, "metrics": self._measures.url})
 
     def _show_measures(self) -> None:
         """Have what the host counts itself among its measures, where somebody may read them."""

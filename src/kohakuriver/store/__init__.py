@@ -5,7 +5,7 @@ from __future__ import annotations
 from kohakuriver.store.accounts import ANY_NODE, Accounts, Use
 from kohakuriver.store.browsers import Browsers, Opened
 from kohakuriver.store.common import apps_key, forget_what_has_run_out, kept, tasks_by_status
-from kohakuriver.store.database import Store, ahead_of_users, sqlite_url
+from kohakuriver.store.database import Store, ahead_of_users, is_shared, sqlite_url
 from kohakuriver.store.device_codes import DeviceCodes
 from kohakuriver.store.groups import Groups
 from kohakuriver.store.identities import Identities
@@ -37,6 +37,7 @@ __all__ = [
     "ahead_of_users",
     "apps_key",
     "forget_what_has_run_out",
+    "is_shared",
     "kept",
     "sqlite_url",
     "tasks_by_status",

@@ -34,7 +34,7 @@ from kohakuriver.store.transactions import Database, SilentError
 if TYPE_CHECKING:
     from kohakuriver.store.postgresql import PostgresServer
 
-__all__ = ["Store", "ahead_of_users", "gpus_in_use", "sqlite_url"]
+__all__ = ["Store", "ahead_of_users", "gpus_in_use", "is_shared", "sqlite_url"]
 
 CHECK_SECONDS = 2.0
 """How soon the database has to answer when it is asked whether it does."""
@@ -413,6 +413,11 @@ def find_task(session: Session, reference: str) -> Task | None:
 def no_such_task(reference: str) -> NotFoundError:
     """The error for a task that is not there."""
     return NotFoundError(f"There is no task {reference!r}; `kohakuriver vps list` shows the tasks that there are.")
+
+
+def is_shared(url: str | None) -> bool:
+    """Whether several processes can use the database at a URL together, and hear by it what each of them does."""
+    return url is not None and not url.startswith("sqlite")
 
 
 def _database(url: str) -> Database:

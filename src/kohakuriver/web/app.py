@@ -235,8 +235,12 @@ def bearer(request: Request) -> str | None:
     return bearer_token(request.headers.getlist("authorization"))
 
 
-def bind(host: str, port: int) -> socket.socket:
-    """A TCP socket that is bound but does not listen yet; port 0 is any free one. Raises LocalAddressError."""
+def bind(host: str, port: int, *, shared: bool = False) -> socket.socket:
+    """A TCP socket that is bound but does not listen yet; port 0 is any free one. Raises LocalAddressError.
+
+    Those that are `shared` may have one address together, and each gets a part of its connections (socket(7),
+    SO_REUSEPORT).
+    """
     try:
         with resolving():
             family, kind, proto, _, address = socket.getaddrinfo(
@@ -247,6 +251,8 @@ def bind(host: str, port: int) -> socket.socket:
         raise LocalAddressError(f"{host!r} is no address that this machine can listen on: {error.strerror}.") from error
     try:
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        if shared:
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
         sock.bind(address)
     except OSError as error:
         sock.close()
@@ -258,17 +264,17 @@ _OTHER_LOOPBACK = {"127.0.0.1": "::1", "0.0.0.0": "::1", "::1": "127.0.0.1"}
 _BIND_TRIES = 10
 
 
-def bind_with_loopback(host: str, port: int) -> list[socket.socket]:
+def bind_with_loopback(host: str, port: int, *, shared: bool = False) -> list[socket.socket]:
     """Like `bind`, and the same port of the loopback address that is not in it, where this machine has that.
 
     Browsers take a name under localhost for both. Who had the other one would be sent what is meant for us.
     """
     for tries_left in reversed(range(_BIND_TRIES)):
-        first = bind(host, port)
+        first = bind(host, port, shared=shared)
         address, bound = first.getsockname()[:2]
         try:
             other = _OTHER_LOOPBACK.get(address)
-            return [first] if other is None else [first, bind(other, bound)]
+            return [first] if other is None else [first, bind(other, bound, shared=shared)]
         except LocalAddressError as error:
             if isinstance(error.__cause__, OSError) and error.__cause__.errno != errno.EADDRINUSE:
                 return [first]  # there is no such address here, for nobody

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
     from kohakuriver.web.server import Server
 
-__all__ = ["Look", "Measures", "Refresh", "measures_at", "metrics_address"]
+__all__ = ["Look", "Measures", "Refresh", "counted_up", "measures_at", "metrics_address"]
 
 Look = Callable[[], "Iterable[Metric]"]
 Refresh = Callable[[], Awaitable[None]]
@@ -59,6 +59,17 @@ def metrics_address(given: str) -> tuple[str, int]:
     if not (port.isascii() and port.isdecimal()) or int(port) > 65535:
         raise UsageError(f"--metrics {given!r} has no port; give one, as 9464, or with an address, as 10.0.0.1:9464.")
     return address.removeprefix("[").removesuffix("]") or "127.0.0.1", int(port)
+
+
+def counted_up(given: str, number: int) -> str:
+    """The address of `--metrics` for a worker of that number: as many ports on, where it is not any free one.
+
+    Raises UsageError.
+    """
+    address, port = metrics_address(given)
+    if port and port + number > 65535:
+        raise UsageError(f"--metrics {given!r} has no port for each worker behind it; give a lower one.")
+    return f"[{address}]:{port + number if port else 0}"
 
 
 def measures_at(given: str | None, program: str) -> Measures:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import os
+import sys
 import threading
 from collections import deque
 from collections.abc import Callable
@@ -19,6 +20,18 @@ from typing import Any
 import structlog
 
 from kohakuriver.errors import UsageError
+
+if sys.platform == "win32":  # no host has workers there
+
+    def _alone(file: int) -> None:
+        pass
+else:
+    import fcntl
+
+    def _alone(file: int) -> None:
+        """Wait until no other process has this file; it is this one's until the descriptor is closed."""
+        fcntl.flock(file, fcntl.LOCK_EX)
+
 
 __all__ = ["FILES", "AuditFile", "files_of"]
 
@@ -116,7 +129,7 @@ class AuditFile:
         self._lost += lines
 
     def _append(self, line: bytes) -> None:
-        file = os.open(self._path, _FLAGS, 0o600)  # anew each time: it may have been renamed
+        file = self._open()
         try:
             size = os.fstat(file).st_size
             if self._share and size and size + len(line) > self._share:
@@ -128,6 +141,24 @@ class AuditFile:
             if os.write(file, line) < len(line):
                 raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         finally:
+            os.close(file)
+
+    def _open(self) -> int:
+        """The file that grows, which only one process has at a time: another may be about to rename it.
+
+        Anew for each line, since it may have been renamed.
+        """
+        while True:
+            file = os.open(self._path, _FLAGS, 0o600)
+            try:
+                _alone(file)
+                if os.path.samestat(os.fstat(file), self._path.stat()):
+                    return file
+            except FileNotFoundError:
+                pass
+            except BaseException:
+                os.close(file)
+                raise
             os.close(file)
 
     def _begin_another(self, full: int) -> int:

@@ -134,9 +134,8 @@ class RelayLeg(Generic[Other]):
         while True:
             runs, event, consumed = relay(data, start, stop, self.table)
             if event is not None and (runs or consumed < stop):
-                for target in (*(run[0] for run in runs), self.target_of(event[2])):
-                    if target is not None and target.link.out.gather():
-                        gathering.append(target.link.out)
+                targets = (*(run[0] for run in runs), self.target_of(event[2]))
+                gathering += [each.link.out for each in targets if each is not None and each.link.out.gather()]
             if runs:
                 self._pass(runs, view)
             if event is not None:
