@@ -252,6 +252,15 @@ class Relay4(Contender):
         return target
 
 
+class Relay2(Relay4):
+    """Two plain TCP relays in a row: what a tunnel of two processes can reach."""
+
+    name, title = "relay2", "2 × socat (plain TCP)"
+
+    def chain(self, target: int, relays: int = 2) -> int:
+        return super().chain(target, relays)
+
+
 class WebSockets4(Contender):
     """The same four hops written plainly on the `websockets` API."""
 

@@ -32,6 +32,7 @@ MEASURES = {
     "bulk_up": Measure("Gbit/s", True),
     "bulk_down": Measure("Gbit/s", True),
     "bulk_8": Measure("Gbit/s", True),
+    "fair_8": Measure("of mean", True),
     "cpu_per_gb": Measure("s/GB", False),
     "rtt_p50": Measure("µs", False),
     "rtt_p99": Measure("µs", False),
@@ -55,7 +56,7 @@ def of_hops(way: str) -> tuple[str, ...]:
 RUNS: dict[str, tuple[str, ...]] = {
     "bulk_up": ("bulk_up",),
     "bulk_down": ("bulk_down", "cpu_per_gb"),
-    "bulk_8": ("bulk_8",),
+    "bulk_8": ("bulk_8", "fair_8"),
     "rtt": ("rtt_p50", "rtt_p99"),
     "loaded": ("loaded_p50", "loaded_p99"),
     "connect": ("connect",),
@@ -131,19 +132,23 @@ def bulk(run: str, contender: Contender, seconds: float) -> dict[str, float]:
     argv = ["iperf3", "-c", "127.0.0.1", "-p", str(contender.iperf), "-t", str(seconds), "-J", *IPERF_OPTIONS[run]]
     received = iperf(argv, contender)
     values = {run: received["bits_per_second"] / 1e9}
+    if run == "bulk_8":
+        values["fair_8"] = received["slowest"] / received["mean"]
     if run == "bulk_down":
         values["cpu_per_gb"] = (contender.cpu_seconds() - cpu) / (received["bytes"] / 1e9)
     return values
 
 
 def iperf(argv: Sequence[str], contender: Contender) -> dict[str, float]:
-    """What the receiver of one iperf3 run counted: `bytes` and `bits_per_second`."""
+    """What the receiver of one iperf3 run counted: `bytes`, `bits_per_second`; `slowest` and `mean` of its streams."""
     for _ in range(20):
         result = subprocess.run(argv, capture_output=True, text=True, timeout=120, check=False)
         report = json.loads(result.stdout or "{}")
-        received: dict[str, float] = (report.get("end") or {}).get("sum_received") or {}
+        end = report.get("end") or {}
+        received: dict[str, float] = end.get("sum_received") or {}
         if received.get("bytes"):
-            return received
+            each = [stream["receiver"]["bytes"] for stream in end["streams"]]
+            return received | {"slowest": min(each), "mean": statistics.mean(each)}
         # With -J a failed run exits with 0 too. The usual reason is that the server is still ending the run before
         # this one and turned us away; it has no way to say when it has ended.
         time.sleep(0.2)
