@@ -81,7 +81,12 @@ def locked(file: str) -> dict[str, str]:
 EXTRAS = PROJECT["project"]["optional-dependencies"]
 LOCKS = {
     "scripts/build-requirements.txt": (*PROJECT["build-system"]["requires"], *EXTRAS["build"]),
-    "deploy/debian/requirements.txt": (*PROJECT["project"]["dependencies"], *EXTRAS["oidc"], *EXTRAS["postgresql"]),
+    "deploy/debian/requirements.txt": (
+        *PROJECT["project"]["dependencies"],
+        *EXTRAS["oidc"],
+        *EXTRAS["otel"],
+        *EXTRAS["postgresql"],
+    ),
 }
 
 

@@ -13,6 +13,7 @@ from pathlib import Path
 import structlog
 
 from kohakuriver import runtime as loops
+from kohakuriver import tracing
 from kohakuriver.changes import Changes
 from kohakuriver.host.app import create_app
 from kohakuriver.host.apps.serving import AppServer, Where, where_in
@@ -157,6 +158,7 @@ class Perimeter:
 def serve(options: HostOptions) -> int:
     """Run a host until SIGTERM or SIGINT; the exit code. Raises KohakuRiverError when it can't start."""
     configure_logging(options.log_level, options.log_format)
+    tracing.serve("host")
     raise_file_limit()
     return loops.run(main(options))
 
