@@ -132,6 +132,16 @@ def test_a_crash_answers_with_a_sentence_and_no_traceback(run: Run) -> None:
     run(check())
 
 
+def test_a_server_closes_no_connection_that_our_clients_still_take_for_good(run: Run) -> None:
+    async def check() -> None:
+        async with a_server(new_app("host", "1")) as (server, _):
+            expiry = httpx.Limits().keepalive_expiry
+            assert expiry is not None
+            assert server.config.timeout_keep_alive >= expiry + 5  # seconds by which either may be late
+
+    run(check())
+
+
 def test_a_request_for_a_websocket_whose_upgrade_was_dropped_on_the_way_is_told_so(run: Run) -> None:
     async def check() -> None:
         async with serving(new_app("host", "1")) as url, httpx.AsyncClient(trust_env=False, verify=False) as client:
