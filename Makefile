@@ -1,4 +1,4 @@
-# make demo | test | e2e | lint | bench | bench-gate | soak | build | clean
+# make demo | test | e2e | lint | bench | bench-gate | soak | build | deb | clean
 #
 # Everything lives in .venv. Each step leaves a stamp there, so a second run only redoes what changed.
 
@@ -21,7 +21,7 @@ PIP_INSTALL := PYTHONWARNINGS=ignore $(BIN)/python -m pip install -q --disable-p
 crate_sources = $(shell find $(1)/src $(1)/.cargo $(1)/Cargo.toml $(1)/Cargo.lock -type f 2>/dev/null)
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-asyncio test-sanitized test-api test-rust test-web e2e lint docs house audit audit-online sbom bench bench-micro bench-gate soak build clean install
+.PHONY: help demo test test-asyncio test-sanitized test-api test-rust test-web e2e lint docs house audit audit-online sbom bench bench-micro bench-gate soak build deb clean install
 
 help: ## this list
 	@sed -n 's/^\([a-z][a-z-]*\):.*## /  make \1\t/p' $(MAKEFILE_LIST) | expand -t 20
@@ -112,6 +112,9 @@ build: ## sdist and wheel in dist/, by the tools that scripts/build-requirements
 	$(PYTHON) -m venv $(VENV)-build
 	$(VENV)-build/bin/pip install -q --disable-pip-version-check --require-hashes -r scripts/build-requirements.txt
 	$(VENV)-build/bin/python -m build --no-isolation
+
+deb: build ## the wheel as a Debian package, with units for systemd, in dist/
+	scripts/build-deb dist/*.whl
 
 clean: ## everything that these commands made
 	rm -rf $(IDP)/node_modules .venv* build dist sbom site src/*.egg-info bench/results .pytest_cache .mypy_cache .ruff_cache .hypothesis .benchmarks .schemathesis

@@ -32,12 +32,14 @@ class KohakuRiverError(Exception):
     """Anything that failed for a reason that has no class of its own.
 
     `message` is one sentence for a person, `code` a symbol for programs, `status` the HTTP status that carries it,
-    `exit_code` what a command ends with.
+    `exit_code` what a command ends with. `request_id` is by what the logs of host and runner know the request,
+    where one of them told the error and has to see to it, else "".
     """
 
     exit_code: int = 1
     code: str = "failed"
     status: int = 500
+    request_id: str = ""
 
     def __init__(self, message: str, *, code: str | None = None, status: int | None = None) -> None:
         super().__init__(message)
@@ -202,7 +204,9 @@ def from_answer(where: str, status: int, body: bytes, *, location: str = "", upg
     except ValueError:
         answer = None
     if isinstance(answer, dict) and isinstance(answer.get("error"), str) and isinstance(answer.get("message"), str):
-        return from_status(status, answer["message"], answer["error"])
+        told = from_status(status, answer["message"], answer["error"])
+        told.request_id = str(answer.get("request_id", ""))
+        return told
     message = _foreign_message(where, status, location, upgrade)
     return HostUnreachableError(message, code=NOT_OUR_ANSWER, status=status if status in _OF_PROXIES else None)
 

@@ -52,6 +52,12 @@ class Postgres:
         subprocess.run([*self._as_owner, self._programs / program, *arguments], check=True, capture_output=True)
 
     @property
+    def pid(self) -> int:
+        """Of the server that runs."""
+        assert self._process is not None
+        return self._process.pid
+
+    @property
     def url(self) -> str:
         """Of the database that every server has."""
         return self.url_of("postgres")

@@ -228,7 +228,9 @@ def test_a_refusal_is_an_http_status_in_v2_and_a_text_and_a_close_in_v1(
             with pytest.raises(InvalidStatus) as refused:
                 await connect(f"ws://127.0.0.1:{port}/ws/gate", subprotocols=V2)
             assert refused.value.response.status_code == status
-            assert json.loads(refused.value.response.body or b"") == error.to_json()
+            told = json.loads(refused.value.response.body or b"")
+            assert (len(told.pop("request_id", "")) == 32) == (status >= 500)
+            assert told == error.to_json()
             async with connect(f"ws://127.0.0.1:{port}/ws/gate") as websocket:
                 assert await websocket.recv() == f"Error: {error}"
                 with pytest.raises(ConnectionClosed):

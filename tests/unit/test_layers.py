@@ -24,6 +24,7 @@ BASE = {
     "limits",
     "mount_roots",
     "no_connection",
+    "otel",
     "gpus",
     "host_keys",
     "quotas",
@@ -34,6 +35,7 @@ BASE = {
     "task",
     "text",
     "tls",
+    "tracing",
     "unix_sockets",
 }
 PROTOCOL = BASE | {"_frame", "tunnel"}
@@ -55,6 +57,7 @@ ALLOWED: dict[str, set[str]] = {
     "limits": {"errors"},
     "mount_roots": {"errors"},
     "no_connection": {"errors", "runtime", "tls"},
+    "otel": {"errors", "__init__"},
     "quotas": {"errors", "limits"},
     "rates": set(),
     "resolve": set(),
@@ -63,6 +66,7 @@ ALLOWED: dict[str, set[str]] = {
     "task": {"backends", "gpus", "images", "quotas"},
     "text": set(),
     "tls": {"errors"},
+    "tracing": {"errors", "otel"},
     "unix_sockets": {"errors"},
     "tunnel": PROTOCOL,
     "session": PROTOCOL,

@@ -64,20 +64,39 @@ def test_no_job_has_more_rights_than_it_needs_and_no_suite_the_jobs_environment(
     assert rights == (expected if workflow.name == "release.yml" else {})
 
 
-def test_what_builds_wheels_is_locked_by_version_and_hash() -> None:
-    text = (ROOT / "scripts/build-requirements.txt").read_text("utf-8").replace("\\\n", "")
-    locked = {}
-    for line in text.splitlines():
+def locked(file: str) -> dict[str, str]:
+    """What a lock holds, by name: the one version that is taken, as `==1.2`. Each has hashes."""
+    found = {}
+    for line in (ROOT / file).read_text("utf-8").replace("\\\n", "").splitlines():
         if line and not line.startswith("#"):
             pinned, *hashes = line.split("--hash=")
             assert hashes, line
             assert all(re.fullmatch(r"sha256:[0-9a-f]{64}", each.strip()) for each in hashes), line
-            found = Requirement(pinned)
-            locked[found.name] = str(found.specifier)
-    assert all(re.fullmatch(r"==[\w.]+", version) for version in locked.values())
-    for needed in (*PROJECT["build-system"]["requires"], *PROJECT["project"]["optional-dependencies"]["build"]):
-        requirement = Requirement(needed)
-        assert requirement.specifier.contains(locked[requirement.name].removeprefix("=="))
+            requirement = Requirement(pinned)
+            found[requirement.name] = str(requirement.specifier)
+    assert all(re.fullmatch(r"==[\w.]+", version) for version in found.values())
+    return found
+
+
+EXTRAS = PROJECT["project"]["optional-dependencies"]
+LOCKS = {
+    "scripts/build-requirements.txt": (*PROJECT["build-system"]["requires"], *EXTRAS["build"]),
+    "deploy/debian/requirements.txt": (
+        *PROJECT["project"]["dependencies"],
+        *EXTRAS["oidc"],
+        *EXTRAS["otel"],
+        *EXTRAS["postgresql"],
+    ),
+}
+
+
+@pytest.mark.parametrize("lock", LOCKS)
+def test_what_builds_wheels_and_what_the_debian_package_holds_is_locked_by_version_and_hash(lock: str) -> None:
+    versions = locked(lock)
+    for requirement in map(Requirement, LOCKS[lock]):
+        if requirement.marker is None or requirement.marker.evaluate({"python_version": "3.11"}):
+            assert requirement.specifier.contains(versions[requirement.name].removeprefix("=="))
+    for file in ("Makefile", "scripts/build-deb"):
+        assert "--require-hashes" in (ROOT / file).read_text("utf-8")
     assert "--require-hashes" in PROJECT["tool"]["cibuildwheel"]["before-build"]
     assert PROJECT["tool"]["cibuildwheel"]["build-frontend"]["args"] == ["--no-isolation"]
-    assert "--require-hashes" in (ROOT / "Makefile").read_text("utf-8")

@@ -123,10 +123,21 @@ def test_a_crash_answers_with_a_sentence_and_no_traceback(run: Run) -> None:
             raise ZeroDivisionError("secret detail")
 
         async with serving(app) as url, httpx.AsyncClient(trust_env=False, verify=False) as client:
-            answer = await client.get(f"{url}/crash")
+            answer = await client.get(f"{url}/crash", headers={"X-Request-Id": "ab" * 16})
             assert answer.status_code == 500
-            assert set(answer.json()) == {"error", "message"}
+            assert set(answer.json()) == {"error", "message", "request_id"}
+            assert answer.json()["request_id"] == "ab" * 16
             assert "secret" not in answer.text
+
+    run(check())
+
+
+def test_a_server_closes_no_connection_that_our_clients_still_take_for_good(run: Run) -> None:
+    async def check() -> None:
+        async with a_server(new_app("host", "1")) as (server, _):
+            expiry = httpx.Limits().keepalive_expiry
+            assert expiry is not None
+            assert server.config.timeout_keep_alive >= expiry + 5  # seconds by which either may be late
 
     run(check())
 

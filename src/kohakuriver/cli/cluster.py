@@ -97,7 +97,13 @@ StdinOption = Annotated[bool, typer.Option("--exit-with-stdin", hidden=True)]
 BindOption = Annotated[str, typer.Option("--bind", help="The address to listen on.")]
 DatabaseOption = Annotated[
     str | None,
-    typer.Option("--database", metavar="URL", help="Default: a SQLite file in --state-dir.", show_default=False),
+    typer.Option(
+        "--database",
+        metavar="URL",
+        envvar="KOHAKURIVER_DATABASE",
+        help="Default: a SQLite file in --state-dir.",
+        show_default=False,
+    ),
 ]
 AuditOption = Annotated[
     Path | None,

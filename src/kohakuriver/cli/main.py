@@ -14,7 +14,7 @@ from typing import Annotated, Any, NoReturn
 
 import typer
 
-from kohakuriver import __version__, binaries, descriptors
+from kohakuriver import __version__, binaries, descriptors, tracing
 from kohakuriver.cli import (
     audit,
     auth,
@@ -101,16 +101,18 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
         code = _run(arguments)
     except KeyboardInterrupt:  # the second one, or one that came a moment too late
         code = 128 + signal.SIGINT
+    tracing.finish()
     output.leave(code)
 
 
 def _run(arguments: Sequence[str] | None) -> int:
     output.errors_as_json(False)
+    tracing.command()
     try:
         code = command().main(args=arguments, prog_name="kohakuriver", standalone_mode=False)
         output.flush()
     except KohakuRiverError as error:
-        output.failure(error.code, error.message + _advice(error))
+        output.failure(error.code, error.message + _advice(error), request_id=error.request_id)
         return error.exit_code
     except _CommandLineError as error:
         message = str(getattr(error, "format_message", error.__str__)())

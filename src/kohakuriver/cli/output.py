@@ -14,6 +14,7 @@ from collections.abc import Iterator, Sequence
 from datetime import datetime, timezone
 from typing import IO, Any, NoReturn
 
+from kohakuriver import tracing
 from kohakuriver.cli.signals import in_foreground
 from kohakuriver.quotas import in_words
 from kohakuriver.text import printable
@@ -73,23 +74,35 @@ def line(text: str) -> None:
 
 
 def note(text: str) -> None:
-    """One line for a person, on stderr."""
-    _say(printable(text))
+    """One line for a person, on stderr; where logs are to be JSON, an object."""
+    _say("info", printable(text))
 
 
-def _say(text: str) -> None:
+def _say(level: str, text: str, prefix: str = "") -> None:
     if not _given_up:
         try:
-            print(text, file=sys.stderr, flush=True)
+            print(_as_json(level, text) if _logs_json() else prefix + text, file=sys.stderr, flush=True)
         except OSError:  # closed, broken, or its disk is full: nobody is left to be told
             _discard(sys.stderr)
 
 
-def error(text: str) -> None:
-    """Why the command fails, as one sentence on stderr."""
+def error(text: str, *, request_id: str = "") -> None:
+    """Why the command fails, as one sentence on stderr, and by which id the host's log knows more."""
     sentence = " ".join(text.split()) or "It failed, and the reason is not known."
+    if request_id:
+        sentence += f" (request {request_id})"
     prefix = "\033[1;31mError:\033[0m" if paints(sys.stderr) else "Error:"
-    _say(f"{prefix} {printable(sentence)}")
+    _say("error", printable(sentence), f"{prefix} ")
+
+
+def _logs_json() -> bool:
+    return os.environ.get("KOHAKURIVER_LOG_FORMAT") == "json"
+
+
+def _as_json(level: str, text: str) -> str:
+    """A line as host and runner log theirs (docs/guide/limits.md "Logs")."""
+    moment = datetime.now(timezone.utc).isoformat().replace("+00:00", "Z")
+    return json.dumps({"time": moment, "level": level, "event": text, "request_id": tracing.request_id()})
 
 
 def errors_as_json(wanted: bool) -> None:
@@ -98,14 +111,18 @@ def errors_as_json(wanted: bool) -> None:
     _errors_as_json = wanted
 
 
-def failure(code: str, text: str) -> None:
-    """Why the command fails: a sentence on stderr, and for programs also its code, on stdout."""
+def failure(code: str, text: str, *, request_id: str = "") -> None:
+    """Why the command fails: a sentence on stderr, and for programs also its code, on stdout.
+
+    `request_id` is by what the logs of host and runner know it, where that is for them.
+    """
     if _errors_as_json:
         try:
-            json_line({"error": code, "message": " ".join(text.split())})
+            told = {"error": code, "message": " ".join(text.split())}
+            json_line(told | ({"request_id": request_id} if request_id else {}))
         except OSError:  # stdout may be what failed; the sentence on stderr still tells
             discard_stdout()
-    error(text)
+    error(text, request_id=request_id)
 
 
 def discard_stdout() -> None:

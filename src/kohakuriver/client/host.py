@@ -18,6 +18,7 @@ from urllib.parse import urlsplit
 
 import httpx
 
+from kohakuriver import tracing
 from kohakuriver.client.hosts import nobody_answers
 from kohakuriver.client.way import CONNECT_TIMEOUT, Way, time_for, unheard
 from kohakuriver.config import NAME_IN_BROWSERS, Settings, browser_url, path_segment
@@ -297,7 +298,7 @@ class HostClient:
     def __init__(self, settings: Settings, *, transport: httpx.AsyncBaseTransport | None = None) -> None:
         from kohakuriver import __version__  # the package names what is beside this
 
-        headers = {"User-Agent": f"kohakuriver/{__version__}"}
+        headers = {"User-Agent": f"kohakuriver/{__version__}", **tracing.headers()}
         if settings.token:
             headers["Authorization"] = f"Bearer {settings.token}"
         self._ways = deque(Way(url, settings.ca_file, headers, transport) for url in settings.hosts)

@@ -14,6 +14,7 @@ from typing import Any
 import structlog
 
 from kohakuriver import runtime as loops
+from kohakuriver import tracing
 from kohakuriver.changes import Changes
 from kohakuriver.errors import UsageError
 from kohakuriver.host.app import create_app
@@ -198,6 +199,7 @@ class Doors:
 def serve(options: HostOptions) -> int:
     """Run a host until SIGTERM or SIGINT; the exit code. Raises KohakuRiverError when it can't start."""
     configure_logging(options.log_level, options.log_format)
+    tracing.serve("host")
     raise_file_limit()
     options.state_dir.mkdir(parents=True, exist_ok=True, mode=0o700)
     with contextlib.ExitStack() as stack:

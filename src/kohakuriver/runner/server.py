@@ -17,7 +17,7 @@ from urllib.parse import urlsplit
 
 import structlog
 
-from kohakuriver import __version__
+from kohakuriver import __version__, tracing
 from kohakuriver import runtime as loops
 from kohakuriver.backends import kind_of
 from kohakuriver.config import clean_token
@@ -113,6 +113,7 @@ class RunnerOptions:
 def serve(options: RunnerOptions) -> int:
     """Run a runner until SIGTERM or SIGINT; the exit code. Raises KohakuRiverError when it can't start."""
     configure_logging(options.log_level, options.log_format)
+    tracing.serve("runner")
     return loops.run(main(options))
 
 

@@ -25,9 +25,16 @@ from websockets.http11 import Request, Response
 from websockets.server import ServerProtocol
 from websockets.typing import Subprotocol
 
+from kohakuriver import tracing
 from kohakuriver._frame import WS_TEXT, FrameWalker
 from kohakuriver.asking import Asker, asking, peer_name
-from kohakuriver.errors import HostUnreachableError, KohakuRiverError, NotAllowedError, NotFoundError, UsageError
+from kohakuriver.errors import (
+    HostUnreachableError,
+    KohakuRiverError,
+    NotAllowedError,
+    NotFoundError,
+    UsageError,
+)
 from kohakuriver.tunnel.bearer import bearer_token
 from kohakuriver.tunnel.link import Link, LinkHandler
 from kohakuriver.tunnel.message_link import MAX_MESSAGE, MessageLink
@@ -257,19 +264,26 @@ class Upgrade(asyncio.Protocol):
     async def _open(self, path: str, query: str, data: bytes) -> None:
         peer = self.whence.address if self._door else peer_name(self._transport.get_extra_info("peername"))
         try:
-            with asking(Asker(peer, f"GET {path}")):
-                await self._answer_request(self._read_request(path, query, data, peer))
+            with asking(Asker(peer, f"GET {path}")) as asker:
+                request = self._read_request(path, query, data, peer)
+                tracing.begin(
+                    tracing.id_in(_header(request, tracing.REQUEST_ID), _header(request, tracing.TRACEPARENT))
+                )
+                asker.known["request_id"] = tracing.request_id()
+                await self._answer_request(request)
         except KohakuRiverError as error:
             self._refuse(error)
         except Exception:
             logger.exception("the opening of %r failed", path)
             if not self._answered:
-                self.reject(500, {"error": "failed", "message": "this WebSocket could not be opened; see the log"})
+                message = "this WebSocket could not be opened; see the log"
+                self.reject(500, {"error": "failed", "message": message})
 
     async def _answer_request(self, request: UpgradeRequest) -> None:
         for route in self._routes:
             if (parts := route.match(request.path)) is not None:
-                await route.answer(request, *parts)
+                with tracing.span(f"GET {route.path}", "server", parent=_header(request, tracing.TRACEPARENT)):
+                    await route.answer(request, *parts)
                 return
         error = NotFoundError(f"There is no WebSocket at {request.path}; check the URL.", code="no_such_path")
         self.reject(error.status, error.to_json())
@@ -359,7 +373,7 @@ class Upgrade(asyncio.Protocol):
         self._state.connections.discard(self)
         if self.gone:
             return
-        content = json.dumps(body).encode()
+        content = json.dumps(body | tracing.told(status)).encode()
         headers = Headers([("Content-Type", "application/json"), ("Content-Length", str(len(content)))])
         headers["Connection"] = "close"
         headers["X-Content-Type-Options"] = "nosniff"
@@ -381,6 +395,12 @@ class Upgrade(asyncio.Protocol):
         self._state.connections.discard(self)
         if self._task is not None and not self._answered:
             self._task.cancel()
+
+
+def _header(request: UpgradeRequest, name: str) -> str:
+    """The header, "" where it is not there, or there twice."""
+    found = request.headers.get_all(name)
+    return found[0] if len(found) == 1 else ""
 
 
 def serve_ws(

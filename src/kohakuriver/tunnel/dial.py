@@ -23,6 +23,7 @@ from websockets.http11 import Response
 from websockets.typing import Subprotocol
 from websockets.uri import WebSocketURI, parse_uri
 
+from kohakuriver import tracing
 from kohakuriver._frame import FIRST, LAST, WS_TEXT, FrameViolation, FrameWalker, Message
 from kohakuriver.errors import (
     HostUnreachableError,
@@ -249,7 +250,7 @@ async def _dial(server: Server, subprotocols: Sequence[str], max_message: int = 
         raise UsageError(f"{server.url} is not a WebSocket address.") from exc
     offered = [Subprotocol(s) for s in subprotocols] or None
     protocol = ClientProtocol(uri, subprotocols=offered, max_size=max_message)
-    headers = {"User-Agent": "kohakuriver"}
+    headers = {"User-Agent": "kohakuriver", **tracing.headers()}
     if server.token:
         headers["Authorization"] = f"Bearer {server.token}"
     if server.client:
@@ -434,9 +435,14 @@ async def open_session(
     The link that is returned reads nothing until ``hand_over`` gives it its handler. Raises KohakuRiverError: from the
     HTTP status (v2), or from what comes with the ``Error: …`` text (v1).
     """
-    first = _Greeting(greeting)
     walker = walker or FrameWalker(masked=False)
     walker.allow_text = True
+    with tracing.span(f"open a session at the {server.peer}", "client"):
+        return await _open_session(server, subprotocols, walker, greeting)
+
+
+async def _open_session(server: Server, subprotocols: Sequence[str], walker: FrameWalker, greeting: str) -> Link:
+    first = _Greeting(greeting)
     loop = asyncio.get_running_loop()
     deadline = loop.time() + server.timeout
     opening = await _dial(server, subprotocols)

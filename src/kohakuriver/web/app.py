@@ -23,6 +23,7 @@ from starlette.exceptions import HTTPException
 from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from kohakuriver import tracing
 from kohakuriver.asking import Asker, asking, peer_name
 from kohakuriver.errors import KohakuRiverError, LocalAddressError, NotAllowedError, UsageError
 from kohakuriver.resolve import resolving
@@ -112,8 +113,12 @@ class AskerMiddleware:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
-        asker = Asker(peer_name(scope["client"]), f"{scope['method']} {scope['path']}")
-        if claims := Headers(scope=scope).getlist("x-forwarded-for"):
+        headers = Headers(scope=scope)
+        request_id = tracing.id_in(headers.get(tracing.REQUEST_ID), headers.get(tracing.TRACEPARENT))
+        tracing.begin(request_id)  # for what is logged of a failure behind us, too: each request has a task of its own
+        known = {"request_id": request_id}
+        asker = Asker(peer_name(scope["client"]), f"{scope['method']} {scope['path']}", known)
+        if claims := headers.getlist("x-forwarded-for"):
             asker.known["forwarded_for"] = ", ".join(claims)
         with asking(asker):
             await self._app(scope, receive, send)
@@ -151,7 +156,8 @@ def new_app(
         if on_error is not None:
             on_error(error)
         headers = {401: {"WWW-Authenticate": "Bearer"}, 429: {"Retry-After": "1"}}.get(error.status)
-        return JSONResponse(error.to_json(), status_code=error.status, headers=headers)
+        told = error.to_json() | tracing.told(error.status)
+        return JSONResponse(told, status_code=error.status, headers=headers)
 
     @app.exception_handler(RequestValidationError)
     async def invalid(_request: Request, error: RequestValidationError) -> JSONResponse:
@@ -170,7 +176,7 @@ def new_app(
     @app.exception_handler(Exception)
     async def broken(request: Request, _error: Exception) -> JSONResponse:
         message = f"The {title} failed at {request.method} {request.url.path}; its log says why."
-        return JSONResponse({"error": "failed", "message": message}, status_code=500)
+        return JSONResponse({"error": "failed", "message": message, **tracing.told(500)}, status_code=500)
 
     app.state.services = services
     for router in routers:

@@ -11,6 +11,7 @@ import structlog
 from structlog.typing import Processor
 
 from kohakuriver.text import printable
+from kohakuriver.tracing import request_id
 from kohakuriver.web.repeats import Repeats
 
 __all__ = ["LONGEST_TRACEBACK", "LONGEST_VALUE", "configure_logging"]
@@ -37,6 +38,7 @@ def configure_logging(level: str = "info", style: str = "text") -> None:
         structlog.stdlib.add_logger_name,
         structlog.stdlib.add_log_level,
         stamp,
+        _of_request,
         structlog.processors.format_exc_info,
         _safe,
     ]
@@ -56,12 +58,20 @@ def configure_logging(level: str = "info", style: str = "text") -> None:
             Repeats(),
             structlog.processors.add_log_level,
             stamp,
+            _of_request,  # behind what counts lines that are the same
             _safe,
             *render,
         ],
         wrapper_class=structlog.make_filtering_bound_logger(logging.getLevelName(level.upper())),
         logger_factory=structlog.PrintLoggerFactory(sys.stderr),
     )
+
+
+def _of_request(_logger: object, _method: str, event: MutableMapping[str, Any]) -> MutableMapping[str, Any]:
+    """What is logged while a request is worked on says which."""
+    if found := request_id():
+        event.setdefault("request_id", found)
+    return event
 
 
 def _safe(_logger: object, _method: str, event: MutableMapping[str, Any]) -> MutableMapping[str, Any]:

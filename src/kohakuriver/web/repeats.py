@@ -28,9 +28,9 @@ PER_SECOND: Final = 1.0
 MOST_KNOWN: Final = 1000
 
 TUNNELS_AT_ONCE: Final = 1000
-"""The same of tunnels that come and go, which containers choose; those of a large node may all come back at once."""
+"""The same of tunnels and sessions that come and go, which peers choose; those of a large node may all come at once."""
 
-_TUNNELS = ("tunnel connected", "tunnel disconnected")
+_TUNNELS = ("tunnel connected", "tunnel disconnected", "session opened")
 _TOLD_ALWAYS = ("debug", "info")
 _OF_THE_PEER = ("peer",)
 

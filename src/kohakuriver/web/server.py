@@ -32,6 +32,10 @@ Front = Callable[[Callable[[], GuardedHttp], WaitingRoom, Limits], asyncio.BaseP
 
 DRAIN_SECONDS = 5
 
+KEPT_SECONDS = 10
+"""For how long a connection with nothing under way is kept. Longer than hosts, runners and commands keep theirs (5 s,
+httpx's own limit): else one that is just used again would be closed under a request, which nobody may ask twice."""
+
 _ENDING = tuple(signal.Signals[name] for name in ("SIGINT", "SIGTERM", "SIGHUP", "SIGQUIT") if hasattr(signal, name))
 
 
@@ -253,6 +257,7 @@ def _config(app: FastAPI, ws: type[asyncio.Protocol], http: type[asyncio.Protoco
         server_header=False,
         proxy_headers=False,  # who is on this machine could say to be anywhere
         timeout_graceful_shutdown=DRAIN_SECONDS,
+        timeout_keep_alive=KEPT_SECONDS,
     )
 
 

@@ -11,6 +11,7 @@ from urllib.parse import quote
 
 import httpx
 
+from kohakuriver import tracing
 from kohakuriver.asking import asker
 from kohakuriver.errors import UnavailableError, from_answer
 from kohakuriver.mount_roots import MOUNT_NOT_ALLOWED
@@ -115,7 +116,7 @@ def _request(
         json=body,
         params=params,
         # A compressed body could inflate past our limit.
-        headers={"Authorization": f"Bearer {credential}", "Accept-Encoding": "identity"},
+        headers={"Authorization": f"Bearer {credential}", "Accept-Encoding": "identity", **tracing.headers()},
         timeout=httpx.Timeout(timeout, connect=_CONNECT_SECONDS),
     )
 

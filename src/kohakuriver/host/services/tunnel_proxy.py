@@ -18,6 +18,7 @@ from urllib.parse import quote
 
 import structlog
 
+from kohakuriver import tracing
 from kohakuriver._frame import WS_PING, FrameViolation, FrameWalker, Message, SpliceWalker
 from kohakuriver.errors import KohakuRiverError, UnavailableError, UsageError
 from kohakuriver.host.services.audit import ranges
@@ -481,7 +482,9 @@ class TunnelProxy:
     ) -> None:
         """Begin a session. One that goes on waits for a runner that is away: its user would come again, and later."""
         if not request.goes_on:
-            await begin(await authorize())
+            with tracing.span("look whether the session may be"):
+                route = await authorize()
+            await begin(route)
             return
         route = await self._authorized_once_online(authorize)
         with self._coming_back(route.node) as back:
@@ -516,6 +519,7 @@ class TunnelProxy:
         with session.carried:
             runner = await self._open_at_runner(session, route, request, port_and_query)
             self._splice(session, request, runner, about)
+        log.info("session opened", task=route.task, proto=about["proto"], peer=request.peer)
 
     async def _open_at_runner(
         self, session: ProxySession, route: Route, request: UpgradeRequest, port_and_query: str

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Awaitable, Callable
 from typing import Any
 
+import structlog
+
 from kohakuriver._frame import FrameWalker
 from kohakuriver.errors import NotAllowedError, UnauthenticatedError, UnavailableError
 from kohakuriver.limits import Limits
@@ -22,6 +24,8 @@ from kohakuriver.tunnel.protocol import MARK, straight_greeting
 from kohakuriver.tunnel.settings import EndpointConfig
 
 __all__ = ["TunnelServer"]
+
+log = structlog.get_logger("kohakuriver.tunnels")
 
 TERMINAL = "terminal"
 """In the place of a port: the session is for a terminal."""
@@ -159,6 +163,7 @@ class TunnelServer:
             self._open_direct(request, container, port, admission, target)
         else:
             self._open_relayed(request, container, port, admission)
+        log.info("session opened", container=container, port=port, peer=request.peer)
 
     async def _open_terminal(self, request: UpgradeRequest, container: str) -> None:
         """Take a session in that is for a terminal. Raises KohakuRiverError where that may or can not be."""
@@ -182,6 +187,7 @@ class TunnelServer:
             leave()
             raise
         session.on_closed = leave
+        log.info("session opened", container=container, port=TERMINAL, peer=request.peer)
 
     def _ticket(self, request: UpgradeRequest, container: str, port: int | None) -> Ticket | None:
         """The request's ticket if it is good for this container and port, None being that it is for a terminal.
