@@ -22,13 +22,13 @@ import structlog
 from kohakuriver.asking import asker
 from kohakuriver.errors import KohakuRiverError, UnavailableError
 from kohakuriver.limits import Limits
+from kohakuriver.relay.open_ports import TaskSockets
 from kohakuriver.runner.backends.base import (
     Backend,
     ExecRequest,
     ExecSession,
     Reporter,
     Surroundings,
-    TaskSockets,
 )
 from kohakuriver.runner.backends.printed import CLIENT_CHATTER, LogRequest, Printed
 from kohakuriver.runner.backends.process import reaper as guard

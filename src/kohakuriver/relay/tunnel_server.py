@@ -8,13 +8,13 @@ from typing import Any
 from kohakuriver._frame import FrameWalker
 from kohakuriver.errors import NotAllowedError, UnauthenticatedError, UnavailableError
 from kohakuriver.limits import Limits
-from kohakuriver.runner.services.admission import Admission
-from kohakuriver.runner.services.direct import DirectSession, DirectTarget
-from kohakuriver.runner.services.hub import Hub
-from kohakuriver.runner.services.relay import SessionLeg, TunnelLeg
-from kohakuriver.runner.services.shares import Shares
-from kohakuriver.runner.services.straight import Paths, Straights
-from kohakuriver.runner.services.terminal_room import TerminalRoom
+from kohakuriver.relay.admission import Admission
+from kohakuriver.relay.direct import DirectSession, DirectTarget
+from kohakuriver.relay.hub import Hub
+from kohakuriver.relay.legs import SessionLeg, TunnelLeg
+from kohakuriver.relay.shares import Shares
+from kohakuriver.relay.straight import Paths, Straights
+from kohakuriver.relay.terminal_room import TerminalRoom
 from kohakuriver.session.ticket import Ticket
 from kohakuriver.tunnel.accept import Peer, TunnelRoute, UpgradeRequest, greet
 from kohakuriver.tunnel.ports import beyond_of, port_in, ports_in

@@ -13,9 +13,9 @@ import structlog
 
 from kohakuriver.changes import Changes
 from kohakuriver.errors import UnavailableError
-from kohakuriver.runner.services.direct import DirectSession, Keepers
-from kohakuriver.runner.services.relay import SessionLeg, TunnelLeg
-from kohakuriver.runner.services.traffic import Counted, Traffic
+from kohakuriver.relay.direct import DirectSession, Keepers
+from kohakuriver.relay.legs import SessionLeg, TunnelLeg
+from kohakuriver.relay.traffic import Counted, Traffic
 from kohakuriver.tunnel.protocol import NOTICE, SESSION_ID, CloseCode
 
 __all__ = ["EXPECTED_SECONDS", "QUARREL_SECONDS", "QUARREL_TIMES", "Hub"]

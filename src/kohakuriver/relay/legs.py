@@ -14,8 +14,8 @@ from collections.abc import Callable
 from typing import Any, Generic, Protocol, TypeVar
 
 from kohakuriver._frame import WHOLE, WS_TEXT, Message, RelayWalker, RoutingTable
-from kohakuriver.runner.services.admission import Admission
-from kohakuriver.runner.services.straight import Paths
+from kohakuriver.relay.admission import Admission
+from kohakuriver.relay.straight import Paths
 from kohakuriver.tunnel.buffers import Assembler
 from kohakuriver.tunnel.closing import CloseState
 from kohakuriver.tunnel.link import Link
