@@ -6,20 +6,29 @@ use std::time::Duration;
 
 use lexopt::prelude::*;
 
+use crate::agent::{Agent, SshServer};
 use crate::handshake::RunnerUrl;
 use crate::log::Level;
 use crate::offer::Offer;
+use crate::outwards::Outwards;
 use crate::settings::Settings;
-use crate::token::Place;
+use crate::token::{Place, Secret};
+
+/// The variable that may hold an agent's token. What an agent starts gets its environment without it.
+pub const TOKEN: &str = "KOHAKURIVER_TOKEN";
 
 /// What `--help` prints.
 pub const HELP: &str = "\
 Carries this container's ports to its runner.
 
 Usage: tunnel-client [OPTIONS] [run [-- COMMAND...]]
+       tunnel-client [OPTIONS] agent [AGENT-OPTIONS] [-- COMMAND...]
 
   run [-- COMMAND...]     start COMMAND, be its init (signals, orphans, exit code) and keep the
                           tunnel up beside it; without COMMAND stay until told to stop
+
+  agent [-- COMMAND...]   without a runner: connect to a host, which makes a task of wherever this runs. COMMAND is
+                          started once the host has taken it in, or can't be reached; with it the task ends
 
 Options:
   -r, --runner-url URL    where the runner is, http://… or unix:/PATH [RUNNER_URL, KOHAKURIVER_TUNNEL_URL]
@@ -33,6 +42,16 @@ Options:
   --open-stdin            give COMMAND an input that stays open and empty, where a shell or an interpreter waits
   --log-level LEVEL       error, warn, info or debug [LOG_LEVEL, info]
   --version, --help
+
+Agent options:
+  --host URL              the host, or several with commas between [KOHAKURIVER_HOST]
+  --name NAME             what the task is called       [KOHAKURIVER_AGENT_NAME]
+  --token-file FILE       a token of its user, or of `token create --agent` [KOHAKURIVER_TOKEN has the token itself]
+  --ca-file FILE          who signed the host's certificate [KOHAKURIVER_CA_FILE, the system's authorities]
+  --ports LIST            what is carried beside what this user's processes listen on: ports, or all
+  --via LOGIN             go out by `ssh -W` through this machine
+  --ssh-port PORT, --ssh-host-key LINE, --ssh-host-key-ecdsa LINE
+                          an SSH server that listens here on loopback
 
 Windows and times, bytes and seconds, from the environment: KOHAKURIVER_WINDOW_FIRST,
 KOHAKURIVER_WINDOW_MAX, KOHAKURIVER_WINDOW_BUDGET, KOHAKURIVER_KEEP_BUDGET, KOHAKURIVER_DETACHED_BUDGET,
@@ -61,6 +80,8 @@ pub struct Options {
     pub open_stdin: bool,
     /// `run`, with its command, which may be empty.
     pub run: Option<Vec<OsString>>,
+    /// Of an agent, what it wants of its hosts.
+    pub agent: Option<Agent>,
 }
 
 /// What a command line asks for.
@@ -90,6 +111,7 @@ pub fn parse(
     let mut open_stdin = false;
     let mut offer = None;
     let mut run = None;
+    let mut asked = None;
     while let Some(argument) = parser.next().map_err(text)? {
         match argument {
             Short('r') | Long("runner-url") => url = Some(value(&mut parser)?),
@@ -112,8 +134,16 @@ pub fn parse(
                 ));
             }
             Value(word) if word == "run" => run = Some(command(&mut parser)?),
+            Value(word) if word == "agent" => asked = Some(AgentOptions::read(&mut parser, &env)?),
             other => return Err(text(other.unexpected())),
         }
+    }
+    if let Some(asked) = asked {
+        if run.is_some() {
+            return Err("run and agent don't go together".into());
+        }
+        let settings = Settings::from_env(&env)?;
+        return asked.options(settings, offer, delay, log_level, open_stdin);
     }
     let container = container.ok_or("no container id: give --container-id or set CONTAINER_ID")?;
     check_container(&container)?;
@@ -134,7 +164,122 @@ pub fn parse(
         },
         open_stdin,
         run,
+        agent: None,
     })))
+}
+
+/// What stands behind `agent`, and in the environment for it.
+#[derive(Default)]
+struct AgentOptions {
+    hosts: Option<String>,
+    name: Option<String>,
+    token: Option<Place>,
+    ca_file: Option<PathBuf>,
+    ports: Option<String>,
+    via: Option<String>,
+    ssh: SshServer,
+    command: Vec<OsString>,
+}
+
+impl AgentOptions {
+    fn read(
+        parser: &mut lexopt::Parser,
+        env: impl Fn(&str) -> Option<String>,
+    ) -> Result<Self, String> {
+        let given = env(TOKEN).map(|token| Place::Given(Secret(token.trim().to_owned())));
+        let mut read = Self {
+            hosts: env("KOHAKURIVER_HOST"),
+            name: env("KOHAKURIVER_AGENT_NAME"),
+            token: given,
+            ca_file: env("KOHAKURIVER_CA_FILE").map(PathBuf::from),
+            ..Self::default()
+        };
+        while let Some(argument) = next_option(parser)? {
+            match argument {
+                Long("host") => read.hosts = Some(value(parser)?),
+                Long("name") => read.name = Some(value(parser)?),
+                Long("token-file") => read.token = Some(Place::File(file(parser)?)),
+                Long("ca-file") => read.ca_file = Some(file(parser)?),
+                Long("ports") => read.ports = Some(value(parser)?),
+                Long("via") => read.via = Some(value(parser)?),
+                Long("ssh-port") => read.ssh.port = Some(number(parser)?),
+                Long("ssh-host-key") => read.ssh.host_key = Some(value(parser)?),
+                Long("ssh-host-key-ecdsa") => read.ssh.host_key_ecdsa = Some(value(parser)?),
+                other => return Err(text(other.unexpected())),
+            }
+        }
+        read.command = parser.raw_args().map_err(text)?.collect();
+        if read.command.first().is_some_and(|word| word == "--") {
+            read.command.remove(0);
+        }
+        Ok(read)
+    }
+
+    fn options(
+        self,
+        settings: Settings,
+        offer: Option<Offer>,
+        delay: f64,
+        log_level: Level,
+        open_stdin: bool,
+    ) -> Result<Request, String> {
+        let named = self
+            .hosts
+            .ok_or("no host: give --host or set KOHAKURIVER_HOST")?;
+        let hosts = named
+            .split([',', ' '])
+            .filter(|each| !each.is_empty())
+            .map(RunnerUrl::of_host)
+            .collect::<Result<Vec<_>, _>>()?;
+        let first = hosts.first().cloned().ok_or("no host: --host is empty")?;
+        if self.via.as_deref().is_some_and(|via| via.starts_with('-')) {
+            return Err("--via is the name of a machine, as ssh takes it".into());
+        }
+        let said = offer.is_some() || settings.offer != Offer::default();
+        let more = self.ports.unwrap_or_default();
+        let ports = match more.split(',').any(|each| each.trim() == "all") {
+            true => Offer::default(),
+            false => Offer::parse(format!("own,{more}").trim_end_matches(','))?,
+        };
+        let tls = hosts.iter().any(RunnerUrl::is_tls);
+        let outwards = Outwards::new(tls, self.ca_file.as_deref(), self.via)?;
+        if self.token.is_none() {
+            return Err("no token: set KOHAKURIVER_TOKEN or give --token-file".into());
+        }
+        Ok(Request::Work(Box::new(Options {
+            url: first,
+            container: "this agent".into(),
+            token: self.token,
+            reconnect_delay: Duration::try_from_secs_f64(delay)
+                .map_err(|_| "--reconnect-delay is a number of seconds")?,
+            max_reconnect: None,
+            log_level,
+            settings: Settings {
+                offer: match said && more.is_empty() {
+                    true => offer.unwrap_or(settings.offer.clone()),
+                    false => ports,
+                },
+                ..settings
+            },
+            open_stdin,
+            run: Some(self.command),
+            agent: Some(Agent::new(hosts, self.name, self.ssh, outwards)),
+        })))
+    }
+}
+
+/// The next option; none where the command begins, of which nothing is read.
+fn next_option<'a>(parser: &'a mut lexopt::Parser) -> Result<Option<lexopt::Arg<'a>>, String> {
+    let ends = match parser.try_raw_args() {
+        Some(rest) => rest
+            .peek()
+            .is_none_or(|word| word == "--" || !word.to_string_lossy().starts_with('-')),
+        None => false,
+    };
+    if ends {
+        return Ok(None);
+    }
+    parser.next().map_err(text)
 }
 
 fn place(env: impl Fn(&str) -> Option<String>) -> Option<Place> {
@@ -278,6 +423,27 @@ mod tests {
     }
 
     #[test]
+    fn an_agent_needs_a_host_and_a_token_and_offers_what_is_its_users() {
+        let env = [("KOHAKURIVER_HOST", "a,https://b"), (TOKEN, "kr_1\n")];
+        let options = work(&["agent", "--name", "lab", "--", "sh", "--x"], &env).unwrap();
+        assert_eq!(options.run, Some(vec!["sh".into(), "--x".into()]));
+        assert_eq!(options.token, Some(Place::Given(Secret("kr_1".into()))));
+        assert_eq!(options.settings.offer, Offer::parse("own").unwrap());
+        let agent = options.agent.unwrap();
+        assert_eq!(agent.target(), "/ws/agent?name=lab");
+        let offer = |words: &[&str]| {
+            let words = [&["agent"], words].concat();
+            work(&words, &env).unwrap().settings.offer
+        };
+        assert_eq!(
+            offer(&["--ports", "80,90", "true"]),
+            Offer::parse("own,80,90").unwrap()
+        );
+        assert_eq!(offer(&["--ports", "all"]), Offer::default());
+        assert!(work(&["agent"], &env[..1]).is_err() && work(&["agent"], &env[1..]).is_err());
+    }
+
+    #[test]
     fn a_bad_command_line_is_told_in_one_sentence() {
         for words in [
             &["--no-such"][..],
@@ -290,6 +456,11 @@ mod tests {
             &["run", "--log-level", "debug"],
             &["--container-id", "a/b"],
             &["--runner-url", "https://h"],
+            &["agent", "--no-such"],
+            &["agent", "--host", "ftp://h"],
+            &["agent", "--host", "h", "--via", "-oProxyCommand=x"],
+            &["agent", "--host", "h", "--ports", "some"],
+            &["agent", "--host", "https://h", "--ca-file", "/no/such/file"],
         ] {
             let error = work(&[&BASE[..], words].concat(), &[]).unwrap_err();
             assert!(
