@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 import os
 import signal
+import sqlite3
 import subprocess
 import sys
 import time
@@ -212,7 +214,6 @@ def test_a_token_that_has_expired_makes_no_task(lab: Lab) -> None:
         ("name=garbage", "zz" * 16, 400),
         ("name=Not%20A%20Name", "0" * 32, 400),
         ("task=12x", "0" * 32, 400),
-        ("task=1234567890", "0" * 32, 410),
         ("ssh_port=99999", "0" * 32, 400),
         ("ssh_host_key=rubbish", "0" * 32, 400),
     ],
@@ -245,6 +246,46 @@ def test_bytes_that_are_no_protocol_end_the_link_and_nothing_else(lab: Lab) -> N
 
     asyncio.run(main())
     lab.echoing("after-rubbish")
+
+
+def test_an_agent_that_was_away_is_told_that_its_task_was_stopped_or_removed(tmp_path: Path) -> None:
+    script = ["sh", "-c", "trap 'exit 9' TERM; echo ready; while :; do sleep 0.05; done"]
+    with lab_at(tmp_path) as lab:
+        agents = {name: lab.agent(f"--name={name}", command=script) for name in ("asleep", "removed", "unknown")}
+        for name, agent in agents.items():
+            lab.connected(name)
+            eventually(lambda agent=agent: "ready" in agent.printed)  # type: ignore[misc]
+        lab.host.stop()
+        for agent in agents.values():
+            agent.process.send_signal(signal.SIGSTOP)
+        lab.start_host()
+        assert lab.ask("POST", "/api/tasks/asleep/stop", user="ann")["status"] == "stopped"
+        assert lab.ask("DELETE", "/api/tasks/removed", user="ann")["pending_removal"] is True
+        assert lab.task("removed") == {}
+        for agent in agents.values():
+            agent.process.send_signal(signal.SIGCONT)
+        assert [agents[name].ended() for name in ("asleep", "removed")] == [9, 9]
+        # What a host knows nothing of, as after a backup was restored, it does not end.
+        before = lab.connected("unknown")["task_id"]
+        lab.host.stop()
+        database = sqlite3.connect(lab.directory / "host" / "host.db")
+        with contextlib.closing(database), database:
+            database.execute("DELETE FROM tasks")
+        lab.start_host()
+        assert lab.connected("unknown")["task_id"] != before
+        assert agents["unknown"].process.poll() is None
+
+
+def test_a_command_that_ends_while_the_host_is_restarted_is_not_lost(tmp_path: Path) -> None:
+    with lab_at(tmp_path) as lab:
+        os.mkfifo(tmp_path / "fifo")
+        agent = lab.agent("--name=late", command=["sh", "-c", "read line < fifo; exit 6"])
+        lab.connected("late")
+        lab.host.stop()
+        (tmp_path / "fifo").write_text("go\n")
+        lab.start_host()
+        assert agent.ended() == 6
+        assert lab.is_("late", "failed")["exit_code"] == 6
 
 
 def test_an_agent_over_tls_trusts_whom_it_is_told_to(tmp_path: Path) -> None:

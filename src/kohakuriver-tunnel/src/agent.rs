@@ -3,6 +3,8 @@
 
 use std::fmt::Write;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::thread;
+use std::time::{Duration, Instant};
 
 use crate::handshake::{RunnerUrl, Said};
 use crate::init::Ender;
@@ -41,7 +43,12 @@ struct State {
     task: Option<String>,
     /// What the host said when it refused.
     refused: Option<Said>,
+    /// Whether there is a link.
+    linked: bool,
 }
+
+/// How often it is looked whether there is a link.
+const MOMENT: Duration = Duration::from_millis(20);
 
 impl Agent {
     /// For a task of this name, or any; `hosts` are asked in turn, until one answers.
@@ -109,6 +116,19 @@ impl Agent {
     /// Whether any host has taken this in.
     pub fn was_taken_in(&self) -> bool {
         self.state().task.is_some()
+    }
+
+    /// There is a link, or none.
+    pub fn is_linked(&self, linked: bool) {
+        self.state().linked = linked;
+    }
+
+    /// Waits until a host can be told something, for so long at most; not for one that has never answered.
+    pub fn wait_linked(&self, patience: Duration) {
+        let until = Instant::now() + patience;
+        while self.was_taken_in() && !self.state().linked && Instant::now() < until {
+            thread::sleep(MOMENT);
+        }
     }
 
     /// Notes why a host refused, for whoever has to tell.

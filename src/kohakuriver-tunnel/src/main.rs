@@ -20,6 +20,8 @@ const UNAVAILABLE: u8 = 4;
 const NOT_ALLOWED: u8 = 5;
 /// How long an orderly goodbye to the runner may take.
 const GOODBYE: Duration = Duration::from_millis(500);
+/// How long a host that is away is waited for, to be told how an agent's command has ended.
+const LAST_WORD: Duration = Duration::from_secs(10);
 const AFTER_PANIC: Duration = Duration::from_secs(1);
 
 fn main() -> ExitCode {
@@ -114,6 +116,9 @@ fn not_started((code, sentence): (i32, String)) -> ExitCode {
 
 /// Lets the tunnel end in good order; a host is told how an agent's command has ended.
 fn goodbye(options: &Options, stop: &Stop, end: &mpsc::Receiver<()>, exited: Option<i32>) {
+    if let Some(agent) = options.agent.as_ref().filter(|_| exited.is_some()) {
+        agent.wait_linked(LAST_WORD);
+    }
     stop.now(exited);
     let _ = end.recv_timeout(GOODBYE);
     if let Some(agent) = &options.agent {

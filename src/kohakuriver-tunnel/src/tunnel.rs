@@ -164,12 +164,15 @@ fn attempt(
     );
     let ender = agent.map(|agent| {
         agent.is_task(opened.granted.task.as_deref());
+        agent.is_linked(true);
         Arc::clone(&agent.ender)
     });
     tried();
     let newer = Arc::clone(token);
     let end_task = move || ender.iter().for_each(|ender| ender.end());
-    Ok(events.serve(endpoint, opened, move || newer.take(), end_task)?)
+    let served = events.serve(endpoint, opened, move || newer.take(), end_task);
+    agent.iter().for_each(|agent| agent.is_linked(false));
+    Ok(served?)
 }
 
 /// Waits, but no longer than until there is a new token; false if it was told to stop.

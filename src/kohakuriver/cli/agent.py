@@ -19,7 +19,7 @@ import typer
 
 from kohakuriver.cli.app import App
 from kohakuriver.cli.behind_dashes import WithCommand, command_of
-from kohakuriver.cli.options import Place, remote
+from kohakuriver.cli.options import Place, remote, warned
 from kohakuriver.errors import KohakuRiverError, UsageError
 
 __all__ = ["register"]
@@ -75,7 +75,7 @@ def agent(
 ) -> NoReturn:
     """Make a task of where this runs, and run CMD in it: a job, a pod, a machine behind a router."""
     program = _program()
-    settings = at.resolved()
+    settings = warned(at.resolved())
     options = {"--name": name, "--ports": ports, "--via": via, "--ca-file": settings.ca_file}
     environment = {**os.environ, "KOHAKURIVER_HOST": settings.named}
     if token_file is not None:

@@ -21,7 +21,7 @@ from kohakuriver.store.models import ACTIVE, Node, Task, Token, User
 from kohakuriver.store.news import note
 from kohakuriver.task import next_revision
 
-__all__ = ["BACKEND", "KEPT_SECONDS", "NODE_PREFIX", "Agents", "Coming", "Taken"]
+__all__ = ["BACKEND", "KEPT_SECONDS", "LOST_SECONDS", "NODE_PREFIX", "Agents", "Coming", "Taken"]
 
 BACKEND = "agent"
 
@@ -29,7 +29,10 @@ NODE_PREFIX = "@"
 """What the names of hosts begin with among the nodes, as no runner's may."""
 
 KEPT_SECONDS = 86_400.0
-"""For so long a task that has ended is shown with its exit code, and one is that was lost."""
+"""For so long a task that has ended is shown with its exit code."""
+
+LOST_SECONDS = 30 * 86_400.0
+"""For so long one that is lost may come back, and one that was removed is told so when it does."""
 
 
 class Coming(NamedTuple):
@@ -106,19 +109,21 @@ class Agents:
         if token is None or session.get(User, token.name, with_for_update={"read": True}) is None:
             raise UnauthenticatedError("The user of this token was removed; ask the host's administrator.")
         if why := _no_good(token, self._clock()):
-            raise UnauthenticatedError(f"{why}; make another one with `kohakuriver token create --agent`.")
+            sentence = f"{why}; make another one with `kohakuriver token create --agent`."
+            raise UnauthenticatedError(sentence, code="token_ended")
         return token
 
     def _found(self, session: Session, coming: Coming, token: Token) -> Task | None:
-        """The task that the agent has already; None where it has none yet. One that was stopped has ended for good."""
+        """The task that the agent has already; None where it has none, or none that this database knows of.
+
+        One that was stopped has ended for good.
+        """
         query = select(Task).where(Task.backend == BACKEND, Task.owner == token.name)
-        if coming.task_id is None:
-            task = session.scalars(query.where(Task.engine_name == coming.client)).first()
-            if task is None:
-                return None
-        else:
-            task = session.scalars(query.where(Task.task_id == coming.task_id)).first()
-        if task is None or task.removed or (task.engine_name == coming.client and task.status in ("stopped", "failed")):
+        known = Task.engine_name == coming.client if coming.task_id is None else Task.task_id == coming.task_id
+        task = session.scalars(query.where(known)).first()
+        if task is None:
+            return None
+        if task.engine_name == coming.client and (task.removed or task.status in ("stopped", "failed")):
             raise KohakuRiverError("This agent's task was stopped or removed.", code="agent_over", status=410)
         if task.engine_name != coming.client:
             raise UnavailableError(
@@ -186,11 +191,13 @@ class Agents:
 
     async def forget_the_gone(self) -> None:
         """Forget tasks that have ended long ago, hosts that are no more, and tokens of tasks that are none."""
-        old = self._clock() - KEPT_SECONDS
+        old, older = self._clock() - KEPT_SECONDS, self._clock() - LOST_SECONDS
 
         def work(session: Session) -> None:
-            gone = (Task.backend == BACKEND, Task.status.not_in(ACTIVE), Task.changed_at < old)
-            forgotten = list(session.scalars(select(Task.task_id).where(*gone)))
+            ended = Task.status.in_(("stopped", "failed")) & Task.removed.is_(False) & (Task.changed_at < old)
+            lost = Task.status.not_in(ACTIVE) & (Task.changed_at < older)
+            gone = select(Task.task_id).where(Task.backend == BACKEND, ended | lost)
+            forgotten = list(session.scalars(gone))
             for task_id in forgotten:
                 forget_task(session, task_id)
             session.flush()

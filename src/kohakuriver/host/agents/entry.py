@@ -59,7 +59,7 @@ class AgentEntry:
             await self._let_in(request, name)
         except KohakuRiverError as error:
             log.info("agent refused", peer=request.peer, reason=error.message)
-            if error.status in REFUSALS:
+            if error.status in REFUSALS or error.code == "token_ended":
                 self._audit.refused(error, name=name)
             raise
 

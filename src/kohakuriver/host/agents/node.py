@@ -32,6 +32,7 @@ from kohakuriver.relay.open_ports import OpenPorts, TaskSockets
 from kohakuriver.relay.traffic import COUNTS
 from kohakuriver.relay.tunnel_server import TunnelServer
 from kohakuriver.session import ticket
+from kohakuriver.session.nodes import NodeOfflineError
 from kohakuriver.session.ticket import Scope, Ticket, UsedTickets
 from kohakuriver.store import Agents, News, Store, Task
 from kohakuriver.store.agents import BACKEND, NODE_PREFIX
@@ -211,8 +212,14 @@ class AgentNode:
             self.book.note(task)
 
     async def remove(self, container: str) -> dict[str, Any]:
-        """End an agent, and forget its task; the task as it was."""
+        """End an agent, and forget its task; the task as it was.
+
+        Raises NodeOfflineError where the agent is away: it is told when it comes back, which the host has to remember.
+        """
+        told = container not in self.book or self.book.get(container).leg is not None
         report = await self.stop(container)
+        if not told and report["status"] == "stopped":
+            raise NodeOfflineError("The agent is away, and ends when it comes back.", self.name)
         if container in self.book:
             self._forget(self.book.get(container), "the task was removed", gone=True)
         return report
@@ -272,11 +279,11 @@ class AgentNode:
         withdrawn = await self._agents.withdrawn(links) if links else {}
         for task in self.book:
             if task.leg is not None and task.task_id in withdrawn:
-                task.leg.link.close(CloseCode.POLICY, withdrawn[task.task_id])
+                task.leg.link.fail(CloseCode.POLICY, withdrawn[task.task_id])
         await self.write()
         answer = await self._nodes.heartbeat(self.name, self._beat(set(here)))
         for task in self.book:
-            if task.task_id in answer.remove:
+            if task.task_id in answer.remove and task.leg is not None:
                 with contextlib.suppress(NotFoundError):
                     await self.remove(task.container)
 
