@@ -49,7 +49,7 @@ class Lab:
 
 @pytest.fixture
 def hosts(postgres: Postgres, tmp_path: Path) -> Iterator[TwoHosts]:
-    with two_hosts(tmp_path, postgres.new_database()) as hosts:
+    with two_hosts(tmp_path, postgres.new_database(), "--drain=20") as hosts:
         yield hosts
 
 
@@ -70,9 +70,13 @@ def test_either_host_reaches_an_agent_and_when_its_own_dies_it_goes_on_at_the_ot
             second = lab.connected("b", besides=first)
             assert all(flow.goes_on() for flow in flows), [flow.broken for flow in flows]
             assert second != first
+            hosts.start_host("a")
+            eventually(lambda: hosts.http["a"].get("/health/ready").status_code == 200)
+            hosts.restart_host("b")  # in good order: its agents go before its sessions
+            assert lab.connected("a", besides=second) == first
+            assert all(flow.goes_on() for flow in flows), [flow.broken for flow in flows]
             for flow in flows:
                 flow.end()
-        hosts.start_host("a")
         stopped = eventually(lambda: answer if (answer := _stop(hosts, "a", lab.name)).status_code == 200 else None)
         assert stopped.json()["status"] == "stopped"
         lab.agent.ended()

@@ -47,6 +47,7 @@ def test_a_task_is_there_as_long_as_its_agent_and_ends_with_its_commands_exit_co
     os.mkfifo(lab.directory / "fifo")
     task = lab.connected("job")
     assert (task["status"], task["backend"], task["owner"]) == ("running", "agent", "ann")
+    assert task["message"] == f"its agent runs on {os.uname().nodename}"
     (lab.directory / "fifo").write_text("go\n")
     assert agent.ended() == 3
     ended = lab.is_("job", "failed")

@@ -10,6 +10,7 @@ use crate::handshake::{RunnerUrl, Said};
 use crate::init::Ender;
 use crate::log;
 use crate::outwards::Outwards;
+use crate::sys;
 
 /// The SSH server beside an agent, as users' programs know it.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
@@ -27,6 +28,8 @@ pub struct SshServer {
 pub struct Agent {
     hosts: Vec<RunnerUrl>,
     name: Option<String>,
+    /// Where it runs, for people.
+    machine: Option<String>,
     ssh: SshServer,
     /// How the hosts are reached.
     pub outwards: Outwards,
@@ -61,6 +64,7 @@ impl Agent {
         Self {
             hosts,
             name,
+            machine: sys::machine(),
             ssh,
             outwards,
             ender: Arc::default(),
@@ -91,6 +95,7 @@ impl Agent {
         for (key, value) in [
             ("task", &task),
             ("name", &self.name),
+            ("machine", &self.machine),
             ("ssh_port", &port),
             ("ssh_host_key", &self.ssh.host_key),
             ("ssh_host_key_ecdsa", &self.ssh.host_key_ecdsa),
@@ -174,8 +179,10 @@ mod tests {
 
     #[test]
     fn a_host_is_asked_for_a_task_and_later_for_that_one() {
-        let agent = agent(&["h"]);
-        let asked = "name=lab&ssh_port=2222&ssh_host_key=ssh-ed25519%20AA%2B%2F%3D%20me";
+        let mut agent = agent(&["h"]);
+        agent.machine = Some("gpu17".into());
+        let asked =
+            "name=lab&machine=gpu17&ssh_port=2222&ssh_host_key=ssh-ed25519%20AA%2B%2F%3D%20me";
         assert_eq!(agent.target(), format!("/ws/agent?{asked}"));
         assert!(!agent.was_taken_in());
         agent.is_task(Some("17 lab"));

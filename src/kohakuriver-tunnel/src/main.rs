@@ -8,6 +8,7 @@ use std::sync::{Arc, mpsc};
 use std::thread;
 use std::time::Duration;
 
+use kohakuriver_tunnel::agent::Agent;
 use kohakuriver_tunnel::args::{self, Options, Request};
 use kohakuriver_tunnel::event_loop::{EventLoop, Stop};
 use kohakuriver_tunnel::handshake::Said;
@@ -84,29 +85,40 @@ fn work(options: Arc<Options>) -> io::Result<ExitCode> {
             let _ended = ended;
             carry(&carried, &token, events, tried);
         })?;
-    let mut command = at_once;
-    if let Some(agent) = &options.agent {
-        let _ = trial.recv();
-        drop(trial);
-        if let Some(said) = agent.refusal() {
-            log!(Error, "{}", said.sentence);
-            return Ok(ExitCode::from(refused(&said)));
-        }
-        command = match start() {
+    let command = match &options.agent {
+        None => at_once,
+        Some(agent) => match begun(agent, &trial, start) {
             Ok(command) => command,
-            Err(failure) => {
-                let code = failure.0;
-                let failed = not_started(failure);
+            Err(code) => {
                 goodbye(&options, &stop, &end, Some(code));
-                return Ok(failed);
+                return Ok(ExitCode::from(code as u8));
             }
-        };
-        let this = process::id() as libc::pid_t;
-        agent.ender.is_for(command.unwrap_or(this));
-    }
+        },
+    };
+    drop(trial);
     let code = init::supervise(&signals, command);
     goodbye(&options, &stop, &end, options.agent.as_ref().map(|_| code));
     Ok(ExitCode::from(code as u8))
+}
+
+/// The command of an agent, started once it is known whether a host takes it in. An error is the exit code.
+fn begun(
+    agent: &Agent,
+    trial: &mpsc::Receiver<()>,
+    start: impl FnOnce() -> Result<Option<libc::pid_t>, (i32, String)>,
+) -> Result<Option<libc::pid_t>, i32> {
+    let _ = trial.recv();
+    if let Some(said) = agent.refusal() {
+        log!(Error, "{}", said.sentence);
+        return Err(refused(&said).into());
+    }
+    let command = start().map_err(|(code, sentence)| {
+        log!(Error, "{sentence}");
+        code
+    })?;
+    let this = process::id() as libc::pid_t;
+    agent.ender.is_for(command.unwrap_or(this));
+    Ok(command)
 }
 
 fn not_started((code, sentence): (i32, String)) -> ExitCode {

@@ -32,6 +32,43 @@ _SET_PARENT_DEATH_SIGNAL = 1
 _KEYS = ("host_key", "host_key_ecdsa")
 
 
+NameOption = Annotated[
+    str | None,
+    typer.Option(
+        "--name", metavar="NAME", help="What the task is called. Default: a made up name.", show_default=False
+    ),
+]
+PortsOption = Annotated[
+    str | None,
+    typer.Option(
+        "--ports",
+        metavar="PORTS",
+        help="What is carried beside what your own processes listen on: ports with commas between, or all.",
+        show_default=False,
+    ),
+]
+SshOption = Annotated[bool, typer.Option("--ssh", help="Run an SSH server, too, that lets your keys in.")]
+PublicKeyOption = Annotated[
+    list[Path] | None,
+    typer.Option(
+        "--public-key-file", metavar="FILE", help="Whom that lets in, too; may be repeated.", show_default=False
+    ),
+]
+TokenFileOption = Annotated[
+    Path | None,
+    typer.Option(
+        "--token-file",
+        metavar="FILE",
+        help="A token, as of 'token create --agent'. Default: KOHAKURIVER_TOKEN, or your login.",
+        show_default=False,
+    ),
+]
+ViaOption = Annotated[
+    str | None,
+    typer.Option("--via", metavar="LOGIN", help="Go out through this machine, by 'ssh -W'.", show_default=False),
+]
+
+
 def register(app: App) -> None:
     """Add the command to the program."""
     app.command(cls=WithCommand, epilog="Example: kohakuriver agent --name train -- python train.py")(remote(agent))
@@ -40,38 +77,12 @@ def register(app: App) -> None:
 def agent(
     ctx: typer.Context,
     at: Place,
-    name: Annotated[
-        str | None,
-        typer.Option("--name", metavar="NAME", help="What the task is called. Default: a made up name."),
-    ] = None,
-    ports: Annotated[
-        str | None,
-        typer.Option(
-            "--ports",
-            metavar="PORTS",
-            help="What is carried beside what your own processes listen on: ports with commas between, or all.",
-        ),
-    ] = None,
-    with_ssh: Annotated[
-        bool, typer.Option("--ssh", help="Run an SSH server beside it, that lets your keys in.")
-    ] = False,
-    public_key_file: Annotated[
-        list[Path] | None,
-        typer.Option("--public-key-file", metavar="FILE", help="Whom that lets in, too; may be repeated."),
-    ] = None,
-    token_file: Annotated[
-        Path | None,
-        typer.Option(
-            "--token-file",
-            metavar="FILE",
-            help="A token, as of 'token create --agent'. Default: KOHAKURIVER_TOKEN, or your login.",
-            show_default=False,
-        ),
-    ] = None,
-    via: Annotated[
-        str | None,
-        typer.Option("--via", metavar="LOGIN", help="Go out through this machine, by 'ssh -W'."),
-    ] = None,
+    name: NameOption = None,
+    ports: PortsOption = None,
+    with_ssh: SshOption = False,
+    public_key_file: PublicKeyOption = None,
+    token_file: TokenFileOption = None,
+    via: ViaOption = None,
 ) -> NoReturn:
     """Make a task of where this runs, and run CMD in it: a job, a pod, a machine behind a router."""
     program = _program()

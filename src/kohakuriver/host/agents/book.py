@@ -26,7 +26,9 @@ STOPPED = "it was stopped"
 
 @dataclass(kw_only=True)
 class AgentTask(TaskReport):
-    """One of them. `token` is the digest of what its agent showed; `away_since` is None while that is connected.
+    """One of them. `token` is the digest of what its agent showed, and `machine` where it runs, as it says.
+
+    `away_since` is None while it is connected.
 
     `stopping` says that its agent was told to end, and `over` that it has.
     """
@@ -35,6 +37,7 @@ class AgentTask(TaskReport):
     name: str
     token: str = ""
     away_since: float | None = None
+    machine: str = ""
     stopping: bool = False
     over: asyncio.Event = field(default_factory=asyncio.Event)
     leg: TunnelLeg | None = None
@@ -50,7 +53,7 @@ class AgentTask(TaskReport):
     def came(self, leg: TunnelLeg) -> None:
         """Its agent is connected."""
         self.leg, self.away_since, self.stopping = leg, None, False
-        self._is("running", None)
+        self._is("running", f"its agent runs on {self.machine}" if self.machine else None)
 
     def went(self, now: float) -> None:
         """The link of its agent has gone: its task has ended, as the agent says, or may go on."""

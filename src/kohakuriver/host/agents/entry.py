@@ -20,6 +20,7 @@ from kohakuriver.host.services.tasks import container_name, new_task_id
 from kohakuriver.store import Agents, Task
 from kohakuriver.store.agents import BACKEND, Coming, Taken
 from kohakuriver.task import TaskOrder, TaskReport, is_task_name
+from kohakuriver.text import printable
 from kohakuriver.tunnel.accept import TunnelRoute, UpgradeRequest
 
 __all__ = ["AgentEntry"]
@@ -27,6 +28,9 @@ __all__ = ["AgentEntry"]
 log = structlog.get_logger("kohakuriver.host")
 
 PATH = "/ws/agent"
+
+LONGEST_MACHINE = 64
+"""Characters of the name of an agent's machine that are told."""
 
 _ID = re.compile(r"[0-9a-f]{32}")
 _reports: TypeAdapter[TaskReport] = TypeAdapter(TaskReport)
@@ -114,10 +118,11 @@ def _said(request: UpgradeRequest, name: str) -> tuple[str, int | None, TaskRepo
     known = request.query.get("task")
     if known is not None and not (known.isascii() and known.isdigit() and len(known) < 19):
         raise UsageError(f"{known!r} is no task's id.")
+    machine = printable(request.query.get("machine", ""), keep="")[:LONGEST_MACHINE]
     keys = ("ssh_port", "ssh_host_key", "ssh_host_key_ecdsa")
     told = {key: request.query[key] for key in keys if key in request.query}
     try:
-        about = _reports.validate_python({"task_id": 0, "status": "running", **told})
+        about = _reports.validate_python({"task_id": 0, "status": "running", "message": machine, **told})
     except ValidationError as error:
         raise UsageError("What the agent says of its SSH server makes no sense.") from error
     client = hashlib.sha256(request.client.encode()).hexdigest()

@@ -166,12 +166,12 @@ class AgentNode:
     # Agents
 
     def admit(self, request: UpgradeRequest, task: Task, token: str, about: TaskReport) -> None:
-        """Take an agent in, which is this task; `about` has what it says of its SSH server.
+        """Take an agent in, which is this task; `about` has what it says of its SSH server, and of where it runs.
 
         Raises HostUnreachableError where it has hung up.
         """
         known = self.book.add(task)
-        known.token = token
+        known.token, known.machine = token, about.message or ""
         known.ssh_port, known.ssh_host_key = about.ssh_port, about.ssh_host_key
         known.ssh_host_key_ecdsa = about.ssh_host_key_ecdsa
         headers = {TASK_HEADER: f"{task.task_id} {known.name}"}
