@@ -48,6 +48,8 @@ struct State {
     refused: Option<Said>,
     /// Whether there is a link.
     linked: bool,
+    /// Whether none will be any more.
+    over: bool,
 }
 
 /// How often it is looked whether there is a link.
@@ -128,12 +130,22 @@ impl Agent {
         self.state().linked = linked;
     }
 
+    /// There will be no link any more: the task is not this agent's.
+    pub fn is_over(&self) {
+        self.state().over = true;
+    }
+
     /// Waits until a host can be told something, for so long at most; not for one that has never answered.
     pub fn wait_linked(&self, patience: Duration) {
         let until = Instant::now() + patience;
-        while self.was_taken_in() && !self.state().linked && Instant::now() < until {
+        while self.may_be_linked() && Instant::now() < until {
             thread::sleep(MOMENT);
         }
+    }
+
+    fn may_be_linked(&self) -> bool {
+        let state = self.state();
+        state.task.is_some() && !state.linked && !state.over
     }
 
     /// Notes why a host refused, for whoever has to tell.

@@ -89,8 +89,12 @@ fn judge(agent: &Agent, refusal: &Refusal) -> Option<Outcome> {
         return None;
     };
     match said.code.as_str() {
-        AGENT_OVER => Some(Outcome::Over),
+        AGENT_OVER => {
+            agent.is_over();
+            Some(Outcome::Over)
+        }
         AGENT_REPLACED => {
+            agent.is_over();
             log!(Warn, "{}", said.sentence);
             Some(Outcome::Replaced)
         }
