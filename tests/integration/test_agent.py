@@ -6,6 +6,8 @@ import asyncio
 import contextlib
 import json
 import os
+import re
+import shutil
 import signal
 import sqlite3
 import subprocess
@@ -26,6 +28,7 @@ from tests.support.up import connect as connected
 from tests.support.up import echoes, refused
 
 NOBODY = 61234  # as no process of this machine is
+MANIFEST = Path(__file__).resolve().parents[2] / "deploy" / "kubernetes" / "agent.yaml"
 SLEEP = ["sleep", "1000"]
 V2 = Subprotocol("kohakuriver.tunnel.v2")
 
@@ -247,6 +250,29 @@ def test_bytes_that_are_no_protocol_end_the_link_and_nothing_else(lab: Lab) -> N
 
     asyncio.run(main())
     lab.echoing("after-rubbish")
+
+
+def test_the_agent_of_the_kubernetes_manifest_is_a_task_from_an_image_with_nothing_else(
+    lab: Lab, tmp_path: Path
+) -> None:
+    """Its arguments, as its user, in a root directory that has the program and its token alone."""
+    if os.geteuid() != 0:
+        pytest.skip("needs root, for a root directory of its own")
+    manifest = MANIFEST.read_text("utf-8")
+    [arguments] = re.findall(r"^ +args: \[(agent, .*)\]$", manifest, re.MULTILINE)
+    [user] = re.findall(r"^ +runAsUser: (\d+)$", manifest, re.MULTILINE)
+    root = tmp_path / "root"
+    (root / "run" / "kohakuriver").mkdir(parents=True)
+    shutil.copy(lab.environment["KOHAKURIVER_TUNNEL_CLIENT"], root / "tunnel-client")
+    made = lab.ask("POST", "/api/tokens", {"agent": True}, user="ann")
+    (root / "run" / "kohakuriver" / "token").write_text(made["token"])
+    pod = lab.launch(["chroot", f"--userspec={user}:{user}", str(root), "/tunnel-client", *arguments.split(", ")])
+    _, port = lab.echoing("in-the-pod")
+    lab.connected("notebook")
+    with kohakuriver.forward_sync("notebook", port, host=lab.url, token=lab.tokens["ann"]) as forward:
+        assert through(forward.local_port)
+    assert pod.stop() == 0
+    assert lab.is_("notebook", "stopped")["exit_code"] == 0
 
 
 def test_an_agent_that_was_away_is_told_that_its_task_was_stopped_or_removed(tmp_path: Path) -> None:
