@@ -53,6 +53,9 @@ LOOK_SECONDS = 2.0
 STOP_SECONDS = 20.0
 """For so long an agent that was told to end is waited for; it gives its command half of that."""
 
+NOWHERE = "http://started-without-advertise-url.invalid"
+"""Where other hosts look for one of which they don't know where it is; there is no such name (RFC 6761 section 6.4)."""
+
 NO_DIRECT = "an agent's task is reached through the host alone"
 
 _TRAFFIC = (*COUNTS, "sessions", "streams")
@@ -146,7 +149,7 @@ class AgentNode:
                 return
             node = await self._nodes.enter(
                 self.name,
-                url=self._advertised or self.own_url,
+                url=self._advertised or (self.own_url if self._store.server is None else NOWHERE),
                 instance=self._instance,
                 version=__version__,
                 backends=[BACKEND],
