@@ -157,6 +157,20 @@ def test_an_agent_that_is_gone_without_a_word_is_lost_and_one_of_its_name_is_the
         assert through(forward.local_port)
 
 
+def test_a_task_that_has_ended_is_one_again_with_all_that_it_can(lab: Lab) -> None:
+    first = lab.agent("--name=again", command=["true"])
+    assert first.ended() == 0
+    before = lab.is_("again", "stopped")["task_id"]
+    agent, port = lab.echoing("again")
+    with kohakuriver.forward_sync("again", port, host=lab.url, token=lab.tokens["ann"]) as forward:
+        assert through(forward.local_port)
+    assert lab.connected("again")["task_id"] == before
+    second = lab.agent("--name=again", command=["true"])
+    assert second.ended() == 4  # while the other one answers
+    assert lab.ask("POST", "/api/tasks/again/stop", user="ann")["exit_code"] == 128 + signal.SIGTERM
+    assert agent.ended() == 128 + signal.SIGTERM
+
+
 def test_a_name_that_is_anothers_and_a_limit_refuse_an_agent_before_its_command_runs(lab: Lab, tmp_path: Path) -> None:
     lab.agent("--name=taken")
     lab.connected("taken")

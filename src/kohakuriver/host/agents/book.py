@@ -53,6 +53,7 @@ class AgentTask(TaskReport):
     def came(self, leg: TunnelLeg) -> None:
         """Its agent is connected."""
         self.leg, self.away_since, self.stopping = leg, None, False
+        self.over = asyncio.Event()  # it may have been another agent's, and ended with that
         self._is("running", f"its agent runs on {self.machine}" if self.machine else None)
 
     def went(self, now: float) -> None:
