@@ -68,8 +68,7 @@ class AgentNode:
     Args:
         directory: the host's state.
         mark_key: what users' marks are made with; all hosts on the database have the same.
-        own_url: where this host itself finds what is under `PREFIX`.
-        advertised: the same for the other hosts on the database, "" where they can't.
+        advertised: where the other hosts on the database find what is under `PREFIX`, "" where they can't.
         told: called with the ids of tasks about which something is another.
     """
 
