@@ -31,6 +31,7 @@ class BackendKind:
         network: whether a task has a network of its own, so that its ports are nobody else's.
         as_runner: whether its tasks are the runner's own user on the node, with nothing between.
         dialled: whether the runner itself dials a task's ports, always.
+        dials_in: whether a task is whatever connects to the host as one: no runner has it, and nobody starts it again.
         default: whether a runner offers it where nothing else was said.
     """
 
@@ -49,6 +50,7 @@ class BackendKind:
     network: bool = False
     as_runner: bool = False
     dialled: bool = False
+    dials_in: bool = False
     default: bool = False
 
 
@@ -90,13 +92,20 @@ BACKENDS: dict[str, BackendKind] = {
             dialled=True,
             default=True,
         ),
+        BackendKind(
+            name="agent",
+            container="kohakuriver-agent-{}",
+            advice="start `kohakuriver agent` where it is to run",
+            terminal=True,
+            dials_in=True,
+        ),
     )
 }
 
 
 def names() -> list[str]:
-    """All of them, the most usual first."""
-    return list(BACKENDS)
+    """Those that a runner can have, the most usual first."""
+    return [kind.name for kind in BACKENDS.values() if not kind.dials_in]
 
 
 def kind_of(name: str) -> BackendKind:

@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import base64
 import re
+import signal
+import time
 from collections.abc import Callable, Mapping
 from dataclasses import MISSING, Field, asdict, dataclass, field, fields
 from ipaddress import ip_address
@@ -38,9 +40,11 @@ __all__ = [
     "TaskView",
     "Whole",
     "asked_for",
+    "describe_exit",
     "is_engine_id",
     "is_task_name",
     "matching",
+    "next_revision",
     "part_of",
     "taken_from",
 ]
@@ -413,3 +417,23 @@ def asked_for(wish: Declared) -> dict[str, Any]:
         return f.default if f.default_factory is MISSING else f.default_factory()
 
     return {f.name: value for f in fields(wish) if (value := getattr(wish, f.name)) != default(f)}
+
+
+_last_revision = 0
+
+
+def next_revision() -> int:
+    """A number greater than every one before, also over restarts: nanoseconds since the epoch, pushed on if need be."""
+    global _last_revision
+    _last_revision = max(_last_revision + 1, time.time_ns())
+    return _last_revision
+
+
+def describe_exit(code: int) -> tuple[Status, str]:
+    """Status and message for an exit code; above 128 it means a signal."""
+    if code == 0:
+        return "stopped", "it ended by itself with exit code 0"
+    try:
+        return "failed", f"it was ended by {signal.Signals(code - 128).name} (exit code {code})"
+    except ValueError:
+        return "failed", f"it ended with exit code {code}"

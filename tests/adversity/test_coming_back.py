@@ -13,7 +13,7 @@ import pytest
 
 from kohakuriver.errors import UnavailableError
 from kohakuriver.host.services import tunnel_proxy
-from kohakuriver.runner.services import hub
+from kohakuriver.relay import hub
 from kohakuriver.session.carried import Route
 from kohakuriver.session.nodes import NodeOfflineError
 from kohakuriver.tunnel.ports import GOES_ON

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from kohakuriver.client.forward import Reconnecting, Resumed, StreamError
-from kohakuriver.runner.services import hub
+from kohakuriver.relay import hub
 from kohakuriver.tunnel import doubt
 from tests.support.hops import CLIENTS, CONTAINER, dial, echo, kill, service, until
 from tests.support.stage import LINKS, stage

@@ -17,8 +17,8 @@ from urllib.parse import urljoin, urlsplit
 import httpx
 from websockets.asyncio.client import ClientConnection, connect
 
-from kohakuriver.runner.services.direct import DirectTarget
-from kohakuriver.runner.services.tunnel_server import TunnelServer
+from kohakuriver.relay.direct import DirectTarget
+from kohakuriver.relay.tunnel_server import TunnelServer
 from kohakuriver.session import ticket
 from kohakuriver.tunnel.accept import serve_ws
 from kohakuriver.tunnel.protocol import MARK

@@ -21,9 +21,9 @@ from kohakuriver.host.services.grants import Grants
 from kohakuriver.host.services.tunnel_proxy import TunnelProxy, straight_tells
 from kohakuriver.limits import Limits
 from kohakuriver.quotas import Quotas
-from kohakuriver.runner.services.direct import DirectTarget
-from kohakuriver.runner.services.straight import Straights
-from kohakuriver.runner.services.tunnel_server import TunnelServer
+from kohakuriver.relay.direct import DirectTarget
+from kohakuriver.relay.straight import Straights
+from kohakuriver.relay.tunnel_server import TunnelServer
 from kohakuriver.runtime import cancel_all
 from kohakuriver.session.carried import Route
 from kohakuriver.session.ticket import Ticket

@@ -55,6 +55,7 @@ from kohakuriver.runtime import cancel_all
 from kohakuriver.session import ticket
 from kohakuriver.store import (
     Accounts,
+    Agents,
     Browsers,
     DeviceCodes,
     Groups,
@@ -197,7 +198,8 @@ class HostUnderTest:
         self.revoked: list[tuple[str, ...]] = []
         self.counts = SessionCounts(store)
         self.grants = Grants(accounts, requests=self.requests, audit=audit, revoke=self._revoke, counts=self.counts)
-        self.hosts = Hosts(store, self.grants, self.nodes, changes, clock=clock)
+        self.agents = Agents(store, accounts, clock=clock)
+        self.hosts = Hosts(store, self.grants, self.nodes, changes, self.agents, clock=clock)
         self.readiness = Readiness(store)
         access = Access(store, accounts)
         self.forwards = Forwards(credentials, access, self.grants, store, self.nodes, self.tasks)

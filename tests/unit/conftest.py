@@ -14,6 +14,7 @@ from tests.support.host_only import HostUnderTest, a_host
 from tests.support.postgres import Postgres
 
 ON_EACH_DATABASE = {
+    "test_agents",
     "test_authorize",
     "test_browser",
     "test_host_api",

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from kohakuriver.limits import Limits
-from kohakuriver.runner.services.admission import Admission, ConnectRates, OpenStreams
+from kohakuriver.relay.admission import Admission, ConnectRates, OpenStreams
 from kohakuriver.session.ticket import Ticket
 from kohakuriver.tunnel.protocol import PROTO_TERMINAL, PROTO_UDP
 

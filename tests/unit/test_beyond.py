@@ -7,7 +7,7 @@ import pytest
 from kohakuriver.client.beyond import Address, Back, parse_address, parse_back
 from kohakuriver.errors import UsageError
 from kohakuriver.limits import Limits
-from kohakuriver.runner.services.admission import Admission, ConnectRates
+from kohakuriver.relay.admission import Admission, ConnectRates
 from kohakuriver.tunnel.ports import beyond_of
 from kohakuriver.tunnel.protocol import PROTO_TCP, PROTO_TERMINAL
 from kohakuriver.tunnel.terminal import LIST_SESSIONS, Start, beyond, beyond_in

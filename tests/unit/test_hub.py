@@ -13,7 +13,7 @@ from websockets.exceptions import InvalidStatus
 from websockets.typing import Subprotocol
 
 from kohakuriver.errors import NotAllowedError
-from kohakuriver.runner.services.hub import QUARREL_TIMES
+from kohakuriver.relay.hub import QUARREL_TIMES
 from kohakuriver.tunnel.protocol import CLIENT_HEADER, PING, PONG, TUNNEL_V2
 from tests.support.hops import CONTAINER, Chain, chain, until
 
@@ -44,7 +44,7 @@ def test_of_two_tunnel_clients_that_replace_each_other_the_connected_one_stays_a
             ((container, sentence),) = hops.troubles
             assert container == CONTAINER
             assert "end one of them" in sentence
-            monkeypatch.setattr("kohakuriver.runner.services.hub.QUARREL_OVER_SECONDS", 0.0)
+            monkeypatch.setattr("kohakuriver.relay.hub.QUARREL_OVER_SECONDS", 0.0)
             with pytest.raises(InvalidStatus):
                 async with dial():
                     pass
@@ -94,7 +94,7 @@ def test_a_second_client_is_refused_while_the_first_answers_and_the_task_says_fr
 
 
 def test_a_second_client_takes_over_from_one_that_is_silent(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("kohakuriver.runner.services.relay.ANSWER_SECONDS", 0.05)
+    monkeypatch.setattr("kohakuriver.relay.legs.ANSWER_SECONDS", 0.05)
 
     async def check() -> None:
         async with chain() as hops, dial(hops, "first"), dial(hops, "second"):
@@ -109,7 +109,7 @@ def test_a_second_client_takes_over_from_one_that_is_silent(run: Run, monkeypatc
 def test_a_client_whose_token_becomes_worthless_while_the_one_before_it_is_asked_is_not_taken_in(
     run: Run, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("kohakuriver.runner.services.relay.ANSWER_SECONDS", 1.0)
+    monkeypatch.setattr("kohakuriver.relay.legs.ANSWER_SECONDS", 1.0)
 
     async def check() -> None:
         async with chain() as hops, dial(hops, "first") as first:

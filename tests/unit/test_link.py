@@ -9,8 +9,8 @@ import pytest
 from kohakuriver._frame import WS_TEXT, FrameViolation, FrameWalker, Message, RelayWalker, SpliceWalker, build_frame
 from kohakuriver.host.services.tunnel_proxy import ProxySession, TunnelProxy
 from kohakuriver.limits import Limits
-from kohakuriver.runner.services.hub import Hub
-from kohakuriver.runner.services.relay import TunnelLeg
+from kohakuriver.relay.hub import Hub
+from kohakuriver.relay.legs import TunnelLeg
 from kohakuriver.session.carried import Route
 from kohakuriver.tunnel.accept import Ignore
 from kohakuriver.tunnel.buffers import Assembler

@@ -15,9 +15,8 @@ from websockets.asyncio.client import ClientConnection, connect
 from websockets.typing import Subprotocol
 
 from kohakuriver.errors import UnavailableError
-from kohakuriver.runner.backends.base import TaskSockets
-from kohakuriver.runner.services import open_ports
-from kohakuriver.runner.services.open_ports import OpenPorts
+from kohakuriver.relay import open_ports
+from kohakuriver.relay.open_ports import OpenPorts, TaskSockets
 from kohakuriver.runner.services.state import State, TaskRecord
 from kohakuriver.runner.services.task_book import TaskBook
 from kohakuriver.tunnel.protocol import (
@@ -90,7 +89,7 @@ class Runner:
         async def of_task(_: TaskRecord) -> TaskSockets:
             return sockets
 
-        self.ports = OpenPorts(self.book, of_task, hops.server.hub.tunnel_of)
+        self.ports = OpenPorts(self.book.get, of_task, hops.server.hub.tunnel_of)
 
     async def ask(self) -> dict[str, Any]:
         return await self.ports.of(CONTAINER)
@@ -244,7 +243,7 @@ def test_one_who_asks_no_longer_takes_nothing_from_the_others(run: Run, tmp_path
 def test_a_client_that_is_silent_or_goes_away_is_one_sentence_and_is_asked_anew(
     run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("kohakuriver.runner.services.relay.PORTS_SECONDS", 0.05)
+    monkeypatch.setattr("kohakuriver.relay.legs.PORTS_SECONDS", 0.05)
 
     async def check() -> None:
         async with a_client(tmp_path, silent) as (runner, client):
@@ -255,7 +254,7 @@ def test_a_client_that_is_silent_or_goes_away_is_one_sentence_and_is_asked_anew(
             assert await runner.ask() == {"ports": [], "more": False}
 
     run(check())
-    monkeypatch.setattr("kohakuriver.runner.services.relay.PORTS_SECONDS", 30.0)
+    monkeypatch.setattr("kohakuriver.relay.legs.PORTS_SECONDS", 30.0)
 
     async def goes() -> None:
         async with a_client(tmp_path, silent) as (runner, client):

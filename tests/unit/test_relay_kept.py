@@ -14,7 +14,7 @@ from websockets.exceptions import ConnectionClosed
 from websockets.typing import Subprotocol
 
 from kohakuriver.limits import Limits
-from kohakuriver.runner.services import hub
+from kohakuriver.relay import hub
 from kohakuriver.tunnel.protocol import (
     ACK,
     CLOSE,

@@ -8,8 +8,8 @@ from typing import Any
 
 from kohakuriver._frame import FrameWalker, build_frame
 from kohakuriver.limits import Limits
-from kohakuriver.runner.services.admission import Admission, ConnectRates
-from kohakuriver.runner.services.relay import SessionLeg, TunnelLeg
+from kohakuriver.relay.admission import Admission, ConnectRates
+from kohakuriver.relay.legs import SessionLeg, TunnelLeg
 from kohakuriver.tunnel.link import Link
 from kohakuriver.tunnel.protocol import CLOSE, CONNECT, CONNECTED, DATA, EOF, ERROR, PROTO_TCP, ErrorText, pack_limit
 from tests.support.peers.fake_transport import FakeTransport

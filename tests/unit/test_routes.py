@@ -20,15 +20,15 @@ from fastapi import FastAPI
 
 from kohakuriver.host.services.oidc import EVERYBODY, Rules
 from kohakuriver.host.services.oidc_provider import Provider
+from kohakuriver.relay.open_ports import OpenPorts
+from kohakuriver.relay.tunnel_server import TunnelServer
 from kohakuriver.runner import app as runner_app
-from kohakuriver.runner.services.open_ports import OpenPorts
 from kohakuriver.runner.services.registration import NodeIdentity, Registration
 from kohakuriver.runner.services.state import State, TaskRecord
 from kohakuriver.runner.services.task_book import TaskBook
 from kohakuriver.runner.services.tasks import TaskManager
 from kohakuriver.runner.services.terminal import TerminalServer
 from kohakuriver.runner.services.tunnel_guard import TunnelGuard
-from kohakuriver.runner.services.tunnel_server import TunnelServer
 from kohakuriver.session import ticket
 from kohakuriver.tunnel.accept import Peer, TunnelRoute, serve_ws
 from kohakuriver.tunnel.protocol import CLIENT_HEADER
@@ -399,7 +399,7 @@ class RunnerUnderTest:
         )
         self.tunnel_routes = [*self.tunnels.routes(), *self.terminals.routes()]
         self.guard = Guard()
-        ports = OpenPorts(self.tasks.book, self.tasks.sockets, self.tunnels.hub.tunnel_of)
+        ports = OpenPorts(self.tasks.book.get, self.tasks.sockets, self.tunnels.hub.tunnel_of)
         services = runner_app.Services(self.tasks, self.registration, "http://127.0.0.1:1", self.tunnels, ports)
         self.app = runner_app.create_app(services, self.guard)
 

@@ -14,7 +14,7 @@ from kohakuriver.client.straight import PathTaken, checked_url
 from kohakuriver.errors import UnauthenticatedError, UnavailableError, UsageError
 from kohakuriver.host.services.tunnel_proxy import straight_tells
 from kohakuriver.limits import Limits
-from kohakuriver.runner.services.straight import GOOD_SECONDS, Leg, Paths, Straights
+from kohakuriver.relay.straight import GOOD_SECONDS, Leg, Paths, Straights
 from kohakuriver.session import ticket
 from kohakuriver.session.ticket import Ticket
 from kohakuriver.tunnel.protocol import StraightOffer, WentStraight

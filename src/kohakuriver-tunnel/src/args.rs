@@ -6,19 +6,29 @@ use std::time::Duration;
 
 use lexopt::prelude::*;
 
+use crate::agent::{Agent, SshServer};
 use crate::handshake::RunnerUrl;
 use crate::log::Level;
+use crate::offer::Offer;
+use crate::outwards::Outwards;
 use crate::settings::Settings;
-use crate::token::Place;
+use crate::token::{Place, Secret};
+
+/// The variable that may hold an agent's token. What an agent starts gets its environment without it.
+pub const TOKEN: &str = "KOHAKURIVER_TOKEN";
 
 /// What `--help` prints.
 pub const HELP: &str = "\
 Carries this container's ports to its runner.
 
 Usage: tunnel-client [OPTIONS] [run [-- COMMAND...]]
+       tunnel-client [OPTIONS] agent [AGENT-OPTIONS] [-- COMMAND...]
 
   run [-- COMMAND...]     start COMMAND, be its init (signals, orphans, exit code) and keep the
                           tunnel up beside it; without COMMAND stay until told to stop
+
+  agent [-- COMMAND...]   without a runner: connect to a host, which makes a task of wherever this runs. COMMAND is
+                          started once the host has taken it in, or can't be reached; with it the task ends
 
 Options:
   -r, --runner-url URL    where the runner is, http://… or unix:/PATH [RUNNER_URL, KOHAKURIVER_TUNNEL_URL]
@@ -27,9 +37,21 @@ Options:
   --take-token FILE       the same; the file is removed once it is read [KOHAKURIVER_TUNNEL_TAKE_TOKEN]
   --reconnect-delay SECS  what the pause between attempts grows to, at random below it [RECONNECT_DELAY, 5]
   --max-reconnect N       give up after N failures in a row, 0 for never [MAX_RECONNECT, 0]
+  --offer LIST            which ports are carried, with commas: all; own, those of this user's processes;
+                          numbers, whosever they are [KOHAKURIVER_OFFER, all]
   --open-stdin            give COMMAND an input that stays open and empty, where a shell or an interpreter waits
   --log-level LEVEL       error, warn, info or debug [LOG_LEVEL, info]
   --version, --help
+
+Agent options:
+  --host URL              the host, or several with commas between [KOHAKURIVER_HOST]
+  --name NAME             what the task is called       [KOHAKURIVER_AGENT_NAME]
+  --token-file FILE       a token of its user, or of `token create --agent` [KOHAKURIVER_TOKEN has the token itself]
+  --ca-file FILE          who signed the host's certificate [KOHAKURIVER_CA_FILE, the system's authorities]
+  --ports LIST            what is carried beside what this user's processes listen on: ports, or all
+  --via LOGIN             go out by `ssh -W` through this machine
+  --ssh-port PORT, --ssh-host-key LINE, --ssh-host-key-ecdsa LINE
+                          an SSH server that listens here on loopback
 
 Windows and times, bytes and seconds, from the environment: KOHAKURIVER_WINDOW_FIRST,
 KOHAKURIVER_WINDOW_MAX, KOHAKURIVER_WINDOW_BUDGET, KOHAKURIVER_KEEP_BUDGET, KOHAKURIVER_DETACHED_BUDGET,
@@ -58,6 +80,8 @@ pub struct Options {
     pub open_stdin: bool,
     /// `run`, with its command, which may be empty.
     pub run: Option<Vec<OsString>>,
+    /// Of an agent, what it wants of its hosts.
+    pub agent: Option<Agent>,
 }
 
 /// What a command line asks for.
@@ -85,7 +109,9 @@ pub fn parse(
     let mut max_reconnect = word(&env, "MAX_RECONNECT").unwrap_or(0);
     let mut log_level = word(&env, "LOG_LEVEL").unwrap_or(Level::Info);
     let mut open_stdin = false;
+    let mut offer = None;
     let mut run = None;
+    let mut asked = None;
     while let Some(argument) = parser.next().map_err(text)? {
         match argument {
             Short('r') | Long("runner-url") => url = Some(value(&mut parser)?),
@@ -99,6 +125,7 @@ pub fn parse(
                     .parse()
                     .map_err(|()| "--log-level is error, warn, info or debug")?;
             }
+            Long("offer") => offer = Some(Offer::parse(&value(&mut parser)?)?),
             Long("open-stdin") => open_stdin = true,
             Short('h') | Long("help") => return Ok(Request::Print(HELP.into())),
             Short('V') | Long("version") => {
@@ -107,11 +134,20 @@ pub fn parse(
                 ));
             }
             Value(word) if word == "run" => run = Some(command(&mut parser)?),
+            Value(word) if word == "agent" => asked = Some(AgentOptions::read(&mut parser, &env)?),
             other => return Err(text(other.unexpected())),
         }
     }
+    if let Some(asked) = asked {
+        if run.is_some() {
+            return Err("run and agent don't go together".into());
+        }
+        let settings = Settings::from_env(&env)?;
+        return asked.options(settings, offer, delay, log_level, open_stdin);
+    }
     let container = container.ok_or("no container id: give --container-id or set CONTAINER_ID")?;
     check_container(&container)?;
+    let settings = Settings::from_env(&env)?;
     Ok(Request::Work(Box::new(Options {
         url: url
             .ok_or("no runner: give --runner-url or set RUNNER_URL")?
@@ -122,10 +158,132 @@ pub fn parse(
             .map_err(|_| "--reconnect-delay is a number of seconds")?,
         max_reconnect: (max_reconnect > 0).then_some(max_reconnect),
         log_level,
-        settings: Settings::from_env(env)?,
+        settings: Settings {
+            offer: offer.unwrap_or(settings.offer.clone()),
+            ..settings
+        },
         open_stdin,
         run,
+        agent: None,
     })))
+}
+
+/// What stands behind `agent`, and in the environment for it.
+#[derive(Default)]
+struct AgentOptions {
+    hosts: Option<String>,
+    name: Option<String>,
+    token: Option<Place>,
+    ca_file: Option<PathBuf>,
+    ports: Option<String>,
+    via: Option<String>,
+    ssh: SshServer,
+    command: Vec<OsString>,
+}
+
+impl AgentOptions {
+    fn read(
+        parser: &mut lexopt::Parser,
+        env: impl Fn(&str) -> Option<String>,
+    ) -> Result<Self, String> {
+        let given = env(TOKEN).map(|token| Place::Given(Secret(token.trim().to_owned())));
+        let mut read = Self {
+            hosts: env("KOHAKURIVER_HOST"),
+            name: env("KOHAKURIVER_AGENT_NAME"),
+            token: given,
+            ca_file: env("KOHAKURIVER_CA_FILE").map(PathBuf::from),
+            ..Self::default()
+        };
+        while let Some(argument) = next_option(parser)? {
+            match argument {
+                Long("host") => read.hosts = Some(value(parser)?),
+                Long("name") => read.name = Some(value(parser)?),
+                Long("token-file") => read.token = Some(Place::File(file(parser)?)),
+                Long("ca-file") => read.ca_file = Some(file(parser)?),
+                Long("ports") => read.ports = Some(value(parser)?),
+                Long("via") => read.via = Some(value(parser)?),
+                Long("ssh-port") => read.ssh.port = Some(number(parser)?),
+                Long("ssh-host-key") => read.ssh.host_key = Some(value(parser)?),
+                Long("ssh-host-key-ecdsa") => read.ssh.host_key_ecdsa = Some(value(parser)?),
+                other => return Err(text(other.unexpected())),
+            }
+        }
+        read.command = parser.raw_args().map_err(text)?.collect();
+        if read.command.first().is_some_and(|word| word == "--") {
+            read.command.remove(0);
+        }
+        Ok(read)
+    }
+
+    fn options(
+        self,
+        settings: Settings,
+        offer: Option<Offer>,
+        delay: f64,
+        log_level: Level,
+        open_stdin: bool,
+    ) -> Result<Request, String> {
+        let named = self
+            .hosts
+            .ok_or("no host: give --host or set KOHAKURIVER_HOST")?;
+        let hosts = named
+            .split([',', ' '])
+            .filter(|each| !each.is_empty())
+            .map(RunnerUrl::of_host)
+            .collect::<Result<Vec<_>, _>>()?;
+        let first = hosts.first().cloned().ok_or("no host: --host is empty")?;
+        if self.via.as_deref().is_some_and(|via| via.starts_with('-')) {
+            return Err("--via is the name of a machine, as ssh takes it".into());
+        }
+        let offer = offered(self.ports, offer, &settings)?;
+        let tls = hosts.iter().any(RunnerUrl::is_tls);
+        let outwards = Outwards::new(tls, self.ca_file.as_deref(), self.via)?;
+        if self.token.is_none() {
+            return Err("no token: set KOHAKURIVER_TOKEN or give --token-file".into());
+        }
+        Ok(Request::Work(Box::new(Options {
+            url: first,
+            container: "this agent".into(),
+            token: self.token,
+            reconnect_delay: Duration::try_from_secs_f64(delay)
+                .map_err(|_| "--reconnect-delay is a number of seconds")?,
+            max_reconnect: None,
+            log_level,
+            settings: Settings { offer, ..settings },
+            open_stdin,
+            run: Some(self.command),
+            agent: Some(Agent::new(hosts, self.name, self.ssh, outwards)),
+        })))
+    }
+}
+
+/// Which ports an agent carries: its user's own and those that are named, unless something else was said.
+fn offered(
+    ports: Option<String>,
+    said: Option<Offer>,
+    settings: &Settings,
+) -> Result<Offer, String> {
+    let set = Some(settings.offer.clone()).filter(|offer| *offer != Offer::default());
+    match (ports, said.or(set)) {
+        (None, Some(said)) => Ok(said),
+        (None, None) => Offer::parse("own"),
+        (Some(more), _) if more.split(',').any(|each| each.trim() == "all") => Ok(Offer::default()),
+        (Some(more), _) => Offer::parse(&format!("own,{more}")),
+    }
+}
+
+/// The next option; none where the command begins, of which nothing is read.
+fn next_option<'a>(parser: &'a mut lexopt::Parser) -> Result<Option<lexopt::Arg<'a>>, String> {
+    let ends = match parser.try_raw_args() {
+        Some(rest) => rest
+            .peek()
+            .is_none_or(|word| word == "--" || !word.to_string_lossy().starts_with('-')),
+        None => false,
+    };
+    if ends {
+        return Ok(None);
+    }
+    parser.next().map_err(text)
 }
 
 fn place(env: impl Fn(&str) -> Option<String>) -> Option<Place> {
@@ -244,6 +402,19 @@ mod tests {
     }
 
     #[test]
+    fn what_is_offered_is_all_unless_it_is_said() {
+        let own = [("KOHAKURIVER_OFFER", "own")];
+        let offer = |words: &[&str], env| {
+            let options = work(&[&BASE[..], words].concat(), env);
+            options.unwrap().settings.offer
+        };
+        assert_eq!(offer(&[], &[]), Offer::default());
+        assert_eq!(offer(&[], &own), Offer::parse("own").unwrap());
+        let named = Offer::parse("80").unwrap();
+        assert_eq!(offer(&["--offer", "80"], &own), named);
+    }
+
+    #[test]
     fn all_behind_run_is_the_command() {
         let run = |words: &[&str]| work(&[&BASE[..], words].concat(), &[]).unwrap().run;
         assert_eq!(run(&[]), None);
@@ -256,6 +427,27 @@ mod tests {
     }
 
     #[test]
+    fn an_agent_needs_a_host_and_a_token_and_offers_what_is_its_users() {
+        let env = [("KOHAKURIVER_HOST", "a,https://b"), (TOKEN, "kr_1\n")];
+        let options = work(&["agent", "--name", "lab", "--", "sh", "--x"], &env).unwrap();
+        assert_eq!(options.run, Some(vec!["sh".into(), "--x".into()]));
+        assert_eq!(options.token, Some(Place::Given(Secret("kr_1".into()))));
+        assert_eq!(options.settings.offer, Offer::parse("own").unwrap());
+        let agent = options.agent.unwrap();
+        assert!(agent.target().starts_with("/ws/agent?name=lab"));
+        let offer = |words: &[&str]| {
+            let words = [&["agent"], words].concat();
+            work(&words, &env).unwrap().settings.offer
+        };
+        assert_eq!(
+            offer(&["--ports", "80,90", "true"]),
+            Offer::parse("own,80,90").unwrap()
+        );
+        assert_eq!(offer(&["--ports", "all"]), Offer::default());
+        assert!(work(&["agent"], &env[..1]).is_err() && work(&["agent"], &env[1..]).is_err());
+    }
+
+    #[test]
     fn a_bad_command_line_is_told_in_one_sentence() {
         for words in [
             &["--no-such"][..],
@@ -263,10 +455,16 @@ mod tests {
             &["--reconnect-delay", "soon"],
             &["--max-reconnect", "-1"],
             &["--log-level", "loud"],
+            &["--offer", "some"],
             &["walk"],
             &["run", "--log-level", "debug"],
             &["--container-id", "a/b"],
             &["--runner-url", "https://h"],
+            &["agent", "--no-such"],
+            &["agent", "--host", "ftp://h"],
+            &["agent", "--host", "h", "--via", "-oProxyCommand=x"],
+            &["agent", "--host", "h", "--ports", "some"],
+            &["agent", "--host", "https://h", "--ca-file", "/no/such/file"],
         ] {
             let error = work(&[&BASE[..], words].concat(), &[]).unwrap_err();
             assert!(

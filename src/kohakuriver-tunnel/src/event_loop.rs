@@ -1,4 +1,5 @@
-//! All I/O of the tunnel, and all waiting: the one file that knows of Tokio.
+//! All I/O of the tunnel, and all waiting: the one file that knows of Tokio, beside those that
+//! open connections, [`dial`](crate::dial) and [`outwards`](crate::outwards).
 //!
 //! Tokio waits for time, for the end, for the runner while there is no link, and for one file descriptor: the
 //! [`Epoll`] that all sockets are in. Each of them registered with Tokio itself would cost as much memory
@@ -15,7 +16,7 @@ use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 use std::pin::{Pin, pin};
 use std::rc::Rc;
-use std::sync::Arc;
+use std::sync::{Arc, OnceLock};
 use std::task::{Context, Poll};
 use std::time::{Duration, Instant};
 
@@ -26,10 +27,13 @@ use tokio::runtime::{Builder, Runtime};
 use tokio::sync::Notify;
 use tokio::time::{self, Sleep};
 
+use crate::dial::{KNOCK, OPENING, dial};
 use crate::handshake::{Granted, Handshake, Place, Refusal, RunnerUrl, wrong};
 use crate::listeners;
 use crate::log;
 use crate::net::{self, Network, Ready};
+use crate::offer::Offer;
+use crate::outwards::{Out, Outwards};
 use crate::ports::Looker;
 use crate::protocol::Mark;
 use crate::session::{End, Session};
@@ -38,11 +42,6 @@ use crate::streams::Key;
 use crate::sys::{self, Epoll};
 use crate::terminal::{Line, Terminals};
 
-/// For the runner to be found, to answer, and to upgrade.
-const OPENING: Duration = Duration::from_secs(10);
-/// What is not answered for so long is asked again. A node drops what comes while its runner is away, and the kernel by
-/// itself asks again after 1 s, 3 s, 7 s.
-const KNOCK: Duration = Duration::from_millis(300);
 /// How often a socket on which nobody listens is asked within one attempt: its runner is away, and may be back at once.
 const KNOCKS: u32 = 30;
 /// Paths that are longer have no room in a socket's address (unix(7)).
@@ -69,14 +68,20 @@ const LINGER: Duration = Duration::from_secs(1);
 pub struct EventLoop {
     runtime: Runtime,
     stop: Arc<Notify>,
+    farewell: Farewell,
 }
 
 /// Ends what an [`EventLoop`] does, from another thread.
-pub struct Stop(Arc<Notify>);
+pub struct Stop(Arc<Notify>, Farewell);
+
+type Farewell = Arc<OnceLock<i32>>;
 
 impl Stop {
-    /// Asks for the end.
-    pub fn now(&self) {
+    /// Asks for the end. A host is told with what an agent's command has ended.
+    pub fn now(&self, exited: Option<i32>) {
+        if let Some(code) = exited {
+            let _ = self.1.set(code);
+        }
         self.0.notify_one();
     }
 }
@@ -92,12 +97,13 @@ impl EventLoop {
     /// A loop, and what stops it.
     pub fn new() -> io::Result<(Self, Stop)> {
         let runtime = Builder::new_current_thread().enable_all().build()?;
-        let stop = Arc::new(Notify::new());
+        let (stop, farewell) = (Arc::new(Notify::new()), Farewell::default());
         let events = Self {
             runtime,
             stop: Arc::clone(&stop),
+            farewell: Arc::clone(&farewell),
         };
-        Ok((events, Stop(stop)))
+        Ok((events, Stop(stop, farewell)))
     }
 
     /// What lives as long as the process, so that streams outlive their link.
@@ -106,8 +112,9 @@ impl EventLoop {
         let sockets = Sockets::new()?;
         let services = Services {
             epoll: Rc::clone(sockets.ready.get_ref()),
-            terminals: Terminals::new(settings.terminals),
-            looker: Looker::new()?,
+            terminals: Terminals::new(settings.terminals, &settings.offer),
+            looker: Looker::new(&settings.offer)?,
+            offer: settings.offer.clone(),
         };
         let bell = services.looker.bell();
         services.epoll.add(bell, LOOKED, libc::EPOLLIN)?;
@@ -119,14 +126,15 @@ impl EventLoop {
         })
     }
 
-    /// Opens the WebSocket to the runner; `None` if it was told to stop instead.
+    /// Opens the WebSocket to the runner, or `outwards` to a host; `None` if it was told to stop instead.
     pub fn open(
         &self,
         endpoint: &mut Endpoint,
         url: &RunnerUrl,
+        outwards: Option<&Outwards>,
         handshake: Handshake,
     ) -> Result<Option<Opened>, Refusal> {
-        let opening = async { time::timeout(OPENING, open(url, handshake)).await };
+        let opening = async { time::timeout(OPENING, open(url, outwards, handshake)).await };
         match self.unless_stopped(endpoint, opening) {
             None => Ok(None),
             Some(Ok(opened)) => opened.map(Some),
@@ -162,12 +170,14 @@ impl EventLoop {
         })
     }
 
-    /// Serves one link until it ends; calls `new_token` when the runner says that there is one.
+    /// Serves one link until it ends; calls `new_token` when the runner says that there is one, `end_task` when a host
+    /// says that an agent is to end.
     pub fn serve(
         &self,
         endpoint: &mut Endpoint,
         opened: Opened,
         new_token: impl Fn() + 'static,
+        end_task: impl Fn() + 'static,
     ) -> io::Result<End> {
         let Opened { sock, granted } = opened;
         self.runtime.block_on(async {
@@ -181,7 +191,10 @@ impl EventLoop {
             endpoint.session.set_now(Instant::now());
             endpoint.session.attach(Box::new(sock), granted.v2);
             endpoint.session.on_new_token(Box::new(new_token));
-            let Err(end) = endpoint.turns(&self.stop, &granted.early).await;
+            endpoint.session.on_end_task(Box::new(end_task));
+            let Err(end) = endpoint
+                .turns(&self.stop, &self.farewell, &granted.early)
+                .await;
             if matches!(end, End::Violated(_)) {
                 let _ = endpoint.linger().await;
             }
@@ -243,7 +256,12 @@ impl Drop for Endpoint {
 
 impl Endpoint {
     /// Turns until the link ends.
-    async fn turns(&mut self, stop: &Notify, early: &[u8]) -> Result<Infallible, End> {
+    async fn turns(
+        &mut self,
+        stop: &Notify,
+        farewell: &OnceLock<i32>,
+        early: &[u8],
+    ) -> Result<Infallible, End> {
         self.session.process(early)?;
         let mut stopped = pin!(stop.notified());
         loop {
@@ -259,7 +277,7 @@ impl Endpoint {
             let stopping = stopping.await?;
             self.take_events();
             if stopping {
-                self.session.stop();
+                self.session.stop(farewell.get().copied());
                 stopped.set(stop.notified());
             }
             self.session.turn(self.sockets.events().is_empty())?;
@@ -328,24 +346,42 @@ impl Endpoint {
     }
 }
 
-async fn open(url: &RunnerUrl, handshake: Handshake) -> Result<Opened, Refusal> {
-    match url.place() {
-        Place::Network(host, port) => {
-            let mut sock = dial((host, port)).await?;
-            sock.set_nodelay(true)?;
-            sys::limit_unsent(&sock, UNSENT)?;
-            let granted = shake_hands(&mut sock, handshake).await?;
-            let sock = Tcp::Service(sock.into_std()?);
-            Ok(Opened { sock, granted })
-        }
-        Place::Socket(path) => {
-            let mut sock = dial_socket(path).await?;
-            SockRef::from(&sock).set_send_buffer_size(UNIX_BUFFER)?;
-            let granted = shake_hands(&mut sock, handshake).await?;
-            let sock = Tcp::Runner(sock.into_std()?);
-            Ok(Opened { sock, granted })
-        }
+async fn open(
+    url: &RunnerUrl,
+    outwards: Option<&Outwards>,
+    handshake: Handshake,
+) -> Result<Opened, Refusal> {
+    if let Some(outwards) = outwards {
+        return match outwards.connect(url).await? {
+            Out::Tcp(sock) => over_tcp(sock, handshake).await,
+            Out::Pair(sock) => over_socket(sock, handshake).await,
+        };
     }
+    match url.place() {
+        Place::Network(host, port) => over_tcp(dial((host, port)).await?, handshake).await,
+        Place::Socket(path) => over_socket(dial_socket(path).await?, handshake).await,
+    }
+}
+
+async fn over_tcp(
+    mut sock: tokio::net::TcpStream,
+    handshake: Handshake,
+) -> Result<Opened, Refusal> {
+    sock.set_nodelay(true)?;
+    sys::limit_unsent(&sock, UNSENT)?;
+    let granted = shake_hands(&mut sock, handshake).await?;
+    let sock = Tcp::Service(sock.into_std()?);
+    Ok(Opened { sock, granted })
+}
+
+async fn over_socket(
+    mut sock: tokio::net::UnixStream,
+    handshake: Handshake,
+) -> Result<Opened, Refusal> {
+    SockRef::from(&sock).set_send_buffer_size(UNIX_BUFFER)?;
+    let granted = shake_hands(&mut sock, handshake).await?;
+    let sock = Tcp::Runner(sock.into_std()?);
+    Ok(Opened { sock, granted })
 }
 
 async fn shake_hands(
@@ -399,41 +435,6 @@ fn address_of(path: &Path) -> io::Result<(PathBuf, Option<File>)> {
         .open(folder)?;
     let known = PathBuf::from(format!("/proc/self/fd/{}", folder.as_raw_fd()));
     Ok((known.join(name), Some(folder)))
-}
-
-/// Connects to the first of the runner's addresses that answers; none of them has all the time.
-async fn dial(place: (&str, u16)) -> Result<tokio::net::TcpStream, Refusal> {
-    let unknown = |error| wrong(format!("{}: {error}", place.0));
-    let addresses: Vec<_> = tokio::net::lookup_host(place)
-        .await
-        .map_err(unknown)?
-        .collect();
-    let mut last = wrong(format!("{} has no address", place.0));
-    for address in &addresses {
-        let share = OPENING / addresses.len() as u32;
-        last = match time::timeout(share, connect(*address)).await {
-            Ok(Ok(sock)) => return Ok(sock),
-            Ok(Err(error)) => wrong(format!("{address}: {error}")),
-            Err(_) => wrong(format!("{address}: it didn't answer in time")),
-        };
-    }
-    Err(last)
-}
-
-/// Connects. Where no answer comes soon, it asks again beside that: an answer may only be slow.
-async fn connect(address: SocketAddr) -> io::Result<tokio::net::TcpStream> {
-    let ask = || Box::pin(tokio::net::TcpStream::connect(address));
-    let mut asked = vec![ask()];
-    loop {
-        let first = poll_fn(|context| {
-            let mut answers = asked.iter_mut().map(|one| one.as_mut().poll(context));
-            answers.find(Poll::is_ready).unwrap_or(Poll::Pending)
-        });
-        match time::timeout(KNOCK, first).await {
-            Ok(answer) => return answer,
-            Err(_) => asked.push(ask()),
-        }
-    }
 }
 
 /// All sockets, and what has happened to them.
@@ -521,11 +522,16 @@ struct Services {
     epoll: Rc<Epoll>,
     terminals: Terminals,
     looker: Looker,
+    offer: Offer,
 }
 
 impl Network for Services {
     type Tcp = Tcp;
     type Udp = Udp;
+
+    fn check(&self, udp: bool, to: SocketAddr) -> io::Result<u64> {
+        self.offer.check(udp, to)
+    }
 
     fn dial(&self, to: SocketAddr, key: Key) -> io::Result<Tcp> {
         let sock = Socket::new(Domain::for_address(to), Type::STREAM.nonblocking(), None)?;
@@ -695,41 +701,6 @@ mod tests {
     use net::TcpSocket;
 
     use super::*;
-
-    /// How many sockets of this machine ask for a connection to a port, and have no answer.
-    fn asking(port: u16) -> usize {
-        let there = format!("0100007F:{port:04X}");
-        let table = std::fs::read_to_string("/proc/net/tcp").unwrap();
-        let lines = table.lines().map(|line| line.split_whitespace());
-        lines
-            .filter(|line| {
-                let words: Vec<_> = line.clone().collect();
-                words[2] == there && words[3] == "02"
-            })
-            .count()
-    }
-
-    #[test]
-    fn a_runner_that_does_not_answer_is_asked_again_before_the_kernel_does() {
-        let listener = Socket::new(Domain::IPV4, Type::STREAM, None).unwrap();
-        listener
-            .bind(&SocketAddr::from((Ipv4Addr::LOCALHOST, 0)).into())
-            .unwrap();
-        listener.listen(0).unwrap();
-        let at = listener.local_addr().unwrap().as_socket().unwrap();
-        // Its queue is full with this one: it drops what comes, as a node does whose runner is away.
-        let _first = TcpStream::connect(at).unwrap();
-        let runtime = Builder::new_current_thread().enable_all().build().unwrap();
-        runtime.block_on(async {
-            let mut dialled = pin!(dial(("127.0.0.1", at.port())));
-            while asking(at.port()) < 2 {
-                let moment = time::timeout(Duration::from_millis(10), &mut dialled);
-                assert!(moment.await.is_err(), "nobody has answered");
-            }
-            listener.accept().unwrap();
-            assert!(dialled.await.is_ok());
-        });
-    }
 
     #[test]
     fn a_socket_is_connected_to_as_soon_as_somebody_listens_there() {

@@ -11,11 +11,13 @@ use tungstenite::handshake::derive_accept_key;
 use tungstenite::handshake::machine::TryParse;
 use tungstenite::http::{HeaderMap, StatusCode, Uri};
 
-use crate::protocol::{CLIENT_HEADER, SUBPROTOCOL_V2};
+use crate::protocol::{CLIENT_HEADER, SUBPROTOCOL_V2, TASK_HEADER};
 use crate::sys;
 
 const END_OF_HEAD: &[u8] = b"\r\n\r\n";
 const MAX_HEAD: usize = 64 * 1024;
+/// Where a host listens whose name alone is given.
+const HOST_PORT: u16 = 8000;
 
 /// Where the runner is: `http`/`ws` URL in parts, or `unix:` and the path of a socket.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -25,6 +27,7 @@ pub struct RunnerUrl {
     /// Without a trailing slash.
     path: String,
     socket: Option<PathBuf>,
+    tls: bool,
 }
 
 /// What is dialled.
@@ -50,34 +53,20 @@ impl std::str::FromStr for RunnerUrl {
         } else {
             format!("http://{url}")
         };
-        let not_a_runner = || format!("{url}: not the URL of a runner");
-        let uri: Uri = whole.parse().map_err(|_| not_a_runner())?;
-        match uri.scheme_str() {
-            Some("http" | "ws") => {}
-            Some("https" | "wss") => {
-                return Err(format!("{url}: this tunnel client is built without TLS"));
-            }
-            _ => return Err(format!("{url}: not an http or ws URL")),
+        let parsed = Self::whole(&whole, url, 80)?;
+        if parsed.tls {
+            return Err(format!(
+                "{url}: a runner takes its tunnel clients in without TLS"
+            ));
         }
-        let authority = uri.authority().ok_or_else(not_a_runner)?.as_str();
-        if uri.query().is_some() || url.contains('#') {
-            return Err(not_a_runner());
-        }
-        let (host, port) = split(authority, uri.host().unwrap_or_default())
-            .ok_or_else(|| format!("{url}: no host and port in it"))?;
-        Ok(Self {
-            host,
-            port,
-            path: uri.path().trim_end_matches('/').to_owned(),
-            socket: None,
-        })
+        Ok(parsed)
     }
 }
 
 /// Host without brackets, and port. The library takes any text for a port that is no number.
-fn split(authority: &str, host: &str) -> Option<(String, u16)> {
+fn split(authority: &str, host: &str, usual: u16) -> Option<(String, u16)> {
     let port = match authority.strip_prefix(host)? {
-        "" => 80,
+        "" => usual,
         port => port.strip_prefix(':')?.parse().ok()?,
     };
     let name = match host.strip_prefix('[') {
@@ -91,6 +80,49 @@ fn split(authority: &str, host: &str) -> Option<(String, u16)> {
 }
 
 impl RunnerUrl {
+    /// A host's URL, or its name alone; an error is a sentence.
+    pub fn of_host(url: &str) -> Result<Self, String> {
+        match url.contains("://") {
+            true => Self::whole(url, url, 80),
+            false => Self::whole(&format!("http://{url}"), url, HOST_PORT),
+        }
+    }
+
+    /// From a URL that has its scheme; `url` is what was given, `usual` the port that plain HTTP is meant to have.
+    fn whole(whole: &str, url: &str, usual: u16) -> Result<Self, String> {
+        let no_url = || format!("{url}: not the URL of a runner or a host");
+        let uri: Uri = whole.parse().map_err(|_| no_url())?;
+        let tls = match uri.scheme_str() {
+            Some("http" | "ws") => false,
+            Some("https" | "wss") => true,
+            _ => return Err(format!("{url}: not an http or ws URL")),
+        };
+        let authority = uri.authority().ok_or_else(no_url)?.as_str();
+        if uri.query().is_some() || url.contains('#') {
+            return Err(no_url());
+        }
+        let usual = if tls { 443 } else { usual };
+        let (host, port) = split(authority, uri.host().unwrap_or_default(), usual)
+            .ok_or_else(|| format!("{url}: no host and port in it"))?;
+        Ok(Self {
+            host,
+            port,
+            path: uri.path().trim_end_matches('/').to_owned(),
+            socket: None,
+            tls,
+        })
+    }
+
+    /// Whether it is spoken to over TLS.
+    pub fn is_tls(&self) -> bool {
+        self.tls
+    }
+
+    /// Name or address, and port.
+    pub fn network(&self) -> (&str, u16) {
+        (&self.host, self.port)
+    }
+
     fn of_socket(path: &str) -> Option<Self> {
         let named = path.starts_with('/') && !path.ends_with('/');
         named.then(|| Self {
@@ -98,6 +130,7 @@ impl RunnerUrl {
             port: 80,
             path: String::new(),
             socket: Some(path.into()),
+            tls: false,
         })
     }
 
@@ -122,15 +155,64 @@ impl RunnerUrl {
     }
 }
 
+/// What a host or a runner said where it refused.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Said {
+    /// The HTTP status.
+    pub status: u16,
+    /// Which error it is, for programs; empty where it did not say.
+    pub code: String,
+    /// The same for people, as a sentence.
+    pub sentence: String,
+}
+
+impl Said {
+    /// From the body of an answer, which is JSON: two members of it are looked for, and nothing else.
+    fn new(status: u16, body: &[u8]) -> Self {
+        let body = String::from_utf8_lossy(body);
+        Self {
+            status,
+            code: member(&body, "error").unwrap_or_default(),
+            sentence: member(&body, "message").unwrap_or_default(),
+        }
+    }
+}
+
+/// The text of a member of a JSON object (RFC 8259 §7), without its control characters.
+fn member(body: &str, name: &str) -> Option<String> {
+    let (_, rest) = body.split_once(&format!("\"{name}\""))?;
+    let rest = rest.trim_start().strip_prefix(':')?.trim_start();
+    let mut rest = rest.strip_prefix('"')?.chars();
+    let mut text = String::new();
+    loop {
+        let next = match rest.next()? {
+            '"' => return Some(text),
+            '\\' => match rest.next()? {
+                'u' => {
+                    let digits: String = rest.by_ref().take(4).collect();
+                    let code = u32::from_str_radix(&digits, 16).ok()?;
+                    char::from_u32(code).unwrap_or('\u{fffd}')
+                }
+                'n' | 'r' | 't' | 'b' | 'f' => ' ',
+                plain => plain,
+            },
+            plain => plain,
+        };
+        if !next.is_control() {
+            text.push(next);
+        }
+    }
+}
+
 /// Why there is no link.
 #[derive(Debug)]
 pub enum Refusal {
     /// The runner can't be reached, or doesn't speak the protocol.
     Unreachable(String),
     /// The runner doesn't take this token: 401 or 403.
-    NotAllowed(u16),
+    NotAllowed(Said),
     /// The runner answered with another HTTP status.
-    Refused(u16),
+    Refused(Said),
 }
 
 impl Refusal {
@@ -138,7 +220,15 @@ impl Refusal {
     pub fn status(&self) -> Option<u16> {
         match self {
             Self::Unreachable(_) => None,
-            Self::NotAllowed(status) | Self::Refused(status) => Some(*status),
+            Self::NotAllowed(said) | Self::Refused(said) => Some(said.status),
+        }
+    }
+
+    /// What was said, where it was answered.
+    pub fn said(&self) -> Option<&Said> {
+        match self {
+            Self::Unreachable(_) => None,
+            Self::NotAllowed(said) | Self::Refused(said) => Some(said),
         }
     }
 }
@@ -147,12 +237,18 @@ impl fmt::Display for Refusal {
     fn fmt(&self, out: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
             Self::Unreachable(reason) => out.write_str(reason),
-            Self::Refused(status) => write!(out, "the runner answered HTTP {status}"),
-            Self::NotAllowed(status) => {
+            Self::Refused(said) if said.sentence.is_empty() => {
+                write!(out, "the runner answered HTTP {}", said.status)
+            }
+            Self::NotAllowed(said) if said.sentence.is_empty() => {
                 write!(
                     out,
-                    "the runner refused this container's token (HTTP {status})"
+                    "the runner refused this container's token (HTTP {})",
+                    said.status
                 )
+            }
+            Self::Refused(said) | Self::NotAllowed(said) => {
+                write!(out, "{} (HTTP {})", said.sentence, said.status)
             }
         }
     }
@@ -187,6 +283,8 @@ pub(crate) fn wrong(reason: impl Into<String>) -> Refusal {
 pub struct Granted {
     /// Version 2 of the protocol.
     pub v2: bool,
+    /// What a host says which task an agent is.
+    pub task: Option<String>,
     /// What it sent right behind its answer.
     pub early: Vec<u8>,
 }
@@ -197,13 +295,15 @@ pub struct Handshake {
     pub request: Vec<u8>,
     key: String,
     answer: Vec<u8>,
+    /// Where its body begins, once its head is whole.
+    body_from: usize,
 }
 
 impl Handshake {
-    /// For the tunnel of `container`, as the client of that id.
+    /// For the WebSocket at `target`, path and query, as the client of that id.
     pub fn new(
         url: &RunnerUrl,
-        container: &str,
+        target: &str,
         client: &str,
         token: Option<&str>,
     ) -> Result<Self, Refusal> {
@@ -212,16 +312,18 @@ impl Handshake {
         sys::random(&mut nonce);
         let key = BASE64.encode(&nonce);
         Ok(Self {
-            request: request(url, container, client, token, &key)?,
+            request: request(url, target, client, token, &key)?,
             key,
             answer: Vec::new(),
+            body_from: 0,
         })
     }
 
     /// Takes a piece of the answer, none at its end; what was granted, once the answer's head is whole. The library's
     /// own reading takes an answer in many small pieces, as a slow network's may come, for an attack.
     pub fn receive(&mut self, piece: &[u8]) -> Result<Option<Granted>, Refusal> {
-        if piece.is_empty() {
+        let whole_head = self.body_from > 0;
+        if piece.is_empty() && !whole_head {
             return Err(wrong(
                 "the runner ended the connection during the handshake",
             ));
@@ -229,8 +331,8 @@ impl Handshake {
         let searched = self.answer.len().saturating_sub(END_OF_HEAD.len() - 1);
         self.answer.extend_from_slice(piece);
         let mut ends = self.answer[searched..].windows(END_OF_HEAD.len());
-        if ends.any(|bytes| bytes == END_OF_HEAD) {
-            return self.granted().map(Some);
+        if whole_head || ends.any(|bytes| bytes == END_OF_HEAD) {
+            return self.granted(piece.is_empty());
         }
         if self.answer.len() > MAX_HEAD {
             return Err(wrong("the runner's answer to the handshake is too long"));
@@ -238,29 +340,36 @@ impl Handshake {
         Ok(None)
     }
 
-    fn granted(&mut self) -> Result<Granted, Refusal> {
+    /// What was granted; none while more of what was said instead may come.
+    fn granted(&mut self, at_end: bool) -> Result<Option<Granted>, Refusal> {
         let (length, response) = Response::try_parse(&self.answer)?
             .ok_or_else(|| wrong("the runner's answer to the handshake is incomplete"))?;
-        Ok(Granted {
-            v2: check(&response, &self.key)?,
+        self.body_from = length;
+        let body = &self.answer[length..];
+        let promised = header(&response, "content-length").and_then(|length| length.parse().ok());
+        let more = body.len() < promised.unwrap_or(0) && self.answer.len() < MAX_HEAD && !at_end;
+        if response.status() != StatusCode::SWITCHING_PROTOCOLS && more {
+            return Ok(None);
+        }
+        let v2 = check(&response, &self.key, body)?;
+        Ok(Some(Granted {
+            v2,
+            task: header(&response, TASK_HEADER).map(str::to_owned),
             early: self.answer.split_off(length),
-        })
+        }))
     }
 }
 
 fn request(
     url: &RunnerUrl,
-    container: &str,
+    target: &str,
     client: &str,
     token: Option<&str>,
     key: &str,
 ) -> Result<Vec<u8>, Refusal> {
     let authority = url.authority();
     let mut request = Request::builder()
-        .uri(format!(
-            "ws://{authority}{}/ws/tunnel/{container}",
-            url.path
-        ))
+        .uri(format!("ws://{authority}{}{target}", url.path))
         .header("Host", authority)
         .header("Upgrade", "websocket")
         .header("Connection", "Upgrade")
@@ -281,13 +390,13 @@ fn request(
 
 /// Checks the answer; whether version 2 was granted. The library's own check refuses a server that
 /// grants no subprotocol, as every version 1 runner, and takes any extension.
-fn check(response: &Response, key: &str) -> Result<bool, Refusal> {
+fn check(response: &Response, key: &str, body: &[u8]) -> Result<bool, Refusal> {
     match response.status() {
         StatusCode::SWITCHING_PROTOCOLS => {}
         status @ (StatusCode::UNAUTHORIZED | StatusCode::FORBIDDEN) => {
-            return Err(Refusal::NotAllowed(status.as_u16()));
+            return Err(Refusal::NotAllowed(Said::new(status.as_u16(), body)));
         }
-        status => return Err(Refusal::Refused(status.as_u16())),
+        status => return Err(Refusal::Refused(Said::new(status.as_u16(), body))),
     }
     let headers = response.headers();
     if !has(headers, "upgrade", "websocket") || !has(headers, "connection", "upgrade") {
@@ -308,6 +417,10 @@ fn check(response: &Response, key: &str) -> Result<bool, Refusal> {
         Some(chosen) if chosen == SUBPROTOCOL_V2 => Ok(true),
         Some(other) => Err(wrong(format!("the runner chose subprotocol {other:?}"))),
     }
+}
+
+fn header<'a>(response: &'a Response, name: &str) -> Option<&'a str> {
+    response.headers().get(name)?.to_str().ok()
 }
 
 fn has(headers: &HeaderMap, name: &str, token: &str) -> bool {
@@ -331,7 +444,7 @@ mod tests {
     /// What is made of the bytes of an answer.
     fn check(head: &[u8], key: &str) -> Result<bool, Refusal> {
         match Response::try_parse(head)? {
-            Some((_, response)) => super::check(&response, key),
+            Some((_, response)) => super::check(&response, key, b""),
             None => Err(wrong("no whole answer")),
         }
     }
@@ -400,7 +513,7 @@ mod tests {
     #[test]
     fn an_answer_may_come_byte_by_byte_with_the_first_message_behind_it() {
         let url = "http://runner".parse().unwrap();
-        let mut handshake = Handshake::new(&url, "c", "1f", None).unwrap();
+        let mut handshake = Handshake::new(&url, "/ws/tunnel/c", "1f", None).unwrap();
         let accept = format!(
             "Sec-WebSocket-Accept: {}",
             derive_accept_key(handshake.key.as_bytes())
@@ -420,7 +533,7 @@ mod tests {
     #[test]
     fn an_answer_that_ends_early_or_never_is_refused() {
         let url = "http://runner".parse().unwrap();
-        let handshake = || Handshake::new(&url, "c", "1f", None).unwrap();
+        let handshake = || Handshake::new(&url, "/ws/tunnel/c", "1f", None).unwrap();
         assert!(handshake().receive(b"").is_err());
         let mut endless = handshake();
         assert!(endless.receive(&[b'x'; MAX_HEAD]).unwrap().is_none());
@@ -430,9 +543,48 @@ mod tests {
     #[test]
     fn refused_credentials_are_told_from_other_failures() {
         let status = |code| check(format!("HTTP/1.1 {code} No\r\n\r\n").as_bytes(), KEY);
-        assert!(matches!(status(401), Err(Refusal::NotAllowed(401))));
-        assert!(matches!(status(403), Err(Refusal::NotAllowed(403))));
-        assert!(matches!(status(502), Err(Refusal::Refused(502))));
+        assert!(matches!(status(401), Err(Refusal::NotAllowed(said)) if said.status == 401));
+        assert!(matches!(status(403), Err(Refusal::NotAllowed(said)) if said.status == 403));
+        assert!(matches!(status(502), Err(Refusal::Refused(said)) if said.status == 502));
+    }
+
+    #[test]
+    fn what_was_said_with_a_refusal_is_told_however_it_comes() {
+        let body = r#"{"error": "name_taken", "message": "There is a \"lab\"\u2026 \n already."}"#;
+        let head = format!(
+            "HTTP/1.1 409 Conflict\r\nContent-Length: {}\r\n\r\n",
+            body.len()
+        );
+        let said = Said {
+            status: 409,
+            code: "name_taken".into(),
+            sentence: "There is a \"lab\"\u{2026}   already.".into(),
+        };
+        let url = "http://runner".parse().unwrap();
+        let told = |pieces: &[&[u8]]| {
+            let mut handshake = Handshake::new(&url, "/", "1f", None).unwrap();
+            let mut last = pieces.iter().map(|piece| handshake.receive(piece));
+            last.find_map(Result::err).unwrap().said().cloned().unwrap()
+        };
+        let whole = format!("{head}{body}");
+        assert_eq!(told(&[whole.as_bytes()]), said);
+        let bytes: Vec<_> = whole.as_bytes().chunks(1).collect();
+        assert_eq!(told(&bytes), said);
+        let cut = told(&[head.as_bytes(), &body.as_bytes()[..20], b""]);
+        assert_eq!((cut.status, &*cut.sentence), (409, ""));
+    }
+
+    #[test]
+    fn a_host_is_a_url_or_a_name() {
+        let network = |text: &str| {
+            let url = RunnerUrl::of_host(text).unwrap();
+            (url.network().0.to_owned(), url.network().1, url.is_tls())
+        };
+        assert_eq!(network("river"), ("river".into(), 8000, false));
+        assert_eq!(network("river:9"), ("river".into(), 9, false));
+        assert_eq!(network("http://river"), ("river".into(), 80, false));
+        assert_eq!(network("https://river/x"), ("river".into(), 443, true));
+        assert!(RunnerUrl::of_host("ftp://river").is_err());
     }
 
     proptest! {
@@ -474,7 +626,7 @@ mod tests {
         #[test]
         fn what_is_taken_for_a_url_fits_into_a_request(text in "\\PC{0,40}|(http|ws)://[a-z.:\\[\\]0-9/]{0,30}") {
             if let Ok(url) = text.parse::<RunnerUrl>() {
-                let request = request(&url, "c", "1f", None, KEY).unwrap();
+                let request = request(&url, "/ws/tunnel/c", "1f", None, KEY).unwrap();
                 let (length, parsed) = tungstenite::handshake::server::Request::try_parse(&request).unwrap().unwrap();
                 prop_assert_eq!(length, request.len());
                 prop_assert_eq!(parsed.headers().len(), 8);

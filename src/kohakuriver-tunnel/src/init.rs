@@ -5,6 +5,9 @@ use std::io;
 use std::mem;
 use std::os::unix::process::CommandExt;
 use std::process::{self, Command, Stdio};
+use std::sync::{Mutex, PoisonError};
+use std::thread;
+use std::time::Duration;
 
 use crate::children;
 use crate::sys::{self, Change, SignalSet};
@@ -13,6 +16,9 @@ use crate::sys::{self, Change, SignalSet};
 pub const NOT_EXECUTABLE: i32 = 126;
 /// The one for a program that isn't there.
 pub const NOT_FOUND: i32 = 127;
+
+/// How long the command of an agent has to end by itself before it is killed.
+const GRACE: Duration = Duration::from_secs(10);
 
 /// Signals that the command gets as well as we.
 const FORWARDED: [libc::c_int; 7] = [
@@ -82,6 +88,46 @@ pub fn start(
             ))
         }
     }
+}
+
+/// Has a program started without our blocked signals.
+pub fn unblock(process: &mut Command) {
+    // SAFETY: only makes a system call, which is safe between fork and exec.
+    unsafe { process.pre_exec(sys::unblock_signals) };
+}
+
+/// Ends an agent: its command, with which it ends, or itself where it has none. By another thread than [`supervise`]'s.
+#[derive(Debug, Default)]
+pub struct Ender(Mutex<(Option<libc::pid_t>, bool)>);
+
+impl Ender {
+    /// What is to be ended from now on; at once, if that was asked for before.
+    pub fn is_for(&self, pid: libc::pid_t) {
+        let mut state = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        state.0 = Some(pid);
+        if state.1 {
+            end(pid);
+        }
+    }
+
+    /// Ends it; not again if it was told to.
+    pub fn end(&self) {
+        let mut state = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        if !mem::replace(&mut state.1, true)
+            && let Some(pid) = state.0
+        {
+            end(pid);
+        }
+    }
+}
+
+fn end(pid: libc::pid_t) {
+    sys::send_signal(pid, libc::SIGTERM);
+    // With it this process ends, and this thread.
+    let _ = thread::Builder::new().spawn(move || {
+        thread::sleep(GRACE);
+        sys::send_signal(pid, libc::SIGKILL);
+    });
 }
 
 /// Serves signals and reaps children until `command` ends, or, without one, until told to stop.

@@ -7,10 +7,12 @@
 //! straight into a service's socket, and from a service's socket through one shared frame buffer
 //! straight into the link. Streams outlive the link: what is on its way is kept until it has arrived.
 
+pub mod agent;
 pub mod args;
 pub mod backoff;
 pub mod children;
 pub mod context;
+pub mod dial;
 pub mod errors;
 pub mod event_loop;
 pub mod files;
@@ -25,6 +27,8 @@ pub mod listeners;
 pub mod log;
 pub mod message;
 pub mod net;
+pub mod offer;
+pub mod outwards;
 pub mod ports;
 pub mod protocol;
 pub mod queue;

@@ -14,6 +14,10 @@ pub const SUBPROTOCOL_V2: &str = "kohakuriver.tunnel.v2";
 pub const CLIENT_HEADER: &str = "KohakuRiver-Client";
 /// The payload of a runner's PING of the session: a new token lies where ours was.
 pub const NEW_TOKEN: &[u8] = b"tok1";
+/// The payload of a host's PING that ends an agent (§4).
+pub const END_TASK: &[u8] = b"end1";
+/// In a host's answer to an agent: its task's id and name.
+pub const TASK_HEADER: &str = "KohakuRiver-Task";
 
 /// `Proto` of a TCP stream.
 pub const TCP: u8 = 0x00;

@@ -14,7 +14,8 @@ use crate::log;
 use crate::message::{Item, Reader};
 use crate::net::{Network, Ready, TcpSocket};
 use crate::protocol::{
-    self, HEADER, Header, MAX_SENT, NEW_TOKEN, Opening, TCP, TERMINAL, UDP, Violation, close, kind,
+    self, END_TASK, HEADER, Header, MAX_SENT, NEW_TOKEN, Opening, TCP, TERMINAL, UDP, Violation,
+    close, kind,
 };
 use crate::registry::Ending;
 use crate::settings::Settings;
@@ -92,6 +93,9 @@ pub struct Session<N: Network> {
     /// Asked to end, by this time at the latest.
     stopping: Option<Instant>,
     new_token: Box<dyn Fn()>,
+    end_task: Box<dyn Fn()>,
+    /// What the goodbye says.
+    farewell: Option<i32>,
 }
 
 impl<N: Network> Session<N> {
@@ -113,12 +117,19 @@ impl<N: Network> Session<N> {
             next_retry: now,
             stopping: None,
             new_token: Box::new(|| {}),
+            end_task: Box::new(|| {}),
+            farewell: None,
         }
     }
 
     /// Has `take` called when the runner says that this container has a new token.
     pub fn on_new_token(&mut self, take: Box<dyn Fn()>) {
         self.new_token = take;
+    }
+
+    /// Has `end` called when the host says that this agent is to end.
+    pub fn on_end_task(&mut self, end: Box<dyn Fn()>) {
+        self.end_task = end;
     }
 
     /// Goes on over a link whose handshake is done.
@@ -152,8 +163,10 @@ impl<N: Network> Session<N> {
         self.context.now = now;
     }
 
-    /// Asks the session to end when services' last words are on their way.
-    pub fn stop(&mut self) {
+    /// Asks the session to end when services' last words are on their way. A host is told how an agent's command has
+    /// ended, where there is such a `farewell`.
+    pub fn stop(&mut self, farewell: Option<i32>) {
+        self.farewell = farewell;
         self.stopping = Some(self.context.now + GRACE);
     }
 
@@ -437,6 +450,9 @@ impl<N: Network> Session<N> {
         if header.id == 0 && payload == NEW_TOKEN {
             (self.new_token)();
         }
+        if header.id == 0 && payload == END_TASK {
+            (self.end_task)();
+        }
         if payload.len() <= MAX_SENT - HEADER && self.context.link.backlog() < PONG_BACKLOG {
             self.context.send(
                 Header {
@@ -635,7 +651,10 @@ impl<N: Network> Session<N> {
         let done = quiet && (idle || !link.is_open());
         match self.stopping {
             Some(deadline) if done || self.context.now >= deadline => {
-                self.close(close::GOING_AWAY, "the tunnel client ends");
+                match self.farewell {
+                    Some(code) => self.close(close::NORMAL, &format!("exit {code}")),
+                    None => self.close(close::GOING_AWAY, "the tunnel client ends"),
+                }
                 Err(End::Stopped)
             }
             _ => Ok(()),

@@ -243,6 +243,11 @@ pub fn lead_a_session(on_terminal: bool) -> io::Result<()> {
     check(unsafe { libc::ioctl(libc::STDIN_FILENO, libc::TIOCSCTTY as _, 0) })
 }
 
+/// Whose this process is.
+pub fn user() -> u32 {
+    rustix::process::geteuid().as_raw()
+}
+
 /// Makes this process another user's. Safe between `fork` and `exec`.
 pub fn become_user(uid: u32, gid: u32, groups: &[u32]) -> io::Result<()> {
     // SAFETY: the kernel reads as many numbers as there are; the other calls take none.
@@ -299,6 +304,13 @@ pub fn die_with_parent() -> io::Result<()> {
 pub fn send_signal(pid: libc::pid_t, signal: libc::c_int) {
     // SAFETY: takes no pointers. It can only fail for a child that has ended already.
     unsafe { libc::kill(pid, signal) };
+}
+
+/// What this machine calls itself.
+pub fn machine() -> Option<String> {
+    let name = rustix::system::uname();
+    let name = name.nodename().to_str().ok()?;
+    (!name.is_empty()).then(|| name.to_owned())
 }
 
 /// How a child ended.

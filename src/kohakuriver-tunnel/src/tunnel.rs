@@ -3,6 +3,7 @@
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
+use crate::agent::Agent;
 use crate::args::Options;
 use crate::backoff::{Backoff, Next};
 use crate::event_loop::{Endpoint, EventLoop};
@@ -25,10 +26,21 @@ pub enum Outcome {
     Replaced,
     /// `--max-reconnect` failures in a row.
     GaveUp,
+    /// The host took this agent in at no time, and says why.
+    Refused,
+    /// The agent's task was stopped or removed while it was away.
+    Over,
 }
 
-/// Keeps the tunnel up until there is a reason not to. Stopping `events` ends it.
-pub fn run(options: &Options, token: &Arc<Token>, events: &EventLoop) -> Outcome {
+/// What a host calls an agent whose task was stopped or removed, and one whose task is another agent's.
+const AGENT_OVER: &str = "agent_over";
+const AGENT_REPLACED: &str = "agent_replaced";
+/// Of a host that has too much to do: it may answer another time.
+const BUSY: u16 = 429;
+const OVER_LIMIT: &str = "over_limit";
+
+/// Keeps the tunnel up until there is a reason not to. Stopping `events` ends it. `tried` is called after each attempt.
+pub fn run(options: &Options, token: &Arc<Token>, events: &EventLoop, tried: impl Fn()) -> Outcome {
     let mut backoff = Backoff {
         failures: 0,
         longest: options.reconnect_delay,
@@ -40,14 +52,22 @@ pub fn run(options: &Options, token: &Arc<Token>, events: &EventLoop) -> Outcome
     let mut endpoint = events.endpoint(&options.settings).expect("an epoll(7)");
     loop {
         let began = Instant::now();
-        let (lived, code) = match attempt(options, token, events, &mut endpoint) {
+        let (lived, code) = match attempt(options, token, events, &mut endpoint, &tried) {
             Ok(End::Stopped) => return Outcome::Stopped,
             Ok(end) => {
                 let code = explain(&end, &mut replaced);
                 (Some(began.elapsed()), code)
             }
             Err(refusal) => {
+                if let Some(outcome) = options
+                    .agent
+                    .as_ref()
+                    .and_then(|agent| judge(agent, &refusal))
+                {
+                    return outcome;
+                }
                 log!(Warn, "no tunnel: {refusal}");
+                tried();
                 (None, refusal.status())
             }
         };
@@ -58,6 +78,34 @@ pub fn run(options: &Options, token: &Arc<Token>, events: &EventLoop) -> Outcome
                 return Outcome::Stopped;
             }
             Next::Pause(_) => {}
+        }
+    }
+}
+
+/// What it means for an agent that a host refused it, if it is the end.
+fn judge(agent: &Agent, refusal: &Refusal) -> Option<Outcome> {
+    let Some(said) = refusal.said() else {
+        agent.failed();
+        return None;
+    };
+    match said.code.as_str() {
+        AGENT_OVER => {
+            agent.is_over();
+            Some(Outcome::Over)
+        }
+        AGENT_REPLACED => {
+            agent.is_over();
+            log!(Warn, "{}", said.sentence);
+            Some(Outcome::Replaced)
+        }
+        _ if said.status >= 500 || (said.status == BUSY && said.code != OVER_LIMIT) => {
+            agent.failed();
+            None
+        }
+        _ if agent.was_taken_in() => None,
+        _ => {
+            agent.was_refused(said.clone());
+            Some(Outcome::Refused)
         }
     }
 }
@@ -99,15 +147,17 @@ fn attempt(
     token: &Arc<Token>,
     events: &EventLoop,
     endpoint: &mut Endpoint,
+    tried: &impl Fn(),
 ) -> Result<End, Refusal> {
     let shown = token.now().map_err(Refusal::Unreachable)?;
-    let handshake = Handshake::new(
-        &options.url,
-        &options.container,
-        &token.client,
-        shown.as_deref(),
-    )?;
-    let Some(opened) = events.open(endpoint, &options.url, handshake)? else {
+    let agent = options.agent.as_ref();
+    let (url, target) = match agent {
+        Some(agent) => (agent.host(), agent.target()),
+        None => (&options.url, format!("/ws/tunnel/{}", options.container)),
+    };
+    let handshake = Handshake::new(url, &target, &token.client, shown.as_deref())?;
+    let outwards = agent.map(|agent| &agent.outwards);
+    let Some(opened) = events.open(endpoint, url, outwards, handshake)? else {
         return Ok(End::Stopped);
     };
     log!(
@@ -116,8 +166,17 @@ fn attempt(
         options.container,
         1 + u8::from(opened.granted.v2)
     );
+    let ender = agent.map(|agent| {
+        agent.is_task(opened.granted.task.as_deref());
+        agent.is_linked(true);
+        Arc::clone(&agent.ender)
+    });
+    tried();
     let newer = Arc::clone(token);
-    Ok(events.serve(endpoint, opened, move || newer.take())?)
+    let end_task = move || ender.iter().for_each(|ender| ender.end());
+    let served = events.serve(endpoint, opened, move || newer.take(), end_task);
+    agent.iter().for_each(|agent| agent.is_linked(false));
+    Ok(served?)
 }
 
 /// Waits, but no longer than until there is a new token; false if it was told to stop.

@@ -168,6 +168,15 @@ NodeTokenOption = Annotated[
 NodeTokenFileOption = Annotated[
     Path | None, typer.Option("--node-token-file", help="The file that holds it.", show_default=False)
 ]
+HostAdvertiseOption = Annotated[
+    str | None,
+    typer.Option(
+        "--advertise-url",
+        metavar="URL",
+        help="How other hosts on the same database reach this one, for tasks of agents.",
+        show_default=False,
+    ),
+]
 BackendsOption = Annotated[
     list[str] | None,
     typer.Option(
@@ -415,6 +424,7 @@ def host(
     user_mounts: MountsOption = False,
     apps_domain: AppsDomainOption = None,
     public_url: PublicUrlOption = None,
+    advertise_url: HostAdvertiseOption = None,
 ) -> int:
     """Run the host alone: the HTTP API, the middle of every forward, and the SSH proxy."""
     from kohakuriver.config import config_dir

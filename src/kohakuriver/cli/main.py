@@ -16,6 +16,7 @@ import typer
 
 from kohakuriver import __version__, binaries, descriptors, tracing
 from kohakuriver.cli import (
+    agent,
     audit,
     auth,
     browser,
@@ -80,6 +81,7 @@ app.add_typer(token.app, name="token")
 app.add_typer(user.app, name="user")
 app.add_typer(group.app, name="group")
 app.add_typer(init.app, name="init")
+agent.register(app)
 audit.register(app)
 cluster.register(app)
 demo.register(app)

@@ -43,6 +43,7 @@ __all__ = [
     "seconds",
     "size_of",
     "variables_in",
+    "warned",
 ]
 
 
@@ -125,7 +126,7 @@ class Place:
 
     def ask_as(self, token: str | None, question: Callable[[HostClient], Awaitable[Answer]]) -> Answer:
         """What `question(client of the host)` answers to whoever has `token`."""
-        return _put(_warned(self.resolved(token)), question)
+        return _put(warned(self.resolved(token)), question)
 
 
 @dataclass(frozen=True)
@@ -145,7 +146,7 @@ class Connection(Place):
 
     def settings(self) -> Settings:
         """The settings that a command works with; says on stderr what is unsafe about them."""
-        return _warned(self.resolved(self.token))
+        return warned(self.resolved(self.token))
 
     def ask(self, question: Callable[[HostClient], Awaitable[Answer]]) -> Answer:
         """What `question(client of the host)` answers."""
@@ -214,7 +215,8 @@ def _put(settings: Settings, question: Callable[[HostClient], Awaitable[Answer]]
     return run(put())
 
 
-def _warned(chosen: Settings) -> Settings:
+def warned(chosen: Settings) -> Settings:
+    """These settings; what is unsafe about them is said on stderr, once."""
     from kohakuriver.config import accept_plain_http, accepts_plain_http
     from kohakuriver.tls import sends_in_clear
 

@@ -40,14 +40,21 @@ def create(
         str | None,
         typer.Option("--node", metavar="NODE", help="For admins: a token for this node's runner.", show_default=False),
     ] = None,
+    agent: Annotated[
+        bool, typer.Option("--agent", help="For 'kohakuriver agent': it makes one task, once, and can do nothing else.")
+    ] = False,
     expires: Annotated[
         str | None,
-        typer.Option("--expires", metavar="TIME", help="How long it is good, as 12h or 30d. Default: for ever."),
+        typer.Option(
+            "--expires",
+            metavar="TIME",
+            help="How long it is good, as 12h or 30d. Default: for ever; with --agent for a day.",
+        ),
     ] = None,
 ) -> None:
     """Make a token and print it, this once."""
     expires_in = None if expires is None else seconds(expires, "--expires")
-    made = at.ask(lambda client: client.make_token(name, user=user, node=node, expires_in=expires_in))
+    made = at.ask(lambda client: client.make_token(name, user=user, node=node, agent=agent, expires_in=expires_in))
     if user is not None:
         warn_of_processes(at)
     if at.json:

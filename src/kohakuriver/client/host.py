@@ -427,10 +427,14 @@ class HostClient:
         *,
         user: str | None = None,
         node: str | None = None,
+        agent: bool = False,
         expires_in: float | None = None,
     ) -> Token:
-        """Make a token, good for `expires_in` seconds. The answer has its secret, and a name where `name` is None."""
-        wanted = {"name": name, "user": user, "node": node, "expires_in": expires_in}
+        """Make a token, good for `expires_in` seconds. The answer has its secret, and a name where `name` is None.
+
+        With `agent` it makes one task, and does nothing else.
+        """
+        wanted = {"name": name, "user": user, "node": node, "agent": agent or None, "expires_in": expires_in}
         body = {key: value for key, value in wanted.items() if value is not None}
         return _record(Token, await self._call("POST", "/api/tokens", body=body))
 

@@ -13,6 +13,7 @@ from fastapi.security import HTTPBearer
 from kohakuriver import __version__
 from kohakuriver.asking import asker
 from kohakuriver.errors import KohakuRiverError, NotAllowedError
+from kohakuriver.host.agents.api import agents_api
 from kohakuriver.host.api_page import api_page
 from kohakuriver.host.apps.entry import entry
 from kohakuriver.host.browser import pages
@@ -70,20 +71,21 @@ __all__ = ["create_app"]
 MAX_WAIT_SECONDS = 600
 
 
-def create_app(services: Services, guard: Guard | None = None) -> FastAPI:
-    """The host's application: its HTTP API and the page that documents it."""
+def create_app(services: Services, guard: Guard | None = None, *, with_agents: bool = False) -> FastAPI:
+    """The host's application: its HTTP API and the page that documents it; `with_agents` other hosts', too."""
 
     def note(error: KohakuRiverError) -> None:
         if error.status in REFUSALS:
             services.audit.refused(error)
 
+    more = (agents_api,) if with_agents else ()
     app = new_app(
         "host",
         __version__,
         guard=guard,
         documented=True,
         services=services,
-        routers=(_open, pages, assets, entry, oidc_pages, device_pages, _api, _nodes),
+        routers=(_open, pages, assets, entry, oidc_pages, device_pages, _api, _nodes, *more),
         on_error=note,
     )
     app.title = "KohakuRiver host"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from kohakuriver.host.agents.node import AgentNode
 from kohakuriver.host.apps.apps import Apps
 from kohakuriver.host.services.access import Access
 from kohakuriver.host.services.audit import AuditLog
@@ -28,7 +29,7 @@ __all__ = ["Services"]
 
 @dataclass(frozen=True)
 class Services:
-    """All of it. `oidc` is None for a host without an OpenID provider."""
+    """All of it. `oidc` is None for a host without an OpenID provider, `agents` for one that takes none in."""
 
     credentials: Credentials
     access: Access
@@ -48,3 +49,4 @@ class Services:
     sessions: OpenSessions
     feed: Feed
     readiness: Readiness
+    agents: AgentNode | None = None

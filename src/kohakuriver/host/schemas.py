@@ -64,7 +64,7 @@ LONGEST_PROGRAM = 64
 LONGEST_TOKEN_SECONDS = 100 * 366 * 86400.0
 
 Role = Literal["admin", "user"]
-TokenKind = Literal["user", "node", "browser", "link"]
+TokenKind = Literal["user", "node", "browser", "link", "agent"]
 
 UserName = Annotated[
     str,
@@ -161,16 +161,19 @@ class NewUser(_Request):
 class NewToken(_Request):
     """A token to be made: for the caller, or for another `user`, or for a `node`. `expires_in` is in seconds.
 
-    Without a name one is made up of the day.
+    With `agent` it is good for one task alone, which an agent makes with it. Without a name one is made up of the day.
     """
 
     name: Label | None = None
     user: UserName | None = None
     node: NodeName | None = None
+    agent: bool = False
     expires_in: Annotated[float, Field(gt=0, le=LONGEST_TOKEN_SECONDS)] | None = None
 
     @model_validator(mode="after")
     def _not_both(self) -> NewToken:
+        if self.agent and self.node is not None:
+            raise ValueError("a token is for an agent or for a node, not for both")
         if self.user is not None and self.node is not None:
             raise ValueError("a token is for a user or for a node, not for both")
         return self
@@ -399,7 +402,8 @@ class OidcSubject(_Request):
 class TokenView(BaseModel):
     """A token, without the secret. `user` or `node` is whose it is; node "*" is every node.
 
-    Of the kind "browser" it is a browser that is logged in, of the kind "link" a link to one port of one task.
+    Of the kind "browser" it is a browser that is logged in, of the kind "link" a link to one port of one task,
+    of the kind "agent" one that makes a task, once.
     """
 
     id: str

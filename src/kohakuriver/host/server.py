@@ -8,15 +8,20 @@ import socket
 import ssl
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from ipaddress import ip_address
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 import structlog
 
+from kohakuriver import __version__, tracing
 from kohakuriver import runtime as loops
-from kohakuriver import tracing
 from kohakuriver.changes import Changes
 from kohakuriver.errors import UsageError
+from kohakuriver.host.agents.api import agents_api
+from kohakuriver.host.agents.entry import AgentEntry
+from kohakuriver.host.agents.node import PREFIX, AgentNode, advertised_at
 from kohakuriver.host.app import create_app
 from kohakuriver.host.apps.serving import AppServer, Where, where_in
 from kohakuriver.host.cookies import credential_of
@@ -53,6 +58,7 @@ from kohakuriver.runtime import raise_file_limit
 from kohakuriver.ssh_proxy.server import SshProxy
 from kohakuriver.store import (
     Accounts,
+    Agents,
     Browsers,
     DeviceCodes,
     Groups,
@@ -66,7 +72,15 @@ from kohakuriver.store import (
 from kohakuriver.store.links import Links as StoredLinks
 from kohakuriver.tls import ServerCertificate, client_context
 from kohakuriver.tunnel.accept import UpgradeRequest, serve_ws
-from kohakuriver.web.app import bind, bind_with_loopback, print_event, server_certificate, socket_url, warn_if_in_clear
+from kohakuriver.web.app import (
+    bind,
+    bind_with_loopback,
+    new_app,
+    print_event,
+    server_certificate,
+    socket_url,
+    warn_if_in_clear,
+)
 from kohakuriver.web.background import in_background
 from kohakuriver.web.logging import configure_logging
 from kohakuriver.web.measuring import Measures, counted_up, measures_at
@@ -88,6 +102,7 @@ class HostOptions:
         allowed_hosts, allowed_origins: as `Guard` takes them.
         apps_domain: the domain in which tasks' ports have names.
         public_url: where browsers find this host. If it begins with https://, only cookies that TLS protects count.
+        advertise_url: where the other hosts on the database find this one, for agents' tasks.
         user_mounts: others than admins may mount directories of nodes.
         ca_file: what runners' certificates are checked by; None is the system's authorities.
         audit_log: a file; None is one in `state_dir`.
@@ -110,6 +125,7 @@ class HostOptions:
     allowed_origins: Sequence[str] = ()
     apps_domain: str | None = None
     public_url: str | None = None
+    advertise_url: str | None = None
     user_mounts: bool = False
     heartbeat_seconds: float = 5.0
     tls_cert: Path | None = None
@@ -302,9 +318,17 @@ class Host:
             self._accounts, requests=self._requests, audit=audit, revoke=self._revoke, counts=self._counts
         )
         self._forwards = Forwards(
-            self._credentials, self._access, self._grants, store, self._nodes, self._tasks, straight_tells(limits)
+            self._credentials,
+            self._access,
+            self._grants,
+            store,
+            self._nodes,
+            self._tasks,
+            straight_tells(limits),
+            url_of=runners.url_of,
         )
-        self._hosts = Hosts(store, self._grants, self._nodes, self._changes)
+        self._agents = Agents(store, self._accounts)
+        self._hosts = Hosts(store, self._grants, self._nodes, self._changes, self._agents)
         self._readiness = Readiness(store)
         self._logs = Logs(self._grants, self._nodes, runners)
         self._sessions = OpenSessions(self._grants)
@@ -363,6 +387,7 @@ class Host:
             limits=perimeter.limits,
             opened=lambda seconds, error: self._measures.opened("ssh", seconds, error),
         )
+        await self._make_agents()
         port = self._socks[0].getsockname()[1]
         where = where_in(options.apps_domain, options.public_url, perimeter.names, port)
         self._app_server = AppServer(
@@ -378,10 +403,46 @@ class Host:
         )
         self._server = self._serving(where)
 
+    @property
+    def _advertised(self) -> str:
+        """Where other hosts on the database find this one, "" where there are none, or they can't."""
+        address = self._socks[0].getsockname()[0]
+        if self._options.advertise_url or self._store.server is None or ip_address(address).is_unspecified:
+            return self._options.advertise_url or ""
+        return socket_url(self._socks[0], "https" if self._options.tls_cert else "http")
+
+    async def _make_agents(self) -> None:
+        """This host as a node, for tasks that dial in."""
+        options, audit = self._options, self._perimeter.audit
+        self._agent_node = AgentNode(
+            options.state_dir,
+            self._store,
+            self._agents,
+            self._nodes,
+            limits=self._perimeter.limits,
+            mark_key=await apps_key(self._store),
+            told=self._changes.notify,
+            heartbeat_seconds=options.heartbeat_seconds,
+            advertised=advertised_at(self._advertised),
+        )
+        self._agent_entry = AgentEntry(
+            self._agent_node, self._agents, self._credentials, self._requests, self._nodes, audit
+        )
+
+    async def _open_agents(self) -> None:
+        """Serve what is asked about agents' tasks on a socket for this host itself: there TLS would have no name."""
+        sock = bind("127.0.0.1", 0)
+        services = self._services()
+        app = new_app("host", __version__, services=services, routers=(agents_api,))
+        ws = serve_ws(self._agent_node.routes(), max_message=self._perimeter.limits.max_message)
+        self._server.add_listener(sock, app, ws)
+        url = self._runners.own[self._agent_node.name] = socket_url(sock) + PREFIX
+        await self._agent_node.open(url)
+
     def _serving(self, where: Where) -> Server:
         options, perimeter = self._options, self._perimeter
         guard = Guard(
-            names=[*perimeter.names, *where.names],
+            names=[*perimeter.names, *where.names, urlsplit(self._advertised).hostname or ""],
             hosts=options.allowed_hosts,
             origins=options.allowed_origins,
             elsewhere=self._app_server.owns,
@@ -390,8 +451,10 @@ class Host:
         routes = [
             *(measure("forward", route) for route in self._proxy.routes()),
             *(measure("terminal", route) for route in self._terminals.routes()),
+            *self._agent_entry.routes(),
+            *(self._agent_node.routes() if self._advertised else ()),
         ]
-        app = create_app(self._services(), guard)
+        app = create_app(self._services(), guard, with_agents=bool(self._advertised))
         app.state.by_tls = self._by_tls
         return Server(
             self._measures.requests(app),
@@ -424,6 +487,7 @@ class Host:
             sessions=self._sessions,
             feed=self._feed,
             readiness=self._readiness,
+            agents=self._agent_node,
         )
 
     async def run(self) -> int:
@@ -432,11 +496,12 @@ class Host:
         beside = [
             keep(self._grants.run(), "checking the rights of sessions"),
             keep(self._counts.run(), "counting sessions for other hosts"),
-            keep(self._hosts.run(), "listening to other hosts"),
+            keep(self._hosts.run(self._agent_node.heard), "listening to other hosts"),
             keep(self._hosts.care(), "deleting what has run out"),
             keep(self._tasks.run(), "looking what tasks that are waited for have changed"),
             keep(self._feed.run(), "telling what changes"),
             keep(self._nodes.run(), "looking whether nodes can be reached"),
+            keep(self._agent_node.run(), "looking after agents' tasks"),
             keep(self._perimeter.audit.run(), "counting what the audit log leaves out"),
         ]
         try:
@@ -451,6 +516,7 @@ class Host:
         if self._options.exit_with_stdin:
             stop_at_end_of_stdin(self._server)
         self._ssh_proxy.start()
+        await self._open_agents()
         self._show_measures()
         url = socket_url(self._socks[0], "https" if self._options.tls_cert else "http")
         ssh_address = socket_url(self._ssh_sock).removeprefix("http://")
@@ -478,6 +544,7 @@ class Host:
     async def _stop(self) -> None:
         await self._ssh_proxy.stop_listening()
         left = in_background(self._counts.leave(), "telling other hosts that this one ends")
+        await self._agent_node.close()  # first: where the sessions go to that leave now, agents are to be
         if self._options.drain:
             await self._proxy.drain(self._options.drain)
         await self._ssh_proxy.close()

@@ -12,13 +12,13 @@ from pydantic import BaseModel
 from kohakuriver import __version__
 from kohakuriver.asking import asker
 from kohakuriver.errors import NotAllowedError
+from kohakuriver.relay.open_ports import OpenPorts
+from kohakuriver.relay.tunnel_server import TunnelServer
 from kohakuriver.runner.backends.printed import LogRequest
 from kohakuriver.runner.services.log_source import LogSource
-from kohakuriver.runner.services.open_ports import OpenPorts
 from kohakuriver.runner.services.registration import Registration
 from kohakuriver.runner.services.state import TaskRecord
 from kohakuriver.runner.services.tasks import TaskManager
-from kohakuriver.runner.services.tunnel_server import TunnelServer
 from kohakuriver.session.ticket import Ticket
 from kohakuriver.task import TaskOrder
 from kohakuriver.web.app import Checked, bearer, new_app, services_here, services_of
@@ -36,7 +36,7 @@ class Services:
     registration: Registration
     url: str
     tunnels: TunnelServer
-    ports: OpenPorts
+    ports: OpenPorts[TaskRecord]
     on_new_token: Callable[[str], None] = lambda container: None
 
 

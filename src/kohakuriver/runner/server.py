@@ -25,28 +25,28 @@ from kohakuriver.errors import KohakuRiverError, LocalAddressError, UsageError
 from kohakuriver.images import DEFAULT_REGISTRY, Registries
 from kohakuriver.limits import from_environment as limits_from_environment
 from kohakuriver.mount_roots import MountRoots
+from kohakuriver.relay.hub import EXPECTED_SECONDS
+from kohakuriver.relay.open_ports import OpenPorts
+from kohakuriver.relay.straight import Straights
+from kohakuriver.relay.terminal_room import TerminalRoom
+from kohakuriver.relay.traffic import COUNTS
+from kohakuriver.relay.tunnel_server import TunnelServer
 from kohakuriver.resolve import resolving
 from kohakuriver.runner.app import Services, create_app
 from kohakuriver.runner.backends.base import Surroundings
 from kohakuriver.runner.backends.registry import made
 from kohakuriver.runner.services.doors import Doors
 from kohakuriver.runner.services.gpus import found as found_gpus
-from kohakuriver.runner.services.hub import EXPECTED_SECONDS
 from kohakuriver.runner.services.incidents import Incidents
 from kohakuriver.runner.services.offer import offered
-from kohakuriver.runner.services.open_ports import OpenPorts
 from kohakuriver.runner.services.registration import NodeIdentity, Registration
 from kohakuriver.runner.services.ssh_helper import SshHelper
 from kohakuriver.runner.services.state import State
-from kohakuriver.runner.services.straight import Straights
 from kohakuriver.runner.services.task_book import TaskBook
 from kohakuriver.runner.services.tasks import TaskManager
 from kohakuriver.runner.services.terminal import TerminalServer
-from kohakuriver.runner.services.terminal_room import TerminalRoom
-from kohakuriver.runner.services.traffic import COUNTS
 from kohakuriver.runner.services.tunnel_guard import TunnelGuard
 from kohakuriver.runner.services.tunnel_helper import TunnelHelper
-from kohakuriver.runner.services.tunnel_server import TunnelServer
 from kohakuriver.tls import ServerCertificate, is_this_machine, sends_in_clear
 from kohakuriver.tunnel.accept import serve_ws
 from kohakuriver.tunnel.settings import from_environment
@@ -184,7 +184,7 @@ class Runner:
             on_entered=self._of_id(self._tasks.lifetimes.entered),
             on_left=self._of_id(self._tasks.lifetimes.left),
         )
-        self._ports = OpenPorts(self._book, self._tasks.sockets, self._tunnels.hub.tunnel_of)
+        self._ports = OpenPorts(self._book.get, self._tasks.sockets, self._tunnels.hub.tunnel_of)
         self._book.drop = self._drop
         self._tasks.lifetimes.tell = self._tunnels.hub.tell
         self._guard = Guard(

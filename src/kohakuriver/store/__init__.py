@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from kohakuriver.store.accounts import ANY_NODE, Accounts, Use
+from kohakuriver.store.agents import Agents
 from kohakuriver.store.browsers import Browsers, Opened
 from kohakuriver.store.common import apps_key, forget_what_has_run_out, kept, tasks_by_status
 from kohakuriver.store.database import Store, ahead_of_users, is_shared, sqlite_url
@@ -19,6 +20,7 @@ __all__ = [
     "OF_USERS",
     "TOKEN_ID_LENGTH",
     "Accounts",
+    "Agents",
     "Browsers",
     "DeviceCodes",
     "Groups",

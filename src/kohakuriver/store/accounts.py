@@ -46,6 +46,9 @@ MOST_NAMED = 500
 """How many tasks a query names; databases bound that."""
 
 
+COUNTED = ("user", "agent")
+"""Kinds of tokens that a user's limit is about."""
+
 MOST_BAD_TOKENS = 100
 """Of so many of a user's tokens that are revoked or have expired the host can say so; it does not know older ones."""
 
@@ -190,7 +193,7 @@ class Accounts:
 
         def admit(session: Session) -> None:
             _give_gpus(session, task, self._clock())
-            self._check_room(session, task, task.usage(self._clock()))
+            self.check_room(session, task, task.usage(self._clock()))
 
         await self._store.add_task(task, admit)
 
@@ -212,11 +215,11 @@ class Accounts:
             if seconds and not before.running:
                 _check_gpus(session, task, self._clock())
                 more = replace(task.usage(self._clock()), tasks=0)
-                self._check_room(session, task, more)
+                self.check_room(session, task, more)
 
         await self._store.write(work)
 
-    def _check_room(self, session: Session, task: Task, more: Usage) -> None:
+    def check_room(self, session: Session, task: Task, more: Usage) -> None:
         """Raises "over_limit" where the owner of a task can't have `more` besides their other tasks."""
         # The lock makes a second host on this database wait until this task counts.
         user = _user(session, task.owner, to_change=True)
@@ -254,7 +257,7 @@ class Accounts:
                 return known
             if maker is not None:
                 check_good(session, maker.digest, self._clock())
-            if kind == "user":
+            if kind in COUNTED:
                 self.make_room_for_token(session, name)
             same = select(Token).where(Token.kind == kind, Token.name == name, Token.label == label)
             if unique and session.scalars(same.where(Token.revoked_at.is_(None))).first() is not None:
@@ -466,7 +469,7 @@ def forget_bad_tokens(session: Session, kind: str, name: str, now: float) -> Non
 
 def _good_tokens(session: Session, name: str, now: float) -> int:
     good = (Token.revoked_at.is_(None), Token.expires_at.is_(None) | (Token.expires_at > now))
-    query = select(func.count()).select_from(Token).where(Token.kind == "user", Token.name == name, *good)
+    query = select(func.count()).select_from(Token).where(Token.kind.in_(COUNTED), Token.name == name, *good)
     return session.scalar(query) or 0
 
 

@@ -238,7 +238,7 @@ class Store:
             tasks = [task for task in on_it if not task.removed]
             if force or not tasks:
                 for task in on_it:
-                    _forget_task(session, task.task_id)
+                    forget_task(session, task.task_id)
                 session.flush()
                 session.execute(delete(Node).where(Node.name == name))
                 note(session, tasks=[task.task_id for task in tasks])
@@ -360,13 +360,14 @@ class Store:
 
         def work(session: Session) -> None:
             for task_id in forgotten:
-                _forget_task(session, task_id)
+                forget_task(session, task_id)
             note(session, tasks=forgotten)
 
         await self.write(work)
 
 
-def _forget_task(session: Session, task_id: int) -> None:
+def forget_task(session: Session, task_id: int) -> None:
+    """Delete a task, and the rights that others have to it."""
     if task := session.get(Task, task_id):
         session.delete(task)
     _end_rights(session, task_id)

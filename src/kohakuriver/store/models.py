@@ -256,13 +256,15 @@ class Share(Base):
 class Token(Base):
     """A credential, kept as its SHA-256 alone.
 
-    `kind` is "user", "node", "browser" or "link"; `name` the user whose it is, or the node that it is for ("*": any).
-    `label` is what its owner calls it. A token that was revoked keeps its row, so that nothing makes it valid again.
+    `kind` is "user", "node", "browser", "link" or "agent"; `name` the user whose it is, or the node that it is for
+    ("*": any). `label` is what its owner calls it. A token that was revoked keeps its row, so that nothing makes it
+    valid again.
 
     Of a browser that is logged in, `parent` is the digest of the token or of the identity that let it in, with which
     it ends. Its `expires_at` moves on while it is used, up to `ends_at`. A token that was made with a browser's login,
     or with such a token, has the browser's `ends_at`, and where its owner made it and came in by an identity, that as
-    `parent`. A link opens one `port` of the task `task_id`, by the right of its user.
+    `parent`. A link opens one `port` of the task `task_id`, by the right of its user. A token of
+    an agent makes one task, `task_id` once it has, and is good for as long as that task is there.
     """
 
     __tablename__ = "tokens"
@@ -385,7 +387,7 @@ ACTIVE = ("starting", "running")
 SEEN_SECONDS = 120.0
 """How long after its end the use of a used login code shows that somebody has seen it; later it is just no code."""
 
-OF_USERS = ("user", "browser", "link")
+OF_USERS = ("user", "browser", "link", "agent")
 """Kinds of tokens that are a user's."""
 
 TOKEN_ID_LENGTH = 12

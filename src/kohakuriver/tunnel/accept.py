@@ -12,7 +12,7 @@ import http
 import json
 import logging
 import re
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from ipaddress import ip_address
 from typing import Any, Protocol, cast
@@ -117,9 +117,14 @@ class UpgradeRequest:
         """Whether it is for a session that goes on for one that was lost."""
         return goes_on(self.query)
 
-    def accept(self, walker: FrameWalker, handler: LinkHandler, *, version: int = 2) -> Link:
-        """Answer 101 with the subprotocol of ``version`` (1: none); the link has started when this returns."""
-        return self._upgrade.accept(walker, handler, version if self.offers_v2 else 1)
+    def accept(
+        self, walker: FrameWalker, handler: LinkHandler, *, version: int = 2, headers: Mapping[str, str] | None = None
+    ) -> Link:
+        """Answer 101 with the subprotocol of ``version`` (1: none); the link has started when this returns.
+
+        ``headers`` are more of the answer's.
+        """
+        return self._upgrade.accept(walker, handler, version if self.offers_v2 else 1, headers or {})
 
     def accept_messages(self, subprotocol: str | None = None) -> MessageLink:
         """Answer 101 with `subprotocol` where the peer offers it; the WebSocket has started when this returns."""
@@ -139,7 +144,8 @@ class UpgradeRequest:
         if self.offers_v2 or isinstance(error, NotAllowedError):
             self.reject(error.status, error.code, str(error))
             return
-        link = self._upgrade.accept(FrameWalker(masked=True), Ignore(), 1, refusal=f"{error.status} {error.code}")
+        refusal = {REFUSAL_HEADER: f"{error.status} {error.code}"}
+        link = self._upgrade.accept(FrameWalker(masked=True), Ignore(), 1, refusal)
         greet(link, f"Error: {error}")
         out_of_reach = error.status >= 500 or error.code == "tunnel_not_connected"
         link.close(CloseCode.INTERNAL_ERROR if out_of_reach else CloseCode.POLICY, str(error))
@@ -332,12 +338,9 @@ class Upgrade(asyncio.Protocol):
     def _select(self, offered: Sequence[Subprotocol]) -> Subprotocol | None:
         return next((each for each in offered if each == self._subprotocol), None)
 
-    def accept(self, walker: FrameWalker, handler: LinkHandler, version: int, *, refusal: str = "") -> Link:
-        """Answer 101. Raises HostUnreachableError if the peer has hung up: nobody would hear of that link again.
-
-        `refusal` says where the session is refused on it what stands for that: HTTP status and code.
-        """
-        self._answer(TUNNEL_V2 if version == 2 else None, {REFUSAL_HEADER: refusal} if refusal else {})
+    def accept(self, walker: FrameWalker, handler: LinkHandler, version: int, headers: Mapping[str, str]) -> Link:
+        """Answer 101. Raises HostUnreachableError if the peer has hung up: nobody would hear of that link again."""
+        self._answer(TUNNEL_V2 if version == 2 else None, headers)
         link = Link(handler, walker, masks=False, version=version)
         self._hand_over(link)
         return link
@@ -349,7 +352,7 @@ class Upgrade(asyncio.Protocol):
         self._hand_over(link)
         return link
 
-    def _answer(self, subprotocol: str | None, headers: dict[str, str]) -> None:
+    def _answer(self, subprotocol: str | None, headers: Mapping[str, str]) -> None:
         assert self._request is not None
         if self.gone:
             raise HostUnreachableError("the peer hung up during the handshake")

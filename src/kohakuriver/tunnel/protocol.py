@@ -63,6 +63,11 @@ REFUSAL_HEADER: Final = "KohakuRiver-Error"
 CLIENT_HEADER: Final = "KohakuRiver-Client"
 # The payload of a runner's PING of the session: a new token lies where the tunnel client's was.
 NEW_TOKEN: Final = b"tok1"
+# The payload of a host's PING of the session: the agent's task is to end (docs/protocol.md §4).
+END_TASK: Final = b"end1"
+# In the answer to an agent: its task's id.
+TASK_HEADER: Final = "KohakuRiver-Task"
+_EXITED: Final = re.compile(r"exit (\d{1,3})")
 
 Bytes = bytes | bytearray | memoryview
 
@@ -146,6 +151,12 @@ def pack_limit(limit: int) -> bytes:
 def parse_limit(payload: Bytes) -> int | None:
     """The limit that such a payload holds; None where it holds none, as v1's is empty."""
     return int(_LIMIT.unpack(payload)[0]) if len(payload) == _LIMIT.size else None
+
+
+def exit_code_in(code: int, reason: str) -> int | None:
+    """With what an agent's command has ended, as its close frame says; None where its task goes on without the link."""
+    found = _EXITED.fullmatch(reason) if code == CloseCode.NORMAL else None
+    return int(found[1]) if found else None
 
 
 class Grant(NamedTuple):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from typing import Literal
 
@@ -30,6 +30,7 @@ class Forwards:
     """Turns a user's request for a session into a ticket for the task's node, and a grant for as long as it lasts.
 
     `tells` is every how many seconds runners are to tell what sessions carry past this host; None where none may.
+    `url_of` says where this host finds a node.
     """
 
     def __init__(
@@ -42,7 +43,9 @@ class Forwards:
         tasks: Tasks,
         tells: float | None = None,
         passes: Passes | None = None,
+        url_of: Callable[[Node], str] = lambda node: node.url,
     ) -> None:
+        self._url_of = url_of
         self._tells = tells
         self._credentials = credentials
         self._access = access
@@ -187,7 +190,7 @@ class Forwards:
             tells=self._tells,
         )
         return Route(
-            runner_ws_url="ws" + node.url.removeprefix("http"),
+            runner_ws_url="ws" + self._url_of(node).removeprefix("http"),
             container=task.container,
             ticket=credential,
             task_id=task.task_id,

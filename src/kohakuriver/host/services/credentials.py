@@ -25,16 +25,19 @@ ANONYMOUS = "anonymous"
 _NODE_TOKEN_HELP = "use the one in the host's state directory, or have one made with `kohakuriver token create --node`"
 
 
+_NO_USER = "The user of this token was removed; ask the host's administrator."
 _UNKNOWN = {
     "user": "The host does not know this token; ask its administrator for a valid one.",
     "browser": "This browser is not logged in here; log in at /login.",
     "link": "There is no such link; ask whoever gave it to you for another one.",
+    "agent": "The host does not know this token; make one with `kohakuriver token create --agent`.",
 }
 
 
 def new_token(kind: str) -> str:
     """A fresh secret of 256 random bits; programs that look for leaked secrets know it by its prefix."""
-    return {"user": "kr_", "node": "krn_", "browser": "krb_", "link": "krl_"}[kind] + secrets.token_urlsafe(32)
+    prefix = {"user": "kr_", "node": "krn_", "browser": "krb_", "link": "krl_", "agent": "kra_"}[kind]
+    return prefix + secrets.token_urlsafe(32)
 
 
 class Cookie(str):
@@ -96,6 +99,24 @@ class Credentials:
             )
         return await self._known(secret, "user")
 
+    async def agent(self, secret: str | None) -> tuple[Caller, Token]:
+        """Whose task an agent makes, and its token: one of its user's, or one for that alone.
+
+        Whether that is still good is asked when the task is made. Raises UnauthenticatedError.
+        """
+        async with self.looking():
+            token, user = (None, None) if secret is None else await self._accounts.token(secret)
+        try:
+            if token is None or token.kind not in ("user", "agent"):
+                raise UnauthenticatedError(_UNKNOWN["agent"])
+            if user is None:
+                raise UnauthenticatedError(_NO_USER)
+        except UnauthenticatedError as error:
+            await self.refuse(error, token)
+            raise
+        asker().known.update(user=user.name, token=token.id)
+        return self.of_token(token, user), token
+
     async def visitor(self, secret: str) -> tuple[Caller, Token]:
         """Like `caller`, of a browser that is logged in: whose it is. Raises UnauthenticatedError."""
         found = await self._known(secret, "browser")
@@ -128,7 +149,7 @@ class Credentials:
             raise UnauthenticatedError(_UNKNOWN[kind])
         self._check_valid(token)
         if user is None:
-            raise UnauthenticatedError("The user of this token was removed; ask the host's administrator.")
+            raise UnauthenticatedError(_NO_USER)
         asker().known.update(user=user.name, token=token.id)
         return self.of_token(token, user), token
 

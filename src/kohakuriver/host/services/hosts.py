@@ -12,7 +12,7 @@ from kohakuriver.changes import Changes
 from kohakuriver.errors import KohakuRiverError, UnavailableError
 from kohakuriver.host.services.grants import Grants
 from kohakuriver.host.services.nodes import Nodes
-from kohakuriver.store import News, Store, forget_what_has_run_out
+from kohakuriver.store import Agents, News, Store, forget_what_has_run_out
 
 __all__ = ["Hosts", "Readiness"]
 
@@ -35,6 +35,7 @@ class Hosts:
         grants: Grants,
         nodes: Nodes,
         changes: Changes[int],
+        agents: Agents,
         *,
         clock: Callable[[], float] = time.time,
     ) -> None:
@@ -42,6 +43,7 @@ class Hosts:
         self._grants = grants
         self._nodes = nodes
         self._changes = changes
+        self._agents = agents
         self._clock = clock
 
     @property
@@ -50,11 +52,16 @@ class Hosts:
         server = self._store.server
         return server is None or server.line.leads
 
-    async def run(self) -> None:
-        """Listen to the other hosts, until cancelled. A host alone has nobody to listen to."""
+    async def run(self, also: Callable[[News], None] = lambda news: None) -> None:
+        """Listen to the other hosts, until cancelled; `also` is told, too. A host alone has nobody to listen to."""
         server = self._store.server
+
+        def heard(news: News) -> None:
+            self.heard(news)
+            also(news)
+
         if server is not None:
-            await server.line.run(self.heard)
+            await server.line.run(heard)
 
     def heard(self, news: News) -> None:
         """Another host has told something: look at once, where a look every few seconds would find it."""
@@ -79,6 +86,7 @@ class Hosts:
         if self.leads:
             await forget_what_has_run_out(self._store, self._clock())
             await self._grants.counts.forget_the_dead()
+            await self._agents.forget_the_gone()
 
 
 class Readiness:

@@ -10,10 +10,11 @@ import time
 from collections.abc import Callable, Collection, Iterable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import asdict
+from typing import Any
 
 import structlog
 
-from kohakuriver.backends import kind_of
+from kohakuriver.backends import kind_of, known
 from kohakuriver.changes import Changes
 from kohakuriver.errors import KohakuRiverError, NotFoundError, UnavailableError
 from kohakuriver.host.schemas import Heartbeat, HeartbeatAnswer, NodeView, Registration, RegistrationAnswer, iso_time
@@ -102,6 +103,13 @@ class Nodes:
         return RegistrationAnswer(
             heartbeat_seconds=self._heartbeat_seconds, ticket_key=base64.b64encode(node.ticket_key).decode()
         )
+
+    async def enter(self, name: str, **values: Any) -> Node:
+        """This host itself is a node, for tasks that dial in to it."""
+        values |= {"unavailable": {}, "last_seen": self._clock(), "left": False}
+        node = await self._store.put_node(name, values, secrets.token_bytes(_TICKET_KEY_BYTES))
+        self._registered.notify([name])
+        return node
 
     def coming_back(self, name: str) -> AbstractContextManager[asyncio.Event]:
         """Meanwhile the event is set when the node of this name registers here."""
@@ -237,7 +245,7 @@ class Nodes:
             if not set(backends) & set(node.backends):
                 raise _not_offered(f"Node {name} does not offer", backends, [node])
             return [node]
-        online = [node for node in await self._store.nodes() if self.is_online(node)]
+        online = [node for node in await self._store.nodes() if self.is_online(node) and _takes_orders(node)]
         if not online:
             raise UnavailableError("No node is online; start one with `kohakuriver runner`.", code="no_node")
         fit = [node for node in online if set(backends) & set(node.backends)]
@@ -253,6 +261,11 @@ class Nodes:
     def trouble(self, node: Node) -> str | None:
         """Why this host can't reach the node, as a sentence; None where nothing is known against it."""
         return self._reach.trouble(node.name)
+
+
+def _takes_orders(node: Node) -> bool:
+    """Whether the node is a runner's, and no host's."""
+    return not all(known(name).dials_in for name in node.backends) or not node.backends
 
 
 def _no_node(name: str) -> NotFoundError:

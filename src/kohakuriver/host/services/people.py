@@ -36,6 +36,9 @@ __all__ = ["People"]
 
 log = structlog.get_logger("kohakuriver.host")
 
+AGENT_TOKEN_SECONDS = 86_400.0
+"""For so long an agent's token can make its task where nothing else was said."""
+
 
 class People:
     """Who may use this host. Methods that take a caller check what that caller may do; the others are for admins."""
@@ -117,16 +120,20 @@ class People:
 
         A token that expires makes none that outlives it for the same user. A browser makes none at all that outlives
         its last day, and neither do the tokens that it made: whoever stole a cookie would stay for ever. What
-        somebody makes for themselves who came in by an OpenID provider ends when they may not come in any more.
+        somebody makes for themselves who came in by an OpenID provider ends when they may not come in any more. One for
+        an agent has an end in any case.
         """
         kind, name = ("node", request.node) if request.node is not None else ("user", request.user or caller.name)
+        if request.agent:
+            kind = "agent"
         if kind == "node" or name != caller.name:
             caller.need_admin("Making tokens for others")
-        expires_at = None if request.expires_in is None else self._clock() + request.expires_in
-        latest = shown.latest_end if kind == "user" and name == caller.name else shown.ends_at
+        lasts = AGENT_TOKEN_SECONDS if request.agent and request.expires_in is None else request.expires_in
+        expires_at = None if lasts is None else self._clock() + lasts
+        latest = shown.latest_end if kind != "node" and name == caller.name else shown.ends_at
         if latest is not None:
             expires_at = min(expires_at or latest, latest)
-        own = kind == "user" and name == caller.name
+        own = kind != "node" and name == caller.name
         secret = new_token(kind)
         label = request.name or f"cli-{iso_time(self._clock())[:10]}-{secrets.token_hex(2)}"
         token = await self._accounts.add_token(

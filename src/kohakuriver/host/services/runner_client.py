@@ -31,10 +31,16 @@ class RunnerClient:
     """The runners' HTTP API; every request carries a fresh ticket for its node. `trusted` is how https is checked."""
 
     def __init__(self, trusted: ssl.SSLContext) -> None:
+        self.own: dict[str, str] = {}
+        """Where this host finds the nodes that it is itself, by their names."""
         # Nodes are named by an address in our own database: a proxy from the environment has no place in between.
         self._http = httpx.AsyncClient(trust_env=False, verify=trusted)
         # Those that go on for long have connections of their own: they must not use up everybody's.
         self._lasting = httpx.AsyncClient(trust_env=False, verify=trusted, limits=httpx.Limits(max_connections=None))
+
+    def url_of(self, node: Node) -> str:
+        """Where this host finds a node."""
+        return self.own.get(node.name, node.url)
 
     async def close(self) -> None:
         """Close the connections to all runners."""
@@ -62,7 +68,8 @@ class RunnerClient:
         Raises UnavailableError "runner_unreachable", "runner_refused" (502) or "runner_timeout" (504), or the runner's
         own error.
         """
-        request = _request(self._http, node, method, path, body, container=container, timeout=timeout)
+        url = self.url_of(node) + path
+        request = _request(self._http, node, method, url, body, container=container, timeout=timeout)
         with in_words(node, timeout):
             answer = await self._http.send(request, stream=True)
             try:
@@ -83,7 +90,8 @@ class RunnerClient:
 
         `silence` is for how many seconds it may say nothing. Raises as `call` does.
         """
-        request = _request(self._lasting, node, "GET", path, None, params, container=container, timeout=silence)
+        url = self.url_of(node) + path
+        request = _request(self._lasting, node, "GET", url, None, params, container=container, timeout=silence)
         with in_words(node, silence):
             answer = await self._lasting.send(request, stream=True)
             if answer.status_code >= 400:
@@ -99,7 +107,7 @@ def _request(
     http: httpx.AsyncClient,
     node: Node,
     method: str,
-    path: str,
+    url: str,
     body: dict[str, Any] | None,
     params: dict[str, Any] | None = None,
     *,
@@ -112,7 +120,7 @@ def _request(
     )
     return http.build_request(
         method,
-        node.url + path,
+        url,
         json=body,
         params=params,
         # A compressed body could inflate past our limit.

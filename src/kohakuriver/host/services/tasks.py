@@ -14,7 +14,7 @@ from typing import Any, Final, NamedTuple, TypeVar
 import structlog
 from pydantic import BaseModel, TypeAdapter, ValidationError
 
-from kohakuriver.backends import adopting, kind_of, making_images
+from kohakuriver.backends import adopting, kind_of, known, making_images
 from kohakuriver.changes import Changes
 from kohakuriver.errors import HostUnreachableError, KohakuRiverError, NotFoundError, UnavailableError, UsageError
 from kohakuriver.host.schemas import AdoptRequest, Agent, Answers, CreateRequest, Ports, iso_time
@@ -47,7 +47,7 @@ from kohakuriver.task import (
     taken_from,
 )
 
-__all__ = ["AllTasks", "Tasks", "container_name", "not_running"]
+__all__ = ["AllTasks", "Tasks", "container_name", "new_task_id", "not_running"]
 
 log = structlog.get_logger("kohakuriver.host")
 
@@ -70,6 +70,11 @@ Answer = TypeVar("Answer", bound=BaseModel)
 
 # Another host on the same database hears of changes that this one does not, and nobody tells of a node's silence.
 _CHANGES_SECONDS = 1.0
+
+
+def new_task_id() -> int:
+    """The id of a new task."""
+    return 10**9 + secrets.randbelow(9 * 10**9)
 
 
 def container_name(backend: str, task_id: int) -> str:
@@ -264,6 +269,12 @@ class Tasks:
         An adopted container is restarted only with `container`. Raises "over_limit" where its owner can't have one more
         that runs.
         """
+        if known(task.backend).dials_in:
+            raise UsageError(
+                f"Task {task.name} is where its agent runs: start `kohakuriver agent --name {task.name}` there again.",
+                code="not_supported",
+                status=409,
+            )
         async with _claimed(self._accounts, task):
             try:
                 view = await self._control(task, node, "restart", container)
@@ -437,7 +448,7 @@ async def _claimed(accounts: Accounts, task: Task) -> AsyncIterator[None]:
 
 def _order(backend: str, name: str | None, more: dict[str, Any]) -> TaskOrder:
     """A new task with an id of its own; `more` are what else it has and may have fields that are not the node's."""
-    task_id = 10**9 + secrets.randbelow(9 * 10**9)
+    task_id = new_task_id()
     identity = {"task_id": task_id, "container": container_name(backend, task_id), "backend": backend}
     return taken_from({**more, **identity, "name": name or f"vps-{task_id}"}, TaskOrder)
 
@@ -540,6 +551,8 @@ def _way_back(task: Task, view: TaskView) -> str:
     """What its user can do, as a clause."""
     if view.status == "starting":
         return ""
+    if known(task.backend).dials_in:
+        return f"; `kohakuriver agent --name {view.name}` where it ran makes it run again"
     if not task.adopted:
         return f"; `kohakuriver vps restart {view.name}` starts it again"
     if view.status == "lost":  # its container is not there to be started

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from kohakuriver.errors import UnavailableError
+from kohakuriver.relay.direct import DirectTarget
 from kohakuriver.runner.backends.base import Backend, ExecRequest, ExecSession, Reporter, Surroundings
 from kohakuriver.runner.backends.printed import LogRequest, Printed
-from kohakuriver.runner.services.direct import DirectTarget
 from kohakuriver.runner.services.state import TaskRecord
 
 __all__ = ["AddressBackend"]

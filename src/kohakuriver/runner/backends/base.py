@@ -10,15 +10,15 @@ from typing import Final, Protocol
 from kohakuriver.images import Registries
 from kohakuriver.limits import Limits
 from kohakuriver.mount_roots import MountRoots
+from kohakuriver.relay.direct import DirectTarget
+from kohakuriver.relay.open_ports import TaskSockets
 from kohakuriver.runner.backends.printed import LogRequest, Printed
-from kohakuriver.runner.services.direct import DirectTarget
 from kohakuriver.runner.services.doors import Doors
 from kohakuriver.runner.services.gpus import Gpu
 from kohakuriver.runner.services.ssh_helper import SshHelper
 from kohakuriver.runner.services.state import State, TaskRecord
 from kohakuriver.runner.services.tunnel_helper import TunnelHelper
 from kohakuriver.tunnel.accept import Peer
-from kohakuriver.tunnel.protocol import PortScope
 
 __all__ = [
     "CTRL_D",
@@ -29,7 +29,6 @@ __all__ = [
     "ExecSession",
     "Reporter",
     "Surroundings",
-    "TaskSockets",
     "locale_for",
 ]
 
@@ -132,18 +131,6 @@ class Surroundings:
     mount_roots: MountRoots
     limits: Limits
     gpus: Sequence[Gpu] = ()
-
-
-@dataclass(frozen=True)
-class TaskSockets:
-    """Which sockets are a task's, as its tunnel client is asked for them; `mark` is of scope OWN.
-
-    What listens on the addresses `hidden` is there for the container and none of its services.
-    """
-
-    scope: PortScope = PortScope.NETWORK
-    mark: bytes = b""
-    hidden: Collection[str] = ()
 
 
 class Backend(ABC):

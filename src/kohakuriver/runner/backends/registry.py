@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from kohakuriver.backends import kind_of
 from kohakuriver.errors import UsageError
 from kohakuriver.runner.backends.address import AddressBackend
 from kohakuriver.runner.backends.base import Backend, Surroundings
@@ -18,8 +17,7 @@ CLASSES: dict[str, type[Backend]] = {cls.name: cls for cls in (DockerBackend, Pr
 
 def made(wanted: Sequence[str], around: Surroundings) -> dict[str, Backend]:
     """The backends of a runner that offers `wanted`; address is always among them. Raises UsageError."""
-    try:
-        names = [kind_of(name).name for name in dict.fromkeys([AddressBackend.name, *wanted])]
-    except ValueError as error:
-        raise UsageError(f"{error}.") from None
+    names = list(dict.fromkeys([AddressBackend.name, *wanted]))
+    if unknown := [name for name in names if name not in CLASSES]:
+        raise UsageError(f"{unknown[0]!r} is no backend; there are {', '.join(CLASSES)}.")
     return {name: CLASSES[name].made(around) for name in names}

@@ -6,25 +6,15 @@ import hashlib
 import hmac
 import json
 import secrets
-import time
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 from kohakuriver.config import write_private
-from kohakuriver.task import TaskOrder, TaskReport, part_of, taken_from
+from kohakuriver.task import TaskOrder, TaskReport, next_revision, part_of, taken_from
 
-__all__ = ["State", "TaskRecord", "next_revision"]
-
-_last_revision = 0
-
-
-def next_revision() -> int:
-    """A number greater than every one before, also over restarts: nanoseconds since the epoch, pushed on if need be."""
-    global _last_revision
-    _last_revision = max(_last_revision + 1, time.time_ns())
-    return _last_revision
+__all__ = ["State", "TaskRecord"]
 
 
 @dataclass

@@ -9,7 +9,8 @@ from typing import Any, Protocol
 import structlog
 
 from kohakuriver.errors import NotFoundError
-from kohakuriver.runner.services.state import State, TaskRecord, next_revision
+from kohakuriver.runner.services.state import State, TaskRecord
+from kohakuriver.task import next_revision
 from kohakuriver.text import printable
 
 __all__ = ["LONGEST_MESSAGE", "TaskBook"]

@@ -12,9 +12,10 @@ import structlog
 from kohakuriver.backends import kind_of
 from kohakuriver.errors import KohakuRiverError, UnavailableError, UsageError
 from kohakuriver.quotas import LONGEST_TIME, time_in_words
-from kohakuriver.runner.backends.base import Backend, ExecRequest, ExecSession, TaskSockets
+from kohakuriver.relay.direct import DirectTarget
+from kohakuriver.relay.open_ports import TaskSockets
+from kohakuriver.runner.backends.base import Backend, ExecRequest, ExecSession
 from kohakuriver.runner.backends.printed import LogRequest, Printed
-from kohakuriver.runner.services.direct import DirectTarget
 from kohakuriver.runner.services.knock import Knocker
 from kohakuriver.runner.services.lifetimes import Lifetimes
 from kohakuriver.runner.services.restarts import Restarts

@@ -17,8 +17,8 @@ import structlog
 from kohakuriver.asking import Asker, asking
 from kohakuriver.errors import KohakuRiverError, NotAllowedError, UnauthenticatedError, UnavailableError, UsageError
 from kohakuriver.limits import Limits
+from kohakuriver.relay.terminal_room import TerminalRoom
 from kohakuriver.runner.backends.base import STDERR, STDOUT, ExecRequest, ExecSession
-from kohakuriver.runner.services.terminal_room import TerminalRoom
 from kohakuriver.runtime import cancel_all
 from kohakuriver.session.ticket import Ticket
 from kohakuriver.tunnel import terminal

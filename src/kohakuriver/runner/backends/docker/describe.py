@@ -14,12 +14,13 @@ from kohakuriver.quotas import in_words
 from kohakuriver.runner.backends.docker.bounds import bounds_of
 from kohakuriver.runner.backends.docker.engine import TROUBLE, limit
 from kohakuriver.runner.backends.docker.program import program_of
-from kohakuriver.runner.backends.process.tasks import describe_exit, last_words
+from kohakuriver.runner.backends.process.tasks import last_words
 from kohakuriver.runner.services.doors import Doors
 from kohakuriver.runner.services.gpus import Grant
 from kohakuriver.runner.services.ssh_helper import SshHelper
 from kohakuriver.runner.services.state import TaskRecord
 from kohakuriver.runner.services.tunnel_helper import DOOR, TunnelHelper
+from kohakuriver.task import describe_exit
 
 __all__ = ["Description", "ending", "of_runner", "task_in", "task_of"]
 

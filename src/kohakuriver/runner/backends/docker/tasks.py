@@ -22,13 +22,14 @@ from kohakuriver.config import path_segment
 from kohakuriver.errors import KohakuRiverError, LocalAddressError, NotFoundError, UnavailableError
 from kohakuriver.images import Registries
 from kohakuriver.mount_roots import MountRoots
+from kohakuriver.relay.direct import DirectTarget
+from kohakuriver.relay.open_ports import TaskSockets
 from kohakuriver.runner.backends.base import (
     Backend,
     ExecRequest,
     ExecSession,
     Reporter,
     Surroundings,
-    TaskSockets,
 )
 from kohakuriver.runner.backends.docker import exec as docker_exec
 from kohakuriver.runner.backends.docker.bounds import warn_of_unbounded
@@ -51,7 +52,6 @@ from kohakuriver.runner.backends.docker.untouched import Untouched
 from kohakuriver.runner.backends.docker.watch import EngineWatch, Looker
 from kohakuriver.runner.backends.docker.whose_kernel import is_rootless, why_no_sockets
 from kohakuriver.runner.backends.printed import LogRequest, Printed
-from kohakuriver.runner.services.direct import DirectTarget
 from kohakuriver.runner.services.doors import SOCKET, Doors
 from kohakuriver.runner.services.fair_queue import FairQueue
 from kohakuriver.runner.services.gpus import Gpu, Grant, granted

@@ -9,8 +9,8 @@ from typing import Any
 import aiodocker
 
 from kohakuriver.errors import UnavailableError
+from kohakuriver.relay.direct import DirectTarget
 from kohakuriver.runner.backends.namespace import ContainerNetwork
-from kohakuriver.runner.services.direct import DirectTarget
 from kohakuriver.runner.services.state import TaskRecord
 
 __all__ = ["Untouched"]

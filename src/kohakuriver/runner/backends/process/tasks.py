@@ -22,13 +22,13 @@ import structlog
 from kohakuriver.asking import asker
 from kohakuriver.errors import KohakuRiverError, UnavailableError
 from kohakuriver.limits import Limits
+from kohakuriver.relay.open_ports import TaskSockets
 from kohakuriver.runner.backends.base import (
     Backend,
     ExecRequest,
     ExecSession,
     Reporter,
     Surroundings,
-    TaskSockets,
 )
 from kohakuriver.runner.backends.printed import CLIENT_CHATTER, LogRequest, Printed
 from kohakuriver.runner.backends.process import reaper as guard
@@ -41,11 +41,12 @@ from kohakuriver.runner.services.fair_queue import FairQueue
 from kohakuriver.runner.services.ssh_helper import SshHelper, free_port, until_listening
 from kohakuriver.runner.services.state import State, TaskRecord
 from kohakuriver.runner.services.tunnel_helper import TunnelHelper, name_token, new_token
+from kohakuriver.task import describe_exit
 from kohakuriver.tunnel.accept import Peer
 from kohakuriver.tunnel.protocol import PortScope
 from kohakuriver.web.background import in_background
 
-__all__ = ["ProcessBackend", "describe_exit", "last_words"]
+__all__ = ["ProcessBackend", "last_words"]
 
 log = structlog.get_logger("kohakuriver.runner")
 
@@ -380,16 +381,6 @@ def _write(to: subprocess.Popen[str], sign: str, running: _Running) -> bool:
     except OSError:
         return False
     return True
-
-
-def describe_exit(code: int) -> tuple[str, str]:
-    """Status and message for an exit code; above 128 it means a signal."""
-    if code == 0:
-        return "stopped", "it ended by itself with exit code 0"
-    try:
-        return "failed", f"it was ended by {signal.Signals(code - 128).name} (exit code {code})"
-    except ValueError:
-        return "failed", f"it ended with exit code {code}"
 
 
 def last_words(code: int, output: list[str]) -> str:

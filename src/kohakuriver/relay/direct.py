@@ -6,8 +6,8 @@ from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from kohakuriver.runner.services.admission import Admission
-from kohakuriver.runner.services.straight import Paths
+from kohakuriver.relay.admission import Admission
+from kohakuriver.relay.straight import Paths
 from kohakuriver.tunnel.container_endpoint import ContainerEndpoint, Network
 from kohakuriver.tunnel.endpoint import AnyStream, Share
 from kohakuriver.tunnel.keeper import Keeper

@@ -12,7 +12,7 @@ from weakref import WeakValueDictionary
 import structlog
 
 from kohakuriver.limits import Limits
-from kohakuriver.runner.services.admission import Admission, ConnectRates, OpenStreams
+from kohakuriver.relay.admission import Admission, ConnectRates, OpenStreams
 from kohakuriver.tunnel.backlog import Backlog, Queue
 from kohakuriver.tunnel.endpoint import Share
 from kohakuriver.tunnel.link import Link

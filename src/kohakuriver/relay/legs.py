@@ -14,8 +14,8 @@ from collections.abc import Callable
 from typing import Any, Generic, Protocol, TypeVar
 
 from kohakuriver._frame import WHOLE, WS_TEXT, Message, RelayWalker, RoutingTable
-from kohakuriver.runner.services.admission import Admission
-from kohakuriver.runner.services.straight import Paths
+from kohakuriver.relay.admission import Admission
+from kohakuriver.relay.straight import Paths
 from kohakuriver.tunnel.buffers import Assembler
 from kohakuriver.tunnel.closing import CloseState
 from kohakuriver.tunnel.link import Link
@@ -26,6 +26,7 @@ from kohakuriver.tunnel.protocol import (
     CONNECTED,
     DATA,
     DETACH,
+    END_TASK,
     EOF,
     ERROR,
     NEW_TOKEN,
@@ -258,6 +259,7 @@ class TunnelLeg(RelayLeg["SessionLeg"]):
     def __init__(self, owner: RelayOwner, container: str, max_message: int, client: str | None = None) -> None:
         super().__init__(owner, container, max_message)
         self.client = client
+        self.ended_by: tuple[int, str] | None = None  # how its link was closed: code and reason
         self._last_id = 0
         self._asked: dict[bytes, asyncio.Future[bool]] = {}
         self._last_question = 0
@@ -316,6 +318,10 @@ class TunnelLeg(RelayLeg["SessionLeg"]):
         """Tell its client that a new token lies where the one that it has was."""
         self.link.send_message(PING, SESSION_ID, NEW_TOKEN, urgent=True)
 
+    def ask_to_end(self) -> None:
+        """Tell its client, which is an agent, to end what it was started for."""
+        self.link.send_message(PING, SESSION_ID, END_TASK, urgent=True)
+
     def counts(self) -> Counter[str]:
         return self.reported + Counter({"bytes_to_user": self.walker.bytes_routed})
 
@@ -367,6 +373,7 @@ class TunnelLeg(RelayLeg["SessionLeg"]):
         for question in self._questions.values():
             if not question.done():
                 question.set_exception(ConnectionResetError("the tunnel client has gone"))
+        self.ended_by = (code, reason)
         self.owner.tunnel_closed(self, reason or "its tunnel client is gone")
 
 
@@ -375,6 +382,8 @@ class SessionLeg(RelayLeg[TunnelLeg]):
 
     What its CONNECTs call port 0 is ``port``; ``newest`` is the latest version that the user's side speaks. ``mark`` is
     what the container's end knows the user by. ``paths`` are the links of its session, where it may have another.
+
+    Large because each method is what one message, or one change of its links, means to a session.
     """
 
     def __init__(

@@ -13,9 +13,9 @@ import structlog
 
 from kohakuriver.changes import Changes
 from kohakuriver.errors import UnavailableError
-from kohakuriver.runner.services.direct import DirectSession, Keepers
-from kohakuriver.runner.services.relay import SessionLeg, TunnelLeg
-from kohakuriver.runner.services.traffic import Counted, Traffic
+from kohakuriver.relay.direct import DirectSession, Keepers
+from kohakuriver.relay.legs import SessionLeg, TunnelLeg
+from kohakuriver.relay.traffic import Counted, Traffic
 from kohakuriver.tunnel.protocol import NOTICE, SESSION_ID, CloseCode
 
 __all__ = ["EXPECTED_SECONDS", "QUARREL_SECONDS", "QUARREL_TIMES", "Hub"]
@@ -66,6 +66,8 @@ class Hub:
     address that the trouble comes from; an empty sentence says that it is well again.
     `dialled` says whether this runner dials a container's ports by itself while no tunnel is there, and `expected`
     whether a tunnel is about to come of which this runner has not seen any yet.
+
+    Large because each method is one thing that can become of a link.
     """
 
     def __init__(
@@ -269,6 +271,11 @@ class Hub:
             direct.end(CloseCode.POLICY if gone else RENEGOTIATE, reason)
         if gone:
             self.traffic.forget(container)
+
+    def send_away(self, container: str, reason: str) -> None:
+        """The container is another's now: users open their sessions again, and are sent there."""
+        for session in self._sessions_of(container):
+            session.link.close(RENEGOTIATE, reason)
 
     def tell(self, container: str, sentence: str) -> None:
         """Say something to everybody who has a session open and can be told."""

@@ -3,21 +3,18 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable
-from dataclasses import asdict
-from typing import Any
+from collections.abc import Awaitable, Callable, Collection
+from dataclasses import asdict, dataclass
+from typing import Any, Generic, Protocol, TypeVar
 
 from kohakuriver.backends import kind_of
 from kohakuriver.errors import UnavailableError
-from kohakuriver.runner.backends.base import TaskSockets
-from kohakuriver.runner.services.relay import PORTS_SECONDS, TunnelLeg
-from kohakuriver.runner.services.state import TaskRecord
-from kohakuriver.runner.services.task_book import TaskBook
+from kohakuriver.relay.legs import PORTS_SECONDS, TunnelLeg
 from kohakuriver.task import ListeningPort
 from kohakuriver.text import printable
-from kohakuriver.tunnel.protocol import PROTO_UDP, BoundPort, PortsAnswer
+from kohakuriver.tunnel.protocol import PROTO_UDP, BoundPort, PortsAnswer, PortScope
 
-__all__ = ["FRESH_SECONDS", "LONGEST_NAME", "OpenPorts"]
+__all__ = ["FRESH_SECONDS", "LONGEST_NAME", "OpenPorts", "TaskSockets"]
 
 FRESH_SECONDS = 1.0
 """For so long one look is the answer to everybody who asks."""
@@ -28,22 +25,52 @@ LONGEST_NAME = 40
 Look = asyncio.Task[dict[str, Any]]
 
 
-class OpenPorts:
+@dataclass(frozen=True)
+class TaskSockets:
+    """Which sockets are a task's, as its tunnel client is asked for them; `mark` is of scope OWN.
+
+    What listens on the addresses `hidden` is there for the container and none of its services.
+    """
+
+    scope: PortScope = PortScope.NETWORK
+    mark: bytes = b""
+    hidden: Collection[str] = ()
+
+
+class Listening(Protocol):
+    """A task whose ports are asked for; `dialled` says that it has no tunnel client of its own."""
+
+    @property
+    def container(self) -> str: ...
+    @property
+    def name(self) -> str: ...
+    @property
+    def backend(self) -> str: ...
+    @property
+    def ssh_port(self) -> int | None: ...
+    @property
+    def dialled(self) -> bool: ...
+
+
+T = TypeVar("T", bound=Listening)
+
+
+class OpenPorts(Generic[T]):
     """Looks at most once a second at one task, however many ask.
 
     Args:
-        book: has the tasks.
+        task_of: the task with a container id; raises NotFoundError.
         sockets: which sockets are a task's; may raise KohakuRiverError where that can't be said.
         tunnel_of: a container's tunnel, None where none is connected.
     """
 
     def __init__(
         self,
-        book: TaskBook,
-        sockets: Callable[[TaskRecord], Awaitable[TaskSockets]],
+        task_of: Callable[[str], T],
+        sockets: Callable[[T], Awaitable[TaskSockets]],
         tunnel_of: Callable[[str], TunnelLeg | None],
     ) -> None:
-        self._book = book
+        self._task_of = task_of
         self._sockets = sockets
         self._tunnel_of = tunnel_of
         self._looks: dict[TunnelLeg, Look] = {}
@@ -53,7 +80,7 @@ class OpenPorts:
 
         Raises NotFoundError, or UnavailableError with why it can't be known.
         """
-        task = self._book.get(container)
+        task = self._task_of(container)
         tunnel = self._tunnel(task)
         look = self._looks.get(tunnel)
         if look is None:
@@ -68,7 +95,7 @@ class OpenPorts:
         else:
             asyncio.get_running_loop().call_later(FRESH_SECONDS, self._looks.pop, tunnel, None)
 
-    def _tunnel(self, task: TaskRecord) -> TunnelLeg:
+    def _tunnel(self, task: Listening) -> TunnelLeg:
         """The tunnel whose client can be asked. Raises UnavailableError."""
         tunnel = self._tunnel_of(task.container)
         if tunnel is None and kind_of(task.backend).dialled:
@@ -92,7 +119,7 @@ class OpenPorts:
             )
         return tunnel
 
-    async def _look(self, task: TaskRecord, tunnel: TunnelLeg) -> dict[str, Any]:
+    async def _look(self, task: T, tunnel: TunnelLeg) -> dict[str, Any]:
         sockets = await self._sockets(task)
         try:
             answer = await tunnel.ask_ports(sockets.scope, sockets.mark)
@@ -115,7 +142,7 @@ class OpenPorts:
         return _told(task, sockets, answer)
 
 
-def _told(task: TaskRecord, sockets: TaskSockets, answer: PortsAnswer) -> dict[str, Any]:
+def _told(task: Listening, sockets: TaskSockets, answer: PortsAnswer) -> dict[str, Any]:
     """What users hear of an answer: everything but what we ourselves have put into the task, in order."""
     ports = dict.fromkeys(
         _shown(port)
@@ -125,7 +152,7 @@ def _told(task: TaskRecord, sockets: TaskSockets, answer: PortsAnswer) -> dict[s
     return {"ports": [asdict(port) for port in ports], "more": answer.more}
 
 
-def _is_ssh_server(task: TaskRecord, port: BoundPort) -> bool:
+def _is_ssh_server(task: Listening, port: BoundPort) -> bool:
     return port.port == task.ssh_port and port.proto != PROTO_UDP and port.address.is_loopback
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Mapping
 from typing import Any
 
 import structlog
@@ -10,13 +10,13 @@ import structlog
 from kohakuriver._frame import FrameWalker
 from kohakuriver.errors import NotAllowedError, UnauthenticatedError, UnavailableError
 from kohakuriver.limits import Limits
-from kohakuriver.runner.services.admission import Admission
-from kohakuriver.runner.services.direct import DirectSession, DirectTarget
-from kohakuriver.runner.services.hub import Hub
-from kohakuriver.runner.services.relay import SessionLeg, TunnelLeg
-from kohakuriver.runner.services.shares import Shares
-from kohakuriver.runner.services.straight import Paths, Straights
-from kohakuriver.runner.services.terminal_room import TerminalRoom
+from kohakuriver.relay.admission import Admission
+from kohakuriver.relay.direct import DirectSession, DirectTarget
+from kohakuriver.relay.hub import Hub
+from kohakuriver.relay.legs import SessionLeg, TunnelLeg
+from kohakuriver.relay.shares import Shares
+from kohakuriver.relay.straight import Paths, Straights
+from kohakuriver.relay.terminal_room import TerminalRoom
 from kohakuriver.session.ticket import Ticket
 from kohakuriver.tunnel.accept import Peer, TunnelRoute, UpgradeRequest, greet
 from kohakuriver.tunnel.ports import beyond_of, port_in, ports_in
@@ -36,7 +36,7 @@ class TunnelServer:
 
     Args:
         check_tunnel: (container id, token, the client's id, where it comes from) → what tells it from other clients;
-            raises KohakuRiverError where it may not be this container's.
+            raises KohakuRiverError where it may not be this container's. None where tunnel clients come by `take_in`.
         check_ticket: the ticket's claims; raises UnauthenticatedError or NotAllowedError.
         check_terminal_ticket: the same of one that opens terminals.
         room: how many of those there may be.
@@ -56,10 +56,10 @@ class TunnelServer:
         self,
         *,
         allow_anonymous: bool,
-        check_tunnel: Callable[[str, str, str, Peer], Awaitable[str]],
+        check_tunnel: Callable[[str, str, str, Peer], Awaitable[str]] | None = None,
         check_ticket: Callable[[str], Ticket],
         check_terminal_ticket: Callable[[str], Ticket],
-        target_of: Callable[[str], DirectTarget | None],
+        target_of: Callable[[str], DirectTarget | None] = lambda container: None,
         room: TerminalRoom | None = None,
         mark: Callable[[str, str], bytes] = lambda user, container: bytes(MARK),
         expected: Callable[[str], bool] = lambda container: False,
@@ -94,11 +94,11 @@ class TunnelServer:
         """Those of them that tunnel clients dial."""
         return [TunnelRoute("/ws/tunnel/{container_id}", self._open_tunnel)]
 
-    def session_routes(self) -> list[TunnelRoute]:
-        """Those that the host dials, and users who go straight to this runner."""
+    def session_routes(self, prefix: str = "") -> list[TunnelRoute]:
+        """Those that the host dials, and users who go straight to this runner; `prefix` begins their paths."""
         return [
-            TunnelRoute("/ws/forward/{container}/{port}", self._open_session),
-            TunnelRoute("/ws/straight/{container}", self._open_straight),
+            TunnelRoute(prefix + "/ws/forward/{container}/{port}", self._open_session),
+            TunnelRoute(prefix + "/ws/straight/{container}", self._open_straight),
         ]
 
     def snapshot(self) -> dict[str, Any]:
@@ -128,8 +128,17 @@ class TunnelServer:
             await self.hub.check_replacement(container, None, request.whence.address)
         else:
             raise UnauthenticatedError("a tunnel client must show its container's token")
+        self.take_in(request, container, client)
+
+    def take_in(
+        self, request: UpgradeRequest, container: str, client: str | None, headers: Mapping[str, str] | None = None
+    ) -> None:
+        """Take a tunnel client in that was found to be the container's; `headers` are more of the answer's.
+
+        Raises HostUnreachableError where it has hung up.
+        """
         tunnel = TunnelLeg(self.hub, container, self._limits.max_message, client)
-        tunnel.link = request.accept(tunnel.walker, tunnel)
+        tunnel.link = request.accept(tunnel.walker, tunnel, headers=headers)
         tunnel.link.label = request.peer
         self.hub.tunnel_opened(tunnel)
 
@@ -138,6 +147,7 @@ class TunnelServer:
 
         Another that is connected takes a while to answer, in which the token may become worthless, or a third come.
         """
+        assert self._check_tunnel is not None
         while True:
             client = await self._check_tunnel(container, token, request.client, request.whence)
             there = self.hub.tunnel_of(container)
