@@ -8,6 +8,7 @@ use lexopt::prelude::*;
 
 use crate::handshake::RunnerUrl;
 use crate::log::Level;
+use crate::offer::Offer;
 use crate::settings::Settings;
 use crate::token::Place;
 
@@ -27,6 +28,8 @@ Options:
   --take-token FILE       the same; the file is removed once it is read [KOHAKURIVER_TUNNEL_TAKE_TOKEN]
   --reconnect-delay SECS  what the pause between attempts grows to, at random below it [RECONNECT_DELAY, 5]
   --max-reconnect N       give up after N failures in a row, 0 for never [MAX_RECONNECT, 0]
+  --offer LIST            which ports are carried, with commas: all; own, those of this user's processes;
+                          numbers, whosever they are [KOHAKURIVER_OFFER, all]
   --open-stdin            give COMMAND an input that stays open and empty, where a shell or an interpreter waits
   --log-level LEVEL       error, warn, info or debug [LOG_LEVEL, info]
   --version, --help
@@ -85,6 +88,7 @@ pub fn parse(
     let mut max_reconnect = word(&env, "MAX_RECONNECT").unwrap_or(0);
     let mut log_level = word(&env, "LOG_LEVEL").unwrap_or(Level::Info);
     let mut open_stdin = false;
+    let mut offer = None;
     let mut run = None;
     while let Some(argument) = parser.next().map_err(text)? {
         match argument {
@@ -99,6 +103,7 @@ pub fn parse(
                     .parse()
                     .map_err(|()| "--log-level is error, warn, info or debug")?;
             }
+            Long("offer") => offer = Some(Offer::parse(&value(&mut parser)?)?),
             Long("open-stdin") => open_stdin = true,
             Short('h') | Long("help") => return Ok(Request::Print(HELP.into())),
             Short('V') | Long("version") => {
@@ -112,6 +117,7 @@ pub fn parse(
     }
     let container = container.ok_or("no container id: give --container-id or set CONTAINER_ID")?;
     check_container(&container)?;
+    let settings = Settings::from_env(&env)?;
     Ok(Request::Work(Box::new(Options {
         url: url
             .ok_or("no runner: give --runner-url or set RUNNER_URL")?
@@ -122,7 +128,10 @@ pub fn parse(
             .map_err(|_| "--reconnect-delay is a number of seconds")?,
         max_reconnect: (max_reconnect > 0).then_some(max_reconnect),
         log_level,
-        settings: Settings::from_env(env)?,
+        settings: Settings {
+            offer: offer.unwrap_or(settings.offer.clone()),
+            ..settings
+        },
         open_stdin,
         run,
     })))
@@ -244,6 +253,19 @@ mod tests {
     }
 
     #[test]
+    fn what_is_offered_is_all_unless_it_is_said() {
+        let own = [("KOHAKURIVER_OFFER", "own")];
+        let offer = |words: &[&str], env| {
+            let options = work(&[&BASE[..], words].concat(), env);
+            options.unwrap().settings.offer
+        };
+        assert_eq!(offer(&[], &[]), Offer::default());
+        assert_eq!(offer(&[], &own), Offer::parse("own").unwrap());
+        let named = Offer::parse("80").unwrap();
+        assert_eq!(offer(&["--offer", "80"], &own), named);
+    }
+
+    #[test]
     fn all_behind_run_is_the_command() {
         let run = |words: &[&str]| work(&[&BASE[..], words].concat(), &[]).unwrap().run;
         assert_eq!(run(&[]), None);
@@ -263,6 +285,7 @@ mod tests {
             &["--reconnect-delay", "soon"],
             &["--max-reconnect", "-1"],
             &["--log-level", "loud"],
+            &["--offer", "some"],
             &["walk"],
             &["run", "--log-level", "debug"],
             &["--container-id", "a/b"],

@@ -14,12 +14,14 @@ impl fmt::Display for Told {
 
 impl error::Error for Told {}
 
+/// The text of an error that has one.
+pub fn told_of(error: &io::Error) -> Option<&Told> {
+    error.get_ref()?.downcast_ref()
+}
+
 /// What an ERROR says of a stream to `port` that failed with `error`.
 pub fn text(error: &io::Error, port: u16) -> String {
-    if let Some(Told(text)) = error
-        .get_ref()
-        .and_then(|inner| inner.downcast_ref::<Told>())
-    {
+    if let Some(Told(text)) = told_of(error) {
         return text.clone();
     }
     let (code, sentence) = match error.raw_os_error() {

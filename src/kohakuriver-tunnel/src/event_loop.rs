@@ -30,6 +30,7 @@ use crate::handshake::{Granted, Handshake, Place, Refusal, RunnerUrl, wrong};
 use crate::listeners;
 use crate::log;
 use crate::net::{self, Network, Ready};
+use crate::offer::Offer;
 use crate::ports::Looker;
 use crate::protocol::Mark;
 use crate::session::{End, Session};
@@ -106,8 +107,9 @@ impl EventLoop {
         let sockets = Sockets::new()?;
         let services = Services {
             epoll: Rc::clone(sockets.ready.get_ref()),
-            terminals: Terminals::new(settings.terminals),
-            looker: Looker::new()?,
+            terminals: Terminals::new(settings.terminals, &settings.offer),
+            looker: Looker::new(&settings.offer)?,
+            offer: settings.offer.clone(),
         };
         let bell = services.looker.bell();
         services.epoll.add(bell, LOOKED, libc::EPOLLIN)?;
@@ -469,11 +471,16 @@ struct Services {
     epoll: Rc<Epoll>,
     terminals: Terminals,
     looker: Looker,
+    offer: Offer,
 }
 
 impl Network for Services {
     type Tcp = Tcp;
     type Udp = Udp;
+
+    fn check(&self, udp: bool, to: SocketAddr) -> io::Result<u64> {
+        self.offer.check(udp, to)
+    }
 
     fn dial(&self, to: SocketAddr, key: Key) -> io::Result<Tcp> {
         let sock = Socket::new(Domain::for_address(to), Type::STREAM.nonblocking(), None)?;

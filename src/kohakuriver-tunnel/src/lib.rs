@@ -25,6 +25,7 @@ pub mod listeners;
 pub mod log;
 pub mod message;
 pub mod net;
+pub mod offer;
 pub mod ports;
 pub mod protocol;
 pub mod queue;

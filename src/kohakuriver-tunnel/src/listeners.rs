@@ -3,6 +3,7 @@
 use std::fs::File;
 use std::io::{BufRead, BufReader, Read};
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr, SocketAddrV6};
+use std::str::FromStr;
 
 /// Of a socket that listens.
 const LISTEN: &str = "0A";
@@ -11,6 +12,9 @@ const UNCONNECTED: &str = "07";
 /// A table is read no further than this many lines, and bytes.
 const MOST: usize = 10_000;
 const MOST_BYTES: u64 = 4 << 20;
+/// Which fields of a line these are: behind the state, the queues and the timers.
+const USER: usize = 7;
+const INODE: usize = 9;
 
 /// A socket that listens, or that takes datagrams from everybody.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
@@ -19,14 +23,19 @@ pub struct Bound {
     pub at: SocketAddr,
     /// By which `/proc/PID/fd` names it too; 0 where that is not known.
     pub inode: u64,
+    /// Whose it is, as this process counts users; nobody's where that is not known.
+    pub user: u32,
 }
 
 /// All of them.
 pub fn all(udp: bool) -> Vec<Bound> {
     let mut found = Vec::new();
     each(udp, |at, line| {
-        let inode = inode(line).unwrap_or(0);
-        found.push(Bound { at, inode });
+        found.push(Bound {
+            at,
+            inode: field(line, INODE).unwrap_or(0),
+            user: field(line, USER).unwrap_or(u32::MAX),
+        });
     });
     found
 }
@@ -78,9 +87,8 @@ fn socket(line: &str) -> Option<(SocketAddr, &str)> {
     Some((SocketAddr::new(ip(address)?, port), state))
 }
 
-/// What stands behind the state, the queues, the timers and the user.
-fn inode(line: &str) -> Option<u64> {
-    line.split_ascii_whitespace().nth(9)?.parse().ok()
+fn field<T: FromStr>(line: &str, at: usize) -> Option<T> {
+    line.split_ascii_whitespace().nth(at)?.parse().ok()
 }
 
 /// Words of 32 bits in the machine's own order.
@@ -166,18 +174,20 @@ mod tests {
         ] {
             assert_eq!(socket(line), None, "{line:?}");
         }
+        let inode = |line| field::<u64>(line, INODE);
         assert_eq!(inode("0: 0100007F:0050 0 0A 0 0 0 0 0 x"), None);
         assert_eq!(inode("0: 0100007F:0050 0 0A"), None);
     }
 
     #[test]
-    fn a_listener_is_known_by_the_inode_that_its_descriptor_has() {
+    fn a_listener_is_known_by_the_inode_that_its_descriptor_has_and_by_its_user() {
         use std::os::fd::AsRawFd;
         let listener = std::net::TcpListener::bind("[::1]:0").unwrap();
         let at = listener.local_addr().unwrap();
         let link = std::fs::read_link(format!("/proc/self/fd/{}", listener.as_raw_fd())).unwrap();
         let bound = all(false).into_iter().find(|bound| bound.at == at).unwrap();
         assert_eq!(link.to_str(), Some(&*format!("socket:[{}]", bound.inode)));
+        assert_eq!(bound.user, crate::sys::user());
     }
 
     #[test]

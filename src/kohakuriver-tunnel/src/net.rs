@@ -14,6 +14,9 @@ pub trait Network {
     #[allow(missing_docs)]
     type Udp: UdpSocket;
 
+    /// Whether what listens at `to` is offered; a number that stays the same as long as that listens there. Raises a
+    /// refusal (see [`crate::offer`]), or `ECONNREFUSED`.
+    fn check(&self, udp: bool, to: SocketAddr) -> io::Result<u64>;
     /// Begins to connect; readiness of the socket will be told under `key`.
     fn dial(&self, to: SocketAddr, key: Key) -> io::Result<Self::Tcp>;
     /// A datagram socket that talks to `to` only.

@@ -12,6 +12,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::thread;
 
 use crate::listeners;
+use crate::offer::Offer;
 use crate::protocol::{TCP, UDP, take};
 use crate::sys;
 
@@ -57,8 +58,13 @@ impl Question {
 }
 
 /// The payload of the answer.
-pub fn look(question: &Question) -> Vec<u8> {
-    let all = |udp| listeners::all(udp).into_iter().map(move |at| (udp, at));
+pub fn look(question: &Question, offer: &Offer) -> Vec<u8> {
+    let all = |udp| {
+        let offered = listeners::all(udp).into_iter();
+        offered
+            .filter(|at| offer.shows(at))
+            .map(move |at| (udp, at))
+    };
     let found: Vec<_> = all(false).chain(all(true)).collect();
     let sockets: HashSet<_> = found.iter().map(|(_, bound)| bound.inode).collect();
     let owners = owners::of(&sockets, &question.scope);
@@ -118,6 +124,7 @@ pub struct Looker(Arc<Shared>);
 struct Shared {
     state: Mutex<State>,
     bell: File,
+    offer: Offer,
 }
 
 impl Shared {
@@ -139,10 +146,11 @@ impl Drop for Look {
 }
 
 impl Looker {
-    /// Without a look.
-    pub fn new() -> io::Result<Self> {
+    /// Without a look; of what is not offered nothing is told.
+    pub fn new(offer: &Offer) -> io::Result<Self> {
         let (state, bell) = (Mutex::default(), sys::bell()?);
-        Ok(Self(Arc::new(Shared { state, bell })))
+        let offer = offer.clone();
+        Ok(Self(Arc::new(Shared { state, bell, offer })))
     }
 
     /// What becomes readable when a look is over.
@@ -168,7 +176,7 @@ impl Looker {
             .name("ports".into())
             .stack_size(STACK)
             .spawn(move || {
-                let answer = look(&question);
+                let answer = look(&question, &this.0.offer);
                 *this.0.state() = State::Found(answer);
                 let _ = (&this.0.bell).write(&1u64.to_ne_bytes());
             });
@@ -266,7 +274,7 @@ mod tests {
         ];
         for scope in [Scope::Network, Scope::Seen] {
             let number = [1, 2, 3, 4];
-            let answer = look(&Question { number, scope });
+            let answer = look(&Question { number, scope }, &Offer::default());
             assert_eq!(answer[..4], number);
             let told = ports(&answer);
             assert!(told.iter().all(|port| !ours.contains(&(port.0, port.1))));
@@ -275,7 +283,7 @@ mod tests {
 
     #[test]
     fn a_look_answers_once_and_another_can_follow_it() {
-        let looker = Looker::new().unwrap();
+        let looker = Looker::new(&Offer::default()).unwrap();
         looker.begin(b"nonsense");
         assert!(matches!(*looker.0.state(), State::Idle));
         for number in 0..3u8 {

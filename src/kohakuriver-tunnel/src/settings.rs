@@ -3,6 +3,8 @@
 
 use std::time::Duration;
 
+use crate::offer::Offer;
+
 /// No window is set smaller than this, in bytes.
 pub const MIN_WINDOW: u64 = 4 << 10;
 /// Hops hold no more than this for one session, in bytes.
@@ -33,6 +35,8 @@ pub struct Settings {
     pub linger: Duration,
     /// After how long without a datagram a UDP stream is closed.
     pub udp_idle: Duration,
+    /// Which ports are carried.
+    pub offer: Offer,
 }
 
 impl Default for Settings {
@@ -49,6 +53,7 @@ impl Default for Settings {
             // Less than at the user's end: a service that ends its sending has mostly ended.
             linger: Duration::from_millis(200),
             udp_idle: Duration::from_secs(60),
+            offer: Offer::default(),
         }
     }
 }
@@ -85,6 +90,7 @@ impl Settings {
             )? as usize,
             linger: seconds(&env, "KOHAKURIVER_LINGER", default.linger)?,
             udp_idle: seconds(&env, "KOHAKURIVER_UDP_IDLE", default.udp_idle)?,
+            offer: offer(&env)?,
         };
         // A smaller whole bounds its parts, unless they are set themselves.
         let max_window = settings.max_window.min(settings.budget);
@@ -114,6 +120,13 @@ fn number(
         .ok()
         .filter(|value| (least..=most).contains(value))
         .ok_or_else(|| format!("{name} is {what} from {least} to {most}, not {text:?}"))
+}
+
+fn offer(env: impl Fn(&str) -> Option<String>) -> Result<Offer, String> {
+    let name = "KOHAKURIVER_OFFER";
+    let said = env(name).map(|text| Offer::parse(&text)).transpose();
+    said.map(Option::unwrap_or_default)
+        .map_err(|error| format!("{name}: {error}"))
 }
 
 fn seconds(
@@ -162,6 +175,7 @@ mod tests {
             ("KOHAKURIVER_TERMINALS", "5"),
             ("KOHAKURIVER_LINGER", "0.5"),
             ("KOHAKURIVER_UDP_IDLE", "7"),
+            ("KOHAKURIVER_OFFER", "own,8888"),
         ]);
         let expected = Settings {
             first_window: 4096,
@@ -173,6 +187,7 @@ mod tests {
             terminals: 5,
             linger: Duration::from_millis(500),
             udp_idle: Duration::from_secs(7),
+            offer: Offer::parse("own,8888").unwrap(),
         };
         assert_eq!(settings.unwrap(), expected);
     }
@@ -196,6 +211,7 @@ mod tests {
             ("KOHAKURIVER_LINGER", "0"),
             ("KOHAKURIVER_UDP_IDLE", "NaN"),
             ("KOHAKURIVER_UDP_IDLE", "inf"),
+            ("KOHAKURIVER_OFFER", "mine"),
         ] {
             let error = from(&[(name, text)]).unwrap_err();
             assert!(error.starts_with(name) && error.contains(text), "{error:?}");

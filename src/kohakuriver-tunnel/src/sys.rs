@@ -229,6 +229,11 @@ pub fn lead_a_session(on_terminal: bool) -> io::Result<()> {
     check(unsafe { libc::ioctl(libc::STDIN_FILENO, libc::TIOCSCTTY as _, 0) })
 }
 
+/// Whose this process is.
+pub fn user() -> u32 {
+    rustix::process::geteuid().as_raw()
+}
+
 /// Makes this process another user's. Safe between `fork` and `exec`.
 pub fn become_user(uid: u32, gid: u32, groups: &[u32]) -> io::Result<()> {
     // SAFETY: the kernel reads as many numbers as there are; the other calls take none.

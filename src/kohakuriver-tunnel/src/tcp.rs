@@ -9,6 +9,7 @@ use std::time::{Duration, Instant};
 use crate::context::{Context, Fate};
 use crate::flow::ReceiveWindow;
 use crate::net::{Network, Ready, TcpSocket};
+use crate::offer;
 use crate::protocol::{self, Header, Opening, TCP, TERMINAL, Violation, kind};
 use crate::queue::Queue;
 use crate::streams::Key;
@@ -73,7 +74,9 @@ struct Dialling {
     tried: usize,
     /// Behind 127.0.0.1 and ::1; looked up when neither took the connection.
     others: Vec<SocketAddr>,
-    /// The first answer tells most: where there is no IPv6, others say only that.
+    /// What was dialled, and what listens there as far as that matters.
+    at: Option<(SocketAddr, u64)>,
+    /// The first answer tells most: where there is no IPv6, others say only that. A refusal of ours tells more.
     first: Option<io::Error>,
 }
 
@@ -83,6 +86,7 @@ impl Dialling {
             port,
             tried: 0,
             others: Vec::new(),
+            at: None,
             first: None,
         }
     }
@@ -91,7 +95,11 @@ impl Dialling {
     fn next<N: Network>(&mut self, key: Key, network: &N) -> io::Result<N::Tcp> {
         while let Some(address) = self.address(network) {
             self.tried += 1;
-            match network.dial(address, key) {
+            let dialled = network.check(false, address).and_then(|listener| {
+                self.at = Some((address, listener));
+                network.dial(address, key)
+            });
+            match dialled {
                 Ok(sock) => return Ok(sock),
                 Err(error) => self.failed(error)?,
             }
@@ -114,11 +122,25 @@ impl Dialling {
                     | libc::EAFNOSUPPORT
             )
         );
+        if offer::is_refusal(&error) {
+            self.first = Some(error);
+            return Ok(());
+        }
         if !elsewhere {
             return Err(error);
         }
         self.first.get_or_insert(error);
         Ok(())
+    }
+
+    /// The connection is of what was to be dialled: another user's may have come in its place meanwhile.
+    fn is_of_the_same(&self, network: &impl Network) -> io::Result<()> {
+        match self.at {
+            Some((address, listener)) if network.check(false, address)? != listener => {
+                Err(io::Error::from_raw_os_error(libc::ECONNRESET))
+            }
+            _ => Ok(()),
+        }
     }
 
     fn address(&mut self, network: &impl Network) -> Option<SocketAddr> {
@@ -442,7 +464,13 @@ impl<S: TcpSocket> Tcp<S> {
         let Some(dial) = &mut self.dial else {
             return Ok(true);
         };
-        match self.sock.dialled() {
+        let dialled = self.sock.dialled().and_then(|connected| {
+            if connected {
+                dial.is_of_the_same(network)?;
+            }
+            Ok(connected)
+        });
+        match dialled {
             Ok(connected) => {
                 if connected {
                     self.dial = None;

@@ -22,6 +22,7 @@ use std::thread;
 
 use socket2::SockRef;
 
+use crate::offer::Offer;
 use crate::protocol::Mark;
 use crate::{files, log};
 use beyond::{Asked, Beyond};
@@ -83,11 +84,11 @@ impl Drop for Place {
 
 impl Terminals {
     /// None yet, and no more than `most`.
-    pub fn new(most: usize) -> Self {
+    pub fn new(most: usize, offer: &Offer) -> Self {
         Self {
             places: Places::new(most),
             named: Named::default(),
-            beyond: Beyond::new(most * BEYOND_FOR_EACH),
+            beyond: Beyond::new(most * BEYOND_FOR_EACH, offer),
         }
     }
 

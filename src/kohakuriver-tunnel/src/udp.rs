@@ -2,12 +2,13 @@
 
 use std::io;
 use std::net::{Ipv4Addr, Ipv6Addr, SocketAddr};
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use crate::context::{Context, Fate};
 use crate::errors;
 use crate::kept::Kept;
 use crate::net::{Network, UdpSocket};
+use crate::offer;
 use crate::protocol::{self, Header, Opening, Resuming, UDP, kind};
 use crate::registry::Ending;
 use crate::streams::Key;
@@ -15,6 +16,8 @@ use crate::streams::Key;
 /// Datagrams, and bytes of them, that are kept until it is known who takes them.
 const SEARCHED: usize = 16;
 const SEARCHED_BYTES: usize = 128 << 10;
+/// How often it is made sure that datagrams still go to what they were meant for, where that can be another user's.
+const WATCH_EVERY: Duration = Duration::from_secs(1);
 
 /// While the link is blocked the socket isn't read: the kernel's bounded queue is the stream's.
 pub struct Udp<S> {
@@ -31,6 +34,7 @@ pub struct Udp<S> {
     kept: Option<Box<Kept>>,
     /// Until the service has answered or refused nothing for a while.
     search: Option<Box<Search>>,
+    watched: Option<Box<Watched>>,
     /// Refused since anybody answered, and not told yet.
     untold: u64,
     /// When they are to be told: there is a timer for that.
@@ -43,14 +47,41 @@ struct Search {
     tried: usize,
     /// Behind 127.0.0.1 and ::1; looked up when both refused.
     others: Vec<SocketAddr>,
+    /// What listens at the address, where that matters.
+    watched: Option<Box<Watched>>,
     /// What was sent so far, for the next address.
     sent: Vec<Vec<u8>>,
     bytes: usize,
 }
 
+/// What takes the datagrams of a stream, where another user's may come in its place.
+struct Watched {
+    at: SocketAddr,
+    listener: u64,
+    again: Instant,
+}
+
+impl Watched {
+    fn is_there(&mut self, now: Instant, network: &impl Network) -> bool {
+        if now < self.again {
+            return true;
+        }
+        let there = matches!(network.check(true, self.at), Ok(found) if found == self.listener);
+        self.again = if there { now + WATCH_EVERY } else { now };
+        there
+    }
+}
+
 impl Search {
-    /// A socket to the next address that has one.
-    fn next<N: Network>(&mut self, port: u16, key: Key, network: &N) -> Option<N::Udp> {
+    /// A socket to the next address that has one; why the first has none, where it is the last.
+    fn next<N: Network>(
+        &mut self,
+        port: u16,
+        key: Key,
+        network: &N,
+        now: Instant,
+    ) -> io::Result<N::Udp> {
+        let mut why = None;
         loop {
             let address = match self.tried {
                 0 => (Ipv4Addr::LOCALHOST, port).into(),
@@ -59,12 +90,26 @@ impl Search {
                     if tried == 2 {
                         self.others = network.listeners(true, port);
                     }
-                    *self.others.get(tried - 2)?
+                    match self.others.get(tried - 2) {
+                        Some(address) => *address,
+                        None => return Err(why.unwrap_or(io::ErrorKind::ConnectionRefused.into())),
+                    }
                 }
             };
             self.tried += 1;
-            if let Ok(sock) = network.open(address, key) {
-                return Some(sock);
+            let opened = network.check(true, address).and_then(|listener| {
+                let watched = (listener != 0).then(|| Watched {
+                    at: address,
+                    listener,
+                    again: now + WATCH_EVERY,
+                });
+                self.watched = watched.map(Box::new);
+                network.open(address, key)
+            });
+            match opened {
+                Ok(sock) => return Ok(sock),
+                Err(error) if offer::is_refusal(&error) => why = Some(error),
+                Err(error) => drop(why.get_or_insert(error)),
             }
         }
     }
@@ -89,11 +134,8 @@ impl<S: UdpSocket> Udp<S> {
         context: &mut Context,
         network: &impl Network<Udp = S>,
     ) -> io::Result<Self> {
-        let sock = network.open((Ipv4Addr::LOCALHOST, header.port).into(), key)?;
-        let search = Search {
-            tried: 1,
-            ..Search::default()
-        };
+        let mut search = Search::default();
+        let sock = search.next(header.port, key, network, context.now)?;
         let kept = opening.map(|opening| Box::new(Kept::new(opening, key, context)));
         context.send(Header::new(kind::CONNECTED, UDP, header.id), &[]);
         let deadline = context.now + context.settings.udp_idle;
@@ -107,6 +149,7 @@ impl<S: UdpSocket> Udp<S> {
             deadline,
             timer: deadline,
             kept,
+            watched: search.watched.take(),
             search: Some(Box::new(search)),
             untold: 0,
             tell_at: None,
@@ -183,14 +226,14 @@ impl<S: UdpSocket> Udp<S> {
     ) -> Fate {
         self.deadline = context.now + context.settings.udp_idle;
         context.counters.bytes_to_container += datagram.len() as u64;
-        let mut sent = self.sock.send(datagram);
+        let mut sent = self.send(datagram, context.now, network);
         // A refusal of an earlier datagram is reported in place of sending this one.
         if is_refusal(&sent) {
             if self.refused(context, network) == Fate::Over {
                 context.counters.udp_dropped += 1;
                 return Fate::Over;
             }
-            sent = self.sock.send(datagram);
+            sent = self.send(datagram, context.now, network);
         }
         if sent.is_err() && !is_refusal(&sent) {
             context.counters.udp_dropped += 1;
@@ -200,6 +243,21 @@ impl<S: UdpSocket> Udp<S> {
             self.search = None;
         }
         Fate::Live
+    }
+
+    /// To what listens at the address, and nothing that has come in its place.
+    fn send(
+        &mut self,
+        datagram: &[u8],
+        now: Instant,
+        network: &impl Network<Udp = S>,
+    ) -> io::Result<usize> {
+        let watched = self.watched.as_mut();
+        if watched.is_none_or(|watched| watched.is_there(now, network)) {
+            self.sock.send(datagram)
+        } else {
+            Err(io::ErrorKind::ConnectionRefused.into())
+        }
     }
 
     /// One turn as a source: at most one datagram. True if there may be more.
@@ -265,8 +323,8 @@ impl<S: UdpSocket> Udp<S> {
             context.counters.udp_refused += 1;
             Box::default()
         });
-        while let Some(sock) = search.next(self.port, self.key, network) {
-            self.sock = sock;
+        while let Ok(sock) = search.next(self.port, self.key, network, context.now) {
+            (self.sock, self.watched) = (sock, search.watched.take());
             if !search
                 .sent
                 .iter()
@@ -288,8 +346,8 @@ impl<S: UdpSocket> Udp<S> {
             context.set_timer(due, self.key);
         }
         let mut search = Box::<Search>::default();
-        if let Some(sock) = search.next(self.port, self.key, network) {
-            self.sock = sock;
+        if let Ok(sock) = search.next(self.port, self.key, network, context.now) {
+            (self.sock, self.watched) = (sock, search.watched.take());
         }
         self.search = Some(search);
         Fate::Live

@@ -23,6 +23,8 @@ struct Far {
     finished: bool,
     reset: bool,
     found: Option<Vec<u8>>,
+    /// What listens where it is dialled, the last first; always the same if nothing is said.
+    listening: Vec<io::Result<u64>>,
 }
 
 #[derive(Clone, Default)]
@@ -94,6 +96,9 @@ impl UdpSocket for Socket {
 impl Network for Socket {
     type Tcp = Socket;
     type Udp = Socket;
+    fn check(&self, _: bool, _: SocketAddr) -> io::Result<u64> {
+        self.0.borrow_mut().listening.pop().unwrap_or(Ok(0))
+    }
     fn dial(&self, _: SocketAddr, _: Key) -> io::Result<Socket> {
         Ok(self.clone())
     }
@@ -659,4 +664,16 @@ fn what_a_look_found_for_a_link_that_has_gone_is_not_told_to_a_runner_of_version
     session.looked();
     session.turn(false).unwrap();
     assert_eq!(messages(&next), []);
+}
+
+#[test]
+fn a_connection_that_another_listener_took_than_the_one_that_was_dialled_is_given_up() {
+    let (mut session, runner, service) = opened(2, true);
+    service.0.borrow_mut().listening = vec![Ok(8)];
+    service.0.borrow_mut().connecting = false;
+    session.stream_ready(0, READY);
+    session.turn(false).unwrap();
+    let told = messages(&runner);
+    assert_eq!(told[0].0, kind::ERROR);
+    assert!(told[0].1.starts_with(b"ECONNRESET: "));
 }

@@ -16,8 +16,9 @@ use std::time::{Duration, Instant};
 
 use super::control::{Control, Line};
 use super::{Places, STACK, line};
-use crate::errors::Told;
+use crate::errors::{Told, told_of};
 use crate::log;
+use crate::offer::Offer;
 use crate::protocol::Mark;
 use crate::sys::{self, Wish};
 
@@ -90,14 +91,16 @@ impl Asked {
 pub struct Beyond {
     places: Places,
     taken: Mutex<HashMap<(Mark, u16), Weak<TcpListener>>>,
+    offer: Offer,
 }
 
 impl Beyond {
-    /// None yet, and no more than `most`.
-    pub fn new(most: usize) -> Self {
+    /// None yet, and no more than `most`; this machine's own ports only as they are offered.
+    pub fn new(most: usize, offer: &Offer) -> Self {
         Self {
             places: Places::new(most),
             taken: Mutex::default(),
+            offer: offer.clone(),
         }
     }
 
@@ -118,7 +121,10 @@ impl Beyond {
             Arc::clone(&outcome),
         );
         let work: Box<dyn FnOnce() -> io::Result<()> + Send> = match asked {
-            Asked::To(host, port) => Box::new(move || go_to(&host, port, &far, &outcome)),
+            Asked::To(host, port) => {
+                let offer = self.offer.clone();
+                Box::new(move || go_to((&host, port), &offer, &far, &outcome))
+            }
             Asked::On(port) => {
                 let listener = self.listener(mark, port)?;
                 Box::new(move || {
@@ -204,8 +210,13 @@ fn until_somebody_comes(
     }
 }
 
-fn go_to(host: &str, port: u16, mut far: &UnixStream, outcome: &Outcome) -> io::Result<()> {
-    match connect(host, port) {
+fn go_to(
+    (host, port): (&str, u16),
+    offer: &Offer,
+    mut far: &UnixStream,
+    outcome: &Outcome,
+) -> io::Result<()> {
+    match connect(host, port, offer) {
         Ok(sock) => {
             far.write_all(&[STANDS])?;
             carry(far, &sock, outcome)
@@ -215,7 +226,7 @@ fn go_to(host: &str, port: u16, mut far: &UnixStream, outcome: &Outcome) -> io::
 }
 
 /// The first address of a host that takes a connection. The error is the text of an ERROR.
-fn connect(host: &str, port: u16) -> Result<TcpStream, String> {
+fn connect(host: &str, port: u16, offer: &Offer) -> Result<TcpStream, String> {
     let until = Instant::now() + PATIENCE;
     let known = (host, port)
         .to_socket_addrs()
@@ -226,7 +237,10 @@ fn connect(host: &str, port: u16) -> Result<TcpStream, String> {
         if left.is_zero() {
             break;
         }
-        match TcpStream::connect_timeout(&address, left) {
+        let connected = offer
+            .check_if_here(address)
+            .and_then(|_| TcpStream::connect_timeout(&address, left));
+        match connected {
             Ok(sock) => return Ok(sock),
             Err(error) => why = not_reached(&error, host, port),
         }
@@ -235,6 +249,9 @@ fn connect(host: &str, port: u16) -> Result<TcpStream, String> {
 }
 
 fn not_reached(error: &io::Error, host: &str, port: u16) -> String {
+    if let Some(Told(text)) = told_of(error) {
+        return text.clone();
+    }
     match (error.kind(), error.raw_os_error()) {
         (io::ErrorKind::TimedOut, _) => {
             format!("ETIMEDOUT: {host} did not answer the task on port {port}")
