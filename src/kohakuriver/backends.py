@@ -30,6 +30,8 @@ class BackendKind:
         own_ssh: whether a task is taken to have an SSH server of its own.
         network: whether a task has a network of its own, so that its ports are nobody else's.
         as_runner: whether its tasks are the runner's own user on the node, with nothing between.
+        scheduled: whether a scheduler says when and where a task runs, of which it is asked for memory, processors,
+            GPUs and time, as the user whom the node's administrator has named for the task's owner.
         dialled: whether the runner itself dials a task's ports, always.
         dials_in: whether a task is whatever connects to the host as one: no runner has it, and nobody starts it again.
         default: whether a runner offers it where nothing else was said.
@@ -39,7 +41,7 @@ class BackendKind:
     container: str
     advice: str
     makes: bool = False
-    adopts: Literal["container", "address"] | None = None
+    adopts: Literal["container", "address", "job"] | None = None
     image: bool = False
     mounts: bool = False
     bounded: bool = False
@@ -49,6 +51,7 @@ class BackendKind:
     own_ssh: bool = False
     network: bool = False
     as_runner: bool = False
+    scheduled: bool = False
     dialled: bool = False
     dials_in: bool = False
     default: bool = False
@@ -81,6 +84,16 @@ BACKENDS: dict[str, BackendKind] = {
             controls=True,
             terminal=True,
             ssh=True,
+        ),
+        BackendKind(
+            name="slurm",
+            container="kohakuriver-job-{}",
+            advice="start a runner with `--backend slurm` where sbatch is",
+            makes=True,
+            adopts="job",
+            controls=True,
+            terminal=True,
+            scheduled=True,
         ),
         BackendKind(
             name="address",
@@ -131,7 +144,7 @@ def making_images() -> list[str]:
     return [name for name in making() if BACKENDS[name].image]
 
 
-def adopting(what: Literal["container", "address"]) -> list[str]:
+def adopting(what: Literal["container", "address", "job"]) -> list[str]:
     """Those that make a task of what runs already."""
     return [kind.name for kind in BACKENDS.values() if kind.adopts == what]
 

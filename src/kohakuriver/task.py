@@ -164,6 +164,8 @@ Restart = Annotated[
         "it must be no, on-failure, on-failure:N, always or unless-stopped",
     ),
 ]
+OfScheduler = Annotated[str, matching(r"[A-Za-z0-9_][A-Za-z0-9_.,-]{0,127}", "write a name as Slurm has it")]
+"""A partition, an account or a quality of service."""
 Gpus = Annotated[str, matching(GPUS, "write how many, all, or numbers as in 0,1 or device=0")]
 ReportedStatus = Annotated[str, matching("|".join(get_args(Status)), "no task is in such a state")]
 Whole = Annotated[int, _between(0, 2**63 - 1)]
@@ -195,6 +197,8 @@ class TaskSpec:
     user, None for those of the image. When the image is fetched `pull` says, None for where it is missing.
     `restart` says when what has ended runs again, None for never. `gpus` are a number, "all", or those with the numbers
     "0,1" or "device=0".
+    A task of a scheduler is asked for with a `time_limit` in seconds, in a `partition`, for an `account` and with a
+    `qos`, None for what the scheduler gives by default; so are its memory, `cpus` and `gpus`, which are a number there.
     """
 
     image: Image | None = None
@@ -216,6 +220,10 @@ class TaskSpec:
     restart: Restart | None = None
     gpus: Gpus | None = None
     network: Network | None = None
+    time_limit: Seconds | None = None
+    partition: OfScheduler | None = None
+    account: OfScheduler | None = None
+    qos: OfScheduler | None = None
 
 
 @dataclass(kw_only=True)
@@ -235,7 +243,7 @@ class TaskOrder(TaskSpec):
     an IP `address`. With `no_client` nothing is put into the container: its node dials from the container's network.
     Of what it prints `log_size` bytes are kept, where that is None as many as its node does by default. `mounts_for` is
     the user whom the node lets mount its mount roots alone, None where its mounts are not bound to these.
-    It gets the node's GPUs with the numbers `gpu_ids`.
+    It gets the node's GPUs with the numbers `gpu_ids`. `run_for` is the user for whom a scheduler is asked.
     """
 
     task_id: int
@@ -249,6 +257,7 @@ class TaskOrder(TaskSpec):
     log_size: Whole | None = None
     mounts_for: str | None = None
     gpu_ids: list[str] = field(default_factory=list)
+    run_for: str = ""
 
 
 @dataclass(kw_only=True)
@@ -306,7 +315,8 @@ class TaskView:
     """A task as users see it: an id and a unique name. `created_at` is ISO 8601; `container` its name on the tunnel.
 
     `command`, `entrypoint`, `workdir`, `run_as`, `pull`, `restart`, `gpus`, `mounts`, `devices` and the names of the
-    variables, `env`, are as they were asked for. `memory`, `cpus`, `pids`, `shm_size` and `log_size` are what it was
+    variables, `env`, are as they were asked for, and so is what a scheduler was asked for: `time_limit`, `partition`,
+    `account` and `qos`. `memory`, `cpus`, `pids`, `shm_size` and `log_size` are what it was
     given, None where nothing bounds it. `network` is "none" where it has none but its own loopback. `exit_code` is what
     it has ended with, 128 + N by signal N; None while it runs, and where nobody knows.
 
@@ -351,6 +361,10 @@ class TaskView:
     gpus: str | None = None
     gpu_ids: list[str] = field(default_factory=list)
     network: str | None = None
+    time_limit: int | None = None
+    partition: str | None = None
+    account: str | None = None
+    qos: str | None = None
     message: str | None = None
     exit_code: int | None = None
     ssh_port: int | None = None

@@ -17,12 +17,12 @@ def test_tasks_of_different_backends_have_different_ids_on_the_tunnel() -> None:
 
 
 def test_a_task_goes_to_a_backend_that_can_make_it() -> None:
-    assert (making(), making_images()) == (["docker", "process"], ["docker"])
-    assert (adopting("container"), adopting("address")) == (["docker"], ["address"])
+    assert (making(), making_images()) == (["docker", "process", "slurm"], ["docker"])
+    assert (adopting("container"), adopting("address"), adopting("job")) == (["docker"], ["address"], ["slurm"])
     assert by_default() == ["docker", "address"]
 
 
 def test_a_backend_that_is_none_is_refused_but_a_newer_ones_task_can_be_shown() -> None:
-    with pytest.raises(ValueError, match="there are docker, process, address"):
-        kind_of("slurm")
-    assert known("slurm").dialled is False
+    with pytest.raises(ValueError, match="there are docker, process, slurm, address"):
+        kind_of("torque")
+    assert known("torque").dialled is False

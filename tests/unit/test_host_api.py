@@ -52,6 +52,7 @@ TASK_FIELDS = {"pending_removal", "no_direct"} | {
         "exit_code",
     ),
     *("memory", "cpus", "pids", "shm_size", "log_size", "ttl", "idle_stop", "ends_at", "network"),
+    *("time_limit", "partition", "account", "qos"),
     *("entrypoint", "workdir", "run_as", "pull", "devices", "restart", "gpus", "gpu_ids"),
 }
 
@@ -125,6 +126,12 @@ REFUSED: list[tuple[dict[str, Any], int, str, str]] = [
     ({"image": "x", "run_as": "a:b:c"}, 400, "bad_request", "USER:GROUP"),
     ({"image": "x", "gpus": "some"}, 400, "bad_request", "how many, all, or numbers"),
     ({"gpus": "1", "backend": "process"}, 400, "bad_request", "--gpus"),
+    ({"image": "x", "time_limit": 60}, 400, "bad_request", "Only a task of a scheduler takes --time"),
+    ({"backend": "process", "partition": "gpu"}, 400, "bad_request", "Only a task of a scheduler takes --partition"),
+    ({"backend": "slurm", "partition": "a b"}, 400, "bad_request", "write a name as Slurm has it"),
+    ({"backend": "slurm", "gpus": "0,1"}, 400, "bad_request", "say with --gpus how many"),
+    ({"backend": "slurm", "shm_size": 1 << 20}, 400, "bad_request", "--shm-size"),
+    ({"backend": "slurm", "run_as": "root"}, 400, "bad_request", "--user"),
     ({"image": "x", "restart": "on-failure:0"}, 400, "bad_request", "on-failure:N"),
     ({"image": "x", "pull": "sometimes"}, 400, "bad_request", "'always'"),
     ({"image": "x", "devices": ["/etc/passwd"]}, 400, "bad_request", "/dev/NAME"),

@@ -38,6 +38,10 @@ EVERYTHING: Final = NewTask(
     restart="on-failure:3",
     gpus="device=0,1",
     network="none",
+    time_limit=4 * 3600,
+    partition="gpu",
+    account="lab",
+    qos="high",
 )
 
 

@@ -227,6 +227,37 @@ GpuOption = Annotated[
         show_default=False,
     ),
 ]
+_SLURM = "With --backend slurm"
+SlurmUsersOption = Annotated[
+    Path | None,
+    typer.Option(
+        "--slurm-users",
+        metavar="FILE",
+        help="Who is who: lines USER NAME, a user here and one of the cluster; * * is everybody under the own name.",
+        show_default=False,
+        rich_help_panel=_SLURM,
+    ),
+]
+SlurmClientOption = Annotated[
+    str | None,
+    typer.Option(
+        "--slurm-client",
+        metavar="PATH",
+        help="Where the compute nodes have the program tunnel-client. Default: each job brings it along.",
+        show_default=False,
+        rich_help_panel=_SLURM,
+    ),
+]
+SlurmUrlOption = Annotated[
+    str | None,
+    typer.Option(
+        "--slurm-url",
+        metavar="URL",
+        help="How jobs reach this runner. Default: as the host does.",
+        show_default=False,
+        rich_help_panel=_SLURM,
+    ),
+]
 DirectOption = Annotated[
     bool | None,
     typer.Option(
@@ -460,6 +491,9 @@ def runner(
     process_user: ProcessUserOption = None,
     mount_roots: MountRootOption = None,
     gpus: GpuOption = None,
+    slurm_users: SlurmUsersOption = None,
+    slurm_client: SlurmClientOption = None,
+    slurm_url: SlurmUrlOption = None,
     ca_file: Annotated[Path | None, _ca_file("the host's certificate")] = None,
     stop_tasks_on_exit: StopTasksOption = False,
     direct: DirectOption = None,

@@ -12,13 +12,14 @@ import typer
 
 from kohakuriver.cli import output
 from kohakuriver.cli.behind_dashes import WithCommand, command_of
-from kohakuriver.cli.options import MaybeTaskArgument, Remote, remote
+from kohakuriver.cli.options import MaybeTaskArgument, Remote, SlurmJobOption, remote
 from kohakuriver.errors import KohakuRiverError, UsageError
 
 if TYPE_CHECKING:
     from kohakuriver.cli.forward_run import Wanted
     from kohakuriver.cli.profile import Entry
     from kohakuriver.client.beyond import Address, Back
+    from kohakuriver.client.host import HostClient
     from kohakuriver.client.ports import PortForward
     from kohakuriver.config import Settings
 
@@ -189,6 +190,7 @@ def register(app: typer.Typer) -> None:
         cls=_Forward,
         epilog="Examples:\n\nkohakuriver forward my-task 8888\n\nkohakuriver forward my-task 9999:8888 5060/udp\n\n"
         "kohakuriver forward my-task --all\n\n"
+        "kohakuriver forward --slurm 4711 8888\n\n"
         "kohakuriver forward my-task 0:5432 -- sh -c 'psql -h 127.0.0.1 -p $KOHAKURIVER_PORT_5432'",
     )(remote(forward))
 
@@ -198,6 +200,7 @@ def forward(
     at: Remote,
     task: MaybeTaskArgument = None,
     ports: PortsArgument = None,
+    slurm: SlurmJobOption = None,
     every: AllOption = False,
     profile: ProfileOption = None,
     local_port: LocalPortOption = None,
@@ -224,6 +227,9 @@ def forward(
     if list_them or stop:
         names = [*([task] if task is not None else []), *(ports or [])]
         return _look_after(names, list_them=list_them, stop=stop, everything=every, json=at.json)
+    if slurm is not None:
+        ports = [*([task] if task is not None else []), *(ports or [])]
+        task = at.ask(lambda client: _task_of(client, slurm))
     _check_command(command, json=at.json, detach=detach)
     _check_wait(wait, task, ports)
     beyond, ports = _beyond(reverse, ports)
@@ -238,6 +244,13 @@ def forward(
     )
     chosen = at.settings()
     return _open(entries, how, chosen, command, detach=detach, beyond=beyond)
+
+
+async def _task_of(client: HostClient, job: str) -> str:
+    """The task that a job in Slurm is from now on, once it can be reached."""
+    with output.working(f"Slurm job {job}: waiting for its tunnel"):
+        task = await client.adopt(job=job)
+        return (await client.wait(str(task.task_id), timeout=WAIT_SECONDS)).name
 
 
 @dataclass(frozen=True)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import inspect
 import os
+import re
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass, fields, is_dataclass
 from datetime import datetime, timedelta, timezone
@@ -32,6 +33,7 @@ __all__ = [
     "MaybeTasksArgument",
     "Place",
     "Remote",
+    "SlurmJobOption",
     "TaskArgument",
     "TasksArgument",
     "built",
@@ -40,6 +42,7 @@ __all__ = [
     "one_of",
     "pairs",
     "remote",
+    "scheduler_time",
     "seconds",
     "size_of",
     "variables_in",
@@ -81,6 +84,10 @@ TaskArgument = Annotated[str, _TASK]
 MaybeTaskArgument = Annotated[str | None, _TASK]
 
 
+SlurmJobOption = Annotated[
+    str | None,
+    typer.Option("--slurm", metavar="JOBID", help="Instead of a task: a job of yours in Slurm.", show_default=False),
+]
 JsonOption = Annotated[bool, typer.Option("--json", help="JSON on stdout, and nothing else there.")]
 
 _TASKS = typer.Argument(
@@ -285,6 +292,26 @@ def seconds(text: str, option: str) -> float:
     if length > _LONGEST:
         raise UsageError(f"{option} takes 36500d at most, not {text!r}.")
     return float(length)
+
+
+def scheduler_time(text: str, option: str) -> int:
+    """A time limit as Slurm writes it, [D-][[H:]M:]S and minutes for a number alone, or as `90m`; in seconds.
+
+    Raises UsageError.
+    """
+    found = re.fullmatch(r"(?:(\d{1,4})-)?(\d{1,5})(?::(\d{1,2}))?(?::(\d{1,2}))?", text)
+    if found is None:
+        return int(seconds(text, option))
+    days, first, second, third = (None if part is None else int(part) for part in found.groups())
+    if days is not None:
+        total = days * 86_400 + (first or 0) * 3600 + (second or 0) * 60 + (third or 0)
+    elif third is not None:
+        total = (first or 0) * 3600 + (second or 0) * 60 + third
+    else:
+        total = (first or 0) * 60 + (second or 0)
+    if total <= 0:
+        raise UsageError(f"{option} takes a time like 4:00:00, not {text!r}.")
+    return total
 
 
 def moment_of(text: str, option: str) -> str:

@@ -22,11 +22,13 @@ from kohakuriver.cli.behind_dashes import WithCommand, command_of
 from kohakuriver.cli.options import (
     MaybeTasksArgument,
     Remote,
+    SlurmJobOption,
     TaskArgument,
     TasksArgument,
     one_of,
     pairs,
     remote,
+    scheduler_time,
     seconds,
     size_of,
     variables_in,
@@ -158,6 +160,26 @@ GpusOption = Annotated[
         rich_help_panel=_BOUNDS,
     ),
 ]
+_SCHEDULER = "With --backend slurm"
+TimeLimitOption = Annotated[
+    str | None,
+    typer.Option(
+        "--time",
+        metavar="TIME",
+        help="Time limit, as 4:00:00, 1-12:00:00 or 90m; a number alone is minutes.",
+        show_default=False,
+        rich_help_panel=_SCHEDULER,
+    ),
+]
+
+
+def _of_slurm(name: str, text: str) -> Any:
+    return typer.Option(name, metavar="NAME", help=text, show_default=False, rich_help_panel=_SCHEDULER)
+
+
+PartitionOption = Annotated[str | None, _of_slurm("--partition", "In which partition.")]
+AccountOption = Annotated[str | None, _of_slurm("--account", "For which account.")]
+QosOption = Annotated[str | None, _of_slurm("--qos", "With which quality of service.")]
 NetworkOption = Annotated[
     str | None,
     typer.Option(
@@ -220,6 +242,10 @@ def create(
     idle_stop: IdleOption = None,
     gpus: GpusOption = None,
     network: NetworkOption = None,
+    time_limit: TimeLimitOption = None,
+    partition: PartitionOption = None,
+    account: AccountOption = None,
+    qos: QosOption = None,
     with_ssh: SshOption = False,
     public_key_file: PublicKeyOption = None,
     no_wait: NoWaitOption = False,
@@ -255,6 +281,10 @@ def create(
         ttl=None if ttl is None else int(seconds(ttl, "--ttl")),
         idle_stop=None if idle_stop is None else int(seconds(idle_stop, "--idle-stop")),
         network=network,
+        time_limit=None if time_limit is None else scheduler_time(time_limit, "--time"),
+        partition=partition,
+        account=account,
+        qos=qos,
         ssh_keys=public_keys(public_key_file or []) if with_ssh or public_key_file else [],
     )
 
@@ -314,6 +344,7 @@ def adopt(
         str | None,
         typer.Option("--address", metavar="IP", help="Instead: a machine that the node reaches.", show_default=False),
     ] = None,
+    slurm: SlurmJobOption = None,
     no_client: Annotated[
         bool,
         typer.Option(
@@ -325,12 +356,14 @@ def adopt(
     no_wait: NoWaitOption = False,
     timeout: TimeoutOption = WAIT_TIMEOUT,
 ) -> None:
-    """Make a task of a container that already runs, or of a machine that a node reaches."""
-    if (container is None) == (address is None):
-        raise UsageError("Give either a CONTAINER or --address IP.")
+    """Make a task of a container that already runs, of a machine that a node reaches, or of a job of yours in Slurm."""
+    if sum(each is not None for each in (container, address, slurm)) != 1:
+        raise UsageError("Give either a CONTAINER, --address IP or --slurm JOBID.")
 
     async def start(client: HostClient) -> Task:
-        task = await client.adopt(container=container, address=address, node=node, name=name, no_client=no_client)
+        task = await client.adopt(
+            container=container, address=address, job=slurm, node=node, name=name, no_client=no_client
+        )
         return await _settled(client, task, wait=not no_wait, timeout=timeout)
 
     _print_id(at.ask(start), at.json)
@@ -720,7 +753,8 @@ def _about(task: Task) -> list[tuple[str, str]]:
         ("devices", ", ".join(task.devices)),
         ("variables", ", ".join(task.env)),
         ("gets", _given(task)),
-        ("ends", f"in {_left(task)}: time to live" if task.ends_at else _ttl(task)),
+        ("scheduled", _scheduled(task)),
+        ("ends", f"in {_left(task)}: {_why_it_ends(task)}" if task.ends_at else _ttl(task)),
         ("idle stop", f"when nobody was connected for {_idle(task)}" if task.idle_stop else ""),
         ("network", task.network or ""),
         ("owner", task.owner),
@@ -746,6 +780,17 @@ def _ttl(task: Task) -> str:
     return f"{time_in_words(task.ttl)} after its start" if task.ttl else ""
 
 
+def _why_it_ends(task: Task) -> str:
+    return "time limit in Slurm" if known(task.backend).scheduled and not task.ttl else "time to live"
+
+
+def _scheduled(task: Task) -> str:
+    """What its scheduler was asked for beside memory and processors."""
+    asked = [f"{what} {name}" for what in ("partition", "account", "qos") if (name := getattr(task, what))]
+    limit = [f"time limit {time_in_words(task.time_limit)}"] if task.time_limit else []
+    return ", ".join([*asked, *limit])
+
+
 def _given(task: Task) -> str:
     """What it got of its node."""
     bounds = (
@@ -758,6 +803,8 @@ def _given(task: Task) -> str:
     given = [f"{in_words(name, value)}{what}" for name, value, what in bounds if value is not None]
     if task.gpu_ids:
         given.append(f"{count(task.gpu_ids)} ({', '.join(task.gpu_ids)})")
+    elif task.gpus and known(task.backend).scheduled:
+        given.append("1 GPU" if task.gpus == "1" else f"{task.gpus} GPUs")
     return ", ".join(given)
 
 

@@ -503,15 +503,16 @@ class HostClient:
         *,
         container: str | None = None,
         address: str | None = None,
+        job: str | None = None,
         node: str | None = None,
         name: str | None = None,
         no_client: bool = False,
     ) -> Task:
-        """Make a task of a container that runs, or of an address that the node's runner reaches.
+        """Make a task of a container that runs, of an address that the node's runner reaches, or of a job of one's own.
 
         With `no_client` nothing is put into the container; its node dials from the container's network.
         """
-        wanted: dict[str, object] = {"container": container, "address": address, "node": node, "name": name}
+        wanted: dict[str, object] = {"container": container, "address": address, "job": job, "node": node, "name": name}
         wanted["no_client"] = no_client or None
         body = {key: value for key, value in wanted.items() if value is not None}
         return _task(await self._call("POST", "/api/tasks/adopt", body=body))

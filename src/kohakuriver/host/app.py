@@ -404,9 +404,14 @@ async def create_task(host: Host, user: User, request: CreateRequest) -> TaskVie
 
 
 @_api.post("/tasks/adopt", status_code=201)
-async def adopt_task(host: Host, admin: Admin, request: AdoptRequest) -> TaskView:
-    """Make a task of a container or an address that is there already; it has no owner yet, so only admins may."""
-    return await host.tasks.adopt(request, admin.name)
+async def adopt_task(host: Host, user: User, request: AdoptRequest) -> TaskView:
+    """Make a task of what is there already: of a job its user, of a container or an address only an admin.
+
+    These have no owner yet.
+    """
+    if request.job is None:
+        user.need_admin("Making a task of a container or an address")
+    return await host.tasks.adopt(request, user.name)
 
 
 @_api.get("/tasks/{task}")

@@ -79,6 +79,9 @@ Label = Annotated[
     matching(r"[A-Za-z0-9][A-Za-z0-9 ._@-]{0,62}", "it must be 1 to 63 letters, digits, dots, dashes and the like"),
 ]
 ContainerName = Annotated[str, matching(r"[A-Za-z0-9][A-Za-z0-9._-]*", "give the container's name or id")]
+JobNumber = Annotated[
+    str, matching(r"[0-9]{1,10}(_[0-9]{1,10})?", "give the number of a job, or of one of an array as in 12_3")
+]
 Reason = Annotated[str, Field(max_length=LONGEST_REASON), AfterValidator(printable)]
 Url = Annotated[str, matching(r"https?://[^\s/?#@]+", "it must be like http://name:port")]
 
@@ -116,21 +119,22 @@ class CreateRequest(NewTask):
 
 
 class AdoptRequest(_Request):
-    """A task made of what already runs: a container (name or id) or an IP address that the node reaches.
+    """A task made of what already runs: a container (name or id), an address that a node reaches, or one's own job.
 
     With `no_client` nothing is put into the container; its node dials from the container's network.
     """
 
     container: ContainerName | None = None
     address: str | None = None
+    job: JobNumber | None = None
     node: NodeName | None = None
     name: Name | None = None
     no_client: bool = False
 
     @model_validator(mode="after")
-    def _one_of_two(self) -> AdoptRequest:
-        if (self.container is None) == (self.address is None):
-            raise ValueError("name either a container or an address")
+    def _one_of_these(self) -> AdoptRequest:
+        if sum(each is not None for each in (self.container, self.address, self.job)) != 1:
+            raise ValueError("name either a container, an address or a job")
         if self.address is not None:
             try:
                 self.address = str(ipaddress.ip_address(self.address))

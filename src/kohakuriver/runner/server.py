@@ -61,6 +61,7 @@ __all__ = ["RunnerOptions", "main", "serve"]
 log = structlog.get_logger("kohakuriver.runner")
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,62}")
+_OF_SLURM = ("slurm_users", "slurm_client", "slurm_url")
 _TRAFFIC = (*COUNTS, "sessions", "straight", "streams")
 _TASK_TRAFFIC = (*_TRAFFIC, "version", "to_container_per_second", "to_user_per_second")
 
@@ -75,7 +76,9 @@ class RunnerOptions:
     With `exit_with_stdin` it ends when its stdin does, as a child of `up` should. `allowed_hosts` and
     `allowed_origins` are as `Guard` takes them. Images that the engine has not got come from `registries` alone.
     With `user_processes` others than admins may run processes here, and they may mount `mount_roots`. Processes are the
-    runner's own user, or `process_user`. Its GPUs are those at `gpus`, by default NVIDIA's. Its measures are read at
+    runner's own user, or `process_user`. Its GPUs are those at `gpus`, by default NVIDIA's.
+    Who is who in Slurm says the file `slurm_users`; its nodes have a tunnel client at `slurm_client`, None where they
+    have none, and reach this runner at `slurm_url`, by default where the host does. Its measures are read at
     `metrics`, as `metrics_address` takes it. `direct` is whether users may reach this runner themselves, at the address
     at which the host does; None for where it serves TLS, or is on loopback.
     """
@@ -103,6 +106,9 @@ class RunnerOptions:
     process_user: str | None = None
     mount_roots: Sequence[str] = ()
     gpus: Sequence[str] = ()
+    slurm_users: Path | None = None
+    slurm_client: str | None = None
+    slurm_url: str | None = None
     metrics: str | None = None
     json: bool = False
     log_level: str = "info"
@@ -168,7 +174,7 @@ class Runner:
             target_of=self._tasks.target_of,
             mark=state.mark,
             expected=self._expected,
-            on_tunnel_change=self._book.tunnel_changed,
+            on_tunnel_change=self._tasks.tunnel_changed,
             on_trouble=self._trouble,
             on_entered=self._tasks.lifetimes.entered,
             on_left=self._tasks.lifetimes.left,
@@ -216,6 +222,9 @@ class Runner:
     def _surroundings(self, state: State) -> Surroundings:
         if self._options.process_user is not None and "process" not in self._options.backends:
             raise UsageError("--process-user is about --backend process; give that, too.")
+        given = [name for name in _OF_SLURM if getattr(self._options, name) is not None]
+        if given and "slurm" not in self._options.backends:
+            raise UsageError(f"--{given[0].replace('_', '-')} is about --backend slurm; give that, too.")
         helper = TunnelHelper(state)
         if not helper.has_binary:
             log.warning(
@@ -238,7 +247,23 @@ class Runner:
             mount_roots=_mount_roots(self._options),
             limits=self._limits,
             gpus=found_gpus(self._options.gpus),
+            slurm_users=self._options.slurm_users,
+            slurm_client=self._options.slurm_client,
+            url_for_jobs=self._url_for_jobs,
+            tell=lambda container, sentence: self._tunnels.hub.tell(container, sentence),
+            begin=self._tasks.lifetimes.begin,
+            touch=self._book.touch,
         )
+
+    async def _url_for_jobs(self) -> str:
+        """How jobs on other machines reach the runner. Raises LocalAddressError where that can't be."""
+        url = self._options.slurm_url or self._identity.url
+        parts = urlsplit(url)
+        if parts.scheme != "https":
+            return url
+        with resolving():
+            found = await asyncio.get_running_loop().getaddrinfo(parts.hostname, None, type=socket.SOCK_STREAM)
+        return await self._listening.url_at(str(found[0][4][0]))
 
     def _changed(self) -> None:
         """Something about a task is another."""

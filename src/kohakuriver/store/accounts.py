@@ -16,6 +16,7 @@ from sqlalchemy import delete, func, select, update
 from sqlalchemy.exc import IntegrityError
 from sqlalchemy.orm import Session
 
+from kohakuriver.backends import known
 from kohakuriver.errors import NotFoundError, UnauthenticatedError, UnavailableError, UsageError
 from kohakuriver.gpus import NotThereError, choose, refusal
 from kohakuriver.quotas import Quotas, Usage
@@ -428,7 +429,7 @@ def _in_use(session: Session, name: str, now: float, *, besides: int | None = No
 def _give_gpus(session: Session, task: Task, now: float) -> None:
     """Choose the GPUs of a new task. Raises UnavailableError."""
     asked = task.spec.get("gpus")
-    if asked:
+    if asked and not known(task.backend).scheduled:
         # The lock makes a second host on this database wait until this task has them.
         node = session.get(Node, task.node, with_for_update=True)
         there = node.offer.get("gpus") or () if node is not None else ()

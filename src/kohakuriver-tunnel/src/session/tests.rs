@@ -729,3 +729,30 @@ fn a_connection_that_another_listener_took_than_the_one_that_was_dialled_is_give
     assert_eq!(told[0].0, kind::ERROR);
     assert!(told[0].1.starts_with(b"ECONNRESET: "));
 }
+
+#[test]
+fn datagrams_go_no_further_when_another_listener_has_come_in_place_of_theirs() {
+    let (runner, service) = (Socket::default(), Socket::default());
+    runner.0.borrow_mut().room = 1 << 20;
+    service.0.borrow_mut().room = 100;
+    let gone = io::Error::from_raw_os_error(libc::ECONNREFUSED);
+    // What is found the last first: when the stream is opened, a while later, and where else it may listen.
+    service.0.borrow_mut().listening = vec![Err(gone), Ok(8), Ok(9)];
+    let mut session = Session::new(service.clone(), &Settings::default());
+    session.attach(Box::new(runner.clone()), true);
+    let datagram = |text| frame(Header::new(kind::DATA, UDP, 5), text);
+    let connect = Header {
+        port: 53,
+        ..Header::new(kind::CONNECT, UDP, 5)
+    };
+    session.process(&frame(connect, &[])).unwrap();
+    session.process(&datagram(b"mine")).unwrap();
+    assert_eq!(service.0.borrow().written, b"mine");
+    session.set_now(Instant::now() + Duration::from_secs(2));
+    session.process(&datagram(b"also")).unwrap();
+    session.turn(false).unwrap();
+    assert_eq!(service.0.borrow().written, b"mine");
+    let told = messages(&runner);
+    let error = told.iter().find(|(kind, _)| *kind == kind::ERROR).unwrap();
+    assert!(error.1.starts_with(b"ECONNREFUSED: "));
+}

@@ -84,6 +84,8 @@ def give_bounds(order: TaskOrder, offer: Offer, user: str, quotas: Quotas) -> No
 
     Raises NotAllowedError "over_limit" for more than its user may ever have, or UsageError for what can't go together.
     """
+    if kind_of(order.backend).scheduled:
+        return  # what it prints is its user's own file, and what it gets is the scheduler's to give
     order.log_size = int(_least(offer.task_log, quotas.log)) or None
     if not kind_of(order.backend).bounded:
         return

@@ -54,11 +54,17 @@ log = structlog.get_logger("kohakuriver.host")
 _OF_OTHERS = ("shared_with", "traffic", "pending_removal", "no_direct")
 """What of a view its record in the database does not have."""
 
+_MORE = ("restart", "network")
 _ACTIVE = ("starting", "running")
 _ADOPT = "/api/tasks/adopt"
 
 OF_CONTAINERS: Final = ("entrypoint", "workdir", "run_as", "pull", "gpus")
 """The fields of an order that are about a container and its image, None where nothing was said."""
+
+OF_SCHEDULERS: Final = ("time_limit", "partition", "account", "qos")
+"""Those of an order that a scheduler alone goes by."""
+
+_TAKEN_BY_SCHEDULERS = ("memory", "cpus", "workdir", "gpus")
 
 # A stop may take an engine its grace period. Users' programs wait a little longer than this for the host.
 _RUNNER_SECONDS = 45.0
@@ -124,7 +130,7 @@ class Tasks:
         traffic = {} if lost else node.traffic.get("tasks", {}).get(str(task.task_id), {})
         lists = ("command", "mounts", "devices", "gpu_ids", "env")  # of the variables the names
         ordered = {name: list(task.spec.get(name, ())) for name in lists}
-        given = {name: task.spec.get(name) for name in (*BOUNDS, *TIMES, *OF_CONTAINERS, "restart", "network")}
+        given = {name: task.spec.get(name) for name in (*BOUNDS, *TIMES, *OF_CONTAINERS, *OF_SCHEDULERS, *_MORE)}
         shown = part_of(task, TaskView, without=(*_OF_OTHERS, *ordered, *given)) | {
             **ordered,
             **given,
@@ -172,19 +178,23 @@ class Tasks:
             fitting = mountable(owner, fitting, request.mounts)
         if request.devices:
             owner.need_admin("Giving a task a device of its node")
-        if request.gpus is not None:
+        scheduled = all(kind_of(name).scheduled for name in backends)
+        if request.gpus is not None and not scheduled:
             fitting = with_gpus(fitting, request.gpus, await self._store.gpus_in_use(self._clock()))
-        node = roomy(fitting, request)
+        node = fitting[0] if scheduled else roomy(fitting, request)
         order = _order(_offered(node, backends), request.name, vars(request))
         give_bounds(order, offer_of(node), owner.name, owner.quotas)
         give_times(order, owner.name, owner.quotas)
         order.mounts_for = owner.name if bound else None
+        order.run_for = owner.name if scheduled else ""
         view = await self._begin(await self._add(order, node, owner.name), node)
         self._write("task_created", view, **_asked(order))
         return view
 
     async def adopt(self, request: AdoptRequest, owner: str) -> TaskView:
-        """Make a task of what runs already. Adopting the same container once more gives the task that it is."""
+        """Make a task of what runs already. Adopting the same container or job once more gives the task that it is."""
+        if request.job is not None:
+            return await self._adopt_job(request.job, request, owner)
         if request.address is not None:
             node = await self._node_for_address(request.node)
             backend = _offered(node, adopting("address"))
@@ -207,6 +217,23 @@ class Tasks:
             except NotFoundError:
                 if node is nodes[-1]:
                     raise
+        raise AssertionError("fitting() gives at least one node")
+
+    async def _adopt_job(self, job: str, request: AdoptRequest, owner: str) -> TaskView:
+        """Make a task of a job of the cluster's user who the owner is there; which that is, its node says."""
+        nodes = await self._nodes.fitting(adopting("job"), request.node)
+        name = request.name or await self._name_of(f"{_offered(nodes[0], adopting('job'))}-{job.replace('_', '-')}")
+        for node in nodes:
+            what = {"engine_name": job, "adopted": True, "run_for": owner}
+            task = await self._add(_order(_offered(node, adopting("job")), name, what), node, owner)
+            try:
+                view = await self._begin(task, node)
+            except NotFoundError:
+                if node is nodes[-1]:
+                    raise
+            else:
+                self._write("task_adopted", view, job=job)
+                return view
         raise AssertionError("fitting() gives at least one node")
 
     async def _name_of(self, container: str) -> str | None:
@@ -240,9 +267,13 @@ class Tasks:
             raise
         if report.task_id != task.task_id:
             await self._store.forget_tasks([task.task_id])
-            if not task.adopted:  # only for admins, who may see every task, a node may name another one
+            if not task.adopted:  # only where something is adopted a node may name another one
                 raise makes_no_sense(node)
-            return await self.get(*await self._store.task_and_node(str(report.task_id)))
+            known, its_node = await self._store.task_and_node(str(report.task_id))
+            # Containers are adopted by admins, who may see every task; jobs by their users.
+            if kind_of(task.backend).scheduled and known.owner != task.owner:
+                raise makes_no_sense(node)
+            return await self._take_over(report, its_node, known)
         log.info("task started", task=task.task_id, name=task.name, node=node.name, backend=task.backend)
         return await self._take_over(report, node, task)
 
@@ -299,8 +330,8 @@ class Tasks:
         return view
 
     async def _control(self, task: Task, node: Node, action: str, container: bool) -> TaskView:
-        if task.adopted and kind_of(task.backend).controls and not container:
-            raise _somebody_elses(task, action)
+        if task.adopted and kind_of(task.backend).controls:
+            _check_adopted(task, action, container)
         self._nodes.check_online(node)
         path = f"/api/tasks/{task.container}/{action}"
         answer = await self._runners.call(node, "POST", path, container=task.container, timeout=_RUNNER_SECONDS)
@@ -459,7 +490,7 @@ def _asked(order: TaskOrder) -> dict[str, Any]:
         "backend": order.backend,
         "image": order.image,
         "command": shlex.join(order.command) if order.command else None,
-        **{name: getattr(order, name) for name in OF_CONTAINERS},
+        **{name: getattr(order, name) for name in (*OF_CONTAINERS, *OF_SCHEDULERS)},
         "mounts": [f"{mount}"[:LONGEST_TEXT] for mount in order.mounts] or None,
         "restart": order.restart,
         "devices": order.devices or None,
@@ -499,19 +530,42 @@ def _fit_for(request: CreateRequest) -> list[str]:
         raise UsageError("Only a task in a container takes --mount; a process sees the node's files as they are.")
     if request.network and not any(kind_of(name).network for name in backends):
         raise UsageError("Only a task in a container takes --network; a process has that of its node.")
-    bounds = [name for name in ("memory", "cpus", "pids", "shm_size") if getattr(request, name) is not None]
+    scheduled = all(kind_of(name).scheduled for name in backends)
+    taken = _TAKEN_BY_SCHEDULERS if scheduled else ()
+    bounds = [name for name in ("memory", "cpus", "pids", "shm_size") if _asks(request, name) and name not in taken]
     if bounds and not any(kind_of(name).bounded for name in backends):
         raise UsageError(f"Only a task in a container takes --{bounds[0].replace('_', '-')}; nothing bounds a process.")
-    own = [name for name in OF_CONTAINERS if getattr(request, name) is not None]
+    own = [name for name in OF_CONTAINERS if _asks(request, name) and name not in taken]
     own += ["device"] if request.devices else []
     if own and not any(kind_of(name).image for name in backends):
         raise UsageError(
             f"Only a task in a container takes --{_OPTIONS.get(own[0], own[0])}; name an image with --image."
         )
+    _fit_for_scheduler(request, scheduled=scheduled)
     return backends
 
 
-_OPTIONS = {"run_as": "user"}
+def _asks(request: CreateRequest, name: str) -> bool:
+    return getattr(request, name) is not None
+
+
+def _fit_for_scheduler(request: CreateRequest, *, scheduled: bool) -> None:
+    """Raises UsageError for what only a scheduler takes, and for what none does."""
+    asked = [name for name in OF_SCHEDULERS if _asks(request, name)]
+    if asked and not scheduled:
+        raise UsageError(
+            f"Only a task of a scheduler takes --{_OPTIONS.get(asked[0], asked[0])}; give --backend slurm, or --ttl "
+            "for a time to live."
+        )
+    if scheduled and request.gpus is not None and not request.gpus.isdigit():
+        raise UsageError("Slurm chooses the GPUs of a job; say with --gpus how many it needs.")
+    if scheduled and request.ssh_keys:
+        raise UsageError(
+            "A job in Slurm has no SSH server and takes no --ssh; `kohakuriver connect` opens terminals in it."
+        )
+
+
+_OPTIONS = {"run_as": "user", "time_limit": "time"}
 """What the command line calls a field that has another name here."""
 
 
@@ -527,6 +581,20 @@ def _adopted_already(view: TaskView) -> UsageError:
         code="adopted",
         status=409,
     )
+
+
+def _check_adopted(task: Task, action: str, container: bool) -> None:
+    """Raises UsageError for what was there before its task, unless that itself is meant."""
+    if kind_of(task.backend).scheduled and (action != "stop" or not container):
+        raise UsageError(
+            f"Task {task.name} is a job that was there before it, which only its scheduler starts; to cancel the job "
+            f"use `kohakuriver vps stop --container {task.name}`, and to end its tunnel "
+            f"alone use `kohakuriver vps rm {task.name}`.",
+            code="adopted",
+            status=409,
+        )
+    if not container:
+        raise _somebody_elses(task, action)
 
 
 def _somebody_elses(task: Task, action: str) -> UsageError:

@@ -5,8 +5,10 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Awaitable, Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Final, Protocol
 
+from kohakuriver.errors import UnavailableError
 from kohakuriver.images import Registries
 from kohakuriver.limits import Limits
 from kohakuriver.mount_roots import MountRoots
@@ -105,6 +107,10 @@ class ExecSession(ABC):
         """Hang up (SIGHUP, as a closed terminal does) if the command still runs, and free what the session holds."""
 
 
+async def _nowhere() -> str:
+    raise UnavailableError("No job reaches this runner.", code="not_supported")
+
+
 @dataclass(frozen=True)
 class Surroundings:
     """What a runner gives its backends.
@@ -114,6 +120,10 @@ class Surroundings:
     own processes. `on_change` is called when a backend's `trouble` is another. `user_processes`: others than admins may
     run processes here. `process_user`: as whom, None for the runner's own user. `registries` are those that images may
     come from, `mount_roots` what users may mount and `limits` what they may take. `gpus` are the node's.
+
+    `slurm_users` says who users are on the cluster, `slurm_client` where its nodes have a tunnel client, None where
+    they have none; `url_for_jobs` gives the URL by which these reach the runner. `tell` says a sentence to those who
+    are connected to a container, `begin` lets a task's time to live begin, `touch` tells the host that it is another.
     """
 
     node: str
@@ -131,6 +141,12 @@ class Surroundings:
     mount_roots: MountRoots
     limits: Limits
     gpus: Sequence[Gpu] = ()
+    slurm_users: Path | None = None
+    slurm_client: str | None = None
+    url_for_jobs: Callable[[], Awaitable[str]] = _nowhere
+    tell: Callable[[str, str], None] = lambda container, sentence: None
+    begin: Callable[[TaskRecord], None] = lambda task: None
+    touch: Callable[[TaskRecord], None] = lambda task: None
 
 
 class Backend(ABC):
@@ -206,6 +222,10 @@ class Backend(ABC):
 
     async def give_token(self, task: TaskRecord) -> None:
         """Lay a running task's token down where its tunnel client finds it, if the backend started that."""
+        return
+
+    def tunnel_changed(self, task: TaskRecord, connected: bool) -> None:
+        """The task's tunnel client came or went."""
         return
 
     def target(self, task: TaskRecord) -> DirectTarget | None:

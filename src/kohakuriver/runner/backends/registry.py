@@ -9,10 +9,13 @@ from kohakuriver.runner.backends.address import AddressBackend
 from kohakuriver.runner.backends.base import Backend, Surroundings
 from kohakuriver.runner.backends.docker.tasks import DockerBackend
 from kohakuriver.runner.backends.process.tasks import ProcessBackend
+from kohakuriver.runner.backends.slurm.tasks import SlurmBackend
 
 __all__ = ["CLASSES", "made"]
 
-CLASSES: dict[str, type[Backend]] = {cls.name: cls for cls in (DockerBackend, ProcessBackend, AddressBackend)}
+CLASSES: dict[str, type[Backend]] = {
+    cls.name: cls for cls in (DockerBackend, ProcessBackend, SlurmBackend, AddressBackend)
+}
 
 
 def made(wanted: Sequence[str], around: Surroundings) -> dict[str, Backend]:

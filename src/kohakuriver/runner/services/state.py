@@ -25,7 +25,8 @@ class TaskRecord(TaskOrder, TaskReport):
     dials; the `exec_*` are about one that was put into a running container, the `ssh_exec_*` about an SSH server there.
     `stopped` means that the task was stopped on purpose, by `stop_reason` where that was nobody. `deadline` is when its
     time to live is over, and `idle_deadline` how long it may go on being idle, as a runner that ended kept it. `user`
-    is who started it last, "" where nobody knows.
+    is who started it last, "" where nobody knows. `printed_at` is the file that a scheduler's job prints
+    into, and `cluster_user` whose it is there.
 
     For its restart policy, `halted` means that somebody has stopped it, `cut_off` that it ended with its node, and
     `failures` are those in a row after which it was to run again.
@@ -53,6 +54,8 @@ class TaskRecord(TaskOrder, TaskReport):
     failures: int = 0
     user: str = ""
     tunnel_url: str | None = None
+    printed_at: str = ""
+    cluster_user: str = ""
     tunnel_token: str = field(default="", repr=False)
     tunnel_client: str = ""
     tunnel_from: list[str] | None = None

@@ -243,6 +243,14 @@ class TaskManager:
             self.book.changed()
         return task
 
+    def tunnel_changed(self, container: str, connected: bool) -> None:
+        """A tunnel client came or went."""
+        self.book.tunnel_changed(container, connected)
+        if container in self.book:
+            task = self.book.get(container)
+            if backend := self._backends.get(task.backend):
+                backend.tunnel_changed(task, connected)
+
     async def comes_from(self, task: TaskRecord, peer: Peer) -> bool:
         """Whether a tunnel client is where the task runs. Raises UnavailableError where that can't be said yet."""
         try:

@@ -109,7 +109,7 @@ class TunnelHelper:
 
     def mounts(self) -> list[tuple[Path, str]]:
         """What a new container sees read-only: files on the node, and their places inside. Raises UnavailableError."""
-        return [(self._installed_binary(), _PROGRAM)]
+        return [(self.program(), _PROGRAM)]
 
     def program_archive(self) -> bytes:
         """A tar archive with the tunnel client, for the root of a container that is there already.
@@ -118,7 +118,7 @@ class TunnelHelper:
         """
         return _archive(
             (INSIDE, None, 0o755, 0),
-            (_PROGRAM, self._installed_binary().read_bytes(), 0o755, 0),
+            (_PROGRAM, self.program().read_bytes(), 0o755, 0),
         )
 
     def token_archive(self, task: TaskRecord, user: int) -> bytes:
@@ -133,7 +133,7 @@ class TunnelHelper:
             (f"{_TOKEN_FOLDER}/{task.token_name}", token, 0o400, user),
         )
 
-    def _installed_binary(self) -> Path:
+    def program(self) -> Path:
         """Our copy of the tunnel client. Raises UnavailableError."""
         if self._source is None:
             raise UnavailableError(

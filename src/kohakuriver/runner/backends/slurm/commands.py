@@ -1,0 +1,153 @@
+"""Slurm's own programs, and nothing else of it: what they are asked for, and what they say."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import re
+import shutil
+import subprocess
+import tempfile
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+
+from kohakuriver.errors import KohakuRiverError, NotFoundError, UnavailableError
+from kohakuriver.runner.backends.slurm.jobs import FIELDS, Job, parsed
+from kohakuriver.runner.backends.slurm.users import ClusterUser
+
+__all__ = ["PROGRAMS", "Slurm"]
+
+PROGRAMS = ("sbatch", "squeue", "scancel", "srun", "scontrol")
+
+SECONDS = 30.0
+"""How long one of them may take: a controller that is busy lets callers wait."""
+
+_PASSED_ON = ("PATH", "LANG", "TZ", "SLURM_CONF")
+"""What of the runner's environment they see; nothing that is a secret, for a job gets all of it from sbatch(1)."""
+
+_MARK = re.compile(r"^(?:\w+: (?:error: )?)?(?:\w+ error: )?(?:Batch job submission failed: )?")
+_STDOUT = re.compile(r" StdOut=(.*?) (?:Power|[A-Z]\w+)=")
+_UNKNOWN_JOB = "Invalid job id"
+
+
+class Slurm:
+    """Runs Slurm's programs. Every method may raise UnavailableError "no_slurm" where Slurm does not answer."""
+
+    @property
+    def missing(self) -> str | None:
+        """A program that is not there."""
+        return next((name for name in PROGRAMS if shutil.which(name) is None), None)
+
+    async def submit(self, who: ClusterUser, options: Sequence[str], script: str) -> str:
+        """Have a script run as a job of that user; the job's id. Raises KohakuRiverError where Slurm takes it not."""
+        words = ["sbatch", "--parsable", *options]
+        code, out, err = await self._run(who.command(words), script, who.environment, cwd="/")
+        if code != 0:
+            raise KohakuRiverError(f"Slurm does not take the job: {_why(err)}.", code="slurm_refused", status=409)
+        return out.strip().partition(";")[0]
+
+    async def jobs(self, ids: Iterable[str]) -> dict[str, Job]:
+        """The jobs of these ids that Slurm knows, by id, in one question."""
+        asked = ",".join(ids)
+        form = ",".join(f"{name}:|" for name in FIELDS)
+        words = ["squeue", "--noheader", "--states=all", f"--jobs={asked}", f"--Format={form}"]
+        code, out, err = await self._run(words, "", {"SLURM_TIME_FORMAT": "%s"})
+        if code != 0 and _UNKNOWN_JOB not in err:
+            raise UnavailableError(f"Slurm does not say how its jobs are: {_why(err)}.", code="no_slurm")
+        found = (parsed(line) for line in out.splitlines())
+        return {job.id: job for job in found if job is not None}
+
+    async def job(self, job_id: str) -> Job:
+        """One job. Raises NotFoundError where Slurm does not know it."""
+        found = await self.jobs([job_id])
+        if not found:
+            raise NotFoundError(f"Slurm knows no job {job_id}; `squeue --me` shows yours.")
+        return next(iter(found.values()))
+
+    async def prints_into(self, job_id: str) -> str:
+        """The file that a job prints into; empty where Slurm does not say."""
+        _, out, _ = await self._run(["scontrol", "--oneliner", "show", "job", job_id])
+        found = _STDOUT.search(f"{out.strip()} X=")
+        return found[1] if found else ""
+
+    async def cancel(self, who: ClusterUser, job_id: str) -> None:
+        """End a job, or with `JOB.STEP` one step of it; nothing where it has ended."""
+        code, _, err = await self._run(who.command(["scancel", job_id]), environment=who.environment, cwd="/")
+        if code != 0 and _UNKNOWN_JOB not in err and "already" not in err:
+            raise UnavailableError(f"Slurm does not end job {job_id}: {_why(err)}.", code="no_slurm")
+
+    async def step(self, job_id: str, name: str) -> str | None:
+        """The step of that name in a job, as `JOB.STEP`; None where there is none."""
+        words = ["squeue", "--noheader", "--steps", f"--jobs={job_id}", "--Format=StepID:|,StepName:|"]
+        _, out, _ = await self._run(words)
+        steps = (line.split("|", 1) for line in out.splitlines() if "|" in line)
+        return next((step for step, its in steps if its.rstrip("|") == name), None)
+
+    def beside(self, who: ClusterUser, job: Job, name: str, script: str, output: int) -> subprocess.Popen[bytes]:
+        """Start a script beside what runs in a job, as the step `name`; srun(1), which ends with it.
+
+        It prints into the descriptor `output`. It outlives the runner, and so is none of the event loop's processes,
+        which that kills when it lets go of them. Raises OSError.
+        """
+        words = ["srun", f"--jobid={job.id}", "--overlap", "--nodes=1", "--ntasks=1", f"--job-name={name}"]
+        words += ["--quiet", "--mpi=none", "--chdir=/", *([f"--nodelist={job.host}"] if job.host else []), "sh", "-s"]
+        with _file_with(script) as text:
+            return subprocess.Popen(
+                who.command(words),
+                stdin=text,
+                stdout=output,
+                stderr=output,
+                env={**_environment(), **who.environment},
+                cwd="/",
+                start_new_session=True,
+            )
+
+    async def _run(
+        self,
+        words: Sequence[str],
+        text: str = "",
+        environment: Mapping[str, str] | None = None,
+        cwd: str | None = None,
+    ) -> tuple[int, str, str]:
+        """Exit code, output and errors of a program that gets `text`. Raises UnavailableError."""
+        try:
+            with _file_with(text) as given:
+                process = await asyncio.create_subprocess_exec(
+                    *words,
+                    stdin=given,
+                    stdout=subprocess.PIPE,
+                    stderr=subprocess.PIPE,
+                    env={**_environment(), **(environment or {})},
+                    cwd=cwd,
+                )
+        except OSError as error:
+            raise UnavailableError(f"The node can't run {words[0]}: {error.strerror}.", code="no_slurm") from None
+        try:
+            out, err = await asyncio.wait_for(process.communicate(), SECONDS)
+        except asyncio.TimeoutError:
+            raise UnavailableError(
+                f"Slurm's controller does not answer within {SECONDS:g} s.", code="no_slurm"
+            ) from None
+        finally:
+            if process.returncode is None:
+                process.kill()
+        return process.returncode or 0, out.decode("utf-8", "replace"), err.decode("utf-8", "replace")
+
+
+@contextlib.contextmanager
+def _file_with(text: str) -> Iterator[int]:
+    """A descriptor to read a text from, of a file that has no name: the text may hold a token."""
+    with tempfile.TemporaryFile() as file:
+        file.write(text.encode())
+        file.seek(0)
+        yield file.fileno()
+
+
+def _environment() -> dict[str, str]:
+    return {name: os.environ[name] for name in _PASSED_ON if name in os.environ}
+
+
+def _why(err: str) -> str:
+    """What a program complains of, as a clause."""
+    lines = [_MARK.sub("", line.strip()) for line in err.splitlines() if line.strip()]
+    return (lines[-1] if lines else "it says nothing of why").rstrip(".")

@@ -1,0 +1,370 @@
+"""The slurm backend without a Slurm: what its programs say, who is who, what a job runs, when it is asked."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import pwd
+import subprocess
+import time
+from collections.abc import Callable, Coroutine
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from kohakuriver.cli.options import scheduler_time
+from kohakuriver.errors import KohakuRiverError, UnavailableError, UsageError
+from kohakuriver.limits import Limits
+from kohakuriver.runner.backends.base import Surroundings
+from kohakuriver.runner.backends.slurm.jobs import FIELDS, Job, parsed
+from kohakuriver.runner.backends.slurm.script import script
+from kohakuriver.runner.backends.slurm.tasks import SlurmBackend, _options
+from kohakuriver.runner.backends.slurm.users import ClusterUser, ClusterUsers
+from kohakuriver.runner.backends.slurm.watch import QueueWatch
+from kohakuriver.runner.services.state import TaskRecord
+
+Run = Callable[[Coroutine[Any, Any, None]], None]
+ME = pwd.getpwuid(os.geteuid()).pw_name
+
+
+# What Slurm says
+
+
+def line(**about: str) -> str:
+    said = {**dict.fromkeys(FIELDS, ""), "JobID": "7", "State": "RUNNING", "UserID": "1001", **about}
+    return "|".join(said[name] for name in FIELDS) + "|"
+
+
+def test_a_line_of_squeue_is_a_job_and_a_reason_may_have_anything_in_it() -> None:
+    said = {"EndTime": "1792000000", "TimeLimit": "1-04:00:30", "BatchHost": "gpu07", "NodeList": "gpu[07-08]"}
+    job = parsed(line(**said, State="PENDING", Reason="Held | by (an) admin"))
+    day = 86_400
+    expected = Job("7", "PENDING", 1001, 0, 1792000000.0, day + 4 * 3600 + 30, "gpu07", "gpu[07-08]")
+    assert job == replace(expected, reason="Held | by (an) admin")
+    assert parsed("") is None
+    assert parsed("slurm_load_jobs error: something") is None
+
+
+@pytest.mark.parametrize(
+    ("limit", "seconds"), [("5:00", 300), ("0:30", 30), ("UNLIMITED", None), ("Partition_Limit", None)]
+)
+def test_a_time_limit_is_read_as_slurm_writes_it(limit: str, seconds: float | None) -> None:
+    job = parsed(line(TimeLimit=limit))
+    assert job is not None
+    assert job.limit == seconds
+
+
+ABOUT = " (Slurm job 7 on gpu07)"
+
+
+@pytest.mark.parametrize(
+    ("state", "status", "told"),
+    [
+        ({"State": "PENDING", "Reason": "Resources"}, 0, ("starting", "PENDING (Resources), Slurm job 7", None)),
+        ({"State": "PENDING", "Reason": "None"}, 0, ("starting", "PENDING, Slurm job 7", None)),
+        ({"State": "CONFIGURING"}, 0, ("starting", "CONFIGURING, Slurm job 7", None)),
+        ({"State": "RUNNING", "Reason": "None"}, 0, ("running", "Slurm job 7 on gpu07", None)),
+        ({"State": "COMPLETING"}, 0, ("running", "Slurm job 7 on gpu07", None)),
+        ({"State": "SUSPENDED"}, 0, ("running", "Slurm job 7 on gpu07, SUSPENDED", None)),
+        ({"State": "COMPLETED"}, 0, ("stopped", f"it ended by itself with exit code 0{ABOUT}", 0)),
+        ({"State": "FAILED"}, 3 << 8, ("failed", f"it ended with exit code 3{ABOUT}", 3)),
+        ({"State": "FAILED"}, 9, ("failed", f"it was ended by SIGKILL (exit code 137){ABOUT}", 137)),
+        ({"State": "CANCELLED"}, 15, ("stopped", f"it was cancelled in Slurm{ABOUT}", 143)),
+        ({"State": "TIMEOUT"}, 0, ("failed", f"it was ended by Slurm at its time limit{ABOUT}", 0)),
+        ({"State": "OUT_OF_MEMORY"}, 125 << 8, ("failed", None, 125)),
+        ({"State": "NODE_FAIL"}, 0, ("failed", f"its node failed{ABOUT}", 0)),
+        ({"State": "REVOKED"}, 0, ("failed", f"Slurm ended it as REVOKED{ABOUT}", 0)),
+    ],
+)  # fmt: skip
+def test_each_state_of_a_job_is_one_of_a_task(state: dict[str, str], status: int, told: tuple[Any, ...]) -> None:
+    job = parsed(line(NodeList="gpu07", exit_code=str(status), **state))
+    assert job is not None
+    got = job.told()
+    assert (got[0], got[2]) == (told[0], told[2])
+    assert told[1] is None or got[1] == told[1]
+
+
+@pytest.mark.parametrize(
+    ("text", "seconds"),
+    [("4:00:00", 14_400), ("90", 5400), ("5:30", 330), ("1-12", 129_600), ("1-12:30", 131_400), ("2d", 172_800)],
+)
+def test_a_time_limit_is_asked_for_as_slurm_writes_it_or_with_a_unit(text: str, seconds: int) -> None:
+    assert scheduler_time(text, "--time") == seconds
+
+
+@pytest.mark.parametrize("text", ["", "0", "0:00", "soon", "1:2:3:4", "-1", "1-", "UNLIMITED"])
+def test_a_time_limit_that_makes_no_sense_is_told(text: str) -> None:
+    with pytest.raises(UsageError, match=r"^--time takes a time like "):
+        scheduler_time(text, "--time")
+
+
+def test_what_was_asked_for_is_asked_of_slurm() -> None:
+    task = a_task(cpus=1.5, memory=(1 << 30) + 1, gpus="2", time_limit=90, partition="gpu", account="lab", qos="high")
+    asked = ["cpus-per-task=2", "mem=1025M", "gpus=2", "time=1:30", "partition=gpu", "account=lab", "qos=high"]
+    assert _options(task, "/home/ann")[6:] == [f"--{each}" for each in asked]
+    first = ["no-requeue", "chdir=/home/ann", "output=slurm-%j.out", "job-name=t1", "nodes=1", "ntasks=1"]
+    assert _options(a_task(), "/home/ann") == [f"--{each}" for each in first]
+
+
+# Who is who
+
+
+def users_in(directory: Path, text: str) -> ClusterUsers:
+    path = directory / "users"
+    path.write_text(text)
+    path.chmod(0o644)
+    return ClusterUsers(path)
+
+
+def test_a_user_is_whom_the_file_names_and_nobody_is_so_by_default(tmp_path: Path) -> None:
+    users = users_in(tmp_path, "# people\nann nobody  # for now\n")
+    assert users.of("ann").name == "nobody"
+    with pytest.raises(UnavailableError, match="bob has no user of the Slurm cluster; the cluster's administrator"):
+        users.of("bob")
+    (tmp_path / "users").write_text("bob nobody\n")
+    assert users.of("bob").name == "nobody"
+    with pytest.raises(UnavailableError, match="ann has no user"):
+        users.of("ann")
+
+
+def test_root_is_nobodys_user_and_under_their_own_names_no_user_of_the_system_is(tmp_path: Path) -> None:
+    users = users_in(tmp_path, "ann root\nbob no-such-user\n* *\n")
+    with pytest.raises(UnavailableError, match="ann would be the system's own user root"):
+        users.of("ann")
+    with pytest.raises(UnavailableError, match="bob would be no-such-user in Slurm, whom this node does not know"):
+        users.of("bob")
+    assert users.of("nobody").uid == pwd.getpwnam("nobody").pw_uid
+    with pytest.raises(UnavailableError, match="daemon would be the system's own user daemon"):
+        users.of("daemon")
+
+
+@pytest.mark.parametrize("text", ["ann\n", "ann bob carl\n", "* ann\n", "ann *\n"])
+def test_a_file_that_makes_no_sense_is_told_with_its_line(tmp_path: Path, text: str) -> None:
+    with pytest.raises(UsageError, match=r"^--slurm-users: line 2 of .* is no `USER NAME`, nor `\* \*`\.$"):
+        users_in(tmp_path, f"# people\n{text}")
+
+
+def test_a_file_that_others_may_write_or_that_is_not_there_says_nothing(tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="can't be read: No such file"):
+        ClusterUsers(tmp_path / "users")
+    users = users_in(tmp_path, "ann nobody\n")
+    (tmp_path / "users").chmod(0o666)
+    with pytest.raises(UnavailableError, match="others may write"):
+        users.of("ann")
+
+
+def test_a_runner_that_is_root_takes_a_users_rights_and_another_one_asks_sudo(monkeypatch: pytest.MonkeyPatch) -> None:
+    ann = ClusterUser("ann", 1001, 1002, "/home/ann", "/bin/sh")
+    monkeypatch.setattr(os, "geteuid", lambda: 0)
+    assert ann.command(["id"]) == ["setpriv", "--reuid=1001", "--regid=1002", "--init-groups", "--", "id"]
+    monkeypatch.setattr(os, "geteuid", lambda: 999)
+    assert ann.command(["id"]) == ["sudo", "-n", "-u", "ann", "--", "id"]
+    monkeypatch.setattr(os, "geteuid", lambda: 1001)
+    assert ann.command(["id"]) == ["id"]
+
+
+# What a job runs
+
+CLIENT = """#!/bin/sh
+echo "$@"; ls -l "${KOHAKURIVER_TUNNEL_TAKE_TOKEN%/*}" | cut -c1-10 | tail -n +2; cat "$KOHAKURIVER_TUNNEL_TAKE_TOKEN"
+echo "$WORD"; exit 3
+"""
+
+
+def run(text: str, directory: Path) -> subprocess.CompletedProcess[str]:
+    environment = {"TMPDIR": str(directory), "PATH": os.environ["PATH"]}
+    return subprocess.run(["sh", "-s"], input=text, env=environment, capture_output=True, text=True, check=False)
+
+
+@pytest.mark.parametrize("brought", [True, False])
+def test_a_jobs_script_lays_down_what_its_client_needs_and_takes_all_of_it_away(tmp_path: Path, brought: bool) -> None:
+    client = tmp_path / "tunnel client"
+    client.write_text(CLIENT)
+    client.chmod(0o755)
+    command = ["echo", "it's", "$HOME;", "a  b"]
+    text = script("folder", "t0ken", {"WORD": "it's `id`"}, command, client if brought else str(client))
+    done = run(text, tmp_path)
+    laid = ["-rw-------", "-rwx------"] if brought else ["-rw-------"]
+    said = ["--log-level error run -- echo it's $HOME; a  b", *laid, "t0ken", "it's `id`"]
+    assert (done.stdout.splitlines(), done.stderr, done.returncode) == (said, "", 3)
+    assert [each.name for each in tmp_path.iterdir()] == ["tunnel client"]
+
+
+def test_a_jobs_script_does_not_use_a_folder_that_somebody_else_has_made(tmp_path: Path) -> None:
+    (tmp_path / "folder").mkdir(mode=0o777)
+    text = script("folder", "t0ken", {}, None, "/bin/true")
+    done = run(text, tmp_path)
+    assert done.returncode == 1
+    assert list((tmp_path / "folder").iterdir()) == []
+
+
+# When Slurm is asked
+
+
+def test_slurm_is_asked_soon_after_something_happened_and_not_while_there_is_nothing_to_ask(run: Run) -> None:
+    async def work() -> None:
+        looks: list[float] = []
+        looked = asyncio.Event()
+
+        async def look() -> None:
+            looks.append(time.monotonic())
+            looked.set()
+            if len(looks) == 1:
+                raise RuntimeError("no answer")
+
+        wanted = False
+        watch = QueueWatch(look, lambda: wanted, soon=(0.0, 0.0))
+        running = asyncio.ensure_future(watch.run())
+        try:
+            watch.soon()
+            await asyncio.sleep(0)
+            wanted = True
+            assert looks == []
+            for _ in range(2):
+                looked.clear()
+                watch.soon()
+                await asyncio.wait_for(looked.wait(), 10)
+            assert looks[1] - looks[0] >= 0.99, "whatever happens it is asked once a second at most"
+        finally:
+            running.cancel()
+
+    run(work())
+
+
+# What is told of a job
+
+
+class Said:
+    """A Slurm that says what it is told to, and notes what it is asked."""
+
+    missing = None
+
+    def __init__(self) -> None:
+        self.known: dict[str, Job] = {}
+        self.asked: list[Any] = []
+
+    async def jobs(self, ids: Any) -> dict[str, Job]:
+        self.asked.append(list(ids))
+        return {job_id: job for job_id, job in self.known.items() if job_id in self.asked[-1]}
+
+
+@pytest.fixture
+def around(tmp_path: Path) -> tuple[Surroundings, list[Any]]:
+    told: list[Any] = []
+    heard = asyncio.Event()
+
+    def tell(*about: Any) -> None:
+        told.append(about)
+        heard.set()
+
+    made: Any = Surroundings.__new__(Surroundings)
+    values = {
+        "report": lambda *about: told.append(about),
+        "tell": tell,
+        "told": heard,
+        "touch": lambda task: told.append(("touch", task.ends_at)),
+        "begin": lambda task: told.append(("begin", task.container)),
+        "on_change": lambda: told.append("changed"),
+        "limits": Limits(),
+        "slurm_users": None,
+    }
+    for name, value in values.items():
+        object.__setattr__(made, name, value)
+    return made, told
+
+
+def a_task(number: int = 1, **more: Any) -> TaskRecord:
+    about: Any = {"task_id": number, "container": f"kohakuriver-job-{number}", "backend": "slurm", "name": f"t{number}"}
+    return TaskRecord(**about, engine_name=str(number), status="running", **more)
+
+
+def test_all_jobs_are_asked_for_in_one_question_and_those_that_ended_are_not(run: Run, around: Any) -> None:
+    async def work() -> None:
+        backend, said = SlurmBackend(around[0], None), Said()
+        backend._slurm = said  # type: ignore[assignment]
+        tasks = [a_task(1), a_task(2), a_task(3), a_task(4)]
+        tasks[3].engine_name = None
+        tasks[2].status = "stopped"
+        await backend.open(tasks, lambda task: None)
+        try:
+            await backend._look()
+            assert said.asked[-1] == ["1", "2"]
+            gone = "Slurm has forgotten its job 1, and how that ended"
+            assert (tasks[0].container, "failed", gone) in around[1]
+            unsubmitted = "its runner ended before its job was submitted"
+            assert (tasks[3].container, "failed", unsubmitted) in around[1]
+        finally:
+            await backend.close(tasks, stop_tasks=False)
+
+    run(work())
+
+
+def test_who_is_connected_to_a_job_is_told_when_its_time_limit_is_near(run: Run, around: Any) -> None:
+    async def work() -> None:
+        backend, said = SlurmBackend(around[0], None), Said()
+        backend._slurm = said  # type: ignore[assignment]
+        task = a_task()
+        end = time.time() + 299
+        said.known["1"] = Job("1", "RUNNING", end=end, limit=4 * 3600, nodes="gpu07")
+        await backend.open([task], lambda task: None)
+        try:
+            await backend._look()
+            assert task.ends_at == end
+            words = "Slurm ends the job of task t1 in 4 min 59 s, at its time limit; what runs there ends with it."
+            await asyncio.wait_for(around[0].told.wait(), 10)
+            assert (task.container, words) in around[1]
+        finally:
+            await backend.close([task], stop_tasks=False)
+
+    run(work())
+
+
+def test_a_tasks_time_to_live_begins_when_its_job_does_and_not_while_that_waits(run: Run, around: Any) -> None:
+    async def work() -> None:
+        backend, said = SlurmBackend(around[0], None), Said()
+        backend._slurm = said  # type: ignore[assignment]
+        task = a_task(ttl=60)
+        task.status = "starting"
+        said.known["1"] = Job("1", "PENDING", reason="Resources")
+        await backend.open([task], lambda task: None)
+        try:
+            await backend._look()
+            begun = ("begin", task.container)
+            assert begun not in around[1]
+            said.known["1"] = Job("1", "RUNNING", nodes="gpu07")
+            await backend._look()
+            assert begun in around[1]
+        finally:
+            await backend.close([task], stop_tasks=False)
+
+    run(work())
+
+
+def test_a_slurm_that_does_not_answer_takes_no_new_tasks_until_it_does(run: Run, around: Any, tmp_path: Path) -> None:
+    async def work() -> None:
+        backend, said = SlurmBackend(around[0], users_in(tmp_path, f"ann {ME}\n")), Said()
+        backend._slurm = said  # type: ignore[assignment]
+        task = a_task()
+        await backend.open([task], lambda task: None)
+        good, said.known["1"] = said.jobs, Job("1", "RUNNING")
+
+        def trouble() -> str | None:
+            return backend.trouble
+
+        async def fail(ids: Any) -> dict[str, Job]:
+            raise KohakuRiverError("Slurm's controller does not answer within 30 s.")
+
+        try:
+            said.jobs = fail  # type: ignore[method-assign]
+            await backend._look()
+            assert trouble() == "Slurm's controller does not answer within 30 s"
+            said.jobs = good  # type: ignore[method-assign]
+            await backend._look()
+            assert trouble() is None
+            assert around[1].count("changed") == 2
+        finally:
+            await backend.close([task], stop_tasks=False)
+
+    run(work())
