@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from kohakuriver.runner.backends.process.tasks import describe_exit
+from kohakuriver.task import describe_exit
 
 __all__ = ["FIELDS", "Job", "parsed"]
 
