@@ -12,12 +12,16 @@ LONGEST = 2000
 
 @schemathesis.check
 def documented_error(ctx: Any, response: Any, case: Any) -> None:
-    """An error is a 4xx, or the 502 or 504 of a node, with the body {"error": code, "message": sentence}."""
+    """An error is a 4xx, or the 502 or 504 of a node, with the body {"error": code, "message": sentence}.
+
+    That of a node has the request's id, too.
+    """
     if response.status_code < 400:
         return
     assert response.status_code < 500 or response.status_code in (502, 504), f"status {response.status_code}"
     body = json.loads(response.content)
-    assert set(body) == {"error", "message"}, f"the body of the error is {body!r}"
+    of_request = {"request_id"} if response.status_code >= 500 else set()
+    assert set(body) == {"error", "message"} | of_request, f"the body of the error is {body!r}"
     assert body["error"].replace("_", "").isalpha()
     assert body["error"].islower()
     assert 0 < len(body["message"]) < LONGEST

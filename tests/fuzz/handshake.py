@@ -27,8 +27,9 @@ from kohakuriver.web.app import new_app
 from tests.fuzz.mutation import fuzz
 from tests.support.serving import serving
 
+# 401 is for an Authorization header that is none.
 # 403, 426 and texts are for WebSockets that are none of ours: those are left to uvicorn.
-STATUSES = {101, 200, 307, 400, 403, 404, 405, 426}
+STATUSES = {101, 200, 307, 400, 401, 403, 404, 405, 426}
 GUID = "258EAFA5-E914-47DA-95CA-C5AB0DC85B11"
 ACCEPT = b"{accept}"
 
