@@ -39,25 +39,29 @@ _TOLD_BY_US = frozenset(
     }
 )
 _NEVER_NAMED = frozenset({b"host", b"cookie", b"authorization", b"content-length", b"origin"})
+_NEVER_NAMED_BACK = frozenset({b"set-cookie", b"content-length", b"location"})
+_NONE: frozenset[bytes] = frozenset()
 # What programs of the service's side take for the same field: to WSGI and CGI dash and underscore are one.
-_REQUEST_DROPPED = _HOP | _TOLD_BY_US
+_REQUEST_DROPPED = _HOP | _TOLD_BY_US | {b"host"}
+_REQUEST_CHANGED = frozenset({b"cookie", b"origin", b"referer"})
 
 
 def request(head: RequestHead, place: Place, peer: str, *, body: int, upgrade: bool) -> bytes:
     """The head that the service gets, from a browser at the address `peer`. `body`: its length, or CHUNKED."""
-    named = set(words(head.fields.named.get(b"connection"))) - _NEVER_NAMED
+    named = _named(head, _NEVER_NAMED)
     inner = place.inner_host.encode()
     lines = [b"%s %s HTTP/1.%d" % (head.method, head.target, head.minor), b"Host: " + inner]
     for lower, name, value in head.fields.listed:
-        if lower == b"host" or lower in named or lower.replace(b"_", b"-") in _REQUEST_DROPPED:
+        if lower.replace(b"_", b"-") in _REQUEST_DROPPED or lower in named:
             continue
-        if lower == b"cookie":
-            value = without_ours(value)
-            if not value:
-                continue
-        elif lower in (b"origin", b"referer") and not place.preserve_host:
-            value = _inside(value, place.origin.encode(), inner)
-        lines.append(b"%s: %s" % (name, value))
+        if lower in _REQUEST_CHANGED:
+            if lower == b"cookie":
+                value = without_ours(value)
+                if not value:
+                    continue
+            elif not place.preserve_host:
+                value = _inside(value, place.origin.encode(), inner)
+        lines.append(name + b": " + value)
     if upgrade:
         lines += [b"Connection: Upgrade", b"Upgrade: websocket"]
     elif head.minor == 0:
@@ -73,6 +77,12 @@ def request(head: RequestHead, place: Place, peer: str, *, body: int, upgrade: b
     return b"\r\n".join(lines)
 
 
+def _named(head: RequestHead | ResponseHead, never: frozenset[bytes]) -> frozenset[bytes]:
+    """The fields that are between two neighbours because Connection names them; `never` are those that can't be."""
+    values = head.fields.named.get(b"connection")
+    return frozenset(words(values)) - never if values else _NONE
+
+
 def _inside(url: bytes, origin: bytes, inner: bytes) -> bytes:
     """An Origin, or a Referer, as it is inside."""
     if url == origin or url.startswith(origin + b"/"):
@@ -84,7 +94,7 @@ def response(
     head: ResponseHead, place: Place, *, body: int, close: bool, upgrade: bool = False, more: bytes = b""
 ) -> bytes:
     """The head that the browser gets. `close`: the connection ends with this response; `more`: fields of our own."""
-    named = set(words(head.fields.named.get(b"connection"))) - {b"set-cookie", b"content-length", b"location"}
+    named = _named(head, _NEVER_NAMED_BACK)
     lines = [b"HTTP/1.1 %d %s" % (head.status, head.reason)]
     for lower, name, value in head.fields.listed:
         if lower in _HOP or lower in named:
@@ -95,7 +105,7 @@ def response(
                 continue
         elif lower == b"location":
             value = _outside(value, place)
-        lines.append(b"%s: %s" % (name, value))
+        lines.append(name + b": " + value)
     if upgrade:
         lines += [b"Connection: Upgrade", b"Upgrade: websocket"]
     elif head.status >= 200:
