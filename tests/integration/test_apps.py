@@ -156,6 +156,23 @@ def scene(run: Run, tmp_path: Path) -> Callable[..., None]:
     return go
 
 
+def test_behind_a_trusted_proxy_service_and_audit_log_are_told_where_the_browser_is(scene: Callable[..., None]) -> None:
+    """Of each request anew: a proxy asks for many over one connection."""
+
+    async def check(made: Scene) -> None:
+        for address in ("203.0.113.9", "203.0.113.10"):
+            fields = {"X-Forwarded-For": f"198.51.100.1, {address}", "X-Forwarded-Host": "elsewhere.example.org"}
+            told = dict((await made.get(headers=fields)).json()["fields"])
+            assert (told["X-Forwarded-For"], told["X-Forwarded-Host"]) == (address, made.host)
+        await made.surfer.ask(f"{made.surfer.main}/logout", "POST", site="same-origin", headers=fields)
+        assert (await made.get("/", headers=fields)).status_code != 200
+        await until(lambda: any(event["event"] == "session_closed" for event in made.events()))
+        opened = next(event for event in made.events() if event["event"] == "session_opened")
+        assert opened["from"].startswith("127.0.0.1")  # by which the browser came first
+
+    scene(check, proxies=["127.0.0.1"])
+
+
 # -- the way in ------------------------------------------------------------------------------------------------------
 
 

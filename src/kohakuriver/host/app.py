@@ -59,6 +59,7 @@ from kohakuriver.host.schemas import (
 from kohakuriver.host.services.audit import REFUSALS
 from kohakuriver.host.services.audit_reader import AuditPage, read_page
 from kohakuriver.host.services.credentials import Caller
+from kohakuriver.proxies import Proxies
 from kohakuriver.store import Node, Task, Token, ahead_of_users
 from kohakuriver.task import TaskView
 from kohakuriver.web.app import Checked, bearer, new_app, services_here, services_of
@@ -70,7 +71,7 @@ __all__ = ["create_app"]
 MAX_WAIT_SECONDS = 600
 
 
-def create_app(services: Services, guard: Guard | None = None) -> FastAPI:
+def create_app(services: Services, guard: Guard | None = None, proxies: Proxies | None = None) -> FastAPI:
     """The host's application: its HTTP API and the page that documents it."""
 
     def note(error: KohakuRiverError) -> None:
@@ -85,6 +86,7 @@ def create_app(services: Services, guard: Guard | None = None) -> FastAPI:
         services=services,
         routers=(_open, pages, assets, entry, oidc_pages, device_pages, _api, _nodes),
         on_error=note,
+        proxies=proxies,
     )
     app.title = "KohakuRiver host"
     return app
