@@ -156,6 +156,23 @@ def scene(run: Run, tmp_path: Path) -> Callable[..., None]:
     return go
 
 
+def test_a_service_is_told_the_browsers_address_where_the_tasks_owner_wants_that(scene: Callable[..., None]) -> None:
+    async def check(made: Scene) -> None:
+        inner = f"localhost:{made.app.port}"
+        for preserved in (True, False):
+            answer = await made.stage.host.user.post("/api/tasks/lab/web", json={"preserve_host": preserved})
+            assert answer.json()["preserve_host"] is preserved
+            made.surfer = await made.stage.surfer()  # whose session begins now
+            await made.surfer.go(made.link, site="same-origin")
+            answer = await made.get("/x", method="POST", site="same-origin", headers={"Origin": made.origin})
+            told = dict(answer.json()["fields"])
+            assert told["Host"] == (made.host if preserved else inner)
+            assert told["Origin"] == (made.origin if preserved else f"http://{inner}")
+        assert [event["preserve_host"] for event in made.events() if event["event"] == "task_changed"] == [True, False]
+
+    scene(check, there=False)
+
+
 def test_behind_a_trusted_proxy_service_and_audit_log_are_told_where_the_browser_is(scene: Callable[..., None]) -> None:
     """Of each request anew: a proxy asks for many over one connection."""
 

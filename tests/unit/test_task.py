@@ -38,6 +38,7 @@ EVERYTHING: Final = NewTask(
     restart="on-failure:3",
     gpus="device=0,1",
     network="none",
+    preserve_host=True,
 )
 
 

@@ -168,6 +168,16 @@ NetworkOption = Annotated[
         rich_help_panel=_BOUNDS,
     ),
 ]
+PreserveHostOption = Annotated[
+    bool,
+    typer.Option("--preserve-host", help="Services are told the address that a browser has, not that of localhost."),
+]
+ChangedPreserveHostOption = Annotated[
+    bool,
+    typer.Option(
+        "--preserve-host/--no-preserve-host", help="Whether that is the address that the browser has, or localhost."
+    ),
+]
 SshOption = Annotated[
     bool, typer.Option("--ssh", help="Give it an SSH server that lets in the keys of your ~/.ssh/*.pub.")
 ]
@@ -220,6 +230,7 @@ def create(
     idle_stop: IdleOption = None,
     gpus: GpusOption = None,
     network: NetworkOption = None,
+    preserve_host: PreserveHostOption = False,
     with_ssh: SshOption = False,
     public_key_file: PublicKeyOption = None,
     no_wait: NoWaitOption = False,
@@ -255,6 +266,7 @@ def create(
         ttl=None if ttl is None else int(seconds(ttl, "--ttl")),
         idle_stop=None if idle_stop is None else int(seconds(idle_stop, "--idle-stop")),
         network=network,
+        preserve_host=preserve_host,
         ssh_keys=public_keys(public_key_file or []) if with_ssh or public_key_file else [],
     )
 
@@ -581,6 +593,15 @@ def extend(
     at.show(extended.to_json(), f"Task {extended.name} ends in {_left(extended)}.")
 
 
+@app.command(epilog="Example: kohakuriver vps web lab --preserve-host")
+@remote
+def web(at: Remote, task: TaskArgument, preserve_host: ChangedPreserveHostOption) -> None:
+    """Say what the HTTP services of a task are told when browsers open them at the host."""
+    changed = at.ask(lambda client: client.serve_web(task, preserve_host=preserve_host))
+    told = "the address that the browser has" if changed.preserve_host else "localhost and their own port"
+    at.show(changed.to_json(), f"Services of task {changed.name} are told {told}, as browsers open them from now on.")
+
+
 @app.command(epilog="Example: kohakuriver vps rm web")
 @remote
 def rm(at: Remote, tasks: TasksArgument) -> None:
@@ -723,6 +744,7 @@ def _about(task: Task) -> list[tuple[str, str]]:
         ("ends", f"in {_left(task)}: time to live" if task.ends_at else _ttl(task)),
         ("idle stop", f"when nobody was connected for {_idle(task)}" if task.idle_stop else ""),
         ("network", task.network or ""),
+        ("host told", "the address that the browser has" if task.preserve_host else ""),
         ("owner", task.owner),
         ("shared with", ", ".join(task.shared_with)),
         ("ssh server", "yes" if task.ssh_host_key else ""),

@@ -54,6 +54,7 @@ from kohakuriver.host.schemas import (
     TokenView,
     UserLimits,
     UserView,
+    WebRequest,
     Whoami,
 )
 from kohakuriver.host.services.audit import REFUSALS
@@ -485,6 +486,12 @@ async def restart_task(host: Host, found: Own, container: bool = False) -> TaskV
 async def extend_task(host: Host, user: User, found: Own, request: ExtendRequest) -> TaskView:
     """Have the time to live of a task be over later."""
     return await host.tasks.extend(*found, request.seconds, user)
+
+
+@_api.post("/tasks/{task}/web")
+async def serve_web(host: Host, found: Own, request: WebRequest) -> TaskView:
+    """Say whether services of a task are told the addresses that browsers have, as browsers open them from now on."""
+    return await host.tasks.serve_web(*found, preserve_host=request.preserve_host)
 
 
 @_api.delete("/tasks/{task}")

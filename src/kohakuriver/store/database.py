@@ -348,6 +348,18 @@ class Store:
 
         return await self.write(work)
 
+    async def change_order(self, task_id: int, values: Mapping[str, Any]) -> Task | None:
+        """Set what was ordered of a task, fields of a TaskOrder that have no column here; None when it is gone."""
+
+        def work(session: Session) -> Task | None:
+            task = session.get(Task, task_id)
+            if task is not None:
+                task.change({"spec": {**task.spec, **values}}, time.time())
+                note(session, tasks=[task_id])
+            return task
+
+        return await self.write(work)
+
     async def remove_task(self, task_id: int) -> None:
         """Hide a task and free its name, until `forget_tasks`."""
         await self.change_task(task_id, {"removed": True, "name": None})

@@ -14,7 +14,7 @@ import base64
 import hashlib
 import hmac
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from urllib.parse import SplitResult, urlsplit
 
@@ -73,6 +73,11 @@ class Address:
     def place(self) -> Place:
         """What is served there."""
         return Place(self.label, self.port, self.served_on, name=self.name, scheme=self.scheme)
+
+    @cached_property
+    def preserved(self) -> Place:
+        """The same, where the service is told the address itself."""
+        return replace(self.place, preserve_host=True)
 
     @cached_property
     def host(self) -> str:

@@ -192,7 +192,8 @@ class AppGate:
             noting = asyncio.get_running_loop().create_task(self._used(admission.browser))
             self._noting.add(noting)
             noting.add_done_callback(self._noted)
-        return Way(asked.address.place, session.endpoint, lambda: session.trouble, more, session.pace)
+        place = asked.address.preserved if session.preserve_host else asked.address.place
+        return Way(place, session.endpoint, lambda: session.trouble, more, session.pace)
 
     def _noted(self, task: asyncio.Task[None]) -> None:
         self._noting.discard(task)
