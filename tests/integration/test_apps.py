@@ -557,6 +557,23 @@ def test_a_page_of_an_app_does_nothing_at_the_host(scene: Callable[..., None]) -
     scene(check)
 
 
+def test_no_cache_may_keep_what_the_host_itself_answers_at_an_address_whatever_its_path(
+    scene: Callable[..., None],
+) -> None:
+    """Cache deception: a path that looks like a picture's, at which a page for one visitor is."""
+
+    async def check(made: Scene) -> None:
+        own = [f"/.kohakuriver/{name}{end}" for name in ("begin", "enter", "link") for end in ("", "?x=1", "/logo.png")]
+        for surfer in (made.surfer, Surfer(made.stage.host)):
+            for path in (*own, *(("/x.css", "/") if surfer is not made.surfer else ())):
+                for method in ("GET", "POST"):
+                    answer = await surfer.ask(f"{made.origin}{path}", method, site="same-origin", data={"code": "x"})
+                    assert answer.headers["cache-control"] == "no-store", (method, path)
+        assert len(made.app.asked) == 1
+
+    scene(check)
+
+
 def test_a_cookie_that_the_host_did_not_sign_lets_nobody_in(scene: Callable[..., None]) -> None:
     async def check(made: Scene) -> None:
         name = f"kohakuriver-app-{urlsplit(made.origin).port}"
@@ -918,8 +935,10 @@ def test_an_hour_later_the_browser_has_a_new_cookie_without_being_asked(scene: C
         clock = made.stage.host.clock
         before = made.cookie
         clock.now += signed.COOKIE_SECONDS * 0.6
-        assert (await made.get()).status_code == 200
+        answer = await made.get()
+        assert (answer.status_code, answer.headers["cache-control"]) == (200, "no-store")
         assert made.cookie != before  # by the way, with an answer of the service
+        assert "cache-control" not in (await made.get()).headers
         clock.now += signed.COOKIE_SECONDS * 1.1
         assert (await made.get(site="same-origin", headers={"Sec-Fetch-Mode": "cors"})).status_code == 401
         made.surfer.been.clear()

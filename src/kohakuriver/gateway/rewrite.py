@@ -40,6 +40,22 @@ _TOLD_BY_US = frozenset(
 )
 _NEVER_NAMED = frozenset({b"host", b"cookie", b"authorization", b"content-length", b"origin"})
 _NEVER_NAMED_BACK = frozenset({b"set-cookie", b"content-length", b"location"})
+# What proxies before us take for orders of ours: to answer with a file or an address of theirs, and what to keep.
+_ORDERS = frozenset(
+    {
+        b"x-accel-expires",
+        b"x-accel-redirect",
+        b"x-lighttpd-send-file",
+        b"x-lighttpd-send-tempfile",
+        b"x-reproxy-file",
+        b"x-reproxy-url",
+        b"x-sendfile",
+    }
+)
+_ANSWER_DROPPED = _HOP | _ORDERS
+_ANSWER_CHANGED = frozenset({b"set-cookie", b"location", b"clear-site-data"})
+# What says that an answer may be kept.
+_KEEPING = frozenset({b"cache-control", b"cdn-cache-control", b"expires", b"pragma", b"surrogate-control"})
 _NONE: frozenset[bytes] = frozenset()
 # What programs of the service's side take for the same field: to WSGI and CGI dash and underscore are one.
 _REQUEST_DROPPED = _HOP | _TOLD_BY_US | {b"host"}
@@ -93,18 +109,19 @@ def _inside(url: bytes, origin: bytes, inner: bytes) -> bytes:
 def response(
     head: ResponseHead, place: Place, *, body: int, close: bool, upgrade: bool = False, more: bytes = b""
 ) -> bytes:
-    """The head that the browser gets. `close`: the connection ends with this response; `more`: fields of our own."""
-    named = _named(head, _NEVER_NAMED_BACK)
+    """The head that the browser gets. `close`: the connection ends with this response; `more`: fields of our own.
+
+    With such fields, a cookie that lets in, nobody is to keep it: a cache before us would give them to others.
+    """
+    named = _named(head, _NEVER_NAMED_BACK) | (_KEEPING if more else _NONE)
     lines = [b"HTTP/1.1 %d %s" % (head.status, head.reason)]
     for lower, name, value in head.fields.listed:
-        if lower in _HOP or lower in named:
+        if lower in _ANSWER_DROPPED or lower in named:
             continue
-        if lower == b"set-cookie":
-            value = _host_only(value)
+        if lower in _ANSWER_CHANGED:
+            value = _outside(value, place) if lower == b"location" else _own_alone(lower, value)
             if not value:
                 continue
-        elif lower == b"location":
-            value = _outside(value, place)
         lines.append(name + b": " + value)
     if upgrade:
         lines += [b"Connection: Upgrade", b"Upgrade: websocket"]
@@ -113,8 +130,21 @@ def response(
             lines.append(b"Transfer-Encoding: chunked")
         if close:
             lines.append(b"Connection: close")
-    lines.append(more + b"\r\n")
+    lines.append((more + b"Cache-Control: no-store\r\n" if more else b"") + b"\r\n")
     return b"\r\n".join(lines)
+
+
+def _own_alone(name: bytes, value: bytes) -> bytes:
+    """A Set-Cookie, or a Clear-Site-Data, that is about this address alone; nothing where nothing of it is."""
+    return _host_only(value) if name == b"set-cookie" else _cleared(value)
+
+
+def _cleared(what: bytes) -> bytes:
+    """A Clear-Site-Data without cookies: browsers take that for all names of a domain, the host's own included."""
+    listed = [word.strip(b" \t") for word in what.split(b",")]
+    if b'"*"' in listed:
+        listed += [b'"cache"', b'"storage"', b'"executionContexts"']
+    return b", ".join(dict.fromkeys(word for word in listed if word not in (b'"*"', b'"cookies"', b"")))
 
 
 def _host_only(cookie: bytes) -> bytes:
