@@ -97,7 +97,8 @@ class Told(NamedTuple):
 class Store:
     """Nodes and tasks, and a way to the other tables.
 
-    Every method may raise KohakuRiverError when the database fails.
+    Every method may raise KohakuRiverError when the database fails. Large because each method is one thing that is
+    asked of these tables, in a transaction of its own.
     """
 
     def __init__(self, database: Database) -> None:
