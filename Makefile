@@ -64,7 +64,7 @@ audit-online: install $(STAMPS)/audit ## known weaknesses of what we depend on: 
 sbom: install $(STAMPS)/audit ## what the package and the programs in it are made of: CycloneDX, in sbom/
 	scripts/sbom $(BIN)/python
 
-e2e: install $(STAMPS)/e2e ## the dashboard, JupyterLab and TensorBoard in a real browser
+e2e: install $(STAMPS)/e2e ## the dashboard, JupyterLab, TensorBoard and Vite in a real browser
 	scripts/system-packages test e2e
 	@$(MAKE) --no-print-directory $(STAMPS)/idp
 	scripts/with-engine $(BIN)/python -m pytest tests/e2e $(PYTEST_ARGS)

@@ -1,13 +1,17 @@
-"""How fast a port's own address is, beside the plain forward in the same process, and beside configurable-http-proxy.
+"""How fast a port's own address is, beside the plain forward in the same process, and beside others' proxies.
 
     npm install --prefix /tmp/chp configurable-http-proxy
-    python -m bench.web --kohakuriver .venv/bin/kohakuriver --proxy /tmp/chp/node_modules/.bin/configurable-http-proxy
+    python -m venv /tmp/jsp && /tmp/jsp/bin/pip install jupyter-server-proxy
+    python -m bench.web --kohakuriver .venv/bin/kohakuriver --jupyter /tmp/jsp/bin/jupyter-server \\
+        --proxy /tmp/chp/node_modules/.bin/configurable-http-proxy
 
 All lead to one HTTP service, on Node.js, and are measured in turns: a download of so many megabytes over one
-connection, and small requests, one after another on each of a few connections that are kept. configurable-http-proxy
-stands right in front of the service ("chp"), and in front of the plain forward ("chp+forward"), where it has the same
-hops behind it as the address. "host" is the address that the host itself gives the port, with the host's process in the
-place of the forward's. A figure is the median of the rounds, a ratio that of the ratios of runs side by side.
+connection, small requests, one after another on each of a few connections that are kept, and messages of 32 bytes that
+a WebSocket echoes, one after another. configurable-http-proxy ("chp") and jupyter-server-proxy ("jsp") stand right in
+front of the service, without a tunnel, and in front of the plain forward ("chp+forward", "jsp+forward"), where they
+have the same hops behind them as the address. "host" is the address that the host itself gives the port, with the
+host's process in the place of the forward's. A figure is the median of the rounds, a ratio that of the ratios of runs
+side by side, above 1 where ours is better.
 """
 
 from __future__ import annotations
@@ -45,6 +49,22 @@ const server = require("http").createServer((request, response) => {
   };
   write();
 });
+server.on("upgrade", (request, socket) => {
+  const key = request.headers["sec-websocket-key"] + "258EAFA5-E914-47DA-95CA-C5AB0DC85B11";
+  const accept = require("crypto").createHash("sha1").update(key).digest("base64");
+  const head = ["HTTP/1.1 101 Switching Protocols", "Upgrade: websocket", "Connection: Upgrade"];
+  socket.write([...head, "Sec-WebSocket-Accept: " + accept, "", ""].join("\\r\\n"));
+  let held = Buffer.alloc(0);
+  socket.on("data", (data) => {
+    held = Buffer.concat([held, data]);
+    for (let size; held.length > 6 && held.length >= (size = 6 + (held[1] & 127)); held = held.subarray(size)) {
+      const text = Buffer.from(held.subarray(6, size));
+      for (let at = 0; at < text.length; at++) text[at] ^= held[2 + (at & 3)];
+      socket.write(Buffer.concat([Buffer.from([held[0], text.length]), text]));
+    }
+  });
+  socket.on("error", () => undefined);
+});
 server.keepAliveTimeout = 600000;
 server.listen(0, "127.0.0.1", () => console.log(server.address().port));
 """
@@ -54,21 +74,33 @@ NAVIGATES = {
     "Sec-Fetch-Dest": "document",
     "Accept": "text/html",
 }
+HELD = 90_000_000
+"""Bytes of an answer that jupyter-server-proxy passes on: it holds all of it, and refuses 100 MiB."""
+KEY = "dGhlIHNhbXBsZSBub25jZQ=="
+MESSAGE = 32
 NAVIGATES["Content-Type"] = "application/x-www-form-urlencoded"
 FIELDS = "User-Agent: bench\r\nAccept: */*\r\nAccept-Encoding: gzip\r\nSec-Fetch-Site: same-origin"
 
 
 @dataclass
 class Way:
-    """One way to the service: a local port, and what a request says to be let in."""
+    """One way to the service: a local port, and what a request says to be let in; answers have `most` bytes."""
 
     name: str
     port: int
     host: str
     cookie: str = "a=b"
+    prefix: str = ""
+    most: int = 1 << 62
 
     def request(self, path: str) -> bytes:
-        return f"GET {path} HTTP/1.1\r\nHost: {self.host}\r\nCookie: {self.cookie}\r\n{FIELDS}\r\n\r\n".encode()
+        line, host = f"GET {self.prefix}{path} HTTP/1.1", f"Host: {self.host}"
+        return "\r\n".join([line, host, f"Cookie: {self.cookie}", FIELDS, "", ""]).encode()
+
+    def upgrade(self) -> bytes:
+        origin = f"Origin: http://{self.host}\r\nSec-WebSocket-Version: 13\r\nSec-WebSocket-Key: {KEY}"
+        more = f"{origin}\r\nConnection: Upgrade\r\nUpgrade: websocket\r\n\r\n"
+        return self.request("/").removesuffix(b"\r\n") + more.encode()
 
 
 class Web(Contender):
@@ -139,6 +171,19 @@ class HttpProxy(Contender):
         return port
 
 
+class JupyterProxy(Contender):
+    """A Jupyter server with jupyter-server-proxy, which lets everybody in."""
+
+    name = title = "jupyter-server-proxy"
+
+    def run(self, executable: str) -> int:
+        port = free_port()
+        let_in = ("--IdentityProvider.token=", "--ServerApp.allow_root=True", "--no-browser", "--log-level=ERROR")
+        server = self.spawn(executable, "--ServerApp.ip=127.0.0.1", f"--ServerApp.port={port}", *let_in)
+        wait_for_port(port, server, 60)
+        return port
+
+
 def download(way: Way, size: int) -> float:
     """MB/s of one download."""
     began = time.perf_counter()
@@ -180,32 +225,71 @@ def requests(way: Way, seconds: float, connections: int) -> float:
     return answers / took
 
 
+def round_trip(way: Way, seconds: float) -> float:
+    """Messages a second that a WebSocket echoes, one after another."""
+    message = bytes([0x81, 0x80 | MESSAGE, 0, 0, 0, 0]) + b"x" * MESSAGE
+    with socket.create_connection(("127.0.0.1", way.port)) as connection:
+        connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        connection.sendall(way.upgrade())
+        head = b""
+        while b"\r\n\r\n" not in head:
+            head += (more := connection.recv(1 << 16))
+            assert more, head
+        assert b" 101 " in head[:20], head
+        answers, began = 0, time.perf_counter()
+        while (took := time.perf_counter() - began) < seconds:
+            connection.sendall(message)
+            left = MESSAGE + 2
+            while left:
+                count = len(connection.recv(left))
+                assert count, "it ended too early"
+                left -= count
+            answers += 1
+    return answers / took
+
+
+def others(
+    arguments: argparse.Namespace, service: int, forward: int, proxy: HttpProxy, jupyter: JupyterProxy
+) -> list[Way]:
+    """The proxies of others that were named, each at the service and before the forward."""
+    ways = []
+    if arguments.proxy:
+        ways.append(Way("chp", proxy.run(arguments.proxy, service), "localhost"))
+        ways.append(Way("chp+forward", proxy.run(arguments.proxy, forward), "localhost"))
+    if arguments.jupyter:
+        port = jupyter.run(arguments.jupyter)
+        for name, target in (("jsp", service), ("jsp+forward", forward)):
+            ways.append(Way(name, port, f"127.0.0.1:{port}", prefix=f"/proxy/{target}", most=HELD))
+    return ways
+
+
 def main() -> int:
     """The command line; returns the exit code."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--kohakuriver", type=Path, required=True)
     parser.add_argument("--proxy", help="the program configurable-http-proxy; left out, it is not measured")
+    parser.add_argument("--jupyter", help="the program jupyter-server, with jupyter-server-proxy; likewise")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--seconds", type=float, default=2.0, help="of requests, in each round")
     parser.add_argument("--megabytes", type=int, default=512)
     parser.add_argument("--connections", type=int, default=8)
     arguments = parser.parse_args()
     with ExitStack() as stack:
-        service, chain, proxy = Web(), Served(arguments.kohakuriver), HttpProxy()
-        for contender in (service, chain, proxy):
+        service, chain, proxy, jupyter = Web(), Served(arguments.kohakuriver), HttpProxy(), JupyterProxy()
+        for contender in (service, chain, proxy, jupyter):
             stack.callback(contender.close)
         service.begin()
         chain.begin()
         ways = [Way("service", service.port, "localhost"), *chain.serve(service.port)]
-        if arguments.proxy:
-            ways.append(Way("chp", proxy.run(arguments.proxy, service.port), "localhost"))
-            ways.append(Way("chp+forward", proxy.run(arguments.proxy, ways[1].port), "localhost"))
-        samples: dict[str, dict[str, list[float]]] = {"MB/s": {}, "requests/s": {}}
+        ways += others(arguments, service.port, ways[1].port, proxy, jupyter)
+        samples: dict[str, dict[str, list[float]]] = {"MB/s": {}, "requests/s": {}, "messages/s": {}}
         for number in range(arguments.rounds):
             for way in ways if number % 2 else ways[::-1]:
                 rate = requests(way, arguments.seconds, arguments.connections)
                 samples["requests/s"].setdefault(way.name, []).append(rate)
-                samples["MB/s"].setdefault(way.name, []).append(download(way, arguments.megabytes * 1_000_000))
+                samples["messages/s"].setdefault(way.name, []).append(round_trip(way, arguments.seconds / 2))
+                size = min(arguments.megabytes * 1_000_000, way.most)
+                samples["MB/s"].setdefault(way.name, []).append(download(way, size))
     for unit, rates in samples.items():
         for name, each in rates.items():
             ratios = {

@@ -196,7 +196,8 @@ class TaskSpec:
     a command of its CMD, too, so that with neither the container just stays up. It runs in `workdir` and `run_as` a
     user, None for those of the image. When the image is fetched `pull` says, None for where it is missing.
     `restart` says when what has ended runs again, None for never. `gpus` are a number, "all", or those with the numbers
-    "0,1" or "device=0".
+    "0,1" or "device=0". With `preserve_host` its services are told the addresses that browsers have, in the place of
+    localhost and their port.
     A task of a scheduler is asked for with a `time_limit` in seconds, in a `partition`, for an `account` and with a
     `qos`, None for what the scheduler gives by default; so are its memory, `cpus` and `gpus`, which are a number there.
     """
@@ -224,6 +225,7 @@ class TaskSpec:
     partition: OfScheduler | None = None
     account: OfScheduler | None = None
     qos: OfScheduler | None = None
+    preserve_host: bool = False
 
 
 @dataclass(kw_only=True)
@@ -325,7 +327,8 @@ class TaskView:
     is over, None while it does not run. `ssh_port`, `ssh_host_key` (Ed25519) and `ssh_host_key_ecdsa` (on P-256, for
     clients that take no other) are those of the SSH server that the task was given, None without one. With
     `pending_removal` its node ends it once it is back. `no_direct` is why forwards can't
-    go past the host to its node, a clause; empty where they may try.
+    go past the host to its node, a clause; empty where they may try. `preserve_host` is as it was asked for, or
+    changed since.
     """
 
     task_id: int
@@ -373,6 +376,7 @@ class TaskView:
     traffic: TaskTraffic = field(default_factory=TaskTraffic)
     pending_removal: bool = False
     no_direct: str = ""
+    preserve_host: bool = False
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self)

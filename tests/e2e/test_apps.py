@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import re
+import signal
+import subprocess
 import sys
+from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -11,9 +16,14 @@ from urllib.parse import urlsplit
 
 import pytest
 
-from tests.e2e.conftest import Cluster, free_port, until
+from kohakuriver.host.dashboard import built
+from tests.e2e.conftest import KOHAKURIVER, Cluster, free_port, require, until
+from tests.e2e.test_dashboard import Page as Dashboard
+from tests.e2e.test_dashboard import serving_files
 from tests.e2e.test_jupyterlab import Page, jupyter
 from tests.e2e.test_login import link_of, text_of
+from tests.support.docker_images import busybox_image, require_engine
+from tests.support.up import Apart
 
 __all__ = ["jupyter"]
 
@@ -130,3 +140,109 @@ def test_the_page_of_one_app_gets_nowhere_in_another(
     assert "tossed" not in browser.execute_script("return document.cookie")
     browser.get(main)
     assert "tossed" not in str(browser.get_cookies())
+
+
+def share(cluster: Cluster, *arguments: str) -> Any:
+    """What `vps share` or `unshare` tells."""
+    argv = [*KOHAKURIVER, "vps", *arguments, "--json"]
+    done = subprocess.run(argv, env=cluster.env, capture_output=True, text=True, timeout=60, check=True)
+    return json.loads(done.stdout)
+
+
+def test_whoever_has_a_link_sees_that_port_without_a_login_until_it_is_taken_back(
+    cluster: Cluster, browser: Any
+) -> None:
+    with serving_files(cluster, "shown") as port:
+        link = share(cluster, "share", "shown", "--link", str(port), "--expires", "1h")
+        browser.get(link["url"])
+        until(lambda: "Directory listing" in text_of(browser), "the page of the service")
+        origin = link["url"].partition("/.kohakuriver/")[0]
+        assert browser.current_url == f"{origin}/"
+        assert browser.execute_script("return document.cookie") == ""
+        main = link_of(cluster).partition("/login")[0]
+        browser.get(main)
+        until(lambda: browser.current_url == f"{main}/login", "the host, which knows nobody")
+        browser.get(f"{origin}/")
+        until(lambda: "Directory listing" in text_of(browser), "the page of the service again")
+        share(cluster, "unshare", "shown", "--link", link["id"])
+        browser.refresh()
+        until(lambda: "Directory listing" not in text_of(browser), "the link is taken back")
+        browser.get(link["url"])
+        until(lambda: "link" in text_of(browser), "it opens nothing any more")
+        assert "Directory listing" not in text_of(browser)
+
+
+TICKS = """#!/bin/busybox sh
+printf 'Content-Type: text/plain\\r\\n\\r\\n'
+tick=0
+while echo "tick$((tick += 1))."; do /bin/busybox sleep 0.05; done
+"""
+# Reads what never ends, as pages of training runs and logs do.
+READING = """<!doctype html><title>reading</title><script>
+window.told = "";
+async function read() {
+  const reader = (await fetch("/cgi-bin/ticks")).body.pipeThrough(new TextDecoderStream()).getReader();
+  for (let part; !(part = await reader.read()).done;) window.told += part.value;
+  return "the end";
+}
+read().then((how) => { window.over = how; }, (error) => { window.over = String(error); });
+</script>"""
+
+
+@pytest.fixture
+def apart(tmp_path: Path) -> Iterator[Apart]:
+    """A host and a runner whose containers outlive it, with the task `pages` that serves ticks."""
+    require_engine()
+    folder = tmp_path / "www"
+    (folder / "cgi-bin").mkdir(parents=True)
+    (folder / "index.html").write_text(READING)
+    script = folder / "cgi-bin" / "ticks"
+    script.write_text(TICKS)
+    script.chmod(0o755)
+    with contextlib.closing(Apart(tmp_path / "apart", runner_options=("--backend=docker",))) as apart:
+        until(lambda: "online" in apart.run("node", "list").stdout, "the node is online")
+        serve = ["/bin/busybox", "httpd", "-f", "-p", "8080", "-h", "/www"]
+        apart.succeed(
+            "vps", "create", "--name=pages", f"--image={busybox_image()}", f"--mount={folder}:/www:ro", "--", *serve
+        )
+        try:
+            yield apart
+        finally:
+            apart.run("vps", "rm", "pages")
+
+
+@pytest.mark.docker
+def test_a_page_and_a_terminal_go_on_while_the_runner_is_killed_or_ended_and_started_again(
+    apart: Apart, browser: Any
+) -> None:
+    from selenium.webdriver.common.keys import Keys
+
+    require(built(), "the dashboard")
+    terminal = Dashboard(browser)
+    terminal.open(apart.succeed("open", "--print").strip())
+    terminal.go("tasks/pages/terminal")
+    terminal.shows("Shift+Esc")
+    terminal.type("kept=here; echo begun-$((1 + 1))", Keys.ENTER)
+    terminal.screen_shows("begun-2")
+    first = browser.current_window_handle
+    browser.switch_to.new_window("window")
+    second = browser.current_window_handle
+    browser.get(apart.succeed("open", "pages", "8080", "--at-host", "--print").strip())
+
+    def ticks() -> list[int]:
+        return [int(tick) for tick in re.findall(r"tick(\d+)\.", browser.execute_script("return window.told || ''"))]
+
+    until(ticks, "the page reads")
+    for how in (signal.SIGKILL, signal.SIGTERM):
+        apart.runner.stop(how)
+        before = ticks()[-1]
+        apart.start_runner()
+        until(lambda before=before: ticks()[-1] > before + 20, "the page reads on")  # type: ignore[misc]
+        seen = ticks()
+        assert seen == list(range(1, len(seen) + 1))
+        browser.switch_to.window(first)
+        until(lambda: "Shift+Esc" in terminal.text, "the terminal is back")
+        terminal.type(f"echo $kept-over-{how.name}", Keys.ENTER)
+        terminal.screen_shows(f"here-over-{how.name}")
+        browser.switch_to.window(second)
+        assert browser.execute_script("return window.over") is None

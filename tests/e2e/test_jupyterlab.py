@@ -102,7 +102,7 @@ class Page:
 
         return next(iter(self.browser.find_elements(By.CSS_SELECTOR, css)), None)
 
-    def _opened(self) -> bool:
+    def opened(self) -> bool:
         from selenium.common.exceptions import WebDriverException
 
         try:
@@ -124,7 +124,7 @@ class Page:
         from selenium.webdriver import ActionChains
         from selenium.webdriver.common.keys import Keys
 
-        until(self._opened, "JupyterLab's page opens")
+        until(self.opened, "JupyterLab's page opens")
         until(self.is_idle, "the kernel is idle")
         until(self._cell, "the notebook is open").click()
         ActionChains(self.browser).key_down(Keys.SHIFT).send_keys(Keys.ENTER).key_up(Keys.SHIFT).perform()

@@ -1,4 +1,4 @@
-"""TensorBoard on real event files, in a browser behind a forward."""
+"""TensorBoard on real event files, in a browser at the host's address for its port."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 
 from tests.e2e.conftest import Cluster, free_port, require, until
+from tests.e2e.test_programs import open_at_host
 
 pytestmark = [pytest.mark.e2e, pytest.mark.timeout(300)]
 
@@ -47,7 +48,7 @@ def test_tensorboard_shows_what_a_training_run_wrote(cluster: Cluster, browser: 
     port = free_port()
     command = ("-m", "tensorboard.main", "--logdir", str(event_files), "--host", "127.0.0.1", "--port", str(port))
     cluster.create("tensorboard", sys.executable, *command)
-    url = f"http://127.0.0.1:{cluster.forward('tensorboard', port)}"
+    url = open_at_host(cluster, browser, "tensorboard", port)
 
     def loaded() -> bool:
         from selenium.common.exceptions import WebDriverException

@@ -156,6 +156,40 @@ def scene(run: Run, tmp_path: Path) -> Callable[..., None]:
     return go
 
 
+def test_a_service_is_told_the_browsers_address_where_the_tasks_owner_wants_that(scene: Callable[..., None]) -> None:
+    async def check(made: Scene) -> None:
+        inner = f"localhost:{made.app.port}"
+        for preserved in (True, False):
+            answer = await made.stage.host.user.post("/api/tasks/lab/web", json={"preserve_host": preserved})
+            assert answer.json()["preserve_host"] is preserved
+            made.surfer = await made.stage.surfer()  # whose session begins now
+            await made.surfer.go(made.link, site="same-origin")
+            answer = await made.get("/x", method="POST", site="same-origin", headers={"Origin": made.origin})
+            told = dict(answer.json()["fields"])
+            assert told["Host"] == (made.host if preserved else inner)
+            assert told["Origin"] == (made.origin if preserved else f"http://{inner}")
+        assert [event["preserve_host"] for event in made.events() if event["event"] == "task_changed"] == [True, False]
+
+    scene(check, there=False)
+
+
+def test_behind_a_trusted_proxy_service_and_audit_log_are_told_where_the_browser_is(scene: Callable[..., None]) -> None:
+    """Of each request anew: a proxy asks for many over one connection."""
+
+    async def check(made: Scene) -> None:
+        for address in ("203.0.113.9", "203.0.113.10"):
+            fields = {"X-Forwarded-For": f"198.51.100.1, {address}", "X-Forwarded-Host": "elsewhere.example.org"}
+            told = dict((await made.get(headers=fields)).json()["fields"])
+            assert (told["X-Forwarded-For"], told["X-Forwarded-Host"]) == (address, made.host)
+        await made.surfer.ask(f"{made.surfer.main}/logout", "POST", site="same-origin", headers=fields)
+        assert (await made.get("/", headers=fields)).status_code != 200
+        await until(lambda: any(event["event"] == "session_closed" for event in made.events()))
+        opened = next(event for event in made.events() if event["event"] == "session_opened")
+        assert opened["from"].startswith("127.0.0.1")  # by which the browser came first
+
+    scene(check, proxies=["127.0.0.1"])
+
+
 # -- the way in ------------------------------------------------------------------------------------------------------
 
 
@@ -523,6 +557,23 @@ def test_a_page_of_an_app_does_nothing_at_the_host(scene: Callable[..., None]) -
     scene(check)
 
 
+def test_no_cache_may_keep_what_the_host_itself_answers_at_an_address_whatever_its_path(
+    scene: Callable[..., None],
+) -> None:
+    """Cache deception: a path that looks like a picture's, at which a page for one visitor is."""
+
+    async def check(made: Scene) -> None:
+        own = [f"/.kohakuriver/{name}{end}" for name in ("begin", "enter", "link") for end in ("", "?x=1", "/logo.png")]
+        for surfer in (made.surfer, Surfer(made.stage.host)):
+            for path in (*own, *(("/x.css", "/") if surfer is not made.surfer else ())):
+                for method in ("GET", "POST"):
+                    answer = await surfer.ask(f"{made.origin}{path}", method, site="same-origin", data={"code": "x"})
+                    assert answer.headers["cache-control"] == "no-store", (method, path)
+        assert len(made.app.asked) == 1
+
+    scene(check)
+
+
 def test_a_cookie_that_the_host_did_not_sign_lets_nobody_in(scene: Callable[..., None]) -> None:
     async def check(made: Scene) -> None:
         name = f"kohakuriver-app-{urlsplit(made.origin).port}"
@@ -884,8 +935,10 @@ def test_an_hour_later_the_browser_has_a_new_cookie_without_being_asked(scene: C
         clock = made.stage.host.clock
         before = made.cookie
         clock.now += signed.COOKIE_SECONDS * 0.6
-        assert (await made.get()).status_code == 200
+        answer = await made.get()
+        assert (answer.status_code, answer.headers["cache-control"]) == (200, "no-store")
         assert made.cookie != before  # by the way, with an answer of the service
+        assert "cache-control" not in (await made.get()).headers
         clock.now += signed.COOKIE_SECONDS * 1.1
         assert (await made.get(site="same-origin", headers={"Sec-Fetch-Mode": "cors"})).status_code == 401
         made.surfer.been.clear()

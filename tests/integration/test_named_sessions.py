@@ -75,6 +75,20 @@ def test_what_runs_in_a_session_runs_on_when_the_window_is_closed(cluster: Clust
     assert listed(cluster) == {}
 
 
+def test_a_shell_that_is_idle_stays_when_its_window_is_closed(cluster: Cluster) -> None:
+    """That its terminal has ended, connect may see before the signal for it."""
+    with a_terminal(cluster, TASK, "-s", "idle", ignores_hangup=True) as terminal:
+        terminal.ready()
+        terminal.line("NUMBER=42; echo set-$((NUMBER + 1))")
+        terminal.expect("set-43")
+        assert terminal.close_window() == 129
+    with a_terminal(cluster, TASK, "-s", "idle") as terminal:
+        terminal.line('echo "<$NUMBER>"; exit')
+        terminal.expect("<42>")
+        terminal.ended()
+    assert listed(cluster) == {}
+
+
 FLOOD = "yes | head -c 32M"  # a kernel's terminal may take no more than ten of them a second
 
 

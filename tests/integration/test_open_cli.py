@@ -220,6 +220,56 @@ def test_open_without_a_task_logs_a_browser_in_to_the_host_and_ends(cluster: Clu
     assert [token["kind"] for token in listed].count("browser") == 3
 
 
+def through(link: str) -> tuple[str, str]:
+    """The origin that the link of `vps share` leads to, and the cookie that its page gets for it."""
+    parts = urlsplit(link)
+    origin = f"{parts.scheme}://{parts.netloc}"
+    connection = http.client.HTTPConnection("127.0.0.1", parts.port, timeout=TIMEOUT)
+    try:
+        sent = {"Host": parts.netloc, "Origin": origin, "Content-Type": "application/x-www-form-urlencoded"}
+        connection.request("POST", parts.path, f"code={parts.fragment}", sent)
+        return origin, connection.getresponse().getheader("Set-Cookie", "").partition(";")[0]
+    finally:
+        connection.close()
+
+
+def test_a_link_to_a_port_is_made_listed_and_taken_back(cluster: Cluster, port: int) -> None:
+    made = json.loads(cluster.succeed("vps", "share", "page", "--link", str(port), "--expires", "1h", "--json"))
+    origin, cookie = through(made["url"])
+    assert got(origin + "/x", cookie) == (200, f"localhost:{port} /x", "")
+    told = cluster.run("vps", "share", "page", "--link", str(port))
+    assert told.stdout.startswith(origin)
+    [first, second] = json.loads(cluster.succeed("vps", "share", "page", "--list", "--json"))["links"]
+    assert [first["port"], second["port"]] == [port, port]
+    assert first["expires_at"]
+    assert not second["expires_at"]
+    assert made["id"] in cluster.succeed("vps", "share", "page", "--list")
+    said = cluster.succeed("vps", "unshare", "page", "--link", made["id"])
+    assert said == f"The link {made['id']} to port {port} opens nothing any more.\n"
+    assert got(origin + "/x", cookie)[0] == 401
+    assert through(made["url"])[1] == ""
+    origin, cookie = through(told.stdout.strip())
+    assert got(origin + "/x", cookie)[0] == 200
+    for wrong in (("--expires", "1h"), ("ann", "--link", str(port)), ("--link", str(port), "--list")):
+        assert cluster.run("vps", "share", "page", *wrong).returncode == 2
+
+
+def test_services_are_told_the_browsers_address_as_the_owner_says(cluster: Cluster, port: int) -> None:
+    link = cluster.succeed("vps", "share", "page", "--link", str(port)).strip()
+    try:
+        said = cluster.succeed("vps", "web", "page", "--preserve-host")
+        assert (
+            said
+            == "Services of task page are told the address that the browser has, as browsers open them from now on.\n"
+        )
+        origin, cookie = through(link)
+        assert got(origin + "/", cookie) == (200, f"{urlsplit(origin).netloc} /", "")
+        assert "the address that the browser has" in cluster.succeed("vps", "status", "page")
+    finally:
+        changed = json.loads(cluster.succeed("vps", "web", "page", "--no-preserve-host", "--json"))
+    assert changed["preserve_host"] is False
+
+
 def test_up_prints_a_link_that_logs_in(tmp_path: Path) -> None:
     cluster = Cluster(tmp_path)
     try:

@@ -9,7 +9,7 @@ import shutil
 import ssl
 import tempfile
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -50,6 +50,7 @@ from kohakuriver.host.services.tasks import Tasks
 from kohakuriver.host.services.terminal_proxy import TerminalProxy
 from kohakuriver.host.services.tunnel_proxy import TunnelProxy
 from kohakuriver.limits import Limits
+from kohakuriver.proxies import Proxies
 from kohakuriver.quotas import Offer, Quotas
 from kohakuriver.runtime import cancel_all
 from kohakuriver.session import ticket
@@ -176,6 +177,7 @@ class HostUnderTest:
         key: bytes,
         where: Where | None,
         tls: bool,
+        proxies: Proxies,
     ) -> None:
         self.public = None if where is None or where.public is None else where.public.geturl()
         self.store = store
@@ -228,6 +230,7 @@ class HostUnderTest:
             trusted=trusted,
             limits=limits,
             tls=tls,
+            proxies=proxies,
             clock=clock,
         )
         self.sessions = OpenSessions(self.grants)
@@ -255,7 +258,9 @@ class HostUnderTest:
                 self.readiness,
             ),
             self.guard,
+            proxies,
         )
+        self.proxies = proxies
         self.url = ""
         self.admin_token = ""
         self.node: httpx.AsyncClient
@@ -338,8 +343,11 @@ async def a_host(
     oidc: tuple[Provider, Rules] | None = None,
     where: Where | None = None,
     certificate: ServerCertificate | None = None,
+    proxies: Sequence[str] = (),
 ) -> AsyncIterator[HostUnderTest]:
     """A host with its state in `directory`, perhaps with an OpenID provider; `where` browsers find it and its apps.
+
+    It believes `proxies`.
 
     On SQLite a new one begins with a copy of what the first of this process made.
     """
@@ -355,14 +363,15 @@ async def a_host(
     credentials = Credentials(accounts, allow_anonymous=allow_anonymous, audit=audit, failures=failures, clock=clock)
     await credentials.load_or_make(directory)
     tls = certificate is not None
-    host = HostUnderTest(store, accounts, credentials, clock, audit, limits, oidc, await apps_key(store), where, tls)
+    key = await apps_key(store)
+    host = HostUnderTest(store, accounts, credentials, clock, audit, limits, oidc, key, where, tls, Proxies(proxies))
     async with host.stack:
         host.stack.callback(audit.close)
         host.stack.push_async_callback(store.close)
         host.stack.push_async_callback(host.runners.close)
         running = [asyncio.ensure_future(host.tasks.run()), asyncio.ensure_future(host.feed.run())]
         host.stack.push_async_callback(cancel_all, running)
-        ws = serve_ws(host.tunnel_routes, host.guard)
+        ws = serve_ws(host.tunnel_routes, host.guard, proxies=host.proxies)
         host.url = await host.stack.enter_async_context(serving(host.app, ws, host.app_server.front, certificate))
         host.stack.push_async_callback(host.app_server.close)
         host.admin_token = (directory / "admin-token").read_text().strip()

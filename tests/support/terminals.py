@@ -19,7 +19,9 @@ __all__ = ["Terminal", "a_terminal"]
 class Terminal:
     """`kohakuriver connect` on a pseudo-terminal."""
 
-    def __init__(self, commands: Commands, *arguments: str, rows: int = 24, cols: int = 80) -> None:
+    def __init__(
+        self, commands: Commands, *arguments: str, rows: int = 24, cols: int = 80, ignores_hangup: bool = False
+    ) -> None:
         self.child = pexpect.spawn(
             PROGRAM[0],
             [*PROGRAM[1:], "connect", *arguments],
@@ -27,6 +29,7 @@ class Terminal:
             dimensions=(rows, cols),
             timeout=TIMEOUT,
             echo=True,
+            ignore_sighup=ignores_hangup,
         )
         self.child.delaybeforesend = None
         self.before = self.modes()
@@ -54,13 +57,18 @@ class Terminal:
         self.child.wait()
         return int(self.child.exitstatus if self.child.exitstatus is not None else -self.child.signalstatus)
 
+    def close_window(self) -> int:
+        """Have the terminal go away; the exit code."""
+        self.child.ptyproc.fileobj.close()
+        return int(self.child.ptyproc.wait())
+
     def said(self) -> str:
         """What came before the end."""
         return str(self.child.before.decode())
 
 
 @contextmanager
-def a_terminal(commands: Commands, *arguments: str, **options: int) -> Iterator[Terminal]:
+def a_terminal(commands: Commands, *arguments: str, **options: Any) -> Iterator[Terminal]:
     terminal = Terminal(commands, *arguments, **options)
     try:
         yield terminal

@@ -163,6 +163,7 @@ defaults
 
 frontend users
     bind fd@{listener}
+    option forwardfor
     default_backend hosts
 
 backend hosts

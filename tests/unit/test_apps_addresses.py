@@ -7,7 +7,7 @@ import pytest
 from kohakuriver.errors import UsageError
 from kohakuriver.host.apps.addresses import Addresses, domain_in, url_in
 from kohakuriver.host.apps.serving import where_in
-from kohakuriver.host.apps.signed import BEGIN_SECONDS, COOKIE_SECONDS, Signed
+from kohakuriver.host.apps.signed import BEGIN_SECONDS, COOKIE_SECONDS, LONGEST, Signed
 
 KEY = b"k" * 32
 LOCAL = "kr-abcdefghijklmnopqrstuvwxyz.localhost"
@@ -194,3 +194,30 @@ def test_what_a_browser_keeps_is_good_for_what_it_was_signed_for() -> None:
     assert not signed.begins(shown, "lab:1")
     clock.now += BEGIN_SECONDS
     assert not signed.begins(begin, "lab:1")
+
+
+def test_of_a_cookie_that_comes_again_the_signature_is_checked_once_and_the_time_always(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    clock = Clock()
+    signed = Signed(KEY, clock=clock)
+    shown = signed.admit("lab:1", "digest", 7, 8888)
+    first = signed.admission(shown)
+    monkeypatch.setattr("jwt.decode", lambda *_, **__: pytest.fail("it was looked at before"))
+    assert (again := signed.admission(shown)) is first
+    assert again
+    assert signed.is_good(again)
+    clock.now += COOKIE_SECONDS
+    assert not signed.is_good(again)
+    assert signed.admission("x" * (LONGEST + 1)) is None
+
+
+def test_addresses_that_were_read_before_are_remembered_within_bounds(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("kohakuriver.host.apps.addresses.MOST_KNOWN", 2)
+    addresses = in_domain()
+    for _ in range(2):
+        for label in ("a", "b", "c"):
+            found = addresses.read(f"{label}-80.apps.example.org")
+            assert found
+            assert (found.label, found.host) == (label, f"{label}-80.apps.example.org")
+    assert addresses.read("a-80.apps.example.org:1") is None

@@ -538,6 +538,50 @@ def test_what_a_browser_has_open_ends_when_it_is_logged_out(on_host: Callable[..
     on_host(check)
 
 
+def test_what_a_browser_has_left_in_tasks_stays_when_its_user_logs_in_anew_and_ends_with_the_log_out(
+    on_host: Callable[..., None],
+) -> None:
+    """As a terminal of the page does while `kohakuriver open lab 8888` logs the same browser in once more."""
+
+    async def check(host: HostUnderTest) -> None:
+        _, token = await host.person("ann", "admin")
+        await (await host.runner()).beat()
+        await host.create(name="web")
+        task = (await host.store.task_and_node("web"))[0]
+        browser = Browser(host)
+
+        async def leave(*, ended_by: str) -> list[tuple[str, ...]]:
+            (cookie,) = browser.cookies.values()
+            caller, _ = await host.logins.visitor(cookie)
+            before, after = [await host.grants.enter(caller, task) for _ in range(2)]
+            for grant in (before, after):
+                grant.opened(proto="terminal")
+                grant.stays()
+            before.closed()
+            ended: list[str] = []
+
+            def end(reason: str) -> None:
+                ended.append(reason)
+                after.closed()
+
+            after.attach(end)
+            host.revoked.clear()
+            await browser.log_in(ended_by)
+            await host.grants.check()
+            assert ended == ["the browser of this session is not logged in any more"]
+            return list(host.revoked)
+
+        await browser.log_in(host.admin_token)
+        assert await leave(ended_by=host.admin_token) == []
+        await browser.ask("POST", "/logout")
+        await host.grants.check()
+        assert {of[2] for of in host.revoked} == {"admin"}
+        await browser.log_in(host.admin_token)
+        assert {of[2] for of in await leave(ended_by=token)} == {"admin"}  # somebody else
+
+    on_host(check)
+
+
 # -- who is kept out -----------------------------------------------------------------------------------------------
 
 

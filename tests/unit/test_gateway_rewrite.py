@@ -20,10 +20,10 @@ def inside(fields: bytes, *, place: Place = LAB, line: bytes = b"GET /a?b HTTP/1
     return sent[:-4].split(b"\r\n")
 
 
-def outside(fields: bytes, *, close: bool = False, status: int = 200) -> list[bytes]:
+def outside(fields: bytes, *, close: bool = False, status: int = 200, more: bytes = b"") -> list[bytes]:
     """The lines that the browser gets."""
     head = read_response(b"HTTP/1.0 %d OK\r\n" % status + fields + b"\r\n")
-    return rewrite.response(head, LAB, body=5, close=close)[:-4].split(b"\r\n")
+    return rewrite.response(head, LAB, body=5, close=close, more=more)[:-4].split(b"\r\n")
 
 
 def test_the_service_believes_that_it_is_on_localhost() -> None:
@@ -138,6 +138,34 @@ def test_a_redirection_to_the_service_itself_leads_to_its_address(location: byte
 def test_a_services_cookie_is_its_own_addresss_alone(cookie: bytes, kept: bytes | None) -> None:
     lines = [line for line in outside(b"Set-Cookie: " + cookie + b"\r\n") if line.startswith(b"Set-Cookie")]
     assert lines == ([] if kept is None else [b"Set-Cookie: " + kept])
+
+
+@pytest.mark.parametrize(
+    ("cleared", "kept"),
+    [
+        (b'"cookies"', None),
+        (b'"cache", "cookies" , "storage"', b'"cache", "storage"'),
+        (b'"*"', b'"cache", "storage", "executionContexts"'),
+        (b'"storage"', b'"storage"'),
+    ],
+)
+def test_a_service_clears_no_cookies_which_would_be_those_of_all_its_siblings(
+    cleared: bytes, kept: bytes | None
+) -> None:
+    lines = outside(b"Clear-Site-Data: " + cleared + b"\r\n")[1:]
+    assert lines == ([] if kept is None else [b"Clear-Site-Data: " + kept])
+
+
+@pytest.mark.parametrize("name", [b"X-Accel-Redirect", b"x-sendfile", b"X-LIGHTTPD-send-file", b"X-Reproxy-URL"])
+def test_a_service_gives_no_orders_to_a_proxy_before_us(name: bytes) -> None:
+    assert outside(name + b": /protected/of/others\r\nX-Accel-Buffering: no\r\n")[1:] == [b"X-Accel-Buffering: no"]
+
+
+def test_no_cache_keeps_an_answer_that_has_a_cookie_of_ours() -> None:
+    ours = b"Set-Cookie: kohakuriver-app-80=x\r\n"
+    public = b"Cache-Control: public, max-age=600\r\nExpires: Sun, 29 Nov 2099 00:00:00 GMT\r\nSurrogate-Control: x\r\n"
+    assert outside(public, more=ours)[1:] == [ours.strip(), b"Cache-Control: no-store"]
+    assert outside(public)[1:] == public.strip().split(b"\r\n")
 
 
 def test_an_answer_is_hops_own_and_says_when_it_is_the_last() -> None:

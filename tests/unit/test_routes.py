@@ -118,6 +118,7 @@ HOST_RULES: dict[Route, Rule] = {
     ("POST", "/api/tasks/{task}/stop"): BY_OWNERS,
     ("POST", "/api/tasks/{task}/restart"): BY_OWNERS,
     ("POST", "/api/tasks/{task}/extend"): BY_OWNERS,
+    ("POST", "/api/tasks/{task}/web"): BY_OWNERS,
     ("DELETE", "/api/tasks/{task}"): BY_OWNERS,
     ("POST", "/api/tasks/{task}/shares"): BY_OWNERS,
     ("DELETE", "/api/tasks/{task}/shares/{user}"): BY_OWNERS,
@@ -191,6 +192,7 @@ BODIES: dict[Route, Any] = {
     ("POST", "/api/tokens"): {"name": "new"},
     ("POST", "/api/tasks/{task}/shares"): {"user": "shared"},
     ("POST", "/api/tasks/{task}/extend"): {"seconds": 60},
+    ("POST", "/api/tasks/{task}/web"): {"preserve_host": True},
     ("POST", "/api/tasks/{task}/links"): {"port": 80},
 }
 RUNNER_BODIES: dict[Route, Any] = {

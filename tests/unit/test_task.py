@@ -42,6 +42,7 @@ EVERYTHING: Final = NewTask(
     partition="gpu",
     account="lab",
     qos="high",
+    preserve_host=True,
 )
 
 

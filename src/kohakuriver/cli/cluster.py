@@ -154,6 +154,15 @@ PublicUrlOption = Annotated[
         show_default=False,
     ),
 ]
+TrustedProxyOption = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--trusted-proxy",
+        metavar="CIDR",
+        help="A proxy before the host, as 10.0.3.0/24, whose X-Forwarded-For and -Proto are true; may be repeated.",
+        show_default=False,
+    ),
+]
 AdvertiseOption = Annotated[
     str | None,
     typer.Option("--advertise-url", metavar="URL", help="How the host reaches this runner.", show_default=False),
@@ -456,6 +465,7 @@ def host(
     apps_domain: AppsDomainOption = None,
     public_url: PublicUrlOption = None,
     advertise_url: HostAdvertiseOption = None,
+    trusted_proxies: TrustedProxyOption = None,
 ) -> int:
     """Run the host alone: the HTTP API, the middle of every forward, and the SSH proxy."""
     from kohakuriver.config import config_dir

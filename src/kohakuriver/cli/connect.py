@@ -356,7 +356,11 @@ class Session:
             if leave:
                 self._leave()
                 return
-        await keys.put(end())
+        if self._start.tty:
+            # Raw, it ends with its window alone: no ^D, which would end an idle shell that is to stay.
+            self._end(SIGNALLED + HANG_UP)
+        else:
+            await keys.put(end())
 
     def _leave(self) -> None:
         """The user wants out; what is in a session goes on."""

@@ -190,6 +190,16 @@ NetworkOption = Annotated[
         rich_help_panel=_BOUNDS,
     ),
 ]
+PreserveHostOption = Annotated[
+    bool,
+    typer.Option("--preserve-host", help="Services are told the address that a browser has, not that of localhost."),
+]
+ChangedPreserveHostOption = Annotated[
+    bool,
+    typer.Option(
+        "--preserve-host/--no-preserve-host", help="Whether that is the address that the browser has, or localhost."
+    ),
+]
 SshOption = Annotated[
     bool, typer.Option("--ssh", help="Give it an SSH server that lets in the keys of your ~/.ssh/*.pub.")
 ]
@@ -246,6 +256,7 @@ def create(
     partition: PartitionOption = None,
     account: AccountOption = None,
     qos: QosOption = None,
+    preserve_host: PreserveHostOption = False,
     with_ssh: SshOption = False,
     public_key_file: PublicKeyOption = None,
     no_wait: NoWaitOption = False,
@@ -285,6 +296,7 @@ def create(
         partition=partition,
         account=account,
         qos=qos,
+        preserve_host=preserve_host,
         ssh_keys=public_keys(public_key_file or []) if with_ssh or public_key_file else [],
     )
 
@@ -614,6 +626,15 @@ def extend(
     at.show(extended.to_json(), f"Task {extended.name} ends in {_left(extended)}.")
 
 
+@app.command(epilog="Example: kohakuriver vps web lab --preserve-host")
+@remote
+def web(at: Remote, task: TaskArgument, preserve_host: ChangedPreserveHostOption) -> None:
+    """Say what the HTTP services of a task are told when browsers open them at the host."""
+    changed = at.ask(lambda client: client.serve_web(task, preserve_host=preserve_host))
+    told = "the address that the browser has" if changed.preserve_host else "localhost and their own port"
+    at.show(changed.to_json(), f"Services of task {changed.name} are told {told}, as browsers open them from now on.")
+
+
 @app.command(epilog="Example: kohakuriver vps rm web")
 @remote
 def rm(at: Remote, tasks: TasksArgument) -> None:
@@ -757,6 +778,7 @@ def _about(task: Task) -> list[tuple[str, str]]:
         ("ends", f"in {_left(task)}: {_why_it_ends(task)}" if task.ends_at else _ttl(task)),
         ("idle stop", f"when nobody was connected for {_idle(task)}" if task.idle_stop else ""),
         ("network", task.network or ""),
+        ("host told", "the address that the browser has" if task.preserve_host else ""),
         ("owner", task.owner),
         ("shared with", ", ".join(task.shared_with)),
         ("ssh server", "yes" if task.ssh_host_key else ""),

@@ -228,6 +228,7 @@ async def create(
     restart: str | None = None,
     gpus: int | str | None = None,
     network: str | None = None,
+    preserve_host: bool = False,
     ssh_keys: Sequence[str] = (),
     wait: float | None = WAIT_SECONDS,
     host: str | None = None,
@@ -255,6 +256,7 @@ async def create(
         gpus: how many, "all", or those with the numbers "0,1" or "device=0".
         restart: when it runs again: "no", "on-failure", "on-failure:N", "always" or "unless-stopped".
         network: "none" for a container that reaches nothing; forwards and terminals reach it all the same.
+        preserve_host: its services are told the addresses that browsers have, in the place of localhost.
         ssh_keys: public keys that its SSH server lets in; without one it has no SSH server.
         host: as `token` and `ca_file` by default what the command line's settings say.
 
@@ -286,6 +288,7 @@ async def create(
         restart=restart,
         gpus=None if gpus is None else str(gpus),
         network=network,
+        preserve_host=preserve_host,
         ssh_keys=list(ssh_keys),
     )
     settings = load_settings(host=host, token=token, ca_file=ca_file)

@@ -37,8 +37,6 @@ CHUNKED, UNTIL_CLOSE = -1, -2
 
 _END = b"\r\n\r\n"
 _LONE_LF = re.compile(rb"(?<!\r)\n")
-# llhttp refuses these too, in the versions that we know: no other one may ever be more lenient with us.
-_AMBIGUOUS = re.compile(rb"(?<!\r)\n|\r(?!\n)|\r\n[ \t]|\x00")
 _LENGTH = re.compile(rb"[0-9]{1,18}")
 _ORIGIN_FORM = re.compile(rb"/[\x21\x22\x24-\x7e\x80-\xff]*")
 _NO_BODY = frozenset({204, 304})
@@ -94,11 +92,14 @@ class ResponseHead:
 class _Reader:
     """What llhttp calls. It is given whole heads only."""
 
+    __slots__ = ("_listed", "_named", "complete", "fields", "reason", "target")
+
     def __init__(self) -> None:
         self.target = b""
         self.reason = b""
         self.fields = Fields()
         self.complete = False
+        self._listed, self._named = self.fields.listed, self.fields.named
 
     def on_url(self, url: bytes) -> None:
         self.target += url
@@ -109,8 +110,11 @@ class _Reader:
     def on_header(self, name: bytes, value: bytes) -> None:
         lower = name.lower()
         value = value.strip(b" \t")
-        self.fields.listed.append((lower, name, value))
-        self.fields.named.setdefault(lower, []).append(value)
+        self._listed.append((lower, name, value))
+        if lower in self._named:
+            self._named[lower].append(value)
+        else:
+            self._named[lower] = [value]
 
     def on_headers_complete(self) -> None:
         self.complete = True
@@ -131,8 +135,18 @@ def head_end(data: bytearray, start: int = 0) -> int:
     return -1
 
 
+def _is_ambiguous(head: bytes) -> bool:
+    """Whether a line is folded, or ends with something else than CR and LF; or there is a NUL.
+
+    llhttp refuses these too, in the versions that we know: no other one may ever be more lenient with us.
+    """
+    lines = head.count(b"\r\n")
+    ends = lines == head.count(b"\n") == head.count(b"\r")
+    return not ends or b"\r\n " in head or b"\r\n\t" in head or b"\x00" in head
+
+
 def _read(parser: httptools.HttpRequestParser | httptools.HttpResponseParser, reader: _Reader, head: bytes) -> None:
-    if _AMBIGUOUS.search(head):
+    if _is_ambiguous(head):
         raise Malformed("The head has a line that is folded, or ends with something else than CR and LF.")
     try:
         parser.feed_data(head)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
+from functools import cached_property
 
 __all__ = ["LOOPBACK_NAMES", "Place", "authority", "is_label"]
 
@@ -47,12 +48,12 @@ class Place:
     name: str = ""
     scheme: str = "http"
 
-    @property
+    @cached_property
     def host(self) -> str:
         """What a browser puts into Host."""
         return authority(self.name or f"{self.label}-{self.port}.localhost", self.served_on, self.scheme)
 
-    @property
+    @cached_property
     def origin(self) -> str:
         return f"{self.scheme}://{self.host}"
 
@@ -60,7 +61,7 @@ class Place:
     def url(self) -> str:
         return f"{self.origin}/"
 
-    @property
+    @cached_property
     def inner_host(self) -> str:
         """What the service is told to be called."""
         return self.host if self.preserve_host else authority("localhost", self.port)

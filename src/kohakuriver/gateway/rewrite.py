@@ -39,25 +39,45 @@ _TOLD_BY_US = frozenset(
     }
 )
 _NEVER_NAMED = frozenset({b"host", b"cookie", b"authorization", b"content-length", b"origin"})
+_NEVER_NAMED_BACK = frozenset({b"set-cookie", b"content-length", b"location"})
+# What proxies before us take for orders of ours: to answer with a file or an address of theirs, and what to keep.
+_ORDERS = frozenset(
+    {
+        b"x-accel-expires",
+        b"x-accel-redirect",
+        b"x-lighttpd-send-file",
+        b"x-lighttpd-send-tempfile",
+        b"x-reproxy-file",
+        b"x-reproxy-url",
+        b"x-sendfile",
+    }
+)
+_ANSWER_DROPPED = _HOP | _ORDERS
+_ANSWER_CHANGED = frozenset({b"set-cookie", b"location", b"clear-site-data"})
+# What says that an answer may be kept.
+_KEEPING = frozenset({b"cache-control", b"cdn-cache-control", b"expires", b"pragma", b"surrogate-control"})
+_NONE: frozenset[bytes] = frozenset()
 # What programs of the service's side take for the same field: to WSGI and CGI dash and underscore are one.
-_REQUEST_DROPPED = _HOP | _TOLD_BY_US
+_REQUEST_DROPPED = _HOP | _TOLD_BY_US | {b"host"}
+_REQUEST_CHANGED = frozenset({b"cookie", b"origin", b"referer"})
 
 
 def request(head: RequestHead, place: Place, peer: str, *, body: int, upgrade: bool) -> bytes:
     """The head that the service gets, from a browser at the address `peer`. `body`: its length, or CHUNKED."""
-    named = set(words(head.fields.named.get(b"connection"))) - _NEVER_NAMED
+    named = _named(head, _NEVER_NAMED)
     inner = place.inner_host.encode()
     lines = [b"%s %s HTTP/1.%d" % (head.method, head.target, head.minor), b"Host: " + inner]
     for lower, name, value in head.fields.listed:
-        if lower == b"host" or lower in named or lower.replace(b"_", b"-") in _REQUEST_DROPPED:
+        if lower.replace(b"_", b"-") in _REQUEST_DROPPED or lower in named:
             continue
-        if lower == b"cookie":
-            value = without_ours(value)
-            if not value:
-                continue
-        elif lower in (b"origin", b"referer") and not place.preserve_host:
-            value = _inside(value, place.origin.encode(), inner)
-        lines.append(b"%s: %s" % (name, value))
+        if lower in _REQUEST_CHANGED:
+            if lower == b"cookie":
+                value = without_ours(value)
+                if not value:
+                    continue
+            elif not place.preserve_host:
+                value = _inside(value, place.origin.encode(), inner)
+        lines.append(name + b": " + value)
     if upgrade:
         lines += [b"Connection: Upgrade", b"Upgrade: websocket"]
     elif head.minor == 0:
@@ -73,6 +93,12 @@ def request(head: RequestHead, place: Place, peer: str, *, body: int, upgrade: b
     return b"\r\n".join(lines)
 
 
+def _named(head: RequestHead | ResponseHead, never: frozenset[bytes]) -> frozenset[bytes]:
+    """The fields that are between two neighbours because Connection names them; `never` are those that can't be."""
+    values = head.fields.named.get(b"connection")
+    return frozenset(words(values)) - never if values else _NONE
+
+
 def _inside(url: bytes, origin: bytes, inner: bytes) -> bytes:
     """An Origin, or a Referer, as it is inside."""
     if url == origin or url.startswith(origin + b"/"):
@@ -83,19 +109,20 @@ def _inside(url: bytes, origin: bytes, inner: bytes) -> bytes:
 def response(
     head: ResponseHead, place: Place, *, body: int, close: bool, upgrade: bool = False, more: bytes = b""
 ) -> bytes:
-    """The head that the browser gets. `close`: the connection ends with this response; `more`: fields of our own."""
-    named = set(words(head.fields.named.get(b"connection"))) - {b"set-cookie", b"content-length", b"location"}
+    """The head that the browser gets. `close`: the connection ends with this response; `more`: fields of our own.
+
+    With such fields, a cookie that lets in, nobody is to keep it: a cache before us would give them to others.
+    """
+    named = _named(head, _NEVER_NAMED_BACK) | (_KEEPING if more else _NONE)
     lines = [b"HTTP/1.1 %d %s" % (head.status, head.reason)]
     for lower, name, value in head.fields.listed:
-        if lower in _HOP or lower in named:
+        if lower in _ANSWER_DROPPED or lower in named:
             continue
-        if lower == b"set-cookie":
-            value = _host_only(value)
+        if lower in _ANSWER_CHANGED:
+            value = _outside(value, place) if lower == b"location" else _own_alone(lower, value)
             if not value:
                 continue
-        elif lower == b"location":
-            value = _outside(value, place)
-        lines.append(b"%s: %s" % (name, value))
+        lines.append(name + b": " + value)
     if upgrade:
         lines += [b"Connection: Upgrade", b"Upgrade: websocket"]
     elif head.status >= 200:
@@ -103,8 +130,21 @@ def response(
             lines.append(b"Transfer-Encoding: chunked")
         if close:
             lines.append(b"Connection: close")
-    lines.append(more + b"\r\n")
+    lines.append((more + b"Cache-Control: no-store\r\n" if more else b"") + b"\r\n")
     return b"\r\n".join(lines)
+
+
+def _own_alone(name: bytes, value: bytes) -> bytes:
+    """A Set-Cookie, or a Clear-Site-Data, that is about this address alone; nothing where nothing of it is."""
+    return _host_only(value) if name == b"set-cookie" else _cleared(value)
+
+
+def _cleared(what: bytes) -> bytes:
+    """A Clear-Site-Data without cookies: browsers take that for all names of a domain, the host's own included."""
+    listed = [word.strip(b" \t") for word in what.split(b",")]
+    if b'"*"' in listed:
+        listed += [b'"cache"', b'"storage"', b'"executionContexts"']
+    return b", ".join(dict.fromkeys(word for word in listed if word not in (b'"*"', b'"cookies"', b"")))
 
 
 def _host_only(cookie: bytes) -> bytes:

@@ -109,7 +109,10 @@ class Visit(LocalWriter):
 
     def __init__(self, gateway: Owner) -> None:
         super().__init__()
+        self.neighbour: tuple[str, int] = ("", 0)
+        """Where the connection comes from."""
         self.peer: tuple[str, int] = ("", 0)
+        """Who sends the present request: with a proxy in between, somebody else."""
         self.uncounted = 0  # bytes to be written that no window knows of
         self._gateway = gateway
         self._mode = _Mode.HEAD
@@ -146,7 +149,7 @@ class Visit(LocalWriter):
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         self.use(cast(asyncio.Transport, transport))
-        self.peer = (transport.get_extra_info("peername") or ("", 0))[:2]
+        self.peer = self.neighbour = (transport.get_extra_info("peername") or ("", 0))[:2]
         self._since = self._gateway.now()
         self._gateway.visits.add(self)
         self._gateway.waits(self, waits=True)

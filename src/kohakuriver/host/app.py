@@ -55,11 +55,13 @@ from kohakuriver.host.schemas import (
     TokenView,
     UserLimits,
     UserView,
+    WebRequest,
     Whoami,
 )
 from kohakuriver.host.services.audit import REFUSALS
 from kohakuriver.host.services.audit_reader import AuditPage, read_page
 from kohakuriver.host.services.credentials import Caller
+from kohakuriver.proxies import Proxies
 from kohakuriver.store import Node, Task, Token, ahead_of_users
 from kohakuriver.task import TaskView
 from kohakuriver.web.app import Checked, bearer, new_app, services_here, services_of
@@ -71,7 +73,9 @@ __all__ = ["create_app"]
 MAX_WAIT_SECONDS = 600
 
 
-def create_app(services: Services, guard: Guard | None = None, *, with_agents: bool = False) -> FastAPI:
+def create_app(
+    services: Services, guard: Guard | None = None, proxies: Proxies | None = None, *, with_agents: bool = False
+) -> FastAPI:
     """The host's application: its HTTP API and the page that documents it; `with_agents` other hosts', too."""
 
     def note(error: KohakuRiverError) -> None:
@@ -87,6 +91,7 @@ def create_app(services: Services, guard: Guard | None = None, *, with_agents: b
         services=services,
         routers=(_open, pages, assets, entry, oidc_pages, device_pages, _api, _nodes, *more),
         on_error=note,
+        proxies=proxies,
     )
     app.title = "KohakuRiver host"
     return app
@@ -490,6 +495,12 @@ async def restart_task(host: Host, found: Own, container: bool = False) -> TaskV
 async def extend_task(host: Host, user: User, found: Own, request: ExtendRequest) -> TaskView:
     """Have the time to live of a task be over later."""
     return await host.tasks.extend(*found, request.seconds, user)
+
+
+@_api.post("/tasks/{task}/web")
+async def serve_web(host: Host, found: Own, request: WebRequest) -> TaskView:
+    """Say whether services of a task are told the addresses that browsers have, as browsers open them from now on."""
+    return await host.tasks.serve_web(*found, preserve_host=request.preserve_host)
 
 
 @_api.delete("/tasks/{task}")

@@ -236,6 +236,12 @@ class ExtendRequest(_Request):
     seconds: Annotated[int, Field(ge=1, le=LONGEST_TIME)]
 
 
+class WebRequest(_Request):
+    """How browsers' requests go on to the services of a task."""
+
+    preserve_host: bool
+
+
 class Agent(BaseModel):
     """What a tunnel client in the machine of an address task is started with; `token` is its secret."""
 

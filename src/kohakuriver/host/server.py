@@ -53,6 +53,7 @@ from kohakuriver.host.services.terminal_proxy import TerminalProxy
 from kohakuriver.host.services.tunnel_proxy import TunnelProxy, straight_tells
 from kohakuriver.host.workers import Ready, serve_together
 from kohakuriver.limits import Limits, from_environment
+from kohakuriver.proxies import Proxies
 from kohakuriver.quotas import Quotas
 from kohakuriver.runtime import raise_file_limit
 from kohakuriver.ssh_proxy.server import SshProxy
@@ -101,6 +102,7 @@ class HostOptions:
         database: its URL; None is a SQLite file in `state_dir`.
         allowed_hosts, allowed_origins: as `Guard` takes them.
         apps_domain: the domain in which tasks' ports have names.
+        trusted_proxies: networks of proxies whose X-Forwarded-For and -Proto count, as `Proxies` takes them.
         public_url: where browsers find this host. If it begins with https://, only cookies that TLS protects count.
         advertise_url: where the other hosts on the database find this one, for agents' tasks.
         user_mounts: others than admins may mount directories of nodes.
@@ -126,6 +128,7 @@ class HostOptions:
     apps_domain: str | None = None
     public_url: str | None = None
     advertise_url: str | None = None
+    trusted_proxies: Sequence[str] = ()
     user_mounts: bool = False
     heartbeat_seconds: float = 5.0
     tls_cert: Path | None = None
@@ -290,6 +293,7 @@ class Host:
         self._socks, self._ssh_sock = doors.http, doors.ssh
         self._tell_ready = ready
         self._store, self._runners = store, runners
+        self._proxies = Proxies(options.trusted_proxies)
         limits, audit = perimeter.limits, perimeter.audit
         self._accounts = Accounts(store, defaults=Quotas.by_default(limits))
         self._credentials = Credentials(
@@ -400,6 +404,7 @@ class Host:
             trusted=perimeter.trusted,
             limits=perimeter.limits,
             tls=perimeter.certificate is not None,
+            proxies=self._proxies,
         )
         self._server = self._serving(where)
 
@@ -454,11 +459,11 @@ class Host:
             *self._agent_entry.routes(),
             *(self._agent_node.routes() if self._advertised else ()),
         ]
-        app = create_app(self._services(), guard, with_agents=bool(self._advertised))
+        app = create_app(self._services(), guard, self._proxies, with_agents=bool(self._advertised))
         app.state.by_tls = self._by_tls
         return Server(
             self._measures.requests(app),
-            ws=serve_ws(routes, guard, max_message=perimeter.limits.max_message),
+            ws=serve_ws(routes, guard, max_message=perimeter.limits.max_message, proxies=self._proxies),
             on_ready=self._ready,
             on_leave=self._leave,
             on_stop=self._stop,

@@ -39,7 +39,8 @@ class Route:
     """Where a session goes: the runner's ``ws://`` or ``wss://`` address, the task there, the ticket to show.
 
     `grant` is its right to go on, `task` and `node` are their names. `port` is for a session that reaches one alone,
-    `own_server` says that it is that of the SSH server which the task was given.
+    `own_server` says that it is that of the SSH server which the task was given, `preserve_host` that a service is told
+    the address that a browser has.
     """
 
     runner_ws_url: str
@@ -51,6 +52,7 @@ class Route:
     node: str = ""
     port: int = 0
     own_server: bool = False
+    preserve_host: bool = False
 
     def runner(self, path: str, trusted: ssl.SSLContext | None) -> Server:
         """The WebSocket of the runner to open, by its path and query. No HTTP proxy stands before a runner."""

@@ -97,7 +97,8 @@ class Told(NamedTuple):
 class Store:
     """Nodes and tasks, and a way to the other tables.
 
-    Every method may raise KohakuRiverError when the database fails.
+    Every method may raise KohakuRiverError when the database fails. Large because each method is one thing that is
+    asked of these tables, in a transaction of its own.
     """
 
     def __init__(self, database: Database) -> None:
@@ -343,6 +344,18 @@ class Store:
             task = session.get(Task, task_id)
             if task is not None and values.get("revision", task.revision) >= task.revision:
                 task.change(dict(values), time.time())
+                note(session, tasks=[task_id])
+            return task
+
+        return await self.write(work)
+
+    async def change_order(self, task_id: int, values: Mapping[str, Any]) -> Task | None:
+        """Set what was ordered of a task, fields of a TaskOrder that have no column here; None when it is gone."""
+
+        def work(session: Session) -> Task | None:
+            task = session.get(Task, task_id)
+            if task is not None:
+                task.change({"spec": {**task.spec, **values}}, time.time())
                 note(session, tasks=[task_id])
             return task
 

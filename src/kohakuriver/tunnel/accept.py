@@ -27,7 +27,7 @@ from websockets.typing import Subprotocol
 
 from kohakuriver import tracing
 from kohakuriver._frame import WS_TEXT, FrameWalker
-from kohakuriver.asking import Asker, asking, peer_name
+from kohakuriver.asking import Asker, asker, asking, peer_name
 from kohakuriver.errors import (
     HostUnreachableError,
     KohakuRiverError,
@@ -35,6 +35,7 @@ from kohakuriver.errors import (
     NotFoundError,
     UsageError,
 )
+from kohakuriver.proxies import Proxies
 from kohakuriver.tunnel.bearer import bearer_token
 from kohakuriver.tunnel.link import Link, LinkHandler
 from kohakuriver.tunnel.message_link import MAX_MESSAGE, MessageLink
@@ -104,7 +105,7 @@ class UpgradeRequest:
 
     @property
     def over_tls(self) -> bool:
-        """Whether it came over TLS of ours."""
+        """Whether it came over TLS of ours, or of a proxy's whose word counts."""
         return self._upgrade.over_tls
 
     @property
@@ -221,10 +222,12 @@ class Upgrade(asyncio.Protocol):
         state: ServerState,
         max_message: int,
         door: str,
+        proxies: Proxies,
     ) -> None:
         self._routes = routes
         self._door = door
         self._guard = guard
+        self._proxies = proxies
         self._state = state
         self._handshake = ServerProtocol(
             select_subprotocol=lambda _, offered: self._select(offered), max_size=max_message
@@ -250,7 +253,12 @@ class Upgrade(asyncio.Protocol):
 
     @property
     def over_tls(self) -> bool:
-        """Whether the connection is one of TLS."""
+        """Whether the connection is one of TLS, or was to the proxy that asks for somebody."""
+        name, request = self._transport.get_extra_info("peername"), self._request
+        if request is not None and isinstance(name, tuple):
+            told = self._proxies.tls(name[0], request.headers.get_all("X-Forwarded-Proto"))
+            if told is not None:
+                return told
         return self._transport.get_extra_info("ssl_object") is not None
 
     def data_received(self, data: bytes) -> None:
@@ -271,7 +279,7 @@ class Upgrade(asyncio.Protocol):
         peer = self.whence.address if self._door else peer_name(self._transport.get_extra_info("peername"))
         try:
             with asking(Asker(peer, f"GET {path}")) as asker:
-                request = self._read_request(path, query, data, peer)
+                request = self._read_request(path, query, data)
                 tracing.begin(
                     tracing.id_in(_header(request, tracing.REQUEST_ID), _header(request, tracing.TRACEPARENT))
                 )
@@ -302,7 +310,7 @@ class Upgrade(asyncio.Protocol):
         else:
             self._description.fail(error)
 
-    def _read_request(self, path: str, query: str, data: bytes, peer: str) -> UpgradeRequest:
+    def _read_request(self, path: str, query: str, data: bytes) -> UpgradeRequest:
         """Check the handshake as a whole (RFC 6455 §4.2.1) before anybody acts on it.
 
         Raises UsageError, NotAllowedError for where it comes from, and UnauthenticatedError.
@@ -316,12 +324,20 @@ class Upgrade(asyncio.Protocol):
             response = self._handshake.accept(self._request)
             if response.status_code != 101:
                 raise UsageError(bytes(response.body or b"").decode("utf-8", "replace").strip())
+            asker().source = self._source(self._request.headers)
             self._check_where_from(self._request.headers)
-            description = self._describe(path, dict(parse_qsl(query)), self._request.headers, peer)
+            description = self._describe(path, dict(parse_qsl(query)), self._request.headers, asker().source)
         except (LookupError, ValueError) as exc:  # a header twice that may be there once, and the like
             raise UsageError(f"this is not a WebSocket handshake: {exc}") from exc
         self._description = description
         return description
+
+    def _source(self, headers: Headers) -> str:
+        """Who asks; for whom a proxy does whose word counts."""
+        name = self._transport.get_extra_info("peername")
+        if self._door or not isinstance(name, tuple):
+            return asker().source
+        return peer_name(self._proxies.client(name[:2], headers.get_all("X-Forwarded-For")))
 
     def _check_where_from(self, headers: Headers) -> None:
         if self._guard is not None:
@@ -412,16 +428,18 @@ def serve_ws(
     *,
     max_message: int = MAX_MESSAGE,
     door: str = "",
+    proxies: Proxies | None = None,
 ) -> type[asyncio.Protocol]:
     """The class for ``uvicorn.Config(ws=…)`` that serves ``routes`` and answers 404 for other WebSockets.
 
     ``guard`` says which Host and Origin headers are taken; without it, all. ``max_message`` is the most
     bytes that a message may have where whole ones are received; a link's walker has a limit of its own. ``door`` is the
-    id of the container whose own Unix socket they are served on.
+    id of the container whose own Unix socket they are served on. ``proxies`` says whose word of where a request comes
+    from counts; without it, nobody's.
     """
 
     class RoutedUpgrade(Upgrade):
         def __init__(self, config: Config, server_state: ServerState, app_state: dict[str, Any]) -> None:
-            super().__init__(routes, guard, server_state, max_message, door)
+            super().__init__(routes, guard, server_state, max_message, door, proxies or Proxies())
 
     return RoutedUpgrade

@@ -26,6 +26,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from kohakuriver import tracing
 from kohakuriver.asking import Asker, asking, peer_name
 from kohakuriver.errors import KohakuRiverError, LocalAddressError, NotAllowedError, UsageError
+from kohakuriver.proxies import Proxies
 from kohakuriver.resolve import resolving
 from kohakuriver.tls import ServerCertificate
 from kohakuriver.tunnel.bearer import bearer_token
@@ -104,10 +105,11 @@ class AnswerMiddleware:
 
 
 class AskerMiddleware:
-    """Says who asks, to whatever a request leads to."""
+    """Says who asks, to whatever a request leads to: whoever it was that a proxy of `proxies` asks for."""
 
-    def __init__(self, app: ASGIApp) -> None:
+    def __init__(self, app: ASGIApp, proxies: Proxies) -> None:
         self._app = app
+        self._proxies = proxies
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -116,9 +118,15 @@ class AskerMiddleware:
         headers = Headers(scope=scope)
         request_id = tracing.id_in(headers.get(tracing.REQUEST_ID), headers.get(tracing.TRACEPARENT))
         tracing.begin(request_id)  # for what is logged of a failure behind us, too: each request has a task of its own
+        claims, peer = headers.getlist("x-forwarded-for"), scope["client"]
+        believed = isinstance(peer, tuple) and self._proxies.trusts(peer[0])
+        if believed:
+            tls = self._proxies.tls(peer[0], headers.getlist("x-forwarded-proto"))
+            scheme = scope["scheme"] if tls is None else "https" if tls else "http"
+            scope = {**scope, "client": self._proxies.client(peer, claims), "scheme": scheme}
         known = {"request_id": request_id}
         asker = Asker(peer_name(scope["client"]), f"{scope['method']} {scope['path']}", known)
-        if claims := headers.getlist("x-forwarded-for"):
+        if claims and not believed:
             asker.known["forwarded_for"] = ", ".join(claims)
         with asking(asker):
             await self._app(scope, receive, send)
@@ -133,12 +141,14 @@ def new_app(
     on_error: Callable[[KohakuRiverError], None] | None = None,
     services: object = None,
     routers: Iterable[APIRouter] = (),
+    proxies: Proxies | None = None,
 ) -> FastAPI:
     """An application whose every error answer is `{"error": code, "message": sentence}`.
 
     `guard` says which Host and Origin headers it takes; without it, all. `documented`: with an OpenAPI description.
     The routes of `routers` get `services` from `services_of`.
-    `on_error` is told of the errors of ours that are answered.
+    `on_error` is told of the errors of ours that are answered. `proxies` says whose word of where a request comes from
+    counts; without it, nobody's.
     """
     described = "/openapi.json" if documented else None
     # A path with a slash too many is none: a redirect would name the scheme and the name that the request came with,
@@ -148,8 +158,8 @@ def new_app(
     )
     if guard is not None:
         app.add_middleware(GuardMiddleware, guard=guard)
-    app.add_middleware(AskerMiddleware)
     app.add_middleware(AnswerMiddleware)
+    app.add_middleware(AskerMiddleware, proxies=proxies or Proxies())
 
     @app.exception_handler(KohakuRiverError)
     async def failed(_request: Request, error: KohakuRiverError) -> JSONResponse:

@@ -64,6 +64,7 @@ const LATEST_MS = 10_000;
 /** After a terminal is taken up again, what it said before is said once more; after so long without more it has been. */
 const QUIET_MS = 400;
 
+/** So often a terminal that lasts is tried, before one that ends with its connection is. */
 const TRIES_BEFORE_PLAIN = 2;
 
 export class Screen {
@@ -77,6 +78,8 @@ export class Screen {
   private open = false;
   private ended = false;
   private lasting = true;
+  /** It has been a terminal that lasts: then it is in the task still, and no other shell is to take its place. */
+  private lasted = false;
   private failures = 0;
   private wait = SOON_MS;
   private retrying = 0;
@@ -201,6 +204,7 @@ export class Screen {
   }
 
   private started(): void {
+    this.lasted ||= this.lasting;
     this.terminal.reset();
     this.open = true;
     this.failures = 0;
@@ -232,6 +236,7 @@ export class Screen {
     } else if (how.why === "taken") {
       this.told({ is: "over", why: "This terminal was opened elsewhere.", button: "Take it back" });
     } else if (how.why === "refused" && (how.code === "EPROTONOSUPPORT" || how.code === "EACCES") && this.lasting) {
+      if (this.lasted) return void this.retry(false);
       this.lasting = false;
       this.join();
     } else if (how.why === "lost") {
@@ -255,7 +260,10 @@ export class Screen {
         this.told({ is: "over", why: `The task is ${task.status}.`, button: "Try again" });
         return;
       }
-      if (this.failures >= TRIES_BEFORE_PLAIN && task.status === "running" && !opened) this.lasting = false;
+      // A node that has just gone is not known to have: where neither kind opens, both are tried in turn.
+      if (!this.lasting) this.lasting = task.tunnel;
+      else if (this.failures >= TRIES_BEFORE_PLAIN && task.status === "running" && task.tunnel && !this.lasted)
+        this.lasting = false;
     } catch (error) {
       if (error instanceof ApiError && error.status >= 400 && error.status < 500 && error.status !== 429) {
         this.told({ is: "over", why: error.message, button: "Try again" });

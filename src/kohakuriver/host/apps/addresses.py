@@ -14,13 +14,17 @@ import base64
 import hashlib
 import hmac
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import cached_property
 from urllib.parse import SplitResult, urlsplit
 
 from kohakuriver.errors import UsageError
 from kohakuriver.gateway.names import Place, authority, is_label
 
 __all__ = ["Address", "Addresses", "domain_in", "url_in"]
+
+MOST_KNOWN = 1024
+"""How many addresses are remembered as they were read: each request names one again."""
 
 _TAG = 12
 _LONGEST_LABEL = 63 - len("-65535-") - _TAG
@@ -65,12 +69,17 @@ class Address:
     served_on: int
     scheme: str
 
-    @property
+    @cached_property
     def place(self) -> Place:
         """What is served there."""
         return Place(self.label, self.port, self.served_on, name=self.name, scheme=self.scheme)
 
-    @property
+    @cached_property
+    def preserved(self) -> Place:
+        """The same, where the service is told the address itself."""
+        return replace(self.place, preserve_host=True)
+
+    @cached_property
     def host(self) -> str:
         """What a browser puts into Host."""
         return self.place.host
@@ -95,6 +104,7 @@ class Addresses:
         self._tls = tls
         self._domain = domain
         self._public = public
+        self._known: dict[str, Address] = {}  # by what Host said
         if domain is not None and public is None:
             raise UsageError("--apps-domain needs the host's own address: give --public-url https://NAME.")
         if domain is not None and public is not None and _within(public.hostname or "", domain):
@@ -116,6 +126,14 @@ class Addresses:
 
     def read(self, host: str) -> Address | None:
         """The address that `Host` says, None where it is none."""
+        address = self._known.get(host)
+        if address is None and (address := self._read(host)) is not None:
+            if len(self._known) >= MOST_KNOWN:
+                self._known.clear()
+            self._known[host] = address
+        return address
+
+    def _read(self, host: str) -> Address | None:
         found = _HOST.fullmatch(host.lower())
         ending = _LOCAL if self._domain is None else f".{self._domain}"
         if found is None or not found["name"].endswith(ending) or (self._domain is None and self._tls):

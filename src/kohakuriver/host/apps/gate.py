@@ -30,6 +30,7 @@ from kohakuriver.host.apps.addresses import Address, Addresses
 from kohakuriver.host.apps.pages import form_page, link_page
 from kohakuriver.host.apps.sessions import AppSession, Key, Sessions
 from kohakuriver.host.apps.signed import Admission, Signed
+from kohakuriver.proxies import Proxies
 from kohakuriver.store.apps import Ticket
 from kohakuriver.tunnel.link import soon
 from kohakuriver.tunnel.user_endpoint import UserEndpoint
@@ -65,6 +66,7 @@ class AppGate:
         redeem: (a code, the address, its state) → what the code stands for, once. Raises UnauthenticatedError.
         opened_by: (the secret of a link, the address) → what the link opens there. Raises UnauthenticatedError.
         used: (the digest of a browser's login) → it is used now.
+        proxies: whose word of where a browser is counts.
     """
 
     def __init__(
@@ -74,6 +76,7 @@ class AppGate:
         redeem: Callable[[str, str, str], Awaitable[Ticket]],
         opened_by: Callable[[str, Address], Awaitable[Ticket]],
         used: Callable[[str], Coroutine[Any, Any, None]],
+        proxies: Proxies,
     ) -> None:
         self.sessions: Sessions
         self.visits: set[Visit] = set()
@@ -82,6 +85,7 @@ class AppGate:
         self._redeem = redeem
         self._opened_by = opened_by
         self._used = used
+        self._proxies = proxies
         self._rooms: dict[Visit, WaitingRoom] = {}
         self._noting: set[asyncio.Task[None]] = set()
         self._timer = asyncio.get_running_loop().call_later(LOOK_EVERY, self._look)
@@ -144,6 +148,9 @@ class AppGate:
         host = head.fields.one(b"host")
         if host is None:
             raise Malformed("There is no Host field.")
+        if self._proxies:
+            told = [each.decode("latin-1") for each in head.fields.named.get(b"x-forwarded-for", ())]
+            visit.peer = self._proxies.client(visit.neighbour, told)
         address = self._addresses.read(host.decode("latin-1"))
         if address is None:
             return page(421, "Nothing is served under this name.", close=close, head_only=head.method == b"HEAD")
@@ -185,7 +192,8 @@ class AppGate:
             noting = asyncio.get_running_loop().create_task(self._used(admission.browser))
             self._noting.add(noting)
             noting.add_done_callback(self._noted)
-        return Way(asked.address.place, session.endpoint, lambda: session.trouble, more, session.pace)
+        place = asked.address.preserved if session.preserve_host else asked.address.place
+        return Way(place, session.endpoint, lambda: session.trouble, more, session.pace)
 
     def _noted(self, task: asyncio.Task[None]) -> None:
         self._noting.discard(task)

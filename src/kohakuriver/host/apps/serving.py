@@ -19,6 +19,7 @@ from kohakuriver.host.services.authorize import Forwards
 from kohakuriver.host.services.credentials import Credentials
 from kohakuriver.host.services.logins import Logins
 from kohakuriver.limits import Limits
+from kohakuriver.proxies import Proxies
 from kohakuriver.store import Store
 from kohakuriver.store.apps import AppCodes
 from kohakuriver.web.request_limits import GuardedHttp
@@ -60,7 +61,8 @@ def where_in(domain: str | None, public: str | None, certificate: Sequence[str],
 
 
 class AppServer:
-    """All of it. `tls` says whether the host serves TLS, `trusted` how runners that do are checked."""
+    """All of it. `tls` says whether the host serves TLS, `trusted` how runners that do are checked, `proxies` whose
+    word of where a browser is counts."""
 
     def __init__(
         self,
@@ -74,12 +76,15 @@ class AppServer:
         trusted: ssl.SSLContext,
         limits: Limits,
         tls: bool,
+        proxies: Proxies | None = None,
         clock: Callable[[], float] = time.time,
     ) -> None:
         addresses = Addresses(key, logins.name, tls=tls, domain=where.domain, public=where.public)
         signed = Signed(key, clock=clock)
         self.apps = Apps(addresses, signed, AppCodes(store, clock=clock), credentials, logins, forwards)
-        self._gate = AppGate(addresses, signed, self.apps.redeem, self.apps.opened_by, self.apps.used)
+        self._gate = AppGate(
+            addresses, signed, self.apps.redeem, self.apps.opened_by, self.apps.used, proxies or Proxies()
+        )
         self.sessions = self._gate.sessions = Sessions(
             authorize=self.apps.authorize, put_out=self._gate.put_out, trusted=trusted, limits=limits
         )

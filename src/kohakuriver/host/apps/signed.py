@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 import jwt
@@ -18,6 +19,9 @@ BEGIN_SECONDS = 30.0
 """How long the way from the host's page to an app may take."""
 
 _ALGORITHM = "HS256"
+
+REMEMBERED, LONGEST = 1024, 1024
+"""How many cookies are remembered with what they say, and up to which length: each request shows one again."""
 
 
 @dataclass(frozen=True)
@@ -42,13 +46,20 @@ class Signed:
     def __init__(self, key: bytes, *, clock: Callable[[], float] = time.time) -> None:
         self._key = key
         self._clock = clock
+        self._remembered = lru_cache(REMEMBERED)(self._admission)
 
     def admit(self, host: str, browser: str, task_id: int, port: int, *, by_link: bool = False) -> str:
         """What says that a browser was let in, for `COOKIE_SECONDS`."""
         return self._sign("app", COOKIE_SECONDS, host=host, sub=browser, task=task_id, port=port, link=int(by_link))
 
     def admission(self, shown: str) -> Admission | None:
-        """What such a text says, be its time over or not; None for one that this host has not signed."""
+        """What such a text says, be its time over or not; None for one that this host has not signed.
+
+        Whether a signature is good never changes, so it is checked once. Times, and rights, are asked for each time.
+        """
+        return self._remembered(shown) if len(shown) <= LONGEST else None
+
+    def _admission(self, shown: str) -> Admission | None:
         claims = self._read("app", shown)
         if claims is None:
             return None

@@ -79,7 +79,8 @@ class Forwards:
         with self._noting_refusals(str(task_id)):
             task, node = await self._access.usable(caller, str(task_id))
             route = self._route(task, node, caller, "forward", {port})
-            return replace(route, port=port, grant=await self._grants.enter(caller, task))
+            preserved = bool(task.spec.get("preserve_host"))
+            return replace(route, port=port, preserve_host=preserved, grant=await self._grants.enter(caller, task))
 
     async def authorize_terminal(self, token: str | None, reference: str, beyond: str = "") -> Route:
         """Where a terminal of a task is opened, or connections lead `beyond` it, "to" others or "on" a port there.

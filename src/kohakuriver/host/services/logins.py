@@ -125,6 +125,8 @@ class Logins:
         self._audit.write("browser_logged_in", user=browser.name, token=browser.id, via="browser", by=by)
         log.info("browser logged in", user=browser.name, id=browser.id, by=by)
         if before is not None:
+            # The same person in the same browser: what is open there ends and begins anew, and finds its terminals.
+            self._grants.inherit(digest(before), browser.digest, browser.name)
             await self.log_out(before)
 
     async def _refuse_code(self) -> NoReturn:

@@ -51,7 +51,7 @@ __all__ = ["AllTasks", "Tasks", "container_name", "new_task_id", "not_running"]
 
 log = structlog.get_logger("kohakuriver.host")
 
-_OF_OTHERS = ("shared_with", "traffic", "pending_removal", "no_direct")
+_OF_OTHERS = ("shared_with", "traffic", "pending_removal", "no_direct", "preserve_host")
 """What of a view its record in the database does not have."""
 
 _MORE = ("restart", "network")
@@ -140,6 +140,7 @@ class Tasks:
             "message": f"node {node.name} is offline" if lost else task.message,
             "created_at": iso_time(task.created_at),
             "no_direct": offer_of(node).no_direct,
+            "preserve_host": task.spec.get("preserve_host", False),
         }
         return TaskView(**shown, shared_with=list(shared_with), traffic=taken_from(traffic, TaskTraffic))
 
@@ -327,6 +328,14 @@ class Tasks:
         answer = await self._runners.call(node, "POST", path, body, container=task.container, timeout=_LOOK_SECONDS)
         view = await self._take_over(_report(answer, node), node, task)
         self._write("task_extended", view, seconds=seconds)
+        return view
+
+    async def serve_web(self, task: Task, node: Node, *, preserve_host: bool) -> TaskView:
+        """Have the services of a task be told the addresses that browsers have, or not, in sessions that begin now."""
+        changed = await self._store.change_order(task.task_id, {"preserve_host": preserve_host})
+        self._changes.notify([task.task_id])
+        view = await self.get(changed or task, node)
+        self._write("task_changed", view, preserve_host=preserve_host)
         return view
 
     async def _control(self, task: Task, node: Node, action: str, container: bool) -> TaskView:
