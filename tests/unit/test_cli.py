@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 import threading
@@ -74,6 +75,7 @@ def test_every_command_has_help_with_an_example(command: list[str], capsys: pyte
     shown = capsys.readouterr().out
     assert "Example" in shown
     assert f"kohakuriver {' '.join(command)}" in shown
+    assert not re.search(r"<(str|int|float|bool|path|file|list\[.*)>", shown), "a type of Python's"
 
 
 def test_the_version_is_printed(capsys: pytest.CaptureFixture[str]) -> None:
