@@ -48,6 +48,7 @@ TASK_FIELDS = {"pending_removal", "no_direct"} | {
         "traffic",
         "command",
         "mounts",
+        "volumes",
         "env",
         "exit_code",
     ),

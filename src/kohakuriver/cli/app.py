@@ -44,7 +44,7 @@ class Command(TyperCommand):
         return ["[OPTIONS]", *(_usage(each) for each in self.params if each.param_type_name == "argument")]
 
     def get_params(self, ctx: Any) -> list[Any]:
-        params = super().get_params(ctx)
+        params: list[Any] = super().get_params(ctx)
         for each in params:
             if each.param_type_name == "argument":
                 each.display_type_rich = _no_type  # the usage line has its name, and it is text
@@ -65,7 +65,7 @@ def _kind(option: Any) -> str:
         return "PATH"
     if option.bare_type() in ("int", "float"):
         return "N"
-    return option.name.rpartition("_")[2].upper()  # type: ignore[no-any-return]
+    return str(option.name.rpartition("_")[2].upper())
 
 
 def _usage(argument: Any) -> str:

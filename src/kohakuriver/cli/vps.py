@@ -106,6 +106,12 @@ MountOption = Annotated[
     list[str] | None,
     typer.Option("--mount", metavar="SRC:DST[:ro]", help="A directory of the node to see there; may be repeated."),
 ]
+VolumeOption = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--volume", metavar="NAME:/DST[:ro]", help="What you keep by that name, to see there; may be repeated."
+    ),
+]
 _BOUNDS = "What it gets of its node"
 MemoryOption = Annotated[
     str | None,
@@ -210,6 +216,7 @@ def create(
     workdir: WorkdirOption = None,
     user: UserOption = None,
     mount: MountOption = None,
+    volume: VolumeOption = None,
     device: DeviceOption = None,
     restart: RestartOption = None,
     memory: MemoryOption = None,
@@ -248,6 +255,7 @@ def create(
         gpus=_gpus(gpus),
         devices=[_device(text) for text in device or []],
         mounts=[_mount(text) for text in mount or []],
+        volumes=[_volume(text) for text in volume or []],
         memory=size_of(memory, "--memory"),
         cpus=cpus,
         pids=pids,
@@ -300,6 +308,12 @@ def _mount(text: str) -> str:
     mode_fits = len(parts) == 2 or (len(parts) == 3 and parts[2] in ("ro", "rw"))
     if not mode_fits or not parts[0].startswith("/") or not parts[1].startswith("/"):
         raise UsageError(f"--mount takes SRC:DST or SRC:DST:ro with absolute paths, not {text!r}.")
+    return text.removesuffix(":rw")
+
+
+def _volume(text: str) -> str:
+    if not re.fullmatch(r"[a-z0-9][a-z0-9._-]{0,62}:/[^:]*(:r[ow])?", text):
+        raise UsageError(f"--volume takes NAME:/DST or NAME:/DST:ro, NAME of a-z, 0-9, dot, dash, _, not {text!r}.")
     return text.removesuffix(":rw")
 
 
@@ -717,6 +731,7 @@ def _about(task: Task) -> list[tuple[str, str]]:
         ("directory", task.workdir or ""),
         ("user", task.run_as or ""),
         ("mounts", ", ".join(task.mounts)),
+        ("volumes", ", ".join(task.volumes)),
         ("devices", ", ".join(task.devices)),
         ("variables", ", ".join(task.env)),
         ("gets", _given(task)),

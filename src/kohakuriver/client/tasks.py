@@ -214,6 +214,7 @@ async def create(
     backend: str | None = None,
     env: Mapping[str, str] | None = None,
     mounts: Sequence[str] = (),
+    volumes: Sequence[str] = (),
     memory: int | str | None = None,
     cpus: float | None = None,
     pids: int | None = None,
@@ -243,6 +244,7 @@ async def create(
         node: the node's name; None for the least loaded one that fits.
         env: variables for the command.
         mounts: `SRC:DST[:ro]` each, directories of the node.
+        volumes: `NAME:/TARGET[:ro]` each, what you keep under that name on the node.
         memory: bytes, or a size such as "8g"; `shm_size` (/dev/shm) too.
         cpus: processors, as 1.5.
         pids: processes and threads at a time.
@@ -272,6 +274,7 @@ async def create(
         command=list(command),
         env=dict(env or {}),
         mounts=list(mounts),
+        volumes=list(volumes),
         memory=_size(memory, "memory"),
         cpus=cpus,
         pids=pids,

@@ -43,6 +43,7 @@ from kohakuriver.host.services.runner_client import RunnerClient
 from kohakuriver.host.services.tasks import Tasks
 from kohakuriver.host.services.terminal_proxy import TerminalProxy
 from kohakuriver.host.services.tunnel_proxy import TunnelProxy, straight_tells
+from kohakuriver.host.services.volumes import UserVolumes
 from kohakuriver.limits import Limits, from_environment
 from kohakuriver.quotas import Quotas
 from kohakuriver.runtime import raise_file_limit
@@ -55,6 +56,7 @@ from kohakuriver.store import (
     Identities,
     SessionCounts,
     Store,
+    Volumes,
     apps_key,
     sqlite_url,
 )
@@ -346,6 +348,7 @@ class Host:
             sessions=self._sessions,
             feed=self._feed,
             readiness=self._readiness,
+            volumes=UserVolumes(Volumes(self._store), self._nodes, self._runners, self._perimeter.audit),
         )
 
     async def run(self) -> int:

@@ -7,6 +7,7 @@ from collections.abc import Awaitable, Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Final, Protocol
 
+from kohakuriver.errors import UnavailableError
 from kohakuriver.images import Registries
 from kohakuriver.limits import Limits
 from kohakuriver.mount_roots import MountRoots
@@ -220,6 +221,10 @@ class Backend(ABC):
     async def give_token(self, task: TaskRecord) -> None:
         """Lay a running task's token down where its tunnel client finds it, if the backend started that."""
         return
+
+    async def remove_volume(self, volume: str) -> None:
+        """Remove what a task was given as one of its `volume_ids`, if it is there. Raises UnavailableError."""
+        raise UnavailableError(f"Tasks of the {self.name} backend have no volumes.", code="not_supported")
 
     def target(self, task: TaskRecord) -> DirectTarget | None:
         """What the runner itself dials for a task's ports, None where a tunnel client does it."""
