@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import re
 import shlex
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Coroutine
 from dataclasses import asdict, replace
 from datetime import datetime
 from pathlib import Path
@@ -34,12 +35,13 @@ from kohakuriver.cli.options import (
 from kohakuriver.errors import KohakuRiverError, UsageError
 from kohakuriver.gpus import GPUS, count
 from kohakuriver.quotas import in_words, time_in_words
+from kohakuriver.runtime import cancel_all
 
 if TYPE_CHECKING:
     from kohakuriver.client.host import Answers, HostClient, Task
     from kohakuriver.client.lasting_terminal import NamedSession
 
-__all__ = ["app"]
+__all__ = ["app", "starting"]
 
 app = App(
     help="Make, list, end and adopt tasks.",
@@ -49,6 +51,7 @@ app = App(
 WAIT_TIMEOUT = 120.0
 SESSIONS_SECONDS = 5.0
 _AFTER_STATUS = 3
+_LOOK_SECONDS = 2.0
 
 
 NameOption = Annotated[
@@ -267,7 +270,8 @@ def create(
     )
 
     async def start(client: HostClient) -> Task:
-        task = await client.create(new)
+        with output.working("Starting the task") as say:
+            task = await starting(client, client.create(new), new.image, say)
         if new.ssh_keys:
             await ssh.tasks_changed(client)
         return await _settled(client, task, wait=not no_wait, timeout=timeout)
@@ -353,8 +357,31 @@ def adopt(
 async def _settled(client: HostClient, task: Task, *, wait: bool, timeout: float) -> Task:
     if not wait:
         return task
-    with output.working(f"Task {task.task_id} ({task.name}) on {task.node}: waiting for its tunnel"):
-        return await client.wait(str(task.task_id), timeout=timeout)
+    with output.working(f"Task {task.task_id} ({task.name}) on {task.node}: waiting for its tunnel") as say:
+        return await starting(client, client.wait(str(task.task_id), timeout=timeout), task.image, say)
+
+
+async def starting(
+    client: HostClient,
+    doing: Coroutine[Any, Any, Task],
+    image: str | None,
+    say: Callable[[str], None] | None,
+    every: float = _LOOK_SECONDS,
+) -> Task:
+    """What `doing` gives; meanwhile it is said, where something says it, what the node tells of a task that starts.
+
+    While it is made a task has no id that is known here: it is the newest that starts from `image`.
+    """
+    work = asyncio.ensure_future(doing)
+    try:
+        while say is not None and not (await asyncio.wait({work}, timeout=every))[0]:
+            with contextlib.suppress(KohakuRiverError):
+                found = [each for each in await client.tasks() if (each.status, each.image) == ("starting", image)]
+                if found and found[-1].message:
+                    say(f"Task {found[-1].task_id} ({found[-1].name}) on {found[-1].node}: {found[-1].message}")
+        return await work
+    finally:
+        await cancel_all([work])
 
 
 def _print_id(task: Task, json: bool) -> None:
