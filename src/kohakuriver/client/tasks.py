@@ -147,7 +147,7 @@ class Task(_Known):
         """The ports that listen in it, as the function `ports` has them."""
         return await _ports(self._settings, str(self.id))
 
-    def forward(self, ports: PortSpec | Sequence[PortSpec], **options: Any) -> Forward:
+    def forward(self, ports: PortSpec | Sequence[PortSpec] = (), **options: Any) -> Forward:
         """A forward to it, with the options of the function `forward`."""
         return forward(self.id, ports, **{**self._place, **options})
 
@@ -194,7 +194,7 @@ class TaskSync(_Known):
         """The ports that listen in it, as the function `ports` has them."""
         return _done(_ports(self._settings, str(self.id)))
 
-    def forward(self, ports: PortSpec | Sequence[PortSpec], **options: Any) -> ForwardSync:
+    def forward(self, ports: PortSpec | Sequence[PortSpec] = (), **options: Any) -> ForwardSync:
         """A forward to it, with the options of the function `forward_sync`."""
         return forward_sync(self.id, ports, **{**self._place, **options})
 
