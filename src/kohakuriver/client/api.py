@@ -17,7 +17,7 @@ from kohakuriver.client.forward import LOOPBACK, Event, Forwarder, PortSpec, Sta
 from kohakuriver.client.ports import PortForward
 from kohakuriver.config import Settings, load_settings
 from kohakuriver.errors import UsageError
-from kohakuriver.runtime import new_event_loop
+from kohakuriver.runtime import new_event_loop, serve
 from kohakuriver.tunnel.local_listeners import ListeningSocket
 
 __all__ = ["Forward", "ForwardSync", "forward", "forward_sync"]
@@ -229,7 +229,7 @@ class ForwardSync:
         if self._loop is not None:
             return self
         self._loop = new_event_loop()
-        self._thread = threading.Thread(target=self._loop.run_forever, name="kohakuriver-forward", daemon=True)
+        self._thread = threading.Thread(target=serve, args=(self._loop,), name="kohakuriver-forward", daemon=True)
         self._thread.start()
         try:
             asyncio.run_coroutine_threadsafe(self._forward.open(), self._loop).result()
@@ -254,7 +254,6 @@ class ForwardSync:
         self._loop = self._thread = None
         loop.call_soon_threadsafe(loop.stop)
         thread.join()
-        loop.close()
 
     @property
     def local_host(self) -> str:

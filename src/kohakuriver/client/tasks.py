@@ -22,7 +22,7 @@ from kohakuriver.client.host import Task as View
 from kohakuriver.config import Settings, load_settings
 from kohakuriver.errors import UsageError
 from kohakuriver.quotas import byte_count, seconds_in
-from kohakuriver.runtime import cancel_all, new_event_loop
+from kohakuriver.runtime import new_event_loop, serve
 from kohakuriver.task import Pull
 
 __all__ = [
@@ -395,22 +395,13 @@ def _time(value: int | str | None, name: str) -> int | None:
 @contextmanager
 def _loop_on_a_thread() -> Iterator[asyncio.AbstractEventLoop]:
     loop = new_event_loop()
-    thread = threading.Thread(target=loop.run_forever, name="kohakuriver", daemon=True)
+    thread = threading.Thread(target=serve, args=(loop,), name="kohakuriver", daemon=True)
     thread.start()
     try:
         yield loop
     finally:
-        asyncio.run_coroutine_threadsafe(_end(), loop).result()
         loop.call_soon_threadsafe(loop.stop)
         thread.join()
-        loop.close()
-
-
-async def _end() -> None:
-    """Cancel what an interrupt left, and close what iterates."""
-    loop = asyncio.get_running_loop()
-    await cancel_all(asyncio.all_tasks() - {asyncio.current_task()})
-    await loop.shutdown_asyncgens()
 
 
 def _done(work: Coroutine[Any, Any, T]) -> T:
