@@ -32,6 +32,7 @@ __all__ = [
     "out_of_descriptors",
     "raise_file_limit",
     "run",
+    "serve",
     "until_readable",
     "waiting_connections",
 ]
@@ -88,12 +89,27 @@ def run(main: Coroutine[Any, Any, T]) -> T:
         return loop.run_until_complete(main)
     finally:
         try:
-            loop.run_until_complete(_cancel_rest())
-            loop.run_until_complete(loop.shutdown_asyncgens())
-            loop.run_until_complete(loop.shutdown_default_executor())
+            _wind_up(loop)
         finally:
             asyncio.set_event_loop(None)
-            loop.close()
+
+
+def serve(loop: asyncio.AbstractEventLoop) -> None:
+    """Run a loop, on a thread of its own, until it is stopped; then what it still has to do, as closing sockets."""
+    try:
+        loop.run_forever()
+    finally:
+        _wind_up(loop)
+
+
+def _wind_up(loop: asyncio.AbstractEventLoop) -> None:
+    """End whatever a loop that does not run any more has left running, and close it."""
+    try:
+        loop.run_until_complete(_cancel_rest())
+        loop.run_until_complete(loop.shutdown_asyncgens())
+        loop.run_until_complete(loop.shutdown_default_executor())
+    finally:
+        loop.close()
 
 
 async def cancel_all(tasks: Iterable[asyncio.Future[Any]]) -> None:

@@ -138,6 +138,14 @@ Backend = Annotated[str, Check(_backend)]
 EnvName = Annotated[str, matching(r"[^=\0]+", "a variable's name has no = in it")]
 NoNul = Annotated[str, matching(r"(?s)[^\0]*", "it has a NUL byte in it")]
 Mount = Annotated[str, matching(r"[^:\0]+:/[^:\0]*(:ro)?", "write SOURCE:/TARGET or SOURCE:/TARGET:ro")]
+Volume = Annotated[
+    str,
+    matching(
+        r"[a-z0-9][a-z0-9._-]{0,62}:/[^:\0]*(:ro)?", "write NAME:/TARGET or NAME:/TARGET:ro, NAME of a-z, 0-9, ._-"
+    ),
+]
+VolumeId = Annotated[str, matching(r"kohakuriver-volume-[0-9a-f]{32}", "no volume of a task is called so")]
+"""What a node's engine calls a volume: nobody can guess it, and no two users have one."""
 PublicKey = Annotated[str, Check(_public_key)]
 Port = Annotated[int, _between(1, 65535)]
 MemorySize = Annotated[int, _between(LEAST_MEMORY, 1 << 50)]
@@ -196,8 +204,9 @@ class TaskSpec:
     a command of its CMD, too, so that with neither the container just stays up. It runs in `workdir` and `run_as` a
     user, None for those of the image. When the image is fetched `pull` says, None for where it is missing.
     `restart` says when what has ended runs again, None for never. `gpus` are a number, "all", or those with the numbers
-    "0,1" or "device=0". With `preserve_host` its services are told the addresses that browsers have, in the place of
-    localhost and their port.
+    "0,1" or "device=0". `volumes` are `NAME:/TARGET` or `NAME:/TARGET:ro`: what its owner keeps under that name on a
+    node outlives every task. With `preserve_host` its services are told the addresses that browsers have, in the place
+    of localhost and their port.
     A task of a scheduler is asked for with a `time_limit` in seconds, in a `partition`, for an `account` and with a
     `qos`, None for what the scheduler gives by default; so are its memory, `cpus` and `gpus`, which are a number there.
     """
@@ -206,6 +215,7 @@ class TaskSpec:
     command: list[NoNul] = field(default_factory=list)
     env: dict[EnvName, NoNul] = field(default_factory=dict)
     mounts: list[Mount] = field(default_factory=list)
+    volumes: list[Volume] = field(default_factory=list)
     ssh_keys: Annotated[list[PublicKey], Check(_no_more_keys_than_fit)] = field(default_factory=list)
     memory: MemorySize | None = None
     cpus: Cpus | None = None
@@ -245,7 +255,8 @@ class TaskOrder(TaskSpec):
     an IP `address`. With `no_client` nothing is put into the container: its node dials from the container's network.
     Of what it prints `log_size` bytes are kept, where that is None as many as its node does by default. `mounts_for` is
     the user whom the node lets mount its mount roots alone, None where its mounts are not bound to these.
-    It gets the node's GPUs with the numbers `gpu_ids`. `run_for` is the user for whom a scheduler is asked.
+    It gets the node's GPUs with the numbers `gpu_ids`. `volume_ids` are what its `volumes` are called on the node.
+    `run_for` is the user for whom a scheduler is asked.
     """
 
     task_id: int
@@ -260,6 +271,7 @@ class TaskOrder(TaskSpec):
     mounts_for: str | None = None
     gpu_ids: list[str] = field(default_factory=list)
     run_for: str = ""
+    volume_ids: list[VolumeId] = field(default_factory=list)
 
 
 @dataclass(kw_only=True)
@@ -316,11 +328,11 @@ class TaskTraffic:
 class TaskView:
     """A task as users see it: an id and a unique name. `created_at` is ISO 8601; `container` its name on the tunnel.
 
-    `command`, `entrypoint`, `workdir`, `run_as`, `pull`, `restart`, `gpus`, `mounts`, `devices` and the names of the
-    variables, `env`, are as they were asked for, and so is what a scheduler was asked for: `time_limit`, `partition`,
-    `account` and `qos`. `memory`, `cpus`, `pids`, `shm_size` and `log_size` are what it was
-    given, None where nothing bounds it. `network` is "none" where it has none but its own loopback. `exit_code` is what
-    it has ended with, 128 + N by signal N; None while it runs, and where nobody knows.
+    `command`, `entrypoint`, `workdir`, `run_as`, `pull`, `restart`, `gpus`, `mounts`, `volumes`, `devices` and the
+    names of the variables, `env`, are as they were asked for, and so is what a scheduler was asked for: `time_limit`,
+    `partition`, `account` and `qos`. `memory`, `cpus`, `pids`, `shm_size` and `log_size` are what it was given, None
+    where nothing bounds it. `network` is "none" where it has none but its own loopback.
+    `exit_code` is what it has ended with, 128 + N by signal N; None while it runs, and where nobody knows.
 
     `owner` may do everything with it, `shared_with` may use it; `creator` made it, and is another one where a user was
     removed. `ttl` and `idle_stop`, in seconds, are as it was given them, and `ends_at`, in ISO 8601, is when the first
@@ -346,6 +358,7 @@ class TaskView:
     address: str | None = None
     command: list[str] = field(default_factory=list)
     mounts: list[str] = field(default_factory=list)
+    volumes: list[str] = field(default_factory=list)
     env: list[str] = field(default_factory=list)
     memory: int | None = None
     cpus: float | None = None

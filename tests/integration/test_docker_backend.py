@@ -169,6 +169,29 @@ def test_environment_and_mounts_reach_the_container(shared: Cluster, busybox: st
     assert (tmp_path / "ours").read_text() == "from the node"
 
 
+def test_what_a_task_keeps_in_a_volume_outlives_it_until_the_volume_is_removed(shared: Cluster, busybox: str) -> None:
+    def volumes() -> list[dict[str, Any]]:
+        found: list[dict[str, Any]] = shared.call("GET", "/api/volumes")[1]
+        return found
+
+    def prints(script: str, name: str, volume: str) -> str:
+        shared.create("/bin/sh", "-c", script, image=busybox, name=name, volumes=[volume])
+        return shared.ended(name)["status"]  # type: ignore[no-any-return]
+
+    assert prints("echo kept > /data/file", "writer", "data:/data") == "stopped"
+    assert shared.call("DELETE", "/api/volumes/data")[0] == 409  # a stopped task has it, too
+    assert shared.call("DELETE", "/api/tasks/writer")[0] == 200
+    assert prints('test "$(cat /mine/file)" = kept && ! touch /mine/x', "reader", "data:/mine:ro") == "stopped"
+    labelled = ("volume", "ls", "-q", "--filter", "label=kohakuriver.volume=data")
+    assert [volumes()[0]["tasks"], len(docker(*labelled).split())] == [["reader"], 1]
+    shared.call("DELETE", "/api/tasks/reader")
+    assert shared.call("DELETE", "/api/volumes/data")[0] == 200
+    assert (volumes(), docker(*labelled)) == ([], "")
+    assert prints("test ! -e /data/file", "later", "data:/data") == "stopped"
+    shared.call("DELETE", "/api/tasks/later")
+    assert shared.call("DELETE", "/api/volumes/data")[0] == 200
+
+
 @pytest.mark.parametrize(
     ("mount", "words"),
     [("/no/such/place/anywhere:/data", "/no/such/place/anywhere"), ("some/where:/data", "whole path")],

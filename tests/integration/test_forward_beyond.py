@@ -11,6 +11,7 @@ from collections.abc import Iterator
 
 import pytest
 
+from tests.support.addresses import free_port, own_address
 from tests.support.up import Apart, broken, connect, echoes
 
 HERE = "127.0.0.1"
@@ -25,16 +26,6 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Apart]:
     finally:
         cluster.run("forward", "--stop", "--all")
         cluster.close()
-
-
-def own_address() -> str:
-    """An address of this machine that is not a loopback one."""
-    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as sock:
-        try:
-            sock.connect(("192.0.2.1", 9))
-        except OSError:
-            pytest.skip("this machine has no address but loopback")
-        return str(sock.getsockname()[0])
 
 
 class Listener:
@@ -66,12 +57,6 @@ def beyond() -> Iterator[Listener]:
     listener = Listener(own_address())
     yield listener
     listener.close()
-
-
-def free_port() -> int:
-    with socket.socket() as sock:
-        sock.bind((HERE, 0))
-        return int(sock.getsockname()[1])
 
 
 def swap(one: socket.socket, other: socket.socket, size: int = 3_000_000) -> None:

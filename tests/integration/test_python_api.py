@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 
 import kohakuriver
+from tests.support.addresses import free_port, own_address
 from tests.support.network.wall import wall
 from tests.support.up import Cluster, Service, broken, connect, echoes
 
@@ -70,6 +71,39 @@ def test_several_ports_are_told_apart_by_their_remote_port(run: Run, cluster: Cl
             assert fwd.url("ws", other.port) == f"ws://127.0.0.1:{fwd.local_ports[other.port]}"
             with pytest.raises(kohakuriver.UsageError):
                 fwd.url("http", 1)
+
+    run(main())
+
+
+def test_a_port_of_the_task_leads_back_here_and_another_address_is_reached_beside_its_own_ports(
+    run: Run, cluster: Cluster, service: Service
+) -> None:
+    async def hello(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        writer.write(await reader.readexactly(5))
+        writer.close()
+
+    async def main() -> None:
+        async with await asyncio.start_server(hello, "127.0.0.1", 0) as here:
+            back = free_port()
+            to = f"{back}:{here.sockets[0].getsockname()[1]}"
+            async with kohakuriver.forward(service.task, service.port, reverse=to, wait=30) as fwd:
+                assert await echo_through(back) == b"hello"  # a process task's loopback is this machine's
+                assert await echo_through(fwd.local_port) == b"hello"
+            back = free_port()  # the task lets go of the other one soon, and not at once
+            to = f"{back}:{here.sockets[0].getsockname()[1]}"
+            async with kohakuriver.forward(service.task, reverse=[to]) as only:
+                assert await echo_through(back) == b"hello"
+                assert repr(only) == f"<forward from {service.task}>"
+                with pytest.raises(kohakuriver.UsageError, match="no local port"):
+                    only.url()
+            address = own_address()
+            async with await asyncio.start_server(hello, address, 0) as beyond:
+                port = beyond.sockets[0].getsockname()[1]
+                async with kohakuriver.forward(service.task, f"0:{address}:{port}") as fwd:
+                    assert await echo_through(fwd.local_ports[port]) == b"hello"
+        for bad in ({"ports": ()}, {"reverse": "x:y"}, {"reverse": 9, "resume": False}):
+            with pytest.raises(kohakuriver.UsageError):
+                kohakuriver.forward(service.task, **bad)
 
     run(main())
 

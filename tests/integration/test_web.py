@@ -20,7 +20,7 @@ from aiohttp import web as server
 from websockets.asyncio.client import connect
 from websockets.exceptions import InvalidStatus
 
-from kohakuriver.client.web import Served
+from kohakuriver.client.events import Served
 from kohakuriver.errors import LocalAddressError
 from kohakuriver.gateway import gateway, visit
 from tests.support.hops import CLIENTS, CONTAINER, kill, service, until

@@ -49,6 +49,7 @@ from kohakuriver.host.services.runner_client import RunnerClient
 from kohakuriver.host.services.tasks import Tasks
 from kohakuriver.host.services.terminal_proxy import TerminalProxy
 from kohakuriver.host.services.tunnel_proxy import TunnelProxy
+from kohakuriver.host.services.volumes import UserVolumes
 from kohakuriver.limits import Limits
 from kohakuriver.proxies import Proxies
 from kohakuriver.quotas import Offer, Quotas
@@ -63,6 +64,7 @@ from kohakuriver.store import (
     Identities,
     SessionCounts,
     Store,
+    Volumes,
     apps_key,
     sqlite_url,
 )
@@ -129,7 +131,7 @@ class FakeRunner:
         if path == "api/node":
             return {"version": "1"}
         if method == "DELETE":
-            return self.tasks.pop(parts[2])
+            return self.tasks.pop(parts[2]) if parts[1] == "tasks" else {}
         if len(parts) == 4:
             return self.change(parts[2], status={"stop": "stopped", "restart": "running"}[parts[3]], tunnel=False)
         self.tasks[body["container"]] = {"task_id": body["task_id"], "status": "running", "tunnel": False}
@@ -256,6 +258,7 @@ class HostUnderTest:
                 self.sessions,
                 self.feed,
                 self.readiness,
+                UserVolumes(Volumes(store, clock=clock), self.nodes, self.runners, audit),
             ),
             self.guard,
             proxies,

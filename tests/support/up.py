@@ -242,7 +242,7 @@ class Apart(Commands):
         node_token = f"--node-token-file={self.directory / 'host' / 'node-token'}"
         self.runner = self.start("runner", "--json", "--bind=127.0.0.1", "--port=0", f"--host-url={self.url}",
                                  node_token, *self._runner_options)  # fmt: skip
-        self.runner.event("ready")
+        self.runner.event("registered")  # it listens before that, and a task can be made only then
 
 
 def connect(port: int) -> socket.socket:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 import threading
@@ -51,6 +52,13 @@ def test_starting_imports_nothing_heavy() -> None:
     assert done.stdout.strip() == "[]"
 
 
+def test_a_forward_has_nothing_in_memory_that_only_requests_or_addresses_need() -> None:
+    spared = ["httpx", "rich", "httptools", "kohakuriver.gateway", "kohakuriver.client.host"]
+    code = f"import sys, kohakuriver.cli.forward_run; print([m for m in {spared} if m in sys.modules])"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
+
+
 @pytest.mark.parametrize(
     ("command", "spared"), [("vps list", {"click", "rich.console"}), ("host", {"pydantic.v1.main", "rich.console"})]
 )
@@ -74,6 +82,7 @@ def test_every_command_has_help_with_an_example(command: list[str], capsys: pyte
     shown = capsys.readouterr().out
     assert "Example" in shown
     assert f"kohakuriver {' '.join(command)}" in shown
+    assert not re.search(r"<(str|int|float|bool|path|file|list\[.*)>", shown), "a type of Python's"
 
 
 def test_the_version_is_printed(capsys: pytest.CaptureFixture[str]) -> None:

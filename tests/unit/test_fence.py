@@ -2,7 +2,10 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from kohakuriver.runner.backends.docker.fence import bridge_of, name_servers, rules
+import pytest
+
+from kohakuriver.runner.backends.docker import fence
+from kohakuriver.runner.backends.docker.fence import bridge_of, found, name_servers, rules
 
 
 def test_name_servers_of_the_node_stay_reachable_and_everything_else_near_does_not() -> None:
@@ -32,3 +35,15 @@ def test_the_nodes_resolvers_are_found_once_each_and_nothing_else(tmp_path: Path
 def test_a_networks_interface_is_the_one_that_it_was_given_or_the_engines_own_name() -> None:
     assert bridge_of({"Id": "0123456789abcdef", "Options": None}) == "br-0123456789ab"
     assert bridge_of({"Id": "0", "Options": {"com.docker.network.bridge.name": "lab0"}}) == "lab0"
+
+
+def test_the_packet_filters_programs_are_found_off_the_path_and_their_absence_is_a_sentence(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    program = tmp_path / "iptables-restore"
+    program.touch(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path / "elsewhere"))
+    monkeypatch.setattr(fence, "_SBIN", str(tmp_path))
+    assert found("iptables-restore") == str(program)
+    with pytest.raises(OSError, match="has no ip6tables-restore; install iptables"):
+        found("ip6tables-restore")

@@ -48,6 +48,7 @@ TASK_FIELDS = {"pending_removal", "no_direct", "preserve_host"} | {
         "traffic",
         "command",
         "mounts",
+        "volumes",
         "env",
         "exit_code",
     ),

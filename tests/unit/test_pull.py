@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Callable, Coroutine
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, cast
 
@@ -10,11 +12,16 @@ import aiodocker
 import pytest
 from aiodocker.exceptions import DockerError
 
+from kohakuriver.cli.vps import starting
+from kohakuriver.client.host import HostClient, NewTask
+from kohakuriver.config import Settings
 from kohakuriver.errors import KohakuRiverError
 from kohakuriver.images import Registries
 from kohakuriver.runner.backends.docker import pull
 from kohakuriver.runner.backends.docker.pull import Images
 from kohakuriver.task import Pull
+from tests.support.hops import until
+from tests.support.host_only import FakeRunner, a_host
 
 Run = Callable[[Coroutine[Any, Any, object]], object]
 ORIGIN = "python@sha256:" + "0" * 64
@@ -116,6 +123,40 @@ def test_what_can_not_be_fetched_is_refused_in_a_sentence_and_what_is_there_stay
         assert caught.value.code == code
         assert engine.there == there
         assert engine.pulled == ([image] if code == "image_not_found" and when == "always" else [])
+
+    run(check())
+
+
+def ordered(runner: FakeRunner) -> dict[str, Any] | None:
+    """The task that the node was told to start."""
+    return next((body for _, path, body in runner.asked if path == "/api/tasks"), None)
+
+
+def test_who_makes_a_task_is_told_what_its_node_fetches_meanwhile(run: Run, tmp_path: Path) -> None:
+    async def check() -> None:
+        async with a_host(tmp_path) as host:
+            runner = await host.runner()
+            runner.held.clear()  # it fetches
+            said: asyncio.Queue[str] = asyncio.Queue()
+            async with HostClient(Settings(host=host.url, token=host.admin_token)) as client:
+                made = client.create(NewTask(image="python", name="lab"))
+                work = asyncio.ensure_future(starting(client, made, "python", said.put_nowait, every=0.05))
+                try:
+                    await until(lambda: ordered(runner) is not None)
+                    order = ordered(runner)
+                    assert order is not None
+                    runner.tasks[order["container"]] = {
+                        "task_id": order["task_id"],
+                        "status": "starting",
+                        "image": "python",
+                    }
+                    runner.change(order["container"], message="pulling the image python: 1 MiB of 3 MiB")
+                    assert (await runner.beat()).status_code == 200
+                    words = await said.get()
+                finally:
+                    runner.held.set()
+                assert words.endswith("(lab) on n1: pulling the image python: 1 MiB of 3 MiB")
+                assert (await work).name == "lab"
 
     run(check())
 

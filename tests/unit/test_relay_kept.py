@@ -342,6 +342,30 @@ def test_a_runner_that_has_no_tunnel_at_the_moment_asks_to_resume_later(run: Run
     run(check())
 
 
+def test_a_stream_that_leaves_one_link_while_its_task_ends_is_told_so_by_the_next(run: Run) -> None:
+    async def check() -> None:
+        async with chain() as hops, tunnel(hops) as container, session(hops) as user:
+            await opened(user, container)
+            container.socket.transport.abort()
+            await hops.changed(CONTAINER, False)
+            # It has left the link that the end is told on, and is not yet on another.
+            await user.say(RESUME, 2, Resuming(KEY, 1, 0, 0, UNKNOWN_TOTAL).pack())
+            while ErrorText.parse((told := await user.hear()).payload).code != "EAGAIN":
+                pass
+            assert told.stream == 2
+            hops.server.hub.drop(CONTAINER, "task lab was stopped")
+            await user.say(RESUME, 3, Resuming(KEY, 2, 0, 0, UNKNOWN_TOTAL).pack())
+            while (told := await user.hear()).stream != 3:
+                pass
+            text = ErrorText.parse(told.payload)
+            assert (text.code, "task lab was stopped" in str(text)) == ("ECONNRESET", True)
+            async with tunnel(hops) as again:  # it runs again: what is not there any more its tunnel client says
+                await user.say(RESUME, 4, Resuming(KEY, 3, 0, 0, UNKNOWN_TOTAL).pack())
+                assert (await again.hear()).kind == RESUME
+
+    run(check())
+
+
 def test_a_stream_whose_resume_was_put_off_is_not_ended_by_the_roll_behind_it(run: Run) -> None:
     async def check() -> None:
         async with chain(Limits(max_connects=1)) as hops, tunnel(hops) as container, session(hops) as user:

@@ -60,6 +60,9 @@ class Runner:
     def expected_within(self, container: str) -> float:
         return 0.0
 
+    def ended(self, container: str) -> str:
+        return ""
+
     def tunnel_closed(self, tunnel: TunnelLeg, reason: str) -> None:
         pass
 

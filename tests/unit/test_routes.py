@@ -95,6 +95,8 @@ HOST_RULES: dict[Route, Rule] = {
     ("GET", "/api/tokens"): BY_USERS,
     ("POST", "/api/tokens"): BY_USERS,
     ("DELETE", "/api/tokens/{token}"): BY_USERS,
+    ("GET", "/api/volumes"): BY_USERS,
+    ("DELETE", "/api/volumes/{name}"): BY_USERS,
     ("GET", "/api/audit"): BY_ADMINS,
     ("GET", "/api/sessions"): BY_USERS,
     ("GET", "/api/events"): BY_USERS,
@@ -153,6 +155,7 @@ RUNNER_RULES: dict[Route, Rule] = {
     ("POST", "/api/tasks/{container}/revoke"): CONTROL,
     ("POST", "/api/tasks/{container}/token"): CONTROL,
     ("DELETE", "/api/tasks/{container}"): CONTROL,
+    ("DELETE", "/api/volumes/{volume}"): dict.fromkeys(CONTROL_OF_NONE, "403"),  # a ticket names the volume
     ("WS", "/ws/forward/{container}/{port}"): {
         "forward": "in",
         "forward of another container": "403",
@@ -190,6 +193,7 @@ BODIES: dict[Route, Any] = {
     ("POST", "/api/groups"): {"name": "lab"},
     ("PATCH", "/api/groups/{group}"): {"add": ["shared"]},
     ("POST", "/api/tokens"): {"name": "new"},
+    ("POST", "/api/tasks/adopt"): {"address": "127.0.0.1"},
     ("POST", "/api/tasks/{task}/shares"): {"user": "shared"},
     ("POST", "/api/tasks/{task}/extend"): {"seconds": 60},
     ("POST", "/api/tasks/{task}/web"): {"preserve_host": True},
@@ -201,7 +205,15 @@ RUNNER_BODIES: dict[Route, Any] = {
     ("POST", "/api/tasks/{container}/extend"): {"seconds": 60},
     ("POST", "/api/tasks/{container}/revoke"): {"user": "ann", "reason": "the task is not shared any more"},
 }
-FILLED_IN = {"task": "web", "task_id": "web", "port": "80", "name": "n1", "user": "shared", "token": "none-such"}
+FILLED_IN = {
+    "volume": "kohakuriver-volume-" + 32 * "0",
+    "task": "web",
+    "task_id": "web",
+    "port": "80",
+    "name": "n1",
+    "user": "shared",
+    "token": "none-such",
+}
 FILLED_IN |= {"group": "lab", "link": "none-such", "container": "c1", "container_id": "c1", "id": "1"}
 
 

@@ -23,6 +23,7 @@ EVERYTHING: Final = NewTask(
     command=["serve", "--port", "80"],
     env={"A": "b=c"},
     mounts=["/data:/data:ro"],
+    volumes=["data:/kept"],
     ssh_keys=["ssh-ed25519 AAAAC3NzaC1lZDI1NTE5AAAAIHb/pvVoEGsO+OgH9RvI3c6hTn5ZnQmXSRZ8ZQjyCcQB me"],
     memory=8 << 30,
     cpus=1.5,

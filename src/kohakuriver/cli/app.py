@@ -44,11 +44,28 @@ class Command(TyperCommand):
         return ["[OPTIONS]", *(_usage(each) for each in self.params if each.param_type_name == "argument")]
 
     def get_params(self, ctx: Any) -> list[Any]:
-        params = super().get_params(ctx)
+        params: list[Any] = super().get_params(ctx)
         for each in params:
-            if getattr(each, "is_flag", False):
+            if each.param_type_name == "argument":
+                each.display_type_rich = _no_type  # the usage line has its name, and it is text
+            elif getattr(each, "is_flag", False):
                 each.metavar = ""  # takes no value, so there is none to be described
+            elif each.metavar is None and not each.type_descriptor.is_choice:
+                each.metavar = _kind(each)
         return params
+
+
+def _no_type(ctx: Any) -> None:
+    """What stands beside an argument's name."""
+
+
+def _kind(option: Any) -> str:
+    """What a value of an option is, for people: a type of Python's says nothing to them."""
+    if option.type_descriptor.is_path:
+        return "PATH"
+    if option.bare_type() in ("int", "float"):
+        return "N"
+    return str(option.name.rpartition("_")[2].upper())
 
 
 def _usage(argument: Any) -> str:

@@ -100,8 +100,9 @@ def _open_host(at: Remote, there: str, *, print_link: bool) -> int:
 def _open_port(
     at: Remote, task: str, port: str | None, local_port: int, *, print_link: bool, preserve_host: bool
 ) -> int:
+    from kohakuriver.client.events import Served
     from kohakuriver.client.ports import PortForward
-    from kohakuriver.client.web import Served, WebForwarder
+    from kohakuriver.client.web import WebForwarder
     from kohakuriver.runtime import raise_file_limit, run
 
     number = _port(task, port)

@@ -94,7 +94,7 @@ MetricsOption = Annotated[
     ),
 ]
 StdinOption = Annotated[bool, typer.Option("--exit-with-stdin", hidden=True)]
-BindOption = Annotated[str, typer.Option("--bind", help="The address to listen on.")]
+BindOption = Annotated[str, typer.Option("--bind", metavar="ADDRESS", help="The address to listen on.")]
 DatabaseOption = Annotated[
     str | None,
     typer.Option(

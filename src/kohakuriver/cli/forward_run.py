@@ -21,10 +21,9 @@ from kohakuriver.cli.on_connect import OnConnect, ports_in_environment
 from kohakuriver.cli.port_owner import owner
 from kohakuriver.cli.signals import BY_KEYS, caught, in_foreground, suspended
 from kohakuriver.client.beyond import Address, Back, BackForwarder, BeyondForwarder
-from kohakuriver.client.every_port import EveryPort
+from kohakuriver.client.events import Served
 from kohakuriver.client.forward import STOPPED, Event, Forwarder, Listening, PortForward, Stats, Way
 from kohakuriver.client.ports import exposes
-from kohakuriver.client.web import Served, WebForwarder
 from kohakuriver.config import Settings
 from kohakuriver.errors import KohakuRiverError, LocalAddressError
 from kohakuriver.runtime import cancel_all, freeze_heap, lowered_file_limit, raise_file_limit, run
@@ -80,8 +79,7 @@ class Wanted:
                 fallback=self.fallback,
                 on_event=happened,
             )
-        kind: Callable[..., Forwarder] = WebForwarder if self.web else Forwarder
-        return (partial(EveryPort, say=output.note) if self.every else kind)(
+        return self._kind()(
             self.task,
             self.ports,
             settings=self.settings,
@@ -92,6 +90,18 @@ class Wanted:
             path=self.path,
             on_event=happened,
         )
+
+    def _kind(self) -> Callable[..., Forwarder]:
+        """What makes it; what only some are made of no other forward has in memory."""
+        if self.every:
+            from kohakuriver.client.every_port import EveryPort
+
+            return partial(EveryPort, say=output.note)
+        if self.web:
+            from kohakuriver.client.web import WebForwarder
+
+            return WebForwarder
+        return Forwarder
 
     def hooked(self, tell: Callable[[Event], None], **how: Any) -> tuple[Forwarder, list[OnConnect]]:
         """The same, with the command that is run when it is connected, if any; `how` is for OnConnect."""

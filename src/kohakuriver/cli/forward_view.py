@@ -19,6 +19,7 @@ from typing import ClassVar, Literal
 
 from kohakuriver.cli import output
 from kohakuriver.client.beyond import Reversed
+from kohakuriver.client.events import Served
 from kohakuriver.client.forward import (
     LOOPBACKS,
     Closed,
@@ -36,7 +37,6 @@ from kohakuriver.client.forward import (
     StreamError,
 )
 from kohakuriver.client.ports import SOCKS, UNIX
-from kohakuriver.client.web import Served
 from kohakuriver.text import printable
 
 __all__ = [

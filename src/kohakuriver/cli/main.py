@@ -33,6 +33,7 @@ from kohakuriver.cli import (
     ssh,
     token,
     user,
+    volume,
     vps,
 )
 from kohakuriver.cli.app import App
@@ -75,6 +76,7 @@ connect.register(app)
 cp.register(app)
 browser.register(app)
 app.add_typer(vps.app, name="vps")
+app.add_typer(volume.app, name="volume")
 app.add_typer(node.app, name="node")
 app.add_typer(auth.app, name="auth")
 app.add_typer(token.app, name="token")

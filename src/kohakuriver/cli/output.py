@@ -10,7 +10,7 @@ import json
 import os
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from datetime import datetime, timezone
 from typing import IO, Any, NoReturn
 
@@ -163,15 +163,19 @@ def leave(code: int) -> NoReturn:
 
 
 @contextlib.contextmanager
-def working(text: str) -> Iterator[None]:
-    """Show on a terminal that something takes its time; elsewhere nothing."""
+def working(text: str) -> Iterator[Callable[[str], None] | None]:
+    """Show on a terminal that something takes its time; elsewhere nothing.
+
+    What the block gets says something else there; None where nothing is shown.
+    """
     if not draws(sys.stderr):
-        yield
+        yield None
         return
     from rich.console import Console
+    from rich.text import Text
 
-    with Console(stderr=True).status(text, spinner="line"):
-        yield
+    with Console(stderr=True).status(Text(text), spinner="line") as shown:
+        yield lambda other: shown.update(Text(printable(other)))
 
 
 def table(headings: Sequence[str], rows: Sequence[Sequence[str]]) -> None:

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import re
 import shlex
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Coroutine
 from dataclasses import asdict, replace
 from datetime import datetime
 from pathlib import Path
@@ -36,12 +37,13 @@ from kohakuriver.cli.options import (
 from kohakuriver.errors import KohakuRiverError, UsageError
 from kohakuriver.gpus import GPUS, count
 from kohakuriver.quotas import in_words, time_in_words
+from kohakuriver.runtime import cancel_all
 
 if TYPE_CHECKING:
     from kohakuriver.client.host import Answers, HostClient, Task
     from kohakuriver.client.lasting_terminal import NamedSession
 
-__all__ = ["app"]
+__all__ = ["app", "starting"]
 
 app = App(
     help="Make, list, end and adopt tasks.",
@@ -51,6 +53,7 @@ app = App(
 WAIT_TIMEOUT = 120.0
 SESSIONS_SECONDS = 5.0
 _AFTER_STATUS = 3
+_LOOK_SECONDS = 2.0
 
 
 NameOption = Annotated[
@@ -107,6 +110,12 @@ EnvOption = Annotated[
 MountOption = Annotated[
     list[str] | None,
     typer.Option("--mount", metavar="SRC:DST[:ro]", help="A directory of the node to see there; may be repeated."),
+]
+VolumeOption = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--volume", metavar="NAME:/DST[:ro]", help="What you keep by that name, to see there; may be repeated."
+    ),
 ]
 _BOUNDS = "What it gets of its node"
 MemoryOption = Annotated[
@@ -242,6 +251,7 @@ def create(
     workdir: WorkdirOption = None,
     user: UserOption = None,
     mount: MountOption = None,
+    volume: VolumeOption = None,
     device: DeviceOption = None,
     restart: RestartOption = None,
     memory: MemoryOption = None,
@@ -285,6 +295,7 @@ def create(
         gpus=_gpus(gpus),
         devices=[_device(text) for text in device or []],
         mounts=[_mount(text) for text in mount or []],
+        volumes=[_volume(text) for text in volume or []],
         memory=size_of(memory, "--memory"),
         cpus=cpus,
         pids=pids,
@@ -301,7 +312,8 @@ def create(
     )
 
     async def start(client: HostClient) -> Task:
-        task = await client.create(new)
+        with output.working("Starting the task") as say:
+            task = await starting(client, client.create(new), new.image, say)
         if new.ssh_keys:
             await ssh.tasks_changed(client)
         return await _settled(client, task, wait=not no_wait, timeout=timeout)
@@ -345,6 +357,12 @@ def _mount(text: str) -> str:
     return text.removesuffix(":rw")
 
 
+def _volume(text: str) -> str:
+    if not re.fullmatch(r"[a-z0-9][a-z0-9._-]{0,62}:/[^:]*(:r[ow])?", text):
+        raise UsageError(f"--volume takes NAME:/DST or NAME:/DST:ro, NAME of a-z, 0-9, dot, dash, _, not {text!r}.")
+    return text.removesuffix(":rw")
+
+
 @app.command(epilog="Example: kohakuriver vps adopt my-container --name web")
 @remote
 def adopt(
@@ -384,8 +402,31 @@ def adopt(
 async def _settled(client: HostClient, task: Task, *, wait: bool, timeout: float) -> Task:
     if not wait:
         return task
-    with output.working(f"Task {task.task_id} ({task.name}) on {task.node}: waiting for its tunnel"):
-        return await client.wait(str(task.task_id), timeout=timeout)
+    with output.working(f"Task {task.task_id} ({task.name}) on {task.node}: waiting for its tunnel") as say:
+        return await starting(client, client.wait(str(task.task_id), timeout=timeout), task.image, say)
+
+
+async def starting(
+    client: HostClient,
+    doing: Coroutine[Any, Any, Task],
+    image: str | None,
+    say: Callable[[str], None] | None,
+    every: float = _LOOK_SECONDS,
+) -> Task:
+    """What `doing` gives; meanwhile it is said, where something says it, what the node tells of a task that starts.
+
+    While it is made a task has no id that is known here: it is the newest that starts from `image`.
+    """
+    work = asyncio.ensure_future(doing)
+    try:
+        while say is not None and not (await asyncio.wait({work}, timeout=every))[0]:
+            with contextlib.suppress(KohakuRiverError):
+                found = [each for each in await client.tasks() if (each.status, each.image) == ("starting", image)]
+                if found and found[-1].message:
+                    say(f"Task {found[-1].task_id} ({found[-1].name}) on {found[-1].node}: {found[-1].message}")
+        return await work
+    finally:
+        await cancel_all([work])
 
 
 def _print_id(task: Task, json: bool) -> None:
@@ -771,6 +812,7 @@ def _about(task: Task) -> list[tuple[str, str]]:
         ("directory", task.workdir or ""),
         ("user", task.run_as or ""),
         ("mounts", ", ".join(task.mounts)),
+        ("volumes", ", ".join(task.volumes)),
         ("devices", ", ".join(task.devices)),
         ("variables", ", ".join(task.env)),
         ("gets", _given(task)),

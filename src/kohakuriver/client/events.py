@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass
 from typing import Any, ClassVar
 
-__all__ = ["Event"]
+__all__ = ["Event", "Served"]
 
 
 @dataclass(frozen=True)
@@ -16,3 +16,13 @@ class Event:
 
     def to_json(self) -> dict[str, Any]:
         return {"event": self.event, **asdict(self)}
+
+
+@dataclass(frozen=True)
+class Served(Event):
+    """A port of the task has an address of its own, `url`; `link` lets one browser in, once, within a minute."""
+
+    event: ClassVar[str] = "served"
+    url: str
+    link: str
+    remote_port: int

@@ -50,6 +50,7 @@ __all__ = [
     "Token",
     "Traffic",
     "User",
+    "Volume",
     "Whoami",
 ]
 
@@ -141,6 +142,20 @@ class Group:
     name: str
     members: Sequence[str] = ()
     created_at: str = ""
+
+    def to_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+@dataclass(frozen=True)
+class Volume:
+    """What a user keeps on a node; `tasks` are the names of those that have it. `created_at` is ISO 8601."""
+
+    name: str
+    owner: str
+    node: str
+    created_at: str = ""
+    tasks: Sequence[str] = ()
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self)
@@ -415,6 +430,15 @@ class HostClient:
     async def remove_group(self, name: str) -> Group:
         """Forget a group; what was shared with it is not any more."""
         return _record(Group, await self._call("DELETE", f"/api/groups/{path_segment(name)}"))
+
+    async def volumes(self) -> list[Volume]:
+        """What the caller keeps on nodes; for admins what everybody does."""
+        return [_record(Volume, item) for item in _list(await self._call("GET", "/api/volumes"))]
+
+    async def remove_volume(self, name: str, *, owner: str | None = None) -> Volume:
+        """Remove a volume that no task has, with all that is in it."""
+        params = {} if owner is None else {"owner": owner}
+        return _record(Volume, await self._call("DELETE", f"/api/volumes/{path_segment(name)}", params=params))
 
     async def tokens(self, *, user: str | None = None, every: bool = False) -> list[Token]:
         """The caller's tokens, those of another user, or every one."""

@@ -22,7 +22,7 @@ from kohakuriver.client.host import Task as View
 from kohakuriver.config import Settings, load_settings
 from kohakuriver.errors import UsageError
 from kohakuriver.quotas import byte_count, seconds_in
-from kohakuriver.runtime import cancel_all, new_event_loop
+from kohakuriver.runtime import new_event_loop, serve
 from kohakuriver.task import Pull
 
 __all__ = [
@@ -147,7 +147,7 @@ class Task(_Known):
         """The ports that listen in it, as the function `ports` has them."""
         return await _ports(self._settings, str(self.id))
 
-    def forward(self, ports: PortSpec | Sequence[PortSpec], **options: Any) -> Forward:
+    def forward(self, ports: PortSpec | Sequence[PortSpec] = (), **options: Any) -> Forward:
         """A forward to it, with the options of the function `forward`."""
         return forward(self.id, ports, **{**self._place, **options})
 
@@ -194,7 +194,7 @@ class TaskSync(_Known):
         """The ports that listen in it, as the function `ports` has them."""
         return _done(_ports(self._settings, str(self.id)))
 
-    def forward(self, ports: PortSpec | Sequence[PortSpec], **options: Any) -> ForwardSync:
+    def forward(self, ports: PortSpec | Sequence[PortSpec] = (), **options: Any) -> ForwardSync:
         """A forward to it, with the options of the function `forward_sync`."""
         return forward_sync(self.id, ports, **{**self._place, **options})
 
@@ -214,6 +214,7 @@ async def create(
     backend: str | None = None,
     env: Mapping[str, str] | None = None,
     mounts: Sequence[str] = (),
+    volumes: Sequence[str] = (),
     memory: int | str | None = None,
     cpus: float | None = None,
     pids: int | None = None,
@@ -244,6 +245,7 @@ async def create(
         node: the node's name; None for the least loaded one that fits.
         env: variables for the command.
         mounts: `SRC:DST[:ro]` each, directories of the node.
+        volumes: `NAME:/TARGET[:ro]` each, what you keep under that name on the node.
         memory: bytes, or a size such as "8g"; `shm_size` (/dev/shm) too.
         cpus: processors, as 1.5.
         pids: processes and threads at a time.
@@ -274,6 +276,7 @@ async def create(
         command=list(command),
         env=dict(env or {}),
         mounts=list(mounts),
+        volumes=list(volumes),
         memory=_size(memory, "memory"),
         cpus=cpus,
         pids=pids,
@@ -395,22 +398,13 @@ def _time(value: int | str | None, name: str) -> int | None:
 @contextmanager
 def _loop_on_a_thread() -> Iterator[asyncio.AbstractEventLoop]:
     loop = new_event_loop()
-    thread = threading.Thread(target=loop.run_forever, name="kohakuriver", daemon=True)
+    thread = threading.Thread(target=serve, args=(loop,), name="kohakuriver", daemon=True)
     thread.start()
     try:
         yield loop
     finally:
-        asyncio.run_coroutine_threadsafe(_end(), loop).result()
         loop.call_soon_threadsafe(loop.stop)
         thread.join()
-        loop.close()
-
-
-async def _end() -> None:
-    """Cancel what an interrupt left, and close what iterates."""
-    loop = asyncio.get_running_loop()
-    await cancel_all(asyncio.all_tasks() - {asyncio.current_task()})
-    await loop.shutdown_asyncgens()
 
 
 def _done(work: Coroutine[Any, Any, T]) -> T:

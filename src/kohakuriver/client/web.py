@@ -7,9 +7,8 @@ Each address is an origin of its own to a browser, with nothing set up: browsers
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from typing import ClassVar
 
+from kohakuriver.client.events import Served
 from kohakuriver.client.forward import STOPPED, Event, Forwarder, Way
 from kohakuriver.client.host import HostClient
 from kohakuriver.client.local_side import LocalSide
@@ -20,17 +19,7 @@ from kohakuriver.gateway.gate import Door, Gate
 from kohakuriver.gateway.gateway import Gateway
 from kohakuriver.gateway.names import Place, is_label
 
-__all__ = ["Served", "WebForwarder", "label_of"]
-
-
-@dataclass(frozen=True)
-class Served(Event):
-    """A port of the task has an address of its own, `url`; `link` lets one browser in, once, within a minute."""
-
-    event: ClassVar[str] = "served"
-    url: str
-    link: str
-    remote_port: int
+__all__ = ["WebForwarder", "label_of"]
 
 
 async def label_of(task: str, settings: Settings) -> str:

@@ -55,6 +55,7 @@ from kohakuriver.host.schemas import (
     TokenView,
     UserLimits,
     UserView,
+    VolumeView,
     WebRequest,
     Whoami,
 )
@@ -295,6 +296,18 @@ async def remove_group(host: Host, _admin: Admin, group: str) -> GroupView:
     view, tasks = await host.groups.remove(group)
     await host.tasks.renew_tokens(tasks)
     return view
+
+
+@_api.get("/volumes")
+async def list_volumes(host: Host, user: User) -> list[VolumeView]:
+    """What the caller keeps on nodes, whatever becomes of tasks; for admins what everybody does."""
+    return await host.volumes.views(user)
+
+
+@_api.delete("/volumes/{name}")
+async def remove_volume(host: Host, user: User, name: str, owner: str | None = None) -> VolumeView:
+    """Remove a volume that no task has, with all that is in it; for admins also that of another owner."""
+    return await host.volumes.remove(user, name, owner)
 
 
 @_api.get("/tokens")

@@ -23,6 +23,7 @@ from kohakuriver.host.services.open_sessions import OpenSessions
 from kohakuriver.host.services.people import People
 from kohakuriver.host.services.requests import Requests
 from kohakuriver.host.services.tasks import Tasks
+from kohakuriver.host.services.volumes import UserVolumes
 
 __all__ = ["Services"]
 
@@ -49,4 +50,5 @@ class Services:
     sessions: OpenSessions
     feed: Feed
     readiness: Readiness
+    volumes: UserVolumes
     agents: AgentNode | None = None

@@ -53,6 +53,7 @@ __all__ = [
     "TokenView",
     "UserLimits",
     "UserView",
+    "VolumeView",
     "Whoami",
     "iso_time",
 ]
@@ -228,6 +229,16 @@ class GroupView(BaseModel):
     name: str
     members: list[str]
     created_at: str
+
+
+class VolumeView(BaseModel):
+    """What a user keeps on a node; `tasks` are the names of those that have it."""
+
+    name: str
+    owner: str
+    node: str
+    created_at: str
+    tasks: list[str]
 
 
 class ExtendRequest(_Request):

@@ -51,6 +51,7 @@ from kohakuriver.host.services.runner_client import RunnerClient
 from kohakuriver.host.services.tasks import Tasks
 from kohakuriver.host.services.terminal_proxy import TerminalProxy
 from kohakuriver.host.services.tunnel_proxy import TunnelProxy, straight_tells
+from kohakuriver.host.services.volumes import UserVolumes
 from kohakuriver.host.workers import Ready, serve_together
 from kohakuriver.limits import Limits, from_environment
 from kohakuriver.proxies import Proxies
@@ -66,6 +67,7 @@ from kohakuriver.store import (
     Identities,
     SessionCounts,
     Store,
+    Volumes,
     apps_key,
     is_shared,
     sqlite_url,
@@ -493,6 +495,7 @@ class Host:
             feed=self._feed,
             readiness=self._readiness,
             agents=self._agent_node,
+            volumes=UserVolumes(Volumes(self._store), self._nodes, self._runners, self._perimeter.audit),
         )
 
     async def run(self) -> int:

@@ -84,6 +84,7 @@ class Hub:
         self._expected = expected
         self._clock = clock
         self._lost: dict[str, float] = {}
+        self._ended: dict[str, str] = {}
         self._returning = Changes[str]()
         self._revoked: dict[str, dict[bytes, str]] = {}
         self._replaced: dict[str, deque[float]] = {}
@@ -118,6 +119,10 @@ class Hub:
         if lost is None or container in self.tunnels:
             return 0.0
         return max(0.0, lost + BACK_WITHIN - self._clock())
+
+    def ended(self, container: str) -> str:
+        """Why nothing of the container's streams is there any more, its task having ended; "" where they may be."""
+        return self._ended.get(container, "")
 
     def _wait_no_more(self, container: str) -> None:
         """The tunnel has come, or none comes."""
@@ -178,6 +183,7 @@ class Hub:
         """Enter a container's tunnel; one that was there is replaced (docs/protocol.md §4)."""
         old = self.tunnels.get(tunnel.container)
         self.tunnels[tunnel.container] = tunnel
+        self._ended.pop(tunnel.container, None)
         if old is not None:
             self.traffic.keep(old)
             self._part(old, "it was replaced by a newer one")
@@ -260,10 +266,12 @@ class Hub:
             self.tunnel_closed(tunnel, reason)
         for session, client_ids in self._take_orphans(container).items():
             session.over(client_ids, reason)  # the other end of them is no more
+        self._ended[container] = reason  # streams may be about to come by another link, and be on none now
         self._replaced.pop(container, None)
         self._revoked.pop(container, None)
         self._wait_no_more(container)
         if gone:
+            del self._ended[container]
             for session in self._sessions_of(container):
                 session.link.close(CloseCode.POLICY, reason)
         self.keepers.end(container, reason)

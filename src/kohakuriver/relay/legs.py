@@ -83,6 +83,11 @@ TUNNEL_AWAY = ErrorText("EAGAIN", "the task's tunnel is not connected at the mom
 Other = TypeVar("Other", bound="RelayLeg[Any]")
 
 
+def _went_with(reason: str) -> ErrorText:
+    """What ends a stream whose tunnel has gone for this reason, and all that was kept there with it."""
+    return ErrorText("ECONNRESET", f"the task's tunnel went away ({reason})")
+
+
 class RelayOwner(Protocol):
     """Who knows which legs there are."""
 
@@ -91,6 +96,9 @@ class RelayOwner(Protocol):
 
     def expected_within(self, container: str) -> float:
         """For how many seconds more it is worth waiting for the container's tunnel; 0 where it is there."""
+
+    def ended(self, container: str) -> str:
+        """Why nothing of the container's streams is there any more, its task having ended; "" where they may be."""
 
     def tunnel_closed(self, tunnel: TunnelLeg, reason: str) -> None:
         """A tunnel's link has gone."""
@@ -539,7 +547,9 @@ class SessionLeg(RelayLeg[TunnelLeg]):
         else:
             self.kept.add(client_id)
             marked = resuming._replace(mark=self.mark).pack()
-            if self._enter(RESUME, proto, client_id, port, marked, TUNNEL_AWAY) == TUNNEL_AWAY.code:
+            ended = self.owner.ended(self.container)
+            away = _went_with(ended) if ended else TUNNEL_AWAY
+            if self._enter(RESUME, proto, client_id, port, marked, away) == TUNNEL_AWAY.code:
                 self._put_off = max(self._put_off, resuming.epoch)
 
     def _enter(self, kind: int, proto: int, client_id: int, port: int, payload: bytes, away: ErrorText) -> str:
@@ -626,7 +636,7 @@ class SessionLeg(RelayLeg[TunnelLeg]):
 
     def over(self, client_ids: list[int], reason: str) -> None:
         """These streams have ended with the tunnel that they ran on."""
-        text = ErrorText("ECONNRESET", f"the task's tunnel went away ({reason})").pack()
+        text = _went_with(reason).pack()
         link = self.link
         if client_ids:
             link.send(b"".join(link.build_message(ERROR, each, text, proto=self.proto) for each in client_ids))

@@ -20,7 +20,7 @@ from kohakuriver.runner.services.registration import Registration
 from kohakuriver.runner.services.state import TaskRecord
 from kohakuriver.runner.services.tasks import TaskManager
 from kohakuriver.session.ticket import Ticket
-from kohakuriver.task import TaskOrder
+from kohakuriver.task import TaskOrder, VolumeId
 from kohakuriver.web.app import Checked, bearer, new_app, services_here, services_of
 from kohakuriver.web.origin import Guard
 from kohakuriver.web.streamed import Streamed
@@ -190,6 +190,14 @@ async def renew_token(runner: Runner, container: str) -> dict[str, Any]:
     task = await runner.tasks.renew_token(container)
     runner.on_new_token(container)
     return task.report()
+
+
+@_api.delete("/volumes/{volume}")
+async def remove_volume(runner: Runner, ticket: HostTicket, volume: VolumeId) -> dict[str, Any]:
+    """Remove what a user kept on this node."""
+    _check_container(ticket, volume)
+    await runner.tasks.remove_volume(volume)
+    return {}
 
 
 @_api.delete("/tasks/{container}")

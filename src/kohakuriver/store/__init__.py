@@ -10,10 +10,11 @@ from kohakuriver.store.database import Store, ahead_of_users, is_shared, sqlite_
 from kohakuriver.store.device_codes import DeviceCodes
 from kohakuriver.store.groups import Groups
 from kohakuriver.store.identities import Identities
-from kohakuriver.store.models import OF_USERS, TOKEN_ID_LENGTH, Node, Share, Task, Token, User
+from kohakuriver.store.models import OF_USERS, TOKEN_ID_LENGTH, Node, Share, Task, Token, User, Volume
 from kohakuriver.store.news import News
 from kohakuriver.store.passes import Passes
 from kohakuriver.store.session_counts import SessionCounts
+from kohakuriver.store.volumes import VolumeRow, Volumes, elsewhere, volume_names
 
 __all__ = [
     "ANY_NODE",
@@ -36,11 +37,16 @@ __all__ = [
     "Token",
     "Use",
     "User",
+    "Volume",
+    "VolumeRow",
+    "Volumes",
     "ahead_of_users",
     "apps_key",
+    "elsewhere",
     "forget_what_has_run_out",
     "is_shared",
     "kept",
     "sqlite_url",
     "tasks_by_status",
+    "volume_names",
 ]

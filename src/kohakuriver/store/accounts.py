@@ -36,6 +36,7 @@ from kohakuriver.store.models import (
 )
 from kohakuriver.store.news import note
 from kohakuriver.store.together import Together
+from kohakuriver.store.volumes import give_volumes, pass_volumes_on
 
 __all__ = ["ANY_NODE", "Accounts", "Use", "digest", "forget_bad_tokens", "revoke"]
 
@@ -124,9 +125,10 @@ class Accounts:
         return await self._store.read(lambda session: {row[0]: row[1] for row in session.execute(query)})
 
     async def remove_user(self, name: str, heir: str) -> User:
-        """Forget a user and revoke their tokens; their tasks pass to the user `heir`. Raises NotFoundError for either.
+        """Forget a user and revoke their tokens; their tasks and volumes pass to the user `heir`.
 
         The host forgets the SSH keys that they put into their tasks. The tasks' own servers know nothing of that.
+        Raises NotFoundError for either.
         """
 
         def work(session: Session) -> User:
@@ -142,6 +144,7 @@ class Accounts:
             session.execute(update(Task).where(Task.owner == name).values(owner=heir, ssh_keys=[]))
             session.execute(delete(Share).where(Share.user == name))
             forget_memberships(session, name)
+            pass_volumes_on(session, name, heir)
             session.execute(delete(Identity).where(Identity.user == name))
             session.delete(user)
             note(session, rights=True)
@@ -194,6 +197,7 @@ class Accounts:
 
         def admit(session: Session) -> None:
             _give_gpus(session, task, self._clock())
+            give_volumes(session, task, self._clock())
             self.check_room(session, task, task.usage(self._clock()))
 
         await self._store.add_task(task, admit)

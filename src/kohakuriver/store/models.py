@@ -10,7 +10,18 @@ import hashlib
 from collections.abc import Mapping, Set
 from typing import Any
 
-from sqlalchemy import JSON, BigInteger, Boolean, Float, ForeignKey, Integer, LargeBinary, String, Text
+from sqlalchemy import (
+    JSON,
+    BigInteger,
+    Boolean,
+    Float,
+    ForeignKey,
+    Integer,
+    LargeBinary,
+    String,
+    Text,
+    UniqueConstraint,
+)
 from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column
 
 from kohakuriver.quotas import Usage
@@ -37,6 +48,7 @@ __all__ = [
     "TaskKey",
     "Token",
     "User",
+    "Volume",
     "usage_of",
 ]
 
@@ -371,6 +383,23 @@ class SessionCount(Base):
     host: Mapped[int] = mapped_column(BigInteger, primary_key=True, autoincrement=False)
     user: Mapped[str] = mapped_column(String(63), primary_key=True, index=True)
     sessions: Mapped[int] = mapped_column(Integer)
+
+
+class Volume(Base):
+    """What a user keeps under a `name` on one node; `volume_id` is what the node's engine calls it.
+
+    The row is there before the node has anything. While it is `going` no task gets it.
+    """
+
+    __tablename__ = "volumes"
+    __table_args__ = (UniqueConstraint("owner", "name"),)
+
+    volume_id: Mapped[str] = mapped_column(String(64), primary_key=True)
+    owner: Mapped[str] = mapped_column(String(63))
+    name: Mapped[str] = mapped_column(String(63))
+    node: Mapped[str] = mapped_column(String(63))
+    going: Mapped[bool] = mapped_column(Boolean, default=False)
+    created_at: Mapped[float] = mapped_column(Float)
 
 
 def usage_of(status: str, claimed_until: float, spec: Mapping[str, Any], now: float) -> Usage:

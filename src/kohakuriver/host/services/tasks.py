@@ -33,8 +33,9 @@ from kohakuriver.host.services.credentials import Caller
 from kohakuriver.host.services.mounts import mountable
 from kohakuriver.host.services.nodes import Nodes
 from kohakuriver.host.services.runner_client import RunnerClient, makes_no_sense
+from kohakuriver.host.services.volumes import node_of
 from kohakuriver.session.nodes import AWAY, NodeOfflineError
-from kohakuriver.store import Accounts, Node, Store, Task
+from kohakuriver.store import Accounts, Node, Store, Task, Volumes, volume_names
 from kohakuriver.task import (
     TaskOrder,
     TaskReport,
@@ -117,6 +118,7 @@ class Tasks:
     ) -> None:
         self._store = store
         self._accounts = accounts
+        self._volumes = Volumes(store)
         self._user_mounts = user_mounts
         self._audit = audit
         self._nodes = nodes
@@ -128,7 +130,7 @@ class Tasks:
         """A task as users see it: one on a node that is offline is lost until the node is back."""
         lost = task.status in _ACTIVE and not self._nodes.is_online(node)
         traffic = {} if lost else node.traffic.get("tasks", {}).get(str(task.task_id), {})
-        lists = ("command", "mounts", "devices", "gpu_ids", "env")  # of the variables the names
+        lists = ("command", "mounts", "volumes", "devices", "gpu_ids", "env")  # of the variables the names
         ordered = {name: list(task.spec.get(name, ())) for name in lists}
         given = {name: task.spec.get(name) for name in (*BOUNDS, *TIMES, *OF_CONTAINERS, *OF_SCHEDULERS, *_MORE)}
         shown = part_of(task, TaskView, without=(*_OF_OTHERS, *ordered, *given)) | {
@@ -173,7 +175,8 @@ class Tasks:
     async def create(self, request: CreateRequest, owner: Caller) -> TaskView:
         """Start a new task. One that can't be started leaves nothing behind."""
         backends = _fit_for(request)
-        fitting = open_to(owner, await self._nodes.fitting(backends, request.node), backends)
+        place = node_of(await self._volumes.places(owner.name, request.volumes), request.node)
+        fitting = open_to(owner, await self._nodes.fitting(backends, place), backends)
         bound = bool(request.mounts) and not owner.is_admin and not self._user_mounts
         if bound:
             fitting = mountable(owner, fitting, request.mounts)
@@ -501,6 +504,7 @@ def _asked(order: TaskOrder) -> dict[str, Any]:
         "command": shlex.join(order.command) if order.command else None,
         **{name: getattr(order, name) for name in (*OF_CONTAINERS, *OF_SCHEDULERS)},
         "mounts": [f"{mount}"[:LONGEST_TEXT] for mount in order.mounts] or None,
+        "volumes": order.volumes or None,
         "restart": order.restart,
         "devices": order.devices or None,
         "ssh_keys": [fingerprint(key) for key in order.ssh_keys] or None,
@@ -537,6 +541,10 @@ def _fit_for(request: CreateRequest) -> list[str]:
             raise UsageError(f"A task of the {kind.name} backend runs on the node itself and takes no --image.")
     if request.mounts and not any(kind_of(name).mounts for name in backends):
         raise UsageError("Only a task in a container takes --mount; a process sees the node's files as they are.")
+    if request.volumes and not any(kind_of(name).mounts for name in backends):
+        raise UsageError("Only a task in a container takes --volume; a process sees the node's files as they are.")
+    if len(set(names := volume_names(request.volumes))) < len(names):
+        raise UsageError("A task gets each of its volumes once; give --volume another name, or leave one out.")
     if request.network and not any(kind_of(name).network for name in backends):
         raise UsageError("Only a task in a container takes --network; a process has that of its node.")
     scheduled = all(kind_of(name).scheduled for name in backends)

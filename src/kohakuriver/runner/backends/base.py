@@ -228,6 +228,10 @@ class Backend(ABC):
         """The task's tunnel client came or went."""
         return
 
+    async def remove_volume(self, volume: str) -> None:
+        """Remove what a task was given as one of its `volume_ids`, if it is there. Raises UnavailableError."""
+        raise UnavailableError(f"Tasks of the {self.name} backend have no volumes.", code="not_supported")
+
     def target(self, task: TaskRecord) -> DirectTarget | None:
         """What the runner itself dials for a task's ports, None where a tunnel client does it."""
         return None

@@ -231,6 +231,12 @@ class TaskManager:
         self.book.drop(container, f"task {task.name} was removed", gone=True)
         return task
 
+    async def remove_volume(self, volume: str) -> None:
+        """Remove a volume, by what the node's engine calls it. Raises UnavailableError with the reason."""
+        for name in self._backends:
+            if kind_of(name).mounts:
+                await self._backend(name).remove_volume(volume)
+
     async def renew_token(self, container: str) -> TaskRecord:
         """Make the token of a task's tunnel client worthless, and give the client another. Raises NotFoundError."""
         task = self.book.get(container)

@@ -31,6 +31,7 @@ _LABEL_NODE = "kohakuriver.node"
 _LABEL_NAME = "kohakuriver.name"
 _LABEL_CONTAINER = "kohakuriver.container"
 _LABEL_RUNNER = "kohakuriver.runner"
+_LABEL_VOLUME = "kohakuriver.volume"
 _LABEL_URL = "kohakuriver.tunnel-url"
 
 
@@ -74,7 +75,7 @@ class Description:
                 _LABEL_URL: task.tunnel_url,
             },
             "HostConfig": {
-                "Mounts": [*mounts, *map(_mount, task.mounts)],
+                "Mounts": [*mounts, *map(_mount, task.mounts), *map(_volume, task.volumes, task.volume_ids)],
                 "Devices": [*map(_device, task.devices), *gpus.devices],
                 "DeviceRequests": gpus.requests,
                 "NetworkMode": network,
@@ -132,6 +133,15 @@ def _mount(text: str) -> dict[str, Any]:
         raise UsageError(f"--mount {text}: {source!r} must be a whole path on the node, or a volume's name.")
     kind = "bind" if source.startswith("/") else "volume"
     return {"Type": kind, "Source": source, "Target": target, "ReadOnly": mode == ["ro"]}
+
+
+def _volume(text: str, volume_id: str) -> dict[str, Any]:
+    """`NAME:/TARGET[:ro]` in the engine's words; it makes the volume where that is not there."""
+    name, target, *mode = text.split(":")
+    labels = {"Labels": {_LABEL_VOLUME: name}}
+    return {
+        "Type": "volume", "Source": volume_id, "Target": target, "ReadOnly": mode == ["ro"], "VolumeOptions": labels
+    }  # fmt: skip
 
 
 def _device(text: str) -> dict[str, str]:

@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import os
+import shutil
 import subprocess
 from collections.abc import Iterable
 from ipaddress import IPv4Address, ip_address
@@ -17,13 +19,14 @@ from typing import Any
 
 import structlog
 
-__all__ = ["Fence", "bridge_of", "name_servers", "rules"]
+__all__ = ["Fence", "bridge_of", "found", "name_servers", "rules"]
 
 log = structlog.get_logger("kohakuriver.runner")
 
 _CHAIN = "KOHAKURIVER"
 _RESOLVERS = (Path("/etc/resolv.conf"), Path("/run/systemd/resolve/resolv.conf"))
 _RUN_SECONDS = 20.0
+_SBIN = "/usr/local/sbin:/usr/sbin:/sbin"
 _WAIT = ("-w", "5")  # for another program that changes rules
 # Before the engine turns a published port into one of its container, and after connections are known.
 _TABLE, _HOOK = "mangle", "PREROUTING"
@@ -88,6 +91,17 @@ class Fence:
                 self._said = True
 
 
+def found(program: str) -> str:
+    """Where one of the packet filter's programs is: often not on the path of whoever starts a runner.
+
+    Raises OSError.
+    """
+    where = shutil.which(program, path=os.pathsep.join((os.environ.get("PATH", os.defpath), _SBIN)))
+    if where is None:
+        raise OSError(f"this machine has no {program}; install iptables")
+    return where
+
+
 def _put_up(bridge: str, gateway: str, with_v6: bool) -> None:
     """Raises OSError. Blocks for a moment."""
     if not Path(f"/sys/class/net/{bridge}").exists():
@@ -115,8 +129,11 @@ def _chain(program: str, bridge: str, text: str) -> None:
 
 def _run(*command: str, stdin: str = "") -> str:
     """What a command prints. Raises OSError, with what it says where it fails."""
+    program = found(command[0])
     try:
-        done = subprocess.run(command, input=stdin, capture_output=True, text=True, timeout=_RUN_SECONDS, check=True)
+        done = subprocess.run(
+            [program, *command[1:]], input=stdin, capture_output=True, text=True, timeout=_RUN_SECONDS, check=True
+        )
     except subprocess.CalledProcessError as error:
         raise OSError(f"{command[0]}: {error.stderr.strip()}") from error
     except subprocess.TimeoutExpired as error:

@@ -27,7 +27,7 @@ __all__ = ["Fetched", "Images"]
 
 PULLS, PULLS_OF_A_USER = 8, 2
 
-TOLD_SECONDS = 5.0
+TOLD_SECONDS = 2.0
 """How often is told how far a pull is."""
 
 log = structlog.get_logger("kohakuriver.runner")

@@ -426,6 +426,16 @@ class DockerBackend(Backend):
         self._doors.close(task.container)
         self._helper.forget(task.container)
 
+    async def remove_volume(self, volume: str) -> None:
+        with sentences("remove the volume"):
+            async with self._calls.place():
+                try:
+                    found = await self._docker.volumes.get(volume)  # type: ignore[no-untyped-call]
+                    await found.delete()
+                except DockerError as error:
+                    if error.status != 404:
+                        raise
+
     async def exec(self, task: TaskRecord, request: ExecRequest) -> ExecSession:
         with sentences("run a command in the container"):
             at = docker_exec.Engine(self._docker, self._calls)

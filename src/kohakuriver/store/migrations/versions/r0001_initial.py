@@ -201,3 +201,15 @@ def upgrade() -> None:
     )
     with op.batch_alter_table("task_keys", schema=None) as batch_op:
         batch_op.create_index(batch_op.f("ix_task_keys_task_id"), ["task_id"], unique=False)
+
+    op.create_table(
+        "volumes",
+        sa.Column("volume_id", sa.String(length=64), nullable=False),
+        sa.Column("owner", sa.String(length=63), nullable=False),
+        sa.Column("name", sa.String(length=63), nullable=False),
+        sa.Column("node", sa.String(length=63), nullable=False),
+        sa.Column("going", sa.Boolean(), nullable=False),
+        sa.Column("created_at", sa.Float(), nullable=False),
+        sa.PrimaryKeyConstraint("volume_id"),
+        sa.UniqueConstraint("owner", "name"),
+    )

@@ -1,0 +1,154 @@
+"""python -m scripts.pictures: make the README's two pictures, of a terminal and of the dashboard, from what runs.
+
+A cluster by `kohakuriver up`, a task with a web page, and a session to it. What the commands print on a real terminal
+becomes docs/images/terminal.svg, and what Chromium shows of the host docs/images/dashboard.png. Needs what `make e2e`
+installs.
+"""
+
+from __future__ import annotations
+
+import io
+import shlex
+import shutil
+import sys
+import tempfile
+import time
+import urllib.request
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pexpect
+from rich.console import Console
+from rich.text import Text
+
+from tests.support.up import Cluster
+
+IMAGES = Path(__file__).parents[1] / "docs" / "images"
+COLUMNS = 104
+SECONDS = 60
+
+# As Rich has it, but for fonts that it would have a reader's browser fetch.
+SVG = """<svg class="rich-terminal" viewBox="0 0 {width} {height}" xmlns="http://www.w3.org/2000/svg">
+<style>
+.{unique_id}-matrix {{ font-family: ui-monospace, Menlo, Consolas, monospace; font-size: {char_height}px;
+  line-height: {line_height}px; }}
+.{unique_id}-title {{ font-size: 18px; font-weight: bold; font-family: sans-serif; }}
+{styles}
+</style>
+<defs>
+<clipPath id="{unique_id}-clip-terminal">
+<rect x="0" y="0" width="{terminal_width}" height="{terminal_height}" />
+</clipPath>
+{lines}
+</defs>
+{chrome}
+<g transform="translate({terminal_x}, {terminal_y})" clip-path="url(#{unique_id}-clip-terminal)">
+{backgrounds}
+<g class="{unique_id}-matrix">
+{matrix}
+</g>
+</g>
+</svg>
+"""
+
+PAGE = """
+import http.server, sys
+class Page(http.server.BaseHTTPRequestHandler):
+    def do_GET(self):
+        body = b"epoch 12, loss 0.084\\n"
+        self.send_response(200)
+        self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        self.wfile.write(body)
+    def log_message(self, *about):
+        pass
+server = http.server.ThreadingHTTPServer(("127.0.0.1", 8888), Page)
+print("serving on port 8888", flush=True)
+server.serve_forever()
+"""
+
+LIVE = "return document.querySelector('.live:not(.off)') !== null;"
+
+
+def shown(cluster: Cluster, words: Sequence[str]) -> str:
+    """What a command prints on a terminal of its own."""
+    child = pexpect.spawn(
+        sys.executable, ["-m", "kohakuriver", *words],
+        env={**cluster.environment, "TERM": "xterm-256color"}, dimensions=(40, COLUMNS), timeout=SECONDS,
+    )  # fmt: skip
+    child.expect(pexpect.EOF)
+    child.close()
+    assert child.exitstatus == 0, child.before.decode()
+    text: str = child.before.decode()
+    return text.replace("\r\n", "\n").rpartition("\r")[2]  # what was drawn over is not there any more
+
+
+def draw_terminal(cluster: Cluster, path: Path) -> None:
+    """What somebody sees who makes a task and reaches it."""
+    session = (
+        ("vps", "list"),
+        ("vps", "logs", "train"),
+        ("forward", "train", "9000:8888", "--", "curl", "-s", "http://127.0.0.1:9000"),
+        ("connect", "train", "--", "sh", "-c", "echo in the task, as $(id -un)"),
+        ("vps", "ports", "train"),
+    )
+    console = Console(record=True, width=COLUMNS, file=io.StringIO(), force_terminal=True, color_system="truecolor")
+    for words in session:
+        console.print(Text.assemble(("$ ", "green"), (f"kohakuriver {shlex.join(words)}", "bold")))
+        console.print(Text.from_ansi(shown(cluster, words).rstrip("\n")))
+    path.write_text(console.export_svg(title="kohakuriver", code_format=SVG, unique_id="river"))
+
+
+def draw_dashboard(cluster: Cluster, path: Path) -> None:
+    """What Chromium shows of a task that is in use."""
+    from selenium import webdriver
+
+    chromium, driver = shutil.which("chromium"), shutil.which("chromedriver")
+    assert chromium, "chromium is missing: make e2e installs it"
+    assert driver, "chromedriver is missing: make e2e installs it"
+    forward = cluster.start("forward", "train", "0:8888", "--json")
+    port = forward.event("listening")["local_port"]
+    options = webdriver.ChromeOptions()
+    options.binary_location = chromium
+    for flag in ("--headless", "--no-sandbox", "--no-proxy-server", "--window-size=1280,860", "--hide-scrollbars"):
+        options.add_argument(flag)
+    browser = webdriver.Chrome(options=options, service=webdriver.ChromeService(executable_path=driver))
+    try:
+        browser.get(cluster.succeed("open", "--print").strip())
+        until(browser, LIVE)
+        browser.execute_script("location.hash = '#/tasks/train'")
+        end = time.monotonic() + 25  # for the plot of rates to have something to show
+        while time.monotonic() < end:
+            for _ in range(20):
+                with urllib.request.urlopen(f"http://127.0.0.1:{port}/") as answer:
+                    answer.read()
+            time.sleep(0.2)
+        browser.save_screenshot(str(path))
+    finally:
+        browser.quit()
+        forward.stop()
+
+
+def until(browser: Any, script: str) -> None:
+    """Wait until a script in the page says so."""
+    end = time.monotonic() + SECONDS
+    while not browser.execute_script(script):
+        assert time.monotonic() < end, script
+        time.sleep(0.1)
+
+
+def main() -> None:
+    with tempfile.TemporaryDirectory() as name:
+        cluster = Cluster(Path(name))
+        try:
+            create = ("vps", "create", "--name", "train", "--backend", "process", "--")
+            cluster.succeed(*create, sys.executable, "-c", PAGE)
+            draw_terminal(cluster, IMAGES / "terminal.svg")
+            draw_dashboard(cluster, IMAGES / "dashboard.png")
+        finally:
+            cluster.close()
+
+
+if __name__ == "__main__":
+    main()
