@@ -160,6 +160,19 @@ def test_workers_write_one_audit_log_that_each_of_them_shows(lab: Lab) -> None:
         assert f'"u{FORWARDS - 1}"' in lab.ask("GET", "/api/audit").text
 
 
+def test_an_agent_is_reached_by_whichever_worker_is_asked(lab: Lab, tmp_path: Path) -> None:
+    agent = lab.start("agent", "--name=bee", "--", *echo())
+    port = port_in(agent.line("port "))
+    assert port is not None
+    with contextlib.ExitStack() as stack:
+        for _ in range(FORWARDS):
+            opened = stack.enter_context(kohakuriver.forward_sync("bee", port, host=lab.url, token=lab.token))
+            said = stack.enter_context(socket.create_connection(("127.0.0.1", opened.local_port), PATIENCE))
+            said.sendall(b"x")
+            assert said.recv(1) == b"x"
+    agent.stop()
+
+
 def test_ctrl_c_ends_the_workers_with_the_host(ending: Lab) -> None:
     workers = ending.workers
     assert ending.host.stop(signal.SIGINT) == 0

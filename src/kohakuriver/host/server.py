@@ -114,6 +114,7 @@ class HostOptions:
         drain_notice: seconds. A host that is told to end first says for so long that it is not ready, and serves on.
         drain: seconds. Then its sessions have so long to move to another host.
         workers: processes that serve together, each a host of its own to the others; more than one needs PostgreSQL.
+        worker: which of them this one is.
         exit_with_stdin: it ends when its stdin does, as a child of `up` should.
         oidc_issuer: the OpenID provider at which people log in; None is no such login. The other `oidc_` options are as
             `Provider` and `Rules` take them. `oidc_ca_file` is what the provider's certificate is checked by.
@@ -141,6 +142,7 @@ class HostOptions:
     drain: int = 0
     drain_notice: int = 0
     workers: int = 1
+    worker: int = 0
     json: bool = False
     log_level: str = "info"
     log_format: str = "text"
@@ -183,22 +185,25 @@ class Perimeter:
 
 
 class Doors:
-    """The sockets that a host listens on: for HTTP, and for SSH. Closed at the end of a `with` block."""
+    """The sockets that a host, or a worker of one, listens on; closed at the end of a `with` block.
 
-    def __init__(self, http: list[socket.socket], ssh: socket.socket) -> None:
-        self.http, self.ssh = http, ssh
+    The last one for HTTP is `own`: what comes there is for this process and no other worker.
+    """
+
+    def __init__(self, http: list[socket.socket], ssh: socket.socket, own: socket.socket) -> None:
+        self.http, self.ssh, self.own = http, ssh, own
 
     @classmethod
     def of(cls, options: HostOptions, port: int, ssh_port: int) -> Doors:
         """Bound, and not listening yet. Raises LocalAddressError."""
         shared = options.workers > 1
-        http = bind_with_loopback(options.bind, port, shared=shared)
-        try:
-            return cls(http, bind(options.bind, ssh_port, shared=shared))
-        except BaseException:
-            for sock in http:
-                sock.close()
-            raise
+        with contextlib.ExitStack() as stack:
+            http = [stack.enter_context(sock) for sock in bind_with_loopback(options.bind, port, shared=shared)]
+            if shared:
+                http.append(stack.enter_context(bind(options.bind, 0)))
+            doors = cls(http, bind(options.bind, ssh_port, shared=shared), http[-1 if shared else 0])
+            stack.pop_all()
+        return doors
 
     @property
     def ports(self) -> tuple[int, int]:
@@ -243,7 +248,8 @@ def _serve_together(options: HostOptions, doors: list[Doors], close: Callable[[]
         metrics = None if options.metrics is None else counted_up(options.metrics, number)
         for others in (*doors[:number], *doors[number + 1 :]):
             others.close()
-        return loops.run(main(replace(options, metrics=metrics, exit_with_stdin=True), doors[number], ready))
+        changed = replace(options, metrics=metrics, exit_with_stdin=True, worker=number)
+        return loops.run(main(changed, doors[number], ready))
 
     return serve_together(options.workers, serve_one, lambda said: _print_ready(options, said), close)
 
@@ -292,7 +298,7 @@ class Host:
         ready: Callable[[Ready], None],
     ) -> None:
         self._options, self._perimeter, self._measures = options, perimeter, perimeter.measures
-        self._socks, self._ssh_sock = doors.http, doors.ssh
+        self._socks, self._ssh_sock, self._own = doors.http, doors.ssh, doors.own
         self._tell_ready = ready
         self._store, self._runners = store, runners
         self._proxies = Proxies(options.trusted_proxies)
@@ -413,16 +419,23 @@ class Host:
     @property
     def _advertised(self) -> str:
         """Where other hosts on the database find this one, "" where there are none, or they can't."""
+        scheme = "https" if self._options.tls_cert else "http"
+        if self._options.workers > 1:
+            port = self._own.getsockname()[1]
+            told = urlsplit(self._options.advertise_url or "").hostname
+            return socket_url(self._own, scheme) if told is None else f"{scheme}://{told}:{port}"
         address = self._socks[0].getsockname()[0]
         if self._options.advertise_url or self._store.server is None or ip_address(address).is_unspecified:
             return self._options.advertise_url or ""
-        return socket_url(self._socks[0], "https" if self._options.tls_cert else "http")
+        return socket_url(self._socks[0], scheme)
 
     async def _make_agents(self) -> None:
         """This host as a node, for tasks that dial in."""
         options, audit = self._options, self._perimeter.audit
+        directory = options.state_dir / f"worker-{options.worker}" if options.worker else options.state_dir
+        directory.mkdir(exist_ok=True, mode=0o700)
         self._agent_node = AgentNode(
-            options.state_dir,
+            directory,
             self._store,
             self._agents,
             self._nodes,
