@@ -3,6 +3,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import socket
+import struct
 from collections.abc import AsyncIterator, Callable, Coroutine
 from typing import Any
 
@@ -19,6 +20,7 @@ from kohakuriver.tunnel.user_endpoint import UserEndpoint
 from tests.support.peers.fake_transport import FakeTransport
 
 Run = Callable[[Coroutine[Any, Any, None]], None]
+Program = tuple[socket.socket, TcpStream]
 
 
 class Wire(FakeTransport):
@@ -125,9 +127,15 @@ def test_a_link_that_is_lost_takes_what_was_late_with_it(run: Run) -> None:
 
 
 @contextlib.asynccontextmanager
-async def a_program(user: User, says: bytes = b"") -> AsyncIterator[tuple[socket.socket, TcpStream]]:
-    """A program that connects to a port of this end, and what it `says` before that is accepted; its stream."""
+async def a_program(user: User, says: bytes = b"", *, before: bool = False) -> AsyncIterator[Program]:
+    """A program that connects to a port of this end, and what it `says` before that is accepted; its stream.
+
+    `before` it another one has connected, and has reset its connection at once.
+    """
     listening = await user.endpoint.listen_tcp("127.0.0.1", 0, 7)
+    if before:
+        with socket.create_connection(("127.0.0.1", listening.port)) as other:
+            other.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
     with socket.create_connection(("127.0.0.1", listening.port)) as program:
         program.sendall(says)
         await user.wire.written.wait()
@@ -160,5 +168,14 @@ def test_connections_have_the_options_of_their_listener(run: Run) -> None:
             sock = stream._transport.get_extra_info("socket")
             assert sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY)
             assert sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_NOTSENT_LOWAT) == NOTSENT_LOWAT
+
+    run(main())
+
+
+def test_a_connection_that_was_reset_before_it_was_accepted_opens_nothing(run: Run) -> None:
+    async def main() -> None:
+        user = User()
+        async with a_program(user, b"GET /", before=True):
+            assert user.wire.kinds() == [[CONNECT, DATA]]
 
     run(main())

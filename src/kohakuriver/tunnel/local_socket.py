@@ -17,12 +17,12 @@ from kohakuriver.tunnel.link import Link, soon
 from kohakuriver.tunnel.local_writer import LocalWriter
 from kohakuriver.tunnel.owner import TcpOwner
 from kohakuriver.tunnel.protocol import CONNECT, DATA, PROTO_TCP, RESUME, WINDOW, ErrorText
-from kohakuriver.tunnel.states import Do, Role, State
+from kohakuriver.tunnel.states import Do, State
 from kohakuriver.tunnel.stream import Action, Reading, Send, StreamCore
 from kohakuriver.tunnel.streams import Attachment
 from kohakuriver.tunnel.windows import EARLY_DATA
 
-__all__ = ["TcpStream"]
+__all__ = ["AcceptedStream", "TcpStream"]
 
 _DIALLED = frozenset({CONNECT, RESUME})  # they say to which port
 BLOCKED_READ = 4 * 1024  # a stream that learns only by reading that the link is blocked adds this to what waits
@@ -75,17 +75,6 @@ class TcpStream(LocalWriter):
         self.owner.socket_ready(self)
         self.pump()
         soon(self._settled)
-
-    def tune(self, transport: asyncio.Transport) -> None:
-        if self.owner.rules.role is Role.ACCEPTOR or not isinstance(transport.get_extra_info("sockname"), tuple):
-            super().tune(transport)  # else it began as our listener is, and asking costs as much as the rest of it
-
-    def read_early(self) -> None:
-        """Take what came with the connection: programs that speak first have mostly spoken by now (§3 rule 2)."""
-        space = receive_buffer().view[HEADROOM : HEADROOM + EARLY_DATA]
-        size = self._direct.read_into(space)
-        if size:
-            self.core.local_data(space[:size])
 
     def _settled(self) -> None:
         """uvloop undoes a pause in connection_made, so the first one is made here."""
@@ -345,3 +334,27 @@ class TcpStream(LocalWriter):
         elif act is Do.FREE_LINK and self._holds is not None:
             self._holds.intake.resume(self)
             self._holds = None
+
+
+class AcceptedStream(TcpStream):
+    """The stream of a TCP connection that a listener of `bind` accepted."""
+
+    __slots__ = ()
+
+    def use(self, transport: asyncio.Transport) -> None:
+        super().use(transport)
+        self._read_early()
+
+    def tune(self, transport: asyncio.Transport) -> None:
+        """It began as its listener is, and asking costs as much as all else that is done with a new connection."""
+
+    def _read_early(self) -> None:
+        """Take what came with the connection: programs that speak first have mostly spoken by now (§3 rule 2)."""
+        space = receive_buffer().view[HEADROOM : HEADROOM + EARLY_DATA]
+        try:
+            size = self._direct.read_into(space)
+        except OSError as exc:  # it was reset; the kernel says so once
+            self.failed(exc)
+            return
+        if size:
+            self.core.local_data(space[:size])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import errno
 import os
 import socket
@@ -60,12 +61,12 @@ class DirectSocket:
             return 0
 
     def read_into(self, space: memoryview) -> int:
-        """How many bytes were there already; an end or an error is left for the transport to find."""
+        """How many bytes were there already; an end is left for the transport to find. Raises OSError."""
         if self.fd < 0 or _readv is None:
             return 0
         try:
             return _readv(self.fd, (space,))
-        except OSError:
+        except BlockingIOError:
             return 0
 
 
@@ -124,11 +125,9 @@ def tune_socket(transport: asyncio.Transport) -> None:
 
 
 def tune_listener(sock: socket.socket) -> None:
-    """The same for all connections that a TCP listener accepts from now on: they begin as it is (Linux, BSD).
-
-    Raises OSError.
-    """
-    _tune(sock)
+    """The same for all connections that a TCP listener accepts from now on: they begin as it is (Linux, BSD)."""
+    with contextlib.suppress(OSError):  # nothing fails without it
+        _tune(sock)
 
 
 def _tune(sock: socket.socket) -> None:

@@ -15,7 +15,7 @@ from kohakuriver.tunnel.endpoint import MAX_CONTROL, AnyStream, Endpoint, Share,
 from kohakuriver.tunnel.kept import opening_kept
 from kohakuriver.tunnel.link import Link
 from kohakuriver.tunnel.local_listeners import LISTEN_BACKLOG, ListeningSocket, bind
-from kohakuriver.tunnel.local_socket import TcpStream
+from kohakuriver.tunnel.local_socket import AcceptedStream, TcpStream
 from kohakuriver.tunnel.opener import KeptStreams, is_resuming
 from kohakuriver.tunnel.protocol import (
     CLOSE,
@@ -220,7 +220,6 @@ class UserEndpoint(Endpoint):
             self.on_going_away(told[1])
 
     def socket_ready(self, stream: TcpStream) -> None:
-        stream.read_early()
         if self.open_tcp(stream):
             self.on_accept(self.stream_count)
             return
@@ -252,9 +251,11 @@ class UserEndpoint(Endpoint):
         at = streams.enter(stream, streams.new_id())
         out = streams.link.out
         gathers = out.gather()  # what came early goes with the CONNECT
-        stream.attach(at, stream.core.link(streams.link.version))
-        if gathers:
-            out.scatter()
+        try:
+            stream.attach(at, stream.core.link(streams.link.version))
+        finally:
+            if gathers:
+                out.scatter()
         return True
 
     def open_udp(self, stream: UdpStream) -> bool:
@@ -302,7 +303,7 @@ class UserEndpoint(Endpoint):
         loop = asyncio.get_running_loop()
         sock = await bind(host, port, socket.SOCK_STREAM)
         server = await loop.create_server(
-            made or (lambda: TcpStream(self, remote_port)), sock=sock, backlog=LISTEN_BACKLOG
+            made or (lambda: AcceptedStream(self, remote_port)), sock=sock, backlog=LISTEN_BACKLOG
         )
         listening = ListeningSocket(host, sock.getsockname()[1], remote_port, "tcp", server.close, sock)
         self.listening.append(listening)
@@ -361,7 +362,8 @@ async def delivered(endpoint: UserEndpoint) -> None:
         await asyncio.sleep(LOOK)  # first: a connection may not have been accepted yet
         kept = endpoint.kept.streams if endpoint.kept is not None else ()
         open_now = kept if endpoint.streams is None else endpoint.streams.by_id.values()
-        if not any(isinstance(stream, TcpStream) for stream in open_now):
+        # One whose both sides have ended waits for the last word of its peer alone.
+        if not any(isinstance(each, TcpStream) and each.core.state is not State.ENDED for each in open_now):
             return
         if endpoint.totals.bytes_sent != sent:
             sent, until = endpoint.totals.bytes_sent, time.monotonic() + QUIET
