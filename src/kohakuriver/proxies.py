@@ -65,7 +65,11 @@ class Proxies:
 
 def _network(text: str) -> IPv4Network | IPv6Network:
     try:
-        return ip_network(text.strip())
+        network = ip_network(text.strip())
+        if isinstance(network, IPv4Network) or network.network_address.ipv4_mapped is None:
+            return network
+        # Peers are known by the address behind ::ffff:.
+        return ip_network((network.network_address.ipv4_mapped, max(0, network.prefixlen - 96)), strict=False)
     except ValueError:
         raise UsageError(
             f"{text[:100]!r} is no network of proxies: give an address or a network, as in "

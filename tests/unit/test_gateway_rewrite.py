@@ -147,6 +147,7 @@ def test_a_services_cookie_is_its_own_addresss_alone(cookie: bytes, kept: bytes 
         (b'"cache", "cookies" , "storage"', b'"cache", "storage"'),
         (b'"*"', b'"cache", "storage", "executionContexts"'),
         (b'"storage"', b'"storage"'),
+        (b'"coo kies", " * ", "cookies ", "later"', None),
     ],
 )
 def test_a_service_clears_no_cookies_which_would_be_those_of_all_its_siblings(
@@ -156,7 +157,17 @@ def test_a_service_clears_no_cookies_which_would_be_those_of_all_its_siblings(
     assert lines == ([] if kept is None else [b"Clear-Site-Data: " + kept])
 
 
-@pytest.mark.parametrize("name", [b"X-Accel-Redirect", b"x-sendfile", b"X-LIGHTTPD-send-file", b"X-Reproxy-URL"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        b"X-Accel-Redirect",
+        b"x-sendfile",
+        b"X-Sendfile-Temporary",
+        b"X-LiteSpeed-Location",
+        b"X-LIGHTTPD-send-file",
+        b"X-Reproxy-URL",
+    ],
+)
 def test_a_service_gives_no_orders_to_a_proxy_before_us(name: bytes) -> None:
     assert outside(name + b": /protected/of/others\r\nX-Accel-Buffering: no\r\n")[1:] == [b"X-Accel-Buffering: no"]
 

@@ -60,6 +60,12 @@ def test_nobody_else_is_believed(peer: str) -> None:
     assert Proxies().tls(PEER[0], ["https"]) is None
 
 
+def test_a_network_of_ipv4_may_be_given_as_ipv6_has_it() -> None:
+    for given in ("::ffff:10.0.3.0/120", "::ffff:10.0.3.7"):
+        assert Proxies([given]).trusts("10.0.3.7")
+    assert not Proxies(["::ffff:10.0.3.0/120"]).trusts("10.0.4.7")
+
+
 def test_a_proxy_of_ipv4_is_one_on_a_socket_of_ipv6_too() -> None:
     assert PROXIES.client(("::ffff:10.0.3.7", 1), ["203.0.113.9"]) == ("203.0.113.9", 0)
 

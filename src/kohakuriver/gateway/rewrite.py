@@ -40,22 +40,17 @@ _TOLD_BY_US = frozenset(
 )
 _NEVER_NAMED = frozenset({b"host", b"cookie", b"authorization", b"content-length", b"origin"})
 _NEVER_NAMED_BACK = frozenset({b"set-cookie", b"content-length", b"location"})
-# What proxies before us take for orders of ours: to answer with a file or an address of theirs, and what to keep.
-_ORDERS = frozenset(
-    {
-        b"x-accel-expires",
-        b"x-accel-redirect",
-        b"x-lighttpd-send-file",
-        b"x-lighttpd-send-tempfile",
-        b"x-reproxy-file",
-        b"x-reproxy-url",
-        b"x-sendfile",
-    }
-)
+# What proxies before us take for orders of ours: to answer with a file or an address of theirs, and what to keep. Of
+# some makers all that begins so, since new ones come.
+_ORDERS = frozenset({b"x-accel-expires", b"x-accel-redirect"})
+_ORDERS_BEGIN = (b"x-sendfile", b"x-litespeed-", b"x-lighttpd-", b"x-reproxy-")
 _ANSWER_DROPPED = _HOP | _ORDERS
 _ANSWER_CHANGED = frozenset({b"set-cookie", b"location", b"clear-site-data"})
-# What says that an answer may be kept.
-_KEEPING = frozenset({b"cache-control", b"cdn-cache-control", b"expires", b"pragma", b"surrogate-control"})
+# What says that an answer may be kept, beside Cache-Control and those that end so, as Cloudflare-CDN-Cache-Control.
+_KEEPING = frozenset({b"expires", b"pragma", b"surrogate-control"})
+_KEEPING_ENDS = b"cache-control"
+# What a service may have a browser clear. Browsers read words with blanks and stars in ways of their own.
+_CLEARED = frozenset({b'"cache"', b'"storage"', b'"executionContexts"', b'"clientHints"'})
 _NONE: frozenset[bytes] = frozenset()
 # What programs of the service's side take for the same field: to WSGI and CGI dash and underscore are one.
 _REQUEST_DROPPED = _HOP | _TOLD_BY_US | {b"host"}
@@ -116,7 +111,9 @@ def response(
     named = _named(head, _NEVER_NAMED_BACK) | (_KEEPING if more else _NONE)
     lines = [b"HTTP/1.1 %d %s" % (head.status, head.reason)]
     for lower, name, value in head.fields.listed:
-        if lower in _ANSWER_DROPPED or lower in named:
+        if lower in _ANSWER_DROPPED or lower in named or lower.startswith(_ORDERS_BEGIN):
+            continue
+        if more and lower.endswith(_KEEPING_ENDS):
             continue
         if lower in _ANSWER_CHANGED:
             value = _outside(value, place) if lower == b"location" else _own_alone(lower, value)
@@ -144,7 +141,7 @@ def _cleared(what: bytes) -> bytes:
     listed = [word.strip(b" \t") for word in what.split(b",")]
     if b'"*"' in listed:
         listed += [b'"cache"', b'"storage"', b'"executionContexts"']
-    return b", ".join(dict.fromkeys(word for word in listed if word not in (b'"*"', b'"cookies"', b"")))
+    return b", ".join(dict.fromkeys(word for word in listed if word in _CLEARED))
 
 
 def _host_only(cookie: bytes) -> bytes:

@@ -255,7 +255,8 @@ class Grants:
             if grant.use.digest == before and grant.caller.name == user:
                 grant.inherited_by(now)
         of_user = self._held.get(user, OrderedDict())
-        for held in [held for use, held in of_user.items() if use.digest == before]:
+        # What was to end already ends: whoever had that credential may have been another.
+        for held in [held for use, held in of_user.items() if use.digest == before and not held.told]:
             self._hold_no_more(held)
             self.hold(replace(held, use=held.use._replace(digest=now)))
 
