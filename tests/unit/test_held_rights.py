@@ -9,7 +9,7 @@ from typing import Any, cast
 
 from kohakuriver.errors import UnavailableError
 from kohakuriver.host.services.grants import MAX_HELD, Grants, Held
-from kohakuriver.store import Use
+from kohakuriver.store import SessionCounts, Use
 from kohakuriver.tunnel.udp import EARLY_BYTES, UdpStream
 from kohakuriver.tunnel.udp_service import ALL_KEPT_BYTES, KEPT_BYTES, REFUSALS_APART, Datagrams, Refusals
 
@@ -18,12 +18,16 @@ class Asked:
     """Accounts of which the rights in `gone` are, and what was asked of them."""
 
     def __init__(self) -> None:
-        self.uses: list[Use] = []
+        self.asked: list[Use] = []
         self.gone: set[Use] = set()
+        self.entitled: set[tuple[str, int]] = set()
 
     async def withdrawn(self, uses: Iterable[Use]) -> dict[Use, str]:
-        self.uses = list(uses)
-        return dict.fromkeys(self.gone.intersection(self.uses), "it is gone")
+        self.asked = list(uses)
+        return dict.fromkeys(self.gone.intersection(self.asked), "it is gone")
+
+    async def uses(self, user: str, task_id: int) -> bool:
+        return (user, task_id) in self.entitled
 
 
 def lost(user: str, number: int, until: float) -> Held:
@@ -44,12 +48,47 @@ def test_of_one_user_who_loses_sessions_without_end_the_newest_are_watched_and_a
         for number in range(2 * MAX_HELD):
             grants.hold(lost("eve", number, later))
         await grants.check()
-        assert len(accounts.uses) == MAX_HELD + 1
+        assert len(accounts.asked) == MAX_HELD + 1
         accounts.gone = {Use("ann's", 1, None), Use("eve's", 2 * MAX_HELD - 1, None), Use("eve's", 0, None)}
         await grants.check()
         await grants.check()
         assert sorted(revoked) == [("ann", "c1"), ("eve", f"c{2 * MAX_HELD - 1}")]
-        assert len(accounts.uses) == MAX_HELD - 1
+        assert len(accounts.asked) == MAX_HELD - 1
+
+    asyncio.run(check())
+
+
+class Elsewhere(SessionCounts):
+    """Sessions at other hosts: one of ann's, while `there`."""
+
+    there = 1
+
+    async def elsewhere(self, user: str) -> int:
+        return self.there if user == "ann" else 0
+
+
+def test_what_a_user_left_stays_while_sessions_at_other_hosts_may_hang_on_another_right_to_the_task() -> None:
+    async def check() -> None:
+        accounts, revoked, counts = Asked(), [], Elsewhere()
+
+        async def revoke(node: str, container: str, user: str, reason: str) -> None:
+            revoked.append((user, container))
+
+        grants = Grants(cast(Any, accounts), revoke=revoke, counts=counts)
+        for user in ("ann", "bob"):
+            grants.hold(lost(user, 1, time.monotonic() + 100))
+        accounts.gone = {Use("ann's", 1, None), Use("bob's", 1, None)}
+        accounts.entitled = {("ann", 1), ("bob", 1)}
+        await grants.check()
+        assert revoked == [("bob", "c1")]
+        counts.there = 0
+        await grants.check()
+        assert revoked == [("bob", "c1"), ("ann", "c1")]
+        counts.there = 1
+        grants.hold(lost("ann", 2, time.monotonic() + 100))
+        accounts.gone = {Use("ann's", 2, None)}
+        await grants.check()  # she may not use that task any more
+        assert revoked[2:] == [("ann", "c2")]
 
     asyncio.run(check())
 

@@ -396,6 +396,17 @@ class Accounts:
         """Whether a task is shared with a user, or with a group that the user is in."""
         return await self._store.read(lambda session: is_shared_with(session, task_id, user))
 
+    async def uses(self, user: str, task_id: int) -> bool:
+        """Whether there is this user, and may use a task: as its owner, as an admin, or since it is shared."""
+
+        def look(session: Session) -> bool:
+            found, task = session.get(User, user), session.get(Task, task_id)
+            if found is None or task is None:
+                return False
+            return found.role == "admin" or task.owner == user or is_shared_with(session, task_id, user)
+
+        return await self._store.read(look)
+
     async def names_of(self, user: str) -> set[str]:
         """What a user is called where tasks are shared: the name, and the groups that the user is in, as @NAME."""
         return await self._store.read(lambda session: {user, *map(share_name, groups_of(session, user))})

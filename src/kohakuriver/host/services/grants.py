@@ -290,7 +290,8 @@ class Grants:
             if grant.use in withdrawn:
                 self._grants.discard(grant)  # it is told once
                 grant.withdraw(withdrawn[grant.use])
-        await self._let_go(self._without_right(withdrawn), withdrawn)
+        gone = [held for held in self._without_right(withdrawn) if not await self._has_others(held)]
+        await self._let_go(gone, withdrawn)
 
     def _without_right(self, withdrawn: dict[Use, str]) -> list[Held]:
         """What is to end now. While the same user has another right to the task, that would end what is its own."""
@@ -300,6 +301,13 @@ class Grants:
         entitled = {(grant.caller.name, grant.use.task_id) for grant in self._grants if grant.use not in withdrawn}
         entitled |= {(held.user, held.use.task_id) for held in self._all_held() if held.use not in withdrawn}
         return [held for held in gone if (held.user, held.use.task_id) not in entitled]
+
+    async def _has_others(self, held: Held) -> bool:
+        """Whether its user may use the task by another right, and has sessions at other hosts, which may hang on it.
+
+        Those would end, too; so it stays for as long as they do. Raises KohakuRiverError when the database fails.
+        """
+        return bool(await self.counts.elsewhere(held.user)) and await self._accounts.uses(held.user, held.use.task_id)
 
     async def _let_go(self, gone: list[Held], why: dict[Use, str]) -> None:
         """End what sessions left behind. Where a node can't be reached it is tried again."""
