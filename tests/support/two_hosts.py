@@ -23,6 +23,7 @@ from tests.support.processes import PATIENCE, eventually
 from tests.support.services import echo, port_in
 from tests.support.up import Commands, Program
 
+ROOT = Path(__file__).resolve().parents[2]
 NAMES = ("a", "b")
 
 
@@ -132,15 +133,27 @@ def two_hosts(directory: Path, database: str, *options: str) -> Iterator[TwoHost
 @contextlib.contextmanager
 def balancer(hosts: TwoHosts) -> Iterator[str]:
     """The URL of an HAProxy that sends everything to a host that says that it is ready."""
+    servers = {name: url.partition("://")[2] for name, url in hosts.urls.items()}
+    with haproxy(guide_config(), servers, hosts.directory) as url:
+        yield url
+
+
+@contextlib.contextmanager
+def haproxy(config: str, servers: dict[str, str], directory: Path) -> Iterator[str]:
+    """The URL of an HAProxy with this configuration, in which `host-NAME:8000` become the `servers`."""
     program = shutil.which("haproxy", path=os.environ["PATH"] + ":/usr/sbin")
     assert program, "HAProxy is not installed: run scripts/system-packages test"
-    servers = "".join(f"    server {n} {url.partition('://')[2]} check\n" for n, url in hosts.urls.items())
+    for name, at in servers.items():
+        config = config.replace(f"host-{name}:8000", at)
+    config = config.replace("inter 1s", "inter 200ms")  # looks more often
     with socket.create_server(("127.0.0.1", 0)) as listener:
         listener.set_inheritable(True)
         port = listener.getsockname()[1]
-        config = hosts.directory / "haproxy.cfg"
-        config.write_text(HAPROXY.format(listener=listener.fileno(), servers=servers))
-        with subprocess.Popen([program, "-db", "-f", str(config)], pass_fds=[listener.fileno()]) as process:
+        config = config.replace("bind :8000", f"bind fd@{listener.fileno()}")
+        config = config.replace("bind :8002", f"bind unix@{directory / 'ssh.sock'}")
+        file = directory / "haproxy.cfg"
+        file.write_text(config)
+        with subprocess.Popen([program, "-db", "-f", str(file)], pass_fds=[listener.fileno()]) as process:
             try:
                 listener.close()
                 yield f"http://127.0.0.1:{port}"
@@ -148,28 +161,15 @@ def balancer(hosts: TwoHosts) -> Iterator[str]:
                 process.terminate()
 
 
-# What docs/guide/cluster.md shows, looking more often.
-HAPROXY = """
-defaults
-    mode http
-    timeout connect 2s
-    timeout check 5s
-    timeout client 1h
-    timeout server 1h
-    option redispatch 1
-    retries 3
-    retry-on conn-failure empty-response
-    option httpchk GET /health/ready
+def guide_config() -> str:
+    """What docs/guide/cluster.md shows."""
+    text = (ROOT / "docs/guide/cluster.md").read_text("utf-8")
+    return "\n".join(block for block in text.split("```")[1::2] if "\nbackend hosts" in block)
 
-frontend users
-    bind fd@{listener}
-    option forwardfor
-    default_backend hosts
 
-backend hosts
-    balance leastconn
-    default-server inter 200ms fall 1 rise 1
-{servers}"""
+def compose_config() -> str:
+    """What deploy/compose has."""
+    return (ROOT / "deploy/compose/haproxy.cfg").read_text("utf-8")
 
 
 class Asking(threading.Thread):

@@ -11,7 +11,7 @@ import pytest
 
 from kohakuriver.errors import UsageError
 from kohakuriver.host.services.volumes import node_of
-from kohakuriver.store.volumes import MOST_VOLUMES
+from kohakuriver.store.volumes import MOST_VOLUMES, REMOVAL_SECONDS, Volumes
 from tests.support.host_only import a_host
 
 Run = Callable[[Coroutine[Any, Any, None]], None]
@@ -92,6 +92,50 @@ def test_a_volume_is_removed_when_that_is_asked_for_and_no_task_has_it(run: Run,
             assert runner.asked[-1][:2] == ("DELETE", path)
             assert await listed(ann) == []
             assert (await ann.delete("/api/volumes/data")).status_code == 404
+
+    run(check())
+
+
+def test_a_volume_whose_removal_died_with_its_host_is_good_again_after_two_minutes(run: Run, tmp_path: Path) -> None:
+    async def check() -> None:
+        async with a_host(tmp_path) as host:
+            runner = await host.runner()
+            ann, _ = await host.person("ann")
+            for again in (False, True):
+                assert (await made(ann, "data:/data", name="lab"))["http"] == 201
+                await ann.delete("/api/tasks/lab")
+                await Volumes(host.store, clock=host.clock).begin_removal("ann", "data")  # and no word any more
+                host.clock.now += REMOVAL_SECONDS - 1
+                await runner.beat()
+                assert (await made(ann, "data:/data"))["error"] == "volume_going"
+                assert (await ann.delete("/api/volumes/data")).json()["error"] == "volume_going"
+                host.clock.now += 1
+                if again:
+                    assert (await ann.delete("/api/volumes/data")).status_code == 200
+                    assert await listed(ann) == []
+
+    run(check())
+
+
+def test_a_removal_that_ends_late_undoes_nothing_that_was_begun_since(run: Run, tmp_path: Path) -> None:
+    async def check() -> None:
+        async with a_host(tmp_path) as host:
+            runner = await host.runner()
+            ann, _ = await host.person("ann")
+            await made(ann, "data:/data", name="lab")
+            await ann.delete("/api/tasks/lab")
+            volumes = Volumes(host.store, clock=host.clock)
+            late, _ = await volumes.begin_removal("ann", "data")
+            host.clock.now += REMOVAL_SECONDS
+            await runner.beat()
+            second, _ = await volumes.begin_removal("ann", "data")
+            await volumes.end_removal(late.volume_id, late.going, gone=False)
+            assert (await made(ann, "data:/data"))["error"] == "volume_going"  # the second one is under way
+            host.clock.now += REMOVAL_SECONDS
+            await runner.beat()
+            assert (await made(ann, "data:/data", name="new"))["http"] == 201
+            await volumes.end_removal(second.volume_id, second.going, gone=True)
+            assert await listed(ann) == [("data", "ann", "n1", ["new"])]
 
     run(check())
 

@@ -30,14 +30,28 @@ pub struct Bound {
 /// All of them.
 pub fn all(udp: bool) -> Vec<Bound> {
     let mut found = Vec::new();
-    each(udp, |at, line| {
-        found.push(Bound {
-            at,
-            inode: field(line, INODE).unwrap_or(0),
-            user: field(line, USER).unwrap_or(u32::MAX),
-        });
+    each(udp, |at, line| found.push(bound(at, line)));
+    found
+}
+
+/// The datagram sockets at an address that take them from one peer, and that peer's from all others there.
+pub fn with_peers(at: SocketAddr) -> Vec<Bound> {
+    let mut found = Vec::new();
+    sockets(true, |socket, state, line| {
+        if state != UNCONNECTED && socket == at {
+            found.push(bound(socket, line));
+        }
+        true
     });
     found
+}
+
+fn bound(at: SocketAddr, line: &str) -> Bound {
+    Bound {
+        at,
+        inode: field(line, INODE).unwrap_or(0),
+        user: field(line, USER).unwrap_or(u32::MAX),
+    }
 }
 
 /// The addresses but 127.0.0.1 and ::1 on which something listens on `port`; none where there is no `/proc`.
@@ -53,20 +67,31 @@ pub fn on(udp: bool, port: u16) -> Vec<SocketAddr> {
 
 /// Where something listens, with its line of the kernel's table.
 fn each(udp: bool, mut take: impl FnMut(SocketAddr, &str)) {
-    let (files, state) = if udp {
-        (["/proc/net/udp", "/proc/net/udp6"], UNCONNECTED)
+    let wanted = if udp { UNCONNECTED } else { LISTEN };
+    sockets(udp, |at, state, line| {
+        if state == wanted {
+            take(at, line);
+        }
+        // Those that listen come first among TCP's sockets.
+        udp || state == wanted
+    });
+}
+
+/// Local address, state and line of each socket of a table, as long as `take` wants more of it.
+fn sockets(udp: bool, mut take: impl FnMut(SocketAddr, &str, &str) -> bool) {
+    let files = if udp {
+        ["/proc/net/udp", "/proc/net/udp6"]
     } else {
-        (["/proc/net/tcp", "/proc/net/tcp6"], LISTEN)
+        ["/proc/net/tcp", "/proc/net/tcp6"]
     };
     for file in files {
         let Ok(file) = File::open(file) else { continue };
         let lines = BufReader::new(file.take(MOST_BYTES)).lines();
         for line in lines.map_while(Result::ok).skip(1).take(MOST) {
-            match socket(&line) {
-                Some((at, its)) if its == state => take(at, &line),
-                // Those that listen come first among TCP's sockets.
-                Some(_) if !udp => break,
-                _ => {}
+            if let Some((at, state)) = socket(&line)
+                && !take(at, state, &line)
+            {
+                break;
             }
         }
     }
@@ -188,6 +213,19 @@ mod tests {
         let bound = all(false).into_iter().find(|bound| bound.at == at).unwrap();
         assert_eq!(link.to_str(), Some(&*format!("socket:[{}]", bound.inode)));
         assert_eq!(bound.user, crate::sys::user());
+    }
+
+    #[test]
+    fn a_datagram_socket_with_a_peer_is_no_listener_and_is_found_by_its_own_address() {
+        let peer = std::net::UdpSocket::bind("127.0.0.1:0").unwrap();
+        let sock = std::net::UdpSocket::bind("0.0.0.0:0").unwrap();
+        sock.connect(peer.local_addr().unwrap()).unwrap();
+        let at = sock.local_addr().unwrap();
+        assert!(at.ip() == Ipv4Addr::LOCALHOST, "connecting binds it");
+        let found = with_peers(at);
+        assert!(found.len() == 1 && found[0].user == crate::sys::user());
+        assert!(!all(true).contains(&found[0]));
+        assert_eq!(with_peers(peer.local_addr().unwrap()), []);
     }
 
     #[test]

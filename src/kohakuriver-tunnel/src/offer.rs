@@ -62,11 +62,20 @@ impl Offer {
     /// asks before and behind the connection knows that it is not of another one. An error is one with a text for the
     /// user, or `ECONNREFUSED` where nothing listens.
     pub fn check(&self, udp: bool, to: SocketAddr) -> io::Result<u64> {
+        self.check_at(udp, to, || is_here(Ipv6Addr::LOCALHOST.into()))
+    }
+
+    fn check_at(&self, udp: bool, to: SocketAddr, v6: impl Fn() -> bool) -> io::Result<u64> {
         if self.all || self.ports.contains(&to.port()) {
             return Ok(0);
         }
-        let takers = takers(listeners::all(udp), to);
+        let at = Place { udp, to, v6: v6() };
+        let mut takers = at.takers(&listeners::all(udp));
         let first = takers.iter().map(|bound| bound.inode).min();
+        if udp {
+            // One with a peer comes before all without; its peer may be the socket that asks here.
+            takers.extend(listeners::with_peers(to));
+        }
         match first {
             Some(first) if takers.iter().all(|bound| self.shows(bound)) => Ok(first),
             None if self.own.is_some() => Err(io::Error::from_raw_os_error(libc::ECONNREFUSED)),
@@ -79,7 +88,7 @@ impl Offer {
         if self.all || !is_here(to.ip()) {
             return Ok(0);
         }
-        self.check(false, to)
+        self.check_at(false, to, || false)
     }
 
     fn refusal(&self, port: u16) -> io::Error {
@@ -99,21 +108,39 @@ pub fn is_refusal(error: &io::Error) -> bool {
     error.kind() == io::ErrorKind::PermissionDenied && error.raw_os_error().is_none()
 }
 
-/// The listeners that the kernel chooses from for a connection to `to`: the address itself stands above those that take
-/// any, and IPv4's own above one of IPv6 that takes both.
-fn takers(all: Vec<Bound>, to: SocketAddr) -> Vec<Bound> {
-    let any4: IpAddr = Ipv4Addr::UNSPECIFIED.into();
-    let any6: IpAddr = Ipv6Addr::UNSPECIFIED.into();
-    let places = match to.ip() {
-        IpAddr::V4(_) => vec![to.ip(), any4, any6],
-        IpAddr::V6(_) => vec![to.ip(), any6],
-    };
-    let of = |ip: IpAddr| -> Vec<Bound> {
-        let there = |bound: &&Bound| bound.at.port() == to.port() && bound.at.ip() == ip;
-        all.iter().filter(there).copied().collect()
-    };
-    let mut found = places.into_iter().map(of);
-    found.find(|those| !those.is_empty()).unwrap_or_default()
+/// Where a connection goes, or a datagram.
+struct Place {
+    udp: bool,
+    to: SocketAddr,
+    /// Whether ::1 is dialled, too, where nothing takes this.
+    v6: bool,
+}
+
+impl Place {
+    /// The listeners that the kernel chooses from: the address itself stands above those that take any.
+    fn takers(&self, all: &[Bound]) -> Vec<Bound> {
+        let any4: IpAddr = Ipv4Addr::UNSPECIFIED.into();
+        let any6: IpAddr = Ipv6Addr::UNSPECIFIED.into();
+        let places = match self.to.ip() {
+            to @ IpAddr::V6(_) => vec![vec![to], vec![any6]],
+            // Of datagram sockets one of IPv6 that takes both may stand above IPv4's own (SO_INCOMING_CPU).
+            to if self.udp => vec![vec![to], vec![any4, any6]],
+            to => vec![vec![to], vec![any4], vec![any6]],
+        };
+        let of = |ips: Vec<IpAddr>| -> Vec<Bound> {
+            let there =
+                |bound: &&Bound| bound.at.port() == self.to.port() && ips.contains(&bound.at.ip());
+            all.iter().filter(there).copied().collect()
+        };
+        let mut found = places.into_iter().map(of);
+        let found = found.find(|those| !those.is_empty()).unwrap_or_default();
+        // Whether one of IPv6 takes IPv4 at all nobody tells: where it can be reached at ::1 it is left to that.
+        let v4 = found.iter().any(|bound| bound.at.is_ipv4());
+        if self.to.is_ipv4() && self.v6 && !v4 {
+            return Vec::new();
+        }
+        found
+    }
 }
 
 /// Whether an address is this machine's.
@@ -155,30 +182,49 @@ mod tests {
         assert!(!Offer::parse("99").unwrap().shows(&bound("[::]:80", mine)));
     }
 
+    const LISTENING: [&str; 6] = [
+        "127.0.0.1:1",
+        "0.0.0.0:1",
+        "[::]:1",
+        "[::1]:2",
+        "[::]:2",
+        "0.0.0.0:3",
+    ];
+
+    fn taken(udp: bool, to: &str, v6: bool) -> Vec<String> {
+        let all = LISTENING.map(|at| bound(at, 0));
+        let to = to.parse().unwrap();
+        let found = Place { udp, to, v6 }.takers(&all);
+        found.iter().map(|bound| bound.at.to_string()).collect()
+    }
+
     #[test]
     fn a_connection_is_taken_by_the_listener_that_the_kernel_prefers() {
-        let all = [
-            "127.0.0.1:1",
-            "0.0.0.0:1",
-            "[::]:1",
-            "[::1]:2",
-            "[::]:2",
-            "0.0.0.0:3",
-        ];
         for (to, by) in [
             ("127.0.0.1:1", Some("127.0.0.1:1")),
             ("127.0.0.2:1", Some("0.0.0.0:1")),
             ("[::1]:1", Some("[::]:1")),
-            ("127.0.0.1:2", Some("[::]:2")),
             ("[::1]:2", Some("[::1]:2")),
             ("[::1]:3", None),
             ("127.0.0.1:4", None),
         ] {
-            let those = all.iter().map(|at| bound(at, 0)).collect();
-            let found = takers(those, to.parse().unwrap());
-            let found: Vec<_> = found.iter().map(|bound| bound.at).collect();
-            let by: Vec<SocketAddr> = by.iter().map(|by| by.parse().unwrap()).collect();
-            assert_eq!(found, by, "{to}");
+            assert_eq!(taken(false, to, true), Vec::from_iter(by), "{to}");
+        }
+    }
+
+    #[test]
+    fn a_listener_of_ipv6_takes_no_ipv4_for_certain_and_counts_only_where_there_is_no_other_way_to_it()
+     {
+        for udp in [false, true] {
+            assert_eq!(taken(udp, "127.0.0.1:2", true), Vec::<String>::new());
+            assert_eq!(taken(udp, "127.0.0.1:2", false), ["[::]:2"]);
+        }
+    }
+
+    #[test]
+    fn a_datagram_socket_that_takes_both_may_stand_before_ipv4s_own() {
+        for v6 in [false, true] {
+            assert_eq!(taken(true, "127.0.0.2:1", v6), ["0.0.0.0:1", "[::]:1"]);
         }
     }
 
@@ -214,5 +260,15 @@ mod tests {
         assert!(named.check_if_here(elsewhere).is_ok());
         let here = "127.0.0.1:81".parse().unwrap();
         assert!(is_refusal(&named.check_if_here(here).unwrap_err()));
+    }
+
+    #[test]
+    fn a_forward_goes_on_to_a_service_of_ipv6_that_takes_ipv4_where_nobody_else_does() {
+        let both = TcpListener::bind("[::]:0").unwrap();
+        let at = (Ipv4Addr::LOCALHOST, both.local_addr().unwrap().port()).into();
+        let own = Offer::parse("own").unwrap();
+        assert!(own.check_if_here(at).is_ok());
+        let here = own.check(false, at).unwrap_err();
+        assert_eq!(here.raw_os_error(), Some(libc::ECONNREFUSED));
     }
 }

@@ -5,10 +5,11 @@
 mod opener;
 mod support;
 
-use std::net::{IpAddr, TcpListener, UdpSocket};
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr, TcpListener, UdpSocket};
 
 use kohakuriver_tunnel::protocol::{Header, TCP, TERMINAL, UDP, kind};
 use kohakuriver_tunnel::sys;
+use socket2::{Domain, Socket, Type};
 use support::*;
 
 const SOMEBODY_ELSE: u32 = 54_321;
@@ -99,6 +100,16 @@ fn a_service_on_another_address_than_somebody_elses_with_the_same_port_is_reache
 }
 
 #[test]
+fn a_service_on_all_addresses_of_ipv6_is_reached_by_ipv6() {
+    let runner = Runner::new();
+    let _client = offering(&runner, "own");
+    let mut wire = runner.accept();
+    let both = TcpListener::bind("[::]:0").unwrap();
+    wire.open(1, both.local_addr().unwrap().port(), u64::MAX);
+    assert!(take(&both).peer_addr().unwrap().ip() == Ipv6Addr::LOCALHOST);
+}
+
+#[test]
 fn where_nothing_listens_that_is_what_is_said() {
     let runner = Runner::new();
     let _client = offering(&runner, "own");
@@ -142,6 +153,44 @@ fn datagrams_go_to_ones_own_service_and_none_to_another_users() {
     assert!(text.starts_with("EACCES: "), "{text}");
     assert!(!told(&mut wire).contains(&(UDP, port)));
     assert!(theirs.recv(&mut buffer).is_err());
+}
+
+#[test]
+fn datagrams_for_ones_own_service_go_to_nobody_who_has_connected_from_its_place() {
+    let runner = Runner::new();
+    let _client = offering(&runner, "own");
+    let mut wire = runner.accept();
+    let mine = shared_udp(0);
+    let port = mine.local_addr().unwrap().port();
+    wire.connect_udp(1, port);
+    wire.datagram(1, b"mine");
+    mine.set_read_timeout(Some(PATIENCE)).unwrap();
+    let mut buffer = [0; 9];
+    let (_, from) = mine.recv_from(&mut buffer).unwrap();
+    // The kernel gives it all that comes from there from now on.
+    let theirs = of_somebody_else(|| {
+        let sock = shared_udp(port);
+        sock.connect(from).unwrap();
+        sock
+    });
+    let Some(theirs) = theirs else { return };
+    let header = Header {
+        port,
+        ..Header::new(kind::CONNECT, UDP, 3)
+    };
+    wire.send(header, &[]);
+    let text = wire.expect(kind::ERROR, 3).text();
+    assert!(text.starts_with("EACCES: "), "{text}");
+    drop(theirs);
+}
+
+/// A socket on 127.0.0.1 beside others with the same port.
+fn shared_udp(port: u16) -> UdpSocket {
+    let sock = Socket::new(Domain::IPV4, Type::DGRAM, None).unwrap();
+    sock.set_reuse_address(true).unwrap();
+    let at = SocketAddr::from((Ipv4Addr::LOCALHOST, port));
+    sock.bind(&at.into()).unwrap();
+    sock.into()
 }
 
 #[test]

@@ -388,7 +388,8 @@ class SessionCount(Base):
 class Volume(Base):
     """What a user keeps under a `name` on one node; `volume_id` is what the node's engine calls it.
 
-    The row is there before the node has anything. While it is `going` no task gets it.
+    The row is there before the node has anything. Until `going_until` no task gets it, in seconds since the epoch: the
+    removal that has the mark `going` is under way, or its host has died. Of no mark none is.
     """
 
     __tablename__ = "volumes"
@@ -398,7 +399,8 @@ class Volume(Base):
     owner: Mapped[str] = mapped_column(String(63))
     name: Mapped[str] = mapped_column(String(63))
     node: Mapped[str] = mapped_column(String(63))
-    going: Mapped[bool] = mapped_column(Boolean, default=False)
+    going: Mapped[str | None] = mapped_column(String(32))
+    going_until: Mapped[float] = mapped_column(Float, default=0.0)
     created_at: Mapped[float] = mapped_column(Float)
 
 

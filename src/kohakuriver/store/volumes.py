@@ -18,10 +18,21 @@ from kohakuriver.errors import NotFoundError, UnavailableError, UsageError
 from kohakuriver.store.database import Store
 from kohakuriver.store.models import Node, Task, Volume
 
-__all__ = ["MOST_VOLUMES", "VolumeRow", "Volumes", "elsewhere", "give_volumes", "pass_volumes_on", "volume_names"]
+__all__ = [
+    "MOST_VOLUMES",
+    "REMOVAL_SECONDS",
+    "VolumeRow",
+    "Volumes",
+    "elsewhere",
+    "give_volumes",
+    "pass_volumes_on",
+    "volume_names",
+]
 
 MOST_VOLUMES = 100
 """Of one user."""
+REMOVAL_SECONDS = 120.0
+"""For so long nothing else is done with a volume while it is removed; nodes have less time to do it."""
 
 
 @dataclass(frozen=True)
@@ -58,7 +69,8 @@ class Volumes:
     async def begin_removal(self, owner: str, name: str) -> tuple[Volume, Node | None]:
         """Have no task get a volume any more; it, and its node where that is known.
 
-        Raises NotFoundError, or UsageError "volume_in_use" where a task has it.
+        Raises NotFoundError, UsageError "volume_in_use" where a task has it, or UnavailableError "volume_going" where
+        another removal has begun. The volume's `going` is for `end_removal`.
         """
 
         def work(session: Session) -> tuple[Volume, Node | None]:
@@ -69,19 +81,22 @@ class Volumes:
                 raise UsageError(
                     f"Task {tasks[0]} has the volume {name!r}; remove the task first.", code="volume_in_use", status=409
                 )
-            volume.going = True
+            _need_staying(volume, self._clock())
+            volume.going, volume.going_until = secrets.token_hex(16), self._clock() + REMOVAL_SECONDS
             return volume, session.get(Node, volume.node)
 
         return await self._store.write(work)
 
-    async def end_removal(self, volume_id: str, *, gone: bool) -> None:
-        """It is gone, or is good again."""
+    async def end_removal(self, volume_id: str, mark: str | None, *, gone: bool) -> None:
+        """It is gone, or is good again; nothing where something else has begun since that removal's time was over."""
 
         def work(session: Session) -> None:
-            if volume := session.get(Volume, volume_id):
-                volume.going = False
-                if gone:
-                    session.delete(volume)
+            volume = session.get(Volume, volume_id, with_for_update=True)
+            if volume is None or volume.going != mark:
+                return
+            volume.going, volume.going_until = None, 0.0
+            if gone:
+                session.delete(volume)
 
         await self._store.write(work)
 
@@ -125,17 +140,22 @@ def _given(session: Session, task: Task, name: str, now: float) -> Volume:
                 code="over_limit",
             )
         volume_id = f"kohakuriver-volume-{secrets.token_hex(16)}"
-        volume = Volume(volume_id=volume_id, owner=task.owner, name=name, node=task.node, created_at=now, going=False)
+        volume = Volume(volume_id=volume_id, owner=task.owner, name=name, node=task.node, created_at=now)
         session.add(volume)
         session.flush()
     if volume.node != task.node:
         raise elsewhere(volume.name, volume.node)
-    if volume.going:
+    _need_staying(volume, now)
+    volume.going = None  # a removal whose time is over is of no effect any more
+    return volume
+
+
+def _need_staying(volume: Volume, now: float) -> None:
+    if volume.going is not None and now < volume.going_until:
         raise UnavailableError(
-            f"The volume {name!r} is being removed; try again when `kohakuriver volume rm {name}` has ended.",
+            f"The volume {volume.name!r} is being removed; try again when that is over, in two minutes at the latest.",
             code="volume_going",
         )
-    return volume
 
 
 def elsewhere(name: str, node: str) -> UsageError:

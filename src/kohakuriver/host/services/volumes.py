@@ -46,8 +46,8 @@ class UserVolumes:
     async def remove(self, caller: Caller, name: str, owner: str | None) -> VolumeView:
         """Remove a volume with all that is in it: the caller's, or for admins that of another `owner`.
 
-        Where its node was forgotten, so is the volume. Raises NotFoundError, UsageError "volume_in_use", or what its
-        node says; one that is away is none to be asked.
+        Where its node was forgotten, so is the volume. Raises NotFoundError, UsageError "volume_in_use",
+        UnavailableError "volume_going", or what its node says; one that is away is none to be asked.
         """
         if owner not in (None, caller.name):
             caller.need_admin("Removing what others keep")
@@ -58,7 +58,7 @@ class UserVolumes:
                 await self._remove_on(node, volume)
             gone = True
         finally:
-            await self._volumes.end_removal(volume.volume_id, gone=gone)
+            await self._volumes.end_removal(volume.volume_id, volume.going, gone=gone)
         log.info("volume removed", name=name, owner=volume.owner, node=volume.node)
         self._audit.write("volume_removed", volume=name, owner=volume.owner, node=volume.node)
         return _view(VolumeRow(volume, []))
