@@ -43,6 +43,9 @@ sock.sendall(b'?')
 sys.stdout.buffer.write(sock.recv(99))
 """
 
+AS_A_SERVICE = ("sh", "-c", 'umask 077; ulimit -Sn 4321; exec "$@"', "sh")
+"""As the runner's systemd unit has it started."""
+
 
 @dataclass
 class Person:
@@ -84,7 +87,7 @@ class Lab:
 
     def start_runner(self, name: str = "login", *more: str) -> None:
         options = ("--backend", "slurm", "--slurm-users", str(self.mapping), *more)
-        self.cluster.start_runner(name, *options, env=self.slurm.environment)
+        self.cluster.start_runner(name, *options, env=self.slurm.environment, under=AS_A_SERVICE)
 
     def kohakuriver(self, who: Person, *words: str) -> subprocess.CompletedProcess[bytes]:
         """A command of a user."""
@@ -157,7 +160,7 @@ def answer(lab: Lab, who: Person, task: str, port: int) -> bytes:
 
 
 def test_a_job_is_of_its_owners_user_on_the_cluster_and_has_what_was_asked_for(lab: Lab, port: int) -> None:
-    script = f"id -un; pwd; echo $WORD; echo gpu $CUDA_VISIBLE_DEVICES; {serving(port, 'ann')}"
+    script = f"id -un; pwd; echo $WORD; echo gpu $CUDA_VISIBLE_DEVICES; umask; ulimit -Sn; {serving(port, 'ann')}"
     asked = {"gpus": "1", "cpus": 2, "memory": 1 << 30, "time_limit": 4 * 3600, "partition": "gpu"}
     task = lab.ann.create("sh", "-c", script, name="one", env={"WORD": "it's $HOME"}, **asked)
     lab.cluster.connected("one")
@@ -169,7 +172,8 @@ def test_a_job_is_of_its_owners_user_on_the_cluster_and_has_what_was_asked_for(l
     assert first_ports(lab.ann, "one") == [port]
     assert answer(lab, lab.ann, "one", port) == b"ann?"
     said = lab.kohakuriver(lab.ann, "vps", "logs", "one").stdout.decode().splitlines()
-    assert said == [lab.ann.user.name, str(lab.ann.user.home), "it's $HOME", "gpu 0"]
+    assert said[:-1] == [lab.ann.user.name, str(lab.ann.user.home), "it's $HOME", "gpu 0", "0022"]
+    assert said[-1] != "4321", "the limits are those of Slurm and its node, as is the umask none of a service"
     status = lab.kohakuriver(lab.ann, "vps", "status", "one").stdout.decode()
     assert re.search(r"ends: +in 3 h 59 min: time limit in Slurm", status), status
     assert re.search(r"gets: +1 GiB of memory, 2 CPUs, 1 GPU\n", status), status
@@ -309,6 +313,39 @@ def test_a_job_that_was_started_without_us_is_forwarded_by_its_number(lab: Lab, 
     lab.ann.call("DELETE", f"/api/tasks/slurm-{job}")
     eventually(lambda: lab.slurm.steps_of(job) == [])
     assert lab.slurm.state_of(job) == "RUNNING"
+
+
+def test_an_element_of_an_array_is_reached_and_cancelled_by_its_index_and_no_other_with_it(lab: Lab, port: int) -> None:
+    other = free_port()
+    text = f"if [ $SLURM_ARRAY_TASK_ID = 1 ]; then {serving(port, 'one')}; fi; {serving(other, 'two')}"
+    array = lab.slurm.run(
+        *("sbatch", "--parsable", f"--chdir={lab.ann.user.home}", "--array=1-2"),
+        user=lab.ann.user,
+        text=f"#!/bin/sh\n{text}\n",
+    )
+    both = {f"{array}_1", f"{array}_2"}
+    eventually(lambda: lab.slurm.about(array, "State").split() == ["RUNNING", "RUNNING"])
+    told = lab.ann.call("POST", "/api/tasks/adopt", {"job": array})
+    assert told[0] == 400
+    assert re.fullmatch(
+        rf"Job {array} is an array; name one of its elements that run: (\S+), (\S+)\.", told[1]["message"]
+    )
+    assert all(each in told[1]["message"] for each in both)
+    for element, its, word in ((f"{array}_1", port, b"one?"), (f"{array}_2", other, b"two?")):
+        done = lab.kohakuriver(
+            lab.ann, "forward", "--slurm", element, f"0:{its}", "--wait", "--", "sh", "-c", asking(its)
+        )
+        assert (done.returncode, done.stdout) == (0, word), done.stderr
+    numbers = {each: lab.slurm.about(each, "JobID") for each in both}
+    same = next(each for each in both if numbers[each] == array)  # its raw number is the whole array's
+    rest = (both - {same}).pop()
+    stopped = lab.kohakuriver(lab.ann, "vps", "stop", "--container", f"slurm-{same.replace('_', '-')}")
+    assert stopped.returncode == 0, stopped.stderr
+    eventually(lambda: lab.slurm.state_of(same) == "CANCELLED")
+    assert lab.slurm.state_of(rest) == "RUNNING"
+    assert lab.ann.call("DELETE", f"/api/tasks/slurm-{rest.replace('_', '-')}")[0] == 200
+    eventually(lambda: lab.slurm.steps_of(rest) == [])
+    assert lab.slurm.state_of(rest) == "RUNNING"
 
 
 def test_what_a_job_prints_is_followed_until_it_ends(lab: Lab) -> None:

@@ -117,10 +117,12 @@ class Cluster:
         self.host.end(number)
         self.start_host(int(self.url.rpartition(":")[2]))
 
-    def start_runner(self, name: str, *arguments: str, env: dict[str, str] | None = None) -> Program:
+    def start_runner(
+        self, name: str, *arguments: str, env: dict[str, str] | None = None, under: Sequence[str] = ()
+    ) -> Program:
         """Start a runner; back when the host has taken it in."""
         before = _registrations(self.directory / f"{name}.log")
-        runner = self.start_program(name, *arguments, env=env)
+        runner = self.start_program(name, *arguments, env=env, under=under)
         eventually(lambda: _registrations(runner.log) > before)
         return runner
 

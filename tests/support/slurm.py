@@ -168,7 +168,7 @@ class Slurm:
 
     def cancel_all(self) -> None:
         """End all jobs."""
-        for job in self.run("squeue", "--noheader", "--format=%A").split():
+        for job in self.run("squeue", "--noheader", "--format=%i").split():  # an array's element as such
             self.run("scancel", "--full", job)
         eventually(lambda: not self.run("squeue", "--noheader", "--format=%A"))
 

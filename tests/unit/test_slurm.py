@@ -18,8 +18,12 @@ from kohakuriver.cli.options import scheduler_time
 from kohakuriver.errors import KohakuRiverError, UnavailableError, UsageError
 from kohakuriver.limits import Limits
 from kohakuriver.runner.backends.base import Surroundings
+from kohakuriver.runner.backends.printed import LogRequest
+from kohakuriver.runner.backends.slurm import commands, logs
+from kohakuriver.runner.backends.slurm.commands import Slurm
 from kohakuriver.runner.backends.slurm.jobs import FIELDS, Job, parsed
-from kohakuriver.runner.backends.slurm.script import script
+from kohakuriver.runner.backends.slurm.logs import JobOutput, last_lines
+from kohakuriver.runner.backends.slurm.script import new_token_script, script
 from kohakuriver.runner.backends.slurm.tasks import SlurmBackend, _options
 from kohakuriver.runner.backends.slurm.users import ClusterUser, ClusterUsers
 from kohakuriver.runner.backends.slurm.watch import QueueWatch
@@ -42,9 +46,18 @@ def test_a_line_of_squeue_is_a_job_and_a_reason_may_have_anything_in_it() -> Non
     job = parsed(line(**said, State="PENDING", Reason="Held | by (an) admin"))
     day = 86_400
     expected = Job("7", "PENDING", 1001, 0, 1792000000.0, day + 4 * 3600 + 30, "gpu07", "gpu[07-08]")
-    assert job == replace(expected, reason="Held | by (an) admin")
+    assert job == replace(expected, reason="Held | by (an) admin", number="7")
     assert parsed("") is None
     assert parsed("slurm_load_jobs error: something") is None
+
+
+def test_an_element_of_an_array_goes_by_its_index_for_one_has_the_number_of_all() -> None:
+    job = parsed(line(JobID="12", ArrayJobID="12", ArrayTaskID="3"))
+    assert job is not None
+    assert (job.id, job.number, job.element) == ("12_3", "12", True)
+    waiting = parsed(line(JobID="12", ArrayJobID="12", ArrayTaskID="4-9%2"))
+    assert waiting is not None
+    assert (waiting.id, waiting.element) == ("12", False)
 
 
 @pytest.mark.parametrize(
@@ -110,6 +123,8 @@ def test_what_was_asked_for_is_asked_of_slurm() -> None:
 
 # Who is who
 
+PEOPLE = {"ann": 1001, "river": 1002}
+
 
 def users_in(directory: Path, text: str) -> ClusterUsers:
     path = directory / "users"
@@ -135,9 +150,22 @@ def test_root_is_nobodys_user_and_under_their_own_names_no_user_of_the_system_is
         users.of("ann")
     with pytest.raises(UnavailableError, match="bob would be no-such-user in Slurm, whom this node does not know"):
         users.of("bob")
-    assert users.of("nobody").uid == pwd.getpwnam("nobody").pw_uid
+    with pytest.raises(UnavailableError, match="nobody would be the system's own user nobody"):
+        users.of("nobody")
     with pytest.raises(UnavailableError, match="daemon would be the system's own user daemon"):
         users.of("daemon")
+
+
+def test_under_their_own_names_nobody_is_the_runners_own_user(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    known = {name: pwd.struct_passwd((name, "x", uid, uid, "", "/", "/bin/sh")) for name, uid in PEOPLE.items()}
+    monkeypatch.setattr(pwd, "getpwnam", known.__getitem__)
+    monkeypatch.setattr(os, "geteuid", lambda: PEOPLE["river"])
+    users = users_in(tmp_path, "* *\n")
+    assert users.of("ann").uid == PEOPLE["ann"]
+    with pytest.raises(UnavailableError, match="river would be the runner's own user in Slurm"):
+        users.of("river")
+    users_in(tmp_path, "* *\nriver river\n")
+    assert users.of("river").uid == PEOPLE["river"], "a line of its own says so"
 
 
 @pytest.mark.parametrize("text", ["ann\n", "ann bob carl\n", "* ann\n", "ann *\n"])
@@ -200,6 +228,160 @@ def test_a_jobs_script_does_not_use_a_folder_that_somebody_else_has_made(tmp_pat
     assert list((tmp_path / "folder").iterdir()) == []
 
 
+def test_a_new_token_is_laid_down_where_the_first_one_was(tmp_path: Path) -> None:
+    (tmp_path / "folder").mkdir(mode=0o700)
+    (tmp_path / "folder/token").write_text("older")
+    done = run(new_token_script("folder", "t0ken"), tmp_path)
+    assert (done.returncode, done.stderr) == (0, "")
+    laid = tmp_path / "folder/token"
+    assert (laid.read_text(), laid.stat().st_mode & 0o777) == ("t0ken\n", 0o600)
+
+
+@pytest.mark.parametrize("foreign", ["gone", "a link", "another user's"])
+def test_a_new_token_goes_into_no_folder_but_the_jobs_own(tmp_path: Path, foreign: str) -> None:
+    folder, elsewhere = tmp_path / "folder", tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    if foreign == "a link":
+        folder.symlink_to(elsewhere)
+    elif foreign == "another user's":
+        if os.geteuid() != 0:
+            pytest.skip("only root can make a folder another user's")
+        folder.mkdir(mode=0o777)
+        os.chown(folder, 1234, 1234)
+    done = run(new_token_script("folder", "t0ken"), tmp_path)
+    assert done.returncode == 1
+    assert [each for each in tmp_path.rglob("*") if each.name == "token"] == []
+
+
+# How programs are run
+
+
+@pytest.fixture
+def path_of(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A directory whose programs are found before others."""
+    directory = tmp_path / "bin"
+    directory.mkdir()
+    monkeypatch.setenv("PATH", f"{directory}:{os.environ['PATH']}")
+    return directory
+
+
+def program(directory: Path, name: str, text: str) -> None:
+    (directory / name).write_text(f"#!/bin/sh\n{text}\n")
+    (directory / name).chmod(0o755)
+
+
+def me() -> ClusterUser:
+    return ClusterUser(ME, os.geteuid(), os.getegid(), "/home/me", "/bin/sh")
+
+
+def test_no_program_that_a_user_runs_has_a_secret_of_the_runner_in_its_environment(
+    run: Run, path_of: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("KOHAKURIVER_NODE_TOKEN", "s3cret")
+    said = tmp_path / "said"
+    program(path_of, "tail", "env")
+    for name in ("sbatch", "scancel", "srun"):
+        program(path_of, name, f"env >{said}; echo 7")
+
+    async def work() -> None:
+        slurm = Slurm()
+        environments = ["\n".join(await last_lines(me(), "/out"))]
+        output = JobOutput(me(), "/out", LogRequest(), asyncio.Event())
+        environments.append("".join(line.text for line in await output.read() or []))
+        await output.close()
+        assert await slurm.submit(me(), [], "") == "7"
+        environments.append(said.read_text())
+        await slurm.cancel(me(), "7")
+        environments.append(said.read_text())
+        slurm.beside(me(), Job("7", "RUNNING"), "name", "", 2).wait(10)
+        environments.append(said.read_text())
+        for environment in environments:
+            assert f"LOGNAME={ME}" in environment
+            assert "KOHAKURIVER" not in environment
+
+    run(work())
+
+
+def test_a_job_has_not_the_runners_umask_and_limits(run: Run, path_of: Path) -> None:
+    program(path_of, "sbatch", 'case "$*" in *--propagate=NONE*) umask ;; esac')
+
+    async def work() -> None:
+        assert await Slurm().submit(me(), [], "") == "0022"
+
+    before = os.umask(0o077)
+    try:
+        run(work())
+    finally:
+        os.umask(before)
+
+
+@pytest.mark.parametrize("ended_by", ["its user", "time"])
+def test_a_job_that_was_submitted_too_late_is_cancelled(
+    run: Run, path_of: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, ended_by: str
+) -> None:
+    go, begun = tmp_path / "go", tmp_path / "begun"
+    os.mkfifo(go)
+    os.mkfifo(begun)
+    program(path_of, "sbatch", f"echo >{begun}; read word <{go}; echo 4711")
+    program(path_of, "scancel", f'echo "$@" >{tmp_path}/cancelled')
+    monkeypatch.setattr(commands, "SECONDS", 0.1 if ended_by == "time" else 30.0)
+
+    async def work() -> None:
+        slurm = Slurm()
+        submitting = asyncio.ensure_future(slurm.submit(me(), [], ""))
+        await asyncio.get_running_loop().run_in_executor(None, begun.read_text)
+        if ended_by == "time":
+            with pytest.raises(UnavailableError, match=r"does not answer within 0\.1 s"):
+                await submitting
+        else:
+            submitting.cancel()
+            with pytest.raises(asyncio.CancelledError):
+                await submitting
+        await asyncio.get_running_loop().run_in_executor(None, go.write_text, "word\n")
+        await slurm.close()
+        assert (tmp_path / "cancelled").read_text() == "4711\n"
+
+    run(work())
+
+
+def test_what_follows_a_jobs_output_and_is_not_the_runners_to_kill_ends_with_its_reader(
+    run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def not_ours(process: subprocess.Popen[bytes]) -> None:
+        raise PermissionError
+
+    monkeypatch.setattr(subprocess.Popen, "kill", not_ours)
+    (tmp_path / "out").write_text("word\n")
+
+    async def work() -> None:
+        output = JobOutput(me(), str(tmp_path / "out"), LogRequest(follow=True), asyncio.Event())
+        assert [line.text for line in await output.read() or []] == ["word\n"]
+        assert output._tail is not None
+        process = output._tail._process
+        await output.close()
+        assert process.poll() is not None
+
+    run(work())
+
+
+def test_a_program_that_takes_too_long_and_is_not_the_runners_to_kill_is_told_of(
+    run: Run, path_of: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def not_ours(process: asyncio.subprocess.Process) -> None:
+        raise PermissionError
+
+    monkeypatch.setattr(asyncio.subprocess.Process, "kill", not_ours)
+    os.mkfifo(tmp_path / "go")
+    program(path_of, "scancel", f"read word <{tmp_path}/go")
+
+    async def work() -> None:
+        with pytest.raises(UnavailableError, match=r"does not answer within 0\.1 s"):
+            await Slurm().cancel(me(), "7", 0.1)
+        await asyncio.get_running_loop().run_in_executor(None, (tmp_path / "go").write_text, "word\n")
+
+    run(work())
+
+
 # When Slurm is asked
 
 
@@ -244,6 +426,9 @@ class Said:
     def __init__(self) -> None:
         self.known: dict[str, Job] = {}
         self.asked: list[Any] = []
+
+    async def close(self) -> None:
+        pass
 
     async def jobs(self, ids: Any) -> dict[str, Job]:
         self.asked.append(list(ids))
@@ -366,5 +551,39 @@ def test_a_slurm_that_does_not_answer_takes_no_new_tasks_until_it_does(run: Run,
             assert around[1].count("changed") == 2
         finally:
             await backend.close([task], stop_tasks=False)
+
+    run(work())
+
+
+def test_a_job_whose_output_can_not_be_read_keeps_nobody_from_being_told_of_others(
+    run: Run, around: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def mine(task: TaskRecord) -> ClusterUser:
+        return me()
+
+    monkeypatch.setattr(SlurmBackend, "_whose", staticmethod(mine))
+    pipe = tmp_path / "slurm-1.out"
+    os.mkfifo(pipe)
+
+    async def work() -> None:
+        backend, said = SlurmBackend(around[0], None), Said()
+        backend._slurm = said  # type: ignore[assignment]
+        tasks = [a_task(1), a_task(2)]
+        tasks[0].printed_at = str(pipe)
+        said.known = {"1": Job("1", "FAILED", code=3, nodes="a"), "2": Job("2", "COMPLETED", nodes="a")}
+        await backend.open(tasks, lambda task: None)
+        try:
+            monkeypatch.setattr(logs, "LAST_SECONDS", 60.0)
+            await asyncio.wait_for(backend._look(), 30)
+            ended = (tasks[1].container, "stopped", "it ended by itself with exit code 0 (Slurm job 2 on a)", 0)
+            assert ended in around[1]
+            await asyncio.get_running_loop().run_in_executor(None, pipe.write_text, "no such model\n")
+            await asyncio.wait_for(asyncio.gather(*backend._telling), 30)
+            words = "it ended with exit code 3 (Slurm job 1 on a): no such model"
+            assert (tasks[0].container, "failed", words, 3) in around[1]
+            monkeypatch.setattr(logs, "LAST_SECONDS", 0.01)
+            assert await last_lines(me(), str(pipe)) == []
+        finally:
+            await backend.close(tasks, stop_tasks=False)
 
     run(work())

@@ -60,7 +60,7 @@ def tail(path: Path) -> list[str]:
     for file in (older(path), path):
         with contextlib.suppress(OSError), file.open("rb") as opened:
             opened.seek(max(0, file.stat().st_size - _TAIL))
-            read += opened.read()
+            read += opened.read(_TAIL)
     return read[-_TAIL:].decode("utf-8", "replace").split("\n") if read else []
 
 

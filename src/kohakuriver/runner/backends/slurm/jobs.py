@@ -8,7 +8,10 @@ from kohakuriver.task import describe_exit
 
 __all__ = ["FIELDS", "Job", "parsed"]
 
-FIELDS = ("JobID", "State", "UserID", "exit_code", "EndTime", "TimeLimit", "BatchHost", "NodeList", "Reason")
+FIELDS = (
+    *("JobID", "ArrayJobID", "ArrayTaskID", "State", "UserID", "exit_code", "EndTime", "TimeLimit"),
+    *("BatchHost", "NodeList", "Reason"),
+)
 """What squeue(1) is asked for: names of `--Format`. None but the last can have a | in it."""
 
 _WAITING = ("PENDING", "CONFIGURING", "REQUEUED", "REQUEUE_HOLD", "REQUEUE_FED", "SPECIAL_EXIT", "RESV_DEL_HOLD")
@@ -28,6 +31,7 @@ _DAY = 86_400
 class Job:
     """A job as Slurm has it: `end` in seconds since the epoch, None while nobody knows; `code` as a shell has it.
 
+    `id` names it: of an array's element that is `ARRAY_INDEX`, for the whole array's `number` is that of one of them.
     `limit` is its time limit in seconds, None without one; `uid` whose it is, `host` where its script runs.
     """
 
@@ -40,6 +44,12 @@ class Job:
     host: str = ""
     nodes: str = ""
     reason: str = ""
+    number: str = ""
+
+    @property
+    def element(self) -> bool:
+        """Whether it is one of an array, and no longer one of those that wait in it together."""
+        return self.id != self.number
 
     @property
     def waits(self) -> bool:
@@ -82,8 +92,9 @@ def parsed(line: str) -> Job | None:
     if len(words) != len(FIELDS) or not words[0]:
         return None
     known = dict(zip(FIELDS, words, strict=True))
+    index = known["ArrayTaskID"]  # of those that wait together `1-8%2`, of what is no array `N/A`
     return Job(
-        known["JobID"],
+        f"{known['ArrayJobID']}_{index}" if index.isdigit() else known["JobID"],
         known["State"],
         uid=int(known["UserID"]) if known["UserID"].isdigit() else -1,
         code=_code(known["exit_code"]),
@@ -92,6 +103,7 @@ def parsed(line: str) -> Job | None:
         host=known["BatchHost"],
         nodes=known["NodeList"],
         reason=known["Reason"].strip().rstrip("|"),
+        number=known["JobID"],
     )
 
 

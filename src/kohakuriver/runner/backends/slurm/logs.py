@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import os
 import subprocess
 
 from kohakuriver.runner.backends.printed import LogRequest, Pieces, Printed, cut
+from kohakuriver.runner.backends.slurm.programs import END_SECONDS, as_whom
 from kohakuriver.runner.backends.slurm.users import ClusterUser
 from kohakuriver.task import LogLine
 
@@ -15,6 +18,11 @@ _READ = 64 << 10
 _QUIET_SECONDS = 1.5
 """A job has ended, and nothing more has come for so long: tail(1) looks once a second on file systems of others."""
 
+_LAST = 4096
+
+LAST_SECONDS = 5.0
+"""How long it may take to read the last words of a job."""
+
 
 class JobOutput(Printed):
     """Lines of a file. `ended` is set once the job has ended; what is followed ends a little later.
@@ -23,19 +31,18 @@ class JobOutput(Printed):
     """
 
     def __init__(self, who: ClusterUser, path: str, request: LogRequest, ended: asyncio.Event) -> None:
-        self._command = who.command(_tail(path, request))
+        self._who = who
+        self._command = _words(path, request)
         self._ended = ended if request.follow else None
-        self._process: asyncio.subprocess.Process | None = None
+        self._tail: _Tail | None = None
         self._pieces = Pieces("stdout")
         self._rest = b""
 
     async def read(self) -> list[LogLine] | None:
-        if self._process is None:
-            self._process = await asyncio.create_subprocess_exec(
-                *self._command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, cwd="/"
-            )
+        if self._tail is None:
+            self._tail = _Tail(self._who, self._command)
         while True:
-            data = await self._next(self._process)
+            data = await self._next(self._tail)
             if not data and not self._rest:
                 return None
             whole = self._rest + data
@@ -49,9 +56,8 @@ class JobOutput(Printed):
             if lines := [piece for piece in pieces if piece is not None]:
                 return lines
 
-    async def _next(self, process: asyncio.subprocess.Process) -> bytes:
-        assert process.stdout is not None
-        reading = asyncio.ensure_future(process.stdout.read(_READ))
+    async def _next(self, tail: _Tail) -> bytes:
+        reading = asyncio.ensure_future(tail.output.read())
         try:
             while self._ended is not None:
                 quiet = _QUIET_SECONDS if self._ended.is_set() else None
@@ -67,25 +73,67 @@ class JobOutput(Printed):
             reading.cancel()
 
     async def close(self) -> None:
-        process, self._process = self._process, None
-        if process is not None and process.returncode is None:
-            process.kill()
-            await process.wait()
+        tail, self._tail = self._tail, None
+        if tail is not None:
+            await tail.close()
 
 
 async def last_lines(who: ClusterUser, path: str) -> list[str]:
-    """The last few lines of a file; none where it can't be read."""
-    process = await asyncio.create_subprocess_exec(
-        *who.command(["tail", "-c", "4096", "--", path]),
-        stdin=subprocess.DEVNULL,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.DEVNULL,
-        cwd="/",
-    )
-    out, _ = await process.communicate()
+    """The last few lines of a file; none where it can't be read, or not soon: a pipe is a file, too."""
+    try:
+        tail = _Tail(who, ["tail", "-c", str(_LAST), "--", path])
+    except OSError:
+        return []
+    try:
+        out = await asyncio.wait_for(tail.all(), LAST_SECONDS)
+    except asyncio.TimeoutError:
+        return []
+    finally:
+        await tail.close()
     return out.decode("utf-8", "replace").splitlines()
 
 
-def _tail(path: str, request: LogRequest) -> list[str]:
+class _Tail:
+    """tail(1), as a user. Raises OSError.
+
+    Where sudo(8) has started it, it is not ours to kill: it ends with its reader, if that is a pipe, and the event
+    loop, which would wait for it, has nothing to do with it.
+    """
+
+    def __init__(self, who: ClusterUser, words: list[str]) -> None:
+        # Its modules are not there on every system.
+        from kohakuriver.runner.backends.process.exec import Descriptor
+
+        reader, writer = os.pipe()
+        try:
+            self._process = subprocess.Popen(
+                **as_whom(words, who), stdin=subprocess.DEVNULL, stdout=writer, stderr=subprocess.DEVNULL
+            )
+        except BaseException:
+            os.close(reader)
+            raise
+        finally:
+            os.close(writer)
+        self.output = Descriptor(reader)
+
+    async def all(self) -> bytes:
+        """What it prints until it ends."""
+        out = b""
+        while data := await self.output.read():
+            out += data
+        return out
+
+    async def close(self) -> None:
+        with contextlib.suppress(PermissionError):
+            self._process.kill()
+        self.output.close()
+        await asyncio.get_running_loop().run_in_executor(None, self._wait)
+
+    def _wait(self) -> None:
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            self._process.wait(END_SECONDS)
+
+
+def _words(path: str, request: LogRequest) -> list[str]:
     lines = "+1" if request.tail is None else str(request.tail)
     return ["tail", "-n", lines, *(["-F"] if request.follow else []), "--", path]

@@ -24,6 +24,18 @@ mkdir -m 700 "$place" || exit 1
 trap 'rm -rf "$place"' EXIT
 trap : HUP INT TERM # the tunnel client gets them too, and ends first
 """
+_THERE = """\
+# It may have gone with the job's client, and be another user's by now, or a link.
+cd "${{TMPDIR:-/tmp}}" && above=$(pwd -P) && cd ./{folder} || exit 1
+[ "$(pwd -P)" = "${{above%/}}/{folder}" ] && [ -O . ] || exit 1
+rm -f token
+"""
+_NEW_TOKEN = """\
+(umask 077; set -C; cat >token <<'KOHAKURIVER'
+{token}
+KOHAKURIVER
+) || exit 1
+"""
 _TOKEN = """\
 (umask 077; cat >"$place/token" <<'KOHAKURIVER'
 {token}
@@ -65,8 +77,8 @@ def script(
 
 
 def new_token_script(folder: str, token: str) -> str:
-    """Lays a newer token down for the tunnel client of a job that runs."""
-    return _HEAD.format(folder=folder) + _TOKEN.format(token=token)
+    """Lays a newer token down for the tunnel client of a job that runs; fails where its folder is gone."""
+    return "#!/bin/sh\n" + _THERE.format(folder=folder) + _NEW_TOKEN.format(token=token)
 
 
 @lru_cache(maxsize=2)

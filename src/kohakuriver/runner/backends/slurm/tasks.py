@@ -24,6 +24,7 @@ from kohakuriver.errors import KohakuRiverError, UnavailableError, UsageError
 from kohakuriver.quotas import time_in_words
 from kohakuriver.runner.backends.base import Backend, ExecRequest, ExecSession, Surroundings
 from kohakuriver.runner.backends.printed import LogRequest, Printed
+from kohakuriver.runner.backends.process.logs import tail
 from kohakuriver.runner.backends.process.tasks import last_words
 from kohakuriver.runner.backends.slurm.commands import Slurm
 from kohakuriver.runner.backends.slurm.jobs import Job
@@ -75,6 +76,7 @@ class SlurmBackend(Backend):
         self._warnings: dict[str, tuple[float, asyncio.TimerHandle]] = {}
         self._watch = QueueWatch(self._look, lambda: any(task.active for task in self._tasks.values()))
         self._watching: asyncio.Task[None] | None = None
+        self._telling: set[asyncio.Task[None]] = set()
         self._trouble: str | None = None
 
     @classmethod
@@ -176,11 +178,10 @@ class SlurmBackend(Backend):
         await _until_over(step, arrived)
         if arrived.is_set():
             return
-        words = [line for line in said.read_text("utf-8", "replace").splitlines() if line.strip()]
+        words = [line for line in tail(said) if line.strip()]  # its user can write there as much as they like
         why = f": {words[-1]}" if words else ""
         if step.poll() is None:
-            with contextlib.suppress(PermissionError):  # one that sudo(8) has started
-                step.terminate()
+            _terminate(step)
             why = f" within {ARRIVAL_SECONDS:g} s; see that jobs reach the runner, by its --slurm-url{why}"
         raise UnavailableError(f"The tunnel client beside the job did not come{why.rstrip('.')}.", code="no_slurm_step")
 
@@ -225,6 +226,7 @@ class SlurmBackend(Backend):
         step = self._beside(await self._whose(task), job, f"{task.container}-token", text, said)
         await _until_over(step, asyncio.Event())
         if step.poll() != 0:
+            _terminate(step)
             lost = "its tunnel client could not be given its new token, and is lost when its connection is; restart it"
             self._around.report(task.container, task.status, lost)
             raise UnavailableError(f"Of task {task.name}: {lost}.", code="no_slurm")
@@ -239,8 +241,7 @@ class SlurmBackend(Backend):
             self._watch.soon()
 
     async def close(self, tasks: list[TaskRecord], *, stop_tasks: bool) -> None:
-        if self._watching is not None:
-            await cancel_all([self._watching])
+        await cancel_all([*([self._watching] if self._watching is not None else []), *self._telling])
         for _, timer in self._warnings.values():
             timer.cancel()
         if stop_tasks:
@@ -249,6 +250,7 @@ class SlurmBackend(Backend):
                     with contextlib.suppress(KohakuRiverError):
                         await self.stop(task)
                         self._around.report(task.container, "stopped", "it was cancelled, as its runner ended")
+        await self._slurm.close()
 
     # What a job is made of
 
@@ -313,20 +315,20 @@ class SlurmBackend(Backend):
         else:
             for job_id, task in asked.items():
                 if task.active and task.engine_name == job_id:
-                    await self._take_over(task, found.get(job_id))
+                    self._take_over(task, found.get(job_id))
         if trouble != self._trouble:
             self._trouble = trouble
             self._around.on_change()
 
-    async def _take_over(self, task: TaskRecord, job: Job | None) -> None:
+    def _take_over(self, task: TaskRecord, job: Job | None) -> None:
         if job is None:
             self._over(task)
             text = f"Slurm has forgotten its job {task.engine_name}, and how that ended"
             self._around.report(task.container, "failed", text)
         elif job != self._seen.get(task.container):
-            await self._told(task, job)
+            self._told(task, job)
 
-    async def _told(self, task: TaskRecord, job: Job) -> None:
+    def _told(self, task: TaskRecord, job: Job) -> None:
         """A job is another than it was when Slurm was asked last."""
         self._told_of(task, job)
         status, message, code = job.told()
@@ -336,9 +338,19 @@ class SlurmBackend(Backend):
         if not (job.waits or job.runs):
             self._over(task)
             if status == "failed" and code and not task.adopted:
-                with contextlib.suppress(KohakuRiverError):  # its user may be gone
-                    message += last_words(code, await last_lines(await self._whose(task), task.printed_at))
+                telling = in_background(self._failed(task, job), "reading the last words of a job")
+                self._telling.add(telling)
+                telling.add_done_callback(self._telling.discard)
+                return
         self._around.report(task.container, status, message, code)
+
+    async def _failed(self, task: TaskRecord, job: Job) -> None:
+        """Report a job that failed with its last words, for which no other job waits: they may be slow to come."""
+        status, message, code = job.told()
+        with contextlib.suppress(KohakuRiverError):  # its user may be gone
+            message += last_words(code or 0, await last_lines(await self._whose(task), task.printed_at))
+        if self._seen.get(task.container) is job and task.active:
+            self._around.report(task.container, status, message, code)
 
     def _runs(self, task: TaskRecord, message: str) -> None:
         if task.status == "starting" and task.ttl is not None:
@@ -371,6 +383,11 @@ class SlurmBackend(Backend):
 
 async def _blocking(work: Callable[..., T], *about: Any) -> T:
     return await asyncio.get_running_loop().run_in_executor(None, work, *about)
+
+
+def _terminate(step: subprocess.Popen[bytes]) -> None:
+    with contextlib.suppress(PermissionError):  # one that sudo(8) has started
+        step.terminate()
 
 
 async def _until_over(step: subprocess.Popen[bytes], arrived: asyncio.Event) -> None:

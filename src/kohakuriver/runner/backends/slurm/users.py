@@ -15,6 +15,8 @@ __all__ = ["ClusterUser", "ClusterUsers"]
 _EVERYBODY = "*"
 _FIRST_PERSON = 1000
 """Users with lower numbers are the system's own (login.defs(5)): `* *` names none of them."""
+_NOBODY = 65534
+"""Nor this one, as whom systems have run what is to have no rights, and whose are the files of a foreign root."""
 
 
 @dataclass(frozen=True)
@@ -67,7 +69,7 @@ class ClusterUsers:
             raise UnavailableError(f"The node can't say who is who in Slurm: {error}.", code="no_slurm_user") from None
         name = self._names.get(user)
         if name is None and self._names.get(_EVERYBODY) == _EVERYBODY:
-            return self._found(user, user, least=_FIRST_PERSON)
+            return self._person(user)
         if name is None:
             raise _nobody(user, "has no user of the Slurm cluster")
         return self._found(user, name, least=1)
@@ -76,6 +78,15 @@ class ClusterUsers:
     def named(cls, user: str, name: str) -> ClusterUser:
         """Whom `user` was when a job was started, which is to end whatever the file says now. Raises as `of` does."""
         return cls._found(user, name, least=1)
+
+    @classmethod
+    def _person(cls, name: str) -> ClusterUser:
+        found = cls._found(name, name, least=_FIRST_PERSON)
+        if found.uid == _NOBODY:
+            raise _nobody(name, f"would be the system's own user {name} in Slurm")
+        if found.uid == os.geteuid():
+            raise _nobody(name, "would be the runner's own user in Slurm, whom only a line of the own names")
+        return found
 
     @staticmethod
     def _found(user: str, name: str, *, least: int) -> ClusterUser:
