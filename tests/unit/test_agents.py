@@ -172,3 +172,21 @@ async def test_what_has_ended_is_forgotten_after_a_day_and_what_is_lost_after_th
     room.now += LOST_SECONDS
     await room.agents.forget_the_gone()
     assert await room.there() == {ids[2]}
+
+
+@on_room
+async def test_an_agent_that_takes_up_an_ended_task_and_hears_no_answer_is_not_told_that_it_is_over(room: Room) -> None:
+    old = await room.comes("old", "desk")
+    await room.is_(old, "failed", exit_code=3, message="it exited with code 3")
+    await room.comes("new", "desk")
+    again = await room.comes("new", "desk")
+    assert (again.task.task_id, again.task.status) == (old.task.task_id, "starting")
+    assert (again.task.exit_code, again.task.message) == (None, None)
+
+
+@on_room
+async def test_an_agent_that_was_let_in_has_its_name_also_while_it_is_not_connected_yet(room: Room) -> None:
+    first = await room.comes("one", "desk")
+    with pytest.raises(KohakuRiverError, match="named 'desk' already"):
+        await room.comes("two", "desk")
+    assert (await room.comes("one", "desk")).task.task_id == first.task.task_id

@@ -89,6 +89,7 @@ class Agents:
                 token.task_id = task.task_id
             before, task.node = task.node, node
             task.engine_name = coming.client
+            task.tunnel = True  # from now on nobody else may have its name
             task.revision = max(next_revision(), (task.revision or 0) + 1)
             session.flush()
             note(session, tasks=[task.task_id], nodes=[before] if before != node else [])
@@ -148,6 +149,8 @@ class Agents:
             return None  # a new one of that name is then refused by the database
         if task.status not in ACTIVE:
             self._accounts.check_room(session, task, coming.order(task.task_id).usage(self._clock()))
+        # How the one before ended is not how this one has, which may ask again when it hears no answer.
+        task.change({"status": "starting", "message": None, "exit_code": None}, self._clock())
         return task
 
     async def named(self, name: str, owner: str) -> Task | None:
