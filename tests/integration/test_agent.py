@@ -9,6 +9,7 @@ import os
 import re
 import shutil
 import signal
+import socket
 import sqlite3
 import subprocess
 import sys
@@ -287,6 +288,19 @@ def test_the_agent_of_the_kubernetes_manifest_is_a_task_from_an_image_with_nothi
         assert through(forward.local_port)
     assert pod.stop() == 0
     assert lab.is_("notebook", "stopped")["exit_code"] == 0
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGHUP])
+def test_a_signal_ends_an_agent_whose_host_does_not_answer_without_its_command(
+    lab: Lab, tmp_path: Path, number: signal.Signals
+) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        host = f"http://127.0.0.1:{silent.getsockname()[1]}"
+        agent = lab.agent(command=["touch", str(tmp_path / "begun")], KOHAKURIVER_HOST=host)
+        with silent.accept()[0] as connection:
+            assert connection.recv(1)
+            assert agent.stop(number) == 128 + number
+    assert not (tmp_path / "begun").exists()
 
 
 def test_an_agent_that_was_away_is_told_that_its_task_was_stopped_or_removed(tmp_path: Path) -> None:
