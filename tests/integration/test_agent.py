@@ -25,6 +25,7 @@ from websockets.typing import Subprotocol
 import kohakuriver
 from tests.support.agents import WEB, Lab, environment_of, lab_at
 from tests.support.processes import eventually
+from tests.support.ssh import make_key
 from tests.support.up import connect as connected
 from tests.support.up import echoes, refused
 
@@ -86,6 +87,31 @@ def test_the_command_line_starts_an_agent_with_an_ssh_server(lab: Lab) -> None:
     servers = subprocess.run(["pgrep", "-P", str(agent.process.pid)], capture_output=True, text=True, check=True)
     agent.stop()
     eventually(lambda: not any(Path(f"/proc/{pid}").exists() for pid in servers.stdout.split()))
+
+
+def test_each_agent_with_an_ssh_server_lets_in_whom_it_was_told_to_whatever_others_are_told(
+    lab: Lab, tmp_path: Path
+) -> None:
+    program = [sys.executable, "-m", "kohakuriver", "agent", "--public-key-file"]
+    keys = [tmp_path / "first", tmp_path / "second"]
+    for key in keys:
+        make_key(key)
+    agents = [lab.launch([*program, f"{key}.pub", "--", "true"], **lab.of("ann")) for key in keys]
+    assert [agent.ended() for agent in agents] == [0, 0]
+    files = list(lab.directory.rglob("any/run-*/authorized_keys"))
+    blobs = [Path(f"{key}.pub").read_text().split()[1] for key in keys]
+    told = sorted([blob in path.read_text() for blob in blobs] for path in files)
+    assert told == [[False, True], [True, False]]
+    for path in files:
+        os.utime(path.parent, (0, 0))
+    assert lab.launch([*program, f"{keys[0]}.pub", "--", "true"], **lab.of("ann")).ended() == 0
+    assert not any(path.exists() for path in files)  # their servers have ended
+
+
+def test_what_can_be_no_name_is_refused_before_anything_is_written(lab: Lab) -> None:
+    done = lab.run("agent", "--ssh", "--name", "../../../../.ssh", **lab.of("ann"))
+    assert done.returncode == 2
+    assert "can't be a task's name" in done.stderr
 
 
 def test_only_what_the_users_own_processes_listen_on_is_offered(lab: Lab) -> None:
