@@ -277,3 +277,24 @@ async def test_a_task_that_moves_to_another_host_loses_none_of_its_connections(h
     assert ended
     assert not any(ended)
     assert host.node.tunnels.hub.ended(known.container) == ""
+
+
+@on_host
+async def test_a_task_that_has_ended_is_in_the_database_alone_after_a_while(host: Host) -> None:
+    await host.dials("a")
+    (known,) = host.node.book
+    leg = known.leg
+    assert leg is not None
+    leg.ended_by = (1000, "exit 3")
+    host.node.tunnels.hub.tunnel_closed(leg, "it has ended")
+    await asyncio.sleep(0)
+    await host.node.look()
+    assert known.container in host.node.book
+    host.now += AWAY_SECONDS
+    await host.node.look()
+    assert known.container not in host.node.book
+    assert host.node.tunnels.hub.ended(known.container) == ""
+    task = await host.task()
+    assert (task.status, task.exit_code) == ("failed", 3)
+    await host.dials("b")
+    assert (await host.task()).status == "running"

@@ -280,6 +280,15 @@ class Hub:
         if gone:
             self.traffic.forget(container)
 
+    def forget(self, container: str) -> bool:
+        """The task has ended a while ago: forget that, if nobody has a session of it yet, which is the answer."""
+        if container in self.tunnels or self._all_of(container):
+            return False
+        self._ended.pop(container, None)
+        self._lost.pop(container, None)
+        self.traffic.forget(container)
+        return True
+
     def moved(self, container: str, reason: str) -> None:
         """The container is another's now: users open their sessions again, are sent there, and go on."""
         tunnel = self.tunnels.get(container)

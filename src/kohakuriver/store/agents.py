@@ -105,9 +105,12 @@ class Agents:
             ) from error
 
     def _shown(self, session: Session, coming: Coming) -> Token:
-        """The agent's credential, which is good for whatever it is for. The lock lets one agent use it at a time."""
+        """The agent's credential, which is good for whatever it is for. The locks let one agent use it at a time.
+
+        And one of its user: a lock for reading, which `check_room` has to make one for writing, is a deadlock of two.
+        """
         token = session.get(Token, coming.token, with_for_update=True, populate_existing=True)
-        if token is None or session.get(User, token.name, with_for_update={"read": True}) is None:
+        if token is None or session.get(User, token.name, with_for_update=True) is None:
             raise UnauthenticatedError("The user of this token was removed; ask the host's administrator.")
         if why := _no_good(token, self._clock()):
             sentence = f"{why}; make another one with `kohakuriver token create --agent`."

@@ -85,6 +85,10 @@ class AgentTask(TaskReport):
         self._is("lost", LOST)
         return True
 
+    def ended_long_ago(self, now: float) -> bool:
+        """Whether nobody goes on with it any more, neither its agent nor who had a session of it."""
+        return self.over.is_set() and self.away_since is not None and now - self.away_since >= AWAY_SECONDS
+
     def _is(self, status: str, message: str | None) -> None:
         self.status, self.message, self.tunnel = status, message, self.leg is not None
         self.exit_code = None

@@ -234,9 +234,12 @@ class AgentNode:
             self.book.forget(self.book.get(container))
         return report
 
-    def _moved(self, task: AgentTask) -> None:
-        """Its agent has gone to another host, with all that goes on in it."""
-        self.tunnels.hub.moved(task.container, "its agent is connected to another host")
+    def _gone(self, task: AgentTask) -> None:
+        """Its agent has gone to another host, with all that goes on in it; or it ended, and made room for another."""
+        if task.over.is_set():
+            self.tunnels.hub.drop(task.container, "the task was forgotten", gone=True)
+        else:
+            self.tunnels.hub.moved(task.container, "its agent is connected to another host")
         self.book.forget(task)
 
     # What is told of them
@@ -282,7 +285,7 @@ class AgentNode:
         here = await self._agents.of_node(self.name)
         for task in self.book:
             if task.task_id in known and task.task_id not in here:
-                self._moved(task)
+                self._gone(task)
         self._find_strays(here)
         links = [(task.task_id, task.token) for task in self.book if task.leg is not None]
         withdrawn = await self._agents.withdrawn(links) if links else {}
@@ -290,6 +293,9 @@ class AgentNode:
             if task.leg is not None and task.task_id in withdrawn:
                 task.leg.link.fail(CloseCode.POLICY, withdrawn[task.task_id])
         await self.write()
+        for task in self.book:
+            if task.ended_long_ago(self._clock()) and self.tunnels.hub.forget(task.container):
+                self.book.forget(task)  # what became of it is in the database
         answer = await self._nodes.heartbeat(self.name, self._beat(set(here)))
         for task in self.book:
             if task.task_id in answer.remove and task.leg is not None and not task.stopping:
