@@ -9,6 +9,7 @@ import os
 import re
 import shutil
 import signal
+import socket
 import sqlite3
 import subprocess
 import sys
@@ -24,6 +25,7 @@ from websockets.typing import Subprotocol
 import kohakuriver
 from tests.support.agents import WEB, Lab, environment_of, lab_at
 from tests.support.processes import eventually
+from tests.support.ssh import make_key
 from tests.support.up import connect as connected
 from tests.support.up import echoes, refused
 
@@ -85,6 +87,31 @@ def test_the_command_line_starts_an_agent_with_an_ssh_server(lab: Lab) -> None:
     servers = subprocess.run(["pgrep", "-P", str(agent.process.pid)], capture_output=True, text=True, check=True)
     agent.stop()
     eventually(lambda: not any(Path(f"/proc/{pid}").exists() for pid in servers.stdout.split()))
+
+
+def test_each_agent_with_an_ssh_server_lets_in_whom_it_was_told_to_whatever_others_are_told(
+    lab: Lab, tmp_path: Path
+) -> None:
+    program = [sys.executable, "-m", "kohakuriver", "agent", "--public-key-file"]
+    keys = [tmp_path / "first", tmp_path / "second"]
+    for key in keys:
+        make_key(key)
+    agents = [lab.launch([*program, f"{key}.pub", "--", "true"], **lab.of("ann")) for key in keys]
+    assert [agent.ended() for agent in agents] == [0, 0]
+    files = list(lab.directory.rglob("any/run-*/authorized_keys"))
+    blobs = [Path(f"{key}.pub").read_text().split()[1] for key in keys]
+    told = sorted([blob in path.read_text() for blob in blobs] for path in files)
+    assert told == [[False, True], [True, False]]
+    for path in files:
+        os.utime(path.parent, (0, 0))
+    assert lab.launch([*program, f"{keys[0]}.pub", "--", "true"], **lab.of("ann")).ended() == 0
+    assert not any(path.exists() for path in files)  # their servers have ended
+
+
+def test_what_can_be_no_name_is_refused_before_anything_is_written(lab: Lab) -> None:
+    done = lab.run("agent", "--ssh", "--name", "../../../../.ssh", **lab.of("ann"))
+    assert done.returncode == 2
+    assert "can't be a task's name" in done.stderr
 
 
 def test_only_what_the_users_own_processes_listen_on_is_offered(lab: Lab) -> None:
@@ -287,6 +314,19 @@ def test_the_agent_of_the_kubernetes_manifest_is_a_task_from_an_image_with_nothi
         assert through(forward.local_port)
     assert pod.stop() == 0
     assert lab.is_("notebook", "stopped")["exit_code"] == 0
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGHUP])
+def test_a_signal_ends_an_agent_whose_host_does_not_answer_without_its_command(
+    lab: Lab, tmp_path: Path, number: signal.Signals
+) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        host = f"http://127.0.0.1:{silent.getsockname()[1]}"
+        agent = lab.agent(command=["touch", str(tmp_path / "begun")], KOHAKURIVER_HOST=host)
+        with silent.accept()[0] as connection:
+            assert connection.recv(1)
+            assert agent.stop(number) == 128 + number
+    assert not (tmp_path / "begun").exists()
 
 
 def test_an_agent_that_was_away_is_told_that_its_task_was_stopped_or_removed(tmp_path: Path) -> None:

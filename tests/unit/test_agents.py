@@ -172,3 +172,49 @@ async def test_what_has_ended_is_forgotten_after_a_day_and_what_is_lost_after_th
     room.now += LOST_SECONDS
     await room.agents.forget_the_gone()
     assert await room.there() == {ids[2]}
+
+
+@on_room
+async def test_an_agent_that_takes_up_an_ended_task_and_hears_no_answer_is_not_told_that_it_is_over(room: Room) -> None:
+    old = await room.comes("old", "desk")
+    await room.is_(old, "failed", exit_code=3, message="it exited with code 3")
+    await room.comes("new", "desk")
+    again = await room.comes("new", "desk")
+    assert (again.task.task_id, again.task.status) == (old.task.task_id, "starting")
+    assert (again.task.exit_code, again.task.message) == (None, None)
+
+
+@on_room
+async def test_an_agent_that_was_let_in_has_its_name_also_while_it_is_not_connected_yet(room: Room) -> None:
+    first = await room.comes("one", "desk")
+    with pytest.raises(KohakuRiverError, match="named 'desk' already"):
+        await room.comes("two", "desk")
+    assert (await room.comes("one", "desk")).task.task_id == first.task.task_id
+
+
+@on_room
+async def test_at_the_limit_of_tasks_a_new_one_takes_the_place_of_the_agents_that_ended_first(
+    room: Room,
+) -> None:
+    await room.accounts.set_limits("ann", {"tasks": 3})
+    away, first, second = [await room.comes(client) for client in ("away", "first", "second")]
+    await room.is_(away, "stopped")  # its agent has yet to be told
+    for taken in (first, second):
+        room.now += 1
+        await room.is_(taken, "failed", exit_code=1)
+    third = await room.comes("third")
+    assert await room.there() == {taken.task.task_id for taken in (away, second, third)}
+    await room.comes("fourth")
+    with pytest.raises(KohakuRiverError) as refused:
+        await room.comes("fifth")
+    assert refused.value.code == "over_limit"
+
+
+@on_room
+async def test_agents_of_one_user_may_come_at_once_with_a_token_each(room: Room) -> None:
+    secrets = [f"token{n}" for n in range(12)]
+    await room.accounts.set_limits("ann", {"tasks": 20})
+    for secret in secrets:
+        await room.token(secret)
+    came = await asyncio.gather(*(room.comes(f"c-{each}", token=each) for each in secrets))
+    assert len({taken.task.task_id for taken in came}) == len(secrets)

@@ -47,6 +47,14 @@ pub fn block_signals() -> io::Result<SignalSet> {
     SignalSet::block(FORWARDED.iter().copied().chain([libc::SIGCHLD]))
 }
 
+/// The signal that ends what has not begun yet, once one has come. A terminal that hung up is one of those; what is
+/// ignored is not, as SIGHUP by `nohup`.
+pub fn told_to_end() -> Option<libc::c_int> {
+    let ending = ENDING.into_iter().chain([libc::SIGHUP]);
+    let counting: Vec<_> = ending.filter(|signal| !sys::is_ignored(*signal)).collect();
+    SignalSet::take(&counting)
+}
+
 /// Starts `command`, with our own input or, with `open_stdin`, one that stays open and empty, with the limit of open files and the ignored signals that we were given ourselves; its process id.
 /// An error is the exit code that a shell would give, and a sentence.
 pub fn start(

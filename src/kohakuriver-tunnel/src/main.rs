@@ -4,7 +4,8 @@ use std::env;
 use std::io::{self, Write};
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::process::{self, ExitCode};
-use std::sync::{Arc, mpsc};
+use std::sync::Arc;
+use std::sync::mpsc::{self, RecvTimeoutError};
 use std::thread;
 use std::time::Duration;
 
@@ -23,6 +24,8 @@ const NOT_ALLOWED: u8 = 5;
 const GOODBYE: Duration = Duration::from_millis(500);
 /// How long a host that is away is waited for, to be told how an agent's command has ended.
 const LAST_WORD: Duration = Duration::from_secs(10);
+/// How often it is looked whether a signal ends what waits for a host's answer.
+const MOMENT: Duration = Duration::from_millis(50);
 const AFTER_PANIC: Duration = Duration::from_secs(1);
 
 fn main() -> ExitCode {
@@ -101,13 +104,18 @@ fn work(options: Arc<Options>) -> io::Result<ExitCode> {
     Ok(ExitCode::from(code as u8))
 }
 
-/// The command of an agent, started once it is known whether a host takes it in. An error is the exit code.
+/// The command of an agent, started once it is known whether a host takes it in, and not where a signal ends it before.
+/// An error is the exit code.
 fn begun(
     agent: &Agent,
     trial: &mpsc::Receiver<()>,
     start: impl FnOnce() -> Result<Option<libc::pid_t>, (i32, String)>,
 ) -> Result<Option<libc::pid_t>, i32> {
-    let _ = trial.recv();
+    while trial.recv_timeout(MOMENT) == Err(RecvTimeoutError::Timeout) {
+        if let Some(signal) = init::told_to_end() {
+            return Err(128 + signal);
+        }
+    }
     if let Some(said) = agent.refusal() {
         log!(Error, "{}", said.sentence);
         return Err(refused(&said).into());

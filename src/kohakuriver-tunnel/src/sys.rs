@@ -276,6 +276,15 @@ pub fn stop_ignoring(signal: libc::c_int) -> bool {
     unsafe { libc::signal(signal, libc::SIG_DFL) == libc::SIG_IGN }
 }
 
+/// Whether a signal is ignored. One that is blocked as well waits to be taken all the same.
+pub fn is_ignored(signal: libc::c_int) -> bool {
+    // SAFETY: a disposition is plain data.
+    let mut there: libc::sigaction = unsafe { mem::zeroed() };
+    // SAFETY: `there` is a valid place; nothing is installed.
+    let known = unsafe { libc::sigaction(signal, std::ptr::null(), &mut there) } == 0;
+    known && there.sa_sigaction == libc::SIG_IGN
+}
+
 /// Ignores a signal. Safe to call between `fork` and `exec`.
 pub fn ignore(signal: libc::c_int) {
     // SAFETY: installs no handler.
@@ -379,6 +388,21 @@ impl SignalSet {
             ))?;
         }
         Ok(Self(set))
+    }
+
+    /// Whether one of `signals`, which are among them, has come: it is taken. The others stay for [`Self::wait`].
+    pub fn take(signals: &[libc::c_int]) -> Option<libc::c_int> {
+        // SAFETY: a signal set and a time are plain data; `sigemptyset` makes the set valid, and 0 is a time.
+        let (mut set, at_once): (libc::sigset_t, libc::timespec) = unsafe { mem::zeroed() };
+        // SAFETY: all places are valid for the calls; no information is wanted.
+        let number = unsafe {
+            libc::sigemptyset(&mut set);
+            for signal in signals {
+                libc::sigaddset(&mut set, *signal);
+            }
+            libc::sigtimedwait(&set, std::ptr::null_mut(), &at_once)
+        };
+        (number > 0).then_some(number)
     }
 
     /// Waits for one of them.

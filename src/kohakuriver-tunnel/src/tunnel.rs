@@ -84,7 +84,8 @@ pub fn run(options: &Options, token: &Arc<Token>, events: &EventLoop, tried: imp
 
 /// What it means for an agent that a host refused it, if it is the end.
 fn judge(agent: &Agent, refusal: &Refusal) -> Option<Outcome> {
-    let Some(said) = refusal.said() else {
+    // Without a code it is no answer of a host: a proxy before it says this, or whatever has its address now.
+    let Some(said) = refusal.said().filter(|said| !said.code.is_empty()) else {
         agent.failed();
         return None;
     };
@@ -204,4 +205,51 @@ fn random_in([least, most]: [Duration; 2]) -> Duration {
     sys::random(&mut random);
     let part = f64::from(u32::from_ne_bytes(random)) / f64::from(u32::MAX);
     least + (most - least).mul_f64(part)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::agent::SshServer;
+    use crate::handshake::{RunnerUrl, Said};
+    use crate::outwards::Outwards;
+
+    fn agent() -> Agent {
+        let hosts = ["a", "b"].map(|host| RunnerUrl::of_host(host).unwrap());
+        Agent::new(
+            hosts.into(),
+            None,
+            SshServer::default(),
+            Outwards::default(),
+        )
+    }
+
+    fn said(status: u16, code: &str) -> Said {
+        Said {
+            status,
+            code: code.into(),
+            sentence: String::new(),
+        }
+    }
+
+    #[test]
+    fn an_answer_that_is_not_a_hosts_own_has_the_next_host_asked() {
+        for status in [301, 401, 403, 404, 409, 410, 502] {
+            let agent = agent();
+            let first = agent.host().clone();
+            let answer = said(status, "");
+            let refusal = match status {
+                401 | 403 => Refusal::NotAllowed(answer),
+                _ => Refusal::Refused(answer),
+            };
+            assert_eq!(judge(&agent, &refusal), None, "{status}");
+            assert_ne!(agent.host(), &first, "{status}");
+        }
+    }
+
+    #[test]
+    fn a_hosts_own_refusal_is_the_end_of_an_agent_that_no_host_has_taken_in() {
+        let refusal = Refusal::NotAllowed(said(403, "token_used"));
+        assert_eq!(judge(&agent(), &refusal), Some(Outcome::Refused));
+    }
 }

@@ -5,6 +5,7 @@ What does the work is the static tunnel client, which takes this process over: s
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import socket
@@ -21,12 +22,14 @@ from kohakuriver.cli.app import App
 from kohakuriver.cli.behind_dashes import WithCommand, command_of
 from kohakuriver.cli.options import Place, remote, warned
 from kohakuriver.errors import KohakuRiverError, UsageError
+from kohakuriver.task import is_task_name
 
 __all__ = ["register"]
 
 START_SECONDS = 5.0
 """For so long the SSH server is waited for."""
 
+_NEW_SECONDS = 60.0
 _LOOK_AGAIN_SECONDS = 0.02
 _SET_PARENT_DEATH_SIGNAL = 1
 _KEYS = ("host_key", "host_key_ecdsa")
@@ -86,6 +89,8 @@ def agent(
 ) -> NoReturn:
     """Make a task of where this runs, and run CMD in it: a job, a pod, a machine behind a router."""
     program = _program()
+    if name is not None and not is_task_name(name):
+        raise UsageError(f"{name!r} can't be a task's name; give 1 to 63 of a-z, 0-9, dot, dash and underscore.")
     settings = warned(at.resolved())
     options = {"--name": name, "--ports": ports, "--via": via, "--ca-file": settings.ca_file}
     environment = {**os.environ, "KOHAKURIVER_HOST": settings.named}
@@ -134,12 +139,13 @@ def _ssh_server(name: str, key_files: list[Path]) -> list[str]:
     folder.mkdir(parents=True, exist_ok=True, mode=0o700)
     files = [folder / key for key in _KEYS]
     lines = [host_keys.ed25519(files[0]), host_keys.ecdsa(files[1])]
-    allowed = folder / "authorized_keys"
+    own, kept = _own_folder(folder)
+    allowed, log = own / "authorized_keys", own / "log"
     write_private(allowed, "".join(f"{line}\n" for line in public_keys(key_files)))
     port = _free_port()
     keys = [word for file in files for word in ("--host-key", str(file))]
     command = [str(server), "--listen", f"127.0.0.1:{port}", *keys, "--authorized-keys", str(allowed)]
-    with (folder / "log").open("wb") as output:
+    with log.open("wb") as output:
         started = subprocess.Popen(
             command,
             stdin=subprocess.DEVNULL,
@@ -147,10 +153,43 @@ def _ssh_server(name: str, key_files: list[Path]) -> list[str]:
             stderr=output,
             env={name: value for name, value in os.environ.items() if name != "KOHAKURIVER_TOKEN"},
             start_new_session=True,
+            pass_fds=(kept,),
             preexec_fn=_ends_with_parent(),
         )
-    _wait_for(started, port, folder / "log")
+    os.close(kept)
+    _wait_for(started, port, log)
     return ["--ssh-port", str(port), "--ssh-host-key", lines[0], "--ssh-host-key-ecdsa", lines[1]]
+
+
+def _own_folder(parent: Path) -> tuple[Path, int]:
+    """A new folder, and the descriptor that keeps it: agents of one name may run at a time, and let others in.
+
+    Those of servers that have ended are deleted.
+    """
+    import fcntl
+    import tempfile
+
+    for old in parent.glob("run-*"):
+        with contextlib.suppress(OSError):
+            if time.time() - old.stat().st_mtime > _NEW_SECONDS:  # a newer one may not be kept yet
+                _delete_unless_kept(old)
+    folder = Path(tempfile.mkdtemp(prefix="run-", dir=parent))
+    kept = os.open(folder, os.O_RDONLY)
+    with contextlib.suppress(OSError):  # not every network's file system can
+        fcntl.flock(kept, fcntl.LOCK_SH)
+    return folder, kept
+
+
+def _delete_unless_kept(folder: Path) -> None:
+    import fcntl
+    import shutil
+
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        shutil.rmtree(folder)
+    finally:
+        os.close(descriptor)
 
 
 def _ends_with_parent() -> Callable[[], None]:

@@ -18,6 +18,7 @@ import structlog
 from kohakuriver import __version__, tracing
 from kohakuriver import runtime as loops
 from kohakuriver.changes import Changes
+from kohakuriver.config import host_url
 from kohakuriver.errors import UsageError
 from kohakuriver.host.agents.api import agents_api
 from kohakuriver.host.agents.entry import AgentEntry
@@ -187,11 +188,12 @@ class Perimeter:
 class Doors:
     """The sockets that a host, or a worker of one, listens on; closed at the end of a `with` block.
 
-    The last one for HTTP is `own`: what comes there is for this process and no other worker.
+    The last one for HTTP is `own`: what comes there is for this process and no other worker. So is `inner`, which is on
+    loopback and without TLS, where a certificate would have no name.
     """
 
-    def __init__(self, http: list[socket.socket], ssh: socket.socket, own: socket.socket) -> None:
-        self.http, self.ssh, self.own = http, ssh, own
+    def __init__(self, http: list[socket.socket], ssh: socket.socket, own: socket.socket, inner: socket.socket) -> None:
+        self.http, self.ssh, self.own, self.inner = http, ssh, own, inner
 
     @classmethod
     def of(cls, options: HostOptions, port: int, ssh_port: int) -> Doors:
@@ -201,7 +203,8 @@ class Doors:
             http = [stack.enter_context(sock) for sock in bind_with_loopback(options.bind, port, shared=shared)]
             if shared:
                 http.append(stack.enter_context(bind(options.bind, 0)))
-            doors = cls(http, bind(options.bind, ssh_port, shared=shared), http[-1 if shared else 0])
+            inner = stack.enter_context(bind("127.0.0.1", 0))
+            doors = cls(http, bind(options.bind, ssh_port, shared=shared), http[-1 if shared else 0], inner)
             stack.pop_all()
         return doors
 
@@ -212,7 +215,7 @@ class Doors:
 
     def close(self) -> None:
         """Nobody is let in by this process any more."""
-        for sock in (*self.http, self.ssh):
+        for sock in (*self.http, self.ssh, self.inner):
             sock.close()
 
     def __enter__(self) -> Doors:
@@ -220,6 +223,25 @@ class Doors:
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+
+def advertised(options: HostOptions, doors: Doors) -> str:
+    """Where other hosts on a database that they can share find this one, "" where they can't. Raises UsageError."""
+    scheme = "https" if options.tls_cert else "http"
+    unspecified = ip_address(doors.own.getsockname()[0]).is_unspecified
+    if options.workers == 1:
+        return options.advertise_url or ("" if unspecified else socket_url(doors.own, scheme))
+    if options.advertise_url:
+        told = urlsplit(host_url(options.advertise_url))
+        if told.scheme != scheme:
+            raise UsageError(
+                f"--advertise-url must begin with {scheme}:// here: each worker is reached at a port of its own, which "
+                f"serves {'TLS' if options.tls_cert else 'no TLS'}."
+            )
+        name = f"[{told.hostname}]" if ":" in (told.hostname or "") else told.hostname
+        return f"{scheme}://{name}:{doors.own.getsockname()[1]}"
+    # The others are most likely on this machine, for which a certificate has no name.
+    return socket_url(doors.inner) if unspecified else socket_url(doors.own, scheme)
 
 
 def serve(options: HostOptions) -> int:
@@ -243,6 +265,8 @@ def _serve_together(options: HostOptions, doors: list[Doors], close: Callable[[]
         raise UsageError(
             "--workers needs a database that several processes can share; give one of PostgreSQL by --database."
         )
+
+    advertised(options, doors[0])
 
     def serve_one(number: int, ready: Callable[[Ready], None]) -> int:
         metrics = None if options.metrics is None else counted_up(options.metrics, number)
@@ -298,7 +322,7 @@ class Host:
         ready: Callable[[Ready], None],
     ) -> None:
         self._options, self._perimeter, self._measures = options, perimeter, perimeter.measures
-        self._socks, self._ssh_sock, self._own = doors.http, doors.ssh, doors.own
+        self._doors, self._socks, self._ssh_sock = doors, doors.http, doors.ssh
         self._tell_ready = ready
         self._store, self._runners = store, runners
         self._proxies = Proxies(options.trusted_proxies)
@@ -419,15 +443,8 @@ class Host:
     @property
     def _advertised(self) -> str:
         """Where other hosts on the database find this one, "" where there are none, or they can't."""
-        scheme = "https" if self._options.tls_cert else "http"
-        if self._options.workers > 1:
-            port = self._own.getsockname()[1]
-            told = urlsplit(self._options.advertise_url or "").hostname
-            return socket_url(self._own, scheme) if told is None else f"{scheme}://{told}:{port}"
-        address = self._socks[0].getsockname()[0]
-        if self._options.advertise_url or self._store.server is None or ip_address(address).is_unspecified:
-            return self._options.advertise_url or ""
-        return socket_url(self._socks[0], scheme)
+        alone = self._store.server is None
+        return (self._options.advertise_url or "") if alone else advertised(self._options, self._doors)
 
     async def _make_agents(self) -> None:
         """This host as a node, for tasks that dial in."""
@@ -450,8 +467,8 @@ class Host:
         )
 
     async def _open_agents(self) -> None:
-        """Serve what is asked about agents' tasks on a socket for this host itself: there TLS would have no name."""
-        sock = bind("127.0.0.1", 0)
+        """Serve what is asked about agents' tasks on a socket for this host itself, and for its workers."""
+        sock = self._doors.inner
         services = self._services()
         app = new_app("host", __version__, services=services, routers=(agents_api,))
         ws = serve_ws(self._agent_node.routes(), max_message=self._perimeter.limits.max_message)

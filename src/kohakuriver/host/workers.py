@@ -20,6 +20,7 @@ from typing import Any
 import structlog
 
 from kohakuriver.errors import UsageError
+from kohakuriver.web.server import on_terminal
 
 __all__ = ["MOST_WORKERS", "Ready", "serve_together"]
 
@@ -142,7 +143,7 @@ class _Supervisor:
         for number in numbers:
             if number == signal.SIGCHLD:
                 self._reap()
-            elif number == signal.SIGHUP:
+            elif number == signal.SIGHUP and not on_terminal():
                 self._tell(signal.SIGHUP)
             else:
                 # The second Ctrl-C hurries them, as it would hurry one alone.

@@ -280,10 +280,30 @@ class Hub:
         if gone:
             self.traffic.forget(container)
 
-    def send_away(self, container: str, reason: str) -> None:
-        """The container is another's now: users open their sessions again, and are sent there."""
+    def forget(self, container: str) -> bool:
+        """The task has ended a while ago: forget that, if nobody has a session of it yet, which is the answer."""
+        if container in self.tunnels or self._all_of(container):
+            return False
+        self._ended.pop(container, None)
+        self._lost.pop(container, None)
+        self.traffic.forget(container)
+        return True
+
+    def moved(self, container: str, reason: str) -> None:
+        """The container is another's now: users open their sessions again, are sent there, and go on."""
+        tunnel = self.tunnels.get(container)
+        if tunnel is not None:
+            tunnel.link.abort()
+            self.tunnel_closed(tunnel, reason)
+        self._send_back(container)  # the tunnel client has all streams yet
         for session in self._sessions_of(container):
             session.link.close(RENEGOTIATE, reason)
+        self.keepers.end(container, reason)
+        for direct in self._direct_of(container):
+            direct.end(RENEGOTIATE, reason)
+        self._replaced.pop(container, None)
+        self._revoked.pop(container, None)
+        self._wait_no_more(container)
 
     def tell(self, container: str, sentence: str) -> None:
         """Say something to everybody who has a session open and can be told."""

@@ -20,7 +20,7 @@ from kohakuriver.backends import known
 from kohakuriver.errors import NotFoundError, UnauthenticatedError, UnavailableError, UsageError
 from kohakuriver.gpus import NotThereError, choose, refusal
 from kohakuriver.quotas import Quotas, Usage
-from kohakuriver.store.database import Store, gpus_in_use
+from kohakuriver.store.database import Store, forget_task, gpus_in_use
 from kohakuriver.store.groups import check_sharee, forget_memberships, groups_of, is_shared_with, share_name
 from kohakuriver.store.models import (
     OF_USERS,
@@ -225,12 +225,19 @@ class Accounts:
         await self._store.write(work)
 
     def check_room(self, session: Session, task: Task, more: Usage) -> None:
-        """Raises "over_limit" where the owner of a task can't have `more` besides their other tasks."""
+        """Raises "over_limit" where the owner of a task can't have `more` besides their other tasks.
+
+        For one more than their limit `tasks` the agent's task that ended first is forgotten.
+        """
         # The lock makes a second host on this database wait until this task counts.
         user = _user(session, task.owner, to_change=True)
         quotas = self.quotas_of(user)
         if quotas != Quotas(sessions=quotas.sessions, connects=quotas.connects):
-            _in_use(session, user.name, self._clock(), besides=task.task_id).check(more, user.name, quotas)
+            used = _in_use(session, user.name, self._clock(), besides=task.task_id)
+            one_too_many = more.tasks and quotas.tasks > 0 and used.tasks + more.tasks == quotas.tasks + 1
+            if one_too_many and _forget_ended(session, user.name, besides=task.task_id):
+                used = replace(used, tasks=used.tasks - 1)
+            used.check(more, user.name, quotas)
 
     # Tokens
 
@@ -439,6 +446,22 @@ def _in_use(session: Session, name: str, now: float, *, besides: int | None = No
     columns = select(Task.status, Task.claimed_until, Task.spec, Task.task_id)
     tasks = session.execute(columns.where(Task.owner == name, Task.removed.is_(False)))
     return sum((usage_of(row[0], row[1], row[2], now) for row in tasks if row[3] != besides), start=Usage())
+
+
+def _forget_ended(session: Session, name: str, *, besides: int) -> bool:
+    """Forget the user's agent's task that has ended first; whether there was one.
+
+    Where the agent has not said so itself, it may be about to come back, and has to be told.
+    """
+    ended = (Task.status.in_(("stopped", "failed")), Task.exit_code.is_not(None), Task.removed.is_(False))
+    theirs = select(Task).where(Task.owner == name, Task.backend == "agent", Task.task_id != besides, *ended)
+    task = session.scalars(theirs.order_by(Task.changed_at).limit(1)).first()
+    if task is None:
+        return False
+    forget_task(session, task.task_id)
+    session.flush()
+    note(session, tasks=[task.task_id])
+    return True
 
 
 def _give_gpus(session: Session, task: Task, now: float) -> None:

@@ -89,6 +89,7 @@ class Agents:
                 token.task_id = task.task_id
             before, task.node = task.node, node
             task.engine_name = coming.client
+            task.tunnel = True  # from now on nobody else may have its name
             task.revision = max(next_revision(), (task.revision or 0) + 1)
             session.flush()
             note(session, tasks=[task.task_id], nodes=[before] if before != node else [])
@@ -104,9 +105,12 @@ class Agents:
             ) from error
 
     def _shown(self, session: Session, coming: Coming) -> Token:
-        """The agent's credential, which is good for whatever it is for. The lock lets one agent use it at a time."""
+        """The agent's credential, which is good for whatever it is for. The locks let one agent use it at a time.
+
+        And one of its user: a lock for reading, which `check_room` has to make one for writing, is a deadlock of two.
+        """
         token = session.get(Token, coming.token, with_for_update=True, populate_existing=True)
-        if token is None or session.get(User, token.name, with_for_update={"read": True}) is None:
+        if token is None or session.get(User, token.name, with_for_update=True) is None:
             raise UnauthenticatedError("The user of this token was removed; ask the host's administrator.")
         if why := _no_good(token, self._clock()):
             sentence = f"{why}; make another one with `kohakuriver token create --agent`."
@@ -148,6 +152,8 @@ class Agents:
             return None  # a new one of that name is then refused by the database
         if task.status not in ACTIVE:
             self._accounts.check_room(session, task, coming.order(task.task_id).usage(self._clock()))
+        # How the one before ended is not how this one has, which may ask again when it hears no answer.
+        task.change({"status": "starting", "message": None, "exit_code": None}, self._clock())
         return task
 
     async def named(self, name: str, owner: str) -> Task | None:

@@ -131,7 +131,7 @@ class Server(uvicorn.Server):
                 signal.signal(number, handler)
 
     def _on(self, number: signal.Signals) -> Callable[[int, FrameType | None], None]:
-        again = number.name == "SIGHUP" and not _on_terminal()
+        again = number.name == "SIGHUP" and not on_terminal()
         return self._read_again if again else self.handle_exit
 
     def _read_again(self, _number: int, _frame: FrameType | None) -> None:
@@ -239,7 +239,8 @@ def _counts(number: signal.Signals) -> bool:
     return number == signal.SIGTERM or signal.getsignal(number) is not signal.SIG_IGN
 
 
-def _on_terminal() -> bool:
+def on_terminal() -> bool:
+    """Whether this program has a terminal that could hang up."""
     try:
         return os.isatty(0)
     except OSError:

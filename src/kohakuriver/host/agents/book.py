@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
 from kohakuriver.errors import NotFoundError
 from kohakuriver.relay.legs import TunnelLeg
 from kohakuriver.store import Task
+from kohakuriver.store.models import ACTIVE
 from kohakuriver.task import TaskReport, describe_exit, next_revision, part_of
 from kohakuriver.tunnel.protocol import CloseCode, exit_code_in
 
@@ -67,6 +68,10 @@ class AgentTask(TaskReport):
         else:
             self._is(self.status, f"its agent may not come in: {reason}" if code == CloseCode.POLICY else AWAY)
 
+    def hung_up(self, status: str) -> None:
+        """Its agent was let in, and is gone before it was connected."""
+        self._is(status, AWAY)
+
     def end(self, status: str, message: str, exit_code: int | None = None) -> None:
         """It has ended for good."""
         self._is(status, message)
@@ -75,10 +80,14 @@ class AgentTask(TaskReport):
 
     def look(self, now: float) -> bool:
         """Call it lost where it is; whether that is news."""
-        if self.status != "running" or self.away_since is None or now - self.away_since < AWAY_SECONDS:
+        if self.status not in ACTIVE or self.away_since is None or now - self.away_since < AWAY_SECONDS:
             return False
         self._is("lost", LOST)
         return True
+
+    def ended_long_ago(self, now: float) -> bool:
+        """Whether nobody goes on with it any more, neither its agent nor who had a session of it."""
+        return self.over.is_set() and self.away_since is not None and now - self.away_since >= AWAY_SECONDS
 
     def _is(self, status: str, message: str | None) -> None:
         self.status, self.message, self.tunnel = status, message, self.leg is not None
@@ -134,6 +143,13 @@ class Book:
                 task.went(self._clock())
             self.note(task)
 
+    def hung_up(self, task: Task) -> None:
+        """An agent that was let in as this task never was connected."""
+        known = self.add(task)
+        if known.leg is None:
+            known.hung_up(task.status)
+        self.note(known)
+
     def look(self) -> None:
         """Find those that are lost."""
         for task in self:
@@ -149,3 +165,8 @@ class Book:
         """What is to be written down of those that have changed; it is told once."""
         told, self._news = self._news, {}
         return {task_id: task.changes() for task_id, task in told.items()}
+
+    def untold(self, tasks: Collection[int]) -> None:
+        """What was told of these could not be written down. It is told again when somebody asks, and nobody is woken:
+        whoever tried would try again at once, and without end."""
+        self._news = {task.task_id: task for task in self if task.task_id in tasks} | self._news

@@ -32,6 +32,9 @@ PATH = "/ws/agent"
 LONGEST_MACHINE = 64
 """Characters of the name of an agent's machine that are told."""
 
+_NO_ROOM = ("name_taken", "over_limit")
+"""Why an agent can't be a new task that can be the one of its name, should that have no agent any more."""
+
 _ID = re.compile(r"[0-9a-f]{32}")
 _reports: TypeAdapter[TaskReport] = TypeAdapter(TaskReport)
 
@@ -73,24 +76,40 @@ class AgentEntry:
         caller, token = await self._credentials.agent(request.token)
         self._requests.count(caller)
         await self._node.enter()
-        if name and task_id is None:
-            await self._end_silent(name, caller.name, client, request)
         coming = Coming(token.digest, client, name, task_id, lambda new_id: self._task(new_id, name, caller.name))
-        taken = await self._agents.take(coming, self._node.name, new_task_id())
-        await self._node.tunnels.hub.check_replacement(taken.task.container, client, request.whence.address)
-        self._node.admit(request, taken.task, token.digest, about)
+        taken = await self._take(coming, caller.name, request)
+        try:
+            await self._node.tunnels.hub.check_replacement(taken.task.container, client, _address(request))
+            self._node.admit(request, taken.task, token.digest, about)
+        except BaseException:
+            self._node.hung_up(taken.task)
+            raise
         await self._node.write()
         self._tell(taken, caller.name)
 
-    async def _end_silent(self, name: str, owner: str, client: str, request: UpgradeRequest) -> None:
-        """Another agent may have the name here whose machine went without a word. Raises "tunnel_taken" where not."""
-        there = await self._agents.named(name, owner)
-        if there is None or there.node != self._node.name or there.engine_name == client:
-            return
+    async def _take(self, coming: Coming, owner: str, request: UpgradeRequest) -> Taken:
+        """The task of an agent, which may be that of one that is silent."""
+        try:
+            return await self._agents.take(coming, self._node.name, new_task_id())
+        except KohakuRiverError as error:
+            # It has shown by now that it may be a task, so another one may end for it.
+            if error.code not in _NO_ROOM or not coming.name or not await self._end_silent(coming, owner, request):
+                raise
+        return await self._agents.take(coming, self._node.name, new_task_id())
+
+    async def _end_silent(self, coming: Coming, owner: str, request: UpgradeRequest) -> bool:
+        """Whether another agent had the name here whose machine went without a word; it has no more.
+
+        Raises "tunnel_taken" where that answers.
+        """
+        there = await self._agents.named(coming.name, owner)
+        if there is None or there.node != self._node.name or there.engine_name == coming.client:
+            return False
         hub = self._node.tunnels.hub
-        await hub.check_replacement(there.container, client, request.whence.address)
+        await hub.check_replacement(there.container, coming.client, _address(request))
         hub.drop(there.container, "its agent does not answer")
         await self._node.write()
+        return True
 
     def _task(self, task_id: int, name: str, owner: str) -> Task:
         container = container_name(BACKEND, task_id)
@@ -105,6 +124,11 @@ class AgentEntry:
             log.info("task started", task=task.task_id, name=task.name, node=task.node, backend=BACKEND)
             about = {"task": task.task_id, "name": task.name, "owner": owner, "node": task.node}
             self._audit.write("task_created", **about, backend=BACKEND)
+
+
+def _address(request: UpgradeRequest) -> str:
+    """Where an agent comes from, also behind a proxy that is trusted."""
+    return request.peer.rpartition(":")[0].strip("[]")
 
 
 def _said(request: UpgradeRequest, name: str) -> tuple[str, int | None, TaskReport]:

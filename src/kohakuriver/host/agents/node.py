@@ -12,7 +12,7 @@ import hashlib
 import hmac
 import secrets
 import time
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -36,9 +36,11 @@ from kohakuriver.session.nodes import NodeOfflineError
 from kohakuriver.session.ticket import Scope, Ticket, UsedTickets
 from kohakuriver.store import Agents, News, Store, Task
 from kohakuriver.store.agents import BACKEND, NODE_PREFIX
+from kohakuriver.store.models import ACTIVE
 from kohakuriver.task import TaskReport, part_of
 from kohakuriver.tunnel.accept import TunnelRoute, UpgradeRequest
 from kohakuriver.tunnel.protocol import MARK, TASK_HEADER, CloseCode
+from kohakuriver.web.background import in_background
 
 __all__ = ["PREFIX", "AgentNode", "advertised_at"]
 
@@ -91,6 +93,7 @@ class AgentNode:
         self._told = told
         self._look_seconds = min(LOOK_SECONDS, heartbeat_seconds)
         self._looked_at = 0.0
+        self._strays: set[int] = set()
         self._advertised = advertised
         self._clock = clock
         self._began = clock()
@@ -179,6 +182,10 @@ class AgentNode:
         headers = {TASK_HEADER: f"{task.task_id} {known.name}"}
         self.tunnels.take_in(request, task.container, task.engine_name, headers)
 
+    def hung_up(self, task: Task) -> None:
+        """An agent was let in as this task, and never was connected: the next may have its name."""
+        self.book.hung_up(task)
+
     def _tunnel_changed(self, container: str, connected: bool) -> None:
         self.book.tunnel_changed(container, self.tunnels.hub.tunnel_of(container))
         if not connected and container in self.book and self.book.get(container).over.is_set():
@@ -223,13 +230,16 @@ class AgentNode:
         if not told and report["status"] == "stopped":
             raise NodeOfflineError("The agent is away, and ends when it comes back.", self.name)
         if container in self.book:
-            self._forget(self.book.get(container), "the task was removed", gone=True)
+            self.tunnels.hub.drop(container, "the task was removed", gone=True)
+            self.book.forget(self.book.get(container))
         return report
 
-    def _forget(self, task: AgentTask, reason: str, *, gone: bool) -> None:
-        self.tunnels.hub.drop(task.container, reason, gone=gone)
-        if not gone:
-            self.tunnels.hub.send_away(task.container, reason)
+    def _gone(self, task: AgentTask) -> None:
+        """Its agent has gone to another host, with all that goes on in it; or it ended, and made room for another."""
+        if task.over.is_set():
+            self.tunnels.hub.drop(task.container, "the task was forgotten", gone=True)
+        else:
+            self.tunnels.hub.moved(task.container, "its agent is connected to another host")
         self.book.forget(task)
 
     # What is told of them
@@ -264,30 +274,51 @@ class AgentNode:
                 try:
                     changed = await self._agents.change(self.name, news)
                 except BaseException:
-                    for task in self.book:
-                        if task.task_id in news:
-                            self.book.note(task)
+                    self.book.untold(news)
                     raise
                 self._told(changed)
 
     async def look(self) -> None:
         """Let go of tasks that are here no more, and of agents without a right; tell how all others are."""
         self.book.look()
+        known = {task.task_id for task in self.book}  # one that comes meanwhile may be too new for the answer
         here = await self._agents.of_node(self.name)
         for task in self.book:
-            if task.task_id not in here:
-                self._forget(task, "its agent is connected to another host", gone=False)
+            if task.task_id in known and task.task_id not in here:
+                self._gone(task)
+        self._find_strays(here)
         links = [(task.task_id, task.token) for task in self.book if task.leg is not None]
         withdrawn = await self._agents.withdrawn(links) if links else {}
         for task in self.book:
             if task.leg is not None and task.task_id in withdrawn:
                 task.leg.link.fail(CloseCode.POLICY, withdrawn[task.task_id])
         await self.write()
+        for task in self.book:
+            if task.ended_long_ago(self._clock()) and self.tunnels.hub.forget(task.container):
+                self.book.forget(task)  # what became of it is in the database
         answer = await self._nodes.heartbeat(self.name, self._beat(set(here)))
         for task in self.book:
-            if task.task_id in answer.remove and task.leg is not None:
-                with contextlib.suppress(NotFoundError):
-                    await self.remove(task.container)
+            if task.task_id in answer.remove and task.leg is not None and not task.stopping:
+                # An agent may take its time, and all others count as lost without a heartbeat.
+                in_background(self._remove(task.container), "ending an agent whose task was removed")
+
+    def _find_strays(self, here: Mapping[int, Task]) -> None:
+        """Tasks whose agents were let in and never heard of again: they are lost, as soon as they are in the book.
+
+        What is about to be connected, or was forgotten just now, is so at one look and not at the next.
+        """
+        strays = {each.task_id for each in here.values() if each.status in ACTIVE and each.container not in self.book}
+        for task_id in strays & self._strays:
+            self.book.add(here[task_id])
+        self._strays = strays
+
+    async def _remove(self, container: str) -> None:
+        try:
+            await self.remove(container)
+        except NotFoundError:
+            pass  # somebody else was faster
+        except KohakuRiverError as error:
+            log.warning("a task that was removed can't be ended for now", reason=error.message)
 
     def _beat(self, here: set[int]) -> Heartbeat:
         """A heartbeat. Tasks that have ended are no more in the book, and stay as they are."""
