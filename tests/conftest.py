@@ -19,6 +19,7 @@ import pytest
 import structlog
 
 from kohakuriver import runtime as loops
+from kohakuriver import tracing
 from tests.support.postgres import Postgres, a_server
 
 T = TypeVar("T")
@@ -74,6 +75,7 @@ def _logging_as_before() -> Iterator[None]:
     yield
     logging.root.handlers[:] = handlers
     structlog.reset_defaults()
+    tracing.begin("")  # a request that a test began in its own thread is none of the next one's
 
 
 @pytest.fixture
