@@ -367,7 +367,10 @@ def test_what_follows_a_jobs_output_and_is_not_the_runners_to_kill_ends_with_its
 def test_a_program_that_takes_too_long_and_is_not_the_runners_to_kill_is_told_of(
     run: Run, path_of: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    stuck: list[asyncio.subprocess.Process] = []
+
     def not_ours(process: asyncio.subprocess.Process) -> None:
+        stuck.append(process)
         raise PermissionError
 
     monkeypatch.setattr(asyncio.subprocess.Process, "kill", not_ours)
@@ -378,6 +381,8 @@ def test_a_program_that_takes_too_long_and_is_not_the_runners_to_kill_is_told_of
         with pytest.raises(UnavailableError, match=r"does not answer within 0\.1 s"):
             await Slurm().cancel(me(), "7", 0.1)
         await asyncio.get_running_loop().run_in_executor(None, (tmp_path / "go").write_text, "word\n")
+        await stuck[0].wait()
+        stuck[0]._transport.close()  # type: ignore[attr-defined]
 
     run(work())
 

@@ -46,13 +46,14 @@ async def end(process: asyncio.subprocess.Process) -> None:
     """Kill a program, and let go of what it prints: where sudo(8) has started it, it is not ours to kill, and ends by
     itself.
     """
-    if process.returncode is not None:
-        return
-    with contextlib.suppress(ProcessLookupError, PermissionError):
-        process.kill()
     transport: asyncio.SubprocessTransport = process._transport  # type: ignore[attr-defined]
-    for number in (1, 2):
-        if (pipe := transport.get_pipe_transport(number)) is not None:
-            pipe.close()
-    with contextlib.suppress(asyncio.TimeoutError):
-        await asyncio.wait_for(process.wait(), END_SECONDS)
+    if process.returncode is None:
+        with contextlib.suppress(ProcessLookupError, PermissionError):
+            process.kill()
+        for number in (1, 2):
+            if (pipe := transport.get_pipe_transport(number)) is not None:
+                pipe.close()
+        with contextlib.suppress(asyncio.TimeoutError):
+            await asyncio.wait_for(process.wait(), END_SECONDS)
+    if process.returncode is not None:  # else uvloop would kill it once more, and say that it may not
+        transport.close()
