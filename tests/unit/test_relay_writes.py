@@ -6,34 +6,16 @@ import asyncio
 from collections.abc import Callable, Coroutine
 from typing import Any
 
-from kohakuriver._frame import FrameWalker, build_frame
+from kohakuriver._frame import build_frame
 from kohakuriver.limits import Limits
 from kohakuriver.relay.admission import Admission, ConnectRates
 from kohakuriver.relay.legs import SessionLeg, TunnelLeg
 from kohakuriver.tunnel.link import Link
 from kohakuriver.tunnel.protocol import CLOSE, CONNECT, CONNECTED, DATA, EOF, ERROR, PROTO_TCP, ErrorText, pack_limit
-from tests.support.peers.fake_transport import FakeTransport
+from tests.support.peers.fake_transport import Wire
 
 Run = Callable[[Coroutine[Any, Any, None]], None]
 OPEN = pack_limit(1 << 20)
-
-
-class Wire(FakeTransport):
-    """A link's transport that knows which bytes were written together."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.writes: list[bytes] = []
-
-    def write(self, data: bytes | bytearray | memoryview) -> None:
-        self.writes.append(bytes(data))
-        super().write(data)
-
-    def kinds(self) -> list[list[int]]:
-        """The types of the messages of each write since the last look."""
-        walker = FrameWalker(masked=False)
-        writes, self.writes = self.writes, []
-        return [[message[0] for message in walker.walk(data, 0, len(data))[0]] for data in map(bytearray, writes)]
 
 
 class Runner:
@@ -44,7 +26,7 @@ class Runner:
         self.wire = self.link(self.tunnel)
 
     def link(self, leg: TunnelLeg | SessionLeg) -> Wire:
-        wire = Wire()
+        wire = Wire(masked=False)
         leg.link = Link(leg, leg.walker, masks=False)
         leg.link.start(wire)
         return wire

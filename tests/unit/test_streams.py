@@ -17,38 +17,17 @@ from kohakuriver.tunnel.opener import KeptStreams
 from kohakuriver.tunnel.protocol import ACK, CONNECT, CONNECTED, DATA, EOF, Ended, Grant, pack_limit
 from kohakuriver.tunnel.sockets import NOTSENT_LOWAT
 from kohakuriver.tunnel.user_endpoint import UserEndpoint
-from tests.support.peers.fake_transport import FakeTransport
+from tests.support.peers.fake_transport import FakeTransport, Wire
 
 Run = Callable[[Coroutine[Any, Any, None]], None]
 Program = tuple[socket.socket, TcpStream]
-
-
-class Wire(FakeTransport):
-    """A link's transport that knows which bytes were written together."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.writes: list[bytes] = []
-        self.written = asyncio.Event()
-
-    def write(self, data: bytes | bytearray | memoryview) -> None:
-        self.writes.append(bytes(data))
-        self.written.set()
-        super().write(data)
-
-    def kinds(self) -> list[list[int]]:
-        """The types of the messages of each write since the last look."""
-        walker = FrameWalker(masked=True)
-        writes, self.writes = self.writes, []
-        self.written.clear()
-        return [[message[0] for message in walker.walk(data, 0, len(data))[0]] for data in map(bytearray, writes)]
 
 
 class User:
     """A user's end whose link is written down."""
 
     def __init__(self) -> None:
-        self.wire, self.endpoint = Wire(), UserEndpoint(kept=KeptStreams(60))
+        self.wire, self.endpoint = Wire(masked=True), UserEndpoint(kept=KeptStreams(60))
         link = Link(self.endpoint, FrameWalker(masked=False), masks=True)
         link.start(self.wire)
         self.endpoint.attach(link)
@@ -115,7 +94,7 @@ def test_a_link_that_is_lost_takes_what_was_late_with_it(run: Run) -> None:
         user = User()
         stream = await user.opens_and_ends()
         user.endpoint.detach("lost")
-        wire = user.wire = Wire()
+        wire = user.wire = Wire(masked=True)
         link = Link(user.endpoint, FrameWalker(masked=False), masks=True)
         link.start(wire)
         user.endpoint.attach(link)

@@ -5,6 +5,8 @@ from __future__ import annotations
 import asyncio
 from typing import Any, cast
 
+from kohakuriver._frame import FrameWalker
+
 
 class FakeTransport(asyncio.Transport):
     """A transport whose kernel buffer takes ``room`` bytes; what the protocol reads is handed in by ``feed``."""
@@ -131,3 +133,25 @@ class FakeTransport(asyncio.Transport):
         if not self.lost:
             self.lost = True
             asyncio.get_running_loop().call_soon(self._protocol.connection_lost, exc)
+
+
+class Wire(FakeTransport):
+    """A link's transport that knows which bytes were written together. `masked`: a side writes that dialled."""
+
+    def __init__(self, *, masked: bool) -> None:
+        super().__init__()
+        self.writes: list[bytes] = []
+        self.written = asyncio.Event()
+        self._masked = masked
+
+    def write(self, data: bytes | bytearray | memoryview) -> None:
+        self.writes.append(bytes(data))
+        self.written.set()
+        super().write(data)
+
+    def kinds(self) -> list[list[int]]:
+        """The types of the messages of each write since the last look."""
+        walker = FrameWalker(masked=self._masked)
+        writes, self.writes = self.writes, []
+        self.written.clear()
+        return [[message[0] for message in walker.walk(data, 0, len(data))[0]] for data in map(bytearray, writes)]
