@@ -9,6 +9,8 @@ use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Output, Stdio};
 use std::sync::atomic::{AtomicU32, Ordering};
+use std::thread;
+use std::time::{Duration, Instant};
 
 /// A directory that is removed in the end.
 pub struct Directory(pub PathBuf);
@@ -186,6 +188,20 @@ impl Server {
 
     pub fn config(&self) -> String {
         self.directory.text("config")
+    }
+
+    /// What the server logged since this was asked last, once one of `words` is in it. Its lines are written by a thread
+    /// of their own, so they may come after the client's answer.
+    pub fn log_with(&self, words: &[&str]) -> String {
+        let patience = Instant::now() + Duration::from_secs(30);
+        loop {
+            let text = fs::read_to_string(self.directory.file("log")).unwrap();
+            if words.iter().any(|word| text.contains(word)) {
+                return self.log();
+            }
+            assert!(Instant::now() < patience, "none of {words:?} in: {text}");
+            thread::sleep(Duration::from_millis(1));
+        }
     }
 
     /// What the server logged since this was asked last.
