@@ -174,7 +174,7 @@ def one_connection(kept: bool) -> Callable[[], Awaitable[object]]:
         link.buffer_updated(len(frame))
 
     async def connect() -> None:
-        stream = TcpStream(endpoint, 7)
+        stream = TcpStream(endpoint, 7, endpoint.new_core())
         stream.connection_made(Still())
         await asyncio.sleep(0)
         stream.get_buffer(-1)

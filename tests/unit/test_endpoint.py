@@ -19,8 +19,10 @@ from kohakuriver import runtime as loops
 from kohakuriver._frame import FrameWalker
 from kohakuriver.tunnel import windows as rules
 from kohakuriver.tunnel.container_endpoint import ContainerEndpoint
+from kohakuriver.tunnel.kept import KeptCore
 from kohakuriver.tunnel.link import Link
 from kohakuriver.tunnel.local_socket import TcpStream
+from kohakuriver.tunnel.opener import KeptStreams
 from kohakuriver.tunnel.protocol import NOTICE, SESSION_ID
 from kohakuriver.tunnel.settings import EndpointConfig
 from kohakuriver.tunnel.user_endpoint import UserEndpoint
@@ -147,6 +149,29 @@ def test_a_dial_that_reaches_itself_is_refused() -> None:
         return await endpoint._try(TcpStream(endpoint, port), "127.0.0.1")
 
     assert isinstance(loops.run(dialled()), ConnectionRefusedError)
+
+
+def test_a_connection_that_came_while_its_link_kept_streams_is_opened_on_one_of_version_1_with_all_that_it_said(
+    run: Run,
+) -> None:
+    async def main() -> None:
+        pair = Pair(version=1)
+        kept = pair.user.kept = KeptStreams(60)
+        core = KeptCore(pair.user.rules, kept.identity())
+        core.local_data(b"said ")
+        core.local_data(bytes(100_000))
+        stream, container_side = TcpStream(pair.user, PORT, core), FakeTransport()
+        FakeTransport().connect(stream)
+        await pair.settle()
+        pair.container.answer(pair.container.dials[0], container_side)
+        await pair.settle()
+        assert container_side.take(1 << 20) == b"said " + bytes(100_000)
+        assert stream.kept is None
+        assert not kept.streams
+        assert not kept.waiting
+        pair.close()
+
+    run(main())
 
 
 def test_a_container_lingers_for_a_fifth_of_a_second_and_a_user_for_two_unless_they_are_told() -> None:

@@ -9,6 +9,7 @@ from typing import TypeAlias
 from kohakuriver._frame import WS_TEXT, FrameViolation, FrameWalker, Message
 from kohakuriver.tunnel.buffers import Assembler
 from kohakuriver.tunnel.error_text import user_error
+from kohakuriver.tunnel.kept import KeptCore
 from kohakuriver.tunnel.link import Link
 from kohakuriver.tunnel.local_socket import TcpStream
 from kohakuriver.tunnel.protocol import (
@@ -210,16 +211,17 @@ class Endpoint:
         self.totals.unknown_messages += 1
 
     def _tcp_message(self, stream: TcpStream, kind: int, payload: bytes) -> None:
-        core, kept = stream.core, stream.kept
+        core = stream.core
         if kind == PONG:
             stream.pong()
         elif kind == ERROR:
             self._stream_error(stream, ErrorText.parse(payload))
         elif kind == DETACH:
             self.detach_stream(stream, payload)
-        elif kept is not None:
-            stream.act(kept.take(kind, payload))
-            stream.update_reading()
+        elif isinstance(core, KeptCore):
+            stream.act(core.take(kind, payload))
+            if not core.state.gone:
+                stream.update_reading()
         elif kind == WINDOW and (limit := parse_limit(payload)) is not None:
             if core.sending.raise_to(limit):
                 stream.update_reading()

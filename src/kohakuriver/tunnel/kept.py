@@ -31,7 +31,7 @@ from kohakuriver.tunnel.protocol import (
     parse_limit,
 )
 from kohakuriver.tunnel.states import KEPT, Do, Event, Role, State
-from kohakuriver.tunnel.stream import PIECE, Action, Reading, Rules, Send, StreamCore, rows
+from kohakuriver.tunnel.stream import PIECE, Action, Reading, Rows, Rules, Send, StreamCore, rows
 from kohakuriver.tunnel.unacked import KeptWindow
 from kohakuriver.tunnel.windows import Budget, ReceiveWindow
 
@@ -108,10 +108,9 @@ class KeptCore(StreamCore):
         self._eof_owed = False  # it went out over a link that is gone, and did not arrive
         self._last_word: tuple[Event, bytes] | None = None  # how its local socket went while there was no link
 
-    def speak(self, version: int) -> None:
+    def _rows(self, version: int) -> Rows:
         """Kept streams are those of version 2."""
-        super().speak(version)
-        self._table = _TABLES[self._rules.role]
+        return _TABLES[self._rules.role]
 
     # -- what each end has -------------------------------------------------------------------------------------
 
@@ -148,13 +147,15 @@ class KeptCore(StreamCore):
 
     def _acknowledged(self, received: int, sent: int) -> bool:
         """The peer has so much, of what we have `sent`; False if that can't be."""
+        if received <= self._acked:
+            return True
         unacked = self.sending.unacked
-        if received > sent + (self._eof_sent and sent == unacked.end):
+        end = unacked.end
+        if received > sent + (self._eof_sent and sent == end):
             return False
-        if received > self._acked:
-            self._acked = received
-            unacked.ack(min(received, unacked.end))
-            self.sending.renew()
+        self._acked = received
+        unacked.ack(received if received < end else end)
+        self.sending.renew()
         return True
 
     def _settle(self) -> Sequence[Action]:
@@ -241,6 +242,14 @@ class KeptCore(StreamCore):
         self.state = State.WAITING
         return True
 
+    def unkept(self) -> StreamCore:
+        """The same stream, which has no link yet and gets one that keeps none."""
+        core, unacked = StreamCore(self._rules), self.sending.unacked
+        core.reading = self.reading
+        core.early = unacked.read(unacked.start, len(unacked))  # all of it, as nothing was sent
+        unacked.clear()
+        return core
+
     def end(self, text: ErrorText) -> Sequence[Action]:
         """It is held no longer, or the right to it is gone."""
         if self.state.gone:
@@ -299,13 +308,16 @@ class KeptCore(StreamCore):
         return window.unacked.end - window.sent
 
     @property
+    def unsent(self) -> bool:
+        return self.sending.unacked.end > self.sending.sent or (
+            self._eof_owed if self._eof_sent else self.reading is Reading.ENDED and not self.state.local_done
+        )
+
+    @property
     def may_send(self) -> bool:
         if not self.attached or self.state.gone:
             return False
         return self.sending.room > 0 if self.waits else self._eof_owed
-
-    def flow(self, blocked: bool) -> Do | None:
-        return super().flow(blocked or not self.attached)
 
     def passes(self, size: int) -> bool:
         window = self.sending
@@ -380,7 +392,7 @@ _KNOWN_THERE = frozenset(state for state in State if (state, Event.REMOTE_CLOSE)
 
 
 def opening_kept(rules: Rules, identity: Identity, before: StreamCore) -> KeptCore:
-    """The stream of a local connection that has a link now, and is to be kept; `before` is what it was until then."""
+    """The stream of a local connection that began while there was no link, and is to be kept now."""
     core = KeptCore(rules, identity)
     core.reading = before.reading
     core.sending.unacked.add(before.early)

@@ -138,7 +138,7 @@ class TcpStream(LocalWriter):
     def update_reading(self) -> None:
         """Send what waits, and read the local socket only while what is read can be sent."""
         core, transport = self.core, self._transport
-        if core.waits or core.reading is Reading.ENDED:
+        if core.unsent:
             self._send_waiting()
         if transport is None or transport.is_closing():
             return

@@ -11,17 +11,17 @@ from typing import NamedTuple
 __all__ = ["KEPT", "TRANSITIONS", "Do", "Event", "Role", "State", "Step"]
 
 
-class Role(enum.Enum):
-    """Which end of a stream: the user's opens it, the container's accepts it and dials."""
-
-    OPENER = "opener"
-    ACCEPTOR = "acceptor"
-
-
 class _Member(enum.Enum):
     """Members that are found in tables without a call of Python's."""
 
     __hash__ = object.__hash__
+
+
+class Role(_Member):
+    """Which end of a stream: the user's opens it, the container's accepts it and dials."""
+
+    OPENER = "opener"
+    ACCEPTOR = "acceptor"
 
 
 class State(_Member):

@@ -111,9 +111,11 @@ class StreamCore:
 
     __slots__ = ("_rules", "_table", "early", "held", "inbound", "moved_at", "reading", "sending", "state")
 
-    # What a kept stream has: the bytes that it may have to send again, and whether it is noted that it owes an ACK.
+    # What a kept stream has: the bytes that it may have to send again, whether it is noted that it owes an ACK, and
+    # whether it has a link of which both ends know.
     unacked: Unacked | None = None
     owing: bool = True
+    attached: bool = True
 
     def __init__(self, rules: Rules, sending: SendWindow | None = None) -> None:
         self._rules = rules
@@ -124,14 +126,17 @@ class StreamCore:
         self.held = 0  # bytes received that the local socket has not taken
         self.moved_at = 0.0  # when the peer's bytes last came
         self.inbound: ReceiveWindow | V1Rules = rules.v1
-        self._table = _TABLES[1, rules.role]
+        self._table = self._rows(1)
 
     def speak(self, version: int) -> None:
         """Go by the rules of ``version`` from now on."""
         rules = self._rules
         self.inbound.close()
         self.inbound = ReceiveWindow(rules.budget) if version >= 2 else rules.v1
-        self._table = _TABLES[min(version, 2), rules.role]
+        self._table = self._rows(version)
+
+    def _rows(self, version: int) -> Rows:
+        return _TABLES[min(version, 2), self._rules.role]
 
     # -- events ------------------------------------------------------------------------------------------------
 
@@ -250,6 +255,11 @@ class StreamCore:
         return len(self.early)
 
     @property
+    def unsent(self) -> bool:
+        """Whether `flush` has anything to send, once the window and the link have room."""
+        return bool(self.early) or (self.reading is Reading.ENDED and not self.state.local_done)
+
+    @property
     def may_send(self) -> bool:
         """Whether `flush` would send more, once the link has taken what it sent last."""
         return False
@@ -276,10 +286,12 @@ class StreamCore:
 
     def flow(self, blocked: bool) -> Do | None:
         """Whether the local socket is to be read, now that its link is ``blocked`` or not: only what can be sent is."""
-        if self.reading is Reading.SETTLING or self.reading is Reading.ENDED or self.state.local_done:
+        reading, state = self.reading, self.state
+        if reading is Reading.SETTLING or reading is Reading.ENDED or state.local_done:
             return None
-        may = self.state is not State.WAITING and not blocked and self.sending.room > 0
-        if may == (self.reading is Reading.FLOWING):
+        window = self.sending
+        may = not blocked and state is not State.WAITING and self.attached and window.limit > window.sent
+        if may == (reading is Reading.FLOWING):
             return None
         self.reading = Reading.FLOWING if may else Reading.PAUSED
         return Do.RESUME_LOCAL if may else Do.PAUSE_LOCAL

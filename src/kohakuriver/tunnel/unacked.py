@@ -41,7 +41,8 @@ class KeptWindow(SendWindow):
 
     def raise_to(self, limit: int) -> bool:
         """Take the peer's limit; True if it gave room where there was none. A lower one is ignored."""
-        self.granted = max(self.granted, limit)
+        if limit > self.granted:
+            self.granted = limit
         return self.renew()
 
     def renew(self) -> bool:

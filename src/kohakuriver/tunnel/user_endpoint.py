@@ -12,7 +12,7 @@ from kohakuriver.text import one_line
 from kohakuriver.tunnel.buffers import Assembler
 from kohakuriver.tunnel.closing import CloseState
 from kohakuriver.tunnel.endpoint import MAX_CONTROL, AnyStream, Endpoint, Share, why_closed
-from kohakuriver.tunnel.kept import opening_kept
+from kohakuriver.tunnel.kept import KeptCore, opening_kept
 from kohakuriver.tunnel.link import Link
 from kohakuriver.tunnel.local_listeners import LISTEN_BACKLOG, ListeningSocket, bind
 from kohakuriver.tunnel.local_socket import AcceptedStream, TcpStream
@@ -34,6 +34,7 @@ from kohakuriver.tunnel.protocol import (
 )
 from kohakuriver.tunnel.settings import EndpointConfig
 from kohakuriver.tunnel.states import Role, State
+from kohakuriver.tunnel.stream import StreamCore
 from kohakuriver.tunnel.udp import UdpListener, UdpStream
 
 LOOK, QUIET = 0.02, 1.0
@@ -243,11 +244,8 @@ class UserEndpoint(Endpoint):
         streams = self.streams
         if streams is None:
             return False
-        if self.kept is not None and streams.link.version >= 2:
-            identity = self.kept.identity()
-            identity.start = stream.start
-            stream.core = opening_kept(self.rules, identity, stream.core)
-            self.kept.enter(stream)
+        if self.kept is not None:
+            self._keep(stream, self.kept, streams.link.version)
         at = streams.enter(stream, streams.new_id())
         out = streams.link.out
         gathers = out.gather()  # what came early goes with the CONNECT
@@ -257,6 +255,25 @@ class UserEndpoint(Endpoint):
             if gathers:
                 out.scatter()
         return True
+
+    def new_core(self) -> StreamCore:
+        """What a connection that comes now begins with."""
+        streams, kept = self.streams, self.kept
+        if kept is None or streams is None or streams.link.version < 2:
+            return StreamCore(self.rules)
+        return KeptCore(self.rules, kept.identity())
+
+    def _keep(self, stream: TcpStream, kept: KeptStreams, version: int) -> None:
+        """Have a stream outlive the link that it gets, if that speaks this version; it may have begun without one."""
+        core = stream.core
+        if version < 2:
+            if isinstance(core, KeptCore):  # the link that there was when it began was another
+                stream.core = core.unkept()
+            return
+        if not isinstance(core, KeptCore):
+            core = stream.core = opening_kept(self.rules, kept.identity(), core)
+        core.identity.start = stream.start
+        kept.enter(stream)
 
     def open_udp(self, stream: UdpStream) -> bool:
         """Open a stream for a new source address; False while there is no link."""
@@ -303,7 +320,7 @@ class UserEndpoint(Endpoint):
         loop = asyncio.get_running_loop()
         sock = await bind(host, port, socket.SOCK_STREAM)
         server = await loop.create_server(
-            made or (lambda: AcceptedStream(self, remote_port)), sock=sock, backlog=LISTEN_BACKLOG
+            made or (lambda: AcceptedStream(self, remote_port, self.new_core())), sock=sock, backlog=LISTEN_BACKLOG
         )
         listening = ListeningSocket(host, sock.getsockname()[1], remote_port, "tcp", server.close, sock)
         self.listening.append(listening)

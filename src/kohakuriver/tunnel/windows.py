@@ -49,7 +49,10 @@ class Pool:
     @property
     def left(self) -> int:
         """Bytes that nobody has."""
-        return self._left if self._within is None else min(self._left, self._within.left)
+        left, within = self._left, self._within
+        if within is None or (there := within.left) > left:
+            return left
+        return there
 
     def take(self, size: int) -> None:
         """Somebody has so many bytes more, or less where `size` is negative; whether they are left is not asked."""
@@ -91,7 +94,9 @@ class Budget:
 
     def take(self, wanted: int) -> int:
         """As many of the ``wanted`` bytes as are left."""
-        got = max(0, min(wanted, self.left))
+        got = min(wanted, self._pool.left)
+        if got <= 0:
+            return 0
         self._pool.take(got)
         return got
 
@@ -246,8 +251,9 @@ class ReceiveWindow:
 
     def detach(self) -> None:
         """There is no link: nothing can come, and others may have what the window took."""
-        self._budget.give_back(self._paid)
-        self._paid = 0
+        if self._paid:
+            self._budget.give_back(self._paid)
+            self._paid = 0
 
     def attach(self, budget: Budget) -> None:
         """There is one again: take a window as large as before, or what is left. The limit is another one (rule 2)."""
