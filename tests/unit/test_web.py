@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import json
 import logging
+import signal
 import socket
 import ssl
 import time
@@ -100,6 +101,43 @@ def test_a_program_ends_with_an_error_when_work_that_it_is_no_use_without_fails(
     captured = capsys.readouterr()
     assert "holding the door" in captured.out + captured.err
     assert "a bolt is loose" in captured.out + captured.err
+
+
+def test_a_second_ctrl_c_ends_what_the_end_waits_for(run: Run) -> None:
+    async def check() -> None:
+        leaving, draining = asyncio.Event(), asyncio.Event()
+        told: list[str] = []
+
+        async def ready() -> None:
+            signal.raise_signal(signal.SIGINT)
+
+        async def wait(said: asyncio.Event, what: str) -> None:
+            said.set()
+            try:
+                await asyncio.get_running_loop().create_future()
+            finally:
+                told.append(what)
+
+        async def stop() -> None:
+            await server.unless_hurried(wait(draining, "drain"))
+            told.append("stopped")
+
+        server = Server(
+            new_app("host", "1"),
+            ws=serve_ws([]),
+            on_ready=ready,
+            on_stop=stop,
+            on_leave=lambda: wait(leaving, "leave"),
+        )
+        serving = asyncio.ensure_future(server.serve([bind("127.0.0.1", 0)]))
+        await leaving.wait()
+        assert not told
+        signal.raise_signal(signal.SIGINT)
+        await serving
+        assert told == ["leave", "drain", "stopped"]
+        assert server.exit_code == 0
+
+    run(check())
 
 
 def test_an_ipv6_address_stands_in_brackets() -> None:

@@ -584,7 +584,7 @@ class Host:
         left = in_background(self._counts.leave(), "telling other hosts that this one ends")
         await self._agent_node.close()  # first: where the sessions go to that leave now, agents are to be
         if self._options.drain:
-            await self._proxy.drain(self._options.drain)
+            await self._server.unless_hurried(self._proxy.drain(self._options.drain))
         await self._ssh_proxy.close()
         await self._terminals.close()
         self._logs.close()

@@ -18,7 +18,7 @@ import uvicorn
 from fastapi import FastAPI
 
 from kohakuriver.limits import Limits
-from kohakuriver.runtime import DescriptorWatch
+from kohakuriver.runtime import DescriptorWatch, cancel_all
 from kohakuriver.tls import ServerCertificate
 from kohakuriver.web.background import in_background
 from kohakuriver.web.listener import Acceptor
@@ -54,7 +54,7 @@ class Server(uvicorn.Server):
         ws: type[asyncio.Protocol],
         on_ready: Callable[[], Awaitable[None]],
         on_stop: Callable[[], Awaitable[None]],
-        on_leave: Callable[[], Awaitable[None]] | None = None,
+        on_leave: Callable[[], Coroutine[Any, Any, None]] | None = None,
         certificate: ServerCertificate | None = None,
         limits: Limits | None = None,
         front: Front | None = None,
@@ -73,6 +73,7 @@ class Server(uvicorn.Server):
         self._on_stop = on_stop
         self._on_leave = on_leave
         self._end = asyncio.Event()
+        self._hurry = asyncio.Event()  # Ctrl-C was pressed a second time
         self._loop = asyncio.get_running_loop()
         self._failed = False
         self._listeners: list[socket.socket] = []
@@ -101,6 +102,18 @@ class Server(uvicorn.Server):
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         super().handle_exit(sig, frame)
         self.stop()
+        if self.force_exit:
+            self._loop.call_soon_threadsafe(self._hurry.set)
+
+    async def unless_hurried(self, waiting: Coroutine[Any, Any, None]) -> None:
+        """Wait for others as long as nobody presses Ctrl-C a second time. What `waiting` raises is raised."""
+        tasks = [asyncio.ensure_future(each) for each in (waiting, self._hurry.wait())]
+        try:
+            await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
+            if tasks[0].done():
+                await tasks[0]
+        finally:
+            await cancel_all(tasks)
 
     async def main_loop(self) -> None:
         """Wait for the end; uvicorn would look for it ten times a second."""
@@ -148,7 +161,7 @@ class Server(uvicorn.Server):
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         """End everything; uvicorn would look ten times a second whether it has ended."""
         if self._on_leave is not None:
-            await self._on_leave()
+            await self.unless_hurried(self._on_leave())
         for server in self.servers:
             server.close()
         await self._on_stop()
