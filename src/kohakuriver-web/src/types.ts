@@ -26,6 +26,7 @@ export interface Task {
   address: string | null;
   command: string[];
   mounts: string[];
+  volumes: string[];
   env: string[];
   memory: number | null;
   cpus: number | null;

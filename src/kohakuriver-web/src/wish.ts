@@ -21,8 +21,10 @@ export function wish(field: (name: string) => string, kind: string): Record<stri
   if (field("cpus")) asked["cpus"] = numberOf(field("cpus"), "processors");
   set("gpus", field("gpus"), field("gpus"));
   set("restart", field("restart"), field("restart"));
-  const mounts = lines(field("mounts"));
-  set("mounts", mounts, mounts.length);
+  for (const name of ["mounts", "volumes"]) {
+    const paths = lines(field(name));
+    set(name, paths, paths.length);
+  }
   const keys = lines(field("ssh_keys"));
   set("ssh_keys", keys, keys.length);
   return asked;

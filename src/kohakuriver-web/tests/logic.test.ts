@@ -73,7 +73,7 @@ it("names terminals so that none is taken over", () => {
 });
 
 it("asks for a task by the API's own fields, and for nothing that was left empty", () => {
-  const typed: Record<string, string> = { name: "lab", image: "python", command: "sh -c 'sleep 9'", memory: "1g", ttl: "8h", env: "A=b", mounts: "/a:/a\n" };
+  const typed: Record<string, string> = { name: "lab", image: "python", command: "sh -c 'sleep 9'", memory: "1g", ttl: "8h", env: "A=b", mounts: "/a:/a\n", volumes: "work:/work\n\n data:/data:ro " };
   const field = (name: string): string => typed[name] ?? "";
   expect(wish(field, "docker")).toEqual({
     name: "lab",
@@ -83,6 +83,7 @@ it("asks for a task by the API's own fields, and for nothing that was left empty
     ttl: 28_800,
     env: { A: "b" },
     mounts: ["/a:/a"],
+    volumes: ["work:/work", "data:/data:ro"],
   });
   expect(wish((name) => (name === "command" ? "sleep 9" : ""), "process")).toEqual({ backend: "process", command: ["sleep", "9"] });
 });

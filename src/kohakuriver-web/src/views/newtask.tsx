@@ -81,7 +81,12 @@ export function NewTask({ close }: { close: () => void }): JSX.Element {
           <Field label="Stopped when unused for" name="idle_stop" placeholder="30m" />
         </div>
         <Field label="Variables" name="env" rows={2} placeholder="NAME=VALUE" hint="One a line." />
-        {kind === "docker" && <Field label="Mounts" name="mounts" rows={2} placeholder="/data:/data:ro" hint="SOURCE:/TARGET, one a line." />}
+        {kind === "docker" && (
+          <>
+            <Field label="Volumes" name="volumes" rows={2} placeholder="work:/work" hint="NAME:/TARGET, one a line. Yours under that name on the node; made where it is not there, and kept when the task is gone." />
+            <Field label="Mounts" name="mounts" rows={2} placeholder="/data:/data:ro" hint="SOURCE:/TARGET, one a line." />
+          </>
+        )}
         <Field label="SSH keys" name="ssh_keys" rows={2} placeholder="ssh-ed25519 AAAA…" hint="With public keys, one a line, the task gets an SSH server." />
       </details>
     </FormDialog>

@@ -299,6 +299,7 @@ function About({ task }: { task: Task }): JSX.Element {
     ["Address", task.address],
     ["Command", task.command.length ? quoted(task.command) : null],
     ["Variables", task.env.join(", ") || null],
+    ["Volumes", task.volumes.join(", ") || null],
     ["Mounts", task.mounts.join(", ") || null],
     ["Memory", task.memory ? bytes(task.memory) : null],
     ["Processors", task.cpus ? String(task.cpus) : null],
