@@ -8,7 +8,7 @@ import json
 import os
 import signal
 import socket
-from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,9 +17,11 @@ import pytest
 from asyncssh.kex import get_kex_algs
 
 from kohakuriver import host_keys
+from kohakuriver.asking import asker
 from kohakuriver.errors import NotFoundError, UnauthenticatedError
 from kohakuriver.host.services.credentials import Caller
 from kohakuriver.limits import LEAST_RATE, Limits
+from kohakuriver.proxies import Proxies
 from kohakuriver.session.carried import Route
 from kohakuriver.ssh_proxy import jump, server
 from kohakuriver.ssh_proxy.jump import Reach
@@ -39,8 +41,11 @@ TOKEN = "the-token"
 class Proxy:
     """An SSH proxy before the runner of a chain. Its tasks: `task` on a service's port, `closed` where none listens."""
 
-    def __init__(self, hops: Chain, directory: Path, limits: Limits | None = None) -> None:
+    def __init__(
+        self, hops: Chain, directory: Path, limits: Limits | None = None, balancers: Sequence[str] = ()
+    ) -> None:
         self.hops = hops
+        self.asked_by: list[str] = []
         self.port_of = {"task": 0, "closed": 0}
         self.holders: dict[str, set[str]] = {}
         self.listening = socket.create_server(("127.0.0.1", 0))
@@ -52,6 +57,7 @@ class Proxy:
             check_user=self._check_user,
             host_keys=directory,
             limits=limits,
+            balancers=Proxies(balancers),
         )
         self.proxy.start()
 
@@ -61,6 +67,7 @@ class Proxy:
         return "me"
 
     async def _authorize(self, token: str | None, task: str, port: int | None) -> Route:
+        self.asked_by.append(asker().source)
         await self._check_user(token or "")
         return self._target(task, port)
 
@@ -100,17 +107,28 @@ class Proxy:
             writer.close()
 
     def jump(self, **options: Any) -> contextlib.AbstractAsyncContextManager[asyncssh.SSHClientConnection]:
-        given = {"username": "me", "known_hosts": None, "client_keys": None, "config": None, "agent_path": None}
-        return asyncssh.connect("127.0.0.1", self.port, **{**given, **options})
+        given = {
+            "port": self.port,
+            "username": "me",
+            "known_hosts": None,
+            "client_keys": None,
+            "config": None,
+            "agent_path": None,
+        }
+        return asyncssh.connect("127.0.0.1", **{**given, **options})
 
 
 @contextlib.asynccontextmanager
 async def a_proxy(
-    directory: Path, client: str = "rust", handler: Any = echo, limits: Limits | None = None
+    directory: Path,
+    client: str = "rust",
+    handler: Any = echo,
+    limits: Limits | None = None,
+    balancers: Sequence[str] = (),
 ) -> AsyncIterator[Proxy]:
     async with chain() as hops, service(handler) as port:
         await hops.tunnel(client)
-        proxy = Proxy(hops, directory, limits)
+        proxy = Proxy(hops, directory, limits, balancers)
         proxy.port_of["task"] = port
         with socket.socket() as unused:
             unused.bind(("127.0.0.1", 0))

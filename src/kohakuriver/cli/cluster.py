@@ -163,6 +163,13 @@ TrustedProxyOption = Annotated[
         show_default=False,
     ),
 ]
+SshProxyProtocolOption = Annotated[
+    bool,
+    typer.Option(
+        "--ssh-proxy-protocol",
+        help="What comes to the SSH port from a --trusted-proxy begins with a PROXY header, which says who connects.",
+    ),
+]
 AdvertiseOption = Annotated[
     str | None,
     typer.Option("--advertise-url", metavar="URL", help="How the host reaches this runner.", show_default=False),
@@ -466,6 +473,7 @@ def host(
     public_url: PublicUrlOption = None,
     advertise_url: HostAdvertiseOption = None,
     trusted_proxies: TrustedProxyOption = None,
+    ssh_proxy_protocol: SshProxyProtocolOption = False,
 ) -> int:
     """Run the host alone: the HTTP API, the middle of every forward, and the SSH proxy."""
     from kohakuriver.config import config_dir

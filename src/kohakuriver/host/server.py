@@ -106,6 +106,7 @@ class HostOptions:
         allowed_hosts, allowed_origins: as `Guard` takes them.
         apps_domain: the domain in which tasks' ports have names.
         trusted_proxies: networks of proxies whose X-Forwarded-For and -Proto count, as `Proxies` takes them.
+        ssh_proxy_protocol: what comes from these to the SSH port begins with a PROXY header.
         public_url: where browsers find this host. If it begins with https://, only cookies that TLS protects count.
         advertise_url: where the other hosts on the database find this one, for agents' tasks.
         user_mounts: others than admins may mount directories of nodes.
@@ -133,6 +134,7 @@ class HostOptions:
     public_url: str | None = None
     advertise_url: str | None = None
     trusted_proxies: Sequence[str] = ()
+    ssh_proxy_protocol: bool = False
     user_mounts: bool = False
     heartbeat_seconds: float = 5.0
     tls_cert: Path | None = None
@@ -422,6 +424,7 @@ class Host:
             trusted=perimeter.trusted,
             limits=perimeter.limits,
             opened=lambda seconds, error: self._measures.opened("ssh", seconds, error),
+            balancers=self._proxies if options.ssh_proxy_protocol else None,
         )
         await self._make_agents()
         port = self._socks[0].getsockname()[1]

@@ -20,8 +20,10 @@ import structlog
 from kohakuriver.asking import Asker, asking, peer_name
 from kohakuriver.errors import KohakuRiverError, UsageError
 from kohakuriver.limits import Limits
+from kohakuriver.proxies import Proxies
 from kohakuriver.runtime import cancel_all, until_readable
 from kohakuriver.session.carried import Route
+from kohakuriver.ssh_proxy.balanced import passed_on
 from kohakuriver.ssh_proxy.jump import JumpHost, Keyholders
 from kohakuriver.ssh_proxy.session import Connector, Opened, TaskConnection
 from kohakuriver.text import printable
@@ -57,6 +59,7 @@ class SshProxy:
         host_keys: the directory with the jump host's own keys, made if need be.
         trusted: how runners that serve TLS are checked; None for the system's authorities.
         limits: what a connection may take.
+        balancers: who sends a PROXY header first; None for nobody.
     """
 
     def __init__(
@@ -70,9 +73,11 @@ class SshProxy:
         trusted: ssl.SSLContext | None = None,
         limits: Limits | None = None,
         opened: Opened = lambda _seconds, _error: None,
+        balancers: Proxies | None = None,
     ) -> None:
         limits = limits or Limits()
         self._sock = sock
+        self._balancers = balancers or Proxies()
         self._authorize = authorize
         self._greeting_seconds = limits.handshake_timeout
         self._connector = Connector(trusted=trusted, limits=limits, opened=opened)
@@ -147,20 +152,34 @@ class SshProxy:
         try:
             _keep_alive(peer)
             deadline = asyncio.get_running_loop().time() + self._greeting_seconds
-            first = await _first_byte(peer, self._greeting_seconds)
+            peer.setblocking(False)
+            name = await self._who(peer)
+            first = await _first_byte(peer, deadline - asyncio.get_running_loop().time())
             handed_over = bool(first)
             if first == b"S":
                 # Whoever may shake hands waits in a room of the jump host's own.
-                await self._jump_host.serve(peer, peer_name(peer.getpeername()), on_turn=self._admitted)
+                await self._jump_host.serve(peer, name, on_turn=self._admitted)
             elif first:
-                await self._relay(peer, deadline)
+                await self._relay(peer, name, deadline)
         except OSError:
             pass  # the peer has gone
+        except UsageError as error:
+            log.warning("a balancer was refused at the SSH port", peer=peer_name(peer.getpeername()), reason=str(error))
         finally:
             if not handed_over:
                 peer.close()
 
-    async def _relay(self, peer: socket.socket, deadline: float) -> None:
+    async def _who(self, peer: socket.socket) -> str:
+        """Who connects; raises UsageError where a balancer does not say that, ConnectionError where it says nothing."""
+        address = peer.getpeername()
+        if not self._balancers or not self._balancers.trusts(address[0]):
+            return peer_name(address)
+        try:
+            return peer_name(await asyncio.wait_for(passed_on(peer), self._greeting_seconds) or address)
+        except asyncio.TimeoutError:
+            raise ConnectionAbortedError from None
+
+    async def _relay(self, peer: socket.socket, name: str, deadline: float) -> None:
         loop = asyncio.get_running_loop()
         greeting = Greeting()
         try:
@@ -170,11 +189,11 @@ class SshProxy:
             raise
         try:
             task, token = await greeting.request(deadline - loop.time())
-            connection = await self._connect(greeting, task, token)
+            connection = await self._connect(greeting, name, task, token)
         except asyncio.TimeoutError:
             await greeting.farewell(f"No request came within {self._greeting_seconds:g} s.")
         except KohakuRiverError as error:
-            log.info("SSH connection refused", peer=_name(transport), reason=error.message)
+            log.info("SSH connection refused", peer=name, reason=error.message)
             await greeting.farewell(error.message)
         except BaseException:
             transport.abort()
@@ -183,9 +202,8 @@ class SshProxy:
             if connection is not None:
                 _hand_over(greeting, connection)
 
-    async def _connect(self, greeting: Greeting, task: str, token: str | None) -> TaskConnection | None:
+    async def _connect(self, greeting: Greeting, peer: str, task: str, token: str | None) -> TaskConnection | None:
         """The connection to the task's SSH server, or None when the peer went meanwhile."""
-        peer = _name(greeting.transport)
         with asking(Asker(peer, f"REQUEST_TUNNEL {task}")):
             route = await self._authorize(token, task, None)
         self._admitted()
@@ -301,7 +319,6 @@ class Greeting(asyncio.Protocol):
 
 async def _first_byte(peer: socket.socket, timeout: float) -> bytes:
     """The first byte that a peer sends, left where it is; empty when it sends none within `timeout` seconds."""
-    peer.setblocking(False)
     try:
         await asyncio.wait_for(until_readable(peer), timeout)
         return peer.recv(1, socket.MSG_PEEK)
@@ -314,7 +331,3 @@ def _keep_alive(peer: socket.socket) -> None:
     for name, value in KEEPALIVE.items():
         if hasattr(socket, name):
             peer.setsockopt(socket.IPPROTO_TCP, getattr(socket, name), value)
-
-
-def _name(transport: asyncio.BaseTransport) -> str:
-    return peer_name(transport.get_extra_info("peername"))
