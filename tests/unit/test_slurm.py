@@ -5,6 +5,8 @@ from __future__ import annotations
 import asyncio
 import os
 import pwd
+import shutil
+import signal
 import subprocess
 import time
 from collections.abc import Callable, Coroutine
@@ -23,11 +25,12 @@ from kohakuriver.runner.backends.slurm import commands, logs
 from kohakuriver.runner.backends.slurm.commands import Slurm
 from kohakuriver.runner.backends.slurm.jobs import FIELDS, Job, parsed
 from kohakuriver.runner.backends.slurm.logs import JobOutput, last_lines
-from kohakuriver.runner.backends.slurm.script import new_token_script, script
+from kohakuriver.runner.backends.slurm.script import LAID, new_token_script, script
 from kohakuriver.runner.backends.slurm.tasks import SlurmBackend, _options
 from kohakuriver.runner.backends.slurm.users import ClusterUser, ClusterUsers
 from kohakuriver.runner.backends.slurm.watch import QueueWatch
 from kohakuriver.runner.services.state import TaskRecord
+from tests.support.processes import eventually
 
 Run = Callable[[Coroutine[Any, Any, None]], None]
 ME = pwd.getpwuid(os.geteuid()).pw_name
@@ -196,61 +199,101 @@ def test_a_runner_that_is_root_takes_a_users_rights_and_another_one_asks_sudo(mo
 # What a job runs
 
 CLIENT = """#!/bin/sh
-echo "$@"; ls -l "${KOHAKURIVER_TUNNEL_TAKE_TOKEN%/*}" | cut -c1-10 | tail -n +2; cat "$KOHAKURIVER_TUNNEL_TAKE_TOKEN"
-echo "$WORD"; exit 3
+echo "$@"; cat <&3; echo "$WORD"; ls "$TMPDIR"; [ $PPID = "$ABOVE" ] && echo at once; exit 3
 """
 
 
-def run(text: str, directory: Path) -> subprocess.CompletedProcess[str]:
-    environment = {"TMPDIR": str(directory), "PATH": os.environ["PATH"]}
-    return subprocess.run(["sh", "-s"], input=text, env=environment, capture_output=True, text=True, check=False)
+def run(text: str, directory: Path, shell: str = "sh") -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [*shell.split(), "-s"], input=text, env=at(directory), capture_output=True, text=True, check=False
+    )
 
 
-@pytest.mark.parametrize("brought", [True, False])
-def test_a_jobs_script_lays_down_what_its_client_needs_and_takes_all_of_it_away(tmp_path: Path, brought: bool) -> None:
-    client = tmp_path / "tunnel client"
+def at(directory: Path) -> dict[str, str]:
+    return {"TMPDIR": str(directory), "PATH": os.environ["PATH"], "ABOVE": str(os.getpid())}
+
+
+@pytest.mark.parametrize(("brought", "shell"), [(False, "sh"), (True, "sh"), (True, "bash"), (True, "busybox sh")])
+def test_a_jobs_client_gets_its_token_and_nothing_has_a_name_while_it_runs(
+    tmp_path: Path, brought: bool, shell: str
+) -> None:
+    if shutil.which(shell.split()[0]) is None:
+        pytest.skip(f"{shell} is not installed")
+    client, place = tmp_path / "tunnel client", tmp_path / "place"
     client.write_text(CLIENT)
     client.chmod(0o755)
+    place.mkdir()
     command = ["echo", "it's", "$HOME;", "a  b"]
     text = script("folder", "t0ken", {"WORD": "it's `id`"}, command, client if brought else str(client))
-    done = run(text, tmp_path)
-    laid = ["-rw-------", "-rwx------"] if brought else ["-rw-------"]
-    said = ["--log-level error run -- echo it's $HOME; a  b", *laid, "t0ken", "it's `id`"]
+    done = run(text, place, shell)
+    said = ["--log-level error --token-fd 3 run -- echo it's $HOME; a  b", "t0ken", "it's `id`", "at once"]
     assert (done.stdout.splitlines(), done.stderr, done.returncode) == (said, "", 3)
-    assert [each.name for each in tmp_path.iterdir()] == ["tunnel client"]
+    assert list(place.iterdir()) == []
 
 
-def test_a_jobs_script_does_not_use_a_folder_that_somebody_else_has_made(tmp_path: Path) -> None:
-    (tmp_path / "folder").mkdir(mode=0o777)
-    text = script("folder", "t0ken", {}, None, "/bin/true")
+def test_a_jobs_script_does_not_use_a_file_that_somebody_else_has_made(tmp_path: Path) -> None:
+    (tmp_path / "folder").write_text("another's")
+    text = script("folder", "t0ken", {}, None, Path("/bin/true"))
     done = run(text, tmp_path)
-    assert done.returncode == 1
-    assert list((tmp_path / "folder").iterdir()) == []
+    assert done.returncode != 0
+    assert (tmp_path / "folder").read_text() == "another's"
 
 
-def test_a_new_token_is_laid_down_where_the_first_one_was(tmp_path: Path) -> None:
-    (tmp_path / "folder").mkdir(mode=0o700)
-    (tmp_path / "folder/token").write_text("older")
-    done = run(new_token_script("folder", "t0ken"), tmp_path)
-    assert (done.returncode, done.stderr) == (0, "")
-    laid = tmp_path / "folder/token"
-    assert (laid.read_text(), laid.stat().st_mode & 0o777) == ("t0ken\n", 0o600)
+def test_a_job_that_is_killed_while_its_client_is_unpacked_leaves_nothing(tmp_path: Path) -> None:
+    client = tmp_path / "client"
+    client.write_bytes(os.urandom(1 << 20))
+    place = tmp_path / "place"
+    place.mkdir()
+    text = script("folder", "t0ken", {}, None, client)
+    half = text[: text.index("base64 -d") + (1 << 19)]
+    with subprocess.Popen(["sh", "-s"], stdin=subprocess.PIPE, env=at(place), start_new_session=True) as shell:
+        assert shell.stdin is not None
+        shell.stdin.write(half.encode())
+        shell.stdin.flush()
+        held = Path(f"/proc/{shell.pid}/fd/9")
+        eventually(lambda: held.is_symlink() and "deleted" in str(held.readlink()) and not any(place.iterdir()))
+        os.killpg(shell.pid, signal.SIGKILL)
+    assert list(place.iterdir()) == []
 
 
-@pytest.mark.parametrize("foreign", ["gone", "a link", "another user's"])
-def test_a_new_token_goes_into_no_folder_but_the_jobs_own(tmp_path: Path, foreign: str) -> None:
+def test_a_newer_token_is_there_until_it_is_taken_and_then_nothing_is(tmp_path: Path) -> None:
+    (tmp_path / "folder").mkdir()  # the one before is taken just now
+    text = new_token_script("folder", "t0ken")
+    with subprocess.Popen(
+        ["sh", "-s"], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=at(tmp_path)
+    ) as step:
+        assert step.stdin is not None
+        assert step.stdout is not None
+        step.stdin.write(text)
+        step.stdin.close()
+        (tmp_path / "folder").rmdir()
+        assert step.stdout.readline() == f"{LAID}\n"
+        laid = tmp_path / "folder/token"
+        assert (laid.read_text(), laid.stat().st_mode & 0o777) == ("t0ken\n", 0o600)
+        assert laid.parent.stat().st_mode & 0o777 == 0o700
+        laid.unlink()
+        assert step.wait() == 0
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_newer_token_that_nobody_takes_is_removed_again(tmp_path: Path) -> None:
+    done = run(new_token_script("folder", "t0ken", patience=2), tmp_path)
+    assert (done.returncode, done.stdout) == (1, f"{LAID}\n")
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("foreign", ["a link", "a folder"])
+def test_a_newer_token_goes_into_no_folder_that_somebody_else_has_made(tmp_path: Path, foreign: str) -> None:
     folder, elsewhere = tmp_path / "folder", tmp_path / "elsewhere"
     elsewhere.mkdir()
     if foreign == "a link":
         folder.symlink_to(elsewhere)
-    elif foreign == "another user's":
-        if os.geteuid() != 0:
-            pytest.skip("only root can make a folder another user's")
+    else:
         folder.mkdir(mode=0o777)
-        os.chown(folder, 1234, 1234)
-    done = run(new_token_script("folder", "t0ken"), tmp_path)
-    assert done.returncode == 1
+    done = run(new_token_script("folder", "t0ken", tries=2), tmp_path)
+    assert (done.returncode, done.stdout) == (1, "")
     assert [each for each in tmp_path.rglob("*") if each.name == "token"] == []
+    assert folder.exists()
 
 
 # How programs are run

@@ -1,6 +1,7 @@
 //! The command line, and the environment that stands in for it.
 
 use std::ffi::OsString;
+use std::os::fd::RawFd;
 use std::path::PathBuf;
 use std::time::Duration;
 
@@ -35,6 +36,7 @@ Options:
   -c, --container-id ID   this container's id   [CONTAINER_ID, KOHAKURIVER_CONTAINER_ID]
   --token-file FILE       holds its token       [KOHAKURIVER_TUNNEL_TOKEN_FILE]
   --take-token FILE       the same; the file is removed once it is read [KOHAKURIVER_TUNNEL_TAKE_TOKEN]
+  --token-fd N            the first token is read from this open descriptor, a newer one from such a file
   --reconnect-delay SECS  what the pause between attempts grows to, at random below it [RECONNECT_DELAY, 5]
   --max-reconnect N       give up after N failures in a row, 0 for never [MAX_RECONNECT, 0]
   --offer LIST            which ports are carried, with commas: all; own, those of this user's processes;
@@ -68,6 +70,8 @@ pub struct Options {
     pub container: String,
     /// Where the container's token is.
     pub token: Option<Place>,
+    /// The descriptor from which the first one is read.
+    pub token_fd: Option<RawFd>,
     /// The longest pause between attempts.
     pub reconnect_delay: Duration,
     /// Failures in a row to give up after.
@@ -102,6 +106,7 @@ pub fn parse(
     let mut url = env("RUNNER_URL").or_else(|| env("KOHAKURIVER_TUNNEL_URL"));
     let mut container = env("CONTAINER_ID").or_else(|| env("KOHAKURIVER_CONTAINER_ID"));
     let mut token = place(&env);
+    let mut token_fd = None;
     // Names that others use too, with values of their own: those are ignored.
     let mut delay = word(&env, "RECONNECT_DELAY")
         .filter(|delay| Duration::try_from_secs_f64(*delay).is_ok())
@@ -118,6 +123,7 @@ pub fn parse(
             Short('c') | Long("container-id") => container = Some(value(&mut parser)?),
             Long("token-file") => token = Some(Place::File(file(&mut parser)?)),
             Long("take-token") => token = Some(Place::Taken(file(&mut parser)?)),
+            Long("token-fd") => token_fd = Some(descriptor(&mut parser)?),
             Long("reconnect-delay") => delay = number(&mut parser)?,
             Long("max-reconnect") => max_reconnect = number(&mut parser)?,
             Long("log-level") => {
@@ -154,6 +160,7 @@ pub fn parse(
             .parse()?,
         container,
         token,
+        token_fd,
         reconnect_delay: Duration::try_from_secs_f64(delay)
             .map_err(|_| "--reconnect-delay is a number of seconds")?,
         max_reconnect: (max_reconnect > 0).then_some(max_reconnect),
@@ -245,6 +252,7 @@ impl AgentOptions {
             url: first,
             container: "this agent".into(),
             token: self.token,
+            token_fd: None,
             reconnect_delay: Duration::try_from_secs_f64(delay)
                 .map_err(|_| "--reconnect-delay is a number of seconds")?,
             max_reconnect: None,
@@ -331,6 +339,13 @@ fn number<T: std::str::FromStr>(parser: &mut lexopt::Parser) -> Result<T, String
     let word = value(parser)?;
     word.parse()
         .map_err(|_| format!("{word:?} is not a number that fits"))
+}
+
+/// One that is no program's input or output.
+fn descriptor(parser: &mut lexopt::Parser) -> Result<RawFd, String> {
+    let number: RawFd = number(parser)?;
+    let free = (number > 2).then_some(number);
+    free.ok_or_else(|| "--token-fd is the number of an open descriptor, from 3 up".into())
 }
 
 fn text(error: lexopt::Error) -> String {
@@ -455,6 +470,7 @@ mod tests {
             &["--reconnect-delay", "soon"],
             &["--max-reconnect", "-1"],
             &["--log-level", "loud"],
+            &["--token-fd", "2"],
             &["--offer", "some"],
             &["walk"],
             &["run", "--log-level", "debug"],

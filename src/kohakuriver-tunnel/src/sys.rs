@@ -1,5 +1,6 @@
 //! The few system calls that no library of ours offers.
 
+use std::ffi::CStr;
 use std::fs::File;
 use std::io;
 use std::mem;
@@ -20,6 +21,21 @@ fn number(result: libc::c_int) -> io::Result<libc::c_int> {
     } else {
         Ok(result)
     }
+}
+
+/// A descriptor that whoever started this process left open for it, from 3 up; of nobody else, and to be taken before
+/// this process opens any itself.
+pub fn inherited(descriptor: RawFd) -> io::Result<File> {
+    // SAFETY: takes no pointers.
+    check(unsafe { libc::fcntl(descriptor, libc::F_GETFD) })?;
+    // SAFETY: it is open, and nothing here has opened it or knows of it.
+    Ok(unsafe { File::from_raw_fd(descriptor) })
+}
+
+/// What this process is called in lists of processes, in 15 bytes.
+pub fn set_name(name: &CStr) {
+    // SAFETY: the kernel reads a string that ends with 0.
+    unsafe { libc::prctl(libc::PR_SET_NAME, name.as_ptr()) };
 }
 
 /// Many sockets that are waited for as if they were one, which is readable while one of them has an event (epoll(7)).

@@ -29,7 +29,7 @@ from kohakuriver.runner.backends.process.tasks import last_words
 from kohakuriver.runner.backends.slurm.commands import Slurm
 from kohakuriver.runner.backends.slurm.jobs import Job
 from kohakuriver.runner.backends.slurm.logs import JobOutput, last_lines
-from kohakuriver.runner.backends.slurm.script import new_token_script, script
+from kohakuriver.runner.backends.slurm.script import LAID, new_token_script, script
 from kohakuriver.runner.backends.slurm.users import ClusterUser, ClusterUsers
 from kohakuriver.runner.backends.slurm.watch import QueueWatch
 from kohakuriver.runner.services.state import TaskRecord
@@ -224,8 +224,7 @@ class SlurmBackend(Backend):
         said = self._around.state.task_dir(task.container) / "srun-token"
         text = new_token_script(self._folder(task), task.tunnel_token)
         step = self._beside(await self._whose(task), job, f"{task.container}-token", text, said)
-        await _until_over(step, asyncio.Event())
-        if step.poll() != 0:
+        if not await _laid(step, said):
             _terminate(step)
             lost = "its tunnel client could not be given its new token, and is lost when its connection is; restart it"
             self._around.report(task.container, task.status, lost)
@@ -388,6 +387,16 @@ async def _blocking(work: Callable[..., T], *about: Any) -> T:
 def _terminate(step: subprocess.Popen[bytes]) -> None:
     with contextlib.suppress(PermissionError):  # one that sudo(8) has started
         step.terminate()
+
+
+async def _laid(step: subprocess.Popen[bytes], said: Path) -> bool:
+    """Whether a step has laid a newer token down: it says so, and ends when the tunnel client has taken that."""
+    until = time.monotonic() + ARRIVAL_SECONDS
+    while step.poll() is None and time.monotonic() < until:
+        if LAID in tail(said):
+            return True
+        await asyncio.sleep(LOOK_SECONDS)
+    return step.poll() == 0
 
 
 async def _until_over(step: subprocess.Popen[bytes], arrived: asyncio.Event) -> None:
