@@ -77,6 +77,13 @@ def test_forward_terminal_and_copies_work_over_one_connection_out(lab: Lab, tmp_
     assert (tmp_path / "copy").read_bytes() == content
 
 
+def shown_of(process: int) -> bytes:
+    """What others of its user can read of how a process was started, and of what it has open."""
+    about = Path(f"/proc/{process}")
+    opened = [each.read_bytes() for each in about.glob("fd/*") if "token" in str(each.readlink())]
+    return b"".join([(about / "environ").read_bytes(), (about / "cmdline").read_bytes(), *opened])
+
+
 def test_the_command_line_starts_an_agent_with_an_ssh_server(lab: Lab) -> None:
     agent = lab.launch(
         [sys.executable, "-m", "kohakuriver", "agent", "--name", "with-ssh", "--ssh", "--", *SLEEP], **lab.of("ann")
@@ -85,8 +92,10 @@ def test_the_command_line_starts_an_agent_with_an_ssh_server(lab: Lab) -> None:
     done = lab.run("vps", "connect", "with-ssh", "-i", str(lab.key), "echo over ssh; exit 5", **lab.of("ann"))
     assert (done.returncode, done.stdout) == (5, "over ssh\n"), done.stderr
     servers = subprocess.run(["pgrep", "-P", str(agent.process.pid)], capture_output=True, text=True, check=True)
+    pids = [int(pid) for pid in servers.stdout.split()]
+    assert [pid for pid in (agent.process.pid, *pids) if lab.tokens["ann"].encode() in shown_of(pid)] == []
     agent.stop()
-    eventually(lambda: not any(Path(f"/proc/{pid}").exists() for pid in servers.stdout.split()))
+    eventually(lambda: not any(Path(f"/proc/{pid}").exists() for pid in pids))
 
 
 def test_each_agent_with_an_ssh_server_lets_in_whom_it_was_told_to_whatever_others_are_told(
@@ -161,6 +170,8 @@ def test_a_signal_is_the_commands_and_its_token_is_not(lab: Lab) -> None:
         ["pgrep", "-P", str(agent.process.pid)], capture_output=True, text=True, check=True
     ).stdout.split()[:1]
     assert "KOHAKURIVER_TOKEN" not in environment_of(int(child))
+    assert environment_of(agent.process.pid)["HOME"] == str(lab.home)
+    assert lab.tokens["ann"].encode() not in shown_of(agent.process.pid)
     assert agent.stop(signal.SIGUSR1) == 4
     assert "got USR1" in agent.printed
 

@@ -49,6 +49,7 @@ Agent options:
   --host URL              the host, or several with commas between [KOHAKURIVER_HOST]
   --name NAME             what the task is called       [KOHAKURIVER_AGENT_NAME]
   --token-file FILE       a token of its user, or of `token create --agent` [KOHAKURIVER_TOKEN has the token itself]
+  --token-fd N            the same, read from an open descriptor
   --ca-file FILE          who signed the host's certificate [KOHAKURIVER_CA_FILE, the system's authorities]
   --ports LIST            what is carried beside what this user's processes listen on: ports, or all
   --via LOGIN             go out by `ssh -W` through this machine
@@ -144,7 +145,8 @@ pub fn parse(
             other => return Err(text(other.unexpected())),
         }
     }
-    if let Some(asked) = asked {
+    if let Some(mut asked) = asked {
+        asked.token_fd = asked.token_fd.or(token_fd);
         if run.is_some() {
             return Err("run and agent don't go together".into());
         }
@@ -181,6 +183,7 @@ struct AgentOptions {
     hosts: Option<String>,
     name: Option<String>,
     token: Option<Place>,
+    token_fd: Option<RawFd>,
     ca_file: Option<PathBuf>,
     ports: Option<String>,
     via: Option<String>,
@@ -206,6 +209,7 @@ impl AgentOptions {
                 Long("host") => read.hosts = Some(value(parser)?),
                 Long("name") => read.name = Some(value(parser)?),
                 Long("token-file") => read.token = Some(Place::File(file(parser)?)),
+                Long("token-fd") => read.token_fd = Some(descriptor(parser)?),
                 Long("ca-file") => read.ca_file = Some(file(parser)?),
                 Long("ports") => read.ports = Some(value(parser)?),
                 Long("via") => read.via = Some(value(parser)?),
@@ -245,14 +249,14 @@ impl AgentOptions {
         let offer = offered(self.ports, offer, &settings)?;
         let tls = hosts.iter().any(RunnerUrl::is_tls);
         let outwards = Outwards::new(tls, self.ca_file.as_deref(), self.via)?;
-        if self.token.is_none() {
+        if self.token.is_none() && self.token_fd.is_none() {
             return Err("no token: set KOHAKURIVER_TOKEN or give --token-file".into());
         }
         Ok(Request::Work(Box::new(Options {
             url: first,
             container: "this agent".into(),
             token: self.token,
-            token_fd: None,
+            token_fd: self.token_fd,
             reconnect_delay: Duration::try_from_secs_f64(delay)
                 .map_err(|_| "--reconnect-delay is a number of seconds")?,
             max_reconnect: None,

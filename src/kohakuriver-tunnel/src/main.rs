@@ -43,7 +43,7 @@ fn main() -> ExitCode {
         Ok(Request::Work(options)) => {
             if options.agent.is_some() {
                 // SAFETY: there is no other thread yet.
-                unsafe { env::remove_var(args::TOKEN) };
+                unsafe { sys::forget_variable(args::TOKEN) };
             }
             work(Arc::new(*options)).unwrap_or_else(|error| {
                 log!(Error, "can't start: {error}");

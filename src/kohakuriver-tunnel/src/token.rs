@@ -68,10 +68,10 @@ impl Token {
 
     /// The token: a newer one where there is one, else the one that is held. An error is a clause.
     pub fn now(&self) -> Result<Option<String>, String> {
-        let Some(place) = &self.place else {
-            return Ok(None);
-        };
         let mut held = self.held.lock().unwrap_or_else(|held| held.into_inner());
+        let Some(place) = &self.place else {
+            return Ok(held.clone());
+        };
         match (read(place), &*held) {
             (Ok(token), _) => *held = Some(token),
             (Err(reason), None) => return Err(reason),
