@@ -361,6 +361,25 @@ def test_a_job_that_was_started_without_us_is_forwarded_by_its_number(lab: Lab, 
     assert lab.slurm.state_of(job) == "RUNNING"
 
 
+def test_a_job_of_two_users_who_are_one_on_the_cluster_is_a_task_of_each(lab: Lab, port: int) -> None:
+    lines = lab.mapping.read_text()
+    lab.mapping.write_text(f"ann {lab.ann.user.name}\nbob {lab.ann.user.name}\n")
+    try:
+        job = lab.slurm.submit(lab.ann.user, serving(port, "both"))
+        tasks = {who.name: who.call("POST", "/api/tasks/adopt", {"job": job})[1] for who in (lab.ann, lab.bob)}
+        assert tasks["ann"]["task_id"] != tasks["bob"]["task_id"]
+        for who in (lab.ann, lab.bob):
+            assert answer(lab, who, str(tasks[who.name]["task_id"]), port) == b"both?"
+        assert sorted(lab.slurm.steps_of(job)) == sorted(task["container"] for task in tasks.values())
+        lab.slurm.run("scancel", "--full", job)
+        for task in tasks.values():
+            assert lab.cluster.ended(task["task_id"])["message"] == (
+                f"it was cancelled in Slurm (Slurm job {job} on {lab.slurm.node})"
+            )
+    finally:
+        lab.mapping.write_text(lines)
+
+
 def test_an_element_of_an_array_is_reached_and_cancelled_by_its_index_and_no_other_with_it(lab: Lab, port: int) -> None:
     other = free_port()
     text = f"if [ $SLURM_ARRAY_TASK_ID = 1 ]; then {serving(port, 'one')}; fi; {serving(other, 'two')}"

@@ -534,6 +534,26 @@ def test_all_jobs_are_asked_for_in_one_question_and_those_that_ended_are_not(run
     run(work())
 
 
+def test_a_job_that_is_the_task_of_two_users_is_asked_for_once_and_ends_for_both(run: Run, around: Any) -> None:
+    async def work() -> None:
+        backend, said = SlurmBackend(around[0], None), Said()
+        backend._slurm = said  # type: ignore[assignment]
+        tasks = [a_task(number, adopted=True) for number in (1, 2)]
+        for task in tasks:
+            task.engine_name = "7"
+        said.known["7"] = Job("7", "CANCELLED", nodes="gpu07")
+        await backend.open(tasks, lambda task: None)
+        try:
+            await backend._look()
+        finally:
+            await backend.close(tasks, stop_tasks=False)
+        assert said.asked == [["7"]]
+        ended = [about[:2] for about in around[1] if about[0] in [task.container for task in tasks]]
+        assert ended == [(task.container, "stopped") for task in tasks]
+
+    run(work())
+
+
 def test_who_is_connected_to_a_job_is_told_when_its_time_limit_is_near(run: Run, around: Any) -> None:
     async def work() -> None:
         backend, said = SlurmBackend(around[0], None), Said()

@@ -303,16 +303,16 @@ class SlurmBackend(Backend):
             warning[1].cancel()
 
     async def _look(self) -> None:
-        asked = {task.engine_name: task for task in self._tasks.values() if task.active and task.engine_name}
+        asked = [(task.engine_name, task) for task in self._tasks.values() if task.active and task.engine_name]
         if not asked:
             return
         trouble = None
         try:
-            found = await self._slurm.jobs(asked)
+            found = await self._slurm.jobs(sorted({job_id for job_id, _ in asked}))
         except KohakuRiverError as error:
             trouble = error.message.rstrip(".")
         else:
-            for job_id, task in asked.items():
+            for job_id, task in asked:  # one job may be the task of several users, who are one on the cluster
                 if task.active and task.engine_name == job_id:
                     self._take_over(task, found.get(job_id))
         if trouble != self._trouble:
