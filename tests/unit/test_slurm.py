@@ -14,6 +14,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 
 from kohakuriver.cli.options import scheduler_time
@@ -387,45 +388,85 @@ def test_a_job_that_was_submitted_too_late_is_cancelled(
     run(work())
 
 
-def test_what_follows_a_jobs_output_and_is_not_the_runners_to_kill_ends_with_its_reader(
-    run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def not_ours(process: subprocess.Popen[bytes]) -> None:
+SUDO = """#!/bin/sh
+shift 4; "$@"
+"""
+"""Waits for what it has started, as sudo(8) does: that goes on where sudo itself is killed."""
+
+
+@pytest.fixture
+def another(path_of: Path, monkeypatch: pytest.MonkeyPatch) -> ClusterUser:
+    """Somebody as whom a runner runs programs that is not root."""
+    who = me()
+    (path_of / "sudo").write_text(SUDO)
+    (path_of / "sudo").chmod(0o755)
+
+    def not_ours(process: Any) -> None:
         raise PermissionError
 
+    monkeypatch.setattr(os, "geteuid", lambda: who.uid + 1)
     monkeypatch.setattr(subprocess.Popen, "kill", not_ours)
-    (tmp_path / "out").write_text("word\n")
+    monkeypatch.setattr(asyncio.subprocess.Process, "kill", not_ours)
+    return who
+
+
+def running_with(path: Path) -> list[int]:
+    """The processes that have a path on their command line, sudo's aside."""
+    processes = (process.info for process in psutil.process_iter(["pid", "name", "cmdline"]))
+    return [each["pid"] for each in processes if each["name"] != "sudo" and str(path) in (each["cmdline"] or [])]
+
+
+@pytest.mark.parametrize("opened", [True, False])
+def test_what_follows_a_jobs_output_as_another_user_ends_with_its_reader_also_at_a_pipe_that_nobody_opens(
+    run: Run, tmp_path: Path, another: ClusterUser, opened: bool
+) -> None:
+    path = tmp_path / "out"
+    if opened:
+        path.write_text("word\n")
+    else:
+        os.mkfifo(path)
 
     async def work() -> None:
-        output = JobOutput(me(), str(tmp_path / "out"), LogRequest(follow=True), asyncio.Event())
-        assert [line.text for line in await output.read() or []] == ["word\n"]
+        output = JobOutput(another, str(path), LogRequest(follow=True), asyncio.Event())
+        reading = asyncio.ensure_future(output.read())
+        if opened:
+            assert [line.text for line in await reading or []] == ["word\n"]
+        else:
+            await asyncio.sleep(0)
+            await asyncio.get_running_loop().run_in_executor(None, eventually, lambda: running_with(path) or None)
+            reading.cancel()
         assert output._tail is not None
         process = output._tail._process
         await output.close()
         assert process.poll() is not None
+        eventually(lambda: running_with(path) == [])
 
     run(work())
 
 
-def test_a_program_that_takes_too_long_and_is_not_the_runners_to_kill_is_told_of(
-    run: Run, path_of: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_the_last_words_of_a_job_leave_no_reader_behind_where_its_output_is_a_pipe(
+    run: Run, tmp_path: Path, another: ClusterUser, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    stuck: list[asyncio.subprocess.Process] = []
-
-    def not_ours(process: asyncio.subprocess.Process) -> None:
-        stuck.append(process)
-        raise PermissionError
-
-    monkeypatch.setattr(asyncio.subprocess.Process, "kill", not_ours)
-    os.mkfifo(tmp_path / "go")
-    program(path_of, "scancel", f"read word <{tmp_path}/go")
+    os.mkfifo(tmp_path / "out")
+    monkeypatch.setattr(logs, "LAST_SECONDS", 0.3)
 
     async def work() -> None:
-        with pytest.raises(UnavailableError, match=r"does not answer within 0\.1 s"):
-            await Slurm().cancel(me(), "7", 0.1)
-        await asyncio.get_running_loop().run_in_executor(None, (tmp_path / "go").write_text, "word\n")
-        await stuck[0].wait()
-        stuck[0]._transport.close()  # type: ignore[attr-defined]
+        assert await last_lines(another, str(tmp_path / "out")) == []
+        eventually(lambda: running_with(tmp_path / "out") == [])
+
+    run(work())
+
+
+def test_a_program_of_slurms_that_takes_too_long_is_told_of_and_ended_also_as_another_user(
+    run: Run, path_of: Path, tmp_path: Path, another: ClusterUser
+) -> None:
+    os.mkfifo(tmp_path / "go")
+    program(path_of, "scancel", f"cat {tmp_path}/go")
+
+    async def work() -> None:
+        with pytest.raises(UnavailableError, match=r"does not answer within 0\.3 s"):
+            await Slurm().cancel(another, "7", 0.3)
+        eventually(lambda: running_with(tmp_path / "go") == [])
 
     run(work())
 
