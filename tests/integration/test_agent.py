@@ -17,7 +17,9 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
+import httpx
 import pytest
+from prometheus_client.parser import text_string_to_metric_families
 from websockets.asyncio.client import connect
 from websockets.exceptions import InvalidStatus
 from websockets.typing import Subprotocol
@@ -43,7 +45,7 @@ def through(port: int, data: bytes = b"hello") -> bool:
 
 @pytest.fixture(scope="module")
 def lab(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Lab]:
-    with lab_at(tmp_path_factory.mktemp("agents")) as lab:
+    with lab_at(tmp_path_factory.mktemp("agents"), "127.0.0.1", "--metrics", "0") as lab:
         yield lab
 
 
@@ -60,6 +62,46 @@ def test_a_task_is_there_as_long_as_its_agent_and_ends_with_its_commands_exit_co
     assert "exit code 3" in ended["message"]
     made = [line for line in lab.audit("task_created") if line["name"] == "job"]
     assert [line["user"] for line in made] == ["ann"]
+
+
+def measured(lab: Lab, name: str, **labels: str) -> float:
+    """A sample of the host's measures."""
+    families = text_string_to_metric_families(httpx.get(str(lab.metrics), trust_env=False).text)
+    samples = (sample for family in families for sample in family.samples)
+    return sum(each.value for each in samples if each.name == f"kohakuriver_{name}" and each.labels == labels)
+
+
+def test_an_agent_is_measured_and_written_down_as_it_comes_and_goes(lab: Lab) -> None:
+    def here(state: str) -> float:
+        return measured(lab, "agents", state=state)
+
+    def passed() -> float:
+        return measured(lab, "agent_bytes_total", direction="to_container")
+
+    before, so_far, connected_before = here("away"), passed(), here("connected")
+    agent, port = lab.echoing("seen", "--ports", "all")
+    assert here("connected") == connected_before + 1
+    with kohakuriver.forward_sync("seen", port, host=lab.url, token=lab.tokens["ann"]) as forward:
+        with connected(forward.local_port) as connection:
+            assert echoes(connection, bytes(1000))
+            assert measured(lab, "streams") == 1
+    assert passed() >= so_far + 1000
+    agent.stop(signal.SIGKILL)
+    eventually(lambda: here("away") == before + 1)
+    again, _ = lab.echoing("seen")
+    assert here("away") == before
+    again.stop()
+    ended = lab.is_("seen", "failed")
+    lines = [line for event in ("agent_connected", "agent_left") for line in lab.audit(event)]
+    lines = [line for line in lines if line["name"] == "seen"]
+    came, left = ([line for line in lines if line["event"] == f"agent_{what}"] for what in ("connected", "left"))
+    assert [line["machine"] for line in came] == [os.uname().nodename] * 2
+    assert [(line["user"], line["owner"], line["task"]) for line in lines] == [("ann", "ann", ended["task_id"])] * 4
+    assert [line["code"] for line in left] == [1006, 1000]
+    assert ["exit_code" in line for line in left] == [False, True]
+    assert left[1]["exit_code"] == ended["exit_code"]
+    assert all(line["seconds"] > 0 and line["from"].startswith("127.0.0.1:") for line in left)
+    assert [line["from"] for line in came] == [line["from"] for line in left]
 
 
 def test_forward_terminal_and_copies_work_over_one_connection_out(lab: Lab, tmp_path: Path) -> None:
