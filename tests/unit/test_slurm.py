@@ -12,6 +12,7 @@ import time
 from collections.abc import Callable, Coroutine
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import psutil
@@ -22,7 +23,7 @@ from kohakuriver.errors import KohakuRiverError, UnavailableError, UsageError
 from kohakuriver.limits import Limits
 from kohakuriver.runner.backends.base import Surroundings
 from kohakuriver.runner.backends.printed import LogRequest
-from kohakuriver.runner.backends.slurm import commands, logs
+from kohakuriver.runner.backends.slurm import commands, logs, tasks
 from kohakuriver.runner.backends.slurm.commands import Slurm
 from kohakuriver.runner.backends.slurm.jobs import FIELDS, Job, parsed
 from kohakuriver.runner.backends.slurm.logs import JobOutput, last_lines
@@ -30,7 +31,7 @@ from kohakuriver.runner.backends.slurm.script import LAID, new_token_script, scr
 from kohakuriver.runner.backends.slurm.tasks import SlurmBackend, _options
 from kohakuriver.runner.backends.slurm.users import ClusterUser, ClusterUsers
 from kohakuriver.runner.backends.slurm.watch import QueueWatch
-from kohakuriver.runner.services.state import TaskRecord
+from kohakuriver.runner.services.state import State, TaskRecord
 from tests.support.processes import eventually
 
 Run = Callable[[Coroutine[Any, Any, None]], None]
@@ -595,6 +596,69 @@ def test_a_job_that_is_the_task_of_two_users_is_asked_for_once_and_ends_for_both
     run(work())
 
 
+class Joining(Said):
+    """A Slurm with a job that runs, in which what is started beside never comes to the runner."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.started: list[subprocess.Popen[bytes]] = []
+        self.begun, self.ended = asyncio.Event(), asyncio.Queue[str]()
+
+    async def job(self, job_id: str) -> Job:
+        return Job(job_id, "RUNNING", uid=me().uid, number=job_id)
+
+    async def prints_into(self, job_id: str) -> str:
+        return ""
+
+    def beside(self, *_: object) -> subprocess.Popen[bytes]:
+        self.started.append(subprocess.Popen(["sleep", "1000"]))
+        self.begun.set()
+        return self.started[-1]
+
+    async def step(self, job_id: str, name: str) -> str:
+        return f"{job_id}.{name}"
+
+    async def cancel(self, who: ClusterUser, job_id: str) -> None:
+        self.started[-1].kill()
+        self.ended.put_nowait(job_id)
+
+
+@pytest.mark.parametrize("given_up", [False, True])
+def test_what_was_started_beside_a_job_and_does_not_come_is_ended_and_leaves_nothing(
+    run: Run, around: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, given_up: bool
+) -> None:
+    async def url() -> str:
+        return "http://127.0.0.1:1"
+
+    def not_ours(process: subprocess.Popen[bytes]) -> None:
+        raise PermissionError
+
+    monkeypatch.setattr(subprocess.Popen, "terminate", not_ours)
+    monkeypatch.setattr(tasks, "ARRIVAL_SECONDS", 60.0 if given_up else 0.1)
+    helper = SimpleNamespace(settings={}, program=lambda: Path("/bin/true"))
+    parts = {"state": State(tmp_path), "url_for_jobs": url, "helper": helper, "slurm_client": None}
+    for name, value in parts.items():
+        object.__setattr__(around[0], name, value)
+
+    async def work() -> None:
+        backend, said = SlurmBackend(around[0], None), Joining()
+        backend._slurm = said  # type: ignore[assignment]
+        monkeypatch.setattr(backend, "_who", lambda task: asyncio.sleep(0, me()))
+        task = a_task(adopted=True)
+        joining = asyncio.ensure_future(backend.adopt(task))
+        if given_up:
+            await said.begun.wait()
+            joining.cancel()
+        with pytest.raises((asyncio.CancelledError, UnavailableError)):
+            await joining
+        assert await asyncio.wait_for(said.ended.get(), 30) == f"1.{task.container}"
+        said.started[0].wait()
+        assert not State(tmp_path).task_path(task.container).exists()
+        assert (backend._tasks, backend._arrived) == ({}, {})
+
+    run(work())
+
+
 def test_who_is_connected_to_a_job_is_told_when_its_time_limit_is_near(run: Run, around: Any) -> None:
     async def work() -> None:
         backend, said = SlurmBackend(around[0], None), Said()
@@ -687,7 +751,7 @@ def test_a_job_whose_output_can_not_be_read_keeps_nobody_from_being_told_of_othe
             ended = (tasks[1].container, "stopped", "it ended by itself with exit code 0 (Slurm job 2 on a)", 0)
             assert ended in around[1]
             await asyncio.get_running_loop().run_in_executor(None, pipe.write_text, "no such model\n")
-            await asyncio.wait_for(asyncio.gather(*backend._telling), 30)
+            await asyncio.wait_for(asyncio.gather(*backend._doing), 30)
             words = "it ended with exit code 3 (Slurm job 1 on a): no such model"
             assert (tasks[0].container, "failed", words, 3) in around[1]
             monkeypatch.setattr(logs, "LAST_SECONDS", 0.01)
