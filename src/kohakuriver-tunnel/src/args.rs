@@ -463,6 +463,11 @@ mod tests {
             Offer::parse("own,80,90").unwrap()
         );
         assert_eq!(offer(&["--ports", "all"]), Offer::default());
+        let by_descriptor = work(&["agent", "--token-fd", "3"], &env[..1]).unwrap();
+        assert_eq!(
+            (by_descriptor.token, by_descriptor.token_fd),
+            (None, Some(3))
+        );
         assert!(work(&["agent"], &env[..1]).is_err() && work(&["agent"], &env[1..]).is_err());
     }
 
