@@ -17,7 +17,9 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
+import httpx
 import pytest
+from prometheus_client.parser import text_string_to_metric_families
 from websockets.asyncio.client import connect
 from websockets.exceptions import InvalidStatus
 from websockets.typing import Subprotocol
@@ -43,7 +45,7 @@ def through(port: int, data: bytes = b"hello") -> bool:
 
 @pytest.fixture(scope="module")
 def lab(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Lab]:
-    with lab_at(tmp_path_factory.mktemp("agents")) as lab:
+    with lab_at(tmp_path_factory.mktemp("agents"), "127.0.0.1", "--metrics", "0") as lab:
         yield lab
 
 
@@ -62,6 +64,46 @@ def test_a_task_is_there_as_long_as_its_agent_and_ends_with_its_commands_exit_co
     assert [line["user"] for line in made] == ["ann"]
 
 
+def measured(lab: Lab, name: str, **labels: str) -> float:
+    """A sample of the host's measures."""
+    families = text_string_to_metric_families(httpx.get(str(lab.metrics), trust_env=False).text)
+    samples = (sample for family in families for sample in family.samples)
+    return sum(each.value for each in samples if each.name == f"kohakuriver_{name}" and each.labels == labels)
+
+
+def test_an_agent_is_measured_and_written_down_as_it_comes_and_goes(lab: Lab) -> None:
+    def here(state: str) -> float:
+        return measured(lab, "agents", state=state)
+
+    def passed() -> float:
+        return measured(lab, "agent_bytes_total", direction="to_container")
+
+    before, so_far, connected_before = here("away"), passed(), here("connected")
+    agent, port = lab.echoing("seen", "--ports", "all")
+    assert here("connected") == connected_before + 1
+    with kohakuriver.forward_sync("seen", port, host=lab.url, token=lab.tokens["ann"]) as forward:
+        with connected(forward.local_port) as connection:
+            assert echoes(connection, bytes(1000))
+            assert measured(lab, "streams") == 1
+    assert passed() >= so_far + 1000
+    agent.stop(signal.SIGKILL)
+    eventually(lambda: here("away") == before + 1)
+    again, _ = lab.echoing("seen")
+    assert here("away") == before
+    again.stop()
+    ended = lab.is_("seen", "failed")
+    lines = [line for event in ("agent_connected", "agent_left") for line in lab.audit(event)]
+    lines = [line for line in lines if line["name"] == "seen"]
+    came, left = ([line for line in lines if line["event"] == f"agent_{what}"] for what in ("connected", "left"))
+    assert [line["machine"] for line in came] == [os.uname().nodename] * 2
+    assert [(line["user"], line["owner"], line["task"]) for line in lines] == [("ann", "ann", ended["task_id"])] * 4
+    assert [line["code"] for line in left] == [1006, 1000]
+    assert ["exit_code" in line for line in left] == [False, True]
+    assert left[1]["exit_code"] == ended["exit_code"]
+    assert all(line["seconds"] > 0 and line["from"].startswith("127.0.0.1:") for line in left)
+    assert [line["from"] for line in came] == [line["from"] for line in left]
+
+
 def test_forward_terminal_and_copies_work_over_one_connection_out(lab: Lab, tmp_path: Path) -> None:
     _, port = lab.echoing("all", "--ports", "all")
     of_ann = lab.of("ann")
@@ -77,6 +119,13 @@ def test_forward_terminal_and_copies_work_over_one_connection_out(lab: Lab, tmp_
     assert (tmp_path / "copy").read_bytes() == content
 
 
+def shown_of(process: int) -> bytes:
+    """What others of its user can read of how a process was started, and of what it has open."""
+    about = Path(f"/proc/{process}")
+    opened = [each.read_bytes() for each in about.glob("fd/*") if "token" in str(each.readlink())]
+    return b"".join([(about / "environ").read_bytes(), (about / "cmdline").read_bytes(), *opened])
+
+
 def test_the_command_line_starts_an_agent_with_an_ssh_server(lab: Lab) -> None:
     agent = lab.launch(
         [sys.executable, "-m", "kohakuriver", "agent", "--name", "with-ssh", "--ssh", "--", *SLEEP], **lab.of("ann")
@@ -85,8 +134,10 @@ def test_the_command_line_starts_an_agent_with_an_ssh_server(lab: Lab) -> None:
     done = lab.run("vps", "connect", "with-ssh", "-i", str(lab.key), "echo over ssh; exit 5", **lab.of("ann"))
     assert (done.returncode, done.stdout) == (5, "over ssh\n"), done.stderr
     servers = subprocess.run(["pgrep", "-P", str(agent.process.pid)], capture_output=True, text=True, check=True)
+    pids = [int(pid) for pid in servers.stdout.split()]
+    assert [pid for pid in (agent.process.pid, *pids) if lab.tokens["ann"].encode() in shown_of(pid)] == []
     agent.stop()
-    eventually(lambda: not any(Path(f"/proc/{pid}").exists() for pid in servers.stdout.split()))
+    eventually(lambda: not any(Path(f"/proc/{pid}").exists() for pid in pids))
 
 
 def test_each_agent_with_an_ssh_server_lets_in_whom_it_was_told_to_whatever_others_are_told(
@@ -161,6 +212,8 @@ def test_a_signal_is_the_commands_and_its_token_is_not(lab: Lab) -> None:
         ["pgrep", "-P", str(agent.process.pid)], capture_output=True, text=True, check=True
     ).stdout.split()[:1]
     assert "KOHAKURIVER_TOKEN" not in environment_of(int(child))
+    assert environment_of(agent.process.pid)["HOME"] == str(lab.home)
+    assert lab.tokens["ann"].encode() not in shown_of(agent.process.pid)
     assert agent.stop(signal.SIGUSR1) == 4
     assert "got USR1" in agent.printed
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import re
@@ -191,11 +192,56 @@ def test_a_jobs_token_is_on_no_command_line_and_in_no_file_that_others_can_read(
     assert len(token) == 64
     for process in psutil.process_iter(["cmdline"]):
         assert token not in " ".join(process.info["cmdline"] or [])
-    places = list(Path("/tmp").glob(f"{task['container']}-*"))
-    assert [(each.stat().st_mode & 0o777, each.stat().st_uid) for each in places] == [(0o700, lab.ann.user.uid)]
-    assert [each.name for each in places[0].iterdir()] == ["tunnel-client"]
-    lab.ann.call("POST", "/api/tasks/secret/stop")
-    eventually(lambda: not places[0].exists())
+    assert named(task) == []
+    command = of_user(lab.ann.user)[task["container"]].children()[0]
+    held = [str(each.readlink()) for each in Path(f"/proc/{command.pid}/fd").iterdir()]
+    assert [each for each in held if "deleted" in each] == [], "the command has neither client nor token open"
+
+
+def named(task: dict[str, Any]) -> list[Path]:
+    """What has a name for a task where its job runs."""
+    return list(Path("/tmp").glob(f"{task['container']}-*"))
+
+
+def of_user(user: SlurmUser) -> dict[str, psutil.Process]:
+    """A user's tunnel clients by their tasks' containers, and all else that runs as that user."""
+    found = {}
+    for process in psutil.process_iter(["name", "uids"]):
+        with contextlib.suppress(psutil.NoSuchProcess):
+            if process.info["uids"].real == user.uid and process.status() != psutil.STATUS_ZOMBIE:
+                client = process.info["name"] == "tunnel-client"
+                found[process.environ()["KOHAKURIVER_CONTAINER_ID"] if client else str(process.pid)] = process
+    return found
+
+
+def test_nothing_of_a_job_is_left_where_it_ran_however_it_ends(lab: Lab) -> None:
+    tasks = {name: lab.ann.create("sleep", "1000", name=name) for name in ("removed", "limit", "kill", "own")}
+    for name in ("beside-removed", "beside-job", "beside-client"):
+        job = lab.slurm.submit(lab.ann.user, "sleep 1000")
+        status, tasks[name] = lab.ann.call("POST", "/api/tasks/adopt", {"job": job, "name": name})
+        assert status == 201, tasks[name]
+    for name in tasks:
+        lab.cluster.connected(name)
+    jobs = {name: lab.job_of(task) for name, task in tasks.items()}
+    assert [path for task in tasks.values() for path in named(task)] == [], "nor is anything while it runs"
+    clients = of_user(lab.ann.user)
+    for name in ("removed", "beside-removed"):
+        assert lab.ann.call("DELETE", f"/api/tasks/{name}")[0] == 200
+    lab.cluster.runners["login"].end()  # nobody is there to look after the rest
+    lab.slurm.run("scancel", jobs["limit"])  # SIGTERM, and KillWait later SIGKILL, as at the time limit
+    lab.slurm.run("scancel", "--full", "--signal=KILL", jobs["kill"])
+    above = clients[tasks["own"]["container"]].parent()
+    assert above is not None
+    assert above.name() == "slurmstepd"
+    for name in ("own", "beside-client"):
+        clients[tasks[name]["container"]].kill()
+    eventually(lambda: not lab.slurm.steps_of(jobs["beside-client"]))
+    lab.slurm.cancel_all()
+    eventually(lambda: not of_user(lab.ann.user))
+    assert [path for task in tasks.values() for path in named(task)] == []
+    lab.start_runner()
+    for name in ("limit", "kill", "own", "beside-job", "beside-client"):
+        assert lab.cluster.ended(name)["status"] in ("stopped", "failed")
 
 
 def test_of_two_users_on_a_node_neither_is_offered_nor_reaches_the_others_ports(lab: Lab) -> None:
@@ -315,6 +361,25 @@ def test_a_job_that_was_started_without_us_is_forwarded_by_its_number(lab: Lab, 
     assert lab.slurm.state_of(job) == "RUNNING"
 
 
+def test_a_job_of_two_users_who_are_one_on_the_cluster_is_a_task_of_each(lab: Lab, port: int) -> None:
+    lines = lab.mapping.read_text()
+    lab.mapping.write_text(f"ann {lab.ann.user.name}\nbob {lab.ann.user.name}\n")
+    try:
+        job = lab.slurm.submit(lab.ann.user, serving(port, "both"))
+        tasks = {who.name: who.call("POST", "/api/tasks/adopt", {"job": job})[1] for who in (lab.ann, lab.bob)}
+        assert tasks["ann"]["task_id"] != tasks["bob"]["task_id"]
+        for who in (lab.ann, lab.bob):
+            assert answer(lab, who, str(tasks[who.name]["task_id"]), port) == b"both?"
+        assert sorted(lab.slurm.steps_of(job)) == sorted(task["container"] for task in tasks.values())
+        lab.slurm.run("scancel", "--full", job)
+        for task in tasks.values():
+            assert lab.cluster.ended(task["task_id"])["message"] == (
+                f"it was cancelled in Slurm (Slurm job {job} on {lab.slurm.node})"
+            )
+    finally:
+        lab.mapping.write_text(lines)
+
+
 def test_an_element_of_an_array_is_reached_and_cancelled_by_its_index_and_no_other_with_it(lab: Lab, port: int) -> None:
     other = free_port()
     text = f"if [ $SLURM_ARRAY_TASK_ID = 1 ]; then {serving(port, 'one')}; fi; {serving(other, 'two')}"
@@ -386,6 +451,7 @@ def test_a_job_goes_on_and_is_reached_again_when_its_runner_was_restarted(lab: L
     job = lab.job_of(task)
     lab.ann.call("POST", "/api/tasks/ours/shares", {"user": "bob"})
     assert lab.ann.call("DELETE", "/api/tasks/ours/shares/bob")[0] == 200, "the job's client gets a new token"
+    eventually(lambda: not named(task))
     lab.cluster.runners["login"].end()
     lab.start_runner()
     for name, its, word in (("plain", port, "plain?"), ("ours", other, "ours?")):

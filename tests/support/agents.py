@@ -99,6 +99,7 @@ class Lab(Commands):
         )
         ready = self.host.event("ready")
         self.url: str = ready["url"]
+        self.metrics: str | None = ready.get("metrics")
         self._port = self.url.rpartition(":")[2]
         self.environment |= {"KOHAKURIVER_HOST": self.url, "KOHAKURIVER_SSH_PROXY": ready["ssh_proxy"]}
 

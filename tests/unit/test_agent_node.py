@@ -51,6 +51,7 @@ class Host:
     def __init__(self, room: Room, directory: Path) -> None:
         self.room, self.now = room, 0.0
         self.remove: list[int] = []
+        self.written: list[tuple[str, int | None]] = []
         me = cast(Any, self)
         self.node = AgentNode(
             directory,
@@ -59,6 +60,7 @@ class Host:
             me,
             limits=Limits(),
             mark_key=b"key",
+            audit=me,
             told=lambda ids: None,
             heartbeat_seconds=5,
             clock=lambda: self.now,
@@ -81,13 +83,14 @@ class Host:
     def count(self, _: object) -> None:
         pass
 
-    def write(self, *_: object, **__: object) -> None:
-        pass
+    def write(self, event: str, **fields: Any) -> None:
+        self.written.append((event, fields.get("code")))
 
     def came_back(self, _: object) -> None:
         pass
 
-    refused = write
+    def refused(self, *_: object, **__: object) -> None:
+        pass
 
     async def dials(self, client: str, *, token: str = "hers", name: str = "desk", hangs_up: bool = False) -> Link:
         """An agent dials in. Raises KohakuRiverError."""
@@ -237,6 +240,20 @@ async def test_an_agent_that_hangs_up_before_it_is_connected_keeps_its_name_from
     assert (await host.task()).tunnel is False
     await host.dials("b")
     assert (await host.task()).status == "running"
+
+
+@on_host
+async def test_each_coming_of_an_agent_is_written_down_and_has_its_end_also_where_the_next_comes_before(
+    host: Host,
+) -> None:
+    for _ in range(2):
+        await host.dials("a")
+    (known,) = host.node.book
+    assert host.node.snapshot()["connected"] == 1
+    host.node.tunnels.hub.drop(known.container, "it is gone")
+    came = [("task_created", None), ("agent_connected", None)]
+    assert host.written == [*came, ("agent_left", 4000), ("agent_connected", None), ("agent_left", 1006)]
+    assert host.node.snapshot()["connected"] == 0
 
 
 @on_host

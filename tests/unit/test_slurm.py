@@ -5,13 +5,17 @@ from __future__ import annotations
 import asyncio
 import os
 import pwd
+import shutil
+import signal
 import subprocess
 import time
 from collections.abc import Callable, Coroutine
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
+import psutil
 import pytest
 
 from kohakuriver.cli.options import scheduler_time
@@ -19,15 +23,16 @@ from kohakuriver.errors import KohakuRiverError, UnavailableError, UsageError
 from kohakuriver.limits import Limits
 from kohakuriver.runner.backends.base import Surroundings
 from kohakuriver.runner.backends.printed import LogRequest
-from kohakuriver.runner.backends.slurm import commands, logs
+from kohakuriver.runner.backends.slurm import commands, logs, tasks
 from kohakuriver.runner.backends.slurm.commands import Slurm
 from kohakuriver.runner.backends.slurm.jobs import FIELDS, Job, parsed
 from kohakuriver.runner.backends.slurm.logs import JobOutput, last_lines
-from kohakuriver.runner.backends.slurm.script import new_token_script, script
+from kohakuriver.runner.backends.slurm.script import LAID, new_token_script, script
 from kohakuriver.runner.backends.slurm.tasks import SlurmBackend, _options
 from kohakuriver.runner.backends.slurm.users import ClusterUser, ClusterUsers
 from kohakuriver.runner.backends.slurm.watch import QueueWatch
-from kohakuriver.runner.services.state import TaskRecord
+from kohakuriver.runner.services.state import State, TaskRecord
+from tests.support.processes import eventually
 
 Run = Callable[[Coroutine[Any, Any, None]], None]
 ME = pwd.getpwuid(os.geteuid()).pw_name
@@ -196,61 +201,101 @@ def test_a_runner_that_is_root_takes_a_users_rights_and_another_one_asks_sudo(mo
 # What a job runs
 
 CLIENT = """#!/bin/sh
-echo "$@"; ls -l "${KOHAKURIVER_TUNNEL_TAKE_TOKEN%/*}" | cut -c1-10 | tail -n +2; cat "$KOHAKURIVER_TUNNEL_TAKE_TOKEN"
-echo "$WORD"; exit 3
+echo "$@"; cat <&3; echo "$WORD"; ls "$TMPDIR"; [ $PPID = "$ABOVE" ] && echo at once; exit 3
 """
 
 
-def run(text: str, directory: Path) -> subprocess.CompletedProcess[str]:
-    environment = {"TMPDIR": str(directory), "PATH": os.environ["PATH"]}
-    return subprocess.run(["sh", "-s"], input=text, env=environment, capture_output=True, text=True, check=False)
+def run(text: str, directory: Path, shell: str = "sh") -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [*shell.split(), "-s"], input=text, env=at(directory), capture_output=True, text=True, check=False
+    )
 
 
-@pytest.mark.parametrize("brought", [True, False])
-def test_a_jobs_script_lays_down_what_its_client_needs_and_takes_all_of_it_away(tmp_path: Path, brought: bool) -> None:
-    client = tmp_path / "tunnel client"
+def at(directory: Path) -> dict[str, str]:
+    return {"TMPDIR": str(directory), "PATH": os.environ["PATH"], "ABOVE": str(os.getpid())}
+
+
+@pytest.mark.parametrize(("brought", "shell"), [(False, "sh"), (True, "sh"), (True, "bash"), (True, "busybox sh")])
+def test_a_jobs_client_gets_its_token_and_nothing_has_a_name_while_it_runs(
+    tmp_path: Path, brought: bool, shell: str
+) -> None:
+    if shutil.which(shell.split()[0]) is None:
+        pytest.skip(f"{shell} is not installed")
+    client, place = tmp_path / "tunnel client", tmp_path / "place"
     client.write_text(CLIENT)
     client.chmod(0o755)
+    place.mkdir()
     command = ["echo", "it's", "$HOME;", "a  b"]
     text = script("folder", "t0ken", {"WORD": "it's `id`"}, command, client if brought else str(client))
-    done = run(text, tmp_path)
-    laid = ["-rw-------", "-rwx------"] if brought else ["-rw-------"]
-    said = ["--log-level error run -- echo it's $HOME; a  b", *laid, "t0ken", "it's `id`"]
+    done = run(text, place, shell)
+    said = ["--log-level error --token-fd 3 run -- echo it's $HOME; a  b", "t0ken", "it's `id`", "at once"]
     assert (done.stdout.splitlines(), done.stderr, done.returncode) == (said, "", 3)
-    assert [each.name for each in tmp_path.iterdir()] == ["tunnel client"]
+    assert list(place.iterdir()) == []
 
 
-def test_a_jobs_script_does_not_use_a_folder_that_somebody_else_has_made(tmp_path: Path) -> None:
-    (tmp_path / "folder").mkdir(mode=0o777)
-    text = script("folder", "t0ken", {}, None, "/bin/true")
+def test_a_jobs_script_does_not_use_a_file_that_somebody_else_has_made(tmp_path: Path) -> None:
+    (tmp_path / "folder").write_text("another's")
+    text = script("folder", "t0ken", {}, None, Path("/bin/true"))
     done = run(text, tmp_path)
-    assert done.returncode == 1
-    assert list((tmp_path / "folder").iterdir()) == []
+    assert done.returncode != 0
+    assert (tmp_path / "folder").read_text() == "another's"
 
 
-def test_a_new_token_is_laid_down_where_the_first_one_was(tmp_path: Path) -> None:
-    (tmp_path / "folder").mkdir(mode=0o700)
-    (tmp_path / "folder/token").write_text("older")
-    done = run(new_token_script("folder", "t0ken"), tmp_path)
-    assert (done.returncode, done.stderr) == (0, "")
-    laid = tmp_path / "folder/token"
-    assert (laid.read_text(), laid.stat().st_mode & 0o777) == ("t0ken\n", 0o600)
+def test_a_job_that_is_killed_while_its_client_is_unpacked_leaves_nothing(tmp_path: Path) -> None:
+    client = tmp_path / "client"
+    client.write_bytes(os.urandom(1 << 20))
+    place = tmp_path / "place"
+    place.mkdir()
+    text = script("folder", "t0ken", {}, None, client)
+    half = text[: text.index("base64 -d") + (1 << 19)]
+    with subprocess.Popen(["sh", "-s"], stdin=subprocess.PIPE, env=at(place), start_new_session=True) as shell:
+        assert shell.stdin is not None
+        shell.stdin.write(half.encode())
+        shell.stdin.flush()
+        held = Path(f"/proc/{shell.pid}/fd/9")
+        eventually(lambda: held.is_symlink() and "deleted" in str(held.readlink()) and not any(place.iterdir()))
+        os.killpg(shell.pid, signal.SIGKILL)
+    assert list(place.iterdir()) == []
 
 
-@pytest.mark.parametrize("foreign", ["gone", "a link", "another user's"])
-def test_a_new_token_goes_into_no_folder_but_the_jobs_own(tmp_path: Path, foreign: str) -> None:
+def test_a_newer_token_is_there_until_it_is_taken_and_then_nothing_is(tmp_path: Path) -> None:
+    (tmp_path / "folder").mkdir()  # the one before is taken just now
+    text = new_token_script("folder", "t0ken")
+    with subprocess.Popen(
+        ["sh", "-s"], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=at(tmp_path)
+    ) as step:
+        assert step.stdin is not None
+        assert step.stdout is not None
+        step.stdin.write(text)
+        step.stdin.close()
+        (tmp_path / "folder").rmdir()
+        assert step.stdout.readline() == f"{LAID}\n"
+        laid = tmp_path / "folder/token"
+        assert (laid.read_text(), laid.stat().st_mode & 0o777) == ("t0ken\n", 0o600)
+        assert laid.parent.stat().st_mode & 0o777 == 0o700
+        laid.unlink()
+        assert step.wait() == 0
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_newer_token_that_nobody_takes_is_removed_again(tmp_path: Path) -> None:
+    done = run(new_token_script("folder", "t0ken", patience=2), tmp_path)
+    assert (done.returncode, done.stdout) == (1, f"{LAID}\n")
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("foreign", ["a link", "a folder"])
+def test_a_newer_token_goes_into_no_folder_that_somebody_else_has_made(tmp_path: Path, foreign: str) -> None:
     folder, elsewhere = tmp_path / "folder", tmp_path / "elsewhere"
     elsewhere.mkdir()
     if foreign == "a link":
         folder.symlink_to(elsewhere)
-    elif foreign == "another user's":
-        if os.geteuid() != 0:
-            pytest.skip("only root can make a folder another user's")
+    else:
         folder.mkdir(mode=0o777)
-        os.chown(folder, 1234, 1234)
-    done = run(new_token_script("folder", "t0ken"), tmp_path)
-    assert done.returncode == 1
+    done = run(new_token_script("folder", "t0ken", tries=2), tmp_path)
+    assert (done.returncode, done.stdout) == (1, "")
     assert [each for each in tmp_path.rglob("*") if each.name == "token"] == []
+    assert folder.exists()
 
 
 # How programs are run
@@ -344,45 +389,85 @@ def test_a_job_that_was_submitted_too_late_is_cancelled(
     run(work())
 
 
-def test_what_follows_a_jobs_output_and_is_not_the_runners_to_kill_ends_with_its_reader(
-    run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def not_ours(process: subprocess.Popen[bytes]) -> None:
+SUDO = """#!/bin/sh
+shift 4; "$@"
+"""
+"""Waits for what it has started, as sudo(8) does: that goes on where sudo itself is killed."""
+
+
+@pytest.fixture
+def another(path_of: Path, monkeypatch: pytest.MonkeyPatch) -> ClusterUser:
+    """Somebody as whom a runner runs programs that is not root."""
+    who = me()
+    (path_of / "sudo").write_text(SUDO)
+    (path_of / "sudo").chmod(0o755)
+
+    def not_ours(process: Any) -> None:
         raise PermissionError
 
+    monkeypatch.setattr(os, "geteuid", lambda: who.uid + 1)
     monkeypatch.setattr(subprocess.Popen, "kill", not_ours)
-    (tmp_path / "out").write_text("word\n")
+    monkeypatch.setattr(asyncio.subprocess.Process, "kill", not_ours)
+    return who
+
+
+def running_with(path: Path) -> list[int]:
+    """The processes that have a path on their command line, sudo's aside."""
+    processes = (process.info for process in psutil.process_iter(["pid", "name", "cmdline"]))
+    return [each["pid"] for each in processes if each["name"] != "sudo" and str(path) in (each["cmdline"] or [])]
+
+
+@pytest.mark.parametrize("opened", [True, False])
+def test_what_follows_a_jobs_output_as_another_user_ends_with_its_reader_also_at_a_pipe_that_nobody_opens(
+    run: Run, tmp_path: Path, another: ClusterUser, opened: bool
+) -> None:
+    path = tmp_path / "out"
+    if opened:
+        path.write_text("word\n")
+    else:
+        os.mkfifo(path)
 
     async def work() -> None:
-        output = JobOutput(me(), str(tmp_path / "out"), LogRequest(follow=True), asyncio.Event())
-        assert [line.text for line in await output.read() or []] == ["word\n"]
+        output = JobOutput(another, str(path), LogRequest(follow=True), asyncio.Event())
+        reading = asyncio.ensure_future(output.read())
+        if opened:
+            assert [line.text for line in await reading or []] == ["word\n"]
+        else:
+            await asyncio.sleep(0)
+            await asyncio.get_running_loop().run_in_executor(None, eventually, lambda: running_with(path) or None)
+            reading.cancel()
         assert output._tail is not None
         process = output._tail._process
         await output.close()
         assert process.poll() is not None
+        eventually(lambda: running_with(path) == [])
 
     run(work())
 
 
-def test_a_program_that_takes_too_long_and_is_not_the_runners_to_kill_is_told_of(
-    run: Run, path_of: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_the_last_words_of_a_job_leave_no_reader_behind_where_its_output_is_a_pipe(
+    run: Run, tmp_path: Path, another: ClusterUser, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    stuck: list[asyncio.subprocess.Process] = []
-
-    def not_ours(process: asyncio.subprocess.Process) -> None:
-        stuck.append(process)
-        raise PermissionError
-
-    monkeypatch.setattr(asyncio.subprocess.Process, "kill", not_ours)
-    os.mkfifo(tmp_path / "go")
-    program(path_of, "scancel", f"read word <{tmp_path}/go")
+    os.mkfifo(tmp_path / "out")
+    monkeypatch.setattr(logs, "LAST_SECONDS", 0.3)
 
     async def work() -> None:
-        with pytest.raises(UnavailableError, match=r"does not answer within 0\.1 s"):
-            await Slurm().cancel(me(), "7", 0.1)
-        await asyncio.get_running_loop().run_in_executor(None, (tmp_path / "go").write_text, "word\n")
-        await stuck[0].wait()
-        stuck[0]._transport.close()  # type: ignore[attr-defined]
+        assert await last_lines(another, str(tmp_path / "out")) == []
+        eventually(lambda: running_with(tmp_path / "out") == [])
+
+    run(work())
+
+
+def test_a_program_of_slurms_that_takes_too_long_is_told_of_and_ended_also_as_another_user(
+    run: Run, path_of: Path, tmp_path: Path, another: ClusterUser
+) -> None:
+    os.mkfifo(tmp_path / "go")
+    program(path_of, "scancel", f"cat {tmp_path}/go")
+
+    async def work() -> None:
+        with pytest.raises(UnavailableError, match=r"does not answer within 0\.3 s"):
+            await Slurm().cancel(another, "7", 0.3)
+        eventually(lambda: running_with(tmp_path / "go") == [])
 
     run(work())
 
@@ -491,6 +576,89 @@ def test_all_jobs_are_asked_for_in_one_question_and_those_that_ended_are_not(run
     run(work())
 
 
+def test_a_job_that_is_the_task_of_two_users_is_asked_for_once_and_ends_for_both(run: Run, around: Any) -> None:
+    async def work() -> None:
+        backend, said = SlurmBackend(around[0], None), Said()
+        backend._slurm = said  # type: ignore[assignment]
+        tasks = [a_task(number, adopted=True) for number in (1, 2)]
+        for task in tasks:
+            task.engine_name = "7"
+        said.known["7"] = Job("7", "CANCELLED", nodes="gpu07")
+        await backend.open(tasks, lambda task: None)
+        try:
+            await backend._look()
+        finally:
+            await backend.close(tasks, stop_tasks=False)
+        assert said.asked == [["7"]]
+        ended = [about[:2] for about in around[1] if about[0] in [task.container for task in tasks]]
+        assert ended == [(task.container, "stopped") for task in tasks]
+
+    run(work())
+
+
+class Joining(Said):
+    """A Slurm with a job that runs, in which what is started beside never comes to the runner."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.started: list[subprocess.Popen[bytes]] = []
+        self.begun, self.ended = asyncio.Event(), asyncio.Queue[str]()
+
+    async def job(self, job_id: str) -> Job:
+        return Job(job_id, "RUNNING", uid=me().uid, number=job_id)
+
+    async def prints_into(self, job_id: str) -> str:
+        return ""
+
+    def beside(self, *_: object) -> subprocess.Popen[bytes]:
+        self.started.append(subprocess.Popen(["sleep", "1000"]))
+        self.begun.set()
+        return self.started[-1]
+
+    async def step(self, job_id: str, name: str) -> str:
+        return f"{job_id}.{name}"
+
+    async def cancel(self, who: ClusterUser, job_id: str) -> None:
+        self.started[-1].kill()
+        self.ended.put_nowait(job_id)
+
+
+@pytest.mark.parametrize("given_up", [False, True])
+def test_what_was_started_beside_a_job_and_does_not_come_is_ended_and_leaves_nothing(
+    run: Run, around: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, given_up: bool
+) -> None:
+    async def url() -> str:
+        return "http://127.0.0.1:1"
+
+    def not_ours(process: subprocess.Popen[bytes]) -> None:
+        raise PermissionError
+
+    monkeypatch.setattr(subprocess.Popen, "terminate", not_ours)
+    monkeypatch.setattr(tasks, "ARRIVAL_SECONDS", 60.0 if given_up else 0.1)
+    helper = SimpleNamespace(settings={}, program=lambda: Path("/bin/true"))
+    parts = {"state": State(tmp_path), "url_for_jobs": url, "helper": helper, "slurm_client": None}
+    for name, value in parts.items():
+        object.__setattr__(around[0], name, value)
+
+    async def work() -> None:
+        backend, said = SlurmBackend(around[0], None), Joining()
+        backend._slurm = said  # type: ignore[assignment]
+        monkeypatch.setattr(backend, "_who", lambda task: asyncio.sleep(0, me()))
+        task = a_task(adopted=True)
+        joining = asyncio.ensure_future(backend.adopt(task))
+        if given_up:
+            await said.begun.wait()
+            joining.cancel()
+        with pytest.raises((asyncio.CancelledError, UnavailableError)):
+            await joining
+        assert await asyncio.wait_for(said.ended.get(), 30) == f"1.{task.container}"
+        said.started[0].wait()
+        assert not State(tmp_path).task_path(task.container).exists()
+        assert (backend._tasks, backend._arrived) == ({}, {})
+
+    run(work())
+
+
 def test_who_is_connected_to_a_job_is_told_when_its_time_limit_is_near(run: Run, around: Any) -> None:
     async def work() -> None:
         backend, said = SlurmBackend(around[0], None), Said()
@@ -583,7 +751,7 @@ def test_a_job_whose_output_can_not_be_read_keeps_nobody_from_being_told_of_othe
             ended = (tasks[1].container, "stopped", "it ended by itself with exit code 0 (Slurm job 2 on a)", 0)
             assert ended in around[1]
             await asyncio.get_running_loop().run_in_executor(None, pipe.write_text, "no such model\n")
-            await asyncio.wait_for(asyncio.gather(*backend._telling), 30)
+            await asyncio.wait_for(asyncio.gather(*backend._doing), 30)
             words = "it ended with exit code 3 (Slurm job 1 on a): no such model"
             assert (tasks[0].container, "failed", words, 3) in around[1]
             monkeypatch.setattr(logs, "LAST_SECONDS", 0.01)

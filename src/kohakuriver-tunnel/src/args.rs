@@ -1,6 +1,7 @@
 //! The command line, and the environment that stands in for it.
 
 use std::ffi::OsString;
+use std::os::fd::RawFd;
 use std::path::PathBuf;
 use std::time::Duration;
 
@@ -35,6 +36,7 @@ Options:
   -c, --container-id ID   this container's id   [CONTAINER_ID, KOHAKURIVER_CONTAINER_ID]
   --token-file FILE       holds its token       [KOHAKURIVER_TUNNEL_TOKEN_FILE]
   --take-token FILE       the same; the file is removed once it is read [KOHAKURIVER_TUNNEL_TAKE_TOKEN]
+  --token-fd N            the first token is read from this open descriptor, a newer one from such a file
   --reconnect-delay SECS  what the pause between attempts grows to, at random below it [RECONNECT_DELAY, 5]
   --max-reconnect N       give up after N failures in a row, 0 for never [MAX_RECONNECT, 0]
   --offer LIST            which ports are carried, with commas: all; own, those of this user's processes;
@@ -47,6 +49,7 @@ Agent options:
   --host URL              the host, or several with commas between [KOHAKURIVER_HOST]
   --name NAME             what the task is called       [KOHAKURIVER_AGENT_NAME]
   --token-file FILE       a token of its user, or of `token create --agent` [KOHAKURIVER_TOKEN has the token itself]
+  --token-fd N            the same, read from an open descriptor
   --ca-file FILE          who signed the host's certificate [KOHAKURIVER_CA_FILE, the system's authorities]
   --ports LIST            what is carried beside what this user's processes listen on: ports, or all
   --via LOGIN             go out by `ssh -W` through this machine
@@ -68,6 +71,8 @@ pub struct Options {
     pub container: String,
     /// Where the container's token is.
     pub token: Option<Place>,
+    /// The descriptor from which the first one is read.
+    pub token_fd: Option<RawFd>,
     /// The longest pause between attempts.
     pub reconnect_delay: Duration,
     /// Failures in a row to give up after.
@@ -102,6 +107,7 @@ pub fn parse(
     let mut url = env("RUNNER_URL").or_else(|| env("KOHAKURIVER_TUNNEL_URL"));
     let mut container = env("CONTAINER_ID").or_else(|| env("KOHAKURIVER_CONTAINER_ID"));
     let mut token = place(&env);
+    let mut token_fd = None;
     // Names that others use too, with values of their own: those are ignored.
     let mut delay = word(&env, "RECONNECT_DELAY")
         .filter(|delay| Duration::try_from_secs_f64(*delay).is_ok())
@@ -118,6 +124,7 @@ pub fn parse(
             Short('c') | Long("container-id") => container = Some(value(&mut parser)?),
             Long("token-file") => token = Some(Place::File(file(&mut parser)?)),
             Long("take-token") => token = Some(Place::Taken(file(&mut parser)?)),
+            Long("token-fd") => token_fd = Some(descriptor(&mut parser)?),
             Long("reconnect-delay") => delay = number(&mut parser)?,
             Long("max-reconnect") => max_reconnect = number(&mut parser)?,
             Long("log-level") => {
@@ -138,7 +145,8 @@ pub fn parse(
             other => return Err(text(other.unexpected())),
         }
     }
-    if let Some(asked) = asked {
+    if let Some(mut asked) = asked {
+        asked.token_fd = asked.token_fd.or(token_fd);
         if run.is_some() {
             return Err("run and agent don't go together".into());
         }
@@ -154,6 +162,7 @@ pub fn parse(
             .parse()?,
         container,
         token,
+        token_fd,
         reconnect_delay: Duration::try_from_secs_f64(delay)
             .map_err(|_| "--reconnect-delay is a number of seconds")?,
         max_reconnect: (max_reconnect > 0).then_some(max_reconnect),
@@ -174,6 +183,7 @@ struct AgentOptions {
     hosts: Option<String>,
     name: Option<String>,
     token: Option<Place>,
+    token_fd: Option<RawFd>,
     ca_file: Option<PathBuf>,
     ports: Option<String>,
     via: Option<String>,
@@ -199,6 +209,7 @@ impl AgentOptions {
                 Long("host") => read.hosts = Some(value(parser)?),
                 Long("name") => read.name = Some(value(parser)?),
                 Long("token-file") => read.token = Some(Place::File(file(parser)?)),
+                Long("token-fd") => read.token_fd = Some(descriptor(parser)?),
                 Long("ca-file") => read.ca_file = Some(file(parser)?),
                 Long("ports") => read.ports = Some(value(parser)?),
                 Long("via") => read.via = Some(value(parser)?),
@@ -238,13 +249,14 @@ impl AgentOptions {
         let offer = offered(self.ports, offer, &settings)?;
         let tls = hosts.iter().any(RunnerUrl::is_tls);
         let outwards = Outwards::new(tls, self.ca_file.as_deref(), self.via)?;
-        if self.token.is_none() {
+        if self.token.is_none() && self.token_fd.is_none() {
             return Err("no token: set KOHAKURIVER_TOKEN or give --token-file".into());
         }
         Ok(Request::Work(Box::new(Options {
             url: first,
             container: "this agent".into(),
             token: self.token,
+            token_fd: self.token_fd,
             reconnect_delay: Duration::try_from_secs_f64(delay)
                 .map_err(|_| "--reconnect-delay is a number of seconds")?,
             max_reconnect: None,
@@ -331,6 +343,13 @@ fn number<T: std::str::FromStr>(parser: &mut lexopt::Parser) -> Result<T, String
     let word = value(parser)?;
     word.parse()
         .map_err(|_| format!("{word:?} is not a number that fits"))
+}
+
+/// One that is no program's input or output.
+fn descriptor(parser: &mut lexopt::Parser) -> Result<RawFd, String> {
+    let number: RawFd = number(parser)?;
+    let free = (number > 2).then_some(number);
+    free.ok_or_else(|| "--token-fd is the number of an open descriptor, from 3 up".into())
 }
 
 fn text(error: lexopt::Error) -> String {
@@ -444,6 +463,11 @@ mod tests {
             Offer::parse("own,80,90").unwrap()
         );
         assert_eq!(offer(&["--ports", "all"]), Offer::default());
+        let by_descriptor = work(&["agent", "--token-fd", "3"], &env[..1]).unwrap();
+        assert_eq!(
+            (by_descriptor.token, by_descriptor.token_fd),
+            (None, Some(3))
+        );
         assert!(work(&["agent"], &env[..1]).is_err() && work(&["agent"], &env[1..]).is_err());
     }
 
@@ -455,6 +479,7 @@ mod tests {
             &["--reconnect-delay", "soon"],
             &["--max-reconnect", "-1"],
             &["--log-level", "loud"],
+            &["--token-fd", "2"],
             &["--offer", "some"],
             &["walk"],
             &["run", "--log-level", "debug"],

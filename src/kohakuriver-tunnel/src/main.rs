@@ -43,7 +43,7 @@ fn main() -> ExitCode {
         Ok(Request::Work(options)) => {
             if options.agent.is_some() {
                 // SAFETY: there is no other thread yet.
-                unsafe { env::remove_var(args::TOKEN) };
+                unsafe { sys::forget_variable(args::TOKEN) };
             }
             work(Arc::new(*options)).unwrap_or_else(|error| {
                 log!(Error, "can't start: {error}");
@@ -57,14 +57,28 @@ fn main() -> ExitCode {
     }
 }
 
+/// A file without a name is run by its descriptor, as jobs of Slurm do: what is started here has no use for that, and
+/// people look for the program's own name.
+fn let_go_of_program() {
+    let program = env::args().next().unwrap_or_default();
+    if let Some(number) = program.strip_prefix("/proc/self/fd/") {
+        drop(number.parse().map(sys::inherited));
+        sys::set_name(c"tunnel-client");
+    }
+}
+
 /// The tunnel on a thread of its own, so that nothing that happens to it ends the command.
 fn work(options: Arc<Options>) -> io::Result<ExitCode> {
     log::set_level(options.log_level);
+    let_go_of_program();
+    let token = Arc::new(Token::new(options.token.clone()));
+    if let Some(descriptor) = options.token_fd {
+        token.read_first(descriptor).map_err(io::Error::other)?;
+    }
     let ignored = init::take_signals();
     let signals = init::block_signals()?;
     let files = sys::raise_file_limit()?;
     init::adopt_orphans()?;
-    let token = Arc::new(Token::new(options.token.clone()));
     token.take();
     let start = || match options.run.as_deref() {
         None | Some([]) => Ok(None),

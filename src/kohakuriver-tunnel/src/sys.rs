@@ -1,5 +1,6 @@
 //! The few system calls that no library of ours offers.
 
+use std::ffi::CStr;
 use std::fs::File;
 use std::io;
 use std::mem;
@@ -20,6 +21,52 @@ fn number(result: libc::c_int) -> io::Result<libc::c_int> {
     } else {
         Ok(result)
     }
+}
+
+/// A descriptor that whoever started this process left open for it, from 3 up; of nobody else, and to be taken before
+/// this process opens any itself.
+pub fn inherited(descriptor: RawFd) -> io::Result<File> {
+    // SAFETY: takes no pointers.
+    check(unsafe { libc::fcntl(descriptor, libc::F_GETFD) })?;
+    // SAFETY: it is open, and nothing here has opened it or knows of it.
+    Ok(unsafe { File::from_raw_fd(descriptor) })
+}
+
+/// What this process is called in lists of processes, in 15 bytes.
+pub fn set_name(name: &CStr) {
+    // SAFETY: the kernel reads a string that ends with 0.
+    unsafe { libc::prctl(libc::PR_SET_NAME, name.as_ptr()) };
+}
+
+/// Takes a variable from the environment, and its bytes from where the kernel shows what this process was started with:
+/// who may look there (/proc/PID/environ) is who may run programs beside it.
+///
+/// # Safety
+/// There is no other thread yet, nothing holds a pointer into the environment, and no variable was set since the start.
+pub unsafe fn forget_variable(name: &str) {
+    let begin = format!("{name}=");
+    let mut found = Vec::new();
+    // SAFETY: the environment is null or ends with a null pointer, and each string in it with 0. They lie where the
+    // kernel has put them, also when no variable has them any more, and are nobody else's.
+    unsafe {
+        let mut entry = environ;
+        while !entry.is_null() && !(*entry).is_null() {
+            let bytes = CStr::from_ptr(*entry).to_bytes();
+            if bytes.starts_with(begin.as_bytes()) {
+                found.push((*entry, bytes.len()));
+            }
+            entry = entry.add(1);
+        }
+        std::env::remove_var(name);
+        for (at, length) in found {
+            at.write_bytes(0, length);
+        }
+    }
+}
+
+unsafe extern "C" {
+    /// What this process was started with (environ(7)).
+    static environ: *mut *mut libc::c_char;
 }
 
 /// Many sockets that are waited for as if they were one, which is readable while one of them has an event (epoll(7)).

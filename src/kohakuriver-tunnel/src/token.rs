@@ -2,7 +2,8 @@
 
 use std::fmt;
 use std::fs;
-use std::io;
+use std::io::{self, Read};
+use std::os::fd::RawFd;
 use std::path::PathBuf;
 use std::sync::Mutex;
 
@@ -52,12 +53,25 @@ impl Token {
         }
     }
 
+    /// Reads the first token from a descriptor of this process, and closes that, so that no command gets it. An error is
+    /// a clause.
+    pub fn read_first(&self, descriptor: RawFd) -> Result<(), String> {
+        let of = format!("descriptor {descriptor}");
+        let mut text = String::new();
+        sys::inherited(descriptor)
+            .and_then(|mut file| file.read_to_string(&mut text))
+            .map_err(|error| format!("{of}: {error}"))?;
+        let mut held = self.held.lock().unwrap_or_else(|held| held.into_inner());
+        *held = Some(checked(&text).ok_or_else(|| format!("{of}: holds no token"))?);
+        Ok(())
+    }
+
     /// The token: a newer one where there is one, else the one that is held. An error is a clause.
     pub fn now(&self) -> Result<Option<String>, String> {
-        let Some(place) = &self.place else {
-            return Ok(None);
-        };
         let mut held = self.held.lock().unwrap_or_else(|held| held.into_inner());
+        let Some(place) = &self.place else {
+            return Ok(held.clone());
+        };
         match (read(place), &*held) {
             (Ok(token), _) => *held = Some(token),
             (Err(reason), None) => return Err(reason),
@@ -86,11 +100,8 @@ fn read(place: &Place) -> Result<String, String> {
         Place::File(path) | Place::Taken(path) => path,
     };
     let unreadable = |reason: &str| format!("{}: {reason}", path.display());
-    let token = fs::read_to_string(path).map_err(|error| unreadable(&error.to_string()))?;
-    let token = token.trim();
-    if token.is_empty() || !token.bytes().all(|byte| byte.is_ascii_graphic()) {
-        return Err(unreadable("holds no token"));
-    }
+    let text = fs::read_to_string(path).map_err(|error| unreadable(&error.to_string()))?;
+    let token = checked(&text).ok_or_else(|| unreadable("holds no token"))?;
     if let Place::Taken(path) = place {
         match fs::remove_file(path) {
             Err(error) if error.kind() != io::ErrorKind::NotFound => {
@@ -99,11 +110,20 @@ fn read(place: &Place) -> Result<String, String> {
             _ => {}
         }
     }
-    Ok(token.to_owned())
+    Ok(token)
+}
+
+/// The token in a text, if it is one.
+fn checked(text: &str) -> Option<String> {
+    let token = text.trim();
+    let is_one = !token.is_empty() && token.bytes().all(|byte| byte.is_ascii_graphic());
+    is_one.then(|| token.to_owned())
 }
 
 #[cfg(test)]
 mod tests {
+    use std::os::fd::IntoRawFd;
+
     use super::*;
 
     fn file(name: &str) -> PathBuf {
@@ -125,6 +145,23 @@ mod tests {
         fs::write(&path, "two").unwrap();
         assert_eq!(token.now().unwrap().as_deref(), Some("two"));
         assert!(!path.exists());
+        fs::remove_dir(path.parent().unwrap()).unwrap();
+    }
+
+    #[test]
+    fn a_first_token_from_a_descriptor_is_held_until_there_is_a_newer_one_and_the_descriptor_is_closed()
+     {
+        let path = file("descriptor");
+        let token = Token::new(Some(Place::Taken(path.clone())));
+        fs::write(&path, "one\n").unwrap();
+        let descriptor = fs::File::open(&path).unwrap().into_raw_fd();
+        fs::remove_file(&path).unwrap();
+        token.read_first(descriptor).unwrap();
+        assert_eq!(token.now().unwrap().as_deref(), Some("one"));
+        assert!(!std::path::Path::new(&format!("/proc/self/fd/{descriptor}")).exists());
+        assert!(token.read_first(1 << 20).is_err());
+        fs::write(&path, "two").unwrap();
+        assert_eq!(token.now().unwrap().as_deref(), Some("two"));
         fs::remove_dir(path.parent().unwrap()).unwrap();
     }
 

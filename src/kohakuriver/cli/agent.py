@@ -94,17 +94,29 @@ def agent(
     settings = warned(at.resolved())
     options = {"--name": name, "--ports": ports, "--via": via, "--ca-file": settings.ca_file}
     environment = {**os.environ, "KOHAKURIVER_HOST": settings.named}
+    environment.pop("KOHAKURIVER_TOKEN", None)
     if token_file is not None:
         options["--token-file"] = str(token_file)
-        environment.pop("KOHAKURIVER_TOKEN", None)
     elif settings.token:
-        environment["KOHAKURIVER_TOKEN"] = settings.token
+        options["--token-fd"] = str(_descriptor_with(settings.token))
     words = [word for option, value in options.items() if value is not None for word in (option, value)]
     if with_ssh or public_key_file:
         words += _ssh_server(name or "any", public_key_file or [])
     command = command_of(ctx)
     sys.stdout.flush()
     os.execve(program, [program.name, "agent", *words, *(["--", *command] if command else [])], environment)
+
+
+def _descriptor_with(token: str) -> int:
+    """A descriptor to read a token from, for the program that takes this process over: what is in the environment of
+    that, whoever runs beside it can read.
+    """
+    import fcntl  # not there on every system
+
+    with os.fdopen(os.memfd_create("token"), "w+b") as file:
+        file.write(token.encode())
+        file.seek(0)
+        return fcntl.fcntl(file, fcntl.F_DUPFD, 3)  # without FD_CLOEXEC, and no program's input or output
 
 
 def _program() -> Path:

@@ -461,6 +461,7 @@ class Host:
             self._nodes,
             limits=self._perimeter.limits,
             mark_key=await apps_key(self._store),
+            audit=audit,
             told=self._changes.notify,
             heartbeat_seconds=options.heartbeat_seconds,
             advertised=advertised_at(self._advertised),
@@ -567,11 +568,14 @@ class Host:
     def _show_measures(self) -> None:
         """Have what the host counts itself among its measures, where somebody may read them."""
         if self._measures.url is not None:
-            from kohakuriver.host.services.measures import HostMeasures
+            from kohakuriver.host.services.measures import HostMeasures, Snapshots
 
-            own = HostMeasures(
-                {"forward": self._proxy, "terminal": self._terminals, "ssh": self._ssh_proxy}, self._nodes, self._store
-            )
+            carriers: dict[str, Snapshots] = {
+                "forward": self._proxy,
+                "terminal": self._terminals,
+                "ssh": self._ssh_proxy,
+            }
+            own = HostMeasures(carriers, self._agent_node, self._nodes, self._store)
             self._measures.show(own.look)
             self._measures.ask_database(own.refresh)
         self._measures.begin(self._server)

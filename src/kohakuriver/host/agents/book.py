@@ -36,6 +36,7 @@ class AgentTask(TaskReport):
 
     container: str
     name: str
+    owner: str = ""
     token: str = ""
     away_since: float | None = None
     machine: str = ""
@@ -49,7 +50,7 @@ class AgentTask(TaskReport):
     def of(cls, task: Task, now: float) -> AgentTask:
         """A task as the database has it, whose agent is not connected here."""
         known = part_of(task, TaskReport, without=("traffic",))
-        return cls(**known, container=task.container, name=task.name or "", away_since=now)
+        return cls(**known, container=task.container, name=task.name or "", owner=task.owner, away_since=now)
 
     def came(self, leg: TunnelLeg) -> None:
         """Its agent is connected."""
@@ -84,6 +85,13 @@ class AgentTask(TaskReport):
             return False
         self._is("lost", LOST)
         return True
+
+    @property
+    def state(self) -> str:
+        """How its agent is: "connected", "away", "lost", or "ended"."""
+        if self.leg is not None:
+            return "connected"
+        return "ended" if self.over.is_set() else "lost" if self.status == "lost" else "away"
 
     def ended_long_ago(self, now: float) -> bool:
         """Whether nobody goes on with it any more, neither its agent nor who had a session of it."""

@@ -78,6 +78,7 @@ class AgentEntry:
         await self._node.enter()
         coming = Coming(token.digest, client, name, task_id, lambda new_id: self._task(new_id, name, caller.name))
         taken = await self._take(coming, caller.name, request)
+        self._tell_made(taken, caller.name)
         try:
             await self._node.tunnels.hub.check_replacement(taken.task.container, client, _address(request))
             self._node.admit(request, taken.task, token.digest, about)
@@ -85,7 +86,8 @@ class AgentEntry:
             self._node.hung_up(taken.task)
             raise
         await self._node.write()
-        self._tell(taken, caller.name)
+        if taken.before != taken.task.node:
+            self._nodes.came_back([taken.before])  # sessions that wait for it find the task here
 
     async def _take(self, coming: Coming, owner: str, request: UpgradeRequest) -> Taken:
         """The task of an agent, which may be that of one that is silent."""
@@ -116,10 +118,8 @@ class AgentEntry:
         order = TaskOrder(task_id=task_id, container=container, backend=BACKEND, name=name or f"agent-{task_id}")
         return Task.ordered(order, node=self._node.name, owner=owner, now=self._clock())
 
-    def _tell(self, taken: Taken, owner: str) -> None:
+    def _tell_made(self, taken: Taken, owner: str) -> None:
         task = taken.task
-        if taken.before != task.node:
-            self._nodes.came_back([taken.before])  # sessions that wait for it find the task here
         if taken.made:
             log.info("task started", task=task.task_id, name=task.name, node=task.node, backend=BACKEND)
             about = {"task": task.task_id, "name": task.name, "owner": owner, "node": task.node}

@@ -12,6 +12,7 @@ import hashlib
 import hmac
 import secrets
 import time
+from collections import Counter
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import asdict
 from pathlib import Path
@@ -23,7 +24,9 @@ from kohakuriver import __version__
 from kohakuriver.config import host_url, write_private
 from kohakuriver.errors import KohakuRiverError, NotFoundError, UnauthenticatedError, UnavailableError
 from kohakuriver.host.agents.book import STOPPED, AgentTask, Book
+from kohakuriver.host.agents.presence import Presence
 from kohakuriver.host.schemas import Heartbeat
+from kohakuriver.host.services.audit import Audit
 from kohakuriver.host.services.nodes import Nodes
 from kohakuriver.limits import Limits
 from kohakuriver.quotas import Offer
@@ -83,6 +86,7 @@ class AgentNode:
         *,
         limits: Limits,
         mark_key: bytes,
+        audit: Audit,
         told: Callable[[Collection[int]], None],
         heartbeat_seconds: float,
         advertised: str = "",
@@ -106,6 +110,7 @@ class AgentNode:
         self.own_url = ""
         self.name = NODE_PREFIX + "agents" + ("" if store.server is None else f"-{self._instance[:8]}")
         self.book = Book(self._to_tell.set, clock)
+        self._presence = Presence(audit, clock)
         self.tunnels = TunnelServer(
             allow_anonymous=False,
             check_ticket=lambda credential: self.check_ticket(credential, "forward"),
@@ -187,7 +192,12 @@ class AgentNode:
         self.book.hung_up(task)
 
     def _tunnel_changed(self, container: str, connected: bool) -> None:
+        before = self.book.get(container).leg if container in self.book else None
         self.book.tunnel_changed(container, self.tunnels.hub.tunnel_of(container))
+        if connected and container in self.book:
+            self._presence.came(self.book.get(container), self.name)
+        elif container in self.book:
+            self._presence.left(self.book.get(container), None if before is None else before.ended_by)
         if not connected and container in self.book and self.book.get(container).over.is_set():
             reason = self.book.get(container).message or "it has ended"
             asyncio.get_running_loop().call_soon(self.tunnels.hub.drop, container, reason)
@@ -331,6 +341,11 @@ class AgentNode:
             tasks.append(report)
         others = sorted(here - {task.task_id for task in tasks})
         return Heartbeat(tasks=tasks, others=others, traffic={name: snapshot[name] for name in _TRAFFIC})
+
+    def snapshot(self) -> Counter[str]:
+        """How many agents are in each state (AgentTask.state), `streams` to them, and what passed since the start."""
+        passed = self.tunnels.snapshot()
+        return Counter(task.state for task in self.book) + Counter({name: passed[name] for name in _TRAFFIC})
 
     async def close(self) -> None:
         """Close every link; agents come back to whichever host answers."""

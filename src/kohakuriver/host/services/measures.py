@@ -12,23 +12,27 @@ from kohakuriver.host.services.nodes import Nodes
 from kohakuriver.store import Store, tasks_by_status
 from kohakuriver.web.metrics import counter, gauge
 
-__all__ = ["HostMeasures", "Snapshots"]
+__all__ = ["AGENT_STATES", "HostMeasures", "Snapshots"]
 
 NODE_STATES = ("online", "unreachable", "offline")
+AGENT_STATES = ("connected", "away", "lost")
+
+_WAYS = ("to_container", "to_user")
 
 
 class Snapshots(Protocol):
     """What carries sessions of one kind: how many it has, and the bytes that passed."""
 
-    def snapshot(self) -> dict[str, int]:
+    def snapshot(self) -> Mapping[str, int]:
         """`sessions` now, and `bytes_to_container` and `bytes_to_user` since the start."""
 
 
 class HostMeasures:
-    """Sessions by their kind, nodes by their state, and tasks by their status as they were at the last `refresh`."""
+    """Sessions by their kind, agents by their state; nodes and tasks as they were at the last `refresh`."""
 
-    def __init__(self, carriers: Mapping[str, Snapshots], nodes: Nodes, store: Store) -> None:
+    def __init__(self, carriers: Mapping[str, Snapshots], agents: Snapshots, nodes: Nodes, store: Store) -> None:
         self._carriers = carriers
+        self._agents = agents
         self._nodes = nodes
         self._store = store
         self._by_state: Counter[str] = Counter()
@@ -44,10 +48,21 @@ class HostMeasures:
         seen = {kind: carrier.snapshot() for kind, carrier in self._carriers.items()}
         sessions = [((kind,), counts["sessions"]) for kind, counts in seen.items()]
         yield gauge("sessions", "Sessions that are open.", sessions, ("kind",))
-        ways = ("to_container", "to_user")
-        passed = [((kind, way), counts[f"bytes_{way}"]) for kind, counts in seen.items() for way in ways]
+        passed = [((kind, way), counts[f"bytes_{way}"]) for kind, counts in seen.items() for way in _WAYS]
         yield counter("bytes", "Bytes that passed.", passed, ("kind", "direction"))
+        yield from self._of_agents()
         states = [((state,), self._by_state[state]) for state in NODE_STATES]
         yield gauge("nodes", "Nodes by their state.", states, ("state",))
         statuses = [((status,), count) for status, count in self._by_status.items()]
         yield gauge("tasks", "Tasks by their status.", statuses, ("status",))
+
+    def _of_agents(self) -> Iterable[Metric]:
+        """What a runner tells of its tunnel clients, of those that dial in to this host itself."""
+        now = self._agents.snapshot()
+        states = [((state,), now[state]) for state in AGENT_STATES]
+        yield gauge("agents", "Agents by their state.", states, ("state",))
+        passed = [((way,), now[f"bytes_{way}"]) for way in _WAYS]
+        yield counter("agent_bytes", "Bytes that passed to agents' tasks and back.", passed, ("direction",))
+        yield gauge("streams", "Connections and UDP peers to agents' tasks.", [((), now["streams"])])
+        yield counter("window_stalls", "Times that a stream had to wait for its receiver.", [((), now["stalls"])])
+        yield counter("udp_dropped", "Datagrams that nobody took.", [((), now["udp_dropped"])])

@@ -12,7 +12,7 @@ from collections.abc import Iterable, Iterator, Sequence
 
 from kohakuriver.errors import KohakuRiverError, NotFoundError, UnavailableError, UsageError
 from kohakuriver.runner.backends.slurm.jobs import FIELDS, Job, parsed
-from kohakuriver.runner.backends.slurm.programs import as_whom, end, start
+from kohakuriver.runner.backends.slurm.programs import Leash, as_whom, end, start
 from kohakuriver.runner.backends.slurm.users import ClusterUser
 from kohakuriver.runtime import cancel_all
 from kohakuriver.web.background import in_background
@@ -141,17 +141,21 @@ class Slurm:
         self, words: Sequence[str], text: str = "", who: ClusterUser | None = None, seconds: float = SECONDS
     ) -> tuple[int, str, str]:
         """Exit code, output and errors of a program that gets `text`. Raises UnavailableError."""
+        leash = None
         try:
+            leash = Leash(who)
             with _file_with(text) as given:
-                process = await start(words, who, given)
+                process = await start(words, who, given, leash)
         except OSError as error:
+            if leash is not None:
+                leash.let_go()
             raise UnavailableError(f"The node can't run {words[0]}: {error.strerror}.", code="no_slurm") from None
         try:
             out, err = await asyncio.wait_for(process.communicate(), seconds)
         except asyncio.TimeoutError:
             raise _no_answer(seconds) from None
         finally:
-            await end(process)
+            await end(process, leash)
         return process.returncode or 0, out.decode("utf-8", "replace"), err.decode("utf-8", "replace")
 
 

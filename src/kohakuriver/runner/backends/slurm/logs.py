@@ -8,7 +8,7 @@ import os
 import subprocess
 
 from kohakuriver.runner.backends.printed import LogRequest, Pieces, Printed, cut
-from kohakuriver.runner.backends.slurm.programs import END_SECONDS, as_whom
+from kohakuriver.runner.backends.slurm.programs import END_SECONDS, Leash, as_whom
 from kohakuriver.runner.backends.slurm.users import ClusterUser
 from kohakuriver.task import LogLine
 
@@ -94,23 +94,23 @@ async def last_lines(who: ClusterUser, path: str) -> list[str]:
 
 
 class _Tail:
-    """tail(1), as a user. Raises OSError.
+    """tail(1), as a user; what it reads may be a pipe that nobody ever opens. Raises OSError.
 
-    Where sudo(8) has started it, it is not ours to kill: it ends with its reader, if that is a pipe, and the event
-    loop, which would wait for it, has nothing to do with it.
+    The event loop, which would wait for a process, has nothing to do with it.
     """
 
     def __init__(self, who: ClusterUser, words: list[str]) -> None:
         # Its modules are not there on every system.
         from kohakuriver.runner.backends.process.exec import Descriptor
 
+        self._leash = Leash(who)
         reader, writer = os.pipe()
         try:
-            self._process = subprocess.Popen(
-                **as_whom(words, who), stdin=subprocess.DEVNULL, stdout=writer, stderr=subprocess.DEVNULL
-            )
+            how = self._leash.on(as_whom(words, who))
+            self._process = subprocess.Popen(**how, stdin=subprocess.DEVNULL, stdout=writer, stderr=subprocess.DEVNULL)
         except BaseException:
             os.close(reader)
+            self._leash.let_go()
             raise
         finally:
             os.close(writer)
@@ -124,8 +124,7 @@ class _Tail:
         return out
 
     async def close(self) -> None:
-        with contextlib.suppress(PermissionError):
-            self._process.kill()
+        self._leash.end(self._process)
         self.output.close()
         await asyncio.get_running_loop().run_in_executor(None, self._wait)
 

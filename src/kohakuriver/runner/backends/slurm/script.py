@@ -1,7 +1,8 @@
-"""The script of a job: it lays the tunnel client and its token down where the job runs, and has the client run CMD.
+"""The script of a job: it has the tunnel client run CMD, and brings it along where the nodes have none that all share.
 
-Slurm keeps it for its user alone, and what is in it is on no command line. Nothing has to be installed on the nodes:
-where they have no tunnel client in a directory that all share, the script brings it along.
+Slurm keeps the script for its user alone, and what is in it is on no command line. A job may be killed at any moment,
+so nothing is left for its end to remove: the program has lost its name before it is unpacked, the token has none, and
+the client is what Slurm itself has started and looks after.
 """
 
 from __future__ import annotations
@@ -13,41 +14,50 @@ from collections.abc import Mapping, Sequence
 from functools import lru_cache
 from pathlib import Path
 
-__all__ = ["new_token_script", "script"]
+__all__ = ["LAID", "new_token_script", "script"]
 
 _HEAD = """\
 #!/bin/sh
 place="${{TMPDIR:-/tmp}}"/{folder}
 """
-_BEGIN = """\
-mkdir -m 700 "$place" || exit 1
-trap 'rm -rf "$place"' EXIT
-trap : HUP INT TERM # the tunnel client gets them too, and ends first
-"""
-_THERE = """\
-# It may have gone with the job's client, and be another user's by now, or a link.
-cd "${{TMPDIR:-/tmp}}" && above=$(pwd -P) && cd ./{folder} || exit 1
-[ "$(pwd -P)" = "${{above%/}}/{folder}" ] && [ -O . ] || exit 1
-rm -f token
-"""
-_NEW_TOKEN = """\
-(umask 077; set -C; cat >token <<'KOHAKURIVER'
-{token}
-KOHAKURIVER
-) || exit 1
-"""
-_TOKEN = """\
-(umask 077; cat >"$place/token" <<'KOHAKURIVER'
-{token}
-KOHAKURIVER
-) || exit 1
-"""
 _BROUGHT = """\
-(umask 077; base64 -d <<'KOHAKURIVER' | gzip -dc >"$place/tunnel-client" && chmod 700 "$place/tunnel-client"
+(umask 077; set -C; : >"$place") && chmod 700 "$place" && exec 9<"$place" || exit 1
+rm -f "$place"
+base64 -d <<'KOHAKURIVER' | gzip -dc >/proc/self/fd/9 || exit 1
 {client}
 KOHAKURIVER
-) || exit 1
 """
+_RUN = """\
+exec {program} --log-level error --token-fd 3{run} 3<<'KOHAKURIVER'
+{token}
+KOHAKURIVER
+"""
+_NEW_TOKEN = """\
+tries=0
+until mkdir -m 700 "$place" 2>/dev/null; do # the token before may be there for a moment
+  [ $((tries += 1)) -lt {tries} ] || exit 1
+  sleep 0.1
+done
+trap 'rm -rf "$place"' EXIT
+trap 'exit 1' HUP INT TERM
+(umask 077; set -C; cat >"$place/token" <<'KOHAKURIVER'
+{token}
+KOHAKURIVER
+) || exit 1
+echo {laid}
+tries=0
+while [ -e "$place/token" ]; do
+  [ $((tries += 1)) -lt {patience} ] || exit 1
+  sleep 0.1
+done
+"""
+
+LAID = "laid"
+"""What a script says once a newer token is where the tunnel client looks for it."""
+
+_TRIES = 30
+_PATIENCE = 600
+"""How often it is looked, ten times a second, whether there is room for a newer token, and whether that was taken."""
 
 
 def script(
@@ -55,30 +65,32 @@ def script(
 ) -> str:
     """What a job runs.
 
-    `folder` is its own on its node, with a name that nobody can guess. `client` is a path on the nodes, or that of a
-    file here, whose content is brought along. Without a `command` (None) the tunnel client runs alone, beside a job.
+    `folder` is a name of its own on its node, which nobody can guess, and there only for moments. `client` is a path on
+    the nodes, or that of a file here, whose content is brought along. Without a `command` (None) the tunnel client runs
+    alone, beside a job.
     """
     brought = isinstance(client, Path)
-    program = '"$place/tunnel-client"' if isinstance(client, Path) else shlex.quote(client)
+    program = "/proc/self/fd/9" if isinstance(client, Path) else shlex.quote(client)
     exports = [f"export {name}={shlex.quote(value)}\n" for name, value in environment.items()]
     run = "" if command is None else " " + shlex.join(["run", *(["--", *command] if command else [])])
     return "".join(
         [
             _HEAD.format(folder=folder),
-            _BEGIN,
-            _TOKEN.format(token=token),
             _BROUGHT.format(client=_packed(client)) if brought else "",
             'export KOHAKURIVER_TUNNEL_TAKE_TOKEN="$place/token"\n',
             *exports,
-            f"{program} --log-level error{run}\n",
-            "exit $?\n",
+            _RUN.format(program=program, run=run, token=token),
         ]
     )
 
 
-def new_token_script(folder: str, token: str) -> str:
-    """Lays a newer token down for the tunnel client of a job that runs; fails where its folder is gone."""
-    return "#!/bin/sh\n" + _THERE.format(folder=folder) + _NEW_TOKEN.format(token=token)
+def new_token_script(folder: str, token: str, *, tries: int = _TRIES, patience: int = _PATIENCE) -> str:
+    """Lays a newer token down for the tunnel client of a job that runs, says LAID, and ends once that has taken it.
+
+    It fails where the folder is there, as another user's might be, or nobody takes the token.
+    """
+    lay = _NEW_TOKEN.format(token=token, laid=LAID, tries=tries, patience=patience)
+    return _HEAD.format(folder=folder) + lay
 
 
 @lru_cache(maxsize=2)

@@ -14,7 +14,7 @@ import re
 import shutil
 import subprocess
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Coroutine, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -29,7 +29,7 @@ from kohakuriver.runner.backends.process.tasks import last_words
 from kohakuriver.runner.backends.slurm.commands import Slurm
 from kohakuriver.runner.backends.slurm.jobs import Job
 from kohakuriver.runner.backends.slurm.logs import JobOutput, last_lines
-from kohakuriver.runner.backends.slurm.script import new_token_script, script
+from kohakuriver.runner.backends.slurm.script import LAID, new_token_script, script
 from kohakuriver.runner.backends.slurm.users import ClusterUser, ClusterUsers
 from kohakuriver.runner.backends.slurm.watch import QueueWatch
 from kohakuriver.runner.services.state import TaskRecord
@@ -76,7 +76,7 @@ class SlurmBackend(Backend):
         self._warnings: dict[str, tuple[float, asyncio.TimerHandle]] = {}
         self._watch = QueueWatch(self._look, lambda: any(task.active for task in self._tasks.values()))
         self._watching: asyncio.Task[None] | None = None
-        self._telling: set[asyncio.Task[None]] = set()
+        self._doing: set[asyncio.Task[None]] = set()
         self._trouble: str | None = None
 
     @classmethod
@@ -138,6 +138,7 @@ class SlurmBackend(Backend):
         except BaseException:
             if joined is task:
                 self._forget(task)
+                shutil.rmtree(self._around.state.task_path(task.container), ignore_errors=True)
             raise
         return joined
 
@@ -157,12 +158,34 @@ class SlurmBackend(Backend):
         arrived = self._arrived[task.container] = asyncio.Event()
         try:
             step = self._beside(who, job, task.container, text, said)
-            await self._until_here(step, arrived, said)
         except BaseException:
             self._arrived.pop(task.container, None)
             raise
+        try:
+            await self._until_here(step, arrived, said)
+        except BaseException:
+            self._arrived.pop(task.container, None)
+            self._aside(self._give_up(step, job.id, task.container, who), "ending a tunnel client that did not come")
+            raise
         self._around.report(task.container, *job.told())
         self._told_of(task, job)
+
+    async def _give_up(self, step: subprocess.Popen[bytes], job_id: str, name: str, who: ClusterUser) -> None:
+        """End a step that nobody waits for any more: whoever gives up, it would go on for as long as the job does."""
+        if step.poll() is not None:
+            return
+        _terminate(step)
+        await self._end_step(job_id, name, who)
+
+    async def _end_step(self, job_id: str, name: str, who: ClusterUser) -> None:
+        if (step := await self._slurm.step(job_id, name)) is not None:
+            await self._slurm.cancel(who, step)
+
+    def _aside(self, work: Coroutine[Any, Any, None], what: str) -> None:
+        """Do something that nobody waits for, as long as the runner is there."""
+        doing = in_background(work, what)
+        self._doing.add(doing)
+        doing.add_done_callback(self._doing.discard)
 
     def _beside(self, who: ClusterUser, job: Job, name: str, text: str, said: Path) -> subprocess.Popen[bytes]:
         output = os.open(said, os.O_CREAT | os.O_WRONLY | os.O_TRUNC, 0o600)
@@ -181,7 +204,6 @@ class SlurmBackend(Backend):
         words = [line for line in tail(said) if line.strip()]  # its user can write there as much as they like
         why = f": {words[-1]}" if words else ""
         if step.poll() is None:
-            _terminate(step)
             why = f" within {ARRIVAL_SECONDS:g} s; see that jobs reach the runner, by its --slurm-url{why}"
         raise UnavailableError(f"The tunnel client beside the job did not come{why.rstrip('.')}.", code="no_slurm_step")
 
@@ -198,9 +220,7 @@ class SlurmBackend(Backend):
         if not task.adopted:
             await self.stop(task)
         elif task.active and task.engine_name is not None:
-            step = await self._slurm.step(task.engine_name, task.container)
-            if step is not None:
-                await self._slurm.cancel(await self._whose(task), step)
+            await self._end_step(task.engine_name, task.container, await self._whose(task))
         self._over(task)
         self._forget(task)
         directory = self._around.state.task_path(task.container)
@@ -223,10 +243,10 @@ class SlurmBackend(Backend):
         job = await self._slurm.job(task.engine_name or "")
         said = self._around.state.task_dir(task.container) / "srun-token"
         text = new_token_script(self._folder(task), task.tunnel_token)
-        step = self._beside(await self._whose(task), job, f"{task.container}-token", text, said)
-        await _until_over(step, asyncio.Event())
-        if step.poll() != 0:
-            _terminate(step)
+        who, name = await self._whose(task), f"{task.container}-token"
+        step = self._beside(who, job, name, text, said)
+        if not await _laid(step, said):
+            self._aside(self._give_up(step, job.id, name, who), "ending what should have laid a token down")
             lost = "its tunnel client could not be given its new token, and is lost when its connection is; restart it"
             self._around.report(task.container, task.status, lost)
             raise UnavailableError(f"Of task {task.name}: {lost}.", code="no_slurm")
@@ -241,7 +261,7 @@ class SlurmBackend(Backend):
             self._watch.soon()
 
     async def close(self, tasks: list[TaskRecord], *, stop_tasks: bool) -> None:
-        await cancel_all([*([self._watching] if self._watching is not None else []), *self._telling])
+        await cancel_all([*([self._watching] if self._watching is not None else []), *self._doing])
         for _, timer in self._warnings.values():
             timer.cancel()
         if stop_tasks:
@@ -304,16 +324,16 @@ class SlurmBackend(Backend):
             warning[1].cancel()
 
     async def _look(self) -> None:
-        asked = {task.engine_name: task for task in self._tasks.values() if task.active and task.engine_name}
+        asked = [(task.engine_name, task) for task in self._tasks.values() if task.active and task.engine_name]
         if not asked:
             return
         trouble = None
         try:
-            found = await self._slurm.jobs(asked)
+            found = await self._slurm.jobs(sorted({job_id for job_id, _ in asked}))
         except KohakuRiverError as error:
             trouble = error.message.rstrip(".")
         else:
-            for job_id, task in asked.items():
+            for job_id, task in asked:  # one job may be the task of several users, who are one on the cluster
                 if task.active and task.engine_name == job_id:
                     self._take_over(task, found.get(job_id))
         if trouble != self._trouble:
@@ -338,9 +358,7 @@ class SlurmBackend(Backend):
         if not (job.waits or job.runs):
             self._over(task)
             if status == "failed" and code and not task.adopted:
-                telling = in_background(self._failed(task, job), "reading the last words of a job")
-                self._telling.add(telling)
-                telling.add_done_callback(self._telling.discard)
+                self._aside(self._failed(task, job), "reading the last words of a job")
                 return
         self._around.report(task.container, status, message, code)
 
@@ -388,6 +406,16 @@ async def _blocking(work: Callable[..., T], *about: Any) -> T:
 def _terminate(step: subprocess.Popen[bytes]) -> None:
     with contextlib.suppress(PermissionError):  # one that sudo(8) has started
         step.terminate()
+
+
+async def _laid(step: subprocess.Popen[bytes], said: Path) -> bool:
+    """Whether a step has laid a newer token down: it says so, and ends when the tunnel client has taken that."""
+    until = time.monotonic() + ARRIVAL_SECONDS
+    while step.poll() is None and time.monotonic() < until:
+        if LAID in tail(said):
+            return True
+        await asyncio.sleep(LOOK_SECONDS)
+    return step.poll() == 0
 
 
 async def _until_over(step: subprocess.Popen[bytes], arrived: asyncio.Event) -> None:

@@ -38,6 +38,11 @@ class ClusterUser:
         return ["sudo", "-n", "-u", self.name, "--", *words]
 
     @property
+    def is_ours_to_end(self) -> bool:
+        """Whether the runner may kill what this user runs: sudo(8) it may not."""
+        return os.geteuid() in (0, self.uid)
+
+    @property
     def environment(self) -> dict[str, str]:
         """Who it is, for its programs."""
         return {"HOME": self.home, "USER": self.name, "LOGNAME": self.name, "SHELL": self.shell}
