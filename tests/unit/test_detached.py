@@ -38,7 +38,7 @@ def test_what_a_process_left_that_is_gone_is_no_forward_and_is_removed(directory
     assert detached.listed() == []
     assert not left.exists()
     with pytest.raises(NotFoundError):
-        detached.find("gone")
+        detached.find("gone", detached.listed())
 
 
 @pytest.mark.parametrize("reset", [False, True])
@@ -85,6 +85,40 @@ def test_one_that_answers_nonsense_is_there_and_does_not_answer(directory: Path,
     assert (found["id"], found["pid"]) == ("odd", os.getpid())
     assert found["state"] == ("not answering" if answer != b"{}" else found["state"])
     assert found["ports"] == []
+
+
+def test_all_are_asked_before_any_is_waited_for(directory: Path) -> None:
+    detached.listed()
+    with socket.socket(socket.AF_UNIX) as one, socket.socket(socket.AF_UNIX) as other:
+        for name, server in (("one", one), ("other", other)):
+            server.bind(str(directory / f"{name}.sock"))
+            server.listen()
+
+        def talk() -> None:
+            peers = [server.accept()[0] for server in (one, other)]
+            for peer in peers:
+                with peer:
+                    peer.recv(100)
+                    peer.sendall(b'{"state": "connected"}\n')
+
+        talking = threading.Thread(target=talk)
+        talking.start()
+        assert [(each["id"], each["state"]) for each in detached.listed()] == [
+            ("one", "connected"),
+            ("other", "connected"),
+        ]
+        talking.join()
+
+
+def test_what_a_process_left_that_took_forwards_over_is_removed_and_one_that_is_there_stays(directory: Path) -> None:
+    detached.listed()
+    left = of_the_dead(directory / f"1.2{detached.HOLDS}")
+    with socket.socket(socket.AF_UNIX) as server:
+        server.bind(str(directory / f"3.4{detached.HOLDS}"))
+        server.listen()
+        assert detached.listed() == []
+        assert [path.name for path in directory.iterdir()] == [f"3.4{detached.HOLDS}"]
+    assert not left.exists()
 
 
 def test_the_newest_logs_of_those_that_have_ended_are_kept_and_those_of_others(directory: Path) -> None:

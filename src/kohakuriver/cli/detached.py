@@ -1,9 +1,9 @@
 """The forwards of this user that run in the background: how each is found, asked how it is, and stopped.
 
-Each has a Unix socket in one private directory, named after its id, and answers there for itself. Whoever connects to
-the socket of a process that is gone is refused by the kernel, so nothing has to be concluded from process numbers,
-which may be another's by then. On a socket both sides send one JSON object on a line: `{"want": "state"}` or
-`{"want": "stop"}`, and the answer is the forward's state.
+Each has a Unix socket in one private directory, named after its id, and answers there for itself, whichever process
+holds it (holder.py). Whoever connects to the socket of a process that is gone is refused by the kernel, so nothing has
+to be concluded from process numbers, which may be another's by then. On a socket both sides send one JSON object on a
+line: `{"want": "state"}` or `{"want": "stop"}`, and the answer is the forward's state.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ import stat
 import struct
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +27,7 @@ from kohakuriver.errors import KohakuRiverError, NotFoundError, UnavailableError
 from kohakuriver.tunnel.local_listeners import KEEP_PATH
 from kohakuriver.unix_sockets import address_of, is_left
 
-__all__ = ["SILENT", "Place", "find", "listed", "stop", "who_has"]
+__all__ = ["HOLDS", "SILENT", "Place", "directory", "find", "listed", "listener_at", "stop", "who_has"]
 
 SILENT = "not answering"
 """The state of a forward whose process is there, and says nothing."""
@@ -39,28 +39,46 @@ STOP_SECONDS = 15.0
 """How long one may take to end, from the moment on that it was told to."""
 
 MAX_LINE = 64 * 1024
+HOLDS = ".hold"
+"""How the names of the sockets end on which processes take over forwards."""
+
 KEPT_LOGS = 20
 """Logs of forwards that have ended, of which the newest are kept."""
 
 _LETTERS = "bcdfghjkmnpqrstvwxz23456789"  # no vowels: no words, and nothing that is a task's number
 _BEING_MADE_SECONDS = 60.0
+_WAITING = 128
+_AT_ONCE = 200
 
 
-def _directory() -> Path:
+def directory() -> Path:
     """Where they all are, made for this user alone. Raises UsageError where somebody else could get at it."""
-    directory = state_dir() / "forwards"
+    found = state_dir() / "forwards"
     try:
-        directory.mkdir(mode=0o700, parents=True, exist_ok=True)
-        found = directory.stat()
-        if found.st_uid != os.getuid():
-            raise UsageError(
-                f"{directory} belongs to another user; set KOHAKURIVER_CONFIG_DIR to a directory of yours."
-            )
-        if stat.S_IMODE(found.st_mode) != 0o700:
-            directory.chmod(0o700)
+        found.mkdir(mode=0o700, parents=True, exist_ok=True)
+        status = found.stat()
+        if status.st_uid != os.getuid():
+            raise UsageError(f"{found} belongs to another user; set KOHAKURIVER_CONFIG_DIR to a directory of yours.")
+        if stat.S_IMODE(status.st_mode) != 0o700:
+            found.chmod(0o700)
     except OSError as error:
-        raise UsageError(f"{directory} can't be used for what runs in the background: {error.strerror}.") from error
-    return directory
+        raise UsageError(f"{found} can't be used for what runs in the background: {error.strerror}.") from error
+    return found
+
+
+def listener_at(path: Path) -> socket.socket:
+    """A Unix socket that listens at `path`, for this user alone. Raises OSError."""
+    sock = socket.socket(socket.AF_UNIX)
+    try:
+        with address_of(path) as address:
+            sock.bind(address)
+        path.chmod(0o600)
+        sock.listen(_WAITING)
+        sock.setblocking(False)
+    except BaseException:
+        sock.close()
+        raise
+    return sock
 
 
 class Place:
@@ -70,32 +88,27 @@ class Place:
     """
 
     def __init__(self) -> None:
-        directory = _directory()
-        _clean(directory)
-        self.id, self.log = _new_log(directory)
-        self._path = directory / f"{self.id}.sock"
+        where = directory()
+        _clean(where)
+        self.id, self.log = _new_log(where)
+        self._path = where / f"{self.id}.sock"
         self._left = False
-        # Whoever told us to stop hears the end of the connection when this process has ended.
+        # Whoever told us to stop hears the end of the connection when this forward has ended.
         self._kept: list[asyncio.StreamWriter] = []
-        unfinished = directory / f"{self.id}.new"
-        self._sock = socket.socket(socket.AF_UNIX)
-        try:
-            with address_of(unfinished) as address:
-                self._sock.bind(address)
-            unfinished.chmod(0o600)
-            self._sock.listen(16)
-            self._sock.setblocking(False)
-        except OSError as error:
-            self.leave(log=True)
-            raise UsageError(f"{unfinished} can't be made: {error.strerror}.") from error
-        self._unfinished = unfinished
         self._server: asyncio.Server | None = None
+        self._unfinished = where / f"{self.id}.new"
+        try:
+            self._sock = listener_at(self._unfinished)
+        except OSError as error:
+            _remove(self.log)
+            _remove(self._unfinished)
+            raise UsageError(f"{self._unfinished} can't be made: {error.strerror}.") from error
 
     async def open(self, state: Callable[[], dict[str, Any]], stop: Callable[[], None]) -> None:
         """Answer whoever asks with `state()`, and call `stop` when one tells the forward to end."""
 
         async def answer(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-            # A cancellation is the end of this process; asyncio's streams would complain about it.
+            # A cancellation is the end of the process; asyncio's streams would complain about it.
             with contextlib.suppress(OSError, ValueError, asyncio.TimeoutError, asyncio.CancelledError):
                 if await _asked_to_stop(reader, writer, state):
                     self._kept.append(writer)
@@ -111,11 +124,13 @@ class Place:
         if self._left:
             return
         self._left = True
-        gone = [self._path, self._path.with_suffix(".new"), *([self.log] if log else [])]
-        for path in gone:
-            with contextlib.suppress(OSError):
-                path.unlink()
+        for path in [self._path, self._unfinished, *([self.log] if log else [])]:
+            _remove(path)
+        if self._server is not None:
+            self._server.close()
         self._sock.close()
+        for each in self._kept:
+            each.close()
 
 
 async def _asked_to_stop(
@@ -183,7 +198,7 @@ def _asked(path: Path, want: str) -> socket.socket:
 def _answered(path: Path, sock: socket.socket, until: float) -> dict[str, Any] | None:
     """What it says of itself; only that it is there, where it says nothing. None where it is just ending.
 
-    One that goes on lets nobody go without a word: where the connection ends like that, so does the process.
+    One that goes on lets nobody go without a word: where the connection ends like that, so does the forward.
     """
     said = b""
     with contextlib.suppress(OSError, ValueError):
@@ -219,25 +234,31 @@ def _other_process(sock: socket.socket) -> int | None:
     if sys.platform != "linux":
         return None
     pid: int = struct.unpack("3i", sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12))[0]
-    return pid
+    return pid or None
 
 
-def _ask(path: Path, want: str = "state") -> tuple[socket.socket, dict[str, Any]] | None:
-    """A connection to the forward at `path` and what it said of itself, or None where its process is gone or ends."""
+def _put(path: Path, want: str) -> socket.socket | None:
+    """A connection to the forward at `path`, which was asked, or None where its process is gone or ends."""
     try:
-        sock = _asked(path, want)
+        return _asked(path, want)
     except (ConnectionRefusedError, FileNotFoundError):
         _remove(path)
         return None
     except ConnectionError:  # it has just ended
         return None
     except OSError:  # too many wait for it to listen
-        return socket.socket(socket.AF_UNIX), _silent(path)
-    told = _answered(path, sock, time.monotonic() + ANSWER_SECONDS)
-    if told is None:
-        sock.close()
-        return None
-    return sock, told
+        return socket.socket(socket.AF_UNIX)
+
+
+def _ask_all(paths: Sequence[Path]) -> Iterator[dict[str, Any]]:
+    """What those say of themselves that are there, which have ANSWER_SECONDS together: one process may hold many."""
+    asked = [(path, sock) for path in paths if (sock := _put(path, "state")) is not None]
+    until = time.monotonic() + ANSWER_SECONDS
+    for path, sock in asked:
+        with sock:
+            told = _answered(path, sock, until)
+        if told is not None:
+            yield told
 
 
 def listed() -> list[dict[str, Any]]:
@@ -247,18 +268,17 @@ def listed() -> list[dict[str, Any]]:
     `connections`, `state`, `log`. One that does not answer has the state SILENT, and None for what is not known.
     What processes left that are gone is removed.
     """
-    found = []
-    for path in _directory().glob("*.sock"):
-        answer = _ask(path)
-        if answer is not None:
-            answer[0].close()
-            found.append(answer[1])
+    where = directory()
+    for path in where.glob(f"*{HOLDS}"):
+        if is_left(path):
+            _remove(path)
+    paths = list(where.glob("*.sock"))
+    found = [each for first in range(0, len(paths), _AT_ONCE) for each in _ask_all(paths[first : first + _AT_ONCE])]
     return sorted(found, key=lambda each: (each.get("since") or "", each["id"]))
 
 
-def find(name: str) -> list[dict[str, Any]]:
-    """The one of this id, else those to the task that was named so. Raises NotFoundError."""
-    forwards = listed()
+def find(name: str, forwards: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Of those that were listed the one of this id, else those to the task that was named so. Raises NotFoundError."""
     found = [each for each in forwards if each["id"] == name] or [each for each in forwards if each.get("task") == name]
     if not found:
         raise NotFoundError(
@@ -273,14 +293,18 @@ def stop(name: str) -> dict[str, Any]:
 
     Raises UnavailableError where it does not answer, or does not end.
     """
-    answer = _ask(_directory() / f"{name}.sock", "stop")
-    if answer is None:
-        raise NotFoundError(f"The forward {name} has ended meanwhile.")
-    sock, told = answer
+    path = directory() / f"{name}.sock"
+    ended = NotFoundError(f"The forward {name} has ended meanwhile.")
+    sock = _put(path, "stop")
+    if sock is None:
+        raise ended
     with sock:
+        told = _answered(path, sock, time.monotonic() + ANSWER_SECONDS)
+        if told is None:
+            raise ended
         if told["state"] == SILENT or not _ended(sock):
             pid = told.get("pid")
-            by_force = f"; `kill -9 {pid}` ends it by force" if pid else ""
+            by_force = f"; `kill -9 {pid}` ends it by force, and all others in its process" if pid else ""
             raise UnavailableError(f"The forward {name} does not answer{by_force}.", code="not_answering")
     return {**told, "state": "stopped"}
 
