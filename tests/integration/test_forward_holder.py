@@ -261,3 +261,28 @@ def test_nothing_can_be_run_and_nothing_broken_by_what_is_sent_to_the_process(
     assert b"runs nothing" in told
     assert not (tmp_path / "ran").exists()
     assert works(port)
+
+
+def test_a_process_that_dies_during_a_start_is_told_in_a_sentence(user: Commands) -> None:
+    with wall() as silent:
+        front = user.start("forward", "lab", "0:80", "--detach", f"--host=http://127.0.0.1:{silent.port}")
+        assert silent.met.acquire(timeout=TIMEOUT)
+        (process,) = psutil.Process(front.process.pid).children()
+        process.kill()
+        assert front.rest(err=True) == [
+            "Error: The process that was to hold the forward in the background has ended; try again."
+        ]
+        assert front.ended() == 1
+    assert listed(user) == []
+
+
+def test_the_host_knows_each_by_the_id_of_its_own_command(cluster: Apart, user: Commands, service: Service) -> None:
+    def opened() -> list[str]:
+        lines = (cluster.directory / "host" / "audit.jsonl").read_text().splitlines()
+        return [told["request_id"] for told in map(json.loads, lines) if told["event"] == "session_opened"]
+
+    before = len(opened())
+    for _ in range(3):
+        detach(user, service)
+    assert len(processes(user)) == 1
+    eventually(lambda: len(set(opened()[before:])) == 3)
