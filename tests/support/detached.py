@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import re
 import signal
 from collections.abc import Iterator
 from pathlib import Path
@@ -58,5 +59,5 @@ def gone(pid: int) -> bool:
 
 
 def left_of(user: Commands) -> list[str]:
-    """What is in the directory of those in the background."""
-    return sorted(path.name for path in (user.directory / "forwards").iterdir())
+    """What is in the directory of those in the background, without the names of machines."""
+    return sorted(re.sub(r"\.\w+-\w*", "", path.name) for path in (user.directory / "forwards").iterdir())

@@ -2,7 +2,8 @@
 
 Each has a Unix socket in one private directory, named after its id, and answers there for itself, whichever process
 holds it (holder.py). Whoever connects to the socket of a process that is gone is refused by the kernel, so nothing has
-to be concluded from process numbers, which may be another's by then. On a socket both sides send one JSON object on a
+to be concluded from process numbers, which may be another's by then. Where a home directory is several machines', so is
+who connects to another's socket: each machine looks at its own alone. On a socket both sides send one JSON object on a
 line: `{"want": "state"}` or `{"want": "stop"}`, and the answer is the forward's state.
 """
 
@@ -10,6 +11,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import hashlib
 import json
 import os
 import secrets
@@ -27,7 +29,19 @@ from kohakuriver.errors import KohakuRiverError, NotFoundError, UnavailableError
 from kohakuriver.tunnel.local_listeners import KEEP_PATH
 from kohakuriver.unix_sockets import address_of, is_left
 
-__all__ = ["HOLDS", "SILENT", "Place", "directory", "find", "listed", "listener_at", "stop", "who_has"]
+__all__ = [
+    "HOLDS",
+    "SILENT",
+    "Place",
+    "directory",
+    "find",
+    "listed",
+    "listener_at",
+    "socket_name",
+    "sockets",
+    "stop",
+    "who_has",
+]
 
 SILENT = "not answering"
 """The state of a forward whose process is there, and says nothing."""
@@ -39,6 +53,7 @@ STOP_SECONDS = 15.0
 """How long one may take to end, from the moment on that it was told to."""
 
 MAX_LINE = 64 * 1024
+SOCK, NEW = ".sock", ".new"
 HOLDS = ".hold"
 """How the names of the sockets end on which processes take over forwards."""
 
@@ -47,6 +62,7 @@ KEPT_LOGS = 20
 
 _LETTERS = "bcdfghjkmnpqrstvwxz23456789"  # no vowels: no words, and nothing that is a task's number
 _BEING_MADE_SECONDS = 60.0
+_BOOT = Path("/proc/sys/kernel/random/boot_id")
 _WAITING = 128
 _AT_ONCE = 200
 
@@ -64,6 +80,40 @@ def directory() -> Path:
     except OSError as error:
         raise UsageError(f"{found} can't be used for what runs in the background: {error.strerror}.") from error
     return found
+
+
+def socket_name(name: str, kind: str) -> str:
+    """What the socket of `name` is called on this machine, as it runs now; `kind` is how the name ends."""
+    return f"{name}.{'-'.join(_machine())}{kind}"
+
+
+def _machine() -> tuple[str, str]:
+    """What tells this machine from others, and this run of it from earlier ones, "" where the system does not tell."""
+    boot = ""
+    with contextlib.suppress(OSError):
+        boot = _BOOT.read_text("ascii")
+    return _digest(os.uname().nodename), boot and _digest(boot)
+
+
+def _digest(text: str) -> str:
+    return hashlib.sha256(text.encode("utf-8", "surrogateescape")).hexdigest()[:6]
+
+
+def sockets(where: Path, kind: str) -> list[Path]:
+    """The sockets of this machine with such names; those of earlier runs of it are removed."""
+    machine, run = _machine()
+    found = []
+    for path in where.glob(f"*{kind}"):
+        of, _, at = path.name.split(".")[1].partition("-")
+        if at == run:
+            found.append(path)
+        elif of == machine:
+            _remove(path)
+    return found
+
+
+def _id(path: Path) -> str:
+    return path.name.partition(".")[0]
 
 
 def listener_at(path: Path) -> socket.socket:
@@ -91,12 +141,12 @@ class Place:
         where = directory()
         _clean(where)
         self.id, self.log = _new_log(where)
-        self._path = where / f"{self.id}.sock"
+        self._path = where / socket_name(self.id, SOCK)
         self._left = False
         # Whoever told us to stop hears the end of the connection when this forward has ended.
         self._kept: list[asyncio.StreamWriter] = []
         self._server: asyncio.Server | None = None
-        self._unfinished = where / f"{self.id}.new"
+        self._unfinished = where / socket_name(self.id, NEW)
         try:
             self._sock = listener_at(self._unfinished)
         except OSError as error:
@@ -160,14 +210,14 @@ def _new_log(directory: Path) -> tuple[str, Path]:
 
 def _clean(directory: Path) -> None:
     """Remove what forwards left that could not do it themselves, and the oldest logs of those that have ended."""
-    for path in directory.glob("*.new"):
+    for path in sockets(directory, NEW):
         if time.time() - _age(path) > _BEING_MADE_SECONDS and is_left(path):
             _remove(path)
-    logs = [path for path in directory.glob("*.log") if not path.with_suffix(".sock").exists()]
+    there = {_id(path) for kind in (SOCK, NEW) for path in directory.glob(f"*{kind}")}
+    logs = [path for path in directory.glob("*.log") if _id(path) not in there]
     for path in sorted(logs, key=_age, reverse=True)[KEPT_LOGS:]:
-        if not path.with_suffix(".new").exists():
-            _remove(path)
-            _remove(path.with_suffix(".log.1"))
+        _remove(path)
+        _remove(path.with_suffix(".log.1"))
 
 
 def _age(path: Path) -> float:
@@ -215,18 +265,24 @@ def _answered(path: Path, sock: socket.socket, until: float) -> dict[str, Any] |
             said += more
         told = json.loads(said)
         if isinstance(told, dict):
-            return {**_silent(path, sock), **told, "id": path.stem}
+            return {**_silent(path, sock), **told, "id": _id(path)}
     return _silent(path, sock)
 
 
 def _silent(path: Path, sock: socket.socket | None = None) -> dict[str, Any]:
     known: dict[str, Any] = {
-        "id": path.stem,
+        "id": _id(path),
         "task": None,
         "ports": [],
         "pid": None if sock is None else _other_process(sock),
     }
-    return {**known, "since": None, "connections": None, "state": SILENT, "log": str(path.with_suffix(".log"))}
+    return {
+        **known,
+        "since": None,
+        "connections": None,
+        "state": SILENT,
+        "log": str(path.with_name(f"{_id(path)}.log")),
+    }
 
 
 def _other_process(sock: socket.socket) -> int | None:
@@ -269,10 +325,10 @@ def listed() -> list[dict[str, Any]]:
     What processes left that are gone is removed.
     """
     where = directory()
-    for path in where.glob(f"*{HOLDS}"):
+    for path in sockets(where, HOLDS):
         if is_left(path):
             _remove(path)
-    paths = list(where.glob("*.sock"))
+    paths = sockets(where, SOCK)
     found = [each for first in range(0, len(paths), _AT_ONCE) for each in _ask_all(paths[first : first + _AT_ONCE])]
     return sorted(found, key=lambda each: (each.get("since") or "", each["id"]))
 
@@ -293,7 +349,7 @@ def stop(name: str) -> dict[str, Any]:
 
     Raises UnavailableError where it does not answer, or does not end.
     """
-    path = directory() / f"{name}.sock"
+    path = directory() / socket_name(name, SOCK)
     ended = NotFoundError(f"The forward {name} has ended meanwhile.")
     sock = _put(path, "stop")
     if sock is None:

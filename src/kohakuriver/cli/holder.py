@@ -87,14 +87,15 @@ def _shared() -> socket.socket | None:
     """A connection to one that others share, which is started where there is none; None where that can't be had."""
     where = detached.directory()
     kind = _conditions()
-    with contextlib.suppress(OSError), _locked(LOCK_SECONDS) as locked:
+    with contextlib.suppress(OSError, UsageError), _locked(LOCK_SECONDS) as locked:
         if not locked:
             return None
-        for path in where.glob(f"*.{kind}{detached.HOLDS}"):
+        for path in detached.sockets(where, f".{kind}{detached.HOLDS}"):
             if (sock := _connected(path)) is not None:
                 return sock
-        path = where / f"{secrets.token_hex(4)}.{kind}{detached.HOLDS}"
-        unfinished = path.with_suffix(".new")
+        name = secrets.token_hex(2)
+        path = where / detached.socket_name(name, f".{kind}{detached.HOLDS}")
+        unfinished = where / detached.socket_name(name, detached.NEW)
         with detached.listener_at(unfinished) as listener:
             unfinished.replace(path)
             in_background(lambda: _hold(listener, path, None), [listener.fileno()])
@@ -178,8 +179,7 @@ def _conditions() -> str:
     found += [os.getresuid() if hasattr(os, "getresuid") else os.getuid(), os.getgid(), sorted(os.getgroups())]
     found += [sorted(_environment().items()), _most_files(), _unit()]
     found += [_link(f"/proc/self/ns/{name}") for name in ("net", "mnt", "pid", "user")]
-    found.append(_text("/proc/sys/kernel/random/boot_id"))  # a home directory may be many machines'
-    return hashlib.sha256(json.dumps(found).encode()).hexdigest()[:16]
+    return hashlib.sha256(json.dumps(found).encode()).hexdigest()[:10]
 
 
 def _environment() -> dict[str, str]:
