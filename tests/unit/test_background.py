@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import gc
 import logging
 from collections.abc import Iterator
@@ -17,10 +18,16 @@ from kohakuriver.cli.background import Log
 @pytest.fixture(autouse=True)
 def _as_before() -> Iterator[None]:
     before = logging.raiseExceptions
-    with pytest.MonkeyPatch.context() as alone:
-        alone.setattr(logging.root, "handlers", [])  # a report of the test with half a character in it can't be sent
-        yield
+    yield
     logging.raiseExceptions = before
+
+
+@contextlib.contextmanager
+def alone() -> Iterator[None]:
+    """Without what pytest logs with: a report of the test with half a character in it can't be sent."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(logging.root, "handlers", [])
+        yield
 
 
 def test_a_log_never_grows_beyond_two_files_of_its_size(tmp_path: Path) -> None:
@@ -54,14 +61,16 @@ def test_what_libraries_complain_of_is_in_the_log_of_what_it_is_about_else_in_al
         await asyncio.gather(*working)
 
     both, over = asyncio.Event(), asyncio.Event()
-    asyncio.run(main())
+    with alone():
+        asyncio.run(main())
     told = {path.name: [line.split(" ", 2)[2] for line in path.read_text().splitlines()] for path in tmp_path.iterdir()}
     assert told == {name: [f"{name} broke\\udcff", "who knows"] for name in ("one", "other")}
 
 
 def test_a_log_that_was_closed_is_kept_by_nothing(tmp_path: Path) -> None:
     log = Log(tmp_path / "it.log")
-    asyncio.run(_begun(log))
+    with alone():
+        asyncio.run(_begun(log))
     log.close()
     loggers = len(logging.root.manager.loggerDict)
     del log
