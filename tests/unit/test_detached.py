@@ -11,6 +11,7 @@ import pytest
 
 from kohakuriver.cli import detached
 from kohakuriver.errors import NotFoundError, UsageError
+from kohakuriver.unix_sockets import address_of
 
 
 @pytest.fixture(autouse=True)
@@ -19,10 +20,20 @@ def directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path / "forwards"
 
 
+def at(directory: Path, name: str, kind: str) -> Path:
+    """Where the socket is of a forward of this machine."""
+    return directory / detached.socket_name(name, kind)
+
+
+def bind(sock: socket.socket, path: Path) -> None:
+    with address_of(path) as address:
+        sock.bind(address)
+
+
 def of_the_dead(path: Path, *, age: float = 0.0) -> Path:
     """The socket of a process that is gone."""
     with socket.socket(socket.AF_UNIX) as sock:
-        sock.bind(str(path))
+        bind(sock, path)
     _grow_old(path, age)
     return path
 
@@ -34,18 +45,18 @@ def _grow_old(path: Path, age: float) -> None:
 
 def test_what_a_process_left_that_is_gone_is_no_forward_and_is_removed(directory: Path) -> None:
     assert detached.listed() == []
-    left = of_the_dead(directory / "gone.sock")
+    left = of_the_dead(at(directory, "gone", ".sock"))
     assert detached.listed() == []
     assert not left.exists()
     with pytest.raises(NotFoundError):
-        detached.find("gone")
+        detached.find("gone", detached.listed())
 
 
 @pytest.mark.parametrize("reset", [False, True])
 def test_one_that_ends_while_it_is_asked_is_no_forward_any_more(directory: Path, reset: bool) -> None:
     detached.listed()
     with socket.socket(socket.AF_UNIX) as server:
-        server.bind(str(directory / "ends.sock"))
+        bind(server, at(directory, "ends", ".sock"))
         server.listen()
 
         def end() -> None:
@@ -69,7 +80,7 @@ def test_one_that_ends_while_it_is_asked_is_no_forward_any_more(directory: Path,
 def test_one_that_answers_nonsense_is_there_and_does_not_answer(directory: Path, answer: bytes) -> None:
     detached.listed()
     with socket.socket(socket.AF_UNIX) as server:
-        server.bind(str(directory / "odd.sock"))
+        bind(server, at(directory, "odd", ".sock"))
         server.listen()
 
         def talk() -> None:
@@ -87,6 +98,56 @@ def test_one_that_answers_nonsense_is_there_and_does_not_answer(directory: Path,
     assert found["ports"] == []
 
 
+def test_sockets_of_other_machines_with_the_same_directory_stay_and_those_of_an_earlier_start_of_this_one_go(
+    directory: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    detached.listed()
+    machine, run = detached._machine()
+    monkeypatch.setattr(detached, "_machine", lambda: ("another", "run"))
+    others = {of_the_dead(at(directory, "far", kind), age=3600) for kind in (".sock", ".new", ".ab.hold")}
+    monkeypatch.setattr(detached, "_machine", lambda: (machine, "earlier"))
+    for kind in (".sock", ".new", ".ab.hold"):
+        of_the_dead(at(directory, "early", kind))
+    monkeypatch.setattr(detached, "_machine", lambda: (machine, run))
+    assert detached.listed() == []
+    detached.Place().leave(log=True)
+    assert set(directory.iterdir()) == others
+
+
+def test_all_are_asked_before_any_is_waited_for(directory: Path) -> None:
+    detached.listed()
+    with socket.socket(socket.AF_UNIX) as one, socket.socket(socket.AF_UNIX) as other:
+        for name, server in (("one", one), ("other", other)):
+            bind(server, at(directory, name, ".sock"))
+            server.listen()
+
+        def talk() -> None:
+            peers = [server.accept()[0] for server in (one, other)]
+            for peer in peers:
+                with peer:
+                    peer.recv(100)
+                    peer.sendall(b'{"state": "connected"}\n')
+
+        talking = threading.Thread(target=talk)
+        talking.start()
+        assert [(each["id"], each["state"]) for each in detached.listed()] == [
+            ("one", "connected"),
+            ("other", "connected"),
+        ]
+        talking.join()
+
+
+def test_what_a_process_left_that_took_forwards_over_is_removed_and_one_that_is_there_stays(directory: Path) -> None:
+    detached.listed()
+    left = of_the_dead(at(directory, "1", ".2.hold"))
+    with socket.socket(socket.AF_UNIX) as server:
+        bind(server, at(directory, "3", ".4.hold"))
+        server.listen()
+        assert detached.listed() == []
+        assert [path.name for path in directory.iterdir()] == [detached.socket_name("3", ".4.hold")]
+    assert not left.exists()
+
+
 def test_the_newest_logs_of_those_that_have_ended_are_kept_and_those_of_others(directory: Path) -> None:
     detached.listed()
     for number in range(30):
@@ -94,7 +155,7 @@ def test_the_newest_logs_of_those_that_have_ended_are_kept_and_those_of_others(d
         log.touch()
         (directory / f"log{number}.log.1").touch()
         _grow_old(log, 100 + number)
-    of_the_dead(directory / "log29.sock")  # as if it still ran: only asking would tell
+    of_the_dead(at(directory, "log29", ".sock"))  # as if it still ran: only asking would tell
     place = detached.Place()
     kept = {path.stem for path in directory.glob("*.log")}
     assert kept == {*(f"log{number}" for number in range(20)), "log29", place.id}
@@ -105,11 +166,11 @@ def test_the_newest_logs_of_those_that_have_ended_are_kept_and_those_of_others(d
 
 def test_what_was_being_made_when_its_process_ended_is_removed_and_what_is_being_made_is_not(directory: Path) -> None:
     detached.listed()
-    old, new = of_the_dead(directory / "old.new", age=3600), of_the_dead(directory / "new.new")
+    old, new = of_the_dead(at(directory, "old", ".new"), age=3600), of_the_dead(at(directory, "new", ".new"))
     place = detached.Place()
     assert (old.exists(), new.exists()) == (False, True)
     place.leave(log=True)
-    assert [path.name for path in directory.iterdir()] == ["new.new"]
+    assert list(directory.iterdir()) == [new]
 
 
 def test_a_directory_that_can_not_be_made_is_told_in_one_sentence(directory: Path) -> None:

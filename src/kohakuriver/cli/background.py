@@ -1,35 +1,26 @@
-"""A command that goes on in the background once it has begun: `kohakuriver forward --detach`.
+"""A process that goes on in the background once the command has ended that it was started by, and what it logs.
 
-The command splits in two before it does anything. The process behind does all the work, on the terminal as if it were
-alone, so that its lines, its errors and its exit code are those of a command in the foreground; the one in front waits
-for it. Once the work has begun, the process behind leaves the terminal: it gets a session of its own and gives up
-stdin, stdout and stderr. Then the one in front ends. Until then either of them ends with the other.
-
-python-daemon and its like give up the terminal before anything can have failed on it, so they can't be used.
+python-daemon and its like come with a way of their own to be found, asked and stopped; see holder.py for ours.
 """
 
 from __future__ import annotations
 
-import asyncio
 import contextlib
 import logging
 import os
-import signal
-import socket
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Sequence
+from contextvars import ContextVar
 from logging.handlers import RotatingFileHandler
 from pathlib import Path
+from typing import ClassVar, NoReturn
 
+from kohakuriver import tracing
 from kohakuriver.cli import output
-from kohakuriver.cli.signals import ENDING
 from kohakuriver.errors import UsageError
 
-__all__ = ["Front", "in_background", "log_to", "needs_unix"]
+__all__ = ["Log", "in_background", "needs_unix"]
 
-_BEGUN = b"b"
-_LONGEST_NAME = 64
-_KILLED_BY = 128
 _STANDARD = (0, 1, 2)
 
 LOG_BYTES = 128 * 1024
@@ -44,106 +35,83 @@ def needs_unix() -> None:
         )
 
 
-class Front:
-    """The process in front, as the one behind it knows it."""
+def in_background(work: Callable[[], None], keep: Sequence[int]) -> None:
+    """Have `work` done by another process, in a session of its own and with no descriptor of ours but those in `keep`.
 
-    def __init__(self, channel: socket.socket) -> None:
-        self._channel = channel
-        channel.setblocking(False)
-
-    async def gone(self) -> None:
-        """Wait until nobody is in front any more, before `leave` is called."""
-        while await asyncio.get_running_loop().sock_recv(self._channel, 1):
-            pass
-
-    async def leave(self, name: str) -> bool:
-        """Leave the terminal, and have the one in front go on with this name; False where it has ended before.
-
-        To be called once `gone` is waited for no longer.
-        """
-        os.setsid()
-        nothing = os.open(os.devnull, os.O_RDWR)
-        for descriptor in _STANDARD:
-            os.dup2(nothing, descriptor)
-        os.close(nothing)
-        loop = asyncio.get_running_loop()
-        with contextlib.suppress(OSError):
-            await loop.sock_sendall(self._channel, name.encode())
-            if await loop.sock_recv(self._channel, 1):
-                self._channel.close()
-                return True
-        return False
-
-
-def in_background(work: Callable[[Front], int]) -> tuple[int, str]:
-    """0 and the name that `work` has given itself where it goes on in another process, having called `leave`.
-
-    Else the exit code that it ended with, and "". The other process ends with that; it never comes back from here.
-    To be called before there are threads, loops or files to share.
+    To be called before there are threads or loops to share. The other process never comes back from here.
     """
-    needs_unix()
-    ours, theirs = socket.socketpair()
     output.flush()
     sys.stderr.flush()
-    pid = os.fork()
-    if pid == 0:
-        _keep_only(theirs.fileno())
-        output.leave(work(Front(theirs)))
-    theirs.close()
-    return _until_begun(pid, ours)
+    if os.fork() == 0:
+        _work(work, keep)
 
 
-def _keep_only(channel: int) -> None:
-    """Let go of all that was inherited but `channel`, stdout and stderr: others may wait for the end of a pipe."""
+def _work(work: Callable[[], None], keep: Sequence[int]) -> NoReturn:
+    """What the other process does. It ends without unwinding what it was forked in: all of that is the command's."""
+    try:
+        os.setsid()
+        _keep_only(keep)
+        work()
+        tracing.finish()
+    except Exception:
+        logging.getLogger(__name__).exception("The process broke:")
+    finally:
+        os._exit(0)
+
+
+def _keep_only(keep: Sequence[int]) -> None:
+    """Let go of all that was inherited but `keep`: others may wait for the end of a pipe, or the terminal be closed."""
+    nothing = os.open(os.devnull, os.O_RDWR)
+    for number in _STANDARD:
+        os.dup2(nothing, number)
     with contextlib.suppress(OSError):  # there is no such directory
         for number in [int(path.name) for path in Path("/dev/fd").iterdir()]:
-            if number not in (*_STANDARD, channel):
+            if number not in (*_STANDARD, *keep):
                 with contextlib.suppress(OSError):  # what the directory itself was read with
                     os.close(number)
-    nothing = os.open(os.devnull, os.O_RDWR)
-    os.dup2(nothing, 0)
-    os.close(nothing)
 
 
-def _until_begun(pid: int, channel: socket.socket) -> tuple[int, str]:
-    """What a process in front does."""
+class Log:
+    """A log of one piece of work, which gets what is told to `logger`, and what libraries complain of meanwhile.
 
-    def end(*_: object) -> None:
-        with contextlib.suppress(OSError):  # it has ended by itself
-            channel.shutdown(socket.SHUT_RDWR)
+    From `begin` on, that is in the task of the event loop that calls it and those that it makes. What is about no
+    piece of work is in all of their logs. See LOG_BYTES.
+    """
 
-    with channel, _on_end(end):
-        with contextlib.suppress(OSError):
-            if name := channel.recv(_LONGEST_NAME):
-                channel.sendall(_BEGUN)
-                return 0, name.decode()
-        _, status = os.waitpid(pid, 0)
-    code = os.waitstatus_to_exitcode(status)
-    if code < 0:
-        output.error(f"The process that was to go on in the background was ended by {signal.Signals(-code).name}.")
-    return (code if code >= 0 else _KILLED_BY - code), ""
+    _now: ClassVar[ContextVar[logging.Handler | None]] = ContextVar("log", default=None)
+    _open: ClassVar[set[logging.Handler]] = set()
+
+    def __init__(self, path: Path) -> None:
+        logging.raiseExceptions = False  # a full disk ends no forward
+        self._file = RotatingFileHandler(
+            path, maxBytes=LOG_BYTES, backupCount=1, encoding="utf-8", errors="backslashreplace"
+        )
+        self._file.setFormatter(logging.Formatter("%(asctime)s %(message)s", "%Y-%m-%d %H:%M:%S"))
+        self.logger = logging.Logger("kohakuriver.background", logging.INFO)
+        self.logger.addHandler(self._file)
+
+    def begin(self) -> None:
+        """Have what happens from here on logged here."""
+        if not any(isinstance(each, _Complaints) for each in logging.root.handlers):
+            logging.root.addHandler(_Complaints())
+        self._open.add(self._file)
+        self._now.set(self._file)
+
+    def close(self) -> None:
+        """Log nothing any more."""
+        self._open.discard(self._file)
+        self._file.close()
+
+    @classmethod
+    def complain(cls, record: logging.LogRecord) -> None:
+        """Write down what a library says."""
+        of = cls._now.get()
+        for each in set(cls._open) if of is None else cls._open & {of}:
+            each.handle(record)
 
 
-@contextlib.contextmanager
-def _on_end(react: Callable[..., None]) -> Iterator[None]:
-    """Until the block ends, call `react` where a signal would end this process; what is ignored stays ignored."""
-    before = {number: signal.getsignal(number) for number in ENDING}
-    caught = [number for number, handler in before.items() if handler is not signal.SIG_IGN or number == signal.SIGTERM]
-    for number in caught:
-        signal.signal(number, react)
-    try:
-        yield
-    finally:
-        for number in caught:
-            signal.signal(number, before[number])
+class _Complaints(logging.Handler):
+    """Takes what libraries log by the root logger."""
 
-
-def log_to(path: Path) -> logging.Logger:
-    """A logger that writes to `path`, as does everything else that logs in this process; see LOG_BYTES."""
-    logging.raiseExceptions = False  # a full disk ends no forward
-    handler = RotatingFileHandler(path, maxBytes=LOG_BYTES, backupCount=1, encoding="utf-8", errors="backslashreplace")
-    handler.setFormatter(logging.Formatter("%(asctime)s %(message)s", "%Y-%m-%d %H:%M:%S"))
-    logging.getLogger().addHandler(handler)
-    logger = logging.getLogger("kohakuriver.background")
-    logger.setLevel(logging.INFO)
-    return logger
+    def emit(self, record: logging.LogRecord) -> None:
+        Log.complain(record)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from enum import Enum
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar
@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 __all__ = ["register"]
 
 WAIT_SECONDS = 60
+MOST_AT_ONCE = 32  # forwards that are being ended
 SOCKS_PORT = 1080  # as IANA has it
 
 
@@ -337,7 +338,7 @@ def _open(
     detach: bool,
     beyond: _Beyond,
 ) -> int:
-    from kohakuriver.cli.forward_run import opened
+    from kohakuriver.cli.forward_start import opened
     from kohakuriver.client.ports import check_distinct
 
     every = any(each.every for each in entries)
@@ -447,19 +448,17 @@ def _stop(names: list[str], json: bool) -> int:
     from kohakuriver.cli import detached
 
     failed: list[KohakuRiverError] = []
-    found: dict[str, dict[str, Any]] = {} if names else {each["id"]: each for each in detached.listed()}
+    there = detached.listed()
+    found: dict[str, dict[str, Any]] = {} if names else {each["id"]: each for each in there}
     for name in names:
         try:
-            found |= {each["id"]: each for each in detached.find(name)}
+            found |= {each["id"]: each for each in detached.find(name, there)}
         except KohakuRiverError as error:  # noqa: PERF203 - the others are to be tried all the same
             failed.append(error)
-    for each in found:
-        try:
-            told = detached.stop(each)
-        except KohakuRiverError as error:
-            failed.append(error)
-            continue
-        if json:
+    for told in _stopped(list(found)):
+        if isinstance(told, KohakuRiverError):
+            failed.append(told)
+        elif json:
             output.json_line(told)
         else:
             output.line(f"Stopped {told['id']} ({told['task']}).")
@@ -468,6 +467,22 @@ def _stop(names: list[str], json: bool) -> int:
     if failed:
         raise failed[0]
     return 0
+
+
+def _stopped(names: list[str]) -> Iterator[dict[str, Any] | KohakuRiverError]:
+    """What each said of itself that has ended, or why it has not. All are told first: each may take its time."""
+    from concurrent.futures import ThreadPoolExecutor
+
+    from kohakuriver.cli import detached
+
+    def stop(name: str) -> dict[str, Any] | KohakuRiverError:
+        try:
+            return detached.stop(name)
+        except KohakuRiverError as error:
+            return error
+
+    with ThreadPoolExecutor(MOST_AT_ONCE) as threads:
+        yield from threads.map(stop, names)
 
 
 def _check_command(command: list[str] | None, *, json: bool, detach: bool) -> None:

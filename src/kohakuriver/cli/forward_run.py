@@ -1,4 +1,4 @@
-"""`kohakuriver forward` from its start to its end: on a terminal, around a command, or in the background."""
+"""A forward, or several, from the start to the end, whatever they are run for."""
 
 from __future__ import annotations
 
@@ -6,17 +6,13 @@ import asyncio
 import contextlib
 import os
 import signal
-import sys
-import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
-from datetime import datetime, timezone
 from functools import partial
 from typing import Any
 
 from kohakuriver.cli import detached, output
-from kohakuriver.cli.background import Front, in_background, log_to
-from kohakuriver.cli.forward_view import Aside, Detached, LeavingView, Together, views_for
+from kohakuriver.cli.forward_view import Aside
 from kohakuriver.cli.on_connect import OnConnect, ports_in_environment
 from kohakuriver.cli.port_owner import owner
 from kohakuriver.cli.signals import BY_KEYS, caught, in_foreground, suspended
@@ -26,10 +22,10 @@ from kohakuriver.client.forward import STOPPED, Event, Forwarder, Listening, Por
 from kohakuriver.client.ports import exposes
 from kohakuriver.config import Settings
 from kohakuriver.errors import KohakuRiverError, LocalAddressError
-from kohakuriver.runtime import cancel_all, freeze_heap, lowered_file_limit, raise_file_limit, run
+from kohakuriver.runtime import cancel_all, freeze_heap, lowered_file_limit
 from kohakuriver.tunnel.local_listeners import ListeningSocket
 
-__all__ = ["Running", "Wanted", "opened"]
+__all__ = ["ANOTHER_PORT", "Running", "Several", "Wanted", "told_who"]
 
 ANOTHER_PORT = (
     "--local-port-fallback takes the next free port, or choose another, as in 0:REMOTE, where 0 takes any free one"
@@ -60,12 +56,16 @@ class Wanted:
     addresses: list[Address] = field(default_factory=list)
     backs: list[Back] = field(default_factory=list)
 
-    def made(self, tell: Callable[[Event], None]) -> Forwarder:
-        """It, not yet started; `tell` is called with what happens."""
+    def made(self, tell: Callable[[Event], None], say: Callable[[str], None], warned: set[str]) -> Forwarder:
+        """It, not yet started; `tell` is called with what happens, and `say` with a sentence for a person.
+
+        `warned` are the local addresses of which it was said that others can use them, and this one then.
+        """
 
         def happened(event: Event) -> None:
-            if isinstance(event, (Listening, Served)):
-                _warn_if_exposed(self.local_host)
+            if isinstance(event, (Listening, Served)) and exposes(self.local_host) and self.local_host not in warned:
+                warned.add(self.local_host)
+                say(f"Warning: anybody who reaches this machine on {self.local_host} can use this forward.")
             tell(event)
 
         if self.backs:
@@ -79,7 +79,7 @@ class Wanted:
                 fallback=self.fallback,
                 on_event=happened,
             )
-        return self._kind()(
+        return self._kind(say)(
             self.task,
             self.ports,
             settings=self.settings,
@@ -91,125 +91,32 @@ class Wanted:
             on_event=happened,
         )
 
-    def _kind(self) -> Callable[..., Forwarder]:
+    def _kind(self, say: Callable[[str], None]) -> Callable[..., Forwarder]:
         """What makes it; what only some are made of no other forward has in memory."""
         if self.every:
             from kohakuriver.client.every_port import EveryPort
 
-            return partial(EveryPort, say=output.note)
+            return partial(EveryPort, say=say)
         if self.web:
             from kohakuriver.client.web import WebForwarder
 
             return WebForwarder
         return Forwarder
 
-    def hooked(self, tell: Callable[[Event], None], **how: Any) -> tuple[Forwarder, list[OnConnect]]:
+    def hooked(
+        self, tell: Callable[[Event], None], say: Callable[[str], None], warned: set[str], **how: Any
+    ) -> tuple[Forwarder, list[OnConnect]]:
         """The same, with the command that is run when it is connected, if any; `how` is for OnConnect."""
         if self.on_connect is None:
-            return self.made(tell), []
+            return self.made(tell, say, warned), []
 
         def happened(event: Event) -> None:
             tell(event)
             hook.happened(event)
 
-        forwarder = self.made(happened)
+        forwarder = self.made(happened, say, warned)
         hook = OnConnect(self.on_connect, self.task, lambda: forwarder.listening, tell, **how)
         return forwarder, [hook]
-
-
-_warned: set[str] = set()
-
-
-def _warn_if_exposed(local_host: str) -> None:
-    """Say once that others can use what listens there."""
-    if exposes(local_host) and local_host not in _warned:
-        _warned.add(local_host)
-        output.note(f"Warning: anybody who reaches this machine on {local_host} can use this forward.")
-
-
-def opened(front: Sequence[Wanted], behind: Sequence[Wanted], command: list[str] | None) -> int:
-    """The exit code of forwards, of which some go on in the background: all are opened, or none stays open."""
-    begun: list[str] = []
-    complete = threading.Event()
-    this = os.getpid()
-    try:
-        for wanted in behind:
-            code, name = _begun(wanted)
-            if not name:
-                return code
-            begun.append(name)
-        if front:
-            return _in_front(front, command, complete)
-        complete.set()
-        return 0
-    finally:
-        # Those in the background pass here, too, when they end: what they are beside is not theirs to end.
-        if os.getpid() == this and not complete.is_set():
-            for each in begun:
-                with contextlib.suppress(KohakuRiverError):
-                    detached.stop(each)
-
-
-def _in_front(several: Sequence[Wanted], command: list[str] | None, complete: threading.Event) -> int:
-    """The exit code of what runs until it is stopped, or the command has ended that it is for.
-
-    `complete` is set where every port has listened.
-    """
-    files = raise_file_limit()
-    beside = command is not None
-
-    async def main() -> int:
-        views = views_for([each.task for each in several], json=several[0].json, beside_command=beside)
-        with Aside(Together(views)) as view:
-            out = sys.stderr if beside or several[0].json else None  # stdout is somebody else's
-            made = [
-                each.hooked(partial(view.tell_in, shown), files=files, out=out)
-                for each, shown in zip(several, views, strict=True)
-            ]
-            forwarders, hooks = [each for each, _ in made], [hook for _, some in made for hook in some]
-            forwarder = forwarders[0] if len(forwarders) == 1 else Several(forwarders, view.message)
-            running = Running(forwarder, view, command, files, hooks)
-            try:
-                return await running.run()
-            finally:
-                if running.listens:
-                    complete.set()
-
-    return run(main())
-
-
-def _begun(wanted: Wanted) -> tuple[int, str]:
-    """0 and the id of a forward that goes on in the background, or the exit code of its start and ""."""
-
-    def work(front: Front) -> int:
-        files = raise_file_limit()
-        place = detached.Place()
-        try:
-            return run(_behind(wanted, front, place, files))
-        finally:
-            place.leave()
-
-    return in_background(work)
-
-
-async def _behind(wanted: Wanted, front: Front, place: detached.Place, files: int | None) -> int:
-    logger = log_to(place.log)
-    with Aside(LeavingView(wanted.task, logger, json=wanted.json)) as view:
-        forwarder, hooks = wanted.hooked(view.tell, files=files, silent=True)
-        running = Detaching(forwarder, view, front, place, hooks)
-        try:
-            code = await running.run()
-        except KohakuRiverError as error:
-            if not running.left:
-                raise
-            return error.exit_code  # what happened is in the log
-        except Exception:
-            if running.left:
-                logger.exception("The forward broke:")
-            raise
-        finally:
-            place.leave(log=not running.left)
-        return code
 
 
 class Several:
@@ -293,10 +200,10 @@ class Running:
         """The exit code: the command's, or 0 when stopped. Raises KohakuRiverError when the forward can't go on."""
         reason = STOPPED
         try:
-            with caught(self._signalled), suspended(self._view.rest):
+            with self._signals():
                 return await self._opened_and_ended()
         except LocalAddressError as error:
-            raise _told_who(error, self._another) from error
+            raise self._explained(error) from error
         except KohakuRiverError as error:
             reason = error.message if self.listens else STOPPED
             raise
@@ -304,11 +211,24 @@ class Running:
             await asyncio.gather(*(hook.close() for hook in self._hooks))
             await self._forwarder.close(reason)
 
+    @contextlib.contextmanager
+    def _signals(self) -> Iterator[None]:
+        """Until the block ends, what ends programs ends the forward."""
+        with caught(self._signalled), suspended(self._view.rest):
+            yield
+
+    def _explained(self, error: LocalAddressError) -> LocalAddressError:
+        return told_who(error, self._another)
+
+    def _settle(self) -> None:
+        """Every port listens: what this program is made of is all there."""
+        freeze_heap()
+
     async def _opened_and_ended(self) -> int:
         if not await self._until_stopped(self._forwarder.start()):
             return 0
         self.listens = True
-        freeze_heap()
+        self._settle()
         ticking = asyncio.ensure_future(self._tick())
         try:
             return await self._opened()
@@ -376,58 +296,7 @@ class Running:
             self._view.tick(self._forwarder.stats())
 
 
-class Detaching(Running):
-    """A forward that goes on in the background once every port listens, as `place` tells whoever asks.
-
-    `left` is whether it does.
-    """
-
-    def __init__(
-        self, forwarder: Forwarder, view: Aside, front: Front, place: detached.Place, hooks: Sequence[OnConnect]
-    ) -> None:
-        super().__init__(forwarder, view, None, None, hooks)
-        self._one = forwarder
-        self._front = front
-        self._place = place
-        self._since = datetime.now(timezone.utc).isoformat(timespec="seconds")
-        self._watching = asyncio.ensure_future(self._ended_in_front())
-        self.left = False
-
-    async def _ended_in_front(self) -> None:
-        await self._front.gone()
-        self.stop("in front")
-
-    async def _opened(self) -> int:
-        if not await self._until_stopped(self._place.open(self.state, lambda: self.stop("told to"))):
-            return 0
-        self._view.tell(Detached(self._one.task, self._place.id, os.getpid(), str(self._place.log)))
-        self._view.leave()
-        await cancel_all([self._watching])
-        if self._stopped.done() or not await self._front.leave(self._place.id):
-            return 0
-        self.left = True
-        return await super()._opened()
-
-    def state(self) -> dict[str, Any]:
-        """What it tells of itself; see `detached.listed`."""
-        return {
-            "id": self._place.id,
-            "task": self._one.task,
-            "ports": [_place(each) for each in self._forwarder.listening],
-            "pid": os.getpid(),
-            "since": self._since,
-            "connections": self._forwarder.stats().streams,
-            "state": "connected" if self._one.connected else "reconnecting",
-            "log": str(self._place.log),
-        }
-
-
-def _place(local: ListeningSocket) -> dict[str, Any]:
-    told = Listening.of(local).to_json()
-    return {name: value for name, value in told.items() if name not in ("event", "instead_of")}
-
-
-def _told_who(error: LocalAddressError, another: str) -> LocalAddressError:
+def told_who(error: LocalAddressError, another: str) -> LocalAddressError:
     """The error with what has the port, as far as that can be known, and with what to do about it."""
     if error.taken is None:
         return error

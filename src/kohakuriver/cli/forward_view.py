@@ -43,8 +43,8 @@ __all__ = [
     "Aside",
     "Detached",
     "JsonView",
-    "LeavingView",
     "LiveView",
+    "LogView",
     "OnConnectFailed",
     "OpenView",
     "PlainView",
@@ -124,9 +124,6 @@ class View:
 
     def rest(self) -> None:
         """Leave the terminal as others expect it: this program is about to be stopped."""
-
-    def leave(self) -> None:
-        """Show nothing on the terminal from now on."""
 
 
 class JsonView(View):
@@ -471,29 +468,6 @@ class LogView(PlainView):
         self.result(f"In the background as {event.id}, process {event.pid}.")
 
 
-class LeavingView(View):
-    """Shows a forward that is about to leave the terminal: there and in a log, then in the log alone."""
-
-    def __init__(self, task: str, logger: logging.Logger, *, json: bool) -> None:
-        self._there: View | None = views_for([task], json=json, beside_command=False)[0]
-        self._log = LogView(task, logger)
-
-    def show(self, event: Event) -> None:
-        if self._there is not None:
-            try:
-                self._there.show(event)
-            except BrokenPipeError:
-                output.discard_stdout()
-        self._log.show(event)
-
-    def rest(self) -> None:
-        if self._there is not None:
-            self._there.rest()
-
-    def leave(self) -> None:
-        self._there = None
-
-
 class Aside:
     """Shows on a thread of its own what a view shows: a terminal on hold (Ctrl-S), or a pipe that nobody empties,
     holds up the showing and not the forward.
@@ -543,10 +517,6 @@ class Aside:
         """Have the terminal left as others expect it, and wait until it is; not for long if it takes nothing."""
         self._wait_for(self._view.rest)
 
-    def leave(self) -> None:
-        """Have nothing shown on the terminal any more once all that is to be was; not for long if it takes nothing."""
-        self._wait_for(self._view.leave)
-
     def _wait_for(self, act: Callable[[], None]) -> None:
         done = threading.Event()
 
@@ -568,7 +538,7 @@ class Aside:
             show()
 
 
-def views_for(tasks: Sequence[str], *, json: bool, beside_command: bool) -> list[View]:
+def views_for(tasks: Sequence[str], *, json: bool, beside_command: bool = False) -> list[View]:
     """A view of each forward, by its task, that fits where stdout goes. Several are to be put Together."""
     if json:
         return [JsonView(task if len(tasks) > 1 else None) for task in tasks]
