@@ -18,6 +18,8 @@ from kohakuriver.host.schemas import iso_time
 from kohakuriver.host.services.failures import TOO_MANY_FAILURES, Failures
 from kohakuriver.host.services.logins import name_in_browsers
 from kohakuriver.limits import Limits
+from kohakuriver.store import Accounts, Use
+from kohakuriver.store.accounts import digest
 from kohakuriver.store.browsers import CODE_SECONDS, IDLE_SECONDS, LONGEST_SECONDS, MOST_BROWSERS, SEEN_SECONDS
 from kohakuriver.web.origin import is_own_page
 from tests.support.browser import Browser, link_of
@@ -578,6 +580,33 @@ def test_what_a_browser_has_left_in_tasks_stays_when_its_user_logs_in_anew_and_e
         assert {of[2] for of in host.revoked} == {"admin"}
         await browser.log_in(host.admin_token)
         assert {of[2] for of in await leave(ended_by=token)} == {"admin"}  # somebody else
+
+    on_host(check)
+
+
+def test_what_was_left_goes_over_from_login_to_login_but_not_from_one_that_had_ended(
+    on_host: Callable[..., None],
+) -> None:
+    async def check(host: HostUnderTest) -> None:
+        await (await host.runner()).beat()
+        task_id = (await host.create(name="web"))["task_id"]
+        browser = Browser(host)
+
+        async def log_in() -> str:
+            await browser.log_in(host.admin_token)
+            (cookie,) = browser.cookies.values()
+            return digest(cookie)
+
+        async def hangs_on_nothing(key: str, *, left: bool = True) -> bool:
+            use = Use(key, task_id, left=left)
+            return use in await Accounts(host.store, clock=host.clock).withdrawn([use])
+
+        first, second, third = [await log_in() for _ in range(3)]
+        assert [await hangs_on_nothing(key) for key in (first, second, third)] == [False, False, False]
+        assert await hangs_on_nothing(first, left=False)  # the session itself ends
+        host.clock.now += IDLE_SECONDS
+        await log_in()  # whoever had the browser before may be another
+        assert [await hangs_on_nothing(key) for key in (first, second, third)] == [True, True, True]
 
     on_host(check)
 

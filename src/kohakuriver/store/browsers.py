@@ -115,14 +115,23 @@ class Browsers:
         row = update(Token).where(Token.digest == browser.digest, Token.revoked_at.is_(None))
         await self._store.write(lambda session: session.execute(row.values(expires_at=expires_at)))
 
-    async def end(self, secret: str) -> Token | None:
-        """Log a browser out: which it was, None where it is not logged in."""
+    async def end(self, secret: str, heir: Token | None = None) -> Token | None:
+        """Log a browser out: which it was, None where it is not logged in.
+
+        Where `heir` is what the same user is logged in with there now, what its sessions have left in tasks hangs on
+        that. It does not where this one was no good any more: whoever had it last may have been another.
+        """
 
         def work(session: Session) -> Token | None:
-            browser = session.get(Token, digest(secret))
+            now = self._clock()
+            browser = session.get(Token, digest(secret), with_for_update=True, populate_existing=True)
             if browser is None or browser.kind != "browser" or browser.revoked_at is not None:
                 return None
-            revoke(session, browser, self._clock())
+            if heir is not None and heir.name == browser.name and browser.is_good(now):
+                # Those before it name the new one themselves: each is forgotten in its own time.
+                mine = update(Token).where((Token.digest == browser.digest) | (Token.heir == browser.digest))
+                session.execute(mine.values(heir=heir.digest))
+            revoke(session, browser, now)
             return browser
 
         return await self._store.write(work)

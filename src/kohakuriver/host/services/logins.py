@@ -108,9 +108,12 @@ class Logins:
         await self._came_in(browser, "oidc", before)
         return cookie, browser
 
-    async def log_out(self, cookie: str) -> Token | None:
-        """End what a browser was let in for, and what it has open; which browser that was, None where it was out."""
-        browser = await self._browsers.end(cookie)
+    async def log_out(self, cookie: str, heir: Token | None = None) -> Token | None:
+        """End what a browser was let in for, and what it has open; which browser that was, None where it was out.
+
+        `heir` is what has come in its place. What the same user has left in tasks, as terminals, stays for that.
+        """
+        browser = await self._browsers.end(cookie, heir)
         if browser is not None:
             self._audit.write("browser_logged_out", user=browser.name, token=browser.id, via="browser")
             await self._grants.check()
@@ -125,9 +128,7 @@ class Logins:
         self._audit.write("browser_logged_in", user=browser.name, token=browser.id, via="browser", by=by)
         log.info("browser logged in", user=browser.name, id=browser.id, by=by)
         if before is not None:
-            # The same person in the same browser: what is open there ends and begins anew, and finds its terminals.
-            self._grants.inherit(digest(before), browser.digest, browser.name)
-            await self.log_out(before)
+            await self.log_out(before, browser)
 
     async def _refuse_code(self) -> NoReturn:
         """Raises UnauthenticatedError, or UnavailableError "too_many_failures" (429)."""
