@@ -400,6 +400,12 @@ def test_nothing_leads_from_the_login_to_another_site(on_host: Callable[..., Non
         for query in ("?next=https://evil.example/", "?code=&to=//evil.example", "?//evil.example"):
             answer = await browser.ask("POST", f"/login{query}", data={"token": host.admin_token})
             assert answer.headers["location"] == "/"
+            place = query.partition("=")[2]
+            answer = await browser.ask("POST", "/login", data={"token": host.admin_token, "next": place})
+            assert answer.headers["location"] == "/"
+            assert (await browser.open(f"/login{query}")).headers.get("location", "/") == "/"  # who is in already
+            answer = await browser.open(f"{await link_of(host.user)}&next={place}")
+            assert answer.headers["location"] == "/"
             assert (await browser.ask("POST", f"/logout{query}")).headers["location"] == "/login"
 
     on_host(check)
@@ -756,7 +762,7 @@ def test_no_answer_leads_to_an_address_that_the_request_names(on_host: Callable[
         for path in ("/login/", "/device/", "/api/users/", "//evil.example/login/", "/login//", "/docs/"):
             answer = await browser.open(path)
             assert (answer.status_code, answer.headers.get("location")) == (404, None), path
-        for path in ("/", "/device", "/login?next=//evil.example", "/login?next=device"):
+        for path in ("/", "/device", "/login?next=//evil.example", "/login?next=%2Fdevice"):
             where = (await browser.open(path)).headers.get("location", "/")
             assert where.startswith("/")
             assert not where.startswith("//")
