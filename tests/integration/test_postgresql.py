@@ -107,7 +107,7 @@ def test_a_command_line_that_asks_two_hosts_at_once_for_its_token_has_one(
         try:
             await accounts[0].add_user("ann", "user")
             token = await accounts[0].add_token("kr_x", kind="user", name="ann", label="x")
-            browser = await Browsers(stores[0]).add("krb_x", token.digest)
+            browser, _ = await Browsers(stores[0]).add("krb_x", token.digest)
             await hosts[0].add("code", "TYPED", origin="o", source="s", machine="m")
             waiting = await hosts[1].typed("TYPED")
             assert waiting is not None

@@ -529,6 +529,19 @@ def test_of_too_many_browsers_of_one_user_the_one_that_was_used_least_lately_goe
     on_host(check)
 
 
+def test_a_browser_that_is_logged_in_anew_puts_none_of_the_users_others_out(on_host: Callable[..., None]) -> None:
+    async def check(host: HostUnderTest) -> None:
+        _, token = await host.person("ann")
+        browsers = [Browser(host) for _ in range(MOST_BROWSERS)]
+        for browser in browsers:
+            host.clock.now += 100
+            await browser.log_in(token)
+        await browsers[1].log_in(token)
+        assert [await browser.user() for browser in browsers] == ["ann"] * MOST_BROWSERS
+
+    on_host(check)
+
+
 def test_what_a_browser_has_open_ends_when_it_is_logged_out(on_host: Callable[..., None]) -> None:
     async def check(host: HostUnderTest) -> None:
         await (await host.runner()).beat()
