@@ -15,6 +15,7 @@ STATE = "0" * 64
     "place",
     [
         "/device",
+        "/plain",
         "/open/lab/8888",
         "/open/l%C3%A4b/1",
         f"/enter-app?app=lab-8888-x.apps.example.org%3A8443&state={STATE}",

@@ -115,7 +115,7 @@ async def root(request: Request) -> Response:
 async def plain(request: Request) -> Response:
     """Who is logged in, and the tasks that they may use, for browsers without scripts."""
     found = await visitor_of(request)
-    return _to_login(request) if found is None else await _plain(request, *found)
+    return _to_login(request, "/plain") if found is None else await _plain(request, *found)
 
 
 async def _plain(request: Request, caller: Caller, browser: Token) -> Response:
@@ -204,8 +204,8 @@ def _came_in(request: Request, cookie: str, browser: Token, place: str) -> Respo
     return response
 
 
-def _to_login(request: Request) -> Response:
-    response = RedirectResponse("/login", 303)
+def _to_login(request: Request, place: str = FIRST) -> Response:
+    response = log_in_first(place)
     clear_cookie(request, response)
     return response
 

@@ -11,7 +11,7 @@ FIRST = "/"
 """The page to which a login leads that was begun for none."""
 
 _PLACES = re.compile(
-    r"/device"
+    r"/device|/plain"
     r"|/open/[A-Za-z0-9._~%-]{1,190}/[1-9][0-9]{0,4}"
     r"|/enter-app\?app=[A-Za-z0-9.%:-]{1,300}&state=[0-9a-f]{64}"
 )
