@@ -72,6 +72,11 @@ class Cluster:
         ports = ("--host-port", "0", "--runner-port", "0", "--ssh-port", "0")
         self.event(self.start("up", "--json", *ports, "--state-dir", str(directory / "state")), "ready")
 
+    @property
+    def token(self) -> str:
+        """The admin's."""
+        return (Path(self.env["KOHAKURIVER_CONFIG_DIR"]) / "state" / "admin-token").read_text().strip()
+
     def start(self, *args: str) -> subprocess.Popen[str]:
         with self.log.open("a") as log:
             process = subprocess.Popen(

@@ -108,8 +108,23 @@ def test_a_notebook_cell_runs_after_a_click_on_the_hosts_page(cluster: Cluster, 
     browser.find_element("tag name", "button").click()
     until(lambda: browser.current_url.endswith("/login"), "the log out")
     browser.get(f"{origin}/lab")
-    until(lambda: browser.current_url == f"{main}/login", "the host asks who that is")
+    until(lambda: browser.current_url.startswith(f"{main}/login?next="), "the host asks who that is")
     assert "Log in" in text_of(browser)
+
+
+def test_whoever_has_to_log_in_by_the_form_first_gets_to_the_app_after_that(cluster: Cluster, browser: Any) -> None:
+    with serving_files(cluster, "listed") as port:
+        main = log_in(cluster, browser)
+        origin = open_by_hand(main, browser, port)
+        for there in (f"{origin}/", f"{main}/open/listed/{port}"):
+            browser.get(f"{main}/plain")
+            browser.find_element("tag name", "button").click()
+            until(lambda: browser.current_url.endswith("/login"), "the log out")
+            browser.get(there)
+            until(lambda: browser.current_url.startswith(f"{main}/login?next="), "the host asks who that is")
+            browser.find_element("id", "token").send_keys(cluster.token + "\n")
+            until(lambda: "Directory listing" in browser.title, "the app")
+            assert browser.current_url == f"{origin}/"
 
 
 def test_the_page_of_one_app_gets_nowhere_in_another(

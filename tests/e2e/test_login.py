@@ -7,7 +7,6 @@ import http.server
 import subprocess
 import threading
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -76,10 +75,9 @@ def test_a_link_and_a_form_log_a_browser_in_and_a_button_logs_it_out(cluster: Cl
     assert "code=" not in browser.current_url
     browser.find_element("tag name", "button").click()
     until(lambda: browser.current_url.endswith("/login"), "the page that asks for a token")
-    token = (Path(cluster.env["KOHAKURIVER_CONFIG_DIR"]) / "state" / "admin-token").read_text().strip()
     browser.find_element("id", "token").send_keys("kr_wrong\n")
     until(lambda: "does not know this token" in text_of(browser), "the error")
-    browser.find_element("id", "token").send_keys(token + "\n")
+    browser.find_element("id", "token").send_keys(cluster.token + "\n")
     until(lambda: is_in(browser), "the host's page")
     assert browser.execute_script("return document.cookie") == ""
     assert [entry for entry in browser.get_log("browser") if "Security" in entry["message"]] == []

@@ -263,7 +263,7 @@ def test_who_may_not_use_the_task_gets_no_way_in(scene: Callable[..., None]) -> 
             assert "not yours" in answer.text
         nobody = Surfer(made.stage.host)
         await nobody.go(made.link)
-        assert nobody.been[-1].endswith("/login")
+        assert urlsplit(nobody.been[-1].removeprefix("GET ")).path == "/login"
 
     scene(check, there=False)
 
@@ -301,7 +301,7 @@ def test_a_log_out_ends_what_is_open_at_once_and_the_address_lets_nobody_in(scen
                 await ws.recv()
         made.surfer.been.clear()
         await made.surfer.go(made.origin)
-        assert made.surfer.been[-1].endswith("/login")
+        assert urlsplit(made.surfer.been[-1].removeprefix("GET ")).path == "/login"
 
     scene(check)
 
@@ -446,15 +446,18 @@ def test_who_has_to_log_in_first_gets_to_the_app_after_that(scene: Callable[...,
     async def check(made: Scene) -> None:
         stranger = Surfer(made.stage.host)
         await stranger.go(made.link)
-        assert stranger.been[-1].endswith("/login")
-        await stranger.log_in(made.stage.host.admin_token)
-        assert (await stranger.go(f"{stranger.main}/")).json()["path"] == "/"
+        token, asked = made.stage.host.admin_token, urlsplit(stranger.been[-1].removeprefix("GET "))
+        assert asked.path == "/login"
+        (place,) = parse_qs(asked.query)["next"]
+        assert place == urlsplit(made.link).path
+        answer = await stranger.fill_in(token, next=place)
+        # A redirection to the app's site would be a form sent to that.
+        assert (answer.status_code, f'content="0;url={place}"' in answer.text) == (200, True)
+        assert (await stranger.go(made.link)).json()["path"] == "/"
         assert (await stranger.go(f"{stranger.main}/")).status_code == 200
-        assert stranger.been[-1] == f"GET {stranger.main}/"  # once, and not each time that the page is opened
-        port = urlsplit(stranger.main).port
+        assert stranger.been[-1] == f"GET {stranger.main}/"  # where somebody was going is not kept
         for place in ("//evil.example", "/logout", "/open/lab/1/../..", "/enter-app?app=x", "https://evil.example"):
-            stranger.cookies(stranger.main)[f"kohakuriver-then-{port}"] = place
-            assert (await stranger.ask(f"{stranger.main}/")).status_code == 200
+            assert (await stranger.fill_in(token, next=place)).headers["location"] == "/"
 
     scene(check, there=False)
 
@@ -490,9 +493,10 @@ def test_under_a_domain_with_tls_all_of_it_works_and_cookies_are_of_one_address_
         assert (await made.surfer.go(short)).json()["path"] == "/"
         stranger = Surfer(made.stage.host)
         await stranger.go(f"{made.origin}/lab/tree?x=1")
-        assert stranger.been[-1] == "GET https://river.example.org/login"
-        await stranger.log_in(made.stage.host.admin_token)
-        assert (await stranger.go(stranger.main + "/")).json()["path"] == "/lab/tree?x=1"
+        (place,) = parse_qs(urlsplit(stranger.been[-1].removeprefix("GET ")).query)["next"]
+        there = (await stranger.fill_in(made.stage.host.admin_token, next=place)).headers["location"]
+        assert there == place
+        assert (await stranger.go(stranger.main + there)).json()["path"] == "/lab/tree?x=1"
         for name in ("apps.example.org", "x.apps.example.org", f"x.{made.host}", "lab-1-aaaaaaaaaaaa.apps.example.org"):
             answer = await made.surfer.ask(f"https://{name}/")
             assert answer.status_code in (303, 421)

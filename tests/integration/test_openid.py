@@ -265,7 +265,7 @@ def test_the_button_leads_to_the_provider_with_pkce_and_keeps_no_secret_in_its_a
             assert asked["redirect_uri"] == "https://river.localhost/login/oidc/back"
             (kept,) = browser.cookies.values()
             began, state, nonce, verifier, place = kept.split(".")
-            assert (asked["state"], asked["nonce"], place) == (state, nonce, "")
+            assert (asked["state"], asked["nonce"], place) == (state, nonce, "%2F")
             assert verifier not in str(url)
             assert began.isdigit()
             other = await start_of(a_visitor(host))
@@ -274,12 +274,14 @@ def test_the_button_leads_to_the_provider_with_pkce_and_keeps_no_secret_in_its_a
     run(check())
 
 
-def test_a_login_that_was_begun_for_the_device_page_leads_there_and_nowhere_else(
+def test_a_login_that_was_begun_for_a_page_of_the_host_leads_there_and_nowhere_else(
     run: Run, tmp_path: Path, provider: RealProvider
 ) -> None:
     async def check() -> None:
         async with a_host_with(provider.as_client(), tmp_path) as host, provider.a_browser() as http:
-            for place, path in (("device", "/device"), ("https://evil.example/", "/"), ("//evil.example", "/")):
+            app = f"/enter-app?app=lab-8888-x.apps.example.org%3A8443&state={'0' * 64}"
+            places = {"/device": "/device", app: app, "https://evil.example/": "/", "//evil.example/device": "/"}
+            for place, path in places.items():
                 browser = a_visitor(host)
                 back = await provider.log_in(http, await start_of(browser, next=place), "a1")
                 answer = await browser.open(f"{path_in(back)}&next=//evil.example", site="cross-site")

@@ -108,10 +108,13 @@ class Surfer:
         raise AssertionError(f"it goes on for ever: {self.been}")
 
     async def log_in(self, token: str) -> None:
-        answer = await self.ask(
-            f"{self.main}/login", "POST", site="same-origin", headers={"Origin": self.main}, data={"token": token}
-        )
+        answer = await self.fill_in(token)
         assert answer.status_code == 303, answer.text
+
+    async def fill_in(self, token: str, **fields: str) -> httpx.Response:
+        """Send the form of the page that asks for a token; `fields` are those that are not seen."""
+        headers, data = {"Origin": self.main}, {"token": token, **fields}
+        return await self.ask(f"{self.main}/login", "POST", site="same-origin", headers=headers, data=data)
 
 
 def unchecked() -> ssl.SSLContext:

@@ -18,6 +18,8 @@ from kohakuriver.host.schemas import iso_time
 from kohakuriver.host.services.failures import TOO_MANY_FAILURES, Failures
 from kohakuriver.host.services.logins import name_in_browsers
 from kohakuriver.limits import Limits
+from kohakuriver.store import Accounts, Use
+from kohakuriver.store.accounts import digest
 from kohakuriver.store.browsers import CODE_SECONDS, IDLE_SECONDS, LONGEST_SECONDS, MOST_BROWSERS, SEEN_SECONDS
 from kohakuriver.web.origin import is_own_page
 from tests.support.browser import Browser, link_of
@@ -398,6 +400,12 @@ def test_nothing_leads_from_the_login_to_another_site(on_host: Callable[..., Non
         for query in ("?next=https://evil.example/", "?code=&to=//evil.example", "?//evil.example"):
             answer = await browser.ask("POST", f"/login{query}", data={"token": host.admin_token})
             assert answer.headers["location"] == "/"
+            place = query.partition("=")[2]
+            answer = await browser.ask("POST", "/login", data={"token": host.admin_token, "next": place})
+            assert answer.headers["location"] == "/"
+            assert (await browser.open(f"/login{query}")).headers.get("location", "/") == "/"  # who is in already
+            answer = await browser.open(f"{await link_of(host.user)}&next={place}")
+            assert answer.headers["location"] == "/"
             assert (await browser.ask("POST", f"/logout{query}")).headers["location"] == "/login"
 
     on_host(check)
@@ -521,6 +529,19 @@ def test_of_too_many_browsers_of_one_user_the_one_that_was_used_least_lately_goe
     on_host(check)
 
 
+def test_a_browser_that_is_logged_in_anew_puts_none_of_the_users_others_out(on_host: Callable[..., None]) -> None:
+    async def check(host: HostUnderTest) -> None:
+        _, token = await host.person("ann")
+        browsers = [Browser(host) for _ in range(MOST_BROWSERS)]
+        for browser in browsers:
+            host.clock.now += 100
+            await browser.log_in(token)
+        await browsers[1].log_in(token)
+        assert [await browser.user() for browser in browsers] == ["ann"] * MOST_BROWSERS
+
+    on_host(check)
+
+
 def test_what_a_browser_has_open_ends_when_it_is_logged_out(on_host: Callable[..., None]) -> None:
     async def check(host: HostUnderTest) -> None:
         await (await host.runner()).beat()
@@ -578,6 +599,33 @@ def test_what_a_browser_has_left_in_tasks_stays_when_its_user_logs_in_anew_and_e
         assert {of[2] for of in host.revoked} == {"admin"}
         await browser.log_in(host.admin_token)
         assert {of[2] for of in await leave(ended_by=token)} == {"admin"}  # somebody else
+
+    on_host(check)
+
+
+def test_what_was_left_goes_over_from_login_to_login_but_not_from_one_that_had_ended(
+    on_host: Callable[..., None],
+) -> None:
+    async def check(host: HostUnderTest) -> None:
+        await (await host.runner()).beat()
+        task_id = (await host.create(name="web"))["task_id"]
+        browser = Browser(host)
+
+        async def log_in() -> str:
+            await browser.log_in(host.admin_token)
+            (cookie,) = browser.cookies.values()
+            return digest(cookie)
+
+        async def hangs_on_nothing(key: str, *, left: bool = True) -> bool:
+            use = Use(key, task_id, left=left)
+            return use in await Accounts(host.store, clock=host.clock).withdrawn([use])
+
+        first, second, third = [await log_in() for _ in range(3)]
+        assert [await hangs_on_nothing(key) for key in (first, second, third)] == [False, False, False]
+        assert await hangs_on_nothing(first, left=False)  # the session itself ends
+        host.clock.now += IDLE_SECONDS
+        await log_in()  # whoever had the browser before may be another
+        assert [await hangs_on_nothing(key) for key in (first, second, third)] == [True, True, True]
 
     on_host(check)
 
@@ -727,7 +775,7 @@ def test_no_answer_leads_to_an_address_that_the_request_names(on_host: Callable[
         for path in ("/login/", "/device/", "/api/users/", "//evil.example/login/", "/login//", "/docs/"):
             answer = await browser.open(path)
             assert (answer.status_code, answer.headers.get("location")) == (404, None), path
-        for path in ("/", "/device", "/login?next=//evil.example", "/login?next=device"):
+        for path in ("/", "/device", "/login?next=//evil.example", "/login?next=%2Fdevice"):
             where = (await browser.open(path)).headers.get("location", "/")
             assert where.startswith("/")
             assert not where.startswith("//")

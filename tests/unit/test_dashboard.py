@@ -100,7 +100,7 @@ def test_without_it_and_for_browsers_without_scripts_there_is_a_page_that_needs_
 ) -> None:
     async def check(host: HostUnderTest) -> None:
         browser = Browser(host)
-        assert (await browser.open("/plain")).headers["location"] == "/login"
+        assert (await browser.open("/plain")).headers["location"] == "/login?next=%2Fplain"
         await browser.log_in(host.admin_token)
         for path in ("/", "/plain"):
             page = await browser.open(path)

@@ -200,13 +200,13 @@ def test_who_is_not_logged_in_logs_in_first_and_comes_back(on_host: Callable[...
         _, token = await host.person("ann")
         asked, browser = await ask(host), Browser(host)
         for answer in (await browser.open("/device"), await question(browser, asked)):
-            assert (answer.status_code, answer.headers["location"]) == (303, "/login?next=device")
-        form = await browser.open("/login?next=device")
-        assert hidden(form) == {"next": "device"}
-        answer = await browser.ask("POST", "/login", data={"token": token, "next": "device"})
+            assert (answer.status_code, answer.headers["location"]) == (303, "/login?next=%2Fdevice")
+        form = await browser.open("/login?next=%2Fdevice")
+        assert hidden(form) == {"next": "/device"}
+        answer = await browser.ask("POST", "/login", data={"token": token, "next": "/device"})
         assert answer.headers["location"] == "/device"
         assert "Never type one that somebody has sent you" in (await browser.open("/device")).text
-        for place in ("https://evil.example", "//evil.example", "/\\evil.example", "x"):
+        for place in ("https://evil.example", "//evil.example/device", "/\\evil.example", "device", '"><b>evil'):
             out = Browser(host)
             assert "evil" not in (await out.open(f"/login?next={place}")).text
             answer = await out.ask("POST", "/login", data={"token": token, "next": place})

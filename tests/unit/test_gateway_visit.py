@@ -33,6 +33,7 @@ class Transport(asyncio.Transport):
         self.protocol: Visit | None = None
         self.reads = reads
         self.written = b""
+        self.writes = 0
         self.paused = False
         self.closed = False
         self.aborted = False
@@ -42,11 +43,15 @@ class Transport(asyncio.Transport):
 
     def write(self, data: Any) -> None:
         self.written += bytes(data)
+        self.writes += 1
         if not self.reads and self.protocol is not None:
             self.protocol.pause_writing()
 
     def write_eof(self) -> None:
         pass
+
+    def can_write_eof(self) -> bool:
+        return True
 
     def is_closing(self) -> bool:
         return self.closed or self.aborted
@@ -141,6 +146,47 @@ Within = Callable[[Callable[[Scene], Coroutine[Any, Any, None]]], None]
 async def turns() -> None:
     for _ in range(5):
         await asyncio.sleep(0)
+
+
+BODIES = {
+    "of a known size": (b"Content-Length: 2", [b"ok"]),
+    "in chunks": (b"Transfer-Encoding: chunked", [b"2\r\nok\r\n", b"0\r\n\r\n"]),
+    "up to the end": (b"Connection: close", [b"ok"]),
+}
+
+
+@pytest.mark.parametrize(("field", "body"), BODIES.values(), ids=BODIES)
+def test_a_head_is_written_with_what_has_come_of_its_body(within: Within, field: bytes, body: list[bytes]) -> None:
+    async def check(scene: Scene) -> None:
+        head = b"HTTP/1.1 200 OK\r\n" + field + b"\r\n\r\n"
+        for pieces in ([head, body[0]], [head + body[0]], [head[:9], head[9:], body[0]]):
+            visit, transport = scene.visit()
+            come(visit, request(scene))
+            for piece in pieces:  # each a message, all read from the link at once
+                say(stream_of(visit), piece)
+            assert (transport.writes, transport.written[-len(body[0]) :]) == (1, body[0])
+            say(stream_of(visit), *body[1:])
+            await turns()
+            assert transport.written.endswith(b"\r\n\r\n" + b"".join(body))
+
+    within(check)
+
+
+@pytest.mark.parametrize(("field", "body"), BODIES.values(), ids=BODIES)
+def test_a_head_whose_body_is_yet_to_come_is_not_waited_with(within: Within, field: bytes, body: list[bytes]) -> None:
+    async def check(scene: Scene) -> None:
+        for how in ("waits", "breaks", "ends"):
+            visit, transport = scene.visit()
+            come(visit, request(scene))
+            stream = stream_of(visit)
+            say(stream, b"HTTP/1.1 200 OK\r\n" + field + b"\r\n\r\n")
+            {"waits": lambda: None, "breaks": stream.reset, "ends": stream.shut}[how]()
+            await turns()
+            assert transport.writes == 1, how
+            assert transport.written.startswith(b"HTTP/1.1 200 OK\r\n"), how
+            assert transport.aborted == (how == "breaks" or (how == "ends" and field != b"Connection: close")), how
+
+    within(check)
 
 
 @pytest.mark.parametrize("reads", [True, False])

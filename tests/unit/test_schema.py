@@ -72,7 +72,7 @@ def test_a_new_database_has_the_very_tables_that_all_steps_together_make(tmp_pat
     asyncio.run(_opened(database_url(tmp_path)))
     with connected(database_url(tmp_path)) as connection:
         assert described(connection) == by_steps
-        assert connection.execute(text("SELECT * FROM meta")).all() == [("good_for", schema.HEAD)]
+        assert connection.execute(text("SELECT * FROM meta")).all() == [("good_for", f"{schema.BEFORE} {schema.HEAD}")]
 
 
 async def _opened(url: str) -> None:

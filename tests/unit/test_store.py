@@ -241,7 +241,7 @@ def test_a_credential_that_has_ended_since_it_was_shown_makes_no_token(run: Run,
             accounts = Accounts(store)
             await accounts.add_user("ann", "user")
             shown = await accounts.add_token("s", kind="user", name="ann", label="laptop")
-            browser = await Browsers(store).add("krb_x", shown.digest)
+            browser, _ = await Browsers(store).add("krb_x", shown.digest)
             await accounts.add_token("t", kind="user", name="ann", label="second", maker=browser)
             await accounts.revoke_token("laptop", "ann")
             for number, maker in enumerate((shown, browser)):

@@ -16,6 +16,7 @@ from kohakuriver.gateway.chunks import Chunks
 from kohakuriver.gateway.heads import CHUNKED, UNTIL_CLOSE, Malformed, head_end, read_response, response_body, words
 from kohakuriver.gateway.names import Place
 from kohakuriver.gateway.ways import Way
+from kohakuriver.tunnel.link import soon
 from kohakuriver.tunnel.local_socket import TcpStream
 from kohakuriver.tunnel.protocol import ErrorText
 
@@ -80,6 +81,7 @@ class Upstream(TcpStream):
         "_chunks",
         "_head",
         "_interim",
+        "_kept",
         "_method",
         "_minor",
         "_more",
@@ -107,6 +109,7 @@ class Upstream(TcpStream):
         self._rest = 0  # bytes that go on as they lie
         self._chunks = Chunks()
         self._pieces: list[memoryview] = []
+        self._kept = b""  # a head that goes out with what comes of its body
         self._method = b""
         self._minor = 1
         self._more = b""
@@ -145,7 +148,7 @@ class Upstream(TcpStream):
     def write(self, views: Sequence[memoryview], size: int) -> None:
         if not size:
             return
-        if self._rest >= size:
+        if self._rest >= size and not self._kept:
             self._rest -= size
             self._visit.write(views, size)
             if not self._rest:
@@ -183,7 +186,10 @@ class Upstream(TcpStream):
                     self._over()
             else:
                 raise Malformed("It sent more than it was asked for.")
-        self._flush()
+        if self._kept and not self._pieces:
+            soon(self._flush_head)  # what has come after it over the link is taken before that
+        else:
+            self._flush()
 
     def _take_head(self, view: memoryview) -> memoryview:
         known = len(self._head)
@@ -213,7 +219,7 @@ class Upstream(TcpStream):
         if body == UNTIL_CLOSE or head.minor == 0 or b"close" in words(head.fields.named.get(b"connection")):
             self.ended = True
         closes = self._visit.closes(body)
-        self._emit_own(rewrite.response(head, self.place, body=body, close=closes, more=self._more))
+        self._kept = rewrite.response(head, self.place, body=body, close=closes, more=self._more)
         if body == CHUNKED:
             self.phase, self._chunks = Phase.CHUNKS, Chunks()
         else:
@@ -248,8 +254,16 @@ class Upstream(TcpStream):
         self._visit.uncounted += copied
         self._pieces += pieces
 
+    def _flush_head(self) -> None:
+        if self._kept and self._visit.serves(self):
+            self._flush()
+
     def _flush(self) -> None:
         pieces, self._pieces = self._pieces, []
+        if self._kept:
+            head, self._kept = memoryview(self._kept), b""
+            self._visit.uncounted += len(head)
+            pieces.insert(0, head)
         if pieces:
             self._visit.write(pieces, sum(map(len, pieces)))
 
@@ -267,6 +281,7 @@ class Upstream(TcpStream):
     def shut(self) -> None:
         """The service sends no more."""
         self.ended = True
+        self._flush_head()
         if self.phase is Phase.RAW:
             self._visit.shut()
         elif self.phase is Phase.BODY and self._rest > ENDLESS >> 1:
@@ -287,6 +302,7 @@ class Upstream(TcpStream):
     def reset(self) -> bool:
         """The connection to the service broke, or there never was one."""
         self.ended = True
+        self._flush_head()
         if self.phase is Phase.IDLE:
             self._visit.service_left(self)
         else:

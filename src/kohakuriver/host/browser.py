@@ -14,13 +14,13 @@ from kohakuriver import __version__
 from kohakuriver.asking import asker
 from kohakuriver.config import SHARED_NAMES
 from kohakuriver.errors import KohakuRiverError, NotAllowedError, UnauthenticatedError, UnavailableError
-from kohakuriver.host.apps.then import forget, remembered
 from kohakuriver.host.cookies import clear_cookie, is_tls, need_own_page, set_cookie, shown_cookie
 from kohakuriver.host.dashboard import dashboard
 from kohakuriver.host.forms import fields_of
-from kohakuriver.host.html import form, page
+from kohakuriver.host.html import form, onward, page
 from kohakuriver.host.index import table_of
 from kohakuriver.host.parts import Services
+from kohakuriver.host.places import FIRST, login_at, place_in
 from kohakuriver.host.schemas import iso_time
 from kohakuriver.host.services.audit import REFUSALS
 from kohakuriver.host.services.credentials import Caller
@@ -28,11 +28,7 @@ from kohakuriver.host.services.failures import TOO_MANY_FAILURES
 from kohakuriver.store import Token
 from kohakuriver.web.app import services_of
 
-__all__ = ["Page", "log_in_first", "pages", "path_of", "visitor_of"]
-
-PLACES = {"device": "/device"}
-"""Where a login can lead beside the host's page, by the names that requests have for it: no address comes in."""
-
+__all__ = ["Page", "lead_to", "log_in_first", "pages", "visitor_of"]
 
 OTHER_NAME = "other_name"
 """The code of the error for a browser that came by a name at which it is not let in: no page there helps it."""
@@ -54,25 +50,34 @@ class Page(APIRoute):
         return shown
 
     @staticmethod
-    def sorry(request: Request, error: KohakuRiverError) -> HTMLResponse:
-        """The page that an error is, which is written down where errors of the API are, too."""
+    def sorry(request: Request, error: KohakuRiverError, place: str = "") -> HTMLResponse:
+        """The page that an error is, which is written down where errors of the API are, too.
+
+        From there one can log in once more, for the same `place`.
+        """
         if error.status in REFUSALS:
             services_of(request).audit.refused(error)
-        link = "" if error.code == OTHER_NAME else '<p><a href="/login">Log in</a></p>\n'
+        again = login_at(place or request.query_params.get("next", ""))
+        link = "" if error.code == OTHER_NAME else f'<p><a href="{escape(again)}">Log in</a></p>\n'
         return page("Sorry", f"<p>{escape(error.message)}</p>\n{link}", error.status)
 
 
 pages = APIRouter(route_class=Page)
 
 
-def path_of(place: str) -> str:
-    """Where on this host a login leads that was begun for this place; a name that is none leads to the first page."""
-    return PLACES.get(place, "/")
+def log_in_first(place: str, code: str = "") -> Response:
+    """The way to a place for a browser that is not logged in, or has come by a link with a code."""
+    return RedirectResponse(login_at(place, code), 303)
 
 
-def log_in_first(place: str) -> Response:
-    """The way to a place for a browser that is not logged in."""
-    return RedirectResponse(f"/login?next={place}", 303)
+def lead_to(place: str) -> Response:
+    """The way from a login to its place, for a browser that has come by a form.
+
+    An app is at another site. To browsers a form is sent to wherever the answer redirects, and ours go to this host.
+    """
+    if place.startswith("/open/"):
+        return onward("Logged in", place, "Go on")
+    return RedirectResponse(place, 303)
 
 
 def _need_own_name(request: Request) -> None:
@@ -103,10 +108,6 @@ async def root(request: Request) -> Response:
     found = await visitor_of(request)
     if found is None:
         return _to_login(request)
-    if place := remembered(request):
-        onward = RedirectResponse(place, 303)
-        forget(request, onward)
-        return onward
     return dashboard(request) or await _plain(request, *found)
 
 
@@ -114,7 +115,7 @@ async def root(request: Request) -> Response:
 async def plain(request: Request) -> Response:
     """Who is logged in, and the tasks that they may use, for browsers without scripts."""
     found = await visitor_of(request)
-    return _to_login(request) if found is None else await _plain(request, *found)
+    return _to_login(request, "/plain") if found is None else await _plain(request, *found)
 
 
 async def _plain(request: Request, caller: Caller, browser: Token) -> Response:
@@ -129,10 +130,10 @@ async def _plain(request: Request, caller: Caller, browser: Token) -> Response:
 async def login_page(request: Request) -> Response:
     """The page that asks for a token; with the code of a link, the way in."""
     code = request.query_params.get("code")
+    place = place_in(request.query_params.get("next", ""))
     if code is None:
-        place = request.query_params.get("next", "")
         if await visitor_of(request) is not None:
-            return RedirectResponse(path_of(place), 303)
+            return RedirectResponse(place, 303)
         blank = _login_form(request, place)
         clear_cookie(request, blank)
         return blank
@@ -140,11 +141,11 @@ async def login_page(request: Request) -> Response:
     await services.requests.turn(asker().origin)
     opened = await services.logins.opened_by(code)
     if services.logins.came_in_by(opened, cookie):
-        return RedirectResponse("/", 303)
+        return RedirectResponse(place, 303)
     found = await visitor_of(request)
     if not opened.used_by and not (_typed_in(request) and (found is None or found[0].name == opened.user)):
-        return _ask(code, opened.user, found)
-    return await _enter(request, code)
+        return _ask(code, opened.user, found, place)
+    return await _enter(request, code, place)
 
 
 @pages.post("/login", include_in_schema=False)
@@ -154,13 +155,13 @@ async def log_in(request: Request) -> Response:
     services = _services(request)
     await services.requests.turn(asker().origin)
     fields = await fields_of(request)
+    token, place = fields.get("token", "").strip(), place_in(fields.get("next", ""))
     if "code" in fields:
-        return await _enter(request, fields["code"])
-    token, place = fields.get("token", "").strip(), fields.get("next", "")
+        return await _enter(request, fields["code"], place)
     try:
         if not token:
             raise UnauthenticatedError("Type a token; `kohakuriver token create` makes one.")
-        return _came_in(request, *await services.logins.log_in(token, shown_cookie(request)), path_of(place))
+        return _came_in(request, *await services.logins.log_in(token, shown_cookie(request)), place)
     except KohakuRiverError as error:
         return _login_form(request, place, error)
 
@@ -193,18 +194,18 @@ async def _out_there_too(request: Request, browser: Token | None) -> Response | 
     return response
 
 
-async def _enter(request: Request, code: str) -> Response:
-    return _came_in(request, *await _services(request).logins.enter(code, shown_cookie(request)))
+async def _enter(request: Request, code: str, place: str) -> Response:
+    return _came_in(request, *await _services(request).logins.enter(code, shown_cookie(request)), place)
 
 
-def _came_in(request: Request, cookie: str, browser: Token, path: str = "/") -> Response:
-    response = RedirectResponse(path, 303)
+def _came_in(request: Request, cookie: str, browser: Token, place: str) -> Response:
+    response = lead_to(place) if request.method == "POST" else RedirectResponse(place, 303)
     set_cookie(request, response, cookie, (browser.ends_at or browser.created_at) - browser.created_at)
     return response
 
 
-def _to_login(request: Request) -> Response:
-    response = RedirectResponse("/login", 303)
+def _to_login(request: Request, place: str = FIRST) -> Response:
+    response = log_in_first(place)
     clear_cookie(request, response)
     return response
 
@@ -243,7 +244,7 @@ def _typed_in(request: Request) -> bool:
 def _login_form(request: Request, place: str, error: KohakuRiverError | None = None) -> HTMLResponse:
     why = "" if error is None else f'<p role="alert">{escape(error.message)}</p>\n'
     oidc = _services(request).oidc
-    after = f'<input type="hidden" name="next" value="{place}">\n' if path_of(place) != "/" else ""
+    after = _field_of(place)
     if oidc is not None:
         why += form("/login/oidc", after, f"Log in with {oidc.name}") + "<p>Or with a token of this host:</p>\n"
     field = after + (
@@ -254,12 +255,16 @@ def _login_form(request: Request, place: str, error: KohakuRiverError | None = N
     return page("Log in", why + form("/login", field, "Log in") + hint, 200 if error is None else error.status)
 
 
-def _ask(code: str, user: str, found: tuple[Caller, Token] | None) -> HTMLResponse:
+def _field_of(place: str) -> str:
+    return "" if place == FIRST else f'<input type="hidden" name="next" value="{escape(place)}">\n'
+
+
+def _ask(code: str, user: str, found: tuple[Caller, Token] | None, place: str) -> HTMLResponse:
     """The page that asks whether to come in by a link: another page may have sent the browser there."""
     now = "" if found is None else f" You are logged in as <strong>{escape(found[0].name)}</strong> now."
     body = f"<p>This link logs this browser in as <strong>{escape(user)}</strong>.{now}</p>\n"
     field = f'<input type="hidden" name="code" value="{escape(code)}">\n'
-    return page("Log in?", body + form("/login", field, f"Log in as {user}"))
+    return page("Log in?", body + form("/login", field + _field_of(place), f"Log in as {user}"))
 
 
 def _services(request: Request) -> Services:

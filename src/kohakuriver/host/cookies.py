@@ -21,16 +21,13 @@ __all__ = [
     "is_tls",
     "need_own_page",
     "set_cookie",
-    "set_place",
     "set_try",
     "shown_cookie",
-    "shown_place",
     "shown_try",
 ]
 
 _NAME = "kohakuriver-host"
 _TRY = "kohakuriver-login"
-_PLACE = "kohakuriver-then"
 _UNDER_TLS = "__Host-"
 
 
@@ -56,16 +53,6 @@ def set_cookie(request: Request, response: Response, secret: str, seconds: float
 def set_try(request: Request, response: Response, kept: str, seconds: float) -> None:
     """Have a browser that came over TLS keep what it needs to come back from an OpenID provider."""
     _set(response, _name(request, tls=True, what=_TRY), kept, int(seconds))
-
-
-def set_place(request: Request, response: Response, place: str, seconds: int) -> None:
-    """Have the browser keep for so long where it was going."""
-    _set(response, _name(request, tls=is_tls(request), what=_PLACE), place, seconds)
-
-
-def shown_place(request: Request) -> str | None:
-    """Where it was going; under TLS only the host itself can have set it."""
-    return _value(request, _name(request, tls=is_tls(request), what=_PLACE))
 
 
 def clear_try(request: Request, response: Response) -> None:

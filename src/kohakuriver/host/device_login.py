@@ -30,7 +30,7 @@ device_pages = APIRouter(route_class=Page)
 async def device_page(request: Request) -> Response:
     """The page that asks for the code that a command line shows."""
     found = await visitor_of(request)
-    return log_in_first("device") if found is None else _code_form(found[0])
+    return log_in_first(PAGE) if found is None else _code_form(found[0])
 
 
 @device_pages.post(PAGE, include_in_schema=False)
@@ -39,7 +39,7 @@ async def device_login(request: Request) -> Response:
     need_own_page(request)
     visitor = await visitor_of(request)
     if visitor is None:
-        return log_in_first("device")
+        return log_in_first(PAGE)
     services: Services = services_of(request)
     fields = await fields_of(request)
     caller, browser = visitor

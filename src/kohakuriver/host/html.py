@@ -34,7 +34,7 @@ def policy(style: str, *, forms: bool = False) -> str:
 
 
 def onward(title: str, url: str, link: str) -> HTMLResponse:
-    """A page that leads to another site at once, by `link` where a browser does not go by itself.
+    """A page that leads on at once, also to another site, by `link` where a browser does not go by itself.
 
     The answer to a form can't redirect there: to browsers that is where the form was sent, and ours go to this host.
     """

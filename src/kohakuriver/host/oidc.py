@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 from fastapi import APIRouter, Request
-from fastapi.responses import RedirectResponse, Response
+from fastapi.responses import Response
 
 from kohakuriver.asking import asker
 from kohakuriver.errors import KohakuRiverError, NotAllowedError, NotFoundError, UsageError
-from kohakuriver.host.browser import Page, path_of
+from kohakuriver.host.browser import Page, lead_to
 from kohakuriver.host.cookies import clear_try, is_tls, need_own_page, set_cookie, set_try, shown_cookie, shown_try
 from kohakuriver.host.forms import fields_of
 from kohakuriver.host.html import onward
 from kohakuriver.host.parts import Services
+from kohakuriver.host.places import place_in
 from kohakuriver.host.services.oidc import TRY_SECONDS, OidcLogins
 from kohakuriver.web.app import services_of
 
@@ -42,8 +43,8 @@ async def begin(request: Request) -> Response:
             "token."
         )
     await services.requests.turn(asker().origin)
-    place = (await fields_of(request)).get("next", "")
-    url, kept = await oidc.begin(_back(request), place if path_of(place) != "/" else "")
+    place = place_in((await fields_of(request)).get("next", ""))
+    url, kept = await oidc.begin(_back(request), place)
     response = onward(f"Log in at {oidc.name}", url, f"Go on to {oidc.name}")
     set_try(request, response, kept, TRY_SECONDS)
     return response
@@ -57,14 +58,15 @@ async def finish(request: Request) -> Response:
     await services.requests.turn(asker().origin)
     _need_visit(request)
     answer = _answer(request)
-    login, place = oidc.begun(shown_try(request), answer.get("state"))  # what another page sends here ends none
+    login, begun_for = oidc.begun(shown_try(request), answer.get("state"))  # what another page sends here ends none
+    place = place_in(begun_for)
     response: Response
     try:
         cookie, browser = await oidc.finish(login, _back(request), answer, shown_cookie(request))
     except KohakuRiverError as error:
-        response = Page.sorry(request, error)
+        response = Page.sorry(request, error, place)
     else:
-        response = RedirectResponse(path_of(place), 303)
+        response = lead_to(place)
         # It began over TLS, as only that lets a browser keep what it has shown now.
         set_cookie(request, response, cookie, (browser.ends_at or 0.0) - browser.created_at, tls=True)
     clear_try(request, response)

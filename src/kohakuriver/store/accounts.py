@@ -59,13 +59,14 @@ class Use(NamedTuple):
     """What a session's right hangs on: a token's digest and a task's id, or a public key that was put into the task.
 
     With neither, which is a session without a token, only the end of the task can end it. One that leads `onward` from
-    the task hangs on its user's being that, too.
+    the task hangs on its user's being that, too. What a session has `left` in the task goes over to the browser's heir.
     """
 
     digest: str | None
     task_id: int
     key: str | None = None
     onward: Literal["", "admin", "owner"] = ""
+    left: bool = False
 
 
 def digest(secret: str) -> str:
@@ -529,6 +530,8 @@ def _withdrawn(session: Session, use: Use, now: float) -> str | None:
     if use.digest is None:
         return None
     token = session.get(Token, use.digest)
+    if use.left and token is not None and token.heir is not None:
+        token = session.get(Token, token.heir) or token
     user = session.get(User, token.name) if token is not None else None
     if token is None or user is None:
         return "the user of this session was removed"

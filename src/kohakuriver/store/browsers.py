@@ -20,7 +20,7 @@ from kohakuriver.store.database import Store
 from kohakuriver.store.models import SEEN_SECONDS, Identity, LoginCode, Token, User
 from kohakuriver.store.news import note
 
-__all__ = ["CODE_SECONDS", "IDLE_SECONDS", "LONGEST_SECONDS", "SEEN_SECONDS", "Browsers", "Opened"]
+__all__ = ["CODE_SECONDS", "IDLE_SECONDS", "LONGEST_SECONDS", "SEEN_SECONDS", "Browsers", "CameIn", "Opened"]
 
 IDLE_SECONDS = 12 * 3600.0
 """A browser that has asked for nothing so long is logged out."""
@@ -48,42 +48,55 @@ class Opened(NamedTuple):
     used_by: str
 
 
+class CameIn(NamedTuple):
+    """A browser that is logged in now, and as what it was `before`, None where it was not."""
+
+    browser: Token
+    before: Token | None
+
+
 class Browsers:
-    """Who is logged in with a browser. Every method may raise KohakuRiverError when the database fails."""
+    """Who is logged in with a browser. Every method may raise KohakuRiverError when the database fails.
+
+    A login comes in the place of the one whose secret, `before`, the browser has shown.
+    """
 
     def __init__(self, store: Store, *, clock: Callable[[], float] = time.time) -> None:
         self._store = store
         self._clock = clock
 
-    async def add(self, secret: str, token: str) -> Token:
+    async def add(self, secret: str, token: str, before: str | None = None) -> CameIn:
         """Have `secret` stand for a browser that was let in by the token with the digest `token`.
 
         Raises UnauthenticatedError where that is no good any more.
         """
-        return await self._store.write(lambda session: self._add(session, secret, token))
+        return await self._store.write(lambda session: self._add(session, secret, token, before))
 
-    async def add_of(self, identity: str, secret: str) -> Token:
+    async def add_of(self, identity: str, secret: str, before: str | None = None) -> CameIn:
         """Have `secret` stand for a browser that was let in by the identity with the digest `identity`.
 
         Raises UnauthenticatedError where that is nobody's any more.
         """
 
-        def work(session: Session) -> Token:
+        def work(session: Session) -> CameIn:
             # The lock makes whoever unbinds it wait, and then finds this browser.
             found = session.get(Identity, identity, with_for_update={"read": True}, populate_existing=True)
             if found is None or session.get(User, found.user) is None:
                 raise UnauthenticatedError("The user of this login was removed; log in again.")
-            return self._let_in(session, secret, found.user, identity, None)
+            return self._let_in(session, secret, before, (found.user, identity, None))
 
         return await self._store.write(work)
 
-    def _add(self, session: Session, secret: str, token: str) -> Token:
+    def _add(self, session: Session, secret: str, token: str, before: str | None) -> CameIn:
         parent = check_good(session, token, self._clock(), kind="user")
-        return self._let_in(session, secret, parent.name, parent.digest, parent.expires_at)
+        return self._let_in(session, secret, before, (parent.name, parent.digest, parent.expires_at))
 
-    def _let_in(self, session: Session, secret: str, user: str, parent: str, until: float | None) -> Token:
+    def _let_in(self, session: Session, secret: str, before: str | None, by: tuple[str, str, float | None]) -> CameIn:
+        """`by` what: its user's name, its digest, and until when it is good."""
+        user, parent, until = by
         now = self._clock()
         forget_bad_tokens(session, "browser", user, now)
+        ended = None if before is None else self._end(session, before, heir=(user, digest(secret)))
         self._make_room(session, user, now)
         ends_at = min(now + LONGEST_SECONDS, until or now + LONGEST_SECONDS)
         key = digest(secret)
@@ -98,7 +111,7 @@ class Browsers:
             ends_at=ends_at,
         )
         session.add(browser)
-        return browser
+        return CameIn(browser, ended)
 
     def _make_room(self, session: Session, user: str, now: float) -> None:
         theirs = select(Token).where(Token.kind == "browser", Token.name == user, Token.revoked_at.is_(None))
@@ -117,15 +130,25 @@ class Browsers:
 
     async def end(self, secret: str) -> Token | None:
         """Log a browser out: which it was, None where it is not logged in."""
+        return await self._store.write(lambda session: self._end(session, secret))
 
-        def work(session: Session) -> Token | None:
-            browser = session.get(Token, digest(secret))
-            if browser is None or browser.kind != "browser" or browser.revoked_at is not None:
-                return None
-            revoke(session, browser, self._clock())
-            return browser
+    def _end(self, session: Session, secret: str, heir: tuple[str, str] = ("", "")) -> Token | None:
+        """Log it out. `heir` is what comes in its place: the user, and a digest.
 
-        return await self._store.write(work)
+        Where that is the same user, what sessions of this one have left in tasks hangs on that. It does not where this
+        one was no good any more: whoever had it last may have been another.
+        """
+        now = self._clock()
+        browser = session.get(Token, digest(secret), with_for_update=True, populate_existing=True)
+        if browser is None or browser.kind != "browser" or browser.revoked_at is not None:
+            return None
+        user, key = heir
+        if user == browser.name and browser.is_good(now):
+            # Those before it name the new one themselves: each is forgotten in its own time.
+            mine = update(Token).where((Token.digest == browser.digest) | (Token.heir == browser.digest))
+            session.execute(mine.values(heir=key))
+        revoke(session, browser, now)
+        return browser
 
     async def add_code(self, code: str, token: str) -> float:
         """Have `code` let one browser in, once, for the token with that digest; until when, in seconds since the epoch.
@@ -156,14 +179,14 @@ class Browsers:
 
         return await self._store.read(work)
 
-    async def enter(self, code: str, secret: str) -> tuple[Token | None, Token | None]:
+    async def enter(self, code: str, secret: str, before: str | None = None) -> tuple[CameIn | None, Token | None]:
         """Let a browser in by a code: (the browser that `secret` now stands for, one that was put out).
 
         A code that is used again has been seen by somebody: who came in with it is out, and nobody comes in. Both are
         None for a code that is not good. Raises UnauthenticatedError where the token behind it is not.
         """
 
-        def work(session: Session) -> tuple[Token | None, Token | None]:
+        def work(session: Session) -> tuple[CameIn | None, Token | None]:
             now = self._clock()
             found = session.get(LoginCode, digest(code), with_for_update=True, populate_existing=True)
             if found is None:
@@ -176,8 +199,8 @@ class Browsers:
                 return None, first
             if found.expires_at <= now:
                 return None, None
-            browser = self._add(session, secret, found.token)
-            found.used_by = browser.digest
-            return browser, None
+            came = self._add(session, secret, found.token, before)
+            found.used_by = came.browser.digest
+            return came, None
 
         return await self._store.write(work)

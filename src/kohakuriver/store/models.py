@@ -276,7 +276,8 @@ class Token(Base):
     it ends. Its `expires_at` moves on while it is used, up to `ends_at`. A token that was made with a browser's login,
     or with such a token, has the browser's `ends_at`, and where its owner made it and came in by an identity, that as
     `parent`. A link opens one `port` of the task `task_id`, by the right of its user. A token of
-    an agent makes one task, `task_id` once it has, and is good for as long as that task is there.
+    an agent makes one task, `task_id` once it has, and is good for as long as that task is there. Where the user of a
+    browser has logged in anew in it, `heir` is the digest of what it is now.
     """
 
     __tablename__ = "tokens"
@@ -292,6 +293,7 @@ class Token(Base):
     ends_at: Mapped[float | None] = mapped_column(Float)
     task_id: Mapped[int | None] = mapped_column(BigInteger)
     port: Mapped[int | None] = mapped_column(Integer)
+    heir: Mapped[str | None] = mapped_column(String(64))
 
     def is_good(self, now: float) -> bool:
         """Whether it opens something, `now` in seconds since the epoch."""

@@ -18,10 +18,10 @@ from kohakuriver.store.models import Base, Meta
 
 __all__ = ["BEFORE", "GOOD_FOR", "HEAD", "PLACE", "bring_up", "is_current", "migrate"]
 
-HEAD = "0001"
+HEAD = "0002"
 """The last step of this installation."""
 
-BEFORE: str | None = None
+BEFORE: str | None = "0001"
 """The step whose hosts go on with these tables; None where there is none."""
 
 PLACE = Path(__file__).parent / "migrations"

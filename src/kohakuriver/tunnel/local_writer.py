@@ -37,7 +37,7 @@ class LocalWriter(asyncio.BufferedProtocol):
     def __init__(self) -> None:
         self._transport: asyncio.Transport | None = None
         self._direct: DirectSocket  # from when there is a transport
-        self._queue: deque[bytes | memoryview] | None = None
+        self._queue: deque[memoryview] | None = None
         self._in_transport = 0
         self._blocked = False
         self._owed = _Owed.NOTHING
@@ -78,17 +78,10 @@ class LocalWriter(asyncio.BufferedProtocol):
     def _hold(self, views: Sequence[memoryview], skip: int = 0) -> None:
         if self._queue is None:
             self._queue = deque()
-        for view in views:
-            if skip >= len(view):
-                skip -= len(view)
-                continue
-            rest = bytes(view[skip:])
-            skip = 0
-            if len(rest) <= WRITE_PIECE:
-                self._queue.append(rest)
-            else:  # credit goes back a piece at a time, so pieces are not too large
-                whole = memoryview(rest)
-                self._queue.extend(whole[i : i + WRITE_PIECE] for i in range(0, len(rest), WRITE_PIECE))
+        # What came together is written together: TLS takes no ranges, each would be a write of its own. Credit goes
+        # back a piece at a time, so pieces are not too large.
+        rest = memoryview(b"".join(views))[skip:]
+        self._queue.extend(rest[i : i + WRITE_PIECE] for i in range(0, len(rest), WRITE_PIECE))
 
     def pump(self) -> None:
         """Write what is queued, as far as the socket takes it, and then do what is owed."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from urllib.parse import urlencode
+from urllib.parse import quote, urlencode
 
 from fastapi import APIRouter, Request
 from fastapi.responses import HTMLResponse, RedirectResponse, Response
@@ -11,8 +11,7 @@ from fastapi.responses import HTMLResponse, RedirectResponse, Response
 from kohakuriver.errors import NotAllowedError, NotFoundError, UsageError
 from kohakuriver.host.apps.gate import ENTER
 from kohakuriver.host.apps.pages import form_page
-from kohakuriver.host.apps.then import remember
-from kohakuriver.host.browser import Page, visitor_of
+from kohakuriver.host.browser import Page, log_in_first, visitor_of
 from kohakuriver.host.parts import Services
 from kohakuriver.tunnel.ports import port_in
 from kohakuriver.web.app import services_of
@@ -29,7 +28,7 @@ async def open_port(request: Request, task: str, port: str, code: str = "") -> R
     """Go to the address of a task's port; with the code of a link, by way of the login."""
     found = await visitor_of(request)
     if found is None or code:  # the code is used up, whoever is logged in
-        return _log_in_first(request, code)
+        return log_in_first(f"/open/{quote(task, '')}/{port}", code)
     services: Services = services_of(request)
     usable, _ = await services.access.usable(found[0], task)
     address = services.apps.address(usable, port_in(port), request.headers.get("host", ""))
@@ -47,7 +46,7 @@ async def enter_app(request: Request, app: str = "", state: str = "") -> Respons
     _need_a_person(request)
     found = await visitor_of(request)
     if found is None:
-        return _log_in_first(request)
+        return log_in_first(f"/enter-app?{urlencode({'app': app, 'state': state})}")
     services: Services = services_of(request)
     caller, browser = found
     address = services.apps.addresses.read(app)
@@ -60,13 +59,6 @@ async def enter_app(request: Request, app: str = "", state: str = "") -> Respons
     origin = address.place.origin
     text, fields = form_page(f"{origin}{ENTER.decode()}", origin, code, referrer="no-referrer")
     return HTMLResponse(text, headers=fields)
-
-
-def _log_in_first(request: Request, code: str = "") -> Response:
-    """Send a browser to where it can log in; from there it comes back."""
-    response = RedirectResponse(f"/login?{urlencode({'code': code})}" if code else "/login", 303)
-    remember(request, response)
-    return response
 
 
 def _need_a_person(request: Request) -> None:

@@ -98,7 +98,6 @@ class Grant:
         self._passed: Callable[[], tuple[int, int]] = _nothing
         self._over = False
         self._stays = False
-        self._heir: str | None = None
         self._end: Callable[[str], None] | None = None
         self._withdrawn: str | None = None
 
@@ -127,10 +126,6 @@ class Grant:
         """What it leaves in the task goes when the right does."""
         self._stays = True
 
-    def inherited_by(self, digest: str) -> None:
-        """What it leaves in the task hangs on another credential of its user."""
-        self._heir = digest
-
     def attach(self, end: Callable[[str], None]) -> None:
         """`end` is called with the reason once the right is gone: at once if that has happened already."""
         self._end = end
@@ -149,7 +144,7 @@ class Grant:
 
     def _held(self) -> Held:
         about = self._about
-        use = self.use if self._heir is None else self.use._replace(digest=self._heir)
+        use = self.use._replace(left=True)
         return Held(use, about["node"], about["container"], about["user"], time.monotonic() + LONGEST_HOLD)
 
     def release(self) -> None:
@@ -244,21 +239,6 @@ class Grants:
         of_user.move_to_end(held.use)
         if len(of_user) > MAX_HELD:
             of_user.popitem(last=False)
-
-    def inherit(self, before: str, now: str, user: str) -> None:
-        """What sessions of this user by one credential leave in tasks hangs on another one; they themselves do not.
-
-        Args:
-            before, now: the digests of these.
-        """
-        for grant in self._grants:
-            if grant.use.digest == before and grant.caller.name == user:
-                grant.inherited_by(now)
-        of_user = self._held.get(user, OrderedDict())
-        # What was to end already ends: whoever had that credential may have been another.
-        for held in [held for use, held in of_user.items() if use.digest == before and not held.told]:
-            self._hold_no_more(held)
-            self.hold(replace(held, use=held.use._replace(digest=now)))
 
     def write(self, event: str, about: dict[str, Any]) -> None:
         """Write down what became of a session."""

@@ -16,6 +16,7 @@ from kohakuriver.host.services.credentials import Caller, Credentials, new_token
 from kohakuriver.host.services.grants import Grants
 from kohakuriver.store import Browsers, Opened, Token
 from kohakuriver.store.accounts import digest
+from kohakuriver.store.browsers import CameIn
 
 __all__ = ["Logins", "name_in_browsers"]
 
@@ -63,9 +64,7 @@ class Logins:
         """
         _, shown = await self._credentials.caller(token)
         cookie = new_token("browser")
-        browser = await self._browsers.add(cookie, shown.digest)
-        await self._came_in(browser, "token", before)
-        return cookie, browser
+        return cookie, await self._came_in(await self._browsers.add(cookie, shown.digest, before), "token")
 
     async def link(self, token: Token) -> LoginLink:
         """What lets a browser in as the owner of a token. Raises NotAllowedError for a browser.
@@ -91,43 +90,43 @@ class Logins:
         """The cookie of a browser that comes in by a link. Raises UnauthenticatedError."""
         cookie = new_token("browser")
         async with self._credentials.looking():
-            browser, put_out = await self._browsers.enter(code, cookie)
+            came, put_out = await self._browsers.enter(code, cookie, before)
         if put_out is not None:
             log.warning("a login link was used twice: who came in first is out", user=put_out.name, browser=put_out.id)
             self._audit.write("login_link_used_twice", user=put_out.name, token=put_out.id)
             await self._grants.check()
-        if browser is None:
+        if came is None:
             await self._refuse_code()
-        await self._came_in(browser, "link", before)
-        return cookie, browser
+        return cookie, await self._came_in(came, "link")
 
     async def enter_by(self, identity: str, before: str | None) -> tuple[str, Token]:
         """The cookie of a browser that comes in by an identity. Raises UnauthenticatedError."""
         cookie = new_token("browser")
-        browser = await self._browsers.add_of(identity, cookie)
-        await self._came_in(browser, "oidc", before)
-        return cookie, browser
+        return cookie, await self._came_in(await self._browsers.add_of(identity, cookie, before), "oidc")
 
     async def log_out(self, cookie: str) -> Token | None:
         """End what a browser was let in for, and what it has open; which browser that was, None where it was out."""
         browser = await self._browsers.end(cookie)
-        if browser is not None:
-            self._audit.write("browser_logged_out", user=browser.name, token=browser.id, via="browser")
-            await self._grants.check()
-            log.info("browser logged out", user=browser.name, id=browser.id)
+        await self._went(browser)
         return browser
 
     def came_in_by(self, opened: Opened, cookie: str | None) -> bool:
         """Whether it is this very browser that a link has let in."""
         return bool(opened.used_by) and cookie is not None and digest(cookie) == opened.used_by
 
-    async def _came_in(self, browser: Token, by: Literal["token", "link", "oidc"], before: str | None) -> None:
+    async def _came_in(self, came: CameIn, by: Literal["token", "link", "oidc"]) -> Token:
+        browser = came.browser
         self._audit.write("browser_logged_in", user=browser.name, token=browser.id, via="browser", by=by)
         log.info("browser logged in", user=browser.name, id=browser.id, by=by)
-        if before is not None:
-            # The same person in the same browser: what is open there ends and begins anew, and finds its terminals.
-            self._grants.inherit(digest(before), browser.digest, browser.name)
-            await self.log_out(before)
+        await self._went(came.before)
+        return browser
+
+    async def _went(self, browser: Token | None) -> None:
+        """It was logged out, where it was one: what it has open ends."""
+        if browser is not None:
+            self._audit.write("browser_logged_out", user=browser.name, token=browser.id, via="browser")
+            await self._grants.check()
+            log.info("browser logged out", user=browser.name, id=browser.id)
 
     async def _refuse_code(self) -> NoReturn:
         """Raises UnauthenticatedError, or UnavailableError "too_many_failures" (429)."""

@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
+from urllib.parse import quote, unquote
 
 import structlog
 
@@ -118,7 +119,7 @@ class OidcLogins:
         return self._provider.name
 
     async def begin(self, redirect_uri: str, place: str) -> tuple[str, str]:
-        """(where the browser goes, what it keeps). `place` is where the way in leads: a name, no address.
+        """(where the browser goes, what it keeps). `place` is where the way in leads, a path of this host.
 
         Raises UnavailableError where the provider can't be asked.
         """
@@ -126,7 +127,7 @@ class OidcLogins:
 
         login = Try()
         url = await self._provider.login_url(login, redirect_uri)
-        return url, ".".join((f"{int(self._clock())}", login.state, login.nonce, login.verifier, place))
+        return url, ".".join((f"{int(self._clock())}", login.state, login.nonce, login.verifier, quote(place, "")))
 
     async def finish(
         self, login: Try, redirect_uri: str, answer: Mapping[str, str], before: str | None
@@ -165,7 +166,7 @@ class OidcLogins:
         """
         from kohakuriver.host.services.oidc_provider import Try
 
-        began, *rest = (kept or "").split(".")
+        began, *rest = (kept or "").split(".", 4)
         if len(rest) != 4 or not all(rest[:3]) or state != rest[0]:
             raise UnauthenticatedError(
                 "This browser has begun no such login here, or another one since; log in once more.",
@@ -174,7 +175,7 @@ class OidcLogins:
         since = self._clock() - int(began[:12]) if began.isascii() and began.isdigit() else TRY_SECONDS
         if not -TRY_SECONDS < since < TRY_SECONDS:
             raise UnauthenticatedError("This login took too long; log in once more.", code="oidc_refused")
-        return Try(*rest[:3]), rest[3]
+        return Try(*rest[:3]), unquote(rest[3])
 
     async def _put_out(self, issuer: str, subject: str) -> None:
         """Whoever may not come in any more is not in any more, either."""
