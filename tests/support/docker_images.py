@@ -94,7 +94,7 @@ def debian_image(directory: Path) -> str:
     else:
         whence, names = _made_tree(directory / "debian"), ["."]
     recursion = "--recursion" if names == ["."] else "--no-recursion"  # which holds for what comes after it
-    pack = ["tar", "-C", str(whence), recursion, "--null", "-c", "-T", "-"]
+    pack = ["tar", "-C", str(whence), recursion, "--ignore-failed-read", "--null", "-c", "-T", "-"]
     packed = subprocess.run(pack, input="\0".join(names).encode(), capture_output=True, check=True).stdout
     docker("import", "-", image, content=packed)
     return image
