@@ -2,7 +2,7 @@
 
     python -m bench.hostile [--only ATTACK…] [--docker] [--output DIR]
 
-For each attack of tests/support/peers/attackers.py: the echo's median, 99th percentile and maximum, from its start
+For each attack of tests/support/peers/attack.py: the echo's median, 99th percentile and maximum, from its start
 until all that it sent has been worked off, with what the attacker did as it counted itself (an attack that did not
 happen fails the measurement); the longest that a list of nodes took meanwhile, and how many of the lists
 called the node offline; the most memory that host and runner had more of, and what they wrote to their disks.
@@ -38,7 +38,8 @@ from typing import Any
 import httpx
 
 from tests.support.docker_images import busybox_image
-from tests.support.peers.attackers import EVERY_ATTACK, attacked, attackers_own, process_task
+from tests.support.peers.attack import EVERY_ATTACK
+from tests.support.peers.attackers import attacked, attackers_own, process_task
 from tests.support.peers.wire import Counts, Target, raise_file_limit
 from tests.support.processes import Cluster, Program, a_cluster
 from tests.support.services import echo

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import atexit
 import contextlib
+import gc
 import logging
 import os
 import shutil
@@ -13,6 +14,7 @@ import socket
 import sys
 import tempfile
 from collections.abc import Callable, Coroutine, Iterator
+from pathlib import Path
 from typing import Any, TypeVar
 from unittest import mock
 
@@ -47,6 +49,20 @@ for _number in (signal.SIGINT, signal.SIGHUP, signal.SIGQUIT):
 def pytest_configure(config: pytest.Config) -> None:
     if sys.version_info < (3, 11):  # whose TLS transports count as unclosed when their peer was the one who went
         config.addinivalue_line("filterwarnings", "ignore:unclosed transport <asyncio.sslproto:ResourceWarning")
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_collection_finish() -> None:
+    """What has been loaded stays to the end: the garbage collector needs not look at it after every few tests."""
+    gc.collect()
+    gc.freeze()
+
+
+def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
+    """The tests that run alone are in a few files: loading all of them would take longer than some of these do."""
+    if config.option.markexpr != "alone" or collection_path.suffix != ".py":
+        return None
+    return b"pytest.mark.alone" not in collection_path.read_bytes() or None
 
 
 MAX_UNSTEADY = 8

@@ -313,7 +313,7 @@ def test_a_container_removed_behind_our_back_is_lost_and_made_anew_by_a_restart(
     assert echoes(shared, "vanished")
 
 
-@pytest.mark.timeout(400)  # the tree is fetched and unpacked once on a machine
+@pytest.mark.timeout(400)  # where the tree must be fetched
 def test_a_service_in_a_debian_tree_is_reached(shared: Cluster, tmp_path: Path) -> None:
     image = docker_images.debian_image(tmp_path)
     program = (

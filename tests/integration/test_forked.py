@@ -7,6 +7,7 @@ import signal
 import subprocess
 from pathlib import Path
 
+import psutil
 import pytest
 
 from kohakuriver import __version__
@@ -49,6 +50,28 @@ def test_a_forked_program_has_descriptors_of_its_own_and_the_exit_code_of_what_e
         assert program.wait(20) == -signal.SIGKILL
         assert program.poll() == -signal.SIGKILL
     assert not Path(f"/proc/{program.pid}").exists()
+
+
+def test_what_a_forked_up_starts_is_its_own_child_under_its_own_name_and_ends_with_it(
+    environment: dict[str, str],
+) -> None:
+    arguments = ["up", "--json", "--host-port=0", "--runner-port=0", "--ssh-port=0"]
+    with forked.start(arguments, env=environment) as program:
+        assert isinstance(program, forked.Forked)
+        assert program.stdout is not None
+        assert '"ready"' in program.stdout.readline()
+        assert _words(program.pid) == [*forked.PROGRAM, *arguments]
+        below = psutil.Process(program.pid).children()
+        roles = {_words(each.pid)[3]: each for each in below}
+        assert roles.keys() >= {"host", "runner"}
+        assert all(os.getsid(roles[role].pid) == roles[role].pid for role in ("host", "runner"))
+        roles["host"].kill()
+        assert program.wait(60) == 1
+        assert psutil.wait_procs(below, timeout=60)[1] == []
+
+
+def _words(pid: int) -> list[str]:
+    return [word for word in Path(f"/proc/{pid}/cmdline").read_text().split("\0") if word]
 
 
 def _files(pid: int) -> set[str]:

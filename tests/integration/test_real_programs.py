@@ -20,7 +20,7 @@ from tests.support.processes import eventually
 from tests.support.up import TIMEOUT, Cluster
 
 SIZE = 3_000_000
-DATA = bytes(i * i % 251 for i in range(SIZE))
+DATA = (bytes(i * i % 251 for i in range(251)) * (SIZE // 251 + 1))[:SIZE]
 NOBODY = 65534
 
 # Reads to end-of-file, or a request of HTTP/1.0 as far as it says that it goes, and only then answers, with what it

@@ -15,6 +15,7 @@ from typing import Any
 import psutil
 import pytest
 
+from tests.support import forked
 from tests.support.processes import PATIENCE, Cluster, a_cluster, eventually
 
 PROGRAM = str(Path(sys.executable).with_name("kohakuriver"))
@@ -34,17 +35,11 @@ def environment(cluster: Cluster, token: str | None = None) -> dict[str, str]:
 
 
 def logs(cluster: Cluster, *arguments: str, token: str | None = None) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [PROGRAM, "vps", "logs", *arguments],
-        env=environment(cluster, token), capture_output=True, text=True, timeout=PATIENCE, check=False,
-    )  # fmt: skip
+    return forked.run(["vps", "logs", *arguments], env=environment(cluster, token), stdin="", timeout=PATIENCE)
 
 
-def following(cluster: Cluster, task: dict[str, Any], *arguments: str) -> subprocess.Popen[str]:
-    return subprocess.Popen(
-        [PROGRAM, "vps", "logs", "--follow", str(task["task_id"]), *arguments],
-        env=environment(cluster), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-    )  # fmt: skip
+def following(cluster: Cluster, task: dict[str, Any], *arguments: str) -> forked.Started:
+    return forked.start(["vps", "logs", "--follow", str(task["task_id"]), *arguments], env=environment(cluster))
 
 
 def printing(cluster: Cluster, code: str, **more: Any) -> dict[str, Any]:

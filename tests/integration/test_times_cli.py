@@ -4,17 +4,13 @@ from __future__ import annotations
 
 import json
 import os
-import subprocess
-import sys
 from collections.abc import Iterator
-from pathlib import Path
 
 import pytest
 
 from kohakuriver import forward_sync
+from tests.support import forked
 from tests.support.processes import PATIENCE, Cluster, a_cluster, eventually
-
-PROGRAM = str(Path(sys.executable).with_name("kohakuriver"))
 
 
 @pytest.fixture(scope="module")
@@ -28,9 +24,7 @@ def command(cluster: Cluster, *arguments: str, code: int = 0) -> str:
     """What a command said: its stdout, or where it is to fail with `code` its stderr."""
     settings = {"KOHAKURIVER_HOST": cluster.url, "KOHAKURIVER_TOKEN": cluster.token}
     environment = {**os.environ, **settings, "KOHAKURIVER_CONFIG_DIR": str(cluster.directory / "config")}
-    done = subprocess.run(
-        [PROGRAM, *arguments], env=environment, capture_output=True, text=True, timeout=PATIENCE, check=False
-    )
+    done = forked.run(arguments, env=environment, stdin="", timeout=PATIENCE)
     assert done.returncode == code, done.stderr
     return done.stderr if code else done.stdout
 

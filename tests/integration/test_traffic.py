@@ -77,7 +77,7 @@ def test_a_task_and_its_node_show_the_streams_and_bytes_of_a_forward(cluster: Cl
 
 def test_the_statistics_of_a_forward_show_bytes_rates_and_streams(cluster: Cluster) -> None:
     service = cluster.service()
-    forward = cluster.start("forward", service.task, f"0:{service.port}", "--json")
+    forward = cluster.start("forward", service.task, f"0:{service.port}", "--path", "host", "--json")  # as above
     with connect(forward.listening()) as connection:
         assert echoes(connection, bytes(SIZE))
         events = [forward.event("stats")]

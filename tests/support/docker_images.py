@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import io
 import os
+import re
 import shutil
 import subprocess
 import tarfile
@@ -81,16 +82,51 @@ def unprivileged_image() -> str:
 
 
 def debian_image(directory: Path) -> str:
-    """A minimal Debian tree; skips where none can be made, but not in CI."""
+    """A minimal Debian tree: of this machine's packages, or made by debootstrap where it is no Debian.
+
+    Skips where none can be made, but not in CI.
+    """
     image = f"{PREFIX}-debian:minbase"
     if not subprocess.run(["docker", "image", "inspect", image], capture_output=True, check=False).returncode:
         return image
+    if shutil.which("dpkg-query"):
+        whence, names = Path("/"), _essential_files()
+    else:
+        whence, names = _made_tree(directory / "debian"), ["."]
+    recursion = "--recursion" if names == ["."] else "--no-recursion"  # which holds for what comes after it
+    pack = ["tar", "-C", str(whence), recursion, "--ignore-failed-read", "--null", "-c", "-T", "-"]
+    packed = subprocess.run(pack, input="\0".join(names).encode(), capture_output=True, check=True).stdout
+    docker("import", "-", image, content=packed)
+    return image
+
+
+def _essential_files() -> list[str]:
+    """What belongs to the packages that every Debian has, and to what those need; names relative to /."""
+
+    def ask(*arguments: str) -> str:
+        return subprocess.run(["dpkg-query", *arguments], capture_output=True, check=True).stdout.decode()
+
+    form = r"${Package}\t${Essential}\t${db:Status-Status}\t${Pre-Depends}, ${Depends}\n"
+    rows = [line.split("\t") for line in ask("-W", "-f", form).splitlines()]
+    needs = {
+        row[0]: re.findall(r"(?:^|[,|])\s*([a-z0-9][a-z0-9+.-]+)", row[3]) for row in rows if row[2] == "installed"
+    }
+    left, wanted = [row[0] for row in rows if row[1] == "yes"], set()
+    while left:
+        name = left.pop()
+        if name in needs and name not in wanted:
+            wanted.add(name)
+            left += needs[name]
+    unread = ("/usr/share/doc", "/usr/share/locale", "/usr/share/man")
+    listed = {Path(path) for path in ask("-L", *wanted).splitlines() if path[:1] == "/" and not path.startswith(unread)}
+    # Where they really are: a directory is a link to another by now, as /bin is.
+    found = {path.parent.resolve() / path.name for path in listed if path.name and os.path.lexists(path)}
+    return sorted(str(path.relative_to("/")) for path in found)
+
+
+def _made_tree(tree: Path) -> Path:
     if os.environ.get("CI") != "true" and (shutil.which("debootstrap") is None or os.geteuid() != 0):
         pytest.skip("a Debian tree is made by debootstrap, as root")
-    tree = directory / "debian"
     made = subprocess.run(["debootstrap", "--variant=minbase", "stable", str(tree)], capture_output=True, text=True)
     assert made.returncode == 0, made.stdout[-2000:] + made.stderr[-2000:]
-    with subprocess.Popen(["tar", "-C", str(tree), "-c", "."], stdout=subprocess.PIPE) as packed:
-        subprocess.run(["docker", "import", "-", image], stdin=packed.stdout, capture_output=True, check=True)
-    assert packed.returncode == 0
-    return image
+    return tree

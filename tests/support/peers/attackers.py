@@ -1,9 +1,4 @@
-"""Who attacks, with what, and how: each attack is one peer, in a process of its own.
-
-`python -m tests.support.peers.attackers NAME TARGET` runs one by itself (`TARGET` is a Target as JSON): it prints
-`under way`, and as JSON what it did, once all of it is with the other side, and then holds what it opened until its
-stdin ends. An attack that came to little, because it was kept from it or for any other reason, fails instead.
-"""
+"""Who attacks, and with what: each attack is one peer, in a process of its own (attack.py beside this)."""
 
 from __future__ import annotations
 
@@ -14,13 +9,9 @@ import sys
 from collections.abc import Iterator
 
 from tests.support.hops import ROOT
-from tests.support.peers.greedy import GREEDY
-from tests.support.peers.hostile import ATTACKS
-from tests.support.peers.wire import PATIENCE, Attack, Counts, Target
+from tests.support.peers.wire import PATIENCE, Counts, Target
 from tests.support.processes import Cluster, eventually
 from tests.support.services import echo, port_in
-
-EVERY_ATTACK: dict[str, Attack] = ATTACKS | GREEDY
 
 # Where the machine is that stands for the attacker's own.
 ELSEWHERE = "127.0.0.7"
@@ -91,20 +82,13 @@ def attackers_own(cluster: Cluster, node: str, image: str = "") -> Iterator[Targ
         assert status == 200, answer
 
 
-def main() -> None:
-    name, target = sys.argv[1:]
-    for counts in EVERY_ATTACK[name](Target(**json.loads(target))):
-        print("under way", json.dumps(counts or {}), flush=True)
-        sys.stdin.read()
-
-
 @contextlib.contextmanager
 def attacked(name: str, target: Target) -> Iterator[Counts]:
     """Run an attack in a process of its own; inside the `with` it is under way, and all it sent has been taken.
 
     Yields what it did. AssertionError where it did not happen.
     """
-    argv = [sys.executable, "-m", "tests.support.peers.attackers", name, target.to_json()]
+    argv = [sys.executable, "-m", "tests.support.peers.attack", name, target.to_json()]
     with subprocess.Popen(argv, cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
         assert process.stdout is not None
         assert process.stdin is not None
@@ -116,7 +100,3 @@ def attacked(name: str, target: Target) -> Iterator[Counts]:
             assert process.wait(PATIENCE) == 0
         finally:
             process.kill()
-
-
-if __name__ == "__main__":
-    main()

@@ -16,8 +16,6 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterator
 
-import asyncssh
-
 from kohakuriver._frame import build_frame
 from kohakuriver.tunnel.ports import MAX_PORTS
 from kohakuriver.tunnel.protocol import CLIENT_HEADER, CONNECT, CONNECTED, DATA, TERMINAL_V2
@@ -55,6 +53,8 @@ def costly_handshakes(target: Target) -> Iterator[Counts]:
 
     Where the port takes their handshakes, each gets as far as to be refused a login.
     """
+    import asyncssh  # which takes longer to load than the other attacks take
+
     dear = ["rsa2048-sha256", "diffie-hellman-group18-sha512", "ecdh-sha2-nistp521", "curve25519-sha256"]
     ends: Counter[str] = Counter()
 

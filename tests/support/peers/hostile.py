@@ -1,7 +1,7 @@
 """Attacks that break the protocol, or use it up: what one peer may send that means no good.
 
 Each is a function that yields once, when all of it is with the other side, and then lets go of what it opened. They run
-as tests/support/peers/attackers.py says.
+as tests/support/peers/attack.py says.
 """
 
 from __future__ import annotations
