@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import gc
 import socket
 import ssl
 import struct
@@ -25,6 +26,7 @@ from kohakuriver.errors import (
     UnavailableError,
     UsageError,
 )
+from kohakuriver.tunnel import dial
 from kohakuriver.tunnel.accept import TunnelRoute, UpgradeRequest
 from kohakuriver.tunnel.container_endpoint import ContainerEndpoint
 from kohakuriver.tunnel.dial import Server, greeting_error, open_link, open_session
@@ -81,6 +83,28 @@ def test_a_server_that_says_nothing_is_given_up(run: Run) -> None:
             assert (error.code, error.status) == ("timed_out", 504)
 
     run(main())
+
+
+def test_who_gives_up_while_the_connection_is_made_leaves_nothing_unheard(
+    run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made = dial._Opening.connection_made
+
+    async def check() -> None:
+        def give_up(opening: dial._Opening, transport: asyncio.BaseTransport) -> None:
+            made(opening, transport)
+            asking.cancel()
+
+        monkeypatch.setattr(dial._Opening, "connection_made", give_up)
+        async with answering(None) as url:
+            asking = asyncio.ensure_future(open_session(Server(url)))
+            with pytest.raises(asyncio.CancelledError):
+                await asking
+            for _ in range(5):
+                await asyncio.sleep(0)
+            gc.collect()
+
+    run(check())
 
 
 def test_a_session_without_its_greeting_is_given_up_within_the_same_time(run: Run) -> None:

@@ -14,7 +14,7 @@ import ssl as tls
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import cast
+from typing import Any, cast
 from urllib.parse import urlsplit
 
 from websockets.client import ClientProtocol
@@ -272,9 +272,10 @@ async def _tunnel(proxy: HttpProxy, uri: WebSocketURI, timeout: float) -> asynci
     async def connect() -> asyncio.Transport:
         tunnel = _Tunnel(proxy, Connect(proxy, uri.host, uri.port))
         context = tls.create_default_context() if proxy.secure else None
-        transport = await _connect(lambda: tunnel, proxy.host, proxy.port, context)
-        with _aborting_unless_done(lambda: transport):
-            await tunnel.opened
+        with _asking(tunnel.opened):
+            transport = await _connect(lambda: tunnel, proxy.host, proxy.port, context)
+            with _aborting_unless_done(lambda: transport):
+                await tunnel.opened
         return transport
 
     try:
@@ -292,7 +293,7 @@ async def _open(opening: _Opening, uri: WebSocketURI, tunnel: asyncio.Transport 
     loop = asyncio.get_running_loop()
     if tunnel is not None:
         opening.transport = tunnel
-    with _aborting_unless_done(lambda: opening.transport):
+    with _asking(opening.answered), _aborting_unless_done(lambda: opening.transport):
         try:
             if server.socket is not None:
                 await _connect_to_socket(lambda: opening, server.socket)
@@ -308,9 +309,18 @@ async def _open(opening: _Opening, uri: WebSocketURI, tunnel: asyncio.Transport 
                 secured = await loop.start_tls(tunnel, opening, context, server_hostname=uri.host)
                 opening.connection_made(cast(asyncio.Transport, secured))
         except OSError as exc:
-            opening.answered.cancel()
             raise server.unreachable(why(exc)) from exc
         server.check(opening.protocol, await opening.answered)
+
+
+@contextlib.contextmanager
+def _asking(answer: asyncio.Future[Any]) -> Iterator[None]:
+    """While this lasts somebody waits for the answer; what it says, or would say, later is nothing that was missed."""
+    try:
+        yield
+    finally:
+        if not answer.cancel() and not answer.cancelled():
+            answer.exception()
 
 
 async def _connect(
