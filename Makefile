@@ -11,7 +11,7 @@ CRATES := src/kohakuriver-tunnel src/kohakuriver-sshd
 WEB := src/kohakuriver-web
 TESTS ?= tests --ignore=tests/e2e
 PYTEST_ARGS ?=
-PYTEST_WORKERS ?= 4
+PYTEST_WORKERS ?= 3
 # The suite starts hundreds of programs: each would compile its modules anew.
 unexport PYTHONDONTWRITEBYTECODE
 # What is compiled has steps of its own.
