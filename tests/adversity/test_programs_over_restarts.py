@@ -79,9 +79,9 @@ class Lab(Apart):
         )
         self.ssh = ["ssh", "-F", str(config)]
 
-    def forward(self, port: int) -> tuple[int, Program]:
-        """The local port of a new forward to a service that listens, and the forward."""
-        program = self.start("forward", "lab", f"0:{port}", "--wait", "--json")
+    def forward(self, port: int, *options: str) -> tuple[int, Program]:
+        """The local port of a new forward to a service, and the forward."""
+        program = self.start("forward", "lab", f"0:{port}", "--json", *options)
         return program.listening(), program
 
     def restart(self, hop: str, under_way: Callable[[], bool]) -> None:
@@ -194,7 +194,7 @@ def test_git_pushes_a_repository(lab: Lab, tmp_path: Path) -> None:
         (here / str(number)).write_bytes(os.urandom(MIB))
     git("-C", here, "add", ".")
     git("-C", here, "commit", "-q", "-m", "all")
-    port, _ = lab.forward(GIT)
+    port, _ = lab.forward(GIT, "--wait")
     url = f"git://127.0.0.1:{port}/repository.git"
     # It compresses while it sends, one thread alone: that takes longer than what is on the way at a time.
     slowly = ["-c", "pack.threads=1", "-c", "pack.window=0"]
@@ -207,7 +207,7 @@ def test_git_pushes_a_repository(lab: Lab, tmp_path: Path) -> None:
 
 def test_psql_commits_the_transaction_that_it_was_in(lab: Lab) -> None:
     need("psql")
-    port, forward = lab.forward(POSTGRES)
+    port, forward = lab.forward(POSTGRES, "--wait")
     url = f"postgresql://me@127.0.0.1:{port}/postgres?sslmode=disable"
     with on_a_terminal(lab, "psql", "-X", "-P", "pager=off", url) as psql:
 
@@ -253,8 +253,10 @@ def test_vim_over_ssh_saves_what_was_typed_before_and_after(lab: Lab) -> None:
 @pytest.mark.alone
 def test_iperf3_measures_both_ways(lab: Lab) -> None:
     need("iperf3")
-    port, _ = lab.forward(IPERF3)
     told = lab.there / "iperf3"
+    # A connection that only looks whether it listens would have the next one find it busy.
+    eventually(lambda: b"Server listening" in told.read_bytes())
+    port, _ = lab.forward(IPERF3)
     before = told.stat().st_size
 
     def seconds() -> int:

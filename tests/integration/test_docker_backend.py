@@ -99,6 +99,7 @@ def _asked(port: int, question: bytes) -> bytes | None:
 
 
 def adopt(cluster: Cluster, container: str, name: str) -> dict[str, Any]:
+    cluster.call("DELETE", f"/api/tasks/{name}")  # where an earlier try of the same test has left it
     status, task = cluster.call("POST", "/api/tasks/adopt", {"container": container, "name": name})
     assert status == 201, task
     return dict(task)
