@@ -17,12 +17,12 @@ from kohakuriver.web.app import socket_url
 from tests.support.processes import PATIENCE
 
 TWO = """
-import signal, sys
+import os, signal, sys
 from kohakuriver.host.workers import serve_together
 
 def serve(number, ready):
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
-    signal.signal(signal.SIGHUP, lambda *_: print("again", number, flush=True))
+    signal.signal(signal.SIGHUP, lambda *_: os.write(1, b"again %d\\n" % number))
     ready({"url": "", "ssh_proxy": "", "metrics": None})
     while True:
         signal.pause()
