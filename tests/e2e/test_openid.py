@@ -41,11 +41,12 @@ def host(tmp_path: Path, provider: RealProvider) -> Iterator[tuple[Commands, str
     commands.close()
 
 
+BUTTON = "return [...document.querySelectorAll('button')].find(each => each.innerText.startsWith(arguments[0]));"
+
+
 def press(browser: Any, button: str) -> None:
-    """Press the button with that text."""
-    found = [each for each in browser.find_elements("tag name", "button") if each.text.startswith(button)]
-    assert found, text_of(browser)
-    found[0].click()
+    """Press the button with that text, once it is there."""
+    until(lambda: browser.execute_script(BUTTON, button), f"the button {button}").click()
 
 
 def test_a_user_logs_in_at_the_provider_then_a_command_line_by_that_and_out_of_both(
