@@ -260,7 +260,9 @@ async def _dial(server: Server, subprotocols: Sequence[str], max_message: int = 
     deadline = loop.time() + server.timeout
     transport = await _tunnel(server.proxy, uri, server.timeout) if server.proxy else None
     try:
-        await asyncio.wait_for(_open(opening, uri, transport), max(0.0, deadline - loop.time()))
+        # Also where this is given up in the moment in which the answer has come: up to Python 3.11 that is lost then.
+        with _aborting_unless_done(lambda: opening.transport):
+            await asyncio.wait_for(_open(opening, uri, transport), max(0.0, deadline - loop.time()))
     except asyncio.TimeoutError as exc:
         raise server.late("answer") from exc
     return opening
@@ -269,17 +271,20 @@ async def _dial(server: Server, subprotocols: Sequence[str], max_message: int = 
 async def _tunnel(proxy: HttpProxy, uri: WebSocketURI, timeout: float) -> asyncio.Transport:
     """A connection that leads through `proxy` to the server."""
 
+    transport: asyncio.Transport | None = None
+
     async def connect() -> asyncio.Transport:
+        nonlocal transport
         tunnel = _Tunnel(proxy, Connect(proxy, uri.host, uri.port))
         context = tls.create_default_context() if proxy.secure else None
         with _asking(tunnel.opened):
             transport = await _connect(lambda: tunnel, proxy.host, proxy.port, context)
-            with _aborting_unless_done(lambda: transport):
-                await tunnel.opened
+            await tunnel.opened
         return transport
 
     try:
-        return await asyncio.wait_for(connect(), timeout)
+        with _aborting_unless_done(lambda: transport):  # as in `_dial`
+            return await asyncio.wait_for(connect(), timeout)
     except asyncio.TimeoutError as exc:
         raise proxy.late(timeout) from exc
     except OSError as exc:
