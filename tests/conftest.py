@@ -6,6 +6,7 @@ import asyncio
 import atexit
 import contextlib
 import gc
+import importlib
 import logging
 import os
 import shutil
@@ -54,6 +55,8 @@ def pytest_configure(config: pytest.Config) -> None:
 @pytest.hookimpl(trylast=True)
 def pytest_collection_finish() -> None:
     """What has been loaded stays to the end: the garbage collector needs not look at it after every few tests."""
+    # Its plugin loads it at the end, if nobody has before: then it would miss what refers to a library's own chance.
+    importlib.import_module("hypothesis")
     gc.collect()
     gc.freeze()
 
