@@ -258,11 +258,13 @@ async def _dial(server: Server, subprotocols: Sequence[str], max_message: int = 
     opening = _Opening(server, protocol, headers)
     loop = asyncio.get_running_loop()
     deadline = loop.time() + server.timeout
-    transport = await _tunnel(server.proxy, uri, server.timeout) if server.proxy else None
+    tunnel = await _tunnel(server.proxy, uri, server.timeout) if server.proxy else None
+    if tunnel is not None:
+        opening.transport = tunnel
     try:
         # Also where this is given up in the moment in which the answer has come: up to Python 3.11 that is lost then.
         with _aborting_unless_done(lambda: opening.transport):
-            await asyncio.wait_for(_open(opening, uri, transport), max(0.0, deadline - loop.time()))
+            await asyncio.wait_for(_open(opening, uri, tunnel), max(0.0, deadline - loop.time()))
     except asyncio.TimeoutError as exc:
         raise server.late("answer") from exc
     return opening
@@ -296,9 +298,7 @@ async def _open(opening: _Opening, uri: WebSocketURI, tunnel: asyncio.Transport 
     server = opening.asked
     context = (server.ssl or tls.create_default_context()) if uri.secure else None
     loop = asyncio.get_running_loop()
-    if tunnel is not None:
-        opening.transport = tunnel
-    with _asking(opening.answered), _aborting_unless_done(lambda: opening.transport):
+    with _asking(opening.answered):
         try:
             if server.socket is not None:
                 await _connect_to_socket(lambda: opening, server.socket)
