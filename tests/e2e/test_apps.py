@@ -250,6 +250,10 @@ def test_a_page_and_a_terminal_go_on_while_the_runner_is_killed_or_ended_and_sta
     until(ticks, "the page reads")
     for how in (signal.SIGKILL, signal.SIGTERM):
         apart.runner.stop(how)
+        if how is signal.SIGTERM:
+            browser.switch_to.window(first)
+            browser.refresh()  # a page that is opened while the tunnel is away waits for it, too
+            browser.switch_to.window(second)
         before = ticks()[-1]
         apart.start_runner()
         until(lambda before=before: ticks()[-1] > before + 20, "the page reads on")  # type: ignore[misc]

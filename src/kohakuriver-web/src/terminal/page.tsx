@@ -90,7 +90,7 @@ function Joined({ task, name }: { task: Task; name: string }): JSX.Element {
       <div class="terminal-state" role="status">
         {state.is === "opening" && "Opening…"}
         {state.is === "open" && (
-          <span>{state.why ?? (task.tunnel ? "It goes on when you leave the page." : "It ends when you leave the page.")}</span>
+          <span>{state.why ?? (state.lasts ? "It goes on when you leave the page." : "It ends when you leave the page.")}</span>
         )}
         {state.is === "open" && <span class="by-key">Shift+Esc leaves the terminal with the keyboard.</span>}
         {state.is === "again" && state.why}

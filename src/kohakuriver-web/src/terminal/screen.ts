@@ -11,7 +11,10 @@ import { PlainTerminal, TerminalStream, type Carried, type End } from "./stream"
 import { styledDocument } from "./styles";
 import { startNamed } from "./wire";
 
-export type State = { is: "opening" | "open" | "again"; why?: string } | { is: "over"; why: string; button: string };
+export type State =
+  | { is: "opening" | "again"; why?: string }
+  | { is: "open"; lasts: boolean; why?: string }
+  | { is: "over"; why: string; button: string };
 
 const DARK: ITheme = {
   background: "#0f1518",
@@ -64,8 +67,10 @@ const LATEST_MS = 10_000;
 /** After a terminal is taken up again, what it said before is said once more; after so long without more it has been. */
 const QUIET_MS = 400;
 
-/** So often a terminal that lasts is tried, before one that ends with its connection is. */
-const TRIES_BEFORE_PLAIN = 2;
+/** So long a terminal that lasts is tried, before one that ends with its connection is: a tunnel has come back by then. */
+const PLAIN_AFTER_MS = 12_000;
+/** And so often at least meanwhile. */
+const LATEST_BEFORE_PLAIN_MS = 2000;
 
 export class Screen {
   readonly terminal: Terminal;
@@ -80,7 +85,8 @@ export class Screen {
   private lasting = true;
   /** It has been a terminal that lasts: then it is in the task still, and no other shell is to take its place. */
   private lasted = false;
-  private failures = 0;
+  /** When it could not be opened for the first time since it was last open, 0 where it could. */
+  private failing = 0;
   private wait = SOON_MS;
   private retrying = 0;
   private repeating = 0;
@@ -92,7 +98,6 @@ export class Screen {
     box: HTMLElement,
     private readonly told: (state: State) => void,
   ) {
-    this.lasting = task.tunnel;
     this.terminal = new Terminal({
       allowProposedApi: true,
       cursorBlink: true,
@@ -195,7 +200,7 @@ export class Screen {
       started: () => this.started(),
       output: (data: Uint8Array, done: () => void) => this.output(data, done),
       lost: (bytes: number) => this.terminal.write(`\r\n[${bytes} bytes of output were lost meanwhile]\r\n`),
-      notice: (sentence: string) => this.told({ is: "open", why: sentence }),
+      notice: (sentence: string) => this.told({ is: "open", lasts: this.lasting, why: sentence }),
       end: (how: End) => this.over(how),
     };
     this.carried = this.lasting
@@ -207,11 +212,11 @@ export class Screen {
     this.lasted ||= this.lasting;
     this.terminal.reset();
     this.open = true;
-    this.failures = 0;
+    this.failing = 0;
     this.wait = SOON_MS;
     this.typedSince = !this.lasting;
     this.repeat();
-    this.told({ is: "open" });
+    this.told({ is: "open", lasts: this.lasting });
     const { rows, cols } = this.terminal;
     this.carried?.resize(rows, cols);
   }
@@ -240,7 +245,7 @@ export class Screen {
       this.lasting = false;
       this.join();
     } else if (how.why === "lost") {
-      this.failures += how.opened ? 0 : 1;
+      if (!how.opened) this.failing ||= performance.now();
       void this.retry(how.opened);
     } else {
       this.told({ is: "over", why: how.message || "The terminal has ended.", button: "Open it again" });
@@ -260,10 +265,9 @@ export class Screen {
         this.told({ is: "over", why: `The task is ${task.status}.`, button: "Try again" });
         return;
       }
-      // A node that has just gone is not known to have: where neither kind opens, both are tried in turn.
-      if (!this.lasting) this.lasting = task.tunnel;
-      else if (this.failures >= TRIES_BEFORE_PLAIN && task.status === "running" && task.tunnel && !this.lasted)
-        this.lasting = false;
+      // Where a tunnel is away, or its node, is not told: where neither kind opens, both are tried in turn.
+      const patient = this.lasted || !this.failing || performance.now() - this.failing < PLAIN_AFTER_MS;
+      this.lasting = patient || !this.lasting;
     } catch (error) {
       if (error instanceof ApiError && error.status >= 400 && error.status < 500 && error.status !== 429) {
         this.told({ is: "over", why: error.message, button: "Try again" });
@@ -272,6 +276,6 @@ export class Screen {
     }
     if (this.ended) return;
     this.retrying = window.setTimeout(() => this.join(), this.wait);
-    this.wait = Math.min(this.wait * 2, LATEST_MS);
+    this.wait = Math.min(this.wait * 2, this.lasted ? LATEST_MS : LATEST_BEFORE_PLAIN_MS);
   }
 }
