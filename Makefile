@@ -67,7 +67,7 @@ sbom: install $(STAMPS)/audit ## what the package and the programs in it are mad
 e2e: install $(STAMPS)/e2e ## the dashboard, JupyterLab, TensorBoard and Vite in a real browser
 	scripts/system-packages test e2e
 	@$(MAKE) --no-print-directory $(STAMPS)/idp
-	scripts/with-engine $(BIN)/python -m pytest tests/e2e $(PYTEST_ARGS)
+	scripts/with-engine scripts/try-tests $(BIN)/python tests/e2e $(PYTEST_ARGS)
 
 lint: install ## ruff, mypy, stubs against the extension, tsc, rustfmt, clippy
 	$(BIN)/ruff check .

@@ -68,26 +68,6 @@ def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool 
     return b"pytest.mark.alone" not in collection_path.read_bytes() or None
 
 
-MAX_UNSTEADY = 8
-"""Tests that may fail in a run of the suite and pass when they are tried again. Each is a fault to be found."""
-
-
-def pytest_terminal_summary(terminalreporter: Any) -> None:
-    if unsteady := terminalreporter.stats.get("rerun"):
-        terminalreporter.section(
-            f"{len(unsteady)} tries of tests failed and were followed by others; {MAX_UNSTEADY} may"
-        )
-        for report in unsteady:
-            terminalreporter.write_line(f"{report.nodeid}\n{report.longreprtext}")
-
-
-@pytest.hookimpl(trylast=True)
-def pytest_sessionfinish(session: pytest.Session, exitstatus: int) -> None:
-    reporter: Any = session.config.pluginmanager.get_plugin("terminalreporter")
-    if reporter is not None and len(reporter.stats.get("rerun", ())) > MAX_UNSTEADY:
-        session.exitstatus = pytest.ExitCode.TESTS_FAILED
-
-
 @pytest.fixture(autouse=True)
 def _logging_as_before() -> Iterator[None]:
     """A program that a test runs in this process logs to the stderr of that test, which is closed behind it."""
