@@ -146,11 +146,10 @@ def test_connections_to_an_address_end_with_the_runner_that_made_them_and_a_line
                 assert echoes(connection)
                 restart_runner(cluster, number)
                 assert broken(connection)
-                said = {
-                    signal.SIGTERM: "ECONNRESET: the runner has ended, which had made this connection",
-                    signal.SIGKILL: GONE,
-                }
-                assert forward.event("stream_error")["message"] == said[number]
+                said = {GONE}
+                if number == signal.SIGTERM:  # what it says at last is lost where its link goes first
+                    said.add("ECONNRESET: the runner has ended, which had made this connection")
+                assert forward.event("stream_error")["message"] in said
         finally:
             commands.close()
 
