@@ -7,38 +7,18 @@ import os
 import signal
 import socket
 import subprocess
-from collections.abc import Iterator
 from pathlib import Path
 
 import psutil
-import pytest
 
 from kohakuriver.unix_sockets import address_of
-from tests.support.detached import detach, gone, left_of, listed, user_of, works
+from tests.support.detached import cluster, detach, gone, left_of, listed, service, user, works
 from tests.support.forked import PROGRAM
 from tests.support.network.wall import wall
 from tests.support.processes import eventually
 from tests.support.up import TIMEOUT, Apart, Commands, Service, connect, echoes
 
-
-@pytest.fixture(scope="module")
-def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Apart]:
-    cluster = Apart(tmp_path_factory.mktemp("cluster"))
-    yield cluster
-    cluster.close()
-
-
-@pytest.fixture(scope="module")
-def service(cluster: Apart) -> Service:
-    eventually(lambda: "process" in cluster.run("node", "list", "--json").stdout)
-    return cluster.service()
-
-
-@pytest.fixture
-def user(cluster: Apart, tmp_path: Path) -> Iterator[Commands]:
-    """Somebody who uses the cluster, and has nothing in the background yet."""
-    with user_of(cluster, tmp_path) as user:
-        yield user
+__all__ = ["cluster", "service", "user"]
 
 
 def processes(user: Commands) -> set[int]:

@@ -12,10 +12,32 @@ from pathlib import Path
 from typing import Any
 
 import psutil
+import pytest
 
-from tests.support.up import Commands, Service, connect, echoes
+from tests.support.processes import eventually
+from tests.support.up import Apart, Commands, Service, connect, echoes
 
-__all__ = ["detach", "gone", "left_of", "listed", "user_of", "works"]
+__all__ = ["cluster", "detach", "gone", "left_of", "listed", "service", "user", "user_of", "works"]
+
+
+@pytest.fixture(scope="module")
+def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Apart]:
+    cluster = Apart(tmp_path_factory.mktemp("cluster"))
+    yield cluster
+    cluster.close()
+
+
+@pytest.fixture(scope="module")
+def service(cluster: Apart) -> Service:
+    eventually(lambda: "process" in cluster.run("node", "list", "--json").stdout)
+    return cluster.service()
+
+
+@pytest.fixture
+def user(cluster: Apart, tmp_path: Path) -> Iterator[Commands]:
+    """Somebody who uses the cluster, and has nothing in the background yet."""
+    with user_of(cluster, tmp_path) as user:
+        yield user
 
 
 @contextlib.contextmanager
