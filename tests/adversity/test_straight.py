@@ -170,6 +170,25 @@ def test_when_the_straight_path_fails_all_goes_on_through_the_host_within_2_s_an
     run(main())
 
 
+@pytest.mark.parametrize("how", ["cut", "freeze"])
+def test_where_the_line_to_the_host_has_gone_unnoticed_meanwhile_it_is_not_waited_for_when_the_straight_path_fails(
+    run: Run, how: str
+) -> None:
+    async def main() -> None:
+        async with service(echo) as port, stage("rust", port, straight=True) as there, dial(there.port) as mine:
+            await there.goes("direct")
+            await echoed(*mine, b"a" * 100)
+            there.relays["user"].freeze()
+            there.relays["straight"].lets_in = False
+            failed = time.monotonic()
+            getattr(there.relays["straight"], how)()
+            await echoed(*mine, b"b" * 100)
+            assert time.monotonic() - failed < 3.5  # 4 where it is doubted as one in use
+            untouched(there)
+
+    run(main())
+
+
 @kinds
 def test_no_byte_is_lost_whatever_fails_however_often(run: Run, kind: str) -> None:
     async def main() -> None:

@@ -63,6 +63,23 @@ def test_what_is_not_acknowledged_for_2_s_is_asked_for_and_doubted_without_an_an
     run(main())
 
 
+def test_a_link_that_is_asked_at_once_is_doubted_half_a_second_later(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    async def main() -> None:
+        pair, clock, kept, doubts, _ = await watched(monkeypatch)
+        kept.doubt.ask()
+        assert asks(kept)
+        clock.look(kept.doubt, 0.4)
+        assert not doubts
+        clock.look(kept.doubt, 0.1)
+        assert doubts == ["doubt"]
+        kept.doubt.ask()
+        await pair.settle()
+        assert not asks(kept)
+        pair.close()
+
+    run(main())
+
+
 def test_a_link_that_answers_is_not_doubted(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     async def main() -> None:
         pair, clock, kept, doubts, user_side = await watched(monkeypatch)

@@ -140,6 +140,8 @@ class StraightPath:
         line = self._endpoint.line
         if line is not None and not line.closing.state:  # else it goes, too, and the next one is on its way
             self._endpoint.attach(line)
+            if self._endpoint.kept is not None:
+                self._endpoint.kept.doubt.ask()
             self._say("host", reason)
 
     def give_up(self, reason: str) -> None:

@@ -19,6 +19,7 @@ __all__ = ["Doubt"]
 TICK = 0.5  # seconds
 UNACKED = 2.0  # seconds without an acknowledgement, which comes within one, after which the stream's other end is asked
 ANSWER = 2.0  # seconds that it has for its answer
+SOON = 0.5  # and that it has where the path beside it has just gone, which may have been by the same way
 ASLEEP = 2.0  # a look that is so late means that it was us who slept
 
 
@@ -45,6 +46,7 @@ class Doubt:
         self._unacked: dict[TcpStream, tuple[int, float]] = {}  # what is acknowledged, and since when no more is
         self._asked: TcpStream | None = None
         self._asked_at = 0.0
+        self._patience = ANSWER
         self.doubted = False
 
     def begin(self) -> None:
@@ -52,6 +54,11 @@ class Doubt:
         self.end()
         self._looked_at = _clock()
         self._wait()
+
+    def ask(self) -> None:
+        """Have it answer at once: another path has gone, and this one was not used meanwhile."""
+        if self._timer is not None and self._asked is None:
+            self._ask(self._any(), _clock(), SOON)
 
     def end(self) -> None:
         """It is gone."""
@@ -90,7 +97,7 @@ class Doubt:
         silent = self._silent(now)
         if self._asked is None:
             self._ask(silent or (self._any() if slept else None), now)
-        elif now - self._asked_at >= ANSWER:
+        elif now - self._asked_at >= self._patience:
             self._asked = None
             self._unacked.clear()
             self.doubted = True
@@ -116,7 +123,7 @@ class Doubt:
     def _any(self) -> TcpStream | None:
         return next((each for each in self._streams() if isinstance(each, TcpStream) and each.at is not None), None)
 
-    def _ask(self, stream: TcpStream | None, now: float) -> None:
+    def _ask(self, stream: TcpStream | None, now: float, patience: float = ANSWER) -> None:
         if stream is not None:
-            self._asked, self._asked_at = stream, now
+            self._asked, self._asked_at, self._patience = stream, now, patience
             stream.send(PING)
