@@ -39,6 +39,11 @@ __all__ = ["Identity", "KeptCore", "accepted_kept", "opening_kept"]
 
 _TABLES = {role: rows(table) for role, table in KEPT.items()}
 
+# Members that each connection asks for, as in `stream.py`.
+_WAITING, _READ, _OPENER = State.WAITING, Reading.ENDED, Role.OPENER
+_ESTABLISHED, _LOCAL_EOF, _LOCAL_CLOSED = Event.ESTABLISHED, Event.LOCAL_EOF, Event.LOCAL_CLOSED
+_REMOTE_EOF, _ACKED = Event.REMOTE_EOF, Event.ACKED
+
 
 class Identity:
     """What a kept stream is known by, whatever link it is on.
@@ -160,7 +165,7 @@ class KeptCore(StreamCore):
 
     def _settle(self) -> Sequence[Action]:
         """An acceptor is through once the peer has all, the end-of-file included (rule 4)."""
-        if not self._eof_sent or self._acked <= self.sending.unacked.end or not self._step(Event.ACKED):
+        if not self._eof_sent or self._acked <= self.sending.unacked.end or not self._step(_ACKED):
             return ()
         return (Send(CLOSE, late=True),)
 
@@ -173,9 +178,9 @@ class KeptCore(StreamCore):
 
     def local_lost(self, error: bytes | None = None) -> Sequence[Action]:
         """An opener says it once both ends know of a link: the other one would hold the stream for nothing."""
-        event = Event.LOCAL_CLOSED if error is None else Event.LOCAL_ERROR
+        event = _LOCAL_CLOSED if error is None else Event.LOCAL_ERROR
         self.error = self.error or error or b""
-        if self.attached or self._rules.role is not Role.OPENER or self.state not in _KNOWN_THERE:
+        if self.attached or self._rules.role is not _OPENER or self.state not in _KNOWN_THERE:
             return super().local_lost(error)
         if self._last_word is None:
             self._last_word = event, error or b""
@@ -218,7 +223,7 @@ class KeptCore(StreamCore):
             return self._takes_leave(*self._last_word)
         self.sending.granted = 0  # what was granted over links that are gone holds no longer
         owed = self._go_on(there.received, there.limit)
-        return self.broken() if owed is None else [*self._step(Event.ESTABLISHED), *owed, *self.flush()]
+        return self.broken() if owed is None else [*self._step(_ESTABLISHED), *owed, *self.flush()]
 
     def _go_on(self, received: int, limit: int) -> Sequence[Action] | None:
         """Go on from what the peer has; None if it can't have that."""
@@ -239,7 +244,7 @@ class KeptCore(StreamCore):
         self.identity.key, self.identity.epoch = key, 0
         self.sending.sent = self._most = 0
         self._eof_sent = self._eof_owed = False
-        self.state = State.WAITING
+        self.state = _WAITING
         return True
 
     def unkept(self) -> StreamCore:
@@ -289,7 +294,7 @@ class KeptCore(StreamCore):
         if not self.attached or self.state.gone:
             return settled
         self.sending.raise_to(grant.limit)
-        return [*self._step(Event.ESTABLISHED), *self.flush()] if kind == CONNECTED else settled
+        return [*self._step(_ESTABLISHED), *self.flush()] if kind == CONNECTED else settled
 
     def _ended(self, end: Ended) -> Sequence[Action]:
         settled = self._ack(end.received)
@@ -298,7 +303,7 @@ class KeptCore(StreamCore):
         if end.total != self.received:
             return self.broken()
         self._eof_came = True
-        return [*self._step(Event.REMOTE_EOF), *self._settle()]
+        return [*self._step(_REMOTE_EOF), *self._settle()]
 
     # -- what is sent ------------------------------------------------------------------------------------------
 
@@ -310,7 +315,7 @@ class KeptCore(StreamCore):
     @property
     def unsent(self) -> bool:
         return self.sending.unacked.end > self.sending.sent or (
-            self._eof_owed if self._eof_sent else self.reading is Reading.ENDED and not self.state.local_done
+            self._eof_owed if self._eof_sent else self.reading is _READ and not self.state.local_done
         )
 
     @property
@@ -335,7 +340,7 @@ class KeptCore(StreamCore):
 
     def flush(self) -> Sequence[Action]:
         """Send what waits, as far as the window goes: one message of it, and the end-of-file where that was all."""
-        if not self.attached or self.state.gone or self.state is State.WAITING:
+        if not self.attached or self.state.gone or self.state is _WAITING:
             return ()
         window = self.sending
         sent = window.sent
@@ -353,9 +358,9 @@ class KeptCore(StreamCore):
         if self._eof_owed:
             self._eof_owed = False
             return (Send(EOF, self._payload(EOF)),)
-        if self.reading is not Reading.ENDED or self.state.local_done:
+        if self.reading is not _READ or self.state.local_done:
             return ()
-        owed = self._step(Event.LOCAL_EOF)
+        owed = self._step(_LOCAL_EOF)
         self._eof_sent = self.state.local_done
         return owed
 
@@ -388,7 +393,7 @@ class KeptCore(StreamCore):
 
 
 _OPENING = frozenset({State.OPENING, State.OPENING_LOCAL_ENDED})
-_KNOWN_THERE = frozenset(state for state in State if (state, Event.REMOTE_CLOSE) in KEPT[Role.OPENER]) - {State.ENDED}
+_KNOWN_THERE = frozenset(state for state in State if (state, Event.REMOTE_CLOSE) in KEPT[_OPENER]) - {State.ENDED}
 
 
 def opening_kept(rules: Rules, identity: Identity, before: StreamCore) -> KeptCore:

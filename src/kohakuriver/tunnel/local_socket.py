@@ -25,6 +25,11 @@ from kohakuriver.tunnel.windows import EARLY_DATA
 __all__ = ["AcceptedStream", "TcpStream"]
 
 _DIALLED = frozenset({CONNECT, RESUME})  # they say to which port
+
+# Members that each connection asks for, as in `stream.py`.
+_WAITING, _OVER, _PAUSED = State.WAITING, State.OVER, Reading.PAUSED
+_RESUME_LOCAL, _PAUSE_LOCAL = Do.RESUME_LOCAL, Do.PAUSE_LOCAL
+_SHUT_LOCAL, _CLOSE_LOCAL = Do.SHUT_LOCAL, Do.CLOSE_LOCAL
 BLOCKED_READ = 4 * 1024  # a stream that learns only by reading that the link is blocked adds this to what waits
 
 
@@ -69,7 +74,7 @@ class TcpStream(LocalWriter):
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         self.use(cast(asyncio.Transport, transport))
-        if self.core.state is State.OVER:  # the stream ended while it was dialled
+        if self.core.state is _OVER:  # the stream ended while it was dialled
             self.reset()
             return
         self.owner.socket_ready(self)
@@ -145,13 +150,13 @@ class TcpStream(LocalWriter):
         at = self.at
         blocked = at is None or at.link.out.blocked
         change = core.flow(blocked)
-        if change is Do.RESUME_LOCAL:
+        if change is _RESUME_LOCAL:
             transport.resume_reading()
-        elif change is Do.PAUSE_LOCAL:
+        elif change is _PAUSE_LOCAL:
             if at is not None and not blocked:
                 self.owner.totals.stalls += 1
             transport.pause_reading()
-        if blocked and at is not None and core.reading is Reading.PAUSED:
+        if blocked and at is not None and core.reading is _PAUSED:
             at.link.out.wait_drained(self)
 
     def _send_waiting(self) -> None:
@@ -201,7 +206,7 @@ class TcpStream(LocalWriter):
             self.at.send_soon(WINDOW, self.core.announcement(limit))
 
     def connection_lost(self, exc: Exception | None) -> None:
-        if self.core.state is State.WAITING:
+        if self.core.state is _WAITING:
             self.owner.socket_gone(self)
         if exc is None:
             self.act(self.core.local_lost())
@@ -294,9 +299,9 @@ class TcpStream(LocalWriter):
             at.send(kind, payload)
 
     def _act_locally(self, action: Do) -> None:
-        if action is Do.SHUT_LOCAL:
+        if action is _SHUT_LOCAL:
             self.shut()
-        elif action is Do.CLOSE_LOCAL:
+        elif action is _CLOSE_LOCAL:
             self.close()
         elif action is Do.RESET_LOCAL:
             if not self.reset():

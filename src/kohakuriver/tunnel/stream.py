@@ -79,6 +79,14 @@ class Reading(enum.Enum):
     ENDED = "ended"  # end-of-file was read; what came before it may still wait here
 
 
+# Members that each connection asks for: before Python 3.12 a class of them takes longer to find one than a dict does.
+_WAITING, _OPENING = State.WAITING, State.OPENING
+_SETTLING, _FLOWING, _PAUSED, _READ = Reading.SETTLING, Reading.FLOWING, Reading.PAUSED, Reading.ENDED
+_LINK, _ESTABLISHED, _LOCAL_EOF, _LOCAL_CLOSED = Event.LINK, Event.ESTABLISHED, Event.LOCAL_EOF, Event.LOCAL_CLOSED
+_REMOTE_EOF, _REMOTE_CLOSE = Event.REMOTE_EOF, Event.REMOTE_CLOSE
+_RESUME_LOCAL, _PAUSE_LOCAL = Do.RESUME_LOCAL, Do.PAUSE_LOCAL
+
+
 @dataclass(frozen=True)
 class Rules:
     """What all streams of one endpoint share.
@@ -119,9 +127,9 @@ class StreamCore:
 
     def __init__(self, rules: Rules, sending: SendWindow | None = None) -> None:
         self._rules = rules
-        self.state = State.WAITING
+        self.state = _WAITING
         self.sending = sending or SendWindow()
-        self.reading = Reading.SETTLING
+        self.reading = _SETTLING
         self.early = b""  # read from the local socket and not sent
         self.held = 0  # bytes received that the local socket has not taken
         self.moved_at = 0.0  # when the peer's bytes last came
@@ -142,15 +150,15 @@ class StreamCore:
 
     def link(self, version: int) -> Sequence[Action]:
         """There is a link that speaks ``version``: CONNECT, and what was read before."""
-        if self.state is not State.WAITING:
+        if self.state is not _WAITING:
             return ()
         self.speak(version)
         self.sending.raise_to(EARLY_DATA if version >= 2 else UNLIMITED)
-        return [*self._step(Event.LINK), *self.flush()]
+        return [*self._step(_LINK), *self.flush()]
 
     def connected(self, limit: int | None) -> Sequence[Action]:
         """CONNECTED came, with the peer's limit (bytes); None: it runs the stream under version 1's rules."""
-        if (self.state, Event.ESTABLISHED) not in self._table:
+        if (self.state, _ESTABLISHED) not in self._table:
             return ()
         late: tuple[Action, ...] = ()
         if limit is None and isinstance(self.inbound, ReceiveWindow):
@@ -159,11 +167,11 @@ class StreamCore:
             self.speak(1)
             late = (Do.LINGER,) if self.state is State.OPENING_LOCAL_ENDED else ()  # our EOF told it nothing
         self.sending.raise_to(UNLIMITED if limit is None else limit)
-        return [*self._step(Event.ESTABLISHED), *late, *self.flush()]
+        return [*self._step(_ESTABLISHED), *late, *self.flush()]
 
     def dialled(self) -> Sequence[Action]:
         """The acceptor's dial succeeded."""
-        return [*self._step(Event.ESTABLISHED), *self.flush()]
+        return [*self._step(_ESTABLISHED), *self.flush()]
 
     def local_data(self, data: bytes | memoryview) -> Sequence[Action]:
         """Bytes of the local side: sent as far as there is room, the rest waits."""
@@ -173,12 +181,12 @@ class StreamCore:
 
     def local_eof(self) -> Sequence[Action]:
         """The local socket read end-of-file."""
-        self.reading = Reading.ENDED
+        self.reading = _READ
         return self.flush()
 
     def flush(self) -> Sequence[Action]:
         """Send what waits, as far as the window goes, and the end-of-file behind it."""
-        if self.state is State.WAITING or self.state.local_done:
+        if self.state is _WAITING or self.state.local_done:
             return ()
         owed: list[Action] = []
         while self.early and self.sending.room > 0:
@@ -186,21 +194,21 @@ class StreamCore:
             owed.append(Send(DATA, self.early[:size]))
             self.early = self.early[size:]
             self.sending.spend(size)
-        if self.reading is Reading.ENDED and not self.early:
-            owed += self._step(Event.LOCAL_EOF)
+        if self.reading is _READ and not self.early:
+            owed += self._step(_LOCAL_EOF)
         return owed
 
     def local_lost(self, error: bytes | None = None) -> Sequence[Action]:
         """The local socket is gone; ``error``: it broke, or could not be dialled, and that is what the peer is told."""
-        return self._step(Event.LOCAL_CLOSED if error is None else Event.LOCAL_ERROR, error or b"")
+        return self._step(_LOCAL_CLOSED if error is None else Event.LOCAL_ERROR, error or b"")
 
     def remote_eof(self) -> Sequence[Action]:
         """The peer sends no more."""
-        return self._step(Event.REMOTE_EOF)
+        return self._step(_REMOTE_EOF)
 
     def remote_close(self) -> Sequence[Action]:
         """CLOSE came: what is queued is still delivered."""
-        return self._step(Event.REMOTE_CLOSE)
+        return self._step(_REMOTE_CLOSE)
 
     def remote_error(self) -> Sequence[Action]:
         """ERROR came."""
@@ -245,7 +253,7 @@ class StreamCore:
         if not inbound.receive(size):
             self.held -= size
             return Do.END_SESSION
-        if self.state is not State.OPENING and inbound.wants_ping(now):
+        if self.state is not _OPENING and inbound.wants_ping(now):
             return _PING
         return None
 
@@ -257,7 +265,7 @@ class StreamCore:
     @property
     def unsent(self) -> bool:
         """Whether `flush` has anything to send, once the window and the link have room."""
-        return bool(self.early) or (self.reading is Reading.ENDED and not self.state.local_done)
+        return bool(self.early) or (self.reading is _READ and not self.state.local_done)
 
     @property
     def may_send(self) -> bool:
@@ -281,20 +289,20 @@ class StreamCore:
 
     def settled(self) -> None:
         """The local socket can be paused from now on."""
-        if self.reading is Reading.SETTLING:
-            self.reading = Reading.FLOWING
+        if self.reading is _SETTLING:
+            self.reading = _FLOWING
 
     def flow(self, blocked: bool) -> Do | None:
         """Whether the local socket is to be read, now that its link is ``blocked`` or not: only what can be sent is."""
         reading, state = self.reading, self.state
-        if reading is Reading.SETTLING or reading is Reading.ENDED or state.local_done:
+        if reading is _SETTLING or reading is _READ or state.local_done:
             return None
         window = self.sending
-        may = not blocked and state is not State.WAITING and self.attached and window.limit > window.sent
-        if may == (reading is Reading.FLOWING):
+        may = not blocked and state is not _WAITING and self.attached and window.limit > window.sent
+        if may == (reading is _FLOWING):
             return None
-        self.reading = Reading.FLOWING if may else Reading.PAUSED
-        return Do.RESUME_LOCAL if may else Do.PAUSE_LOCAL
+        self.reading = _FLOWING if may else _PAUSED
+        return _RESUME_LOCAL if may else _PAUSE_LOCAL
 
     def link_reading(self) -> Do | None:
         """v1: what becomes of the link's reading with what is held (§3 rule 6)."""
@@ -334,7 +342,7 @@ class StreamCore:
 def accepted(rules: Rules, limit: int | None) -> StreamCore:
     """The stream of a CONNECT that came, with its limit (bytes) or, from a peer of version 1, none."""
     core = StreamCore(rules)
-    core.state = State.OPENING
+    core.state = _OPENING
     core.speak(1 if limit is None else 2)
     core.sending.raise_to(UNLIMITED if limit is None else limit)
     return core
