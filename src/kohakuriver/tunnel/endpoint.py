@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass
 from typing import TypeAlias
 
 from kohakuriver._frame import WS_TEXT, FrameViolation, FrameWalker, Message
-from kohakuriver.tunnel.buffers import Assembler
+from kohakuriver.tunnel.buffers import WHOLE_MESSAGE, Assembler
 from kohakuriver.tunnel.error_text import user_error
 from kohakuriver.tunnel.kept import KeptCore
 from kohakuriver.tunnel.link import Link
@@ -180,7 +180,7 @@ class Endpoint:
         if kind >= WS_TEXT:
             streams.link.control(message)
             return
-        payload = self._assembler.add(view[start:stop], flags)
+        payload = bytes(view[start:stop]) if flags == WHOLE_MESSAGE else self._assembler.add(view[start:stop], flags)
         if payload is None:
             return
         stream = streams.by_id.get(client_id)

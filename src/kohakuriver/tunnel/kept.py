@@ -22,22 +22,23 @@ from kohakuriver.tunnel.protocol import (
     UNKNOWN_TOTAL,
     WINDOW,
     Attached,
-    Ended,
     ErrorText,
-    Grant,
-    Opening,
     Resuming,
     pack_limit,
+    pack_opening,
+    pack_pair,
     parse_limit,
+    parse_pair,
 )
 from kohakuriver.tunnel.states import KEPT, Do, Event, Role, State
-from kohakuriver.tunnel.stream import PIECE, Action, Reading, Rows, Rules, Send, StreamCore, rows
+from kohakuriver.tunnel.stream import PIECE, Action, Reading, Rules, Send, StreamCore, rows
 from kohakuriver.tunnel.unacked import KeptWindow
 from kohakuriver.tunnel.windows import Budget, ReceiveWindow
 
 __all__ = ["Identity", "KeptCore", "accepted_kept", "opening_kept"]
 
 _TABLES = {role: rows(table) for role, table in KEPT.items()}
+_PAIRS = frozenset({WINDOW, CONNECTED, EOF})  # they say two numbers
 
 # Members that each connection asks for, as in `stream.py`.
 _WAITING, _READ, _OPENER = State.WAITING, Reading.ENDED, Role.OPENER
@@ -92,7 +93,6 @@ class KeptCore(StreamCore):
         "attached",
         "error",
         "identity",
-        "owing",
         "unacked",
     )
 
@@ -100,6 +100,7 @@ class KeptCore(StreamCore):
 
     def __init__(self, rules: Rules, identity: Identity) -> None:
         super().__init__(rules, KeptWindow(rules.store))
+        self._table = _TABLES[rules.role]
         self.identity = identity
         self.unacked = self.sending.unacked
         self.owing = False  # something came that the peer was not told of, and it is noted that it will be
@@ -113,17 +114,17 @@ class KeptCore(StreamCore):
         self._eof_owed = False  # it went out over a link that is gone, and did not arrive
         self._last_word: tuple[Event, bytes] | None = None  # how its local socket went while there was no link
 
-    def _rows(self, version: int) -> Rows:
+    def speak(self, version: int) -> None:
         """Kept streams are those of version 2."""
-        return _TABLES[self._rules.role]
+        self.inbound.close()
+        self.inbound = ReceiveWindow(self._rules.budget)
 
     # -- what each end has -------------------------------------------------------------------------------------
 
     @property
     def received(self) -> int:
         """How much has arrived here; the end-of-file counts as one byte."""
-        inbound = self.inbound
-        return (inbound.received if isinstance(inbound, ReceiveWindow) else 0) + self._eof_came
+        return self.inbound.received + self._eof_came
 
     @property
     def total(self) -> int:
@@ -154,18 +155,22 @@ class KeptCore(StreamCore):
         """The peer has so much, of what we have `sent`; False if that can't be."""
         if received <= self._acked:
             return True
-        unacked = self.sending.unacked
+        window = self.sending
+        unacked = window.unacked
         end = unacked.end
         if received > sent + (self._eof_sent and sent == end):
             return False
         self._acked = received
         unacked.ack(received if received < end else end)
-        self.sending.renew()
+        if window.limit < window.granted:  # else it may send all that it was granted
+            window.renew()
         return True
 
     def _settle(self) -> Sequence[Action]:
         """An acceptor is through once the peer has all, the end-of-file included (rule 4)."""
-        if not self._eof_sent or self._acked <= self.sending.unacked.end or not self._step(_ACKED):
+        if not self._eof_sent or self._rules.role is _OPENER:
+            return ()
+        if self._acked <= self.sending.unacked.end or not self._step(_ACKED):
             return ()
         return (Send(CLOSE, late=True),)
 
@@ -273,12 +278,11 @@ class KeptCore(StreamCore):
         if kind == ACK:
             received = parse_limit(payload)
             return () if received is None else self._ack(received)
-        if kind in (WINDOW, CONNECTED):
-            grant = Grant.parse(payload)
-            return () if grant is None else self._granted(kind, grant)
-        if kind == EOF:
-            end = Ended.parse(payload)
-            return () if end is None else self._ended(end)
+        if kind in _PAIRS:
+            pair = parse_pair(payload)
+            if pair is None:
+                return ()
+            return self._ended(*pair) if kind == EOF else self._granted(kind, *pair)
         if kind == RESUMED:
             there = Attached.parse(payload)
             return () if there is None or self.attached else self._resumed(there)
@@ -287,20 +291,24 @@ class KeptCore(StreamCore):
     def _ack(self, received: int) -> Sequence[Action]:
         if not self.attached:
             return ()
-        return self._settle() if self._acknowledged(received, self.sending.sent) else self.broken()
+        if received > self._acked and not self._acknowledged(received, self.sending.sent):
+            return self.broken()
+        return self._settle() if self._eof_sent else ()
 
-    def _granted(self, kind: int, grant: Grant) -> Sequence[Action]:
-        settled = self._ack(grant.received)
+    def _granted(self, kind: int, limit: int, received: int) -> Sequence[Action]:
+        """CONNECTED or WINDOW."""
+        settled = self._ack(received)
         if not self.attached or self.state.gone:
             return settled
-        self.sending.raise_to(grant.limit)
+        self.sending.raise_to(limit)
         return [*self._step(_ESTABLISHED), *self.flush()] if kind == CONNECTED else settled
 
-    def _ended(self, end: Ended) -> Sequence[Action]:
-        settled = self._ack(end.received)
+    def _ended(self, total: int, received: int) -> Sequence[Action]:
+        """EOF."""
+        settled = self._ack(received)
         if not self.attached or self.state.remote_done:
             return settled
-        if end.total != self.received:
+        if total != self.received:
             return self.broken()
         self._eof_came = True
         return [*self._step(_REMOTE_EOF), *self._settle()]
@@ -346,7 +354,7 @@ class KeptCore(StreamCore):
         sent = window.sent
         waiting = window.unacked.end - sent
         if not waiting:
-            return self._end_of_file()
+            return self._end_of_file() if self.reading is _READ else ()
         size = min(waiting, window.limit - sent, PIECE)
         if size <= 0:
             return ()
@@ -364,12 +372,9 @@ class KeptCore(StreamCore):
         self._eof_sent = self.state.local_done
         return owed
 
-    def will_acknowledge(self) -> None:
-        self.owing = True
-
     def announcement(self, limit: int) -> bytes:
         self._told = self.received
-        return Grant(limit, self._told).pack()
+        return pack_pair(limit, self._told)
 
     def acknowledgement(self) -> bytes:
         """The payload of the ACK that is owed; none where the peer was told meanwhile."""
@@ -379,13 +384,14 @@ class KeptCore(StreamCore):
     def _payload(self, kind: int) -> bytes:
         granted = self.inbound.granted or 0
         if kind == CONNECT:
-            opening = Opening(granted, self.identity.key, self.identity.hold, start=self.identity.start)
-            return (opening._replace(mark=bytes(MARK)) if opening.start else opening).pack()
+            identity = self.identity
+            opening = pack_opening(granted, identity.key, identity.hold)
+            return opening + bytes(MARK) + identity.start if identity.start else opening
         if kind == CONNECTED:
             return self.announcement(granted)
         self._told = self.received
         if kind == EOF:
-            return Ended(self.sending.unacked.end, self._told).pack()
+            return pack_pair(self.sending.unacked.end, self._told)
         return pack_limit(self._told) if kind == ACK else b""
 
     def _gone(self) -> None:

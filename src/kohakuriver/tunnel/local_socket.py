@@ -8,7 +8,6 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Sequence
-from typing import cast
 
 from kohakuriver._frame import HEADROOM, frame_in_place
 from kohakuriver.tunnel.buffers import receive_buffer
@@ -73,13 +72,16 @@ class TcpStream(LocalWriter):
     # -- local socket → link -----------------------------------------------------------------------------------
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        self.use(cast(asyncio.Transport, transport))
+        self.use(transport)  # type: ignore[arg-type]  # a call to `cast` takes as long as any other
         if self.core.state is _OVER:  # the stream ended while it was dialled
             self.reset()
             return
         self.owner.socket_ready(self)
-        self.pump()
-        soon(self._settled)
+        if self.owes:
+            self.pump()
+        at = self.at
+        if not self.core.begins(at is None or at.link.out.blocked):
+            soon(self._settled)
 
     def _settled(self) -> None:
         """uvloop undoes a pause in connection_made, so the first one is made here."""
@@ -145,7 +147,7 @@ class TcpStream(LocalWriter):
         core, transport = self.core, self._transport
         if core.unsent:
             self._send_waiting()
-        if transport is None or transport.is_closing():
+        if core.state.local_done or transport is None or transport.is_closing():
             return
         at = self.at
         blocked = at is None or at.link.out.blocked
@@ -184,7 +186,7 @@ class TcpStream(LocalWriter):
                 return
             self.send(*owed)
         if not core.owing and self.at is not None:
-            core.will_acknowledge()
+            core.owing = True
             self.at.owe(self)
         self.write(views, size)
         if core.held:

@@ -86,6 +86,11 @@ class LocalWriter(asyncio.BufferedProtocol):
         rest = memoryview(b"".join(views))[skip:]
         self._queue.extend(rest[i : i + WRITE_PIECE] for i in range(0, len(rest), WRITE_PIECE))
 
+    @property
+    def owes(self) -> bool:
+        """Whether there is anything for `pump` to do."""
+        return self._queue is not None or self._owed is not _NOTHING
+
     def pump(self) -> None:
         """Write what is queued, as far as the socket takes it, and then do what is owed."""
         transport = self._transport

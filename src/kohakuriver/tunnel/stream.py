@@ -8,8 +8,9 @@ docs/protocol.md §2–§3; the states are in `states.py`, the windows in `windo
 from __future__ import annotations
 
 import enum
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import NamedTuple
 
 from kohakuriver.tunnel.protocol import ACK, CLOSE, CONNECT, CONNECTED, DATA, EOF, ERROR, PING, pack_limit
@@ -32,6 +33,8 @@ class Send(NamedTuple):
 
 
 Action = Send | Do
+# `Send` of all three at once: a tuple with names is made by a call of Python's, several times for each connection.
+_send: Callable[[tuple[int, bytes, bool]], Send] = partial(tuple.__new__, Send)
 _PING = Send(PING)
 _MESSAGES: dict[Do, Send] = {
     Do.SEND_CONNECT: Send(CONNECT),
@@ -117,12 +120,10 @@ class StreamCore:
         sending: its window to the peer, for streams that have one of another kind.
     """
 
-    __slots__ = ("_rules", "_table", "early", "held", "inbound", "moved_at", "reading", "sending", "state")
+    __slots__ = ("_rules", "_table", "early", "held", "inbound", "moved_at", "owing", "reading", "sending", "state")
 
-    # What a kept stream has: the bytes that it may have to send again, whether it is noted that it owes an ACK, and
-    # whether it has a link of which both ends know.
+    # What a kept stream has: the bytes that it may have to send again, and whether both ends know its link.
     unacked: Unacked | None = None
-    owing: bool = True
     attached: bool = True
 
     def __init__(self, rules: Rules, sending: SendWindow | None = None) -> None:
@@ -133,18 +134,16 @@ class StreamCore:
         self.early = b""  # read from the local socket and not sent
         self.held = 0  # bytes received that the local socket has not taken
         self.moved_at = 0.0  # when the peer's bytes last came
+        self.owing = True  # a kept one: it is noted that it owes an ACK; others owe none, and nothing is to be noted
         self.inbound: ReceiveWindow | V1Rules = rules.v1
-        self._table = self._rows(1)
+        self._table: Rows = _TABLES[1, rules.role]
 
     def speak(self, version: int) -> None:
         """Go by the rules of ``version`` from now on."""
         rules = self._rules
         self.inbound.close()
         self.inbound = ReceiveWindow(rules.budget) if version >= 2 else rules.v1
-        self._table = self._rows(version)
-
-    def _rows(self, version: int) -> Rows:
-        return _TABLES[min(version, 2), self._rules.role]
+        self._table = _TABLES[min(version, 2), rules.role]
 
     # -- events ------------------------------------------------------------------------------------------------
 
@@ -272,9 +271,6 @@ class StreamCore:
         """Whether `flush` would send more, once the link has taken what it sent last."""
         return False
 
-    def will_acknowledge(self) -> None:
-        """It is noted that an acknowledgement is owed."""
-
     def announcement(self, limit: int) -> bytes:
         """The payload of the WINDOW that tells of a new limit."""
         return pack_limit(limit)
@@ -287,18 +283,28 @@ class StreamCore:
 
     # -- reading -----------------------------------------------------------------------------------------------
 
+    def begins(self, blocked: bool) -> bool:
+        """Reading of the local socket begins. False where it is to be paused: once it can be, which `settled` says."""
+        may = self._may_read(blocked)
+        if may:
+            self.settled()
+        return may
+
     def settled(self) -> None:
         """The local socket can be paused from now on."""
         if self.reading is _SETTLING:
             self.reading = _FLOWING
 
+    def _may_read(self, blocked: bool) -> bool:
+        window = self.sending
+        return not blocked and self.state is not _WAITING and self.attached and window.limit > window.sent
+
     def flow(self, blocked: bool) -> Do | None:
         """Whether the local socket is to be read, now that its link is ``blocked`` or not: only what can be sent is."""
-        reading, state = self.reading, self.state
-        if reading is _SETTLING or reading is _READ or state.local_done:
+        reading = self.reading
+        if reading is _SETTLING or reading is _READ or self.state.local_done:
             return None
-        window = self.sending
-        may = not blocked and state is not _WAITING and self.attached and window.limit > window.sent
+        may = self._may_read(blocked)
         if may == (reading is _FLOWING):
             return None
         self.reading = _FLOWING if may else _PAUSED
@@ -319,16 +325,17 @@ class StreamCore:
         row = self._table.get((self.state, event))
         if row is None:
             return ()
-        self.state = row.to
-        if row.to.gone:
+        to, message, rest, whole = row
+        self.state = to
+        if to.gone:
             self._gone()
             if not self.held:
                 self.inbound.close()  # else once it has delivered, so that what it holds stays paid for
-        if row.message is None:
-            return row.whole
-        kind = row.message.kind
+        if message is None:
+            return whole
+        kind, _, late = message
         payload = text or self._payload(kind)
-        return (Send(kind, payload, row.message.late), *row.rest) if payload else row.whole
+        return (_send((kind, payload, late)), *rest) if payload else whole
 
     def _payload(self, kind: int) -> bytes:
         """What a message of this type says, but for an ERROR's text."""

@@ -245,8 +245,10 @@ class Streams:
     def leave(self, stream_id: int) -> None:
         """The id is free again."""
         del self.by_id[stream_id]
-        self._expiring.pop(stream_id, None)
-        self._soon.pop((stream_id, WINDOW), None)
+        if self._expiring:
+            self._expiring.pop(stream_id, None)
+        if self._soon:
+            self._soon.pop((stream_id, WINDOW), None)
         self.turns.left(stream_id)
 
     def send_soon(self, stream_id: int, kind: int, payload: bytes) -> None:

@@ -102,7 +102,7 @@ class UserEndpoint(Endpoint):
 
     @property
     def stream_count(self) -> int:
-        return super().stream_count if self.streams is not None else self.waiting
+        return len(self.streams.by_id) if self.streams is not None else self.waiting
 
     @property
     def waiting(self) -> int:
