@@ -203,6 +203,19 @@ class Ended(NamedTuple):
         return None if pair is None else cls(*pair)
 
 
+def _is_opening(payload: Bytes, proto: int) -> bool:
+    least = _OPENING.size + MARK
+    return len(payload) >= least if proto == PROTO_TERMINAL else len(payload) in (_OPENING.size, least)
+
+
+def mark_opening(payload: bytes, mark: bytes, proto: int = PROTO_TCP) -> tuple[bytes, bytes] | None:
+    """An `Opening` with this mark, whether it had one or not, and its `start`; None where it is of another length."""
+    if not _is_opening(payload, proto):
+        return None
+    start = payload[_OPENING.size + MARK :]
+    return payload[: _OPENING.size] + mark + start, start
+
+
 def pack_opening(limit: int, key: bytes, hold: int, flags: int = 0) -> bytes:
     """The payload of a kept stream's CONNECT, as an opener sends it (`Opening`), but for what a terminal adds."""
     return _OPENING.pack(limit, key, hold, flags)
@@ -230,7 +243,7 @@ class Opening(NamedTuple):
     def parse(cls, payload: Bytes, proto: int = PROTO_TCP) -> Opening | None:
         """What such a payload holds, with a mark or without; None where it is of another length."""
         size = _OPENING.size + MARK
-        if len(payload) < size if proto == PROTO_TERMINAL else len(payload) not in (_OPENING.size, size):
+        if not _is_opening(payload, proto):
             return None
         limit, key, hold, flags = _OPENING.unpack_from(payload)
         return cls(limit, key, hold, flags, bytes(payload[_OPENING.size : size]), bytes(payload[size:]))
