@@ -26,7 +26,8 @@ __all__ = ["AcceptedStream", "TcpStream"]
 _DIALLED = frozenset({CONNECT, RESUME})  # they say to which port
 
 # Members that each connection asks for, as in `stream.py`.
-_WAITING, _OVER, _PAUSED = State.WAITING, State.OVER, Reading.PAUSED
+_WAITING, _OVER = State.WAITING, State.OVER
+_SETTLING, _PAUSED = Reading.SETTLING, Reading.PAUSED
 _RESUME_LOCAL, _PAUSE_LOCAL = Do.RESUME_LOCAL, Do.PAUSE_LOCAL
 _SHUT_LOCAL, _CLOSE_LOCAL = Do.SHUT_LOCAL, Do.CLOSE_LOCAL
 BLOCKED_READ = 4 * 1024  # a stream that learns only by reading that the link is blocked adds this to what waits
@@ -265,7 +266,8 @@ class TcpStream(LocalWriter):
         """A kept stream goes on there, and begins with these actions."""
         self.at = at
         self.act(actions)
-        self.update_reading()
+        if self.core.reading is not _SETTLING:  # else it is looked at once its socket is read
+            self.update_reading()
 
     def acknowledgement(self) -> bytes:
         return b"" if self.kept is None else self.kept.acknowledgement()

@@ -286,8 +286,8 @@ class StreamCore:
     def begins(self, blocked: bool) -> bool:
         """Reading of the local socket begins. False where it is to be paused: once it can be, which `settled` says."""
         may = self._may_read(blocked)
-        if may:
-            self.settled()
+        if may and self.reading is _SETTLING:
+            self.reading = _FLOWING
         return may
 
     def settled(self) -> None:
@@ -326,8 +326,8 @@ class StreamCore:
         if row is None:
             return ()
         to, message, rest, whole = row
-        self.state = to
-        if to.gone:
+        before, self.state = self.state, to
+        if to.gone and not before.gone:
             self._gone()
             if not self.held:
                 self.inbound.close()  # else once it has delivered, so that what it holds stays paid for
