@@ -16,7 +16,7 @@ from typing import Any, Generic, Protocol, TypeVar
 from kohakuriver._frame import WHOLE, WS_TEXT, Message, RelayWalker, RoutingTable
 from kohakuriver.relay.admission import Admission
 from kohakuriver.relay.straight import Paths
-from kohakuriver.tunnel.buffers import Assembler
+from kohakuriver.tunnel.buffers import WHOLE_MESSAGE, Assembler
 from kohakuriver.tunnel.closing import CloseState
 from kohakuriver.tunnel.link import Link
 from kohakuriver.tunnel.protocol import (
@@ -43,16 +43,16 @@ from kohakuriver.tunnel.protocol import (
     WINDOW,
     CloseCode,
     Counts,
-    Ended,
     ErrorText,
-    Opening,
     PortsAnswer,
     PortScope,
     PortsQuestion,
     Resuming,
     Roll,
     hold_after,
+    mark_opening,
     pack_seconds,
+    parse_pair,
 )
 from kohakuriver.tunnel.send_queue import SendQueue
 from kohakuriver.tunnel.terminal import beyond_in
@@ -143,7 +143,7 @@ class RelayLeg(Generic[Other]):
         while True:
             runs, event, consumed = relay(data, start, stop, self.table)
             if event is not None and (runs or consumed < stop):
-                targets = (*(run[0] for run in runs), self.target_of(event[2]))
+                targets = (*[run[0] for run in runs], self.target_of(event[2]))
                 gathering += [each.link.out for each in targets if each is not None and each.link.out.gather()]
             if runs:
                 self._pass(runs, view)
@@ -181,9 +181,10 @@ class RelayLeg(Generic[Other]):
         if message[0] >= WS_TEXT:
             self.link.control(message)
             return
-        payload = self._assembler.add(view[message[4] : message[5]], message[6])
+        kind, proto, client_id, port, start, stop, flags = message
+        payload = bytes(view[start:stop]) if flags == WHOLE_MESSAGE else self._assembler.add(view[start:stop], flags)
         if payload is not None:
-            self.message(message[0], message[1], message[2], message[3], payload)
+            self.message(kind, proto, client_id, port, payload)
 
     def message(self, kind: int, proto: int, client_id: int, port: int, payload: bytes) -> None:
         """A message that the walker does not relay by itself."""
@@ -226,8 +227,8 @@ class RelayLeg(Generic[Other]):
         if route is None:
             return
         target, other_id = route
-        ended = Ended.parse(payload)
-        target.link.send_message(EOF, other_id, b"" if ended is None else payload, proto=proto)
+        kept = parse_pair(payload) is not None
+        target.link.send_message(EOF, other_id, payload if kept else b"", proto=proto)
         if self.ended_twice(client_id, target, other_id):
             self.table.remove(client_id)
             target.table.remove(other_id)
@@ -521,14 +522,15 @@ class SessionLeg(RelayLeg[TunnelLeg]):
             text = ErrorText("EACCES", "a terminal is opened through the host")
             self.link.send_message(ERROR, client_id, text.pack(), proto=proto)
             return
-        opening = Opening.parse(payload, proto) if self.version >= 2 else None
-        if opening is not None and beyond_in(opening.start) != self.admission.beyond:
-            self.link.send_message(ERROR, client_id, NOT_FOR_THAT.pack(), proto=proto)
-            return
-        if opening is not None:
+        if self.version < 2:
+            payload = b""
+        elif (opening := mark_opening(payload, self.mark, proto)) is not None:
+            payload, start = opening
+            if beyond_in(start) != self.admission.beyond:
+                self.link.send_message(ERROR, client_id, NOT_FOR_THAT.pack(), proto=proto)
+                return
             self.kept.add(client_id)
-            payload = opening._replace(mark=self.mark).pack()
-        self._enter(CONNECT, proto, client_id, port, payload if self.version >= 2 else b"", NO_TUNNEL)
+        self._enter(CONNECT, proto, client_id, port, payload, NO_TUNNEL)
 
     def _resume(self, proto: int, client_id: int, port: int, payload: bytes) -> None:
         """RESUME: of one stream, or behind them of an opener who has no others."""

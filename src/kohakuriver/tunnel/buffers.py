@@ -7,9 +7,11 @@ import threading
 from kohakuriver._frame import FIRST, HEADROOM, LAST, FrameViolation
 from kohakuriver.tunnel.protocol import CloseCode
 
-__all__ = ["RECEIVE_SIZE", "Assembler", "ReceiveBuffer", "receive_buffer"]
+__all__ = ["RECEIVE_SIZE", "WHOLE_MESSAGE", "Assembler", "ReceiveBuffer", "receive_buffer"]
 
 RECEIVE_SIZE = 1 << 20
+WHOLE_MESSAGE = FIRST | LAST
+"""The flags of a message that has come whole, of which an `Assembler` makes nothing else."""
 
 
 class ReceiveBuffer:
@@ -51,7 +53,7 @@ class Assembler:
 
     def add(self, view: memoryview, flags: int) -> bytes | None:
         """The whole payload at its last piece, otherwise None. Raises FrameViolation (1009) over the limit."""
-        if flags == FIRST | LAST:
+        if flags == WHOLE_MESSAGE:
             return bytes(view)
         if flags & FIRST:
             self._parts.clear()

@@ -43,7 +43,7 @@ class Doubt:
         self._on_doubt = on_doubt
         self._timer: asyncio.TimerHandle | None = None
         self._looked_at = 0.0
-        self._unacked: dict[TcpStream, tuple[int, float]] = {}  # what is acknowledged, and since when no more is
+        self._unacked: dict[TcpStream | UdpStream, tuple[int, float]] = {}  # what it acknowledged, and when
         self._asked: TcpStream | None = None
         self._asked_at = 0.0
         self._patience = ANSWER
@@ -78,8 +78,7 @@ class Doubt:
 
     def over(self, stream: TcpStream | UdpStream) -> None:
         """It has ended: nothing will answer for it."""
-        if isinstance(stream, TcpStream):
-            self._unacked.pop(stream, None)
+        self._unacked.pop(stream, None)
         if stream is self._asked:
             self._asked = None
 

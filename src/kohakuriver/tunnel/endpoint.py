@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass
 from typing import TypeAlias
 
 from kohakuriver._frame import WS_TEXT, FrameViolation, FrameWalker, Message
-from kohakuriver.tunnel.buffers import Assembler
+from kohakuriver.tunnel.buffers import WHOLE_MESSAGE, Assembler
 from kohakuriver.tunnel.error_text import user_error
 from kohakuriver.tunnel.kept import KeptCore
 from kohakuriver.tunnel.link import Link
@@ -89,11 +89,12 @@ class Endpoint:
     def __init__(self, config: EndpointConfig | None = None, share: Share | None = None) -> None:
         """`share` is what its streams may hold together with those of other endpoints."""
         self.config = config or EndpointConfig()
-        self._share = share = share or Share()  # lives as long as its streams, which know this endpoint
+        self._share = share  # lives as long as its streams, which know this endpoint
+        windows, kept = (None, None) if share is None else (share.windows, share.kept)
         self.totals = Totals()
-        self.budget = Budget(self.config.budget, self.config.first_window, self.config.max_window, share.windows)
+        self.budget = Budget(self.config.budget, self.config.first_window, self.config.max_window, windows)
         linger = self.linger if self.config.v1_linger is None else self.config.v1_linger
-        self.rules = Rules(self.role, self.budget, V1Rules(self.config.v1_hold, linger), Store(within=share.kept))
+        self.rules = Rules(self.role, self.budget, V1Rules(self.config.v1_hold, linger), Store(within=kept))
         self.streams: Streams | None = None  # while there is a link
         self._ids = itertools.count(1)  # of all links: what comes late over one of them is for no other stream
         self._assembler = Assembler(MAX_CONTROL)
@@ -180,7 +181,7 @@ class Endpoint:
         if kind >= WS_TEXT:
             streams.link.control(message)
             return
-        payload = self._assembler.add(view[start:stop], flags)
+        payload = bytes(view[start:stop]) if flags == WHOLE_MESSAGE else self._assembler.add(view[start:stop], flags)
         if payload is None:
             return
         stream = streams.by_id.get(client_id)

@@ -22,22 +22,28 @@ from kohakuriver.tunnel.protocol import (
     UNKNOWN_TOTAL,
     WINDOW,
     Attached,
-    Ended,
     ErrorText,
-    Grant,
-    Opening,
     Resuming,
     pack_limit,
+    pack_opening,
+    pack_pair,
     parse_limit,
+    parse_pair,
 )
 from kohakuriver.tunnel.states import KEPT, Do, Event, Role, State
-from kohakuriver.tunnel.stream import PIECE, Action, Reading, Rows, Rules, Send, StreamCore, rows
+from kohakuriver.tunnel.stream import PIECE, Action, Reading, Rules, Send, StreamCore, rows
 from kohakuriver.tunnel.unacked import KeptWindow
 from kohakuriver.tunnel.windows import Budget, ReceiveWindow
 
 __all__ = ["Identity", "KeptCore", "accepted_kept", "opening_kept"]
 
 _TABLES = {role: rows(table) for role, table in KEPT.items()}
+_PAIRS = frozenset({WINDOW, CONNECTED, EOF})  # they say two numbers
+
+# Members that each connection asks for, as in `stream.py`.
+_WAITING, _READ, _OPENER = State.WAITING, Reading.ENDED, Role.OPENER
+_ESTABLISHED, _LOCAL_EOF, _LOCAL_CLOSED = Event.ESTABLISHED, Event.LOCAL_EOF, Event.LOCAL_CLOSED
+_REMOTE_EOF, _ACKED = Event.REMOTE_EOF, Event.ACKED
 
 
 class Identity:
@@ -87,7 +93,6 @@ class KeptCore(StreamCore):
         "attached",
         "error",
         "identity",
-        "owing",
         "unacked",
     )
 
@@ -95,6 +100,7 @@ class KeptCore(StreamCore):
 
     def __init__(self, rules: Rules, identity: Identity) -> None:
         super().__init__(rules, KeptWindow(rules.store))
+        self._table = _TABLES[rules.role]
         self.identity = identity
         self.unacked = self.sending.unacked
         self.owing = False  # something came that the peer was not told of, and it is noted that it will be
@@ -108,17 +114,17 @@ class KeptCore(StreamCore):
         self._eof_owed = False  # it went out over a link that is gone, and did not arrive
         self._last_word: tuple[Event, bytes] | None = None  # how its local socket went while there was no link
 
-    def _rows(self, version: int) -> Rows:
+    def speak(self, version: int) -> None:
         """Kept streams are those of version 2."""
-        return _TABLES[self._rules.role]
+        self.inbound.close()
+        self.inbound = ReceiveWindow(self._rules.budget)
 
     # -- what each end has -------------------------------------------------------------------------------------
 
     @property
     def received(self) -> int:
         """How much has arrived here; the end-of-file counts as one byte."""
-        inbound = self.inbound
-        return (inbound.received if isinstance(inbound, ReceiveWindow) else 0) + self._eof_came
+        return self.inbound.received + self._eof_came
 
     @property
     def total(self) -> int:
@@ -149,18 +155,22 @@ class KeptCore(StreamCore):
         """The peer has so much, of what we have `sent`; False if that can't be."""
         if received <= self._acked:
             return True
-        unacked = self.sending.unacked
+        window = self.sending
+        unacked = window.unacked
         end = unacked.end
         if received > sent + (self._eof_sent and sent == end):
             return False
         self._acked = received
         unacked.ack(received if received < end else end)
-        self.sending.renew()
+        if window.limit < window.granted:  # else it may send all that it was granted
+            window.renew()
         return True
 
     def _settle(self) -> Sequence[Action]:
         """An acceptor is through once the peer has all, the end-of-file included (rule 4)."""
-        if not self._eof_sent or self._acked <= self.sending.unacked.end or not self._step(Event.ACKED):
+        if not self._eof_sent or self._rules.role is _OPENER:
+            return ()
+        if self._acked <= self.sending.unacked.end or not self._step(_ACKED):
             return ()
         return (Send(CLOSE, late=True),)
 
@@ -173,9 +183,9 @@ class KeptCore(StreamCore):
 
     def local_lost(self, error: bytes | None = None) -> Sequence[Action]:
         """An opener says it once both ends know of a link: the other one would hold the stream for nothing."""
-        event = Event.LOCAL_CLOSED if error is None else Event.LOCAL_ERROR
+        event = _LOCAL_CLOSED if error is None else Event.LOCAL_ERROR
         self.error = self.error or error or b""
-        if self.attached or self._rules.role is not Role.OPENER or self.state not in _KNOWN_THERE:
+        if self.attached or self._rules.role is not _OPENER or self.state not in _KNOWN_THERE:
             return super().local_lost(error)
         if self._last_word is None:
             self._last_word = event, error or b""
@@ -218,7 +228,7 @@ class KeptCore(StreamCore):
             return self._takes_leave(*self._last_word)
         self.sending.granted = 0  # what was granted over links that are gone holds no longer
         owed = self._go_on(there.received, there.limit)
-        return self.broken() if owed is None else [*self._step(Event.ESTABLISHED), *owed, *self.flush()]
+        return self.broken() if owed is None else [*self._step(_ESTABLISHED), *owed, *self.flush()]
 
     def _go_on(self, received: int, limit: int) -> Sequence[Action] | None:
         """Go on from what the peer has; None if it can't have that."""
@@ -239,7 +249,7 @@ class KeptCore(StreamCore):
         self.identity.key, self.identity.epoch = key, 0
         self.sending.sent = self._most = 0
         self._eof_sent = self._eof_owed = False
-        self.state = State.WAITING
+        self.state = _WAITING
         return True
 
     def unkept(self) -> StreamCore:
@@ -268,12 +278,11 @@ class KeptCore(StreamCore):
         if kind == ACK:
             received = parse_limit(payload)
             return () if received is None else self._ack(received)
-        if kind in (WINDOW, CONNECTED):
-            grant = Grant.parse(payload)
-            return () if grant is None else self._granted(kind, grant)
-        if kind == EOF:
-            end = Ended.parse(payload)
-            return () if end is None else self._ended(end)
+        if kind in _PAIRS:
+            pair = parse_pair(payload)
+            if pair is None:
+                return ()
+            return self._ended(*pair) if kind == EOF else self._granted(kind, *pair)
         if kind == RESUMED:
             there = Attached.parse(payload)
             return () if there is None or self.attached else self._resumed(there)
@@ -282,23 +291,27 @@ class KeptCore(StreamCore):
     def _ack(self, received: int) -> Sequence[Action]:
         if not self.attached:
             return ()
-        return self._settle() if self._acknowledged(received, self.sending.sent) else self.broken()
+        if received > self._acked and not self._acknowledged(received, self.sending.sent):
+            return self.broken()
+        return self._settle() if self._eof_sent else ()
 
-    def _granted(self, kind: int, grant: Grant) -> Sequence[Action]:
-        settled = self._ack(grant.received)
+    def _granted(self, kind: int, limit: int, received: int) -> Sequence[Action]:
+        """CONNECTED or WINDOW."""
+        settled = self._ack(received)
         if not self.attached or self.state.gone:
             return settled
-        self.sending.raise_to(grant.limit)
-        return [*self._step(Event.ESTABLISHED), *self.flush()] if kind == CONNECTED else settled
+        self.sending.raise_to(limit)
+        return [*self._step(_ESTABLISHED), *self.flush()] if kind == CONNECTED else settled
 
-    def _ended(self, end: Ended) -> Sequence[Action]:
-        settled = self._ack(end.received)
+    def _ended(self, total: int, received: int) -> Sequence[Action]:
+        """EOF."""
+        settled = self._ack(received)
         if not self.attached or self.state.remote_done:
             return settled
-        if end.total != self.received:
+        if total != self.received:
             return self.broken()
         self._eof_came = True
-        return [*self._step(Event.REMOTE_EOF), *self._settle()]
+        return [*self._step(_REMOTE_EOF), *self._settle()]
 
     # -- what is sent ------------------------------------------------------------------------------------------
 
@@ -310,7 +323,7 @@ class KeptCore(StreamCore):
     @property
     def unsent(self) -> bool:
         return self.sending.unacked.end > self.sending.sent or (
-            self._eof_owed if self._eof_sent else self.reading is Reading.ENDED and not self.state.local_done
+            self._eof_owed if self._eof_sent else self.reading is _READ and not self.state.local_done
         )
 
     @property
@@ -335,13 +348,13 @@ class KeptCore(StreamCore):
 
     def flush(self) -> Sequence[Action]:
         """Send what waits, as far as the window goes: one message of it, and the end-of-file where that was all."""
-        if not self.attached or self.state.gone or self.state is State.WAITING:
+        if not self.attached or self.state.gone or self.state is _WAITING:
             return ()
         window = self.sending
         sent = window.sent
         waiting = window.unacked.end - sent
         if not waiting:
-            return self._end_of_file()
+            return self._end_of_file() if self.reading is _READ else ()
         size = min(waiting, window.limit - sent, PIECE)
         if size <= 0:
             return ()
@@ -353,18 +366,15 @@ class KeptCore(StreamCore):
         if self._eof_owed:
             self._eof_owed = False
             return (Send(EOF, self._payload(EOF)),)
-        if self.reading is not Reading.ENDED or self.state.local_done:
+        if self.reading is not _READ or self.state.local_done:
             return ()
-        owed = self._step(Event.LOCAL_EOF)
+        owed = self._step(_LOCAL_EOF)
         self._eof_sent = self.state.local_done
         return owed
 
-    def will_acknowledge(self) -> None:
-        self.owing = True
-
     def announcement(self, limit: int) -> bytes:
         self._told = self.received
-        return Grant(limit, self._told).pack()
+        return pack_pair(limit, self._told)
 
     def acknowledgement(self) -> bytes:
         """The payload of the ACK that is owed; none where the peer was told meanwhile."""
@@ -374,13 +384,14 @@ class KeptCore(StreamCore):
     def _payload(self, kind: int) -> bytes:
         granted = self.inbound.granted or 0
         if kind == CONNECT:
-            opening = Opening(granted, self.identity.key, self.identity.hold, start=self.identity.start)
-            return (opening._replace(mark=bytes(MARK)) if opening.start else opening).pack()
+            identity = self.identity
+            opening = pack_opening(granted, identity.key, identity.hold)
+            return opening + bytes(MARK) + identity.start if identity.start else opening
         if kind == CONNECTED:
             return self.announcement(granted)
         self._told = self.received
         if kind == EOF:
-            return Ended(self.sending.unacked.end, self._told).pack()
+            return pack_pair(self.sending.unacked.end, self._told)
         return pack_limit(self._told) if kind == ACK else b""
 
     def _gone(self) -> None:
@@ -388,7 +399,7 @@ class KeptCore(StreamCore):
 
 
 _OPENING = frozenset({State.OPENING, State.OPENING_LOCAL_ENDED})
-_KNOWN_THERE = frozenset(state for state in State if (state, Event.REMOTE_CLOSE) in KEPT[Role.OPENER]) - {State.ENDED}
+_KNOWN_THERE = frozenset(state for state in State if (state, Event.REMOTE_CLOSE) in KEPT[_OPENER]) - {State.ENDED}
 
 
 def opening_kept(rules: Rules, identity: Identity, before: StreamCore) -> KeptCore:

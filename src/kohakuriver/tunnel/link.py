@@ -8,6 +8,7 @@ docs/protocol.md §3 rule 11). It knows frames, and nothing of streams or of who
 from __future__ import annotations
 
 import asyncio
+import itertools
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Protocol, cast
@@ -48,8 +49,7 @@ def soon(call: Callable[[], None]) -> None:
     asyncio.get_running_loop().call_soon(call)
 
 
-def _no_key() -> int:
-    return -1
+_no_key: Callable[[], int] = itertools.repeat(-1).__next__  # for every frame that is sent: no call of Python's
 
 
 class Link(asyncio.BufferedProtocol):

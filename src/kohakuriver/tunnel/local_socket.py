@@ -8,7 +8,6 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Sequence
-from typing import cast
 
 from kohakuriver._frame import HEADROOM, frame_in_place
 from kohakuriver.tunnel.buffers import receive_buffer
@@ -25,6 +24,12 @@ from kohakuriver.tunnel.windows import EARLY_DATA
 __all__ = ["AcceptedStream", "TcpStream"]
 
 _DIALLED = frozenset({CONNECT, RESUME})  # they say to which port
+
+# Members that each connection asks for, as in `stream.py`.
+_WAITING, _OVER = State.WAITING, State.OVER
+_SETTLING, _PAUSED = Reading.SETTLING, Reading.PAUSED
+_RESUME_LOCAL, _PAUSE_LOCAL = Do.RESUME_LOCAL, Do.PAUSE_LOCAL
+_SHUT_LOCAL, _CLOSE_LOCAL = Do.SHUT_LOCAL, Do.CLOSE_LOCAL
 BLOCKED_READ = 4 * 1024  # a stream that learns only by reading that the link is blocked adds this to what waits
 
 
@@ -68,13 +73,16 @@ class TcpStream(LocalWriter):
     # -- local socket → link -----------------------------------------------------------------------------------
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        self.use(cast(asyncio.Transport, transport))
-        if self.core.state is State.OVER:  # the stream ended while it was dialled
+        self.use(transport)  # type: ignore[arg-type]  # a call to `cast` takes as long as any other
+        if self.core.state is _OVER:  # the stream ended while it was dialled
             self.reset()
             return
         self.owner.socket_ready(self)
-        self.pump()
-        soon(self._settled)
+        if self.owes:
+            self.pump()
+        at = self.at
+        if not self.core.begins(at is None or at.link.out.blocked):
+            soon(self._settled)
 
     def _settled(self) -> None:
         """uvloop undoes a pause in connection_made, so the first one is made here."""
@@ -140,18 +148,18 @@ class TcpStream(LocalWriter):
         core, transport = self.core, self._transport
         if core.unsent:
             self._send_waiting()
-        if transport is None or transport.is_closing():
+        if core.state.local_done or transport is None or transport.is_closing():
             return
         at = self.at
         blocked = at is None or at.link.out.blocked
         change = core.flow(blocked)
-        if change is Do.RESUME_LOCAL:
+        if change is _RESUME_LOCAL:
             transport.resume_reading()
-        elif change is Do.PAUSE_LOCAL:
+        elif change is _PAUSE_LOCAL:
             if at is not None and not blocked:
                 self.owner.totals.stalls += 1
             transport.pause_reading()
-        if blocked and at is not None and core.reading is Reading.PAUSED:
+        if blocked and at is not None and core.reading is _PAUSED:
             at.link.out.wait_drained(self)
 
     def _send_waiting(self) -> None:
@@ -179,7 +187,7 @@ class TcpStream(LocalWriter):
                 return
             self.send(*owed)
         if not core.owing and self.at is not None:
-            core.will_acknowledge()
+            core.owing = True
             self.at.owe(self)
         self.write(views, size)
         if core.held:
@@ -201,7 +209,7 @@ class TcpStream(LocalWriter):
             self.at.send_soon(WINDOW, self.core.announcement(limit))
 
     def connection_lost(self, exc: Exception | None) -> None:
-        if self.core.state is State.WAITING:
+        if self.core.state is _WAITING:
             self.owner.socket_gone(self)
         if exc is None:
             self.act(self.core.local_lost())
@@ -258,7 +266,8 @@ class TcpStream(LocalWriter):
         """A kept stream goes on there, and begins with these actions."""
         self.at = at
         self.act(actions)
-        self.update_reading()
+        if self.core.reading is not _SETTLING:  # else it is looked at once its socket is read
+            self.update_reading()
 
     def acknowledgement(self) -> bytes:
         return b"" if self.kept is None else self.kept.acknowledgement()
@@ -294,9 +303,9 @@ class TcpStream(LocalWriter):
             at.send(kind, payload)
 
     def _act_locally(self, action: Do) -> None:
-        if action is Do.SHUT_LOCAL:
+        if action is _SHUT_LOCAL:
             self.shut()
-        elif action is Do.CLOSE_LOCAL:
+        elif action is _CLOSE_LOCAL:
             self.close()
         elif action is Do.RESET_LOCAL:
             if not self.reset():

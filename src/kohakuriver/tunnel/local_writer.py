@@ -26,6 +26,9 @@ class _Owed(enum.Enum):
     CLOSE = enum.auto()
 
 
+_NOTHING, _SHUT, _CLOSE = _Owed.NOTHING, _Owed.SHUT, _Owed.CLOSE  # to find one in its class takes as long as a call
+
+
 class LocalWriter(asyncio.BufferedProtocol):
     """The write side of a local socket, which may not be connected yet: what comes before is queued.
 
@@ -40,7 +43,7 @@ class LocalWriter(asyncio.BufferedProtocol):
         self._queue: deque[memoryview] | None = None
         self._in_transport = 0
         self._blocked = False
-        self._owed = _Owed.NOTHING
+        self._owed = _NOTHING
 
     def taken(self, size: int) -> None:
         """The socket took ``size`` bytes of those that it was given."""
@@ -83,6 +86,11 @@ class LocalWriter(asyncio.BufferedProtocol):
         rest = memoryview(b"".join(views))[skip:]
         self._queue.extend(rest[i : i + WRITE_PIECE] for i in range(0, len(rest), WRITE_PIECE))
 
+    @property
+    def owes(self) -> bool:
+        """Whether there is anything for `pump` to do."""
+        return self._queue is not None or self._owed is not _NOTHING
+
     def pump(self) -> None:
         """Write what is queued, as far as the socket takes it, and then do what is owed."""
         transport = self._transport
@@ -109,12 +117,12 @@ class LocalWriter(asyncio.BufferedProtocol):
 
     def shut(self) -> None:
         """Shut down the write side once everything is written."""
-        self._owed = _Owed.SHUT
+        self._owed = _SHUT
         self._settle()
 
     def close(self) -> None:
         """Close the socket once everything is written."""
-        self._owed = _Owed.CLOSE
+        self._owed = _CLOSE
         self._settle()
 
     def _settle(self) -> None:
@@ -122,10 +130,10 @@ class LocalWriter(asyncio.BufferedProtocol):
         if transport is None or self._queue or self._blocked:
             return
         self._queue = None
-        owed, self._owed = self._owed, _Owed.NOTHING
-        if owed is _Owed.CLOSE:
+        owed, self._owed = self._owed, _NOTHING
+        if owed is _CLOSE:
             soon(transport.close)
-        elif owed is _Owed.SHUT:
+        elif owed is _SHUT:
             soon(self._shut_down)  # asyncio would do it twice, were it asked to in resume_writing
 
     def _shut_down(self) -> None:

@@ -67,8 +67,9 @@ class KeptStreams:
         """It has ended."""
         self.streams.pop(stream, None)
         self.doubt.over(stream)
-        self._forget(stream)
-        if not self.streams:
+        if self._again:
+            self._forget(stream)
+        if self._patience is not None and not self.streams:
             self._lose_no_patience()
 
     def attach(self, link: Streams) -> None:

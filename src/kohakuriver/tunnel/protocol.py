@@ -159,6 +159,16 @@ def exit_code_in(code: int, reason: str) -> int | None:
     return int(found[1]) if found else None
 
 
+def pack_pair(offset: int, received: int) -> bytes:
+    """The payload of CONNECTED, WINDOW and EOF of a kept stream: of `Grant` and `Ended`, without the object."""
+    return _PAIR.pack(offset, received)
+
+
+def parse_pair(payload: Bytes) -> tuple[int, int] | None:
+    """The two numbers of such a payload; None where it is of another length."""
+    return _PAIR.unpack(payload) if len(payload) == _PAIR.size else None
+
+
 class Grant(NamedTuple):
     """CONNECTED and WINDOW of a kept stream: a limit, and what has been received (docs/protocol.md §3)."""
 
@@ -167,12 +177,13 @@ class Grant(NamedTuple):
 
     def pack(self) -> bytes:
         """The payload."""
-        return _PAIR.pack(self.limit, self.received)
+        return pack_pair(self.limit, self.received)
 
     @classmethod
     def parse(cls, payload: Bytes) -> Grant | None:
         """What such a payload holds; None where it is of another length."""
-        return cls(*_PAIR.unpack(payload)) if len(payload) == _PAIR.size else None
+        pair = parse_pair(payload)
+        return None if pair is None else cls(*pair)
 
 
 class Ended(NamedTuple):
@@ -183,12 +194,31 @@ class Ended(NamedTuple):
 
     def pack(self) -> bytes:
         """The payload."""
-        return _PAIR.pack(self.total, self.received)
+        return pack_pair(self.total, self.received)
 
     @classmethod
     def parse(cls, payload: Bytes) -> Ended | None:
         """What such a payload holds; None where it is of another length."""
-        return cls(*_PAIR.unpack(payload)) if len(payload) == _PAIR.size else None
+        pair = parse_pair(payload)
+        return None if pair is None else cls(*pair)
+
+
+def _is_opening(payload: Bytes, proto: int) -> bool:
+    least = _OPENING.size + MARK
+    return len(payload) >= least if proto == PROTO_TERMINAL else len(payload) in (_OPENING.size, least)
+
+
+def mark_opening(payload: bytes, mark: bytes, proto: int = PROTO_TCP) -> tuple[bytes, bytes] | None:
+    """An `Opening` with this mark, whether it had one or not, and its `start`; None where it is of another length."""
+    if not _is_opening(payload, proto):
+        return None
+    start = payload[_OPENING.size + MARK :]
+    return payload[: _OPENING.size] + mark + start, start
+
+
+def pack_opening(limit: int, key: bytes, hold: int, flags: int = 0) -> bytes:
+    """The payload of a kept stream's CONNECT, as an opener sends it (`Opening`), but for what a terminal adds."""
+    return _OPENING.pack(limit, key, hold, flags)
 
 
 class Opening(NamedTuple):
@@ -207,13 +237,13 @@ class Opening(NamedTuple):
 
     def pack(self) -> bytes:
         """The payload."""
-        return _OPENING.pack(self.limit, self.key, self.hold, self.flags) + self.mark + self.start
+        return pack_opening(self.limit, self.key, self.hold, self.flags) + self.mark + self.start
 
     @classmethod
     def parse(cls, payload: Bytes, proto: int = PROTO_TCP) -> Opening | None:
         """What such a payload holds, with a mark or without; None where it is of another length."""
         size = _OPENING.size + MARK
-        if len(payload) < size if proto == PROTO_TERMINAL else len(payload) not in (_OPENING.size, size):
+        if not _is_opening(payload, proto):
             return None
         limit, key, hold, flags = _OPENING.unpack_from(payload)
         return cls(limit, key, hold, flags, bytes(payload[_OPENING.size : size]), bytes(payload[size:]))

@@ -8,8 +8,9 @@ docs/protocol.md §2–§3; the states are in `states.py`, the windows in `windo
 from __future__ import annotations
 
 import enum
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import NamedTuple
 
 from kohakuriver.tunnel.protocol import ACK, CLOSE, CONNECT, CONNECTED, DATA, EOF, ERROR, PING, pack_limit
@@ -32,6 +33,8 @@ class Send(NamedTuple):
 
 
 Action = Send | Do
+# `Send` of all three at once: a tuple with names is made by a call of Python's, several times for each connection.
+_send: Callable[[tuple[int, bytes, bool]], Send] = partial(tuple.__new__, Send)
 _PING = Send(PING)
 _MESSAGES: dict[Do, Send] = {
     Do.SEND_CONNECT: Send(CONNECT),
@@ -79,6 +82,14 @@ class Reading(enum.Enum):
     ENDED = "ended"  # end-of-file was read; what came before it may still wait here
 
 
+# Members that each connection asks for: before Python 3.12 a class of them takes longer to find one than a dict does.
+_WAITING, _OPENING = State.WAITING, State.OPENING
+_SETTLING, _FLOWING, _PAUSED, _READ = Reading.SETTLING, Reading.FLOWING, Reading.PAUSED, Reading.ENDED
+_LINK, _ESTABLISHED, _LOCAL_EOF, _LOCAL_CLOSED = Event.LINK, Event.ESTABLISHED, Event.LOCAL_EOF, Event.LOCAL_CLOSED
+_REMOTE_EOF, _REMOTE_CLOSE = Event.REMOTE_EOF, Event.REMOTE_CLOSE
+_RESUME_LOCAL, _PAUSE_LOCAL = Do.RESUME_LOCAL, Do.PAUSE_LOCAL
+
+
 @dataclass(frozen=True)
 class Rules:
     """What all streams of one endpoint share.
@@ -109,48 +120,44 @@ class StreamCore:
         sending: its window to the peer, for streams that have one of another kind.
     """
 
-    __slots__ = ("_rules", "_table", "early", "held", "inbound", "moved_at", "reading", "sending", "state")
+    __slots__ = ("_rules", "_table", "early", "held", "inbound", "moved_at", "owing", "reading", "sending", "state")
 
-    # What a kept stream has: the bytes that it may have to send again, whether it is noted that it owes an ACK, and
-    # whether it has a link of which both ends know.
+    # What a kept stream has: the bytes that it may have to send again, and whether both ends know its link.
     unacked: Unacked | None = None
-    owing: bool = True
     attached: bool = True
 
     def __init__(self, rules: Rules, sending: SendWindow | None = None) -> None:
         self._rules = rules
-        self.state = State.WAITING
+        self.state = _WAITING
         self.sending = sending or SendWindow()
-        self.reading = Reading.SETTLING
+        self.reading = _SETTLING
         self.early = b""  # read from the local socket and not sent
         self.held = 0  # bytes received that the local socket has not taken
         self.moved_at = 0.0  # when the peer's bytes last came
+        self.owing = True  # a kept one: it is noted that it owes an ACK; others owe none, and nothing is to be noted
         self.inbound: ReceiveWindow | V1Rules = rules.v1
-        self._table = self._rows(1)
+        self._table: Rows = _TABLES[1, rules.role]
 
     def speak(self, version: int) -> None:
         """Go by the rules of ``version`` from now on."""
         rules = self._rules
         self.inbound.close()
         self.inbound = ReceiveWindow(rules.budget) if version >= 2 else rules.v1
-        self._table = self._rows(version)
-
-    def _rows(self, version: int) -> Rows:
-        return _TABLES[min(version, 2), self._rules.role]
+        self._table = _TABLES[min(version, 2), rules.role]
 
     # -- events ------------------------------------------------------------------------------------------------
 
     def link(self, version: int) -> Sequence[Action]:
         """There is a link that speaks ``version``: CONNECT, and what was read before."""
-        if self.state is not State.WAITING:
+        if self.state is not _WAITING:
             return ()
         self.speak(version)
         self.sending.raise_to(EARLY_DATA if version >= 2 else UNLIMITED)
-        return [*self._step(Event.LINK), *self.flush()]
+        return [*self._step(_LINK), *self.flush()]
 
     def connected(self, limit: int | None) -> Sequence[Action]:
         """CONNECTED came, with the peer's limit (bytes); None: it runs the stream under version 1's rules."""
-        if (self.state, Event.ESTABLISHED) not in self._table:
+        if (self.state, _ESTABLISHED) not in self._table:
             return ()
         late: tuple[Action, ...] = ()
         if limit is None and isinstance(self.inbound, ReceiveWindow):
@@ -159,11 +166,11 @@ class StreamCore:
             self.speak(1)
             late = (Do.LINGER,) if self.state is State.OPENING_LOCAL_ENDED else ()  # our EOF told it nothing
         self.sending.raise_to(UNLIMITED if limit is None else limit)
-        return [*self._step(Event.ESTABLISHED), *late, *self.flush()]
+        return [*self._step(_ESTABLISHED), *late, *self.flush()]
 
     def dialled(self) -> Sequence[Action]:
         """The acceptor's dial succeeded."""
-        return [*self._step(Event.ESTABLISHED), *self.flush()]
+        return [*self._step(_ESTABLISHED), *self.flush()]
 
     def local_data(self, data: bytes | memoryview) -> Sequence[Action]:
         """Bytes of the local side: sent as far as there is room, the rest waits."""
@@ -173,12 +180,12 @@ class StreamCore:
 
     def local_eof(self) -> Sequence[Action]:
         """The local socket read end-of-file."""
-        self.reading = Reading.ENDED
+        self.reading = _READ
         return self.flush()
 
     def flush(self) -> Sequence[Action]:
         """Send what waits, as far as the window goes, and the end-of-file behind it."""
-        if self.state is State.WAITING or self.state.local_done:
+        if self.state is _WAITING or self.state.local_done:
             return ()
         owed: list[Action] = []
         while self.early and self.sending.room > 0:
@@ -186,21 +193,21 @@ class StreamCore:
             owed.append(Send(DATA, self.early[:size]))
             self.early = self.early[size:]
             self.sending.spend(size)
-        if self.reading is Reading.ENDED and not self.early:
-            owed += self._step(Event.LOCAL_EOF)
+        if self.reading is _READ and not self.early:
+            owed += self._step(_LOCAL_EOF)
         return owed
 
     def local_lost(self, error: bytes | None = None) -> Sequence[Action]:
         """The local socket is gone; ``error``: it broke, or could not be dialled, and that is what the peer is told."""
-        return self._step(Event.LOCAL_CLOSED if error is None else Event.LOCAL_ERROR, error or b"")
+        return self._step(_LOCAL_CLOSED if error is None else Event.LOCAL_ERROR, error or b"")
 
     def remote_eof(self) -> Sequence[Action]:
         """The peer sends no more."""
-        return self._step(Event.REMOTE_EOF)
+        return self._step(_REMOTE_EOF)
 
     def remote_close(self) -> Sequence[Action]:
         """CLOSE came: what is queued is still delivered."""
-        return self._step(Event.REMOTE_CLOSE)
+        return self._step(_REMOTE_CLOSE)
 
     def remote_error(self) -> Sequence[Action]:
         """ERROR came."""
@@ -245,7 +252,7 @@ class StreamCore:
         if not inbound.receive(size):
             self.held -= size
             return Do.END_SESSION
-        if self.state is not State.OPENING and inbound.wants_ping(now):
+        if self.state is not _OPENING and inbound.wants_ping(now):
             return _PING
         return None
 
@@ -257,15 +264,12 @@ class StreamCore:
     @property
     def unsent(self) -> bool:
         """Whether `flush` has anything to send, once the window and the link have room."""
-        return bool(self.early) or (self.reading is Reading.ENDED and not self.state.local_done)
+        return bool(self.early) or (self.reading is _READ and not self.state.local_done)
 
     @property
     def may_send(self) -> bool:
         """Whether `flush` would send more, once the link has taken what it sent last."""
         return False
-
-    def will_acknowledge(self) -> None:
-        """It is noted that an acknowledgement is owed."""
 
     def announcement(self, limit: int) -> bytes:
         """The payload of the WINDOW that tells of a new limit."""
@@ -279,22 +283,32 @@ class StreamCore:
 
     # -- reading -----------------------------------------------------------------------------------------------
 
+    def begins(self, blocked: bool) -> bool:
+        """Reading of the local socket begins. False where it is to be paused: once it can be, which `settled` says."""
+        may = self._may_read(blocked)
+        if may and self.reading is _SETTLING:
+            self.reading = _FLOWING
+        return may
+
     def settled(self) -> None:
         """The local socket can be paused from now on."""
-        if self.reading is Reading.SETTLING:
-            self.reading = Reading.FLOWING
+        if self.reading is _SETTLING:
+            self.reading = _FLOWING
+
+    def _may_read(self, blocked: bool) -> bool:
+        window = self.sending
+        return not blocked and self.state is not _WAITING and self.attached and window.limit > window.sent
 
     def flow(self, blocked: bool) -> Do | None:
         """Whether the local socket is to be read, now that its link is ``blocked`` or not: only what can be sent is."""
-        reading, state = self.reading, self.state
-        if reading is Reading.SETTLING or reading is Reading.ENDED or state.local_done:
+        reading = self.reading
+        if reading is _SETTLING or reading is _READ or self.state.local_done:
             return None
-        window = self.sending
-        may = not blocked and state is not State.WAITING and self.attached and window.limit > window.sent
-        if may == (reading is Reading.FLOWING):
+        may = self._may_read(blocked)
+        if may == (reading is _FLOWING):
             return None
-        self.reading = Reading.FLOWING if may else Reading.PAUSED
-        return Do.RESUME_LOCAL if may else Do.PAUSE_LOCAL
+        self.reading = _FLOWING if may else _PAUSED
+        return _RESUME_LOCAL if may else _PAUSE_LOCAL
 
     def link_reading(self) -> Do | None:
         """v1: what becomes of the link's reading with what is held (§3 rule 6)."""
@@ -311,16 +325,17 @@ class StreamCore:
         row = self._table.get((self.state, event))
         if row is None:
             return ()
-        self.state = row.to
-        if row.to.gone:
+        to, message, rest, whole = row
+        before, self.state = self.state, to
+        if to.gone and not before.gone:
             self._gone()
             if not self.held:
                 self.inbound.close()  # else once it has delivered, so that what it holds stays paid for
-        if row.message is None:
-            return row.whole
-        kind = row.message.kind
+        if message is None:
+            return whole
+        kind, _, late = message
         payload = text or self._payload(kind)
-        return (Send(kind, payload, row.message.late), *row.rest) if payload else row.whole
+        return (_send((kind, payload, late)), *rest) if payload else whole
 
     def _payload(self, kind: int) -> bytes:
         """What a message of this type says, but for an ERROR's text."""
@@ -334,7 +349,7 @@ class StreamCore:
 def accepted(rules: Rules, limit: int | None) -> StreamCore:
     """The stream of a CONNECT that came, with its limit (bytes) or, from a peer of version 1, none."""
     core = StreamCore(rules)
-    core.state = State.OPENING
+    core.state = _OPENING
     core.speak(1 if limit is None else 2)
     core.sending.raise_to(UNLIMITED if limit is None else limit)
     return core

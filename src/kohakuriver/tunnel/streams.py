@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Protocol
 
-from kohakuriver._frame import HEADROOM
+from kohakuriver._frame import HEADROOM, build_frame
 from kohakuriver.tunnel.link import Link
 from kohakuriver.tunnel.protocol import ACK, CONNECT, CONNECTED, PING, PROTO_TCP, PROTO_UDP, WINDOW
 from kohakuriver.tunnel.windows import Budget
@@ -151,7 +151,12 @@ class Attachment:
 
     def send(self, kind: int, payload: bytes = b"", *, port: int = 0) -> None:
         """Send one message of the stream, in order with its data."""
-        self.link.send_message(kind, self.id, payload, proto=self.proto, port=port, urgent=kind in _URGENT)
+        link = self.link
+        frame = build_frame(kind, self.proto, self.id, port, payload, link.next_key())
+        if kind in _URGENT:
+            link.post(frame)
+        else:
+            link.send(frame)
 
     def send_soon(self, kind: int, payload: bytes) -> None:
         """Send one message that need not be in order with data, at the end of this turn of the loop."""
@@ -245,8 +250,10 @@ class Streams:
     def leave(self, stream_id: int) -> None:
         """The id is free again."""
         del self.by_id[stream_id]
-        self._expiring.pop(stream_id, None)
-        self._soon.pop((stream_id, WINDOW), None)
+        if self._expiring:
+            self._expiring.pop(stream_id, None)
+        if self._soon:
+            self._soon.pop((stream_id, WINDOW), None)
         self.turns.left(stream_id)
 
     def send_soon(self, stream_id: int, kind: int, payload: bytes) -> None:

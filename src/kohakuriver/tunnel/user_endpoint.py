@@ -102,7 +102,7 @@ class UserEndpoint(Endpoint):
 
     @property
     def stream_count(self) -> int:
-        return super().stream_count if self.streams is not None else self.waiting
+        return len(self.streams.by_id) if self.streams is not None else self.waiting
 
     @property
     def waiting(self) -> int:
@@ -248,7 +248,7 @@ class UserEndpoint(Endpoint):
             self._keep(stream, self.kept, streams.link.version)
         at = streams.enter(stream, streams.new_id())
         out = streams.link.out
-        gathers = out.gather()  # what came early goes with the CONNECT
+        gathers = stream.core.waits > 0 and out.gather()  # what came early goes with the CONNECT
         try:
             stream.attach(at, stream.core.link(streams.link.version))
         finally:

@@ -23,6 +23,7 @@ class V1Rules:
     __slots__ = ("_hold", "_linger")
 
     granted = None  # no limit goes into CONNECT or CONNECTED
+    received = 0  # nor is anything acknowledged
 
     def __init__(self, hold: int, linger: float) -> None:
         self._hold = hold

@@ -79,6 +79,8 @@ class Budget:
     ) -> None:
         self._pool = Pool(total, within)
         self.first = first
+        self.least = min(MIN_WINDOW, first)
+        """The window (bytes) that every stream gets, whatever is left: the budget does not pay for it."""
         self.cap = cap
         self.shared = False  # several streams receive by turns
 
@@ -86,11 +88,6 @@ class Budget:
     def left(self) -> int:
         """Bytes that no window has."""
         return self._pool.left
-
-    @property
-    def least(self) -> int:
-        """The window (bytes) that every stream gets, whatever is left: the budget does not pay for it."""
-        return min(MIN_WINDOW, self.first)
 
     def take(self, wanted: int) -> int:
         """As many of the ``wanted`` bytes as are left."""
@@ -265,5 +262,6 @@ class ReceiveWindow:
 
     def close(self) -> None:
         """Give what the window took back to the budget."""
-        self.detach()
+        if self._paid:
+            self.detach()
         self.size = 0
