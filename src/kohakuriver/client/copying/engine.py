@@ -9,17 +9,15 @@ from dataclasses import dataclass, field
 from typing import Final
 
 from kohakuriver.client.copying.plan import SMALL, Options, Plan, part_name
-from kohakuriver.client.copying.sides import Done, FileError, Side
-from kohakuriver.tunnel.files import PIECE, Answer, Attributes, Entry
+from kohakuriver.client.copying.sides import CHANGED, Batch, Contents, FileError, Side, Written
+from kohakuriver.tunnel.files import EACH, PIECE, Answer, Attributes, Entry
 
 __all__ = ["Copied", "Copy", "Worker"]
 
 RANGE: Final = 8 << 20
 """Bytes of a large file that one stream copies before it looks for something else to do."""
-_BATCH_FILES, _BATCH_BYTES = 64, 2 << 20
+_BATCH_FILES, _BATCH_BYTES = 512, 256 << 10  # few enough that one end reads while the other one writes
 _MOST_TOLD = 1000  # failures that are kept with their names
-
-_CHANGED = "It changed while it was copied"
 
 
 @dataclass
@@ -87,24 +85,26 @@ class Copy:
         self.workers.append(worker)
         return worker
 
-    def job(self, worker: Worker) -> list[tuple[Entry, bytes]] | _Range | None:
+    def job(self, worker: Worker) -> Batch | _Range | None:
         """What is to be done next; None when there is nothing left."""
         with self._lock:
             self._segments = worker.source.segments
             return next(self._jobs, None)
 
-    def _all_jobs(self) -> Iterator[list[tuple[Entry, bytes]] | _Range]:
-        batch: list[tuple[Entry, bytes]] = []
+    def _all_jobs(self) -> Iterator[Batch | _Range]:
+        batch: Batch = []
         size = 0
-        for entry, path in self.plan.files:
+        for each in self.plan.files:
+            entry, path = each
             if entry.size > SMALL:
                 yield from self._ranges(_Large(entry, path))
                 continue
-            batch.append((entry, path))
-            size += entry.size
-            if len(batch) >= _BATCH_FILES or size >= _BATCH_BYTES:
+            its = entry.size + len(path) + EACH
+            if batch and (len(batch) >= _BATCH_FILES or size + its > _BATCH_BYTES):
                 yield batch
                 batch, size = [], 0
+            batch.append(each)
+            size += its
         if batch:
             yield batch
 
@@ -200,8 +200,7 @@ class Worker:
             elif isinstance(job, _Range):
                 self._range(job)
             else:
-                for entry, path in job:
-                    self._small(entry, path)
+                self._small(job)
             while self._later:
                 self._later.popleft()()
 
@@ -209,47 +208,39 @@ class Worker:
         self.source.settle(all_of_it=True)
         self._target.settle(all_of_it=True)
 
-    def _small(self, entry: Entry, path: bytes) -> None:
-        """A file that is read at once, and written at once."""
-        attributes = self._options.attributes(entry)
+    def _small(self, batch: Batch) -> None:
+        """Files that are read together, and written together.
 
-        def written(result: int | FileError) -> None:
-            if isinstance(result, FileError):
-                self.done.fail(path, result.why)
-                return
-            self.done.took(result)
-            self.done.files += 1
-            self.done.size += entry.size
-
-        def read(data: memoryview | FileError) -> None:
-            if isinstance(data, FileError):
-                self.done.fail(entry.path, data.why)
-            elif len(data) != entry.size:
-                self.done.fail(entry.path, _CHANGED)
-            elif self._options.update:
-                self._put_beside(part_name(path, entry), path, attributes, data, written)
-            else:
-                self._target.put(path, attributes, data, written)
-
-        # One byte more tells of a file that has grown.
-        self.source.read(entry.path, 0, entry.size + 1, read)
-
-    def _put_beside(self, part: bytes, path: bytes, attributes: Attributes, data: memoryview, then: Done) -> None:
-        """Write a small file that has its name when it has its bytes and its time, and not before.
-
-        Whatever else ends halfway is newer than its source, which is what --update leaves alone ever after.
+        With --update each has its name when it has its bytes and its time, and not before: whatever else ends halfway
+        is newer than its source, which is what --update leaves alone ever after.
         """
-        made: list[int | FileError] = []
+        options = self._options
 
-        def filled(result: int | FileError) -> None:
-            failed = next((each for each in (*made, result) if isinstance(each, FileError)), None)
-            if failed is not None:
-                then(failed)
-            else:
-                self._later.append(lambda: self._target.finish(part, path, attributes, then))
+        def read(contents: Contents | FileError) -> None:
+            if isinstance(contents, FileError):
+                self._count(batch, dict.fromkeys(range(len(batch)), contents), Written({}))
+                return
+            missing = contents.failed
 
-        self._target.part(part, len(data), made.append)
-        self._target.write(part, 0, data, filled)
+            def written(result: Written | FileError) -> None:
+                self._count(batch, missing, result)
+
+            self._target.put(batch, contents, written, owner=options.owner, beside=options.update)
+
+        self.source.get(batch, read)
+
+    def _count(self, batch: Batch, missing: dict[int, FileError], result: Written | FileError) -> None:
+        """What became of a batch, of which some files were `missing` before the others were written."""
+        if isinstance(result, FileError):
+            result = Written(dict.fromkeys(set(range(len(batch))) - missing.keys(), result))
+        for number, error in missing.items():
+            self.done.fail(batch[number][0].path, error.why)
+        for number, error in result.failed.items():
+            self.done.fail(batch[number][1], error.why)
+        failed = missing.keys() | result.failed.keys()
+        self.done.not_owner += result.not_owner
+        self.done.files += len(batch) - len(failed)
+        self.done.size += sum(each[0].size for each in batch) - sum(batch[number][0].size for number in failed)
 
     def _range(self, job: _Range) -> None:
         file = job.file
@@ -319,7 +310,7 @@ class Worker:
                 if isinstance(data, FileError):
                     over(data)
                 elif len(data) != size:
-                    over(FileError("EIO", _CHANGED))
+                    over(FileError("EIO", CHANGED))
                 else:
                     self._target.write(file.part, offset, data, lambda result: over(result, size))
 
@@ -342,7 +333,7 @@ class Worker:
                 file.error = error
             else:
                 if not now or (now[0].size, now[0].mtime) != (entry.size, entry.mtime):
-                    file.error = FileError("EIO", _CHANGED)
+                    file.error = FileError("EIO", CHANGED)
         if file.error is not None:
             self.done.fail(entry.path, file.error.why)
             return

@@ -33,10 +33,8 @@ class Options:
     owner: bool = False
 
     def attributes(self, entry: Entry) -> Attributes:
-        """What the copy of an entry is given. The bits that lend an owner's rights are kept with the owner alone."""
-        if self.owner:
-            return Attributes(entry.mode, (entry.uid, entry.gid), entry.mtime)
-        return Attributes(entry.mode & 0o1777, None, entry.mtime)
+        """What the copy of an entry is given."""
+        return Attributes.of(entry, self.owner)
 
 
 @dataclass

@@ -7,12 +7,15 @@ told must not ask the same side for anything in that call: it may come from the 
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Protocol, TypeVar
 
 from kohakuriver.errors import KohakuRiverError
 from kohakuriver.tunnel.files import Attributes, Entry
 
-__all__ = ["Done", "FileError", "Side", "StreamGone", "Told"]
+__all__ = ["CHANGED", "Batch", "Contents", "Done", "FileError", "Side", "StreamGone", "Told", "Written"]
+
+CHANGED = "It changed while it was copied"
 
 T = TypeVar("T")
 
@@ -31,6 +34,26 @@ class FileError(Exception):
 
 class StreamGone(KohakuRiverError):
     """A side can be asked nothing more: its stream has ended, and who carries that knows why, or it was hung up."""
+
+
+Batch = list[tuple[Entry, bytes]]
+"""Small files: what they are, and the path that each has at the other end."""
+
+
+@dataclass(frozen=True)
+class Contents:
+    """The bytes of a batch, as they stand in its messages, and which of its files, by number, have none."""
+
+    data: memoryview
+    failed: dict[int, FileError]
+
+
+@dataclass(frozen=True)
+class Written:
+    """What became of a batch: which could not be written, by number, and how many not be given their owner."""
+
+    failed: dict[int, FileError]
+    not_owner: int = 0
 
 
 Told = Callable[["T | FileError"], None]
@@ -54,8 +77,12 @@ class Side(Protocol):
     def sums(self, path: bytes, offset: int, length: int, then: Told[list[int]]) -> None:
         """The checksum of each PIECE of a file from an offset on."""
 
-    def put(self, path: bytes, attributes: Attributes, data: memoryview, then: Done) -> None:
-        """Write a whole small file."""
+    def get(self, batch: Batch, then: Told[Contents]) -> None:
+        """Whole small files. Their bytes are there for as long as `then` runs."""
+
+    def put(self, batch: Batch, contents: Contents, then: Told[Written], *, owner: bool, beside: bool) -> None:
+        """Write those that have contents, each under its name where that is free, else, or always, `beside` what has
+        it first. `owner`: as they are the source's, else this side's own."""
 
     def part(self, path: bytes, size: int, then: Done) -> None:
         """Make sure that there is a file that is written in pieces; BEFORE where it was there."""
