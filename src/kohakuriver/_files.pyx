@@ -69,9 +69,11 @@ cdef extern from *:
         return listed;
     }
 
-    /* Names, each with a NUL behind it: how many bytes; 0 at the end; minus errno. */
+    /* Names, each with `d` before it where it is a folder and a NUL behind it: how many bytes; 0 at the end; minus
+       errno. */
     static long kr_names(void *listed, char *into, size_t room) {
         size_t used = 0;
+        struct stat st;
         while (room - used > 1024) {
             errno = 0;
             struct dirent *each = readdir((DIR *) listed);
@@ -83,10 +85,13 @@ cdef extern from *:
             if (strcmp(each->d_name, ".") == 0 || strcmp(each->d_name, "..") == 0)
                 continue;
             size_t length = strlen(each->d_name) + 1;
-            if (length > 1024)
+            if (length > 1023)
                 return -(long) ENAMETOOLONG;
-            memcpy(into + used, each->d_name, length);
-            used += length;
+            into[used] = each->d_type == DT_DIR ? 'd' : '-';
+            if (each->d_type == DT_UNKNOWN && !fstatat(dirfd((DIR *) listed), each->d_name, &st, AT_SYMLINK_NOFOLLOW))
+                into[used] = S_ISDIR(st.st_mode) ? 'd' : '-';
+            memcpy(into + used + 1, each->d_name, length);
+            used += 1 + length;
         }
         return (long) used;
     }
@@ -367,11 +372,11 @@ def entries_in(payload):
 
 
 def names_in(int folder):
-    """The names in a folder that is open, in order. Raises OSError."""
+    """The names in a folder that is open, in order, and those of them that are folders. Raises OSError."""
     cdef char *names
     cdef void *listed
     cdef long used, at
-    cdef list found = []
+    cdef list found = [], folders = []
     with nogil:
         listed = kr_opened(folder)
     if listed == NULL:
@@ -389,14 +394,17 @@ def names_in(int folder):
                 break
             at = 0
             while at < used:
-                name = <bytes> (names + at)
-                at += PyBytes_GET_SIZE(name) + 1
+                name = <bytes> (names + at + 1)
                 found.append(name)
+                if names[at] == c"d":
+                    folders.append(name)
+                at += PyBytes_GET_SIZE(name) + 2
     finally:
         free(names)
         kr_closed(listed)
     found.sort()
-    return found
+    folders.sort()
+    return found, folders
 
 
 def entries_of(int folder, bytes prefix not None, list names not None):

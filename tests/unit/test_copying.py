@@ -20,7 +20,7 @@ from kohakuriver.cli import cp
 from kohakuriver.client.copying import remote_tree, session
 from kohakuriver.client.copying.engine import Copied, Copy
 from kohakuriver.client.copying.local_tree import LocalTree
-from kohakuriver.client.copying.plan import Options, part_name, plan
+from kohakuriver.client.copying.plan import Options, Planner, part_name, plan
 from kohakuriver.client.copying.remote_tree import RemoteTree
 from kohakuriver.client.copying.session import Place, Progress
 from kohakuriver.client.copying.sides import Batch, Contents, FileError, StreamGone, Written
@@ -70,6 +70,10 @@ def test_an_entry_that_makes_no_sense_is_none(payload: bytes) -> None:
         entries(payload)
 
 
+def listed(tree: LocalTree | RemoteTree, path: bytes = b"") -> list[Entry]:
+    return [entry for part in tree.entries(path) for entry in part]
+
+
 def aside(call: Callable[[], object]) -> None:
     """Make a call in a thread, until it has ended or its socket has gone."""
 
@@ -108,7 +112,7 @@ def answer(tag: int, payload: bytes) -> bytes:
 )
 def test_a_list_that_makes_no_sense_ends_the_copy(said: bytes) -> None:
     with a_peer(said) as (tree, _), pytest.raises(UnavailableError, match="makes no sense"):
-        tree.entries(b"")
+        listed(tree)
 
 
 def test_an_end_that_copies_in_another_way_is_told_in_one_sentence() -> None:
@@ -121,7 +125,7 @@ def test_a_list_without_end_is_too_long(monkeypatch: pytest.MonkeyPatch) -> None
     monkeypatch.setattr(remote_tree, "_MOST_ENTRIES", 1000)
     said = answer(Answer.ENTRIES, b"".join(packed(b"%d" % number) for number in range(1001)))
     with a_peer(said) as (tree, _), pytest.raises(UnavailableError, match="more than 1000 files"):
-        tree.entries(b"")
+        listed(tree)
 
 
 def test_bytes_with_a_wrong_checksum_are_not_written() -> None:
@@ -168,18 +172,18 @@ def test_who_ends_a_copy_does_not_wait_until_this_machines_tree_is_listed(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     near, far = socket.socketpair()
-    far.sendall(answer(Answer.HELLO, b"\1"))
-    begun, listed, many = threading.Event(), 0, 3_000_000
+    far.sendall(answer(Answer.HELLO, b"\1") + answer(Answer.DONE, b"\0"))
+    begun, seen, many = threading.Event(), 0, 3_000_000
 
     def begin(streams: session._Streams, start: bytes) -> RemoteTree:
         streams._trees.append(RemoteTree(near))
         return streams._trees[0]
 
-    def one_more(tree: LocalTree, path: bytes, found: list[Entry]) -> list[bytes]:
-        nonlocal listed
+    def one_more(folder: int) -> tuple[list[bytes], list[bytes]]:
+        nonlocal seen
         begun.set()
-        listed += 1
-        return [path] if listed < many else []
+        seen += 1
+        return [], [b"."] if seen < many else []
 
     async def end_it() -> None:
         ends = Place(None, os.fsencode(tmp_path) + b"/"), Place("lab", b"/data")
@@ -190,10 +194,11 @@ def test_who_ends_a_copy_does_not_wait_until_this_machines_tree_is_listed(
             await copying
 
     monkeypatch.setattr(session._Streams, "begin", begin)
-    monkeypatch.setattr(LocalTree, "_list", one_more)
+    monkeypatch.setattr(LocalTree, "_inside", lambda tree, path: tree._root)
+    monkeypatch.setattr(_files, "names_in", one_more)
     asyncio.run(end_it())
     far.close()
-    assert listed < many
+    assert seen < many
 
 
 # -- what is written here ------------------------------------------------------------------------------------------
@@ -338,7 +343,7 @@ def test_a_tree_that_was_hung_up_is_changed_no_more(tmp_path: Path) -> None:
         tree.hang_up()
         for each in (tree, other):
             with pytest.raises(StreamGone):
-                each.entries(b"")
+                listed(each)
             with pytest.raises(StreamGone):
                 each.remove(b"f", False, lambda told: None)
     finally:
@@ -365,7 +370,7 @@ def test_with_update_a_small_file_has_its_name_when_it_is_whole_and_not_before(
     source = LocalTree.of(os.fsencode(tmp_path / "source"), writes=False)
     there = LocalTree.of(os.fsencode(tmp_path / "there"), writes=True)
     try:
-        worker = Copy(plan(source.entries(b""), [], b"", None, options), options).worker(source, there)
+        worker = Copy(plan(listed(source), [], b"", None, options), options).worker(source, there)
         worker.run()
     finally:
         source.close()
@@ -386,7 +391,7 @@ def test_a_batch_of_files_from_many_folders_is_copied_but_for_those_that_can_not
     source = LocalTree.of(os.fsencode(tmp_path / "source"), writes=False)
     there = LocalTree.of(os.fsencode(tmp_path / "there"), writes=True)
     try:
-        made = plan(source.entries(b""), [], b"", None, Options())
+        made = plan(listed(source), [], b"", None, Options())
         (tmp_path / "source/x/a").write_text("it has grown since then")
         (tmp_path / "source/z/a").unlink()
         worker = Copy(made, Options()).worker(source, there)
@@ -416,8 +421,8 @@ def test_what_the_system_says_of_a_folder_is_told_of_each_name_in_it(tmp_path: P
     (tmp_path / os.fsdecode(b"\xff")).touch()
     tree = LocalTree.of(os.fsencode(tmp_path), writes=False)
     try:
-        found = {entry.path: entry for entry in tree.entries(b"")}
-        alone = tree.entries(b"f")
+        found = {entry.path: entry for entry in listed(tree)}
+        alone = listed(tree, b"f")
     finally:
         tree.close()
     about = (tmp_path / "f").stat()
@@ -431,6 +436,78 @@ def test_what_the_system_says_of_a_folder_is_told_of_each_name_in_it(tmp_path: P
     }  # fmt: skip
     assert found[b"l"].target == b"away"
     assert [entry for entry in found.values() if entry.link and entry.path not in (b"f", b"same")] == []
+
+
+def test_what_is_made_while_a_folder_is_told_is_not_told(tmp_path: Path) -> None:
+    for name in ("a/x", "b/x"):
+        (tmp_path / name).mkdir(parents=True)
+    tree = LocalTree.of(os.fsencode(tmp_path), writes=False)
+    try:
+        parts = tree.entries(b"")
+        found = list(next(parts))
+        for name in ("a/x/new", "b/new", "c"):  # as a copy does that lies in what it is of
+            (tmp_path / name).mkdir()
+        found += [entry for part in parts for entry in part]
+    finally:
+        tree.close()
+    assert [entry.path for entry in found] == [b"", b"a", b"b", b"a/x", b"b/x"]
+
+
+def test_files_are_copied_while_more_is_listed_and_each_has_its_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("source/a", "source/b", "there"):
+        (tmp_path / name).mkdir(parents=True)
+    for name in ("a/f", "b/f"):
+        (tmp_path / "source" / name).write_text(name)
+    source = LocalTree.of(os.fsencode(tmp_path / "source"), writes=False)
+    other, there = source.another(), LocalTree.of(os.fsencode(tmp_path / "there"), writes=True)
+    others_there = there.another()
+    planner = Planner([], b"", None, Options())
+    copy = Copy(planner.plan, Options(), grows=True)
+    copied = threading.Event()
+    lead, helper = copy.worker(source, there), copy.worker(other, others_there)
+    put = others_there.put
+
+    def watched(batch: Batch, contents: Contents, then: Callable[[Written | FileError], None], **more: bool) -> None:
+        put(batch, contents, then, **more)
+        copied.set()
+
+    def told() -> Iterator[list[Entry]]:
+        entries = listed(source)
+        yield [*entries[:3], *(entry for entry in entries if entry.path == b"a/f"), *([Entry(b"x", "o")] * 3000)]
+        assert copied.wait(60)
+        yield [entry for entry in entries if entry.path == b"b/f"]
+
+    monkeypatch.setattr(others_there, "put", watched)
+    helping = threading.Thread(target=helper.run)
+    helping.start()
+    try:
+        lead.prepare(planner, told(), lambda: None)
+        lead.run()
+        helping.join()
+    finally:
+        for tree in (source, other, there, others_there):
+            tree.close()
+    assert (helper.done.files + lead.done.files, lead.done.folders) == (2, 3)
+    assert [(tmp_path / "there" / name).read_text() for name in ("a/f", "b/f")] == ["a/f", "b/f"]
+
+
+def test_who_waits_for_files_to_copy_is_let_go_when_the_list_fails(tmp_path: Path) -> None:
+    tree = LocalTree.of(os.fsencode(tmp_path), writes=False)
+    planner = Planner([], b"", None, Options())
+    copy = Copy(planner.plan, Options(), grows=True)
+    lead, helper = copy.worker(tree, tree), copy.worker(tree, tree)
+    helping = threading.Thread(target=helper.run)
+    helping.start()
+    tree.hang_up()
+    try:
+        with pytest.raises(StreamGone):
+            lead.prepare(planner, tree.entries(b"f"), lambda: None)
+        helping.join()
+    finally:
+        tree.close()
+    assert helper.done.files == 0
 
 
 @pytest.mark.parametrize(

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import threading
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Final
 
-from kohakuriver.client.copying.plan import SMALL, Options, Plan, part_name
+from kohakuriver.client.copying.plan import SMALL, Options, Plan, Planner, part_name
 from kohakuriver.client.copying.sides import CHANGED, Batch, Contents, FileError, Side, Written
 from kohakuriver.tunnel.files import EACH, PIECE, Answer, Attributes, Entry
 
@@ -17,6 +17,7 @@ __all__ = ["Copied", "Copy", "Worker"]
 RANGE: Final = 8 << 20
 """Bytes of a large file that one stream copies before it looks for something else to do."""
 _BATCH_FILES, _BATCH_BYTES = 512, 256 << 10  # few enough that one end reads while the other one writes
+_FIRST_PART: Final = 2048  # entries that are planned before the first file is copied
 _MOST_TOLD = 1000  # failures that are kept with their names
 
 
@@ -64,16 +65,34 @@ class _Range:
     length: int
 
 
+def _larger_and_larger(listed: Iterable[list[Entry]]) -> Iterator[list[Entry]]:
+    """The same in few parts, for each of which the other end is waited for; the first is soon there."""
+    some: list[Entry] = []
+    enough = _FIRST_PART
+    for part in listed:
+        some += part
+        if len(some) >= enough:
+            yield some
+            some, enough = [], 2 * enough
+    if some:
+        yield some
+
+
 def _pieces(start: int, length: int) -> list[tuple[int, int]]:
     return [(at, min(PIECE, start + length - at)) for at in range(start, start + length, PIECE)]
 
 
 class Copy:
-    """One copy. `source` and `target` of each worker are of its own; this is what they share."""
+    """One copy. `source` and `target` of each worker are of its own; this is what they share.
 
-    def __init__(self, plan: Plan, options: Options) -> None:
+    With `grows` the plan does: of its files those are copied that have been released.
+    """
+
+    def __init__(self, plan: Plan, options: Options, *, grows: bool = False) -> None:
         self.plan = plan
         self.options = options
+        self._released = 0 if grows else None
+        self._more = threading.Condition()
         self._lock = threading.Lock()
         self._jobs = self._all_jobs()
         self._segments: Callable[[bytes], list[tuple[int, int]]]
@@ -91,22 +110,47 @@ class Copy:
             self._segments = worker.source.segments
             return next(self._jobs, None)
 
+    @property
+    def is_known(self) -> bool:
+        """Whether the plan grows no more."""
+        return self._released is None
+
+    def release(self, *, all_of_it: bool = False) -> None:
+        """What is planned by now may be copied; `all_of_it`: and there will be no more."""
+        with self._more:
+            self._released = None if all_of_it else len(self.plan.files)
+            self._more.notify_all()
+
+    def _parts(self) -> Iterator[list[tuple[Entry, bytes]]]:
+        """All files, as they are released."""
+        at = 0
+        while True:
+            with self._more:
+                while self._released is not None and self._released <= at:
+                    self._more.wait()
+                stop = len(self.plan.files) if self._released is None else self._released
+            if at == stop:
+                return
+            yield self.plan.files[at:stop]
+            at = stop
+
     def _all_jobs(self) -> Iterator[Batch | _Range]:
-        batch: Batch = []
-        size = 0
-        for each in self.plan.files:
-            entry, path = each
-            if entry.size > SMALL:
-                yield from self._ranges(_Large(entry, path))
-                continue
-            its = entry.size + len(path) + EACH
-            if batch and (len(batch) >= _BATCH_FILES or size + its > _BATCH_BYTES):
+        for part in self._parts():
+            batch: Batch = []
+            size = 0
+            for each in part:
+                entry, path = each
+                if entry.size > SMALL:
+                    yield from self._ranges(_Large(entry, path))
+                    continue
+                its = entry.size + len(path) + EACH
+                if batch and (len(batch) >= _BATCH_FILES or size + its > _BATCH_BYTES):
+                    yield batch
+                    batch, size = [], 0
+                batch.append(each)
+                size += its
+            if batch:
                 yield batch
-                batch, size = [], 0
-            batch.append(each)
-            size += its
-        if batch:
-            yield batch
 
     def _ranges(self, file: _Large) -> Iterator[_Range]:
         segments = [(0, file.entry.size)]
@@ -148,18 +192,37 @@ class Worker:
 
     # -- before and after --------------------------------------------------------------------------------------
 
-    def prepare(self) -> None:
-        """Take away what is not wanted, and make the folders."""
-        done = self.done
+    def prepare(self, planner: Planner, listed: Iterator[list[Entry]], then: Callable[[], object]) -> None:
+        """Plan what is listed, and make its folders, a part at a time, of which `then` is told: files are copied
+        meanwhile.
+
+        What is not wanted is taken away before, so that waits for the list's end.
+        """
+        if self._options.delete:
+            listed = iter([[entry for part in listed for entry in part]])
+        try:
+            for part in _larger_and_larger(listed):
+                before = len(planner.plan.folders)
+                planner.add(part)
+                planner.find_extra()
+                self._remove()
+                self._make(planner.plan.folders[before:])
+                self._copy.release()
+                then()
+        finally:
+            self._copy.release(all_of_it=True)
+
+    def _remove(self) -> None:
         for path, folder in self._copy.plan.removed:
             self._target.remove(path, folder, self._counted(path, "removed"))
-        self._settle()
-        for _, path in self._copy.plan.folders:
-            if not path:
-                continue  # the root, which is there
-            self._target.folder(path, self._counted(path))
-        self._settle()
-        done.folders = len(self._copy.plan.folders)
+        self._target.settle(all_of_it=True)
+
+    def _make(self, folders: list[tuple[Entry, bytes]]) -> None:
+        for _, path in folders:
+            if path:  # the root is there
+                self._target.folder(path, self._counted(path))
+        self._target.settle(all_of_it=True)
+        self.done.folders += len(folders)
 
     def conclude(self) -> None:
         """What needs the files: links; then what the folders are given, which anything else in them would change."""
@@ -328,7 +391,7 @@ class Worker:
         entry = file.entry
         if file.error is None:
             try:
-                now = self.source.entries(entry.path)
+                now = [each for part in self.source.entries(entry.path) for each in part]
             except FileError as error:
                 file.error = error
             else:

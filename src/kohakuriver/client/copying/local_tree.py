@@ -172,42 +172,47 @@ class LocalTree:
 
     # -- reading -----------------------------------------------------------------------------------------------
 
-    def entries(self, path: bytes) -> list[Entry]:
-        found: list[Entry] = []
+    def entries(self, path: bytes) -> Iterator[list[Entry]]:
         with _told():
             if self.only is not None and not path:
                 path = self.only
-            folders = [path]
             if path:
                 folder, name = self._place(path)
-                about = os.stat(name, dir_fd=folder, follow_symlinks=False)
-                found.append(_entry(path, about, folder, name))
-                folders = [path] if stat.S_ISDIR(about.st_mode) else []
+                entry = _entry(path, os.stat(name, dir_fd=folder, follow_symlinks=False), folder, name)
             else:
-                found.append(_entry(b"", os.fstat(self._root), self._root, b""))
+                entry = _entry(b"", os.fstat(self._root), self._root, b"")
+        names = list(self._names(path)) if entry.kind == "d" else []
+        yield [entry]
+        for folder_path, inside in names:
+            yield from self._looked_at(folder_path, inside)
+
+    def _names(self, path: bytes) -> Iterator[tuple[bytes, list[bytes] | OSError]]:
+        """Each folder from a path on, and the names in it, or why there are none."""
+        folders = [path]
         while folders:
             self._check()
             here = folders.pop()
             try:
-                below = self._list(here, found)
+                names, below = _files.names_in(self._inside(here))
             except OSError as error:
-                found.append(Entry(here, "e", target=os.fsencode(error.strerror or str(error))))
+                yield here, error
                 continue
-            folders.extend(reversed(below))
-        return found
+            yield here, names
+            prefix = here + b"/" if here else b""
+            folders.extend(prefix + name for name in reversed(below))
 
-    def _list(self, path: bytes, found: list[Entry]) -> list[bytes]:
-        """Add what is in one folder; those in it."""
-        folder = self._inside(path)
+    def _looked_at(self, path: bytes, names: list[bytes] | OSError) -> Iterator[list[Entry]]:
+        """What the names in a folder are."""
         prefix = path + b"/" if path else b""
-        names = _files.names_in(folder)
-        below = []
-        for start in range(0, len(names), _TOGETHER):
-            self._check()
-            entries = _files.entries_of(folder, prefix, names[start : start + _TOGETHER])
-            found += entries
-            below += [entry.path for entry in entries if entry.kind == "d"]
-        return below
+        try:
+            if isinstance(names, OSError):
+                raise names
+            for start in range(0, len(names), _TOGETHER):
+                self._check()
+                # Whoever takes these may ask for another folder before the next.
+                yield _files.entries_of(self._inside(path), prefix, names[start : start + _TOGETHER])
+        except OSError as error:
+            yield [Entry(path, "e", target=os.fsencode(error.strerror or str(error)))]
 
     def segments(self, path: bytes) -> list[tuple[int, int]]:
         found = []

@@ -6,7 +6,7 @@ import socket
 import struct
 import zlib
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Final, NoReturn
 
 from kohakuriver._files import contents_in, pack_heads, pack_wanted
@@ -177,9 +177,8 @@ class RemoteTree:
 
     # -- reading -----------------------------------------------------------------------------------------------
 
-    def entries(self, path: bytes) -> list[Entry]:
-        found: list[Entry] = []
-        listed = 0
+    def entries(self, path: bytes) -> Iterator[list[Entry]]:
+        found = listed = 0
         self.settle(all_of_it=True)
         self._ask(Ask.LIST, pack_path(path), lambda tag, payload: None)
         self._waiting.pop()
@@ -188,19 +187,21 @@ class RemoteTree:
         while True:
             tag, payload = self._frame()
             if tag == Answer.DONE:
-                return found
+                return
             if tag == Answer.ERROR:
                 raise _failure(payload)
             listed += len(payload)
             if tag != Answer.ENTRIES:
                 self._nonsense()
             try:
-                found.extend(entries_in(payload))
+                some = entries_in(payload)
             except ValueError:
                 self._nonsense()
-            if listed > _MOST_LISTED or len(found) > _MOST_ENTRIES:
+            found += len(some)
+            if listed > _MOST_LISTED or found > _MOST_ENTRIES:
                 sentence = f"The task tells of more than {_MOST_ENTRIES} files, which is too many for one copy; copy"
                 raise UnavailableError(f"{sentence} the folders in it one by one.", code="too_many_files")
+            yield some
 
     def segments(self, path: bytes) -> list[tuple[int, int]]:
         found: list[tuple[int, int]] = []

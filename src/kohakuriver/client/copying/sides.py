@@ -6,7 +6,7 @@ told must not ask the same side for anything in that call: it may come from the 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Protocol, TypeVar
 
@@ -65,8 +65,12 @@ class Side(Protocol):
 
     only: bytes | None
 
-    def entries(self, path: bytes) -> list[Entry]:
-        """All below a path, or what a file is, each folder before what is in it; b"" is the root. Raises FileError."""
+    def entries(self, path: bytes) -> Iterator[list[Entry]]:
+        """All below a path, or what a file is, each folder before what is in it, a part at a time; b"" is the root.
+
+        Which names there are is known before the first part: what is made meanwhile is not among them. Until the last
+        one nothing else may be asked. Raises FileError.
+        """
 
     def segments(self, path: bytes) -> list[tuple[int, int]]:
         """Offsets and lengths of what a file with holes has. Raises FileError."""
