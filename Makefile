@@ -39,7 +39,7 @@ test-asyncio: install ## the same suite on the standard library's event loop
 	@$(MAKE) --no-print-directory $(STAMPS)/idp
 	KOHAKURIVER_LOOP=asyncio scripts/with-engine scripts/run-tests $(BIN)/python $(PYTEST_WORKERS) $(TESTS) $(PYTEST_ARGS)
 
-test-sanitized: install ## the tests of the extension on a build with AddressSanitizer and UndefinedBehaviorSanitizer
+test-sanitized: install ## the tests of the extensions on a build with AddressSanitizer and UndefinedBehaviorSanitizer
 	scripts/test-sanitized $(BIN)/python
 
 test-rust: ## the own tests of the tunnel client and of the SSH server
@@ -69,11 +69,11 @@ e2e: install $(STAMPS)/e2e ## the dashboard, JupyterLab, TensorBoard and Vite in
 	@$(MAKE) --no-print-directory $(STAMPS)/idp
 	scripts/with-engine scripts/try-tests $(BIN)/python tests/e2e $(PYTEST_ARGS)
 
-lint: install ## ruff, mypy, stubs against the extension, tsc, rustfmt, clippy
+lint: install ## ruff, mypy, stubs against the extensions, tsc, rustfmt, clippy
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
-	$(BIN)/python -m mypy.stubtest kohakuriver._frame
+	$(BIN)/python -m mypy.stubtest kohakuriver._frame kohakuriver._files
 	cd $(WEB) && npm run --silent check
 	for crate in $(CRATES); do \
 		(cd $$crate && cargo fmt --check && cargo clippy --locked --all-targets -- -D warnings) || exit 1; done
@@ -141,7 +141,7 @@ $(STAMPS)/package: $(STAMPS)/venv pyproject.toml setup.py Makefile
 	$(ALONE) $(PIP_INSTALL) --no-build-isolation -e '.[dev]'
 	touch $@
 
-$(STAMPS)/extension: $(STAMPS)/package setup.py $(wildcard src/kohakuriver/_frame*.p[xy][xdi])
+$(STAMPS)/extension: $(STAMPS)/package setup.py $(wildcard src/kohakuriver/_f*.p[xy][xdi])
 	$(BIN)/python setup.py -q build_ext --inplace
 	touch $@
 

@@ -219,13 +219,16 @@ class Build(build):
     sub_commands: ClassVar = [*build.sub_commands, ("build_programs", None), ("build_dashboard", None)]
 
 
-extension = Extension(
-    "kohakuriver._frame",
-    ["src/kohakuriver/_frame.pyx"],
-    extra_compile_args=["/O2"] if sys.platform == "win32" else ["-O3"],
-)
+extensions = [
+    Extension(
+        f"kohakuriver.{name}",
+        [f"src/kohakuriver/{name}.pyx"],
+        extra_compile_args=["/O2"] if sys.platform == "win32" else ["-O3"],
+    )
+    for name in ("_frame", "_files")
+]
 
 setup(
     cmdclass={"build": Build, "build_programs": BuildPrograms, "build_dashboard": BuildDashboard},
-    ext_modules=cythonize([extension], language_level=3),  # type: ignore[no-untyped-call]
+    ext_modules=cythonize(extensions, language_level=3),  # type: ignore[no-untyped-call]
 )

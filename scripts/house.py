@@ -192,7 +192,7 @@ def _code(path: Path, comment: str) -> list[tuple[int, str]]:
 def unnamed_tests(trees: dict[Path, ast.Module]) -> list[str]:
     """Unit tests that are neither named after a module nor say in a docstring what they promise."""
     names = defaultdict(list)
-    for path in [*trees, SOURCE / "kohakuriver/_frame.pyx"]:
+    for path in [*trees, *(SOURCE / "kohakuriver").glob("*.pyx")]:
         parts = module_of(path).split(".")[1:]
         for cut in range(len(parts)):
             names["_".join(parts[cut:]).strip("_")].append(path)

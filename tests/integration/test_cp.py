@@ -346,3 +346,18 @@ def test_files_are_those_of_the_images_user(cluster: Cluster, tmp_path: Path) ->
         assert (refused.returncode, refused.stderr.splitlines()[0]) == (1, "Error: file: Permission denied.")
     finally:
         cluster.succeed("vps", "rm", "nobody")
+
+
+@pytest.mark.parametrize("down", [False, True])
+def test_a_copy_in_the_folder_that_it_is_of_comes_to_an_end(cluster: Cluster, tmp_path: Path, down: bool) -> None:
+    for name in ("data/a/f", "data/copy/old", "data/z/f"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text(name)
+    before = shape(tmp_path / "data")
+    ends = [in_task(tmp_path / "data"), str(tmp_path / "data/copy")]
+    if not down:
+        ends = [str(tmp_path / "data"), in_task(tmp_path / "data/copy")]
+    assert copied(cluster, "-r", f"{ends[0]}/", ends[1])["files"] == 3
+    names = {str(path.relative_to(tmp_path / "data/copy")) for path in (tmp_path / "data/copy").rglob("f")}
+    assert names == {"a/f", "z/f"}
+    assert before.keys() < shape(tmp_path / "data").keys()

@@ -15,14 +15,15 @@ from typing import Any
 
 import pytest
 
+from kohakuriver import _files
 from kohakuriver.cli import cp
-from kohakuriver.client.copying import local_tree, remote_tree, session
+from kohakuriver.client.copying import remote_tree, session
 from kohakuriver.client.copying.engine import Copied, Copy
 from kohakuriver.client.copying.local_tree import LocalTree
-from kohakuriver.client.copying.plan import Options, part_name, plan
+from kohakuriver.client.copying.plan import Options, Planner, part_name, plan
 from kohakuriver.client.copying.remote_tree import RemoteTree
 from kohakuriver.client.copying.session import Place, Progress
-from kohakuriver.client.copying.sides import FileError, StreamGone
+from kohakuriver.client.copying.sides import Batch, Contents, FileError, StreamGone, Written
 from kohakuriver.config import Settings
 from kohakuriver.errors import UnavailableError
 from kohakuriver.tunnel.files import HEAD, PIECE, Answer, Attributes, Entry, entries_in, files_start, is_safe
@@ -38,7 +39,7 @@ def packed(path: bytes, kind: bytes = b"f", target: bytes = b"", size: int = 0, 
 
 
 def entries(payload: bytes) -> list[Entry]:
-    return list(entries_in(memoryview(payload)))
+    return entries_in(memoryview(payload))
 
 
 # -- what a peer may say -------------------------------------------------------------------------------------------
@@ -65,8 +66,12 @@ def test_a_name_that_leads_out_of_the_folder_is_no_entry(path: bytes) -> None:
     [packed(b"f", b"x"), packed(b""), packed(b"f", size=1 << 63), packed(b"f", ns=1 << 31), packed(b"f")[:-1], b"f"],
 )
 def test_an_entry_that_makes_no_sense_is_none(payload: bytes) -> None:
-    with pytest.raises((ValueError, struct.error)):
+    with pytest.raises(ValueError, match="an entry"):
         entries(payload)
+
+
+def listed(tree: LocalTree | RemoteTree, path: bytes = b"") -> list[Entry]:
+    return [entry for part in tree.entries(path) for entry in part]
 
 
 def aside(call: Callable[[], object]) -> None:
@@ -107,14 +112,20 @@ def answer(tag: int, payload: bytes) -> bytes:
 )
 def test_a_list_that_makes_no_sense_ends_the_copy(said: bytes) -> None:
     with a_peer(said) as (tree, _), pytest.raises(UnavailableError, match="makes no sense"):
-        tree.entries(b"")
+        listed(tree)
+
+
+def test_an_end_that_copies_in_another_way_is_told_in_one_sentence() -> None:
+    with a_peer(answer(0x40, b"\1")) as (tree, _), pytest.raises(UnavailableError, match="restart the task") as raised:
+        tree.open()
+    assert raised.value.code == "no_copy"
 
 
 def test_a_list_without_end_is_too_long(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(remote_tree, "_MOST_ENTRIES", 1000)
     said = answer(Answer.ENTRIES, b"".join(packed(b"%d" % number) for number in range(1001)))
     with a_peer(said) as (tree, _), pytest.raises(UnavailableError, match="more than 1000 files"):
-        tree.entries(b"")
+        listed(tree)
 
 
 def test_bytes_with_a_wrong_checksum_are_not_written() -> None:
@@ -161,18 +172,18 @@ def test_who_ends_a_copy_does_not_wait_until_this_machines_tree_is_listed(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     near, far = socket.socketpair()
-    far.sendall(answer(Answer.HELLO, b"\1"))
-    begun, listed, many = threading.Event(), 0, 3_000_000
+    far.sendall(answer(Answer.HELLO, b"\1") + answer(Answer.DONE, b"\0"))
+    begun, seen, many = threading.Event(), 0, 3_000_000
 
     def begin(streams: session._Streams, start: bytes) -> RemoteTree:
         streams._trees.append(RemoteTree(near))
         return streams._trees[0]
 
-    def one_more(tree: LocalTree, path: bytes, found: list[Entry]) -> list[bytes]:
-        nonlocal listed
+    def one_more(folder: int) -> tuple[list[bytes], list[bytes]]:
+        nonlocal seen
         begun.set()
-        listed += 1
-        return [path] if listed < many else []
+        seen += 1
+        return [], [b"."] if seen < many else []
 
     async def end_it() -> None:
         ends = Place(None, os.fsencode(tmp_path) + b"/"), Place("lab", b"/data")
@@ -183,10 +194,11 @@ def test_who_ends_a_copy_does_not_wait_until_this_machines_tree_is_listed(
             await copying
 
     monkeypatch.setattr(session._Streams, "begin", begin)
-    monkeypatch.setattr(LocalTree, "_list", one_more)
+    monkeypatch.setattr(LocalTree, "_inside", lambda tree, path: tree._root)
+    monkeypatch.setattr(_files, "names_in", one_more)
     asyncio.run(end_it())
     far.close()
-    assert listed < many
+    assert seen < many
 
 
 # -- what is written here ------------------------------------------------------------------------------------------
@@ -198,6 +210,35 @@ def result(ask: Callable[[Callable[[int | FileError], None]], None]) -> int | Fi
     return told[0]
 
 
+def batch_of(*files: tuple[bytes, bytes]) -> tuple[Batch, Contents]:
+    """Files, by their paths and bytes, as they come to be written."""
+    batch = [(Entry(path, "f", 0o644, mtime=1_000_000_000, size=len(data)), path) for path, data in files]
+    contents = b"".join(struct.pack(">I", len(data)) + data for _, data in files)
+    return batch, Contents(memoryview(contents), {})
+
+
+def put(tree: LocalTree | RemoteTree, *files: tuple[bytes, bytes], beside: bool = False) -> Written:
+    told: list[Written | FileError] = []
+    tree.put(*batch_of(*files), told.append, owner=False, beside=beside)
+    tree.settle(all_of_it=True)
+    assert isinstance(told[0], Written)
+    return told[0]
+
+
+def got(tree: LocalTree | RemoteTree, *files: tuple[bytes, int]) -> tuple[bytes, dict[int, str]]:
+    """Contents of files, by their paths and the sizes that they had, and why some have none."""
+    told: list[tuple[bytes, dict[int, str]] | FileError] = []
+
+    def then(said: Contents | FileError) -> None:
+        assert isinstance(said, Contents)
+        told.append((bytes(said.data), {number: str(why) for number, why in said.failed.items()}))
+
+    tree.get([(Entry(path, "f", size=size), path) for path, size in files], then)
+    tree.settle(all_of_it=True)
+    assert not isinstance(told[0], FileError)
+    return told[0]
+
+
 def test_nothing_is_written_by_way_of_a_link_in_the_folder(tmp_path: Path) -> None:
     root, secret = tmp_path / "root", tmp_path / "secret"
     root.mkdir()
@@ -206,10 +247,7 @@ def test_nothing_is_written_by_way_of_a_link_in_the_folder(tmp_path: Path) -> No
     (root / "way").symlink_to(secret)
     (root / "file").symlink_to(secret / "f")
     tree = LocalTree.of(os.fsencode(root), writes=True)
-    data = memoryview(b"new")
     asked: list[Callable[[Callable[[int | FileError], None]], None]] = [
-        lambda then: tree.put(b"way/new", PLAIN, data, then),
-        lambda then: tree.put(b"../secret/new", PLAIN, data, then),
         lambda then: tree.part(b"way/f", 0, then),
         lambda then: tree.part(b"file", 0, then),
         lambda then: tree.folder(b"way/new", then),
@@ -222,7 +260,9 @@ def test_nothing_is_written_by_way_of_a_link_in_the_folder(tmp_path: Path) -> No
     try:
         for number, ask in enumerate(asked):
             assert isinstance(result(ask), FileError), number
-        assert result(lambda then: tree.put(b"file", PLAIN, data, then)) == Answer.ALL
+        assert got(tree, (b"way/f", 3), (b"file", 3))[1].keys() == {0, 1}
+        written = put(tree, (b"way/new", b"new"), (b"../secret/new", b"new"), (b"file", b"new"))
+        assert written.failed.keys() == {0, 1}
     finally:
         tree.close()
     assert [each.name for each in secret.iterdir()] == ["f"]
@@ -234,7 +274,7 @@ def test_a_file_that_can_not_be_written_whole_leaves_nothing(tmp_path: Path) -> 
     tree = LocalTree.of(os.fsencode(tmp_path), writes=True)
     (tmp_path / "f").mkdir()
     try:
-        assert isinstance(result(lambda then: tree.put(b"f", PLAIN, memoryview(b"x"), then)), FileError)
+        assert str(put(tree, (b"f", b"x")).failed[0]) == "Is a directory"
     finally:
         tree.close()
     assert [each.name for each in tmp_path.iterdir()] == ["f"]
@@ -248,19 +288,15 @@ def test_files_whose_long_names_begin_alike_are_written_beside_each_other(
     other = tree.another()
     rename = os.rename
 
-    def put(each: LocalTree, name: bytes) -> int | FileError:
-        return result(lambda then: each.put(name, PLAIN, memoryview(name[-1:]), then))
-
     def renamed(*arguments: Any, **more: Any) -> None:
         monkeypatch.setattr(os, "rename", rename)
-        assert put(other, names[1]) == Answer.ALL  # meanwhile, in another thread
+        assert put(other, (names[1], b"2")) == Written({})  # meanwhile, in another thread
         rename(*arguments, **more)
 
     try:
-        for name in names:
-            assert put(tree, name) == Answer.ALL
+        assert put(tree, (names[0], b""), (names[1], b"")) == Written({})
         monkeypatch.setattr(os, "rename", renamed)
-        assert put(tree, names[0]) == Answer.ALL
+        assert put(tree, (names[0], b"1")) == Written({})
     finally:
         other.close()
         tree.close()
@@ -294,6 +330,7 @@ def test_what_is_no_file_any_more_is_read_as_none_the_second_time_either(tmp_pat
             told: list[memoryview | FileError] = []
             tree.read(b"f", 0, 1, told.append)
             assert str(told[0]) == "It is no regular file any more"
+            assert got(tree, (b"f", 0)) == (b"\xff" * 4 + b"\0\0", {0: "It is no regular file any more"})
     finally:
         tree.close()
 
@@ -306,7 +343,7 @@ def test_a_tree_that_was_hung_up_is_changed_no_more(tmp_path: Path) -> None:
         tree.hang_up()
         for each in (tree, other):
             with pytest.raises(StreamGone):
-                each.entries(b"")
+                listed(each)
             with pytest.raises(StreamGone):
                 each.remove(b"f", False, lambda told: None)
     finally:
@@ -318,13 +355,14 @@ def test_a_tree_that_was_hung_up_is_changed_no_more(tmp_path: Path) -> None:
 def test_with_update_a_small_file_has_its_name_when_it_is_whole_and_not_before(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    write_all, seen = local_tree._write_all, []
+    rename, seen = os.rename, []
 
-    def watched(*arguments: Any) -> None:
-        seen.append((tmp_path / "there/f").exists())
-        write_all(*arguments)
+    def renamed(old: bytes, new: bytes, **more: Any) -> None:
+        part = tmp_path / "there" / os.fsdecode(old)
+        seen.append(((tmp_path / "there/f").exists(), part.read_text(), part.stat().st_mtime_ns))
+        rename(old, new, **more)
 
-    monkeypatch.setattr(local_tree, "_write_all", watched)
+    monkeypatch.setattr(os, "rename", renamed)
     for name in ("source", "there"):
         (tmp_path / name).mkdir()
     (tmp_path / "source/f").write_text("all of it")
@@ -332,13 +370,199 @@ def test_with_update_a_small_file_has_its_name_when_it_is_whole_and_not_before(
     source = LocalTree.of(os.fsencode(tmp_path / "source"), writes=False)
     there = LocalTree.of(os.fsencode(tmp_path / "there"), writes=True)
     try:
-        worker = Copy(plan(source.entries(b""), [], b"", None, options), options).worker(source, there)
+        worker = Copy(plan(listed(source), [], b"", None, options), options).worker(source, there)
         worker.run()
     finally:
         source.close()
         there.close()
-    assert (seen, worker.done.files, worker.done.failed) == ([False], 1, [])
+    assert seen == [(False, "all of it", (tmp_path / "source/f").stat().st_mtime_ns)]
+    assert (worker.done.files, worker.done.size, worker.done.failed) == (1, 9, [])
     assert {each.name: each.read_text() for each in (tmp_path / "there").iterdir()} == {"f": "all of it"}
+
+
+def test_a_batch_of_files_from_many_folders_is_copied_but_for_those_that_can_not(tmp_path: Path) -> None:
+    files = {f"{folder}/{name}": f"{folder} {name}" * (not name.startswith("e")) for folder in "xyz" for name in "aeg"}
+    for folder in ("source/x", "source/y", "source/z", "there/x", "there/z/g"):  # there is no y there
+        (tmp_path / folder).mkdir(parents=True)
+    for name, text in files.items():
+        (tmp_path / "source" / name).write_text(text)
+        (tmp_path / "source" / name).chmod(0o4750)
+        os.utime(tmp_path / "source" / name, ns=(7, 1_234_567_891))
+    source = LocalTree.of(os.fsencode(tmp_path / "source"), writes=False)
+    there = LocalTree.of(os.fsencode(tmp_path / "there"), writes=True)
+    try:
+        made = plan(listed(source), [], b"", None, Options())
+        (tmp_path / "source/x/a").write_text("it has grown since then")
+        (tmp_path / "source/z/a").unlink()
+        worker = Copy(made, Options()).worker(source, there)
+        worker.run()
+    finally:
+        source.close()
+        there.close()
+    missing = "No such file or directory"
+    failed = [(b"x/a", "It changed while it was copied"), (b"z/a", missing), *((b"y/%c" % c, missing) for c in b"aeg")]
+    assert sorted(worker.done.failed) == sorted([*failed, (b"z/g", "Is a directory")])
+    copied = {str(each.relative_to(tmp_path / "there")): each for each in tmp_path.glob("there/*/*") if each.is_file()}
+    assert {name: each.read_text() for name, each in copied.items()} == {
+        name: files[name] for name in ("x/e", "x/g", "z/e")
+    }
+    assert {(each.stat().st_mode & 0o7777, each.stat().st_mtime_ns) for each in copied.values()} == {
+        (0o750, 1_234_567_891)
+    }
+    assert (worker.done.files, worker.done.size) == (3, len(files["x/g"]))
+
+
+def test_what_the_system_says_of_a_folder_is_told_of_each_name_in_it(tmp_path: Path) -> None:
+    (tmp_path / "f").write_bytes(b"1234")
+    (tmp_path / "same").hardlink_to(tmp_path / "f")
+    (tmp_path / "l").symlink_to("away")
+    (tmp_path / "d").mkdir()
+    os.mkfifo(tmp_path / "p")
+    (tmp_path / os.fsdecode(b"\xff")).touch()
+    tree = LocalTree.of(os.fsencode(tmp_path), writes=False)
+    try:
+        found = {entry.path: entry for entry in listed(tree)}
+        alone = listed(tree, b"f")
+    finally:
+        tree.close()
+    about = (tmp_path / "f").stat()
+    expected = Entry(
+        b"f", "f", about.st_mode & 0o7777, about.st_uid, about.st_gid, about.st_mtime_ns, 4, False,
+        (about.st_dev, about.st_ino),
+    )  # fmt: skip
+    assert (found[b"f"], alone, found[b"same"].link) == (expected, [expected], expected.link)
+    assert {path: entry.kind for path, entry in found.items()} == {
+        b"": "d", b"f": "f", b"same": "f", b"l": "l", b"d": "d", b"p": "o", b"\xff": "f",
+    }  # fmt: skip
+    assert found[b"l"].target == b"away"
+    assert [entry for entry in found.values() if entry.link and entry.path not in (b"f", b"same")] == []
+
+
+def test_what_is_made_while_a_folder_is_told_is_not_told(tmp_path: Path) -> None:
+    for name in ("a/x", "b/x"):
+        (tmp_path / name).mkdir(parents=True)
+    tree = LocalTree.of(os.fsencode(tmp_path), writes=False)
+    try:
+        parts = tree.entries(b"")
+        found = list(next(parts))
+        for name in ("a/x/new", "b/new", "c"):  # as a copy does that lies in what it is of
+            (tmp_path / name).mkdir()
+        found += [entry for part in parts for entry in part]
+    finally:
+        tree.close()
+    assert [entry.path for entry in found] == [b"", b"a", b"b", b"a/x", b"b/x"]
+
+
+def test_files_are_copied_while_more_is_listed_and_each_has_its_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("source/a", "source/b", "there"):
+        (tmp_path / name).mkdir(parents=True)
+    for name in ("a/f", "b/f"):
+        (tmp_path / "source" / name).write_text(name)
+    source = LocalTree.of(os.fsencode(tmp_path / "source"), writes=False)
+    other, there = source.another(), LocalTree.of(os.fsencode(tmp_path / "there"), writes=True)
+    others_there = there.another()
+    planner = Planner([], b"", None, Options())
+    copy = Copy(planner.plan, Options(), grows=True)
+    copied = threading.Event()
+    lead, helper = copy.worker(source, there), copy.worker(other, others_there)
+    put = others_there.put
+
+    def watched(batch: Batch, contents: Contents, then: Callable[[Written | FileError], None], **more: bool) -> None:
+        put(batch, contents, then, **more)
+        copied.set()
+
+    def told() -> Iterator[list[Entry]]:
+        entries = listed(source)
+        yield [*entries[:3], *(entry for entry in entries if entry.path == b"a/f"), *([Entry(b"x", "o")] * 3000)]
+        assert copied.wait(60)
+        yield [entry for entry in entries if entry.path == b"b/f"]
+
+    monkeypatch.setattr(others_there, "put", watched)
+    helping = threading.Thread(target=helper.run)
+    helping.start()
+    try:
+        lead.prepare(planner, told(), lambda: None)
+        lead.run()
+        helping.join()
+    finally:
+        for tree in (source, other, there, others_there):
+            tree.close()
+    assert (helper.done.files + lead.done.files, lead.done.folders) == (2, 3)
+    assert [(tmp_path / "there" / name).read_text() for name in ("a/f", "b/f")] == ["a/f", "b/f"]
+
+
+def test_who_waits_for_files_to_copy_is_let_go_when_the_list_fails(tmp_path: Path) -> None:
+    tree = LocalTree.of(os.fsencode(tmp_path), writes=False)
+    planner = Planner([], b"", None, Options())
+    copy = Copy(planner.plan, Options(), grows=True)
+    lead, helper = copy.worker(tree, tree), copy.worker(tree, tree)
+    helping = threading.Thread(target=helper.run)
+    helping.start()
+    tree.hang_up()
+    try:
+        with pytest.raises(StreamGone):
+            lead.prepare(planner, tree.entries(b"f"), lambda: None)
+        helping.join()
+    finally:
+        tree.close()
+    assert helper.done.files == 0
+
+
+@pytest.mark.parametrize(
+    "contents",
+    [
+        b"\0\0\0\4data",  # of one file, where two were asked for
+        b"\0\0\0\4data\0\0\0\3too",  # of another size
+        b"\0\0\0\4data\0\0\0\4more+",
+        b"\0\0\0\4data\0\0\0\4mo",
+        b"\0\0\0\4data\xff\xff\xff\xff\0",
+        b"\0\0\0\4data\xff\xff\xff\xff\0\7EIO",
+        b"",
+    ],
+)
+def test_contents_that_are_not_of_the_files_that_were_asked_for_end_the_copy(contents: bytes) -> None:
+    said = answer(Answer.DATA, struct.pack(">I", zlib.crc32(contents)) + contents)
+    with a_peer(said) as (tree, _), pytest.raises(UnavailableError, match="makes no sense"):
+        got(tree, (b"f", 4), (b"g", 4))
+    batch = [(Entry(path, "f", size=4), path) for path in (b"f", b"g")]
+    with pytest.raises(ValueError, match="contents"):
+        _files.contents_in(batch, contents)
+
+
+def test_what_a_task_says_of_each_of_many_files_is_heard() -> None:
+    contents = b"\0\0\0\4data\xff\xff\xff\xff\0\7EIO: no"
+    results = b"\0\2\3\0\7EIO: no\1"
+    data = answer(Answer.DATA, struct.pack(">I", zlib.crc32(contents)) + contents)
+    with a_peer(data, answer(Answer.RESULTS, results)) as (tree, _):
+        assert got(tree, (b"f", 4), (b"g", 4)) == (contents, {1: "no"})
+        written = put(tree, *((name, b"") for name in (b"a", b"b", b"c", b"d")))
+    assert ({number: str(why) for number, why in written.failed.items()}, written.not_owner) == ({2: "no"}, 1)
+
+
+@pytest.mark.parametrize("results", [b"\0", b"\0\0\0", b"\0\4", b"\0\3", b"\0\3\0", b"\0\3\0\1", b"\3\0\0\0\0"])
+def test_results_that_are_not_of_the_files_that_were_sent_end_the_copy(results: bytes) -> None:
+    with a_peer(answer(Answer.RESULTS, results)) as (tree, far):
+        aside(lambda: [None for _ in iter(lambda: far.recv(1 << 20), b"")])
+        with pytest.raises(UnavailableError, match="makes no sense"):
+            put(tree, (b"a", b""), (b"b", b""))
+
+
+def test_no_name_that_leads_elsewhere_is_opened_and_nothing_is_read_past_its_room(tmp_path: Path) -> None:
+    (tmp_path / "f").write_bytes(b"1234")
+    folder = os.open(tmp_path, os.O_RDONLY)
+    try:
+        for path in (b"..", b".", b"", b"a/", b"n" * 256, b"a\0b"):
+            batch = [(Entry(path, "f"), path)]
+            with pytest.raises(ValueError, match="name"):
+                _files.read_batch(batch, 0, folder, bytearray(100), 0)
+            with pytest.raises(ValueError, match="name"):
+                _files.write_batch(batch, 0, folder, bytes(4), 0, False, False)
+        with pytest.raises(ValueError, match="room"):
+            _files.read_batch([(Entry(b"f", "f", size=4), b"f")], 0, folder, bytearray(7), 0)
+    finally:
+        os.close(folder)
 
 
 # -- what is decided -----------------------------------------------------------------------------------------------

@@ -39,10 +39,11 @@ BASE = {
     "tracing",
     "unix_sockets",
 }
-PROTOCOL = BASE | {"_frame", "tunnel"}
+PROTOCOL = BASE | {"_files", "_frame", "tunnel"}
 
 # What each layer may import of our own, beside itself. `__init__` stands for the package's own names.
 ALLOWED: dict[str, set[str]] = {
+    "_files": set(),
     "_frame": set(),
     "asking": set(),
     "backends": set(),
@@ -109,7 +110,8 @@ ONLY_IN = {
     "websockets": {"tunnel"},
 }
 
-FORBIDDEN_IN_FRAME = {"asyncio", "socket", "selectors", "ssl", "select"}
+IN_C = {"_files", "_frame"}
+FORBIDDEN_IN_C = {"asyncio", "socket", "selectors", "ssl", "select"}
 
 
 def layer_of(module: str) -> str:
@@ -163,7 +165,7 @@ def violations(module: str, source: str, *, cython: bool = False) -> list[str]:
             started = layer == "cli" and lazy and name in STARTED_BY_CLI
             if target not in ALLOWED[layer] | {layer} and not started:
                 found.append(f"{module}:{line} imports {name}")
-        elif (top in ONLY_IN and layer not in ONLY_IN[top]) or (layer == "_frame" and top in FORBIDDEN_IN_FRAME):
+        elif (top in ONLY_IN and layer not in ONLY_IN[top]) or (layer in IN_C and top in FORBIDDEN_IN_C):
             found.append(f"{module}:{line} imports {name}")
     return found
 

@@ -14,7 +14,7 @@ use std::os::unix::ffi::OsStrExt;
 use std::os::unix::net::UnixStream;
 
 use tree::{Root, Tree};
-use wire::{Request, Taken, reply, tag};
+use wire::{New, Request, Taken, reply, tag};
 
 /// Large enough that small requests and answers share system calls.
 const BUFFER: usize = 256 << 10;
@@ -121,11 +121,7 @@ fn answer(
     let done = match request {
         Request::List(path) => return list::list(tree, path, answers),
         Request::Read(path, offset, length) => match tree.read(path, offset, length) {
-            Ok((sum, data)) => {
-                wire::head(answers, tag::DATA, 4 + data.len())?;
-                answers.write_all(&sum.to_be_bytes())?;
-                return answers.write_all(data).map(Ok);
-            }
+            Ok(read) => return data(answers, read).map(Ok),
             Err(error) => Err(error),
         },
         Request::Map(path, offset) => match tree.map(path, offset) {
@@ -136,7 +132,10 @@ fn answer(
             Ok(sums) => return reply(answers, tag::SUMS, &sums).map(Ok),
             Err(error) => Err(error),
         },
-        Request::Put(path, attributes, data) => tree.put(path, &attributes, data),
+        Request::Put(files, beside) => {
+            return reply(answers, tag::RESULTS, &put(tree, &files, beside)).map(Ok);
+        }
+        Request::Get(files) => return data(answers, tree.get(&files)).map(Ok),
         Request::Write(path, offset, data) => tree.write(path, offset, data).map(|()| Taken::All),
         Request::Part(path, size) => tree.part(path, size),
         Request::Finish(path, to, attributes) => tree.finish(path, to, &attributes),
@@ -150,4 +149,29 @@ fn answer(
         Ok(taken) => reply(answers, tag::DONE, &[taken as u8]).map(Ok),
         Err(error) => Ok(Err(error)),
     }
+}
+
+fn data(answers: &mut impl Write, (sum, data): (u32, &[u8])) -> io::Result<()> {
+    wire::head(answers, tag::DATA, 4 + data.len())?;
+    answers.write_all(&sum.to_be_bytes())?;
+    answers.write_all(data)
+}
+
+/// Writes whole files; what became of each. One that can't be written holds up no other.
+fn put(tree: &mut Tree, files: &[New], beside: bool) -> Vec<u8> {
+    let mut results = Vec::with_capacity(files.len());
+    for file in files {
+        let Some(data) = file.data else {
+            results.push(Taken::Before as u8);
+            continue;
+        };
+        match tree.put(file.path, &file.attributes, data, beside) {
+            Ok(taken) => results.push(taken as u8),
+            Err(error) => {
+                results.push(wire::FAILED);
+                results.extend(wire::reason(&error));
+            }
+        }
+    }
+    results
 }

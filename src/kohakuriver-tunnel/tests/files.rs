@@ -25,10 +25,12 @@ const SYMLINK: u8 = 0x2a;
 const LINK: u8 = 0x2b;
 const ATTRIBUTES: u8 = 0x2c;
 const REMOVE: u8 = 0x2d;
-const HELLO: u8 = 0x40;
+const GET: u8 = 0x2e;
+const HELLO: u8 = 0x47;
 const DONE: u8 = 0x41;
 const ENTRIES: u8 = 0x42;
 const DATA: u8 = 0x43;
+const RESULTS: u8 = 0x46;
 const ERROR: u8 = 0x4f;
 
 static FOLDERS: AtomicU32 = AtomicU32::new(0);
@@ -107,6 +109,21 @@ impl User {
         assert_eq!(answer, DONE, "{}", String::from_utf8_lossy(&payload));
     }
 
+    /// What becomes of one file that is put.
+    fn put(&mut self, path: &str, mode: u32, data: &[u8]) -> Vec<u8> {
+        self.say(PUT, &put(&[(path, mode, Some(data))], false));
+        let (tag, results) = self.hear();
+        assert_eq!(tag, RESULTS, "{}", String::from_utf8_lossy(&results));
+        results
+    }
+
+    fn refuses_put(&mut self, path: &str) -> String {
+        let results = self.put(path, 0o600, b"x");
+        assert_eq!(results[0], 3, "{path}");
+        assert_eq!(results[1..3], (results.len() as u16 - 3).to_be_bytes());
+        String::from_utf8(results[3..].to_vec()).unwrap()
+    }
+
     fn refuses(&mut self, tag: u8, path: &str, rest: &[u8]) -> String {
         let (answer, payload) = self.ask(tag, path, rest);
         assert_eq!(answer, ERROR, "{tag:#x} {path}");
@@ -132,6 +149,26 @@ fn summed(data: &[u8]) -> Vec<u8> {
     [&crc32fast::hash(data).to_be_bytes()[..], data].concat()
 }
 
+/// A request to write whole files; what has no data could not be read.
+fn put(files: &[(&str, u32, Option<&[u8]>)], beside: bool) -> Vec<u8> {
+    let (mut heads, mut contents) = (Vec::new(), Vec::new());
+    for (path, mode, data) in files {
+        heads.extend([text(path), attributes(*mode)].concat());
+        contents.extend(match data {
+            Some(data) => [&(data.len() as u32).to_be_bytes()[..], data].concat(),
+            None => [vec![0xff; 4], text("EIO: why")].concat(),
+        });
+    }
+    let length = (heads.len() as u32).to_be_bytes();
+    summed(&[&[beside.into()][..], &length, &heads, &contents].concat())
+}
+
+/// A request for whole files, and the sizes that they had.
+fn get(files: &[(&str, u32)]) -> Vec<u8> {
+    let each = |(path, size): &(&str, u32)| [&text(path)[..], &size.to_be_bytes()].concat();
+    files.iter().flat_map(each).collect()
+}
+
 fn range(offset: u64, length: u32) -> Vec<u8> {
     [&offset.to_be_bytes()[..], &length.to_be_bytes()].concat()
 }
@@ -141,16 +178,63 @@ fn a_file_that_is_put_has_its_bytes_its_mode_and_its_time() {
     let folder = Folder::new();
     let mut user = User::to(&folder);
     user.succeeds(FOLDER, "a", b"");
-    let rest = [attributes(0o640), summed(b"hello")].concat();
-    for _ in 0..2 {
+    for beside in [false, false, true] {
         // The second time it is there already.
-        user.succeeds(PUT, "a/f", &rest);
+        user.say(PUT, &put(&[("a/f", 0o640, Some(b"hello"))], beside));
+        assert_eq!(user.hear(), (RESULTS, vec![0]));
         let about = fs::metadata(folder.inside("a/f")).unwrap();
         assert_eq!(fs::read(folder.inside("a/f")).unwrap(), b"hello");
         assert_eq!(about.permissions().mode() & 0o7777, 0o640);
         assert_eq!((about.mtime(), about.mtime_nsec()), (1_000_000_000, 7));
     }
     assert_eq!(fs::read_dir(folder.inside("a")).unwrap().count(), 1);
+}
+
+#[test]
+fn of_many_files_each_that_can_be_written_or_read_is() {
+    let folder = Folder::new();
+    fs::create_dir(folder.inside("full")).unwrap();
+    let mut user = User::to(&folder);
+    let files: [(&str, u32, Option<&[u8]>); 5] = [
+        ("a", 0o600, Some(b"first")),
+        ("full", 0o600, Some(b"x")),
+        ("../b", 0o600, Some(b"x")),
+        ("c", 0o600, None),
+        ("empty", 0o600, Some(b"")),
+    ];
+    user.say(PUT, &put(&files, false));
+    let (tag, results) = user.hear();
+    let failed = |why: &str| [vec![3], text(why)].concat();
+    let said = [
+        vec![0],
+        failed("EISDIR: Is a directory"),
+        failed("EINVAL: Invalid argument"),
+        vec![2, 0],
+    ];
+    assert_eq!((tag, results), (RESULTS, said.concat()));
+    assert!(!folder.inside("c").exists() && !folder.outside("b").exists());
+    assert_eq!(fs::read_dir(folder.inside("")).unwrap().count(), 3);
+    // One that has grown or shrunk since it was listed is none of those that were asked for.
+    let wanted = [
+        ("a", 5),
+        ("a", 4),
+        ("a", 6),
+        ("full", 0),
+        ("c", 1),
+        ("empty", 0),
+    ];
+    user.say(GET, &get(&wanted));
+    let (tag, data) = user.hear();
+    let none = |why: &str| [vec![0xff; 4], text(why)].concat();
+    let contents = [
+        b"\0\0\0\x05first".to_vec(),
+        none("EIO: It changed while it was copied"),
+        none("EIO: It changed while it was copied"),
+        none("EINVAL: Invalid argument"),
+        none("ENOENT: No such file or directory"),
+        vec![0; 4],
+    ];
+    assert_eq!((tag, data), (DATA, summed(&contents.concat())));
 }
 
 #[test]
@@ -204,9 +288,8 @@ fn files_whose_long_names_begin_alike_get_each_its_own_bytes() {
     let writers = names.clone().map(|name| {
         let mut user = User::to(&folder);
         thread::spawn(move || {
-            let rest = [attributes(0o600), summed(name.as_bytes())].concat();
             for _ in 0..500 {
-                user.succeeds(PUT, &name, &rest);
+                assert_eq!(user.put(&name, 0o600, name.as_bytes()), [0]);
             }
         })
     });
@@ -226,7 +309,6 @@ fn nothing_is_read_or_written_by_way_of_a_symbolic_link() {
     fs::write(folder.outside("secret/f"), b"secret").unwrap();
     symlink("../secret", folder.inside("way")).unwrap();
     symlink("../secret/f", folder.inside("file")).unwrap();
-    let put = [attributes(0o600), summed(b"x")].concat();
     let mut user = User::to(&folder);
     for path in ["way/f", "file"] {
         user.refuses(READ, path, &range(0, 6));
@@ -235,14 +317,21 @@ fn nothing_is_read_or_written_by_way_of_a_symbolic_link() {
         user.refuses(ATTRIBUTES, path, &attributes(0o777));
     }
     user.refuses(LIST, "way/f", b"");
-    user.refuses(PUT, "way/new", &put);
+    user.refuses_put("way/new");
+    user.say(GET, &get(&[("way/f", 6), ("file", 6)]));
+    let none = |why: &str| [vec![0xff; 4], text(why)].concat();
+    let neither = [
+        none("ENOTDIR: Not a directory"),
+        none("ELOOP: Too many levels of symbolic links"),
+    ];
+    assert_eq!(user.hear(), (DATA, summed(&neither.concat())));
     user.refuses(REMOVE, "way/f", &[0]);
     user.refuses(FOLDER, "way/new", b"");
     user.refuses(SYMLINK, "way/new", &[text("/"), attributes(0o777)].concat());
     user.refuses(LINK, "here", &text("way/f"));
     user.refuses(LINK, "here", &text("file"));
     // The link itself goes, and not what it leads to.
-    user.succeeds(PUT, "file", &put);
+    assert_eq!(user.put("file", 0o600, b"x"), [0]);
     user.succeeds(FOLDER, "way", b"");
     assert_eq!(fs::read(folder.outside("secret/f")).unwrap(), b"secret");
     assert_eq!(fs::read_dir(folder.outside("secret")).unwrap().count(), 1);
@@ -264,7 +353,7 @@ fn no_path_leads_out_of_the_folder() {
         "./f",
     ] {
         user.refuses(READ, path, &range(0, 1));
-        user.refuses(PUT, path, &[attributes(0o600), summed(b"x")].concat());
+        user.refuses_put(path);
         user.refuses(REMOVE, path, &[0]);
     }
     assert_eq!(fs::read(folder.outside("f")).unwrap(), b"outside");
@@ -282,7 +371,7 @@ fn who_names_a_file_gets_that_and_its_parts_alone() {
     user.succeeds(PART, ".f.kohakuriver-12", &[0; 8]);
     for path in ["g", ".g.kohakuriver-12", "f/x", ".fx", "in/f"] {
         user.refuses(READ, path, &range(0, 10));
-        user.refuses(PUT, path, &[attributes(0o600), summed(b"x")].concat());
+        user.refuses_put(path);
     }
     let mode = || {
         fs::metadata(folder.inside(""))
@@ -304,7 +393,6 @@ fn who_came_to_read_writes_nothing() {
     let (mut user, tag, _) = User::open("from", &folder.0.join("in"));
     assert_eq!(tag, HELLO);
     for (tag, rest) in [
-        (PUT, [attributes(0o600), summed(b"x")].concat()),
         (WRITE, [vec![0; 8], summed(b"x")].concat()),
         (PART, vec![0; 8]),
         (FINISH, [text("g"), attributes(0o600)].concat()),
@@ -316,6 +404,9 @@ fn who_came_to_read_writes_nothing() {
     ] {
         assert!(user.refuses(tag, "f", &rest).starts_with("EROFS: "));
     }
+    user.say(PUT, &put(&[("f", 0o600, Some(b"x"))], false));
+    let (tag, why) = user.hear();
+    assert_eq!((tag, &why[..7]), (ERROR, &b"EROFS: "[..]));
     assert_eq!(fs::read(folder.inside("f")).unwrap(), b"mine");
 }
 
@@ -367,6 +458,10 @@ fn a_request_that_makes_no_sense_or_is_too_long_ends_the_stream() {
         (0x20, text("f")),
         (READ, text("f")),
         (WRITE, vec![0xff; 40]),
+        (PUT, vec![0xff; 40]),
+        (PUT, summed(&[0, 0, 0, 0, 9])),
+        (PUT, summed(b"\0\0\0\0\0left")),
+        (GET, get(&[("f", 1 << 20), ("f", 4096)])),
     ] {
         let mut user = User::to(&folder);
         user.say(tag, &payload);

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import os
 import struct
-from collections.abc import Iterator
 from typing import Final, NamedTuple
 
+from kohakuriver._files import Entry, entries_in, is_safe
 from kohakuriver.tunnel.terminal import Start
 
 __all__ = [
+    "EACH",
     "HEAD",
     "LONGEST_PATH",
     "PIECE",
@@ -28,19 +29,18 @@ __all__ = [
 
 PIECE: Final = 1 << 20
 """Bytes that one read or write has at most, and that one checksum is of."""
+EACH: Final = 128
+"""Bytes that each of many files counts for beside its own: what all count for is little more than PIECE at most."""
 SUMMED: Final = 64 << 20
 """Bytes that one request for checksums may cover."""
 LONGEST_PATH: Final = 4096
 """Bytes that a path in a request has at most."""
-LONGEST_NAME: Final = 255
 
 HEAD: Final = struct.Struct(">BI")
 SUM: Final = struct.Struct(">I")
 _LENGTH: Final = struct.Struct(">H")
 _ATTRIBUTES: Final = struct.Struct(">IBIIqI")
-_ENTRY: Final = struct.Struct(">BBIIIqIQQQH")
 _SEGMENT: Final = struct.Struct(">QQ")
-_SPARSE: Final = 1
 _SECOND: Final = 1_000_000_000
 
 
@@ -48,14 +48,16 @@ class Ask:
     """What requests are."""
 
     LIST, READ, MAP, SUMS = 0x21, 0x22, 0x23, 0x24
-    PUT, WRITE, PART, FINISH, FOLDER, SYMLINK, LINK, ATTRIBUTES, REMOVE = range(0x25, 0x2E)
+    PUT, WRITE, PART, FINISH, FOLDER, SYMLINK, LINK, ATTRIBUTES, REMOVE, GET = range(0x25, 0x2F)
 
 
 class Answer:
     """What answers are."""
 
-    HELLO, DONE, ENTRIES, DATA, MAP, SUMS, ERROR = 0x40, 0x41, 0x42, 0x43, 0x44, 0x45, 0x4F
+    DONE, ENTRIES, DATA, MAP, SUMS, RESULTS, HELLO, ERROR = 0x41, 0x42, 0x43, 0x44, 0x45, 0x46, 0x47, 0x4F
     ALL, NOT_OWNER, BEFORE = 0, 1, 2
+    NOTHING, FAILED = 2, 3
+    """What RESULTS has besides, for a file that had no contents, and for one that could not be written."""
 
 
 class Attributes(NamedTuple):
@@ -65,30 +67,18 @@ class Attributes(NamedTuple):
     owner: tuple[int, int] | None
     mtime: int
 
+    @classmethod
+    def of(cls, entry: Entry, owner: bool) -> Attributes:
+        """What the copy of an entry is given. The bits that lend an owner's rights are kept with the owner alone."""
+        if owner:
+            return cls(entry.mode, (entry.uid, entry.gid), entry.mtime)
+        return cls(entry.mode & 0o1777, None, entry.mtime)
+
     def pack(self) -> bytes:
         """As it stands in requests."""
         uid, gid = self.owner or (0, 0)
         seconds, nanoseconds = divmod(self.mtime, _SECOND)
         return _ATTRIBUTES.pack(self.mode, self.owner is not None, uid, gid, seconds, nanoseconds)
-
-
-class Entry(NamedTuple):
-    """One name in a tree.
-
-    `kind` is `f` a file, `d` a folder, `l` a symbolic link, `o` something else, `e` what can't be read. `link` is what
-    all names of one file have in common, or None where there is one. `target` is a link's, or why nothing can be read.
-    """
-
-    path: bytes
-    kind: str
-    mode: int = 0
-    uid: int = 0
-    gid: int = 0
-    mtime: int = 0
-    size: int = 0
-    sparse: bool = False
-    link: tuple[int, int] | None = None
-    target: bytes = b""
 
 
 def files_start(access: str, path: bytes, *, folder: bool = False) -> bytes:
@@ -100,43 +90,6 @@ def files_start(access: str, path: bytes, *, folder: bool = False) -> bytes:
 def pack_path(path: bytes) -> bytes:
     """A path, or a link's target, in a request."""
     return _LENGTH.pack(len(path)) + path
-
-
-def is_safe(path: bytes) -> bool:
-    """Whether a path that a peer says stays below where it begins, by its names."""
-    if len(path) > LONGEST_PATH or b"\0" in path:
-        return False
-    return all(part not in (b"", b".", b"..") and len(part) <= LONGEST_NAME for part in path.split(b"/"))
-
-
-def entries_in(payload: memoryview) -> Iterator[Entry]:
-    """The entries of one answer. Raises ValueError or struct.error where it makes no sense, or a path leads away."""
-    at, size = 0, len(payload)
-    while at < size:
-        kind, flags, mode, uid, gid, seconds, ns, length, device, number, named = _ENTRY.unpack_from(payload, at)
-        at += _ENTRY.size
-        path = bytes(payload[at : at + named])
-        at += named
-        (said,) = _LENGTH.unpack_from(payload, at)
-        at += _LENGTH.size
-        target = bytes(payload[at : at + said])
-        at += said
-        # The root itself has no name here.
-        named_well = is_safe(path) or (not path and kind in b"de")
-        if at > size or kind not in b"fdloe" or not named_well or b"\0" in target or ns >= _SECOND or length >> 62:
-            raise ValueError("an entry that is none")
-        yield Entry(
-            path,
-            chr(kind),
-            mode & 0o7777,
-            uid,
-            gid,
-            seconds * _SECOND + ns,
-            length,
-            bool(flags & _SPARSE),
-            (device, number) if device or number else None,
-            target,
-        )
 
 
 def segments_in(payload: memoryview) -> list[tuple[int, int]]:

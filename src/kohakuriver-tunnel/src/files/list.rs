@@ -22,21 +22,25 @@ pub fn list(tree: &mut Tree, path: &[u8], to: &mut impl Write) -> io::Result<io:
         _ => Some(path.to_vec()),
     };
     let mut told = Vec::new();
-    let mut folders = Vec::new();
-    match one {
+    let root = match one {
         None => {
             let about = sys::fstat(tree.inside(b"")?)?;
             tell(b'd', Some(&about), b"", b"", &mut told);
-            folders.push(Vec::new());
+            Some(Vec::new())
         }
         Some(path) => match entry(tree, &path, &mut told) {
-            Ok(true) => folders.push(path),
-            Ok(false) => {}
+            Ok(is_folder) => is_folder.then_some(path),
             Err(error) => return Ok(Err(error)),
         },
-    }
-    while let Some(folder) = folders.pop() {
-        if let Err(error) = inside(tree, &folder, &mut told, &mut folders, to)? {
+    };
+    // All names before anything is told: who hears of the first ones may make more, in a folder of these.
+    let folders = root.map(|root| all_names(tree, root)).unwrap_or_default();
+    for (folder, names) in folders {
+        let looked_at = match names {
+            Ok(names) => inside(tree, &folder, &names, &mut told, to)?,
+            Err(error) => Err(error),
+        };
+        if let Err(error) = looked_at {
             failed(&folder, &error, &mut told);
         }
     }
@@ -44,33 +48,47 @@ pub fn list(tree: &mut Tree, path: &[u8], to: &mut impl Write) -> io::Result<io:
     reply(to, tag::DONE, &[Taken::All as u8]).map(Ok)
 }
 
-/// What is in one folder; those in it are added to `folders`.
+type Names = Vec<Vec<u8>>;
+
+/// All folders from one on, each before those in it, and the names in each.
+fn all_names(tree: &mut Tree, root: Vec<u8>) -> Vec<(Vec<u8>, io::Result<Names>)> {
+    let mut all = Vec::new();
+    let mut folders = vec![root];
+    while let Some(folder) = folders.pop() {
+        let mut below = Vec::new();
+        let names = names(tree, &folder, &mut below);
+        below.sort_unstable();
+        let below = below.iter().rev().map(|name| join(&folder, name));
+        folders.extend(below.filter(|path| path.len() <= LONGEST_PATH));
+        all.push((folder, names));
+    }
+    all
+}
+
+fn join(folder: &[u8], name: &[u8]) -> Vec<u8> {
+    match folder {
+        b"" => name.to_vec(),
+        folder => [folder, name].join(&b'/'),
+    }
+}
+
+/// What the names in one folder are.
 fn inside(
     tree: &mut Tree,
     folder: &[u8],
+    names: &Names,
     told: &mut Vec<u8>,
-    folders: &mut Vec<Vec<u8>>,
     to: &mut impl Write,
 ) -> io::Result<io::Result<()>> {
-    let mut names = match names(tree, folder) {
-        Ok(names) => names,
-        Err(error) => return Ok(Err(error)),
-    };
-    names.sort_unstable();
-    let first = folders.len();
     let mut too_long = false;
     for name in names {
-        let path = match folder {
-            b"" => name,
-            folder => [folder, &name].join(&b'/'),
-        };
+        let path = join(folder, name);
         if path.len() > LONGEST_PATH {
             too_long = true;
             continue;
         }
         match entry(tree, &path, told) {
-            Ok(true) => folders.push(path),
-            Ok(false) => {}
+            Ok(_) => {}
             Err(error) if error.kind() == io::ErrorKind::NotFound => {}
             Err(error) => failed(&path, &error, told),
         }
@@ -79,7 +97,6 @@ fn inside(
             told.clear();
         }
     }
-    folders[first..].reverse();
     // The path itself can't be told.
     Ok(if too_long {
         Err(Errno::NAMETOOLONG.into())
@@ -88,14 +105,29 @@ fn inside(
     })
 }
 
-fn names(tree: &mut Tree, folder: &[u8]) -> io::Result<Vec<Vec<u8>>> {
+/// The names in a folder, in order; those that are folders are added to `below`.
+fn names(tree: &mut Tree, folder: &[u8], below: &mut Names) -> io::Result<Names> {
     let mut names = Vec::new();
-    for each in Dir::read_from(tree.inside(folder)?)? {
-        let name = each?.file_name().to_bytes().to_vec();
-        if name != b"." && name != b".." {
-            names.push(name);
+    let folder = tree.inside(folder)?;
+    for each in Dir::read_from(folder)? {
+        let each = each?;
+        let name = each.file_name().to_bytes();
+        if name == b"." || name == b".." {
+            continue;
         }
+        let kind = match each.file_type() {
+            FileType::Unknown => sys::statat(folder, each.file_name(), AtFlags::SYMLINK_NOFOLLOW)
+                .map_or(FileType::Unknown, |about| {
+                    FileType::from_raw_mode(about.st_mode)
+                }),
+            kind => kind,
+        };
+        if kind == FileType::Directory {
+            below.push(name.to_vec());
+        }
+        names.push(name.to_vec());
     }
+    names.sort_unstable();
     Ok(names)
 }
 

@@ -16,10 +16,17 @@ use rustix::fs::{
 use rustix::io::Errno;
 use rustix::process::geteuid;
 
-use super::wire::{Attributes, PIECE, Taken};
+use super::wire::{Attributes, NO_CONTENTS, PIECE, Taken, reason};
 
 /// How many folders lie in each other at most: one open file each.
 const DEEPEST: usize = 200;
+/// Room for what may be asked for at once, and what stands between it.
+const CONTENTS: usize = PIECE + (8 << 10);
+/// How a file is opened to be read, without waiting: what is a pipe by now would never be opened.
+const READ: OFlags = OFlags::RDONLY
+    .union(OFlags::NOFOLLOW)
+    .union(OFlags::NONBLOCK)
+    .union(OFlags::CLOEXEC);
 /// How many pieces of a file with holes are told at once.
 const SEGMENTS: usize = 4096;
 /// What is behind a file's name while it is only partly there.
@@ -187,13 +194,53 @@ impl Tree {
     /// Bytes of a file, fewer where it ends, and their checksum.
     pub fn read(&mut self, path: &[u8], offset: u64, length: usize) -> io::Result<(u32, &[u8])> {
         let mut buffer = std::mem::take(&mut self.buffer);
-        buffer.resize(PIECE, 0);
+        buffer.resize(CONTENTS, 0);
         let read = self
             .file(path, false)
             .and_then(|file| read_all(file, &mut buffer[..length], offset));
         self.buffer = buffer;
         let data = &self.buffer[..read?];
         Ok((crc32fast::hash(data), data))
+    }
+
+    /// The contents of many whole files, in the order in which they are asked for, and their checksum.
+    pub fn get(&mut self, files: &[(&[u8], u32)]) -> (u32, &[u8]) {
+        let mut buffer = std::mem::take(&mut self.buffer);
+        buffer.resize(CONTENTS, 0);
+        let mut used = 0;
+        for (path, size) in files {
+            let (start, length) = (used + 4, *size as usize);
+            match self.whole(path, &mut buffer[start..start + length]) {
+                Ok(()) => {
+                    buffer[used..start].copy_from_slice(&size.to_be_bytes());
+                    used = start + length;
+                }
+                Err(error) => {
+                    let none = [&NO_CONTENTS.to_be_bytes()[..], &reason(&error)].concat();
+                    buffer[used..used + none.len()].copy_from_slice(&none);
+                    used += none.len();
+                }
+            }
+        }
+        self.buffer = buffer;
+        let data = &self.buffer[..used];
+        (crc32fast::hash(data), data)
+    }
+
+    /// All of a regular file that has as many bytes as there is room for.
+    fn whole(&mut self, path: &[u8], into: &mut [u8]) -> io::Result<()> {
+        let (folder, name) = self.place(path)?;
+        let file = sys::openat(folder, name, READ, Mode::empty())?;
+        let about = sys::fstat(&file)?;
+        if FileType::from_raw_mode(about.st_mode) != FileType::RegularFile {
+            return Err(Errno::INVAL.into());
+        }
+        if about.st_size as u64 != into.len() as u64
+            || read_all(&file.into(), into, 0)? != into.len()
+        {
+            return Err(io::Error::other("It changed while it was copied"));
+        }
+        Ok(())
     }
 
     /// Where a file has data from an offset on: pairs of offset and length.
@@ -234,13 +281,23 @@ impl Tree {
 
     // ---- writing -------------------------------------------------------------------------------
 
-    /// A whole file. It is written under its own name where that is free, else beside what has it.
-    pub fn put(&mut self, path: &[u8], attributes: &Attributes, data: &[u8]) -> io::Result<Taken> {
+    /// A whole file. It is written under its own name where that is free, else, or always, beside what has it.
+    pub fn put(
+        &mut self,
+        path: &[u8],
+        attributes: &Attributes,
+        data: &[u8],
+        always_beside: bool,
+    ) -> io::Result<Taken> {
         let (folder, name) = self.place(path)?;
         let flags =
             OFlags::WRONLY | OFlags::CREATE | OFlags::EXCL | OFlags::NOFOLLOW | OFlags::CLOEXEC;
         let made = |name: &OsStr| sys::openat(folder, name, flags, Mode::from_raw_mode(PRIVATE));
-        let (file, beside) = match made(name) {
+        let first = match always_beside {
+            true => Err(Errno::EXIST),
+            false => made(name),
+        };
+        let (file, beside) = match first {
             Err(Errno::EXIST) => {
                 let beside = beside(name.as_bytes());
                 let _ = sys::unlinkat(folder, &beside, AtFlags::empty());

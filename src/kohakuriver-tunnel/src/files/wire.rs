@@ -12,18 +12,25 @@ pub const PIECE: usize = 1 << 20;
 pub const LONGEST: usize = PIECE + (16 << 10);
 /// What one request for sums may cover.
 pub const SUMMED: u64 = 64 << 20;
+/// What a file among many counts for beside its bytes, and how many of both may be asked for together.
+const EACH: usize = 128;
+const TOGETHER: usize = PIECE + (4 << 10);
+/// What contents have in the place of a size where there are none, and how long the reason may be.
+pub const NO_CONTENTS: u32 = u32::MAX;
+const REASON: usize = 96;
 /// The longest path, and the longest target of a symbolic link.
 pub const LONGEST_PATH: usize = 4096;
 
 /// What answers are.
 #[allow(missing_docs)]
 pub mod tag {
-    pub const HELLO: u8 = 0x40;
     pub const DONE: u8 = 0x41;
     pub const ENTRIES: u8 = 0x42;
     pub const DATA: u8 = 0x43;
     pub const MAP: u8 = 0x44;
     pub const SUMS: u8 = 0x45;
+    pub const RESULTS: u8 = 0x46;
+    pub const HELLO: u8 = 0x47;
     pub const ERROR: u8 = 0x4f;
 }
 
@@ -34,9 +41,12 @@ pub enum Taken {
     All = 0,
     /// But not the owner, which may not be given away.
     NotOwner = 1,
-    /// A part of the file was there before.
+    /// A part of the file was there before; of one among many, nothing came to be written.
     Before = 2,
 }
+
+/// What RESULTS has for a file that could not be written, before the reason.
+pub const FAILED: u8 = 3;
 
 /// What a file is given beside its bytes.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -48,6 +58,15 @@ pub struct Attributes {
     pub nanoseconds: u32,
 }
 
+/// A whole file that is to be written; without data where its reader had none.
+#[derive(Debug, PartialEq, Eq)]
+#[allow(missing_docs)]
+pub struct New<'a> {
+    pub path: &'a [u8],
+    pub attributes: Attributes,
+    pub data: Option<&'a [u8]>,
+}
+
 /// One request. Paths are those that stand in it, and nothing is known of them yet.
 #[derive(Debug, PartialEq, Eq)]
 #[allow(missing_docs)]
@@ -56,7 +75,8 @@ pub enum Request<'a> {
     Read(&'a [u8], u64, usize),
     Map(&'a [u8], u64),
     Sums(&'a [u8], u64, u64),
-    Put(&'a [u8], Attributes, &'a [u8]),
+    /// Files, and whether each is written beside what its name is, even where that is free.
+    Put(Vec<New<'a>>, bool),
     Write(&'a [u8], u64, &'a [u8]),
     Part(&'a [u8], u64),
     Finish(&'a [u8], &'a [u8], Attributes),
@@ -65,12 +85,19 @@ pub enum Request<'a> {
     Link(&'a [u8], &'a [u8]),
     Attributes(&'a [u8], Attributes),
     Remove(&'a [u8], bool),
+    /// Files, with the sizes that they had.
+    Get(Vec<(&'a [u8], u32)>),
 }
 
 impl<'a> Request<'a> {
     /// What these bytes ask for; `None` where that makes no sense, or its checksum is wrong.
     pub fn parse(kind: u8, mut bytes: &'a [u8]) -> Option<Self> {
         let rest = &mut bytes;
+        match kind {
+            0x25 => return put(rest),
+            0x2e => return get(rest),
+            _ => {}
+        }
         let path = text(rest)?;
         let request = match kind {
             0x21 => Self::List(path),
@@ -82,10 +109,6 @@ impl<'a> Request<'a> {
             0x24 => {
                 let (offset, length) = (number(rest)?, number(rest)?);
                 (length <= SUMMED).then_some(Self::Sums(path, offset, length))?
-            }
-            0x25 => {
-                let attributes = attributes(rest)?;
-                Self::Put(path, attributes, data(rest)?)
             }
             0x26 => {
                 let offset = number(rest)?;
@@ -110,9 +133,58 @@ impl<'a> Request<'a> {
     pub fn writes(&self) -> bool {
         !matches!(
             self,
-            Self::List(..) | Self::Read(..) | Self::Map(..) | Self::Sums(..)
+            Self::List(..) | Self::Read(..) | Self::Map(..) | Self::Sums(..) | Self::Get(..)
         )
     }
+}
+
+/// Many whole files: all heads, and then all contents.
+fn put<'a>(rest: &mut &'a [u8]) -> Option<Request<'a>> {
+    let sum = u32::from_be_bytes(take(rest)?);
+    if crc32fast::hash(rest) != sum {
+        return None;
+    }
+    let [beside] = take(rest)?;
+    let length = u32::from_be_bytes(take(rest)?) as usize;
+    let (mut heads, mut contents) = rest.split_at_checked(length)?;
+    let mut files = Vec::new();
+    while !heads.is_empty() {
+        files.push(New {
+            path: text(&mut heads)?,
+            attributes: attributes(&mut heads)?,
+            data: content(&mut contents)?,
+        });
+    }
+    contents
+        .is_empty()
+        .then_some(Request::Put(files, beside != 0))
+}
+
+/// One file's bytes, or none, and why, which its reader was told.
+fn content<'a>(rest: &mut &'a [u8]) -> Option<Option<&'a [u8]>> {
+    let length = u32::from_be_bytes(take(rest)?);
+    let (length, is_there) = match length {
+        NO_CONTENTS => (u16::from_be_bytes(take(rest)?) as usize, false),
+        length => (length as usize, true),
+    };
+    let (head, tail) = rest.split_at_checked(length)?;
+    *rest = tail;
+    Some(is_there.then_some(head))
+}
+
+/// Many whole files that are asked for, which fit in one answer.
+fn get<'a>(rest: &mut &'a [u8]) -> Option<Request<'a>> {
+    let mut files = Vec::new();
+    let mut together = 0;
+    while !rest.is_empty() {
+        let (path, size) = (text(rest)?, u32::from_be_bytes(take(rest)?));
+        together += size as usize + EACH;
+        if together > TOGETHER {
+            return None;
+        }
+        files.push((path, size));
+    }
+    Some(Request::Get(files))
 }
 
 fn number(rest: &mut &[u8]) -> Option<u64> {
@@ -168,6 +240,13 @@ pub fn head(to: &mut impl Write, kind: u8, length: usize) -> io::Result<()> {
 pub fn reply(to: &mut impl Write, kind: u8, payload: &[u8]) -> io::Result<()> {
     head(to, kind, payload.len())?;
     to.write_all(payload)
+}
+
+/// A length and why something failed with one among many files.
+pub fn reason(error: &io::Error) -> Vec<u8> {
+    let said = sentence(error);
+    let said = &said.as_bytes()[..said.len().min(REASON)];
+    [&(said.len() as u16).to_be_bytes(), said].concat()
 }
 
 /// `ECODE: why`, as the user reads it.

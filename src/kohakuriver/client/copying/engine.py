@@ -4,22 +4,21 @@ from __future__ import annotations
 
 import threading
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Final
 
-from kohakuriver.client.copying.plan import SMALL, Options, Plan, part_name
-from kohakuriver.client.copying.sides import Done, FileError, Side
-from kohakuriver.tunnel.files import PIECE, Answer, Attributes, Entry
+from kohakuriver.client.copying.plan import SMALL, Options, Plan, Planner, part_name
+from kohakuriver.client.copying.sides import CHANGED, Batch, Contents, FileError, Side, Written
+from kohakuriver.tunnel.files import EACH, PIECE, Answer, Attributes, Entry
 
 __all__ = ["Copied", "Copy", "Worker"]
 
 RANGE: Final = 8 << 20
 """Bytes of a large file that one stream copies before it looks for something else to do."""
-_BATCH_FILES, _BATCH_BYTES = 64, 2 << 20
+_BATCH_FILES, _BATCH_BYTES = 512, 256 << 10  # few enough that one end reads while the other one writes
+_FIRST_PART: Final = 2048  # entries that are planned before the first file is copied
 _MOST_TOLD = 1000  # failures that are kept with their names
-
-_CHANGED = "It changed while it was copied"
 
 
 @dataclass
@@ -66,16 +65,34 @@ class _Range:
     length: int
 
 
+def _larger_and_larger(listed: Iterable[list[Entry]]) -> Iterator[list[Entry]]:
+    """The same in few parts, for each of which the other end is waited for; the first is soon there."""
+    some: list[Entry] = []
+    enough = _FIRST_PART
+    for part in listed:
+        some += part
+        if len(some) >= enough:
+            yield some
+            some, enough = [], 2 * enough
+    if some:
+        yield some
+
+
 def _pieces(start: int, length: int) -> list[tuple[int, int]]:
     return [(at, min(PIECE, start + length - at)) for at in range(start, start + length, PIECE)]
 
 
 class Copy:
-    """One copy. `source` and `target` of each worker are of its own; this is what they share."""
+    """One copy. `source` and `target` of each worker are of its own; this is what they share.
 
-    def __init__(self, plan: Plan, options: Options) -> None:
+    With `grows` the plan does: of its files those are copied that have been released.
+    """
+
+    def __init__(self, plan: Plan, options: Options, *, grows: bool = False) -> None:
         self.plan = plan
         self.options = options
+        self._released = 0 if grows else None
+        self._more = threading.Condition()
         self._lock = threading.Lock()
         self._jobs = self._all_jobs()
         self._segments: Callable[[bytes], list[tuple[int, int]]]
@@ -87,26 +104,53 @@ class Copy:
         self.workers.append(worker)
         return worker
 
-    def job(self, worker: Worker) -> list[tuple[Entry, bytes]] | _Range | None:
+    def job(self, worker: Worker) -> Batch | _Range | None:
         """What is to be done next; None when there is nothing left."""
         with self._lock:
             self._segments = worker.source.segments
             return next(self._jobs, None)
 
-    def _all_jobs(self) -> Iterator[list[tuple[Entry, bytes]] | _Range]:
-        batch: list[tuple[Entry, bytes]] = []
-        size = 0
-        for entry, path in self.plan.files:
-            if entry.size > SMALL:
-                yield from self._ranges(_Large(entry, path))
-                continue
-            batch.append((entry, path))
-            size += entry.size
-            if len(batch) >= _BATCH_FILES or size >= _BATCH_BYTES:
+    @property
+    def is_known(self) -> bool:
+        """Whether the plan grows no more."""
+        return self._released is None
+
+    def release(self, *, all_of_it: bool = False) -> None:
+        """What is planned by now may be copied; `all_of_it`: and there will be no more."""
+        with self._more:
+            self._released = None if all_of_it else len(self.plan.files)
+            self._more.notify_all()
+
+    def _parts(self) -> Iterator[list[tuple[Entry, bytes]]]:
+        """All files, as they are released."""
+        at = 0
+        while True:
+            with self._more:
+                while self._released is not None and self._released <= at:
+                    self._more.wait()
+                stop = len(self.plan.files) if self._released is None else self._released
+            if at == stop:
+                return
+            yield self.plan.files[at:stop]
+            at = stop
+
+    def _all_jobs(self) -> Iterator[Batch | _Range]:
+        for part in self._parts():
+            batch: Batch = []
+            size = 0
+            for each in part:
+                entry, path = each
+                if entry.size > SMALL:
+                    yield from self._ranges(_Large(entry, path))
+                    continue
+                its = entry.size + len(path) + EACH
+                if batch and (len(batch) >= _BATCH_FILES or size + its > _BATCH_BYTES):
+                    yield batch
+                    batch, size = [], 0
+                batch.append(each)
+                size += its
+            if batch:
                 yield batch
-                batch, size = [], 0
-        if batch:
-            yield batch
 
     def _ranges(self, file: _Large) -> Iterator[_Range]:
         segments = [(0, file.entry.size)]
@@ -148,18 +192,37 @@ class Worker:
 
     # -- before and after --------------------------------------------------------------------------------------
 
-    def prepare(self) -> None:
-        """Take away what is not wanted, and make the folders."""
-        done = self.done
+    def prepare(self, planner: Planner, listed: Iterator[list[Entry]], then: Callable[[], object]) -> None:
+        """Plan what is listed, and make its folders, a part at a time, of which `then` is told: files are copied
+        meanwhile.
+
+        What is not wanted is taken away before, so that waits for the list's end.
+        """
+        if self._options.delete:
+            listed = iter([[entry for part in listed for entry in part]])
+        try:
+            for part in _larger_and_larger(listed):
+                before = len(planner.plan.folders)
+                planner.add(part)
+                planner.find_extra()
+                self._remove()
+                self._make(planner.plan.folders[before:])
+                self._copy.release()
+                then()
+        finally:
+            self._copy.release(all_of_it=True)
+
+    def _remove(self) -> None:
         for path, folder in self._copy.plan.removed:
             self._target.remove(path, folder, self._counted(path, "removed"))
-        self._settle()
-        for _, path in self._copy.plan.folders:
-            if not path:
-                continue  # the root, which is there
-            self._target.folder(path, self._counted(path))
-        self._settle()
-        done.folders = len(self._copy.plan.folders)
+        self._target.settle(all_of_it=True)
+
+    def _make(self, folders: list[tuple[Entry, bytes]]) -> None:
+        for _, path in folders:
+            if path:  # the root is there
+                self._target.folder(path, self._counted(path))
+        self._target.settle(all_of_it=True)
+        self.done.folders += len(folders)
 
     def conclude(self) -> None:
         """What needs the files: links; then what the folders are given, which anything else in them would change."""
@@ -200,8 +263,7 @@ class Worker:
             elif isinstance(job, _Range):
                 self._range(job)
             else:
-                for entry, path in job:
-                    self._small(entry, path)
+                self._small(job)
             while self._later:
                 self._later.popleft()()
 
@@ -209,47 +271,39 @@ class Worker:
         self.source.settle(all_of_it=True)
         self._target.settle(all_of_it=True)
 
-    def _small(self, entry: Entry, path: bytes) -> None:
-        """A file that is read at once, and written at once."""
-        attributes = self._options.attributes(entry)
+    def _small(self, batch: Batch) -> None:
+        """Files that are read together, and written together.
 
-        def written(result: int | FileError) -> None:
-            if isinstance(result, FileError):
-                self.done.fail(path, result.why)
-                return
-            self.done.took(result)
-            self.done.files += 1
-            self.done.size += entry.size
-
-        def read(data: memoryview | FileError) -> None:
-            if isinstance(data, FileError):
-                self.done.fail(entry.path, data.why)
-            elif len(data) != entry.size:
-                self.done.fail(entry.path, _CHANGED)
-            elif self._options.update:
-                self._put_beside(part_name(path, entry), path, attributes, data, written)
-            else:
-                self._target.put(path, attributes, data, written)
-
-        # One byte more tells of a file that has grown.
-        self.source.read(entry.path, 0, entry.size + 1, read)
-
-    def _put_beside(self, part: bytes, path: bytes, attributes: Attributes, data: memoryview, then: Done) -> None:
-        """Write a small file that has its name when it has its bytes and its time, and not before.
-
-        Whatever else ends halfway is newer than its source, which is what --update leaves alone ever after.
+        With --update each has its name when it has its bytes and its time, and not before: whatever else ends halfway
+        is newer than its source, which is what --update leaves alone ever after.
         """
-        made: list[int | FileError] = []
+        options = self._options
 
-        def filled(result: int | FileError) -> None:
-            failed = next((each for each in (*made, result) if isinstance(each, FileError)), None)
-            if failed is not None:
-                then(failed)
-            else:
-                self._later.append(lambda: self._target.finish(part, path, attributes, then))
+        def read(contents: Contents | FileError) -> None:
+            if isinstance(contents, FileError):
+                self._count(batch, dict.fromkeys(range(len(batch)), contents), Written({}))
+                return
+            missing = contents.failed
 
-        self._target.part(part, len(data), made.append)
-        self._target.write(part, 0, data, filled)
+            def written(result: Written | FileError) -> None:
+                self._count(batch, missing, result)
+
+            self._target.put(batch, contents, written, owner=options.owner, beside=options.update)
+
+        self.source.get(batch, read)
+
+    def _count(self, batch: Batch, missing: dict[int, FileError], result: Written | FileError) -> None:
+        """What became of a batch, of which some files were `missing` before the others were written."""
+        if isinstance(result, FileError):
+            result = Written(dict.fromkeys(set(range(len(batch))) - missing.keys(), result))
+        for number, error in missing.items():
+            self.done.fail(batch[number][0].path, error.why)
+        for number, error in result.failed.items():
+            self.done.fail(batch[number][1], error.why)
+        failed = missing.keys() | result.failed.keys()
+        self.done.not_owner += result.not_owner
+        self.done.files += len(batch) - len(failed)
+        self.done.size += sum(each[0].size for each in batch) - sum(batch[number][0].size for number in failed)
 
     def _range(self, job: _Range) -> None:
         file = job.file
@@ -319,7 +373,7 @@ class Worker:
                 if isinstance(data, FileError):
                     over(data)
                 elif len(data) != size:
-                    over(FileError("EIO", _CHANGED))
+                    over(FileError("EIO", CHANGED))
                 else:
                     self._target.write(file.part, offset, data, lambda result: over(result, size))
 
@@ -337,12 +391,12 @@ class Worker:
         entry = file.entry
         if file.error is None:
             try:
-                now = self.source.entries(entry.path)
+                now = [each for part in self.source.entries(entry.path) for each in part]
             except FileError as error:
                 file.error = error
             else:
                 if not now or (now[0].size, now[0].mtime) != (entry.size, entry.mtime):
-                    file.error = FileError("EIO", _CHANGED)
+                    file.error = FileError("EIO", CHANGED)
         if file.error is not None:
             self.done.fail(entry.path, file.error.why)
             return

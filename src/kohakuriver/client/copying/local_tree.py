@@ -17,15 +17,18 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Final
 
-from kohakuriver.client.copying.sides import Done, FileError, StreamGone, Told
-from kohakuriver.tunnel.files import PIECE, Answer, Attributes, Entry, is_safe
+from kohakuriver import _files
+from kohakuriver.client.copying.sides import CHANGED, Batch, Contents, Done, FileError, StreamGone, Told, Written
+from kohakuriver.tunnel.files import EACH, PIECE, Answer, Attributes, Entry, is_safe
 
 __all__ = ["PART", "LocalTree"]
 
 PART: Final = b".kohakuriver-"
 """What stands behind a file's name while it is only partly there."""
 
+_TOGETHER = 512  # names in a folder that are looked at without a break
 _DEEPEST = 200  # folders in each other: one open file each
+_NO_FILE: Final = "It is no regular file any more"
 _FOLDER: Final = os.O_RDONLY | getattr(os, "O_DIRECTORY", 0) | getattr(os, "O_CLOEXEC", 0)
 _INSIDE: Final = _FOLDER | getattr(os, "O_NOFOLLOW", 0)
 _FILE: Final = getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_CLOEXEC", 0)
@@ -39,6 +42,13 @@ def _told() -> Iterator[None]:
         yield
     except OSError as error:
         raise _error(error) from error
+
+
+def _reason(code: int) -> OSError:
+    """What went wrong with one file of a batch."""
+    if code == _files.NO_FILE:
+        return OSError(errno.EINVAL, _NO_FILE)
+    return OSError(errno.EIO, CHANGED) if code == _files.CHANGED else OSError(code, os.strerror(code))
 
 
 def _error(error: OSError) -> FileError:
@@ -58,6 +68,7 @@ class LocalTree:
         self._way: list[tuple[bytes, int]] = []
         self._open: tuple[bytes, bool, int] | None = None
         self._buffer = bytearray(PIECE)
+        self._contents = bytearray(PIECE)
 
     @classmethod
     def of(cls, path: bytes, *, writes: bool, folder: bool = False) -> LocalTree:
@@ -134,6 +145,13 @@ class LocalTree:
         parent, _, name = path.rpartition(b"/")
         return self._inside(parent), name
 
+    def _around(self, path: bytes) -> int:
+        """The folder that a path is in, or minus the errno why it can't be opened. Raises StreamGone."""
+        try:
+            return self._place(path)[0]
+        except OSError as error:
+            return -(error.errno or errno.EIO)
+
     def _forget(self) -> None:
         if self._open is not None:
             os.close(self._open[2])
@@ -148,56 +166,53 @@ class LocalTree:
         opened = os.open(name, _FILE | (os.O_RDWR if writes else os.O_RDONLY), dir_fd=folder)
         if not stat.S_ISREG(os.fstat(opened).st_mode):
             os.close(opened)
-            raise OSError(errno.EINVAL, "It is no regular file any more")
+            raise OSError(errno.EINVAL, _NO_FILE)
         self._open = path, writes, opened
         return opened
 
     # -- reading -----------------------------------------------------------------------------------------------
 
-    def entries(self, path: bytes) -> list[Entry]:
-        found: list[Entry] = []
+    def entries(self, path: bytes) -> Iterator[list[Entry]]:
         with _told():
             if self.only is not None and not path:
                 path = self.only
-            folders = [path]
             if path:
                 folder, name = self._place(path)
-                about = os.stat(name, dir_fd=folder, follow_symlinks=False)
-                found.append(_entry(path, about, folder, name))
-                folders = [path] if stat.S_ISDIR(about.st_mode) else []
+                entry = _entry(path, os.stat(name, dir_fd=folder, follow_symlinks=False), folder, name)
             else:
-                found.append(_entry(b"", os.fstat(self._root), self._root, b""))
+                entry = _entry(b"", os.fstat(self._root), self._root, b"")
+        names = list(self._names(path)) if entry.kind == "d" else []
+        yield [entry]
+        for folder_path, inside in names:
+            yield from self._looked_at(folder_path, inside)
+
+    def _names(self, path: bytes) -> Iterator[tuple[bytes, list[bytes] | OSError]]:
+        """Each folder from a path on, and the names in it, or why there are none."""
+        folders = [path]
         while folders:
             self._check()
             here = folders.pop()
             try:
-                below = self._list(here, found)
+                names, below = _files.names_in(self._inside(here))
             except OSError as error:
-                found.append(Entry(here, "e", target=os.fsencode(error.strerror or str(error))))
+                yield here, error
                 continue
-            folders.extend(reversed(below))
-        return found
+            yield here, names
+            prefix = here + b"/" if here else b""
+            folders.extend(prefix + name for name in reversed(below))
 
-    def _list(self, path: bytes, found: list[Entry]) -> list[bytes]:
-        """Add what is in one folder; those in it."""
-        folder = self._inside(path)
+    def _looked_at(self, path: bytes, names: list[bytes] | OSError) -> Iterator[list[Entry]]:
+        """What the names in a folder are."""
         prefix = path + b"/" if path else b""
-        below = []
-        with os.scandir(folder) as scanned:
-            each = sorted(scanned, key=lambda one: one.name)
-        for one in each:
-            self._check()
-            name = os.fsencode(one.name)
-            try:
-                entry = _entry(prefix + name, one.stat(follow_symlinks=False), folder, name)
-            except FileNotFoundError:
-                continue
-            except OSError as error:
-                entry = Entry(prefix + name, "e", target=os.fsencode(error.strerror or str(error)))
-            found.append(entry)
-            if entry.kind == "d":
-                below.append(entry.path)
-        return below
+        try:
+            if isinstance(names, OSError):
+                raise names
+            for start in range(0, len(names), _TOGETHER):
+                self._check()
+                # Whoever takes these may ask for another folder before the next.
+                yield _files.entries_of(self._inside(path), prefix, names[start : start + _TOGETHER])
+        except OSError as error:
+            yield [Entry(path, "e", target=os.fsencode(error.strerror or str(error)))]
 
     def segments(self, path: bytes) -> list[tuple[int, int]]:
         found = []
@@ -230,6 +245,18 @@ class LocalTree:
             return
         then(piece)
 
+    def get(self, batch: Batch, then: Told[Contents]) -> None:
+        failed: dict[int, FileError] = {}
+        size = sum(entry.size for entry, _ in batch) + EACH * len(batch)
+        if len(self._contents) < size:
+            self._contents = bytearray(size)
+        start = at = 0
+        while start < len(batch):
+            folder = self._around(batch[start][0].path)
+            start, at, some = _files.read_batch(batch, start, folder, self._contents, at)
+            failed.update((number, _error(_reason(code))) for number, code in some)
+        then(Contents(memoryview(self._contents)[:at], failed))
+
     def sums(self, path: bytes, offset: int, length: int, then: Told[list[int]]) -> None:
         sums = []
         try:
@@ -245,34 +272,40 @@ class LocalTree:
 
     # -- writing -----------------------------------------------------------------------------------------------
 
-    def put(self, path: bytes, attributes: Attributes, data: memoryview, then: Done) -> None:
-        try:
-            taken = self._put(path, attributes, data)
-        except OSError as error:
-            then(_error(error))
-            return
-        then(taken)
+    def put(self, batch: Batch, contents: Contents, then: Told[Written], *, owner: bool, beside: bool) -> None:
+        failed: dict[int, FileError] = {}
+        not_owner = start = at = 0
+        while start < len(batch):
+            folder = self._around(batch[start][1])
+            start, at, some, left = _files.write_batch(batch, start, folder, contents.data, at, owner, beside)
+            not_owner += some
+            for number, code, begin, size in left:
+                entry, path = batch[number]
+                try:
+                    if code != errno.EEXIST:
+                        raise _reason(code)
+                    data = contents.data[begin : begin + size]
+                    taken = self._put_beside(folder, path.rpartition(b"/")[2], Attributes.of(entry, owner), data)
+                except OSError as error:
+                    failed[number] = _error(error)
+                else:
+                    not_owner += taken == Answer.NOT_OWNER
+        then(Written(failed, not_owner))
 
-    def _put(self, path: bytes, attributes: Attributes, data: memoryview) -> int:
-        """Under its own name where that is free, else beside what has it."""
-        folder, name = self._place(path)
-        made = name
-        try:
-            opened = os.open(name, os.O_WRONLY | _NEW, 0o600, dir_fd=folder)
-        except FileExistsError:
-            # Another thread may write a file whose long name begins like this one.
-            made = b"." + name[:200] + PART + hashlib.sha256(name).hexdigest()[:16].encode() + b"-new"
-            with contextlib.suppress(FileNotFoundError):
-                os.unlink(made, dir_fd=folder)
-            opened = os.open(made, os.O_WRONLY | _NEW, 0o600, dir_fd=folder)
+    def _put_beside(self, folder: int, name: bytes, attributes: Attributes, data: memoryview) -> int:
+        """A file that takes the place of another one when it is whole."""
+        # Another thread may write a file whose long name begins like this one.
+        made = b"." + name[:200] + PART + hashlib.sha256(name).hexdigest()[:16].encode() + b"-new"
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(made, dir_fd=folder)
+        opened = os.open(made, os.O_WRONLY | _NEW, 0o600, dir_fd=folder)
         try:
             try:
                 _write_all(opened, data, 0)
                 taken = _give(opened, attributes)
             finally:
                 os.close(opened)
-            if made is not name:
-                os.rename(made, name, src_dir_fd=folder, dst_dir_fd=folder)
+            os.rename(made, name, src_dir_fd=folder, dst_dir_fd=folder)
         except BaseException:
             os.unlink(made, dir_fd=folder)
             raise
@@ -383,7 +416,7 @@ class LocalTree:
     def _link(self, folder: int, name: bytes, path: bytes) -> None:
         about = os.stat(name, dir_fd=folder, follow_symlinks=False)
         if not stat.S_ISREG(about.st_mode):
-            raise OSError(errno.EINVAL, "It is no regular file any more")
+            raise OSError(errno.EINVAL, _NO_FILE)
         to, new = self._place(path)
         try:
             os.link(name, new, src_dir_fd=folder, dst_dir_fd=to, follow_symlinks=False)

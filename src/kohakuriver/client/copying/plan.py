@@ -11,7 +11,7 @@ from typing import Final
 from kohakuriver.client.copying.local_tree import PART
 from kohakuriver.tunnel.files import LONGEST_PATH, PIECE, Attributes, Entry
 
-__all__ = ["SMALL", "Options", "Plan", "part_name", "plan"]
+__all__ = ["SMALL", "Options", "Plan", "Planner", "part_name", "plan"]
 
 SMALL: Final = PIECE - 1
 """Files of up to so many bytes are sent whole, many together; larger ones in pieces, by several streams.
@@ -33,10 +33,8 @@ class Options:
     owner: bool = False
 
     def attributes(self, entry: Entry) -> Attributes:
-        """What the copy of an entry is given. The bits that lend an owner's rights are kept with the owner alone."""
-        if self.owner:
-            return Attributes(entry.mode, (entry.uid, entry.gid), entry.mtime)
-        return Attributes(entry.mode & 0o1777, None, entry.mtime)
+        """What the copy of an entry is given."""
+        return Attributes.of(entry, self.owner)
 
 
 @dataclass
@@ -65,28 +63,40 @@ def part_name(path: bytes, entry: Entry) -> bytes:
     return parent + slash + b"." + name[:200] + PART + state.encode()
 
 
-def plan(source: list[Entry], there: list[Entry], prefix: bytes, name: bytes | None, options: Options) -> Plan:
-    """What makes `there` like `source`.
+class Planner:
+    """What makes `there` like a source whose entries are told a part at a time, each folder before what is in it.
 
     Args:
+        there: what there is.
         prefix: what the paths of the source have before them at the other end, with a slash, or nothing.
         name: what the one file that is copied is called there; None for a tree.
     """
-    made = Plan()
-    has = {entry.path: entry for entry in there}
-    wanted: set[bytes] = set()
-    first: dict[tuple[int, int], bytes] = {}
-    copied: set[bytes] = set()
-    for entry in source:
-        path = name if name is not None else prefix + entry.path if entry.path else prefix[:-1]
-        if entry.kind == "e":  # first: a folder that can't be opened has been told as a folder before
-            made.failed.append((entry.path, entry.target.decode("utf-8", "replace")))
-            wanted.add(path)
-            continue
-        if path in wanted:
-            continue  # a peer that says a name twice
-        wanted.add(path)
-        before = has.get(path)
+
+    def __init__(self, there: list[Entry], prefix: bytes, name: bytes | None, options: Options) -> None:
+        self.plan = Plan()
+        self.options = options
+        self._there = there
+        self._prefix = prefix
+        self._name = name
+        self._has = {entry.path: entry for entry in there}
+        self._wanted: set[bytes] = set()
+        self._first: dict[tuple[int, int], bytes] = {}
+        self._copied: set[bytes] = set()
+
+    def add(self, source: list[Entry]) -> None:
+        """Some more of the source."""
+        prefix, name, wanted = self._prefix, self._name, self._wanted
+        for entry in source:
+            path = name if name is not None else prefix + entry.path if entry.path else prefix[:-1]
+            if entry.kind == "e":  # first: a folder that can't be opened has been told as a folder before
+                self.plan.failed.append((entry.path, entry.target.decode("utf-8", "replace")))
+                wanted.add(path)
+            elif path not in wanted:  # unless a peer says a name twice
+                wanted.add(path)
+                self._add(entry, path, self._has.get(path))
+
+    def _add(self, entry: Entry, path: bytes, before: Entry | None) -> None:
+        made = self.plan
         if entry.kind == "o":
             made.left_out.append(entry.path)
         elif len(path) > LONGEST_PATH - (_ADDED if entry.kind == "f" else 0):
@@ -95,24 +105,39 @@ def plan(source: list[Entry], there: list[Entry], prefix: bytes, name: bytes | N
             made.folders.append((entry, path))
         elif before is not None and before.kind == "d":
             made.failed.append((path, "a folder has that name there"))
-        elif before is not None and options.update and before.mtime > entry.mtime:
+        elif before is not None and self.options.update and before.mtime > entry.mtime:
             made.same += 1
         elif entry.kind == "l":
             _symlink(made, entry, path, before)
-        elif entry.link in first:
-            to = first[entry.link]
-            if to in copied or before is None or has[to].link is None or before.link != has[to].link:
-                made.links.append((path, to))
-            else:
-                made.same += 1
         else:
-            if entry.link is not None:
-                first[entry.link] = path
-            if _file(made, entry, path, before, options):
-                copied.add(path)
-    if options.delete and not made.failed:
-        made.removed = _extra(there, wanted, made)
-    return made
+            self._file(entry, path, before)
+
+    def _file(self, entry: Entry, path: bytes, before: Entry | None) -> None:
+        link = entry.link
+        if link is None:
+            _file(self.plan, entry, path, before, self.options)
+            return
+        to = self._first.setdefault(link, path)
+        if to == path:
+            if _file(self.plan, entry, path, before, self.options):
+                self._copied.add(path)
+        elif to in self._copied or before is None or self._has[to].link is None or before.link != self._has[to].link:
+            self.plan.links.append((path, to))
+        else:
+            self.plan.same += 1
+
+    def find_extra(self) -> None:
+        """When all has been told: what is to be removed, if anything, and all of the source could be read."""
+        if self.options.delete and not self.plan.failed:
+            self.plan.removed = _extra(self._there, self._wanted, self.plan)
+
+
+def plan(source: list[Entry], there: list[Entry], prefix: bytes, name: bytes | None, options: Options) -> Plan:
+    """What makes `there` like a `source` that is known as a whole; as for a Planner."""
+    planner = Planner(there, prefix, name, options)
+    planner.add(source)
+    planner.find_extra()
+    return planner.plan
 
 
 def _symlink(made: Plan, entry: Entry, path: bytes, before: Entry | None) -> None:

@@ -6,13 +6,15 @@ import socket
 import struct
 import zlib
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Final, NoReturn
 
-from kohakuriver.client.copying.sides import Done, FileError, StreamGone, Told
+from kohakuriver._files import contents_in, pack_heads, pack_wanted
+from kohakuriver.client.copying.sides import Batch, Contents, Done, FileError, StreamGone, Told, Written
 from kohakuriver.errors import UnavailableError
 from kohakuriver.text import one_line
 from kohakuriver.tunnel.files import (
+    EACH,
     HEAD,
     PIECE,
     SUM,
@@ -40,12 +42,17 @@ _MOST_LISTED: Final = 1 << 30  # bytes of a list
 _READ: Final = struct.Struct(">QI")
 _NUMBER: Final = struct.Struct(">Q")
 _RANGE: Final = struct.Struct(">QQ")
+_PUT: Final = struct.Struct(">BI")
+_REASON: Final = struct.Struct(">H")
 
 Heard = Callable[[int, memoryview], None]
 
 
 class RemoteTree:
-    """What is in a task, by one stream, for one thread. `sock` is its local end, which blocks, and this object's."""
+    """What is in a task, by one stream, for one thread. `sock` is its local end, which blocks, and this object's.
+
+    Large because it is all that a Side can be asked for, and hears what is answered.
+    """
 
     def __init__(self, sock: socket.socket) -> None:
         self._sock = sock
@@ -62,7 +69,13 @@ class RemoteTree:
         tag, payload = self._frame()
         if tag == Answer.ERROR:
             raise _failure(payload)
-        if tag != Answer.HELLO or not payload:
+        if tag != Answer.HELLO:
+            raise UnavailableError(
+                "The task's tunnel client copies in another way than this program: restart the task, or take a program "
+                "of the version that it was started with.",
+                code="no_copy",
+            )
+        if not payload:
             self._nonsense()
         self.only = None if payload[0] else bytes(payload[1:])
 
@@ -164,9 +177,8 @@ class RemoteTree:
 
     # -- reading -----------------------------------------------------------------------------------------------
 
-    def entries(self, path: bytes) -> list[Entry]:
-        found: list[Entry] = []
-        listed = 0
+    def entries(self, path: bytes) -> Iterator[list[Entry]]:
+        found = listed = 0
         self.settle(all_of_it=True)
         self._ask(Ask.LIST, pack_path(path), lambda tag, payload: None)
         self._waiting.pop()
@@ -175,19 +187,21 @@ class RemoteTree:
         while True:
             tag, payload = self._frame()
             if tag == Answer.DONE:
-                return found
+                return
             if tag == Answer.ERROR:
                 raise _failure(payload)
             listed += len(payload)
             if tag != Answer.ENTRIES:
                 self._nonsense()
             try:
-                found.extend(entries_in(payload))
-            except (ValueError, struct.error):
+                some = entries_in(payload)
+            except ValueError:
                 self._nonsense()
-            if listed > _MOST_LISTED or len(found) > _MOST_ENTRIES:
+            found += len(some)
+            if listed > _MOST_LISTED or found > _MOST_ENTRIES:
                 sentence = f"The task tells of more than {_MOST_ENTRIES} files, which is too many for one copy; copy"
                 raise UnavailableError(f"{sentence} the folders in it one by one.", code="too_many_files")
+            yield some
 
     def segments(self, path: bytes) -> list[tuple[int, int]]:
         found: list[tuple[int, int]] = []
@@ -217,20 +231,39 @@ class RemoteTree:
                 break
         return found
 
+    def _data(self, tag: int, payload: memoryview) -> memoryview | FileError:
+        if tag == Answer.ERROR:
+            return _failure(payload)
+        if tag != Answer.DATA or len(payload) < SUM.size:
+            self._nonsense()
+        data = payload[SUM.size :]
+        if zlib.crc32(data) != SUM.unpack_from(payload)[0]:
+            return FileError("EIO", "Its checksum is wrong: it was spoiled on its way")
+        return data
+
     def read(self, path: bytes, offset: int, length: int, then: Told[memoryview]) -> None:
         def heard(tag: int, payload: memoryview) -> None:
-            if tag == Answer.ERROR:
-                then(_failure(payload))
-                return
-            if tag != Answer.DATA or not SUM.size <= len(payload) <= SUM.size + length:
+            data = self._data(tag, payload)
+            if not isinstance(data, FileError) and len(data) > length:
                 self._nonsense()
-            data = payload[SUM.size :]
-            if zlib.crc32(data) != SUM.unpack_from(payload)[0]:
-                then(FileError("EIO", "Its checksum is wrong: it was spoiled on its way"))
-            else:
-                then(data)
+            then(data)
 
         self._ask(Ask.READ, pack_path(path) + _READ.pack(offset, length), heard, expected=length + 9)
+
+    def get(self, batch: Batch, then: Told[Contents]) -> None:
+        def heard(tag: int, payload: memoryview) -> None:
+            data = self._data(tag, payload)
+            if isinstance(data, FileError):
+                then(data)
+                return
+            try:
+                failed = contents_in(batch, data)
+            except ValueError:
+                self._nonsense()
+            then(Contents(data, {number: _failure(why) for number, why in failed}))
+
+        expected = sum(entry.size for entry, _ in batch) + EACH * len(batch)
+        self._ask(Ask.GET, pack_wanted(batch), heard, expected=expected)
 
     def sums(self, path: bytes, offset: int, length: int, then: Told[list[int]]) -> None:
         def heard(tag: int, payload: memoryview) -> None:
@@ -245,9 +278,38 @@ class RemoteTree:
 
     # -- writing -----------------------------------------------------------------------------------------------
 
-    def put(self, path: bytes, attributes: Attributes, data: memoryview, then: Done) -> None:
-        request = pack_path(path) + attributes.pack() + SUM.pack(zlib.crc32(data))
-        self._ask(Ask.PUT, request, self._done(then), data)
+    def put(self, batch: Batch, contents: Contents, then: Told[Written], *, owner: bool, beside: bool) -> None:
+        def heard(tag: int, payload: memoryview) -> None:
+            if tag == Answer.ERROR:
+                then(_failure(payload))
+            elif tag == Answer.RESULTS:
+                then(self._written(payload, len(batch)))
+            else:
+                self._nonsense()
+
+        heads = pack_heads(batch, owner)
+        heads = _PUT.pack(beside, len(heads)) + heads
+        checksum = SUM.pack(zlib.crc32(contents.data, zlib.crc32(heads)))
+        self._ask(Ask.PUT, checksum + heads, heard, contents.data)
+
+    def _written(self, payload: memoryview, count: int) -> Written:
+        if payload == bytes(count):  # all went well, as nearly always
+            return Written({})
+        failed: dict[int, FileError] = {}
+        not_owner = at = 0
+        for number in range(count):
+            result = payload[at] if at < len(payload) else -1
+            at += 1
+            not_owner += result == Answer.NOT_OWNER
+            if result == Answer.FAILED and at + _REASON.size <= len(payload):
+                start = at + _REASON.size
+                at = start + _REASON.unpack_from(payload, at)[0]
+                failed[number] = _failure(payload[start:at])
+            elif not Answer.ALL <= result <= Answer.NOTHING:
+                self._nonsense()
+        if at != len(payload):
+            self._nonsense()
+        return Written(failed, not_owner)
 
     def part(self, path: bytes, size: int, then: Done) -> None:
         self._ask(Ask.PART, pack_path(path) + _NUMBER.pack(size), self._done(then))
@@ -275,7 +337,7 @@ class RemoteTree:
         self._ask(Ask.REMOVE, pack_path(path) + bytes([folder]), self._done(then))
 
 
-def _failure(payload: memoryview) -> FileError:
+def _failure(payload: memoryview | bytes) -> FileError:
     """What an ERROR says, whose words are a stranger's."""
     code, _, why = bytes(payload).decode("utf-8", "replace").partition(": ")
     return FileError(one_line(code), one_line(why) or "The task does not say why")

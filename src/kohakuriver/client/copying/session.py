@@ -6,14 +6,14 @@ import asyncio
 import contextlib
 import os
 import socket
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import TypeVar
 
 from kohakuriver.client.copying.engine import Copied, Copy, Worker
 from kohakuriver.client.copying.local_tree import LocalTree
-from kohakuriver.client.copying.plan import Options, Plan, plan
+from kohakuriver.client.copying.plan import Options, Plan, Planner
 from kohakuriver.client.copying.remote_tree import RemoteTree
 from kohakuriver.client.copying.sides import FileError, Side, StreamGone
 from kohakuriver.client.forward import Event
@@ -180,9 +180,11 @@ class _Session:
     on_progress: Callable[[Progress], None]
     every: float
     _here: LocalTree | None = None
+    _ended: bool = False
 
     def hang_up(self) -> None:
         """End what the threads do at either end: they get StreamGone."""
+        self._ended = True
         self.lines.hang_up()
         if self._here is not None:
             self._here.hang_up()
@@ -199,8 +201,12 @@ class _Session:
         if here is None:
             here = self._local(self.target, is_source=False, folder=first.only is None)
         source, target = (first, here) if is_down else (here, first)
-        made = await self._planned(source, target, await self._listed(source))
-        return await self._carry_out(made, first, here, is_down)
+        planner = await self._planner(source, target)
+        try:
+            listed = iter([await self._alone(source)]) if source.only is not None else source.entries(b"")
+            return await self._carry_out(planner, listed, first, here, is_down)
+        except FileError as error:
+            raise self._no_place(self.source, error) from None
 
     def _local(self, place: Place, *, is_source: bool, folder: bool = False) -> LocalTree:
         if folder and not self.folder:
@@ -229,58 +235,85 @@ class _Session:
     def _in_thread(self, call: Callable[[], T]) -> asyncio.Future[T]:
         return asyncio.get_running_loop().run_in_executor(self.pool, call)
 
-    async def _listed(self, side: Side) -> list[Entry]:
-        return await self._in_thread(lambda: side.entries(b""))
+    async def _alone(self, source: Side) -> list[Entry]:
+        """The one file that is copied. Raises UsageError where it is none."""
+        listed = await self._in_thread(lambda: _all(source, b""))
+        if len(listed) != 1 or listed[0].kind not in "fe":
+            raise UsageError(f"{self.source} is no regular file; nothing else can be copied by itself.")
+        return listed
 
-    async def _planned(self, source: Side, target: Side, listed: list[Entry]) -> Plan:
-        """What is to be done. For a tree its own folder is the first of the entries, if it has a name there."""
+    async def _planner(self, source: Side, target: Side) -> Planner:
+        """Who finds what is to be done. For a tree its own folder is the first entry, if it has a name there."""
         if source.only is not None:
-            if len(listed) != 1 or listed[0].kind not in "fe":
-                raise UsageError(f"{self.source} is no regular file; nothing else can be copied by itself.")
             name = target.only or self.source.name or source.only
             there = await self._there(target, name)
-            return plan(listed, there, b"", name, Options(update=self.options.update, owner=self.options.owner))
+            return Planner(there, b"", name, Options(update=self.options.update, owner=self.options.owner))
         own = self.source.name
         prefix = own + b"/" if own else b""
         there = await self._there(target, own)
-        return plan(listed, [each for each in there if each.path != own], prefix, None, self.options)
+        return Planner([each for each in there if each.path != own], prefix, None, self.options)
 
     async def _there(self, target: Side, path: bytes) -> list[Entry]:
         try:
-            return await self._in_thread(lambda: target.entries(path))
+            return await self._in_thread(lambda: _all(target, path))
         except FileError as error:
             if error.code in ("ENOENT", "ENOTDIR"):
                 return []
             raise UnavailableError(f"{self.target}: {error.why}.", code="no_file") from None
 
-    async def _carry_out(self, made: Plan, first: RemoteTree, here: LocalTree, is_down: bool) -> Progress:
-        copy = Copy(made, self.options)
+    async def _carry_out(
+        self, planner: Planner, listed: Iterator[list[Entry]], first: RemoteTree, here: LocalTree, is_down: bool
+    ) -> Progress:
+        made, loop = planner.plan, asyncio.get_running_loop()
+        copy = Copy(made, planner.options, grows=True)
+        start = self._start(self.source if is_down else self.target, not is_down, here)
+        threads: list[asyncio.Future[None]] = []
 
         def worker(remote: RemoteTree, local: LocalTree) -> Worker:
             return copy.worker(remote, local) if is_down else copy.worker(local, remote)
 
-        lead = worker(first, here)
-        start = self._start(self.source if is_down else self.target, not is_down, here)
-        async with self._shown(copy):
-            await self._in_thread(lead.prepare)
-            threads = [self._in_thread(lead.run)]
-            for _ in range(min(self.streams, 1 + made.size // PIECE + len(made.files) // 64) - 1):
+        def help_out() -> None:
+            """As many streams as there is work for by now."""
+            while not self._ended and len(threads) < min(self.streams, 1 + made.size // PIECE + len(made.files) // 64):
                 remote, local = self.lines.begin(start), here.another()
                 self.opened.callback(local.close)
-                threads.append(self._in_thread(_helping(remote, worker(remote, local))))
+                threads.append(self._watched(_helping(remote, worker(remote, local))))
+
+        def lead_on() -> None:
+            lead.prepare(planner, listed, lambda: loop.call_soon_threadsafe(help_out))
+            lead.run()
+
+        lead = worker(first, here)
+        async with self._shown(copy):
+            threads.append(self._watched(lead_on))
             await self._until_done(threads)
             await self._in_thread(lead.conclude)
         for path, why in made.failed:
             lead.done.fail(path, why)
         return Progress(made, copy.so_far())
 
+    def _watched(self, call: Callable[[], None]) -> asyncio.Future[None]:
+        """One of several threads: where one fails the others end, too."""
+
+        def look_at(thread: asyncio.Future[None]) -> None:
+            if not thread.cancelled() and thread.exception() is not None:
+                self.hang_up()
+
+        thread = self._in_thread(call)
+        thread.add_done_callback(look_at)
+        return thread
+
     async def _until_done(self, threads: list[asyncio.Future[None]]) -> None:
-        """Wait for all; where one fails the others end, too."""
+        """Wait for all, of which the first sees to it that there are more. What went wrong first is raised."""
         try:
-            await asyncio.gather(*threads)
+            await asyncio.wait(threads[:1])
+            await asyncio.wait(threads)
         except BaseException:
             self.hang_up()
             raise
+        failed = [each.exception() for each in threads]
+        for error in sorted(filter(None, failed), key=lambda error: isinstance(error, StreamGone)):
+            raise error
 
     @contextlib.asynccontextmanager
     async def _shown(self, copy: Copy) -> AsyncIterator[None]:
@@ -288,7 +321,7 @@ class _Session:
 
         async def tell() -> None:
             while True:
-                self.on_progress(Progress(copy.plan, copy.so_far()))
+                self.on_progress(Progress(copy.plan if copy.is_known else None, copy.so_far()))
                 await asyncio.sleep(self.every)
 
         telling = asyncio.ensure_future(tell())
@@ -296,6 +329,10 @@ class _Session:
             yield
         finally:
             await cancel_all([telling])
+
+
+def _all(side: Side, path: bytes) -> list[Entry]:
+    return [entry for part in side.entries(path) for entry in part]
 
 
 def _helping(remote: RemoteTree, worker: Worker) -> Callable[[], None]:

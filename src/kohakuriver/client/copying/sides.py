@@ -6,13 +6,16 @@ told must not ask the same side for anything in that call: it may come from the 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from typing import Protocol, TypeVar
 
 from kohakuriver.errors import KohakuRiverError
 from kohakuriver.tunnel.files import Attributes, Entry
 
-__all__ = ["Done", "FileError", "Side", "StreamGone", "Told"]
+__all__ = ["CHANGED", "Batch", "Contents", "Done", "FileError", "Side", "StreamGone", "Told", "Written"]
+
+CHANGED = "It changed while it was copied"
 
 T = TypeVar("T")
 
@@ -33,6 +36,26 @@ class StreamGone(KohakuRiverError):
     """A side can be asked nothing more: its stream has ended, and who carries that knows why, or it was hung up."""
 
 
+Batch = list[tuple[Entry, bytes]]
+"""Small files: what they are, and the path that each has at the other end."""
+
+
+@dataclass(frozen=True)
+class Contents:
+    """The bytes of a batch, as they stand in its messages, and which of its files, by number, have none."""
+
+    data: memoryview
+    failed: dict[int, FileError]
+
+
+@dataclass(frozen=True)
+class Written:
+    """What became of a batch: which could not be written, by number, and how many not be given their owner."""
+
+    failed: dict[int, FileError]
+    not_owner: int = 0
+
+
 Told = Callable[["T | FileError"], None]
 Done = Callable[["int | FileError"], None]
 
@@ -42,8 +65,12 @@ class Side(Protocol):
 
     only: bytes | None
 
-    def entries(self, path: bytes) -> list[Entry]:
-        """All below a path, or what a file is, each folder before what is in it; b"" is the root. Raises FileError."""
+    def entries(self, path: bytes) -> Iterator[list[Entry]]:
+        """All below a path, or what a file is, each folder before what is in it, a part at a time; b"" is the root.
+
+        Which names there are is known before the first part: what is made meanwhile is not among them. Until the last
+        one nothing else may be asked. Raises FileError.
+        """
 
     def segments(self, path: bytes) -> list[tuple[int, int]]:
         """Offsets and lengths of what a file with holes has. Raises FileError."""
@@ -54,8 +81,12 @@ class Side(Protocol):
     def sums(self, path: bytes, offset: int, length: int, then: Told[list[int]]) -> None:
         """The checksum of each PIECE of a file from an offset on."""
 
-    def put(self, path: bytes, attributes: Attributes, data: memoryview, then: Done) -> None:
-        """Write a whole small file."""
+    def get(self, batch: Batch, then: Told[Contents]) -> None:
+        """Whole small files. Their bytes are there for as long as `then` runs."""
+
+    def put(self, batch: Batch, contents: Contents, then: Told[Written], *, owner: bool, beside: bool) -> None:
+        """Write those that have contents, each under its name where that is free, else, or always, `beside` what has
+        it first. `owner`: as they are the source's, else this side's own."""
 
     def part(self, path: bytes, size: int, then: Done) -> None:
         """Make sure that there is a file that is written in pieces; BEFORE where it was there."""
