@@ -40,7 +40,7 @@ from kohakuriver.quotas import in_words, time_in_words
 from kohakuriver.runtime import cancel_all
 
 if TYPE_CHECKING:
-    from kohakuriver.client.host import Answers, HostClient, Task
+    from kohakuriver.client.host import Answers, HostClient, OpenSession, Task
     from kohakuriver.client.lasting_terminal import NamedSession
 
 __all__ = ["app", "starting"]
@@ -220,6 +220,17 @@ PublicKeyOption = Annotated[
 ]
 ContainerOption = Annotated[bool, typer.Option("--container", help="An adopted container itself, too.")]
 NoWaitOption = Annotated[bool, typer.Option("--no-wait", help="Don't wait until the task's tunnel is connected.")]
+WaitPortOption = Annotated[
+    list[int] | None,
+    typer.Option(
+        "--wait-port",
+        metavar="PORT",
+        min=1,
+        max=65535,
+        help="Wait until something listens on this TCP port in it, too; may be repeated.",
+        show_default=False,
+    ),
+]
 TimeoutOption = Annotated[float, typer.Option("--timeout", metavar="SECONDS", min=0, help="How long to wait at most.")]
 
 
@@ -270,6 +281,7 @@ def create(
     with_ssh: SshOption = False,
     public_key_file: PublicKeyOption = None,
     no_wait: NoWaitOption = False,
+    wait_port: WaitPortOption = None,
     timeout: TimeoutOption = WAIT_TIMEOUT,
 ) -> None:
     """Start a task, wait until its tunnel is connected, and print its id. Without CMD its image's own command runs."""
@@ -280,6 +292,8 @@ def create(
         raise UsageError(
             "A task needs a container image: name it with --image, or have CMD run on the node by --backend process."
         )
+    if wait_port and no_wait:
+        raise UsageError("--wait-port and --no-wait don't go together; leave one out.")
     new = NewTask(
         name=name,
         node=node,
@@ -316,7 +330,12 @@ def create(
             task = await starting(client, client.create(new), new.image, say)
         if new.ssh_keys:
             await ssh.tasks_changed(client)
-        return await _settled(client, task, wait=not no_wait, timeout=timeout)
+        until = time.monotonic() + timeout
+        task = await _settled(client, task, wait=not no_wait, timeout=timeout)
+        for port in wait_port or []:
+            with output.working(f"Task {task.task_id} ({task.name}) on {task.node}: waiting for its port {port}"):
+                await client.wait_for_port(task.name, port, timeout=max(until - time.monotonic(), 0.0))
+        return task
 
     _print_id(at.ask(start), at.json)
 
@@ -517,28 +536,44 @@ def status(
     ] = False,
 ) -> None:
     """Show one task."""
-    shown, answers = at.ask(lambda client: _looked_at(client, task))
+    shown, answers, connected = at.ask(lambda client: _looked_at(client, task))
     sessions = _sessions(at, shown)
     rows = _about(shown) + (_inside(shown) if verbose else [])
+    if connected:
+        rows.append(("connected", ", ".join(map(_connection, connected))))
     if sessions:
         rows.append(("sessions", ", ".join(map(_session, sessions))))
     if answers is not None:
         rows.insert(_AFTER_STATUS, ("answers", "yes" if answers.answers else f"no: {answers.reason}"))
-    told: dict[str, Any] = {"sessions": None if sessions is None else [asdict(session) for session in sessions]}
+    told: dict[str, Any] = {
+        "sessions": None if sessions is None else [asdict(session) for session in sessions],
+        "connected": [asdict(each) for each in connected],
+    }
     if answers is not None:
         told["answers"] = asdict(answers)
     at.show({**shown.to_json(), **told}, output.aligned(rows))
 
 
-async def _looked_at(client: HostClient, task: str) -> tuple[Task, Answers | None]:
-    """A task and, where it is a machine with an address, whether that answers; None where nobody can say."""
+async def _looked_at(client: HostClient, task: str) -> tuple[Task, Answers | None, list[OpenSession]]:
+    """A task, whether it answers where it is a machine with an address, and who is connected to it."""
     shown = await client.task(task)
+    connected = [each for each in await client.sessions() if each.task_id == shown.task_id]
     if shown.address is None or shown.status != "running":
-        return shown, None
+        return shown, None, connected
     try:
-        return shown, await client.answers(task)
+        return shown, await client.answers(task), connected
     except KohakuRiverError:  # its node is away, say, and the status tells of that
-        return shown, None
+        return shown, None, connected
+
+
+def _connection(session: OpenSession) -> str:
+    """Somebody who is connected, for people."""
+    what = f"port {session.port}" if session.proto in ("tcp", "udp") else _BY.get(session.proto, session.proto)
+    by = f", {session.via}" if session.via else ""
+    return f"{session.user} ({what}{by}, {output.age(session.began_at)})"
+
+
+_BY = {"ssh": "SSH", "logs": "what it prints"}
 
 
 def _sessions(at: Remote, task: Task) -> list[NamedSession] | None:
@@ -739,6 +774,8 @@ def _show_links(at: Remote, task: str) -> None:
         return
     rows = [[each.id, str(each.port), each.user, each.created_at, each.expires_at or "never"] for each in links]
     output.table(["Id", "Port", "Made by", "Made", "Expires"], rows)
+    if not rows:
+        output.note(f"There are no links to {task}; `kohakuriver vps share {task} --link PORT` makes one.")
 
 
 def _whom(user: str | None, group: str | None) -> str:
