@@ -16,7 +16,7 @@ import psutil
 import pytest
 
 from tests.support.processes import eventually
-from tests.support.up import TIMEOUT, Apart, Cluster, Commands, Program, broken, connect, echoes
+from tests.support.up import TIMEOUT, Apart, Cluster, Commands, Program, Service, broken, connect, echoes
 
 
 @pytest.fixture(scope="module")
@@ -430,6 +430,14 @@ def _without_a_runner(apart: Apart) -> None:
         assert done.stderr.count("\n") == 1
         assert node["name"] in done.stderr or service.task in done.stderr
         assert node["url"] not in done.stderr or command[0] == "vps"  # where an admin has to see to it
+    assert re.search(rf" {service.task} .* running +unreachable ", eventually(lambda: _unreachable(apart, service)))
+    assert "tunnel:        unreachable" in apart.succeed("vps", "status", service.task)
+
+
+def _unreachable(apart: Apart, service: Service) -> str:
+    """The list of tasks, once it says that a node can't be reached."""
+    listed = apart.succeed("vps", "list")
+    return listed if "unreachable" in listed else ""
 
 
 def test_up_hands_its_mount_roots_to_the_runner_whose_words_it_ends_with(tmp_path: Path) -> None:

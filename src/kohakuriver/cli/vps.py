@@ -11,7 +11,7 @@ from collections.abc import Awaitable, Callable, Coroutine
 from dataclasses import asdict, replace
 from datetime import datetime
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
 from urllib.parse import urlsplit
 
 import typer
@@ -468,7 +468,14 @@ def list_tasks(
     """List the tasks that are yours or shared with you; for admins all."""
     if quiet and at.json:
         raise UsageError("--quiet and --json don't go together: --json has the names too.")
-    tasks = at.ask(lambda client: client.tasks())
+    away: set[str] = set()
+
+    async def ask(client: HostClient) -> list[Task]:
+        if not quiet and not at.json:
+            away.update(await _unreachable(client))
+        return await client.tasks()
+
+    tasks = at.ask(ask)
     if quiet:
         for task in tasks:
             output.line(task.name)
@@ -497,7 +504,7 @@ def list_tasks(
                 task.node,
                 task.backend,
                 task.status,
-                _tunnel(task),
+                _tunnel(task, away),
                 task.image or task.address or "-",
                 output.age(task.created_at),
                 *([_left(task) or "-", _idle(task) or "-", task.message or "-"] if verbose else []),
@@ -521,7 +528,9 @@ def _idle(task: Task) -> str:
     return "" if task.idle_stop is None else time_in_words(task.idle_stop)
 
 
-def _tunnel(task: Task) -> str:
+def _tunnel(task: Task, unreachable: set[str]) -> str:
+    if task.status == "running" and task.node in unreachable:
+        return "unreachable"
     # The runner dials an address itself: it has no tunnel that could be connected or not.
     return "-" if known(task.backend).dialled else "connected" if task.tunnel else "no"
 
@@ -536,9 +545,9 @@ def status(
     ] = False,
 ) -> None:
     """Show one task."""
-    shown, answers, connected = at.ask(lambda client: _looked_at(client, task))
+    shown, answers, connected, unreachable = at.ask(lambda client: _looked_at(client, task))
     sessions = _sessions(at, shown)
-    rows = _about(shown) + (_inside(shown) if verbose else [])
+    rows = _about(shown, unreachable) + (_inside(shown) if verbose else [])
     if connected:
         rows.append(("connected", ", ".join(map(_connection, connected))))
     if sessions:
@@ -554,16 +563,29 @@ def status(
     at.show({**shown.to_json(), **told}, output.aligned(rows))
 
 
-async def _looked_at(client: HostClient, task: str) -> tuple[Task, Answers | None, list[OpenSession]]:
-    """A task, whether it answers where it is a machine with an address, and who is connected to it."""
+class _Look(NamedTuple):
+    """A task, whether it answers where it is a machine with an address, who is connected, and which nodes are away."""
+
+    task: Task
+    answers: Answers | None
+    connected: list[OpenSession]
+    unreachable: set[str]
+
+
+async def _looked_at(client: HostClient, task: str) -> _Look:
     shown = await client.task(task)
     connected = [each for each in await client.sessions() if each.task_id == shown.task_id]
+    look = _Look(shown, None, connected, await _unreachable(client))
     if shown.address is None or shown.status != "running":
-        return shown, None, connected
-    try:
-        return shown, await client.answers(task), connected
-    except KohakuRiverError:  # its node is away, say, and the status tells of that
-        return shown, None, connected
+        return look
+    with contextlib.suppress(KohakuRiverError):  # its node is away, say, and the status tells of that
+        return look._replace(answers=await client.answers(task))
+    return look
+
+
+async def _unreachable(client: HostClient) -> set[str]:
+    """The nodes that are there, and that the host can't dial."""
+    return {node.name for node in await client.nodes() if node.status == "unreachable"}
 
 
 def _connection(session: OpenSession) -> str:
@@ -829,7 +851,7 @@ def unshare(
     _print_done(f"{whom} may no longer use", at.ask(lambda client: client.unshare(task, whom)), at.json)
 
 
-def _about(task: Task) -> list[tuple[str, str]]:
+def _about(task: Task, unreachable: set[str]) -> list[tuple[str, str]]:
     """What its user wants to know, the most important first."""
     traffic = task.traffic
     return [
@@ -838,7 +860,7 @@ def _about(task: Task) -> list[tuple[str, str]]:
         ("status", task.status),
         ("exit code", "" if task.exit_code is None else str(task.exit_code)),
         ("message", task.message or ""),
-        ("tunnel", _tunnel(task)),
+        ("tunnel", _tunnel(task, unreachable)),
         ("node", task.node),
         ("backend", task.backend),
         ("image", task.image or ""),

@@ -394,6 +394,7 @@ class Host:
             authorize_terminal=self._forwards.authorize_terminal,
             credential=self._credential_of,
             coming_back=self._nodes.coming_back,
+            doubt=self._nodes.doubt,
             trusted=trusted,
             limits=limits,
         )

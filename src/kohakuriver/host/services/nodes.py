@@ -108,6 +108,11 @@ class Nodes:
         """Meanwhile the event is set when the node of this name registers here."""
         return self._registered.watch(name)
 
+    def doubt(self, name: str) -> None:
+        """The node could not be dialled for somebody just now: have it looked at once whether it can be."""
+        self._reach.doubt(name)
+        self._to_look.set()
+
     def came_back(self, names: Iterable[str]) -> None:
         """Nodes of these names have registered at another host."""
         for name in names:
