@@ -121,6 +121,10 @@ def test_the_other_commands_find_the_cluster_with_nothing_set(cluster: Cluster) 
     assert node["url"] == cluster.ready["runner_url"]
 
 
+def test_a_node_of_up_misses_nothing_that_it_could_not_offer(cluster: Cluster) -> None:
+    assert "slurm" not in cluster.run("node", "list").stderr
+
+
 def test_a_second_up_on_the_same_state_is_refused(cluster: Cluster, tmp_path: Path) -> None:
     state = json.loads((cluster.directory / "cluster.json").read_text())["lock"].removesuffix("/up.lock")
     more = ["--host-port=0", "--runner-port=0", f"--state-dir={state}"]

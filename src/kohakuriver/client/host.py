@@ -652,13 +652,21 @@ class HostClient:
         Raises UnavailableError "no_service" after `timeout` seconds, and what `ports` raises: when the task has ended.
         """
         deadline = time.monotonic() + timeout
-        while not any((each.port, each.proto) == (port, "tcp") for each in (await self.ports(task)).ports):
+        while not await self._listens(task, port, deadline):
             if time.monotonic() >= deadline:
-                message = (
-                    f"Nothing listens on port {port} of {task}; `kohakuriver vps logs {task}` shows what it printed."
-                )
-                raise UnavailableError(message, code="no_service")
+                said = f"`kohakuriver vps logs {task}` shows what it printed"
+                raise UnavailableError(f"Nothing listens on port {port} of {task}; {said}.", code="no_service")
             await asyncio.sleep(PORTS_EVERY)
+
+    async def _listens(self, task: str, port: int, deadline: float) -> bool:
+        try:
+            told = await self.ports(task)
+        except UnavailableError as error:
+            if error.code != "tunnel_not_connected":
+                raise
+            await self.wait(task, timeout=max(deadline - time.monotonic(), 0.0))  # tells it if the task has ended
+            return False
+        return any((each.port, each.proto) == (port, "tcp") for each in told.ports)
 
     async def _call(
         self,
