@@ -101,6 +101,11 @@ def test_a_way_that_is_open_is_ok_step_by_step_to_the_tasks_tunnel(cluster: Clus
     assert [line.split()[0] for line in done.stdout.splitlines()] == ["ok"] * len(found)
 
 
+def test_a_clock_is_compared_no_more_finely_than_the_host_tells_it(cluster: Cluster) -> None:
+    _, found, _ = looked(cluster)
+    assert found["clock"]["message"] == "no more than 2 s apart from the host's"
+
+
 def test_a_host_that_does_not_run_is_told_with_the_port_that_nobody_listens_on(cluster: Cluster) -> None:
     with socket.socket() as sock:
         sock.bind((HERE, 0))

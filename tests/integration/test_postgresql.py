@@ -69,6 +69,9 @@ def test_a_host_without_its_database_lives_is_not_ready_and_tells_users_a_senten
         log = cluster.host.log.read_text()
         assert "the database is down" in log
         assert str(postgres.port) in log, "the driver's own words are in the log"
+        looked = forked.run(["doctor"], env=environment, stdin="", timeout=PATIENCE)
+        assert "ok    websocket" in looked.stdout
+        assert "WRONG login      The host's database is down" in looked.stdout
         postgres.start()
         eventually(lambda: listed()[0] == 0)
         eventually(lambda: (cluster.node("n1") or {})["status"] == "online")

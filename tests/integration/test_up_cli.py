@@ -16,7 +16,7 @@ import psutil
 import pytest
 
 from tests.support.processes import eventually
-from tests.support.up import TIMEOUT, Apart, Cluster, Commands, Program, broken, connect, echoes
+from tests.support.up import TIMEOUT, Apart, Cluster, Commands, Program, Service, broken, connect, echoes
 
 
 @pytest.fixture(scope="module")
@@ -121,6 +121,10 @@ def test_the_other_commands_find_the_cluster_with_nothing_set(cluster: Cluster) 
     assert node["url"] == cluster.ready["runner_url"]
 
 
+def test_a_node_of_up_misses_nothing_that_it_could_not_offer(cluster: Cluster) -> None:
+    assert "slurm" not in cluster.run("node", "list").stderr
+
+
 def test_a_second_up_on_the_same_state_is_refused(cluster: Cluster, tmp_path: Path) -> None:
     state = json.loads((cluster.directory / "cluster.json").read_text())["lock"].removesuffix("/up.lock")
     more = ["--host-port=0", "--runner-port=0", f"--state-dir={state}"]
@@ -169,7 +173,7 @@ def test_a_task_goes_through_its_life(cluster: Cluster) -> None:
     assert created["status"] == "running"
     assert created["tunnel"] is True
     shown = json.loads(cluster.succeed("vps", "status", str(created["task_id"]), "--json"))
-    assert shown == {**created, "sessions": []}
+    assert shown == {**created, "sessions": [], "connected": []}
     assert created in json.loads(cluster.succeed("vps", "list", "--json"))["tasks"]
     assert json.loads(cluster.succeed("vps", "stop", "life", "--json"))["status"] == "stopped"
     assert json.loads(cluster.succeed("vps", "restart", "life", "--json"))["tunnel"] is True
@@ -222,6 +226,70 @@ def test_create_prints_the_id_alone_for_scripts(cluster: Cluster) -> None:
     assert printed.isdigit()
     assert ["id:", printed] in [line.split() for line in cluster.succeed("vps", "status", "idle").splitlines()]
     assert "idle" in cluster.succeed("vps", "list")
+
+
+def test_create_waits_for_a_port_of_the_task_where_that_is_asked_for(cluster: Cluster, tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "go")
+    with socket.socket() as taken:  # by nobody but the task, which may have it beside this
+        taken.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
+        taken.bind(("127.0.0.1", 0))
+        _wait_for_port(cluster, taken.getsockname()[1], tmp_path / "go")
+
+
+def _wait_for_port(cluster: Cluster, port: int, go: Path) -> None:
+    listens = "from socket import *; s = socket(); s.setsockopt(SOL_SOCKET, SO_REUSEPORT, 1)"
+    code = f"open({str(go)!r}); {listens}; s.bind(('127.0.0.1', {port})); s.listen(); s.accept()"
+    options = ["--name=late", "--backend=process", f"--wait-port={port}"]
+    create = cluster.start("vps", "create", *options, "--", sys.executable, "-c", code)
+    eventually(
+        lambda: any(
+            task["tunnel"]
+            for task in json.loads(cluster.succeed("vps", "list", "--json"))["tasks"]
+            if task["name"] == "late"
+        )
+    )
+    assert create.process.poll() is None
+    go.write_text("")
+    assert create.ended() == 0
+    assert str(port) in cluster.succeed("vps", "ports", "late")
+    cluster.succeed("vps", "rm", "late")
+
+
+@pytest.mark.parametrize(
+    ("command", "said"),
+    [("sleep 1000", "Nothing listens on port 9 of waits; `kohakuriver vps logs waits`"), ("exit 3", "exit code 3")],
+)
+def test_create_that_waits_for_a_port_in_vain_ends_with_4_and_why(cluster: Cluster, command: str, said: str) -> None:
+    options = ["--name=waits", "--backend=process", "--wait-port=9", "--timeout=2"]
+    done = cluster.run("vps", "create", *options, "--", "sh", "-c", command)
+    cluster.succeed("vps", "rm", "waits")
+    assert (done.returncode, done.stdout) == (4, "")
+    assert said in done.stderr
+
+
+def test_status_says_who_is_connected(cluster: Cluster) -> None:
+    service = cluster.service()
+    forward = cluster.start("forward", service.task, f"0:{service.port}")
+    forward.line("Forwarding")
+    assert f"admin (port {service.port}, " in cluster.succeed("vps", "status", service.task)
+    (told,) = json.loads(cluster.succeed("vps", "status", service.task, "--json"))["connected"]
+    assert (told["user"], told["proto"], told["port"]) == ("admin", "tcp", service.port)
+    assert forward.stop() == 0
+    eventually(lambda: "connected:" not in cluster.succeed("vps", "status", service.task))
+
+
+@pytest.mark.parametrize(
+    ("command", "said"),
+    [
+        ("vps share {task} --list", "There are no links to {task}; `kohakuriver vps share {task} --link PORT`"),
+        ("audit --user nobody-of-that-name", "Nothing of that was done"),
+    ],
+)
+def test_a_list_of_nothing_says_so_on_stderr(cluster: Cluster, command: str, said: str) -> None:
+    task = cluster.service().task
+    done = cluster.run(*command.format(task=task).split())
+    assert done.returncode == 0
+    assert said.format(task=task) in done.stderr
 
 
 def test_a_task_gets_its_environment(cluster: Cluster, tmp_path: Path) -> None:
@@ -366,6 +434,14 @@ def _without_a_runner(apart: Apart) -> None:
         assert done.stderr.count("\n") == 1
         assert node["name"] in done.stderr or service.task in done.stderr
         assert node["url"] not in done.stderr or command[0] == "vps"  # where an admin has to see to it
+    assert re.search(rf" {service.task} .* running +unreachable ", eventually(lambda: _unreachable(apart, service)))
+    assert "tunnel:        unreachable" in apart.succeed("vps", "status", service.task)
+
+
+def _unreachable(apart: Apart, service: Service) -> str:
+    """The list of tasks, once it says that a node can't be reached."""
+    listed = apart.succeed("vps", "list")
+    return listed if "unreachable" in listed else ""
 
 
 def test_up_hands_its_mount_roots_to_the_runner_whose_words_it_ends_with(tmp_path: Path) -> None:

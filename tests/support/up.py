@@ -81,7 +81,8 @@ class Program:
         while True:
             line = (self.err if err else self.out).get(timeout=TIMEOUT)
             if line is None:
-                raise AssertionError(f"it ended ({self.process.wait()}) before it said {containing!r}")
+                said = [] if err else self.rest(err=True)
+                raise AssertionError(f"it ended ({self.process.wait()}) before it said {containing!r}: {said}")
             if containing in line:
                 return line
 

@@ -82,7 +82,19 @@ def test_every_command_has_help_with_an_example(command: list[str], capsys: pyte
     shown = capsys.readouterr().out
     assert "Example" in shown
     assert f"kohakuriver {' '.join(command)}" in shown
-    assert not re.search(r"<(str|int|float|bool|path|file|list\[.*)>", shown), "a type of Python's"
+    check_help(shown)
+
+
+@pytest.mark.parametrize("group", ["", *sorted({command[0] for command in COMMANDS if len(command) > 1})])
+def test_the_help_of_a_group_is_for_people_too(group: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert outcome(*group.split(), "--help") == 0
+    check_help(capsys.readouterr().out)
+
+
+def check_help(shown: str) -> None:
+    """That it names no type of Python's, and that nothing in it is cut for want of room."""
+    assert not re.search(r"<(str|int|float|bool|path|file|list\[.*)>|<=x", shown)
+    assert not re.search(r"…\s*│", shown)
 
 
 def test_the_version_is_printed(capsys: pytest.CaptureFixture[str]) -> None:

@@ -9,7 +9,9 @@ from typing import Any
 
 import pytest
 
-from kohakuriver.host.services.nodes import MISSED_HEARTBEATS, OUTAGE_SECONDS, Nodes
+from kohakuriver.errors import HostUnreachableError
+from kohakuriver.host.services.hearing import OUTAGE_SECONDS, Hearing
+from kohakuriver.host.services.nodes import MISSED_HEARTBEATS, Nodes
 from kohakuriver.host.services.reach import Reach
 from kohakuriver.runner.services.registration import NodeIdentity, Registration
 from kohakuriver.runner.services.state import State
@@ -205,6 +207,74 @@ def test_a_host_that_has_just_begun_takes_no_node_for_silent_that_was_there_befo
                 assert after.is_online(known) is online
                 host.clock.now += MISSED_HEARTBEATS + 0.1
                 assert not after.is_online(known)
+
+    run(check())
+
+
+class Ears:
+    """A host that looks each second whether it can hear nodes, with 15 s of patience, and has begun long ago."""
+
+    def __init__(self) -> None:
+        self.now = 10_000.0
+        self.down = False
+        self.hearing = Hearing(15, self.check, clock=lambda: self.now)
+        self.now += 2 * OUTAGE_SECONDS
+
+    async def check(self) -> None:
+        if self.down:
+            raise HostUnreachableError("down", code="database_down", status=503)
+
+    async def pass_on(self, seconds: int) -> None:
+        for _ in range(seconds):
+            await self.hearing.look()
+            self.now += 1
+
+
+def test_while_the_database_is_away_no_node_falls_silent_and_those_that_had_before_stay_so(run: Run) -> None:
+    async def check() -> None:
+        host = Ears()
+        await host.pass_on(20)
+        seen, silent = host.now - 6, host.now - 20
+        for time in range(3):
+            host.down = True
+            await host.pass_on(60)
+            host.down = False
+            assert not host.hearing.is_silent(seen), time
+            assert host.hearing.is_silent(silent), time
+            await host.pass_on(12)  # it went again before all could be heard
+        assert not host.hearing.is_silent(seen)
+        await host.pass_on(5)
+        assert host.hearing.is_silent(seen)
+
+    run(check())
+
+
+def test_while_the_hosts_machine_sleeps_no_node_falls_silent(run: Run) -> None:
+    async def check() -> None:
+        host = Ears()
+        await host.pass_on(20)
+        seen, silent = host.now - 6, host.now - 20
+        host.now += 8 * 3600
+        assert not host.hearing.is_silent(seen), "asked before it was looked"
+        assert host.hearing.is_silent(silent)
+        await host.pass_on(14)
+        assert not host.hearing.is_silent(seen)
+        await host.pass_on(2)
+        assert host.hearing.is_silent(seen)
+
+    run(check())
+
+
+def test_a_host_looks_whether_it_hears_nodes_more_often_than_one_can_fall_silent(run: Run) -> None:
+    async def check() -> None:
+        looked: list[float] = []
+
+        async def answers() -> None:
+            looked.append(asyncio.get_running_loop().time())
+
+        looking = asyncio.create_task(Hearing(0.06, answers).run())
+        await until(lambda: len(looked) > 3)
+        looking.cancel()
 
     run(check())
 

@@ -412,7 +412,9 @@ def test_what_the_database_cannot_hold_is_the_callers_mistake(run: Run, tmp_path
 
 
 @pytest.mark.sqlite_only
-@pytest.mark.parametrize("url", ["sqlite+aiosqlite:///x", "mysql://ann@db/kr", "postgresql+asyncpg://db/kr"])
+@pytest.mark.parametrize(
+    "url", ["sqlite+aiosqlite:///x", "mysql://ann@db/kr", "postgresql+asyncpg://db/kr", "/var/lib/x.db", ""]
+)
 def test_a_database_that_is_neither_sqlite_nor_postgresql_is_refused_in_a_sentence(run: Run, url: str) -> None:
     async def check() -> None:
         with pytest.raises(UsageError, match="must be sqlite:///FILE or postgresql://"):

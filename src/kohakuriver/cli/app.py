@@ -44,19 +44,45 @@ class Command(TyperCommand):
         return ["[OPTIONS]", *(_usage(each) for each in self.params if each.param_type_name == "argument")]
 
     def get_params(self, ctx: Any) -> list[Any]:
-        params: list[Any] = super().get_params(ctx)
-        for each in params:
-            if each.param_type_name == "argument":
-                each.display_type_rich = _no_type  # the usage line has its name, and it is text
-            elif getattr(each, "is_flag", False):
-                each.metavar = ""  # takes no value, so there is none to be described
-            elif each.metavar is None and not each.type_descriptor.is_choice:
-                each.metavar = _kind(each)
-        return params
+        return _described(super().get_params(ctx))
+
+    def format_help(self, ctx: Any, formatter: Any) -> None:
+        _cut_nothing()
+        super().format_help(ctx, formatter)
 
 
-def _no_type(ctx: Any) -> None:
-    """What stands beside an argument's name."""
+def _cut_nothing() -> None:
+    """Have what is too long for its column in a help go on in the next line: the end of a name is cut otherwise."""
+    from rich.columns import Columns
+    from rich.console import Group
+    from rich.table import Table
+    from typer import rich_utils
+
+    class Whole(Table):
+        def add_row(self, *cells: Any, **_: Any) -> None:
+            # Columns are tables of their own, which would cut.
+            super().add_row(*(Group(*each.renderables) if isinstance(each, Columns) else each for each in cells))
+            for column in self.columns:
+                column.overflow = "fold"
+
+    vars(rich_utils)["Table"] = Whole
+
+
+def _described(params: list[Any]) -> list[Any]:
+    """These parameters, which say in words of people what they take."""
+    for each in params:
+        each._get_number_range_help_str = _no_type  # it takes room that the words beside it need
+        if each.param_type_name == "argument":
+            each.display_type_rich = _no_type  # the usage line has its name, and it is text
+        elif getattr(each, "is_flag", False):
+            each.metavar = ""  # takes no value, so there is none to be described
+        elif each.metavar is None and not each.type_descriptor.is_choice:
+            each.metavar = _kind(each)
+    return params
+
+
+def _no_type(*_: Any, **__: Any) -> None:
+    """What stands beside a name where nothing is to be said of its type."""
 
 
 def _kind(option: Any) -> str:
@@ -85,11 +111,16 @@ def _texts_in(value: Any) -> list[str]:
     return [str(value)] if isinstance(value, (str, os.PathLike)) else []
 
 
+class _Group(WithAliases):
+    def get_params(self, ctx: Any) -> list[Any]:
+        return _described(super().get_params(ctx))
+
+
 class App(typer.Typer):
     """A group of our commands."""
 
     def __init__(self, **settings: Any) -> None:
-        super().__init__(cls=WithAliases, no_args_is_help=True, **settings)
+        super().__init__(cls=_Group, no_args_is_help=True, **settings)
 
     def command(
         self, name: str | None = None, *, cls: type[TyperCommand] | None = None, **settings: Any

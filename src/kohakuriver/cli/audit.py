@@ -41,13 +41,17 @@ def audit(
 
     async def show(client: HostClient) -> None:
         after: str | None = None
+        nothing = True
         while True:
             page = await client.audit(since=moment, user=user, task=task, after=after)
             after = page.after
+            nothing = nothing and not page.events
             for event in page.events:
                 output.json_line(event) if at.json else output.line(_sentence(event))
             if not page.more:
                 if not follow:
+                    if nothing and not at.json:
+                        output.note("Nothing of that was done; --since 30d looks further back.")
                     return
                 await asyncio.sleep(FOLLOW_SECONDS)
 

@@ -181,6 +181,9 @@ class _Forward(WithCommand):
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
         ours = args.index("--") if "--" in args else len(args)
+        if "--open" in args[:ours]:
+            output.errors_as_json("--json" in args[:ours])
+            raise UsageError("A port is opened in the browser by `kohakuriver open TASK PORT`.")
         filled = [self._USUAL.get(each, each) for each in args[:ours]]
         return super().parse_args(ctx, [*filled, *args[ours:]])
 

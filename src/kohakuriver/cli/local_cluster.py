@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from kohakuriver import http_proxy
-from kohakuriver.backends import names
+from kohakuriver.backends import kind_of, names
 from kohakuriver.client.host import HostClient, Node
 from kohakuriver.config import Cluster, Settings, load_settings
 from kohakuriver.errors import HostUnreachableError, KohakuRiverError, LocalAddressError
@@ -160,7 +160,8 @@ class LocalCluster:
         self.cluster = Cluster(ready["url"], token, ready["ssh_proxy"], os.getpid(), str(state / LOCK))
         runner = ["--state-dir", str(state / "runner"), "--bind", "127.0.0.1", "--port", str(self._runner_port)]
         runner += ["--host-url", ready["url"], "--node-token-file", str(state / "node-token")]
-        runner += [*(f"--backend={name}" for name in names()), "--stop-tasks-on-exit", *self._for_runner]
+        offered = [name for name in names() if not kind_of(name).scheduled]  # what nobody has set up is not missed
+        runner += [*(f"--backend={name}" for name in offered), "--stop-tasks-on-exit", *self._for_runner]
         self.runner_url = (await self._start_child("runner", runner))["url"]
 
     async def _start_child(self, role: str, arguments: Sequence[str]) -> dict[str, Any]:

@@ -52,6 +52,8 @@ def list_nodes(at: Remote) -> None:
             for node in nodes
         ],
     )
+    if not nodes:
+        output.note("There are no nodes; `kohakuriver runner --host-url URL` makes one of the machine where it runs.")
     for node in nodes:
         for backend, reason in node.unavailable.items():
             output.note(f"Node {node.name} offers no {backend}: {reason}.")

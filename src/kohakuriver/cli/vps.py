@@ -11,7 +11,7 @@ from collections.abc import Awaitable, Callable, Coroutine
 from dataclasses import asdict, replace
 from datetime import datetime
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
 from urllib.parse import urlsplit
 
 import typer
@@ -40,7 +40,7 @@ from kohakuriver.quotas import in_words, time_in_words
 from kohakuriver.runtime import cancel_all
 
 if TYPE_CHECKING:
-    from kohakuriver.client.host import Answers, HostClient, Task
+    from kohakuriver.client.host import Answers, HostClient, OpenSession, Task
     from kohakuriver.client.lasting_terminal import NamedSession
 
 __all__ = ["app", "starting"]
@@ -220,6 +220,17 @@ PublicKeyOption = Annotated[
 ]
 ContainerOption = Annotated[bool, typer.Option("--container", help="An adopted container itself, too.")]
 NoWaitOption = Annotated[bool, typer.Option("--no-wait", help="Don't wait until the task's tunnel is connected.")]
+WaitPortOption = Annotated[
+    list[int] | None,
+    typer.Option(
+        "--wait-port",
+        metavar="PORT",
+        min=1,
+        max=65535,
+        help="Wait until something listens on this TCP port in it, too; may be repeated.",
+        show_default=False,
+    ),
+]
 TimeoutOption = Annotated[float, typer.Option("--timeout", metavar="SECONDS", min=0, help="How long to wait at most.")]
 
 
@@ -270,6 +281,7 @@ def create(
     with_ssh: SshOption = False,
     public_key_file: PublicKeyOption = None,
     no_wait: NoWaitOption = False,
+    wait_port: WaitPortOption = None,
     timeout: TimeoutOption = WAIT_TIMEOUT,
 ) -> None:
     """Start a task, wait until its tunnel is connected, and print its id. Without CMD its image's own command runs."""
@@ -280,6 +292,8 @@ def create(
         raise UsageError(
             "A task needs a container image: name it with --image, or have CMD run on the node by --backend process."
         )
+    if wait_port and no_wait:
+        raise UsageError("--wait-port and --no-wait don't go together; leave one out.")
     new = NewTask(
         name=name,
         node=node,
@@ -316,7 +330,12 @@ def create(
             task = await starting(client, client.create(new), new.image, say)
         if new.ssh_keys:
             await ssh.tasks_changed(client)
-        return await _settled(client, task, wait=not no_wait, timeout=timeout)
+        until = time.monotonic() + timeout
+        task = await _settled(client, task, wait=not no_wait, timeout=timeout)
+        for port in wait_port or []:
+            with output.working(f"Task {task.task_id} ({task.name}) on {task.node}: waiting for its port {port}"):
+                await client.wait_for_port(task.name, port, timeout=max(until - time.monotonic(), 0.0))
+        return task
 
     _print_id(at.ask(start), at.json)
 
@@ -449,7 +468,14 @@ def list_tasks(
     """List the tasks that are yours or shared with you; for admins all."""
     if quiet and at.json:
         raise UsageError("--quiet and --json don't go together: --json has the names too.")
-    tasks = at.ask(lambda client: client.tasks())
+    away: set[str] = set()
+
+    async def ask(client: HostClient) -> list[Task]:
+        if not quiet and not at.json:
+            away.update(await _unreachable(client))
+        return await client.tasks()
+
+    tasks = at.ask(ask)
     if quiet:
         for task in tasks:
             output.line(task.name)
@@ -478,7 +504,7 @@ def list_tasks(
                 task.node,
                 task.backend,
                 task.status,
-                _tunnel(task),
+                _tunnel(task, away),
                 task.image or task.address or "-",
                 output.age(task.created_at),
                 *([_left(task) or "-", _idle(task) or "-", task.message or "-"] if verbose else []),
@@ -502,7 +528,9 @@ def _idle(task: Task) -> str:
     return "" if task.idle_stop is None else time_in_words(task.idle_stop)
 
 
-def _tunnel(task: Task) -> str:
+def _tunnel(task: Task, unreachable: set[str]) -> str:
+    if task.status == "running" and task.node in unreachable:
+        return "unreachable"
     # The runner dials an address itself: it has no tunnel that could be connected or not.
     return "-" if known(task.backend).dialled else "connected" if task.tunnel else "no"
 
@@ -517,28 +545,57 @@ def status(
     ] = False,
 ) -> None:
     """Show one task."""
-    shown, answers = at.ask(lambda client: _looked_at(client, task))
+    shown, answers, connected, unreachable = at.ask(lambda client: _looked_at(client, task))
     sessions = _sessions(at, shown)
-    rows = _about(shown) + (_inside(shown) if verbose else [])
+    rows = _about(shown, unreachable) + (_inside(shown) if verbose else [])
+    if connected:
+        rows.append(("connected", ", ".join(map(_connection, connected))))
     if sessions:
         rows.append(("sessions", ", ".join(map(_session, sessions))))
     if answers is not None:
         rows.insert(_AFTER_STATUS, ("answers", "yes" if answers.answers else f"no: {answers.reason}"))
-    told: dict[str, Any] = {"sessions": None if sessions is None else [asdict(session) for session in sessions]}
+    told: dict[str, Any] = {
+        "sessions": None if sessions is None else [asdict(session) for session in sessions],
+        "connected": [asdict(each) for each in connected],
+    }
     if answers is not None:
         told["answers"] = asdict(answers)
     at.show({**shown.to_json(), **told}, output.aligned(rows))
 
 
-async def _looked_at(client: HostClient, task: str) -> tuple[Task, Answers | None]:
-    """A task and, where it is a machine with an address, whether that answers; None where nobody can say."""
+class _Look(NamedTuple):
+    """A task, whether it answers where it is a machine with an address, who is connected, and which nodes are away."""
+
+    task: Task
+    answers: Answers | None
+    connected: list[OpenSession]
+    unreachable: set[str]
+
+
+async def _looked_at(client: HostClient, task: str) -> _Look:
     shown = await client.task(task)
+    connected = [each for each in await client.sessions() if each.task_id == shown.task_id]
+    look = _Look(shown, None, connected, await _unreachable(client))
     if shown.address is None or shown.status != "running":
-        return shown, None
-    try:
-        return shown, await client.answers(task)
-    except KohakuRiverError:  # its node is away, say, and the status tells of that
-        return shown, None
+        return look
+    with contextlib.suppress(KohakuRiverError):  # its node is away, say, and the status tells of that
+        return look._replace(answers=await client.answers(task))
+    return look
+
+
+async def _unreachable(client: HostClient) -> set[str]:
+    """The nodes that are there, and that the host can't dial."""
+    return {node.name for node in await client.nodes() if node.status == "unreachable"}
+
+
+def _connection(session: OpenSession) -> str:
+    """Somebody who is connected, for people."""
+    what = f"port {session.port}" if session.proto in ("tcp", "udp") else _BY.get(session.proto, session.proto)
+    by = f", {session.via}" if session.via else ""
+    return f"{session.user} ({what}{by}, {output.age(session.began_at)})"
+
+
+_BY = {"ssh": "SSH", "logs": "what it prints"}
 
 
 def _sessions(at: Remote, task: Task) -> list[NamedSession] | None:
@@ -739,6 +796,8 @@ def _show_links(at: Remote, task: str) -> None:
         return
     rows = [[each.id, str(each.port), each.user, each.created_at, each.expires_at or "never"] for each in links]
     output.table(["Id", "Port", "Made by", "Made", "Expires"], rows)
+    if not rows:
+        output.note(f"There are no links to {task}; `kohakuriver vps share {task} --link PORT` makes one.")
 
 
 def _whom(user: str | None, group: str | None) -> str:
@@ -792,7 +851,7 @@ def unshare(
     _print_done(f"{whom} may no longer use", at.ask(lambda client: client.unshare(task, whom)), at.json)
 
 
-def _about(task: Task) -> list[tuple[str, str]]:
+def _about(task: Task, unreachable: set[str]) -> list[tuple[str, str]]:
     """What its user wants to know, the most important first."""
     traffic = task.traffic
     return [
@@ -801,7 +860,7 @@ def _about(task: Task) -> list[tuple[str, str]]:
         ("status", task.status),
         ("exit code", "" if task.exit_code is None else str(task.exit_code)),
         ("message", task.message or ""),
-        ("tunnel", _tunnel(task)),
+        ("tunnel", _tunnel(task, unreachable)),
         ("node", task.node),
         ("backend", task.backend),
         ("image", task.image or ""),

@@ -137,7 +137,7 @@ def forward(
     resume_for: int | None = None,
     wait: float | None = None,
     path: Way | None = None,
-    on_event: Callable[[Event], None] = lambda event: None,
+    on_event: Callable[[Event], None] | None = None,
 ) -> Forward:
     """A forward for `async with`, or for `await`, on the loop that runs.
 
@@ -172,7 +172,7 @@ def forward(
         settings = load_settings(host=host, token=token, ca_file=ca_file)
         if resume_for is not None:
             settings = replace(settings, resume_for=resume_for)
-        made = partial(_made, str(task), settings, local_host, on_event)
+        made = partial(_made, str(task), settings, local_host, on_event or (lambda event: None))
         return made(parsed, addresses, backs, patience=wait, resume=resume, path=path)
 
     return Forward(str(task), make)

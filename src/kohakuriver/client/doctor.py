@@ -212,7 +212,8 @@ class _Way:
             # It tells whole seconds, at some moment of the request.
             skew = self._asked_at + self._took / 2 - (email.utils.parsedate_to_datetime(told).timestamp() + 0.5)
             if abs(skew) <= MOST_SKEW:
-                return f"{abs(skew):.0f} s apart from the host's", ""
+                apart = "no more than 2 s" if abs(skew) <= 2 else f"{abs(skew):.0f} s"
+                return f"{apart} apart from the host's", ""
             which = "ahead of" if skew > 0 else "behind"
             raise _Wrong(
                 f"this machine's clock is {abs(skew):.0f} s {which} the host's",
@@ -250,6 +251,8 @@ class _Way:
             await self._session("0", "1")
         except HostUnreachableError as error:
             dropped = error.code in ("upgrade_required", NOT_OUR_ANSWER)
+            if error.status and not dropped:  # the host itself says what is wrong with it
+                return "upgrades come through", ""
             raise _Wrong(
                 "a proxy on the way lets no WebSocket upgrades through" if dropped else error.message.rstrip("."),
                 "A reverse proxy must pass on the headers Upgrade and Connection; one between here and the host must "

@@ -6,6 +6,7 @@ can't be reached as HostUnreachableError.
 
 from __future__ import annotations
 
+import asyncio
 import json
 import re
 import time
@@ -57,6 +58,9 @@ __all__ = [
 SILENCE = 45.0
 # The longest that the host is asked to hold one `wait` request.
 LONGEST_WAIT = 30.0
+
+PORTS_EVERY = 0.5
+"""Seconds between two looks whether something listens; a tunnel client looks once a second."""
 
 T = TypeVar("T")
 Record = TypeVar("Record", bound=Declared)
@@ -188,6 +192,24 @@ class Link:
 
     def to_json(self) -> dict[str, Any]:
         return {name: value for name, value in asdict(self).items() if name != "url" or value is not None}
+
+
+@dataclass(frozen=True)
+class OpenSession:
+    """Somebody who is connected to a task by the host that is asked.
+
+    `proto` is "tcp", "udp", "terminal", "ssh" or "logs", `port` the first one of a forward. `via` is "browser" where
+    one opened it, `source` the address that it comes from, where the caller may know. `began_at` is ISO 8601.
+    """
+
+    id: str
+    user: str
+    task_id: int
+    proto: str
+    port: int | None = None
+    via: str | None = None
+    source: str | None = None
+    began_at: str = ""
 
 
 @dataclass(frozen=True)
@@ -484,6 +506,10 @@ class HostClient:
         """The links of a task that are good, without their addresses."""
         return [_record(Link, each) for each in await self._call("GET", _path(task, "links"))]
 
+    async def sessions(self) -> list[OpenSession]:
+        """The sessions that are open on the host that answers, as far as the caller may know of them; newest first."""
+        return [_record(OpenSession, each) for each in await self._call("GET", "/api/sessions")]
+
     async def end_link(self, task: str, link: str) -> Link:
         """Take the link with that id back; what is open by it ends."""
         return _record(Link, await self._call("DELETE", f"{_path(task, 'links')}/{path_segment(link)}"))
@@ -619,6 +645,28 @@ class HostClient:
                     raise
                 if time.monotonic() >= deadline:
                     raise UnavailableError(error.message, code=error.code, status=504) from error
+
+    async def wait_for_port(self, task: str, port: int, *, timeout: float) -> None:
+        """Until something in the task listens on this TCP port.
+
+        Raises UnavailableError "no_service" after `timeout` seconds, and what `ports` raises: when the task has ended.
+        """
+        deadline = time.monotonic() + timeout
+        while not await self._listens(task, port, deadline):
+            if time.monotonic() >= deadline:
+                said = f"`kohakuriver vps logs {task}` shows what it printed"
+                raise UnavailableError(f"Nothing listens on port {port} of {task}; {said}.", code="no_service")
+            await asyncio.sleep(PORTS_EVERY)
+
+    async def _listens(self, task: str, port: int, deadline: float) -> bool:
+        try:
+            told = await self.ports(task)
+        except UnavailableError as error:
+            if error.code != "tunnel_not_connected":
+                raise
+            await self.wait(task, timeout=max(deadline - time.monotonic(), 0.0))  # tells it if the task has ended
+            return False
+        return any((each.port, each.proto) == (port, "tcp") for each in told.ports)
 
     async def _call(
         self,

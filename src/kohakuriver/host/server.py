@@ -394,6 +394,7 @@ class Host:
             authorize_terminal=self._forwards.authorize_terminal,
             credential=self._credential_of,
             coming_back=self._nodes.coming_back,
+            doubt=self._nodes.doubt,
             trusted=trusted,
             limits=limits,
         )
@@ -543,6 +544,7 @@ class Host:
             keep(self._tasks.run(), "looking what tasks that are waited for have changed"),
             keep(self._feed.run(), "telling what changes"),
             keep(self._nodes.run(), "looking whether nodes can be reached"),
+            keep(self._nodes.hearing.run(), "looking whether nodes can be heard"),
             keep(self._agent_node.run(), "looking after agents' tasks"),
             keep(self._perimeter.audit.run(), "counting what the audit log leaves out"),
         ]

@@ -440,7 +440,7 @@ def _database(url: str) -> Database:
         made = make_url(url)
         return _of_kind(made)
     except ArgumentError as error:
-        raise UsageError(f"The database {_without_password(url)!r} can't be used: {error}.") from error
+        raise _of_no_kind(_without_password(url)) from error
     except ModuleNotFoundError as error:
         raise UsageError(
             f"The database needs the Python package {error.name!r}; `pip install 'kohakuriver[postgresql]'` has it."
@@ -456,9 +456,12 @@ def _of_kind(url: URL) -> Database:
         from kohakuriver.store.postgresql import PostgresServer
 
         return PostgresServer(url)
-    raise UsageError(
-        f"The database {url.render_as_string(hide_password=True)!r} can't be used: it must be sqlite:///FILE or "
-        "postgresql://USER:PASSWORD@MACHINE/NAME."
+    raise _of_no_kind(url.render_as_string(hide_password=True))
+
+
+def _of_no_kind(url: str) -> UsageError:
+    return UsageError(
+        f"The database {url!r} can't be used: it must be sqlite:///FILE or postgresql://USER:PASSWORD@MACHINE/NAME."
     )
 
 

@@ -19,19 +19,17 @@ from kohakuriver.changes import Changes
 from kohakuriver.errors import KohakuRiverError, NotFoundError, UnavailableError
 from kohakuriver.host.schemas import Heartbeat, HeartbeatAnswer, NodeView, Registration, RegistrationAnswer, iso_time
 from kohakuriver.host.services.audit import NOWHERE, Audit
+from kohakuriver.host.services.hearing import Hearing
 from kohakuriver.host.services.reach import Reach
 from kohakuriver.session.nodes import NodeOfflineError
 from kohakuriver.store import Node, Store, Task
 
-__all__ = ["MISSED_HEARTBEATS", "OUTAGE_SECONDS", "Nodes"]
+__all__ = ["MISSED_HEARTBEATS", "Nodes"]
 
 log = structlog.get_logger("kohakuriver.host")
 
 MISSED_HEARTBEATS = 3
 """A node is offline after so many heartbeats did not come."""
-
-OUTAGE_SECONDS = 600.0
-"""A host that has just begun takes a node for online that was heard of in so many seconds before."""
 
 MOST_SHOWN = 10
 """Of how many tasks an error names."""
@@ -65,17 +63,12 @@ class Nodes:
         self._heartbeat_seconds = heartbeat_seconds
         self._on_change = on_change
         self._clock = clock
-        self._began = clock()
+        self.hearing = Hearing(MISSED_HEARTBEATS * heartbeat_seconds, store.check, clock=clock)
         self._registered = Changes[str]()
 
     def is_online(self, node: Node) -> bool:
-        """Whether the node was heard of lately and did not say that it leaves.
-
-        While no host listened nobody could be heard: one that has begun just now waits for the nodes that there were.
-        """
-        patience, now = MISSED_HEARTBEATS * self._heartbeat_seconds, self._clock()
-        waits = now - self._began <= patience and self._began - node.last_seen <= OUTAGE_SECONDS
-        return not node.left and (waits or now - node.last_seen <= patience)
+        """Whether the node did not say that it leaves, and was heard of lately, or could not be."""
+        return not node.left and not self.hearing.is_silent(node.last_seen)
 
     async def register(self, request: Registration) -> RegistrationAnswer:
         """Take a node in, or back in. Raises KohakuRiverError "name_taken" while another runner has the name."""
@@ -114,6 +107,11 @@ class Nodes:
     def coming_back(self, name: str) -> AbstractContextManager[asyncio.Event]:
         """Meanwhile the event is set when the node of this name registers here."""
         return self._registered.watch(name)
+
+    def doubt(self, name: str) -> None:
+        """The node could not be dialled for somebody just now: have it looked at once whether it can be."""
+        self._reach.doubt(name)
+        self._to_look.set()
 
     def came_back(self, names: Iterable[str]) -> None:
         """Nodes of these names have registered at another host."""

@@ -49,6 +49,11 @@ class Reach:
         self._again.pop(name, None)
         self._told[name] = object()
 
+    def doubt(self, name: str) -> None:
+        """Dial the node when it is looked next, whenever it answered last."""
+        if name in self._again:
+            self._again[name] = time.monotonic()
+
     async def look(self, nodes: Iterable[Node]) -> None:
         """Dial those nodes that it is time for, and return when each has answered or failed to."""
         now = time.monotonic()

@@ -374,6 +374,7 @@ class TunnelProxy:
         authorize_terminal: (bearer token or None, task's id or name, which way beyond the task or "") → where a session
             for a terminal goes. Raises too.
         coming_back: node's name → a context in which an event is set when the node registers here.
+        doubt: called with the name of a node that could not be dialled.
         trusted: how runners that serve TLS are checked; None for the system's authorities.
         limits: what a session may take.
         credential: what the opening handshake of a terminal shows: `authorize_terminal` is asked with that. Raises
@@ -387,6 +388,7 @@ class TunnelProxy:
         authorize_terminal: Callable[[str | None, str, str], Awaitable[Route]],
         credential: Callable[[UpgradeRequest], str | None] = lambda request: request.token,
         coming_back: Callable[[str], AbstractContextManager[asyncio.Event]] = _nobody_comes_back,
+        doubt: Callable[[str], None] = lambda name: None,
         trusted: ssl.SSLContext | None = None,
         limits: Limits | None = None,
     ) -> None:
@@ -394,6 +396,7 @@ class TunnelProxy:
         self.authorize_terminal = authorize_terminal
         self._credential = credential
         self._coming_back = coming_back
+        self._doubt = doubt
         self.trusted = trusted
         self.limits = limits or Limits()
         self.carrier: Carrier[ProxySession] = Carrier(self.limits)
@@ -484,18 +487,26 @@ class TunnelProxy:
         if not request.goes_on:
             with tracing.span("look whether the session may be"):
                 route = await authorize()
-            await begin(route)
+            await self._begin_at(route, begin)
             return
         route = await self._authorized_once_online(authorize)
         with self._coming_back(route.node) as back:
             try:
-                await begin(route)
+                await self._begin_at(route, begin)
                 return
             except UnavailableError as error:
                 if error.code != "runner_unreachable":
                     raise
                 await _until_back(back, error)
-        await begin(await authorize())  # it may be somewhere else now
+        await self._begin_at(await authorize(), begin)  # it may be somewhere else now
+
+    async def _begin_at(self, route: Route, begin: Callable[[Route], Awaitable[None]]) -> None:
+        try:
+            await begin(route)
+        except UnavailableError as error:
+            if error.code == "runner_unreachable":
+                self._doubt(route.node)
+            raise
 
     async def _authorized_once_online(self, authorize: Callable[[], Awaitable[Route]]) -> Route:
         """Where a session goes; the node of one that goes on may have left to come back, as in a restart."""
