@@ -165,6 +165,12 @@ Device = Annotated[
         r"/dev/[^:\0]+(:/[^:\0]+)?(:[rwm]{1,3})?", "write /dev/NAME, /dev/NAME:/dev/INSIDE or with :rwm behind it"
     ),
 ]
+Label = Annotated[
+    str,
+    matching(
+        r"(?!kohakuriver\.)[A-Za-z0-9][A-Za-z0-9._/-]{0,127}=[^\0]*", "write K=V; labels of kohakuriver are its own"
+    ),
+]
 Restart = Annotated[
     str,
     matching(
@@ -204,9 +210,9 @@ class TaskSpec:
     a command of its CMD, too, so that with neither the container just stays up. It runs in `workdir` and `run_as` a
     user, None for those of the image. When the image is fetched `pull` says, None for where it is missing.
     `restart` says when what has ended runs again, None for never. `gpus` are a number, "all", or those with the numbers
-    "0,1" or "device=0". `volumes` are `NAME:/TARGET` or `NAME:/TARGET:ro`: what its owner keeps under that name on a
-    node outlives every task. With `preserve_host` its services are told the addresses that browsers have, in the place
-    of localhost and their port.
+    "0,1" or "device=0". `labels` are `K=V`, for programs of its node that go by them. `volumes` are `NAME:/TARGET` or
+    `NAME:/TARGET:ro`: what its owner keeps under that name on a node outlives every task. With `preserve_host` its
+    services are told the addresses that browsers have, in the place of localhost and their port.
     A task of a scheduler is asked for with a `time_limit` in seconds, in a `partition`, for an `account` and with a
     `qos`, None for what the scheduler gives by default; so are its memory, `cpus` and `gpus`, which are a number there.
     """
@@ -228,6 +234,7 @@ class TaskSpec:
     run_as: UserInside | None = None
     pull: Pull | None = None
     devices: list[Device] = field(default_factory=list)
+    labels: list[Label] = field(default_factory=list)
     restart: Restart | None = None
     gpus: Gpus | None = None
     network: Network | None = None
@@ -328,10 +335,10 @@ class TaskTraffic:
 class TaskView:
     """A task as users see it: an id and a unique name. `created_at` is ISO 8601; `container` its name on the tunnel.
 
-    `command`, `entrypoint`, `workdir`, `run_as`, `pull`, `restart`, `gpus`, `mounts`, `volumes`, `devices` and the
-    names of the variables, `env`, are as they were asked for, and so is what a scheduler was asked for: `time_limit`,
-    `partition`, `account` and `qos`. `memory`, `cpus`, `pids`, `shm_size` and `log_size` are what it was given, None
-    where nothing bounds it. `network` is "none" where it has none but its own loopback.
+    `command`, `entrypoint`, `workdir`, `run_as`, `pull`, `restart`, `gpus`, `mounts`, `volumes`, `devices`, `labels`
+    and the names of the variables, `env`, are as they were asked for, and so is what a scheduler was asked for:
+    `time_limit`, `partition`, `account` and `qos`. `memory`, `cpus`, `pids`, `shm_size` and `log_size` are what it was
+    given, None where nothing bounds it. `network` is "none" where it has none but its own loopback.
     `exit_code` is what it has ended with, 128 + N by signal N; None while it runs, and where nobody knows.
 
     `owner` may do everything with it, `shared_with` may use it; `creator` made it, and is another one where a user was
@@ -373,6 +380,7 @@ class TaskView:
     run_as: str | None = None
     pull: str | None = None
     devices: list[str] = field(default_factory=list)
+    labels: list[str] = field(default_factory=list)
     restart: str | None = None
     gpus: str | None = None
     gpu_ids: list[str] = field(default_factory=list)

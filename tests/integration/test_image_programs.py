@@ -130,10 +130,13 @@ def test_a_program_runs_where_and_as_whom_it_was_asked_for(cluster: Cluster) -> 
     assert printed(cluster, "there")[-1] == "12:34 /made/for/it"
 
 
-def test_a_device_of_the_node_is_in_the_container_with_its_rights(cluster: Cluster) -> None:
+def test_a_device_of_the_node_is_in_the_container_with_its_rights_and_so_are_labels(cluster: Cluster) -> None:
     image = image_of('ENTRYPOINT ["/start"]', script="test -c /dev/bin && echo x > /dev/bin")
-    cluster.create(image=image, name="device", devices=["/dev/null:/dev/bin:w"], run_as="0")
+    labels = ["team=vision", "empty="]
+    cluster.create(image=image, name="device", devices=["/dev/null:/dev/bin:w"], run_as="0", labels=labels)
     task = cluster.ended("device")
     assert task["status"] == "stopped", printed(cluster, "device")
     given = docker("inspect", "-f", "{{json .HostConfig.Devices}}", task["container"])
     assert '"CgroupPermissions":"w"' in given
+    asked = '{{index .Config.Labels "team"}} {{index .Config.Labels "kohakuriver.name"}}'
+    assert docker("inspect", "-f", asked, task["container"]) == "vision device"

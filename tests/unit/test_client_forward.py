@@ -294,6 +294,14 @@ def test_the_live_line_says_streams_and_rates() -> None:
     assert "down 1.5 MB/s, up 500 B/s" in line
 
 
+@pytest.mark.parametrize(
+    ("columns", "shown"),
+    [(10, "one | two"), (9, "one | two"), (8, "one"), (3, "one"), (2, "on"), (99, "one | two | three")],
+)
+def test_what_has_no_room_in_the_live_line_is_left_out_whole(columns: int, shown: str) -> None:
+    assert forward_view.fitting("one | two | three", columns) == shown
+
+
 def test_what_is_shown_holds_up_nobody_and_keeps_its_order() -> None:
     shown: list[Event] = []
     held = threading.Event()

@@ -54,7 +54,7 @@ TASK_FIELDS = {"pending_removal", "no_direct", "preserve_host"} | {
     ),
     *("memory", "cpus", "pids", "shm_size", "log_size", "ttl", "idle_stop", "ends_at", "network"),
     *("time_limit", "partition", "account", "qos"),
-    *("entrypoint", "workdir", "run_as", "pull", "devices", "restart", "gpus", "gpu_ids"),
+    *("entrypoint", "workdir", "run_as", "pull", "devices", "labels", "restart", "gpus", "gpu_ids"),
 }
 
 
@@ -123,6 +123,9 @@ REFUSED: list[tuple[dict[str, Any], int, str, str]] = [
     ({"entrypoint": ["x"], "backend": "process"}, 400, "bad_request", "--entrypoint"),
     ({"run_as": "x", "backend": "process"}, 400, "bad_request", "takes --user;"),
     ({"devices": ["/dev/null"], "backend": "process"}, 400, "bad_request", "--device"),
+    ({"labels": ["a=b"], "backend": "process"}, 400, "bad_request", "takes --label;"),
+    ({"image": "x", "labels": ["kohakuriver.task=1"]}, 400, "bad_request", "labels of kohakuriver are its own"),
+    ({"image": "x", "labels": ["a"]}, 400, "bad_request", "write K=V"),
     ({"image": "x", "workdir": "a/b"}, 400, "bad_request", "whole path"),
     ({"image": "x", "run_as": "a:b:c"}, 400, "bad_request", "USER:GROUP"),
     ({"image": "x", "gpus": "some"}, 400, "bad_request", "how many, all, or numbers"),

@@ -118,6 +118,7 @@ def test_what_reaches_beyond_a_users_own_containers_is_for_admins(run: Run, tmp_
             for path, body in (
                 ("/api/tasks", {"image": "x", "mounts": ["/etc:/etc"]}),
                 ("/api/tasks", {"image": "x", "devices": ["/dev/mem"]}),
+                ("/api/tasks", {"image": "x", "labels": ["traefik.enable=true"]}),
                 ("/api/tasks/adopt", {"container": "somebodys"}),
                 ("/api/tasks/adopt", {"address": "127.0.0.1"}),
             ):

@@ -36,6 +36,7 @@ EVERYTHING: Final = NewTask(
     run_as="me:staff",
     pull="never",
     devices=["/dev/null:/dev/nothing:r"],
+    labels=["team=vision"],
     restart="on-failure:3",
     gpus="device=0,1",
     network="none",

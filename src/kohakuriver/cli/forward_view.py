@@ -340,7 +340,7 @@ class LiveLine:
         if output.draws(sys.stdout):
             line = status_line(before[1], stats, now - before[0])
             with contextlib.suppress(BrokenPipeError):
-                _write(f"{CLEAR}{DIM}{line[: _columns() - 1]}{PLAIN}")
+                _write(f"{CLEAR}{DIM}{fitting(line, _columns() - 1)}{PLAIN}")
             self._shown = True
 
 
@@ -416,6 +416,13 @@ def _columns() -> int:
         return os.get_terminal_size(sys.stdout.fileno()).columns or 80
     except OSError:
         return 80
+
+
+def fitting(line: str, columns: int) -> str:
+    """As many of the line's parts as have room, whole."""
+    while len(line) > columns and " | " in line:
+        line = line.rpartition(" | ")[0]
+    return line[:columns]
 
 
 def status_line(before: Stats, stats: Stats, seconds: float) -> str:

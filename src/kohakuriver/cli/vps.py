@@ -104,6 +104,10 @@ DeviceOption = Annotated[
     list[str] | None,
     typer.Option("--device", metavar="/dev/X[:/dev/Y][:rwm]", help="A device of the node; may be repeated."),
 ]
+LabelOption = Annotated[
+    list[str] | None,
+    typer.Option("--label", metavar="K=V", help="A label of the container, for programs of the node; may be repeated."),
+]
 EnvOption = Annotated[
     list[str] | None, typer.Option("--env", "-e", metavar="K=V", help="A variable for CMD; may be repeated.")
 ]
@@ -264,6 +268,7 @@ def create(
     mount: MountOption = None,
     volume: VolumeOption = None,
     device: DeviceOption = None,
+    label: LabelOption = None,
     restart: RestartOption = None,
     memory: MemoryOption = None,
     cpus: CpusOption = None,
@@ -308,6 +313,7 @@ def create(
         restart=_policy(restart),
         gpus=_gpus(gpus),
         devices=[_device(text) for text in device or []],
+        labels=[f"{name}={value}" for name, value in pairs(label or [], "--label").items()],
         mounts=[_mount(text) for text in mount or []],
         volumes=[_volume(text) for text in volume or []],
         memory=size_of(memory, "--memory"),
@@ -873,6 +879,7 @@ def _about(task: Task, unreachable: set[str]) -> list[tuple[str, str]]:
         ("mounts", ", ".join(task.mounts)),
         ("volumes", ", ".join(task.volumes)),
         ("devices", ", ".join(task.devices)),
+        ("labels", ", ".join(task.labels)),
         ("variables", ", ".join(task.env)),
         ("gets", _given(task)),
         ("scheduled", _scheduled(task)),

@@ -226,6 +226,7 @@ async def create(
     run_as: str | None = None,
     pull: Pull | None = None,
     devices: Sequence[str] = (),
+    labels: Sequence[str] = (),
     restart: str | None = None,
     gpus: int | str | None = None,
     network: str | None = None,
@@ -255,6 +256,7 @@ async def create(
         workdir: where the command runs in the container, `run_as` the user, `USER[:GROUP]`; None for the image's own.
         pull: when the image is fetched: "missing", as for None, "always" or "never".
         devices: `/dev/NAME[:/dev/INSIDE][:rwm]` each, of the node; for admins.
+        labels: `K=V` each, of the container, for programs of the node; for admins.
         gpus: how many, "all", or those with the numbers "0,1" or "device=0".
         restart: when it runs again: "no", "on-failure", "on-failure:N", "always" or "unless-stopped".
         network: "none" for a container that reaches nothing; forwards and terminals reach it all the same.
@@ -288,6 +290,7 @@ async def create(
         run_as=run_as,
         pull=pull,
         devices=list(devices),
+        labels=list(labels),
         restart=restart,
         gpus=None if gpus is None else str(gpus),
         network=network,

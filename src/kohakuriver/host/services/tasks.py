@@ -130,7 +130,7 @@ class Tasks:
         """A task as users see it: one on a node that is offline is lost until the node is back."""
         lost = task.status in _ACTIVE and not self._nodes.is_online(node)
         traffic = {} if lost else node.traffic.get("tasks", {}).get(str(task.task_id), {})
-        lists = ("command", "mounts", "volumes", "devices", "gpu_ids", "env")  # of the variables the names
+        lists = ("command", "mounts", "volumes", "devices", "labels", "gpu_ids", "env")  # of the variables the names
         ordered = {name: list(task.spec.get(name, ())) for name in lists}
         given = {name: task.spec.get(name) for name in (*BOUNDS, *TIMES, *OF_CONTAINERS, *OF_SCHEDULERS, *_MORE)}
         shown = part_of(task, TaskView, without=(*_OF_OTHERS, *ordered, *given)) | {
@@ -182,6 +182,8 @@ class Tasks:
             fitting = mountable(owner, fitting, request.mounts)
         if request.devices:
             owner.need_admin("Giving a task a device of its node")
+        if request.labels:  # a proxy or an updater on the node may do what they say
+            owner.need_admin("Giving a container labels")
         scheduled = all(kind_of(name).scheduled for name in backends)
         if request.gpus is not None and not scheduled:
             fitting = with_gpus(fitting, request.gpus, await self._store.gpus_in_use(self._clock()))
@@ -507,6 +509,7 @@ def _asked(order: TaskOrder) -> dict[str, Any]:
         "volumes": order.volumes or None,
         "restart": order.restart,
         "devices": order.devices or None,
+        "labels": order.labels or None,
         "ssh_keys": [fingerprint(key) for key in order.ssh_keys] or None,
         **{name: getattr(order, name) for name in (*BOUNDS, *TIMES, "network")},
     }
@@ -553,7 +556,7 @@ def _fit_for(request: CreateRequest) -> list[str]:
     if bounds and not any(kind_of(name).bounded for name in backends):
         raise UsageError(f"Only a task in a container takes --{bounds[0].replace('_', '-')}; nothing bounds a process.")
     own = [name for name in OF_CONTAINERS if _asks(request, name) and name not in taken]
-    own += ["device"] if request.devices else []
+    own += [name for name in ("devices", "labels") if getattr(request, name)]
     if own and not any(kind_of(name).image for name in backends):
         raise UsageError(
             f"Only a task in a container takes --{_OPTIONS.get(own[0], own[0])}; name an image with --image."
@@ -582,7 +585,7 @@ def _fit_for_scheduler(request: CreateRequest, *, scheduled: bool) -> None:
         )
 
 
-_OPTIONS = {"run_as": "user", "time_limit": "time"}
+_OPTIONS = {"run_as": "user", "time_limit": "time", "devices": "device", "labels": "label"}
 """What the command line calls a field that has another name here."""
 
 

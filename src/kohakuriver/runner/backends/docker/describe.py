@@ -67,6 +67,7 @@ class Description:
             **{key: said for key, said in (("WorkingDir", task.workdir), ("User", task.run_as)) if said},
             "Env": [f"{name}={value}" for name, value in env.items()],
             "Labels": {
+                **dict(label.split("=", 1) for label in task.labels),
                 _LABEL_TASK: str(task.task_id),
                 _LABEL_NAME: task.name,
                 _LABEL_NODE: self.node,
