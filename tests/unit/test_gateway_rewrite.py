@@ -303,9 +303,30 @@ def test_what_would_go_for_all_of_the_origin_is_not_said_by_one_of_its_apps() ->
         b'NEL: {"report_to": "evil"}\r\n'
         b"Report-To: {}\r\n"
         b'Use-As-Dictionary: match="/*"\r\n'
+        b'Secure-Session-Registration: (ES256);path="x"\r\n'
         b"Service-Worker-Allowed: /\r\n"
     )
     for place in (STRIPPED, KEPT):
         lines = outside(fields, place=place)
         assert lines[1:] == [b"Service-Worker-Allowed: " + PREFIX + b"/"]
-    assert len(outside(fields)) == 8  # of an address of its own that is its own business
+    assert len(outside(fields)) == 9  # of an address of its own that is its own business
+
+
+@pytest.mark.parametrize(
+    ("challenge", "told"),
+    [
+        (b'Basic realm="staff"', b'Basic realm="staff %s"'),
+        (b"basic REALM = staff", b'Basic realm="staff %s"'),
+        (b'Basic realm="staff", charset="utf-8"', b'Basic realm="staff %s", charset="UTF-8"'),
+        (b"Basic", b'Basic realm=" %s"'),
+        (b'Negotiate, Basic realm="staff"', b'Basic realm="staff %s"'),
+        (b'Basic x="realm=y", realm="staff"', b'Basic realm="y %s"'),
+        (b'Basic realm="a\\"b", realm="staff"', b'Basic realm="a %s"'),
+        (b'Bearer realm="staff"', b'Bearer realm="staff"'),
+        (b'Digest realm="staff", nonce="basic"', b'Digest realm="staff", nonce="basic"'),
+    ],
+)
+def test_no_app_is_sent_the_password_that_was_typed_for_another(challenge: bytes, told: bytes) -> None:
+    lines = outside(b"WWW-Authenticate: " + challenge + b"\r\n", status=401, place=STRIPPED)
+    assert b"WWW-Authenticate: " + told.replace(b"%s", PREFIX) in lines
+    assert b"WWW-Authenticate: " + challenge in outside(b"WWW-Authenticate: " + challenge + b"\r\n", status=401)

@@ -48,9 +48,20 @@ _ANSWER_DROPPED = _HOP | _ORDERS
 _ANSWER_CHANGED = frozenset({b"set-cookie", b"location", b"clear-site-data"})
 # What browsers take for all of an origin: from one of several apps there it would go for the others, and outlive it.
 _OF_ORIGIN = frozenset(
-    {b"alt-svc", b"clear-site-data", b"nel", b"report-to", b"strict-transport-security", b"use-as-dictionary"}
+    {
+        b"alt-svc",
+        b"clear-site-data",
+        b"nel",
+        b"report-to",
+        b"sec-session-registration",
+        b"secure-session-registration",
+        b"strict-transport-security",
+        b"use-as-dictionary",
+    }
 )
-_SCOPE = b"service-worker-allowed"
+_SCOPED = frozenset({b"service-worker-allowed", b"www-authenticate"})
+_BASIC = re.compile(rb"(?i)(?:^|,)[ \t]*basic(?![^ \t,])")
+_REALM = re.compile(rb'(?i)realm[ \t]*=[ \t]*"?([^"\\,]*)')
 _HOST_NAME, _SECURE_NAME = b"__host-", b"__Secure-Host-"
 # What says that an answer may be kept, beside Cache-Control and those that end so, as Cloudflare-CDN-Cache-Control.
 _KEEPING = frozenset({b"expires", b"pragma", b"surrogate-control"})
@@ -140,8 +151,8 @@ def response(
             value = _outside(value, place) if lower == b"location" else _own_alone(lower, value, place)
             if not value:
                 continue
-        elif place.prefix and lower == _SCOPE:
-            value = place.prefix.encode() + b"/"
+        elif place.prefix and lower in _SCOPED:
+            value = _own_realm(value, place) if lower == b"www-authenticate" else place.prefix.encode() + b"/"
         lines.append(name + b": " + value)
     if upgrade:
         lines += [b"Connection: Upgrade", b"Upgrade: websocket"]
@@ -209,6 +220,17 @@ def _host_names_back(cookies: bytes) -> bytes:
     dropped = len(_SECURE_NAME) - len(b"Host-")
     back = (b"__" + each[dropped:] if each.lower().startswith(_SECURE_NAME.lower()) else each for each in pairs)
     return b"; ".join(back)
+
+
+def _own_realm(challenge: bytes, place: Place) -> bytes:
+    """A WWW-Authenticate whose realm no other app has: browsers send what was typed for one to all of its name.
+
+    What asks for a password in the plain (RFC 7617) is written anew, so that nobody reads another realm in it.
+    """
+    if not _BASIC.search(challenge):
+        return challenge
+    realm, charset = _REALM.search(challenge), b', charset="UTF-8"' if b"utf-8" in challenge.lower() else b""
+    return b'Basic realm="%s %s"%s' % (realm[1] if realm else b"", place.prefix.encode(), charset)
 
 
 @lru_cache(maxsize=256)
