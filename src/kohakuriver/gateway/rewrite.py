@@ -59,7 +59,8 @@ _OF_ORIGIN = frozenset(
         b"use-as-dictionary",
     }
 )
-_SCOPED = frozenset({b"service-worker-allowed", b"www-authenticate"})
+_ALONE = (_ANSWER_DROPPED, _ANSWER_CHANGED)
+_UNDER_PREFIX = (_ANSWER_DROPPED | _OF_ORIGIN, _ANSWER_CHANGED | {b"service-worker-allowed", b"www-authenticate"})
 _BASIC = re.compile(rb"(?i)(?:^|,)[ \t]*basic(?![^ \t,])")
 _REALM = re.compile(rb'(?i)realm[ \t]*=[ \t]*"?([^"\\,]*)')
 _HOST_NAME, _SECURE_NAME = b"__host-", b"__Secure-Host-"
@@ -84,7 +85,12 @@ def request(head: RequestHead, place: Place, peer: str, *, body: int, upgrade: b
         if lower.replace(b"_", b"-") in _REQUEST_DROPPED or lower in named:
             continue
         if lower in _REQUEST_CHANGED:
-            value = _told(lower, value, place, inner)
+            if place.prefix:
+                value = _told(lower, value, place, inner)
+            elif lower == b"cookie":
+                value = without_ours(value)
+            elif not place.preserve_host:
+                value = _inside(value, place.origin.encode(), inner)
             if not value:
                 continue
         lines.append(name + b": " + value)
@@ -105,11 +111,11 @@ def request(head: RequestHead, place: Place, peer: str, *, body: int, upgrade: b
 
 
 def _told(name: bytes, value: bytes, place: Place, inner: bytes) -> bytes:
-    """A Cookie, an Origin or a Referer as the service is told it; nothing where it is not."""
+    """A Cookie, an Origin or a Referer as a service under a prefix is told it; nothing where it is not."""
     if name == b"cookie":
-        return without_ours(_host_names_back(value) if place.prefix else value)
+        return without_ours(_host_names_back(value))
     origin = place.origin.encode()
-    if place.prefix and name == b"referer":
+    if name == b"referer":
         path = value[len(origin) :] if value.startswith(origin + b"/") else b""
         if path not in (b"", b"/") and not place.has(path):
             return b""  # the address of another app is none of its business
@@ -139,20 +145,17 @@ def response(
     With such fields, a cookie that lets in, nobody is to keep it: a cache before us would give them to others.
     """
     named = _named(head, _NEVER_NAMED_BACK) | (_KEEPING if more else _NONE)
+    dropped, changed = _UNDER_PREFIX if place.prefix else _ALONE
     lines = [b"HTTP/1.1 %d %s" % (head.status, head.reason)]
     for lower, name, value in head.fields.listed:
-        if lower in _ANSWER_DROPPED or lower in named or lower.startswith(_ORDERS_BEGIN):
+        if lower in dropped or lower in named or lower.startswith(_ORDERS_BEGIN):
             continue
         if more and lower.endswith(_KEEPING_ENDS):
             continue
-        if place.prefix and lower in _OF_ORIGIN:
-            continue
-        if lower in _ANSWER_CHANGED:
+        if lower in changed:
             value = _outside(value, place) if lower == b"location" else _own_alone(lower, value, place)
             if not value:
                 continue
-        elif place.prefix and lower in _SCOPED:
-            value = _own_realm(value, place) if lower == b"www-authenticate" else place.prefix.encode() + b"/"
         lines.append(name + b": " + value)
     if upgrade:
         lines += [b"Connection: Upgrade", b"Upgrade: websocket"]
@@ -166,11 +169,13 @@ def response(
 
 
 def _own_alone(name: bytes, value: bytes, place: Place) -> bytes:
-    """A Set-Cookie, or a Clear-Site-Data, that is about this address alone; nothing where nothing of it is."""
-    if name != b"set-cookie":
-        return _cleared(value)
-    cookie = _host_only(value)
-    return _under_prefix(cookie, place) if place.prefix and cookie else cookie
+    """What is about an origin, so that it is about this address alone; nothing where nothing of it is."""
+    if name == b"set-cookie":
+        cookie = _host_only(value)
+        return _under_prefix(cookie, place) if place.prefix and cookie else cookie
+    if name == b"www-authenticate":
+        return _own_realm(value, place)
+    return _cleared(value) if name == b"clear-site-data" else place.prefix.encode() + b"/"
 
 
 def _cleared(what: bytes) -> bytes:
