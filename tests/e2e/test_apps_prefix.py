@@ -157,7 +157,7 @@ def test_a_page_works_under_its_prefix_and_gets_neither_at_the_host_nor_at_cooki
     path = urlsplit(bases[0]).path
     assert (ours["path"], ours["httpOnly"], ours["secure"], ours["sameSite"]) == (f"{path}/", True, True, "Lax")
     assert cookies.pop("first")["path"] == f"{path}/"
-    assert [name for name in cookies if not name.startswith("__Host-kohakuriver-host")] == []  # another port's
+    assert [name for name in cookies if not name.startswith("__Host-Http-kohakuriver-host")] == []  # another port's
     browser.get(f"{bases[0]}/")
     browser.find_element("tag name", "button").click()
     until(lambda: browser.current_url == f"{bases[0]}/sent", "the form")
@@ -178,6 +178,15 @@ def test_a_page_works_under_its_prefix_and_gets_neither_at_the_host_nor_at_cooki
     browser.delete_all_cookies()
     browser.get(link)
     until(lambda: browser.current_url == f"{bases[0]}/" and browser.title == "there", "the page by the link")
+    # Where the host has the same name, the page can set cookies for it, but none that it takes for a login.
+    mine = f"__Host-Http-kohakuriver-host-{urlsplit(prefixed.main).port}"
+    for name in ("__Host-own", mine):
+        browser.execute_script("document.cookie = `${arguments[0]}=evil; Secure; Path=/`", name)
+    told = browser.execute_script("return document.cookie")
+    assert ("__Host-own=evil" in told, mine in told) == (True, False)
+    prefixed.log_in(browser)
+    names = [each["name"] for each in browser.get_cookies() if "-host-" in each["name"]]
+    assert names == [mine if prefixed.main.rpartition(":")[0] in prefixed.apps else mine.replace("Http-", "")]
 
 
 @pytest.mark.parametrize("prefixed", ["name"], indirect=True)

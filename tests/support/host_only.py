@@ -264,6 +264,7 @@ class HostUnderTest:
             self.guard,
             proxies,
         )
+        self.app.state.shares_name = bool(where and where.shares_name)
         self.proxies = proxies
         self.url = ""
         self.admin_token = ""

@@ -256,6 +256,16 @@ def test_under_one_origin_an_app_has_a_path_of_its_own(url: str, host: str) -> N
     assert not addresses.on_own_machine
 
 
+@pytest.mark.parametrize(
+    "host", ["apps.example.org:8000", "apps.example.org:443", "apps.example.org.", "river.example.org", "x", ""]
+)
+def test_only_the_very_origin_of_the_apps_has_addresses(host: str) -> None:
+    address = under_one().of(7, "lab", 8888, "")
+    assert address
+    assert under_one().read(host, address.prefix.encode()) is None
+    assert under_one().read("APPS.example.org", address.prefix.encode()) == address
+
+
 def test_all_ports_of_a_task_are_under_what_it_is_told_and_another_task_is_elsewhere() -> None:
     addresses = under_one()
     told = addresses.variables(7, "lab")[PREFIX_VARIABLE]
@@ -363,6 +373,8 @@ def test_where_all_apps_are_is_said_in_one_way_and_the_host_is_elsewhere() -> No
         where = where_in(None, None, names, 8000, url)
         assert where.public
         assert (where.public.geturl(), where.shared) == (public, url_in(url))
+        assert where.shares_name is ("river" in url)
+    assert not where_in(None, None, ["river.example.org"], 443).shares_name
 
 
 @pytest.mark.parametrize(

@@ -278,6 +278,7 @@ def test_a_redirection_to_a_path_of_the_service_leads_there_under_the_prefix(
         (b" __hOST-a=b; Path=/", b"__Secure-hOST-a=b; Path=%s/", b"__Secure-hOST-a=b; Path=%s/"),
         (b"__Secure-kohakuriver-app=b; Path=/", None, None),
         (b"__Host-kohakuriver-host-8000=b; Path=/", None, None),
+        (b"__Host-Http-kohakuriver-host=b; Path=/", None, None),
         (b" =kohakuriver-app-1; Path=/", None, None),
     ],
 )
@@ -290,6 +291,7 @@ def test_cookies_of_a_service_stay_under_its_prefix(cookie: bytes, told: bytes |
 
 def test_a_cookie_whose_name_asks_for_all_of_an_origin_comes_back_to_the_service_as_it_was_named() -> None:
     cookies = b"a=b; __Secure-Host-c=d; __Secure-hOST-e=f;  __Secure-kohakuriver-app=g; __Secure-h=i"
+    cookies += b"; __Host-Http-kohakuriver-host=j"
     assert b"Cookie: a=b; __Host-c=d; __hOST-e=f; __Secure-h=i" in under(b"Cookie: " + cookies + b"\r\n")
     lines = inside(b"Cookie: __Secure-Host-c=d\r\n")  # an address of its own needs none of that
     assert b"Cookie: __Secure-Host-c=d" in lines

@@ -410,7 +410,7 @@ class Host:
         )
 
     def _credential_of(self, request: UpgradeRequest) -> str | None:
-        return credential_of(request, by_tls=self._by_tls)
+        return credential_of(request, by_tls=self._by_tls, shares_name=self._where.shares_name)
 
     async def begin(self) -> None:
         """What needs the database. Raises KohakuRiverError, OSError or ValueError where the host can't start."""
@@ -436,7 +436,7 @@ class Host:
         )
         await self._make_agents()
         port = self._socks[0].getsockname()[1]
-        where = where_in(options.apps_domain, options.public_url, perimeter.names, port, options.apps_url)
+        where = self._where = where_in(options.apps_domain, options.public_url, perimeter.names, port, options.apps_url)
         self._app_server = AppServer(
             await apps_key(self._store),
             where,
@@ -505,7 +505,7 @@ class Host:
             *(self._agent_node.routes() if self._advertised else ()),
         ]
         app = create_app(self._services(), guard, self._proxies, with_agents=bool(self._advertised))
-        app.state.by_tls = self._by_tls
+        app.state.by_tls, app.state.shares_name = self._by_tls, where.shares_name
         return Server(
             self._measures.requests(app),
             ws=serve_ws(routes, guard, max_message=perimeter.limits.max_message, proxies=self._proxies),

@@ -42,6 +42,13 @@ class Where:
         self.shared = shared
 
     @property
+    def shares_name(self) -> bool:
+        """Whether apps are at another port of the host's own name: browsers have one set of cookies for both."""
+        if self.shared is None or self.public is None:
+            return False
+        return self.shared.hostname == self.public.hostname
+
+    @property
     def names(self) -> Sequence[str]:
         """What browsers call the host."""
         return () if self.public is None or not self.public.hostname else (self.public.hostname,)
