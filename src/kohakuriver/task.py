@@ -212,7 +212,8 @@ class TaskSpec:
     `restart` says when what has ended runs again, None for never. `gpus` are a number, "all", or those with the numbers
     "0,1" or "device=0". `labels` are `K=V`, for programs of its node that go by them. `volumes` are `NAME:/TARGET` or
     `NAME:/TARGET:ro`: what its owner keeps under that name on a node outlives every task. With `preserve_host` its
-    services are told the addresses that browsers have, in the place of localhost and their port.
+    services are told the addresses that browsers have, in the place of localhost and their port; with `keep_prefix`
+    paths as browsers have them, where all apps are under one origin.
     A task of a scheduler is asked for with a `time_limit` in seconds, in a `partition`, for an `account` and with a
     `qos`, None for what the scheduler gives by default; so are its memory, `cpus` and `gpus`, which are a number there.
     """
@@ -243,6 +244,7 @@ class TaskSpec:
     account: OfScheduler | None = None
     qos: OfScheduler | None = None
     preserve_host: bool = False
+    keep_prefix: bool = False
 
 
 @dataclass(kw_only=True)
@@ -346,8 +348,8 @@ class TaskView:
     is over, None while it does not run. `ssh_port`, `ssh_host_key` (Ed25519) and `ssh_host_key_ecdsa` (on P-256, for
     clients that take no other) are those of the SSH server that the task was given, None without one. With
     `pending_removal` its node ends it once it is back. `no_direct` is why forwards can't
-    go past the host to its node, a clause; empty where they may try. `preserve_host` is as it was asked for, or
-    changed since.
+    go past the host to its node, a clause; empty where they may try. `preserve_host` and `keep_prefix` are as they were
+    asked for, or changed since.
     """
 
     task_id: int
@@ -398,6 +400,7 @@ class TaskView:
     pending_removal: bool = False
     no_direct: str = ""
     preserve_host: bool = False
+    keep_prefix: bool = False
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self)

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from urllib.parse import urljoin
+
 import h11
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kohakuriver.gateway import rewrite
 from kohakuriver.gateway.chunks import Chunks
-from kohakuriver.gateway.heads import CHUNKED, Malformed, read_request, request_body, wants_websocket
+from kohakuriver.gateway.heads import CHUNKED, Malformed, read_request, read_response, request_body, wants_websocket
 from kohakuriver.gateway.names import Place
 
 LAB = Place("lab", 8888, 7777)
@@ -129,3 +131,77 @@ def test_chunks_that_go_on_are_read_by_another_parser_to_the_same_end(body: tupl
         pass
     assert isinstance(event, h11.EndOfMessage) == chunks.over
     assert reader.trailing_data[0] == b"" or not chunks.over
+
+
+APPS, PREFIX = "https://apps.example.org", b"/lab-abcdefghijkl/8888"
+UNDER = Place("lab", 8888, 443, name="apps.example.org", scheme="https", prefix=PREFIX.decode())
+PARTS = [
+    PREFIX,
+    b"/other-abcdefghijkl/80",
+    b"/",
+    b"//",
+    b"\\",
+    b"..",
+    b"%2e",
+    b"\t",
+    b"x",
+    b"?",
+    b"#",
+    b"evil.example",
+    b"",
+]
+PATHS = st.lists(st.sampled_from(PARTS), max_size=5).map(b"".join)
+ATTRIBUTE = st.tuples(
+    st.sampled_from([b"Path", b"path", b" PATH ", b"\tPath", b"Domain", b" domain", b"Secure", b""]),
+    st.sampled_from([b"=", b" = ", b"", b"=="]),
+    st.one_of(PATHS, st.sampled_from([b'"/"', b"example.org", b".org"])),
+).map(b"".join)
+NAME = st.sampled_from(
+    [b"a", b"__Host-a", b" __hOsT-a", b"kohakuriver-app", b"__Secure-kohakuriver-app", b"=__Host-a", b""]
+)
+COOKIE = st.tuples(NAME, st.lists(ATTRIBUTE, max_size=4)).map(lambda parts: b";".join([parts[0] + b"=b", *parts[1]]))
+
+
+@settings(max_examples=1000, deadline=None)
+@given(COOKIE)
+def test_no_cookie_of_a_service_gets_out_of_its_prefix(cookie: bytes) -> None:
+    """As browsers read one: RFC 6265bis, section 5.6."""
+    try:
+        head = read_response(b"HTTP/1.1 200 OK\r\nSet-Cookie: " + cookie + b"\r\n\r\n")
+    except Malformed:
+        return
+    for line in rewrite.response(head, UNDER, body=0, close=False).split(b"\r\n"):
+        if not line.startswith(b"Set-Cookie: "):
+            continue
+        pair, *attributes = line.removeprefix(b"Set-Cookie: ").split(b";")
+        assert not pair.strip(b" \t").lower().startswith(b"__host-")
+        assert not pair.strip(b" \t=").lower().startswith((b"kohakuriver-", b"__secure-kohakuriver-"))
+        about = [
+            (each.partition(b"=")[0].strip(b" \t").lower(), each.partition(b"=")[2].strip(b" \t"))
+            for each in attributes
+        ]
+        assert b"domain" not in dict(about)
+        paths = [value for name, value in about if name == b"path" and value.startswith(b"/")]
+        assert all(path == PREFIX or path.startswith(PREFIX + b"/") for path in paths)
+        assert len([name for name, _ in about if name == b"path"]) == len(paths) <= 1
+
+
+@settings(max_examples=1000, deadline=None)
+@given(PATHS)
+def test_a_path_to_which_a_service_leads_is_under_its_prefix(path: bytes) -> None:
+    """Unless it climbs out of it, or leads to another site: it may link there, too."""
+    location = b"/" + path
+    try:
+        head = read_response(b"HTTP/1.1 302 Found\r\nLocation: " + location + b"\r\n\r\n")
+    except Malformed:
+        return
+    lines = rewrite.response(head, UNDER, body=0, close=False).split(b"\r\n")
+    (told,) = [line.removeprefix(b"Location: ") for line in lines if line.startswith(b"Location: ")]
+    stripped = location.strip(b" \t")
+    if stripped[1:2] in (b"/", b"\\"):
+        assert told == stripped
+    else:
+        assert UNDER.has(told)
+        plain = told.partition(b"?")[0].partition(b"#")[0].replace(b"%2e", b".")
+        if b".." not in plain and b"/." not in plain:
+            assert urljoin(f"{APPS}/x", told.decode()).startswith(f"{APPS}{PREFIX.decode()}")

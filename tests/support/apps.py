@@ -34,7 +34,7 @@ async def _no_tunnels(*_: object) -> str:
 
 
 class Surfer:
-    """A browser: it keeps cookies by the names of hosts, follows redirections, and sends forms that send themselves.
+    """A browser: it keeps cookies by hosts and paths, follows redirections, and sends forms that send themselves.
 
     A cookie with SameSite=Lax does not go with what a page of another site posts.
     """
@@ -54,8 +54,14 @@ class Surfer:
         return self._http[netloc]
 
     def cookies(self, url: str) -> dict[str, str]:
-        """Those that the host of a URL gets."""
-        return self.jar.setdefault(urlsplit(url).hostname or "", {})
+        """Those that the host of a URL gets: where it has some of a path that the URL is under, these."""
+        places = self._jars(url)
+        return self.jar.setdefault(max(places, key=len) if places else urlsplit(url).hostname or "", {})
+
+    def _jars(self, url: str) -> list[str]:
+        parts = urlsplit(url)
+        here = f"{parts.hostname}{parts.path}/"
+        return [place for place in self.jar if here.startswith(f"{place.rstrip('/')}/")]
 
     async def ask(
         self,
@@ -73,7 +79,8 @@ class Surfer:
             {} if site is None else {"Sec-Fetch-Site": site, "Sec-Fetch-Mode": "navigate", "Sec-Fetch-Dest": "document"}
         )
         sent |= headers or {}
-        cookies = {} if method == "POST" and site == "cross-site" else self.cookies(url)
+        kept = {name: value for place in self._jars(url) for name, value in self.jar[place].items()}
+        cookies = {} if method == "POST" and site == "cross-site" else kept
         if cookies and "Cookie" not in sent:
             sent["Cookie"] = "; ".join(f"{name}={value}" for name, value in cookies.items())
         path = f"{parts.path or '/'}?{parts.query}" if parts.query else parts.path or "/"
@@ -83,9 +90,12 @@ class Surfer:
         self.been.append(f"{method} {url}")
         for set_cookie in answer.headers.get_list("set-cookie"):
             name, _, value = set_cookie.partition(";")[0].partition("=")
-            self.cookies(url)[name] = value.strip('"')
-            if not self.cookies(url)[name] or "Max-Age=0" in set_cookie:
-                del self.cookies(url)[name]
+            under = re.search(r";\s*Path=(/[^;]*)", set_cookie, re.IGNORECASE)
+            place = f"{parts.hostname}{under[1] if under else ''}".rstrip("/")
+            jar = self.jar.setdefault(place, {})
+            jar[name] = value.strip('"')
+            if not jar[name] or "Max-Age=0" in set_cookie:
+                del jar[name]
         return answer
 
     async def go(self, url: str, *, site: str = "none", until: str = "") -> httpx.Response:
@@ -143,11 +153,11 @@ class Stage:
         return port
 
     def app(self, task: dict[str, Any], port: int) -> str:
-        """The origin of an app."""
+        """The origin of an app; where it is under a prefix, with that."""
         main = f"{self.host.logins.name}:{self.port}"
         address = self.host.app_server.apps.addresses.of(task["task_id"], task["name"], port, main)
         assert address
-        return address.place.origin
+        return address.place.base
 
     async def surfer(self, token: str | None = None) -> Surfer:
         """A browser that is logged in, as an admin where no token is given."""

@@ -235,6 +235,7 @@ class HostUnderTest:
             proxies=proxies,
             clock=clock,
         )
+        self.tasks.variables = self.app_server.apps.addresses.variables
         self.sessions = OpenSessions(self.grants)
         self.feed = Feed(store, accounts, self.tasks, self.nodes, self.sessions, changes)
         self.guard = Guard(elsewhere=self.app_server.owns, names=where.names if where else ())
@@ -263,6 +264,7 @@ class HostUnderTest:
             self.guard,
             proxies,
         )
+        self.app.state.shares_name = bool(where and where.shares_name)
         self.proxies = proxies
         self.url = ""
         self.admin_token = ""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from kohakuriver.errors import UsageError
-from kohakuriver.host.apps.addresses import Addresses, domain_in, url_in
+from kohakuriver.host.apps.addresses import PREFIX_VARIABLE, Addresses, climbs, domain_in, url_in
 from kohakuriver.host.apps.serving import where_in
 from kohakuriver.host.apps.signed import BEGIN_SECONDS, COOKIE_SECONDS, LONGEST, Signed
 
@@ -176,7 +176,7 @@ def test_what_a_browser_keeps_is_good_for_what_it_was_signed_for() -> None:
     shown = signed.admit("lab:1", "digest", 7, 8888)
     admission = signed.admission(shown)
     assert admission
-    assert (admission.host, admission.browser, admission.task_id, admission.port) == ("lab:1", "digest", 7, 8888)
+    assert (admission.address, admission.browser, admission.task_id, admission.port) == ("lab:1", "digest", 7, 8888)
     assert signed.is_good(admission)
     assert not signed.is_old(admission)
     clock.now += COOKIE_SECONDS - 1
@@ -221,3 +221,176 @@ def test_addresses_that_were_read_before_are_remembered_within_bounds(monkeypatc
             assert found
             assert (found.label, found.host) == (label, f"{label}-80.apps.example.org")
     assert addresses.read("a-80.apps.example.org:1") is None
+
+
+# -- one origin for all apps -----------------------------------------------------------------------------------------
+
+
+def under_one(url: str = "https://apps.example.org", public: str = "https://river.example.org") -> Addresses:
+    return Addresses(KEY, LOCAL, tls=True, public=url_in(public), shared=url_in(url))
+
+
+@pytest.mark.parametrize(
+    ("url", "host"),
+    [
+        ("https://apps.example.org", "apps.example.org"),
+        ("https://Apps.Example.org:443/", "apps.example.org"),
+        ("https://apps.example.org:8443", "apps.example.org:8443"),
+        ("https://river.example.org:8443", "river.example.org:8443"),
+        ("https://10.0.0.7:8443", "10.0.0.7:8443"),
+        ("https://[fd00::7]:8443", "[fd00::7]:8443"),
+    ],
+)
+def test_under_one_origin_an_app_has_a_path_of_its_own(url: str, host: str) -> None:
+    addresses = under_one(url)
+    address = addresses.of(7, "lab", 8888, "10.0.0.1:8000")
+    assert address
+    tag = addresses.tag(7, 8888)
+    assert address.key == f"{host}/lab-{tag}/8888"
+    assert address.place.url == f"https://{host}/lab-{tag}/8888/"
+    assert addresses.owns(host)
+    for target in (b"/", b"/x/../y", b"?x", b""):
+        assert addresses.read(host, address.prefix.encode() + target) == address
+    assert addresses.named(address.key) == address
+    assert addresses.main(address) == "https://river.example.org"
+    assert not addresses.on_own_machine
+
+
+@pytest.mark.parametrize(
+    "host", ["apps.example.org:8000", "apps.example.org:443", "apps.example.org.", "river.example.org", "x", ""]
+)
+def test_only_the_very_origin_of_the_apps_has_addresses(host: str) -> None:
+    address = under_one().of(7, "lab", 8888, "")
+    assert address
+    assert under_one().read(host, address.prefix.encode()) is None
+    assert under_one().read("APPS.example.org", address.prefix.encode()) == address
+
+
+def test_all_ports_of_a_task_are_under_what_it_is_told_and_another_task_is_elsewhere() -> None:
+    addresses = under_one()
+    told = addresses.variables(7, "lab")[PREFIX_VARIABLE]
+    for port in (80, 65535):
+        address = addresses.of(7, "lab", port, "")
+        assert address
+        assert address.prefix == f"{told}/{port}"
+    assert addresses.variables(8, "lab")[PREFIX_VARIABLE] != told
+    assert addresses.variables(7, None)[PREFIX_VARIABLE].startswith("/7-")
+    assert in_domain().variables(7, "lab") == {}
+
+
+@pytest.mark.parametrize(
+    "target",
+    [
+        b"/",
+        b"/lab-abcdefghijkl",
+        b"/lab-abcdefghijkl/",
+        b"/lab-abcdefghijkl/0/",
+        b"/lab-abcdefghijkl/08888/",
+        b"/lab-abcdefghijkl/65536/",
+        b"/lab-abcdefghijkl/8888x",
+        b"/lab-abcdefghijkl/8888;/",
+        b"/lab-abcdefghijkl/8888%2f",
+        b"/lab-abcdefghijk1/8888.",
+        b"//lab-abcdefghijkl/8888/",
+        b"/./lab-abcdefghijkl/8888/",
+        b"/%6cab-abcdefghijkl/8888/",
+        b"/LAB-ABCDEFGHIJKL/8888/",
+        b"/xn--lab-abcdefghijkl/8888/",
+        b"/x/lab-abcdefghijkl/8888/",
+        b"/lab\\8888/",
+        b"*",
+    ],
+)
+def test_what_does_not_begin_with_exactly_a_prefix_is_no_address(target: bytes) -> None:
+    assert under_one().read("apps.example.org", target) is None
+
+
+@pytest.mark.parametrize(
+    "key",
+    [
+        "apps.example.org",
+        "apps.example.org/",
+        "apps.example.org/lab-abcdefghijkl/8888/",
+        "apps.example.org/lab-abcdefghijkl/8888?x",
+        "APPS.example.org/lab-abcdefghijkl/8888",
+        "apps.example.org:443/lab-abcdefghijkl/8888",
+        "evil.example/lab-abcdefghijkl/8888",
+        "/lab-abcdefghijkl/8888",
+        "",
+    ],
+)
+def test_only_the_whole_key_names_an_address(key: str) -> None:
+    assert under_one().named(key) is None
+
+
+@pytest.mark.parametrize(
+    ("url", "host", "owned"),
+    [
+        ("https://apps.example.org", "apps.example.org", True),
+        ("https://apps.example.org", "APPS.example.org:443", True),
+        ("https://apps.example.org", "apps.example.org.", True),
+        ("https://apps.example.org", "apps.example.org:8000", True),
+        ("https://apps.example.org", "x.apps.example.org", False),
+        ("https://apps.example.org", "river.example.org", False),
+        ("https://river.example.org:8443", "river.example.org:8443", True),
+        ("https://river.example.org:8443", "river.example.org.:8443", True),
+        ("https://river.example.org:8443", "river.example.org", False),
+        ("https://river.example.org:8443", "river.example.org:443", False),
+        ("https://river.example.org:8443", "10.0.0.1:8443", False),
+    ],
+)
+def test_the_host_serves_nothing_where_all_apps_are(url: str, host: str, owned: bool) -> None:
+    assert under_one(url).owns(host) is owned
+
+
+@pytest.mark.parametrize(
+    ("url", "public", "why"),
+    [
+        ("https://river.example.org", "https://river.example.org", "another name or port"),
+        ("https://river.example.org:443", "https://River.example.org", "another name or port"),
+        ("http://apps.example.org", "https://river.example.org", "must begin with https://"),
+        ("https://apps.example.org", "http://river.example.org", "must begin with http://"),
+        ("https://example.org", "https://river.example.org", "give another one"),
+    ],
+)
+def test_apps_that_would_not_be_apart_from_the_host_are_refused(url: str, public: str, why: str) -> None:
+    with pytest.raises(UsageError, match=why):
+        under_one(url, public)
+
+
+def test_where_all_apps_are_is_said_in_one_way_and_the_host_is_elsewhere() -> None:
+    for text in ("apps.example.org", "https://apps.example.org/x", "https://apps.example.org/?x", "ftp://a.example"):
+        with pytest.raises(UsageError, match="as in `--apps-url https://"):
+            where_in(None, None, ["river.example.org"], 443, text)
+    with pytest.raises(UsageError, match="not both"):
+        where_in("apps.example.org", None, ["river.example.org"], 443, "https://apps.example.org")
+    with pytest.raises(UsageError, match="--apps-url needs the host's own address"):
+        where_in(None, None, ["10.0.0.1"], 443, "https://apps.example.org")
+    for url, names, public in (
+        ("https://apps.example.org", ["apps.example.org", "river.example.org"], "https://river.example.org:8000"),
+        ("https://river.example.org:8443", ["river.example.org"], "https://river.example.org:8000"),
+    ):
+        where = where_in(None, None, names, 8000, url)
+        assert where.public
+        assert (where.public.geturl(), where.shared) == (public, url_in(url))
+        assert where.shares_name is ("river" in url)
+    assert not where_in(None, None, ["river.example.org"], 443).shares_name
+
+
+@pytest.mark.parametrize(
+    ("target", "away"),
+    [
+        (b"/a/../b", True),
+        (b"/a/..", True),
+        (b"/a/..?x", True),
+        (b"/a/%2e%2E/b", True),
+        (b"/a/.%2e/b", True),
+        (b"/a/./b", True),
+        (b"/a\\..\\b", True),
+        (b"/a/...", False),
+        (b"/a/..b/.c", False),
+        (b"/a?x=/../b", False),
+    ],
+)
+def test_a_path_that_leads_elsewhere_is_known(target: bytes, away: bool) -> None:
+    assert climbs(target) is away

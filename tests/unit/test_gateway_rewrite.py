@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 
 from kohakuriver.gateway import rewrite
@@ -20,10 +22,12 @@ def inside(fields: bytes, *, place: Place = LAB, line: bytes = b"GET /a?b HTTP/1
     return sent[:-4].split(b"\r\n")
 
 
-def outside(fields: bytes, *, close: bool = False, status: int = 200, more: bytes = b"") -> list[bytes]:
+def outside(
+    fields: bytes, *, close: bool = False, status: int = 200, more: bytes = b"", place: Place = LAB
+) -> list[bytes]:
     """The lines that the browser gets."""
     head = read_response(b"HTTP/1.0 %d OK\r\n" % status + fields + b"\r\n")
-    return rewrite.response(head, LAB, body=5, close=close, more=more)[:-4].split(b"\r\n")
+    return rewrite.response(head, place, body=5, close=close, more=more)[:-4].split(b"\r\n")
 
 
 def test_the_service_believes_that_it_is_on_localhost() -> None:
@@ -185,3 +189,146 @@ def test_an_answer_is_hops_own_and_says_when_it_is_the_last() -> None:
     assert outside(b"Content-Length: 5\r\n", close=True)[-1] == b"Connection: close"
     chunked = read_response(b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n")
     assert b"Transfer-Encoding: chunked\r\n" in rewrite.response(chunked, LAB, body=CHUNKED, close=False)
+
+
+# -- under the one origin of all apps --------------------------------------------------------------------------------
+
+PREFIX = b"/lab-abcdefghijkl/8888"
+APPS = b"https://apps.example.org"
+STRIPPED = Place("lab", 8888, 443, name="apps.example.org", scheme="https", prefix=PREFIX.decode())
+KEPT = replace(STRIPPED, keep_prefix=True)
+
+
+def under(fields: bytes, place: Place = STRIPPED) -> list[bytes]:
+    """The lines that the service gets of a request to a path under the prefix."""
+    return inside(fields, place=place, line=b"GET " + PREFIX + b"/a?b HTTP/1.1")
+
+
+def test_a_service_is_told_paths_without_the_prefix_and_what_that_is() -> None:
+    lines = under(b"Referer: " + APPS + PREFIX + b"/x\r\nOrigin: " + APPS + b"\r\nX-Forwarded-Prefix: /evil\r\n")
+    assert lines[0] == b"GET /a?b HTTP/1.1"
+    assert b"Host: localhost:8888" in lines
+    assert b"Referer: http://localhost:8888/x" in lines
+    assert b"Origin: http://localhost:8888" in lines
+    assert [line for line in lines if b"-Prefix" in line] == [b"X-Forwarded-Prefix: " + PREFIX]
+
+
+def test_a_service_that_knows_its_prefix_is_told_paths_as_they_are() -> None:
+    lines = under(b"Referer: " + APPS + PREFIX + b"/x\r\n", KEPT)
+    assert lines[0] == b"GET " + PREFIX + b"/a?b HTTP/1.1"
+    assert b"Referer: http://localhost:8888" + PREFIX + b"/x" in lines
+    assert not [line for line in lines if b"-Prefix" in line]
+
+
+@pytest.mark.parametrize("place", [STRIPPED, KEPT, replace(STRIPPED, preserve_host=True)])
+def test_a_service_is_not_told_the_address_of_another_app(place: Place) -> None:
+    for path in (b"/other-abcdefghijkl/8888/", PREFIX + b"8/", PREFIX.upper() + b"/"):
+        assert not [line for line in under(b"Referer: " + APPS + path + b"\r\n", place) if b"Referer" in line]
+    for other in (APPS + b"/", b"https://elsewhere.example/" + PREFIX):
+        assert [line for line in under(b"Referer: " + other + b"\r\n", place) if b"Referer" in line]
+
+
+@pytest.mark.parametrize(
+    ("location", "told", "kept"),
+    [
+        (b"/login?next=/", APPS[:0] + PREFIX + b"/login?next=/", b"/login?next=/"),
+        (PREFIX + b"/login", PREFIX + b"/login", PREFIX + b"/login"),
+        (PREFIX + b"9/login", PREFIX + PREFIX + b"9/login", PREFIX + b"9/login"),
+        (b"/other-abcdefghijkl/80/", PREFIX + b"/other-abcdefghijkl/80/", b"/other-abcdefghijkl/80/"),
+        (b"http://localhost:8888/x", APPS + PREFIX + b"/x", APPS + b"/x"),
+        (b"//127.0.0.1:8888/x", APPS + PREFIX + b"/x", APPS + b"/x"),
+        (b"http://localhost:8888" + PREFIX + b"/x", APPS + PREFIX + b"/x", APPS + PREFIX + b"/x"),
+        (APPS + b"/x", APPS + PREFIX + b"/x", APPS + b"/x"),
+        (APPS + PREFIX + b"/x", APPS + PREFIX + b"/x", APPS + PREFIX + b"/x"),
+        (b"x/y", b"x/y", b"x/y"),
+        (b"?x=/y", b"?x=/y", b"?x=/y"),
+        (b"//elsewhere.example/", b"//elsewhere.example/", b"//elsewhere.example/"),
+        (b"/\\elsewhere.example/", b"/\\elsewhere.example/", b"/\\elsewhere.example/"),
+        (APPS + b".evil.example/", APPS + b".evil.example/", APPS + b".evil.example/"),
+        (b"/\t/elsewhere.example", PREFIX + b"/\t/elsewhere.example", b"/\t/elsewhere.example"),
+    ],
+)
+def test_a_redirection_to_a_path_of_the_service_leads_there_under_the_prefix(
+    location: bytes, told: bytes, kept: bytes
+) -> None:
+    for place, outer in ((STRIPPED, told), (KEPT, kept)):
+        assert b"Location: " + outer in outside(b"Location: " + location + b"\r\n", status=302, place=place)
+
+
+@pytest.mark.parametrize(
+    ("cookie", "told", "kept"),
+    [
+        (b"a=b", b"a=b", b"a=b"),
+        (b"a=b; Path=/", b"a=b; Path=%s/", b"a=b; Path=%s/"),
+        (b"a=b; path = /api ;Secure", b"a=b;Secure; Path=%s/api", b"a=b;Secure; Path=%s/"),
+        (b"a=b; Path=%s/api", b"a=b; Path=%s/api", b"a=b; Path=%s/api"),
+        (b"a=b; Path=%s", b"a=b; Path=%s", b"a=b; Path=%s"),
+        (b"a=b; Path=%s9", b"a=b; Path=%s%s9", b"a=b; Path=%s/"),
+        (b"a=b; Path=%s; Path=/", b"a=b; Path=%s/", b"a=b; Path=%s/"),
+        (b"a=b; Path=/; Path=x", b"a=b", b"a=b"),
+        (b"a=b; Path=/; Path", b"a=b", b"a=b"),
+        (b'a=b; Path="/"', b"a=b", b"a=b"),
+        (b"a=b; Path=/other-abcdefghijkl/80/", b"a=b; Path=%s/other-abcdefghijkl/80/", b"a=b; Path=%s/"),
+        (b"a=b; Domain=example.org; Path=/", b"a=b; Path=%s/", b"a=b; Path=%s/"),
+        (
+            b"__Host-a=b; Path=/; Secure",
+            b"__Secure-Host-a=b; Secure; Path=%s/",
+            b"__Secure-Host-a=b; Secure; Path=%s/",
+        ),
+        (b" __hOST-a=b; Path=/", b"__Secure-hOST-a=b; Path=%s/", b"__Secure-hOST-a=b; Path=%s/"),
+        (b"__Secure-kohakuriver-app=b; Path=/", None, None),
+        (b"__Host-kohakuriver-host-8000=b; Path=/", None, None),
+        (b"__Host-Http-kohakuriver-host=b; Path=/", None, None),
+        (b" =kohakuriver-app-1; Path=/", None, None),
+    ],
+)
+def test_cookies_of_a_service_stay_under_its_prefix(cookie: bytes, told: bytes | None, kept: bytes | None) -> None:
+    for place, outer in ((STRIPPED, told), (KEPT, kept)):
+        lines = outside(b"Set-Cookie: " + cookie.replace(b"%s", PREFIX) + b"\r\n", place=place)
+        found = [line for line in lines if line.startswith(b"Set-Cookie")]
+        assert found == ([] if outer is None else [b"Set-Cookie: " + outer.replace(b"%s", PREFIX)])
+
+
+def test_a_cookie_whose_name_asks_for_all_of_an_origin_comes_back_to_the_service_as_it_was_named() -> None:
+    cookies = b"a=b; __Secure-Host-c=d; __Secure-hOST-e=f;  __Secure-kohakuriver-app=g; __Secure-h=i"
+    cookies += b"; __Host-Http-kohakuriver-host=j"
+    assert b"Cookie: a=b; __Host-c=d; __hOST-e=f; __Secure-h=i" in under(b"Cookie: " + cookies + b"\r\n")
+    lines = inside(b"Cookie: __Secure-Host-c=d\r\n")  # an address of its own needs none of that
+    assert b"Cookie: __Secure-Host-c=d" in lines
+
+
+def test_what_would_go_for_all_of_the_origin_is_not_said_by_one_of_its_apps() -> None:
+    fields = (
+        b'Clear-Site-Data: "cache", "storage"\r\n'
+        b"Strict-Transport-Security: max-age=0\r\n"
+        b'Alt-Svc: h3=":9999"\r\n'
+        b'NEL: {"report_to": "evil"}\r\n'
+        b"Report-To: {}\r\n"
+        b'Use-As-Dictionary: match="/*"\r\n'
+        b'Secure-Session-Registration: (ES256);path="x"\r\n'
+        b"Service-Worker-Allowed: /\r\n"
+    )
+    for place in (STRIPPED, KEPT):
+        lines = outside(fields, place=place)
+        assert lines[1:] == [b"Service-Worker-Allowed: " + PREFIX + b"/"]
+    assert len(outside(fields)) == 9  # of an address of its own that is its own business
+
+
+@pytest.mark.parametrize(
+    ("challenge", "told"),
+    [
+        (b'Basic realm="staff"', b'Basic realm="staff %s"'),
+        (b"basic REALM = staff", b'Basic realm="staff %s"'),
+        (b'Basic realm="staff", charset="utf-8"', b'Basic realm="staff %s", charset="UTF-8"'),
+        (b"Basic", b'Basic realm=" %s"'),
+        (b'Negotiate, Basic realm="staff"', b'Basic realm="staff %s"'),
+        (b'Basic x="realm=y", realm="staff"', b'Basic realm="y %s"'),
+        (b'Basic realm="a\\"b", realm="staff"', b'Basic realm="a %s"'),
+        (b'Bearer realm="staff"', b'Bearer realm="staff"'),
+        (b'Digest realm="staff", nonce="basic"', b'Digest realm="staff", nonce="basic"'),
+    ],
+)
+def test_no_app_is_sent_the_password_that_was_typed_for_another(challenge: bytes, told: bytes) -> None:
+    lines = outside(b"WWW-Authenticate: " + challenge + b"\r\n", status=401, place=STRIPPED)
+    assert b"WWW-Authenticate: " + told.replace(b"%s", PREFIX) in lines
+    assert b"WWW-Authenticate: " + challenge in outside(b"WWW-Authenticate: " + challenge + b"\r\n", status=401)

@@ -24,7 +24,7 @@ from tests.support.host_only import HEARTBEAT_SECONDS, FakeRunner, HostUnderTest
 
 Run = Callable[[Coroutine[Any, Any, None]], None]
 
-TASK_FIELDS = {"pending_removal", "no_direct", "preserve_host"} | {
+TASK_FIELDS = {"pending_removal", "no_direct", "preserve_host", "keep_prefix"} | {
     *(
         "task_id",
         "name",

@@ -45,6 +45,7 @@ EVERYTHING: Final = NewTask(
     account="lab",
     qos="high",
     preserve_host=True,
+    keep_prefix=True,
 )
 
 

@@ -145,12 +145,32 @@ AppsDomainOption = Annotated[
         show_default=False,
     ),
 ]
+AppsUrlOption = Annotated[
+    str | None,
+    typer.Option(
+        "--apps-url",
+        metavar="URL",
+        help="Without names for that: all of tasks' HTTP ports are under this one, each with a path as its prefix.",
+        show_default=False,
+    ),
+]
+AppsPortOption = Annotated[
+    int | None,
+    typer.Option(
+        "--apps-port",
+        metavar="PORT",
+        min=0,
+        max=65535,
+        help="Another port to listen on, where --apps-url has the host's own name and that port.",
+        show_default=False,
+    ),
+]
 PublicUrlOption = Annotated[
     str | None,
     typer.Option(
         "--public-url",
         metavar="URL",
-        help="Where browsers find this host. Default with --apps-domain: by the first name in its certificate.",
+        help="Where browsers find this host. Default with --apps-domain or -url: by a name in its certificate.",
         show_default=False,
     ),
 ]
@@ -470,6 +490,8 @@ def host(
     workers: WorkersOption = 1,
     user_mounts: MountsOption = False,
     apps_domain: AppsDomainOption = None,
+    apps_url: AppsUrlOption = None,
+    apps_port: AppsPortOption = None,
     public_url: PublicUrlOption = None,
     advertise_url: HostAdvertiseOption = None,
     trusted_proxies: TrustedProxyOption = None,

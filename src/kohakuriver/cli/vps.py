@@ -207,10 +207,24 @@ PreserveHostOption = Annotated[
     bool,
     typer.Option("--preserve-host", help="Services are told the address that a browser has, not that of localhost."),
 ]
-ChangedPreserveHostOption = Annotated[
+KeepPrefixOption = Annotated[
     bool,
+    typer.Option("--keep-prefix", help="Services are told paths with the prefix, where the host has --apps-url."),
+]
+ChangedPreserveHostOption = Annotated[
+    bool | None,
     typer.Option(
-        "--preserve-host/--no-preserve-host", help="Whether that is the address that the browser has, or localhost."
+        "--preserve-host/--no-preserve-host",
+        help="Whether that is the address that the browser has, or localhost.",
+        show_default=False,
+    ),
+]
+ChangedKeepPrefixOption = Annotated[
+    bool | None,
+    typer.Option(
+        "--keep-prefix/--no-keep-prefix",
+        help="Whether paths have the prefix, where the host has --apps-url.",
+        show_default=False,
     ),
 ]
 SshOption = Annotated[
@@ -283,6 +297,7 @@ def create(
     account: AccountOption = None,
     qos: QosOption = None,
     preserve_host: PreserveHostOption = False,
+    keep_prefix: KeepPrefixOption = False,
     with_ssh: SshOption = False,
     public_key_file: PublicKeyOption = None,
     no_wait: NoWaitOption = False,
@@ -328,6 +343,7 @@ def create(
         account=account,
         qos=qos,
         preserve_host=preserve_host,
+        keep_prefix=keep_prefix,
         ssh_keys=public_keys(public_key_file or []) if with_ssh or public_key_file else [],
     )
 
@@ -732,11 +748,21 @@ def extend(
 
 @app.command(epilog="Example: kohakuriver vps web lab --preserve-host")
 @remote
-def web(at: Remote, task: TaskArgument, preserve_host: ChangedPreserveHostOption) -> None:
+def web(
+    at: Remote,
+    task: TaskArgument,
+    preserve_host: ChangedPreserveHostOption = None,
+    keep_prefix: ChangedKeepPrefixOption = None,
+) -> None:
     """Say what the HTTP services of a task are told when browsers open them at the host."""
-    changed = at.ask(lambda client: client.serve_web(task, preserve_host=preserve_host))
+    if preserve_host is None and keep_prefix is None:
+        raise UsageError("Say what services are to be told, with --preserve-host or --keep-prefix, or --no-… of these.")
+    changed = at.ask(lambda client: client.serve_web(task, preserve_host=preserve_host, keep_prefix=keep_prefix))
     told = "the address that the browser has" if changed.preserve_host else "localhost and their own port"
-    at.show(changed.to_json(), f"Services of task {changed.name} are told {told}, as browsers open them from now on.")
+    kept = ", with paths as the browser has them" if changed.keep_prefix else ""
+    at.show(
+        changed.to_json(), f"Services of task {changed.name} are told {told}{kept}, as browsers open them from now on."
+    )
 
 
 @app.command(epilog="Example: kohakuriver vps rm web")
@@ -887,6 +913,7 @@ def _about(task: Task, unreachable: set[str]) -> list[tuple[str, str]]:
         ("idle stop", f"when nobody was connected for {_idle(task)}" if task.idle_stop else ""),
         ("network", task.network or ""),
         ("host told", "the address that the browser has" if task.preserve_host else ""),
+        ("paths told", "as the browser has them" if task.keep_prefix else ""),
         ("owner", task.owner),
         ("shared with", ", ".join(task.shared_with)),
         ("ssh server", "yes" if task.ssh_host_key else ""),

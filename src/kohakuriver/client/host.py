@@ -622,9 +622,11 @@ class HostClient:
         """Have the time to live of a task be over so many seconds later."""
         return _task(await self._call("POST", _path(task, "extend"), body={"seconds": seconds}))
 
-    async def serve_web(self, task: str, *, preserve_host: bool) -> Task:
-        """Have its services be told the addresses that browsers have, or not."""
-        return _task(await self._call("POST", _path(task, "web"), body={"preserve_host": preserve_host}))
+    async def serve_web(self, task: str, *, preserve_host: bool | None = None, keep_prefix: bool | None = None) -> Task:
+        """Have its services be told the addresses, or the paths, that browsers have, or not; None changes nothing."""
+        asked = {"preserve_host": preserve_host, "keep_prefix": keep_prefix}
+        body = {name: value for name, value in asked.items() if value is not None}
+        return _task(await self._call("POST", _path(task, "web"), body=body))
 
     async def remove(self, task: str) -> Task:
         """End the task and forget it; the answer is the task as it was."""

@@ -231,6 +231,7 @@ async def create(
     gpus: int | str | None = None,
     network: str | None = None,
     preserve_host: bool = False,
+    keep_prefix: bool = False,
     ssh_keys: Sequence[str] = (),
     wait: float | None = WAIT_SECONDS,
     host: str | None = None,
@@ -261,6 +262,7 @@ async def create(
         restart: when it runs again: "no", "on-failure", "on-failure:N", "always" or "unless-stopped".
         network: "none" for a container that reaches nothing; forwards and terminals reach it all the same.
         preserve_host: its services are told the addresses that browsers have, in the place of localhost.
+        keep_prefix: they are told paths as browsers have them, where all apps of the host are under one origin.
         ssh_keys: public keys that its SSH server lets in; without one it has no SSH server.
         host: as `token` and `ca_file` by default what the command line's settings say.
 
@@ -295,6 +297,7 @@ async def create(
         gpus=None if gpus is None else str(gpus),
         network=network,
         preserve_host=preserve_host,
+        keep_prefix=keep_prefix,
         ssh_keys=list(ssh_keys),
     )
     settings = load_settings(host=host, token=token, ca_file=ca_file)

@@ -19,7 +19,7 @@ SEEN_SECONDS = 2 * CODE_SECONDS
 """How long after its end the use of a used code shows that somebody has seen it; later it is just no code."""
 MOST_CODES = 64
 _PREFIX = b"kohakuriver-web-"
-_OURS = (b"kohakuriver-", b"__host-kohakuriver-", b"__secure-kohakuriver-")
+_OURS = (b"kohakuriver-", b"__host-kohakuriver-", b"__host-http-kohakuriver-", b"__secure-kohakuriver-")
 
 
 def _digest(text: bytes) -> bytes:

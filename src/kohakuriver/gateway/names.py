@@ -1,6 +1,7 @@
 """The addresses of tasks' ports, as `http://lab-8888.localhost:PORT/`. No I/O.
 
-One label has both the task and the port, so each port is an origin of its own to a browser.
+One label has both the task and the port, so each port is an origin of its own to a browser. Where a host has no names
+for that, all ports are under one origin, each under a path of its own.
 """
 
 from __future__ import annotations
@@ -39,6 +40,8 @@ class Place:
         preserve_host: the service is told the address as it is, not that it is on localhost.
         name: how it is called in its address; "" for a name under localhost.
         scheme: that of its address, http or https.
+        prefix: the path under which it is, as `/lab-k3hd7wq2m5ta/8888`; "" where its origin is its own.
+        keep_prefix: the service is told paths as browsers have them, not without the prefix.
     """
 
     label: str
@@ -47,6 +50,8 @@ class Place:
     preserve_host: bool = False
     name: str = ""
     scheme: str = "http"
+    prefix: str = ""
+    keep_prefix: bool = False
 
     @cached_property
     def host(self) -> str:
@@ -58,8 +63,27 @@ class Place:
         return f"{self.scheme}://{self.host}"
 
     @property
+    def base(self) -> str:
+        """What its paths are put behind, in a URL."""
+        return f"{self.origin}{self.prefix}"
+
+    @property
     def url(self) -> str:
-        return f"{self.origin}/"
+        return f"{self.base}/"
+
+    def path(self, target: bytes) -> bytes:
+        """A path that a browser has asked for, without the prefix, under which it is."""
+        return target[len(self.prefix) :] if self.prefix else target
+
+    @cached_property
+    def stripped(self) -> bytes:
+        """What is in front of paths outside and not inside."""
+        return b"" if self.keep_prefix else self.prefix.encode()
+
+    def has(self, path: bytes) -> bool:
+        """Whether a path, as browsers have it, is under the prefix."""
+        own = self.prefix.encode()
+        return path.startswith(own) and path[len(own) : len(own) + 1] in (b"", b"/", b"?", b"#")
 
     @cached_property
     def inner_host(self) -> str:

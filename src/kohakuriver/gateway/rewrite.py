@@ -46,6 +46,24 @@ _ORDERS = frozenset({b"x-accel-expires", b"x-accel-redirect"})
 _ORDERS_BEGIN = (b"x-sendfile", b"x-litespeed-", b"x-lighttpd-", b"x-reproxy-")
 _ANSWER_DROPPED = _HOP | _ORDERS
 _ANSWER_CHANGED = frozenset({b"set-cookie", b"location", b"clear-site-data"})
+# What browsers take for all of an origin: from one of several apps there it would go for the others, and outlive it.
+_OF_ORIGIN = frozenset(
+    {
+        b"alt-svc",
+        b"clear-site-data",
+        b"nel",
+        b"report-to",
+        b"sec-session-registration",
+        b"secure-session-registration",
+        b"strict-transport-security",
+        b"use-as-dictionary",
+    }
+)
+_ALONE = (_ANSWER_DROPPED, _ANSWER_CHANGED)
+_UNDER_PREFIX = (_ANSWER_DROPPED | _OF_ORIGIN, _ANSWER_CHANGED | {b"service-worker-allowed", b"www-authenticate"})
+_BASIC = re.compile(rb"(?i)(?:^|,)[ \t]*basic(?![^ \t,])")
+_REALM = re.compile(rb'(?i)realm[ \t]*=[ \t]*"?([^"\\,]*)')
+_HOST_NAME, _SECURE_NAME = b"__host-", b"__Secure-Host-"
 # What says that an answer may be kept, beside Cache-Control and those that end so, as Cloudflare-CDN-Cache-Control.
 _KEEPING = frozenset({b"expires", b"pragma", b"surrogate-control"})
 _KEEPING_ENDS = b"cache-control"
@@ -61,17 +79,20 @@ def request(head: RequestHead, place: Place, peer: str, *, body: int, upgrade: b
     """The head that the service gets, from a browser at the address `peer`. `body`: its length, or CHUNKED."""
     named = _named(head, _NEVER_NAMED)
     inner = place.inner_host.encode()
-    lines = [b"%s %s HTTP/1.%d" % (head.method, head.target, head.minor), b"Host: " + inner]
+    target = head.target if place.keep_prefix else place.path(head.target)
+    lines = [b"%s %s HTTP/1.%d" % (head.method, target, head.minor), b"Host: " + inner]
     for lower, name, value in head.fields.listed:
         if lower.replace(b"_", b"-") in _REQUEST_DROPPED or lower in named:
             continue
         if lower in _REQUEST_CHANGED:
-            if lower == b"cookie":
+            if place.prefix:
+                value = _told(lower, value, place, inner)
+            elif lower == b"cookie":
                 value = without_ours(value)
-                if not value:
-                    continue
             elif not place.preserve_host:
                 value = _inside(value, place.origin.encode(), inner)
+            if not value:
+                continue
         lines.append(name + b": " + value)
     if upgrade:
         lines += [b"Connection: Upgrade", b"Upgrade: websocket"]
@@ -83,9 +104,24 @@ def request(head: RequestHead, place: Place, peer: str, *, body: int, upgrade: b
         b"X-Forwarded-For: " + peer.encode(),
         b"X-Forwarded-Host: " + place.host.encode(),
         b"X-Forwarded-Proto: " + place.scheme.encode(),
+        *([b"X-Forwarded-Prefix: " + place.stripped] if place.stripped else []),
         b"\r\n",
     ]
     return b"\r\n".join(lines)
+
+
+def _told(name: bytes, value: bytes, place: Place, inner: bytes) -> bytes:
+    """A Cookie, an Origin or a Referer as a service under a prefix is told it; nothing where it is not."""
+    if name == b"cookie":
+        return without_ours(_host_names_back(value))
+    origin = place.origin.encode()
+    if name == b"referer":
+        path = value[len(origin) :] if value.startswith(origin + b"/") else b""
+        if path not in (b"", b"/") and not place.has(path):
+            return b""  # the address of another app is none of its business
+        if path != b"/":
+            origin += place.stripped
+    return value if place.preserve_host else _inside(value, origin, inner)
 
 
 def _named(head: RequestHead | ResponseHead, never: frozenset[bytes]) -> frozenset[bytes]:
@@ -109,14 +145,15 @@ def response(
     With such fields, a cookie that lets in, nobody is to keep it: a cache before us would give them to others.
     """
     named = _named(head, _NEVER_NAMED_BACK) | (_KEEPING if more else _NONE)
+    dropped, changed = _UNDER_PREFIX if place.prefix else _ALONE
     lines = [b"HTTP/1.1 %d %s" % (head.status, head.reason)]
     for lower, name, value in head.fields.listed:
-        if lower in _ANSWER_DROPPED or lower in named or lower.startswith(_ORDERS_BEGIN):
+        if lower in dropped or lower in named or lower.startswith(_ORDERS_BEGIN):
             continue
         if more and lower.endswith(_KEEPING_ENDS):
             continue
-        if lower in _ANSWER_CHANGED:
-            value = _outside(value, place) if lower == b"location" else _own_alone(lower, value)
+        if lower in changed:
+            value = _outside(value, place) if lower == b"location" else _own_alone(lower, value, place)
             if not value:
                 continue
         lines.append(name + b": " + value)
@@ -131,9 +168,14 @@ def response(
     return b"\r\n".join(lines)
 
 
-def _own_alone(name: bytes, value: bytes) -> bytes:
-    """A Set-Cookie, or a Clear-Site-Data, that is about this address alone; nothing where nothing of it is."""
-    return _host_only(value) if name == b"set-cookie" else _cleared(value)
+def _own_alone(name: bytes, value: bytes, place: Place) -> bytes:
+    """What is about an origin, so that it is about this address alone; nothing where nothing of it is."""
+    if name == b"set-cookie":
+        cookie = _host_only(value)
+        return _under_prefix(cookie, place) if place.prefix and cookie else cookie
+    if name == b"www-authenticate":
+        return _own_realm(value, place)
+    return _cleared(value) if name == b"clear-site-data" else place.prefix.encode() + b"/"
 
 
 def _cleared(what: bytes) -> bytes:
@@ -149,8 +191,51 @@ def _host_only(cookie: bytes) -> bytes:
     pair, *attributes = cookie.split(b";")
     if is_ours(pair):
         return b""
-    kept = [each for each in attributes if each.split(b"=")[0].strip(b" \t").lower() != b"domain"]
+    return b";".join([pair, *(each for each in attributes if _attribute(each) != b"domain")])
+
+
+def _attribute(each: bytes) -> bytes:
+    return each.split(b"=")[0].strip(b" \t").lower()
+
+
+def _under_prefix(cookie: bytes, place: Place) -> bytes:
+    """A Set-Cookie whose Path is under the prefix. Without one it is that of the request, which is there anyway.
+
+    Browsers take a name that begins with `__Host-` with the path / alone, so it gets another one.
+    """
+    pair, *attributes = cookie.split(b";")
+    paths = [each.partition(b"=")[2].strip(b" \t") for each in attributes if _attribute(each) == b"path"]
+    kept = [each for each in attributes if _attribute(each) != b"path"]
+    if paths and paths[-1].startswith(b"/"):  # of several the last one counts; what is no path, counts as none
+        path = paths[-1]
+        if not place.has(path):
+            path = place.prefix.encode() + (path if place.stripped else b"/")
+        kept.append(b" Path=" + path)
+    blank = len(pair) - len(pair.lstrip(b" \t"))
+    if pair[blank:].lower().startswith(_HOST_NAME):
+        pair = _SECURE_NAME[: -len(b"Host-")] + pair[blank + len(b"__") :]
     return b";".join([pair, *kept])
+
+
+def _host_names_back(cookies: bytes) -> bytes:
+    """A Cookie field in which such cookies have the names that the service has given them."""
+    if _SECURE_NAME.lower() not in cookies.lower():
+        return cookies
+    pairs = [each.strip(b" \t") for each in cookies.split(b";")]
+    dropped = len(_SECURE_NAME) - len(b"Host-")
+    back = (b"__" + each[dropped:] if each.lower().startswith(_SECURE_NAME.lower()) else each for each in pairs)
+    return b"; ".join(back)
+
+
+def _own_realm(challenge: bytes, place: Place) -> bytes:
+    """A WWW-Authenticate whose realm no other app has: browsers send what was typed for one to all of its name.
+
+    What asks for a password in the plain (RFC 7617) is written anew, so that nobody reads another realm in it.
+    """
+    if not _BASIC.search(challenge):
+        return challenge
+    realm, charset = _REALM.search(challenge), b', charset="UTF-8"' if b"utf-8" in challenge.lower() else b""
+    return b'Basic realm="%s %s"%s' % (realm[1] if realm else b"", place.prefix.encode(), charset)
 
 
 @lru_cache(maxsize=256)
@@ -160,6 +245,19 @@ def _inner_addresses(port: int) -> re.Pattern[bytes]:
 
 
 def _outside(location: bytes, place: Place) -> bytes:
-    """A Location as it is outside, where it names the service by an address that it has inside."""
+    """A Location as it is outside, where it names the service by an address that it has inside, or by a path."""
     match = _inner_addresses(place.port).match(location)
-    return location if match is None else place.origin.encode() + location[match.end() :]
+    origin = place.origin.encode()
+    if match is not None:
+        return origin + _outer_path(location[match.end() :], place)
+    if not place.stripped:
+        return location
+    if location.startswith(origin + b"/"):  # a service that is told of the origin by X-Forwarded-Host, or its Host
+        return origin + _outer_path(location[len(origin) :], place)
+    network_path = location[1:2] in (b"/", b"\\")  # to browsers both begin another address
+    return _outer_path(location, place) if location.startswith(b"/") and not network_path else location
+
+
+def _outer_path(path: bytes, place: Place) -> bytes:
+    """A path of the service as browsers have it. It may have the prefix: X-Forwarded-Prefix has told it."""
+    return path if place.has(path) else place.stripped + path

@@ -12,7 +12,7 @@ from fastapi.security import HTTPBearer
 
 from kohakuriver import __version__
 from kohakuriver.asking import asker
-from kohakuriver.errors import KohakuRiverError, NotAllowedError
+from kohakuriver.errors import KohakuRiverError, NotAllowedError, UsageError
 from kohakuriver.host.agents.api import agents_api
 from kohakuriver.host.api_page import api_page
 from kohakuriver.host.apps.entry import entry
@@ -512,8 +512,11 @@ async def extend_task(host: Host, user: User, found: Own, request: ExtendRequest
 
 @_api.post("/tasks/{task}/web")
 async def serve_web(host: Host, found: Own, request: WebRequest) -> TaskView:
-    """Say whether services of a task are told the addresses that browsers have, as browsers open them from now on."""
-    return await host.tasks.serve_web(*found, preserve_host=request.preserve_host)
+    """Say which addresses and paths services of a task are told, as browsers open them from now on."""
+    how = request.model_dump(exclude_none=True)
+    if not how:
+        raise UsageError("Say with preserve_host or keep_prefix what services are to be told.")
+    return await host.tasks.serve_web(*found, how)
 
 
 @_api.delete("/tasks/{task}")

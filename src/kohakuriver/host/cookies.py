@@ -1,10 +1,14 @@
 """The cookie of a browser that is logged in: how it is called, set and read (RFC 6265bis).
 
 Under TLS its name begins with `__Host-`: no page of another name in the same domain can set it, nor one without TLS.
-Browsers send cookies to every port of a name, so the port is a part of it, for hosts side by side.
+Browsers send cookies to every port of a name, so the port is a part of it, for hosts side by side. Where pages of apps
+are at another port of the host's own name, it begins with `__Host-Http-`: in browsers that know that no page can set
+it, and the others take it for `__Host-`.
 """
 
 from __future__ import annotations
+
+from types import SimpleNamespace
 
 from fastapi import Request
 from fastapi.responses import Response
@@ -28,7 +32,7 @@ __all__ = [
 
 _NAME = "kohakuriver-host"
 _TRY = "kohakuriver-login"
-_UNDER_TLS = "__Host-"
+_UNDER_TLS, _BY_SERVERS_ALONE = "__Host-", "__Host-Http-"
 
 
 def is_tls(request: Request) -> bool:
@@ -99,7 +103,7 @@ def need_own_page(request: Request) -> None:
         )
 
 
-def credential_of(request: UpgradeRequest, *, by_tls: bool = False) -> str | None:
+def credential_of(request: UpgradeRequest, *, by_tls: bool = False, shares_name: bool = False) -> str | None:
     """What the opening of a WebSocket shows: a token, or a browser's cookie. None where it shows neither.
 
     Pages of others can open WebSockets, too, and a browser always names the page (RFC 6455 section 10.2). Raises
@@ -111,9 +115,10 @@ def credential_of(request: UpgradeRequest, *, by_tls: bool = False) -> str | Non
         {
             "type": "http",
             "method": "GET",
-            "scheme": "https" if request.over_tls or by_tls else "http",
+            "scheme": "https" if request.over_tls else "http",
             "path": request.path,
             "query_string": b"",
+            "app": SimpleNamespace(state=SimpleNamespace(by_tls=by_tls, shares_name=shares_name)),
             "headers": [
                 (name.lower().encode(), value.encode("latin-1")) for name, value in request.headers.raw_items()
             ],
@@ -148,7 +153,10 @@ def _names(request: Request) -> list[str]:
 
 def _name(request: Request, *, tls: bool, what: str = _NAME) -> str:
     port = request.headers.get("host", "").rpartition("]")[2].partition(":")[2]
-    return f"{_UNDER_TLS if tls else ''}{what}{f'-{port}' if port.isascii() and port.isdigit() else ''}"
+    app = request.scope.get("app")
+    shares_name = app is not None and getattr(app.state, "shares_name", False)
+    mark = "" if not tls else _BY_SERVERS_ALONE if shares_name else _UNDER_TLS
+    return f"{mark}{what}{f'-{port}' if port.isascii() and port.isdigit() else ''}"
 
 
 def _set(response: Response, name: str, secret: str, seconds: int) -> None:

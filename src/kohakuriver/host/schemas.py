@@ -248,9 +248,10 @@ class ExtendRequest(_Request):
 
 
 class WebRequest(_Request):
-    """How browsers' requests go on to the services of a task."""
+    """How browsers' requests go on to the services of a task; what is None stays as it is."""
 
-    preserve_host: bool
+    preserve_host: bool | None = None
+    keep_prefix: bool | None = None
 
 
 class Agent(BaseModel):

@@ -105,6 +105,7 @@ class HostOptions:
         database: its URL; None is a SQLite file in `state_dir`.
         allowed_hosts, allowed_origins: as `Guard` takes them.
         apps_domain: the domain in which tasks' ports have names.
+        apps_url: where they are all, in the place of that; `apps_port` is another port for it to listen on.
         trusted_proxies: networks of proxies whose X-Forwarded-For and -Proto count, as `Proxies` takes them.
         ssh_proxy_protocol: what comes from these to the SSH port begins with a PROXY header.
         public_url: where browsers find this host. If it begins with https://, only cookies that TLS protects count.
@@ -131,6 +132,8 @@ class HostOptions:
     allowed_hosts: Sequence[str] = ()
     allowed_origins: Sequence[str] = ()
     apps_domain: str | None = None
+    apps_url: str | None = None
+    apps_port: int | None = None
     public_url: str | None = None
     advertise_url: str | None = None
     trusted_proxies: Sequence[str] = ()
@@ -203,6 +206,9 @@ class Doors:
         shared = options.workers > 1
         with contextlib.ExitStack() as stack:
             http = [stack.enter_context(sock) for sock in bind_with_loopback(options.bind, port, shared=shared)]
+            if options.apps_port is not None:
+                more = bind_with_loopback(options.bind, options.apps_port, shared=shared)
+                http += [stack.enter_context(sock) for sock in more]
             if shared:
                 http.append(stack.enter_context(bind(options.bind, 0)))
             inner = stack.enter_context(bind("127.0.0.1", 0))
@@ -248,6 +254,8 @@ def advertised(options: HostOptions, doors: Doors) -> str:
 
 def serve(options: HostOptions) -> int:
     """Run a host until SIGTERM or SIGINT; the exit code. Raises KohakuRiverError when it can't start."""
+    if options.apps_port is not None and options.apps_url is None:
+        raise UsageError("--apps-port goes with --apps-url, which says how browsers get there.")
     configure_logging(options.log_level, options.log_format)
     tracing.serve("host")
     raise_file_limit()
@@ -403,7 +411,7 @@ class Host:
         )
 
     def _credential_of(self, request: UpgradeRequest) -> str | None:
-        return credential_of(request, by_tls=self._by_tls)
+        return credential_of(request, by_tls=self._by_tls, shares_name=self._where.shares_name)
 
     async def begin(self) -> None:
         """What needs the database. Raises KohakuRiverError, OSError or ValueError where the host can't start."""
@@ -429,7 +437,7 @@ class Host:
         )
         await self._make_agents()
         port = self._socks[0].getsockname()[1]
-        where = where_in(options.apps_domain, options.public_url, perimeter.names, port)
+        where = self._where = where_in(options.apps_domain, options.public_url, perimeter.names, port, options.apps_url)
         self._app_server = AppServer(
             await apps_key(self._store),
             where,
@@ -442,6 +450,7 @@ class Host:
             tls=perimeter.certificate is not None,
             proxies=self._proxies,
         )
+        self._tasks.variables = self._app_server.apps.addresses.variables
         self._server = self._serving(where)
 
     @property
@@ -497,7 +506,7 @@ class Host:
             *(self._agent_node.routes() if self._advertised else ()),
         ]
         app = create_app(self._services(), guard, self._proxies, with_agents=bool(self._advertised))
-        app.state.by_tls = self._by_tls
+        app.state.by_tls, app.state.shares_name = self._by_tls, where.shares_name
         return Server(
             self._measures.requests(app),
             ws=serve_ws(routes, guard, max_message=perimeter.limits.max_message, proxies=self._proxies),

@@ -52,18 +52,18 @@ class Apps:
 
     def begin(self, address: Address) -> str:
         """The URL by which a browser that is at the host goes to an app."""
-        return f"{address.place.origin}/.kohakuriver/begin?ticket={self.signed.begin(address.host)}"
+        return f"{address.place.base}/.kohakuriver/begin?ticket={self.signed.begin(address.key)}"
 
     async def code(self, browser: Token, task: Task, address: Address, state: str) -> str:
         """What lets a browser in at an address, once; whoever asks has checked that it may."""
         code = secrets.token_urlsafe(32)
-        await self._codes.add(code, Ticket(browser.digest, task.task_id, address.port), address.host, state)
+        await self._codes.add(code, Ticket(browser.digest, task.task_id, address.port), address.key, state)
         return code
 
-    async def redeem(self, code: str, host: str, state: str) -> Ticket:
+    async def redeem(self, code: str, address: Address, state: str) -> Ticket:
         """What a code stands for. Raises UnauthenticatedError, or UnavailableError "too_many_failures" (429)."""
         async with self._credentials.looking():
-            ticket = await self._codes.take(code, host, state)
+            ticket = await self._codes.take(code, address.key, state)
         if ticket is None:
             await self._refuse()
         return ticket
@@ -102,4 +102,4 @@ class Apps:
         on = host.rpartition("]")[2].partition(":")[2]
         there = f"{self._logins.name}:{on}" if on else self._logins.name
         address = self.addresses.of(task.task_id, task.name, port, there)
-        return None if address is None else f"{address.place.origin}/.kohakuriver/link#{secret}"
+        return None if address is None else f"{address.place.base}/.kohakuriver/link#{secret}"

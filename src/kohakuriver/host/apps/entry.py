@@ -35,7 +35,7 @@ async def open_port(request: Request, task: str, port: str, code: str = "") -> R
     if address is None:
         raise NotFoundError(
             f"From here no browser gets to the address of an app: use `kohakuriver open {task} {port}`, or have the "
-            "host started with --apps-domain."
+            "host started with --apps-domain or --apps-url."
         )
     return RedirectResponse(services.apps.begin(address), 303, headers={"Referrer-Policy": "no-referrer"})
 
@@ -49,15 +49,15 @@ async def enter_app(request: Request, app: str = "", state: str = "") -> Respons
         return log_in_first(f"/enter-app?{urlencode({'app': app, 'state': state})}")
     services: Services = services_of(request)
     caller, browser = found
-    address = services.apps.addresses.read(app)
+    address = services.apps.addresses.named(app)
     if address is None or not address.tag or not _STATE.fullmatch(state):
         raise UsageError("There is no app at this address: open the port again on the host's page.")
     task, _ = await services.access.usable(caller, address.label)
     if address != services.apps.address(task, address.port, request.headers.get("host", "")):
         raise NotFoundError("There is no app at this address any more: open the port again on the host's page.")
     code = await services.apps.code(browser, task, address, state)
-    origin = address.place.origin
-    text, fields = form_page(f"{origin}{ENTER.decode()}", origin, code, referrer="no-referrer")
+    place = address.place
+    text, fields = form_page(f"{place.base}{ENTER.decode()}", place.origin, code, referrer="no-referrer")
     return HTMLResponse(text, headers=fields)
 
 

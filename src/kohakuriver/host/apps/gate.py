@@ -3,6 +3,7 @@
 How a browser gets in (docs/security.md): the app's address sets a cookie with a random state and sends the browser to
 the host, which knows it, checks its right to the task, and sends it back with a code, in a form. The code is good once,
 for half a minute, at this one address and with that state. What the browser then has is a cookie of this address alone.
+Where an address is a path under the origin of all apps, all of that is under this path, and so are the cookies.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ from kohakuriver.gateway.origins import is_followed_link, refusal
 from kohakuriver.gateway.pages import page, redirect
 from kohakuriver.gateway.visit import Visit
 from kohakuriver.gateway.ways import Way
-from kohakuriver.host.apps.addresses import Address, Addresses
+from kohakuriver.host.apps.addresses import PREFIX_VARIABLE, Address, Addresses, climbs
 from kohakuriver.host.apps.pages import form_page, link_page
 from kohakuriver.host.apps.sessions import AppSession, Key, Sessions
 from kohakuriver.host.apps.signed import Admission, Signed
@@ -63,7 +64,7 @@ class AppGate:
 
     Args:
         sessions: the sessions by which requests go on; it is made with `put_out`.
-        redeem: (a code, the address, its state) → what the code stands for, once. Raises UnauthenticatedError.
+        redeem: (a code, the address, the state of that) → what the code stands for, once. Raises UnauthenticatedError.
         opened_by: (the secret of a link, the address) → what the link opens there. Raises UnauthenticatedError.
         used: (the digest of a browser's login) → it is used now.
         proxies: whose word of where a browser is counts.
@@ -73,7 +74,7 @@ class AppGate:
         self,
         addresses: Addresses,
         signed: Signed,
-        redeem: Callable[[str, str, str], Awaitable[Ticket]],
+        redeem: Callable[[str, Address, str], Awaitable[Ticket]],
         opened_by: Callable[[str, Address], Awaitable[Ticket]],
         used: Callable[[str], Coroutine[Any, Any, None]],
         proxies: Proxies,
@@ -141,7 +142,9 @@ class AppGate:
 
     def takes_form(self, head: RequestHead) -> bool:
         """Whether a request's body is for the host."""
-        return head.target.startswith(OWN)
+        host = head.fields.one(b"host") or b""
+        address = self._addresses.read(host.decode("latin-1"), head.target)
+        return address is not None and address.place.path(head.target).startswith(OWN)
 
     def judge(self, visit: Visit, head: RequestHead, form: bytes, *, close: bool) -> Answer | Awaitable[Answer]:
         """Where a request may go, or what is answered; or what tells. Raises Malformed."""
@@ -151,11 +154,15 @@ class AppGate:
         if self._proxies:
             told = [each.decode("latin-1") for each in head.fields.named.get(b"x-forwarded-for", ())]
             visit.peer = self._proxies.client(visit.neighbour, told)
-        address = self._addresses.read(host.decode("latin-1"))
+        address = self._addresses.read(host.decode("latin-1"), head.target)
         if address is None:
-            return page(421, "Nothing is served under this name.", close=close, head_only=head.method == b"HEAD")
+            return self._nowhere(host.decode("latin-1"), close=close, head_only=head.method == b"HEAD")
         asked = _Asked(visit, head, address, close)
-        if head.target.startswith(OWN):
+        if address.prefix and climbs(head.target):
+            return asked.page(400, "A path here has no part that is '.' or '..'.")
+        if address.prefix and not asked.path.startswith(b"/"):  # else what is relative in a page would be beside it
+            return asked.redirect(f"{address.home}{asked.path.decode('latin-1')}")
+        if asked.path.startswith(OWN):
             return self._own(asked, form)
         admission = self._admission(asked) if address.tag else None
         if admission is None or not (self._signed.is_good(admission) or admission.by_link):
@@ -169,11 +176,20 @@ class AppGate:
             return self._way(asked, admission, session)
         return _told(asked, self._open(asked, admission))
 
+    def _nowhere(self, host: str, *, close: bool, head_only: bool) -> bytes:
+        if self._addresses.have_prefixes and self._addresses.owns(host):
+            sentence = (
+                "No port of a task is at this path. An app that asks for paths outside of its own has to be told its "
+                f"prefix, which is in the variable {PREFIX_VARIABLE}, or by X-Forwarded-Prefix."
+            )
+            return page(404, sentence, close=close, head_only=head_only)
+        return page(421, "Nothing is served under this name.", close=close, head_only=head_only)
+
     def _admission(self, asked: _Asked) -> Admission | None:
         """What the browser's cookie says; None where it has none for this very address, or several that differ."""
         shown = asked.cookie(_COOKIE)
         admission = None if shown is None else self._signed.admission(shown)
-        return admission if admission is not None and admission.host == asked.address.host else None
+        return admission if admission is not None and admission.address == asked.address.key else None
 
     async def _open(self, asked: _Asked, admission: Admission) -> Answer:
         try:
@@ -192,7 +208,7 @@ class AppGate:
             noting = asyncio.get_running_loop().create_task(self._used(admission.browser))
             self._noting.add(noting)
             noting.add_done_callback(self._noted)
-        place = asked.address.preserved if session.preserve_host else asked.address.place
+        place = asked.address.places[session.preserve_host, session.keep_prefix]
         return Way(place, session.endpoint, lambda: session.trouble, more, session.pace)
 
     def _noted(self, task: asyncio.Task[None]) -> None:
@@ -201,7 +217,7 @@ class AppGate:
             log.warning("that a browser is used can't be written down", reason=str(error))
 
     def _cookie(self, address: Address, ticket: Ticket, *, by_link: bool) -> bytes:
-        value = self._signed.admit(address.host, *ticket, by_link=by_link)
+        value = self._signed.admit(address.key, *ticket, by_link=by_link)
         return _set_cookie(address, _COOKIE, value, KEPT_SECONDS)
 
     # -- the way in --------------------------------------------------------------------------------------------
@@ -226,18 +242,18 @@ class AppGate:
     def _to_host(self, asked: _Asked, path: str) -> bytes:
         """Send a browser to the host, to come back with a code; then it goes to `path`."""
         secret = secrets.token_urlsafe(32)
-        path = path if len(path) <= LONGEST_PATH else "/"
+        path = path if len(path) <= LONGEST_PATH else asked.address.home
         kept = f"{secret}.{base64.urlsafe_b64encode(path.encode('latin-1')).decode().rstrip('=')}"
-        query = urlencode({"app": asked.address.host, "state": state_of(secret)})
+        query = urlencode({"app": asked.address.key, "state": state_of(secret)})
         cookie = _set_cookie(asked.address, _STATE, kept, STATE_SECONDS)
         return asked.redirect(f"{self._addresses.main(asked.address)}/enter-app?{query}", cookie)
 
     def _own(self, asked: _Asked, form: bytes) -> bytes | Awaitable[Answer]:
-        path, _, query = asked.head.target.partition(b"?")
+        path, _, query = asked.path.partition(b"?")
         if path == BEGIN and asked.head.method == b"GET":
             shown = dict(parse_qsl(query.decode("latin-1"))).get("ticket", "")
-            if self._signed.begins(shown, asked.address.host):
-                return self._to_host(asked, "/")
+            if self._signed.begins(shown, asked.address.key):
+                return self._to_host(asked, asked.address.home)
             return asked.page(403, "This link is older than half a minute: open the port again on the host's page.")
         if path == ENTER and asked.head.method == b"POST" and asked.address.tag:
             return self._enter(asked, form)
@@ -248,7 +264,7 @@ class AppGate:
     def _link(self, asked: _Asked, form: bytes) -> bytes | Awaitable[Answer]:
         """A browser comes by a link; what is secret in it is sent by a page of this very address."""
         if asked.head.method == b"GET":
-            return asked.html(*link_page(LINK.decode(), asked.address.place.origin))
+            return asked.html(*link_page(asked.own(LINK), asked.address.place.origin))
         why = refusal(asked.head, asked.address.place.origin.encode())
         return asked.page(403, why) if why is not None else _told(asked, self._came_by_link(asked, form))
 
@@ -259,7 +275,7 @@ class AppGate:
                 ticket = await self._opened_by(secret.rpartition("#")[2].strip(), asked.address)
         except KohakuRiverError as error:
             return asked.page(error.status, error.message)
-        return asked.redirect("/", self._cookie(asked.address, ticket, by_link=True))
+        return asked.redirect(asked.address.home, self._cookie(asked.address, ticket, by_link=True))
 
     def _enter(self, asked: _Asked, form: bytes) -> bytes | Awaitable[Answer]:
         """A browser comes with a code.
@@ -274,7 +290,7 @@ class AppGate:
         if site == b"same-origin" or not code.isascii() or not 0 < len(code) < 100:
             return asked.page(403, "This browser has kept nothing of how it was sent here: open the address anew.")
         origin = asked.address.place.origin
-        text, fields = form_page(ENTER.decode(), origin, code, referrer="same-origin")
+        text, fields = form_page(asked.own(ENTER), origin, code, referrer="same-origin")
         return asked.html(text, fields)
 
     async def _redeemed(self, asked: _Asked, code: str, kept: str) -> Answer:
@@ -282,11 +298,11 @@ class AppGate:
         clear = _set_cookie(asked.address, _STATE, "", 0)
         try:
             with asking(asked.asker()):
-                ticket = await self._redeem(code, asked.address.host, state_of(secret))
+                ticket = await self._redeem(code, asked.address, state_of(secret))
         except KohakuRiverError as error:
             return asked.page(error.status, error.message, clear)
         cookie = self._cookie(asked.address, ticket, by_link=False)
-        return asked.redirect(_own_path(path), cookie + clear)
+        return asked.redirect(_own_path(path, asked.address), cookie + clear)
 
 
 class _Asked:
@@ -295,8 +311,13 @@ class _Asked:
     def __init__(self, visit: Visit, head: RequestHead, address: Address, close: bool) -> None:
         self.head = head
         self.address = address
+        self.path = address.place.path(head.target)
         self._visit = visit
         self._close = close
+
+    def own(self, page: bytes) -> str:
+        """The path of a page of ours at this address."""
+        return f"{self.address.prefix}{page.decode()}"
 
     @property
     def goes_there(self) -> bool:
@@ -318,7 +339,7 @@ class _Asked:
         """Who asks, for limits and the audit log."""
         address, port = self._visit.peer
         method = self.head.method.decode("latin-1")
-        return Asker(f"{address}:{port}", f"{method} {self.address.place.origin}", {"via": "browser"})
+        return Asker(f"{address}:{port}", f"{method} {self.address.place.base}", {"via": "browser"})
 
     def page(self, status: int, sentence: str, fields: bytes = b"") -> bytes:
         head_only = self.head.method == b"HEAD"
@@ -340,7 +361,7 @@ async def _told(asked: _Asked, answer: Awaitable[Answer]) -> Answer:
     try:
         return await answer
     except Exception:
-        log.exception("a browser's request to an app failed", host=asked.address.host)
+        log.exception("a browser's request to an app failed", address=asked.address.key)
         return asked.page(500, "The host failed at this request; its log says why.")
 
 
@@ -355,22 +376,27 @@ def _key(admission: Admission) -> Key:
 def _named(address: Address, name: str) -> str:
     """What a cookie of ours is called: under TLS no other name in the domain can set it, else the port is part of it.
 
-    Browsers send cookies to all ports of a name.
+    Browsers send cookies to all ports of a name. With a path of its own it can't be called so, but it is sent to no
+    other app.
     """
-    return f"__Host-{name}" if address.scheme == "https" else f"{name}-{address.served_on}"
+    if address.scheme == "https":
+        return f"__Secure-{name}" if address.prefix else f"__Host-{name}"
+    return f"{name}-{address.served_on}"
 
 
 def _set_cookie(address: Address, name: str, value: str, seconds: int) -> bytes:
     secure = "; Secure" if address.scheme == "https" else ""
-    field = f"{_named(address, name)}={value}; Max-Age={seconds}; Path=/; HttpOnly; SameSite=Lax{secure}"
+    about = f"Max-Age={seconds}; Path={address.home}; HttpOnly; SameSite=Lax{secure}"
+    field = f"{_named(address, name)}={value}; {about}"
     return f"Set-Cookie: {field}\r\n".encode()
 
 
-def _own_path(kept: str) -> str:
-    """The path that a state's cookie says; "/" for what is none of this very address."""
+def _own_path(kept: str, address: Address) -> str:
+    """The path that a state's cookie says; the first one for what is none of this very address."""
     try:
         path = base64.urlsafe_b64decode(kept + "=" * (-len(kept) % 4)).decode("ascii")
     except (binascii.Error, ValueError):
-        return "/"
-    plain = path.startswith("/") and not path.startswith("//") and "\\" not in path
-    return path if plain and all(" " < letter < "\x7f" for letter in path) else "/"
+        return address.home
+    plain = path.startswith(address.home) and not path.startswith("//") and "\\" not in path
+    plain = plain and not (address.prefix and climbs(path.encode()))
+    return path if plain and all(" " < letter < "\x7f" for letter in path) else address.home

@@ -29,11 +29,24 @@ __all__ = ["AppServer", "Where", "where_in"]
 
 
 class Where:
-    """Where browsers find the host and its apps: None and None where nothing was set up."""
+    """Where browsers find the host and its apps: None of all where nothing was set up.
 
-    def __init__(self, domain: str | None = None, public: SplitResult | None = None) -> None:
+    Apps are at names in `domain`, or all of them at `shared`.
+    """
+
+    def __init__(
+        self, domain: str | None = None, public: SplitResult | None = None, shared: SplitResult | None = None
+    ) -> None:
         self.domain = domain
         self.public = public
+        self.shared = shared
+
+    @property
+    def shares_name(self) -> bool:
+        """Whether apps are at another port of the host's own name: browsers have one set of cookies for both."""
+        if self.shared is None or self.public is None:
+            return False
+        return self.shared.hostname == self.public.hostname
 
     @property
     def names(self) -> Sequence[str]:
@@ -41,23 +54,37 @@ class Where:
         return () if self.public is None or not self.public.hostname else (self.public.hostname,)
 
 
-def where_in(domain: str | None, public: str | None, certificate: Sequence[str], port: int) -> Where:
+def where_in(
+    domain: str | None, public: str | None, certificate: Sequence[str], port: int, apps_url: str | None = None
+) -> Where:
     """What was said of that; the name of a certificate says where the host is, too. Raises UsageError.
 
     Args:
         certificate: the names in it.
         port: the one that the host listens on.
     """
-    if domain is None:
-        return Where(None, None if public is None else url_in(public))
-    domain = domain_in(domain)
-    if public is not None:
-        return Where(domain, url_in(public))
-    named = (name for name in certificate if name[:1].isalpha() and not name.endswith(f".{domain}") and name != domain)
-    name = next(named, None)
-    if name is None:
-        raise UsageError("--apps-domain needs the host's own address: give --public-url https://NAME.")
-    return Where(domain, url_in(f"https://{authority(name, port, 'https')}"))
+    if domain is not None and apps_url is not None:
+        raise UsageError("Give --apps-domain, with which each app has an origin of its own, or --apps-url, not both.")
+    found = None if public is None else url_in(public)
+    if domain is None and apps_url is None:
+        return Where(None, found)
+    domain = None if domain is None else domain_in(domain)
+    shared = None if apps_url is None else url_in(apps_url, "--apps-url https://apps.example.org")
+    found = found or _public_by(certificate, port, domain or "", shared and shared.hostname)
+    if found is None:
+        option = "--apps-url" if domain is None else "--apps-domain"
+        raise UsageError(f"{option} needs the host's own address: give --public-url https://NAME.")
+    return Where(domain, found, shared)
+
+
+def _public_by(certificate: Sequence[str], port: int, domain: str, shared: str | None) -> SplitResult | None:
+    """Where a host is by the names of its certificate; None where these say nothing.
+
+    Its apps are at names in the `domain`, or all at the name `shared`, which may be the host's own.
+    """
+    names = [name for name in certificate if name[:1].isalpha() and not f".{name}".endswith(f".{domain or '.'}")]
+    name = next((name for name in names if name != shared), names[0] if names else None)
+    return None if name is None else url_in(f"https://{authority(name, port, 'https')}")
 
 
 class AppServer:
@@ -79,7 +106,7 @@ class AppServer:
         proxies: Proxies | None = None,
         clock: Callable[[], float] = time.time,
     ) -> None:
-        addresses = Addresses(key, logins.name, tls=tls, domain=where.domain, public=where.public)
+        addresses = Addresses(key, logins.name, tls=tls, domain=where.domain, public=where.public, shared=where.shared)
         signed = Signed(key, clock=clock)
         self.apps = Apps(addresses, signed, AppCodes(store, clock=clock), credentials, logins, forwards)
         self._gate = AppGate(

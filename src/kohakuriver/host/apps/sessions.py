@@ -131,6 +131,7 @@ class AppSession:
         self.trouble: str | None = None
         self.pace = _Pace(rate) if rate else None
         self.preserve_host = False
+        self.keep_prefix = False
         self._sessions = sessions
         self._asked = asked
         self._rate = rate
@@ -147,7 +148,7 @@ class AppSession:
             user, route = await self._sessions.authorize(self.key)
             if not again:
                 self.endpoint = _Endpoint(self._rate, self._sessions.share_of(user), self._detached)
-            self.preserve_host = route.preserve_host
+            self.preserve_host, self.keep_prefix = route.preserve_host, route.keep_prefix
             leg = _Leg(self, self._sessions.carrier, route)
             query = f"proto=tcp&{ports_query([self.key.port])}" + (f"&{GOES_ON}" if again else "")
             path = f"/ws/forward/{quote(route.container, safe='')}/{self.key.port}?{query}"

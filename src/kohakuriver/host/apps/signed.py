@@ -26,13 +26,13 @@ REMEMBERED, LONGEST = 1024, 1024
 
 @dataclass(frozen=True)
 class Admission:
-    """That a browser was let in at an address.
+    """That a browser was let in at the `address` with this key.
 
     `browser` is the digest of the login that it hangs on, or of the link where `by_link`; `until` is in seconds since
     the epoch.
     """
 
-    host: str
+    address: str
     browser: str
     task_id: int
     port: int
@@ -48,9 +48,9 @@ class Signed:
         self._clock = clock
         self._remembered = lru_cache(REMEMBERED)(self._admission)
 
-    def admit(self, host: str, browser: str, task_id: int, port: int, *, by_link: bool = False) -> str:
+    def admit(self, address: str, browser: str, task_id: int, port: int, *, by_link: bool = False) -> str:
         """What says that a browser was let in, for `COOKIE_SECONDS`."""
-        return self._sign("app", COOKIE_SECONDS, host=host, sub=browser, task=task_id, port=port, link=int(by_link))
+        return self._sign("app", COOKIE_SECONDS, host=address, sub=browser, task=task_id, port=port, link=int(by_link))
 
     def admission(self, shown: str) -> Admission | None:
         """What such a text says, be its time over or not; None for one that this host has not signed.
@@ -67,14 +67,14 @@ class Signed:
         by_link = bool(claims.get("link"))
         return Admission(claims["host"], claims["sub"], int(claims["task"]), int(claims["port"]), until, by_link)
 
-    def begin(self, host: str) -> str:
+    def begin(self, address: str) -> str:
         """What says that a browser comes from the host's own page, for `BEGIN_SECONDS`. It lets nobody in."""
-        return self._sign("begin", BEGIN_SECONDS, host=host)
+        return self._sign("begin", BEGIN_SECONDS, host=address)
 
-    def begins(self, shown: str, host: str) -> bool:
-        """Whether such a text is good at `host`."""
+    def begins(self, shown: str, address: str) -> bool:
+        """Whether such a text is good at an address."""
         claims = self._read("begin", shown)
-        return claims is not None and claims["host"] == host and float(claims["exp"]) > self._clock()
+        return claims is not None and claims["host"] == address and float(claims["exp"]) > self._clock()
 
     def is_good(self, admission: Admission) -> bool:
         """Whether its time is not over."""

@@ -79,8 +79,9 @@ class Forwards:
         with self._noting_refusals(str(task_id)):
             task, node = await self._access.usable(caller, str(task_id))
             route = self._route(task, node, caller, "forward", {port})
-            preserved = bool(task.spec.get("preserve_host"))
-            return replace(route, port=port, preserve_host=preserved, grant=await self._grants.enter(caller, task))
+            host, prefix = bool(task.spec.get("preserve_host")), bool(task.spec.get("keep_prefix"))
+            grant = await self._grants.enter(caller, task)
+            return replace(route, port=port, preserve_host=host, keep_prefix=prefix, grant=grant)
 
     async def authorize_terminal(self, token: str | None, reference: str, beyond: str = "") -> Route:
         """Where a terminal of a task is opened, or connections lead `beyond` it, "to" others or "on" a port there.

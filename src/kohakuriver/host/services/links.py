@@ -35,7 +35,9 @@ class AppLinks:
         secret = new_token("link")
         url = self._apps.link_at(task, request.port, host, secret)
         if url is None:
-            raise UsageError("Browsers get to no port of a task at this host: have it started with --apps-domain.")
+            raise UsageError(
+                "Browsers get to no port of a task at this host: have it started with --apps-domain or --apps-url."
+            )
         expires_at = None if request.expires_in is None else self._clock() + request.expires_in
         link = await self._links.add(secret, task.task_id, request.port, shown, expires_at)
         log.info("link made", id=link.id, task=task.task_id, port=request.port, user=link.name)

@@ -7,7 +7,7 @@ import contextlib
 import secrets
 import shlex
 import time
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, Final, NamedTuple, TypeVar
 
@@ -52,7 +52,10 @@ __all__ = ["AllTasks", "Tasks", "container_name", "new_task_id", "not_running"]
 
 log = structlog.get_logger("kohakuriver.host")
 
-_OF_OTHERS = ("shared_with", "traffic", "pending_removal", "no_direct", "preserve_host")
+_WEB = ("preserve_host", "keep_prefix")
+"""What services are told as browsers have it."""
+
+_OF_OTHERS = ("shared_with", "traffic", "pending_removal", "no_direct", *_WEB)
 """What of a view its record in the database does not have."""
 
 _MORE = ("restart", "network")
@@ -100,6 +103,7 @@ class Tasks:
     """What users do with tasks. Every method may raise KohakuRiverError with the reason.
 
     Who may do it was checked before (`host/access.py`). `user_mounts`: others than admins may mount what nodes have.
+    `variables` are those that a task has of this host, by its id and name; what its user says goes before.
 
     Large because users do much with tasks: each method is one thing of that, and most are a question to its runner.
     """
@@ -125,6 +129,7 @@ class Tasks:
         self._runners = runners
         self._changes = changes
         self._clock = clock
+        self.variables: Callable[[int, str | None], Mapping[str, str]] = lambda task_id, name: {}
 
     def view(self, task: Task, node: Node, shared_with: Sequence[str] = ()) -> TaskView:
         """A task as users see it: one on a node that is offline is lost until the node is back."""
@@ -142,7 +147,7 @@ class Tasks:
             "message": f"node {node.name} is offline" if lost else task.message,
             "created_at": iso_time(task.created_at),
             "no_direct": offer_of(node).no_direct,
-            "preserve_host": task.spec.get("preserve_host", False),
+            **{name: task.spec.get(name, False) for name in _WEB},
         }
         return TaskView(**shown, shared_with=list(shared_with), traffic=taken_from(traffic, TaskTraffic))
 
@@ -285,7 +290,10 @@ class Tasks:
 
     async def _order(self, task: Task, node: Node) -> TaskReport:
         path = _ADOPT if task.adopted else "/api/tasks"
-        order = asked_for(task.order())
+        ordered = task.order()
+        if not task.adopted:
+            ordered.env = {**self.variables(task.task_id, task.name), **ordered.env}
+        order = asked_for(ordered)
         answer = await self._runners.call(node, "POST", path, order, container=task.container, timeout=_RUNNER_SECONDS)
         return _report(answer, node)
 
@@ -335,12 +343,12 @@ class Tasks:
         self._write("task_extended", view, seconds=seconds)
         return view
 
-    async def serve_web(self, task: Task, node: Node, *, preserve_host: bool) -> TaskView:
-        """Have the services of a task be told the addresses that browsers have, or not, in sessions that begin now."""
-        changed = await self._store.change_order(task.task_id, {"preserve_host": preserve_host})
+    async def serve_web(self, task: Task, node: Node, how: Mapping[str, bool]) -> TaskView:
+        """Have the services of a task be told the addresses and paths that browsers have, or not, in new sessions."""
+        changed = await self._store.change_order(task.task_id, how)
         self._changes.notify([task.task_id])
         view = await self.get(changed or task, node)
-        self._write("task_changed", view, preserve_host=preserve_host)
+        self._write("task_changed", view, **how)
         return view
 
     async def _control(self, task: Task, node: Node, action: str, container: bool) -> TaskView:
