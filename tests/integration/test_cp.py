@@ -21,6 +21,7 @@ from tests.support.up import Apart, Cluster, Commands, Program
 TASK = "data"
 RATE = {"KOHAKURIVER_MAX_RATE": str(8 << 20)}
 """Bytes a second of each of four streams: a copy of a LARGE file still runs when it is seen to have begun."""
+MANY = 4000
 LARGE = 160 * PIECE
 STAY = ("/bin/busybox", "sleep", "1000000")
 OLD = 1_000_000_000_123_456_789
@@ -165,6 +166,30 @@ def test_a_copy_that_is_killed_goes_on_where_it_stopped(slow: Cluster, tmp_path:
     assert 10 * PIECE < done["resumed_bytes"] < LARGE
     assert target.read_bytes() == source.read_bytes()
     assert [each.name for each in tmp_path.glob(".target*")] == []
+
+
+@pytest.mark.parametrize("down", [False, True])
+def test_a_copy_of_many_files_that_is_killed_leaves_none_that_is_taken_for_whole(
+    slow: Cluster, tmp_path: Path, down: bool
+) -> None:
+    source, target = tmp_path / "source", tmp_path / "target"
+    source.mkdir()
+    for number in range(MANY):
+        (source / f"{number}").write_bytes(number.to_bytes(4, "big") * 2048)
+    ends = [f"{in_task(source)}/", str(target)] if down else [f"{source}/", in_task(target)]
+    first = slow.start("cp", "-r", *ends)
+
+    def is_under_way() -> bool:
+        assert first.process.poll() is None, first.rest(err=True)
+        return target.exists() and sum(1 for _ in target.iterdir()) > MANY // 10
+
+    eventually(is_under_way)
+    first.process.kill()
+    first.ended()
+    done = copied(slow, "-r", *ends)
+    assert 0 < done["unchanged"] < MANY
+    assert done["unchanged"] + done["files"] == MANY
+    assert shape(target) == shape(source)
 
 
 def test_ctrl_c_ends_a_copy_with_one_sentence(slow: Cluster, tmp_path: Path) -> None:
