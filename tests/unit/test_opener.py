@@ -80,6 +80,18 @@ def test_what_is_over_here_is_not_opened_again_where_its_opening_was_lost() -> N
     assert not core.opens_again(bytes(16))
 
 
+def test_a_stream_that_is_opened_once_more_pays_for_one_window() -> None:
+    own = rules(Role.OPENER)
+    left = own.budget.left
+    core = KeptCore(own, Identity(bytes(16), 3600))
+    core.link(2)
+    assert core.opens_again(bytes(16))
+    core.link(2)
+    assert own.budget.left == left - own.budget.first
+    core.remote_error()
+    assert own.budget.left == left
+
+
 def test_what_is_over_here_ends_with_what_the_peer_says_or_when_no_link_comes() -> None:
     for ends in (KeptCore.remote_error, KeptCore.link_lost):
         core = resuming()
