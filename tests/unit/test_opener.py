@@ -11,7 +11,7 @@ import pytest
 from kohakuriver.tunnel import opener
 from kohakuriver.tunnel.kept import Identity, KeptCore, accepted_kept
 from kohakuriver.tunnel.local_socket import TcpStream
-from kohakuriver.tunnel.protocol import CLOSE, CONNECTED, ERROR, RESUMED, UNKNOWN_TOTAL, Attached, ErrorText, Grant
+from kohakuriver.tunnel.protocol import CLOSE, CONNECTED, ERROR, RESUMED, UNKNOWN_TOTAL, Attached, ErrorText, pack_pair
 from kohakuriver.tunnel.states import Do, Role
 from kohakuriver.tunnel.stream import Rules, Send
 from kohakuriver.tunnel.v1_rules import V1Rules
@@ -34,7 +34,7 @@ def resuming(*, opened: bool = True) -> KeptCore:
     core = KeptCore(rules(Role.OPENER), Identity(bytes(16), 3600))
     core.link(2)
     if opened:
-        core.take(CONNECTED, Grant(1000, 0).pack())
+        core.take(CONNECTED, pack_pair(1000, 0))
         core.local_data(b"abc")
     core.detach()
     core.resuming(1)
