@@ -37,10 +37,9 @@ from kohakuriver.tunnel.protocol import (
     EOF,
     MARK,
     PROTO_TCP,
-    Ended,
-    Grant,
     Opening,
     pack_limit,
+    pack_pair,
 )
 from kohakuriver.tunnel.protocol import KEY as KEY_SIZE
 from kohakuriver.tunnel.send_queue import SendQueue
@@ -187,10 +186,10 @@ def one_connection(kept: bool) -> Callable[[], Awaitable[object]]:
         await asyncio.sleep(0)
         stream.get_buffer(-1)
         stream.buffer_updated(1)
-        hear(stream, CONNECTED, Grant(1 << 18, 0).pack() if kept else pack_limit(1 << 18))
+        hear(stream, CONNECTED, pack_pair(1 << 18, 0) if kept else pack_limit(1 << 18))
         hear(stream, DATA, b"x")
         stream.eof_received()
-        hear(stream, EOF, Ended(1, 2).pack() if kept else b"")
+        hear(stream, EOF, pack_pair(1, 2) if kept else b"")
         await asyncio.sleep(0)
         if kept:
             hear(stream, CLOSE, b"")
@@ -224,10 +223,10 @@ def passed_on(kept: bool) -> Callable[[], Awaitable[object]]:
         opening = Opening(1 << 18, bytes(KEY_SIZE), 60).pack() if kept else pack_limit(1 << 18)
         acks = [(ACK, before, pack_limit(2))] if before else []
         hear(session, (CONNECT, number, opening), *acks, (DATA, number, b"x"))
-        granted = Grant(1 << 18, 0).pack() if kept else pack_limit(1 << 18)
+        granted = pack_pair(1 << 18, 0) if kept else pack_limit(1 << 18)
         hear(tunnel, (CONNECTED, number, granted), *([(CLOSE, before, b"")] if before else []))
         hear(tunnel, (DATA, number, b"x"))
-        ended = Ended(1, 1).pack() if kept else b""
+        ended = pack_pair(1, 1) if kept else b""
         hear(session, (EOF, number, ended))
         hear(tunnel, (EOF, number, ended))
         last = number if kept else 0

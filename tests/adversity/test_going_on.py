@@ -20,9 +20,9 @@ from kohakuriver.tunnel.protocol import (
     RESUMED,
     UNKNOWN_TOTAL,
     ErrorText,
-    Grant,
     Opening,
     Resuming,
+    parse_pair,
 )
 from kohakuriver.tunnel.windows import FIRST_WINDOW
 from tests.support.hops import CLIENTS, chain, dial, echo, service, until
@@ -120,9 +120,9 @@ def test_of_more_connections_than_may_wait_the_first_ends_and_says_why(
 def test_connections_that_wait_take_no_windows_from_those_of_others(run: Run, kind: str) -> None:
     async def granted(peer: Peer, stream: int, key: bytes) -> int:
         await peer.say(CONNECT, stream, Opening(65_536, key, 3600).pack())
-        grant = Grant.parse((await heard(peer, CONNECTED)).payload)
+        grant = parse_pair((await heard(peer, CONNECTED)).payload)
         assert grant is not None
-        return grant.limit
+        return grant[0]
 
     async def main() -> None:
         async with service(echo) as port, chain() as hops:

@@ -11,7 +11,7 @@ import pytest
 from kohakuriver.tunnel import opener
 from kohakuriver.tunnel.kept import Identity, KeptCore, accepted_kept
 from kohakuriver.tunnel.local_socket import TcpStream
-from kohakuriver.tunnel.protocol import CLOSE, CONNECTED, ERROR, RESUMED, UNKNOWN_TOTAL, Attached, ErrorText, Grant
+from kohakuriver.tunnel.protocol import CLOSE, CONNECTED, ERROR, RESUMED, UNKNOWN_TOTAL, Attached, ErrorText, pack_pair
 from kohakuriver.tunnel.states import Do, Role
 from kohakuriver.tunnel.stream import Rules, Send
 from kohakuriver.tunnel.v1_rules import V1Rules
@@ -34,7 +34,7 @@ def resuming(*, opened: bool = True) -> KeptCore:
     core = KeptCore(rules(Role.OPENER), Identity(bytes(16), 3600))
     core.link(2)
     if opened:
-        core.take(CONNECTED, Grant(1000, 0).pack())
+        core.take(CONNECTED, pack_pair(1000, 0))
         core.local_data(b"abc")
     core.detach()
     core.resuming(1)
@@ -78,6 +78,18 @@ def test_what_is_over_here_is_not_opened_again_where_its_opening_was_lost() -> N
     core = resuming(opened=False)
     core.local_lost()
     assert not core.opens_again(bytes(16))
+
+
+def test_a_stream_that_is_opened_once_more_pays_for_one_window() -> None:
+    own = rules(Role.OPENER)
+    left = own.budget.left
+    core = KeptCore(own, Identity(bytes(16), 3600))
+    core.link(2)
+    assert core.opens_again(bytes(16))
+    core.link(2)
+    assert own.budget.left == left - own.budget.first
+    core.remote_error()
+    assert own.budget.left == left
 
 
 def test_what_is_over_here_ends_with_what_the_peer_says_or_when_no_link_comes() -> None:

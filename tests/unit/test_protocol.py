@@ -52,6 +52,44 @@ def test_type_numbers_are_the_vectors(name: str) -> None:
     assert getattr(protocol, name) == generate.TYPES[name]
 
 
+@given(
+    limit=st.integers(0, 2**64 - 1),
+    hold=st.integers(0, 2**32 - 1),
+    before=st.sampled_from([b"", b"m" * protocol.MARK]),
+    start=st.binary(max_size=20),
+)
+def test_a_runner_puts_its_mark_into_a_connect_and_changes_nothing_else(
+    limit: int, hold: int, before: bytes, start: bytes
+) -> None:
+    mark, key = b"M" * protocol.MARK, b"k" * protocol.KEY
+    opening = protocol.Opening(limit, key, hold, 3, before)
+    assert protocol.mark_opening(opening.pack(), mark) == (opening._replace(mark=mark).pack(), b"")
+    terminal = protocol.Opening(limit, key, hold, 3, b"m" * protocol.MARK, start)
+    marked = terminal._replace(mark=mark).pack()
+    assert protocol.mark_opening(terminal.pack(), mark, protocol.PROTO_TERMINAL) == (marked, start)
+
+
+@pytest.mark.parametrize("proto", [protocol.PROTO_TCP, protocol.PROTO_TERMINAL])
+def test_a_connect_of_another_length_gets_no_mark_and_is_not_read(proto: int) -> None:
+    full = protocol.Opening(1, bytes(protocol.KEY), 2, 0, bytes(protocol.MARK)).pack()
+    for size in range(len(full) + 2):
+        payload = full[:size] + bytes(max(0, size - len(full)))
+        marked = protocol.mark_opening(payload, bytes(protocol.MARK), proto)
+        assert (marked is None) == (protocol.Opening.parse(payload, proto) is None)
+        assert proto == protocol.PROTO_TCP or (marked is None) == (size < len(full))
+    assert protocol.mark_opening(full[: -protocol.MARK], bytes(protocol.MARK), proto) == (
+        (full, b"") if proto == protocol.PROTO_TCP else None
+    )
+
+
+@given(offset=st.integers(0, 2**64 - 1), received=st.integers(0, 2**64 - 1))
+def test_two_numbers_survive_and_no_other_length_is_read(offset: int, received: int) -> None:
+    payload = protocol.pack_pair(offset, received)
+    assert protocol.parse_pair(memoryview(payload)) == (offset, received)
+    assert protocol.parse_pair(payload[:-1]) is None
+    assert protocol.parse_pair(payload + b"x") is None
+
+
 @given(limit=st.integers(0, 2**64 - 1))
 def test_every_limit_survives(limit: int) -> None:
     assert protocol.parse_limit(memoryview(protocol.pack_limit(limit))) == limit

@@ -39,13 +39,12 @@ from kohakuriver.tunnel.protocol import (
     USER_LOST_HOLD,
     Attached,
     CloseCode,
-    Ended,
     ErrorText,
-    Grant,
     Opening,
     Resuming,
     Roll,
     pack_limit,
+    pack_pair,
     pack_seconds,
 )
 from kohakuriver.tunnel.terminal import Start
@@ -163,14 +162,14 @@ def test_what_ends_of_a_kept_stream_tell_each_other_passes_under_the_ids_of_each
             await opened(user, container, 5)
             number = await opened(user, container, 6, KEY[::-1])
             for kind, payload in (
-                (CONNECTED, Grant(9, 8).pack()),
+                (CONNECTED, pack_pair(9, 8)),
                 (RESUMED, Attached(1, 2, 3).pack()),
                 (ACK, pack_limit(77)),
-                (EOF, Ended(10, 20).pack()),
+                (EOF, pack_pair(10, 20)),
             ):
                 await container.say(kind, number, payload)
                 assert await user.hear() == (kind, 6, payload, 0)
-            for kind, payload in ((ACK, pack_limit(78)), (EOF, Ended(30, 40).pack())):
+            for kind, payload in ((ACK, pack_limit(78)), (EOF, pack_pair(30, 40))):
                 await user.say(kind, 6, payload)
                 assert await container.hear() == (kind, number, payload, 0)
             # After two EOFs its ids stay, for what is acknowledged then; CLOSE frees them.

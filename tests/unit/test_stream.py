@@ -166,6 +166,18 @@ def test_a_socket_that_has_not_settled_is_not_paused() -> None:
     assert core.flow(blocked=False) is Do.PAUSE_LOCAL
 
 
+def test_a_socket_that_may_be_read_when_it_comes_has_settled_and_another_is_paused_once_it_has() -> None:
+    waiting, blocked, free = StreamCore(rules()), StreamCore(rules()), StreamCore(rules())
+    for core in (blocked, free):
+        core.link(2)
+    assert [waiting.begins(False), blocked.begins(True), free.begins(False)] == [False, False, True]
+    assert free.flow(blocked=True) is Do.PAUSE_LOCAL
+    for core, is_blocked in ((waiting, False), (blocked, True)):
+        assert core.flow(is_blocked) is None
+        core.settled()
+        assert core.flow(is_blocked) is Do.PAUSE_LOCAL
+
+
 def test_more_than_was_granted_ends_the_session_and_is_not_held() -> None:
     core = opened()
     assert core.arrive(FIRST_WINDOW, 0.0) in (None, Send(PING))

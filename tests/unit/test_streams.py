@@ -14,7 +14,7 @@ from kohakuriver.tunnel import streams
 from kohakuriver.tunnel.link import Link
 from kohakuriver.tunnel.local_socket import TcpStream
 from kohakuriver.tunnel.opener import KeptStreams
-from kohakuriver.tunnel.protocol import ACK, CONNECT, CONNECTED, DATA, EOF, Ended, Grant, pack_limit
+from kohakuriver.tunnel.protocol import ACK, CONNECT, CONNECTED, DATA, EOF, pack_limit, pack_pair
 from kohakuriver.tunnel.sockets import NOTSENT_LOWAT
 from kohakuriver.tunnel.user_endpoint import UserEndpoint
 from tests.support.peers.fake_transport import FakeTransport, Wire
@@ -41,9 +41,9 @@ class User:
     async def opens_and_ends(self) -> TcpStream:
         """A connection that both sides have ended; its peer is not told yet that it is known here."""
         stream = self.opens()
-        self.endpoint._tcp_message(stream, CONNECTED, Grant(1 << 20, 0).pack())
+        self.endpoint._tcp_message(stream, CONNECTED, pack_pair(1 << 20, 0))
         stream.eof_received()
-        self.endpoint._tcp_message(stream, EOF, Ended(0, 1).pack())
+        self.endpoint._tcp_message(stream, EOF, pack_pair(0, 1))
         await asyncio.sleep(0)
         return stream
 

@@ -160,47 +160,16 @@ def exit_code_in(code: int, reason: str) -> int | None:
 
 
 def pack_pair(offset: int, received: int) -> bytes:
-    """The payload of CONNECTED, WINDOW and EOF of a kept stream: of `Grant` and `Ended`, without the object."""
+    """The payload of a kept stream's CONNECTED, WINDOW and EOF (docs/protocol.md §3).
+
+    `offset` is the limit, and of an EOF the bytes of that direction; `received` is what its sender has received.
+    """
     return _PAIR.pack(offset, received)
 
 
 def parse_pair(payload: Bytes) -> tuple[int, int] | None:
     """The two numbers of such a payload; None where it is of another length."""
     return _PAIR.unpack(payload) if len(payload) == _PAIR.size else None
-
-
-class Grant(NamedTuple):
-    """CONNECTED and WINDOW of a kept stream: a limit, and what has been received (docs/protocol.md §3)."""
-
-    limit: int
-    received: int
-
-    def pack(self) -> bytes:
-        """The payload."""
-        return pack_pair(self.limit, self.received)
-
-    @classmethod
-    def parse(cls, payload: Bytes) -> Grant | None:
-        """What such a payload holds; None where it is of another length."""
-        pair = parse_pair(payload)
-        return None if pair is None else cls(*pair)
-
-
-class Ended(NamedTuple):
-    """EOF of a kept stream: the bytes of the sender's direction, and what it has received."""
-
-    total: int
-    received: int
-
-    def pack(self) -> bytes:
-        """The payload."""
-        return pack_pair(self.total, self.received)
-
-    @classmethod
-    def parse(cls, payload: Bytes) -> Ended | None:
-        """What such a payload holds; None where it is of another length."""
-        pair = parse_pair(payload)
-        return None if pair is None else cls(*pair)
 
 
 def _is_opening(payload: Bytes, proto: int) -> bool:
