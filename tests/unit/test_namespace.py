@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from kohakuriver._frame import FrameWalker
+from kohakuriver._frame import HEADER_SIZE, FrameWalker
 from kohakuriver.runner.backends.namespace import ContainerNetwork
 from kohakuriver.tunnel.container_endpoint import ContainerEndpoint
 from kohakuriver.tunnel.link import Link
@@ -94,8 +94,11 @@ class Heard(Link):
         super().__init__(*arguments, **more)
         self.said: asyncio.Queue[str] = asyncio.Queue()
 
-    def send_message(self, kind: int, stream_id: int, payload: Any = b"", **_: Any) -> None:
-        self.said.put_nowait(bytes(payload).decode())
+    def send(self, data: Any, inside: bool = False) -> None:
+        self.said.put_nowait(bytes(data)[2 + HEADER_SIZE :].decode())
+
+    def post(self, frame: bytes) -> None:
+        self.send(frame)
 
 
 @pytest.mark.parametrize("proto", [PROTO_TCP, PROTO_UDP])
