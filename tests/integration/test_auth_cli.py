@@ -17,15 +17,10 @@ import httpx
 import pexpect
 import pytest
 
+from tests.support.apart import cluster
 from tests.support.up import Apart, Commands, connect, echoes
 
-
-@pytest.fixture(scope="module")
-def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Apart]:
-    """The admin's commands, with a token in the environment."""
-    cluster = Apart(tmp_path_factory.mktemp("cluster"))
-    yield cluster
-    cluster.close()
+__all__ = ["cluster"]
 
 
 class Person(Commands):

@@ -16,26 +16,16 @@ from pathlib import Path
 import psutil
 import pytest
 
+from tests.support.apart import cluster, service
 from tests.support.network.wall import Wall, wall
 from tests.support.processes import eventually
 from tests.support.ssh import USER, Users, ours
 from tests.support.up import Apart, Commands, Program, Service, connect, echoes
 
+__all__ = ["cluster", "service"]
+
 AT_ONCE = 1.5
 """Seconds that a program may take to end, on a busy machine. What it waits for would take 3 seconds, or many more."""
-
-
-@pytest.fixture(scope="module")
-def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Apart]:
-    cluster = Apart(tmp_path_factory.mktemp("cluster"))
-    yield cluster
-    cluster.close()
-
-
-@pytest.fixture(scope="module")
-def service(cluster: Apart) -> Service:
-    eventually(lambda: "process" in cluster.run("node", "list", "--json").stdout)
-    return cluster.service()
 
 
 @pytest.fixture

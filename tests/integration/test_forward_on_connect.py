@@ -12,9 +12,12 @@ from pathlib import Path
 import psutil
 import pytest
 
+from tests.support.apart import service
 from tests.support.network.wall import wall
 from tests.support.processes import eventually
 from tests.support.up import Apart, Service, connect, echoes
+
+__all__ = ["service"]
 
 
 @pytest.fixture(scope="module")
@@ -23,12 +26,6 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Apart]:
     yield cluster
     cluster.run("forward", "--stop", "--all")
     cluster.close()
-
-
-@pytest.fixture(scope="module")
-def service(cluster: Apart) -> Service:
-    eventually(lambda: "process" in cluster.run("node", "list", "--json").stdout)
-    return cluster.service()
 
 
 @pytest.fixture

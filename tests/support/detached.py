@@ -14,23 +14,10 @@ from typing import Any
 import psutil
 import pytest
 
-from tests.support.processes import eventually
+from tests.support.apart import cluster, service
 from tests.support.up import Apart, Commands, Service, connect, echoes
 
 __all__ = ["cluster", "detach", "gone", "left_of", "listed", "service", "user", "user_of", "works"]
-
-
-@pytest.fixture(scope="module")
-def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Apart]:
-    cluster = Apart(tmp_path_factory.mktemp("cluster"))
-    yield cluster
-    cluster.close()
-
-
-@pytest.fixture(scope="module")
-def service(cluster: Apart) -> Service:
-    eventually(lambda: "process" in cluster.run("node", "list", "--json").stdout)
-    return cluster.service()
 
 
 @pytest.fixture
