@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import json as json_module
 import os
+import shutil
 import socket
 import sys
 import tempfile
@@ -172,7 +173,9 @@ class _Demo:
             link = (await host.login_link()).url
         self._say(f"The dashboard, in a browser, within a minute, once: {link}", "login", url=link)
         if not self._json:
-            output.line(f"From another terminal: KOHAKURIVER_CONFIG_DIR={self._directory} kohakuriver vps list")
+            # `make demo` installs it where no shell looks for programs.
+            program = "kohakuriver" if shutil.which("kohakuriver") else f"{sys.executable} -m kohakuriver"
+            output.line(f"From another terminal: KOHAKURIVER_CONFIG_DIR={self._directory} {program} vps list")
             output.line("Ctrl-C ends it all.")
 
     def _say(self, text: str, event: str, **fields: Any) -> None:
