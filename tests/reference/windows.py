@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 
 EARLY_DATA = 64 << 10
 LEAST = 4 << 10
-RAREST_PING = 64 << 20
+RAREST_PING = FASTEST_OF = 64 << 20
 
 
 @dataclass
@@ -20,6 +20,8 @@ class Budget:
     first: int
     cap: int
     shared: bool = False
+    shortest: int | None = None  # of all its streams' round trips
+    fastest: float = 0.0  # bytes a microsecond of the stream that gets most
     left: int = field(init=False)
 
     def __post_init__(self) -> None:
@@ -29,6 +31,28 @@ class Budget:
         got = min(wanted, self.left)
         self.left -= got
         return got
+
+    def measured(self, took: int, came: int, since_last: int | None) -> None:
+        """A round trip took so long, and since the stream's last one so many bytes came."""
+        self.shortest = min(self.shortest or took, took)
+        if since_last is not None:
+            rate = came / since_last
+            self.fastest += (rate - self.fastest) * (1 if rate > self.fastest else min(came / FASTEST_OF, 1))
+
+    def share(self) -> int:
+        """What each stream may have under way."""
+        if not self.shared or not self.fastest or self.shortest is None:
+            return self.cap
+        return self.parts(1.5 if self.shortest <= 2000 else 4)
+
+    def fair(self) -> int:
+        """What each stream's window should be."""
+        return self.parts(1.5) if self.shared else 0
+
+    def parts(self, part: float) -> int:
+        if not self.fastest or self.shortest is None:
+            return 0
+        return min(self.cap, max(self.first, int(part * self.fastest * self.shortest)))
 
 
 class Window:
@@ -40,8 +64,7 @@ class Window:
         self.size = max(self.paid, LEAST)  # the least window is given to every stream and paid by none
         self.granted = self.size
         self.received = self.consumed = self.newest = 0
-        self.best = self.steady = 0.0
-        self.shortest: int | None = None
+        self.best = 0.0
         self.ping: tuple[int, int] | None = None  # when it was sent, and what had been received before
         self.ponged_at: int | None = None
         self.ended_at = 0
@@ -63,9 +86,7 @@ class Window:
         return self.announce(self.in_force() // 4)
 
     def in_force(self) -> int:
-        if not self.budget.shared or self.shortest is None or self.shortest > 2000:
-            return self.size
-        return min(self.size, max(self.budget.first, int(1.5 * self.steady * self.shortest)))
+        return min(self.size, self.budget.share())
 
     def announce(self, least: int) -> int | None:
         limit = self.consumed + self.in_force()
@@ -78,23 +99,23 @@ class Window:
         if self.ping is None:
             return None
         (sent_at, before), self.ping = self.ping, None
-        if self.ponged_at is not None:
-            self.steady = max(self.steady, (self.received - self.ended_at) / max(at - self.ponged_at, 1))
         took = max(at - sent_at, 1)
+        since_last = None if self.ponged_at is None else max(at - self.ponged_at, 1)
+        self.budget.measured(took, self.received - self.ended_at, since_last)
         self.ponged_at, self.ended_at = at, self.received
-        self.shortest = min(self.shortest or took, took)
         sample = self.received - before
-        rate = sample / took
-        pays = rate > 1.1 * self.best
+        rate, share = sample / took, self.budget.share()
+        pays = rate > 1.1 * self.best or self.size < self.budget.fair()
         self.best = max(self.best, rate)
-        if not pays or 3 * sample < 2 * self.size:
+        under_way = self.in_force()
+        if not pays or 3 * sample < 2 * under_way:
             self.skipped = min(max(2 * self.skipped, self.size), RAREST_PING)
             self.pause = self.skipped + self.size // 4
             return None
-        under_way = self.size
-        extra = self.budget.take(min(self.size, self.budget.cap - self.size))
-        self.paid += extra
-        self.size += extra
+        if self.size < share:
+            extra = self.budget.take(min(self.size, self.budget.cap - self.size))
+            self.paid += extra
+            self.size += extra
         self.skipped = 0
         self.pause = under_way + self.size // 4
         return self.announce(1)

@@ -187,6 +187,48 @@ def test_a_window_grows_over_a_long_link_that_others_use_too() -> None:
     assert window.size >= 12.5e6
 
 
+def full_link(windows: list[ReceiveWindow], *, rtt: float, rate: float, rounds: int) -> list[int]:
+    """Bytes that each got in the second half: of a full link a stream gets what part it has of what is under way."""
+    half = [0] * len(windows)
+    now, pinged = 0.0, [False] * len(windows)
+    for number in range(rounds):
+        ahead = [window.granted - window.received for window in windows]
+        now += max(rtt, sum(ahead) / rate)
+        for index, window in enumerate(windows):
+            if pinged[index]:
+                pinged[index] = False
+                window.pong(now)
+            while ahead[index] > 0:
+                size = min(1 << 14, ahead[index])
+                assert window.receive(size)
+                window.consume(size)
+                pinged[index] = window.wants_ping(now) or pinged[index]
+                ahead[index] -= size
+        if number == rounds // 2:
+            half = [window.received for window in windows]
+    return [window.received - before for window, before in zip(windows, half, strict=True)]
+
+
+@pytest.mark.parametrize(("rtt", "rate"), [(0.0004, 1e9), (0.003, 3e8), (0.05, 5e7), (0.1, 2e7)])
+def test_streams_that_share_a_full_link_get_the_same_although_one_was_there_first(rtt: float, rate: float) -> None:
+    budget = Budget()
+    windows = [ReceiveWindow(budget)]
+    pumped(windows[0], rtt=rtt, rate=rate, rounds=60)
+    budget.shared = True
+    windows += [ReceiveWindow(budget) for _ in range(7)]
+    got = full_link(windows, rtt=rtt, rate=rate, rounds=600)
+    assert min(got) >= 0.8 * sum(got) / len(got)
+
+
+def test_what_was_measured_of_a_link_says_nothing_of_the_next() -> None:
+    budget = Budget()
+    pumped(ReceiveWindow(budget), rtt=0.0004, rate=1e9, rounds=200)
+    budget.shared = True
+    assert budget.share < rules.MAX_WINDOW
+    budget.begin()
+    assert budget.share == rules.MAX_WINDOW
+
+
 def test_a_pong_that_nobody_asked_for_changes_nothing() -> None:
     window = ReceiveWindow(Budget())
     window.receive(rules.FIRST_WINDOW)

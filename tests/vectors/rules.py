@@ -83,6 +83,7 @@ def windows() -> list[Vector]:
             [*(("open", n) for n in range(1, 6)), ("close", 1), ("close", 3), ("open", 7), ("open", 8)],
         ),
         ("while others receive too, less than the window is in force", plenty, shared()),
+        ("while several receive, all have the same in force, and who has less grows", plenty, shared_by_two()),
         (
             "without a link a window is the others', and of what they left there is another",
             (600_000, 256 * KIB, 16 * MIB),
@@ -105,6 +106,18 @@ def shared() -> list[Step]:
     for number in range(10):
         steps += [*burst(1, 250_000, 50_000, number * 400), ("pong", 1, number * 400 + 301)]
     steps += [("shared", True), *burst(1, 1_000_000, 50_000, 5000), ("shared", False), *burst(1, 1000, 1000, 6000)]
+    return steps
+
+
+def shared_by_two() -> list[Step]:
+    """Over a long link, 1 alone for a while, and so with the wider window; then 1 and 2 by turns."""
+    steps: list[Step] = [("open", 1), ("open", 2)]
+    for number, size in enumerate([200, 200, 400, 400, 800, 800, 1600, 1600]):
+        steps += [*burst(1, size * 1000, 50_000, number * 50_000), ("pong", 1, number * 50_000 + 49_000)]
+    steps += [("shared", True)]
+    for number, size in enumerate([200, 200, 400, 400, 800, 800, 1200, 1200], 8):
+        steps += [*burst(2, size * 1000, 50_000, number * 50_000), ("pong", 2, number * 50_000 + 49_000)]
+        steps += [*burst(1, 900_000, 50_000, number * 50_000), ("pong", 1, number * 50_000 + 49_500)]
     return steps
 
 

@@ -9,12 +9,17 @@ use crate::settings::{MIN_WINDOW, Settings};
 const WORTHWHILE: f64 = 1.1;
 /// While it does not, PINGs get rarer, to one in this many bytes: each costs every hop two frames.
 const RAREST_PING: u64 = 64 << 20;
-/// While other streams of a short link receive too, a stream has no more under way than so many
-/// times what fills a round trip, or the first window if that is more: what waits beyond that,
-/// small messages of the others wait behind.
+/// While other streams of a link receive too, what each of them needs is so many times what the
+/// fastest of them has on its way in a round trip, or the first window if that is more: of a full
+/// link each one gets as much as it has under way.
 const SHARED_PART: f64 = 1.5;
-/// There and back, in seconds; on a longer link, the way takes its time anyway.
+/// On a short link none has more in force than that: what waits beyond it, small messages of the
+/// others wait behind. On a longer one the way takes its time anyway, and rates need room to grow.
+const LONG_PART: f64 = 4.0;
+/// There and back, in seconds.
 const SHORT_LINK: f64 = 0.002;
+/// Bytes in which what was the fastest stream's rate is forgotten.
+const FASTEST_OF: f64 = (64 << 20) as f64;
 
 /// What all streams' windows may come to together, in bytes.
 pub struct Budget {
@@ -23,6 +28,10 @@ pub struct Budget {
     cap: u64,
     /// Whether several streams receive by turns.
     pub shared: bool,
+    /// Seconds of the link's shortest round trip.
+    shortest: f64,
+    /// Bytes a second of the stream that gets most.
+    fastest: f64,
 }
 
 impl Budget {
@@ -33,7 +42,56 @@ impl Budget {
             first: settings.first_window,
             cap: settings.max_window,
             shared: false,
+            shortest: f64::INFINITY,
+            fastest: 0.0,
         }
+    }
+
+    /// Another link carries the streams: what was measured of the last one says nothing of it.
+    pub fn begin(&mut self) {
+        (self.shortest, self.fastest) = (f64::INFINITY, 0.0);
+    }
+
+    /// A PONG was there `took` seconds after its PING; since the stream's last one, where there was
+    /// one, so many bytes came in so many seconds.
+    fn measured(&mut self, took: f64, since_last: Option<(f64, f64)>) {
+        self.shortest = self.shortest.min(took);
+        if let Some((came, seconds)) = since_last {
+            let rate = came / seconds;
+            let part = if rate > self.fastest {
+                1.0
+            } else {
+                (came / FASTEST_OF).min(1.0)
+            };
+            self.fastest += (rate - self.fastest) * part;
+        }
+    }
+
+    /// What each stream may have under way now.
+    fn share(&self) -> u64 {
+        if !self.shared || self.fastest == 0.0 {
+            return self.cap;
+        }
+        let short = self.shortest <= SHORT_LINK;
+        self.parts(if short { SHARED_PART } else { LONG_PART })
+    }
+
+    /// The window that each stream should have now, since another has; 0 while one has the link to
+    /// itself.
+    fn fair(&self) -> u64 {
+        if self.shared {
+            self.parts(SHARED_PART)
+        } else {
+            0
+        }
+    }
+
+    fn parts(&self, part: f64) -> u64 {
+        if self.fastest == 0.0 {
+            return 0;
+        }
+        let needed = (part * self.fastest * self.shortest) as u64;
+        needed.max(self.first).min(self.cap)
     }
 
     /// What is left of it.
@@ -74,11 +132,7 @@ struct Ping {
     pinged: Option<(Instant, u64)>,
     ping_from: u64,
     best: f64,
-    /// The best rate between two PONGs: what comes in one round trip may have waited for it.
-    steady: f64,
     ponged_at: Option<Instant>,
-    /// The shortest round trip so far, in seconds.
-    shortest: f64,
     /// Bytes between the end of one PING and the next.
     pause: u64,
     /// Bytes of the pause that are whole windows, for which no PING is worth its while.
@@ -91,26 +145,26 @@ impl Ping {
             pinged: None,
             ping_from: 0,
             best: 0.0,
-            steady: 0.0,
             ponged_at: None,
-            shortest: f64::INFINITY,
             pause,
             skipped: 0,
         }
     }
 
     /// Takes the PONG: the bytes of the sample, and whether it came at a rate that pays.
-    fn sample(&mut self, received: u64, now: Instant) -> Option<(u64, bool)> {
+    fn sample(&mut self, received: u64, now: Instant, budget: &mut Budget) -> Option<(u64, bool)> {
         let (ping_at, ping_from) = self.pinged.take()?;
-        if let Some(last) = self.ponged_at.replace(now) {
-            let came = (received - self.ping_from) as f64;
-            let steady = came / now.duration_since(last).as_secs_f64().max(1e-6);
-            self.steady = steady.max(self.steady);
-        }
+        let seconds = |since: Instant| now.duration_since(since).as_secs_f64().max(1e-6);
+        let took = seconds(ping_at);
+        // What comes in one round trip may have waited for it: a steady rate is one between two PONGs.
+        let came = (received - self.ping_from) as f64;
+        let since_last = self
+            .ponged_at
+            .replace(now)
+            .map(|last| (came, seconds(last)));
+        budget.measured(took, since_last);
         self.ping_from = received;
         let sample = received - ping_from;
-        let took = now.duration_since(ping_at).as_secs_f64().max(1e-6);
-        self.shortest = self.shortest.min(took);
         let rate = sample as f64 / took;
         let pays = rate > WORTHWHILE * self.best;
         self.best = rate.max(self.best);
@@ -172,14 +226,7 @@ impl ReceiveWindow {
 
     /// The part of the window that the peer may have under way now.
     fn in_force(&self, budget: &Budget) -> u64 {
-        let Some(ping) = &self.ping else {
-            return self.size;
-        };
-        if !budget.shared || ping.shortest > SHORT_LINK {
-            return self.size;
-        }
-        let needed = (SHARED_PART * ping.steady * ping.shortest) as u64;
-        self.size.min(needed.max(budget.first))
+        self.size.min(budget.share())
     }
 
     /// Whether to send a PING on the stream now, to measure its rate.
@@ -201,16 +248,20 @@ impl ReceiveWindow {
     /// new limit if so.
     pub fn pong(&mut self, now: Instant, budget: &mut Budget) -> Option<u64> {
         let ping = self.ping.as_mut()?;
-        let (sample, pays) = ping.sample(self.received, now)?;
-        if !pays || sample * 3 < self.size * 2 {
+        let (sample, pays) = ping.sample(self.received, now, budget)?;
+        let share = budget.share();
+        let pays = pays || self.size < budget.fair();
+        let in_flight = self.size.min(share);
+        if !pays || sample * 3 < in_flight * 2 {
             ping.skipped = (2 * ping.skipped).max(self.size).min(RAREST_PING);
             ping.pause = ping.skipped + self.size / 4;
             return None;
         }
-        let in_flight = self.size;
-        let extra = budget.take(self.size.min(self.cap - self.size));
-        self.paid += extra;
-        self.size += extra;
+        if self.size < share {
+            let extra = budget.take(self.size.min(self.cap - self.size));
+            self.paid += extra;
+            self.size += extra;
+        }
         ping.skipped = 0;
         // What comes first was sent for the smaller window.
         ping.pause = in_flight + self.size / 4;
@@ -356,9 +407,7 @@ mod tests {
         let mut budget = budget(64 << 20);
         let mut receiving = ReceiveWindow::new(&mut budget);
         (receiving.size, receiving.granted) = (4 << 20, 4 << 20);
-        let mut ping = Ping::new(0);
-        (ping.steady, ping.shortest) = (1e9, 4e-4);
-        receiving.ping = Some(Box::new(ping));
+        budget.measured(4e-4, Some((1e9, 1.0)));
         budget.shared = true;
         let needed = 600_000;
         receiving.receive(4 << 20).unwrap();

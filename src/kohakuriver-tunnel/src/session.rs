@@ -134,6 +134,7 @@ impl<N: Network> Session<N> {
 
     /// Goes on over a link whose handshake is done.
     pub fn attach(&mut self, sock: Box<dyn TcpSocket>, v2: bool) {
+        self.context.budget.begin();
         self.context.link.open(sock);
         (self.v2, self.readable, self.read_closed) = (v2, true, false);
         self.reader = Reader::default();

@@ -119,6 +119,7 @@ class Endpoint:
 
     def attach(self, link: Link) -> None:
         """Carry streams over ``link`` from now on."""
+        self.budget.begin()
         self.streams = Streams(
             link,
             totals=self.totals,

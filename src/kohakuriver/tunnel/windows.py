@@ -5,6 +5,8 @@ docs/protocol.md §3, "Windows, exactly". Nothing here touches a socket or a clo
 
 from __future__ import annotations
 
+import math
+
 __all__ = [
     "EARLY_DATA",
     "FIRST_WINDOW",
@@ -27,10 +29,14 @@ SESSION_BUDGET = 64 * 1024 * 1024
 WORTHWHILE = 1.1
 # While it does not, PINGs get rarer, to one in this many bytes: each one costs every hop two small frames.
 RAREST_PING = 64 * 1024 * 1024
-# While other streams of a short link receive too, a stream has no more under way than so many times what fills a round
-# trip, or the first window if that is more: what waits beyond that, small messages of the others wait behind.
+# While other streams of a link receive too, what each of them needs is so many times what the fastest of them has on
+# its way in a round trip, or the first window if that is more: of a full link each gets as much as it has under way.
 SHARED_PART = 1.5
-SHORT_LINK = 0.002  # seconds there and back; on a longer one, the way takes its time anyway
+# On a short link none has more in force than that: what waits beyond it, small messages of the others wait behind. On a
+# longer one the way takes its time anyway, and rates need room to grow.
+SHORT_LINK = 0.002  # seconds there and back
+LONG_PART = 4
+FASTEST_OF = 64 * 1024 * 1024  # bytes, in which what was the fastest stream's rate is forgotten
 UNLIMITED = 1 << 62  # the limit under v1 rules, which have none
 
 
@@ -83,6 +89,41 @@ class Budget:
         """The window (bytes) that every stream gets, whatever is left: the budget does not pay for it."""
         self.cap = cap
         self.shared = False  # several streams receive by turns
+        self.begin()
+
+    def begin(self) -> None:
+        """Another link carries the streams: what was measured of the last one says nothing of it."""
+        self.shortest = math.inf  # seconds there and back
+        self._fastest = 0.0  # bytes a second of the stream that gets most
+
+    def measured(self, took: float, came: int, seconds: float) -> None:
+        """A PONG came.
+
+        Args:
+            took: seconds since its PING.
+            came: bytes of its stream since the stream's last PONG.
+            seconds: the time since that; 0 if this is the first.
+        """
+        self.shortest = min(self.shortest, took)
+        if seconds:
+            rate = came / seconds
+            part = 1.0 if rate > self._fastest else min(came / FASTEST_OF, 1.0)
+            self._fastest += (rate - self._fastest) * part
+
+    @property
+    def share(self) -> int:
+        """Bytes that each stream may have under way now."""
+        if not self.shared or not self._fastest:
+            return self.cap
+        return self._parts(SHARED_PART if self.shortest <= SHORT_LINK else LONG_PART)
+
+    @property
+    def fair(self) -> int:
+        """Bytes of window that each stream should have now, since another has; 0 while one has the link to itself."""
+        return self._parts(SHARED_PART) if self.shared else 0
+
+    def _parts(self, part: float) -> int:
+        return min(self.cap, max(self.first, int(part * self._fastest * self.shortest))) if self._fastest else 0
 
     @property
     def left(self) -> int:
@@ -152,9 +193,7 @@ class ReceiveWindow:
         "_pinged",
         "_ponged",
         "_ponged_at",
-        "_shortest",
         "_skipped",
-        "_steady",
         "consumed",
         "granted",
         "received",
@@ -169,10 +208,8 @@ class ReceiveWindow:
         self.consumed = 0
         self.granted = self.size
         self._best = 0.0  # bytes a second, over one round trip
-        self._steady = 0.0  # the most between two PONGs: what comes in one round trip may have waited for it
         self._ponged = 0
         self._ponged_at = 0.0
-        self._shortest = 0.0  # seconds of the shortest round trip
         self._pause = self.size // 4  # bytes between the end of one PING and the next
         self._skipped = 0  # bytes of that for which no PING is worth its while
         self._newest = 0  # size of the last read
@@ -195,9 +232,7 @@ class ReceiveWindow:
     @property
     def in_force(self) -> int:
         """The part of the window (bytes) that the peer may have under way now."""
-        if not self._budget.shared or self._shortest > SHORT_LINK:
-            return self.size
-        return min(self.size, max(self._budget.first, int(SHARED_PART * self._steady * self._shortest)))
+        return min(self.size, self._budget.share)
 
     def _grant(self, size: int, least: int) -> int | None:
         limit = self.consumed + size
@@ -221,30 +256,33 @@ class ReceiveWindow:
             return None
         self._pinged = False
         sample = self.received - self._ping_from
-        if self._ponged_at:
-            self._steady = max(self._steady, (self.received - self._ponged) / max(now - self._ponged_at, 1e-6))
+        took = max(now - self._ping_at, 1e-6)
+        # What comes in one round trip may have waited for it, so a steady rate is one between two PONGs.
+        seconds = max(now - self._ponged_at, 1e-6) if self._ponged_at else 0.0
+        self._budget.measured(took, self.received - self._ponged, seconds)
         self._ponged_at, self._ponged = now, self.received
         self._ping_from = self.received
-        took = max(now - self._ping_at, 1e-6)
-        self._shortest = min(self._shortest or took, took)
-        rate = sample / took
-        pays = rate > WORTHWHILE * self._best
+        rate, share = sample / took, self._budget.share
+        pays = rate > WORTHWHILE * self._best or self.size < self._budget.fair
         self._best = max(self._best, rate)
-        if not pays or sample * 3 < self.size * 2:
+        in_flight = min(self.size, share)
+        if not pays or sample * 3 < in_flight * 2:
             self._skipped = min(max(2 * self._skipped, self.size), RAREST_PING)
             self._pause = self._skipped + self.size // 4
             return None
-        in_flight = self.size
-        extra = self._budget.take(min(self.size, self._budget.cap - self.size))
-        self._paid += extra
-        self.size += extra
+        if self.size < share:
+            extra = self._budget.take(min(self.size, self._budget.cap - self.size))
+            self._paid += extra
+            self.size += extra
         self._skipped = 0
         self._pause = in_flight + self.size // 4  # what comes first was sent for the smaller window
         return self._grant(self.in_force, 1)
 
     def unanswered(self) -> None:
-        """The PING that is under way, if one is, went with its link."""
+        """The PING that is under way, if one is, went with its link; a rate over both links would be none."""
         self._pinged = False
+        self._ponged_at = 0.0
+        self._ping_from = self._ponged = self.received
 
     def detach(self) -> None:
         """There is no link: nothing can come, and others may have what the window took."""
