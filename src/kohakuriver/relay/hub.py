@@ -11,7 +11,6 @@ from dataclasses import dataclass, field
 
 import structlog
 
-from kohakuriver._frame import RoutingTable
 from kohakuriver.changes import Changes
 from kohakuriver.errors import UnavailableError
 from kohakuriver.relay.direct import DirectSession, Keepers
@@ -220,9 +219,9 @@ class Hub:
     def _part(self, tunnel: TunnelLeg, reason: str) -> None:
         """Part sessions from a tunnel that is gone. What happens to kept streams shows when it is known why."""
         parted: dict[SessionLeg, list[int]] = {}
-        for _, (session, user_id) in tunnel.table.items():  # once for all: a thousand sessions share 65,536 streams
+        for tunnel_id, (session, user_id) in tunnel.table.items():  # once: a thousand sessions share 65,536 streams
             parted.setdefault(session, []).append(user_id)
-        tunnel.table = RoutingTable()
+            tunnel.table.remove(tunnel_id)
         for session in self._sessions_of(tunnel.container):
             kept = session.lost(parted.get(session, []), reason)
             session.link.intake.resume(session)  # it may have waited for the tunnel that went

@@ -630,7 +630,8 @@ class SessionLeg(RelayLeg[TunnelLeg]):
 
     def lost(self, client_ids: list[int], reason: str) -> list[int]:
         """The tunnel of these streams is gone. The ids of kept ones are answered: their ends are still there."""
-        kept, over = [], []  # in one pass: thousands of streams go at once, while all other users wait
+        kept: list[int] = []
+        over: list[int] = []  # in one pass: thousands of streams go at once, while all other users wait
         for client_id in client_ids:
             (kept if client_id in self.kept else over).append(client_id)
             self.free(client_id)
