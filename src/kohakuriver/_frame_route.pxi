@@ -111,13 +111,6 @@ cdef class RoutingTable:
         self.vacate(i)
         return found
 
-    def remove_target(self, target):
-        """Forget all ids that lead to this very target; return them as [(client_id, new_id)]."""
-        cdef list found = [(client_id, new_id) for client_id, (other, new_id) in self.items() if other is target]
-        for client_id, _ in found:
-            self.vacate(self.slot(client_id))
-        return found
-
     def items(self):
         """Return [(client_id, (target, new_id))], in no order."""
         cdef size_t i

@@ -417,12 +417,6 @@ class RoutingTable:
         route = self.routes.pop(check_field(client_id, 32), None)
         return (route.target, route.new_id) if route else None
 
-    def remove_target(self, target: object) -> list[tuple[int, int]]:
-        found = [(client_id, route.new_id) for client_id, route in self.routes.items() if route.target is target]
-        for client_id, _ in found:
-            del self.routes[client_id]
-        return found
-
     def items(self) -> list[tuple[int, tuple[object, int]]]:
         return [(client_id, (route.target, route.new_id)) for client_id, route in self.routes.items()]
 

@@ -652,11 +652,13 @@ def test_every_error_has_a_code_and_a_sentence(run: Run, tmp_path: Path, method:
     run(check())
 
 
-def test_a_body_that_is_no_json_is_refused_in_a_sentence(run: Run, tmp_path: Path) -> None:
+def test_a_body_that_can_not_be_read_is_refused_in_a_sentence_about_it(run: Run, tmp_path: Path) -> None:
     async def check() -> None:
         async with a_host(tmp_path) as host:
-            answer = await host.user.post("/api/tasks", content=b"{", headers={"Content-Type": "application/json"})
-            assert (answer.status_code, answer.json()["error"]) == (400, "bad_request")
+            for body in (b"{", b"[" * 100_000, b'{"memory": %s}' % (b"9" * 5000), b'{"name": "\xff"}'):
+                answer = await host.user.post("/api/tasks", content=body, headers={"Content-Type": "application/json"})
+                assert (answer.status_code, answer.json()["error"]) == (400, "bad_request")
+                assert "body" in answer.json()["message"] or "JSON" in answer.json()["message"]
 
     run(check())
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import time
 from collections.abc import Callable, Coroutine
 from typing import Any
 
@@ -13,9 +14,24 @@ from websockets.exceptions import InvalidStatus
 from websockets.typing import Subprotocol
 
 from kohakuriver.errors import NotAllowedError
-from kohakuriver.relay.hub import QUARREL_TIMES
-from kohakuriver.tunnel.protocol import CLIENT_HEADER, PING, PONG, TUNNEL_V2
+from kohakuriver.limits import Limits
+from kohakuriver.relay.admission import Admission, ConnectRates
+from kohakuriver.relay.hub import QUARREL_TIMES, Hub
+from kohakuriver.relay.legs import SessionLeg, TunnelLeg
+from kohakuriver.tunnel.link import Link
+from kohakuriver.tunnel.protocol import (
+    CLIENT_HEADER,
+    CONNECT,
+    ERROR,
+    PING,
+    PONG,
+    PROTO_TCP,
+    TUNNEL_V2,
+    pack_limit,
+    pack_seconds,
+)
 from tests.support.hops import CONTAINER, Chain, chain, until
+from tests.support.peers.fake_transport import Wire
 
 Run = Callable[[Coroutine[Any, Any, None]], None]
 
@@ -152,5 +168,44 @@ def test_a_client_without_a_token_takes_nothing_from_one_with_a_token_and_gives_
                     assert str(await refused.recv()).startswith("Error: another tunnel client")
                 assert hops.server.hub.tunnel_of(CONTAINER) is tunnel
                 answers.cancel()
+
+    run(check())
+
+
+def connected(leg: TunnelLeg | SessionLeg) -> Wire:
+    wire = Wire(masked=False)
+    leg.link = Link(leg, leg.walker, masks=False)
+    leg.link.start(wire)
+    return wire
+
+
+def a_session(hub: Hub) -> tuple[SessionLeg, Wire]:
+    admission = Admission(Limits(), ConnectRates(0), None, None)
+    session = SessionLeg(hub, CONTAINER, 1 << 24, port=0, proto=0, admission=admission, newest=2, mark=bytes(16))
+    hub.sessions[session] = None
+    return session, connected(session)
+
+
+def test_a_tunnel_that_goes_with_as_many_streams_as_users_may_have_keeps_nobody_waiting(run: Run) -> None:
+    async def check() -> None:
+        hub = Hub()
+        tunnel = TunnelLeg(hub, CONTAINER, 1 << 24)
+        connected(tunnel)
+        hub.tunnel_opened(tunnel)
+        for _ in range(500):  # whoever has no stream costs nothing either
+            a_session(hub)
+        streams, limit, hold = Limits().max_streams, pack_limit(1 << 20), pack_seconds(60)
+        (kept, _), (other, heard) = a_session(hub), a_session(hub)
+        for stream in range(1, streams + 1):
+            kept.message(CONNECT, PROTO_TCP, stream, 80, limit + stream.to_bytes(16, "big") + hold + b"\0")
+            other.message(CONNECT, PROTO_TCP, stream, 80, limit)
+        heard.writes.clear()
+        before = time.process_time()
+        hub.tunnel_closed(tunnel, "its client is gone")
+        took = time.process_time() - before
+        ((first, *_),) = heard.kinds()  # one write for all
+        assert first == ERROR
+        assert len(kept.table) == len(other.table) == len(tunnel.table) == 0
+        assert took < 2  # seconds of the processor that all others wait for: a step for each pair takes ten
 
     run(check())

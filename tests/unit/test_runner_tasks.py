@@ -73,6 +73,9 @@ class Obedient(Backend):
         self.did.append("remove")
         self.running.discard(task.container)
 
+    async def discard(self, task: TaskRecord) -> None:
+        self.did.append("discard")
+
     async def give_token(self, task: TaskRecord) -> None:
         self.did.append("give_token")
 
@@ -137,6 +140,7 @@ def test_a_start_that_fails_leaves_nothing(run: Run, tmp_path: Path) -> None:
         with pytest.raises(NotFoundError, match="No such image"):
             await manager.create(a_task())
         assert manager.book.all() == []
+        assert bench.backend.did == ["open 0", "discard"]
 
     run(check())
 

@@ -218,8 +218,12 @@ class Hub:
 
     def _part(self, tunnel: TunnelLeg, reason: str) -> None:
         """Part sessions from a tunnel that is gone. What happens to kept streams shows when it is known why."""
+        parted: dict[SessionLeg, list[int]] = {}
+        for tunnel_id, (session, user_id) in tunnel.table.items():  # once: a thousand sessions share 65,536 streams
+            parted.setdefault(session, []).append(user_id)
+            tunnel.table.remove(tunnel_id)
         for session in self._sessions_of(tunnel.container):
-            kept = session.lost([user_id for _, user_id in tunnel.table.remove_target(session)], reason)
+            kept = session.lost(parted.get(session, []), reason)
             session.link.intake.resume(session)  # it may have waited for the tunnel that went
             if kept:
                 self._orphans_of(tunnel.container).streams.setdefault(session, []).extend(kept)

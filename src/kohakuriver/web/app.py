@@ -179,6 +179,8 @@ def new_app(
             return _upgrade_required(request)
         codes = {404: "no_such_path", 405: "method_not_allowed"}
         message = f"There is no {request.method} {request.url.path} here; check the URL, and the version of both sides."
+        if error.status_code == 400:  # FastAPI says so of what it can't take apart
+            message = "The request's body can't be read; send JSON, in UTF-8, not too deep and with no endless number."
         return JSONResponse(
             {"error": codes.get(error.status_code, "bad_request"), "message": message}, status_code=error.status_code
         )

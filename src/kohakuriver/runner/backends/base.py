@@ -197,6 +197,10 @@ class Backend(ABC):
     async def remove(self, task: TaskRecord) -> None:
         """Stop it and remove what it left. What was adopted goes on, without its tunnel."""
 
+    async def discard(self, task: TaskRecord) -> None:
+        """Remove what was laid down for a task that could not be started and that nobody knows of."""
+        return
+
     @abstractmethod
     async def exec(self, task: TaskRecord, request: ExecRequest) -> ExecSession:
         """Run a command inside a task that runs; the caller closes the session.

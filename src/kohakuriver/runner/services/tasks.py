@@ -104,6 +104,7 @@ class TaskManager:
             start.add_done_callback(lambda start: self._started_late(task, start))
         elif error := _failure(start):
             self._forget(task)
+            await backend.discard(task)  # else each try leaves a directory for ever
             raise error
         self.book.changed()
         return task

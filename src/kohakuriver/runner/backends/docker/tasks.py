@@ -423,6 +423,9 @@ class DockerBackend(Backend):
                     if error.status != 404:
                         raise
         self._tasks.pop(task.container, None)
+        await self.discard(task)
+
+    async def discard(self, task: TaskRecord) -> None:
         self._doors.close(task.container)
         self._helper.forget(task.container)
 

@@ -299,6 +299,9 @@ class ProcessBackend(Backend):
 
     async def remove(self, task: TaskRecord) -> None:
         await self.stop(task)
+        await self.discard(task)
+
+    async def discard(self, task: TaskRecord) -> None:
         directory = self._state.task_path(task.container)
         await self._logs.forget(directory)
         self._doors.close(task.container)
