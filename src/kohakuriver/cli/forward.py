@@ -12,7 +12,7 @@ import typer
 
 from kohakuriver.cli import output
 from kohakuriver.cli.behind_dashes import WithCommand, command_of
-from kohakuriver.cli.options import MaybeTaskArgument, Remote, SlurmJobOption, remote
+from kohakuriver.cli.options import MaybeTaskArgument, Remote, SlurmJobOption, complete_port, remote
 from kohakuriver.errors import KohakuRiverError, UsageError
 
 if TYPE_CHECKING:
@@ -49,6 +49,7 @@ PortsArgument = Annotated[
     list[str] | None,
     typer.Argument(
         metavar="REMOTE_PORT",
+        autocompletion=complete_port,
         help="Ports of the task; also LOCAL:REMOTE, and with /udp. LOCAL 0 is any free port, unix:PATH a Unix socket. "
         "LOCAL:HOST:PORT leads to another address that the task reaches, LOCAL:unix:PATH to a Unix socket in it. "
         "Needed without --all.",
