@@ -8,6 +8,7 @@ __test__: dict[str, str]
 
 NO_FILE: Final[int]
 CHANGED: Final[int]
+PART: Final[bytes]
 
 @final
 class Entry:
@@ -61,5 +62,5 @@ def read_batch(
 ) -> tuple[int, int, list[tuple[int, int]]]: ...
 def write_batch(
     batch: _Batch, start: int, folder: int, contents: Buffer, at: int, owner: bool, beside: bool
-) -> tuple[int, int, int, list[tuple[int, int, int, int]]]: ...
+) -> tuple[int, int, int, list[tuple[int, int]]]: ...
 def contents_in(batch: _Batch, contents: Buffer) -> list[tuple[int, bytes]]: ...

@@ -17,7 +17,9 @@ import os
 cdef extern from *:
     """
     #include <errno.h>
+    #include <inttypes.h>
     #include <stdint.h>
+    #include <stdio.h>
     #include <string.h>
 
     typedef struct {
@@ -38,6 +40,7 @@ cdef extern from *:
 
     #define KR_NO_FILE (-1)
     #define KR_CHANGED (-2)
+    #define KR_PART ".kohakuriver-"
 
     #ifdef _WIN32
     /* Copies need a Unix system; the rest of the package does not. */
@@ -46,7 +49,7 @@ cdef extern from *:
     static void kr_closed(void *listed) {}
     static int kr_stat(int folder, const char *name, kr_about *about) { return ENOSYS; }
     static void kr_read(int folder, kr_file *file) { file->failed = ENOSYS; }
-    static void kr_write(int folder, kr_file *file) { file->failed = ENOSYS; }
+    static void kr_write(int folder, kr_file *file, int beside) { file->failed = ENOSYS; }
     #else
     #include <dirent.h>
     #include <fcntl.h>
@@ -145,9 +148,9 @@ cdef extern from *:
         close(opened);
     }
 
-    /* A new file. EEXIST where there is something of its name, which is left as it is. */
-    static void kr_write(int folder, kr_file *file) {
-        int opened = openat(folder, file->name, O_WRONLY | O_CREAT | O_EXCL | O_NOFOLLOW | O_CLOEXEC, 0600);
+    /* A new file of this name. EEXIST where there is something of that, which is left as it is. */
+    static void kr_make(int folder, kr_file *file, const char *name) {
+        int opened = openat(folder, name, O_WRONLY | O_CREAT | O_EXCL | O_NOFOLLOW | O_CLOEXEC, 0600);
         uint32_t done = 0, mode = file->mode;
         struct timespec times[2];
         file->failed = file->not_owner = 0;
@@ -175,7 +178,32 @@ cdef extern from *:
         if (close(opened) && !file->failed && errno != EINTR)
             file->failed = errno;
         if (file->failed)
-            unlinkat(folder, file->name, 0);
+            unlinkat(folder, name, 0);
+    }
+
+    /* What a file is called until it takes its place. Other threads write others, whose long names may begin alike. */
+    static void kr_beside(const char *name, char *into, size_t room) {
+        uint64_t sum = 14695981039346656037u; /* FNV-1a */
+        for (const char *at = name; *at; at++)
+            sum = (sum ^ (uint8_t) *at) * 1099511628211u;
+        snprintf(into, room, ".%.200s" KR_PART "%016" PRIx64 "-new", name, sum);
+    }
+
+    /* A file. Where there is something of its name, and with `beside` in any case, it has another until it is whole. */
+    static void kr_write(int folder, kr_file *file, int beside) {
+        char made[256];
+        if (!beside) {
+            kr_make(folder, file, file->name);
+            if (file->failed != EEXIST)
+                return;
+        }
+        kr_beside(file->name, made, sizeof made);
+        unlinkat(folder, made, 0); /* of a copy that was killed */
+        kr_make(folder, file, made);
+        if (!file->failed && renameat(folder, made, folder, file->name)) {
+            file->failed = errno;
+            unlinkat(folder, made, 0);
+        }
     }
     #endif
     """
@@ -192,17 +220,19 @@ cdef extern from *:
         int64_t seconds
         int owned, not_owner, failed
     int KR_NO_FILE, KR_CHANGED
+    const char *KR_PART
     void *kr_opened(int folder) nogil
     long kr_names(void *listed, char *into, size_t room) nogil
     void kr_closed(void *listed) nogil
     int kr_stat(int folder, const char *name, kr_about *about) nogil
     void kr_read(int folder, kr_file *file) nogil
-    void kr_write(int folder, kr_file *file) nogil
+    void kr_write(int folder, kr_file *file, int beside) nogil
 
-from libc.errno cimport EEXIST, ENOENT, errno
+from libc.errno cimport ENOENT, errno
 
 NO_FILE = KR_NO_FILE
 CHANGED = KR_CHANGED
+PART = <bytes> KR_PART
 
 cdef enum:
     LONGEST_PATH = 4096
@@ -592,11 +622,12 @@ def read_batch(list batch not None, Py_ssize_t start, int folder, buffer, Py_ssi
 
 def write_batch(list batch not None, Py_ssize_t start, int folder, contents, Py_ssize_t at, bint owner, bint beside):
     """Make those of a batch from `start` on that are in one folder at this end. `contents` begin at `at`.
-    `folder` is as in `read_batch`. With `beside` nothing is made, and the reason is EEXIST.
+    `folder` is as in `read_batch`. With `beside` no file has its name before it is whole; else those alone that take
+    the place of others.
 
     Returns where the next one of another folder is, where its contents begin, how many could not be given their
-    owner, and which could not be made: their numbers, errno, and offset and length of their bytes. ValueError: what
-    `contents_in` finds wrong with the contents, or a name that is none.
+    owner, and which could not be made: their numbers and errno. ValueError: what `contents_in` finds wrong with the
+    contents, or a name that is none.
     """
     cdef Py_buffer view
     cdef Entry entry
@@ -632,15 +663,13 @@ def write_batch(list batch not None, Py_ssize_t start, int folder, contents, Py_
                         continue
                     if folder < 0:
                         file.failed = -folder
-                    elif beside:
-                        file.failed = EEXIST
                     else:
-                        kr_write(folder, file)
+                        kr_write(folder, file, beside)
                     not_owner += file.not_owner
             for number in range(stop - start):
                 file = files + number
                 if file.failed:
-                    failed.append((start + number, file.failed, file.data - <char *> view.buf, file.size))
+                    failed.append((start + number, file.failed))
         finally:
             PyBuffer_Release(&view)
     finally:

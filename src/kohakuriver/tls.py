@@ -19,6 +19,7 @@ __all__ = [
     "ServerCertificate",
     "client_context",
     "hung_up",
+    "is_for_another",
     "is_this_machine",
     "reason",
     "sends_in_clear",
@@ -83,6 +84,11 @@ def reason(error: BaseException) -> str | None:
             return f"TLS with it failed ({(seen.reason or str(seen)).lower().replace('_', ' ')})"
         seen = seen.__cause__ or seen.__context__
     return None
+
+
+def is_for_another(error: BaseException) -> bool:
+    """Whether a server was not trusted since its certificate is for other names alone."""
+    return isinstance(error, ssl.SSLCertVerificationError) and error.verify_code in (_OTHER_NAME, _OTHER_ADDRESS)
 
 
 def hung_up(url: str) -> str:

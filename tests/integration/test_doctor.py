@@ -169,7 +169,11 @@ def test_a_clock_that_is_wrong_is_told_with_by_how_much(cluster: Cluster) -> Non
 
 @pytest.mark.parametrize(
     ("fault", "words"),
-    [("authority", "not signed by an authority"), ("name", "for another name"), ("plain", "http://")],
+    [
+        ("authority", "not signed by an authority"),
+        ("name", "its certificate is for other.example.org, and not for 127.0.0.1"),
+        ("plain", "http://"),
+    ],
 )
 def test_tls_that_does_not_stand_is_told_with_its_reason(
     cluster: Cluster, tmp_path: Path, fault: str, words: str
@@ -197,6 +201,46 @@ def test_tls_that_does_not_stand_is_told_with_its_reason(
     assert wrong is not None
     assert (code, wrong["check"]) == (7, "tls")
     assert words in wrong["message"] + wrong["advice"]
+
+
+def test_another_version_at_the_host_is_told_and_stops_nothing(cluster: Cluster) -> None:
+    def older(request: BaseHTTPRequestHandler) -> bool:
+        if request.path != "/health":
+            return False
+        body = json.dumps({"status": "ok", "version": "0.1.0"}).encode()
+        request.send_response(200)
+        request.send_header("Content-Length", str(len(body)))
+        request.end_headers()
+        request.wfile.write(body)
+        return True
+
+    with in_front(host_port(cluster), older) as port:
+        _, found, wrong = looked(cluster, **at(cluster, port))
+    assert wrong is not None
+    assert wrong["check"] == "websocket"  # as that proxy passes none on
+    assert found["version"]["ok"]
+    assert found["version"]["message"].endswith(" here, 0.1.0 at the host")
+    assert "update the older one" in found["version"]["advice"]
+
+
+def test_a_path_on_which_large_requests_are_lost_is_told_with_what_to_try(cluster: Cluster) -> None:
+    def lost(request: BaseHTTPRequestHandler) -> bool:
+        if "Upgrade" in request.headers:
+            request.send_response(404)
+            body = json.dumps({"error": "not_found", "message": "There is no task 0."}).encode()
+            request.send_header("Content-Length", str(len(body)))
+            request.end_headers()
+            request.wfile.write(body)
+            return True
+        request.close_connection = True
+        return len(request.headers.as_bytes()) > 4000
+
+    with in_front(host_port(cluster), lost) as port:
+        code, found, wrong = looked(cluster, **at(cluster, port))
+    assert wrong is not None
+    assert (code, wrong["check"]) == (7, "packets")
+    assert "a smaller MTU" in wrong["advice"]
+    assert found["login"]["ok"]
 
 
 def test_a_proxy_that_wants_a_password_or_lets_nobody_through_is_told(cluster: Cluster, tmp_path: Path) -> None:

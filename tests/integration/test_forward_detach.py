@@ -79,7 +79,8 @@ def test_the_list_tells_of_each_its_task_ports_process_age_connections_and_state
                  for host in ("127.0.0.1", "::1")]  # fmt: skip
         log = str(user.directory / "forwards" / f"{name}.log")
         assert forward == {
-            "id": name, "task": service.task, "ports": ports, "connections": 1, "state": "connected", "log": log,
+            "id": name, "task": service.task, "ports": ports, "reversed": [], "connections": 1, "state": "connected",
+            "log": log,
         }  # fmt: skip
     shown = user.succeed("forward", "--list").splitlines()
     assert shown[0].split() == ["ID", "TASK", "PORTS", "PROCESS", "SINCE", "CONNECTIONS", "STATE"]

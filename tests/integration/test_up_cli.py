@@ -346,6 +346,29 @@ def test_completion_offers_the_names_of_tasks(cluster: Cluster) -> None:
     assert cluster.run(**words).stdout.split() == ["complete-me"]
 
 
+@pytest.mark.parametrize("shell", ["bash", "zsh", "fish"])
+def test_completion_offers_nodes_and_the_ports_that_listen_in_the_task(cluster: Cluster, shell: str) -> None:
+    service = cluster.service()
+    (node,) = json.loads(cluster.succeed("node", "list", "--json"))["nodes"]
+    port = str(service.port)
+
+    def offered(*line: str) -> str:
+        words = " ".join(("kohakuriver", *line))
+        environment = {"_KOHAKURIVER_COMPLETE": f"complete_{shell}"}
+        if shell == "bash":
+            environment |= {"COMP_WORDS": words, "COMP_CWORD": str(len(line))}
+        else:
+            environment |= {"_TYPER_COMPLETE_ARGS": words, "_TYPER_COMPLETE_FISH_ACTION": "get-args"}
+        return cluster.run(**environment).stdout
+
+    assert node["name"] in offered("node", "drain", node["name"][:1])
+    assert node["name"] in offered("vps", "create", "--node", node["name"][:1])
+    assert port in offered("forward", service.task, port[:2])
+    assert f"0:{port}" in offered("forward", service.task, f"0:{port[:2]}").replace("\\", "")
+    assert offered("forward", service.task, "unix:x").strip() in ("", "_files")
+    assert port not in offered("forward", "no-such-task", port[:2])
+
+
 def test_json_output_is_one_object_on_stdout(cluster: Cluster) -> None:
     for arguments in (["vps", "list"], ["node", "list"]):
         out = cluster.succeed(*arguments, "--json")

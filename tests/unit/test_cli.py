@@ -169,7 +169,7 @@ def test_python_dash_m_is_the_same_program() -> None:
         (["open", "--print", "--json"], "--print and --json"),
         (["forward"], "TASK"),
         (["forward", "t", "unix:/x:53/udp"], "a Unix socket leads to a TCP port"),
-        (["forward", "t", "unix:80"], "a Unix socket is unix:PATH:REMOTE"),
+        (["forward", "t", "unix:80"], "a Unix socket here is unix:PATH:REMOTE"),
         (["forward", "t", "unix:/x:80", "unix:/x:81"], "/x is given more than once"),
         (["forward", "--socks"], "--socks is for one task"),
         (["forward", "t", "--socks=70000"], "--socks"),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import ctypes
 import os
 import socket
 import struct
@@ -11,7 +12,6 @@ import threading
 import zlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
 
@@ -280,26 +280,39 @@ def test_a_file_that_can_not_be_written_whole_leaves_nothing(tmp_path: Path) -> 
     assert [each.name for each in tmp_path.iterdir()] == ["f"]
 
 
+@contextlib.contextmanager
+def seen_in(folder: Path) -> Iterator[list[tuple[str, str]]]:
+    """What happens to the files in a folder, as the kernel tells it (inotify(7)), once the block has ended."""
+    kinds = {2: "written", 4: "attributes", 8: "closed", 0x80: "named", 0x100: "made"}
+    libc = ctypes.CDLL(None, use_errno=True)
+    seen: list[tuple[str, str]] = []
+    watching = libc.inotify_init()
+    try:
+        assert libc.inotify_add_watch(watching, os.fsencode(folder), sum(kinds)) >= 0
+        yield seen
+        said = os.read(watching, 1 << 16)
+        while said:
+            _, kind, _, length = struct.unpack_from("iIII", said)
+            seen.append((kinds[kind], said[16 : 16 + length].rstrip(b"\0").decode()))
+            said = said[16 + length :]
+    finally:
+        os.close(watching)
+
+
 def test_files_whose_long_names_begin_alike_are_written_beside_each_other(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path,
 ) -> None:
     names = [b"n" * 254 + end for end in (b"1", b"2")]
     tree = LocalTree.of(os.fsencode(tmp_path), writes=True)
-    other = tree.another()
-    rename = os.rename
-
-    def renamed(*arguments: Any, **more: Any) -> None:
-        monkeypatch.setattr(os, "rename", rename)
-        assert put(other, (names[1], b"2")) == Written({})  # meanwhile, in another thread
-        rename(*arguments, **more)
-
     try:
         assert put(tree, (names[0], b""), (names[1], b"")) == Written({})
-        monkeypatch.setattr(os, "rename", renamed)
-        assert put(tree, (names[0], b"1")) == Written({})
+        with seen_in(tmp_path) as seen:  # they take the places of those
+            assert put(tree, (names[0], b"1"), (names[1], b"2")) == Written({})
     finally:
-        other.close()
         tree.close()
+    made = [name for what, name in seen if what == "made"]
+    assert len(set(made)) == 2  # what another thread writes meanwhile is another file
+    assert all(len(name) <= 255 for name in made)
     assert {path.name[-1]: path.read_text() for path in tmp_path.iterdir()} == {"1": "1", "2": "2"}
 
 
@@ -353,29 +366,26 @@ def test_a_tree_that_was_hung_up_is_changed_no_more(tmp_path: Path) -> None:
 
 
 def test_with_update_a_small_file_has_its_name_when_it_is_whole_and_not_before(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path,
 ) -> None:
-    rename, seen = os.rename, []
-
-    def renamed(old: bytes, new: bytes, **more: Any) -> None:
-        part = tmp_path / "there" / os.fsdecode(old)
-        seen.append(((tmp_path / "there/f").exists(), part.read_text(), part.stat().st_mtime_ns))
-        rename(old, new, **more)
-
-    monkeypatch.setattr(os, "rename", renamed)
     for name in ("source", "there"):
         (tmp_path / name).mkdir()
     (tmp_path / "source/f").write_text("all of it")
     options = Options(update=True)
     source = LocalTree.of(os.fsencode(tmp_path / "source"), writes=False)
     there = LocalTree.of(os.fsencode(tmp_path / "there"), writes=True)
-    try:
-        worker = Copy(plan(listed(source), [], b"", None, options), options).worker(source, there)
-        worker.run()
-    finally:
-        source.close()
-        there.close()
-    assert seen == [(False, "all of it", (tmp_path / "source/f").stat().st_mtime_ns)]
+    with seen_in(tmp_path / "there") as seen:
+        try:
+            worker = Copy(plan(listed(source), [], b"", None, options), options).worker(source, there)
+            worker.run()
+        finally:
+            source.close()
+            there.close()
+    part = next(name for _, name in seen if name != "f")
+    assert part.startswith(".f.kohakuriver-")
+    # All is done to it under the other name: its bytes, its mode and time; then it has its own.
+    assert [what for what, _ in seen] == ["made", "written", "attributes", "closed", "named"]
+    assert [name for _, name in seen] == [part] * 4 + ["f"]
     assert (worker.done.files, worker.done.size, worker.done.failed) == (1, 9, [])
     assert {each.name: each.read_text() for each in (tmp_path / "there").iterdir()} == {"f": "all of it"}
 

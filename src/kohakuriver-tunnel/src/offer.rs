@@ -4,6 +4,7 @@
 use std::collections::BTreeSet;
 use std::io;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
+use std::path::Path;
 
 use crate::errors::Told;
 use crate::listeners::{self, Bound};
@@ -91,6 +92,17 @@ impl Offer {
         self.check_at(false, to, || false)
     }
 
+    /// Whether a Unix socket of a `user` may be connected to. The administrator's is nobody's trap.
+    pub fn check_owner(&self, user: u32, path: &Path) -> io::Result<()> {
+        if self.all || self.own.is_some_and(|own| user == own || user == 0) {
+            return Ok(());
+        }
+        let path = path.display();
+        Err(refused(format!(
+            "EACCES: what listens on {path} is another user's on this shared node, so it is not offered"
+        )))
+    }
+
     fn refusal(&self, port: u16) -> io::Error {
         let text = if self.own.is_some() {
             format!(
@@ -99,8 +111,12 @@ impl Offer {
         } else {
             format!("EACCES: port {port} is not among those that are offered here")
         };
-        io::Error::new(io::ErrorKind::PermissionDenied, Told(text))
+        refused(text)
     }
+}
+
+fn refused(text: String) -> io::Error {
+    io::Error::new(io::ErrorKind::PermissionDenied, Told(text))
 }
 
 /// Whether an error is [`Offer::check`]'s refusal, and not the system's.
@@ -157,6 +173,23 @@ mod tests {
     fn bound(at: &str, user: u32) -> Bound {
         let at = at.parse().unwrap();
         Bound { at, inode: 7, user }
+    }
+
+    #[test]
+    fn on_a_shared_machine_sockets_of_ones_own_and_of_roots_are_reached_and_no_others() {
+        let (own, path) = (sys::user(), Path::new("/run/x.sock"));
+        let other = own + 1;
+        assert!(Offer::default().check_owner(other, path).is_ok());
+        let offer = Offer::parse("own").unwrap();
+        assert!(offer.check_owner(own, path).is_ok() && offer.check_owner(0, path).is_ok());
+        let refused = offer.check_owner(other, path).unwrap_err();
+        assert!(
+            is_refusal(&refused)
+                && refused
+                    .to_string()
+                    .starts_with("EACCES: what listens on /run/x.sock")
+        );
+        assert!(Offer::parse("80").unwrap().check_owner(own, path).is_err());
     }
 
     #[test]

@@ -152,6 +152,33 @@ pub fn reset_on_close(socket: &impl AsRawFd) {
     );
 }
 
+/// A Unix socket that is bound after this is for its own user alone: it gets the mode of the socket (unix(7)).
+pub fn for_its_user_alone(socket: &impl AsRawFd) -> io::Result<()> {
+    // SAFETY: takes no pointers.
+    check(unsafe { libc::fchmod(socket.as_raw_fd(), 0o600) })
+}
+
+/// The user who listens at the other end of a Unix socket (unix(7), SO_PEERCRED).
+pub fn peer_of(socket: &impl AsRawFd) -> io::Result<u32> {
+    let mut peer = libc::ucred {
+        pid: 0,
+        uid: u32::MAX,
+        gid: u32::MAX,
+    };
+    let mut size = size_of::<libc::ucred>() as libc::socklen_t;
+    // SAFETY: the kernel writes one `ucred`, and its size, in valid places.
+    check(unsafe {
+        libc::getsockopt(
+            socket.as_raw_fd(),
+            libc::SOL_SOCKET,
+            libc::SO_PEERCRED,
+            (&raw mut peer).cast(),
+            &raw mut size,
+        )
+    })?;
+    Ok(peer.uid)
+}
+
 /// Keeps at most about `bytes` unsent in the kernel, so that a small message overtakes bulk early.
 pub fn limit_unsent(socket: &impl AsRawFd, bytes: u32) -> io::Result<()> {
     set_option(

@@ -6,6 +6,7 @@
 
 mod beyond;
 mod control;
+mod door;
 mod frames;
 mod named;
 mod output;

@@ -274,6 +274,7 @@ def _silent(path: Path, sock: socket.socket | None = None) -> dict[str, Any]:
         "id": _id(path),
         "task": None,
         "ports": [],
+        "reversed": [],
         "pid": None if sock is None else _other_process(sock),
     }
     return {
@@ -320,8 +321,9 @@ def _ask_all(paths: Sequence[Path]) -> Iterator[dict[str, Any]]:
 def listed() -> list[dict[str, Any]]:
     """What each forward in the background says of itself, the oldest first.
 
-    `id`, `task`, `ports` (of each `local_host`, `local_port`, `remote_port`, `proto`), `pid`, `since` (ISO 8601),
-    `connections`, `state`, `log`. One that does not answer has the state SILENT, and None for what is not known.
+    `id`, `task`, `ports` (of each `local_host`, `local_port`, `remote_port`, `proto`), `reversed` (of each
+    `remote_port`, `local_host`, `local_port`), `pid`, `since` (ISO 8601), `connections`, `state`, `log`. One that does
+    not answer has the state SILENT, and None for what is not known.
     What processes left that are gone is removed.
     """
     where = directory()

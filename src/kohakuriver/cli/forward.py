@@ -12,7 +12,7 @@ import typer
 
 from kohakuriver.cli import output
 from kohakuriver.cli.behind_dashes import WithCommand, command_of
-from kohakuriver.cli.options import MaybeTaskArgument, Remote, SlurmJobOption, remote
+from kohakuriver.cli.options import MaybeTaskArgument, Remote, SlurmJobOption, complete_port, remote
 from kohakuriver.errors import KohakuRiverError, UsageError
 
 if TYPE_CHECKING:
@@ -49,8 +49,10 @@ PortsArgument = Annotated[
     list[str] | None,
     typer.Argument(
         metavar="REMOTE_PORT",
+        autocompletion=complete_port,
         help="Ports of the task; also LOCAL:REMOTE, and with /udp. LOCAL 0 is any free port, unix:PATH a Unix socket. "
-        "LOCAL:HOST:PORT leads to another address that the task reaches. Needed without --all.",
+        "LOCAL:HOST:PORT leads to another address that the task reaches, LOCAL:unix:PATH to a Unix socket in it. "
+        "Needed without --all.",
         show_default=False,
     ),
 ]
@@ -84,7 +86,7 @@ ReverseOption = Annotated[
         "-R",
         metavar="REMOTE:LOCAL",
         help="A port of the task's loopback that leads to a port of this machine, or as REMOTE:HOST:PORT to one that "
-        "this machine reaches; may be repeated.",
+        "this machine reaches. unix:PATH in the place of either is a Unix socket. May be repeated.",
         show_default=False,
     ),
 ]
@@ -297,7 +299,7 @@ class _How:
 
 @dataclass(frozen=True)
 class _Beyond:
-    """What leads beyond the task: local ports to other addresses, and ports of the task back to this machine."""
+    """What leads beyond the task's ports: to its Unix sockets and to other addresses, and back to this machine."""
 
     addresses: list[Address]
     backs: list[Back]
@@ -307,6 +309,8 @@ class _Beyond:
 
     def apart(self, wanted: Wanted) -> list[Wanted]:
         """The forwards that are to be opened: a session is for the task's own ports, for others, or for ways back."""
+        from kohakuriver.client.beyond import by_kind
+
         if self and not wanted.resume:
             raise UsageError(
                 "--no-resume is for ports of the task: what leads beyond it waits for the host in any case."
@@ -316,7 +320,7 @@ class _Beyond:
                 "--web and --wait are for ports of the task alone; open those with a forward of their own."
             )
         own = [wanted] if wanted.ports or wanted.every else []
-        onward = [replace(wanted, ports=[], every=False, addresses=self.addresses)] if self.addresses else []
+        onward = [replace(wanted, ports=[], every=False, addresses=some) for some in by_kind(self.addresses)]
         back = [replace(wanted, ports=[], every=False, backs=self.backs)] if self.backs else []
         return [*own, *onward, *back]
 
@@ -438,12 +442,24 @@ def _list(json: bool) -> int:
 
 def _row(told: dict[str, Any]) -> list[str]:
     leads = {
-        f"{local.get('local_path') or local['local_port']}:{local.get('remote_port', '*')}/{local['proto']}"
-        for local in told["ports"]
+        f"{local.get('local_path') or local['local_port']}:{_remote(local)}/{local['proto']}" for local in told["ports"]
     }
+    leads |= {_leads_back(back) for back in told["reversed"]}
     numbers = ["-" if told[name] is None else str(told[name]) for name in ("pid", "connections")]
     since = "-" if told["since"] is None else output.age(told["since"])
     return [told["id"], told["task"] or "-", " ".join(sorted(leads)), numbers[0], since, numbers[1], told["state"]]
+
+
+def _remote(local: dict[str, Any]) -> str:
+    """Where a local address leads to, in a word."""
+    host = f"{local['remote_host']}:" if "remote_host" in local else ""
+    return host + str(local.get("remote_path") or local.get("remote_port", "*"))
+
+
+def _leads_back(back: dict[str, Any]) -> str:
+    """Where a port of the task leads to here, in a word."""
+    here = back.get("local_path") or f"{back['local_host']}:{back['local_port']}"
+    return f"{here}<-{back.get('remote_path') or back['remote_port']}/tcp"
 
 
 def _stop(names: list[str], json: bool) -> int:

@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from typing import TypeVar
 
 from kohakuriver import tracing
 from kohakuriver.cli import detached, output
@@ -20,10 +21,14 @@ from kohakuriver.cli.forward_view import Aside, Together, views_for
 from kohakuriver.cli.handing import HEARD, event_of, failure_of, lines, order
 from kohakuriver.cli.holder import reach
 from kohakuriver.cli.signals import ENDING
+from kohakuriver.client.beyond import Address, Back
+from kohakuriver.client.ports import PortForward
 from kohakuriver.errors import KohakuRiverError, LocalAddressError
 from kohakuriver.runtime import raise_file_limit, run
 
 __all__ = ["opened"]
+
+At = TypeVar("At", PortForward, Address, Back)
 
 
 def opened(front: Sequence[Wanted], behind: Sequence[Wanted], command: list[str] | None) -> int:
@@ -95,11 +100,17 @@ def _from_anywhere(wanted: Wanted) -> Wanted:
     settings = wanted.settings
     if settings.ca_file:
         settings = replace(settings, ca_file=str(Path(settings.ca_file).absolute()))
-    ports = [
-        port if port.path is None else replace(port, path=str(Path(port.path).expanduser().absolute()))
-        for port in wanted.ports
-    ]
-    return replace(wanted, settings=settings, ports=ports)
+    return replace(
+        wanted,
+        settings=settings,
+        ports=[_absolute(each) for each in wanted.ports],
+        addresses=[_absolute(each) for each in wanted.addresses],
+        backs=[_absolute(each) for each in wanted.backs],
+    )
+
+
+def _absolute(at: At) -> At:
+    return at if at.path is None else replace(at, path=str(Path(at.path).expanduser().absolute()))
 
 
 def _until_begun(sock: socket.socket, wanted: Wanted, view: Aside) -> tuple[int, str]:

@@ -160,9 +160,8 @@ class PlainView(View):
         if isinstance(event, Listening):
             self._listening(event)
         elif isinstance(event, Reversed):
-            self.result(
-                f"Forwarding {self._task}:{event.remote_port} -> {_at(event.local_host, event.local_port)} (tcp)"
-            )
+            here = f"{UNIX}{event.local_path}" if event.local_path else _at(event.local_host, event.local_port)
+            self.result(f"Forwarding {self._task}:{event.remote_path or event.remote_port} -> {here} (tcp)")
         elif isinstance(event, Gone):
             self._gone(event)
         elif isinstance(event, Served):
@@ -300,6 +299,8 @@ def _way(task: str, event: Listening | Gone) -> str:
     path = event.local_path if isinstance(event, Listening) else None
     local = _at(event.local_host, event.local_port) if path is None else f"{UNIX}{path}"
     remote = task if event.proto == SOCKS else f"{task}:{event.remote_port}"
+    if isinstance(event, Listening) and event.remote_path is not None:
+        remote = f"{task}:{event.remote_path}"
     if isinstance(event, Listening) and event.remote_host is not None:
         remote = f"{_at(event.remote_host, event.remote_port)} through {task}"
     return f"{local} -> {remote} ({event.proto})"

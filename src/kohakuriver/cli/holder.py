@@ -38,6 +38,7 @@ from kohakuriver.cli.forward_view import Aside, Detached, LogView
 from kohakuriver.cli.handing import Front
 from kohakuriver.cli.on_connect import OnConnect
 from kohakuriver.cli.signals import caught
+from kohakuriver.client.beyond import BackForwarder
 from kohakuriver.client.events import Event
 from kohakuriver.client.forward import Forwarder, Listening
 from kohakuriver.config import Settings, config_dir, state_dir
@@ -419,10 +420,12 @@ class Held(Running):
 
     def state(self) -> dict[str, Any]:
         """What it tells of itself; see `detached.listed`."""
+        back = self._one.reversed if isinstance(self._one, BackForwarder) else []
         return {
             "id": self._place.id,
             "task": self._one.task,
             "ports": [_place(each) for each in self._forwarder.listening],
+            "reversed": [_without_event(each) for each in back],
             "pid": os.getpid(),
             "since": self._since,
             "connections": self._forwarder.stats().streams,
@@ -432,5 +435,9 @@ class Held(Running):
 
 
 def _place(local: ListeningSocket) -> dict[str, Any]:
-    told = Listening.of(local).to_json()
-    return {name: value for name, value in told.items() if name not in ("event", "instead_of")}
+    told = _without_event(Listening.of(local))
+    return {name: value for name, value in told.items() if name != "instead_of"}
+
+
+def _without_event(event: Event) -> dict[str, Any]:
+    return {name: value for name, value in event.to_json().items() if name != "event"}

@@ -8,7 +8,7 @@ import typer
 
 from kohakuriver.cli import output
 from kohakuriver.cli.app import App
-from kohakuriver.cli.options import Remote, remote
+from kohakuriver.cli.options import Remote, complete_node, remote
 from kohakuriver.errors import KohakuRiverError
 
 if TYPE_CHECKING:
@@ -18,7 +18,10 @@ __all__ = ["app"]
 
 app = App(help="The machines that run tasks.", epilog="Example: kohakuriver node list")
 
-NodeArgument = Annotated[str, typer.Argument(metavar="NODE", help="The node's name.", show_default=False)]
+NodeArgument = Annotated[
+    str,
+    typer.Argument(metavar="NODE", help="The node's name.", autocompletion=complete_node, show_default=False),
+]
 
 
 @app.callback()

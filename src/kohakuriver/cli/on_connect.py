@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import os
+import re
 import signal
 from collections.abc import Callable, Sequence
 from typing import IO, Any
@@ -26,19 +27,26 @@ _LOOK_SECONDS = 0.02
 def ports_in_environment(listening: Sequence[ListeningSocket]) -> dict[str, str]:
     """The variables that tell a command the local ports: `KOHAKURIVER_PORT_<remote>`, and one for each protocol.
 
-    Of a Unix socket it is `KOHAKURIVER_SOCKET_<remote>`, its path, and of a SOCKS port `KOHAKURIVER_SOCKS`.
+    Of a Unix socket it is `KOHAKURIVER_SOCKET_<remote>`, its path, and of a SOCKS port `KOHAKURIVER_SOCKS`. Where it
+    leads to a Unix socket, <remote> is that one's name, as in `KOHAKURIVER_PORT_DOCKER_SOCK`.
     """
     found = {}
     for local in sorted(listening, key=lambda each: each.proto, reverse=True):  # TCP's counts
+        remote = str(local.remote_port) if local.remote_path is None else _variable(local.remote_path)
         if local.path is not None:
-            found[f"KOHAKURIVER_SOCKET_{local.remote_port}"] = local.path
+            found[f"KOHAKURIVER_SOCKET_{remote}"] = local.path
             continue
         if local.proto == SOCKS:
             found["KOHAKURIVER_SOCKS"] = str(local.port)
             continue
-        found[f"KOHAKURIVER_PORT_{local.remote_port}"] = str(local.port)
-        found[f"KOHAKURIVER_PORT_{local.remote_port}_{local.proto.upper()}"] = str(local.port)
+        found[f"KOHAKURIVER_PORT_{remote}"] = str(local.port)
+        found[f"KOHAKURIVER_PORT_{remote}_{local.proto.upper()}"] = str(local.port)
     return found
+
+
+def _variable(path: str) -> str:
+    """The name of a socket as it may stand in a variable's."""
+    return re.sub(r"[^A-Za-z0-9]+", "_", path.rpartition("/")[2]).strip("_").upper()
 
 
 class OnConnect:

@@ -37,6 +37,8 @@ __all__ = [
     "TaskArgument",
     "TasksArgument",
     "built",
+    "complete_node",
+    "complete_port",
     "complete_task",
     "moment_of",
     "one_of",
@@ -50,16 +52,47 @@ __all__ = [
 ]
 
 
-def complete_task(ctx: typer.Context, incomplete: str) -> list[str]:
-    """The names of the tasks that begin with what was typed; nothing where the host can't be asked."""
+def _told(ctx: typer.Context, incomplete: str, ask: Callable[[HostClient], Awaitable[list[str]]]) -> list[str]:
+    """Of the words that the host is asked for those that begin with what was typed; none where it can't be asked."""
     from kohakuriver.config import load_settings
 
     given = {name: ctx.params.get(name) for name in ("host", "token", "ca_file")}
     try:
-        tasks = _put(load_settings(**given), lambda client: client.tasks())
-        return [task.name for task in tasks if task.name.startswith(incomplete)]
+        return [word for word in _put(load_settings(**given), ask) if word.startswith(incomplete)]
     except KohakuRiverError:
         return []
+
+
+def complete_task(ctx: typer.Context, incomplete: str) -> list[str]:
+    """The names of the tasks that begin with what was typed."""
+
+    async def names(client: HostClient) -> list[str]:
+        return [task.name for task in await client.tasks()]
+
+    return _told(ctx, incomplete, names)
+
+
+def complete_node(ctx: typer.Context, incomplete: str) -> list[str]:
+    """The same of the nodes."""
+
+    async def names(client: HostClient) -> list[str]:
+        return [node.name for node in await client.nodes()]
+
+    return _told(ctx, incomplete, names)
+
+
+def complete_port(ctx: typer.Context, incomplete: str) -> list[str]:
+    """The ports that listen in the task that was named, as `forward` takes them; behind a local port, too."""
+    task = ctx.params.get("task")
+    local, colon, typed = incomplete.rpartition(":")
+    if not task or not (local.isdigit() or not colon):
+        return []
+
+    async def ports(client: HostClient) -> list[str]:
+        found = (await client.ports(task)).ports
+        return [str(port.port) if port.proto == "tcp" else f"{port.port}/{port.proto}" for port in found]
+
+    return list(dict.fromkeys(local + colon + port for port in _told(ctx, typed, ports)))
 
 
 def one_of(words: Sequence[str]) -> dict[str, Any]:

@@ -8,7 +8,7 @@ import typer
 
 from kohakuriver.cli import output
 from kohakuriver.cli.app import App
-from kohakuriver.cli.options import Remote, remote, seconds
+from kohakuriver.cli.options import Remote, complete_node, remote, seconds
 from kohakuriver.cli.processes import warn_of_processes
 from kohakuriver.errors import UsageError
 
@@ -38,7 +38,13 @@ def create(
     user: OfUserOption = None,
     node: Annotated[
         str | None,
-        typer.Option("--node", metavar="NODE", help="For admins: a token for this node's runner.", show_default=False),
+        typer.Option(
+            "--node",
+            metavar="NODE",
+            help="For admins: a token for this node's runner.",
+            autocompletion=complete_node,
+            show_default=False,
+        ),
     ] = None,
     agent: Annotated[
         bool, typer.Option("--agent", help="For 'kohakuriver agent': it makes one task, once, and can do nothing else.")

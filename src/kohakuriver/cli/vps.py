@@ -26,6 +26,7 @@ from kohakuriver.cli.options import (
     SlurmJobOption,
     TaskArgument,
     TasksArgument,
+    complete_node,
     one_of,
     pairs,
     remote,
@@ -60,7 +61,13 @@ NameOption = Annotated[
     str | None, typer.Option("--name", help="A unique name for the task. Default: made up.", show_default=False)
 ]
 NodeOption = Annotated[
-    str | None, typer.Option("--node", help="Its node. Default: the host chooses, or finds it.", show_default=False)
+    str | None,
+    typer.Option(
+        "--node",
+        help="Its node. Default: the host chooses, or finds it.",
+        autocompletion=complete_node,
+        show_default=False,
+    ),
 ]
 BackendOption = Annotated[
     str | None,

@@ -12,7 +12,7 @@ from functools import partial
 from types import TracebackType
 from typing import Any, ParamSpec
 
-from kohakuriver.client.beyond import Address, Back, BackForwarder, BeyondForwarder, parse_address, parse_back
+from kohakuriver.client.beyond import Address, Back, BackForwarder, BeyondForwarder, by_kind, parse_address, parse_back
 from kohakuriver.client.forward import LOOPBACK, Event, Forwarder, PortSpec, Stats, Way, parse_port
 from kohakuriver.client.ports import PortForward
 from kohakuriver.config import Settings, load_settings
@@ -100,7 +100,7 @@ class Forward:
     @property
     def local_ports(self) -> dict[int, int]:
         """Local ports by remote port."""
-        return {local.remote_port: local.port for local in self._listening}
+        return {local.remote_port: local.port for local in self._listening if local.remote_path is None}
 
     def url(self, scheme: str = "http", remote_port: int | None = None) -> str:
         """`scheme://host:port` of the local side of `remote_port`, by default the first one."""
@@ -142,8 +142,9 @@ def forward(
     """A forward for `async with`, or for `await`, on the loop that runs.
 
     `task` is a numeric id or a unique name; `ports` one remote port or several, as numbers or
-    `LOCAL:REMOTE[/udp]`; `LOCAL:HOST:PORT` leads on to an address that the task reaches.
-    `reverse` are ports of the task that lead back to this machine: `REMOTE`, `REMOTE:LOCAL` or `REMOTE:HOST:PORT`.
+    `LOCAL:REMOTE[/udp]`; `LOCAL:HOST:PORT` leads on to an address that the task reaches, `LOCAL:unix:PATH` to a Unix
+    socket in it. `reverse` are ports of the task that lead back to this machine: `REMOTE`, `REMOTE:LOCAL`,
+    `REMOTE:HOST:PORT` or `REMOTE:unix:PATH`; `unix:PATH` in the place of REMOTE is a Unix socket in the task.
     `local_host` "localhost" is both loopback addresses. `local_port` 0 is any free one, None the remote port's
     number; another number goes with one remote port only.
     Connections outlive a session that is lost, for `resume_for` seconds (default: the setting of this name, an hour);
@@ -161,8 +162,8 @@ def forward(
     if local_port and len(own) != 1:
         raise UsageError("local_port goes with one remote port; give several as LOCAL:REMOTE.")
     parsed = [parse_port(spec, proto=proto, local=local_port) for spec in own]
-    if any(port.path is not None for port in parsed):
-        raise UsageError("Unix sockets are for the command line; here a port is REMOTE or LOCAL:REMOTE.")
+    if any(port.path is not None for port in parsed) or any(address.path is not None for address in addresses):
+        raise UsageError("Unix sockets on this side are for the command line; here a local side is a port.")
     if not wanted and not backs:
         raise UsageError("Give at least one remote port, or one that leads back by reverse=.")
     if not resume and (addresses or backs):
@@ -196,8 +197,10 @@ def _made(
     made: list[Forwarder] = []
     if ports:
         made.append(Forwarder(task, ports, settings=settings, local_host=local_host, on_event=on_event, **how))
-    if addresses:
-        made.append(BeyondForwarder(task, addresses, settings=settings, local_host=local_host, on_event=on_event))
+    made += [
+        BeyondForwarder(task, some, settings=settings, local_host=local_host, on_event=on_event)
+        for some in by_kind(addresses)
+    ]
     if backs:
         made.append(BackForwarder(task, backs, settings=settings, on_event=on_event))
     return made

@@ -1,4 +1,4 @@
-"""Forwards that lead beyond a task: on from it to another address, or back from it to this machine.
+"""Forwards that lead beyond a task's ports: to its Unix sockets, on to another address, or back to this machine.
 
 Both are streams that the task's tunnel client opens connections for, in sessions of their own (docs/protocol.md §6,
 "Beyond the task").
@@ -12,12 +12,14 @@ import re
 import socket
 import struct
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from typing import ClassVar, Final
+from dataclasses import dataclass, replace
+from itertools import groupby
+from pathlib import Path
+from typing import Any, ClassVar, Final
 
-from kohakuriver.client.forward import Event, Forwarder, PortForward
+from kohakuriver.client.forward import Event, Forwarder, PortForward, Stats
 from kohakuriver.client.local_side import LocalSide
-from kohakuriver.client.ports import LOOPBACK
+from kohakuriver.client.ports import LOOPBACK, UNIX
 from kohakuriver.config import Settings, path_segment
 from kohakuriver.errors import KohakuRiverError, UnavailableError, UsageError
 from kohakuriver.runtime import cancel_all
@@ -26,8 +28,9 @@ from kohakuriver.tunnel.local_socket import TcpStream
 from kohakuriver.tunnel.protocol import PROTO_TERMINAL, ErrorText
 from kohakuriver.tunnel.terminal import beyond
 from kohakuriver.tunnel.user_endpoint import UserEndpoint
+from kohakuriver.unix_sockets import address_of
 
-__all__ = ["Address", "Back", "BackForwarder", "BeyondForwarder", "Reversed", "parse_address", "parse_back"]
+__all__ = ["Address", "Back", "BackForwarder", "BeyondForwarder", "Reversed", "by_kind", "parse_address", "parse_back"]
 
 NO_WAY = "no_lasting_terminal"
 WAITING = 8
@@ -38,44 +41,116 @@ PIECE = 64 << 10
 _LISTENS, _CAME = b"\0", b"\1"
 _RESET = struct.pack("ii", 1, 0)  # SO_LINGER
 
-_ADDRESS = re.compile(r"(\d+):(?!\d+:)(\[[0-9A-Fa-f:.]+\]|[^:\[\]/\s]+):(\d+)")
-_BACK = re.compile(r"(\d+)(?::(?:(\[[0-9A-Fa-f:.]+\]|[^:\[\]/\s]+):)?(\d+))?")
+_HOST: Final = r"\[[0-9A-Fa-f:.]+\]|[^:\[\]/\s]+"
+_LOCAL: Final = r"(\d+|unix:.+?)"
+_ADDRESS = re.compile(rf"{_LOCAL}:(?!\d+:)({_HOST}):(\d+)", re.DOTALL)
+_SOCKET = re.compile(rf"{_LOCAL}:unix:(.*)", re.DOTALL)
+_BACK = re.compile(rf"(\d+|unix:[^:]*)(?::(?:unix:(.*)|(?:({_HOST}):)?(\d+)))?", re.DOTALL)
 
 
 @dataclass(frozen=True)
 class Address:
-    """A local port, 0 being any free one, that leads to `port` of `host` as the task knows and reaches it."""
+    """A local port, 0 being any free one, that leads to `port` of `host` as the task knows and reaches it.
+
+    With `socket` it leads to the Unix socket at this path in the task. With `path`, a Unix socket there is in the place
+    of the local port.
+    """
 
     local: int
-    host: str
-    port: int
+    host: str = ""
+    port: int = 0
+    socket: str | None = None
+    path: str | None = None
+
+    @property
+    def kind(self) -> str:
+        """Which sessions its connections have."""
+        return "to" if self.socket is None else "at"
+
+    @property
+    def start(self) -> bytes:
+        """What its connections begin with."""
+        return beyond("to", self.host, str(self.port)) if self.socket is None else beyond("at", self.socket)
 
 
 @dataclass(frozen=True)
 class Back:
-    """A port of the task's loopback that leads to `port` of `host` as this machine knows and reaches it."""
+    """A port of the task's loopback that leads to `port` of `host` as this machine knows and reaches it.
+
+    With `socket`, a Unix socket at this path in the task is in the place of its port. With `path` it leads to the Unix
+    socket there on this machine.
+    """
 
     remote: int
-    host: str
-    port: int
+    host: str = ""
+    port: int = 0
+    socket: str | None = None
+    path: str | None = None
+
+    @property
+    def start(self) -> bytes:
+        """What the connections begin with that wait there."""
+        return beyond("on", self.socket or str(self.remote))
 
 
 def parse_address(text: str) -> Address | None:
-    """`LOCAL:HOST:PORT`, None where it is another kind of port. Raises UsageError."""
-    found = _ADDRESS.fullmatch(text)
-    if found is None:
-        return None
-    local, host, port = found.groups()
-    return Address(_number(local, text, least=0), host.strip("[]"), _number(port, text))
+    """`LOCAL:HOST:PORT` or `LOCAL:unix:PATH`, None where it is another kind of port; LOCAL may be `unix:PATH`, too.
+
+    Raises UsageError.
+    """
+    if found := _SOCKET.fullmatch(text):
+        local, socket = found.groups()
+        return Address(_local(local, text), socket=_in_task(socket, text), path=_path(local))
+    if found := _ADDRESS.fullmatch(text):
+        local, host, port = found.groups()
+        return Address(_local(local, text), host.strip("[]"), _number(port, text), path=_path(local))
+    return None
 
 
 def parse_back(text: str) -> Back:
-    """`REMOTE`, `REMOTE:LOCAL` or `REMOTE:HOST:LOCAL`. Raises UsageError."""
+    """`REMOTE`, `REMOTE:LOCAL`, `REMOTE:HOST:LOCAL` or `REMOTE:unix:PATH`; REMOTE may be `unix:PATH`, too.
+
+    There is no colon in that path. Raises UsageError.
+    """
     found = _BACK.fullmatch(text)
     if found is None:
-        raise UsageError(f"{text!r} is not REMOTE:LOCAL, as in --reverse 9000:3000, or REMOTE:HOST:PORT.")
-    remote, host, port = found.groups()
-    return Back(_number(remote, text), (host or "127.0.0.1").strip("[]"), _number(port or remote, text))
+        raise UsageError(
+            f"{text!r} is not REMOTE:LOCAL, as in --reverse 9000:3000, or REMOTE:HOST:PORT, or REMOTE:unix:PATH."
+        )
+    remote, path, host, port = found.groups()
+    socket = _in_task(remote.removeprefix(UNIX), text) if remote.startswith(UNIX) else None
+    if path is None and port is None and socket is not None:
+        raise UsageError(f"{text!r} does not say where {socket} leads to here: {text}:PORT, or {text}:unix:PATH.")
+    number = 0 if socket is not None else _number(remote, text)
+    if path is not None:
+        return Back(number, socket=socket, path=_here(path, text))
+    return Back(number, (host or "127.0.0.1").strip("[]"), _number(port or remote, text), socket)
+
+
+def by_kind(addresses: Sequence[Address]) -> list[list[Address]]:
+    """The same, those together whose connections have the same sessions."""
+    ordered = sorted(addresses, key=lambda each: each.kind)
+    return [list(some) for _, some in groupby(ordered, key=lambda each: each.kind)]
+
+
+def _local(text: str, whole: str) -> int:
+    return 0 if text.startswith(UNIX) else _number(text, whole, least=0)
+
+
+def _path(text: str) -> str | None:
+    return _here(text.removeprefix(UNIX), text) if text.startswith(UNIX) else None
+
+
+def _here(path: str, whole: str) -> str:
+    if not path or "\0" in path:
+        raise UsageError(f"{whole!r} lacks the path of a Unix socket: unix:PATH.")
+    return path
+
+
+def _in_task(path: str, whole: str) -> str:
+    if not path.startswith("/") or "\0" in path:
+        raise UsageError(f"The path {path!r} of {whole!r} is one in the task: it must begin with a slash.")
+    return path
 
 
 def _number(digits: str, text: str, *, least: int = 1) -> int:
@@ -87,12 +162,27 @@ def _number(digits: str, text: str, *, least: int = 1) -> int:
 
 @dataclass(frozen=True)
 class Reversed(Event):
-    """A port of the task's loopback leads to this machine, or to what this machine reaches."""
+    """A port of the task's loopback leads to this machine, or to what this machine reaches.
+
+    With a path on either side that is a Unix socket, and there is no port.
+    """
 
     event: ClassVar[str] = "reversed"
     remote_port: int
     local_host: str
     local_port: int
+    remote_path: str | None = None
+    local_path: str | None = None
+
+    @classmethod
+    def of(cls, back: Back) -> Reversed:
+        """The event for a way back."""
+        return cls(back.remote, back.host, back.port, back.socket, back.path)
+
+    def to_json(self) -> dict[str, Any]:
+        without = {"remote_path"} if self.remote_path is None else {"remote_port"}
+        without |= {"local_path"} if self.local_path is None else {"local_host", "local_port"}
+        return {name: value for name, value in super().to_json().items() if name not in without}
 
 
 class _Stream(TcpStream):
@@ -118,7 +208,7 @@ BY_HOST: Final = "host"
 class _Beyond(Forwarder):
     """What both have in common: the session, which only a tunnel client that is connected can have."""
 
-    kind: ClassVar[str]
+    kind: str
 
     def _path(self) -> str:
         return f"/ws/forward/{path_segment(self.task)}/terminal?beyond={self.kind}"
@@ -143,9 +233,10 @@ class _Beyond(Forwarder):
 
 
 class BeyondForwarder(_Beyond):
-    """Local ports that lead to other addresses which the task reaches. `how` is as for Forwarder."""
+    """Local ports that lead to other addresses which the task reaches, or to Unix sockets in it: all of one kind.
 
-    kind = "to"
+    The rest is as for Forwarder.
+    """
 
     def __init__(
         self,
@@ -157,7 +248,8 @@ class BeyondForwarder(_Beyond):
         fallback: bool = False,
         on_event: Callable[[Event], None] = lambda event: None,
     ) -> None:
-        ports = [PortForward(address.local, address.port) for address in addresses]
+        (self.kind,) = {address.kind for address in addresses}
+        ports = [PortForward(address.local, address.port, path=address.path) for address in addresses]
         super().__init__(
             task, ports, settings=settings, local_host=local_host, fallback=fallback, on_event=on_event, any_port=True,
             path=BY_HOST,
@@ -172,12 +264,11 @@ class BeyondForwarder(_Beyond):
                 self._endpoint, host, self._half_listening, fallback=fallback, made=self._made_for(address)
             )
             for listening in await local.listen([port]):
-                listening.remote_host = address.host
+                listening.remote_host, listening.remote_path = address.host or None, address.socket
                 self.listening.append(listening)
 
     def _made_for(self, address: Address) -> Callable[[], TcpStream]:
-        start = beyond("to", address.host, str(address.port))
-        return lambda: _Stream(self._endpoint, start)
+        return lambda: _Stream(self._endpoint, address.start)
 
 
 class BackForwarder(_Beyond):
@@ -201,6 +292,19 @@ class BackForwarder(_Beyond):
         self._started = False
         self._backs = list(backs)
         self._serving: set[asyncio.Task[None]] = set()
+        self._came = self._carried = 0  # connections so far, and now; all other streams wait for one
+
+    @property
+    def reversed(self) -> list[Reversed]:
+        """Which ways back there are."""
+        return [Reversed.of(back) for back in self._backs] if self._started else []
+
+    def stats(self) -> Stats:
+        """Totals, of connections alone."""
+        return replace(super().stats(), streams=self._carried, opened=self._came)
+
+    def _for_nobody(self) -> int:
+        return max(self._endpoint.stream_count - self._carried, 0)
 
     async def _listen_everywhere(self) -> None:
         """Nothing listens here."""
@@ -216,7 +320,7 @@ class BackForwarder(_Beyond):
             listens: asyncio.Future[None] = asyncio.get_running_loop().create_future()
             self._begin(back, listens)
             await listens
-            self._tell(Reversed(back.remote, back.host, back.port))
+            self._tell(Reversed.of(back))
             for _ in range(WAITING - 1):
                 self._begin(back)
         self._started = True
@@ -244,15 +348,25 @@ class BackForwarder(_Beyond):
 
     async def _waited(self, back: Back, listens: asyncio.Future[None] | None) -> bool:
         """Have one stream wait for a connection, and carry that. Whether there was one."""
-        stream, reader, writer = await self._stream(beyond("on", str(back.remote)))
+        stream, reader, writer = await self._stream(back.start)
         try:
             came = await self._until_somebody_comes(reader, stream, listens)
             if came:
                 self._begin(back)  # who takes the place of this one
-                await _carry(back, stream, reader, writer)
+                await self._carry(back, stream, reader, writer)
             return came
         finally:
             writer.close()
+
+    async def _carry(
+        self, back: Back, stream: _Stream, reader: asyncio.StreamReader, writer: asyncio.StreamWriter
+    ) -> None:
+        self._came += 1
+        self._carried += 1
+        try:
+            await _carry(back, stream, reader, writer)
+        finally:
+            self._carried -= 1
 
     async def _stream(self, start: bytes) -> tuple[_Stream, asyncio.StreamReader, asyncio.StreamWriter]:
         near, far = socket.socketpair()
@@ -279,7 +393,7 @@ class BackForwarder(_Beyond):
 async def _carry(back: Back, stream: _Stream, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
     """Copy between a stream and what it leads back to, until both ways have ended or one side has gone."""
     try:
-        there, here = await asyncio.open_connection(back.host, back.port)
+        there, here = await _opened(back)
     except OSError as error:
         stream.failed(error)
         stream.reset()
@@ -294,6 +408,13 @@ async def _carry(back: Back, stream: _Stream, reader: asyncio.StreamReader, writ
             with contextlib.suppress(OSError):
                 here.get_extra_info("socket").setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, _RESET)
         here.close()
+
+
+async def _opened(back: Back) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
+    if back.path is None:
+        return await asyncio.open_connection(back.host, back.port)
+    with address_of(Path(back.path)) as address:
+        return await asyncio.open_unix_connection(address)
 
 
 def _no_way_here(error: OSError) -> UnavailableError:

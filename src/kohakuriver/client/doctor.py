@@ -33,6 +33,7 @@ from kohakuriver.errors import (
 from kohakuriver.http_proxy import HttpProxy, connect_through, http_proxy
 from kohakuriver.no_connection import reason
 from kohakuriver.resolve import connected, resolving
+from kohakuriver.text import one_line
 from kohakuriver.tunnel.dial import open_session
 
 __all__ = ["Finding", "examine"]
@@ -42,6 +43,8 @@ ANSWER_SECONDS = 10.0
 # A ticket and a certificate allow for less; a token's end is told by the host's clock.
 MOST_SKEW = 30.0
 SOON = 14 * 86400.0
+MOST_NAMES = 8
+"""Of a certificate, that are told."""
 FULL = 6000
 """Bytes of a header by which a request takes several packets of full size."""
 
@@ -189,6 +192,8 @@ class _Way:
         except (OSError, ValueError) as error:
             sock.close()
             what, _, advice = (tls.reason(error) or str(error)).partition("; ")
+            if tls.is_for_another(error):
+                what = f"its certificate is for {await self._certified()}, and not for {self._name}"
             raise _Wrong(what, f"{advice[:1].upper()}{advice[1:]}." if advice else OF_TLS) from error
         with secured:
             certificate, spoken = secured.getpeercert() or {}, secured.version()
@@ -196,6 +201,20 @@ class _Way:
         days = (until - time.time()) / 86400
         soon = "It ends soon: its administrator must renew it." if until - time.time() < SOON else ""
         return f"{spoken}, the certificate is trusted and good for {days:.0f} days", soon
+
+    async def _certified(self) -> str:
+        """The names that the host's certificate has, for people to read."""
+        context = tls.client_context(self._settings.host, self._settings.ca_file)
+        assert context is not None
+        context.check_hostname = False
+        try:
+            sock = await self._connected()
+            with await _in_thread(lambda: context.wrap_socket(sock, server_hostname=self._name)) as secured:
+                names: Any = (secured.getpeercert() or {}).get("subjectAltName", ())
+        except (OSError, ValueError, _Wrong):
+            return "another name"
+        told = [one_line(name) for _, name in names[:MOST_NAMES]]
+        return ", ".join(told) + (" and more" if len(names) > MOST_NAMES else "") if told else "no name at all"
 
     async def host(self) -> tuple[str, str]:
         found = json.loads(await self._get("/health") or b"{}")

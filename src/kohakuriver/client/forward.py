@@ -118,7 +118,8 @@ class Connected(Event):
 class Listening(Event):
     """A local port leads to the task's port. `instead_of` is the one that was wanted, where that can't be had.
 
-    Of a Unix socket there is `local_path`, and neither host nor port. With a `remote_host` it leads to that one's port.
+    Of a Unix socket there is `local_path`, and neither host nor port. With a `remote_host` it leads to that one's port,
+    with a `remote_path` to the Unix socket there in the task.
     """
 
     event: ClassVar[str] = "listening"
@@ -129,17 +130,18 @@ class Listening(Event):
     instead_of: int | None = None
     local_path: str | None = None
     remote_host: str | None = None
+    remote_path: str | None = None
 
     @classmethod
     def of(cls, at: ListeningSocket) -> Listening:
         """The event for a local address."""
-        return cls(at.host, at.port, at.remote_port, at.proto, at.instead_of, at.path, at.remote_host)
+        return cls(at.host, at.port, at.remote_port, at.proto, at.instead_of, at.path, at.remote_host, at.remote_path)
 
     def to_json(self) -> dict[str, Any]:
         without = {"local_path"} if self.local_path is None else {"local_host", "local_port"}
         without |= {"instead_of"} if self.instead_of is None else set()
-        without |= {"remote_port"} if self.proto == SOCKS else set()
-        without |= {"remote_host"} if self.remote_host is None else set()
+        without |= {"remote_port"} if self.proto == SOCKS or self.remote_path is not None else set()
+        without |= {name for name in ("remote_host", "remote_path") if getattr(self, name) is None}
         return {name: value for name, value in super().to_json().items() if name not in without}
 
 
@@ -410,6 +412,10 @@ class Forwarder:
         """Whether the connections go past the host just now."""
         return self._straight is not None and self._straight.link is not None
 
+    def _for_nobody(self) -> int:
+        """How many streams are no connection of anybody's yet."""
+        return 0
+
     def _may_go_straight(self) -> bool:
         """Whether the connections may leave the host's link."""
         return True
@@ -568,7 +574,7 @@ class Forwarder:
         if loss.doubted and self._endpoint.link is loss.link and kept is not None and not kept.doubt.doubted:
             link.close(CloseCode.NORMAL, "the connection before it has answered")
             return
-        connections = 0 if kept is None else len(kept.streams)
+        connections = 0 if kept is None else len(kept.streams) - self._for_nobody()
         self._attach(link)
         self._on_event(Moved(self.task, link.version, loss.reason, connections))
 
@@ -581,7 +587,8 @@ class Forwarder:
         while True:
             eager = time.monotonic() - lost_at < EAGER_SECONDS
             delay = backoff.pause(EAGER_CAP if eager else RETRY_CAP) if again else 0.0
-            self._on_event(Reconnecting(reason, round(delay, 3), self._endpoint.waiting, lost))
+            waiting = max(self._endpoint.waiting - self._for_nobody(), 0)
+            self._on_event(Reconnecting(reason, round(delay, 3), waiting, lost))
             await asyncio.sleep(delay)
             try:
                 link = await self._open()
@@ -590,7 +597,7 @@ class Forwarder:
                 reason, again = error.message, True
                 backoff.ended(None)
                 continue
-            waiting = self._endpoint.waiting
+            waiting = max(self._endpoint.waiting - self._for_nobody(), 0)
             self._attach(link)
             self._on_event(Resumed(self.task, link.version, waiting, round(time.monotonic() - lost_at, 3)))
             return

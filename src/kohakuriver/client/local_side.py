@@ -98,7 +98,7 @@ class LocalSide:
         )
 
     async def _listen_unix(self, path: Path, remote: int) -> ListeningSocket:
-        listening = await listen_unix(path, remote, lambda: TcpStream(self._endpoint, remote))
+        listening = await listen_unix(path, remote, self._made or (lambda: TcpStream(self._endpoint, remote)))
         self._endpoint.listening.append(listening)
         return listening
 

@@ -76,7 +76,9 @@ def _unix(text: str, proto: str) -> PortForward:
     path, _, port = text.removeprefix(UNIX).rpartition(":")
     remote, slash, suffix = port.partition("/")
     if not path or "\0" in path:
-        raise UsageError(f"{text!r} lacks the path or the port: a Unix socket is unix:PATH:REMOTE.")
+        raise UsageError(
+            f"{text!r} lacks the path or the port: a Unix socket here is unix:PATH:REMOTE, in the task LOCAL:unix:PATH."
+        )
     if (suffix if slash else proto) != "tcp":
         raise UsageError(f"{text!r} can't be had: a Unix socket leads to a TCP port.")
     return PortForward(0, _port_number(remote, text), "tcp", path)

@@ -32,7 +32,8 @@ ACCEPT_AGAIN = 1.0
 class ListeningSocket:
     """A local address that leads to a port of the task. `instead_of` is the local port that was wanted, if another.
 
-    Of a Unix socket there is `path`, and neither host nor port. With a `remote_host` it leads to that one's port.
+    Of a Unix socket there is `path`, and neither host nor port. With a `remote_host` it leads to that one's port, with
+    a `remote_path` to the Unix socket there in the task.
     """
 
     host: str
@@ -44,6 +45,7 @@ class ListeningSocket:
     instead_of: int | None = None
     path: str | None = None
     remote_host: str | None = None
+    remote_path: str | None = None
 
 
 KEEP_PATH: dict[str, Any] = {"cleanup_socket": False} if sys.version_info >= (3, 13) else {}

@@ -19,13 +19,13 @@ BEYOND = "beyond"
 
 
 def beyond_of(query: dict[str, str]) -> str:
-    """Which way that is, "to" other addresses or "on" a port of the task; "" where it is no such session.
+    """Which way that is, "to" other addresses, "at" a Unix socket of the task or "on" a place there; "" for none.
 
     Raises UsageError.
     """
     way = query.get(BEYOND, "")
-    if way not in ("", "to", "on"):
-        raise UsageError(f"{BEYOND} must be to or on, not {way[:100]!r}")
+    if way not in ("", "to", "at", "on"):
+        raise UsageError(f"{BEYOND} must be to, at or on, not {way[:100]!r}")
     return way
 
 

@@ -97,7 +97,8 @@ class Start:
         """The command in such bytes, for people to read; none where that is the shell, or makes no sense.
 
         Where files are copied it is `cp`, `from` or `to`, and the path, with the folder that it begins in. What leads
-        beyond the task is `forward`, and `to` with a host and a port, or `on` with a port.
+        beyond the task's ports is `forward`, and `to` with a host and a port, `at` with a path, or `on` with a port or
+        a path.
         """
         if len(start) > MAX_READ:
             return [f"({len(start)} bytes)"]
@@ -134,13 +135,14 @@ class Start:
 def beyond(*words: str) -> bytes:
     """What CONNECT has behind its mark for a connection that leads beyond the task (§6, "Beyond the task").
 
-    `words` are "to", a host and a port; or "on" and a port.
+    `words` are "to", a host and a port; "at" and the path of a Unix socket in the task; or "on" and a port, or such a
+    path, there.
     """
     return bytes([_BEYOND]) + Start(list(words)).to_bytes()[1:]
 
 
 def beyond_in(start: bytes) -> str:
-    """Which way such a connection leads, "to" or "on"; "" where such bytes are for something else."""
+    """Which way such a connection leads, "to", "at" or "on"; "" where such bytes are for something else."""
     if not start or not start[0] & _BEYOND:
         return ""
     return (Start.command_in(start)[1:] or ["?"])[0]

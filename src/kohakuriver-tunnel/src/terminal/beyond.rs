@@ -1,21 +1,25 @@
-//! Connections that go on from the container to another address, and those that its programs make to a port that a user
-//! has taken there (docs/protocol.md §6, "Beyond the task").
+//! Connections that go on from the container to another address or to a Unix socket in it, and those that its programs
+//! make to a port or a Unix socket that a user has taken there (docs/protocol.md §6, "Beyond the task").
 //!
 //! Each has a thread, and while bytes pass a second one: they copy between the connection and the line of its stream.
 
 use std::collections::HashMap;
 use std::ffi::OsString;
 use std::io::{self, Read, Write};
-use std::net::{IpAddr, Ipv4Addr, Shutdown, TcpListener, TcpStream, ToSocketAddrs};
+use std::net::{IpAddr, Shutdown, SocketAddr, TcpStream, ToSocketAddrs};
 use std::os::fd::AsRawFd;
 use std::os::unix::net::UnixStream;
+use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, AtomicI32, Ordering};
 use std::sync::{Arc, Mutex, PoisonError, Weak};
 use std::thread;
 use std::time::{Duration, Instant};
 
+use socket2::{Domain, Socket, Type};
+
 use super::control::{Control, Line};
-use super::{Places, STACK, line};
+use super::door::Door;
+use super::{Places, STACK, door, line};
 use crate::errors::{Told, told_of};
 use crate::log;
 use crate::offer::Offer;
@@ -24,6 +28,8 @@ use crate::sys::{self, Wish};
 
 /// For all addresses of a name together: less than a stream waits for its connection.
 const PATIENCE: Duration = Duration::from_secs(9);
+/// Until a Unix socket whose queue is full is tried again.
+const AGAIN: Duration = Duration::from_millis(20);
 const BUFFER: usize = 64 << 10;
 /// What a line begins with: it stands, or a text follows that says why it does not.
 pub(super) const STANDS: u8 = 0;
@@ -65,32 +71,46 @@ impl Outcome {
 pub enum Asked {
     /// A connection to this port of a host.
     To(String, u16),
-    /// The next connection that is made to this port of the container's loopback.
-    On(u16),
+    /// A connection to this Unix socket of the container.
+    At(PathBuf),
+    /// The next connection that is made to this place in the container.
+    On(Spot),
+}
+
+/// What programs of the container connect to.
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
+pub enum Spot {
+    /// A port of the loopback.
+    Port(u16),
+    /// A Unix socket.
+    Path(PathBuf),
 }
 
 impl Asked {
-    /// What stands in the place of a command: `to`, a host and a port, or `on` and a port.
+    /// What stands in the place of a command: `to`, a host and a port; `at` and the path of a Unix socket; or `on` and a
+    /// port or such a path.
     pub fn parse(command: &[OsString]) -> Option<Self> {
-        let words: Vec<&str> = command
-            .iter()
-            .map(|word| word.to_str())
-            .collect::<Option<_>>()?;
-        let port = |word: &str| word.parse::<u16>().ok().filter(|port| *port > 0);
-        match words[..] {
-            ["to", host, number] if !host.is_empty() => {
-                Some(Self::To(host.to_owned(), port(number)?))
+        let port = |word: &OsString| word.to_str()?.parse().ok().filter(|port: &u16| *port > 0);
+        let path = |word: &OsString| Some(PathBuf::from(word)).filter(|path| path.is_absolute());
+        let (kind, words) = command.split_first()?;
+        match (kind.to_str()?, words) {
+            ("to", [host, number]) if !host.is_empty() => {
+                Some(Self::To(host.to_str()?.to_owned(), port(number)?))
             }
-            ["on", number] => Some(Self::On(port(number)?)),
+            ("at", [socket]) => Some(Self::At(path(socket)?)),
+            ("on", [spot]) => {
+                let other = || path(spot).map(Spot::Path);
+                Some(Self::On(port(spot).map(Spot::Port).or_else(other)?))
+            }
             _ => None,
         }
     }
 }
 
-/// All of a client, and which ports are taken for whom.
+/// All of a client, and which places are taken for whom.
 pub struct Beyond {
     places: Places,
-    taken: Mutex<HashMap<(Mark, u16), Weak<TcpListener>>>,
+    taken: Mutex<HashMap<(Mark, Spot), Weak<Door>>>,
     offer: Offer,
 }
 
@@ -123,12 +143,16 @@ impl Beyond {
         let work: Box<dyn FnOnce() -> io::Result<()> + Send> = match asked {
             Asked::To(host, port) => {
                 let offer = self.offer.clone();
-                Box::new(move || go_to((&host, port), &offer, &far, &outcome))
+                Box::new(move || go_on(connect(&host, port, &offer), &far, &outcome))
             }
-            Asked::On(port) => {
-                let listener = self.listener(mark, port)?;
+            Asked::At(path) => {
+                let offer = self.offer.clone();
+                Box::new(move || go_on(reach(&path, &offer), &far, &outcome))
+            }
+            Asked::On(spot) => {
+                let door = self.door(mark, spot)?;
                 Box::new(move || {
-                    let came = until_somebody_comes(&listener, &far, &attended, &control)?;
+                    let came = until_somebody_comes(&door, &far, &attended, &control)?;
                     came.map_or(Ok(()), |sock| carry(&far, &sock, &outcome))
                 })
             }
@@ -145,19 +169,21 @@ impl Beyond {
         Ok(line)
     }
 
-    /// The one listener of this port for this user: it is there for as long as a stream waits at it, or is used.
-    fn listener(&self, mark: &Mark, port: u16) -> io::Result<Arc<TcpListener>> {
+    /// The one door of this place for this user: it is there for as long as a stream waits at it, or is used.
+    fn door(&self, mark: &Mark, spot: Spot) -> io::Result<Arc<Door>> {
         let mut taken = self.taken.lock().unwrap_or_else(PoisonError::into_inner);
-        taken.retain(|_, listener| listener.strong_count() > 0);
-        if let Some(listener) = taken.get(&(*mark, port)).and_then(Weak::upgrade) {
-            return Ok(listener);
+        taken.retain(|_, door| door.strong_count() > 0);
+        let key = (*mark, spot);
+        if let Some(door) = taken.get(&key).and_then(Weak::upgrade) {
+            return Ok(door);
         }
-        let listener = TcpListener::bind((Ipv4Addr::LOCALHOST, port))
-            .map_err(|error| told(&not_taken(&error, port)))?;
-        listener.set_nonblocking(true)?;
-        let listener = Arc::new(listener);
-        taken.insert((*mark, port), Arc::downgrade(&listener));
-        Ok(listener)
+        let door = match &key.1 {
+            Spot::Port(port) => Door::at_port(*port),
+            Spot::Path(path) => Door::at_path(path),
+        };
+        let door = Arc::new(door.map_err(|text| told(&text))?);
+        taken.insert(key, Arc::downgrade(&door));
+        Ok(door)
     }
 }
 
@@ -165,30 +191,21 @@ fn told(text: &str) -> io::Error {
     io::Error::other(Told(text.to_owned()))
 }
 
-fn not_taken(error: &io::Error, port: u16) -> String {
-    match error.raw_os_error() {
-        Some(libc::EADDRINUSE) => format!("EADDRINUSE: port {port} is in use in the task"),
-        Some(libc::EACCES) => {
-            format!("EACCES: the task's tunnel client may not listen on port {port}")
-        }
-        _ => format!("EIO: port {port} of the task can't be listened on: {error}"),
-    }
-}
-
-/// Waits for the next connection to a port, for as long as the stream is there. While that has no link, whoever
-/// connects waits in the listener's queue, which another stream may have a look at.
+/// Waits for the next connection at a door, for as long as the stream is there. While that has no link, whoever
+/// connects waits in the door's queue, which another stream may have a look at.
 fn until_somebody_comes(
-    listener: &TcpListener,
+    door: &Door,
     mut far: &UnixStream,
     attended: &AtomicBool,
     control: &Control,
-) -> io::Result<Option<TcpStream>> {
+) -> io::Result<Option<Socket>> {
     far.write_all(&[STANDS, LISTENS])?;
     loop {
         let listens = attended.load(Ordering::SeqCst);
-        let door = if listens { listener.as_raw_fd() } else { -1 };
+        let knocks = if listens { door.as_raw_fd() } else { -1 };
         let bell = (control.bell(), Wish::Read);
-        sys::wait(&[bell, (far.as_raw_fd(), Wish::End), (door, Wish::Read)])?;
+        let end = (far.as_raw_fd(), Wish::End);
+        sys::wait(&[bell, end, (knocks, Wish::Read)])?;
         control.hush();
         if sys::has_ended(far) {
             return Ok(None);
@@ -196,9 +213,8 @@ fn until_somebody_comes(
         if !listens || !attended.load(Ordering::SeqCst) {
             continue;
         }
-        match listener.accept() {
-            Ok((sock, _)) => {
-                sock.set_nonblocking(false)?;
+        match door.accept() {
+            Ok(sock) => {
                 far.write_all(&[CAME])?;
                 return Ok(Some(sock));
             }
@@ -210,13 +226,12 @@ fn until_somebody_comes(
     }
 }
 
-fn go_to(
-    (host, port): (&str, u16),
-    offer: &Offer,
+fn go_on(
+    reached: Result<Socket, String>,
     mut far: &UnixStream,
     outcome: &Outcome,
 ) -> io::Result<()> {
-    match connect(host, port, offer) {
+    match reached {
         Ok(sock) => {
             far.write_all(&[STANDS])?;
             carry(far, &sock, outcome)
@@ -226,7 +241,7 @@ fn go_to(
 }
 
 /// The first address of a host that takes a connection. The error is the text of an ERROR.
-fn connect(host: &str, port: u16, offer: &Offer) -> Result<TcpStream, String> {
+fn connect(host: &str, port: u16, offer: &Offer) -> Result<Socket, String> {
     let until = Instant::now() + PATIENCE;
     let known = (host, port)
         .to_socket_addrs()
@@ -237,15 +252,19 @@ fn connect(host: &str, port: u16, offer: &Offer) -> Result<TcpStream, String> {
         if left.is_zero() {
             break;
         }
-        let connected = offer
-            .check_if_here(address)
-            .and_then(|_| TcpStream::connect_timeout(&address, left));
-        match connected {
+        match connected(address, left, offer) {
             Ok(sock) => return Ok(sock),
             Err(error) => why = not_reached(&error, host, port),
         }
     }
     Err(why)
+}
+
+fn connected(address: SocketAddr, within: Duration, offer: &Offer) -> io::Result<Socket> {
+    offer.check_if_here(address)?;
+    let sock = TcpStream::connect_timeout(&address, within)?;
+    sock.set_nodelay(true)?;
+    Ok(sock.into())
 }
 
 fn not_reached(error: &io::Error, host: &str, port: u16) -> String {
@@ -266,6 +285,50 @@ fn not_reached(error: &io::Error, host: &str, port: u16) -> String {
             format!("ENETUNREACH: the task has no network that leads to {host}")
         }
         _ => format!("EIO: the task can't reach {host}: {error}"),
+    }
+}
+
+/// A connection to a Unix socket. The error is the text of an ERROR.
+fn reach(path: &Path, offer: &Offer) -> Result<Socket, String> {
+    let until = Instant::now() + PATIENCE;
+    let at = door::address(path)?;
+    let opened = || -> io::Result<Socket> {
+        let sock = Socket::new(Domain::UNIX, Type::STREAM, None)?;
+        sock.set_nonblocking(true)?;
+        // A full queue can't be waited for: the kernel only says that it is full.
+        while let Err(error) = sock.connect(&at) {
+            if error.kind() != io::ErrorKind::WouldBlock || Instant::now() >= until {
+                return Err(error);
+            }
+            thread::sleep(AGAIN);
+        }
+        sock.set_nonblocking(false)?;
+        offer.check_owner(sys::peer_of(&sock)?, path)?;
+        Ok(sock)
+    };
+    opened().map_err(|error| not_there(&error, path))
+}
+
+fn not_there(error: &io::Error, path: &Path) -> String {
+    if let Some(Told(text)) = told_of(error) {
+        return text.clone();
+    }
+    let path = path.display();
+    match error.raw_os_error() {
+        Some(libc::ENOENT | libc::ENOTDIR) => format!("ENOENT: the task has no {path}"),
+        Some(libc::ECONNREFUSED) => {
+            format!("ECONNREFUSED: nothing listens on {path} in the task")
+        }
+        Some(libc::EACCES) => {
+            format!("EACCES: the task's tunnel client may not use {path}")
+        }
+        Some(libc::EPROTOTYPE) => {
+            format!("EPROTOTYPE: {path} of the task is no socket of a stream")
+        }
+        Some(libc::EAGAIN) => {
+            format!("ETIMEDOUT: what listens on {path} in the task takes no connections")
+        }
+        _ => format!("EIO: the task can't reach {path}: {error}"),
     }
 }
 
@@ -293,8 +356,7 @@ fn may_be_reached(ip: IpAddr) -> bool {
 }
 
 /// Copies both ways until both have ended, or one of the two has gone.
-fn carry(far: &UnixStream, sock: &TcpStream, outcome: &Outcome) -> io::Result<()> {
-    sock.set_nodelay(true)?;
+fn carry(far: &UnixStream, sock: &Socket, outcome: &Outcome) -> io::Result<()> {
     thread::scope(|scope| {
         let down = || {
             if let Err(error) = copy(sock, far) {
@@ -342,21 +404,34 @@ mod tests {
     use super::*;
 
     #[test]
-    fn only_a_host_with_a_port_or_a_port_is_asked_for() {
+    fn only_a_host_with_a_port_a_port_or_an_absolute_path_is_asked_for() {
         let parsed = |words: &[&str]| {
             let words: Vec<OsString> = words.iter().map(OsString::from).collect();
             Asked::parse(&words)
         };
         let there = Asked::To("db".into(), 5432);
         assert_eq!(parsed(&["to", "db", "5432"]), Some(there));
-        assert_eq!(parsed(&["on", "9000"]), Some(Asked::On(9000)));
+        assert_eq!(parsed(&["on", "9000"]), Some(Asked::On(Spot::Port(9000))));
+        let socket = PathBuf::from("/run/a b.sock");
+        assert_eq!(
+            parsed(&["at", "/run/a b.sock"]),
+            Some(Asked::At(socket.clone()))
+        );
+        assert_eq!(
+            parsed(&["on", "/run/a b.sock"]),
+            Some(Asked::On(Spot::Path(socket)))
+        );
         for wrong in [
             &["to", "db"][..],
             &["to", "", "1"],
             &["to", "db", "0"],
             &["to", "db", "65536"],
             &["on", "x"],
+            &["on", "0"],
             &["on"],
+            &["at", "run/x.sock"],
+            &["at", ""],
+            &["at", "/a", "/b"],
             &["from", "db", "1"],
             &[],
         ] {

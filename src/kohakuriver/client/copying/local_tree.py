@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import hashlib
 import os
 import stat
 import threading
@@ -23,7 +22,7 @@ from kohakuriver.tunnel.files import EACH, PIECE, Answer, Attributes, Entry, is_
 
 __all__ = ["PART", "LocalTree"]
 
-PART: Final = b".kohakuriver-"
+PART: Final = _files.PART
 """What stands behind a file's name while it is only partly there."""
 
 _TOGETHER = 512  # names in a folder that are looked at without a break
@@ -279,37 +278,8 @@ class LocalTree:
             folder = self._around(batch[start][1])
             start, at, some, left = _files.write_batch(batch, start, folder, contents.data, at, owner, beside)
             not_owner += some
-            for number, code, begin, size in left:
-                entry, path = batch[number]
-                try:
-                    if code != errno.EEXIST:
-                        raise _reason(code)
-                    data = contents.data[begin : begin + size]
-                    taken = self._put_beside(folder, path.rpartition(b"/")[2], Attributes.of(entry, owner), data)
-                except OSError as error:
-                    failed[number] = _error(error)
-                else:
-                    not_owner += taken == Answer.NOT_OWNER
+            failed.update((number, _error(_reason(code))) for number, code in left)
         then(Written(failed, not_owner))
-
-    def _put_beside(self, folder: int, name: bytes, attributes: Attributes, data: memoryview) -> int:
-        """A file that takes the place of another one when it is whole."""
-        # Another thread may write a file whose long name begins like this one.
-        made = b"." + name[:200] + PART + hashlib.sha256(name).hexdigest()[:16].encode() + b"-new"
-        with contextlib.suppress(FileNotFoundError):
-            os.unlink(made, dir_fd=folder)
-        opened = os.open(made, os.O_WRONLY | _NEW, 0o600, dir_fd=folder)
-        try:
-            try:
-                _write_all(opened, data, 0)
-                taken = _give(opened, attributes)
-            finally:
-                os.close(opened)
-            os.rename(made, name, src_dir_fd=folder, dst_dir_fd=folder)
-        except BaseException:
-            os.unlink(made, dir_fd=folder)
-            raise
-        return taken
 
     def part(self, path: bytes, size: int, then: Done) -> None:
         try:

@@ -84,7 +84,8 @@ class Forwards:
             return replace(route, port=port, preserve_host=host, keep_prefix=prefix, grant=grant)
 
     async def authorize_terminal(self, token: str | None, reference: str, beyond: str = "") -> Route:
-        """Where a terminal of a task is opened, or connections lead `beyond` it, "to" others or "on" a port there.
+        """Where a terminal of a task is opened, or connections lead `beyond` its ports: "to" others, "at" a Unix socket
+        or "on" a place there. The latter two whoever has a terminal there can do as well.
 
         Raises as `authorize` does. Source: docs/protocol.md §6.
         """
