@@ -18,7 +18,6 @@ from tests.support.processes import eventually
 from tests.support.up import TIMEOUT, Cluster, Commands, Service
 
 SUBSETS = [subset for count in (1, 2, 3) for subset in itertools.combinations((0, 1, 2), count)]
-LOOPS = ["asyncio", *(["uvloop"] if sys.platform != "win32" else [])]
 
 
 @pytest.fixture(scope="module")
@@ -46,8 +45,7 @@ def _code(command: Sequence[str], environment: dict[str, str], **streams: int) -
     return done.returncode, done.stderr
 
 
-@pytest.mark.parametrize("loop", LOOPS)
-def test_a_closed_descriptor_changes_no_commands_outcome(cluster: Cluster, service: Service, loop: str) -> None:
+def test_a_closed_descriptor_changes_no_commands_outcome(cluster: Cluster, service: Service) -> None:
     port = f"0:{service.port}"
     commands = [
         (["vps", "list"], 0),
@@ -56,12 +54,11 @@ def test_a_closed_descriptor_changes_no_commands_outcome(cluster: Cluster, servi
         (["ssh-proxy", "nobody"], 3),
         (["vps", "create", "--backend", "process", "--", "sleep", "1000"], 0),
     ]
-    environment = {**cluster.environment, "KOHAKURIVER_LOOP": loop}
     cases = list(itertools.product(commands, SUBSETS))
 
     def outcome(case: tuple[tuple[list[str], int], tuple[int, ...]]) -> tuple[int, bytes]:
         (command, _), closed = case
-        return _code(without(closed, [*PROGRAM, *command]), environment)
+        return _code(without(closed, [*PROGRAM, *command]), cluster.environment)
 
     with ThreadPoolExecutor(4) as pool:
         for ((command, expected), closed), (code, said) in zip(cases, pool.map(outcome, cases), strict=True):
@@ -92,14 +89,13 @@ def _ends_in_order(pid: int) -> bool:
     return bool(int(status["SigCgt"], 16) >> (signal.SIGTERM - 1) & 1)
 
 
-@pytest.mark.parametrize("loop", LOOPS)
 @pytest.mark.parametrize("role", ["up", "host"])
-def test_a_program_that_serves_does_so_without_any_descriptor(tmp_path: Path, role: str, loop: str) -> None:
+def test_a_program_that_serves_does_so_without_any_descriptor(tmp_path: Path, role: str) -> None:
     ports = {
         "up": ["--host-port=0", "--runner-port=0", "--ssh-port=0"],
         "host": ["--bind=127.0.0.1", "--port=0", "--ssh-port=0"],
     }
-    environment = {**os.environ, "KOHAKURIVER_CONFIG_DIR": str(tmp_path), "KOHAKURIVER_LOOP": loop}
+    environment = {**os.environ, "KOHAKURIVER_CONFIG_DIR": str(tmp_path)}
     with subprocess.Popen(without((0, 1, 2), [*PROGRAM, role, *ports[role]]), env=environment) as process:
         try:
             eventually((tmp_path / "cluster.json").exists if role == "up" else lambda: _ends_in_order(process.pid))

@@ -130,9 +130,13 @@ def test_a_job_that_prints_when_nobody_is_there_runs_as_fast_as_before_a_reader_
         eventually(lambda: listed(cluster) == {"flood": False})
         go.touch()
 
-    rounds = [(seconds_of(to_nobody, tmp_path), seconds_of(to_a_plain_reader, tmp_path)) for _ in range(3)]
-    alone, read = (min(each) for each in zip(*rounds, strict=True))
-    assert alone <= 1.2 * read, rounds
+    rounds: list[tuple[float, float]] = []
+    for _ in range(3):  # a round that the machine was busy in says nothing
+        rounds.append((seconds_of(to_nobody, tmp_path), seconds_of(to_a_plain_reader, tmp_path)))
+        alone, read = (min(each) for each in zip(*rounds, strict=True))
+        if alone <= 1.2 * read:
+            return
+    raise AssertionError(rounds)
 
 
 def test_who_opens_a_session_takes_it_from_whoever_is_in_it(cluster: Cluster) -> None:

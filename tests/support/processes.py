@@ -27,14 +27,19 @@ PATIENCE = 40.0
 
 
 def eventually(look: Callable[[], T | None], *, within: float = PATIENCE) -> T:
-    """What `look` returns, once that is not None or False."""
+    """What `look` returns, once that is not None or False.
+
+    Between two looks is as much time as the last one took: most that take long start a program, which keeps the
+    machine from what is waited for.
+    """
     deadline = time.monotonic() + within
     while True:
+        began = time.monotonic()
         seen = look()
         if seen is not None and seen is not False:
             return seen
         assert time.monotonic() < deadline, "it did not happen"
-        time.sleep(0.01)
+        time.sleep(max(0.01, time.monotonic() - began))
 
 
 class Program:

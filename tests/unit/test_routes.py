@@ -362,20 +362,29 @@ def no_provider() -> tuple[Provider, Rules]:
     return Provider("https://id.invalid", "river", None, trusted=trusted), Rules(frozenset({EVERYBODY}))
 
 
-@pytest.mark.parametrize("route", sorted(HOST_RULES), ids=" ".join)
-def test_the_host_lets_in_whom_its_rule_names_and_nobody_else(run: Run, tmp_path: Path, route: Route) -> None:
+# What only shows something leaves the host as it was, for the next: one host is enough for all of that.
+SHOWING = [route for route in sorted(HOST_RULES) if route[0] == "GET"]
+EACH_ON_A_HOST_OF_ITS_OWN = [[route] for route in sorted(HOST_RULES) if route not in SHOWING]
+
+
+@pytest.mark.parametrize(
+    "routes",
+    [SHOWING, *EACH_ON_A_HOST_OF_ITS_OWN],
+    ids=["GET", *(" ".join(each[0]) for each in EACH_ON_A_HOST_OF_ITS_OWN)],
+)
+def test_the_host_lets_in_whom_its_rule_names_and_nobody_else(run: Run, tmp_path: Path, routes: list[Route]) -> None:
     async def check() -> None:
         async with a_host(tmp_path, oidc=no_provider()) as host:
             secrets = await host_credentials(host, tmp_path)
             assert routes_of(host.app, host.tunnel_routes) == set(HOST_RULES)
-            rule = HOST_RULES[route]
-            expected = {who: expected_of(route, rule, who, secrets[who]) for who in secrets}
             client = host.client(None)
             client.headers["Host"] = Browser(host).authority  # by another name nobody is shown a page
-            # Those who are refused first: what the others do may end the task.
-            for who in sorted(secrets, key=lambda who: expected[who] == "in"):
-                got = await answer(client, route, BODIES.get(route), secrets[who])
-                assert (who, got) == (who, expected[who])
+            for route in routes:
+                expected = {who: expected_of(route, HOST_RULES[route], who, secrets[who]) for who in secrets}
+                # Those who are refused first: what the others do may end the task.
+                for who in sorted(secrets, key=lambda who: expected[who] == "in"):
+                    got = await answer(client, route, BODIES.get(route), secrets[who])
+                    assert (route, who, got) == (route, who, expected[who])
 
     run(check())
 
