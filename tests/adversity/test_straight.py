@@ -71,6 +71,24 @@ async def echoed(reader: asyncio.StreamReader, writer: asyncio.StreamWriter, tex
     assert await reader.readexactly(len(text)) == text
 
 
+@contextlib.asynccontextmanager
+async def in_use(there: Stage) -> AsyncIterator[None]:
+    """Meanwhile something passes: only then another path is looked for."""
+
+    async def use() -> None:
+        async with dial(there.port) as connection:
+            while True:
+                await echoed(*connection, b"in use")
+                await asyncio.sleep(0.05)
+
+    using = asyncio.ensure_future(use())
+    try:
+        yield
+    finally:
+        using.cancel()
+        await asyncio.wait({using})
+
+
 def untouched(there: Stage) -> None:
     assert not [event for event in there.events if isinstance(event, StreamError)]
 
@@ -162,7 +180,8 @@ def test_when_the_straight_path_fails_all_goes_on_through_the_host_within_2_s_an
             assert told.reason
             await echoed(*mine, b"c" * 100)
             there.relays["straight"].lets_in = True
-            await there.goes("direct", 2)
+            async with in_use(there):
+                await there.goes("direct", 2)
             await echoed(*mine, b"d" * 100)
             untouched(there)
             await until(lambda: there.hops.server.snapshot()["straight"] == 1)
@@ -506,6 +525,17 @@ def test_a_session_with_a_limited_rate_stays_with_the_host_that_limits_it(run: R
             told = await there.goes("host")
             assert "limits their rate" in told.reason
             assert not there.relays["straight"].accepted
+
+    run(main())
+
+
+def test_an_idle_forward_looks_for_no_straight_path_which_its_host_would_take_for_use(run: Run) -> None:
+    async def main() -> None:
+        limits = Limits(idle_timeout=1.0)
+        async with service(echo) as port, stage("rust", port, limits=limits) as there:
+            await there.goes("host")
+            with pytest.raises(UnavailableError, match="nothing passed"):
+                await asyncio.wait_for(there.forwarder.wait(), 20)
 
     run(main())
 

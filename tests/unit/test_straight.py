@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from typing import Any, cast
 
 import pytest
@@ -9,6 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from kohakuriver.cli import forward_view
+from kohakuriver.client import straight
 from kohakuriver.client.forward import way
 from kohakuriver.client.straight import PathTaken, checked_url
 from kohakuriver.errors import UnauthenticatedError, UnavailableError, UsageError
@@ -168,6 +170,9 @@ def test_a_node_is_gone_to_as_safely_as_the_host_or_more_so(url: str, host: str)
         ("ws://127.0.0.1:8001/x", "https://127.0.0.1", "TLS"),
         ("http://node:8001/x", "http://host", "TLS"),
         ("file:///etc/passwd", "http://host", "TLS"),
+        ("ws://[::1", "http://host", "none"),
+        ("ws://node:99999/x", "http://host", "none"),
+        ("ws:///x", "http://host", "none"),
         ("ws://127.0.0.1:8001/x", "http://host:8000", "own machine"),
         ("wss://localhost:8001/x", "https://host", "own machine"),
     ],
@@ -177,6 +182,45 @@ def test_a_login_by_tls_never_goes_in_plain_text_and_no_strangers_loopback_is_di
 ) -> None:
     with pytest.raises(UnavailableError, match=why):
         checked_url(url, (host,))
+
+
+@given(st.text() | st.text().map("ws://".__add__))
+def test_whatever_a_node_names_is_gone_to_or_refused_with_a_reason(url: str) -> None:
+    with contextlib.suppress(UnavailableError):
+        assert checked_url(url, ("http://host",)).startswith("ws")
+
+
+def test_a_path_that_was_lost_is_tried_again_every_second_and_one_that_never_carried_is_not(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    clock = Clock()
+    monkeypatch.setattr("kohakuriver.client.straight.time.monotonic", clock)
+    monkeypatch.setattr("random.uniform", lambda least, most: most)  # the longest that it may be
+    again = straight.Again()
+    again.refused()
+    assert again.pause() == straight.FIRST_AGAIN
+    again.lost(3600)
+    for second in range(int(straight.SOON_FOR)):
+        clock.now = second
+        assert again.soon
+        assert again.pause() <= 1
+        again.refused()
+    clock.now = straight.SOON_FOR
+    assert again.pause() == straight.LONGEST_AGAIN
+
+
+def test_a_path_that_fails_whenever_it_is_taken_is_taken_ever_more_rarely_until_it_carries(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("random.uniform", lambda least, most: most)
+    again = straight.Again()
+    pauses = []
+    for _ in range(10):
+        again.lost(1.3)
+        pauses.append(again.pause())
+    assert pauses == [1, 1, 1, 1, 1, 2, 4, 8, 16, 32]
+    again.lost(3600)
+    assert again.pause() == 1
 
 
 def test_the_setting_is_one_of_three_and_direct_needs_connections_that_are_kept() -> None:
