@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from kohakuriver.cli import forward_view
 from kohakuriver.client import straight
-from kohakuriver.client.forward import way
+from kohakuriver.client.forward import path_choice
 from kohakuriver.client.straight import PathTaken, checked_url
 from kohakuriver.errors import UnauthenticatedError, UnavailableError, UsageError
 from kohakuriver.host.services.tunnel_proxy import straight_tells
@@ -224,14 +224,14 @@ def test_a_path_that_fails_whenever_it_is_taken_is_taken_ever_more_rarely_until_
 
 
 def test_the_setting_is_one_of_three_and_direct_needs_connections_that_are_kept() -> None:
-    assert [way(each, keeps=True) for each in (None, "", "auto", "direct", "host")] == [
+    assert [path_choice(each, keeps=True) for each in (None, "", "auto", "direct", "host")] == [
         "auto", "auto", "auto", "direct", "host",
     ]  # fmt: skip
-    assert way("auto", keeps=False) == "host"
+    assert path_choice("auto", keeps=False) == "host"
     with pytest.raises(UsageError, match="'path'"):
-        way("fast", keeps=True)
+        path_choice("fast", keeps=True)
     with pytest.raises(UsageError, match="--no-resume"):
-        way("direct", keeps=False)
+        path_choice("direct", keeps=False)
 
 
 def test_a_straight_path_that_is_lost_or_comes_back_is_said_in_one_line_and_its_begin_in_none(

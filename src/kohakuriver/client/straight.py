@@ -20,7 +20,7 @@ from kohakuriver.errors import KohakuRiverError, UnavailableError, UsageError
 from kohakuriver.http_proxy import http_proxy
 from kohakuriver.runtime import cancel_all
 from kohakuriver.tls import client_context, is_this_machine
-from kohakuriver.tunnel.backoff import STEADY, Backoff
+from kohakuriver.tunnel.backoff import Backoff
 from kohakuriver.tunnel.closing import Closing
 from kohakuriver.tunnel.dial import Server, open_session
 from kohakuriver.tunnel.link import Link
@@ -28,9 +28,9 @@ from kohakuriver.tunnel.protocol import PING, SESSION_ID, STRAIGHT, StraightOffe
 from kohakuriver.tunnel.udp import UdpStream
 from kohakuriver.tunnel.user_endpoint import UserEndpoint
 
-__all__ = ["PathTaken", "StraightPath", "Way", "checked_url"]
+__all__ = ["PathChoice", "PathTaken", "StraightPath", "checked_url"]
 
-Way = Literal["auto", "direct", "host"]
+PathChoice = Literal["auto", "direct", "host"]
 """Which path a forward takes: the straight one where it can be had, that one or none at its begin, never."""
 
 NO_STRAIGHT = "no_direct_path"
@@ -43,8 +43,9 @@ FIRST_AGAIN, LOST_AGAIN, LONGEST_AGAIN = 30.0, 1.0, 600.0
 SOON_FOR, SOON_DIAL, AS_BEFORE = 300.0, 1.5, 4.0
 """For so many seconds after it was lost it is tried again soon: connecting may take so long then, or so many times what
 it took before. A packet that was dropped is sent again after a second, so that no more than that is waited for one."""
-MOST_SHORT = 5
-"""So often in a row it may be lost right after it was there: one that only seems to lead anywhere waits then."""
+SHORT, MOST_SHORT, LONGEST_SHORT = 2.5, 5, 60.0
+"""One that is lost within so many seconds may only seem to lead somewhere: so often in a row that counts as chance, and
+then it is waited longer each time, so many seconds at most."""
 IN_USE = 0.25
 """Seconds between two looks at whether anything passes, where it is to be tried again."""
 
@@ -300,13 +301,11 @@ class Again:
 
     def lost(self, carried: float) -> None:
         """It carried for so many seconds."""
-        self._short = 0 if carried >= STEADY else self._short + 1
-        if self._short <= MOST_SHORT:
-            self._pauses = Backoff(LOST_AGAIN, LONGEST_AGAIN)
-            self._soon_until = time.monotonic() + SOON_FOR
-        else:
-            self._soon_until = -math.inf
-        self._pauses.ended(None)
+        self._short = 0 if carried >= SHORT else self._short + 1
+        soon = self._short <= MOST_SHORT
+        self._pauses = Backoff(LOST_AGAIN, LONGEST_AGAIN if soon else LONGEST_SHORT)
+        self._pauses.failures = 1 if soon else self._short - MOST_SHORT + 1
+        self._soon_until = time.monotonic() + SOON_FOR if soon else -math.inf
 
     @property
     def soon(self) -> bool:
