@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+from dataclasses import replace
+from pathlib import Path
 from typing import Any, cast
 
 import pytest
@@ -11,12 +13,13 @@ from hypothesis import strategies as st
 
 from kohakuriver.cli import forward_view
 from kohakuriver.client import straight
-from kohakuriver.client.forward import path_choice
+from kohakuriver.client.forward import Stats, path_choice
 from kohakuriver.client.straight import PathTaken, checked_url
 from kohakuriver.errors import UnauthenticatedError, UnavailableError, UsageError
 from kohakuriver.host.services.tunnel_proxy import straight_tells
 from kohakuriver.limits import Limits
 from kohakuriver.relay.straight import GOOD_SECONDS, Leg, Paths, Straights
+from kohakuriver.runner.server import RunnerOptions, _no_direct
 from kohakuriver.session import ticket
 from kohakuriver.session.ticket import Ticket
 from kohakuriver.tunnel.protocol import StraightOffer, WentStraight
@@ -219,8 +222,9 @@ def test_a_path_that_fails_whenever_it_is_taken_is_taken_ever_more_rarely_until_
         again.lost(1.3)
         pauses.append(again.pause())
     assert pauses == [1, 1, 1, 1, 1, 2, 4, 8, 16, 32]
-    again.lost(3600)
-    assert again.pause() == 1
+    for _ in range(10):  # blocked, and free for some seconds
+        again.lost(3)
+        assert again.pause() == 1
 
 
 def test_the_setting_is_one_of_three_and_direct_needs_connections_that_are_kept() -> None:
@@ -232,6 +236,32 @@ def test_the_setting_is_one_of_three_and_direct_needs_connections_that_are_kept(
         path_choice("fast", keeps=True)
     with pytest.raises(UsageError, match="--no-resume"):
         path_choice("direct", keeps=False)
+
+
+@pytest.mark.parametrize(
+    ("direct", "url", "why"),
+    [
+        (None, "https://node:8001", ""),
+        (None, "http://127.0.0.1:8001", ""),
+        (None, "http://[::1]:8001", ""),
+        (None, "http://node:8001", "serves no TLS"),
+        (True, "http://node:8001", ""),
+        (False, "https://node:8001", "--no-direct"),
+        (False, "http://127.0.0.1:8001", "--no-direct"),
+    ],
+)
+def test_a_runner_takes_users_where_it_serves_tls_or_is_on_their_machine_or_is_told_to(
+    direct: bool | None, url: str, why: str
+) -> None:
+    said = _no_direct(RunnerOptions(Path("state"), "http://host:8000", direct=direct), url)
+    assert why in said
+    assert bool(why) == bool(said)
+
+
+def test_the_live_line_says_which_path_the_connections_have() -> None:
+    through = Stats(1, 1, 0, 0, 0, 0, 0)
+    assert "by the host | " in forward_view.status_line(through, through, 1.0)
+    assert "direct | " in forward_view.status_line(through, replace(through, direct=1), 1.0)
 
 
 def test_a_straight_path_that_is_lost_or_comes_back_is_said_in_one_line_and_its_begin_in_none(
