@@ -23,6 +23,7 @@ from kohakuriver.errors import KohakuRiverError, UnauthenticatedError, Unavailab
 from kohakuriver.limits import Limits
 from kohakuriver.tunnel.backoff import Backoff
 from kohakuriver.tunnel.dial import Server, open_session
+from kohakuriver.tunnel.opener import AGAIN_AFTER
 from kohakuriver.tunnel.protocol import (
     CONNECT,
     CONNECTED,
@@ -514,6 +515,42 @@ def test_a_runner_that_can_not_be_reached_costs_a_quiet_try_and_says_why(run: Ru
             await echoed(*mine, b"as ever")
             told = await there.goes("host")
             assert told.reason
+            untouched(there)
+
+    run(main())
+
+
+@pytest.mark.parametrize("how", ["over", "back"])
+def test_connections_that_change_their_path_take_nothing_of_how_many_their_user_may_open_a_second(
+    run: Run, how: str
+) -> None:
+    async def main() -> None:
+        limits = Limits(max_connects=10)
+        async with (
+            service(echo) as port,
+            stage("rust", port, straight=True, limits=limits) as there,
+            contextlib.AsyncExitStack() as stack,
+        ):
+            there.relays["straight"].lets_in = how == "back"
+            if how == "over":
+                there.relays["straight"].cut()
+            connections = []
+            for number in range(40):
+                if number % 8 == 7:
+                    await asyncio.sleep(1)  # no more are allowed in less
+                connections.append(await stack.enter_async_context(dial(there.port)))
+                await echoed(*connections[-1], b"open")
+            there.relays["straight"].lets_in = how == "over"
+            if how == "over":
+                await echoed(*connections[0], b"in use")
+                await there.goes("direct")
+            else:
+                assert there.forwarder.straight
+                there.relays["straight"].cut()
+                await until(lambda: not there.forwarder.straight)
+            began = time.monotonic()
+            await asyncio.gather(*(echoed(*each, b"at once") for each in connections))
+            assert time.monotonic() - began < AGAIN_AFTER
             untouched(there)
 
     run(main())
