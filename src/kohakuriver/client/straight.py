@@ -184,6 +184,9 @@ class StraightPath:
             try:
                 link = await self._open(line, soon=again.soon)
             except KohakuRiverError as error:
+                if line.closing.state:  # nobody was asked; the next session begins anew
+                    self._tried("the session through the host has gone")
+                    return
                 self._refused(_clause(error))
                 again.refused()
             else:
