@@ -23,6 +23,7 @@ from kohakuriver.errors import KohakuRiverError, UnauthenticatedError, Unavailab
 from kohakuriver.limits import Limits
 from kohakuriver.tunnel.backoff import Backoff
 from kohakuriver.tunnel.dial import Server, open_session
+from kohakuriver.tunnel.opener import AGAIN_AFTER
 from kohakuriver.tunnel.protocol import (
     CONNECT,
     CONNECTED,
@@ -69,6 +70,24 @@ def _again_soon(monkeypatch: pytest.MonkeyPatch) -> None:
 async def echoed(reader: asyncio.StreamReader, writer: asyncio.StreamWriter, text: bytes) -> None:
     writer.write(text)
     assert await reader.readexactly(len(text)) == text
+
+
+@contextlib.asynccontextmanager
+async def in_use(there: Stage) -> AsyncIterator[None]:
+    """Meanwhile something passes: only then another path is looked for."""
+
+    async def use() -> None:
+        async with dial(there.port) as connection:
+            while True:
+                await echoed(*connection, b"in use")
+                await asyncio.sleep(0.05)
+
+    using = asyncio.ensure_future(use())
+    try:
+        yield
+    finally:
+        using.cancel()
+        await asyncio.wait({using})
 
 
 def untouched(there: Stage) -> None:
@@ -162,7 +181,8 @@ def test_when_the_straight_path_fails_all_goes_on_through_the_host_within_2_s_an
             assert told.reason
             await echoed(*mine, b"c" * 100)
             there.relays["straight"].lets_in = True
-            await there.goes("direct", 2)
+            async with in_use(there):
+                await there.goes("direct", 2)
             await echoed(*mine, b"d" * 100)
             untouched(there)
             await until(lambda: there.hops.server.snapshot()["straight"] == 1)
@@ -500,12 +520,59 @@ def test_a_runner_that_can_not_be_reached_costs_a_quiet_try_and_says_why(run: Ru
     run(main())
 
 
+@pytest.mark.parametrize("how", ["over", "back"])
+def test_connections_that_change_their_path_take_nothing_of_how_many_their_user_may_open_a_second(
+    run: Run, how: str
+) -> None:
+    async def main() -> None:
+        limits = Limits(max_connects=10)
+        async with (
+            service(echo) as port,
+            stage("rust", port, straight=True, limits=limits) as there,
+            contextlib.AsyncExitStack() as stack,
+        ):
+            there.relays["straight"].lets_in = how == "back"
+            if how == "over":
+                there.relays["straight"].cut()
+            connections = []
+            for number in range(40):
+                if number % 8 == 7:
+                    await asyncio.sleep(1)  # no more are allowed in less
+                connections.append(await stack.enter_async_context(dial(there.port)))
+                await echoed(*connections[-1], b"open")
+            there.relays["straight"].lets_in = how == "over"
+            if how == "over":
+                await echoed(*connections[0], b"in use")
+                await there.goes("direct")
+            else:
+                assert there.forwarder.straight
+                there.relays["straight"].cut()
+                await until(lambda: not there.forwarder.straight)
+            began = time.monotonic()
+            await asyncio.gather(*(echoed(*each, b"at once") for each in connections))
+            assert time.monotonic() - began < AGAIN_AFTER
+            untouched(there)
+
+    run(main())
+
+
 def test_a_session_with_a_limited_rate_stays_with_the_host_that_limits_it(run: Run) -> None:
     async def main() -> None:
         async with service(echo) as port, stage("rust", port, straight=True, limits=Limits(max_rate=MIB)) as there:
             told = await there.goes("host")
             assert "limits their rate" in told.reason
             assert not there.relays["straight"].accepted
+
+    run(main())
+
+
+def test_an_idle_forward_looks_for_no_straight_path_which_its_host_would_take_for_use(run: Run) -> None:
+    async def main() -> None:
+        limits = Limits(idle_timeout=1.0)
+        async with service(echo) as port, stage("rust", port, limits=limits) as there:
+            await there.goes("host")
+            with pytest.raises(UnavailableError, match="nothing passed"):
+                await asyncio.wait_for(there.forwarder.wait(), 20)
 
     run(main())
 

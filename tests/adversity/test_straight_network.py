@@ -151,6 +151,12 @@ def test_a_blocked_straight_path_loses_no_byte_and_no_stream_and_is_left_within_
             assert time.monotonic() - began < AWAY
             assert back["connections"] >= STREAMS
         forward.until(path="direct")
+    with net.wires.blocked("laptop"):
+        forward.until(path="host")
+        time.sleep(4 * AWAY)  # while it is tried in vain
+    began = time.monotonic()
+    forward.until(path="direct")
+    assert time.monotonic() - began < AWAY
     eventually(lambda: "direct, 1 of 1 session" in told(net, "vps", "status", "lab"))
     result = forward.end()
     assert result["errors"] == []
@@ -160,7 +166,7 @@ def test_a_blocked_straight_path_loses_no_byte_and_no_stream_and_is_left_within_
     assert not [event for event in forward.events if event["event"] == "stream_error"]
     paths = [event["path"] for event in forward.events if event["event"] == "path"]
     assert [each for each, before in zip(paths, ["", *paths], strict=False) if each != before] == [
-        "direct", *["host", "direct"] * 3,
+        "direct", *["host", "direct"] * 4,
     ]  # fmt: skip
 
 

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+import os
 import signal
 import socket
 import stat
 import subprocess
+import sys
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -18,10 +20,20 @@ from tests.integration.test_docker_backend import ECHO, PORT, STAY, echoes, echo
 from tests.support import docker_images
 from tests.support.docker_images import docker, make_image
 from tests.support.doors import door_of
-from tests.support.processes import Cluster, a_cluster, eventually
+from tests.support.processes import PATIENCE, Cluster, a_cluster, eventually
 from tests.support.ssh import Users, ours
 from tests.support.up import connect
 from tests.support.up import echoes as service_echoes
+
+DATAGRAMS = """
+import socket
+sock = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
+sock.bind(("127.0.0.1", 0))
+print(sock.getsockname()[1], flush=True)
+while True:
+    data, address = sock.recvfrom(65536)
+    sock.sendto(data, address)
+"""
 
 pytestmark = [pytest.mark.docker, pytest.mark.usefixtures("engine")]
 
@@ -38,7 +50,17 @@ def interfaces(container: str) -> list[str]:
     return [line.partition(":")[0].strip() for line in table.splitlines()[2:]]
 
 
-def test_a_container_without_a_network_has_forwards_terminals_and_ssh(
+@contextmanager
+def datagrams_in(pid: str) -> Iterator[int]:
+    """A port in a process' network that sends datagrams back."""
+    command = ["nsenter", "-t", pid, "-n", sys.executable, "-c", DATAGRAMS]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        yield int(process.stdout.readline())
+        process.kill()
+
+
+def test_a_container_without_a_network_has_forwards_terminals_copies_and_ssh(
     tmp_path: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> None:
     users = Users(tmp_path_factory.mktemp("ssh"), ours())
@@ -56,6 +78,18 @@ def test_a_container_without_a_network_has_forwards_terminals_and_ssh(
         assert users.succeed("connect", "alone", "--", "/bin/busybox", "echo", "by", "terminal") == "by terminal\n"
         by_ssh = users.ssh("-l", "root", "alone.kohakuriver", "/bin/busybox echo by ssh")
         assert by_ssh.stdout == b"by ssh\n", by_ssh.stderr
+        (tmp_path / "file").write_bytes(os.urandom(1 << 16))
+        users.succeed("cp", str(tmp_path / "file"), "alone:/file")
+        users.succeed("cp", "alone:/file", str(tmp_path / "back"))
+        assert (tmp_path / "back").read_bytes() == (tmp_path / "file").read_bytes()
+        if os.geteuid() == 0:  # else nobody enters its network, and the image has no program for datagrams
+            port = stack.enter_context(datagrams_in(docker("inspect", "-f", "{{.State.Pid}}", task["container"])))
+            local = users.start("forward", "alone", f"0:{port}", "--proto", "udp", "--json").listening()
+            with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as sock:
+                sock.settimeout(PATIENCE)
+                sock.connect(("127.0.0.1", local))
+                sock.send(b"by datagram")
+                assert sock.recv(100) == b"by datagram"
 
 
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from kohakuriver.client.forward import Event, Forwarder, PathTaken, PortForward, Resumed
-from kohakuriver.client.straight import Way
+from kohakuriver.client.straight import PathChoice
 from kohakuriver.config import Settings
 from kohakuriver.limits import Limits
 from tests.support.hops import CONTAINER, Chain, chain, until
@@ -59,7 +59,7 @@ async def stage(
     resume_for: int = 3600,
     straight: bool = False,
     limits: Limits | None = None,
-    path: Way = "auto",
+    path: PathChoice = "auto",
 ) -> AsyncIterator[Stage]:
     """A forward to a port of a container, whose tunnel client is of this kind; a runner dials a `direct` one itself.
 

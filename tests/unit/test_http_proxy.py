@@ -165,7 +165,7 @@ def asked(way: str, proxy: HttpProxy, run: Run, monkeypatch: pytest.MonkeyPatch,
             await asyncio.to_thread(connect_through, proxy, "h.test", 443, timeout)
         else:
             monkeypatch.setenv("KOHAKURIVER_PROXY", proxy.url)
-            monkeypatch.setattr("kohakuriver.client.way.ANSWER_TIMEOUT", timeout)
+            monkeypatch.setattr("kohakuriver.client.host_http.ANSWER_TIMEOUT", timeout)
             async with HostClient(Settings(host=f"{way}://h.test")) as host:
                 await host.tasks()
 

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
+from dataclasses import replace
+from pathlib import Path
 from typing import Any, cast
 
 import pytest
@@ -9,12 +12,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from kohakuriver.cli import forward_view
-from kohakuriver.client.forward import way
+from kohakuriver.client import straight
+from kohakuriver.client.forward import Stats, path_choice
 from kohakuriver.client.straight import PathTaken, checked_url
 from kohakuriver.errors import UnauthenticatedError, UnavailableError, UsageError
 from kohakuriver.host.services.tunnel_proxy import straight_tells
 from kohakuriver.limits import Limits
 from kohakuriver.relay.straight import GOOD_SECONDS, Leg, Paths, Straights
+from kohakuriver.runner.server import RunnerOptions, _no_direct
 from kohakuriver.session import ticket
 from kohakuriver.session.ticket import Ticket
 from kohakuriver.tunnel.protocol import StraightOffer, WentStraight
@@ -30,8 +35,8 @@ class OneLeg:
     user_link = None
     beyond = False
 
-    def let_go(self) -> None:
-        pass
+    def let_go(self) -> int:
+        return 0
 
     def passed(self) -> tuple[int, int]:
         return 0, 0
@@ -168,6 +173,9 @@ def test_a_node_is_gone_to_as_safely_as_the_host_or_more_so(url: str, host: str)
         ("ws://127.0.0.1:8001/x", "https://127.0.0.1", "TLS"),
         ("http://node:8001/x", "http://host", "TLS"),
         ("file:///etc/passwd", "http://host", "TLS"),
+        ("ws://[::1", "http://host", "none"),
+        ("ws://node:99999/x", "http://host", "none"),
+        ("ws:///x", "http://host", "none"),
         ("ws://127.0.0.1:8001/x", "http://host:8000", "own machine"),
         ("wss://localhost:8001/x", "https://host", "own machine"),
     ],
@@ -179,15 +187,81 @@ def test_a_login_by_tls_never_goes_in_plain_text_and_no_strangers_loopback_is_di
         checked_url(url, (host,))
 
 
+@given(st.text() | st.text().map("ws://".__add__))
+def test_whatever_a_node_names_is_gone_to_or_refused_with_a_reason(url: str) -> None:
+    with contextlib.suppress(UnavailableError):
+        assert checked_url(url, ("http://host",)).startswith("ws")
+
+
+def test_a_path_that_was_lost_is_tried_again_every_second_and_one_that_never_carried_is_not(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    clock = Clock()
+    monkeypatch.setattr("kohakuriver.client.straight.time.monotonic", clock)
+    monkeypatch.setattr("random.uniform", lambda least, most: most)  # the longest that it may be
+    again = straight.Again()
+    again.refused()
+    assert again.pause() == straight.FIRST_AGAIN
+    again.lost(3600)
+    for second in range(int(straight.SOON_FOR)):
+        clock.now = second
+        assert again.soon
+        assert again.pause() <= 1
+        again.refused()
+    clock.now = straight.SOON_FOR
+    assert again.pause() == straight.LONGEST_AGAIN
+
+
+def test_a_path_that_fails_whenever_it_is_taken_is_taken_ever_more_rarely_until_it_carries(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("random.uniform", lambda least, most: most)
+    again = straight.Again()
+    pauses = []
+    for _ in range(10):
+        again.lost(1.3)
+        pauses.append(again.pause())
+    assert pauses == [1, 1, 1, 1, 1, 2, 4, 8, 16, 32]
+    for _ in range(10):  # blocked, and free for some seconds
+        again.lost(3)
+        assert again.pause() == 1
+
+
 def test_the_setting_is_one_of_three_and_direct_needs_connections_that_are_kept() -> None:
-    assert [way(each, keeps=True) for each in (None, "", "auto", "direct", "host")] == [
+    assert [path_choice(each, keeps=True) for each in (None, "", "auto", "direct", "host")] == [
         "auto", "auto", "auto", "direct", "host",
     ]  # fmt: skip
-    assert way("auto", keeps=False) == "host"
+    assert path_choice("auto", keeps=False) == "host"
     with pytest.raises(UsageError, match="'path'"):
-        way("fast", keeps=True)
+        path_choice("fast", keeps=True)
     with pytest.raises(UsageError, match="--no-resume"):
-        way("direct", keeps=False)
+        path_choice("direct", keeps=False)
+
+
+@pytest.mark.parametrize(
+    ("direct", "url", "why"),
+    [
+        (None, "https://node:8001", ""),
+        (None, "http://127.0.0.1:8001", ""),
+        (None, "http://[::1]:8001", ""),
+        (None, "http://node:8001", "serves no TLS"),
+        (True, "http://node:8001", ""),
+        (False, "https://node:8001", "--no-direct"),
+        (False, "http://127.0.0.1:8001", "--no-direct"),
+    ],
+)
+def test_a_runner_takes_users_where_it_serves_tls_or_is_on_their_machine_or_is_told_to(
+    direct: bool | None, url: str, why: str
+) -> None:
+    said = _no_direct(RunnerOptions(Path("state"), "http://host:8000", direct=direct), url)
+    assert why in said
+    assert bool(why) == bool(said)
+
+
+def test_the_live_line_says_which_path_the_connections_have() -> None:
+    through = Stats(1, 1, 0, 0, 0, 0, 0)
+    assert "by the host | " in forward_view.status_line(through, through, 1.0)
+    assert "direct | " in forward_view.status_line(through, replace(through, direct=1), 1.0)
 
 
 def test_a_straight_path_that_is_lost_or_comes_back_is_said_in_one_line_and_its_begin_in_none(

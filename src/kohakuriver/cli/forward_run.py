@@ -18,7 +18,7 @@ from kohakuriver.cli.port_owner import owner
 from kohakuriver.cli.signals import BY_KEYS, caught, in_foreground, suspended
 from kohakuriver.client.beyond import Address, Back, BackForwarder, BeyondForwarder
 from kohakuriver.client.events import Served
-from kohakuriver.client.forward import STOPPED, Event, Forwarder, Listening, PortForward, Stats, Way
+from kohakuriver.client.forward import STOPPED, Event, Forwarder, Listening, PathChoice, PortForward, Stats
 from kohakuriver.client.ports import exposes
 from kohakuriver.config import Settings
 from kohakuriver.errors import KohakuRiverError, LocalAddressError
@@ -48,7 +48,7 @@ class Wanted:
     patience: float | None = None
     resume: bool = True
     fallback: bool = False
-    path: Way | None = None
+    path: PathChoice | None = None
     on_connect: str | None = None
     json: bool = False
     every: bool = False

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 from kohakuriver.errors import UsageError
 
 if TYPE_CHECKING:
-    from kohakuriver.client.straight import Way
+    from kohakuriver.client.straight import PathChoice
 
 __all__ = ["FILE", "Entry", "chosen", "found", "read"]
 
@@ -46,7 +46,7 @@ class Entry:
     detach: bool = False
     socks: int | None = None
     every: bool = False
-    path: Way | None = None
+    path: PathChoice | None = None
 
 
 def found(directory: Path, home: Path | None) -> Path | None:

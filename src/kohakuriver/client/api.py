@@ -13,7 +13,7 @@ from types import TracebackType
 from typing import Any, ParamSpec
 
 from kohakuriver.client.beyond import Address, Back, BackForwarder, BeyondForwarder, by_kind, parse_address, parse_back
-from kohakuriver.client.forward import LOOPBACK, Event, Forwarder, PortSpec, Stats, Way, parse_port
+from kohakuriver.client.forward import LOOPBACK, Event, Forwarder, PathChoice, PortSpec, Stats, parse_port
 from kohakuriver.client.ports import PortForward
 from kohakuriver.config import Settings, load_settings
 from kohakuriver.errors import UsageError
@@ -136,7 +136,7 @@ def forward(
     resume: bool = True,
     resume_for: int | None = None,
     wait: float | None = None,
-    path: Way | None = None,
+    path: PathChoice | None = None,
     on_event: Callable[[Event], None] | None = None,
 ) -> Forward:
     """A forward for `async with`, or for `await`, on the loop that runs.

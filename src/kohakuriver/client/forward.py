@@ -28,7 +28,7 @@ from kohakuriver.client.ports import (
     parse_port,
 )
 from kohakuriver.client.socks import SocksServer
-from kohakuriver.client.straight import PathTaken, StraightPath, Way
+from kohakuriver.client.straight import PathChoice, PathTaken, StraightPath
 from kohakuriver.config import Settings, path_segment
 from kohakuriver.errors import (
     KohakuRiverError,
@@ -65,6 +65,7 @@ __all__ = [
     "NotListening",
     "Notice",
     "OutOfDescriptors",
+    "PathChoice",
     "PathTaken",
     "PortForward",
     "PortSpec",
@@ -72,7 +73,6 @@ __all__ = [
     "Resumed",
     "Stats",
     "StreamError",
-    "Way",
     "exposes",
     "parse_port",
 ]
@@ -294,7 +294,7 @@ class Forwarder:
         resume: bool = True,
         fallback: bool = False,
         any_port: bool = False,
-        path: Way | None = None,
+        path: PathChoice | None = None,
         on_event: Callable[[Event], None] = lambda event: None,
     ) -> None:
         check_distinct(ports, any_port=any_port)
@@ -338,9 +338,9 @@ class Forwarder:
         )
         if self._endpoint.kept is not None:
             self._endpoint.kept.on_doubt = self._doubted
-        self._way = way(path or settings.path, keeps=resume)
+        self._choice = path_choice(path or settings.path, keeps=resume)
         self._straight: StraightPath | None = None
-        if self._way != "host":
+        if self._choice != "host":
             self._straight = StraightPath(
                 self._endpoint, task, settings, ready=self._may_go_straight, tell=lambda event: self._on_event(event)
             )
@@ -359,7 +359,7 @@ class Forwarder:
             raise
         self._attach(link)
         try:
-            if self._way == "direct" and self._straight is not None:
+            if self._choice == "direct" and self._straight is not None:
                 await self._straight.first()
             if self._patience is not None:
                 await self._until_answered(self._patience)
@@ -612,13 +612,13 @@ class Forwarder:
             raise error
 
 
-def way(path: str | None, *, keeps: bool) -> Way:
+def path_choice(path: str | None, *, keeps: bool) -> PathChoice:
     """The setting `path`, for a forward that `keeps` its connections or does not. Raises UsageError."""
     if path not in (None, "", "auto", "direct", "host"):
         raise UsageError(f"The setting 'path' must be auto, direct or host, not {path!r}.")
     if path == "direct" and not keeps:
         raise UsageError("The direct path needs connections that go on over another link: leave --no-resume out.")
-    return cast(Way, path or "auto") if keeps else "host"
+    return cast(PathChoice, path or "auto") if keeps else "host"
 
 
 _OF_HOST = ("the host ", "the server ")

@@ -20,8 +20,8 @@ from urllib.parse import urlsplit
 import httpx
 
 from kohakuriver import tracing
+from kohakuriver.client.host_http import CONNECT_TIMEOUT, HostHttp, time_for, unheard
 from kohakuriver.client.hosts import nobody_answers
-from kohakuriver.client.way import CONNECT_TIMEOUT, Way, time_for, unheard
 from kohakuriver.config import NAME_IN_BROWSERS, Settings, browser_url, path_segment
 from kohakuriver.errors import (
     HostUnreachableError,
@@ -338,12 +338,12 @@ class HostClient:
         headers = {"User-Agent": f"kohakuriver/{__version__}", **tracing.headers()}
         if settings.token:
             headers["Authorization"] = f"Bearer {settings.token}"
-        self._ways = deque(Way(url, settings.ca_file, headers, transport) for url in settings.hosts)
+        self._hosts = deque(HostHttp(url, settings.ca_file, headers, transport) for url in settings.hosts)
 
     @property
     def _url(self) -> str:
         """Of the host that was asked last, and is asked next."""
-        return self._ways[0].url
+        return self._hosts[0].url
 
     async def __aenter__(self) -> HostClient:
         return self
@@ -351,8 +351,8 @@ class HostClient:
     async def __aexit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        for way in self._ways:
-            await way.http.aclose()
+        for host in self._hosts:
+            await host.http.aclose()
 
     async def health(self) -> dict[str, Any]:
         """`{"status": "ok", "version": …}`; asks for no credential."""
@@ -363,11 +363,11 @@ class HostClient:
 
     async def raw(self, path: str, headers: Mapping[str, str]) -> tuple[Mapping[str, str], bytes]:
         """The headers, by names in lower case, and the body of what answers to a GET with these headers besides."""
-        way = self._ways[0]
-        with way.in_words(), resolving():
-            answer = await way.http.get(path, headers=dict(headers), extensions={"trace": way.trace})
+        host = self._hosts[0]
+        with host.in_words(), resolving():
+            answer = await host.http.get(path, headers=dict(headers), extensions={"trace": host.trace})
         if not answer.is_success:
-            raise way.failure(answer)
+            raise host.failure(answer)
         return answer.headers, answer.content
 
     async def whoami(self) -> Whoami:
@@ -591,19 +591,19 @@ class HostClient:
         params = {name: value for name, value in wanted.items() if value is not None}
         timeout = httpx.Timeout(SILENCE, connect=CONNECT_TIMEOUT)
 
-        async def begin(way: Way) -> httpx.Response:
-            with way.in_words(), resolving():
-                request = way.http.build_request("GET", _path(task, "logs"), params=params, timeout=timeout)
-                request.extensions["trace"] = way.trace
-            with way.in_words():
-                return await way.http.send(request, stream=True)
+        async def begin(host: HostHttp) -> httpx.Response:
+            with host.in_words(), resolving():
+                request = host.http.build_request("GET", _path(task, "logs"), params=params, timeout=timeout)
+                request.extensions["trace"] = host.trace
+            with host.in_words():
+                return await host.http.send(request, stream=True)
 
         answer = await self._of_first(begin, again=True)
         try:
             if not answer.is_success:
                 await answer.aread()
-                raise self._ways[0].failure(answer)
-            with self._ways[0].in_words():
+                raise self._hosts[0].failure(answer)
+            with self._hosts[0].in_words():
                 async for line in answer.aiter_lines():
                     if line:
                         yield _log_line(line)
@@ -683,14 +683,14 @@ class HostClient:
         _check_text([body, params])
         timeout = time_for(hold)
 
-        async def ask(way: Way) -> httpx.Response:
-            with way.in_words(), resolving():
-                (urlsplit(way.url).hostname or "").encode("idna")  # the HTTP library words it in another way
-                answer = await way.http.request(
-                    method, path, json=body, params=params, timeout=timeout, extensions={"trace": way.trace}
+        async def ask(host: HostHttp) -> httpx.Response:
+            with host.in_words(), resolving():
+                (urlsplit(host.url).hostname or "").encode("idna")  # the HTTP library words it in another way
+                answer = await host.http.request(
+                    method, path, json=body, params=params, timeout=timeout, extensions={"trace": host.trace}
                 )
             if not answer.is_success:
-                raise way.failure(answer)
+                raise host.failure(answer)
             return answer
 
         answer = await self._of_first(ask, again=method == "GET")
@@ -699,20 +699,20 @@ class HostClient:
         except ValueError as error:
             raise from_answer(self._url, answer.status_code, answer.content) from error
 
-    async def _of_first(self, ask: Callable[[Way], Awaitable[T]], *, again: bool) -> T:
+    async def _of_first(self, ask: Callable[[HostHttp], Awaitable[T]], *, again: bool) -> T:
         """The answer of the first host that gives one; that is asked first from then on.
 
         What may be asked only once is not asked `again` where a host may have heard it.
         """
         failures = []
-        for way in list(self._ways):
+        for host in list(self._hosts):
             try:
-                return await ask(way)
+                return await ask(host)
             except HostUnreachableError as error:  # noqa: PERF203  # hosts are few
                 failures.append(error)
                 if not (again or unheard(error)):
                     break
-                self._ways.rotate(-1)
+                self._hosts.rotate(-1)
         raise nobody_answers(failures)
 
 

@@ -12,7 +12,7 @@ import socket
 from collections.abc import Coroutine
 from typing import Any
 
-from kohakuriver.client.forward import Event, Forwarder, PortForward, StreamError, Way
+from kohakuriver.client.forward import Event, Forwarder, PathChoice, PortForward, StreamError
 from kohakuriver.config import Settings
 from kohakuriver.errors import UnavailableError
 from kohakuriver.runtime import cancel_all
@@ -56,7 +56,7 @@ class Pipe(Forwarder):
 
     def __init__(self, task: str, settings: Settings, sock: socket.socket) -> None:
         # It is opened through the host, whatever is wanted later.
-        path: Way | None = "auto" if settings.path == "direct" else None
+        path: PathChoice | None = "auto" if settings.path == "direct" else None
         ports = [PortForward(0, SSH_PORT)]
         super().__init__(task, ports, settings=settings, resume=True, path=path, on_event=self.happened)
         self._sock = sock

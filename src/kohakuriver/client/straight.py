@@ -8,6 +8,7 @@ path"; docs/guide/forward.md.
 from __future__ import annotations
 
 import asyncio
+import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -19,7 +20,7 @@ from kohakuriver.errors import KohakuRiverError, UnavailableError, UsageError
 from kohakuriver.http_proxy import http_proxy
 from kohakuriver.runtime import cancel_all
 from kohakuriver.tls import client_context, is_this_machine
-from kohakuriver.tunnel.backoff import STEADY, Backoff
+from kohakuriver.tunnel.backoff import Backoff
 from kohakuriver.tunnel.closing import Closing
 from kohakuriver.tunnel.dial import Server, open_session
 from kohakuriver.tunnel.link import Link
@@ -27,9 +28,9 @@ from kohakuriver.tunnel.protocol import PING, SESSION_ID, STRAIGHT, StraightOffe
 from kohakuriver.tunnel.udp import UdpStream
 from kohakuriver.tunnel.user_endpoint import UserEndpoint
 
-__all__ = ["PathTaken", "StraightPath", "Way", "checked_url"]
+__all__ = ["PathChoice", "PathTaken", "StraightPath", "checked_url"]
 
-Way = Literal["auto", "direct", "host"]
+PathChoice = Literal["auto", "direct", "host"]
 """Which path a forward takes: the straight one where it can be had, that one or none at its begin, never."""
 
 NO_STRAIGHT = "no_direct_path"
@@ -39,6 +40,14 @@ DIAL_SECONDS = 5.0
 """How long connecting to it may take."""
 FIRST_AGAIN, LOST_AGAIN, LONGEST_AGAIN = 30.0, 1.0, 600.0
 """Seconds, of which a random part is waited before it is tried again: after it never was there, after it was lost."""
+SOON_FOR, SOON_DIAL, AS_BEFORE = 300.0, 1.5, 4.0
+"""For so many seconds after it was lost it is tried again soon: connecting may take so long then, or so many times what
+it took before. A packet that was dropped is sent again after a second, so that no more than that is waited for one."""
+SHORT, MOST_SHORT, LONGEST_SHORT = 2.5, 5, 60.0
+"""One that is lost within so many seconds may only seem to lead somewhere: so often in a row that counts as chance, and
+then it is waited longer each time, so many seconds at most."""
+IN_USE = 0.25
+"""Seconds between two looks at whether anything passes, where it is to be tried again."""
 
 SETTLE, ONE_QUESTION = 20, 32
 """How often it is tried to go over while no datagram is on its way; bytes that asking for that takes."""
@@ -61,15 +70,27 @@ class PathTaken(Event):
 def checked_url(url: str, hosts: Sequence[str]) -> str:
     """The address of a node's straight path, where users of `hosts` (their URLs) may go there by any of them.
 
-    Raises UnavailableError: for plain HTTP where a host speaks TLS, and for what is on the node's loopback while a
-    host is not on this machine.
+    Raises UnavailableError: for what is no address, for plain HTTP where a host speaks TLS, and for what is on the
+    node's loopback while a host is not on this machine.
     """
     over_tls = any(host.startswith("https://") for host in hosts)
     if not url.startswith("wss://") and (over_tls or not url.startswith("ws://")):
         raise _none("its node does not serve TLS, as the host does")
+    if not _is_address(url):
+        raise _none("its node names an address that is none")
     if _on_this_machine(url) and not all(map(_on_this_machine, hosts)):
         raise _none("its node can only be reached on its own machine")
     return url
+
+
+def _is_address(url: str) -> bool:
+    from urllib.parse import urlsplit
+
+    try:
+        parts = urlsplit(url)
+        return bool(parts.hostname) and parts.port != 0
+    except ValueError:  # as of brackets that are not closed, or a port of 99999
+        return False
 
 
 def _on_this_machine(url: str) -> bool:
@@ -109,6 +130,7 @@ class StraightPath:
         self.link: Link | None = None  # the straight one, while it carries
         self.closing: Closing | None = None  # how the last one ended that did
         self.reason = "it is not tried yet"  # why it does not
+        self._took = 0.0  # seconds that connecting to it has taken
         endpoint.on_straight = self._answered
 
     async def first(self) -> None:
@@ -156,23 +178,30 @@ class StraightPath:
     # -- the straight path, again and again ------------------------------------------------------------------------
 
     async def _keep(self, line: Link) -> None:
-        pauses = Backoff(FIRST_AGAIN, LONGEST_AGAIN)
+        again = Again()
         while True:
-            began = time.monotonic()
+            passed = self._passed()
             try:
-                link = await self._open(line)
+                link = await self._open(line, soon=again.soon)
             except KohakuRiverError as error:
+                if line.closing.state:  # nobody was asked; the next session begins anew
+                    self._tried("the session through the host has gone")
+                    return
                 self._refused(_clause(error))
-                pauses.ended(None)
+                again.refused()
             else:
-                reason = await self._carry(link, line)
-                if time.monotonic() - began >= STEADY:
-                    pauses = Backoff(LOST_AGAIN, LONGEST_AGAIN)
-                else:
-                    pauses.first = LOST_AGAIN
-                pauses.ended(None)
-                self.reason = reason
-            await asyncio.sleep(pauses.pause())
+                began = time.monotonic()
+                self.reason = await self._carry(link, line)
+                again.lost(time.monotonic() - began)
+            await asyncio.sleep(again.pause())
+            # Nobody gains by another path while nothing passes; and what is asked for it, the host takes for use.
+            while self._passed() == passed:  # noqa: ASYNC110  # nobody tells
+                await asyncio.sleep(IN_USE)
+
+    def _passed(self) -> tuple[int, int, int]:
+        """Grows with whatever local programs do."""
+        totals = self._endpoint.totals
+        return totals.opened, totals.bytes_sent, totals.bytes_received
 
     def _refused(self, reason: str) -> None:
         if reason != self.reason:
@@ -184,8 +213,8 @@ class StraightPath:
         if self._first is not None and not self._first.done():
             self._first.set_result(reason)
 
-    async def _open(self, line: Link) -> Link:
-        """A link to the node itself. Raises KohakuRiverError."""
+    async def _open(self, line: Link, *, soon: bool) -> Link:
+        """A link to the node itself; `soon`, or not at all. Raises KohakuRiverError."""
         if line.version < 2:
             raise _none("the task's tunnel client speaks version 1 alone")
         offer = StraightOffer.parse(await self._ask(line))
@@ -200,8 +229,11 @@ class StraightPath:
             raise _none(error.message) from error
         if http_proxy(url) is not None:
             raise _none("an HTTP proxy stands before its node")
-        server = Server(url, offer.shown.hex(), trusted, timeout=DIAL_SECONDS, peer="node")
+        timeout = min(DIAL_SECONDS, max(SOON_DIAL, AS_BEFORE * self._took)) if soon else DIAL_SECONDS
+        server = Server(url, offer.shown.hex(), trusted, timeout=timeout, peer="node")
+        began = time.monotonic()
         link = await open_session(server, greeting=straight_greeting(offer.proof))
+        self._took = time.monotonic() - began
         try:
             await self._settled(line)
         except BaseException:
@@ -256,6 +288,36 @@ class StraightPath:
                 self.give_up("its node does not answer")
                 silence = _Silence(link)  # there may be nothing to go back to yet
         return lost.result()
+
+
+class Again:
+    """When it is tried again: soon for a while after it was lost, else after pauses that grow."""
+
+    def __init__(self) -> None:
+        self._pauses = Backoff(FIRST_AGAIN, LONGEST_AGAIN)
+        self._short = 0
+        self._soon_until = -math.inf
+
+    def refused(self) -> None:
+        """It could not be had."""
+        self._pauses.ended(None)
+
+    def lost(self, carried: float) -> None:
+        """It carried for so many seconds."""
+        self._short = 0 if carried >= SHORT else self._short + 1
+        soon = self._short <= MOST_SHORT
+        self._pauses = Backoff(LOST_AGAIN, LONGEST_AGAIN if soon else LONGEST_SHORT)
+        self._pauses.failures = 1 if soon else self._short - MOST_SHORT + 1
+        self._soon_until = time.monotonic() + SOON_FOR if soon else -math.inf
+
+    @property
+    def soon(self) -> bool:
+        """Whether it may be back any moment."""
+        return time.monotonic() < self._soon_until
+
+    def pause(self) -> float:
+        """Seconds until then."""
+        return self._pauses.pause(LOST_AGAIN if self.soon else math.inf)
 
 
 def _clause(error: KohakuRiverError) -> str:

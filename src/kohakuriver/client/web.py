@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 
 from kohakuriver.client.events import Served
-from kohakuriver.client.forward import STOPPED, Event, Forwarder, Way
+from kohakuriver.client.forward import STOPPED, Event, Forwarder, PathChoice
 from kohakuriver.client.host import HostClient
 from kohakuriver.client.local_side import LocalSide
 from kohakuriver.client.ports import LOOPBACK, PortForward
@@ -59,7 +59,7 @@ class WebForwarder(Forwarder):
         patience: float | None = None,
         resume: bool = True,
         fallback: bool = False,
-        path: Way | None = None,
+        path: PathChoice | None = None,
         on_event: Callable[[Event], None] = lambda event: None,
     ) -> None:
         super().__init__(

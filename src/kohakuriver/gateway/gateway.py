@@ -5,11 +5,11 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable
 
+from kohakuriver.gateway.destination import Destination
 from kohakuriver.gateway.gate import Gate
 from kohakuriver.gateway.heads import RequestHead
 from kohakuriver.gateway.names import Place
 from kohakuriver.gateway.visit import Visit
-from kohakuriver.gateway.ways import Way
 from kohakuriver.tunnel.link import soon
 from kohakuriver.tunnel.user_endpoint import UserEndpoint
 
@@ -44,10 +44,10 @@ class Gateway:
         """The loop's time, in seconds."""
         return asyncio.get_running_loop().time()
 
-    def judge(self, visit: Visit, head: RequestHead, form: bytes, *, close: bool) -> Way | bytes:
+    def judge(self, visit: Visit, head: RequestHead, form: bytes, *, close: bool) -> Destination | bytes:
         """Where a request may go, else what is answered. Raises Malformed."""
         answer = self.gate.judge(head, close=close)
-        return Way(answer, self.endpoint, self._trouble) if isinstance(answer, Place) else answer
+        return Destination(answer, self.endpoint, self._trouble) if isinstance(answer, Place) else answer
 
     def takes_form(self, head: RequestHead) -> bool:
         """Whether the body of a request is for the gateway itself: it has no forms."""
@@ -65,7 +65,7 @@ class Gateway:
     def _put_out(self, place: Place) -> None:
         """End what is open to an address: whose it is, is not known, and who may go on comes back with the cookie."""
         for visit in list(self.visits):
-            if visit.way is not None and visit.way.place == place:
+            if visit.destination is not None and visit.destination.place == place:
                 soon(visit.abort)  # one of them may be asking at this moment
 
     def close(self) -> None:

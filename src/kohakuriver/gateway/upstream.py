@@ -13,9 +13,9 @@ from typing import Protocol
 
 from kohakuriver.gateway import rewrite
 from kohakuriver.gateway.chunks import Chunks
+from kohakuriver.gateway.destination import Destination
 from kohakuriver.gateway.heads import CHUNKED, UNTIL_CLOSE, Malformed, head_end, read_response, response_body, words
 from kohakuriver.gateway.names import Place
-from kohakuriver.gateway.ways import Way
 from kohakuriver.tunnel.link import soon
 from kohakuriver.tunnel.local_socket import TcpStream
 from kohakuriver.tunnel.protocol import ErrorText
@@ -90,15 +90,15 @@ class Upstream(TcpStream):
         "_upgrade",
         "_visit",
         "again",
+        "destination",
         "ended",
         "phase",
-        "way",
         "why",
     )
 
-    def __init__(self, way: Way, visit: Browser) -> None:
-        super().__init__(way.endpoint, way.place.port)
-        self.way = way
+    def __init__(self, destination: Destination, visit: Browser) -> None:
+        super().__init__(destination.endpoint, destination.place.port)
+        self.destination = destination
         self.phase = Phase.IDLE
         self.again = False  # it has answered before
         self.ended = False  # it takes no other request
@@ -125,7 +125,7 @@ class Upstream(TcpStream):
     @property
     def place(self) -> Place:
         """Where it leads."""
-        return self.way.place
+        return self.destination.place
 
     def expect(self, method: bytes, minor: int, *, upgrade: bool, more: bytes = b"") -> None:
         """A request is sent: an answer will come, whose head gets `more`."""

@@ -14,6 +14,7 @@ from typing import Protocol, cast
 from kohakuriver._frame import HEADROOM
 from kohakuriver.gateway import rewrite
 from kohakuriver.gateway.chunks import Chunks
+from kohakuriver.gateway.destination import Destination
 from kohakuriver.gateway.heads import (
     CHUNKED,
     MAX_HEAD,
@@ -27,7 +28,6 @@ from kohakuriver.gateway.heads import (
 )
 from kohakuriver.gateway.pages import page
 from kohakuriver.gateway.upstream import Phase, Upstream
-from kohakuriver.gateway.ways import Way
 from kohakuriver.text import one_line
 from kohakuriver.tunnel.buffers import receive_buffer
 from kohakuriver.tunnel.link import soon
@@ -88,7 +88,7 @@ class Owner(Protocol):
 
     def judge(
         self, visit: Visit, head: RequestHead, form: bytes, *, close: bool
-    ) -> Way | bytes | Awaitable[Way | bytes]:
+    ) -> Destination | bytes | Awaitable[Destination | bytes]:
         """Where a request may go, else what is answered, by a connection that ends then if `close`; or what tells.
 
         `form` is its body where that is the gateway's own. Raises Malformed, at once.
@@ -136,9 +136,9 @@ class Visit(LocalWriter):
         self._asking: asyncio.Task[None] | None = None
 
     @property
-    def way(self) -> Way | None:
+    def destination(self) -> Destination | None:
         """Where its stream leads."""
-        return None if self._stream is None else self._stream.way
+        return None if self._stream is None else self._stream.destination
 
     # -- the browser's connection ------------------------------------------------------------------------------
 
@@ -193,8 +193,8 @@ class Visit(LocalWriter):
             if mode is _Mode.BODY:
                 self._left -= nbytes
             stream.buffer_updated(nbytes)
-            if stream.way.pace is not None:
-                self._slow_down(stream.way.pace.took(nbytes))
+            if stream.destination.pace is not None:
+                self._slow_down(stream.destination.pace.took(nbytes))
             if mode is _Mode.BODY and not self._left and self._mode is _Mode.BODY:
                 self._sent()
             return
@@ -338,36 +338,36 @@ class Visit(LocalWriter):
     def _judge(self, head: RequestHead, form: bytes, body: int, upgrade: bool) -> None:
         """Find out where a request goes. Raises Malformed."""
         answer = self._gateway.judge(self, head, form, close=self._closes or body != 0)
-        if isinstance(answer, (Way, bytes)):
+        if isinstance(answer, (Destination, bytes)):
             self._go(head, answer, body, upgrade)
             return
         self._mode = _Mode.ASKED
         self._asking = asyncio.ensure_future(self._ask(answer, head, body, upgrade))
 
-    async def _ask(self, answer: Awaitable[Way | bytes], head: RequestHead, body: int, upgrade: bool) -> None:
+    async def _ask(self, answer: Awaitable[Destination | bytes], head: RequestHead, body: int, upgrade: bool) -> None:
         told = await answer
         self._asking = None
         if not self.gone:
             self._go(head, told, body, upgrade)
 
-    def _go(self, head: RequestHead, answer: Way | bytes, body: int, upgrade: bool) -> None:
-        if isinstance(answer, Way):
+    def _go(self, head: RequestHead, answer: Destination | bytes, body: int, upgrade: bool) -> None:
+        if isinstance(answer, Destination):
             self._pass(head, answer, body, upgrade)
         else:
             self._answer(answer, close=self._closes or body != 0)
 
-    def _pass(self, head: RequestHead, way: Way, body: int, upgrade: bool) -> None:
-        trouble = way.trouble()
+    def _pass(self, head: RequestHead, destination: Destination, body: int, upgrade: bool) -> None:
+        trouble = destination.trouble()
         if trouble is not None:
             self._closes = self._closes or body != 0
             self._answer(page(503, trouble, close=self._closes, head_only=self._head_only), close=self._closes)
             return
-        stream = self._stream_to(way)
+        stream = self._stream_to(destination)
         self._answering, self._own = True, False
-        stream.expect(head.method, head.minor, upgrade=upgrade, more=way.more)
+        stream.expect(head.method, head.minor, upgrade=upgrade, more=destination.more)
         self._mode = _Mode.SENT if body == 0 else _Mode.CHUNKS if body == CHUNKED else _Mode.BODY
         self._left, self._chunks = body, Chunks()
-        stream.feed(rewrite.request(head, way.place, self.peer[0], body=body, upgrade=upgrade))
+        stream.feed(rewrite.request(head, destination.place, self.peer[0], body=body, upgrade=upgrade))
         if self._mode in (_Mode.BODY, _Mode.CHUNKS):  # one that was used before may be waiting, and says so but once
             self.hold(stream=self._waits())
         self._pass_begun()
@@ -380,13 +380,15 @@ class Visit(LocalWriter):
         """Whether its stream takes nothing now."""
         return self._stream is not None and self._stream.core.reading is Reading.PAUSED
 
-    def _stream_to(self, way: Way) -> Upstream:
+    def _stream_to(self, destination: Destination) -> Upstream:
         stream = self._stream
-        if stream is not None and (stream.ended or stream.phase is not Phase.IDLE or not _same(stream.way, way)):
+        if stream is not None and (
+            stream.ended or stream.phase is not Phase.IDLE or not _same(stream.destination, destination)
+        ):
             self._release()
             stream = None
         if stream is None:
-            stream = self._stream = Upstream(way, self)
+            stream = self._stream = Upstream(destination, self)
             stream.connection_made(_Socket(self))
         return stream
 
@@ -525,7 +527,7 @@ class Visit(LocalWriter):
     def failure(self, stream: Upstream) -> tuple[int, str]:
         """What the browser is told of a stream that broke: a status, and a sentence."""
         place, why = stream.place, stream.why
-        trouble = stream.way.trouble()
+        trouble = stream.destination.trouble()
         if trouble is not None:
             return 503, trouble
         if why.code == "ECONNREFUSED":
@@ -542,7 +544,7 @@ class Visit(LocalWriter):
             return
         if stream.phase is Phase.RAW or stream.begun:
             self.abort()
-        elif stream.again and stream.silent and stream.why.code != "ECONNREFUSED" and not stream.way.trouble():
+        elif stream.again and stream.silent and stream.why.code != "ECONNREFUSED" and not stream.destination.trouble():
             # The service has ended a connection that stood idle, as the request was on its way: to the browser it is
             # the same, and it knows which requests may be sent again.
             self._release()
@@ -561,7 +563,7 @@ class Visit(LocalWriter):
             soon(self._settled)
 
 
-def _same(before: Way, now: Way) -> bool:
+def _same(before: Destination, now: Destination) -> bool:
     return before.endpoint is now.endpoint and before.place == now.place
 
 

@@ -124,8 +124,11 @@ class Admission:
             self._streams.change(self.who, streams - self._counted)
             self._counted = streams
 
-    def refusal(self, port: int, streams: int, proto: int = PROTO_TCP) -> ErrorText | None:
-        """Why a stream to ``port`` may not be opened while the session has ``streams``, or None."""
+    def refusal(self, port: int, streams: int, proto: int = PROTO_TCP, *, moves: bool = False) -> ErrorText | None:
+        """Why a stream to ``port`` may not be opened while the session has ``streams``, or None.
+
+        One that ``moves`` between two links of the session was opened before: it takes nothing of its user's rate.
+        """
         most, rate = self._limits.max_streams, self._rate
         if self.terminal != (proto == PROTO_TERMINAL):
             return ErrorText("EACCES", f"this session is for {'a terminal' if self.terminal else 'ports'} alone")
@@ -137,7 +140,7 @@ class Admission:
             return ErrorText("EMFILE", f"this forward has {most} connections open, which is as many as the node allows")
         if (refusal := self._streams.refusal(self.who)) is not None:
             return refusal
-        if not self._rates.try_take(self.who, rate):
+        if not moves and not self._rates.try_take(self.who, rate):
             if self.turn is not None:
                 self.turn.rest()
             sentence = f"your forwards open more than {rate} connections a second on this node, which does not allow it"

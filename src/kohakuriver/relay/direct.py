@@ -119,8 +119,9 @@ class DirectSession(ContainerEndpoint):
         """Its link, None where that has gone."""
         return self.link
 
-    def let_go(self) -> None:
+    def let_go(self) -> int:
         """Its streams leave it by themselves as they are resumed elsewhere."""
+        return 0
 
     def passed(self) -> tuple[int, int]:
         """Bytes of streams that went through it."""

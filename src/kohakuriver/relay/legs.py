@@ -551,16 +551,19 @@ class SessionLeg(RelayLeg[TunnelLeg]):
             marked = resuming._replace(mark=self.mark).pack()
             ended = self.owner.ended(self.container)
             away = _went_with(ended) if ended else TUNNEL_AWAY
-            if self._enter(RESUME, proto, client_id, port, marked, away) == TUNNEL_AWAY.code:
+            moves = self.paths is not None and self.paths.moves()
+            if self._enter(RESUME, proto, client_id, port, marked, away, moves=moves) == TUNNEL_AWAY.code:
                 self._put_off = max(self._put_off, resuming.epoch)
 
-    def _enter(self, kind: int, proto: int, client_id: int, port: int, payload: bytes, away: ErrorText) -> str:
+    def _enter(
+        self, kind: int, proto: int, client_id: int, port: int, payload: bytes, away: ErrorText, *, moves: bool = False
+    ) -> str:
         """Give a stream its two ids and tell the container; or say why not, by `away` where there is no tunnel.
 
         The code of the reason, "" where there was none.
         """
         tunnel = self.owner.tunnel_of(self.container)
-        refusal = self.admission.refusal(port, len(self.table) - len(self._closing), proto)
+        refusal = self.admission.refusal(port, len(self.table) - len(self._closing), proto, moves=moves)
         if tunnel is None and refusal is None:
             refusal = away
         if tunnel is None or refusal is not None:
@@ -652,7 +655,7 @@ class SessionLeg(RelayLeg[TunnelLeg]):
 
     def link_closed(self, link: Link, code: int, reason: str) -> None:
         if self.paths is not None and self.is_straight:
-            self.paths.straight_closed(self)
+            self.paths.straight_closed(self, len(self.kept))
         elif self.paths is not None:
             self.paths.through_closed(code, reason)
         self._leave(code)
@@ -660,12 +663,14 @@ class SessionLeg(RelayLeg[TunnelLeg]):
         self.on_closed()
         self.owner.session_closed(self)
 
-    def let_go(self) -> None:
+    def let_go(self) -> int:
+        streams = len(self.kept)
         if self._take_held() is not None:  # its stream is opened over the other link
             self.link.intake.release()
         if len(self.table):
             self._leave(CloseCode.SERVICE_RESTART)
             self.kept.clear()
+        return streams
 
     def _leave(self, code: int) -> None:
         """No stream is on this link any more, as after its end with this code."""

@@ -49,8 +49,8 @@ class Leg(Protocol):
     def user_link(self) -> Link | None:
         """The link, None where it has gone."""
 
-    def let_go(self) -> None:
-        """Another link carries the session's streams: they are on this one no more."""
+    def let_go(self) -> int:
+        """Another link carries the session's streams: they are not on this one any more. How many were relayed."""
 
     def passed(self) -> tuple[int, int]:
         """Bytes that went through it: to the container, to the user."""
@@ -125,6 +125,7 @@ class Paths:
         self.given = b""
         self._epoch = 0
         self._forked = False  # there is a straight link, or was
+        self._leaving = 0  # streams that have left one link, and are not on the other yet
         self._went = 0, 0  # by straight links that are gone
         self._timer: asyncio.TimerHandle | None = None
         self._received = 0
@@ -142,11 +143,19 @@ class Paths:
     def resumes(self, leg: Leg, epoch: int) -> bool:
         """A RESUME came by `leg`: whether it counts. With a new epoch all streams leave the link that they were on."""
         if epoch > self._epoch:
-            for each in (self.through, self.straight):
-                if each is not None and self._forked:
-                    each.let_go()
+            both = (self.through, self.straight) if self._forked else ()
+            self._left(sum(each.let_go() for each in both if each is not None))
             self._epoch, self.in_use = epoch, leg
         return self.in_use is leg
+
+    def _left(self, streams: int) -> None:
+        self._leaving = max(self._leaving, streams)
+
+    def moves(self) -> bool:
+        """Whether one more stream that is resumed has just left the other link: it is no new one to anybody."""
+        moves = self._leaving > 0
+        self._leaving -= moves
+        return moves
 
     # -- the straight link -----------------------------------------------------------------------------------------
 
@@ -164,10 +173,11 @@ class Paths:
         if self._timer is None:
             self._tick()
 
-    def straight_closed(self, leg: Leg) -> None:
-        """A straight link has gone."""
+    def straight_closed(self, leg: Leg, streams: int = 0) -> None:
+        """A straight link has gone, which had so many streams."""
         if leg is not self.straight:
             return
+        self._left(streams)
         self._went = self.went()
         self.straight, self.in_use = None, self.through
         self.tell()

@@ -21,12 +21,12 @@ import structlog
 
 from kohakuriver.asking import Asker, asking
 from kohakuriver.errors import KohakuRiverError, UnauthenticatedError
+from kohakuriver.gateway.destination import Destination
 from kohakuriver.gateway.entrance import pairs_of
 from kohakuriver.gateway.heads import Malformed, RequestHead, wants_websocket
 from kohakuriver.gateway.origins import is_followed_link, refusal
 from kohakuriver.gateway.pages import page, redirect
 from kohakuriver.gateway.visit import Visit
-from kohakuriver.gateway.ways import Way
 from kohakuriver.host.apps.addresses import PREFIX_VARIABLE, Address, Addresses, climbs
 from kohakuriver.host.apps.pages import form_page, link_page
 from kohakuriver.host.apps.sessions import AppSession, Key, Sessions
@@ -51,7 +51,7 @@ LONGEST_PATH = 2000
 LOOK_EVERY = 1.0
 _COOKIE, _STATE = "kohakuriver-app", "kohakuriver-state"
 
-Answer: TypeAlias = "Way | bytes"
+Answer: TypeAlias = "Destination | bytes"
 
 
 def state_of(secret: str) -> str:
@@ -118,7 +118,7 @@ class AppGate:
     def put_out(self, endpoint: UserEndpoint) -> None:
         """End the connections that use an endpoint."""
         for visit in list(self.visits):
-            if visit.way is not None and visit.way.endpoint is endpoint:
+            if visit.destination is not None and visit.destination.endpoint is endpoint:
                 soon(visit.abort)  # one of them may be asking at this moment
 
     def _look(self) -> None:
@@ -126,8 +126,8 @@ class AppGate:
         used = set()
         for visit in list(self.visits):
             visit.overdue(now)
-            if visit.way is not None:
-                used.add(visit.way.endpoint)
+            if visit.destination is not None:
+                used.add(visit.destination.endpoint)
         self.sessions.close_unused(used)
         self._timer = asyncio.get_running_loop().call_later(LOOK_EVERY, self._look)
 
@@ -173,7 +173,7 @@ class AppGate:
         # Of a link whose hour is over it is asked whether it is good, as if its browser came with it again.
         session = self.sessions.get(_key(admission)) if self._signed.is_good(admission) else None
         if session is not None:
-            return self._way(asked, admission, session)
+            return self._destination(asked, admission, session)
         return _told(asked, self._open(asked, admission))
 
     def _nowhere(self, host: str, *, close: bool, head_only: bool) -> bytes:
@@ -193,7 +193,7 @@ class AppGate:
 
     async def _open(self, asked: _Asked, admission: Admission) -> Answer:
         try:
-            return self._way(asked, admission, await self.sessions.opened(_key(admission), asked.asker()))
+            return self._destination(asked, admission, await self.sessions.opened(_key(admission), asked.asker()))
         except UnauthenticatedError as error:
             if admission.by_link:  # the host itself is none of its business
                 return asked.page(401, error.message, _set_cookie(asked.address, _COOKIE, "", 0))
@@ -201,7 +201,7 @@ class AppGate:
         except KohakuRiverError as error:
             return asked.page(error.status if error.status >= 400 else 500, error.message)
 
-    def _way(self, asked: _Asked, admission: Admission, session: AppSession) -> Way:
+    def _destination(self, asked: _Asked, admission: Admission, session: AppSession) -> Destination:
         more = b""
         if self._signed.is_old(admission):
             more = self._cookie(asked.address, _ticket(admission), by_link=admission.by_link)
@@ -209,7 +209,7 @@ class AppGate:
             self._noting.add(noting)
             noting.add_done_callback(self._noted)
         place = asked.address.places[session.preserve_host, session.keep_prefix]
-        return Way(place, session.endpoint, lambda: session.trouble, more, session.pace)
+        return Destination(place, session.endpoint, lambda: session.trouble, more, session.pace)
 
     def _noted(self, task: asyncio.Task[None]) -> None:
         self._noting.discard(task)

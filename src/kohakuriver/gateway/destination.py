@@ -9,7 +9,7 @@ from typing import Protocol
 from kohakuriver.gateway.names import Place
 from kohakuriver.tunnel.user_endpoint import UserEndpoint
 
-__all__ = ["Pace", "Way"]
+__all__ = ["Destination", "Pace"]
 
 
 class Pace(Protocol):
@@ -20,7 +20,7 @@ class Pace(Protocol):
 
 
 @dataclass(frozen=True)
-class Way:
+class Destination:
     """A port of a task, and the endpoint whose streams lead there.
 
     Args:

@@ -13,7 +13,7 @@ from kohakuriver.errors import NOT_OUR_ANSWER, HostUnreachableError, KohakuRiver
 from kohakuriver.http_proxy import HttpProxy, http_proxy
 from kohakuriver.no_connection import reason
 
-__all__ = ["ANSWER_TIMEOUT", "CONNECT_TIMEOUT", "Way", "time_for", "unheard"]
+__all__ = ["ANSWER_TIMEOUT", "CONNECT_TIMEOUT", "HostHttp", "time_for", "unheard"]
 
 CONNECT_TIMEOUT = 10.0
 ANSWER_TIMEOUT = 60.0
@@ -24,8 +24,8 @@ def time_for(hold: float) -> httpx.Timeout:
     return httpx.Timeout(ANSWER_TIMEOUT + hold, connect=CONNECT_TIMEOUT)
 
 
-class Way:
-    """The way to the host at `url`."""
+class HostHttp:
+    """The host at `url`, as requests reach it."""
 
     def __init__(
         self, url: str, ca_file: str | None, headers: Mapping[str, str], transport: httpx.AsyncBaseTransport | None
