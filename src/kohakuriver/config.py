@@ -18,6 +18,7 @@ from typing import IO, Any
 from urllib.parse import quote, urlsplit
 
 from kohakuriver.errors import UsageError
+from kohakuriver.resolve import ascii_named
 
 __all__ = [
     "DEFAULT_HOST",
@@ -30,6 +31,7 @@ __all__ = [
     "Settings",
     "accept_plain_http",
     "accepts_plain_http",
+    "advertise_url",
     "browser_url",
     "clean_token",
     "config_dir",
@@ -96,7 +98,7 @@ def state_dir() -> Path:
 def host_url(text: str, port: int = DEFAULT_HOST_PORT) -> str:
     """`text` (a URL, a bare name, `name:port`, an IPv6 address) as the host's URL without a trailing slash.
 
-    `port` is that of a bare name.
+    `port` is that of a bare name. A name in other letters than ASCII's becomes what name servers know it by.
 
     Raises UsageError when it can't be one.
     """
@@ -105,6 +107,7 @@ def host_url(text: str, port: int = DEFAULT_HOST_PORT) -> str:
     try:
         parts = urlsplit(bare)
         valid = parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0
+        bare = ascii_named(bare) if valid else bare
     except ValueError:
         valid = False
     if valid and parts.path in ("/api", "/docs"):
@@ -112,6 +115,14 @@ def host_url(text: str, port: int = DEFAULT_HOST_PORT) -> str:
     if not valid or parts.query or parts.fragment or parts.username or any(c.isspace() for c in bare):
         raise UsageError(f"The host must be a URL like http://name:8000 or a host name, not {text!r}.")
     return bare
+
+
+def advertise_url(text: str) -> str:
+    """Where others are told to find a program of the cluster, as a URL. Raises UsageError when it can't be one."""
+    try:
+        return host_url(text)
+    except UsageError as error:
+        raise UsageError(f"--advertise-url must be a URL like http://name:8001, not {text!r}.") from error
 
 
 def host_urls(text: str, port: int = DEFAULT_HOST_PORT) -> tuple[str, ...]:
@@ -348,7 +359,9 @@ def _read_config_file() -> dict[str, Any]:
         text = path.read_text("utf-8")
     except (FileNotFoundError, NotADirectoryError):
         return {}
-    except (OSError, ValueError) as error:
+    except OSError as error:
+        raise UsageError(f"{path} can't be read: {error.strerror}.") from error
+    except ValueError as error:
         raise UsageError(f"{path} can't be read: {error}.") from error
     if sys.version_info >= (3, 11):
         import tomllib

@@ -13,7 +13,7 @@ _STREAMS = (("stdin", "r"), ("stdout", "w"), ("stderr", "w"))
 
 
 def prepare() -> None:
-    """What every program of ours does first: it has all three descriptors, and can say and read any text.
+    """What every program of ours does first: it has all three descriptors, hears signals, and can say any text.
 
     A descriptor that was closed becomes /dev/null. Else the next file, pipe or socket would get its number, and be
     read as what is typed, or written to as what is said.
@@ -25,6 +25,7 @@ def prepare() -> None:
             setattr(sys, name, stream)
             setattr(sys, f"__{name}__", stream)
     _say_anything()
+    _hear_signals()
 
 
 def _open(descriptor: int) -> None:
@@ -39,6 +40,12 @@ def _say_anything() -> None:
     for stream, errors in ((sys.stdin, "surrogateescape"), (sys.stdout, "backslashreplace")):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors=errors)
+
+
+def _hear_signals() -> None:
+    """Whoever started us may have blocked signals for itself: we would never end, nor hear that a child has."""
+    if hasattr(signal, "pthread_sigmask"):
+        signal.pthread_sigmask(signal.SIG_SETMASK, ())
 
 
 def die_by_interrupt() -> None:

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from urllib.parse import unquote, urlsplit
 
 from kohakuriver.errors import HostUnreachableError, UsageError
-from kohakuriver.resolve import connected, resolving
+from kohakuriver.resolve import ascii_named, connected, resolving
 from kohakuriver.tls import is_this_machine
 
 __all__ = ["Connect", "HttpProxy", "connect_through", "http_proxy"]
@@ -99,7 +99,7 @@ def http_proxy(url: str) -> HttpProxy | None:
 
 def _parse(text: str) -> HttpProxy:
     try:
-        parts = urlsplit(text if "://" in text else f"http://{text}")
+        parts = urlsplit(ascii_named(text if "://" in text else f"http://{text}"))
         host, port = parts.hostname, parts.port
     except ValueError as error:
         raise UsageError("The address of the proxy in the environment is no URL.") from error

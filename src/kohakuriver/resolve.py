@@ -11,8 +11,9 @@ import socket
 import threading
 from collections.abc import Callable, Iterator
 from typing import Any
+from urllib.parse import urlsplit
 
-__all__ = ["InterruptibleNames", "connected", "joined", "resolving"]
+__all__ = ["InterruptibleNames", "ascii_named", "connected", "joined", "resolving"]
 
 Found = list[tuple[Any, ...]]
 
@@ -30,6 +31,19 @@ def resolving() -> Iterator[None]:
         yield
     except UnicodeError as error:
         raise socket.gaierror(socket.EAI_NONAME, "this can't be the name of a machine") from error
+
+
+def ascii_named(url: str) -> str:
+    """`url` with its machine's name as name servers know it (IDNA, RFC 3490); our libraries differ in what they take.
+
+    Raises ValueError where no name comes of it.
+    """
+    if url.isascii():
+        return url
+    parts = urlsplit(url)
+    before, at, place = parts.netloc.rpartition("@")
+    name, colon, port = place.partition(":")
+    return parts._replace(netloc=f"{before}{at}{name.encode('idna').decode()}{colon}{port}").geturl()
 
 
 def joined(thread: threading.Thread) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import json
 import os
 import signal
 import subprocess
@@ -105,6 +106,20 @@ def test_a_program_that_serves_does_so_without_any_descriptor(tmp_path: Path, ro
             process.kill()
 
 
+def test_a_program_that_was_started_with_signals_blocked_hears_them(tmp_path: Path) -> None:
+    blocked = f"import os, signal; signal.pthread_sigmask(signal.SIG_BLOCK, range(1, 32)); os.execvp({PROGRAM[0]!r}, "
+    ports = ["--host-port=0", "--runner-port=0", "--ssh-port=0"]
+    environment = {**os.environ, "KOHAKURIVER_CONFIG_DIR": str(tmp_path)}
+    command = [sys.executable, "-c", f"{blocked}{[*PROGRAM, 'up', *ports]})"]
+    with subprocess.Popen(command, env=environment) as process:
+        try:
+            eventually((tmp_path / "cluster.json").exists)
+            process.send_signal(signal.SIGTERM)
+            assert process.wait(TIMEOUT) == 0
+        finally:
+            process.kill()
+
+
 @pytest.mark.parametrize("command", [["vps", "list"], ["--version"], ["--help"], ["vps", "list", "--json"]])
 def test_a_full_disk_under_stdout_is_one_sentence(cluster: Cluster, command: list[str]) -> None:
     full = os.open("/dev/full", os.O_WRONLY)
@@ -124,6 +139,32 @@ def test_a_forward_goes_on_whatever_becomes_of_its_output(cluster: Cluster, serv
         assert _code([*PROGRAM, *command], cluster.environment, stdout=full, stderr=full)[0] == 9
     finally:
         os.close(full)
+
+
+@pytest.mark.parametrize("role", ["host", "runner"])
+def test_a_program_that_serves_goes_on_whatever_becomes_of_its_output(tmp_path: Path, role: str) -> None:
+    (tmp_path / "token").write_text("token")
+    more = {"host": ["--ssh-port=0"], "runner": ["--backend=process", f"--node-token-file={tmp_path / 'token'}"]}
+    nowhere = {"KOHAKURIVER_HOST": "http://127.0.0.1:1", "KOHAKURIVER_CONFIG_DIR": str(tmp_path)}
+    command = [*PROGRAM, role, "--bind=127.0.0.1", "--port=0", *more[role]]
+    full = os.open("/dev/full", os.O_WRONLY)
+    with subprocess.Popen(command, env={**os.environ, **nowhere}, stdout=full, stderr=full) as process:
+        try:
+            os.close(full)
+            eventually(lambda: process.poll() is not None or _ends_in_order(process.pid))
+            process.send_signal(signal.SIGTERM)
+            assert process.wait(TIMEOUT) == 0
+        finally:
+            process.kill()
+
+
+def test_ssh_is_told_in_a_sentence_where_no_host_key_can_be_written_down(cluster: Cluster, service: Service) -> None:
+    where = json.loads((Path(cluster.environment["KOHAKURIVER_CONFIG_DIR"]) / "cluster.json").read_text())
+    settings = {"HOST": where["host_url"], "SSH_PROXY": where["ssh_proxy"], "TOKEN": where["token"]}
+    named = {f"KOHAKURIVER_{name}": value for name, value in settings.items()}
+    environment = {**cluster.environment, **named, "KOHAKURIVER_CONFIG_DIR": "/proc/nowhere"}
+    code, said = _code([sys.executable, "-m", "kohakuriver.cli.ssh_dial", service.task], environment)
+    assert (code, said) == (1, b"Error: /proc/nowhere: No such file or directory.\n")
 
 
 def test_an_error_that_nobody_can_be_told_keeps_its_exit_code(tmp_path: Path) -> None:

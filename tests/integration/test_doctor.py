@@ -123,6 +123,28 @@ def test_a_name_that_is_none_is_told_before_anything_is_dialled(cluster: Cluster
     assert "no-such-host.invalid has no address" in wrong["message"]
 
 
+def test_a_name_that_none_can_be_is_told_as_one_that_is_none(cluster: Cluster) -> None:
+    code, found, wrong = looked(cluster, KOHAKURIVER_HOST="http://a..b:8000", KOHAKURIVER_TOKEN="t")
+    assert wrong is not None
+    assert (code, list(found)) == (7, ["proxy", "name"])
+    assert wrong["message"].endswith("a..b has no address: this can't be the name of a machine")
+
+
+def test_a_page_of_something_else_is_told_as_no_host(cluster: Cluster) -> None:
+    def page(request: BaseHTTPRequestHandler) -> bool:
+        request.send_response(200)
+        request.send_header("Content-Length", "6")
+        request.end_headers()
+        request.wfile.write(b"<html>")
+        return True
+
+    with in_front(host_port(cluster), page) as port:
+        code, _, wrong = looked(cluster, **at(cluster, port))
+    assert wrong is not None
+    assert (code, wrong["check"]) == (7, "host")
+    assert "is no KohakuRiver host" in wrong["message"]
+
+
 def test_a_redirect_in_front_is_named_with_where_it_leads(cluster: Cluster) -> None:
     def redirected(request: BaseHTTPRequestHandler) -> bool:
         request.send_response(308)

@@ -125,6 +125,15 @@ def test_options_may_stand_before_between_and_after_the_arguments(cluster: Clust
         assert forward.stop() == 0
 
 
+def test_the_short_options_of_version_1_mean_what_they_did(cluster: Cluster, service: Service) -> None:
+    command = ("forward", service.task, str(service.port), "-l", "0", "-H", "127.0.0.2", "-p", "udp", "--json")
+    forward = cluster.start(*command)
+    event = forward.event("listening")
+    assert (event["local_host"], event["proto"], event["remote_port"]) == ("127.0.0.2", "udp", service.port)
+    assert event["local_port"] != service.port
+    assert forward.stop() == 0
+
+
 def test_a_task_may_be_named_by_its_id(cluster: Cluster, service: Service) -> None:
     task_id = json.loads(cluster.succeed("vps", "status", service.task, "--json"))["task_id"]
     forward = cluster.start("forward", str(task_id), f"0:{service.port}", "--json")

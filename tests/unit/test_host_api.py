@@ -895,6 +895,23 @@ def test_a_removal_that_can_not_be_written_down_destroys_nothing(
     run(check())
 
 
+def test_a_task_that_stopped_while_nothing_could_be_written_down_has_stopped(
+    run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def check() -> None:
+        async with a_host(tmp_path) as host:
+            runner = await host.runner()
+            await host.create(name="web")
+            monkeypatch.setattr(host.store, "change_task", Full(host).fails)
+            answer = await host.user.post("/api/tasks/web/stop")
+            assert (answer.status_code, answer.json()["status"]) == (200, "stopped")
+            monkeypatch.undo()
+            await runner.beat()
+            assert (await host.user.get("/api/tasks/web")).json()["status"] == "stopped"
+
+    run(check())
+
+
 def test_a_task_that_its_node_has_forgotten_is_made_again_as_it_was_ordered(run: Run, tmp_path: Path) -> None:
     async def check() -> None:
         async with a_host(tmp_path) as host:

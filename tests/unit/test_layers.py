@@ -50,7 +50,7 @@ ALLOWED: dict[str, set[str]] = {
     "binaries": set(),
     "changes": set(),
     "errors": set(),
-    "config": {"errors"},
+    "config": {"errors", "resolve"},
     "descriptors": set(),
     "http_proxy": {"errors", "resolve", "tls"},
     "gpus": {"errors"},

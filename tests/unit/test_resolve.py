@@ -10,8 +10,10 @@ import threading
 import pytest
 
 from kohakuriver.cli import ssh_dial
-from kohakuriver.errors import HostUnreachableError, LocalAddressError
-from kohakuriver.resolve import joined, resolving
+from kohakuriver.config import advertise_url, host_url
+from kohakuriver.errors import HostUnreachableError, LocalAddressError, UsageError
+from kohakuriver.http_proxy import http_proxy
+from kohakuriver.resolve import ascii_named, joined, resolving
 from kohakuriver.tunnel.udp import connected
 from kohakuriver.tunnel.user_endpoint import UserEndpoint
 from kohakuriver.web.app import bind
@@ -54,6 +56,31 @@ def test_ssh_is_told_that_its_proxy_can_not_be_reached(name: str) -> None:
         ssh_dial.dial(f"{name}:22", "7", None)
     with pytest.raises(HostUnreachableError, match=r"can't be reached: this can't be the name of a machine\."):
         ssh_dial.to_show(f"https://{name}", "7", "token", None)
+
+
+@pytest.mark.parametrize(
+    ("url", "known_as"),
+    [
+        ("http://b\u00fccher.example:81/x", "http://xn--bcher-kva.example:81/x"),
+        ("http://ann:\u00fc@\uff11\uff12\uff17.0.0.1", "http://ann:\u00fc@127.0.0.1"),
+        ("https://host.lab", "https://host.lab"),
+    ],
+)
+def test_a_name_in_other_letters_is_asked_for_as_name_servers_know_it(url: str, known_as: str) -> None:
+    assert ascii_named(url) == known_as
+
+
+@pytest.mark.parametrize("name", ["\u00fc..\u00df", "x\udcff", "\u00fc" * 70])
+def test_other_letters_that_make_no_name_are_a_mistake_in_a_sentence(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with pytest.raises(UsageError, match=r"^The host must be a URL like"):
+        host_url(f"http://{name}:1")
+    with pytest.raises(UsageError, match=r"^--advertise-url must be a URL like"):
+        advertise_url(f"http://{name}:1")
+    monkeypatch.setenv("KOHAKURIVER_PROXY", f"http://{name}:1")
+    with pytest.raises(UsageError, match=r"^The address of the proxy in the environment is no URL\.$"):
+        http_proxy("http://host.lab")
 
 
 def test_a_wait_for_a_thread_ends_by_ctrl_c_though_another_thread_gets_the_signal() -> None:

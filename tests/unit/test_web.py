@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import io
 import json
 import logging
 import signal
@@ -20,10 +21,10 @@ import structlog
 from fastapi import APIRouter
 
 from kohakuriver.cli.pki import Authority
-from kohakuriver.errors import LocalAddressError
+from kohakuriver.errors import KohakuRiverError, LocalAddressError
 from kohakuriver.tls import ServerCertificate
 from kohakuriver.tunnel.accept import serve_ws
-from kohakuriver.web.app import bind, bind_with_loopback, new_app, socket_url, warn_if_in_clear
+from kohakuriver.web.app import bind, bind_with_loopback, new_app, print_event, socket_url, warn_if_in_clear
 from kohakuriver.web.listener import ACCEPTED_AT_ONCE
 from kohakuriver.web.logging import LONGEST_VALUE, configure_logging
 from kohakuriver.web.repeats import REFUSALS_AT_ONCE, SECONDS, TUNNELS_AT_ONCE, Repeats, _Seen
@@ -101,6 +102,31 @@ def test_a_program_ends_with_an_error_when_work_that_it_is_no_use_without_fails(
     captured = capsys.readouterr()
     assert "holding the door" in captured.out + captured.err
     assert "a bolt is loose" in captured.out + captured.err
+
+
+def test_a_program_that_fails_when_it_listens_already_listens_no_more(run: Run) -> None:
+    async def check() -> None:
+        async def fail() -> None:
+            raise KohakuRiverError("No.")
+
+        sock = bind("127.0.0.1", 0)
+        server = Server(new_app("host", "1"), ws=serve_ws([]), on_ready=fail, on_stop=fail)
+        with pytest.raises(KohakuRiverError, match=r"^No\.$"):
+            await server.serve([sock])
+        assert sock.fileno() == -1
+
+    run(check())
+
+
+def test_lines_that_can_not_be_written_are_lost_and_nothing_fails(monkeypatch: pytest.MonkeyPatch) -> None:
+    with open("/dev/full", "wb", buffering=0) as full:  # noqa: PTH123
+        nowhere = io.TextIOWrapper(full, write_through=True)
+        monkeypatch.setattr("sys.stderr", nowhere)
+        monkeypatch.setattr("sys.stdout", nowhere)
+        configure_logging()
+        structlog.get_logger("kohakuriver.test").error("the disk is full")
+        print_event("ready", False, "It is ready.")
+        monkeypatch.undo()
 
 
 def test_a_second_ctrl_c_ends_what_the_end_waits_for(run: Run) -> None:

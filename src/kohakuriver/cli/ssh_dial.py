@@ -321,6 +321,10 @@ def main(arguments: list[str]) -> int:
         with contextlib.suppress(OSError):
             print(f"Error: {printable(error.message)}", file=sys.stderr, flush=True)
         return error.exit_code
+    except OSError as error:  # as where host keys can't be written down: then ssh must not go on
+        with contextlib.suppress(OSError):
+            print(f"Error: {printable(f'{error.filename}: {error.strerror}')}.", file=sys.stderr, flush=True)
+        return 1
     except KeyboardInterrupt:
         return 130
     return 0

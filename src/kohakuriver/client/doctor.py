@@ -149,15 +149,15 @@ class _Way:
 
     async def name(self) -> tuple[str, str]:
         who = (self._proxy.host, self._proxy.port) if self._proxy else (self._name, self._port)
-        with resolving():
-            try:
+        try:
+            with resolving():
                 found = await asyncio.get_running_loop().getaddrinfo(*who, type=socket.SOCK_STREAM)
-            except OSError as error:
-                what = "the proxy's name" if self._proxy else "the host's name"
-                raise _Wrong(
-                    f"{what} {who[0]} has no address: {error.strerror or error}",
-                    f"Check the name in {'the proxy setting' if self._proxy else 'the URL'}, and this machine's DNS.",
-                ) from error
+        except OSError as error:
+            what = "the proxy's name" if self._proxy else "the host's name"
+            raise _Wrong(
+                f"{what} {who[0]} has no address: {error.strerror or error}",
+                f"Check the name in {'the proxy setting' if self._proxy else 'the URL'}, and this machine's DNS.",
+            ) from error
         return f"{who[0]} is {', '.join(dict.fromkeys(str(each[4][0]) for each in found))}", ""
 
     async def connection(self) -> tuple[str, str]:
@@ -217,7 +217,9 @@ class _Way:
         return ", ".join(told) + (" and more" if len(names) > MOST_NAMES else "") if told else "no name at all"
 
     async def host(self) -> tuple[str, str]:
-        found = json.loads(await self._get("/health") or b"{}")
+        answer, found = await self._get("/health"), None
+        with contextlib.suppress(ValueError):  # a page of something else
+            found = json.loads(answer)
         if not isinstance(found, dict) or "version" not in found:
             raise _Wrong(f"what answers at {self._settings.host} is no KohakuRiver host", "Check the host's URL.")
         self._theirs = str(found["version"])

@@ -18,7 +18,7 @@ import structlog
 from kohakuriver import __version__, tracing
 from kohakuriver import runtime as loops
 from kohakuriver.changes import Changes
-from kohakuriver.config import host_url
+from kohakuriver.config import advertise_url
 from kohakuriver.errors import UsageError
 from kohakuriver.host.agents.api import agents_api
 from kohakuriver.host.agents.entry import AgentEntry
@@ -237,10 +237,11 @@ def advertised(options: HostOptions, doors: Doors) -> str:
     """Where other hosts on a database that they can share find this one, "" where they can't. Raises UsageError."""
     scheme = "https" if options.tls_cert else "http"
     unspecified = ip_address(doors.own.getsockname()[0]).is_unspecified
+    given = options.advertise_url and advertise_url(options.advertise_url)
     if options.workers == 1:
-        return options.advertise_url or ("" if unspecified else socket_url(doors.own, scheme))
-    if options.advertise_url:
-        told = urlsplit(host_url(options.advertise_url))
+        return given or ("" if unspecified else socket_url(doors.own, scheme))
+    if given:
+        told = urlsplit(given)
         if told.scheme != scheme:
             raise UsageError(
                 f"--advertise-url must begin with {scheme}:// here: each worker is reached at a port of its own, which "

@@ -20,7 +20,7 @@ import structlog
 from kohakuriver import __version__, tracing
 from kohakuriver import runtime as loops
 from kohakuriver.backends import kind_of
-from kohakuriver.config import clean_token
+from kohakuriver.config import advertise_url, clean_token
 from kohakuriver.errors import KohakuRiverError, LocalAddressError, UsageError
 from kohakuriver.images import DEFAULT_REGISTRY, Registries
 from kohakuriver.limits import from_environment as limits_from_environment
@@ -355,15 +355,14 @@ class Runner:
 
     def _registered(self) -> None:
         name, host = self._identity.name, self._registration.host
-        with contextlib.suppress(OSError):  # nobody reads any more what this program says
-            print_event(
-                "registered",
-                self._options.json,
-                f"The host {host} has taken in node {name}",
-                url=self._identity.url,
-                name=name,
-                host=host,
-            )
+        print_event(
+            "registered",
+            self._options.json,
+            f"The host {host} has taken in node {name}",
+            url=self._identity.url,
+            name=name,
+            host=host,
+        )
 
     async def _stop(self) -> None:
         await self._terminals.close()
@@ -467,7 +466,7 @@ def _identity(options: RunnerOptions, state: State, sock: socket.socket) -> Node
     if not _NAME.fullmatch(name):
         raise UsageError(f"{name!r} can't be a node's name; give one of letters, digits, dots and dashes with --name.")
     gpus = [gpu.number for gpu in found_gpus(options.gpus)]
-    url = (options.advertise_url or _reachable_url(sock, options)).rstrip("/")
+    url = advertise_url(options.advertise_url) if options.advertise_url else _reachable_url(sock, options)
     return NodeIdentity(
         name=name,
         url=url,

@@ -5,6 +5,7 @@ Both serve HTTP and tunnel WebSockets on one port through uvicorn. Sources: docs
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import json
 import socket
@@ -329,5 +330,9 @@ def warn_if_in_clear(sock: socket.socket, certificate: ServerCertificate | None)
 
 
 def print_event(event: str, as_json: bool, sentence: str, **fields: Any) -> None:
-    """One line on stdout: that a program serves now ("ready"), or what else whoever started it waits for."""
-    print(json.dumps({"event": event, **fields}) if as_json else sentence, flush=True)
+    """One line on stdout: that a program serves now ("ready"), or what else whoever started it waits for.
+
+    Where it can't be written, as on a full disk, the program serves all the same.
+    """
+    with contextlib.suppress(OSError):
+        print(json.dumps({"event": event, **fields}) if as_json else sentence, flush=True)

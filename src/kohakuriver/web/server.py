@@ -156,7 +156,13 @@ class Server(uvicorn.Server):
         tls = None if self._certificate is None else self._certificate.context
         for sock in sockets or []:
             self._listen(self.config, sock, tls, self._front)
-        await self._on_ready()
+        try:
+            await self._on_ready()
+        except BaseException:
+            # Whoever made the sockets closes them now, and uvloop aborts where it still waits for one that is closed.
+            for server in self.servers:
+                server.close()
+            raise
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         """End everything; uvicorn would look ten times a second whether it has ended."""

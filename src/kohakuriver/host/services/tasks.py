@@ -298,7 +298,16 @@ class Tasks:
         return _report(answer, node)
 
     async def _take_over(self, report: TaskReport, node: Node, task: Task) -> TaskView:
-        changed = await self._store.change_task(task.task_id, report.changes())
+        """The task as its node reports it after it did as it was told.
+
+        Where the database fails, what was done stays done, and the node's heartbeats have it written down later.
+        """
+        try:
+            changed = await self._store.change_task(task.task_id, report.changes())
+        except KohakuRiverError as error:
+            log.error("how a task is can't be written down yet", task=task.task_id, reason=error.message)
+            task.change(report.changes(), self._clock())
+            return await self.get(task, node)
         self._changes.notify([task.task_id])
         return await self.get(changed or task, node)
 
