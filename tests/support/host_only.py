@@ -198,7 +198,7 @@ class HostUnderTest:
             clock=clock,
         )
         self.tasks = Tasks(store, accounts, self.nodes, self.runners, changes, audit=audit, clock=clock)
-        self.requests = Requests(rate=limits.max_requests, most=limits.max_under_way)
+        self.requests = Requests(rate=limits.max_requests, most=limits.max_under_way, audit=audit)
         self.revoked: list[tuple[str, ...]] = []
         self.counts = SessionCounts(store)
         self.grants = Grants(accounts, requests=self.requests, audit=audit, revoke=self._revoke, counts=self.counts)
@@ -363,7 +363,7 @@ async def a_host(
     clock = Clock()
     limits = limits or Limits(max_requests=0)
     accounts = Accounts(store, defaults=Quotas.by_default(limits), clock=clock)
-    audit = AuditLog(directory / "audit.jsonl")
+    audit = AuditLog(directory / "audit.jsonl", most=limits.max_audit)
     failures = Failures(rate=limits.max_failures)
     credentials = Credentials(accounts, allow_anonymous=allow_anonymous, audit=audit, failures=failures, clock=clock)
     await credentials.load_or_make(directory)

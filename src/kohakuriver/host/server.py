@@ -358,7 +358,7 @@ class Host:
             store, self._accounts, self._nodes, runners, self._changes, user_mounts=options.user_mounts, audit=audit
         )
         self._access = Access(store, self._accounts)
-        self._requests = Requests(rate=limits.max_requests, most=limits.max_under_way)
+        self._requests = Requests(rate=limits.max_requests, most=limits.max_under_way, audit=audit)
         self._counts = SessionCounts(store)
         self._grants = Grants(
             self._accounts, requests=self._requests, audit=audit, revoke=self._revoke, counts=self._counts

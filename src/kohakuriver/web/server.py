@@ -63,7 +63,7 @@ class Server(uvicorn.Server):
         self._limits = limits or Limits()
         self._front = front
         self._room = WaitingRoom(self._limits.max_waiting)
-        self._http = guarded(self._limits, self._room, BodyBudget(self._limits.max_bodies))
+        self._http = guarded(self._limits, self._room, BodyBudget.within(self._limits))
         super().__init__(_config(app, ws, self._http))
         self._changed = asyncio.Event()
         self.server_state.connections = _Members(self._changed)

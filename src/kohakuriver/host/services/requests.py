@@ -10,6 +10,7 @@ from dataclasses import dataclass
 
 from kohakuriver.asking import asker
 from kohakuriver.errors import UnavailableError
+from kohakuriver.host.services.audit import NOWHERE, Audit
 from kohakuriver.host.services.credentials import ANONYMOUS, Caller
 from kohakuriver.rates import TokenBucket
 
@@ -72,11 +73,15 @@ class Requests:
     Args:
         rate: how many one user may begin in a second, 0 for any number.
         most: how many requests one user may have under way, 0 for any number. Sessions have a limit of their own.
+        audit: where what changes something, or opens a session, must still have room.
     """
 
-    def __init__(self, *, rate: int = 0, most: int = 0, clock: Callable[[], float] = time.monotonic) -> None:
+    def __init__(
+        self, *, rate: int = 0, most: int = 0, audit: Audit = NOWHERE, clock: Callable[[], float] = time.monotonic
+    ) -> None:
         self._rate = rate
         self._most = most
+        self._audit = audit
         self._clock = clock
         self._used: OrderedDict[str, _Used] = OrderedDict()
         self._turns = _Turns()
@@ -89,16 +94,21 @@ class Requests:
         """
         await self._turns.take(who)
 
-    def count(self, caller: Caller) -> None:
-        """One more is begun. Raises UnavailableError "too_many_requests" (429)."""
+    def count(self, caller: Caller, *, looks: bool = False) -> None:
+        """One more is begun, of which nothing is written down where it only `looks`.
+
+        Raises UnavailableError "too_many_requests" (429).
+        """
         if self._rate and not self._of(caller).bucket.try_take(self._clock()):
             raise UnavailableError(
                 f"{caller.name} asks this host for more than {self._rate} things a second; ask again in a moment.",
                 code="too_many_requests",
                 status=429,
             )
+        if not looks:
+            self._audit.need_room(caller.name)
 
-    def begin(self, caller: Caller) -> Callable[[], None]:
+    def begin(self, caller: Caller, *, looks: bool = False) -> Callable[[], None]:
         """A request is under way until what this gives is called. Raises as `count` does."""
         used = self._of(caller)
         if self._most and used.under_way >= self._most:
@@ -107,7 +117,7 @@ class Requests:
                 code="too_many_requests",
                 status=429,
             )
-        self.count(caller)
+        self.count(caller, looks=looks)
         used.under_way += 1
 
         def end() -> None:
@@ -115,9 +125,13 @@ class Requests:
 
         return end
 
+    @staticmethod
+    def whose(caller: Caller) -> str:
+        """By what name these requests are counted: those without a token are told apart by where they are."""
+        return f"{caller.name} at {asker().origin}" if caller.role == ANONYMOUS else caller.name
+
     def _of(self, caller: Caller) -> _Used:
-        # Those without a token are told apart by where they are.
-        name = f"{caller.name} at {asker().origin}" if caller.role == ANONYMOUS else caller.name
+        name = self.whose(caller)
         used = self._used.get(name)
         if used is None:
             used = self._used[name] = _Used(TokenBucket(self._rate or 1, BURST_SECONDS * self._rate, self._clock()))
