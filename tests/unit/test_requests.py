@@ -103,6 +103,43 @@ def test_a_user_who_asks_too_often_is_refused_and_nobody_else_nor_a_heartbeat(ru
     run(check())
 
 
+def test_a_heartbeat_is_not_held_up_by_however_many_requests_of_users_that_came_before_it(
+    run: Run, tmp_path: Path
+) -> None:
+    async def check() -> None:
+        async with a_host(tmp_path) as host, contextlib.AsyncExitStack() as stack:
+            await host.runner()
+            _, eve = await host.person("eve")
+            port, order = int(host.url.rpartition(":")[2]), list[str]()
+
+            async def connected() -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
+                reader, writer = await asyncio.open_connection("127.0.0.1", port)
+                stack.callback(writer.close)
+                writer.write(b"GET /health HTTP/1.1\r\nHost: 127.0.0.1\r\n\r\n")
+                await reader.readuntil(b"}")
+                return reader, writer
+
+            async def answered(who: str, reader: asyncio.StreamReader) -> None:
+                assert (await reader.readuntil(b"\r\n\r\n")).startswith(b"HTTP/1.1 200 ")
+                order.append(who)
+
+            peers = [await connected() for _ in range(301)]
+            secret = host.node.headers["authorization"].removeprefix("Bearer ")
+            for number, (_, writer) in enumerate(peers):
+                what, body, token = ("GET /api/auth", b"", eve)
+                if number == 300:
+                    what, body, token = ("POST /api/nodes/n1/heartbeat", b"{}", secret)
+                head = f"{what} HTTP/1.1\r\nHost: 127.0.0.1\r\nContent-Type: application/json\r\n"
+                writer.write(
+                    f"{head}Authorization: Bearer {token}\r\nContent-Length: {len(body)}\r\n\r\n".encode() + body
+                )
+            names = ["eve"] * 300 + ["node"]
+            await asyncio.gather(*(answered(name, peer[0]) for name, peer in zip(names, peers, strict=True)))
+            assert order.index("node") < 15  # of 300
+
+    run(check())
+
+
 async def first_refused(client: httpx.AsyncClient) -> httpx.Response:
     while (answer := await client.get("/api/tasks")).status_code != 429:
         pass

@@ -71,7 +71,7 @@ from kohakuriver.web.origin import Guard
 from kohakuriver.web.request_limits import body_is_of_a_node, body_is_of_a_user
 from kohakuriver.web.streamed import Streamed
 
-__all__ = ["create_app"]
+__all__ = ["create_app", "goes_ahead"]
 
 MAX_WAIT_SECONDS = 600
 
@@ -118,6 +118,11 @@ class _OfUsers(Checked):
         caller: Caller = request.state.authenticated[0]
         body_is_of_a_user(request.scope, services.requests.whose(caller))
         return services.requests.begin(caller, looks=request.method == "GET")
+
+
+def goes_ahead(path: str) -> bool:
+    """Whether a request for this path is begun ahead of those of users: how a node says that it is there."""
+    return path.startswith("/api/nodes/") and path.endswith("/heartbeat")
 
 
 class _OfNodes(Checked):

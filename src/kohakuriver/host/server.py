@@ -23,7 +23,7 @@ from kohakuriver.errors import UsageError
 from kohakuriver.host.agents.api import agents_api
 from kohakuriver.host.agents.entry import AgentEntry
 from kohakuriver.host.agents.node import PREFIX, AgentNode, advertised_at
-from kohakuriver.host.app import create_app
+from kohakuriver.host.app import create_app, goes_ahead
 from kohakuriver.host.apps.serving import AppServer, Where, where_in
 from kohakuriver.host.cookies import credential_of
 from kohakuriver.host.oidc_options import provider_of, rules_of
@@ -516,6 +516,7 @@ class Host:
             certificate=perimeter.certificate,
             limits=perimeter.limits,
             front=self._app_server.front,
+            ahead=goes_ahead,
         )
 
     def _services(self) -> Services:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import http
 import json
+from collections.abc import Callable
 from typing import Any
 
 from starlette.types import ASGIApp, Receive, Scope, Send
@@ -40,6 +41,9 @@ STARTED_AT_ONCE = 8
 
 Hundreds of connections may each bring one at the same time, and the streams that pass through here would wait for all.
 """
+
+BEGUN_AHEAD = 2
+"""Requests for paths that go ahead that are begun in a turn besides."""
 
 MAX_AHEAD = 8
 """Requests that may come on a connection before the ones ahead of them are answered (RFC 9112, section 9.3.2)."""
@@ -173,6 +177,8 @@ class GuardedHttp(HttpToolsProtocol):
     room: WaitingRoom
     budget: BodyBudget
     turn: Turn
+    turn_ahead: Turn
+    ahead: Callable[[str], bool]
 
     def __init__(self, *args: Any, **more: Any) -> None:
         super().__init__(*args, **more)
@@ -282,7 +288,8 @@ class GuardedHttp(HttpToolsProtocol):
             if not cycle.disconnected:
                 super(GuardedHttp, self)._start_asgi_task(cycle, app)
 
-        self.turn.begin(start)
+        # What goes ahead waits for its like alone: a node is not silent because a user has thousands of questions.
+        (self.turn_ahead if self.ahead(cycle.scope["path"]) else self.turn).begin(start)
 
     # -- the limits --------------------------------------------------------------------------------------------
 
@@ -373,10 +380,13 @@ class GuardedHttp(HttpToolsProtocol):
         self.loop.call_later(LINGER_SECONDS, self.transport.abort)
 
 
-def guarded(limits: Limits, room: WaitingRoom, budget: BodyBudget) -> type[asyncio.Protocol]:
+def guarded(
+    limits: Limits, room: WaitingRoom, budget: BodyBudget, ahead: Callable[[str], bool]
+) -> type[asyncio.Protocol]:
     """The class for `uvicorn.Config(http=…)` that keeps to `limits`; who has no request under way waits in `room`.
 
-    The bodies of all its requests share `budget`; the application is the one that `letting_go` gives.
+    The bodies of all its requests share `budget`; the application is the one that `letting_go` gives. `ahead` says of a
+    path whether requests for it are begun ahead of all others.
     """
-    shared = {"limits": limits, "room": room, "budget": budget, "turn": Turn(STARTED_AT_ONCE)}
-    return type("LimitedHttp", (GuardedHttp,), shared)
+    turns = {"turn": Turn(STARTED_AT_ONCE), "turn_ahead": Turn(BEGUN_AHEAD), "ahead": staticmethod(ahead)}
+    return type("LimitedHttp", (GuardedHttp,), {"limits": limits, "room": room, "budget": budget, **turns})
