@@ -17,7 +17,7 @@ from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
 from kohakuriver.errors import UnavailableError
 from kohakuriver.limits import Limits
-from kohakuriver.tunnel.turns import Turn
+from kohakuriver.web.fair_turns import FairTurns
 from kohakuriver.web.waiting_room import WaitingRoom
 
 __all__ = [
@@ -168,6 +168,7 @@ def letting_go(app: ASGIApp) -> ASGIApp:
 
 
 _BODY = "kohakuriver.body"
+_CREDENTIALS = (b"authorization", b"cookie")
 
 
 class GuardedHttp(HttpToolsProtocol):
@@ -176,8 +177,8 @@ class GuardedHttp(HttpToolsProtocol):
     limits = Limits()
     room: WaitingRoom
     budget: BodyBudget
-    turn: Turn
-    turn_ahead: Turn
+    turns: FairTurns
+    turns_ahead: FairTurns
     ahead: Callable[[str], bool]
 
     def __init__(self, *args: Any, **more: Any) -> None:
@@ -284,12 +285,16 @@ class GuardedHttp(HttpToolsProtocol):
         self._answer()
 
     def _start_asgi_task(self, cycle: Any, app: Any) -> None:
-        def start() -> None:
-            if not cycle.disconnected:
-                super(GuardedHttp, self)._start_asgi_task(cycle, app)
+        def start() -> bool:
+            if cycle.disconnected:
+                return False
+            super(GuardedHttp, self)._start_asgi_task(cycle, app)
+            return True
 
         # What goes ahead waits for its like alone: a node is not silent because a user has thousands of questions.
-        (self.turn_ahead if self.ahead(cycle.scope["path"]) else self.turn).begin(start)
+        # Whose the others are is what they show, good or not.
+        turns = self.turns_ahead if self.ahead(cycle.scope["path"]) else self.turns
+        turns.begin(start, next((value for name, value in self.headers if name in _CREDENTIALS), b""))
 
     # -- the limits --------------------------------------------------------------------------------------------
 
@@ -388,5 +393,5 @@ def guarded(
     The bodies of all its requests share `budget`; the application is the one that `letting_go` gives. `ahead` says of a
     path whether requests for it are begun ahead of all others.
     """
-    turns = {"turn": Turn(STARTED_AT_ONCE), "turn_ahead": Turn(BEGUN_AHEAD), "ahead": staticmethod(ahead)}
+    turns = {"turns": FairTurns(STARTED_AT_ONCE), "turns_ahead": FairTurns(BEGUN_AHEAD), "ahead": staticmethod(ahead)}
     return type("LimitedHttp", (GuardedHttp,), {"limits": limits, "room": room, "budget": budget, **turns})

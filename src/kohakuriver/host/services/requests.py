@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections import OrderedDict, deque
+from collections import OrderedDict
 from collections.abc import Callable, Hashable
 from dataclasses import dataclass
 
@@ -13,6 +13,7 @@ from kohakuriver.errors import UnavailableError
 from kohakuriver.host.services.audit import NOWHERE, Audit
 from kohakuriver.host.services.credentials import ANONYMOUS, Caller
 from kohakuriver.rates import TokenBucket
+from kohakuriver.web.fair_turns import FairTurns
 
 __all__ = ["Requests"]
 
@@ -32,41 +33,6 @@ class _Used:
     under_way: int = 0
 
 
-class _Turns:
-    """Who goes on in which round of the event loop."""
-
-    def __init__(self) -> None:
-        self._left = AT_ONCE
-        self._waiting: OrderedDict[Hashable, deque[asyncio.Future[None]]] = OrderedDict()
-        self._due = False
-
-    async def take(self, who: Hashable) -> None:
-        loop = asyncio.get_running_loop()
-        if not self._due:
-            self._due = True
-            loop.call_soon(self._renew, loop)
-        if self._left and not self._waiting:
-            self._left -= 1
-            return
-        turn = loop.create_future()
-        self._waiting.setdefault(who, deque()).append(turn)
-        await turn
-
-    def _renew(self, loop: asyncio.AbstractEventLoop) -> None:
-        self._left = AT_ONCE
-        while self._left and self._waiting:
-            who, turns = self._waiting.popitem(last=False)
-            turn = turns.popleft()
-            if turns:
-                self._waiting[who] = turns
-            if not turn.done():  # whose peer has not gone meanwhile
-                turn.set_result(None)
-                self._left -= 1
-        self._due = self._left < AT_ONCE
-        if self._due:
-            loop.call_soon(self._renew, loop)
-
-
 class Requests:
     """The requests of users to the HTTP API, and the sessions that they open. Those of nodes are not among them.
 
@@ -84,7 +50,7 @@ class Requests:
         self._audit = audit
         self._clock = clock
         self._used: OrderedDict[str, _Used] = OrderedDict()
-        self._turns = _Turns()
+        self._turns = FairTurns(AT_ONCE)
 
     async def turn(self, who: Hashable) -> None:
         """Return when it is the turn of a request of `who`, which nobody has checked yet.
@@ -92,7 +58,16 @@ class Requests:
         A thousand requests that come at once are a second's work: it is done a little at a time, and each who has
         requests gets one of them done in turn.
         """
-        await self._turns.take(who)
+        turn = asyncio.get_running_loop().create_future()
+
+        def begin() -> bool:
+            if turn.done():  # its peer has gone meanwhile
+                return False
+            turn.set_result(None)
+            return True
+
+        self._turns.begin(begin, who)
+        await turn
 
     def count(self, caller: Caller, *, looks: bool = False) -> None:
         """One more is begun, of which nothing is written down where it only `looks`.
