@@ -65,7 +65,7 @@ QUOTAS: dict[QuotaName, Quota] = {
     "tasks": Quota("", _MANY, "tasks, those that don't run included"),
     "running": Quota("", _MANY, "tasks that run"),
     "tokens": Quota("", _MANY, "tokens that are good"),
-    "sessions": Quota("", _MANY, "forwards, terminals and SSH connections open on one host"),
+    "sessions": Quota("", _MANY, "forwards, terminals and SSH connections that are open"),
     "connects": Quota("", _MANY, "connections opened in a second on one node"),
     "memory": Quota("bytes", 1 << 50, "memory of all running containers together"),
     "cpus": Quota("CPUs", _MANY, "processors of all running containers together"),

@@ -239,6 +239,9 @@ class Lines:
     def refused(self, error: KohakuRiverError, **fields: Any) -> None:
         self.write("refused", code=error.code, **fields)
 
+    def need_room(self, user: str) -> None:
+        pass
+
 
 async def kill(client: asyncio.Task[int] | asyncio.subprocess.Process) -> None:
     """End a tunnel client as a crash would."""

@@ -21,7 +21,7 @@ from websockets.asyncio.client import connect
 from websockets.exceptions import InvalidStatus
 
 from kohakuriver.changes import Changes
-from kohakuriver.host.app import create_app
+from kohakuriver.host.app import create_app, goes_ahead
 from kohakuriver.host.apps.serving import AppServer, Where
 from kohakuriver.host.cookies import credential_of
 from kohakuriver.host.parts import Services
@@ -198,7 +198,7 @@ class HostUnderTest:
             clock=clock,
         )
         self.tasks = Tasks(store, accounts, self.nodes, self.runners, changes, audit=audit, clock=clock)
-        self.requests = Requests(rate=limits.max_requests, most=limits.max_under_way)
+        self.requests = Requests(rate=limits.max_requests, most=limits.max_under_way, audit=audit)
         self.revoked: list[tuple[str, ...]] = []
         self.counts = SessionCounts(store)
         self.grants = Grants(accounts, requests=self.requests, audit=audit, revoke=self._revoke, counts=self.counts)
@@ -363,7 +363,7 @@ async def a_host(
     clock = Clock()
     limits = limits or Limits(max_requests=0)
     accounts = Accounts(store, defaults=Quotas.by_default(limits), clock=clock)
-    audit = AuditLog(directory / "audit.jsonl")
+    audit = AuditLog(directory / "audit.jsonl", most=limits.max_audit)
     failures = Failures(rate=limits.max_failures)
     credentials = Credentials(accounts, allow_anonymous=allow_anonymous, audit=audit, failures=failures, clock=clock)
     await credentials.load_or_make(directory)
@@ -377,7 +377,9 @@ async def a_host(
         running = [asyncio.ensure_future(host.tasks.run()), asyncio.ensure_future(host.feed.run())]
         host.stack.push_async_callback(cancel_all, running)
         ws = serve_ws(host.tunnel_routes, host.guard, proxies=host.proxies)
-        host.url = await host.stack.enter_async_context(serving(host.app, ws, host.app_server.front, certificate))
+        host.url = await host.stack.enter_async_context(
+            serving(host.app, ws, host.app_server.front, certificate, goes_ahead)
+        )
         host.stack.push_async_callback(host.app_server.close)
         host.admin_token = (directory / "admin-token").read_text().strip()
         host.user = host.client(host.admin_token)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import socket
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 
 from fastapi import FastAPI
 
@@ -27,11 +27,18 @@ async def a_server(
     ws: type[asyncio.Protocol] | None = None,
     certificate: ServerCertificate | None = None,
     front: Front | None = None,
+    ahead: Callable[[str], bool] = lambda path: False,
 ) -> AsyncIterator[tuple[Server, socket.socket]]:
     """Serve an application until the end of the block: the server, and its socket. Signals stay whose they are."""
     sock = bind("127.0.0.1", 0)
     server = Server(
-        app, ws=ws or serve_ws([]), on_ready=_nothing, on_stop=_nothing, certificate=certificate, front=front
+        app,
+        ws=ws or serve_ws([]),
+        on_ready=_nothing,
+        on_stop=_nothing,
+        certificate=certificate,
+        front=front,
+        ahead=ahead,
     )
     server.config.load()
     server.lifespan = server.config.lifespan_class(server.config)
@@ -48,7 +55,8 @@ async def serving(
     ws: type[asyncio.Protocol] | None = None,
     front: Front | None = None,
     certificate: ServerCertificate | None = None,
+    ahead: Callable[[str], bool] = lambda path: False,
 ) -> AsyncIterator[str]:
     """Serve an application; its URL."""
-    async with a_server(app, ws, certificate, front) as (_, sock):
+    async with a_server(app, ws, certificate, front, ahead) as (_, sock):
         yield socket_url(sock, "http" if certificate is None else "https")

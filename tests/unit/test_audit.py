@@ -16,11 +16,12 @@ from typing import Any
 import pytest
 
 from kohakuriver.asking import Asker, asking
-from kohakuriver.errors import UnauthenticatedError, UsageError
+from kohakuriver.errors import UnauthenticatedError, UnavailableError, UsageError
 from kohakuriver.host.services import audit_file, audit_reader
 from kohakuriver.host.services.audit import AuditLog, fingerprint, ranges
 from kohakuriver.host.services.audit_file import files_of
 from kohakuriver.host.services.audit_reader import AuditPage, read_page
+from kohakuriver.limits import Limits
 from tests.support.host_only import a_host
 
 Run = Callable[[Coroutine[Any, Any, None]], None]
@@ -175,6 +176,57 @@ def test_strangers_push_nothing_out_of_the_log_and_their_number_is_told(tmp_path
         log.refused(UnauthenticatedError("no"))
     log.close()
     assert lines_of(log.path)[-1]["from"] == "192.0.2.7:1"
+
+
+def has_room(log: AuditLog, user: str) -> bool:
+    try:
+        log.need_room(user)
+    except UnavailableError:
+        return False
+    return True
+
+
+def test_no_user_pushes_anything_out_of_the_log_within_a_day_and_who_did_too_much_waits(tmp_path: Path) -> None:
+    now, most = [0.0], 400_000
+    log = AuditLog(tmp_path / "audit.jsonl", most=most, clock=lambda: now[0])
+    log.write("task_shared", user="ann", of_user="eve")
+    lines = 0
+    while now[0] < 86_400 / 2:
+        if has_room(log, "eve"):
+            log.write("session_opened", user="eve", ports=["80"])
+            lines += 1
+        else:
+            now[0] += 600
+    while has_room(log, "eve"):
+        log.write("session_opened", user="eve", ports=["80"])
+        lines += 1
+    with pytest.raises(UnavailableError, match=r"^eve has done more than .* in its audit log; ask again in") as refusal:
+        log.need_room("eve")
+    assert (refusal.value.status, refusal.value.code) == (429, "too_many_requests")
+    log.need_room("ann")
+    log.close()
+    found = lines_of(log.path)
+    assert found[0]["event"] == "task_shared"
+    assert [line["user"] for line in found].count("eve") == lines > 1000
+
+
+def test_a_user_who_has_done_too_much_may_look_and_do_nothing_else_and_others_anything(
+    run: Run, tmp_path: Path
+) -> None:
+    async def check() -> None:
+        async with a_host(tmp_path, limits=Limits(max_requests=0, max_audit=1 << 20)) as host:
+            await host.runner()
+            eve, _ = await host.person("eve")
+            ann, _ = await host.person("ann")
+            assert (await eve.post("/api/tokens", json={})).status_code == 201
+            while has_room(host.audit, "eve"):
+                host.audit.write("session_opened", user="eve", name="x" * 400)
+            answer = await eve.post("/api/tokens", json={})
+            assert (answer.status_code, answer.json()["error"]) == (429, "too_many_requests")
+            assert (await eve.get("/api/tasks")).status_code == 200
+            assert (await ann.post("/api/tokens", json={})).status_code == 201
+
+    run(check())
 
 
 def test_nobody_waits_for_the_disk_and_what_finds_no_room_meanwhile_is_counted_in_its_place(

@@ -15,7 +15,7 @@ from aiodocker.exceptions import DockerError
 from kohakuriver.cli.vps import starting
 from kohakuriver.client.host import HostClient, NewTask
 from kohakuriver.config import Settings
-from kohakuriver.errors import KohakuRiverError
+from kohakuriver.errors import KohakuRiverError, UsageError
 from kohakuriver.images import Registries
 from kohakuriver.runner.backends.docker import pull
 from kohakuriver.runner.backends.docker.pull import Images
@@ -49,6 +49,8 @@ class Engine:
         self.images = self
 
     async def inspect(self, name: str) -> dict[str, Any]:
+        if name.startswith("%5B"):  # an address of IPv6
+            raise DockerError(400, "no such image: invalid reference format")
         if name not in self.there:
             raise DockerError(404, "no such image")
         return {"RepoDigests": self.there[name], "Config": {"Cmd": [name]}}
@@ -130,6 +132,18 @@ def test_what_can_not_be_fetched_is_refused_in_a_sentence_and_what_is_there_stay
 def ordered(runner: FakeRunner) -> dict[str, Any] | None:
     """The task that the node was told to start."""
     return next((body for _, path, body in runner.asked if path == "/api/tasks"), None)
+
+
+def test_a_name_that_an_older_engine_does_not_take_is_refused_in_our_words(
+    run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def check() -> None:
+        with pytest.raises(
+            UsageError, match=r"^The engine of node \S+ takes '\[::1\]:5000/a' for no name of an image\.$"
+        ):
+            await images(Engine({}, {}), monkeypatch).need("[::1]:5000/a", lambda _: None)
+
+    run(check())
 
 
 def test_who_makes_a_task_is_told_what_its_node_fetches_meanwhile(run: Run, tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import threading
 import time
 from collections.abc import Callable, Coroutine
@@ -18,11 +19,14 @@ from kohakuriver.host.services.failures import LONGEST_WAIT, Failures
 from kohakuriver.host.services.requests import AT_ONCE as BEGUN_AT_ONCE
 from kohakuriver.host.services.requests import BURST_SECONDS, Requests
 from kohakuriver.limits import Limits
+from kohakuriver.web.request_limits import SHARES
 from tests.support.hops import until
 from tests.support.host_only import HostUnderTest, a_host
+from tests.unit.test_routes import Tickets, a_runner
 
 PER_SECOND = Limits().max_failures
 AT_ONCE = 4 * PER_SECOND
+MIB = 1 << 20
 Run = Callable[[Coroutine[Any, Any, None]], None]
 
 
@@ -99,6 +103,47 @@ def test_a_user_who_asks_too_often_is_refused_and_nobody_else_nor_a_heartbeat(ru
     run(check())
 
 
+@pytest.mark.parametrize("who", ["a node", "another user"])
+def test_nobody_is_held_up_by_however_many_requests_of_one_user_that_came_before(
+    run: Run, tmp_path: Path, who: str
+) -> None:
+    async def check() -> None:
+        async with a_host(tmp_path) as host, contextlib.AsyncExitStack() as stack:
+            await host.runner()
+            _, eve = await host.person("eve")
+            _, bob = await host.person("bob")
+            port, order = int(host.url.rpartition(":")[2]), list[str]()
+
+            async def connected() -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
+                reader, writer = await asyncio.open_connection("127.0.0.1", port)
+                stack.callback(writer.close)
+                writer.write(b"GET /health HTTP/1.1\r\nHost: 127.0.0.1\r\n\r\n")
+                await reader.readuntil(b"}")
+                return reader, writer
+
+            async def answered(who: str, reader: asyncio.StreamReader) -> None:
+                assert (await reader.readuntil(b"\r\n\r\n")).startswith(b"HTTP/1.1 200 ")
+                order.append(who)
+
+            peers = [await connected() for _ in range(301)]
+            beats = host.node.headers["authorization"].removeprefix("Bearer ")
+            last = {
+                "a node": ("POST /api/nodes/n1/heartbeat", b"{}", beats),
+                "another user": ("GET /api/auth", b"", bob),
+            }[who]
+            for number, (_, writer) in enumerate(peers):
+                what, body, token = last if number == 300 else ("GET /api/auth", b"", eve)
+                head = f"{what} HTTP/1.1\r\nHost: 127.0.0.1\r\nContent-Type: application/json\r\n"
+                writer.write(
+                    f"{head}Authorization: Bearer {token}\r\nContent-Length: {len(body)}\r\n\r\n".encode() + body
+                )
+            names = ["eve"] * 300 + [who]
+            await asyncio.gather(*(answered(name, peer[0]) for name, peer in zip(names, peers, strict=True)))
+            assert order.index(who) < 20  # of 300
+
+    run(check())
+
+
 async def first_refused(client: httpx.AsyncClient) -> httpx.Response:
     while (answer := await client.get("/api/tasks")).status_code != 429:
         pass
@@ -121,6 +166,71 @@ def test_a_user_has_so_many_requests_under_way_and_may_ask_again_when_one_has_en
             runner.held.set()
             await asyncio.gather(*stops)
             assert (await ann.get("/api/tasks")).status_code == 200
+
+    run(check())
+
+
+async def half_a_request(stack: contextlib.AsyncExitStack, url: str, secret: str) -> asyncio.StreamReader:
+    """A connection with a request of 1 MiB, of which the last byte never comes: where its answer would."""
+    reader, writer = await asyncio.open_connection("127.0.0.1", int(url.rpartition(":")[2]))
+    stack.callback(writer.close)  # which also keeps it from being collected
+    head = f"POST /api/tasks HTTP/1.1\r\nHost: 127.0.0.1\r\nAuthorization: Bearer {secret}\r\n"
+    writer.write(f"{head}Content-Type: application/json\r\nContent-Length: {MIB}\r\n\r\n".encode() + b" " * (MIB - 1))
+    return reader
+
+
+async def asks_for_more_than_a_share(stack: contextlib.AsyncExitStack, url: str, secret: Callable[[], str]) -> None:
+    """Begin more requests of one user than that user's share has bytes for; back when so many are refused."""
+    share = Limits().max_bodies // SHARES // MIB
+    asked = [await half_a_request(stack, url, secret()) for _ in range(share + 8)]
+    answers = {asyncio.ensure_future(reader.readuntil(b"}")) for reader in asked}
+    while len(answers) > share:
+        done, answers = await asyncio.wait(answers, return_when=asyncio.FIRST_COMPLETED)
+        for each in done:
+            assert each.result().startswith(b"HTTP/1.1 429 ")
+            assert b"as many bytes as one user's may" in each.result()
+    for waiting in answers:
+        waiting.cancel()
+
+
+def test_the_bodies_of_one_users_requests_have_a_share_and_those_of_others_get_in(run: Run, tmp_path: Path) -> None:
+    async def check() -> None:
+        async with a_host(tmp_path) as host, contextlib.AsyncExitStack() as stack:
+            _, eve = await host.person("eve")
+            bob, _ = await host.person("bob")
+            await asks_for_more_than_a_share(stack, host.url, lambda: eve)
+            answer = await bob.post("/api/tokens", json={"name": "x", "more": "x" * 900_000})
+            assert (answer.status_code, answer.json()["error"]) == (400, "bad_request")  # it was read
+
+    run(check())
+
+
+def test_at_a_runner_the_bodies_of_one_users_tasks_have_a_share_too(run: Run, tmp_path: Path) -> None:
+    async def check() -> None:
+        async with a_runner(tmp_path) as (runner, client), contextlib.AsyncExitStack() as stack:
+            tickets = Tickets(runner.KEY, "n1")
+            await asks_for_more_than_a_share(
+                stack, f"{client.base_url}".rstrip("/"), lambda: tickets.issue("control", "c1", user="eve")
+            )
+            shown = {"Authorization": f"Bearer {tickets.issue('control', 'c1', user='bob')}"}
+            answer = await client.post("/api/tasks", json={"more": "x" * 900_000}, headers=shown)
+            assert (answer.status_code, answer.json()["error"]) == (400, "bad_request")
+
+    run(check())
+
+
+@pytest.mark.parametrize("path", ["/api/auth/device", "/api/auth/device/token"])
+@pytest.mark.parametrize("length", ["Content-Length: 1048576", "Transfer-Encoding: chunked"])
+def test_what_is_open_to_strangers_reads_no_large_bodies(run: Run, tmp_path: Path, path: str, length: str) -> None:
+    async def check() -> None:
+        async with a_host(tmp_path) as host:
+            reader, writer = await asyncio.open_connection("127.0.0.1", int(host.url.rpartition(":")[2]))
+            writer.write(f"POST {path} HTTP/1.1\r\nHost: 127.0.0.1\r\n{length}\r\n\r\n".encode())
+            answer = await reader.readuntil(b"}")  # though nothing of the body has come
+            assert answer.startswith(b"HTTP/1.1 413 ")
+            writer.close()
+            asked = await host.nobody.post("/api/auth/device", json={"machine": "laptop"})
+            assert asked.status_code == 201
 
     run(check())
 

@@ -11,6 +11,7 @@ import ssl
 import time
 from collections.abc import AsyncIterator, Callable, Coroutine, Iterable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import httpx
@@ -18,8 +19,12 @@ import jwt
 import pytest
 from fastapi import FastAPI
 
+from kohakuriver.host.agents.api import agents_api
+from kohakuriver.host.agents.entry import AgentEntry
+from kohakuriver.host.agents.node import AgentNode
 from kohakuriver.host.services.oidc import EVERYBODY, Rules
 from kohakuriver.host.services.oidc_provider import Provider
+from kohakuriver.limits import Limits
 from kohakuriver.relay.open_ports import OpenPorts
 from kohakuriver.relay.tunnel_server import TunnelServer
 from kohakuriver.runner import app as runner_app
@@ -32,6 +37,7 @@ from kohakuriver.runner.services.tunnel_guard import TunnelGuard
 from kohakuriver.session import ticket
 from kohakuriver.tunnel.accept import Peer, TunnelRoute, serve_ws
 from kohakuriver.tunnel.protocol import CLIENT_HEADER
+from kohakuriver.web.app import new_app
 from kohakuriver.web.origin import Guard
 from tests.support.browser import Browser, link_of
 from tests.support.host_only import HostUnderTest, a_host, websocket_status
@@ -174,13 +180,28 @@ RUNNER_RULES: dict[Route, Rule] = {
         "container": "in",
     },
 }
+AGENT_RULES: dict[Route, Rule] = {
+    ("WS", "/ws/agent"): BY_USERS | {"agent": "in"},
+    ("GET", "/agents/api/node"): CONTROL_OF_NONE,
+    ("GET", "/agents/api/tasks/{container}/ports"): CONTROL,
+    ("GET", "/agents/api/tasks/{container}/logs"): CONTROL,
+    ("GET", "/agents/api/tasks/{container}/agent"): CONTROL,
+    ("POST", "/agents/api/tasks/{container}/stop"): CONTROL,
+    ("POST", "/agents/api/tasks/{container}/extend"): CONTROL,
+    ("POST", "/agents/api/tasks/{container}/revoke"): CONTROL,
+    ("POST", "/agents/api/tasks/{container}/token"): CONTROL,
+    ("DELETE", "/agents/api/tasks/{container}"): CONTROL,
+    ("WS", "/agents/ws/forward/{container}/{port}"): RUNNER_RULES["WS", "/ws/forward/{container}/{port}"],
+    ("WS", "/agents/ws/task/{task_id}/terminal"): OPEN,  # refused whoever asks: an agent has no such terminals
+}
 SCOPES: dict[Route, ticket.Scope] = {
+    ("WS", "/agents/ws/forward/{container}/{port}"): "forward",
     ("WS", "/ws/forward/{container}/{port}"): "forward",
     ("WS", "/ws/task/{id}/terminal"): "terminal",
 }
 # Tickets for another node are for something else, whatever that is.
-for _rule in RUNNER_RULES.values():
-    if _rule:
+for _route, _rule in (RUNNER_RULES | AGENT_RULES).items():
+    if _rule and _route != ("WS", "/ws/agent"):  # which takes none
         _rule["another node"] = "403"
 
 # What must be sent along for a request to be judged at all.
@@ -204,6 +225,9 @@ RUNNER_BODIES: dict[Route, Any] = {
     ("POST", "/api/tasks/adopt"): {"task_id": 1, "container": "c1", "backend": "address"},
     ("POST", "/api/tasks/{container}/extend"): {"seconds": 60},
     ("POST", "/api/tasks/{container}/revoke"): {"user": "ann", "reason": "the task is not shared any more"},
+}
+AGENT_BODIES: dict[Route, Any] = {
+    ("POST", "/agents/api/tasks/{container}/revoke"): {"user": "ann", "reason": "the task is not shared any more"},
 }
 FILLED_IN = {
     "volume": "kohakuriver-volume-" + 32 * "0",
@@ -397,6 +421,41 @@ def test_the_host_does_nothing_for_methods_and_websockets_that_it_does_not_have(
     run(check())
 
 
+class Tickets:
+    """What a host signs for a node by its key; the tasks there are c1 and c2."""
+
+    def __init__(self, key: bytes, node: str) -> None:
+        self._key = key
+        self._node = node
+
+    def issue(self, scope: ticket.Scope, container: str, **changes: Any) -> str:
+        values: dict[str, Any] = {"key": self._key, "node": self._node, "container": container}
+        if scope != "control":
+            values |= {"task": int(container[1:]), "user": "ann"}
+        values |= changes
+        return ticket.issue(values.pop("key"), scope=scope, **values)
+
+    def of_each_kind(self, scope: ticket.Scope, use: Callable[[str, ticket.Scope], object]) -> dict[str, str]:
+        """Right and wrong ones, by what they are; `scope` is that of those that are wrong by other things."""
+        used = self.issue(scope, "c1")
+        use(used, scope)
+        now = int(time.time())
+        claims = jwt.decode(self.issue(scope, "c1"), options={"verify_signature": False})
+        changed = {"expired": {"iat": now - 100, "exp": now - 40}, "too long": {"exp": now + 600}}
+        return {
+            "control": self.issue("control", "c1"),
+            "control of another container": self.issue("control", "c2"),
+            "forward": self.issue("forward", "c1"),
+            "forward of another container": self.issue("forward", "c2"),
+            "terminal": self.issue("terminal", "c1"),
+            "terminal of another container": self.issue("terminal", "c2"),
+            "another key": self.issue(scope, "c1", key=b"o" * 32),
+            "another node": self.issue(scope, "c1", node="n2"),
+            "used": used,
+            **{name: jwt.encode(claims | change, self._key, algorithm="HS256") for name, change in changed.items()},
+        }
+
+
 class RunnerUnderTest:
     """A runner's doors: its HTTP API and its tunnel server, with two tasks."""
 
@@ -439,40 +498,11 @@ class RunnerUnderTest:
         self.state.save_tasks(records)
         await self.tasks.open({})
 
-    def issue(self, scope: ticket.Scope, container: str, key: bytes = KEY, **changes: Any) -> str:
-        values: dict[str, Any] = {"node": "n1", "container": container}
-        if scope != "control":
-            values |= {"task": int(container[1:]), "user": "ann"}
-        return ticket.issue(key, scope=scope, **(values | changes))
-
     def credentials(self, scope: ticket.Scope) -> dict[str, str | None]:
         """Fresh ones of each kind, by what they are; `scope` is that of the tickets that are wrong by other things."""
-        used = self.issue(scope, "c1")
-        self.registration.check_ticket(used, scope)
-        now = int(time.time())
-        claims = jwt.decode(self.issue(scope, "c1"), options={"verify_signature": False})
-        changed = {
-            "expired": {"iat": now - 100, "exp": now - 40},
-            "too long": {"exp": now + 600},
-        }
-        return {
-            "none": None,
-            "garbage": "garbage",
-            "user": "kr_token-of-a-user",
-            "node": "krn_token",
-            "container": "token1",
-            "container of another": "token2",
-            "control": self.issue("control", "c1"),
-            "control of another container": self.issue("control", "c2"),
-            "forward": self.issue("forward", "c1"),
-            "forward of another container": self.issue("forward", "c2"),
-            "terminal": self.issue("terminal", "c1"),
-            "terminal of another container": self.issue("terminal", "c2"),
-            "another key": self.issue(scope, "c1", key=b"o" * 32),
-            "another node": self.issue(scope, "c1", node="n2"),
-            "used": used,
-            **{name: jwt.encode(claims | change, self.KEY, algorithm="HS256") for name, change in changed.items()},
-        }
+        tickets = Tickets(self.KEY, "n1").of_each_kind(scope, self.registration.check_ticket)
+        kinds = {"node": "krn_token", "container": "token1", "container of another": "token2"}
+        return {"none": None, "garbage": "garbage", "user": "kr_token-of-a-user", **kinds, **tickets}
 
 
 @contextlib.asynccontextmanager
@@ -507,5 +537,52 @@ def test_the_runner_does_nothing_for_methods_and_websockets_that_it_does_not_hav
     async def check() -> None:
         async with a_runner(tmp_path) as (_, client):
             await refused_without_a_rule(client, RUNNER_RULES)
+
+    run(check())
+
+
+@contextlib.asynccontextmanager
+async def agents_of(host: HostUnderTest, directory: Path) -> AsyncIterator[tuple[AgentNode, str]]:
+    """What a host has for agents, and for other hosts' questions about them: its node, and the URL of all that."""
+    limits, audit = Limits(max_requests=0), host.audit
+    node = AgentNode(
+        directory, host.store, host.agents, host.nodes,
+        limits=limits, mark_key=b"m" * 32, audit=audit, told=lambda _: None, heartbeat_seconds=5,
+    )  # fmt: skip
+    entry = AgentEntry(node, host.agents, host.credentials, host.requests, host.nodes, audit, host.clock)
+    await node.enter()
+    app = new_app("host", "1", services=SimpleNamespace(agents=node), routers=(agents_api,))
+    routes = [*entry.routes(), *node.routes()]
+    assert routes_of(app, routes) == set(AGENT_RULES)
+    async with contextlib.AsyncExitStack() as stack:
+        stack.push_async_callback(node.close)
+        yield node, await stack.enter_async_context(serving(app, serve_ws(routes)))
+
+
+@pytest.mark.parametrize("route", sorted(AGENT_RULES), ids=" ".join)
+def test_a_host_lets_in_agents_and_other_hosts_whom_its_rule_names_and_nobody_else(
+    run: Run, tmp_path: Path, route: Route
+) -> None:
+    async def check() -> None:
+        async with a_host(tmp_path) as host:
+            secrets = await host_credentials(host, tmp_path)
+            secrets["agent"] = await host.token(user="owner", agent=True)
+            async with agents_of(host, tmp_path) as (node, url), httpx.AsyncClient(base_url=url) as client:
+                stored = await host.store.node(node.name)
+                assert stored is not None
+                scope = SCOPES.get(route, "control")
+                tickets = Tickets(stored.ticket_key, node.name).of_each_kind(scope, node.check_ticket)
+                found = {**{who: secret for who, secret in secrets.items() if isinstance(secret, str)}, **tickets}
+                rule = AGENT_RULES[route]
+                expected = {who: "in" if rule is OPEN else rule.get(who, "401") for who in found}
+                if rule is not OPEN and scope == "control" and route[1].startswith("/agents/api"):
+                    expected |= dict.fromkeys(("forward of another container", "terminal of another container"), "403")
+                # Those who are refused first: what the others do may end the task.
+                for number, who in enumerate(sorted(found, key=lambda who: expected[who] == "in")):
+                    shown = {"Authorization": f"Bearer {found[who]}", CLIENT_HEADER: f"{number:032x}"}
+                    got = await answer(client, route, AGENT_BODIES.get(route), shown)
+                    assert (who, got) == (who, expected[who])
+                got = await answer(client, route, AGENT_BODIES.get(route), {CLIENT_HEADER: "0" * 32})
+                assert got == ("in" if rule is OPEN else "401")
 
     run(check())

@@ -20,6 +20,7 @@ from kohakuriver.host.browser import pages
 from kohakuriver.host.cookies import need_own_page, shown_cookie
 from kohakuriver.host.dashboard import assets
 from kohakuriver.host.device_login import device_pages
+from kohakuriver.host.forms import LONGEST_FORM
 from kohakuriver.host.oidc import oidc_pages, provider_of
 from kohakuriver.host.parts import Services
 from kohakuriver.host.schemas import (
@@ -67,9 +68,10 @@ from kohakuriver.store import Node, Task, Token, ahead_of_users
 from kohakuriver.task import TaskView
 from kohakuriver.web.app import Checked, bearer, new_app, services_here, services_of
 from kohakuriver.web.origin import Guard
+from kohakuriver.web.request_limits import body_is_of_a_node, body_is_of_a_user
 from kohakuriver.web.streamed import Streamed
 
-__all__ = ["create_app"]
+__all__ = ["create_app", "goes_ahead"]
 
 MAX_WAIT_SECONDS = 600
 
@@ -113,7 +115,14 @@ class _OfUsers(Checked):
         else:
             need_own_page(request)
             request.state.authenticated = await services.logins.visitor(cookie)
-        return services.requests.begin(request.state.authenticated[0])
+        caller: Caller = request.state.authenticated[0]
+        body_is_of_a_user(request.scope, services.requests.whose(caller))
+        return services.requests.begin(caller, looks=request.method == "GET")
+
+
+def goes_ahead(path: str) -> bool:
+    """Whether a request for this path is begun ahead of those of users: how a node says that it is there."""
+    return path.startswith("/api/nodes/") and path.endswith("/heartbeat")
 
 
 class _OfNodes(Checked):
@@ -121,7 +130,21 @@ class _OfNodes(Checked):
     async def check(request: Request) -> Callable[[], object]:
         end = ahead_of_users()
         request.state.node = await services_of(request).credentials.node(bearer(request))
+        body_is_of_a_node(request.scope)
         return end
+
+
+class _OfAnybody(Checked):
+    @staticmethod
+    async def check(request: Request) -> None:
+        length = request.headers.get("content-length", "0")
+        # The parser has let in nothing but a number.
+        if "transfer-encoding" in request.headers or int(length) > LONGEST_FORM:
+            raise UsageError(
+                f"Here a request may have {LONGEST_FORM} bytes at most, and has to say how many it has.",
+                code="too_large",
+                status=413,
+            )
 
 
 async def _authenticated(request: Request) -> tuple[Caller, Token]:
@@ -167,7 +190,7 @@ async def _own(host: Host, user: User, task: str) -> tuple[Task, Node]:
 Usable = Annotated[tuple[Task, Node], Depends(_usable)]
 Own = Annotated[tuple[Task, Node], Depends(_own)]
 
-_open = APIRouter()
+_open = APIRouter(route_class=_OfAnybody)
 # For the page that documents the API: a place for a token. What a token may do is checked by each route.
 _shown = HTTPBearer(auto_error=False, scheme_name="token", description="Your API token; for a runner, its node token.")
 _api = APIRouter(prefix="/api", dependencies=[Depends(_shown)], route_class=_OfUsers)

@@ -226,7 +226,7 @@ async def visitor_of(request: Request) -> tuple[Caller, Token] | None:
         if error.code != TOO_MANY_FAILURES:
             raise
         return None
-    services.requests.count(found[0])
+    services.requests.count(found[0], looks=request.method == "GET")
     return found
 
 

@@ -8,9 +8,10 @@ from fastapi import Request
 
 from kohakuriver.errors import UsageError
 
-__all__ = ["fields_of"]
+__all__ = ["LONGEST_FORM", "fields_of"]
 
 LONGEST_FORM = 4096
+"""Bytes of what somebody sends who need not be known."""
 _FORM = "application/x-www-form-urlencoded"
 
 

@@ -23,7 +23,7 @@ from kohakuriver.errors import UsageError
 from kohakuriver.host.agents.api import agents_api
 from kohakuriver.host.agents.entry import AgentEntry
 from kohakuriver.host.agents.node import PREFIX, AgentNode, advertised_at
-from kohakuriver.host.app import create_app
+from kohakuriver.host.app import create_app, goes_ahead
 from kohakuriver.host.apps.serving import AppServer, Where, where_in
 from kohakuriver.host.cookies import credential_of
 from kohakuriver.host.oidc_options import provider_of, rules_of
@@ -359,7 +359,7 @@ class Host:
             store, self._accounts, self._nodes, runners, self._changes, user_mounts=options.user_mounts, audit=audit
         )
         self._access = Access(store, self._accounts)
-        self._requests = Requests(rate=limits.max_requests, most=limits.max_under_way)
+        self._requests = Requests(rate=limits.max_requests, most=limits.max_under_way, audit=audit)
         self._counts = SessionCounts(store)
         self._grants = Grants(
             self._accounts, requests=self._requests, audit=audit, revoke=self._revoke, counts=self._counts
@@ -517,6 +517,7 @@ class Host:
             certificate=perimeter.certificate,
             limits=perimeter.limits,
             front=self._app_server.front,
+            ahead=goes_ahead,
         )
 
     def _services(self) -> Services:

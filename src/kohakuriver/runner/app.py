@@ -23,6 +23,7 @@ from kohakuriver.session.ticket import Ticket
 from kohakuriver.task import TaskOrder, VolumeId
 from kohakuriver.web.app import Checked, bearer, new_app, services_here, services_of
 from kohakuriver.web.origin import Guard
+from kohakuriver.web.request_limits import body_is_of_a_user
 from kohakuriver.web.streamed import Streamed
 
 __all__ = ["Services", "create_app"]
@@ -73,6 +74,7 @@ class _OfHost(Checked):
         request.state.ticket = ticket
         if ticket.user is not None:
             asker().known["user"] = ticket.user
+            body_is_of_a_user(request.scope, ticket.user)
 
 
 async def _ticket(request: Request) -> Ticket:

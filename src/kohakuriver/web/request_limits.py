@@ -9,16 +9,27 @@ from __future__ import annotations
 import asyncio
 import http
 import json
+from collections.abc import Callable
 from typing import Any
 
 from starlette.types import ASGIApp, Receive, Scope, Send
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
+from kohakuriver.errors import UnavailableError
 from kohakuriver.limits import Limits
-from kohakuriver.tunnel.turns import Turn
+from kohakuriver.web.fair_turns import FairTurns
 from kohakuriver.web.waiting_room import WaitingRoom
 
-__all__ = ["BodyBudget", "GuardedHttp", "guarded", "letting_go"]
+__all__ = [
+    "SHARES",
+    "Body",
+    "BodyBudget",
+    "GuardedHttp",
+    "body_is_of_a_node",
+    "body_is_of_a_user",
+    "guarded",
+    "letting_go",
+]
 
 LINGER_SECONDS = 1.0
 
@@ -31,6 +42,9 @@ STARTED_AT_ONCE = 8
 Hundreds of connections may each bring one at the same time, and the streams that pass through here would wait for all.
 """
 
+BEGUN_AHEAD = 2
+"""Requests for paths that go ahead that are begun in a turn besides."""
+
 MAX_AHEAD = 8
 """Requests that may come on a connection before the ones ahead of them are answered (RFC 9112, section 9.3.2)."""
 
@@ -42,16 +56,49 @@ class _Refused(Exception):
     """Ends the parser's work on a request; the answer is known."""
 
 
-class BodyBudget:
-    """What the bodies of all requests under way in this process may hold together; `most` is in bytes."""
+SHARES = 4
+"""A user's bodies together may have this part of what all have, and one of the largest in any case."""
 
-    def __init__(self, most: int) -> None:
-        self.held = 0
+
+class BodyBudget:
+    """What the bodies of all requests under way in this process may hold together.
+
+    `most` is in bytes, and so is `share`, which is one user's part of it.
+    """
+
+    def __init__(self, most: int, share: int) -> None:
         self._most = most
+        self._share = share
+        self._held = 0
+        self._held_of: dict[str, int] = {}
+
+    @classmethod
+    def within(cls, limits: Limits) -> BodyBudget:
+        """The one of a program."""
+        return cls(limits.max_bodies, max(limits.max_bodies // SHARES, limits.max_body))
+
+    def hold(self, count: int, user: str | None) -> None:
+        """So many bytes more, or less, of this user's, if one is known."""
+        self._held += count
+        if user is not None:
+            held = self._held_of.get(user, 0) + count
+            if held:
+                self._held_of[user] = held
+            else:
+                self._held_of.pop(user, None)
 
     def fits(self, body: Body) -> bool:
-        """Whether a body may have what it has; small ones also where large ones have taken all, and a quarter more."""
-        return self.held <= (self._most * 5 // 4 if body.size <= SMALL_BODY else self._most)
+        """Whether a body may have what it has.
+
+        Small ones may also where large ones have taken all, and a quarter more; of nodes all may, and another quarter:
+        no node is silent because users ask for much.
+        """
+        quarters = 6 if body.of_node else 5 if body.size <= SMALL_BODY else 4
+        return self._held <= self._most * quarters // 4
+
+    def fits_its_user(self, body: Body) -> bool:
+        """Whether all bodies of its user together may have what they have."""
+        return body.user is None or self._held_of.get(body.user, 0) <= self._share
 
 
 class Body:
@@ -60,18 +107,48 @@ class Body:
     def __init__(self, budget: BodyBudget) -> None:
         self.size = 0
         self.worked_on = False
-        self._budget = budget
+        self.user: str | None = None
+        self.of_node = False
+        self.budget = budget
 
-    def take(self, count: int) -> bool:
-        """Hold so many bytes more; whether that fits."""
+    def take(self, count: int) -> None:
+        """Hold so many bytes more."""
         self.size += count
-        self._budget.held += count
-        return self._budget.fits(self)
+        self.budget.hold(count, self.user)
 
     def let_go(self) -> None:
         """Hold nothing any more."""
-        self._budget.held -= self.size
+        self.budget.hold(-self.size, self.user)
         self.size = 0
+
+    def belongs_to(self, user: str) -> None:
+        """What it holds and will hold is of this user's share."""
+        self.budget.hold(-self.size, self.user)
+        self.user = user
+        self.budget.hold(self.size, user)
+
+
+def body_is_of_a_user(scope: Scope, user: str) -> None:
+    """Have the body of a request be of the share of the user who asks, before any more of it is read.
+
+    Raises UnavailableError "too_many_requests" (429) where that is used up.
+    """
+    body: Body | None = scope.get("state", {}).get(_BODY)
+    if body is not None:
+        body.belongs_to(user)
+        if not body.budget.fits_its_user(body):
+            raise UnavailableError(_TOO_MUCH_OF_A_USER, code="too_many_requests", status=429)
+
+
+def body_is_of_a_node(scope: Scope) -> None:
+    """Have the body of a request be let in where those of users have taken all that there is for them."""
+    body: Body | None = scope.get("state", {}).get(_BODY)
+    if body is not None:
+        body.of_node = True
+
+
+_TOO_MUCH_OF_A_USER = "Your requests that are under way have as many bytes as one user's may; try again in a moment."
+_TOO_MUCH_OF_ALL = "This program holds as many bytes of requests as it may; try again in a moment."
 
 
 def letting_go(app: ASGIApp) -> ASGIApp:
@@ -91,6 +168,7 @@ def letting_go(app: ASGIApp) -> ASGIApp:
 
 
 _BODY = "kohakuriver.body"
+_CREDENTIALS = (b"authorization", b"cookie")
 
 
 class GuardedHttp(HttpToolsProtocol):
@@ -99,7 +177,9 @@ class GuardedHttp(HttpToolsProtocol):
     limits = Limits()
     room: WaitingRoom
     budget: BodyBudget
-    turn: Turn
+    turns: FairTurns
+    turns_ahead: FairTurns
+    ahead: Callable[[str], bool]
 
     def __init__(self, *args: Any, **more: Any) -> None:
         super().__init__(*args, **more)
@@ -185,13 +265,8 @@ class GuardedHttp(HttpToolsProtocol):
         if self._body > self.limits.max_body:
             self._refusal = 413, "too_large", f"The body of a request may have at most {self.limits.max_body} bytes."
             raise _Refused
-        if not self.cycle.response_complete and not self._bodies[-1].take(len(body)):
-            self._refusal = (
-                503,
-                "busy",
-                "This program holds as many bytes of requests as it may; try again in a moment.",
-            )
-            raise _Refused
+        if not self.cycle.response_complete:
+            self._hold(len(body))
         super().on_body(body)
 
     def on_message_complete(self) -> None:
@@ -210,11 +285,16 @@ class GuardedHttp(HttpToolsProtocol):
         self._answer()
 
     def _start_asgi_task(self, cycle: Any, app: Any) -> None:
-        def start() -> None:
-            if not cycle.disconnected:
-                super(GuardedHttp, self)._start_asgi_task(cycle, app)
+        def start() -> bool:
+            if cycle.disconnected:
+                return False
+            super(GuardedHttp, self)._start_asgi_task(cycle, app)
+            return True
 
-        self.turn.begin(start)
+        # What goes ahead waits for its like alone: a node is not silent because a user has thousands of questions.
+        # Whose the others are is what they show, good or not.
+        turns = self.turns_ahead if self.ahead(cycle.scope["path"]) else self.turns
+        turns.begin(start, next((value for name, value in self.headers if name in _CREDENTIALS), b""))
 
     # -- the limits --------------------------------------------------------------------------------------------
 
@@ -222,6 +302,16 @@ class GuardedHttp(HttpToolsProtocol):
         self._head += size
         if self._head > self.limits.max_header:
             self._refuse_head()
+            raise _Refused
+
+    def _hold(self, count: int) -> None:
+        body = self._bodies[-1]
+        body.take(count)
+        if not self.budget.fits_its_user(body):
+            self._refusal = 429, "too_many_requests", _TOO_MUCH_OF_A_USER
+        elif not self.budget.fits(body):
+            self._refusal = 503, "busy", _TOO_MUCH_OF_ALL
+        if self._refusal is not None:
             raise _Refused
 
     def _refuse_head(self) -> None:
@@ -295,10 +385,13 @@ class GuardedHttp(HttpToolsProtocol):
         self.loop.call_later(LINGER_SECONDS, self.transport.abort)
 
 
-def guarded(limits: Limits, room: WaitingRoom, budget: BodyBudget) -> type[asyncio.Protocol]:
+def guarded(
+    limits: Limits, room: WaitingRoom, budget: BodyBudget, ahead: Callable[[str], bool]
+) -> type[asyncio.Protocol]:
     """The class for `uvicorn.Config(http=…)` that keeps to `limits`; who has no request under way waits in `room`.
 
-    The bodies of all its requests share `budget`; the application is the one that `letting_go` gives.
+    The bodies of all its requests share `budget`; the application is the one that `letting_go` gives. `ahead` says of a
+    path whether requests for it are begun ahead of all others.
     """
-    shared = {"limits": limits, "room": room, "budget": budget, "turn": Turn(STARTED_AT_ONCE)}
-    return type("LimitedHttp", (GuardedHttp,), shared)
+    turns = {"turns": FairTurns(STARTED_AT_ONCE), "turns_ahead": FairTurns(BEGUN_AHEAD), "ahead": staticmethod(ahead)}
+    return type("LimitedHttp", (GuardedHttp,), {"limits": limits, "room": room, "budget": budget, **turns})

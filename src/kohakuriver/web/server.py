@@ -58,12 +58,16 @@ class Server(uvicorn.Server):
         certificate: ServerCertificate | None = None,
         limits: Limits | None = None,
         front: Front | None = None,
+        ahead: Callable[[str], bool] = lambda path: False,
     ) -> None:
-        """`front` makes the protocol that each connection to a listener of `serve` begins with."""
+        """`front` makes the protocol that each connection to a listener of `serve` begins with.
+
+        Requests for paths of which `ahead` says so are begun ahead of all others.
+        """
         self._limits = limits or Limits()
         self._front = front
         self._room = WaitingRoom(self._limits.max_waiting)
-        self._http = guarded(self._limits, self._room, BodyBudget(self._limits.max_bodies))
+        self._http = guarded(self._limits, self._room, BodyBudget.within(self._limits), ahead)
         super().__init__(_config(app, ws, self._http))
         self._changed = asyncio.Event()
         self.server_state.connections = _Members(self._changed)

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any, Final, Protocol
 
 from kohakuriver.asking import asker
-from kohakuriver.errors import KohakuRiverError, UnauthenticatedError
+from kohakuriver.errors import KohakuRiverError, UnauthenticatedError, UnavailableError
 from kohakuriver.host.services.audit_file import FILES, AuditFile
 from kohakuriver.rates import TokenBucket
 
@@ -43,6 +43,12 @@ SOURCES = 4096
 TELL_SECONDS = 60.0
 """How often those numbers are written down."""
 
+FILL_SECONDS = 86_400.0
+"""In how much time what one user does may fill the log: who reads it as often misses nothing because of that user."""
+
+USERS = 4096
+"""Users that are told apart; of more the one of whom least was written lately starts anew."""
+
 
 class Audit(Protocol):
     """Where it is written down who did what."""
@@ -53,12 +59,18 @@ class Audit(Protocol):
     def refused(self, error: KohakuRiverError, **fields: Any) -> None:
         """Add that somebody was not let in, may not do something, or does too much of it."""
 
+    def need_room(self, user: str) -> None:
+        """Raises UnavailableError "too_many_requests" (429) while a user has done more than can be written down."""
+
 
 class _Nowhere:
     def write(self, event: str, **fields: Any) -> None:
         pass
 
     def refused(self, error: KohakuRiverError, **fields: Any) -> None:
+        pass
+
+    def need_room(self, user: str) -> None:
         pass
 
 
@@ -80,10 +92,29 @@ class AuditLog:
         self._file = AuditFile(path, most // FILES, _line)
         self._clock = clock
         self._refusals = _Refusals()
+        self._shares = _Shares(most)
 
     def write(self, event: str, **fields: Any) -> None:
         """Add one line, soon. A full disk ends no session: it is logged, and how many lines it cost is added."""
-        self._file.add(_line(event, {**asker().described(), **fields}))
+        told = {**asker().described(), **fields}
+        line = _line(event, told)
+        if isinstance(told.get("user"), str):
+            self._shares.take(told["user"], len(line), self._clock())
+        self._file.add(line)
+
+    def need_room(self, user: str) -> None:
+        """Raises UnavailableError "too_many_requests" (429) while a user has done more than can be written down.
+
+        A user has one file's part of the log at once, and all of it in `FILL_SECONDS`: else who wants something
+        forgotten would only have to do enough after it.
+        """
+        wait = self._shares.wait(user, self._clock())
+        if wait:
+            raise UnavailableError(
+                f"{user} has done more than this host can write down in its audit log; ask again in {wait:.0f} s.",
+                code="too_many_requests",
+                status=429,
+            )
 
     def refused(self, error: KohakuRiverError, **fields: Any) -> None:
         """Add a refusal, unless there were many from this address."""
@@ -109,6 +140,30 @@ class AuditLog:
         """Write what is left, and how many refusals were left out. Blocks until that is done."""
         self.tell_left_out()
         self._file.close()
+
+
+class _Shares:
+    """How much of the log's bytes is still each user's."""
+
+    def __init__(self, most: int) -> None:
+        self._most = most
+        self._buckets: OrderedDict[str, TokenBucket] = OrderedDict()
+
+    def take(self, user: str, size: int, now: float) -> None:
+        if not self._most:
+            return
+        bucket = self._buckets.get(user)
+        if bucket is None:
+            bucket = self._buckets[user] = TokenBucket(self._most / FILL_SECONDS, self._most / FILES, now)
+            if len(self._buckets) > USERS:
+                self._buckets.popitem(last=False)
+        self._buckets.move_to_end(user)
+        bucket.take(size, now)
+
+    def wait(self, user: str, now: float) -> float:
+        """Seconds until this user may do something that is written down."""
+        bucket = self._buckets.get(user)
+        return 0.0 if bucket is None else bucket.wait(now)
 
 
 class _Refusals:

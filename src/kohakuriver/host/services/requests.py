@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections import OrderedDict, deque
+from collections import OrderedDict
 from collections.abc import Callable, Hashable
 from dataclasses import dataclass
 
 from kohakuriver.asking import asker
 from kohakuriver.errors import UnavailableError
+from kohakuriver.host.services.audit import NOWHERE, Audit
 from kohakuriver.host.services.credentials import ANONYMOUS, Caller
 from kohakuriver.rates import TokenBucket
+from kohakuriver.web.fair_turns import FairTurns
 
 __all__ = ["Requests"]
 
@@ -31,55 +33,24 @@ class _Used:
     under_way: int = 0
 
 
-class _Turns:
-    """Who goes on in which round of the event loop."""
-
-    def __init__(self) -> None:
-        self._left = AT_ONCE
-        self._waiting: OrderedDict[Hashable, deque[asyncio.Future[None]]] = OrderedDict()
-        self._due = False
-
-    async def take(self, who: Hashable) -> None:
-        loop = asyncio.get_running_loop()
-        if not self._due:
-            self._due = True
-            loop.call_soon(self._renew, loop)
-        if self._left and not self._waiting:
-            self._left -= 1
-            return
-        turn = loop.create_future()
-        self._waiting.setdefault(who, deque()).append(turn)
-        await turn
-
-    def _renew(self, loop: asyncio.AbstractEventLoop) -> None:
-        self._left = AT_ONCE
-        while self._left and self._waiting:
-            who, turns = self._waiting.popitem(last=False)
-            turn = turns.popleft()
-            if turns:
-                self._waiting[who] = turns
-            if not turn.done():  # whose peer has not gone meanwhile
-                turn.set_result(None)
-                self._left -= 1
-        self._due = self._left < AT_ONCE
-        if self._due:
-            loop.call_soon(self._renew, loop)
-
-
 class Requests:
     """The requests of users to the HTTP API, and the sessions that they open. Those of nodes are not among them.
 
     Args:
         rate: how many one user may begin in a second, 0 for any number.
         most: how many requests one user may have under way, 0 for any number. Sessions have a limit of their own.
+        audit: where what changes something, or opens a session, must still have room.
     """
 
-    def __init__(self, *, rate: int = 0, most: int = 0, clock: Callable[[], float] = time.monotonic) -> None:
+    def __init__(
+        self, *, rate: int = 0, most: int = 0, audit: Audit = NOWHERE, clock: Callable[[], float] = time.monotonic
+    ) -> None:
         self._rate = rate
         self._most = most
+        self._audit = audit
         self._clock = clock
         self._used: OrderedDict[str, _Used] = OrderedDict()
-        self._turns = _Turns()
+        self._turns = FairTurns(AT_ONCE)
 
     async def turn(self, who: Hashable) -> None:
         """Return when it is the turn of a request of `who`, which nobody has checked yet.
@@ -87,18 +58,32 @@ class Requests:
         A thousand requests that come at once are a second's work: it is done a little at a time, and each who has
         requests gets one of them done in turn.
         """
-        await self._turns.take(who)
+        turn = asyncio.get_running_loop().create_future()
 
-    def count(self, caller: Caller) -> None:
-        """One more is begun. Raises UnavailableError "too_many_requests" (429)."""
+        def begin() -> bool:
+            if turn.done():  # its peer has gone meanwhile
+                return False
+            turn.set_result(None)
+            return True
+
+        self._turns.begin(begin, who)
+        await turn
+
+    def count(self, caller: Caller, *, looks: bool = False) -> None:
+        """One more is begun, of which nothing is written down where it only `looks`.
+
+        Raises UnavailableError "too_many_requests" (429).
+        """
         if self._rate and not self._of(caller).bucket.try_take(self._clock()):
             raise UnavailableError(
                 f"{caller.name} asks this host for more than {self._rate} things a second; ask again in a moment.",
                 code="too_many_requests",
                 status=429,
             )
+        if not looks:
+            self._audit.need_room(caller.name)
 
-    def begin(self, caller: Caller) -> Callable[[], None]:
+    def begin(self, caller: Caller, *, looks: bool = False) -> Callable[[], None]:
         """A request is under way until what this gives is called. Raises as `count` does."""
         used = self._of(caller)
         if self._most and used.under_way >= self._most:
@@ -107,7 +92,7 @@ class Requests:
                 code="too_many_requests",
                 status=429,
             )
-        self.count(caller)
+        self.count(caller, looks=looks)
         used.under_way += 1
 
         def end() -> None:
@@ -115,9 +100,13 @@ class Requests:
 
         return end
 
+    @staticmethod
+    def whose(caller: Caller) -> str:
+        """By what name these requests are counted: those without a token are told apart by where they are."""
+        return f"{caller.name} at {asker().origin}" if caller.role == ANONYMOUS else caller.name
+
     def _of(self, caller: Caller) -> _Used:
-        # Those without a token are told apart by where they are.
-        name = f"{caller.name} at {asker().origin}" if caller.role == ANONYMOUS else caller.name
+        name = self.whose(caller)
         used = self._used.get(name)
         if used is None:
             used = self._used[name] = _Used(TokenBucket(self._rate or 1, BURST_SECONDS * self._rate, self._clock()))

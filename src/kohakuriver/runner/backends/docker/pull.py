@@ -111,6 +111,8 @@ class Images:
         try:
             return dict(await self._docker().images.inspect(quote(image, safe="/:@")))
         except DockerError as error:
+            if error.status == 400:  # engines before 23 know no addresses of IPv6
+                raise UsageError(f"The engine of node {self._node} takes {image!r} for no name of an image.") from None
             if error.status != 404:
                 raise
             return None
