@@ -1,8 +1,8 @@
-"""python -m scripts.pictures: make the README's two pictures, of a terminal and of the dashboard, from what runs.
+"""python -m scripts.pictures: make the pictures of a terminal and of the dashboard's task pages from what runs.
 
 A cluster by `kohakuriver up`, a task with a web page, and a session to it. What the commands print on a real terminal
-becomes docs/images/terminal.svg, and what Chromium shows of the host docs/images/dashboard.png. Needs what `make e2e`
-installs.
+becomes docs/images/terminal.svg, and what Chromium shows of the host dashboard.png, dashboard-task.png (in dark
+colours) and dashboard-phone.png there. Needs what `make e2e` installs.
 """
 
 from __future__ import annotations
@@ -100,7 +100,33 @@ def draw_terminal(cluster: Cluster, path: Path) -> None:
     path.write_text(console.export_svg(title="kohakuriver", code_format=SVG, unique_id="river"))
 
 
-def draw_dashboard(cluster: Cluster, path: Path) -> None:
+def look(browser: Any, scheme: str, width: int, height: int) -> None:
+    """Have the page in a window of that size, in light or dark colours."""
+    features = [{"name": "prefers-color-scheme", "value": scheme}]
+    browser.execute_cdp_cmd("Emulation.setEmulatedMedia", {"features": features})
+    metrics = {"width": width, "height": height, "deviceScaleFactor": 1, "mobile": width < 600}
+    browser.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", metrics)
+
+
+def draw_phone(browser: Any, path: Path) -> None:
+    """The page of a task on a phone, in light colours, beside a new task in dark ones."""
+    look(browser, "light", 390, 844)
+    seen = [browser.get_screenshot_as_base64()]
+    browser.execute_script("location.hash = '#/tasks'")
+    until(browser, "return document.querySelector('h1 + .primary') !== null")
+    browser.find_element("css selector", "h1 + .primary").click()
+    look(browser, "dark", 390, 844)
+    seen.append(browser.get_screenshot_as_base64())
+    images = "".join(f'<img src="data:image/png;base64,{each}" style="margin-right: 15px">' for each in seen)
+    with tempfile.NamedTemporaryFile("w", suffix=".html") as page:
+        page.write(f'<body style="margin: 0; display: flex">{images}')
+        page.flush()
+        browser.get(f"file://{page.name}")
+        look(browser, "light", 2 * 390 + 15, 844)
+        browser.save_screenshot(str(path))
+
+
+def draw_dashboard(cluster: Cluster, images: Path) -> None:
     """What Chromium shows of a task that is in use."""
     from selenium import webdriver
 
@@ -124,7 +150,10 @@ def draw_dashboard(cluster: Cluster, path: Path) -> None:
                 with urllib.request.urlopen(f"http://127.0.0.1:{port}/") as answer:
                     answer.read()
             time.sleep(0.2)
-        browser.save_screenshot(str(path))
+        browser.save_screenshot(str(images / "dashboard.png"))
+        look(browser, "dark", 1280, 800)
+        browser.save_screenshot(str(images / "dashboard-task.png"))
+        draw_phone(browser, images / "dashboard-phone.png")
     finally:
         browser.quit()
         forward.stop()
@@ -145,7 +174,7 @@ def main() -> None:
             create = ("vps", "create", "--name", "train", "--backend", "process", "--")
             cluster.succeed(*create, sys.executable, "-c", PAGE)
             draw_terminal(cluster, IMAGES / "terminal.svg")
-            draw_dashboard(cluster, IMAGES / "dashboard.png")
+            draw_dashboard(cluster, IMAGES)
         finally:
             cluster.close()
 

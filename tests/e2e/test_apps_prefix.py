@@ -8,6 +8,7 @@ import json
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
@@ -16,9 +17,11 @@ import pytest
 
 from kohakuriver.cli.pki import Authority
 from kohakuriver.host.apps.addresses import PREFIX_VARIABLE
+from kohakuriver.host.dashboard import built
 from tests.e2e.conftest import free_port, require, until
 from tests.e2e.test_apps import open_by_hand
 from tests.e2e.test_jupyterlab import SOURCE, Page, lab_in
+from tests.e2e.test_login import text_of
 from tests.support.up import Commands
 
 pytestmark = [pytest.mark.e2e, pytest.mark.timeout(300)]
@@ -69,7 +72,7 @@ async def socket(request):
     return answer
 app = web.Application()
 app.add_routes([web.get("/", page), web.post("/sent", sent), web.get("/moved", moved), web.get("/socket", socket),
-                web.get("/worker.js", worker), web.get("/{path}", told)])
+                web.get("/worker.js", worker), web.get("/{path:.*}", told)])
 web.run_app(app, host="127.0.0.1", port=int(sys.argv[1]), print=None)
 """
 
@@ -187,6 +190,30 @@ def test_a_page_works_under_its_prefix_and_gets_neither_at_the_host_nor_at_cooki
     prefixed.log_in(browser)
     names = [each["name"] for each in browser.get_cookies() if "-host-" in each["name"]]
     assert names == [mine if prefixed.main.rpartition(":")[0] in prefixed.apps else mine.replace("Http-", "")]
+
+
+@pytest.mark.parametrize("prefixed", ["name"], indirect=True)
+def test_the_dashboard_has_the_next_request_of_an_open_page_told_with_its_prefix(
+    prefixed: Prefixed, services: list[int], browser: Any
+) -> None:
+    require(built(), "the dashboard")
+    prefixed.log_in(browser)
+    base = open_there(prefixed, browser, services[0])
+
+    def choose(kept: bool) -> None:
+        browser.get(f"{prefixed.main}/#/tasks/first")
+        choice = until(lambda: browser.find_elements("name", "keep_prefix"), "the choice")[0]
+        browser.find_element("css selector", ".told summary").click()
+        choice.click()
+        until(lambda: (choice.is_enabled(), choice.is_selected()) == (True, kept), "it is taken")
+
+    def told(path: str) -> bool:
+        browser.get(f"{base}/asked")
+        return text_of(browser).startswith(f"{path} ")
+
+    for kept, path in ((True, f"{urlsplit(base).path}/asked"), (False, "/asked")):
+        choose(kept)
+        until(partial(told, path), f"the service is told {path}")
 
 
 @pytest.mark.parametrize("prefixed", ["name"], indirect=True)

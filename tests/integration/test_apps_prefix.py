@@ -65,7 +65,8 @@ def test_a_click_on_the_hosts_page_leads_to_the_service_under_its_prefix(prefixe
         async with made.stage.websocket(made.surfer, f"{made.origin}/socket") as ws:
             await ws.send("there")
             assert await ws.recv() == "there"
-        assert (await made.surfer.ask(f"{HOST}/api/auth", site="same-origin")).json()["apps"] is True
+        about = (await made.surfer.ask(f"{HOST}/api/auth", site="same-origin")).json()
+        assert (about["apps"], about["apps_prefix"]) == (True, True)
 
     prefixed(check, there=False)
 
@@ -99,9 +100,10 @@ def test_the_owner_has_a_service_told_paths_with_the_prefix_and_the_task_is_told
         for kept in (True, False):
             answer = await host.user.post("/api/tasks/lab/web", json={"keep_prefix": kept})
             assert (answer.json()["keep_prefix"], answer.json()["preserve_host"]) == (kept, False)
-            made.surfer = await made.stage.surfer()  # whose session begins now
-            told = (await made.surfer.go(made.link, site="same-origin")).json()
-            assert told["path"] == (f"{prefix_of(made)}/" if kept else "/")
+            await made.surfer.go(made.link, site="same-origin")
+            path = f"{prefix_of(made)}/" if kept else "/"
+            await made.told(path, f"localhost:{made.app.port}")  # the session that is open goes by it
+            told = (await made.get("/")).json()
             assert ("X-Forwarded-Prefix" in dict(told["fields"])) is not kept
         assert [event["keep_prefix"] for event in made.events() if event["event"] == "task_changed"] == [True, False]
 
@@ -187,6 +189,21 @@ def test_services_are_told_paths_as_the_owner_says_on_the_command_line(prefixed:
         assert (answer.status_code, "keep_prefix" in answer.json()["message"]) == (400, True)
 
     prefixed(check, there=False)
+
+
+def test_addresses_in_other_fields_are_those_of_both_sides_too(prefixed: Callable[..., None]) -> None:
+    async def check(made: Scene) -> None:
+        answer = await made.get("/refreshing")
+        assert answer.headers["refresh"] == f"0; url={prefix_of(made)}/landed?x"
+        assert answer.headers["link"] == f"<{APPS}{prefix_of(made)}/next>; rel=next"
+        for own in (f"{made.origin}/b", f"{prefix_of(made)}/b"):
+            headers = {"Origin": APPS, "Destination": own, "If": f"<{own}> (<urn:uuid:1>)"}
+            moved = await made.get("/a", method="MOVE", site="same-origin", headers=headers)
+            fields = dict(moved.json()["fields"])
+            inner = f"http://localhost:{made.app.port}/b" if own.startswith("http") else "/b"
+            assert (fields["Destination"], fields["If"]) == (inner, f"<{inner}> (<urn:uuid:1>)")
+
+    prefixed(check)
 
 
 # -- what is kept apart ----------------------------------------------------------------------------------------------

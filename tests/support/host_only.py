@@ -187,7 +187,7 @@ class HostUnderTest:
         self.audit = audit
         self.clock = clock
         self.stack = contextlib.AsyncExitStack()
-        changes = Changes[int]()
+        changes = self.changes = Changes[int]()
         self.runners = RunnerClient(ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT))
         self.nodes = Nodes(
             store,
@@ -374,7 +374,8 @@ async def a_host(
         host.stack.callback(audit.close)
         host.stack.push_async_callback(store.close)
         host.stack.push_async_callback(host.runners.close)
-        running = [asyncio.ensure_future(host.tasks.run()), asyncio.ensure_future(host.feed.run())]
+        beside = (host.tasks.run(), host.feed.run(), host.app_server.run(host.changes))
+        running = [asyncio.ensure_future(each) for each in beside]
         host.stack.push_async_callback(cancel_all, running)
         ws = serve_ws(host.tunnel_routes, host.guard, proxies=host.proxies)
         host.url = await host.stack.enter_async_context(

@@ -53,6 +53,10 @@ class App:
             answer.set_cookie(name, "1")
         return answer
 
+    async def refreshing(self, request: server.Request) -> server.Response:
+        fields = {"Refresh": "0; url=/landed?x", "Link": f"<http://localhost:{self.port}/next>; rel=next"}
+        return server.Response(text="later", headers=fields)
+
     async def large(self, request: server.Request) -> server.StreamResponse:
         answer = server.StreamResponse()
         answer.content_length = SIZE
@@ -67,6 +71,7 @@ async def serving(app: App) -> AsyncIterator[int]:
     made = server.Application()
     made.router.add_get("/socket", app.socket)
     made.router.add_get("/cookie", app.cookie)
+    made.router.add_get("/refreshing", app.refreshing)
     made.router.add_get("/large", app.large)
     made.router.add_route("*", "/{path:.*}", app.told)
     runner = server.AppRunner(made, shutdown_timeout=0.1, access_log=None, handler_cancellation=True)
@@ -100,6 +105,14 @@ class Scene:
 
     async def get(self, path: str = "/", **how: Any) -> Any:
         return await self.surfer.ask(f"{self.origin}{path}", **how)
+
+    async def told(self, path: str, host: str) -> None:
+        """Return once the service is told that path and that Host of a request; the test's own time-out ends it."""
+        while True:
+            told = (await self.get()).json()
+            if (told["path"], dict(told["fields"])["Host"]) == (path, host):
+                return
+            await asyncio.sleep(0.01)
 
     async def raw(self, *requests: str) -> str:
         """All that is answered to requests that are sent at once, on one connection."""

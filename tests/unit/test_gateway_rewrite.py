@@ -126,6 +126,50 @@ def test_a_redirection_to_the_service_itself_leads_to_its_address(location: byte
     assert b"Location: " + shown in outside(b"Location: " + location + b"\r\n")
 
 
+ELSEWHERE = b"http://localhost:8888.evil.example/"
+
+
+@pytest.mark.parametrize(
+    ("field", "shown"),
+    [
+        (b"Refresh: 5; url=http://localhost:8888/x", b"Refresh: 5; url=" + OWN + b"/x"),
+        (b"Refresh: 0;URL='http://localhost:8888'", b"Refresh: 0;URL='" + OWN + b"'"),
+        (b'Refresh: .5 , Url = "//127.0.0.1:8888/x" y', b'Refresh: .5 , Url = "' + OWN + b'/x" y'),
+        (b"Refresh: 5 http://localhost:8888/x", b"Refresh: 5 " + OWN + b"/x"),
+        (b"Refresh: 5", b"Refresh: 5"),
+        (b"Refresh: 5; url=/x?y='z'", b"Refresh: 5; url=/x?y='z'"),
+        (b"Refresh: 5; url=" + ELSEWHERE, b"Refresh: 5; url=" + ELSEWHERE),
+        (b"Content-Location: http://localhost:8888/x", b"Content-Location: " + OWN + b"/x"),
+        (
+            b'Link: <http://localhost:8888/?p=2>; rel="next", <http://[::1]:8888/>; rel=up; title=",<x>"',
+            b"Link: <" + OWN + b'/?p=2>; rel="next", <' + OWN + b'/>; rel=up; title=",<x>"',
+        ),
+        (b"Link: <" + ELSEWHERE + b">; rel=next", b"Link: <" + ELSEWHERE + b">; rel=next"),
+    ],
+)
+def test_other_fields_that_name_an_address_of_the_service_name_that_outside(field: bytes, shown: bytes) -> None:
+    assert outside(field + b"\r\n")[1:] == [shown]
+
+
+@pytest.mark.parametrize(
+    ("target", "told"),
+    [
+        (OWN + b"/b%20c?d", b"http://localhost:8888/b%20c?d"),
+        (b"/b", b"/b"),
+        (OWN + b"1/b", OWN + b"1/b"),
+        (OWN + b".evil.example/b", OWN + b".evil.example/b"),
+        (b"//evil.example/b", b"//evil.example/b"),
+        (b"https://elsewhere.example/b", b"https://elsewhere.example/b"),
+    ],
+)
+def test_what_webdav_copies_and_moves_to_is_an_address_of_the_service(target: bytes, told: bytes) -> None:
+    assert b"Destination: " + told in inside(b"Destination: " + target + b"\r\n", line=b"MOVE /a HTTP/1.1")
+    lines = inside(b"If: <" + target + b'> (<urn:uuid:1> [W/"e"])\r\n', line=b"PUT /a HTTP/1.1")
+    assert b"If: <" + told + b'> (<urn:uuid:1> [W/"e"])' in lines
+    asked = b"Destination: " + target
+    assert asked in inside(asked + b"\r\n", place=replace(LAB, preserve_host=True), line=b"COPY /a HTTP/1.1")
+
+
 @pytest.mark.parametrize(
     ("cookie", "kept"),
     [
@@ -253,6 +297,46 @@ def test_a_redirection_to_a_path_of_the_service_leads_there_under_the_prefix(
 ) -> None:
     for place, outer in ((STRIPPED, told), (KEPT, kept)):
         assert b"Location: " + outer in outside(b"Location: " + location + b"\r\n", status=302, place=place)
+
+
+@pytest.mark.parametrize(
+    ("field", "told"),
+    [
+        (b"Refresh: 5; url=/x", b"Refresh: 5; url=%s/x"),
+        (b"Refresh: 5; url=%s/x", b"Refresh: 5; url=%s/x"),
+        (b"Refresh: 0;url='/x'; more", b"Refresh: 0;url='%s/x'; more"),
+        (b"Refresh: 0; /x", b"Refresh: 0; %s/x"),
+        (b"Refresh: 0", b"Refresh: 0"),
+        (b"Refresh: 0; url=//evil.example/x", b"Refresh: 0; url=//evil.example/x"),
+        (b"Content-Location: /x.en", b"Content-Location: %s/x.en"),
+        (b"Link: </a.css>;rel=preload,<b.css>;rel=x,</c>", b"Link: <%s/a.css>;rel=preload,<b.css>;rel=x,<%s/c>"),
+    ],
+)
+def test_paths_in_other_fields_lead_there_under_the_prefix_too(field: bytes, told: bytes) -> None:
+    field, told = field.replace(b"%s", PREFIX), told.replace(b"%s", PREFIX)
+    assert outside(field + b"\r\n", place=STRIPPED)[1:] == [told]
+    assert outside(field + b"\r\n", place=KEPT)[1:] == [field]
+
+
+@pytest.mark.parametrize(
+    ("target", "told", "kept"),
+    [
+        (APPS + PREFIX + b"/b", b"http://localhost:8888/b", b"http://localhost:8888" + PREFIX + b"/b"),
+        (APPS + b"/b", b"http://localhost:8888/b", b"http://localhost:8888/b"),  # as the service itself told it
+        (APPS + PREFIX, b"http://localhost:8888/", b"http://localhost:8888" + PREFIX),
+        (PREFIX + b"/b", b"/b", PREFIX + b"/b"),
+        (PREFIX + b"8/b", PREFIX + b"8/b", PREFIX + b"8/b"),
+        (b"/b", b"/b", b"/b"),
+    ],
+)
+def test_what_webdav_copies_and_moves_to_is_told_without_the_prefix(target: bytes, told: bytes, kept: bytes) -> None:
+    for place, inner in ((STRIPPED, told), (KEPT, kept)):
+        assert b"Destination: " + inner in under(b"Destination: " + target + b"\r\n", place)
+        assert b"If: <" + inner + b"> (<urn:uuid:1>)" in under(b"If: <" + target + b"> (<urn:uuid:1>)\r\n", place)
+    preserved = told.replace(b"http://localhost:8888", APPS)
+    assert b"Destination: " + preserved in under(
+        b"Destination: " + target + b"\r\n", replace(STRIPPED, preserve_host=True)
+    )
 
 
 @pytest.mark.parametrize(

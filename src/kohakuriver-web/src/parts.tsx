@@ -208,14 +208,37 @@ export function Field({ label, name, hint, rows, ...input }: FieldProps): JSX.El
   );
 }
 
+interface ChoiceProps {
+  label: string;
+  hint: string;
+  name: string;
+  checked?: boolean;
+  disabled?: boolean;
+  change?: (wanted: boolean) => void;
+}
+
+/** A box to tick. */
+export function Choice({ label, hint, name, change, ...input }: ChoiceProps): JSX.Element {
+  return (
+    <div class="tick">
+      <label>
+        <input type="checkbox" name={name} value="yes" aria-describedby={`${name}-hint`} onChange={change && ((event) => change(event.currentTarget.checked))} {...input} /> {label}
+      </label>
+      <small id={`${name}-hint`} class="hint">
+        {hint}
+      </small>
+    </div>
+  );
+}
+
 /** What was typed into a form, by the names of its fields. */
 export function typed(form: HTMLFormElement): (name: string) => string {
   const data = new FormData(form);
   return (name) => String(data.get(name) ?? "").trim();
 }
 
-/** What an admin's page shows once it has come; `load` is called again by what changes it. */
-export function useLoaded<T>(load: () => Promise<T>): { value: T | null; reload: () => void } {
+/** What an admin's page shows once it has come; `load` is called again by what changes it, and for something else (`what`). */
+export function useLoaded<T>(load: () => Promise<T>, what: unknown = null): { value: T | null; reload: () => void } {
   const [value, setValue] = useState<T | null>(null);
   const [turn, setTurn] = useState(0);
   useEffect(() => {
@@ -224,15 +247,35 @@ export function useLoaded<T>(load: () => Promise<T>): { value: T | null; reload:
     return () => {
       wanted = false;
     };
-  }, [turn]);
+  }, [turn, what]);
   return { value, reload: () => setTurn((before) => before + 1) };
 }
 
-/** A table that scrolls by itself where the window is narrow, also by keyboard. */
-export function Table({ label, children }: { label: string; children: ComponentChildren }): JSX.Element {
+const ROLES: Record<string, string> = { THEAD: "rowgroup", TBODY: "rowgroup", TR: "row", TD: "cell" };
+
+/** On a phone each row is a card, whose cells say what the column is called; it is a table all the same. */
+function asCards(table: HTMLTableElement): void {
+  const heads = [...table.querySelectorAll("thead th")].map((head) => head.textContent ?? "");
+  for (const part of table.querySelectorAll("thead, tbody, tr, td, th")) {
+    const head = part.getAttribute("scope") === "col" ? "columnheader" : "rowheader";
+    part.setAttribute("role", ROLES[part.tagName] ?? head);
+  }
+  for (const row of table.querySelectorAll("tbody tr")) {
+    [...row.children].forEach((cell, at) => cell.setAttribute("data-label", heads[at] ?? ""));
+  }
+}
+
+/** A table that scrolls by itself where the window is narrow, also by keyboard; with `cards` it is a list on a phone. */
+export function Table({ label, cards = true, children }: { label: string; cards?: boolean; children: ComponentChildren }): JSX.Element {
+  const table = useRef<HTMLTableElement>(null);
+  useEffect(() => {
+    if (cards) asCards(table.current!);
+  });
   return (
-    <div class="scroll" role="region" aria-label={label} tabIndex={0}>
-      <table>{children}</table>
+    <div class={cards ? "scroll cards" : "scroll"} role="region" aria-label={label} tabIndex={0}>
+      <table ref={table} role={cards ? "table" : undefined}>
+        {children}
+      </table>
     </div>
   );
 }

@@ -39,6 +39,8 @@ export interface Task {
   message: string | null;
   exit_code: number | null;
   ssh_port: number | null;
+  preserve_host: boolean;
+  keep_prefix: boolean;
 }
 
 export interface Node {
@@ -131,6 +133,8 @@ export interface Whoami {
   limits: Record<string, Limit>;
   /** Whether ports of tasks have addresses at this host, by the name by which the page is at it. */
   apps: boolean;
+  /** Whether these are all under one origin, each with a prefix. */
+  apps_prefix: boolean;
 }
 
 export interface User {

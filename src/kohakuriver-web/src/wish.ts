@@ -25,6 +25,7 @@ export function wish(field: (name: string) => string, kind: string): Record<stri
     const paths = lines(field(name));
     set(name, paths, paths.length);
   }
+  set("keep_prefix", true, field("keep_prefix"));
   const keys = lines(field("ssh_keys"));
   set("ssh_keys", keys, keys.length);
   return asked;

@@ -86,4 +86,5 @@ it("asks for a task by the API's own fields, and for nothing that was left empty
     volumes: ["work:/work", "data:/data:ro"],
   });
   expect(wish((name) => (name === "command" ? "sleep 9" : ""), "process")).toEqual({ backend: "process", command: ["sleep", "9"] });
+  expect(wish((name) => (name === "keep_prefix" ? "yes" : ""), "process")).toEqual({ backend: "process", keep_prefix: true });
 });

@@ -45,7 +45,9 @@ _NEVER_NAMED_BACK = frozenset({b"set-cookie", b"content-length", b"location"})
 _ORDERS = frozenset({b"x-accel-expires", b"x-accel-redirect"})
 _ORDERS_BEGIN = (b"x-sendfile", b"x-litespeed-", b"x-lighttpd-", b"x-reproxy-")
 _ANSWER_DROPPED = _HOP | _ORDERS
-_ANSWER_CHANGED = frozenset({b"set-cookie", b"location", b"clear-site-data"})
+# Those with addresses; a browser goes where Location and Refresh lead, and loads ahead what Link names.
+_ADDRESSES = frozenset({b"location", b"content-location", b"refresh", b"link"})
+_ANSWER_CHANGED = _ADDRESSES | {b"set-cookie", b"clear-site-data"}
 # What browsers take for all of an origin: from one of several apps there it would go for the others, and outlive it.
 _OF_ORIGIN = frozenset(
     {
@@ -72,7 +74,12 @@ _CLEARED = frozenset({b'"cache"', b'"storage"', b'"executionContexts"', b'"clien
 _NONE: frozenset[bytes] = frozenset()
 # What programs of the service's side take for the same field: to WSGI and CGI dash and underscore are one.
 _REQUEST_DROPPED = _HOP | _TOLD_BY_US | {b"host"}
-_REQUEST_CHANGED = frozenset({b"cookie", b"origin", b"referer"})
+# The last two are WebDAV's (RFC 4918 section 10): where to copy or move to, and what has to be so at which addresses.
+_REQUEST_CHANGED = frozenset({b"cookie", b"origin", b"referer", b"destination", b"if"})
+_TAGGED = re.compile(rb"(?<=<)[^<>]*(?=>)")
+_LINKED = re.compile(rb"((?:^|,)[ \t]*<)([^<>]*)(?=>)")
+# HTML's "shared declarative refresh steps": seconds, and what may be in front of the address and its quotation mark.
+_REFRESH = re.compile(rb"(?i)[ \t]*[0-9.]*[ \t]*[;,]?[ \t]*(?:url[ \t]*=[ \t]*)?")
 
 
 def request(head: RequestHead, place: Place, peer: str, *, body: int, upgrade: bool) -> bytes:
@@ -85,12 +92,7 @@ def request(head: RequestHead, place: Place, peer: str, *, body: int, upgrade: b
         if lower.replace(b"_", b"-") in _REQUEST_DROPPED or lower in named:
             continue
         if lower in _REQUEST_CHANGED:
-            if place.prefix:
-                value = _told(lower, value, place, inner)
-            elif lower == b"cookie":
-                value = without_ours(value)
-            elif not place.preserve_host:
-                value = _inside(value, place.origin.encode(), inner)
+            value = _told(lower, value, place, inner)
             if not value:
                 continue
         lines.append(name + b": " + value)
@@ -111,17 +113,33 @@ def request(head: RequestHead, place: Place, peer: str, *, body: int, upgrade: b
 
 
 def _told(name: bytes, value: bytes, place: Place, inner: bytes) -> bytes:
-    """A Cookie, an Origin or a Referer as a service under a prefix is told it; nothing where it is not."""
+    """A field of a request that names an address, or a Cookie, as the service is told it; nothing where it is not."""
     if name == b"cookie":
-        return without_ours(_host_names_back(value))
+        return without_ours(_host_names_back(value) if place.prefix else value)
+    if name == b"destination":
+        return _target(value, place, inner)
+    if name == b"if":
+        return _TAGGED.sub(lambda match: _target(match[0], place, inner), value)
     origin = place.origin.encode()
-    if name == b"referer":
+    if name == b"referer" and place.prefix:
         path = value[len(origin) :] if value.startswith(origin + b"/") else b""
         if path not in (b"", b"/") and not place.has(path):
             return b""  # the address of another app is none of its business
         if path != b"/":
             origin += place.stripped
     return value if place.preserve_host else _inside(value, origin, inner)
+
+
+def _target(url: bytes, place: Place, inner: bytes) -> bytes:
+    """An address that a page wants the service to do something at. It may lack the prefix: the service has told it."""
+    origin = place.origin.encode()
+    there = origin if url == origin or url.startswith(origin + b"/") else b""
+    path = url[len(there) :]
+    if not there and (not path.startswith(b"/") or path.startswith(b"//")):
+        return url
+    if place.has(path):
+        path = path[len(place.stripped) :] or b"/"
+    return (there if place.preserve_host or not there else b"http://" + inner) + path
 
 
 def _named(head: RequestHead | ResponseHead, never: frozenset[bytes]) -> frozenset[bytes]:
@@ -153,7 +171,7 @@ def response(
         if more and lower.endswith(_KEEPING_ENDS):
             continue
         if lower in changed:
-            value = _outside(value, place) if lower == b"location" else _own_alone(lower, value, place)
+            value = _led(lower, value, place) if lower in _ADDRESSES else _own_alone(lower, value, place)
             if not value:
                 continue
         lines.append(name + b": " + value)
@@ -242,6 +260,22 @@ def _own_realm(challenge: bytes, place: Place) -> bytes:
 def _inner_addresses(port: int) -> re.Pattern[bytes]:
     number = rb"(?::80)?" if port == 80 else b":%d" % port
     return re.compile(rb"(?i)(?:https?:)?//(?:localhost|127\.0\.0\.1|\[::1\]|0\.0\.0\.0)" + number + rb"(?=[/?#]|$)")
+
+
+def _led(name: bytes, value: bytes, place: Place) -> bytes:
+    """A field of an answer with addresses, as they are outside."""
+    if name == b"link":  # RFC 8288 section 3
+        return _LINKED.sub(lambda match: match[1] + _outside(match[2], place), value)
+    if name != b"refresh":
+        return _outside(value, place)
+    match = _REFRESH.match(value)
+    assert match is not None  # it matches nothing at all, too
+    before, address = match[0], value[match.end() :]
+    quote = address[:1] if address[:1] in (b"'", b'"') else b""
+    if not quote:
+        return before + _outside(address, place)
+    address, mark, after = address[1:].partition(quote)
+    return before + quote + _outside(address, place) + mark + after
 
 
 def _outside(location: bytes, place: Place) -> bytes:

@@ -225,8 +225,11 @@ async def docs(request: Request) -> HTMLResponse:
 @_api.get("/auth")
 async def whoami(host: Host, request: Request, authenticated: Authenticated) -> Whoami:
     """Who the caller is, and how much they may have."""
-    apps = host.apps.reached_from(request.headers.get("host", ""))
-    return (await host.people.whoami(*authenticated)).model_copy(update={"apps": apps})
+    apps = {
+        "apps": host.apps.reached_from(request.headers.get("host", "")),
+        "apps_prefix": host.apps.addresses.have_prefixes,
+    }
+    return (await host.people.whoami(*authenticated)).model_copy(update=apps)
 
 
 @_api.post("/auth/link", status_code=201)

@@ -506,7 +506,8 @@ class LimitsView(BaseModel):
 class Whoami(BaseModel):
     """Who the caller is, by which token, and how much they may have.
 
-    `apps`: ports of tasks have addresses of their own at this host, for a browser that is at it by the same name.
+    `apps`: ports of tasks have addresses at this host, for a browser that is at it by the same name. `apps_prefix`: all
+    of these are under one origin, each with a prefix, so that `keep_prefix` of a task counts.
     """
 
     user: str
@@ -514,6 +515,7 @@ class Whoami(BaseModel):
     token: TokenView
     limits: dict[str, Limit]
     apps: bool = False
+    apps_prefix: bool = False
 
 
 def iso_time(seconds: float) -> str:

@@ -554,6 +554,7 @@ class Host:
             keep(self._hosts.care(), "deleting what has run out"),
             keep(self._tasks.run(), "looking what tasks that are waited for have changed"),
             keep(self._feed.run(), "telling what changes"),
+            keep(self._app_server.run(self._changes), "looking what services are to be told"),
             keep(self._nodes.run(), "looking whether nodes can be reached"),
             keep(self._nodes.hearing.run(), "looking whether nodes can be heard"),
             keep(self._agent_node.run(), "looking after agents' tasks"),

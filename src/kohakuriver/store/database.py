@@ -309,6 +309,11 @@ class Store:
         wanted = query.where(Task.removed.is_(False), Task.task_id.in_(list(task_ids)))
         return await self.read(lambda session: {row[0]: (row[1], row[2]) for row in session.execute(wanted)})
 
+    async def orders(self, task_ids: Iterable[int]) -> dict[int, dict[str, Any]]:
+        """What was ordered of each of these tasks, as `change_order` sets it; nothing of those that are gone."""
+        query = select(Task.task_id, Task.spec).where(Task.task_id.in_(list(task_ids)))
+        return await self.read(lambda session: {row[0]: row[1] for row in session.execute(query)})
+
     async def task_and_node(self, reference: str) -> tuple[Task, Node]:
         """The task with that id or name, and its node. Raises NotFoundError."""
 

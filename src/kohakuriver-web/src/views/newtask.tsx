@@ -1,11 +1,16 @@
 import type { JSX } from "preact";
 import { useState } from "preact/hooks";
 import { ask } from "../api";
-import { nodes } from "../feed";
-import { Field, FormDialog, tell } from "../parts";
+import { nodes, state } from "../feed";
+import { me } from "../me";
+import { Choice, Field, FormDialog, tell } from "../parts";
 import { go } from "../route";
 import type { Task } from "../types";
 import { wish } from "../wish";
+
+export const KEEP_PREFIX = "Ask programs by their whole path";
+export const KEEP_PREFIX_HINT =
+  "For those that were started with it, as Jupyter, Grafana or Vite: it is $KOHAKURIVER_WEB_PREFIX, a slash, and the port. All others are asked without it.";
 
 export function NewTask({ close }: { close: () => void }): JSX.Element {
   const offered = new Set([...nodes.value.values()].filter((node) => node.status === "online").flatMap((node) => node.backends));
@@ -33,6 +38,7 @@ export function NewTask({ close }: { close: () => void }): JSX.Element {
           </label>
         ))}
       </fieldset>
+      {state.value === "live" && !offered.has(kind) && <p class="wrong">{offered.size ? "No node that is online offers that." : "No node is online: nothing can be started just now."}</p>}
       <div class="fields">
         <Field label="Name" name="name" hint="Small letters, digits, dots and dashes; one is made up if empty." />
         {kind === "docker" && <Field label="Image" name="image" placeholder="python:3.12-slim" required />}
@@ -87,6 +93,7 @@ export function NewTask({ close }: { close: () => void }): JSX.Element {
             <Field label="Mounts" name="mounts" rows={2} placeholder="/data:/data:ro" hint="SOURCE:/TARGET, one a line." />
           </>
         )}
+        {me.value?.apps_prefix && <Choice name="keep_prefix" label={KEEP_PREFIX} hint={KEEP_PREFIX_HINT} />}
         <Field label="SSH keys" name="ssh_keys" rows={2} placeholder="ssh-ed25519 AAAA…" hint="With public keys, one a line, the task gets an SSH server." />
       </details>
     </FormDialog>

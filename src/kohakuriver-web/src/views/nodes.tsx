@@ -17,7 +17,7 @@ export default function NodesPage(): JSX.Element {
   return (
     <>
       <h1>Nodes</h1>
-      {!all.length && <p>There is no node yet.</p>}
+      {!all.length && <p>There is no node yet: <code>kohakuriver runner</code>, on a machine for tasks, makes it one.</p>}
       {all.length > 0 && (
         <Table label="Nodes">
           <thead>

@@ -5,9 +5,10 @@ import { ask, get, taskPath } from "../api";
 import { bytes, moment, parseSpan, quoted, rate, since, span } from "../format";
 import { ports, rates, sessions, state, tasks, traffic, watchPorts } from "../feed";
 import { me, owns } from "../me";
-import { Act, Confirm, Copy, Field, FormDialog, StatusMark, Table, tell } from "../parts";
+import { Act, Choice, complain, Confirm, Copy, Field, FormDialog, StatusMark, Table, tell } from "../parts";
 import { go, href } from "../route";
 import type { Group, Port, Task } from "../types";
+import { KEEP_PREFIX, KEEP_PREFIX_HINT } from "./newtask";
 import { Output } from "./output";
 import { SessionRows } from "./sessionrows";
 
@@ -35,6 +36,7 @@ export function TaskPage({ reference }: { reference: string }): JSX.Element {
         <section aria-labelledby="ports-title">
           <h2 id="ports-title">Ports</h2>
           <Ports task={task} running={running} />
+          {running && me.value?.apps && owns(task) && <Told task={task} />}
         </section>
         <section aria-labelledby="reach-title">
           <h2 id="reach-title">From your machine</h2>
@@ -228,6 +230,38 @@ function Open({ task, port }: { task: Task; port: Port }): JSX.Element {
   );
 }
 
+/** What the services of a task are told when they are opened here, which counts from the next request on. */
+function Told({ task }: { task: Task }): JSX.Element {
+  const [asked, setAsked] = useState<{ name: string; wanted: boolean } | null>(null);
+  async function change(name: string, wanted: boolean): Promise<void> {
+    setAsked({ name, wanted });
+    try {
+      await ask("POST", taskPath(task, "/web"), { [name]: wanted });
+    } catch (error) {
+      complain(error);
+    } finally {
+      setAsked(null);
+    }
+  }
+  const box = (name: "keep_prefix" | "preserve_host", label: string, hint: string): JSX.Element => (
+    <Choice
+      name={name}
+      label={label}
+      hint={hint}
+      checked={asked?.name === name ? asked.wanted : task[name]}
+      disabled={asked !== null}
+      change={(wanted) => void change(name, wanted)}
+    />
+  );
+  return (
+    <details class="told">
+      <summary>If a page does not work when it is opened here</summary>
+      {me.value?.apps_prefix && box("keep_prefix", KEEP_PREFIX, KEEP_PREFIX_HINT)}
+      {box("preserve_host", "Tell programs the browser's address", "For those that want to know it. Else they are told that the browser is beside them, at localhost, which suits most.")}
+    </details>
+  );
+}
+
 function Reach({ task }: { task: Task }): JSX.Element {
   return (
     <dl class="lines">
@@ -311,7 +345,7 @@ function About({ task }: { task: Task }): JSX.Element {
   ];
   const told = rows.filter(([, value]) => value !== null);
   return (
-    <Table label="About the task">
+    <Table label="About the task" cards={false}>
       <tbody>
         {told.map(([name, value]) => (
           <tr key={name}>

@@ -1,7 +1,7 @@
 import type { JSX } from "preact";
 import { useState } from "preact/hooks";
 import { rate, since } from "../format";
-import { rates, tasks, traffic } from "../feed";
+import { nodes, rates, state, tasks, traffic } from "../feed";
 import { me } from "../me";
 import { StatusMark, Table } from "../parts";
 import { href } from "../route";
@@ -29,7 +29,8 @@ export function TasksPage(): JSX.Element {
         </div>
       )}
       {all.length === 0 && <Nothing />}
-      {all.length > 0 && (
+      {all.length > 0 && shown.length === 0 && <p>No task has that in its name, owner, node or status.</p>}
+      {shown.length > 0 && (
         <Table label="Tasks">
           <thead>
             <tr>
@@ -62,6 +63,14 @@ export function TasksPage(): JSX.Element {
 }
 
 function Nothing(): JSX.Element {
+  if (state.value !== "live") return <p class="hint">{state.value || "Loading…"}</p>;
+  if (!nodes.value.size) {
+    return (
+      <p>
+        There is no task yet, nor a node that could run one: <code>kohakuriver runner</code>, on a machine for tasks, makes it one.
+      </p>
+    );
+  }
   return (
     <p>
       There is no task yet. <em>New task</em> makes one, and so does <code>kohakuriver vps create</code>.

@@ -8,20 +8,16 @@ import type { Token, TokenMade } from "../types";
 
 export default function TokensPage(): JSX.Element {
   const [all, setAll] = useState(false);
-  return (
-    <>
-      {isAdmin() && (
-        <label class="switch">
-          <input type="checkbox" checked={all} onChange={(event) => setAll(event.currentTarget.checked)} /> Of all users and nodes
-        </label>
-      )}
-      <Tokens key={String(all)} all={all} />
-    </>
+  const choice = isAdmin() && (
+    <label class="switch">
+      <input type="checkbox" checked={all} onChange={(event) => setAll(event.currentTarget.checked)} /> Of all users and nodes
+    </label>
   );
+  return <Tokens all={all} choice={choice} />;
 }
 
-function Tokens({ all }: { all: boolean }): JSX.Element {
-  const { value, reload } = useLoaded(() => get<Token[]>(all ? "/api/tokens?all=true" : "/api/tokens"));
+function Tokens({ all, choice }: { all: boolean; choice: JSX.Element | false }): JSX.Element {
+  const { value, reload } = useLoaded(() => get<Token[]>(all ? "/api/tokens?all=true" : "/api/tokens"), all);
   const [making, setMaking] = useState(false);
   const [ending, setEnding] = useState<Token | null>(null);
   return (
@@ -35,6 +31,7 @@ function Tokens({ all }: { all: boolean }): JSX.Element {
       <p class="hint">
         With a token, the command line and scripts do what this page does, by the <a href="/docs">HTTP API</a>. Browsers that are logged in are listed, too.
       </p>
+      {choice}
       {value && (
         <Table label="Tokens and browsers">
           <thead>

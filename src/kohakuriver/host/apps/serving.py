@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import asyncio
 import ssl
 import time
 from collections.abc import Callable, Sequence
 from urllib.parse import SplitResult
 
-from kohakuriver.errors import UsageError
+from kohakuriver.changes import Changes
+from kohakuriver.errors import KohakuRiverError, UsageError
 from kohakuriver.gateway.names import authority
 from kohakuriver.host.apps.addresses import Addresses, domain_in, url_in
 from kohakuriver.host.apps.apps import Apps
@@ -15,7 +17,7 @@ from kohakuriver.host.apps.front import Front
 from kohakuriver.host.apps.gate import AppGate
 from kohakuriver.host.apps.sessions import Sessions
 from kohakuriver.host.apps.signed import Signed
-from kohakuriver.host.services.authorize import Forwards
+from kohakuriver.host.services.authorize import Forwards, told_by
 from kohakuriver.host.services.credentials import Credentials
 from kohakuriver.host.services.logins import Logins
 from kohakuriver.limits import Limits
@@ -26,6 +28,8 @@ from kohakuriver.web.request_limits import GuardedHttp
 from kohakuriver.web.waiting_room import WaitingRoom
 
 __all__ = ["AppServer", "Where", "where_in"]
+
+LOOK_SECONDS = 0.2
 
 
 class Where:
@@ -116,10 +120,28 @@ class AppServer:
             authorize=self.apps.authorize, put_out=self._gate.put_out, trusted=trusted, limits=limits
         )
         self.owns = addresses.owns
+        self._store = store
 
     def front(self, http: Callable[[], GuardedHttp], room: WaitingRoom, limits: Limits) -> Front:
         """What a connection to the host begins with."""
         return Front(self.owns, self._gate.visit, http, room, limits)
+
+    async def run(self, changes: Changes[int]) -> None:
+        """Have sessions that are open go by what is said of their tasks' services meanwhile, until cancelled.
+
+        A browser's session is kept for a while, so whoever changes that and tries again would see nothing of it.
+        """
+        with changes.watch_all() as changed:
+            while True:
+                await changed.wait()
+                await asyncio.sleep(LOOK_SECONDS)  # one look for many changes, and for sessions that just begin
+                changed.clear()
+                if tasks := self.sessions.tasks:
+                    try:
+                        orders = await self._store.orders(tasks)
+                        self.sessions.tell({task_id: told_by(order) for task_id, order in orders.items()})
+                    except KohakuRiverError:  # the database fails, as every request says that needs it
+                        changed.set()
 
     async def close(self) -> None:
         """End all sessions and connections."""

@@ -10,7 +10,7 @@ import asyncio
 import contextlib
 import ssl
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import replace
 from typing import NamedTuple
 from urllib.parse import quote
@@ -290,6 +290,17 @@ class Sessions:
         self._opening.pop(key, None)
         if not task.cancelled():
             task.exception()  # who asked for it has it, or has gone
+
+    @property
+    def tasks(self) -> set[int]:
+        """The ids of those to which a session is open."""
+        return {key.task_id for key in self._open}
+
+    def tell(self, told: Mapping[int, tuple[bool, bool]]) -> None:
+        """Have requests of open sessions go by this from now on: `preserve_host` and `keep_prefix`, by tasks' ids."""
+        for key, session in self._open.items():
+            if key.task_id in told:
+                session.preserve_host, session.keep_prefix = told[key.task_id]
 
     def share_of(self, user: str) -> Share:
         """What the streams of a user may hold, in all sessions together."""

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
-from typing import Literal
+from typing import Any, Literal
 
 from kohakuriver.asking import asker
 from kohakuriver.errors import KohakuRiverError, NotAllowedError, NotFoundError, UnauthenticatedError
@@ -20,10 +20,15 @@ from kohakuriver.session.carried import Route
 from kohakuriver.ssh_proxy.jump import Reach
 from kohakuriver.store import Node, Passes, Store, Task, Token
 
-__all__ = ["Forwards"]
+__all__ = ["Forwards", "told_by"]
 
 SSH_PORT = 22
 """Where the SSH server of a task is taken to listen that was not given one."""
+
+
+def told_by(order: Mapping[str, Any]) -> tuple[bool, bool]:
+    """Whether services of a task that was ordered so are told the browser's address, and the prefix of paths."""
+    return bool(order.get("preserve_host")), bool(order.get("keep_prefix"))
 
 
 class Forwards:
@@ -79,7 +84,7 @@ class Forwards:
         with self._noting_refusals(str(task_id)):
             task, node = await self._access.usable(caller, str(task_id))
             route = self._route(task, node, caller, "forward", {port})
-            host, prefix = bool(task.spec.get("preserve_host")), bool(task.spec.get("keep_prefix"))
+            host, prefix = told_by(task.spec)
             grant = await self._grants.enter(caller, task)
             return replace(route, port=port, preserve_host=host, keep_prefix=prefix, grant=grant)
 

@@ -353,7 +353,7 @@ class Tasks:
         return view
 
     async def serve_web(self, task: Task, node: Node, how: Mapping[str, bool]) -> TaskView:
-        """Have the services of a task be told the addresses and paths that browsers have, or not, in new sessions."""
+        """Have the services of a task be told the addresses and paths that browsers have, or not, from now on."""
         changed = await self._store.change_order(task.task_id, how)
         self._changes.notify([task.task_id])
         view = await self.get(changed or task, node)
