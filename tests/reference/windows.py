@@ -13,24 +13,11 @@ RAREST_PING = FASTEST_OF = 64 << 20
 
 
 @dataclass
-class Budget:
-    """What all windows of one endpoint come out of; `left` is never negative."""
+class Way:
+    """What was measured of the streams that one process has opened."""
 
-    total: int
-    first: int
-    cap: int
-    shared: bool = False
-    shortest: int | None = None  # of all its streams' round trips
+    shortest: int | None = None
     fastest: float = 0.0  # bytes a microsecond of the stream that gets most
-    left: int = field(init=False)
-
-    def __post_init__(self) -> None:
-        self.left = self.total
-
-    def take(self, wanted: int) -> int:
-        got = min(wanted, self.left)
-        self.left -= got
-        return got
 
     def measured(self, took: int, came: int, since_last: int | None) -> None:
         """A round trip took so long, and since the stream's last one so many bytes came."""
@@ -39,27 +26,48 @@ class Budget:
             rate = came / since_last
             self.fastest += (rate - self.fastest) * (1 if rate > self.fastest else min(came / FASTEST_OF, 1))
 
-    def share(self) -> int:
+
+@dataclass
+class Budget:
+    """What all windows of one endpoint come out of; `left` is never negative."""
+
+    total: int
+    first: int
+    cap: int
+    shared: bool = False
+    left: int = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.left = self.total
+        self.ways: dict[int, Way] = {}
+
+    def take(self, wanted: int) -> int:
+        got = min(wanted, self.left)
+        self.left -= got
+        return got
+
+    def share(self, way: Way) -> int:
         """What each stream may have under way."""
-        if not self.shared or not self.fastest or self.shortest is None:
+        if not self.shared or not way.fastest or way.shortest is None:
             return self.cap
-        return self.parts(1.5 if self.shortest <= 2000 else 4)
+        return self.parts(way, 1.5 if way.shortest <= 2000 else 4)
 
-    def fair(self) -> int:
+    def fair(self, way: Way) -> int:
         """What each stream's window should be."""
-        return self.parts(1.5) if self.shared else 0
+        return self.parts(way, 1.5) if self.shared else 0
 
-    def parts(self, part: float) -> int:
-        if not self.fastest or self.shortest is None:
+    def parts(self, way: Way, part: float) -> int:
+        if not way.fastest or way.shortest is None:
             return 0
-        return min(self.cap, max(self.first, int(part * self.fastest * self.shortest)))
+        return min(self.cap, max(self.first, int(part * way.fastest * way.shortest)))
 
 
 class Window:
     """One stream's."""
 
-    def __init__(self, budget: Budget) -> None:
+    def __init__(self, budget: Budget, opener: int = 0) -> None:
         self.budget = budget
+        self.way = budget.ways.setdefault(opener, Way())
         self.paid = budget.take(budget.first)
         self.size = max(self.paid, LEAST)  # the least window is given to every stream and paid by none
         self.granted = self.size
@@ -86,7 +94,7 @@ class Window:
         return self.announce(self.in_force() // 4)
 
     def in_force(self) -> int:
-        return min(self.size, self.budget.share())
+        return min(self.size, self.budget.share(self.way))
 
     def announce(self, least: int) -> int | None:
         limit = self.consumed + self.in_force()
@@ -101,11 +109,11 @@ class Window:
         (sent_at, before), self.ping = self.ping, None
         took = max(at - sent_at, 1)
         since_last = None if self.ponged_at is None else max(at - self.ponged_at, 1)
-        self.budget.measured(took, self.received - self.ended_at, since_last)
+        self.way.measured(took, self.received - self.ended_at, since_last)
         self.ponged_at, self.ended_at = at, self.received
         sample = self.received - before
-        rate, share = sample / took, self.budget.share()
-        pays = rate > 1.1 * self.best or self.size < self.budget.fair()
+        rate, share = sample / took, self.budget.share(self.way)
+        pays = rate > 1.1 * self.best or self.size < self.budget.fair(self.way)
         self.best = max(self.best, rate)
         under_way = self.in_force()
         if not pays or 3 * sample < 2 * under_way:
@@ -122,6 +130,7 @@ class Window:
 
     def attach(self) -> int:
         """After `close`, which is also what a stream without a link does: there is one again."""
+        self.way.shortest, self.way.fastest = None, 0.0
         self.paid = self.budget.take(max(self.size, self.budget.first))
         self.size = max(self.paid, LEAST)
         self.granted = max(self.received, self.consumed + self.size)

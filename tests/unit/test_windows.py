@@ -224,9 +224,28 @@ def test_what_was_measured_of_a_link_says_nothing_of_the_next() -> None:
     budget = Budget()
     pumped(ReceiveWindow(budget), rtt=0.0004, rate=1e9, rounds=200)
     budget.shared = True
-    assert budget.share < rules.MAX_WINDOW
+    assert budget.share(budget.way(b"")) < rules.MAX_WINDOW
     budget.begin()
-    assert budget.share == rules.MAX_WINDOW
+    assert budget.share(budget.way(b"")) == rules.MAX_WINDOW
+
+
+def test_what_a_user_nearby_has_measured_holds_up_nobody_far_away() -> None:
+    budget = Budget()
+    pumped(ReceiveWindow(budget, b"near"), rtt=0.0004, rate=1e9, rounds=200)
+    budget.shared = True
+    far = [ReceiveWindow(budget, b"far") for _ in range(2)]
+    full_link(far, rtt=0.1, rate=125e6, rounds=120)
+    assert min(window.in_force for window in far) >= 4e6
+
+
+def test_the_ways_of_openers_that_come_and_go_are_not_all_remembered() -> None:
+    budget = Budget()
+    first = budget.way(b"0")
+    assert budget.way(b"0") is first
+    assert budget.way(None) is not budget.way(None)
+    for number in range(1, rules.OPENERS + 1):
+        budget.way(str(number).encode())
+    assert budget.way(b"0") is not first
 
 
 def test_a_pong_that_nobody_asked_for_changes_nothing() -> None:
@@ -270,7 +289,7 @@ def play(event: dict[str, Any], budget: Budget, windows: dict[int, ReceiveWindow
     if do == "shared":
         budget.shared = event["value"]
     elif do == "open":
-        windows[stream] = ReceiveWindow(budget)
+        windows[stream] = ReceiveWindow(budget, event["opener"].to_bytes(12, "big"))
         return {"limit": windows[stream].granted}
     elif do == "recv":
         ok = windows[stream].receive(event["size"])

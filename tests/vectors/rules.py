@@ -83,6 +83,7 @@ def windows() -> list[Vector]:
             [*(("open", n) for n in range(1, 6)), ("close", 1), ("close", 3), ("open", 7), ("open", 8)],
         ),
         ("while others receive too, less than the window is in force", plenty, shared()),
+        ("users near and far share a container's link", plenty, near_and_far()),
         ("while several receive, all have the same in force, and who has less grows", plenty, shared_by_two()),
         (
             "without a link a window is the others', and of what they left there is another",
@@ -121,6 +122,17 @@ def shared_by_two() -> list[Step]:
     return steps
 
 
+def near_and_far() -> list[Step]:
+    """What one opener's round trips are says nothing of another's: 1 is near, 2 and 3 are one far one's."""
+    steps: list[Step] = [("open", 1, 1), ("open", 2, 2), ("open", 3, 2), ("shared", True)]
+    for number, size in enumerate([200, 200, 400, 400, 800, 800, 1600, 1600]):
+        at = number * 100_000
+        steps += [*burst(1, 200_000, 50_000, at), ("pong", 1, at + 400)]
+        for stream in (2, 3):
+            steps += [*burst(stream, size * 1000, 50_000, at), ("pong", stream, at + 99_000)]
+    return steps
+
+
 def play(settings: tuple[int, int, int], steps: list[Step]) -> Vector:
     """The budget and the events, each with what it leads to; a violation is the last one."""
     budget = Budget(*settings)
@@ -141,8 +153,8 @@ def play(settings: tuple[int, int, int], steps: list[Step]) -> Vector:
 
 def act(budget: Budget, streams: dict[int, Window], do: str, stream: int, *about: int) -> Vector:
     if do == "open":
-        streams[stream] = Window(budget)
-        return {"limit": streams[stream].granted}
+        streams[stream] = Window(budget, *about)
+        return {"opener": about[0] if about else 0, "limit": streams[stream].granted}
     window = streams[stream]
     if do == "recv":
         ok, ping = window.receive(*about)

@@ -1,5 +1,8 @@
 //! Flow control of a v2 TCP stream (docs/protocol.md §3 rule 5), without any I/O.
 
+use std::cell::Cell;
+use std::collections::VecDeque;
+use std::rc::Rc;
 use std::time::Instant;
 
 use crate::protocol::{EARLY_DATA, Violation};
@@ -10,8 +13,8 @@ const WORTHWHILE: f64 = 1.1;
 /// While it does not, PINGs get rarer, to one in this many bytes: each costs every hop two frames.
 const RAREST_PING: u64 = 64 << 20;
 /// While other streams of a link receive too, what each of them needs is so many times what the
-/// fastest of them has on its way in a round trip, or the first window if that is more: of a full
-/// link each one gets as much as it has under way.
+/// fastest of its opener's has on its way in a round trip, or the first window if that is more: of
+/// a full link each one gets as much as it has under way.
 const SHARED_PART: f64 = 1.5;
 /// On a short link none has more in force than that: what waits beyond it, small messages of the
 /// others wait behind. On a longer one the way takes its time anyway, and rates need room to grow.
@@ -21,6 +24,51 @@ const SHORT_LINK: f64 = 0.002;
 /// Bytes in which what was the fastest stream's rate is forgotten.
 const FASTEST_OF: f64 = (64 << 20) as f64;
 
+/// How many openers' ways are remembered while they have no stream.
+const OPENERS: usize = 64;
+
+/// What the keys of one opener's streams begin with.
+pub type Opener = [u8; 12];
+
+/// What was measured between the two ends of some streams: all of those that one process has opened.
+/// Users near and far share a container's link.
+struct Way {
+    /// Seconds of the shortest round trip.
+    shortest: Cell<f64>,
+    /// Bytes a second of the stream that gets most.
+    fastest: Cell<f64>,
+}
+
+impl Way {
+    fn new() -> Self {
+        Self {
+            shortest: Cell::new(f64::INFINITY),
+            fastest: Cell::new(0.0),
+        }
+    }
+
+    /// It is another one.
+    fn begin(&self) {
+        self.shortest.set(f64::INFINITY);
+        self.fastest.set(0.0);
+    }
+
+    /// A PONG was there `took` seconds after its PING; since the stream's last one, where there was
+    /// one, so many bytes came in so many seconds.
+    fn measured(&self, took: f64, since_last: Option<(f64, f64)>) {
+        self.shortest.set(self.shortest.get().min(took));
+        if let Some((came, seconds)) = since_last {
+            let (rate, fastest) = (came / seconds, self.fastest.get());
+            let part = if rate > fastest {
+                1.0
+            } else {
+                (came / FASTEST_OF).min(1.0)
+            };
+            self.fastest.set(fastest + (rate - fastest) * part);
+        }
+    }
+}
+
 /// What all streams' windows may come to together, in bytes.
 pub struct Budget {
     left: u64,
@@ -28,10 +76,7 @@ pub struct Budget {
     cap: u64,
     /// Whether several streams receive by turns.
     pub shared: bool,
-    /// Seconds of the link's shortest round trip.
-    shortest: f64,
-    /// Bytes a second of the stream that gets most.
-    fastest: f64,
+    ways: VecDeque<(Opener, Rc<Way>)>,
 }
 
 impl Budget {
@@ -42,55 +87,55 @@ impl Budget {
             first: settings.first_window,
             cap: settings.max_window,
             shared: false,
-            shortest: f64::INFINITY,
-            fastest: 0.0,
+            ways: VecDeque::new(),
         }
+    }
+
+    /// The way of the streams that one process has opened; where that is not known, a new one.
+    fn way(&mut self, opener: Option<&Opener>) -> Rc<Way> {
+        let known = |opener| self.ways.iter().find(|(name, _)| name == opener);
+        if let Some((_, way)) = opener.and_then(known) {
+            return way.clone();
+        }
+        let way = Rc::new(Way::new());
+        if let Some(opener) = opener {
+            self.ways.push_back((*opener, way.clone()));
+            if self.ways.len() > OPENERS {
+                self.ways.pop_front();
+            }
+        }
+        way
     }
 
     /// Another link carries the streams: what was measured of the last one says nothing of it.
     pub fn begin(&mut self) {
-        (self.shortest, self.fastest) = (f64::INFINITY, 0.0);
+        self.ways.iter().for_each(|(_, way)| way.begin());
     }
 
-    /// A PONG was there `took` seconds after its PING; since the stream's last one, where there was
-    /// one, so many bytes came in so many seconds.
-    fn measured(&mut self, took: f64, since_last: Option<(f64, f64)>) {
-        self.shortest = self.shortest.min(took);
-        if let Some((came, seconds)) = since_last {
-            let rate = came / seconds;
-            let part = if rate > self.fastest {
-                1.0
-            } else {
-                (came / FASTEST_OF).min(1.0)
-            };
-            self.fastest += (rate - self.fastest) * part;
-        }
-    }
-
-    /// What each stream may have under way now.
-    fn share(&self) -> u64 {
-        if !self.shared || self.fastest == 0.0 {
+    /// What each stream of a way may have under way now.
+    fn share(&self, way: &Way) -> u64 {
+        if !self.shared || way.fastest.get() == 0.0 {
             return self.cap;
         }
-        let short = self.shortest <= SHORT_LINK;
-        self.parts(if short { SHARED_PART } else { LONG_PART })
+        let short = way.shortest.get() <= SHORT_LINK;
+        self.parts(way, if short { SHARED_PART } else { LONG_PART })
     }
 
     /// The window that each stream should have now, since another has; 0 while one has the link to
     /// itself.
-    fn fair(&self) -> u64 {
+    fn fair(&self, way: &Way) -> u64 {
         if self.shared {
-            self.parts(SHARED_PART)
+            self.parts(way, SHARED_PART)
         } else {
             0
         }
     }
 
-    fn parts(&self, part: f64) -> u64 {
-        if self.fastest == 0.0 {
+    fn parts(&self, way: &Way, part: f64) -> u64 {
+        if way.fastest.get() == 0.0 {
             return 0;
         }
-        let needed = (part * self.fastest * self.shortest) as u64;
+        let needed = (part * way.fastest.get() * way.shortest.get()) as u64;
         needed.max(self.first).min(self.cap)
     }
 
@@ -117,6 +162,7 @@ pub struct ReceiveWindow {
     received: u64,
     consumed: u64,
     cap: u64,
+    way: Rc<Way>,
     /// The size of what came last.
     newest: u64,
     /// From the first PING on: most streams never need one.
@@ -152,7 +198,7 @@ impl Ping {
     }
 
     /// Takes the PONG: the bytes of the sample, and whether it came at a rate that pays.
-    fn sample(&mut self, received: u64, now: Instant, budget: &mut Budget) -> Option<(u64, bool)> {
+    fn sample(&mut self, received: u64, now: Instant, way: &Way) -> Option<(u64, bool)> {
         let (ping_at, ping_from) = self.pinged.take()?;
         let seconds = |since: Instant| now.duration_since(since).as_secs_f64().max(1e-6);
         let took = seconds(ping_at);
@@ -162,7 +208,7 @@ impl Ping {
             .ponged_at
             .replace(now)
             .map(|last| (came, seconds(last)));
-        budget.measured(took, since_last);
+        way.measured(took, since_last);
         self.ping_from = received;
         let sample = received - ping_from;
         let rate = sample as f64 / took;
@@ -174,7 +220,7 @@ impl Ping {
 
 impl ReceiveWindow {
     /// A stream's first window, from what the others left of the budget.
-    pub fn new(budget: &mut Budget) -> Self {
+    pub fn new(budget: &mut Budget, opener: Option<&Opener>) -> Self {
         let paid = budget.take(budget.first);
         let size = paid.max(MIN_WINDOW);
         Self {
@@ -184,6 +230,7 @@ impl ReceiveWindow {
             received: 0,
             consumed: 0,
             cap: budget.cap,
+            way: budget.way(opener),
             newest: 0,
             ping: None,
         }
@@ -226,7 +273,7 @@ impl ReceiveWindow {
 
     /// The part of the window that the peer may have under way now.
     fn in_force(&self, budget: &Budget) -> u64 {
-        self.size.min(budget.share())
+        self.size.min(budget.share(&self.way))
     }
 
     /// Whether to send a PING on the stream now, to measure its rate.
@@ -248,9 +295,9 @@ impl ReceiveWindow {
     /// new limit if so.
     pub fn pong(&mut self, now: Instant, budget: &mut Budget) -> Option<u64> {
         let ping = self.ping.as_mut()?;
-        let (sample, pays) = ping.sample(self.received, now, budget)?;
-        let share = budget.share();
-        let pays = pays || self.size < budget.fair();
+        let (sample, pays) = ping.sample(self.received, now, &self.way)?;
+        let share = budget.share(&self.way);
+        let pays = pays || self.size < budget.fair(&self.way);
         let in_flight = self.size.min(share);
         if !pays || sample * 3 < in_flight * 2 {
             ping.skipped = (2 * ping.skipped).max(self.size).min(RAREST_PING);
@@ -271,6 +318,7 @@ impl ReceiveWindow {
     /// There is a link again: takes a window as large as before, or what is left. The limit is another one.
     pub fn attach(&mut self, budget: &mut Budget) {
         self.close(budget);
+        self.way.begin();
         self.paid = budget.take(self.size.max(budget.first));
         self.size = self.paid.max(MIN_WINDOW);
         self.granted = self.received.max(self.consumed + self.size);
@@ -310,7 +358,7 @@ mod tests {
     #[test]
     fn a_limit_rises_by_a_quarter_of_the_window_at_the_least() {
         let mut budget = budget(64 << 20);
-        let mut receiving = ReceiveWindow::new(&mut budget);
+        let mut receiving = ReceiveWindow::new(&mut budget, None);
         receiving.receive(100_000).unwrap();
         assert_eq!(receiving.consume(65_535, &budget), None);
         assert_eq!(receiving.consume(1, &budget), Some(FIRST_WINDOW + 65_536));
@@ -318,7 +366,7 @@ mod tests {
 
     #[test]
     fn bytes_past_the_limit_are_a_violation() {
-        let mut receiving = ReceiveWindow::new(&mut budget(64 << 20));
+        let mut receiving = ReceiveWindow::new(&mut budget(64 << 20), None);
         receiving.receive(FIRST_WINDOW as usize).unwrap();
         assert_eq!(receiving.receive(1).unwrap_err().code, 1002);
     }
@@ -326,7 +374,7 @@ mod tests {
     #[test]
     fn early_data_is_allowed_whatever_the_budget_left() {
         let mut budget = budget(0);
-        let mut receiving = ReceiveWindow::new(&mut budget);
+        let mut receiving = ReceiveWindow::new(&mut budget, None);
         assert_eq!(receiving.granted(), MIN_WINDOW);
         receiving.receive(EARLY_DATA as usize).unwrap();
         assert!(receiving.receive(1).is_err());
@@ -337,7 +385,7 @@ mod tests {
     #[test]
     fn a_window_doubles_while_a_round_trip_fills_it_and_the_budget_lasts() {
         let mut budget = budget(FIRST_WINDOW + (1 << 20));
-        let mut receiving = ReceiveWindow::new(&mut budget);
+        let mut receiving = ReceiveWindow::new(&mut budget, None);
         let (mut now, mut windows) = (Instant::now(), vec![receiving.size]);
         for round in 1..5u32 {
             while !receiving.wants_ping(now) {
@@ -364,7 +412,7 @@ mod tests {
     /// bytes, that the link takes `rate` bytes a second of; PONGs come right before a burst.
     fn window_after(round_trips: u32, read: u64, rate: u64) -> u64 {
         let mut budget = budget(64 << 20);
-        let mut receiving = ReceiveWindow::new(&mut budget);
+        let mut receiving = ReceiveWindow::new(&mut budget, None);
         let (mut now, mut limit, mut due) = (Instant::now(), receiving.granted(), None);
         for _ in 0..round_trips {
             now += Duration::from_millis(100);
@@ -405,9 +453,9 @@ mod tests {
     #[test]
     fn while_others_receive_too_no_more_is_under_way_than_fills_a_round_trip() {
         let mut budget = budget(64 << 20);
-        let mut receiving = ReceiveWindow::new(&mut budget);
+        let mut receiving = ReceiveWindow::new(&mut budget, None);
         (receiving.size, receiving.granted) = (4 << 20, 4 << 20);
-        budget.measured(4e-4, Some((1e9, 1.0)));
+        receiving.way.measured(4e-4, Some((1e9, 1.0)));
         budget.shared = true;
         let needed = 600_000;
         receiving.receive(4 << 20).unwrap();
@@ -426,7 +474,7 @@ mod tests {
     #[test]
     fn a_window_that_a_round_trip_does_not_fill_stays() {
         let mut budget = budget(64 << 20);
-        let mut receiving = ReceiveWindow::new(&mut budget);
+        let mut receiving = ReceiveWindow::new(&mut budget, None);
         let now = Instant::now();
         receiving.receive(100_000).unwrap();
         assert!(receiving.wants_ping(now));

@@ -193,12 +193,16 @@ impl<S: TcpSocket> Tcp<S> {
         rules: &Rules,
         context: &mut Context,
     ) -> Self {
-        let (limit, kept) = match rules {
-            Rules::V1 => (None, None),
-            Rules::V2(limit) => (Some(*limit), None),
+        let (limit, opener, kept) = match rules {
+            Rules::V1 => (None, None, None),
+            Rules::V2(limit) => (Some(*limit), None, None),
             Rules::Kept(opening) => {
                 let kept = KeptTcp::new(opening, key, context);
-                (Some(opening.limit), Some(Box::new(kept)))
+                (
+                    Some(opening.limit),
+                    opening.key.first_chunk(),
+                    Some(Box::new(kept)),
+                )
             }
         };
         let mut stream = Self {
@@ -209,7 +213,7 @@ impl<S: TcpSocket> Tcp<S> {
             sock,
             dial: Some(dial),
             queue: Queue::default(),
-            receiving: limit.map(|_| ReceiveWindow::new(&mut context.budget)),
+            receiving: limit.map(|_| ReceiveWindow::new(&mut context.budget, opener)),
             kept,
             sent: 0,
             limit: limit.unwrap_or(u64::MAX),

@@ -435,7 +435,9 @@ fn play(
     }
     let id = number(&event["stream"]);
     if kind == "open" {
-        let inbound = ReceiveWindow::new(budget);
+        let mut opener = [0; 12];
+        opener[..8].copy_from_slice(&number(&event["opener"]).to_be_bytes());
+        let inbound = ReceiveWindow::new(budget, Some(&opener));
         assert_eq!(inbound.granted(), number(&event["limit"]), "{what}");
         streams.insert(id, inbound);
         return;

@@ -117,7 +117,7 @@ class KeptCore(StreamCore):
     def speak(self, version: int) -> None:
         """Kept streams are those of version 2."""
         self.inbound.close()
-        self.inbound = ReceiveWindow(self._rules.budget)
+        self.inbound = ReceiveWindow(self._rules.budget, self._rules.opener(self.identity.key))
 
     # -- what each end has -------------------------------------------------------------------------------------
 

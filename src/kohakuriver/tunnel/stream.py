@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import NamedTuple
 
-from kohakuriver.tunnel.protocol import ACK, CLOSE, CONNECT, CONNECTED, DATA, EOF, ERROR, PING, pack_limit
+from kohakuriver.tunnel.protocol import ACK, CLOSE, CONNECT, CONNECTED, DATA, EOF, ERROR, OPENER, PING, pack_limit
 from kohakuriver.tunnel.states import TRANSITIONS, Do, Event, Role, State, Step, Table
 from kohakuriver.tunnel.unacked import Store, Unacked
 from kohakuriver.tunnel.v1_rules import V1Rules
@@ -102,6 +102,12 @@ class Rules:
     v1: V1Rules
     store: Store = field(default_factory=Store)
 
+    def opener(self, key: bytes | None) -> bytes | None:
+        """What tells the process that opened a stream of this key: all that are opened here are one process's."""
+        if self.role is Role.OPENER:
+            return b""
+        return None if key is None else key[:OPENER]
+
 
 class StreamCore:
     """One TCP stream: its state, its windows, and what was read before it could be sent.
@@ -142,7 +148,7 @@ class StreamCore:
         """Go by the rules of ``version`` from now on."""
         rules = self._rules
         self.inbound.close()
-        self.inbound = ReceiveWindow(rules.budget) if version >= 2 else rules.v1
+        self.inbound = ReceiveWindow(rules.budget, rules.opener(None)) if version >= 2 else rules.v1
         self._table = _TABLES[min(version, 2), rules.role]
 
     # -- events ------------------------------------------------------------------------------------------------

@@ -6,6 +6,7 @@ docs/protocol.md §3, "Windows, exactly". Nothing here touches a socket or a clo
 from __future__ import annotations
 
 import math
+from collections import OrderedDict
 
 __all__ = [
     "EARLY_DATA",
@@ -18,6 +19,7 @@ __all__ = [
     "Pool",
     "ReceiveWindow",
     "SendWindow",
+    "Way",
 ]
 
 EARLY_DATA = 64 * 1024
@@ -29,14 +31,16 @@ SESSION_BUDGET = 64 * 1024 * 1024
 WORTHWHILE = 1.1
 # While it does not, PINGs get rarer, to one in this many bytes: each one costs every hop two small frames.
 RAREST_PING = 64 * 1024 * 1024
-# While other streams of a link receive too, what each of them needs is so many times what the fastest of them has on
-# its way in a round trip, or the first window if that is more: of a full link each gets as much as it has under way.
+# While other streams of a link receive too, what each of them needs is so many times what the fastest of its opener's
+# has on its way in a round trip, or the first window if that is more: of a full link each gets as much as it has under
+# way.
 SHARED_PART = 1.5
 # On a short link none has more in force than that: what waits beyond it, small messages of the others wait behind. On a
 # longer one the way takes its time anyway, and rates need room to grow.
 SHORT_LINK = 0.002  # seconds there and back
 LONG_PART = 4
 FASTEST_OF = 64 * 1024 * 1024  # bytes, in which what was the fastest stream's rate is forgotten
+OPENERS = 64  # how many openers' ways are remembered while they have no stream
 UNLIMITED = 1 << 62  # the limit under v1 rules, which have none
 
 
@@ -67,6 +71,34 @@ class Pool:
             self._within.take(size)
 
 
+class Way:
+    """What was measured between the two ends of some streams: all of those that one process has opened."""
+
+    __slots__ = ("fastest", "shortest")
+
+    def __init__(self) -> None:
+        self.begin()
+
+    def begin(self) -> None:
+        """It is another one."""
+        self.shortest = math.inf  # seconds there and back
+        self.fastest = 0.0  # bytes a second of the stream that gets most
+
+    def measured(self, took: float, came: int, seconds: float) -> None:
+        """A PONG came.
+
+        Args:
+            took: seconds since its PING.
+            came: bytes of its stream since the stream's last PONG.
+            seconds: the time since that; 0 if this is the first.
+        """
+        self.shortest = min(self.shortest, took)
+        if seconds:
+            rate = came / seconds
+            part = 1.0 if rate > self.fastest else min(came / FASTEST_OF, 1.0)
+            self.fastest += (rate - self.fastest) * part
+
+
 class Budget:
     """The bytes of window that all streams of one endpoint share.
 
@@ -89,41 +121,36 @@ class Budget:
         """The window (bytes) that every stream gets, whatever is left: the budget does not pay for it."""
         self.cap = cap
         self.shared = False  # several streams receive by turns
-        self.begin()
+        self._ways: OrderedDict[bytes, Way] = OrderedDict()
+
+    def way(self, opener: bytes | None) -> Way:
+        """The way of the streams that one process has opened; where that is not known, a new one."""
+        way = self._ways.get(opener) if opener is not None else None
+        if way is None:
+            way = Way()
+            if opener is not None:
+                self._ways[opener] = way
+                if len(self._ways) > OPENERS:
+                    self._ways.popitem(last=False)
+        return way
 
     def begin(self) -> None:
         """Another link carries the streams: what was measured of the last one says nothing of it."""
-        self.shortest = math.inf  # seconds there and back
-        self._fastest = 0.0  # bytes a second of the stream that gets most
+        for way in self._ways.values():
+            way.begin()
 
-    def measured(self, took: float, came: int, seconds: float) -> None:
-        """A PONG came.
-
-        Args:
-            took: seconds since its PING.
-            came: bytes of its stream since the stream's last PONG.
-            seconds: the time since that; 0 if this is the first.
-        """
-        self.shortest = min(self.shortest, took)
-        if seconds:
-            rate = came / seconds
-            part = 1.0 if rate > self._fastest else min(came / FASTEST_OF, 1.0)
-            self._fastest += (rate - self._fastest) * part
-
-    @property
-    def share(self) -> int:
-        """Bytes that each stream may have under way now."""
-        if not self.shared or not self._fastest:
+    def share(self, way: Way) -> int:
+        """Bytes that each stream of a way may have under way now."""
+        if not self.shared or not way.fastest:
             return self.cap
-        return self._parts(SHARED_PART if self.shortest <= SHORT_LINK else LONG_PART)
+        return self._parts(way, SHARED_PART if way.shortest <= SHORT_LINK else LONG_PART)
 
-    @property
-    def fair(self) -> int:
+    def fair(self, way: Way) -> int:
         """Bytes of window that each stream should have now, since another has; 0 while one has the link to itself."""
-        return self._parts(SHARED_PART) if self.shared else 0
+        return self._parts(way, SHARED_PART) if self.shared else 0
 
-    def _parts(self, part: float) -> int:
-        return min(self.cap, max(self.first, int(part * self._fastest * self.shortest))) if self._fastest else 0
+    def _parts(self, way: Way, part: float) -> int:
+        return min(self.cap, max(self.first, int(part * way.fastest * way.shortest))) if way.fastest else 0
 
     @property
     def left(self) -> int:
@@ -186,6 +213,7 @@ class ReceiveWindow:
         "_best",
         "_budget",
         "_newest",
+        "_opener",
         "_paid",
         "_pause",
         "_ping_at",
@@ -194,14 +222,18 @@ class ReceiveWindow:
         "_ponged",
         "_ponged_at",
         "_skipped",
+        "_way",
         "consumed",
         "granted",
         "received",
         "size",
     )
 
-    def __init__(self, budget: Budget) -> None:
+    def __init__(self, budget: Budget, opener: bytes | None = b"") -> None:
+        """`opener` tells the process that has opened the stream from others; None where nobody knows it."""
         self._budget = budget
+        self._opener = opener
+        self._way = budget.way(opener)
         self._paid = budget.take(budget.first)
         self.size = max(self._paid, budget.least)
         self.received = 0
@@ -232,7 +264,7 @@ class ReceiveWindow:
     @property
     def in_force(self) -> int:
         """The part of the window (bytes) that the peer may have under way now."""
-        return min(self.size, self._budget.share)
+        return min(self.size, self._budget.share(self._way))
 
     def _grant(self, size: int, least: int) -> int | None:
         limit = self.consumed + size
@@ -259,11 +291,11 @@ class ReceiveWindow:
         took = max(now - self._ping_at, 1e-6)
         # What comes in one round trip may have waited for it, so a steady rate is one between two PONGs.
         seconds = max(now - self._ponged_at, 1e-6) if self._ponged_at else 0.0
-        self._budget.measured(took, self.received - self._ponged, seconds)
+        self._way.measured(took, self.received - self._ponged, seconds)
         self._ponged_at, self._ponged = now, self.received
         self._ping_from = self.received
-        rate, share = sample / took, self._budget.share
-        pays = rate > WORTHWHILE * self._best or self.size < self._budget.fair
+        rate, share = sample / took, self._budget.share(self._way)
+        pays = rate > WORTHWHILE * self._best or self.size < self._budget.fair(self._way)
         self._best = max(self._best, rate)
         in_flight = min(self.size, share)
         if not pays or sample * 3 < in_flight * 2:
@@ -294,6 +326,8 @@ class ReceiveWindow:
         """There is one again: take a window as large as before, or what is left. The limit is another one (rule 2)."""
         self.detach()
         self._budget = budget
+        self._way = budget.way(self._opener)
+        self._way.begin()
         self._paid = budget.take(max(self.size, budget.first))
         self.size = max(self._paid, budget.least)
         self.granted = max(self.received, self.consumed + self.size)
