@@ -28,6 +28,11 @@ class Changes(Generic[K]):
             for event in self._events.get(thing, ()):
                 event.set()
 
+    def notify_all(self) -> None:
+        """Wake everybody: anything may have changed."""
+        for event in self._all.union(*self._events.values()):
+            event.set()
+
     def watched(self) -> list[K]:
         """What somebody watches."""
         return list(self._events)

@@ -117,10 +117,13 @@ def host_url(text: str, port: int = DEFAULT_HOST_PORT) -> str:
     return bare
 
 
-def advertise_url(text: str) -> str:
-    """Where others are told to find a program of the cluster, as a URL. Raises UsageError when it can't be one."""
+def advertise_url(text: str, port: int) -> str:
+    """Where others are told to find a program of the cluster, as a URL; `port` is that of a bare name.
+
+    Raises UsageError when it can't be one.
+    """
     try:
-        return host_url(text)
+        return host_url(text, port)
     except UsageError as error:
         raise UsageError(f"--advertise-url must be a URL like http://name:8001, not {text!r}.") from error
 

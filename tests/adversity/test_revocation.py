@@ -30,6 +30,9 @@ class Grant:
     def counted(self, passed: Callable[[], tuple[int, int]]) -> None:
         pass
 
+    def need_room(self) -> None:
+        pass
+
     def ran(self, command: list[str]) -> None:
         pass
 

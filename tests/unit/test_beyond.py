@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import socket
 from functools import partial
+from types import SimpleNamespace
+from typing import Any, cast
 
 import pytest
 
+from kohakuriver._frame import FrameViolation
 from kohakuriver.cli.on_connect import ports_in_environment
 from kohakuriver.client.beyond import Address, Back, Reversed, by_kind, parse_address, parse_back
 from kohakuriver.client.forward import Listening
-from kohakuriver.errors import UsageError
+from kohakuriver.errors import UnavailableError, UsageError
+from kohakuriver.host.services.tunnel_proxy import ProxySession
 from kohakuriver.limits import Limits
 from kohakuriver.relay.admission import Admission, ConnectRates
 from kohakuriver.tunnel.local_listeners import ListeningSocket
@@ -81,7 +85,7 @@ def test_a_socket_of_the_task_is_named_by_all_of_its_path(text: str) -> None:
 
 def test_sockets_and_other_addresses_have_sessions_of_their_own() -> None:
     socket, other, another = Address(1, socket="/a"), Address(2, "h", 1), Address(3, "h", 2)
-    assert by_kind([other, socket, another]) == [[socket], [other, another]]
+    assert by_kind([other, socket, another]) == [[other, another], [socket]]
     assert by_kind([]) == []
 
 
@@ -103,6 +107,30 @@ def test_a_command_finds_a_socket_of_the_task_by_its_name() -> None:
         }  # fmt: skip
         there = made(path="/tmp/5432", remote_path="/run/.s.PGSQL.5432")
         assert ports_in_environment([there]) == {"KOHAKURIVER_SOCKET_S_PGSQL_5432": "/tmp/5432"}
+
+
+def test_a_command_finds_sockets_of_one_name_by_all_of_their_paths() -> None:
+    with socket.socket() as sock:
+        paths = ["/run/a/api.sock", "/run/b/api.sock", "/run/\u6570"]
+        found = ports_in_environment(
+            [
+                ListeningSocket("127.0.0.1", port, 0, "tcp", sock.close, sock, remote_path=path)
+                for port, path in enumerate(paths, 1)
+            ]
+        )
+    named = {name: port for name, port in found.items() if not name.endswith("_TCP")}
+    assert named == {
+        "KOHAKURIVER_PORT_RUN_A_API_SOCK": "1", "KOHAKURIVER_PORT_RUN_B_API_SOCK": "2", "KOHAKURIVER_PORT_RUN": "3",
+    }  # fmt: skip
+
+
+def test_a_start_that_can_not_be_written_down_ends_the_session() -> None:
+    def need_room() -> None:
+        raise UnavailableError("no room", code="too_many_requests", status=429)
+
+    session = SimpleNamespace(_beyond="to", _told=set(), carried=SimpleNamespace(need_room=need_room))
+    with pytest.raises(FrameViolation, match="more was asked for than can be written down"):
+        ProxySession._started(cast("Any", session), Address(0, "db", 5432).start)
 
 
 def test_a_port_of_an_address_that_can_not_be_is_refused() -> None:

@@ -26,6 +26,9 @@ class Grant:
     def opened(self, **about: Any) -> None:
         self.said.append("opened")
 
+    def need_room(self) -> None:
+        pass
+
     def ran(self, command: list[str]) -> None:
         pass
 

@@ -37,6 +37,28 @@ def test_few_requests_are_begun_in_a_turn_and_all_of_one_user_in_order(run: Run)
     run(main())
 
 
+def test_one_that_fails_keeps_nobody_waiting() -> None:
+    async def main() -> None:
+        failed: list[object] = []
+        asyncio.get_running_loop().set_exception_handler(lambda _, about: failed.append(about["exception"]))
+        starts, done = FairTurns(1), asyncio.Event()
+
+        def last() -> bool:
+            done.set()
+            return True
+
+        def fail() -> bool:
+            raise RuntimeError("no")
+
+        starts.begin(lambda: True, "eve")
+        starts.begin(fail, "eve")
+        starts.begin(last, "eve")
+        await done.wait()
+        assert len(failed) == 1
+
+    asyncio.run(main())
+
+
 def holding(budget: BodyBudget, size: int, user: str | None = None, *, of_node: bool = False) -> Body:
     body = Body(budget)
     body.of_node = of_node

@@ -77,7 +77,8 @@ def test_other_letters_that_make_no_name_are_a_mistake_in_a_sentence(
     with pytest.raises(UsageError, match=r"^The host must be a URL like"):
         host_url(f"http://{name}:1")
     with pytest.raises(UsageError, match=r"^--advertise-url must be a URL like"):
-        advertise_url(f"http://{name}:1")
+        advertise_url(f"http://{name}:1", 8001)
+    assert advertise_url("node7", 8001) == "http://node7:8001"
     monkeypatch.setenv("KOHAKURIVER_PROXY", f"http://{name}:1")
     with pytest.raises(UsageError, match=r"^The address of the proxy in the environment is no URL\.$"):
         http_proxy("http://host.lab")

@@ -98,9 +98,11 @@ impl Offer {
             return Ok(());
         }
         let path = path.display();
-        Err(refused(format!(
-            "EACCES: what listens on {path} is another user's on this shared node, so it is not offered"
-        )))
+        let why = match self.own {
+            Some(_) => "is another user's on this shared node, so it is not offered",
+            None => "is not offered here: Unix sockets are with `own` or `all`",
+        };
+        Err(refused(format!("EACCES: what listens on {path} {why}")))
     }
 
     fn refusal(&self, port: u16) -> io::Error {

@@ -28,11 +28,19 @@ def ports_in_environment(listening: Sequence[ListeningSocket]) -> dict[str, str]
     """The variables that tell a command the local ports: `KOHAKURIVER_PORT_<remote>`, and one for each protocol.
 
     Of a Unix socket it is `KOHAKURIVER_SOCKET_<remote>`, its path, and of a SOCKS port `KOHAKURIVER_SOCKS`. Where it
-    leads to a Unix socket, <remote> is that one's name, as in `KOHAKURIVER_PORT_DOCKER_SOCK`.
+    leads to a Unix socket, <remote> is that one's name, as in `KOHAKURIVER_PORT_DOCKER_SOCK`, and all of its path where
+    the name has no letter, or another one has it.
     """
     found = {}
+    paths = {local.remote_path for local in listening if local.remote_path is not None}
+    names = [_variable(path.rpartition("/")[2]) for path in paths]
+
+    def name_of(path: str) -> str:
+        name = _variable(path.rpartition("/")[2])
+        return name if name and names.count(name) == 1 else _variable(path)
+
     for local in sorted(listening, key=lambda each: each.proto, reverse=True):  # TCP's counts
-        remote = str(local.remote_port) if local.remote_path is None else _variable(local.remote_path)
+        remote = str(local.remote_port) if local.remote_path is None else name_of(local.remote_path)
         if local.path is not None:
             found[f"KOHAKURIVER_SOCKET_{remote}"] = local.path
             continue
@@ -44,9 +52,9 @@ def ports_in_environment(listening: Sequence[ListeningSocket]) -> dict[str, str]
     return found
 
 
-def _variable(path: str) -> str:
-    """The name of a socket as it may stand in a variable's."""
-    return re.sub(r"[^A-Za-z0-9]+", "_", path.rpartition("/")[2]).strip("_").upper()
+def _variable(name: str) -> str:
+    """A name as it may stand in a variable's."""
+    return re.sub(r"[^A-Za-z0-9]+", "_", name).strip("_").upper()
 
 
 class OnConnect:

@@ -323,7 +323,8 @@ def main(arguments: list[str]) -> int:
         return error.exit_code
     except OSError as error:  # as where host keys can't be written down: then ssh must not go on
         with contextlib.suppress(OSError):
-            print(f"Error: {printable(f'{error.filename}: {error.strerror}')}.", file=sys.stderr, flush=True)
+            where = f"{error.filename}: " if error.filename else ""
+            print(f"Error: {printable(f'{where}{error.strerror or error}')}.", file=sys.stderr, flush=True)
         return 1
     except KeyboardInterrupt:
         return 130

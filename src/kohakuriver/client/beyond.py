@@ -8,12 +8,12 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import errno
 import re
 import socket
 import struct
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from itertools import groupby
 from pathlib import Path
 from typing import Any, ClassVar, Final
 
@@ -23,6 +23,7 @@ from kohakuriver.client.ports import LOOPBACK, UNIX
 from kohakuriver.config import Settings, path_segment
 from kohakuriver.errors import KohakuRiverError, UnavailableError, UsageError
 from kohakuriver.runtime import cancel_all
+from kohakuriver.tunnel.error_text import WINDOW_PASSED
 from kohakuriver.tunnel.link import Link
 from kohakuriver.tunnel.local_socket import TcpStream
 from kohakuriver.tunnel.protocol import PROTO_TERMINAL, ErrorText
@@ -38,12 +39,13 @@ WAITING = 8
 AGAIN_SECONDS = 1.0
 """After a stream that could not wait: the task's end has as many as it may, or has been restarted."""
 PIECE = 64 << 10
+_OLDER: Final = ErrorText("EPROTO", "the task's tunnel client is of another version; restart the task to have this one")
 _LISTENS, _CAME = b"\0", b"\1"
 _RESET = struct.pack("ii", 1, 0)  # SO_LINGER
 
 _HOST: Final = r"\[[0-9A-Fa-f:.]+\]|[^:\[\]/\s]+"
 _LOCAL: Final = r"(\d+|unix:.+?)"
-_ADDRESS = re.compile(rf"{_LOCAL}:(?!\d+:)({_HOST}):(\d+)", re.DOTALL)
+_ADDRESS = re.compile(rf"{_LOCAL}:(?!\d+:)({_HOST}):(\d+)(?:/tcp)?", re.DOTALL)
 _SOCKET = re.compile(rf"{_LOCAL}:unix:(.*)", re.DOTALL)
 _BACK = re.compile(rf"(\d+|unix:[^:]*)(?::(?:unix:(.*)|(?:({_HOST}):)?(\d+)))?", re.DOTALL)
 
@@ -129,8 +131,8 @@ def parse_back(text: str) -> Back:
 
 def by_kind(addresses: Sequence[Address]) -> list[list[Address]]:
     """The same, those together whose connections have the same sessions."""
-    ordered = sorted(addresses, key=lambda each: each.kind)
-    return [list(some) for _, some in groupby(ordered, key=lambda each: each.kind)]
+    kinds = dict.fromkeys(each.kind for each in addresses)  # in the order in which they were named
+    return [[each for each in addresses if each.kind == kind] for kind in kinds]
 
 
 def _local(text: str, whole: str) -> int:
@@ -198,7 +200,12 @@ class _Stream(TcpStream):
         self.broken: ErrorText | None = None
 
     def refused(self, text: ErrorText) -> None:
-        self.broken = text
+        self.broken = _understood(text)
+
+
+def _understood(text: ErrorText) -> ErrorText:
+    """Older tunnel clients know no Unix sockets, and say this of a start that they can't read."""
+    return _OLDER if text == WINDOW_PASSED else text
 
 
 BY_HOST: Final = "host"
@@ -212,6 +219,9 @@ class _Beyond(Forwarder):
 
     def _path(self) -> str:
         return f"/ws/forward/{path_segment(self.task)}/terminal?beyond={self.kind}"
+
+    def _stream_failed(self, remote_port: int, text: ErrorText) -> None:
+        super()._stream_failed(remote_port, _understood(text))
 
     async def _open(self) -> Link:
         try:
@@ -413,8 +423,13 @@ async def _carry(back: Back, stream: _Stream, reader: asyncio.StreamReader, writ
 async def _opened(back: Back) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
     if back.path is None:
         return await asyncio.open_connection(back.host, back.port)
-    with address_of(Path(back.path)) as address:
-        return await asyncio.open_unix_connection(address)
+    if not hasattr(socket, "AF_UNIX"):
+        raise OSError(errno.EAFNOSUPPORT, "this system has no Unix sockets")
+    try:
+        with address_of(Path(back.path).expanduser()) as address:
+            return await asyncio.open_unix_connection(address)
+    except UsageError as error:  # the path is longer than this system allows
+        raise OSError(errno.ENAMETOOLONG, error.message) from error
 
 
 def _no_way_here(error: OSError) -> UnavailableError:

@@ -117,7 +117,7 @@ class _OfUsers(Checked):
             request.state.authenticated = await services.logins.visitor(cookie)
         caller: Caller = request.state.authenticated[0]
         body_is_of_a_user(request.scope, services.requests.whose(caller))
-        return services.requests.begin(caller, looks=request.method == "GET")
+        return services.requests.begin(caller, looks=services.requests.needs_no_room(request.method, request.url.path))
 
 
 def goes_ahead(path: str) -> bool:

@@ -237,7 +237,7 @@ def advertised(options: HostOptions, doors: Doors) -> str:
     """Where other hosts on a database that they can share find this one, "" where they can't. Raises UsageError."""
     scheme = "https" if options.tls_cert else "http"
     unspecified = ip_address(doors.own.getsockname()[0]).is_unspecified
-    given = options.advertise_url and advertise_url(options.advertise_url)
+    given = options.advertise_url and advertise_url(options.advertise_url, doors.own.getsockname()[1])
     if options.workers == 1:
         return given or ("" if unspecified else socket_url(doors.own, scheme))
     if given:
@@ -457,8 +457,10 @@ class Host:
     @property
     def _advertised(self) -> str:
         """Where other hosts on the database find this one, "" where there are none, or they can't."""
-        alone = self._store.server is None
-        return (self._options.advertise_url or "") if alone else advertised(self._options, self._doors)
+        given = self._options.advertise_url
+        if self._store.server is None:
+            return advertise_url(given, self._doors.own.getsockname()[1]) if given else ""
+        return advertised(self._options, self._doors)
 
     async def _make_agents(self) -> None:
         """This host as a node, for tasks that dial in."""

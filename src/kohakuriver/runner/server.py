@@ -466,7 +466,8 @@ def _identity(options: RunnerOptions, state: State, sock: socket.socket) -> Node
     if not _NAME.fullmatch(name):
         raise UsageError(f"{name!r} can't be a node's name; give one of letters, digits, dots and dashes with --name.")
     gpus = [gpu.number for gpu in found_gpus(options.gpus)]
-    url = advertise_url(options.advertise_url) if options.advertise_url else _reachable_url(sock, options)
+    given, port = options.advertise_url, sock.getsockname()[1]
+    url = advertise_url(given, port) if given else _reachable_url(sock, options)
     return NodeIdentity(
         name=name,
         url=url,

@@ -125,6 +125,10 @@ class Carried(Generic[S]):
         """The user asked for a command."""
         self._grant.ran(command)
 
+    def need_room(self) -> None:
+        """Raises UnavailableError (429) while its user has done more than can be written down."""
+        self._grant.need_room()
+
     def stays(self) -> None:
         """Something of the session stays in the task when it has ended."""
         self._grant.stays()

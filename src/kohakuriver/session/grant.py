@@ -17,6 +17,9 @@ class Grant(Protocol):
     def counted(self, passed: Callable[[], tuple[int, int]]) -> None:
         """`passed` says how many bytes have gone to the container and to the user so far."""
 
+    def need_room(self) -> None:
+        """Raises UnavailableError (429) while its user has done more than can be written down."""
+
     def ran(self, command: list[str]) -> None:
         """A command was asked for in the session; for the audit log."""
 
@@ -43,6 +46,9 @@ class _NoGrant:
         pass
 
     def counted(self, passed: Callable[[], tuple[int, int]]) -> None:
+        pass
+
+    def need_room(self) -> None:
         pass
 
     def ran(self, command: list[str]) -> None:

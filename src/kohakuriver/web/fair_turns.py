@@ -33,12 +33,14 @@ class FairTurns:
 
     def _renew(self, loop: asyncio.AbstractEventLoop) -> None:
         self._left = self._most
-        while self._left and self._waiting:
-            who, works = self._waiting.popitem(last=False)
-            work = works.popleft()
-            if works:
-                self._waiting[who] = works
-            self._left -= work()
-        self._due = self._left < self._most
-        if self._due:
-            loop.call_soon(self._renew, loop)
+        try:
+            while self._left and self._waiting:
+                who, works = self._waiting.popitem(last=False)
+                work = works.popleft()
+                if works:
+                    self._waiting[who] = works
+                self._left -= work()
+        finally:  # one piece that fails holds up no other
+            self._due = self._left < self._most or bool(self._waiting)
+            if self._due:
+                loop.call_soon(self._renew, loop)

@@ -259,6 +259,8 @@ class GuardedHttp(HttpToolsProtocol):
             raise _Refused
         if any(name in (b"content-length", b"transfer-encoding") for name, _ in self.headers):
             self.flow.pause_reading()  # until whoever works on the request asks for its body
+            # Some of it may be here already. Whoever turns out to be no node is refused, and then holds nothing.
+            self._bodies[-1].of_node = self.ahead(self.scope["path"])
 
     def on_body(self, body: bytes) -> None:
         self._body += len(body)
@@ -292,9 +294,14 @@ class GuardedHttp(HttpToolsProtocol):
             return True
 
         # What goes ahead waits for its like alone: a node is not silent because a user has thousands of questions.
-        # Whose the others are is what they show, good or not.
-        turns = self.turns_ahead if self.ahead(cycle.scope["path"]) else self.turns
-        turns.begin(start, next((value for name, value in self.headers if name in _CREDENTIALS), b""))
+        # Strangers can make tokens up for that, and not where they come from. Whose the others are is what they show,
+        # good or not.
+        if self.ahead(cycle.scope["path"]):
+            client = cycle.scope["client"]
+            self.turns_ahead.begin(start, client[0] if client else "")
+        else:
+            shown = (value for name, value in cycle.scope["headers"] if name in _CREDENTIALS)
+            self.turns.begin(start, next(shown, b""))
 
     # -- the limits --------------------------------------------------------------------------------------------
 

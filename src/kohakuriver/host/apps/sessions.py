@@ -148,7 +148,8 @@ class AppSession:
             user, route = await self._sessions.authorize(self.key)
             if not again:
                 self.endpoint = _Endpoint(self._rate, self._sessions.share_of(user), self._detached)
-            self.preserve_host, self.keep_prefix = route.preserve_host, route.keep_prefix
+            if not again:  # one that is open is told of changes
+                self.preserve_host, self.keep_prefix = route.preserve_host, route.keep_prefix
             leg = _Leg(self, self._sessions.carrier, route)
             query = f"proto=tcp&{ports_query([self.key.port])}" + (f"&{GOES_ON}" if again else "")
             path = f"/ws/forward/{quote(route.container, safe='')}/{self.key.port}?{query}"
@@ -256,6 +257,7 @@ class Sessions:
         self.carrier: Carrier[_Leg] = Carrier(self.limits)
         self._open: dict[Key, AppSession] = {}
         self._opening: dict[Key, asyncio.Task[AppSession]] = {}
+        self._beginning: dict[Key, AppSession] = {}
         self._closing: set[asyncio.Task[None]] = set()
         self._all = Share(OF_ALL)
         self._shares: WeakValueDictionary[str, Share] = WeakValueDictionary()
@@ -279,8 +281,11 @@ class Sessions:
         return await asyncio.shield(task)
 
     async def _make(self, key: Key, asked: Asker) -> AppSession:
-        session = AppSession(self, key, asked)
-        await session.open()
+        session = self._beginning[key] = AppSession(self, key, asked)
+        try:
+            await session.open()
+        finally:
+            del self._beginning[key]
         if session.over:
             raise NotAllowedError("This session has ended.", code="ended")
         self._open[key] = session
@@ -293,12 +298,12 @@ class Sessions:
 
     @property
     def tasks(self) -> set[int]:
-        """The ids of those to which a session is open."""
-        return {key.task_id for key in self._open}
+        """The ids of those to which a session is open, or is being opened."""
+        return {key.task_id for key in (*self._open, *self._beginning)}
 
     def tell(self, told: Mapping[int, tuple[bool, bool]]) -> None:
-        """Have requests of open sessions go by this from now on: `preserve_host` and `keep_prefix`, by tasks' ids."""
-        for key, session in self._open.items():
+        """Have requests of sessions go by this from now on: `preserve_host` and `keep_prefix`, by tasks' ids."""
+        for key, session in (*self._open.items(), *self._beginning.items()):
             if key.task_id in told:
                 session.preserve_host, session.keep_prefix = told[key.task_id]
 

@@ -105,7 +105,7 @@ class AuditLog:
     def need_room(self, user: str) -> None:
         """Raises UnavailableError "too_many_requests" (429) while a user has done more than can be written down.
 
-        A user has one file's part of the log at once, and all of it in `FILL_SECONDS`: else who wants something
+        A user has one file's part of the log at once, and five more in `FILL_SECONDS`: else who wants something
         forgotten would only have to do enough after it.
         """
         wait = self._shares.wait(user, self._clock())
@@ -118,8 +118,8 @@ class AuditLog:
 
     def refused(self, error: KohakuRiverError, **fields: Any) -> None:
         """Add a refusal, unless there were many from this address."""
-        if self._refusals.may_be_told(asker().origin, self._clock()):
-            self.write(_kind(error), code=error.code, **fields)
+        if self._refusals.may_be_told(asker().origin, self._clock()):  # of these there are few enough
+            self._file.add(_line(_kind(error), {**asker().described(), "code": error.code, **fields}))
 
     def tell_left_out(self) -> None:
         """Write down how many refusals have been left out since the last time."""
@@ -154,7 +154,9 @@ class _Shares:
             return
         bucket = self._buckets.get(user)
         if bucket is None:
-            bucket = self._buckets[user] = TokenBucket(self._most / FILL_SECONDS, self._most / FILES, now)
+            file = self._most / FILES
+            # One file at once and five more in a day: when a file is begun, seven of the eight are there.
+            bucket = self._buckets[user] = TokenBucket((FILES - 3) * file / FILL_SECONDS, file, now)
             if len(self._buckets) > USERS:
                 self._buckets.popitem(last=False)
         self._buckets.move_to_end(user)

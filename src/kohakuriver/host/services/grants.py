@@ -118,6 +118,10 @@ class Grant:
             return None
         return UnderWay(self.owner, time.monotonic() - self._began, self._about, self._passed())
 
+    def need_room(self) -> None:
+        """Raises UnavailableError (429) while its user has done more than can be written down."""
+        self._grants.audit.need_room(self.caller.name)
+
     def ran(self, command: list[str]) -> None:
         """A command was asked for in the session."""
         self._grants.write("session_command", {**self._about, "command": shlex.join(command)})

@@ -69,7 +69,10 @@ class Hosts:
             self._grants.look_now()
         if news.all:
             self._grants.counts.write_again()
-        self._changes.notify(self._changes.watched() if news.all else news.tasks)
+        if news.all:
+            self._changes.notify_all()
+        else:
+            self._changes.notify(news.tasks)
         self._nodes.came_back(news.nodes)
 
     async def care(self) -> None:

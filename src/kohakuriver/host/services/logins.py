@@ -60,9 +60,10 @@ class Logins:
     async def log_in(self, token: str, before: str | None) -> tuple[str, Token]:
         """The cookie of a browser that comes in with a token, in the place of the one that it has had.
 
-        Raises what `Credentials.caller` raises.
+        Raises what `Credentials.caller` raises, and UnavailableError (429) where that can't be written down.
         """
         _, shown = await self._credentials.caller(token)
+        self._audit.need_room(shown.name)
         cookie = new_token("browser")
         return cookie, await self._came_in(await self._browsers.add(cookie, shown.digest, before), "token")
 

@@ -69,8 +69,16 @@ class Requests:
         self._turns.begin(begin, who)
         await turn
 
+    @staticmethod
+    def needs_no_room(method: str, path: str) -> bool:
+        """Whether a user may ask this whatever the audit log has room for: to look, and to end and take away.
+
+        What can be taken away was written down when it was made, so there is no more of that than there was room for.
+        """
+        return method in ("GET", "DELETE") or path.endswith("/stop")
+
     def count(self, caller: Caller, *, looks: bool = False) -> None:
-        """One more is begun, of which nothing is written down where it only `looks`.
+        """One more is begun, for which there need be no room in the audit log where it `looks`, or takes away.
 
         Raises UnavailableError "too_many_requests" (429).
         """

@@ -301,12 +301,18 @@ class ProxySession:
     def _started(self, start: bytes) -> None:
         """The user asked for a terminal; `start` is what CONNECT says of it.
 
-        Raises FrameViolation (1008) where the session is not for that. Where a connection leads is written down once.
+        Where a connection leads is written down once.
+
+        Raises FrameViolation (1008) where the session is not for that, or more was asked for than can be written down.
         """
         if beyond_in(start) != self._beyond:
             raise FrameViolation(CloseCode.POLICY, "this session is not for that")
         command = Start.command_in(start)
         if command and tuple(command) not in self._told:
+            try:
+                self.carried.need_room()
+            except UnavailableError as error:
+                raise FrameViolation(CloseCode.POLICY, "more was asked for than can be written down") from error
             self.carried.ran(command)
         if self._beyond and len(self._told) < MOST_TOLD:
             self._told.add(tuple(command))

@@ -298,10 +298,10 @@ class ProcessBackend(Backend):
         await self.start(task)
 
     async def remove(self, task: TaskRecord) -> None:
-        await self.stop(task)
         await self.discard(task)
 
     async def discard(self, task: TaskRecord) -> None:
+        await self.stop(task)  # it may have been its SSH server that could not be started
         directory = self._state.task_path(task.container)
         await self._logs.forget(directory)
         self._doors.close(task.container)
