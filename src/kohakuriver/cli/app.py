@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import copy
 import os
 import re
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any, TypeVar
 
 import typer
@@ -38,6 +40,7 @@ class Command(TyperCommand):
         _check_texts(args, "arguments")
         left = super().parse_args(ctx, args)
         _check_texts(_texts_in(list(ctx.params.values())), "settings")  # variables stand for options, too
+        _make_paths(self.params, ctx.params)
         return left
 
     def collect_usage_pieces(self, ctx: Any) -> list[str]:
@@ -65,31 +68,42 @@ def _cut_nothing() -> None:
             for column in self.columns:
                 column.overflow = "fold"
 
-    vars(rich_utils)["Table"] = Whole
+    # Ranges take room that the words beside them need.
+    vars(rich_utils).update(Table=Whole, RANGE_STRING="")
 
 
 def _described(params: list[Any]) -> list[Any]:
     """These parameters, which say in words of people what they take."""
     for each in params:
-        each._get_number_range_help_str = _no_type  # it takes room that the words beside it need
+        kind = type(each.type).__name__
         if each.param_type_name == "argument":
-            each.display_type_rich = _no_type  # the usage line has its name, and it is text
+            each.type = copy.copy(each.type)  # parameters have the simple ones together
+            each.type.get_metavar = _nothing  # the usage line has its name, and it is text
         elif getattr(each, "is_flag", False):
             each.metavar = ""  # takes no value, so there is none to be described
-        elif each.metavar is None and not each.type_descriptor.is_choice:
-            each.metavar = _kind(each)
+        elif each.metavar is None and not kind.endswith("Choice"):
+            each.metavar = _kind(each, kind)
     return params
 
 
-def _no_type(*_: Any, **__: Any) -> None:
+def _make_paths(params: list[Any], given: dict[str, Any]) -> None:
+    """Have paths among what was given be paths: Typer makes them only for those that a command's function names."""
+    for each in params:
+        value = given.get(each.name)
+        if value is not None and type(each.type).__name__.endswith("Path"):
+            given[each.name] = [Path(part) for part in value] if isinstance(value, (list, tuple)) else Path(value)
+
+
+def _nothing(*_: Any, **__: Any) -> str:
     """What stands beside a name where nothing is to be said of its type."""
+    return ""
 
 
-def _kind(option: Any) -> str:
+def _kind(option: Any, kind: str) -> str:
     """What a value of an option is, for people: a type of Python's says nothing to them."""
-    if option.type_descriptor.is_path:
+    if kind.endswith("Path"):
         return "PATH"
-    if option.bare_type() in ("int", "float"):
+    if kind.startswith(("Int", "Float")):
         return "N"
     return str(option.name.rpartition("_")[2].upper())
 
