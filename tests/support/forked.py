@@ -391,7 +391,7 @@ class _Begun:
 # What programs import later, at the first thing that they are asked: whoever forks with it there does not pay for it.
 _LATER = (
     *("anyio._backends._asyncio", "certifi", "encodings.idna", "httpcore", "platformdirs.unix", "resource", "sqlite3"),
-    *("sqlalchemy.dialects.sqlite", "typer._adapters", "typer._click.decorators", "uvicorn.lifespan.off"),
+    *("sqlalchemy.dialects.sqlite", "typer._click.decorators", "uvicorn.lifespan.off"),
     *("uvicorn.protocols.http.httptools_impl", "uvloop"),
 )
 

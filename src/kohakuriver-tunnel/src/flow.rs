@@ -101,7 +101,11 @@ impl Budget {
         if let Some(opener) = opener {
             self.ways.push_back((*opener, way.clone()));
             if self.ways.len() > OPENERS {
-                self.ways.pop_front();
+                // One that no stream has; the newest is about to be somebody's, which holds it here, too.
+                let idle = |(_, way): &(Opener, Rc<Way>)| Rc::strong_count(way) == 1;
+                if let Some(at) = self.ways.iter().position(idle) {
+                    self.ways.remove(at);
+                }
             }
         }
         way

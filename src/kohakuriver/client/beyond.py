@@ -430,6 +430,8 @@ async def _opened(back: Back) -> tuple[asyncio.StreamReader, asyncio.StreamWrite
             return await asyncio.open_unix_connection(address)
     except UsageError as error:  # the path is longer than this system allows
         raise OSError(errno.ENAMETOOLONG, error.message) from error
+    except RuntimeError as error:  # nobody's home
+        raise OSError(errno.ENOENT, str(error)) from error
 
 
 def _no_way_here(error: OSError) -> UnavailableError:

@@ -6,7 +6,8 @@ docs/protocol.md §3, "Windows, exactly". Nothing here touches a socket or a clo
 from __future__ import annotations
 
 import math
-from collections import OrderedDict
+from collections import deque
+from weakref import WeakValueDictionary
 
 __all__ = [
     "EARLY_DATA",
@@ -74,7 +75,7 @@ class Pool:
 class Way:
     """What was measured between the two ends of some streams: all of those that one process has opened."""
 
-    __slots__ = ("fastest", "shortest")
+    __slots__ = ("__weakref__", "fastest", "shortest")
 
     def __init__(self) -> None:
         self.begin()
@@ -121,7 +122,8 @@ class Budget:
         """The window (bytes) that every stream gets, whatever is left: the budget does not pay for it."""
         self.cap = cap
         self.shared = False  # several streams receive by turns
-        self._ways: OrderedDict[bytes, Way] = OrderedDict()
+        self._ways: WeakValueDictionary[bytes, Way] = WeakValueDictionary()  # those that a window has
+        self._recent: deque[Way] = deque(maxlen=OPENERS)  # which are remembered without one, too
 
     def way(self, opener: bytes | None) -> Way:
         """The way of the streams that one process has opened; where that is not known, a new one."""
@@ -130,8 +132,7 @@ class Budget:
             way = Way()
             if opener is not None:
                 self._ways[opener] = way
-                if len(self._ways) > OPENERS:
-                    self._ways.popitem(last=False)
+                self._recent.append(way)
         return way
 
     def begin(self) -> None:

@@ -156,6 +156,7 @@ class OidcLogins:
             log.info("user has another role", user=came.user, role=came.role)
             self._audit.write("user_role_changed", of_user=came.user, role=came.role)
             await self._grants.check()
+        self._audit.need_room(came.user)
         cookie, browser = await self._logins.enter_by(came.identity, before)
         return cookie, browser
 

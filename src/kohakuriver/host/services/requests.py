@@ -75,7 +75,7 @@ class Requests:
 
         What can be taken away was written down when it was made, so there is no more of that than there was room for.
         """
-        return method in ("GET", "DELETE") or path.endswith("/stop")
+        return method in ("GET", "DELETE") or (method == "POST" and path.endswith("/stop"))
 
     def count(self, caller: Caller, *, looks: bool = False) -> None:
         """One more is begun, for which there need be no room in the audit log where it `looks`, or takes away.
