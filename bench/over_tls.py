@@ -29,6 +29,7 @@ from bench.chain import (
 )
 from bench.contenders import HOPS, Contender, KohakuRiver, Relay4, Services, free_port, wait_for_port
 from bench.measures import MEASURES
+from bench.measures import RUNS as GIVES
 
 HERE = "127.0.0.1"
 RUNS = ("bulk_up", "bulk_down", "bulk_8", "rtt", "connect")
@@ -126,7 +127,8 @@ def main() -> int:
     arguments = ratio_parser(__doc__, "over_tls.json").parse_args()
     gates = read_gates(arguments.gate)[0] if arguments.gate else []
     gates = [gate for gate in gates if gate.measure.startswith(PREFIX)]
-    runs = [run for run in RUNS if not gates or any(gate.measure.startswith(PREFIX + run) for gate in gates)]
+    wanted = {gate.measure for gate in gates}
+    runs = [run for run in RUNS if not gates or any(PREFIX + given in wanted for given in GIVES[run])]
     results = Results()
     contenders: list[Contender] = [OverTls(arguments.kohakuriver), TlsRelay4()]
     if not gates:
