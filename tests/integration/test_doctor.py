@@ -47,6 +47,21 @@ def looked(cluster: Cluster, *arguments: str, **environment: str) -> tuple[int, 
     return done.returncode, {each["check"]: each for each in told["findings"]}, wrong[0] if wrong else None
 
 
+def answer(request: BaseHTTPRequestHandler, status: int, body: bytes = b"", **fields: str) -> bool:
+    """Answer a request in the host's place."""
+    request.send_response(status)
+    for name, value in {**fields, "Content-Length": str(len(body))}.items():
+        request.send_header(name, value)
+    request.end_headers()
+    request.wfile.write(body)
+    return True
+
+
+def passed_through(request: BaseHTTPRequestHandler) -> bool:
+    """Answer in the host's words: the request has come through."""
+    return answer(request, 404, json.dumps({"error": "not_found", "message": "There is no task 0."}).encode())
+
+
 @contextlib.contextmanager
 def in_front(
     target: int, changed: Callable[[BaseHTTPRequestHandler], bool] = lambda _: False, **dates: float
@@ -63,10 +78,10 @@ def in_front(
             headers = {name: value for name, value in self.headers.items() if name.lower() not in left_out}
             behind = http.client.HTTPConnection(HERE, target, timeout=60)
             behind.request("GET", self.path, headers=headers)
-            answer = behind.getresponse()
-            body = answer.read()
-            self.send_response_only(answer.status)
-            told = answer.getheader("Date")
+            came = behind.getresponse()
+            body = came.read()
+            self.send_response_only(came.status)
+            told = came.getheader("Date")
             if told is not None:
                 self.send_header("Date", formatdate(parsedate_to_datetime(told).timestamp() + dates.get("late", 0.0)))
             self.send_header("Content-Length", str(len(body)))
@@ -131,14 +146,7 @@ def test_a_name_that_none_can_be_is_told_as_one_that_is_none(cluster: Cluster) -
 
 
 def test_a_page_of_something_else_is_told_as_no_host(cluster: Cluster) -> None:
-    def page(request: BaseHTTPRequestHandler) -> bool:
-        request.send_response(200)
-        request.send_header("Content-Length", "6")
-        request.end_headers()
-        request.wfile.write(b"<html>")
-        return True
-
-    with in_front(host_port(cluster), page) as port:
+    with in_front(host_port(cluster), lambda request: answer(request, 200, b"<html>")) as port:
         code, _, wrong = looked(cluster, **at(cluster, port))
     assert wrong is not None
     assert (code, wrong["check"]) == (7, "host")
@@ -147,11 +155,7 @@ def test_a_page_of_something_else_is_told_as_no_host(cluster: Cluster) -> None:
 
 def test_a_redirect_in_front_is_named_with_where_it_leads(cluster: Cluster) -> None:
     def redirected(request: BaseHTTPRequestHandler) -> bool:
-        request.send_response(308)
-        request.send_header("Location", f"https://river.example.org{request.path}")
-        request.send_header("Content-Length", "0")
-        request.end_headers()
-        return True
+        return answer(request, 308, Location=f"https://river.example.org{request.path}")
 
     with in_front(host_port(cluster), redirected) as port:
         code, _, wrong = looked(cluster, **at(cluster, port))
@@ -172,14 +176,7 @@ def test_a_proxy_that_drops_the_upgrade_is_told_and_what_it_has_to_pass_on(clust
 
 def test_a_clock_that_is_wrong_is_told_with_by_how_much(cluster: Cluster) -> None:
     def upgraded(request: BaseHTTPRequestHandler) -> bool:
-        if "Upgrade" not in request.headers:
-            return False
-        request.send_response(404)  # in the host's words: it has come through
-        body = json.dumps({"error": "not_found", "message": "There is no task 0."}).encode()
-        request.send_header("Content-Length", str(len(body)))
-        request.end_headers()
-        request.wfile.write(body)
-        return True
+        return "Upgrade" in request.headers and passed_through(request)
 
     with in_front(host_port(cluster), upgraded, late=600.0) as port:
         code, _, wrong = looked(cluster, **at(cluster, port))
@@ -227,14 +224,8 @@ def test_tls_that_does_not_stand_is_told_with_its_reason(
 
 def test_another_version_at_the_host_is_told_and_stops_nothing(cluster: Cluster) -> None:
     def older(request: BaseHTTPRequestHandler) -> bool:
-        if request.path != "/health":
-            return False
-        body = json.dumps({"status": "ok", "version": "0.1.0"}).encode()
-        request.send_response(200)
-        request.send_header("Content-Length", str(len(body)))
-        request.end_headers()
-        request.wfile.write(body)
-        return True
+        told = json.dumps({"status": "ok", "version": "0.1.0"}).encode()
+        return request.path == "/health" and answer(request, 200, told)
 
     with in_front(host_port(cluster), older) as port:
         _, found, wrong = looked(cluster, **at(cluster, port))
@@ -248,12 +239,7 @@ def test_another_version_at_the_host_is_told_and_stops_nothing(cluster: Cluster)
 def test_a_path_on_which_large_requests_are_lost_is_told_with_what_to_try(cluster: Cluster) -> None:
     def lost(request: BaseHTTPRequestHandler) -> bool:
         if "Upgrade" in request.headers:
-            request.send_response(404)
-            body = json.dumps({"error": "not_found", "message": "There is no task 0."}).encode()
-            request.send_header("Content-Length", str(len(body)))
-            request.end_headers()
-            request.wfile.write(body)
-            return True
+            return passed_through(request)
         request.close_connection = True
         return len(request.headers.as_bytes()) > 4000
 

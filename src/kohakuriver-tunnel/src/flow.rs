@@ -12,12 +12,12 @@ use crate::settings::{MIN_WINDOW, Settings};
 const WORTHWHILE: f64 = 1.1;
 /// While it does not, PINGs get rarer, to one in this many bytes: each costs every hop two frames.
 const RAREST_PING: u64 = 64 << 20;
-/// While other streams of a link receive too, what each of them needs is so many times what the
-/// fastest of its opener's has on its way in a round trip, or the first window if that is more: of
-/// a full link each one gets as much as it has under way.
+/// On a full link each stream gets what part it has of all bytes in flight, so streams that share
+/// one need equal windows. While several receive, each of an opener's has so many times what its
+/// fastest has in flight in a round trip.
 const SHARED_PART: f64 = 1.5;
-/// On a short link none has more in force than that: what waits beyond it, small messages of the
-/// others wait behind. On a longer one the way takes its time anyway, and rates need room to grow.
+/// On a short link that is all that is in force: small messages of the others wait behind what is
+/// more. A long link takes its time anyway, and there the window needs room to grow.
 const LONG_PART: f64 = 4.0;
 /// There and back, in seconds.
 const SHORT_LINK: f64 = 0.002;

@@ -117,7 +117,8 @@ class _OfUsers(Checked):
             request.state.authenticated = await services.logins.visitor(cookie)
         caller: Caller = request.state.authenticated[0]
         body_is_of_a_user(request.scope, services.requests.whose(caller))
-        return services.requests.begin(caller, looks=services.requests.needs_no_room(request.method, request.url.path))
+        needs_room = services.requests.needs_room(request.method, request.url.path)
+        return services.requests.begin(caller, needs_room=needs_room)
 
 
 def goes_ahead(path: str) -> bool:

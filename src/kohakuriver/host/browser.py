@@ -226,7 +226,7 @@ async def visitor_of(request: Request) -> tuple[Caller, Token] | None:
         if error.code != TOO_MANY_FAILURES:
             raise
         return None
-    services.requests.count(found[0], looks=services.requests.needs_no_room(request.method, request.url.path))
+    services.requests.count(found[0], needs_room=services.requests.needs_room(request.method, request.url.path))
     return found
 
 

@@ -233,11 +233,17 @@ class Doors:
         self.close()
 
 
+def given_url(options: HostOptions, doors: Doors) -> str:
+    """Where others are told to find this host, "" where nothing is said of it. Raises UsageError."""
+    given = options.advertise_url
+    return advertise_url(given, doors.own.getsockname()[1]) if given else ""
+
+
 def advertised(options: HostOptions, doors: Doors) -> str:
     """Where other hosts on a database that they can share find this one, "" where they can't. Raises UsageError."""
     scheme = "https" if options.tls_cert else "http"
     unspecified = ip_address(doors.own.getsockname()[0]).is_unspecified
-    given = options.advertise_url and advertise_url(options.advertise_url, doors.own.getsockname()[1])
+    given = given_url(options, doors)
     if options.workers == 1:
         return given or ("" if unspecified else socket_url(doors.own, scheme))
     if given:
@@ -457,10 +463,8 @@ class Host:
     @property
     def _advertised(self) -> str:
         """Where other hosts on the database find this one, "" where there are none, or they can't."""
-        given = self._options.advertise_url
-        if self._store.server is None:
-            return advertise_url(given, self._doors.own.getsockname()[1]) if given else ""
-        return advertised(self._options, self._doors)
+        told = given_url if self._store.server is None else advertised
+        return told(self._options, self._doors)
 
     async def _make_agents(self) -> None:
         """This host as a node, for tasks that dial in."""

@@ -256,8 +256,7 @@ class Sessions:
         self.limits = limits or Limits()
         self.carrier: Carrier[_Leg] = Carrier(self.limits)
         self._open: dict[Key, AppSession] = {}
-        self._opening: dict[Key, asyncio.Task[AppSession]] = {}
-        self._beginning: dict[Key, AppSession] = {}
+        self._opening: dict[Key, tuple[AppSession, asyncio.Task[AppSession]]] = {}
         self._closing: set[asyncio.Task[None]] = set()
         self._all = Share(OF_ALL)
         self._shares: WeakValueDictionary[str, Share] = WeakValueDictionary()
@@ -274,21 +273,19 @@ class Sessions:
         found = self.get(key)
         if found is not None:
             return found
-        task = self._opening.get(key)
-        if task is None:
-            task = self._opening[key] = asyncio.get_running_loop().create_task(self._make(key, asked))
+        opening = self._opening.get(key)
+        if opening is None:
+            session = AppSession(self, key, asked)
+            task = asyncio.get_running_loop().create_task(self._make(session))
+            opening = self._opening[key] = session, task
             task.add_done_callback(lambda done: self._opened(key, done))
-        return await asyncio.shield(task)
+        return await asyncio.shield(opening[1])
 
-    async def _make(self, key: Key, asked: Asker) -> AppSession:
-        session = self._beginning[key] = AppSession(self, key, asked)
-        try:
-            await session.open()
-        finally:
-            del self._beginning[key]
+    async def _make(self, session: AppSession) -> AppSession:
+        await session.open()
         if session.over:
             raise NotAllowedError("This session has ended.", code="ended")
-        self._open[key] = session
+        self._open[session.key] = session
         return session
 
     def _opened(self, key: Key, task: asyncio.Task[AppSession]) -> None:
@@ -299,13 +296,13 @@ class Sessions:
     @property
     def tasks(self) -> set[int]:
         """The ids of those to which a session is open, or is being opened."""
-        return {key.task_id for key in (*self._open, *self._beginning)}
+        return {key.task_id for key in (*self._open, *self._opening)}
 
     def tell(self, told: Mapping[int, tuple[bool, bool]]) -> None:
         """Have requests of sessions go by this from now on: `preserve_host` and `keep_prefix`, by tasks' ids."""
-        for key, session in (*self._open.items(), *self._beginning.items()):
-            if key.task_id in told:
-                session.preserve_host, session.keep_prefix = told[key.task_id]
+        for session in (*self._open.values(), *(session for session, _ in self._opening.values())):
+            if session.key.task_id in told:
+                session.preserve_host, session.keep_prefix = told[session.key.task_id]
 
     def share_of(self, user: str) -> Share:
         """What the streams of a user may hold, in all sessions together."""
@@ -332,7 +329,7 @@ class Sessions:
 
     async def close(self) -> None:
         """End every session."""
-        await cancel_all(list(self._opening.values()))
+        await cancel_all([task for _, task in self._opening.values()])
         for session in list(self._open.values()):
             session.shut_down("the host is shutting down")
         with contextlib.suppress(asyncio.CancelledError):

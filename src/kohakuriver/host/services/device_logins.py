@@ -56,7 +56,7 @@ class DeviceLogins:
     def close(self) -> None:
         """Let go of the command lines that wait: the next host that runs knows them, too."""
         self._closed = True
-        self._changes.notify(self._changes.watched())
+        self._changes.notify_all()
 
     async def ask(self, machine: str) -> DeviceAsked:
         """What a new command line has. Raises UnavailableError "too_many_logins" (429)."""

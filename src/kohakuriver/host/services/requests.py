@@ -70,15 +70,15 @@ class Requests:
         await turn
 
     @staticmethod
-    def needs_no_room(method: str, path: str) -> bool:
-        """Whether a user may ask this whatever the audit log has room for: to look, and to end and take away.
+    def needs_room(method: str, path: str) -> bool:
+        """Whether the audit log must have room for what a user asks. Looking, ending and taking away need none.
 
         What can be taken away was written down when it was made, so there is no more of that than there was room for.
         """
-        return method in ("GET", "DELETE") or (method == "POST" and path.endswith("/stop"))
+        return method not in ("GET", "DELETE") and not (method == "POST" and path.endswith("/stop"))
 
-    def count(self, caller: Caller, *, looks: bool = False) -> None:
-        """One more is begun, for which there need be no room in the audit log where it `looks`, or takes away.
+    def count(self, caller: Caller, *, needs_room: bool = True) -> None:
+        """One more is begun; with `needs_room` the audit log must have room for what it does.
 
         Raises UnavailableError "too_many_requests" (429).
         """
@@ -88,10 +88,10 @@ class Requests:
                 code="too_many_requests",
                 status=429,
             )
-        if not looks:
+        if needs_room:
             self._audit.need_room(caller.name)
 
-    def begin(self, caller: Caller, *, looks: bool = False) -> Callable[[], None]:
+    def begin(self, caller: Caller, *, needs_room: bool = True) -> Callable[[], None]:
         """A request is under way until what this gives is called. Raises as `count` does."""
         used = self._of(caller)
         if self._most and used.under_way >= self._most:
@@ -100,7 +100,7 @@ class Requests:
                 code="too_many_requests",
                 status=429,
             )
-        self.count(caller, looks=looks)
+        self.count(caller, needs_room=needs_room)
         used.under_way += 1
 
         def end() -> None:
