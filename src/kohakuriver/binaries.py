@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-__all__ = ["SSH_SERVER", "TUNNEL_CLIENT", "Binary", "missing"]
+__all__ = ["SSH_SERVER", "TUNNEL_CLIENT", "Binary", "missing", "ssh_server_options"]
 
 
 class Binary(NamedTuple):
@@ -25,6 +26,17 @@ class Binary(NamedTuple):
 
 TUNNEL_CLIENT = Binary("tunnel-client", "static tunnel client", "KOHAKURIVER_TUNNEL_CLIENT")
 SSH_SERVER = Binary("tunnel-sshd", "SSH server for tasks", "KOHAKURIVER_TUNNEL_SSHD")
+
+
+def ssh_server_options(port: int, host_keys: Sequence[str], authorized_keys: str, algorithms: str) -> list[str]:
+    """The command line of `tunnel-sshd` on a port of loopback, without the program.
+
+    `host_keys` are its key files, Ed25519 first, and `algorithms` is "all" or "newest", which has only that one.
+    """
+    offered = [] if algorithms == "all" else ["--algorithms", algorithms]
+    keys = host_keys if algorithms == "all" else host_keys[:1]
+    words = [word for key in keys for word in ("--host-key", key)]
+    return ["--listen", f"127.0.0.1:{port}", *words, "--authorized-keys", authorized_keys, *offered]
 
 
 def missing() -> str | None:

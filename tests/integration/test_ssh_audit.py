@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import subprocess
 import sys
@@ -33,20 +34,28 @@ UNDER_FIPS = {
 }
 
 
-@pytest.fixture(params=["tunnel-sshd", "the jump host"])
-def port(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[int]:
-    if request.param == "tunnel-sshd":
-        server = Server(tmp_path)
-        yield server.port
-        server.close()
+@contextlib.contextmanager
+def _serving(which: str, algorithms: str, directory: Path) -> Iterator[int]:
+    """The port of one of our SSH servers."""
+    if which == "tunnel-sshd":
+        with contextlib.closing(Server(directory, algorithms)) as server:
+            yield server.port
     else:  # it connects more often than one address may
-        with a_cluster(tmp_path, env={"KOHAKURIVER_MAX_HANDSHAKES": "1000"}) as cluster:
+        env = {"KOHAKURIVER_MAX_HANDSHAKES": "1000", "KOHAKURIVER_SSH_ALGORITHMS": algorithms}
+        with a_cluster(directory, env=env) as cluster:
             yield int(cluster.host.ready["ssh_proxy"].rpartition(":")[2])
 
 
-def test_ssh_audit_finds_nothing_but_what_old_clients_and_those_under_fips_need(port: int) -> None:
-    argv = [sys.executable, "-m", "ssh_audit", "--skip-rate-test", "-j", "-p", str(port), "127.0.0.1"]
-    done = subprocess.run(argv, capture_output=True, text=True, timeout=3 * PATIENCE, check=False)
+@pytest.mark.parametrize("which", ["tunnel-sshd", "the jump host"])
+@pytest.mark.parametrize(
+    ("algorithms", "expected"), [("all", FOR_OLD_CLIENTS | UNDER_FIPS), ("newest", set())], ids=["all", "newest"]
+)
+def test_ssh_audit_finds_nothing_but_what_old_clients_and_those_under_fips_need_and_nothing_at_all_of_the_newest(
+    tmp_path: Path, which: str, algorithms: str, expected: set[tuple[str, str, str]]
+) -> None:
+    with _serving(which, algorithms, tmp_path) as port:
+        argv = [sys.executable, "-m", "ssh_audit", "--skip-rate-test", "-j", "-p", str(port), "127.0.0.1"]
+        done = subprocess.run(argv, capture_output=True, text=True, timeout=3 * PATIENCE, check=False)
     report: dict[str, Any] = json.loads(done.stdout)
     found = {
         (level, each["algorithm"], note)
@@ -55,6 +64,6 @@ def test_ssh_audit_finds_nothing_but_what_old_clients_and_those_under_fips_need(
         for level in ("fail", "warn")
         for note in each["notes"].get(level, [])
     }
-    assert found == FOR_OLD_CLIENTS | UNDER_FIPS
+    assert found == expected
     assert [report["kex"][0]["algorithm"], report["key"][0]["algorithm"]] == ["mlkem768x25519-sha256", "ssh-ed25519"]
     assert not report["cves"]

@@ -15,6 +15,7 @@ import asyncssh
 import pytest
 
 from kohakuriver import host_keys
+from kohakuriver.binaries import ssh_server_options
 from tests.support.ssh import ours
 
 Run = Callable[[Coroutine[Any, Any, Any]], Any]
@@ -28,16 +29,15 @@ DATA = os.urandom(3_000_000)
 class Server:
     """One that lets in `key`."""
 
-    def __init__(self, directory: Path) -> None:
+    def __init__(self, directory: Path, algorithms: str = "all") -> None:
         self.key = asyncssh.generate_private_key("ssh-ed25519")
         authorized = directory / "authorized"
         authorized.write_bytes(self.key.export_public_key())
         ecdsa = host_keys.ecdsa(directory / "ecdsa")
+        options = ssh_server_options(0, [str(directory / "key"), str(directory / "ecdsa")], str(authorized), algorithms)
         self.process = subprocess.Popen(
-            [ours(), "--listen=127.0.0.1:0", f"--host-key={directory / 'key'}", f"--host-key={directory / 'ecdsa'}",
-             f"--authorized-keys={authorized}", "--rekey-bytes=1000000"],
-            stdout=subprocess.PIPE, stderr=subprocess.DEVNULL,
-        )  # fmt: skip
+            [ours(), *options, "--rekey-bytes=1000000"], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL
+        )
         assert self.process.stdout is not None
         ready = json.loads(self.process.stdout.readline())
         self.port = int(ready["address"].rpartition(":")[2])

@@ -63,3 +63,13 @@ def test_the_host_keys_are_made_once_and_are_private_on_the_node(
     for path in (tmp_path / "state").rglob("ssh/*"):
         assert path.stat().st_mode & 0o077 == 0
         assert path.parent.stat().st_mode & 0o077 == 0
+
+
+def test_of_the_newest_algorithms_a_server_has_no_host_key_of_another_kind(tmp_path: Path, task: TaskRecord) -> None:
+    state = State(tmp_path / "state")
+    words = {kind: SshHelper(state, kind).process_command(task, 22)[1:] for kind in ("all", "newest")}
+    folder = state.task_dir(task.container) / "ssh"
+    both = [word for name in ("host_key", "host_key_ecdsa") for word in ("--host-key", f"{folder}/{name}")]
+    assert words["all"][2:6] == both
+    assert words["newest"][2:4] == both[:2]
+    assert words["newest"][4:] == [*words["all"][6:], "--algorithms", "newest"]

@@ -18,12 +18,13 @@ from asyncssh.kex import get_kex_algs
 
 from kohakuriver import host_keys
 from kohakuriver.asking import asker
-from kohakuriver.errors import NotFoundError, UnauthenticatedError
+from kohakuriver.errors import NotFoundError, UnauthenticatedError, UsageError
 from kohakuriver.host.services.credentials import Caller
 from kohakuriver.limits import LEAST_RATE, Limits
 from kohakuriver.proxies import Proxies
 from kohakuriver.session.carried import Route
 from kohakuriver.ssh_proxy import jump, server
+from kohakuriver.ssh_proxy.algorithms import check
 from kohakuriver.ssh_proxy.jump import Reach
 from kohakuriver.ssh_proxy.jump_process import MAX_TRIES
 from kohakuriver.ssh_proxy.server import SshProxy
@@ -827,3 +828,10 @@ def test_what_a_slow_user_has_not_taken_yet_when_the_task_has_ended_is_counted_t
             assert (closed["bytes_to_user"], closed["ended_by"]) == (size, "user")
 
     run(check())
+
+
+def test_where_the_libraries_have_no_exchange_of_the_newest_that_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("asyncssh.kex.get_kex_algs", lambda: [b"curve25519-sha256"])
+    with pytest.raises(UsageError, match="needs ML-KEM"):
+        check("newest")
+    assert check("all").known == ["curve25519-sha256"]

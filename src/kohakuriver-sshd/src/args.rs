@@ -6,6 +6,8 @@ use std::path::PathBuf;
 
 use lexopt::prelude::*;
 
+use crate::algorithms::{ALL, Algorithms};
+
 /// What `--help` prints.
 pub const HELP: &str = "\
 An SSH server for a task whose image has none. Everything runs as the user that starts it.
@@ -17,6 +19,8 @@ Options:
   --host-key FILE         its key, made (Ed25519) if the file is missing; can be given again for
                           one of another kind: ECDSA on P-256, for clients under FIPS 140
   --authorized-keys FILE  the public keys that are let in; read again at every login
+  --algorithms all|newest which ones are offered: newest has ML-KEM and authenticated ciphers alone,
+                          as OpenSSH 9.9 and newer have them [all]
   --shell PATH            the shell, instead of the first of $SHELL, the one in /etc/passwd,
                           /bin/bash, /bin/ash and /bin/sh
   --login NAME            a login name that is let in beside the user's own and root;
@@ -43,6 +47,8 @@ pub struct Options {
     pub host_keys: Vec<PathBuf>,
     /// Holds the users' keys.
     pub authorized_keys: PathBuf,
+    /// What is offered in an exchange of keys.
+    pub algorithms: &'static Algorithms,
     /// The shell that was asked for.
     pub shell: Option<PathBuf>,
     /// More login names.
@@ -68,11 +74,13 @@ pub fn parse(args: impl IntoIterator<Item = OsString>) -> Result<Request, String
     let (mut listen, mut authorized_keys, mut shell) = (None, None, None);
     let (mut host_keys, mut logins) = (Vec::new(), Vec::new());
     let (mut most, mut rekey_bytes) = (MOST, REKEY_BYTES);
+    let mut algorithms = &ALL;
     while let Some(argument) = parser.next().map_err(text)? {
         match argument {
             Long("listen") => listen = Some(parsed(&mut parser, "an address and a port")?),
             Long("host-key") => host_keys.push(path(&mut parser)?),
             Long("authorized-keys") => authorized_keys = Some(path(&mut parser)?),
+            Long("algorithms") => algorithms = parsed(&mut parser, "all or newest")?,
             Long("shell") => shell = Some(path(&mut parser)?),
             Long("login") => logins.push(parsed(&mut parser, "a login name")?),
             Long("max-sessions") => most = parsed(&mut parser, "a number")?,
@@ -94,6 +102,7 @@ pub fn parse(args: impl IntoIterator<Item = OsString>) -> Result<Request, String
         listen,
         host_keys,
         authorized_keys: authorized_keys.ok_or("--authorized-keys is missing")?,
+        algorithms,
         shell,
         logins,
         most,
@@ -120,6 +129,7 @@ fn text(error: lexopt::Error) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::algorithms::NEWEST;
 
     const BASE: [&str; 7] = [
         "tunnel-sshd",
@@ -136,6 +146,7 @@ mod tests {
         for words in [
             &["--listen", "somewhere"][..],
             &["--max-sessions", "-1"],
+            &["--algorithms", "old"],
             &["--no-such"],
             &["word"],
         ] {
@@ -151,6 +162,8 @@ mod tests {
     #[test]
     fn all_options_have_their_effect() {
         let more = [
+            "--algorithms",
+            "newest",
             "--shell",
             "/s",
             "--login",
@@ -168,6 +181,7 @@ mod tests {
             panic!("a good command line");
         };
         assert_eq!((options.shell, options.most), (Some("/s".into()), 3));
+        assert_eq!(options.algorithms, &NEWEST);
         assert_eq!(
             (options.logins, options.rekey_bytes),
             (vec!["a".to_owned(), "b".to_owned()], LEAST_REKEY_BYTES)

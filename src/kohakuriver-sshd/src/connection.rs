@@ -89,7 +89,11 @@ impl Connection {
         stream.set_nodelay(true)?;
         let (sender, events) = channel();
         Ok(Self {
-            transport: Transport::new(shared.host_keys.clone(), shared.rekey_bytes),
+            transport: Transport::new(
+                shared.host_keys.clone(),
+                shared.algorithms,
+                shared.rekey_bytes,
+            ),
             shared,
             stream,
             peer: ends[0].to_string(),

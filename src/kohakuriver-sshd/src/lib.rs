@@ -6,6 +6,7 @@
 //! ([`session`]), of forwarded connections ([`forward`]) and of the servers of files ([`sftp`], [`scp`]).
 
 pub mod agent;
+pub mod algorithms;
 pub mod args;
 pub mod auth;
 pub mod channel;

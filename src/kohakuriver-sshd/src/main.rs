@@ -54,6 +54,7 @@ fn work(options: Options) -> io::Result<std::convert::Infallible> {
     let shared = Arc::new(Shared {
         files: sys::raise_file_limit()?,
         user: User::of_this_process(options.shell),
+        algorithms: options.algorithms,
         authorized_keys: options.authorized_keys,
         logins: options.logins,
         rekey_bytes: options.rekey_bytes,

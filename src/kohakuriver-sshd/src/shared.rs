@@ -6,6 +6,7 @@ use std::net::{Shutdown, TcpStream};
 use std::path::PathBuf;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
 
+use crate::algorithms::Algorithms;
 use crate::keys::HostKeys;
 use crate::user::User;
 
@@ -16,6 +17,8 @@ const MOST_STRANGERS: usize = 64;
 pub struct Shared {
     /// What the server proves itself with.
     pub host_keys: Arc<HostKeys>,
+    /// What is offered in an exchange of keys.
+    pub algorithms: &'static Algorithms,
     /// The file of keys that are let in.
     pub authorized_keys: PathBuf,
     /// Who everything runs as.

@@ -7,6 +7,7 @@ use std::io;
 use std::ops::Range;
 use std::sync::Arc;
 
+use crate::algorithms::Algorithms;
 use crate::crypto::{Opener, Sealer};
 use crate::keys::HostKeys;
 use crate::wire::{Malformed, Put, Reader};
@@ -86,6 +87,7 @@ pub fn protocol_error(sentence: &str) -> Fatal {
 /// One connection's transport layer, as the server.
 pub struct Transport {
     host_keys: Arc<HostKeys>,
+    algorithms: &'static Algorithms,
     rekey_bytes: u64,
     input: Vec<u8>,
     filled: Range<usize>,
@@ -108,9 +110,14 @@ pub struct Transport {
 
 impl Transport {
     /// Starts with the version line and the first KEXINIT; new keys after `rekey_bytes` bytes.
-    pub fn new(host_keys: Arc<HostKeys>, rekey_bytes: u64) -> Self {
+    pub fn new(
+        host_keys: Arc<HostKeys>,
+        algorithms: &'static Algorithms,
+        rekey_bytes: u64,
+    ) -> Self {
         let mut transport = Self {
             host_keys,
+            algorithms,
             rekey_bytes,
             input: vec![0; INPUT],
             filled: 0..0,

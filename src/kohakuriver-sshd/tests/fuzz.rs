@@ -8,6 +8,7 @@ use std::sync::{Arc, LazyLock};
 
 use common::client::{Client, STRICT, message};
 use common::{Directory, Server};
+use kohakuriver_sshd::algorithms::ALL;
 use kohakuriver_sshd::auth::{Answer, Attempts};
 use kohakuriver_sshd::keys::{HostKey, HostKeys, is_authorized, verify};
 use kohakuriver_sshd::transport::Transport;
@@ -191,15 +192,15 @@ proptest! {
 
     #[test]
     fn any_bytes_before_the_keys_are_survived(bytes in vec(any::<u8>(), 0..2000), piece in 1..500usize) {
-        let mut transport = Transport::new(KEY.clone(), 1 << 30);
+        let mut transport = Transport::new(KEY.clone(), &ALL, 1 << 30);
         give(&mut transport, &bytes, piece);
-        let mut greeted = Transport::new(KEY.clone(), 1 << 30);
+        let mut greeted = Transport::new(KEY.clone(), &ALL, 1 << 30);
         give(&mut greeted, &[b"SSH-2.0-x\r\n", &bytes[..]].concat(), piece);
     }
 
     #[test]
     fn a_damaged_exchange_of_keys_is_survived(damage in changes(6), piece in 1..500usize) {
-        let mut transport = Transport::new(KEY.clone(), 1 << 30);
+        let mut transport = Transport::new(KEY.clone(), &ALL, 1 << 30);
         give(&mut transport, &changed(&beginning(), &damage), piece);
     }
 

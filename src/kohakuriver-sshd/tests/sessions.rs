@@ -439,6 +439,7 @@ fn programs_with_their_full_path_work_in_a_task_without_a_shell() {
     let mut lender = Server::start(&[]);
     let shared = Shared {
         host_keys: Arc::new(HostKeys::load_or_make(&[lender.directory.file("host_key")]).unwrap()),
+        algorithms: &kohakuriver_sshd::algorithms::ALL,
         authorized_keys: lender.directory.file("authorized"),
         user: User {
             name: "root".into(),

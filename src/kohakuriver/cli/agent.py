@@ -20,7 +20,7 @@ import typer
 
 from kohakuriver.cli.app import App
 from kohakuriver.cli.behind_dashes import WithCommand, command_of
-from kohakuriver.cli.options import Place, remote, warned
+from kohakuriver.cli.options import Place, SshAlgorithms, SshAlgorithmsOption, remote, warned
 from kohakuriver.errors import KohakuRiverError, UsageError
 from kohakuriver.task import is_task_name
 
@@ -86,6 +86,7 @@ def agent(
     public_key_file: PublicKeyOption = None,
     token_file: TokenFileOption = None,
     via: ViaOption = None,
+    ssh_algorithms: SshAlgorithmsOption = SshAlgorithms.all,
 ) -> NoReturn:
     """Make a task of where this runs, and run CMD in it: a job, a pod, a machine behind a router."""
     program = _program()
@@ -101,7 +102,7 @@ def agent(
         options["--token-fd"] = str(_descriptor_with(settings.token))
     words = [word for option, value in options.items() if value is not None for word in (option, value)]
     if with_ssh or public_key_file:
-        words += _ssh_server(name or "any", public_key_file or [])
+        words += _ssh_server(name or "any", public_key_file or [], ssh_algorithms.value)
     command = command_of(ctx)
     sys.stdout.flush()
     os.execve(program, [program.name, "agent", *words, *(["--", *command] if command else [])], environment)
@@ -134,10 +135,10 @@ def _program() -> Path:
     return program
 
 
-def _ssh_server(name: str, key_files: list[Path]) -> list[str]:
+def _ssh_server(name: str, key_files: list[Path], algorithms: str) -> list[str]:
     """Start an SSH server that ends with this process; what the tunnel client is told of it."""
     from kohakuriver import host_keys
-    from kohakuriver.binaries import SSH_SERVER
+    from kohakuriver.binaries import SSH_SERVER, ssh_server_options
     from kohakuriver.cli.ssh_files import public_keys
     from kohakuriver.config import state_dir, write_private
 
@@ -155,8 +156,7 @@ def _ssh_server(name: str, key_files: list[Path]) -> list[str]:
     allowed, log = own / "authorized_keys", own / "log"
     write_private(allowed, "".join(f"{line}\n" for line in public_keys(key_files)))
     port = _free_port()
-    keys = [word for file in files for word in ("--host-key", str(file))]
-    command = [str(server), "--listen", f"127.0.0.1:{port}", *keys, "--authorized-keys", str(allowed)]
+    command = [str(server), *ssh_server_options(port, [*map(str, files)], str(allowed), algorithms)]
     with log.open("wb") as output:
         started = subprocess.Popen(
             command,

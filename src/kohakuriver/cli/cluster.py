@@ -14,7 +14,7 @@ import typer
 
 from kohakuriver.backends import by_default, names
 from kohakuriver.cli import output
-from kohakuriver.cli.options import JsonOption, built, one_of, remote
+from kohakuriver.cli.options import JsonOption, SshAlgorithms, SshAlgorithmsOption, built, one_of, remote
 from kohakuriver.cli.signals import caught
 from kohakuriver.errors import KohakuRiverError
 from kohakuriver.spared import without
@@ -496,6 +496,7 @@ def host(
     advertise_url: HostAdvertiseOption = None,
     trusted_proxies: TrustedProxyOption = None,
     ssh_proxy_protocol: SshProxyProtocolOption = False,
+    ssh_algorithms: SshAlgorithmsOption = SshAlgorithms.all,
 ) -> int:
     """Run the host alone: the HTTP API, the middle of every forward, and the SSH proxy."""
     from kohakuriver.config import config_dir
@@ -537,6 +538,7 @@ def runner(
     ca_file: Annotated[Path | None, _ca_file("the host's certificate")] = None,
     stop_tasks_on_exit: StopTasksOption = False,
     direct: DirectOption = None,
+    ssh_algorithms: SshAlgorithmsOption = SshAlgorithms.all,
 ) -> int:
     """Run a node: start tasks here and reach into them."""
     from kohakuriver import config

@@ -34,6 +34,8 @@ __all__ = [
     "Place",
     "Remote",
     "SlurmJobOption",
+    "SshAlgorithms",
+    "SshAlgorithmsOption",
     "TaskArgument",
     "TasksArgument",
     "built",
@@ -49,6 +51,23 @@ __all__ = [
     "size_of",
     "variables_in",
     "warned",
+]
+
+
+class SshAlgorithms(str, Enum):
+    """What an SSH server of ours offers in an exchange of keys."""
+
+    all = "all"
+    newest = "newest"
+
+
+SshAlgorithmsOption = Annotated[
+    SshAlgorithms,
+    typer.Option(
+        "--ssh-algorithms",
+        envvar="KOHAKURIVER_SSH_ALGORITHMS",
+        help="What SSH servers offer: all that is safe, or the newest alone (ML-KEM: OpenSSH 9.9 and later).",
+    ),
 ]
 
 

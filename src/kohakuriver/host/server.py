@@ -108,6 +108,7 @@ class HostOptions:
         apps_url: where they are all, in the place of that; `apps_port` is another port for it to listen on.
         trusted_proxies: networks of proxies whose X-Forwarded-For and -Proto count, as `Proxies` takes them.
         ssh_proxy_protocol: what comes from these to the SSH port begins with a PROXY header.
+        ssh_algorithms: what the jump host offers, by name.
         public_url: where browsers find this host. If it begins with https://, only cookies that TLS protects count.
         advertise_url: where the other hosts on the database find this one, for agents' tasks.
         user_mounts: others than admins may mount directories of nodes.
@@ -138,6 +139,7 @@ class HostOptions:
     advertise_url: str | None = None
     trusted_proxies: Sequence[str] = ()
     ssh_proxy_protocol: bool = False
+    ssh_algorithms: str = "all"
     user_mounts: bool = False
     heartbeat_seconds: float = 5.0
     tls_cert: Path | None = None
@@ -441,6 +443,7 @@ class Host:
             limits=perimeter.limits,
             opened=lambda seconds, error: self._measures.opened("ssh", seconds, error),
             balancers=self._proxies if options.ssh_proxy_protocol else None,
+            algorithms=options.ssh_algorithms,
         )
         await self._make_agents()
         port = self._socks[0].getsockname()[1]

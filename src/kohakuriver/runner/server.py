@@ -80,7 +80,8 @@ class RunnerOptions:
     Who is who in Slurm says the file `slurm_users`; its nodes have a tunnel client at `slurm_client`, None where they
     have none, and reach this runner at `slurm_url`, by default where the host does. Its measures are read at
     `metrics`, as `metrics_address` takes it. `direct` is whether users may reach this runner themselves, at the address
-    at which the host does; None for where it serves TLS, or is on loopback.
+    at which the host does; None for where it serves TLS, or is on loopback. `ssh_algorithms` is what tasks' SSH servers
+    offer, by name.
     """
 
     state_dir: Path
@@ -102,6 +103,7 @@ class RunnerOptions:
     registries: Sequence[str] = (DEFAULT_REGISTRY,)
     stop_tasks_on_exit: bool = False
     direct: bool | None = None
+    ssh_algorithms: str = "all"
     user_processes: bool = False
     process_user: str | None = None
     mount_roots: Sequence[str] = ()
@@ -235,7 +237,7 @@ class Runner:
             node=self._identity.name,
             state=state,
             helper=helper,
-            ssh=SshHelper(state),
+            ssh=SshHelper(state, self._options.ssh_algorithms),
             report=self._book.report,
             doors=Doors(state, self._open_door),
             listen_at=self._listening.url_at,

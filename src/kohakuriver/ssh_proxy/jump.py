@@ -22,6 +22,7 @@ from kohakuriver.asking import Asker, asking
 from kohakuriver.errors import KohakuRiverError, UnauthenticatedError, UnavailableError
 from kohakuriver.runtime import cancel_all
 from kohakuriver.session.carried import Route
+from kohakuriver.ssh_proxy.algorithms import check
 from kohakuriver.ssh_proxy.control import Control, Message, pair
 from kohakuriver.ssh_proxy.session import Connector
 from kohakuriver.ssh_proxy.turnstile import Turnstile
@@ -75,6 +76,7 @@ class JumpHost:
         authorize, keyholders, check_user, connector: as for `SshProxy`.
         login_seconds: how long a login may take.
         handshakes: how many connections a second one source may make.
+        algorithms: by name, as `algorithms.check` takes it and raises for it.
     """
 
     def __init__(
@@ -87,11 +89,16 @@ class JumpHost:
         connector: Connector,
         login_seconds: float,
         handshakes: float,
+        algorithms: str,
     ) -> None:
+        chosen = check(algorithms)
+        self.algorithms = algorithms
         self.keyholders = keyholders
-        self._host_keys = [host_keys / "ssh_host_ed25519_key", host_keys / "ssh_host_ecdsa_key"]
-        for make, path in zip((keys.ed25519, keys.ecdsa), self._host_keys, strict=True):
-            make(path)
+        made = {"ed25519": keys.ed25519, "ecdsa": keys.ecdsa}
+        files = {kind: host_keys / f"ssh_host_{kind}_key" for kind in made}
+        for kind, path in files.items():
+            made[kind](path)
+        self._host_keys = [files[kind] for kind in chosen.host_keys]
         self._authorize = authorize
         self._check_user = check_user
         self._connector = connector
@@ -250,10 +257,10 @@ class _Process:
         await self._end()
         ours, theirs = pair()
         with theirs:
-            arguments = [str(theirs.fileno()), str(self._host._login_seconds), *map(str, self._host._host_keys)]
+            settings = [theirs.fileno(), self._host._login_seconds, self._host.algorithms, *self._host._host_keys]
             try:
                 self._process = await asyncio.create_subprocess_exec(
-                    *[sys.executable, "-m", "kohakuriver.ssh_proxy.jump_process", *arguments],
+                    *[sys.executable, "-m", "kohakuriver.ssh_proxy.jump_process", *map(str, settings)],
                     pass_fds=[theirs.fileno()],
                     env=_environment(),
                     stdin=subprocess.DEVNULL,

@@ -1,4 +1,4 @@
-"""The jump host's process: ``python -m kohakuriver.ssh_proxy.jump_process CONTROL LOGIN_SECONDS HOST_KEY…``.
+"""The jump host's process: ``python -m kohakuriver.ssh_proxy.jump_process CONTROL LOGIN_SECONDS ALGORITHMS HOST_KEY…``.
 
 It speaks SSH with whoever the host hands over, and asks the host about the rest (`kohakuriver.ssh_proxy.control`).
 It opens connections to tasks and does nothing else: no shell, no forwarding of any other kind.
@@ -15,9 +15,9 @@ from collections.abc import Awaitable
 from typing import cast
 
 import asyncssh
-from asyncssh.kex import get_kex_algs
 
 from kohakuriver import runtime
+from kohakuriver.ssh_proxy.algorithms import ALGORITHMS, Algorithms
 from kohakuriver.ssh_proxy.control import Control, Message
 
 __all__ = ["main"]
@@ -27,11 +27,6 @@ LONGEST_SECRET = 4096
 LONGEST_NAME = 1024
 KEEPALIVE_SECONDS = 30
 
-# What `tunnel-sshd` takes too: no client that can talk to a task is refused here, and nothing older is offered.
-KEY_EXCHANGES = ["mlkem768x25519-sha256", "curve25519-sha256", "curve25519-sha256@libssh.org", "ecdh-sha2-nistp256"]
-CIPHERS = ["aes256-gcm@openssh.com", "aes128-gcm@openssh.com", "chacha20-poly1305@openssh.com"]
-CIPHERS += ["aes256-ctr", "aes128-ctr"]
-MACS = ["hmac-sha2-256-etm@openssh.com", "hmac-sha2-512-etm@openssh.com", "hmac-sha2-256", "hmac-sha2-512"]
 USER_KEYS = [
     "ssh-ed25519",
     "sk-ssh-ed25519@openssh.com",
@@ -48,7 +43,9 @@ NO_SHELL = "this is only a jump host: use `ssh -J` with it, and a task's name as
 class _Server:
     """All connections, and the questions to the host that are not answered yet."""
 
-    def __init__(self, host_keys: list[str], login_seconds: float) -> None:
+    def __init__(self, host_keys: list[str], login_seconds: float, algorithms: Algorithms) -> None:
+        self._algorithms = algorithms
+        self._exchanges = algorithms.known
         self._host_keys = [asyncssh.read_private_key(path) for path in host_keys]
         self._login_seconds = login_seconds
         self._control: Control | None = None
@@ -108,9 +105,9 @@ class _Server:
                 server_host_keys=self._host_keys,
                 login_timeout=self._login_seconds,
                 keepalive_interval=KEEPALIVE_SECONDS,
-                kex_algs=_known_exchanges(),
-                encryption_algs=CIPHERS,
-                mac_algs=MACS,
+                kex_algs=self._exchanges,
+                encryption_algs=self._algorithms.ciphers,
+                mac_algs=self._algorithms.macs,
                 signature_algs=USER_KEYS,
                 compression_algs=["none"],
                 kbdint_auth=False,
@@ -277,21 +274,15 @@ class _Local(asyncio.Protocol):
             self._channel.close()
 
 
-def _known_exchanges() -> list[str]:
-    """ML-KEM is not in every version of the libraries."""
-    known = {name.decode() for name in get_kex_algs()}
-    return [name for name in KEY_EXCHANGES if name in known]
-
-
 def main() -> None:
     """Run the process."""
-    control, login_seconds, *host_keys = sys.argv[1:]
+    control, login_seconds, algorithms, *host_keys = sys.argv[1:]
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # of a terminal: the host ends, and this process with it
     # What strangers send to an open port is no news; what is refused is told by the host's log.
     logging.getLogger("asyncssh").setLevel(logging.CRITICAL)
 
     async def serve() -> None:
-        server = _Server(host_keys, float(login_seconds))
+        server = _Server(host_keys, float(login_seconds), ALGORITHMS[algorithms])
         runtime.freeze_heap()
         await server.run(socket.socket(fileno=int(control)))
 

@@ -60,6 +60,7 @@ class SshProxy:
         trusted: how runners that serve TLS are checked; None for the system's authorities.
         limits: what a connection may take.
         balancers: who sends a PROXY header first; None for nobody.
+        algorithms: what the jump host offers, by name. UsageError where that can't be had here.
     """
 
     def __init__(
@@ -74,6 +75,7 @@ class SshProxy:
         limits: Limits | None = None,
         opened: Opened = lambda _seconds, _error: None,
         balancers: Proxies | None = None,
+        algorithms: str = "all",
     ) -> None:
         limits = limits or Limits()
         self._sock = sock
@@ -89,6 +91,7 @@ class SshProxy:
             connector=self._connector,
             login_seconds=LOGIN_FACTOR * limits.handshake_timeout,
             handshakes=limits.max_handshakes,
+            algorithms=algorithms,
         )
         self._accepting: asyncio.Task[None] | None = None
         self._room = WaitingRoom(limits.max_waiting)

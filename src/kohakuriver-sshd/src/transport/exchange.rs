@@ -3,21 +3,15 @@
 use std::ops::Range;
 
 use super::{Fatal, Transport, VERSION, number, protocol_error, reason};
+use crate::algorithms::Algorithms;
 use crate::crypto::{Cipher, Direction, Exchange, Mac, random, sha256};
 use crate::keys::{HostKey, SIGNATURES};
 use crate::wire::{Malformed, Put, Reader};
 
-const EXCHANGES: &str =
-    "mlkem768x25519-sha256,curve25519-sha256,curve25519-sha256@libssh.org,ecdh-sha2-nistp256";
 /// Stands among the exchanges and is none: sequence numbers begin anew with each key, and nothing else may come between.
 const STRICT_SERVER: &str = "kex-strict-s-v00@openssh.com";
 const STRICT_CLIENT: &str = "kex-strict-c-v00@openssh.com";
 const EXT_INFO_CLIENT: &str = "ext-info-c";
-const CIPHERS: &str = "aes256-gcm@openssh.com,aes128-gcm@openssh.com,chacha20-poly1305@openssh.com,\
-     aes256-ctr,aes128-ctr";
-/// For the last two ciphers alone: the others prove their packets themselves. Some clients want a name all the same.
-const MACS: &str =
-    "hmac-sha2-256-etm@openssh.com,hmac-sha2-512-etm@openssh.com,hmac-sha2-256,hmac-sha2-512";
 
 /// What the two KEXINIT messages agree on.
 pub(super) struct Agreed {
@@ -37,15 +31,20 @@ impl Transport {
     pub(super) fn begin_exchange(&mut self) {
         let mut init = vec![number::KEXINIT];
         init.put_raw(&random::<16>());
-        let exchanges = format!("{EXCHANGES},{STRICT_SERVER}");
+        let Algorithms {
+            exchanges,
+            ciphers,
+            macs,
+        } = self.algorithms;
+        let exchanges = format!("{exchanges},{STRICT_SERVER}");
         let host_keys = self.host_keys.names();
         for list in [
             exchanges.as_str(),
             &host_keys,
-            CIPHERS,
-            CIPHERS,
-            MACS,
-            MACS,
+            ciphers,
+            ciphers,
+            macs,
+            macs,
             "none",
             "none",
             "",
@@ -68,7 +67,7 @@ impl Transport {
         }
         let init = self.input[range].to_vec();
         let first = self.session.is_none();
-        let agreed = agree(init, &self.host_keys.names())?;
+        let agreed = agree(init, &self.host_keys.names(), self.algorithms)?;
         if first {
             self.strict = agreed.strict;
             if self.strict && self.received != 1 {
@@ -178,7 +177,7 @@ fn offers(names: &str, name: &str) -> bool {
 }
 
 /// RFC 4253 §7.1: of each list, the client's first that the server has too.
-fn agree(init: Vec<u8>, host_keys: &str) -> Result<Agreed, Fatal> {
+fn agree(init: Vec<u8>, host_keys: &str, ours: &Algorithms) -> Result<Agreed, Fatal> {
     let choose = |position: usize, ours: &str, what: &str| -> Result<String, Fatal> {
         let theirs = names(&init, position)?;
         let common = theirs.split(',').find(|name| offers(ours, name));
@@ -187,11 +186,11 @@ fn agree(init: Vec<u8>, host_keys: &str) -> Result<Agreed, Fatal> {
             Fatal::Ours(reason::KEY_EXCHANGE_FAILED, sentence)
         })
     };
-    let exchange = choose(0, EXCHANGES, "key exchange")?;
+    let exchange = choose(0, ours.exchanges, "key exchange")?;
     let host_key = choose(1, host_keys, "kind of host key")?;
     let cipher = |direction: usize| -> Result<Cipher, Fatal> {
-        let name = choose(2 + direction, CIPHERS, "cipher")?;
-        let mac = || choose(4 + direction, MACS, "MAC").map(|name| Mac::named(&name));
+        let name = choose(2 + direction, ours.ciphers, "cipher")?;
+        let mac = || choose(4 + direction, ours.macs, "MAC").map(|name| Mac::named(&name));
         Ok(Cipher::named(&name, mac)?.ok_or(Malformed)?)
     };
     let (inbound, outbound) = (cipher(0)?, cipher(1)?);
@@ -205,8 +204,8 @@ fn agree(init: Vec<u8>, host_keys: &str) -> Result<Agreed, Fatal> {
     let offered = names(&init, 0)?;
     // A guess is right where both sides like the same best (RFC 4253 §7), which need not be what is agreed on.
     let is_best = |theirs: &str, ours: &str| theirs.split(',').next() == ours.split(',').next();
-    let wrong_guess =
-        reader.bool()? && !(is_best(offered, EXCHANGES) && is_best(names(&init, 1)?, host_keys));
+    let wrong_guess = reader.bool()?
+        && !(is_best(offered, ours.exchanges) && is_best(names(&init, 1)?, host_keys));
     Ok(Agreed {
         strict: offers(offered, STRICT_CLIENT),
         exchange: Exchange::named(&exchange).ok_or(Malformed)?,

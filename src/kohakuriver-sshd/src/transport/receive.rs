@@ -88,6 +88,7 @@ mod tests {
 
     use super::super::number;
     use super::*;
+    use crate::algorithms::ALL;
     use crate::crypto::random;
     use crate::keys::HostKeys;
 
@@ -97,7 +98,7 @@ mod tests {
             std::env::temp_dir().join(format!("transport-{:x}", u64::from_be_bytes(random())));
         let keys = HostKeys::load_or_make(std::slice::from_ref(&path)).unwrap();
         std::fs::remove_file(&path).unwrap();
-        let mut transport = Transport::new(Arc::new(keys), 1 << 30);
+        let mut transport = Transport::new(Arc::new(keys), &ALL, 1 << 30);
         let packet = [&[0, 0, 0, 12, 10, number::DISCONNECT][..], &[0; 10]].concat();
         let said = [b"SSH-2.0-test\r\n".as_slice(), &packet].concat();
         transport.space()[..said.len()].copy_from_slice(&said);

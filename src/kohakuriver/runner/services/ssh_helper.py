@@ -16,7 +16,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from kohakuriver import host_keys
-from kohakuriver.binaries import SSH_SERVER
+from kohakuriver.binaries import SSH_SERVER, ssh_server_options
 from kohakuriver.config import write_private
 from kohakuriver.errors import UnavailableError
 from kohakuriver.runner.services.state import State, TaskRecord
@@ -61,10 +61,14 @@ MaxStartups 64
 
 
 class SshHelper:
-    """Knows the SSH server of this installation, and keeps each task's host keys in its directory."""
+    """Knows the SSH server of this installation, and keeps each task's host keys in its directory.
 
-    def __init__(self, state: State) -> None:
+    `algorithms` are what it offers, by name: "all" or "newest".
+    """
+
+    def __init__(self, state: State, algorithms: str = "all") -> None:
         self._state = state
+        self._algorithms = algorithms
         self._source = SSH_SERVER.find()
 
     def prepare(self, task: TaskRecord) -> None:
@@ -76,7 +80,7 @@ class SshHelper:
 
     def process_command(self, task: TaskRecord, port: int) -> list[str]:
         """The command line of an SSH server on the node itself. Raises UnavailableError without a binary."""
-        return [str(self.binary()), *_options(port, str(self._folder(task)))]
+        return [str(self.binary()), *self._options(port, str(self._folder(task)))]
 
     def container_command(self, sshd: str | None) -> list[str]:
         """The command line inside a container; `sshd` is the path of its own, None for ours.
@@ -85,7 +89,7 @@ class SshHelper:
         """
         if sshd is None:
             self.binary()
-            return [f"{INSIDE}/{SSH_SERVER.name}", *_options(CONTAINER_PORT, _FOLDER)]
+            return [f"{INSIDE}/{SSH_SERVER.name}", *self._options(CONTAINER_PORT, _FOLDER)]
         return [sshd, "-D", "-e", "-f", f"{_FOLDER}/{_CONFIG}"]
 
     def mounts(self) -> list[tuple[Path, str]]:
@@ -135,15 +139,14 @@ class SshHelper:
         """Where the SSH server of a process task says what is the matter."""
         return self._folder(task) / "log"
 
+    def _options(self, port: int, folder: str) -> list[str]:
+        keys = [f"{folder}/{name}" for name in (_HOST_KEY, _ECDSA_HOST_KEY)]
+        return ssh_server_options(port, keys, f"{folder}/{_AUTHORIZED_KEYS}", self._algorithms)
+
     def _folder(self, task: TaskRecord) -> Path:
         folder = self._state.task_dir(task.container) / "ssh"
         folder.mkdir(exist_ok=True, mode=0o700)
         return folder
-
-
-def _options(port: int, folder: str) -> list[str]:
-    keys = [*("--host-key", f"{folder}/{_HOST_KEY}"), *("--host-key", f"{folder}/{_ECDSA_HOST_KEY}")]
-    return ["--listen", f"127.0.0.1:{port}", *keys, "--authorized-keys", f"{folder}/{_AUTHORIZED_KEYS}"]
 
 
 def _set_env(environment: Mapping[str, str]) -> str:
