@@ -6,7 +6,7 @@ import asyncio
 from collections.abc import Callable, Coroutine
 from typing import Any
 
-from kohakuriver.web.fair_turns import FairTurns
+from kohakuriver.fair_turns import FairTurns
 from kohakuriver.web.request_limits import STARTED_AT_ONCE, Body, BodyBudget
 
 Run = Callable[[Coroutine[Any, Any, None]], None]

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+from collections import Counter
 from collections.abc import Callable, Coroutine
 from typing import Any
 
 import pytest
 
-from kohakuriver.store.together import Together
+from kohakuriver.store.together import HEAR_AT_ONCE, Together
 from tests.support.hops import until
 
 Run = Callable[[Coroutine[Any, Any, None]], None]
@@ -58,5 +59,28 @@ def test_a_question_that_fails_fails_for_those_who_shared_it_and_for_nobody_else
                 await each
         failing = False
         assert await together("a") == "a"
+
+    run(check())
+
+
+def test_those_who_share_an_answer_go_on_with_their_work_a_few_at_a_time(run: Run) -> None:
+    async def check() -> None:
+        async def ask(key: str) -> str:
+            await asyncio.sleep(0)
+            return key
+
+        together = Together(ask)
+        heard: list[int] = []
+        turns = 0
+
+        async def one() -> None:
+            await together("a")
+            heard.append(turns)
+
+        asking = [asyncio.ensure_future(one()) for _ in range(101)]
+        while not all(each.done() for each in asking):
+            turns += 1
+            await asyncio.sleep(0)
+        assert max(Counter(heard).values()) <= 2 * HEAR_AT_ONCE
 
     run(check())

@@ -6,21 +6,28 @@ import asyncio
 from collections.abc import Callable, Coroutine, Hashable
 from typing import Any, Generic, TypeVar
 
+from kohakuriver.fair_turns import FairTurns
+
 __all__ = ["Together"]
 
 K = TypeVar("K", bound=Hashable)
 T = TypeVar("T")
+
+HEAR_AT_ONCE = 4
+"""Who hears an answer before everything else gets its turn: some 2 ms of what they do with it."""
 
 
 class Together(Generic[K, T]):
     """Asks `ask` about a key.
 
     Of one key, one question is under way, however many want to know. Those who come meanwhile share the next one: no
-    answer is older than the wish for it.
+    answer is older than the wish for it. They hear of it a few at a time: thousands who hear at once would all go on
+    with their work before anything else gets its turn.
     """
 
     def __init__(self, ask: Callable[[K], Coroutine[Any, Any, T]]) -> None:
         self._ask = ask
+        self._turns = FairTurns(HEAR_AT_ONCE)
         self._under_way: dict[K, asyncio.Task[T]] = {}
         self._next: dict[K, asyncio.Task[T]] = {}
 
@@ -32,7 +39,9 @@ class Together(Generic[K, T]):
             question = asyncio.get_running_loop().create_task(self._answer(key, before))
             question.add_done_callback(_heard)
             (self._under_way if before is None else self._next)[key] = question
-        return await asyncio.shield(question)
+        await asyncio.wait({question})
+        await self._turns.turn(key)
+        return question.result()
 
     async def _answer(self, key: K, before: asyncio.Task[T] | None) -> T:
         if before is not None:

@@ -16,8 +16,8 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
 from kohakuriver.errors import UnavailableError
+from kohakuriver.fair_turns import FairTurns
 from kohakuriver.limits import Limits
-from kohakuriver.web.fair_turns import FairTurns
 from kohakuriver.web.waiting_room import WaitingRoom
 
 __all__ = [

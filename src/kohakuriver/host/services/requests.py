@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import time
 from collections import OrderedDict
 from collections.abc import Callable, Hashable
@@ -10,10 +9,10 @@ from dataclasses import dataclass
 
 from kohakuriver.asking import asker
 from kohakuriver.errors import UnavailableError
+from kohakuriver.fair_turns import FairTurns
 from kohakuriver.host.services.audit import NOWHERE, Audit
 from kohakuriver.host.services.credentials import ANONYMOUS, Caller
 from kohakuriver.rates import TokenBucket
-from kohakuriver.web.fair_turns import FairTurns
 
 __all__ = ["Requests"]
 
@@ -58,16 +57,7 @@ class Requests:
         A thousand requests that come at once are a second's work: it is done a little at a time, and each who has
         requests gets one of them done in turn.
         """
-        turn = asyncio.get_running_loop().create_future()
-
-        def begin() -> bool:
-            if turn.done():  # its peer has gone meanwhile
-                return False
-            turn.set_result(None)
-            return True
-
-        self._turns.begin(begin, who)
-        await turn
+        await self._turns.turn(who)
 
     @staticmethod
     def needs_room(method: str, path: str) -> bool:

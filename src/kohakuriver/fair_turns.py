@@ -31,6 +31,19 @@ class FairTurns:
         else:
             self._waiting.setdefault(who, deque()).append(work)
 
+    async def turn(self, who: Hashable) -> None:
+        """Return when it is the turn of `who`."""
+        turn = asyncio.get_running_loop().create_future()
+
+        def begin() -> bool:
+            if turn.done():  # its peer has gone meanwhile
+                return False
+            turn.set_result(None)
+            return True
+
+        self.begin(begin, who)
+        await turn
+
     def _renew(self, loop: asyncio.AbstractEventLoop) -> None:
         self._left = self._most
         try:
