@@ -598,11 +598,16 @@ class SessionLeg(RelayLeg[TunnelLeg]):
 
     def free(self, client_id: int) -> bool:
         """The id names no stream any more; whether the reply to its CLOSE was still waited for."""
+        waited = self._forget(client_id)
+        self.freed()
+        return waited
+
+    def _forget(self, client_id: int) -> bool:
+        """As `free`, before it is counted."""
         self.table.remove(client_id)
         self.ended.pop(client_id, None)
         self.kept.discard(client_id)
-        self.freed()
-        timer = self._closing.pop(client_id, None)
+        timer = self._closing.pop(client_id, None) if self._closing else None
         if timer is not None:
             timer.cancel()
         return timer is not None
@@ -637,7 +642,8 @@ class SessionLeg(RelayLeg[TunnelLeg]):
         over: list[int] = []  # in one pass: thousands of streams go at once, while all other users wait
         for client_id in client_ids:
             (kept if client_id in self.kept else over).append(client_id)
-            self.free(client_id)
+            self._forget(client_id)
+        self.freed()
         self.over(over, reason)
         return kept
 

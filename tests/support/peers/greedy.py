@@ -152,6 +152,36 @@ def connects(target: Target) -> Iterator[Counts]:
     yield sent
 
 
+def departing_tunnels(target: Target) -> Iterator[Counts]:
+    """A tunnel client that goes, again and again, with 8,000 streams open: as many as its user gets in two seconds."""
+    ends = time.monotonic() + SECONDS
+    gone = opened = 0
+    while gone < 2 or time.monotonic() < ends:
+        came: Counter[int] = Counter()
+        with tunnel(target) as inside, session(target, target.own_task) as wire:
+            wire.drain()
+            counting = threading.Thread(target=_count_kinds, args=(inside, came))
+            counting.start()
+            ids = itertools.count(1)
+            while came[CONNECT] < 8000:
+                window = (65_536).to_bytes(8, "big")
+                wire.send(*(build_frame(CONNECT, 0, next(ids), 9, window, KEY) for _ in range(500)))
+                time.sleep(0.1)
+            inside.sock.shutdown(socket.SHUT_RDWR)
+            counting.join()
+        gone, opened = gone + 1, opened + came[CONNECT]
+    yield {"tunnels": gone, "streams": _at_least(16_000, opened)}
+
+
+def _count_kinds(wire: Wire, came: Counter[int]) -> None:
+    """Count the messages that come, by their kinds, until the end."""
+    with contextlib.suppress(OSError, EOFError):
+        while True:
+            first, payload = wire.receive()
+            if first == 0x82:
+                came[payload[0]] += 1
+
+
 def terminals(target: Target) -> Iterator[Counts]:
     """120 terminals of one user, in two tasks, each with a shell, of which no byte is read."""
     offer = f"Sec-WebSocket-Protocol: {TERMINAL_V2}\r\n"
@@ -278,6 +308,7 @@ GREEDY: dict[str, Attack] = {
         refused_paths,
         wide_sessions,
         connects,
+        departing_tunnels,
         terminals,
         printing_tasks,
         unfinished_bodies,
