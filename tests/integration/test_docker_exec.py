@@ -50,7 +50,7 @@ def test_a_command_that_begins_while_its_user_goes_does_not_stay(run: Run, conta
 
     async def main() -> None:
         async with aiodocker.Docker() as client:
-            at = docker_exec.Engine(client, FairQueue(16, 16))
+            at = docker_exec.Engine(client, FairQueue(16, 16), FairQueue(16, 16))
             await asyncio.gather(*(look(at, number % 2 == 0) for number in range(30)))
             deadline = asyncio.get_running_loop().time() + 30
             while "98765.5" in docker("top", container):
@@ -67,7 +67,7 @@ def test_a_command_that_a_busy_engine_starts_late_does_not_stay(run: Run, contai
 
     async def main() -> None:
         async with aiodocker.Docker() as client:
-            at = docker_exec.Engine(client, FairQueue(16, 16))
+            at = docker_exec.Engine(client, FairQueue(16, 16), FairQueue(16, 16))
             os.kill(int(shim.split()[1]), signal.SIGSTOP)
             try:
                 starting = asyncio.ensure_future(docker_exec.start(at, container, request))

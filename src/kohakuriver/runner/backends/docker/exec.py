@@ -78,6 +78,7 @@ class Engine:
 
     docker: aiodocker.Docker
     calls: FairQueue
+    starts: FairQueue
 
 
 class DockerExec(ExecSession):
@@ -296,7 +297,7 @@ def _lost_engine_is_the_end() -> Any:
 
 async def start(at: Engine, container: str, request: ExecRequest) -> DockerExec:
     """Start a command in a container that runs. Raises UnavailableError "no_shell", and the engine's own errors."""
-    async with at.calls.place():
+    async with at.starts.place():
         return await _started(at, container, request)
 
 

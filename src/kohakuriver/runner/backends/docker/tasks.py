@@ -73,6 +73,9 @@ DRAIN_STOP_SECONDS = 3
 CALLS, CALLS_OF_A_USER = 32, 8
 """What the engine is asked to do at a time, of all users and of one. Its client has connections for 100."""
 
+STARTS, STARTS_OF_A_USER = 8, 1
+"""Commands in containers that it starts at a time: each start is some 50 ms of work for several of its programs."""
+
 NO_BINARY = "its kohakuriver was installed without cargo, and lacks the static tunnel client, which containers need"
 CLIENT_AGAIN_SECONDS = 2.0
 """After how long a tunnel client that was put into a container, and has ended, is started again."""
@@ -128,6 +131,7 @@ class DockerBackend(Backend):
         self._untouched = Untouched(lambda: self._docker)
         self._fence = Fence()
         self._calls = FairQueue(CALLS, CALLS_OF_A_USER)
+        self._starts = FairQueue(STARTS, STARTS_OF_A_USER)
         self._images = Images(lambda: self._docker, node, registries, seconds=pull_seconds)
         self._found: Callable[[TaskRecord], None] = lambda _task: None
 
@@ -441,7 +445,7 @@ class DockerBackend(Backend):
 
     async def exec(self, task: TaskRecord, request: ExecRequest) -> ExecSession:
         with sentences("run a command in the container"):
-            at = docker_exec.Engine(self._docker, self._calls)
+            at = docker_exec.Engine(self._docker, self._calls, self._starts)
             return await docker_exec.start(at, task.engine_id or task.container, request)
 
     async def logs(self, task: TaskRecord, request: LogRequest) -> Printed:
