@@ -18,7 +18,7 @@ from websockets.asyncio.client import connect
 from websockets.exceptions import ConnectionClosed
 from websockets.typing import Subprotocol
 
-from kohakuriver.client.forward import StreamError
+from kohakuriver.client.forward import Reconnecting, StreamError
 from kohakuriver.errors import KohakuRiverError, UnauthenticatedError, UnavailableError
 from kohakuriver.limits import Limits
 from kohakuriver.tunnel.backoff import Backoff
@@ -516,6 +516,18 @@ def test_a_runner_that_can_not_be_reached_costs_a_quiet_try_and_says_why(run: Ru
             told = await there.goes("host")
             assert told.reason
             untouched(there)
+
+    run(main())
+
+
+def test_of_a_runner_that_ends_it_is_not_said_that_the_host_is_another_way_to_it(run: Run) -> None:
+    async def main() -> None:
+        async with service(echo) as port, stage("rust", port, straight=True) as there, dial(there.port) as mine:
+            await there.goes("direct")
+            await echoed(*mine, b"straight")
+            await there.hops.server.close()
+            await until(lambda: any(isinstance(event, Reconnecting) for event in there.events))
+            assert [each.path for each in there.paths] == ["direct"]
 
     run(main())
 

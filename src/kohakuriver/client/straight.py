@@ -24,7 +24,7 @@ from kohakuriver.tunnel.backoff import Backoff
 from kohakuriver.tunnel.closing import Closing
 from kohakuriver.tunnel.dial import Server, open_session
 from kohakuriver.tunnel.link import Link
-from kohakuriver.tunnel.protocol import PING, SESSION_ID, STRAIGHT, StraightOffer, straight_greeting
+from kohakuriver.tunnel.protocol import PING, SESSION_ID, STRAIGHT, CloseCode, StraightOffer, straight_greeting
 from kohakuriver.tunnel.udp import UdpStream
 from kohakuriver.tunnel.user_endpoint import UserEndpoint
 
@@ -164,7 +164,9 @@ class StraightPath:
             self._endpoint.attach(line)
             if self._endpoint.kept is not None:
                 self._endpoint.kept.doubt.ask()
-            self._say("host", reason)
+            # Of a runner that ends, what the host has through it ends, too: how that goes on is the news.
+            if self.closing is None or self.closing.code != CloseCode.GOING_AWAY:
+                self._say("host", reason)
 
     def give_up(self, reason: str) -> None:
         """The straight link leads nowhere any more; nothing is changed while there is no other."""
