@@ -128,6 +128,7 @@ Name = Annotated[
     str,
     matching(_NAME, "it must be 1 to 63 of a-z, 0-9, dot, dash and underscore"),
     matching(r".*[^0-9].*", "a number means a task's id, so a name needs something else in it too"),
+    matching(r"(?!.*\.kohakuriver$).*", "to ssh the name before .kohakuriver is a task's"),
 ]
 NodeName = Annotated[
     str, matching(r"[A-Za-z0-9][A-Za-z0-9._-]{0,62}", "it must be 1 to 63 letters, digits, dots, dashes, underscores")
@@ -189,7 +190,7 @@ Moment = Annotated[float, _between(0, 253_402_300_799)]  # up to the year 9999
 
 def is_task_name(text: str) -> bool:
     """Whether a task may be called this."""
-    return re.fullmatch(_NAME, text) is not None and not text.isdigit()
+    return re.fullmatch(_NAME, text) is not None and not text.isdigit() and not text.endswith(".kohakuriver")
 
 
 def is_engine_id(text: str) -> bool:

@@ -141,6 +141,7 @@ REFUSED: list[tuple[dict[str, Any], int, str, str]] = [
     ({"image": "x", "devices": ["/etc/passwd"]}, 400, "bad_request", "/dev/NAME"),
     ({"image": "x", "mounts": ["a"]}, 400, "bad_request", "SOURCE:/TARGET"),
     ({"name": "123"}, 400, "bad_request", "a number means a task's id"),
+    ({"name": "lab.kohakuriver"}, 400, "bad_request", "to ssh the name before .kohakuriver is a task's"),
     ({"name": "Über"}, 400, "bad_request", "a-z"),
     ({"name": "a" * 64}, 400, "bad_request", "63"),
     ({"name": "web\n"}, 400, "bad_request", "a-z"),

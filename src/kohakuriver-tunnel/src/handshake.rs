@@ -238,12 +238,12 @@ impl fmt::Display for Refusal {
         match self {
             Self::Unreachable(reason) => out.write_str(reason),
             Self::Refused(said) if said.sentence.is_empty() => {
-                write!(out, "the runner answered HTTP {}", said.status)
+                write!(out, "the other side answered HTTP {}", said.status)
             }
             Self::NotAllowed(said) if said.sentence.is_empty() => {
                 write!(
                     out,
-                    "the runner refused this container's token (HTTP {})",
+                    "the other side refused this token (HTTP {})",
                     said.status
                 )
             }
