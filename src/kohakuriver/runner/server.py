@@ -209,6 +209,7 @@ class Runner:
             measures.requests(create_app(services, self._guard)),
             ws=serve_ws(routes, self._guard, max_message=limits.max_message),
             on_ready=self._ready,
+            on_leave=self._leave,
             on_stop=self._stop,
             certificate=certificate,
             limits=limits,
@@ -334,7 +335,7 @@ class Runner:
             log.warning("the host's URL is plain HTTP: others on the network can read this node's token")
         await self._listening.open()
         await self._tasks.open(self._backends)
-        self._background.append(self._server.keep(self._registration.run(), "keeping the host informed"))
+        self._informing = self._server.keep(self._registration.run(), "keeping the host informed")
         self._background.append(self._server.keep(self._tasks.lifetimes.run(), "stopping tasks whose time has come"))
         if self._options.exit_with_stdin:
             stop_at_end_of_stdin(self._server)
@@ -363,6 +364,11 @@ class Runner:
             name=name,
             host=host,
         )
+
+    async def _leave(self) -> None:
+        """While it listens: whoever comes from now on waits for the next one, and is not refused."""
+        await loops.cancel_all([self._informing])
+        await self._registration.leave()
 
     async def _stop(self) -> None:
         await self._terminals.close()
