@@ -250,21 +250,12 @@ class Runner:
             gpus=found_gpus(self._options.gpus),
             slurm_users=self._options.slurm_users,
             slurm_client=self._options.slurm_client,
-            url_for_jobs=self._url_for_jobs,
+            url_for_jobs=self._options.slurm_url or self._identity.url,
+            ca_for_jobs=self._identity.ca_file,
             tell=lambda container, sentence: self._tunnels.hub.tell(container, sentence),
             begin=self._tasks.lifetimes.begin,
             touch=self._book.touch,
         )
-
-    async def _url_for_jobs(self) -> str:
-        """How jobs on other machines reach the runner. Raises LocalAddressError where that can't be."""
-        url = self._options.slurm_url or self._identity.url
-        parts = urlsplit(url)
-        if parts.scheme != "https":
-            return url
-        with resolving():
-            found = await asyncio.get_running_loop().getaddrinfo(parts.hostname, None, type=socket.SOCK_STREAM)
-        return await self._listening.url_at(str(found[0][4][0]))
 
     def _changed(self) -> None:
         """Something about a task is another."""
