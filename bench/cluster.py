@@ -63,7 +63,7 @@ AHEAD = 4
 PATIENCE = 60.0
 """Seconds after which a stream or a request that stands still has ended, for its user."""
 RESUMED, REVOKED = 3.0, 0.2
-"""Seconds that all may stand still after a host was killed, and that a right may outlive its end at the other host."""
+"""Seconds that all may stand still after a host was killed, and by which a right may end later at the other host."""
 PHASES = ("rolling", "killed", "database", "rights")
 
 
@@ -411,10 +411,10 @@ async def rights(bench: Bench) -> None:
         for number in range(bench.wanted.rights):
             took.append(await asyncio.to_thread(one_right, bench.hosts, kind, f"{kind}-{number}"))
             say("ended", right=kind, at_the_host_told=took[-1][0], at_the_other=took[-1][1])
-        other = [each[1] for each in took]
-        bench.row(f"from the request that ends a {kind} until its sessions at the other host end", spread(other),
-                  holds=max(other) <= REVOKED)  # fmt: skip
-        bench.row("  and at the host that was told", spread([each[0] for each in took]))
+        told, other, later = zip(*((at, there, there - at) for at, there in took), strict=True)
+        bench.row(f"from the request that ends a {kind} until its sessions at the other host end", spread(other))
+        bench.row("  until those at the host that was told do", spread(told))
+        bench.row("  how much later the other host is", spread(later), holds=max(later) <= REVOKED)
     bench.row(
         "a user's third session, of two that the limit lets in", await asyncio.to_thread(third_session, bench.hosts)
     )
