@@ -226,6 +226,11 @@ class Runner:
         given = [name for name in _OF_SLURM if getattr(self._options, name) is not None]
         if given and "slurm" not in self._options.backends:
             raise UsageError(f"--{given[0].replace('_', '-')} is about --backend slurm; give that, too.")
+        url = self._options.slurm_url or self._identity.url
+        if self._certificate is not None and url.startswith("http:") and "slurm" in self._options.backends:
+            raise UsageError(
+                f"Jobs can't come to {url} in clear where this runner serves TLS: give --slurm-url https://…."
+            )
         helper = TunnelHelper(state)
         if not helper.has_binary:
             log.warning(
@@ -250,7 +255,7 @@ class Runner:
             gpus=found_gpus(self._options.gpus),
             slurm_users=self._options.slurm_users,
             slurm_client=self._options.slurm_client,
-            url_for_jobs=self._options.slurm_url or self._identity.url,
+            url_for_jobs=url,
             ca_for_jobs=self._identity.ca_file,
             tell=lambda container, sentence: self._tunnels.hub.tell(container, sentence),
             begin=self._tasks.lifetimes.begin,
