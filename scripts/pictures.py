@@ -1,18 +1,22 @@
-"""python -m scripts.pictures: make the pictures of a terminal and of the dashboard's task pages from what runs.
+"""python -m scripts.pictures [measures]: make the pictures of a terminal, the dashboard's task pages and the measures.
 
 A cluster by `kohakuriver up`, a task with a web page, and a session to it. What the commands print on a real terminal
 becomes docs/images/terminal.svg, and what Chromium shows of the host dashboard.png, dashboard-task.png (in dark
-colours) and dashboard-phone.png there. Needs what `make e2e` installs.
+colours) and dashboard-phone.png there. A host and a runner under a load that comes and goes are read by a Prometheus,
+whose own graphs of deploy/grafana's panels become measures.png. Needs what `make e2e` installs.
 """
 
 from __future__ import annotations
 
+import contextlib
 import io
+import json
 import shlex
 import shutil
 import sys
 import tempfile
 import time
+import urllib.parse
 import urllib.request
 from collections.abc import Sequence
 from pathlib import Path
@@ -22,6 +26,10 @@ import pexpect
 from rich.console import Console
 from rich.text import Text
 
+from tests.support.processes import Cluster as Apart
+from tests.support.processes import a_cluster, ask, eventually
+from tests.support.prometheus import DEPLOY, prometheus
+from tests.support.services import echo, port_in
 from tests.support.up import Cluster
 
 IMAGES = Path(__file__).parents[1] / "docs" / "images"
@@ -67,6 +75,29 @@ server = http.server.ThreadingHTTPServer(("127.0.0.1", 8888), Page)
 print("serving on port 8888", flush=True)
 server.serve_forever()
 """
+
+SHOWN = ("Bytes per second", "Sessions that are open", "Time to open a session, p95", "Event loop lag, p99")
+MOST, USED = 6, 120.0
+"""Sessions at most, and for how many seconds there are some."""
+BARE = """
+const style = document.createElement("style");
+style.textContent = `
+  nav, .page-options, .form-inline, .nav-tabs, .clearfix, .eval_stats, .text-right, #add_graph, .expression_input {
+    display: none !important }
+  .graph_wrapper { display: inline-block; vertical-align: top; width: 49% }
+  body { padding-top: 0 }`;
+document.head.append(style);
+document.querySelectorAll(".graph_wrapper").forEach((each, n) => {
+  const title = document.createElement("h6");
+  title.textContent = arguments[0][n];
+  title.style.paddingLeft = "70px";
+  each.prepend(title);
+  each.querySelector(".execute_btn").click();
+});
+document.activeElement.blur();
+"""
+"""Of Prometheus' page the graphs alone, two beside each other, with titles."""
+DRAWN = "return [...document.querySelectorAll('.graph_wrapper')].every(each => each.querySelector('.graph path'));"
 
 LIVE = "return document.querySelector('.live:not(.off)') !== null;"
 
@@ -126,20 +157,25 @@ def draw_phone(browser: Any, path: Path) -> None:
         browser.save_screenshot(str(path))
 
 
-def draw_dashboard(cluster: Cluster, images: Path) -> None:
-    """What Chromium shows of a task that is in use."""
+def chromium() -> Any:
+    """One without a window."""
     from selenium import webdriver
 
-    chromium, driver = shutil.which("chromium"), shutil.which("chromedriver")
-    assert chromium, "chromium is missing: make e2e installs it"
+    program, driver = shutil.which("chromium"), shutil.which("chromedriver")
+    assert program, "chromium is missing: make e2e installs it"
     assert driver, "chromedriver is missing: make e2e installs it"
-    forward = cluster.start("forward", "train", "0:8888", "--json")
-    port = forward.event("listening")["local_port"]
     options = webdriver.ChromeOptions()
-    options.binary_location = chromium
+    options.binary_location = program
     for flag in ("--headless", "--no-sandbox", "--no-proxy-server", "--window-size=1280,860", "--hide-scrollbars"):
         options.add_argument(flag)
-    browser = webdriver.Chrome(options=options, service=webdriver.ChromeService(executable_path=driver))
+    return webdriver.Chrome(options=options, service=webdriver.ChromeService(executable_path=driver))
+
+
+def draw_dashboard(cluster: Cluster, images: Path) -> None:
+    """What Chromium shows of a task that is in use."""
+    forward = cluster.start("forward", "train", "0:8888", "--json")
+    port = forward.event("listening")["local_port"]
+    browser = chromium()
     try:
         browser.get(cluster.succeed("open", "--print").strip())
         until(browser, LIVE)
@@ -167,7 +203,52 @@ def until(browser: Any, script: str) -> None:
         time.sleep(0.1)
 
 
+def use(cluster: Apart, port: int, seconds: float) -> None:
+    """Sessions and bytes that come and go: one session more each while, and then all of them less."""
+    with contextlib.ExitStack() as stack:
+        end, ports = time.monotonic() + seconds, list[int]()
+        while (left := end - time.monotonic()) > 0:
+            if len(ports) < MOST and left < seconds * (1 - len(ports) / MOST / 2):
+                ports.append(stack.enter_context(cluster.forward("web", port)).local_port)
+            for each in ports:
+                ask(each, bytes(100_000))
+            cluster.call("GET", "/api/tasks")
+            time.sleep(0.05)
+
+
+def draw_measures(path: Path) -> None:
+    """What Prometheus itself shows of a host and its runner, while they are used and after it."""
+    panels = {each["title"]: each for each in json.loads((DEPLOY / "grafana/kohakuriver.json").read_text())["panels"]}
+    shown = [panels[title]["targets"][0]["expr"].replace("$__rate_interval", "20s") for title in SHOWN]
+    query = "&".join(
+        urllib.parse.urlencode({f"g{n}.expr": expression, f"g{n}.tab": 0, f"g{n}.range_input": f"{USED + 40:.0f}s"})
+        for n, expression in enumerate(shown)
+    )
+    with tempfile.TemporaryDirectory() as name, a_cluster(Path(name), "--metrics", "0") as cluster:
+        cluster.start_runner("n1", "--backend", "process", "--metrics", "127.0.0.1:0")
+        task = cluster.create(*echo(), name="web")
+        port = eventually(lambda: port_in(cluster.log_of(task)))
+        (Path(name) / "prometheus").mkdir()
+        with prometheus(cluster, "n1", Path(name) / "prometheus") as url:
+            use(cluster, port, USED)
+            time.sleep(15)  # that it ends is part of the picture
+            browser = chromium()
+            try:
+                look(browser, "light", 1280, 1090)
+                browser.get(f"{url}/classic/graph?{query}")
+                until(browser, DRAWN)
+                browser.execute_script(BARE, SHOWN)
+                time.sleep(3)  # drawn again, in the new width
+                browser.execute_script("scrollTo(0, 0)")
+                browser.save_screenshot(str(path))
+            finally:
+                browser.quit()
+
+
 def main() -> None:
+    if sys.argv[1:] == ["measures"]:
+        draw_measures(IMAGES / "measures.png")
+        return
     with tempfile.TemporaryDirectory() as name:
         cluster = Cluster(Path(name))
         try:
@@ -177,6 +258,7 @@ def main() -> None:
             draw_dashboard(cluster, IMAGES)
         finally:
             cluster.close()
+    draw_measures(IMAGES / "measures.png")
 
 
 if __name__ == "__main__":

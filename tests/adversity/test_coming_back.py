@@ -37,6 +37,7 @@ from tests.unit.test_relay_kept import OPEN, Peer, opened, session, tunnel
 
 Run = Callable[[Coroutine[Any, Any, None]], None]
 AGAIN = f"?{GOES_ON}"
+either = pytest.mark.parametrize("query", [pytest.param("", id="new"), pytest.param(AGAIN, id="goes on")])
 
 
 class Returns:
@@ -77,13 +78,12 @@ async def lost(hops: Chain) -> None:
     await hops.changed(CONTAINER, False)
 
 
-def test_a_session_that_goes_on_waits_for_the_tunnel_that_was_lost(run: Run) -> None:
+@either
+def test_a_session_waits_for_the_tunnel_that_was_lost(run: Run, query: str) -> None:
     async def check() -> None:
         async with chain() as hops:
             await lost(hops)
-            with pytest.raises(UnavailableError, match="not connected"):
-                await hops.user()
-            waiting = [asyncio.ensure_future(hops.user(query=AGAIN)) for _ in range(3)]
+            waiting = [asyncio.ensure_future(hops.user(query=query)) for _ in range(3)]
             await until(lambda: len(hops.server.hub._returning._events.get(CONTAINER, ())) == 3)
             await hops.tunnel("python")
             await asyncio.gather(*waiting)
@@ -92,14 +92,30 @@ def test_a_session_that_goes_on_waits_for_the_tunnel_that_was_lost(run: Run) -> 
     run(check())
 
 
-def test_a_session_that_goes_on_waits_for_a_tunnel_that_was_there_before_the_runner_began(run: Run) -> None:
+@either
+def test_a_session_waits_for_a_tunnel_that_was_there_before_the_runner_began(run: Run, query: str) -> None:
     async def check() -> None:
         async with chain() as hops:
             hops.server.hub._expected = lambda container: container == CONTAINER
-            waiting = asyncio.ensure_future(hops.user(query=AGAIN))
+            waiting = asyncio.ensure_future(hops.user(query=query))
             await until(lambda: bool(hops.server.hub._returning.watched()))
             await hops.tunnel("python")
             await waiting
+
+    run(check())
+
+
+def test_a_new_session_that_finds_nobody_at_its_runner_is_looked_up_once_more(run: Run) -> None:
+    """The runner may have gone in between, to be started again."""
+
+    async def check() -> None:
+        async with chain() as hops:
+            await hops.tunnel("python")
+            ports = iter((1, hops.runner_port))
+            hops.runner_seen_by_host = lambda: next(ports)
+            await hops.user()
+            with pytest.raises(StopIteration):
+                next(ports)
 
     run(check())
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import re
-import shutil
 import socket
 import subprocess
 import sys
@@ -19,8 +18,8 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from tests.support import forked
 from tests.support.processes import PATIENCE, Cluster, Program, a_cluster, ask, eventually
+from tests.support.prometheus import DEPLOY, prometheus
 
-DEPLOY = Path(__file__).resolve().parents[2] / "deploy"
 ECHO = (
     "import socket\n"
     "s = socket.create_server(('127.0.0.1', 0))\n"
@@ -125,31 +124,12 @@ def test_a_metrics_address_that_is_none_is_refused_in_a_sentence(tmp_path: Path)
 
 
 def test_a_real_prometheus_reads_both_programs_and_evaluates_the_alert_rules(cluster: Cluster, tmp_path: Path) -> None:
-    targets = {"9464": cluster.host, "9465": cluster.runners["n1"]}
-    config = (DEPLOY / "prometheus/prometheus.yml").read_text()
-    for port, program in targets.items():
-        address = program.ready["metrics"].removeprefix("http://").removesuffix("/metrics")
-        config = config.replace(f"127.0.0.1:{port}", address)
-    config = config.replace("15s", "1s")
-    (tmp_path / "prometheus.yml").write_text(config)
-    shutil.copy(DEPLOY / "prometheus/kohakuriver.rules.yml", tmp_path)
-    command = ["prometheus", f"--config.file={tmp_path}/prometheus.yml", f"--storage.tsdb.path={tmp_path}/data"]
-    path = tmp_path / "log"
-    with (
-        path.open("w") as log,
-        subprocess.Popen([*command, "--web.listen-address=127.0.0.1:0"], stdout=log, stderr=log) as prometheus,
-    ):
-        try:
-            listens = re.compile(r'msg="Listening on" address=(\S+:\d+)')
-            address = eventually(lambda: listens.search(path.read_text()))
-            _see(f"http://{address[1]}/api/v1", prometheus)
-        finally:
-            prometheus.terminate()
+    with prometheus(cluster, "n1", tmp_path) as url:
+        _see(f"{url}/api/v1")
 
 
-def _see(api: str, prometheus: subprocess.Popen[bytes]) -> None:
+def _see(api: str) -> None:
     def asked(path: str, **query: str) -> Any:
-        assert prometheus.poll() is None
         try:
             answer = httpx.get(f"{api}/{path}", params=query, trust_env=False)
         except httpx.TransportError:

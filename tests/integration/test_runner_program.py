@@ -8,7 +8,9 @@ import os
 import signal
 import socket
 import subprocess
+import threading
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
@@ -99,6 +101,29 @@ def test_a_signal_that_ends_a_runner_ends_what_it_started(cluster: Cluster, numb
     pid = int(eventually(lambda: _first_number(cluster.log_of(task))))
     assert runner.end(number) == 0
     assert not Path(f"/proc/{pid}").exists()
+
+
+def test_no_session_is_refused_while_its_runner_is_started_again(cluster: Cluster) -> None:
+    runner = cluster.start_runner("n1", "--backend", "process")
+    adopt(cluster)
+    over = threading.Event()
+
+    def open_sessions() -> int:
+        opened = 0
+        while not over.is_set():
+            with kohakuriver.forward_sync("machine", 9, host=cluster.url, token=cluster.token):
+                opened += 1
+        return opened
+
+    with ThreadPoolExecutor(2) as threads:
+        opening = [threads.submit(open_sessions) for _ in range(2)]
+        try:
+            for _ in range(2):
+                assert runner.end() == 0
+                runner = cluster.start_runner("n1", "--backend", "process")
+        finally:
+            over.set()
+        assert all(each.result() for each in opening)
 
 
 def _first_number(text: str) -> str | None:

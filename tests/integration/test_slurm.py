@@ -426,18 +426,29 @@ def test_what_a_job_prints_is_followed_until_it_ends(lab: Lab) -> None:
     assert lab.kohakuriver(lab.ann, "vps", "logs", "printing", "--tail", "1").stdout == b"two"
 
 
-def test_jobs_of_a_runner_that_serves_tls_reach_it_by_a_port_of_its_own(lab: Lab, port: int) -> None:
+def test_jobs_of_a_runner_that_serves_tls_come_to_it_over_tls_and_to_no_other(lab: Lab, port: int) -> None:
+    """They know it by the authority that `init tls` made for all."""
     made = lab.authority.issue(["127.0.0.1"], 1)
     client = lab.slurm.directory / "client"
     shutil.copyfile(binary(), client)
     client.chmod(0o755)
-    files = ("--tls-cert", str(made.cert), "--tls-key", str(made.key), "--slurm-client", str(client))
-    lab.start_runner("safe", *files)
+    files = ("--tls-cert", str(made.cert), "--tls-key", str(made.key), "--ca-file", str(lab.authority.cert))
+    lab.start_runner("safe", *files, "--slurm-client", str(client))
+    url = lab.cluster.runners["safe"].ready["url"]
     try:
-        lab.ann.create("sh", "-c", serving(port, "safe"), name="safe", node="safe")
+        lab.ann.create("sh", "-c", f"env; {serving(port, 'safe')}", name="safe", node="safe")
         lab.cluster.connected("safe")
         assert answer(lab, lab.ann, "safe", port) == b"safe?"
+        printed = lab.kohakuriver(lab.ann, "vps", "logs", "safe").stdout.decode()
+        assert f"KOHAKURIVER_TUNNEL_URL={url}\n" in printed
+        assert "CERTIFICATE" not in printed
         assert lab.ann.call("DELETE", "/api/tasks/safe")[0] == 200
+        strange = Authority(lab.cluster.directory / "strange")
+        told = subprocess.run(
+            [client, "--runner-url", url, "--container-id=kohakuriver-job-1", "--max-reconnect=1"],
+            env={"KOHAKURIVER_TUNNEL_CA": strange.cert.read_text()}, capture_output=True, timeout=PATIENCE,
+        )  # fmt: skip
+        assert b"UnknownIssuer" in told.stderr
     finally:
         lab.cluster.runners.pop("safe").end()
 

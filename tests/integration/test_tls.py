@@ -267,6 +267,18 @@ def test_a_runner_that_was_told_the_wrong_scheme_says_so(cluster: OverTls) -> No
     assert runner.stop() == 0
 
 
+def test_jobs_of_a_runner_that_serves_tls_can_not_be_sent_to_it_in_clear(cluster: OverTls, tmp_path: Path) -> None:
+    runner = cluster.start_runner(
+        cluster.issue("slurm"),
+        *("--name=slurm", "--backend=slurm", "--slurm-url=http://login1:8001"),
+        KOHAKURIVER_CONFIG_DIR=str(tmp_path / "config"),
+    )
+    assert runner.ended() == 2
+    assert [line for line in runner.rest(err=True) if "Error" in line or "Jobs" in line] == [
+        "Error: Jobs can't come to http://login1:8001 in clear where this runner serves TLS: give --slurm-url https://…."
+    ]
+
+
 @pytest.mark.parametrize("way", ["by itself", "on SIGHUP"])
 def test_a_new_certificate_is_taken_without_a_restart_and_sessions_go_on(
     cluster: OverTls, service: Service, way: str

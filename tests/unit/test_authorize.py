@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Callable, Coroutine
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ from websockets.exceptions import InvalidStatus
 from websockets.typing import Subprotocol
 
 from kohakuriver.errors import NotAllowedError, NotFoundError, UnauthenticatedError, UnavailableError
+from kohakuriver.host.services.nodes import RESTART_SECONDS
 from kohakuriver.session import ticket
 from kohakuriver.session.nodes import NodeOfflineError
 from kohakuriver.store import Passes
@@ -110,6 +112,36 @@ def test_a_session_to_what_is_not_there_or_does_not_run_is_refused_with_the_reas
             with pytest.raises(NodeOfflineError, match="offline") as away:
                 await authorize(token, "web", 80, "tcp")
             assert (away.value.code, away.value.node) == ("node_offline", "n1")
+
+    run(check())
+
+
+def test_who_comes_to_a_node_that_has_just_left_waits_until_it_is_back(run: Run, tmp_path: Path) -> None:
+    """As in a restart; one that has been gone for longer is waited for by nobody."""
+
+    async def check() -> None:
+        async with a_host(tmp_path) as host:
+            runner = await host.runner()
+            await host.create(name="web")
+            forwards, token = host.forwards, host.admin_token
+            await runner.beat(leaving=True)
+            waiting = [
+                asyncio.ensure_future(come)
+                for come in (
+                    forwards.authorize(token, "web", 80, "tcp"),
+                    forwards.authorize_terminal(token, "web"),
+                    forwards.authorize_ssh(token, "web"),
+                )
+            ]
+            while len(host.nodes._registered._events["n1"]) < len(waiting):  # noqa: ASYNC110
+                await asyncio.sleep(0)
+            await runner.register()
+            assert [route.task for route in await asyncio.gather(*waiting)] == ["web"] * 3
+            await runner.beat(leaving=True)
+            host.clock.now += RESTART_SECONDS
+            with pytest.raises(NodeOfflineError, match="offline"):
+                await forwards.authorize(token, "web", 80, "tcp")
+            assert not host.nodes._registered._events
 
     run(check())
 

@@ -627,16 +627,13 @@ class Joining(Said):
 def test_what_was_started_beside_a_job_and_does_not_come_is_ended_and_leaves_nothing(
     run: Run, around: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, given_up: bool
 ) -> None:
-    async def url() -> str:
-        return "http://127.0.0.1:1"
-
     def not_ours(process: subprocess.Popen[bytes]) -> None:
         raise PermissionError
 
     monkeypatch.setattr(subprocess.Popen, "terminate", not_ours)
     monkeypatch.setattr(tasks, "ARRIVAL_SECONDS", 60.0 if given_up else 0.1)
     helper = SimpleNamespace(settings={}, program=lambda: Path("/bin/true"))
-    parts = {"state": State(tmp_path), "url_for_jobs": url, "helper": helper, "slurm_client": None}
+    parts = {"state": State(tmp_path), "url_for_jobs": "http://127.0.0.1:1", "helper": helper, "slurm_client": None}
     for name, value in parts.items():
         object.__setattr__(around[0], name, value)
 

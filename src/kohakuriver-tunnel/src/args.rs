@@ -18,6 +18,9 @@ use crate::token::{Place, Secret};
 /// The variable that may hold an agent's token. What an agent starts gets its environment without it.
 pub const TOKEN: &str = "KOHAKURIVER_TOKEN";
 
+/// The variable that may hold who signed a runner's certificate. A command has no use for it either.
+pub const AUTHORITIES: &str = "KOHAKURIVER_TUNNEL_CA";
+
 /// What `--help` prints.
 pub const HELP: &str = "\
 Carries this container's ports to its runner.
@@ -32,7 +35,8 @@ Usage: tunnel-client [OPTIONS] [run [-- COMMAND...]]
                           started once the host has taken it in, or can't be reached; with it the task ends
 
 Options:
-  -r, --runner-url URL    where the runner is, http://… or unix:/PATH [RUNNER_URL, KOHAKURIVER_TUNNEL_URL]
+  -r, --runner-url URL    where the runner is, http://…, https://… or unix:/PATH [RUNNER_URL, KOHAKURIVER_TUNNEL_URL];
+                          who signed its certificate is, as PEM, in KOHAKURIVER_TUNNEL_CA, else the system's authorities
   -c, --container-id ID   this container's id   [CONTAINER_ID, KOHAKURIVER_CONTAINER_ID]
   --token-file FILE       holds its token       [KOHAKURIVER_TUNNEL_TOKEN_FILE]
   --take-token FILE       the same; the file is removed once it is read [KOHAKURIVER_TUNNEL_TAKE_TOKEN]
@@ -85,6 +89,8 @@ pub struct Options {
     pub open_stdin: bool,
     /// `run`, with its command, which may be empty.
     pub run: Option<Vec<OsString>>,
+    /// How a runner is reached that is spoken to over TLS.
+    pub over_tls: Option<Outwards>,
     /// Of an agent, what it wants of its hosts.
     pub agent: Option<Agent>,
 }
@@ -156,10 +162,16 @@ pub fn parse(
     let container = container.ok_or("no container id: give --container-id or set CONTAINER_ID")?;
     check_container(&container)?;
     let settings = Settings::from_env(&env)?;
+    let url: RunnerUrl = url
+        .ok_or("no runner: give --runner-url or set RUNNER_URL")?
+        .parse()?;
+    let authorities = env(AUTHORITIES);
+    let over_tls = url
+        .is_tls()
+        .then(|| Outwards::to_runner(authorities.as_deref()))
+        .transpose()?;
     Ok(Request::Work(Box::new(Options {
-        url: url
-            .ok_or("no runner: give --runner-url or set RUNNER_URL")?
-            .parse()?,
+        url,
         container,
         token,
         token_fd,
@@ -173,6 +185,7 @@ pub fn parse(
         },
         open_stdin,
         run,
+        over_tls,
         agent: None,
     })))
 }
@@ -264,6 +277,7 @@ impl AgentOptions {
             settings: Settings { offer, ..settings },
             open_stdin,
             run: Some(self.command),
+            over_tls: None,
             agent: Some(Agent::new(hosts, self.name, self.ssh, outwards)),
         })))
     }
@@ -484,7 +498,7 @@ mod tests {
             &["walk"],
             &["run", "--log-level", "debug"],
             &["--container-id", "a/b"],
-            &["--runner-url", "https://h"],
+            &["--runner-url", "https://h:port"],
             &["agent", "--no-such"],
             &["agent", "--host", "ftp://h"],
             &["agent", "--host", "h", "--via", "-oProxyCommand=x"],

@@ -53,13 +53,7 @@ impl std::str::FromStr for RunnerUrl {
         } else {
             format!("http://{url}")
         };
-        let parsed = Self::whole(&whole, url, 80)?;
-        if parsed.tls {
-            return Err(format!(
-                "{url}: a runner takes its tunnel clients in without TLS"
-            ));
-        }
-        Ok(parsed)
+        Self::whole(&whole, url, 80)
     }
 }
 
@@ -469,9 +463,10 @@ mod tests {
             "[fd00::1]:8001"
         );
         assert_eq!(url("runner").unwrap().authority(), "runner:80");
+        assert_eq!(url("https://runner").unwrap().authority(), "runner:443");
         assert_eq!(url("http://runner/deep/er/").unwrap().path, "/deep/er");
         for bad in [
-            "https://runner",
+            "https://runner:port",
             "ftp://runner",
             "http://",
             "http://r:port",

@@ -41,10 +41,13 @@ fn main() -> ExitCode {
             }
         }
         Ok(Request::Work(options)) => {
-            if options.agent.is_some() {
-                // SAFETY: there is no other thread yet.
-                unsafe { sys::forget_variable(args::TOKEN) };
-            }
+            let read = if options.agent.is_some() {
+                args::TOKEN
+            } else {
+                args::AUTHORITIES
+            };
+            // SAFETY: there is no other thread yet.
+            unsafe { sys::forget_variable(read) };
             work(Arc::new(*options)).unwrap_or_else(|error| {
                 log!(Error, "can't start: {error}");
                 ExitCode::FAILURE
@@ -155,8 +158,9 @@ fn goodbye(options: &Options, stop: &Stop, end: &mpsc::Receiver<()>, exited: Opt
     }
     stop.now(exited);
     let _ = end.recv_timeout(GOODBYE);
-    if let Some(agent) = &options.agent {
-        agent.outwards.finish(GOODBYE);
+    let agents = options.agent.as_ref().map(|agent| &agent.outwards);
+    if let Some(outwards) = agents.or(options.over_tls.as_ref()) {
+        outwards.finish(GOODBYE);
     }
 }
 

@@ -5,6 +5,7 @@
 
 use std::env;
 use std::fmt;
+use std::fs;
 use std::future::poll_fn;
 use std::io;
 use std::net::IpAddr;
@@ -47,11 +48,12 @@ pub enum Out {
     Pair(tokio::net::UnixStream),
 }
 
-/// What an agent's connections to its hosts go through.
+/// What an agent's connections to its hosts go through, and those to a runner over TLS.
 #[derive(Default)]
 pub struct Outwards {
     tls: Option<Arc<ClientConfig>>,
     via: Option<String>,
+    straight: bool,
     pump: Mutex<Option<mpsc::Receiver<()>>>,
 }
 
@@ -88,9 +90,25 @@ impl Outwards {
     /// Through `via`, a login node, if that is named. With `tls` hosts are checked by the authorities in `ca_file`, or
     /// the system's. An error is one sentence.
     pub fn new(tls: bool, ca_file: Option<&Path>, via: Option<String>) -> Result<Self, String> {
+        let authorities = match ca_file {
+            Some(path) => Authorities::File(path),
+            None => Authorities::System,
+        };
         Ok(Self {
-            tls: tls.then(|| trusting(ca_file)).transpose()?,
+            tls: tls.then(|| trusting(authorities)).transpose()?,
             via,
+            straight: false,
+            pump: Mutex::default(),
+        })
+    }
+
+    /// Over TLS to a runner, by the authorities in `pem`, or the system's. No proxy stands before a runner.
+    pub fn to_runner(pem: Option<&str>) -> Result<Self, String> {
+        let authorities = pem.map_or(Authorities::System, Authorities::Text);
+        Ok(Self {
+            tls: Some(trusting(authorities)?),
+            via: None,
+            straight: true,
             pump: Mutex::default(),
         })
     }
@@ -98,7 +116,8 @@ impl Outwards {
     /// A connection to a host.
     pub async fn connect(&self, url: &RunnerUrl) -> Result<Out, Refusal> {
         let (host, port) = url.network();
-        let base = match (&self.via, proxy_to(url)) {
+        let proxy = if self.straight { None } else { proxy_to(url) };
+        let base = match (&self.via, proxy) {
             (Some(via), _) => Base::Pair(through_ssh(via, host, port)?),
             (None, Some(proxy)) => Base::Tcp(through_proxy(&proxy?, host, port).await?.into_std()?),
             (None, None) => Base::Tcp(dial((host, port)).await?.into_std()?),
@@ -226,22 +245,38 @@ async fn pass(from: &mut (impl AsyncRead + Unpin), to: &mut (impl AsyncWrite + U
     }
 }
 
-fn trusting(ca_file: Option<&Path>) -> Result<Arc<ClientConfig>, String> {
+/// Who signed the certificate of the other end.
+enum Authorities<'a> {
+    System,
+    File(&'a Path),
+    Text(&'a str),
+}
+
+/// The authorities in a text, which is that of `place`.
+fn named(text: &[u8], place: &str) -> Result<RootCertStore, String> {
+    let unread = |error: &dyn fmt::Display| format!("{place}: can't be read: {error}");
     let mut roots = RootCertStore::empty();
-    match ca_file {
-        Some(path) => {
-            let unread =
-                |error: &dyn fmt::Display| format!("{}: can't be read: {error}", path.display());
-            let found = CertificateDer::pem_file_iter(path).map_err(|error| unread(&error))?;
-            for certificate in found {
-                let certificate = certificate.map_err(|error| unread(&error))?;
-                roots.add(certificate).map_err(|error| unread(&error))?;
-            }
-            if roots.is_empty() {
-                return Err(format!("{}: holds no certificate", path.display()));
-            }
+    for certificate in CertificateDer::pem_slice_iter(text) {
+        let certificate = certificate.map_err(|error| unread(&error))?;
+        roots.add(certificate).map_err(|error| unread(&error))?;
+    }
+    if roots.is_empty() {
+        return Err(format!("{place}: holds no certificate"));
+    }
+    Ok(roots)
+}
+
+fn trusting(authorities: Authorities<'_>) -> Result<Arc<ClientConfig>, String> {
+    let roots = match authorities {
+        Authorities::File(path) => {
+            let place = path.display().to_string();
+            let text =
+                fs::read(path).map_err(|error| format!("{place}: can't be read: {error}"))?;
+            named(&text, &place)?
         }
-        None => {
+        Authorities::Text(text) => named(text.as_bytes(), "the authorities that were given")?,
+        Authorities::System => {
+            let mut roots = RootCertStore::empty();
             roots.add_parsable_certificates(rustls_native_certs::load_native_certs().certs);
             if roots.is_empty() {
                 return Err(
@@ -250,8 +285,9 @@ fn trusting(ca_file: Option<&Path>) -> Result<Arc<ClientConfig>, String> {
                         .into(),
                 );
             }
+            roots
         }
-    }
+    };
     let provider = Arc::new(crypto::ring::default_provider());
     let versions = ClientConfig::builder_with_provider(provider)
         .with_safe_default_protocol_versions()

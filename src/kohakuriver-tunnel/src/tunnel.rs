@@ -157,7 +157,7 @@ fn attempt(
         None => (&options.url, format!("/ws/tunnel/{}", options.container)),
     };
     let handshake = Handshake::new(url, &target, &token.client, shown.as_deref())?;
-    let outwards = agent.map(|agent| &agent.outwards);
+    let outwards = agent.map_or(options.over_tls.as_ref(), |agent| Some(&agent.outwards));
     let Some(opened) = events.open(endpoint, url, outwards, handshake)? else {
         return Ok(End::Stopped);
     };

@@ -254,10 +254,12 @@ fn an_image_may_hold_nothing_but_the_tunnel_client() {
 #[test]
 fn a_bad_command_line_exits_with_2_and_a_sentence() {
     let mut command = client_command("https://runner");
-    command.arg("run");
+    command
+        .env("KOHAKURIVER_TUNNEL_CA", "no certificate")
+        .arg("run");
     let mut client = Client::spawn(command);
     assert_eq!(client.wait().code(), Some(2));
-    client.line_with("without TLS");
+    client.line_with("the authorities that were given: holds no certificate");
 }
 
 #[test]

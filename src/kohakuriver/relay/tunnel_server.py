@@ -165,7 +165,7 @@ class TunnelServer:
             return
         port = port_in(named)
         ticket = self._ticket(request, container, port)
-        if request.goes_on and self._target_of(container) is None:
+        if self._target_of(container) is None:
             await self.hub.back(container)
         admission = Admission(self._limits, self._shares.rates, ticket, ports_in(request.query), self._shares.streams)
         target = self._target_of(container)
@@ -182,8 +182,7 @@ class TunnelServer:
         admission = Admission(
             self._limits, self._shares.rates, ticket, None, self._shares.streams, terminal=True, beyond=beyond
         )
-        if request.goes_on:
-            await self.hub.back(container)
+        await self.hub.back(container)
         tunnel = self.hub.tunnel_of(container)
         if tunnel is None or tunnel.version < 2 or not request.offers_v2:
             sentence = f"no terminal of {container} can be had that outlives its connection"

@@ -211,6 +211,7 @@ class Runner:
             measures.requests(create_app(services, self._guard)),
             ws=serve_ws(routes, self._guard, max_message=limits.max_message),
             on_ready=self._ready,
+            on_leave=self._leave,
             on_stop=self._stop,
             certificate=certificate,
             limits=limits,
@@ -227,6 +228,11 @@ class Runner:
         given = [name for name in _OF_SLURM if getattr(self._options, name) is not None]
         if given and "slurm" not in self._options.backends:
             raise UsageError(f"--{given[0].replace('_', '-')} is about --backend slurm; give that, too.")
+        url = self._options.slurm_url or self._identity.url
+        if self._certificate is not None and url.startswith("http:") and "slurm" in self._options.backends:
+            raise UsageError(
+                f"Jobs can't come to {url} in clear where this runner serves TLS: give --slurm-url https://…."
+            )
         helper = TunnelHelper(state)
         if not helper.has_binary:
             log.warning(
@@ -251,21 +257,12 @@ class Runner:
             gpus=found_gpus(self._options.gpus),
             slurm_users=self._options.slurm_users,
             slurm_client=self._options.slurm_client,
-            url_for_jobs=self._url_for_jobs,
+            url_for_jobs=url,
+            ca_for_jobs=self._identity.ca_file,
             tell=lambda container, sentence: self._tunnels.hub.tell(container, sentence),
             begin=self._tasks.lifetimes.begin,
             touch=self._book.touch,
         )
-
-    async def _url_for_jobs(self) -> str:
-        """How jobs on other machines reach the runner. Raises LocalAddressError where that can't be."""
-        url = self._options.slurm_url or self._identity.url
-        parts = urlsplit(url)
-        if parts.scheme != "https":
-            return url
-        with resolving():
-            found = await asyncio.get_running_loop().getaddrinfo(parts.hostname, None, type=socket.SOCK_STREAM)
-        return await self._listening.url_at(str(found[0][4][0]))
 
     def _changed(self) -> None:
         """Something about a task is another."""
@@ -336,7 +333,7 @@ class Runner:
             log.warning("the host's URL is plain HTTP: others on the network can read this node's token")
         await self._listening.open()
         await self._tasks.open(self._backends)
-        self._background.append(self._server.keep(self._registration.run(), "keeping the host informed"))
+        self._informing = self._server.keep(self._registration.run(), "keeping the host informed")
         self._background.append(self._server.keep(self._tasks.lifetimes.run(), "stopping tasks whose time has come"))
         if self._options.exit_with_stdin:
             stop_at_end_of_stdin(self._server)
@@ -365,6 +362,11 @@ class Runner:
             name=name,
             host=host,
         )
+
+    async def _leave(self) -> None:
+        """While it listens: whoever comes from now on waits for the next one, and is not refused."""
+        await loops.cancel_all([self._informing])
+        await self._registration.leave()
 
     async def _stop(self) -> None:
         await self._terminals.close()

@@ -39,7 +39,7 @@ class EndpointConfig:
     v1_hold: int = 1 << 20
     v1_linger: float | None = None  # None: as long as the end at hand lingers
     dial_timeout: float = 10.0
-    reattach_wait: float = 5.0
+    reattach_wait: float = 15.0
     outage: float = 60.0
     udp_idle: float = 60.0
     udp_peers: int = 1024

@@ -73,7 +73,7 @@ class Forwards:
         """
         with self._noting_refusals(reference):
             caller = await self._credentials.session_caller(token)
-            task, node = await self._access.usable(caller, reference)
+            task, node = await self._reached(caller, reference)
             if port is None:
                 return await self._ssh_route(task, node, caller, None)
             route = self._route(task, node, caller, "forward", None if ports is None else {port, *ports})
@@ -82,7 +82,7 @@ class Forwards:
     async def authorize_app(self, caller: Caller, task_id: int, port: int) -> Route:
         """Where a browser's session to one port of a task goes. Raises as `authorize` does."""
         with self._noting_refusals(str(task_id)):
-            task, node = await self._access.usable(caller, str(task_id))
+            task, node = await self._reached(caller, str(task_id))
             route = self._route(task, node, caller, "forward", {port})
             host, prefix = told_by(task.spec)
             grant = await self._grants.enter(caller, task)
@@ -96,7 +96,7 @@ class Forwards:
         """
         with self._noting_refusals(reference):
             caller = await self._credentials.session_caller(token)
-            task, node = await self._access.usable(caller, reference)
+            task, node = await self._reached(caller, reference)
             if beyond == "to":
                 check_onward(caller, task)
             route = self._route(task, node, caller, "terminal")
@@ -116,10 +116,24 @@ class Forwards:
                 caller, only = await self._take_pass(token)
             else:
                 caller = await self._credentials.session_caller(token)
-            task, node = await self._access.usable(caller, reference)
+            task, node = await self._reached(caller, reference)
             if only not in (None, task.task_id):
                 raise NotAllowedError("This pass is for another task; get a new one.")
             return await self._ssh_route(task, node, caller, port)
+
+    async def _reached(self, caller: Caller, reference: str) -> tuple[Task, Node]:
+        """The task, which the caller may use, and its node; where that is being started again, once it is back."""
+        task, node = await self._access.usable(caller, reference)
+        if await self._nodes.once_back(node):
+            return await self._access.usable(caller, reference)
+        return task, node
+
+    async def _let_in(self, reference: str, key: str) -> tuple[Task, Node]:
+        """The task that lets in whoever holds a key, and its node. Raises NotFoundError."""
+        task, node = await self._store.task_and_node(reference)
+        if not task.lets_in(key):
+            raise NotFoundError(f"There is no task {reference!r} that lets your key in.")
+        return task, node
 
     async def _take_pass(self, shown: str) -> tuple[Caller, int]:
         async with self._credentials.looking():
@@ -153,9 +167,9 @@ class Forwards:
         """
 
         async def reach(reference: str, port: int | None) -> Route:
-            task, node = await self._store.task_and_node(reference)
-            if not task.lets_in(key):
-                raise NotFoundError(f"There is no task {reference!r} that lets your key in.")
+            task, node = await self._let_in(reference, key)
+            if await self._nodes.once_back(node):
+                task, node = await self._let_in(reference, key)
             # The owner's right was to put the key there; it lasts as long as the key is there.
             with self._noting_refusals(reference):
                 return await self._ssh_route(task, node, await self._credentials.owner(task.owner), port, key)

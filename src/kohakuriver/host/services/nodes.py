@@ -31,6 +31,12 @@ log = structlog.get_logger("kohakuriver.host")
 MISSED_HEARTBEATS = 3
 """A node is offline after so many heartbeats did not come."""
 
+RESTART_SECONDS = 8.0
+"""For so long after it said that it leaves a node is taken to be started again: who comes to it waits.
+
+Less than commands wait for an answer.
+"""
+
 MOST_SHOWN = 10
 """Of how many tasks an error names."""
 
@@ -107,6 +113,18 @@ class Nodes:
     def coming_back(self, name: str) -> AbstractContextManager[asyncio.Event]:
         """Meanwhile the event is set when the node of this name registers here."""
         return self._registered.watch(name)
+
+    async def once_back(self, node: Node) -> bool:
+        """Wait for a node that has left just now, as in a restart; whether that was so, and it is to be looked anew."""
+        left = min(RESTART_SECONDS, node.last_seen + RESTART_SECONDS - self._clock())
+        if not node.left or left <= 0:
+            return False
+        with self.coming_back(node.name) as back:
+            known = await self._store.node(node.name)  # it may have come before it was waited for
+            if known is not None and known.left:
+                with contextlib.suppress(asyncio.TimeoutError):
+                    await asyncio.wait_for(back.wait(), left)
+        return True
 
     def doubt(self, name: str) -> None:
         """The node could not be dialled for somebody just now: have it looked at once whether it can be."""

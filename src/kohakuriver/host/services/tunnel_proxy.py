@@ -489,11 +489,19 @@ class TunnelProxy:
         authorize: Callable[[], Awaitable[Route]],
         begin: Callable[[Route], Awaitable[None]],
     ) -> None:
-        """Begin a session. One that goes on waits for a runner that is away: its user would come again, and later."""
+        """Begin a session. One that goes on waits for a runner that is away: its user would come again, and later.
+
+        A new one waits, by `authorize`, for a runner that is being started again; the dial alone may tell that it is.
+        """
         if not request.goes_on:
             with tracing.span("look whether the session may be"):
                 route = await authorize()
-            await self._begin_at(route, begin)
+            try:
+                await self._begin_at(route, begin)
+            except UnavailableError as error:
+                if error.code != "runner_unreachable":
+                    raise
+                await self._begin_at(await authorize(), begin)
             return
         route = await self._authorized_once_online(authorize)
         with self._coming_back(route.node) as back:
@@ -515,10 +523,13 @@ class TunnelProxy:
             raise
 
     async def _authorized_once_online(self, authorize: Callable[[], Awaitable[Route]]) -> Route:
-        """Where a session goes; the node of one that goes on may have left to come back, as in a restart."""
+        """Where a session goes; the node of one that goes on may be silent and come back, as when it was killed."""
+        began = time.monotonic()
         try:
             return await authorize()
         except NodeOfflineError as error:
+            if time.monotonic() - began > BACK_WITHIN:  # it was waited for
+                raise
             node = error.node
         with self._coming_back(node) as back:
             try:

@@ -107,10 +107,6 @@ class ExecSession(ABC):
         """Hang up (SIGHUP, as a closed terminal does) if the command still runs, and free what the session holds."""
 
 
-async def _nowhere() -> str:
-    raise UnavailableError("No job reaches this runner.", code="not_supported")
-
-
 @dataclass(frozen=True)
 class Surroundings:
     """What a runner gives its backends.
@@ -122,8 +118,9 @@ class Surroundings:
     come from, `mount_roots` what users may mount and `limits` what they may take. `gpus` are the node's.
 
     `slurm_users` says who users are on the cluster, `slurm_client` where its nodes have a tunnel client, None where
-    they have none; `url_for_jobs` gives the URL by which these reach the runner. `tell` says a sentence to those who
-    are connected to a container, `begin` lets a task's time to live begin, `touch` tells the host that it is another.
+    they have none; `url_for_jobs` is the URL by which these reach the runner, and `ca_for_jobs` who signed its
+    certificate, None for the authorities that they know. `tell` says a sentence to those who are connected to a
+    container, `begin` lets a task's time to live begin, `touch` tells the host that it is another.
     """
 
     node: str
@@ -143,7 +140,8 @@ class Surroundings:
     gpus: Sequence[Gpu] = ()
     slurm_users: Path | None = None
     slurm_client: str | None = None
-    url_for_jobs: Callable[[], Awaitable[str]] = _nowhere
+    url_for_jobs: str = ""
+    ca_for_jobs: Path | None = None
     tell: Callable[[str, str], None] = lambda container, sentence: None
     begin: Callable[[TaskRecord], None] = lambda task: None
     touch: Callable[[TaskRecord], None] = lambda task: None

@@ -244,12 +244,21 @@ class Registration:
             return f"can't be reached: {tls.hung_up(self.host)}"
         return f"can't be reached: {reason(error)}"
 
-    async def close(self) -> None:
-        """Tell the host that this node leaves; it would find out by itself a little later."""
-        await cancel_all(self._removing.values())
+    async def leave(self) -> None:
+        """Tell the host that this node leaves, most likely to be started again. `run` must have ended.
+
+        What is not heard the host finds out by itself, a little later.
+        """
         if self._registered:
-            with contextlib.suppress(KohakuRiverError, asyncio.TimeoutError):
+            try:
                 await asyncio.wait_for(self._leave(), _LEAVE_SECONDS)
+            except (KohakuRiverError, asyncio.TimeoutError):
+                self._registered = False  # and doesn't wait for it once more
+
+    async def close(self) -> None:
+        """Tell the host what has become of the tasks, where it was told that this node leaves."""
+        await cancel_all(self._removing.values())
+        await self.leave()
         for host in self._hosts:
             await host.aclose()
         self._used_tickets.close()

@@ -109,7 +109,7 @@ class SlurmBackend(Backend):
         new_token(task)
         name_token(task)
         task.stopped = False
-        task.tunnel_url = await self._around.url_for_jobs()
+        task.tunnel_url = self._around.url_for_jobs
         text = await self._script(task, task.command)
         workdir = task.workdir or who.home
         job = await self._slurm.submit(who, _options(task, workdir), text)
@@ -151,7 +151,7 @@ class SlurmBackend(Backend):
         """Start a tunnel client beside what runs in a job, and wait until it is here. Raises KohakuRiverError."""
         new_token(task)
         name_token(task)
-        task.tunnel_url = await self._around.url_for_jobs()
+        task.tunnel_url = self._around.url_for_jobs
         self._begin(task, who)
         text = await self._script(task, None)
         said = self._around.state.task_dir(task.container) / "srun"
@@ -299,10 +299,21 @@ class SlurmBackend(Backend):
         return {
             **self._around.helper.settings,
             "KOHAKURIVER_TUNNEL_URL": task.tunnel_url or "",
+            **self._trusted(),
             "KOHAKURIVER_CONTAINER_ID": task.container,
             "KOHAKURIVER_OFFER": "own",
             **task.env,
         }
+
+    def _trusted(self) -> dict[str, str]:
+        """By whom jobs know this runner, where it serves TLS. Raises UnavailableError."""
+        ca = self._around.ca_for_jobs
+        if ca is None or not self._around.url_for_jobs.startswith("https:"):
+            return {}
+        try:
+            return {"KOHAKURIVER_TUNNEL_CA": ca.read_text("ascii")}
+        except (OSError, UnicodeError) as error:
+            raise UnavailableError(f"The runner's --ca-file {ca} can't be read for its jobs: {error}.") from error
 
     # What Slurm says
 
