@@ -167,11 +167,12 @@ def test_by_keyboard_alone_a_task_is_made_its_port_found_a_terminal_used_and_the
     page.type(f"{sys.executable} -u -m http.server {port} --bind 127.0.0.1")
     page.tab_to("Make it")
     page.type(Keys.ENTER)
-    page.shows("keys", "running", f"kohakuriver open keys {port}", "Serving HTTP")
+    page.shows("keys", "running", f"kohakuriver open keys {port}", "Serving HTTP", "Task keys was made.")
     page.tab_to("Terminal")
     page.type(Keys.ENTER)
     until(lambda: page.focused() == "Terminal input", "the keyboard is in the terminal")
     page.shows("Shift+Esc")
+    assert "was made" not in page.text  # what was said on another page covers nothing here
     page.type("echo $((6 * 7))-here", Keys.ENTER)
     page.screen_shows("42-here")
     page.press(Keys.SHIFT, key=Keys.ESCAPE)

@@ -3,6 +3,7 @@ import { App } from "./app";
 import * as feed from "./feed";
 import { whenLoggedOut } from "./api";
 import { load, used } from "./me";
+import { leaveNotice } from "./parts";
 import * as route from "./route";
 
 const WAY_BACK = "kohakuriver-way-back";
@@ -18,6 +19,7 @@ if (back && !location.hash) history.replaceState(null, "", back);
 route.read();
 
 route.begin(() => {
+  leaveNotice();
   window.scrollTo(0, 0);
   document.querySelector<HTMLElement>("main")?.focus({ preventScroll: true });
 });
