@@ -220,6 +220,34 @@ def test_the_terminal_has_size_colours_and_unicode_and_the_policy_refuses_nothin
         assert page.refused() == []
 
 
+def test_what_is_selected_in_a_terminal_is_copied_and_any_of_the_keys_for_it_pastes(
+    cluster: Cluster, page: Page
+) -> None:
+    from selenium.webdriver import ActionChains
+    from selenium.webdriver.common.keys import Keys
+
+    with serving_files(cluster, "pasted"):
+        page.shows("pasted")
+        page.go("tasks/pasted/terminal")
+        page.shows("Shift+Esc")
+        page.type("PS1=; clear; echo copied-$((6 * 7))", Keys.ENTER)
+        until(lambda: page.screen().startswith("copied-42"), "the word alone")
+        word = page.browser.find_element("css selector", ".xterm-rows > div")
+        beginning = 30 - word.size["width"] // 2  # of the row, from its middle
+        ActionChains(page.browser).move_to_element_with_offset(word, beginning, 0).double_click().perform()
+        page.press(Keys.CONTROL, key="c")
+        for held in ((Keys.CONTROL,), (Keys.CONTROL, Keys.SHIFT)):
+            page.type(f"echo {len(held)}-")
+            page.press(*held, key="v")
+            page.type(Keys.ENTER)
+            page.screen_shows(f"\n{len(held)}-copied-42")
+        # As a picker of emoji types it.
+        page.type("echo ")
+        page.browser.execute_cdp_cmd("Input.insertText", {"text": "\U0001f44d\u6f22"})
+        page.type("-end", Keys.ENTER)
+        page.screen_shows("\n\U0001f44d\u6f22-end")
+
+
 def _size(page: Page) -> tuple[int, int]:
     rows, cols = page.browser.execute_script(
         """const rows = document.querySelectorAll(".xterm-rows > div").length;
