@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import subprocess
 import sys
@@ -305,6 +306,25 @@ def test_a_terminal_goes_on_over_a_reload_a_restart_of_the_host_and_in_another_w
     page.shows("The shell has ended")
 
 
+def test_a_page_that_is_open_is_of_whoever_logs_in_beside_it(cluster: Cluster, page: Page) -> None:
+    kohakuriver = [sys.executable, "-m", "kohakuriver"]
+    added = subprocess.run(
+        [*kohakuriver, "user", "add", "beside", "--json"], env=cluster.env, capture_output=True, text=True, check=True
+    ).stdout
+    as_beside = cluster.env | {"KOHAKURIVER_TOKEN": json.loads(added)["token"]}
+    link = subprocess.run(
+        [*kohakuriver, "open", "--print"], env=as_beside, capture_output=True, text=True, check=True
+    ).stdout.strip()
+    page.shows("Users", "Audit")
+    first = page.browser.current_window_handle
+    page.browser.switch_to.new_window("window")
+    page.browser.get(link)
+    page.browser.find_element("xpath", "//button[text()='Log in as beside']").click()
+    page.shows("beside", "Log out")
+    page.browser.switch_to.window(first)
+    until(lambda: "beside" in page.text and "Audit" not in page.text, "the first page is of the same user")
+
+
 def test_a_login_that_ends_takes_the_page_and_its_terminal_with_it(cluster: Cluster, page: Page) -> None:
     with serving_files(cluster, "ending"):
         page.shows("ending")
@@ -323,8 +343,6 @@ def test_a_login_that_ends_takes_the_page_and_its_terminal_with_it(cluster: Clus
 
 
 def _browsers(listed: str) -> list[str]:
-    import json
-
     return [row["id"] for row in json.loads(listed)["tokens"] if row["kind"] == "browser" and row["status"] == "valid"]
 
 
