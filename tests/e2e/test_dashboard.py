@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import subprocess
 import sys
@@ -167,11 +168,12 @@ def test_by_keyboard_alone_a_task_is_made_its_port_found_a_terminal_used_and_the
     page.type(f"{sys.executable} -u -m http.server {port} --bind 127.0.0.1")
     page.tab_to("Make it")
     page.type(Keys.ENTER)
-    page.shows("keys", "running", f"kohakuriver open keys {port}", "Serving HTTP")
+    page.shows("keys", "running", f"kohakuriver open keys {port}", "Serving HTTP", "Task keys was made.")
     page.tab_to("Terminal")
     page.type(Keys.ENTER)
     until(lambda: page.focused() == "Terminal input", "the keyboard is in the terminal")
     page.shows("Shift+Esc")
+    assert "was made" not in page.text  # what was said on another page covers nothing here
     page.type("echo $((6 * 7))-here", Keys.ENTER)
     page.screen_shows("42-here")
     page.press(Keys.SHIFT, key=Keys.ESCAPE)
@@ -217,6 +219,34 @@ def test_the_terminal_has_size_colours_and_unicode_and_the_policy_refuses_nothin
         page.type("clear; stty size", Keys.ENTER)
         page.screen_shows(f"{rows} {cols}")
         assert page.refused() == []
+
+
+def test_what_is_selected_in_a_terminal_is_copied_and_any_of_the_keys_for_it_pastes(
+    cluster: Cluster, page: Page
+) -> None:
+    from selenium.webdriver import ActionChains
+    from selenium.webdriver.common.keys import Keys
+
+    with serving_files(cluster, "pasted"):
+        page.shows("pasted")
+        page.go("tasks/pasted/terminal")
+        page.shows("Shift+Esc")
+        page.type("PS1=; clear; echo copied-$((6 * 7))", Keys.ENTER)
+        until(lambda: page.screen().startswith("copied-42"), "the word alone")
+        word = page.browser.find_element("css selector", ".xterm-rows > div")
+        beginning = 30 - word.size["width"] // 2  # of the row, from its middle
+        ActionChains(page.browser).move_to_element_with_offset(word, beginning, 0).double_click().perform()
+        page.press(Keys.CONTROL, key="c")
+        for held in ((Keys.CONTROL,), (Keys.CONTROL, Keys.SHIFT)):
+            page.type(f"echo {len(held)}-")
+            page.press(*held, key="v")
+            page.type(Keys.ENTER)
+            page.screen_shows(f"\n{len(held)}-copied-42")
+        # As a picker of emoji types it.
+        page.type("echo ")
+        page.browser.execute_cdp_cmd("Input.insertText", {"text": "\U0001f44d\u6f22"})
+        page.type("-end", Keys.ENTER)
+        page.screen_shows("\n\U0001f44d\u6f22-end")
 
 
 def _size(page: Page) -> tuple[int, int]:
@@ -276,6 +306,25 @@ def test_a_terminal_goes_on_over_a_reload_a_restart_of_the_host_and_in_another_w
     page.shows("The shell has ended")
 
 
+def test_a_page_that_is_open_is_of_whoever_logs_in_beside_it(cluster: Cluster, page: Page) -> None:
+    kohakuriver = [sys.executable, "-m", "kohakuriver"]
+    added = subprocess.run(
+        [*kohakuriver, "user", "add", "beside", "--json"], env=cluster.env, capture_output=True, text=True, check=True
+    ).stdout
+    as_beside = cluster.env | {"KOHAKURIVER_TOKEN": json.loads(added)["token"]}
+    link = subprocess.run(
+        [*kohakuriver, "open", "--print"], env=as_beside, capture_output=True, text=True, check=True
+    ).stdout.strip()
+    page.shows("Users", "Audit")
+    first = page.browser.current_window_handle
+    page.browser.switch_to.new_window("window")
+    page.browser.get(link)
+    page.browser.find_element("xpath", "//button[text()='Log in as beside']").click()
+    page.shows("beside", "Log out")
+    page.browser.switch_to.window(first)
+    until(lambda: "beside" in page.text and "Audit" not in page.text, "the first page is of the same user")
+
+
 def test_a_login_that_ends_takes_the_page_and_its_terminal_with_it(cluster: Cluster, page: Page) -> None:
     with serving_files(cluster, "ending"):
         page.shows("ending")
@@ -294,8 +343,6 @@ def test_a_login_that_ends_takes_the_page_and_its_terminal_with_it(cluster: Clus
 
 
 def _browsers(listed: str) -> list[str]:
-    import json
-
     return [row["id"] for row in json.loads(listed)["tokens"] if row["kind"] == "browser" and row["status"] == "valid"]
 
 

@@ -110,6 +110,30 @@ def test_where_there_is_no_browser_the_link_is_told(cluster: Cluster, port: int)
     assert program.stop() == 0
 
 
+def test_no_browser_for_text_takes_the_terminal_and_over_ssh_the_way_to_a_real_one_is_told(
+    cluster: Cluster, port: int, tmp_path: Path
+) -> None:
+    started, browser = tmp_path / "started", tmp_path / "w3m"
+    browser.write_text(f"#!/bin/sh\ntouch {started}\n")
+    browser.chmod(browser.stat().st_mode | stat.S_IXUSR)
+    without = {"BROWSER": "", "DISPLAY": "", "WAYLAND_DISPLAY": "", "TERM": "xterm", "PATH": str(tmp_path)}
+    told = cluster.run("open", **without, SSH_CONNECTION="").stderr
+    assert re.search(r"here\. Open this within a minute, it is good once: http://kr-\w+\.localhost:\d+/login\?", told)
+    program = cluster.start("open", "page", str(port), **without, SSH_CONNECTION="10.0.0.1 5000 10.0.0.2 22")
+    line = program.line("No browser could be started here.", err=True)
+    [local] = re.findall(r"`ssh -L (\d+):localhost:\1`", line)
+    assert f"within a minute, it is good once: http://page-{port}.localhost:{local}/.kohakuriver/login?code=" in line
+    assert program.stop() == 0
+    assert not started.exists()
+
+
+def test_no_link_leads_to_a_task_that_there_is_not(cluster: Cluster) -> None:
+    for how in ((), ("--at-host",), ("--at-host", "--print")):
+        done = cluster.run("open", "nosuch", "8888", *how)
+        assert (done.returncode, done.stdout) == (3, "")
+        assert done.stderr.startswith("Error: There is no task 'nosuch'")
+
+
 def test_web_gives_each_tcp_port_an_address_beside_its_forward(cluster: Cluster, port: int) -> None:
     ports = [f"0:{port}", "0:9/udp", "0:7"]
     program = cluster.start("forward", "page", *ports, "--web", "--json")

@@ -603,6 +603,45 @@ def test_what_a_browser_has_left_in_tasks_stays_when_its_user_logs_in_anew_and_e
     on_host(check)
 
 
+def test_a_link_by_the_token_of_its_login_ends_nothing_that_a_browser_has_open(on_host: Callable[..., None]) -> None:
+    """As `kohakuriver open lab 6006 --at-host` beside a notebook that was opened so."""
+
+    async def check(host: HostUnderTest) -> None:
+        await (await host.runner()).beat()
+        await host.create(name="web")
+        task = (await host.store.task_and_node("web"))[0]
+        other = host.client(await host.token(user="admin", name="other"))
+        browser, ended = Browser(host), list[str]()
+
+        async def comes_in_anew(by: httpx.AsyncClient) -> bool:
+            (before,) = browser.cookies.values()
+            caller, _ = await host.logins.visitor(before)
+            ended.clear()
+            (await host.grants.enter(caller, task)).attach(ended.append)
+            assert (await browser.open(await link_of(by))).status_code == 303
+            await host.grants.check()
+            assert await browser.user() == "admin"
+            anew = browser.cookies != dict.fromkeys(browser.cookies, before)
+            assert anew == bool(ended)
+            return anew
+
+        await browser.open(await link_of(host.user))
+        assert [await comes_in_anew(by) for by in (host.user, host.user, other, other, host.user)] == [
+            False, False, True, False, True,
+        ]  # fmt: skip
+        for _ in range(8):  # its last day is not put off by that
+            host.clock.now += IDLE_SECONDS - 1
+            assert await browser.user() == "admin"
+        assert await comes_in_anew(host.user)
+        link = await link_of(host.user)
+        await browser.open(link)
+        assert await browser.user() == "admin"
+        assert (await Browser(host).open(link)).status_code == 401  # somebody else has seen the link
+        assert await browser.user() is None
+
+    on_host(check)
+
+
 def test_what_was_left_goes_over_from_login_to_login_but_not_from_one_that_had_ended(
     on_host: Callable[..., None],
 ) -> None:

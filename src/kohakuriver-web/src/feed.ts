@@ -41,6 +41,8 @@ export function take(news: News, first: boolean): void {
 }
 
 let wanted = "";
+let begun = false;
+let onBegunAgain = (): void => undefined;
 let running: AbortController | null = null;
 
 /** Have the host tell of the ports of a task, too, "" for none. */
@@ -71,6 +73,8 @@ async function keep(ended: AbortSignal): Promise<void> {
         `/api/events${query}`,
         (line) => {
           take(line as News, first);
+          if (first && begun) onBegunAgain();
+          begun = true;
           first = false;
           wait = SOON_MS;
         },
@@ -85,7 +89,9 @@ async function keep(ended: AbortSignal): Promise<void> {
   }
 }
 
-export function begin(): void {
+/** `again`: called when all is told once more. */
+export function begin(again: () => void): void {
+  onBegunAgain = again;
   document.addEventListener("visibilitychange", restart);
   restart();
 }

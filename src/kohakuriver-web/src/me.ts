@@ -10,6 +10,13 @@ export async function load(): Promise<void> {
   me.value = await get<Whoami>("/api/auth");
 }
 
+/** Ask again, for this browser may have been logged in as somebody else: what is shown then is theirs, from the beginning. */
+export async function check(): Promise<void> {
+  const before = me.value;
+  await load();
+  if (before && before.user !== me.value?.user) location.reload();
+}
+
 export function isAdmin(): boolean {
   return me.value?.role === "admin";
 }

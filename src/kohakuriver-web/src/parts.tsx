@@ -4,15 +4,21 @@ import { useEffect, useRef, useState } from "preact/hooks";
 import type { ComponentChildren, JSX } from "preact";
 import { signal } from "@preact/signals";
 
-/** What was last done, or went wrong: read out, and shown until the next or a click. */
-export const notice = signal<{ text: string; bad: boolean } | null>(null);
+/** What was last done, or went wrong: read out, and shown until the next, a click, or another page than `at`. */
+export const notice = signal<{ text: string; bad: boolean; at: string } | null>(null);
 
-export function tell(text: string): void {
-  notice.value = { text, bad: false };
+/** Say what was done. `at`: the page that this leads to, where it leads to another one. */
+export function tell(text: string, at = location.hash): void {
+  notice.value = { text, bad: false, at };
 }
 
 export function complain(error: unknown): void {
-  notice.value = { text: error instanceof Error ? error.message : String(error), bad: true };
+  notice.value = { text: error instanceof Error ? error.message : String(error), bad: true, at: location.hash };
+}
+
+/** Whoever is at another page has seen what was said: it would cover what is there. */
+export function leaveNotice(): void {
+  if (notice.value && notice.value.at !== location.hash) notice.value = null;
 }
 
 export function Notice(): JSX.Element {

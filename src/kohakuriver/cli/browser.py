@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+import os
 import threading
 from typing import TYPE_CHECKING, Annotated
+from urllib.parse import urlsplit
 
 import typer
 
 from kohakuriver.cli import output
 from kohakuriver.cli.options import MaybeTaskArgument, Remote, remote
+from kohakuriver.cli.web_browser import open_window
 from kohakuriver.config import path_segment
 from kohakuriver.errors import UsageError
 
 if TYPE_CHECKING:
     from kohakuriver.client.forward import Event
+    from kohakuriver.client.host import HostClient, LoginLink
 
 __all__ = ["register"]
 
@@ -79,14 +83,20 @@ def open_task(
                 "--local-port and --preserve-host are for a task's port that is opened here, as in "
                 "`kohakuriver open lab 8888`, and --at-host for one that is not."
             )
-        there = "" if task is None else f"/open/{path_segment(task)}/{_port(task, port)}"
-        return _open_host(at, there, print_link=print_link)
+        return _open_host(at, task, port, print_link=print_link)
     return _open_port(at, task, port, local_port, print_link=print_link, preserve_host=preserve_host)
 
 
-def _open_host(at: Remote, there: str, *, print_link: bool) -> int:
-    """Open the host, or what is `there` on it."""
-    link = at.ask(lambda client: client.login_link(there))
+def _open_host(at: Remote, task: str | None, port: str | None, *, print_link: bool) -> int:
+    """Open the host, or the address that the port of a task has there."""
+    there = "" if task is None else f"/open/{path_segment(task)}/{_port(task, port)}"
+
+    async def made(client: HostClient) -> LoginLink:
+        if task is not None:  # who opens a page that says so may be somebody else
+            await client.task(task)
+        return await client.login_link(there)
+
+    link = at.ask(made)
     if at.json:
         output.json_line(link.to_json())
     elif print_link:
@@ -152,11 +162,14 @@ def _browse(link: str) -> None:
 
 
 def _open_browser(link: str) -> None:
-    import webbrowser
-
-    try:
-        opened = webbrowser.open(link)
-    except (OSError, webbrowser.Error):
-        opened = False
-    if not opened:
+    if open_window(link):
+        return
+    where = urlsplit(link)
+    port = where.port or 80
+    if os.environ.get("SSH_CONNECTION") and (where.hostname or "").endswith(".localhost"):
+        output.note(
+            f"No browser could be started here. Where yours is, log in once more with `ssh -L {port}:localhost:{port}` "
+            f"and open this within a minute, it is good once: {link}"
+        )
+    else:
         output.note(f"No browser could be started here. Open this within a minute, it is good once: {link}")

@@ -4,15 +4,14 @@ from __future__ import annotations
 
 import asyncio
 import getpass
-import os
 import re
 import socket
-import sys
 import threading
 import time
 from typing import TYPE_CHECKING
 
 from kohakuriver.cli import output
+from kohakuriver.cli.web_browser import open_window
 from kohakuriver.config import browser_url
 from kohakuriver.errors import HostUnreachableError, KohakuRiverError, UnauthenticatedError
 
@@ -47,8 +46,8 @@ async def token_by_browser(client: HostClient) -> Token:
         output.note("In the browser that `kohakuriver open` has logged in to this host, go to its page /device.")
     else:
         output.note(f"In a browser, go to: {asked.url}")
-        if _has_screen():
-            _browse(asked.url)
+        # On a thread of its own: some return only when they are closed. Without one, nothing happens.
+        threading.Thread(target=open_window, args=(asked.url,), name="browser", daemon=True).start()
     output.note(f"Type this code there, within {asked.expires_in / 60:.0f} minutes: {asked.user_code}")
     with output.working("Waiting for the browser"):
         return await _confirmed(client, asked)
@@ -68,22 +67,3 @@ async def _confirmed(client: HostClient, asked: DeviceAsked) -> Token:
             if error.code == "slow_down" or time.monotonic() - began < PAUSE:
                 await asyncio.sleep(PAUSE)
     raise UnauthenticatedError("Nobody has confirmed this login in time; run the command again.", code="expired_token")
-
-
-def _has_screen() -> bool:
-    """Whether a browser would open in a window, rather than in this terminal."""
-    shown = ("BROWSER", "DISPLAY", "WAYLAND_DISPLAY")
-    return sys.platform in ("win32", "darwin") or any(os.environ.get(name) for name in shown)
-
-
-def _browse(url: str) -> None:
-    """Open a browser, on a thread of its own: some return only when they are closed. Without one, nothing happens."""
-    import webbrowser
-
-    def open_it() -> None:
-        try:
-            webbrowser.open(url)
-        except (OSError, webbrowser.Error):
-            pass
-
-    threading.Thread(target=open_it, name="browser", daemon=True).start()

@@ -113,6 +113,21 @@ class Browsers:
         session.add(browser)
         return CameIn(browser, ended)
 
+    def _going_on(self, session: Session, token: str, before: str | None, now: float) -> CameIn | None:
+        """The login that a browser has by the same token, which another link is no reason to end with all that is open.
+
+        None where it has none, or a new one lasts for half of LONGEST_SECONDS more. Raises UnauthenticatedError.
+        """
+        parent = check_good(session, token, now, kind="user")
+        found = None if before is None else session.get(Token, digest(before), with_for_update=True)
+        if found is None or found.kind != "browser" or found.parent != token or not found.is_good(now):
+            return None
+        ends_at = found.ends_at or 0.0
+        if min(now + LONGEST_SECONDS, parent.expires_at or now + LONGEST_SECONDS) - ends_at > LONGEST_SECONDS / 2:
+            return None
+        found.expires_at = min(now + IDLE_SECONDS, ends_at)
+        return CameIn(found, None)
+
     def _make_room(self, session: Session, user: str, now: float) -> None:
         theirs = select(Token).where(Token.kind == "browser", Token.name == user, Token.revoked_at.is_(None))
         newest = theirs.order_by(Token.expires_at.desc(), Token.digest)
@@ -182,6 +197,8 @@ class Browsers:
     async def enter(self, code: str, secret: str, before: str | None = None) -> tuple[CameIn | None, Token | None]:
         """Let a browser in by a code: (the browser that `secret` now stands for, one that was put out).
 
+        One that the code's token has let in before keeps its secret, `before`, while enough of its time is left.
+
         A code that is used again has been seen by somebody: who came in with it is out, and nobody comes in. Both are
         None for a code that is not good. Raises UnauthenticatedError where the token behind it is not.
         """
@@ -199,7 +216,7 @@ class Browsers:
                 return None, first
             if found.expires_at <= now:
                 return None, None
-            came = self._add(session, secret, found.token, before)
+            came = self._going_on(session, found.token, before, now) or self._add(session, secret, found.token, before)
             found.used_by = came.browser.digest
             return came, None
 

@@ -62,6 +62,7 @@ const LIGHT: ITheme = {
   brightWhite: "#37454b",
 };
 
+const MAC = navigator.platform.startsWith("Mac");
 const SOON_MS = 500;
 const LATEST_MS = 10_000;
 /** After a terminal is taken up again, what it said before is said once more; after so long without more it has been. */
@@ -188,7 +189,8 @@ export class Screen {
       event.preventDefault();
       return false;
     }
-    return !(event.key.toLowerCase() === "v" && event.ctrlKey && event.shiftKey);
+    // Left to the browser, which pastes; on a Mac that is Cmd+V, and Ctrl+V is a key like any other.
+    return !(event.key.toLowerCase() === "v" && event.ctrlKey && !event.altKey && (event.shiftKey || !MAC));
   }
 
   private join(): void {

@@ -99,7 +99,7 @@ export default function AuditPage(): JSX.Element {
                 </td>
                 <td class="wrap long hint">
                   {Object.entries(event)
-                    .filter(([name, value]) => !NAMED.includes(name) && value !== null)
+                    .filter(([name, value]) => !NAMED.includes(name) && value !== null && value !== "")
                     .map(([name, value]) => `${name}: ${text(value)}`)
                     .join(", ")}
                 </td>

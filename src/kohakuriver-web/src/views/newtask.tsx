@@ -4,7 +4,7 @@ import { ask } from "../api";
 import { nodes, state } from "../feed";
 import { me } from "../me";
 import { Choice, Field, FormDialog, tell } from "../parts";
-import { go } from "../route";
+import { go, href } from "../route";
 import type { Task } from "../types";
 import { wish } from "../wish";
 
@@ -20,7 +20,7 @@ export function NewTask({ close }: { close: () => void }): JSX.Element {
 
   async function make(field: (name: string) => string): Promise<void> {
     const made = await ask<Task>("POST", "/api/tasks", wish(field, kind));
-    tell(`Task ${made.name} was made.`);
+    tell(`Task ${made.name} was made.`, href("tasks", made.name));
     close();
     go("tasks", made.name);
   }

@@ -130,7 +130,7 @@ function Buttons({ task }: { task: Task }): JSX.Element {
           title={`Remove ${task.name}?`}
           button="Remove it"
           close={close}
-          act={async () => (await ask("DELETE", taskPath(task)), tell(`Task ${task.name} was removed.`), go("tasks"))}
+          act={async () => (await ask("DELETE", taskPath(task)), tell(`Task ${task.name} was removed.`, href("tasks")), go("tasks"))}
         >
           <p>It ends, and what a container has written outside of its mounts is gone for good.</p>
         </Confirm>
