@@ -66,7 +66,7 @@ ALLOWED: dict[str, set[str]] = {
     "resolve": set(),
     "runtime": {"errors", "resolve"},
     "spared": set(),
-    "task": {"backends", "gpus", "images", "quotas"},
+    "task": {"backends", "gpus", "images", "quotas", "text"},
     "text": set(),
     "tls": {"errors"},
     "tracing": {"errors", "otel"},

@@ -104,6 +104,8 @@ Host = Annotated[Services, Depends(services_here)]
 
 
 class _OfUsers(Checked):
+    most_values = 4096
+
     @staticmethod
     async def check(request: Request) -> Callable[[], object]:
         services: Services = services_of(request)
@@ -385,7 +387,7 @@ async def register_node(host: Host, node: NodeToken, registration: Registration)
     """A runner says that it is there."""
     host.credentials.check_node(node, registration.name)
     answer = await host.nodes.register(registration)
-    host.audit.write("node_registered", node=registration.name, url=registration.url)
+    host.audit.of_node("node_registered", registration.name, url=registration.url)
     return answer
 
 
