@@ -44,6 +44,8 @@ __all__ = [
     "asked_for",
     "describe_exit",
     "is_engine_id",
+    "is_node_name",
+    "is_public_key",
     "is_task_name",
     "matching",
     "next_revision",
@@ -150,15 +152,14 @@ def _image(text: str) -> str:
 
 
 _NAME = r"[a-z0-9][a-z0-9._-]{0,62}"
+_NODE_NAME = r"[A-Za-z0-9][A-Za-z0-9._-]{0,62}"
 
 Name = Annotated[
     str,
     matching(_NAME, "it must be 1 to 63 of a-z, 0-9, dot, dash and underscore"),
     matching(r".*[^0-9].*", "a number means a task's id, so a name needs something else in it too"),
 ]
-NodeName = Annotated[
-    str, matching(r"[A-Za-z0-9][A-Za-z0-9._-]{0,62}", "it must be 1 to 63 letters, digits, dots, dashes, underscores")
-]
+NodeName = Annotated[str, matching(_NODE_NAME, "it must be 1 to 63 letters, digits, dots, dashes, underscores")]
 Image = Annotated[str, Check(_image)]
 Backend = Annotated[str, Check(_backend)]
 """The name of a way of running a task: see backends.py."""
@@ -217,6 +218,19 @@ Moment = Annotated[float, _between(0, 253_402_300_799)]  # up to the year 9999
 def is_task_name(text: str) -> bool:
     """Whether a task may be called this."""
     return re.fullmatch(_NAME, text) is not None and not text.isdigit()
+
+
+def is_node_name(text: str) -> bool:
+    """Whether a node may be called this."""
+    return re.fullmatch(_NODE_NAME, text) is not None
+
+
+def is_public_key(text: str) -> bool:
+    """Whether this is the line of an SSH public key, and that alone."""
+    try:
+        return _public_key(text) == text
+    except ValueError:
+        return False
 
 
 def is_engine_id(text: str) -> bool:

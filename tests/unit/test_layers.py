@@ -49,7 +49,7 @@ ALLOWED: dict[str, set[str]] = {
     "backends": set(),
     "binaries": set(),
     "changes": set(),
-    "errors": set(),
+    "errors": {"text"},
     "config": {"errors", "resolve"},
     "descriptors": set(),
     "http_proxy": {"errors", "resolve", "tls"},
