@@ -432,7 +432,8 @@ async def list_sessions(host: Host, user: User) -> list[SessionView]:
 async def follow_events(host: Host, user: User, ports: str | None = None) -> Streamed:
     """Tasks, nodes, sessions and rates that the caller may see, and then what changes, as lines of JSON.
 
-    With `ports` of a task, by id or name, those that listen in it, too.
+    With `ports` of a task, by id or name, those that listen in it, too. Of one thing about a task, as its command, the
+    first 1,000 characters are told.
     """
     task = None if ports is None else (await host.access.usable(user, ports))[0]
     return Streamed(host.feed.open(user, None if task is None else str(task.task_id)))
