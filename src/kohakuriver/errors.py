@@ -7,9 +7,10 @@ that a user can act on. Sources: docs/cli.md "Exit codes", docs/protocol.md §4.
 
 from __future__ import annotations
 
-import json
 import os
 from urllib.parse import urlsplit
+
+from kohakuriver.text import json_of
 
 __all__ = [
     "NOT_OUR_ANSWER",
@@ -200,7 +201,7 @@ def from_answer(where: str, status: int, body: bytes, *, location: str = "", upg
     Source: docs/protocol.md §4.
     """
     try:
-        answer = json.loads(body)
+        answer = json_of(body)
     except ValueError:
         answer = None
     if isinstance(answer, dict) and isinstance(answer.get("error"), str) and isinstance(answer.get("message"), str):

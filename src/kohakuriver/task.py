@@ -20,8 +20,10 @@ from kohakuriver.backends import kind_of, making
 from kohakuriver.gpus import GPUS
 from kohakuriver.images import ImageName
 from kohakuriver.quotas import LEAST_MEMORY, LEAST_PIDS, LONGEST_TIME
+from kohakuriver.text import printable
 
 __all__ = [
+    "MOST_FIGURES",
     "Backend",
     "Check",
     "Declared",
@@ -42,6 +44,8 @@ __all__ = [
     "asked_for",
     "describe_exit",
     "is_engine_id",
+    "is_node_name",
+    "is_public_key",
     "is_task_name",
     "matching",
     "next_revision",
@@ -54,6 +58,15 @@ Status = Literal["starting", "running", "stopped", "failed", "lost"]
 LogStream = Literal["stdout", "stderr", "note"]
 
 MAX_SSH_KEYS = 100
+
+LONGEST_SHOWN = 200
+"""Characters of what won't do that are told to who gave it."""
+
+LONGEST_SAID = 4000
+"""Characters of what a node says of a task that are kept: a stolen one must not fill the database."""
+
+MOST_FIGURES = 100
+"""Of what passed through a task, or through a node."""
 
 
 class Check:
@@ -73,10 +86,24 @@ def matching(pattern: str, otherwise: str) -> Check:
 
     def check(value: str) -> str:
         if not re.fullmatch(pattern, value):
-            raise ValueError(f"{value!r} won't do: {otherwise}")
+            shown = value if len(value) <= LONGEST_SHOWN else f"{value[:LONGEST_SHOWN]}…"
+            raise ValueError(f"{shown!r} won't do: {otherwise}")
         return value
 
     return Check(check)
+
+
+def _no_longer_than(most: int) -> Check:
+    def check(value: Any) -> Any:
+        if len(value) > most:
+            raise ValueError(f"it may have {most} at most")
+        return value
+
+    return Check(check)
+
+
+def _said(text: str) -> str:
+    return printable(text[:LONGEST_SAID])[:LONGEST_SAID]
 
 
 def _between(least: float, most: float) -> Check:
@@ -96,6 +123,8 @@ def _no_more_keys_than_fit(keys: list[str]) -> list[str]:
 
 def _public_key(text: str) -> str:
     """Take only a line as `ssh-keygen` writes it: type, base64, and perhaps a comment; no options before it."""
+    if len(text) > LONGEST_SAID:
+        raise ValueError(f"a public key has {LONGEST_SAID} characters at most")
     line = text.strip()
     kind, _, rest = line.partition(" ")
     try:
@@ -123,6 +152,7 @@ def _image(text: str) -> str:
 
 
 _NAME = r"[a-z0-9][a-z0-9._-]{0,62}"
+_NODE_NAME = r"[A-Za-z0-9][A-Za-z0-9._-]{0,62}"
 
 Name = Annotated[
     str,
@@ -130,9 +160,7 @@ Name = Annotated[
     matching(r".*[^0-9].*", "a number means a task's id, so a name needs something else in it too"),
     matching(r"(?!.*\.kohakuriver$).*", "to ssh the name before .kohakuriver is a task's"),
 ]
-NodeName = Annotated[
-    str, matching(r"[A-Za-z0-9][A-Za-z0-9._-]{0,62}", "it must be 1 to 63 letters, digits, dots, dashes, underscores")
-]
+NodeName = Annotated[str, matching(_NODE_NAME, "it must be 1 to 63 letters, digits, dots, dashes, underscores")]
 Image = Annotated[str, Check(_image)]
 Backend = Annotated[str, Check(_backend)]
 """The name of a way of running a task: see backends.py."""
@@ -191,6 +219,19 @@ Moment = Annotated[float, _between(0, 253_402_300_799)]  # up to the year 9999
 def is_task_name(text: str) -> bool:
     """Whether a task may be called this."""
     return re.fullmatch(_NAME, text) is not None and not text.isdigit() and not text.endswith(".kohakuriver")
+
+
+def is_node_name(text: str) -> bool:
+    """Whether a node may be called this."""
+    return re.fullmatch(_NODE_NAME, text) is not None
+
+
+def is_public_key(text: str) -> bool:
+    """Whether this is the line of an SSH public key, and that alone."""
+    try:
+        return _public_key(text) == text
+    except ValueError:
+        return False
 
 
 def is_engine_id(text: str) -> bool:
@@ -297,16 +338,16 @@ class TaskReport:
     task_id: Whole
     status: ReportedStatus
     tunnel: bool = False
-    message: str | None = None
+    message: Annotated[str, Check(_said)] | None = None
     exit_code: Whole | None = None
     revision: Whole = 0
-    engine_name: str | None = None
-    image: str | None = None
+    engine_name: Annotated[str, _no_longer_than(LONGEST_SAID)] | None = None
+    image: Annotated[str, _no_longer_than(LONGEST_SAID)] | None = None
     ssh_port: Port | None = None
     ssh_host_key: PublicKey | None = None
     ssh_host_key_ecdsa: PublicKey | None = None
     ends_at: Moment | None = None
-    traffic: dict[str, Whole] = field(default_factory=dict)
+    traffic: Annotated[dict[str, Whole], _no_longer_than(MOST_FIGURES)] = field(default_factory=dict)
 
     def changes(self) -> dict[str, Any]:
         """What is the task's own in it, and not its node's."""

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-__all__ = ["one_line", "printable"]
+import json
+from typing import Any
+
+__all__ = ["json_of", "one_line", "printable"]
 
 _LAYOUT = "\n\t"
 LONGEST = 300
@@ -22,3 +25,11 @@ def one_line(text: str) -> str:
     """What a peer says, shown inside a line of ours: it can't begin one that looks like ours, nor fill a screen."""
     line = " ".join(text[: 4 * LONGEST].split())
     return printable(line[:LONGEST] + "…" if len(line) > LONGEST else line, keep="")
+
+
+def json_of(text: str | bytes) -> Any:
+    """What a peer's JSON says. Raises ValueError for what is none, and for lists in lists by the thousand."""
+    try:
+        return json.loads(text)
+    except RecursionError:
+        raise ValueError("it is too deep") from None

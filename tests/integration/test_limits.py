@@ -6,12 +6,12 @@ import asyncio
 import contextlib
 import json
 from collections.abc import AsyncIterator, Callable, Coroutine
-from contextlib import asynccontextmanager
+from contextlib import AsyncExitStack, asynccontextmanager
 from pathlib import Path
 from typing import Any
 
 import pytest
-from fastapi import FastAPI, Request
+from fastapi import FastAPI, Request, Response
 from websockets.asyncio.client import connect
 from websockets.exceptions import ConnectionClosed
 
@@ -25,6 +25,7 @@ from kohakuriver.tunnel.accept import serve_ws
 from kohakuriver.tunnel.protocol import CONNECT, DATA, TUNNEL_V2
 from kohakuriver.tunnel.user_endpoint import UserEndpoint
 from kohakuriver.web.app import bind, new_app
+from kohakuriver.web.request_limits import body_is_of_a_user
 from kohakuriver.web.server import Server
 from tests.support.hops import CLIENTS, asked, chain, dial, echo, service, until
 from tests.support.peers.wire import Wire
@@ -259,6 +260,11 @@ async def http_server(limits: Limits, certificate: ServerCertificate | None = No
         await told.wait()
         return 42
 
+    @app.post("/large/{user}")
+    async def large(request: Request, user: str) -> Response:
+        body_is_of_a_user(request.scope, user)
+        return Response(bytes(10_000_000))
+
     @app.post("/hold")
     async def hold(request: Request) -> int:
         size = len(await request.body())
@@ -467,6 +473,33 @@ def test_bodies_together_have_a_limit_until_the_work_on_them_ends_and_small_ones
             assert json.loads(await answer_to(port, 700_000, "take"))["error"] == "busy"
             assert await answer_to(port, 0, "tell") == "2"
             while await answer_to(port, 700_000, "take") != "700000":
+                pass
+
+    run(main())
+
+
+async def large_answer(port: int, user: str) -> int:
+    """Bytes of the answer; all of it is read."""
+    async with dial(port) as (reader, writer):
+        writer.write(body_of(0, f"large/{user}"))
+        return len((await reader.read()).partition(b"\r\n\r\n")[2])
+
+
+def test_answers_that_their_user_does_not_read_have_a_share_and_are_free_once_they_are_read(run: Run) -> None:
+    async def main() -> None:
+        async with http_server(Limits(max_bodies=48 << 20)) as port, AsyncExitStack() as stack:
+            unread = []
+            for _ in range(3):  # a share is a quarter, 12 MiB
+                reader, writer = await stack.enter_async_context(dial(port))
+                writer.write(body_of(0, "large/eve"))
+                unread.append(reader)
+            heads = [await reader.readuntil(b"\r\n\r\n") for reader in unread]
+            assert [head.split()[1] for head in heads] == [b"200", b"429", b"429"]
+            assert json.loads(await unread[1].read())["error"] == "too_many_requests"
+            assert await large_answer(port, "ann") == 10_000_000
+            assert await large_answer(port, "eve") < 1000
+            assert len(await unread[0].read()) == 10_000_000
+            while await large_answer(port, "eve") < 10_000_000:
                 pass
 
     run(main())

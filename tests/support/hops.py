@@ -236,6 +236,9 @@ class Lines:
     def write(self, event: str, **fields: Any) -> None:
         self.written.put_nowait({"event": event, **fields})
 
+    def of_node(self, event: str, node: str, **fields: Any) -> None:
+        self.write(event, node=node, **fields)
+
     def refused(self, error: KohakuRiverError, **fields: Any) -> None:
         self.write("refused", code=error.code, **fields)
 

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Coroutine
+from collections.abc import AsyncIterator, Callable, Coroutine
 from typing import Any
 
 import httpx
 import pytest
 
 from kohakuriver.client.host import HostClient, NewTask, Task
+from kohakuriver.client.host_http import LONGEST_ANSWER
 from kohakuriver.config import Settings, load_settings
 from kohakuriver.errors import HostUnreachableError, KohakuRiverError, NotFoundError, UnavailableError, UsageError
 
@@ -136,3 +137,62 @@ def test_what_answers_and_is_no_host_is_an_unreachable_host(run: Run, settings: 
 def test_something_else_that_answers_is_an_error_and_no_crash(run: Run, settings: Settings, body: bytes) -> None:
     with pytest.raises(KohakuRiverError):
         asked(run, settings, lambda r: httpx.Response(200, content=body), lambda host: host.tasks())
+
+
+COMMAND = "web\n    ProxyCommand touch x\nHost *"
+KEY = "ssh-ed25519 AAAAC3NzaC1lZDI1NTE5AAAAIPZ9gmNi4B7T5sBhmGQ1zCzz0lbYbyQMIDEfSR+aGPg4"
+
+
+@pytest.mark.parametrize(
+    "told",
+    [
+        *({"name": COMMAND}, {"name": "-oProxyCommand=x"}, {"name": 7}, {"name": "*"}, {"name": "\x1b[31mweb"}),
+        *({"task_id": "1; touch x"}, {"task_id": True}, {"ssh_host_key": f"{KEY}\n@cert-authority * {KEY}"}),
+        *({"ssh_host_key_ecdsa": "none"}, {"ssh_host_key": ["a"]}),
+    ],
+)
+def test_what_ssh_would_take_for_more_than_a_task_is_believed_of_no_host(
+    run: Run, settings: Settings, told: dict[str, Any]
+) -> None:
+    def answer(_: httpx.Request) -> httpx.Response:
+        return httpx.Response(200, json=[{**TASK, "ssh_host_key": KEY}, {**TASK, **told}])
+
+    with pytest.raises(KohakuRiverError, match="don't trust that host"):
+        asked(run, settings, answer, lambda host: host.tasks())
+
+
+class Endless(httpx.AsyncByteStream):
+    """An answer that goes on for as long as somebody reads it."""
+
+    def __init__(self) -> None:
+        self.read = 0
+
+    async def __aiter__(self) -> AsyncIterator[bytes]:
+        while True:
+            self.read += 1 << 20
+            yield bytes(1 << 20)
+
+
+@pytest.mark.parametrize("status", [200, 500])
+@pytest.mark.parametrize("question", ["tasks", "logs"])
+def test_an_answer_without_an_end_fills_no_memory(run: Run, settings: Settings, question: str, status: int) -> None:
+    body = Endless()
+
+    async def ask(host: HostClient) -> None:
+        if question == "tasks":
+            await host.tasks()
+        else:
+            async for _ in host.logs("web"):
+                pass
+
+    with pytest.raises(KohakuRiverError, match="has no end"):
+        asked(run, settings, lambda _: httpx.Response(status, stream=body), ask)
+    assert body.read <= LONGEST_ANSWER + (1 << 20)
+
+
+def test_lists_in_lists_by_the_thousand_are_no_answer_of_a_host(run: Run, settings: Settings) -> None:
+    deep = b"[" * 200_000 + b"]" * 200_000
+    answers = iter([httpx.Response(200, content=deep), httpx.Response(500, content=deep)])
+    for _ in range(2):
+        with pytest.raises(HostUnreachableError, match="no KohakuRiver host"):
+            asked(run, settings, lambda _: next(answers), lambda host: host.tasks())

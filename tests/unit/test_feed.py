@@ -255,6 +255,23 @@ def test_a_user_has_so_many_of_them_open_at_most(on_host: Callable[..., None]) -
     on_host(check)
 
 
+def test_of_a_long_command_no_more_is_told_than_a_page_shows(on_host: Callable[..., None]) -> None:
+    async def check(host: HostUnderTest) -> None:
+        await host.runner()
+        task = await host.create(name="long", command=["x" * 2000, *["y"] * 3000], image="i", workdir="/" * 2000)
+        await host.create(name="short", command=["true"] * 100, image="i")
+        async with followed(host.user) as told:
+            await told.until(lambda told: told.names() == {"long", "short"})
+            seen = {each["name"]: each for each in told.parts["tasks"].values()}
+        assert seen["long"]["command"] == ["x" * 1000 + "…"]
+        assert seen["long"]["workdir"] == "/" * 1000 + "…"
+        assert seen["short"]["command"] == ["true"] * 100
+        whole = (await host.user.get(f"/api/tasks/{task['task_id']}")).json()
+        assert len(whole["command"]) == 3001
+
+    on_host(check)
+
+
 def test_who_comes_and_leaves_at_once_while_the_last_one_leaves_holds_nothing_up(on_host: Callable[..., None]) -> None:
     async def check(host: HostUnderTest) -> None:
         caller = await host.forwards._credentials.session_caller(host.admin_token)

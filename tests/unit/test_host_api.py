@@ -173,6 +173,36 @@ def test_a_task_that_can_not_be_is_refused_in_a_sentence(
     run(check())
 
 
+def test_a_body_of_a_hundred_thousand_values_is_refused_before_it_is_taken_apart(run: Run, tmp_path: Path) -> None:
+    async def check() -> None:
+        async with a_host(tmp_path) as host:
+            await host.runner()
+            wrong = {"backend": "docker", "image": "i", "command": [0] * 100_000}
+            for client, path, body in (
+                (host.user, "/api/tasks", wrong),
+                (host.user, "/api/tasks", {"image": {"a": [[0] * 100_000]}}),
+                (host.node, "/api/nodes/n1/heartbeat", {"tasks": [0] * 100_000}),
+            ):
+                answer = await client.post(path, json=body)
+                assert (answer.status_code, answer.json()["error"]) == (413, "too_large")
+            assert (await host.user.post("/api/tasks", json={**wrong, "command": ["true"] * 4000})).status_code == 201
+
+    run(check())
+
+
+def test_all_of_a_new_task_has_a_bound_as_whoever_lists_tasks_is_told_of_it(run: Run, tmp_path: Path) -> None:
+    async def check() -> None:
+        async with a_host(tmp_path) as host:
+            await host.runner()
+            for more in ({"workdir": "/" * 140_000}, {"command": ["x" * 7_000] * 20}, {"env": {"A": "x" * 140_000}}):
+                answer = await host.user.post("/api/tasks", json={"image": "i", **more})
+                assert answer.status_code == 400
+                assert "may have 131072 bytes together" in answer.json()["message"]
+            assert (await host.user.post("/api/tasks", json={"image": "i", "command": ["x" * 130_000]})).is_success
+
+    run(check())
+
+
 def test_without_any_node_the_user_is_told_to_start_one(run: Run, tmp_path: Path) -> None:
     async def check() -> None:
         async with a_host(tmp_path) as host:

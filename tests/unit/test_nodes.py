@@ -346,3 +346,56 @@ def test_who_waits_for_a_task_hears_that_its_node_was_forgotten(run: Run, tmp_pa
             assert heard == [[task["task_id"]]]
 
     run(check())
+
+
+@pytest.mark.parametrize(
+    "offer",
+    [
+        *({"task_memory": -(1 << 40)}, {"memory": 1 << 63}, {"cpus": "nan"}, {"task_cpus": "inf"}, {"task_pids": -1}),
+        *(
+            {"gpus": ["\x1b[31m0"]},
+            {"gpus": [str(number % 1000) for number in range(1001)]},
+            {"mount_roots": ["/" * 5000]},
+        ),
+    ],
+)
+def test_a_node_that_offers_less_than_nothing_or_what_no_node_has_is_not_taken_in(
+    run: Run, tmp_path: Path, offer: dict[str, Any]
+) -> None:
+    async def check() -> None:
+        async with a_host(tmp_path) as host:
+            about = {"name": "n1", "url": "http://127.0.0.1:1", "backends": ["docker"]}
+            answer = await host.node.post("/api/nodes/register", json={**about, "offer": offer})
+            assert (answer.status_code, answer.json()["error"]) == (400, "bad_request")
+            assert len(answer.text) < 500
+            assert (await host.user.get("/api/nodes")).json() == []
+
+    run(check())
+
+
+@pytest.mark.parametrize("more", [{"version": "v" * 65}, {"instance": "i" * 65}, {"url": "http://" + "n" * 300}])
+def test_a_node_has_no_longer_names_than_people_give(run: Run, tmp_path: Path, more: dict[str, str]) -> None:
+    async def check() -> None:
+        async with a_host(tmp_path) as host:
+            about = {"name": "n1", "url": "http://127.0.0.1:1", "backends": ["docker"]}
+            assert (await host.node.post("/api/nodes/register", json={**about, **more})).status_code == 400
+
+    run(check())
+
+
+def test_what_a_node_says_pushes_nothing_out_of_the_audit_log_and_how_much_more_it_was_is_told(
+    run: Run, tmp_path: Path
+) -> None:
+    async def check() -> None:
+        async with a_host(tmp_path) as host:
+            runner = await host.runner()
+            told = [{"task_id": 1, "reason": "no", "source": str(number), "count": 1} for number in range(100)]
+            for _ in range(5):
+                assert (await runner.beat(incidents=told)).status_code == 200
+            host.audit.tell_left_out()
+            events = (await host.user.get("/api/audit")).json()["events"]
+            assert sum(each["event"] in ("tunnel_refused", "node_registered") for each in events) == 20
+            left_out = [each for each in events if each["event"] == "refusals_left_out"]
+            assert [(each["node"], each["count"]) for each in left_out] == [("n1", 481)]
+
+    run(check())

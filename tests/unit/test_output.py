@@ -68,3 +68,20 @@ def test_what_others_wrote_moves_no_cursor_and_sets_no_title(capsys: pytest.Capt
     captured = capsys.readouterr()
     assert captured.out == f"{shown}\n\tgrüße 仕事\nA\n{shown}\nb: {shown}\n"
     assert captured.err == f"{shown}\nError: {shown}\n"
+
+
+def test_what_takes_its_time_shows_no_escapes_of_what_it_is_called(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(output, "draws", lambda _: True)
+    with output.working("Task 1 (\x1b]0;x\x07\nError: no) is starting") as says:
+        assert says is not None
+        says("on \x9b31m")
+    shown = capsys.readouterr().err
+    assert "\x1b]0;" not in shown
+    assert "\x9b" not in shown
+    assert "\nError" not in shown
+
+
+def test_neither_names_nor_values_of_fields_have_escapes() -> None:
+    assert output.aligned([("a\x1b[1m", "b\x1b[1m\nc")]) == "a\\x1b[1m: b\\x1b[1m\\nc"

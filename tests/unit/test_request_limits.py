@@ -60,7 +60,7 @@ def test_one_that_fails_keeps_nobody_waiting() -> None:
 
 
 def holding(budget: BodyBudget, size: int, user: str | None = None, *, of_node: bool = False) -> Body:
-    body = Body(budget)
+    body = Body(budget, BodyBudget(1, 1))
     body.of_node = of_node
     body.take(size)  # what comes with a head, before anybody knows whose it is
     if user is not None:

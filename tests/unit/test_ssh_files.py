@@ -11,7 +11,7 @@ import pytest
 
 from kohakuriver.cli import ssh_files
 from kohakuriver.cli.ssh_names import alias
-from kohakuriver.errors import UsageError
+from kohakuriver.errors import KohakuRiverError, UsageError
 
 pytestmark = pytest.mark.skipif(os.name != "posix", reason="POSIX file modes and links")
 
@@ -97,6 +97,15 @@ def test_a_new_task_of_an_old_name_replaces_its_host_key_and_no_other() -> None:
     ssh_files.learn_host_keys(3, "web", ["ssh-ed25519 CCCC"])
     lines = ssh_files.known_hosts_file().read_text().splitlines()
     assert [line.split()[2] for line in lines] == ["BBBB", "CCCC"]
+
+
+@pytest.mark.parametrize(
+    ("name", "key"), [("web\n@cert-authority *", "ssh-ed25519 AAAA"), ("web", "ssh-ed25519 AAAA\n* ssh-ed25519 BBBB")]
+)
+def test_a_host_that_tells_a_line_more_than_its_key_is_not_believed(name: str, key: str) -> None:
+    with pytest.raises(KohakuRiverError, match="don't trust that host"):
+        ssh_files.learn_host_keys(1, name, [key])
+    assert not ssh_files.known_hosts_file().exists()
 
 
 def test_many_that_learn_host_keys_at_once_lose_none() -> None:

@@ -9,7 +9,7 @@ import typer
 from kohakuriver.cli import output
 from kohakuriver.cli.app import App
 from kohakuriver.cli.options import Remote, complete_node, remote
-from kohakuriver.errors import KohakuRiverError
+from kohakuriver.errors import KohakuRiverError, NotFoundError
 
 if TYPE_CHECKING:
     from kohakuriver.client.host import HostClient, Node, Task
@@ -118,7 +118,10 @@ async def _drain(client: HostClient, name: str, stop: bool) -> tuple[Node, list[
         except KohakuRiverError as error:
             failed.append(error)
         left.append(task)
-    return next(node for node in await client.nodes() if node.name == name), left, failed
+    node = next((node for node in await client.nodes() if node.name == name), None)
+    if node is None:  # somebody has removed it meanwhile
+        raise NotFoundError(f"There is no node {name!r}.")
+    return node, left, failed
 
 
 @app.command("rm", epilog="Example: kohakuriver node rm n1")

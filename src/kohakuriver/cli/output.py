@@ -17,7 +17,7 @@ from typing import IO, Any, NoReturn
 from kohakuriver import tracing
 from kohakuriver.cli.signals import in_foreground
 from kohakuriver.quotas import in_words
-from kohakuriver.text import printable
+from kohakuriver.text import one_line, printable
 
 __all__ = [
     "age",
@@ -90,7 +90,7 @@ def error(text: str, *, request_id: str = "") -> None:
     """Why the command fails, as one sentence on stderr, and by which id the host's log knows more."""
     sentence = " ".join(text.split()) or "It failed, and the reason is not known."
     if request_id:
-        sentence += f" (request {request_id})"
+        sentence += f" (request {one_line(request_id)})"
     prefix = "\033[1;31mError:\033[0m" if paints(sys.stderr) else "Error:"
     _say("error", printable(sentence), f"{prefix} ")
 
@@ -174,8 +174,11 @@ def working(text: str) -> Iterator[Callable[[str], None] | None]:
     from rich.console import Console
     from rich.text import Text
 
-    with Console(stderr=True).status(Text(text), spinner="line") as shown:
-        yield lambda other: shown.update(Text(printable(other)))
+    def shows(said: str) -> Text:
+        return Text(printable(said, keep=""))
+
+    with Console(stderr=True).status(shows(text), spinner="line") as shown:
+        yield lambda other: shown.update(shows(other))
 
 
 def table(headings: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
@@ -214,7 +217,7 @@ def _style(cell: str) -> str:
 
 def aligned(pairs: Sequence[tuple[str, str]]) -> str:
     """`name: value` lines; pairs without a value are left out, and a value stays on its line whatever is in it."""
-    shown = [(name, printable(value, keep="")) for name, value in pairs if value]
+    shown = [(printable(name, keep=""), printable(value, keep="")) for name, value in pairs if value]
     width = max((len(name) for name, _ in shown), default=0)
     return "\n".join(f"{name + ':':<{width + 1}} {value}" for name, value in shown)
 

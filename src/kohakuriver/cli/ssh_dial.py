@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import http.client
-import json
 import os
 import socket
 import sys
@@ -28,12 +27,14 @@ from kohakuriver.errors import (
     from_answer,
 )
 from kohakuriver.resolve import connected, joined, resolving
-from kohakuriver.text import printable
+from kohakuriver.text import json_of, printable
 
 __all__ = ["dial", "main", "proxy", "relay", "to_show"]
 
 ANSWER_SECONDS = 30.0
 MAX_ANSWER = 8192
+LONGEST_ANSWER = 16 << 20
+"""Bytes of what the host tells of a task; what is longer is cut off, and so no JSON."""
 PIECE = 256 * 1024
 
 Answer = TypeVar("Answer")
@@ -235,14 +236,14 @@ def _ask_one(host: str, path: str, token: str | None, ca_file: str | None, metho
             connection.sock = trusted.wrap_socket(sock, server_hostname=connection.host) if trusted else sock
             connection.request(method, parts.path + path, headers={"Authorization": f"Bearer {token}"} if token else {})
             answer = connection.getresponse()
-            body = answer.read()
+            body = answer.read(LONGEST_ANSWER)
     except (OSError, http.client.HTTPException) as error:
         why = (reason(error) if parts.scheme == "https" else None) or _plainly(error, host)
         raise HostUnreachableError(f"The host at {host} can't be reached: {why}.", url=host) from error
     if answer.status not in (200, 201):
         raise from_answer(host, answer.status, body, location=answer.getheader("location", ""))
     try:
-        found = json.loads(body)
+        found = json_of(body)
     except ValueError:
         found = None
     if not isinstance(found, dict):

@@ -11,7 +11,8 @@ from pathlib import Path
 
 from kohakuriver.cli.ssh_names import DOMAIN, alias
 from kohakuriver.config import config_dir, write_private
-from kohakuriver.errors import UsageError
+from kohakuriver.errors import KohakuRiverError, UsageError
+from kohakuriver.task import is_task_name
 from kohakuriver.text import printable
 
 __all__ = [
@@ -67,6 +68,8 @@ def config_file() -> Path:
 
 def learn_host_keys(task_id: int, name: str, keys: Sequence[str]) -> None:
     """Take down a task's host keys, under every name that ssh may know the task by."""
+    if not is_task_name(name) or not all(map(str.isprintable, keys)):  # a line more would be another host's key
+        raise KohakuRiverError("The host tells a name or a host key that can be none; don't trust that host.")
     names = [alias(task_id), name, f"{name}{DOMAIN}", str(task_id), f"{task_id}{DOMAIN}"]
     fresh = [f"{','.join(names)} {key}" for key in keys]
     path = known_hosts_file()

@@ -679,7 +679,7 @@ def agent_command(at: Remote, task: TaskArgument) -> None:
         "It needs the program tunnel-client there, which is in kohakuriver/bin/ of this installation; "
         "the token in it opens this task's tunnel, so show it to nobody."
     )
-    output.line(_START_AGENT.format(**asdict(agent)))
+    output.line(_START_AGENT.format(**{name: shlex.quote(str(value)) for name, value in asdict(agent).items()}))
 
 
 def _from_elsewhere(runner_url: str, host_url: str) -> str:

@@ -9,7 +9,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import email.utils
-import json
 import socket
 import ssl
 import time
@@ -33,7 +32,7 @@ from kohakuriver.errors import (
 from kohakuriver.http_proxy import HttpProxy, connect_through, http_proxy
 from kohakuriver.no_connection import reason
 from kohakuriver.resolve import connected, resolving
-from kohakuriver.text import one_line
+from kohakuriver.text import json_of, one_line
 from kohakuriver.tunnel.dial import open_session
 
 __all__ = ["Finding", "examine"]
@@ -219,7 +218,7 @@ class _Way:
     async def host(self) -> tuple[str, str]:
         answer, found = await self._get("/health"), None
         with contextlib.suppress(ValueError):  # a page of something else
-            found = json.loads(answer)
+            found = json_of(answer)
         if not isinstance(found, dict) or "version" not in found:
             raise _Wrong(f"what answers at {self._settings.host} is no KohakuRiver host", "Check the host's URL.")
         self._theirs = str(found["version"])

@@ -20,7 +20,15 @@ from urllib.parse import urlsplit
 import httpx
 
 from kohakuriver import tracing
-from kohakuriver.client.host_http import CONNECT_TIMEOUT, HostHttp, time_for, unheard
+from kohakuriver.client.host_http import (
+    CONNECT_TIMEOUT,
+    LONGEST_LINE,
+    HostHttp,
+    time_for,
+    too_long,
+    unheard,
+    whole,
+)
 from kohakuriver.client.hosts import nobody_answers
 from kohakuriver.config import NAME_IN_BROWSERS, Settings, browser_url, path_segment
 from kohakuriver.errors import (
@@ -32,8 +40,20 @@ from kohakuriver.errors import (
     no_text,
 )
 from kohakuriver.resolve import resolving
-from kohakuriver.task import Declared, ListeningPort, LogLine, NewTask, TaskTraffic, asked_for, taken_from
+from kohakuriver.task import (
+    Declared,
+    ListeningPort,
+    LogLine,
+    NewTask,
+    TaskTraffic,
+    asked_for,
+    is_node_name,
+    is_public_key,
+    is_task_name,
+    taken_from,
+)
 from kohakuriver.task import TaskView as Task
+from kohakuriver.text import json_of
 
 __all__ = [
     "AuditPage",
@@ -278,15 +298,31 @@ def _limits(answer: Any) -> Limits:
 
 
 def _task(answer: Any) -> Task:
+    """A task as the host tells it.
+
+    Ids, names and keys get into the configuration of `ssh`, where a line more would be a command of the host's, and
+    into shells that complete words. Raises KohakuRiverError for what no host of ours calls a task.
+    """
     if isinstance(answer, dict) and "traffic" in answer:
         answer = {**answer, "traffic": _record(TaskTraffic, answer["traffic"] or {})}
-    return _record(Task, answer)
+    task = _record(Task, answer)
+    keys = [str(key) for key in (task.ssh_host_key, task.ssh_host_key_ecdsa) if key is not None]
+    if type(task.task_id) is not int or not is_task_name(str(task.name)) or not all(map(is_public_key, keys)):
+        raise _not_ours("task")
+    return task
 
 
 def _node(answer: Any) -> Node:
     if isinstance(answer, dict) and "traffic" in answer:
         answer = {**answer, "traffic": _record(Traffic, answer["traffic"] or {})}
-    return _record(Node, answer)
+    node = _record(Node, answer)
+    if not is_node_name(str(node.name)):
+        raise _not_ours("node")
+    return node
+
+
+def _not_ours(what: str) -> KohakuRiverError:
+    return KohakuRiverError(f"The host tells of a {what} whose name, id or key can be none; don't trust that host.")
 
 
 @dataclass(frozen=True)
@@ -365,7 +401,7 @@ class HostClient:
         """The headers, by names in lower case, and the body of what answers to a GET with these headers besides."""
         host = self._hosts[0]
         with host.in_words(), resolving():
-            answer = await host.http.get(path, headers=dict(headers), extensions={"trace": host.trace})
+            answer = await host.whole("GET", path, headers=dict(headers))
         if not answer.is_success:
             raise host.failure(answer)
         return answer.headers, answer.content
@@ -601,12 +637,10 @@ class HostClient:
         answer = await self._of_first(begin, again=True)
         try:
             if not answer.is_success:
-                await answer.aread()
-                raise self._hosts[0].failure(answer)
+                raise self._hosts[0].failure(await whole(answer))
             with self._hosts[0].in_words():
-                async for line in answer.aiter_lines():
-                    if line:
-                        yield _log_line(line)
+                async for line in _lines(answer):
+                    yield _log_line(line)
         finally:
             await answer.aclose()
 
@@ -686,16 +720,14 @@ class HostClient:
         async def ask(host: HostHttp) -> httpx.Response:
             with host.in_words(), resolving():
                 (urlsplit(host.url).hostname or "").encode("idna")  # the HTTP library words it in another way
-                answer = await host.http.request(
-                    method, path, json=body, params=params, timeout=timeout, extensions={"trace": host.trace}
-                )
+                answer = await host.whole(method, path, json=body, params=params, timeout=timeout)
             if not answer.is_success:
                 raise host.failure(answer)
             return answer
 
         answer = await self._of_first(ask, again=method == "GET")
         try:
-            return answer.json()
+            return json_of(answer.content)
         except ValueError as error:
             raise from_answer(self._url, answer.status_code, answer.content) from error
 
@@ -716,10 +748,24 @@ class HostClient:
         raise nobody_answers(failures)
 
 
+async def _lines(answer: httpx.Response) -> AsyncIterator[str]:
+    """Those that are not empty. Raises KohakuRiverError for one without an end."""
+    rest = b""
+    async for piece in answer.aiter_bytes():
+        *lines, rest = (rest + piece).split(b"\n")
+        for line in lines:
+            if line.strip():
+                yield line.decode(errors="replace")
+        if len(rest) > LONGEST_LINE:
+            raise too_long()
+    if rest.strip():
+        yield rest.decode(errors="replace")
+
+
 def _log_line(line: str) -> LogLine:
     """One line of an answer. Raises the error that it is, if it is one."""
     try:
-        told = json.loads(line)
+        told = json_of(line)
     except ValueError:
         told = None
     if not isinstance(told, dict):

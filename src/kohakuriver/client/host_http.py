@@ -13,15 +13,24 @@ from kohakuriver.errors import NOT_OUR_ANSWER, HostUnreachableError, KohakuRiver
 from kohakuriver.http_proxy import HttpProxy, http_proxy
 from kohakuriver.no_connection import reason
 
-__all__ = ["ANSWER_TIMEOUT", "CONNECT_TIMEOUT", "HostHttp", "time_for", "unheard"]
+__all__ = ["ANSWER_TIMEOUT", "CONNECT_TIMEOUT", "LONGEST_LINE", "HostHttp", "time_for", "too_long", "unheard", "whole"]
 
 CONNECT_TIMEOUT = 10.0
 ANSWER_TIMEOUT = 60.0
+
+LONGEST_ANSWER = 128 << 20
+"""Bytes; a thousand tasks that were asked for with as much as can be."""
+
+LONGEST_LINE = 4 << 20
+"""Bytes of one line of what a task printed."""
 
 
 def time_for(hold: float) -> httpx.Timeout:
     """How long an answer may take that the host was asked to hold back for so many seconds."""
     return httpx.Timeout(ANSWER_TIMEOUT + hold, connect=CONNECT_TIMEOUT)
+
+
+_OF_THE_WAY = ("content-encoding", "content-length", "transfer-encoding")
 
 
 class HostHttp:
@@ -43,6 +52,11 @@ class HostHttp:
             proxy=_httpx_proxy(self._proxy),
             trust_env=False,
         )
+
+    async def whole(self, method: str, path: str, **request: Any) -> httpx.Response:
+        """The answer to a request, whole; `request` is what httpx calls it. Raises what `whole` does, and httpx."""
+        asked = self.http.build_request(method, path, extensions={"trace": self.trace}, **request)
+        return await whole(await self.http.send(asked, stream=True))
 
     @contextlib.contextmanager
     def in_words(self) -> Iterator[None]:
@@ -84,6 +98,25 @@ class HostHttp:
         if isinstance(error, httpx.RemoteProtocolError):
             return self._proxy.no_proxy()
         return self._proxy.unreachable(reason(error))
+
+
+async def whole(answer: httpx.Response) -> httpx.Response:
+    """An answer with its body, which is read here. Raises KohakuRiverError where that is longer than any of ours."""
+    content = bytearray()
+    try:
+        async for piece in answer.aiter_bytes():
+            content += piece
+            if len(content) > LONGEST_ANSWER:
+                raise too_long()
+    finally:
+        await answer.aclose()
+    headers = [(name, value) for name, value in answer.headers.items() if name not in _OF_THE_WAY]
+    return httpx.Response(answer.status_code, headers=headers, content=bytes(content))
+
+
+def too_long() -> KohakuRiverError:
+    """The error for an answer that would fill this machine's memory: not every host is one, nor every proxy."""
+    return KohakuRiverError("The answer of the host, or of what is between, has no end; check the host's URL.")
 
 
 def unheard(error: HostUnreachableError) -> bool:

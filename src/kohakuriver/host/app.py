@@ -104,6 +104,8 @@ Host = Annotated[Services, Depends(services_here)]
 
 
 class _OfUsers(Checked):
+    most_values = 4096
+
     @staticmethod
     async def check(request: Request) -> Callable[[], object]:
         services: Services = services_of(request)
@@ -385,7 +387,7 @@ async def register_node(host: Host, node: NodeToken, registration: Registration)
     """A runner says that it is there."""
     host.credentials.check_node(node, registration.name)
     answer = await host.nodes.register(registration)
-    host.audit.write("node_registered", node=registration.name, url=registration.url)
+    host.audit.of_node("node_registered", registration.name, url=registration.url)
     return answer
 
 
@@ -430,7 +432,8 @@ async def list_sessions(host: Host, user: User) -> list[SessionView]:
 async def follow_events(host: Host, user: User, ports: str | None = None) -> Streamed:
     """Tasks, nodes, sessions and rates that the caller may see, and then what changes, as lines of JSON.
 
-    With `ports` of a task, by id or name, those that listen in it, too.
+    With `ports` of a task, by id or name, those that listen in it, too. Of one thing about a task, as its command, the
+    first 1,000 characters are told.
     """
     task = None if ports is None else (await host.access.usable(user, ports))[0]
     return Streamed(host.feed.open(user, None if task is None else str(task.task_id)))

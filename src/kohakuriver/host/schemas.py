@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ipaddress
 import json
+import re
 from dataclasses import replace
 from datetime import datetime, timezone
 from typing import Annotated, Any, Literal
@@ -14,7 +15,7 @@ from pydantic_core import ArgsKwargs
 
 from kohakuriver.errors import UsageError
 from kohakuriver.quotas import LONGEST_TIME, Offer, QuotaName, checked
-from kohakuriver.task import Backend, ListeningPort, Name, NewTask, NodeName, TaskReport, Whole, matching
+from kohakuriver.task import MOST_FIGURES, Backend, ListeningPort, Name, NewTask, NodeName, TaskReport, Whole, matching
 from kohakuriver.text import printable
 
 __all__ = [
@@ -59,8 +60,18 @@ __all__ = [
 ]
 
 LONGEST_REASON = 500
+LONGEST_ORDER = 128 << 10
+"""Bytes of what is asked of a new task, its command and variables above all. One word has as many at most on Linux."""
+
+MOST_REPORTS = 1000
+"""Tasks of which a heartbeat may tell; ours tell of 100."""
+
 MOST_PORTS = 1000
 MOST_MEMBERS = 1000
+MOST_BACKENDS = 20
+MOST_GPUS = 1000
+MOST_ROOTS = 1000
+LONGEST_PATH = 4096
 LONGEST_PROGRAM = 64
 LONGEST_TOKEN_SECONDS = 100 * 366 * 86400.0
 
@@ -84,24 +95,28 @@ JobNumber = Annotated[
     str, matching(r"[0-9]{1,10}(_[0-9]{1,10})?", "give the number of a job, or of one of an array as in 12_3")
 ]
 Reason = Annotated[str, Field(max_length=LONGEST_REASON), AfterValidator(printable)]
-Url = Annotated[str, matching(r"https?://[^\s/?#@]+", "it must be like http://name:port")]
+Url = Annotated[str, Field(max_length=300), matching(r"https?://[^\s/?#@]+", "it must be like http://name:port")]
 
 _NO_CHARACTER = "it has half of a surrogate pair in it, which is no character"
 
 
-def _text(data: object) -> object:
+def _text(data: object) -> bytes:
     """JSON can write half a surrogate pair, which is no character and can be kept nowhere. Raises ValueError for it."""
     try:
-        json.dumps(data, ensure_ascii=False, default=str).encode()
+        return json.dumps(data, ensure_ascii=False, default=str).encode()
     except UnicodeEncodeError:
         raise ValueError(_NO_CHARACTER) from None
+
+
+def _checked_text(data: object) -> object:
+    _text(data)
     return data
 
 
 class _Body(BaseModel):
     """What comes in."""
 
-    _is_text = model_validator(mode="before")(_text)
+    _is_text = model_validator(mode="before")(_checked_text)
 
 
 class _Request(_Body):
@@ -115,7 +130,9 @@ class CreateRequest(NewTask):
     @model_validator(mode="before")
     @classmethod
     def _is_text(cls, data: Any) -> Any:
-        _text(data.kwargs if isinstance(data, ArgsKwargs) else data)
+        size = len(_text(data.kwargs if isinstance(data, ArgsKwargs) else data))
+        if size > LONGEST_ORDER:  # who lists tasks is told all of each
+            raise ValueError(f"all of a task may have {LONGEST_ORDER} bytes together, and this has {size}")
         return data
 
 
@@ -286,6 +303,29 @@ class SshPass(BaseModel):
     passphrase: str = Field(alias="pass")
 
 
+_MOST_OFFERED = {
+    "memory": 1 << 50,
+    "cpus": 1 << 20,
+    "task_memory": 1 << 50,
+    "task_cpus": 1 << 20,
+    "task_pids": 1 << 22,
+    "task_shm": 1 << 50,
+    "task_log": 1 << 50,
+}
+
+
+def _offered(offer: Offer) -> Offer:
+    """What a node has and gives is what tasks are counted with: with less than nothing a user could have any number."""
+    for name, most in _MOST_OFFERED.items():
+        if not 0 <= getattr(offer, name) <= most:
+            raise ValueError(f"{name} must be a number from 0 to {most}")
+    if len(offer.gpus) > MOST_GPUS or not all(re.fullmatch(r"[0-9]{1,3}", number) for number in offer.gpus):
+        raise ValueError("gpus must be numbers of up to 3 digits")
+    if len(offer.mount_roots) > MOST_ROOTS or any(len(root) > LONGEST_PATH for root in offer.mount_roots):
+        raise ValueError(f"a node has at most {MOST_ROOTS} mount roots, of {LONGEST_PATH} characters")
+    return replace(offer, no_direct=printable(offer.no_direct[:LONGEST_REASON], keep=""))
+
+
 class Registration(_Request):
     """A runner says that it is there. `instance` stays the same over its restarts and tells it from a namesake.
 
@@ -295,11 +335,11 @@ class Registration(_Request):
 
     name: NodeName
     url: Url
-    backends: list[Backend]
-    unavailable: dict[Backend, Reason] = {}
-    version: str = ""
-    instance: str = ""
-    offer: Offer = Offer()
+    backends: Annotated[list[Backend], Field(max_length=MOST_BACKENDS)]
+    unavailable: Annotated[dict[Backend, Reason], Field(max_length=MOST_BACKENDS)] = {}
+    version: Annotated[str, Field(max_length=64), AfterValidator(printable)] = ""
+    instance: Annotated[str, Field(max_length=64)] = ""
+    offer: Annotated[Offer, AfterValidator(_offered)] = Offer()
 
 
 class RegistrationAnswer(BaseModel):
@@ -326,9 +366,9 @@ class Heartbeat(_Body):
 
     model_config = ConfigDict(extra="ignore")
 
-    tasks: list[TaskReport] = []
+    tasks: Annotated[list[TaskReport], Field(max_length=MOST_REPORTS)] = []
     others: list[Whole] = []
-    traffic: dict[str, Whole] = {}
+    traffic: Annotated[dict[str, Whole], Field(max_length=MOST_FIGURES)] = {}
     incidents: Annotated[list[Incident], Field(max_length=100)] = []
     leaving: bool = False
 

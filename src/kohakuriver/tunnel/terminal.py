@@ -13,6 +13,7 @@ from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any, Final
 
 from kohakuriver.errors import KohakuRiverError, NotAllowedError, UsageError, from_status
+from kohakuriver.text import json_of
 from kohakuriver.tunnel.protocol import TERMINAL_V2, CloseCode
 
 if TYPE_CHECKING:  # what serves is not what a command line should have to load
@@ -239,7 +240,7 @@ def control(kind: str, **fields: Any) -> str:
 def read_control(text: str) -> dict[str, Any]:
     """A JSON message with a type. Raises UsageError."""
     try:
-        message = json.loads(text)
+        message = json_of(text)
     except ValueError:
         message = None
     if not isinstance(message, dict) or not isinstance(message.get("type"), str):

@@ -12,7 +12,7 @@ import json
 from collections.abc import Callable
 from typing import Any
 
-from starlette.types import ASGIApp, Receive, Scope, Send
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
 from kohakuriver.errors import UnavailableError
@@ -47,6 +47,9 @@ BEGUN_AHEAD = 2
 
 MAX_AHEAD = 8
 """Requests that may come on a connection before the ones ahead of them are answered (RFC 9112, section 9.3.2)."""
+
+LARGE_ANSWER = 64 << 10
+"""Bytes of an answer that is counted: a list of many tasks is longer."""
 
 SMALL_BODY = 64 << 10
 """Bytes of a body that is let in a little longer than others, as those of heartbeats are."""
@@ -96,15 +99,24 @@ class BodyBudget:
         quarters = 6 if body.of_node else 5 if body.size <= SMALL_BODY else 4
         return self._held <= self._most * quarters // 4
 
+    def has_room_for_answer(self, size: int, user: str) -> bool:
+        """Whether this user may have an answer of so many bytes under way besides. Any alone may, however long."""
+        held = self._held_of.get(user, 0)
+        return not held or (held + size <= self._share and self._held + size <= self._most)
+
     def fits_its_user(self, body: Body) -> bool:
         """Whether all bodies of its user together may have what they have."""
         return body.user is None or self._held_of.get(body.user, 0) <= self._share
 
 
 class Body:
-    """What one request's body holds, from its first byte to the end of the work on the request."""
+    """What one request's body holds, from its first byte to the end of the work on the request.
 
-    def __init__(self, budget: BodyBudget) -> None:
+    `answers` is what the answers to users' requests may hold, which are not read yet.
+    """
+
+    def __init__(self, budget: BodyBudget, answers: BodyBudget) -> None:
+        self.answers = answers
         self.size = 0
         self.worked_on = False
         self.user: str | None = None
@@ -148,6 +160,7 @@ def body_is_of_a_node(scope: Scope) -> None:
 
 
 _TOO_MUCH_OF_A_USER = "Your requests that are under way have as many bytes as one user's may; try again in a moment."
+_UNREAD = "Answers to you that are not read yet have as many bytes as one user's may; read them, and ask again."
 _TOO_MUCH_OF_ALL = "This program holds as many bytes of requests as it may; try again in a moment."
 
 
@@ -156,15 +169,62 @@ def letting_go(app: ASGIApp) -> ASGIApp:
 
     async def work(scope: Scope, receive: Receive, send: Send) -> None:
         body: Body | None = scope.get("state", {}).get(_BODY)
-        if body is not None:
-            body.worked_on = True
-        try:
+        if body is None:
             await app(scope, receive, send)
+            return
+        body.worked_on, answer = True, _Answer(body, send)
+        try:
+            await app(scope, receive, answer)
         finally:
-            if body is not None:
-                body.let_go()
+            body.let_go()
+            answer.let_go()
 
     return work
+
+
+class _Answer:
+    """Passes an answer on. The work on a large one goes on until it is read, and it is of its user's share until then.
+
+    uvicorn takes all of a body at once, and calls the work done: who asks again and again and reads nothing would have
+    the program hold any number of them.
+    """
+
+    def __init__(self, body: Body, send: Send) -> None:
+        self._body = body
+        self._send = send
+        self._held = 0
+
+    async def __call__(self, message: Message) -> None:
+        if message["type"] == "http.response.start":
+            length = next((int(value) for name, value in message["headers"] if name.lower() == b"content-length"), 0)
+            if self._body.user is not None and length > LARGE_ANSWER:
+                if not self._body.answers.has_room_for_answer(length, self._body.user):
+                    await self._refuse()
+                    return
+                self._hold(length)
+        elif self._held:
+            await self._send({**message, "more_body": True})
+            message = {**message, "body": b""}  # before this one uvicorn waits until most of what came before is read
+        await self._send(message)
+
+    def let_go(self) -> None:
+        """It is read, or its reader is gone."""
+        self._hold(-self._held)
+
+    def _hold(self, size: int) -> None:
+        self._held += size
+        self._body.answers.hold(size, self._body.user)
+
+    async def _refuse(self) -> None:
+        content = json.dumps({"error": "too_many_requests", "message": _UNREAD}).encode()
+        headers = [(b"content-type", b"application/json"), (b"content-length", b"%d" % len(content))]
+        await self._send({"type": "http.response.start", "status": 429, "headers": [*headers, (b"retry-after", b"1")]})
+        await self._send({"type": "http.response.body", "body": content})
+        self._send = _drop
+
+
+async def _drop(_message: Message) -> None:
+    """What follows on an answer that was refused."""
 
 
 _BODY = "kohakuriver.body"
@@ -177,6 +237,7 @@ class GuardedHttp(HttpToolsProtocol):
     limits = Limits()
     room: WaitingRoom
     budget: BodyBudget
+    answers: BodyBudget
     turns: FairTurns
     turns_ahead: FairTurns
     ahead: Callable[[str], bool]
@@ -233,7 +294,7 @@ class GuardedHttp(HttpToolsProtocol):
         self._start_clock()
         super().on_message_begin()
         self._bodies = [body for body in self._bodies if body.size]
-        self._bodies.append(Body(self.budget))
+        self._bodies.append(Body(self.budget, self.answers))
         self.scope["state"][_BODY] = self._bodies[-1]
 
     def on_url(self, url: bytes) -> None:
@@ -397,8 +458,9 @@ def guarded(
 ) -> type[asyncio.Protocol]:
     """The class for `uvicorn.Config(http=…)` that keeps to `limits`; who has no request under way waits in `room`.
 
-    The bodies of all its requests share `budget`; the application is the one that `letting_go` gives. `ahead` says of a
-    path whether requests for it are begun ahead of all others.
+    The bodies of all its requests share `budget`, and large answers to them as much again; the application is the one
+    that `letting_go` gives. `ahead` says of a path whether requests for it are begun ahead of all others.
     """
+    budgets = {"budget": budget, "answers": BodyBudget.within(limits)}
     turns = {"turns": FairTurns(STARTED_AT_ONCE), "turns_ahead": FairTurns(BEGUN_AHEAD), "ahead": staticmethod(ahead)}
-    return type("LimitedHttp", (GuardedHttp,), {"limits": limits, "room": room, "budget": budget, **turns})
+    return type("LimitedHttp", (GuardedHttp,), {"limits": limits, "room": room, **budgets, **turns})

@@ -37,6 +37,9 @@ REFUSALS_PER_SECOND = 0.2
 OF_ALL = 10
 """How many times as many of all addresses together."""
 
+OF_ALL_NODES = 1000
+"""How many times as many of all nodes together: they come back at once when a host was away."""
+
 SOURCES = 4096
 """Addresses that are told apart."""
 
@@ -56,6 +59,9 @@ class Audit(Protocol):
     def write(self, event: str, **fields: Any) -> None:
         """Add an event; fields that it has not been given are those of who asks just now."""
 
+    def of_node(self, event: str, node: str, **fields: Any) -> None:
+        """Add what a node says of itself, or of its tasks, unless it says much."""
+
     def refused(self, error: KohakuRiverError, **fields: Any) -> None:
         """Add that somebody was not let in, may not do something, or does too much of it."""
 
@@ -65,6 +71,9 @@ class Audit(Protocol):
 
 class _Nowhere:
     def write(self, event: str, **fields: Any) -> None:
+        pass
+
+    def of_node(self, event: str, node: str, **fields: Any) -> None:
         pass
 
     def refused(self, error: KohakuRiverError, **fields: Any) -> None:
@@ -91,7 +100,8 @@ class AuditLog:
         self.path = path
         self._file = AuditFile(path, most // FILES, _line)
         self._clock = clock
-        self._refusals = _Refusals()
+        self._refusals = _Refusals(OF_ALL)
+        self._of_nodes = _Refusals(OF_ALL_NODES)
         self._shares = _Shares(most)
 
     def write(self, event: str, **fields: Any) -> None:
@@ -116,15 +126,22 @@ class AuditLog:
                 status=429,
             )
 
+    def of_node(self, event: str, node: str, **fields: Any) -> None:
+        """Add what a node says, unless it said much: heartbeats are never refused, and each may tell of 100 things."""
+        if self._of_nodes.may_be_told(node, self._clock()):
+            self.write(event, node=node, **fields)
+
     def refused(self, error: KohakuRiverError, **fields: Any) -> None:
         """Add a refusal, unless there were many from this address."""
         if self._refusals.may_be_told(asker().origin, self._clock()):  # of these there are few enough
             self._file.add(_line(_kind(error), {**asker().described(), "code": error.code, **fields}))
 
     def tell_left_out(self) -> None:
-        """Write down how many refusals have been left out since the last time."""
+        """Write down how many refusals, and how much of what nodes said, have been left out since the last time."""
         for source, count in self._refusals.left_out():
             self.write("refusals_left_out", count=count, **{"from": source})
+        for node, count in self._of_nodes.left_out():
+            self.write("refusals_left_out", count=count, node=node)
 
     async def run(self) -> None:
         """Do so every `TELL_SECONDS`, until cancelled."""
@@ -169,16 +186,20 @@ class _Shares:
 
 
 class _Refusals:
-    """Which refusals are written down: strangers must not push everything else out of the log."""
+    """Which refusals are written down: strangers must not push everything else out of the log, nor a stolen node.
 
-    def __init__(self) -> None:
+    Of all sources together there are at most `of_all` times as many as of one.
+    """
+
+    def __init__(self, of_all: int) -> None:
+        self._times = of_all
         self._buckets: OrderedDict[str, TokenBucket] = OrderedDict()
         self._of_all: TokenBucket | None = None
         self._left_out: dict[str, int] = {}
 
     def may_be_told(self, source: str, now: float) -> bool:
         if self._of_all is None:
-            self._of_all = _bucket(OF_ALL, now)
+            self._of_all = _bucket(self._times, now)
         bucket = self._buckets.setdefault(source, _bucket(1, now))
         self._buckets.move_to_end(source)
         if len(self._buckets) > SOURCES:

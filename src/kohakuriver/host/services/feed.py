@@ -45,6 +45,9 @@ SOONEST_SECONDS = 0.2
 MOST_FOLLOWERS = 64
 """Of one user."""
 
+LONGEST = 1000
+"""Characters of one thing that is told of a task, as its command."""
+
 MOST_SESSIONS = 200
 """Of how many sessions one is told, the newest; `GET /api/sessions` has all."""
 
@@ -234,7 +237,25 @@ def _without_traffic(view: TaskView) -> Part:
     """A task as told; what went through it is told by itself, since it changes all the time."""
     told = view.to_json()
     del told["traffic"]
-    return told
+    return {name: _short(value) for name, value in told.items()}
+
+
+def _short(value: Any) -> Any:
+    """A text or a list of texts with its first `LONGEST` characters; `GET /api/tasks/{task}` has all.
+
+    Each follower has all tasks in memory until they are read, and one user has 64 of these.
+    """
+    if isinstance(value, str) and len(value) > LONGEST:
+        return f"{value[:LONGEST]}…"
+    if not isinstance(value, list) or sum(len(str(each)) + 1 for each in value) <= LONGEST:
+        return value
+    kept, room = [], LONGEST
+    for each in map(str, value):
+        kept.append(each if len(each) < room else f"{each[:room]}…")
+        room -= len(each) + 1
+        if room <= 0:
+            break
+    return kept
 
 
 def _steady(view: NodeView) -> Part:

@@ -152,7 +152,7 @@ class Nodes:
         self._on_change(known.changed)
         for incident in beat.incidents:
             about = {"task": incident.task_id, "reason": incident.reason, "count": incident.count}
-            self._audit.write("tunnel_refused", node=name, **about, **{"from": incident.source})
+            self._audit.of_node("tunnel_refused", name, **about, **{"from": incident.source})
         if not self._reach.was_tried(name):  # now the runner has the key that tickets for it are signed with
             self._to_look.set()
         return HeartbeatAnswer(remove=known.remove, unreachable=self._reach.trouble(name))

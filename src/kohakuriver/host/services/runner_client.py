@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import ssl
 from collections.abc import Iterator
 from typing import Any
@@ -19,6 +18,7 @@ from kohakuriver.no_connection import reason
 from kohakuriver.session import ticket
 from kohakuriver.session.nodes import node_unreachable, ticket_refused
 from kohakuriver.store import Node
+from kohakuriver.text import json_of
 
 __all__ = ["RunnerClient", "in_words", "makes_no_sense"]
 
@@ -78,7 +78,7 @@ class RunnerClient:
                 await answer.aclose()
         _check(node, answer, content)
         try:
-            told: dict[str, Any] = json.loads(content)
+            told: dict[str, Any] = json_of(content)
         except ValueError:
             raise makes_no_sense(node) from None
         return told

@@ -10,6 +10,7 @@ import time
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, Final, NamedTuple, TypeVar
+from weakref import WeakValueDictionary
 
 import structlog
 from pydantic import BaseModel, TypeAdapter, ValidationError
@@ -129,6 +130,7 @@ class Tasks:
         self._runners = runners
         self._changes = changes
         self._clock = clock
+        self._telling: WeakValueDictionary[str, asyncio.Lock] = WeakValueDictionary()
         self.variables: Callable[[int, str | None], Mapping[str, str]] = lambda task_id, name: {}
 
     def view(self, task: Task, node: Node, shared_with: Sequence[str] = ()) -> TaskView:
@@ -152,8 +154,12 @@ class Tasks:
         return TaskView(**shown, shared_with=list(shared_with), traffic=taken_from(traffic, TaskTraffic))
 
     async def views(self, caller: Caller) -> list[TaskView]:
-        """All tasks that the caller may use, oldest first."""
-        return [view for _, _, view in await self.used_by(caller)]
+        """All tasks that the caller may use, oldest first.
+
+        Each user is told one after the other: the orders of all tasks are in memory meanwhile.
+        """
+        async with self._telling.setdefault(caller.name, asyncio.Lock()):
+            return [view for _, _, view in await self.used_by(caller)]
 
     async def used_by(self, caller: Caller) -> list[tuple[Task, Node, TaskView]]:
         """The same tasks, with their nodes, and as the caller sees them."""
