@@ -25,7 +25,7 @@ from kohakuriver.tunnel.local_socket import TcpStream
 from kohakuriver.tunnel.opener import KeptStreams
 from kohakuriver.tunnel.protocol import NOTICE, SESSION_ID
 from kohakuriver.tunnel.settings import EndpointConfig
-from kohakuriver.tunnel.user_endpoint import UserEndpoint
+from kohakuriver.tunnel.user_endpoint import NOTICES_AT_ONCE, UserEndpoint
 from tests.support.peers.fake_transport import FakeTransport
 
 PORT = 7
@@ -412,5 +412,9 @@ def test_a_sentence_for_the_user_is_told_in_one_harmless_line_and_touches_no_str
         assert len(line) < 1000
         assert pair.user.totals.unknown_messages == 1
         assert pair.user.stream_count == 1
+        for _ in range(1000):
+            pair.container_link.send_message(NOTICE, SESSION_ID, b"again")
+        await pair.settle()
+        assert len(said) == NOTICES_AT_ONCE
 
     run(check())

@@ -16,6 +16,9 @@ from kohakuriver.errors import KohakuRiverError, NotAllowedError, UsageError, fr
 from kohakuriver.text import json_of
 from kohakuriver.tunnel.protocol import TERMINAL_V2, CloseCode
 
+LONGEST_CONTROL: Final = 1 << 20
+"""Characters of a text message, as many as a sent message may have: 16 MiB of JSON hold a program up for a while."""
+
 if TYPE_CHECKING:  # what serves is not what a command line should have to load
     from kohakuriver.tunnel.accept import UpgradeRequest
 
@@ -239,6 +242,8 @@ def control(kind: str, **fields: Any) -> str:
 
 def read_control(text: str) -> dict[str, Any]:
     """A JSON message with a type. Raises UsageError."""
+    if len(text) > LONGEST_CONTROL:
+        raise UsageError(f"a text message of a terminal may have {LONGEST_CONTROL} characters at most")
     try:
         message = json_of(text)
     except ValueError:

@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable
 
 from kohakuriver._frame import FIRST, LAST, Message
+from kohakuriver.rates import TokenBucket
 from kohakuriver.text import one_line
 from kohakuriver.tunnel.buffers import Assembler
 from kohakuriver.tunnel.closing import CloseState
@@ -42,6 +43,9 @@ LOOK, QUIET = 0.02, 1.0
 LAST_WORD = 0.5
 """Seconds that a link has to take another byte of what is left to be said, or to answer the last of it."""
 
+
+NOTICES_AT_ONCE, NOTICE_EVERY = 20, 5.0
+"""So many sentences are shown at once, and then one in so many seconds: a hostile node would fill a screen."""
 
 LONGEST_NOTICE = 500
 """Bytes of a sentence that are shown."""
@@ -87,6 +91,7 @@ class UserEndpoint(Endpoint):
         self.kept = kept
         self.on_going_away = on_going_away
         self.on_notice = on_notice
+        self._notices = TokenBucket(1 / NOTICE_EVERY, NOTICES_AT_ONCE, time.monotonic())
         self.on_straight = on_straight
         self.on_line_lost = on_line_lost
         self.line: Link | None = None  # the session's link, while another one carries the streams
@@ -209,7 +214,8 @@ class UserEndpoint(Endpoint):
 
     def kept_message(self, kind: int, client_id: int, proto: int, port: int, payload: bytes) -> None:
         if kind == NOTICE and client_id == SESSION_ID:
-            self.on_notice(one_line(payload[:LONGEST_NOTICE].decode("utf-8", "replace")))
+            if self._notices.try_take(time.monotonic()):
+                self.on_notice(one_line(payload[:LONGEST_NOTICE].decode("utf-8", "replace")))
             return
         if kind == STRAIGHT and client_id == SESSION_ID:
             self.on_straight(payload)

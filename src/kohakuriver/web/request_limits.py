@@ -196,7 +196,9 @@ class _Answer:
 
     async def __call__(self, message: Message) -> None:
         if message["type"] == "http.response.start":
-            length = next((int(value) for name, value in message["headers"] if name.lower() == b"content-length"), 0)
+            length = next(
+                (int(value) for name, value in message.get("headers", ()) if name.lower() == b"content-length"), 0
+            )
             if self._body.user is not None and length > LARGE_ANSWER:
                 if not self._body.answers.has_room_for_answer(length, self._body.user):
                     await self._refuse()
