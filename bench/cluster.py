@@ -209,6 +209,11 @@ class Asking(threading.Thread):
         with self._busy:
             pass
 
+    def begin(self) -> None:
+        """From now on it is asked again, and counted anew."""
+        self.asked, self.slowest, self.failed = 0, 0.0, []
+        self.wanted.set()
+
     def end(self) -> None:
         self._over = True
         self.wanted.set()
@@ -466,7 +471,8 @@ async def measure(wanted: argparse.Namespace, hosts: TwoHosts, postgres: Postgre
         await load.go_on()
         for name in wanted.only:
             for each in asking:
-                each.wanted.set()
+                await asyncio.to_thread(each.pause)
+                each.begin()
             say("begins", what=name)
             await phases[name](bench)
     finally:

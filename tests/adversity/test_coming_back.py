@@ -7,6 +7,7 @@ import contextlib
 import math
 import struct
 from collections.abc import AsyncIterator, Callable, Coroutine, Iterator
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -116,6 +117,29 @@ def test_a_new_session_that_finds_nobody_at_its_runner_is_looked_up_once_more(ru
             await hops.user()
             with pytest.raises(StopIteration):
                 next(ports)
+
+    run(check())
+
+
+def test_a_new_session_to_a_task_that_moves_is_tried_until_the_task_is_elsewhere(run: Run) -> None:
+    """As an agent is when its host ends: it dials the next one."""
+
+    async def check() -> None:
+        async with chain() as hops:
+            await hops.tunnel("python")
+            authorize, looks = hops.proxy.authorize, 0
+
+            async def moving(*asked: Any) -> Route:
+                nonlocal looks
+                looks += 1
+                route = await authorize(*asked)
+                return replace(
+                    route, moves=True, runner_ws_url=route.runner_ws_url if looks > 3 else "ws://127.0.0.1:1"
+                )
+
+            hops.proxy.authorize = moving
+            await hops.user()
+            assert looks == 4
 
     run(check())
 

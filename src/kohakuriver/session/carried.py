@@ -40,7 +40,8 @@ class Route:
 
     `grant` is its right to go on, `task` and `node` are their names. `port` is for a session that reaches one alone,
     `own_server` says that it is that of the SSH server which the task was given, `preserve_host` that a service is told
-    the address that a browser has, `keep_prefix` that it is told the whole path of it.
+    the address that a browser has, `keep_prefix` that it is told the whole path of it. `moves`: where its node is gone
+    the task soon is at another one, as an agent is that dials the next host.
     """
 
     runner_ws_url: str
@@ -54,6 +55,7 @@ class Route:
     own_server: bool = False
     preserve_host: bool = False
     keep_prefix: bool = False
+    moves: bool = False
 
     def runner(self, path: str, trusted: ssl.SSLContext | None) -> Server:
         """The WebSocket of the runner to open, by its path and query. No HTTP proxy stands before a runner."""

@@ -8,6 +8,7 @@ from dataclasses import replace
 from typing import Any, Literal
 
 from kohakuriver.asking import asker
+from kohakuriver.backends import kind_of
 from kohakuriver.errors import KohakuRiverError, NotAllowedError, NotFoundError, UnauthenticatedError
 from kohakuriver.host.services.access import Access, check_onward
 from kohakuriver.host.services.audit import REFUSALS, fingerprint
@@ -218,4 +219,5 @@ class Forwards:
             task_id=task.task_id,
             task=view.name,
             node=node.name,
+            moves=kind_of(task.backend).dials_in,
         )

@@ -31,10 +31,10 @@ log = structlog.get_logger("kohakuriver.host")
 MISSED_HEARTBEATS = 3
 """A node is offline after so many heartbeats did not come."""
 
-RESTART_SECONDS = 8.0
-"""For so long after it said that it leaves a node is taken to be started again: who comes to it waits.
+RESTART_SECONDS, WAIT_SECONDS = 15.0, 8.0
+"""For so long after it said that it leaves a node is taken to be started again; who comes to it then waits so long.
 
-Less than commands wait for an answer.
+That is less than commands wait for an answer.
 """
 
 MOST_SHOWN = 10
@@ -116,14 +116,13 @@ class Nodes:
 
     async def once_back(self, node: Node) -> bool:
         """Wait for a node that has left just now, as in a restart; whether that was so, and it is to be looked anew."""
-        left = min(RESTART_SECONDS, node.last_seen + RESTART_SECONDS - self._clock())
-        if not node.left or left <= 0:
+        if not node.left or self._clock() - node.last_seen >= RESTART_SECONDS:
             return False
         with self.coming_back(node.name) as back:
             known = await self._store.node(node.name)  # it may have come before it was waited for
             if known is not None and known.left:
                 with contextlib.suppress(asyncio.TimeoutError):
-                    await asyncio.wait_for(back.wait(), left)
+                    await asyncio.wait_for(back.wait(), WAIT_SECONDS)
         return True
 
     def doubt(self, name: str) -> None:

@@ -68,6 +68,12 @@ LONGER = {126: 2, 127: 8}
 BACK_WITHIN = 4.0
 """So many seconds a session that goes on waits for a runner that is about to come back."""
 
+ONCE_MORE, MOVES_WITHIN = (0.0,), (0.1, 0.2, 0.4, 0.8, 1.6)
+"""Seconds before a new session that found nobody is tried again, where its task is to stay and where it moves."""
+
+NOT_THERE = ("runner_unreachable", "tunnel_not_connected")
+"""The codes of errors by which a task that moves is not there any more; the first one for others, too."""
+
 TELLS_SECONDS = 5.0
 """How often a runner tells what went past the host, where nothing makes it more often."""
 
@@ -494,14 +500,7 @@ class TunnelProxy:
         A new one waits, by `authorize`, for a runner that is being started again; the dial alone may tell that it is.
         """
         if not request.goes_on:
-            with tracing.span("look whether the session may be"):
-                route = await authorize()
-            try:
-                await self._begin_at(route, begin)
-            except UnavailableError as error:
-                if error.code != "runner_unreachable":
-                    raise
-                await self._begin_at(await authorize(), begin)
+            await self._begin_new(authorize, begin)
             return
         route = await self._authorized_once_online(authorize)
         with self._coming_back(route.node) as back:
@@ -513,6 +512,24 @@ class TunnelProxy:
                     raise
                 await _until_back(back, error)
         await self._begin_at(await authorize(), begin)  # it may be somewhere else now
+
+    async def _begin_new(
+        self, authorize: Callable[[], Awaitable[Route]], begin: Callable[[Route], Awaitable[None]]
+    ) -> None:
+        began, tries = time.monotonic(), 0
+        while True:
+            with tracing.span("look whether the session may be"):
+                route = await authorize()
+            pauses, gone = (MOVES_WITHIN, NOT_THERE) if route.moves else (ONCE_MORE, NOT_THERE[:1])
+            try:
+                await self._begin_at(route, begin)
+                return
+            except UnavailableError as error:
+                late = tries == len(pauses) or time.monotonic() - began > BACK_WITHIN
+                if late or error.code not in gone:
+                    raise
+            await asyncio.sleep(pauses[tries])
+            tries += 1
 
     async def _begin_at(self, route: Route, begin: Callable[[Route], Awaitable[None]]) -> None:
         try:
