@@ -26,9 +26,13 @@ class _At(enum.Enum):
 class Chunks:
     """Follows one chunked body. Chunks are passed on as they lie, what stands behind the last one is left out:
     a trailer's fields could be taken for those of the head, which were checked.
+
+    Args:
+        bare: what is in the chunks is passed on without them, for whoever speaks HTTP/1.0.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, *, bare: bool = False) -> None:
+        self._bare = bare
         self._at = _At.SIZE
         self._left = 0  # of the present chunk
         self._line = b""  # what is there of the present line
@@ -49,16 +53,22 @@ class Chunks:
         while at < size and self._at is not _At.OVER:
             if self._left:
                 step = min(self._left, size - at)
+                if self._bare:
+                    pieces.append(data[at : at + step])
                 self._left -= step
                 at += step
                 continue
             before, begun, in_trailer = at, bool(self._line), self._at is _At.TRAILER
             at, line = self._take_line(data, at)
+            if self._bare:
+                continue
             if in_trailer or not line or begun:
                 pieces.append(data[start:before])
                 start = at
             if begun and not in_trailer and line:
                 pieces.append(memoryview(line))
+        if self._bare:
+            return at, pieces
         pieces.append(data[start:at])
         if self._at is _At.OVER:
             pieces.append(memoryview(_CRLF))

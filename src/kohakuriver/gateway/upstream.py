@@ -219,9 +219,11 @@ class Upstream(TcpStream):
         if body == UNTIL_CLOSE or head.minor == 0 or b"close" in words(head.fields.named.get(b"connection")):
             self.ended = True
         closes = self._visit.closes(body)
-        self._kept = rewrite.response(head, self.place, body=body, close=closes, more=self._more)
+        bare = body == CHUNKED and not self._minor  # it knows no chunks: the connection's end is the body's
+        told = UNTIL_CLOSE if bare else body
+        self._kept = rewrite.response(head, self.place, body=told, close=closes, more=self._more)
         if body == CHUNKED:
-            self.phase, self._chunks = Phase.CHUNKS, Chunks()
+            self.phase, self._chunks = Phase.CHUNKS, Chunks(bare=bare)
         else:
             self.phase, self._rest = Phase.BODY, ENDLESS if body == UNTIL_CLOSE else body
         if not body:
