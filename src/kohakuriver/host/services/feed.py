@@ -50,6 +50,9 @@ MOST_SESSIONS = 200
 
 _NO_TASK = 0
 
+LONGEST_TOLD = 2000
+"""Characters of a task's command, of its variables' names, and so on."""
+
 Part: TypeAlias = dict[str, Any]
 Parts: TypeAlias = dict[str, Part]
 
@@ -231,10 +234,21 @@ def _of_tasks(views: list[TaskView]) -> Parts:
 
 
 def _without_traffic(view: TaskView) -> Part:
-    """A task as told; what went through it is told by itself, since it changes all the time."""
+    """A task as told; what went through it is told by itself, since it changes all the time. Of long lists, as of a
+    command's words, the beginning is told: each who looks on may have all tasks waiting here."""
     told = view.to_json()
     del told["traffic"]
-    return told
+    return {name: _begun(value) if isinstance(value, list) else value for name, value in told.items()}
+
+
+def _begun(texts: list[str]) -> list[str]:
+    left, begun = LONGEST_TOLD, list[str]()
+    for text in texts:
+        if len(text) >= left:
+            return [*begun, f"{text[:left]}…"]
+        left -= len(text) + 1
+        begun.append(text)
+    return begun
 
 
 def _steady(view: NodeView) -> Part:
