@@ -41,7 +41,11 @@ def test_a_start_that_makes_no_sense_is_refused(fields: dict[str, object]) -> No
         Start.from_message({"type": "start", **fields})
 
 
-@pytest.mark.parametrize("text", ["", "[]", "{", '{"type": 1}', "null", "{}"])
+NESTED = '{"type": "input", "data": ' + "[" * 100_000 + "]" * 100_000 + "}"
+LONG = '{"type": "input", "data": [' + "{}," * 100_000 + "{}]}"
+
+
+@pytest.mark.parametrize("text", ["", "[]", "{", '{"type": 1}', "null", "{}", NESTED, LONG], ids=lambda text: text[:14])
 def test_a_text_that_is_no_control_message_is_refused(text: str) -> None:
     with pytest.raises(UsageError):
         terminal.read_control(text)
