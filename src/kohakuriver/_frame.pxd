@@ -11,6 +11,8 @@ cdef enum:
     C_MAX_MESSAGE = 16 << 20
     C_MAX_SEND = 1 << 20
     C_WHOLE = 128 << 10
+    C_CHUNK_DIGITS = 15
+    C_CHUNK_LINE = 1024
     C_FIRST = 1
     C_LAST = 2
     C_TCP = 0

@@ -54,3 +54,4 @@ include "_frame_walk.pxi"     # frames and messages that arrive
 include "_frame_route.pxi"    # where the streams of a shared WebSocket lead
 include "_frame_relay.pxi"    # what the two hops in the middle pass on
 include "_frame_unacked.pxi"  # what a sender keeps until its peer has it
+include "_frame_chunks.pxi"   # chunks of HTTP

@@ -81,6 +81,14 @@ class Check:
         return core_schema.no_info_after_validator_function(self.check, handler(source))
 
 
+class _FirstFault:
+    """In an annotation of a list: it is looked at no further than to its first part that won't do. One such list may
+    have many thousands, and nobody else gets a turn while they are told of."""
+
+    def __get_pydantic_core_schema__(self, source: Any, handler: Callable[[Any], Any]) -> Any:
+        return handler(source) | {"fail_fast": True}
+
+
 def matching(pattern: str, otherwise: str) -> Check:
     """Take only strings that match as a whole; `otherwise` says what is wanted."""
 
@@ -261,23 +269,23 @@ class TaskSpec:
     """
 
     image: Image | None = None
-    command: list[NoNul] = field(default_factory=list)
+    command: Annotated[list[NoNul], _FirstFault()] = field(default_factory=list)
     env: dict[EnvName, NoNul] = field(default_factory=dict)
-    mounts: list[Mount] = field(default_factory=list)
-    volumes: list[Volume] = field(default_factory=list)
-    ssh_keys: Annotated[list[PublicKey], Check(_no_more_keys_than_fit)] = field(default_factory=list)
+    mounts: Annotated[list[Mount], _FirstFault()] = field(default_factory=list)
+    volumes: Annotated[list[Volume], _FirstFault()] = field(default_factory=list)
+    ssh_keys: Annotated[list[PublicKey], _FirstFault(), Check(_no_more_keys_than_fit)] = field(default_factory=list)
     memory: MemorySize | None = None
     cpus: Cpus | None = None
     pids: Pids | None = None
     shm_size: ShmSize | None = None
     ttl: Seconds | None = None
     idle_stop: Seconds | None = None
-    entrypoint: list[NoNul] | None = None
+    entrypoint: Annotated[list[NoNul], _FirstFault()] | None = None
     workdir: Directory | None = None
     run_as: UserInside | None = None
     pull: Pull | None = None
-    devices: list[Device] = field(default_factory=list)
-    labels: list[Label] = field(default_factory=list)
+    devices: Annotated[list[Device], _FirstFault()] = field(default_factory=list)
+    labels: Annotated[list[Label], _FirstFault()] = field(default_factory=list)
     restart: Restart | None = None
     gpus: Gpus | None = None
     network: Network | None = None

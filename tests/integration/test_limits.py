@@ -380,6 +380,7 @@ def test_who_hangs_up_before_the_answers_is_no_error(run: Run, caplog: pytest.Lo
         (UPGRADE + b"X: " + b"x" * 5000 + b"\r\n\r\n", 431),
         (POST + b"Content-Length: 70000\r\n\r\n" + bytes(70_000), 413),
         (POST + b"Transfer-Encoding: chunked\r\n\r\n11170\r\n" + bytes(70_000), 413),
+        (POST + b"Transfer-Encoding: chunked\r\n\r\n" + b"1\r\nx\r\n" * 2000, 400),
         (b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03", 400),
     ],
     ids=[
@@ -392,6 +393,7 @@ def test_who_hangs_up_before_the_answers_is_no_error(run: Run, caplog: pytest.Lo
         "handshake",
         "body",
         "chunks",
+        "tiny chunks",
         "TLS",
     ],
 )

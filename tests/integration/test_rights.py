@@ -7,6 +7,7 @@ import contextlib
 import getpass
 import json
 import os
+import signal
 import socket
 import subprocess
 import sys
@@ -123,6 +124,34 @@ def test_connect_ends_with_exit_code_5_and_the_reason_when_its_token_is_revoked(
         assert people.cluster.call("DELETE", f"/api/tokens/{tokens[0]['id']}")[0] == 200
         assert process.wait(PATIENCE) == 5
         assert b"the token of this session was revoked" in process.stderr.read()
+
+
+@pytest.mark.parametrize("way", [["0:7"], ["--reverse", "47123:7"]], ids=["port", "reverse"])
+def test_an_open_forward_goes_on_to_no_other_task_of_the_same_name(people: People, way: list[str]) -> None:
+    """Names come free, and nobody is asked whether a task may be shared with them."""
+    environment = {
+        **os.environ,
+        "KOHAKURIVER_HOST": people.cluster.url,
+        "KOHAKURIVER_TOKEN": people.tokens["ann"],
+        "KOHAKURIVER_CONFIG_DIR": str(people.cluster.directory / "empty"),
+    }
+    command = [sys.executable, "-m", "kohakuriver", "forward", "here", *way, "--json"]
+    with subprocess.Popen(command, env=environment, stdout=subprocess.PIPE) as process:
+        assert process.stdout is not None
+        while json.loads(process.stdout.readline())["event"] not in ("listening", "reversed"):
+            pass
+        process.send_signal(signal.SIGSTOP)  # as a laptop that sleeps
+        assert people.cluster.call("DELETE", "/api/tasks/here")[0] == 200
+        theirs = {"Authorization": f"Bearer {people.tokens['bob']}"}
+        made = people.cluster.http.post("/api/tasks", json={"name": "here", "backend": "process"}, headers=theirs)
+        assert made.status_code == 201, made.text
+        people.cluster.connected("here")
+        people.share("ann")
+        process.send_signal(signal.SIGCONT)
+        events = [json.loads(line) for line in process.stdout]
+        assert process.wait(PATIENCE) == 3
+    assert not {"resumed", "moved"} & {event.get("event") for event in events}
+    assert events[-1]["message"].startswith("There is no task 'here' any more")
 
 
 def test_the_ssh_proxy_takes_those_whom_the_task_is_for_and_ends_with_the_share(run: Run, people: People) -> None:

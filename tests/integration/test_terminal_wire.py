@@ -151,3 +151,12 @@ def test_a_runner_opens_no_terminal_without_its_hosts_ticket(cluster: Cluster) -
         with pytest.raises(InvalidStatus) as refused, connect(url, additional_headers=headers, proxy=None):
             pass
         assert refused.value.response.status_code == 401
+
+
+@pytest.mark.parametrize("text", ['{"type": "input", "data": ' + "[" * 100_000 + "]" * 100_000 + "}", "x" * 300_000])
+def test_a_message_that_is_too_deep_or_too_long_ends_its_terminal_with_a_sentence(cluster: Cluster, text: str) -> None:
+    with a_terminal(cluster) as socket:
+        socket.send(text)
+        last = json.loads(the_rest(socket)[-1])
+        assert (last["type"], last["status"]) == ("error", 400)
+        assert socket.close_code == 1008

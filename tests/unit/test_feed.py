@@ -12,7 +12,7 @@ import httpx
 import pytest
 
 from kohakuriver.host.services import feed
-from kohakuriver.host.services.feed import LOOK_SECONDS, MOST_FOLLOWERS, TICK_SECONDS
+from kohakuriver.host.services.feed import LONGEST, LOOK_SECONDS, MOST_FOLLOWERS, TICK_SECONDS
 from kohakuriver.host.services.open_sessions import SHORTEST_SECONDS
 from kohakuriver.store import Task, User
 from tests.support.browser import Browser
@@ -282,5 +282,22 @@ def test_who_comes_and_leaves_at_once_while_the_last_one_leaves_holds_nothing_up
         await asyncio.sleep(TICK_SECONDS)  # after which it is seen that nobody looks on
         async with followed(host.user) as told:
             await told.more()
+
+    on_host(check)
+
+
+def test_of_a_long_command_those_who_look_on_are_told_the_beginning(on_host: Callable[..., None]) -> None:
+    async def check(host: HostUnderTest) -> None:
+        await (await host.runner()).beat()
+        ann, _ = await host.person("ann")
+        asked = {"name": "long", "backend": "process", "command": ["sh", "-c", "x" * 60_000, "y"]}
+        assert (await ann.post("/api/tasks", json=asked)).json()["command"] == asked["command"]
+        async with followed(ann) as told:
+            await told.until(lambda told: "long" in told.names())
+        (task,) = told.parts["tasks"].values()
+        assert task["command"][:2] == ["sh", "-c"]
+        assert len(task["command"]) == 3
+        assert len(task["command"][2]) <= LONGEST + 1
+        assert task["command"][2].endswith("…")
 
     on_host(check)

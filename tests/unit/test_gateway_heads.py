@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import random
+
 import pytest
 
 from kohakuriver.gateway.chunks import Chunks
@@ -212,3 +214,44 @@ def test_no_line_between_chunks_goes_on_before_all_of_it_was_read() -> None:
     assert chunks.walk(memoryview(b"5\r\nhello\r\n5;a\r"))[1] == [b"5\r\nhello\r\n"]
     with pytest.raises(Malformed):
         chunks.walk(memoryview(b"b\r\n"))
+
+
+def test_tiny_chunks_are_not_looked_at_one_by_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A read may hold 170,000 of them, and all other streams wait for as long as they take."""
+    lines: list[bytes] = []
+    read_line = Chunks._read_line
+
+    def noted(self: Chunks, line: bytes) -> None:
+        lines.append(line)
+        read_line(self, line)
+
+    monkeypatch.setattr(Chunks, "_read_line", noted)
+    body = b"1\r\nx\r\n1;a=b\r\ny\r\n0001\r\nz\r\n" * 10_000 + b"0\r\n\r\n"
+    assert passed(body, len(body)) == (body, b"", True)
+    assert len(lines) == 2
+
+
+PARTS = [b"0", b"1", b"2", b"aF", b";", b"\t", b"\x7f", b"\x80", b"\r\n", b"\r", b"\n", b"x", b"2\r\nab\r\n"]
+PARTS += [
+    b"1\r\nx\r\n",
+    b"0\r\n\r\n",
+    b"1;e=1\r\ny\r\n",
+    b"3\r\nabcd\r\n",
+    b"000000000000001\r\nx\r\n",
+    b"0000000000000001\r\nx\r\n",
+]
+PARTS += [b"5;" + b"z" * size + b"\r\n12345\r\n" for size in (1019, 1020, 1021)]
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_chunks_that_come_whole_are_read_as_those_that_come_byte_by_byte(seed: int) -> None:
+    def read(size: int) -> tuple[bytes, bytes, bool] | None:
+        try:
+            return passed(body, size)
+        except Malformed:
+            return None
+
+    chance = random.Random(seed)
+    for _ in range(100):
+        body = b"".join(chance.choices(PARTS, k=chance.randint(1, 12)))
+        assert read(len(body)) == read(1), body

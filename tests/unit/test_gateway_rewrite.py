@@ -360,6 +360,7 @@ def test_what_webdav_copies_and_moves_to_is_told_without_the_prefix(target: byte
             b"__Secure-Host-a=b; Secure; Path=%s/",
         ),
         (b" __hOST-a=b; Path=/", b"__Secure-hOST-a=b; Path=%s/", b"__Secure-hOST-a=b; Path=%s/"),
+        (b"a=b; Path=%s?", b"a=b; Path=%s%s?", b"a=b; Path=%s/"),
         (b"__Secure-kohakuriver-app=b; Path=/", None, None),
         (b"__Host-kohakuriver-host-8000=b; Path=/", None, None),
         (b"__Host-Http-kohakuriver-host=b; Path=/", None, None),

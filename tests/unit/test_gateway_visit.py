@@ -9,12 +9,14 @@ from typing import Any
 import pytest
 
 from kohakuriver.gateway import visit as visits
+from kohakuriver.gateway.destination import Destination
 from kohakuriver.gateway.gate import Door, Gate
 from kohakuriver.gateway.gateway import Gateway
 from kohakuriver.gateway.heads import MAX_HEAD
 from kohakuriver.gateway.names import Place
 from kohakuriver.gateway.upstream import MOST_INTERIM, Phase, Upstream
 from kohakuriver.gateway.visit import Visit
+from kohakuriver.host.apps.sessions import Places
 from kohakuriver.tunnel.protocol import ErrorText
 from kohakuriver.tunnel.stream import Reading
 from kohakuriver.tunnel.user_endpoint import UserEndpoint
@@ -412,5 +414,49 @@ def test_half_a_body_before_a_half_close_is_cut_off(within: Within) -> None:
         say(stream_of(visit), OK)
         await turns()
         assert transport.aborted
+
+    within(check)
+
+
+def test_a_silent_service_keeps_no_connection_of_a_browser_that_has_left(within: Within) -> None:
+    async def check(scene: Scene) -> None:
+        visit, transport = scene.visit()
+        come(visit, request(scene))
+        scene.time = 1000.0
+        visit.eof_received()
+        visit.overdue(scene.time + visits.LEFT_SECONDS)
+        assert not transport.is_closing()
+        visit.overdue(scene.time + visits.LEFT_SECONDS + 1)
+        assert transport.is_closing()
+
+    within(check)
+
+
+def test_only_so_many_connections_lead_to_services_and_each_gives_its_place_back(within: Within) -> None:
+    async def check(scene: Scene) -> None:
+        all_places = Places(3)
+        places = [Places(2, all_places), Places(2, all_places)]
+
+        def connect(of: int) -> tuple[Visit, Transport]:
+            visit, transport = scene.visit()
+            to = Destination(LAB, scene.gateway.endpoint, lambda: None, places=places[of])
+            scene.gateway.judge = lambda *_args, **_more: to  # type: ignore[method-assign]
+            come(visit, request(scene))
+            return visit, transport
+
+        first, second = connect(0), connect(0)
+        refused, full = connect(0)
+        assert full.written.startswith(b"HTTP/1.1 503 ")
+        assert refused.destination is None
+        connect(1)
+        assert connect(1)[1].written.startswith(b"HTTP/1.1 503 ")  # the other's own has room, that of all has none
+        say(stream_of(first[0]), OK)
+        assert first[1].written.endswith(b"ok")
+        come(first[0], request(scene))  # the same connection once more takes no other place
+        second[0].connection_lost(None)
+        assert not connect(1)[1].written
+        for each in list(scene.gateway.visits):
+            each.connection_lost(None)
+        assert [place._left for place in (all_places, *places)] == [3, 2, 2]
 
     within(check)

@@ -172,3 +172,27 @@ def test_a_broken_frame_closes_with_the_code_that_the_sender_is_owed(run: Run) -
 
 def test_the_size_of_a_message_is_that_of_its_bytes() -> None:
     assert (size_of("grüße"), size_of("grüße".encode()), size_of("")) == (7, 7, 0)
+
+
+def test_who_sends_many_messages_at_once_keeps_nobody_waiting_for_all_of_them(run: Run) -> None:
+    async def main() -> None:
+        async with a_pair() as (dialled, accepted):
+            sending = asyncio.ensure_future(_send_all(dialled, ["x"] * 4000))
+            turns, others, taken = 0, asyncio.Event(), 0
+
+            async def another() -> None:
+                nonlocal turns
+                while not others.is_set():
+                    turns += 1
+                    await asyncio.sleep(0)
+
+            beside = asyncio.ensure_future(another())
+            while taken < 4000:
+                assert await accepted.receive() == "x"
+                taken += 1
+            others.set()
+            await beside
+            await sending
+            assert turns >= 4000 // messages.TAKEN_AT_ONCE
+
+    run(main())

@@ -14,6 +14,7 @@ import httpx
 import pytest
 
 from kohakuriver.errors import UnauthenticatedError, UnavailableError
+from kohakuriver.host.schemas import LONGEST_REQUEST
 from kohakuriver.host.services.credentials import ANONYMOUS, Caller
 from kohakuriver.host.services.failures import LONGEST_WAIT, Failures
 from kohakuriver.host.services.requests import AT_ONCE as BEGUN_AT_ONCE
@@ -170,19 +171,21 @@ def test_a_user_has_so_many_requests_under_way_and_may_ask_again_when_one_has_en
     run(check())
 
 
-async def half_a_request(stack: contextlib.AsyncExitStack, url: str, secret: str) -> asyncio.StreamReader:
-    """A connection with a request of 1 MiB, of which the last byte never comes: where its answer would."""
+async def half_a_request(stack: contextlib.AsyncExitStack, url: str, secret: str, size: int) -> asyncio.StreamReader:
+    """A connection with a request of so many bytes, of which the last byte never comes: where its answer would."""
     reader, writer = await asyncio.open_connection("127.0.0.1", int(url.rpartition(":")[2]))
     stack.callback(writer.close)  # which also keeps it from being collected
     head = f"POST /api/tasks HTTP/1.1\r\nHost: 127.0.0.1\r\nAuthorization: Bearer {secret}\r\n"
-    writer.write(f"{head}Content-Type: application/json\r\nContent-Length: {MIB}\r\n\r\n".encode() + b" " * (MIB - 1))
+    writer.write(f"{head}Content-Type: application/json\r\nContent-Length: {size}\r\n\r\n".encode() + b" " * (size - 1))
     return reader
 
 
-async def asks_for_more_than_a_share(stack: contextlib.AsyncExitStack, url: str, secret: Callable[[], str]) -> None:
+async def asks_for_more_than_a_share(
+    stack: contextlib.AsyncExitStack, url: str, secret: Callable[[], str], size: int = MIB
+) -> None:
     """Begin more requests of one user than that user's share has bytes for; back when so many are refused."""
-    share = Limits().max_bodies // SHARES // MIB
-    asked = [await half_a_request(stack, url, secret()) for _ in range(share + 8)]
+    share = Limits().max_bodies // SHARES // size
+    asked = [await half_a_request(stack, url, secret(), size) for _ in range(share + 8)]
     answers = {asyncio.ensure_future(reader.readuntil(b"}")) for reader in asked}
     while len(answers) > share:
         done, answers = await asyncio.wait(answers, return_when=asyncio.FIRST_COMPLETED)
@@ -198,8 +201,8 @@ def test_the_bodies_of_one_users_requests_have_a_share_and_those_of_others_get_i
         async with a_host(tmp_path) as host, contextlib.AsyncExitStack() as stack:
             _, eve = await host.person("eve")
             bob, _ = await host.person("bob")
-            await asks_for_more_than_a_share(stack, host.url, lambda: eve)
-            answer = await bob.post("/api/tokens", json={"name": "x", "more": "x" * 900_000})
+            await asks_for_more_than_a_share(stack, host.url, lambda: eve, LONGEST_REQUEST)
+            answer = await bob.post("/api/tokens", json={"name": "x", "more": "x" * 200_000})
             assert (answer.status_code, answer.json()["error"]) == (400, "bad_request")  # it was read
 
     run(check())
@@ -215,6 +218,20 @@ def test_at_a_runner_the_bodies_of_one_users_tasks_have_a_share_too(run: Run, tm
             shown = {"Authorization": f"Bearer {tickets.issue('control', 'c1', user='bob')}"}
             answer = await client.post("/api/tasks", json={"more": "x" * 900_000}, headers=shown)
             assert (answer.status_code, answer.json()["error"]) == (400, "bad_request")
+
+    run(check())
+
+
+@pytest.mark.parametrize("length", [f"Content-Length: {LONGEST_REQUEST + 1}", "Transfer-Encoding: chunked"])
+def test_no_body_is_read_that_is_longer_than_a_user_needs(run: Run, tmp_path: Path, length: str) -> None:
+    async def check() -> None:
+        async with a_host(tmp_path) as host:
+            _, eve = await host.person("eve")
+            reader, writer = await asyncio.open_connection("127.0.0.1", int(host.url.rpartition(":")[2]))
+            head = f"POST /api/tasks HTTP/1.1\r\nHost: 127.0.0.1\r\nAuthorization: Bearer {eve}\r\n{length}\r\n\r\n"
+            writer.write(head.encode())
+            assert (await reader.readuntil(b"}")).startswith(b"HTTP/1.1 413 ")
+            writer.close()
 
     run(check())
 

@@ -10,7 +10,7 @@ from typing import Any, Final
 import pytest
 from pydantic import TypeAdapter, ValidationError
 
-from kohakuriver.host.schemas import CreateRequest
+from kohakuriver.host.schemas import CreateRequest, NewGroup
 from kohakuriver.runner.services.state import State, TaskRecord
 from kohakuriver.store import Task
 from kohakuriver.task import NewTask, TaskOrder, TaskReport, TaskSpec, asked_for, part_of, taken_from
@@ -97,3 +97,36 @@ def test_a_report_changes_what_is_the_tasks_own() -> None:
 def test_a_report_of_what_no_task_can_be_is_refused(wrong: dict[str, Any]) -> None:
     with pytest.raises(ValidationError):
         TypeAdapter(TaskReport).validate_python({"task_id": 1, "status": "running", **wrong})
+
+
+MUCH_WRONG: Final[dict[str, dict[str, Any]]] = {
+    "variables": {"env": {f"A{n}": "" for n in range(60_000)}},
+    "words that are none": {"command": [1] * 7_000},
+    "words": {"command": [""] * 300_000},
+    "a long word": {"entrypoint": ["x" * 70_000]},
+    "a long directory": {"workdir": "/" + "x" * 70_000},
+    "mounts": {"mounts": ["/a:/b"] * 100_000},
+    "keys": {"ssh_keys": ["x"] * 10_000},
+    "fields": {f"k{n}": 1 for n in range(80_000)},
+}
+
+
+@pytest.mark.parametrize("asked", MUCH_WRONG.values(), ids=MUCH_WRONG)
+def test_an_order_is_looked_at_no_further_than_to_what_nobody_needs(asked: dict[str, Any]) -> None:
+    """A fault costs some microseconds, a body has room for half a million, and whoever else is served waits."""
+    with pytest.raises(ValidationError) as refused:
+        TypeAdapter(CreateRequest).validate_python({"image": "x", **asked})
+    assert refused.value.error_count() == 1
+
+
+def test_an_order_may_have_a_script_and_many_variables() -> None:
+    asked = {"image": "x", "command": ["sh", "-c", "x" * 50_000], "env": {f"A{n}": "b" for n in range(600)}}
+    made = TypeAdapter(CreateRequest).validate_python(asked)
+    assert (made.command, made.env) == (asked["command"], asked["env"])
+
+
+@pytest.mark.parametrize("members", [[1] * 100_000, {str(n): 1 for n in range(100_000)}], ids=["list", "names"])
+def test_another_request_is_looked_at_no_further_either(members: object) -> None:
+    with pytest.raises(ValidationError) as refused:
+        NewGroup.model_validate({"name": "g", "members": members})
+    assert refused.value.error_count() == 1

@@ -20,7 +20,7 @@ from typing import Any, ClassVar, Final
 from kohakuriver.client.forward import Event, Forwarder, PortForward, Stats
 from kohakuriver.client.local_side import LocalSide
 from kohakuriver.client.ports import LOOPBACK, UNIX
-from kohakuriver.config import Settings, path_segment
+from kohakuriver.config import Settings
 from kohakuriver.errors import KohakuRiverError, UnavailableError, UsageError
 from kohakuriver.runtime import cancel_all
 from kohakuriver.tunnel.error_text import WINDOW_PASSED
@@ -218,7 +218,7 @@ class _Beyond(Forwarder):
     kind: str
 
     def _path(self) -> str:
-        return f"/ws/forward/{path_segment(self.task)}/terminal?beyond={self.kind}"
+        return f"/ws/forward/{self._named}/terminal?beyond={self.kind}"
 
     def _stream_failed(self, remote_port: int, text: ErrorText) -> None:
         super()._stream_failed(remote_port, _understood(text))

@@ -312,6 +312,7 @@ class Forwarder:
         self._losses: asyncio.Queue[_Loss] = asyncio.Queue()
         self._closing = False
         self._opened_at = 0.0
+        self._task_id = ""  # once known, where the host tells
         self._not_running: str | None = None  # what the host says of a task that has ended
         self._rated = time.monotonic(), 0, 0
         self._rates = 0, 0
@@ -484,7 +485,18 @@ class Forwarder:
 
     async def _open(self) -> Link:
         again = f"&{GOES_ON}" if self._link is not None else ""
-        return await self._hosts.reach(self._path() + again, open_session)
+        try:
+            return await self._hosts.reach(self._path() + again, open_session)
+        except NotFoundError as error:
+            if not self._task_id:
+                raise
+            gone = f"There is no task {self.task!r} any more; `kohakuriver vps list` shows the tasks that there are."
+            raise NotFoundError(gone, code=error.code) from error
+
+    @property
+    def _named(self) -> str:
+        """The task in a path. Its name may be another's by now, who had only to share that with this user."""
+        return path_segment(self._task_id or self.task)
 
     def _path(self) -> str:
         named = [port for port in self.ports if port.proto != SOCKS]
@@ -492,9 +504,10 @@ class Forwarder:
         query = f"proto={first.proto}"
         if not self._any_port:  # else it is said later on which ports are wanted
             query += f"&{ports_query(port.remote for port in named)}"
-        return f"/ws/forward/{path_segment(self.task)}/{first.remote}?{query}"
+        return f"/ws/forward/{self._named}/{first.remote}?{query}"
 
     def _attach(self, link: Link) -> None:
+        self._task_id = self._task_id or link.task
         self._opened_at = time.monotonic()
         self._not_running = None
         self._link = link

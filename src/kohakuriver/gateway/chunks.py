@@ -5,6 +5,7 @@ from __future__ import annotations
 import enum
 import re
 
+from kohakuriver._frame import whole_chunks
 from kohakuriver.gateway.heads import Malformed
 
 __all__ = ["Chunks"]
@@ -58,6 +59,11 @@ class Chunks:
                 self._left -= step
                 at += step
                 continue
+            if self._at is _At.SIZE and not self._line:
+                whole = whole_chunks(data, at)
+                if whole > at:
+                    at = whole
+                    continue
             before, begun, in_trailer = at, bool(self._line), self._at is _At.TRAILER
             at, line = self._take_line(data, at)
             if self._bare:

@@ -9,7 +9,7 @@ from typing import Protocol
 from kohakuriver.gateway.names import Place
 from kohakuriver.tunnel.user_endpoint import UserEndpoint
 
-__all__ = ["Destination", "Pace"]
+__all__ = ["Destination", "Pace", "Places"]
 
 
 class Pace(Protocol):
@@ -17,6 +17,16 @@ class Pace(Protocol):
 
     def took(self, size: int) -> float:
         """So many bytes were taken: for how many seconds no more is to be."""
+
+
+class Places(Protocol):
+    """What bounds how many connections there are to services."""
+
+    def enter(self) -> bool:
+        """Take a place, if there is one."""
+
+    def leave(self) -> None:
+        """Give it back."""
 
 
 @dataclass(frozen=True)
@@ -27,6 +37,7 @@ class Destination:
         trouble: why nothing can be reached now, as a sentence; None where something may be.
         more: fields that the head of the answer gets, each with its CR and LF.
         pace: what a browser's bytes are counted by; None for no limit.
+        places: of which each browser's connection that leads there takes one; None for no limit.
     """
 
     place: Place
@@ -34,3 +45,4 @@ class Destination:
     trouble: Callable[[], str | None]
     more: bytes = b""
     pace: Pace | None = None
+    places: Places | None = None

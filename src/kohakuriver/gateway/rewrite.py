@@ -226,8 +226,9 @@ def _under_prefix(cookie: bytes, place: Place) -> bytes:
     kept = [each for each in attributes if _attribute(each) != b"path"]
     if paths and paths[-1].startswith(b"/"):  # of several the last one counts; what is no path, counts as none
         path = paths[-1]
-        if not place.has(path):
-            path = place.prefix.encode() + (path if place.stripped else b"/")
+        own = place.prefix.encode()
+        if not (path + b"/").startswith(own + b"/"):  # a cookie's has no query
+            path = own + (path if place.stripped else b"/")
         kept.append(b" Path=" + path)
     blank = len(pair) - len(pair.lstrip(b" \t"))
     if pair[blank:].lower().startswith(_HOST_NAME):

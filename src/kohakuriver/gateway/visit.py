@@ -14,7 +14,7 @@ from typing import Protocol, cast
 from kohakuriver._frame import HEADROOM
 from kohakuriver.gateway import rewrite
 from kohakuriver.gateway.chunks import Chunks
-from kohakuriver.gateway.destination import Destination
+from kohakuriver.gateway.destination import Destination, Places
 from kohakuriver.gateway.heads import (
     CHUNKED,
     MAX_HEAD,
@@ -37,11 +37,12 @@ from kohakuriver.tunnel.stream import Reading
 __all__ = ["Owner", "Visit"]
 
 READ = 64 << 10
-HEAD_SECONDS, IDLE_SECONDS, REST_SECONDS, UNREAD_SECONDS = 15.0, 90.0, 2.0, 30.0
-"""How long a head may take, a connection be without one, what is left of a refused request be thrown away, and a page
-of ours not be read."""
+HEAD_SECONDS, IDLE_SECONDS, REST_SECONDS, UNREAD_SECONDS, LEFT_SECONDS = 15.0, 90.0, 2.0, 30.0, 60.0
+"""How long a head may take, a connection be without one, what is left of a refused request be thrown away, a page of
+ours not be read, and a service that was told that its browser sends no more say nothing."""
 LONGEST_FORM = 4096
 """Bytes of a body that is the gateway's own."""
+_FULL = "As many connections lead to apps of this task's users as may; close some pages and try again."
 _END = b"\r\n\r\n"
 
 
@@ -122,6 +123,7 @@ class Visit(LocalWriter):
         self._left = 0
         self._chunks = Chunks()
         self._stream: Upstream | None = None
+        self._places: Places | None = None
         self._answering = False
         self._closes = False  # with the present answer
         self._half_closed = False
@@ -223,16 +225,20 @@ class Visit(LocalWriter):
         return True
 
     def _leave(self) -> None:
-        """The browser sends no more. One that has left looks like this, too: the service hears of it."""
+        """The browser sends no more. One that has left looks like this, too: the service hears of it, and may not keep
+        the connection for ever."""
+        self._since = self._gateway.now()
         if self._stream is not None:
             self._stream.ended = True
             self._stream.eof_received()
 
     def overdue(self, now: float) -> None:
         """Called now and then: end what takes too long."""
+        waited = now - self._since
+        if self._half_closed and self._mode is _Mode.SENT and waited > LEFT_SECONDS:
+            self.abort()
         if self._mode not in (_Mode.HEAD, _Mode.FORM, _Mode.REST):
             return
-        waited = now - self._since
         if self._queue or self._blocked:
             if not self._own:
                 self._since = now
@@ -363,6 +369,9 @@ class Visit(LocalWriter):
             self._answer(page(503, trouble, close=self._closes, head_only=self._head_only), close=self._closes)
             return
         stream = self._stream_to(destination)
+        if stream is None:
+            self._answer(page(503, _FULL, close=True, head_only=self._head_only), close=True)
+            return
         self._answering, self._own = True, False
         stream.expect(head.method, head.minor, upgrade=upgrade, more=destination.more)
         self._mode = _Mode.SENT if body == 0 else _Mode.CHUNKS if body == CHUNKED else _Mode.BODY
@@ -380,7 +389,8 @@ class Visit(LocalWriter):
         """Whether its stream takes nothing now."""
         return self._stream is not None and self._stream.core.reading is Reading.PAUSED
 
-    def _stream_to(self, destination: Destination) -> Upstream:
+    def _stream_to(self, destination: Destination) -> Upstream | None:
+        """The stream for a request; None where there are as many connections as may be."""
         stream = self._stream
         if stream is not None and (
             stream.ended or stream.phase is not Phase.IDLE or not _same(stream.destination, destination)
@@ -388,6 +398,9 @@ class Visit(LocalWriter):
             self._release()
             stream = None
         if stream is None:
+            if destination.places is not None and not destination.places.enter():
+                return None
+            self._places = destination.places
             stream = self._stream = Upstream(destination, self)
             stream.connection_made(_Socket(self))
         return stream
@@ -486,6 +499,9 @@ class Visit(LocalWriter):
         if stream is not None:
             stream.connection_lost(None)
             self.hold(stream=False)
+        places, self._places = self._places, None
+        if places is not None:
+            places.leave()
 
     # -- what the stream tells ---------------------------------------------------------------------------------
 
@@ -555,6 +571,8 @@ class Visit(LocalWriter):
             self._answer(page(status, sentence, close=close, head_only=self._head_only), close=close)
 
     def taken(self, size: int) -> None:
+        if self._half_closed:
+            self._since = self._gateway.now()
         own = min(self.uncounted, size)
         self.uncounted -= own
         if self._stream is not None and size > own:

@@ -24,6 +24,7 @@ from kohakuriver.host.forms import LONGEST_FORM
 from kohakuriver.host.oidc import oidc_pages, provider_of
 from kohakuriver.host.parts import Services
 from kohakuriver.host.schemas import (
+    LONGEST_REQUEST,
     AdoptRequest,
     Agent,
     Answers,
@@ -118,6 +119,7 @@ class _OfUsers(Checked):
             need_own_page(request)
             request.state.authenticated = await services.logins.visitor(cookie)
         caller: Caller = request.state.authenticated[0]
+        _need_length(request, LONGEST_REQUEST)
         body_is_of_a_user(request.scope, services.requests.whose(caller))
         needs_room = services.requests.needs_room(request.method, request.url.path)
         return services.requests.begin(caller, needs_room=needs_room)
@@ -140,14 +142,19 @@ class _OfNodes(Checked):
 class _OfAnybody(Checked):
     @staticmethod
     async def check(request: Request) -> None:
-        length = request.headers.get("content-length", "0")
-        # The parser has let in nothing but a number.
-        if "transfer-encoding" in request.headers or int(length) > LONGEST_FORM:
-            raise UsageError(
-                f"Here a request may have {LONGEST_FORM} bytes at most, and has to say how many it has.",
-                code="too_large",
-                status=413,
-            )
+        _need_length(request, LONGEST_FORM)
+
+
+def _need_length(request: Request, most: int) -> None:
+    """Raises UsageError "too_large" (413) for a request whose body is longer, or does not say how long it is."""
+    length = request.headers.get("content-length", "0")
+    # The parser has let in nothing but a number.
+    if "transfer-encoding" in request.headers or int(length) > most:
+        raise UsageError(
+            f"Here a request may have {most} bytes at most, and has to say how many it has.",
+            code="too_large",
+            status=413,
+        )
 
 
 async def _authenticated(request: Request) -> tuple[Caller, Token]:

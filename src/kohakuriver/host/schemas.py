@@ -19,6 +19,7 @@ from kohakuriver.task import MOST_FIGURES, Backend, ListeningPort, Name, NewTask
 from kohakuriver.text import printable
 
 __all__ = [
+    "LONGEST_REQUEST",
     "AdoptRequest",
     "Answers",
     "CreateRequest",
@@ -60,9 +61,6 @@ __all__ = [
 ]
 
 LONGEST_REASON = 500
-LONGEST_ORDER = 128 << 10
-"""Bytes of what is asked of a new task, its command and variables above all. One word has as many at most on Linux."""
-
 MOST_REPORTS = 1000
 """Tasks of which a heartbeat may tell; ours tell of 100."""
 
@@ -72,6 +70,13 @@ MOST_BACKENDS = 20
 MOST_GPUS = 1000
 MOST_ROOTS = 1000
 LONGEST_PATH = 4096
+MOST_FIELDS = 64
+MOST_VARIABLES = 1000
+LONGEST_ORDER, PART_BYTES = 64 << 10, 8
+"""Characters of a new task's command, variables and so on, and for how many each part of a list counts besides. All
+tasks of a user are told at once, to everybody who may use them, whenever one of them changes."""
+LONGEST_REQUEST = 256 << 10
+"""Bytes of a user's request: an order, with public keys, and all of it in escapes."""
 LONGEST_PROGRAM = 64
 LONGEST_TOKEN_SECONDS = 100 * 366 * 86400.0
 
@@ -113,6 +118,31 @@ def _checked_text(data: object) -> object:
     return data
 
 
+def _of_few_parts(data: object) -> object:
+    """Each thing that is wrong with a body costs its own time, and nobody else gets any meanwhile. Raises ValueError
+    before any is looked at where there are more parts than anybody needs."""
+    if isinstance(data, dict):
+        if len(data) > MOST_FIELDS:
+            raise ValueError(f"it has more than {MOST_FIELDS} fields")
+        for name, value in data.items():
+            if isinstance(value, (list, dict)) and len(value) > MOST_MEMBERS:
+                raise ValueError(f"{str(name)[:40]!r} has more than {MOST_MEMBERS} parts")
+    return data
+
+
+def _size_of_order(name: str, value: object) -> int:
+    """What a field of a new task counts for, in bytes; of a part that is no text its own place alone. Raises
+    ValueError."""
+    if name == "ssh_keys" or not isinstance(value, (str, list, dict)):
+        return 0
+    if isinstance(value, str):
+        return len(value)
+    if isinstance(value, dict) and len(value) > MOST_VARIABLES:
+        raise ValueError(f"a task takes at most {MOST_VARIABLES} variables")
+    texts = [*value, *value.values()] if isinstance(value, dict) else value
+    return PART_BYTES * len(value) + sum(len(text) for text in texts if isinstance(text, str))
+
+
 class _Body(BaseModel):
     """What comes in."""
 
@@ -122,6 +152,8 @@ class _Body(BaseModel):
 class _Request(_Body):
     model_config = ConfigDict(extra="forbid")
 
+    _has_few_parts = model_validator(mode="before")(_of_few_parts)
+
 
 @pydantic_dataclass(config=ConfigDict(extra="forbid"), kw_only=True)
 class CreateRequest(NewTask):
@@ -130,9 +162,16 @@ class CreateRequest(NewTask):
     @model_validator(mode="before")
     @classmethod
     def _is_text(cls, data: Any) -> Any:
-        size = len(_text(data.kwargs if isinstance(data, ArgsKwargs) else data))
-        if size > LONGEST_ORDER:  # who lists tasks is told all of each
-            raise ValueError(f"all of a task may have {LONGEST_ORDER} bytes together, and this has {size}")
+        asked = data.kwargs if isinstance(data, ArgsKwargs) else data
+        if isinstance(asked, dict):
+            if len(asked) > MOST_FIELDS:
+                raise ValueError(f"it has more than {MOST_FIELDS} fields")
+            if sum(_size_of_order(name, value) for name, value in asked.items()) > LONGEST_ORDER:
+                raise ValueError(
+                    f"its command, variables and whatever else it is asked for with have more than "
+                    f"{LONGEST_ORDER >> 10} KiB together"
+                )
+        _text(asked)
         return data
 
 

@@ -41,7 +41,7 @@ from kohakuriver.tls import reason as tls_reason
 from kohakuriver.tunnel.closing import CLOSE_WAIT
 from kohakuriver.tunnel.link import Link, LinkHandler
 from kohakuriver.tunnel.message_link import MAX_MESSAGE, MessageLink
-from kohakuriver.tunnel.protocol import CLIENT_HEADER, REFUSAL_HEADER, TUNNEL_V2, CloseCode
+from kohakuriver.tunnel.protocol import CLIENT_HEADER, REFUSAL_HEADER, TASK_HEADER, TUNNEL_V2, CloseCode
 from kohakuriver.tunnel.sockets import not_itself
 from kohakuriver.unix_sockets import address_of
 
@@ -470,6 +470,7 @@ async def _open_session(server: Server, subprotocols: Sequence[str], walker: Fra
                 raise server.unreachable("what answers there is not the one that was meant")
             refusal = (await opening.answered).headers.get(REFUSAL_HEADER)
             raise greeting_error(text, refusal or await _close_code(first))
+        link.task = (await opening.answered).headers.get(TASK_HEADER, "")
         opened = True
     except asyncio.TimeoutError as exc:
         raise server.late("open the session") from exc

@@ -84,6 +84,7 @@ class Link(asyncio.BufferedProtocol):
         self.on_lost: Callable[[], None] | None = None
         self.on_peer_closes: Callable[[], None] | None = None  # what is to be said before that is answered
         self.label = ""
+        self.task = ""  # the id of the one that a session leads to, where the host tells
         self._transport: asyncio.Transport = cast(asyncio.Transport, None)
         self._sink: TransportSink = cast(TransportSink, None)
 

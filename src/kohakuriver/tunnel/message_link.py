@@ -14,6 +14,7 @@ from collections.abc import Callable
 from typing import Any, Protocol, cast
 
 from kohakuriver._frame import MAX_MESSAGE
+from kohakuriver.tunnel.buffers import receive_buffer
 from kohakuriver.tunnel.closing import CLOSE_WAIT, CloseState, Closing
 from kohakuriver.tunnel.keepalive import IDLE_PING, PONG_WAIT
 from kohakuriver.tunnel.peer_watch import PeerWatch
@@ -24,6 +25,10 @@ __all__ = ["MAX_MESSAGE", "Frames", "MessageLink", "may_close_with", "size_of"]
 
 # Received bytes that may wait for `receive` before reading stops, and sent ones that may wait for the kernel.
 MAX_WAITING = 64 * 1024
+# What is read, and how many messages are taken, before everybody else gets a turn: a frame may have one byte, and costs
+# as much as a large one.
+READ = 16 * 1024
+TAKEN_AT_ONCE = 32
 # With a person at the other end, what is under way is what Ctrl-C does not stop any more.
 INTERACTIVE_WINDOW = 128 * 1024
 
@@ -58,7 +63,7 @@ class Frames(Protocol):
     def close_sent(self) -> Any: ...
 
 
-class MessageLink(asyncio.Protocol):
+class MessageLink(asyncio.BufferedProtocol):
     """One WebSocket after its opening handshake.
 
     `idle_ping` and `pong_wait` are seconds: after so long without a byte from the peer it is pinged, and so long after
@@ -77,6 +82,7 @@ class MessageLink(asyncio.Protocol):
         self._transport: asyncio.Transport = cast(asyncio.Transport, None)
         self._messages: deque[str | bytes] = deque()
         self._waiting = 0
+        self._taken_at_once = 0
         self._parts: list[bytes] = []
         self._text = False
         self._arrived = asyncio.Event()
@@ -168,14 +174,26 @@ class MessageLink(asyncio.Protocol):
             if self.closing.state:
                 return None
             self._arrived.clear()
+            self._taken_at_once = 0
             await self._arrived.wait()
+        self._taken_at_once += 1
+        if self._taken_at_once >= TAKEN_AT_ONCE:
+            self._taken_at_once = 0
+            await asyncio.sleep(0)
         message = self._messages.popleft()
         self._waiting -= len(message)
         if self._waiting < MAX_WAITING:
             self._resume()
         return message
 
+    def get_buffer(self, sizehint: int) -> memoryview:
+        return receive_buffer().view[:READ]
+
+    def buffer_updated(self, nbytes: int) -> None:
+        self.data_received(bytes(receive_buffer().view[:nbytes]))
+
     def data_received(self, data: bytes) -> None:
+        """Bytes have come."""
         self.watch.heard(len(data))
         self._frames.receive_data(data)
         self._handle()

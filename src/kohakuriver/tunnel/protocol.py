@@ -65,7 +65,7 @@ CLIENT_HEADER: Final = "KohakuRiver-Client"
 NEW_TOKEN: Final = b"tok1"
 # The payload of a host's PING of the session: the agent's task is to end (docs/protocol.md §4).
 END_TASK: Final = b"end1"
-# In the answer to an agent: its task's id.
+# In the answer to an agent, and to who opens a session: the task's id.
 TASK_HEADER: Final = "KohakuRiver-Task"
 _EXITED: Final = re.compile(r"exit (\d{1,3})")
 

@@ -16,9 +16,6 @@ from kohakuriver.errors import KohakuRiverError, NotAllowedError, UsageError, fr
 from kohakuriver.text import json_of
 from kohakuriver.tunnel.protocol import TERMINAL_V2, CloseCode
 
-LONGEST_CONTROL: Final = 1 << 20
-"""Characters of a text message, as many as a sent message may have: 16 MiB of JSON hold a program up for a while."""
-
 if TYPE_CHECKING:  # what serves is not what a command line should have to load
     from kohakuriver.tunnel.accept import UpgradeRequest
 
@@ -45,6 +42,8 @@ __all__ = [
 
 MAX_SIDE: Final = 0xFFFF
 MAX_READ: Final = 64 << 10
+MAX_CONTROL: Final = 256 << 10
+"""Characters of a message in JSON. To read one takes up to 20 ns for each, and everybody else waits."""
 
 _SIZED: Final = struct.Struct(">BHH")
 _ON_TERMINAL: Final = 1
@@ -242,8 +241,8 @@ def control(kind: str, **fields: Any) -> str:
 
 def read_control(text: str) -> dict[str, Any]:
     """A JSON message with a type. Raises UsageError."""
-    if len(text) > LONGEST_CONTROL:
-        raise UsageError(f"a text message of a terminal may have {LONGEST_CONTROL} characters at most")
+    if len(text) > MAX_CONTROL:
+        raise UsageError(f"a text message of a terminal has at most {MAX_CONTROL} characters")
     try:
         message = json_of(text)
     except ValueError:

@@ -51,6 +51,11 @@ MAX_AHEAD = 8
 LARGE_ANSWER = 64 << 10
 """Bytes of an answer that is counted: a list of many tasks is longer."""
 
+CHUNKS_FREE, BYTES_A_CHUNK = 1024, 64
+"""Chunks that the body of a request may have, and how many bytes of it give it another: of one byte each 1 MiB is a
+million, each of which costs as much as a large one, and those that came with a head are there before anybody was asked
+for a credential."""
+
 SMALL_BODY = 64 << 10
 """Bytes of a body that is let in a little longer than others, as those of heartbeats are."""
 
@@ -250,6 +255,8 @@ class GuardedHttp(HttpToolsProtocol):
         self._refusal: tuple[int, str, str] | None = None
         self._in_head = True
         self._fed = self._head = self._body = 0
+        self._chunked = False
+        self._pieces = 0  # of a chunked body
         self._completed = False
         self._bodies: list[Body] = []
         self._unanswered: list[Any] = []
@@ -292,7 +299,7 @@ class GuardedHttp(HttpToolsProtocol):
 
     def on_message_begin(self) -> None:
         self._in_head = True
-        self._fed = self._head = self._body = 0
+        self._fed = self._head = self._body = self._pieces = 0
         self._start_clock()
         super().on_message_begin()
         self._bodies = [body for body in self._bodies if body.size]
@@ -324,12 +331,18 @@ class GuardedHttp(HttpToolsProtocol):
             self.flow.pause_reading()  # until whoever works on the request asks for its body
             # Some of it may be here already. Whoever turns out to be no node is refused, and then holds nothing.
             self._bodies[-1].of_node = self.ahead(self.scope["path"])
+        self._chunked = any(name == b"transfer-encoding" for name, _ in self.headers)
 
     def on_body(self, body: bytes) -> None:
         self._body += len(body)
         if self._body > self.limits.max_body:
             self._refusal = 413, "too_large", f"The body of a request may have at most {self.limits.max_body} bytes."
             raise _Refused
+        if self._chunked:
+            self._pieces += 1
+            if self._pieces > CHUNKS_FREE + self._body // BYTES_A_CHUNK:
+                self._refusal = 400, "bad_request", "The chunks of this request's body are too small; send larger ones."
+                raise _Refused
         if not self.cycle.response_complete:
             self._hold(len(body))
         super().on_body(body)

@@ -209,7 +209,7 @@ class AppGate:
             self._noting.add(noting)
             noting.add_done_callback(self._noted)
         place = asked.address.places[session.preserve_host, session.keep_prefix]
-        return Destination(place, session.endpoint, lambda: session.trouble, more, session.pace)
+        return Destination(place, session.endpoint, lambda: session.trouble, more, session.pace, session.places)
 
     def _noted(self, task: asyncio.Task[None]) -> None:
         self._noting.discard(task)

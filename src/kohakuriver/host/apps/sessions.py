@@ -22,7 +22,7 @@ from kohakuriver.asking import Asker, asking
 from kohakuriver.errors import KohakuRiverError, NotAllowedError, NotFoundError
 from kohakuriver.limits import Limits
 from kohakuriver.rates import TokenBucket
-from kohakuriver.runtime import cancel_all
+from kohakuriver.runtime import cancel_all, file_limit
 from kohakuriver.session.carried import Carrier, Passed, Route, at_runner
 from kohakuriver.session.pace import BURST_SECONDS, PacedReads
 from kohakuriver.tunnel.backoff import Backoff
@@ -47,6 +47,10 @@ BUDGET = 16 << 20
 
 OF_USER, OF_ALL = 64 << 20, 256 << 20
 """The same of all sessions of a user, and of all users."""
+
+MOST_CONNECTIONS = 2000
+"""Of browsers that are open to services by one user's sessions, links included; with all users' they may have half of
+the files that this program may open, and one user's a quarter of that. Each takes one here, and none where it leads."""
 
 HOLD = 120
 """How many seconds streams wait for a runner that is away, and, where this host is gone, in vain for another link."""
@@ -101,6 +105,27 @@ class _Pace:
         return self._bucket.take(size, time.monotonic())
 
 
+class Places:
+    """How many connections of browsers may be open to services, of those that are counted `within` others, too."""
+
+    def __init__(self, most: int, within: Places | None = None) -> None:
+        self._left = most
+        self._within = within
+
+    def enter(self) -> bool:
+        """Take a place, if there is one."""
+        if not self._left or (self._within is not None and not self._within.enter()):
+            return False
+        self._left -= 1
+        return True
+
+    def leave(self) -> None:
+        """Give it back."""
+        self._left += 1
+        if self._within is not None:
+            self._within.leave()
+
+
 class _Leg:
     """A session while it is on one link: what is entered among the host's sessions, and written down."""
 
@@ -130,6 +155,7 @@ class AppSession:
         self.used_at = time.monotonic()
         self.trouble: str | None = None
         self.pace = _Pace(rate) if rate else None
+        self.places: Places | None = None
         self.preserve_host = False
         self.keep_prefix = False
         self._sessions = sessions
@@ -148,6 +174,7 @@ class AppSession:
             user, route = await self._sessions.authorize(self.key)
             if not again:
                 self.endpoint = _Endpoint(self._rate, self._sessions.share_of(user), self._detached)
+                self.places = self._sessions.places_of(user)
             if not again:  # one that is open is told of changes
                 self.preserve_host, self.keep_prefix = route.preserve_host, route.keep_prefix
             leg = _Leg(self, self._sessions.carrier, route)
@@ -260,6 +287,8 @@ class Sessions:
         self._closing: set[asyncio.Task[None]] = set()
         self._all = Share(OF_ALL)
         self._shares: WeakValueDictionary[str, Share] = WeakValueDictionary()
+        self._places_of_all = Places(file_limit() // 2)
+        self._places: WeakValueDictionary[str, Places] = WeakValueDictionary()
 
     def get(self, key: Key) -> AppSession | None:
         """The session that is open."""
@@ -310,6 +339,14 @@ class Sessions:
         if share is None:
             share = self._shares[user] = Share(OF_USER, self._all)
         return share
+
+    def places_of(self, user: str) -> Places:
+        """Those of a user, in all sessions together."""
+        places = self._places.get(user)
+        if places is None:
+            most = min(MOST_CONNECTIONS, file_limit() // 8)
+            places = self._places[user] = Places(most, self._places_of_all)
+        return places
 
     def forget(self, session: AppSession) -> None:
         """A session has ended."""

@@ -234,7 +234,8 @@ def _of_tasks(views: list[TaskView]) -> Parts:
 
 
 def _without_traffic(view: TaskView) -> Part:
-    """A task as told; what went through it is told by itself, since it changes all the time."""
+    """A task as told; what went through it is told by itself, since it changes all the time. Of long lists, as of a
+    command's words, the beginning is told: each who looks on may have all tasks waiting here."""
     told = view.to_json()
     del told["traffic"]
     return {name: _short(value) for name, value in told.items()}

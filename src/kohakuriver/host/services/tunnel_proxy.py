@@ -39,6 +39,7 @@ from kohakuriver.tunnel.protocol import (
     OP_TEXT,
     PROTO_TERMINAL,
     SESSION_ID,
+    TASK_HEADER,
     TUNNEL_V2,
     CloseCode,
     Opening,
@@ -563,7 +564,7 @@ class TunnelProxy:
                 session.carried.stays()  # it may have a name, which was told in a session before
         with session.carried:
             runner = await self._open_at_runner(session, route, request, port_and_query)
-            self._splice(session, request, runner, about)
+            self._splice(session, request, runner, about, route.task_id)
         log.info("session opened", task=route.task, proto=about["proto"], peer=request.peer)
 
     async def _open_at_runner(
@@ -577,9 +578,12 @@ class TunnelProxy:
                 walker=session.container_side.walker,
             )
 
-    def _splice(self, session: ProxySession, request: UpgradeRequest, runner: Link, about: dict[str, Any]) -> None:
+    def _splice(
+        self, session: ProxySession, request: UpgradeRequest, runner: Link, about: dict[str, Any], task_id: int
+    ) -> None:
+        told = {TASK_HEADER: str(task_id)}
         try:
-            user = request.accept(session.user.walker, session.user, version=runner.version)
+            user = request.accept(session.user.walker, session.user, version=runner.version, headers=told)
         except KohakuRiverError:  # the user has hung up
             runner.close()
             raise
