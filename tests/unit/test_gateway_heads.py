@@ -218,9 +218,14 @@ def test_no_line_between_chunks_goes_on_before_all_of_it_was_read() -> None:
 
 def test_tiny_chunks_are_not_looked_at_one_by_one(monkeypatch: pytest.MonkeyPatch) -> None:
     """A read may hold 170,000 of them, and all other streams wait for as long as they take."""
-    lines = []
+    lines: list[bytes] = []
     read_line = Chunks._read_line
-    monkeypatch.setattr(Chunks, "_read_line", lambda self, line: (lines.append(line), read_line(self, line)))
+
+    def counted(chunks: Chunks, line: bytes) -> None:
+        lines.append(line)
+        read_line(chunks, line)
+
+    monkeypatch.setattr(Chunks, "_read_line", counted)
     body = b"1\r\nx\r\n1;a=b\r\ny\r\n0001\r\nz\r\n" * 10_000 + b"0\r\n\r\n"
     assert passed(body, len(body)) == (body, b"", True)
     assert len(lines) == 2
