@@ -221,11 +221,11 @@ def test_tiny_chunks_are_not_looked_at_one_by_one(monkeypatch: pytest.MonkeyPatc
     lines: list[bytes] = []
     read_line = Chunks._read_line
 
-    def noted(self: Chunks, line: bytes) -> None:
+    def counted(chunks: Chunks, line: bytes) -> None:
         lines.append(line)
-        read_line(self, line)
+        read_line(chunks, line)
 
-    monkeypatch.setattr(Chunks, "_read_line", noted)
+    monkeypatch.setattr(Chunks, "_read_line", counted)
     body = b"1\r\nx\r\n1;a=b\r\ny\r\n0001\r\nz\r\n" * 10_000 + b"0\r\n\r\n"
     assert passed(body, len(body)) == (body, b"", True)
     assert len(lines) == 2

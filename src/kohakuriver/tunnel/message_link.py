@@ -104,7 +104,8 @@ class MessageLink(asyncio.BufferedProtocol):
         if transport.is_closing():  # it went during the handshake, and told the protocol that it had then
             asyncio.get_running_loop().call_soon(self.connection_lost, None)
         elif early:
-            self.data_received(early)
+            self._frames.receive_data(early)
+            self._handle()
 
     @property
     def close_code(self) -> int:
@@ -190,12 +191,8 @@ class MessageLink(asyncio.BufferedProtocol):
         return receive_buffer().view[:READ]
 
     def buffer_updated(self, nbytes: int) -> None:
-        self.data_received(bytes(receive_buffer().view[:nbytes]))
-
-    def data_received(self, data: bytes) -> None:
-        """Bytes have come."""
-        self.watch.heard(len(data))
-        self._frames.receive_data(data)
+        self.watch.heard(nbytes)
+        self._frames.receive_data(bytes(receive_buffer().view[:nbytes]))
         self._handle()
 
     def eof_received(self) -> bool:
