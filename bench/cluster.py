@@ -244,7 +244,7 @@ class Bench:
     def well(self, of: str) -> None:
         """Rows of what has to be well at all times: bytes, and requests."""
         self.row(f"bytes lost or changed by {of}", str(self.load.lost), holds=self.load.lost == 0)
-        for each in self.asking:
+        for each in filter(lambda each: each.asked, self.asking):
             told = f"{len(each.failed)} of {each.asked}, slowest {each.slowest:.2f} s"
             self.row(f"failed by {of}: {each.name}", told, holds=not each.failed)
 
