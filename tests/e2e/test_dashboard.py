@@ -48,6 +48,8 @@ axe.run(document, {resultTypes: ["violations"]}).then(
 KIND = "return document.querySelector('[name=kind]:checked').value;"
 LIVE = "return document.querySelector('.live:not(.off)') !== null;"
 SCREEN = "const rows = document.querySelector('.xterm-rows'); return rows ? rows.innerText : '';"
+SELECTED = "return document.querySelector('.xterm-selection div') !== null;"
+COPIED = "const done = arguments[0]; navigator.clipboard.readText().then(done, error => done(String(error)));"
 COLOURS_SHOWN = "return [...document.querySelectorAll('.xterm-rows span')].map(e => getComputedStyle(e).color);"
 
 SIZES = {"wide": (1280, 800), "phone": (390, 844)}
@@ -227,6 +229,8 @@ def test_what_is_selected_in_a_terminal_is_copied_and_any_of_the_keys_for_it_pas
     from selenium.webdriver import ActionChains
     from selenium.webdriver.common.keys import Keys
 
+    may = ["clipboardReadWrite", "clipboardSanitizedWrite"]  # from then on nothing else may be done
+    page.browser.execute_cdp_cmd("Browser.grantPermissions", {"permissions": may})
     with serving_files(cluster, "pasted"):
         page.shows("pasted")
         page.go("tasks/pasted/terminal")
@@ -236,7 +240,9 @@ def test_what_is_selected_in_a_terminal_is_copied_and_any_of_the_keys_for_it_pas
         word = page.browser.find_element("css selector", ".xterm-rows > div")
         beginning = 30 - word.size["width"] // 2  # of the row, from its middle
         ActionChains(page.browser).move_to_element_with_offset(word, beginning, 0).double_click().perform()
+        until(lambda: page.browser.execute_script(SELECTED), "the word is selected")
         page.press(Keys.CONTROL, key="c")
+        until(lambda: page.browser.execute_async_script(COPIED) == "copied-42", "the word is copied")
         for held in ((Keys.CONTROL,), (Keys.CONTROL, Keys.SHIFT)):
             page.type(f"echo {len(held)}-")
             page.press(*held, key="v")
