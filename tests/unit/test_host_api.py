@@ -476,6 +476,31 @@ def test_waiting_ends_as_soon_as_the_tunnel_is_connected(run: Run, tmp_path: Pat
     run(check())
 
 
+def test_however_many_wait_for_a_task_the_database_is_asked_once_when_it_changes(
+    run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def check() -> None:
+        async with a_host(tmp_path) as host:
+            runner = await host.runner()
+            task = await host.create(name="web")
+            asked: list[str] = []
+            look = host.store.task_and_node
+
+            async def noted(reference: str) -> Any:
+                asked.append(reference)
+                return await look(reference)
+
+            monkeypatch.setattr(host.store, "task_and_node", noted)
+            waiting = [asyncio.ensure_future(host.tasks.wait(task["task_id"], 30)) for _ in range(200)]
+            await until(lambda: len(asked) >= 1)
+            runner.change(task["container"], tunnel=True)
+            await runner.beat()
+            assert all(view.tunnel for view in await asyncio.gather(*waiting))
+            assert len(asked) < 20
+
+    run(check())
+
+
 def test_a_tunnel_counts_as_gone_when_its_runner_was_started_again(run: Run, tmp_path: Path) -> None:
     async def check() -> None:
         async with a_host(tmp_path) as host:

@@ -14,6 +14,7 @@ from kohakuriver.store.models import OF_USERS, TOKEN_ID_LENGTH, Node, Share, Tas
 from kohakuriver.store.news import News
 from kohakuriver.store.passes import Passes
 from kohakuriver.store.session_counts import SessionCounts
+from kohakuriver.store.together import Together
 from kohakuriver.store.volumes import VolumeRow, Volumes, elsewhere, volume_names
 
 __all__ = [
@@ -34,6 +35,7 @@ __all__ = [
     "Share",
     "Store",
     "Task",
+    "Together",
     "Token",
     "Use",
     "User",

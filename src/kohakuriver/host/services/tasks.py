@@ -36,7 +36,7 @@ from kohakuriver.host.services.nodes import Nodes
 from kohakuriver.host.services.runner_client import RunnerClient, makes_no_sense
 from kohakuriver.host.services.volumes import node_of
 from kohakuriver.session.nodes import AWAY, NodeOfflineError
-from kohakuriver.store import Accounts, Node, Store, Task, Volumes, volume_names
+from kohakuriver.store import Accounts, Node, Store, Task, Together, Volumes, volume_names
 from kohakuriver.task import (
     TaskOrder,
     TaskReport,
@@ -131,6 +131,8 @@ class Tasks:
         self._changes = changes
         self._clock = clock
         self._telling: WeakValueDictionary[str, asyncio.Lock] = WeakValueDictionary()
+        # Thousands may wait for one task, and all look when something about it changes.
+        self._waited_for: Together[int, tuple[Task, Node]] = Together(lambda task_id: store.task_and_node(str(task_id)))
         self.variables: Callable[[int, str | None], Mapping[str, str]] = lambda task_id, name: {}
 
     def view(self, task: Task, node: Node, shared_with: Sequence[str] = ()) -> TaskView:
@@ -489,7 +491,7 @@ class Tasks:
         with self._changes.watch(task_id) as changed:
             while True:
                 changed.clear()
-                task, node = await self._store.task_and_node(str(task_id))
+                task, node = await self._waited_for(task_id)
                 view = self.view(task, node)
                 if view.status == "running" and view.tunnel:
                     return await self.get(task, node)
