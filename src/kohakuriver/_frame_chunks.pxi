@@ -58,3 +58,35 @@ def whole_chunks(buf, Py_ssize_t start):
         return at
     finally:
         PyBuffer_Release(&view)
+
+
+def chunk_data(buf, Py_ssize_t start, Py_ssize_t stop):
+    """What is in the chunks from `start` to `stop`, as `whole_chunks` has found them; bytes."""
+    cdef Py_buffer view
+    cdef Py_ssize_t at, end, line, size, used = 0
+    cdef const uint8_t *data
+    cdef bytearray out
+    cdef uint8_t *into
+    PyObject_GetBuffer(buf, &view, PyBUF_SIMPLE)
+    try:
+        if start < 0 or stop > view.len or start > stop:
+            raise ValueError("the chunks are outside of the buffer")
+        out = bytearray(stop - start)
+        into = out
+        data = <const uint8_t *>view.buf
+        with nogil:
+            at = start
+            while at < stop:
+                end = whole_chunk(data, at, stop)
+                if end == at:
+                    break
+                line = at
+                while data[line] != 10:
+                    line += 1
+                size = end - 2 - (line + 1)
+                memcpy(into + used, data + line + 1, size)
+                used += size
+                at = end
+        return bytes(memoryview(out)[:used])
+    finally:
+        PyBuffer_Release(&view)

@@ -44,9 +44,10 @@ __all__ = [
     "asked_for",
     "describe_exit",
     "is_engine_id",
-    "is_node_name",
     "is_public_key",
     "is_task_name",
+    "is_told_node_name",
+    "is_told_task_name",
     "matching",
     "next_revision",
     "part_of",
@@ -226,12 +227,17 @@ Moment = Annotated[float, _between(0, 253_402_300_799)]  # up to the year 9999
 
 def is_task_name(text: str) -> bool:
     """Whether a task may be called this."""
-    return re.fullmatch(_NAME, text) is not None and not text.isdigit() and not text.endswith(".kohakuriver")
+    return is_told_task_name(text) and not text.endswith(".kohakuriver")
 
 
-def is_node_name(text: str) -> bool:
-    """Whether a node may be called this."""
-    return re.fullmatch(_NODE_NAME, text) is not None
+def is_told_task_name(text: str) -> bool:
+    """Whether a host may say that a task is called this. One that was made by another version may be."""
+    return re.fullmatch(_NAME, text) is not None and not text.isdigit()
+
+
+def is_told_node_name(text: str) -> bool:
+    """Whether a host may say that a node is called this, which of a host's own begins with `@`."""
+    return re.fullmatch(f"@?{_NODE_NAME}", text) is not None
 
 
 def is_public_key(text: str) -> bool:

@@ -30,7 +30,9 @@ def chunks(draw: st.DrawFn) -> bytes:
 def test_the_same_chunks_are_skipped_as_by_the_twin(data: bytes, start: int, cut: int) -> None:
     data = data[: len(data) - cut]
     start = min(start, len(data))
-    assert _frame.whole_chunks(data, start) == twin.whole_chunks(data, start)
+    whole = _frame.whole_chunks(data, start)
+    assert whole == twin.whole_chunks(data, start)
+    assert _frame.chunk_data(data, start, whole) == twin.chunk_data(data, start, whole)
 
 
 def test_the_longest_line_is_skipped_and_no_longer_one() -> None:

@@ -614,12 +614,13 @@ def test_a_body_that_ends_with_its_connection_ends_the_browsers(run: Run) -> Non
 
 def test_a_program_that_speaks_http_1_0_is_sent_no_chunks(run: Run) -> None:
     async def main() -> None:
-        body = b"".join(b"%x\r\n%b\r\n" % (len(PIECE), PIECE) for _ in range(3))
+        pieces = [PIECE, b"a", b"bc", PIECE, b"d" * 1000]
+        body = b"".join(b"%x\r\n%b\r\n" % (len(each), each) for each in pieces)
         answer = b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n" + body + b"0\r\nX: y\r\n\r\n"
         async with behind(Said(answer)) as (_, browser):
             browser.send(browser.head("GET /").replace(b"HTTP/1.1\r\n", b"HTTP/1.0\r\n", 1))
             head, _, came = (await browser.reader.read(-1)).partition(b"\r\n\r\n")
-            assert (b"chunked" in head, b"Connection: close" in head, came == PIECE * 3) == (False, True, True)
+            assert (b"chunked" in head, b"Connection: close" in head, came == b"".join(pieces)) == (False, True, True)
 
     run(main())
 

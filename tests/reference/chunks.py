@@ -30,3 +30,14 @@ def _whole_chunk(data: bytes, at: int) -> int | None:
     size = int(line[1], 16)
     end = line.end() + size
     return end + 2 if size and data[end : end + 2] == b"\r\n" else None
+
+
+def chunk_data(buf: bytes | bytearray | memoryview, start: int, stop: int) -> bytes:
+    data = bytes(buf)
+    if not 0 <= start <= stop <= len(data):
+        raise ValueError("the chunks are outside of the buffer")
+    at, out = start, b""
+    while (end := _whole_chunk(data[:stop], at)) is not None:
+        out += data[data.index(b"\n", at) + 1 : end - 2]
+        at = end
+    return out

@@ -161,6 +161,20 @@ def test_what_ssh_would_take_for_more_than_a_task_is_believed_of_no_host(
         asked(run, settings, answer, lambda host: host.tasks())
 
 
+def test_a_hosts_own_node_and_a_name_that_no_new_task_can_have_are_believed(run: Run, settings: Settings) -> None:
+    node: dict[str, Any] = {"url": "http://n1:8001", "status": "online", "last_seen": None, "backends": []}
+    node |= {"tasks": 0, "version": "1"}
+    nodes = [{**node, "name": name} for name in ("n1", "@agents", "@agents-1a2b3c4d")]
+    found = asked(run, settings, lambda _: httpx.Response(200, json=nodes), lambda host: host.nodes())
+    assert [node.name for node in found] == ["n1", "@agents", "@agents-1a2b3c4d"]
+    tasks = [{**TASK, "name": "lab.kohakuriver"}]
+    (task,) = asked(run, settings, lambda _: httpx.Response(200, json=tasks), lambda host: host.tasks())
+    assert task.name == "lab.kohakuriver"
+    hostile = [{**node, "name": "n1; touch x"}]
+    with pytest.raises(KohakuRiverError, match="don't trust that host"):
+        asked(run, settings, lambda _: httpx.Response(200, json=hostile), lambda host: host.nodes())
+
+
 class Endless(httpx.AsyncByteStream):
     """An answer that goes on for as long as somebody reads it."""
 

@@ -166,9 +166,9 @@ def test_nothing_but_a_websocket_is_switched_to(fields: bytes, wanted: bool) -> 
     assert wants_websocket(read_request(b"GET / HTTP/1.1\r\n" + fields + b"\r\n")) is wanted
 
 
-def passed(body: bytes, size: int) -> tuple[bytes, bytes, bool]:
+def passed(body: bytes, size: int, *, bare: bool = False) -> tuple[bytes, bytes, bool]:
     """What of `body` goes on, what is left behind it, and whether it is over, when it comes `size` bytes at a time."""
-    chunks, out, at = Chunks(), b"", 0
+    chunks, out, at = Chunks(bare=bare), b"", 0
     while at < len(body) and not chunks.over:
         consumed, pieces = chunks.walk(memoryview(body)[at : at + size])
         out += b"".join(pieces)
@@ -182,6 +182,9 @@ def test_chunks_go_on_as_they_are_and_a_trailer_stays_here(size: int) -> None:
     assert passed(chunks + b"\r\nGET ", size) == (chunks + b"\r\n", b"GET ", True)
     assert passed(chunks + b"Content-Length: 5\r\nX: y\r\n\r\nGET ", size) == (chunks + b"\r\n", b"GET ", True)
     assert passed(chunks, size) == (chunks, b"", False)
+    told = b"hello0123456789"
+    assert passed(chunks + b"X: y\r\n\r\nGET ", size, bare=True) == (told, b"GET ", True)
+    assert passed(chunks, size, bare=True) == (told, b"", False)
 
 
 HOSTILE_CHUNKS = {

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import logging
 import threading
 import time
 from collections.abc import Callable, Coroutine
@@ -222,32 +223,54 @@ def test_at_a_runner_the_bodies_of_one_users_tasks_have_a_share_too(run: Run, tm
     run(check())
 
 
-@pytest.mark.parametrize("length", [f"Content-Length: {LONGEST_REQUEST + 1}", "Transfer-Encoding: chunked"])
-def test_no_body_is_read_that_is_longer_than_a_user_needs(run: Run, tmp_path: Path, length: str) -> None:
+@pytest.mark.parametrize(
+    ("length", "status"), [(f"Content-Length: {LONGEST_REQUEST + 1}", 413), ("Transfer-Encoding: chunked", 411)]
+)
+def test_no_body_is_read_that_is_longer_than_a_user_needs(run: Run, tmp_path: Path, length: str, status: int) -> None:
     async def check() -> None:
         async with a_host(tmp_path) as host:
             _, eve = await host.person("eve")
             reader, writer = await asyncio.open_connection("127.0.0.1", int(host.url.rpartition(":")[2]))
             head = f"POST /api/tasks HTTP/1.1\r\nHost: 127.0.0.1\r\nAuthorization: Bearer {eve}\r\n{length}\r\n\r\n"
             writer.write(head.encode())
-            assert (await reader.readuntil(b"}")).startswith(b"HTTP/1.1 413 ")
+            assert (await reader.readuntil(b"}")).startswith(b"HTTP/1.1 %d " % status)
             writer.close()
 
     run(check())
 
 
 @pytest.mark.parametrize("path", ["/api/auth/device", "/api/auth/device/token"])
-@pytest.mark.parametrize("length", ["Content-Length: 1048576", "Transfer-Encoding: chunked"])
-def test_what_is_open_to_strangers_reads_no_large_bodies(run: Run, tmp_path: Path, path: str, length: str) -> None:
+@pytest.mark.parametrize(("length", "status"), [("Content-Length: 1048576", 413), ("Transfer-Encoding: chunked", 411)])
+def test_what_is_open_to_strangers_reads_no_large_bodies(
+    run: Run, tmp_path: Path, path: str, length: str, status: int
+) -> None:
     async def check() -> None:
         async with a_host(tmp_path) as host:
             reader, writer = await asyncio.open_connection("127.0.0.1", int(host.url.rpartition(":")[2]))
             writer.write(f"POST {path} HTTP/1.1\r\nHost: 127.0.0.1\r\n{length}\r\n\r\n".encode())
             answer = await reader.readuntil(b"}")  # though nothing of the body has come
-            assert answer.startswith(b"HTTP/1.1 413 ")
+            assert answer.startswith(b"HTTP/1.1 %d " % status)
             writer.close()
             asked = await host.nobody.post("/api/auth/device", json={"machine": "laptop"})
             assert asked.status_code == 201
+
+    run(check())
+
+
+def test_who_leaves_in_the_middle_of_a_body_is_no_failure_of_the_host(
+    run: Run, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    async def check() -> None:
+        async with a_host(tmp_path) as host:
+            port = int(host.url.rpartition(":")[2])
+            for path, token in (("tokens", host.admin_token), ("auth/device", ""), ("nodes/n1/heartbeat", "x")):
+                _, writer = await asyncio.open_connection("127.0.0.1", port)
+                head = f"POST /api/{path} HTTP/1.1\r\nHost: 127.0.0.1\r\nContent-Length: 100\r\n"
+                writer.write(f"{head}Authorization: Bearer {token}\r\n\r\n{{".encode())
+                await asyncio.sleep(0.1)  # so long that it is being read
+                writer.close()
+            await host.user.get("/api/tasks")
+            assert not [line.getMessage() for line in caplog.records if line.levelno >= logging.ERROR]
 
     run(check())
 

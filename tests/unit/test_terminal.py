@@ -42,7 +42,7 @@ def test_a_start_that_makes_no_sense_is_refused(fields: dict[str, object]) -> No
 
 
 NESTED = '{"type": "input", "data": ' + "[" * 100_000 + "]" * 100_000 + "}"
-LONG = '{"type": "input", "data": [' + "{}," * 100_000 + "{}]}"
+LONG = '{"type": "input", "data": [' + "{}," * 200_000 + "{}]}"
 
 
 @pytest.mark.parametrize("text", ["", "[]", "{", '{"type": 1}', "null", "{}", NESTED, LONG], ids=lambda text: text[:14])

@@ -45,7 +45,7 @@ fn refused_credentials_are_said_in_one_line_and_attempts_go_on() {
             .write(format!("HTTP/1.1 {status} No\r\n\r\n").as_bytes());
         let line = client.line_with("warn");
         assert!(
-            line.contains("refused this container's token") && line.contains(&status.to_string()),
+            line.contains("refused this token") && line.contains(&status.to_string()),
             "{line}"
         );
         assert!(client.child.try_wait().unwrap().is_none());

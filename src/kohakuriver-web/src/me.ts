@@ -33,5 +33,5 @@ let told = Date.now();
 export function used(): void {
   if (Date.now() - told < USED_MS) return;
   told = Date.now();
-  load().catch(() => undefined);
+  check().catch(() => undefined);
 }

@@ -78,7 +78,7 @@ def _told(ctx: typer.Context, incomplete: str, ask: Callable[[HostClient], Await
     given = {name: ctx.params.get(name) for name in ("host", "token", "ca_file")}
     try:
         words = _put(load_settings(**given), ask)
-        return [word for word in words if word.startswith(incomplete) and re.fullmatch(r"[\w./-]+", word, re.ASCII)]
+        return [word for word in words if word.startswith(incomplete) and re.fullmatch(r"@?[\w./-]+", word, re.ASCII)]
     except KohakuRiverError:
         return []
 

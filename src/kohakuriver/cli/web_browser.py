@@ -5,10 +5,10 @@ from __future__ import annotations
 import os
 import sys
 
-__all__ = ["has_screen", "open_window"]
+__all__ = ["open_window"]
 
 
-def has_screen() -> bool:
+def _has_screen() -> bool:
     """Whether a browser would open in a window, rather than in this terminal."""
     shown = ("BROWSER", "DISPLAY", "WAYLAND_DISPLAY")
     return sys.platform in ("win32", "darwin") or any(os.environ.get(name) for name in shown)
@@ -23,6 +23,6 @@ def open_window(url: str) -> bool:
     import webbrowser
 
     try:
-        return has_screen() and webbrowser.open(url)
+        return _has_screen() and webbrowser.open(url)
     except (OSError, webbrowser.Error):
         return False

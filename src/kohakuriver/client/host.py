@@ -47,9 +47,9 @@ from kohakuriver.task import (
     NewTask,
     TaskTraffic,
     asked_for,
-    is_node_name,
     is_public_key,
-    is_task_name,
+    is_told_node_name,
+    is_told_task_name,
     taken_from,
 )
 from kohakuriver.task import TaskView as Task
@@ -307,7 +307,7 @@ def _task(answer: Any) -> Task:
         answer = {**answer, "traffic": _record(TaskTraffic, answer["traffic"] or {})}
     task = _record(Task, answer)
     keys = [str(key) for key in (task.ssh_host_key, task.ssh_host_key_ecdsa) if key is not None]
-    if type(task.task_id) is not int or not is_task_name(str(task.name)) or not all(map(is_public_key, keys)):
+    if type(task.task_id) is not int or not is_told_task_name(str(task.name)) or not all(map(is_public_key, keys)):
         raise _not_ours("task")
     return task
 
@@ -316,7 +316,7 @@ def _node(answer: Any) -> Node:
     if isinstance(answer, dict) and "traffic" in answer:
         answer = {**answer, "traffic": _record(Traffic, answer["traffic"] or {})}
     node = _record(Node, answer)
-    if not is_node_name(str(node.name)):
+    if not is_told_node_name(str(node.name)):
         raise _not_ours("node")
     return node
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import enum
 import re
 
-from kohakuriver._frame import whole_chunks
+from kohakuriver._frame import chunk_data, whole_chunks
 from kohakuriver.gateway.heads import Malformed
 
 __all__ = ["Chunks"]
@@ -62,6 +62,8 @@ class Chunks:
             if self._at is _At.SIZE and not self._line:
                 whole = whole_chunks(data, at)
                 if whole > at:
+                    if self._bare:
+                        pieces.append(memoryview(chunk_data(data, at, whole)))
                     at = whole
                     continue
             before, begun, in_trailer = at, bool(self._line), self._at is _At.TRAILER

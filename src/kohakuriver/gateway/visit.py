@@ -42,7 +42,7 @@ HEAD_SECONDS, IDLE_SECONDS, REST_SECONDS, UNREAD_SECONDS, LEFT_SECONDS = 15.0, 9
 ours not be read, and a service that was told that its browser sends no more say nothing."""
 LONGEST_FORM = 4096
 """Bytes of a body that is the gateway's own."""
-_FULL = "As many connections lead to apps of this task's users as may; close some pages and try again."
+_FULL = "Too many connections lead to apps now; close some pages and try again."
 _END = b"\r\n\r\n"
 
 

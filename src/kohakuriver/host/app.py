@@ -146,15 +146,16 @@ class _OfAnybody(Checked):
 
 
 def _need_length(request: Request, most: int) -> None:
-    """Raises UsageError "too_large" (413) for a request whose body is longer, or does not say how long it is."""
-    length = request.headers.get("content-length", "0")
-    # The parser has let in nothing but a number.
-    if "transfer-encoding" in request.headers or int(length) > most:
+    """Raises UsageError "too_large" (413) for a request with a longer body, "no_length" (411) where it is not said."""
+    if "transfer-encoding" in request.headers:
         raise UsageError(
-            f"Here a request may have {most} bytes at most, and has to say how many it has.",
-            code="too_large",
-            status=413,
+            "Here a request says how many bytes it has: give it a Content-Length, and no chunks.",
+            code="no_length",
+            status=411,
         )
+    # The parser has let in nothing but a number.
+    if int(request.headers.get("content-length", "0")) > most:
+        raise UsageError(f"Here a request may have {most} bytes at most.", code="too_large", status=413)
 
 
 async def _authenticated(request: Request) -> tuple[Caller, Token]:

@@ -75,8 +75,8 @@ MOST_VARIABLES = 1000
 LONGEST_ORDER, PART_BYTES = 64 << 10, 8
 """Characters of a new task's command, variables and so on, and for how many each part of a list counts besides. All
 tasks of a user are told at once, to everybody who may use them, whenever one of them changes."""
-LONGEST_REQUEST = 256 << 10
-"""Bytes of a user's request: an order, with public keys, and all of it in escapes."""
+LONGEST_REQUEST = 512 << 10
+"""Bytes of a user's request: an order whose letters are all escapes (`\\u5b57`), with some public keys."""
 LONGEST_PROGRAM = 64
 LONGEST_TOKEN_SECONDS = 100 * 366 * 86400.0
 
@@ -131,7 +131,7 @@ def _of_few_parts(data: object) -> object:
 
 
 def _size_of_order(name: str, value: object) -> int:
-    """What a field of a new task counts for, in bytes; of a part that is no text its own place alone. Raises
+    """What a field of a new task counts for, in characters; of a part that is no text its own place alone. Raises
     ValueError."""
     if name == "ssh_keys" or not isinstance(value, (str, list, dict)):
         return 0
@@ -169,7 +169,7 @@ class CreateRequest(NewTask):
             if sum(_size_of_order(name, value) for name, value in asked.items()) > LONGEST_ORDER:
                 raise ValueError(
                     f"its command, variables and whatever else it is asked for with have more than "
-                    f"{LONGEST_ORDER >> 10} KiB together"
+                    f"{LONGEST_ORDER} characters together"
                 )
         _text(asked)
         return data

@@ -396,9 +396,9 @@ class Runner:
 class Listening:
     """Where tunnel clients reach the runner, with a listener on one more address where one is needed.
 
-    That is for those that have no socket of their own (`Doors`). Tunnel clients don't speak TLS, for what they send
-    stays on the node: it goes over loopback, or to the node's own address on a bridge network. Where the runner serves
-    TLS they have listeners of their own.
+    That is for those that have no socket of their own (`Doors`). Their tunnel clients speak no TLS, for what they
+    send stays on the node: it goes over loopback, or to the node's own address on a bridge network. Where the runner
+    serves TLS they have listeners of their own; jobs of Slurm come to the runner's own port then.
     """
 
     def __init__(

@@ -42,7 +42,7 @@ __all__ = [
 
 MAX_SIDE: Final = 0xFFFF
 MAX_READ: Final = 64 << 10
-MAX_CONTROL: Final = 256 << 10
+MAX_TEXT: Final = 512 << 10
 """Characters of a message in JSON. To read one takes up to 20 ns for each, and everybody else waits."""
 
 _SIZED: Final = struct.Struct(">BHH")
@@ -241,8 +241,8 @@ def control(kind: str, **fields: Any) -> str:
 
 def read_control(text: str) -> dict[str, Any]:
     """A JSON message with a type. Raises UsageError."""
-    if len(text) > MAX_CONTROL:
-        raise UsageError(f"a text message of a terminal has at most {MAX_CONTROL} characters")
+    if len(text) > MAX_TEXT:
+        raise UsageError(f"a text message of a terminal has at most {MAX_TEXT} characters")
     try:
         message = json_of(text)
     except ValueError:

@@ -21,6 +21,7 @@ from fastapi.responses import JSONResponse
 from fastapi.routing import APIRoute
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect
 from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
@@ -245,10 +246,10 @@ class Checked(APIRoute):
 
 
 async def _json(request: Request) -> object:
-    """A request's body; None where it can't be read, which FastAPI says."""
+    """A request's body; None where it can't be read, or its peer has gone meanwhile, which FastAPI says."""
     try:
         return await request.json()
-    except (ValueError, RecursionError):
+    except (ValueError, RecursionError, ClientDisconnect):
         return None
 
 

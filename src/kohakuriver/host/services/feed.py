@@ -45,6 +45,8 @@ SOONEST_SECONDS = 0.2
 MOST_FOLLOWERS = 64
 """Of one user."""
 
+_WHOLE = ("shared_with",)  # the dashboard takes rights back by these names
+
 LONGEST = 1000
 """Characters of one thing that is told of a task, as its command."""
 
@@ -238,7 +240,7 @@ def _without_traffic(view: TaskView) -> Part:
     command's words, the beginning is told: each who looks on may have all tasks waiting here."""
     told = view.to_json()
     del told["traffic"]
-    return {name: _short(value) for name, value in told.items()}
+    return {name: value if name in _WHOLE else _short(value) for name, value in told.items()}
 
 
 def _short(value: Any) -> Any:
@@ -250,12 +252,12 @@ def _short(value: Any) -> Any:
         return f"{value[:LONGEST]}…"
     if not isinstance(value, list) or sum(len(str(each)) + 1 for each in value) <= LONGEST:
         return value
-    kept, room = [], LONGEST
+    kept, room = list[str](), LONGEST
     for each in map(str, value):
-        kept.append(each if len(each) < room else f"{each[:room]}…")
+        if len(each) >= room:
+            return [*kept, f"{each[:room]}…"]
+        kept.append(each)
         room -= len(each) + 1
-        if room <= 0:
-            break
     return kept
 
 

@@ -31,10 +31,10 @@ log = structlog.get_logger("kohakuriver.host")
 MISSED_HEARTBEATS = 3
 """A node is offline after so many heartbeats did not come."""
 
-RESTART_SECONDS, WAIT_SECONDS = 15.0, 8.0
+RESTART_SECONDS, WAIT_SECONDS = 15.0, 6.0
 """For so long after it said that it leaves a node is taken to be started again; who comes to it then waits so long.
 
-That is less than commands wait for an answer.
+Commands wait for 10 seconds, and the task's tunnel may need two of them.
 """
 
 MOST_SHOWN = 10

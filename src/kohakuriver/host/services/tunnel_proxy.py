@@ -581,7 +581,7 @@ class TunnelProxy:
     def _splice(
         self, session: ProxySession, request: UpgradeRequest, runner: Link, about: dict[str, Any], task_id: int
     ) -> None:
-        told = {TASK_HEADER: str(task_id)}
+        told = {TASK_HEADER: str(task_id)} if task_id else {}
         try:
             user = request.accept(session.user.walker, session.user, version=runner.version, headers=told)
         except KohakuRiverError:  # the user has hung up

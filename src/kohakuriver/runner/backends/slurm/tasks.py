@@ -54,6 +54,9 @@ WARNING_SECONDS = 300.0
 
 _JOB_ID = re.compile(r"[0-9]{1,10}(_[0-9]{1,10})?")
 _VARIABLE = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
+_CERTIFICATE = re.compile(r"-----BEGIN CERTIFICATE-----[^-]+-----END CERTIFICATE-----")
+MOST_OF_AUTHORITIES = 100 << 10
+"""Bytes of PEM that jobs are given; the kernel takes 128 KiB in one variable (execve(2))."""
 _MIB = 1 << 20
 
 
@@ -311,9 +314,15 @@ class SlurmBackend(Backend):
         if ca is None or not self._around.url_for_jobs.startswith("https:"):
             return {}
         try:
-            return {"KOHAKURIVER_TUNNEL_CA": ca.read_text("ascii")}
-        except (OSError, UnicodeError) as error:
+            text = "\n".join(_CERTIFICATE.findall(ca.read_text("latin-1")))
+        except OSError as error:
             raise UnavailableError(f"The runner's --ca-file {ca} can't be read for its jobs: {error}.") from error
+        if len(text) > MOST_OF_AUTHORITIES:
+            raise UnavailableError(
+                f"The runner's --ca-file {ca} has more certificates than a job's environment takes; give the runner "
+                "one with the authority of this cluster alone."
+            )
+        return {"KOHAKURIVER_TUNNEL_CA": text}
 
     # What Slurm says
 
