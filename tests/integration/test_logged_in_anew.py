@@ -28,17 +28,20 @@ class Site:
     """A task that two users share. Browsers log in at `login`, and have their terminals at `terminals`."""
 
     def __init__(self, admin: httpx.Client, login: str, terminals: str) -> None:
+        self._admin = admin
         self.login = login
         self.terminals = terminals
         made = admin.post("/api/tasks", json={"backend": "process", "name": "desk", "command": ["sleep", "1000"]})
         assert made.status_code == 201, made.text
         waited = admin.get(f"/api/tasks/desk/wait?timeout={PATIENCE}")
         assert waited.status_code == 200
-        self.tokens: dict[str, str] = {}
         for user in ("ann", "bob"):
             assert admin.post("/api/users", json={"name": user}).status_code == 201
-            self.tokens[user] = admin.post("/api/tokens", json={"user": user}).json()["token"]
             assert admin.post("/api/tasks/desk/shares", json={"user": user}).status_code == 201
+
+    def token(self, user: str) -> str:
+        """A new one: a link by that of the login that there is would leave that as it is."""
+        return str(self._admin.post("/api/tokens", json={"user": user}).json()["token"])
 
 
 @pytest.fixture(params=["one host on SQLite", "two hosts on one PostgreSQL"])
@@ -74,7 +77,7 @@ class Browser:
 
     def log_in(self) -> None:
         """By a link that its user opens, as `kohakuriver open` does."""
-        link = self._ask("POST", "/api/auth/link", Authorization=f"Bearer {self._site.tokens[self._user]}").json()
+        link = self._ask("POST", "/api/auth/link", Authorization=f"Bearer {self._site.token(self._user)}").json()
         self._host = f"{link['name']}:{self._site.login.rpartition(':')[2]}"
         typed = {"Host": self._host, "Sec-Fetch-Site": "none", "Sec-Fetch-Mode": "navigate"}
         set_cookie = self._ask("GET", link["path"], **typed).headers["set-cookie"]
