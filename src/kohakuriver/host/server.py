@@ -96,6 +96,12 @@ __all__ = ["HostOptions", "main", "serve"]
 log = structlog.get_logger("kohakuriver.host")
 
 
+_ANONYMOUS = (
+    "ANONYMOUS ACCESS IS ON: anybody who reaches this port can open forwards, terminals and SSH connections to every "
+    "task"
+)
+
+
 @dataclass(frozen=True)
 class HostOptions:
     """How a host runs.
@@ -428,10 +434,7 @@ class Host:
         for path in await self._credentials.load_or_make(options.state_dir):
             log.info("made a token", file=str(path))
         if options.allow_anonymous:
-            log.warning(
-                "ANONYMOUS ACCESS IS ON: anybody who reaches this port can open forwards, terminals and SSH "
-                "connections to every task"
-            )
+            log.warning(_ANONYMOUS)
         warn_if_in_clear(self._socks[0], perimeter.certificate)
         self._ssh_proxy = SshProxy(
             self._ssh_sock,
