@@ -21,7 +21,7 @@ pub const ALL: Algorithms = Algorithms {
     macs: "hmac-sha2-256-etm@openssh.com,hmac-sha2-512-etm@openssh.com,hmac-sha2-256,hmac-sha2-512",
 };
 
-/// What no checker warns of: nor does a quantum computer help who records it.
+/// No checker warns of these, and whoever records a session now can't read it with a quantum computer later.
 pub const NEWEST: Algorithms = Algorithms {
     exchanges: "mlkem768x25519-sha256",
     ciphers: "aes256-gcm@openssh.com,aes128-gcm@openssh.com,chacha20-poly1305@openssh.com",

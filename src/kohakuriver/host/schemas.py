@@ -105,16 +105,12 @@ Url = Annotated[str, Field(max_length=300), matching(r"https?://[^\s/?#@]+", "it
 _NO_CHARACTER = "it has half of a surrogate pair in it, which is no character"
 
 
-def _text(data: object) -> bytes:
+def _text(data: object) -> object:
     """JSON can write half a surrogate pair, which is no character and can be kept nowhere. Raises ValueError for it."""
     try:
-        return json.dumps(data, ensure_ascii=False, default=str).encode()
+        json.dumps(data, ensure_ascii=False, default=str).encode()
     except UnicodeEncodeError:
         raise ValueError(_NO_CHARACTER) from None
-
-
-def _checked_text(data: object) -> object:
-    _text(data)
     return data
 
 
@@ -146,7 +142,7 @@ def _size_of_order(name: str, value: object) -> int:
 class _Body(BaseModel):
     """What comes in."""
 
-    _is_text = model_validator(mode="before")(_checked_text)
+    _is_text = model_validator(mode="before")(_text)
 
 
 class _Request(_Body):

@@ -607,7 +607,7 @@ class SessionLeg(RelayLeg[TunnelLeg]):
         self.table.remove(client_id)
         self.ended.pop(client_id, None)
         self.kept.discard(client_id)
-        timer = self._closing.pop(client_id, None) if self._closing else None
+        timer = self._closing.pop(client_id, None)
         if timer is not None:
             timer.cancel()
         return timer is not None

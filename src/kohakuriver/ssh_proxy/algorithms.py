@@ -44,7 +44,7 @@ ALGORITHMS = {
     ),
     "newest": Algorithms(exchanges=("mlkem768x25519-sha256",), ciphers=_PROVEN, macs=_MACS, host_keys=("ed25519",)),
 }
-"""`newest` is what no checker warns of: a quantum computer helps nobody who records it."""
+"""No checker warns of `newest`, and whoever records a session now can't read it with a quantum computer later."""
 
 
 def check(name: str) -> Algorithms:

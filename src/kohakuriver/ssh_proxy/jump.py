@@ -94,10 +94,9 @@ class JumpHost:
         chosen = check(algorithms)
         self.algorithms = algorithms
         self.keyholders = keyholders
-        made = {"ed25519": keys.ed25519, "ecdsa": keys.ecdsa}
-        files = {kind: host_keys / f"ssh_host_{kind}_key" for kind in made}
-        for kind, path in files.items():
-            made[kind](path)
+        files = {kind: host_keys / f"ssh_host_{kind}_key" for kind in ("ed25519", "ecdsa")}
+        keys.ed25519(files["ed25519"])
+        keys.ecdsa(files["ecdsa"])
         self._host_keys = [files[kind] for kind in chosen.host_keys]
         self._authorize = authorize
         self._check_user = check_user

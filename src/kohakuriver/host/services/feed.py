@@ -236,8 +236,7 @@ def _of_tasks(views: list[TaskView]) -> Parts:
 
 
 def _without_traffic(view: TaskView) -> Part:
-    """A task as told; what went through it is told by itself, since it changes all the time. Of long lists, as of a
-    command's words, the beginning is told: each who looks on may have all tasks waiting here."""
+    """A task as told; what went through it is told by itself, since it changes all the time."""
     told = view.to_json()
     del told["traffic"]
     return {name: value if name in _WHOLE else _short(value) for name, value in told.items()}
@@ -250,7 +249,7 @@ def _short(value: Any) -> Any:
     """
     if isinstance(value, str) and len(value) > LONGEST:
         return f"{value[:LONGEST]}…"
-    if not isinstance(value, list) or sum(len(str(each)) + 1 for each in value) <= LONGEST:
+    if not isinstance(value, list):
         return value
     kept, room = list[str](), LONGEST
     for each in map(str, value):
@@ -258,7 +257,7 @@ def _short(value: Any) -> Any:
             return [*kept, f"{each[:room]}…"]
         kept.append(each)
         room -= len(each) + 1
-    return kept
+    return value
 
 
 def _steady(view: NodeView) -> Part:
