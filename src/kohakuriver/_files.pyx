@@ -206,7 +206,18 @@ cdef extern from *:
         }
     }
     #endif
+
+    #ifdef __GLIBC__
+    #include <malloc.h>
+    static void kr_keep_memory(void) {
+        mallopt(M_MMAP_THRESHOLD, 16 << 20);
+        mallopt(M_TRIM_THRESHOLD, 32 << 20);
+    }
+    #else
+    static void kr_keep_memory(void) {}
+    #endif
     """
+    void kr_keep_memory() nogil
     ctypedef struct kr_about:
         char kind
         int sparse
@@ -246,6 +257,14 @@ cdef enum:
     FAILED = 0xffffffff
 
 cdef dict KINDS = {ord(each): each for each in "fdloe"}
+
+
+def keep_memory():
+    """Keep what this process frees, up to 32 MiB, for what it allocates next. Only glibc does otherwise: it gives the
+    memory of each large read back to the kernel, which has to find and clear pages for the next one. Source:
+    mallopt(3).
+    """
+    kr_keep_memory()
 
 
 # -- entries -------------------------------------------------------------------------------------------------------

@@ -71,6 +71,7 @@ def cp(
     What is there already, as large and of the same time, is left alone; a copy that was broken off goes on where it
     stopped when the same command is given again. The image needs no program for it.
     """
+    from kohakuriver._files import keep_memory
     from kohakuriver.client.copying.plan import Options
     from kohakuriver.client.copying.session import copy_files
     from kohakuriver.errors import UsageError
@@ -79,6 +80,7 @@ def cp(
     if delete and not recursive:
         raise UsageError("--delete goes with -r: a file alone has nothing beside it to take away.")
     raise_file_limit()
+    keep_memory()
     began = time.monotonic()
     view = _View(quiet=quiet or as_json, began=began)
     try:

@@ -83,7 +83,9 @@ class LocalWriter(asyncio.BufferedProtocol):
             self._queue = deque()
         # What came together is written together: TLS takes no ranges, each would be a write of its own. Credit goes
         # back a piece at a time, so pieces are not too large.
-        rest = memoryview(b"".join(views))[skip:]
+        # Of one alone mostly half has been taken: no more is copied than is left.
+        alone = len(views) == 1
+        rest = memoryview(bytes(views[0][skip:])) if alone else memoryview(b"".join(views))[skip:]
         self._queue.extend(rest[i : i + WRITE_PIECE] for i in range(0, len(rest), WRITE_PIECE))
 
     @property

@@ -11,14 +11,13 @@ import errno
 import os
 import stat
 import threading
-import zlib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Final
 
 from kohakuriver import _files
 from kohakuriver.client.copying.sides import CHANGED, Batch, Contents, Done, FileError, StreamGone, Told, Written
-from kohakuriver.tunnel.files import EACH, PIECE, Answer, Attributes, Entry, is_safe
+from kohakuriver.tunnel.files import EACH, PIECE, Answer, Attributes, Entry, crc32, is_safe
 
 __all__ = ["PART", "LocalTree"]
 
@@ -263,7 +262,7 @@ class LocalTree:
                 piece = self._piece(path, at, min(PIECE, offset + length - at))
                 if not piece:
                     break
-                sums.append(zlib.crc32(piece))
+                sums.append(crc32(piece))
         except OSError as error:
             then(_error(error))
             return

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import socket
 import struct
-import zlib
 from collections import deque
 from collections.abc import Callable, Iterator
 from typing import Final, NoReturn
@@ -22,6 +21,7 @@ from kohakuriver.tunnel.files import (
     Ask,
     Attributes,
     Entry,
+    crc32,
     entries_in,
     pack_path,
     segments_in,
@@ -237,7 +237,7 @@ class RemoteTree:
         if tag != Answer.DATA or len(payload) < SUM.size:
             self._nonsense()
         data = payload[SUM.size :]
-        if zlib.crc32(data) != SUM.unpack_from(payload)[0]:
+        if crc32(data) != SUM.unpack_from(payload)[0]:
             return FileError("EIO", "Its checksum is wrong: it was spoiled on its way")
         return data
 
@@ -289,7 +289,7 @@ class RemoteTree:
 
         heads = pack_heads(batch, owner)
         heads = _PUT.pack(beside, len(heads)) + heads
-        checksum = SUM.pack(zlib.crc32(contents.data, zlib.crc32(heads)))
+        checksum = SUM.pack(crc32(contents.data, crc32(heads)))
         self._ask(Ask.PUT, checksum + heads, heard, contents.data)
 
     def _written(self, payload: memoryview, count: int) -> Written:
@@ -315,7 +315,7 @@ class RemoteTree:
         self._ask(Ask.PART, pack_path(path) + _NUMBER.pack(size), self._done(then))
 
     def write(self, path: bytes, offset: int, data: memoryview, then: Done) -> None:
-        request = pack_path(path) + _NUMBER.pack(offset) + SUM.pack(zlib.crc32(data))
+        request = pack_path(path) + _NUMBER.pack(offset) + SUM.pack(crc32(data))
         self._ask(Ask.WRITE, request, self._done(then), data)
 
     def finish(self, part: bytes, path: bytes, attributes: Attributes, then: Done) -> None:
