@@ -47,6 +47,18 @@ def panel(x: float, y: float, measure: str, values: dict[str, float], colours: d
     return parts
 
 
+def legend(titles: dict[str, str], colours: dict[str, str]) -> tuple[list[str], int]:
+    """Who has which colour, in as many lines as that takes, and where the panels begin below it."""
+    parts, x, y = [], 16, 16
+    for name, title in titles.items():
+        width = 40 + 7 * len(title)
+        if x + width > COLUMNS * PANEL_WIDTH:
+            x, y = 16, y + BAR_HEIGHT
+        parts += [bar(x, y, 14, colours[name]), text(x + 20, y + 11, title)]
+        x += width
+    return parts, y + 36
+
+
 def ratio_plot(results: Results, titles: dict[str, str]) -> str:
     """The medians of `results` as an SVG document; `titles` names the contenders in the order of their bars."""
     machine = f"All processes on one machine with {os.cpu_count()} cores, over loopback, in turns. Medians."
@@ -54,15 +66,12 @@ def ratio_plot(results: Results, titles: dict[str, str]) -> str:
     height = HEADING + len(titles) * BAR_HEIGHT + 22
     measures = [measure for measure in HEADLINES if measure in results.samples]
     rows = -(-len(measures) // COLUMNS)
-    parts, x = [], 16.0
-    for name, title in titles.items():
-        parts += [bar(x, 16, 14, colours[name]), text(x + 20, 27, title)]
-        x += 40 + 7 * len(title)
+    parts, first = legend(titles, colours)
     for index, measure in enumerate(measures):
         values = {name: results.median(measure, name) for name in titles}
-        left, top = 16 + index % COLUMNS * PANEL_WIDTH, 52 + index // COLUMNS * height
+        left, top = 16 + index % COLUMNS * PANEL_WIDTH, first + index // COLUMNS * height
         parts += panel(left, top, measure, values, colours)
-    bottom = 52 + rows * height
+    bottom = first + rows * height
     parts.append(text(16, bottom + 4, machine, "note"))
     size = f'width="{COLUMNS * PANEL_WIDTH + 16}" height="{bottom + 16}"'
     body = "\n".join(parts)
