@@ -6,6 +6,8 @@ import json
 import os
 import signal
 import stat
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -386,3 +388,24 @@ def test_a_copy_in_the_folder_that_it_is_of_comes_to_an_end(cluster: Cluster, tm
     names = {str(path.relative_to(tmp_path / "data/copy")) for path in (tmp_path / "data/copy").rglob("f")}
     assert names == {"a/f", "z/f"}
     assert before.keys() < shape(tmp_path / "data").keys()
+
+
+def test_what_a_copy_frees_is_not_given_back_to_the_kernel() -> None:
+    program = """
+import resource, sys
+from kohakuriver._files import keep_memory
+if sys.argv[1] == "kept":
+    keep_memory()
+def faults():
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    for _ in range(20):
+        [b"x" * (400 << 10) for _ in range(20)]
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+faults()
+print(faults())
+"""
+    kept, given_back = (
+        int(subprocess.run([sys.executable, "-c", program, how], capture_output=True, text=True, check=True).stdout)
+        for how in ("kept", "given back")
+    )
+    assert kept < 100 < given_back

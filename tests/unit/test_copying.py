@@ -5,9 +5,11 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import ctypes
+import importlib.util
 import os
 import socket
 import struct
+import sys
 import threading
 import zlib
 from collections.abc import Callable, Iterator
@@ -26,6 +28,7 @@ from kohakuriver.client.copying.session import Place, Progress
 from kohakuriver.client.copying.sides import Batch, Contents, FileError, StreamGone, Written
 from kohakuriver.config import Settings
 from kohakuriver.errors import UnavailableError
+from kohakuriver.tunnel import files
 from kohakuriver.tunnel.files import HEAD, PIECE, Answer, Attributes, Entry, entries_in, files_start, is_safe
 from kohakuriver.tunnel.terminal import Start
 
@@ -134,6 +137,21 @@ def test_bytes_with_a_wrong_checksum_are_not_written() -> None:
         tree.read(b"f", 0, 4, told.append)
         tree.settle(all_of_it=True)
     assert isinstance(told[0], FileError)
+
+
+def test_checksums_are_the_same_where_there_is_no_library_for_fast_ones(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert files.crc32.__module__ == "zlib_ng.zlib_ng"
+    monkeypatch.setitem(sys.modules, "zlib_ng.zlib_ng", None)
+    spec = importlib.util.spec_from_file_location("slow_files", str(files.__file__))
+    assert spec is not None
+    assert spec.loader is not None
+    slow = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(slow)
+    assert slow.crc32 is zlib.crc32
+    for size in (0, 1, 15, 16, 4097, PIECE):
+        data = memoryview(os.urandom(size))
+        assert files.crc32(data) == slow.crc32(data)
+        assert files.crc32(data, 0xDEADBEEF) == slow.crc32(data, 0xDEADBEEF)
 
 
 def test_more_bytes_than_were_asked_for_end_the_copy() -> None:
