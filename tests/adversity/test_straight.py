@@ -49,6 +49,7 @@ from kohakuriver.tunnel.protocol import (
 )
 from kohakuriver.tunnel.terminal import Start
 from tests.adversity.test_revocation import granting
+from tests.adversity.test_udp import udp_echo
 from tests.support.hops import CLIENTS, CONTAINER, Chain, chain, dial, echo, service, until
 from tests.support.peers.cuttable import relay
 from tests.support.stage import DIRECT, Stage, stage
@@ -487,6 +488,35 @@ def test_datagrams_go_straight_and_those_of_a_quiet_stream_are_not_lost_on_the_w
                 assert await loop.sock_recv(sock, 100) == b"straight"
             untouched(there)
         service.close()
+
+    run(main())
+
+
+@kinds
+def test_no_datagram_is_lost_on_the_way_to_the_straight_path_however_many_there_are(run: Run, kind: str) -> None:
+    async def busy(port: int, over: asyncio.Event) -> int:
+        """Ask again and again, with several questions on their way, and wait for every answer."""
+        loop, sent = asyncio.get_running_loop(), 0
+        answers: set[int] = set()
+        with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as sock:
+            sock.setblocking(False)
+            sock.connect(("127.0.0.1", port))
+            while not over.is_set() or len(answers) < sent:
+                while not over.is_set() and sent < len(answers) + 4:
+                    await loop.sock_sendall(sock, b"%d" % sent)
+                    sent += 1
+                answers.add(int(await asyncio.wait_for(loop.sock_recv(sock, 100), 10)))
+        assert answers == set(range(sent))
+        return sent
+
+    async def main() -> None:
+        async with udp_echo() as (_, port), stage(kind, port, proto="udp", straight=True) as there:
+            over = asyncio.Event()
+            users = [asyncio.ensure_future(busy(there.port, over)) for _ in range(8)]
+            await there.goes("direct")
+            over.set()
+            assert sum(await asyncio.gather(*users)) > 8
+            untouched(there)
 
     run(main())
 

@@ -7,12 +7,13 @@ import contextlib
 import os
 import socket
 from collections.abc import AsyncIterator, Callable, Coroutine
+from functools import partial
 from typing import Any
 
 import pytest
 
 from kohakuriver.tunnel.settings import EndpointConfig
-from kohakuriver.tunnel.udp import family_of
+from kohakuriver.tunnel.udp import HELD_BYTES, HELD_DATAGRAMS, HeldDatagrams, family_of
 from kohakuriver.tunnel.user_endpoint import UserEndpoint
 from tests.support.hops import CLIENTS, Chain, asked, chain, echo, service, until
 
@@ -82,6 +83,18 @@ async def forwarded(user: UserEndpoint, port: int) -> int:
 async def ready(hops: Chain, kind: str, config: EndpointConfig | None = None) -> UserEndpoint:
     await hops.tunnel(kind)
     return await hops.user(config=config)
+
+
+def test_datagrams_that_wait_for_a_link_keep_their_order_and_are_not_more_than_there_is_room_for() -> None:
+    sent: list[int] = []
+    held = HeldDatagrams()
+    kept = [held.keep(100, partial(sent.append, number)) for number in range(HELD_DATAGRAMS + 5)]
+    assert kept == [True] * HELD_DATAGRAMS + [False] * 5
+    assert sent == []
+    held.send()
+    assert sent == list(range(HELD_DATAGRAMS))
+    large = HeldDatagrams()
+    assert [large.keep(HELD_BYTES // 2, lambda: None) for _ in range(3)] == [True, True, False]
 
 
 @clients

@@ -8,6 +8,7 @@ path"; docs/guide/forward.md.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import math
 import time
 from collections.abc import Callable, Sequence
@@ -25,7 +26,6 @@ from kohakuriver.tunnel.closing import Closing
 from kohakuriver.tunnel.dial import Server, open_session
 from kohakuriver.tunnel.link import Link
 from kohakuriver.tunnel.protocol import PING, SESSION_ID, STRAIGHT, CloseCode, StraightOffer, straight_greeting
-from kohakuriver.tunnel.udp import UdpStream
 from kohakuriver.tunnel.user_endpoint import UserEndpoint
 
 __all__ = ["PathChoice", "PathTaken", "StraightPath", "checked_url"]
@@ -49,8 +49,8 @@ then it is waited longer each time, so many seconds at most."""
 IN_USE = 0.25
 """Seconds between two looks at whether anything passes, where it is to be tried again."""
 
-SETTLE, ONE_QUESTION = 20, 32
-"""How often it is tried to go over while no datagram is on its way; bytes that asking for that takes."""
+HELD = 1.0
+"""Seconds that datagrams may wait at most until those before them have arrived by the other path."""
 
 LOOK, QUIET, PATIENCE = 0.1, 0.4, 0.9
 """Seconds between two looks at whether the node answers; without a byte of it after which it is asked; to answer."""
@@ -239,15 +239,16 @@ class StraightPath:
         try:
             await self._settled(line)
         except BaseException:
+            self._endpoint.release_datagrams()
             link.abort()
             raise
         return link
 
-    async def _ask(self, line: Link) -> bytes:
+    async def _ask(self, line: Link, *, urgent: bool = True) -> bytes:
         while not self._ready():  # noqa: ASYNC110  # streams tell nobody that they have been opened
             await asyncio.sleep(LOOK)
         self._answer = asyncio.get_running_loop().create_future()
-        line.send_message(STRAIGHT, SESSION_ID, urgent=True)
+        line.send_message(STRAIGHT, SESSION_ID, urgent=urgent)
         try:
             return await asyncio.wait_for(self._answer, ANSWER_SECONDS)
         except asyncio.TimeoutError:
@@ -258,24 +259,26 @@ class StraightPath:
             self._answer.set_result(payload)
 
     async def _settled(self, line: Link) -> None:
-        """Wait until nothing is on its way to the node over `line`: of UDP it would be lost. Not for long."""
-        kept = self._endpoint.kept
-        for _ in range(SETTLE):
-            if kept is None or not any(isinstance(stream, UdpStream) for stream in kept.streams):
-                return
-            before = line.out.given
-            await self._ask(line)  # what was sent before has arrived when the answer comes
-            if line.out.given - before <= ONE_QUESTION:
-                return
+        """Wait until no datagram is on its way to the node over `line`, where it would be lost; others wait here for
+        their turn until `release_datagrams`. Not for long.
+        """
+        if not any(listening.proto == "udp" for listening in self._endpoint.listening):
+            return
+        self._endpoint.hold_datagrams()
+        with contextlib.suppress(asyncio.TimeoutError):
+            # What was sent before has arrived when the answer comes.
+            await asyncio.wait_for(self._ask(line, urgent=False), HELD)
 
     async def _carry(self, link: Link, line: Link) -> str:
         """Have the streams go over `link`, until it fails; why it did."""
         if line not in (self._endpoint.link, self._endpoint.line) or link.version < 2:
+            self._endpoint.release_datagrams()
             link.close(reason="the session that it is for has gone")
             return "the session through the host was another one by then"
         self._lost = asyncio.get_running_loop().create_future()
         self.link = link
         self._endpoint.attach(link, line=line)
+        self._endpoint.release_datagrams()
         self.reason = ""
         self._say("direct", "")
         self._tried("")

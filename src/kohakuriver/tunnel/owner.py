@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from typing import Protocol, TypeVar
+from typing import TYPE_CHECKING, Protocol, TypeVar
 
 from kohakuriver.tunnel.protocol import ErrorText
 from kohakuriver.tunnel.settings import EndpointConfig
 from kohakuriver.tunnel.stream import Rules
 from kohakuriver.tunnel.streams import Totals
+
+if TYPE_CHECKING:
+    from kohakuriver.tunnel.udp import HeldDatagrams
 
 S = TypeVar("S", contravariant=True)
 
@@ -55,6 +58,10 @@ class UdpOwner(Protocol[S]):
 
 class UdpOpener(UdpOwner[S], Protocol[S]):
     """One that opens them."""
+
+    @property
+    def held(self) -> HeldDatagrams | None:
+        """Where datagrams of local programs wait, while they do."""
 
     def open_udp(self, stream: S) -> bool:
         """Open a stream for a new source address; False while there is no link."""

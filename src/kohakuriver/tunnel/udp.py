@@ -15,6 +15,7 @@ from kohakuriver.tunnel.protocol import CLOSE, CONNECT, DATA, ERROR, ErrorText, 
 from kohakuriver.tunnel.streams import Attachment
 
 EARLY_DATAGRAMS, EARLY_BYTES = 64, 128 * 1024
+HELD_DATAGRAMS, HELD_BYTES = 1024, 1 << 20
 
 
 def send_datagram(send: Callable[[], int]) -> bool:
@@ -140,6 +141,27 @@ class UdpStream:
         self.over()
 
 
+class HeldDatagrams:
+    """Datagrams of local programs that wait, in order, for the link by which they go; not too many of them."""
+
+    def __init__(self) -> None:
+        self._waiting: list[Callable[[], None]] = []
+        self._size = 0
+
+    def keep(self, size: int, send: Callable[[], None]) -> bool:
+        """One of so many bytes, which `send` sends; False where there is no room for it."""
+        if len(self._waiting) >= HELD_DATAGRAMS or self._size + size > HELD_BYTES:
+            return False
+        self._waiting.append(send)
+        self._size += size
+        return True
+
+    def send(self) -> None:
+        """Send all of them."""
+        for send in self._waiting:
+            send()
+
+
 class UdpListener(asyncio.DatagramProtocol):
     """A local UDP port: every source address is a stream; the one idle longest goes when there are too many."""
 
@@ -154,6 +176,11 @@ class UdpListener(asyncio.DatagramProtocol):
         self._transport = cast(asyncio.DatagramTransport, transport)
 
     def datagram_received(self, data: bytes, addr: tuple[str | int, ...]) -> None:
+        held = self.owner.held
+        if held is not None:
+            if not held.keep(len(data), lambda: self.datagram_received(data, addr)):
+                self.owner.totals.udp_dropped += 1
+            return
         stream = self._peers.get(addr)
         if stream is None:
             stream = self._new_peer(addr)

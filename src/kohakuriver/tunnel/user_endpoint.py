@@ -36,7 +36,7 @@ from kohakuriver.tunnel.protocol import (
 from kohakuriver.tunnel.settings import EndpointConfig
 from kohakuriver.tunnel.states import Role, State
 from kohakuriver.tunnel.stream import StreamCore
-from kohakuriver.tunnel.udp import UdpListener, UdpStream
+from kohakuriver.tunnel.udp import HeldDatagrams, UdpListener, UdpStream
 
 LOOK, QUIET = 0.02, 1.0
 """Seconds between two looks at what is still under way, and after which it counts as standing still."""
@@ -97,6 +97,7 @@ class UserEndpoint(Endpoint):
         self.line: Link | None = None  # the session's link, while another one carries the streams
         self._said = Assembler(MAX_CONTROL)  # on it
         self._late: dict[int, UdpStream] = {}  # by the ids that they had there
+        self.held: HeldDatagrams | None = None
         self.on_accept = on_accept
         self.on_stream_error = on_stream_error
         self.on_detach = on_detach
@@ -280,6 +281,16 @@ class UserEndpoint(Endpoint):
             core = stream.core = opening_kept(self.rules, kept.identity(), core)
         core.identity.start = stream.start
         kept.enter(stream)
+
+    def hold_datagrams(self) -> None:
+        """Have what local programs send by UDP wait."""
+        self.held = self.held or HeldDatagrams()
+
+    def release_datagrams(self) -> None:
+        """Send what waits, over the link that there is by now."""
+        held, self.held = self.held, None
+        if held is not None:
+            held.send()
 
     def open_udp(self, stream: UdpStream) -> bool:
         """Open a stream for a new source address; False while there is no link."""
