@@ -236,12 +236,6 @@ class StraightPath:
         began = time.monotonic()
         link = await open_session(server, greeting=straight_greeting(offer.proof))
         self._took = time.monotonic() - began
-        try:
-            await self._settled(line)
-        except BaseException:
-            self._endpoint.release_datagrams()
-            link.abort()
-            raise
         return link
 
     async def _ask(self, line: Link, *, urgent: bool = True) -> bytes:
@@ -259,26 +253,26 @@ class StraightPath:
             self._answer.set_result(payload)
 
     async def _settled(self, line: Link) -> None:
-        """Wait until no datagram is on its way to the node over `line`, where it would be lost; others wait here for
-        their turn until `release_datagrams`. Not for long.
-        """
-        if not any(listening.proto == "udp" for listening in self._endpoint.listening):
-            return
-        self._endpoint.hold_datagrams()
-        with contextlib.suppress(asyncio.TimeoutError):
-            # What was sent before has arrived when the answer comes.
-            await asyncio.wait_for(self._ask(line, urgent=False), HELD)
+        """Wait until no datagram is on its way to the node over `line`, where it would be lost. Not for long."""
+        if any(listening.proto == "udp" for listening in self._endpoint.listening):
+            with contextlib.suppress(asyncio.TimeoutError):
+                # What was sent before has arrived when the answer comes.
+                await asyncio.wait_for(self._ask(line, urgent=False), HELD)
 
     async def _carry(self, link: Link, line: Link) -> str:
         """Have the streams go over `link`, until it fails; why it did."""
-        if line not in (self._endpoint.link, self._endpoint.line) or link.version < 2:
-            self._endpoint.release_datagrams()
-            link.close(reason="the session that it is for has gone")
-            return "the session through the host was another one by then"
-        self._lost = asyncio.get_running_loop().create_future()
-        self.link = link
-        self._endpoint.attach(link, line=line)
-        self._endpoint.release_datagrams()
+        with self._endpoint.holding_datagrams():
+            try:
+                await self._settled(line)
+            except BaseException:
+                link.abort()
+                raise
+            if line not in (self._endpoint.link, self._endpoint.line) or link.version < 2:
+                link.close(reason="the session that it is for has gone")
+                return "the session through the host was another one by then"
+            self._lost = asyncio.get_running_loop().create_future()
+            self.link = link
+            self._endpoint.attach(link, line=line)
         self.reason = ""
         self._say("direct", "")
         self._tried("")

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import socket
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 from kohakuriver._frame import FIRST, LAST, Message
 from kohakuriver.rates import TokenBucket
@@ -282,14 +283,14 @@ class UserEndpoint(Endpoint):
         core.identity.start = stream.start
         kept.enter(stream)
 
-    def hold_datagrams(self) -> None:
-        """Have what local programs send by UDP wait."""
-        self.held = self.held or HeldDatagrams()
-
-    def release_datagrams(self) -> None:
-        """Send what waits, over the link that there is by now."""
-        held, self.held = self.held, None
-        if held is not None:
+    @contextlib.contextmanager
+    def holding_datagrams(self) -> Iterator[None]:
+        """What local programs send by UDP waits meanwhile, and goes over the link that there is at the end."""
+        held = self.held = HeldDatagrams()
+        try:
+            yield
+        finally:
+            self.held = None
             held.send()
 
     def open_udp(self, stream: UdpStream) -> bool:
