@@ -17,7 +17,7 @@ import statistics
 import subprocess
 import sys
 import timeit
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -31,6 +31,8 @@ IDLE_STREAMS = 10_000
 ACTIVE_STREAMS = 1_000
 WARM_UP, ENOUGH = 200 << 20, 600 << 20  # bytes; a session's windows are 64 MiB together
 PAGE = os.sysconf("SC_PAGE_SIZE")
+RUNS = 200  # of a single call
+MORE = 2  # times that all is measured again where a gate is missed
 UNITS = {
     **{f"{hop}_idle_stream": "KiB" for hop in HOPS},
     "many_streams": "of one stream's CPU time per GB",
@@ -150,13 +152,19 @@ def many_streams(chain: Chain, rounds: int = 5) -> dict[str, float]:
 
 def fastest(call: Callable[..., object], *args: object, number: int) -> float:
     """Seconds of one call: of many runs the one that was disturbed least."""
-    names = {"call": call, **{f"a{index}": value for index, value in enumerate(args)}}
-    statement = f"call({', '.join(list(names)[1:])})"
-    return min(timeit.repeat(statement, globals=names, number=number, repeat=50)) / number
+    return fastest_of([call], *args, number=number)[0]
+
+
+def fastest_of(calls: Sequence[Callable[..., object]], *args: object, number: int) -> list[float]:
+    """The same of several, which take turns: what slows the machine down for a while is then not one's own."""
+    names = {f"a{index}": value for index, value in enumerate(args)}
+    timers = [timeit.Timer(f"call({', '.join(names)})", globals={**names, "call": call}) for call in calls]
+    times = [[timer.timeit(number) for timer in timers] for _ in range(RUNS)]
+    return [min(of_one) / number for of_one in zip(*times, strict=True)]
 
 
 def times_faster(name: str, *args: object) -> float:
-    plain, ours = (fastest(getattr(module, name), *args, number=2000) for module in (twin, _frame))
+    plain, ours = fastest_of([getattr(module, name) for module in (twin, _frame)], *args, number=2000)
     return plain / ours
 
 
@@ -199,23 +207,30 @@ def single_calls(executable: Path) -> dict[str, float]:
     }
 
 
+def measured(executable: Path) -> dict[str, float]:
+    values = single_calls(executable)
+    with started(executable) as chain:
+        return values | many_streams(chain) | idle_memory(chain)
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--kohakuriver", type=Path, required=True, help="the program to measure")
     parser.add_argument("--gate", type=Path, metavar="FILE", help="check the limits of FILE; exit 1 when one fails")
     parser.add_argument("--output", type=Path, metavar="DIR", help="write limits.json into DIR")
     arguments = parser.parse_args()
-    values = single_calls(arguments.kohakuriver)
-    with started(arguments.kohakuriver) as chain:
-        values |= many_streams(chain) | idle_memory(chain)
-    for name, value in values.items():
-        print(f"{name:<19} {value:8.2f} {UNITS[name]}")
-    write_json(arguments.output, "limits.json", values)
-    if not arguments.gate:
-        return 0
+    gates = [gate for gate in read_gates(arguments.gate)[0] if gate.measure in UNITS] if arguments.gate else []
     results = Results()
-    results.add(OURS, values)
-    return exit_code([gate for gate in read_gates(arguments.gate)[0] if gate.measure in values], results)
+    results.add(OURS, measured(arguments.kohakuriver))
+    if not all(gate.holds(results) for gate in gates):
+        for _ in range(MORE):  # the median decides: a machine may be disturbed for as long as one takes
+            print("measuring again", flush=True)
+            results.add(OURS, measured(arguments.kohakuriver))
+    medians = {name: results.median(name, OURS) for name in results.samples}
+    for name, value in medians.items():
+        print(f"{name:<19} {value:8.2f} {UNITS[name]}")
+    write_json(arguments.output, "limits.json", medians)
+    return exit_code(gates, results)
 
 
 if __name__ == "__main__":
