@@ -195,9 +195,11 @@ def test_a_unix_socket_of_the_task_is_reached_by_a_port_and_by_a_unix_socket_her
     assert {each["remote_path"] for each in listening} == {str(tmp_path / "there.sock")}
     assert listening[-1]["local_path"] == str(here)
     port = listening[0]["local_port"]
-    for came in (lambda: connect(port), lambda: connect_unix(here)):
-        with came() as connection, there.taken() as service:  # one by one: of two at once either may arrive first
-            swap(connection, service)
+    with connect(port) as connection, there.taken() as service:
+        swap(connection, service)
+    # Only now: of two that are opened at once either may arrive first.
+    with connect_unix(here) as connection, there.taken() as service:
+        swap(connection, service)
     with connect(port) as connection, there.taken() as service:
         service.close()
         assert connection.recv(1) == b""
