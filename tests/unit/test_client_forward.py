@@ -158,11 +158,11 @@ def test_the_second_loopback_address_is_no_line_of_its_own(capsys: pytest.Captur
 def test_the_same_failure_again_and_again_is_one_line(capsys: pytest.CaptureFixture[str]) -> None:
     view = forward_view.PlainView("t")
     for _ in range(100):
-        view.show(StreamError(80, "ECONNREFUSED: nothing listens on port 80 in the container"))
-    view.show(StreamError(81, "ECONNREFUSED: nothing listens on port 81 in the container"))
+        view.show(StreamError(80, "ECONNREFUSED: nothing listens on port 80 in the task"))
+    view.show(StreamError(81, "ECONNREFUSED: nothing listens on port 81 in the task"))
     assert said(capsys) == [
-        "t:80: nothing listens on port 80 in the container",
-        "t:81: nothing listens on port 81 in the container",
+        "t:80: nothing listens on port 80 in the task",
+        "t:81: nothing listens on port 81 in the task",
     ]
 
 

@@ -16,7 +16,7 @@ VECTORS = json.loads((generate.HERE / "errors.json").read_text(encoding="utf-8")
 @pytest.mark.parametrize("vector", VECTORS, ids=[vector["errno"] for vector in VECTORS])
 def test_a_failed_socket_is_told_in_the_vectors_words(vector: dict[str, Any]) -> None:
     error = OSError(getattr(errno, vector["errno"]), "whatever")
-    assert str(service_error(error, vector["port"], "in the container")) == vector["text"]
+    assert str(service_error(error, vector["port"], "in the task")) == vector["text"]
 
 
 def test_a_dial_that_is_given_up_has_timed_out() -> None:
@@ -27,6 +27,6 @@ def test_a_dial_that_is_given_up_has_timed_out() -> None:
 
 
 def test_what_is_no_error_of_the_system_is_told_too() -> None:
-    assert service_error(ValueError("odd"), 1, "in the container").message.endswith("can't be reached: odd")
+    assert service_error(ValueError("odd"), 1, "in the task").message.endswith("can't be reached: odd")
     assert user_error(ConnectionResetError(errno.ECONNRESET, "")).code == "ECONNRESET"
     assert WINDOW_PASSED.code == "EPROTO"

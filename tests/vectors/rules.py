@@ -310,7 +310,7 @@ def reconnect() -> list[Vector]:
 
 
 def errors() -> list[Vector]:
-    port, where = 8080, "in the container"
+    port, where = 8080, "in the task"
     texts = [
         ("ECONNREFUSED", f"ECONNREFUSED: nothing listens on port {port} {where}"),
         ("ETIMEDOUT", f"ETIMEDOUT: port {port} {where} did not answer"),

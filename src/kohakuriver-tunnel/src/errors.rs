@@ -27,23 +27,23 @@ pub fn text(error: &io::Error, port: u16) -> String {
     let (code, sentence) = match error.raw_os_error() {
         Some(libc::ECONNREFUSED) => (
             "ECONNREFUSED",
-            format!("nothing listens on port {port} in the container"),
+            format!("nothing listens on port {port} in the task"),
         ),
         Some(libc::ETIMEDOUT) => (
             "ETIMEDOUT",
-            format!("port {port} in the container did not answer"),
+            format!("port {port} in the task did not answer"),
         ),
         Some(libc::EHOSTUNREACH) => (
             "EHOSTUNREACH",
-            format!("there is no route to port {port} in the container"),
+            format!("there is no route to port {port} in the task"),
         ),
         Some(libc::ENETUNREACH) => (
             "ENETUNREACH",
-            format!("there is no network to reach port {port} in the container"),
+            format!("there is no network to reach port {port} in the task"),
         ),
         Some(libc::EADDRNOTAVAIL) => (
             "EADDRNOTAVAIL",
-            format!("no local port is free to reach port {port} in the container from"),
+            format!("no local port is free to reach port {port} in the task from"),
         ),
         _ => return without_port(error, port),
     };
@@ -71,7 +71,7 @@ fn without_port(error: &io::Error, port: u16) -> String {
             let said = error.to_string();
             // The library adds the number.
             let said = said.split(" (os error").next().unwrap_or_default();
-            return format!("EIO: port {port} in the container can't be reached: {said}");
+            return format!("EIO: port {port} in the task can't be reached: {said}");
         }
     };
     format!("{code}: {sentence}")
@@ -79,5 +79,5 @@ fn without_port(error: &io::Error, port: u16) -> String {
 
 /// Of a UDP stream whose datagrams no address of the container took.
 pub fn nobody_takes_datagrams(port: u16) -> String {
-    format!("ECONNREFUSED: nothing listens on port {port} (udp) in the container")
+    format!("ECONNREFUSED: nothing listens on port {port} (udp) in the task")
 }

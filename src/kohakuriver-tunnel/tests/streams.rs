@@ -76,7 +76,7 @@ fn a_port_where_nothing_listens_is_named_in_the_error() {
     let text = wire.expect(kind::ERROR, 1).text();
     assert_eq!(
         text,
-        format!("ECONNREFUSED: nothing listens on port {port} in the container")
+        format!("ECONNREFUSED: nothing listens on port {port} in the task")
     );
 }
 
@@ -549,7 +549,7 @@ fn datagrams_that_nobody_takes_are_told_to_the_user_and_counted() {
         match message.kind {
             kind::ERROR => assert_eq!(
                 message.text(),
-                format!("ECONNREFUSED: nothing listens on port {port} (udp) in the container")
+                format!("ECONNREFUSED: nothing listens on port {port} (udp) in the task")
             ),
             kind::PING => break message.payload,
             other => panic!("{other}"),

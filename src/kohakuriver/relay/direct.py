@@ -78,7 +78,7 @@ class DirectSession(ContainerEndpoint):
         super().__init__(
             () if target.address is None else (target.address,),
             config=config,
-            where="in the container" if target.address is None else f"at {target.address}",
+            where="in the task" if target.address is None else f"at {target.address}",
             refuses=admission.refusal,
             default_port=port,
             network=target.network,

@@ -71,7 +71,7 @@ class ContainerEndpoint(Endpoint):
 
     Args:
         hosts: addresses to try in turn, e.g. ``("127.0.0.1", "::1")``.
-        where: how error texts name the place, e.g. "in the container".
+        where: how error texts name the place, e.g. "in the task".
         refuses: (port, streams that are open) → why a stream may not be opened, or None. What a CONNECT calls port 0 is
             ``default_port``.
         network: where to dial from instead of this process's own network; it says itself which addresses.
@@ -88,7 +88,7 @@ class ContainerEndpoint(Endpoint):
         hosts: Sequence[str] = ("127.0.0.1", "::1"),
         *,
         config: EndpointConfig | None = None,
-        where: str = "in the container",
+        where: str = "in the task",
         refuses: Callable[[int, int], ErrorText | None] = lambda port, streams: None,
         default_port: int = 0,
         network: Network | None = None,

@@ -33,7 +33,7 @@ NOT_SENT = ErrorText("EPROTO", "what was acknowledged, or ended, is not what was
 
 
 def service_error(exc: BaseException, port: int, where: str) -> ErrorText:
-    """Why `port` can't be reached `where` ("in the container"), or why its connection broke."""
+    """Why `port` can't be reached `where` ("in the task"), or why its connection broke."""
     number = _number(exc)
     number = _SAME.get(number, number)
     sentence = _SENTENCES.get(number)
