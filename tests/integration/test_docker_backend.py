@@ -193,6 +193,15 @@ def test_what_a_task_keeps_in_a_volume_outlives_it_until_the_volume_is_removed(s
     assert shared.call("DELETE", "/api/volumes/data")[0] == 200
 
 
+def test_a_task_that_can_not_be_started_leaves_no_volume(shared: Cluster, busybox: str) -> None:
+    before, after = {"image": "nosuch:1"}, {"image": busybox, "run_as": "nobody-here"}  # the volume was made
+    for what, told in ((before, (404, "image_not_found")), (after, (409, "docker"))):
+        status, answer = shared.call("POST", "/api/tasks", {**what, "volumes": ["unmade:/kept"]})
+        assert (status, answer["error"]) == told, answer
+        assert [each for each in shared.call("GET", "/api/volumes")[1] if each["name"] == "unmade"] == []
+        assert docker("volume", "ls", "-q", "--filter", "label=kohakuriver.volume=unmade") == ""
+
+
 @pytest.mark.parametrize(
     ("mount", "words"),
     [("/no/such/place/anywhere:/data", "/no/such/place/anywhere"), ("some/where:/data", "whole path")],

@@ -99,7 +99,10 @@ class Clock:
 
 
 class FakeRunner:
-    """A node that answers the host as told, and remembers what it was asked: (method, path, body)."""
+    """A node that answers the host as told, and remembers what it was asked: (method, path, body).
+
+    `answers` are its answers to these paths, or to all requests of a method.
+    """
 
     def __init__(self, host: HostUnderTest, name: str, *, user_processes: bool = True) -> None:
         self.host = host
@@ -121,9 +124,10 @@ class FakeRunner:
         ticket.check(self.key, request.headers["authorization"].split()[1], node=self.name, scope="control")
         self.asked.append((request.method, f"/{path}", body))
         await self.held.wait()
-        if f"/{path}" in self.answers:
-            status, answer = self.answers[f"/{path}"]
-            return JSONResponse(answer, status)
+        for told in (f"/{path}", request.method):
+            if told in self.answers:
+                status, answer = self.answers[told]
+                return JSONResponse(answer, status)
         return JSONResponse(self._obey(request.method, path, body))
 
     def _obey(self, method: str, path: str, body: dict[str, Any]) -> dict[str, Any]:

@@ -96,6 +96,41 @@ def test_a_volume_is_removed_when_that_is_asked_for_and_no_task_has_it(run: Run,
     run(check())
 
 
+def test_a_task_that_can_not_be_started_leaves_no_volume_but_those_that_were_there_or_that_others_have(
+    run: Run, tmp_path: Path
+) -> None:
+    async def check() -> None:
+        async with a_host(tmp_path) as host:
+            runner = await host.runner()
+            ann, _ = await host.person("ann")
+            assert (await made(ann, "old:/old", name="lab"))["http"] == 201
+            runner.answers["/api/tasks"] = 404, {"error": "no_image", "message": "There is no image x."}
+            assert (await made(ann, "old:/old", "new:/new"))["error"] == "no_image"
+            assert runner.asked[-1][:2] == ("DELETE", f"/api/volumes/{runner.asked[-2][2]['volume_ids'][1]}")
+            assert await listed(ann) == [("old", "ann", "n1", ["lab"])]
+            del runner.answers["/api/tasks"]
+            task = await made(ann, "new:/new")
+            await made(ann, "new:/new", name="other")
+            assert await Volumes(host.store, clock=host.clock).begin_undoing(task["task_id"]) == []
+
+    run(check())
+
+
+def test_a_new_volume_that_its_node_can_not_remove_stays_and_the_reason_of_the_task_is_told(
+    run: Run, tmp_path: Path
+) -> None:
+    async def check() -> None:
+        async with a_host(tmp_path) as host:
+            runner = await host.runner()
+            ann, _ = await host.person("ann")
+            runner.answers["/api/tasks"] = 404, {"error": "no_image", "message": "There is no image x."}
+            runner.answers["DELETE"] = 409, {"error": "engine", "message": "The engine can't remove the volume."}
+            assert (await made(ann, "new:/new"))["error"] == "no_image"
+            assert await listed(ann) == [("new", "ann", "n1", [])]
+
+    run(check())
+
+
 def test_a_volume_whose_removal_died_with_its_host_is_good_again_after_two_minutes(run: Run, tmp_path: Path) -> None:
     async def check() -> None:
         async with a_host(tmp_path) as host:

@@ -391,7 +391,8 @@ class Volume(Base):
     """What a user keeps under a `name` on one node; `volume_id` is what the node's engine calls it.
 
     The row is there before the node has anything. Until `going_until` no task gets it, in seconds since the epoch: the
-    removal that has the mark `going` is under way, or its host has died. Of no mark none is.
+    removal that has the mark `going` is under way, or its host has died. Of no mark none is. `made_for` is the task
+    that it was made for, until another one has it, too.
     """
 
     __tablename__ = "volumes"
@@ -404,6 +405,7 @@ class Volume(Base):
     going: Mapped[str | None] = mapped_column(String(32))
     going_until: Mapped[float] = mapped_column(Float, default=0.0)
     created_at: Mapped[float] = mapped_column(Float)
+    made_for: Mapped[int | None] = mapped_column(BigInteger)
 
 
 def usage_of(status: str, claimed_until: float, spec: Mapping[str, Any], now: float) -> Usage:

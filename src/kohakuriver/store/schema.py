@@ -18,10 +18,10 @@ from kohakuriver.store.models import Base, Meta
 
 __all__ = ["BEFORE", "GOOD_FOR", "HEAD", "PLACE", "bring_up", "is_current", "migrate"]
 
-HEAD = "0002"
+HEAD = "0003"
 """The last step of this installation."""
 
-BEFORE: str | None = "0001"
+BEFORE: str | None = "0002"
 """The step whose hosts go on with these tables; None where there is none."""
 
 PLACE = Path(__file__).parent / "migrations"

@@ -82,10 +82,23 @@ class Volumes:
                     f"Task {tasks[0]} has the volume {name!r}; remove the task first.", code="volume_in_use", status=409
                 )
             _need_staying(volume, self._clock())
-            volume.going, volume.going_until = secrets.token_hex(16), self._clock() + REMOVAL_SECONDS
-            return volume, session.get(Node, volume.node)
+            return self._goes(session, volume)
 
         return await self._store.write(work)
+
+    async def begin_undoing(self, task_id: int) -> list[tuple[Volume, Node | None]]:
+        """`begin_removal` of what was made for a task that has not started, and that no other one has got since."""
+
+        def work(session: Session) -> list[tuple[Volume, Node | None]]:
+            made = session.scalars(select(Volume).where(Volume.made_for == task_id).with_for_update()).all()
+            used = _users(session) if made else {}
+            return [self._goes(session, volume) for volume in made if volume.volume_id not in used]
+
+        return await self._store.write(work)
+
+    def _goes(self, session: Session, volume: Volume) -> tuple[Volume, Node | None]:
+        volume.going, volume.going_until = secrets.token_hex(16), self._clock() + REMOVAL_SECONDS
+        return volume, session.get(Node, volume.node)
 
     async def end_removal(self, volume_id: str, mark: str | None, *, gone: bool) -> None:
         """It is gone, or is good again; nothing where something else has begun since that removal's time was over."""
@@ -141,8 +154,11 @@ def _given(session: Session, task: Task, name: str, now: float) -> Volume:
             )
         volume_id = f"kohakuriver-volume-{secrets.token_hex(16)}"
         volume = Volume(volume_id=volume_id, owner=task.owner, name=name, node=task.node, created_at=now)
+        volume.made_for = task.task_id
         session.add(volume)
         session.flush()
+    else:
+        volume.made_for = None
     if volume.node != task.node:
         raise elsewhere(volume.name, volume.node)
     _need_staying(volume, now)

@@ -34,7 +34,7 @@ from kohakuriver.host.services.credentials import Caller
 from kohakuriver.host.services.mounts import mountable
 from kohakuriver.host.services.nodes import Nodes
 from kohakuriver.host.services.runner_client import RunnerClient, makes_no_sense
-from kohakuriver.host.services.volumes import node_of
+from kohakuriver.host.services.volumes import UserVolumes, node_of
 from kohakuriver.session.nodes import AWAY, NodeOfflineError
 from kohakuriver.store import Accounts, Node, Store, Task, Together, Volumes, volume_names
 from kohakuriver.task import (
@@ -124,6 +124,7 @@ class Tasks:
         self._store = store
         self._accounts = accounts
         self._volumes = Volumes(store)
+        self._user_volumes = UserVolumes(self._volumes, nodes, runners, audit)
         self._user_mounts = user_mounts
         self._audit = audit
         self._nodes = nodes
@@ -282,10 +283,10 @@ class Tasks:
         except KohakuRiverError as error:
             if error.code == "runner_timeout":
                 raise  # it may yet have started: the next heartbeat says
-            await self._store.forget_tasks([task.task_id])
+            await self._undo(task)
             raise
         if report.task_id != task.task_id:
-            await self._store.forget_tasks([task.task_id])
+            await self._undo(task)
             if not task.adopted:  # only where something is adopted a node may name another one
                 raise makes_no_sense(node)
             known, its_node = await self._store.task_and_node(str(report.task_id))
@@ -295,6 +296,11 @@ class Tasks:
             return await self._take_over(report, its_node, known)
         log.info("task started", task=task.task_id, name=task.name, node=node.name, backend=task.backend)
         return await self._take_over(report, node, task)
+
+    async def _undo(self, task: Task) -> None:
+        """Leave nothing of a task that was not started."""
+        await self._store.forget_tasks([task.task_id])
+        await self._user_volumes.undo(task.task_id)
 
     async def _order(self, task: Task, node: Node) -> TaskReport:
         path = _ADOPT if task.adopted else "/api/tasks"

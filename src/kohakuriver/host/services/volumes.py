@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
+
 import structlog
 
+from kohakuriver.errors import KohakuRiverError
 from kohakuriver.host.schemas import VolumeView, iso_time
 from kohakuriver.host.services.audit import NOWHERE, Audit
 from kohakuriver.host.services.credentials import Caller
@@ -52,6 +56,19 @@ class UserVolumes:
         if owner not in (None, caller.name):
             caller.need_admin("Removing what others keep")
         volume, node = await self._volumes.begin_removal(owner or caller.name, name)
+        await self._remove(volume, node)
+        log.info("volume removed", name=name, owner=volume.owner, node=volume.node)
+        self._audit.write("volume_removed", volume=name, owner=volume.owner, node=volume.node)
+        return _view(VolumeRow(volume, []))
+
+    async def undo(self, task_id: int) -> None:
+        """Remove what was made for a task that could not be started. What can't be removed stays, which is logged."""
+        with _logged(task_id):
+            for each in await self._volumes.begin_undoing(task_id):
+                with _logged(task_id):
+                    await self._remove(*each)
+
+    async def _remove(self, volume: Volume, node: Node | None) -> None:
         gone = False
         try:
             if node is not None:
@@ -59,14 +76,20 @@ class UserVolumes:
             gone = True
         finally:
             await self._volumes.end_removal(volume.volume_id, volume.going, gone=gone)
-        log.info("volume removed", name=name, owner=volume.owner, node=volume.node)
-        self._audit.write("volume_removed", volume=name, owner=volume.owner, node=volume.node)
-        return _view(VolumeRow(volume, []))
 
     async def _remove_on(self, node: Node, volume: Volume) -> None:
         self._nodes.check_online(node)
         path = f"/api/volumes/{volume.volume_id}"
         await self._runners.call(node, "DELETE", path, container=volume.volume_id, timeout=_RUNNER_SECONDS)
+
+
+@contextlib.contextmanager
+def _logged(task_id: int) -> Iterator[None]:
+    """Why a volume of that task stays, where it does, is logged."""
+    try:
+        yield
+    except KohakuRiverError as error:
+        log.warning("a volume of a task that was not started stays", task=task_id, reason=error.message)
 
 
 def _view(row: VolumeRow) -> VolumeView:
