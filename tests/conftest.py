@@ -33,6 +33,9 @@ T = TypeVar("T")
 os.environ["HOME"] = tempfile.mkdtemp(prefix="kohakuriver-home-")
 _HOME, _OWNER = os.environ["HOME"], os.getpid()
 
+# With it Python writes each part of a line by itself, and what a tunnel client says may come between two of them.
+os.environ.pop("PYTHONUNBUFFERED", None)
+
 
 @atexit.register
 def _leave() -> None:

@@ -152,6 +152,7 @@ def revoke(lab: Lab) -> None:
     lab.tokens["bob"] = lab.cluster.call("POST", "/api/tokens", {"user": "bob", "name": name})[1]["token"]
 
 
+@pytest.mark.alone  # it says how long something takes
 @by_each_path
 @pytest.mark.parametrize("take", [unshare, revoke], ids=["share", "token"])
 def test_a_right_that_is_taken_back_ends_a_forward_within_2_s_by_whichever_path(lab: Lab, path: str, take: Any) -> None:
