@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from kohakuriver.cli import forward_view
 from kohakuriver.client import straight
 from kohakuriver.client.forward import Stats, path_choice
-from kohakuriver.client.straight import PathTaken, checked_url
+from kohakuriver.client.straight import LOOK, PATIENCE, QUESTIONS, QUIET, PathTaken, Silence, checked_url
 from kohakuriver.errors import UnauthenticatedError, UnavailableError, UsageError
 from kohakuriver.host.services.tunnel_proxy import straight_tells
 from kohakuriver.limits import Limits
@@ -282,3 +282,76 @@ def test_a_straight_path_that_is_lost_or_comes_back_is_said_in_one_line_and_its_
     assert PathTaken("lab", "direct", "", 12).to_json() == {
         "event": "path", "task": "lab", "path": "direct", "reason": "", "connections": 12,
     }  # fmt: skip
+
+
+class Wire:
+    """A link as `Silence` sees it, on a clock of its own."""
+
+    def __init__(self) -> None:
+        self.now = 0.0
+        self.asked = 0
+        self.answers = True
+        self.out = self.watch = self
+        self.given = self.received = 0
+        self._silence = Silence(cast(Any, self), lambda: self.now)
+
+    def send_message(self, *_: Any, urgent: bool) -> None:
+        assert urgent
+        self.asked += 1
+        self.given += 8
+        if self.answers:
+            self.received += 8
+
+    def passes(self, seconds: float) -> float | None:
+        """Have time pass; when it is over with the link, if it is."""
+        until = self.now + seconds
+        while self.now < until - 1e-9:
+            self.now += LOOK
+            if self._silence.look():
+                return self.now
+        return None
+
+
+def test_a_link_is_given_up_where_what_came_last_is_no_answer_to_what_was_sent_long_before() -> None:
+    wire = Wire()
+    wire.given += 1000
+    wire.passes(3 * LOOK)
+    wire.answers = False
+    wire.received += 1000  # it was on its way, and is the last
+    assert wire.passes(2) == pytest.approx(3 * LOOK + LOOK + QUIET + PATIENCE, abs=2 * LOOK)
+
+
+def test_a_link_on_which_nothing_is_sent_is_asked_a_few_times_and_then_left_alone() -> None:
+    wire = Wire()
+    assert wire.passes(60) is None
+    assert wire.asked == QUESTIONS
+    wire.received += 10  # as the other side's question whether somebody is there
+    assert wire.passes(60) is None
+    assert wire.asked == QUESTIONS
+    wire.given += 10
+    assert wire.passes(LOOK) is None
+    assert wire.asked == QUESTIONS  # the answer may well come by itself
+    assert wire.passes(60) is None
+    assert wire.asked == 2 * QUESTIONS
+
+
+def test_a_link_that_was_quiet_for_long_is_given_up_when_what_is_sent_then_has_no_answer() -> None:
+    wire = Wire()
+    wire.passes(60)
+    wire.answers = False
+    began = wire.now
+    ended = None
+    while ended is None and wire.now < began + 10:
+        wire.given += 100  # on and on
+        ended = wire.passes(LOOK)
+    assert ended is not None
+    assert QUIET + PATIENCE <= ended - began <= QUIET + PATIENCE + 3 * LOOK
+
+
+def test_a_look_that_comes_late_gives_up_nothing() -> None:
+    wire = Wire()
+    wire.given += 100
+    wire.answers = False
+    for _ in range(10):
+        wire.now += QUIET  # this machine was asleep, or busy
+        assert wire.passes(LOOK) is None

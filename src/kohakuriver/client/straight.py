@@ -28,7 +28,7 @@ from kohakuriver.tunnel.link import Link
 from kohakuriver.tunnel.protocol import PING, SESSION_ID, STRAIGHT, CloseCode, StraightOffer, straight_greeting
 from kohakuriver.tunnel.user_endpoint import UserEndpoint
 
-__all__ = ["PathChoice", "PathTaken", "StraightPath", "checked_url"]
+__all__ = ["PathChoice", "PathTaken", "Silence", "StraightPath", "checked_url"]
 
 PathChoice = Literal["auto", "direct", "host"]
 """Which path a forward takes: the straight one where it can be had, that one or none at its begin, never."""
@@ -43,7 +43,7 @@ FIRST_AGAIN, LOST_AGAIN, LONGEST_AGAIN = 30.0, 1.0, 600.0
 SOON_FOR, SOON_DIAL, AS_BEFORE = 300.0, 1.5, 4.0
 """For so many seconds after it was lost it is tried again soon: connecting may take so long then, or so many times what
 it took before. A packet that was dropped is sent again after a second, so that no more than that is waited for one."""
-SHORT, MOST_SHORT, LONGEST_SHORT = 2.5, 5, 60.0
+SHORT, MOST_SHORT, LONGEST_SHORT = 2.0, 5, 60.0
 """One that is lost within so many seconds may only seem to lead somewhere: so often in a row that counts as chance, and
 then it is waited longer each time, so many seconds at most."""
 IN_USE = 0.25
@@ -54,6 +54,8 @@ HELD = 1.0
 
 LOOK, QUIET, PATIENCE = 0.1, 0.4, 0.9
 """Seconds between two looks at whether the node answers; without a byte of it after which it is asked; to answer."""
+QUESTIONS = 2
+"""So often it is asked after the last that it was sent: what comes behind the first may be late, and no answer."""
 
 
 @dataclass(frozen=True)
@@ -280,12 +282,12 @@ class StraightPath:
 
     async def _watch(self, link: Link, lost: asyncio.Future[str]) -> str:
         """Wait until the link is lost, or the node does not answer though something was sent."""
-        silence = _Silence(link)
+        silence = Silence(link)
         while not lost.done():
             await asyncio.wait({lost}, timeout=LOOK)
             if not lost.done() and silence.look():
                 self.give_up("its node does not answer")
-                silence = _Silence(link)  # there may be nothing to go back to yet
+                silence = Silence(link)  # there may be nothing to go back to yet
         return lost.result()
 
 
@@ -323,33 +325,45 @@ def _clause(error: KohakuRiverError) -> str:
     return error.message.rstrip(".")
 
 
-class _Silence:
-    """Whether a link leads anywhere: who is sent something soon sends something, an acknowledgement at least."""
+class Silence:
+    """Whether a link leads anywhere: who was sent something, or is asked, soon sends something.
 
-    def __init__(self, link: Link) -> None:
+    What came last says nothing of what was sent before: an answer to that may be due, too. So when it is quiet after
+    something was sent, the other side is asked.
+    """
+
+    def __init__(self, link: Link, clock: Callable[[], float] = time.monotonic) -> None:
         self._link = link
-        self._looked_at = time.monotonic()
-        self._sent_then = link.out.given
-        self._begin()
+        self._clock = clock
+        self._looked_at = clock()
+        self._sent = link.out.given
+        self._questions = QUESTIONS
+        self._begin(self._looked_at)
 
-    def _begin(self) -> None:
+    def _begin(self, now: float) -> None:
         self._received = self._link.watch.received
-        self._sent = self._sent_then  # what was sent since the last look may have been sent after this came
-        self._since: float | None = None
+        self._since = now
         self._asked_at: float | None = None
 
     def look(self) -> bool:
         """Whether nothing came for too long. Asks the other side on the way there."""
-        now, before = time.monotonic(), self._looked_at
+        now, before = self._clock(), self._looked_at
         self._looked_at = now
+        self._see_what_was_sent(now)
         if self._link.watch.received != self._received or now - before > QUIET:  # else it may be us who were asleep
-            self._begin()
-        elif self._since is None:
-            self._since = now if self._link.out.given != self._sent else None
+            self._begin(now)
         elif self._asked_at is not None:
             return now - self._asked_at >= PATIENCE
-        elif now - self._since >= QUIET:
+        elif self._questions and now - self._since >= QUIET:
             self._asked_at = now
+            self._questions -= 1
             self._link.send_message(PING, SESSION_ID, urgent=True)
-        self._sent_then = self._link.out.given
+            self._sent = self._link.out.given  # which is no news
         return False
+
+    def _see_what_was_sent(self, now: float) -> None:
+        if self._link.out.given == self._sent:
+            return
+        if not self._questions:  # nothing was to be waited for
+            self._since = now
+        self._sent, self._questions = self._link.out.given, QUESTIONS
