@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
 import os
 import signal
 import sys
+from collections.abc import Iterator
+from typing import IO
 
-__all__ = ["die_by_interrupt", "prepare", "raise_on_interrupt"]
+__all__ = ["as_far_as_it_goes", "die_by_interrupt", "discard", "prepare", "raise_on_interrupt"]
 
 _STREAMS = (("stdin", "r"), ("stdout", "w"), ("stderr", "w"))
 
@@ -46,6 +49,24 @@ def _hear_signals() -> None:
     """Whoever started us may have blocked signals for itself: we would never end, nor hear that a child has."""
     if hasattr(signal, "pthread_sigmask"):
         signal.pthread_sigmask(signal.SIG_SETMASK, ())
+
+
+def discard(stream: IO[str]) -> None:
+    """Throw away what is still to come on a stream, and what it could not write so far."""
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nowhere, stream.fileno())
+    os.close(nowhere)
+
+
+@contextlib.contextmanager
+def as_far_as_it_goes() -> Iterator[None]:
+    """What the block prints is no result of the program, which goes on where it can't be written, as on a full disk."""
+    try:
+        yield
+    except BlockingIOError:  # it can be, later
+        pass
+    except OSError:  # else the end of the program would try again, and fail
+        discard(sys.stdout)
 
 
 def die_by_interrupt() -> None:

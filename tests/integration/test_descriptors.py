@@ -6,6 +6,7 @@ import itertools
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 from collections.abc import Iterator, Sequence
@@ -14,9 +15,10 @@ from pathlib import Path
 
 import pytest
 
+from tests.support.addresses import free_port
 from tests.support.forked import PROGRAM
 from tests.support.processes import eventually
-from tests.support.up import TIMEOUT, Cluster, Commands, Service
+from tests.support.up import TIMEOUT, Cluster, Commands, Service, connect, echoes
 
 SUBSETS = [subset for count in (1, 2, 3) for subset in itertools.combinations((0, 1, 2), count)]
 
@@ -141,17 +143,51 @@ def test_a_forward_goes_on_whatever_becomes_of_its_output(cluster: Cluster, serv
         os.close(full)
 
 
-@pytest.mark.parametrize("role", ["host", "runner"])
-def test_a_program_that_serves_goes_on_whatever_becomes_of_its_output(tmp_path: Path, role: str) -> None:
-    (tmp_path / "token").write_text("token")
-    more = {"host": ["--ssh-port=0"], "runner": ["--backend=process", f"--node-token-file={tmp_path / 'token'}"]}
-    nowhere = {"KOHAKURIVER_HOST": "http://127.0.0.1:1", "KOHAKURIVER_CONFIG_DIR": str(tmp_path)}
-    command = [*PROGRAM, role, "--bind=127.0.0.1", "--port=0", *more[role]]
-    full = os.open("/dev/full", os.O_WRONLY)
-    with subprocess.Popen(command, env={**os.environ, **nowhere}, stdout=full, stderr=full) as process:
+def test_a_forward_serves_though_nobody_can_be_told_its_events(cluster: Cluster, service: Service) -> None:
+    port = free_port()
+    command = [*PROGRAM, "forward", service.task, f"{port}:{service.port}", "--json"]
+    with Path("/dev/full").open("w") as full:
+        process = subprocess.Popen(command, env=cluster.environment, stdout=full, stderr=subprocess.DEVNULL)
+    with process:
         try:
-            os.close(full)
-            eventually(lambda: process.poll() is not None or _ends_in_order(process.pid))
+            for _ in range(2):  # each connection may have an event
+                with eventually(lambda: _connected(port)) as connection:
+                    assert echoes(connection)
+            process.send_signal(signal.SIGTERM)
+            assert process.wait(TIMEOUT) == 0
+        finally:
+            process.kill()
+
+
+def _connected(port: int) -> socket.socket | None:
+    try:
+        return connect(port)
+    except ConnectionRefusedError:
+        return None
+
+
+@pytest.mark.parametrize("role", ["host", "runner", "up"])
+@pytest.mark.parametrize("full", [("stdout",), ("stderr",), ("stdout", "stderr")], ids="+".join)
+def test_a_program_that_serves_goes_on_whatever_becomes_of_its_output(
+    tmp_path: Path, role: str, full: tuple[str, ...]
+) -> None:
+    (tmp_path / "token").write_text("token")
+    command = {
+        "host": ["host", "--bind=127.0.0.1", "--port=0", "--ssh-port=0"],
+        "runner": [
+            *("runner", "--bind=127.0.0.1", "--port=0", "--backend=process"),
+            f"--node-token-file={tmp_path / 'token'}",
+        ],
+        "up": ["up", "--host-port=0", "--runner-port=0", "--ssh-port=0"],
+    }
+    nowhere = {"KOHAKURIVER_HOST": "http://127.0.0.1:1", "KOHAKURIVER_CONFIG_DIR": str(tmp_path)}
+    with Path("/dev/full").open("w") as no_room:
+        streams = {name: no_room if name in full else subprocess.DEVNULL for name in ("stdout", "stderr")}
+        process = subprocess.Popen([*PROGRAM, *command[role]], env={**os.environ, **nowhere}, **streams)  # type: ignore[call-overload]
+    serves = (tmp_path / "cluster.json").exists if role == "up" else lambda: _ends_in_order(process.pid)
+    with process:
+        try:
+            eventually(lambda: process.poll() is not None or serves())
             process.send_signal(signal.SIGTERM)
             assert process.wait(TIMEOUT) == 0
         finally:

@@ -16,6 +16,7 @@ from kohakuriver.backends import by_default, names
 from kohakuriver.cli import output
 from kohakuriver.cli.options import JsonOption, SshAlgorithms, SshAlgorithmsOption, built, one_of, remote
 from kohakuriver.cli.signals import caught
+from kohakuriver.descriptors import as_far_as_it_goes
 from kohakuriver.errors import KohakuRiverError
 from kohakuriver.spared import without
 
@@ -412,14 +413,15 @@ async def _say_ready(cluster: LocalCluster, json: bool) -> None:
     node = cluster.node
     async with HostClient(cluster.settings) as client:
         link = (await client.login_link()).url
-    if json:
-        ready = {"event": "ready", "host_url": host_url, "runner_url": cluster.runner_url}
-        output.json_line({**ready, "ssh_proxy": cluster.cluster.ssh_proxy, "browser": link})
-    else:
-        backends = ", ".join(node.backends) if node else ""
-        ssh = f", SSH proxy {cluster.cluster.ssh_proxy}"
-        output.line(f"ready: host {host_url}, runner {cluster.runner_url} ({backends}){ssh}; Ctrl-C ends it")
-        output.line(f"dashboard, in a browser within a minute: {link} (later: kohakuriver open)")
+    with as_far_as_it_goes():
+        if json:
+            ready = {"event": "ready", "host_url": host_url, "runner_url": cluster.runner_url}
+            output.json_line({**ready, "ssh_proxy": cluster.cluster.ssh_proxy, "browser": link})
+        else:
+            backends = ", ".join(node.backends) if node else ""
+            ssh = f", SSH proxy {cluster.cluster.ssh_proxy}"
+            output.line(f"ready: host {host_url}, runner {cluster.runner_url} ({backends}){ssh}; Ctrl-C ends it")
+            output.line(f"dashboard, in a browser within a minute: {link} (later: kohakuriver open)")
 
 
 @dataclass(frozen=True)

@@ -37,6 +37,7 @@ from kohakuriver.client.forward import (
     StreamError,
 )
 from kohakuriver.client.ports import SOCKS, UNIX
+from kohakuriver.descriptors import as_far_as_it_goes
 from kohakuriver.text import printable
 
 __all__ = [
@@ -107,11 +108,9 @@ class View:
         pass
 
     def tell(self, event: Event) -> None:
-        """`show`, where it does no harm when nobody reads stdout any more: the forward goes on."""
-        try:
+        """`show`, where it does no harm when nobody reads stdout any more, or its disk is full: the forward goes on."""
+        with as_far_as_it_goes():
             self.show(event)
-        except BrokenPipeError:
-            output.discard_stdout()
 
     def show(self, event: Event) -> None:
         raise NotImplementedError

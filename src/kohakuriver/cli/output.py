@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator, Sequence
 from datetime import datetime, timezone
 from typing import IO, Any, NoReturn
 
-from kohakuriver import tracing
+from kohakuriver import descriptors, tracing
 from kohakuriver.cli.signals import in_foreground
 from kohakuriver.quotas import in_words
 from kohakuriver.text import one_line, printable
@@ -83,7 +83,7 @@ def _say(level: str, text: str, prefix: str = "") -> None:
         try:
             print(_as_json(level, text) if _logs_json() else prefix + text, file=sys.stderr, flush=True)
         except OSError:  # closed, broken, or its disk is full: nobody is left to be told
-            _discard(sys.stderr)
+            descriptors.discard(sys.stderr)
 
 
 def error(text: str, *, request_id: str = "") -> None:
@@ -127,13 +127,7 @@ def failure(code: str, text: str, *, request_id: str = "") -> None:
 
 def discard_stdout() -> None:
     """Throw away what is still to come on stdout: whoever read it is gone, as after `| head`."""
-    _discard(sys.stdout)
-
-
-def _discard(stream: IO[str]) -> None:
-    nowhere = os.open(os.devnull, os.O_WRONLY)
-    os.dup2(nowhere, stream.fileno())
-    os.close(nowhere)
+    descriptors.discard(sys.stdout)
 
 
 def give_up() -> None:

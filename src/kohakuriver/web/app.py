@@ -5,7 +5,6 @@ Both serve HTTP and tunnel WebSockets on one port through uvicorn. Sources: docs
 
 from __future__ import annotations
 
-import contextlib
 import errno
 import json
 import socket
@@ -27,6 +26,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from kohakuriver import tracing
 from kohakuriver.asking import Asker, asking, peer_name
+from kohakuriver.descriptors import as_far_as_it_goes
 from kohakuriver.errors import KohakuRiverError, LocalAddressError, NotAllowedError, UsageError
 from kohakuriver.proxies import Proxies
 from kohakuriver.resolve import resolving
@@ -368,5 +368,5 @@ def print_event(event: str, as_json: bool, sentence: str, **fields: Any) -> None
 
     Where it can't be written, as on a full disk, the program serves all the same.
     """
-    with contextlib.suppress(OSError):
+    with as_far_as_it_goes():
         print(json.dumps({"event": event, **fields}) if as_json else sentence, flush=True)
