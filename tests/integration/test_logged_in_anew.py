@@ -111,7 +111,11 @@ async def _with_cookie(host: str, secret: str) -> AsyncIterator[str]:
     async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         port = writer.get_extra_info("sockname")[1]
         page = f"Cookie: kohakuriver-host-{port}={secret}\r\nOrigin: http://127.0.0.1:{port}\r\n"
-        head = await reader.readuntil(b"\r\n\r\n")
+        try:
+            head = await reader.readuntil(b"\r\n\r\n")
+        except asyncio.IncompleteReadError:  # whoever came thought better of it
+            writer.close()
+            return
         back, far = await asyncio.open_connection("127.0.0.1", int(host.rpartition(":")[2]))
         far.write(re.sub(rb"(?i)authorization: [^\r]*\r\n", page.encode(), head))
         passing.update(asyncio.ensure_future(_pass(*ways)) for ways in ((reader, far), (back, writer)))
