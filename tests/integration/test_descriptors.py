@@ -9,7 +9,7 @@ import signal
 import socket
 import subprocess
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -92,6 +92,17 @@ def _ends_in_order(pid: int) -> bool:
     return bool(int(status["SigCgt"], 16) >> (signal.SIGTERM - 1) & 1)
 
 
+def _ends_well(process: subprocess.Popen[bytes], serves: Callable[[], bool]) -> None:
+    """Once it serves, it ends with 0 when it is told to end."""
+    with process:
+        try:
+            eventually(lambda: process.poll() is not None or serves())
+            process.send_signal(signal.SIGTERM)
+            assert process.wait(TIMEOUT) == 0
+        finally:
+            process.kill()
+
+
 @pytest.mark.parametrize("role", ["up", "host"])
 def test_a_program_that_serves_does_so_without_any_descriptor(tmp_path: Path, role: str) -> None:
     ports = {
@@ -99,13 +110,8 @@ def test_a_program_that_serves_does_so_without_any_descriptor(tmp_path: Path, ro
         "host": ["--bind=127.0.0.1", "--port=0", "--ssh-port=0"],
     }
     environment = {**os.environ, "KOHAKURIVER_CONFIG_DIR": str(tmp_path)}
-    with subprocess.Popen(without((0, 1, 2), [*PROGRAM, role, *ports[role]]), env=environment) as process:
-        try:
-            eventually((tmp_path / "cluster.json").exists if role == "up" else lambda: _ends_in_order(process.pid))
-            process.send_signal(signal.SIGTERM)
-            assert process.wait(TIMEOUT) == 0
-        finally:
-            process.kill()
+    process = subprocess.Popen(without((0, 1, 2), [*PROGRAM, role, *ports[role]]), env=environment)
+    _ends_well(process, (tmp_path / "cluster.json").exists if role == "up" else lambda: _ends_in_order(process.pid))
 
 
 def test_a_program_that_was_started_with_signals_blocked_hears_them(tmp_path: Path) -> None:
@@ -113,13 +119,7 @@ def test_a_program_that_was_started_with_signals_blocked_hears_them(tmp_path: Pa
     ports = ["--host-port=0", "--runner-port=0", "--ssh-port=0"]
     environment = {**os.environ, "KOHAKURIVER_CONFIG_DIR": str(tmp_path)}
     command = [sys.executable, "-c", f"{blocked}{[*PROGRAM, 'up', *ports]})"]
-    with subprocess.Popen(command, env=environment) as process:
-        try:
-            eventually((tmp_path / "cluster.json").exists)
-            process.send_signal(signal.SIGTERM)
-            assert process.wait(TIMEOUT) == 0
-        finally:
-            process.kill()
+    _ends_well(subprocess.Popen(command, env=environment), (tmp_path / "cluster.json").exists)
 
 
 @pytest.mark.parametrize("command", [["vps", "list"], ["--version"], ["--help"], ["vps", "list", "--json"]])
@@ -148,15 +148,14 @@ def test_a_forward_serves_though_nobody_can_be_told_its_events(cluster: Cluster,
     command = [*PROGRAM, "forward", service.task, f"{port}:{service.port}", "--json"]
     with Path("/dev/full").open("w") as full:
         process = subprocess.Popen(command, env=cluster.environment, stdout=full, stderr=subprocess.DEVNULL)
-    with process:
-        try:
-            for _ in range(2):  # each connection may have an event
-                with eventually(lambda: _connected(port)) as connection:
-                    assert echoes(connection)
-            process.send_signal(signal.SIGTERM)
-            assert process.wait(TIMEOUT) == 0
-        finally:
-            process.kill()
+
+    def serves() -> bool:
+        for _ in range(2):  # each connection may have an event
+            with eventually(lambda: _connected(port)) as connection:
+                assert echoes(connection)
+        return True
+
+    _ends_well(process, serves)
 
 
 def _connected(port: int) -> socket.socket | None:
@@ -184,14 +183,7 @@ def test_a_program_that_serves_goes_on_whatever_becomes_of_its_output(
     with Path("/dev/full").open("w") as no_room:
         streams = {name: no_room if name in full else subprocess.DEVNULL for name in ("stdout", "stderr")}
         process = subprocess.Popen([*PROGRAM, *command[role]], env={**os.environ, **nowhere}, **streams)  # type: ignore[call-overload]
-    serves = (tmp_path / "cluster.json").exists if role == "up" else lambda: _ends_in_order(process.pid)
-    with process:
-        try:
-            eventually(lambda: process.poll() is not None or serves())
-            process.send_signal(signal.SIGTERM)
-            assert process.wait(TIMEOUT) == 0
-        finally:
-            process.kill()
+    _ends_well(process, (tmp_path / "cluster.json").exists if role == "up" else lambda: _ends_in_order(process.pid))
 
 
 def test_ssh_is_told_in_a_sentence_where_no_host_key_can_be_written_down(cluster: Cluster, service: Service) -> None:
