@@ -153,8 +153,9 @@ def _given(session: Session, task: Task, name: str, now: float) -> Volume:
                 code="over_limit",
             )
         volume_id = f"kohakuriver-volume-{secrets.token_hex(16)}"
-        volume = Volume(volume_id=volume_id, owner=task.owner, name=name, node=task.node, created_at=now)
-        volume.made_for = task.task_id
+        volume = Volume(
+            volume_id=volume_id, owner=task.owner, name=name, node=task.node, created_at=now, made_for=task.task_id
+        )
         session.add(volume)
         session.flush()
     else:
