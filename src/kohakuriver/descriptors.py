@@ -60,7 +60,7 @@ def discard(stream: IO[str]) -> None:
 
 @contextlib.contextmanager
 def as_far_as_it_goes() -> Iterator[None]:
-    """What the block prints is no result of the program, which goes on where it can't be written, as on a full disk."""
+    """The program goes on where what the block prints can't be written, as on a full disk: it is not its result."""
     try:
         yield
     except BlockingIOError:  # it can be, later

@@ -55,7 +55,7 @@ HELD = 1.0
 LOOK, QUIET, PATIENCE = 0.1, 0.4, 0.9
 """Seconds between two looks at whether the node answers; without a byte of it after which it is asked; to answer."""
 QUESTIONS = 2
-"""So often it is asked after the last that it was sent: what comes behind the first may be late, and no answer."""
+"""How often it is asked after the last that it was sent: bytes that come after the first may be late, and no answer."""
 
 
 @dataclass(frozen=True)
@@ -326,10 +326,10 @@ def _clause(error: KohakuRiverError) -> str:
 
 
 class Silence:
-    """Whether a link leads anywhere: who was sent something, or is asked, soon sends something.
+    """Whether a link leads anywhere: the other side soon sends something after it was sent something, or was asked.
 
-    What came last says nothing of what was sent before: an answer to that may be due, too. So when it is quiet after
-    something was sent, the other side is asked.
+    The last bytes that came need not be the answer to the last that were sent. So the other side is asked once nothing
+    comes any more.
     """
 
     def __init__(self, link: Link, clock: Callable[[], float] = time.monotonic) -> None:
